@@ -1,0 +1,7 @@
+"""The configuration of a run: `schema` (fields), `load` (YAML and overrides), `check` (rules between fields), `derived` values."""
+
+from megatron_completep.config.check import check_config, check_world
+from megatron_completep.config.load import config_from_mapping, load_config, save_config
+from megatron_completep.config.schema import Config
+
+__all__ = ["Config", "check_config", "check_world", "config_from_mapping", "load_config", "save_config"]

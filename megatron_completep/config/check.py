@@ -1,0 +1,292 @@
+"""The rules that concern several settings. They hold before any device is touched; every message gives numbers and a remedy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+
+from megatron_completep.config import derived
+from megatron_completep.config.field_errors import one_of
+from megatron_completep.config.schema import Config, SourceConfig
+from megatron_completep.errors import ConfigError
+
+
+def check_config(config: Config) -> None:
+    """Check everything that does not depend on the number of processes.
+
+    Raises:
+        ConfigError: with all problems, one a line.
+    """
+    rules = (_model, _attention_backend, _completep, _tensor_parallel, _pipeline, _schedule, _sources, _tokenizer, _training, _checkpoint)
+    _raise_all([problem for rule in rules for problem in rule(config)])
+
+
+def check_world(config: Config, world_size: int) -> None:
+    """Check what depends on the number of processes, known only at launch.
+
+    Args:
+        world_size: all processes of the run.
+
+    Raises:
+        ConfigError: with all problems, one a line.
+    """
+    _raise_all(list(_world(config, world_size)))
+
+
+def _raise_all(problems: list[str]) -> None:
+    if problems:
+        count = "1 setting does" if len(problems) == 1 else f"{len(problems)} settings do"
+        raise ConfigError("\n  ".join([f"{count} not fit the others", *problems]))
+
+
+def _model(config: Config) -> Iterator[str]:
+    model, heads = config.model, config.model.num_attention_heads
+    if model.head_dim is None and model.hidden_size % heads:
+        yield (
+            f"model.num_attention_heads = {heads} does not divide model.hidden_size = {model.hidden_size}. "
+            f"Use {_divisors(model.hidden_size, near=heads)}, or set model.head_dim."
+        )
+    elif model.position == "rope" and derived.head_dim(model) % 2:
+        yield f"model.position = rope turns pairs of elements, but a head has {derived.head_dim(model)}. Use an even model.head_dim."
+    if heads % derived.num_query_groups(model):
+        yield (
+            f"model.num_query_groups = {model.num_query_groups} does not divide model.num_attention_heads = {heads}. "
+            f"Use {_divisors(heads, near=derived.num_query_groups(model))}."
+        )
+    if model.tied_embeddings and "unembedding" in config.completep.factors:
+        yield (
+            "completep.factors.unembedding has no parameter: model.tied_embeddings = true shares the embedding's weight. "
+            "Move the factors to completep.factors.embedding, or untie."
+        )
+    if model.fp32_residual and config.training.precision not in ("bf16", "auto"):
+        yield (
+            f"model.fp32_residual = true has no meaning under training.precision = {config.training.precision}: "
+            "the residual stream is in that type already. Set it to false, or the precision to bf16."
+        )
+
+
+def _attention_backend(config: Config) -> Iterator[str]:
+    model, training = config.model, config.training
+    if model.attention_backend != "flash_attention":
+        return
+    where, remedy = "model.attention_backend = flash_attention", "Use model.attention_backend = sdpa"
+    if model.position == "alibi":
+        yield f"{where} takes no bias on the logits, which model.position = alibi needs. {remedy}."
+    if training.precision in ("float32", "float64"):
+        yield f"{where} computes in bf16 only, but training.precision = {training.precision}. {remedy}, or training.precision = bf16."
+    if training.device == "cpu":
+        yield f"{where} runs on GPUs only, but training.device = cpu. {remedy}."
+    if derived.head_dim(model) > 256:
+        yield f"{where} takes heads of at most 256 elements, but these have {derived.head_dim(model)}. {remedy}."
+
+
+def _completep(config: Config) -> Iterator[str]:
+    completep = config.completep
+    shape = {name: getattr(completep, name) for name in ("base_hidden_size", "base_num_layers")}
+    if len(missing := [name for name, value in shape.items() if value is None]) == 1:
+        given = next(name for name in shape if name not in missing)
+        own = getattr(config.model, missing[0].removeprefix("base_"))
+        yield (
+            f"completep.{given} = {shape[given]} is given and completep.{missing[0]} is null. "
+            f"Give the proxy's whole shape (this model's own {missing[0].removeprefix('base_')} is {own}), or neither."
+        )
+    for name in ("base_ffn_hidden_size", "base_head_dim"):
+        value = getattr(completep, name)
+        if value is not None and len(missing) == 2:
+            yield f"completep.{name} = {value} is given without the proxy's shape. Give completep.base_hidden_size and base_num_layers too."
+    if completep.parameterization != "completep" and completep.alpha != 1.0:
+        yield (
+            f"completep.alpha = {completep.alpha} has no effect under completep.parameterization = {completep.parameterization}, "
+            "which has no depth rule. Remove it, or use completep."
+        )
+
+
+def _tensor_parallel(config: Config) -> Iterator[str]:
+    model, size = config.model, config.parallel.tensor_parallel_size
+    where, heads, groups = f"parallel.tensor_parallel_size = {size}", model.num_attention_heads, derived.num_query_groups(model)
+    divided = {"num_attention_heads": heads, "ffn_hidden_size": model.ffn_hidden_size}
+    if config.parallel.sequence_parallel:
+        divided["seq_length"] = model.seq_length
+    # Fewer groups than ranks are fine when each rank needs one whole group: its keys and values are then copies.
+    fits_groups = [n for n in _all_divisors(math.gcd(*divided.values())) if groups % n == 0 or n % groups == 0]
+    for name, value in divided.items():
+        if value % size:
+            reason = " (parallel.sequence_parallel is on)" if name == "seq_length" else ""
+            yield f"{where} does not divide model.{name} = {value}{reason}. Use {_choice(fits_groups, size)}."
+    if heads % groups == 0 and heads % size == 0 and groups % size and size % groups:
+        yield f"{where} neither divides model.num_query_groups = {groups} nor is a multiple of it. Use {_choice(fits_groups, size)}."
+
+
+def _pipeline(config: Config) -> Iterator[str]:
+    parallel, layers = config.parallel, config.model.num_layers
+    ranks, virtual = parallel.pipeline_parallel_size, parallel.virtual_pipeline_size
+    stages = ranks * virtual
+    product = f"parallel.pipeline_parallel_size x virtual_pipeline_size = {ranks} x {virtual}"
+    if ranks > 1 and virtual == 1 and parallel.schedule == "interleaved_1f1b":
+        yield "parallel.schedule = interleaved_1f1b needs virtual_pipeline_size of at least 2, found 1. Raise it, or use the schedule 1f1b."
+    if virtual > 1 and ranks == 1:
+        yield f"parallel.virtual_pipeline_size = {virtual} has no meaning at parallel.pipeline_parallel_size = 1. Set it to 1."
+    elif virtual > 1 and parallel.schedule not in ("interleaved_1f1b", "zero_bubble"):
+        yield (
+            f"parallel.virtual_pipeline_size = {virtual} does not go with parallel.schedule = {parallel.schedule}. "
+            "Use the schedule interleaved_1f1b or zero_bubble, or the size 1."
+        )
+    split = parallel.pipeline_split
+    if split is None and layers < stages:
+        yield f"{product} makes {stages} stages of model.num_layers = {layers} layers. Use at most {layers} stages."
+    if split is None:
+        return
+    if len(split) != stages:
+        yield f"parallel.pipeline_split has {len(split)} stages, but {product} makes {stages}. Give one number a stage."
+    if sum(split) != layers:
+        yield f"parallel.pipeline_split = {split} adds up to {sum(split)}, but model.num_layers = {layers}. Make the two equal."
+    if 0 in split[1:-1]:
+        yield f"parallel.pipeline_split = {split} leaves a stage in the middle empty. Only the first and the last may have 0 layers."
+
+
+def _schedule(config: Config) -> Iterator[str]:
+    optimizer, steps = config.optimizer, config.training.train_steps
+    for index, beta in enumerate(optimizer.betas):
+        if beta >= 1:
+            yield f"optimizer.betas.{index} = {beta} is not less than 1, so the moment would never move. Use a value such as 0.9 or 0.95."
+    if optimizer.warmup_fraction is not None and optimizer.warmup_steps is not None:
+        yield (
+            f"optimizer.warmup_fraction = {optimizer.warmup_fraction} and optimizer.warmup_steps = {optimizer.warmup_steps} "
+            "are both given. Set one of the two to null."
+        )
+        return
+    warmup = derived.warmup_steps(optimizer, steps)
+    if warmup > steps:
+        yield f"optimizer.warmup_steps = {warmup} is more than training.train_steps = {steps}. Use at most {steps}."
+    decay = derived.decay_steps(optimizer, steps)
+    if optimizer.schedule == "warmup_stable_decay" and warmup <= steps < warmup + decay:
+        yield (
+            f"optimizer: {warmup} steps of warm-up and {decay} of decay (decay_fraction = {optimizer.decay_fraction}) "
+            f"are more than training.train_steps = {steps}. Use a decay_fraction of at most {(steps - warmup) / steps:.3g}."
+        )
+
+
+def _sources(config: Config) -> Iterator[str]:
+    data = config.data
+    if data.validation is not None and data.split is not None:
+        yield f"data.split = '{data.split}' and data.validation are both given. Set one of the two to null."
+    if data.validation == []:
+        yield "data.validation = [] names no source. Use null for a run without validation."
+    if data.split is not None and (problem := _split_problem(data.split)):
+        yield f"data.split = '{data.split}' {problem}. Write the three parts training, validation and test, such as '969,30,1'."
+    blends: dict[str, list[SourceConfig]] = {"train": data.train, "validation": data.validation or []}
+    for name, blend in blends.items():
+        for index, source in enumerate(blend):
+            if source.weight is not None and source.epochs is not None:
+                yield (
+                    f"data.{name}.{index}: weight = {source.weight} and epochs = {source.epochs} are both given for {source.prefix}. "
+                    "Keep one of the two."
+                )
+
+
+def _split_problem(split: str) -> str | None:
+    try:
+        parts = [float(part) for part in split.split(",")]
+    except ValueError:
+        return "is not a list of numbers"
+    if len(parts) != 3:
+        return f"has {len(parts)} parts"
+    if not all(0 <= part < float("inf") for part in parts):
+        return "has a part below zero or without bound"
+    return None if parts[0] > 0 else "leaves nothing for training"
+
+
+def _tokenizer(config: Config) -> Iterator[str]:
+    tokenizer = config.data.tokenizer
+    if tokenizer is None:
+        return
+    if tokenizer.type == "bytes" and tokenizer.model is not None:
+        yield f"data.tokenizer.model = '{tokenizer.model}' is not used by data.tokenizer.type = bytes. Remove it."
+    if tokenizer.type != "bytes" and tokenizer.model is None:
+        yield f"data.tokenizer.model is null, but data.tokenizer.type = {tokenizer.type} needs one. Give its model, or use the type bytes."
+
+
+def _training(config: Config) -> Iterator[str]:
+    micro, total = config.training.micro_batch_size, config.training.global_batch_size
+    if total % micro:
+        yield (
+            f"training.micro_batch_size = {micro} does not divide training.global_batch_size = {total}. Use {_divisors(total, near=micro)}."
+        )
+
+
+def _checkpoint(config: Config) -> Iterator[str]:
+    interval, every = config.checkpoint.interval, config.checkpoint.keep_every
+    if interval is not None and every is not None and every % interval:
+        yield (
+            f"checkpoint.keep_every = {every} is not a multiple of checkpoint.interval = {interval}, so it would keep almost none. "
+            f"Use {max(1, every // interval) * interval} or another multiple."
+        )
+
+
+def _world(config: Config, world_size: int) -> Iterator[str]:
+    parallel, training = config.parallel, config.training
+    model_ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+    product = f"{parallel.tensor_parallel_size} x {parallel.pipeline_parallel_size} = {model_ranks}"
+    if world_size % model_ranks:
+        yield (
+            f"parallel.tensor_parallel_size x pipeline_parallel_size = {product} does not divide the world size {world_size}. "
+            f"Start a multiple of {model_ranks} processes, or use sizes whose product is {_divisors(world_size, near=model_ranks)}."
+        )
+        return
+    replicas = derived.data_parallel_size(config, world_size)
+    shard = parallel.optimizer_shard_size
+    if shard is not None and replicas % shard:
+        yield (
+            f"parallel.optimizer_shard_size = {shard} does not divide the data-parallel size {replicas} "
+            f"(world size {world_size} / {model_ranks}). Use {_divisors(replicas, near=shard)}, or null."
+        )
+    together = training.micro_batch_size * replicas
+    if training.global_batch_size % together:
+        below, above = _multiples_around(together, training.global_batch_size)
+        yield (
+            f"training.global_batch_size = {training.global_batch_size} is not a multiple of micro_batch_size x data-parallel size = "
+            f"{training.micro_batch_size} x {replicas} = {together}. Use {one_of(n for n in (below, above) if n)}, or another micro_batch_size."
+        )
+        return
+    yield from _micro_batches(config, derived.micro_batches_per_step(config, world_size), together)
+
+
+def _micro_batches(config: Config, count: int, together: int) -> Iterator[str]:
+    """What the pipeline schedules demand of the number of micro-batches (torch.distributed.pipelining)."""
+    parallel, total = config.parallel, config.training.global_batch_size
+    ranks = parallel.pipeline_parallel_size
+    if ranks == 1:
+        return
+    where = f"training.global_batch_size = {total} makes {count} micro-batches"
+    if parallel.schedule == "1f1b" and count < ranks:
+        yield (
+            f"{where}, fewer than parallel.pipeline_parallel_size = {ranks}, which the schedule 1f1b needs. "
+            f"Use at least {ranks * together}, a smaller micro_batch_size, or the schedule gpipe."
+        )
+    rounds = max(1, count // ranks)
+    if parallel.schedule in ("interleaved_1f1b", "zero_bubble") and count % rounds:
+        below, above = _multiples_around(ranks, count)
+        yield (
+            f"{where}, which parallel.schedule = {parallel.schedule} cannot deal out in {rounds} equal rounds over {ranks} stages. "
+            f"Use {below * together} or {above * together}."
+        )
+
+
+def _multiples_around(step: int, value: int) -> tuple[int, int]:
+    below = value // step * step
+    return below, below + step
+
+
+def _all_divisors(value: int) -> list[int]:
+    small = [n for n in range(1, int(value**0.5) + 1) if value % n == 0]
+    return sorted({*small, *(value // n for n in small)})
+
+
+def _divisors(value: int, near: int) -> str:
+    return _choice(_all_divisors(value), near)
+
+
+def _choice(values: Iterable[int], near: int) -> str:
+    """The eight values closest to `near` by ratio, in order, as '1, 2 or 4'."""
+    closest = sorted(values, key=lambda value: max(value / near, near / value))[:8]
+    return one_of(sorted(closest))

@@ -107,8 +107,9 @@ def _did_you_mean(word: str, choices: list[str]) -> str:
 
 def _suggestion(path: Path) -> str:
     key, parent = str(path[-1]), path[:-1]
-    annotation = _strip(_annotation(parent))
-    known = list(_section(parent).model_fields) if _section(parent) else [str(name) for name in get_args(_strip(get_args(annotation)[0]))]
+    section = _section(parent)
+    # Where keys are not a section's fields, they are a Literal's names: completep.factors by role.
+    known = list(section.model_fields) if section else [str(name) for name in get_args(get_args(_annotation(parent))[0])]
     homes = [name for name in Config.model_fields if name != dotted(parent) and key in getattr(_section((name,)), "model_fields", {})]
     meant = difflib.get_close_matches(key, known, n=1, cutoff=0.5) + [f"{home}.{key}" for home in homes]
     if meant:

@@ -1,0 +1,298 @@
+"""Text to token ids and back. Four families behind one interface; each library is imported only when its type is asked for.
+
+Text never turns into special tokens: a document that contains the characters `<|endoftext|>` is encoded as those characters.
+Special tokens (end of document included) decode to nothing.
+"""
+
+import base64
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import xxhash
+
+from megatron_completep.data.indexed import dtype_for_vocabulary
+from megatron_completep.errors import DataError
+
+SPACE_MARK = "\u2581"  # SentencePiece writes a space as this character and decodes both to a space
+_END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<eod>", "<EOD>", "</s>", "<eos>", "<|im_end|>", "[EOS]", "[SEP]")
+
+
+class TokenizerSettings(Protocol):
+    """What `build_tokenizer` reads; `config.schema.TokenizerConfig` is one."""
+
+    @property
+    def type(self) -> str: ...
+    @property
+    def model(self) -> str | None: ...
+
+
+class Tokenizer:
+    """Base of all families. Subclasses implement `_encode_batch` and `_decode`.
+
+    type: the family's name.     vocab_size: ids are in [0, vocab_size). eod_id: end-of-document id or None. hash: xxh3 (64 bits, hex) of the model's bytes.
+    """
+
+    vocab_size: int
+    eod_id: int | None
+    hash: str
+    model_name: str | None = None
+    type: str = ""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the ids that `encode_batch` returns, the one that token files store."""
+        return dtype_for_vocabulary(self.vocab_size)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of one text, without an end-of-document token."""
+        ids: list[int] = self.encode_batch([text])[0].tolist()
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids of each text, one array of `dtype` a text. Raises DataError for text that UTF-8 cannot hold (lone surrogates)."""
+        try:
+            return self._encode_batch(texts)
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"text holds the lone surrogate {error.object[error.start]!r}, which UTF-8 cannot express. Repair the text first."
+            ) from error
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids. Raises DataError for an id outside [0, vocab_size)."""
+        listed = [int(i) for i in ids]
+        for position, i in enumerate(listed):
+            if not 0 <= i < self.vocab_size:
+                raise DataError(f"token id {i} at position {position} is outside the tokenizer's vocabulary of {self.vocab_size}.")
+        return self._decode(listed)
+
+    def identity(self) -> dict[str, str | int | None]:
+        """What is recorded beside token files: two tokenizers with equal identities give equal ids."""
+        return {"type": self.type, "model": self.model_name, "hash": self.hash, "vocab_size": self.vocab_size, "eod_id": self.eod_id}
+
+    def _encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        raise NotImplementedError
+
+    def _decode(self, ids: list[int]) -> str:
+        raise NotImplementedError
+
+
+class BytesTokenizer(Tokenizer):
+    """UTF-8 bytes as ids 0 to 255, end of document 256. Needs no model."""
+
+    type = "bytes"
+    vocab_size = 257
+    eod_id = 256
+    hash = xxhash.xxh3_64_hexdigest(b"bytes, end of document 256")
+
+    def _encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.frombuffer(text.encode(), dtype=np.uint8).astype(self.dtype) for text in texts]
+
+    def _decode(self, ids: list[int]) -> str:
+        return bytes(i for i in ids if i < 256).decode(errors="replace")
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece `.model` file.
+
+    SentencePiece's own code turns the character U+2581 into a space. For a model that is lossless otherwise (identity
+    normalization, byte fallback: what tools/train_tokenizer.py makes) that character is encoded as its three bytes instead.
+    """
+
+    type = "sentencepiece"
+
+    def __init__(self, model: str):
+        import sentencepiece
+
+        content = _read(model, "sentencepiece")
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+        except RuntimeError as error:
+            raise DataError(f"{model}: not a SentencePiece model ({error}).") from error
+        self.model_name = Path(model).name
+        self.hash = xxhash.xxh3_64_hexdigest(content)
+        self.vocab_size = self._processor.get_piece_size()
+        self.eod_id = self._find_end_of_document()
+        self._space_mark_ids = self._find_space_mark()
+
+    def _find_end_of_document(self) -> int | None:
+        if self._processor.eos_id() >= 0:
+            return int(self._processor.eos_id())
+        for name in _END_OF_DOCUMENT_NAMES:
+            index = self._processor.piece_to_id(name)
+            if index != self._processor.unk_id():
+                return int(index)
+        return None
+
+    def _find_space_mark(self) -> list[int] | None:
+        probe = "  a \n\tb "
+        ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
+        lossless = self._processor.decode(self._processor.encode(probe)) == probe and all(self._processor.is_byte(i) for i in ids)
+        return ids if lossless else None
+
+    def _encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.fromiter(ids, self.dtype, len(ids)) for ids in map(self._encode_one, texts)]
+
+    def _encode_one(self, text: str) -> list[int]:
+        if self._space_mark_ids is None or SPACE_MARK not in text:
+            return self._processor.EncodeAsIds(text)
+        ids: list[int] = []
+        for number, segment in enumerate(text.split(SPACE_MARK)):
+            ids += self._space_mark_ids if number else []
+            ids += self._processor.EncodeAsIds(segment)
+        return ids
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._processor.decode(ids)
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A `tokenizer.json` file, or a folder with one (and perhaps `tokenizer_config.json`, which names the end-of-document token)."""
+
+    type = "huggingface"
+
+    def __init__(self, model: str):
+        import tokenizers
+
+        path = Path(model) / "tokenizer.json" if Path(model).is_dir() else Path(model)
+        content = _read(str(path), "huggingface")
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
+        except Exception as error:  # the library raises bare Exception
+            raise DataError(f"{path}: not a Hugging Face tokenizer.json ({error}).") from error
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._tokenizer.encode_special_tokens = True  # special names in text stay text
+        self.model_name = path.name
+        self.hash = xxhash.xxh3_64_hexdigest(content)
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values()) + 1  # ids may have holes
+        names = (*_configured_end_of_document(path.parent / "tokenizer_config.json"), *_END_OF_DOCUMENT_NAMES)
+        self.eod_id = next((vocabulary[name] for name in names if name in vocabulary), None)
+
+    def _encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        # encode_batch_fast leaves out character offsets, which nobody here reads.
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.fromiter(ids, self.dtype, len(ids)) for ids in (encoding.ids for encoding in encodings)]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+
+# What OpenAI published with each encoding: splitting pattern, number of ranks (they are in the `.tiktoken` file), end-of-document id.
+_GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+_CL100K_PATTERN = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
+_UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
+_O200K_PATTERN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_TIKTOKEN_ENCODINGS = {
+    "gpt2": (_GPT2_PATTERN, 50256, 50256),
+    "r50k_base": (_GPT2_PATTERN, 50256, 50256),
+    "p50k_base": (_GPT2_PATTERN, 50280, 50256),
+    "cl100k_base": (_CL100K_PATTERN, 100256, 100257),
+    "o200k_base": (_O200K_PATTERN, 199998, 199999),
+}
+
+
+class TiktokenTokenizer(Tokenizer):
+    """An encoding's name (`cl100k_base`: tiktoken downloads it or finds it in its cache), or `[ENCODING:]FILE.tiktoken`.
+
+    A file holds the ranks only. The splitting pattern is that of ENCODING, which may be left out when the file is named after it;
+    the end-of-document id is the published one when the file holds the published number of ranks, else the first id after the ranks.
+    """
+
+    type = "tiktoken"
+
+    def __init__(self, model: str):
+        import tiktoken
+
+        encoding_name, _, path = model.rpartition(":")
+        if Path(path).suffix == ".tiktoken" or encoding_name:
+            self._encoding = self._from_file(encoding_name or Path(path).stem, path)
+        else:
+            try:
+                self._encoding = tiktoken.get_encoding(model)
+            except Exception as error:  # ValueError for a name, whatever the network raises for a download
+                raise DataError(
+                    f"tiktoken encoding {model!r} cannot be had ({error}). "
+                    f"Give the path of its .tiktoken file, or one of {tiktoken.list_encoding_names()}."
+                ) from error
+        self.model_name = self._encoding.name
+        self.vocab_size = self._encoding.n_vocab
+        self.eod_id = self._encoding.eot_token
+        ranks = b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in self._ranks())
+        self.hash = xxhash.xxh3_64_hexdigest(ranks + self._encoding._pat_str.encode())
+
+    def _ranks(self) -> list[tuple[bytes, int]]:
+        return sorted(self._encoding._mergeable_ranks.items(), key=lambda item: item[1])
+
+    def _from_file(self, name: str, path: str) -> Any:
+        import tiktoken
+
+        if name not in _TIKTOKEN_ENCODINGS:
+            raise DataError(
+                f"{path}: a .tiktoken file does not hold its splitting pattern, and {name!r} is none of {sorted(_TIKTOKEN_ENCODINGS)}. "
+                f"Write ENCODING:{path} to say which pattern applies."
+            )
+        pattern, published_ranks, eod_id = _TIKTOKEN_ENCODINGS[name]
+        ranks: dict[bytes, int] = {}
+        for number, line in enumerate(_read(path, "tiktoken").splitlines(), start=1):
+            try:
+                token, rank = line.split()
+                ranks[base64.b64decode(token, validate=True)] = int(rank)
+            except ValueError as error:
+                raise DataError(f"{path}, line {number}: expected a base64 token and its rank, found {line[:40]!r}.") from error
+        if {bytes([byte]) for byte in range(256)} - ranks.keys():
+            raise DataError(f"{path}: the ranks leave out some of the 256 single bytes, so some text could not be encoded.")
+        if len(ranks) != published_ranks:
+            eod_id = max(ranks.values()) + 1
+        return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": eod_id})
+
+    def _encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        for text in texts:
+            text.isascii() or text.encode()  # tiktoken would silently replace lone surrogates
+        return [self._encoding.encode_to_numpy(text, disallowed_special=()).astype(self.dtype) for text in texts]
+
+    def _decode(self, ids: list[int]) -> str:
+        special = set(self._encoding._special_tokens.values())
+        return self._encoding.decode([i for i in ids if i not in special])
+
+
+_FAMILIES = {"sentencepiece": SentencePieceTokenizer, "huggingface": HuggingFaceTokenizer, "tiktoken": TiktokenTokenizer}
+
+
+def build_tokenizer(config: TokenizerSettings) -> Tokenizer:
+    """The tokenizer that `config.type` and `config.model` name. Raises DataError for an unknown type or an unusable model."""
+    if config.type == "bytes":
+        return BytesTokenizer()
+    if config.type not in _FAMILIES:
+        raise DataError(f"tokenizer type = {config.type!r} is unknown. Use one of {sorted([*_FAMILIES, 'bytes'])}.")
+    if config.model is None:
+        raise DataError(
+            f"tokenizer type {config.type} needs a model: its file, or for tiktoken the encoding's name "
+            "(--tokenizer-model, data.tokenizer.model)."
+        )
+    return _FAMILIES[config.type](config.model)
+
+
+def _read(path: str, family: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: the {family} tokenizer's model cannot be read ({error.strerror}).") from error
+
+
+def _configured_end_of_document(path: Path) -> tuple[str, ...]:
+    if not path.exists():
+        return ()
+    try:
+        token = json.loads(path.read_bytes()).get("eos_token")
+    except (ValueError, AttributeError) as error:
+        raise DataError(f"{path}: not a JSON object ({error}).") from error
+    token = token.get("content") if isinstance(token, dict) else token
+    return (token,) if isinstance(token, str) else ()

@@ -1,0 +1,86 @@
+"""Cross-entropy pieces on CPU tensors: the same functions as in `reference`, a block of rows at a time.
+
+A block of logits stays in the cache through all its passes, so main memory is crossed once forward and once backward.
+float64 takes the definition itself: tests compare it to the last digits.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+LOGITS_BLOCK = 1 << 18  # elements of logits held in the cache at a time
+
+
+def cross_entropy_forward(
+    logits: Tensor, labels: Tensor, vocab_start: int, valid_vocab: int, logit_scale: float = 1.0, with_sum: bool = False
+) -> Tensor:
+    """Row statistics: the maximum, then exponentials and their sum."""
+    if logits.dtype == torch.float64:
+        return reference.cross_entropy_forward(logits, labels, vocab_start, valid_vocab, logit_scale, with_sum)
+    tokens, columns = logits.shape
+    valid = max(0, min(columns, valid_vocab - vocab_start))
+    stats = torch.zeros(4 if with_sum else 3, tokens, dtype=torch.float32)
+    stats[0] = -math.inf
+    if valid == 0 or tokens == 0:
+        return stats
+    block = max(8, LOGITS_BLOCK // columns)
+    scratch = torch.empty(min(block, tokens), valid, dtype=torch.float32)
+    for begin in range(0, tokens, block):
+        rows = slice(begin, begin + block)
+        tile = scratch[: min(block, tokens - begin)]
+        stored = logits[rows, :valid]
+        raw = stored if logits.dtype == torch.float32 else tile.copy_(stored)
+        if with_sum:
+            stats[3, rows] = raw.sum(1) * logit_scale
+        stats[0, rows] = raw.amax(1) * logit_scale
+        stats[1, rows] = torch.add(-stats[0, rows, None], raw, alpha=logit_scale, out=tile).exp_().sum(1)
+    local = labels - vocab_start
+    here = (local >= 0) & (local < valid)
+    target = logits.gather(1, torch.where(here, local, 0)[:, None])[:, 0].float() * logit_scale
+    stats[2] = torch.where(here, target, 0.0)
+    return stats
+
+
+def cross_entropy_backward_(
+    logits: Tensor,
+    labels: Tensor,
+    vocab_start: int,
+    lse: Tensor,
+    grad_scale: Tensor,
+    ignore_index: int,
+    z_loss: float,
+    label_smoothing: float,
+    vocab_size: int,
+    logit_scale: float = 1.0,
+) -> None:
+    """The gradient of the raw logits, written over them."""
+    if logits.dtype == torch.float64:
+        return reference.cross_entropy_backward_(
+            logits, labels, vocab_start, lse, grad_scale, ignore_index, z_loss, label_smoothing, vocab_size, logit_scale
+        )
+    tokens, columns = logits.shape
+    valid = max(0, min(columns, vocab_size - vocab_start))
+    logits[:, valid:] = 0
+    if valid == 0 or tokens == 0:
+        return
+    target_grad = (logit_scale * grad_scale.float()).expand(tokens).masked_fill(labels == ignore_index, 0.0)
+    softmax_grad = target_grad * (1 + 2 * z_loss * lse)
+    local = labels - vocab_start
+    here = (local >= 0) & (local < valid)
+    index = torch.where(here, local, 0)[:, None]
+    at_target = torch.where(here, -(1 - label_smoothing) * target_grad, 0.0)[:, None]
+    block = max(8, LOGITS_BLOCK // columns)
+    scratch = None if logits.dtype == torch.float32 else torch.empty(min(block, tokens), valid)
+    for begin in range(0, tokens, block):
+        rows = slice(begin, begin + block)
+        stored = logits[rows, :valid]
+        tile = stored if scratch is None else scratch[: stored.shape[0]].copy_(stored)
+        torch.add(-lse[rows, None], tile, alpha=logit_scale, out=tile).exp_().mul_(softmax_grad[rows, None])
+        if label_smoothing:
+            tile.sub_((label_smoothing / vocab_size * target_grad[rows])[:, None])
+        tile.scatter_add_(1, index[rows], at_target[rows])
+        if scratch is not None:
+            stored.copy_(tile)

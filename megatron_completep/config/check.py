@@ -245,7 +245,8 @@ def _world(config: Config, world_size: int) -> Iterator[str]:
         below, above = _multiples_around(together, training.global_batch_size)
         yield (
             f"training.global_batch_size = {training.global_batch_size} is not a multiple of micro_batch_size x data-parallel size = "
-            f"{training.micro_batch_size} x {replicas} = {together}. Use {one_of(n for n in (below, above) if n)}, or another micro_batch_size."
+            f"{training.micro_batch_size} x {replicas} = {together}. "
+            f"Use {one_of(n for n in (below, above) if n)}, or another micro_batch_size."
         )
         return
     yield from _micro_batches(config, derived.micro_batches_per_step(config, world_size), together)

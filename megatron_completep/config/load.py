@@ -63,7 +63,7 @@ def save_config(config: Config, path: str | os.PathLike[str]) -> None:
             file.write(dump_yaml(config.model_dump(mode="json")))
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, target)
+        temporary.replace(target)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise ConfigError(f"{target} cannot be written: {error.strerror}. Choose another folder or free some space.") from None

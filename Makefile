@@ -1,0 +1,52 @@
+# make quickstart   set-up + the main job: corpus, tokenizer, training, report and a sample, on this machine
+# make test         set-up + the test suite (without the tests marked slow)
+# make test-slow    set-up + the slow statistical tests
+# make lint         set-up + ruff (lint, format) and mypy
+# make gpu-report   on a machine with a GPU: kernel tests and benchmarks with the installed Python, no network
+# make clean        remove what builds, tests and checkers leave behind; .venv and runs stay
+
+PYTHON ?= python3
+VENV ?= .venv
+# Test processes side by side, each with one thread; 0: all tests in one process.
+TEST_WORKERS ?= 2
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
+
+.PHONY: help setup quickstart test test-slow lint gpu-report clean
+
+help:
+	@sed -n 's/^# make/make/p' Makefile
+
+setup: $(READY)
+
+$(READY): setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("error: Python 3.11 or later is needed, found " + sys.version.split()[0] + \
+		". Name one: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	@test -x $(BIN)/python || echo "Creating $(VENV) with $$($(PYTHON) --version)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing the project and what it needs into $(VENV) (torch is most of it; some minutes on a slow line)"
+	@$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+quickstart: $(READY)
+	$(BIN)/python tools/quickstart.py
+
+test: $(READY)
+	$(PYTEST) -m "not slow"
+
+test-slow: $(READY)
+	$(PYTEST) -m slow
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy megatron_completep
+
+gpu-report:
+	PYTHONPATH=. $(PYTHON) tools/gpu_report.py
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -58,9 +58,10 @@ def cross_entropy_backward_(
 ) -> None:
     """The gradient of the raw logits, written over them."""
     if logits.dtype == torch.float64:
-        return reference.cross_entropy_backward_(
+        reference.cross_entropy_backward_(
             logits, labels, vocab_start, lse, grad_scale, ignore_index, z_loss, label_smoothing, vocab_size, logit_scale
         )
+        return
     tokens, columns = logits.shape
     valid = max(0, min(columns, vocab_size - vocab_start))
     logits[:, valid:] = 0

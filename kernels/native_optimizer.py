@@ -34,7 +34,8 @@ def adamw_(
         lr*(m/correction1 / (sqrt(v)/r + eps) + wd*p) = lr*r/correction1 * (m / (sqrt(v) + eps*r) + wd*correction1/r * p).
     """
     if master.dtype != torch.float32:
-        return reference.adamw_(parameter_out, master, exp_avg, exp_avg_sq, grad, segments, groups, control, beta1, beta2)
+        reference.adamw_(parameter_out, master, exp_avg, exp_avg_sq, grad, segments, groups, control, beta1, beta2)
+        return
     learning_rate, _, clip, skip, correction1, correction2 = control.tolist()[:6]
     if skip:
         return

@@ -1,0 +1,38 @@
+"""Fused operations for transformers trained under CompleteP: Triton on GPU tensors, plain torch on CPU tensors.
+
+Needs torch, and Triton once a GPU tensor arrives; knows nothing of models. `reference.py` defines every operation,
+`operators.py` registers them with torch, the files named after an operation hold its Triton kernels.
+"""
+
+if __name__ == "kernels":  # some libraries probe for a package of this name, and a second registration would fail
+    raise ImportError("This folder is the package megatron_completep.kernels; import it by that name.")
+
+from .operators import (
+    norm,
+    reduce_partials,
+    residual_norm_backward,
+    residual_norm_forward,
+    rotary,
+    rotary_,
+    scaled_add,
+    scaled_add_backward,
+    scaled_add_forward,
+    scaled_residual_norm,
+    squared_relu,
+    swiglu,
+)
+
+__all__ = [
+    "norm",
+    "reduce_partials",
+    "residual_norm_backward",
+    "residual_norm_forward",
+    "rotary",
+    "rotary_",
+    "scaled_add",
+    "scaled_add_backward",
+    "scaled_add_forward",
+    "scaled_residual_norm",
+    "squared_relu",
+    "swiglu",
+]

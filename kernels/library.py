@@ -1,0 +1,39 @@
+"""How an operation is made known to torch: one schema, and one function for each of CPU, CUDA and shape-only tensors.
+
+`torch.library.custom_op` would be shorter, but its Python wrappers cost three times the host time of a plain definition.
+The operators registered here carry no autograd formula: each public function is a `torch.autograd.Function` over a forward
+and a backward operator (see operators.py), so torch.compile traces through both.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_NAMESPACE = "completep"
+_library = torch.library.Library(_NAMESPACE, "DEF")
+
+
+def lazy(module: str, function: str) -> Callable[..., Any]:
+    """`function` of the sibling module, imported at its first call: Triton costs nothing until a GPU tensor arrives."""
+
+    @functools.cache
+    def load() -> Callable[..., Any]:
+        return getattr(importlib.import_module(f".{module}", __package__), function)
+
+    return lambda *arguments: load()(*arguments)
+
+
+def register(schema: str, *, cpu: Callable[..., Any], cuda: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Define `completep::<schema>` and return it as a callable.
+
+    `cpu` and `cuda` receive every argument of the schema by position; `fake` makes the outputs of tensors without data.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, cpu, "CPU")
+    _library.impl(name, cuda, "CUDA")
+    torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_library)
+    return getattr(getattr(torch.ops, _NAMESPACE), name).default

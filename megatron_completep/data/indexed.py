@@ -1,0 +1,278 @@
+"""Token files in Megatron's format: PREFIX.bin (tokens back to back) and PREFIX.idx (where each sequence and document lies).
+
+An optional PREFIX.json beside them holds counts, content hashes and the tokenizer; Megatron ignores it, so the files are
+exchangeable both ways.
+
+PREFIX.idx, little-endian, S sequences, D = documents + 1:
+
+    magic[9]  uint64 version  uint8 dtype code  uint64 S  uint64 D
+    int32 lengths[S]  int64 pointers[S]  int64 document_indices[D]  (int8 modes[S], multimodal files only)
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import struct
+from bisect import bisect_right
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from megatron_completep.errors import DataError
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+HEADER = struct.Struct("<9sQBQQ")
+DTYPES: dict[int, np.dtype[Any]] = {
+    1: np.dtype("u1"),
+    2: np.dtype("i1"),
+    3: np.dtype("<i2"),
+    4: np.dtype("<i4"),
+    5: np.dtype("<i8"),
+    8: np.dtype("<u2"),
+}
+FLOAT_CODES = (6, 7)
+SIDECAR_FORMAT = "megatron-completep token file"
+
+FULL_CHECK_BYTES = 64 << 20  # an index up to this size is checked entry by entry when it is opened
+CHUNK = 1 << 18  # entries looked at together: bounds the memory of every pass over an index
+BLOCK_BYTES = 8 << 20  # bytes of a .bin handled together
+
+Array = npt.NDArray[Any]
+
+
+def dtype_for_vocabulary(vocab_size: int) -> np.dtype[Any]:
+    """The token type Megatron chooses: uint16 below 65,500 ids, else int32."""
+    return DTYPES[8] if vocab_size < 65500 else DTYPES[4]
+
+
+class Header(NamedTuple):
+    """The fixed part of an index file."""
+
+    dtype: np.dtype[Any]
+    num_sequences: int
+    document_entries: int  # documents + 1
+
+
+def read_header(raw: bytes, path: str) -> Header:
+    """Decode and check the first 34 bytes of an index; raises DataError naming the field."""
+    if len(raw) < HEADER.size:
+        raise DataError(f"{path}: header: the file has {len(raw)} bytes, the header takes {HEADER.size}. It is truncated; build it again.")
+    magic, version, code, sequences, documents = HEADER.unpack_from(raw)
+    if magic != MAGIC:
+        raise DataError(f"{path}: magic: {magic!r} is not {MAGIC!r}. This is not a token index.")
+    if version != VERSION:
+        raise DataError(f"{path}: version: {version} is not {VERSION}. Write it again with tools/preprocess_data.py.")
+    if code in FLOAT_CODES:
+        raise DataError(f"{path}: dtype code: {code} is a floating-point type; tokens are integers.")
+    if code not in DTYPES:
+        raise DataError(f"{path}: dtype code: {code} is none of {sorted(DTYPES)}.")
+    if documents < 1:
+        raise DataError(f"{path}: document_indices: the length is 0; it must be documents + 1, so at least 1.")
+    return Header(DTYPES[code], sequences, documents)
+
+
+class IndexedDataset:
+    """Read-only memory-mapped view of a pair of token files.
+
+    Opening checks the header, every size, both ends of each array, and every entry of an index up to 64 MB (a larger one at 64
+    places: `problems` looks at all of it). Raises DataError naming file and field.
+
+    Attributes: `tokens` [num_tokens], `lengths` int32 [S] in tokens, `pointers` int64 [S] in bytes, `document_indices` int64 [documents + 1]
+    (first sequence of each document), `modes` int8 [S] or None, `dtype`, and the counts.
+    """
+
+    def __init__(self, prefix: str | Path) -> None:
+        self.prefix = str(prefix)
+        self.idx_path, self.bin_path = self.prefix + ".idx", self.prefix + ".bin"
+        self._index = _map_file(self.idx_path)
+        header = read_header(bytes(self._index[: HEADER.size]), self.idx_path)
+        self.dtype, self.num_sequences = header.dtype, header.num_sequences
+        self.num_documents = header.document_entries - 1
+        self._map_arrays(header)
+        self.tokens: Array = np.frombuffer(_map_file(self.bin_path), dtype=np.uint8)
+        self._check_ends()
+        self.tokens = self.tokens.view(self.dtype)
+        self.num_tokens = len(self.tokens)
+        if len(self._index) <= FULL_CHECK_BYTES:
+            self._raise_first(self._structure_problems(0, max(self.num_sequences, header.document_entries)))
+        else:
+            for start in np.linspace(0, max(self.num_sequences, header.document_entries) - 512, 64, dtype=np.int64):
+                self._raise_first(self._structure_problems(int(start), int(start) + 512))
+        self.sidecar = read_sidecar(self.prefix)
+        if self.sidecar is not None:
+            self._raise_first(self._sidecar_problems(self.sidecar))
+
+    def __reduce__(self) -> tuple[type[IndexedDataset], tuple[str]]:
+        return IndexedDataset, (self.prefix,)
+
+    def __len__(self) -> int:
+        return self.num_documents
+
+    def _map_arrays(self, header: Header) -> None:
+        sequences, documents = header.num_sequences, header.document_entries
+        pointers_at = HEADER.size + 4 * sequences
+        documents_at = pointers_at + 8 * sequences
+        modes_at = documents_at + 8 * documents
+        size = len(self._index)
+        if size not in (modes_at, modes_at + sequences):
+            raise DataError(
+                f"{self.idx_path}: size: {size} bytes, but {sequences} sequences and {documents} document_indices take {modes_at}. "
+                "The file is truncated or its counts are corrupted; build it again."
+            )
+        self.lengths: Array = np.frombuffer(self._index, "<i4", sequences, HEADER.size)
+        self.pointers: Array = np.frombuffer(self._index, "<i8", sequences, pointers_at)
+        self.document_indices: Array = np.frombuffer(self._index, "<i8", documents, documents_at)
+        self.modes: Array | None = np.frombuffer(self._index, "i1", sequences, modes_at) if size > modes_at else None
+
+    def _check_ends(self) -> None:
+        """Both ends of each array, and the size of the .bin."""
+        first, last = int(self.document_indices[0]), int(self.document_indices[-1])
+        if first != 0:
+            raise DataError(f"{self.idx_path}: document_indices: starts with {first} instead of 0.")
+        if last != self.num_sequences:
+            raise DataError(
+                f"{self.idx_path}: document_indices: ends with {last} instead of the number of sequences, {self.num_sequences}."
+            )
+        end = 0
+        if self.num_sequences:
+            end = int(self.pointers[-1]) + int(self.lengths[-1]) * self.dtype.itemsize
+        if end != len(self.tokens):
+            raise DataError(
+                f"{self.bin_path}: size: {len(self.tokens)} bytes, but the index {self.idx_path} describes {end}. "
+                "One of the two files is truncated or belongs to another corpus; build or copy both again."
+            )
+
+    def _structure_problems(self, start: int, stop: int) -> Iterator[str]:
+        """Faults among entries start..stop-1 of the arrays (each compared with its successor), the first of each kind."""
+        itemsize, total = self.dtype.itemsize, len(self.tokens) * self.tokens.itemsize
+        for begin in range(start, min(stop, self.num_sequences), CHUNK):
+            end = min(begin + CHUNK, stop, self.num_sequences)
+            lengths = self.lengths[begin:end].astype(np.int64)
+            pointers = np.append(self.pointers[begin:end], self.pointers[end] if end < self.num_sequences else total)
+            if (lengths < 0).any():
+                at = int(np.argmax(lengths < 0))
+                yield f"{self.idx_path}: lengths: sequence {begin + at} has the negative length {lengths[at]}."
+            if begin == 0 and pointers[0] != 0:
+                yield f"{self.idx_path}: pointers: sequence 0 is at byte {pointers[0]} instead of 0."
+            wrong = np.diff(pointers) != lengths * itemsize
+            if wrong.any():
+                at = int(np.argmax(wrong))
+                yield (
+                    f"{self.idx_path}: pointers: sequence {begin + at} at byte {pointers[at]} with {lengths[at]} tokens of {itemsize} bytes "
+                    f"must be followed by byte {pointers[at] + lengths[at] * itemsize}, found {pointers[at + 1]}."
+                )
+        for begin in range(start, min(stop, self.num_documents), CHUNK):
+            end = min(begin + CHUNK, stop, self.num_documents)
+            falls = np.diff(self.document_indices[begin : end + 1]) < 0
+            if falls.any():
+                at = begin + int(np.argmax(falls))
+                yield f"{self.idx_path}: document_indices: entry {at + 1} is smaller than the entry before it."
+
+    def _sidecar_problems(self, sidecar: dict[str, Any]) -> Iterator[str]:
+        counts = {"documents": self.num_documents, "sequences": self.num_sequences, "tokens": self.num_tokens, "dtype": self.dtype.name}
+        for field, value in counts.items():
+            if sidecar.get(field) != value:
+                yield (
+                    f"{self.prefix}.json: {field}: {sidecar.get(field)!r}, but the token files have {value!r}. "
+                    "It describes other files; remove it, or copy all three again."
+                )
+
+    @staticmethod
+    def _raise_first(problems: Iterator[str]) -> None:
+        for problem in problems:
+            raise DataError(problem)
+
+    def problems(self) -> list[str]:
+        """Everything that is wrong with the files: the whole structure, and the content hashes where PREFIX.json has them."""
+        found = list(self._structure_problems(0, max(self.num_sequences, self.num_documents + 1)))
+        for suffix in ("bin", "idx"):
+            recorded = ((self.sidecar or {}).get(suffix) or {}).get("xxh3_64")
+            if recorded is not None and (actual := hash_file(f"{self.prefix}.{suffix}")) != recorded:
+                found.append(
+                    f"{self.prefix}.{suffix}: content: its xxh3_64 is {actual}, {self.prefix}.json records {recorded}. The file was changed."
+                )
+        self._index.madvise(mmap.MADV_DONTNEED)
+        return found
+
+    def sequence(self, number: int) -> Array:
+        """Tokens of one sequence, a view."""
+        begin = int(self.pointers[number]) // self.dtype.itemsize
+        return self.tokens[begin : begin + int(self.lengths[number])]
+
+    def document(self, number: int) -> Array:
+        """Tokens of one document (all its sequences), a view."""
+        return self.tokens[self.token_offset(number) : self.token_offset(number + 1)]
+
+    def token_offset(self, document: int) -> int:
+        """Where a document begins in `tokens`; `num_documents` gives the end of the last one."""
+        return self.sequence_offset(int(self.document_indices[document]))
+
+    def sequence_offset(self, sequence: int) -> int:
+        """Where a sequence begins in `tokens`; `num_sequences` gives the end of the last one."""
+        return self.num_tokens if sequence == self.num_sequences else int(self.pointers[sequence]) // self.dtype.itemsize
+
+    def sequence_offsets(self, sequences: Array) -> Array:
+        """`sequence_offset` of many sequences, int64."""
+        if self.num_sequences == 0:
+            return np.zeros(len(sequences), np.int64)
+        inside = self.pointers[np.minimum(sequences, self.num_sequences - 1)] // self.dtype.itemsize
+        return np.where(sequences < self.num_sequences, inside, self.num_tokens)
+
+    def document_at(self, token: int) -> int:
+        """Number of the document that holds token `token` of the file. Two binary searches, no copy (the arrays are not aligned)."""
+        sequence = bisect_right(self.pointers, token * self.dtype.itemsize) - 1
+        return bisect_right(self.document_indices, sequence) - 1
+
+    def document_starts(self, begin: int, end: int) -> Array:
+        """Offsets t in begin < t < end at which a new non-empty document begins, int64, ascending."""
+        first, last = self.document_at(begin), self.document_at(end - 1)
+        if first == last:
+            return np.empty(0, np.int64)
+        sequences = self.document_indices[first + 1 : last + 1]
+        return np.unique(self.pointers[sequences] // self.dtype.itemsize)
+
+
+def _map_file(path: str) -> Any:
+    """Map a whole file for reading; an empty file (which cannot be mapped) gives empty bytes."""
+    try:
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                return b""
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise DataError(
+            f"{path}: {error.strerror}. A corpus is the pair PREFIX.bin and PREFIX.idx; give PREFIX without the suffix."
+        ) from error
+    if path.endswith(".idx"):
+        mapped.madvise(mmap.MADV_RANDOM)  # binary searches: read-ahead would make gigabytes of a huge index resident
+    return mapped
+
+
+def hash_file(path: str | Path) -> str:
+    """xxh3_64 of a file's bytes, in hexadecimal."""
+    digest = xxhash.xxh3_64()
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_sidecar(prefix: str) -> dict[str, Any] | None:
+    """PREFIX.json, or None where there is none (or where the file of that name is something else)."""
+    path = prefix + ".json"
+    if not os.path.exists(path):
+        return None
+    try:
+        content = json.loads(Path(path).read_text("utf-8"))
+    except (ValueError, OSError) as error:
+        raise DataError(
+            f"{path}: cannot be read as JSON ({error}). Remove it, or copy it again: the token files work without it."
+        ) from error
+    return content if isinstance(content, dict) and content.get("format") == SIDECAR_FORMAT else None

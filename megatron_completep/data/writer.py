@@ -1,0 +1,278 @@
+"""Writes, merges and splits token files. Nothing that looks valid exists before the last rename."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from megatron_completep.data.indexed import (
+    BLOCK_BYTES,
+    CHUNK,
+    DTYPES,
+    HEADER,
+    MAGIC,
+    SIDECAR_FORMAT,
+    VERSION,
+    Array,
+    IndexedDataset,
+    hash_file,
+)
+from megatron_completep.errors import DataError
+
+INT32_MAX = np.iinfo(np.int32).max
+
+
+class IndexedWriter:
+    """Streams documents into PREFIX.bin, PREFIX.idx and PREFIX.json; memory does not grow with the corpus.
+
+    Everything goes to `*.partial` files. `close` completes and renames them, the index last: a reader sees all or nothing. As a context
+    manager it closes at the end of the block and removes the partial files when the block raises. Raises DataError for a token that the
+    dtype cannot hold and for a sequence longer than int32 counts.
+    """
+
+    def __init__(self, prefix: str | Path, dtype: npt.DTypeLike) -> None:
+        self.prefix = str(prefix)
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        codes = [code for code, known in DTYPES.items() if known == self.dtype]
+        if not codes:
+            raise DataError(f"{self.prefix}: dtype {self.dtype} cannot be stored; use one of {[d.name for d in DTYPES.values()]}.")
+        self._code = codes[0]
+        Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
+        self._bin = open(self.prefix + ".bin.partial", "wb")  # noqa: SIM115 (held open until close)
+        self._idx = open(self.prefix + ".idx.partial", "w+b")  # noqa: SIM115
+        self._counts = open(self.prefix + ".documents.partial", "w+b")  # noqa: SIM115 (int64 sequences per document)
+        self._idx.write(bytes(HEADER.size))  # the header comes last: without it the file is no index
+        self._digest = xxhash.xxh3_64()
+        self.num_documents = self.num_sequences = self.num_tokens = 0
+        self.longest_document = 0
+        self.largest_id = -1
+
+    def __enter__(self) -> IndexedWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
+
+    def add_document(self, sequences: Iterable[npt.ArrayLike]) -> None:
+        """Append one document: a list of sequences, each 1-D token ids; no sequence at all is an empty document."""
+        parts = [self._cast(np.asarray(sequence)) for sequence in sequences]
+        lengths = np.fromiter((len(part) for part in parts), np.int64, len(parts))
+        self._append(parts, lengths, np.array([len(parts)], np.int64))
+        self.longest_document = max(self.longest_document, int(lengths.sum()))
+
+    def add_documents(self, tokens: npt.ArrayLike, lengths: npt.ArrayLike) -> None:
+        """Append many documents of one sequence each: their tokens one after another, and the length of each."""
+        flat, sizes = self._cast(np.asarray(tokens)), np.asarray(lengths, dtype=np.int64)
+        if len(sizes) == 0:
+            return
+        if int(sizes.sum()) != len(flat) or int(sizes.min()) < 0:
+            raise DataError(f"{self.prefix}: {len(flat)} tokens were handed over, but the documents' lengths sum to {int(sizes.sum())}.")
+        self._append([flat], sizes, np.ones(len(sizes), np.int64))
+        self.longest_document = max(self.longest_document, int(sizes.max()))
+
+    def append(self, dataset: IndexedDataset, first_document: int = 0, last_document: int | None = None) -> None:
+        """Copy documents first..last-1 of other token files block by block, without looking at single tokens."""
+        if dataset.dtype != self.dtype:
+            raise DataError(
+                f"{dataset.idx_path}: dtype code: {dataset.dtype.name} tokens cannot go into {self.prefix}, which has {self.dtype.name}."
+            )
+        if dataset.modes is not None:
+            raise DataError(f"{dataset.idx_path}: modes: multimodal token files cannot be merged or split.")
+        last_document = dataset.num_documents if last_document is None else last_document
+        begin, end = dataset.token_offset(first_document), dataset.token_offset(last_document)
+        step = BLOCK_BYTES // self.dtype.itemsize
+        for start in range(begin, end, step):
+            self._write_tokens(dataset.tokens[start : min(start + step, end)])
+        first, last = int(dataset.document_indices[first_document]), int(dataset.document_indices[last_document])
+        for start in range(first, last, CHUNK):
+            self._idx.write(dataset.lengths[start : min(start + CHUNK, last)].tobytes())
+        for start in range(first_document, last_document, CHUNK):
+            stop = min(start + CHUNK, last_document)
+            indices = dataset.document_indices[start : stop + 1]
+            self._counts.write(np.diff(indices).astype("<i8").tobytes())
+            self.longest_document = max(self.longest_document, int(np.diff(dataset.sequence_offsets(indices)).max()))
+        self.num_sequences += last - first
+        self.num_documents += last_document - first_document
+
+    def _cast(self, tokens: Array) -> Array:
+        """Tokens in the stored type; refuses what does not fit instead of wrapping it."""
+        if tokens.ndim != 1:
+            raise DataError(f"{self.prefix}: document {self.num_documents}: a sequence must be 1-D token ids, found shape {tokens.shape}.")
+        if tokens.dtype == self.dtype or len(tokens) == 0:
+            return tokens.astype(self.dtype, copy=False)
+        bounds = np.iinfo(self.dtype)
+        worst = int(tokens.max()) if int(tokens.max()) > bounds.max else int(tokens.min())
+        if not bounds.min <= worst <= bounds.max:
+            raise DataError(
+                f"{self.prefix}: document {self.num_documents}: token id {worst} does not fit {self.dtype.name}. Choose a wider dtype."
+            )
+        return tokens.astype(self.dtype)
+
+    def _append(self, parts: Sequence[Array], lengths: Array, sequences_per_document: Array) -> None:
+        if len(lengths) and int(lengths.max()) > INT32_MAX:
+            raise DataError(
+                f"{self.prefix}: document {self.num_documents}: a sequence of {int(lengths.max())} tokens; the format holds up to {INT32_MAX}."
+            )
+        for part in parts:
+            self._write_tokens(part)
+        self._idx.write(lengths.astype("<i4").tobytes())
+        self._counts.write(sequences_per_document.astype("<i8").tobytes())
+        self.num_sequences += len(lengths)
+        self.num_documents += len(sequences_per_document)
+
+    def _write_tokens(self, tokens: Array) -> None:
+        if len(tokens) == 0:
+            return
+        raw = memoryview(np.ascontiguousarray(tokens)).cast("B")
+        self._bin.write(raw)
+        self._digest.update(raw)
+        self.num_tokens += len(tokens)
+        self.largest_id = max(self.largest_id, int(tokens.max()))
+
+    def close(self, tokenizer: dict[str, Any] | None = None, **extra: Any) -> dict[str, Any]:
+        """Complete the files and rename them into place; returns the content of PREFIX.json.
+
+        tokenizer: what describes the tokenizer (type, model, hash, vocab_size, ...); extra: further JSON fields.
+        """
+        self._write_pointers()
+        self._write_document_indices()
+        self._idx.seek(0)
+        self._idx.write(HEADER.pack(MAGIC, VERSION, self._code, self.num_sequences, self.num_documents + 1))
+        for file in (self._bin, self._idx):
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+        self._counts.close()
+        os.unlink(self._counts.name)
+        sidecar = {
+            "format": SIDECAR_FORMAT,
+            "version": 1,
+            "documents": self.num_documents,
+            "sequences": self.num_sequences,
+            "tokens": self.num_tokens,
+            "longest_document": self.longest_document,
+            "largest_id": self.largest_id,
+            "dtype": self.dtype.name,
+            "bin": {"bytes": self.num_tokens * self.dtype.itemsize, "xxh3_64": self._digest.hexdigest()},
+            "idx": {"bytes": os.path.getsize(self._idx.name), "xxh3_64": hash_file(self._idx.name)},
+            "tokenizer": tokenizer,
+            **extra,
+        }
+        self._publish(sidecar)
+        return sidecar
+
+    def abort(self) -> None:
+        """Remove the partial files."""
+        for file in (self._bin, self._idx, self._counts):
+            file.close()
+            with suppress(FileNotFoundError):
+                os.unlink(file.name)
+
+    def _write_pointers(self) -> None:
+        offset = 0
+        for start in range(0, self.num_sequences, CHUNK):
+            lengths = np.fromfile(self._at(HEADER.size + 4 * start), "<i4", min(CHUNK, self.num_sequences - start)).astype(np.int64)
+            ends = offset + np.cumsum(lengths * self.dtype.itemsize)
+            self._idx.seek(0, os.SEEK_END)
+            self._idx.write((ends - lengths * self.dtype.itemsize).astype("<i8").tobytes())
+            offset = int(ends[-1])
+
+    def _at(self, position: int) -> Any:
+        self._idx.flush()
+        self._idx.seek(position)
+        return self._idx
+
+    def _write_document_indices(self) -> None:
+        self._counts.seek(0)
+        self._idx.seek(0, os.SEEK_END)
+        self._idx.write(np.zeros(1, "<i8").tobytes())
+        total = 0
+        while block := self._counts.read(8 * CHUNK):
+            indices = total + np.cumsum(np.frombuffer(block, "<i8"))
+            self._idx.write(indices.astype("<i8").tobytes())
+            total = int(indices[-1])
+
+    def _publish(self, sidecar: dict[str, Any]) -> None:
+        """Rename into place. The old index goes first and the new one comes last, so no moment shows a mixed pair."""
+        json_path = self.prefix + ".json"
+        with open(json_path + ".partial", "w", encoding="utf-8") as file:
+            json.dump(sidecar, file, indent=1, sort_keys=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        for stale in (self.prefix + ".idx", json_path):
+            with suppress(FileNotFoundError):
+                os.unlink(stale)
+        os.replace(self._bin.name, self.prefix + ".bin")
+        os.replace(json_path + ".partial", json_path)
+        os.replace(self._idx.name, self.prefix + ".idx")
+        folder = os.open(Path(self.prefix).parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def merge(prefixes: Sequence[str | Path], output: str | Path) -> dict[str, Any]:
+    """Concatenate token files in the given order; returns the new PREFIX.json.
+
+    Raises DataError where types differ, where recorded tokenizers differ, and where the output is one of the inputs.
+    """
+    datasets = [IndexedDataset(prefix) for prefix in prefixes]
+    if not datasets:
+        raise DataError("merge: no input prefix was given.")
+    _refuse_overwrite(datasets, [output])
+    writer = IndexedWriter(output, datasets[0].dtype)
+    try:
+        for dataset in datasets:
+            writer.append(dataset)
+        return writer.close(tokenizer=_common_tokenizer(datasets))
+    except BaseException:
+        writer.abort()
+        raise
+
+
+def split(prefix: str | Path, shares: Sequence[float], outputs: Sequence[str | Path]) -> list[dict[str, Any]]:
+    """Cut token files into consecutive runs of whole documents with the given shares; returns the new PREFIX.json contents."""
+    dataset = IndexedDataset(prefix)
+    if len(shares) != len(outputs) or not shares or min(shares) < 0 or sum(shares) <= 0:
+        raise DataError(f"split: {len(outputs)} outputs for shares {list(shares)}; give one share >= 0 an output, not all of them 0.")
+    _refuse_overwrite([dataset], outputs)
+    bounds = [round(float(edge) * dataset.num_documents) for edge in np.cumsum([0.0, *shares]) / sum(shares)]
+    contents = []
+    for output, first, last in zip(outputs, bounds[:-1], bounds[1:], strict=True):
+        writer = IndexedWriter(output, dataset.dtype)
+        try:
+            writer.append(dataset, first, last)
+            contents.append(writer.close(tokenizer=_common_tokenizer([dataset])))
+        except BaseException:
+            writer.abort()
+            raise
+    return contents
+
+
+def _refuse_overwrite(datasets: Sequence[IndexedDataset], outputs: Sequence[str | Path]) -> None:
+    sources = {os.path.realpath(dataset.idx_path) for dataset in datasets}
+    for output in outputs:
+        if os.path.realpath(f"{output}.idx") in sources:
+            raise DataError(f"{output}: is an input as well as an output. Choose another output prefix.")
+
+
+def _common_tokenizer(datasets: Sequence[IndexedDataset]) -> dict[str, Any] | None:
+    recorded = [(d.prefix, d.sidecar["tokenizer"]) for d in datasets if d.sidecar and d.sidecar.get("tokenizer")]
+    for prefix, tokenizer in recorded[1:]:
+        if tokenizer != recorded[0][1]:
+            raise DataError(
+                f"{prefix}.json: tokenizer: {tokenizer} differs from {recorded[0][1]} of {recorded[0][0]}. Token ids of two tokenizers cannot be mixed."
+            )
+    return recorded[0][1] if len(recorded) == len(datasets) else None

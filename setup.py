@@ -1,4 +1,4 @@
-"""Packaging. `kernels/` and `tools/` are part of the package through the symlinks `megatron_completep/kernels` and `megatron_completep/tools`."""
+"""Packaging. `kernels/` and `tools/` are parts of the package through symlinks of these names in `megatron_completep/`."""
 
 import re
 from pathlib import Path

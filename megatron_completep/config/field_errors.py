@@ -56,7 +56,7 @@ def _describe_one(finding: Any, path: Path) -> str:
         return f"{dotted(path)}: unknown key. {_suggestion(path)}"
     if kind == "literal_error":
         choices = [show(choice).strip("'") for choice in get_args(_strip(_annotation(path)))]
-        return f"{where}: must be {one_of(choices)}." + _did_you_mean(str(value), choices)
+        return f"{where}: must be {one_of(choices)}."
     if kind in _COMPARISONS:
         name, words = _COMPARISONS[kind]
         return f"{where}: must be {words} {context[name]:g}."
@@ -98,11 +98,6 @@ def _is_number(value: Any) -> bool:
     except (TypeError, ValueError, OverflowError):
         return False
     return isinstance(value, str)
-
-
-def _did_you_mean(word: str, choices: list[str]) -> str:
-    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
-    return f" Did you mean {close[0]}?" if close else ""
 
 
 def _suggestion(path: Path) -> str:

@@ -113,7 +113,7 @@ def parse_yaml(text: str, name: str) -> tuple[Any, dict[Path, int]]:
         return loader.construct_document(node), _lines(node, ())
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        raise _syntax_error(name, mark.line + 1 if mark else 1, error.problem or error.context or str(error)) from None
+        raise _syntax_error(name, mark.line + 1 if mark else 1, ", ".join(filter(None, (error.context, error.problem)))) from None
     except yaml.reader.ReaderError as error:
         raise _syntax_error(name, text.count("\n", 0, error.position) + 1, f"{error.reason}: {error.character!r}") from None
     except RecursionError:

@@ -1,0 +1,92 @@
+"""The gradient norm and the decisions that follow from it, all on the device: nothing waits for the host.
+
+Order of every sum: the segments are dealt to a fixed number of programs; each adds the squares of one segment in the storage's
+precision and its segments in float64; one more reduction adds the programs. The same buffer gives the same bits on every run.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+PROGRAMS = 1024
+BLOCK = 1024
+NUM_WARPS = 4
+
+
+@triton.jit
+def sum_of_squares_kernel(
+    flat,
+    segments,  # int64 [count, 3]: start, length, group; unused when the whole buffer counts
+    partials,  # float64 [programs]
+    count,
+    size,
+    WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    wide: tl.constexpr = tl.float64 if flat.dtype.element_ty == tl.float64 else tl.float32
+    total = tl.zeros([1], dtype=tl.float64)
+    for r in range(tl.program_id(0).to(tl.int64), count, tl.num_programs(0)):
+        if WHOLE:
+            start = r * BLOCK
+            length = tl.minimum(size - start, BLOCK)
+        else:
+            row = segments + r * 3
+            start, length = tl.multiple_of(tl.load(row), 64), tl.load(row + 1)
+        squares = tl.zeros([BLOCK], dtype=wide)
+        for offset in range(0, length, BLOCK):
+            i = offset + tl.arange(0, BLOCK)
+            x = tl.load(flat + start + i, mask=i < length, other=0.0).to(wide)
+            squares += x * x
+        total += tl.sum(squares, 0).to(tl.float64)
+    tl.store(partials + tl.program_id(0) + tl.arange(0, 1), total)
+
+
+def sum_of_squares(flat: Tensor, segments: Tensor | None) -> Tensor:
+    count = triton.cdiv(flat.numel(), BLOCK) if segments is None else segments.shape[0]
+    programs = max(1, min(PROGRAMS, count))
+    partials = torch.empty(programs, dtype=torch.float64, device=flat.device)
+    sum_of_squares_kernel[(programs,)](
+        flat,
+        flat if segments is None else segments,
+        partials,
+        count,
+        flat.numel(),
+        WHOLE=segments is None,
+        BLOCK=BLOCK,
+        num_warps=NUM_WARPS,
+    )
+    return partials.sum()
+
+
+@triton.jit
+def begin_step_kernel(
+    control,  # float64 [8]
+    sum_sq,  # float64 scalar
+    MAX_NORM: tl.constexpr,
+    LOG_BETA1: tl.constexpr,
+    LOG_BETA2: tl.constexpr,
+):
+    squares = tl.load(sum_sq)
+    norm = tl.sqrt(squares)
+    finite = (squares >= 0.0) & (squares < float("inf"))  # false for NaN
+    step = tl.load(control + 1) + tl.where(finite, 1.0, 0.0)
+    tl.store(control + 1, step)
+    if MAX_NORM > 0:
+        tl.store(control + 2, tl.where(finite, tl.minimum(MAX_NORM / (norm + 1e-6), 1.0), 1.0))
+    else:
+        tl.store(control + 2, 1.0)
+    tl.store(control + 3, tl.where(finite, 0.0, 1.0))
+    tl.store(control + 4, 1.0 - tl.exp(step * LOG_BETA1))
+    tl.store(control + 5, 1.0 - tl.exp(step * LOG_BETA2))
+    tl.store(control + 6, norm)
+
+
+def _log(beta: float) -> float:
+    return math.log(beta) if beta > 0 else -1e5  # exp(-1e5) is 0, and 0 * -1e5 still 0
+
+
+def begin_step_(control: Tensor, sum_sq: Tensor, max_norm: float, beta1: float, beta2: float) -> None:
+    begin_step_kernel[(1,)](control, sum_sq, MAX_NORM=max_norm, LOG_BETA1=_log(beta1), LOG_BETA2=_log(beta2), num_warps=1)

@@ -7,6 +7,7 @@ Needs torch, and Triton once a GPU tensor arrives; knows nothing of models. `ref
 if __name__ == "kernels":  # some libraries probe for a package of this name, and a second registration would fail
     raise ImportError("This folder is the package megatron_completep.kernels; import it by that name.")
 
+from .loss_operators import cross_entropy_backward_, cross_entropy_forward, cross_entropy_loss, unembedding_cross_entropy
 from .operators import (
     norm,
     reduce_partials,
@@ -21,8 +22,17 @@ from .operators import (
     squared_relu,
     swiglu,
 )
+from .optimizer_operators import CONTROL_SIZE, adamw_, begin_step_, block_table, device_segments, sum_of_squares
 
 __all__ = [
+    "CONTROL_SIZE",
+    "adamw_",
+    "begin_step_",
+    "block_table",
+    "cross_entropy_backward_",
+    "cross_entropy_forward",
+    "cross_entropy_loss",
+    "device_segments",
     "norm",
     "reduce_partials",
     "residual_norm_backward",
@@ -34,5 +44,7 @@ __all__ = [
     "scaled_add_forward",
     "scaled_residual_norm",
     "squared_relu",
+    "sum_of_squares",
     "swiglu",
+    "unembedding_cross_entropy",
 ]

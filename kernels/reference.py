@@ -243,4 +243,4 @@ def unembedding_cross_entropy(
     loss = cross_entropy(logits, labels.flatten(), reduction="sum", ignore_index=ignore_index, label_smoothing=label_smoothing)
     kept = labels.flatten() != ignore_index
     loss = loss + z_loss * (torch.logsumexp(logits, 1).square() * kept).sum()
-    return loss / kept.sum() if reduction == "mean" else loss
+    return loss / kept.sum().clamp(min=1) if reduction == "mean" else loss

@@ -1,0 +1,197 @@
+"""Replay a recorded run of the CompleteP authors' reference implementation on this model and optimizer.
+
+A trace is a pair NAME.json (configuration, per-step loss and gradient norm, final weight norms) and NAME.npz (batches, initial
+and final weights under GPT-2 names). A right implementation reproduces it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_completep.completep import table_for
+from megatron_completep.config.schema import CompletePConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_completep.errors import DataError
+from megatron_completep.model.gpt import GPT
+from megatron_completep.optim.distributed_adamw import DistributedAdamW
+from megatron_completep.parallel.context import ParallelContext
+from megatron_completep.parallel.placement import placement_of
+
+NAMES = {  # ours -> GPT-2's
+    "embedding": "transformer.wte",
+    "positions": "transformer.wpe",
+    "final_norm": "transformer.ln_f",
+    "attention_norm": "ln_1",
+    "mlp_norm": "ln_2",
+    "attention.qkv": "attn.c_attn",
+    "attention.output": "attn.c_proj",
+    "mlp.up": "mlp.c_fc",
+    "mlp.down": "mlp.c_proj",
+}
+TOLERANCES = {  # largest relative error of loss, gradient norm, final weight norms
+    "float64": (1e-12, 1e-12, 1e-12),
+    "float32": (1e-5, 1e-3, 1e-5),
+}
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A recorded run: settings and figures from the .json, arrays from the .npz."""
+
+    record: dict[str, Any]
+    arrays: dict[str, np.ndarray]
+
+    @classmethod
+    def load(cls, path: str) -> Trace:
+        """`path` without suffix, or either file. Raises DataError for a missing or unreadable file."""
+        stem = path.removesuffix(".json").removesuffix(".npz")
+        try:
+            record = json.loads(Path(stem + ".json").read_text())
+            with np.load(stem + ".npz", allow_pickle=False) as archive:
+                arrays = {name: archive[name] for name in archive.files}
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path}: not a trace: {error}. Give NAME, NAME.json or NAME.npz; both files must be there.") from error
+        missing = [key for key in ("num_layers", "hidden_size", "num_heads", "loss", "grad_norm", "param_norm_final") if key not in record]
+        if missing:
+            raise DataError(f"{stem}.json: keys missing: {', '.join(missing)}.")
+        return cls(record, arrays)
+
+    def configs(self) -> tuple[ModelConfig, CompletePConfig, OptimizerConfig]:
+        """The reference's settings as ours: layernorm, gelu, learned positions, attention scale 1/head_dim."""
+        r = self.record
+        alpha = r.get("alpha")
+        model = ModelConfig(
+            hidden_size=r["hidden_size"],
+            num_layers=r["num_layers"],
+            num_attention_heads=r["num_heads"],
+            ffn_hidden_size=4 * r["hidden_size"],
+            vocab_size=r["vocab_size"],
+            seq_length=r["seq_length"],
+            norm="layernorm",
+            activation="gelu",
+            position="learned",
+            bias=r.get("bias", True),
+            tied_embeddings=r.get("tied_embeddings", True),
+            attention_scale=r.get("attention_scale", "1/head_dim"),
+        )
+        completep = CompletePConfig(
+            parameterization="mup" if alpha is None else "completep",
+            alpha=1.0 if alpha is None else alpha,
+            base_hidden_size=r["base_hidden_size"],
+            base_num_layers=r["base_num_layers"],
+        )
+        optimizer = OptimizerConfig(
+            base_lr=r["lr"],
+            base_init_std=r["init_std"],
+            base_weight_decay=r["weight_decay"],
+            base_eps=r["eps"],
+            betas=(r["betas"][0], r["betas"][1]),
+            grad_clip=r["grad_clip"],
+            schedule="constant",
+        )
+        return model, completep, optimizer
+
+
+def reference_name(name: str) -> str:
+    """Our parameter name -> the reference's."""
+    parts = name.split(".")
+    prefix, inner = (f"transformer.h.{parts[1]}.", ".".join(parts[2:-1])) if parts[0] == "layers" else ("", ".".join(parts[:-1]))
+    return f"{prefix}{NAMES[inner]}.{parts[-1]}"
+
+
+def local_part(whole: Tensor, parameter: torch.nn.Parameter) -> Tensor:
+    """The rows or columns of a logical tensor that this rank's parameter holds, padding rows zero."""
+    placement = placement_of(parameter)
+    if placement.dim is None:
+        return whole
+    limit = whole.shape[placement.dim]
+    pieces = [whole.narrow(placement.dim, start, max(0, min(stop, limit) - start)) for start, stop in placement.ranges if start < limit]
+    part = torch.cat(pieces, placement.dim) if pieces else whole.narrow(placement.dim, 0, 0)
+    local = torch.zeros(parameter.shape, dtype=whole.dtype)
+    local.narrow(placement.dim, 0, part.shape[placement.dim]).copy_(part)
+    return local
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What our implementation computed beside what was recorded."""
+
+    loss: list[float]
+    recorded_loss: list[float]
+    max_relative_loss_error: float
+    max_relative_grad_norm_error: float
+    max_relative_weight_norm_error: float
+    passed: bool
+
+
+def replay(
+    trace: Trace, precision: str = "float64", context: ParallelContext | None = None, parallel: ParallelConfig | None = None
+) -> Replay:
+    """Train as the trace did, from its initial weights on its batches, with its single eps for every tensor."""
+    context = context or ParallelContext.single()
+    dtype = torch.float64 if precision == "float64" else torch.float32
+    model_config, completep, optimizer_config = trace.configs()
+    table = table_for(model_config, completep)
+    model = GPT(model_config, table, context).to(dtype)
+    for name, parameter in model.named_parameters():
+        initial = torch.from_numpy(trace.arrays[f"init/{reference_name(name)}"]).to(dtype)
+        parameter.data.copy_(local_part(initial, parameter))
+    optimizer = DistributedAdamW([model], table, optimizer_config, context, parallel, dtype)
+    single_eps = trace.record.get("groups", [{}])[0].get("eps", optimizer_config.base_eps)
+    optimizer.group_table[:, 2] = single_eps
+    losses, norms = [], []
+    for inputs, targets in zip(trace.arrays["inputs"], trace.arrays["targets"], strict=True):
+        tokens, labels = torch.from_numpy(inputs), torch.from_numpy(targets)
+        optimizer.begin_step(1)
+        optimizer.wait_for_parameters()
+        loss_sum = model(tokens, labels=labels)
+        loss_sum.backward()
+        result = optimizer.step(optimizer_config.base_lr, loss_sum, torch.tensor(labels.numel()))
+        losses.append(result.loss.item())
+        norms.append(result.grad_norm.item())
+    optimizer.wait_for_parameters()
+    weight_norms = {reference_name(name): _weight_norm(name, p, precision) for name, p in model.named_parameters()}
+    return compare(trace, losses, norms, weight_norms, precision)
+
+
+def _weight_norm(name: str, parameter: Tensor, precision: str) -> Tensor:
+    """In float32 the key third of the QKV bias is left out: its true gradient is zero, and Adam amplifies noise there."""
+    if precision == "float32" and name.endswith("qkv.bias"):
+        third = parameter.shape[0] // 3
+        parameter = torch.cat((parameter[:third], parameter[2 * third :]))
+    return parameter.detach().double()
+
+
+def compare(trace: Trace, losses: list[float], norms: list[float], weights: dict[str, Tensor], precision: str) -> Replay:
+    """Largest relative errors, and whether they are within the precision's tolerances."""
+    record = trace.record
+    weight_errors = []
+    for name, weight in weights.items():
+        recorded = trace.arrays.get(f"final/{name}")
+        if precision == "float32" and name.endswith("c_attn.bias") and recorded is not None:
+            third = recorded.shape[0] // 3
+            expected = float(np.linalg.norm(np.delete(recorded.astype(np.float64), np.s_[third : 2 * third])))
+        else:
+            expected = record["param_norm_final"][name]
+        weight_errors.append(abs(weight.norm().item() - expected) / abs(expected) if expected else weight.norm().item())
+    errors = (
+        relative_error(losses, record["loss"]),
+        relative_error(norms, record["grad_norm"]),
+        max(weight_errors),
+    )
+    passed = all(error <= bound for error, bound in zip(errors, TOLERANCES[precision], strict=True))
+    return Replay(losses, list(record["loss"]), *errors, passed)
+
+
+def relative_error(values: list[float], recorded: list[float]) -> float:
+    """Largest |a - b| / |b|; infinite when the lengths differ or a value is not finite."""
+    if len(values) != len(recorded) or not all(map(math.isfinite, values)):
+        return math.inf
+    return max(abs(a - b) / abs(b) for a, b in zip(values, recorded, strict=True))

@@ -1,0 +1,199 @@
+"""The configuration: one frozen model a section, every field documented with its unit.
+
+`load.py` reads a YAML file into `Config`, `check.py` holds the rules that concern several fields.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """Frozen; unknown keys refused; integers strict, floats finite."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """The shape of the decoder (global: before any parallel split)."""
+
+    hidden_size: PositiveInt = Field(description="Width of the residual stream, N.")
+    num_layers: PositiveInt = Field(description="Decoder layers, L; one layer is one attention and one MLP branch.")
+    num_attention_heads: PositiveInt = Field(description="Query heads.")
+    num_query_groups: PositiveInt | None = Field(None, description="Key/value heads (GQA); null: num_attention_heads.")
+    head_dim: PositiveInt | None = Field(None, description="Size of a head; null: hidden_size / num_attention_heads.")
+    ffn_hidden_size: PositiveInt = Field(description="Inner width of the MLP (of one of gate and up for swiglu).")
+    vocab_size: PositiveInt = Field(description="Token ids run from 0 to vocab_size - 1.")
+    vocab_multiple: PositiveInt = Field(128, description="The embedding is padded to a multiple of this, per tensor rank.")
+    seq_length: PositiveInt = Field(description="Tokens a sample; also the number of learned positions.")
+    norm: Literal["layernorm", "rmsnorm"] = Field("rmsnorm", description="Norm before each branch and at the end.")
+    norm_eps: PositiveFloat = Field(1e-5, description="Added to the variance (or mean square) inside the norm.")
+    activation: Literal["gelu", "squared_relu", "swiglu"] = Field("swiglu", description="MLP non-linearity (gelu: erf).")
+    position: Literal["rope", "learned", "alibi"] = Field("rope", description="How positions enter.")
+    rope_base: PositiveFloat = Field(10000.0, description="Base of the rotary frequencies.")
+    bias: bool = Field(False, description="Biases on linear layers and layernorms.")
+    qk_norm: bool = Field(False, description="RMSNorm over head_dim on queries and keys, one gain shared by all heads.")
+    tied_embeddings: bool = Field(False, description="Unembedding shares the embedding's weight.")
+    attention_scale: Literal["base_head_dim", "1/head_dim", "1/sqrt(head_dim)"] = Field(
+        "base_head_dim", description="Scale of attention logits; base_head_dim: sqrt(base_head_dim) / head_dim."
+    )
+    input_multiplier: PositiveFloat = Field(1.0, description="Tunable base factor on the embedding output.")
+    logit_multiplier: PositiveFloat = Field(1.0, description="Tunable base factor on the logits, beside 1/m_N.")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Probability of dropping a branch output element.")
+    fp32_residual: bool = Field(False, description="Keep the residual stream in float32 under bf16.")
+    attention_backend: Literal["sdpa", "flash_attention"] = Field("sdpa", description="torch SDPA, or the flash-attn package.")
+
+
+class RoleFactors(Section):
+    """A user's own factors for one role, on top of Table 1; found at the proxy, they hold at the target."""
+
+    lr: PositiveFloat = Field(1.0, description="Multiplies the learning rate.")
+    init_std: PositiveFloat = Field(1.0, description="Multiplies the initial standard deviation.")
+    weight_decay: NonNegativeFloat = Field(1.0, description="Multiplies the weight decay.")
+    eps: PositiveFloat = Field(1.0, description="Multiplies the AdamW epsilon.")
+
+
+RoleName = Literal["embedding", "pre_norm", "hidden_weight", "hidden_bias", "final_norm", "unembedding", "qk_norm"]
+
+
+class CompletePConfig(Section):
+    """The parameterization and the base shape its hyperparameters were tuned at."""
+
+    parameterization: Literal["completep", "mup", "sp"] = Field("completep", description="completep: width and depth; mup: width only; sp: none.")
+    alpha: Annotated[float, Field(ge=0.5, le=1)] = Field(1.0, description="Exponent of the residual multiplier m_L^-alpha; 1 is CompleteP.")
+    base_hidden_size: PositiveInt | None = Field(None, description="hidden_size of the proxy; null: this model's own.")
+    base_num_layers: PositiveInt | None = Field(None, description="num_layers of the proxy; null: this model's own.")
+    base_ffn_hidden_size: PositiveInt | None = Field(None, description="ffn_hidden_size of the proxy; null: this model's FFN ratio.")
+    base_head_dim: PositiveInt | None = Field(None, description="head_dim of the proxy; null: this model's own.")
+    base_batch_tokens: PositiveInt | None = Field(None, description="Tokens a step of the proxy run; null: no batch scaling.")
+    base_total_tokens: PositiveInt | None = Field(None, description="Total tokens of the proxy run; null: no duration scaling.")
+    batch_exponent: NonNegativeFloat = Field(0.5, description="S = (m_B / m_D)^exponent multiplies lr and weight decay, divides eps.")
+    factors: dict[RoleName, RoleFactors] = Field(default_factory=dict, description="Own factors by role, on top of the table.")
+
+
+class ParallelConfig(Section):
+    """How the model is laid over ranks; data_parallel_size follows from the world size."""
+
+    tensor_parallel_size: PositiveInt = Field(1, description="Ranks that share each matrix.")
+    pipeline_parallel_size: PositiveInt = Field(1, description="Ranks that share the depth.")
+    virtual_pipeline_size: PositiveInt = Field(1, description="Model chunks a pipeline rank (interleaved schedules).")
+    context_parallel_size: Literal[1] = Field(1, description="Ranks that share a sequence; 1 for now.")
+    schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "zero_bubble"] = Field("1f1b", description="Pipeline schedule.")
+    pipeline_split: list[NonNegativeInt] | None = Field(None, description="Layers of each stage in order; null: balanced, ends counted.")
+    sequence_parallel: bool = Field(False, description="Shard the residual stream along the sequence over tensor ranks.")
+    optimizer_shard_size: PositiveInt | None = Field(None, description="Data ranks that share the optimizer; null: all of them.")
+    gradient_dtype: Literal["float32", "bf16"] = Field("float32", description="Type in which gradients are communicated.")
+    bucket_megabytes: PositiveFloat = Field(40.0, description="Size of a gradient bucket in MB.")
+    timeout_minutes: PositiveFloat = Field(10.0, description="Bound on one collective, in minutes.")
+
+
+class OverrideConfig(Section):
+    """Own factors for the parameters whose name matches a pattern."""
+
+    pattern: str = Field(description="Shell-style pattern on the parameter name, such as layers.0.*; must match something.")
+    lr: PositiveFloat = Field(1.0, description="Multiplies the learning rate.")
+    weight_decay: NonNegativeFloat = Field(1.0, description="Multiplies the weight decay.")
+    eps: PositiveFloat = Field(1.0, description="Multiplies the AdamW epsilon.")
+
+
+class OptimizerConfig(Section):
+    """AdamW with the proxy's base values; the table turns them into each parameter's own."""
+
+    base_lr: PositiveFloat = Field(description="eta: peak learning rate at the proxy.")
+    base_init_std: PositiveFloat = Field(0.02, description="sigma: initial standard deviation at the proxy.")
+    base_weight_decay: NonNegativeFloat = Field(0.1, description="lambda: weight decay at the proxy, coupled to the learning rate.")
+    base_eps: NonNegativeFloat = Field(1e-12, description="AdamW epsilon at the proxy.")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), strict=False, description="AdamW moment decay rates.")
+    grad_clip: NonNegativeFloat = Field(1.0, description="Bound on the global gradient norm; 0: no clipping.")
+    schedule: Literal["linear", "cosine", "warmup_stable_decay", "constant"] = Field("linear", description="Shape after the warm-up.")
+    warmup_fraction: Fraction | None = Field(None, description="Linear warm-up as a fraction of train_steps.")
+    warmup_steps: NonNegativeInt | None = Field(None, description="Linear warm-up in steps; give at most one of the two.")
+    decay_fraction: Fraction = Field(0.2, description="warmup_stable_decay: last part of train_steps, in which lr falls.")
+    min_lr_fraction: Fraction = Field(0.0, description="Final learning rate as a fraction of the peak.")
+    overrides: list[OverrideConfig] = Field(default_factory=list, description="Own factors by parameter name.")
+
+
+class TokenizerConfig(Section):
+    """Turns text into token ids."""
+
+    type: Literal["sentencepiece", "huggingface", "tiktoken", "bytes"] = Field("sentencepiece", description="Tokenizer family.")
+    model: str | None = Field(None, description="Model file or, for tiktoken, the encoding's name; not used by bytes.")
+
+
+class SourceConfig(Section):
+    """One token file of a blend."""
+
+    prefix: str = Field(description="Path of PREFIX.bin and PREFIX.idx, without the suffix.")
+    weight: PositiveFloat | None = Field(None, description="Share of the samples, relative to the other sources; null: 1.")
+    epochs: PositiveFloat | None = Field(None, description="Passes over this source in the whole run, instead of a weight.")
+
+
+class DataConfig(Section):
+    """What the model reads."""
+
+    train: list[SourceConfig] = Field(min_length=1, description="Sources of the training blend.")
+    validation: list[SourceConfig] | None = Field(None, description="Sources of the validation blend; null: no validation.")
+    split: str | None = Field(None, description="'969,30,1': parts of the train sources for training, validation, test, when validation is null.")
+    tokenizer: TokenizerConfig | None = Field(None, description="Needed to decode text (generation, reports); training works without.")
+    seed: NonNegativeInt = Field(1234, description="Seed of the sample order.")
+    order: Literal["permutation", "megatron"] = Field("permutation", description="permutation: O(1) seek; megatron: Megatron-Core's samples.")
+    reset_at_document_ends: bool = Field(False, description="Attention and positions start anew at document boundaries.")
+    prefetch: NonNegativeInt = Field(2, description="Steps of batches that a worker thread prepares ahead; 0: none.")
+
+
+class TrainingConfig(Section):
+    """How long, how precise, and where to."""
+
+    micro_batch_size: PositiveInt = Field(description="Sequences a rank processes at once.")
+    global_batch_size: PositiveInt = Field(description="Sequences an optimizer step, over all ranks.")
+    train_steps: PositiveInt = Field(description="Optimizer steps of the whole run.")
+    precision: Literal["float32", "bf16", "float64", "auto"] = Field("bf16", description="Compute type; master weights are float32 under bf16. auto: bf16 where the hardware has units for it.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one.")
+    seed: NonNegativeInt = Field(1234, description="Seed of the initial weights and of dropout.")
+    output_dir: str = Field(description="Folder of the run: config.yaml, metrics.jsonl, tensorboard/, checkpoints/.")
+    z_loss: NonNegativeFloat = Field(0.0, description="Coefficient of logsumexp(logits)^2 added to the loss.")
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Probability mass spread over all tokens.")
+    recompute: Literal["none", "selective", "full"] = Field("none", description="Activation recomputation: selective: attention only; full: whole layers.")
+    compile: bool = Field(False, description="torch.compile the regions between linears.")
+    validation_interval: PositiveInt | None = Field(None, description="Steps between validations; null: only at the end.")
+    validation_samples: PositiveInt = Field(64, description="Sequences a validation.")
+
+
+class CheckpointConfig(Section):
+    """When and how the state of a run is saved."""
+
+    interval: PositiveInt | None = Field(1000, description="Steps between checkpoints; null: only at the end.")
+    keep: PositiveInt = Field(3, description="Newest checkpoints that are kept.")
+    keep_every: PositiveInt | None = Field(None, description="Checkpoints whose step is a multiple are kept for good.")
+    async_save: bool = Field(True, description="Write while training goes on.")
+    resume: bool = Field(True, description="Continue from the newest checkpoint in output_dir when there is one.")
+    allow_changed: list[str] = Field(default_factory=list, description="Configuration paths that may differ from the checkpoint's at resume.")
+
+
+class LoggingConfig(Section):
+    """What is reported, and how often."""
+
+    interval: PositiveInt = Field(10, description="Steps between console lines.")
+    tensorboard: bool = Field(True, description="Write TensorBoard events to output_dir/tensorboard.")
+    wandb_project: str | None = Field(None, description="Weights & Biases project; null: off.")
+
+
+class Config(Section):
+    """One run, as one YAML file."""
+
+    model: ModelConfig
+    completep: CompletePConfig = Field(default_factory=CompletePConfig)
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig
+    data: DataConfig
+    training: TrainingConfig
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)

@@ -1,0 +1,30 @@
+"""The errors a user can cause. Each message says where, which value, which rule, and what to do."""
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """A mistake in what the user handed in: printed as it is, without a traceback, exit code 2."""
+
+
+class ConfigError(UserError):
+    """The configuration cannot be used; the message lists every problem found."""
+
+
+class DataError(UserError):
+    """A corpus, token file or tokenizer cannot be used; the message names file and field."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint cannot be written or read; the message names file, expected and found value."""
+
+
+def exit_on_user_error(main: Callable[[], int | None]) -> None:
+    """Run a command-line program's `main` and leave with its exit code; a user's mistake prints one message and exits 2."""
+    try:
+        code = main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    sys.exit(code or 0)

@@ -1,0 +1,1 @@
+"""The decoder: how it computes, not how it is trained."""

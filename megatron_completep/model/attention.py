@@ -1,0 +1,133 @@
+"""Causal self-attention with grouped queries, dispatched to torch SDPA or, where installed, flash-attn.
+
+S sequence, B micro-batch, H hidden, N local query heads, G local query groups, D head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_completep import kernels
+from megatron_completep.completep import Role, Table
+from megatron_completep.config.schema import ModelConfig
+from megatron_completep.model.flash import flash_attention
+from megatron_completep.model.norm import Norm
+from megatron_completep.parallel.context import ParallelContext
+from megatron_completep.parallel.gradients import GradientQueue
+from megatron_completep.parallel.linear import ColumnParallelLinear, RowParallelLinear
+
+
+@dataclass
+class KeyValueCache:
+    """Keys and values of one layer, each [B, G, capacity, D], filled up to `length`."""
+
+    keys: Tensor
+    values: Tensor
+    length: int = 0
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append k, v [B, G, S, D]; returns everything held so far."""
+        end = self.length + k.shape[2]
+        self.keys[:, :, self.length : end], self.values[:, :, self.length : end] = k, v
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """What all layers of a forward pass share."""
+
+    cos: Tensor | None = None  # [S, 1 or B, D/2]
+    sin: Tensor | None = None
+    bias: Tensor | None = None  # added to the attention logits, [1 or B, 1 or N, S, S_keys]; None: plain causal
+    document_starts: Tensor | None = None  # [documents + 1] int32 over the B*S tokens: flash-attn's variable lengths
+    caches: list[KeyValueCache] | None = None  # one a layer, for generation
+
+
+class Attention(nn.Module):
+    """x [s, B, H] -> branch [s, B, H] without its bias, which joins in the residual sum."""
+
+    def __init__(self, model: ModelConfig, table: Table, context: ParallelContext, queue: GradientQueue):
+        super().__init__()
+        head_dim = model.head_dim or model.hidden_size // model.num_attention_heads
+        groups = model.num_query_groups or model.num_attention_heads
+        base_hidden = table.base_hidden_size or model.hidden_size
+        width = model.num_attention_heads * head_dim
+        self.head_dim, self.scale, self.backend = head_dim, table.attention_scale, model.attention_backend
+        self.num_heads, self.num_groups = model.num_attention_heads // context.tensor.size, groups // context.tensor.size
+        parts = (width, groups * head_dim, groups * head_dim)
+        self.qkv = ColumnParallelLinear(model.hidden_size, parts, base_hidden, model.bias, context, queue)
+        self.output = RowParallelLinear(
+            width, model.hidden_size, max(1, round(width * base_hidden / model.hidden_size)), model.bias, context, queue
+        )
+        self.q_norm = self.k_norm = None
+        if model.qk_norm:
+            partial = context.tensor.size > 1
+            norms = (Norm(head_dim, Role.QK_NORM, "rmsnorm", model.norm_eps, False, queue, context.device, partial) for _ in range(2))
+            self.q_norm, self.k_norm = norms
+
+    def forward(self, x: Tensor, inputs: AttentionInputs, layer: int) -> Tensor:
+        q, k, v = self._heads(self.qkv(x), inputs)
+        if inputs.caches is not None:
+            k, v = inputs.caches[layer].extend(k, v)
+        mixed = self._attend(q, k, v, inputs)
+        return self.output(mixed.permute(2, 0, 1, 3).flatten(2))
+
+    def _heads(self, qkv: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
+        """[S, B, (N + 2G) D] -> q [B, N, S, D], k and v [B, G, S, D], with QK-norm and rotation applied."""
+        normed = self.q_norm is not None
+        cos, sin = (None, None) if normed else (inputs.cos, inputs.sin)
+        q, k, v = _SplitHeads.apply(qkv, cos, sin, self.num_heads, self.num_groups, self.head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+            if inputs.cos is not None and inputs.sin is not None:
+                q, k = kernels.rotary(q, inputs.cos, inputs.sin), kernels.rotary(k, inputs.cos, inputs.sin)
+        return q.permute(1, 2, 0, 3), k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs) -> Tensor:
+        if self.backend == "flash_attention" and inputs.caches is None:
+            return flash_attention(q, k, v, self.scale, inputs.document_starts)
+        causal = inputs.bias is None and q.shape[2] > 1
+        grouped = self.num_heads != self.num_groups
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=inputs.bias, is_causal=causal, scale=self.scale, enable_gqa=grouped)
+
+
+class _SplitHeads(torch.autograd.Function):
+    """Views of one QKV buffer, rotated in place; backward writes the three gradients into one buffer and rotates back."""
+
+    @staticmethod
+    def forward(ctx, qkv, cos, sin, num_heads: int, num_groups: int, head_dim: int):
+        heads = qkv.detach().unflatten(-1, (num_heads + 2 * num_groups, head_dim))
+        if cos is not None:
+            kernels.rotary_(heads[:, :, : num_heads + num_groups], cos, sin, False)
+        ctx.save_for_backward(cos, sin)
+        ctx.sizes = num_heads, num_groups, num_groups
+        return heads.split(ctx.sizes, dim=2)
+
+    @staticmethod
+    def backward(ctx, d_q, d_k, d_v):
+        cos, sin = ctx.saved_tensors
+        d_heads = torch.cat((d_q, d_k, d_v), dim=2)
+        if cos is not None:
+            kernels.rotary_(d_heads[:, :, : ctx.sizes[0] + ctx.sizes[1]], cos, sin, True)
+        return d_heads.flatten(2), None, None, None, None, None
+
+
+def causal_bias(
+    query_positions: Tensor, key_positions: Tensor, documents: Tensor | None, slopes: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Additive attention bias [1 or B, 1 or N, Sq, Sk]: -inf on the future and on other documents, ALiBi's distance elsewhere.
+
+    `documents` [B, S] gives each token's document; `slopes` [N] the local heads' ALiBi slopes.
+    """
+    distance = query_positions[:, None] - key_positions[None, :]
+    allowed = (distance >= 0)[None, None]
+    if documents is not None:
+        allowed = allowed & (documents[:, None, :, None] == documents[:, None, None, :])
+    zero = torch.zeros((), dtype=dtype, device=distance.device)
+    bias = zero if slopes is None else (-slopes[:, None, None] * distance).to(dtype)[None]
+    return torch.where(allowed, bias, float("-inf"))

@@ -1,0 +1,55 @@
+"""One decoder layer: norm -> attention -> (scaled add + norm) -> MLP, whose sum is left pending for the next norm.
+
+s sequence (or this tensor rank's share of it), B micro-batch, H hidden.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from megatron_completep.completep import Role, Table
+from megatron_completep.config.schema import ModelConfig
+from megatron_completep.model.attention import Attention, AttentionInputs
+from megatron_completep.model.mlp import MLP
+from megatron_completep.model.norm import Norm, ResidualSum
+from megatron_completep.parallel.context import ParallelContext
+from megatron_completep.parallel.gradients import GradientQueue
+
+
+class Block(nn.Module):
+    """residual [s, B, H] and the pending branch of the layer before -> residual and this layer's pending MLP branch."""
+
+    def __init__(self, model: ModelConfig, table: Table, context: ParallelContext, queue: GradientQueue):
+        super().__init__()
+        self.join = ResidualSum(table.residual_multiplier, model.dropout)
+        self.attention_norm = pre_norm(model, Role.PRE_NORM, context, queue)
+        self.attention = Attention(model, table, context, queue)
+        self.mlp_norm = pre_norm(model, Role.PRE_NORM, context, queue)
+        self.mlp = MLP(model, table, context, queue)
+
+    def forward(
+        self,
+        residual: Tensor,
+        pending: Tensor | None,
+        pending_bias: Tensor | None,
+        inputs: AttentionInputs,
+        layer: int,
+        seed: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        if pending is None:
+            x = self.attention_norm(residual)
+        else:
+            residual, x = self.attention_norm.after_branch(residual, pending, pending_bias, self.join, site_seed(seed, 2 * layer))
+        branch = self.attention(x, inputs, layer)
+        residual, x = self.mlp_norm.after_branch(residual, branch, self.attention.output.bias, self.join, site_seed(seed, 2 * layer + 1))
+        return residual, self.mlp(x)
+
+
+def pre_norm(model: ModelConfig, role: Role, context: ParallelContext, queue: GradientQueue) -> Norm:
+    """A norm on the residual stream; under sequence parallelism it sees this rank's part of the sequence."""
+    return Norm(model.hidden_size, role, model.norm, model.norm_eps, model.bias, queue, context.device, context.sequence_parallel)
+
+
+def site_seed(seed: Tensor | None, site: int) -> Tensor | None:
+    """The dropout seed of one residual sum; `site` counts them through the depth of the whole model."""
+    return None if seed is None else seed + site

@@ -1,0 +1,174 @@
+"""The decoder, or the part of it that one pipeline stage holds.
+
+S sequence, s this tensor rank's share of it (S without sequence parallelism), B micro-batch, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megatron_completep.completep import Role, Table
+from megatron_completep.config.schema import ModelConfig
+from megatron_completep.model.attention import AttentionInputs, KeyValueCache, causal_bias
+from megatron_completep.model.block import Block, pre_norm, site_seed
+from megatron_completep.model.norm import ResidualSum, scaled_add
+from megatron_completep.model.rotary import alibi_slopes, rotary_table
+from megatron_completep.parallel.context import ParallelContext
+from megatron_completep.parallel.cross_entropy import LossConfig, unembedding_logits, unembedding_loss
+from megatron_completep.parallel.embedding import PositionEmbedding, VocabParallelEmbedding, VocabShard
+from megatron_completep.parallel.gradients import GradientQueue
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Which part of the model a chunk holds: layers [start, stop), and the ends."""
+
+    start: int
+    stop: int
+    first: bool = True
+    last: bool = True
+
+
+class GPT(nn.Module):
+    """Pre-norm decoder. Parameter names carry global layer numbers, whatever the stage."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        table: Table,
+        context: ParallelContext,
+        stage: Stage | None = None,
+        loss: LossConfig | None = None,
+        recompute: str = "none",
+    ):
+        super().__init__()
+        stage = stage or Stage(0, model.num_layers)
+        self.config, self.table, self.context, self.stage = model, table, context, stage
+        self.loss, self.recompute = loss or LossConfig(), recompute
+        self.queue = queue = GradientQueue()
+        vocabulary = model.vocab_size, model.vocab_multiple, model.hidden_size
+        tied_here = model.tied_embeddings and stage.first and stage.last
+        if stage.first:
+            self.embedding = VocabParallelEmbedding(*vocabulary, context, queue, uses=2 if tied_here else 1)
+            if model.position == "learned":
+                self.positions = PositionEmbedding(model.seq_length, model.hidden_size, context, queue)
+        self.layers = nn.ModuleDict({str(i): Block(model, table, context, queue) for i in range(stage.start, stage.stop)})
+        if stage.last:
+            self.final_norm = pre_norm(model, Role.FINAL_NORM, context, queue)
+            if tied_here:
+                self.unembedding: VocabShard = self.embedding
+            else:
+                role = Role.EMBEDDING if model.tied_embeddings else Role.UNEMBEDDING
+                tied_to = "embedding.weight" if model.tied_embeddings else None
+                self.unembedding = VocabShard(*vocabulary, role, context, tied_to=tied_to)
+        self._rotary: tuple[Tensor, Tensor] | None = None
+
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        dropout_seed: Tensor | None = None,
+        caches: list[KeyValueCache] | None = None,
+    ) -> Tensor:
+        """One micro-batch through this stage.
+
+        x: token ids [B, S] on the first stage, else the residual stream [s, B, H] of the stage before.
+        positions [B, S]: None for 0..S-1 (after what `caches` hold). document_ids [B, S]: attention stays inside a document.
+        labels [B, S], -100 not counted: the last stage then returns the **sum** of the token losses, else logits [B, S, V].
+        """
+        residual = self._embed(x, positions, caches) if self.stage.first else x
+        inputs = self._attention_inputs(residual, x, positions, document_ids, caches)
+        pending = bias = None
+        for index, block in self.blocks():
+            arguments = residual, pending, bias, inputs, index, dropout_seed
+            if self.recompute == "full" and torch.is_grad_enabled():
+                residual, pending = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+            else:
+                residual, pending = block(*arguments)
+            bias = block.mlp.down.bias
+        if not self.stage.last:
+            return self._join(residual, pending, bias, dropout_seed)
+        if pending is None:
+            x = self.final_norm(residual)
+        else:
+            seed = site_seed(dropout_seed, 2 * self.stage.stop)
+            _, x = self.final_norm.after_branch(residual, pending, bias, self._residual_sum(), seed)
+        head = self.unembedding, self.table.logit_multiplier, self.context
+        return unembedding_logits(x, *head) if labels is None else unembedding_loss(x, labels, *head, self.queue, self.loss)
+
+    def _join(self, residual: Tensor, pending: Tensor | None, bias: Tensor | None, dropout_seed: Tensor | None) -> Tensor:
+        """The pending branch is added before the boundary, so that one tensor is sent."""
+        if pending is None:
+            return residual
+        seed = site_seed(dropout_seed, 2 * self.stage.stop)
+        return scaled_add(residual, pending, bias, self._residual_sum(), seed, self.queue)
+
+    def blocks(self) -> list[tuple[int, Block]]:
+        """(global layer number, block) of this stage, in order."""
+        return [(int(index), cast(Block, block)) for index, block in self.layers.items()]
+
+    def _residual_sum(self) -> ResidualSum:
+        return ResidualSum(self.table.residual_multiplier, self.config.dropout)
+
+    def _embed(self, tokens: Tensor, positions: Tensor | None, caches: list[KeyValueCache] | None) -> Tensor:
+        hidden = self.embedding(tokens)
+        if self.config.position == "learned":
+            if positions is None:
+                past = caches[0].length if caches else 0
+                positions = torch.arange(past, past + tokens.shape[1], device=tokens.device).expand_as(tokens)
+            hidden = hidden + self.positions(positions)
+        if self.config.input_multiplier != 1.0:
+            hidden = hidden * self.config.input_multiplier
+        return hidden.float() if self.config.fp32_residual else hidden
+
+    def _attention_inputs(self, residual, x, positions, document_ids, caches) -> AttentionInputs:
+        """Angles, biases and document boundaries, once for all layers."""
+        model, tensor = self.config, self.context.tensor
+        seq_length = x.shape[1] if self.stage.first else x.shape[0] * (tensor.size if self.context.sequence_parallel else 1)
+        past = caches[0].length if caches else 0
+        cos = sin = bias = starts = None
+        if model.position == "rope":
+            cos, sin = self._angles(residual, positions, past, seq_length)
+        flash = model.attention_backend == "flash_attention" and caches is None
+        if document_ids is not None and flash:
+            starts = document_starts(document_ids)
+        elif document_ids is not None or model.position == "alibi" or (past and seq_length > 1):
+            slopes = None
+            if model.position == "alibi":
+                slopes = alibi_slopes(model.num_attention_heads, residual.device).chunk(tensor.size)[tensor.rank]
+            keys = torch.arange(past + seq_length, device=residual.device)
+            dtype = next(iter(self.parameters())).dtype
+            bias = causal_bias(keys[past:], keys, document_ids, slopes, dtype)
+        return AttentionInputs(cos, sin, bias, starts, caches)
+
+    def _angles(self, residual: Tensor, positions: Tensor | None, past: int, seq_length: int) -> tuple[Tensor, Tensor]:
+        model = self.config
+        if self._rotary is None or self._rotary[0].device != residual.device or self._rotary[0].shape[0] < past + seq_length:
+            head_dim = model.head_dim or model.hidden_size // model.num_attention_heads
+            length = max(model.seq_length, past + seq_length)
+            self._rotary = rotary_table(length, head_dim, model.rope_base, residual.dtype, residual.device)
+        if positions is not None:
+            return tuple(table[positions.t()] for table in self._rotary)  # type: ignore[return-value]
+        return tuple(table[past : past + seq_length, None] for table in self._rotary)  # type: ignore[return-value]
+
+    def new_caches(self, batch: int, capacity: int) -> list[KeyValueCache]:
+        """Empty key/value caches for `capacity` positions, one a layer."""
+        attention = self.blocks()[0][1].attention
+        weight = attention.qkv.weight
+        shape = batch, attention.num_groups, capacity, attention.head_dim
+        return [KeyValueCache(weight.new_empty(shape), weight.new_empty(shape)) for _ in self.layers]
+
+
+def document_starts(document_ids: Tensor) -> Tensor:
+    """[documents + 1] int32: where each document begins in the flattened [B * S] tokens; samples never share a document."""
+    change = torch.ones_like(document_ids, dtype=torch.bool)
+    change[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    starts = change.flatten().nonzero().flatten()
+    return torch.cat((starts, starts.new_tensor([document_ids.numel()]))).to(torch.int32)

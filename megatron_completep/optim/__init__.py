@@ -1,0 +1,1 @@
+"""From named parameters and a table to AdamW over one flat, sharded buffer."""

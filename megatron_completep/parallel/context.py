@@ -1,0 +1,134 @@
+"""The mesh of ranks. The only reader of RANK, WORLD_SIZE and LOCAL_RANK; everything else is handed a `ParallelContext`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from megatron_completep.config.schema import ParallelConfig
+from megatron_completep.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of the mesh as this rank sees it; `group` is None where the axis has one rank and nothing is to be sent."""
+
+    name: str
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher (torchrun) told this process."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+
+    @classmethod
+    def from_environment(cls) -> Launch:
+        return cls(*(int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))
+
+
+@dataclass(frozen=True)
+class ParallelContext:
+    """Where this rank stands. Axes, slowest first: pipeline, data, context (size 1 for now), tensor."""
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+    tensor: Axis = field(default_factory=lambda: Axis("tensor"))
+    data: Axis = field(default_factory=lambda: Axis("data"))
+    pipeline: Axis = field(default_factory=lambda: Axis("pipeline"))
+    world: Axis = field(default_factory=lambda: Axis("world"))
+    mesh: DeviceMesh | None = None
+    sequence_parallel: bool = False
+    launched: bool = False  # under a launcher, even with one process
+
+    @classmethod
+    def single(cls, device: torch.device | str = "cpu") -> ParallelContext:
+        """One process, nothing to communicate."""
+        return cls(device=torch.device(device))
+
+    @classmethod
+    def create(cls, parallel: ParallelConfig, device: str = "auto") -> ParallelContext:
+        """Join the process group that the launcher prepared (NCCL on GPU, gloo on CPU) and lay the mesh over it.
+
+        Raises ConfigError with the numbers when the world size does not fit the layout, before any device is touched.
+        """
+        launch = Launch.from_environment()
+        data_parallel_size = data_parallel_size_for(parallel, launch.world_size)
+        chosen = choose_device(device, launch.local_rank)
+        if launch.world_size == 1:
+            return cls(device=chosen, sequence_parallel=False, launched="RANK" in os.environ)
+        if chosen.type == "cuda":
+            torch.cuda.set_device(chosen)
+        if not dist.is_initialized():
+            timeout = timedelta(minutes=parallel.timeout_minutes)
+            dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timeout)
+        return cls.over_world(parallel, chosen, launch.rank, launch.world_size, data_parallel_size)
+
+    @classmethod
+    def over_world(cls, parallel: ParallelConfig, device: torch.device, rank: int, world_size: int, data_size: int) -> ParallelContext:
+        """Lay the mesh over an initialized process group."""
+        shape = (parallel.pipeline_parallel_size, data_size, parallel.context_parallel_size, parallel.tensor_parallel_size)
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("pipeline", "data", "context", "tensor"))
+
+        def axis(name: str) -> Axis:
+            size = mesh[name].size()
+            return Axis(name, mesh.get_local_rank(name), size, mesh.get_group(name) if size > 1 else None)
+
+        return cls(
+            device=device,
+            rank=rank,
+            world_size=world_size,
+            tensor=axis("tensor"),
+            data=axis("data"),
+            pipeline=axis("pipeline"),
+            world=Axis("world", rank, world_size, dist.group.WORLD if world_size > 1 else None),
+            mesh=mesh,
+            sequence_parallel=parallel.sequence_parallel and parallel.tensor_parallel_size > 1,
+            launched=True,
+        )
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank speaks for the job (prints, writes metrics)."""
+        return self.rank == 0
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if self.world_size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def data_parallel_size_for(parallel: ParallelConfig, world_size: int) -> int:
+    """world_size / (tensor * pipeline * context); ConfigError where it does not divide."""
+    model_size = parallel.tensor_parallel_size * parallel.pipeline_parallel_size * parallel.context_parallel_size
+    if world_size % model_size:
+        raise ConfigError(
+            f"world size {world_size} is not a multiple of parallel.tensor_parallel_size = {parallel.tensor_parallel_size} x "
+            f"pipeline_parallel_size = {parallel.pipeline_parallel_size} = {model_size}. "
+            f"Launch {max(1, world_size // model_size) * model_size} processes, or change the layout."
+        )
+    return world_size // model_size
+
+
+def choose_device(device: str, local_rank: int) -> torch.device:
+    """auto: this local rank's GPU where there is one, else the CPU."""
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if local_rank >= count:
+        raise ConfigError(
+            f"training.device = {device}: local rank {local_rank} has no GPU, this node shows {count}. "
+            "Start at most as many processes a node as it has GPUs, or use cpu."
+        )
+    return torch.device("cuda", local_rank)

@@ -1,0 +1,142 @@
+"""The unembedding and the cross-entropy as one operation that owns its logits; the vocabulary is split over tensor ranks.
+
+T tokens (S * B), V local vocabulary rows, H hidden. The logits [T, V] exist once: the gradient is written over them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_completep import kernels
+from megatron_completep.parallel.collectives import all_gather, all_reduce, reduce_scatter
+from megatron_completep.parallel.context import Axis, ParallelContext
+from megatron_completep.parallel.embedding import VocabShard
+from megatron_completep.parallel.gradients import GradientQueue, accumulate_matrix, accumulate_tensor
+
+IGNORED = -100  # label of a position that does not count
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Options of the loss; `chunk_bytes` bounds the logits held at once."""
+
+    z_loss: float = 0.0
+    label_smoothing: float = 0.0
+    chunk_bytes: int = 1 << 28
+
+
+def unembedding_logits(x: Tensor, head: VocabShard, multiplier: float, context: ParallelContext) -> Tensor:
+    """x [s, B, H] -> logits [B, S, vocab_size] on every tensor rank; the multiplier is applied as in training."""
+    whole = all_gather(x, context.tensor) if context.sequence_parallel else x
+    local = F.linear(whole, head.weight) * multiplier
+    vocabulary_first = all_gather(local.permute(2, 1, 0).contiguous(), context.tensor)
+    return vocabulary_first[: head.vocab_size].permute(1, 2, 0)
+
+
+def unembedding_loss(
+    x: Tensor, labels: Tensor, head: VocabShard, multiplier: float, context: ParallelContext, queue: GradientQueue, loss: LossConfig
+) -> Tensor:
+    """Sum of the token losses of x [s, B, H] against labels [B, S]; the same on every tensor rank."""
+    return _UnembeddingLoss.apply(x, head.weight, labels.t().flatten(), head, multiplier, context, queue, loss)
+
+
+class _UnembeddingLoss(torch.autograd.Function):
+    """Few tokens: the logits are kept for backward. Many: both gradients are made chunk by chunk in forward, and no logits are kept."""
+
+    @staticmethod
+    def forward(ctx, x, weight, labels, head: VocabShard, multiplier, context: ParallelContext, queue, loss: LossConfig):
+        ctx.head, ctx.context, ctx.queue, ctx.shape = head, context, queue, x.shape
+        whole = all_gather(x, context.tensor) if context.sequence_parallel else x
+        rows = whole.flatten(0, 1)
+        step = max(1, loss.chunk_bytes // (weight.shape[0] * weight.element_size()))
+        tokens = _TokenLoss(head, multiplier, context.tensor, loss)
+        ctx.kept = rows.shape[0] <= step
+        if ctx.kept:
+            logits = F.linear(rows, weight)
+            total, lse = tokens.forward(logits, labels)
+            ctx.save_for_backward(rows, weight, logits, labels, lse)
+            ctx.tokens = tokens
+            return total
+        if not any(ctx.needs_input_grad):
+            parts = zip(rows.split(step), labels.split(step), strict=True)
+            return torch.stack([tokens.forward(F.linear(r, weight), chunk_labels)[0] for r, chunk_labels in parts]).sum()
+        total, d_rows, d_weight = tokens.chunked(rows, weight, labels, step)
+        ctx.save_for_backward(d_rows, d_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx, d_total):
+        if ctx.kept:
+            rows, weight, logits, labels, lse = ctx.saved_tensors
+            ctx.tokens.backward_(logits, labels, lse, d_total)
+            d_rows = logits @ weight
+            ctx.queue.push(ctx.head.weight, accumulate_matrix(logits, rows))
+        else:
+            d_rows, d_weight = ctx.saved_tensors
+            d_rows = d_rows * d_total
+            ctx.queue.push(ctx.head.weight, accumulate_tensor(d_weight, d_total))
+        context = ctx.context
+        d_x = d_rows.view(-1, ctx.shape[1], d_rows.shape[-1])
+        d_x = reduce_scatter(d_x, context.tensor) if context.sequence_parallel else all_reduce(d_x, context.tensor)
+        return d_x, None, None, None, None, None, None, None
+
+
+@dataclass(frozen=True)
+class _TokenLoss:
+    """Cross-entropy of local logits [T, V]; the two reductions over tensor ranks stand between the kernels."""
+
+    head: VocabShard
+    multiplier: float
+    axis: Axis
+    loss: LossConfig
+
+    def forward(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """(sum of the losses, logsumexp [T]); logits stay as they are."""
+        smoothing, head = self.loss.label_smoothing, self.head
+        stats = kernels.cross_entropy_forward(logits, labels, head.start, head.vocab_size, self.multiplier, smoothing > 0)
+        maximum, sums = stats[0], stats[1:]  # sums: of exp(x - maximum), the target's logit, and with smoothing of the logits
+        if self.axis.group is not None:
+            whole = all_reduce(maximum.clone(), self.axis, dist.ReduceOp.MAX)
+            sums[0] *= (maximum - whole).exp()
+            maximum, sums = whole, all_reduce(sums, self.axis)
+        lse = maximum + sums[0].log()
+        losses = lse - (1 - smoothing) * sums[1] + self.loss.z_loss * lse.square()
+        if smoothing > 0:
+            losses = losses - (smoothing / head.vocab_size) * sums[2]
+        return torch.where(labels == IGNORED, 0.0, losses).sum(), lse
+
+    def backward_(self, logits: Tensor, labels: Tensor, lse: Tensor, d_total: Tensor) -> None:
+        """Write the gradient of the sum, times d_total, over the logits."""
+        kernels.cross_entropy_backward_(
+            logits,
+            labels,
+            self.head.start,
+            lse,
+            d_total,
+            IGNORED,
+            self.loss.z_loss,
+            self.loss.label_smoothing,
+            self.head.vocab_size,
+            self.multiplier,
+        )
+
+    def chunked(self, rows: Tensor, weight: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(sum of the losses, d_rows [T, H], d_weight [V, H] in fp32 or fp64), holding the logits of `step` tokens at a time."""
+        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        d_rows, d_weight = torch.empty_like(rows), torch.zeros(weight.shape, dtype=wide, device=weight.device)
+        one = torch.ones((), dtype=wide, device=weight.device)
+        total = torch.zeros_like(one)
+        for start in range(0, rows.shape[0], step):
+            part = slice(start, start + step)
+            logits = F.linear(rows[part], weight)
+            chunk_total, lse = self.forward(logits, labels[part])
+            total += chunk_total
+            self.backward_(logits, labels[part], lse, one)
+            torch.mm(logits, weight, out=d_rows[part])
+            accumulate_matrix(logits, rows[part])(d_weight, start == 0)
+        return total, d_rows, d_weight

@@ -1,0 +1,107 @@
+"""Token and position embeddings. The token table is split by vocabulary rows over tensor ranks."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_completep.completep import Role, declare
+from megatron_completep.parallel.collectives import sum_over
+from megatron_completep.parallel.context import ParallelContext
+from megatron_completep.parallel.gradients import Accumulate, GradientQueue
+from megatron_completep.parallel.placement import Placement, place
+
+
+def padded_vocab_size(vocab_size: int, multiple: int, tensor_parallel_size: int) -> int:
+    """vocab_size rounded up, so that every tensor rank holds a multiple of `multiple` rows."""
+    step = multiple * tensor_parallel_size
+    return -(-vocab_size // step) * step
+
+
+class VocabShard(nn.Module):
+    """The rows of a [vocabulary, H] table that this tensor rank holds: the embedding, the unembedding, or both when tied."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        multiple: int,
+        hidden_size: int,
+        role: Role,
+        context: ParallelContext,
+        uses: int = 1,
+        tied_to: str | None = None,
+    ):
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.local_size = padded_vocab_size(vocab_size, multiple, context.tensor.size) // context.tensor.size
+        self.start = context.tensor.rank * self.local_size
+        self.weight = nn.Parameter(torch.empty(self.local_size, hidden_size, device=context.device))
+        declare(self.weight, role)
+        rows = ((self.start, self.start + self.local_size),)
+        place(self.weight, Placement((vocab_size, hidden_size), 0, rows, uses=uses, tied_to=tied_to))
+
+
+class VocabParallelEmbedding(VocabShard):
+    """tokens [B, S] -> [s, B, H]: each rank looks up its own rows, the sum over ranks is the whole."""
+
+    def __init__(self, vocab_size: int, multiple: int, hidden_size: int, context: ParallelContext, queue: GradientQueue, uses: int = 1):
+        super().__init__(vocab_size, multiple, hidden_size, Role.EMBEDDING, context, uses)
+        self.context, self.queue = context, queue
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        local = tokens.t() - self.start
+        if self.context.tensor.size == 1:
+            return _Lookup.apply(local, self.weight, None, self.queue)
+        here = (local >= 0) & (local < self.local_size)
+        partial = _Lookup.apply(local.clamp(0, self.local_size - 1), self.weight, here, self.queue)
+        return sum_over(partial, self.context.tensor, scatter=self.context.sequence_parallel)
+
+
+class PositionEmbedding(nn.Module):
+    """positions [B, S] -> [s, B, H]; every rank holds the whole table and, under sequence parallelism, looks up its part of S."""
+
+    def __init__(self, seq_length: int, hidden_size: int, context: ParallelContext, queue: GradientQueue):
+        super().__init__()
+        self.context, self.queue = context, queue
+        self.weight = nn.Parameter(torch.empty(seq_length, hidden_size, device=context.device))
+        declare(self.weight, Role.EMBEDDING)
+        place(self.weight, Placement((seq_length, hidden_size), partial_gradient=context.sequence_parallel))
+
+    def forward(self, positions: Tensor) -> Tensor:
+        ids = positions.t()
+        if self.context.sequence_parallel:
+            ids = ids.chunk(self.context.tensor.size)[self.context.tensor.rank]
+        return _Lookup.apply(ids, self.weight, None, self.queue)
+
+
+class _Lookup(torch.autograd.Function):
+    """Rows of weight by id, zero where `here` is False; the gradient is added row by row into main_grad, in a fixed order."""
+
+    @staticmethod
+    def forward(ctx, ids, weight, here, queue):
+        ctx.save_for_backward(ids, here)
+        ctx.weight, ctx.queue = weight, queue
+        rows = F.embedding(ids, weight)
+        return rows if here is None else rows.masked_fill_(~here.unsqueeze(-1), 0.0)
+
+    @staticmethod
+    def backward(ctx, d_out):
+        ids, here = ctx.saved_tensors
+        if here is not None:
+            d_out = d_out.masked_fill(~here.unsqueeze(-1), 0.0)
+        ctx.queue.push(ctx.weight, _accumulate_rows(ids.flatten(), d_out.flatten(0, 1)))
+        return None, None, None, None
+
+
+def _accumulate_rows(ids: Tensor, d_rows: Tensor) -> Accumulate:
+    def accumulate(main_grad: Tensor, first: bool) -> None:
+        if first:
+            main_grad.zero_()
+        d_wide = d_rows.to(main_grad.dtype)
+        if main_grad.is_cuda:
+            main_grad.index_put_((ids,), d_wide, accumulate=True)  # sorts first: repeatable, unlike index_add_ on CUDA
+        else:
+            main_grad.index_add_(0, ids, d_wide)
+
+    return accumulate

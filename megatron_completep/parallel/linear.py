@@ -1,0 +1,103 @@
+"""Linear layers whose weight is split over tensor ranks.
+
+Column-parallel: each rank holds rows of the weight (output features); the input is whole (or gathered along the sequence).
+Row-parallel: each rank holds columns (input features); the outputs are partial sums, summed (or reduce-scattered) over ranks.
+Shapes: S sequence, B micro-batch; `s` is S, or S / tensor ranks under sequence parallelism.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_completep.completep import Role, declare
+from megatron_completep.parallel.collectives import all_gather, start_all_gather, start_all_reduce, start_reduce_scatter, sum_over
+from megatron_completep.parallel.context import ParallelContext
+from megatron_completep.parallel.gradients import GradientQueue, accumulate_matrix, accumulate_sum
+from megatron_completep.parallel.placement import Placement, place, shard_ranges
+
+
+class ColumnParallelLinear(nn.Module):
+    """[s, B, in] -> [S, B, local out]. `parts` are the stacked logical outputs (q, k, v or gate, up), each split evenly."""
+
+    def __init__(
+        self, in_features: int, parts: tuple[int, ...], base_in_features: int, bias: bool, context: ParallelContext, queue: GradientQueue
+    ):
+        super().__init__()
+        self.context, self.queue = context, queue
+        ranges = shard_ranges(parts, context.tensor)
+        local_out = sum(stop - start for start, stop in ranges)
+        self.weight = nn.Parameter(torch.empty(local_out, in_features, device=context.device))
+        declare(self.weight, Role.HIDDEN_WEIGHT, in_features, base_in_features)
+        place(self.weight, Placement((sum(parts), in_features), 0, ranges))
+        self.bias = nn.Parameter(torch.zeros(local_out, device=context.device)) if bias else None
+        if bias:
+            place(declare(self.bias, Role.HIDDEN_BIAS), Placement((sum(parts),), 0, ranges))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _ColumnParallel.apply(x, self.weight, self.bias, self.context, self.queue)
+
+
+class RowParallelLinear(nn.Module):
+    """[S, B, local in] -> [s, B, out], summed over tensor ranks. The bias is returned, not added: the residual kernel adds it once."""
+
+    def __init__(
+        self, in_features: int, out_features: int, base_in_features: int, bias: bool, context: ParallelContext, queue: GradientQueue
+    ):
+        super().__init__()
+        self.context, self.queue = context, queue
+        ranges = shard_ranges((in_features,), context.tensor)
+        self.weight = nn.Parameter(torch.empty(out_features, in_features // context.tensor.size, device=context.device))
+        declare(self.weight, Role.HIDDEN_WEIGHT, in_features, base_in_features)
+        place(self.weight, Placement((out_features, in_features), 1, ranges))
+        self.bias = nn.Parameter(torch.zeros(out_features, device=context.device)) if bias else None
+        if bias:
+            declare(self.bias, Role.HIDDEN_BIAS)
+            place(self.bias, Placement((out_features,), partial_gradient=context.sequence_parallel))
+
+    def forward(self, x: Tensor) -> Tensor:
+        partial = _Linear.apply(x, self.weight, self.queue)
+        return sum_over(partial, self.context.tensor, scatter=self.context.sequence_parallel)
+
+
+class _Linear(torch.autograd.Function):
+    """x W^T on what this rank holds; the weight gradient goes to the queue."""
+
+    @staticmethod
+    def forward(ctx, x, weight, queue):
+        ctx.save_for_backward(x, weight)
+        ctx.queue = queue
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx, d_out):
+        x, weight = ctx.saved_tensors
+        d_x = d_out @ weight if ctx.needs_input_grad[0] else None
+        ctx.queue.push(weight, accumulate_matrix(d_out.flatten(0, -2), x.flatten(0, -2)))
+        return d_x, None, None
+
+
+class _ColumnParallel(torch.autograd.Function):
+    """Gathers its input along the sequence where that is split; in backward the reduction of d_x overlaps the weight gradient."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, context: ParallelContext, queue):
+        ctx.save_for_backward(x, weight)
+        ctx.bias, ctx.context, ctx.queue = bias, context, queue
+        whole = all_gather(x, context.tensor) if context.sequence_parallel else x
+        return F.linear(whole, weight, bias)
+
+    @staticmethod
+    def backward(ctx, d_out):
+        x, weight = ctx.saved_tensors
+        context, queue = ctx.context, ctx.queue
+        gathering = start_all_gather(x, context.tensor) if context.sequence_parallel else None
+        d_x = d_out @ weight
+        reducing = (start_reduce_scatter if context.sequence_parallel else start_all_reduce)(d_x, context.tensor)
+        whole = gathering.wait() if gathering is not None else x
+        rows = d_out.flatten(0, -2)
+        queue.push(weight, accumulate_matrix(rows, whole.flatten(0, -2)))
+        if ctx.bias is not None:
+            queue.push(ctx.bias, accumulate_sum(rows))
+        return reducing.wait(), None, None, None, None

@@ -32,7 +32,8 @@ class TokenizerSettings(Protocol):
 class Tokenizer:
     """Base of all families. Subclasses implement `_encode_batch` and `_decode`.
 
-    type: the family's name.     vocab_size: ids are in [0, vocab_size). eod_id: end-of-document id or None. hash: xxh3 (64 bits, hex) of the model's bytes.
+    type: the family's name.     vocab_size: ids are in [0, vocab_size). eod_id: end-of-document id or None.
+    hash: xxh3 (64 bits, hex) of the model's bytes.
     """
 
     vocab_size: int

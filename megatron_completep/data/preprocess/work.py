@@ -1,0 +1,144 @@
+"""The work folder `{output_prefix}.preprocess`: what is finished so far. Deleted when the token files are in place.
+
+plan.json: which run it belongs to. *.journal, *.meta, *.bin: shards, see encode.py. *.units: units of which all blocks were
+handed out, with their number. Every process that writes here has a name of its own, so nothing is ever overwritten.
+"""
+
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+import xxhash
+
+from megatron_completep.data.preprocess.encode import Record
+from megatron_completep.data.preprocess.settings import PreprocessSettings
+from megatron_completep.data.preprocess.sources import Block, Unit, blocks_of
+from megatron_completep.errors import DataError
+
+
+class Meta(NamedTuple):
+    """Per document of a block: text_bytes [documents]; tokens [keys, documents]; hashes uint64 [documents, 2] or None."""
+
+    text_bytes: npt.NDArray[np.uint64]
+    tokens: npt.NDArray[np.uint32]
+    hashes: npt.NDArray[np.uint64] | None
+
+
+class WorkFolder:
+    """Opened by each process that takes part in a run. `exclusive`: no other one may be at work (merging needs that)."""
+
+    def __init__(self, settings: PreprocessSettings, fingerprint: str, exclusive: bool):
+        self.settings = settings
+        self.path = Path(settings.output_prefix + ".preprocess")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock: IO[bytes] = open(self.path / "lock", "ab")  # noqa: SIM115 (held while the object lives)
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be created ({error.strerror}). Choose another --output-prefix.") from error
+        try:
+            fcntl.flock(self._lock, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except OSError as error:
+            raise DataError(
+                f"{self.path}: another process is at work on this output. Wait for it, or choose another --output-prefix."
+            ) from error
+        self._check_plan(fingerprint)
+        self.shard = self.path / secrets.token_hex(6)
+        self.records: dict[tuple[int, int], Record] = {}
+        self.unit_parts: dict[int, int] = {}
+        for name in sorted(self.path.glob("*.journal")):
+            for record in _whole_lines(name):
+                self.add(record)
+        for name in sorted(self.path.glob("*.units")):
+            self.unit_parts.update((line["unit"], line["parts"]) for line in _whole_lines(name))
+
+    def _check_plan(self, fingerprint: str) -> None:
+        plan = self.path / "plan.json"
+        if not plan.exists():
+            temporary = self.path / f"plan.{secrets.token_hex(6)}"
+            temporary.write_bytes(orjson.dumps({"fingerprint": fingerprint}))
+            temporary.rename(plan)
+        elif orjson.loads(plan.read_bytes()).get("fingerprint") != fingerprint:
+            raise DataError(
+                f"{self.path}: holds the unfinished work of a run with other inputs, tokenizer or settings (an input counts as "
+                "another one when its size or modification time changed). Repeat that run's command to finish it, "
+                "or delete the folder to begin anew."
+            )
+
+    def add(self, record: Record) -> None:
+        self.records.setdefault((record["unit"], record["part"]), record)
+
+    def unfinished_blocks(self, units: list[Unit], block_bytes: int) -> Iterator[Block]:
+        """Blocks without a result, in order. Notes each unit whose last block was handed out."""
+        with open(f"{self.shard}.units", "xb") as notes:
+            for unit in units:
+                if self._is_finished(unit):
+                    continue
+                parts = 0
+                for block in blocks_of(unit, block_bytes):
+                    parts += 1
+                    if (block.unit, block.part) not in self.records:
+                        yield block
+                self.unit_parts[unit.index] = parts
+                notes.write(orjson.dumps({"unit": unit.index, "parts": parts}) + b"\n")
+                notes.flush()
+
+    def _is_finished(self, unit: Unit) -> bool:
+        parts = self.unit_parts.get(unit.index)
+        return parts is not None and all((unit.index, part) in self.records for part in range(parts))
+
+    def unfinished_units(self, units: list[Unit]) -> list[Unit]:
+        return [unit for unit in units if not self._is_finished(unit)]
+
+    def ordered(self) -> Iterator[Record]:
+        """Records in document order."""
+        for key in sorted(self.records):
+            yield self.records[key]
+
+    def read_meta(self, record: Record) -> Meta:
+        raw = self._read(f"{record['shard']}.meta", record["meta"])
+        n, keys = record["documents"], len(self.settings.json_keys)
+        sizes = np.frombuffer(raw, "<u8", n)
+        tokens = np.frombuffer(raw, "<u4", n * keys, 8 * n).reshape(keys, n)
+        hashes = np.frombuffer(raw, "<u8", 2 * n, (8 + 4 * keys) * n).reshape(n, 2) if self.settings.deduplicate else None
+        return Meta(sizes, tokens, hashes)
+
+    def read_tokens(self, record: Record, key: int, dtype: npt.DTypeLike) -> npt.NDArray[np.generic]:
+        return np.frombuffer(self._read(f"{record['shard']}.{key}.bin", record["bins"][key]), dtype)
+
+    def _read(self, name: str, piece: tuple[int, int, str]) -> bytes:
+        offset, size, expected = piece
+        with open(self.path / name, "rb") as file:
+            file.seek(offset)
+            raw = file.read(size)
+        if xxhash.xxh3_64_hexdigest(raw) != expected:
+            raise DataError(
+                f"{self.path / name}: bytes {offset} to {offset + size} are not what was written. Delete {self.path} and run again."
+            )
+        return raw
+
+    def close(self) -> None:
+        self._lock.close()
+
+    def delete(self) -> None:
+        """The plan goes last: a half-deleted folder is still recognized as this run's."""
+        for name in self.path.iterdir():
+            if name.name not in ("plan.json", "lock"):
+                name.unlink()
+        shutil.rmtree(self.path)
+
+
+def _whole_lines(path: Path) -> Iterator[Record]:
+    """JSON lines that were written whole."""
+    if not os.path.getsize(path):
+        return
+    with open(path, "rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield orjson.loads(line)

@@ -1,0 +1,76 @@
+"""Train a lossless SentencePiece tokenizer on text, JSON lines or parquet (.gz .zst .xz .bz2 too).
+
+Example:
+
+    python tools/train_tokenizer.py --input corpus/ --output tokenizer.model --vocab-size 32000
+
+writes tokenizer.model and tokenizer.model.json (settings, and bytes per token on text that was held out).
+"""
+
+import argparse
+import json
+import time
+
+from rich.console import Console
+
+from megatron_completep.data.preprocess.sources import INPUT_FORMATS
+from megatron_completep.data.tokenizer_training import MODEL_TYPES, TrainingSettings, train_tokenizer
+from megatron_completep.errors import exit_on_user_error
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files, folders or quoted globs ('src/**/*.py')")
+    parser.add_argument("--output", required=True, metavar="FILE", help="the model file to write, such as tokenizer.model")
+    parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help="ids in all, bytes and special tokens included")
+    parser.add_argument("--model-type", choices=MODEL_TYPES, default="bpe", help="default: bpe; unigram takes about 15 times as long")
+    parser.add_argument(
+        "--input-megabytes", type=float, default=50.0, metavar="MB", help="how much text to sample, over all files (default: 50)"
+    )
+    parser.add_argument("--special-tokens", nargs="*", default=[], metavar="NAME", help="further special tokens; text never becomes one")
+    parser.add_argument(
+        "--character-coverage", type=float, default=0.9999, metavar="SHARE", help="rarer characters become bytes (default: 0.9999)"
+    )
+    parser.add_argument(
+        "--json-keys", nargs="+", default=["text"], metavar="KEY", help="JSON keys or parquet columns to read (default: text)"
+    )
+    parser.add_argument("--input-format", choices=INPUT_FORMATS, default="auto", help="as in preprocess_data.py")
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object on stdout")
+    return parser.parse_args()
+
+
+def main() -> int | None:
+    arguments = parse_arguments()
+    settings = TrainingSettings(
+        inputs=tuple(arguments.input),
+        vocab_size=arguments.vocab_size,
+        model_type=arguments.model_type,
+        input_megabytes=arguments.input_megabytes,
+        special_tokens=tuple(arguments.special_tokens),
+        character_coverage=arguments.character_coverage,
+        json_keys=tuple(arguments.json_keys),
+        input_format=arguments.input_format,
+    )
+    console = Console(stderr=True, highlight=False)
+    start = time.monotonic()
+    with console.status("starting") as status:
+
+        def say(text: str) -> None:
+            status.update(text)
+            console.print(text, markup=False)
+
+        report = train_tokenizer(settings, arguments.output, say)
+    console.print(f"done in {time.monotonic() - start:.1f} s")
+    print(json.dumps(report) if arguments.json else describe(arguments.output, report))
+    return 0
+
+
+def describe(output: str, report: dict) -> str:
+    """One line for a person."""
+    identity = report["tokenizer"]
+    rate = report["held_out_bytes_a_token"]
+    return f"{output}: {identity['vocab_size']} ids, {rate:.3f} bytes a token on held-out text, hash {identity['hash']}"
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -43,6 +43,7 @@ setup(
         "eval": ["lm-eval"],
         "gpu": ["triton>=3.6"],
         "hf": ["transformers"],
+        "ray": ["ray"],
         "tracking": ["wandb"],
     },
 )

@@ -126,6 +126,11 @@ def dump_yaml(sections: dict[str, dict[str, Any]]) -> str:
     return yaml.dump(blocks, Dumper=_Dumper, sort_keys=False, default_flow_style=True, width=120)
 
 
+def dump_value(value: Any) -> str:
+    """One plain value as it stands in a YAML file, on one line."""
+    return yaml.dump([value], Dumper=_Dumper, default_flow_style=True, width=float("inf")).strip()[1:-1]
+
+
 def _syntax_error(name: str, line: int, problem: str) -> ConfigError:
     remedy = next(
         (remedy for words, remedy in _REMEDIES if words in problem), "Check the indentation, the brackets and the quotes around here."

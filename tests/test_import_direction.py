@@ -1,0 +1,125 @@
+"""Imports go one way through the house; the picture is in LEVELS."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "megatron_completep"
+LEVELS = ["kernels errors", "config", "completep parallel", "model data", "optim", "training analysis interop", "pretrain tools"]
+LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms.split()}
+WITHOUT_TORCH = {"config", "completep", "errors"}
+# Optional or slow to import: these alone may be imported inside a function.
+OPTIONAL = {
+    *("apex", "flash_attn", "lm_eval", "matplotlib", "pyarrow", "ray", "rich", "sentencepiece", "tensorboard", "tiktoken"),
+    *("tokenizers", "trackio", "transformers", "triton", "wandb", "zstandard"),
+}
+
+
+def imports_of(source: str, module: str) -> Iterator[tuple[str, int, bool]]:
+    """Yields (absolute dotted name, line, whether inside a function) for every import in `source`."""
+    tree = ast.parse(source)
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)]
+    inside = {id(node) for function in functions for node in ast.walk(function)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(module.split(".")[: -node.level] + ([node.module] if node.module else [])) if node.level else node.module or ""
+            names = [f"{base}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        yield from ((name, node.lineno, id(node) in inside) for name in names)
+
+
+def problems_of(source: str, module: str) -> list[str]:
+    """What is wrong with the imports of one module, given by its dotted name (a package's own file ends in .__init__)."""
+    room = module.split(".")[1]
+    found = []
+    for name, line, inside in imports_of(source, module):
+        top, *rest = name.split(".")
+        target = rest[0] if top == PACKAGE and rest else None
+        if room == "kernels" and target not in (None, "kernels"):
+            found.append(f"{module}:{line} kernels import nothing else of the project, found {name}")
+        elif target in LEVEL and room in LEVEL and LEVEL[target] > LEVEL[room]:
+            found.append(f"{module}:{line} {room} (level {LEVEL[room]}) imports {name} (level {LEVEL[target]})")
+        if top in ("kernels", "tools", "tests"):
+            found.append(f"{module}:{line} top-level {top} is not a package to import from, found {name}")
+        if room in WITHOUT_TORCH and top == "torch":
+            found.append(f"{module}:{line} {room} imports torch")
+        if inside and top not in OPTIONAL:
+            found.append(f"{module}:{line} imports {name} inside a function")
+    return found
+
+
+def modules() -> dict[str, str]:
+    """Dotted name -> source of every module of the project; kernels and tools under the package's name."""
+    sources = {}
+    for folder, prefix in ((PACKAGE, ""), ("kernels", f"{PACKAGE}."), ("tools", f"{PACKAGE}.")):
+        for path in (ROOT / folder).rglob("*.py"):
+            name = prefix + ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            sources[name] = path.read_text(encoding="utf-8")
+    return sources
+
+
+def test_imports_go_from_higher_rooms_to_lower_ones():
+    assert [problem for name, source in sorted(modules().items()) for problem in problems_of(source, name)] == []
+
+
+def test_every_room_has_a_level():
+    rooms = {name.split(".")[1] for name in modules()} - {"__init__"}
+    assert rooms <= set(LEVEL)
+
+
+def test_no_two_rooms_import_each_other():
+    pairs = set()
+    for module, source in modules().items():
+        targets = {name.split(".")[1] for name, _, _ in imports_of(source, module) if name.startswith(f"{PACKAGE}.")}
+        pairs |= {(module.split(".")[1], target) for target in targets}
+    assert [pair for pair in pairs if pair[0] < pair[1] and pair[::-1] in pairs] == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "words"),
+    [
+        ("model.block", "from megatron_completep.optim import schedule", "model (level 3) imports"),
+        ("model.block", "from megatron_completep import training", "imports megatron_completep.training"),
+        ("model.block", "from ..optim import schedule", "imports megatron_completep.optim.schedule"),
+        ("model.__init__", "from ..training.loop import train", "imports megatron_completep.training.loop"),
+        ("kernels.norm", "import megatron_completep.errors", "kernels import nothing else"),
+        ("kernels.norm", "from ..errors import UserError", "kernels import nothing else"),
+        ("config.load", "import torch.nn as nn", "config imports torch"),
+        ("completep", "from torch import Tensor", "completep imports torch"),
+        ("optim.schedule", "def f():\n    import json", "imports json inside a function"),
+        ("optim.schedule", "class A:\n    def f(self):\n        from . import groups", "inside a function"),
+        ("training.loop", "import kernels", "top-level kernels"),
+    ],
+)
+def test_a_wrong_import_is_found(module, source, words):
+    (problem,) = problems_of(source, f"{PACKAGE}.{module}")
+    assert words in problem
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("training.loop", "from megatron_completep.optim.schedule import Schedule\nimport torch"),
+        ("kernels.norm", "from . import reference\nfrom .reference import norm\nimport torch"),
+        ("data.tokenizer", "def f():\n    import tiktoken"),
+        ("tools.show_plan", "from megatron_completep.analysis import plan"),
+    ],
+)
+def test_a_right_import_is_accepted(module, source):
+    assert problems_of(source, f"{PACKAGE}.{module}") == []
+
+
+def test_a_configuration_is_checked_without_loading_torch():
+    program = (
+        "import sys, megatron_completep.config, megatron_completep.completep, megatron_completep.errors; print('torch' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout == "False\n"

@@ -9,8 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-NUM_WARPS = 8
-BLOCK = 128 * NUM_WARPS  # four elements a thread: one 128-bit access to each float32 tensor
+from . import launch
 
 
 @triton.jit
@@ -30,21 +29,21 @@ def adamw_kernel(
 ):
     dtype = master.dtype.element_ty
     row = segments + tl.program_id(0).to(tl.int64) * 3
-    start, length = tl.load(row), tl.load(row + 1)
+    # Vectors of 128 bits need a start and an end that are known multiples: the padding is loaded, and stored back as it was.
+    start = tl.multiple_of(tl.load(row), 64)
+    length = tl.load(row + 1).to(tl.int32)
+    padded = (length + 63) // 64 * 64
+    padded = tl.multiple_of(tl.where(tl.load(control + 3) == 0.0, padded, 0), 64)  # a skipped step touches nothing
+    whole = tl.multiple_of(length // 64 * 64, 64)
     group = groups + tl.load(row + 2) * 3
-    lr = (tl.load(control) * tl.load(group)).to(dtype)
-    weight_decay, eps = tl.load(group + 1).to(dtype), tl.load(group + 2).to(dtype)
-    clip = tl.load(control + 2).to(dtype)
-    correction1, correction2 = tl.load(control + 4).to(dtype), tl.load(control + 5).to(dtype)
-    # Whole vectors of 128 bits need a start and an end that are known multiples: the padding is loaded and stored back as it was.
-    start = tl.multiple_of(start, 64)
-    padded = tl.multiple_of((length + 63) // 64 * 64, 64)
-    padded = tl.where(tl.load(control + 3) == 0.0, padded, 0)  # a skipped step touches nothing
-    padded = tl.multiple_of(padded, 64)
+    lr = tl.load(control) * tl.load(group)
+    step_size = (lr / tl.load(control + 4)).to(dtype)
+    decay, eps = (lr * tl.load(group + 1)).to(dtype), tl.load(group + 2).to(dtype)
+    clip, correction2 = tl.load(control + 2).to(dtype), tl.load(control + 5).to(dtype)
+    master, exp_avg, exp_avg_sq, grad = master + start, exp_avg + start, exp_avg_sq + start, grad + start
     for offset in range(0, padded, BLOCK):
         i = offset + tl.arange(0, BLOCK)
-        inside, mask = i < length, i < padded
-        i = start + i
+        mask = i < padded
         g = tl.load(grad + i, mask=mask, other=0.0).to(dtype) * clip
         p = tl.load(master + i, mask=mask, other=0.0)
         m = tl.load(exp_avg + i, mask=mask, other=0.0)
@@ -52,17 +51,17 @@ def adamw_kernel(
         new_m = m + (1 - BETA1) * (g - m)
         new_v = v + (1 - BETA2) * (g * g - v)
         # The rounded square root: the fast one flushes subnormal variances to zero, and a gradient of 1e-20 would explode.
-        if dtype == tl.float64:
-            root = tl.sqrt(new_v / correction2)
-        else:
-            root = tl.sqrt_rn(new_v / correction2)
-        new_p = p - lr * (new_m / correction1 / (root + eps) + weight_decay * p)
+        root = tl.sqrt(new_v / correction2) if dtype == tl.float64 else tl.sqrt_rn(new_v / correction2)
+        new_p = p - (step_size * new_m / (root + eps) + decay * p)
+        inside = i < length
         new_p = tl.where(inside, new_p, p)
         tl.store(exp_avg + i, tl.where(inside, new_m, m), mask=mask)
         tl.store(exp_avg_sq + i, tl.where(inside, new_v, v), mask=mask)
         tl.store(master + i, new_p, mask=mask)
-        if HAS_OUT:
-            tl.store(parameter_out + i, new_p.to(parameter_out.dtype.element_ty), mask=mask)
+        if HAS_OUT:  # its old padding is not at hand to be stored back: whole vectors first, then the odd end of a parameter
+            out = new_p.to(parameter_out.dtype.element_ty)
+            tl.store(parameter_out + start + i, out, mask=i < whole)
+            tl.store(parameter_out + start + i, out, mask=inside & (i >= whole))
 
 
 def adamw_(
@@ -80,6 +79,7 @@ def adamw_(
     """One launch, one program a row of `segments` (which `device_segments` has cut to pieces of a block)."""
     if segments.shape[0] == 0:
         return
+    block, num_warps = launch.block_shape("adamw", master.device)
     adamw_kernel[(segments.shape[0],)](
         master if parameter_out is None else parameter_out,
         master,
@@ -92,6 +92,6 @@ def adamw_(
         BETA1=beta1,
         BETA2=beta2,
         HAS_OUT=parameter_out is not None,
-        BLOCK=BLOCK,
-        num_warps=NUM_WARPS,
+        BLOCK=block,
+        num_warps=num_warps,
     )

@@ -9,10 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import reference
-
-FORWARD_BLOCK, FORWARD_WARPS = 4096, 8
-BACKWARD_BLOCK, BACKWARD_WARPS = 4096, 8
+from . import launch, reference
 
 
 @triton.jit
@@ -94,6 +91,7 @@ def cross_entropy_forward(logits: Tensor, labels: Tensor, vocab_start: int, vali
     tokens, columns = logits.shape
     stats = torch.empty(4 if with_sum else 3, tokens, dtype=torch.float32, device=logits.device)
     if tokens:
+        block, num_warps = launch.block_shape("cross_entropy_forward", logits.device)
         cross_entropy_forward_kernel[(tokens,)](
             logits,
             labels,
@@ -105,8 +103,8 @@ def cross_entropy_forward(logits: Tensor, labels: Tensor, vocab_start: int, vali
             valid_vocab,
             logit_scale,
             WITH_SUM=with_sum,
-            BLOCK=FORWARD_BLOCK,
-            num_warps=FORWARD_WARPS,
+            BLOCK=block,
+            num_warps=num_warps,
         )
     return stats
 
@@ -131,7 +129,8 @@ def cross_entropy_backward_(
     tokens, columns = logits.shape
     if tokens == 0 or columns == 0:
         return
-    cross_entropy_backward_kernel[(tokens, triton.cdiv(columns, BACKWARD_BLOCK))](
+    block, num_warps = launch.block_shape("cross_entropy_backward", logits.device)
+    cross_entropy_backward_kernel[(tokens, triton.cdiv(columns, block))](
         logits,
         labels,
         lse,
@@ -145,6 +144,6 @@ def cross_entropy_backward_(
         z_loss,
         label_smoothing,
         PER_TOKEN=grad_scale.numel() > 1,
-        BLOCK=BACKWARD_BLOCK,
-        num_warps=BACKWARD_WARPS,
+        BLOCK=block,
+        num_warps=num_warps,
     )

@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PROGRAMS = 1024
-BLOCK = 1024
-NUM_WARPS = 4
+from . import launch
+
+_PROGRAMS_A_PROCESSOR = 8
 
 
 @triton.jit
@@ -34,19 +34,22 @@ def sum_of_squares_kernel(
             length = tl.minimum(size - start, BLOCK)
         else:
             row = segments + r * 3
-            start, length = tl.multiple_of(tl.load(row), 64), tl.load(row + 1)
+            start, length = tl.multiple_of(tl.load(row), 64), tl.load(row + 1).to(tl.int32)
         squares = tl.zeros([BLOCK], dtype=wide)
+        padded = tl.multiple_of((length + 63) // 64 * 64, 64)  # the padding is loaded too, or vectors of 128 bits would be split
         for offset in range(0, length, BLOCK):
             i = offset + tl.arange(0, BLOCK)
-            x = tl.load(flat + start + i, mask=i < length, other=0.0).to(wide)
+            x = tl.load(flat + start + i, mask=(i < length) if WHOLE else (i < padded), other=0.0).to(wide)
+            x = tl.where(i < length, x, 0.0)
             squares += x * x
         total += tl.sum(squares, 0).to(tl.float64)
     tl.store(partials + tl.program_id(0) + tl.arange(0, 1), total)
 
 
 def sum_of_squares(flat: Tensor, segments: Tensor | None) -> Tensor:
-    count = triton.cdiv(flat.numel(), BLOCK) if segments is None else segments.shape[0]
-    programs = max(1, min(PROGRAMS, count))
+    block, num_warps = launch.block_shape("sum_of_squares", flat.device)
+    count = triton.cdiv(flat.numel(), block) if segments is None else segments.shape[0]
+    programs = max(1, min(_PROGRAMS_A_PROCESSOR * launch.processors(launch.architecture(flat.device)), count))
     partials = torch.empty(programs, dtype=torch.float64, device=flat.device)
     sum_of_squares_kernel[(programs,)](
         flat,
@@ -55,8 +58,8 @@ def sum_of_squares(flat: Tensor, segments: Tensor | None) -> Tensor:
         count,
         flat.numel(),
         WHOLE=segments is None,
-        BLOCK=BLOCK,
-        num_warps=NUM_WARPS,
+        BLOCK=block,
+        num_warps=num_warps,
     )
     return partials.sum()
 

@@ -7,7 +7,7 @@ parameter at a multiple of 64 elements; the next multiple of 64 after its last e
 import torch
 from torch import Tensor
 
-from . import native_optimizer, reference
+from . import launch, native_optimizer, reference
 from .library import lazy, register
 
 # What `control` (float64 [8]) holds. The optimizer writes the first before a step; `begin_step_` writes the others.
@@ -15,7 +15,6 @@ LEARNING_RATE, STEP, CLIP, SKIP, CORRECTION1, CORRECTION2, GRAD_NORM = range(7)
 CONTROL_SIZE = 8
 
 ALIGNMENT = 64  # elements: where a segment may start, and what its padding is rounded up to
-GPU_BLOCK = 1024  # elements of a GPU program
 
 _adamw = register(
     "adamw_(Tensor(a!)? parameter_out, Tensor(b!) master, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, Tensor grad, Tensor segments, "
@@ -45,7 +44,7 @@ def device_segments(segments: Tensor, device: torch.device | str) -> Tensor:
     table that the operations cannot use.
     """
     device = torch.device(device)
-    table = block_table(segments, GPU_BLOCK)
+    table = block_table(segments, launch.block_shape("adamw", device).block)
     return segments if device.type == "cpu" else table.to(device)
 
 

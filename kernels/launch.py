@@ -5,8 +5,11 @@ An architecture is a string: "sm_90", "gfx942", or "interpreter" for CPU tensors
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
+
+from .tuned import TUNED
 
 
 @functools.cache
@@ -20,6 +23,111 @@ def architecture(device: torch.device) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
+# Streaming multiprocessors (compute units) of the largest part of each architecture; a number of programs, not a claim about
+# the part at hand. The interpreter pays for each program, so it gets few.
+_PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304, "interpreter": 3}
+_DEFAULT_PROCESSORS = 108
+
+
+def processors(architecture: str) -> int:
+    return _PROCESSORS.get(architecture, _DEFAULT_PROCESSORS)
+
+
+def next_power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def segments(hidden: int) -> tuple[int, int]:
+    """Two powers of two that cover `hidden` with the fewest idle lanes: 768 = 512 + 256, 1000 -> 1024 + 0, 5120 = 4096 + 1024."""
+    whole = max(16, next_power_of_two(hidden))
+    first = whole // 2
+    second = next_power_of_two(hidden - first) if hidden > first else 0
+    return (first, max(second, 128)) if hidden > 512 and second < first else (whole, 0)
+
+
+class NormForwardShape(NamedTuple):
+    first: int
+    second: int
+    rows: int
+    num_warps: int
+
+
+class NormBackwardShape(NamedTuple):
+    first: int
+    second: int
+    rows: int
+    num_warps: int
+    stages: int
+    programs: int
+    holds_vectors: bool
+
+
+class VectorGradientShape(NamedTuple):
+    columns: int
+    rows: int
+    num_warps: int
+    stages: int
+
+
+@functools.cache
+def norm_forward_shape(hidden: int) -> NormForwardShape:
+    """Up to 1024 wide a warp has a row to itself (no exchange through shared memory), beyond that a program has one row."""
+    first, second = segments(hidden)
+    width = first + second
+    if width <= 1024:
+        return NormForwardShape(first, second, max(4, 4096 // next_power_of_two(width)), 4)
+    return NormForwardShape(first, second, 1, min(16, max(4, width // 512)))
+
+
+def norm_backward_shape(hidden: int, dtype: torch.dtype, device: torch.device) -> NormBackwardShape:
+    return _norm_backward_shape(hidden, dtype, architecture(device))
+
+
+@functools.cache
+def _norm_backward_shape(hidden: int, dtype: torch.dtype, architecture: str) -> NormBackwardShape:
+    """Sixteen elements a thread: three float32 accumulators, three rows in flight and the gain then fit without spilling."""
+    first, second = segments(hidden)
+    width = first + second
+    if width > 8192:
+        return NormBackwardShape(first, second, 1, 16, 1, processors(architecture), False)
+    num_warps = max(4, next_power_of_two(width) // 512)
+    rows = max(1, 2048 // next_power_of_two(width))
+    return NormBackwardShape(first, second, rows, num_warps, 2, 16 // num_warps * processors(architecture), True)
+
+
+def vector_gradient_shape() -> VectorGradientShape:
+    return VectorGradientShape(columns=256, rows=16, num_warps=4, stages=2)
+
+
 def partial_rows(device: torch.device, dtype: torch.dtype, hidden: int) -> int:
     """P of the partial sums [P, K, H] that a norm's backward returns on `device`; 1 where torch's own operators run."""
-    return 1
+    if device.type != "cuda" or dtype == torch.float64:
+        return 1
+    return norm_backward_shape(hidden, dtype, device).programs
+
+
+class BlockShape(NamedTuple):
+    block: int  # elements of one program, or of one turn of its loop
+    num_warps: int
+
+
+# AdamW: four float32 elements a thread, one 128-bit access to each tensor (a wavefront of AMD has 64 threads).
+_BLOCK_SHAPES = {
+    "adamw": BlockShape(1024, 8),
+    "sum_of_squares": BlockShape(1024, 4),
+    "cross_entropy_forward": BlockShape(4096, 8),
+    "cross_entropy_backward": BlockShape(4096, 8),
+}
+
+
+def block_shape(operation: str, device: torch.device) -> BlockShape:
+    return _block_shape(operation, architecture(device))
+
+
+@functools.cache
+def _block_shape(operation: str, architecture: str) -> BlockShape:
+    found = TUNED.get(architecture, {}).get(operation)
+    if found is not None:
+        return BlockShape(*found)
+    block, num_warps = _BLOCK_SHAPES[operation]
+    return BlockShape(block, num_warps // 2 if architecture.startswith("gfx") else num_warps)

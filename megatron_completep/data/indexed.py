@@ -81,11 +81,12 @@ def read_header(raw: bytes, path: str) -> Header:
 class IndexedDataset:
     """Read-only memory-mapped view of a pair of token files.
 
-    Opening checks the header, every size, both ends of each array, and every entry of an index up to 64 MB (a larger one at 64
-    places: `problems` looks at all of it). Raises DataError naming file and field.
+    Opening checks the header, every size, both ends of each array, and every entry of an index up to 64 MB, with its content hash where
+    PREFIX.json has it (a larger index at 64 places: `problems` looks at all of it). Raises DataError naming file and field.
+    Without PREFIX.json an index whose document_indices were changed to other ascending numbers cannot be told from a good one.
 
-    Attributes: `tokens` [num_tokens], `lengths` int32 [S] in tokens, `pointers` int64 [S] in bytes, `document_indices` int64 [documents + 1]
-    (first sequence of each document), `modes` int8 [S] or None, `dtype`, and the counts.
+    Attributes: `tokens` [num_tokens], `lengths` int32 [S] in tokens, `pointers` int64 [S] in bytes, `document_indices` int64
+    [documents + 1] (first sequence of each document), `modes` int8 [S] or None, `dtype`, and the counts.
     """
 
     def __init__(self, prefix: str | Path) -> None:
@@ -165,8 +166,8 @@ class IndexedDataset:
             if wrong.any():
                 at = int(np.argmax(wrong))
                 yield (
-                    f"{self.idx_path}: pointers: sequence {begin + at} at byte {pointers[at]} with {lengths[at]} tokens of {itemsize} bytes "
-                    f"must be followed by byte {pointers[at] + lengths[at] * itemsize}, found {pointers[at + 1]}."
+                    f"{self.idx_path}: pointers: sequence {begin + at} at byte {pointers[at]} with {lengths[at]} tokens "
+                    f"of {itemsize} bytes must be followed by byte {pointers[at] + lengths[at] * itemsize}, found {pointers[at + 1]}."
                 )
         for begin in range(start, min(stop, self.num_documents), CHUNK):
             end = min(begin + CHUNK, stop, self.num_documents)
@@ -184,6 +185,15 @@ class IndexedDataset:
                     "It describes other files; remove it, or copy all three again."
                 )
 
+        if len(self._index) <= FULL_CHECK_BYTES:
+            yield from self._content_problems("idx")
+
+    def _content_problems(self, suffix: str) -> Iterator[str]:
+        """Compare a file's hash with the recorded one."""
+        recorded = ((self.sidecar or {}).get(suffix) or {}).get("xxh3_64")
+        if recorded is not None and (actual := hash_file(f"{self.prefix}.{suffix}")) != recorded:
+            yield f"{self.prefix}.{suffix}: content: xxh3_64 {actual}, but {self.prefix}.json records {recorded}. Copy it again."
+
     @staticmethod
     def _raise_first(problems: Iterator[str]) -> None:
         for problem in problems:
@@ -193,11 +203,7 @@ class IndexedDataset:
         """Everything that is wrong with the files: the whole structure, and the content hashes where PREFIX.json has them."""
         found = list(self._structure_problems(0, max(self.num_sequences, self.num_documents + 1)))
         for suffix in ("bin", "idx"):
-            recorded = ((self.sidecar or {}).get(suffix) or {}).get("xxh3_64")
-            if recorded is not None and (actual := hash_file(f"{self.prefix}.{suffix}")) != recorded:
-                found.append(
-                    f"{self.prefix}.{suffix}: content: its xxh3_64 is {actual}, {self.prefix}.json records {recorded}. The file was changed."
-                )
+            found += self._content_problems(suffix)
         self._index.madvise(mmap.MADV_DONTNEED)
         return found
 
@@ -267,7 +273,7 @@ def hash_file(path: str | Path) -> str:
 def read_sidecar(prefix: str) -> dict[str, Any] | None:
     """PREFIX.json, or None where there is none (or where the file of that name is something else)."""
     path = prefix + ".json"
-    if not os.path.exists(path):
+    if not Path(path).exists():
         return None
     try:
         content = json.loads(Path(path).read_text("utf-8"))

@@ -1,22 +1,22 @@
 """A seeded bijection of [0, n) in O(1) memory and time: random access into a shuffle that is never built.
 
-A Feistel network over the smallest power of two >= n: a number of `bits` bits is cut into a left and a right part, and in turn each part is
-xor-ed with a hash of the other one. Every such step is its own inverse, so the whole is a bijection of [0, 2**bits), whatever the hash. A value
-that lands at n or above is put through again until it falls below n (cycle walking); following the cycle keeps it a bijection of [0, n), and
-since 2**bits < 2n the expected number of passes is below two.
+A Feistel network over the smallest power of two >= n: a number is cut into a left and a right part of bits, and in turn each part is xor-ed
+with a hash of the other one. Every such step is its own inverse, so the whole is a bijection of [0, 2**bits), whatever the hash. A value
+that lands at n or above is put through again until it falls below n (cycle walking); following the cycle keeps it a bijection of [0, n),
+and since 2**bits < 2n the expected number of passes is below two.
 """
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 MASK64 = (1 << 64) - 1
-ROUNDS = 8
+ROUNDS, ROUNDS_WHEN_SMALL = 8, 24  # few bits in a part mix slowly: below 2**16 more rounds are cheap
 
-IntOrArray = TypeVar("IntOrArray", int, npt.NDArray[np.uint64])
+IntOrArray = TypeVar("IntOrArray", int, npt.NDArray[Any])  # a Python integer or a uint64 array
 
 
 def mix(value: IntOrArray) -> IntOrArray:
@@ -45,7 +45,8 @@ class Permutation:
         self._right_bits = (bits + 1) // 2
         self._right_mask = (1 << self._right_bits) - 1
         self._left_mask = (1 << (bits // 2)) - 1
-        self._keys = [derive_key(key, round) for round in range(ROUNDS)]
+        rounds = ROUNDS if bits > 16 else ROUNDS_WHEN_SMALL
+        self._keys = [derive_key(key, number) for number in range(rounds)]
 
     def __len__(self) -> int:
         return self.n
@@ -61,7 +62,7 @@ class Permutation:
     def take(self, indices: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """The images of many indices, int64, of the same shape."""
         values = np.asarray(indices)
-        if values.size and not (0 <= values.min() and values.max() < self.n):
+        if values.size and not (values.min() >= 0 and values.max() < self.n):
             raise IndexError(f"indices are outside [0, {self.n})")
         values = self._network(values.astype(np.uint64))
         while (outside := values >= self.n).any():

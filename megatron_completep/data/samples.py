@@ -1,8 +1,8 @@
 """Fixed-length samples from one pair of token files, in a seeded order.
 
-The documents of a source, one after another as they lie in the file, form one stream of tokens. Sample k is the seq_length + 1 tokens that start at
-k * seq_length, so neighbours share one token (the last label of one is the first input of the next); what is left at the end is not used.
-Every epoch visits all samples in a new seeded permutation. Nothing is built: sample i of a run is found in O(log documents).
+The documents of a source, one after another as they lie in the file, form one stream of tokens. Sample k is the seq_length + 1 tokens that
+start at k * seq_length, so neighbours share one token (the last label of one is the first input of the next); the rest at the end is not
+used. Every epoch visits all samples in a new seeded permutation. Nothing is built: sample i of a run is found in O(log documents).
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class Source(Protocol):
 
     dataset: IndexedDataset
     seq_length: int
+    samples_per_epoch: int
 
     def __getitem__(self, index: int) -> Sample:
         """Sample `index` of the run, counted over all epochs."""
@@ -63,8 +64,8 @@ class PermutedSource:
         self.samples_per_epoch = max(0, self.end - self.begin - 1) // seq_length
         if self.samples_per_epoch == 0:
             raise DataError(
-                f"{dataset.bin_path}: documents {first} to {last - 1} hold {self.end - self.begin} tokens, one sample takes seq_length + 1 = "
-                f"{seq_length + 1}. Use a larger corpus, a larger split, or a smaller model.seq_length."
+                f"{dataset.bin_path}: documents {first} to {last - 1} hold {self.end - self.begin} tokens, one sample takes "
+                f"seq_length + 1 = {seq_length + 1}. Use a larger corpus, a larger split, or a smaller model.seq_length."
             )
         self._seed, self._stream = seed, stream
         self._permutation = (0, self._permutation_of(0))

@@ -123,7 +123,7 @@ class IndexedWriter:
     def _append(self, parts: Sequence[Array], lengths: Array, sequences_per_document: Array) -> None:
         if len(lengths) and int(lengths.max()) > INT32_MAX:
             raise DataError(
-                f"{self.prefix}: document {self.num_documents}: a sequence of {int(lengths.max())} tokens; the format holds up to {INT32_MAX}."
+                f"{self.prefix}: document {self.num_documents}: a sequence of {int(lengths.max())} tokens; at most {INT32_MAX} fit."
             )
         for part in parts:
             self._write_tokens(part)
@@ -135,7 +135,7 @@ class IndexedWriter:
     def _write_tokens(self, tokens: Array) -> None:
         if len(tokens) == 0:
             return
-        raw = memoryview(np.ascontiguousarray(tokens)).cast("B")
+        raw = np.ascontiguousarray(tokens).view(np.uint8).data
         self._bin.write(raw)
         self._digest.update(raw)
         self.num_tokens += len(tokens)
@@ -155,7 +155,7 @@ class IndexedWriter:
             os.fsync(file.fileno())
             file.close()
         self._counts.close()
-        os.unlink(self._counts.name)
+        Path(self._counts.name).unlink()
         sidecar = {
             "format": SIDECAR_FORMAT,
             "version": 1,
@@ -166,7 +166,7 @@ class IndexedWriter:
             "largest_id": self.largest_id,
             "dtype": self.dtype.name,
             "bin": {"bytes": self.num_tokens * self.dtype.itemsize, "xxh3_64": self._digest.hexdigest()},
-            "idx": {"bytes": os.path.getsize(self._idx.name), "xxh3_64": hash_file(self._idx.name)},
+            "idx": {"bytes": Path(self._idx.name).stat().st_size, "xxh3_64": hash_file(self._idx.name)},
             "tokenizer": tokenizer,
             **extra,
         }
@@ -178,7 +178,7 @@ class IndexedWriter:
         for file in (self._bin, self._idx, self._counts):
             file.close()
             with suppress(FileNotFoundError):
-                os.unlink(file.name)
+                Path(file.name).unlink()
 
     def _write_pointers(self) -> None:
         offset = 0
@@ -214,10 +214,10 @@ class IndexedWriter:
             os.fsync(file.fileno())
         for stale in (self.prefix + ".idx", json_path):
             with suppress(FileNotFoundError):
-                os.unlink(stale)
-        os.replace(self._bin.name, self.prefix + ".bin")
-        os.replace(json_path + ".partial", json_path)
-        os.replace(self._idx.name, self.prefix + ".idx")
+                Path(stale).unlink()
+        Path(self._bin.name).replace(self.prefix + ".bin")
+        Path(json_path + ".partial").replace(json_path)
+        Path(self._idx.name).replace(self.prefix + ".idx")
         folder = os.open(Path(self.prefix).parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
@@ -273,6 +273,7 @@ def _common_tokenizer(datasets: Sequence[IndexedDataset]) -> dict[str, Any] | No
     for prefix, tokenizer in recorded[1:]:
         if tokenizer != recorded[0][1]:
             raise DataError(
-                f"{prefix}.json: tokenizer: {tokenizer} differs from {recorded[0][1]} of {recorded[0][0]}. Token ids of two tokenizers cannot be mixed."
+                f"{prefix}.json: tokenizer: {tokenizer} differs from {recorded[0][1]} of {recorded[0][0]}. "
+                "Token ids of two tokenizers cannot be mixed."
             )
     return recorded[0][1] if len(recorded) == len(datasets) else None

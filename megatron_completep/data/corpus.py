@@ -1,0 +1,191 @@
+"""The samples of a run: opens the sources, checks them against the model, and gives sample i of the blend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from megatron_completep.config.schema import DataConfig, SourceConfig
+from megatron_completep.data.blend import Blend
+from megatron_completep.data.indexed import BLOCK_BYTES, Array, IndexedDataset
+from megatron_completep.data.samples import PermutedSource, Sample, Source
+from megatron_completep.errors import DataError
+
+VALIDATION_STREAM = 1 << 32  # sources of the validation blend draw their orders from stream numbers of their own
+
+
+@dataclass(frozen=True)
+class SampleOrigin:
+    """Where sample `index` of a run comes from."""
+
+    index: int
+    source: int
+    prefix: str
+    epoch: int
+    number: int  # of the sample within its source
+    sample: Sample
+
+
+class Corpus:
+    """Sample i of a run, over all its sources: a pure function of (seed, data, i), the same at every layout.
+
+    sources: one a token file; blend: anything with `blend[i]` -> (source, number of the sample within it).
+    """
+
+    def __init__(self, sources: Sequence[Source], blend: Any, vocab_size: int) -> None:
+        self.sources, self.blend, self.vocab_size = list(sources), blend, vocab_size
+
+    def __getitem__(self, index: int) -> Sample:
+        """Raises DataError naming file, document and position of a token id that the model has no embedding for."""
+        source, number = self.blend[index]
+        sample = self.sources[source][number]
+        if sample.tokens.max() >= self.vocab_size or sample.tokens.min() < 0:
+            position = int(np.argmax(outside(sample.tokens, self.vocab_size)))
+            raise self._unknown_token(self.sources[source].dataset, _file_position(sample, position))
+        return sample
+
+    def origin(self, index: int) -> SampleOrigin:
+        """Sample `index` with its source, epoch and place."""
+        source, number = self.blend[index]
+        epoch, place = self.sources[source].locate(number)
+        return SampleOrigin(index, source, self.sources[source].dataset.prefix, epoch, place, self.sources[source][number])
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of one epoch of every source together."""
+        return sum(source.samples_per_epoch for source in self.sources)
+
+    def fingerprint(self) -> list[dict[str, Any]]:
+        """What identifies the data, for comparing a resumed run's with its checkpoint's."""
+        return [_identity(source.dataset) for source in self.sources]
+
+    def check_vocabulary(self) -> None:
+        """Refuse, before training and on every rank alike, files whose PREFIX.json shows ids or a tokenizer beyond the vocabulary."""
+        for source in self.sources:
+            dataset, sidecar = source.dataset, source.dataset.sidecar or {}
+            if sidecar.get("largest_id", -1) >= self.vocab_size:
+                raise self._unknown_token(dataset, first_outside(dataset.tokens, self.vocab_size))
+            tokenizer = sidecar.get("tokenizer") or {}
+            if (size := tokenizer.get("vocab_size") or 0) > self.vocab_size:
+                raise DataError(
+                    f"{dataset.prefix}.json: tokenizer: it has {size} ids, model.vocab_size = {self.vocab_size} has fewer. "
+                    f"Set model.vocab_size to {size}, or tokenize the corpus with the model's tokenizer."
+                )
+
+    def _unknown_token(self, dataset: IndexedDataset, at: int) -> DataError:
+        document = dataset.document_at(at)
+        position = at - dataset.token_offset(document)
+        return DataError(
+            f"{dataset.bin_path}: document {document}, position {position}: token id {dataset.tokens[at]} is outside the model's "
+            f"vocabulary, 0 to {self.vocab_size - 1}. The corpus belongs to another tokenizer, or model.vocab_size is too small."
+        )
+
+
+def outside(tokens: Array, vocab_size: int) -> Array:
+    """Which tokens are no id of the vocabulary, bool."""
+    return (tokens >= vocab_size) | (tokens < 0)
+
+
+def first_outside(tokens: Array, vocab_size: int) -> int:
+    """Position of the first id outside the vocabulary; block by block, so that a corpus larger than memory can be searched."""
+    for start in range(0, len(tokens), BLOCK_BYTES):
+        wrong = outside(tokens[start : start + BLOCK_BYTES], vocab_size)
+        if wrong.any():
+            return start + int(np.argmax(wrong))
+    return -1
+
+
+def _file_position(sample: Sample, position: int) -> int:
+    for span in sample.spans:
+        if position < span.end - span.begin:
+            return span.begin + position
+        position -= span.end - span.begin
+    raise AssertionError("a position beyond the sample")
+
+
+def _identity(dataset: IndexedDataset) -> dict[str, Any]:
+    sidecar = dataset.sidecar or {}
+    return {
+        "prefix": dataset.prefix,
+        "documents": dataset.num_documents,
+        "sequences": dataset.num_sequences,
+        "tokens": dataset.num_tokens,
+        "dtype": dataset.dtype.name,
+        "bin_xxh3_64": (sidecar.get("bin") or {}).get("xxh3_64"),
+    }
+
+
+def parse_split(split: str) -> list[float]:
+    """'969,30,1' -> shares of training, validation and test that sum to 1."""
+    try:
+        shares = [float(part) for part in split.split(",")]
+    except ValueError:
+        shares = []
+    if not 1 <= len(shares) <= 3 or min(shares) < 0 or not 0 < sum(shares) < float("inf"):
+        raise DataError(f"data.split = {split!r}: give up to three numbers >= 0 for training, validation and test, such as '969,30,1'.")
+    shares += [0.0] * (3 - len(shares))
+    return [share / sum(shares) for share in shares]
+
+
+def sources_of(data: DataConfig, split: str) -> tuple[Sequence[SourceConfig], tuple[float, float] | None]:
+    """The configured sources of "train" or "validation", and which share of each (None: all of it)."""
+    if split == "train":
+        shares = parse_split(data.split) if data.split is not None and data.validation is None else None
+        return data.train, None if shares is None else (0.0, shares[0])
+    if data.validation is not None:
+        return data.validation, None
+    if data.split is None:
+        raise DataError("data.validation and data.split are both null: there is nothing to validate on. Set one of them.")
+    shares = parse_split(data.split)
+    return data.train, (shares[0], shares[0] + shares[1])
+
+
+def open_corpus(data: DataConfig, *, seq_length: int, total_samples: int, vocab_size: int, split: str = "train") -> Corpus:
+    """Open the sources of one split. total_samples: samples of the whole run (sources given in epochs beside weighted ones need it).
+
+    Raises DataError for files that cannot be used, sources too small for one sample, and ids beyond the vocabulary.
+    """
+    configured, share = sources_of(data, split)
+    first_stream = 0 if split == "train" else VALIDATION_STREAM
+    sources = []
+    for number, source in enumerate(configured):
+        dataset = IndexedDataset(source.prefix)
+        documents = None if share is None else (round(share[0] * dataset.num_documents), round(share[1] * dataset.num_documents))
+        sources.append(PermutedSource(dataset, seq_length, data.seed, first_stream + number, documents))
+    corpus = Corpus(sources, Blend(blend_weights(configured, sources, total_samples)), vocab_size)
+    corpus.check_vocabulary()
+    return corpus
+
+
+def blend_weights(configured: Sequence[SourceConfig], sources: Sequence[PermutedSource], total_samples: int) -> list[Fraction]:
+    """Shares of the sources, exact.
+
+    All by weight, or all by epochs (then in proportion to epochs * samples of an epoch): that ratio, whatever the run's length. Mixed:
+    sources with epochs get exactly those in the whole run, the others share the rest by weight.
+    """
+    by_epochs = {
+        i: _decimal(source.epochs) * sources[i].samples_per_epoch for i, source in enumerate(configured) if source.epochs is not None
+    }
+    by_weight = {i: _decimal(source.weight or 1.0) for i, source in enumerate(configured) if source.epochs is None}
+    both = [source.prefix for source in configured if source.epochs is not None and source.weight is not None]
+    if both:
+        raise DataError(f"data: {', '.join(both)}: both weight and epochs are given. Give one of the two a source.")
+    if not by_epochs or not by_weight:
+        return [(by_epochs or by_weight)[i] for i in range(len(configured))]
+    rest = total_samples - sum(by_epochs.values())
+    if rest <= 0:
+        taken = float(sum(by_epochs.values()))
+        raise DataError(
+            f"data: the sources given in epochs take {taken:.0f} samples, the whole run has {total_samples}; nothing is left for the "
+            "sources given by weight. Lower the epochs, or train longer."
+        )
+    by_weight = {i: weight * rest / sum(by_weight.values()) for i, weight in by_weight.items()}
+    return [{**by_epochs, **by_weight}[i] for i in range(len(configured))]
+
+
+def _decimal(number: float) -> Fraction:
+    return Fraction(repr(number))

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import orjson
@@ -28,13 +28,31 @@ _BATCH_CHARACTERS = 1 << 20
 _BAD_EXAMPLES = 10  # described a block; all are counted
 
 
+class _Piece:
+    """What one block appends to one file: written as it comes, described by offset, size and xxh3 at the end."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self._digest = xxhash.xxh3_64()
+        self._offset = file.tell()
+
+    def write(self, raw: bytes) -> None:
+        self._file.write(raw)
+        self._digest.update(raw)
+
+    def finish(self) -> tuple[int, int, str]:
+        self._file.flush()  # in the kernel's hands before the journal names it: kill -9 cannot take it back
+        return self._offset, self._file.tell() - self._offset, self._digest.hexdigest()
+
+
 @dataclass
 class _Result:
-    """One block's documents, in memory until they are appended."""
+    """What is known of a block's documents so far; tokens are on disk already."""
 
+    bins: list[_Piece]
+    counts: list[list[int]]  # tokens [key][document]
     sizes: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
-    tokens: list[list[np.ndarray]] = field(default_factory=list)  # [key][document]
     bad: list[str] = field(default_factory=list)
     bad_count: int = 0
     dropped_characters: int = 0
@@ -48,6 +66,7 @@ class Encoder:
         self.settings = settings
         self.tokenizer = build_tokenizer(settings.tokenizer)
         self._name = shard.name
+        self._eod = np.array([self.tokenizer.eod_id] if settings.append_eod else [], self.tokenizer.dtype)
         self._stack = ExitStack()
         names = [f"{shard}.{number}.bin" for number in range(len(settings.json_keys))] + [f"{shard}.meta", f"{shard}.journal"]
         *self._bins, self._meta, self._journal = [self._stack.enter_context(open(name, "xb")) for name in names]  # noqa: SIM115
@@ -56,11 +75,11 @@ class Encoder:
         self._stack.close()
 
     def encode(self, block: Block) -> Record:
-        """Tokenize a block, append it to the shard, and return its journal line."""
-        result = _Result(tokens=[[] for _ in self.settings.json_keys])
+        """Tokenize a block, append it to the shard, and return its journal line. Memory: one batch of about a megabyte of text."""
+        result = _Result([_Piece(file) for file in self._bins], [[] for _ in self._bins])
         for batch in _batches(self._good_documents(block, result)):
             self._encode_batch(batch, result)
-        return self._append(block, result)
+        return self._finish(block, result)
 
     def _good_documents(self, block: Block, result: _Result) -> Iterator[Document]:
         """Documents within the limits of length; counts the others."""
@@ -81,6 +100,7 @@ class Encoder:
 
     def _encode_batch(self, batch: list[Document], result: _Result) -> None:
         columns = [self.tokenizer.encode_batch([document.texts[key] for document in batch]) for key in range(len(self.settings.json_keys))]
+        kept: list[list[np.ndarray]] = [[] for _ in columns]
         for document, ids in zip(batch, zip(*columns, strict=True), strict=True):
             if self.settings.limits.refuses_tokens([len(i) for i in ids]):
                 result.dropped_tokens += 1
@@ -88,19 +108,20 @@ class Encoder:
             result.sizes.append(sum(len(text) if text.isascii() else len(text.encode()) for text in document.texts))
             if self.settings.deduplicate:
                 result.hashes.append(content_hash(document.texts))
-            for key, tokens in enumerate(ids):
-                result.tokens[key].append(tokens)
-
-    def _append(self, block: Block, result: _Result) -> Record:
-        eod = [np.array([self.tokenizer.eod_id], self.tokenizer.dtype)] if self.settings.append_eod else []
-        meta = [np.array(result.sizes, "<u8").tobytes()]
-        pieces = []
-        for file, documents in zip(self._bins, result.tokens, strict=True):
+            for column, tokens in zip(kept, ids, strict=True):
+                column.append(tokens)
+        for piece, counts, column in zip(result.bins, result.counts, kept, strict=True):
             # As in Megatron, an empty document stays empty: it gets no end-of-document token.
-            counts = [len(tokens) + len(eod) if len(tokens) else 0 for tokens in documents]
-            meta.append(np.array(counts, "<u4").tobytes())
-            pieces.append(_write(file, b"".join(part.tobytes() for tokens in documents if len(tokens) for part in (tokens, *eod))))
-        meta.append(b"".join(result.hashes))
+            counts += [len(tokens) + len(self._eod) if len(tokens) else 0 for tokens in column]
+            parts = [part for tokens in column if len(tokens) for part in (tokens, self._eod)]
+            piece.write(np.concatenate(parts).tobytes() if parts else b"")
+
+    def _finish(self, block: Block, result: _Result) -> Record:
+        meta = _Piece(self._meta)
+        meta.write(np.array(result.sizes, "<u8").tobytes())
+        for counts in result.counts:
+            meta.write(np.array(counts, "<u4").tobytes())
+        meta.write(b"".join(result.hashes))
         record: Record = {
             "unit": block.unit,
             "part": block.part,
@@ -108,13 +129,13 @@ class Encoder:
             "documents": len(result.sizes),
             "text_bytes": sum(result.sizes),
             "disk_bytes": block.disk_bytes,
-            "tokens": sum(piece[1] for piece in pieces) // self.tokenizer.dtype.itemsize,
+            "tokens": sum(map(sum, result.counts)),
             "bad_count": result.bad_count,
             "bad": result.bad,
             "dropped_characters": result.dropped_characters,
             "dropped_tokens": result.dropped_tokens,
-            "meta": _write(self._meta, b"".join(meta)),
-            "bins": pieces,
+            "meta": meta.finish(),
+            "bins": [piece.finish() for piece in result.bins],
         }
         self._journal.write(orjson.dumps(record) + b"\n")
         self._journal.flush()
@@ -132,11 +153,3 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def _write(file: Any, raw: bytes) -> tuple[int, int, str]:
-    """Append; returns offset, size and xxh3 of what was written. Flushed, so that it is in the kernel before the journal names it."""
-    offset = file.tell()
-    file.write(raw)
-    file.flush()
-    return offset, len(raw), xxhash.xxh3_64_hexdigest(raw)

@@ -31,10 +31,12 @@ def merge(work: WorkFolder, tokenizer: Tokenizer, on_block: OnBlock) -> tuple[li
         writer = IndexedWriter(prefix, tokenizer.dtype)
         try:
             for record, meta, kept in _kept(work, keep):
-                _copy(writer, work.read_tokens(record, key, tokenizer.dtype), meta.tokens[key].astype(np.int64), kept)
+                counts = meta.tokens[key].astype(np.int64)
+                for run, tokens in work.read_tokens(record, key, counts, tokenizer.dtype):
+                    _copy(writer, tokens, counts[run], kept[run])
                 if key == 0:
                     statistics.add(meta.text_bytes[kept], meta.tokens[:, kept])
-                on_block(int(meta.tokens[key].sum()))
+                on_block(int(counts.sum()))
             sidecars.append(writer.close(tokenizer=dict(tokenizer.identity()), append_eod=work.settings.append_eod))
         except BaseException:
             writer.abort()
@@ -64,7 +66,7 @@ def _kept(work: WorkFolder, keep: Mask | None) -> Iterator[tuple[Record, Meta, M
 
 
 def _copy(writer: IndexedWriter, tokens: npt.NDArray[Any], counts: npt.NDArray[np.int64], kept: Mask) -> None:
-    """Append a block's kept documents."""
+    """Append the kept documents among these."""
     if not kept.all():
         tokens, counts = tokens[np.repeat(kept, counts)], counts[kept]
     if counts.all():

@@ -8,9 +8,10 @@ import fcntl
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,8 @@ from megatron_completep.data.preprocess.encode import Record
 from megatron_completep.data.preprocess.settings import PreprocessSettings
 from megatron_completep.data.preprocess.sources import Block, Unit, blocks_of
 from megatron_completep.errors import DataError
+
+_RUN_TOKENS = 1 << 22  # tokens read at a time
 
 
 class Meta(NamedTuple):
@@ -102,26 +105,37 @@ class WorkFolder:
             yield self.records[key]
 
     def read_meta(self, record: Record) -> Meta:
-        raw = self._read(f"{record['shard']}.meta", record["meta"])
+        raw = b"".join(self._read(f"{record['shard']}.meta", record["meta"]))
         n, keys = record["documents"], len(self.settings.json_keys)
         sizes = np.frombuffer(raw, "<u8", n)
         tokens = np.frombuffer(raw, "<u4", n * keys, 8 * n).reshape(keys, n)
         hashes = np.frombuffer(raw, "<u8", 2 * n, (8 + 4 * keys) * n).reshape(n, 2) if self.settings.deduplicate else None
         return Meta(sizes, tokens, hashes)
 
-    def read_tokens(self, record: Record, key: int, dtype: npt.DTypeLike) -> npt.NDArray[np.generic]:
-        return np.frombuffer(self._read(f"{record['shard']}.{key}.bin", record["bins"][key]), dtype)
+    def read_tokens(
+        self, record: Record, key: int, counts: npt.NDArray[np.int64], dtype: np.dtype[Any]
+    ) -> Iterator[tuple[slice, npt.NDArray[Any]]]:
+        """Tokens of a block's documents, which have `counts` each: some documents at a time, and which of the block's they are."""
+        cuts = [0, *(np.flatnonzero(np.diff(np.cumsum(counts) // _RUN_TOKENS)) + 1).tolist(), len(counts)]
+        runs = [slice(first, last) for first, last in pairwise(cuts)]
+        sizes = [int(counts[run].sum()) * dtype.itemsize for run in runs]
+        for raw, run in zip(self._read(f"{record['shard']}.{key}.bin", record["bins"][key], sizes), runs, strict=True):
+            yield run, np.frombuffer(raw, dtype)
 
-    def _read(self, name: str, piece: tuple[int, int, str]) -> bytes:
+    def _read(self, name: str, piece: tuple[int, int, str], sizes: Sequence[int] | None = None) -> Iterator[bytes]:
+        """A piece of a shard, cut into `sizes`; raises DataError at its end when it is not what was written."""
         offset, size, expected = piece
-        with open(self.path / name, "rb") as file:
+        digest = xxhash.xxh3_64()
+        with (self.path / name).open("rb") as file:
             file.seek(offset)
-            raw = file.read(size)
-        if xxhash.xxh3_64_hexdigest(raw) != expected:
+            for length in [size] if sizes is None else sizes:
+                raw = file.read(length)
+                digest.update(raw)
+                yield raw
+        if digest.hexdigest() != expected:
             raise DataError(
                 f"{self.path / name}: bytes {offset} to {offset + size} are not what was written. Delete {self.path} and run again."
             )
-        return raw
 
     def close(self) -> None:
         self._lock.close()

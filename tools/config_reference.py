@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from megatron_completep.config.reference import configuration_reference
-from megatron_completep.errors import exit_on_user_error
+from megatron_completep.errors import UserError, exit_on_user_error
 
 COMMITTED = Path(__file__).resolve().parents[1] / "docs/configuration.md"
 
@@ -16,6 +16,8 @@ def main() -> int | None:
     if not parser.parse_args().write:
         print(configuration_reference(), end="")
         return 0
+    if not COMMITTED.parent.is_dir():
+        raise UserError(f"{COMMITTED.parent} does not exist: --write is for a checkout of the project. Leave it away to print.")
     COMMITTED.write_text(configuration_reference(), encoding="utf-8")
     return 0
 

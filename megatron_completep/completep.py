@@ -157,7 +157,7 @@ def table_for(model: ModelConfig, completep: CompletePConfig, batch_tokens: int 
         batch_ratio=batch_ratio,
         duration_ratio=duration_ratio,
         batch_exponent=completep.batch_exponent,
-        own_factors=MappingProxyType({role: factors for role, factors in completep.factors.items()}),
+        own_factors=MappingProxyType({str(role): factors for role, factors in completep.factors.items()}),
     )
 
 

@@ -31,10 +31,12 @@ class Launch:
     rank: int
     world_size: int
     local_rank: int
+    local_world_size: int = 1  # processes on this node
 
     @classmethod
     def from_environment(cls) -> Launch:
-        return cls(*(int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))
+        names = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)
+        return cls(*(int(os.environ.get(name, default)) for name, default in names))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,81 @@
+"""Micro-batches through the model and back, with or without a pipeline; gradients land in the queues."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from megatron_completep.config.schema import ModelConfig, ParallelConfig
+from megatron_completep.model.gpt import GPT
+from megatron_completep.model.stages import stage_indices
+from megatron_completep.parallel.context import ParallelContext
+from megatron_completep.parallel.pipeline import Pipeline
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What the model reads, on its device; labels -100 do not count."""
+
+    tokens: Tensor  # [B, S]
+    labels: Tensor  # [B, S]
+    positions: Tensor | None = None  # [B, S]; None: 0 .. S-1
+    document_ids: Tensor | None = None  # [B, S]; None: one document a sample
+    dropout_seed: Tensor | None = None  # [1]
+
+    def side(self) -> dict[str, Tensor]:
+        """Everything but the tokens, as far as it is there."""
+        named = ((f.name, getattr(self, f.name)) for f in fields(self) if f.name != "tokens")
+        return {name: value for name, value in named if value is not None}
+
+
+class ForwardBackward:
+    """Runs the micro-batches of one step over this rank's chunks."""
+
+    def __init__(
+        self, chunks: Sequence[GPT], model: ModelConfig, parallel: ParallelConfig, context: ParallelContext, micro_batch_size: int
+    ):
+        self.chunks, self.context = chunks, context
+        self.pipeline = None
+        if context.pipeline.size > 1:
+            weight = next(chunks[0].parameters())
+            length = model.seq_length // (context.tensor.size if context.sequence_parallel else 1)
+            boundary_dtype = torch.float32 if model.fp32_residual else weight.dtype
+            self.pipeline = Pipeline(
+                chunks,
+                stage_indices(parallel, context),
+                parallel.pipeline_parallel_size * parallel.virtual_pipeline_size,
+                parallel.schedule,
+                context,
+                tokens=torch.empty(micro_batch_size, model.seq_length, dtype=torch.int64, device="meta"),
+                boundary=torch.empty(length, micro_batch_size, model.hidden_size, dtype=boundary_dtype, device="meta"),
+                loss_dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32,
+            )
+
+    def __call__(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
+        """Sum of the token losses of this data rank (0 on pipeline ranks without the last stage)."""
+        if self.pipeline is not None:
+            tokens, side = stack(micro_batches)
+            return self.pipeline.forward_backward(len(micro_batches), tokens, **side)
+        total = torch.zeros((), device=self.context.device)
+        for batch in micro_batches:
+            loss = self.chunks[0](batch.tokens, **batch.side())
+            loss.backward()
+            total = total + loss.detach()
+        return total
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
+        """The same sum without gradients."""
+        if self.pipeline is not None:
+            tokens, side = stack(micro_batches)
+            return self.pipeline.evaluate(len(micro_batches), tokens, **side)
+        return torch.stack([self.chunks[0](batch.tokens, **batch.side()) for batch in micro_batches]).sum()
+
+
+def stack(micro_batches: Sequence[MicroBatch]) -> tuple[Tensor, dict[str, Tensor]]:
+    """All micro-batches along the first dimension, as the pipeline library cuts them."""
+    sides = [batch.side() for batch in micro_batches]
+    return torch.cat([b.tokens for b in micro_batches]), {name: torch.cat([side[name] for side in sides]) for name in sides[0]}

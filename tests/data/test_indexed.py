@@ -268,7 +268,9 @@ def fuzz(folder, mutations, unchanged):
     opened = 0
     for _ in range(mutations):
         raw = mutated(original, random)
-        (folder / "a.idx").write_bytes(raw)
+        with open(folder / "a.idx", "r+b") as file:  # in place: ext4 flushes a file that was emptied and written again
+            file.write(raw)
+            file.truncate()
         try:
             dataset = IndexedDataset(folder / "a")
         except DataError as error:

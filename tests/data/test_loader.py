@@ -222,4 +222,4 @@ def test_the_order_is_frozen(tmp_path):
         writer.add_document([np.arange(100)])
     config = DataConfig(train=[SourceConfig(prefix=str(tmp_path / "a"))], prefetch=0)
     first_tokens = [token for step in steps_of(loader_of(config), 2) for batch in step for token in batch.tokens[:, 0].tolist()]
-    assert first_tokens == [88, 40, 32, 80, 0, 8, 0, 0]
+    assert first_tokens == [88, 40, 32, 80, 0, 8, 48, 16, 56, 72, 64, 24, 80, 88, 48, 24]

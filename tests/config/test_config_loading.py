@@ -212,6 +212,40 @@ def test_a_wrong_value_is_refused_with_path_value_rule_and_remedy(write, overrid
     assert expected in message_of(write(), [override])
 
 
+SETTINGS = [f"{name}.{key}" for name, field in Config.model_fields.items() for key in field.annotation.model_fields]
+STRANGE = [
+    "null",
+    "[]",
+    "[1]",
+    "[[[1]]]",
+    "{}",
+    "{a: {b: 1}}",
+    "{1: 2}",
+    "''",
+    "x",
+    "-1",
+    "0",
+    "0.5",
+    "true",
+    "1e999",
+    "-.inf",
+    ".nan",
+    "9" * 99,
+]
+
+
+@pytest.mark.parametrize("setting", [*Config.model_fields, *SETTINGS])
+def test_no_strange_value_is_answered_by_anything_but_a_message(write, setting):
+    path = write()
+    for value in STRANGE:
+        try:
+            config = load_config(path, [f"{setting}={value}"])
+        except ConfigError as error:
+            assert setting.split(".")[-1] in str(error)
+        else:
+            assert isinstance(config, Config)
+
+
 def test_all_field_problems_are_reported_together_with_their_lines(write):
     text = TEXT.replace("num_layers: 8", "num_layers: -8").replace("  base_lr: 1e-3\n", "").replace("seq_length", "seq_len")
     message = message_of(write(text), ["data.seed=x"])

@@ -221,7 +221,8 @@ def cross_entropy_backward_(
     factor = logit_scale * grad_scale.double().expand(labels.shape)
     softmax = torch.exp(scaled - lse[:, None])
     column = vocab_start + torch.arange(logits.shape[1], device=logits.device)
-    wanted = (1 - label_smoothing) * (column == labels[:, None]) + label_smoothing / vocab_size * (column < vocab_size)
+    is_target, is_valid = (column == labels[:, None]).double(), (column < vocab_size).double()
+    wanted = (1 - label_smoothing) * is_target + label_smoothing / vocab_size * is_valid
     gradient = factor[:, None] * ((1 + 2 * z_loss * lse)[:, None] * softmax - wanted)
     logits.copy_(gradient.masked_fill((labels == ignore_index)[:, None] | (column >= vocab_size), 0.0))
 

@@ -149,7 +149,7 @@ def table_for(model: ModelConfig, completep: CompletePConfig, batch_tokens: int 
         width_multiplier=width_multiplier,
         depth_multiplier=model.num_layers / base_num_layers if scale_depth else 1.0,
         alpha=completep.alpha if scale_depth else 1.0,
-        attention_scale=_attention_scale(model.attention_scale, head_dim, base_head_dim if scale_width else head_dim),
+        attention_scale=_attention_scale(model.attention_scale if scale_width else "1/sqrt(head_dim)", head_dim, base_head_dim),
         base_logit_multiplier=model.logit_multiplier,
         base_hidden_size=base_hidden_size,
         base_ffn_hidden_size=completep.base_ffn_hidden_size or max(1, round(model.ffn_hidden_size * base_hidden_size / model.hidden_size)),

@@ -8,6 +8,7 @@ import functools
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from .tuned import TUNED
 
@@ -45,38 +46,52 @@ def segments(hidden: int) -> tuple[int, int]:
     return (first, max(second, 128)) if hidden > 512 and second < first else (whole, 0)
 
 
+def rows_of(x: Tensor) -> tuple[Tensor, int]:
+    """`x` and the distance between its rows [..., H], in elements; copied only when its rows are not evenly spaced."""
+    hidden = x.shape[-1]
+    if x.is_contiguous():
+        return x, hidden
+    x = x.reshape(-1, hidden)
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    return x, x.stride(0)
+
+
 class NormForwardShape(NamedTuple):
     first: int
     second: int
     rows: int
-    num_warps: int
+    options: dict[str, int]
 
 
 class NormBackwardShape(NamedTuple):
     first: int
     second: int
     rows: int
-    num_warps: int
     stages: int
     programs: int
     holds_vectors: bool
+    options: dict[str, int]
 
 
-class VectorGradientShape(NamedTuple):
-    columns: int
+class TileShape(NamedTuple):
     rows: int
-    num_warps: int
-    stages: int
+    columns: int
+    options: dict[str, int]
+
+
+def _options(num_warps: int) -> dict[str, int]:
+    return {"num_warps": num_warps, "enable_fp_fusion": True}
 
 
 @functools.cache
 def norm_forward_shape(hidden: int) -> NormForwardShape:
     """Up to 1024 wide a warp has a row to itself (no exchange through shared memory), beyond that a program has one row."""
     first, second = segments(hidden)
-    width = first + second
+    width = next_power_of_two(first + second)
     if width <= 1024:
-        return NormForwardShape(first, second, max(4, 4096 // next_power_of_two(width)), 4)
-    return NormForwardShape(first, second, 1, min(16, max(4, width // 512)))
+        return NormForwardShape(first, second, max(4, 4096 // width), _options(num_warps=4))
+    return NormForwardShape(first, second, 1, _options(num_warps=min(16, max(4, first // 512))))
 
 
 def norm_backward_shape(hidden: int, dtype: torch.dtype, device: torch.device) -> NormBackwardShape:
@@ -85,18 +100,43 @@ def norm_backward_shape(hidden: int, dtype: torch.dtype, device: torch.device) -
 
 @functools.cache
 def _norm_backward_shape(hidden: int, dtype: torch.dtype, architecture: str) -> NormBackwardShape:
-    """Sixteen elements a thread: three float32 accumulators, three rows in flight and the gain then fit without spilling."""
+    """Sixteen elements a thread, 512 threads a processor: accumulators, gain and the rows in flight then fit without spilling.
+
+    From 2048 on the compiler needs to be held to the 128 registers that this leaves (it takes 170, and halves the occupancy).
+    """
     first, second = segments(hidden)
-    width = first + second
+    width = next_power_of_two(first + second)
     if width > 8192:
-        return NormBackwardShape(first, second, 1, 16, 1, processors(architecture), False)
-    num_warps = max(4, next_power_of_two(width) // 512)
-    rows = max(1, 2048 // next_power_of_two(width))
-    return NormBackwardShape(first, second, rows, num_warps, 2, 16 // num_warps * processors(architecture), True)
+        return NormBackwardShape(first, second, 1, 1, processors(architecture), False, _options(num_warps=16))
+    num_warps = max(4, width // 512)
+    options = _options(num_warps)
+    if width > 1024 and architecture.startswith("sm_"):
+        options["maxnreg"] = 128
+    programs_each = 3 if width <= 1024 else 16 // num_warps
+    return NormBackwardShape(first, second, max(1, 2048 // width), 2, programs_each * processors(architecture), True, options)
 
 
-def vector_gradient_shape() -> VectorGradientShape:
-    return VectorGradientShape(columns=256, rows=16, num_warps=4, stages=2)
+def vector_gradient_shape() -> TileShape:
+    return TileShape(rows=8, columns=256, options=_options(num_warps=4))
+
+
+@functools.cache
+def pointwise_shape(columns: int) -> TileShape:
+    """A tile of 1024 elements, one row high where rows are long: eight elements a thread, one 128-bit load of bf16."""
+    width = min(1024, max(16, next_power_of_two(columns)))
+    return TileShape(1024 // width, width, _options(num_warps=4))
+
+
+@functools.cache
+def flat_shape() -> TileShape:
+    return TileShape(1, 1024, _options(num_warps=4))
+
+
+@functools.cache
+def rotary_shape(heads: int, half: int) -> TileShape:
+    """Heads of one token, up to 1024 pairs."""
+    width = max(16, next_power_of_two(half))
+    return TileShape(max(1, min(next_power_of_two(heads), 1024 // width)), width, _options(num_warps=4))
 
 
 def partial_rows(device: torch.device, dtype: torch.dtype, hidden: int) -> int:

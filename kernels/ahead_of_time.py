@@ -1,0 +1,123 @@
+"""Compile kernels for a GPU that is not here: what a launcher would launch, without launching it.
+
+A launcher called with tensors on torch's `meta` device has shapes, dtypes and aligned (null) addresses, which is all that
+Triton specializes on. `record` runs it with every launch intercepted; `compile_launch` compiles one of them for any target
+that the installed Triton knows, and leaves it in Triton's cache on disk, where the run on the GPU finds it. Only what has not
+been imported under TRITON_INTERPRET=1 can be compiled. Used by the tests and by tools/compile_kernels.py.
+"""
+
+import contextlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from . import launch
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One intercepted launch: the kernel, its grid, and its arguments."""
+
+    kernel: JITFunction
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    parameters: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the machine code of one kernel uses; `spills`, loads and prefetches count instructions (NVIDIA) or registers (AMD)."""
+
+    registers: int
+    spills: int
+    shared_bytes: int
+    loads_128_bit: int
+    loads: int
+    prefetches: int
+
+
+def target(architecture: str) -> GPUTarget:
+    """Triton's target for "sm_90", "gfx942" and the like."""
+    if architecture.startswith("sm_"):
+        return GPUTarget("cuda", int(architecture[3:]), 32)
+    return GPUTarget("hip", architecture, 64)
+
+
+@contextlib.contextmanager
+def _intercepted(architecture: str, launches: list[Launch]) -> Iterator[None]:
+    """Every launch of a Triton kernel goes to `launches`, and the launch table answers for `architecture`."""
+
+    def capture(kernel: JITFunction, *arguments: Any, grid: tuple[int, ...], warmup: bool, **parameters: Any) -> None:
+        launches.append(Launch(kernel, grid, arguments, parameters))
+
+    true_run, true_architecture = JITFunction.run, launch.architecture
+    JITFunction.run, launch.architecture = capture, lambda device: architecture  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        JITFunction.run, launch.architecture = true_run, true_architecture
+
+
+def record(call: Callable[[], Any], architecture: str) -> list[Launch]:
+    """The launches that `call` (a launcher on `meta` tensors) makes on `architecture`."""
+    launches: list[Launch] = []
+    with _intercepted(architecture, launches):
+        call()
+    return launches
+
+
+def compile_launch(recorded: Launch, architecture: str) -> Any:
+    """Triton's compiled kernel, built with the signature, constants and alignment that the launch itself would have."""
+    kernel, options = recorded.kernel, dict(recorded.parameters)
+    backend = make_backend(target(architecture))
+    options.setdefault("debug", False)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, extra = bind(*recorded.arguments, **options)
+    parsed, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, extra)
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=target(architecture), options=parsed.__dict__)
+
+
+def resources(compiled: Any) -> Resources:
+    """Registers, spills and memory instructions, read from the machine code."""
+    if "cubin" in compiled.asm:
+        return _nvidia_resources(compiled)
+    text = compiled.asm["amdgcn"]
+    return Resources(
+        registers=int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1]),  # type: ignore[index]
+        spills=int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1]),  # type: ignore[index]
+        shared_bytes=compiled.metadata.shared,
+        loads_128_bit=len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", text)),
+        loads=len(re.findall(r"\b(?:global|buffer)_load_", text)),
+        prefetches=0,
+    )
+
+
+def _nvidia_resources(compiled: Any) -> Resources:
+    binaries = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.check_output([binaries / "cuobjdump", "--dump-resource-usage", file.name], text=True)
+        code = subprocess.check_output([binaries / "nvdisasm", file.name], text=True)
+    return Resources(
+        registers=int(re.findall(r"REG:(\d+)", usage)[-1]),
+        spills=len(re.findall(r"\b(?:STL|LDL)\b", code)),
+        shared_bytes=compiled.metadata.shared,
+        loads_128_bit=len(re.findall(r"\bLDG\.E(?:\.\w+)*\.128\b|\bLDGSTS\.E(?:\.\w+)*\.128\b", code)),
+        loads=len(re.findall(r"\b(?:LDG|LDGSTS)\b", code)),
+        prefetches=len(re.findall(r"\bLDGSTS\b", code)),
+    )

@@ -1,0 +1,72 @@
+"""SwiGLU over the fused projection: [..., 2F] = [gate | up] -> silu(gate) * up [..., F].
+
+    d_up = d_out * silu(gate)          silu(g) = g * sigmoid(g)
+    d_gate = d_out * up * sigmoid(gate) * (1 + gate * (1 - sigmoid(gate)))
+
+Arithmetic is float32, rounded once; the backward writes both halves of one [..., 2F] gradient. Rows may be strided.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import native
+from .launch import pointwise_shape, rows_of
+
+
+@triton.jit
+def forward_kernel(gate_up, out, rows, stride, F, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    mask = (row < rows) & (column < F)
+    gate = tl.load(gate_up + row * stride + column, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * stride + F + column, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + row * F + column, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def backward_kernel(d_out, gate_up, d_gate_up, rows, d_out_stride, stride, F, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    mask = (row < rows) & (column < F)
+    gate = tl.load(gate_up + row * stride + column, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * stride + F + column, mask=mask, other=0.0).to(tl.float32)
+    gradient = tl.load(d_out + row * d_out_stride + column, mask=mask, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    d_gate = gradient * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+    d_up = gradient * gate * sigmoid
+    first = d_gate_up + row * (2 * F) + column
+    tl.store(first, d_gate.to(d_gate_up.dtype.element_ty), mask=mask)
+    tl.store(first + F, d_up.to(d_gate_up.dtype.element_ty), mask=mask)
+
+
+def swiglu_forward(gate_up: Tensor) -> Tensor:
+    if gate_up.dtype == torch.float64:
+        return native.swiglu_forward(gate_up)
+    half = gate_up.shape[-1] // 2
+    out = gate_up.new_empty((*gate_up.shape[:-1], half))
+    if out.numel() > 0:
+        gate_up, stride = rows_of(gate_up)
+        rows = out.numel() // half
+        shape = pointwise_shape(half)
+        grid = (triton.cdiv(rows, shape.rows), triton.cdiv(half, shape.columns))
+        forward_kernel[grid](gate_up, out, rows, stride, half, ROWS=shape.rows, BLOCK=shape.columns, **shape.options)
+    return out
+
+
+def swiglu_backward(d_out: Tensor, gate_up: Tensor) -> Tensor:
+    if gate_up.dtype == torch.float64:
+        return native.swiglu_backward(d_out, gate_up)
+    half = d_out.shape[-1]
+    d_gate_up = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
+    if d_out.numel() > 0:
+        rows = d_out.numel() // half
+        d_out, d_out_stride = rows_of(d_out)
+        gate_up, stride = rows_of(gate_up)
+        shape = pointwise_shape(half)
+        grid = (triton.cdiv(rows, shape.rows), triton.cdiv(half, shape.columns))
+        backward_kernel[grid](
+            d_out, gate_up, d_gate_up, rows, d_out_stride, stride, half, ROWS=shape.rows, BLOCK=shape.columns, **shape.options
+        )  # fmt: skip
+    return d_gate_up

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from megatron_completep import kernels
 from megatron_completep.completep import Role, Table
@@ -51,8 +52,9 @@ class AttentionInputs:
 class Attention(nn.Module):
     """x [s, B, H] -> branch [s, B, H] without its bias, which joins in the residual sum."""
 
-    def __init__(self, model: ModelConfig, table: Table, context: ParallelContext, queue: GradientQueue):
+    def __init__(self, model: ModelConfig, table: Table, context: ParallelContext, queue: GradientQueue, recompute: bool = False):
         super().__init__()
+        self.recompute = recompute
         head_dim = model.head_dim or model.hidden_size // model.num_attention_heads
         groups = model.num_query_groups or model.num_attention_heads
         base_hidden = table.base_hidden_size or model.hidden_size
@@ -74,7 +76,10 @@ class Attention(nn.Module):
         q, k, v = self._heads(self.qkv(x), inputs)
         if inputs.caches is not None:
             k, v = inputs.caches[layer].extend(k, v)
-        mixed = self._attend(q, k, v, inputs)
+        if self.recompute and torch.is_grad_enabled():
+            mixed = checkpoint(self._attend, q, k, v, inputs, use_reentrant=False, preserve_rng_state=False)
+        else:
+            mixed = self._attend(q, k, v, inputs)
         return self.output(mixed.permute(2, 0, 1, 3).flatten(2))
 
     def _heads(self, qkv: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,7 +88,7 @@ class Attention(nn.Module):
         cos, sin = (None, None) if normed else (inputs.cos, inputs.sin)
         q, k, v = _SplitHeads.apply(qkv, cos, sin, self.num_heads, self.num_groups, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.q_norm(q)[1], self.k_norm(k)[1]
             if inputs.cos is not None and inputs.sin is not None:
                 q, k = kernels.rotary(q, inputs.cos, inputs.sin), kernels.rotary(k, inputs.cos, inputs.sin)
         return q.permute(1, 2, 0, 3), k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3)

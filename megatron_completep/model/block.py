@@ -19,11 +19,11 @@ from megatron_completep.parallel.gradients import GradientQueue
 class Block(nn.Module):
     """residual [s, B, H] and the pending branch of the layer before -> residual and this layer's pending MLP branch."""
 
-    def __init__(self, model: ModelConfig, table: Table, context: ParallelContext, queue: GradientQueue):
+    def __init__(self, model: ModelConfig, table: Table, context: ParallelContext, queue: GradientQueue, recompute: str = "none"):
         super().__init__()
         self.join = ResidualSum(table.residual_multiplier, model.dropout)
         self.attention_norm = pre_norm(model, Role.PRE_NORM, context, queue)
-        self.attention = Attention(model, table, context, queue)
+        self.attention = Attention(model, table, context, queue, recompute == "selective")
         self.mlp_norm = pre_norm(model, Role.PRE_NORM, context, queue)
         self.mlp = MLP(model, table, context, queue)
 
@@ -36,12 +36,9 @@ class Block(nn.Module):
         layer: int,
         seed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        if pending is None:
-            x = self.attention_norm(residual)
-        else:
-            residual, x = self.attention_norm.after_branch(residual, pending, pending_bias, self.join, site_seed(seed, 2 * layer))
+        residual, x = self.attention_norm(residual, pending, pending_bias, self.join, site_seed(seed, 2 * layer))
         branch = self.attention(x, inputs, layer)
-        residual, x = self.mlp_norm.after_branch(residual, branch, self.attention.output.bias, self.join, site_seed(seed, 2 * layer + 1))
+        residual, x = self.mlp_norm(residual, branch, self.attention.output.bias, self.join, site_seed(seed, 2 * layer + 1))
         return residual, self.mlp(x)
 
 

@@ -19,8 +19,8 @@ from megatron_completep.model.block import Block, pre_norm, site_seed
 from megatron_completep.model.norm import ResidualSum, scaled_add
 from megatron_completep.model.rotary import alibi_slopes, rotary_table
 from megatron_completep.parallel.context import ParallelContext
-from megatron_completep.parallel.cross_entropy import LossConfig, unembedding_logits, unembedding_loss
-from megatron_completep.parallel.embedding import PositionEmbedding, VocabParallelEmbedding, VocabShard
+from megatron_completep.parallel.cross_entropy import LossConfig, Unembedding
+from megatron_completep.parallel.embedding import PositionEmbedding, VocabParallelEmbedding
 from megatron_completep.parallel.gradients import GradientQueue
 
 
@@ -49,23 +49,22 @@ class GPT(nn.Module):
         super().__init__()
         stage = stage or Stage(0, model.num_layers)
         self.config, self.table, self.context, self.stage = model, table, context, stage
-        self.loss, self.recompute = loss or LossConfig(), recompute
+        self.recompute = recompute
         self.queue = queue = GradientQueue()
         vocabulary = model.vocab_size, model.vocab_multiple, model.hidden_size
         tied_here = model.tied_embeddings and stage.first and stage.last
+        tied_to = "embedding.weight" if model.tied_embeddings and not tied_here else None
         if stage.first:
-            self.embedding = VocabParallelEmbedding(*vocabulary, context, queue, uses=2 if tied_here else 1)
+            self.embedding = VocabParallelEmbedding(*vocabulary, context, queue, 2 if tied_here else 1, tied_to)
             if model.position == "learned":
                 self.positions = PositionEmbedding(model.seq_length, model.hidden_size, context, queue)
-        self.layers = nn.ModuleDict({str(i): Block(model, table, context, queue) for i in range(stage.start, stage.stop)})
+        self.layers = nn.ModuleDict({str(i): Block(model, table, context, queue, recompute) for i in range(stage.start, stage.stop)})
         if stage.last:
             self.final_norm = pre_norm(model, Role.FINAL_NORM, context, queue)
-            if tied_here:
-                self.unembedding: VocabShard = self.embedding
-            else:
-                role = Role.EMBEDDING if model.tied_embeddings else Role.UNEMBEDDING
-                tied_to = "embedding.weight" if model.tied_embeddings else None
-                self.unembedding = VocabShard(*vocabulary, role, context, tied_to=tied_to)
+            role = Role.EMBEDDING if model.tied_embeddings else Role.UNEMBEDDING
+            tied = self.embedding if tied_here else None
+            multiplier = table.logit_multiplier
+            self.unembedding = Unembedding(*vocabulary, role, context, queue, multiplier, loss or LossConfig(), tied, tied_to)
         self._rotary: tuple[Tensor, Tensor] | None = None
 
     def forward(
@@ -95,13 +94,8 @@ class GPT(nn.Module):
             bias = block.mlp.down.bias
         if not self.stage.last:
             return self._join(residual, pending, bias, dropout_seed)
-        if pending is None:
-            x = self.final_norm(residual)
-        else:
-            seed = site_seed(dropout_seed, 2 * self.stage.stop)
-            _, x = self.final_norm.after_branch(residual, pending, bias, self._residual_sum(), seed)
-        head = self.unembedding, self.table.logit_multiplier, self.context
-        return unembedding_logits(x, *head) if labels is None else unembedding_loss(x, labels, *head, self.queue, self.loss)
+        _, x = self.final_norm(residual, pending, bias, self._residual_sum(), site_seed(dropout_seed, 2 * self.stage.stop))
+        return self.unembedding(x, labels)
 
     def _join(self, residual: Tensor, pending: Tensor | None, bias: Tensor | None, dropout_seed: Tensor | None) -> Tensor:
         """The pending branch is added before the boundary, so that one tensor is sent."""
@@ -149,14 +143,16 @@ class GPT(nn.Module):
         return AttentionInputs(cos, sin, bias, starts, caches)
 
     def _angles(self, residual: Tensor, positions: Tensor | None, past: int, seq_length: int) -> tuple[Tensor, Tensor]:
-        model = self.config
-        if self._rotary is None or self._rotary[0].device != residual.device or self._rotary[0].shape[0] < past + seq_length:
+        model, wide = self.config, residual.dtype == torch.float64
+        kept = self._rotary
+        if kept is None or kept[0].device != residual.device or kept[0].shape[0] < past + seq_length or wide != (kept[0].dtype == torch.float64):
             head_dim = model.head_dim or model.hidden_size // model.num_attention_heads
             length = max(model.seq_length, past + seq_length)
-            self._rotary = rotary_table(length, head_dim, model.rope_base, residual.dtype, residual.device)
+            kept = self._rotary = rotary_table(length, head_dim, model.rope_base, residual.dtype, residual.device)
+        cos, sin = kept
         if positions is not None:
-            return tuple(table[positions.t()] for table in self._rotary)  # type: ignore[return-value]
-        return tuple(table[past : past + seq_length, None] for table in self._rotary)  # type: ignore[return-value]
+            return cos[positions.t()], sin[positions.t()]
+        return cos[past : past + seq_length, None], sin[past : past + seq_length, None]
 
     def new_caches(self, batch: int, capacity: int) -> list[KeyValueCache]:
         """Empty key/value caches for `capacity` positions, one a layer."""

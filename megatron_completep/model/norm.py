@@ -45,14 +45,18 @@ class Norm(nn.Module):
         has_bias = bias and kind == "layernorm"
         self.bias = place(declare(nn.Parameter(torch.zeros(size, device=device)), role), placement) if has_bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """norm(x) for x [..., size]."""
-        return _ScaledResidualNorm.apply(x, None, None, self.weight, self.bias, self, ResidualSum(1.0), None)
-
-    def after_branch(
-        self, residual: Tensor, branch: Tensor, branch_bias: Tensor | None, join: ResidualSum, seed: Tensor | None
+    def forward(
+        self,
+        residual: Tensor,
+        branch: Tensor | None = None,
+        branch_bias: Tensor | None = None,
+        join: ResidualSum | None = None,
+        seed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(y, norm(y)) with y = residual + scale * dropout(branch + branch_bias); all [s, B, H]."""
+        """(y, norm(y)) with y = residual + scale * dropout(branch + branch_bias), all [..., size]; without a branch y is residual."""
+        join = join or ResidualSum(1.0)
+        if branch is None:
+            return residual, _ScaledResidualNorm.apply(residual, None, None, self.weight, self.bias, self, join, None)
         return _ScaledResidualNorm.apply(residual, branch, branch_bias, self.weight, self.bias, self, join, seed)
 
 

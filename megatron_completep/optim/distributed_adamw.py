@@ -8,7 +8,7 @@ Averaging is by tokens that count: gradients are sums, and 1 / tokens joins the 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,9 +21,9 @@ from megatron_completep.completep import Table
 from megatron_completep.config.schema import OptimizerConfig, ParallelConfig
 from megatron_completep.optim.groups import Group, build_groups
 from megatron_completep.optim.layout import Layout, Segment, lay_out
-from megatron_completep.parallel.collectives import Pending, all_reduce, start_all_gather, start_reduce_scatter
+from megatron_completep.parallel.collectives import Pending, all_reduce, exchange, start_all_gather, start_all_reduce, start_reduce_scatter
 from megatron_completep.parallel.context import ParallelContext
-from megatron_completep.parallel.gradients import GradientQueue, accumulate_tensor
+from megatron_completep.parallel.gradients import GradientQueue, accumulate_tensor, main_grad_of
 from megatron_completep.parallel.placement import placement_of
 
 # Positions in `control`; see kernels/adamw.py.
@@ -66,7 +66,10 @@ class DistributedAdamW:
         self.queues = [getattr(chunk, "queue", None) or GradientQueue() for chunk in chunks]
         parallel = parallel or ParallelConfig()
         self.layout: Layout = lay_out(
-            [(name, p.numel()) for name, p in named], context.data.size, int(parallel.bucket_megabytes * 2**20 / 4)
+            [(name, p.numel()) for name, p in named],
+            context.shard.size,
+            int(parallel.bucket_megabytes * 2**20 / 4),
+            alone=frozenset(name for name, p in named if placement_of(p).tied_to is not None),
         )
         self._communication_dtype = torch.bfloat16 if parallel.gradient_dtype == "bf16" else None
         self._make_buffers(precision)
@@ -77,14 +80,14 @@ class DistributedAdamW:
 
     def _make_buffers(self, precision: torch.dtype) -> None:
         """Move the parameters into one buffer, and keep this rank's shard of master weights and moments."""
-        layout, device, data = self.layout, self.context.device, self.context.data
+        layout, device = self.layout, self.context.device
         wide = torch.float64 if precision == torch.float64 else torch.float32
         whole = torch.zeros(layout.size, dtype=wide, device=device)
         self.grad = torch.zeros(layout.size, dtype=wide, device=device)
         for piece in layout.pieces:
             parameter = self.parameters[piece.name]
             whole[piece.start : piece.start + piece.size] = parameter.detach().flatten()
-        sharded = data.size > 1
+        sharded = self.context.shard.size > 1
         self.flat = whole if precision == wide else whole.to(precision)
         self.master = self._own_shard(whole) if sharded else whole
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.master), torch.zeros_like(self.master)
@@ -99,7 +102,7 @@ class DistributedAdamW:
             parameter.main_grad = self.grad[piece.start : end].view(parameter.shape)  # type: ignore[attr-defined]
 
     def _own_shard(self, flat: Tensor) -> Tensor:
-        rank = self.context.data.rank
+        rank = self.context.shard.rank
         slices = (self.layout.bucket_slice(b, rank) for b in range(len(self.layout.buckets)))
         return torch.cat([flat[start:stop] for start, stop in slices]) if self.layout.buckets else flat.clone()
 
@@ -107,7 +110,7 @@ class DistributedAdamW:
         """The segment table (start, length, group) of this shard, the group table, and which segments the norm counts."""
         device = self.context.device
         index = {name: i for i, name in enumerate(self.groups)}
-        self.segments: tuple[Segment, ...] = self.layout.segments(self.context.data.rank)
+        self.segments: tuple[Segment, ...] = self.layout.segments(self.context.shard.rank)
         rows = [(s.shard_start, s.size, index[s.name]) for s in self.segments]
         counted = [row for s, row in zip(self.segments, rows, strict=True) if self._counts(s.name)]
         self.segment_table = torch.tensor(rows, dtype=torch.int64).view(-1, 3).to(device)
@@ -118,21 +121,37 @@ class DistributedAdamW:
         self._partial = [s for s in self.segments if placement_of(self.parameters[s.name]).partial_gradient]
 
     def _counts(self, name: str) -> bool:
-        """Each logical element counts once in the norm: replicated parameters on the first tensor rank, tied copies nowhere."""
-        placement = placement_of(self.parameters[name])
-        return placement.tied_to is None and not (placement.replicated and self.context.tensor.rank > 0)
+        """Each logical element counts once in the norm: what is replicated, on the first rank that holds it."""
+        placement, context = placement_of(self.parameters[name]), self.context
+        copy = placement.tied_to not in (None, name) or (placement.replicated and context.tensor.rank > 0)
+        return not copy and context.replica.rank == 0
 
     def _attach(self) -> None:
         """Hear of every completed gradient, and of those that autograd makes itself (modules that know no queue)."""
         self._bucket_of = {self.parameters[piece.name]: piece.bucket for piece in self.layout.pieces}
         self._bucket_sizes = Counter(self._bucket_of.values())
         self._missing: Counter[int] = Counter()
-        self._reducing: list[tuple[Pending, int]] = []
+        self._reducing: list[tuple[Pending, Tensor]] = []
         self._gathering: dict[int, Pending] = {}
         for chunk, queue in zip(self.chunks, self.queues, strict=True):
             queue.on_complete = self._on_complete
             for parameter in chunk.parameters():
                 parameter.register_post_accumulate_grad_hook(partial(adopt_grad, queue))
+            if self.context.shard.size > 1:
+                self._wait_in_forward(chunk)
+
+    def _wait_in_forward(self, chunk: nn.Module) -> None:
+        """A module that owns parameters waits, before it runs, for the buckets that bring their new values."""
+        for module in chunk.modules():
+            buckets = sorted({self._bucket_of[p] for p in module.parameters(recurse=False)})
+            if buckets:
+                module.register_forward_pre_hook(lambda _module, _args, buckets=tuple(buckets): self._await_buckets(buckets))
+
+    def _await_buckets(self, buckets: Iterable[int]) -> None:
+        for bucket in buckets:
+            pending = self._gathering.pop(bucket, None)
+            if pending is not None:
+                pending.wait()
 
     # --- one step ---------------------------------------------------------------------------------------------------------
 
@@ -181,26 +200,44 @@ class DistributedAdamW:
     def _on_complete(self, parameter: Parameter) -> None:
         bucket = self._bucket_of[parameter]
         self._missing[bucket] -= 1
-        if self._missing[bucket] == 0 and self.context.data.size > 1:
-            self._reducing.append((self._reduce(bucket), bucket))
+        tied = placement_of(parameter).tied_to is not None  # waits for the other end of the pipeline, in step()
+        if self._missing[bucket] == 0 and not tied:
+            self._reduce(bucket)
 
-    def _reduce(self, bucket: int) -> Pending:
-        start, stop = self.layout.buckets[bucket]
-        gradients = self.grad[start:stop]
+    def _reduce(self, bucket: int) -> None:
+        """Start the reduce-scatter of a complete bucket into this rank's shard."""
+        context, (start, stop) = self.context, self.layout.buckets[bucket]
+        if context.data.size == 1:
+            return
+        gradients, own = self.grad[start:stop], self.grad_shard[slice(*self.layout.shard_slice(bucket))]
         if self._communication_dtype is not None:
-            return start_reduce_scatter(gradients.to(self._communication_dtype), self.context.data)
-        own_start, own_stop = self.layout.shard_slice(bucket)
-        return start_reduce_scatter(gradients, self.context.data, self.grad_shard[own_start:own_stop])
+            self._reducing.append((start_reduce_scatter(gradients.to(self._communication_dtype), context.shard), own))
+        else:
+            self._reducing.append((start_reduce_scatter(gradients, context.shard, own), own))
 
     def _finish_reductions(self) -> None:
-        for pending, bucket in self._reducing:
+        """After this the shard holds the sum over all data ranks, and over tensor ranks and pipeline ends where that is due."""
+        for parameter in self.parameters.values():
+            if placement_of(parameter).tied_to is not None:
+                self._add_other_end(parameter)
+                self._reduce(self._bucket_of[parameter])
+        across = []
+        for pending, own in self._reducing:
             reduced = pending.wait()
-            if self._communication_dtype is not None:
-                start, stop = self.layout.shard_slice(bucket)
-                self.grad_shard[start:stop] = reduced
+            across.append((start_all_reduce(reduced, self.context.replica), own))
+        for pending, own in across:
+            reduced = pending.wait()
+            if reduced.data_ptr() != own.data_ptr():
+                own.copy_(reduced)
         self._reducing.clear()
         if self._partial:
             self._sum_partial_gradients()
+
+    def _add_other_end(self, parameter: Parameter) -> None:
+        """Tied embeddings: the first and the last stage exchange their gradients, and both hold the sum."""
+        pipeline = self.context.pipeline
+        gradient = main_grad_of(parameter)
+        gradient.add_(exchange(gradient, pipeline, pipeline.size - 1 - pipeline.rank))
 
     def _sum_partial_gradients(self) -> None:
         """Norms and biases under sequence parallelism, QK-norm gains: one small sum over tensor ranks, on the shard."""
@@ -211,19 +248,17 @@ class DistributedAdamW:
 
     def _start_gathering(self) -> None:
         """Send the new parameters round in the order in which the next forward needs them."""
-        if self.context.data.size == 1:
+        if self.context.shard.size == 1:
             return
         updated = self.master if self.flat_shard is None else self.flat_shard
         for bucket in reversed(range(len(self.layout.buckets))):
             start, stop = self.layout.buckets[bucket]
             own_start, own_stop = self.layout.shard_slice(bucket)
-            self._gathering[bucket] = start_all_gather(updated[own_start:own_stop], self.context.data, self.flat[start:stop])
+            self._gathering[bucket] = start_all_gather(updated[own_start:own_stop], self.context.shard, self.flat[start:stop])
 
     def wait_for_parameters(self) -> None:
         """Every parameter is the new one from here on."""
-        for pending in self._gathering.values():
-            pending.wait()
-        self._gathering.clear()
+        self._await_buckets(list(self._gathering))
 
 
 def adopt_grad(queue: GradientQueue, parameter: Parameter) -> None:

@@ -68,6 +68,16 @@ def reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
     return start_reduce_scatter(x, axis).wait()
 
 
+def exchange(x: Tensor, axis: Axis, peer: int) -> Tensor:
+    """Send x to rank `peer` of the axis and return what that one sends, of the same shape."""
+    assert axis.group is not None
+    received, other = torch.empty_like(x), dist.get_global_rank(axis.group, peer)
+    operations = [dist.P2POp(dist.isend, x.contiguous(), other, axis.group), dist.P2POp(dist.irecv, received, other, axis.group)]
+    for work in dist.batch_isend_irecv(operations):
+        work.wait()
+    return received
+
+
 class _SumForward(torch.autograd.Function):
     """Forward: sum over the axis (reduce-scatter along S under sequence parallelism). Backward: the gradient as it is (all-gather)."""
 

@@ -41,13 +41,15 @@ class Launch:
 
 @dataclass(frozen=True)
 class ParallelContext:
-    """Where this rank stands. Axes, slowest first: pipeline, data, context (size 1 for now), tensor."""
+    """Where this rank stands. Axes, slowest first: pipeline, data (= replica x shard), context (size 1 for now), tensor."""
 
     device: torch.device
     rank: int = 0
     world_size: int = 1
     tensor: Axis = field(default_factory=lambda: Axis("tensor"))
     data: Axis = field(default_factory=lambda: Axis("data"))
+    shard: Axis = field(default_factory=lambda: Axis("shard"))  # data ranks that share one copy of the optimizer state
+    replica: Axis = field(default_factory=lambda: Axis("replica"))  # data ranks that hold the same part of it
     pipeline: Axis = field(default_factory=lambda: Axis("pipeline"))
     world: Axis = field(default_factory=lambda: Axis("world"))
     mesh: DeviceMesh | None = None
@@ -80,12 +82,18 @@ class ParallelContext:
     @classmethod
     def over_world(cls, parallel: ParallelConfig, device: torch.device, rank: int, world_size: int, data_size: int) -> ParallelContext:
         """Lay the mesh over an initialized process group."""
-        shape = (parallel.pipeline_parallel_size, data_size, parallel.context_parallel_size, parallel.tensor_parallel_size)
-        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("pipeline", "data", "context", "tensor"))
+        shard = parallel.optimizer_shard_size or data_size
+        if data_size % shard:
+            raise ConfigError(
+                f"parallel.optimizer_shard_size = {shard} does not divide the data-parallel size {data_size}. Use a divisor of it, or null."
+            )
+        shape = (parallel.pipeline_parallel_size, data_size // shard, shard, parallel.context_parallel_size, parallel.tensor_parallel_size)
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("pipeline", "replica", "shard", "context", "tensor"))
+        flattened = mesh["replica", "shard"]._flatten("data")
 
         def axis(name: str) -> Axis:
-            size = mesh[name].size()
-            return Axis(name, mesh.get_local_rank(name), size, mesh.get_group(name) if size > 1 else None)
+            along = flattened if name == "data" else mesh[name]
+            return Axis(name, along.get_local_rank(), along.size(), along.get_group() if along.size() > 1 else None)
 
         return cls(
             device=device,
@@ -93,6 +101,8 @@ class ParallelContext:
             world_size=world_size,
             tensor=axis("tensor"),
             data=axis("data"),
+            shard=axis("shard"),
+            replica=axis("replica"),
             pipeline=axis("pipeline"),
             world=Axis("world", rank, world_size, dist.group.WORLD if world_size > 1 else None),
             mesh=mesh,

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_completep import kernels
+from megatron_completep.completep import Role
 from megatron_completep.parallel.collectives import all_gather, all_reduce, reduce_scatter
 from megatron_completep.parallel.context import Axis, ParallelContext
 from megatron_completep.parallel.embedding import VocabShard
@@ -30,31 +31,50 @@ class LossConfig:
     chunk_bytes: int = 1 << 28
 
 
-def unembedding_logits(x: Tensor, head: VocabShard, multiplier: float, context: ParallelContext) -> Tensor:
-    """x [s, B, H] -> logits [B, S, vocab_size] on every tensor rank; the multiplier is applied as in training."""
-    whole = all_gather(x, context.tensor) if context.sequence_parallel else x
-    local = F.linear(whole, head.weight) * multiplier
-    vocabulary_first = all_gather(local.permute(2, 1, 0).contiguous(), context.tensor)
-    return vocabulary_first[: head.vocab_size].permute(1, 2, 0)
+class Unembedding(VocabShard):
+    """x [s, B, H] -> logits [B, S, vocab_size], or with labels [B, S] the sum of the token losses; alike on every tensor rank.
 
+    `multiplier` (1/m_N) applies in every path. `tied`: the embedding whose weight this is, when it is on the same stage.
+    """
 
-def unembedding_loss(
-    x: Tensor, labels: Tensor, head: VocabShard, multiplier: float, context: ParallelContext, queue: GradientQueue, loss: LossConfig
-) -> Tensor:
-    """Sum of the token losses of x [s, B, H] against labels [B, S]; the same on every tensor rank."""
-    return _UnembeddingLoss.apply(x, head.weight, labels.t().flatten(), head, multiplier, context, queue, loss)
+    def __init__(
+        self,
+        vocab_size: int,
+        multiple: int,
+        hidden_size: int,
+        role: Role,
+        context: ParallelContext,
+        queue: GradientQueue,
+        multiplier: float,
+        loss: LossConfig,
+        tied: VocabShard | None = None,
+        tied_to: str | None = None,
+    ):
+        super().__init__(vocab_size, multiple, hidden_size, role, context, tied_to=tied_to)
+        if tied is not None:
+            self.weight = tied.weight
+        self.queue, self.multiplier, self.loss = queue, multiplier, loss
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        if labels is not None:
+            return _UnembeddingLoss.apply(x, self.weight, labels.t().flatten(), self)
+        whole = all_gather(x, self.context.tensor) if self.context.sequence_parallel else x
+        local = F.linear(whole, self.weight) * self.multiplier
+        vocabulary_first = all_gather(local.permute(2, 1, 0).contiguous(), self.context.tensor)
+        return vocabulary_first[: self.vocab_size].permute(1, 2, 0)
 
 
 class _UnembeddingLoss(torch.autograd.Function):
     """Few tokens: the logits are kept for backward. Many: both gradients are made chunk by chunk in forward, and no logits are kept."""
 
     @staticmethod
-    def forward(ctx, x, weight, labels, head: VocabShard, multiplier, context: ParallelContext, queue, loss: LossConfig):
-        ctx.head, ctx.context, ctx.queue, ctx.shape = head, context, queue, x.shape
+    def forward(ctx, x, weight, labels, head: Unembedding):
+        ctx.head, ctx.shape = head, x.shape
+        context, loss = head.context, head.loss
         whole = all_gather(x, context.tensor) if context.sequence_parallel else x
         rows = whole.flatten(0, 1)
         step = max(1, loss.chunk_bytes // (weight.shape[0] * weight.element_size()))
-        tokens = _TokenLoss(head, multiplier, context.tensor, loss)
+        tokens = _TokenLoss(head, head.multiplier, context.tensor, loss)
         ctx.kept = rows.shape[0] <= step
         if ctx.kept:
             logits = F.linear(rows, weight)
@@ -75,15 +95,15 @@ class _UnembeddingLoss(torch.autograd.Function):
             rows, weight, logits, labels, lse = ctx.saved_tensors
             ctx.tokens.backward_(logits, labels, lse, d_total)
             d_rows = logits @ weight
-            ctx.queue.push(ctx.head.weight, accumulate_matrix(logits, rows))
+            ctx.head.queue.push(ctx.head.weight, accumulate_matrix(logits, rows))
         else:
             d_rows, d_weight = ctx.saved_tensors
             d_rows = d_rows * d_total
-            ctx.queue.push(ctx.head.weight, accumulate_tensor(d_weight, d_total))
-        context = ctx.context
+            ctx.head.queue.push(ctx.head.weight, accumulate_tensor(d_weight, d_total))
+        context = ctx.head.context
         d_x = d_rows.view(-1, ctx.shape[1], d_rows.shape[-1])
         d_x = reduce_scatter(d_x, context.tensor) if context.sequence_parallel else all_reduce(d_x, context.tensor)
-        return d_x, None, None, None, None, None, None, None
+        return d_x, None, None, None
 
 
 @dataclass(frozen=True)

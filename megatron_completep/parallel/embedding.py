@@ -33,6 +33,7 @@ class VocabShard(nn.Module):
         tied_to: str | None = None,
     ):
         super().__init__()
+        self.context = context
         self.vocab_size = vocab_size
         self.local_size = padded_vocab_size(vocab_size, multiple, context.tensor.size) // context.tensor.size
         self.start = context.tensor.rank * self.local_size
@@ -45,9 +46,18 @@ class VocabShard(nn.Module):
 class VocabParallelEmbedding(VocabShard):
     """tokens [B, S] -> [s, B, H]: each rank looks up its own rows, the sum over ranks is the whole."""
 
-    def __init__(self, vocab_size: int, multiple: int, hidden_size: int, context: ParallelContext, queue: GradientQueue, uses: int = 1):
-        super().__init__(vocab_size, multiple, hidden_size, Role.EMBEDDING, context, uses)
-        self.context, self.queue = context, queue
+    def __init__(
+        self,
+        vocab_size: int,
+        multiple: int,
+        hidden_size: int,
+        context: ParallelContext,
+        queue: GradientQueue,
+        uses: int = 1,
+        tied_to: str | None = None,
+    ):
+        super().__init__(vocab_size, multiple, hidden_size, Role.EMBEDDING, context, uses, tied_to)
+        self.queue = queue
 
     def forward(self, tokens: Tensor) -> Tensor:
         local = tokens.t() - self.start

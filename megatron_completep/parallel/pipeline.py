@@ -7,6 +7,7 @@ Static shapes, no gradient scaling, and weight gradients held in each chunk's qu
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,8 +87,8 @@ class Pipeline:
         losses: list[Tensor] | None = [] if self.holds_last else None
         run = schedule.eval if evaluate else schedule.step
         arguments = (tokens,) if self.holds_first else ()
-        extra = {} if evaluate else {"return_outputs": False}
-        run(*arguments, target=side["labels"] if self.holds_last else None, losses=losses, **side, **extra)
+        keywords: dict[str, Any] = {**side} if evaluate else {**side, "return_outputs": False}
+        run(*arguments, target=side["labels"] if self.holds_last else None, losses=losses, **keywords)
         if losses is None:
             return torch.zeros((), device=self.context.device)
         return torch.stack([loss.detach() for loss in losses]).sum()

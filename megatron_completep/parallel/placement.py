@@ -20,7 +20,7 @@ class Placement:
     ranges: tuple[tuple[int, int], ...] = ()
     partial_gradient: bool = False  # the local gradient is one tensor rank's share of the sum
     uses: int = 1  # gradient contributions a micro-batch (2 for a tied embedding)
-    tied_to: str | None = None  # name of the parameter on another pipeline stage that this one is a copy of
+    tied_to: str | None = None  # embedding and unembedding tied across pipeline stages: the name under which they are one
 
     @property
     def replicated(self) -> bool:

@@ -55,11 +55,14 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, one array of `dtype` a text. Raises DataError for text that UTF-8 cannot hold (lone surrogates)."""
         try:
-            return self._encode_batch(texts)
+            for text in texts:
+                if not text.isascii():
+                    text.encode()  # each library would fail in its own way, or replace what it cannot express
         except UnicodeEncodeError as error:
             raise DataError(
                 f"text holds the lone surrogate {error.object[error.start]!r}, which UTF-8 cannot express. Repair the text first."
             ) from error
+        return self._encode_batch(texts)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids. Raises DataError for an id outside [0, vocab_size)."""
@@ -255,8 +258,6 @@ class TiktokenTokenizer(Tokenizer):
         return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": eod_id})
 
     def _encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        for text in texts:
-            text.isascii() or text.encode()  # tiktoken would silently replace lone surrogates
         return [self._encoding.encode_to_numpy(text, disallowed_special=()).astype(self.dtype) for text in texts]
 
     def _decode(self, ids: list[int]) -> str:

@@ -17,7 +17,10 @@ _library = torch.library.Library(_NAMESPACE, "DEF")
 
 
 def lazy(module: str, function: str) -> Callable[..., Any]:
-    """`function` of the sibling module, imported at its first call: Triton costs nothing until a GPU tensor arrives."""
+    """`function` of the sibling module, imported at its first call: Triton costs nothing until a GPU tensor arrives.
+
+    No module may be named like a public function of the package: importing it would put it in the function's place.
+    """
 
     @functools.cache
     def load() -> Callable[..., Any]:

@@ -1,7 +1,7 @@
 """The model's operations as torch sees them: schemas, output shapes, gradients, and the public functions.
 
 Each operation is registered as a forward and a backward operator (`register`, library.py): CPU tensors run native.py, CUDA
-tensors the Triton launchers of residual_norm.py, swiglu.py, squared_relu.py and rotary.py. The public functions with
+tensors the Triton launchers of residual_norm.py, swiglu_kernel.py, squared_relu_kernel.py and rotary_kernel.py. The public functions with
 ordinary gradients are `torch.autograd.Function`s over these operators. [..., H] is any leading shape; "rows" its product.
 """
 
@@ -293,37 +293,37 @@ def scaled_add(
 _swiglu_forward = register(
     "swiglu_forward(Tensor gate_up) -> Tensor",
     cpu=native.swiglu_forward,
-    cuda=lazy("swiglu", "swiglu_forward"),
+    cuda=lazy("swiglu_kernel", "swiglu_forward"),
     fake=lambda gate_up: gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2)),
 )
 _swiglu_backward = register(
     "swiglu_backward(Tensor d_out, Tensor gate_up) -> Tensor",
     cpu=native.swiglu_backward,
-    cuda=lazy("swiglu", "swiglu_backward"),
+    cuda=lazy("swiglu_kernel", "swiglu_backward"),
     fake=lambda d_out, gate_up: gate_up.new_empty(gate_up.shape),
 )
 _squared_relu_forward = register(
     "squared_relu_forward(Tensor x) -> Tensor",
     cpu=native.squared_relu_forward,
-    cuda=lazy("squared_relu", "squared_relu_forward"),
+    cuda=lazy("squared_relu_kernel", "squared_relu_forward"),
     fake=lambda x: x.new_empty(x.shape),
 )
 _squared_relu_backward = register(
     "squared_relu_backward(Tensor d_out, Tensor x) -> Tensor",
     cpu=native.squared_relu_backward,
-    cuda=lazy("squared_relu", "squared_relu_backward"),
+    cuda=lazy("squared_relu_kernel", "squared_relu_backward"),
     fake=lambda d_out, x: x.new_empty(x.shape),
 )
 _rotary = register(
     "rotary(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor",
     cpu=native.rotary,
-    cuda=lazy("rotary", "rotary"),
+    cuda=lazy("rotary_kernel", "rotary"),
     fake=lambda x, cos, sin, inverse: x.new_empty(x.shape),
 )
 _rotary_in_place = register(
     "rotary_(Tensor(a!) x, Tensor cos, Tensor sin, bool inverse) -> ()",
     cpu=native.rotary_,
-    cuda=lazy("rotary", "rotary_"),
+    cuda=lazy("rotary_kernel", "rotary_"),
     fake=lambda x, cos, sin, inverse: None,
 )
 

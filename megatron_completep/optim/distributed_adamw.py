@@ -256,6 +256,13 @@ class DistributedAdamW:
             own_start, own_stop = self.layout.shard_slice(bucket)
             self._gathering[bucket] = start_all_gather(updated[own_start:own_stop], self.context.shard, self.flat[start:stop])
 
+    def adopt_masters(self) -> None:
+        """The masters were replaced (a checkpoint was read): every parameter follows. Communicates over the shard axis."""
+        if self.flat_shard is not None:
+            self.flat_shard.copy_(self.master)
+        self._start_gathering()
+        self.wait_for_parameters()
+
     def wait_for_parameters(self) -> None:
         """Every parameter is the new one from here on."""
         self._await_buckets(list(self._gathering))

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_completep.config.schema import DataConfig, SourceConfig
+from megatron_completep.data import megatron_order
 from megatron_completep.data.blend import Blend
 from megatron_completep.data.indexed import BLOCK_BYTES, Array, IndexedDataset
+from megatron_completep.data.megatron_order import MegatronBlend
 from megatron_completep.data.samples import PermutedSource, Sample, Source
 from megatron_completep.errors import DataError
 
@@ -127,8 +130,7 @@ def parse_split(split: str) -> list[float]:
         shares = []
     if not 1 <= len(shares) <= 3 or min(shares) < 0 or not 0 < sum(shares) < float("inf"):
         raise DataError(f"data.split = {split!r}: give up to three numbers >= 0 for training, validation and test, such as '969,30,1'.")
-    shares += [0.0] * (3 - len(shares))
-    return [share / sum(shares) for share in shares]
+    return megatron_order.normalize(shares + [0.0] * (3 - len(shares)))
 
 
 def sources_of(data: DataConfig, split: str) -> tuple[Sequence[SourceConfig], tuple[float, float] | None]:
@@ -150,6 +152,11 @@ def open_corpus(data: DataConfig, *, seq_length: int, total_samples: int, vocab_
     Raises DataError for files that cannot be used, sources too small for one sample, and ids beyond the vocabulary.
     """
     configured, share = sources_of(data, split)
+    if data.order == "megatron":
+        tables, order = megatron_order.plan(configured, share, seq_length=seq_length, seed=data.seed, num_samples=total_samples)
+        corpus = Corpus([source.open() for source in tables], order.open() if isinstance(order, MegatronBlend) else order, vocab_size)
+        corpus.check_vocabulary()
+        return corpus
     first_stream = 0 if split == "train" else VALIDATION_STREAM
     sources = []
     for number, source in enumerate(configured):
@@ -189,3 +196,18 @@ def blend_weights(configured: Sequence[SourceConfig], sources: Sequence[Permuted
 
 def _decimal(number: float) -> Fraction:
     return Fraction(repr(number))
+
+
+def prebuild(data: DataConfig, *, seq_length: int, total_samples: int, split: str = "train") -> list[tuple[Path, bool]]:
+    """Build the tables of `order: megatron` beside the token files, where every later run on this machine maps them.
+
+    Returns each folder and whether it was built now. The order `permutation` has no tables: an empty list. Raises DataError.
+    """
+    if data.order != "megatron":
+        return []
+    configured, share = sources_of(data, split)
+    sources, order = megatron_order.plan(configured, share, seq_length=seq_length, seed=data.seed, num_samples=total_samples)
+    folders = [megatron_order.save_prebuilt(source.dataset.prefix, source.description, source.build) for source in sources]
+    if isinstance(order, MegatronBlend):
+        folders.append(megatron_order.save_prebuilt(order.prefix, order.description, order.build))
+    return folders

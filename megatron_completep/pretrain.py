@@ -1,0 +1,65 @@
+"""Train one model from one YAML file.
+
+python -m megatron_completep.pretrain configs/quickstart.yaml training.train_steps=200
+torchrun --nproc-per-node 8 -m megatron_completep.pretrain configs/completep_1b.yaml
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from megatron_completep.completep import table_for
+from megatron_completep.config import Config, check_world, load_config
+from megatron_completep.config.derived import tokens_per_step
+from megatron_completep.errors import exit_on_user_error
+from megatron_completep.optim.distributed_adamw import DistributedAdamW
+from megatron_completep.parallel.context import Launch, ParallelContext
+from megatron_completep.training import build
+from megatron_completep.training.hooks import StopSignals
+from megatron_completep.training.loop import train
+from megatron_completep.training.metrics import say_on_stdout
+from megatron_completep.training.precision import choose_precision, use_threads
+from megatron_completep.training.state import ExitCode, NoCheckpoints, RunState
+
+
+def pretrain(config: Config) -> ExitCode:
+    """Train one model. Read this function first: it visits every room once, in order."""
+    launch = Launch.from_environment()
+    check_world(config, launch.world_size)
+    context = ParallelContext.create(config.parallel, config.training.device)
+    say = say_on_stdout if context.is_first else lambda text: None
+    build.prepare_output(config, context)
+    threads = use_threads(config.training.cpu_threads, launch.local_world_size)
+    precision = choose_precision(config.training.precision, context.device)
+
+    batch_tokens = tokens_per_step(config)
+    table = table_for(config.model, config.completep, batch_tokens, batch_tokens * config.training.train_steps)
+    model = build.build_model(config, table, context, precision)
+    optimizer = DistributedAdamW(model, table, config.optimizer, context, config.parallel, precision)
+    step = build.build_step(config, context, model, optimizer, precision)
+    loader = build.build_training_loader(config, context)
+    validation = build.build_validation(config, context)
+    checkpointer = NoCheckpoints()
+    state = checkpointer.load_latest() or RunState()
+    loader.seek(state.consumed_samples)
+
+    say(build.describe_run(config, context, precision, threads, model))
+    if state.step:
+        say(f"resumed after step {state.step}")
+    hooks = build.default_hooks(config, context, step, validation, checkpointer, state, precision, say)
+    code = train(config.training, context, step, loader, state, hooks, StopSignals(say))
+    context.close()
+    return code
+
+
+def main() -> int | None:
+    """Read the command line, train, and return the process's exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="the YAML file of the run")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    arguments = parser.parse_args()
+    return pretrain(load_config(arguments.config, arguments.overrides))
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

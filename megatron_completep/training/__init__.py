@@ -1,0 +1,1 @@
+"""One run: built, stepped, watched, saved."""

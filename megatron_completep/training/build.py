@@ -1,0 +1,148 @@
+"""Builds the parts of a run from its configuration, in the order of `pretrain`."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from megatron_completep.completep import Table
+from megatron_completep.config import save_config
+from megatron_completep.config.schema import Config
+from megatron_completep.data.loader import Loader, ValidationBatches, build_loader, validation_batches
+from megatron_completep.errors import ConfigError
+from megatron_completep.model.flops import training_flops_per_token
+from megatron_completep.model.gpt import GPT
+from megatron_completep.model.initialize import initialize
+from megatron_completep.model.stages import build_chunks, split_stages, stage_indices
+from megatron_completep.optim.distributed_adamw import DistributedAdamW
+from megatron_completep.parallel.context import ParallelContext
+from megatron_completep.parallel.cross_entropy import LossConfig
+from megatron_completep.parallel.pipeline import Pipeline
+from megatron_completep.training.hooks import Checkpoints, Hook, Metrics, Validation
+from megatron_completep.training.metrics import open_sinks
+from megatron_completep.training.state import Checkpointer, RunState
+from megatron_completep.training.step import TrainingStep
+
+Say = Callable[[str], None]
+
+
+def prepare_output(config: Config, context: ParallelContext) -> Path:
+    """Make the run's folder and keep the resolved configuration in it. ConfigError when it cannot be written."""
+    folder = Path(config.training.output_dir)
+    if context.is_first:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"training.output_dir = {folder} cannot be made: {error.strerror}. Choose a folder that can.") from None
+        if not os.access(folder, os.W_OK):
+            raise ConfigError(f"training.output_dir = {folder} cannot be written to. Choose another folder or change its permissions.")
+        save_config(config, folder / "config.yaml")
+    return folder
+
+
+def build_model(config: Config, table: Table, context: ParallelContext, precision: torch.dtype) -> list[GPT]:
+    """This rank's chunks with their initial weights, in float32 (float64 for float64 runs)."""
+    training = config.training
+    loss = LossConfig(training.z_loss, training.label_smoothing)
+    chunks = build_chunks(config.model, table, config.parallel, context, loss, training.recompute)
+    for chunk in chunks:
+        initialize(chunk, table, config.optimizer, training.seed)
+        if precision == torch.float64:
+            chunk.double()
+    return chunks
+
+
+def build_step(
+    config: Config, context: ParallelContext, chunks: list[GPT], optimizer: DistributedAdamW, precision: torch.dtype
+) -> TrainingStep:
+    """The training step, through a pipeline where the model is split in depth."""
+    model, training, size = config.model, config.training, config.parallel.pipeline_parallel_size
+    pipeline = None
+    if size > 1:
+        local_length = model.seq_length // (context.tensor.size if context.sequence_parallel else 1)
+        boundary_type = torch.float32 if model.fp32_residual and precision == torch.bfloat16 else precision
+        pipeline = Pipeline(
+            chunks,
+            stage_indices(config.parallel, context),
+            len(split_stages(model, config.parallel)),
+            config.parallel.schedule,
+            context,
+            tokens=torch.empty(training.micro_batch_size, model.seq_length, dtype=torch.int64, device="meta"),
+            boundary=torch.empty(local_length, training.micro_batch_size, model.hidden_size, dtype=boundary_type, device="meta"),
+            loss_dtype=torch.float64 if precision == torch.float64 else torch.float32,
+        )
+    return TrainingStep(config, context, chunks, optimizer, pipeline)
+
+
+def build_training_loader(config: Config, context: ParallelContext) -> Loader:
+    """Training batches of this data rank, from the first sample."""
+    return build_loader(
+        config.data,
+        seq_length=config.model.seq_length,
+        micro_batch_size=config.training.micro_batch_size,
+        global_batch_size=config.training.global_batch_size,
+        train_steps=config.training.train_steps,
+        vocab_size=config.model.vocab_size,
+        data_rank=context.data.rank,
+        data_size=context.data.size,
+        pin_memory=context.device.type == "cuda",
+    )
+
+
+def build_validation(config: Config, context: ParallelContext) -> ValidationBatches | None:
+    """The fixed validation samples of this data rank; None where the configuration names none."""
+    if config.data.validation is None and config.data.split is None:
+        return None
+    return validation_batches(
+        config.data,
+        samples=config.training.validation_samples,
+        seq_length=config.model.seq_length,
+        micro_batch_size=config.training.micro_batch_size,
+        vocab_size=config.model.vocab_size,
+        data_rank=context.data.rank,
+        data_size=context.data.size,
+    )
+
+
+def default_hooks(
+    config: Config,
+    context: ParallelContext,
+    step: TrainingStep,
+    validation: ValidationBatches | None,
+    checkpointer: Checkpointer,
+    state: RunState,
+    precision: torch.dtype,
+    say: Say,
+) -> list[Hook]:
+    """Validation, then metrics, then checkpoints: a checkpoint comes after the metrics of its step, which hold its validation."""
+    training, folder = config.training, Path(config.training.output_dir)
+    hooks: list[Hook] = []
+    if validation is not None:
+        hooks.append(Validation(step, validation, training.validation_interval, training.train_steps, say))
+    sinks = open_sinks(config.logging, folder, training.train_steps, state.step, say) if context.is_first else []
+    hooks.append(Metrics(config, context, device_name(context.device), precision, sinks))
+    return [*hooks, Checkpoints(checkpointer, config.checkpoint.interval, state.step)]
+
+
+def device_name(device: torch.device) -> str:
+    """The maker's name of a GPU, or the CPU's architecture."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+
+
+def describe_run(config: Config, context: ParallelContext, precision: torch.dtype, threads: int, chunks: list[GPT]) -> str:
+    """Where and on what the run trains, in a few lines."""
+    model, training, parallel = config.model, config.training, config.parallel
+    parameters = sum(p.numel() for chunk in chunks for p in chunk.parameters())
+    held = "parameters" if parallel.tensor_parallel_size * parallel.pipeline_parallel_size == 1 else "parameters on this rank"
+    place = device_name(context.device) + (f", {threads} threads" if context.device.type == "cpu" else "")
+    return (
+        f"{model.num_layers} layers x {model.hidden_size}, {parameters:,} {held}, "
+        f"{training_flops_per_token(model) / 1e6:,.1f} MFLOP a token\n"
+        f"{context.world_size} process{'es' if context.world_size > 1 else ''} on {place}, {str(precision).removeprefix('torch.')}; "
+        f"tensor {context.tensor.size} x pipeline {context.pipeline.size} x data {context.data.size}\n"
+        f"{training.train_steps} steps of {training.global_batch_size} x {model.seq_length} tokens -> {training.output_dir}"
+    )

@@ -1,0 +1,167 @@
+"""What happens around the steps of a run. A hook hears of every step, in the order of the list; the loop knows none by name."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+from megatron_completep.config.schema import Config
+from megatron_completep.data.loader import ValidationBatches
+from megatron_completep.model.flops import peak_flops, training_flops_per_token
+from megatron_completep.optim.schedule import learning_rate
+from megatron_completep.parallel.context import ParallelContext
+from megatron_completep.training.metrics import Row, Sink, memory_bytes
+from megatron_completep.training.state import Checkpointer, RunState
+from megatron_completep.training.step import StepFigures, TrainingStep
+
+
+@dataclass
+class StepRecord:
+    """One finished step. Hooks may add figures; those further down the list see them."""
+
+    state: RunState  # after the step
+    figures: StepFigures
+    samples: int  # sequences of the step
+    seconds: float  # since the step before finished; without what hooks did in between
+    data_wait_seconds: float
+    added: dict[str, Any] = field(default_factory=dict)
+
+
+class Hook:
+    """Does nothing; subclasses say what they do."""
+
+    def due(self, step: int) -> bool:
+        """Whether this hook must see the step before the next one starts (the loop then waits for the device)."""
+        return False
+
+    def after_step(self, record: StepRecord) -> None:
+        """Called once for every step, in order."""
+
+    def finish(self, state: RunState) -> None:
+        """The run ends as it should: done, or asked to stop."""
+
+    def close(self) -> None:
+        """The run ends, whatever the reason."""
+
+
+class Validation(Hook):
+    """Adds `validation_loss` every so many steps and after the last one."""
+
+    def __init__(self, step: TrainingStep, batches: ValidationBatches, interval: int | None, train_steps: int, say: Callable[[str], None]):
+        self._step, self._batches, self._interval, self._train_steps, self._say = step, batches, interval, train_steps, say
+
+    def due(self, step: int) -> bool:
+        return step == self._train_steps or (self._interval is not None and step % self._interval == 0)
+
+    def after_step(self, record: StepRecord) -> None:
+        if not self.due(record.state.step):
+            return
+        started = time.perf_counter()
+        loss = record.added["validation_loss"] = self._step.evaluate(self._batches)
+        seconds = time.perf_counter() - started
+        self._say(f"validation at step {record.state.step}: loss {loss:.4f} over {self._batches.num_samples} sequences ({seconds:.1f} s)")
+
+
+class Metrics(Hook):
+    """Turns records into rows and hands them to the sinks (on the rank that speaks; the others have none)."""
+
+    def __init__(self, config: Config, context: ParallelContext, device_name: str, dtype: Any, sinks: Sequence[Sink]):
+        self._config, self._context, self._sinks = config, context, sinks
+        self._flops_per_token = training_flops_per_token(config.model)
+        peak = peak_flops(device_name, dtype)
+        self._peak = peak * context.world_size if peak else None
+
+    def after_step(self, record: StepRecord) -> None:
+        row = self._row(record) if self._sinks else {}
+        for sink in self._sinks:
+            sink.write(row)
+
+    def _row(self, record: StepRecord) -> Row:
+        state, figures = record.state, record.figures
+        tokens_per_second = record.samples * self._config.model.seq_length / record.seconds
+        return {
+            "step": state.step,
+            "loss": figures.loss,
+            **record.added,
+            "lr": learning_rate(state.step, self._config.optimizer, self._config.training.train_steps),
+            "grad_norm": figures.grad_norm,
+            "skipped": figures.skipped,
+            "tokens": state.tokens,
+            "tokens_per_second": tokens_per_second,
+            "mfu": tokens_per_second * self._flops_per_token / self._peak if self._peak else None,
+            "step_seconds": record.seconds,
+            "data_wait_seconds": record.data_wait_seconds,
+            "memory_bytes": memory_bytes(self._context.device),
+        }
+
+    def close(self) -> None:
+        for sink in self._sinks:
+            sink.close()
+
+
+class Checkpoints(Hook):
+    """Saves every so many steps and when the run ends. Stands last, so that a checkpoint's metrics are written before it."""
+
+    def __init__(self, checkpointer: Checkpointer, interval: int | None, saved_step: int):
+        self._checkpointer, self._interval, self._saved_step = checkpointer, interval, saved_step
+
+    def due(self, step: int) -> bool:
+        return self._interval is not None and step % self._interval == 0
+
+    def after_step(self, record: StepRecord) -> None:
+        if self.due(record.state.step):
+            self._save(record.state)
+
+    def _save(self, state: RunState) -> None:
+        self._checkpointer.save(state)
+        self._saved_step = state.step
+
+    def finish(self, state: RunState) -> None:
+        if state.step != self._saved_step:
+            self._save(state)
+
+    def close(self) -> None:
+        self._checkpointer.close()
+
+
+class StopSignals:
+    """SIGTERM, SIGINT and SIGUSR1 ask for a stop between two steps; a second one ends the process at once.
+
+    torchrun forwards the signal that a terminal has already sent to the whole process group: what follows within GRACE seconds of
+    the first is taken for its echo.
+    """
+
+    GRACE = 2.0
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self, say: Callable[[str], None]):
+        self._say, self._asked_at = say, 0.0
+        self._before: dict[int, Any] = {}
+
+    @property
+    def asked(self) -> bool:
+        return self._asked_at > 0
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not self.asked:
+            self._asked_at = now
+            self._say(f"{signal.Signals(number).name}: saving after this step, then leaving; once more leaves at once")
+        elif now - self._asked_at > self.GRACE:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)

@@ -1,0 +1,62 @@
+"""How far a run is, who keeps it, and how a run ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Progress of a run, a value: step -> next state. Everything else that a step depends on is weights and optimizer state.
+
+    Data order and dropout are pure functions of the seeds and these counts, so no generator state is kept.
+    """
+
+    step: int = 0  # optimizer steps done, those skipped for a gradient that was not finite included
+    consumed_samples: int = 0  # sequences read; where the data goes on
+    tokens: int = 0  # tokens read
+
+    def after_step(self, samples: int, seq_length: int) -> RunState:
+        """The state one step of `samples` sequences later."""
+        return replace(
+            self,
+            step=self.step + 1,
+            consumed_samples=self.consumed_samples + samples,
+            tokens=self.tokens + samples * seq_length,
+        )
+
+
+class Checkpointer(Protocol):
+    """Saves and loads a run; built over the model, the optimizer and the configuration. Every call is collective: all ranks make it."""
+
+    def save(self, state: RunState) -> None:
+        """Save the run as it stands after `state.step` steps; may go on writing in the background."""
+
+    def load_latest(self) -> RunState | None:
+        """Put the newest whole checkpoint into model and optimizer and return its state; None where there is none."""
+
+    def close(self) -> None:
+        """Wait until everything handed to `save` is written, or has failed."""
+
+
+class NoCheckpoints:
+    """A `Checkpointer` that keeps nothing."""
+
+    def save(self, state: RunState) -> None:
+        pass
+
+    def load_latest(self) -> RunState | None:
+        return None
+
+    def close(self) -> None:
+        pass
+
+
+class ExitCode(IntEnum):
+    """What the process tells its launcher."""
+
+    DONE = 0
+    USER_ERROR = 2
+    REQUEUE = 75  # left early on request, state saved: the same command goes on (EX_TEMPFAIL)

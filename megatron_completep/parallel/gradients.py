@@ -36,6 +36,7 @@ class GradientQueue:
 
     def push(self, parameter: Parameter, accumulate: Accumulate) -> None:
         """Add one contribution, now or later."""
+        assert isinstance(parameter, Parameter), "gradients are kept by parameter, and a saved tensor is another object"
         if not parameter.requires_grad:
             return
         if self.deferred:

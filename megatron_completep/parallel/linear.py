@@ -67,14 +67,14 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, queue):
         ctx.save_for_backward(x, weight)
-        ctx.queue = queue
+        ctx.weight, ctx.queue = weight, queue  # the parameter itself: what is saved may come back as another object
         return F.linear(x, weight)
 
     @staticmethod
     def backward(ctx, d_out):
         x, weight = ctx.saved_tensors
         d_x = d_out @ weight if ctx.needs_input_grad[0] else None
-        ctx.queue.push(weight, accumulate_matrix(d_out.flatten(0, -2), x.flatten(0, -2)))
+        ctx.queue.push(ctx.weight, accumulate_matrix(d_out.flatten(0, -2), x.flatten(0, -2)))
         return d_x, None, None
 
 
@@ -84,7 +84,7 @@ class _ColumnParallel(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, context: ParallelContext, queue):
         ctx.save_for_backward(x, weight)
-        ctx.bias, ctx.context, ctx.queue = bias, context, queue
+        ctx.weight, ctx.bias, ctx.context, ctx.queue = weight, bias, context, queue
         whole = all_gather(x, context.tensor) if context.sequence_parallel else x
         return F.linear(whole, weight, bias)
 
@@ -97,7 +97,7 @@ class _ColumnParallel(torch.autograd.Function):
         reducing = (start_reduce_scatter if context.sequence_parallel else start_all_reduce)(d_x, context.tensor)
         whole = gathering.wait() if gathering is not None else x
         rows = d_out.flatten(0, -2)
-        queue.push(weight, accumulate_matrix(rows, whole.flatten(0, -2)))
+        queue.push(ctx.weight, accumulate_matrix(rows, whole.flatten(0, -2)))
         if ctx.bias is not None:
             queue.push(ctx.bias, accumulate_sum(rows))
         return reducing.wait(), None, None, None, None

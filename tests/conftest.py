@@ -5,8 +5,11 @@ import os
 # Before torch is imported anywhere: tests run side by side, each on one thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from collections.abc import Iterator
+
 import pytest
 from hypothesis import HealthCheck, settings
+from worker_pool import WorkerPool
 
 settings.register_profile("project", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("project")
@@ -22,3 +25,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="no GPU here"))
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[WorkerPool]:
+    """Ranks for distributed tests, started once."""
+    workers = WorkerPool()
+    yield workers
+    workers.close()

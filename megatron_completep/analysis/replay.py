@@ -19,10 +19,12 @@ from torch import Tensor
 from megatron_completep.completep import table_for
 from megatron_completep.config.schema import CompletePConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_completep.errors import DataError
-from megatron_completep.model.gpt import GPT
+from megatron_completep.model.stages import build_chunks
 from megatron_completep.optim.distributed_adamw import DistributedAdamW
+from megatron_completep.parallel.collectives import all_reduce
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.placement import placement_of
+from megatron_completep.training.forward_backward import ForwardBackward, MicroBatch
 
 NAMES = {  # ours -> GPT-2's
     "embedding": "transformer.wte",
@@ -135,33 +137,56 @@ def replay(
     trace: Trace, precision: str = "float64", context: ParallelContext | None = None, parallel: ParallelConfig | None = None
 ) -> Replay:
     """Train as the trace did, from its initial weights on its batches, with its single eps for every tensor."""
-    context = context or ParallelContext.single()
+    context, parallel = context or ParallelContext.single(), parallel or ParallelConfig()
     dtype = torch.float64 if precision == "float64" else torch.float32
-    model_config, completep, optimizer_config = trace.configs()
-    table = table_for(model_config, completep)
-    model = GPT(model_config, table, context).to(dtype)
-    for name, parameter in model.named_parameters():
-        initial = torch.from_numpy(trace.arrays[f"init/{reference_name(name)}"]).to(dtype)
-        parameter.data.copy_(local_part(initial, parameter))
-    optimizer = DistributedAdamW([model], table, optimizer_config, context, parallel, dtype)
-    single_eps = trace.record.get("groups", [{}])[0].get("eps", optimizer_config.base_eps)
+    model, completep, settings = trace.configs()
+    table = table_for(model, completep)
+    chunks = build_chunks(model, table, parallel, context)
+    for chunk in chunks:
+        chunk.to(dtype)
+        for name, parameter in chunk.named_parameters():
+            logical = placement_of(parameter).tied_to or name
+            initial = torch.from_numpy(trace.arrays[f"init/{reference_name(logical)}"]).to(dtype)
+            parameter.data.copy_(local_part(initial, parameter))
+    optimizer = DistributedAdamW(chunks, table, settings, context, parallel, dtype)
+    single_eps = trace.record.get("groups", [{}])[0].get("eps", settings.base_eps)
     optimizer.group_table[:, 2] = single_eps
+    pieces = context.pipeline.size  # micro-batches: as many as a schedule needs at least
+    run = ForwardBackward(chunks, model, parallel, context, trace.arrays["inputs"].shape[1] // context.data.size // pieces)
     losses, norms = [], []
     for inputs, targets in zip(trace.arrays["inputs"], trace.arrays["targets"], strict=True):
-        tokens, labels = torch.from_numpy(inputs), torch.from_numpy(targets)
-        optimizer.begin_step(1)
-        optimizer.wait_for_parameters()
-        loss_sum = model(tokens, labels=labels)
-        loss_sum.backward()
-        result = optimizer.step(optimizer_config.base_lr, loss_sum, torch.tensor(labels.numel()))
+        tokens, labels = (torch.from_numpy(x).chunk(context.data.size)[context.data.rank] for x in (inputs, targets))
+        optimizer.begin_step(pieces)
+        total = run([MicroBatch(t, y) for t, y in zip(tokens.chunk(pieces), labels.chunk(pieces), strict=True)])
+        counted = torch.tensor(labels.numel() if context.pipeline.rank == 0 else 0)
+        result = optimizer.step(settings.base_lr, total, counted)
         losses.append(result.loss.item())
         norms.append(result.grad_norm.item())
     optimizer.wait_for_parameters()
-    weight_norms = {reference_name(name): _weight_norm(name, p, precision) for name, p in model.named_parameters()}
-    return compare(trace, losses, norms, weight_norms, precision)
+    weights = {
+        reference_name(name): _counted_weight(name, whole_of(p, context), precision)
+        for name, p in optimizer.parameters.items()
+        if placement_of(p).tied_to in (None, name)
+    }
+    return compare(trace, losses, norms, weights, precision)
 
 
-def _weight_norm(name: str, parameter: Tensor, precision: str) -> Tensor:
+def whole_of(parameter: torch.nn.Parameter, context: ParallelContext) -> Tensor:
+    """The logical tensor, on every tensor rank of the stage that holds the parameter."""
+    placement, local = placement_of(parameter), parameter.detach()
+    if placement.dim is None or context.tensor.size == 1:
+        return local.narrow(0, 0, placement.global_shape[0])
+    whole = local.new_zeros(placement.global_shape)
+    position = 0
+    for start, stop in placement.ranges:
+        held = max(0, min(stop, whole.shape[placement.dim]) - start)
+        if held:
+            whole.narrow(placement.dim, start, held).copy_(local.narrow(placement.dim, position, held))
+        position += stop - start
+    return all_reduce(whole, context.tensor)
+
+
+def _counted_weight(name: str, parameter: Tensor, precision: str) -> Tensor:
     """In float32 the key third of the QKV bias is left out: its true gradient is zero, and Adam amplifies noise there."""
     if precision == "float32" and name.endswith("qkv.bias"):
         third = parameter.shape[0] // 3

@@ -43,7 +43,7 @@ class ModelConfig(Section):
     qk_norm: bool = Field(False, description="RMSNorm over head_dim on queries and keys, one gain shared by all heads.")
     tied_embeddings: bool = Field(False, description="Unembedding shares the embedding's weight.")
     attention_scale: Literal["base_head_dim", "1/head_dim", "1/sqrt(head_dim)"] = Field(
-        "base_head_dim", description="Scale of attention logits; base_head_dim: sqrt(base_head_dim) / head_dim."
+        "base_head_dim", description="Scale of attention logits; base_head_dim: sqrt(base_head_dim) / head_dim. Under sp it is always 1/sqrt(head_dim)."
     )
     input_multiplier: PositiveFloat = Field(1.0, description="Tunable base factor on the embedding output.")
     logit_multiplier: PositiveFloat = Field(1.0, description="Tunable base factor on the logits, beside 1/m_N.")
@@ -162,6 +162,8 @@ class TrainingConfig(Section):
     z_loss: NonNegativeFloat = Field(0.0, description="Coefficient of logsumexp(logits)^2 added to the loss.")
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Probability mass spread over all tokens.")
     recompute: Literal["none", "selective", "full"] = Field("none", description="Activation recomputation: selective: attention only; full: whole layers.")
+    cpu_threads: PositiveInt | None = Field(None, description="Threads a process computes on; null: the node's cores divided by its processes.")
+    stop_at_step: PositiveInt | None = Field(None, description="Save and leave after this step, before train_steps; the same run goes on when started again. null: never.")
     compile: bool = Field(False, description="torch.compile the regions between linears.")
     validation_interval: PositiveInt | None = Field(None, description="Steps between validations; null: only at the end.")
     validation_samples: PositiveInt = Field(64, description="Sequences a validation.")
@@ -175,7 +177,9 @@ class CheckpointConfig(Section):
     keep_every: PositiveInt | None = Field(None, description="Checkpoints whose step is a multiple are kept for good.")
     async_save: bool = Field(True, description="Write while training goes on.")
     resume: bool = Field(True, description="Continue from the newest checkpoint in output_dir when there is one.")
-    allow_changed: list[str] = Field(default_factory=list, description="Configuration paths that may differ from the checkpoint's at resume.")
+    allow_changed: list[str] = Field(default_factory=list, description="Paths or patterns (model.dropout, table.*, data.*, fingerprints.*) that may differ from the checkpoint's at resume.")
+    on_failure: Literal["continue", "stop"] = Field("continue", description="After a failed save: go on training (the older checkpoints are intact), or stop at the next save.")
+    timeout_minutes: PositiveFloat = Field(30.0, description="Longest wait of one rank for another's part of a checkpoint, in minutes.")
 
 
 class LoggingConfig(Section):

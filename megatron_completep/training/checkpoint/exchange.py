@@ -1,0 +1,103 @@
+"""Small JSON values between ranks, on a process group of its own. JSON and not pickle: what a rank receives is data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from megatron_completep.errors import CheckpointError
+from megatron_completep.parallel.context import ParallelContext
+
+T = TypeVar("T")
+
+
+class Exchange:
+    """Collective over all ranks. Its gloo group is its own, so that a thread may use it while training communicates."""
+
+    def __init__(self, context: ParallelContext, timeout_minutes: float):
+        self.rank, self.size = context.rank, context.world_size
+        timeout = timedelta(minutes=timeout_minutes)
+        self._group = dist.new_group(backend="gloo", timeout=timeout) if self.size > 1 else None
+
+    def all_gather(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank."""
+        if self._group is None:
+            return [value]
+        data = _encode(value)
+        lengths = [torch.empty(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(lengths, torch.tensor([data.numel()]), group=self._group)
+        sizes = [int(length) for length in lengths]
+        padded = torch.zeros(max(sizes), dtype=torch.uint8)
+        padded[: data.numel()] = data
+        gathered = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(gathered, padded, group=self._group)
+        return [_decode(part[:size]) for part, size in zip(gathered, sizes, strict=True)]
+
+    def broadcast(self, value: Any = None) -> Any:
+        """Rank 0's value."""
+        if self._group is None:
+            return value
+        data = _encode(value) if self.rank == 0 else torch.empty(0, dtype=torch.uint8)
+        length = torch.tensor([data.numel()])
+        dist.broadcast(length, 0, group=self._group)
+        if self.rank:
+            data = torch.empty(int(length), dtype=torch.uint8)
+        dist.broadcast(data, 0, group=self._group)
+        return _decode(data)
+
+    def together(self, action: Callable[[], T]) -> T:
+        """Run `action` on every rank; where it fails on one, raise the same CheckpointError, naming the ranks, on all of them."""
+        result: T | None = None
+        problem: str | None = None
+        try:
+            result = action()
+        except (CheckpointError, OSError, MemoryError) as error:
+            problem = describe(error)
+        problems = {rank: text for rank, text in enumerate(self.all_gather(problem)) if text is not None}
+        if problems:
+            raise CheckpointError(join_problems(problems, self.size))
+        return result  # type: ignore[return-value]
+
+    def on_first(self, action: Callable[[], Any]) -> Any:
+        """Run `action` on rank 0 and give its result, or its CheckpointError, to every rank."""
+        value: Any = None
+        problem: str | None = None
+        if self.rank == 0:
+            try:
+                value = action()
+            except (CheckpointError, OSError) as error:
+                problem = describe(error)
+        value, problem = self.broadcast((value, problem))
+        if problem is not None:
+            raise CheckpointError(problem)
+        return value
+
+
+def describe(error: BaseException) -> str:
+    """What went wrong, with the file where the operating system names one."""
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
+
+
+def join_problems(problems: dict[int, str], size: int) -> str:
+    """One problem as it is; equal ones once, with their ranks."""
+    if size == 1:
+        return next(iter(problems.values()))
+    ranks: dict[str, list[str]] = {}
+    for rank, text in problems.items():
+        ranks.setdefault(text, []).append(str(rank))
+    return "\n".join(f"rank {', '.join(who)}: {text}" for text, who in ranks.items())
+
+
+def _encode(value: Any) -> torch.Tensor:
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def _decode(data: torch.Tensor) -> Any:
+    return json.loads(data.numpy().tobytes())

@@ -1,0 +1,241 @@
+"""Tensor files: safetensors, written from memory in one pass with hashes, read back with every byte checked.
+
+A tensor's key is STATE/NAME@OFFSETS, such as `exp_avg/layers.0.mlp.down.weight@0,64`: a box of the logical tensor. Any
+safetensors reader opens the files; nothing in them can execute.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from megatron_completep.errors import CheckpointError
+from megatron_completep.training.checkpoint.boxes import Box
+from megatron_completep.training.checkpoint.manifest import StoredFile, open_regular_file
+
+BLOCK_SIZE = 4 << 20  # bytes; hashed one by one, so that a part of a file can be checked without reading the rest
+MAX_HEADER_BYTES = 100 << 20
+DTYPES: dict[str, np.dtype] = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
+_ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class StoredBox:
+    """A box of a logical tensor inside a file: bytes [start, stop) of it."""
+
+    file: str
+    state: str
+    name: str
+    box: Box
+    dtype: str
+    start: int
+    stop: int
+
+
+class BlockHasher:
+    """Hashes a stream block by block, whatever the pieces it comes in."""
+
+    def __init__(self, block_size: int = BLOCK_SIZE):
+        self.block_size, self.size, self.blocks = block_size, 0, list[str]()
+        self._hash = xxhash.xxh3_64()
+
+    def update(self, data: memoryview) -> None:
+        while len(data):
+            room = self.block_size - self.size % self.block_size
+            part, data = data[:room], data[room:]
+            self._hash.update(part)
+            self.size += len(part)
+            if self.size % self.block_size == 0:
+                self._close()
+
+    def finish(self) -> list[str]:
+        if self.size % self.block_size:
+            self._close()
+        return self.blocks
+
+    def _close(self) -> None:
+        self.blocks.append(self._hash.hexdigest())
+        self._hash.reset()
+
+
+def key_of(state: str, name: str, box: Box) -> str:
+    return f"{state}/{name}@{','.join(map(str, box.offsets))}"
+
+
+def write_tensor_file(
+    path: Path,
+    tensors: Sequence[tuple[str, tuple[int, ...], np.ndarray]],
+    dtype: str,
+    metadata: dict[str, str],
+    fail_point: Callable[[str], None],
+) -> StoredFile:
+    """Write (key, shape, contiguous values) as one safetensors file and fsync it. Returns its size and hashes. Raises OSError."""
+    header = _header(tensors, dtype, metadata)
+    hasher = BlockHasher()
+    with open(path, "xb", buffering=1 << 20) as file:
+        pieces: Iterable[memoryview] = _merge(values for _, _, values in tensors)
+        _write(file, memoryview(header), hasher)
+        fail_point("save.header_written")
+        for i, piece in enumerate(pieces):
+            _write(file, piece, hasher)
+            if i == 0:
+                fail_point("save.values_half_written")
+        fail_point("save.values_written")
+        file.flush()
+        os.fsync(file.fileno())
+        fail_point("save.file_synced")
+    return StoredFile(name=path.name, size=hasher.size, blocks=hasher.finish())
+
+
+def _write(file, data: memoryview, hasher: BlockHasher) -> None:
+    for start in range(0, len(data), BLOCK_SIZE):
+        part = data[start : start + BLOCK_SIZE]
+        file.write(part)
+        hasher.update(part)
+
+
+def _merge(arrays: Iterable[np.ndarray]) -> Iterator[memoryview]:
+    """The arrays' bytes; neighbours in memory as one piece, so that many small tensors cost few writes."""
+    begin = end = 0
+    pending: list[np.ndarray] = []
+    for array in arrays:
+        address = array.__array_interface__["data"][0]
+        if pending and address != end:
+            yield _span(pending, begin, end)
+            pending = []
+        if not pending:
+            begin = address
+        pending.append(array)
+        end = address + array.nbytes
+    if pending:
+        yield _span(pending, begin, end)
+
+
+def _span(arrays: list[np.ndarray], begin: int, end: int) -> memoryview:
+    if len(arrays) == 1:
+        return memoryview(arrays[0].reshape(-1).view(np.uint8))
+    base = np.lib.stride_tricks.as_strided(arrays[0].reshape(-1).view(np.uint8), shape=(end - begin,), strides=(1,))
+    return memoryview(base)
+
+
+def _header(tensors: Sequence[tuple[str, tuple[int, ...], np.ndarray]], dtype: str, metadata: dict[str, str]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": metadata}
+    position = 0
+    for key, shape, values in tensors:
+        assert key not in entries, key
+        entries[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + values.nbytes]}
+        position += values.nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % _ALIGNMENT)
+    return struct.pack("<Q", len(text)) + text
+
+
+class CheckedFile:
+    """A tensor file open for reading: what it returns was checked against the manifest's hashes."""
+
+    def __init__(self, folder: Path, stored: StoredFile, block_size: int):
+        self.path, self.stored, self.block_size = folder / stored.name, stored, block_size
+        self.file = open_regular_file(self.path)
+        self.bytes_read = 0
+        size = os.fstat(self.file.fileno()).st_size
+        if size != stored.size:
+            self.file.close()
+            raise CheckpointError(
+                f"{self.path}: {size} bytes, expected {stored.size}. The file is cut off, replaced or still being copied."
+            )
+        if len(stored.blocks) != -(-stored.size // block_size):
+            raise CheckpointError(f"{self.path}: the manifest has {len(stored.blocks)} hashes for {stored.size} bytes.")
+        self._last: tuple[int, np.ndarray] | None = None
+
+    def close(self) -> None:
+        self.file.close()
+
+    def __enter__(self) -> CheckedFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def read_into(self, start: int, out: np.ndarray) -> None:
+        """Fill `out` (uint8, contiguous) with bytes from `start`; whole blocks go there directly."""
+        position, stop = start, start + len(out)
+        while position < stop:
+            block = position // self.block_size
+            begin, end = block * self.block_size, min((block + 1) * self.block_size, self.stored.size)
+            take = min(end, stop) - position
+            target = out[position - start : position - start + take]
+            if take == end - begin:
+                self._read_block(block, target)
+            else:
+                target[:] = self._cached(block, end - begin)[position - begin : position - begin + take]
+            position += take
+
+    def read(self, start: int, size: int) -> np.ndarray:
+        out = np.empty(size, np.uint8)
+        self.read_into(start, out)
+        return out
+
+    def check_all(self) -> None:
+        """Read the whole file and compare every hash."""
+        buffer = np.empty(min(self.block_size, self.stored.size), np.uint8)
+        for block in range(len(self.stored.blocks)):
+            begin = block * self.block_size
+            self._read_block(block, buffer[: min(self.block_size, self.stored.size - begin)])
+
+    def _cached(self, block: int, size: int) -> np.ndarray:
+        if self._last is None or self._last[0] != block:
+            buffer = np.empty(size, np.uint8)
+            self._read_block(block, buffer)
+            self._last = block, buffer
+        return self._last[1]
+
+    def _read_block(self, block: int, out: np.ndarray) -> None:
+        begin, done = block * self.block_size, 0
+        while done < len(out):
+            count = os.preadv(self.file.fileno(), [memoryview(out)[done:]], begin + done)
+            if count == 0:
+                raise CheckpointError(
+                    f"{self.path}: ends at byte {begin + done}, expected {self.stored.size}. It was cut while being read."
+                )
+            done += count
+        self.bytes_read += len(out)
+        found = xxhash.xxh3_64_hexdigest(memoryview(out))
+        if found != self.stored.blocks[block]:
+            raise CheckpointError(
+                f"{self.path}: damaged between bytes {begin} and {begin + len(out)}: xxh3 is {found}, "
+                f"expected {self.stored.blocks[block]}. "
+                "Restore the file, or move the checkpoint's folder away to continue from an older one."
+            )
+
+    def index(self) -> list[StoredBox]:
+        """The boxes that the file holds, from its header. Raises CheckpointError when anything in it does not add up."""
+        try:
+            (length,) = struct.unpack("<Q", self.read(0, 8).tobytes())
+            if not 2 <= length <= min(MAX_HEADER_BYTES, self.stored.size - 8):
+                raise ValueError(f"header of {length} bytes in a file of {self.stored.size}")
+            header = json.loads(self.read(8, length).tobytes())
+            header.pop("__metadata__", None)
+            return [_entry(self.stored, 8 + length, key, value) for key, value in header.items()]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
+            raise CheckpointError(f"{self.path}: not a tensor file of a checkpoint: {error!r}") from None
+
+
+def _entry(stored: StoredFile, data_start: int, key: str, value: dict) -> StoredBox:
+    owner, _, offsets = key.rpartition("@")
+    state, _, name = owner.partition("/")
+    box = Box(tuple(map(int, offsets.split(","))), tuple(map(int, value["shape"])))
+    start, stop = (data_start + int(x) for x in value["data_offsets"])
+    if value["dtype"] not in DTYPES:
+        raise ValueError(f"{key}: dtype {value['dtype']}")
+    if min(*box.offsets, *box.sizes) < 0 or len(box.offsets) != len(box.sizes):
+        raise ValueError(f"{key}: shape {box.sizes}")
+    if not data_start <= start <= stop <= stored.size or stop - start != box.numel * DTYPES[value["dtype"]].itemsize:
+        raise ValueError(f"{key}: bytes {start} to {stop} of {stored.size} for shape {box.sizes}")
+    return StoredBox(stored.name, state, name, box, value["dtype"], start, stop)

@@ -166,7 +166,7 @@ def _attention_scale(rule: str, head_dim: int, base_head_dim: int) -> float:
         return 1 / head_dim
     if rule == "1/sqrt(head_dim)":
         return 1 / math.sqrt(head_dim)
-    return math.sqrt(base_head_dim) / head_dim
+    return math.sqrt(base_head_dim / head_dim) / math.sqrt(head_dim)  # sqrt(base_head_dim) / head_dim; at the base SP's to the last bit
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,7 @@ class IndexedDataset:
         self.sidecar = read_sidecar(self.prefix)
         if self.sidecar is not None:
             self._raise_first(self._sidecar_problems(self.sidecar))
+        self._index.madvise(mmap.MADV_DONTNEED)  # what the checks touched need not stay resident
 
     def __reduce__(self) -> tuple[type[IndexedDataset], tuple[str]]:
         return IndexedDataset, (self.prefix,)
@@ -234,6 +235,9 @@ class IndexedDataset:
     def document_at(self, token: int) -> int:
         """Number of the document that holds token `token` of the file. Two binary searches, no copy (the arrays are not aligned)."""
         sequence = bisect_right(self.pointers, token * self.dtype.itemsize) - 1
+        guess = min(sequence, self.num_documents - 1)  # right where every document has one sequence, as almost always
+        if self.document_indices[guess] <= sequence < self.document_indices[guess + 1]:
+            return guess
         return bisect_right(self.document_indices, sequence) - 1
 
     def document_starts(self, begin: int, end: int) -> Array:

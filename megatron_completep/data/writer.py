@@ -271,7 +271,7 @@ def _refuse_overwrite(datasets: Sequence[IndexedDataset], outputs: Sequence[str 
 def _common_tokenizer(datasets: Sequence[IndexedDataset]) -> dict[str, Any] | None:
     recorded = [(d.prefix, d.sidecar["tokenizer"]) for d in datasets if d.sidecar and d.sidecar.get("tokenizer")]
     for prefix, tokenizer in recorded[1:]:
-        if tokenizer != recorded[0][1]:
+        if {**tokenizer, "model": None} != {**recorded[0][1], "model": None}:  # the same tokenizer may lie at several paths
             raise DataError(
                 f"{prefix}.json: tokenizer: {tokenizer} differs from {recorded[0][1]} of {recorded[0][0]}. "
                 "Token ids of two tokenizers cannot be mixed."

@@ -1,0 +1,42 @@
+"""Measure the data path: opening a huge index, seeking to any sample, jumping in a blend, and the speed of the loader.
+
+Example, the index of 100 million documents (2 GB of disk for the time of the run):
+
+    python tools/benchmark_data.py reading --documents 100000000
+"""
+
+import argparse
+import json
+import sys
+
+from megatron_completep.data.benchmark import ReadingSettings, benchmark_reading
+from megatron_completep.errors import exit_on_user_error
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    reading = commands.add_parser("reading", help="open, seek, blend and load from a synthetic corpus")
+    reading.add_argument("--documents", type=int, default=1_000_000, help="documents of the synthetic index (default: 1,000,000)")
+    reading.add_argument("--seq-length", type=int, default=4096, help="tokens a sample (default: 4096)")
+    reading.add_argument("--seeks", type=int, default=5000, help="random samples to time (default: 5000)")
+    reading.add_argument("--folder", help="where the synthetic files go (default: the system's temporary folder)")
+    reading.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    return parser.parse_args()
+
+
+def main() -> int | None:
+    """Parse, measure, print."""
+    arguments = parse_arguments()
+    settings = ReadingSettings(arguments.documents, arguments.seq_length, arguments.seeks, arguments.folder)
+    figures = benchmark_reading(settings, say=lambda line: print(line, file=sys.stderr, flush=True))
+    if arguments.json:
+        print(json.dumps(figures))
+        return 0
+    for name, value in figures.items():
+        print(f"{name:32} {value}")
+    return 0
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

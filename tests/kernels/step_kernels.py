@@ -1,0 +1,72 @@
+"""The implementations of the optimizer and loss operations, side by side: what the tests of this folder run through.
+
+"cpu" is what CPU tensors get; "triton" are the launchers of the kernels, on the GPU where there is one, else on CPU tensors in
+Triton's interpreter. Tests name them by `IMPLEMENTATIONS`, so that one test holds for both.
+"""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from megatron_completep.kernels import native_cross_entropy, native_optimizer, reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PACKAGE = "megatron_completep.kernels"
+
+
+@dataclass(frozen=True)
+class Implementation:
+    adamw_: Callable[..., Any]
+    sum_of_squares: Callable[..., Any]
+    begin_step_: Callable[..., Any]
+    cross_entropy_forward: Callable[..., Any]
+    cross_entropy_backward_: Callable[..., Any]
+
+
+def _triton() -> Implementation:
+    adamw, grad_norm, cross_entropy = (importlib.import_module(f"{PACKAGE}.{name}") for name in ("adamw", "grad_norm", "cross_entropy"))
+    return Implementation(
+        adamw.adamw_,
+        grad_norm.sum_of_squares,
+        grad_norm.begin_step_,
+        cross_entropy.cross_entropy_forward,
+        cross_entropy.cross_entropy_backward_,
+    )
+
+
+IMPLEMENTATIONS = {"triton": _triton()}
+if DEVICE == "cpu":
+    IMPLEMENTATIONS["cpu"] = Implementation(
+        native_optimizer.adamw_,
+        native_optimizer.sum_of_squares,
+        reference.begin_step_,
+        native_cross_entropy.cross_entropy_forward,
+        native_cross_entropy.cross_entropy_backward_,
+    )
+
+
+def mutant(module: str, old: str, new: str) -> ModuleType:
+    """A copy of a kernel module whose source has every `old` replaced by `new`: what a slip of the pen would make of it."""
+    origin = importlib.import_module(f"{PACKAGE}.{module}")
+    source = Path(str(origin.__file__)).read_text()
+    assert old in source, f"{module}.py no longer contains {old!r}: change the mutation with it"
+    name = f"{PACKAGE}.mutant_{module}_{abs(hash((old, new)))}"
+    path = Path(str(origin.__file__)).parent / "__pycache__" / f"{name}.py"  # Triton reads the source of a kernel from its file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(source.replace(old, new))
+    try:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        copy = importlib.util.module_from_spec(spec)
+        sys.modules[name] = copy
+        spec.loader.exec_module(copy)
+    finally:
+        path.unlink()
+    return copy

@@ -245,8 +245,8 @@ def _decompress_zstd(file: BinaryIO) -> Iterator[bytes]:
             except zstandard.ZstdError as error:
                 raise ValueError(error) from error
             started = True
-            if chunk:
-                yield chunk
+            for start in range(0, len(chunk), _CHUNK):  # what compresses very well comes in large pieces
+                yield chunk[start : start + _CHUNK]
             raw = b""
             if frame.eof:
                 raw, frame, started = frame.unused_data, decompressor.decompressobj(), False

@@ -122,14 +122,14 @@ def vector_gradient_shape() -> TileShape:
 
 @functools.cache
 def pointwise_shape(columns: int) -> TileShape:
-    """A tile of 1024 elements, one row high where rows are long: eight elements a thread, one 128-bit load of bf16."""
-    width = min(1024, max(16, next_power_of_two(columns)))
-    return TileShape(1024 // width, width, _options(num_warps=4))
+    """A tile of 2048 elements, one row high where rows are long: two 128-bit loads of bf16 a thread (one where a warp has 64)."""
+    width = min(2048, max(16, next_power_of_two(columns)))
+    return TileShape(2048 // width, width, _options(num_warps=4))
 
 
 @functools.cache
 def flat_shape() -> TileShape:
-    return TileShape(1, 1024, _options(num_warps=4))
+    return TileShape(1, 2048, _options(num_warps=4))
 
 
 @functools.cache

@@ -11,7 +11,8 @@ from .reference import compute_dtype, dropout_factor
 
 _layer_norm = torch.ops.aten.native_layer_norm.default
 _layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
-_silu_backward = torch.ops.aten.silu_backward.default
+_silu = torch.ops.aten.silu.out
+_silu_backward = torch.ops.aten.silu_backward.grad_input
 
 
 def _wide(vector: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -148,8 +149,9 @@ def swiglu_backward(d_out: Tensor, gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     d_gate_up = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
     d_gate, d_up = d_gate_up.chunk(2, dim=-1)
-    torch.mul(torch.nn.functional.silu(gate), d_out, out=d_up)
-    d_gate.copy_(_silu_backward(d_out * up, gate))
+    torch.mul(d_out, up, out=d_gate)
+    _silu_backward(d_gate, gate, grad_input=d_gate)
+    _silu(gate, out=d_up).mul_(d_out)
     return d_gate_up
 
 
@@ -164,13 +166,12 @@ def squared_relu_backward(d_out: Tensor, x: Tensor) -> Tensor:
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     wide = compute_dtype(x)
     cos, sin = cos.to(wide).unsqueeze(2), sin.to(wide).unsqueeze(2)
-    x_wide = x.to(wide)
-    first, second = x_wide.chunk(2, dim=-1)
-    out = torch.empty(x.shape, dtype=wide, device=x.device)
-    out_first, out_second = out.chunk(2, dim=-1)
+    out = x.to(wide, copy=True, memory_format=torch.contiguous_format)
+    first, second = out.chunk(2, dim=-1)
     sign = -1.0 if inverse else 1.0
-    torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-sign)
-    torch.mul(second, cos, out=out_second).addcmul_(first, sin, value=sign)
+    turned = first * sin
+    first.mul_(cos).addcmul_(second, sin, value=-sign)
+    second.mul_(cos).add_(turned, alpha=sign)
     return out.to(x.dtype)
 
 

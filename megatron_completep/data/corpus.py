@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from megatron_completep.config.schema import DataConfig, SourceConfig
+from megatron_completep.config.schema import DataConfig, SourceConfig, TokenizerConfig
 from megatron_completep.data import megatron_order
 from megatron_completep.data.blend import Blend
 from megatron_completep.data.indexed import BLOCK_BYTES, Array, IndexedDataset
 from megatron_completep.data.megatron_order import MegatronBlend
 from megatron_completep.data.samples import PermutedSource, Sample, Source
+from megatron_completep.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_completep.errors import DataError
 
 VALIDATION_STREAM = 1 << 32  # sources of the validation blend draw their orders from stream numbers of their own
@@ -79,12 +80,32 @@ class Corpus:
                     f"Set model.vocab_size to {size}, or tokenize the corpus with the model's tokenizer."
                 )
 
+    def check_tokenizer(self, chosen: TokenizerConfig | None) -> None:
+        """Refuse files that were written with another tokenizer than `data.tokenizer`; files without a record are let pass."""
+        recorded = [source.dataset for source in self.sources if (source.dataset.sidecar or {}).get("tokenizer")]
+        if chosen is None or not recorded:
+            return
+        tokenizer = build_tokenizer(chosen)
+        for dataset in recorded:
+            refuse_other_tokenizer(dataset, tokenizer)
+
     def _unknown_token(self, dataset: IndexedDataset, at: int) -> DataError:
         document = dataset.document_at(at)
         position = at - dataset.token_offset(document)
         return DataError(
             f"{dataset.bin_path}: document {document}, position {position}: token id {dataset.tokens[at]} is outside the model's "
             f"vocabulary, 0 to {self.vocab_size - 1}. The corpus belongs to another tokenizer, or model.vocab_size is too small."
+        )
+
+
+def refuse_other_tokenizer(dataset: IndexedDataset, tokenizer: Tokenizer) -> None:
+    """Raise DataError unless the tokenizer is the one recorded with the files (files without a record are let pass)."""
+    recorded = (dataset.sidecar or {}).get("tokenizer") or {}
+    if recorded.get("hash") not in (None, tokenizer.hash):
+        raise DataError(
+            f"{dataset.prefix}.json: tokenizer: the files were written with {recorded.get('type')} {recorded.get('model')} "
+            f"(hash {recorded['hash']}), not with {tokenizer.type} {tokenizer.model_name} (hash {tokenizer.hash}). "
+            "Use the tokenizer of the corpus."
         )
 
 
@@ -155,16 +176,16 @@ def open_corpus(data: DataConfig, *, seq_length: int, total_samples: int, vocab_
     if data.order == "megatron":
         tables, order = megatron_order.plan(configured, share, seq_length=seq_length, seed=data.seed, num_samples=total_samples)
         corpus = Corpus([source.open() for source in tables], order.open() if isinstance(order, MegatronBlend) else order, vocab_size)
-        corpus.check_vocabulary()
-        return corpus
-    first_stream = 0 if split == "train" else VALIDATION_STREAM
-    sources = []
-    for number, source in enumerate(configured):
-        dataset = IndexedDataset(source.prefix)
-        documents = None if share is None else (round(share[0] * dataset.num_documents), round(share[1] * dataset.num_documents))
-        sources.append(PermutedSource(dataset, seq_length, data.seed, first_stream + number, documents))
-    corpus = Corpus(sources, Blend(blend_weights(configured, sources, total_samples)), vocab_size)
+    else:
+        first_stream = 0 if split == "train" else VALIDATION_STREAM
+        sources = []
+        for number, source in enumerate(configured):
+            dataset = IndexedDataset(source.prefix)
+            documents = None if share is None else (round(share[0] * dataset.num_documents), round(share[1] * dataset.num_documents))
+            sources.append(PermutedSource(dataset, seq_length, data.seed, first_stream + number, documents))
+        corpus = Corpus(sources, Blend(blend_weights(configured, sources, total_samples)), vocab_size)
     corpus.check_vocabulary()
+    corpus.check_tokenizer(data.tokenizer)
     return corpus
 
 

@@ -1,0 +1,134 @@
+"""What a person wants to know of token files and of the samples of a step: the library behind tools/dataset.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from megatron_completep.config.schema import Config, TokenizerConfig
+from megatron_completep.data.corpus import Corpus, SampleOrigin, first_outside, open_corpus, refuse_other_tokenizer
+from megatron_completep.data.indexed import CHUNK, IndexedDataset
+from megatron_completep.data.tokenizer import Tokenizer, build_tokenizer
+from megatron_completep.errors import DataError
+
+
+def tokenizer_for(dataset: IndexedDataset, chosen: TokenizerConfig | None) -> Tokenizer | None:
+    """The chosen tokenizer, else the one recorded in PREFIX.json where its model is still the same; None: no way to decode.
+
+    Raises DataError when a chosen tokenizer is not the one the files were written with.
+    """
+    recorded = (dataset.sidecar or {}).get("tokenizer")
+    if chosen is not None:
+        tokenizer = build_tokenizer(chosen)
+        refuse_other_tokenizer(dataset, tokenizer)
+        return tokenizer
+    if not recorded:
+        return None
+    try:
+        tokenizer = build_tokenizer(TokenizerConfig(type=recorded["type"], model=recorded["model"]))
+    except (DataError, KeyError, ValueError):
+        return None
+    return tokenizer if tokenizer.hash == recorded.get("hash") else None
+
+
+def describe_files(dataset: IndexedDataset, tokenizer: Tokenizer | None, documents: int, characters: int = 400) -> dict[str, Any]:
+    """Counts, lengths and the first documents (as text where a tokenizer is given), ready for JSON."""
+    lengths = document_lengths(dataset)
+    first = []
+    for number in range(min(documents, dataset.num_documents)):
+        tokens = dataset.document(number)
+        head = tokens[: characters + 1].tolist()  # a token holds at least one byte, so these are enough
+        text = None if tokenizer is None else tokenizer.decode(head)[:characters]
+        first.append({"document": number, "tokens": len(tokens), "ids": head[:16], "text": text})
+    return {
+        "prefix": dataset.prefix,
+        "dtype": dataset.dtype.name,
+        "documents": dataset.num_documents,
+        "sequences": dataset.num_sequences,
+        "tokens": dataset.num_tokens,
+        "bytes": dataset.num_tokens * dataset.dtype.itemsize,
+        **lengths,
+        "multimodal": dataset.modes is not None,
+        "sidecar": dataset.sidecar,
+        "first_documents": first,
+    }
+
+
+def document_lengths(dataset: IndexedDataset) -> dict[str, Any]:
+    """Longest, shortest, mean and empty documents, in tokens; chunk by chunk."""
+    longest, longest_at, shortest, empty = 0, None, None, 0
+    for start in range(0, dataset.num_documents, CHUNK):
+        stop = min(start + CHUNK, dataset.num_documents)
+        lengths = np.diff(dataset.sequence_offsets(dataset.document_indices[start : stop + 1]))
+        empty += int((lengths == 0).sum())
+        shortest = int(lengths.min()) if shortest is None else min(shortest, int(lengths.min()))
+        if int(lengths.max()) > longest:
+            longest, longest_at = int(lengths.max()), start + int(lengths.argmax())
+    mean = dataset.num_tokens / dataset.num_documents if dataset.num_documents else 0.0
+    return {
+        "longest_document": longest,
+        "longest_document_number": longest_at,
+        "shortest_document": shortest or 0,
+        "mean_document": round(mean, 2),
+        "empty_documents": empty,
+    }
+
+
+def problems_of(dataset: IndexedDataset, vocab_size: int | None) -> list[str]:
+    """`IndexedDataset.problems`, and the first token id outside the vocabulary when one is given."""
+    found = dataset.problems()
+    if vocab_size is not None and (at := first_outside(dataset.tokens, vocab_size)) >= 0:
+        document = dataset.document_at(at)
+        found.append(
+            f"{dataset.bin_path}: document {document}, position {at - dataset.token_offset(document)}: token id {dataset.tokens[at]} is "
+            f"outside a vocabulary of {vocab_size}."
+        )
+    return found
+
+
+def describe_step(config: Config, step: int, split: str = "train") -> Iterator[dict[str, Any]]:
+    """The samples of optimizer step `step` (from 1, as in metrics.jsonl), in order, each with its source, documents and text.
+
+    split "validation": the fixed validation samples, whatever the step. Text is null without a tokenizer. Raises DataError.
+    """
+    batch, steps = config.training.global_batch_size, config.training.train_steps
+    if split == "train" and not 1 <= step <= steps:
+        raise DataError(f"step {step} is outside this run, which has the steps 1 to {steps} (training.train_steps).")
+    total = steps * batch if split == "train" else config.training.validation_samples
+    corpus = open_corpus(
+        config.data, seq_length=config.model.seq_length, total_samples=total, vocab_size=config.model.vocab_size, split=split
+    )
+    first, count = ((step - 1) * batch, batch) if split == "train" else (0, min(total, corpus.num_samples))
+    tokenizers = [tokenizer_for(source.dataset, config.data.tokenizer) for source in corpus.sources]
+    for index in range(first, first + count):
+        origin = corpus.origin(index)
+        yield describe_sample(corpus, origin, tokenizers[origin.source])
+
+
+def describe_sample(corpus: Corpus, origin: SampleOrigin, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """One sample, ready for JSON: where it comes from and its documents with their places in the file."""
+    dataset, sample = corpus.sources[origin.source].dataset, origin.sample
+    places = np.concatenate([np.arange(span.begin, span.end) for span in sample.spans])
+    bounds = [0, *sample.starts.tolist(), len(sample.tokens)]
+    documents = []
+    for begin, end in pairwise(bounds):
+        number = dataset.document_at(int(places[begin]))
+        tokens = sample.tokens[begin:end].tolist()
+        documents.append(
+            {
+                "document": number,
+                "position": int(places[begin]) - dataset.token_offset(number),
+                "tokens": tokens,
+                "text": tokenizer.decode(tokens) if tokenizer is not None and max(tokens) < tokenizer.vocab_size else None,
+            }
+        )
+    return {
+        "sample": origin.index,
+        "prefix": origin.prefix,
+        "epoch": origin.epoch,
+        "number": origin.number,
+        "documents": documents,
+    }

@@ -1,0 +1,150 @@
+"""tools/dataset.py through its main function, and the library behind it."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from megatron_completep.config.load import config_from_mapping, save_config
+from megatron_completep.data.loader import build_loader
+from megatron_completep.data.tokenizer import BytesTokenizer
+from megatron_completep.data.writer import IndexedWriter
+from megatron_completep.errors import DataError
+from megatron_completep.tools import benchmark_data, dataset
+
+TEXTS = [f"Document {i}: " + "äbc " * (i % 9) for i in range(60)]
+
+
+def write(prefix, texts=TEXTS):
+    writer = IndexedWriter(prefix, "uint16")
+    for text in texts:
+        writer.add_document([np.frombuffer(text.encode(), np.uint8)])
+    writer.close(tokenizer=dict(BytesTokenizer().identity()))
+
+
+@pytest.fixture
+def run_tool(monkeypatch, capsys):
+    def run(*words, tool=dataset):
+        monkeypatch.setattr(sys, "argv", ["tool", *map(str, words)])
+        code = tool.main()
+        return code, capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def config(tmp_path):
+    write(tmp_path / "a")
+    values = {
+        "model": {"hidden_size": 8, "num_layers": 1, "num_attention_heads": 1, "ffn_hidden_size": 8, "vocab_size": 512, "seq_length": 16},
+        "optimizer": {"base_lr": 1e-3},
+        "data": {"train": [{"prefix": str(tmp_path / "a")}], "split": "9,1,0", "prefetch": 0},
+        "training": {"micro_batch_size": 2, "global_batch_size": 4, "train_steps": 6, "output_dir": str(tmp_path), "validation_samples": 5},
+    }
+    config = config_from_mapping(values)
+    save_config(config, tmp_path / "run.yaml")
+    return config
+
+
+def test_inspect_counts_and_decodes_with_the_recorded_tokenizer(tmp_path, run_tool):
+    write(tmp_path / "a", ["häl", "", "xyz" * 50])
+    code, output = run_tool("inspect", tmp_path / "a", "--json", "--documents", 9)
+    content = json.loads(output.out)
+    assert code == 0
+    assert (content["documents"], content["tokens"], content["empty_documents"]) == (3, 154, 1)
+    assert (content["longest_document"], content["longest_document_number"], content["shortest_document"]) == (150, 2, 0)
+    assert [document["text"] for document in content["first_documents"]] == ["häl", "", "xyz" * 50]
+    code, output = run_tool("inspect", tmp_path / "a", "--documents", 1)
+    assert "häl" in output.out and "xyz" not in output.out
+
+
+def test_verify_passes_good_files_and_names_every_fault(tmp_path, run_tool):
+    write(tmp_path / "a")
+    write(tmp_path / "b")
+    code, output = run_tool("verify", tmp_path / "a", tmp_path / "b", "--json", "--vocab-size", 256)
+    assert code == 0 and json.loads(output.out)["pass"] is True
+    with open(tmp_path / "b.bin", "r+b") as file:
+        file.seek(2 * (len(TEXTS[0].encode()) + 3))
+        file.write(b"\xff\xff")
+    code, output = run_tool("verify", tmp_path / "a", tmp_path / "b", "--json", "--vocab-size", 256)
+    problems = json.loads(output.out)["problems"]
+    assert code == 1 and problems[str(tmp_path / "a")] == []
+    assert [fault.split(": ", 1)[1].split(",")[0] for fault in problems[str(tmp_path / "b")]][1] == "document 1"
+    assert "b.bin: content" in problems[str(tmp_path / "b")][0]
+
+
+def test_merge_and_split_write_what_they_say(tmp_path, run_tool):
+    write(tmp_path / "a")
+    write(tmp_path / "b", TEXTS[:10])
+    code, output = run_tool("merge", "--input", tmp_path / "a", tmp_path / "b", "--output-prefix", tmp_path / "ab")
+    assert code == 0 and "70 documents" in output.out
+    code, output = run_tool("split", tmp_path / "ab", "--shares", "6,1", "--output-prefix", tmp_path / "c", tmp_path / "d", "--json")
+    assert code == 0 and [content["documents"] for content in json.loads(output.out).values()] == [60, 10]
+    for left, right in (("a", "c"), ("b", "d")):
+        for suffix in ("bin", "idx", "json"):
+            assert (tmp_path / f"{left}.{suffix}").read_bytes() == (tmp_path / f"{right}.{suffix}").read_bytes()
+    with pytest.raises(DataError, match="--shares x"):
+        run_tool("split", tmp_path / "ab", "--shares", "x", "--output-prefix", tmp_path / "c")
+
+
+@pytest.mark.parametrize("order", ["permutation", "megatron"])
+def test_sample_shows_exactly_what_the_step_trains_on(tmp_path, config, run_tool, order):
+    code, output = run_tool("sample", tmp_path / "run.yaml", "--step", 3, "--json", f"data.order={order}")
+    samples = json.loads(output.out)["samples"]
+    loader = build_loader(
+        config.data.model_copy(update={"order": order}),
+        seq_length=16,
+        micro_batch_size=2,
+        global_batch_size=4,
+        train_steps=6,
+        vocab_size=512,
+        data_rank=0,
+        data_size=1,
+        consumed_samples=8,
+    )
+    rows = [row for batch in loader.next_step() for row in zip(batch.sample_ids.tolist(), batch.tokens.tolist(), strict=True)]
+    assert code == 0
+    found = [(s["sample"], [token for d in s["documents"] for token in d["tokens"]][:-1]) for s in samples]
+    assert found == rows
+    for document in (document for sample in samples for document in sample["documents"]):
+        encoded = TEXTS[document["document"]].encode()
+        assert bytes(document["tokens"]) == encoded[document["position"] : document["position"] + len(document["tokens"])]
+        assert document["text"] == bytes(document["tokens"]).decode(errors="replace")
+
+
+def test_sample_prints_validation_and_refuses_a_step_outside_the_run(tmp_path, config, run_tool):
+    code, output = run_tool("sample", tmp_path / "run.yaml", "--validation")
+    assert code == 0 and output.out.count("sample ") == 5 and "Document 5" in output.out
+    with pytest.raises(DataError, match="step 7 is outside this run, which has the steps 1 to 6"):
+        run_tool("sample", tmp_path / "run.yaml", "--step", 7)
+
+
+def test_prebuild_builds_once_and_says_when_there_is_nothing_to_do(tmp_path, config, run_tool):
+    words = ("prebuild", tmp_path / "run.yaml", "data.order=megatron", "--json")
+    first, second = (json.loads(run_tool(*words)[1].out)["folders"] for _ in range(2))
+    assert [folder["built"] for folder in first] == [True, True]
+    assert [folder["built"] for folder in second] == [False, False]
+    assert "nothing to prebuild" in run_tool("prebuild", tmp_path / "run.yaml")[1].out
+
+
+def test_a_run_with_another_tokenizer_than_the_corpus_is_refused(tmp_path, config, run_tool):
+    sidecar = json.loads((tmp_path / "a.json").read_text())
+    sidecar["tokenizer"] |= {"hash": "0123", "type": "tiktoken", "model": "gpt2"}
+    (tmp_path / "a.json").write_text(json.dumps(sidecar))
+    with pytest.raises(DataError, match=r"written with tiktoken gpt2 .*hash 0123.*, not with bytes"):
+        run_tool("sample", tmp_path / "run.yaml", "--step", 1, "data.tokenizer={type: bytes}")
+    with pytest.raises(DataError, match="written with tiktoken gpt2"):
+        run_tool("inspect", tmp_path / "a", "--tokenizer-type", "bytes")
+    code, output = run_tool("inspect", tmp_path / "a")  # its own tokenizer is not at hand: ids only
+    assert code == 0 and "Document" not in output.out
+
+
+def test_the_reading_benchmark_gives_every_figure(tmp_path, run_tool):
+    code, output = run_tool("reading", "--documents", 2000, "--seeks", 20, "--folder", tmp_path, "--json", tool=benchmark_data)
+    figures = json.loads(output.out)
+    assert code == 0 and figures["documents"] == 2000 and figures["index_bytes"] == 34 + 20 * 2000 + 8
+    assert all(
+        figures[name] > 0 for name in ("open_seconds", "seek_us_median", "blend_arbitrary_first_jump_ms", "loader_tokens_per_second")
+    )
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,189 @@
+"""Look into token files, check, merge and split them, and see exactly what a training step reads.
+
+Examples:
+
+    python tools/dataset.py inspect data/corpus_text_document
+    python tools/dataset.py verify data/a data/b --vocab-size 32000
+    python tools/dataset.py merge --input data/a data/b --output-prefix data/ab
+    python tools/dataset.py split data/ab --shares 99,1 --output-prefix data/train data/validation
+    python tools/dataset.py sample configs/quickstart.yaml --step 120        # after a loss spike
+    python tools/dataset.py prebuild configs/run.yaml                        # order: megatron; once on every machine
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_completep.config.load import load_config
+from megatron_completep.config.schema import TokenizerConfig
+from megatron_completep.data.corpus import prebuild
+from megatron_completep.data.describe import describe_files, describe_step, problems_of, tokenizer_for
+from megatron_completep.data.indexed import IndexedDataset
+from megatron_completep.data.writer import merge, split
+from megatron_completep.errors import DataError, exit_on_user_error
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    as_json = argparse.ArgumentParser(add_help=False)
+    as_json.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+
+    command = commands.add_parser("inspect", parents=[as_json], help="counts, lengths and the first documents")
+    command.add_argument("prefix", help="PREFIX of PREFIX.bin and PREFIX.idx")
+    command.add_argument("--documents", type=int, default=3, help="documents to show (default: 3)")
+    command.add_argument("--characters", type=int, default=400, help="characters of each (default: 400)")
+    command.add_argument("--tokenizer-type", choices=["sentencepiece", "huggingface", "tiktoken", "bytes"], help="default: PREFIX.json's")
+    command.add_argument("--tokenizer-model", metavar="MODEL", help="model file or encoding's name")
+
+    command = commands.add_parser(
+        "verify", parents=[as_json], help="check the whole structure and the recorded hashes; exit code 1: a fault"
+    )
+    command.add_argument("prefix", nargs="+")
+    command.add_argument("--vocab-size", type=int, help="check too that every token id is below this")
+
+    command = commands.add_parser("merge", parents=[as_json], help="concatenate token files")
+    command.add_argument("--input", nargs="+", required=True, metavar="PREFIX")
+    command.add_argument("--output-prefix", required=True, metavar="PREFIX")
+
+    command = commands.add_parser("split", parents=[as_json], help="cut token files into runs of whole documents")
+    command.add_argument("prefix")
+    command.add_argument("--shares", required=True, help="such as 969,30,1")
+    command.add_argument("--output-prefix", nargs="+", required=True, metavar="PREFIX", help="one for each share")
+
+    run = argparse.ArgumentParser(add_help=False, parents=[as_json])
+    run.add_argument("config", help="the run's YAML file, such as output_dir/config.yaml")
+    run.add_argument("overrides", nargs="*", metavar="section.key=value")
+    command = commands.add_parser("sample", parents=[run], help="the exact samples of a training step, decoded")
+    which = command.add_mutually_exclusive_group(required=True)
+    which.add_argument("--step", type=int, help="optimizer step, from 1 as in metrics.jsonl")
+    which.add_argument("--validation", action="store_true", help="the validation samples")
+    command.add_argument("--characters", type=int, default=200, help="characters of each document (default: 200; 0: all)")
+    commands.add_parser("prebuild", parents=[run], help="build the tables of order: megatron beside the token files")
+    arguments, rest = parser.parse_known_args()  # argparse takes no second run of positional words, after --step N
+    if not hasattr(arguments, "overrides") or any(word.startswith("-") or "=" not in word for word in rest):
+        return parser.parse_args()
+    arguments.overrides += rest
+    return arguments
+
+
+def run_inspect(arguments: argparse.Namespace) -> int:
+    dataset = IndexedDataset(arguments.prefix)
+    chosen = None
+    if arguments.tokenizer_type is not None:
+        chosen = TokenizerConfig(type=arguments.tokenizer_type, model=arguments.tokenizer_model)
+    content = describe_files(dataset, tokenizer_for(dataset, chosen), arguments.documents, arguments.characters)
+    if arguments.json:
+        print(json.dumps(content))
+        return 0
+    for name, value in content.items():
+        if name not in ("first_documents", "sidecar"):
+            print(f"{name:24} {value}")
+    print(f"{'tokenizer':24} {(content['sidecar'] or {}).get('tokenizer')}")
+    for document in content["first_documents"]:
+        print(f"\ndocument {document['document']}, {document['tokens']} tokens, {document['ids']}")
+        if document["text"] is not None:
+            print(document["text"])
+    return 0
+
+
+def run_verify(arguments: argparse.Namespace) -> int:
+    faults = {}
+    for prefix in arguments.prefix:
+        try:
+            faults[prefix] = problems_of(IndexedDataset(prefix), arguments.vocab_size)
+        except DataError as error:
+            faults[prefix] = [str(error)]
+        hashed = "" if faults[prefix] or IndexedDataset(prefix).sidecar else " (no PREFIX.json: structure only)"
+        print(f"{prefix}: {'faulty' if faults[prefix] else 'good'}{hashed}", file=sys.stderr)
+        for fault in faults[prefix]:
+            print(f"  {fault}", file=sys.stderr)
+    good = not any(faults.values())
+    if arguments.json:
+        print(json.dumps({"pass": good, "problems": faults}))
+    return 0 if good else 1
+
+
+def run_merge(arguments: argparse.Namespace) -> int:
+    report_written({arguments.output_prefix: merge(arguments.input, arguments.output_prefix)}, arguments.json)
+    return 0
+
+
+def run_split(arguments: argparse.Namespace) -> int:
+    try:
+        shares = [float(share) for share in arguments.shares.split(",")]
+    except ValueError:
+        raise DataError(f"--shares {arguments.shares}: give numbers with commas between them, such as 969,30,1.") from None
+    contents = split(arguments.prefix, shares, arguments.output_prefix)
+    report_written(dict(zip(arguments.output_prefix, contents, strict=True)), arguments.json)
+    return 0
+
+
+def report_written(contents: dict[str, dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(contents))
+        return
+    for prefix, content in contents.items():
+        print(f"{prefix}: {content['documents']:,} documents, {content['tokens']:,} tokens")
+
+
+def run_sample(arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.config, arguments.overrides)
+    samples = describe_step(config, arguments.step or 1, "validation" if arguments.validation else "train")
+    if arguments.json:
+        print(json.dumps({"step": arguments.step, "samples": list(samples)}))
+        return 0
+    for sample in samples:
+        print(f"sample {sample['sample']}: {sample['prefix']}, epoch {sample['epoch']}, number {sample['number']}")
+        for document in sample["documents"]:
+            print(f"  document {document['document']} from token {document['position']}, {len(document['tokens'])} tokens")
+            print(f"    {shown(document, arguments.characters)}")
+    return 0
+
+
+def shown(document: dict[str, Any], characters: int) -> str:
+    content = document["tokens"] if document["text"] is None else document["text"]
+    text = repr(content)
+    return text if characters == 0 or len(text) <= characters else text[:characters] + " ..."
+
+
+def run_prebuild(arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.config, arguments.overrides)
+    samples = {"train": config.training.train_steps * config.training.global_batch_size}
+    if config.data.validation is not None or config.data.split is not None:
+        samples["validation"] = config.training.validation_samples
+    folders: Sequence[tuple[Any, bool]] = [
+        folder
+        for part, count in samples.items()
+        for folder in prebuild(config.data, seq_length=config.model.seq_length, total_samples=count, split=part)
+    ]
+    if arguments.json:
+        print(json.dumps({"folders": [{"path": str(path), "built": built} for path, built in folders]}))
+        return 0
+    if not folders:
+        print("data.order = permutation needs no tables: there is nothing to prebuild.")
+    for path, built in folders:
+        print(f"{path}: {'built' if built else 'was there'}")
+    return 0
+
+
+COMMANDS = {
+    "inspect": run_inspect,
+    "verify": run_verify,
+    "merge": run_merge,
+    "split": run_split,
+    "sample": run_sample,
+    "prebuild": run_prebuild,
+}
+
+
+def main() -> int | None:
+    """Parse and run one command."""
+    arguments = parse_arguments()
+    return COMMANDS[arguments.command](arguments)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -54,7 +54,7 @@ class Attention(nn.Module):
 
     def __init__(self, model: ModelConfig, table: Table, context: ParallelContext, queue: GradientQueue, recompute: bool = False):
         super().__init__()
-        self.recompute = recompute
+        self.recompute, self.attend = recompute, attend
         head_dim = model.head_dim or model.hidden_size // model.num_attention_heads
         groups = model.num_query_groups or model.num_attention_heads
         base_hidden = table.base_hidden_size or model.hidden_size
@@ -77,9 +77,9 @@ class Attention(nn.Module):
         if inputs.caches is not None:
             k, v = inputs.caches[layer].extend(k, v)
         if self.recompute and torch.is_grad_enabled():
-            mixed = checkpoint(self._attend, q, k, v, inputs, use_reentrant=False, preserve_rng_state=False)
+            mixed = checkpoint(self.attend, q, k, v, inputs, self.scale, self.backend, use_reentrant=False, preserve_rng_state=False)
         else:
-            mixed = self._attend(q, k, v, inputs)
+            mixed = self.attend(q, k, v, inputs, self.scale, self.backend)
         return self.output(mixed.permute(2, 0, 1, 3).flatten(2))
 
     def _heads(self, qkv: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,12 +93,14 @@ class Attention(nn.Module):
                 q, k = kernels.rotary(q, inputs.cos, inputs.sin), kernels.rotary(k, inputs.cos, inputs.sin)
         return q.permute(1, 2, 0, 3), k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs) -> Tensor:
-        if self.backend == "flash_attention" and inputs.caches is None:
-            return flash_attention(q, k, v, self.scale, inputs.document_starts)
-        causal = inputs.bias is None and q.shape[2] > 1
-        grouped = self.num_heads != self.num_groups
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=inputs.bias, is_causal=causal, scale=self.scale, enable_gqa=grouped)
+
+def attend(q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs, scale: float, backend: str) -> Tensor:
+    """Attention proper: q [B, N, S, D], k and v [B, G, S_keys, D] -> [B, N, S, D]; causal unless the bias says more."""
+    if backend == "flash_attention" and inputs.caches is None:
+        return flash_attention(q, k, v, scale, inputs.document_starts)
+    causal = inputs.bias is None and q.shape[2] > 1
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=inputs.bias, is_causal=causal, scale=scale, enable_gqa=grouped)
 
 
 class _SplitHeads(torch.autograd.Function):

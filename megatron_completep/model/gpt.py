@@ -80,6 +80,7 @@ class GPT(nn.Module):
 
         x: token ids [B, S] on the first stage, else the residual stream [s, B, H] of the stage before.
         positions [B, S]: None for 0..S-1 (after what `caches` hold). document_ids [B, S]: attention stays inside a document.
+        dropout_seed: int64, one element, for this micro-batch; None (validation, generation): no dropout.
         labels [B, S], -100 not counted: the last stage then returns the **sum** of the token losses, else logits [B, S, V].
         """
         residual = self._embed(x, positions, caches) if self.stage.first else x
@@ -145,7 +146,12 @@ class GPT(nn.Module):
     def _angles(self, residual: Tensor, positions: Tensor | None, past: int, seq_length: int) -> tuple[Tensor, Tensor]:
         model, wide = self.config, residual.dtype == torch.float64
         kept = self._rotary
-        if kept is None or kept[0].device != residual.device or kept[0].shape[0] < past + seq_length or wide != (kept[0].dtype == torch.float64):
+        if (
+            kept is None
+            or kept[0].device != residual.device
+            or kept[0].shape[0] < past + seq_length
+            or wide != (kept[0].dtype == torch.float64)
+        ):
             head_dim = model.head_dim or model.hidden_size // model.num_attention_heads
             length = max(model.seq_length, past + seq_length)
             kept = self._rotary = rotary_table(length, head_dim, model.rope_base, residual.dtype, residual.device)

@@ -20,6 +20,10 @@ class ResidualSum:
     scale: float  # m_L^-alpha
     dropout_p: float = 0.0
 
+    def under(self, seed: Tensor | None) -> ResidualSum:
+        """Without a seed (validation, generation) nothing is dropped."""
+        return self if seed is not None else ResidualSum(self.scale)
+
 
 class Norm(nn.Module):
     """LayerNorm or RMSNorm over the last dimension; statistics in fp32 (fp64 for float64), gain 1 and bias 0 at the start.
@@ -54,7 +58,7 @@ class Norm(nn.Module):
         seed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(y, norm(y)) with y = residual + scale * dropout(branch + branch_bias), all [..., size]; without a branch y is residual."""
-        join = join or ResidualSum(1.0)
+        join = (join or ResidualSum(1.0)).under(seed)
         if branch is None:
             return residual, _ScaledResidualNorm.apply(residual, None, None, self.weight, self.bias, self, join, None)
         return _ScaledResidualNorm.apply(residual, branch, branch_bias, self.weight, self.bias, self, join, seed)
@@ -134,4 +138,4 @@ def scaled_add(
     residual: Tensor, branch: Tensor, branch_bias: Tensor | None, join: ResidualSum, seed: Tensor | None, queue: GradientQueue
 ) -> Tensor:
     """residual + scale * dropout(branch + branch_bias), all [s, B, H]."""
-    return _ScaledAdd.apply(residual, branch, branch_bias, join, seed, queue)
+    return _ScaledAdd.apply(residual, branch, branch_bias, join.under(seed), seed, queue)

@@ -1,0 +1,22 @@
+"""torch.compile over the regions between linears.
+
+A linear, a norm and the rotation hand weight gradients to a queue or work in place: side effects of Python that a whole-graph
+compile refuses. What lies between them, attention proper and the activation, is the same function in every layer, so that one
+graph of each serves the whole model.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_completep.model.attention import attend
+from megatron_completep.model.gpt import GPT
+
+
+def compile_regions(chunk: GPT, backend: str = "inductor") -> None:
+    """Compile the regions of every block of a chunk, in place."""
+    compiled_attend = torch.compile(attend, backend=backend, dynamic=False)
+    compiled_activation = torch.compile(chunk.blocks()[0][1].mlp.activation, backend=backend, dynamic=False)
+    for _, block in chunk.blocks():
+        block.attention.attend = compiled_attend
+        block.mlp.activation = compiled_activation

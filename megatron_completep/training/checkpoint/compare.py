@@ -12,9 +12,10 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 # Model settings that change how, not what, is computed.
-FREE = ("model.attention_backend", "model.vocab_multiple", "model.fp32_residual")
+FREE = ("model.attention_backend", "model.vocab_multiple", "model.fp32_residual", "fingerprints.*.prefix")
 # Sections whose values must agree; of data only what decides which tokens come when.
-GUARDED = ("model.*", "table.*", "data.seed", "data.order", "data.reset_at_document_ends", "data.split", "fingerprints.*", "parameters.*")
+GUARDED = ("model.*", "table.*", "fingerprints.*", "parameters.*")
+GUARDED += ("data.seed", "data.order", "data.reset_at_document_ends", "data.split", "data.train.*.weight", "data.train.*.epochs")
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,9 @@ class Difference:
 
 
 def flatten(value: Any, path: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted paths; everything else is a value."""
+    """Nested mappings, and lists of them, as dotted paths; everything else is a value."""
+    if isinstance(value, list) and any(isinstance(inner, Mapping) for inner in value):
+        value = dict(enumerate(value))
     if isinstance(value, Mapping):
         return {k: v for key, inner in value.items() for k, v in flatten(inner, f"{path}.{key}" if path else str(key)).items()}
     return {path: value}
@@ -42,12 +45,12 @@ def differences(stored: Mapping[str, Any], present: Mapping[str, Any]) -> list[D
 
 def refused(found: Iterable[Difference], allowed: Iterable[str]) -> list[Difference]:
     """Those that must agree and are not allowed by name or pattern."""
-    allowed = tuple(allowed)
-    return [
-        d
-        for d in found
-        if any(fnmatchcase(d.path, p) for p in GUARDED) and d.path not in FREE and not any(fnmatchcase(d.path, p) for p in allowed)
-    ]
+    free = (*FREE, *allowed)
+    return [d for d in found if _matches(d.path, GUARDED) and not _matches(d.path, free)]
+
+
+def _matches(path: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(path, pattern) for pattern in patterns)
 
 
 def table_of(found: Iterable[Difference], left: str = "checkpoint", right: str = "this run") -> str:

@@ -15,11 +15,12 @@ from megatron_completep.errors import exit_on_user_error
 from megatron_completep.optim.distributed_adamw import DistributedAdamW
 from megatron_completep.parallel.context import Launch, ParallelContext
 from megatron_completep.training import build
+from megatron_completep.training.checkpoint import Checkpointer
 from megatron_completep.training.hooks import StopSignals
 from megatron_completep.training.loop import train
 from megatron_completep.training.metrics import say_on_stdout
 from megatron_completep.training.precision import choose_precision, use_threads
-from megatron_completep.training.state import ExitCode, NoCheckpoints, RunState
+from megatron_completep.training.state import ExitCode, RunState
 
 
 def pretrain(config: Config) -> ExitCode:
@@ -39,7 +40,7 @@ def pretrain(config: Config) -> ExitCode:
     step = build.build_step(config, context, model, optimizer, precision)
     loader = build.build_training_loader(config, context)
     validation = build.build_validation(config, context)
-    checkpointer = NoCheckpoints()
+    checkpointer = Checkpointer(config, context, optimizer, table, {"data": loader.fingerprint()}, say)
     state = checkpointer.load_latest() or RunState()
     loader.seek(state.consumed_samples)
 

@@ -1,0 +1,181 @@
+"""E1: role, initial standard deviation, learning rate, weight decay and epsilon of every parameter of the model, on a grid of shapes."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from small_models import build_model, build_optimizer, completep_config, model_config, optimizer_config
+from torch import nn
+
+from megatron_completep import completep
+from megatron_completep.completep import Factors, Role, Table, declare, table_for
+from megatron_completep.config.schema import OverrideConfig
+from megatron_completep.errors import ConfigError
+from megatron_completep.model.gpt import GPT
+from megatron_completep.optim.groups import Group, build_groups
+from megatron_completep.parallel.context import ParallelContext
+
+SIGMA, ETA, LAMBDA, EPS = 0.02, 0.004, 0.1, 1e-12
+GRID = list(itertools.product((1, 2, 4), (1, 2, 8), (0.5, 1.0)))
+SMALL_GRID = [(2, 2, 0.5)]  # enough for the negative controls
+MODELS: list[dict[str, Any]] = [
+    {"bias": True, "norm": "layernorm", "activation": "gelu", "position": "learned", "qk_norm": True},
+    {"num_query_groups": 2, "activation": "swiglu", "tied_embeddings": True},
+    {"activation": "squared_relu", "position": "alibi", "bias": True, "norm": "layernorm"},
+]
+
+
+def role_of(name: str) -> str:
+    """By name, as a reader of the model would say it; the code under test never looks at names."""
+    if name.startswith(("embedding.", "positions.")):
+        return "embedding"
+    if name.startswith("unembedding."):
+        return "unembedding"
+    if name.startswith("final_norm."):
+        return "final_norm"
+    if ".q_norm." in name or ".k_norm." in name:
+        return "qk_norm"
+    if "_norm." in name:
+        return "pre_norm"
+    return "hidden_bias" if name.endswith(".bias") else "hidden_weight"
+
+
+def expected(name: str, m_N: float, m_L: float, alpha: float, ffn_ratio: float) -> tuple[float, float, float, float]:
+    """(init std, lr, weight decay, eps) as section 1 of the parameterization writes them."""
+    own = ffn_ratio if "mlp.down" in name else m_N
+    depth = m_L ** (alpha - 1)
+    match role_of(name):
+        case "embedding" | "unembedding":
+            return SIGMA, ETA, LAMBDA, EPS / m_N
+        case "final_norm":
+            return 0.0, ETA, 0.0, EPS / m_N
+        case "pre_norm" | "hidden_bias":
+            return 0.0, ETA * depth, 0.0, EPS / m_N / m_L**alpha
+        case "qk_norm":
+            return 0.0, ETA * depth, 0.0, EPS / m_L**alpha
+    return SIGMA / own**0.5, ETA / own * depth, LAMBDA * own, EPS / m_N / m_L**alpha
+
+
+def groups_of(m_N: int, m_L: int, alpha: float, changes: dict[str, Any]) -> tuple[GPT, dict[str, Group]]:
+    """A model m_N times as wide and m_L times as deep as its base; its MLP is 3 times as wide as the base's. No memory is touched."""
+    model = model_config(**{"hidden_size": 16 * m_N, "num_layers": 2 * m_L, "ffn_hidden_size": 96, **changes})
+    table = table_for(model, completep_config(alpha=alpha, base_ffn_hidden_size=32))
+    gpt = GPT(model, table, ParallelContext.single("meta"))
+    optimizer = optimizer_config(base_lr=ETA, base_init_std=SIGMA, base_weight_decay=LAMBDA, base_eps=EPS)
+    return gpt, build_groups(gpt.named_parameters(), table, optimizer)
+
+
+def differences(grid: list[tuple[int, int, float]]) -> list[str]:
+    """Every value on a grid of (m_N, m_L, alpha) that is not what section 1 says, to 1e-12."""
+    found = []
+    for (m_N, m_L, alpha), changes in itertools.product(grid, MODELS):
+        gpt, groups = groups_of(m_N, m_L, alpha, changes)
+        names = [name for name, _ in gpt.named_parameters()]
+        if sorted(groups) != sorted(names):
+            found.append(f"groups {sorted(groups)} are not the parameters {sorted(names)}")
+        for name, group in groups.items():
+            values = group.init_std, ETA * group.lr_factor, group.weight_decay, group.eps
+            wanted = expected(name, m_N, m_L, alpha, 3.0)
+            if group.role != role_of(name) or any(abs(a - b) > 1e-12 * abs(b) for a, b in zip(values, wanted, strict=True)):
+                found.append(f"{group.role} {name} at {m_N, m_L, alpha}: {values} is not {wanted}")
+    return found
+
+
+def test_every_parameter_has_the_values_of_the_paper_on_the_whole_grid() -> None:
+    assert differences(GRID) == []
+    seen = {role_of(name) for changes in MODELS for name, _ in groups_of(1, 1, 1.0, changes)[0].named_parameters()}
+    assert seen == {role.value for role in Role}
+
+
+@pytest.mark.parametrize("role", list(Role))
+@pytest.mark.parametrize("cell", ["lr", "eps"])
+def test_a_wrong_table_is_found(role: Role, cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = completep.table_1
+
+    def wrong(m_N: float, m_L: float, *rest: float) -> dict[Role, Factors]:
+        rows = original(m_N, m_L, *rest)
+        return {**rows, role: dataclasses.replace(rows[role], **{cell: getattr(rows[role], cell) * m_L**-0.25})}
+
+    monkeypatch.setattr(completep, "table_1", wrong)
+    found = differences(SMALL_GRID)
+    assert found and all(line.startswith(f"{role} ") for line in found)
+
+
+def test_a_wrongly_declared_fan_in_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fused QKV or gate-and-up matrix has the fan-in of one of its parts, and down_proj that of the FFN."""
+    original = completep.declare
+    monkeypatch.setattr("megatron_completep.parallel.linear.declare", lambda p, role, fan_in=None, base=None: original(p, role))
+    assert any("hidden_weight" in line for line in differences(SMALL_GRID))
+
+
+def test_every_element_is_in_exactly_one_group_of_the_optimizer() -> None:
+    gpt = build_model(model := model_config(bias=True, norm="layernorm"), table := table_for(model, completep_config()))
+    optimizer = build_optimizer(gpt, table)
+    sizes: Counter[str] = Counter()
+    names = list(optimizer.groups)
+    for _, length, group in optimizer.segment_table.tolist():
+        sizes[names[group]] += length
+    assert sizes == {name: p.numel() for name, p in gpt.named_parameters()}
+    for name, (lr, decay, eps) in zip(names, optimizer.group_table.tolist(), strict=True):
+        group = optimizer.groups[name]
+        assert (lr, decay, eps) == (group.lr_factor, group.weight_decay, group.eps)
+
+
+def test_groups_that_differ_in_eps_alone_stay_apart() -> None:
+    """At alpha = 1 and the base width, hidden weights and embeddings have the same learning rate and decay."""
+    gpt, groups = groups_of(1, 8, 1.0, {"ffn_hidden_size": 32})
+    embedding, hidden = groups["embedding.weight"], groups["layers.3.mlp.up.weight"]
+    assert (embedding.lr_factor, embedding.weight_decay) == (hidden.lr_factor, hidden.weight_decay)
+    assert embedding.eps == pytest.approx(8 * hidden.eps, rel=1e-12)
+    merged = {(group.lr_factor, group.weight_decay): group for group in groups.values()}
+    assert len(merged) < len({(g.lr_factor, g.weight_decay, g.eps) for g in groups.values()})  # what a key of (lr, wd) would lose
+
+
+def test_a_parameter_without_a_role_raises_and_is_named() -> None:
+    module = nn.Module()
+    module.known = declare(nn.Parameter(torch.ones(2)), Role.PRE_NORM)
+    module.unknown = nn.Parameter(torch.ones(2))
+    with pytest.raises(ConfigError, match="parameter unknown declares no CompleteP role"):
+        build_groups(module.named_parameters(), Table(), optimizer_config())
+
+
+# --- overrides ----------------------------------------------------------------------------------------------------------------------
+
+
+def groups_with(*overrides: OverrideConfig, all_names: list[str] | None = None) -> dict[str, Group]:
+    model = model_config(num_layers=12, num_attention_heads=2, hidden_size=8)
+    table = table_for(model, completep_config())
+    gpt = GPT(model, table, ParallelContext.single("meta"))
+    return build_groups(gpt.named_parameters(), table, optimizer_config(overrides=list(overrides)), all_names)
+
+
+def test_overrides_multiply_what_their_pattern_matches_and_nothing_else() -> None:
+    plain = groups_with()
+    changed = groups_with(
+        OverrideConfig(pattern="layers.1.*", lr=0.5),
+        OverrideConfig(pattern="*.mlp.down.weight", lr=4.0, weight_decay=0.0, eps=100.0),
+    )
+    for name, group in plain.items():
+        first, second = name.startswith("layers.1."), name.endswith(".mlp.down.weight")
+        assert changed[name].lr_factor == group.lr_factor * (0.5 if first else 1) * (4.0 if second else 1), name
+        assert changed[name].weight_decay == group.weight_decay * (0.0 if second else 1), name
+        assert changed[name].eps == group.eps * (100.0 if second else 1), name
+        assert changed[name].init_std == group.init_std
+    assert plain["layers.11.mlp.up.weight"] == changed["layers.11.mlp.up.weight"]  # layers.1.* is not layers.11
+
+
+def test_an_override_that_matches_nothing_is_refused_with_the_names_there_are() -> None:
+    with pytest.raises(ConfigError, match=r"(?s)optimizer\.overrides.*'layer\.0\.\*'.*embedding\.weight"):
+        groups_with(OverrideConfig(pattern="layer.0.*"), OverrideConfig(pattern="embedding.*"))
+    with pytest.raises(ConfigError):
+        groups_with(OverrideConfig(pattern="Embedding.*"))  # names have case
+
+
+def test_an_override_may_match_a_parameter_of_another_stage() -> None:
+    groups = groups_with(OverrideConfig(pattern="elsewhere.*"), all_names=["elsewhere.weight"])
+    assert groups == groups_with()

@@ -1,0 +1,142 @@
+"""The flat layout: every element owned exactly once, aligned, whatever the sizes, the ranks and the buckets."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from small_models import completep_config, model_config, small_setup
+
+from megatron_completep.completep import table_for
+from megatron_completep.model.gpt import GPT
+from megatron_completep.optim.layout import ALIGNMENT, Layout, Segment, lay_out
+from megatron_completep.parallel.context import ParallelContext
+
+Sizes = list[tuple[str, int]]
+sizes = st.lists(st.integers(1, 700), min_size=1, max_size=12).map(lambda numbers: [(f"p{i}", n) for i, n in enumerate(numbers)])
+shard_counts = st.integers(1, 6)
+bucket_sizes = st.integers(1, 3000)
+
+
+def owners(layout: Layout) -> dict[str, Counter[int]]:
+    """How often each element of each parameter is in some shard."""
+    counts: dict[str, Counter[int]] = {}
+    for shard in range(layout.shards):
+        for segment in layout.segments(shard):
+            elements = range(segment.parameter_start, segment.parameter_start + segment.size)
+            counts.setdefault(segment.name, Counter()).update(elements)
+    return counts
+
+
+@given(sizes, shard_counts, bucket_sizes)
+def test_every_element_is_owned_exactly_once(parameters: Sizes, shards: int, bucket: int) -> None:
+    counts = owners(lay_out(parameters, shards, bucket))
+    assert counts == {name: Counter(range(size)) for name, size in parameters}
+
+
+@given(sizes, shard_counts, bucket_sizes)
+def test_pieces_are_aligned_in_order_and_apart(parameters: Sizes, shards: int, bucket: int) -> None:
+    layout = lay_out(parameters, shards, bucket)
+    assert [(piece.name, piece.size) for piece in layout.pieces] == parameters
+    end = 0
+    for piece in layout.pieces:
+        assert piece.start % ALIGNMENT == 0 and piece.start >= end
+        end = piece.start + piece.size
+        start, stop = layout.buckets[piece.bucket]
+        assert start <= piece.start and end <= stop
+    assert layout.size >= end
+
+
+@given(sizes, shard_counts, bucket_sizes)
+def test_buckets_follow_each_other_and_split_evenly_and_aligned(parameters: Sizes, shards: int, bucket: int) -> None:
+    layout = lay_out(parameters, shards, bucket)
+    position = 0
+    for number, (start, stop) in enumerate(layout.buckets):
+        assert start == position and (stop - start) % (ALIGNMENT * shards) == 0
+        slices = [layout.bucket_slice(number, shard) for shard in range(shards)]
+        assert [a for a, _ in slices] == [start, *(b for _, b in slices[:-1])] and slices[-1][1] == stop
+        assert len({b - a for a, b in slices}) == 1
+        position = stop
+    assert layout.size == position and layout.shard_size * shards == layout.size
+
+
+@given(sizes, shard_counts, bucket_sizes)
+def test_a_shard_cut_from_the_flat_buffer_holds_the_elements_its_segments_name(parameters: Sizes, shards: int, bucket: int) -> None:
+    layout = lay_out(parameters, shards, bucket)
+    number = {name: index for index, (name, _) in enumerate(parameters)}
+    flat = torch.full((layout.size,), -1, dtype=torch.int64)
+    for piece in layout.pieces:
+        flat[piece.start : piece.start + piece.size] = number[piece.name] * 1000 + torch.arange(piece.size)
+    for shard in range(shards):
+        own = torch.cat([flat[slice(*layout.bucket_slice(b, shard))] for b in range(len(layout.buckets))])
+        found = torch.full_like(own, -1)
+        for s in layout.segments(shard):
+            found[s.shard_start : s.shard_start + s.size] = number[s.name] * 1000 + s.parameter_start + torch.arange(s.size)
+        assert torch.equal(own, found)
+
+
+@given(sizes, shard_counts, bucket_sizes, st.data())
+def test_parameters_asked_to_be_alone_have_a_bucket_of_their_own(parameters: Sizes, shards: int, bucket: int, data: st.DataObject) -> None:
+    alone = frozenset(data.draw(st.sets(st.sampled_from([name for name, _ in parameters]))))
+    layout = lay_out(parameters, shards, bucket, alone)
+    tenants = Counter(piece.bucket for piece in layout.pieces)
+    assert all(tenants[piece.bucket] == 1 for piece in layout.pieces if piece.name in alone)
+    assert owners(layout) == {name: Counter(range(size)) for name, size in parameters}
+
+
+@given(sizes, shard_counts, bucket_sizes)
+def test_a_bucket_is_closed_once_it_is_full(parameters: Sizes, shards: int, bucket: int) -> None:
+    layout = lay_out(parameters, shards, bucket)
+    for number, (start, _) in enumerate(layout.buckets):
+        last = [piece for piece in layout.pieces if piece.bucket == number][-1]
+        assert last.start - start < bucket  # before its last piece it had room
+    full = [stop - start for start, stop in layout.buckets[:-1]]
+    assert all(size >= bucket for size in full)
+
+
+def test_shard_boundaries_cut_parameters_of_different_groups() -> None:
+    """What the segment table is for: here shard 0 ends inside b and shard 1 begins there."""
+    layout = lay_out([("a", 100), ("b", 300), ("c", 20)], shards=2, bucket_elements=10_000)
+    first, second = layout.segments(0), layout.segments(1)
+    assert first == (Segment("a", 0, 0, 100), Segment("b", 128, 0, 128))
+    assert second == (Segment("b", 0, 128, 172), Segment("c", 192, 0, 20))
+
+
+def test_a_shard_that_owns_only_padding_has_no_segments() -> None:
+    layout = lay_out([("a", 3)], shards=4, bucket_elements=1)
+    assert [len(layout.segments(shard)) for shard in range(4)] == [1, 0, 0, 0]
+
+
+def test_the_check_of_ownership_finds_a_lost_element() -> None:
+    class Careless(Layout):
+        def segments(self, shard: int) -> tuple[Segment, ...]:
+            return tuple(Segment(s.name, s.shard_start, s.parameter_start, max(1, s.size - 1)) for s in super().segments(shard))
+
+    layout = lay_out([("a", 100), ("b", 300)], 2, 10_000)
+    assert owners(Careless(layout.pieces, layout.buckets, layout.shards)) != {"a": Counter(range(100)), "b": Counter(range(300))}
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_the_model_s_parameters_lie_in_backward_order(shards: int) -> None:
+    model = model_config(num_layers=3, bias=True, norm="layernorm")
+    gpt = GPT(model, table_for(model, completep_config()), ParallelContext.single("meta"))
+    named = [(name, p.numel()) for name, p in reversed(list(gpt.named_parameters()))]
+    layout = lay_out(named, shards, 1 << 12)
+    names = [piece.name for piece in layout.pieces]
+    assert names[0] == "unembedding.weight" and names[-1] == "embedding.weight"
+    layers = [int(name.split(".")[1]) for name in names if name.startswith("layers.")]
+    assert layers == sorted(layers, reverse=True)
+
+
+def test_parameters_are_views_of_one_buffer_at_their_pieces() -> None:
+    gpt, optimizer, _ = small_setup(dtype=torch.bfloat16)
+    for piece in optimizer.layout.pieces:
+        parameter = dict(gpt.named_parameters())[piece.name]
+        assert parameter.dtype == torch.bfloat16 and parameter.main_grad.dtype == torch.float32
+        assert parameter.data_ptr() == optimizer.flat.data_ptr() + 2 * piece.start
+        assert parameter.main_grad.data_ptr() == optimizer.grad.data_ptr() + 4 * piece.start
+        own = optimizer.master[piece.start : piece.start + piece.size]
+        assert torch.equal(own.to(torch.bfloat16), parameter.flatten())

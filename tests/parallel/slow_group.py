@@ -1,0 +1,95 @@
+"""Workers for the tests of the distributed optimizer: an artificially slow network, and counted collectives."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from layouts import BASE, batch_of, context_for, model_config, optimizer_config
+from torch import nn
+
+from megatron_completep.completep import table_for
+from megatron_completep.model.initialize import initialize
+from megatron_completep.model.stages import build_chunks
+from megatron_completep.optim.distributed_adamw import DistributedAdamW
+from megatron_completep.parallel import collectives
+from megatron_completep.training.forward_backward import ForwardBackward, MicroBatch
+
+
+class SlowWork:
+    """A collective that takes `delay` seconds on a network that carries one at a time."""
+
+    def __init__(self, future: Future[None], exposed: list[float]):
+        self.future, self.exposed = future, exposed
+
+    def wait(self) -> None:
+        start = time.perf_counter()
+        self.future.result()
+        self.exposed.append(time.perf_counter() - start)
+
+
+def slow_down(delay: float, exposed: dict[str, list[float]], monkey: Any) -> None:
+    """Replace the two data-parallel collectives; `exposed` collects how long anybody waited for each."""
+    network = ThreadPoolExecutor(max_workers=1)
+
+    def slowed(name: str, real: Any) -> Any:
+        def start(out: torch.Tensor, x: torch.Tensor, group: Any, async_op: bool) -> SlowWork:
+            def carry() -> None:
+                time.sleep(delay)
+                real(out, x, group=group)
+
+            return SlowWork(network.submit(carry), exposed[name])
+
+        return start
+
+    for name in ("_all_gather", "_reduce_scatter"):
+        setattr(monkey, name, slowed(name, getattr(monkey, name)))
+
+
+def occupy(layer: nn.Module, seconds: float) -> None:
+    """What a layer costs, in sleep: forward when it is entered, backward when its gradient arrives."""
+    layer.register_forward_pre_hook(lambda *_: time.sleep(seconds))
+    layer.register_full_backward_pre_hook(lambda *_: time.sleep(seconds))
+
+
+def exposed_communication(rank: int, layer_seconds: float, delay: float, wait_early: bool) -> dict[str, Any]:
+    """Seconds that one step waited for gradients, and the next forward for parameters, with slow collectives."""
+    layout = {"world_size": 2, "bucket_megabytes": 0.04}
+    context, parallel = context_for(rank, layout)
+    model, settings = model_config({"num_layers": 10}), optimizer_config({})
+    table = table_for(model, BASE)
+    chunks = build_chunks(model, table, parallel, context)
+    initialize(chunks[0], table, settings, seed=7)
+    optimizer = DistributedAdamW(chunks, table, settings, context, parallel)
+    for _, block in chunks[0].blocks():
+        occupy(block, layer_seconds)
+    run = ForwardBackward(chunks, model, parallel, context, 4)
+    tokens, labels = (x.chunk(2)[rank] for x in batch_of(0, model))
+    exposed: dict[str, list[float]] = {"_all_gather": [], "_reduce_scatter": []}
+    originals = collectives._all_gather, collectives._reduce_scatter
+    slow_down(delay, exposed, collectives)
+    try:
+        for step in range(2):
+            for waits in exposed.values():
+                waits.clear()
+            optimizer.begin_step(1)
+            if wait_early and step:
+                optimizer.wait_for_parameters()
+            optimizer.step(1e-3, run([MicroBatch(tokens, labels)]), (labels != -100).sum())
+        optimizer.wait_for_parameters()
+    finally:
+        collectives._all_gather, collectives._reduce_scatter = originals
+    # The gathers of step 2 are waited for after it; those of step 1 were waited for inside its forward.
+    gathers = exposed["_all_gather"][: len(optimizer.layout.buckets)]
+    return {"buckets": len(optimizer.layout.buckets), "gradients": sum(exposed["_reduce_scatter"]), "parameters": sum(gathers)}
+
+
+def shard_sizes(rank: int, layout: dict[str, Any]) -> tuple[int, int]:
+    """Elements of the flat buffer, and of this rank's share of one optimizer moment."""
+    context, parallel = context_for(rank, layout)
+    model = model_config({})
+    table = table_for(model, BASE)
+    optimizer = DistributedAdamW(build_chunks(model, table, parallel, context), table, optimizer_config({}), context, parallel)
+    return optimizer.flat.numel(), optimizer.exp_avg.numel()

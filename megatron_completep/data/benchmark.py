@@ -19,6 +19,7 @@ import numpy as np
 from megatron_completep.config.schema import DataConfig, SourceConfig
 from megatron_completep.data.blend import Blend
 from megatron_completep.data.indexed import DTYPES, HEADER, MAGIC, VERSION, IndexedDataset
+from megatron_completep.data.loader import build_loader
 from megatron_completep.data.samples import PermutedSource
 
 CHUNK = 1 << 20
@@ -128,8 +129,6 @@ def measure_blend() -> dict[str, float]:
 
 def measure_loader(prefix: str, seq_length: int) -> dict[str, float]:
     """Tokens a second of one rank's loader without prefetching."""
-    from megatron_completep.data.loader import build_loader  # needs torch, which the other figures do without
-
     data = DataConfig(train=[SourceConfig(prefix=prefix)], prefetch=0)
     loader = build_loader(
         data,

@@ -136,6 +136,28 @@ def test_nothing_valid_exists_before_close_and_abort_leaves_nothing(tmp_path):
     assert not list(tmp_path.glob("c*"))
 
 
+@pytest.mark.parametrize("fails_at", [0, 1, 2])
+def test_a_crash_while_renaming_never_shows_a_mixed_pair(tmp_path, monkeypatch, fails_at):
+    """An older corpus of the same size lies under the same prefix: the worst case, since sizes would agree."""
+    write(tmp_path / "a", [[[1, 2, 3], [4]], [[5]]])
+    writer = IndexedWriter(tmp_path / "a", "uint16")
+    writer.add_document([[9], [8, 7, 6, 5]])
+    calls = iter(range(3))
+    replace = Path.replace
+
+    def crashing(self, target):
+        if next(calls) == fails_at:
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", crashing)
+        writer.close()
+    with pytest.raises(DataError, match=r"a\.idx: No such file"):
+        IndexedDataset(tmp_path / "a")
+    assert read(write(tmp_path / "a", [[[9], [8, 7]]])) == [[9, 8, 7]]  # writing again mends it
+
+
 def test_writer_refuses_tokens_that_do_not_fit(tmp_path):
     writer = IndexedWriter(tmp_path / "a", "uint16")
     for wrong in (65536, -1):

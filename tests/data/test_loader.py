@@ -4,6 +4,8 @@ import threading
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from megatron_completep.config.schema import DataConfig, SourceConfig
 from megatron_completep.data.loader import PADDING, build_loader, validation_batches
@@ -29,7 +31,7 @@ def config_of(folder, **changes):
 
 
 def loader_of(data, **changes):
-    settings = {
+    defaults = {
         "seq_length": S,
         "micro_batch_size": 2,
         "global_batch_size": 8,
@@ -38,7 +40,7 @@ def loader_of(data, **changes):
         "data_rank": 0,
         "data_size": 1,
     }
-    return build_loader(data, **(settings | changes))
+    return build_loader(data, **(defaults | changes))
 
 
 def steps_of(loader, steps):
@@ -110,6 +112,28 @@ def test_a_resumed_loader_continues_the_same_order(data, resumed_at):
     loader.seek(8 * resumed_at)
     assert_same(steps_of(loader, 8 - resumed_at), whole[resumed_at:])
     assert loader.consumed_samples == 64
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    data_size=st.sampled_from([1, 2, 3, 4]),
+    micro=st.integers(1, 3),
+    rows=st.integers(1, 3),
+    step=st.integers(0, 10**7),
+    prefetch=st.integers(0, 2),
+    weight=st.floats(0.01, 1),
+)
+def test_the_order_depends_on_nothing_but_the_position(data, data_size, micro, rows, step, prefetch, weight):
+    """Every layout, resume point, prefetch depth and batch size reads the samples first .. first + batch - 1 of one sequence."""
+    sources = [data.train[0].model_copy(update={"weight": weight}), data.train[1]]
+    config = data.model_copy(update={"train": sources, "prefetch": prefetch})
+    batch = micro * rows * data_size
+    common = {"micro_batch_size": micro, "global_batch_size": batch, "consumed_samples": step * batch, "data_size": data_size}
+    ranks = [steps_of(loader_of(config, data_rank=rank, **common), 2) for rank in range(data_size)]
+    found = rows_of([micro_batch for rank in ranks for one in rank for micro_batch in one])
+    corpus = loader_of(data.model_copy(update={"train": sources})).corpus
+    assert sorted(found) == list(range(step * batch, (step + 2) * batch))
+    assert all(found[i][0] == tuple(corpus[i].tokens[:-1].tolist()) for i in found)
 
 
 @pytest.mark.parametrize("prefetch", [1, 3])

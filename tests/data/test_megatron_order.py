@@ -17,7 +17,7 @@ from megatron_completep.config.schema import DataConfig, SourceConfig
 from megatron_completep.data import corpus as corpus_module
 from megatron_completep.data.indexed import IndexedDataset
 from megatron_completep.data.megatron_order import MegatronSource, blend_indices, build_tables
-from megatron_completep.data.writer import IndexedWriter
+from megatron_completep.data.writer import IndexedWriter, merge
 from megatron_completep.errors import DataError
 
 LENGTHS = np.array([5, 3, 9, 4, 7], np.int32)
@@ -200,6 +200,18 @@ def test_files_are_byte_identical_with_megatron_both_ways(megatron, tmp_path_fac
         read = megatron.IndexedDataset(str(folder / "ours"))
         assert [read[i].tolist() for i in range(len(read))] == [sequence for document in documents for sequence in document]
         assert read.document_indices.tolist() == dataset.document_indices.tolist()
+
+
+def test_merging_gives_the_bytes_that_megatron_merges_to(megatron, tmp_path):
+    for name, lengths in (("a", [3, 0, 5]), ("b", [2, 2]), ("c", [7])):
+        write(tmp_path / name, lengths, seed=len(lengths))
+    merge([tmp_path / name for name in "abc"], tmp_path / "ours")
+    builder = megatron.Builder(str(tmp_path / "theirs.bin"), dtype=np.uint16)
+    for name in "abc":
+        builder.add_index(str(tmp_path / name))
+    builder.finalize(str(tmp_path / "theirs.idx"))
+    for suffix in ("bin", "idx"):
+        assert (tmp_path / f"ours.{suffix}").read_bytes() == (tmp_path / f"theirs.{suffix}").read_bytes()
 
 
 def config_of(folder, **changes):

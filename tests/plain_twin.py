@@ -128,7 +128,5 @@ def slopes(heads: int) -> Tensor:
 
 def cross_entropy_sum(logits: Tensor, labels: Tensor, z_loss: float = 0.0, label_smoothing: float = 0.0) -> Tensor:
     """Sum over the labels that are not -100."""
-    loss = F.cross_entropy(
-        logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum", label_smoothing=label_smoothing
-    )
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum", label_smoothing=label_smoothing)
     return loss + z_loss * (torch.logsumexp(logits, -1).square() * (labels != -100)).sum()

@@ -70,7 +70,9 @@ def build_optimizer(
     return DistributedAdamW([gpt], table, optimizer or optimizer_config(), ParallelContext.single(), parallel, precision)
 
 
-def batch_of(model: ModelConfig, seed: int = 0, batch: int = 3, seq_length: int | None = None, ignored: float = 0.2) -> tuple[Tensor, Tensor]:
+def batch_of(
+    model: ModelConfig, seed: int = 0, batch: int = 3, seq_length: int | None = None, ignored: float = 0.2
+) -> tuple[Tensor, Tensor]:
     """Tokens and labels [B, S]; about `ignored` of the labels do not count."""
     generator = torch.Generator().manual_seed(seed)
     length = seq_length or model.seq_length

@@ -75,9 +75,8 @@ def test_a_wrong_entry_in_any_cell_is_found(role: Role, cell: str, monkeypatch: 
 
 
 def model(**changes: int) -> ModelConfig:
-    return ModelConfig(
-        **{"hidden_size": 512, "num_layers": 16, "num_attention_heads": 8, "ffn_hidden_size": 2048, "vocab_size": 100, "seq_length": 32, **changes}
-    )  # fmt: skip
+    sizes = {"hidden_size": 512, "num_layers": 16, "num_attention_heads": 8, "ffn_hidden_size": 2048, "vocab_size": 100, "seq_length": 32}
+    return ModelConfig.model_validate({**sizes, **changes})
 
 
 BASE = {"base_hidden_size": 128, "base_num_layers": 2, "base_head_dim": 32}

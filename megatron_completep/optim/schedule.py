@@ -4,14 +4,8 @@ from __future__ import annotations
 
 import math
 
+from megatron_completep.config.derived import decay_steps, warmup_steps
 from megatron_completep.config.schema import OptimizerConfig
-
-
-def warmup_steps(optimizer: OptimizerConfig, train_steps: int) -> int:
-    """Steps of linear warm-up, from whichever of warmup_steps and warmup_fraction is given; 0 without either."""
-    if optimizer.warmup_steps is not None:
-        return optimizer.warmup_steps
-    return round((optimizer.warmup_fraction or 0.0) * train_steps)
 
 
 def schedule(step: int, optimizer: OptimizerConfig, train_steps: int) -> float:
@@ -21,7 +15,7 @@ def schedule(step: int, optimizer: OptimizerConfig, train_steps: int) -> float:
         return step / warmup
     start = warmup
     if optimizer.schedule == "warmup_stable_decay":
-        start = max(warmup, train_steps - round(optimizer.decay_fraction * train_steps))
+        start = max(warmup, train_steps - decay_steps(optimizer, train_steps))
     progress = min(1.0, max(0.0, (step - start) / max(1, train_steps - start)))
     minimum = optimizer.min_lr_fraction
     match optimizer.schedule:

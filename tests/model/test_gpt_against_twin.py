@@ -36,9 +36,7 @@ OPTIONS: dict[str, list[Any]] = {
 def pairwise_cases() -> list[dict[str, Any]]:
     """A few dozen of the product's combinations in which every pair of values of any two options occurs."""
     names = list(OPTIONS)
-    missing = {
-        (a, i, b, j) for a, b in itertools.combinations(names, 2) for i in range(len(OPTIONS[a])) for j in range(len(OPTIONS[b]))
-    }
+    missing = {(a, i, b, j) for a, b in itertools.combinations(names, 2) for i in range(len(OPTIONS[a])) for j in range(len(OPTIONS[b]))}
     generator = torch.Generator().manual_seed(0)
     cases = []
     while missing:

@@ -25,7 +25,9 @@ from megatron_completep.parallel.linear import ColumnParallelLinear, RowParallel
 class GatedBranch(nn.Module):
     """down(sigmoid(gate(x)) * value(x) * level): a fused projection of the project, an output projection, and a plain parameter."""
 
-    def __init__(self, model: ModelConfig, table: Table, context: ParallelContext, queue: GradientQueue, inner: int = 24, base_inner: int = 8):
+    def __init__(
+        self, model: ModelConfig, table: Table, context: ParallelContext, queue: GradientQueue, inner: int = 24, base_inner: int = 8
+    ):
         super().__init__()
         self.norm = pre_norm(model, Role.PRE_NORM, context, queue)
         self.gate_and_value = ColumnParallelLinear(

@@ -137,7 +137,9 @@ def trajectories(base_hidden_size: int, unembedding: RoleFactors | None = None) 
         optimizer_settings = optimizer_config(grad_clip=0.0, base_weight_decay=0.1, base_eps=1e-6)
         gpt = build_model(shape, table, optimizer=optimizer_settings)
         if change:  # exactly the other model's draw over m_N: the initial standard deviation is rounded to float32
-            reference = build_model(model, table_for(model, completep_config(base_hidden_size=base_hidden_size)), optimizer=optimizer_settings)
+            reference = build_model(
+                model, table_for(model, completep_config(base_hidden_size=base_hidden_size)), optimizer=optimizer_settings
+            )
             gpt.unembedding.weight.data.copy_(reference.unembedding.weight / m_N)
         optimizer = build_optimizer(gpt, table, optimizer_settings)
         runs.append([train_step(gpt, optimizer, 1e-2, batch_of(model)).loss.item() for _ in range(15)])

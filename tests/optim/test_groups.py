@@ -128,7 +128,7 @@ def test_every_element_is_in_exactly_one_group_of_the_optimizer() -> None:
 
 def test_groups_that_differ_in_eps_alone_stay_apart() -> None:
     """At alpha = 1 and the base width, hidden weights and embeddings have the same learning rate and decay."""
-    gpt, groups = groups_of(1, 8, 1.0, {"ffn_hidden_size": 32})
+    _, groups = groups_of(1, 8, 1.0, {"ffn_hidden_size": 32})
     embedding, hidden = groups["embedding.weight"], groups["layers.3.mlp.up.weight"]
     assert (embedding.lr_factor, embedding.weight_decay) == (hidden.lr_factor, hidden.weight_decay)
     assert embedding.eps == pytest.approx(8 * hidden.eps, rel=1e-12)

@@ -116,8 +116,17 @@ def _norm_backward_shape(hidden: int, dtype: torch.dtype, architecture: str) -> 
     return NormBackwardShape(first, second, max(1, 2048 // width), 2, programs_each * processors(architecture), True, options)
 
 
-def vector_gradient_shape() -> TileShape:
-    return TileShape(rows=8, columns=256, options=_options(num_warps=4))
+def vector_gradient_shape(device: torch.device) -> TileShape:
+    return TileShape(8, _columns(256, device), _options(num_warps=4))
+
+
+def reduction_shape(device: torch.device) -> TileShape:
+    return TileShape(64, _columns(32, device), _options(num_warps=4))
+
+
+def _columns(columns: int, device: torch.device) -> int:
+    """The interpreter pays for each program, so it gets few."""
+    return 4096 if architecture(device) == "interpreter" else columns
 
 
 @functools.cache

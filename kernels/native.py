@@ -23,7 +23,7 @@ def scaled_add_forward(
     residual: Tensor, branch: Tensor, branch_bias: Tensor | None, scale: float, dropout_p: float, seed: Tensor | None
 ) -> Tensor:
     if branch_bias is not None:
-        branch = branch + branch_bias.to(branch.dtype)
+        branch = branch.to(residual.dtype) + branch_bias.to(residual.dtype)
     if dropout_p > 0.0:
         branch = branch * dropout_factor(branch.shape, dropout_p, seed, branch.device).to(branch.dtype)
     return torch.add(residual, branch, alpha=scale).to(residual.dtype)

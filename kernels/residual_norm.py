@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import native
-from .launch import norm_backward_shape, norm_forward_shape, rows_of, vector_gradient_shape
+from .launch import norm_backward_shape, norm_forward_shape, reduction_shape, rows_of, vector_gradient_shape
 
 # --- forward ----------------------------------------------------------------------------------------------------------------------
 
@@ -402,7 +402,7 @@ def residual_norm_backward(
         HAS_BRANCH_BIAS=has_branch_bias, STAGES=shape.stages, **shape.options,
     )  # fmt: skip
     if not shape.holds_vectors:
-        block = vector_gradient_shape()
+        block = vector_gradient_shape(y.device)
         vector_gradient_kernel[(shape.programs, triton.cdiv(hidden, block.columns))](
             d_out, y, mean, rstd, d_branch if has_branch_bias else None, partials, rows, d_out_stride, y_stride,
             HIDDEN=hidden, BLOCK=block.columns, ROWS=block.rows, RMS=rms, HAS_BIAS=has_bias, STAGES=2, **block.options,
@@ -434,7 +434,7 @@ def reduce_partials(partials: Tensor, k: int, into: Tensor) -> None:
         native.reduce_partials(partials, k, into)
         return
     count, kinds, hidden = partials.shape
-    columns = 32
-    reduce_partials_kernel[(triton.cdiv(hidden, columns),)](
-        partials[:, k], into, count, kinds * hidden, HIDDEN=hidden, ROWS=64, BLOCK=columns, num_warps=4, enable_fp_fusion=True,
-    )  # fmt: skip
+    shape = reduction_shape(into.device)
+    reduce_partials_kernel[(triton.cdiv(hidden, shape.columns),)](
+        partials[:, k], into, count, kinds * hidden, HIDDEN=hidden, ROWS=shape.rows, BLOCK=shape.columns, **shape.options
+    )

@@ -1,0 +1,126 @@
+"""SwiGLU, squared ReLU and rotary embedding: Triton kernels (interpreter or GPU) and CPU path against float64."""
+
+import pytest
+import torch
+from norm_cases import TOLERANCE, assert_close, poisoned_allocations
+from step_kernels import DEVICE, mutant
+
+from megatron_completep.kernels import native, reference, rotary_kernel, squared_relu_kernel, swiglu_kernel
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# torch's bf16 operators round in between; the kernels round once.
+CPU_TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
+SWIGLU = {"triton": (swiglu_kernel, TOLERANCE), "cpu": (native, CPU_TOLERANCE)}
+SQUARED_RELU = {"triton": (squared_relu_kernel, TOLERANCE), "cpu": (native, CPU_TOLERANCE)}
+ROTARY = {"triton": (rotary_kernel, TOLERANCE), "cpu": (native, CPU_TOLERANCE)}
+
+
+def random(*shape, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).to(DEVICE)
+
+
+def expected_gradient(function, x, d_out):
+    leaf = x.double().cpu().requires_grad_()
+    return torch.autograd.grad(function(leaf), leaf, d_out.double().cpu())[0]
+
+
+def check_swiglu(module, tolerance, shape, dtype, stride=0):
+    *leading, half = shape
+    gate_up = random(*leading, 2 * half + stride, dtype=dtype)[..., : 2 * half]
+    d_out = random(*shape, dtype=dtype, seed=1)
+    assert_close(module.swiglu_forward(gate_up), reference.swiglu(gate_up.double().cpu()), tolerance[dtype], "out")
+    gradient = module.swiglu_backward(d_out, gate_up)
+    assert gradient.is_contiguous() and gradient.dtype == dtype
+    assert_close(gradient, expected_gradient(reference.swiglu, gate_up, d_out), tolerance[dtype], "d_gate_up")
+
+
+@pytest.mark.parametrize("name", SWIGLU)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 3, 100), (3, 2730), (1, 1), (5, 64), (0, 64)], ids=str)
+def test_swiglu_matches_float64(name, dtype, shape, monkeypatch):
+    module, tolerance = SWIGLU[name]
+    with poisoned_allocations(monkeypatch) if name == "triton" else monkeypatch.context():
+        check_swiglu(module, tolerance, shape, dtype)
+
+
+@pytest.mark.parametrize("name", SWIGLU)
+def test_swiglu_reads_strided_rows(name):
+    check_swiglu(*SWIGLU[name], (7, 96), torch.float32, stride=64)
+
+
+@pytest.mark.parametrize("name", SQUARED_RELU)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 5, 100), (2049,), (1,), (0, 8)], ids=str)
+def test_squared_relu_matches_float64(name, dtype, shape, monkeypatch):
+    module, tolerance = SQUARED_RELU[name]
+    x, d_out = random(*shape, dtype=dtype), random(*shape, dtype=dtype, seed=1)
+    with poisoned_allocations(monkeypatch) if name == "triton" else monkeypatch.context():
+        out, gradient = module.squared_relu_forward(x), module.squared_relu_backward(d_out, x)
+    assert_close(out, reference.squared_relu(x.double().cpu()), tolerance[dtype], "out")
+    assert_close(gradient, expected_gradient(reference.squared_relu, x, d_out), tolerance[dtype], "d_x")
+
+
+@pytest.mark.parametrize("name", SQUARED_RELU)
+def test_squared_relu_passes_nan_on(name):
+    """A fused activation that turns NaN into 0 would hide a broken run."""
+    module, _ = SQUARED_RELU[name]
+    x = torch.tensor([float("nan"), -1.0, 2.0], device=DEVICE)
+    assert module.squared_relu_forward(x).isnan().tolist() == [True, False, False]
+
+
+def angles(sequence, batch, half):
+    angle = torch.rand(sequence, batch, half, generator=torch.Generator().manual_seed(5)) * 6.3
+    return angle.cos().to(DEVICE), angle.sin().to(DEVICE)
+
+
+def check_rotary(module, tolerance, shape, dtype, batch_angles=1, inverse=False):
+    sequence, batch, heads, head_dim = shape
+    cos, sin = angles(sequence, batch_angles, head_dim // 2)
+    fused = random(sequence, batch, heads, 3 * head_dim, dtype=dtype)  # q of a fused projection: only the last dimension is dense
+    x = fused[..., :head_dim]
+    expected = reference.rotary(x.double().cpu(), cos.double().cpu(), sin.double().cpu(), inverse)
+    out = module.rotary(x, cos, sin, inverse)
+    assert out.is_contiguous()
+    assert_close(out, expected, tolerance[dtype], "out")
+    rest = fused[..., head_dim:].clone()
+    module.rotary_(x, cos, sin, inverse)
+    assert torch.equal(x, out), "in place differs"
+    assert torch.equal(fused[..., head_dim:], rest), "the neighbours of a view were written"
+
+
+@pytest.mark.parametrize("name", ROTARY)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("shape, batch_angles", [((5, 2, 3, 64), 1), ((3, 2, 1, 20), 2), ((1, 3, 17, 2), 3), ((2, 1, 20, 128), 1)])
+def test_rotary_matches_float64_in_place_and_not(name, dtype, inverse, shape, batch_angles):
+    check_rotary(*ROTARY[name], shape, dtype, batch_angles, inverse)
+
+
+@pytest.mark.parametrize("name", ROTARY)
+def test_rotary_inverse_undoes_it(name):
+    module, _ = ROTARY[name]
+    x = random(4, 2, 3, 32)
+    cos, sin = angles(4, 1, 16)
+    assert_close(module.rotary(module.rotary(x, cos, sin, False), cos, sin, True), x.double(), 1e-6, "there and back")
+
+
+MUTANTS = {  # what goes wrong: (module, the text, the text instead, the check that notices)
+    "the gate's own slope is lost": (
+        "swiglu_kernel", "(1.0 + gate * (1.0 - sigmoid))", "1.0", lambda m: check_swiglu(m, TOLERANCE, (3, 100), torch.float32)),
+    "gate and up change places": (
+        "swiglu_kernel", "gate_up + row * stride + F + column", "gate_up + row * stride + column",
+        lambda m: check_swiglu(m, TOLERANCE, (3, 100), torch.float32)),
+    "the inverse turns the same way": (
+        "rotary_kernel", "sine = -sine", "sine = sine", lambda m: check_rotary(m, TOLERANCE, (3, 2, 3, 64), torch.float32, inverse=True)),
+    "every sequence has the first one's positions": (
+        "rotary_kernel", "b * cos_stride_b", "0", lambda m: check_rotary(m, TOLERANCE, (3, 2, 3, 64), torch.float32, batch_angles=2)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("slip", MUTANTS)
+def test_check_catches_the_mutant_in_which(slip):
+    module, old, new, check = MUTANTS[slip]
+    broken = mutant(module, old, new)
+    with pytest.raises(AssertionError, match="relative error"):
+        check(broken)

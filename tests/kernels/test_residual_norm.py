@@ -1,0 +1,245 @@
+"""The scaled residual norm: Triton kernels (interpreter or GPU) and CPU path, each half alone and both together."""
+
+import dataclasses
+
+import norm_cases
+import pytest
+import torch
+from norm_cases import EPS, SEED, Case, backward, check_backward, check_forward, forward, poisoned_allocations, relative_error
+from step_kernels import DEVICE, mutant
+
+from megatron_completep import kernels
+from megatron_completep.kernels import launch, native, reference, residual_norm
+
+BF16 = torch.bfloat16
+# The interpreter launches 3 programs of 1 or 2 rows in the backward (launch.py), so 2, 3, 4 rows lie round P, and 17 loops.
+CASES = [
+    Case(1, 1, bias=True, branch_bias=True),
+    Case(7, 5, BF16, branch_bias=True, dropout_p=0.3),
+    Case(0, 64, bias=True, branch_bias=True),
+    Case(2, 64, BF16, rms=True),
+    Case(3, 100, bias=True, branch_bias=True),
+    Case(4, 100, BF16, bias=True, branch_bias=True, dropout_p=0.3),
+    Case(17, 100, rms=True, branch_bias=True, stride=28),
+    Case(17, 768, BF16, bias=True, branch_bias=True),
+    Case(2, 768, dropout_p=0.1, bias=True, branch_bias=True),
+    Case(3, 768, torch.float16, rms=True, residual_dtype=torch.float32),
+    Case(5, 1000, BF16, rms=True, residual_dtype=torch.float32, branch_bias=True),
+    Case(3, 1024, d_y=False, bias=True),
+    Case(4, 1536, branch=False, bias=True),
+    Case(5, 768, BF16, branch=False, rms=True, stride=256, d_y=False),
+    Case(4, 5120, BF16, bias=True, branch_bias=True),
+    Case(7, 5120, rms=True, dropout_p=0.5),
+    Case(2, 16384, bias=True, branch_bias=True),
+    Case(3, 9000, BF16, rms=True, branch_bias=True, dropout_p=0.25),
+]
+IMPLEMENTATIONS = {"triton": residual_norm, "cpu": native}
+
+
+def identity(case):
+    return "-".join(str(getattr(case, field.name)).removeprefix("torch.") for field in dataclasses.fields(case))
+
+
+@pytest.mark.parametrize("case", CASES, ids=identity)
+def test_kernels_match_float64_and_write_every_element_of_their_outputs_only(case, monkeypatch):
+    check_forward(residual_norm, case, poisoned_allocations(monkeypatch))
+    check_backward(residual_norm, case, poisoned_allocations(monkeypatch))
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if 1 < c.hidden < 5000], ids=identity)
+def test_cpu_path_matches_float64(case, monkeypatch):
+    monkeypatch.setattr(norm_cases, "TOLERANCE", {**norm_cases.TOLERANCE, BF16: 5e-3, torch.float16: 8e-4, torch.float32: 2e-6})
+    monkeypatch.setattr(norm_cases, "vector_tolerance", lambda dtype, rows: 1e-5 if dtype == torch.float32 else 5e-3)
+    check_forward(native, case)
+    check_backward(native, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hidden", [1, 3, 64, 100, 500, 640, 768, 1000, 1024, 1100, 3072, 5120, 8192, 12288, 16384])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("rms", [False, True])
+def test_kernels_match_float64_on_the_wide_sweep(hidden, dtype, rms):
+    programs = launch.norm_backward_shape(hidden, dtype, torch.device(DEVICE)).programs
+    for rows in (1, 2, 3, 17, programs - 1, programs, programs + 1):
+        for optional in (False, True):
+            for dropout_p in (0.0, 0.2):
+                case = Case(rows, hidden, dtype, rms=rms, bias=optional, branch_bias=optional, dropout_p=dropout_p)
+                check_forward(residual_norm, case)
+                check_backward(residual_norm, case)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_scale_zero_leaves_the_stream_and_gives_the_branch_no_gradient(name):
+    case = Case(5, 100, BF16, bias=True, branch_bias=True, scale=0.0)
+    given = case.inputs()
+    y, _, mean, rstd = forward(IMPLEMENTATIONS[name], case, given)
+    _, d_branch, vectors = backward(IMPLEMENTATIONS[name], case, given, y, mean, rstd)
+    assert torch.equal(y, given["residual"])
+    assert (d_branch == 0).all() and (vectors[-1] == 0).all()
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_branch_gradient_is_linear_in_the_scale_and_the_stream_gradient_ignores_it(name):
+    case = Case(5, 100, bias=True)
+    given = case.inputs()
+    y, _, mean, rstd = forward(IMPLEMENTATIONS[name], case, given)
+    half, quarter = (backward(IMPLEMENTATIONS[name], dataclasses.replace(case, scale=scale), given, y, mean, rstd) for scale in (0.5, 0.25))
+    assert torch.equal(half[0], quarter[0])
+    assert torch.equal(half[1], 2 * quarter[1])
+
+
+def test_fused_equals_eager_bitwise_for_a_power_of_two_scale():
+    case = Case(17, 768, BF16, scale=0.5)
+    given = case.inputs()
+    y, *_ = forward(residual_norm, case, given)
+    assert torch.equal(y, given["residual"] + 0.5 * given["branch"])
+
+
+def test_variance_survives_a_mean_a_thousand_times_larger_than_the_deviation():
+    x = 1000.0 + torch.randn(3, 768, generator=torch.Generator().manual_seed(1))
+    x, weight = x.to(DEVICE), torch.ones(768, device=DEVICE)
+    out, _, rstd = residual_norm.norm_forward(x, weight, None, EPS, False, torch.float32)
+    assert relative_error(rstd, (x.double().var(-1, correction=0) + EPS).rsqrt()) < 1e-5
+    assert relative_error(out, reference.norm(x.double(), weight.double(), None, EPS, False)) < 1e-4
+
+
+@pytest.mark.parametrize("case", [Case(17, 768, BF16, bias=True, branch_bias=True, dropout_p=0.1), Case(5, 9000)], ids=identity)
+def test_two_runs_agree_bitwise(case):
+    given = case.inputs()
+    y, out, mean, rstd = forward(residual_norm, case, given)
+    runs = [backward(residual_norm, case, given, y, mean, rstd) for _ in range(2)]
+    assert torch.equal(out, forward(residual_norm, case, given)[1])
+    assert torch.equal(runs[0][0], runs[1][0]) and torch.equal(runs[0][1], runs[1][1])
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][2], runs[1][2], strict=True))
+
+
+@pytest.mark.parametrize("branch_bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_add_alone_matches_float64_both_ways(branch_bias, dtype):
+    case = Case(7, 768, dtype, branch_bias=branch_bias, dropout_p=0.2)
+    given = case.inputs()
+    seed = given["seed"]
+    y = residual_norm.scaled_add_forward(given["residual"], given["branch"], given["branch_bias"], 0.3, 0.2, seed)
+    assert torch.equal(y, forward(residual_norm, case, given)[0])
+    d_branch, partials = residual_norm.scaled_add_backward(given["d_y"], branch_bias, 0.3, 0.2, seed, dtype)
+    factor = reference.dropout_factor(y.shape, 0.2, seed.cpu(), torch.device("cpu"))
+    expected = 0.3 * factor * given["d_y"].double().cpu()
+    assert relative_error(d_branch, expected) < norm_cases.TOLERANCE[dtype]
+    assert partials.shape[1:] == (int(branch_bias), 768)
+    if branch_bias:
+        assert relative_error(partials[:, 0].double().sum(0), expected.sum(0)) < 1e-5
+
+
+# --- dropout ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_dropout_drops_the_asked_share_and_keeps_the_mean():
+    factor = reference.dropout_factor(torch.Size((500, 101)), 0.3, torch.tensor(SEED), torch.device("cpu"))
+    assert abs(float((factor == 0).float().mean()) - 0.3) < 0.01  # five standard deviations of 50,500 draws
+    assert factor.unique().tolist() == [0.0, pytest.approx(1 / 0.7)]
+    other = reference.dropout_factor(torch.Size((500, 101)), 0.3, torch.tensor(SEED + 1), torch.device("cpu"))
+    assert 0.5 < float((factor == other).float().mean()) < 0.65  # 0.58 for independent masks
+    high = reference.dropout_factor(torch.Size((500, 101)), 0.3, torch.tensor(SEED + (1 << 40)), torch.device("cpu"))
+    assert not torch.equal(factor, high)
+
+
+def test_philox_matches_published_vectors():
+    """Known-answer tests of Random123 (philox4x32, 10 rounds) with the two counter words that are used here."""
+    words = reference.philox_4x32(torch.tensor(0), torch.tensor([0]))
+    assert [hex(word) for word in words[0].tolist()] == ["0x6627e8d5", "0xe169c58d", "0xbc57ac4c", "0x9b00dbd8"]
+
+
+def test_a_recomputed_forward_draws_the_same_mask():
+    case = Case(6, 100, dropout_p=0.4, branch_bias=True)
+    given = case.inputs()
+    leaf = given["branch"].cpu().requires_grad_()
+    fixed = [None if given[k] is None else given[k].cpu() for k in ("residual", "branch_bias", "weight", "bias", "seed")]
+
+    def block(branch):
+        y, out = kernels.scaled_residual_norm(fixed[0], branch, *fixed[1:4], scale=0.3, dropout_p=0.4, seed=fixed[4])
+        return (y * out).sum()
+
+    (plain,) = torch.autograd.grad(block(leaf), leaf)
+    (recomputed,) = torch.autograd.grad(torch.utils.checkpoint.checkpoint(block, leaf, use_reentrant=False), leaf)
+    assert torch.equal(plain, recomputed)
+
+
+# --- addresses beyond 2^31 ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def far_away(monkeypatch):
+    """Programs numbered from 2^31 / 256 on, memory accesses left out, int32 overflow an error: the arithmetic of a huge tensor."""
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    first = 2**31 // 256
+
+    def zeros(self, pointers, mask, other, *_):
+        dtype = pointers.get_element_ty()
+        return interpreter.TensorHandle(torch.zeros(pointers.data.shape).numpy().astype(interpreter._get_np_dtype(dtype)), dtype)
+
+    monkeypatch.setattr(type(builder), "set_grid_idx", lambda self, x, y, z: setattr(self, "grid_idx", (x + first, y, z)))
+    monkeypatch.setattr(type(builder), "create_masked_load", zeros)
+    monkeypatch.setattr(type(builder), "create_masked_store", lambda self, pointers, value, mask, *_: None)
+    monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, debug=True))
+
+
+def run_far_away(module):
+    x = torch.zeros(64, 1024)
+    vectors = (torch.ones(1024), None)
+    module.residual_norm_forward(x, x, None, *vectors, 0.5, EPS, False, 0.0, None)
+    # One program takes every tile: a kernel that counts rows in 32 bits overflows in the last.
+    module.backward_kernel[(1,)](
+        x, x, x, x, x, vectors[0], None, x, x, torch.zeros(1, 1, 1024), 2**31 // 128, 1024, 1024, 1024, 0.5, 0.0,
+        HIDDEN=1024, FIRST=1024, SECOND=0, ROWS=2**21 // 2**20, RMS=True, HAS_BIAS=False, HAS_BRANCH_BIAS=False, STAGES=1,
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter's overflow check")
+def test_addresses_beyond_two_to_the_31_do_not_overflow(far_away, monkeypatch):
+    from triton.runtime import interpreter
+
+    monkeypatch.setattr(type(interpreter.interpreter_builder), "create_get_num_programs", lambda self, axis: self.get_int32(2**24))
+    run_far_away(residual_norm)
+
+
+# --- mutants: each slip is caught by the check that is named beside it -----------------------------------------------------------------
+
+BACKWARD = Case(17, 100, bias=True, branch_bias=True, dropout_p=0.3)
+MUTANTS = {  # what goes wrong: (the text, the text instead, the check that notices, its case)
+    "the scale is missing in the backward": ("gradient *= scale", "gradient *= 1.0", check_backward, BACKWARD),
+    "statistics are taken before rounding": (
+        "total = stored.to(tl.float32)", "total = total + scale * update", check_forward, Case(5, 64, BF16)),
+    "lanes past the end count in the variance": (
+        "tl.where(column < HIDDEN, x - mean, 0.0)", "x - mean", check_forward, Case(5, 100)),
+    "the backward drops other elements": (
+        "gradient *= _dropout_factor(seed, dropout_p, row", "gradient *= _dropout_factor(seed, dropout_p, 1 + row",
+        check_backward, BACKWARD),
+    "the stream's own gradient is lost": ("if d_y is not None:", "if False:", check_backward, BACKWARD),
+    "the mean of the gradient is not removed": ("g_1 - g_mean", "g_1", check_backward, BACKWARD),
+    "a vector gradient takes another's place": (
+        "_store_partial(partials, K - 1, K, branch_1", "_store_partial(partials, 1, K, branch_1", check_backward, BACKWARD),
+    "the second segment is left out of the projection": (
+        "along += tl.sum(g_2 * x_hat_2", "along += tl.sum(0.0 * x_hat_2", check_backward, Case(3, 768)),
+    "the reduction overwrites the main gradient": (
+        "old + tl.sum(total, axis=0)", "tl.sum(total, axis=0)", check_backward, BACKWARD),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("slip", MUTANTS)
+def test_check_catches_the_mutant_in_which(slip):
+    old, new, check, case = MUTANTS[slip]
+    broken = mutant("residual_norm", old, new)
+    check(residual_norm, case)
+    with pytest.raises(AssertionError, match="relative error"):
+        check(broken, case)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter's overflow check")
+def test_overflow_check_catches_the_mutant_in_which_rows_are_32_bits(far_away):
+    from triton.runtime.errors import InterpreterError
+
+    broken = mutant("residual_norm", ".to(tl.int64)", "")
+    with pytest.raises(InterpreterError, match="overflow"):
+        run_far_away(broken)

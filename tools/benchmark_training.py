@@ -1,0 +1,105 @@
+"""Time our training step against a plain torch model of the same shape, alternating the two in one run.
+
+Example:
+
+    python tools/benchmark_training.py --precision float32 bf16
+    python tools/benchmark_training.py --layers 24 --hidden 2048 --heads 16 --sequence 2048 --batch 4 --vocabulary 50304 --device cuda
+
+The plain model is made of nn.Linear, nn.LayerNorm and `x + s * f(norm(x))`, with clip_grad_norm_ and fused torch.optim.AdamW. Ratio:
+our median step time over the plain one's; below 1 ours is faster. Model FLOPs as stated in megatron_completep/model/flops.py.
+"""
+
+import argparse
+import json
+import sys
+
+import torch
+
+from megatron_completep.analysis.training_benchmark import BenchmarkSettings, Comparison, Timing, compare
+from megatron_completep.config.schema import ModelConfig
+from megatron_completep.errors import exit_on_user_error
+from megatron_completep.parallel.context import choose_device
+from megatron_completep.training.build import device_name
+from megatron_completep.training.precision import use_threads
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shape = parser.add_argument_group("model shape")
+    shape.add_argument("--layers", type=int, default=8)
+    shape.add_argument("--hidden", type=int, default=256)
+    shape.add_argument("--heads", type=int, default=4)
+    shape.add_argument("--ffn", type=int, help="inner width of the MLP (default: 4 times hidden)")
+    shape.add_argument("--vocabulary", type=int, default=4096)
+    shape.add_argument("--sequence", type=int, default=256, help="tokens a sequence")
+    shape.add_argument("--norm", choices=("layernorm", "rmsnorm"), default="layernorm")
+    shape.add_argument("--activation", choices=("gelu", "squared_relu", "swiglu"), default="gelu")
+    shape.add_argument("--position", choices=("learned", "rope"), default="learned")
+    shape.add_argument("--no-bias", action="store_true")
+    parser.add_argument("--batch", type=int, default=8, help="sequences a step (default: 8)")
+    parser.add_argument("--precision", nargs="+", choices=("float32", "bf16"), default=["float32", "bf16"])
+    parser.add_argument("--plain-bf16", choices=("autocast", "pure"), default="autocast", help="how the plain model computes in bf16")
+    parser.add_argument("--rounds", type=int, default=20, help="timed steps of each program (default: 20)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile both")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    return parser.parse_args()
+
+
+def main() -> int | None:
+    arguments = parse_arguments()
+    model = ModelConfig(
+        hidden_size=arguments.hidden,
+        num_layers=arguments.layers,
+        num_attention_heads=arguments.heads,
+        ffn_hidden_size=arguments.ffn or 4 * arguments.hidden,
+        vocab_size=arguments.vocabulary,
+        seq_length=arguments.sequence,
+        norm=arguments.norm,
+        activation=arguments.activation,
+        position=arguments.position,
+        bias=not arguments.no_bias,
+    )
+    device = choose_device(arguments.device, 0)
+    threads = use_threads(arguments.threads, 1)
+    settings = BenchmarkSettings(
+        model, arguments.batch, max(2, arguments.rounds), compile=arguments.compile, plain_bf16=arguments.plain_bf16
+    )
+    place = device_name(device) + (f", {threads} threads" if device.type == "cpu" else "")
+    say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
+    say(f"{place}, torch {torch.__version__}; batch {arguments.batch} x {arguments.sequence} tokens")
+    results = [compare(settings, precision, device, say) for precision in arguments.precision]
+    if arguments.json:
+        comparisons = [result.as_dict() for result in results]
+        print(json.dumps({"device": place, "torch": torch.__version__, "model": model.model_dump(), "comparisons": comparisons}))
+        return 0
+    for result in results:
+        print(describe(result))
+    return 0
+
+
+def describe(result: Comparison) -> str:
+    """A few lines for a person."""
+    sure = f"95 % of {result.rounds} rounds: {result.ratio_low:.3f} to {result.ratio_high:.3f}"
+    cpu_time = "" if result.cpu_time_ratio is None else f"; in processor time {result.cpu_time_ratio:.3f}"
+    return "\n".join(
+        [
+            f"{result.precision}: ours / plain = {result.ratio:.3f}   ({sure}{cpu_time})",
+            f"  ours   {describe_timing(result.ours)}",
+            f"  plain  {describe_timing(result.plain)}",
+        ]
+    )
+
+
+def describe_timing(timing: Timing) -> str:
+    quartiles = f"{1000 * timing.lower_quartile:.1f} to {1000 * timing.upper_quartile:.1f}"
+    text = (
+        f"{1000 * timing.median:8.1f} ms a step (quartiles {quartiles})   {timing.tokens_per_second:,.0f} tokens/s   "
+        f"{timing.model_flops_per_second / 1e9:,.1f} model GFLOP/s"
+    )
+    return text if timing.mfu is None else f"{text}   mfu {100 * timing.mfu:.1f} %"
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -94,4 +94,5 @@ def adamw_(
         HAS_OUT=parameter_out is not None,
         BLOCK=block,
         num_warps=num_warps,
+        enable_fp_fusion=True,  # its default depends on the version of Triton
     )

@@ -105,6 +105,7 @@ def cross_entropy_forward(logits: Tensor, labels: Tensor, vocab_start: int, vali
             WITH_SUM=with_sum,
             BLOCK=block,
             num_warps=num_warps,
+            enable_fp_fusion=True,  # its default depends on the version of Triton
         )
     return stats
 
@@ -146,4 +147,5 @@ def cross_entropy_backward_(
         PER_TOKEN=grad_scale.numel() > 1,
         BLOCK=block,
         num_warps=num_warps,
+        enable_fp_fusion=True,  # its default depends on the version of Triton
     )

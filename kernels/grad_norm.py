@@ -60,6 +60,7 @@ def sum_of_squares(flat: Tensor, segments: Tensor | None) -> Tensor:
         WHOLE=segments is None,
         BLOCK=block,
         num_warps=num_warps,
+        enable_fp_fusion=True,  # its default depends on the version of Triton
     )
     return partials.sum()
 
@@ -92,4 +93,6 @@ def _log(beta: float) -> float:
 
 
 def begin_step_(control: Tensor, sum_sq: Tensor, max_norm: float, beta1: float, beta2: float) -> None:
-    begin_step_kernel[(1,)](control, sum_sq, MAX_NORM=max_norm, LOG_BETA1=_log(beta1), LOG_BETA2=_log(beta2), num_warps=1)
+    begin_step_kernel[(1,)](
+        control, sum_sq, MAX_NORM=max_norm, LOG_BETA1=_log(beta1), LOG_BETA2=_log(beta2), num_warps=1, enable_fp_fusion=True
+    )

@@ -14,6 +14,7 @@ import torch
 
 _NAMESPACE = "completep"
 _library = torch.library.Library(_NAMESPACE, "DEF")
+LAUNCHERS: dict[str, Callable[..., Any]] = {}  # what each operator runs on CUDA tensors, by the operator's name
 
 
 def lazy(module: str, function: str) -> Callable[..., Any]:
@@ -38,5 +39,6 @@ def register(schema: str, *, cpu: Callable[..., Any], cuda: Callable[..., Any], 
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, cpu, "CPU")
     _library.impl(name, cuda, "CUDA")
+    LAUNCHERS[name] = cuda
     torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_library)
     return getattr(getattr(torch.ops, _NAMESPACE), name).default

@@ -1,0 +1,165 @@
+"""Lines, parabolas and intervals: the statistics of the instruments. Plain numpy; tested on curves whose answers are known.
+
+Learning rates are in octaves (log2), losses in nats.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+
+# Two-sided 95 % quantiles of Student's t by degrees of freedom; beyond the table the normal one.
+_T_95 = (
+    12.706,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+    2.228,
+    2.201,
+    2.179,
+    2.160,
+    2.145,
+    2.131,
+    2.120,
+    2.110,
+    2.101,
+    2.093,
+)
+
+
+def t_95(degrees: int) -> float:
+    """The factor of the 95 % interval of a mean; infinite for one value."""
+    if degrees < 1:
+        return math.inf
+    return _T_95[degrees - 1] if degrees <= len(_T_95) else 1.96 + 2.6 / degrees
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its 95 % interval; without repetitions the interval is the whole line."""
+
+    value: float
+    low: float
+    high: float
+
+    def inside(self, low: float, high: float) -> bool:
+        """Whether the whole interval lies in a band."""
+        return low <= self.low and self.high <= high
+
+    def outside(self, low: float, high: float) -> bool:
+        """Whether the whole interval lies beyond one side of a band."""
+        return self.high < low or self.low > high
+
+    def __str__(self) -> str:
+        if not math.isfinite(self.high - self.low):
+            return f"{self.value:+.3f}"
+        return f"{self.value:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+
+
+def mean_estimate(values: Sequence[float]) -> Estimate:
+    """Mean of independent repetitions with Student's interval."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return Estimate(mean, -math.inf, math.inf)
+    half = t_95(len(values) - 1) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return Estimate(mean, mean - half, mean + half)
+
+
+def slope(x: Sequence[float], y: Sequence[float]) -> float:
+    """Slope of the least-squares line; not a number with fewer than two points or with a value that is none."""
+    a, b = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    if len(a) < 2 or not np.isfinite(b).all():
+        return math.nan
+    a = a - a.mean()
+    return float((a * b).sum() / (a * a).sum())
+
+
+def log_log_slope(x: Sequence[float], y: Sequence[float]) -> float:
+    """Exponent p of y ~ x^p; infinite where a value is not finite (it diverged), nan where one is zero."""
+    if not np.isfinite(np.asarray(y, dtype=np.float64)).all():
+        return math.inf
+    if min(y) <= 0:
+        return math.nan
+    return slope(np.log(x).tolist(), np.log(y).tolist())
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """The best learning rate of one curve."""
+
+    log2_lr: float  # the vertex of the parabola, or the grid's best point where there is none
+    loss: float
+    grid_index: int  # the grid's best point
+    at_edge: bool  # the grid's best point is its first or last: the optimum may lie beyond
+
+
+def parabola_optimum(log2_lr: Array, loss: Array, reach: float = 1.0) -> Optimum:
+    """Least-squares parabola through the points within `reach` octaves of the best one, its vertex held inside them.
+
+    log2_lr [n] ascending, loss [n] with infinities where runs diverged. The fit is to finite points only.
+    """
+    best = int(np.nanargmin(np.where(np.isfinite(loss), loss, np.inf)))
+    edge = best in (0, len(loss) - 1)
+    near = (np.abs(log2_lr - log2_lr[best]) <= reach + 1e-9) & np.isfinite(loss)
+    x, y = log2_lr[near], loss[near]
+    if len(x) < 3:
+        return Optimum(float(log2_lr[best]), float(loss[best]), best, edge)
+    a, b, c = np.polyfit(x - log2_lr[best], y, 2)
+    if a <= 0:
+        return Optimum(float(log2_lr[best]), float(loss[best]), best, edge)
+    vertex = float(np.clip(-b / (2 * a), x.min() - log2_lr[best], x.max() - log2_lr[best]))
+    return Optimum(float(log2_lr[best] + vertex), float(a * vertex**2 + b * vertex + c), best, edge)
+
+
+def resampled(losses: Array, generator: np.random.Generator) -> Array:
+    """One bootstrap replicate of the mean curve, [n] from losses [n, seeds].
+
+    What all runs of a seed share (its data and initial weights) moves no optimum; the rest is drawn from the residuals of the whole
+    curve, pooled so that three seeds suffice, about the observed means. Points where a seed diverged stay infinite.
+    """
+    points, seeds = losses.shape
+    finite = np.isfinite(losses).all(axis=1)
+    mean = np.where(finite, np.where(finite[:, None], losses, 0.0).mean(axis=1), np.inf)
+    if seeds < 2 or finite.sum() < 2:
+        return mean
+    kept = losses[finite]
+    residuals = kept - kept.mean(axis=1, keepdims=True) - kept.mean(axis=0, keepdims=True) + kept.mean()
+    rows = len(kept)
+    degrees = (rows - 1) * (seeds - 1)
+    scale = math.sqrt(rows * seeds / degrees)
+    drawn = generator.choice(residuals.ravel() * scale, size=(points, seeds)).mean(axis=1)
+    return np.where(finite, mean + drawn, np.inf)
+
+
+def bootstrap(statistic: Callable[[list[Array]], float], curves: Sequence[Array], replicates: int = 1000, seed: int = 0) -> Estimate:
+    """A statistic of several mean curves with its percentile interval; curves [n, seeds] each, resampled independently.
+
+    With one seed there is nothing to resample, and the interval is the whole line.
+    """
+    point = statistic([resampled(curve[:, :1], np.random.default_rng(0)) if curve.shape[1] < 2 else _mean(curve) for curve in curves])
+    if any(curve.shape[1] < 2 for curve in curves):
+        return Estimate(point, -math.inf, math.inf)
+    generator = np.random.default_rng(seed)
+    values = np.array([statistic([resampled(curve, generator) for curve in curves]) for _ in range(replicates)])
+    values = values[np.isfinite(values)]
+    if len(values) < replicates / 2:
+        return Estimate(point, -math.inf, math.inf)
+    low, high = np.quantile(values, [0.025, 0.975])
+    return Estimate(point, float(low), float(high))
+
+
+def _mean(curve: Array) -> Array:
+    """Mean over seeds, infinite where one diverged."""
+    finite = np.isfinite(curve).all(axis=1)
+    return np.where(finite, np.where(finite[:, None], curve, 0.0).mean(axis=1), np.inf)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 class UserError(Exception):
     """A mistake in what the user handed in: printed as it is, without a traceback, exit code 2."""
 
+    exit_code = 2
+
 
 class ConfigError(UserError):
     """The configuration cannot be used; the message lists every problem found."""
@@ -26,5 +28,5 @@ def exit_on_user_error(main: Callable[[], int | None]) -> None:
         code = main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        code = 2
+        code = error.exit_code
     sys.exit(code or 0)

@@ -15,20 +15,26 @@ from megatron_completep.errors import exit_on_user_error
 from megatron_completep.optim.distributed_adamw import DistributedAdamW
 from megatron_completep.parallel.context import Launch, ParallelContext
 from megatron_completep.training import build
-from megatron_completep.training.checkpoint import Checkpointer
+from megatron_completep.training.checkpoint import Checkpointer, FailPoint, no_fail_point
+from megatron_completep.training.guards import Guard
 from megatron_completep.training.hooks import StopSignals
 from megatron_completep.training.loop import train
 from megatron_completep.training.metrics import say_on_stdout
 from megatron_completep.training.precision import choose_precision, use_threads
 from megatron_completep.training.state import ExitCode, RunState
+from megatron_completep.training.step import TrainingStep
 
 
-def pretrain(config: Config) -> ExitCode:
-    """Train one model. Read this function first: it visits every room once, in order."""
+def pretrain(config: Config, fail_point: FailPoint = no_fail_point) -> ExitCode:
+    """Train one model. Read this function first: it visits every room once, in order.
+
+    fail_point: called at named places of a save; the tests of faults pass one that breaks something there.
+    """
     launch = Launch.from_environment()
     check_world(config, launch.world_size)
     context = ParallelContext.create(config.parallel, config.training.device)
     say = say_on_stdout if context.is_first else lambda text: None
+    guard = Guard(config, context, launch, say)
     build.prepare_output(config, context)
     threads = use_threads(config.training.cpu_threads, launch.local_world_size)
     precision = choose_precision(config.training.precision, context.device)
@@ -37,18 +43,20 @@ def pretrain(config: Config) -> ExitCode:
     table = table_for(config.model, config.completep, batch_tokens, batch_tokens * config.training.train_steps)
     model = build.build_model(config, table, context, precision)
     optimizer = DistributedAdamW(model, table, config.optimizer, context, config.parallel, precision)
-    step = build.build_step(config, context, model, optimizer, precision)
+    step = TrainingStep(config, context, model, optimizer)
     loader = build.build_training_loader(config, context)
     validation = build.build_validation(config, context)
-    checkpointer = Checkpointer(config, context, optimizer, table, {"data": loader.fingerprint()}, say)
+    checkpointer = Checkpointer(config, context, optimizer, table, {"data": loader.fingerprint()}, say, fail_point)
     state = checkpointer.load_latest() or RunState()
+    guard.note_start(state.step)
     loader.seek(state.consumed_samples)
 
     say(build.describe_run(config, context, precision, threads, model))
     if state.step:
         say(f"resumed after step {state.step}")
-    hooks = build.default_hooks(config, context, step, validation, checkpointer, state, precision, say)
-    code = train(config.training, context, step, loader, state, hooks, StopSignals(say))
+    hooks = guard.hooks(step) + build.default_hooks(config, context, step, validation, checkpointer, state, precision, say)
+    code = train(config.training, context, step, loader, state, hooks, StopSignals(say, config.training.exit_after_minutes))
+    guard.close()
     context.close()
     return code
 

@@ -164,6 +164,7 @@ class TrainingConfig(Section):
     recompute: Literal["none", "selective", "full"] = Field("none", description="Activation recomputation: selective: attention only; full: whole layers.")
     cpu_threads: PositiveInt | None = Field(None, description="Threads a process computes on; null: the node's cores divided by its processes.")
     stop_at_step: PositiveInt | None = Field(None, description="Save and leave after this step, before train_steps; the same run goes on when started again. null: never.")
+    exit_after_minutes: PositiveFloat | None = Field(None, description="Save and leave, with the exit code that asks for a requeue, this long after the start; null: never.")
     compile: bool = Field(False, description="torch.compile the regions between linears.")
     validation_interval: PositiveInt | None = Field(None, description="Steps between validations; null: only at the end.")
     validation_samples: PositiveInt = Field(64, description="Sequences a validation.")
@@ -180,6 +181,19 @@ class CheckpointConfig(Section):
     allow_changed: list[str] = Field(default_factory=list, description="Paths or patterns (model.dropout, table.*, data.*, fingerprints.*) that may differ from the checkpoint's at resume.")
     on_failure: Literal["continue", "stop"] = Field("continue", description="After a failed save: go on training (the older checkpoints are intact), or stop at the next save.")
     timeout_minutes: PositiveFloat = Field(30.0, description="Longest wait of one rank for another's part of a checkpoint, in minutes.")
+
+
+class GuardsConfig(Section):
+    """What a run watches for. docs/reliability.md says what happens then, and with which exit code."""
+
+    max_skipped_steps: PositiveInt = Field(10, description="Steps in a row skipped for a gradient that is not finite, after which the run stops.")
+    spike_threshold: PositiveFloat | None = Field(1.0, description="Nats above the median of the last 50 losses that are reported as a spike; null: none.")
+    replica_check_interval: PositiveInt | None = Field(500, description="Steps between comparisons of what several ranks must hold alike; null: never.")
+    hang_timeout_minutes: PositiveFloat | None = Field(15.0, description="Minutes without a finished step after which the watchdog dumps stacks and leaves; longer than a validation; null: never.")
+    straggler_interval: PositiveInt | None = Field(100, description="Steps between comparisons of the ranks' own times; null: never.")
+    straggler_ratio: Annotated[float, Field(gt=1)] = Field(1.5, description="Times the median rank's time from which a rank is reported.")
+    lock_wait_seconds: NonNegativeFloat = Field(30.0, description="How long a start waits for another run in the same output_dir to end.")
+    max_restarts_without_progress: PositiveInt = Field(3, description="Restarts by torchrun in a row that find the same step, after which the run stops.")
 
 
 class LoggingConfig(Section):
@@ -200,4 +214,5 @@ class Config(Section):
     data: DataConfig
     training: TrainingConfig
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    guards: GuardsConfig = Field(default_factory=GuardsConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)

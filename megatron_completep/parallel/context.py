@@ -32,10 +32,11 @@ class Launch:
     world_size: int
     local_rank: int
     local_world_size: int = 1  # processes on this node
+    restart_count: int = 0  # how often torchrun has started this job anew
 
     @classmethod
     def from_environment(cls) -> Launch:
-        names = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)
+        names = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1), ("TORCHELASTIC_RESTART_COUNT", 0)
         return cls(*(int(os.environ.get(name, default)) for name, default in names))
 
 

@@ -134,19 +134,20 @@ class StopSignals:
     """SIGTERM, SIGINT and SIGUSR1 ask for a stop between two steps; a second one ends the process at once.
 
     torchrun forwards the signal that a terminal has already sent to the whole process group: what follows within GRACE seconds of
-    the first is taken for its echo.
+    the first is taken for its echo. `exit_after_minutes` asks for a stop by itself, that long after the start.
     """
 
     GRACE = 2.0
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
-    def __init__(self, say: Callable[[str], None]):
+    def __init__(self, say: Callable[[str], None], exit_after_minutes: float | None = None):
         self._say, self._asked_at = say, 0.0
+        self._leave_at = time.monotonic() + 60 * exit_after_minutes if exit_after_minutes else float("inf")
         self._before: dict[int, Any] = {}
 
     @property
     def asked(self) -> bool:
-        return self._asked_at > 0
+        return self._asked_at > 0 or time.monotonic() > self._leave_at
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
@@ -159,7 +160,7 @@ class StopSignals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if not self.asked:
+        if self._asked_at == 0:
             self._asked_at = now
             self._say(f"{signal.Signals(number).name}: saving after this step, then leaving; once more leaves at once")
         elif now - self._asked_at > self.GRACE:

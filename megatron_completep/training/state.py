@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Protocol
 
+from megatron_completep.errors import UserError
+
 
 @dataclass(frozen=True)
 class RunState:
@@ -31,7 +33,7 @@ class RunState:
 class Checkpointer(Protocol):
     """Saves and loads a run; built over the model, the optimizer and the configuration. Every call is collective: all ranks make it."""
 
-    def save(self, state: RunState) -> None:
+    def save(self, state: RunState) -> object:
         """Save the run as it stands after `state.step` steps; may go on writing in the background."""
 
     def load_latest(self) -> RunState | None:
@@ -55,8 +57,20 @@ class NoCheckpoints:
 
 
 class ExitCode(IntEnum):
-    """What the process tells its launcher."""
+    """What the process tells its launcher. docs/reliability.md lists them."""
 
     DONE = 0
     USER_ERROR = 2
     REQUEUE = 75  # left early on request, state saved: the same command goes on (EX_TEMPFAIL)
+    NOT_FINITE = 76  # too many steps in a row without a finite gradient
+    HUNG = 77  # the watchdog ended a run in which no step came
+    NO_PROGRESS = 78  # restart after restart found the same step
+    REPLICAS_DIFFER = 79  # ranks that must hold equal weights do not
+
+
+class RunStopped(UserError):
+    """A guard ends the run: printed without a traceback; the exit code says which."""
+
+    def __init__(self, message: str, code: ExitCode):
+        super().__init__(message)
+        self.exit_code = int(code)

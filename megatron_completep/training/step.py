@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
@@ -20,8 +21,7 @@ from megatron_completep.parallel.collectives import all_reduce
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.cross_entropy import IGNORED
 from megatron_completep.parallel.pipeline import Pipeline
-
-Inputs = dict[str, Tensor]  # tokens, labels, and where needed positions, document_ids, dropout_seed
+from megatron_completep.training.forward_backward import ForwardBackward, MicroBatch
 
 
 @dataclass(frozen=True)
@@ -56,39 +56,35 @@ class PendingFigures:
 
 
 class TrainingStep:
-    """Forward and backward over a step's micro-batches, then the update; through a pipeline where the model is split in depth."""
+    """Forward and backward over a step's micro-batches, then the update."""
 
-    def __init__(
-        self, config: Config, context: ParallelContext, chunks: Sequence[GPT], optimizer: DistributedAdamW, pipeline: Pipeline | None = None
-    ):
-        self.config, self.context, self.chunks, self.optimizer, self.pipeline = config, context, chunks, optimizer, pipeline
+    def __init__(self, config: Config, context: ParallelContext, chunks: Sequence[GPT], optimizer: DistributedAdamW):
+        self.config, self.context, self.optimizer = config, context, optimizer
+        self.passes = ForwardBackward(chunks, config.model, config.parallel, context, config.training.micro_batch_size)
         self._micro_batches = micro_batches_per_step(config, context.world_size)
+        self.own_seconds = 0.0  # of the last step, on the host: before this rank waits for others in the update
+
+    @property
+    def pipeline(self) -> Pipeline | None:
+        """What runs the stages, where the model is split in depth."""
+        return self.passes.pipeline
 
     def run(self, batches: Sequence[Batch], step: int, stop: bool = False) -> PendingFigures:
         """Step number `step` (from 1). `stop`: this rank was asked to stop; the figures say whether any rank was.
 
         Communicates over all axes (see `DistributedAdamW.step`) and, to agree on stopping, over the whole mesh.
         """
+        started = time.perf_counter()
         optimizer, device = self.optimizer, self.context.device
         optimizer.begin_step(len(batches))
         optimizer.wait_for_parameters()
-        inputs = [self._inputs(batch, self._seed(step, number)) for number, batch in enumerate(batches)]
-        loss_sum, tokens = self._forward_backward(inputs), torch.full((), self._count(batches), dtype=torch.int64, device=device)
+        loss_sum = self.passes([self._micro_batch(batch, self._seed(step, number)) for number, batch in enumerate(batches)])
+        tokens = torch.full((), self._count(batches), dtype=torch.int64, device=device)
         rate = learning_rate(step, self.config.optimizer, self.config.training.train_steps)
+        self.own_seconds = time.perf_counter() - started
         result = optimizer.step(rate, loss_sum, tokens)
         asked = all_reduce(torch.full((), float(stop), device=device), self.context.world, dist.ReduceOp.MAX)
         return PendingFigures(torch.stack([f.double() for f in (result.loss, result.grad_norm, result.tokens, result.skipped, asked)]))
-
-    def _forward_backward(self, inputs: Sequence[Inputs]) -> Tensor:
-        """Sum of this data rank's token losses, 0 where another pipeline rank has them; gradients go through the queues."""
-        if self.pipeline is not None:
-            return self.pipeline.forward_backward(len(inputs), **join(inputs))
-        total = torch.zeros((), dtype=torch.float64, device=self.context.device)
-        for micro_batch in inputs:
-            loss = self._model(micro_batch)
-            loss.backward()
-            total += loss.detach()
-        return total
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> float:
@@ -97,28 +93,22 @@ class TrainingStep:
         sums = torch.zeros(2, dtype=torch.float64, device=self.context.device)
         remaining = iter(batches)
         while group := list(islice(remaining, self._micro_batches)):
-            sums[0] += self._evaluate([self._inputs(batch, None) for batch in group]).double()
             sums[1] += self._count(group)
+            micro_batches = [self._micro_batch(batch, None) for batch in group]
+            if self.pipeline is not None:  # schedules want the number of micro-batches that they were made for
+                nothing = replace(micro_batches[-1], labels=torch.full_like(micro_batches[-1].labels, IGNORED))
+                micro_batches += [nothing] * (self._micro_batches - len(micro_batches))
+            sums[0] += self.passes.evaluate(micro_batches).double()
         loss_sum, tokens = all_reduce(sums * (self.context.tensor.rank == 0), self.context.world).tolist()
         return loss_sum / tokens
 
-    def _evaluate(self, inputs: list[Inputs]) -> Tensor:
-        if self.pipeline is None:
-            return torch.stack([self._model(micro_batch) for micro_batch in inputs]).sum()
-        nothing = {**inputs[-1], "labels": torch.full_like(inputs[-1]["labels"], IGNORED)}
-        inputs += [nothing] * (self._micro_batches - len(inputs))  # schedules want the number of micro-batches they were made for
-        return self.pipeline.evaluate(self._micro_batches, **join(inputs))
-
-    def _model(self, inputs: Inputs) -> Tensor:
-        return self.chunks[0](inputs["tokens"], **{name: value for name, value in inputs.items() if name != "tokens"})
-
-    def _inputs(self, batch: Batch, dropout_seed: Tensor | None) -> Inputs:
+    def _micro_batch(self, batch: Batch, dropout_seed: Tensor | None) -> MicroBatch:
         """What the model takes of a batch, on the device."""
-        inputs = {"tokens": batch.tokens, "labels": counted_labels(batch)}
+        parts = [batch.tokens, counted_labels(batch)]
         if self.config.data.reset_at_document_ends:
-            inputs |= {"positions": batch.positions, "document_ids": batch.document_ids}
-        inputs = {name: value.to(self.context.device, non_blocking=True) for name, value in inputs.items()}
-        return inputs if dropout_seed is None else {**inputs, "dropout_seed": dropout_seed}
+            parts += [batch.positions, batch.document_ids]
+        placed = [part.to(self.context.device, non_blocking=True) for part in parts]
+        return MicroBatch(*placed, dropout_seed=dropout_seed)
 
     def _count(self, batches: Sequence[Batch]) -> int:
         """Tokens that count in this rank's loss."""
@@ -134,11 +124,6 @@ class TrainingStep:
         for number in (step, micro_batch, self.context.data.rank):
             mixed = mix(mixed ^ number)
         return torch.full((1,), mixed >> 1, dtype=torch.int64, device=self.context.device)
-
-
-def join(inputs: Sequence[Inputs]) -> Inputs:
-    """The micro-batches one after the other along the first dimension, as a pipeline takes them."""
-    return {name: torch.cat([micro_batch[name] for micro_batch in inputs]) for name in inputs[0]}
 
 
 def counted_labels(batch: Batch) -> Tensor:

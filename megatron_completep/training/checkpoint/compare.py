@@ -14,7 +14,7 @@ from typing import Any
 # Model settings that change how, not what, is computed.
 FREE = ("model.attention_backend", "model.vocab_multiple", "model.fp32_residual", "fingerprints.*.prefix")
 # Sections whose values must agree; of data only what decides which tokens come when.
-GUARDED = ("model.*", "table.*", "fingerprints.*", "parameters.*")
+GUARDED: tuple[str, ...] = ("model.*", "table.*", "fingerprints.*", "parameters.*")
 GUARDED += ("data.seed", "data.order", "data.reset_at_document_ends", "data.split", "data.train.*.weight", "data.train.*.epochs")
 
 

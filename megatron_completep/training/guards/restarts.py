@@ -1,0 +1,38 @@
+"""Restarts by the launcher go on while they get anywhere."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from megatron_completep.training.state import ExitCode, RunStopped
+
+STARTS = ".starts.json"
+
+
+def note_start(folder: Path, restart_count: int, step: int, limit: int) -> None:
+    """Remember that a start number `restart_count` of one launch resumed at `step`. On rank 0.
+
+    Raises RunStopped (NO_PROGRESS) when the last `limit` restarts all found the same step: whatever ended them will do so again.
+    """
+    path = folder / STARTS
+    steps = _read(path) if restart_count > 0 else []
+    steps = [*steps, step][-(limit + 1) :]
+    temporary = path.with_name(f"{STARTS}.tmp")
+    temporary.write_text(json.dumps(steps))
+    os.replace(temporary, path)
+    if len(steps) == limit + 1 and len(set(steps)) == 1:
+        raise RunStopped(
+            f"{limit} restarts in a row got no further than step {step}. Look at the first error above, "
+            "or save more often (checkpoint.interval) if steps were made but not kept.",
+            ExitCode.NO_PROGRESS,
+        )
+
+
+def _read(path: Path) -> list[int]:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return []
+    return [step for step in value if isinstance(step, int)] if isinstance(value, list) else []

@@ -1,0 +1,191 @@
+"""Runs of a tiny model that something happens to.
+
+A rank is a process forked from a server that has imported everything, so that a run of two costs a second; it executes the
+real `pretrain`. What is to happen is told as a `Fault`, which only this file knows how to cause.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_completep.config import load_config
+from megatron_completep.data.writer import IndexedWriter
+from megatron_completep.errors import exit_on_user_error
+from megatron_completep.training.checkpoint import StoredCheckpoint
+from megatron_completep.training.checkpoint.manifest import committed_steps
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["torch", "torch.distributed", "megatron_completep.pretrain", "megatron_completep.data.writer"])
+
+CONFIG = """
+model: {hidden_size: 32, num_layers: 2, num_attention_heads: 4, ffn_hidden_size: 64, vocab_size: 64, vocab_multiple: 16, seq_length: 16}
+completep: {base_hidden_size: 16, base_num_layers: 1}
+optimizer: {base_lr: 1.0e-2, warmup_steps: 2}
+data: {train: [{prefix: PREFIX}]}
+training: {micro_batch_size: 2, global_batch_size: 4, train_steps: 12, precision: float32, device: cpu, cpu_threads: 1, output_dir: OUTPUT}
+checkpoint: {interval: 3, async_save: false, keep: 2, timeout_minutes: 0.5}
+parallel: {timeout_minutes: 0.5}
+guards: {lock_wait_seconds: 20, hang_timeout_minutes: 0.5}
+logging: {interval: 1, tensorboard: false}
+"""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`kind` happens on `rank`, at the fail point `point` (the `nth` time it is passed) or at the steps `steps`."""
+
+    kind: str = "none"
+    rank: int = 0
+    point: str = ""
+    nth: int = 1
+    steps: tuple[int, ...] = ()
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the ranks of one run ended."""
+
+    exit_codes: list[int]
+    output: str  # of all ranks
+    seconds: float
+    timed_out: bool
+
+
+@dataclass
+class Ranks:
+    """A run under way."""
+
+    processes: list[Any]
+    logs: list[Path]
+    started: float = field(default_factory=time.monotonic)
+
+    def wait(self, seconds: float = 60.0) -> Outcome:
+        """Wait for all; whoever is left then is killed and the outcome says so. A peer of a dead rank gets 10 s, as from a launcher."""
+        deadline = self.started + seconds
+        while any(p.is_alive() for p in self.processes) and time.monotonic() < deadline:
+            if any(p.exitcode not in (None, 0) for p in self.processes):
+                deadline = min(deadline, time.monotonic() + 10.0)
+            time.sleep(0.02)
+        timed_out = time.monotonic() >= self.started + seconds
+        took = time.monotonic() - self.started
+        for process in self.processes:
+            process.kill()
+            process.join()
+        output = "".join(log.read_text(errors="replace") for log in self.logs)
+        return Outcome([p.exitcode for p in self.processes], output, took, timed_out)
+
+
+def write_corpus(folder: Path) -> Path:
+    """Token files of 40 documents, and the configuration that reads them."""
+    generator = np.random.default_rng(7)
+    writer = IndexedWriter(folder / "corpus", np.uint16)
+    for _ in range(40):
+        writer.add_document([generator.integers(0, 60, int(generator.integers(20, 60)))])
+    writer.close()
+    path = folder / "run.yaml"
+    path.write_text(CONFIG.replace("PREFIX", str(folder / "corpus")).replace("OUTPUT", str(folder / "run")))
+    return path
+
+
+def start(config: Path, fault: Fault | None = None, world: int = 2, overrides: Sequence[str] = ()) -> Ranks:
+    """Start the ranks of a run."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    logs = [config.parent / f"{config.stem}.{time.monotonic_ns()}.rank_{rank}.log" for rank in range(world)]
+    processes = []
+    for rank in range(world):
+        arguments = (rank, world, port, str(logs[rank]), str(config), tuple(overrides), fault or Fault(), list(sys.path))
+        process = SERVER.Process(target=_rank, args=arguments)
+        process.start()
+        processes.append(process)
+    return Ranks(processes, logs)
+
+
+def run(config: Path, fault: Fault | None = None, world: int = 2, overrides: Sequence[str] = (), seconds: float = 60.0) -> Outcome:
+    """A run from its start to its end."""
+    return start(config, fault, world, overrides).wait(seconds)
+
+
+def _rank(rank: int, world: int, port: int, log: str, config: str, overrides: tuple[str, ...], fault: Fault, path: list[str]) -> None:
+    sys.path[:] = path
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    from injections import inject  # after the environment is set, in the forked process only
+
+    from megatron_completep.pretrain import pretrain
+
+    def main() -> int:
+        return int(pretrain(load_config(config, list(overrides)), inject(fault) if fault.rank == rank else no_fail_point))
+
+    exit_on_user_error(main)
+
+
+def no_fail_point(name: str) -> None:
+    pass
+
+
+# --- the oracle -----------------------------------------------------------------------------------------------------------------
+
+
+def losses(config: Path) -> dict[int, float]:
+    """Loss by step, as metrics.jsonl has it at full precision."""
+    rows = [json.loads(line) for line in (config.parent / "run" / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows}
+
+
+def final_state(config: Path) -> tuple[int, dict[str, bytes]]:
+    """Step of the newest checkpoint, and the bytes of every tensor in it."""
+    folders = committed_steps(config.parent / "run" / "checkpoints")
+    stored = StoredCheckpoint.open(folders[max(folders)])
+    values = {
+        f"{state}/{name}": stored.tensor(name, state).numpy().tobytes()
+        for name in stored.manifest.parameters
+        for state in ("master", "exp_avg", "exp_avg_sq")
+    }
+    return max(folders), values
+
+
+def steps_on_disk(config: Path) -> list[str]:
+    """Names in checkpoints/."""
+    return sorted(os.listdir(config.parent / "run" / "checkpoints"))
+
+
+def at_point(fault: Fault, action: Callable[[], None]) -> Callable[[str], None]:
+    """A fail point that acts the nth time its name is passed."""
+    passed = 0
+
+    def fail_point(name: str) -> None:
+        nonlocal passed
+        if name == fault.point:
+            passed += 1
+            if passed == fault.nth:
+                action()
+
+    return fail_point
+
+
+def kill_self() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def disk_full() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

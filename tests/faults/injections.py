@@ -1,0 +1,100 @@
+"""How each kind of fault is caused inside a rank. Imported in forked test processes only."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from harness import Fault, at_point, disk_full, kill_self
+
+from megatron_completep.parallel.gradients import GradientQueue
+from megatron_completep.training.guards import hooks
+from megatron_completep.training.step import TrainingStep
+
+
+def inject(fault: Fault) -> Callable[[str], None]:
+    """Arrange for the fault; returns the fail point that `pretrain` is given."""
+    match fault.kind:
+        case "kill":
+            if fault.steps:
+                _at_steps(fault, kill_self)
+            return at_point(fault, kill_self)
+        case "disk_full":
+            return at_point(fault, disk_full)
+        case "hang":
+            _at_steps(fault, lambda: time.sleep(3600))
+        case "stop":
+            _at_steps(fault, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+        case "slow":
+            _at_steps(fault, lambda: time.sleep(fault.seconds))
+        case "nan":
+            _poison_gradient(fault)
+        case "flip":
+            _flip_bit(fault)
+        case "spike":
+            _scale_weights(fault)
+    return lambda name: None
+
+
+def _at_steps(fault: Fault, action: Callable[[], None]) -> None:
+    """Before the forward pass of the steps."""
+    original = TrainingStep.run
+
+    def run(self: TrainingStep, batches: Any, step: int, *rest: Any) -> Any:
+        if step in fault.steps:
+            action()
+        return original(self, batches, step, *rest)
+
+    TrainingStep.run = run  # type: ignore[method-assign]
+
+
+def _poison_gradient(fault: Fault) -> None:
+    """One element of one parameter's gradient becomes NaN, on this rank only, as its first contribution arrives."""
+    poisoned = "layers.1.mlp.down.weight"
+    original_run, original_push = TrainingStep.run, GradientQueue.push
+    active: list[Any] = []
+
+    def run(self: TrainingStep, batches: Any, step: int, *rest: Any) -> Any:
+        active[:] = [self.optimizer.parameters[poisoned]] if step in fault.steps else []
+        return original_run(self, batches, step, *rest)
+
+    def push(self: GradientQueue, parameter: Any, accumulate: Any) -> None:
+        def poison(main_grad: Any, first: bool) -> None:
+            accumulate(main_grad, first)
+            main_grad.view(-1)[3] = float("nan")
+
+        original_push(self, parameter, poison if any(parameter is p for p in active) else accumulate)
+
+    TrainingStep.run, GradientQueue.push = run, push  # type: ignore[method-assign]
+
+
+def _flip_bit(fault: Fault) -> None:
+    """One bit of this rank's copy of the weights, before they are compared."""
+    original = hooks.replica_hashes
+
+    def flipped(optimizer: Any, context: Any) -> Any:
+        optimizer.wait_for_parameters()
+        words = optimizer.flat.view(torch.int32)
+        words[11] ^= 1 << 20
+        return original(optimizer, context)
+
+    hooks.replica_hashes = flipped
+
+
+def _scale_weights(fault: Fault) -> None:
+    def scale(step: TrainingStep) -> None:
+        step.optimizer.master.mul_(30.0)
+        step.optimizer.adopt_masters()
+
+    original = TrainingStep.run
+
+    def run(self: TrainingStep, batches: Any, step: int, *rest: Any) -> Any:
+        if step in fault.steps:
+            scale(self)
+        return original(self, batches, step, *rest)
+
+    TrainingStep.run = run  # type: ignore[method-assign]

@@ -1,0 +1,56 @@
+"""Compile every kernel of a run before it starts, so that a thousand ranks do not compile at once. Needs no GPU.
+
+Example:
+
+    python tools/compile_kernels.py configs/completep_1b.yaml --arch sm_90
+    python tools/compile_kernels.py configs/completep_1b.yaml training.micro_batch_size=4 --arch gfx942 --cache-dir /shared/triton
+
+The kernels land in Triton's cache (--cache-dir, else where Triton keeps it): let the run have the same folder as TRITON_CACHE_DIR.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import triton
+
+from megatron_completep.analysis.precompile import compile_run
+from megatron_completep.config import load_config
+from megatron_completep.errors import ConfigError, exit_on_user_error
+
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="the YAML file of the run")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    parser.add_argument("--arch", required=True, choices=ARCHITECTURES, help="the GPUs of the run")
+    parser.add_argument("--cache-dir", type=Path, help="folder for the compiled kernels (default: Triton's own)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    return parser.parse_intermixed_args()
+
+
+def main() -> int | None:
+    arguments = parse_arguments()
+    if triton.knobs.runtime.interpret:
+        raise ConfigError("TRITON_INTERPRET is set: the interpreter compiles nothing. Unset it.")
+    if arguments.cache_dir is not None:
+        arguments.cache_dir.mkdir(parents=True, exist_ok=True)
+        triton.knobs.cache.dir = str(arguments.cache_dir)
+    config = load_config(arguments.config, arguments.overrides)
+    log = sys.stderr if arguments.json else sys.stdout
+    start = time.perf_counter()
+    count = compile_run(config, arguments.arch, lambda line: print(line, file=log, flush=True))
+    seconds = time.perf_counter() - start
+    if arguments.json:
+        print(json.dumps({"architecture": arguments.arch, "kernels": count, "seconds": seconds, "cache": triton.knobs.cache.dir}))
+    else:
+        print(f"{count} kernels for {arguments.arch} in {seconds:.1f} s, in {triton.knobs.cache.dir}")
+    return 0
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -113,8 +113,8 @@ class DistributedAdamW:
         self.segments: tuple[Segment, ...] = self.layout.segments(self.context.shard.rank)
         rows = [(s.shard_start, s.size, index[s.name]) for s in self.segments]
         counted = [row for s, row in zip(self.segments, rows, strict=True) if self._counts(s.name)]
-        self.segment_table = torch.tensor(rows, dtype=torch.int64).view(-1, 3).to(device)
-        self.counted_table = torch.tensor(counted, dtype=torch.int64).view(-1, 3).to(device)
+        self.segment_table = kernels.device_segments(torch.tensor(rows, dtype=torch.int64).view(-1, 3), device)
+        self.counted_table = kernels.device_segments(torch.tensor(counted, dtype=torch.int64).view(-1, 3), device)
         values = [(g.lr_factor, g.weight_decay, g.eps) for g in self.groups.values()]
         self.group_table = torch.tensor(values, dtype=torch.float64).view(-1, 3).to(device)
         self.control = torch.zeros(8, dtype=torch.float64, device=device)

@@ -15,6 +15,7 @@ import json
 import mmap
 import os
 import struct
+import weakref
 from bisect import bisect_right
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,6 +101,8 @@ class IndexedDataset:
         self.tokens: Array = np.frombuffer(_map_file(self.bin_path), dtype=np.uint8)
         self._check_ends()
         self.tokens = self.tokens.view(self.dtype)
+        self._descriptor = _open_for_random_reads(self.bin_path)
+        weakref.finalize(self, os.close, self._descriptor)
         self.num_tokens = len(self.tokens)
         if len(self._index) <= FULL_CHECK_BYTES:
             self._raise_first(self._structure_problems(0, max(self.num_sequences, header.document_entries)))
@@ -208,6 +211,18 @@ class IndexedDataset:
         self._index.madvise(mmap.MADV_DONTNEED)
         return found
 
+    def read(self, begin: int, end: int) -> Array:
+        """Tokens begin..end-1 of the file in one read of exactly these bytes.
+
+        For samples at random places: a page fault on `tokens` would read the device's whole read-ahead window around each. Raises DataError
+        where the file has become shorter (a mapped page beyond the end would kill the process).
+        """
+        size = (end - begin) * self.dtype.itemsize
+        raw = os.pread(self._descriptor, size, begin * self.dtype.itemsize)
+        if len(raw) != size:
+            raise DataError(f"{self.bin_path}: tokens {begin} to {end - 1} cannot be read: the file was shortened while in use.")
+        return np.frombuffer(raw, self.dtype)
+
     def sequence(self, number: int) -> Array:
         """Tokens of one sequence, a view."""
         begin = int(self.pointers[number]) // self.dtype.itemsize
@@ -263,6 +278,13 @@ def _map_file(path: str) -> Any:
     if path.endswith(".idx"):
         mapped.madvise(mmap.MADV_RANDOM)  # binary searches: read-ahead would make gigabytes of a huge index resident
     return mapped
+
+
+def _open_for_random_reads(path: str) -> int:
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+    return descriptor
 
 
 def hash_file(path: str | Path) -> str:

@@ -82,7 +82,7 @@ class MegatronSource:
             stop = begin + (end + 1 if place == last else int(self.dataset.lengths[sequence]))
             spans.append(Span(begin + (offset if place == first else 0), stop))
         spans = [span for span in spans if span.end > span.begin]
-        tokens = np.concatenate([self.dataset.tokens[span.begin : span.end] for span in spans])
+        tokens = np.concatenate([self.dataset.read(span.begin, span.end) for span in spans])
         starts = np.cumsum([span.end - span.begin for span in spans[:-1]], dtype=np.int64)
         return Sample(tokens, tuple(spans), starts)
 

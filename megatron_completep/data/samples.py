@@ -86,4 +86,4 @@ class PermutedSource:
         begin = self.begin + self.locate(index)[1] * self.seq_length
         end = begin + self.seq_length + 1
         starts = self.dataset.document_starts(begin, end) - begin
-        return Sample(self.dataset.tokens[begin:end], (Span(begin, end),), starts)
+        return Sample(self.dataset.read(begin, end), (Span(begin, end),), starts)

@@ -220,6 +220,14 @@ def test_a_truncated_file_is_refused(tmp_path, suffix, size):
         IndexedDataset(tmp_path / "a")
 
 
+def test_a_file_that_shrinks_while_in_use_is_an_error_not_a_crash(tmp_path):
+    dataset = write(tmp_path / "a", [[list(range(10_000))]])
+    assert dataset.read(9_000, 9_003).tolist() == [9_000, 9_001, 9_002]
+    os.truncate(tmp_path / "a.bin", 100)
+    with pytest.raises(DataError, match=r"a\.bin: tokens 9000 to 9002 cannot be read: the file was shortened while in use"):
+        dataset.read(9_000, 9_003)
+
+
 def test_a_missing_file_is_refused_with_a_remedy(tmp_path):
     with pytest.raises(DataError, match=r"nowhere\.idx: No such file or directory.*without the suffix"):
         IndexedDataset(tmp_path / "nowhere")

@@ -21,6 +21,7 @@ from megatron_completep.optim.distributed_adamw import DistributedAdamW
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.training import build
 from megatron_completep.training.precision import DTYPES
+from megatron_completep.training.step import TrainingStep
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def our_step(settings: BenchmarkSettings, precision: str, device: torch.device, 
     config, context = run_config(settings, precision), ParallelContext.single(device)
     chunks = build.build_model(config, table, context, DTYPES[precision])
     optimizer = DistributedAdamW(chunks, table, config.optimizer, context, config.parallel, DTYPES[precision])
-    step = build.build_step(config, context, chunks, optimizer, DTYPES[precision])
+    step = TrainingStep(config, context, chunks, optimizer)
     return lambda: (step.run([batch], 1), None)[1]
 
 

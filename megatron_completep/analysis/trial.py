@@ -16,7 +16,7 @@ from megatron_completep.data.loader import Batch
 from megatron_completep.errors import ConfigError
 from megatron_completep.optim.distributed_adamw import DistributedAdamW
 from megatron_completep.parallel.context import ParallelContext
-from megatron_completep.training.build import build_model, build_step, build_training_loader
+from megatron_completep.training.build import build_model, build_training_loader
 from megatron_completep.training.measure import StreamTaps
 from megatron_completep.training.precision import choose_precision
 from megatron_completep.training.step import TrainingStep
@@ -134,7 +134,7 @@ class Trial:
         else:
             chunks = [design.make_model(config, table, context)]
         optimizer = DistributedAdamW(chunks, table, config.optimizer, context, config.parallel, precision)
-        step = build_step(config, context, list(chunks), optimizer, precision)
+        step = TrainingStep(config, context, list(chunks), optimizer)
         return cls(config, context, table, chunks, optimizer, step, StreamTaps(chunks))
 
 

@@ -17,11 +17,9 @@ from megatron_completep.errors import ConfigError
 from megatron_completep.model.flops import training_flops_per_token
 from megatron_completep.model.gpt import GPT
 from megatron_completep.model.initialize import initialize
-from megatron_completep.model.stages import build_chunks, split_stages, stage_indices
-from megatron_completep.optim.distributed_adamw import DistributedAdamW
+from megatron_completep.model.stages import build_chunks
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.cross_entropy import LossConfig
-from megatron_completep.parallel.pipeline import Pipeline
 from megatron_completep.training.hooks import Checkpoints, Hook, Metrics, Validation
 from megatron_completep.training.metrics import open_sinks
 from megatron_completep.training.state import Checkpointer, RunState
@@ -54,28 +52,6 @@ def build_model(config: Config, table: Table, context: ParallelContext, precisio
         if precision == torch.float64:
             chunk.double()
     return chunks
-
-
-def build_step(
-    config: Config, context: ParallelContext, chunks: list[GPT], optimizer: DistributedAdamW, precision: torch.dtype
-) -> TrainingStep:
-    """The training step, through a pipeline where the model is split in depth."""
-    model, training, size = config.model, config.training, config.parallel.pipeline_parallel_size
-    pipeline = None
-    if size > 1:
-        local_length = model.seq_length // (context.tensor.size if context.sequence_parallel else 1)
-        boundary_type = torch.float32 if model.fp32_residual and precision == torch.bfloat16 else precision
-        pipeline = Pipeline(
-            chunks,
-            stage_indices(config.parallel, context),
-            len(split_stages(model, config.parallel)),
-            config.parallel.schedule,
-            context,
-            tokens=torch.empty(training.micro_batch_size, model.seq_length, dtype=torch.int64, device="meta"),
-            boundary=torch.empty(local_length, training.micro_batch_size, model.hidden_size, dtype=boundary_type, device="meta"),
-            loss_dtype=torch.float64 if precision == torch.float64 else torch.float32,
-        )
-    return TrainingStep(config, context, chunks, optimizer, pipeline)
 
 
 def build_training_loader(config: Config, context: ParallelContext) -> Loader:

@@ -49,7 +49,10 @@ def train(
     hooks: Sequence[Hook],
     signals: StopSignals,
 ) -> ExitCode:
-    """Run from `state` to the last step; REQUEUE when stopped before it. All ranks leave after the same step, with the run saved."""
+    """Run from `state` to the last step, or to `training.stop_at_step`; REQUEUE when asked to stop before it.
+
+    All ranks leave after the same step, with the run saved.
+    """
     last = min(training.train_steps, training.stop_at_step or training.train_steps)
     readback = Readback(depth=1 if context.device.type == "cuda" else 0)
     stop = False
@@ -76,4 +79,4 @@ def train(
         for hook in hooks:
             hook.close()
         loader.close()
-    return ExitCode.DONE if state.step >= training.train_steps else ExitCode.REQUEUE
+    return ExitCode.DONE if state.step >= last else ExitCode.REQUEUE

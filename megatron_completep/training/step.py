@@ -104,11 +104,13 @@ class TrainingStep:
 
     def _micro_batch(self, batch: Batch, dropout_seed: Tensor | None) -> MicroBatch:
         """What the model takes of a batch, on the device."""
-        parts = [batch.tokens, counted_labels(batch)]
+        micro_batch = MicroBatch(self._place(batch.tokens), self._place(counted_labels(batch)), dropout_seed=dropout_seed)
         if self.config.data.reset_at_document_ends:
-            parts += [batch.positions, batch.document_ids]
-        placed = [part.to(self.context.device, non_blocking=True) for part in parts]
-        return MicroBatch(*placed, dropout_seed=dropout_seed)
+            micro_batch = replace(micro_batch, positions=self._place(batch.positions), document_ids=self._place(batch.document_ids))
+        return micro_batch
+
+    def _place(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.context.device, non_blocking=True)
 
     def _count(self, batches: Sequence[Batch]) -> int:
         """Tokens that count in this rank's loss."""

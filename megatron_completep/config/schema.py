@@ -161,7 +161,7 @@ class TrainingConfig(Section):
     output_dir: str = Field(description="Folder of the run: config.yaml, metrics.jsonl, tensorboard/, checkpoints/.")
     z_loss: NonNegativeFloat = Field(0.0, description="Coefficient of logsumexp(logits)^2 added to the loss.")
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Probability mass spread over all tokens.")
-    recompute: Literal["none", "selective", "full"] = Field("none", description="Activation recomputation: selective: attention only; full: whole layers.")
+    recompute: Literal["none", "selective", "full"] = Field("none", description="Activation recomputation: selective: attention proper and the MLP's activation; full: whole layers.")
     cpu_threads: PositiveInt | None = Field(None, description="Threads a process computes on; null: the node's cores divided by its processes.")
     stop_at_step: PositiveInt | None = Field(None, description="Save and leave after this step, before train_steps; the same run goes on when started again. null: never.")
     exit_after_minutes: PositiveFloat | None = Field(None, description="Save and leave, with the exit code that asks for a requeue, this long after the start; null: never.")

@@ -25,7 +25,7 @@ class Block(nn.Module):
         self.attention_norm = pre_norm(model, Role.PRE_NORM, context, queue)
         self.attention = Attention(model, table, context, queue, recompute == "selective")
         self.mlp_norm = pre_norm(model, Role.PRE_NORM, context, queue)
-        self.mlp = MLP(model, table, context, queue)
+        self.mlp = MLP(model, table, context, queue, recompute == "selective")
 
     def forward(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,15 +19,38 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "squared_r
 
 
 class MLP(nn.Module):
-    """x [s, B, H] -> branch [s, B, H] without its bias, which joins in the residual sum."""
+    """x [s, B, H] -> branch [s, B, H] without its bias, which joins in the residual sum.
 
-    def __init__(self, model: ModelConfig, table: Table, context: ParallelContext, queue: GradientQueue):
+    `recompute`: the down projection keeps no input for backward; the activation makes it again.
+    """
+
+    def __init__(self, model: ModelConfig, table: Table, context: ParallelContext, queue: GradientQueue, recompute: bool = False):
         super().__init__()
         ffn, hidden = model.ffn_hidden_size, model.hidden_size
         parts = (ffn, ffn) if model.activation == "swiglu" else (ffn,)
-        self.activation = ACTIVATIONS[model.activation]
+        self.activation, self.recompute = ACTIVATIONS[model.activation], recompute
         self.up = ColumnParallelLinear(hidden, parts, table.base_hidden_size or hidden, model.bias, context, queue)
         self.down = RowParallelLinear(ffn, hidden, table.base_ffn_hidden_size or ffn, model.bias, context, queue)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.activation(self.up(x)))
+        up = self.up(x)
+        if self.recompute and torch.is_grad_enabled():
+            return self._down_without_keeping(up)
+        return self.down(self.activation(up))
+
+    def _down_without_keeping(self, up: Tensor) -> Tensor:
+        """What `down` would save of its input is made again from `up`, which the activation keeps anyway."""
+        activated = self.activation(up)
+        shape, kept = activated.shape, up.detach()
+
+        def pack(saved: Tensor) -> Tensor | None:
+            return None if saved.shape == shape else saved  # the other is the weight, a matrix
+
+        def unpack(packed: Tensor | None) -> Tensor:
+            if packed is not None:
+                return packed
+            with torch.no_grad():
+                return self.activation(kept)
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            return self.down(activated)

@@ -4,8 +4,8 @@ Example:
 
     python tools/generate.py runs/quickstart --prompt "def main(" --max-new-tokens 200 --temperature 0.7
 
-CHECKPOINT is a run's folder (its newest checkpoint) or one of its checkpoints/step_NNNNNNNN. Text appears as it is made; the same seed gives
-the same text.
+CHECKPOINT is a run's folder (its newest checkpoint) or one of its checkpoints/step_NNNNNNNN. Text appears as it is made; the same
+seed gives the same text.
 """
 
 import argparse

@@ -199,7 +199,8 @@ def show(value: Any) -> str:
 
 
 def _html_cell(value: Any) -> str:
-    return f"<td{' class="n"' if is_number(value) else ''}>{html.escape(show(value))}</td>"
+    opening = '<td class="n">' if is_number(value) else "<td>"
+    return f"{opening}{html.escape(show(value))}</td>"
 
 
 _STYLE = """
@@ -208,8 +209,10 @@ body { font: 15px/1.55 system-ui, sans-serif; max-width: 62rem; margin: 2rem aut
 h1 { font-size: 1.7rem; } h2 { font-size: 1.25rem; margin-top: 2.2rem; }
 nav a { margin-right: 1rem; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 0.93rem; } caption { caption-side: bottom; text-align: left; padding-top: 0.4rem; opacity: 0.75; }
-th, td { padding: 0.25rem 0.8rem; border-bottom: 1px solid #8884; text-align: left; } td.n { text-align: right; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; font-size: 0.93rem; }
+caption { caption-side: bottom; text-align: left; padding-top: 0.4rem; opacity: 0.75; }
+th, td { padding: 0.25rem 0.8rem; border-bottom: 1px solid #8884; text-align: left; }
+td.n { text-align: right; font-variant-numeric: tabular-nums; }
 pre { background: #8882; padding: 0.8rem; overflow-x: auto; white-space: pre-wrap; }
 figure { margin: 1rem 0; } img { max-width: 100%; background: #fff; } figcaption { opacity: 0.75; }
 """

@@ -116,13 +116,17 @@ def generate_text(
 ) -> Iterator[str]:
     """Pieces of text after the prompt as soon as they are whole characters; an empty prompt begins a document."""
     beginning = [tokenizer.eod_id] if tokenizer.eod_id is not None else []
-    ids = tokenizer.encode(prompt) or beginning
-    offset = tokenizer.decode(ids)
-    shown, new = len(offset), []
-    for token in generate(model, ids, sampling, tokenizer.eod_id, generator):
-        new.append(token)
-        text = tokenizer.decode([*ids, *new])
-        if not text.endswith(REPLACEMENT):
-            yield text[shown:]
-            shown = len(text)
-    yield tokenizer.decode([*ids, *new])[shown:]
+    ids = list(tokenizer.encode(prompt) or beginning)
+    shown, start = len(ids), max(0, len(ids) - 1)  # some tokenizers decode a token differently at the beginning of a text
+    for token in generate(model, tuple(ids), sampling, tokenizer.eod_id, generator):
+        ids.append(token)
+        piece = _new_text(tokenizer, ids, start, shown)
+        if not piece.endswith(REPLACEMENT):
+            yield piece
+            start, shown = shown, len(ids)
+    yield _new_text(tokenizer, ids, start, shown)
+
+
+def _new_text(tokenizer: Tokenizer, ids: Sequence[int], start: int, shown: int) -> str:
+    """The text of ids[shown:], decoded behind ids[start:shown]."""
+    return tokenizer.decode(ids[start:])[len(tokenizer.decode(ids[start:shown])) :]

@@ -1,0 +1,44 @@
+"""Test and time the kernels and the training step on the GPU at hand: what `make gpu-report` runs. Less than nine minutes, no network.
+
+Example:
+
+    python tools/gpu_report.py                    # writes docs/benchmarks/<device>/report.json, report.md and kernels.png
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import triton
+
+from megatron_completep.analysis.gpu_report import describe_device, make_report, passed
+from megatron_completep.errors import ConfigError, exit_on_user_error
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout: the folder and whether all parts passed")
+    return parser.parse_args()
+
+
+def main() -> int | None:
+    arguments = parse_arguments()
+    if not torch.cuda.is_available():
+        raise ConfigError("no GPU is visible to torch: this report is for a machine with one.")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    log = sys.stderr if arguments.json else sys.stdout
+    folder = make_report(ROOT, environment, describe_device(torch, triton.__version__), lambda line: print(line, file=log, flush=True))
+    if arguments.json:
+        print(json.dumps({"folder": str(folder), "passed": passed(folder)}))
+    else:
+        print(f"written to {folder}")
+    return 0 if passed(folder) else 1
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

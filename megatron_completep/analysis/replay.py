@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_completep.completep import table_for
-from megatron_completep.config.schema import CompletePConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_completep.completep import Table, table_for
+from megatron_completep.config.schema import CompletePConfig, ModelConfig, OptimizerConfig, ParallelConfig, RoleFactors
 from megatron_completep.errors import DataError
+from megatron_completep.model.gpt import GPT
 from megatron_completep.model.stages import build_chunks
 from megatron_completep.optim.distributed_adamw import DistributedAdamW
 from megatron_completep.parallel.collectives import all_reduce
@@ -29,6 +31,7 @@ from megatron_completep.training.forward_backward import ForwardBackward, MicroB
 NAMES = {  # ours -> GPT-2's
     "embedding": "transformer.wte",
     "positions": "transformer.wpe",
+    "unembedding": "lm_head",
     "final_norm": "transformer.ln_f",
     "attention_norm": "ln_1",
     "mlp_norm": "ln_2",
@@ -37,6 +40,11 @@ NAMES = {  # ours -> GPT-2's
     "mlp.up": "mlp.c_fc",
     "mlp.down": "mlp.c_proj",
 }
+SETTINGS = (
+    *("num_layers", "hidden_size", "num_heads", "vocab_size", "seq_length", "base_hidden_size", "base_num_layers", "alpha"),
+    *("init_std", "lr", "weight_decay", "eps", "betas", "grad_clip", "loss", "grad_norm", "param_norm_final"),
+)
+REPLAYED = {"position": "learned", "norm": "layernorm", "activation": "gelu", "lr_schedule": "constant"}  # what the reference knows
 TOLERANCES = {  # largest relative error of loss, gradient norm, final weight norms
     "float64": (1e-12, 1e-12, 1e-12),
     "float32": (1e-5, 1e-3, 1e-5),
@@ -52,28 +60,48 @@ class Trace:
 
     @classmethod
     def load(cls, path: str) -> Trace:
-        """`path` without suffix, or either file. Raises DataError for a missing or unreadable file."""
+        """`path` without suffix, or either file. Raises DataError for a missing, unreadable or incomplete file."""
         stem = path.removesuffix(".json").removesuffix(".npz")
         try:
             record = json.loads(Path(stem + ".json").read_text())
             with np.load(stem + ".npz", allow_pickle=False) as archive:
                 arrays = {name: archive[name] for name in archive.files}
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path}: not a trace: {error}. Give NAME, NAME.json or NAME.npz; both files must be there.") from error
-        missing = [key for key in ("num_layers", "hidden_size", "num_heads", "loss", "grad_norm", "param_norm_final") if key not in record]
-        if missing:
-            raise DataError(f"{stem}.json: keys missing: {', '.join(missing)}.")
-        return cls(record, arrays)
+        except (OSError, ValueError, BadZipFile) as error:
+            reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+            raise DataError(f"{path}: not a trace: {reason}. Give NAME, NAME.json or NAME.npz; both files must be there.") from error
+        trace = cls(record, arrays)
+        if problems := trace._problems():
+            raise DataError("\n  ".join([f"{stem}: not a trace that can be replayed", *problems]))
+        return trace
+
+    def _problems(self) -> list[str]:
+        """What is missing, and what the replay does not know."""
+        if not isinstance(self.record, dict):
+            return ["the .json holds no object"]
+        missing = [key for key in SETTINGS if key not in self.record]
+        problems = [f"keys missing in the .json: {', '.join(missing)}"] if missing else []
+        absent = [key for key in ("inputs", "targets") if key not in self.arrays]
+        problems += [f"arrays missing in the .npz: {', '.join(absent)}"] if absent else []
+        for key, known in REPLAYED.items():
+            if known not in (found := str(self.record.get(key, known))).lower():
+                problems.append(f"{key} = {found}: the replay knows {known} only")
+        return problems
 
     def configs(self) -> tuple[ModelConfig, CompletePConfig, OptimizerConfig]:
-        """The reference's settings as ours: layernorm, gelu, learned positions, attention scale 1/head_dim."""
+        """The reference's settings as ours: layernorm, gelu, learned positions, attention scale 1/head_dim. Raises DataError."""
+        try:
+            return self._model(), self._completep(), self._optimizer()
+        except ValueError as error:
+            raise DataError(f"the trace's settings cannot be used: {error}") from error
+
+    def _model(self) -> ModelConfig:
         r = self.record
-        alpha = r.get("alpha")
-        model = ModelConfig(
+        up = self.arrays.get("init/transformer.h.0.mlp.c_fc.weight")
+        return ModelConfig(
             hidden_size=r["hidden_size"],
             num_layers=r["num_layers"],
             num_attention_heads=r["num_heads"],
-            ffn_hidden_size=4 * r["hidden_size"],
+            ffn_hidden_size=4 * r["hidden_size"] if up is None else up.shape[0],
             vocab_size=r["vocab_size"],
             seq_length=r["seq_length"],
             norm="layernorm",
@@ -83,13 +111,24 @@ class Trace:
             tied_embeddings=r.get("tied_embeddings", True),
             attention_scale=r.get("attention_scale", "1/head_dim"),
         )
-        completep = CompletePConfig(
-            parameterization="mup" if alpha is None else "completep",
-            alpha=1.0 if alpha is None else alpha,
+
+    def _completep(self) -> CompletePConfig:
+        r = self.record
+        if r["alpha"] is not None:
+            base = {"base_hidden_size": r["base_hidden_size"], "base_num_layers": r["base_num_layers"]}
+            return CompletePConfig(alpha=r["alpha"], **base)
+        # The reference's plain muP does not scale the weight decay of hidden weights: our table's m_N is divided out again.
+        unscaled = RoleFactors(weight_decay=r["base_hidden_size"] / r["hidden_size"])
+        return CompletePConfig(
+            parameterization="mup",
             base_hidden_size=r["base_hidden_size"],
             base_num_layers=r["base_num_layers"],
+            factors={"hidden_weight": unscaled},
         )
-        optimizer = OptimizerConfig(
+
+    def _optimizer(self) -> OptimizerConfig:
+        r = self.record
+        return OptimizerConfig(
             base_lr=r["lr"],
             base_init_std=r["init_std"],
             base_weight_decay=r["weight_decay"],
@@ -98,7 +137,29 @@ class Trace:
             grad_clip=r["grad_clip"],
             schedule="constant",
         )
-        return model, completep, optimizer
+
+    @property
+    def single_eps(self) -> float:
+        """The reference's one epsilon for every tensor."""
+        groups = self.record.get("groups") or [{}]
+        return groups[0].get("eps", self.record["eps"])
+
+    def initial(self, name: str, dtype: torch.dtype) -> Tensor:
+        """Initial weight by our name."""
+        return torch.from_numpy(self.arrays[f"init/{reference_name(name)}"]).to(dtype)
+
+
+def check_weights(trace: Trace, model: ModelConfig, table: Table) -> None:
+    """The trace has the weights of the model that its settings describe, each in its shape, and no others. Raises DataError."""
+    whole = GPT(model, table, ParallelContext.single("meta"))
+    own = {reference_name(name): placement_of(p).global_shape for name, p in whole.named_parameters()}
+    recorded = {key.removeprefix("init/"): array.shape for key, array in trace.arrays.items() if key.startswith("init/")}
+    problems = [f"{name}: not in the .npz" for name in own if name not in recorded]
+    problems += [f"{name}: no such weight in the model of the .json" for name in recorded if name not in own]
+    problems += [f"{n}: {recorded[n]} in the .npz, {own[n]} in the .json" for n in own if n in recorded and recorded[n] != own[n]]
+    problems += [f"{name}: no norm in param_norm_final" for name in own if name not in trace.record["param_norm_final"]]
+    if problems:
+        raise DataError("\n  ".join(["the trace's weights are not those of its settings (bias, tied_embeddings, sizes)", *problems[:20]]))
 
 
 def reference_name(name: str) -> str:
@@ -132,6 +193,11 @@ class Replay:
     max_relative_weight_norm_error: float
     passed: bool
 
+    def to_json(self) -> dict[str, Any]:
+        """The report's fields under their stable names; what is not finite becomes null."""
+        fields = {("pass" if key == "passed" else key): value for key, value in asdict(self).items()}
+        return {key: [_finite(v) for v in value] if isinstance(value, list) else _finite(value) for key, value in fields.items()}
+
 
 def replay(
     trace: Trace, precision: str = "float64", context: ParallelContext | None = None, parallel: ParallelConfig | None = None
@@ -141,16 +207,15 @@ def replay(
     dtype = torch.float64 if precision == "float64" else torch.float32
     model, completep, settings = trace.configs()
     table = table_for(model, completep)
+    check_weights(trace, model, table)
     chunks = build_chunks(model, table, parallel, context)
     for chunk in chunks:
         chunk.to(dtype)
         for name, parameter in chunk.named_parameters():
             logical = placement_of(parameter).tied_to or name
-            initial = torch.from_numpy(trace.arrays[f"init/{reference_name(logical)}"]).to(dtype)
-            parameter.data.copy_(local_part(initial, parameter))
+            parameter.data.copy_(local_part(trace.initial(logical, dtype), parameter))
     optimizer = DistributedAdamW(chunks, table, settings, context, parallel, dtype)
-    single_eps = trace.record.get("groups", [{}])[0].get("eps", settings.base_eps)
-    optimizer.group_table[:, 2] = single_eps
+    optimizer.group_table[:, 2] = trace.single_eps
     pieces = context.pipeline.size  # micro-batches: as many as a schedule needs at least
     run = ForwardBackward(chunks, model, parallel, context, trace.arrays["inputs"].shape[1] // context.data.size // pieces)
     losses, norms = [], []
@@ -197,26 +262,31 @@ def _counted_weight(name: str, parameter: Tensor, precision: str) -> Tensor:
 def compare(trace: Trace, losses: list[float], norms: list[float], weights: dict[str, Tensor], precision: str) -> Replay:
     """Largest relative errors, and whether they are within the precision's tolerances."""
     record = trace.record
-    weight_errors = []
-    for name, weight in weights.items():
-        recorded = trace.arrays.get(f"final/{name}")
-        if precision == "float32" and name.endswith("c_attn.bias") and recorded is not None:
-            third = recorded.shape[0] // 3
-            expected = float(np.linalg.norm(np.delete(recorded.astype(np.float64), np.s_[third : 2 * third])))
-        else:
-            expected = record["param_norm_final"][name]
-        weight_errors.append(abs(weight.norm().item() - expected) / abs(expected) if expected else weight.norm().item())
+    expected = {name: _recorded_norm(trace, name, precision) for name in weights}
     errors = (
         relative_error(losses, record["loss"]),
         relative_error(norms, record["grad_norm"]),
-        max(weight_errors),
+        relative_error([weight.norm().item() for weight in weights.values()], list(expected.values())),
     )
     passed = all(error <= bound for error, bound in zip(errors, TOLERANCES[precision], strict=True))
     return Replay(losses, list(record["loss"]), *errors, passed)
 
 
+def _recorded_norm(trace: Trace, name: str, precision: str) -> float:
+    """The norm of a final weight, in float32 without the key third of the QKV bias."""
+    final = trace.arrays.get(f"final/{name}")
+    if precision == "float32" and name.endswith("c_attn.bias") and final is not None:
+        third = final.shape[0] // 3
+        return float(np.linalg.norm(np.delete(final.astype(np.float64), np.s_[third : 2 * third])))
+    return float(trace.record["param_norm_final"][name])
+
+
 def relative_error(values: list[float], recorded: list[float]) -> float:
-    """Largest |a - b| / |b|; infinite when the lengths differ or a value is not finite."""
+    """Largest |a - b| / |b| (|a| where b is 0); infinite when the lengths differ or a value is not finite."""
     if len(values) != len(recorded) or not all(map(math.isfinite, values)):
         return math.inf
-    return max(abs(a - b) / abs(b) for a, b in zip(values, recorded, strict=True))
+    return max((abs(a - b) / (abs(b) or 1.0) for a, b in zip(values, recorded, strict=True)), default=0.0)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

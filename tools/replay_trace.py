@@ -1,0 +1,46 @@
+"""Replay a recorded run of the CompleteP authors' implementation on this installation, and say whether the numbers agree.
+
+Example:
+
+    python tools/replay_trace.py tests/golden/completep --precision float64
+
+TRACE is a pair NAME.json and NAME.npz: the path without suffix, or either file. Exit code 1 when the replay does not agree.
+"""
+
+import argparse
+import json
+
+from megatron_completep.analysis.replay import TOLERANCES, Replay, Trace, replay
+from megatron_completep.errors import exit_on_user_error
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("trace", metavar="TRACE", help="path of the trace, with or without .json or .npz")
+    parser.add_argument("--precision", choices=tuple(TOLERANCES), default="float64", help="default: float64")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser.parse_args()
+
+
+def main() -> int | None:
+    arguments = parse_arguments()
+    result = replay(Trace.load(arguments.trace), arguments.precision)
+    print(json.dumps(result.to_json()) if arguments.json else describe(result, arguments.precision))
+    return 0 if result.passed else 1
+
+
+def describe(result: Replay, precision: str) -> str:
+    """A line a step, then the largest differences beside what is allowed."""
+    lines = [f"{'step':>4}  {'loss':>18}  {'recorded':>18}  {'difference':>10}"]
+    for step, (loss, recorded) in enumerate(zip(result.loss, result.recorded_loss, strict=False), start=1):
+        lines.append(f"{step:>4}  {loss:>18.15f}  {recorded:>18.15f}  {loss - recorded:>10.1e}")
+    lines.append(f"{'largest relative difference':<32}{'found':>9}{'allowed':>10}")
+    names = ("loss", "gradient norm", "final weight norms")
+    errors = (result.max_relative_loss_error, result.max_relative_grad_norm_error, result.max_relative_weight_norm_error)
+    lines += [f"  {name:<30}{e:>9.1e}{bound:>10.0e}" for name, e, bound in zip(names, errors, TOLERANCES[precision], strict=True)]
+    verdict = "pass: this installation computes what the authors' code computes" if result.passed else "fail"
+    return "\n".join([*lines, f"{verdict} ({precision}, {len(result.loss)} steps)"])
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

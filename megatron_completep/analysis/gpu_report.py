@@ -20,6 +20,7 @@ from typing import Any
 
 Say = Callable[[str], None]
 TOTAL_SECONDS = 530  # the whole report, in less than nine minutes
+LEAST_SECONDS = 10.0  # of a part, however little is left
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ def run_part(part: Part, root: Path, limit: float, environment: Mapping[str, str
     seconds = time.monotonic() - start
     result = _last_object(output) if part.json_output else {}
     passed = code == 0 and (bool(result) or not part.json_output)
-    lines = (output if not part.json_output else log).strip().splitlines() or log.strip().splitlines() or ["no output"]
+    first, second = (log, output) if part.json_output else (output, log)
+    lines = first.strip().splitlines() or second.strip().splitlines() or ["no output"]
     summary = f"stopped after {limit:.0f} s" if code is None else lines[-1]
     say(f"{part.name}: {'passed' if passed else 'FAILED'} in {seconds:.0f} s: {summary}")
     return Outcome(part.name, " ".join(part.command[1:]), passed, seconds, summary, result)
@@ -94,7 +96,7 @@ def make_report(root: Path, environment: Mapping[str, str], device: Mapping[str,
     deadline = time.monotonic() + TOTAL_SECONDS
     outcomes = []
     for part in parts() if run is None else run:
-        outcomes.append(run_part(part, root, max(10.0, part.share * (deadline - time.monotonic())), environment, say))
+        outcomes.append(run_part(part, root, max(LEAST_SECONDS, part.share * (deadline - time.monotonic())), environment, say))
     folder = root / "docs" / "benchmarks" / folder_name(str(device["name"]))
     folder.mkdir(parents=True, exist_ok=True)
     report = {"device": dict(device), "parts": [asdict(outcome) for outcome in outcomes]}

@@ -165,14 +165,14 @@ def _cross_entropy_baselines(source: Tensor, labels: Tensor) -> dict[str, Callab
         leaf.grad = None
         loss(leaf).backward()
 
-    compiled_loss = torch.compile(loss, dynamic=False)
-
-    def compiled() -> None:
-        leaf.grad = None
-        compiled_loss(leaf).backward()
-
     baselines: dict[str, Callable[[], object]] = {"eager": eager}
     if source.is_cuda:  # on a CPU it would need a C++ compiler
+        compiled_loss = torch.compile(loss, dynamic=False)
+
+        def compiled() -> None:
+            leaf.grad = None
+            compiled_loss(leaf).backward()
+
         baselines["torch.compile"] = compiled
     if source.is_cuda and importlib.util.find_spec("liger_kernel") is not None:
         liger_cross_entropy = importlib.import_module("liger_kernel.transformers.functional").liger_cross_entropy

@@ -36,7 +36,8 @@ def tokenizer_for(dataset: IndexedDataset, chosen: TokenizerConfig | None) -> To
 
 def describe_files(dataset: IndexedDataset, tokenizer: Tokenizer | None, documents: int, characters: int = 400) -> dict[str, Any]:
     """Counts, lengths and the first documents (as text where a tokenizer is given), ready for JSON."""
-    lengths = document_lengths(dataset)
+    with dataset.reading_everything():
+        lengths = document_lengths(dataset)
     first = []
     for number in range(min(documents, dataset.num_documents)):
         tokens = dataset.document(number)

@@ -18,6 +18,7 @@ import struct
 import weakref
 from bisect import bisect_right
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,6 +95,8 @@ class IndexedDataset:
         self.prefix = str(prefix)
         self.idx_path, self.bin_path = self.prefix + ".idx", self.prefix + ".bin"
         self._index = _map_file(self.idx_path)
+        if len(self._index) > FULL_CHECK_BYTES:
+            self._index.madvise(mmap.MADV_RANDOM)
         header = read_header(bytes(self._index[: HEADER.size]), self.idx_path)
         self.dtype, self.num_sequences = header.dtype, header.num_sequences
         self.num_documents = header.document_entries - 1
@@ -104,15 +107,30 @@ class IndexedDataset:
         self._descriptor = _open_for_random_reads(self.bin_path)
         weakref.finalize(self, os.close, self._descriptor)
         self.num_tokens = len(self.tokens)
+        entries = max(self.num_sequences, header.document_entries)
         if len(self._index) <= FULL_CHECK_BYTES:
-            self._raise_first(self._structure_problems(0, max(self.num_sequences, header.document_entries)))
+            self._raise_first(self._structure_problems(0, entries))
         else:
-            for start in np.linspace(0, max(self.num_sequences, header.document_entries) - 512, 64, dtype=np.int64):
-                self._raise_first(self._structure_problems(int(start), int(start) + 512))
+            for start in np.linspace(0, entries - 512, 64, dtype=np.int64).tolist():
+                self._raise_first(self._structure_problems(start, start + 512))
         self.sidecar = read_sidecar(self.prefix)
         if self.sidecar is not None:
             self._raise_first(self._sidecar_problems(self.sidecar))
-        self._index.madvise(mmap.MADV_DONTNEED)  # what the checks touched need not stay resident
+        self._release()
+
+    def _release(self) -> None:
+        """From here on binary searches: read-ahead would make much of a huge index resident, and so would what the checks touched."""
+        self._index.madvise(mmap.MADV_DONTNEED)
+        self._index.madvise(mmap.MADV_RANDOM)
+
+    @contextmanager
+    def reading_everything(self) -> Iterator[None]:
+        """Around a pass over a whole index array: lets the kernel read ahead, and gives the memory back afterwards."""
+        self._index.madvise(mmap.MADV_SEQUENTIAL)
+        try:
+            yield
+        finally:
+            self._release()
 
     def __reduce__(self) -> tuple[type[IndexedDataset], tuple[str]]:
         return IndexedDataset, (self.prefix,)
@@ -205,10 +223,10 @@ class IndexedDataset:
 
     def problems(self) -> list[str]:
         """Everything that is wrong with the files: the whole structure, and the content hashes where PREFIX.json has them."""
-        found = list(self._structure_problems(0, max(self.num_sequences, self.num_documents + 1)))
+        with self.reading_everything():
+            found = list(self._structure_problems(0, max(self.num_sequences, self.num_documents + 1)))
         for suffix in ("bin", "idx"):
             found += self._content_problems(suffix)
-        self._index.madvise(mmap.MADV_DONTNEED)
         return found
 
     def read(self, begin: int, end: int) -> Array:
@@ -270,14 +288,11 @@ def _map_file(path: str) -> Any:
         with open(path, "rb") as file:
             if os.fstat(file.fileno()).st_size == 0:
                 return b""
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
         raise DataError(
             f"{path}: {error.strerror}. A corpus is the pair PREFIX.bin and PREFIX.idx; give PREFIX without the suffix."
         ) from error
-    if path.endswith(".idx"):
-        mapped.madvise(mmap.MADV_RANDOM)  # binary searches: read-ahead would make gigabytes of a huge index resident
-    return mapped
 
 
 def _open_for_random_reads(path: str) -> int:

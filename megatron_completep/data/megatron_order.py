@@ -55,7 +55,8 @@ class MegatronSource:
 
     def build(self) -> Tables:
         """The three tables, as numpy arrays."""
-        return build_tables(self.dataset.lengths, *self._sequences, self.seq_length, self._num_samples, self._seed)
+        with self.dataset.reading_everything():
+            return build_tables(self.dataset.lengths, *self._sequences, self.seq_length, self._num_samples, self._seed)
 
     def open(self) -> MegatronSource:
         """Get the tables: mapped where they are prebuilt, else built. Returns self."""

@@ -96,13 +96,14 @@ class IndexedWriter:
         for start in range(begin, end, step):
             self._write_tokens(dataset.tokens[start : min(start + step, end)])
         first, last = int(dataset.document_indices[first_document]), int(dataset.document_indices[last_document])
-        for start in range(first, last, CHUNK):
-            self._idx.write(dataset.lengths[start : min(start + CHUNK, last)].tobytes())
-        for start in range(first_document, last_document, CHUNK):
-            stop = min(start + CHUNK, last_document)
-            indices = dataset.document_indices[start : stop + 1]
-            self._counts.write(np.diff(indices).astype("<i8").tobytes())
-            self.longest_document = max(self.longest_document, int(np.diff(dataset.sequence_offsets(indices)).max()))
+        with dataset.reading_everything():
+            for start in range(first, last, CHUNK):
+                self._idx.write(dataset.lengths[start : min(start + CHUNK, last)].tobytes())
+            for start in range(first_document, last_document, CHUNK):
+                stop = min(start + CHUNK, last_document)
+                indices = dataset.document_indices[start : stop + 1]
+                self._counts.write(np.diff(indices).astype("<i8").tobytes())
+                self.longest_document = max(self.longest_document, int(np.diff(dataset.sequence_offsets(indices)).max()))
         self.num_sequences += last - first
         self.num_documents += last_document - first_document
 

@@ -145,7 +145,8 @@ def flat_shape() -> TileShape:
 def rotary_shape(heads: int, half: int) -> TileShape:
     """Heads of one token, up to 1024 pairs."""
     width = max(16, next_power_of_two(half))
-    return TileShape(max(1, min(next_power_of_two(heads), 1024 // width)), width, _options(num_warps=4))
+    rows = max(1, min(next_power_of_two(heads), 1024 // width))
+    return TileShape(rows, width, _options(num_warps=min(4, max(1, rows * width // 256))))
 
 
 def partial_rows(device: torch.device, dtype: torch.dtype, hidden: int) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -107,18 +107,29 @@ class DistributedAdamW:
         return torch.cat([flat[start:stop] for start, stop in slices]) if self.layout.buckets else flat.clone()
 
     def _make_tables(self) -> None:
-        """The segment table (start, length, group) of this shard, the group table, and which segments the norm counts."""
+        """What this shard holds, and the groups' learning-rate factors, weight decays and epsilons."""
         device = self.context.device
-        index = {name: i for i, name in enumerate(self.groups)}
         self.segments: tuple[Segment, ...] = self.layout.segments(self.context.shard.rank)
-        rows = [(s.shard_start, s.size, index[s.name]) for s in self.segments]
-        counted = [row for s, row in zip(self.segments, rows, strict=True) if self._counts(s.name)]
-        self.segment_table = kernels.device_segments(torch.tensor(rows, dtype=torch.int64).view(-1, 3), device)
-        self.counted_table = kernels.device_segments(torch.tensor(counted, dtype=torch.int64).view(-1, 3), device)
         values = [(g.lr_factor, g.weight_decay, g.eps) for g in self.groups.values()]
         self.group_table = torch.tensor(values, dtype=torch.float64).view(-1, 3).to(device)
         self.control = torch.zeros(8, dtype=torch.float64, device=device)
         self._partial = [s for s in self.segments if placement_of(self.parameters[s.name]).partial_gradient]
+
+    # Made at the first step, not at construction, which never reads a tensor's value and so runs on fake tensors too.
+    @cached_property
+    def segment_table(self) -> Tensor:
+        """int64 [n, 3]: start in the shard, length, group."""
+        return self._table(self.segments)
+
+    @cached_property
+    def counted_table(self) -> Tensor:
+        """The segments that count in the gradient norm."""
+        return self._table([s for s in self.segments if self._counts(s.name)])
+
+    def _table(self, segments: Sequence[Segment]) -> Tensor:
+        index = {name: i for i, name in enumerate(self.groups)}
+        rows = torch.tensor([(s.shard_start, s.size, index[s.name]) for s in segments], dtype=torch.int64)
+        return kernels.device_segments(rows.view(-1, 3), self.context.device)
 
     def _counts(self, name: str) -> bool:
         """Each logical element counts once in the norm: what is replicated, on the first rank that holds it."""

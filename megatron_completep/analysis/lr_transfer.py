@@ -1,0 +1,271 @@
+"""Learning-rate transfer: from the points of a sweep to optima, drift, regret, savings, a report, and the target's configuration.
+
+Optima are compared, not losses: per shape a parabola in log2(lr) gives the best learning rate, a bootstrap over seeds its interval.
+What an interval cannot tell is called unresolved.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_completep.analysis import sweep
+from megatron_completep.analysis.fits import Array, Estimate, bootstrap, parabola_optimum, slope
+from megatron_completep.errors import DataError
+
+EDGE_NATS = 0.3  # a curve this far above its best, or not finite, is over the divergence edge
+DRIFT_BAND = 0.15  # octaves per doubling of depth that count as no drift
+REGRET_BAND = 0.02  # nats
+REPLICATES = 1000
+Say = Callable[[str], None]
+Family = tuple[str, int, float, float]  # parameterization, train_steps, base_weight_decay, base_init_std
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Losses of one shape over the learning rates, seeds that are complete only."""
+
+    parameterization: str
+    hidden_size: int
+    num_layers: int
+    train_steps: int
+    base_weight_decay: float
+    base_init_std: float
+    log2_lr: Array  # [n] ascending
+    losses: Array  # [n, seeds], infinite where a run diverged
+    flops: float  # of one run
+
+    @property
+    def family(self) -> Family:
+        return self.parameterization, self.train_steps, self.base_weight_decay, self.base_init_std
+
+    @property
+    def mean(self) -> Array:
+        return self.losses.mean(axis=1)
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """What one shape came to."""
+
+    parameterization: str
+    hidden_size: int
+    num_layers: int
+    train_steps: int
+    base_weight_decay: float
+    base_init_std: float
+    seeds: int
+    log2_lr: Estimate
+    grid_log2_lr: float  # the grid's best point
+    loss: Estimate
+    at_edge: bool
+    drift: Estimate  # octaves from the base shape's optimum
+    regret: Estimate  # nats lost at the base shape's best learning rate
+    divergence_log2_lr: float | None  # the smallest learning rate above the optimum that is over the edge
+    flops: float
+    tau: float | None  # 1 / (lr * wd * steps) at the optimum
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Drift of the optimum over depth under one rule, and what it says."""
+
+    parameterization: str
+    hidden_size: int
+    train_steps: int
+    base_weight_decay: float
+    base_init_std: float
+    per_doubling: Estimate
+    verdict: str  # transfers | drifts | unresolved
+
+
+@dataclass(frozen=True)
+class Saving:
+    """FLOPs to the baseline's best loss: 1 - (ours / the baseline's), in percent."""
+
+    parameterization: str
+    baseline: str
+    hidden_size: int
+    num_layers: int
+    percent: Estimate
+    verdict: str  # saves | costs | unresolved
+
+
+def curves_of(results: Iterable[tuple[sweep.Point, dict[str, Any]]]) -> list[Curve]:
+    """Gather points into curves. Only seeds for which every learning rate of the curve is done count."""
+    gathered: dict[tuple[Any, ...], dict[tuple[float, int], dict[str, Any]]] = {}
+    for p, result in results:
+        shape = p.parameterization, p.hidden_size, p.num_layers, p.train_steps, p.base_weight_decay, p.base_init_std
+        gathered.setdefault(shape, {})[p.base_lr, p.seed] = result
+    curves = []
+    for shape, runs in gathered.items():
+        rates = sorted({rate for rate, _ in runs})
+        seeds = [s for s in sorted({seed for _, seed in runs}) if all((rate, s) in runs for rate in rates)]
+        if not seeds:
+            continue
+        losses = np.array([[sweep.loss_of(runs[rate, seed]) for seed in seeds] for rate in rates])
+        flops = max(result["flops"] for result in runs.values())
+        curves.append(Curve(*shape, np.log2(rates), losses, flops))
+    return curves
+
+
+def base_curve(curve: Curve, curves: Sequence[Curve]) -> Curve:
+    """The smallest shape of the same family: least depth, then least width."""
+    return min((c for c in curves if c.family == curve.family), key=lambda c: (c.num_layers, c.hidden_size))
+
+
+def regret(own: Curve, base: Curve, own_mean: Array, base_mean: Array) -> float:
+    """Loss at the base's best learning rate of the grid minus the best of the grid; nan where the curve lacks that point."""
+    chosen = base.log2_lr[int(np.argmin(base_mean))]
+    at = np.flatnonzero(np.abs(own.log2_lr - chosen) < 1e-9)
+    return float(own_mean[at[0]] - own_mean.min()) if len(at) else math.nan
+
+
+def divergence(curve: Curve) -> float | None:
+    """The smallest log2(lr) above the optimum whose mean loss is EDGE_NATS over the best, or not finite."""
+    mean = curve.mean
+    best = int(np.argmin(mean))
+    over = [rate for rate, loss in zip(curve.log2_lr[best:], mean[best:], strict=True) if not loss <= mean[best] + EDGE_NATS]
+    return float(over[0]) if over else None
+
+
+def optimum_of(curve: Curve, base: Curve) -> Optimum:
+    """Everything of one shape, with intervals."""
+    x = curve.log2_lr
+    point = parabola_optimum(x, curve.mean)
+    shape = curve.parameterization, curve.hidden_size, curve.num_layers, curve.train_steps, curve.base_weight_decay, curve.base_init_std
+    if curve is base:
+        drift = lost = Estimate(0.0, 0.0, 0.0)
+    else:
+        pair = [curve.losses, base.losses]
+        drift = bootstrap(
+            lambda m: parabola_optimum(x, m[0]).log2_lr - parabola_optimum(base.log2_lr, m[1]).log2_lr, pair, REPLICATES
+        )
+        lost = bootstrap(lambda m: regret(curve, base, m[0], m[1]), pair, REPLICATES)
+    decay = 2**point.log2_lr * curve.base_weight_decay * curve.train_steps
+    return Optimum(
+        *shape,
+        seeds=curve.losses.shape[1],
+        log2_lr=bootstrap(lambda m: parabola_optimum(x, m[0]).log2_lr, [curve.losses], REPLICATES),
+        grid_log2_lr=float(x[point.grid_index]),
+        loss=bootstrap(lambda m: parabola_optimum(x, m[0]).loss, [curve.losses], REPLICATES),
+        at_edge=point.at_edge,
+        drift=drift,
+        regret=lost,
+        divergence_log2_lr=divergence(curve),
+        flops=curve.flops,
+        tau=1 / decay if decay else None,
+    )
+
+
+def drift_over_depth(curves: Sequence[Curve]) -> Drift:
+    """Slope of the optimum's log2(lr) over log2(depth), octaves per doubling. curves: one family, one width, several depths."""
+    depths = [math.log2(c.num_layers) for c in curves]
+
+    def statistic(means: list[Array]) -> float:
+        return slope(depths, [parabola_optimum(c.log2_lr, m).log2_lr for c, m in zip(curves, means, strict=True)])
+
+    estimate = bootstrap(statistic, [c.losses for c in curves], REPLICATES)
+    clipped = any(parabola_optimum(c.log2_lr, c.mean).at_edge for c in curves)
+    first = curves[0]
+    shape = first.parameterization, first.hidden_size, first.train_steps, first.base_weight_decay, first.base_init_std
+    return Drift(*shape, estimate, drift_verdict(estimate, clipped))
+
+
+def drift_verdict(estimate: Estimate, at_edge: bool) -> str:
+    """Only an interval wholly inside, or wholly outside, the band decides; an optimum at the edge of the grid never does."""
+    if at_edge:
+        return "unresolved: an optimum lies at the edge of the grid"
+    if estimate.inside(-DRIFT_BAND, DRIFT_BAND):
+        return "transfers"
+    return "drifts" if estimate.outside(-DRIFT_BAND, DRIFT_BAND) else "unresolved"
+
+
+def drifts(curves: Sequence[Curve]) -> list[Drift]:
+    """One a rule, width and setting that has at least two depths."""
+    groups: dict[tuple[Any, ...], list[Curve]] = {}
+    for curve in curves:
+        groups.setdefault((*curve.family, curve.hidden_size), []).append(curve)
+    return [drift_over_depth(sorted(group, key=lambda c: c.num_layers)) for group in groups.values() if len(group) > 1]
+
+
+def flops_to_reach(target: float, flops: Sequence[float], losses: Sequence[float]) -> float:
+    """FLOPs at which a loss falls to `target`: linear in log(FLOPs) between measured lengths, and along the last two beyond them."""
+    order = np.argsort(flops)
+    x, y = np.log(np.asarray(flops, dtype=np.float64)[order]), np.minimum.accumulate(np.asarray(losses, dtype=np.float64)[order])
+    below = np.flatnonzero(y <= target)
+    right = max(1, int(below[0])) if len(below) else len(x) - 1
+    left = right - 1
+    if y[left] == y[right]:
+        return math.nan
+    return float(np.exp(x[left] + (y[left] - target) / (y[left] - y[right]) * (x[right] - x[left])))
+
+
+def savings(curves: Sequence[Curve], baseline: str) -> list[Saving]:
+    """For every shape that both rules trained to at least two lengths: FLOPs to the baseline's best loss at its longest."""
+    found = []
+    shapes = sorted({(c.hidden_size, c.num_layers, c.base_weight_decay, c.base_init_std) for c in curves})
+    for shape in shapes:
+        by_rule: dict[str, list[Curve]] = {}
+        for c in curves:
+            if (c.hidden_size, c.num_layers, c.base_weight_decay, c.base_init_std) == shape:
+                by_rule.setdefault(c.parameterization, []).append(c)
+        against = sorted(by_rule.get(baseline, []), key=lambda c: c.train_steps)
+        for rule, own in by_rule.items():
+            if rule != baseline and against and len(own) > 1:
+                found.append(_saving(rule, baseline, sorted(own, key=lambda c: c.train_steps), against[-1]))
+    return found
+
+
+def _saving(rule: str, baseline: str, own: Sequence[Curve], longest: Curve) -> Saving:
+    def percent(means: list[Array]) -> float:
+        best = [parabola_optimum(c.log2_lr, m).loss for c, m in zip([*own, longest], means, strict=True)]
+        return 100 * (1 - flops_to_reach(best[-1], [c.flops for c in own], best[:-1]) / longest.flops)
+
+    estimate = bootstrap(percent, [c.losses for c in [*own, longest]], REPLICATES)
+    verdict = "saves" if estimate.low > 0 else "costs" if estimate.high < 0 else "unresolved"
+    return Saving(rule, baseline, longest.hidden_size, longest.num_layers, estimate, verdict)
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Everything a sweep says."""
+
+    curves: list[Curve]
+    optima: list[Optimum]
+    drifts: list[Drift]
+    savings: list[Saving]
+    points_done: int
+    points_missing: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; learning rates as exponents of two, losses in nats."""
+        plain = asdict(self)
+        for curve in plain["curves"]:
+            curve["log2_lr"], curve["losses"] = curve["log2_lr"].tolist(), curve["losses"].tolist()
+        return _finite(plain)
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no infinities: null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def analyse(folder: Path, baseline: str = "mup") -> Analysis:
+    """Read a sweep's folder. DataError where no curve is complete."""
+    points = sweep.load_points(folder)
+    results = list(sweep.read_results(points, folder))
+    curves = sorted(curves_of(results), key=lambda c: (c.base_weight_decay, c.parameterization, c.hidden_size, c.num_layers, c.train_steps))
+    if not curves:
+        raise DataError(f"{folder}: no curve is complete for any seed; {len(results)} of {len(points)} points are done. Finish the sweep.")
+    optima = [optimum_of(curve, base_curve(curve, curves)) for curve in curves]
+    return Analysis(curves, optima, drifts(curves), savings(curves, baseline), len(results), len(points) - len(results))

@@ -137,16 +137,22 @@ class SentencePieceTokenizer(Tokenizer):
         return ids if lossless else None
 
     def _encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [np.fromiter(ids, self.dtype, len(ids)) for ids in map(self._encode_one, texts)]
+        marked = [self._space_mark_ids is not None and SPACE_MARK in text for text in texts]
+        plain = iter(self._encode_plain([text for text, mark in zip(texts, marked, strict=True) if not mark]))
+        return [self._encode_marked(text) if mark else next(plain) for text, mark in zip(texts, marked, strict=True)]
 
-    def _encode_one(self, text: str) -> list[int]:
-        if self._space_mark_ids is None or SPACE_MARK not in text:
-            return self._processor.EncodeAsIds(text)
-        ids: list[int] = []
-        for number, segment in enumerate(text.split(SPACE_MARK)):
-            ids += self._space_mark_ids if number else []
-            ids += self._processor.EncodeAsIds(segment)
-        return ids
+    def _encode_plain(self, texts: list[str]) -> list[np.ndarray]:
+        if hasattr(self._processor, "EncodeAsNumpy"):  # recent versions; without Python lists it is 8 % faster
+            return [ids.astype(self.dtype) for ids in self._processor.EncodeAsNumpy(texts, num_threads=1)]
+        return [np.array(ids, self.dtype) for ids in self._processor.encode(texts, num_threads=1)]
+
+    def _encode_marked(self, text: str) -> np.ndarray:
+        assert self._space_mark_ids is not None
+        parts: list[int] = []
+        for number, ids in enumerate(self._encode_plain(text.split(SPACE_MARK))):
+            parts += self._space_mark_ids if number else []
+            parts += ids.tolist()
+        return np.array(parts, self.dtype)
 
     def _decode(self, ids: list[int]) -> str:
         return self._processor.decode(ids)

@@ -21,7 +21,7 @@ Engine = Callable[[PreprocessSettings, Path, int, Iterator[Block]], Iterator[Rec
 
 def encode_here(settings: PreprocessSettings, shard: Path, workers: int, blocks: Iterator[Block]) -> Iterator[Record]:
     """One worker: no other process."""
-    _one_thread_a_tokenizer()
+    one_thread_a_tokenizer()
     encoder = Encoder(settings, shard)
     try:
         for block in blocks:
@@ -101,7 +101,7 @@ def _death(process: Any, block: Block) -> DataError:
 def _work(pipe: Connection, settings: PreprocessSettings, shard: Path) -> None:
     """A worker process: blocks in, records out, until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    _one_thread_a_tokenizer()
+    one_thread_a_tokenizer()
     encoder = None
     try:
         while True:
@@ -138,10 +138,13 @@ def encode_on_ray(settings: PreprocessSettings, shard: Path, workers: int, block
             continue
         ready, _ = ray.wait(list(busy), num_returns=1)
         idle.append(busy.pop(ready[0]))
-        yield ray.get(ready[0])
+        try:
+            yield ray.get(ready[0])
+        except ray.exceptions.RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, DataError) else error) from None
 
 
-def _one_thread_a_tokenizer() -> None:
+def one_thread_a_tokenizer() -> None:
     """The pool is the parallelism: Hugging Face tokenizers would start as many threads as cores in every worker."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 

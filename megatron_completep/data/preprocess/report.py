@@ -98,6 +98,16 @@ def _bars(axes: Any, histogram: Histogram, label: str, unit: str) -> None:
     first = int(filled[0]) if len(filled) else 0
     axes.stairs(counts[first:last], edges[first : last + 1], fill=True, alpha=0.6, label=f"{label}, {histogram.counts[0]:,} empty")
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: _plain_number(value))
     axes.set_xlabel(unit)
     axes.set_ylabel("documents")
     axes.legend()
+
+
+def _plain_number(value: float) -> str:
+    """64, 2 Ki, 1 Mi."""
+    for unit in ("", " Ki", " Mi", " Gi"):
+        if value < 1024:
+            return f"{value:g}{unit}"
+        value /= 1024
+    return f"{value:g} Ti"

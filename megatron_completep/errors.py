@@ -1,5 +1,6 @@
 """The errors a user can cause. Each message says where, which value, which rule, and what to do."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -26,7 +27,22 @@ def exit_on_user_error(main: Callable[[], int | None]) -> None:
     """Run a command-line program's `main` and leave with its exit code; a user's mistake prints one message and exits 2."""
     try:
         code = main()
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = error.exit_code
+    except BrokenPipeError:
+        if not _reader_left():
+            raise
+        code = 128 + 13  # as a shell reports SIGPIPE
     sys.exit(code or 0)
+
+
+def _reader_left() -> bool:
+    """Whether it is stdout that broke: its reader (`head`, a pager) has seen enough. Then nothing more is written to it."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False

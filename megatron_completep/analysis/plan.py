@@ -1,0 +1,159 @@
+"""What a configuration means for every parameter: shape, role, initial standard deviation, learning rate, weight decay, epsilon.
+
+The model is built without memory (on the meta device) and no data is opened, so a plan of any size takes about a second.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from megatron_completep.completep import Role, Table, table_for
+from megatron_completep.config.derived import tokens_per_step
+from megatron_completep.config.schema import Config
+from megatron_completep.model.gpt import GPT
+from megatron_completep.optim.groups import build_groups
+from megatron_completep.parallel.context import ParallelContext
+from megatron_completep.parallel.placement import placement_of
+
+
+@dataclass(frozen=True)
+class ParameterPlan:
+    """One parameter: its logical shape (before any split or padding) and its final values at the peak learning rate.
+
+    init_std is 0 where the start is a constant: gains begin at 1, biases at 0.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    role: Role
+    init_std: float
+    lr: float
+    weight_decay: float
+    eps: float
+
+    @property
+    def values(self) -> tuple[float, float, float, float]:
+        return self.init_std, self.lr, self.weight_decay, self.eps
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All parameters of a run, and what multiplies activations in the forward pass."""
+
+    parameterization: str
+    table: Table
+    parameters: tuple[ParameterPlan, ...]
+
+    @property
+    def multipliers(self) -> dict[str, float]:
+        """residual: of each branch's output; logits: of the unembedding's output; attention: of the attention logits."""
+        table = self.table
+        return {"residual": table.residual_multiplier, "logits": table.logit_multiplier, "attention": table.attention_scale}
+
+    def to_json(self) -> dict[str, Any]:
+        """{"multipliers": {...}, "parameters": [{"name", "shape", "role", "init_std", "lr", "weight_decay", "eps"}]}."""
+        return {"multipliers": self.multipliers, "parameters": [asdict(parameter) for parameter in self.parameters]}
+
+
+def make_plan(config: Config, parameterization: str | None = None) -> Plan:
+    """The plan of a run; of the same run under another parameterization where one is named (for comparison).
+
+    Raises:
+        ConfigError: an override matches no parameter, or scaled betas leave their range.
+    """
+    completep = config.completep
+    if parameterization is not None and parameterization != completep.parameterization:
+        completep = completep.model_copy(update={"parameterization": parameterization, "alpha": 1.0})
+    batch_tokens = tokens_per_step(config)
+    table = table_for(config.model, completep, batch_tokens, batch_tokens * config.training.train_steps)
+    table.betas(config.optimizer.betas)
+    model = GPT(config.model, table, ParallelContext.single("meta"))
+    named = dict(model.named_parameters())
+    parameters = tuple(
+        ParameterPlan(
+            name=group.name,
+            shape=placement_of(named[group.name]).global_shape,
+            role=group.role,
+            init_std=group.init_std,
+            lr=config.optimizer.base_lr * group.lr_factor,
+            weight_decay=group.weight_decay,
+            eps=group.eps,
+        )
+        for group in build_groups(named.items(), table, config.optimizer).values()
+    )
+    return Plan(completep.parameterization, table, parameters)
+
+
+def describe(config: Config) -> str:
+    """The plan for a reader: parameters with equal values together, this run's values beside those of muP and SP."""
+    plans = [make_plan(config)]
+    plans += [make_plan(config, other) for other in ("mup", "sp") if other != plans[0].parameterization]
+    table = plans[0].table
+    elements = sum(_elements(parameter.shape) for parameter in plans[0].parameters)
+    lines = [
+        f"{len(plans[0].parameters)} parameters, {elements:,} elements; m_N = {table.width_multiplier:g}, "
+        f"m_L = {table.depth_multiplier:g}, alpha = {table.alpha:g}",
+        *_scaled_batch(config, table),
+        "",
+        f"{'forward multipliers':<24}" + "".join(f"{name:>14}" for name in plans[0].multipliers),
+        *(_row(plan, index == 0, tuple(plan.multipliers.values())) for index, plan in enumerate(plans)),
+    ]
+    for members in _alike(plans):
+        first = plans[0].parameters[members[0]]
+        names = _names([plans[0].parameters[index] for index in members])
+        lines += ["", f"{first.role}: {names[0]}", *(f"{'':{len(first.role) + 2}}{name}" for name in names[1:])]
+        lines.append(f"{'':<24}" + "".join(f"{name:>14}" for name in ("init std", "peak lr", "weight decay", "eps")))
+        lines += [_row(plan, index == 0, plan.parameters[members[0]].values) for index, plan in enumerate(plans)]
+    return "\n".join([*lines, "", "init std 0: gains start at 1, biases at 0"])
+
+
+def _row(plan: Plan, this_run: bool, values: tuple[float, ...]) -> str:
+    label = f"  {plan.parameterization}{' (this run)' if this_run else ''}"
+    return f"{label:<24}" + "".join(f"{value:>14.5g}" for value in values)
+
+
+def _scaled_batch(config: Config, table: Table) -> list[str]:
+    if table.batch_ratio == table.duration_ratio == 1.0:
+        return []
+    beta1, beta2 = table.betas(config.optimizer.betas)
+    return [f"m_B = {table.batch_ratio:g}, m_D = {table.duration_ratio:g}: S = {table.batch_scale:.5g}, betas {beta1:.5g} and {beta2:.5g}"]
+
+
+def _alike(plans: Sequence[Plan]) -> list[list[int]]:
+    """Indices of parameters whose role and values are the same in every plan, in order of first appearance."""
+    found: dict[tuple[Any, ...], list[int]] = {}
+    for index, parameter in enumerate(plans[0].parameters):
+        key = parameter.role, *(plan.parameters[index].values for plan in plans)
+        found.setdefault(key, []).append(index)
+    return list(found.values())
+
+
+def _names(parameters: Sequence[ParameterPlan]) -> list[str]:
+    """One entry for the same parameter of several layers: 'layers.0-7.mlp.up.weight (1024, 256) x 8'."""
+    layers: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+    for parameter in parameters:
+        match = re.fullmatch(r"layers\.(\d+)\.(.*)", parameter.name)
+        key = (match[2] if match else parameter.name), parameter.shape
+        layers.setdefault(key, []).extend([int(match[1])] if match else [])
+    return [
+        f"layers.{_runs(numbers)}.{name} {shape} x {len(numbers)}" if numbers else f"{name} {shape}"
+        for (name, shape), numbers in layers.items()
+    ]
+
+
+def _runs(numbers: Sequence[int]) -> str:
+    """[0, 1, 2, 5] -> '0-2,5'."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    return shape[0] * (shape[1] if len(shape) > 1 else 1)

@@ -27,7 +27,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a trial of the program on tiny shapes")
     parser.add_argument("--rows", type=int, nargs="+", help="tokens (default: 2048 to 16384)")
     parser.add_argument("--hidden", type=int, nargs="+", help="hidden sizes (default: 768 to 8192)")
-    parser.add_argument("--seconds", type=float, help="stop starting new measurements after this long (default: 300)")
+    parser.add_argument("--seconds", type=float, help="stop starting new measurements after this long (default: 190)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--out", type=Path, help="folder of the report (default: docs/benchmarks/<device>)")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout as well")

@@ -1,5 +1,6 @@
 """Write the kernel benchmark's result: .json, .md and .png under a folder named by the device."""
 
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -49,12 +50,14 @@ def markdown(measurements: list[Measurement], left_out: list[str], setting: dict
     return "\n".join(lines)
 
 
-def picture(measurements: list[Measurement], path: Path) -> None:
-    """GB/s over the hidden size at the largest number of rows, beside what a copy reaches."""
+def picture(measurements: list[Measurement], path: Path) -> bool:
+    """GB/s over the hidden size at the largest number of rows, beside what a copy reaches; False without norms or matplotlib."""
+    names = [name for name in dict.fromkeys(m.kernel for m in measurements) if name.startswith("residual")]
+    if not names or importlib.util.find_spec("matplotlib") is None:
+        return False
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    names = [name for name in dict.fromkeys(m.kernel for m in measurements) if name.startswith("residual")]
     figure = Figure(figsize=(11, 3.6 * ((len(names) + 1) // 2)), layout="constrained")
     FigureCanvasAgg(figure)
     for position, name in enumerate(names, start=1):
@@ -69,17 +72,17 @@ def picture(measurements: list[Measurement], path: Path) -> None:
         axes.set(title=f"{name}, {rows} rows", xlabel="hidden size", ylabel="GB/s of the floor's bytes", xscale="log", ylim=(0, None))
         axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)
+    return True
 
 
 def write_report(measurements: list[Measurement], left_out: list[str], setting: dict[str, Any], folder: Path) -> list[Path]:
-    """Write kernels.json, kernels.md and kernels.png into `folder`; returns their paths."""
+    """Write kernels.json, kernels.md and (where matplotlib is installed) kernels.png into `folder`; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"kernels.{suffix}" for suffix in ("json", "md", "png")]
     content = {"setting": setting, "measurements": as_json(measurements), "left_out": left_out}
     paths[0].write_text(json.dumps(content, indent=1) + "\n")
     paths[1].write_text(markdown(measurements, left_out, setting))
-    picture(measurements, paths[2])
-    return paths
+    return paths if picture(measurements, paths[2]) else paths[:2]
 
 
 def versions() -> dict[str, str]:

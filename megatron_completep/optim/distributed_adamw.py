@@ -178,6 +178,7 @@ class DistributedAdamW:
         Communicates over data (gradients, parameters), tensor (partial gradients) and the whole mesh (norm, loss, tokens).
         Nothing here waits for the device.
         """
+        self.wait_for_parameters()  # whatever no forward waited for: the buffers they are sent from change below
         for queue in self.queues:
             queue.finish_step()
         self._finish_reductions()

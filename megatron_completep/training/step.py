@@ -77,7 +77,6 @@ class TrainingStep:
         started = time.perf_counter()
         optimizer, device = self.optimizer, self.context.device
         optimizer.begin_step(len(batches))
-        optimizer.wait_for_parameters()
         loss_sum = self.passes([self._micro_batch(batch, self._seed(step, number)) for number, batch in enumerate(batches)])
         tokens = torch.full((), self._count(batches), dtype=torch.int64, device=device)
         rate = learning_rate(step, self.config.optimizer, self.config.training.train_steps)

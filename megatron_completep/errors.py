@@ -1,6 +1,7 @@
 """The errors a user can cause. Each message says where, which value, which rule, and what to do."""
 
 import os
+import select
 import sys
 from collections.abc import Callable
 
@@ -41,8 +42,12 @@ def exit_on_user_error(main: Callable[[], int | None]) -> None:
 def _reader_left() -> bool:
     """Whether it is stdout that broke: its reader (`head`, a pager) has seen enough. Then nothing more is written to it."""
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+        stdout = sys.stdout.fileno()
+    except OSError:  # a stand-in without a file
+        return False
+    poll = select.poll()
+    poll.register(stdout, select.POLLOUT)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
+    return True

@@ -1,8 +1,9 @@
-"""Measure the data path: opening a huge index, seeking to any sample, jumping in a blend, and the speed of the loader.
+"""Measure the data path: opening a huge index, seeking to any sample, jumping in a blend, the speed of the loader, and preprocessing.
 
-Example, the index of 100 million documents (2 GB of disk for the time of the run):
+Examples, the index of 100 million documents (2 GB of disk for the time of the run), and tokenizing beside the libraries' own speed:
 
     python tools/benchmark_data.py reading --documents 100000000
+    python tools/benchmark_data.py preprocessing --megabytes 30
 """
 
 import argparse
@@ -10,6 +11,7 @@ import json
 import sys
 
 from megatron_completep.data.benchmark import ReadingSettings, benchmark_reading
+from megatron_completep.data.preprocess.benchmark import benchmark_preprocessing
 from megatron_completep.errors import exit_on_user_error
 
 
@@ -21,15 +23,28 @@ def parse_arguments() -> argparse.Namespace:
     reading.add_argument("--seq-length", type=int, default=4096, help="tokens a sample (default: 4096)")
     reading.add_argument("--seeks", type=int, default=5000, help="random samples to time (default: 5000)")
     reading.add_argument("--folder", help="where the synthetic files go (default: the system's temporary folder)")
-    reading.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    preprocessing = commands.add_parser(
+        "preprocessing", help="tokenize beside the tokenizer libraries and megatron-core, alternating, one process"
+    )
+    preprocessing.add_argument("--megabytes", type=float, default=12.0, help="text of the standard library to tokenize (default: 12)")
+    preprocessing.add_argument("--rounds", type=int, default=5, help="times each contestant runs (default: 5)")
+    for command in (reading, preprocessing):
+        command.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     return parser.parse_args()
 
 
 def main() -> int | None:
     """Parse, measure, print."""
     arguments = parse_arguments()
-    settings = ReadingSettings(arguments.documents, arguments.seq_length, arguments.seeks, arguments.folder)
-    figures = benchmark_reading(settings, say=lambda line: print(line, file=sys.stderr, flush=True))
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    if arguments.command == "preprocessing":
+        figures = benchmark_preprocessing(arguments.megabytes, arguments.rounds, say)
+    else:
+        settings = ReadingSettings(arguments.documents, arguments.seq_length, arguments.seeks, arguments.folder)
+        figures = benchmark_reading(settings, say)
     if arguments.json:
         print(json.dumps(figures))
         return 0

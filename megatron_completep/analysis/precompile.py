@@ -68,9 +68,9 @@ def _step_without_data(config: Config) -> None:
     with context.device:
         chunks = [GPT(config.model, table, context, stage, loss) for stage in stages]
     optimizers = [DistributedAdamW([chunk], table, config.optimizer, context, parallel, DTYPES[training.precision]) for chunk in chunks]
-    with context.device, _LaunchInstead():
-        tokens = torch.zeros(training.micro_batch_size, config.model.seq_length, dtype=torch.int64)
-        seed = torch.zeros(1, dtype=torch.int64) if config.model.dropout else None
+    tokens = torch.zeros(training.micro_batch_size, config.model.seq_length, dtype=torch.int64, device=context.device)
+    seed = torch.zeros(1, dtype=torch.int64, device=context.device) if config.model.dropout else None
+    with _LaunchInstead():
         for optimizer in optimizers:
             optimizer.begin_step(1)
         x = tokens
@@ -79,7 +79,7 @@ def _step_without_data(config: Config) -> None:
         total = chunks[-1](x, labels=tokens, dropout_seed=seed)
         total.backward()
         for optimizer in optimizers:
-            optimizer.step(1.0, total, torch.ones(()))
+            optimizer.step(1.0, total, torch.ones((), device=context.device))
 
 
 def _variant(launch: Launch) -> tuple[Any, ...]:

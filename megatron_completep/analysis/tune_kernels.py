@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import triton
 
-from megatron_completep.analysis.step_kernel_cases import KernelCase, step_kernel_cases
+from megatron_completep.analysis.kernel_cases import Case, cross_entropy_cases, optimizer_cases
 from megatron_completep.kernels import launch, tuned
 
 # The operation of the launch table that each timed kernel belongs to, and the shapes tried: (block, num_warps).
@@ -18,8 +18,19 @@ CANDIDATES: dict[str, tuple[str, list[tuple[int, int]]]] = {
     "adamw": ("adamw", [(block, warps) for block in (512, 1024, 2048) for warps in (4, 8) if block // warps in (128, 256)]),
     "gradient norm": ("sum_of_squares", [(1024, 2), (1024, 4), (1024, 8)]),
     "cross-entropy forward": ("cross_entropy_forward", [(block, warps) for block in (2048, 4096, 8192, 16384) for warps in (4, 8, 16)]),
-    "cross-entropy backward": ("cross_entropy_backward", [(block, warps) for block in (1024, 2048, 4096, 8192) for warps in (4, 8)]),
+    "cross-entropy forward + backward": (
+        "cross_entropy_backward",
+        [(block, warps) for block in (1024, 2048, 4096, 8192) for warps in (4, 8)],
+    ),
 }
+
+
+def tuning_cases(device: torch.device) -> Iterator[Case]:
+    """What is timed: two sizes of every operation, from the kernel benchmark."""
+    for parameters in (1 << 24, 1 << 28):
+        yield from optimizer_cases(parameters, device)
+    for vocabulary in (32_000, 131_072):
+        yield from cross_entropy_cases(8192, vocabulary, torch.bfloat16, device, with_compile=False)
 
 
 @contextmanager
@@ -45,7 +56,7 @@ def median_microseconds(run: Callable[[], object]) -> float:
 
 def tune(
     device: torch.device,
-    cases: Callable[[torch.device], Iterable[KernelCase]] = step_kernel_cases,
+    cases: Callable[[torch.device], Iterable[Case]] = tuning_cases,
     time: Callable[[Callable[[], object]], float] = median_microseconds,
     say: Callable[[str], None] = print,
 ) -> dict[str, tuple[int, int]]:
@@ -59,9 +70,9 @@ def tune(
             for case in cases(device):
                 if case.kernel in tried:
                     operation, shape = tried[case.kernel]
-                    took = time(case.run)
+                    took = time(case.implementations["ours"])
                     times.setdefault(operation, {}).setdefault(shape, []).append(took)
-                    say(f"{operation} {shape[0]} elements, {shape[1]} warps, {case.size}: {took:.1f} us")
+                    say(f"{operation} {shape[0]} elements, {shape[1]} warps, {case.rows} x {case.columns}: {took:.1f} us")
     return {operation: min(found, key=lambda shape: statistics.geometric_mean(found[shape])) for operation, found in times.items()}
 
 

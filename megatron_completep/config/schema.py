@@ -165,6 +165,7 @@ class TrainingConfig(Section):
     cpu_threads: PositiveInt | None = Field(None, description="Threads a process computes on; null: the node's cores divided by its processes.")
     stop_at_step: PositiveInt | None = Field(None, description="Save and leave after this step, before train_steps; the same run goes on when started again. null: never.")
     exit_after_minutes: PositiveFloat | None = Field(None, description="Save and leave, with the exit code that asks for a requeue, this long after the start; null: never.")
+    weight_gradient: Literal["auto", "torch", "apex"] = Field("auto", description="Accumulation of weight gradients: apex adds bf16 products straight into fp32; auto: apex where installed.")
     compile: bool = Field(False, description="torch.compile the regions between linears.")
     validation_interval: PositiveInt | None = Field(None, description="Steps between validations; null: only at the end.")
     validation_samples: PositiveInt = Field(64, description="Sequences a validation.")

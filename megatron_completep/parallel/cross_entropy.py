@@ -95,7 +95,7 @@ class _UnembeddingLoss(torch.autograd.Function):
             rows, weight, logits, labels, lse = ctx.saved_tensors
             ctx.tokens.backward_(logits, labels, lse, d_total)
             d_rows = logits @ weight
-            ctx.head.queue.push(ctx.head.weight, accumulate_matrix(logits, rows))
+            ctx.head.queue.push(ctx.head.weight, accumulate_matrix(logits, rows, ctx.head.queue.fused))
         else:
             d_rows, d_weight = ctx.saved_tensors
             d_rows = d_rows * d_total

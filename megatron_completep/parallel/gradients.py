@@ -7,14 +7,18 @@ fp32 (fp64 for float64 parameters), counts it, and reports a parameter whose las
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from megatron_completep.errors import ConfigError
 from megatron_completep.parallel.placement import placement_of
 
+FusedAccumulation = Callable[[Tensor, Tensor, Tensor], None]  # (x [T, in], d_out [T, out], main_grad [out, in]): adds d_out^T x
 Accumulate = Callable[[Tensor, bool], None]  # (main_grad, first): first means "write, what is there is stale"
 
 
@@ -23,6 +27,7 @@ class GradientQueue:
 
     def __init__(self) -> None:
         self.deferred = False
+        self.fused: FusedAccumulation | None = None  # for matrices; None: torch
         self.on_complete: Callable[[Parameter], None] | None = None
         self.runs = 0
         self._pending: list[tuple[Parameter, Accumulate]] = []
@@ -89,11 +94,35 @@ def main_grad_of(parameter: Parameter) -> Tensor:
     return main_grad
 
 
-def accumulate_matrix(d_out: Tensor, x: Tensor) -> Accumulate:
-    """main_grad (+)= d_out^T x for d_out [T, out], x [T, in]."""
+def choose_fused_accumulation(backend: str, device: torch.device, precision: torch.dtype) -> FusedAccumulation | None:
+    """apex's GEMM that adds bf16 products straight into the fp32 gradient: where it is installed (auto), or must be (apex).
+
+    Raises ConfigError when apex is asked for and NVIDIA's extension is missing, or has nothing to do on this device and type.
+    """
+    serves = device.type == "cuda" and precision == torch.bfloat16
+    found = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+    if backend == "apex" and not serves:
+        kind = str(precision).removeprefix("torch.")
+        raise ConfigError(f"training.weight_gradient = apex serves bf16 on a GPU; this run is {kind} on {device.type}. Use auto.")
+    if backend == "apex" and not found:
+        raise ConfigError(
+            "training.weight_gradient = apex, but NVIDIA's extension fused_weight_gradient_mlp_cuda is not installed. Build apex with it "
+            "(the package called apex on the public index is another one), or use auto."
+        )
+    if backend == "torch" or not (serves and found):
+        return None
+    return importlib.import_module("fused_weight_gradient_mlp_cuda").wgrad_gemm_accum_fp32
+
+
+def accumulate_matrix(d_out: Tensor, x: Tensor, fused: FusedAccumulation | None = None) -> Accumulate:
+    """main_grad (+)= d_out^T x for d_out [T, out], x [T, in]; `fused`: see `choose_fused_accumulation`."""
 
     def accumulate(main_grad: Tensor, first: bool) -> None:
-        if main_grad.dtype == x.dtype:
+        if fused is not None:
+            if first:
+                main_grad.zero_()
+            fused(x, d_out, main_grad)
+        elif main_grad.dtype == x.dtype:
             torch.addmm(main_grad, d_out.t(), x, beta=0.0 if first else 1.0, out=main_grad)
         elif first:
             main_grad.copy_(d_out.t() @ x)

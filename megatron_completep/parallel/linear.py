@@ -74,7 +74,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, d_out):
         x, weight = ctx.saved_tensors
         d_x = d_out @ weight if ctx.needs_input_grad[0] else None
-        ctx.queue.push(ctx.weight, accumulate_matrix(d_out.flatten(0, -2), x.flatten(0, -2)))
+        ctx.queue.push(ctx.weight, accumulate_matrix(d_out.flatten(0, -2), x.flatten(0, -2), ctx.queue.fused))
         return d_x, None, None
 
 
@@ -97,7 +97,7 @@ class _ColumnParallel(torch.autograd.Function):
         reducing = (start_reduce_scatter if context.sequence_parallel else start_all_reduce)(d_x, context.tensor)
         whole = gathering.wait() if gathering is not None else x
         rows = d_out.flatten(0, -2)
-        queue.push(ctx.weight, accumulate_matrix(rows, whole.flatten(0, -2)))
+        queue.push(ctx.weight, accumulate_matrix(rows, whole.flatten(0, -2), queue.fused))
         if ctx.bias is not None:
             queue.push(ctx.bias, accumulate_sum(rows))
         return reducing.wait(), None, None, None, None

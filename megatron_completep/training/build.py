@@ -14,12 +14,14 @@ from megatron_completep.config import save_config
 from megatron_completep.config.schema import Config
 from megatron_completep.data.loader import Loader, ValidationBatches, build_loader, validation_batches
 from megatron_completep.errors import ConfigError
+from megatron_completep.model.flash import require_flash_attention
 from megatron_completep.model.flops import training_flops_per_token
 from megatron_completep.model.gpt import GPT
 from megatron_completep.model.initialize import initialize
 from megatron_completep.model.stages import build_chunks
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.cross_entropy import LossConfig
+from megatron_completep.parallel.gradients import choose_fused_accumulation
 from megatron_completep.training.hooks import Checkpoints, Hook, Metrics, Validation
 from megatron_completep.training.metrics import open_sinks
 from megatron_completep.training.state import Checkpointer, RunState
@@ -47,7 +49,11 @@ def build_model(config: Config, table: Table, context: ParallelContext, precisio
     training = config.training
     loss = LossConfig(training.z_loss, training.label_smoothing)
     chunks = build_chunks(config.model, table, config.parallel, context, loss, training.recompute)
+    if config.model.attention_backend == "flash_attention":
+        require_flash_attention()
+    fused = choose_fused_accumulation(training.weight_gradient, context.device, precision)
     for chunk in chunks:
+        chunk.queue.fused = fused
         initialize(chunk, table, config.optimizer, training.seed)
         if precision == torch.float64:
             chunk.double()

@@ -1,0 +1,91 @@
+"""apex and flash-attn: used where they are installed, refused clearly where they are asked for and missing."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+
+from megatron_completep.errors import ConfigError
+from megatron_completep.model import flash
+from megatron_completep.model.flash import flash_attention, require_flash_attention
+from megatron_completep.parallel.gradients import accumulate_matrix, choose_fused_accumulation
+
+GPU = torch.device("cuda", 0)
+
+
+def pretend_installed(monkeypatch: pytest.MonkeyPatch, name: str, **functions) -> None:
+    module = ModuleType(name)
+    for key, value in functions.items():
+        setattr(module, key, value)
+    monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr("importlib.util.find_spec", lambda wanted: object() if wanted == name else None)
+
+
+def test_apex_asked_for_and_missing_is_refused_with_the_remedy():
+    with pytest.raises(ConfigError, match=r"training.weight_gradient = apex.*not installed"):
+        choose_fused_accumulation("apex", GPU, torch.bfloat16)
+    with pytest.raises(ConfigError, match="float32 on cpu"):
+        choose_fused_accumulation("apex", torch.device("cpu"), torch.float32)
+
+
+def test_apex_is_used_where_it_is_installed_unless_told_otherwise(monkeypatch):
+    def accumulate(x, d_out, main_grad):
+        main_grad.add_(d_out.float().t() @ x.float())
+
+    pretend_installed(monkeypatch, "fused_weight_gradient_mlp_cuda", wgrad_gemm_accum_fp32=accumulate)
+    assert choose_fused_accumulation("auto", GPU, torch.bfloat16) is accumulate
+    assert choose_fused_accumulation("apex", GPU, torch.bfloat16) is accumulate
+    assert choose_fused_accumulation("torch", GPU, torch.bfloat16) is None
+    assert choose_fused_accumulation("auto", torch.device("cpu"), torch.bfloat16) is None
+
+
+def test_the_fused_accumulation_adds_to_what_is_there_and_overwrites_what_is_stale():
+    def accumulate(x, d_out, main_grad):
+        main_grad.add_(d_out.t() @ x)
+
+    generator = torch.Generator().manual_seed(0)
+    d_out, x = torch.randn(7, 3, generator=generator), torch.randn(7, 5, generator=generator)
+    for first in (True, False):
+        plain, fused = torch.full((3, 5), 2.0), torch.full((3, 5), 2.0)
+        accumulate_matrix(d_out, x)(plain, first)
+        accumulate_matrix(d_out, x, accumulate)(fused, first)
+        torch.testing.assert_close(fused, plain)
+        torch.testing.assert_close(fused, d_out.t() @ x + (0.0 if first else 2.0))
+
+
+def test_flash_attention_asked_for_and_missing_is_refused_with_the_remedy():
+    with pytest.raises(ConfigError, match="flash-attn is not installed"):
+        require_flash_attention()
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_flash_attention_gets_its_own_layout_the_scale_and_the_document_boundaries(monkeypatch, documents):
+    """A stand-in with flash-attn's interface, made of SDPA: the shapes and the scale that reach it are the right ones."""
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+
+    def plain(q, k, v, softmax_scale, causal):
+        assert causal
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return sdpa(q, k, v, is_causal=True, scale=softmax_scale, enable_gqa=True).transpose(1, 2)
+
+    def by_document(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal):
+        assert cu_seqlens_q is cu_seqlens_k and max_seqlen_q == max_seqlen_k
+        bounds = cu_seqlens_q.tolist()
+        parts = [plain(*(x[None, a:b] for x in (q, k, v)), softmax_scale, causal)[0] for a, b in itertools.pairwise(bounds)]
+        return torch.cat(parts)
+
+    pretend_installed(monkeypatch, "flash_attn", flash_attn_func=plain, flash_attn_varlen_func=by_document)
+    flash.require_flash_attention()
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = torch.randn(2, 4, 6, 8, generator=generator), *torch.randn(2, 2, 2, 6, 8, generator=generator)
+    starts = torch.tensor([0, 2, 6, 9, 12], dtype=torch.int32) if documents else None
+    ids = torch.tensor([[0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1]])
+    allowed = torch.ones(6, 6, dtype=torch.bool).tril()[None, None]
+    if documents:
+        allowed = allowed & (ids[:, None, :, None] == ids[:, None, None, :])
+    expected = sdpa(q, k, v, attn_mask=allowed.expand(2, 1, 6, 6), scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(flash_attention(q, k, v, 0.3, starts), expected)

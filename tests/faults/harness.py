@@ -45,7 +45,7 @@ logging: {interval: 1, tensorboard: false}
 
 @dataclass(frozen=True)
 class Fault:
-    """`kind` happens on `rank`, at the fail point `point` (the `nth` time it is passed) or at the steps `steps`."""
+    """`kind` happens on `rank` (-1: on all), at the fail point `point` (the `nth` time it is passed) or at the steps `steps`."""
 
     kind: str = "none"
     rank: int = 0
@@ -101,40 +101,80 @@ def write_corpus(folder: Path) -> Path:
     return path
 
 
-def start(config: Path, fault: Fault | None = None, world: int = 2, overrides: Sequence[str] = ()) -> Ranks:
-    """Start the ranks of a run."""
+def start(config: Path, fault: Fault | None = None, world: int = 2, overrides: Sequence[str] = (), restart_count: int = 0) -> Ranks:
+    """Start the ranks of a run; `restart_count` as torchrun tells it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     logs = [config.parent / f"{config.stem}.{time.monotonic_ns()}.rank_{rank}.log" for rank in range(world)]
     processes = []
     for rank in range(world):
-        arguments = (rank, world, port, str(logs[rank]), str(config), tuple(overrides), fault or Fault(), list(sys.path))
+        environment = environment_of(rank, world, port, restart_count)
+        arguments = (rank, environment, str(logs[rank]), str(config), tuple(overrides), fault or Fault(), list(sys.path))
         process = SERVER.Process(target=_rank, args=arguments)
         process.start()
         processes.append(process)
     return Ranks(processes, logs)
 
 
-def run(config: Path, fault: Fault | None = None, world: int = 2, overrides: Sequence[str] = (), seconds: float = 60.0) -> Outcome:
+def environment_of(rank: int, world: int, port: int, restart_count: int = 0) -> dict[str, str]:
+    """What torchrun sets."""
+    values = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
+    return {name: str(value) for name, value in values.items()} | {
+        "MASTER_ADDR": "127.0.0.1",
+        "TORCHELASTIC_RESTART_COUNT": str(restart_count),
+    }
+
+
+def run(
+    config: Path,
+    fault: Fault | None = None,
+    world: int = 2,
+    overrides: Sequence[str] = (),
+    seconds: float = 60.0,
+    restart_count: int = 0,
+) -> Outcome:
     """A run from its start to its end."""
-    return start(config, fault, world, overrides).wait(seconds)
+    return start(config, fault, world, overrides, restart_count).wait(seconds)
 
 
-def _rank(rank: int, world: int, port: int, log: str, config: str, overrides: tuple[str, ...], fault: Fault, path: list[str]) -> None:
+def start_under_launcher(config: Path, world: int = 2, overrides: Sequence[str] = ()) -> tuple[Any, Path]:
+    """A launcher that forks the ranks itself, and the file in which it writes their process ids."""
+    pids = config.parent / "pids"
+    launcher = SERVER.Process(target=_launcher, args=(world, str(config), tuple(overrides), str(pids), list(sys.path)))
+    launcher.start()
+    return launcher, pids
+
+
+def _launcher(world: int, config: str, overrides: tuple[str, ...], pids: str, path: list[str]) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    children = []
+    for rank in range(world):
+        child = os.fork()
+        if child == 0:
+            _rank(rank, environment_of(rank, world, port), f"{config}.rank_{rank}.log", config, overrides, Fault(), path)
+            os._exit(0)
+        children.append(child)
+    Path(f"{pids}.tmp").write_text(json.dumps(children))
+    os.rename(f"{pids}.tmp", pids)
+    time.sleep(3600)
+
+
+def _rank(rank: int, environment: dict[str, str], log: str, config: str, overrides: tuple[str, ...], fault: Fault, path: list[str]) -> None:
     sys.path[:] = path
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.update(environment)
     from injections import inject  # after the environment is set, in the forked process only
 
     from megatron_completep.pretrain import pretrain
 
     def main() -> int:
-        return int(pretrain(load_config(config, list(overrides)), inject(fault) if fault.rank == rank else no_fail_point))
+        return int(pretrain(load_config(config, list(overrides)), inject(fault) if fault.rank in (rank, -1) else no_fail_point))
 
     exit_on_user_error(main)
 

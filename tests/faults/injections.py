@@ -30,7 +30,7 @@ def inject(fault: Fault) -> Callable[[str], None]:
         case "stop":
             _at_steps(fault, lambda: os.kill(os.getpid(), signal.SIGSTOP))
         case "slow":
-            _at_steps(fault, lambda: time.sleep(fault.seconds))
+            _at_steps(fault, lambda: time.sleep(fault.seconds), "_forward_backward")
         case "nan":
             _poison_gradient(fault)
         case "flip":
@@ -40,15 +40,22 @@ def inject(fault: Fault) -> Callable[[str], None]:
     return lambda name: None
 
 
-def _at_steps(fault: Fault, action: Callable[[], None]) -> None:
-    """Before the forward pass of the steps."""
-    original = TrainingStep.run
+def _at_steps(fault: Fault, action: Callable[[], None], method: str = "run") -> None:
+    """Before the steps begin, or inside of them before another method of `TrainingStep`."""
+    original_run, original = TrainingStep.run, getattr(TrainingStep, method)
+    current = 0
 
     def run(self: TrainingStep, batches: Any, step: int, *rest: Any) -> Any:
-        if step in fault.steps:
-            action()
-        return original(self, batches, step, *rest)
+        nonlocal current
+        current = step
+        return (acting if method == "run" else original_run)(self, batches, step, *rest)
 
+    def acting(self: TrainingStep, *arguments: Any) -> Any:
+        if current in fault.steps:
+            action()
+        return original(self, *arguments)
+
+    setattr(TrainingStep, method, acting)
     TrainingStep.run = run  # type: ignore[method-assign]
 
 
@@ -86,7 +93,10 @@ def _flip_bit(fault: Fault) -> None:
 
 
 def _scale_weights(fault: Fault) -> None:
+    """The weights jump, on all ranks."""
+
     def scale(step: TrainingStep) -> None:
+        step.optimizer.wait_for_parameters()
         step.optimizer.master.mul_(30.0)
         step.optimizer.adopt_masters()
 

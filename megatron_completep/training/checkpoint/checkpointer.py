@@ -237,7 +237,7 @@ class Checkpointer:
         if bad := refused(found, self.config.checkpoint.allow_changed):
             raise CheckpointError(refusal(folder, bad))
         for difference in found:
-            if difference.path.startswith(("model.", "table.", "fingerprints.")):
+            if difference.path.startswith(("model.", "table.", "fingerprints.", "data.")) and "prefix" not in difference.path:
                 self._report(f"resuming with {difference.path} = {difference.present}, the checkpoint has {difference.stored}")
         return stored.to_json()
 

@@ -80,8 +80,8 @@ class Exchange:
 
 def describe(error: BaseException) -> str:
     """What went wrong, with the file where the operating system names one."""
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error) or type(error).__name__
 
 

@@ -90,17 +90,17 @@ def _new_folder(checkpoints: Path, step: int) -> str:
 
 def _write_part(folder: Path, exchange: Exchange, shard: Shard, flats, content: dict, fail_point: FailPoint) -> dict:
     """This rank's file. Returns its record, or what went wrong: the others must hear of it either way."""
+    if not shard.written:
+        return {}
+    path = folder / f"rank_{exchange.rank:05d}_of_{exchange.size:05d}.safetensors"
     try:
-        if not shard.written:
-            return {}
-        path = folder / f"rank_{exchange.rank:05d}_of_{exchange.size:05d}.safetensors"
         tensors = [(key_of(s, o.name, o.box), o.box.sizes, _values(view_of(flats[s], o))) for s in STATES for o in shard.written]
         metadata = {"format": "pt", "step": str(content["step"]), "attempt": content["attempt"]}
         stored = write_tensor_file(path, tensors, shard.dtype, metadata, fail_point)
         return {"file": stored.model_dump(), "elements": sum(o.box.numel for o in shard.written)}
     except (OSError, CheckpointError) as error:
         free = shutil.disk_usage(folder).free if folder.exists() else 0
-        return {"problem": f"{describe(error)} ({shard.written_bytes} bytes to write, {free} free)"}
+        return {"problem": f"{path}: {describe(error)} ({shard.written_bytes} bytes to write, {free} free)"}
 
 
 def _values(tensor: Tensor) -> np.ndarray:

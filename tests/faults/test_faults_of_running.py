@@ -1,0 +1,250 @@
+"""Faults 4, 12 to 20, 23, 24 and 26: what a run meets between two checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from harness import Fault, final_state, losses, run, start, start_under_launcher, steps_on_disk
+
+from megatron_completep.training.guards.replicas import bit_sum, who_differs
+from megatron_completep.training.guards.watchdog import verdict
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SLOWLY = Fault("slow", 0, steps=tuple(range(1, 13)), seconds=0.15)
+
+
+def wait_for_step(config: Path, step: int, seconds: float = 60.0) -> None:
+    metrics, deadline = config.parent / "run" / "metrics.jsonl", time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if metrics.exists() and metrics.read_text().count("\n") >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached in {seconds} s")
+
+
+# --- signals --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
+def test_fault_4_a_signal_to_one_worker_saves_on_all_and_asks_for_a_requeue(config, oracle, number):
+    ranks = start(config, SLOWLY)
+    wait_for_step(config, 4)
+    os.kill(ranks.processes[1].pid, number)
+    outcome = ranks.wait()
+    assert outcome.exit_codes == [75, 75], outcome.output
+    saved = int(steps_on_disk(config)[-1].removeprefix("step_"))
+    assert saved == max(losses(config)) and saved < 12
+    assert run(config).exit_codes == [0, 0]
+    assert (losses(config), final_state(config)) == oracle
+
+
+def test_fault_4_a_second_signal_leaves_at_once(config):
+    ranks = start(config, Fault("hang", 1, steps=(5,)))
+    wait_for_step(config, 4)
+    for _ in range(2):
+        for process in ranks.processes:
+            os.kill(process.pid, signal.SIGTERM)
+        time.sleep(2.2)  # within 2 s it would be taken for torchrun's echo of the first
+    started = time.monotonic()
+    outcome = ranks.wait(30)
+    assert outcome.exit_codes == [128 + signal.SIGTERM] * 2 and time.monotonic() - started < 2
+    assert "step_00000003" in steps_on_disk(config)
+
+
+# --- data and configuration -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".idx", ".bin"])
+def test_fault_12_a_corrupted_token_file_is_named_at_open(config, suffix):
+    path = config.parent / f"corpus{suffix}"
+    os.truncate(path, path.stat().st_size // 2)
+    outcome = run(config, world=1)
+    assert outcome.exit_codes == [2] and str(path) in outcome.output and "Traceback" not in outcome.output
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_fault_13_a_token_out_of_range_is_the_same_error_at_every_tensor_size(config, world):
+    outcome = run(config, world=world, overrides=["model.vocab_size=40", f"parallel.tensor_parallel_size={world}"])
+    assert outcome.exit_codes == [2] * world and "Traceback" not in outcome.output
+    message = r"corpus\.bin: document 0, position 1: token id 41 is outside the model's vocabulary, 0 to 39"
+    assert len(re.findall(message, outcome.output)) == world
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("training:\n\tseed: 1", "tab"),
+        ("model: {hidden_size: 8}\nmodel: {hidden_size: 9}", "twice"),
+        ("modle: {}", "modle"),
+        ("optimizer: {base_lr: .nan}", "base_lr"),
+        ("optimizer: {base_lr: -1}", "base_lr"),
+        ("model: !!python/object/apply:os.system ['touch exploded']", "plain values"),
+        ("", "empty"),
+    ],
+)
+def test_fault_20_a_malformed_file_gives_one_message_and_exit_code_2(tmp_path, text, said):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    outcome = run(path, world=1)
+    assert outcome.exit_codes == [2] and said in outcome.output and "bad.yaml" in outcome.output and "Traceback" not in outcome.output
+
+
+# --- numbers --------------------------------------------------------------------------------------------------------------------
+
+
+def test_fault_14_a_nan_gradient_on_one_rank_is_named_and_the_update_skipped(config, oracle):
+    outcome = run(config, Fault("nan", 1, steps=(5,)), overrides=["checkpoint.interval=1", "checkpoint.keep=20"])
+    assert outcome.exit_codes == [0, 0], outcome.output
+    found = re.search(r"step 5: a gradient was not finite, nothing was updated.*", outcome.output)
+    assert found and "rank 1: layers.1.mlp.down.weight, samples 18-19" in found[0] and "rank 0" not in found[0]
+    folders = [config.parent / "run" / "checkpoints" / f"step_{step:08d}" for step in (4, 5)]
+    before, after = (sorted(p.read_bytes()[-9000:] for p in folder.glob("*.safetensors")) for folder in folders)
+    assert before == after  # weights and moments unchanged
+    assert losses(config)[5] == oracle[0][5] and losses(config)[6] != oracle[0][6]
+
+
+def test_fault_15_nan_at_every_step_stops_and_keeps_the_last_good_checkpoint(config):
+    fault = Fault("nan", 0, steps=tuple(range(5, 13)))
+    outcome = run(config, fault, overrides=["guards.max_skipped_steps=3", "checkpoint.interval=4"])
+    assert outcome.exit_codes == [76, 76] and "3 steps in a row without a finite gradient" in outcome.output
+    assert "Traceback" not in outcome.output and steps_on_disk(config) == ["step_00000004"]
+
+
+def test_fault_16_a_flipped_bit_in_one_replica_is_found_and_the_rank_named(config):
+    outcome = run(config, Fault("flip", 1), overrides=["guards.replica_check_interval=4"])
+    assert outcome.exit_codes == [79, 79]
+    assert "step 4: replicas differ: rank 1 in weights of stage 0, tensor 0" in outcome.output and "rank 0 in" not in outcome.output
+
+
+def test_fault_16_healthy_replicas_pass(config):
+    assert run(config, overrides=["guards.replica_check_interval=1", "training.train_steps=4"]).exit_codes == [0, 0]
+
+
+def test_any_single_flipped_bit_changes_the_hash():
+    values = torch.randn(1000)
+    expected = bit_sum(values)
+    for bit in range(32):
+        changed = values.clone()
+        changed.view(torch.int32)[bit * 31] ^= (
+            torch.tensor(1 << bit).to(torch.int32) if bit < 31 else torch.tensor(-(1 << 31)).to(torch.int32)
+        )
+        assert bit_sum(changed) != expected
+
+
+def test_without_an_owner_the_majority_decides_and_a_tie_names_both():
+    assert who_differs([{"m": [1]}, {"m": [1]}, {"m": [2]}]) == ["rank 2 in m"]
+    assert who_differs([{"m": [1]}, {"m": [2]}]) == ["rank 0, 1 in m (one of them)"]
+    assert who_differs([{"m": [1]}, {"m": [1]}]) == []
+
+
+def test_fault_17_a_loss_spike_is_reported_with_its_samples(config):
+    outcome = run(config, Fault("spike", -1, steps=(11,)), overrides=["guards.straggler_interval=null"])
+    assert re.search(r"step 11: loss [\d.]+ is [\d.]+ above the median of the last 10 steps; samples 40-43", outcome.output)
+    assert "loss_spike" in (config.parent / "run" / "metrics.jsonl").read_text()
+
+
+# --- ranks that hang, stop or lag -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["hang", "stop"])
+def test_fault_18_a_hung_rank_is_named_and_the_run_ends_within_the_bound(config, kind):
+    outcome = run(config, Fault(kind, 1, steps=(5,)), overrides=["guards.hang_timeout_minutes=0.05"], seconds=40)
+    assert outcome.exit_codes[0] == 77 and outcome.seconds < 30
+    if kind == "hang":
+        assert outcome.exit_codes[1] == 77
+        assert "hung at step 5: rank 1 holds the others up: rank 1 in injections.py" in outcome.output
+        assert "injections.py" in (config.parent / "run" / "hang_rank_00001.txt").read_text()
+    else:
+        assert "rank 1 does not answer" in outcome.output
+
+
+def test_the_rank_that_waits_for_nobody_is_to_blame():
+    waiting = {"step": 7, "place": "collectives.py:30 wait", "waiting": True}
+    assert "rank 2 holds" in verdict({0: waiting, 1: waiting, 2: {**waiting, "waiting": False}})
+    assert "rank 1 holds" in verdict({0: waiting, 1: {**waiting, "step": 6}, 2: waiting})
+    assert "rank 1 does not answer" in verdict({0: waiting, 1: None, 2: waiting})
+
+
+def test_fault_19_a_straggler_is_named_with_its_ratio(config):
+    fault = Fault("slow", 1, steps=tuple(range(1, 13)), seconds=0.3)
+    outcome = run(config, fault, overrides=["guards.straggler_interval=4", "guards.straggler_ratio=2", "training.train_steps=4"])
+    assert re.search(r"step 4: rank 1 on \S+ is a straggler: 0\.[34]\d* s .* [\d.]+ times the median rank's", outcome.output), (
+        outcome.output
+    )
+
+
+# --- several runs, restarts, orphans --------------------------------------------------------------------------------------------
+
+
+def test_fault_23_a_second_trainer_is_refused_naming_the_first(config, oracle):
+    first = start(config, SLOWLY)
+    wait_for_step(config, 1)
+    second = run(config, world=1, overrides=["guards.lock_wait_seconds=0.2"])
+    assert second.exit_codes == [2] and f"is in use by process {first.processes[0].pid} on " in second.output
+    assert first.wait().exit_codes == [0, 0]
+    assert (losses(config), final_state(config)) == oracle
+
+
+def test_fault_24_restarts_resume_by_themselves(config, oracle):
+    """Killed after each of the first three saves; the fourth start reaches the end."""
+    for restart in range(3):
+        outcome = run(config, Fault("kill", 0, "save.older_ones_removed"), restart_count=restart)
+        assert outcome.exit_codes[0] == -signal.SIGKILL and not outcome.timed_out
+    outcome = run(config, restart_count=3)
+    assert outcome.exit_codes == [0, 0] and "resumed after step 9" in outcome.output
+    assert (losses(config), final_state(config)) == oracle
+
+
+def test_fault_24_restarts_that_get_nowhere_stop(config):
+    codes = [
+        run(config, Fault("kill", 1, "save.folder_created"), overrides=["guards.max_restarts_without_progress=2"], restart_count=n)
+        for n in range(3)
+    ]
+    assert [-signal.SIGKILL in outcome.exit_codes for outcome in codes] == [True, True, False]
+    assert 78 in codes[2].exit_codes and "2 restarts in a row got no further than step 0" in codes[2].output
+    assert run(config).exit_codes == [0, 0]  # a start by hand counts anew
+
+
+def test_fault_26_workers_of_a_killed_launcher_leave_within_two_seconds(config):
+    launcher, pids = start_under_launcher(config, overrides=["training.train_steps=100000"])
+    wait_for_step(config, 2)
+    workers = [psutil.Process(pid) for pid in json.loads(pids.read_text())]
+    launcher.kill()
+    _, alive = psutil.wait_procs(workers, timeout=2.0)
+    assert all(worker.status() == psutil.STATUS_ZOMBIE for worker in alive)  # gone, where nobody adopts orphans
+    overrides = ["training.train_steps=100000", "training.stop_at_step=3", "guards.lock_wait_seconds=0"]
+    assert run(config, world=1, overrides=overrides).exit_codes == [0]  # and the lock is free
+
+
+def torchrun(config: Path, *more: str, arguments: tuple[str, ...]) -> subprocess.Popen[str]:
+    program = str(Path(__file__).with_name("killed_after_each_save.py"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *more, program, str(config)]
+    path = os.pathsep.join([str(REPOSITORY), str(Path(__file__).parent)])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+@pytest.mark.slow
+def test_faults_24_and_4_under_the_real_torchrun(config, oracle):
+    process = torchrun(config, "--max-restarts", "4", "--monitor-interval", "0.1", arguments=("progress",))
+    output, _ = process.communicate(timeout=280)
+    assert process.returncode == 0, output
+    assert output.count("resumed after step") == 3
+    assert (losses(config), final_state(config)) == oracle
+
+
+@pytest.mark.slow
+def test_fault_24_torchrun_stops_when_there_is_no_progress(config):
+    process = torchrun(config, "--max-restarts", "10", "--monitor-interval", "0.1", arguments=("none",))
+    output, _ = process.communicate(timeout=280)
+    assert process.returncode != 0 and "3 restarts in a row got no further than step 0" in output

@@ -1,0 +1,117 @@
+"""Faults 1 to 3 and 8 to 9: whatever interrupts a save, the run continues bit-equal to one that was never interrupted."""
+
+from __future__ import annotations
+
+import random
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from checkpoint_helpers import TinyRun, tiny_config
+from harness import Fault, final_state, losses, run, start, steps_on_disk
+
+from megatron_completep.training.checkpoint import checkpointer, files, save
+
+# In the order in which a save passes them; those that only the committing rank passes are marked.
+POINTS = {
+    "save.folder_created": (0, 1),
+    "save.header_written": (0, 1),
+    "save.values_half_written": (0, 1),
+    "save.values_written": (0, 1),
+    "save.file_synced": (0, 1),
+    "save.hashes_exchanged": (0, 1),
+    "save.manifest_half_written": (0,),
+    "save.manifest_written": (0,),
+    "save.before_rename": (0,),
+    "save.older_one_moved": (0,),
+    "save.renamed": (0,),
+    "save.committed": (0, 1),
+    "save.older_ones_removed": (0,),
+}
+QUICK = ("save.values_half_written", "save.manifest_half_written", "save.before_rename", "save.renamed")
+KILLED = -9
+
+
+def kills() -> Iterator[object]:
+    for point, ranks in POINTS.items():
+        for rank in ranks:
+            quick = point in QUICK and rank == ranks[-1]
+            yield pytest.param(point, rank, id=f"{point}-rank{rank}", marks=() if quick else pytest.mark.slow)
+
+
+def test_every_fail_point_in_the_code_is_tested():
+    sources = [Path(module.__file__ or "").read_text() for module in (checkpointer, files, save)]
+    named = set(re.findall(r'fail_point\("([^"]+)"\)', "".join(sources)))
+    assert named == set(POINTS) | {"save.staged"}  # that one is passed by asynchronous saves
+
+
+@pytest.mark.parametrize(("point", "rank"), list(kills()))
+def test_fault_1_killed_at_a_point_of_a_save_continues_bit_equal(config, oracle, point, rank):
+    killed = run(config, Fault("kill", rank, point, nth=2))  # in the save of step 6
+    assert killed.exit_codes[rank] == KILLED and not killed.timed_out
+    assert "step_00000003" in steps_on_disk(config)
+    resumed = run(config)
+    assert resumed.exit_codes == [0, 0], resumed.output
+    assert (losses(config), final_state(config)) == oracle
+    assert steps_on_disk(config) == ["step_00000009", "step_00000012"]  # and nothing that starts with a dot
+
+
+def test_fault_1_killed_between_staging_and_writing_continues_bit_equal(config, oracle):
+    killed = run(config, Fault("kill", 1, "save.staged", nth=2), overrides=["checkpoint.async_save=true"])
+    assert killed.exit_codes[1] == KILLED
+    assert run(config).exit_codes == [0, 0]
+    assert (losses(config), final_state(config)) == oracle
+
+
+def test_fault_2_a_partial_folder_of_the_same_step_is_in_nobodys_way(config, oracle):
+    partial = config.parent / "run" / "checkpoints" / ".step_00000006.deadbeef"
+    partial.mkdir(parents=True)
+    (partial / "rank_00000_of_00002.safetensors").write_bytes(b"half")
+    (config.parent / "run" / "checkpoints" / "step_00000009").mkdir()  # without a manifest: does not exist
+    outcome = run(config)
+    assert outcome.exit_codes == [0, 0] and "removed .step_00000006.deadbeef" in outcome.output
+    assert (losses(config), final_state(config)) == oracle
+
+
+@pytest.mark.parametrize("seed", [pytest.param(s, marks=pytest.mark.slow if s >= 1 else ()) for s in range(4)])
+def test_fault_3_killed_at_random_times_resumes_every_time(config, oracle, seed):
+    """Five kills a run; 20 in the slow suite."""
+    random_times = random.Random(seed)
+    for kill in range(5):
+        ranks = start(config, overrides=["checkpoint.interval=1", f"checkpoint.async_save={'true' if kill % 2 else 'false'}"])
+        time.sleep(random_times.uniform(0.3, 2.0))
+        ranks.processes[random_times.randrange(2)].kill()
+        outcome = ranks.wait()
+        assert not outcome.timed_out
+    assert run(config).exit_codes == [0, 0]
+    assert losses(config) == oracle[0] and final_state(config) == oracle[1]
+
+
+@pytest.mark.parametrize("policy", ["continue", "stop"])
+def test_fault_8_a_full_disk_fails_the_save_on_all_ranks_together(config, oracle, policy):
+    fault = Fault("disk_full", 1, "save.values_half_written", nth=2)
+    outcome = run(config, fault, overrides=[f"checkpoint.on_failure={policy}"])
+    message = r"step 6.* rank 1: .*rank_00001_of_00002.safetensors: No space left on device \(\d+ bytes to write, \d+ free\)"
+    assert re.search(message, outcome.output) and "Traceback" not in outcome.output
+    if policy == "continue":
+        assert outcome.exit_codes == [0, 0] and (losses(config), final_state(config)) == oracle
+    else:
+        assert outcome.exit_codes == [2, 2] and steps_on_disk(config) == ["step_00000003"]
+
+
+def test_fault_8_a_checkpoint_that_will_not_fit_is_announced_at_the_start(monkeypatch, tmp_path):
+    usage = save.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(save.shutil, "disk_usage", lambda folder: usage._replace(free=1000))
+    tiny = TinyRun(tiny_config(tmp_path, checkpoint={"async_save": False, "on_failure": "stop"}))
+    assert re.search(r"warning: .*checkpoints: a checkpoint needs \d+ bytes, 1000 are free", tiny.said[0])
+    with pytest.raises(save.CheckpointError, match="needs"):
+        tiny.save()
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_fault_9_an_unwritable_output_folder_is_an_error_at_the_start(config):
+    (config.parent / "run").write_text("a file where the folder should be")
+    outcome = run(config, world=1)
+    assert outcome.exit_codes == [2] and "run cannot be written" in outcome.output and "Traceback" not in outcome.output

@@ -316,3 +316,50 @@ def test_the_operator_passes_opcheck(dtype, with_out):
     tables = (kernels.device_segments(SEGMENTS, DEVICE), GROUPS["eps"].to(DEVICE), shard.control)
     arguments = (shard.out, shard.master, shard.exp_avg, shard.exp_avg_sq, grad.to(DEVICE), *tables, BETA1, BETA2)
     torch.library.opcheck(torch.ops.completep.adamw_.default, arguments)
+
+
+# --- on a GPU -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_a_step_never_waits_for_the_host_and_is_one_launch():
+    shard, segments = Shard.create(bf16_out=True).to("cuda"), kernels.device_segments(SEGMENTS, "cuda")
+    groups, (grad,) = GROUPS["eps"].cuda(), (g.cuda() for g in gradients(1))
+
+    def step():
+        kernels.begin_step_(shard.control, kernels.sum_of_squares(grad, segments), 1.0, BETA1, BETA2)
+        state = (shard.out, shard.master, shard.exp_avg, shard.exp_avg_sq, grad)
+        kernels.adamw_(*state, segments, groups, shard.control, BETA1, BETA2)
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    launches = {event.key: event.count for event in trace.key_averages()}
+    assert launches["adamw_kernel"] == 1
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_steps_as_the_launches_do():
+    start, segments = Shard.create(bf16_out=True), kernels.device_segments(SEGMENTS, "cuda")
+    captured, launched, grad = start.to("cuda"), start.to("cuda"), torch.empty(SIZE, device="cuda")
+    stream = torch.cuda.Stream()
+    implementation = IMPLEMENTATIONS["triton"]
+    groups = GROUPS["eps"].cuda()
+    warm = start.to("cuda")
+    grad.copy_(next(gradients(1)))
+    with torch.cuda.stream(stream):
+        warm.step(implementation, grad, groups, segments)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.step(implementation, grad, groups, segments)
+    for new in gradients(4):
+        grad.copy_(new)
+        graph.replay()
+        launched.step(implementation, grad, groups, segments)
+    assert launched.control[1] == 4
+    assert torch.equal(captured.master, launched.master) and torch.equal(captured.out, launched.out)

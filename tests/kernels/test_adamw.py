@@ -334,10 +334,12 @@ def test_a_step_never_waits_for_the_host_and_is_one_launch():
     step()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
-            step()
+        step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+        step()
+        torch.cuda.synchronize()
     launches = {event.key: event.count for event in trace.key_averages()}
     assert launches["adamw_kernel"] == 1
 

@@ -17,7 +17,19 @@ def check_config(config: Config) -> None:
     Raises:
         ConfigError: with all problems, one a line.
     """
-    rules = (_model, _attention_backend, _completep, _tensor_parallel, _pipeline, _schedule, _sources, _tokenizer, _training, _checkpoint)
+    rules = (
+        _model,
+        _attention_backend,
+        _compile,
+        _completep,
+        _tensor_parallel,
+        _pipeline,
+        _schedule,
+        _sources,
+        _tokenizer,
+        _training,
+        _checkpoint,
+    )
     _raise_all([problem for rule in rules for problem in rule(config)])
 
 
@@ -103,18 +115,31 @@ def _completep(config: Config) -> Iterator[str]:
 
 def _tensor_parallel(config: Config) -> Iterator[str]:
     model, size = config.model, config.parallel.tensor_parallel_size
-    where, heads, groups = f"parallel.tensor_parallel_size = {size}", model.num_attention_heads, derived.num_query_groups(model)
-    divided = {"num_attention_heads": heads, "ffn_hidden_size": model.ffn_hidden_size}
+    where, groups = f"parallel.tensor_parallel_size = {size}", derived.num_query_groups(model)
+    divided = {"num_attention_heads": model.num_attention_heads, "ffn_hidden_size": model.ffn_hidden_size}
+    if model.num_attention_heads % groups == 0:
+        divided["num_query_groups"] = groups
     if config.parallel.sequence_parallel:
         divided["seq_length"] = model.seq_length
-    # Fewer groups than ranks are fine when each rank needs one whole group: its keys and values are then copies.
-    fits_groups = [n for n in _all_divisors(math.gcd(*divided.values())) if groups % n == 0 or n % groups == 0]
+    reasons = {
+        "num_query_groups": " (each rank holds whole groups of keys and values)",
+        "seq_length": " (parallel.sequence_parallel is on)",
+    }
+    fitting = _all_divisors(math.gcd(*divided.values()))
     for name, value in divided.items():
-        if value % size:
-            reason = " (parallel.sequence_parallel is on)" if name == "seq_length" else ""
-            yield f"{where} does not divide model.{name} = {value}{reason}. Use {_choice(fits_groups, size)}."
-    if heads % groups == 0 and heads % size == 0 and groups % size and size % groups:
-        yield f"{where} neither divides model.num_query_groups = {groups} nor is a multiple of it. Use {_choice(fits_groups, size)}."
+        follows = name == "num_query_groups" and model.num_query_groups is None  # num_attention_heads says it already
+        if value % size and not follows:
+            yield f"{where} does not divide model.{name} = {value}{reasons.get(name, '')}. Use {_choice(fitting, size)}."
+
+
+def _compile(config: Config) -> Iterator[str]:
+    flash = config.model.attention_backend == "flash_attention"
+    if config.training.compile and flash and config.data.reset_at_document_ends:
+        yield (
+            "training.compile = true does not go with model.attention_backend = flash_attention and data.reset_at_document_ends = true: "
+            "the number of documents, a shape, changes with every micro-batch, and each new one would be compiled anew. "
+            "Use model.attention_backend = sdpa, or training.compile = false."
+        )
 
 
 def _pipeline(config: Config) -> Iterator[str]:

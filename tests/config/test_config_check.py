@@ -59,7 +59,16 @@ RULES = [
     ),
     (
         ["model.num_attention_heads=12", "model.num_query_groups=6", "model.head_dim=64", "parallel.tensor_parallel_size=4"],
-        "parallel.tensor_parallel_size = 4 neither divides model.num_query_groups = 6 nor is a multiple of it. Use 1 or 2.",
+        "parallel.tensor_parallel_size = 4 does not divide model.num_query_groups = 6 (each rank holds whole groups of keys and values). "
+        "Use 1 or 2.",
+    ),
+    (
+        ["model.num_query_groups=2", "parallel.tensor_parallel_size=4"],
+        "parallel.tensor_parallel_size = 4 does not divide model.num_query_groups = 2",
+    ),
+    (
+        ["training.compile=true", "model.attention_backend=flash_attention", "data.reset_at_document_ends=true"],
+        "training.compile = true does not go with model.attention_backend = flash_attention and data.reset_at_document_ends = true: ",
     ),
     (
         ["parallel.pipeline_parallel_size=9"],
@@ -122,8 +131,10 @@ FITTING = [
     [],
     ["model.num_attention_heads=3", "model.head_dim=64"],
     ["model.head_dim=15", "model.position=alibi"],
-    ["model.num_query_groups=2", "parallel.tensor_parallel_size=4"],
+    ["model.num_query_groups=4", "parallel.tensor_parallel_size=4"],
     ["model.num_query_groups=8", "parallel.tensor_parallel_size=4"],
+    ["training.compile=true", "model.attention_backend=flash_attention"],
+    ["training.compile=true", "data.reset_at_document_ends=true"],
     ["parallel.tensor_parallel_size=16"],
     ["parallel.tensor_parallel_size=8", "model.seq_length=100"],
     ["parallel.pipeline_parallel_size=3"],

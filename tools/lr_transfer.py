@@ -16,7 +16,9 @@ import json
 import sys
 from pathlib import Path
 
-from megatron_completep.analysis import lr_transfer, sweep
+from megatron_completep.analysis import sweep
+from megatron_completep.analysis.lr_transfer_plan import plan as make_plan
+from megatron_completep.analysis.lr_transfer_report import report as make_report
 from megatron_completep.config import load_config
 from megatron_completep.errors import ConfigError, exit_on_user_error
 from megatron_completep.parallel.context import choose_device
@@ -42,16 +44,22 @@ def parse_arguments() -> argparse.Namespace:
     run.add_argument("config", help="YAML file of the proxy")
     run.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
     run.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where points are kept; may hold a sweep already")
-    run.add_argument("--lr", type=rates, required=True, metavar="LOW:HIGH:N", help="exponents of two and points an octave, or a list of values")
+    run.add_argument(
+        "--lr", type=rates, required=True, metavar="LOW:HIGH:N", help="exponents of two and points an octave, or a list of values"
+    )
     run.add_argument("--depths", type=numbers(int), default=[], help="layers, such as 2,8,32 (default: the configuration's)")
     run.add_argument("--widths", type=numbers(int), default=[], help="hidden sizes (default: the configuration's)")
     run.add_argument("--parameterizations", type=numbers(str), default=["completep"], help="of completep,alpha_0.5,mup,sp")
     run.add_argument("--weight-decays", type=numbers(float), default=[], help="base weight decays (default: the configuration's)")
     run.add_argument("--init-stds", type=numbers(float), default=[], help="base initial standard deviations (default: the configuration's)")
-    run.add_argument("--train-steps", type=numbers(int), default=[], help="lengths of runs (default: the configuration's); savings need two")
+    run.add_argument(
+        "--train-steps", type=numbers(int), default=[], help="lengths of runs (default: the configuration's); savings need two"
+    )
     run.add_argument("--seeds", type=int, default=3, help="repetitions (default: 3)")
     run.add_argument("--workers", type=int, help="runs at once (default: one a core, or six a GPU)")
-    run.add_argument("--slurm", metavar="KEY=VALUE,...", help="submit to Slurm with these options of submitit, such as timeout_min=60,gpus_per_node=1")
+    run.add_argument(
+        "--slurm", metavar="KEY=VALUE,...", help="submit to Slurm with these options of submitit, such as timeout_min=60,gpus_per_node=1"
+    )
     run.add_argument("--json", action="store_true", help="one object on stdout, the log on stderr")
     report = commands.add_parser("report", help="optima, drift, regret and savings of a sweep, as HTML, PNG and JSON")
     report.add_argument("folder", type=Path, help="the sweep's folder")
@@ -103,9 +111,9 @@ def main() -> int | None:
             sweep.run_local(points, arguments.out, arguments.workers or sweep.default_workers(device), device, say)
         result = {"points": len(points), "missing": len(sweep.missing(points, arguments.out)), "folder": str(arguments.out)}
     elif arguments.command == "report":
-        result = lr_transfer.report(arguments.folder, arguments.baseline, say)
+        result = make_report(arguments.folder, arguments.baseline, say)
     else:
-        result = lr_transfer.plan(arguments.folder, load_config(arguments.target, arguments.overrides), arguments.to, arguments.scale_batch, say)
+        result = make_plan(arguments.folder, load_config(arguments.target, arguments.overrides), arguments.to, arguments.scale_batch, say)
     if arguments.json:
         print(json.dumps(result))
     return 0

@@ -161,7 +161,7 @@ def collect(
         for seed in range(plan.seeds):
             shaped = with_seed(reshape(config, width, depth), seed)
             own = train(shaped, plan, context, design, plan.steps)
-            # Constant eps is wrong over depth and width alike, but only where it counts; without clipping and decay updates are Adam's alone.
+            # A wrong eps shows only where eps counts; without clipping and decay the updates are Adam's alone.
             settings = {"base_eps": LARGE_EPS, "base_weight_decay": 0.0, "grad_clip": 0.0}
             eps = train(shaped, plan, context, design, EPS_STEPS, **settings) if plan.check_eps else None
             other = train(under(shaped, CONTROLS[axis]), plan, context, control, plan.steps)
@@ -289,7 +289,8 @@ def _verdict(findings: Sequence[Finding]) -> tuple[Verdict, str]:
         control, gap = finding.control.value, finding.control.value - finding.model.value
         if not (control >= CONTROL_AT_LEAST and gap >= CONTROL_GAP):
             return Verdict.CANNOT_TELL, (
-                f"cannot tell: the control's {DECISIVE} over {finding.band.axis} has the exponent {control:+.2f}, {gap:+.2f} from the model's; "
-                f"a wrong model must show at least +{CONTROL_AT_LEAST} and +{CONTROL_GAP} more. Use more depths or widths, or a larger learning rate."
+                f"cannot tell: the control's {DECISIVE} over {finding.band.axis} has the exponent {control:+.2f}, {gap:+.2f} from the "
+                f"model's; a wrong model must show at least +{CONTROL_AT_LEAST} and +{CONTROL_GAP} more. "
+                "Use more depths or widths, or a larger learning rate."
             )
     return Verdict.RIGHT, "right: every exponent is in its band, and the control's is not"

@@ -143,9 +143,7 @@ def optimum_of(curve: Curve, base: Curve) -> Optimum:
         drift = lost = Estimate(0.0, 0.0, 0.0)
     else:
         pair = [curve.losses, base.losses]
-        drift = bootstrap(
-            lambda m: parabola_optimum(x, m[0]).log2_lr - parabola_optimum(base.log2_lr, m[1]).log2_lr, pair, REPLICATES
-        )
+        drift = bootstrap(lambda m: parabola_optimum(x, m[0]).log2_lr - parabola_optimum(base.log2_lr, m[1]).log2_lr, pair, REPLICATES)
         lost = bootstrap(lambda m: regret(curve, base, m[0], m[1]), pair, REPLICATES)
     decay = 2**point.log2_lr * curve.base_weight_decay * curve.train_steps
     return Optimum(
@@ -248,16 +246,7 @@ class Analysis:
         plain = asdict(self)
         for curve in plain["curves"]:
             curve["log2_lr"], curve["losses"] = curve["log2_lr"].tolist(), curve["losses"].tolist()
-        return _finite(plain)
-
-
-def _finite(value: Any) -> Any:
-    """JSON knows no infinities: null."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return plain
 
 
 def analyse(folder: Path, baseline: str = "mup") -> Analysis:

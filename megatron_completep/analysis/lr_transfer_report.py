@@ -1,0 +1,132 @@
+"""What a sweep says, for people: report.html (self-contained), report.md with pictures, report.json."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_completep.analysis import lr_transfer
+from megatron_completep.analysis.check_report import dump, finite
+from megatron_completep.analysis.fits import Estimate
+from megatron_completep.analysis.lr_transfer import DRIFT_BAND, EDGE_NATS, Analysis, Curve, Optimum
+from megatron_completep.analysis.report import Report, new_figure, write_whole
+
+Say = Callable[[str], None]
+
+
+def report(folder: Path, baseline: str = "mup", say: Say = lambda text: None) -> dict[str, Any]:
+    """Analyse a sweep's folder and write report.html, report.md, the pictures and report.json into it; returns what the last one holds."""
+    analysis = lr_transfer.analyse(folder, baseline)
+    document = build(analysis)
+    document.write_html(folder / "report.html")
+    document.write_markdown(folder / "report.md")
+    plain: dict[str, Any] = finite(analysis.to_json())
+    write_whole(folder / "report.json", dump(plain))
+    say(summary(analysis))
+    say(f"written: {folder / 'report.html'}, report.md, report.json")
+    return plain
+
+
+def summary(analysis: Analysis) -> str:
+    """The findings in a few lines."""
+    lines = [f"{analysis.points_done} points done, {analysis.points_missing} missing"]
+    for drift in analysis.drifts:
+        decay = f"wd {drift.base_weight_decay:g}"
+        lines.append(
+            f"{drift.parameterization:<11} {decay}, {drift.train_steps} steps: {drift.per_doubling} octaves per doubling: {drift.verdict}"
+        )
+    for saving in analysis.savings:
+        shape = f"{saving.num_layers} x {saving.hidden_size}"
+        lines.append(f"{saving.parameterization} against {saving.baseline}, {shape}: {saving.percent} % FLOPs: {saving.verdict}")
+    return "\n".join(lines)
+
+
+def build(analysis: Analysis) -> Report:
+    """The document: drift first, then every shape, then the curves."""
+    document = Report("Learning-rate transfer", summary(analysis))
+    if analysis.drifts:
+        section = document.section(
+            "Drift over depth",
+            f"Slope of the best log2(learning rate) over log2(depth), with its 95 % interval. Within ±{DRIFT_BAND} octaves per doubling "
+            "the learning rate transfers; an interval that crosses that border leaves it unresolved.",
+        )
+        headers = ["parameterization", "width", "steps", "weight decay", "octaves per doubling", "verdict"]
+        rows = [
+            [d.parameterization, d.hidden_size, d.train_steps, d.base_weight_decay, str(d.per_doubling), d.verdict] for d in analysis.drifts
+        ]
+        section.table(headers, rows)
+    section = document.section("Optima", "Learning rates as exponents of two; intervals are 95 %, by bootstrap over seeds.")
+    section.table(
+        _OPTIMUM_HEADERS, [optimum_row(o) for o in analysis.optima], f"Edge: the mean loss is more than {EDGE_NATS} nats over the best."
+    )
+    if analysis.savings:
+        section = document.section("Compute saved", "FLOPs that reach the baseline's best loss, as a saving in percent.")
+        headers = ["parameterization", "baseline", "layers", "width", "saving, %", "verdict"]
+        section.table(
+            headers,
+            [[s.parameterization, s.baseline, s.num_layers, s.hidden_size, str(s.percent), s.verdict] for s in analysis.savings],
+        )
+    section = document.section("Curves")
+    for decay in sorted({c.base_weight_decay for c in analysis.curves}):
+        curves = [c for c in analysis.curves if c.base_weight_decay == decay]
+        section.picture(f"curves_wd_{decay:g}", draw_curves(curves), f"Held-out loss over the learning rate, weight decay {decay:g}.")
+    return document
+
+
+_OPTIMUM_HEADERS = [
+    "parameterization",
+    "layers",
+    "width",
+    "steps",
+    "wd",
+    "init std",
+    "seeds",
+    "best log2 lr",
+    "loss",
+    "drift",
+    "regret",
+    "edge",
+    "tau",
+]
+
+
+def optimum_row(o: Optimum) -> list[Any]:
+    edge = None if o.divergence_log2_lr is None else f"2^{o.divergence_log2_lr:g}"
+    best = f"{o.log2_lr}" + (" (edge of the grid)" if o.at_edge else "")
+    values = [o.parameterization, o.num_layers, o.hidden_size, o.train_steps, o.base_weight_decay, o.base_init_std, o.seeds]
+    return [*values, best, f"{o.loss.value:.3f}", str(o.drift), regret_text(o.regret), edge, o.tau]
+
+
+def regret_text(regret: Estimate) -> str:
+    if math.isnan(regret.value):
+        return "not on the grid"
+    if not math.isfinite(regret.high - regret.low):
+        return f"{regret.value:.3f}"
+    return f"{regret.value:.3f} [{regret.low:.3f}, {regret.high:.3f}]"
+
+
+def draw_curves(curves: Sequence[Curve]) -> Any:
+    """One panel a parameterization, one line a shape; the band is the spread over seeds."""
+    rules = list(dict.fromkeys(c.parameterization for c in curves))
+    figure = new_figure(4.2 * len(rules), 4.0)
+    axes = figure.subplots(1, len(rules), sharey=True, squeeze=False)[0]
+    sizes = sorted({(c.num_layers, c.hidden_size, c.train_steps) for c in curves})
+    for axis, rule in zip(axes, rules, strict=True):
+        for curve in (c for c in curves if c.parameterization == rule):
+            place = sizes.index((curve.num_layers, curve.hidden_size, curve.train_steps)) / max(1, len(sizes) - 1)
+            color = (0.15 + 0.75 * place, 0.25, 0.85 - 0.7 * place)
+            label = f"{curve.num_layers} x {curve.hidden_size}, {curve.train_steps} steps"
+            axis.plot(curve.log2_lr, curve.mean, marker="o", color=color, label=label)
+            axis.fill_between(curve.log2_lr, curve.losses.min(axis=1), curve.losses.max(axis=1), color=color, alpha=0.15)
+            best = int(curve.mean.argmin())
+            axis.plot(curve.log2_lr[best], curve.mean[best], marker="*", markersize=14, color=color)
+        axis.set_title(rule)
+        axis.set_xlabel("log2 learning rate")
+        axis.grid(alpha=0.3)
+    lowest = min(float(c.mean.min()) for c in curves)
+    axes[0].set_ylim(lowest - 0.05, lowest + 1.0)
+    axes[0].set_ylabel("loss, nats a token")
+    axes[-1].legend(fontsize=8)
+    return figure

@@ -1,0 +1,98 @@
+"""Check a parameterization: train models of growing depth and width for a few steps, and see what stays the same size.
+
+Example:
+
+    python tools/coordinate_check.py configs/quickstart_proxy.yaml --depths 2,4,8,16,32 --out runs/check
+
+The depth axis is run at the smallest width, the width axis at the smallest depth; a control that is known to be wrong (muP over depth,
+SP over width) runs beside the model. A model of your own: --model package:function, where function(config, table, context) returns an
+initialized module that declares the roles of its parameters (docs/instruments.md). Runs under torchrun too, in any layout.
+
+Exit code 0: right, and the control is not. 1: wrong. 2: bad input. 3: cannot tell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from pathlib import Path
+
+from megatron_completep.analysis import coordinate_check
+from megatron_completep.analysis.check_report import describe_check, finite, write_check
+from megatron_completep.analysis.trial import Design, with_base
+from megatron_completep.config import check_world, load_config
+from megatron_completep.errors import ConfigError, exit_on_user_error
+from megatron_completep.parallel.context import Launch, ParallelContext
+from megatron_completep.training.precision import use_threads
+
+
+def integers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",") if part]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", metavar="CONFIG", help="a run's YAML file; its data is read")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    parser.add_argument("--depths", type=integers, default=[], metavar="L,L,...", help="numbers of layers, such as 2,4,8,16,32")
+    parser.add_argument("--widths", type=integers, default=[], metavar="N,N,...", help="hidden sizes (default: the configuration's own)")
+    parser.add_argument("--steps", type=int, default=10, help="optimizer steps of each model (default: 10)")
+    parser.add_argument("--seeds", type=int, default=3, help="repetitions with other weights and data (default: 3)")
+    parser.add_argument("--precision", choices=["float32", "float64", "bf16"], default="float32", help="default: float32")
+    parser.add_argument("--no-eps", action="store_true", help="leave out the runs with a large eps, which alone show a wrong eps")
+    parser.add_argument("--model", metavar="PACKAGE:FUNCTION", help="check this model instead of the project's")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write coordinate_check.json, .html and pictures there")
+    parser.add_argument("--json", action="store_true", help="one object on stdout, the log on stderr")
+    return parser.parse_intermixed_args()
+
+
+def load_function(name: str):
+    """package.module:function -> the function; the current folder is searched too."""
+    module_name, colon, function_name = name.partition(":")
+    sys.path.insert(0, "")
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"--model {name}: {error}. Write PACKAGE:FUNCTION, importable from here.") from error
+    if not colon or not callable(function):
+        raise ConfigError(f"--model {name}: not a function. Write PACKAGE:FUNCTION.")
+    return function
+
+
+def main() -> int | None:
+    arguments = parse_arguments()
+    config = with_base(load_config(arguments.config, arguments.overrides))
+    launch = Launch.from_environment()
+    check_world(config, launch.world_size)
+    depths = arguments.depths or [config.model.num_layers]
+    widths = arguments.widths or [config.model.hidden_size]
+    if len(set(depths)) < 2 and len(set(widths)) < 2:
+        raise ConfigError("nothing to compare: give --depths or --widths with at least two values, such as --depths 2,4,8,16,32.")
+    design = Design(make_model=load_function(arguments.model) if arguments.model else None)
+    context = ParallelContext.create(config.parallel, config.training.device)
+    use_threads(config.training.cpu_threads, launch.local_world_size)
+
+    def say(text: str) -> None:
+        if context.is_first:
+            print(text, file=sys.stderr if arguments.json else sys.stdout, flush=True)
+
+    plan = coordinate_check.Plan(
+        sorted(set(depths)), sorted(set(widths)), arguments.steps, arguments.seeds, arguments.precision, not arguments.no_eps
+    )
+    result = coordinate_check.judge(coordinate_check.collect(config, plan, context, design, say))
+    say(describe_check(result))
+    if context.is_first and arguments.out is not None:
+        own = config.completep.parameterization + (f", alpha {config.completep.alpha:g}" if config.completep.alpha != 1 else "")
+        names = {"model": arguments.model or own, "control": "control (muP over depth, SP over width)"}
+        write_check(result, arguments.out, names, {"config": config.model_dump(mode="json"), "plan": vars(plan)})
+        say(f"written: {arguments.out / 'coordinate_check.json'}, .html and pictures")
+    if context.is_first and arguments.json:
+        print(json.dumps(finite(result.to_json())))
+    context.close()
+    return int(result.verdict)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -1,0 +1,63 @@
+"""Measure, block by block, how far the first update is from being linear in its parameters, over depth.
+
+Example:
+
+    python tools/laziness.py configs/quickstart_proxy.yaml --depths 2,4,8,16,32 --out runs/laziness
+
+The configured parameterization ("own") is compared with alpha = 0.5, which becomes lazy with depth and must be seen to, and with muP.
+Exit code 0: not lazy, and the control is. 1: lazy. 2: bad input. 3: cannot tell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from megatron_completep.analysis import laziness
+from megatron_completep.analysis.check_report import describe_laziness, finite, write_laziness
+from megatron_completep.analysis.trial import with_base
+from megatron_completep.config import load_config
+from megatron_completep.errors import exit_on_user_error
+from megatron_completep.training.precision import use_threads
+
+
+def integers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",") if part]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", metavar="CONFIG", help="a run's YAML file; its data is read")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    parser.add_argument("--depths", type=integers, default=[2, 4, 8, 16, 32], metavar="L,L,...", help="default: 2,4,8,16,32")
+    parser.add_argument("--seeds", type=int, default=3, help="repetitions with other weights and data (default: 3)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write laziness.json, .png and .html there")
+    parser.add_argument("--json", action="store_true", help="one object on stdout, the log on stderr")
+    return parser.parse_intermixed_args()
+
+
+def main() -> int | None:
+    arguments = parse_arguments()
+    config = with_base(load_config(arguments.config, arguments.overrides))
+    base = config.completep.base_num_layers or config.model.num_layers
+    use_threads(config.training.cpu_threads, 1)
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr if arguments.json else sys.stdout, flush=True)
+
+    samples = laziness.collect(config, sorted(set(arguments.depths)), arguments.seeds, say=say)
+    result = laziness.judge(samples, base)
+    say(describe_laziness(result, base))
+    if arguments.out is not None:
+        settings = {"config": config.model_dump(mode="json"), "depths": arguments.depths, "seeds": arguments.seeds}
+        write_laziness(result, arguments.out, settings)
+        say(f"written: {arguments.out / 'laziness.json'}, .png, .html")
+    if arguments.json:
+        print(json.dumps(finite(result.to_json())))
+    return int(result.verdict)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

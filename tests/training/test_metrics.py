@@ -1,0 +1,147 @@
+"""What a run reports, and that a report outlives kills, resumes and broken loggers."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_completep.config.schema import LoggingConfig
+from megatron_completep.training.metrics import ConsoleLines, MetricsFile, Optional, TensorBoard, describe, open_sinks, read_metrics
+
+
+def row(step: int, **changes: Any) -> dict[str, Any]:
+    values = {
+        "step": step,
+        "loss": 4.0,
+        "lr": 1e-3,
+        "grad_norm": 0.5,
+        "skipped": False,
+        "tokens": 128 * step,
+        "tokens_per_second": 1000.0,
+        "mfu": None,
+        "step_seconds": 0.128,
+        "data_wait_seconds": 0.0,
+        "memory_bytes": 2**30,
+    }
+    return {**values, **changes}
+
+
+def write_steps(path: Path, steps: int) -> None:
+    file = MetricsFile(path, 0)
+    for step in range(1, steps + 1):
+        file.write(row(step))
+    file.close()
+
+
+def test_floats_read_back_bit_for_bit(tmp_path: Path) -> None:
+    values = [0.1 + 0.2, 1 / 3, 5e-324, 1.7976931348623157e308, math.pi]
+    file = MetricsFile(tmp_path / "metrics.jsonl", 0)
+    for step, value in enumerate(values, start=1):
+        file.write(row(step, loss=value))
+    assert [r["loss"] for r in read_metrics(tmp_path / "metrics.jsonl")] == values
+    assert [float(f"{value:.6g}") for value in values] != values  # fewer digits would be noticed
+
+
+def test_a_value_that_is_not_finite_is_null(tmp_path: Path) -> None:
+    MetricsFile(tmp_path / "metrics.jsonl", 0).write(row(1, loss=math.nan, grad_norm=math.inf))
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert '"loss": null' in line and '"grad_norm": null' in line
+    json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_a_resumed_run_cuts_the_file_at_its_step_and_drops_a_torn_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_steps(path, 5)
+    with path.open("a") as file:
+        file.write('{"step": 6, "lo')
+    assert len(path.read_bytes().splitlines()) == 6  # the torn line is there before
+    assert [r["step"] for r in read_metrics(path)] == [1, 2, 3, 4, 5]  # a reader meanwhile is not disturbed by it
+    file = MetricsFile(path, 3)
+    file.write(row(4, loss=7.0))
+    assert [(r["step"], r["loss"]) for r in read_metrics(path)] == [(1, 4.0), (2, 4.0), (3, 4.0), (4, 7.0)]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("torn", ['{"step": 4, "loss": 4.0}', '{"step": 4', "null\n", "[4]\n", '{"step": "4"}\n', "\x00\x00\n"])
+def test_a_line_that_is_no_whole_row_is_dropped(tmp_path: Path, torn: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_steps(path, 3)
+    with path.open("a") as file:
+        file.write(torn)
+    MetricsFile(path, 10)
+    assert [r["step"] for r in read_metrics(path)] == [1, 2, 3]
+
+
+def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    board = TensorBoard(tmp_path, last_step=4)
+    board.write(row(5, loss=1.25, validation_loss=2.5))
+    board.close()
+    (file,) = tmp_path.iterdir()
+    events = list(EventFileLoader(str(file)).Load())
+    values = {value.tag: value.tensor.float_val[0] for event in events if event.step == 5 for value in event.summary.value}
+    assert values["loss"] == 1.25 and values["validation_loss"] == 2.5 and "mfu" not in values and "step" not in values
+    assert any(event.HasField("session_log") and event.step == 5 for event in events)  # hides steps from 5 on of the earlier files
+
+
+class BrokenSink:
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def write(self, row: Any) -> None:
+        self.calls += 1
+        raise OSError("no space left")
+
+    def close(self) -> None:
+        raise OSError("no space left")
+
+
+def test_a_failing_logger_is_said_once_and_never_stops_training() -> None:
+    said: list[str] = []
+    broken = BrokenSink()
+    sink = Optional(broken, said.append)
+    for step in range(3):
+        sink.write(row(step))
+    sink.close()
+    assert broken.calls == 1 and said == ["warning: BrokenSink failed and is left out from here on: no space left"]
+    with pytest.raises(OSError):
+        broken.write(row(1))
+
+
+def test_the_console_gets_one_line_an_interval_and_one_at_the_end() -> None:
+    said: list[str] = []
+    lines = ConsoleLines(4, 10, said.append)
+    for step in range(1, 11):
+        lines.write(row(step))
+    assert [line.split()[1] for line in said] == ["4/10", "8/10", "10/10"]
+
+
+def test_a_console_line_averages_its_interval() -> None:
+    rows = [
+        row(1, loss=2.0, tokens_per_second=1000.0, step_seconds=1.0, mfu=0.25),
+        row(2, loss=4.0, tokens_per_second=500.0, step_seconds=2.0, mfu=0.125, data_wait_seconds=0.6),
+        row(3, loss=math.nan, skipped=True, tokens_per_second=1000.0, step_seconds=1.0, mfu=0.25),
+    ]
+    line = describe(rows, 63)
+    for part in (
+        "step  3/63",
+        "loss  3.0000",
+        "lr 1.00e-03",
+        "750 tokens/s",
+        "mfu 18.8 %",
+        "waiting for data 15 %",
+        "1 skipped",
+        "left 1:20",
+    ):
+        assert part in line
+
+
+def test_only_what_is_asked_for_is_opened(tmp_path: Path) -> None:
+    sinks = open_sinks(LoggingConfig(tensorboard=False), tmp_path, 10, 0, print)
+    assert [type(sink).__name__ for sink in sinks] == ["MetricsFile", "ConsoleLines"]
+    assert not (tmp_path / "tensorboard").exists()

@@ -1,0 +1,46 @@
+"""`auto` takes bf16 exactly where the hardware has units for it."""
+
+import os
+
+import pytest
+import torch
+
+from megatron_completep.training.precision import choose_precision, has_bf16_units, use_threads
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), torch.float32), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)])
+def test_auto_is_bf16_on_gpus_from_capability_8(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert choose_precision("auto", CUDA) == expected
+
+
+@pytest.mark.parametrize(
+    ("amx", "avx512", "expected"), [(False, False, torch.float32), (True, False, torch.bfloat16), (False, True, torch.bfloat16)]
+)
+def test_auto_is_bf16_on_cpus_with_matrix_units(monkeypatch: pytest.MonkeyPatch, amx: bool, avx512: bool, expected: torch.dtype) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512, raising=False)
+    assert choose_precision("auto", CPU) == expected
+
+
+def test_a_torch_that_cannot_tell_has_no_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.delattr(torch.cpu, name, raising=False)
+    assert not has_bf16_units(CPU)
+
+
+def test_what_is_asked_for_by_name_is_taken() -> None:
+    named = {"float32": torch.float32, "bf16": torch.bfloat16, "float64": torch.float64}
+    assert {name: choose_precision(name, CPU) for name in named} == named
+
+
+def test_processes_of_a_node_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    assert [use_threads(None, 1), use_threads(None, 3), use_threads(None, 16), use_threads(5, 2)] == [8, 2, 1, 5]
+    assert asked == [8, 2, 1, 5]

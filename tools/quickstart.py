@@ -1,0 +1,70 @@
+"""The whole job on this machine: gather a corpus, train a tokenizer, train a model 4 times as deep as its proxy, report.
+
+Example:
+
+    python tools/quickstart.py                                  # what `make quickstart` runs
+    python tools/quickstart.py training.train_steps=400
+
+Nothing is asked and nothing is downloaded: the corpus is the source of Python's own standard library. What is done already is kept, so an
+interrupted quickstart goes on; remove runs/quickstart to train anew.
+"""
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress, TaskID
+
+from megatron_completep.analysis.quickstart import Quickstart
+from megatron_completep.errors import exit_on_user_error
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    parser.add_argument("--config", default="configs/quickstart.yaml", help="default: configs/quickstart.yaml")
+    parser.add_argument(
+        "--goal",
+        type=float,
+        default=2.5,
+        metavar="NATS",
+        help="exit 1 when the loss ends less than this below a uniform guess (default: 2.5)",
+    )
+    return parser.parse_args()
+
+
+class Bars:
+    """One progress bar after the other, on a terminal; nothing elsewhere."""
+
+    def __init__(self, console: Console):
+        self._progress = Progress(console=console, transient=True, disable=not console.is_terminal)
+        self._tasks: dict[str, TaskID] = {}
+
+    def show(self, what: str, done: int, total: int) -> None:
+        if what not in self._tasks:
+            self._tasks[what] = self._progress.add_task(what, total=total)
+            self._progress.start()
+        self._progress.update(self._tasks[what], completed=done)
+        if done == total:
+            self._progress.stop()
+
+
+def main() -> int | None:
+    arguments = parse_arguments()
+    console = Console(highlight=False, soft_wrap=True)
+    quickstart = Quickstart(
+        str(Path(arguments.config)), arguments.overrides, lambda text: console.print(text, markup=False), Bars(console).show
+    )
+    try:
+        below = quickstart.run()
+    except KeyboardInterrupt:
+        console.print("\ninterrupted; the same command goes on")
+        return 130
+    if below < arguments.goal:
+        console.print(f"The goal was {arguments.goal} nats below; this is less.", markup=False)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -14,6 +14,7 @@ from megatron_completep.config import save_config
 from megatron_completep.config.schema import Config
 from megatron_completep.data.loader import Loader, ValidationBatches, build_loader, validation_batches
 from megatron_completep.errors import ConfigError
+from megatron_completep.model.compile import compile_regions
 from megatron_completep.model.flash import require_flash_attention
 from megatron_completep.model.flops import training_flops_per_token
 from megatron_completep.model.gpt import GPT
@@ -57,6 +58,8 @@ def build_model(config: Config, table: Table, context: ParallelContext, precisio
         initialize(chunk, table, config.optimizer, training.seed)
         if precision == torch.float64:
             chunk.double()
+        if training.compile:
+            compile_regions(chunk)
     return chunks
 
 

@@ -1,6 +1,7 @@
 # make quickstart   set-up + the main job: corpus, tokenizer, training, report and a sample, on this machine
 # make test         set-up + the test suite (without the tests marked slow)
 # make test-slow    set-up + the slow statistical tests
+# make faults       set-up + every injected fault, with a table of what survived
 # make lint         set-up + ruff (lint, format) and mypy
 # make gpu-report   on a machine with a GPU: kernel tests and benchmarks with the installed Python, no network
 # make clean        remove what builds, tests and checkers leave behind; .venv and runs stay
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
-.PHONY: help setup quickstart test test-slow lint gpu-report clean
+.PHONY: help setup quickstart test test-slow faults lint gpu-report clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -38,6 +39,9 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(PYTEST) -m slow
+
+faults: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -q -m "slow or not slow" --fault-table
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -30,6 +30,14 @@ from megatron_completep.training.checkpoint.manifest import committed_steps
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["torch", "torch.distributed", "megatron_completep.pretrain", "megatron_completep.data.writer"])
 
+COUNTS = {"injections": 0, "hung": 0}  # of the test that runs; conftest.py reads them for the table
+
+
+def count_injection() -> None:
+    """One more fault was caused."""
+    COUNTS["injections"] += 1
+
+
 CONFIG = """
 model: {hidden_size: 32, num_layers: 2, num_attention_heads: 4, ffn_hidden_size: 64, vocab_size: 64, vocab_multiple: 16, seq_length: 16}
 completep: {base_hidden_size: 16, base_num_layers: 1}
@@ -85,6 +93,7 @@ class Ranks:
         for process in self.processes:
             process.kill()
             process.join()
+        COUNTS["hung"] += timed_out
         output = "".join(log.read_text(errors="replace") for log in self.logs)
         return Outcome([p.exitcode for p in self.processes], output, took, timed_out)
 
@@ -103,6 +112,8 @@ def write_corpus(folder: Path) -> Path:
 
 def start(config: Path, fault: Fault | None = None, world: int = 2, overrides: Sequence[str] = (), restart_count: int = 0) -> Ranks:
     """Start the ranks of a run; `restart_count` as torchrun tells it."""
+    if fault is not None:
+        count_injection()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from harness import losses, run
+from harness import count_injection, losses, run
 
 from megatron_completep.errors import CheckpointError
 from megatron_completep.training.checkpoint import StoredCheckpoint
@@ -63,6 +63,7 @@ def test_fault_6_one_flipped_bit_anywhere_is_detected(saved_run):
             changed = bytearray(data)
             changed[place] ^= 1 << (place % 8)
             path.write_bytes(changed)
+            count_injection()
             with pytest.raises(CheckpointError, match=path.name):
                 whole(folder)
         path.write_bytes(data)
@@ -129,7 +130,8 @@ def test_fault_11_a_changed_run_is_refused_with_a_table_of_differences(saved_run
 def test_fault_11_what_is_allowed_by_name_goes_on_and_says_so(saved_run):
     outcome = run(saved_run, world=1, overrides=["data.seed=5", "checkpoint.allow_changed=[data.seed]", "optimizer.base_lr=2.0e-2"])
     assert outcome.exit_codes == [0], outcome.output
-    assert "lr 1.2" in outcome.output  # the learning rate is the present configuration's: 2e-2 * 6/10 and falling
+    assert "resuming with data.seed = 5, the checkpoint has 1234" in outcome.output
+    assert "lr 1.00e-02" in outcome.output  # step 7 of 12, half way down from the present configuration's peak
 
 
 def test_fault_11_other_tokens_under_the_same_name_are_refused(saved_run):
@@ -156,6 +158,7 @@ def test_fault_21_a_hostile_pickle_in_any_file_is_never_executed(saved_run, monk
         data = path.read_bytes()
         for hostile in (bomb, bomb + data[len(bomb) :]):
             path.write_bytes(hostile)
+            count_injection()
             with pytest.raises(CheckpointError, match=name):
                 whole(newest(saved_run))
         path.write_bytes(data)

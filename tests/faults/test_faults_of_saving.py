@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from checkpoint_helpers import TinyRun, tiny_config
-from harness import Fault, final_state, losses, run, start, steps_on_disk
+from harness import Fault, count_injection, final_state, losses, run, start, steps_on_disk
 
 from megatron_completep.training.checkpoint import checkpointer, files, save
 
@@ -83,6 +83,7 @@ def test_fault_3_killed_at_random_times_resumes_every_time(config, oracle, seed)
         ranks = start(config, overrides=["checkpoint.interval=1", f"checkpoint.async_save={'true' if kill % 2 else 'false'}"])
         time.sleep(random_times.uniform(0.3, 2.0))
         ranks.processes[random_times.randrange(2)].kill()
+        count_injection()
         outcome = ranks.wait()
         assert not outcome.timed_out
     assert run(config).exit_codes == [0, 0]

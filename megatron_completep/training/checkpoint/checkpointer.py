@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -22,6 +21,7 @@ from megatron_completep.errors import CheckpointError
 from megatron_completep.optim.distributed_adamw import STEP, DistributedAdamW
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.training.checkpoint import random_state
+from megatron_completep.training.checkpoint.background import Background
 from megatron_completep.training.checkpoint.compare import Difference, differences, refused, table_of
 from megatron_completep.training.checkpoint.exchange import Exchange, describe
 from megatron_completep.training.checkpoint.load import StoredCheckpoint
@@ -70,7 +70,7 @@ class Checkpointer:
         self._exchange = Exchange(context, config.checkpoint.timeout_minutes)
         self._shard = Shard.of(optimizer, context)
         self._staging = Staging()
-        self._thread: threading.Thread | None = None
+        self._background = Background() if config.checkpoint.async_save else None
         self._failure: str | None = None
         parts = self._exchange.all_gather((describe_parameters(optimizer, self._shard.dtype), self._shard.written_bytes))
         self._parameters = {name: value for described, _ in parts for name, value in described.items()}
@@ -99,11 +99,10 @@ class Checkpointer:
         self._raise_failure()
         content = self._content(state)
         flats: Mapping[str, Tensor] = {name: getattr(self.optimizer, name) for name in STATES}
-        if self.config.checkpoint.async_save:
+        if self._background is not None:
             flats = self._staging.copy(flats)
             self._fail_point("save.staged")
-            self._thread = threading.Thread(target=self._write, args=(flats, content), name="checkpoint", daemon=True)
-            self._thread.start()
+            self._background.start(lambda: self._write(flats, content))
         else:
             self._write(flats, content)
             self._raise_failure()
@@ -139,9 +138,8 @@ class Checkpointer:
         return [folder.name for folder in removed]
 
     def _wait(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        if self._background is not None:
+            self._background.wait()
 
     def _raise_failure(self) -> None:
         """All ranks come here between the same two steps, so they act alike."""

@@ -26,7 +26,7 @@ def parse_arguments() -> argparse.Namespace:
     preprocessing = commands.add_parser(
         "preprocessing", help="tokenize beside the tokenizer libraries and megatron-core, alternating, one process"
     )
-    preprocessing.add_argument("--megabytes", type=float, default=12.0, help="text of the standard library to tokenize (default: 12)")
+    preprocessing.add_argument("--megabytes", type=float, default=24.0, help="text of the standard library to tokenize (default: 24)")
     preprocessing.add_argument("--rounds", type=int, default=5, help="times each contestant runs (default: 5)")
     for command in (reading, preprocessing):
         command.add_argument("--json", action="store_true", help="print one JSON object on stdout")

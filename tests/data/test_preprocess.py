@@ -173,6 +173,7 @@ def test_shards_of_a_job_array_give_the_same_bytes(tmp_path: Path) -> None:
     assert output_bytes(tmp_path, "parts") == output_bytes(tmp_path, "whole")
 
 
+@pytest.mark.slow
 def test_ray_gives_the_same_bytes(tmp_path: Path) -> None:
     pytest.importorskip("ray")
     files = corpus(tmp_path / "in")

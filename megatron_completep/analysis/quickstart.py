@@ -23,7 +23,7 @@ from megatron_completep.data.preprocess.run import preprocess
 from megatron_completep.data.preprocess.settings import PreprocessSettings, TokenizerChoice
 from megatron_completep.data.tokenizer import build_tokenizer
 from megatron_completep.data.tokenizer_training import TrainingSettings, train_tokenizer
-from megatron_completep.errors import ConfigError, DataError
+from megatron_completep.errors import ConfigError, DataError, UserError
 from megatron_completep.parallel.context import choose_device
 from megatron_completep.training.generation import Sampling, generate_text, load_model
 from megatron_completep.training.metrics import read_metrics
@@ -116,7 +116,7 @@ class Quickstart:
                 process.wait()  # it heard the same signal, and saves
                 raise
         if code:
-            raise DataError(f"training ended with exit code {code}; what it said stands above. The same command goes on where it stopped.")
+            raise UserError(f"training ended with exit code {code}; what it said stands above. The same command goes on where it stopped.")
 
     def _report(self, config: Config, corpus: dict[str, Any], data: dict[str, Any], sample: str) -> float:
         folder = Path(config.training.output_dir)

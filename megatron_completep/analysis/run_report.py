@@ -11,6 +11,7 @@ from megatron_completep.analysis.report import Report, new_figure
 from megatron_completep.completep import Role, table_for
 from megatron_completep.config import Config
 from megatron_completep.config.derived import tokens_per_step
+from megatron_completep.config.schema import ModelConfig
 from megatron_completep.model.flops import training_flops_per_token
 
 Row = dict[str, Any]
@@ -60,10 +61,20 @@ def add_parameterization(report: Report, config: Config) -> None:
     )
     base = ["tuned at the proxy", optimizer.base_init_std, optimizer.base_lr, optimizer.base_weight_decay, f"{optimizer.base_eps:.3g}"]
     rows: list[list[Any]] = [base]
-    for role in Role:
+    for role in roles_of(config.model):
         values = table.values(role, table.width_multiplier if role == Role.HIDDEN_WEIGHT else 1.0, optimizer)
         rows.append([role.value, values.init_std, values.lr, values.weight_decay, f"{values.eps:.3g}"])
     section.table(["role", "initial std", "peak learning rate", "weight decay", "eps"], rows)
+
+
+def roles_of(model: ModelConfig) -> list[Role]:
+    """The roles that parameters of this model have, in the order of the table."""
+    absent = {
+        Role.HIDDEN_BIAS: not model.bias,
+        Role.UNEMBEDDING: model.tied_embeddings,
+        Role.QK_NORM: not model.qk_norm,
+    }
+    return [role for role in Role if not absent.get(role, False)]
 
 
 def loss_figure(runs: dict[str, Sequence[Row]], uniform: float | None = None) -> Any:

@@ -61,13 +61,13 @@ def load_model(path: str | Path, device: torch.device, dtype: torch.dtype) -> tu
     config = config_from_mapping(stored.manifest.config, name=f"{stored.folder}: its configuration")
     tokens = tokens_per_step(config)
     table = table_for(config.model, config.completep, tokens, tokens * config.training.train_steps)
-    model = GPT(config.model, table, ParallelContext.single(device))
+    model = GPT(config.model, table, ParallelContext.single(device)).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             whole = stored.tensor(name)
             parameter.zero_()  # rows that pad the vocabulary are not stored
             parameter[: whole.shape[0]].copy_(whole)
-    return config, model.to(dtype).eval()
+    return config, model.eval()
 
 
 @torch.no_grad()

@@ -59,7 +59,7 @@ class TrainingStep:
     """Forward and backward over a step's micro-batches, then the update."""
 
     def __init__(self, config: Config, context: ParallelContext, chunks: Sequence[GPT], optimizer: DistributedAdamW):
-        self.config, self.context, self.optimizer = config, context, optimizer
+        self.config, self.context, self.chunks, self.optimizer = config, context, chunks, optimizer
         self.passes = ForwardBackward(chunks, config.model, config.parallel, context, config.training.micro_batch_size)
         self._micro_batches = micro_batches_per_step(config, context.world_size)
         self.own_seconds = 0.0  # of the last step, on the host: before this rank waits for others in the update

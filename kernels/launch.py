@@ -117,7 +117,7 @@ def _norm_backward_shape(hidden: int, dtype: torch.dtype, architecture: str) -> 
 
 
 def vector_gradient_shape(device: torch.device) -> TileShape:
-    return TileShape(8, _columns(256, device), _options(num_warps=4))
+    return TileShape(8, _columns(128, device), _options(num_warps=4))
 
 
 def reduction_shape(device: torch.device) -> TileShape:

@@ -146,16 +146,20 @@ class Optional:
 
 
 class ConsoleLines:
-    """One line an interval: averages over its steps."""
+    """One line an interval: averages over its steps. The first step is said at once, so that a slow start is seen."""
 
     def __init__(self, interval: int, train_steps: int, say: Callable[[str], None]):
         self._interval, self._train_steps, self._say = interval, train_steps, say
         self._rows: list[Row] = []
+        self._begun = False
 
     def write(self, row: Row) -> None:
         self._rows.append(row)
-        if row["step"] % self._interval == 0 or row["step"] == self._train_steps:
+        ends = row["step"] % self._interval == 0 or row["step"] == self._train_steps
+        if ends or not self._begun:
             self._say(describe(self._rows, self._train_steps))
+            self._begun = True
+        if ends:
             self._rows.clear()
 
     def close(self) -> None:

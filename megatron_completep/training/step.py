@@ -103,12 +103,16 @@ class TrainingStep:
 
     def _micro_batch(self, batch: Batch, dropout_seed: Tensor | None) -> MicroBatch:
         """What the model takes of a batch, on the device."""
-        micro_batch = MicroBatch(self._place(batch.tokens), self._place(counted_labels(batch)), dropout_seed=dropout_seed)
+        labels = self._place(batch.labels)
+        if not bool((batch.loss_mask != 0).all()):  # asked on the host, where the mask still is
+            labels = labels.masked_fill(self._place(batch.loss_mask) == 0, IGNORED)
+        micro_batch = MicroBatch(self._place(batch.tokens), labels, dropout_seed=dropout_seed)
         if self.config.data.reset_at_document_ends:
             micro_batch = replace(micro_batch, positions=self._place(batch.positions), document_ids=self._place(batch.document_ids))
         return micro_batch
 
     def _place(self, tensor: Tensor) -> Tensor:
+        """On the device. From the page-locked memory of a loader's batches this copies behind the work under way."""
         return tensor.to(self.context.device, non_blocking=True)
 
     def _count(self, batches: Sequence[Batch]) -> int:
@@ -125,11 +129,6 @@ class TrainingStep:
         for number in (step, micro_batch, self.context.data.rank):
             mixed = mix(mixed ^ number)
         return torch.full((1,), mixed >> 1, dtype=torch.int64, device=self.context.device)
-
-
-def counted_labels(batch: Batch) -> Tensor:
-    """Labels [B, S] with those that the loss leaves out as IGNORED."""
-    return batch.labels.masked_fill(batch.loss_mask == 0, IGNORED)
 
 
 def mix(value: int) -> int:

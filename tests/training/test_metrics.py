@@ -113,12 +113,12 @@ def test_a_failing_logger_is_said_once_and_never_stops_training() -> None:
         broken.write(row(1))
 
 
-def test_the_console_gets_one_line_an_interval_and_one_at_the_end() -> None:
+def test_the_console_gets_the_first_step_and_a_line_an_interval_and_one_at_the_end() -> None:
     said: list[str] = []
     lines = ConsoleLines(4, 10, said.append)
     for step in range(1, 11):
         lines.write(row(step))
-    assert [line.split()[1] for line in said] == ["4/10", "8/10", "10/10"]
+    assert [line.split("  loss")[0].split()[-1] for line in said] == ["1/10", "4/10", "8/10", "10/10"]
 
 
 def test_a_console_line_averages_its_interval() -> None:

@@ -71,7 +71,7 @@ class _ScaledResidualNorm(torch.autograd.Function):
     def forward(ctx, residual, branch, branch_bias, weight, bias, norm: Norm, join: ResidualSum, seed):
         rms = norm.kind == "rmsnorm"
         y, out, mean, rstd = kernels.residual_norm_forward(
-            residual, branch, branch_bias, weight, bias, join.scale, norm.eps, rms, join.dropout_p, seed
+            residual, branch, branch_bias, weight, bias, join.scale, norm.eps, rms, join.dropout_p, seed, weight.dtype
         )
         ctx.save_for_backward(y, mean, rstd, weight, seed)
         ctx.norm, ctx.join, ctx.has_branch = norm, join, branch is not None

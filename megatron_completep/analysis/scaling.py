@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_completep.analysis.communication import sent_bytes
+from megatron_completep.analysis.sizes import element_bytes, local_sizes, rank_layout, rank_stages, shard_count, whole, wide_bytes
 from megatron_completep.config.check import check_world
 from megatron_completep.config.derived import head_dim, micro_batches_per_step, num_query_groups, tokens_per_step
 from megatron_completep.config.schema import Config, ModelConfig, ParallelConfig
@@ -15,7 +17,6 @@ from megatron_completep.errors import ConfigError
 from megatron_completep.model.flops import forward_flops_per_token, training_flops_per_token
 from megatron_completep.model.gpt import Stage
 from megatron_completep.model.stages import split_stages
-from megatron_completep.optim.layout import lay_out
 from megatron_completep.parallel.cross_entropy import LossConfig
 from megatron_completep.parallel.embedding import padded_vocab_size
 
@@ -92,7 +93,7 @@ def scaling_plan(config: Config, world_size: int, gpu_name: str = "h100") -> Sca
     data_size = world_size // (parallel.tensor_parallel_size * parallel.pipeline_parallel_size)
     micro_batches = micro_batches_per_step(config, world_size)
     memory = tuple(rank_memory(config, rank, data_size, micro_batches) for rank in range(parallel.pipeline_parallel_size))
-    traffic = sent_bytes(config, data_size, micro_batches)
+    traffic = sent_bytes(config, world_size)
     bubble = bubble_share(parallel, micro_batches)
     tokens = tokens_per_step(config)
     flops = training_flops_per_token(model)
@@ -122,64 +123,14 @@ def scaling_plan(config: Config, world_size: int, gpu_name: str = "h100") -> Sca
     )
 
 
-def whole(parallel: ParallelConfig) -> ParallelConfig:
-    """The layout with one tensor rank: logical sizes."""
-    return parallel.model_copy(update={"tensor_parallel_size": 1})
-
-
-def local_sizes(model: ModelConfig, parallel: ParallelConfig, stage: Stage) -> list[tuple[str, int]]:
-    """(name, elements on one tensor rank) of a stage's parameters, in forward order."""
-    tp, hidden, ffn = parallel.tensor_parallel_size, model.hidden_size, model.ffn_hidden_size
-    heads, groups, dim = model.num_attention_heads, num_query_groups(model), head_dim(model)
-    fused = 2 if model.activation == "swiglu" else 1
-    norm_bias = model.bias and model.norm == "layernorm"
-
-    def norm(name: str) -> list[tuple[str, int]]:
-        return [(f"{name}.weight", hidden)] + ([(f"{name}.bias", hidden)] if norm_bias else [])
-
-    def linear(name: str, rows: int, columns: int) -> list[tuple[str, int]]:
-        return [(f"{name}.weight", rows * columns)] + ([(f"{name}.bias", rows)] if model.bias else [])
-
-    vocabulary = padded_vocab_size(model.vocab_size, model.vocab_multiple, tp) // tp * hidden
-    sizes: list[tuple[str, int]] = []
-    if stage.first:
-        sizes.append(("embedding.weight", vocabulary))
-        if model.position == "learned":
-            sizes.append(("positions.weight", model.seq_length * hidden))
-    for layer in range(stage.start, stage.stop):
-        gains = [("q_norm.weight", dim), ("k_norm.weight", dim)] if model.qk_norm else []
-        block = [
-            *norm("attention_norm"),
-            *linear("attention.qkv", (heads + 2 * groups) * dim // tp, hidden),
-            *linear("attention.output", hidden, heads * dim // tp),
-            *gains,
-            *norm("mlp_norm"),
-            *linear("mlp.up", fused * ffn // tp, hidden),
-            *linear("mlp.down", hidden, ffn // tp),
-        ]
-        sizes += [(f"layers.{layer}.{name}", size) for name, size in block]
-    if stage.last:
-        sizes += norm("final_norm")
-        if not (model.tied_embeddings and stage.first):
-            sizes.append(("unembedding.weight", vocabulary))
-    return sizes
-
-
-def rank_stages(config: Config, pipeline_rank: int) -> list[Stage]:
-    """Stages of one pipeline rank."""
-    size = config.parallel.pipeline_parallel_size
-    return split_stages(config.model, config.parallel)[pipeline_rank::size]
-
-
 def rank_memory(config: Config, pipeline_rank: int, data_size: int, micro_batches: int) -> RankMemory:
     """Bytes on a rank. Mixed precision: bf16 parameters, fp32 gradients, fp32 master and moments in the shard."""
     parallel, training = config.parallel, config.training
     mixed = training.precision in ("bf16", "auto")
     wide, narrow = (8 if training.precision == "float64" else 4), (2 if mixed else 0)
-    shards = parallel.optimizer_shard_size or data_size
+    shards = shard_count(config, data_size)
     stages = rank_stages(config, pipeline_rank)
-    sizes = [pair for stage in reversed(stages) for pair in reversed(local_sizes(config.model, parallel, stage))]
-    layout = lay_out(sizes, shards, int(parallel.bucket_megabytes * 2**20 / 4))
+    layout = rank_layout(config, pipeline_rank, data_size)
     shares_master = shards == 1 and not mixed  # the master is the parameter itself
     held = [in_flight(parallel, pipeline_rank, micro_batches) * stage_activations(config, stage) for stage in stages]
     return RankMemory(
@@ -204,8 +155,7 @@ def in_flight(parallel: ParallelConfig, pipeline_rank: int, micro_batches: int) 
 def stage_activations(config: Config, stage: Stage) -> int:
     """Bytes that one micro-batch leaves for the backward pass of a stage."""
     model, training, tp = config.model, config.training, config.parallel.tensor_parallel_size
-    element = {"float32": 4, "float64": 8}.get(training.precision, 2)
-    wide = 8 if training.precision == "float64" else 4
+    element, wide = element_bytes(config), wide_bytes(config)
     tokens = model.seq_length * training.micro_batch_size
     local = tokens // tp if config.parallel.sequence_parallel else tokens
     stream = local * model.hidden_size * (4 if model.fp32_residual else element)
@@ -244,27 +194,6 @@ def _layer_activations(model: ModelConfig, recompute: str, tokens: int, local: i
     inner = tokens * model.ffn_hidden_size // tp * element
     down_input = inner if recompute == "none" else 0
     return 2 * (stream + normed + statistics) + qkv + mixed + row_statistics + fused * inner + down_input
-
-
-def sent_bytes(config: Config, data_size: int, micro_batches: int) -> tuple[float, float, float]:
-    """Bytes that the busiest rank sends per step along the tensor, pipeline and data axes (ring collectives)."""
-    model, parallel, training = config.model, config.parallel, config.training
-    tp, pp = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
-    element = {"float32": 4, "float64": 8}.get(training.precision, 2)
-    activation = model.seq_length * training.micro_batch_size * model.hidden_size * element
-    layers = max(sum(s.stop - s.start for s in rank_stages(config, rank)) for rank in range(pp))
-    # With sequence parallelism: forward 2 gathers and 2 scatters, backward 4 gathers and 2 scatters; without: 4 all-reduces.
-    tensor = (10 if parallel.sequence_parallel else 8) * layers * activation * (tp - 1) / tp * micro_batches
-    if config.training.recompute == "full":
-        tensor *= 1.4 if parallel.sequence_parallel else 1.5
-    crossing = activation / (tp if parallel.sequence_parallel else 1)
-    pipeline = 2 * crossing * micro_batches * parallel.virtual_pipeline_size if pp > 1 else 0.0
-    shards = parallel.optimizer_shard_size or data_size
-    replicas = data_size // shards
-    largest = max(sum(size for s in rank_stages(config, rank) for _, size in local_sizes(model, parallel, s)) for rank in range(pp))
-    gradient = 2 if parallel.gradient_dtype == "bf16" else 4
-    data = largest * (shards - 1) / shards * (gradient + element) + 2 * largest / shards * gradient * (replicas - 1) / replicas
-    return tensor, pipeline, data
 
 
 def bubble_share(parallel: ParallelConfig, micro_batches: int) -> float:

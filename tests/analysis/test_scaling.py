@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_completep.analysis.scaling import GPUS, bubble_share, rank_memory, rank_stages, scaling_plan, stage_activations
+from megatron_completep.analysis.scaling import GPUS, bubble_share, rank_memory, scaling_plan, stage_activations
+from megatron_completep.analysis.sizes import rank_stages
 from megatron_completep.completep import table_for
 from megatron_completep.config import config_from_mapping
 from megatron_completep.config.derived import micro_batches_per_step

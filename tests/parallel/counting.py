@@ -1,0 +1,124 @@
+"""Workers that count what a step communicates and how much memory it needs at most."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_completep.analysis.communication import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, SEND, collectives_per_step
+from megatron_completep.analysis.training_benchmark import BenchmarkSettings, random_batch
+from megatron_completep.completep import table_for
+from megatron_completep.config import config_from_mapping
+from megatron_completep.config.derived import micro_batches_per_step
+from megatron_completep.config.schema import Config
+from megatron_completep.optim.distributed_adamw import DistributedAdamW
+from megatron_completep.parallel.context import ParallelContext, data_parallel_size_for
+from megatron_completep.training import build
+from megatron_completep.training.precision import DTYPES
+from megatron_completep.training.step import TrainingStep
+
+Calls = Counter[tuple[str, str, int]]  # (process group, operation, bytes of the whole tensor) -> calls
+
+# What torch.distributed dispatches to -> the operation, and which argument holds the whole tensor.
+OPERATIONS = {
+    "allreduce_": (ALL_REDUCE, 0),
+    "_allgather_base_": (ALL_GATHER, 0),
+    "_reduce_scatter_base_": (REDUCE_SCATTER, 1),
+    "send": (SEND, 0),
+}
+RECEIVES = {"recv_"}  # the other end of a send
+AXES = ("tensor", "shard", "replica", "pipeline", "world")
+
+
+class CountCollectives(TorchDispatchMode):
+    """Sees every collective of this process, whoever calls it; one that it does not know is an error."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Calls = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "c10d":
+            self._count(function._schema.name.removeprefix("c10d::"), args)
+        return function(*args, **(kwargs or {}))
+
+    def _count(self, name: str, args: Any) -> None:
+        if name in RECEIVES:
+            return
+        operation, position = OPERATIONS[name]
+        tensors = args[position] if isinstance(args[position], list | tuple) else [args[position]]
+        group = next(dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type()))
+        self.calls[group.group_name, operation, sum(t.numel() * t.element_size() for t in tensors)] += 1
+
+
+def run_config(sections: dict[str, dict[str, Any]]) -> Config:
+    """A small run: `sections` replace single settings."""
+    settings: dict[str, dict[str, Any]] = {
+        "model": {
+            "hidden_size": 32,
+            "num_layers": 4,
+            "num_attention_heads": 4,
+            "ffn_hidden_size": 64,
+            "vocab_size": 61,
+            "vocab_multiple": 4,
+            "seq_length": 16,
+        },
+        "completep": {"base_hidden_size": 16, "base_num_layers": 2},
+        "parallel": {"bucket_megabytes": 0.03},
+        "optimizer": {"base_lr": 1e-2, "schedule": "constant"},
+        "data": {"train": [{"prefix": "none"}]},
+        "training": {
+            "micro_batch_size": 2,
+            "global_batch_size": 8,
+            "train_steps": 10,
+            "precision": "float32",
+            "device": "cpu",
+            "output_dir": "none",
+        },
+    }
+    return config_from_mapping({name: {**values, **sections.get(name, {})} for name, values in settings.items()}, [], "test")
+
+
+def build_step(rank: int, config: Config) -> tuple[TrainingStep, list[Any], ParallelContext]:
+    """The training step of `pretrain` in the process group at hand, and this rank's batches."""
+    world_size = dist.get_world_size()
+    data_size = data_parallel_size_for(config.parallel, world_size)
+    context = ParallelContext.over_world(config.parallel, torch.device("cpu"), rank, world_size, data_size)
+    table = table_for(config.model, config.completep)
+    precision = DTYPES[config.training.precision]
+    chunks = build.build_model(config, table, context, precision)
+    optimizer = DistributedAdamW(chunks, table, config.optimizer, context, config.parallel, precision)
+    batch = random_batch(BenchmarkSettings(config.model, config.training.micro_batch_size))
+    return TrainingStep(config, context, chunks, optimizer), [batch] * micro_batches_per_step(config, world_size), context
+
+
+def planned_and_counted(rank: int, sections: dict[str, dict[str, Any]], forgotten: str = "") -> tuple[dict[Any, int], dict[Any, int]]:
+    """What the plan says of this rank's second step, and what happened. `forgotten`: calls that the plan leaves out, for controls."""
+    config = run_config(sections)
+    step, batches, context = build_step(rank, config)
+    step.run(batches, 1)
+    step.optimizer.wait_for_parameters()
+    with CountCollectives() as counted:
+        step.run(batches, 2)
+    step.optimizer.wait_for_parameters()
+    axes = {name: getattr(context, name) for name in AXES}
+    planned: Calls = Counter()
+    for c in collectives_per_step(config, context.world_size, context.pipeline.rank, context.shard.rank):
+        if c.what != forgotten:
+            group = axes[c.axis].group
+            assert group is not None, c
+            planned[group.group_name, c.operation, c.payload] += c.count
+    return named(planned, axes), named(counted.calls, axes)
+
+
+def named(calls: Calls, axes: dict[str, Any]) -> dict[Any, int]:
+    """Axes instead of process groups; axes that are one group share a name."""
+    groups: dict[str, list[str]] = {}
+    for name, axis in axes.items():
+        if axis.group is not None:
+            groups.setdefault(axis.group.group_name, []).append(name)
+    return {("/".join(groups[group]), operation, size): count for (group, operation, size), count in calls.items()}

@@ -80,6 +80,7 @@ def test_machine_code_shows_what_was_left_out(compiled):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("compiled", SLOW, indirect=True, ids=ARCHITECTURES)
 def test_kernels_of_every_architecture_spill_nothing_and_fit(compiled):
     for case, kernels in compiled.items():

@@ -7,12 +7,19 @@ Example:
 prints the forward multipliers and, for parameters that share them, role, initial standard deviation, peak learning rate, weight
 decay and epsilon. --json prints {"multipliers": {"residual", "logits", "attention"}, "parameters": [{"name", "shape", "role",
 "init_std", "lr", "weight_decay", "eps"}]} with this run's values, one entry a parameter.
+
+    python tools/show_plan.py configs/completep_1b.yaml --world-size 4096 --gpu h100 training.global_batch_size=8192
+
+adds what the run asks of each GPU: memory by kind, bytes and collectives a step, pipeline bubble, predicted step time and what it
+rests on, checkpoint size, and warnings. With --json it stands under "scaling".
 """
 
 import argparse
 import json
 
 from megatron_completep.analysis.plan import describe, make_plan
+from megatron_completep.analysis.scaling import GPUS, scaling_plan
+from megatron_completep.analysis.scaling_report import describe_scaling, scaling_to_json
 from megatron_completep.config import load_config
 from megatron_completep.errors import exit_on_user_error
 
@@ -21,6 +28,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", metavar="CONFIG", help="a run's YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, such as completep.alpha=0.5")
+    parser.add_argument("--world-size", type=int, metavar="N", help="plan memory, traffic and time on N GPUs, too")
+    parser.add_argument("--gpu", default="h100", help=f"which (default: h100): {', '.join(GPUS)}")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser.parse_intermixed_args()
 
@@ -28,7 +37,14 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int | None:
     arguments = parse_arguments()
     config = load_config(arguments.config, arguments.overrides)
-    print(json.dumps(make_plan(config).to_json()) if arguments.json else describe(config))
+    scaling = scaling_plan(config, arguments.world_size, arguments.gpu) if arguments.world_size is not None else None
+    if arguments.json:
+        extra = {"scaling": scaling_to_json(config, scaling, arguments.gpu)} if scaling is not None else {}
+        print(json.dumps({**make_plan(config).to_json(), **extra}))
+        return 0
+    print(describe(config))
+    if scaling is not None:
+        print("\n" + describe_scaling(config, scaling, arguments.gpu))
     return 0
 
 

@@ -1,0 +1,54 @@
+"""tools/show_plan.py --world-size: what a run asks of each GPU, as text and as JSON."""
+
+import json
+import sys
+
+import pytest
+
+from megatron_completep.analysis.communication import collectives_per_step
+from megatron_completep.config import load_config
+from megatron_completep.errors import ConfigError
+from megatron_completep.tools import show_plan
+
+CONFIG = "configs/completep_1b.yaml"
+LARGE = "training.global_batch_size=8192"
+
+
+@pytest.fixture
+def run_tool(monkeypatch, capsys):
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["show_plan.py", CONFIG, *words])
+        assert not show_plan.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_the_text_has_memory_traffic_time_assumptions_and_warnings(run_tool):
+    text = run_tool("--world-size", "4096", "--gpu", "h100", LARGE)
+    for part in ("optimizer", "activations", "communication", "pipeline bubble", "GFLOP a token", "Assumed", "a checkpoint is", "Warning"):
+        assert part in text
+    assert "4096 h100: tensor 2 x pipeline 1 x data 2048" in text
+
+
+def test_the_object_says_what_the_library_says(run_tool):
+    printed = json.loads(run_tool("--world-size", "64", "--gpu", "b200", "--json"))
+    scaling = printed["scaling"]
+    assert printed["parameters"] and scaling["gpu"] == "b200" and scaling["data_parallel_size"] == 32
+    assert [m["total"] for m in scaling["memory"]] == [sum(v for k, v in m.items() if k != "total") for m in scaling["memory"]]
+    planned = collectives_per_step(load_config(CONFIG), 64)
+    assert sum(c["count"] for c in scaling["collectives"]) == sum(c.count for c in planned)
+
+
+def test_without_a_world_size_nothing_is_said_of_gpus(run_tool):
+    assert "scaling" not in json.loads(run_tool("--json"))
+
+
+def test_a_world_size_that_does_not_fit_is_refused_with_a_remedy(run_tool):
+    with pytest.raises(ConfigError, match="Use 8192"):
+        run_tool("--world-size", "4096")
+
+
+def test_an_unknown_gpu_is_refused(run_tool):
+    with pytest.raises(ConfigError, match="voodoo2"):
+        run_tool("--world-size", "64", "--gpu", "voodoo2")

@@ -43,7 +43,8 @@ class ModelConfig(Section):
     qk_norm: bool = Field(False, description="RMSNorm over head_dim on queries and keys, one gain shared by all heads.")
     tied_embeddings: bool = Field(False, description="Unembedding shares the embedding's weight.")
     attention_scale: Literal["base_head_dim", "1/head_dim", "1/sqrt(head_dim)"] = Field(
-        "base_head_dim", description="Scale of attention logits; base_head_dim: sqrt(base_head_dim) / head_dim. Under sp it is always 1/sqrt(head_dim)."
+        "base_head_dim",
+        description="Scale of attention logits; base_head_dim: sqrt(base_head_dim) / head_dim. Under sp it is always 1/sqrt(head_dim).",
     )
     input_multiplier: PositiveFloat = Field(1.0, description="Tunable base factor on the embedding output.")
     logit_multiplier: PositiveFloat = Field(1.0, description="Tunable base factor on the logits, beside 1/m_N.")
@@ -67,7 +68,9 @@ RoleName = Literal["embedding", "pre_norm", "hidden_weight", "hidden_bias", "fin
 class CompletePConfig(Section):
     """The parameterization and the base shape its hyperparameters were tuned at."""
 
-    parameterization: Literal["completep", "mup", "sp"] = Field("completep", description="completep: width and depth; mup: width only; sp: none.")
+    parameterization: Literal["completep", "mup", "sp"] = Field(
+        "completep", description="completep: width and depth; mup: width only; sp: none."
+    )
     alpha: Annotated[float, Field(ge=0.5, le=1)] = Field(1.0, description="Exponent of the residual multiplier m_L^-alpha; 1 is CompleteP.")
     base_hidden_size: PositiveInt | None = Field(None, description="hidden_size of the proxy; null: this model's own.")
     base_num_layers: PositiveInt | None = Field(None, description="num_layers of the proxy; null: this model's own.")
@@ -110,7 +113,7 @@ class OptimizerConfig(Section):
     base_lr: PositiveFloat = Field(description="eta: peak learning rate at the proxy.")
     base_init_std: PositiveFloat = Field(0.02, description="sigma: initial standard deviation at the proxy.")
     base_weight_decay: NonNegativeFloat = Field(0.1, description="lambda: weight decay at the proxy, coupled to the learning rate.")
-    base_eps: NonNegativeFloat = Field(1e-12, description="AdamW epsilon at the proxy.")
+    base_eps: PositiveFloat = Field(1e-12, description="AdamW epsilon at the proxy.")
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), strict=False, description="AdamW moment decay rates.")
     grad_clip: NonNegativeFloat = Field(1.0, description="Bound on the global gradient norm; 0: no clipping.")
     schedule: Literal["linear", "cosine", "warmup_stable_decay", "constant"] = Field("linear", description="Shape after the warm-up.")
@@ -141,10 +144,14 @@ class DataConfig(Section):
 
     train: list[SourceConfig] = Field(min_length=1, description="Sources of the training blend.")
     validation: list[SourceConfig] | None = Field(None, description="Sources of the validation blend; null: no validation.")
-    split: str | None = Field(None, description="'969,30,1': parts of the train sources for training, validation, test, when validation is null.")
+    split: str | None = Field(
+        None, description="'969,30,1': parts of the train sources for training, validation, test, when validation is null."
+    )
     tokenizer: TokenizerConfig | None = Field(None, description="Needed to decode text (generation, reports); training works without.")
     seed: NonNegativeInt = Field(1234, description="Seed of the sample order.")
-    order: Literal["permutation", "megatron"] = Field("permutation", description="permutation: O(1) seek; megatron: Megatron-Core's samples.")
+    order: Literal["permutation", "megatron"] = Field(
+        "permutation", description="permutation: O(1) seek; megatron: Megatron-Core's samples."
+    )
     reset_at_document_ends: bool = Field(False, description="Attention and positions start anew at document boundaries.")
     prefetch: NonNegativeInt = Field(2, description="Steps of batches that a worker thread prepares ahead; 0: none.")
 
@@ -155,17 +162,29 @@ class TrainingConfig(Section):
     micro_batch_size: PositiveInt = Field(description="Sequences a rank processes at once.")
     global_batch_size: PositiveInt = Field(description="Sequences an optimizer step, over all ranks.")
     train_steps: PositiveInt = Field(description="Optimizer steps of the whole run.")
-    precision: Literal["float32", "bf16", "float64", "auto"] = Field("bf16", description="Compute type; master weights are float32 under bf16. auto: bf16 where the hardware has units for it.")
+    precision: Literal["float32", "bf16", "float64", "auto"] = Field(
+        "bf16", description="Compute type; master weights are float32 under bf16. auto: bf16 where the hardware has units for it."
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one.")
     seed: NonNegativeInt = Field(1234, description="Seed of the initial weights and of dropout.")
     output_dir: str = Field(description="Folder of the run: config.yaml, metrics.jsonl, tensorboard/, checkpoints/.")
     z_loss: NonNegativeFloat = Field(0.0, description="Coefficient of logsumexp(logits)^2 added to the loss.")
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Probability mass spread over all tokens.")
-    recompute: Literal["none", "selective", "full"] = Field("none", description="Activation recomputation: selective: attention proper and the MLP's activation; full: whole layers.")
-    cpu_threads: PositiveInt | None = Field(None, description="Threads a process computes on; null: the node's cores divided by its processes.")
-    stop_at_step: PositiveInt | None = Field(None, description="Save and leave after this step, before train_steps; the same run goes on when started again. null: never.")
-    exit_after_minutes: PositiveFloat | None = Field(None, description="Save and leave, with the exit code that asks for a requeue, this long after the start; null: never.")
-    weight_gradient: Literal["auto", "torch", "apex"] = Field("auto", description="Accumulation of weight gradients: apex adds bf16 products straight into fp32; auto: apex where installed.")
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none", description="Activation recomputation: selective: attention proper and the MLP's activation; full: whole layers."
+    )
+    cpu_threads: PositiveInt | None = Field(
+        None, description="Threads a process computes on; null: the node's cores divided by its processes."
+    )
+    stop_at_step: PositiveInt | None = Field(
+        None, description="Save and leave after this step, before train_steps; the same run goes on when started again. null: never."
+    )
+    exit_after_minutes: PositiveFloat | None = Field(
+        None, description="Save and leave, with the exit code that asks for a requeue, this long after the start; null: never."
+    )
+    weight_gradient: Literal["auto", "torch", "apex"] = Field(
+        "auto", description="Accumulation of weight gradients: apex adds bf16 products straight into fp32; auto: apex where installed."
+    )
     compile: bool = Field(False, description="torch.compile the regions between linears.")
     validation_interval: PositiveInt | None = Field(None, description="Steps between validations; null: only at the end.")
     validation_samples: PositiveInt = Field(64, description="Sequences a validation.")
@@ -179,22 +198,39 @@ class CheckpointConfig(Section):
     keep_every: PositiveInt | None = Field(None, description="Checkpoints whose step is a multiple are kept for good.")
     async_save: bool = Field(True, description="Write while training goes on.")
     resume: bool = Field(True, description="Continue from the newest checkpoint in output_dir when there is one.")
-    allow_changed: list[str] = Field(default_factory=list, description="Paths or patterns (model.dropout, table.*, data.*, fingerprints.*) that may differ from the checkpoint's at resume.")
-    on_failure: Literal["continue", "stop"] = Field("continue", description="After a failed save: go on training (the older checkpoints are intact), or stop at the next save.")
+    allow_changed: list[str] = Field(
+        default_factory=list,
+        description="Paths or patterns (model.dropout, table.*, data.*, fingerprints.*) that may differ from the checkpoint's at resume.",
+    )
+    on_failure: Literal["continue", "stop"] = Field(
+        "continue", description="After a failed save: go on training (the older checkpoints are intact), or stop at the next save."
+    )
     timeout_minutes: PositiveFloat = Field(30.0, description="Longest wait of one rank for another's part of a checkpoint, in minutes.")
 
 
 class GuardsConfig(Section):
     """What a run watches for. docs/reliability.md says what happens then, and with which exit code."""
 
-    max_skipped_steps: PositiveInt = Field(10, description="Steps in a row skipped for a gradient that is not finite, after which the run stops.")
-    spike_threshold: PositiveFloat | None = Field(1.0, description="Nats above the median of the last 50 losses that are reported as a spike; null: none.")
-    replica_check_interval: PositiveInt | None = Field(500, description="Steps between comparisons of what several ranks must hold alike; null: never.")
-    hang_timeout_minutes: PositiveFloat | None = Field(15.0, description="Minutes without a finished step after which the watchdog dumps stacks and leaves; longer than a validation; null: never.")
+    max_skipped_steps: PositiveInt = Field(
+        10, description="Steps in a row skipped for a gradient that is not finite, after which the run stops."
+    )
+    spike_threshold: PositiveFloat | None = Field(
+        1.0, description="Nats above the median of the last 50 losses that are reported as a spike; null: none."
+    )
+    replica_check_interval: PositiveInt | None = Field(
+        500, description="Steps between comparisons of what several ranks must hold alike; null: never."
+    )
+    hang_timeout_minutes: PositiveFloat | None = Field(
+        15.0,
+        description="Minutes without a finished step after which the watchdog dumps stacks and leaves; longer than a validation; null: never.",
+    )
     straggler_interval: PositiveInt | None = Field(100, description="Steps between comparisons of the ranks' own times; null: never.")
     straggler_ratio: Annotated[float, Field(gt=1)] = Field(1.5, description="Times the median rank's time from which a rank is reported.")
+    gc_interval: PositiveInt | None = Field(100, description="Steps between Python's garbage collections, on all ranks after the same step; null: whenever Python likes.")
     lock_wait_seconds: NonNegativeFloat = Field(30.0, description="How long a start waits for another run in the same output_dir to end.")
-    max_restarts_without_progress: PositiveInt = Field(3, description="Restarts by torchrun in a row that find the same step, after which the run stops.")
+    max_restarts_without_progress: PositiveInt = Field(
+        3, description="Restarts by torchrun in a row that find the same step, after which the run stops."
+    )
 
 
 class LoggingConfig(Section):
@@ -203,6 +239,12 @@ class LoggingConfig(Section):
     interval: PositiveInt = Field(10, description="Steps between console lines.")
     tensorboard: bool = Field(True, description="Write TensorBoard events to output_dir/tensorboard.")
     wandb_project: str | None = Field(None, description="Weights & Biases project; null: off.")
+    parameterization_interval: PositiveInt | None = Field(
+        100, description="Steps between rows with activation, update and attention-logit sizes; null: never."
+    )
+    parameterization_reference: str | None = Field(
+        None, description="output_dir of the proxy's run, whose sizes raise alarms; null: no comparison."
+    )
 
 
 class Config(Section):

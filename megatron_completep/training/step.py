@@ -122,11 +122,12 @@ class TrainingStep:
         return sum(int((batch.loss_mask != 0).sum()) for batch in batches)
 
     def _seed(self, step: int, micro_batch: int) -> Tensor | None:
-        """The dropout seed [1] of one micro-batch: a pure function of the run's seed and of which micro-batch it is."""
+        """The dropout seed [1] of one micro-batch: a pure function of the run's seed and of which rows of which micro-batch these are."""
         if self.config.model.dropout == 0.0:
             return None
         mixed = self.config.training.seed
-        for number in (step, micro_batch, self.context.data.rank):
+        part_of_sequence = self.context.tensor.rank if self.context.sequence_parallel else 0
+        for number in (step, micro_batch, self.context.data.rank, part_of_sequence):
             mixed = mix(mixed ^ number)
         return torch.full((1,), mixed >> 1, dtype=torch.int64, device=self.context.device)
 

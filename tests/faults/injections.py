@@ -30,7 +30,7 @@ def inject(fault: Fault) -> Callable[[str], None]:
         case "stop":
             _at_steps(fault, lambda: os.kill(os.getpid(), signal.SIGSTOP))
         case "slow":
-            _at_steps(fault, lambda: time.sleep(fault.seconds), "_forward_backward")
+            _at_steps(fault, lambda: time.sleep(fault.seconds), "_count")
         case "nan":
             _poison_gradient(fault)
         case "flip":

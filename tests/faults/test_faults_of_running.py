@@ -23,7 +23,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SLOWLY = Fault("slow", 0, steps=tuple(range(1, 13)), seconds=0.15)
 
 
-def wait_for_step(config: Path, step: int, seconds: float = 60.0) -> None:
+def wait_for_step(config: Path, step: int, seconds: float = 30.0) -> None:
     metrics, deadline = config.parent / "run" / "metrics.jsonl", time.monotonic() + seconds
     while time.monotonic() < deadline:
         if metrics.exists() and metrics.read_text().count("\n") >= step:

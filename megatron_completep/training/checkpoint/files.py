@@ -144,6 +144,7 @@ class CheckedFile:
         self.path, self.stored, self.block_size = folder / stored.name, stored, block_size
         self.file = open_regular_file(self.path)
         self.bytes_read = 0
+        os.posix_fadvise(self.file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)  # a larger read-ahead: the disk works while blocks are hashed
         size = os.fstat(self.file.fileno()).st_size
         if size != stored.size:
             self.file.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import platform
 import statistics
@@ -33,6 +34,21 @@ class Heartbeat(Hook):
 
     def close(self) -> None:
         self._watchdog.stop()
+
+
+class GarbageCollection(Hook):
+    """Python collects its garbage after the same step on all ranks, instead of whenever one rank happens to reach a threshold."""
+
+    def __init__(self, interval: int):
+        self._interval = interval
+        gc.disable()
+
+    def after_step(self, record: StepRecord) -> None:
+        if record.state.step % self._interval == 0:
+            gc.collect()
+
+    def close(self) -> None:
+        gc.enable()
 
 
 class SkippedSteps(Hook):
@@ -163,6 +179,8 @@ def guard_hooks(
     guards = config.guards
     hooks: list[Hook] = [Heartbeat(watchdog)] if watchdog is not None else []
     hooks.append(SkippedSteps(optimizer, context, config.training, exchange, guards.max_skipped_steps, say))
+    if guards.gc_interval is not None:
+        hooks.append(GarbageCollection(guards.gc_interval))
     if guards.spike_threshold is not None:
         hooks.append(LossSpikes(guards.spike_threshold, say))
     if context.world_size > 1 and guards.replica_check_interval is not None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +16,8 @@ from megatron_completep.analysis.quickstart import gather_standard_library, layo
 from megatron_completep.config import load_config
 from megatron_completep.errors import ConfigError, DataError
 
-CONFIG = str(Path(__file__).resolve().parents[2] / "configs/quickstart.yaml")
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = str(ROOT / "configs/quickstart.yaml")
 
 
 def fake_library(folder: Path, files: int) -> Path:
@@ -26,7 +31,7 @@ def fake_library(folder: Path, files: int) -> Path:
     return library
 
 
-def read(path: Path) -> list[dict[str, str]]:
+def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
@@ -74,3 +79,39 @@ def test_every_gpu_gets_a_share_of_the_batch(processes: int, expected: int) -> N
 def test_a_batch_that_cannot_be_shared_is_refused(processes: int) -> None:
     with pytest.raises(ConfigError, match="cannot be shared"):
         layout_overrides(load_config(CONFIG), processes)
+
+
+@pytest.mark.slow
+def test_the_whole_quickstart_leaves_what_it_promises(tmp_path: Path) -> None:
+    """On a small model; a second call finds everything done and ends with the same loss."""
+    words = {
+        "model.num_layers": 4,
+        "model.hidden_size": 64,
+        "model.ffn_hidden_size": 128,
+        "model.seq_length": 64,
+        "completep.base_hidden_size": 64,
+        "completep.base_ffn_hidden_size": 128,
+        "completep.base_head_dim": 16,
+        "data.train.0.prefix": tmp_path / "data/train_text_document",
+        "data.validation.0.prefix": tmp_path / "data/validation_text_document",
+        "data.tokenizer.model": tmp_path / "data/tokenizer.model",
+        "training.output_dir": tmp_path / "run",
+        "training.device": "cpu",
+    }
+    overrides = [f"{name}={value}" for name, value in words.items()]
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "tools/quickstart.py", *arguments, *overrides]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=280)
+
+    first = run("--goal", "0.5")
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert "resumed after step 60" in first.stdout
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"report.md", "loss.png", "metrics.jsonl", "tensorboard", "checkpoints", "config.yaml"} <= names
+    rows = read(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 121))
+    assert f"Validation loss {rows[-1]['validation_loss']:.4f}" in (tmp_path / "run" / "report.md").read_text()
+    second = run("--goal", "8")  # nobody reaches that: the check can fail
+    assert second.returncode == 1 and "this is less" in second.stdout
+    assert read(tmp_path / "run" / "metrics.jsonl") == rows

@@ -189,7 +189,7 @@ FIELD_MISTAKES = [
     ("training.precision=float16", "must be float32, bf16, float64 or auto."),
     ("parallel.context_parallel_size=2", "parallel.context_parallel_size = 2: must be 1."),
     ("training.output_dir=2026", "training.output_dir = 2026: must be text. Put it in quotes."),
-    ("logging=5", "logging = 5: must be a section of keys. Its keys: interval, tensorboard, wandb_project."),
+    ("logging=5", "logging = 5: must be a section of keys. Its keys: interval, tensorboard, wandb_project,"),
     ("data.train=5", "data.train = 5: must be a list."),
     ("data.train=[]", "data.train = []: must have at least 1 element."),
     ("optimizer.betas=[0.9]", "optimizer.betas.1 is missing. Add it."),

@@ -25,7 +25,7 @@ def test_types_bounds_and_defaults_are_shown():
     text = configuration_reference()
     assert "| `hidden_size` | whole number > 0 | required |" in text
     assert "| `dropout` | number >= 0 and < 1 | `0.0` |" in text
-    assert "| `base_eps` | number >= 0 | `1.0e-12` |" in text
+    assert "| `base_eps` | number > 0 | `1.0e-12` |" in text
     assert "| `betas` | list of 2 numbers >= 0 and <= 1 | `[0.9, 0.95]` |" in text
     assert "| `position` | `rope`, `learned` or `alibi` | `rope` |" in text
     assert "| `train` | list of sections (below) | required |" in text

@@ -77,7 +77,11 @@ class ParallelContext:
             torch.cuda.set_device(chosen)
         if not dist.is_initialized():
             timeout = timedelta(minutes=parallel.timeout_minutes)
-            dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timeout)
+            # torchrun keeps its store over restarts: without a prefix a rank would find addresses of the processes that died.
+            store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+            store = dist.PrefixStore(f"start_{launch.restart_count}", store)
+            backend = "nccl" if chosen.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
         return cls.over_world(parallel, chosen, launch.rank, launch.world_size, data_parallel_size)
 
     @classmethod

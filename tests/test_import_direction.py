@@ -15,7 +15,7 @@ LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms.spl
 WITHOUT_TORCH = {"config", "completep", "errors"}
 # Optional or slow to import: these alone may be imported inside a function.
 OPTIONAL = {
-    *("apex", "flash_attn", "lm_eval", "matplotlib", "pyarrow", "ray", "rich", "sentencepiece", "tensorboard", "tiktoken"),
+    *("apex", "flash_attn", "lm_eval", "matplotlib", "pyarrow", "ray", "rich", "sentencepiece", "submitit", "tensorboard", "tiktoken"),
     *("tokenizers", "trackio", "transformers", "triton", "wandb", "zstandard"),
 }
 

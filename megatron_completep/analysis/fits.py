@@ -129,8 +129,7 @@ def resampled(losses: Array, generator: np.random.Generator) -> Array:
     curve, pooled so that three seeds suffice, about the observed means. Points where a seed diverged stay infinite.
     """
     points, seeds = losses.shape
-    finite = np.isfinite(losses).all(axis=1)
-    mean = np.where(finite, np.where(finite[:, None], losses, 0.0).mean(axis=1), np.inf)
+    finite, mean = _finite_rows(losses), mean_curve(losses)
     if seeds < 2 or finite.sum() < 2:
         return mean
     kept = losses[finite]
@@ -147,7 +146,7 @@ def bootstrap(statistic: Callable[[list[Array]], float], curves: Sequence[Array]
 
     With one seed there is nothing to resample, and the interval is the whole line.
     """
-    point = statistic([resampled(curve[:, :1], np.random.default_rng(0)) if curve.shape[1] < 2 else _mean(curve) for curve in curves])
+    point = statistic([mean_curve(curve) for curve in curves])
     if any(curve.shape[1] < 2 for curve in curves):
         return Estimate(point, -math.inf, math.inf)
     generator = np.random.default_rng(seed)
@@ -159,7 +158,11 @@ def bootstrap(statistic: Callable[[list[Array]], float], curves: Sequence[Array]
     return Estimate(point, float(low), float(high))
 
 
-def _mean(curve: Array) -> Array:
-    """Mean over seeds, infinite where one diverged."""
-    finite = np.isfinite(curve).all(axis=1)
-    return np.where(finite, np.where(finite[:, None], curve, 0.0).mean(axis=1), np.inf)
+def mean_curve(losses: Array) -> Array:
+    """Mean over seeds [n] of losses [n, seeds], infinite where one diverged."""
+    finite = _finite_rows(losses)
+    return np.where(finite, np.where(finite[:, np.newaxis], losses, 0.0).mean(axis=1), np.inf)
+
+
+def _finite_rows(losses: Array) -> npt.NDArray[np.bool_]:
+    return np.array([bool(np.isfinite(row).all()) for row in losses], dtype=np.bool_)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from megatron_completep.analysis import sweep
-from megatron_completep.analysis.fits import Array, Estimate, bootstrap, parabola_optimum, slope
+from megatron_completep.analysis.fits import Array, Estimate, bootstrap, mean_curve, parabola_optimum, slope
 from megatron_completep.errors import DataError
 
 EDGE_NATS = 0.3  # a curve this far above its best, or not finite, is over the divergence edge
@@ -46,7 +46,7 @@ class Curve:
 
     @property
     def mean(self) -> Array:
-        return self.losses.mean(axis=1)
+        return mean_curve(self.losses)
 
 
 @dataclass(frozen=True)

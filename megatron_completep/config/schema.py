@@ -226,7 +226,9 @@ class GuardsConfig(Section):
     )
     straggler_interval: PositiveInt | None = Field(100, description="Steps between comparisons of the ranks' own times; null: never.")
     straggler_ratio: Annotated[float, Field(gt=1)] = Field(1.5, description="Times the median rank's time from which a rank is reported.")
-    gc_interval: PositiveInt | None = Field(100, description="Steps between Python's garbage collections, on all ranks after the same step; null: whenever Python likes.")
+    gc_interval: PositiveInt | None = Field(
+        100, description="Steps between Python's garbage collections, on all ranks after the same step; null: whenever Python likes."
+    )
     lock_wait_seconds: NonNegativeFloat = Field(30.0, description="How long a start waits for another run in the same output_dir to end.")
     max_restarts_without_progress: PositiveInt = Field(
         3, description="Restarts by torchrun in a row that find the same step, after which the run stops."

@@ -27,6 +27,7 @@ from megatron_completep.training.hooks import Checkpoints, Hook, Metrics, Valida
 from megatron_completep.training.metrics import open_sinks
 from megatron_completep.training.state import Checkpointer, RunState
 from megatron_completep.training.step import TrainingStep
+from megatron_completep.training.telemetry import Telemetry, read_reference
 
 Say = Callable[[str], None]
 
@@ -103,14 +104,24 @@ def default_hooks(
     precision: torch.dtype,
     say: Say,
 ) -> list[Hook]:
-    """Validation, then metrics, then checkpoints: a checkpoint comes after the metrics of its step, which hold its validation."""
+    """Validation, telemetry, metrics, checkpoints: a checkpoint comes after the metrics of its step, which hold its validation."""
     training, folder = config.training, Path(config.training.output_dir)
     hooks: list[Hook] = []
     if validation is not None:
         hooks.append(Validation(step, validation, training.validation_interval, training.train_steps, say))
+    if config.logging.parameterization_interval is not None:
+        hooks.append(build_telemetry(config, context, step, config.logging.parameterization_interval, say))
     sinks = open_sinks(config.logging, folder, training.train_steps, state.step, say) if context.is_first else []
     hooks.append(Metrics(config, context, device_name(context.device), precision, sinks))
     return [*hooks, Checkpoints(checkpointer, config.checkpoint.interval, state.step)]
+
+
+def build_telemetry(config: Config, context: ParallelContext, step: TrainingStep, interval: int, say: Say) -> Telemetry:
+    """Watches the parameterization on the run's first micro-batch, which is the same whatever the step."""
+    with build_training_loader(config.model_copy(update={"data": config.data.model_copy(update={"prefetch": 0})}), context) as loader:
+        probe = loader.next_step()[:1]
+    reference = read_reference(config.logging.parameterization_reference)
+    return Telemetry(step, probe, interval, config.training.train_steps, reference, say)
 
 
 def device_name(device: torch.device) -> str:

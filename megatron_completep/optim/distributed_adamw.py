@@ -7,6 +7,8 @@ Averaging is by tokens that count: gradients are sums, and 1 / tokens joins the 
 
 from __future__ import annotations
 
+import weakref
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -147,7 +149,8 @@ class DistributedAdamW:
         for chunk, queue in zip(self.chunks, self.queues, strict=True):
             queue.on_complete = self._on_complete
             for parameter in chunk.parameters():
-                parameter.register_post_accumulate_grad_hook(partial(adopt_grad, queue))
+                # By weak reference: Python's collector cannot see through a tensor's hooks, and would keep all of this for ever.
+                parameter.register_post_accumulate_grad_hook(partial(adopt_grad, weakref.ref(queue)))
             if self.context.shard.size > 1:
                 self._wait_in_forward(chunk)
 
@@ -280,8 +283,12 @@ class DistributedAdamW:
         self._await_buckets(list(self._gathering))
 
 
-def adopt_grad(queue: GradientQueue, parameter: Parameter) -> None:
-    """Hand a gradient that autograd made itself (by a module that knows no queue) to the queue; others leave None here."""
+def adopt_grad(owner: weakref.ref[GradientQueue], parameter: Parameter) -> None:
+    """Hand a gradient that autograd made itself (by a module that knows no queue) to the queue; others leave None here.
+
+    Held weakly: the garbage collector cannot see a cycle that runs through a tensor's hooks, and would never free the optimizer.
+    """
     gradient, parameter.grad = parameter.grad, None
-    if gradient is not None:
+    queue = owner()
+    if gradient is not None and queue is not None:
         queue.push(parameter, accumulate_tensor(gradient))

@@ -6,6 +6,7 @@ process group, and returns what they return, in rank order. Functions and argume
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -36,6 +37,7 @@ def _serve(connection: Connection, path: list[str]) -> None:
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
+            gc.collect()  # modules, hooks and meshes form cycles, and whatever holds a group keeps its threads running
 
 
 class WorkerPool:

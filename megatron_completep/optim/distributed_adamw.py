@@ -8,7 +8,6 @@ Averaging is by tokens that count: gradients are sums, and 1 / tokens joins the 
 from __future__ import annotations
 
 import weakref
-import weakref
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

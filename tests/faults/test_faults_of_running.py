@@ -156,7 +156,7 @@ def test_fault_17_a_loss_spike_is_reported_with_its_samples(config):
 # --- ranks that hang, stop or lag -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["hang", "stop"])
+@pytest.mark.parametrize("kind", ["hang", pytest.param("stop", marks=pytest.mark.slow)])
 def test_fault_18_a_hung_rank_is_named_and_the_run_ends_within_the_bound(config, kind):
     outcome = run(config, Fault(kind, 1, steps=(5,)), overrides=["guards.hang_timeout_minutes=0.05"], seconds=40)
     assert outcome.exit_codes[0] == 77 and outcome.seconds < 30

@@ -111,7 +111,7 @@ def run(pool: WorkerPool, function, folder: Path, model: str, layout: dict[str, 
     return pool.run(layout["world"], function, str(folder), model, layout, *more)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [pytest.param("llama", marks=pytest.mark.slow), "tied_gpt"])
 def test_a_checkpoint_of_tp2_pp2_dp2_is_read_by_every_layout_and_back(pool, tmp_path, model):
     run(pool, save, tmp_path / "first", model, TP2_PP2_DP2)
     for name, layout in LAYOUTS.items():

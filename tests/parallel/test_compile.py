@@ -1,0 +1,67 @@
+"""torch.compile of the regions between linears changes no number, in any layout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compiling import train_twice
+from counting import build_step, run_config
+
+from megatron_completep.model.attention import attend
+
+GELU = {"norm": "layernorm", "activation": "gelu", "position": "alibi", "bias": True, "tied_embeddings": True}
+SEQUENCE = {"tensor_parallel_size": 2, "sequence_parallel": True}
+RUNS = {
+    "one process's layout": (1, {}),
+    "selective recomputation": (1, {"training": {"recompute": "selective"}, "model": GELU}),
+    "full recomputation, grouped queries": (1, {"training": {"recompute": "full"}, "model": {"num_query_groups": 2}}),
+    "tensor 2": (2, {"parallel": {"tensor_parallel_size": 2}}),
+    "tensor 2 with sequence": (2, {"parallel": SEQUENCE, "model": GELU}),
+    "pipeline 2, zero-bubble": (2, {"parallel": {"pipeline_parallel_size": 2, "schedule": "zero_bubble"}, "model": {"activation": "gelu"}}),
+    "pipeline 2, empty last stage": (2, {"parallel": {"pipeline_parallel_size": 2, "pipeline_split": [4, 0]}}),
+    "data 2": (2, {"model": {"activation": "squared_relu"}}),
+}
+
+
+def compare(pool, name: str, backend: str, tolerance: float) -> None:
+    processes, sections = RUNS[name]
+    graphs = 0
+    for (losses, parameters), (compiled_losses, compiled), count in pool.run(processes, train_twice, sections, backend):
+        assert compiled_losses == pytest.approx(losses, rel=tolerance)
+        for key, value in parameters.items():
+            assert (compiled[key] - value).norm() <= tolerance * value.norm().clamp_min(1e-3), key
+        graphs += count
+    assert graphs >= 2  # attention and the activation were really compiled
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_compiled_regions_give_equal_losses_and_parameters(pool, name):
+    """aot_eager traces forward and backward and runs the same kernels: equal but for the order of a few additions."""
+    compare(pool, name, "aot_eager", 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["one process's layout", "tensor 2 with sequence", "pipeline 2, zero-bubble"])
+def test_inductor_gives_equal_losses_and_parameters(pool, name):
+    compare(pool, name, "inductor", 1e-4)
+
+
+def compiled_blocks(rank: int, compile_them: bool) -> list[bool]:
+    step, _, _ = build_step(rank, run_config({"training": {"compile": compile_them}}))
+    blocks = [block for chunk in step.passes.chunks for _, block in chunk.blocks()]
+    return [block.attention.attend is not attend for block in blocks]
+
+
+@pytest.mark.parametrize("compile_them", [True, False])
+def test_the_setting_decides_whether_regions_are_compiled(pool, compile_them):
+    assert pool.run(1, compiled_blocks, compile_them) == [[compile_them] * 4]
+
+
+def test_a_compiled_region_that_computes_something_else_is_caught(pool):
+    """Negative control: a backend that scales what it compiles."""
+    with pytest.raises(AssertionError):
+        compare(pool, "one process's layout", wrong_backend, 1e-5)  # type: ignore[arg-type]
+
+
+def wrong_backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]):
+    return lambda *arguments: [x * 1.01 for x in graph(*arguments)]

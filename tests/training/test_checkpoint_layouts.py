@@ -115,9 +115,9 @@ def run(pool: WorkerPool, function, folder: Path, model: str, layout: dict[str, 
 def test_a_checkpoint_of_tp2_pp2_dp2_is_read_by_every_layout_and_back(pool, tmp_path, model):
     run(pool, save, tmp_path / "first", model, TP2_PP2_DP2)
     for name, layout in LAYOUTS.items():
-        save_to = str(tmp_path / name)
+        save_to = str(tmp_path / name)  # and from there back
         assert not [wrong for rank in run(pool, load, tmp_path / "first", model, layout, save_to) for wrong in rank], name
-    for name in LAYOUTS:
+    for name in LAYOUTS if model == "llama" else ("one", "pp4_uneven"):  # all of them in the slow suite
         assert not [wrong for rank in run(pool, load, tmp_path / name, model, TP2_PP2_DP2) for wrong in rank], name
 
 

@@ -219,7 +219,7 @@ def quantity(name: str, sample: Sample) -> float | None:
         inside = name.endswith("in blocks")
         updates = sample.with_large_eps.updates
         # The roles with the most elements speak for their kind: hidden matrices, and the unembedding.
-        return updates[Role.HIDDEN_WEIGHT] if inside else updates.get(Role.UNEMBEDDING, updates[Role.EMBEDDING])
+        return updates[Role.HIDDEN_WEIGHT if inside else Role.UNEMBEDDING if Role.UNEMBEDDING in updates else Role.EMBEDDING]
     values = {
         "stream at init": measured.stream[0],
         "stream change": measured.stream_change[-1],

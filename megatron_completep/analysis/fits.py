@@ -70,7 +70,7 @@ class Estimate:
 def mean_estimate(values: Sequence[float]) -> Estimate:
     """Mean of independent repetitions with Student's interval."""
     mean = float(np.mean(values))
-    if len(values) < 2:
+    if len(values) < 2 or not math.isfinite(mean):
         return Estimate(mean, -math.inf, math.inf)
     half = t_95(len(values) - 1) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
     return Estimate(mean, mean - half, mean + half)
@@ -115,7 +115,8 @@ def parabola_optimum(log2_lr: Array, loss: Array, reach: float = 1.0) -> Optimum
     x, y = log2_lr[near], loss[near]
     if len(x) < 3:
         return Optimum(float(log2_lr[best]), float(loss[best]), best, edge)
-    a, b, c = np.polyfit(x - log2_lr[best], y, 2)
+    powers = np.stack([(x - log2_lr[best]) ** 2, x - log2_lr[best], np.ones_like(x)])
+    a, b, c = np.linalg.solve(powers @ powers.T, powers @ y)
     if a <= 0:
         return Optimum(float(log2_lr[best]), float(loss[best]), best, edge)
     vertex = float(np.clip(-b / (2 * a), x.min() - log2_lr[best], x.max() - log2_lr[best]))

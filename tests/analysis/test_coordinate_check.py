@@ -1,0 +1,245 @@
+"""The coordinate check: its verdicts on made-up measurements, and what it says of right and wrong implementations."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from mutations import MUTATIONS, Mutation
+from small_runs import ARCHITECTURES, small_config, write_tokens
+
+from megatron_completep.analysis.check_report import describe_check, write_check
+from megatron_completep.analysis.coordinate_check import (
+    Measurement,
+    Plan,
+    Sample,
+    Verdict,
+    collect,
+    exponent,
+    judge,
+    measure,
+    train,
+)
+from megatron_completep.analysis.trial import Design, Trial, for_short_runs, read_batches, reshape, under, with_seed
+from megatron_completep.completep import Role
+from megatron_completep.config import save_config
+from megatron_completep.config.schema import Config
+from megatron_completep.errors import exit_on_user_error
+from megatron_completep.parallel.context import ParallelContext
+from megatron_completep.tools.coordinate_check import main
+
+SINGLE = ParallelContext.single()
+DEPTHS, WIDTHS = [2, 4, 8, 16], [32, 64, 128]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokens")
+    write_tokens(path)
+    return path
+
+
+# --- verdicts on made-up measurements ------------------------------------------------------------------------------------
+
+
+def made_up(rule: str, size: int, seed: int, change: Callable[[int], float], update: float = 1.0) -> Sample:
+    measured = Measurement([1.0, 1.0], [0.0, change(size)], [1.0, 1.0], [0.0, 1.0], [], {}, {}, [])
+    large = Measurement([], [], [], [], [], {}, {Role.HIDDEN_WEIGHT: update, Role.UNEMBEDDING: 1.0}, []) if rule == "model" else None
+    return Sample("depth", rule, 64, size, seed, measured, large)
+
+
+def verdict_of(model: float, control: float, eps: float = 0.0) -> Verdict:
+    samples = [made_up("model", d, s, lambda d: d**model, d**eps) for d in DEPTHS for s in range(2)]
+    samples += [made_up("control", d, s, lambda d: d**control) for d in DEPTHS for s in range(2)]
+    return judge(samples).verdict
+
+
+@pytest.mark.parametrize(
+    ("model", "control", "eps", "verdict"),
+    [
+        (0.0, 0.97, 0.0, Verdict.RIGHT),
+        (-0.19, 0.55, 0.0, Verdict.RIGHT),
+        (0.84, 0.97, 0.0, Verdict.WRONG),
+        (0.39, 0.97, 0.0, Verdict.WRONG),
+        (-0.67, 0.97, 0.0, Verdict.WRONG),
+        (0.0, 0.97, -0.7, Verdict.WRONG),  # eps constant
+        (0.25, 0.97, 0.0, Verdict.CANNOT_TELL),  # a right model at a small width may show as much
+        (0.0, 0.45, 0.0, Verdict.CANNOT_TELL),  # the control does not show what is wrong with it
+        (0.19, 0.55, 0.0, Verdict.CANNOT_TELL),  # nor where it lies too near the model
+        (float("nan"), 0.97, 0.0, Verdict.WRONG),
+    ],
+)
+def test_the_verdict_follows_from_the_exponents(model: float, control: float, eps: float, verdict: Verdict):
+    assert verdict_of(model, control, eps) == verdict
+
+
+def test_without_two_sizes_the_check_cannot_tell():
+    assert judge([]).verdict == Verdict.CANNOT_TELL
+
+
+# --- what is measured ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_measured_stream_and_logits_are_those_of_the_model(folder: Path, architecture: str):
+    """Against the model taken apart by hand: embedding, blocks, the last sum, final norm, unembedding."""
+    config = for_short_runs(reshape(small_config(folder, architecture), num_layers=4), 2, "float64")
+    trial = Trial.build(config, SINGLE)
+    model = trial.chunks[0]
+    batches = read_batches(config, SINGLE, 2)
+    with torch.no_grad():
+        tokens = batches[1][0].tokens
+        stream, pending, bias = model._embed(tokens, None, None), None, None
+        inputs = model._attention_inputs(stream, tokens, None, None, None)
+        for index, block in model.blocks():
+            stream, pending = block(stream, pending, bias, inputs, index)
+            bias = block.mlp.down.bias
+        stream = stream + trial.table.residual_multiplier * (pending if bias is None else pending + bias)
+        logits = model(tokens)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    measured = measure(trial, batches[:1], batches[1])
+    assert measured.stream[0] == pytest.approx(stream.square().mean().sqrt().item(), rel=1e-12)
+    assert measured.logits[0] == pytest.approx(logits.square().mean().sqrt().item(), rel=1e-12)
+    assert measured.stream_change[0] == measured.logits_change[0] == 0.0
+    assert measured.stream_change[1] > 0
+    assert next(iter(measured.blocks[0])) == "layers.0.attention_norm"
+    assert list(measured.blocks[0])[-1] == "final_norm"
+    assert len(measured.blocks[0]) == 9
+    groups = trial.optimizer.groups
+    moved = [
+        ((p.detach() - before[n]).square().sum().item() / (groups[n].lr_factor * config.optimizer.base_lr) ** 2, p.numel())
+        for n, p in model.named_parameters()
+        if groups[n].role == Role.HIDDEN_WEIGHT
+    ]
+    expected = (sum(total for total, _ in moved) / sum(count for _, count in moved)) ** 0.5
+    assert measured.updates[Role.HIDDEN_WEIGHT] == pytest.approx(expected, rel=1e-9)
+    assert expected == pytest.approx(1.0, abs=0.05)  # the first Adam step moves everything by its learning rate
+
+
+def samples_of(
+    mutation: Mutation | None, axis: str, folder: Path, architecture: str = "gpt2", alpha: float = 1.0, seed: int = 0
+) -> list[Sample]:
+    """A model's part of the check, without the control, whose place other tests take."""
+    design = mutation.design if mutation else Design()
+    config = with_seed(small_config(folder, architecture, completep={"alpha": alpha}), seed)
+    plan = Plan(DEPTHS, [32], seeds=1) if axis == "depth" else Plan([2], WIDTHS, seeds=1)
+    eps = mutation is None or mutation.quantity.startswith("update")
+    samples = []
+    for _, width, depth in plan.shapes():
+        shaped = reshape(config, width, depth)
+        large = {"base_eps": 1e-2, "base_weight_decay": 0.0, "grad_clip": 0.0}
+        own = train(shaped, plan, SINGLE, design, 10)
+        samples.append(Sample(axis, "model", width, depth, seed, own, train(shaped, plan, SINGLE, design, 3, **large) if eps else None))
+    return samples
+
+
+def control_of(samples: list[Sample], folder: Path, architecture: str = "gpt2") -> list[Sample]:
+    rule = "mup" if samples[0].axis == "depth" else "sp"
+    plan = Plan(DEPTHS, WIDTHS)
+    controls = []
+    for s in samples:
+        shaped = under(with_seed(reshape(small_config(folder, architecture), s.hidden_size, s.num_layers), s.seed), rule)
+        controls.append(Sample(s.axis, "control", s.hidden_size, s.num_layers, s.seed, train(shaped, plan, SINGLE, Design(), 10)))
+    return controls
+
+
+@pytest.mark.parametrize(("axis", "alpha"), [("depth", 1.0), ("depth", 0.5), ("width", 1.0)])
+def test_the_right_implementation_passes_and_the_control_does_not(folder: Path, axis: str, alpha: float):
+    samples = samples_of(None, axis, folder, alpha=alpha)
+    result = judge(samples + control_of(samples, folder))
+    assert result.verdict == Verdict.RIGHT, describe_check(result)
+
+
+FAST = ("multiplier missing on the MLP branch", "eps constant over depth", "hidden init not divided by m_N", "output multiplier twice")
+
+
+@pytest.mark.parametrize("mutation", [m for m in MUTATIONS if m.name in FAST], ids=lambda m: m.name)
+def test_a_wrong_implementation_is_called_wrong(folder: Path, mutation: Mutation):
+    result = judge(samples_of(mutation, mutation.axis, folder, alpha=mutation.alpha))
+    (finding,) = [f for f in result.findings if f.band.quantity == mutation.quantity]
+    assert finding.wrong, describe_check(result)
+    assert mutation.shows(finding.model.value), describe_check(result)
+    assert result.verdict == Verdict.WRONG
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("architecture", ["gpt2", "paper"])
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name)
+def test_every_wrong_implementation_is_called_wrong_on_two_architectures(folder: Path, mutation: Mutation, architecture: str):
+    result = judge(samples_of(mutation, mutation.axis, folder, architecture, mutation.alpha))
+    assert result.verdict == Verdict.WRONG, describe_check(result)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_seed_of_any_architecture_raises_an_alarm(folder: Path, architecture: str):
+    for seed in range(20):
+        for axis in ("depth", "width"):
+            result = judge(samples_of(None, axis, folder, architecture, seed=seed))
+            assert not [f for f in result.findings if f.wrong], f"seed {seed}: {describe_check(result)}"
+
+
+# --- the program ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Ran:
+    code: int | str | None
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run_tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., Ran]:
+    """Runs the program in this process, as its command line would."""
+
+    def run(config: Config, *words: str) -> Ran:
+        path = tmp_path / "config.yaml"
+        save_config(config, path)
+        monkeypatch.setattr(sys, "argv", ["coordinate_check.py", str(path), "training.cpu_threads=1", *words])
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        with pytest.raises(SystemExit) as left:
+            exit_on_user_error(main)
+        captured = capsys.readouterr()
+        return Ran(left.value.code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.mark.parametrize(("function", "verdict"), [("right", Verdict.RIGHT), ("forgets_the_multiplier", Verdict.WRONG)])
+def test_the_program_checks_a_users_own_model_and_writes_its_files(run_tool, folder: Path, tmp_path: Path, function: str, verdict: Verdict):
+    out = tmp_path / "out"
+    words = ["--depths", "2,4,8", "--steps", "8", "--seeds", "1", "--no-eps", "--json", "--out", str(out)]
+    ran = run_tool(small_config(folder, "gpt2"), *words, "--model", f"own_model:{function}")
+    assert ran.code == verdict, ran.err
+    assert json.loads(ran.out)["verdict"] == verdict.name.lower()
+    assert json.loads((out / "coordinate_check.json").read_text())["verdict"] == verdict.name.lower()
+    assert (out / "coordinate_check_depth.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "coordinate_check.html").exists()
+
+
+def test_missing_token_files_useless_axes_and_unknown_models_are_refused_clearly(run_tool, tmp_path: Path):
+    config = small_config(tmp_path)
+    ran = run_tool(config, "--depths", "2,4")
+    assert ran.code == 2
+    assert f"{tmp_path / 'text'}" in ran.err
+    assert "nothing to compare" in run_tool(config, "--depths", "4").err
+    assert "--model own_model:nothing" in run_tool(config, "--depths", "2,4", "--model", "own_model:nothing").err
+    assert "--model no_such_module:f" in run_tool(config, "--depths", "2,4", "--model", "no_such_module:f").err
+
+
+def test_the_report_has_a_panel_a_parameterization_and_a_line_a_step(folder: Path, tmp_path: Path):
+    plan = Plan([2, 4], [32], steps=2, seeds=1, check_eps=False)
+    result = judge(collect(small_config(folder), plan, SINGLE))
+    assert exponent(result.samples, result.findings[0].band, "control") is not None
+    write_check(result, tmp_path, {"model": "completep", "control": "mup"}, {})
+    page = (tmp_path / "coordinate_check.html").read_text()
+    assert "stream change" in page
+    assert "image/png" in page

@@ -1,0 +1,190 @@
+"""The learning-rate transfer's figures on curves whose drift, regret and savings are known, and the plan that follows."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_runs import small_config
+
+from megatron_completep.analysis import sweep
+from megatron_completep.analysis.lr_transfer import (
+    Curve,
+    base_curve,
+    curves_of,
+    drift_over_depth,
+    drifts,
+    flops_to_reach,
+    optimum_of,
+    savings,
+)
+from megatron_completep.analysis.lr_transfer_plan import plan
+from megatron_completep.analysis.lr_transfer_report import report
+from megatron_completep.completep import Role, table_for
+from megatron_completep.config import load_config
+from megatron_completep.errors import ConfigError, DataError
+
+GRID = np.arange(-10.0, -3.5, 0.5)
+
+
+def curve(
+    depth: int, vertex: float, rule: str = "completep", best: float = 2.5, noise: float = 0.002, steps: int = 100, seeds: int = 3
+) -> Curve:
+    random = np.random.default_rng(depth)
+    losses = (best + 0.1 * (GRID - vertex) ** 2)[:, None] + random.normal(0, noise, (len(GRID), seeds))
+    return Curve(rule, 64, depth, steps, 0.0, 0.02, GRID, losses, flops=float(steps * depth))
+
+
+def test_a_rule_whose_optimum_stays_transfers():
+    drift = drift_over_depth([curve(depth, -7.0) for depth in (2, 8, 32)])
+    assert drift.verdict == "transfers"
+    assert abs(drift.per_doubling.value) < 0.05
+
+
+def test_a_rule_whose_optimum_moves_by_half_an_octave_a_doubling_drifts():
+    drift = drift_over_depth([curve(depth, -6.0 - 0.5 * math.log2(depth), "mup") for depth in (2, 8, 32)])
+    assert drift.verdict == "drifts"
+    assert drift.per_doubling.value == pytest.approx(-0.5, abs=0.05)
+
+
+def test_noise_that_hides_the_drift_is_called_unresolved():
+    assert drift_over_depth([curve(depth, -7.0, noise=0.1) for depth in (2, 8, 32)]).verdict == "unresolved"
+    assert drift_over_depth([curve(depth, -7.0, seeds=1) for depth in (2, 8, 32)]).verdict == "unresolved"
+
+
+def test_an_optimum_beyond_the_grid_is_never_a_verdict():
+    verdict = drift_over_depth([curve(depth, -7.0 - depth) for depth in (2, 8)]).verdict
+    assert verdict.startswith("unresolved: an optimum lies at the edge")
+
+
+def test_regret_and_drift_are_counted_from_the_smallest_shape():
+    curves = [curve(2, -7.0), curve(8, -8.0), curve(8, -7.0, "mup")]
+    assert base_curve(curves[1], curves) is curves[0]
+    moved = optimum_of(curves[1], curves[0])
+    assert moved.drift.value == pytest.approx(-1.0, abs=0.1)
+    assert moved.regret.value == pytest.approx(0.1, abs=0.02)
+    assert moved.regret.low > 0
+    base = optimum_of(curves[0], curves[0])
+    assert (base.drift.value, base.regret.value) == (0.0, 0.0)
+
+
+def test_the_divergence_edge_is_where_the_curve_rises_above_its_best_or_ends():
+    assert optimum_of(curve(2, -7.0, noise=0.0), curve(2, -7.0)).divergence_log2_lr == -5.0  # 0.1 * 2^2 > 0.3
+    losses = curve(2, -7.0, noise=0.0).losses.copy()
+    losses[GRID >= -6.0] = np.inf
+    assert optimum_of(replace(curve(2, -7.0), losses=losses), curve(2, -7.0)).divergence_log2_lr == -6.0
+
+
+def test_drifts_are_taken_family_by_family():
+    curves = [curve(d, -7.0) for d in (2, 8)] + [curve(d, -7.0, "mup") for d in (2, 8)] + [curve(2, -7.0, "sp")]
+    assert [(d.parameterization, d.verdict) for d in drifts(curves)] == [("completep", "transfers"), ("mup", "transfers")]
+
+
+def test_the_flops_to_a_loss_are_read_between_the_measured_lengths():
+    flops = [100.0, 200.0, 400.0]
+    losses = [3.0, 2.8, 2.6]  # falls by 0.2 a doubling
+    assert flops_to_reach(2.8, flops, losses) == pytest.approx(200)
+    assert flops_to_reach(2.7, flops, losses) == pytest.approx(200 * 2**0.5)
+    assert flops_to_reach(2.5, flops, losses) == pytest.approx(400 * 2**0.5)
+
+
+def test_a_saving_is_the_share_of_the_baselines_flops_that_are_not_needed():
+    """Loss falls by 0.2 a doubling, and ours is 0.1 lower: half a doubling less, 29.3 %."""
+    ours = [curve(8, -7.0, "completep", best, 1e-4, steps) for steps, best in ((100, 2.9), (200, 2.7), (400, 2.5))]
+    theirs = [curve(8, -7.0, "mup", best, 1e-4, steps) for steps, best in ((200, 2.8), (400, 2.6))]
+    (saving,) = savings(ours + theirs, "mup")
+    assert saving.percent.value == pytest.approx(100 * (1 - 2**-0.5), abs=0.5)
+    assert saving.verdict == "saves"
+    assert savings(ours[:1] + theirs, "mup") == []
+
+
+# --- a sweep's folder, with results written by hand ----------------------------------------------------------------------
+
+
+def written_sweep(folder: Path, tmp_path: Path) -> list[sweep.Point]:
+    """A finished sweep over two depths: optimum at 2^-7 under CompleteP, moving under muP."""
+    config = small_config(tmp_path, training={"train_steps": 50})
+    grid = sweep.Grid([2.0**x for x in (-9, -8, -7, -6, -5)], (2, 8), (), ("completep", "mup"), (0.1,), (), (), 2)
+    sweep.save_grid(grid, config, folder)
+    points = grid.points(config)
+    (folder / "points").mkdir(parents=True)
+    for point in points:
+        vertex = -7.0 - (1.0 if point.parameterization == "mup" and point.num_layers == 8 else 0.0)
+        loss = 2.5 + 0.1 * (math.log2(point.base_lr) - vertex) ** 2 + 0.001 * point.seed
+        result = {"validation_loss": loss, "train_loss": loss, "diverged": False, "flops": 1e9 * point.num_layers}
+        sweep.result_path(folder, point).write_text(json.dumps(result))
+    return points
+
+
+def test_a_report_is_written_from_a_finished_sweep(tmp_path: Path):
+    folder = tmp_path / "sweep"
+    written_sweep(folder, tmp_path)
+    plain = report(folder)
+    assert plain == json.loads((folder / "report.json").read_text())
+    assert plain["points_missing"] == 0
+    drift = {d["parameterization"]: d["per_doubling"]["value"] for d in plain["drifts"]}
+    assert drift["completep"] == pytest.approx(0.0, abs=0.01)
+    assert drift["mup"] == pytest.approx(-0.5, abs=0.01)
+    page = (folder / "report.html").read_text()
+    assert "octaves per doubling" in page
+    assert "data:image/png;base64," in page
+    assert "http://" not in page and "https://" not in page
+    assert (folder / "curves_wd_0.1.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_unfinished_seed_is_left_out_of_the_report(tmp_path: Path):
+    folder = tmp_path / "sweep"
+    points = written_sweep(folder, tmp_path)
+    lost = next(p for p in points if p.seed == 1 and p.num_layers == 8 and p.parameterization == "completep")
+    sweep.result_path(folder, lost).unlink()
+    seeds = {(c.parameterization, c.num_layers): c.losses.shape[1] for c in curves_of(sweep.read_results(points, folder))}
+    assert seeds == {("completep", 2): 2, ("mup", 2): 2, ("completep", 8): 1, ("mup", 8): 2}
+
+
+def test_a_plan_carries_the_proxys_best_values_and_shape_to_the_target(tmp_path: Path):
+    folder, path = tmp_path / "sweep", tmp_path / "tuned" / "target.yaml"
+    written_sweep(folder, tmp_path)
+    target = small_config(tmp_path, model={"hidden_size": 128, "num_layers": 16, "num_attention_heads": 4, "ffn_hidden_size": 512})
+    said: list[str] = []
+    plan(folder, target, path, say=said.append)
+    written = load_config(path)
+    assert written.optimizer.base_lr == pytest.approx(2**-7, rel=1e-3)
+    assert written.optimizer.base_weight_decay == 0.1
+    table = table_for(written.model, written.completep)
+    assert (table.width_multiplier, table.depth_multiplier) == (4.0, 8.0)
+    assert written.completep.base_head_dim == 16
+    value = table.values(Role.HIDDEN_WEIGHT, 4.0, written.optimizer)
+    assert f"{value.lr:.5g}" in path.read_text().split("\nmodel:")[0]
+    assert not any("warning" in line for line in said)
+
+
+def test_a_plan_scales_batch_and_duration_where_it_is_asked_to(tmp_path: Path):
+    folder = tmp_path / "sweep"
+    written_sweep(folder, tmp_path)
+    target = small_config(tmp_path, training={"global_batch_size": 32, "train_steps": 200})
+    plan(folder, target, tmp_path / "target.yaml", scale_batch=True)
+    written = load_config(tmp_path / "target.yaml").completep
+    assert (written.base_batch_tokens, written.base_total_tokens) == (8 * 32, 8 * 32 * 50)
+    plan(folder, target, tmp_path / "plain.yaml")
+    assert load_config(tmp_path / "plain.yaml").completep.base_batch_tokens is None
+
+
+def test_a_plan_warns_of_a_target_that_is_another_model(tmp_path: Path):
+    folder = tmp_path / "sweep"
+    written_sweep(folder, tmp_path)
+    said: list[str] = []
+    plan(folder, small_config(tmp_path, "gpt2"), tmp_path / "target.yaml", say=said.append)
+    assert any("model.norm" in line and "model.activation" in line for line in said)
+
+
+def test_a_plan_without_a_curve_under_the_targets_rule_is_refused(tmp_path: Path):
+    folder = tmp_path / "sweep"
+    written_sweep(folder, tmp_path)
+    with pytest.raises(ConfigError, match="no finished curve under sp"):
+        plan(folder, small_config(tmp_path, completep={"parameterization": "sp"}), tmp_path / "target.yaml")
+    with pytest.raises(DataError, match="not a sweep"):
+        plan(tmp_path / "nothing", small_config(tmp_path), tmp_path / "target.yaml")

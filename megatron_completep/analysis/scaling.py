@@ -49,7 +49,10 @@ NETWORK_EFFICIENCY = 0.8  # assumed share of the link bandwidth that a collectiv
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes by kind on one pipeline rank (tensor and data ranks are alike)."""
+    """Bytes by kind on one pipeline rank (tensor and data ranks are alike).
+
+    communication: reduced gradients, which live from the first bucket of backward to the next step, and parameters to be sent.
+    """
 
     parameters: int
     gradients: int

@@ -92,7 +92,7 @@ class DistributedAdamW:
         self.flat = whole if precision == wide else whole.to(precision)
         self.master = self._own_shard(whole) if sharded else whole
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.master), torch.zeros_like(self.master)
-        self.grad_shard = torch.zeros_like(self.master) if sharded else self.grad
+        self.grad_shard = self.grad.new_empty(0) if sharded else self.grad
         if precision == wide:
             self.flat_shard: Tensor | None = None  # the master is the parameter (or what is gathered into it)
         else:
@@ -171,6 +171,8 @@ class DistributedAdamW:
     def begin_step(self, micro_batches: int) -> None:
         """Before the first forward of a step of `micro_batches` forward-backward passes."""
         self._missing = Counter(self._bucket_sizes)
+        if self.context.shard.size > 1:
+            self.grad_shard = self.grad.new_empty(0)  # activations may have the memory until the first bucket is complete
         for chunk, queue in zip(self.chunks, self.queues, strict=True):
             queue.begin_step(chunk.parameters(), micro_batches)
 
@@ -223,11 +225,17 @@ class DistributedAdamW:
         context, (start, stop) = self.context, self.layout.buckets[bucket]
         if context.data.size == 1:
             return
+        self.hold_grad_shard()
         gradients, own = self.grad[start:stop], self.grad_shard[slice(*self.layout.shard_slice(bucket))]
         if self._communication_dtype is not None:
             self._reducing.append((start_reduce_scatter(gradients.to(self._communication_dtype), context.shard), own))
         else:
             self._reducing.append((start_reduce_scatter(gradients, context.shard, own), own))
+
+    def hold_grad_shard(self) -> None:
+        """Make the buffer of reduced gradients where there is none yet in this step."""
+        if self.grad_shard.numel() == 0:
+            self.grad_shard = torch.zeros_like(self.master)
 
     def _finish_reductions(self) -> None:
         """After this the shard holds the sum over all data ranks, and over tensor ranks and pipeline ends where that is due."""

@@ -118,6 +118,7 @@ def test_parameters_gradients_and_optimizer_match_the_real_construction(fake_wor
     fake_world(rank, world_size)
     with FakeTensorMode():
         _, optimizer = construct(config, rank, world_size)
+        optimizer.hold_grad_shard()
     data_size = data_parallel_size_for(parallel, world_size)
     plan = rank_memory(config, parallel.pipeline_parallel_size - 1, data_size, micro_batches_per_step(config, world_size))
     o = optimizer

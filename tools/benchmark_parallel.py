@@ -1,0 +1,76 @@
+"""Time our data-parallel training step against torch's DDP + ZeroRedundancyOptimizer and FSDP2, in turn, in one process group.
+
+Example:
+
+    OMP_NUM_THREADS=1 python tools/benchmark_parallel.py --processes 2 --precision float32 bf16
+
+Processes talk over gloo on this machine's CPU, one thread each. Ratio: our median step time over theirs; below 1 ours is faster.
+Memory: the most resident memory of a rank while it builds and runs a program, above what the process had before. The plain model
+is made of nn.Linear, nn.LayerNorm and `x + s * f(norm(x))`, with clip_grad_norm_ and fused torch.optim.AdamW.
+"""
+
+import argparse
+import json
+import sys
+
+import torch
+
+from megatron_completep.analysis.parallel_benchmark import OURS, ParallelComparison, compare_parallel
+from megatron_completep.analysis.training_benchmark import BenchmarkSettings
+from megatron_completep.config.schema import ModelConfig
+from megatron_completep.errors import exit_on_user_error
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, default=2, help="data-parallel ranks (default: 2)")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--vocabulary", type=int, default=4096)
+    parser.add_argument("--sequence", type=int, default=256, help="tokens a sequence")
+    parser.add_argument("--batch", type=int, default=4, help="sequences a rank and step (default: 4)")
+    parser.add_argument("--precision", nargs="+", choices=("float32", "bf16"), default=["float32"])
+    parser.add_argument("--rounds", type=int, default=12, help="timed steps of each program (default: 12)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    return parser.parse_args()
+
+
+def main() -> int | None:
+    arguments = parse_arguments()
+    model = ModelConfig(
+        hidden_size=arguments.hidden,
+        num_layers=arguments.layers,
+        num_attention_heads=arguments.heads,
+        ffn_hidden_size=4 * arguments.hidden,
+        vocab_size=arguments.vocabulary,
+        seq_length=arguments.sequence,
+        norm="layernorm",
+        activation="gelu",
+        position="learned",
+        bias=True,
+    )
+    settings = BenchmarkSettings(model, arguments.batch, max(2, arguments.rounds), warmup=2)
+    print(f"{arguments.processes} ranks over gloo, {arguments.batch} x {arguments.sequence} tokens each", file=sys.stderr, flush=True)
+    results = [compare_parallel(settings, precision, arguments.processes) for precision in arguments.precision]
+    if arguments.json:
+        print(json.dumps({"torch": torch.__version__, "model": model.model_dump(), "comparisons": [r.as_dict() for r in results]}))
+        return 0
+    for result in results:
+        print(describe(result))
+    return 0
+
+
+def describe(result: ParallelComparison) -> str:
+    """A line for each program."""
+    lines = [f"{result.precision}, {result.processes} ranks, {result.rounds} rounds"]
+    for name, figures in result.programs.items():
+        versus = "" if name == OURS else f"   ours / this = {figures.ratio:.3f} (95 %: {figures.ratio_low:.3f} to {figures.ratio_high:.3f})"
+        quartiles = f"{1000 * figures.lower_quartile:.0f} to {1000 * figures.upper_quartile:.0f}"
+        timing = f"{1000 * figures.seconds:8.0f} ms a step (quartiles {quartiles})"
+        lines.append(f"  {name:<30}{timing}   peak {figures.peak_bytes / 1e6:,.0f} MB a rank{versus}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -48,8 +48,10 @@ class Point:
 
     @property
     def key(self) -> str:
-        """The hash of everything that the result depends on."""
-        kept = self.config.model_dump(mode="json", exclude={"checkpoint": True, "logging": True, "training": {"output_dir"}})
+        """The hash of everything that the result depends on. Settings at their defaults are left out, so that a setting which a later
+        version adds runs nothing anew."""
+        unrelated = {"checkpoint": True, "logging": True, "training": {"output_dir", "cpu_threads"}}
+        kept = self.config.model_dump(mode="json", exclude=unrelated, exclude_defaults=True)
         return hashlib.blake2b(json.dumps([FORMAT, kept], sort_keys=True).encode(), digest_size=12).hexdigest()
 
     @property

@@ -49,6 +49,7 @@ class ProgramFigures:
     ratio: float  # our median over this one's, with its 95 % bootstrap interval
     ratio_low: float
     ratio_high: float
+    cpu_time_ratio: float  # the same of the processor time of all ranks together, which other work on the machine disturbs little
 
 
 @dataclass(frozen=True)
@@ -86,33 +87,40 @@ def _rank(rank: int, processes: int, store: str, settings: BenchmarkSettings, pr
     dist.destroy_process_group()
 
 
-def alternate(settings: BenchmarkSettings, precision: str) -> dict[str, list[float]]:
-    """Step times in seconds; which program goes first changes every round. A step begins when all ranks are there."""
+def alternate(settings: BenchmarkSettings, precision: str) -> dict[str, list[tuple[float, float]]]:
+    """Seconds of each step on the clock and of this rank's processor; which program goes first changes every round. A step begins when all ranks are there."""
     steps = {name: build_program(settings, precision) for name, build_program in PROGRAMS.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     names = list(steps)
     for number in range(settings.warmup + settings.rounds):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
             dist.barrier()
-            started = time.perf_counter()
+            started, used = time.perf_counter(), time.process_time()
             steps[name]()
             if number >= settings.warmup:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append((time.perf_counter() - started, time.process_time() - used))
     return seconds
 
 
 def summarize(
-    gathered: Sequence[tuple[dict[str, int], dict[str, list[float]]]], settings: BenchmarkSettings, precision: str, processes: int
+    gathered: Sequence[tuple[dict[str, int], dict[str, list[tuple[float, float]]]]],
+    settings: BenchmarkSettings,
+    precision: str,
+    processes: int,
 ) -> ParallelComparison:
-    """Medians over rounds of the slowest rank's time, and the fullest rank's memory."""
-    slowest = {name: [max(times) for times in zip(*(seconds[name] for _, seconds in gathered), strict=True)] for name in PROGRAMS}
+    """Medians over rounds of the slowest rank's time and of all ranks' processor time, and the fullest rank's memory."""
+    slowest, used = {}, {}
+    for name in PROGRAMS:
+        rounds = list(zip(*(seconds[name] for _, seconds in gathered), strict=True))  # a round's (clock, processor) by rank
+        slowest[name] = [max(clock for clock, _ in ranks) for ranks in rounds]
+        used[name] = statistics.median(sum(processor for _, processor in ranks) for ranks in rounds)
     programs = {}
     for name, times in slowest.items():
         low, median, high = statistics.quantiles(times, n=4)
-        ratio = statistics.median(slowest[OURS]) / statistics.median(times)
-        interval = bootstrap_ratio(slowest[OURS], times)
-        programs[name] = ProgramFigures(median, low, high, max(peaks[name] for peaks, _ in gathered), ratio, *interval)
+        peak = max(peaks[name] for peaks, _ in gathered)
+        ratio = statistics.median(slowest[OURS]) / median
+        programs[name] = ProgramFigures(median, low, high, peak, ratio, *bootstrap_ratio(slowest[OURS], times), used[OURS] / used[name])
     return ParallelComparison(processes, precision, settings.rounds, programs)
 
 

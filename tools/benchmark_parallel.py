@@ -29,7 +29,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--vocabulary", type=int, default=4096)
     parser.add_argument("--sequence", type=int, default=256, help="tokens a sequence")
-    parser.add_argument("--batch", type=int, default=4, help="sequences a rank and step (default: 4)")
+    parser.add_argument("--batch", type=int, default=8, help="sequences a rank and step (default: 8)")
     parser.add_argument("--precision", nargs="+", choices=("float32", "bf16"), default=["float32"])
     parser.add_argument("--rounds", type=int, default=12, help="timed steps of each program (default: 12)")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
@@ -65,7 +65,8 @@ def describe(result: ParallelComparison) -> str:
     """A line for each program."""
     lines = [f"{result.precision}, {result.processes} ranks, {result.rounds} rounds"]
     for name, figures in result.programs.items():
-        versus = "" if name == OURS else f"   ours / this = {figures.ratio:.3f} (95 %: {figures.ratio_low:.3f} to {figures.ratio_high:.3f})"
+        sure = f"95 %: {figures.ratio_low:.3f} to {figures.ratio_high:.3f}; in processor time {figures.cpu_time_ratio:.3f}"
+        versus = "" if name == OURS else f"   ours / this = {figures.ratio:.3f} ({sure})"
         quartiles = f"{1000 * figures.lower_quartile:.0f} to {1000 * figures.upper_quartile:.0f}"
         timing = f"{1000 * figures.seconds:8.0f} ms a step (quartiles {quartiles})"
         lines.append(f"  {name:<30}{timing}   peak {figures.peak_bytes / 1e6:,.0f} MB a rank{versus}")

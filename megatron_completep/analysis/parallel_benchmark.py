@@ -88,7 +88,8 @@ def _rank(rank: int, processes: int, store: str, settings: BenchmarkSettings, pr
 
 
 def alternate(settings: BenchmarkSettings, precision: str) -> dict[str, list[tuple[float, float]]]:
-    """Seconds of each step on the clock and of this rank's processor; which program goes first changes every round. A step begins when all ranks are there."""
+    """Seconds of each step on the clock and of this rank's processor. Which program goes first changes every round; a step begins
+    when all ranks are there."""
     steps = {name: build_program(settings, precision) for name, build_program in PROGRAMS.items()}
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     names = list(steps)

@@ -85,8 +85,7 @@ def main() -> int | None:
     say(describe_check(result))
     if context.is_first and arguments.out is not None:
         own = config.completep.parameterization + (f", alpha {config.completep.alpha:g}" if config.completep.alpha != 1 else "")
-        names = {"model": arguments.model or own, "control": "control (muP over depth, SP over width)"}
-        write_check(result, arguments.out, names, {"config": config.model_dump(mode="json"), "plan": vars(plan)})
+        write_check(result, arguments.out, arguments.model or own, {"config": config.model_dump(mode="json"), "plan": vars(plan)})
         say(f"written: {arguments.out / 'coordinate_check.json'}, .html and pictures")
     if context.is_first and arguments.json:
         print(json.dumps(finite(result.to_json())))

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_completep.analysis.coordinate_check import Result, Sample
+from megatron_completep.analysis.coordinate_check import CONTROLS, Result, Sample
 from megatron_completep.analysis.fits import Estimate
 from megatron_completep.analysis.laziness import FIRST_DEPTH, LazinessResult
 from megatron_completep.analysis.report import Report, new_figure, png_of, write_whole
@@ -63,8 +63,8 @@ def _mean(samples: Sequence[Sample], rule: str, size: int, name: str, step: int)
     return float(np.mean([getattr(s.measured, name)[step] for s in samples if s.rule == rule and s.size == size]))
 
 
-def write_check(result: Result, folder: Path, names: dict[str, str], settings: dict[str, Any]) -> None:
-    """coordinate_check.json, .html, and a picture an axis. `names`: rule -> what to call it."""
+def write_check(result: Result, folder: Path, name: str, settings: dict[str, Any]) -> None:
+    """coordinate_check.json, .html, and a picture an axis. `name`: what to call the model under check."""
     make_folder(folder)
     write_whole(folder / "coordinate_check.json", dump({**result.to_json(), "settings": settings}))
     report = Report("Coordinate check", result.reason)
@@ -75,7 +75,7 @@ def write_check(result: Result, folder: Path, names: dict[str, str], settings: d
     ]
     section.table(["axis", "quantity", "band", "model", "control", "passed"], rows, "Mean over seeds, with 95 % intervals.")
     for axis in dict.fromkeys(s.axis for s in result.samples):
-        figure = png_of(draw_check(result.samples, axis, names))
+        figure = png_of(draw_check(result.samples, axis, {"model": name, "control": f"control: {CONTROLS[axis]}"}))
         write_whole(folder / f"coordinate_check_{axis}.png", figure)
         report.section(f"Over {axis}").picture(f"coordinate_check_{axis}", figure, "One panel a parameterization, one line a step.")
     report.write_html(folder / "coordinate_check.html")
@@ -137,14 +137,16 @@ def make_folder(folder: Path) -> None:
 
 
 def dump(value: Any) -> bytes:
-    """Indented JSON; what is not finite becomes null."""
-    return json.dumps(finite(value), indent=1).encode()
+    """JSON with 6 significant digits; what is not finite becomes null."""
+    return json.dumps(finite(value)).encode()
 
 
 def finite(value: Any) -> Any:
-    """JSON knows no infinities: null."""
+    """6 significant digits are more than repetitions agree in, and JSON knows no infinities: null."""
     if isinstance(value, dict):
         return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value

@@ -107,8 +107,9 @@ def measure(trial: Trial, training: Sequence[Sequence[Batch]], probe: Sequence[B
             gradients = {str(role): value / figures.counted_tokens for role, value in role_rms(optimizer, optimizer.grad_shard).items()}
         updates.append(role_rms(optimizer, optimizer.master - before, by_learning_rate=True))
     mean_updates = {str(role): sum(u[role] for u in updates) / len(updates) / trial.config.optimizer.base_lr for role in updates[0]}
-    stream, changed, logits, logits_changed = ([row[column] for row in sizes] for column in range(4))
-    return Measurement(stream, changed, logits, logits_changed, blocks, gradients, mean_updates, losses)
+    stream, changed = [row[0] for row in sizes], [row[1] for row in sizes]
+    outputs, outputs_changed = [row[2] for row in sizes], [row[3] for row in sizes]
+    return Measurement(stream, changed, outputs, outputs_changed, blocks, gradients, mean_updates, losses)
 
 
 @dataclass(frozen=True)

@@ -141,8 +141,13 @@ def _verdict(slopes: dict[str, Estimate]) -> tuple[Verdict, str]:
     if "own" not in slopes or "alpha_0.5" not in slopes:
         return Verdict.CANNOT_TELL, f"cannot tell: give at least two depths of {FIRST_DEPTH} base depths and more"
     own, control = slopes["own"].value, slopes["alpha_0.5"].value
-    if own <= MODEL_ABOVE:
+    if own < CONTROL_BELOW:
         return Verdict.WRONG, f"wrong: blocks become lazy with depth, exponent {own:+.2f}; it must be above {MODEL_ABOVE}"
+    if own <= MODEL_ABOVE:
+        return Verdict.CANNOT_TELL, (
+            f"cannot tell: exponent {own:+.2f}, between {MODEL_ABOVE} of a complete model and {CONTROL_BELOW} of a lazy one. "
+            "Use deeper models: terms that fall as 1 / L are still to be seen."
+        )
     if control >= CONTROL_BELOW:
         return Verdict.CANNOT_TELL, (
             f"cannot tell: the control, alpha 0.5, has the exponent {control:+.2f}, which must be below {CONTROL_BELOW}. "

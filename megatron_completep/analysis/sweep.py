@@ -50,7 +50,7 @@ class Point:
     def key(self) -> str:
         """The hash of everything that the result depends on. Settings at their defaults are left out, so that a setting which a later
         version adds runs nothing anew."""
-        unrelated = {"checkpoint": True, "logging": True, "training": {"output_dir", "cpu_threads"}}
+        unrelated: Any = {"checkpoint": True, "logging": True, "training": {"output_dir", "cpu_threads"}}
         kept = self.config.model_dump(mode="json", exclude=unrelated, exclude_defaults=True)
         return hashlib.blake2b(json.dumps([FORMAT, kept], sort_keys=True).encode(), digest_size=12).hexdigest()
 

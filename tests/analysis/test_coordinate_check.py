@@ -239,7 +239,7 @@ def test_the_report_has_a_panel_a_parameterization_and_a_line_a_step(folder: Pat
     plan = Plan([2, 4], [32], steps=2, seeds=1, check_eps=False)
     result = judge(collect(small_config(folder), plan, SINGLE))
     assert exponent(result.samples, result.findings[0].band, "control") is not None
-    write_check(result, tmp_path, {"model": "completep", "control": "mup"}, {})
+    write_check(result, tmp_path, "completep", {})
     page = (tmp_path / "coordinate_check.html").read_text()
     assert "stream change" in page
     assert "image/png" in page

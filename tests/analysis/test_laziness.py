@@ -29,6 +29,7 @@ def made_up(exponents: dict[str, float]) -> list[LazinessSample]:
     [
         (-0.1, -0.72, Verdict.RIGHT),
         (-0.5, -0.72, Verdict.WRONG),
+        (-0.33, -0.94, Verdict.CANNOT_TELL),
         (-0.1, -0.3, Verdict.CANNOT_TELL),
     ],
 )

@@ -139,7 +139,7 @@ def test_each_tensor_moves_by_its_groups_learning_rate_in_every_layout(pool, lay
     assert seen == set(expected)
 
 
-@pytest.mark.parametrize("layout", ["tensor 2 with sequence", "pipeline 2, 1f1b", "data 4", "tensor 2, pipeline 2, data 2"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_step_with_zero_gradients_shrinks_every_decayed_tensor_by_the_base_rates(pool, layout):
     """E4: at alpha 1 lr * wd is eta * lambda for every decayed tensor. All labels ignored but one, whose loss is scaled away."""
     case = Case(LAYOUTS[layout], {}, {"base_eps": 1e30}, micro_batches(LAYOUTS[layout]), precision="float64")

@@ -144,8 +144,9 @@ def test_a_step_with_zero_gradients_shrinks_every_decayed_tensor_by_the_base_rat
     """E4: at alpha 1 lr * wd is eta * lambda for every decayed tensor. All labels ignored but one, whose loss is scaled away."""
     case = Case(LAYOUTS[layout], {}, {"base_eps": 1e30}, micro_batches(LAYOUTS[layout]), precision="float64")
     outcomes = spread(pool, case)
+    groups = {name: group for outcome in outcomes for name, group in outcome.groups.items()}
     for name in truth_for(case).parameters:
-        group = outcomes[0].groups.get(name) or outcomes[-1].groups[name]
+        group = groups[name]
         before, after = assemble(outcomes, "initial", name), assemble(outcomes, "parameters", name)
         shrink = 1 - 1e-2 * 0.1 if group.weight_decay > 0 else 1.0
         assert (after - before * shrink).abs().max().item() <= 1e-12

@@ -25,6 +25,7 @@ RUNS = {
 
 def compare(pool, name: str, backend: str, tolerance: float) -> None:
     processes, sections = RUNS[name]
+    sections = {**sections, "optimizer": {"base_eps": 1e-3}}  # the key biases' gradient is rounding noise, which Adam would amplify
     graphs = 0
     for (losses, parameters), (compiled_losses, compiled), count in pool.run(processes, train_twice, sections, backend):
         assert compiled_losses == pytest.approx(losses, rel=tolerance)

@@ -10,7 +10,11 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "megatron_completep/__ini
 assert VERSION is not None
 
 DATA = ["tokenizers", "tiktoken", "pyarrow", "zstandard", "orjson"]
-DEV = ["pytest>=8", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML"]
+DEV = [
+    *("pytest>=8", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML"),
+    # Its token files and samples are compared with ours. Wheels exist for these versions of Python only.
+    "megatron-core==0.16.1; platform_system == 'Linux' and platform_machine == 'x86_64' and python_version < '3.14'",
+]
 
 setup(
     name="megatron-completep",

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from small_runs import small_config
+from small_runs import small_config, write_tokens
 
-from megatron_completep.analysis import sweep
+from megatron_completep.analysis import lr_transfer, sweep
 from megatron_completep.analysis.lr_transfer import (
     Curve,
     base_curve,
@@ -25,10 +27,17 @@ from megatron_completep.analysis.lr_transfer import (
 from megatron_completep.analysis.lr_transfer_plan import plan
 from megatron_completep.analysis.lr_transfer_report import report
 from megatron_completep.completep import Role, table_for
-from megatron_completep.config import load_config
-from megatron_completep.errors import ConfigError, DataError
+from megatron_completep.config import load_config, save_config
+from megatron_completep.errors import ConfigError, DataError, exit_on_user_error
+from megatron_completep.tools.lr_transfer import main
 
 GRID = np.arange(-10.0, -3.5, 0.5)
+
+
+@pytest.fixture(autouse=True)
+def few_replicates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The noise of these curves is far below what is asked of the intervals."""
+    monkeypatch.setattr(lr_transfer, "REPLICATES", 200)
 
 
 def curve(
@@ -188,3 +197,48 @@ def test_a_plan_without_a_curve_under_the_targets_rule_is_refused(tmp_path: Path
         plan(folder, small_config(tmp_path, completep={"parameterization": "sp"}), tmp_path / "target.yaml")
     with pytest.raises(DataError, match="not a sweep"):
         plan(tmp_path / "nothing", small_config(tmp_path), tmp_path / "target.yaml")
+
+
+# --- the program ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run_tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Runs the program in this process, as its command line would: (exit code, stdout, stderr)."""
+
+    def run(*words: str) -> tuple[int | str | None, str, str]:
+        monkeypatch.setattr(sys, "argv", ["lr_transfer.py", *words])
+        with pytest.raises(SystemExit) as left:
+            exit_on_user_error(main)
+        captured = capsys.readouterr()
+        return left.value.code, captured.out, captured.err
+
+    return run
+
+
+def test_the_program_sweeps_reports_and_plans(run_tool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(sweep, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(1))
+    write_tokens(tmp_path, 8_000)
+    proxy, target, folder = tmp_path / "proxy.yaml", tmp_path / "target.yaml", tmp_path / "sweep"
+    save_config(small_config(tmp_path, training={"train_steps": 2}), proxy)
+    save_config(small_config(tmp_path, model={"num_layers": 8}), target)
+    code, out, err = run_tool("sweep", str(proxy), "--out", str(folder), "--lr=-9:-7:1", "--depths", "2,4", "--seeds", "2", "--json")
+    assert code == 0, err
+    assert json.loads(out) == {"points": 12, "missing": 0, "folder": str(folder)}
+    assert "tau" in err
+    code, out, _ = run_tool("report", str(folder), "--json")
+    assert code == 0
+    assert {o["num_layers"] for o in json.loads(out)["optima"]} == {2, 4}
+    code, out, _ = run_tool("plan", str(folder), str(target), "--to", str(tmp_path / "tuned.yaml"), "--json")
+    assert code == 0
+    assert load_config(tmp_path / "tuned.yaml").optimizer.base_lr == pytest.approx(json.loads(out)["base_lr"])
+
+
+def test_what_the_program_cannot_use_is_refused_without_a_traceback(run_tool, tmp_path: Path):
+    code, _, err = run_tool("report", str(tmp_path))
+    assert code == 2
+    assert "Make one with tools/lr_transfer.py sweep" in err
+    save_config(small_config(tmp_path), tmp_path / "proxy.yaml")
+    code, _, err = run_tool("sweep", str(tmp_path / "proxy.yaml"), "--out", str(tmp_path / "s"), "--lr=-9:-8", "--slurm", "timeout")
+    assert code == 2
+    assert "KEY=VALUE" in err

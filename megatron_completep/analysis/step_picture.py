@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.pipelining import PipelineStage
+from torch.testing._internal.distributed.fake_pg import FakeStore  # importing it registers the backend "fake"
 
 from megatron_completep.parallel.pipeline import make_schedule
 
@@ -47,8 +48,6 @@ class Action:
 
 def schedule_actions(name: str, ranks: int, virtual: int, micro_batches: int) -> list[list[Action]]:
     """By rank, what the library's schedule does, in order. Joins a process group that sends nothing, and leaves it."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend "fake"
-
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     try:
         x = torch.empty(1, device="meta", requires_grad=True)

@@ -4,6 +4,9 @@ import os
 
 # Before torch is imported anywhere: tests run side by side, each on one thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before triton is imported anywhere: without a GPU its kernels run in the interpreter.
+if not os.path.exists("/dev/nvidiactl") and not os.path.exists("/dev/kfd"):
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from collections.abc import Iterator
 

@@ -81,7 +81,7 @@ def main() -> int | None:
     plan = coordinate_check.Plan(
         sorted(set(depths)), sorted(set(widths)), arguments.steps, arguments.seeds, arguments.precision, not arguments.no_eps
     )
-    result = coordinate_check.judge(coordinate_check.collect(config, plan, context, design, say))
+    result = coordinate_check.judge(coordinate_check.collect(config, plan, context, design, say), config.completep.alpha)
     say(describe_check(result))
     if context.is_first and arguments.out is not None:
         own = config.completep.parameterization + (f", alpha {config.completep.alpha:g}" if config.completep.alpha != 1 else "")

@@ -47,8 +47,9 @@ class Measurement:
     logits_change: list[float]
     blocks: list[dict[str, float]]  # the stream at every norm, by module name, in the order of the model
     gradients: dict[str, float]  # by role, at the first step
-    updates: dict[str, float]  # by role, mean over the steps
+    updates: dict[str, float]  # by role, over each parameter's own learning rate, mean over the steps
     losses: list[float]  # of the training batches, before each step
+    moved: dict[str, float] = field(default_factory=dict)  # the same updates over the base learning rate
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ def measure(trial: Trial, training: Sequence[Sequence[Batch]], probe: Sequence[B
     blocks, sizes = [], []
     gradients: dict[str, float] = {}
     updates: list[dict[Role, float]] = []
+    moved: list[dict[Role, float]] = []
     losses: list[float] = []
     optimizer = trial.optimizer
     for number in range(len(training) + 1):
@@ -106,10 +108,16 @@ def measure(trial: Trial, training: Sequence[Sequence[Batch]], probe: Sequence[B
         if number == 0:
             gradients = {str(role): value / figures.counted_tokens for role, value in role_rms(optimizer, optimizer.grad_shard).items()}
         updates.append(role_rms(optimizer, optimizer.master - before, by_learning_rate=True))
-    mean_updates = {str(role): sum(u[role] for u in updates) / len(updates) / trial.config.optimizer.base_lr for role in updates[0]}
+        moved.append(role_rms(optimizer, optimizer.master - before))
+    rate = trial.config.optimizer.base_lr
+    by_own, by_base = _mean_by_role(updates, rate), _mean_by_role(moved, rate)
     stream, changed = [row[0] for row in sizes], [row[1] for row in sizes]
     outputs, outputs_changed = [row[2] for row in sizes], [row[3] for row in sizes]
-    return Measurement(stream, changed, outputs, outputs_changed, blocks, gradients, mean_updates, losses)
+    return Measurement(stream, changed, outputs, outputs_changed, blocks, gradients, by_own, losses, by_base)
+
+
+def _mean_by_role(steps: Sequence[dict[Role, float]], unit: float) -> dict[str, float]:
+    return {str(role): sum(step[role] for step in steps) / len(steps) / unit for role in steps[0]}
 
 
 @dataclass(frozen=True)
@@ -200,12 +208,16 @@ BANDS = (
     Band("depth", "logits change"),
     Band("depth", "update with large eps, in blocks", -0.25, 0.25),
     Band("depth", "update with large eps, outside", -0.25, 0.25),
+    Band("depth", "update, hidden matrices", -0.25, 0.25),
+    Band("depth", "update, outside", -0.25, 0.25),
     Band("width", "stream at init", -0.25, 0.25),
     Band("width", "stream change", -0.25, 0.25),
     Band("width", "logits at init", -0.75, -0.25),
     Band("width", "logits change", -0.25, 0.25),
     Band("width", "update with large eps, in blocks", -0.25, 0.25),
     Band("width", "update with large eps, outside", -0.25, 0.25),
+    Band("width", "update, hidden matrices", -1.25, -0.75),
+    Band("width", "update, outside", -0.25, 0.25),
 )
 DECISIVE = "stream change"  # what the control must get wrong
 CONTROL_AT_LEAST, CONTROL_GAP = 0.5, 0.4
@@ -215,12 +227,10 @@ def quantity(name: str, sample: Sample) -> float | None:
     """A figure of one model; None where it was not measured."""
     measured = sample.measured
     if name.startswith("update"):
-        if sample.with_large_eps is None:
-            return None
-        inside = name.endswith("in blocks")
-        updates = sample.with_large_eps.updates
+        found = (sample.with_large_eps.updates if sample.with_large_eps else {}) if "large eps" in name else measured.moved
         # The roles with the most elements speak for their kind: hidden matrices, and the unembedding.
-        return updates[Role.HIDDEN_WEIGHT if inside else Role.UNEMBEDDING if Role.UNEMBEDDING in updates else Role.EMBEDDING]
+        roles = (Role.UNEMBEDDING, Role.EMBEDDING) if name.endswith("outside") else (Role.HIDDEN_WEIGHT,)
+        return next((found[role] for role in roles if role in found), None)
     values = {
         "stream at init": measured.stream[0],
         "stream change": measured.stream_change[-1],
@@ -258,10 +268,10 @@ class Result:
         return {**asdict(self), "verdict": self.verdict.name.lower(), "exit_code": int(self.verdict)}
 
 
-def judge(samples: Sequence[Sample]) -> Result:
-    """Fit exponents over each axis, seed by seed, and compare them with the bands."""
+def judge(samples: Sequence[Sample], alpha: float = 1.0) -> Result:
+    """Fit exponents over each axis, seed by seed, and compare them with the bands; `alpha` is the model's."""
     findings = []
-    for band in BANDS:
+    for band in (_shifted(band, alpha) for band in BANDS):
         model = exponent(samples, band, "model")
         if model is None:
             continue
@@ -270,6 +280,13 @@ def judge(samples: Sequence[Sample]) -> Result:
         findings.append(Finding(band, model, exponent(samples, band, "control"), passed))
     verdict, reason = _verdict(findings)
     return Result(verdict, reason, findings, list(samples))
+
+
+def _shifted(band: Band, alpha: float) -> Band:
+    """Hidden matrices learn with m_L^(alpha - 1)."""
+    if (band.axis, band.quantity) != ("depth", "update, hidden matrices"):
+        return band
+    return replace(band, low=band.low + alpha - 1, high=band.high + alpha - 1)
 
 
 def exponent(samples: Sequence[Sample], band: Band, rule: str) -> Estimate | None:

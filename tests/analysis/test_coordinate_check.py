@@ -122,7 +122,12 @@ def test_the_measured_stream_and_logits_are_those_of_the_model(folder: Path, arc
 
 
 def samples_of(
-    mutation: Mutation | None, axis: str, folder: Path, architecture: str = "gpt2", alpha: float = 1.0, seed: int = 0
+    mutation: Mutation | None,
+    axis: str,
+    folder: Path,
+    architecture: str = "gpt2",
+    alpha: float = 1.0,
+    seed: int = 0,
 ) -> list[Sample]:
     """A model's part of the check, without the control, whose place other tests take."""
     design = mutation.design if mutation else Design()
@@ -151,7 +156,7 @@ def control_of(samples: list[Sample], folder: Path, architecture: str = "gpt2") 
 @pytest.mark.parametrize(("axis", "alpha"), [("depth", 1.0), ("depth", 0.5), ("width", 1.0)])
 def test_the_right_implementation_passes_and_the_control_does_not(folder: Path, axis: str, alpha: float):
     samples = samples_of(None, axis, folder, alpha=alpha)
-    result = judge(samples + control_of(samples, folder))
+    result = judge(samples + control_of(samples, folder), alpha)
     assert result.verdict == Verdict.RIGHT, describe_check(result)
 
 
@@ -160,7 +165,7 @@ FAST = ("multiplier missing on the MLP branch", "eps constant over depth", "hidd
 
 @pytest.mark.parametrize("mutation", [m for m in MUTATIONS if m.name in FAST], ids=lambda m: m.name)
 def test_a_wrong_implementation_is_called_wrong(folder: Path, mutation: Mutation):
-    result = judge(samples_of(mutation, mutation.axis, folder, alpha=mutation.alpha))
+    result = judge(samples_of(mutation, mutation.axis, folder, alpha=mutation.alpha), mutation.alpha)
     (finding,) = [f for f in result.findings if f.band.quantity == mutation.quantity]
     assert finding.wrong, describe_check(result)
     assert mutation.shows(finding.model.value), describe_check(result)
@@ -172,7 +177,7 @@ def test_a_wrong_implementation_is_called_wrong(folder: Path, mutation: Mutation
 @pytest.mark.parametrize("architecture", ["gpt2", "paper"])
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name)
 def test_every_wrong_implementation_is_called_wrong_on_two_architectures(folder: Path, mutation: Mutation, architecture: str):
-    result = judge(samples_of(mutation, mutation.axis, folder, architecture, mutation.alpha))
+    result = judge(samples_of(mutation, mutation.axis, folder, architecture, mutation.alpha), mutation.alpha)
     assert result.verdict == Verdict.WRONG, describe_check(result)
 
 

@@ -211,7 +211,7 @@ BANDS = (
     Band("depth", "update, hidden matrices", -0.25, 0.25),
     Band("depth", "update, outside", -0.25, 0.25),
     Band("width", "stream at init", -0.25, 0.25),
-    Band("width", "stream change", -0.25, 0.25),
+    Band("width", "stream change", -0.35, 0.25),
     Band("width", "logits at init", -0.75, -0.25),
     Band("width", "logits change", -0.25, 0.25),
     Band("width", "update with large eps, in blocks", -0.25, 0.25),

@@ -118,6 +118,8 @@ def start(config: Path, fault: Fault | None = None, world: int = 2, overrides: S
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     logs = [config.parent / f"{config.stem}.{time.monotonic_ns()}.rank_{rank}.log" for rank in range(world)]
+    for log in logs:
+        log.touch()  # a rank may be killed before it opens its own
     processes = []
     for rank in range(world):
         environment = environment_of(rank, world, port, restart_count)

@@ -20,7 +20,7 @@ from megatron_completep.parallel.context import ParallelContext, data_parallel_s
 from megatron_completep.parallel.placement import Placement, placement_of
 from megatron_completep.training.forward_backward import ForwardBackward, MicroBatch
 
-GLOBAL_BATCH = 8  # sequences, split over data ranks and micro-batches
+GLOBAL_BATCH = 16  # sequences, split over data ranks and micro-batches
 BASE = CompletePConfig(base_hidden_size=16, base_num_layers=2)
 
 

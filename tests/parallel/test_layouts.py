@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from layouts import Case, Outcome, assemble, optimizer_config, relative_error, replay_trace, train
+from layouts import GLOBAL_BATCH, Case, Outcome, assemble, optimizer_config, relative_error, replay_trace, train
 
 from megatron_completep.model.initialize import fingerprint
 
@@ -67,9 +67,9 @@ def world_size(layout: dict) -> int:
 
 
 def micro_batches(layout: dict) -> int:
-    """4 a step in one data rank, so that accumulation and every pipeline schedule are exercised; 1 with data ranks."""
+    """4 a step, so that accumulation and every pipeline schedule are exercised; as many as there are samples on each data rank."""
     data = world_size(layout) // layout.get("tensor_parallel_size", 1) // layout.get("pipeline_parallel_size", 1)
-    return 4 if data == 1 else 2 if data == 2 else 1
+    return min(4, GLOBAL_BATCH // data)
 
 
 @cache
@@ -106,10 +106,16 @@ def test_every_layout_equals_one_process_in_float32(pool, layout, model):
     assert {name: fingerprint(assemble(outcomes, "initial", name)) for name in expected.initial} == hashes
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_equals_one_process_in_float64_with_a_large_epsilon(pool, layout):
+def accumulations(layout: str) -> list[int]:
+    """One micro-batch a step where nothing needs more, and four."""
+    several = micro_batches(LAYOUTS[layout])
+    return [several] if "pipeline" in layout and "gpipe" not in layout else [1, several]
+
+
+@pytest.mark.parametrize(("layout", "accumulation"), [(layout, count) for layout in LAYOUTS for count in accumulations(layout)])
+def test_every_layout_equals_one_process_in_float64_with_a_large_epsilon(pool, layout, accumulation):
     model = {**MODELS["layernorm, gelu, learned, biases, tied, qk-norm"], "num_query_groups": 4}
-    case = Case(LAYOUTS[layout], model, {"base_eps": 1e-3}, micro_batches(LAYOUTS[layout]), steps=3, precision="float64")
+    case = Case(LAYOUTS[layout], model, {"base_eps": 1e-3}, accumulation, steps=3, precision="float64")
     outcomes, expected = spread(pool, case), truth_for(case)
     errors = relative_error(outcomes, expected, "parameters") | relative_error(outcomes, expected, "gradients")
     assert {name: error for name, error in errors.items() if error > 1e-11 and NOISE not in name} == {}
@@ -152,8 +158,12 @@ def test_a_step_with_zero_gradients_shrinks_every_decayed_tensor_by_the_base_rat
         assert (after - before * shrink).abs().max().item() <= 1e-12
 
 
-@pytest.mark.parametrize("layout", ["tensor 2", "tensor 2 with sequence", "pipeline 2, 1f1b", "pipeline 2, zero-bubble", "data 2"])
-@pytest.mark.parametrize("trace", ["completep", "alpha_half"])
+TRACED = ["tensor 2", "tensor 2 with sequence", "pipeline 2, 1f1b", "pipeline 2, zero-bubble", "data 2"]
+TRACES = ["completep", "alpha_half", "mup", "completep_base"]
+
+
+# The base model has one head, which tensor ranks cannot share.
+@pytest.mark.parametrize(("trace", "layout"), [(t, n) for t in TRACES for n in TRACED if t != "completep_base" or "tensor" not in n])
 def test_golden_traces_pass_in_every_layout(pool, layout, trace):
     results = pool.run(2, replay_trace, str(GOLDEN / trace), "float64", LAYOUTS[layout])
     assert [r.passed for r in results] == [True, True], results[0]

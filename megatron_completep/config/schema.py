@@ -36,7 +36,9 @@ class ModelConfig(Section):
     seq_length: PositiveInt = Field(description="Tokens a sample; also the number of learned positions.")
     norm: Literal["layernorm", "rmsnorm"] = Field("rmsnorm", description="Norm before each branch and at the end.")
     norm_eps: PositiveFloat = Field(1e-5, description="Added to the variance (or mean square) inside the norm.")
-    activation: Literal["gelu", "squared_relu", "swiglu"] = Field("swiglu", description="MLP non-linearity (gelu: erf).")
+    activation: Literal["gelu", "gelu_tanh", "squared_relu", "swiglu"] = Field(
+        "swiglu", description="MLP non-linearity (gelu: erf; gelu_tanh: GPT-2's approximation)."
+    )
     position: Literal["rope", "learned", "alibi"] = Field("rope", description="How positions enter.")
     rope_base: PositiveFloat = Field(10000.0, description="Base of the rotary frequencies.")
     bias: bool = Field(False, description="Biases on linear layers and layernorms.")
@@ -47,6 +49,8 @@ class ModelConfig(Section):
         description="Scale of attention logits; base_head_dim: sqrt(base_head_dim) / head_dim. Under sp it is always 1/sqrt(head_dim).",
     )
     input_multiplier: PositiveFloat = Field(1.0, description="Tunable base factor on the embedding output.")
+    residual_multiplier: PositiveFloat = Field(1.0, description="Tunable base factor on each branch's output, beside m_L^-alpha.")
+    attention_multiplier: PositiveFloat = Field(1.0, description="Tunable base factor on the attention logits, beside attention_scale.")
     logit_multiplier: PositiveFloat = Field(1.0, description="Tunable base factor on the logits, beside 1/m_N.")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Probability of dropping a branch output element.")
     fp32_residual: bool = Field(False, description="Keep the residual stream in float32 under bf16.")
@@ -95,7 +99,12 @@ class ParallelConfig(Section):
     optimizer_shard_size: PositiveInt | None = Field(None, description="Data ranks that share the optimizer; null: all of them.")
     gradient_dtype: Literal["float32", "bf16"] = Field("float32", description="Type in which gradients are communicated.")
     bucket_megabytes: PositiveFloat = Field(40.0, description="Size of a gradient bucket in MB.")
-    timeout_minutes: PositiveFloat = Field(10.0, description="Bound on one collective, in minutes.")
+    timeout_minutes: PositiveFloat = Field(
+        20.0, description="Bound on one collective, in minutes; at least guards.hang_timeout_minutes, which can say who hangs."
+    )
+    flight_recorder_entries: NonNegativeInt = Field(
+        2000, description="Newest collectives that each rank remembers, for the watchdog to write down in a hang; 0: none."
+    )
 
 
 class OverrideConfig(Section):
@@ -156,12 +165,33 @@ class DataConfig(Section):
     prefetch: NonNegativeInt = Field(2, description="Steps of batches that a worker thread prepares ahead; 0: none.")
 
 
+class BatchRampConfig(Section):
+    """A smaller batch in the beginning: batch sizes start, start + increment, ... share the first steps equally."""
+
+    start: PositiveInt = Field(description="Sequences of the first optimizer step, over all ranks.")
+    increment: PositiveInt = Field(description="Sequences by which the batch grows, up to global_batch_size.")
+    steps: PositiveInt = Field(description="Optimizer steps after which the batch is global_batch_size.")
+
+
+class StepRangeConfig(Section):
+    """Steps that follow one another."""
+
+    first: PositiveInt = Field(description="Number of the first step, counted from 1.")
+    last: PositiveInt | None = Field(None, description="Number of the last step; null: the first alone.")
+
+
 class TrainingConfig(Section):
     """How long, how precise, and where to."""
 
     micro_batch_size: PositiveInt = Field(description="Sequences a rank processes at once.")
     global_batch_size: PositiveInt = Field(description="Sequences an optimizer step, over all ranks.")
     train_steps: PositiveInt = Field(description="Optimizer steps of the whole run.")
+    batch_ramp: BatchRampConfig | None = Field(
+        None, description="Batch sizes that grow to global_batch_size; the learning rate still goes by steps. null: none."
+    )
+    skip_steps: list[StepRangeConfig] = Field(
+        default_factory=list, description="Steps whose data are read past: no update, while step count and learning rate go on."
+    )
     precision: Literal["float32", "bf16", "float64", "auto"] = Field(
         "bf16", description="Compute type; master weights are float32 under bf16. auto: bf16 where the hardware has units for it."
     )
@@ -217,6 +247,12 @@ class GuardsConfig(Section):
     spike_threshold: PositiveFloat | None = Field(
         1.0, description="Nats above the median of the last 50 losses that are reported as a spike; null: none."
     )
+    rollback_threshold: PositiveFloat | None = Field(
+        None,
+        description="Nats above that median at which the run goes back to the checkpoint before and leaves out the data since; null: never.",
+    )
+    rollback_skip_steps: NonNegativeInt = Field(0, description="Steps of data that a rollback leaves out beyond those up to the spike.")
+    max_rollbacks: PositiveInt = Field(3, description="Rollbacks of a whole run; at the next one needed, the run stops.")
     replica_check_interval: PositiveInt | None = Field(
         500, description="Steps between comparisons of what several ranks must hold alike; null: never."
     )
@@ -235,12 +271,26 @@ class GuardsConfig(Section):
     )
 
 
+class ProfilingConfig(Section):
+    """A window of steps that chosen ranks record, written to output_dir/profile."""
+
+    first_step: PositiveInt | None = Field(None, description="Number of the first step that is recorded; null: no profiling.")
+    steps: PositiveInt = Field(3, description="Steps that are recorded.")
+    ranks: list[NonNegativeInt] = Field(default_factory=lambda: [0], min_length=1, description="Ranks that record.")
+    memory: bool = Field(False, description="Record every allocation, too: a memory snapshot of a GPU, sizes by operation elsewhere.")
+
+
 class LoggingConfig(Section):
     """What is reported, and how often."""
 
     interval: PositiveInt = Field(10, description="Steps between console lines.")
     tensorboard: bool = Field(True, description="Write TensorBoard events to output_dir/tensorboard.")
-    wandb_project: str | None = Field(None, description="Weights & Biases project; null: off.")
+    trackers: list[Literal["wandb", "trackio"]] = Field(
+        default_factory=list, description="Further trackers, from the extra `tracking`; one that fails is left out, and training goes on."
+    )
+    project: str = Field("megatron-completep", description="The trackers' project.")
+    run_name: str | None = Field(None, description="The trackers' name of this run; null: the last part of output_dir.")
+    offline: bool = Field(False, description="wandb writes to output_dir/wandb alone, for `wandb sync`; trackio is always on this machine.")
     parameterization_interval: PositiveInt | None = Field(
         100, description="Steps between rows with activation, update and attention-logit sizes; null: never."
     )
@@ -260,4 +310,5 @@ class Config(Section):
     training: TrainingConfig
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     guards: GuardsConfig = Field(default_factory=GuardsConfig)
+    profiling: ProfilingConfig = Field(default_factory=ProfilingConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)

@@ -11,6 +11,7 @@ import torch
 
 from megatron_completep.completep import Table
 from megatron_completep.config import save_config
+from megatron_completep.config.derived import total_samples
 from megatron_completep.config.schema import Config
 from megatron_completep.data.loader import Loader, ValidationBatches, build_loader, validation_batches
 from megatron_completep.errors import ConfigError
@@ -24,7 +25,7 @@ from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.cross_entropy import LossConfig
 from megatron_completep.parallel.gradients import choose_fused_accumulation
 from megatron_completep.training.hooks import Checkpoints, Hook, Metrics, Validation
-from megatron_completep.training.metrics import open_sinks
+from megatron_completep.training.metrics import Sink, open_sinks
 from megatron_completep.training.state import Checkpointer, RunState
 from megatron_completep.training.step import TrainingStep
 from megatron_completep.training.telemetry import Telemetry, read_reference
@@ -72,6 +73,7 @@ def build_training_loader(config: Config, context: ParallelContext) -> Loader:
         micro_batch_size=config.training.micro_batch_size,
         global_batch_size=config.training.global_batch_size,
         train_steps=config.training.train_steps,
+        total_samples=total_samples(config.training),
         vocab_size=config.model.vocab_size,
         data_rank=context.data.rank,
         data_size=context.data.size,
@@ -105,14 +107,18 @@ def default_hooks(
     say: Say,
 ) -> list[Hook]:
     """Validation, telemetry, metrics, checkpoints: a checkpoint comes after the metrics of its step, which hold its validation."""
-    training, folder = config.training, Path(config.training.output_dir)
+    training = config.training
     hooks: list[Hook] = []
     if validation is not None:
         hooks.append(Validation(step, validation, training.validation_interval, training.train_steps, say))
     if config.logging.parameterization_interval is not None:
         hooks.append(build_telemetry(config, context, step, config.logging.parameterization_interval, say))
-    sinks = open_sinks(config.logging, folder, training.train_steps, state.step, say) if context.is_first else []
-    hooks.append(Metrics(config, context, device_name(context.device), precision, sinks))
+
+
+    def open_at(step: int) -> list[Sink]:
+        return open_sinks(config, step, say) if context.is_first else []
+
+    hooks.append(Metrics(config, context, device_name(context.device), precision, open_at, state.step))
     return [*hooks, Checkpoints(checkpointer, config.checkpoint.interval, state.step)]
 
 

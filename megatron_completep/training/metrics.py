@@ -1,4 +1,4 @@
-"""What a run reports: `metrics.jsonl` (one object a step), TensorBoard events, and a console line an interval."""
+"""What a run reports: `metrics.jsonl` (one object a step), a console line an interval, and the trackers (trackers.py)."""
 
 from __future__ import annotations
 
@@ -6,42 +6,44 @@ import json
 import math
 import os
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import psutil
 import torch
 
-from megatron_completep.config.schema import LoggingConfig
-from megatron_completep.errors import UserError
-
-Row = Mapping[str, Any]
-
-
-class Sink(Protocol):
-    """Somewhere to write rows of figures."""
-
-    def write(self, row: Row) -> None: ...
-    def close(self) -> None: ...
+from megatron_completep.config.schema import Config
+from megatron_completep.training.trackers import Row, Sink, open_trackers
 
 
 class MetricsFile:
     """`metrics.jsonl`: one object a step, floats at full precision (they read back bit for bit), not-finite ones as null.
 
-    Opening it cuts off the steps after `last_step`, which a resumed run does again, and a last line that a kill left torn.
+    Opening it cuts off the steps after `last_step`, which a resumed run does again, and a last line that a kill left torn. While the
+    disk is full, what cannot be written waits in memory; that is said once, and training goes on.
     """
 
-    def __init__(self, path: Path, last_step: int):
+    def __init__(self, path: Path, last_step: int, say: Callable[[str], None]):
         cut_metrics(path, last_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
+        self._say, self._waiting, self._warned = say, b"", False
 
     def write(self, row: Row) -> None:
-        self._file.write(json.dumps({name: _finite(value) for name, value in row.items()}, allow_nan=False) + "\n")
-        self._file.flush()
+        self._waiting += json.dumps({name: _finite(value) for name, value in row.items()}, allow_nan=False).encode() + b"\n"
+        self._write()
+
+    def _write(self) -> None:
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            if not self._warned:
+                self._warned = True
+                self._say(f"warning: {self._file.name} cannot be written: {error.strerror}. Rows wait in memory; training goes on.")
 
     def close(self) -> None:
+        self._write()
         self._file.close()
 
 
@@ -76,73 +78,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All whole rows of a `metrics.jsonl`; a torn last line is left out."""
     lines = path.read_bytes().splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith(b"\n") and _step_of(line) >= 0]
-
-
-class TensorBoard:
-    """One scalar a figure, as TensorBoard event files; a resumed run hides the steps that it does again."""
-
-    def __init__(self, folder: Path, last_step: int):
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-        from tensorboard.compat.proto.summary_pb2 import Summary
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
-        self._event, self._summary = Event, Summary
-        self._writer = EventFileWriter(str(folder))
-        if last_step:
-            self._writer.add_event(Event(wall_time=time.time(), step=last_step + 1, session_log=SessionLog(status=SessionLog.START)))
-
-    def write(self, row: Row) -> None:
-        values = [self._summary.Value(tag=name, simple_value=value) for name, value in row.items() if name != "step" and _is_number(value)]
-        self._writer.add_event(self._event(wall_time=time.time(), step=row["step"], summary=self._summary(value=values)))
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
-
-
-class WeightsAndBiases:
-    """A Weights & Biases run of the output folder's name."""
-
-    def __init__(self, project: str, folder: Path):
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError(
-                f"logging.wandb_project = {project} needs the package wandb: pip install 'megatron-completep[tracking]'."
-            ) from error
-        self._run = wandb.init(project=project, name=folder.name, dir=str(folder), resume="allow", id=folder.name)
-
-    def write(self, row: Row) -> None:
-        self._run.log(dict(row), step=row["step"])
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-class Optional:
-    """A sink whose failure is said once and never stops the training."""
-
-    def __init__(self, sink: Sink, say: Callable[[str], None]):
-        self._sink: Sink | None = sink
-        self._say = say
-
-    def write(self, row: Row) -> None:
-        self._try(lambda sink: sink.write(row))
-
-    def close(self) -> None:
-        self._try(lambda sink: sink.close())
-
-    def _try(self, action: Callable[[Sink], None]) -> None:
-        if self._sink is None:
-            return
-        try:
-            action(self._sink)
-        except Exception as error:  # whatever a logging library raises
-            self._say(f"warning: {type(self._sink).__name__} failed and is left out from here on: {error}")
-            self._sink = None
 
 
 class ConsoleLines:
@@ -210,11 +145,7 @@ def say_on_stdout(text: str) -> None:
     print(text, file=sys.stdout, flush=True)
 
 
-def open_sinks(logging: LoggingConfig, folder: Path, train_steps: int, last_step: int, say: Callable[[str], None]) -> list[Sink]:
+def open_sinks(config: Config, last_step: int, say: Callable[[str], None]) -> list[Sink]:
     """Everything that rows go to; `last_step` is the step that the run goes on from."""
-    sinks: list[Sink] = [MetricsFile(folder / "metrics.jsonl", last_step)]
-    if logging.tensorboard:
-        sinks.append(Optional(TensorBoard(folder / "tensorboard", last_step), say))
-    if logging.wandb_project is not None:
-        sinks.append(Optional(WeightsAndBiases(logging.wandb_project, folder), say))
-    return [*sinks, ConsoleLines(logging.interval, train_steps, say)]
+    file = MetricsFile(Path(config.training.output_dir) / "metrics.jsonl", last_step, say)
+    return [file, *open_trackers(config, last_step, say), ConsoleLines(config.logging.interval, config.training.train_steps, say)]

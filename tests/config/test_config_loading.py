@@ -189,7 +189,7 @@ FIELD_MISTAKES = [
     ("training.precision=float16", "must be float32, bf16, float64 or auto."),
     ("parallel.context_parallel_size=2", "parallel.context_parallel_size = 2: must be 1."),
     ("training.output_dir=2026", "training.output_dir = 2026: must be text. Put it in quotes."),
-    ("logging=5", "logging = 5: must be a section of keys. Its keys: interval, tensorboard, wandb_project,"),
+    ("logging=5", "logging = 5: must be a section of keys. Its keys: interval, tensorboard, trackers,"),
     ("data.train=5", "data.train = 5: must be a list."),
     ("data.train=[]", "data.train = []: must have at least 1 element."),
     ("optimizer.betas=[0.9]", "optimizer.betas.1 is missing. Add it."),
@@ -325,9 +325,9 @@ def test_any_numbers_and_texts_come_back_bit_equal(tmp_path_factory, lr, eps, se
     "text", ["1e5", "1:30", "null", "yes", "0x1", "~", "", "<<", "=", "2026-01-01", "- a", "a: b", "# a", "!x", "&a", "*a"]
 )
 def test_texts_that_look_like_something_else_come_back_as_texts(write, text, tmp_path):
-    config = config_from_mapping(load_config(write()).model_dump(mode="json") | {"logging": {"wandb_project": text}})
+    config = config_from_mapping(load_config(write()).model_dump(mode="json") | {"logging": {"project": text}})
     save_config(config, tmp_path / "config.yaml")
-    assert load_config(tmp_path / "config.yaml").logging.wandb_project == text
+    assert load_config(tmp_path / "config.yaml").logging.project == text
 
 
 @given(number=st.one_of(st.floats(allow_nan=False), st.integers(-(2**70), 2**70)))

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_runs import tiny_config
 
-from megatron_completep.config.schema import LoggingConfig
-from megatron_completep.training.metrics import ConsoleLines, MetricsFile, Optional, TensorBoard, describe, open_sinks, read_metrics
+from megatron_completep.training.metrics import ConsoleLines, MetricsFile, describe, open_sinks, read_metrics
 
 
 def row(step: int, **changes: Any) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def row(step: int, **changes: Any) -> dict[str, Any]:
 
 
 def write_steps(path: Path, steps: int) -> None:
-    file = MetricsFile(path, 0)
+    file = MetricsFile(path, 0, print)
     for step in range(1, steps + 1):
         file.write(row(step))
     file.close()
@@ -39,7 +39,7 @@ def write_steps(path: Path, steps: int) -> None:
 
 def test_floats_read_back_bit_for_bit(tmp_path: Path) -> None:
     values = [0.1 + 0.2, 1 / 3, 5e-324, 1.7976931348623157e308, math.pi]
-    file = MetricsFile(tmp_path / "metrics.jsonl", 0)
+    file = MetricsFile(tmp_path / "metrics.jsonl", 0, print)
     for step, value in enumerate(values, start=1):
         file.write(row(step, loss=value))
     assert [r["loss"] for r in read_metrics(tmp_path / "metrics.jsonl")] == values
@@ -47,7 +47,7 @@ def test_floats_read_back_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_a_value_that_is_not_finite_is_null(tmp_path: Path) -> None:
-    MetricsFile(tmp_path / "metrics.jsonl", 0).write(row(1, loss=math.nan, grad_norm=math.inf))
+    MetricsFile(tmp_path / "metrics.jsonl", 0, print).write(row(1, loss=math.nan, grad_norm=math.inf))
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert '"loss": null' in line and '"grad_norm": null' in line
     json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
@@ -60,7 +60,7 @@ def test_a_resumed_run_cuts_the_file_at_its_step_and_drops_a_torn_line(tmp_path:
         file.write('{"step": 6, "lo')
     assert len(path.read_bytes().splitlines()) == 6  # the torn line is there before
     assert [r["step"] for r in read_metrics(path)] == [1, 2, 3, 4, 5]  # a reader meanwhile is not disturbed by it
-    file = MetricsFile(path, 3)
+    file = MetricsFile(path, 3, print)
     file.write(row(4, loss=7.0))
     assert [(r["step"], r["loss"]) for r in read_metrics(path)] == [(1, 4.0), (2, 4.0), (3, 4.0), (4, 7.0)]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl"]
@@ -72,45 +72,25 @@ def test_a_line_that_is_no_whole_row_is_dropped(tmp_path: Path, torn: str) -> No
     write_steps(path, 3)
     with path.open("a") as file:
         file.write(torn)
-    MetricsFile(path, 10)
+    MetricsFile(path, 10, print)
     assert [r["step"] for r in read_metrics(path)] == [1, 2, 3]
 
 
-def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-
-    board = TensorBoard(tmp_path, last_step=4)
-    board.write(row(5, loss=1.25, validation_loss=2.5))
-    board.close()
-    (file,) = tmp_path.iterdir()
-    events = list(EventFileLoader(str(file)).Load())
-    values = {value.tag: value.tensor.float_val[0] for event in events if event.step == 5 for value in event.summary.value}
-    assert values["loss"] == 1.25 and values["validation_loss"] == 2.5 and "mfu" not in values and "step" not in values
-    assert any(event.HasField("session_log") and event.step == 5 for event in events)  # hides steps from 5 on of the earlier files
-
-
-class BrokenSink:
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def write(self, row: Any) -> None:
-        self.calls += 1
-        raise OSError("no space left")
-
-    def close(self) -> None:
-        raise OSError("no space left")
-
-
-def test_a_failing_logger_is_said_once_and_never_stops_training() -> None:
+def test_rows_that_a_full_disk_refuses_wait_and_are_written_later(tmp_path: Path) -> None:
     said: list[str] = []
-    broken = BrokenSink()
-    sink = Optional(broken, said.append)
-    for step in range(3):
-        sink.write(row(step))
-    sink.close()
-    assert broken.calls == 1 and said == ["warning: BrokenSink failed and is left out from here on: no space left"]
-    with pytest.raises(OSError):
-        broken.write(row(1))
+    file = MetricsFile(tmp_path / "metrics.jsonl", 0, said.append)
+    file.write(row(1))
+    whole, file._file = file._file, open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+    with pytest.raises(OSError, match="No space left"):
+        file._file.write(b"x")
+    file.write(row(2))
+    file.write(row(3))
+    file._file.close()
+    file._file = whole
+    file.write(row(4))
+    file.close()
+    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert said == ["warning: /dev/full cannot be written: No space left on device. Rows wait in memory; training goes on."]
 
 
 def test_the_console_gets_the_first_step_and_a_line_an_interval_and_one_at_the_end() -> None:
@@ -142,6 +122,6 @@ def test_a_console_line_averages_its_interval() -> None:
 
 
 def test_only_what_is_asked_for_is_opened(tmp_path: Path) -> None:
-    sinks = open_sinks(LoggingConfig(tensorboard=False), tmp_path, 10, 0, print)
+    sinks = open_sinks(tiny_config(tmp_path, output="."), 0, print)
     assert [type(sink).__name__ for sink in sinks] == ["MetricsFile", "ConsoleLines"]
     assert not (tmp_path / "tensorboard").exists()

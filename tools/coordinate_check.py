@@ -21,7 +21,7 @@ from pathlib import Path
 
 from megatron_completep.analysis import coordinate_check
 from megatron_completep.analysis.check_report import describe_check, finite, write_check
-from megatron_completep.analysis.trial import Design, with_base
+from megatron_completep.analysis.trial import PARAMETERIZATIONS, Design, with_base
 from megatron_completep.config import check_world, load_config
 from megatron_completep.errors import ConfigError, exit_on_user_error
 from megatron_completep.parallel.context import Launch, ParallelContext
@@ -30,6 +30,14 @@ from megatron_completep.training.precision import use_threads
 
 def integers(text: str) -> list[int]:
     return [int(part) for part in text.split(",") if part]
+
+
+def names(text: str) -> list[str]:
+    """Parameterizations, by name."""
+    found = [part for part in text.split(",") if part]
+    if unknown := [name for name in found if name not in PARAMETERIZATIONS]:
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)} is not among {', '.join(PARAMETERIZATIONS)}")
+    return found
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -41,6 +49,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10, help="optimizer steps of each model (default: 10)")
     parser.add_argument("--seeds", type=int, default=3, help="repetitions with other weights and data (default: 3)")
     parser.add_argument("--precision", choices=["float32", "float64", "bf16"], default="float32", help="default: float32")
+    parser.add_argument(
+        "--beside", type=names, default=[], metavar="RULE,...", help="also measure and draw these, of completep,alpha_0.5,mup,sp"
+    )
     parser.add_argument("--no-eps", action="store_true", help="leave out the runs with a large eps, which alone show a wrong eps")
     parser.add_argument("--model", metavar="PACKAGE:FUNCTION", help="check this model instead of the project's")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write coordinate_check.json, .html and pictures there")
@@ -79,7 +90,13 @@ def main() -> int | None:
             print(text, file=sys.stderr if arguments.json else sys.stdout, flush=True)
 
     plan = coordinate_check.Plan(
-        sorted(set(depths)), sorted(set(widths)), arguments.steps, arguments.seeds, arguments.precision, not arguments.no_eps
+        sorted(set(depths)),
+        sorted(set(widths)),
+        arguments.steps,
+        arguments.seeds,
+        arguments.precision,
+        not arguments.no_eps,
+        arguments.beside,
     )
     result = coordinate_check.judge(coordinate_check.collect(config, plan, context, design, say), config.completep.alpha)
     say(describe_check(result))

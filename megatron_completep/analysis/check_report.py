@@ -21,14 +21,22 @@ Say = Callable[[str], None]
 
 def describe_check(result: Result) -> str:
     """The table of exponents, and the verdict."""
-    lines = [f"{'axis':<6} {'quantity':<32} {'band':>16}  {'model':<26} {'control':<26}"]
+    others = rules_beside(result)
+    columns = "".join(f"{rule:<26} " for rule in others)
+    lines = [f"{'axis':<6} {'quantity':<32} {'band':>16}  {'model':<26} {columns}{'control':<26}".rstrip()]
     for finding in result.findings:
         band = finding.band
         limits = f"{band.low:+.2f} to {band.high:+.2f}" if math.isfinite(band.low) else "reported only"
         mark = {True: "pass", False: "FAIL", None: ""}[finding.passed]
         control = "" if finding.control is None else str(finding.control)
-        lines.append(f"{band.axis:<6} {band.quantity:<32} {limits:>16}  {finding.model!s:<26} {control:<26} {mark}".rstrip())
+        beside = "".join(f"{finding.beside.get(rule, '')!s:<26} " for rule in others)
+        lines.append(f"{band.axis:<6} {band.quantity:<32} {limits:>16}  {finding.model!s:<26} {beside}{control:<26} {mark}".rstrip())
     return "\n".join([*lines, result.reason])
+
+
+def rules_beside(result: Result) -> list[str]:
+    """Parameterizations that were measured beside the model and its control."""
+    return list(dict.fromkeys(rule for finding in result.findings for rule in finding.beside))
 
 
 def draw_check(samples: Sequence[Sample], axis: str, names: dict[str, str]) -> Any:
@@ -69,13 +77,16 @@ def write_check(result: Result, folder: Path, name: str, settings: dict[str, Any
     write_whole(folder / "coordinate_check.json", dump({**result.to_json(), "settings": settings}))
     report = Report("Coordinate check", result.reason)
     section = report.section("Exponents")
+    others = rules_beside(result)
     rows = [
         [f.band.axis, f.band.quantity, band_text(f.band.low, f.band.high), str(f.model), str(f.control or ""), f.passed]
+        + [str(f.beside.get(rule, "")) for rule in others]
         for f in result.findings
     ]
-    section.table(["axis", "quantity", "band", "model", "control", "passed"], rows, "Mean over seeds, with 95 % intervals.")
+    section.table(["axis", "quantity", "band", "model", "control", "passed", *others], rows, "Mean over seeds, with 95 % intervals.")
     for axis in dict.fromkeys(s.axis for s in result.samples):
-        figure = png_of(draw_check(result.samples, axis, {"model": name, "control": f"control: {CONTROLS[axis]}"}))
+        titles = {"model": name, **{rule: rule for rule in others}, "control": f"control: {CONTROLS[axis]}"}
+        figure = png_of(draw_check(result.samples, axis, titles))
         write_whole(folder / f"coordinate_check_{axis}.png", figure)
         report.section(f"Over {axis}").picture(f"coordinate_check_{axis}", figure, "One panel a parameterization, one line a step.")
     report.write_html(folder / "coordinate_check.html")

@@ -125,7 +125,7 @@ class Sample:
     """One trained model of the check."""
 
     axis: str  # depth | width
-    rule: str  # model | control
+    rule: str  # model | control, or the name of another parameterization that is shown beside them
     hidden_size: int
     num_layers: int
     seed: int
@@ -147,6 +147,7 @@ class Plan:
     seeds: int = 3
     precision: str = "float32"
     check_eps: bool = True
+    beside: Sequence[str] = ()  # further parameterizations, by their names in PARAMETERIZATIONS: measured and shown, not judged
 
     def shapes(self) -> Iterable[tuple[str, int, int]]:
         """(axis, hidden_size, num_layers) of every model."""
@@ -175,6 +176,8 @@ def collect(
             eps = train(shaped, plan, context, design, EPS_STEPS, **settings) if plan.check_eps else None
             other = train(under(shaped, CONTROLS[axis]), plan, context, control, plan.steps)
             samples += [Sample(axis, "model", width, depth, seed, own, eps), Sample(axis, "control", width, depth, seed, other)]
+            for rule in plan.beside:
+                samples.append(Sample(axis, rule, width, depth, seed, train(under(shaped, rule), plan, context, control, plan.steps)))
             change = f"change {own.stream_change[-1]:.4g}, control {other.stream_change[-1]:.4g}"
             say(f"{axis}: {depth} layers x {width}, seed {seed}: stream {own.stream[0]:.4g}, {change}")
     return samples
@@ -248,6 +251,7 @@ class Finding:
     model: Estimate
     control: Estimate | None
     passed: bool | None  # None: only reported
+    beside: dict[str, Estimate] = field(default_factory=dict)  # by parameterization
 
     @property
     def wrong(self) -> bool:
@@ -271,13 +275,16 @@ class Result:
 def judge(samples: Sequence[Sample], alpha: float = 1.0) -> Result:
     """Fit exponents over each axis, seed by seed, and compare them with the bands; `alpha` is the model's."""
     findings = []
+    others = [rule for rule in dict.fromkeys(s.rule for s in samples) if rule not in ("model", "control")]
     for band in (_shifted(band, alpha) for band in BANDS):
         model = exponent(samples, band, "model")
         if model is None:
             continue
         bounded = math.isfinite(band.low)
         passed = band.low <= model.value <= band.high if bounded else None
-        findings.append(Finding(band, model, exponent(samples, band, "control"), passed))
+        found = {rule: exponent(samples, band, rule) for rule in others}
+        beside = {rule: estimate for rule, estimate in found.items() if estimate is not None}
+        findings.append(Finding(band, model, exponent(samples, band, "control"), passed, beside))
     verdict, reason = _verdict(findings)
     return Result(verdict, reason, findings, list(samples))
 

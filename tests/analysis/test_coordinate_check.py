@@ -13,7 +13,7 @@ import torch
 from mutations import MUTATIONS, Mutation
 from small_runs import ARCHITECTURES, small_config, write_tokens
 
-from megatron_completep.analysis.check_report import describe_check, write_check
+from megatron_completep.analysis.check_report import describe_check, draw_check, write_check
 from megatron_completep.analysis.coordinate_check import (
     Measurement,
     Plan,
@@ -241,9 +241,15 @@ def test_missing_token_files_useless_axes_and_unknown_models_are_refused_clearly
 
 
 def test_the_report_has_a_panel_a_parameterization_and_a_line_a_step(folder: Path, tmp_path: Path):
-    plan = Plan([2, 4], [32], steps=2, seeds=1, check_eps=False)
+    plan = Plan([2, 4], [32], steps=2, seeds=1, check_eps=False, beside=["alpha_0.5"])
     result = judge(collect(small_config(folder), plan, SINGLE))
     assert exponent(result.samples, result.findings[0].band, "control") is not None
+    update = next(f for f in result.findings if f.band.quantity == "update, hidden matrices")
+    assert update.beside["alpha_0.5"].value == pytest.approx(-0.5, abs=0.05)  # shown, and not judged: it is outside the model's band
+    assert "alpha_0.5" in describe_check(result).splitlines()[0]
+    panels = draw_check(result.samples, "depth", {"model": "completep", "alpha_0.5": "alpha 0.5", "control": "muP"}).axes
+    assert len(panels) == 6
+    assert len(panels[0].lines) == 3  # steps 0, 1 and 2
     write_check(result, tmp_path, "completep", {})
     page = (tmp_path / "coordinate_check.html").read_text()
     assert "stream change" in page

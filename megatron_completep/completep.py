@@ -72,6 +72,7 @@ class Table:
     depth_multiplier: float = 1.0
     alpha: float = 1.0
     attention_scale: float = 1.0
+    base_residual_multiplier: float = 1.0
     base_logit_multiplier: float = 1.0
     base_hidden_size: int | None = None
     base_ffn_hidden_size: int | None = None
@@ -83,8 +84,8 @@ class Table:
 
     @property
     def residual_multiplier(self) -> float:
-        """m_L^-alpha: multiplies each branch's output, bias included, before the residual sum."""
-        return float(self.depth_multiplier**-self.alpha)
+        """m_L^-alpha (times the tunable base factor): multiplies each branch's output, bias included, before the residual sum."""
+        return self.base_residual_multiplier * float(self.depth_multiplier**-self.alpha)
 
     @property
     def logit_multiplier(self) -> float:
@@ -149,7 +150,9 @@ def table_for(model: ModelConfig, completep: CompletePConfig, batch_tokens: int 
         width_multiplier=width_multiplier,
         depth_multiplier=model.num_layers / base_num_layers if scale_depth else 1.0,
         alpha=completep.alpha if scale_depth else 1.0,
-        attention_scale=_attention_scale(model.attention_scale if scale_width else "1/sqrt(head_dim)", head_dim, base_head_dim),
+        attention_scale=model.attention_multiplier
+        * _attention_scale(model.attention_scale if scale_width else "1/sqrt(head_dim)", head_dim, base_head_dim),
+        base_residual_multiplier=model.residual_multiplier,
         base_logit_multiplier=model.logit_multiplier,
         base_hidden_size=base_hidden_size,
         base_ffn_hidden_size=completep.base_ffn_hidden_size or max(1, round(model.ffn_hidden_size * base_hidden_size / model.hidden_size)),

@@ -30,8 +30,9 @@ class PlainTwin:
 
     def residual_multiplier(self) -> float:
         if self.completep.parameterization != "completep":
-            return 1.0
-        return (self.model.num_layers / (self.completep.base_num_layers or self.model.num_layers)) ** (-self.completep.alpha)
+            return self.model.residual_multiplier
+        ratio = self.model.num_layers / (self.completep.base_num_layers or self.model.num_layers)
+        return self.model.residual_multiplier * ratio ** (-self.completep.alpha)
 
     def logit_multiplier(self) -> float:
         if self.completep.parameterization == "sp":
@@ -39,10 +40,10 @@ class PlainTwin:
         return self.model.logit_multiplier * (self.completep.base_hidden_size or self.model.hidden_size) / self.model.hidden_size
 
     def attention_scale(self) -> float:
-        d = self.head_dim
+        d, factor = self.head_dim, self.model.attention_multiplier
         if self.completep.parameterization == "sp" or self.model.attention_scale == "1/sqrt(head_dim)":
-            return d**-0.5
-        return 1 / d if self.model.attention_scale == "1/head_dim" else (self.completep.base_head_dim or d) ** 0.5 / d
+            return factor * d**-0.5
+        return factor / d if self.model.attention_scale == "1/head_dim" else factor * (self.completep.base_head_dim or d) ** 0.5 / d
 
     def logits(
         self,
@@ -87,6 +88,8 @@ class PlainTwin:
             inner = gate / (1 + torch.exp(-gate)) * value
         elif self.model.activation == "gelu":
             inner = 0.5 * up * (1 + torch.erf(up / math.sqrt(2)))
+        elif self.model.activation == "gelu_tanh":
+            inner = 0.5 * up * (1 + torch.tanh(math.sqrt(2 / math.pi) * (up + 0.044715 * up**3)))
         else:
             inner = torch.where(up > 0, up * up, 0.0)
         return self.linear(inner, f"{prefix}.down")

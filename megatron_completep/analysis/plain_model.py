@@ -73,7 +73,9 @@ class PlainBlock(nn.Module):
         if self.activation == "swiglu":
             gate, up = inner.chunk(2, dim=-1)
             return self.down(F.silu(gate) * up)
-        return self.down(F.gelu(inner) if self.activation == "gelu" else F.relu(inner).square())
+        if self.activation == "squared_relu":
+            return self.down(F.relu(inner).square())
+        return self.down(F.gelu(inner, approximate="tanh" if self.activation == "gelu_tanh" else "none"))
 
 
 def plain_norm(model: ModelConfig) -> nn.Module:

@@ -15,7 +15,18 @@ from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.gradients import GradientQueue
 from megatron_completep.parallel.linear import ColumnParallelLinear, RowParallelLinear
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "squared_relu": kernels.squared_relu, "swiglu": kernels.swiglu}
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU by its tanh approximation, elementwise."""
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": gelu_tanh,
+    "squared_relu": kernels.squared_relu,
+    "swiglu": kernels.swiglu,
+}
 
 
 class MLP(nn.Module):

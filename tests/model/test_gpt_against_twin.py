@@ -21,14 +21,14 @@ TOLERANCE = 1e-10
 
 OPTIONS: dict[str, list[Any]] = {
     "norm": ["layernorm", "rmsnorm"],
-    "activation": ["gelu", "squared_relu", "swiglu"],
+    "activation": ["gelu", "gelu_tanh", "squared_relu", "swiglu"],
     "position": ["rope", "learned", "alibi"],
     "bias": [True, False],
     "num_query_groups": [None, 2],
     "qk_norm": [False, True],
     "tied_embeddings": [False, True],
     "attention_scale": ["base_head_dim", "1/head_dim", "1/sqrt(head_dim)"],
-    "multipliers": [(1.0, 1.0), (3.0, 0.7)],
+    "multipliers": [(1.0, 1.0, 1.0, 1.0), (3.0, 0.7, 0.8, 1.3)],
     "parameterization": [("completep", 1.0), ("completep", 0.5), ("mup", 1.0), ("sp", 1.0)],
 }
 
@@ -56,7 +56,8 @@ def all_cases() -> list[dict[str, Any]]:
 def configs(case: dict[str, Any], **changes: Any) -> tuple[ModelConfig, CompletePConfig]:
     settings = dict(case)
     parameterization, alpha = settings.pop("parameterization", ("completep", 1.0))
-    settings["input_multiplier"], settings["logit_multiplier"] = settings.pop("multipliers", (1.0, 1.0))
+    names = ("input_multiplier", "logit_multiplier", "residual_multiplier", "attention_multiplier")
+    settings |= dict(zip(names, settings.pop("multipliers", (1.0,) * 4), strict=True))
     model = model_config(**{"num_layers": 3, **settings, **changes})
     return model, completep_config(parameterization=parameterization, alpha=alpha)
 
@@ -136,7 +137,7 @@ def test_unusual_shapes_match_the_plain_twin(changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize("z_loss, label_smoothing", [(0.0, 0.0), (0.02, 0.0), (0.0, 0.15), (0.03, 0.1)])
 def test_loss_options_match_the_plain_twin_chunked_or_not(chunk_bytes: int, z_loss: float, label_smoothing: float) -> None:
     """chunk_bytes holds all tokens at once, a few at a time with a rest, and one at a time."""
-    model, completep = configs({"multipliers": (1.0, 0.7)}, num_layers=1)
+    model, completep = configs({"multipliers": (1.0, 0.7, 1.0, 1.0)}, num_layers=1)
     loss = LossConfig(z_loss, label_smoothing, chunk_bytes)
     errors = compare(build_model(model, table_for(model, completep), loss=loss), model, completep, loss)
     assert max(errors.values()) < TOLERANCE, errors

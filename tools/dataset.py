@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_completep.config.derived import total_samples
 from megatron_completep.config.load import load_config
 from megatron_completep.config.schema import TokenizerConfig
 from megatron_completep.data.corpus import prebuild
@@ -151,7 +152,7 @@ def shown(document: dict[str, Any], characters: int) -> str:
 
 def run_prebuild(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
-    samples = {"train": config.training.train_steps * config.training.global_batch_size}
+    samples = {"train": total_samples(config.training)}
     if config.data.validation is not None or config.data.split is not None:
         samples["validation"] = config.training.validation_samples
     folders: Sequence[tuple[Any, bool]] = [

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_completep.completep import Role, Table, table_for
-from megatron_completep.config.derived import tokens_per_step
+from megatron_completep.config.derived import tokens_per_step, total_tokens
 from megatron_completep.config.schema import Config
 from megatron_completep.model.gpt import GPT
 from megatron_completep.optim.groups import build_groups
@@ -68,7 +68,7 @@ def make_plan(config: Config, parameterization: str | None = None) -> Plan:
     if parameterization is not None and parameterization != completep.parameterization:
         completep = completep.model_copy(update={"parameterization": parameterization, "alpha": 1.0})
     batch_tokens = tokens_per_step(config)
-    table = table_for(config.model, completep, batch_tokens, batch_tokens * config.training.train_steps)
+    table = table_for(config.model, completep, batch_tokens, total_tokens(config))
     table.betas(config.optimizer.betas)
     model = GPT(config.model, table, ParallelContext.single("meta"))
     named = dict(model.named_parameters())

@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_completep.completep import table_for
-from megatron_completep.config.derived import tokens_per_step
+from megatron_completep.config.derived import tokens_per_step, total_tokens
 from megatron_completep.config.schema import Config
 from megatron_completep.errors import ConfigError
 from megatron_completep.kernels.ahead_of_time import Launch, compile_launch, record
@@ -61,7 +61,7 @@ def _step_without_data(config: Config) -> None:
     parallel, training = config.parallel, config.training
     context = ParallelContext(torch.device("meta"), tensor=Axis("tensor", 0, parallel.tensor_parallel_size))
     tokens_a_step = tokens_per_step(config)
-    table = table_for(config.model, config.completep, tokens_a_step, tokens_a_step * training.train_steps)
+    table = table_for(config.model, config.completep, tokens_a_step, total_tokens(config))
     loss = LossConfig(training.z_loss, training.label_smoothing)
     whole = parallel.pipeline_parallel_size * parallel.virtual_pipeline_size == 1
     stages = [Stage(0, min(2, config.model.num_layers))] if whole else [Stage(0, 1, last=False), Stage(1, 2, first=False)]

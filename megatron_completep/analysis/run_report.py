@@ -10,7 +10,7 @@ from typing import Any
 from megatron_completep.analysis.report import Report, new_figure
 from megatron_completep.completep import Role, table_for
 from megatron_completep.config import Config
-from megatron_completep.config.derived import tokens_per_step
+from megatron_completep.config.derived import tokens_per_step, total_tokens
 from megatron_completep.config.schema import ModelConfig
 from megatron_completep.model.flops import training_flops_per_token
 
@@ -53,7 +53,7 @@ def run_report(config: Config, rows: Sequence[Row], title: str) -> Report:
 def add_parameterization(report: Report, config: Config) -> None:
     """The proxy's base values beside what each role gets at this shape."""
     optimizer, completep, tokens = config.optimizer, config.completep, tokens_per_step(config)
-    table = table_for(config.model, completep, tokens, tokens * config.training.train_steps)
+    table = table_for(config.model, completep, tokens, total_tokens(config))
     section = report.section("Hyperparameters")
     section.text(
         f"{completep.parameterization}, alpha {completep.alpha:g}: width multiplier {table.width_multiplier:g}, depth multiplier "

@@ -10,7 +10,7 @@ from torch import nn
 
 from megatron_completep.completep import Table, table_for
 from megatron_completep.config import check_config
-from megatron_completep.config.derived import head_dim, num_query_groups, tokens_per_step
+from megatron_completep.config.derived import head_dim, num_query_groups, tokens_per_step, total_tokens
 from megatron_completep.config.schema import CompletePConfig, Config, ModelConfig
 from megatron_completep.data.loader import Batch
 from megatron_completep.errors import ConfigError
@@ -126,7 +126,7 @@ class Trial:
         precision = choose_precision(config.training.precision, context.device)
         if design.make_table is table_for:
             tokens = tokens_per_step(config)
-            table = table_for(config.model, config.completep, tokens, tokens * config.training.train_steps)
+            table = table_for(config.model, config.completep, tokens, total_tokens(config))
         else:
             table = design.make_table(config.model, config.completep)
         if design.make_model is None:

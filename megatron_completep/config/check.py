@@ -28,7 +28,10 @@ def check_config(config: Config) -> None:
         _sources,
         _tokenizer,
         _training,
+        _batch_ramp,
+        _step_numbers,
         _checkpoint,
+        _guards,
     )
     _raise_all([problem for rule in rules for problem in rule(config)])
 
@@ -239,7 +242,64 @@ def _training(config: Config) -> Iterator[str]:
         )
 
 
+def _batch_ramp(config: Config) -> Iterator[str]:
+    ramp, training = config.training.batch_ramp, config.training
+    if ramp is None:
+        return
+    where, total, micro = "training.batch_ramp", training.global_batch_size, training.micro_batch_size
+    if ramp.start >= total:
+        yield f"{where}.start = {ramp.start} is not less than training.global_batch_size = {total}. Lower it, or use batch_ramp = null."
+    elif (total - ramp.start) % ramp.increment:
+        divisors = _all_divisors(total - ramp.start)
+        yield (
+            f"{where}.increment = {ramp.increment} does not lead from start = {ramp.start} to training.global_batch_size = {total}. "
+            f"Use {_choice([n for n in divisors if n % micro == 0] or divisors, near=ramp.increment)}."
+        )
+    for name, value in (("start", ramp.start), ("increment", ramp.increment)):
+        if value % micro:
+            yield f"{where}.{name} = {value} is not a multiple of training.micro_batch_size = {micro}. Use {_near(micro, value)}."
+    if ramp.steps > training.train_steps:
+        yield (
+            f"{where}.steps = {ramp.steps} is more than training.train_steps = {training.train_steps}, "
+            f"so training.global_batch_size, from which CompleteP scales, is never reached. Use at most {training.train_steps}."
+        )
+
+
+def _step_numbers(config: Config) -> Iterator[str]:
+    """Settings that name steps name steps of the run."""
+    steps, first = config.training.train_steps, config.profiling.first_step
+    for index, part in enumerate(config.training.skip_steps):
+        last = part.last or part.first
+        if last < part.first:
+            yield f"training.skip_steps.{index}: last = {last} is less than first = {part.first}. Exchange them."
+        elif last > steps:
+            yield f"training.skip_steps.{index}: step {last} is after training.train_steps = {steps}. Use at most {steps}."
+    if first is not None and first + config.profiling.steps - 1 > steps:
+        yield (
+            f"profiling.first_step = {first} and profiling.steps = {config.profiling.steps} end after training.train_steps = {steps}. "
+            "Begin earlier, or record fewer steps."
+        )
+
+
+def _guards(config: Config) -> Iterator[str]:
+    guards, hang, bound = config.guards, config.guards.hang_timeout_minutes, config.parallel.timeout_minutes
+    if hang is not None and hang > bound:
+        yield (
+            f"guards.hang_timeout_minutes = {hang:g} is more than parallel.timeout_minutes = {bound:g}: the collective's time-out would "
+            f"end a hang first, and name no rank. Use a timeout_minutes of at least {hang:g}."
+        )
+    if guards.rollback_threshold is not None and config.data.order == "megatron":
+        yield (
+            f"guards.rollback_threshold = {guards.rollback_threshold:g} does not go with data.order = megatron, whose tables hold the "
+            "run's samples and none in place of those left out. Use data.order = permutation, or rollback_threshold = null."
+        )
+
+
 def _checkpoint(config: Config) -> Iterator[str]:
+    local_dir, local = config.checkpoint.local_dir, config.checkpoint.local_interval
+    if (local_dir is None) != (local is None):
+        name, other = ("local_interval", "local_dir") if local_dir is None else ("local_dir", "local_interval")
+        yield f"checkpoint.{name} is set without checkpoint.{other}. Set both for snapshots on each node's own disk, or neither."
     interval, every = config.checkpoint.interval, config.checkpoint.keep_every
     if interval is not None and every is not None and every % interval:
         yield (
@@ -266,24 +326,37 @@ def _world(config: Config, world_size: int) -> Iterator[str]:
             f"(world size {world_size} / {model_ranks}). Use {_divisors(replicas, near=shard)}, or null."
         )
     together = training.micro_batch_size * replicas
-    if training.global_batch_size % together:
-        below, above = _multiples_around(together, training.global_batch_size)
-        yield (
-            f"training.global_batch_size = {training.global_batch_size} is not a multiple of micro_batch_size x data-parallel size = "
-            f"{training.micro_batch_size} x {replicas} = {together}. "
-            f"Use {one_of(n for n in (below, above) if n)}, or another micro_batch_size."
-        )
-        return
-    yield from _micro_batches(config, derived.micro_batches_per_step(config, world_size), together)
+    fitting = True
+    for where, total in _batches(config):
+        if total % together:
+            fitting = False
+            yield (
+                f"{where} = {total} is not a multiple of micro_batch_size x data-parallel size = "
+                f"{training.micro_batch_size} x {replicas} = {together}. Use {_near(together, total)}, or another micro_batch_size."
+            )
+    if fitting:
+        for total in derived.batch_sizes(training):
+            yield from _micro_batches(config, total, together)
+    if (outside := max(config.profiling.ranks)) >= world_size and config.profiling.first_step is not None:
+        yield f"profiling.ranks names rank {outside}, but the ranks go from 0 to {world_size - 1}. Leave it out."
 
 
-def _micro_batches(config: Config, count: int, together: int) -> Iterator[str]:
+def _batches(config: Config) -> Iterator[tuple[str, int]]:
+    """What must be dealt out evenly to micro-batches and data ranks."""
+    yield "training.global_batch_size", config.training.global_batch_size
+    if ramp := config.training.batch_ramp:
+        yield "training.batch_ramp.start", ramp.start
+        yield "training.batch_ramp.increment", ramp.increment
+
+
+def _micro_batches(config: Config, total: int, together: int) -> Iterator[str]:
     """What the pipeline schedules demand of the number of micro-batches (torch.distributed.pipelining)."""
-    parallel, total = config.parallel, config.training.global_batch_size
+    parallel, count = config.parallel, total // together
     ranks = parallel.pipeline_parallel_size
     if ranks == 1:
         return
-    where = f"training.global_batch_size = {total} makes {count} micro-batches"
+    name = "training.global_batch_size" if total == config.training.global_batch_size else "training.batch_ramp: the batch size"
+    where = f"{name} = {total} makes {count} micro-batches"
     if parallel.schedule == "1f1b" and count < ranks:
         yield (
             f"{where}, fewer than parallel.pipeline_parallel_size = {ranks}, which the schedule 1f1b needs. "
@@ -296,6 +369,11 @@ def _micro_batches(config: Config, count: int, together: int) -> Iterator[str]:
             f"{where}, which parallel.schedule = {parallel.schedule} cannot deal out in {rounds} equal rounds over {ranks} stages. "
             f"Use {below * together} or {above * together}."
         )
+
+
+def _near(step: int, value: int) -> str:
+    """The multiples around a value."""
+    return one_of(n for n in _multiples_around(step, value) if n)
 
 
 def _multiples_around(step: int, value: int) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_completep.config.schema import Config, ModelConfig, OptimizerConfig
+from megatron_completep.config.schema import Config, ModelConfig, OptimizerConfig, TrainingConfig
 
 
 def head_dim(model: ModelConfig) -> int:
@@ -33,9 +33,46 @@ def decay_steps(optimizer: OptimizerConfig, train_steps: int) -> int:
     return round(optimizer.decay_fraction * train_steps)
 
 
+def batch_size(training: TrainingConfig, step: int) -> int:
+    """Sequences of optimizer step `step` (from 1), over all ranks: global_batch_size, or less while training.batch_ramp lasts."""
+    ramp = training.batch_ramp
+    if ramp is None or step > ramp.steps:
+        return training.global_batch_size
+    increments = (training.global_batch_size - ramp.start) // ramp.increment
+    return ramp.start + ramp.increment * ((step - 1) * increments // ramp.steps)
+
+
+def batch_sizes(training: TrainingConfig) -> list[int]:
+    """Every batch size of the run, smallest first."""
+    ramp = training.batch_ramp
+    return [*(range(ramp.start, training.global_batch_size, ramp.increment) if ramp else ()), training.global_batch_size]
+
+
+def samples_before(training: TrainingConfig, step: int) -> int:
+    """Sequences of the steps before step `step` (from 1), in a run that never went back."""
+    ramp_steps = min(training.batch_ramp.steps, step - 1) if training.batch_ramp else 0
+    in_ramp = sum(batch_size(training, earlier) for earlier in range(1, ramp_steps + 1))
+    return in_ramp + training.global_batch_size * (step - 1 - ramp_steps)
+
+
+def total_samples(training: TrainingConfig) -> int:
+    """Sequences of the whole run."""
+    return samples_before(training, training.train_steps + 1)
+
+
+def is_skipped(training: TrainingConfig, step: int) -> bool:
+    """Whether the data of optimizer step `step` (from 1) are read past without an update (training.skip_steps)."""
+    return any(part.first <= step <= (part.last or part.first) for part in training.skip_steps)
+
+
 def tokens_per_step(config: Config) -> int:
-    """Tokens an optimizer step, over all ranks."""
+    """Tokens an optimizer step, over all ranks; where the batch grows (training.batch_ramp), of its final size."""
     return config.training.global_batch_size * config.model.seq_length
+
+
+def total_tokens(config: Config) -> int:
+    """Tokens of the whole run."""
+    return total_samples(config.training) * config.model.seq_length
 
 
 def data_parallel_size(config: Config, world_size: int) -> int:
@@ -44,5 +81,5 @@ def data_parallel_size(config: Config, world_size: int) -> int:
 
 
 def micro_batches_per_step(config: Config, world_size: int) -> int:
-    """Micro-batches that each rank works through in an optimizer step."""
+    """Micro-batches that each rank works through in an optimizer step (of the final batch size)."""
     return config.training.global_batch_size // (config.training.micro_batch_size * data_parallel_size(config, world_size))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_completep.config.derived import batch_size, samples_before, total_samples
 from megatron_completep.config.schema import Config, TokenizerConfig
 from megatron_completep.data.corpus import Corpus, SampleOrigin, first_outside, open_corpus, refuse_other_tokenizer
 from megatron_completep.data.indexed import CHUNK, IndexedDataset
@@ -95,14 +96,16 @@ def describe_step(config: Config, step: int, split: str = "train") -> Iterator[d
 
     split "validation": the fixed validation samples, whatever the step. Text is null without a tokenizer. Raises DataError.
     """
-    batch, steps = config.training.global_batch_size, config.training.train_steps
+    training, steps = config.training, config.training.train_steps
     if split == "train" and not 1 <= step <= steps:
         raise DataError(f"step {step} is outside this run, which has the steps 1 to {steps} (training.train_steps).")
-    total = steps * batch if split == "train" else config.training.validation_samples
+    total = total_samples(training) if split == "train" else training.validation_samples
     corpus = open_corpus(
         config.data, seq_length=config.model.seq_length, total_samples=total, vocab_size=config.model.vocab_size, split=split
     )
-    first, count = ((step - 1) * batch, batch) if split == "train" else (0, min(total, corpus.num_samples))
+    first, count = 0, min(total, corpus.num_samples)
+    if split == "train":
+        first, count = samples_before(training, step), batch_size(training, step)
     tokenizers = [tokenizer_for(source.dataset, config.data.tokenizer) for source in corpus.sources]
     for index in range(first, first + count):
         origin = corpus.origin(index)

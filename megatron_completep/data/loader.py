@@ -191,12 +191,16 @@ def build_loader(
     data_rank: int,
     data_size: int,
     consumed_samples: int = 0,
+    total_samples: int | None = None,
     split: Literal["train", "validation"] = "train",
     pin_memory: bool = False,
 ) -> Loader:
-    """The loader of one data-parallel rank. Sizes of batches in sequences; raises DataError and ConfigError."""
-    total_samples = train_steps * global_batch_size
-    corpus = open_corpus(data, seq_length=seq_length, total_samples=total_samples, vocab_size=vocab_size, split=split)
+    """The loader of one data-parallel rank. Sizes of batches in sequences; raises DataError and ConfigError.
+
+    total_samples: sequences of the whole run where its steps are not all of global_batch_size.
+    """
+    total = train_steps * global_batch_size if total_samples is None else total_samples
+    corpus = open_corpus(data, seq_length=seq_length, total_samples=total, vocab_size=vocab_size, split=split)
     return Loader(
         corpus,
         Layout(micro_batch_size, data_rank, data_size),

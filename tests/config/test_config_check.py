@@ -115,6 +115,30 @@ RULES = [
         ["checkpoint.interval=300", "checkpoint.keep_every=1000"],
         "checkpoint.keep_every = 1000 is not a multiple of checkpoint.interval = 300",
     ),
+    (
+        ["training.batch_ramp={start: 64, increment: 8, steps: 10}"],
+        "training.batch_ramp.start = 64 is not less than training.global_batch_size = 64.",
+    ),
+    (
+        ["training.batch_ramp={start: 16, increment: 20, steps: 10}"],
+        "training.batch_ramp.increment = 20 does not lead from start = 16 to training.global_batch_size = 64. Use 4, 8, 12, 16, 24 or 48.",
+    ),
+    (
+        ["training.batch_ramp={start: 16, increment: 16, steps: 200}"],
+        "training.batch_ramp.steps = 200 is more than training.train_steps = 100",
+    ),
+    (
+        ["training.batch_ramp={start: 8, increment: 14, steps: 10}"],
+        "training.batch_ramp.increment = 14 is not a multiple of training.micro_batch_size = 4. Use 12 or 16.",
+    ),
+    (["training.skip_steps=[{first: 9, last: 8}]"], "training.skip_steps.0: last = 8 is less than first = 9. Exchange them."),
+    (["training.skip_steps=[{first: 101}]"], "training.skip_steps.0: step 101 is after training.train_steps = 100. Use at most 100."),
+    (["profiling.first_step=99", "profiling.steps=3"], "end after training.train_steps = 100. Begin earlier, or record fewer steps."),
+    (
+        ["guards.hang_timeout_minutes=30"],
+        "guards.hang_timeout_minutes = 30 is more than parallel.timeout_minutes = 20: the collective's time-out would end a hang first",
+    ),
+    (["guards.rollback_threshold=2", "data.order=megatron"], "guards.rollback_threshold = 2 does not go with data.order = megatron"),
 ]
 
 
@@ -211,6 +235,19 @@ WORLDS = [
         "makes 9 micro-batches, which parallel.schedule = interleaved_1f1b cannot deal out in 2 equal rounds over 4 stages. Use 32 or 48.",
     ),
     (4, ["parallel.pipeline_parallel_size=4", "parallel.schedule=zero_bubble", "training.global_batch_size=40"], None),
+    (
+        8,
+        ["training.batch_ramp={start: 16, increment: 16, steps: 30}"],
+        "training.batch_ramp.start = 16 is not a multiple of micro_batch_size x data-parallel size = 4 x 8 = 32. Use 32, or another",
+    ),
+    (
+        4,
+        ["parallel.pipeline_parallel_size=4", "training.batch_ramp={start: 8, increment: 8, steps: 30}"],
+        "training.batch_ramp: the batch size = 8 makes 2 micro-batches, fewer than parallel.pipeline_parallel_size = 4",
+    ),
+    (4, ["parallel.pipeline_parallel_size=4", "training.batch_ramp={start: 16, increment: 16, steps: 30}"], None),
+    (2, ["profiling.first_step=5", "profiling.ranks=[0, 2]"], "profiling.ranks names rank 2, but the ranks go from 0 to 1. Leave it out."),
+    (2, ["profiling.first_step=5", "profiling.ranks=[0, 1]"], None),
 ]
 
 
@@ -259,3 +296,18 @@ def test_derived_values_follow_from_the_configuration():
     assert derived.tokens_per_step(config) == 64 * 256
     assert derived.data_parallel_size(config, 8) == 2
     assert derived.micro_batches_per_step(config, 8) == 8
+
+
+def test_the_batch_grows_in_equal_parts_of_the_ramp():
+    training = config_with("training.batch_ramp={start: 16, increment: 16, steps: 10}").training
+    sizes = [derived.batch_size(training, step) for step in range(1, 101)]
+    assert sizes == [16] * 4 + [32] * 3 + [48] * 3 + [64] * 90  # three sizes share ten steps
+    assert derived.batch_sizes(training) == [16, 32, 48, 64]
+    assert [derived.samples_before(training, step) for step in range(1, 101)] == [sum(sizes[: step - 1]) for step in range(1, 101)]
+    assert derived.total_samples(training) == sum(sizes)
+    assert derived.total_samples(config_with().training) == 6400
+
+
+def test_ranges_of_steps_to_skip_hold_both_their_ends():
+    training = config_with("training.skip_steps=[{first: 3}, {first: 7, last: 9}]").training
+    assert [step for step in range(1, 101) if derived.is_skipped(training, step)] == [3, 7, 8, 9]

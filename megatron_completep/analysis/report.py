@@ -68,7 +68,8 @@ class Table:
         assert not wrong, f"{len(self.headers)} headers, but a row of {len(wrong[0])}: {wrong[0]}"
 
     def as_html(self) -> str:
-        head = "".join(f"<th>{html.escape(header)}</th>" for header in self.headers)
+        right = [bool(self.rows) and all(is_number(row[column]) for row in self.rows) for column in range(len(self.headers))]
+        head = "".join(f"<th{' class=n' * n}>{html.escape(header)}</th>" for header, n in zip(self.headers, right, strict=True))
         rows = "\n".join("<tr>" + "".join(map(_html_cell, row)) + "</tr>" for row in self.rows)
         caption = f"<caption>{html.escape(self.caption)}</caption>" if self.caption else ""
         return f'<div class="wide"><table>{caption}<thead><tr>{head}</tr></thead><tbody>\n{rows}\n</tbody></table></div>'
@@ -98,6 +99,28 @@ class Picture:
         return f"![{self.caption}]({self.name}.png)"
 
 
+@dataclass(frozen=True)
+class Pictures:
+    """Several pictures: side by side where there is room, or, with `labels`, one at a time, chosen by its label."""
+
+    pictures: Sequence[Picture]
+    labels: Sequence[str] = ()
+
+    def as_html(self) -> str:
+        figures = "\n".join(picture.as_html() for picture in self.pictures)
+        if not self.labels:
+            return f'<div class="grid">{figures}</div>'
+        name, buttons = html.escape(self.pictures[0].name), []
+        for number, label in enumerate(self.labels):
+            checked = " checked" if number == 0 else ""
+            buttons.append(f'<input type="radio" name="{name}" id="{name}-{number}"{checked}>')
+            buttons.append(f'<label for="{name}-{number}">{html.escape(label)}</label>')
+        return f'<div class="choice">{"".join(buttons)}<div class="panes">{figures}</div></div>'
+
+    def as_markdown(self) -> str:
+        return "\n\n".join(picture.as_markdown() for picture in self.pictures)
+
+
 @dataclass
 class Section:
     """A heading and what stands under it, in the order in which it was added."""
@@ -117,6 +140,11 @@ class Section:
     def picture(self, name: str, figure: Any, caption: str = "") -> None:
         """`figure`: a matplotlib Figure, or the bytes of a PNG."""
         self.blocks.append(Picture(name, figure if isinstance(figure, bytes) else png_of(figure), caption))
+
+    def pictures(self, pictures: Sequence[Picture], labels: Sequence[str] = ()) -> None:
+        """At most 8; with `labels` (one each) the reader chooses which is seen."""
+        assert pictures and len(labels) in (0, len(pictures)) and len(pictures) <= 8
+        self.blocks.append(Pictures(pictures, labels))
 
 
 class Report:
@@ -138,8 +166,8 @@ class Report:
         title, links, body = html.escape(self.title), [], []
         for number, section in enumerate(self.sections):
             links.append(f'<a href="#s{number}">{html.escape(section.title)}</a>')
-            parts = [f'<h2 id="s{number}">{html.escape(section.title)}</h2>', *(block.as_html() for block in section.blocks)]
-            body.append("<section>" + "\n".join(parts) + "</section>")
+            parts = [f"<h2>{html.escape(section.title)}</h2>", *(block.as_html() for block in section.blocks)]
+            body.append(f'<section id="s{number}">' + "\n".join(parts) + "</section>")
         navigation = f"<nav>{' '.join(links)}</nav>" if len(links) > 1 else ""
         summary = Text(self.summary).as_html() if self.summary else ""
         return _PAGE.format(title=title, style=_STYLE, summary=summary, navigation=navigation, body="\n".join(body))
@@ -156,16 +184,38 @@ class Report:
 
     def write_markdown(self, path: str | os.PathLike[str]) -> None:
         """The pictures go beside it."""
-        for picture in (block for section in self.sections for block in section.blocks if isinstance(block, Picture)):
-            write_whole(Path(path).with_name(f"{picture.name}.png"), picture.png)
+        for block in (block for section in self.sections for block in section.blocks):
+            for picture in block.pictures if isinstance(block, Pictures) else [block]:
+                if isinstance(picture, Picture):
+                    write_whole(Path(path).with_name(f"{picture.name}.png"), picture.png)
         write_whole(Path(path), self.as_markdown().encode())
 
 
-def png_of(figure: Any, dots_per_inch: int = 120) -> bytes:
-    """The PNG of a matplotlib Figure."""
+PALETTE = ("#3b6fb6", "#d1495b", "#2e9c82", "#e0a030", "#7b5ea7", "#8a6d4f", "#4aa3c7", "#c774a8")  # of lines, in order
+INK, FAINT = "#3d4450", "#c9ced6"
+
+
+def png_of(figure: Any, dots_per_inch: int = 150) -> bytes:
+    """The PNG of a matplotlib Figure, with the look that all pictures of the project share."""
+    for axes in figure.axes:
+        _tidy(axes)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dots_per_inch)
     return buffer.getvalue()
+
+
+def _tidy(axes: Any) -> None:
+    """Nothing louder than the data: no box, a faint grid behind, small grey ticks."""
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom") and spine.get_visible())
+        spine.set_color(FAINT)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=INK, labelsize=9, length=0, which="both")
+    for text in (axes.xaxis.label, axes.yaxis.label, axes.title):
+        text.set_color(INK)
+    legend = axes.get_legend()
+    if legend is not None:
+        legend.get_frame().set(edgecolor="none", alpha=0.85)
 
 
 def new_figure(width: float = 8.0, height: float = 5.0) -> Any:
@@ -204,26 +254,50 @@ def _html_cell(value: Any) -> str:
 
 
 _STYLE = """
-:root { color-scheme: light dark; }
-body { font: 15px/1.55 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.7rem; } h2 { font-size: 1.25rem; margin-top: 2.2rem; }
-nav a { margin-right: 1rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 0.93rem; }
-caption { caption-side: bottom; text-align: left; padding-top: 0.4rem; opacity: 0.75; }
-th, td { padding: 0.25rem 0.8rem; border-bottom: 1px solid #8884; text-align: left; }
-td.n { text-align: right; font-variant-numeric: tabular-nums; }
-pre { background: #8882; padding: 0.8rem; overflow-x: auto; white-space: pre-wrap; }
-figure { margin: 1rem 0; } img { max-width: 100%; background: #fff; } figcaption { opacity: 0.75; }
-"""
+:root { color-scheme: light dark; --ink: #1f2430; --soft: #667085; --line: #e4e7ec; --back: #f6f7f9; --card: #ffffff; --accent: #3b6fb6; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e8ec; --soft: #98a2b3; --line: #2c313b; --back: #14171c; --card: #1b1f26; --accent: #8ab4f0; } }
+* { box-sizing: border-box; }
+html { scroll-behavior: smooth; }
+body { font: 15px/1.6 system-ui, "Segoe UI", Roboto, "Helvetica Neue", "DejaVu Sans", sans-serif; color: var(--ink);
+  background: var(--back); max-width: 72rem; margin: 0 auto; padding: 2.5rem 1.25rem 5rem; }
+h1 { font-size: 1.9rem; line-height: 1.2; letter-spacing: -0.015em; margin: 0 0 0.5rem; }
+h2 { font-size: 1.2rem; letter-spacing: -0.005em; margin: 0 0 0.8rem; }
+p { max-width: 46rem; white-space: pre-line; } header p { color: var(--soft); margin-top: 0; }
+a { color: var(--accent); text-decoration: none; } a:hover { text-decoration: underline; }
+nav { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: 0.2rem 1.2rem; padding: 0.7rem 0; margin: 0.6rem 0 1rem;
+  background: var(--back); border-bottom: 1px solid var(--line); font-size: 0.9rem; }
+section { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 1.3rem 1.5rem; margin: 1.1rem 0;
+  scroll-margin-top: 3.5rem; }
+section > :last-child { margin-bottom: 0; }
+.wide { overflow-x: auto; margin: 0.8rem 0; }
+table { border-collapse: collapse; font-size: 0.9rem; }
+caption { caption-side: bottom; text-align: left; padding-top: 0.6rem; color: var(--soft); }
+th { color: var(--soft); font-weight: 600; white-space: nowrap; }
+th, td { padding: 0.36rem 1.1rem 0.36rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
+tbody tr:last-child td { border-bottom: none; }
+th.n, td.n { text-align: right; font-variant-numeric: tabular-nums; }
+pre { background: var(--back); border: 1px solid var(--line); border-radius: 8px; padding: 0.9rem 1rem; overflow-x: auto;
+  font: 13px/1.5 ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace; white-space: pre-wrap; }
+figure { margin: 0.6rem 0; min-width: 0; }
+img { display: block; max-width: 100%; height: auto; margin: 0 auto; background: #fff; border-radius: 8px; }
+figcaption { color: var(--soft); font-size: 0.88rem; margin-top: 0.4rem; }
+.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); gap: 0.8rem 1.4rem; }
+.choice > input { position: absolute; opacity: 0; pointer-events: none; }
+.choice > label { display: inline-block; padding: 0.25rem 0.9rem; margin: 0 0.35rem 0.5rem 0; border: 1px solid var(--line);
+  border-radius: 999px; font-size: 0.88rem; color: var(--soft); cursor: pointer; }
+.choice > input:checked + label { color: var(--card); background: var(--accent); border-color: var(--accent); }
+.choice > input:focus-visible + label { outline: 2px solid var(--accent); outline-offset: 2px; }
+.panes > * { display: none; }
+""" + "".join(f".choice > input:nth-of-type({n}):checked ~ .panes > :nth-child({n}) {{ display: block; }}\n" for n in range(1, 9))
 
 _PAGE = """<!doctype html>
 <html lang="en">
 <head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>
 <style>{style}</style></head>
 <body>
-<h1>{title}</h1>
-{summary}
+<header><h1>{title}</h1>
+{summary}</header>
 {navigation}
 {body}
 </body>

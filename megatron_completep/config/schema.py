@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -227,6 +227,13 @@ class CheckpointConfig(Section):
     keep: PositiveInt = Field(3, description="Newest checkpoints that are kept.")
     keep_every: PositiveInt | None = Field(None, description="Checkpoints whose step is a multiple are kept for good.")
     async_save: bool = Field(True, description="Write while training goes on.")
+    local_dir: str | None = Field(
+        None, description="Folder on each node's own disk for snapshots between two checkpoints; needs local_interval. null: none."
+    )
+    local_interval: PositiveInt | None = Field(None, description="Steps between snapshots in local_dir.")
+    local_keep: PositiveInt = Field(
+        2, description="Newest snapshots that are kept; a checkpoint on the shared disk removes those before it."
+    )
     resume: bool = Field(True, description="Continue from the newest checkpoint in output_dir when there is one.")
     allow_changed: list[str] = Field(
         default_factory=list,
@@ -297,6 +304,14 @@ class LoggingConfig(Section):
     parameterization_reference: str | None = Field(
         None, description="output_dir of the proxy's run, whose sizes raise alarms; null: no comparison."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_former_keys(cls, values: Any) -> Any:
+        """Files of earlier runs hold `wandb_project: null`."""
+        if isinstance(values, dict) and values.get("wandb_project", "") is None:
+            return {name: value for name, value in values.items() if name != "wandb_project"}
+        return values
 
 
 class Config(Section):

@@ -377,3 +377,12 @@ def test_a_mistake_exits_2_in_a_process_of_its_own(write):
     bad = subprocess.run([*run, "model.hidden_size=0"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert bad.returncode == 2
     assert bad.stdout == "" and "must be greater than 0" in bad.stderr and "Traceback" not in bad.stderr
+
+
+def test_the_saved_configuration_of_an_earlier_run_still_loads(write):
+    former = load_config(write()).model_dump(mode="json")
+    former["logging"]["wandb_project"] = None
+    assert config_from_mapping(former) == load_config(write())
+    former["logging"]["wandb_project"] = "mine"  # what it meant cannot be kept, so it is said
+    with pytest.raises(ConfigError, match="wandb_project: unknown key"):
+        config_from_mapping(former)

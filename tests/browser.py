@@ -1,0 +1,136 @@
+"""A headless Chromium, spoken to over its DevTools pipe: opens pages, evaluates, takes screenshots, hears every complaint."""
+
+from __future__ import annotations
+
+import base64
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FLAGS = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
+    *("--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--hide-scrollbars", "--remote-debugging-pipe"),
+)
+
+
+class Browser:
+    """One Chromium process. `problems`: console errors and warnings, uncaught exceptions, requests that failed."""
+
+    def __init__(self, executable: str, profile: str):
+        to_browser, self._to = os.pipe()
+        self._from, from_browser = os.pipe()
+        far = [fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (to_browser, from_browser)]  # out of the way of 3 and 4
+        self._process = subprocess.Popen(
+            [executable, *FLAGS, f"--user-data-dir={profile}"],
+            close_fds=False,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            preexec_fn=lambda: (os.dup2(far[0], 3), os.dup2(far[1], 4)),
+        )
+        for fd in (to_browser, from_browser, *far):
+            os.close(fd)
+        self._rest, self._number = b"", 0
+        self._session: str | None = None
+        self._events: list[dict[str, Any]] = []
+        self.problems: list[str] = []
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """One command of the DevTools protocol, and its answer."""
+        self._number += 1
+        message = {"id": self._number, "method": method, "params": parameters}
+        if self._session is not None:
+            message["sessionId"] = self._session
+        os.write(self._to, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self._read()
+            if answer.get("id") == self._number:
+                assert "error" not in answer, f"{method}: {answer['error']}"
+                return dict(answer["result"])
+            self._hear(answer)
+
+    def _read(self) -> dict[str, Any]:
+        while b"\0" not in self._rest:
+            data = os.read(self._from, 1 << 20)
+            assert data, "the browser has gone"
+            self._rest += data
+        text, self._rest = self._rest.split(b"\0", 1)
+        return dict(json.loads(text))
+
+    def _hear(self, event: dict[str, Any]) -> None:
+        details = event.get("params", {})
+        match event.get("method"):
+            case "Runtime.exceptionThrown":
+                self.problems.append(f"exception: {details['exceptionDetails']}")
+            case "Runtime.consoleAPICalled" if details["type"] in ("error", "warning", "assert"):
+                self.problems.append(f"console {details['type']}: {[a.get('value', a.get('description')) for a in details['args']]}")
+            case "Log.entryAdded" if details["entry"]["level"] in ("error", "warning"):
+                self.problems.append(f"{details['entry']['level']}: {details['entry']['text']} {details['entry'].get('url', '')}")
+            case "Network.loadingFailed" if not details.get("canceled"):
+                self.problems.append(f"not loaded: {details.get('errorText')}")
+        self._events.append(event)
+
+    def open(self, url: str, width: int = 1100, height: int = 800, dark: bool = False) -> None:
+        """Load a page to its end, pictures included, and forget the complaints about the page before."""
+        self.problems.clear()
+        self._events.clear()
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.call("Emulation.setEmulatedMedia", features=[scheme])
+        failed = self.call("Page.navigate", url=url).get("errorText")
+        assert not failed, f"{url}: {failed}"
+        while not any(event.get("method") == "Page.loadEventFired" for event in self._events):
+            self._hear(self._read())
+        self.evaluate("Promise.all([...document.images].map(image => image.decode().catch(() => 0)))")
+
+    def evaluate(self, expression: str) -> Any:
+        """The value of a JavaScript expression; promises are waited for."""
+        answer = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
+        return answer["result"].get("value")
+
+    def screenshot(self, path: Path, whole: bool = True) -> None:
+        """The page as PNG: all of it, or what the window shows."""
+        picture = self.call("Page.captureScreenshot", captureBeyondViewport=whole)["data"]
+        if whole:
+            size = self.call("Page.getLayoutMetrics")["cssContentSize"]
+            clip = {"x": 0, "y": 0, "width": size["width"], "height": min(size["height"], 12000), "scale": 1}
+            picture = self.call("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)["data"]
+        path.write_bytes(base64.b64decode(picture))
+
+    def broken_pictures(self) -> list[str]:
+        """Pictures of the page that show nothing."""
+        return list(self.evaluate("[...document.images].filter(i => !(i.complete && i.naturalWidth > 0)).map(i => i.src.slice(0, 80))"))
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        os.close(self._to)
+        os.close(self._from)
+
+
+@contextmanager
+def chromium() -> Iterator[Browser]:
+    """A browser for a test, which is skipped where there is none."""
+    executable = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if executable is None:
+        pytest.skip("no Chromium here (`apt-get install chromium`)")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        browser = Browser(executable, profile)
+        try:
+            yield browser
+        finally:
+            browser.close()

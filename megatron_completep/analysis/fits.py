@@ -102,6 +102,8 @@ class Optimum:
     loss: float
     grid_index: int  # the grid's best point
     at_edge: bool  # the grid's best point is its first or last: the optimum may lie beyond
+    fit: tuple[float, float, float] | None = None  # a, b, c of a x^2 + b x + c, x in octaves from the grid's best point
+    near: tuple[float, float] = (0.0, 0.0)  # the log2(lr) between which the parabola was fitted
 
 
 def parabola_optimum(log2_lr: Array, loss: Array, reach: float = 1.0) -> Optimum:
@@ -112,37 +114,56 @@ def parabola_optimum(log2_lr: Array, loss: Array, reach: float = 1.0) -> Optimum
     best = int(np.nanargmin(np.where(np.isfinite(loss), loss, np.inf)))
     edge = best in (0, len(loss) - 1)
     near = (np.abs(log2_lr - log2_lr[best]) <= reach + 1e-9) & np.isfinite(loss)
-    x, y = log2_lr[near], loss[near]
+    x, y = log2_lr[near] - log2_lr[best], loss[near]
+    unfitted = Optimum(float(log2_lr[best]), float(loss[best]), best, edge)
     if len(x) < 3:
-        return Optimum(float(log2_lr[best]), float(loss[best]), best, edge)
-    powers = np.stack([(x - log2_lr[best]) ** 2, x - log2_lr[best], np.ones_like(x)])
-    a, b, c = np.linalg.solve(powers @ powers.T, powers @ y)
+        return unfitted
+    powers = np.stack([x**2, x, np.ones_like(x)])
+    a, b, c = (float(coefficient) for coefficient in np.linalg.solve(powers @ powers.T, powers @ y))
     if a <= 0:
-        return Optimum(float(log2_lr[best]), float(loss[best]), best, edge)
-    vertex = float(np.clip(-b / (2 * a), x.min() - log2_lr[best], x.max() - log2_lr[best]))
-    return Optimum(float(log2_lr[best] + vertex), float(a * vertex**2 + b * vertex + c), best, edge)
+        return unfitted
+    vertex = float(np.clip(-b / (2 * a), x.min(), x.max()))
+    ends = float(log2_lr[best] + x.min()), float(log2_lr[best] + x.max())
+    return Optimum(float(log2_lr[best] + vertex), a * vertex**2 + b * vertex + c, best, edge, (a, b, c), ends)
 
 
-def resampled(losses: Array, generator: np.random.Generator) -> Array:
+def loss_at(log2_lr: Array, loss: Array, optimum: Optimum, at: float) -> float:
+    """Loss at a learning rate between the points: on the optimum's parabola where that was fitted, else on the straight line between
+    two neighbours; nan outside the grid."""
+    if optimum.fit is not None and optimum.near[0] <= at <= optimum.near[1]:
+        a, b, c = optimum.fit
+        x = at - log2_lr[optimum.grid_index]
+        return float(a * x**2 + b * x + c)
+    return float(np.interp(at, log2_lr, loss, left=np.nan, right=np.nan))
+
+
+def resampled(losses: Array, generator: np.random.Generator, of_level: bool = False) -> Array:
     """One bootstrap replicate of the mean curve, [n] from losses [n, seeds].
 
-    What all runs of a seed share (its data and initial weights) moves no optimum; the rest is drawn from the residuals of the whole
-    curve, pooled so that three seeds suffice, about the observed means. Points where a seed diverged stay infinite.
+    What all runs of a seed share (its data and initial weights) moves no optimum and stays as it was, unless the statistic is of the
+    curve's level (`of_level`); the rest is drawn from the residuals of the whole curve, pooled so that three seeds suffice, about the
+    observed means. Points where a seed diverged stay infinite.
     """
     points, seeds = losses.shape
     finite, mean = _finite_rows(losses), mean_curve(losses)
-    if seeds < 2 or finite.sum() < 2:
+    rows = int(finite.sum())
+    if seeds < 2 or rows == 0:
         return mean
     kept = losses[finite]
-    residuals = kept - kept.mean(axis=1, keepdims=True) - kept.mean(axis=0, keepdims=True) + kept.mean()
-    rows = len(kept)
-    degrees = (rows - 1) * (seeds - 1)
-    scale = math.sqrt(rows * seeds / degrees)
-    drawn = generator.choice(residuals.ravel() * scale, size=(points, seeds)).mean(axis=1)
+    shared = kept.mean(axis=0) - kept.mean()
+    drawn = np.zeros(points)
+    if rows > 1:
+        residuals = kept - kept.mean(axis=1, keepdims=True) - shared
+        scale = math.sqrt(rows * seeds / ((rows - 1) * (seeds - 1)))
+        drawn += generator.choice(residuals.ravel() * scale, size=(points, seeds)).mean(axis=1)
+    if of_level:
+        drawn += generator.choice(shared * math.sqrt(seeds / (seeds - 1)), size=seeds).mean()
     return np.where(finite, mean + drawn, np.inf)
 
 
-def bootstrap(statistic: Callable[[list[Array]], float], curves: Sequence[Array], replicates: int = 1000, seed: int = 0) -> Estimate:
+def bootstrap(
+    statistic: Callable[[list[Array]], float], curves: Sequence[Array], replicates: int = 1000, seed: int = 0, of_level: bool = False
+) -> Estimate:
     """A statistic of several mean curves with its percentile interval; curves [n, seeds] each, resampled independently.
 
     With one seed there is nothing to resample, and the interval is the whole line.
@@ -151,7 +172,7 @@ def bootstrap(statistic: Callable[[list[Array]], float], curves: Sequence[Array]
     if any(curve.shape[1] < 2 for curve in curves):
         return Estimate(point, -math.inf, math.inf)
     generator = np.random.default_rng(seed)
-    values = np.array([statistic([resampled(curve, generator) for curve in curves]) for _ in range(replicates)])
+    values = np.array([statistic([resampled(curve, generator, of_level) for curve in curves]) for _ in range(replicates)])
     values = values[np.isfinite(values)]
     if len(values) < replicates / 2:
         return Estimate(point, -math.inf, math.inf)

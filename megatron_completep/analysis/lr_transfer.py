@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from megatron_completep.analysis import sweep
-from megatron_completep.analysis.fits import Array, Estimate, bootstrap, mean_curve, parabola_optimum, slope
+from megatron_completep.analysis.fits import Array, Estimate, bootstrap, loss_at, mean_curve, parabola_optimum, slope
 from megatron_completep.errors import DataError
 
 EDGE_NATS = 0.3  # a curve this far above its best, or not finite, is over the divergence edge
@@ -65,7 +65,8 @@ class Optimum:
     loss: Estimate
     at_edge: bool
     drift: Estimate  # octaves from the base shape's optimum
-    regret: Estimate  # nats lost at the base shape's best learning rate
+    regret: Estimate  # nats lost at the base shape's optimum
+    regret_verdict: str  # small | large | unresolved | not on the grid
     divergence_log2_lr: float | None  # the smallest learning rate above the optimum that is over the edge
     flops: float
     tau: float | None  # 1 / (lr * wd * steps) at the optimum
@@ -86,12 +87,14 @@ class Drift:
 
 @dataclass(frozen=True)
 class Saving:
-    """FLOPs to the baseline's best loss: 1 - (ours / the baseline's), in percent."""
+    """FLOPs to the loss of another rule, or of another shape: 1 - (ours / theirs), in percent."""
 
     parameterization: str
-    baseline: str
-    hidden_size: int
     num_layers: int
+    hidden_size: int
+    against: str  # the other's parameterization
+    against_num_layers: int
+    against_hidden_size: int
     percent: Estimate
     verdict: str  # saves | costs | unresolved
 
@@ -120,10 +123,18 @@ def base_curve(curve: Curve, curves: Sequence[Curve]) -> Curve:
 
 
 def regret(own: Curve, base: Curve, own_mean: Array, base_mean: Array) -> float:
-    """Loss at the base's best learning rate of the grid minus the best of the grid; nan where the curve lacks that point."""
-    chosen = base.log2_lr[int(np.argmin(base_mean))]
-    at = np.flatnonzero(np.abs(own.log2_lr - chosen) < 1e-9)
-    return float(own_mean[at[0]] - own_mean.min()) if len(at) else math.nan
+    """Loss at the base's optimum minus the loss at one's own, both on one's own curve; nan where its grid does not reach that far."""
+    chosen, best = parabola_optimum(base.log2_lr, base_mean), parabola_optimum(own.log2_lr, own_mean)
+    return float(np.maximum(loss_at(own.log2_lr, own_mean, best, chosen.log2_lr) - best.loss, 0.0))
+
+
+def regret_verdict(estimate: Estimate) -> str:
+    """Only an interval wholly below, or wholly above, REGRET_BAND decides."""
+    if math.isnan(estimate.value):
+        return "not on the grid"
+    if estimate.high <= REGRET_BAND:
+        return "small"
+    return "large" if estimate.low > REGRET_BAND else "unresolved"
 
 
 def divergence(curve: Curve) -> float | None:
@@ -151,10 +162,11 @@ def optimum_of(curve: Curve, base: Curve) -> Optimum:
         seeds=curve.losses.shape[1],
         log2_lr=bootstrap(lambda m: parabola_optimum(x, m[0]).log2_lr, [curve.losses], REPLICATES),
         grid_log2_lr=float(x[point.grid_index]),
-        loss=bootstrap(lambda m: parabola_optimum(x, m[0]).loss, [curve.losses], REPLICATES),
+        loss=bootstrap(lambda m: parabola_optimum(x, m[0]).loss, [curve.losses], REPLICATES, of_level=True),
         at_edge=point.at_edge,
         drift=drift,
         regret=lost,
+        regret_verdict=regret_verdict(lost),
         divergence_log2_lr=divergence(curve),
         flops=curve.flops,
         tau=1 / decay if decay else None,
@@ -205,29 +217,32 @@ def flops_to_reach(target: float, flops: Sequence[float], losses: Sequence[float
 
 
 def savings(curves: Sequence[Curve], baseline: str) -> list[Saving]:
-    """For every shape that both rules trained to at least two lengths: FLOPs to the baseline's best loss at its longest."""
+    """FLOPs to the loss that another reached in its longest runs: for every shape under both rules against the baseline, and under every
+    rule for every shape against the shallowest one. Only of what was trained to at least two lengths."""
     found = []
-    shapes = sorted({(c.hidden_size, c.num_layers, c.base_weight_decay, c.base_init_std) for c in curves})
-    for shape in shapes:
-        by_rule: dict[str, list[Curve]] = {}
-        for c in curves:
-            if (c.hidden_size, c.num_layers, c.base_weight_decay, c.base_init_std) == shape:
-                by_rule.setdefault(c.parameterization, []).append(c)
-        against = sorted(by_rule.get(baseline, []), key=lambda c: c.train_steps)
-        for rule, own in by_rule.items():
-            if rule != baseline and against and len(own) > 1:
-                found.append(_saving(rule, baseline, sorted(own, key=lambda c: c.train_steps), against[-1]))
+    for setting in sorted({(c.base_weight_decay, c.base_init_std) for c in curves}):
+        runs: dict[tuple[str, int, int], list[Curve]] = {}
+        for c in sorted(curves, key=lambda c: (c.num_layers, c.hidden_size, c.train_steps)):
+            if (c.base_weight_decay, c.base_init_std) == setting:
+                runs.setdefault((c.parameterization, c.num_layers, c.hidden_size), []).append(c)
+        for (rule, *shape), own in runs.items():
+            shallowest = min(key for key in runs if key[0] == rule)
+            others = [(baseline, *shape)] if rule != baseline else []
+            others += [shallowest] if shallowest != (rule, *shape) else []
+            found += [_saving(own, runs[other][-1]) for other in others if other in runs and len(own) > 1]
     return found
 
 
-def _saving(rule: str, baseline: str, own: Sequence[Curve], longest: Curve) -> Saving:
+def _saving(own: Sequence[Curve], longest: Curve) -> Saving:
     def percent(means: list[Array]) -> float:
         best = [parabola_optimum(c.log2_lr, m).loss for c, m in zip([*own, longest], means, strict=True)]
         return 100 * (1 - flops_to_reach(best[-1], [c.flops for c in own], best[:-1]) / longest.flops)
 
-    estimate = bootstrap(percent, [c.losses for c in [*own, longest]], REPLICATES)
+    estimate = bootstrap(percent, [c.losses for c in [*own, longest]], REPLICATES, of_level=True)
     verdict = "saves" if estimate.low > 0 else "costs" if estimate.high < 0 else "unresolved"
-    return Saving(rule, baseline, longest.hidden_size, longest.num_layers, estimate, verdict)
+    one, other = own[0], longest
+    shapes = one.num_layers, one.hidden_size, other.parameterization, other.num_layers, other.hidden_size
+    return Saving(one.parameterization, *shapes, estimate, verdict)
 
 
 @dataclass(frozen=True)

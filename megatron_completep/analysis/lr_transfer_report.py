@@ -10,7 +10,7 @@ from typing import Any
 from megatron_completep.analysis import lr_transfer
 from megatron_completep.analysis.check_report import dump, finite
 from megatron_completep.analysis.fits import Estimate
-from megatron_completep.analysis.lr_transfer import DRIFT_BAND, EDGE_NATS, Analysis, Curve, Optimum
+from megatron_completep.analysis.lr_transfer import DRIFT_BAND, EDGE_NATS, REGRET_BAND, Analysis, Curve, Optimum, Saving
 from megatron_completep.analysis.report import Report, new_figure, write_whole
 
 Say = Callable[[str], None]
@@ -37,9 +37,14 @@ def summary(analysis: Analysis) -> str:
         lines.append(
             f"{drift.parameterization:<11} {decay}, {drift.train_steps} steps: {drift.per_doubling} octaves per doubling: {drift.verdict}"
         )
+    for o in analysis.optima:
+        if o.drift.low != o.drift.high:
+            name = f"{o.parameterization:<11} wd {o.base_weight_decay:g}, {o.num_layers} x {o.hidden_size}"
+            lines.append(f"{name}: regret {regret_text(o.regret)} nats: {o.regret_verdict}")
     for saving in analysis.savings:
-        shape = f"{saving.num_layers} x {saving.hidden_size}"
-        lines.append(f"{saving.parameterization} against {saving.baseline}, {shape}: {saving.percent} % FLOPs: {saving.verdict}")
+        one = f"{saving.parameterization} {saving.num_layers} x {saving.hidden_size}"
+        other = f"{saving.against} {saving.against_num_layers} x {saving.against_hidden_size}"
+        lines.append(f"{one} against {other}: {saving.percent} % FLOPs: {saving.verdict}")
     return "\n".join(lines)
 
 
@@ -57,17 +62,20 @@ def build(analysis: Analysis) -> Report:
             [d.parameterization, d.hidden_size, d.train_steps, d.base_weight_decay, str(d.per_doubling), d.verdict] for d in analysis.drifts
         ]
         section.table(headers, rows)
-    section = document.section("Optima", "Learning rates as exponents of two; intervals are 95 %, by bootstrap over seeds.")
+    section = document.section(
+        "Optima",
+        "Learning rates as exponents of two; intervals are 95 %, by bootstrap over seeds. "
+        f"Regret: nats lost at the smallest shape's optimum; up to {REGRET_BAND} is small.",
+    )
     section.table(
         _OPTIMUM_HEADERS, [optimum_row(o) for o in analysis.optima], f"Edge: the mean loss is more than {EDGE_NATS} nats over the best."
     )
     if analysis.savings:
-        section = document.section("Compute saved", "FLOPs that reach the baseline's best loss, as a saving in percent.")
-        headers = ["parameterization", "baseline", "layers", "width", "saving, %", "verdict"]
-        section.table(
-            headers,
-            [[s.parameterization, s.baseline, s.num_layers, s.hidden_size, str(s.percent), s.verdict] for s in analysis.savings],
+        section = document.section(
+            "Compute saved", "FLOPs that reach the loss of another rule or shape in its longest runs, as a saving in percent."
         )
+        headers = ["parameterization", "shape", "against", "its shape", "saving, %", "verdict"]
+        section.table(headers, [saving_row(saving) for saving in analysis.savings], "Shapes are layers x width.")
     section = document.section("Curves")
     for decay in sorted({c.base_weight_decay for c in analysis.curves}):
         curves = [c for c in analysis.curves if c.base_weight_decay == decay]
@@ -87,6 +95,7 @@ _OPTIMUM_HEADERS = [
     "loss",
     "drift",
     "regret",
+    "says",
     "edge",
     "tau",
 ]
@@ -96,7 +105,12 @@ def optimum_row(o: Optimum) -> list[Any]:
     edge = None if o.divergence_log2_lr is None else f"2^{o.divergence_log2_lr:g}"
     best = f"{o.log2_lr}" + (" (edge of the grid)" if o.at_edge else "")
     values = [o.parameterization, o.num_layers, o.hidden_size, o.train_steps, o.base_weight_decay, o.base_init_std, o.seeds]
-    return [*values, best, f"{o.loss.value:.3f}", str(o.drift), regret_text(o.regret), edge, o.tau]
+    return [*values, best, f"{o.loss.value:.3f}", str(o.drift), regret_text(o.regret), o.regret_verdict, edge, o.tau]
+
+
+def saving_row(s: Saving) -> list[str]:
+    shapes = f"{s.num_layers} x {s.hidden_size}", f"{s.against_num_layers} x {s.against_hidden_size}"
+    return [s.parameterization, shapes[0], s.against, shapes[1], str(s.percent), s.verdict]
 
 
 def regret_text(regret: Estimate) -> str:

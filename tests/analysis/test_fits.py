@@ -11,6 +11,7 @@ from megatron_completep.analysis.fits import (
     Estimate,
     bootstrap,
     log_log_slope,
+    loss_at,
     mean_curve,
     mean_estimate,
     parabola_optimum,
@@ -69,6 +70,14 @@ def test_points_that_diverged_do_not_bend_the_fit():
     assert parabola_optimum(GRID, losses).log2_lr == pytest.approx(-7.0, abs=1e-9)
 
 
+def test_the_loss_between_points_is_read_off_the_parabola_and_beyond_it_off_straight_lines():
+    losses = parabola(-7.2)
+    optimum = parabola_optimum(GRID, losses)
+    assert loss_at(GRID, losses, optimum, -6.8) == pytest.approx(2.5 + 0.1 * 0.4**2, abs=1e-12)
+    assert loss_at(GRID, losses, optimum, -9.25) == pytest.approx((losses[1] + losses[2]) / 2)  # -9.5 and -9: beyond the parabola
+    assert math.isnan(loss_at(GRID, losses, optimum, -11.0))
+
+
 def optimum_estimate(losses: np.ndarray, replicates: int = 100, seed: int = 0) -> Estimate:
     return bootstrap(lambda means: parabola_optimum(GRID, means[0]).log2_lr, [losses], replicates, seed)
 
@@ -82,6 +91,22 @@ def test_the_bootstrap_interval_holds_the_true_optimum_about_as_often_as_it_says
         estimate = optimum_estimate(parabola(-7.2)[:, None] + common + noise, seed=trial)
         held += estimate.low <= -7.2 <= estimate.high
     assert held >= 86, held  # 95 expected; 86 is more than four standard deviations below
+
+
+def test_the_interval_of_a_level_holds_what_seeds_share_and_that_of_an_optimum_does_not():
+    """Seeds that shift whole curves by +-0.1: the level of the best loss is uncertain, its place is not."""
+    shifted = parabola(-7.2)[:, None] + np.array([[-0.1, 0.0, 0.1]])
+    level = bootstrap(lambda means: parabola_optimum(GRID, means[0]).loss, [shifted], 500, of_level=True)
+    error = 0.1 / 3**0.5  # of the mean of three, with the standard deviation 0.1
+    assert level.high - level.low == pytest.approx(2 * 1.96 * error, rel=0.25)
+    place = optimum_estimate(shifted)
+    assert place.high - place.low < 1e-9
+
+
+def test_a_curve_of_a_single_learning_rate_has_a_level_with_an_interval():
+    one = np.array([[2.4, 2.5, 2.6]])
+    level = bootstrap(lambda means: float(means[0][0]), [one], 500, of_level=True)
+    assert level.low < 2.45 < level.value < 2.55 < level.high
 
 
 def test_more_noise_widens_the_bootstrap_interval():

@@ -77,6 +77,11 @@ def test_regret_and_drift_are_counted_from_the_smallest_shape():
     assert moved.drift.value == pytest.approx(-1.0, abs=0.1)
     assert moved.regret.value == pytest.approx(0.1, abs=0.02)
     assert moved.regret.low > 0
+    assert moved.regret_verdict == "large"
+    near = optimum_of(curve(8, -7.3), curves[0])  # between the points of the grid: 0.1 * 0.3^2
+    assert near.regret.value == pytest.approx(0.009, abs=0.004)
+    assert near.regret_verdict == "small"
+    assert optimum_of(curve(8, -7.3, noise=0.1), curves[0]).regret_verdict == "unresolved"
     base = optimum_of(curves[0], curves[0])
     assert (base.drift.value, base.regret.value) == (0.0, 0.0)
 
@@ -109,6 +114,29 @@ def test_a_saving_is_the_share_of_the_baselines_flops_that_are_not_needed():
     assert saving.percent.value == pytest.approx(100 * (1 - 2**-0.5), abs=0.5)
     assert saving.verdict == "saves"
     assert savings(ours[:1] + theirs, "mup") == []
+
+
+def test_a_shape_is_compared_with_the_shallowest_under_the_same_rule_at_one_learning_rate():
+    """Deep and narrow at equal FLOPs: half a doubling less under one rule, and nothing that three seeds can tell under the other."""
+
+    def runs(rule: str, depth: int, losses: dict[int, float], spread: float) -> list[Curve]:
+        seeds = np.array([-spread, 0.0, spread])
+        whole = [(steps, np.array([[loss]]) + seeds) for steps, loss in losses.items()]
+        return [Curve(rule, 256 // depth, depth, steps, 0.0, 0.02, np.array([-7.0]), values, float(steps)) for steps, values in whole]
+
+    curves = runs("completep", 4, {100: 2.8, 200: 2.6}, 0.002) + runs("completep", 16, {100: 2.7, 200: 2.5}, 0.002)
+    curves += runs("mup", 4, {100: 2.8, 200: 2.6}, 0.1) + runs("mup", 16, {100: 2.8, 200: 2.6}, 0.1)
+    found = {(s.parameterization, s.num_layers, s.against, s.against_num_layers): s for s in savings(curves, "mup")}
+    assert set(found) == {
+        ("completep", 4, "mup", 4),
+        ("completep", 16, "mup", 16),
+        ("completep", 16, "completep", 4),
+        ("mup", 16, "mup", 4),
+    }
+    deep = found["completep", 16, "completep", 4]
+    assert deep.percent.value == pytest.approx(100 * (1 - 2**-0.5), abs=0.1)
+    assert deep.verdict == "saves"
+    assert found["mup", 16, "mup", 4].verdict == "unresolved"
 
 
 # --- a sweep's folder, with results written by hand ----------------------------------------------------------------------

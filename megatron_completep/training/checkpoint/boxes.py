@@ -28,6 +28,10 @@ class Box:
             count *= size
         return count
 
+    def within(self, other: Box) -> bool:
+        """Whether it has as many dimensions and no element that `other` lacks."""
+        return len(self.sizes) == len(other.sizes) and (self.numel == 0 or self.intersect(other) == self)
+
     def intersect(self, other: Box) -> Box | None:
         """What both hold, or None."""
         starts = tuple(map(max, self.offsets, other.offsets))
@@ -64,14 +68,14 @@ def owned_boxes(segments: Iterable[Segment], placements: dict[str, Placement], s
 def _boxes_of(segment: Segment, placement: Placement, shape: tuple[int, ...]) -> Iterator[OwnedBox]:
     columns = shape[1] if len(shape) == 2 else 1
     assert len(shape) <= 2, f"{segment.name}: {len(shape)} dimensions"
-    for row, rows, column, width in _cut_rows(segment.parameter_start, segment.size, columns):
+    for row, rows, column, width in cut_rows(segment.parameter_start, segment.size, columns):
         start = segment.shard_start + row * columns + column - segment.parameter_start
         for box, row_shift, column_shift in _logical(placement, row, rows, column, width):
             flat = Box(box.offsets[:1], box.sizes[:1]) if len(shape) == 1 else box
             yield OwnedBox(segment.name, flat, start + row_shift * columns + column_shift, columns)
 
 
-def _cut_rows(start: int, size: int, columns: int) -> Iterator[tuple[int, int, int, int]]:
+def cut_rows(start: int, size: int, columns: int) -> Iterator[tuple[int, int, int, int]]:
     """A flat run as (row, rows, column, columns): the rest of a row, whole rows, the start of a row."""
     stop = start + size
     if start % columns:

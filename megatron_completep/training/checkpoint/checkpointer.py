@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import platform
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import megatron_completep
 from megatron_completep.completep import Table
 from megatron_completep.config.schema import Config
 from megatron_completep.errors import CheckpointError
@@ -22,12 +19,23 @@ from megatron_completep.optim.distributed_adamw import STEP, DistributedAdamW
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.training.checkpoint import random_state
 from megatron_completep.training.checkpoint.background import Background
-from megatron_completep.training.checkpoint.compare import Difference, differences, refused, table_of
+from megatron_completep.training.checkpoint.compare import differences, refused
 from megatron_completep.training.checkpoint.exchange import Exchange, describe
-from megatron_completep.training.checkpoint.load import StoredCheckpoint
-from megatron_completep.training.checkpoint.manifest import committed_steps
-from megatron_completep.training.checkpoint.retention import prune
-from megatron_completep.training.checkpoint.save import FailPoint, Staging, check_space, clean_up, jsonable, write_checkpoint
+from megatron_completep.training.checkpoint.identity import describe_layout, identity_for, identity_of, refusal, versions
+from megatron_completep.training.checkpoint.joint import JointReader, Source
+from megatron_completep.training.checkpoint.manifest import Manifest, committed_steps
+from megatron_completep.training.checkpoint.places import (
+    Place,
+    Snapshot,
+    find_snapshots,
+    local_place,
+    prepare,
+    shared_place,
+    shared_source,
+    snapshot_source,
+)
+from megatron_completep.training.checkpoint.retention import remove_checkpoint
+from megatron_completep.training.checkpoint.save import FailPoint, Staging, write_checkpoint
 from megatron_completep.training.checkpoint.shard import STATES, Shard, describe_parameters
 from megatron_completep.training.state import RunState
 
@@ -65,48 +73,58 @@ class Checkpointer:
         fail_point: FailPoint = no_fail_point,
     ):
         self.config, self.context, self.optimizer = config, context, optimizer
-        self.folder = Path(config.training.output_dir) / CHECKPOINTS
         self._report, self._fail_point = report, fail_point
-        self._exchange = Exchange(context, config.checkpoint.timeout_minutes)
+        self._exchange = exchange = Exchange(context, config.checkpoint.timeout_minutes)
         self._shard = Shard.of(optimizer, context)
         self._staging = Staging()
         self._background = Background() if config.checkpoint.async_save else None
         self._failure: str | None = None
-        parts = self._exchange.all_gather((describe_parameters(optimizer, self._shard.dtype), self._shard.written_bytes))
-        self._parameters = {name: value for described, _ in parts for name, value in described.items()}
-        self._total_bytes = sum(size for _, size in parts)
-        self._identity = jsonable(
-            {
-                "model": config.model.model_dump(mode="json"),
-                "table": describe_table(table),
-                "data": config.data.model_dump(mode="json"),
-                "fingerprints": dict(fingerprints or {}),
-                "parameters": {name: [p["role"], p["width_ratio"], p["shape"]] for name, p in self._parameters.items()},
-            }
-        )
-        self._exchange.on_first(self._prepare_folder)
+        self._figures: dict[str, float] = {}
+        described = exchange.all_gather(describe_parameters(optimizer, self._shard.dtype))
+        self._parameters = {name: value for part in described for name, value in part.items()}
+        self._identity = identity_for(config, table, fingerprints or {}, self._parameters)
+        settings, size = config.checkpoint, self._shard.written_bytes
+        self.folder = Path(config.training.output_dir) / CHECKPOINTS
+        self._shared = shared_place(self.folder, exchange, size, settings.keep, settings.keep_every)
+        self._local: Place | None = None
+        if settings.local_dir is not None:
+            self._local = local_place(Path(settings.local_dir), self._shared, exchange, size, settings.local_keep)
+        for place in self._places:
+            prepare(place, exchange, report)
+
+    @property
+    def _places(self) -> list[Place]:
+        return [self._shared, *([self._local] if self._local is not None else [])]
 
     # --- saving -----------------------------------------------------------------------------------------------------------
 
-    def save(self, state: RunState) -> SaveReport:
+    def save(self, state: RunState, local: bool = False) -> SaveReport:
         """Save the run as it stands; with checkpoint.async_save the files are written while training goes on.
 
-        Waits for the save before it. Raises CheckpointError, on every rank, when that one failed (or this one, without
-        async_save) and checkpoint.on_failure is `stop`.
+        local: as a snapshot in checkpoint.local_dir. Waits for the save before it. Raises CheckpointError, on every rank, when
+        that one failed (or this one, without async_save) and checkpoint.on_failure is `stop`.
         """
         started = time.perf_counter()
         self._wait()
         self._raise_failure()
+        place = self._local if local and self._local is not None else self._shared
         content = self._content(state)
         flats: Mapping[str, Tensor] = {name: getattr(self.optimizer, name) for name in STATES}
         if self._background is not None:
             flats = self._staging.copy(flats)
             self._fail_point("save.staged")
-            self._background.start(lambda: self._write(flats, content))
+            self._background.start(lambda: self._write(place, flats, content))
         else:
-            self._write(flats, content)
+            self._write(place, flats, content)
             self._raise_failure()
-        return SaveReport(time.perf_counter() - started, self._shard.written_bytes)
+        blocked = time.perf_counter() - started
+        self._figures["checkpoint_blocked_seconds"] = blocked
+        return SaveReport(blocked, self._shard.written_bytes)
+
+    def take_figures(self) -> dict[str, float]:
+        """For metrics, of this rank: seconds that `save` blocked, and that writing took, where either ended since the last call."""
+        figures, self._figures = self._figures, {}
+        return figures
 
     def close(self) -> None:
         """Wait until what was handed to `save` is on disk. Raises CheckpointError when it is not, unless another error is under way."""
@@ -117,25 +135,36 @@ class Checkpointer:
 
     finish = close
 
-    def _write(self, flats: Mapping[str, Tensor], content: dict[str, Any]) -> None:
+    def _write(self, place: Place, flats: Mapping[str, Tensor], content: dict[str, Any]) -> None:
         """One save, in the training thread or in its own; what goes wrong is kept for the training thread to act on."""
         started = time.perf_counter()
+        leads = self._exchange.rank == place.leader
         try:
-            self._exchange.on_first(lambda: check_space(self.folder, self._total_bytes))
-            folder = write_checkpoint(self.folder, self._exchange, self._shard, flats, content, self._fail_point)
-            self._exchange.on_first(self._retire)
+            self._exchange.together(lambda: place.check_space() if leads else None)
+            folder = write_checkpoint(place.folder, leads, self._exchange, self._shard, flats, content, self._fail_point)
+            self._exchange.together(lambda: self._retire(place, content["step"]))
         except Exception as error:  # a peer that died ends the exchange with a RuntimeError; training itself will notice
             self._failure = f"checkpoint of step {content['step']} failed: {describe(error)}"
             self._report(self._failure)
             return
+        seconds = time.perf_counter() - started
+        self._figures["checkpoint_seconds"] = seconds
         if self.context.is_first:
-            seconds = time.perf_counter() - started
-            self._report(f"saved {folder} ({self._total_bytes / 1e6:.1f} MB in {seconds:.2f} s)")
+            self._report(f"saved {folder} ({place.bytes / 1e6:.1f} MB in {seconds:.2f} s)")
 
-    def _retire(self) -> list[str]:
-        removed = prune(self.folder, self.config.checkpoint.keep, self.config.checkpoint.keep_every)
-        self._fail_point("save.older_ones_removed")
-        return [folder.name for folder in removed]
+    def _retire(self, place: Place, step: int) -> None:
+        """Remove what is superseded: by the place's own retention, and snapshots by a checkpoint on the shared disk."""
+        if self._exchange.rank == place.leader:
+            place.retire()
+            self._fail_point("save.older_ones_removed")
+        if place is self._shared:
+            self._remove(self._local, lambda found: found <= step)
+
+    def _remove(self, place: Place | None, which: Callable[[int], bool]) -> None:
+        if place is not None and self._exchange.rank == place.leader:
+            for step, folder in committed_steps(place.folder).items():
+                if which(step):
+                    remove_checkpoint(folder)
 
     def _wait(self) -> None:
         if self._background is not None:
@@ -148,8 +177,6 @@ class Checkpointer:
             raise CheckpointError(f"{failure}\nStopped, because checkpoint.on_failure = stop. Older checkpoints are intact.")
 
     def _content(self, state: RunState) -> dict[str, Any]:
-        context = self.context
-        axes = {axis.name: axis.size for axis in (context.tensor, context.pipeline, context.data)}
         return {
             "step": state.step,
             "state": asdict(state),
@@ -157,64 +184,88 @@ class Checkpointer:
             "config": self.config.model_dump(mode="json"),
             "table": self._identity["table"],
             "fingerprints": self._identity["fingerprints"],
-            "layout": {**axes, "world": context.world_size, "virtual": self.config.parallel.virtual_pipeline_size},
+            "layout": describe_layout(self.config, self.context),
             "rng": random_state.capture(),
-            "versions": {
-                "megatron_completep": megatron_completep.__version__,
-                "torch": str(torch.__version__),
-                "python": platform.python_version(),
-            },
+            "versions": versions(),
             "parameters": self._parameters,
         }
 
     # --- loading ----------------------------------------------------------------------------------------------------------
 
     def load_latest(self) -> RunState | None:
-        """Put the newest committed checkpoint into optimizer and parameters; None where there is none.
+        """Put the newest state that all ranks can read into optimizer and parameters; None where there is none.
 
-        Raises CheckpointError on every rank: it is damaged (file and bytes named), or of another model, parameterization or data.
+        A snapshot that is not whole, or whose bytes are damaged, is said and left out. Raises CheckpointError on every rank: the
+        newest checkpoint on the shared disk is damaged (file and bytes named), or of another model, parameterization or data.
         """
-        step = self._exchange.on_first(self._newest)
-        return None if step is None else self.load(step)
+        newest = self._exchange.on_first(self._newest)
+        place = self._local
+        for snapshot in find_snapshots(place, self._exchange) if place else ():
+            if newest is not None and snapshot.step <= newest:
+                break
+            state = self._load_snapshot(place, snapshot)  # type: ignore[arg-type]
+            if state is not None:
+                return state
+        return None if newest is None else self.load(newest)
 
     def load(self, step: int) -> RunState:
-        """Put one committed checkpoint into optimizer and parameters. Raises CheckpointError as `load_latest`."""
+        """Put one checkpoint of the shared disk into optimizer and parameters. Raises CheckpointError as `load_latest`."""
+        self._wait()
+        self._exchange.on_first(lambda: self._require(step))
+        source = shared_source(self._shared, step, self._exchange)
+        self._compare(source)
+        return self._read(source)
+
+    def settled_steps(self) -> list[int]:
+        """Wait for the save under way; the steps of the checkpoints on the shared disk, lowest first, the same on every rank."""
+        self._wait()
+        return self._exchange.on_first(lambda: list(committed_steps(self.folder)))
+
+    def go_back(self, step: int) -> RunState:
+        """Put the checkpoint of `step` into optimizer and parameters, and remove later ones at every place.
+
+        They are of the path that is left, and a restart must not find them.
+        """
+        self._wait()
+        self._exchange.on_first(lambda: self._require(step))
+        for place in self._places:
+            self._exchange.together(lambda place=place: self._remove(place, lambda found: found > step))  # type: ignore[misc]
+        self.optimizer.wait_for_parameters()  # what is still on its way belongs to the step that is undone
+        return self.load(step)
+
+    def _load_snapshot(self, place: Place, snapshot: Snapshot) -> RunState | None:
+        """None, and a line that says why, when it cannot be used."""
+        if snapshot.missing:
+            self._report(f"the snapshot of step {snapshot.step} is not used: no rank has {', '.join(snapshot.missing[:4])}")
+            return None
+        source = snapshot_source(place, snapshot, self._exchange)
+        self._compare(source)
+        try:
+            return self._read(source)
+        except CheckpointError as error:
+            self._report(f"the snapshot of step {snapshot.step} is not used: {error}")
+            return None
+
+    def _read(self, source: Source) -> RunState:
+        """Read the tensors, each byte once per job, and put them and everything else in place."""
         started = time.perf_counter()
-        stored = StoredCheckpoint.from_json(self._exchange.on_first(lambda: self._open(step)))
         optimizer, replica = self.optimizer, self.context.replica
         flats = {name: getattr(optimizer, name) for name in STATES}
-        if replica.rank == 0:
-            self._exchange.together(lambda: stored.read_states(self._shard.owned, flats))
-        else:
-            self._exchange.together(lambda: None)
-        if replica.group is not None:  # each byte is read once; the copies of a shard receive it
+        reader = JointReader(self._exchange, source)
+        own = self._shard.owned if replica.rank == 0 else ()
+        reader.fill([(box, name, flat) for name, flat in flats.items() for box in own])
+        if replica.group is not None:  # the copies of a shard receive it
             for flat in flats.values():
                 dist.broadcast(flat, group=replica.group, group_src=0)
-        optimizer.control[STEP] = stored.manifest.updates
+        manifest = source.manifest
+        optimizer.control[STEP] = manifest.updates
         optimizer.adopt_masters()
-        random_state.restore(stored.manifest.rng)
-        read = sum(self._exchange.all_gather(stored.bytes_read))
+        state = self._exchange.together(lambda: restore(manifest))
+        read = sum(self._exchange.all_gather(reader.bytes_read))
         if self.context.is_first:
-            share = read / stored.manifest.total_size
-            seconds = time.perf_counter() - started
-            self._report(f"loaded {stored.folder} ({stored.manifest.total_size / 1e6:.1f} MB read {share:.2f} times in {seconds:.2f} s)")
-        return RunState(**stored.manifest.state)
-
-    def _prepare_folder(self) -> None:
-        """Find out at the start, not at the first save, that nothing can be written."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            probe = self.folder / ".probe"
-            probe.write_bytes(b"")
-            probe.unlink()
-        except OSError as error:
-            raise CheckpointError(f"{self.folder} cannot be written: {error.strerror}. Choose another training.output_dir.") from None
-        for name in clean_up(self.folder):
-            self._report(f"removed {name}, left by an interrupted save")
-        try:
-            check_space(self.folder, self._total_bytes)
-        except CheckpointError as error:
-            self._report(f"warning: {error}")
+            share, seconds = read / manifest.total_size, time.perf_counter() - started
+            self._report(f"loaded {source.folder} ({manifest.total_size / 1e6:.1f} MB read {share:.2f} times in {seconds:.2f} s)")
+        return state
 
     def _newest(self) -> int | None:
         steps = committed_steps(self.folder)
@@ -225,47 +276,25 @@ class Checkpointer:
             )
         return max(steps, default=None)
 
-    def _open(self, step: int) -> dict[str, Any]:
-        """On one rank: open, check and compare; the others receive the result."""
-        folder = committed_steps(self.folder).get(step)
-        if folder is None:
+    def _require(self, step: int) -> None:
+        if step not in committed_steps(self.folder):
             raise CheckpointError(f"{self.folder}: no checkpoint of step {step}.")
-        stored = StoredCheckpoint.open(folder)
-        found = differences(identity_of(stored), self._identity)
+
+    def _compare(self, source: Source) -> None:
+        """Refuse what was trained with other settings; say which ones were allowed to change. Every rank comes to the same result."""
+        found = differences(identity_of(source.manifest), self._identity)
         if bad := refused(found, self.config.checkpoint.allow_changed):
-            raise CheckpointError(refusal(folder, bad))
+            raise CheckpointError(refusal(source.folder, bad))
         for difference in found:
             if difference.path.startswith(("model.", "table.", "fingerprints.", "data.")) and "prefix" not in difference.path:
                 self._report(f"resuming with {difference.path} = {difference.present}, the checkpoint has {difference.stored}")
-        return stored.to_json()
 
 
-def describe_table(table: Table) -> dict[str, Any]:
-    """The parameterization as plain values: what was configured, and what follows from it for the forward pass."""
-    values = {field.name: getattr(table, field.name) for field in fields(table) if field.name != "own_factors"}
-    values |= {name: getattr(table, name) for name in ("residual_multiplier", "logit_multiplier")}
-    own = {role: factors.model_dump() for role, factors in table.own_factors.items()}
-    return {**values, "own_factors": own}
-
-
-def identity_of(stored: StoredCheckpoint) -> dict[str, Any]:
-    """What `Checkpointer` compares at resume, as a checkpoint holds it."""
-    manifest = stored.manifest
-    return {
-        "model": manifest.config.get("model", {}),
-        "table": manifest.table,
-        "data": manifest.config.get("data", {}),
-        "fingerprints": manifest.fingerprints,
-        "parameters": {name: [p.role, p.width_ratio, p.shape] for name, p in manifest.parameters.items()},
-    }
-
-
-def refusal(folder: Path, found: list[Difference]) -> str:
-    shown = found[:40]
-    more = f"\n  ... and {len(found) - len(shown)} more" if len(found) > len(shown) else ""
-    patterns = sorted({d.path for d in found if not d.path.startswith("parameters.")})
-    remedy = f"checkpoint.allow_changed={patterns[:8]}" if patterns else "a model with these parameters"
-    return (
-        f"{folder} was trained with other settings:\n{table_of(shown)}{more}\n"
-        f"Continue with the checkpoint's settings, start in another training.output_dir, or, if the change is meant: {remedy}."
-    )
+def restore(manifest: Manifest) -> RunState:
+    """Generators as they were; returns the progress. Raises CheckpointError when the manifest's values are none."""
+    try:
+        state = RunState(**manifest.state)
+        random_state.restore(manifest.rng)
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(f"the manifest of step {manifest.step} holds no state that this version reads: {error!r}") from None
+    return state

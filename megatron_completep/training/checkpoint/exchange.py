@@ -50,6 +50,18 @@ class Exchange:
         dist.broadcast(data, 0, group=self._group)
         return _decode(data)
 
+    def send(self, data: torch.Tensor, to: int, tag: int) -> dist.Work:
+        """Start sending a tensor of the host to one rank, which receives it under the same tag."""
+        work = dist.isend(data, to, group=self._group, tag=tag)
+        assert work is not None
+        return work
+
+    def receive(self, into: torch.Tensor, sender: int, tag: int) -> dist.Work:
+        """Start receiving what `sender` sends under this tag."""
+        work = dist.irecv(into, sender, group=self._group, tag=tag)
+        assert work is not None
+        return work
+
     def together(self, action: Callable[[], T]) -> T:
         """Run `action` on every rank; where it fails on one, raise the same CheckpointError, naming the ranks, on all of them."""
         result: T | None = None

@@ -12,6 +12,7 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -37,6 +38,15 @@ class StoredBox:
     dtype: str
     start: int
     stop: int
+
+    def to_json(self) -> list[Any]:
+        """For another rank, which need not open the file."""
+        return [self.file, self.state, self.name, self.box.offsets, self.box.sizes, self.dtype, self.start, self.stop]
+
+    @classmethod
+    def from_json(cls, value: list[Any]) -> StoredBox:
+        file, state, name, offsets, sizes, dtype, start, stop = value
+        return cls(file, state, name, Box(tuple(offsets), tuple(sizes)), dtype, start, stop)
 
 
 class BlockHasher:
@@ -153,7 +163,7 @@ class CheckedFile:
             )
         if len(stored.blocks) != -(-stored.size // block_size):
             raise CheckpointError(f"{self.path}: the manifest has {len(stored.blocks)} hashes for {stored.size} bytes.")
-        self._last: tuple[int, np.ndarray] | None = None
+        self.kept: dict[int, np.ndarray] = {}
 
     def close(self) -> None:
         self.file.close()
@@ -164,40 +174,27 @@ class CheckedFile:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def read_into(self, start: int, out: np.ndarray) -> None:
-        """Fill `out` (uint8, contiguous) with bytes from `start`; whole blocks go there directly."""
-        position, stop = start, start + len(out)
-        while position < stop:
-            block = position // self.block_size
-            begin, end = block * self.block_size, min((block + 1) * self.block_size, self.stored.size)
-            take = min(end, stop) - position
-            target = out[position - start : position - start + take]
-            if take == end - begin:
-                self._read_block(block, target)
-            else:
-                target[:] = self._cached(block, end - begin)[position - begin : position - begin + take]
-            position += take
+    def read_header(self, size: int) -> bytes:
+        """The first bytes; the blocks that hold them stay in `kept`."""
+        blocks = range(-(-size // self.block_size))
+        for block in blocks:
+            if block not in self.kept:
+                self.kept[block] = np.empty(self.size_of(block), np.uint8)
+                self.read_block(block, self.kept[block])
+        return b"".join(self.kept[block].tobytes() for block in blocks)[:size]
 
-    def read(self, start: int, size: int) -> np.ndarray:
-        out = np.empty(size, np.uint8)
-        self.read_into(start, out)
-        return out
+    def size_of(self, block: int) -> int:
+        """Bytes of a block; the last one may be short."""
+        return min(self.block_size, self.stored.size - block * self.block_size)
 
     def check_all(self) -> None:
         """Read the whole file and compare every hash."""
         buffer = np.empty(min(self.block_size, self.stored.size), np.uint8)
         for block in range(len(self.stored.blocks)):
-            begin = block * self.block_size
-            self._read_block(block, buffer[: min(self.block_size, self.stored.size - begin)])
+            self.read_block(block, buffer[: self.size_of(block)])
 
-    def _cached(self, block: int, size: int) -> np.ndarray:
-        if self._last is None or self._last[0] != block:
-            buffer = np.empty(size, np.uint8)
-            self._read_block(block, buffer)
-            self._last = block, buffer
-        return self._last[1]
-
-    def _read_block(self, block: int, out: np.ndarray) -> None:
+    def read_block(self, block: int, out: np.ndarray) -> None:
+        """Fill `out` (uint8, contiguous, of the block's size) and compare its hash. Raises CheckpointError."""
         begin, done = block * self.block_size, 0
         while done < len(out):
             count = os.preadv(self.file.fileno(), [memoryview(out)[done:]], begin + done)
@@ -218,10 +215,10 @@ class CheckedFile:
     def index(self) -> list[StoredBox]:
         """The boxes that the file holds, from its header. Raises CheckpointError when anything in it does not add up."""
         try:
-            (length,) = struct.unpack("<Q", self.read(0, 8).tobytes())
+            (length,) = struct.unpack("<Q", self.read_header(min(8, self.stored.size)))
             if not 2 <= length <= min(MAX_HEADER_BYTES, self.stored.size - 8):
                 raise ValueError(f"header of {length} bytes in a file of {self.stored.size}")
-            header = json.loads(self.read(8, length).tobytes())
+            header = json.loads(self.read_header(8 + length)[8:])
             header.pop("__metadata__", None)
             return [_entry(self.stored, 8 + length, key, value) for key, value in header.items()]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
@@ -239,4 +236,6 @@ def _entry(stored: StoredFile, data_start: int, key: str, value: dict) -> Stored
         raise ValueError(f"{key}: shape {box.sizes}")
     if not data_start <= start <= stop <= stored.size or stop - start != box.numel * DTYPES[value["dtype"]].itemsize:
         raise ValueError(f"{key}: bytes {start} to {stop} of {stored.size} for shape {box.sizes}")
+    if start % DTYPES[value["dtype"]].itemsize:
+        raise ValueError(f"{key}: begins at byte {start}, which is no multiple of its type's size")
     return StoredBox(stored.name, state, name, box, value["dtype"], start, stop)

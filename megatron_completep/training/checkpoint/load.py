@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,9 +12,10 @@ from torch import Tensor
 
 from megatron_completep.errors import CheckpointError
 from megatron_completep.training.checkpoint.boxes import Box, OwnedBox
-from megatron_completep.training.checkpoint.files import DTYPES, CheckedFile, StoredBox
+from megatron_completep.training.checkpoint.files import CheckedFile, StoredBox
 from megatron_completep.training.checkpoint.manifest import Manifest, read_manifest
-from megatron_completep.training.checkpoint.shard import STATES, view_of
+from megatron_completep.training.checkpoint.parts import TORCH_DTYPES, Part, Parts, Wanted, parts_by_block
+from megatron_completep.training.checkpoint.shard import STATES
 
 
 class StoredCheckpoint:
@@ -23,7 +23,6 @@ class StoredCheckpoint:
 
     def __init__(self, folder: Path, manifest: Manifest, boxes: Iterable[StoredBox]):
         self.folder, self.manifest = folder, manifest
-        self.bytes_read = 0
         self._by_name: dict[tuple[str, str], list[StoredBox]] = defaultdict(list)
         for box in boxes:
             self._by_name[box.state, box.name].append(box)
@@ -37,22 +36,14 @@ class StoredCheckpoint:
         for stored in manifest.files:
             with CheckedFile(folder, stored, manifest.block_size) as file:
                 boxes += file.index()
+        return cls.checked(folder, manifest, boxes)
+
+    @classmethod
+    def checked(cls, folder: Path, manifest: Manifest, boxes: Iterable[StoredBox]) -> StoredCheckpoint:
+        """With the boxes of all its files. Raises CheckpointError where they are not all that the manifest promises."""
         checkpoint = cls(folder, manifest, boxes)
         checkpoint._check_coverage()
         return checkpoint
-
-    def to_json(self) -> dict[str, Any]:
-        """What another rank needs to read from it without opening every file."""
-        boxes = [[*map(list, (b.box.offsets, b.box.sizes)), b.file, b.state, b.name, b.dtype, b.start, b.stop] for b in self._boxes()]
-        return {"folder": str(self.folder), "manifest": self.manifest.model_dump(mode="json"), "boxes": boxes}
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> StoredCheckpoint:
-        boxes = [StoredBox(f, s, n, Box(tuple(o), tuple(z)), d, a, b) for o, z, f, s, n, d, a, b in value["boxes"]]
-        return cls(Path(value["folder"]), Manifest.model_validate(value["manifest"]), boxes)
-
-    def _boxes(self) -> Iterable[StoredBox]:
-        return (box for boxes in self._by_name.values() for box in boxes)
 
     def tensor(self, name: str, state: str = "master") -> Tensor:
         """One logical tensor, whole."""
@@ -61,29 +52,21 @@ class StoredCheckpoint:
             known = ", ".join(sorted(self.manifest.parameters)[:8])
             raise CheckpointError(f"{self.folder}: no tensor {state}/{name}. Its parameters: {known}, ...")
         shape = tuple(stored.shape)
-        flat = torch.empty(int(np.prod(shape)), dtype=torch.float64 if stored.dtype == "F64" else torch.float32)
+        flat = torch.empty(int(np.prod(shape)), dtype=TORCH_DTYPES[stored.dtype])
         whole = OwnedBox(name, Box((0,) * len(shape), shape), 0, shape[-1])
         self.read_into([(whole, state, flat)])
         return flat.view(shape)
 
-    def read_states(self, owned: Iterable[OwnedBox], flats: Mapping[str, Tensor]) -> None:
-        """Fill a shard's flat states with what is stored of its boxes."""
-        self.read_into([(box, state, flats[state]) for state in STATES for box in owned])
+    def parts_of(self, wanted: Iterable[Wanted]) -> Parts:
+        """The blocks that hold what is wanted, and where it goes."""
+        return parts_by_block(wanted, self._by_name, self.manifest.block_size)
 
-    def read_into(self, wanted: Iterable[tuple[OwnedBox, str, Tensor]]) -> None:
-        """Fill (box, state, flat tensor) one file after the other, in file order, every byte checked. Raises CheckpointError."""
-        work: dict[str, list[tuple[StoredBox, Box, OwnedBox, Tensor]]] = defaultdict(list)
-        for owned, state, flat in wanted:
-            for stored in self._by_name[state, owned.name]:
-                part = stored.box.intersect(owned.box)
-                if part is not None:
-                    work[stored.file].append((stored, part, owned, flat))
-        files = {stored.name: stored for stored in self.manifest.files}
-        for name in sorted(work):
-            with CheckedFile(self.folder, files[name], self.manifest.block_size) as file:
-                for stored, part, owned, flat in sorted(work[name], key=lambda item: item[0].start):
-                    _copy_part(file, stored, part, view_of(flat, owned, part))
-                self.bytes_read += file.bytes_read
+    def read_into(self, wanted: Iterable[Wanted]) -> None:
+        """Fill (box, state, flat tensor), file by file and block by block, every byte checked. Raises CheckpointError."""
+        parts = self.parts_of(wanted)
+        with BlockReader(self.folder, self.manifest) as reader:
+            for name, block in sorted(parts):
+                reader.read(name, block, parts[name, block])
 
     def _check_coverage(self) -> None:
         """Every state holds every element of every parameter, in its type: sizes add up and no two boxes overlap."""
@@ -92,7 +75,7 @@ class StoredCheckpoint:
             whole = Box((0,) * len(parameter.shape), tuple(parameter.shape))
             for state in STATES:
                 boxes = self._by_name[state, name]
-                if any(b.box.intersect(whole) != b.box or b.dtype != parameter.dtype for b in boxes):
+                if any(not b.box.within(whole) or b.dtype != parameter.dtype for b in boxes):
                     problems.append(f"{state}/{name}: a part lies outside of {list(whole.sizes)}, or is not {parameter.dtype}")
                 elif sum(b.box.numel for b in boxes) != whole.numel or _overlap(boxes):
                     problems.append(f"{state}/{name}: parts of {sum(b.box.numel for b in boxes)} of {whole.numel} elements")
@@ -114,23 +97,48 @@ def _overlap(boxes: list[StoredBox]) -> bool:
     return False
 
 
-def _copy_part(file: CheckedFile, stored: StoredBox, part: Box, target: Tensor) -> None:
-    """Read the rows of a stored box that `part` touches, and copy its columns to `target`."""
-    dtype = DTYPES[stored.dtype]
-    row_elements = stored.box.numel // stored.box.sizes[0]
-    first_row = part.offsets[0] - stored.box.offsets[0]
-    begin = stored.start + first_row * row_elements * dtype.itemsize
-    whole_rows = part.sizes[1:] == stored.box.sizes[1:]
-    values_dtype = torch.float64 if stored.dtype == "F64" else torch.float32
-    if whole_rows and target.device.type == "cpu" and target.is_contiguous() and target.dtype == values_dtype:
-        file.read_into(begin, target.numpy().reshape(-1).view(np.uint8))
-        return
-    rows_at_once = max(1, (64 << 20) // max(1, row_elements * dtype.itemsize))
-    for row in range(0, part.sizes[0], rows_at_once):
-        rows = min(rows_at_once, part.sizes[0] - row)
-        data = file.read(begin + row * row_elements * dtype.itemsize, rows * row_elements * dtype.itemsize)
-        values = torch.from_numpy(data.view(dtype)).view(rows, *stored.box.sizes[1:])
-        if not whole_rows:
-            column = part.offsets[1] - stored.box.offsets[1]
-            values = values[:, column : column + part.sizes[1]]
-        target[row : row + rows].copy_(values)
+class BlockReader:
+    """Reads blocks of a checkpoint's files, one file open at a time; only what passed its check gets anywhere."""
+
+    def __init__(self, folder: Path, manifest: Manifest):
+        self._folder, self._files = folder, {stored.name: stored for stored in manifest.files}
+        self._block_size = manifest.block_size
+        self._open: CheckedFile | None = None
+        self._scratch: Tensor | None = None
+        self.bytes_read = 0
+
+    def __enter__(self) -> BlockReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._open is not None:
+            self.bytes_read += self._open.bytes_read
+            self._open.close()
+            self._open = None
+
+    def read(self, name: str, block: int, parts: Sequence[Part], buffer: Tensor | None = None) -> Tensor:
+        """Read one block and place its parts; returns its bytes, in `buffer` (uint8) when that is given. Raises CheckpointError."""
+        file = self._file(name)
+        begin, size = block * self._block_size, file.size_of(block)
+        direct = parts[0].direct(begin, size) if len(parts) == 1 else None
+        if direct is not None:
+            file.read_block(block, direct.numpy())
+            return direct
+        if buffer is None:
+            if self._scratch is None:
+                self._scratch = torch.empty(self._block_size, dtype=torch.uint8)
+            buffer = self._scratch
+        data = buffer[:size]
+        file.read_block(block, data.numpy())
+        for part in parts:
+            part.place(begin, data)
+        return data
+
+    def _file(self, name: str) -> CheckedFile:
+        if self._open is None or self._open.stored.name != name:
+            self.close()
+            self._open = CheckedFile(self._folder, self._files[name], self._block_size)
+        return self._open

@@ -61,7 +61,7 @@ class Manifest(Section):
     rng: dict[str, Any]
     versions: dict[str, str]
     parameters: dict[str, StoredParameter]
-    block_size: Annotated[int, Field(ge=4096, le=1 << 30)]
+    block_size: Annotated[int, Field(ge=4096, le=1 << 30, multiple_of=64)]
     files: list[StoredFile]
     elements: PositiveInt  # of one state, for the check that nothing is missing
 

@@ -57,15 +57,24 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def write_checkpoint(
-    checkpoints: Path, exchange: Exchange, shard: Shard, flats: Mapping[str, Tensor], content: dict[str, Any], fail_point: FailPoint
+    checkpoints: Path,
+    leads: bool,
+    exchange: Exchange,
+    shard: Shard,
+    flats: Mapping[str, Tensor],
+    content: dict[str, Any],
+    fail_point: FailPoint,
 ) -> Path:
     """Write and commit a checkpoint together with all ranks; `content` are the manifest's fields that are known beforehand.
 
-    Runs in the training thread or in one of its own. Raises CheckpointError, the same on every rank; then nothing is left behind.
+    leads: this rank creates and commits the folder; of the ranks that see the same `checkpoints`, one does. All manifests are
+    alike, whatever the number of places. Runs in the training thread or in one of its own. Raises CheckpointError, the same on
+    every rank; then nothing is left behind.
     """
-    folder = checkpoints / exchange.on_first(lambda: _new_folder(checkpoints, content["step"]))
+    content = exchange.broadcast({**content, "attempt": secrets.token_hex(4)})
+    folder = checkpoints / f".{folder_name(content['step'])}.{content['attempt']}"
     try:
-        content = {**content, "attempt": folder.name.rpartition(".")[2]}
+        exchange.together(lambda: folder.mkdir(parents=True) if leads else None)
         fail_point("save.folder_created")
         record = _write_part(folder, exchange, shard, flats, content, fail_point)
         records = exchange.all_gather(record)
@@ -73,19 +82,13 @@ def write_checkpoint(
         problems = {rank: r["problem"] for rank, r in enumerate(records) if "problem" in r}
         if problems:
             raise CheckpointError(f"step {content['step']} is not saved: {join_problems(problems, exchange.size)}")
-        name = exchange.on_first(lambda: _commit(folder, records, content, fail_point))
+        exchange.together(lambda: _commit(folder, records, content, fail_point) if leads else None)
         fail_point("save.committed")
-        return checkpoints / name
+        return checkpoints / folder_name(content["step"])
     except CheckpointError:
-        if exchange.rank == 0:
+        if leads:
             shutil.rmtree(folder, ignore_errors=True)
         raise
-
-
-def _new_folder(checkpoints: Path, step: int) -> str:
-    folder = checkpoints / f".{folder_name(step)}.{secrets.token_hex(4)}"
-    folder.mkdir(parents=True)
-    return folder.name
 
 
 def _write_part(folder: Path, exchange: Exchange, shard: Shard, flats, content: dict, fail_point: FailPoint) -> dict:

@@ -1,0 +1,77 @@
+"""What a checkpoint says of the run that wrote it, and whether the present run may go on from there."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import megatron_completep
+from megatron_completep.completep import Table
+from megatron_completep.config.schema import Config
+from megatron_completep.parallel.context import ParallelContext
+from megatron_completep.training.checkpoint.compare import Difference, table_of
+from megatron_completep.training.checkpoint.manifest import Manifest
+from megatron_completep.training.checkpoint.save import jsonable
+
+
+def identity_for(config: Config, table: Table, fingerprints: Mapping[str, Any], parameters: Mapping[str, Mapping]) -> dict[str, Any]:
+    """What is compared at resume, of the present run."""
+    value = {
+        "model": config.model.model_dump(mode="json"),
+        "table": describe_table(table),
+        "data": config.data.model_dump(mode="json"),
+        "fingerprints": dict(fingerprints),
+        "parameters": {name: [p["role"], p["width_ratio"], p["shape"]] for name, p in parameters.items()},
+    }
+    return jsonable(value)
+
+
+def identity_of(manifest: Manifest) -> dict[str, Any]:
+    """The same, as a checkpoint holds it."""
+    return {
+        "model": manifest.config.get("model", {}),
+        "table": manifest.table,
+        "data": manifest.config.get("data", {}),
+        "fingerprints": manifest.fingerprints,
+        "parameters": {name: [p.role, p.width_ratio, p.shape] for name, p in manifest.parameters.items()},
+    }
+
+
+def describe_table(table: Table) -> dict[str, Any]:
+    """The parameterization as plain values: what was configured, and what follows from it for the forward pass."""
+    values = {field.name: getattr(table, field.name) for field in fields(table) if field.name != "own_factors"}
+    values |= {name: getattr(table, name) for name in ("residual_multiplier", "logit_multiplier")}
+    own = {role: factors.model_dump() for role, factors in table.own_factors.items()}
+    return {**values, "own_factors": own}
+
+
+def describe_layout(config: Config, context: ParallelContext) -> dict[str, int]:
+    """Ranks along each axis, for whoever looks at the checkpoint; nothing that reads it needs them."""
+    axes = {axis.name: axis.size for axis in (context.tensor, context.pipeline, context.data)}
+    return {**axes, "world": context.world_size, "virtual": config.parallel.virtual_pipeline_size}
+
+
+def versions() -> dict[str, str]:
+    """Of what wrote the checkpoint."""
+    return {
+        "megatron_completep": megatron_completep.__version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+    }
+
+
+def refusal(folder: Path, found: list[Difference]) -> str:
+    """The message for a run whose settings are not the checkpoint's."""
+    shown = found[:40]
+    more = f"\n  ... and {len(found) - len(shown)} more" if len(found) > len(shown) else ""
+    patterns = sorted({d.path for d in found if not d.path.startswith("parameters.")})
+    remedy = f"checkpoint.allow_changed={patterns[:8]}" if patterns else "a model with these parameters"
+    return (
+        f"{folder} was trained with other settings:\n{table_of(shown)}{more}\n"
+        f"Continue with the checkpoint's settings, start in another training.output_dir, or, if the change is meant: {remedy}."
+    )

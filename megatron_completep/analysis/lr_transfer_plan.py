@@ -13,7 +13,7 @@ from megatron_completep.analysis.fits import parabola_optimum
 from megatron_completep.analysis.lr_transfer import Curve, curves_of
 from megatron_completep.analysis.plan import describe
 from megatron_completep.analysis.report import write_whole
-from megatron_completep.analysis.trial import PARAMETERIZATIONS, change, with_base
+from megatron_completep.analysis.trial import PARAMETERIZATIONS, change, stretch, with_base
 from megatron_completep.config.derived import head_dim, tokens_per_step
 from megatron_completep.config.schema import Config
 from megatron_completep.config.yaml_text import dump_yaml
@@ -74,7 +74,7 @@ def _is_of(point: sweep.Point, curve: Curve) -> bool:
 
 
 def transferred(proxy: Config, target: Config, base_lr: float, curve: Curve, scale_batch: bool) -> Config:
-    """The target with the proxy's shape as its base and the proxy's base values."""
+    """The target with the proxy's shape as its base, the proxy's base values, and its own factors by role and name."""
     proxy = with_base(proxy)
     base = {
         "base_hidden_size": proxy.completep.base_hidden_size,
@@ -92,6 +92,7 @@ def transferred(proxy: Config, target: Config, base_lr: float, curve: Curve, sca
         "base_init_std": curve.base_init_std,
         "base_eps": proxy.optimizer.base_eps,
         "betas": proxy.optimizer.betas,
+        "overrides": stretch(proxy.optimizer.overrides, proxy.model.num_layers, target.model.num_layers),
     }
     return change(target, completep=base, optimizer=values)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +12,7 @@ from torch import nn
 from megatron_completep.completep import Table, table_for
 from megatron_completep.config import check_config
 from megatron_completep.config.derived import head_dim, num_query_groups, tokens_per_step, total_tokens
-from megatron_completep.config.schema import CompletePConfig, Config, ModelConfig
+from megatron_completep.config.schema import CompletePConfig, Config, ModelConfig, OverrideConfig
 from megatron_completep.data.loader import Batch
 from megatron_completep.errors import ConfigError
 from megatron_completep.optim.distributed_adamw import DistributedAdamW
@@ -65,8 +66,25 @@ def with_base(config: Config) -> Config:
     return change(config, completep=values)
 
 
+def stretch(overrides: Sequence[OverrideConfig], num_layers: int, target_layers: int) -> list[OverrideConfig]:
+    """A user's own factors at another depth: what was found for layer k of L holds for the target's layers from k / L of its depth to
+    (k + 1) / L; patterns that name no single layer stay as they are. Factors multiply the table, so they are the same at every size
+    (Complete(d)P, arXiv 2512.22382, transfers its per-module and per-depth multipliers in this way)."""
+    found = []
+    for override in overrides:
+        named = re.match(r"layers\.(\d+)\.", override.pattern)
+        if named is None or num_layers == target_layers:
+            found.append(override)
+            continue
+        rest = override.pattern[named.end() :]
+        layers = [layer for layer in range(target_layers) if layer * num_layers // target_layers == int(named[1])]
+        found += [override.model_copy(update={"pattern": f"layers.{layer}.{rest}"}) for layer in layers]
+    return found
+
+
 def reshape(config: Config, hidden_size: int | None = None, num_layers: int | None = None) -> Config:
-    """The same model at another width or depth: heads of the same size, the same ratio of ffn_hidden_size, the same base.
+    """The same model at another width or depth: heads of the same size, the same ratio of ffn_hidden_size, the same base, and
+    optimizer.overrides of single layers stretched over the depth.
 
     Raises ConfigError for a width that does not divide into whole heads.
     """
@@ -81,7 +99,7 @@ def reshape(config: Config, hidden_size: int | None = None, num_layers: int | No
     groups = max(1, round(num_query_groups(model) * width / model.hidden_size))
     while heads % groups:
         groups -= 1
-    shape = {
+    shape: dict[str, Any] = {
         "hidden_size": width,
         "num_layers": num_layers or model.num_layers,
         "num_attention_heads": heads,
@@ -90,7 +108,8 @@ def reshape(config: Config, hidden_size: int | None = None, num_layers: int | No
         "ffn_hidden_size": max(1, round(model.ffn_hidden_size * width / model.hidden_size)),
         "attention_backend": "sdpa",
     }
-    return change(config, model=shape, parallel={"pipeline_split": None})
+    overrides = stretch(config.optimizer.overrides, model.num_layers, shape["num_layers"])
+    return change(config, model=shape, parallel={"pipeline_split": None}, optimizer={"overrides": overrides})
 
 
 def under(config: Config, parameterization: str) -> Config:

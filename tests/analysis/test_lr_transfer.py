@@ -8,6 +8,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -142,9 +143,9 @@ def test_a_shape_is_compared_with_the_shallowest_under_the_same_rule_at_one_lear
 # --- a sweep's folder, with results written by hand ----------------------------------------------------------------------
 
 
-def written_sweep(folder: Path, tmp_path: Path) -> list[sweep.Point]:
+def written_sweep(folder: Path, tmp_path: Path, **sections: dict[str, Any]) -> list[sweep.Point]:
     """A finished sweep over two depths: optimum at 2^-7 under CompleteP, moving under muP."""
-    config = small_config(tmp_path, training={"train_steps": 50})
+    config = small_config(tmp_path, training={"train_steps": 50}, **sections)
     grid = sweep.Grid([2.0**x for x in (-9, -8, -7, -6, -5)], (2, 8), (), ("completep", "mup"), (0.1,), (), (), 2)
     sweep.save_grid(grid, config, folder)
     points = grid.points(config)
@@ -197,6 +198,20 @@ def test_a_plan_carries_the_proxys_best_values_and_shape_to_the_target(tmp_path:
     value = table.values(Role.HIDDEN_WEIGHT, 4.0, written.optimizer)
     assert f"{value.lr:.5g}" in path.read_text().split("\nmodel:")[0]
     assert not any("warning" in line for line in said)
+
+
+def test_a_plan_carries_a_users_own_factors_by_role_and_by_relative_depth(tmp_path: Path):
+    folder, path = tmp_path / "sweep", tmp_path / "target.yaml"
+    own = {"completep": {"factors": {"embedding": {"lr": 4.0}}}}
+    own["optimizer"] = {"overrides": [{"pattern": "layers.1.*", "lr": 2.0}, {"pattern": "*.mlp.*", "weight_decay": 0.5}]}
+    written_sweep(folder, tmp_path, **own)
+    plan(folder, small_config(tmp_path, model={"num_layers": 6}), path)
+    written = load_config(path)
+    assert written.completep.factors["embedding"].lr == 4.0
+    assert [(o.pattern, o.lr) for o in written.optimizer.overrides] == [
+        *((f"layers.{layer}.*", 2.0) for layer in (3, 4, 5)),
+        ("*.mlp.*", 1.0),
+    ]
 
 
 def test_a_plan_scales_batch_and_duration_where_it_is_asked_to(tmp_path: Path):

@@ -10,17 +10,17 @@ import argparse
 
 from megatron_completep.completep import table_for
 from megatron_completep.config import Config, check_world, load_config
-from megatron_completep.config.derived import tokens_per_step
+from megatron_completep.config.derived import tokens_per_step, total_tokens
 from megatron_completep.errors import exit_on_user_error
 from megatron_completep.optim.distributed_adamw import DistributedAdamW
 from megatron_completep.parallel.context import Launch, ParallelContext
 from megatron_completep.training import build
 from megatron_completep.training.checkpoint import Checkpointer, FailPoint, no_fail_point
 from megatron_completep.training.guards import Guard
-from megatron_completep.training.hooks import StopSignals
 from megatron_completep.training.loop import train
 from megatron_completep.training.metrics import say_on_stdout
 from megatron_completep.training.precision import choose_precision, use_threads
+from megatron_completep.training.signals import StopSignals
 from megatron_completep.training.state import ExitCode, RunState
 from megatron_completep.training.step import TrainingStep
 
@@ -40,7 +40,7 @@ def pretrain(config: Config, fail_point: FailPoint = no_fail_point) -> ExitCode:
     precision = choose_precision(config.training.precision, context.device)
 
     batch_tokens = tokens_per_step(config)
-    table = table_for(config.model, config.completep, batch_tokens, batch_tokens * config.training.train_steps)
+    table = table_for(config.model, config.completep, batch_tokens, total_tokens(config))
     model = build.build_model(config, table, context, precision)
     optimizer = DistributedAdamW(model, table, config.optimizer, context, config.parallel, precision)
     step = TrainingStep(config, context, model, optimizer)
@@ -49,13 +49,16 @@ def pretrain(config: Config, fail_point: FailPoint = no_fail_point) -> ExitCode:
     checkpointer = Checkpointer(config, context, optimizer, table, {"data": loader.fingerprint()}, say, fail_point)
     state = checkpointer.load_latest() or RunState()
     guard.note_start(state.step)
-    loader.seek(state.consumed_samples)
+    rollbacks = guard.rollbacks(checkpointer)
 
     say(build.describe_run(config, context, precision, threads, model))
     if state.step:
         say(f"resumed after step {state.step}")
-    hooks = guard.hooks(step) + build.default_hooks(config, context, step, validation, checkpointer, state, precision, say)
-    code = train(config.training, context, step, loader, state, hooks, StopSignals(say, config.training.exit_after_minutes))
+    hooks = guard.hooks(step, state, rollbacks) + build.default_hooks(
+        config, context, step, validation, checkpointer, state, precision, say
+    )
+    signals = StopSignals(say, config.training.exit_after_minutes)
+    code = train(config, context, step, loader, state, hooks, signals, rollbacks)
     guard.close()
     context.close()
     return code

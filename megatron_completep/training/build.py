@@ -25,10 +25,11 @@ from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.cross_entropy import LossConfig
 from megatron_completep.parallel.gradients import choose_fused_accumulation
 from megatron_completep.training.hooks import Checkpoints, Hook, Metrics, Validation
-from megatron_completep.training.metrics import Sink, open_sinks
+from megatron_completep.training.metrics import open_sinks
 from megatron_completep.training.state import Checkpointer, RunState
 from megatron_completep.training.step import TrainingStep
 from megatron_completep.training.telemetry import Telemetry, read_reference
+from megatron_completep.training.trackers import Sink
 
 Say = Callable[[str], None]
 
@@ -113,7 +114,6 @@ def default_hooks(
         hooks.append(Validation(step, validation, training.validation_interval, training.train_steps, say))
     if config.logging.parameterization_interval is not None:
         hooks.append(build_telemetry(config, context, step, config.logging.parameterization_interval, say))
-
 
     def open_at(step: int) -> list[Sink]:
         return open_sinks(config, step, say) if context.is_first else []

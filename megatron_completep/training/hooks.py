@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -40,8 +36,14 @@ class Hook:
         """Whether this hook must see the step before the next one starts (the loop then waits for the device)."""
         return False
 
+    def before_step(self, step: int) -> None:
+        """Called before step number `step` is launched."""
+
     def after_step(self, record: StepRecord) -> None:
-        """Called once for every step, in order."""
+        """Called once for every step, in order. May raise `GoBack`, on all ranks after the same step."""
+
+    def rewind(self, state: RunState) -> None:
+        """The run went back to `state`; what was heard of later steps does not count."""
 
     def finish(self, state: RunState) -> None:
         """The run ends as it should: done, or asked to stop."""
@@ -71,8 +73,11 @@ class Validation(Hook):
 class Metrics(Hook):
     """Turns records into rows and hands them to the sinks (on the rank that speaks; the others have none)."""
 
-    def __init__(self, config: Config, context: ParallelContext, device_name: str, dtype: Any, sinks: Sequence[Sink]):
-        self._config, self._context, self._sinks = config, context, sinks
+    def __init__(
+        self, config: Config, context: ParallelContext, device_name: str, dtype: Any, open_at: Callable[[int], Sequence[Sink]], step: int
+    ):
+        """open_at: opens the sinks for rows from the step after the one it is given, which is `step` now."""
+        self._config, self._context, self._open_at, self._sinks = config, context, open_at, open_at(step)
         self._flops_per_token = training_flops_per_token(config.model)
         peak = peak_flops(device_name, dtype)
         self._peak = peak * context.world_size if peak else None
@@ -89,9 +94,11 @@ class Metrics(Hook):
             "step": state.step,
             "loss": figures.loss,
             **record.added,
+            **({"passed_over": True} if figures.passed_over else {}),
             "lr": learning_rate(state.step, self._config.optimizer, self._config.training.train_steps),
             "grad_norm": figures.grad_norm,
             "skipped": figures.skipped,
+            "consumed_samples": state.consumed_samples,
             "tokens": state.tokens,
             "tokens_per_second": tokens_per_second,
             "mfu": tokens_per_second * self._flops_per_token / self._peak if self._peak else None,
@@ -99,6 +106,10 @@ class Metrics(Hook):
             "data_wait_seconds": record.data_wait_seconds,
             "memory_bytes": memory_bytes(self._context.device),
         }
+
+    def rewind(self, state: RunState) -> None:
+        self.close()
+        self._sinks = self._open_at(state.step)
 
     def close(self) -> None:
         for sink in self._sinks:
@@ -122,60 +133,12 @@ class Checkpoints(Hook):
         self._checkpointer.save(state)
         self._saved_step = state.step
 
+    def rewind(self, state: RunState) -> None:
+        self._saved_step = state.step
+
     def finish(self, state: RunState) -> None:
         if state.step != self._saved_step:
             self._save(state)
 
     def close(self) -> None:
         self._checkpointer.close()
-
-
-class StopSignals:
-    """SIGTERM, SIGINT and SIGUSR1 ask for a stop between two steps; a second one ends the process at once, with 128 + its number.
-
-    torchrun forwards the signal that a terminal has already sent to the whole process group: what follows within GRACE seconds of
-    the first is taken for its echo. `exit_after_minutes` asks for a stop by itself, that long after the start. A thread hears the
-    signals: while the main thread waits for another rank inside a collective, Python calls no handler.
-    """
-
-    GRACE = 2.0
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
-    def __init__(self, say: Callable[[str], None], exit_after_minutes: float | None = None):
-        self._say, self._asked_at = say, 0.0
-        self._leave_at = time.monotonic() + 60 * exit_after_minutes if exit_after_minutes else float("inf")
-        self._before: dict[int, Any] = {}
-
-    @property
-    def asked(self) -> bool:
-        return self._asked_at > 0 or time.monotonic() > self._leave_at
-
-    def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():
-            self._reading, self._writing = socket.socketpair()
-            self._writing.setblocking(False)
-            threading.Thread(target=self._listen, args=(self._reading,), name="signals", daemon=True).start()
-            signal.set_wakeup_fd(self._writing.fileno(), warn_on_full_buffer=False)
-            self._before = {number: signal.signal(number, lambda number, frame: None) for number in self.SIGNALS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._before:
-            signal.set_wakeup_fd(-1)
-            self._writing.close()  # ends the thread
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _listen(self, reading: socket.socket) -> None:
-        with reading:
-            while received := reading.recv(1):
-                if received[0] in self.SIGNALS:
-                    self._hear(signal.Signals(received[0]))
-
-    def _hear(self, number: signal.Signals) -> None:
-        now = time.monotonic()
-        if self._asked_at == 0:
-            self._asked_at = now
-            self._say(f"{number.name}: saving after this step, then leaving; once more leaves at once")
-        elif now - self._asked_at > self.GRACE:
-            os._exit(128 + number)

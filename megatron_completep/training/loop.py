@@ -5,13 +5,27 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from megatron_completep.config.schema import TrainingConfig
+from megatron_completep.config.derived import batch_size, is_skipped
+from megatron_completep.config.schema import Config
 from megatron_completep.data.loader import Loader
 from megatron_completep.parallel.context import ParallelContext
-from megatron_completep.training.hooks import Hook, StepRecord, StopSignals
-from megatron_completep.training.state import ExitCode, RunState
+from megatron_completep.training.guards.rollback import Rollbacks
+from megatron_completep.training.hooks import Hook, StepRecord
+from megatron_completep.training.signals import StopSignals
+from megatron_completep.training.state import ExitCode, GoBack, RunState
 from megatron_completep.training.step import PendingFigures, TrainingStep
+
+
+@dataclass(frozen=True)
+class UnderWay:
+    """A step that the device may still be working on."""
+
+    before: RunState  # before the step; where its data began
+    after: RunState
+    figures: PendingFigures
+    data_wait_seconds: float
 
 
 class Readback:
@@ -19,21 +33,27 @@ class Readback:
 
     def __init__(self, depth: int):
         self._depth = depth
-        self._pending: deque[tuple[RunState, PendingFigures, int, float]] = deque()
+        self._pending: deque[UnderWay] = deque()
         self._finished_at = time.perf_counter()
 
-    def push(self, state: RunState, figures: PendingFigures, samples: int, data_wait_seconds: float) -> None:
-        self._pending.append((state, figures, samples, data_wait_seconds))
+    def push(self, step: UnderWay) -> None:
+        self._pending.append(step)
 
     def take(self, everything: bool) -> list[StepRecord]:
         """The records of the steps that are done: all but the newest, or all of them, waiting for the device."""
         records = []
         while len(self._pending) > (0 if everything else self._depth):
-            state, pending, samples, waited = self._pending.popleft()
-            figures, now = pending.read(), time.perf_counter()
-            records.append(StepRecord(state, figures, samples, now - self._finished_at, waited))
+            step = self._pending.popleft()
+            figures, now = step.figures.read(), time.perf_counter()
+            samples = step.after.consumed_samples - step.before.consumed_samples
+            records.append(StepRecord(step.after, figures, samples, now - self._finished_at, step.data_wait_seconds))
             self._finished_at = now
         return records
+
+    def forget(self) -> None:
+        """What is under way does not count."""
+        self._pending.clear()
+        self.restart_clock()
 
     def restart_clock(self) -> None:
         """Leave out of the next step's time what happened since the last one."""
@@ -41,38 +61,40 @@ class Readback:
 
 
 def train(
-    training: TrainingConfig,
+    config: Config,
     context: ParallelContext,
     step: TrainingStep,
     loader: Loader,
     state: RunState,
     hooks: Sequence[Hook],
     signals: StopSignals,
+    rollbacks: Rollbacks,
 ) -> ExitCode:
     """Run from `state` to the last step, or to `training.stop_at_step`; REQUEUE when asked to stop before it.
 
     All ranks leave after the same step, with the run saved.
     """
-    last = min(training.train_steps, training.stop_at_step or training.train_steps)
+    last = min(config.training.train_steps, config.training.stop_at_step or config.training.train_steps)
     readback = Readback(depth=1 if context.device.type == "cuda" else 0)
     stop = False
     try:
         with signals:
             while state.step < last and not stop:
-                batches = loader.next_step()
-                figures = step.run(batches, state.step + 1, signals.asked)
-                state = state.after_step(loader.global_batch_size, batches[0].tokens.shape[1])
-                readback.push(state, figures, loader.global_batch_size, loader.wait_seconds)
+                for hook in hooks:
+                    hook.before_step(state.step + 1)
+                launched = launch(config, step, loader, rollbacks.past(state), signals)
+                readback.push(launched)
+                state = launched.after
                 due = state.step == last or any(hook.due(state.step) for hook in hooks)
-                for record in readback.take(everything=due):
-                    stop = stop or record.figures.stop
+                try:
+                    stop = tell(hooks, readback, everything=due)
+                except GoBack as back:
+                    state = back.state
+                    readback.forget()
                     for hook in hooks:
-                        hook.after_step(record)
+                        hook.rewind(state)
                 if due:
                     readback.restart_clock()
-            for record in readback.take(everything=True):
-                for hook in hooks:
-                    hook.after_step(record)
             for hook in hooks:
                 hook.finish(state)
     finally:
@@ -80,3 +102,28 @@ def train(
             hook.close()
         loader.close()
     return ExitCode.DONE if state.step >= last else ExitCode.REQUEUE
+
+
+def launch(config: Config, step: TrainingStep, loader: Loader, state: RunState, signals: StopSignals) -> UnderWay:
+    """Start the step after `state`, on the data from there on."""
+    number, training = state.step + 1, config.training
+    samples = batch_size(training, number)
+    if is_skipped(training, number):
+        figures = step.pass_over(signals.asked)
+    else:
+        if loader.consumed_samples != state.consumed_samples:
+            loader.seek(state.consumed_samples)
+        figures = step.run(loader.next_step(samples), number, signals.asked)
+    return UnderWay(state, state.after_step(samples, config.model.seq_length), figures, loader.wait_seconds)
+
+
+def tell(hooks: Sequence[Hook], readback: Readback, everything: bool) -> bool:
+    """Let the hooks hear of the steps that are done; of all of them where some rank was asked to stop, which is returned."""
+    records = readback.take(everything)
+    stop = any(record.figures.stop for record in records)
+    if stop:
+        records += readback.take(everything=True)
+    for record in records:
+        for hook in hooks:
+            hook.after_step(record)
+    return stop

@@ -16,6 +16,8 @@ import torch
 from megatron_completep.config.schema import Config
 from megatron_completep.training.trackers import Row, Sink, open_trackers
 
+METRICS = "metrics.jsonl"
+
 
 class MetricsFile:
     """`metrics.jsonl`: one object a step, floats at full precision (they read back bit for bit), not-finite ones as null.
@@ -147,5 +149,5 @@ def say_on_stdout(text: str) -> None:
 
 def open_sinks(config: Config, last_step: int, say: Callable[[str], None]) -> list[Sink]:
     """Everything that rows go to; `last_step` is the step that the run goes on from."""
-    file = MetricsFile(Path(config.training.output_dir) / "metrics.jsonl", last_step, say)
+    file = MetricsFile(Path(config.training.output_dir) / METRICS, last_step, say)
     return [file, *open_trackers(config, last_step, say), ConsoleLines(config.logging.interval, config.training.train_steps, say)]

@@ -39,6 +39,12 @@ class Checkpointer(Protocol):
     def load_latest(self) -> RunState | None:
         """Put the newest whole checkpoint into model and optimizer and return its state; None where there is none."""
 
+    def settled_steps(self) -> list[int]:
+        """Wait for the save under way; the steps of the checkpoints that there are, lowest first."""
+
+    def go_back(self, step: int) -> RunState:
+        """Remove the checkpoints after `step` and put that one into model and optimizer."""
+
     def close(self) -> None:
         """Wait until everything handed to `save` is written, or has failed."""
 
@@ -51,6 +57,12 @@ class NoCheckpoints:
 
     def load_latest(self) -> RunState | None:
         return None
+
+    def settled_steps(self) -> list[int]:
+        return []
+
+    def go_back(self, step: int) -> RunState:
+        raise AssertionError(f"no checkpoint of step {step}")
 
     def close(self) -> None:
         pass
@@ -66,6 +78,7 @@ class ExitCode(IntEnum):
     HUNG = 77  # the watchdog ended a run in which no step came
     NO_PROGRESS = 78  # restart after restart found the same step
     REPLICAS_DIFFER = 79  # ranks that must hold equal weights do not
+    SPIKES = 80  # the loss spiked again after the last rollback that is allowed
 
 
 class RunStopped(UserError):
@@ -74,3 +87,11 @@ class RunStopped(UserError):
     def __init__(self, message: str, code: ExitCode):
         super().__init__(message)
         self.exit_code = int(code)
+
+
+class GoBack(Exception):
+    """The run stands at an earlier `state` again, weights included: raised by a hook, on every rank after the same step."""
+
+    def __init__(self, state: RunState):
+        super().__init__(f"back to step {state.step}")
+        self.state = state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -33,14 +34,15 @@ class StepFigures:
     counted_tokens: int  # tokens whose loss counted
     skipped: bool  # a gradient was not finite; nothing was updated
     stop: bool  # some rank was asked to stop
+    passed_over: bool = False  # training.skip_steps: the data were read past, nothing was computed
 
 
 class PendingFigures:
     """The figures of a step under way. On a GPU they travel to page-locked memory behind the step's work; nobody waits until `read`."""
 
-    def __init__(self, figures: Tensor):
+    def __init__(self, figures: Tensor, passed_over: bool = False):
         self._event: torch.cuda.Event | None = None
-        self._host = figures
+        self._host, self._passed_over = figures, passed_over
         if figures.is_cuda:
             self._host = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=True)
             self._host.copy_(figures, non_blocking=True)
@@ -52,7 +54,7 @@ class PendingFigures:
         if self._event is not None:
             self._event.synchronize()
         loss, grad_norm, tokens, skipped, stop = self._host.tolist()
-        return StepFigures(loss, grad_norm, int(tokens), bool(skipped), bool(stop))
+        return StepFigures(loss, grad_norm, int(tokens), bool(skipped), bool(stop), self._passed_over)
 
 
 class TrainingStep:
@@ -82,8 +84,16 @@ class TrainingStep:
         rate = learning_rate(step, self.config.optimizer, self.config.training.train_steps)
         self.own_seconds = time.perf_counter() - started
         result = optimizer.step(rate, loss_sum, tokens)
-        asked = all_reduce(torch.full((), float(stop), device=device), self.context.world, dist.ReduceOp.MAX)
+        asked = self._any_rank(stop)
         return PendingFigures(torch.stack([f.double() for f in (result.loss, result.grad_norm, result.tokens, result.skipped, asked)]))
+
+    def pass_over(self, stop: bool = False) -> PendingFigures:
+        """A step of training.skip_steps: no loss, no update. Communicates over the whole mesh to agree on stopping, as `run`."""
+        nothing = torch.tensor([math.nan, math.nan, 0.0, 1.0], dtype=torch.float64, device=self.context.device)
+        return PendingFigures(torch.cat([nothing, self._any_rank(stop).double().view(1)]), passed_over=True)
+
+    def _any_rank(self, flag: bool) -> Tensor:
+        return all_reduce(torch.full((), float(flag), device=self.context.device), self.context.world, dist.ReduceOp.MAX)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> float:

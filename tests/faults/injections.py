@@ -37,6 +37,8 @@ def inject(fault: Fault) -> Callable[[str], None]:
             _flip_bit(fault)
         case "spike":
             _scale_weights(fault)
+        case "spike_once":
+            _scale_weights(fault, every_time=False)
     return lambda name: None
 
 
@@ -92,8 +94,9 @@ def _flip_bit(fault: Fault) -> None:
     hooks.replica_hashes = flipped
 
 
-def _scale_weights(fault: Fault) -> None:
-    """The weights jump, on all ranks."""
+def _scale_weights(fault: Fault, every_time: bool = True) -> None:
+    """The weights jump, on all ranks; not every_time: when the steps come for the first time only."""
+    coming = set(fault.steps)
 
     def scale(step: TrainingStep) -> None:
         step.optimizer.wait_for_parameters()
@@ -103,8 +106,9 @@ def _scale_weights(fault: Fault) -> None:
     original = TrainingStep.run
 
     def run(self: TrainingStep, batches: Any, step: int, *rest: Any) -> Any:
-        if step in fault.steps:
+        if step in (fault.steps if every_time else coming):
             scale(self)
+            coming.discard(step)
         return original(self, batches, step, *rest)
 
     TrainingStep.run = run  # type: ignore[method-assign]

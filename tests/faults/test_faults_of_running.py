@@ -153,6 +153,22 @@ def test_fault_17_a_loss_spike_is_reported_with_its_samples(config):
     assert "loss_spike" in (config.parent / "run" / "metrics.jsonl").read_text()
 
 
+def test_fault_17_after_a_loss_spike_all_ranks_go_back_and_leave_the_data_out(config, oracle):
+    overrides = ["guards.rollback_threshold=1"]
+    outcome = run(config, Fault("spike_once", -1, steps=(11,)), overrides=overrides)
+    assert outcome.exit_codes == [0, 0] and "went back from step 11 to step 9; samples 36-43 are left out" in outcome.output
+    after, undisturbed = losses(config), oracle[0]
+    assert [after[step] for step in range(1, 10)] == [undisturbed[step] for step in range(1, 10)] and after[10] != undisturbed[10]
+    assert max(after.values()) < undisturbed[1] + 1  # the weights of before the spike
+
+
+def test_fault_17_a_spike_that_comes_again_and_again_stops_the_run(config):
+    overrides = ["guards.rollback_threshold=1", "guards.max_rollbacks=2"]
+    outcome = run(config, Fault("spike", -1, steps=(11,)), overrides=overrides)
+    assert outcome.exit_codes == [80, 80] and "went back 2 times already" in outcome.output and "Traceback" not in outcome.output
+    assert steps_on_disk(config) == ["step_00000006", "step_00000009"]
+
+
 # --- ranks that hang, stop or lag -----------------------------------------------------------------------------------------------
 
 

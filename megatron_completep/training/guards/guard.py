@@ -13,8 +13,10 @@ from megatron_completep.training.guards.hooks import guard_hooks
 from megatron_completep.training.guards.lock import OutputLock
 from megatron_completep.training.guards.parent import leave_with_parent
 from megatron_completep.training.guards.restarts import note_start
+from megatron_completep.training.guards.rollback import Rollbacks
 from megatron_completep.training.guards.watchdog import Watchdog
 from megatron_completep.training.hooks import Hook
+from megatron_completep.training.state import Checkpointer, RunState
 from megatron_completep.training.step import TrainingStep
 
 
@@ -28,6 +30,7 @@ class Guard:
             leave_with_parent()
         self._lock = OutputLock(self.folder, config.guards.lock_wait_seconds) if context.is_first else None
         self._watchdog: Watchdog | None = None
+        self._exchange = Exchange(context, config.parallel.timeout_minutes)
 
     def note_start(self, step: int) -> None:
         """The run resumed at `step`. Raises RunStopped (on rank 0: the launcher ends the others) when restarts get nowhere."""
@@ -35,13 +38,16 @@ class Guard:
         if self.context.is_first:
             note_start(self.folder, self.launch.restart_count, step, limit)
 
-    def hooks(self, step: TrainingStep) -> list[Hook]:
-        """The guards that watch every step."""
-        guards, parallel = self.config.guards, self.config.parallel
+    def rollbacks(self, checkpointer: Checkpointer) -> Rollbacks:
+        """Returns to checkpoints, those of earlier starts in this folder included."""
+        return Rollbacks(self.config, self._exchange, checkpointer, self._say)
+
+    def hooks(self, step: TrainingStep, state: RunState, rollbacks: Rollbacks) -> list[Hook]:
+        """The guards that watch every step after `state`."""
+        guards = self.config.guards
         if guards.hang_timeout_minutes is not None:
             self._watchdog = Watchdog(self.context, self.folder, 60 * guards.hang_timeout_minutes, say_on_stderr)
-        exchange = Exchange(self.context, parallel.timeout_minutes)
-        return guard_hooks(self.config, self.context, step.optimizer, lambda: step.own_seconds, self._watchdog, exchange, self._say)
+        return guard_hooks(self.config, self.context, step, state, self._watchdog, rollbacks, self._exchange, self._say)
 
     def close(self) -> None:
         """The run is over: another may have the folder."""

@@ -6,8 +6,8 @@ import gc
 import math
 import platform
 import statistics
-from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 
 from megatron_completep.config.schema import Config, TrainingConfig
 from megatron_completep.data.loader import Layout
@@ -16,9 +16,13 @@ from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.gradients import main_grad_of
 from megatron_completep.training.checkpoint.exchange import Exchange
 from megatron_completep.training.guards.replicas import replica_hashes, who_differs
+from megatron_completep.training.guards.rollback import Rollbacks
+from megatron_completep.training.guards.spikes import LossSpikes
 from megatron_completep.training.guards.watchdog import Watchdog
 from megatron_completep.training.hooks import Hook, StepRecord
-from megatron_completep.training.state import ExitCode, RunStopped
+from megatron_completep.training.metrics import METRICS
+from megatron_completep.training.state import ExitCode, RunState, RunStopped
+from megatron_completep.training.step import TrainingStep
 
 Say = Callable[[str], None]
 
@@ -31,6 +35,9 @@ class Heartbeat(Hook):
 
     def after_step(self, record: StepRecord) -> None:
         self._watchdog.beat(record.state.step)
+
+    def rewind(self, state: RunState) -> None:
+        self._watchdog.beat(state.step)
 
     def close(self) -> None:
         self._watchdog.stop()
@@ -62,6 +69,8 @@ class SkippedSteps(Hook):
         self._in_a_row = 0
 
     def after_step(self, record: StepRecord) -> None:
+        if record.figures.passed_over:
+            return
         if not record.figures.skipped:
             self._in_a_row = 0
             return
@@ -80,6 +89,9 @@ class SkippedSteps(Hook):
                 ExitCode.NOT_FINITE,
             )
 
+    def rewind(self, state: RunState) -> None:
+        self._in_a_row = 0
+
     def own_samples(self, record: StepRecord) -> str:
         """Numbers within the run of the samples that this data rank read in the step."""
         first = record.state.consumed_samples - record.samples
@@ -95,31 +107,6 @@ def not_finite(optimizer: DistributedAdamW) -> list[str]:
 
 def describe(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more parameters"
-
-
-class LossSpikes(Hook):
-    """Says when the loss jumps above the median of the last steps, with the samples that were read."""
-
-    WINDOW, ENOUGH = 50, 10
-
-    def __init__(self, threshold: float, say: Say):
-        self._threshold, self._say = threshold, say
-        self._recent: deque[float] = deque(maxlen=self.WINDOW)
-
-    def after_step(self, record: StepRecord) -> None:
-        loss = record.figures.loss
-        if len(self._recent) >= self.ENOUGH:
-            median = statistics.median(self._recent)
-            if loss - median > self._threshold:
-                last = record.state.consumed_samples
-                record.added["loss_spike"] = loss - median
-                self._say(
-                    f"step {record.state.step}: loss {loss:.4f} is {loss - median:.2f} above the median of the last "
-                    f"{len(self._recent)} steps; samples {last - record.samples}-{last - 1}"
-                )
-                return  # not into the window: a plateau of spikes must not become the norm unnoticed
-        if math.isfinite(loss):
-            self._recent.append(loss)
 
 
 class Replicas(Hook):
@@ -169,22 +156,24 @@ class Stragglers(Hook):
 def guard_hooks(
     config: Config,
     context: ParallelContext,
-    optimizer: DistributedAdamW,
-    own_seconds: Callable[[], float],
+    step: TrainingStep,
+    state: RunState,
     watchdog: Watchdog | None,
+    rollbacks: Rollbacks,
     exchange: Exchange,
     say: Say,
 ) -> list[Hook]:
     """The guards that the configuration asks for. They go before all other hooks: what follows a bad step must not happen."""
-    guards = config.guards
+    guards, optimizer = config.guards, step.optimizer
     hooks: list[Hook] = [Heartbeat(watchdog)] if watchdog is not None else []
     hooks.append(SkippedSteps(optimizer, context, config.training, exchange, guards.max_skipped_steps, say))
     if guards.gc_interval is not None:
         hooks.append(GarbageCollection(guards.gc_interval))
-    if guards.spike_threshold is not None:
-        hooks.append(LossSpikes(guards.spike_threshold, say))
+    if guards.spike_threshold is not None or guards.rollback_threshold is not None:
+        metrics = Path(config.training.output_dir) / METRICS
+        hooks.append(LossSpikes(guards, rollbacks, exchange, metrics, state, say))
     if context.world_size > 1 and guards.replica_check_interval is not None:
         hooks.append(Replicas(optimizer, context, exchange, guards.replica_check_interval))
     if context.world_size > 1 and guards.straggler_interval is not None:
-        hooks.append(Stragglers(own_seconds, exchange, guards.straggler_interval, guards.straggler_ratio, say))
+        hooks.append(Stragglers(lambda: step.own_seconds, exchange, guards.straggler_interval, guards.straggler_ratio, say))
     return hooks

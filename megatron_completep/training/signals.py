@@ -1,0 +1,62 @@
+"""How a run is asked to stop: signals, and the time that it may take."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+class StopSignals:
+    """SIGTERM, SIGINT and SIGUSR1 ask for a stop between two steps; a second one ends the process at once, with 128 + its number.
+
+    torchrun forwards the signal that a terminal has already sent to the whole process group: what follows within GRACE seconds of
+    the first is taken for its echo. `exit_after_minutes` asks for a stop by itself, that long after the start. A thread hears the
+    signals: while the main thread waits for another rank inside a collective, Python calls no handler.
+    """
+
+    GRACE = 2.0
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self, say: Callable[[str], None], exit_after_minutes: float | None = None):
+        self._say, self._asked_at = say, 0.0
+        self._leave_at = time.monotonic() + 60 * exit_after_minutes if exit_after_minutes else float("inf")
+        self._before: dict[int, Any] = {}
+
+    @property
+    def asked(self) -> bool:
+        return self._asked_at > 0 or time.monotonic() > self._leave_at
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            self._reading, self._writing = socket.socketpair()
+            self._writing.setblocking(False)
+            threading.Thread(target=self._listen, args=(self._reading,), name="signals", daemon=True).start()
+            signal.set_wakeup_fd(self._writing.fileno(), warn_on_full_buffer=False)
+            self._before = {number: signal.signal(number, lambda number, frame: None) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before:
+            signal.set_wakeup_fd(-1)
+            self._writing.close()  # ends the thread
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _listen(self, reading: socket.socket) -> None:
+        with reading:
+            while received := reading.recv(1):
+                if received[0] in self.SIGNALS:
+                    self._hear(signal.Signals(received[0]))
+
+    def _hear(self, number: signal.Signals) -> None:
+        now = time.monotonic()
+        if self._asked_at == 0:
+            self._asked_at = now
+            self._say(f"{number.name}: saving after this step, then leaving; once more leaves at once")
+        elif now - self._asked_at > self.GRACE:
+            os._exit(128 + number)

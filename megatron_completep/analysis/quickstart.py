@@ -135,10 +135,11 @@ class Quickstart:
         report.section("A sample", f"After the prompt {PROMPT!r}, temperature {SAMPLING.temperature}, top-p {SAMPLING.top_p}:").code(sample)
         report.section("Time").table(["stage", "seconds"], [[title, f"{seconds:.1f}"] for title, seconds in self.seconds.items()])
         report.write_markdown(folder / "report.md")
+        report.write_html(folder / "report.html")
         self.say(
             f"\nvalidation loss {loss:.4f}: {below:.2f} nats below ln({config.model.vocab_size}) = {math.log(config.model.vocab_size):.3f}"
         )
-        self.say(f"{folder}/ holds report.md, loss.png, metrics.jsonl, tensorboard/ and checkpoints/")
+        self.say(f"{folder}/ holds report.html, report.md, loss.png, metrics.jsonl, tensorboard/ and checkpoints/")
         return below
 
 

@@ -249,8 +249,9 @@ def show(value: Any) -> str:
 
 
 def _html_cell(value: Any) -> str:
-    opening = '<td class="n">' if is_number(value) else "<td>"
-    return f"{opening}{html.escape(show(value))}</td>"
+    text = show(value)
+    kind = ' class="n"' if is_number(value) else ' class="short"' if len(text) < 28 else ""
+    return f"<td{kind}>{html.escape(text)}</td>"
 
 
 _STYLE = """
@@ -277,6 +278,7 @@ th { color: var(--soft); font-weight: 600; white-space: nowrap; }
 th, td { padding: 0.36rem 1.1rem 0.36rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 tbody tr:last-child td { border-bottom: none; }
 th.n, td.n { text-align: right; font-variant-numeric: tabular-nums; }
+td.short { white-space: nowrap; }
 pre { background: var(--back); border: 1px solid var(--line); border-radius: 8px; padding: 0.9rem 1rem; overflow-x: auto;
   font: 13px/1.5 ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace; white-space: pre-wrap; }
 figure { margin: 0.6rem 0; min-width: 0; }

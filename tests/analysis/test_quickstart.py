@@ -108,7 +108,7 @@ def test_the_whole_quickstart_leaves_what_it_promises(tmp_path: Path) -> None:
     assert first.returncode == 0, first.stdout + first.stderr
     assert "resumed after step 60" in first.stdout
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert {"report.md", "loss.png", "metrics.jsonl", "tensorboard", "checkpoints", "config.yaml"} <= names
+    assert {"report.html", "report.md", "loss.png", "metrics.jsonl", "tensorboard", "checkpoints", "config.yaml"} <= names
     rows = read(tmp_path / "run" / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 121))
     assert f"Validation loss {rows[-1]['validation_loss']:.4f}" in (tmp_path / "run" / "report.md").read_text()

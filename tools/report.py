@@ -1,0 +1,52 @@
+"""Compare runs in one HTML file that needs no other file and no network.
+
+Example:
+
+    python tools/report.py runs/proxy runs/quickstart --out runs/comparison.html
+
+RUN is a run's folder (training.output_dir) or its metrics.jsonl. The report shows loss by step, tokens, FLOPs and hours, gradient norm,
+learning rate, throughput, MFU, parameterization telemetry, and the settings that differ. Lines that a kill left torn, steps that came
+again and figures that a run does not have are noted in it. Exit code 2: a run cannot be read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from megatron_completep.analysis.run_comparison import compare, summarize
+from megatron_completep.analysis.run_files import differences, read_runs
+from megatron_completep.errors import UserError, exit_on_user_error
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or its metrics.jsonl")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the HTML file (default: report.html in the first run's folder)")
+    parser.add_argument("--title", default="", help="the report's title (default: the names of the runs)")
+    parser.add_argument("--json", action="store_true", help="print the summary as one JSON object; the log goes to stderr")
+    return parser.parse_args()
+
+
+def main() -> int | None:
+    arguments = parse_arguments()
+    runs = read_runs(arguments.runs)
+    first = arguments.runs[0]
+    out = arguments.out or (first if first.is_dir() else first.parent) / "report.html"
+    try:
+        compare(runs, arguments.title).write_html(out)
+    except OSError as error:
+        raise UserError(f"--out = {out} cannot be written: {error.strerror}. Name a file in a folder that exists.") from None
+    for run in runs:
+        for note in run.notes:
+            print(f"{run.name}: {note}", file=sys.stderr)
+    print(f"written: {out}", file=sys.stderr if arguments.json else sys.stdout)
+    if arguments.json:
+        print(json.dumps({"report": str(out), "runs": [summarize(run) for run in runs], "differences": differences(runs)}))
+    return 0
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -103,11 +103,11 @@ def main() -> int | None:
         )
         points = grid.points(config)
         sweep.save_grid(grid, config, arguments.out)
-        device = choose_device(config.training.device, 0).type
         if arguments.slurm is not None:
-            jobs = sweep.run_slurm(points, arguments.out, slurm_options(arguments.slurm), device)
+            jobs = sweep.run_slurm(points, arguments.out, slurm_options(arguments.slurm), config.training.device)
             say(f"{len(jobs)} jobs submitted; report when they are done")
         else:
+            device = choose_device(config.training.device, 0).type
             sweep.run_local(points, arguments.out, arguments.workers or sweep.default_workers(device), device, say)
         result = {"points": len(points), "missing": len(sweep.missing(points, arguments.out)), "folder": str(arguments.out)}
     elif arguments.command == "report":

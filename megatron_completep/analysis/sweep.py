@@ -23,7 +23,7 @@ from megatron_completep.config.derived import tokens_per_step
 from megatron_completep.config.schema import Config
 from megatron_completep.errors import ConfigError, DataError, UserError
 from megatron_completep.model.flops import training_flops_per_token
-from megatron_completep.parallel.context import ParallelContext
+from megatron_completep.parallel.context import ParallelContext, choose_device
 from megatron_completep.training.build import build_validation
 
 FORMAT = 1  # of a point's file; part of its key, so that a change of meaning runs everything anew
@@ -144,9 +144,13 @@ def run_point(config: Config, device: str = "cpu") -> dict[str, Any]:
 
 
 def run_and_keep(settings: dict[str, Any], values: dict[str, Any], path: str, device: str) -> float:
-    """Run one point and write its file in one move; returns its loss. Arguments are plain, so that they travel between processes."""
+    """Run one point and write its file in one move; returns its loss. Arguments are plain, so that they travel between processes.
+
+    device: one device, or `auto` and `cuda`, which are looked up here: a Slurm job sees other devices than the machine that submits it.
+    """
     torch.set_num_threads(1)
-    result = run_point(config_from_mapping(values), device)
+    here = device if ":" in device else str(choose_device(device, 0))
+    result = run_point(config_from_mapping(values), here)
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps({**settings, **result, "config": values}))
@@ -199,8 +203,8 @@ def run_local(points: Sequence[Point], folder: Path, workers: int, device: str, 
     say(f"{len(left)} points in {time.perf_counter() - started:.0f} s")
 
 
-def run_slurm(points: Sequence[Point], folder: Path, options: dict[str, Any], device: str, cluster: str = "slurm") -> list[str]:
-    """Hand what is missing to Slurm as one array job; returns the jobs' names. The files appear as the jobs end."""
+def run_slurm(points: Sequence[Point], folder: Path, options: dict[str, Any], device: str, cluster: str = "slurm") -> list[Any]:
+    """Hand what is missing to Slurm as one array job; returns submitit's jobs. The files appear as the jobs end."""
     try:
         import submitit
     except ImportError as error:
@@ -210,7 +214,7 @@ def run_slurm(points: Sequence[Point], folder: Path, options: dict[str, Any], de
     executor = submitit.AutoExecutor(folder=str(folder / "slurm"), cluster=cluster)
     executor.update_parameters(name="lr_transfer", **options)
     rows = [(p.settings(), p.config.model_dump(mode="json"), str(result_path(folder, p)), device) for p in left]
-    return [job.job_id for job in executor.map_array(run_and_keep, *zip(*rows, strict=True))] if rows else []
+    return list(executor.map_array(run_and_keep, *zip(*rows, strict=True))) if rows else []
 
 
 def describe(point: Point) -> str:

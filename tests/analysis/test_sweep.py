@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from small_runs import small_config, write_tokens
 
 from megatron_completep.analysis import sweep
 from megatron_completep.analysis.trial import change
-from megatron_completep.errors import ConfigError, DataError
+from megatron_completep.errors import ConfigError, DataError, UserError
 
 
 def test_a_grid_of_octaves_holds_both_ends():
@@ -87,6 +89,61 @@ def test_a_sweep_that_was_interrupted_runs_only_what_is_missing(tmp_path: Path):
     assert [p.base_lr for p in sweep.missing(sweep.load_points(folder), folder)] == [2**-9]
     again = sweep.run_point(points[0].config)
     assert again["validation_loss"] == written["validation_loss"]  # bit for bit: the same run
+
+
+@pytest.fixture
+def small_sweep(tmp_path: Path) -> tuple[Path, list[sweep.Point]]:
+    """Two points of two steps."""
+    write_tokens(tmp_path, 8_000)
+    points = sweep.Grid([2**-9, 2**-7], seeds=1).points(small_config(tmp_path, training={"train_steps": 2}))
+    return tmp_path / "sweep", points
+
+
+@pytest.mark.parametrize("cluster", ["debug", pytest.param("local", marks=pytest.mark.slow)])
+def test_slurm_jobs_write_the_same_points_and_only_what_is_missing(small_sweep, cluster: str):
+    """Through submitit, whose other executors stand in for Slurm: in this process, and in processes of their own."""
+    pytest.importorskip("submitit", reason="pip install 'megatron-completep[slurm]'")
+    folder, points = small_sweep
+    done = sweep.result_path(folder, points[0])
+    done.parent.mkdir(parents=True)
+    done.write_text("{}")
+    jobs = sweep.run_slurm(points, folder, {"timeout_min": 10}, "auto", cluster)
+    assert len(jobs) == 1
+    assert done.read_text() == "{}"
+    assert jobs[0].result() == sweep.run_point(points[1].config)["validation_loss"]
+    assert json.loads(sweep.result_path(folder, points[1]).read_text())["base_lr"] == 2**-7
+    assert sweep.run_slurm(points, folder, {"timeout_min": 10}, "cpu", cluster) == []
+
+
+def test_without_submitit_slurm_jobs_are_refused_clearly(small_sweep, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(UserError, match="pip install submitit"):
+        sweep.run_slurm(small_sweep[1], small_sweep[0], {}, "cpu")
+
+
+class Recorder(ThreadPoolExecutor):
+    """A pool that runs nothing and keeps how many workers it was given, and where each point was sent."""
+
+    workers = 0
+    places: list[str] = []  # noqa: RUF012
+
+    def __init__(self, workers: int, mp_context: object):
+        super().__init__(1)
+        Recorder.workers, Recorder.places = workers, []
+
+    def submit(self, function, settings, values, path, device):  # type: ignore[override]
+        Recorder.places.append(device)
+        return super().submit(lambda: 2.5)
+
+
+def test_on_gpus_several_small_runs_share_each_device(small_sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sweep, "ProcessPoolExecutor", Recorder)
+    monkeypatch.setattr(sweep.torch.cuda, "device_count", lambda: 2)
+    points = sweep.Grid([2**-9, 2**-8, 2**-7], seeds=2).points(small_config(tmp_path))
+    sweep.run_local(points, tmp_path / "gpus", sweep.default_workers("cuda"), "cuda", lambda text: None)
+    assert Recorder.workers == 2 * sweep.WORKERS_PER_GPU > 2
+    assert Recorder.places == ["cuda:0", "cuda:1"] * 3
+    assert sweep.default_workers("cpu") == len(os.sched_getaffinity(0))
 
 
 def test_a_run_whose_loss_is_not_finite_counts_as_diverged(tmp_path: Path):

@@ -22,15 +22,18 @@ from megatron_completep.training.metrics import say_on_stdout
 from megatron_completep.training.precision import choose_precision, use_threads
 from megatron_completep.training.signals import StopSignals
 from megatron_completep.training.state import ExitCode, RunState
+from megatron_completep.training.startup import StartupClock, StartupReport
 from megatron_completep.training.step import TrainingStep
 
 
-def pretrain(config: Config, fail_point: FailPoint = no_fail_point) -> ExitCode:
+def pretrain(config: Config, fail_point: FailPoint = no_fail_point, clock: StartupClock | None = None) -> ExitCode:
     """Train one model. Read this function first: it visits every room once, in order.
 
-    fail_point: called at named places of a save; the tests of faults pass one that breaks something there.
+    fail_point: called at named places of a save; the tests of faults pass one that breaks something there. clock: has run since
+    the process began.
     """
     launch = Launch.from_environment()
+    clock = clock or StartupClock()
     check_world(config, launch.world_size)
     context = ParallelContext.create(config.parallel, config.training.device)
     say = say_on_stdout if context.is_first else lambda text: None
@@ -41,22 +44,25 @@ def pretrain(config: Config, fail_point: FailPoint = no_fail_point) -> ExitCode:
 
     batch_tokens = tokens_per_step(config)
     table = table_for(config.model, config.completep, batch_tokens, total_tokens(config))
+    clock.done("process_groups")
     model = build.build_model(config, table, context, precision)
     optimizer = DistributedAdamW(model, table, config.optimizer, context, config.parallel, precision)
     step = TrainingStep(config, context, model, optimizer)
     loader = build.build_training_loader(config, context)
     validation = build.build_validation(config, context)
     checkpointer = Checkpointer(config, context, optimizer, table, {"data": loader.fingerprint()}, say, fail_point)
+    clock.done("model")
     state = checkpointer.load_latest() or RunState()
     guard.note_start(state.step)
+    clock.done("data")
     rollbacks = guard.rollbacks(checkpointer)
 
     say(build.describe_run(config, context, precision, threads, model))
+    clock.done("checkpoint")
     if state.step:
         say(f"resumed after step {state.step}")
-    hooks = guard.hooks(step, state, rollbacks) + build.default_hooks(
-        config, context, step, validation, checkpointer, state, precision, say
-    )
+    hooks = [*guard.hooks(step, state, rollbacks), StartupReport(clock, say)]
+    hooks += build.default_hooks(config, context, step, validation, checkpointer, state, precision, say)
     signals = StopSignals(say, config.training.exit_after_minutes)
     code = train(config, context, step, loader, state, hooks, signals, rollbacks)
     guard.close()
@@ -69,8 +75,9 @@ def main() -> int | None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="the YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    clock = StartupClock.from_process_start()
     arguments = parser.parse_args()
-    return pretrain(load_config(arguments.config, arguments.overrides))
+    return pretrain(load_config(arguments.config, arguments.overrides), clock=clock)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from megatron_completep.model.stages import build_chunks
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.cross_entropy import LossConfig
 from megatron_completep.parallel.gradients import choose_fused_accumulation
-from megatron_completep.training.hooks import Checkpoints, Hook, Metrics, Validation
+from megatron_completep.training.hooks import CheckpointFigures, Checkpoints, Hook, Metrics, Validation
 from megatron_completep.training.metrics import open_sinks
 from megatron_completep.training.state import Checkpointer, RunState
 from megatron_completep.training.step import TrainingStep
@@ -119,8 +119,10 @@ def default_hooks(
         return open_sinks(config, step, say) if context.is_first else []
 
     hooks.append(Metrics(config, context, device_name(context.device), precision, open_at, state.step))
-    return [*hooks, Checkpoints(checkpointer, config.checkpoint.interval, state.step)]
+    saved_step = max(checkpointer.settled_steps(), default=0)
+    return [*hooks, Checkpoints(checkpointer, config.checkpoint.interval, saved_step, config.checkpoint.local_interval)]
 
+    hooks.append(CheckpointFigures(checkpointer))
 
 def build_telemetry(config: Config, context: ParallelContext, step: TrainingStep, interval: int, say: Say) -> Telemetry:
     """Watches the parameterization on the run's first micro-batch, which is the same whatever the step."""

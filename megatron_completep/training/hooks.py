@@ -116,22 +116,44 @@ class Metrics(Hook):
             sink.close()
 
 
-class Checkpoints(Hook):
-    """Saves every so many steps and when the run ends. Stands last, so that a checkpoint's metrics are written before it."""
+class CheckpointFigures(Hook):
+    """Adds what saving cost since the last step: `checkpoint_blocked_seconds` in the record of the step after a save, and
+    `checkpoint_seconds` in that of the step during which it was on disk. Stands before the metrics."""
 
-    def __init__(self, checkpointer: Checkpointer, interval: int | None, saved_step: int):
-        self._checkpointer, self._interval, self._saved_step = checkpointer, interval, saved_step
-
-    def due(self, step: int) -> bool:
-        return self._interval is not None and step % self._interval == 0
+    def __init__(self, checkpointer: Checkpointer):
+        self._checkpointer = checkpointer
 
     def after_step(self, record: StepRecord) -> None:
-        if self.due(record.state.step):
+        record.added |= self._checkpointer.take_figures()
+
+
+class Checkpoints(Hook):
+    """Saves every `interval` steps and when the run ends, and snapshots on the nodes' own disks every `local_interval` between.
+
+    Stands last, so that a checkpoint's metrics are written before it. saved_step: the newest that the shared disk has.
+    """
+
+    def __init__(self, checkpointer: Checkpointer, interval: int | None, saved_step: int, local_interval: int | None = None):
+        self._checkpointer, self._interval, self._local_interval = checkpointer, interval, local_interval
+        self._saved_step = saved_step
+
+    def due(self, step: int) -> bool:
+        return self._is_multiple(step, self._interval) or self._is_multiple(step, self._local_interval)
+
+    def after_step(self, record: StepRecord) -> None:
+        step = record.state.step
+        if self._is_multiple(step, self._interval):
             self._save(record.state)
+        elif self._is_multiple(step, self._local_interval):
+            self._checkpointer.save(record.state, local=True)
 
     def _save(self, state: RunState) -> None:
         self._checkpointer.save(state)
         self._saved_step = state.step
+
+    @staticmethod
+    def _is_multiple(step: int, interval: int | None) -> bool:
+        return interval is not None and step % interval == 0
 
     def rewind(self, state: RunState) -> None:
         self._saved_step = state.step

@@ -33,8 +33,11 @@ class RunState:
 class Checkpointer(Protocol):
     """Saves and loads a run; built over the model, the optimizer and the configuration. Every call is collective: all ranks make it."""
 
-    def save(self, state: RunState) -> object:
-        """Save the run as it stands after `state.step` steps; may go on writing in the background."""
+    def save(self, state: RunState, local: bool = False) -> object:
+        """Save the run as it stands after `state.step` steps; may go on writing in the background. local: as a snapshot on each node."""
+
+    def take_figures(self) -> dict[str, float]:
+        """What saving cost since the last call, for the metrics. Not collective."""
 
     def load_latest(self) -> RunState | None:
         """Put the newest whole checkpoint into model and optimizer and return its state; None where there is none."""
@@ -52,8 +55,11 @@ class Checkpointer(Protocol):
 class NoCheckpoints:
     """A `Checkpointer` that keeps nothing."""
 
-    def save(self, state: RunState) -> None:
+    def save(self, state: RunState, local: bool = False) -> None:
         pass
+
+    def take_figures(self) -> dict[str, float]:
+        return {}
 
     def load_latest(self) -> RunState | None:
         return None

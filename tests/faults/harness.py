@@ -111,7 +111,7 @@ def write_corpus(folder: Path) -> Path:
 
 
 def start(config: Path, fault: Fault | None = None, world: int = 2, overrides: Sequence[str] = (), restart_count: int = 0) -> Ranks:
-    """Start the ranks of a run; `restart_count` as torchrun tells it."""
+    """Start the ranks of a run; `restart_count` as torchrun tells it. RANK in an override becomes the rank's number: two nodes."""
     if fault is not None:
         count_injection()
     with socket.socket() as probe:
@@ -187,7 +187,8 @@ def _rank(rank: int, environment: dict[str, str], log: str, config: str, overrid
     from megatron_completep.pretrain import pretrain
 
     def main() -> int:
-        return int(pretrain(load_config(config, list(overrides)), inject(fault) if fault.rank in (rank, -1) else no_fail_point))
+        own = [override.replace("RANK", str(rank)) for override in overrides]
+        return int(pretrain(load_config(config, own), inject(fault) if fault.rank in (rank, -1) else no_fail_point))
 
     exit_on_user_error(main)
 

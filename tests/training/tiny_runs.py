@@ -64,4 +64,4 @@ def tiny_config(folder: Path, *overrides: str, output: str = "run", **sections: 
 def rows_of(config: Config) -> list[dict[str, Any]]:
     """What a run wrote of every step, without times."""
     rows = read_metrics(Path(config.training.output_dir) / "metrics.jsonl")
-    return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+    return [{name: value for name, value in row.items() if name not in TIMES and not name.endswith("_seconds")} for row in rows]

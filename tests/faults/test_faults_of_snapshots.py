@@ -1,0 +1,115 @@
+"""Snapshots on each node's own disk: what one node lost or damaged is not used, and the run goes on bit-equal from what is left.
+
+Two ranks with a `local_dir` each stand for two nodes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from harness import Fault, count_injection, final_state, losses, run, steps_on_disk
+
+SNAPSHOTS = ("checkpoint.interval=6", "checkpoint.local_interval=2")  # shared: 6, 12; local: 2, 4, 8, 10
+TO_STEP_11 = Fault("kill", 1, steps=(11,))
+
+
+def nodes(config: Path) -> tuple[str, ...]:
+    return (*SNAPSHOTS, f"checkpoint.local_dir={config.parent}/node_RANK")
+
+
+def snapshots(config: Path, rank: int) -> dict[str, Path]:
+    """This node's committed snapshots."""
+    found = (config.parent / f"node_{rank}").glob("run.*/step_*")
+    return {path.name: path for path in found}
+
+
+@pytest.fixture
+def killed(config: Path) -> Path:
+    """A run on two nodes that was killed after the snapshot of step 10; the shared disk has step 6."""
+    outcome = run(config, TO_STEP_11, overrides=nodes(config))
+    assert outcome.exit_codes[1] == -9 and steps_on_disk(config)[-1] == "step_00000006"
+    for rank in range(2):
+        assert sorted(snapshots(config, rank)) == ["step_00000008", "step_00000010"]  # those before 6 went when it was saved
+        names = sorted(os.listdir(snapshots(config, rank)["step_00000010"]))
+        assert names == ["manifest.json", f"rank_0000{rank}_of_00002.safetensors"]
+    return config
+
+
+def resumes_from(config: Path, oracle: object, step: int, said: str = "") -> None:
+    outcome = run(config, overrides=nodes(config))
+    assert outcome.exit_codes == [0, 0], outcome.output
+    assert f"resumed after step {step}" in outcome.output and said in outcome.output and "Traceback" not in outcome.output
+    assert (losses(config), final_state(config)) == oracle
+    assert all(not snapshots(config, rank) for rank in range(2))  # the checkpoint of step 12 replaced them
+
+
+def test_snapshots_are_the_newest_that_all_ranks_can_read(killed, oracle):
+    """The control: nothing is lost, and the run goes on from step 10."""
+    resumes_from(killed, oracle, 10)
+
+
+def test_fault_5_a_node_replaced_by_an_empty_one_falls_back_to_the_shared_disk(killed, oracle):
+    shutil.rmtree(killed.parent / "node_1")
+    count_injection()
+    resumes_from(killed, oracle, 6, "the snapshot of step 10 is not used: no rank has rank_00001_of_00002.safetensors")
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "manifest"])
+def test_fault_5_a_snapshot_that_one_rank_cannot_read_falls_back_to_the_one_before(killed, oracle, damage):
+    folder = snapshots(killed, 1)["step_00000010"]
+    path = folder / "rank_00001_of_00002.safetensors"
+    count_injection()
+    match damage:
+        case "missing":
+            path.unlink()
+        case "truncated":
+            os.truncate(path, 100)
+        case "manifest":
+            os.truncate(folder / "manifest.json", 100)
+    resumes_from(killed, oracle, 8, "the snapshot of step 10 is not used: no rank has rank_00001")
+
+
+def test_fault_6_a_flipped_bit_on_one_node_falls_back_to_the_one_before(killed, oracle):
+    path = snapshots(killed, 1)["step_00000010"] / "rank_00001_of_00002.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1000] ^= 4
+    path.write_bytes(data)
+    count_injection()
+    resumes_from(killed, oracle, 8, "the snapshot of step 10 is not used: rank 1: ")
+
+
+def test_fault_1_killed_when_one_node_has_committed_and_the_other_has_not(config, oracle):
+    fault = Fault("kill", 1, "save.before_rename", nth=4)  # the snapshots of 2 and 4, then those of 8 and 10
+    outcome = run(config, fault, overrides=nodes(config))
+    assert outcome.exit_codes[1] == -9
+    assert "step_00000010" in snapshots(config, 0) and "step_00000010" not in snapshots(config, 1)
+    resumes_from(config, oracle, 8, "the snapshot of step 10 is not used: no rank has rank_00001")
+
+
+def test_fault_10_snapshots_of_two_nodes_load_where_one_process_reaches_both(killed, oracle):
+    """Files may have moved: what counts is that some rank can read each."""
+    first, second = (snapshots(killed, rank)["step_00000010"] for rank in range(2))
+    shutil.copy(second / "rank_00001_of_00002.safetensors", first)
+    outcome = run(killed, world=1, overrides=[*SNAPSHOTS, f"checkpoint.local_dir={killed.parent}/node_0"])
+    assert outcome.exit_codes == [0] and "resumed after step 10" in outcome.output
+    assert all(abs(losses(killed)[step] - loss) < 1e-5 for step, loss in oracle[0].items())
+
+
+def test_snapshots_of_another_run_are_not_this_ones(killed, oracle):
+    shutil.rmtree(killed.parent / "run")
+    outcome = run(killed, overrides=nodes(killed))
+    assert outcome.exit_codes == [0, 0] and "resumed" not in outcome.output
+    assert (losses(killed), final_state(killed)) == oracle
+
+
+def test_ranks_that_share_a_disk_share_a_folder(config, oracle):
+    overrides = (*SNAPSHOTS, f"checkpoint.local_dir={config.parent}/node")
+    run(config, TO_STEP_11, overrides=overrides)
+    (folder,) = (config.parent / "node").glob("run.*/step_00000010")
+    assert len(os.listdir(folder)) == 3
+    outcome = run(config, overrides=overrides)
+    assert outcome.exit_codes == [0, 0] and "resumed after step 10" in outcome.output
+    assert (losses(config), final_state(config)) == oracle

@@ -1,7 +1,7 @@
 # make quickstart   set-up + the main job: corpus, tokenizer, training, report and a sample, on this machine
 # make test         set-up + the test suite (without the tests marked slow)
 # make test-slow    set-up + the slow statistical tests
-# make faults       set-up + every injected fault, with a table of what survived
+# make faults       set-up + every injected fault, with a table of what survived, and the training time kept under kills
 # make lint         set-up + ruff (lint, format) and mypy
 # make gpu-report   on a machine with a GPU: kernel tests and benchmarks with the installed Python, no network
 # make clean        remove what builds, tests and checkers leave behind; .venv and runs stay
@@ -42,6 +42,7 @@ test-slow: $(READY)
 
 faults: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -q -m "slow or not slow" --fault-table
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/effective_time.py
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -1,0 +1,59 @@
+"""Write a checkpoint as a folder that stock transformers and vLLM load, without remote code.
+
+Example:
+
+    python tools/export_hf.py runs/quickstart exported/quickstart --check
+
+CHECKPOINT is a run's folder (its newest checkpoint) or one of its checkpoints/step_NNNNNNNN, of any layout; one CPU process reads
+it tensor by tensor. The multipliers of CompleteP are kept where the architecture has them (Granite), else folded into the tensors.
+"""
+
+import argparse
+import json
+import sys
+
+from megatron_completep.errors import UserError, exit_on_user_error
+from megatron_completep.interop.architectures import ARCHITECTURES
+from megatron_completep.interop.check_export import check_export
+from megatron_completep.interop.export_model import ALIASES, ExportSettings, export_model, parse_size
+from megatron_completep.interop.tensor_files import DTYPES
+from megatron_completep.training.precision import use_threads
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's folder, or one checkpoint's")
+    parser.add_argument("output", metavar="OUT", help="folder to write; must not exist")
+    parser.add_argument("--architecture", choices=("auto", *ARCHITECTURES), default="auto")
+    parser.add_argument("--dtype", choices=("auto", *DTYPES, *ALIASES), default="auto", help="auto: that of the run's precision")
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one tensor file (default: 5GB)")
+    parser.add_argument("--tokenizer-model", metavar="FILE", help="where the tokenizer lies now; none: export without one")
+    parser.add_argument("--check", action="store_true", help="compare logits with transformers' own code (needs memory for the model)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    return parser.parse_args()
+
+
+def main() -> int | None:
+    arguments = parse_arguments()
+    use_threads(None, 1)
+    settings = ExportSettings(arguments.architecture, arguments.dtype, arguments.tokenizer_model, parse_size(arguments.max_shard_size))
+    report = export_model(arguments.checkpoint, arguments.output, settings, say=lambda text: print(text, file=sys.stderr))
+    result = report.to_json()
+    if arguments.check:
+        comparison = check_export(report.checkpoint, report.folder, report.dtype)
+        result["check"] = {**vars(comparison), "equal": comparison.equal}
+    if arguments.json:
+        print(json.dumps(result))
+    else:
+        print(
+            f"wrote {report.folder}: {report.architecture}, {report.parameters:,} parameters in {report.dtype}, {len(report.files)} files"
+        )
+        if arguments.check:
+            print(f"largest difference of a logit to transformers': {comparison.relative_difference:.2e} of the largest logit")
+    if arguments.check and not comparison.equal:
+        raise UserError(f"{report.folder} does not compute what the checkpoint does: more than {comparison.tolerance:g}. Report this.")
+    return 0
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -19,10 +19,11 @@ from megatron_completep.training.checkpoint import Checkpointer, FailPoint, no_f
 from megatron_completep.training.guards import Guard
 from megatron_completep.training.loop import train
 from megatron_completep.training.metrics import say_on_stdout
+from megatron_completep.training.node import node_lines
 from megatron_completep.training.precision import choose_precision, use_threads
 from megatron_completep.training.signals import StopSignals
-from megatron_completep.training.state import ExitCode, RunState
 from megatron_completep.training.startup import StartupClock, StartupReport
+from megatron_completep.training.state import ExitCode, RunState
 from megatron_completep.training.step import TrainingStep
 
 
@@ -32,33 +33,35 @@ def pretrain(config: Config, fail_point: FailPoint = no_fail_point, clock: Start
     fail_point: called at named places of a save; the tests of faults pass one that breaks something there. clock: has run since
     the process began.
     """
-    launch = Launch.from_environment()
     clock = clock or StartupClock()
+    launch = Launch.from_environment()
     check_world(config, launch.world_size)
-    context = ParallelContext.create(config.parallel, config.training.device)
+    context = ParallelContext.create(config.parallel, config.training.device, f"{config.training.output_dir}/nccl_timeout_rank_")
     say = say_on_stdout if context.is_first else lambda text: None
     guard = Guard(config, context, launch, say)
     build.prepare_output(config, context)
+    for line in node_lines(guard.exchange, launch, context.device):
+        say(line)
     threads = use_threads(config.training.cpu_threads, launch.local_world_size)
     precision = choose_precision(config.training.precision, context.device)
+    clock.done("process_groups")
 
     batch_tokens = tokens_per_step(config)
     table = table_for(config.model, config.completep, batch_tokens, total_tokens(config))
-    clock.done("process_groups")
     model = build.build_model(config, table, context, precision)
     optimizer = DistributedAdamW(model, table, config.optimizer, context, config.parallel, precision)
     step = TrainingStep(config, context, model, optimizer)
+    clock.done("model")
     loader = build.build_training_loader(config, context)
     validation = build.build_validation(config, context)
+    clock.done("data")
     checkpointer = Checkpointer(config, context, optimizer, table, {"data": loader.fingerprint()}, say, fail_point)
-    clock.done("model")
     state = checkpointer.load_latest() or RunState()
     guard.note_start(state.step)
-    clock.done("data")
+    clock.done("checkpoint")
     rollbacks = guard.rollbacks(checkpointer)
 
     say(build.describe_run(config, context, precision, threads, model))
-    clock.done("checkpoint")
     if state.step:
         say(f"resumed after step {state.step}")
     hooks = [*guard.hooks(step, state, rollbacks), StartupReport(clock, say)]
@@ -72,10 +75,10 @@ def pretrain(config: Config, fail_point: FailPoint = no_fail_point, clock: Start
 
 def main() -> int | None:
     """Read the command line, train, and return the process's exit code."""
+    clock = StartupClock.from_process_start()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="the YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
-    clock = StartupClock.from_process_start()
     arguments = parser.parse_args()
     return pretrain(load_config(arguments.config, arguments.overrides), clock=clock)
 

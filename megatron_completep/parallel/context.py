@@ -63,9 +63,10 @@ class ParallelContext:
         return cls(device=torch.device(device))
 
     @classmethod
-    def create(cls, parallel: ParallelConfig, device: str = "auto") -> ParallelContext:
+    def create(cls, parallel: ParallelConfig, device: str = "auto", dumps: str | None = None) -> ParallelContext:
         """Join the process group that the launcher prepared (NCCL on GPU, gloo on CPU) and lay the mesh over it.
 
+        dumps: path to which NCCL's own watchdog appends a rank and writes the newest collectives after a time-out.
         Raises ConfigError with the numbers when the world size does not fit the layout, before any device is touched.
         """
         launch = Launch.from_environment()
@@ -77,6 +78,8 @@ class ParallelContext:
             torch.cuda.set_device(chosen)
         if not dist.is_initialized():
             timeout = timedelta(minutes=parallel.timeout_minutes)
+            for name, value in flight_recorder(parallel, dumps).items():
+                os.environ.setdefault(name, value)
             # torchrun keeps its store over restarts: without a prefix a rank would find addresses of the processes that died.
             store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
             store = dist.PrefixStore(f"start_{launch.restart_count}", store)
@@ -124,6 +127,14 @@ class ParallelContext:
         """Leave the process group."""
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def flight_recorder(parallel: ParallelConfig, dumps: str | None) -> dict[str, str]:
+    """Environment that makes process groups, when they are made, remember their newest collectives; a user's own values hold."""
+    if parallel.flight_recorder_entries == 0:
+        return {}
+    recorder = {"TORCH_FR_BUFFER_SIZE": str(parallel.flight_recorder_entries), "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
+    return recorder if dumps is None else {**recorder, "TORCH_FR_DUMP_TEMP_FILE": dumps}
 
 
 def data_parallel_size_for(parallel: ParallelConfig, world_size: int) -> int:

@@ -26,6 +26,7 @@ from megatron_completep.parallel.cross_entropy import LossConfig
 from megatron_completep.parallel.gradients import choose_fused_accumulation
 from megatron_completep.training.hooks import CheckpointFigures, Checkpoints, Hook, Metrics, Validation
 from megatron_completep.training.metrics import open_sinks
+from megatron_completep.training.profiling import Profiler
 from megatron_completep.training.state import Checkpointer, RunState
 from megatron_completep.training.step import TrainingStep
 from megatron_completep.training.telemetry import Telemetry, read_reference
@@ -107,9 +108,11 @@ def default_hooks(
     precision: torch.dtype,
     say: Say,
 ) -> list[Hook]:
-    """Validation, telemetry, metrics, checkpoints: a checkpoint comes after the metrics of its step, which hold its validation."""
+    """Profiler, validation, telemetry, metrics, checkpoints, which come last: the metrics of a step hold its validation."""
     training = config.training
     hooks: list[Hook] = []
+    if config.profiling.first_step is not None and context.rank in config.profiling.ranks:
+        hooks.append(Profiler(config.profiling, context, Path(training.output_dir), say))
     if validation is not None:
         hooks.append(Validation(step, validation, training.validation_interval, training.train_steps, say))
     if config.logging.parameterization_interval is not None:
@@ -118,11 +121,11 @@ def default_hooks(
     def open_at(step: int) -> list[Sink]:
         return open_sinks(config, step, say) if context.is_first else []
 
+    hooks.append(CheckpointFigures(checkpointer))
     hooks.append(Metrics(config, context, device_name(context.device), precision, open_at, state.step))
     saved_step = max(checkpointer.settled_steps(), default=0)
     return [*hooks, Checkpoints(checkpointer, config.checkpoint.interval, saved_step, config.checkpoint.local_interval)]
 
-    hooks.append(CheckpointFigures(checkpointer))
 
 def build_telemetry(config: Config, context: ParallelContext, step: TrainingStep, interval: int, say: Say) -> Telemetry:
     """Watches the parameterization on the run's first micro-batch, which is the same whatever the step."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -59,6 +60,13 @@ def test_fault_4_a_second_signal_leaves_at_once(config):
     outcome = ranks.wait(30)
     assert outcome.exit_codes == [128 + signal.SIGTERM] * 2 and time.monotonic() - started < 2
     assert "step_00000003" in steps_on_disk(config)
+
+
+def test_ranks_leave_together_when_their_time_is_up_and_a_node_is_described_once(config):
+    outcome = run(config, overrides=["training.exit_after_minutes=0.000001"])
+    assert outcome.exit_codes == [75, 75] and steps_on_disk(config) == ["step_00000001"]
+    (line,) = re.findall("^node .*", outcome.output, re.MULTILINE)
+    assert f"torch {torch.__version__}" in line and f"{os.cpu_count()} cores" in line and platform.node() in line
 
 
 # --- data and configuration -----------------------------------------------------------------------------------------------------
@@ -180,6 +188,12 @@ def test_fault_18_a_hung_rank_is_named_and_the_run_ends_within_the_bound(config,
         assert outcome.exit_codes[1] == 77
         assert "hung at step 5: rank 1 holds the others up: rank 1 in injections.py" in outcome.output
         assert "injections.py" in (config.parent / "run" / "hang_rank_00001.txt").read_text()
+        waiting, hung = (json.loads((config.parent / "run" / f"hang_rank_0000{rank}.collectives.json").read_text()) for rank in (0, 1))
+        assert len(waiting["entries"]) > len(hung["entries"]) > 0  # the flight recorder is on: one rank got further than the other
+        assert re.search(r"rank 0: its last collective, gloo:\w+ of \[.*\] in group 0, scheduled", outcome.output)
+        assert re.search(
+            r"rank 1: its last collective, gloo:\w+ of \[.*\] in group 0, finished; .*hang_rank_00001.collectives.json", outcome.output
+        )
     else:
         assert "rank 1 does not answer" in outcome.output
 

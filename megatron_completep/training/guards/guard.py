@@ -30,7 +30,7 @@ class Guard:
             leave_with_parent()
         self._lock = OutputLock(self.folder, config.guards.lock_wait_seconds) if context.is_first else None
         self._watchdog: Watchdog | None = None
-        self._exchange = Exchange(context, config.parallel.timeout_minutes)
+        self.exchange = Exchange(context, config.parallel.timeout_minutes)
 
     def note_start(self, step: int) -> None:
         """The run resumed at `step`. Raises RunStopped (on rank 0: the launcher ends the others) when restarts get nowhere."""
@@ -40,14 +40,14 @@ class Guard:
 
     def rollbacks(self, checkpointer: Checkpointer) -> Rollbacks:
         """Returns to checkpoints, those of earlier starts in this folder included."""
-        return Rollbacks(self.config, self._exchange, checkpointer, self._say)
+        return Rollbacks(self.config, self.exchange, checkpointer, self._say)
 
     def hooks(self, step: TrainingStep, state: RunState, rollbacks: Rollbacks) -> list[Hook]:
         """The guards that watch every step after `state`."""
         guards = self.config.guards
         if guards.hang_timeout_minutes is not None:
             self._watchdog = Watchdog(self.context, self.folder, 60 * guards.hang_timeout_minutes, say_on_stderr)
-        return guard_hooks(self.config, self.context, step, state, self._watchdog, rollbacks, self._exchange, self._say)
+        return guard_hooks(self.config, self.context, step, state, self._watchdog, rollbacks, self.exchange, self._say)
 
     def close(self) -> None:
         """The run is over: another may have the folder."""

@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any
 
 import torch.distributed as dist
+from torch._C import _distributed_c10d
 
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.training.state import ExitCode
@@ -62,20 +63,26 @@ class Watchdog:
         how = "waiting for other ranks" if waiting else "not waiting for another rank"
         self._report(f"rank {rank}: no step for {self.timeout:g} s, at step {step}, in {place} ({how}). Stacks: {self._stack_file(rank)}")
         if self._store is not None:
-            self._report(self._verdict(self._store, rank, step, place, waiting))
+            answered = publish(self._store, rank, {"step": step, "place": place, "waiting": waiting})
+            self._report(f"rank {rank}: {self._dump_collectives(rank)}")
+            self._report(self._verdict(self._store) if answered else f"rank {rank}: the launcher's store does not answer")
         self._leave(int(ExitCode.HUNG))
 
-    def _verdict(self, store: Any, rank: int, step: int, place: str, waiting: bool) -> str:
-        answers: dict[int, dict[str, Any] | None] = {}
-        try:
-            store.set(f"watchdog/{rank}", json.dumps({"step": step, "place": place, "waiting": waiting}))
-            deadline = time.monotonic() + ANSWER_SECONDS + self.timeout / 5
-            for peer in range(self.context.world_size):
-                left = max(0.05, deadline - time.monotonic())
-                answers[peer] = ask(store, peer, left)
-        except Exception as error:  # the store's host is gone
-            return f"rank {rank}: the launcher's store does not answer ({error})"
+    def _verdict(self, store: Any) -> str:
+        deadline = time.monotonic() + ANSWER_SECONDS + self.timeout / 5
+        answers = {peer: ask(store, peer, max(0.05, deadline - time.monotonic())) for peer in range(self.context.world_size)}
+        if answers[self.context.rank] is None:
+            return f"rank {self.context.rank}: the launcher's store does not answer any more"
         return verdict(answers)
+
+    def _dump_collectives(self, rank: int) -> str:
+        """What the flight recorder remembers, into a file, and its newest entry in words. It may itself wait for the device: bounded."""
+        said: list[str] = []
+        path = self.folder / f"hang_rank_{rank:05d}.collectives.json"
+        thread = threading.Thread(target=lambda: said.append(write_collectives(path)), name="flight recorder", daemon=True)
+        thread.start()
+        thread.join(ANSWER_SECONDS)
+        return said[0] if said else "the flight recorder does not answer"
 
     def _stack_file(self, rank: int) -> Path:
         return self.folder / f"hang_rank_{rank:05d}.txt"
@@ -87,6 +94,32 @@ class Watchdog:
                 faulthandler.dump_traceback(file=file, all_threads=True)
         except OSError:
             pass  # the disk may be what hangs
+
+
+def write_collectives(path: Path) -> str:
+    """Write the newest collectives of this process as JSON; returns what the last one was, and where the file is."""
+    dump = getattr(_distributed_c10d, "_dump_nccl_trace_json", None) or getattr(_distributed_c10d, "_dump_fr_trace_json", None)
+    try:
+        text = dump() if dump is not None else b"{}"
+        entries = json.loads(text).get("entries", [])
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    except (OSError, ValueError, RuntimeError) as error:
+        return f"the collectives cannot be written down: {error}"
+    if not entries:
+        return "no collective is remembered (parallel.flight_recorder_entries)"
+    last = entries[-1]
+    state = "finished" if last.get("retired") or last.get("state") == "completed" else str(last.get("state"))
+    group, name = last.get("process_group", ["?"])[0], last.get("profiling_name", "?")
+    return f"its last collective, {name} of {last.get('input_sizes')} in group {group}, {state}; the {len(entries)} newest: {path}"
+
+
+def publish(store: Any, rank: int, answer: dict[str, Any]) -> bool:
+    """Tell the peers' watchdogs where this rank is; False when the store's host is gone."""
+    try:
+        store.set(f"watchdog/{rank}", json.dumps(answer))
+    except Exception:  # dist.DistNetworkError and, in other versions, RuntimeError
+        return False
+    return True
 
 
 def ask(store: Any, peer: int, seconds: float) -> dict[str, Any] | None:

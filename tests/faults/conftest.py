@@ -104,5 +104,5 @@ def pytest_terminal_summary(terminalreporter, config):
             row[3] += 0 if survived or not hung else injections
     terminalreporter.write_line("\n| # | fault | injections | survived | silent | hung |\n|---|---|---|---|---|---|")
     for number, name in FAULTS.items():
-        row = " | ".join(map(str, rows[number])) if number in rows else "in tests/data | | | "
+        row = " | ".join(map(str, rows[number])) if number in rows else "not run | | | "
         terminalreporter.write_line(f"| {number} | {name} | {row} |")

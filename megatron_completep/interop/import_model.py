@@ -1,0 +1,273 @@
+"""A Hugging Face folder as a checkpoint of ours, for continued training at any layout: what tools/import_hf.py does.
+
+The parameterization is `sp`, under which nothing is scaled: every tensor is taken as it is, and its export is the original, bit for
+bit. Granite's multipliers become the tunable base factors of `model`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_completep.completep import Table, declaration_of, table_for
+from megatron_completep.config import Config, config_from_mapping, save_config
+from megatron_completep.config.derived import tokens_per_step, total_tokens
+from megatron_completep.config.schema import ModelConfig
+from megatron_completep.errors import ConfigError, DataError
+from megatron_completep.interop.architectures import Folding, Piece, pieces
+from megatron_completep.interop.hf_config import from_hf
+from megatron_completep.interop.tensor_files import TensorFolder
+from megatron_completep.model.gpt import GPT
+from megatron_completep.parallel.context import ParallelContext
+from megatron_completep.parallel.placement import placement_of
+from megatron_completep.training.checkpoint import random_state
+from megatron_completep.training.checkpoint.boxes import Box
+from megatron_completep.training.checkpoint.files import BLOCK_SIZE, key_of, write_tensor_file
+from megatron_completep.training.checkpoint.identity import describe_table, versions
+from megatron_completep.training.checkpoint.manifest import MANIFEST, Manifest, StoredFile, StoredParameter, folder_name, seal
+from megatron_completep.training.checkpoint.save import check_space, sync_folder
+from megatron_completep.training.checkpoint.shard import STATES
+from megatron_completep.training.state import RunState
+
+FILE_BYTES = 1 << 30  # of weights held in memory and written as one file, with the optimizer's zeros beside them
+PRECISIONS = {"F32": "float32", "BF16": "bf16", "F16": "bf16"}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+# Buffers that older versions of transformers saved beside the weights.
+_IGNORED = re.compile(r".*(rotary_emb\.inv_freq|attn\.(bias|masked_bias))")
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """What was made, ready for JSON."""
+
+    config: str  # the YAML file to train with
+    checkpoint: str
+    architecture: str
+    dtype: str  # of the original tensors
+    parameters: int
+    tokenizer: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def import_model(folder: str | Path, output: str | Path, overrides: Sequence[str] = (), seq_length: int | None = None) -> ImportReport:
+    """Write `output`/config.yaml and `output`/checkpoints/step_00000000 from a folder of safetensors.
+
+    overrides: `section.key=value` words on the configuration. seq_length: tokens a training sample; None: the model's longest.
+    Raises ConfigError: the model or a setting is not expressible; DataError: the folder is damaged or holds pickles.
+    """
+    folder, output = Path(folder), Path(output)
+    values = _read_json(folder / "config.json")
+    architecture, model = from_hf(values, str(folder / "config.json"), seq_length)
+    source = TensorFolder(folder)
+    if (output / "config.yaml").exists() or (output / "checkpoints").exists():
+        raise ConfigError(f"{output} holds a run already. Choose another folder.")
+    wanted = _match(source, architecture, ModelConfig.model_validate(model))
+    dtype = source.describe(wanted[0].name)[1]
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        tokenizer = _copy_tokenizer(folder, output)
+        config = _configuration(model, output, tokenizer, PRECISIONS[dtype], overrides)
+        table = table_for(config.model, config.completep, tokens_per_step(config), total_tokens(config))
+        parameters = _parameters(config.model, table)
+        check_space(output, 4 * len(STATES) * sum(int(np.prod(p.shape)) for p in parameters.values()))
+        checkpoint = _write_checkpoint(output / "checkpoints", source, wanted, parameters, config, table)
+        save_config(config, output / "config.yaml")
+    except OSError as error:
+        raise ConfigError(f"{output} cannot be written: {error.strerror or error}. Choose another folder or free some space.") from None
+    count = sum(int(np.prod(p.shape)) for p in parameters.values())
+    kind = None if tokenizer is None else tokenizer["type"]
+    return ImportReport(str(output / "config.yaml"), str(checkpoint), architecture, dtype, count, kind)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}. Give the folder of a Hugging Face model.") from None
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error}).") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: not a JSON object.")
+    return value
+
+
+def _match(source: TensorFolder, architecture: str, model: ModelConfig) -> list[Piece]:
+    """The pieces as the folder names them; DataError with everything that is missing, superfluous or of another shape or type."""
+    prefix = "" if architecture == "gpt2" and "wte.weight" in source.names else None  # the base model's own names
+    wanted = pieces(architecture, model, Folding(), prefix)
+    names = set(source.names)
+    problems = []
+    for piece in wanted:
+        if piece.name not in names:
+            problems.append(f"{piece.name}: missing")
+            continue
+        shape, dtype = source.describe(piece.name)
+        if shape != piece.shape:
+            problems.append(f"{piece.name}: shape {list(shape)}, config.json says {list(piece.shape)}")
+        elif dtype not in PRECISIONS:
+            problems.append(f"{piece.name}: type {dtype}, only {', '.join(PRECISIONS)} are read")
+    spare = names - {piece.name for piece in wanted} - ({"lm_head.weight"} if model.tied_embeddings else set())
+    problems += [f"{name}: our model has no such tensor" for name in sorted(spare) if not _IGNORED.fullmatch(name)]
+    if problems:
+        more = [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []
+        raise DataError("\n  ".join([f"{source.folder}: its tensors are not those of its config.json", *problems[:20], *more]))
+    return wanted
+
+
+def _copy_tokenizer(folder: Path, output: Path) -> dict[str, str] | None:
+    """Copy the tokenizer's files beside the configuration; its `data.tokenizer`, or None where there is none we read."""
+    if (folder / "tokenizer.json").is_file():
+        (output / "tokenizer").mkdir(exist_ok=True)
+        for name in TOKENIZER_FILES:
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, output / "tokenizer" / name)
+        return {"type": "huggingface", "model": str(output / "tokenizer")}
+    if (folder / "tokenizer.model").is_file():
+        shutil.copyfile(folder / "tokenizer.model", output / "tokenizer.model")
+        return {"type": "sentencepiece", "model": str(output / "tokenizer.model")}
+    return None
+
+
+def _configuration(
+    model: dict[str, Any], output: Path, tokenizer: dict[str, str] | None, precision: str, overrides: Sequence[str]
+) -> Config:
+    """A complete configuration; data, learning rate and lengths are the user's to set."""
+    values = {
+        "model": model,
+        "completep": {"parameterization": "sp"},
+        "optimizer": {"base_lr": 2e-5, "base_eps": 1e-8, "schedule": "cosine", "warmup_fraction": 0.01, "min_lr_fraction": 0.1},
+        "data": {"train": [{"prefix": "data/train_text_document"}], "tokenizer": tokenizer},
+        "training": {
+            "micro_batch_size": 1,
+            "global_batch_size": 16,
+            "train_steps": 1000,
+            "precision": precision,
+            "output_dir": str(output),
+        },
+        # The original training's data are not known, so there is nothing to compare with.
+        "checkpoint": {"interval": 100, "allow_changed": ["data.*", "fingerprints.*"]},
+    }
+    config = config_from_mapping(values, overrides, name="configuration of the import")
+    changed = {name: value for name, value in model.items() if getattr(config.model, name) != value}
+    if changed:
+        raise ConfigError(
+            f"overrides of {', '.join(f'model.{name}' for name in changed)}: these are the imported model's own. Remove them."
+        )
+    plain = table_for(config.model, config.completep.model_copy(update={"parameterization": "sp", "alpha": 1.0}))
+    table = table_for(config.model, config.completep)
+    names = [n for n in ("residual_multiplier", "logit_multiplier", "attention_scale") if getattr(table, n) != getattr(plain, n)]
+    if names:
+        raise ConfigError(
+            f"completep.parameterization = {config.completep.parameterization} with this proxy gives another {' and '.join(names)}, so the "
+            "imported weights would be another function. Use sp, or leave the base shape null."
+        )
+    return config
+
+
+def _parameters(model: ModelConfig, table: Table) -> dict[str, StoredParameter]:
+    """Role and shape of every parameter, from the model without memory."""
+    found = {}
+    for name, parameter in GPT(model, table, ParallelContext.single("meta")).named_parameters():
+        declaration, shape = declaration_of(name, parameter), list(placement_of(parameter).global_shape)
+        found[name] = StoredParameter(role=declaration.role.value, width_ratio=declaration.width_ratio, shape=shape, dtype="F32")
+    return found
+
+
+def _write_checkpoint(
+    checkpoints: Path,
+    source: TensorFolder,
+    wanted: list[Piece],
+    parameters: dict[str, StoredParameter],
+    config: Config,
+    table: Table,
+) -> Path:
+    """Step 0 with these weights and an optimizer that has seen nothing; it appears by one rename."""
+    attempt, target = secrets.token_hex(4), checkpoints / folder_name(0)
+    temporary = checkpoints / f".{target.name}.{attempt}"
+    temporary.mkdir(parents=True)
+    try:
+        files = []
+        for number, names in enumerate(_groups(parameters)):
+            arrays = dict(_assemble(source, wanted, {name: parameters[name] for name in names}))
+            tensors = []
+            for state in STATES:
+                for name, array in arrays.items():
+                    values = array if state == "master" else np.zeros(array.shape, np.float32)
+                    tensors.append((key_of(state, name, Box((0,) * array.ndim, array.shape)), array.shape, values))
+            metadata = {"format": "pt", "step": "0", "attempt": attempt}
+            files.append(write_tensor_file(temporary / f"part_{number:05d}.safetensors", tensors, "F32", metadata, lambda name: None))
+        manifest = _manifest(files, parameters, config, table, attempt)
+        with open(temporary / MANIFEST, "xb") as file:
+            file.write(seal(manifest))
+            file.flush()
+            os.fsync(file.fileno())
+        sync_folder(temporary)
+        os.rename(temporary, target)
+        sync_folder(checkpoints)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return target
+
+
+def _manifest(files: list[StoredFile], parameters: dict[str, StoredParameter], config: Config, table: Table, attempt: str) -> Manifest:
+    return Manifest(
+        step=0,
+        attempt=attempt,
+        state=asdict(RunState()),
+        updates=0.0,
+        config=config.model_dump(mode="json"),
+        table=json.loads(json.dumps(describe_table(table), default=str)),
+        fingerprints={},
+        layout={"tensor": 1, "pipeline": 1, "data": 1, "world": 1, "virtual": 1},
+        rng=random_state.capture(),
+        versions=versions(),
+        parameters=parameters,
+        block_size=BLOCK_SIZE,
+        files=files,
+        elements=sum(int(np.prod(p.shape)) for p in parameters.values()),
+    )
+
+
+def _groups(parameters: dict[str, StoredParameter]) -> Iterator[list[str]]:
+    """Names whose weights together fill a file."""
+    group: list[str] = []
+    size = 0
+    for name, parameter in parameters.items():
+        group.append(name)
+        size += 4 * int(np.prod(parameter.shape))
+        if size >= FILE_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _assemble(source: TensorFolder, wanted: list[Piece], parameters: dict[str, StoredParameter]) -> Iterator[tuple[str, np.ndarray]]:
+    """Our parameters, in float32 (exact for every type that is read), from the pieces that they were cut into."""
+    for name, parameter in parameters.items():
+        whole = torch.empty(parameter.shape, dtype=torch.float32)
+        for piece in (p for p in wanted if p.source == name):
+            _put(piece, source.value(piece.name), whole)
+        yield name, whole.numpy()
+
+
+def _put(piece: Piece, value: Tensor, whole: Tensor) -> None:
+    rows = value.t() if piece.transposed else value
+    position = 0
+    for start, stop, _ in piece.rows:
+        whole[start:stop].copy_(rows[position : position + stop - start])
+        position += stop - start

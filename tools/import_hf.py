@@ -1,0 +1,42 @@
+"""Turn a Hugging Face folder (Llama, Qwen3, Granite, GPT-2) into a checkpoint and a configuration, for continued training.
+
+Example:
+
+    python tools/import_hf.py downloads/granite-3.3-2b-base runs/granite optimizer.base_lr=1e-5 training.train_steps=2000
+    python -m megatron_completep.pretrain runs/granite/config.yaml data.train='[{prefix: data/mine_text_document}]'
+
+OUT gets config.yaml, the tokenizer and checkpoints/step_00000000, which any layout loads. Words section.key=value set the
+configuration. Weights are read from safetensors only, never from pickles (.bin).
+"""
+
+import argparse
+import json
+
+from megatron_completep.errors import exit_on_user_error
+from megatron_completep.interop.import_model import import_model
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", metavar="FOLDER", help="with config.json and .safetensors files")
+    parser.add_argument("output", metavar="OUT", help="folder of the run to be; must not hold one")
+    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="settings of the configuration")
+    parser.add_argument("--seq-length", type=int, metavar="N", help="tokens a training sample (default: the model's longest)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    return parser.parse_args()
+
+
+def main() -> int | None:
+    arguments = parse_arguments()
+    report = import_model(arguments.folder, arguments.output, arguments.overrides, arguments.seq_length)
+    if arguments.json:
+        print(json.dumps(report.to_json()))
+        return 0
+    print(f"{report.architecture}, {report.parameters:,} parameters, {report.dtype}: {report.checkpoint}")
+    print(f"Set data, learning rate and lengths in {report.config}, then train:")
+    print(f"  python -m megatron_completep.pretrain {report.config}")
+    return 0
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

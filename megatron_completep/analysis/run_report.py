@@ -22,7 +22,7 @@ def run_report(config: Config, rows: Sequence[Row], title: str) -> Report:
     model, last = config.model, rows[-1]
     validation = [row for row in rows if row.get("validation_loss") is not None]
     uniform = math.log(model.vocab_size)
-    loss = validation[-1]["validation_loss"] if validation else last["loss"]
+    loss = validation[-1]["validation_loss"] if validation else [math.nan, *(row["loss"] for row in rows if row["loss"] is not None)][-1]
     kind = "validation loss" if validation else "training loss"
     below = f"{uniform - loss:.2f} nats below ln({model.vocab_size}) = {uniform:.3f}"
     report = Report(title, f"{kind.capitalize()} {loss:.4f} after {last['step']} steps, {below}.")

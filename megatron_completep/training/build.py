@@ -145,11 +145,12 @@ def describe_run(config: Config, context: ParallelContext, precision: torch.dtyp
     model, training, parallel = config.model, config.training, config.parallel
     parameters = sum(p.numel() for chunk in chunks for p in chunk.parameters())
     held = "parameters" if parallel.tensor_parallel_size * parallel.pipeline_parallel_size == 1 else "parameters on this rank"
+    ramp = f" (from {training.batch_ramp.start} in the first {training.batch_ramp.steps})" if training.batch_ramp else ""
     place = device_name(context.device) + (f", {threads} threads" if context.device.type == "cpu" else "")
     return (
         f"{model.num_layers} layers x {model.hidden_size}, {parameters:,} {held}, "
         f"{training_flops_per_token(model) / 1e6:,.1f} MFLOP a token\n"
         f"{context.world_size} process{'es' if context.world_size > 1 else ''} on {place}, {str(precision).removeprefix('torch.')}; "
         f"tensor {context.tensor.size} x pipeline {context.pipeline.size} x data {context.data.size}\n"
-        f"{training.train_steps} steps of {training.global_batch_size} x {model.seq_length} tokens -> {training.output_dir}"
+        f"{training.train_steps} steps of {training.global_batch_size}{ramp} x {model.seq_length} tokens -> {training.output_dir}"
     )

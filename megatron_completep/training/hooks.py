@@ -89,7 +89,8 @@ class Metrics(Hook):
 
     def _row(self, record: StepRecord) -> Row:
         state, figures = record.state, record.figures
-        tokens_per_second = record.samples * self._config.model.seq_length / record.seconds
+        computed = 0 if figures.passed_over else record.samples
+        tokens_per_second = computed * self._config.model.seq_length / record.seconds
         return {
             "step": state.step,
             "loss": figures.loss,

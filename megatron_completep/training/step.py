@@ -27,7 +27,7 @@ from megatron_completep.training.forward_backward import ForwardBackward, MicroB
 
 @dataclass(frozen=True)
 class StepFigures:
-    """What one step came to, as numbers of the host; equal on every rank."""
+    """What one step came to, as numbers of the host; all but the last equal on every rank."""
 
     loss: float  # mean over the tokens that count, before the update
     grad_norm: float  # of the token average over the whole model, before clipping
@@ -35,14 +35,41 @@ class StepFigures:
     skipped: bool  # a gradient was not finite; nothing was updated
     stop: bool  # some rank was asked to stop
     passed_over: bool = False  # training.skip_steps: the data were read past, nothing was computed
+    own_seconds: float = 0.0  # that this rank took for forward and backward
+
+
+class Stopwatch:
+    """Seconds from its making to `stop`: of the GPU's stream, where the work runs, or of the host. Nobody waits until `seconds`."""
+
+    def __init__(self, device: torch.device):
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
+        self._times: list[float] = []
+        self._note(0)
+
+    def stop(self) -> None:
+        self._note(1)
+
+    def _note(self, index: int) -> None:
+        if self._events:
+            self._events[index].record()
+        else:
+            self._times.append(time.perf_counter())
+
+    @property
+    def seconds(self) -> float:
+        """Once the work is known to be done."""
+        return self._events[0].elapsed_time(self._events[1]) / 1e3 if self._events else self._times[1] - self._times[0]
 
 
 class PendingFigures:
-    """The figures of a step under way. On a GPU they travel to page-locked memory behind the step's work; nobody waits until `read`."""
+    """The figures of a step under way. On a GPU they travel to page-locked memory behind the step's work; nobody waits until `read`.
 
-    def __init__(self, figures: Tensor, passed_over: bool = False):
+    own: this rank's own part of the step, before it waits for others in the update; None for a step of training.skip_steps.
+    """
+
+    def __init__(self, figures: Tensor, own: Stopwatch | None):
         self._event: torch.cuda.Event | None = None
-        self._host, self._passed_over = figures, passed_over
+        self._host, self._own = figures, own
         if figures.is_cuda:
             self._host = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=True)
             self._host.copy_(figures, non_blocking=True)
@@ -54,7 +81,8 @@ class PendingFigures:
         if self._event is not None:
             self._event.synchronize()
         loss, grad_norm, tokens, skipped, stop = self._host.tolist()
-        return StepFigures(loss, grad_norm, int(tokens), bool(skipped), bool(stop), self._passed_over)
+        own_seconds = 0.0 if self._own is None else self._own.seconds
+        return StepFigures(loss, grad_norm, int(tokens), bool(skipped), bool(stop), self._own is None, own_seconds)
 
 
 class TrainingStep:
@@ -64,7 +92,6 @@ class TrainingStep:
         self.config, self.context, self.chunks, self.optimizer = config, context, chunks, optimizer
         self.passes = ForwardBackward(chunks, config.model, config.parallel, context, config.training.micro_batch_size)
         self._micro_batches = micro_batches_per_step(config, context.world_size)
-        self.own_seconds = 0.0  # of the last step, on the host: before this rank waits for others in the update
 
     @property
     def pipeline(self) -> Pipeline | None:
@@ -76,21 +103,21 @@ class TrainingStep:
 
         Communicates over all axes (see `DistributedAdamW.step`) and, to agree on stopping, over the whole mesh.
         """
-        started = time.perf_counter()
+        own = Stopwatch(self.context.device)
         optimizer, device = self.optimizer, self.context.device
         optimizer.begin_step(len(batches))
         loss_sum = self.passes([self._micro_batch(batch, self._seed(step, number)) for number, batch in enumerate(batches)])
         tokens = torch.full((), self._count(batches), dtype=torch.int64, device=device)
         rate = learning_rate(step, self.config.optimizer, self.config.training.train_steps)
-        self.own_seconds = time.perf_counter() - started
+        own.stop()
         result = optimizer.step(rate, loss_sum, tokens)
         asked = self._any_rank(stop)
-        return PendingFigures(torch.stack([f.double() for f in (result.loss, result.grad_norm, result.tokens, result.skipped, asked)]))
+        return PendingFigures(torch.stack([f.double() for f in (result.loss, result.grad_norm, result.tokens, result.skipped, asked)]), own)
 
     def pass_over(self, stop: bool = False) -> PendingFigures:
         """A step of training.skip_steps: no loss, no update. Communicates over the whole mesh to agree on stopping, as `run`."""
         nothing = torch.tensor([math.nan, math.nan, 0.0, 1.0], dtype=torch.float64, device=self.context.device)
-        return PendingFigures(torch.cat([nothing, self._any_rank(stop).double().view(1)]), passed_over=True)
+        return PendingFigures(torch.cat([nothing, self._any_rank(stop).double().view(1)]), own=None)
 
     def _any_rank(self, flag: bool) -> Tensor:
         return all_reduce(torch.full((), float(flag), device=self.context.device), self.context.world, dist.ReduceOp.MAX)

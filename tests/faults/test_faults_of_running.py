@@ -19,6 +19,7 @@ from harness import Fault, final_state, losses, run, start, start_under_launcher
 
 from megatron_completep.training.guards.replicas import bit_sum, who_differs
 from megatron_completep.training.guards.watchdog import verdict
+from megatron_completep.training.metrics import read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SLOWLY = Fault("slow", 0, steps=tuple(range(1, 13)), seconds=0.15)
@@ -209,6 +210,8 @@ def test_fault_19_a_straggler_is_named_with_its_ratio(config):
     fault = Fault("slow", 1, steps=tuple(range(1, 13)), seconds=1.0)
     outcome = run(config, fault, overrides=["guards.straggler_interval=4", "guards.straggler_ratio=1.5", "training.train_steps=4"])
     assert re.search(r"step 4: rank 1 on \S+ is a straggler: [\d.]+ s .* [\d.]+ times the median rank's", outcome.output), outcome.output
+    (row,) = [row for row in read_metrics(config.parent / "run" / "metrics.jsonl") if "slowest_rank" in row]
+    assert row["step"] == 4 and row["slowest_rank"] == 1 and row["slowest_rank_ratio"] > 1.5
 
 
 # --- several runs, restarts, orphans --------------------------------------------------------------------------------------------

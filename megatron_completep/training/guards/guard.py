@@ -47,7 +47,7 @@ class Guard:
         guards = self.config.guards
         if guards.hang_timeout_minutes is not None:
             self._watchdog = Watchdog(self.context, self.folder, 60 * guards.hang_timeout_minutes, say_on_stderr)
-        return guard_hooks(self.config, self.context, step, state, self._watchdog, rollbacks, self.exchange, self._say)
+        return guard_hooks(self.config, self.context, step.optimizer, state, self._watchdog, rollbacks, self.exchange, self._say)
 
     def close(self) -> None:
         """The run is over: another may have the folder."""

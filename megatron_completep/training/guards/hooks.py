@@ -22,7 +22,6 @@ from megatron_completep.training.guards.watchdog import Watchdog
 from megatron_completep.training.hooks import Hook, StepRecord
 from megatron_completep.training.metrics import METRICS
 from megatron_completep.training.state import ExitCode, RunState, RunStopped
-from megatron_completep.training.step import TrainingStep
 
 Say = Callable[[str], None]
 
@@ -131,20 +130,25 @@ class Replicas(Hook):
 
 
 class Stragglers(Hook):
-    """Compares the time that each rank takes for its own part of a step: reading data, forward and backward."""
+    """Compares the time that each rank takes for its own part of a step: reading data, forward and backward.
 
-    def __init__(self, own_seconds: Callable[[], float], exchange: Exchange, interval: int, ratio: float, say: Say):
-        self._own_seconds, self._exchange, self._interval, self._ratio, self._say = own_seconds, exchange, interval, ratio, say
+    Adds the slowest rank, and its time over the median rank's, to the step's record.
+    """
+
+    def __init__(self, exchange: Exchange, interval: int, ratio: float, say: Say):
+        self._exchange, self._interval, self._ratio, self._say = exchange, interval, ratio, say
         self._total, self._steps = 0.0, 0
 
     def after_step(self, record: StepRecord) -> None:
-        self._total += self._own_seconds() + record.data_wait_seconds
+        self._total += record.figures.own_seconds + record.data_wait_seconds
         self._steps += 1
         if record.state.step % self._interval:
             return
         found = self._exchange.all_gather((self._total / self._steps, platform.node()))
         self._total, self._steps = 0.0, 0
-        median = statistics.median_low([seconds for seconds, _ in found])
+        times = [seconds for seconds, _ in found]
+        median, slowest = statistics.median_low(times), max(range(len(times)), key=times.__getitem__)
+        record.added |= {"slowest_rank": slowest, "slowest_rank_ratio": times[slowest] / median if median else 1.0}
         for rank, (seconds, host) in enumerate(found):
             if seconds > self._ratio * median:
                 self._say(
@@ -156,7 +160,7 @@ class Stragglers(Hook):
 def guard_hooks(
     config: Config,
     context: ParallelContext,
-    step: TrainingStep,
+    optimizer: DistributedAdamW,
     state: RunState,
     watchdog: Watchdog | None,
     rollbacks: Rollbacks,
@@ -164,7 +168,7 @@ def guard_hooks(
     say: Say,
 ) -> list[Hook]:
     """The guards that the configuration asks for. They go before all other hooks: what follows a bad step must not happen."""
-    guards, optimizer = config.guards, step.optimizer
+    guards = config.guards
     hooks: list[Hook] = [Heartbeat(watchdog)] if watchdog is not None else []
     hooks.append(SkippedSteps(optimizer, context, config.training, exchange, guards.max_skipped_steps, say))
     if guards.gc_interval is not None:
@@ -175,5 +179,5 @@ def guard_hooks(
     if context.world_size > 1 and guards.replica_check_interval is not None:
         hooks.append(Replicas(optimizer, context, exchange, guards.replica_check_interval))
     if context.world_size > 1 and guards.straggler_interval is not None:
-        hooks.append(Stragglers(lambda: step.own_seconds, exchange, guards.straggler_interval, guards.straggler_ratio, say))
+        hooks.append(Stragglers(exchange, guards.straggler_interval, guards.straggler_ratio, say))
     return hooks

@@ -1,0 +1,165 @@
+"""Every tokenizer as an exported folder holds it, opened by transformers, encodes and decodes as ours does in training."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from small_exports import LLAMA, checkpoint
+
+from megatron_completep.config.schema import TokenizerConfig
+from megatron_completep.data.tokenizer import SPACE_MARK, Tokenizer, build_tokenizer
+from megatron_completep.data.tokenizer_training import TrainingSettings, train_tokenizer
+from megatron_completep.errors import ConfigError, DataError
+from megatron_completep.interop import hf_tokenizer
+from megatron_completep.interop.export_model import ExportSettings, export_model
+from megatron_completep.interop.hf_tokenizer import PROBES, to_fast_tokenizer, verify, write_tokenizer
+
+transformers = pytest.importorskip("transformers")
+
+CORPUS = Path(__file__).read_text("utf-8") + "\n".join(PROBES).replace("\0", "").replace(SPACE_MARK, "") * 3
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TokenizerConfig]:
+    folder = tmp_path_factory.mktemp("tokenizers")
+    (folder / "corpus.txt").write_text(CORPUS, "utf-8")
+    for kind in ("bpe", "unigram"):
+        train_tokenizer(
+            TrainingSettings((str(folder / "corpus.txt"),), 900, kind, special_tokens=("<|pad|>",)), str(folder / f"{kind}.model")
+        )
+    ranks = [bytes([byte]) for byte in range(256)] + [b" t", b"th", b" th", b"he", b" the", b"    ", "ü".encode(), b" whole-piece"]
+    (folder / "small.tiktoken").write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(ranks)))
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=500, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"], show_progress=False
+    )
+    library.train_from_iterator([CORPUS], trainer)
+    library.save(str(folder / "tokenizer.json"))
+    return {
+        "sentencepiece": TokenizerConfig(type="sentencepiece", model=str(folder / "bpe.model")),
+        "unigram": TokenizerConfig(type="sentencepiece", model=str(folder / "unigram.model")),
+        "gpt2_pattern": TokenizerConfig(type="tiktoken", model=f"gpt2:{folder / 'small.tiktoken'}"),
+        "cl100k_pattern": TokenizerConfig(type="tiktoken", model=f"cl100k_base:{folder / 'small.tiktoken'}"),
+        "o200k_pattern": TokenizerConfig(type="tiktoken", model=f"o200k_base:{folder / 'small.tiktoken'}"),
+        "huggingface": TokenizerConfig(type="huggingface", model=str(folder / "tokenizer.json")),
+        "bytes": TokenizerConfig(type="bytes", model=None),
+    }
+
+
+NAMES = ("sentencepiece", "gpt2_pattern", "cl100k_pattern", "o200k_pattern", "huggingface", "bytes")
+
+
+def opened(config: TokenizerConfig, folder: Path) -> tuple[Tokenizer, Any]:
+    """(ours, what AutoTokenizer makes of the written folder)."""
+    ours = build_tokenizer(config)
+    write_tokenizer(ours, folder, 96, config)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    return ours, transformers.AutoTokenizer.from_pretrained(str(folder))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_transformers_encodes_and_decodes_multilingual_text_as_training_did(name: str, models: dict, tmp_path: Path) -> None:
+    ours, theirs = opened(models[name], tmp_path)
+    for text in (*PROBES, CORPUS):
+        if name == "huggingface" and "<|endoftext|>" in text:
+            continue  # its own configuration decides, which here makes it special
+        ids = ours.encode(text)
+        assert theirs(text)["input_ids"] == ids, text[:50]
+        assert theirs.decode(ids) == ours.decode(ids), text[:50]
+    assert theirs.eos_token_id == theirs.bos_token_id == ours.eod_id
+    assert theirs.decode([*ours.encode("end"), ours.eod_id], skip_special_tokens=True) == "end"
+    assert len(theirs) == ours.vocab_size
+
+
+@pytest.fixture(scope="module")
+def bpe_pair(models: dict[str, TokenizerConfig]) -> tuple[Tokenizer, Any]:
+    ours = build_tokenizer(models["sentencepiece"])
+    fast = to_fast_tokenizer(ours)[0]
+    fast.encode_special_tokens = True
+    return ours, fast
+
+
+@given(st.text(st.one_of(st.sampled_from(sorted(set(CORPUS))), st.characters(exclude_categories=["Cs"])), max_size=60))
+@settings(max_examples=300)
+@example("aaaa    aaa\t\t\t\n\n\n")
+@example(f"{SPACE_MARK}a{SPACE_MARK}{SPACE_MARK} \0")
+def test_sentencepiece_and_its_fast_twin_agree_on_any_text(bpe_pair: tuple[Tokenizer, Any], text: str) -> None:
+    ours, fast = bpe_pair
+    ids = ours.encode(text)
+    assert fast.encode(text).ids == ids
+    assert fast.decode(ids) == text == ours.decode(ids)
+
+
+def test_a_unigram_model_agrees_or_is_refused(models: dict[str, TokenizerConfig]) -> None:
+    """Equally likely segmentations: SentencePiece's choice depends on how its float32 sums round."""
+    ours = build_tokenizer(models["unigram"])
+    fast = to_fast_tokenizer(ours)[0]
+    try:
+        verify(ours, fast)
+    except DataError as error:
+        assert "does not encode" in str(error)
+    fast.encode_special_tokens = True
+    for text in PROBES:  # names of bytes and special tokens as text, unknown characters
+        assert fast.encode(text).ids == ours.encode(text), text
+
+
+def test_a_conversion_that_encodes_otherwise_is_refused(models: dict[str, TokenizerConfig], tmp_path: Path, monkeypatch) -> None:
+    """Negative controls: merges in the wrong order, and U+2581 taken for a space."""
+    ours = build_tokenizer(models["sentencepiece"])
+    right = hf_tokenizer._bpe
+    monkeypatch.setattr(hf_tokenizer, "_bpe", lambda names, scores, normal: right(names, [-s for s in scores], normal))
+    with pytest.raises(DataError, match="does not encode"):
+        write_tokenizer(ours, tmp_path, 96, models["sentencepiece"])
+    monkeypatch.undo()
+    fast = to_fast_tokenizer(ours)[0]
+    fast.normalizer = tokenizers.normalizers.Replace(SPACE_MARK, " ")
+    with pytest.raises(DataError, match="does not encode"):
+        verify(ours, fast)
+
+
+def test_sentencepiece_models_that_change_text_are_refused_with_all_reasons(tmp_path: Path) -> None:
+    import sentencepiece
+
+    (tmp_path / "corpus.txt").write_text(CORPUS, "utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "corpus.txt"), model_prefix=str(tmp_path / "stock"), vocab_size=300, model_type="bpe", minloglevel=2
+    )
+    ours = build_tokenizer(TokenizerConfig(type="sentencepiece", model=str(tmp_path / "stock.model")))
+    with pytest.raises(DataError) as error:
+        to_fast_tokenizer(ours)
+    assert all(words in str(error.value) for words in ("nmt_nfkc", "space in front", "removes whitespace", "byte fallback"))
+
+
+def test_an_exported_folder_holds_the_tokenizer_and_its_end_of_document(models: dict[str, TokenizerConfig], tmp_path: Path) -> None:
+    run = checkpoint(
+        tmp_path / "run", data={"train": [{"prefix": "none"}], "tokenizer": models["bytes"].model_dump()}, **{**LLAMA, "vocab_size": 260}
+    )
+    report = export_model(run, tmp_path / "out")
+    assert report.tokenizer == "bytes"
+    theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "out"))
+    assert theirs("zwölf")["input_ids"] == list("zwölf".encode())
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert generation["eos_token_id"] == config["eos_token_id"] == 256
+    without = export_model(run, tmp_path / "without", ExportSettings(tokenizer="none"))
+    assert without.tokenizer is None and not (tmp_path / "without" / "tokenizer.json").exists()
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(models: dict[str, TokenizerConfig], tmp_path: Path) -> None:
+    data = {"train": [{"prefix": "none"}], "tokenizer": models["bytes"].model_dump()}
+    run = checkpoint(tmp_path / "run", data=data, **LLAMA)
+    with pytest.raises(DataError, match=r"257 ids, model\.vocab_size = 93"):
+        export_model(run, tmp_path / "out")
+    plain = checkpoint(tmp_path / "plain", **LLAMA)
+    with pytest.raises(ConfigError, match=r"no data\.tokenizer"):
+        export_model(plain, tmp_path / "out", ExportSettings(tokenizer="somewhere.model"))

@@ -1,15 +1,13 @@
-"""List, describe, verify, compare and rewrite checkpoints.
+"""List, describe, verify, compare, rewrite and prune checkpoints.
 
 Examples:
 
     python tools/checkpoint.py list runs/quickstart
-    python tools/checkpoint.py inspect runs/quickstart                     # the newest one
-    python tools/checkpoint.py verify runs/quickstart/checkpoints/step_00000120
-    python tools/checkpoint.py diff runs/a/checkpoints/step_00000100 runs/b/checkpoints/step_00000100
-    python tools/checkpoint.py reshard runs/quickstart --files 1 --output /data/for_release
-    python tools/checkpoint.py prune runs/quickstart --keep 1 --dry-run
+    python tools/checkpoint.py verify runs/quickstart                      # the newest one
+    python tools/checkpoint.py adapt runs/small configs/deeper.yaml        # on purpose: more layers, another base
 
-Any layout reads any checkpoint: `reshard` is only for a number of files that suits a disk or an upload.
+Each command has a --help with an example of its own. Any layout reads any checkpoint: `reshard` is only for a number of files that
+suits a disk or an upload.
 """
 
 import argparse
@@ -18,7 +16,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from megatron_completep.config import load_config
 from megatron_completep.errors import exit_on_user_error
+from megatron_completep.training.checkpoint.adapt import adapt_checkpoint
 from megatron_completep.training.checkpoint.compare import table_of
 from megatron_completep.training.checkpoint.examine import (
     checkpoint_at,
@@ -33,37 +33,63 @@ from megatron_completep.training.checkpoint.manifest import committed_steps
 from megatron_completep.training.checkpoint.retention import prune, superseded
 from megatron_completep.training.guards.lock import OutputLock
 
+A_CHECKPOINT = "a checkpoint's folder, or a run's (its newest)"
+
+EXAMPLES = {  # command: what it does, an example
+    "list": ("the checkpoints of a run", "list runs/quickstart --json"),
+    "inspect": ("step, layout, parameterization, parameters, files", "inspect runs/quickstart/checkpoints/step_00000120"),
+    "verify": ("check every hash; exit code 1 and the file's name where one differs", "verify runs/quickstart"),
+    "diff": ("settings and tensors that differ; exit code 1 when some do", "diff runs/a runs/b/checkpoints/step_00000100"),
+    "reshard": ("write the same checkpoint as another number of files", "reshard runs/quickstart --files 1 --output /data/for_release"),
+    "prune": ("remove older checkpoints", "prune runs/quickstart --keep 2 --keep-every 1000 --dry-run"),
+    "adapt": (
+        "write a checkpoint for another configuration that computes the same function:\nmore layers (at the end, silent at first), "
+        "another base shape, alpha or multiplier.\nTraining with that configuration goes on from it",
+        "adapt runs/small configs/deeper.yaml training.output_dir=runs/deeper",
+    ),
+}
+
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    as_json = argparse.ArgumentParser(add_help=False)
-    as_json.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add = {name: _add(commands, name, text, example) for name, (text, example) in EXAMPLES.items()}
+    add["list"].add_argument("run", type=Path, help="a run's output_dir, or a folder that holds step_NNNNNNNN")
+    for name in ("inspect", "verify", "reshard", "adapt"):
+        add[name].add_argument("checkpoint", type=Path, help=A_CHECKPOINT)
+    add["diff"].add_argument("first", type=Path, help=A_CHECKPOINT)
+    add["diff"].add_argument("second", type=Path, help=A_CHECKPOINT)
+    for name in ("reshard", "adapt"):
+        add[name].add_argument("--files", type=_at_least_one, default=1, metavar="N", help="how many files (default: 1)")
+    add["reshard"].add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where step_NNNNNNNN is made")
+    add["adapt"].add_argument("config", help="YAML file of the run that shall go on from it; written into its output_dir/checkpoints")
+    add["adapt"].add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    add["adapt"].add_argument(
+        "--start-anew", action="store_true", help="take the weights alone: step 0, no moments, the data from the start"
+    )
+    add["prune"].add_argument("run", type=Path, help="a run's output_dir")
+    add["prune"].add_argument("--keep", type=_at_least_one, required=True, metavar="K", help="newest checkpoints to keep (at least 1)")
+    add["prune"].add_argument("--keep-every", type=_at_least_one, metavar="M", help="keep those whose step is a multiple")
+    add["prune"].add_argument("--dry-run", action="store_true", help="only say what would go")
+    return parser.parse_args()
 
-    command = commands.add_parser("list", parents=[as_json], help="the checkpoints of a run")
-    command.add_argument("run", type=Path, help="a run's output_dir")
-    command = commands.add_parser("inspect", parents=[as_json], help="step, layout, parameterization, parameters")
-    command.add_argument("checkpoint", type=Path, help="a checkpoint's folder, or a run's (its newest)")
-    command = commands.add_parser("verify", parents=[as_json], help="check every hash; exit code 1 and the file's name: a fault")
-    command.add_argument("checkpoint", type=Path, help="a checkpoint's folder, or a run's (its newest)")
-    command = commands.add_parser("diff", parents=[as_json], help="settings and tensors that differ; exit code 1: some do")
-    command.add_argument("first", type=Path)
-    command.add_argument("second", type=Path)
-    command = commands.add_parser("reshard", parents=[as_json], help="write the same checkpoint as another number of files")
-    command.add_argument("checkpoint", type=Path, help="a checkpoint's folder, or a run's (its newest)")
-    command.add_argument("--files", type=int, default=1, help="how many files (default: 1)")
-    command.add_argument("--output", type=Path, required=True, help="folder in which step_NNNNNNNN is made")
-    command = commands.add_parser("prune", parents=[as_json], help="remove older checkpoints")
-    command.add_argument("run", type=Path, help="a run's output_dir")
-    command.add_argument("--keep", type=int, required=True, help="newest checkpoints to keep (at least 1)")
-    command.add_argument("--keep-every", type=int, help="keep those whose step is a multiple")
-    command.add_argument("--dry-run", action="store_true", help="only say what would go")
-    arguments = parser.parse_args()
-    if arguments.command == "prune" and (arguments.keep < 1 or (arguments.keep_every or 1) < 1):
-        parser.error("--keep and --keep-every are at least 1")
-    if arguments.command == "reshard" and arguments.files < 1:
-        parser.error("--files is at least 1")
-    return arguments
+
+def _add(commands: Any, name: str, text: str, example: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=text.split(":")[0],
+        description=f"{text[0].upper()}{text[1:]}.",
+        epilog=f"Example:\n\n    python tools/checkpoint.py {example}\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    return parser
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: give a number of at least 1")
+    return int(text)
 
 
 def show(value: Any, as_json: bool, text: str) -> None:
@@ -136,6 +162,16 @@ def run_prune(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def run_adapt(arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.config, arguments.overrides)
+    checkpoints = Path(config.training.output_dir) / "checkpoints"
+    source = checkpoint_at(arguments.checkpoint)
+    folder, changed = adapt_checkpoint(source, config, checkpoints, arguments.files, arguments.start_anew)
+    text = f"{table_of(changed, 'checkpoint', 'new')}\nwrote {folder}: the same function; train with {arguments.config} to go on from it"
+    show({"folder": str(folder), "changed": [vars(difference) for difference in changed]}, arguments.json, text)
+    return 0
+
+
 COMMANDS = {
     "list": run_list,
     "inspect": run_inspect,
@@ -143,6 +179,7 @@ COMMANDS = {
     "diff": run_diff,
     "reshard": run_reshard,
     "prune": run_prune,
+    "adapt": run_adapt,
 }
 
 

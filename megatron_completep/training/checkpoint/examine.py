@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from megatron_completep.errors import CheckpointError
-from megatron_completep.training.checkpoint.boxes import Box, OwnedBox
+from megatron_completep.training.checkpoint.boxes import Box
 from megatron_completep.training.checkpoint.compare import Difference, differences
-from megatron_completep.training.checkpoint.files import BLOCK_SIZE, CheckedFile, key_of, write_tensor_file
+from megatron_completep.training.checkpoint.files import BLOCK_SIZE, DTYPES, CheckedFile, key_of, write_tensor_file
 from megatron_completep.training.checkpoint.load import StoredCheckpoint
 from megatron_completep.training.checkpoint.manifest import MANIFEST, Manifest, committed_steps, folder_name, read_manifest, seal
 from megatron_completep.training.checkpoint.save import check_space, sync_folder
@@ -115,25 +117,34 @@ def _settings(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def reshard_checkpoint(folder: Path, output: Path, count: int) -> Path:
-    """Write the same checkpoint again as `count` files under `output`, rows of every tensor shared out evenly.
+Rows = Callable[[str, str, int, int], torch.Tensor]  # state, name, first row, row after the last -> values
 
-    Needs memory for one file at a time. Values, step and settings stay; what reads the result cannot tell the difference.
+
+def reshard_checkpoint(folder: Path, output: Path, count: int) -> Path:
+    """Write the same checkpoint again as `count` files under `output`. Values, step and settings stay; readers cannot tell the difference.
+
     Raises CheckpointError: damaged source, no space, or the target exists.
     """
     stored = StoredCheckpoint.open(folder)
-    manifest = stored.manifest
+    return rewrite_checkpoint(stored.manifest, output, count, stored.rows)
+
+
+def rewrite_checkpoint(manifest: Manifest, output: Path, count: int, rows: Rows) -> Path:
+    """Commit a checkpoint with this manifest as `count` files under `output`, rows of every tensor shared out evenly among them.
+
+    Needs memory for one file at a time. Raises CheckpointError: no space, or the target exists.
+    """
     target = output / folder_name(manifest.step)
     if target.exists():
         raise CheckpointError(f"{target} exists. Choose another folder.")
-    output.mkdir(parents=True, exist_ok=True)
-    check_space(output, manifest.total_size)
+    sizes = (DTYPES[p.dtype].itemsize * math.prod(p.shape) for p in manifest.parameters.values())
     temporary = output / f".{target.name}.{secrets.token_hex(4)}"
-    temporary.mkdir()
     try:
+        temporary.mkdir(parents=True)
+        check_space(output, len(STATES) * sum(sizes))
         files = []
         for part in range(count):
-            tensors = list(_share(stored, part, count))
+            tensors = list(_share(manifest, rows, part, count))
             if tensors:
                 dtype = next(iter(manifest.parameters.values())).dtype
                 metadata = {"format": "pt", "step": str(manifest.step), "attempt": manifest.attempt}
@@ -147,24 +158,26 @@ def reshard_checkpoint(folder: Path, output: Path, count: int) -> Path:
         sync_folder(temporary)
         os.rename(temporary, target)
         sync_folder(output)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(
+            f"{target} cannot be written: {error.strerror or error}. Choose another folder, or free some space."
+        ) from None
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return target
 
 
-def _share(stored: StoredCheckpoint, part: int, count: int) -> Iterator[tuple[str, tuple[int, ...], Any]]:
+def _share(manifest: Manifest, rows: Rows, part: int, count: int) -> Iterator[tuple[str, tuple[int, ...], np.ndarray]]:
     """The tensors of one file: rows [part, part + 1) / count of every one."""
     for state in STATES:
-        for name, parameter in stored.manifest.parameters.items():
-            rows = parameter.shape[0]
-            start, stop = rows * part // count, rows * (part + 1) // count
-            if start == stop:
-                continue
-            box = Box((start, *[0] * (len(parameter.shape) - 1)), (stop - start, *parameter.shape[1:]))
-            flat = torch.empty(box.numel, dtype=torch.float64 if parameter.dtype == "F64" else torch.float32)
-            stored.read_into([(OwnedBox(name, box, 0, box.sizes[-1]), state, flat)])
-            yield key_of(state, name, box), box.sizes, flat.numpy()
+        for name, parameter in manifest.parameters.items():
+            start, stop = parameter.shape[0] * part // count, parameter.shape[0] * (part + 1) // count
+            if start < stop:
+                values = rows(state, name, start, stop).contiguous()
+                box = Box((start, *[0] * (values.dim() - 1)), tuple(values.shape))
+                yield key_of(state, name, box), box.sizes, values.numpy()
 
 
 def _nothing(name: str) -> None:

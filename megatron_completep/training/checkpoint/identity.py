@@ -73,5 +73,6 @@ def refusal(folder: Path, found: list[Difference]) -> str:
     remedy = f"checkpoint.allow_changed={patterns[:8]}" if patterns else "a model with these parameters"
     return (
         f"{folder} was trained with other settings:\n{table_of(shown)}{more}\n"
-        f"Continue with the checkpoint's settings, start in another training.output_dir, or, if the change is meant: {remedy}."
+        f"Continue with the checkpoint's settings, start in another training.output_dir, or, if the change is meant: {remedy}. "
+        "For more layers, another base shape or alpha under the same function: tools/checkpoint.py adapt."
     )

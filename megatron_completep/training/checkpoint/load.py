@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,11 +50,15 @@ class StoredCheckpoint:
         if stored is None or state not in STATES:
             known = ", ".join(sorted(self.manifest.parameters)[:8])
             raise CheckpointError(f"{self.folder}: no tensor {state}/{name}. Its parameters: {known}, ...")
-        shape = tuple(stored.shape)
-        flat = torch.empty(int(np.prod(shape)), dtype=TORCH_DTYPES[stored.dtype])
-        whole = OwnedBox(name, Box((0,) * len(shape), shape), 0, shape[-1])
-        self.read_into([(whole, state, flat)])
-        return flat.view(shape)
+        return self.rows(state, name, 0, stored.shape[0])
+
+    def rows(self, state: str, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a logical tensor."""
+        parameter = self.manifest.parameters[name]
+        box = Box((start, *[0] * (len(parameter.shape) - 1)), (stop - start, *parameter.shape[1:]))
+        flat = torch.empty(box.numel, dtype=TORCH_DTYPES[parameter.dtype])
+        self.read_into([(OwnedBox(name, box, 0, box.sizes[-1]), state, flat)])
+        return flat.view(box.sizes)
 
     def parts_of(self, wanted: Iterable[Wanted]) -> Parts:
         """The blocks that hold what is wanted, and where it goes."""

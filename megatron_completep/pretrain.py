@@ -66,7 +66,7 @@ def pretrain(config: Config, fail_point: FailPoint = no_fail_point, clock: Start
         say(f"resumed after step {state.step}")
     hooks = [*guard.hooks(step, state, rollbacks), StartupReport(clock, say)]
     hooks += build.default_hooks(config, context, step, validation, checkpointer, state, precision, say)
-    signals = StopSignals(say, config.training.exit_after_minutes)
+    signals = StopSignals(say, config.training.exit_after_minutes, clock.elapsed)
     code = train(config, context, step, loader, state, hooks, signals, rollbacks)
     guard.close()
     context.close()

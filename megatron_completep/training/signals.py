@@ -15,21 +15,24 @@ class StopSignals:
     """SIGTERM, SIGINT and SIGUSR1 ask for a stop between two steps; a second one ends the process at once, with 128 + its number.
 
     torchrun forwards the signal that a terminal has already sent to the whole process group: what follows within GRACE seconds of
-    the first is taken for its echo. `exit_after_minutes` asks for a stop by itself, that long after the start. A thread hears the
-    signals: while the main thread waits for another rank inside a collective, Python calls no handler.
+    the first is taken for its echo. `exit_after_minutes` asks for a stop by itself, that long after the start, which was
+    `already_seconds` ago. A thread hears the signals: while the main thread waits for another rank inside a collective, Python calls no handler.
     """
 
     GRACE = 2.0
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
-    def __init__(self, say: Callable[[str], None], exit_after_minutes: float | None = None):
-        self._say, self._asked_at = say, 0.0
-        self._leave_at = time.monotonic() + 60 * exit_after_minutes if exit_after_minutes else float("inf")
+    def __init__(self, say: Callable[[str], None], exit_after_minutes: float | None = None, already_seconds: float = 0.0):
+        self._say, self._asked_at, self._time_is_up = say, 0.0, False
+        self._leave_at = time.monotonic() + 60 * exit_after_minutes - already_seconds if exit_after_minutes else float("inf")
         self._before: dict[int, Any] = {}
 
     @property
     def asked(self) -> bool:
-        return self._asked_at > 0 or time.monotonic() > self._leave_at
+        if not self._time_is_up and time.monotonic() > self._leave_at:
+            self._time_is_up = True
+            self._say("training.exit_after_minutes: the time is up; saving after this step, then leaving")
+        return self._asked_at > 0 or self._time_is_up
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():

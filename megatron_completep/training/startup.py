@@ -24,6 +24,11 @@ class StartupClock:
         clock.seconds["imports"] = clock._since - psutil.Process().create_time()
         return clock
 
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the first phase began."""
+        return sum(self.seconds.values()) + time.time() - self._since
+
     def done(self, phase: str) -> None:
         now = time.time()
         self.seconds[phase] = now - self._since

@@ -24,6 +24,8 @@ from megatron_completep.training.guards.hooks import GarbageCollection
 from megatron_completep.training.hooks import StepRecord
 from megatron_completep.training.node import differing, driver_version
 from megatron_completep.training.profiling import Profiler
+from megatron_completep.training.signals import StopSignals
+from megatron_completep.training.startup import StartupClock
 from megatron_completep.training.state import ExitCode, RunState
 from megatron_completep.training.step import StepFigures, TrainingStep
 
@@ -143,6 +145,14 @@ def test_a_run_whose_time_is_up_saves_and_asks_for_a_requeue(folder: Path) -> No
     assert (Path(short.training.output_dir) / "checkpoints" / "step_00000001").is_dir()
     assert pretrain(tiny_config(folder, *BARE, output="short")) == ExitCode.DONE
     assert rows_of(short) == rows_of(whole)
+
+
+def test_the_time_to_leave_counts_from_the_start_of_the_process() -> None:
+    said: list[str] = []
+    assert not StopSignals(said.append, 1.0, already_seconds=30.0).asked and not StopSignals(said.append, None, 1e9).asked
+    late = StopSignals(said.append, 1.0, already_seconds=61.0)
+    assert late.asked and late.asked and len(said) == 1 and "the time is up" in said[0]
+    assert StartupClock.from_process_start().elapsed > StartupClock().elapsed >= 0
 
 
 # --- garbage --------------------------------------------------------------------------------------------------------------------

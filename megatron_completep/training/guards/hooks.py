@@ -67,6 +67,10 @@ class SkippedSteps(Hook):
         self._exchange, self._limit, self._say = exchange, limit, say
         self._in_a_row = 0
 
+    def due(self, step: int) -> bool:
+        """After a first such step each is looked at before the next one's gradients come, which would hide who began."""
+        return self._in_a_row > 0
+
     def after_step(self, record: StepRecord) -> None:
         if record.figures.passed_over:
             return

@@ -1,0 +1,50 @@
+"""Time the parameterization telemetry of a configuration beside its training step, alternating the two in one run.
+
+Example:
+
+    python tools/benchmark_telemetry.py configs/quickstart.yaml training.cpu_threads=2
+
+The model and the batch are the configuration's; tokens are random and no data file is opened. Printed: what one look at the
+parameterization costs, as a share of the training time at logging.parameterization_interval. One process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+
+import torch
+
+from megatron_completep.analysis.telemetry_benchmark import measure
+from megatron_completep.config import load_config
+from megatron_completep.errors import exit_on_user_error
+from megatron_completep.parallel.context import choose_device
+from megatron_completep.training.build import device_name
+from megatron_completep.training.precision import use_threads
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", metavar="CONFIG", help="a run's YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    parser.add_argument("--rounds", type=int, default=20, help="timed steps and looks (default: 20)")
+    parser.add_argument("--json", action="store_true", help="one object on stdout, the log on stderr")
+    return parser.parse_intermixed_args()
+
+
+def main() -> int | None:
+    arguments = parse_arguments()
+    config = load_config(arguments.config, arguments.overrides)
+    device = choose_device(config.training.device, 0)
+    threads = use_threads(config.training.cpu_threads, 1)
+    place = device_name(device) + (f", {threads} threads" if device.type == "cpu" else "")
+    print(f"{place}, torch {torch.__version__}; {arguments.rounds} rounds", file=sys.stderr, flush=True)
+    cost = measure(config, device, max(2, arguments.rounds))
+    print(json.dumps({"device": place, "torch": torch.__version__, **asdict(cost)}) if arguments.json else str(cost))
+    return 0
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

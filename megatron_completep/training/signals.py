@@ -16,7 +16,8 @@ class StopSignals:
 
     torchrun forwards the signal that a terminal has already sent to the whole process group: what follows within GRACE seconds of
     the first is taken for its echo. `exit_after_minutes` asks for a stop by itself, that long after the start, which was
-    `already_seconds` ago. A thread hears the signals: while the main thread waits for another rank inside a collective, Python calls no handler.
+    `already_seconds` ago. A thread hears the signals: while the main thread waits for another rank inside a collective, Python calls
+    no handler.
     """
 
     GRACE = 2.0

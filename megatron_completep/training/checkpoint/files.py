@@ -221,7 +221,7 @@ class CheckedFile:
             header = json.loads(self.read_header(8 + length)[8:])
             header.pop("__metadata__", None)
             return [_entry(self.stored, 8 + length, key, value) for key, value in header.items()]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, struct.error) as error:
             raise CheckpointError(f"{self.path}: not a tensor file of a checkpoint: {error!r}") from None
 
 

@@ -25,6 +25,7 @@ _SEAL = re.compile(rb',\n "xxh3": "([0-9a-f]{32})"\n}\n\Z')
 
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_]+\.safetensors$")]
 Hash = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16}$")]
+ParameterName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.]{1,200}$")]
 Shape = Annotated[list[NonNegativeInt], Field(max_length=8)]
 
 
@@ -60,7 +61,7 @@ class Manifest(Section):
     layout: dict[str, int]  # ranks along each axis when it was written, for the reader's information
     rng: dict[str, Any]
     versions: dict[str, str]
-    parameters: dict[str, StoredParameter]
+    parameters: dict[ParameterName, StoredParameter]
     block_size: Annotated[int, Field(ge=4096, le=1 << 30, multiple_of=64)]
     files: list[StoredFile]
     elements: PositiveInt  # of one state, for the check that nothing is missing

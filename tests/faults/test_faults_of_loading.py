@@ -98,9 +98,10 @@ def test_fault_7_a_folder_under_another_steps_name_is_detected(saved_run):
 @pytest.mark.parametrize(
     ("world", "overrides"),
     [
-        (1, []),
+        (1, ["training.micro_batch_size=1"]),
         pytest.param(2, ["parallel.tensor_parallel_size=2"], marks=pytest.mark.slow),
         pytest.param(2, ["parallel.pipeline_parallel_size=2"], marks=pytest.mark.slow),
+        pytest.param(2, ["parallel.optimizer_shard_size=1", "training.micro_batch_size=1"], marks=pytest.mark.slow),
     ],
 )
 def test_fault_10_another_layout_goes_on_with_the_same_data(saved_run, oracle, world, overrides):

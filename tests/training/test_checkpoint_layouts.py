@@ -38,7 +38,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "one": {"world": 1},
     "tp4": {"world": 4, "tensor_parallel_size": 4},
     "pp4_uneven": {"world": 4, "pipeline_parallel_size": 4, "pipeline_split": [0, 2, 1, 1]},
-    "dp4": {"world": 4, "bucket_megabytes": 0.002},
+    "dp4": {"world": 4, "bucket_megabytes": 0.002, "micro_batch_size": 1},
     "dp4_shard2": {"world": 4, "optimizer_shard_size": 2},
     "tp2_dp2": {"world": 4, "tensor_parallel_size": 2},
     "virtual": {"world": 2, "pipeline_parallel_size": 2, "virtual_pipeline_size": 2, "schedule": "interleaved_1f1b"},
@@ -52,8 +52,9 @@ def logical(name: str, state: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def build(rank: int, folder: str, model: str, layout: dict[str, Any]) -> tuple[DistributedAdamW, Checkpointer]:
-    parallel = {key: value for key, value in layout.items() if key != "world"}
-    config = tiny_config(folder, model=MODELS[model], parallel=parallel)
+    parallel = {key: value for key, value in layout.items() if key not in ("world", "micro_batch_size")}
+    training = {"micro_batch_size": layout.get("micro_batch_size", 2)}
+    config = tiny_config(folder, model=MODELS[model], parallel=parallel, training=training)
     context = ParallelContext.single("cpu")
     if layout["world"] > 1:
         data_size = data_parallel_size_for(config.parallel, layout["world"])

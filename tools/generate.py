@@ -1,25 +1,29 @@
-"""Continue a text with a trained model.
+"""Continue texts with a trained model.
 
 Example:
 
     python tools/generate.py runs/quickstart --prompt "def main(" --max-new-tokens 200 --temperature 0.7
+    python tools/generate.py runs/quickstart --prompts prompts.txt --batch-size 16 --json > texts.json
 
 CHECKPOINT is a run's folder (its newest checkpoint) or one of its checkpoints/step_NNNNNNNN. Text appears as it is made; the same
-seed gives the same text.
+seed gives the same texts, whatever the batch size. --prompts reads a prompt a line, or from a .jsonl file the key "prompt".
 """
 
 import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
 from megatron_completep.config.schema import TokenizerConfig
-from megatron_completep.data.tokenizer import build_tokenizer
-from megatron_completep.errors import ConfigError, exit_on_user_error
+from megatron_completep.data.tokenizer import Tokenizer, build_tokenizer
+from megatron_completep.errors import ConfigError, DataError, exit_on_user_error
+from megatron_completep.model.gpt import GPT
 from megatron_completep.parallel.context import choose_device
-from megatron_completep.training.generation import Sampling, generate_text, load_model
+from megatron_completep.training.generation import Sampling, generate_texts, load_model
 from megatron_completep.training.precision import choose_precision, use_threads
 
 
@@ -27,48 +31,90 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's folder, or one checkpoint's")
     parser.add_argument("--prompt", default="", help="text to continue; - reads standard input (default: begin a document)")
+    parser.add_argument("--prompts", metavar="FILE", help="many texts to continue, instead of --prompt")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="texts made at once (default: 8)")
     parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="default: 100")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (default: 0.8)")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens (default: 0, all)")
     parser.add_argument(
         "--top-p", type=float, default=0.95, metavar="P", help="draw from the likeliest tokens of this share (default: 0.95)"
     )
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: fewer repetitions (default: 1)")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end after this text; may be given several times")
     parser.add_argument("--seed", type=int, default=1234, help="default: 1234")
-    parser.add_argument("--samples", type=int, default=1, metavar="N", help="texts to make (default: 1)")
+    parser.add_argument("--samples", type=int, default=1, metavar="N", help="texts to make of each prompt (default: 1)")
     parser.add_argument("--tokenizer-model", metavar="FILE", help="where the tokenizer lies now, if not where the run found it")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--precision", choices=("auto", "float32", "bf16", "float64"), default="auto")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout instead of streaming")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if min(arguments.batch_size, arguments.samples) < 1:
+        parser.error("--batch-size and --samples take numbers above 0")
+    return arguments
+
+
+def read_prompts(arguments: argparse.Namespace) -> list[str]:
+    """All prompts. Raises DataError naming file and line."""
+    if arguments.prompts is None:
+        return [sys.stdin.read() if arguments.prompt == "-" else arguments.prompt]
+    path = Path(arguments.prompts)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as UTF-8 text ({error}).") from None
+    if path.suffix != ".jsonl":
+        return lines
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            prompts.append(str(json.loads(line)["prompt"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f'{path}, line {number}: expected an object with the key "prompt" ({error!r}).') from None
+    return prompts
+
+
+def make_texts(model: GPT, tokenizer: Tokenizer, prompts: Sequence[str], arguments: argparse.Namespace) -> list[str]:
+    """A text for each prompt. One alone streams to the console; of several each is printed when its batch is done."""
+    sampling = Sampling(arguments.temperature, arguments.top_p, arguments.max_new_tokens, arguments.top_k, arguments.repetition_penalty)
+    device = next(model.parameters()).device
+    texts: list[str] = []
+    for start in range(0, len(prompts), arguments.batch_size):
+        batch = prompts[start : start + arguments.batch_size]
+        generators = [torch.Generator(device).manual_seed(arguments.seed + start + i) for i in range(len(batch))]
+        made = [""] * len(batch)
+        streaming = len(batch) == 1 and not arguments.json
+        if streaming:
+            print(batch[0], end="", flush=True)
+        for number, piece in generate_texts(model, tokenizer, batch, sampling, generators, [arguments.stop] * len(batch)):
+            made[number] += piece
+            if streaming:
+                print(piece, end="", flush=True)
+        if streaming:
+            print()
+        elif not arguments.json:
+            print("\n\n".join(prompt + text for prompt, text in zip(batch, made, strict=True)), end="\n\n")
+        texts += made
+    return texts
 
 
 def main() -> int | None:
     arguments = parse_arguments()
-    sampling = Sampling(arguments.temperature, arguments.top_p, arguments.max_new_tokens)
     device = choose_device(arguments.device, 0)
     use_threads(None, 1)
+    prompts = read_prompts(arguments)
     config, model = load_model(arguments.checkpoint, device, choose_precision(arguments.precision, device))
     settings = config.data.tokenizer
     if settings is None:
         raise ConfigError("the run has no data.tokenizer, so its tokens cannot be turned into text.")
     if arguments.tokenizer_model is not None:
         settings = TokenizerConfig(type=settings.type, model=arguments.tokenizer_model)
-    tokenizer = build_tokenizer(settings)
-    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
-    generator = torch.Generator(device).manual_seed(arguments.seed)
-    texts, started = [], time.perf_counter()
-    for number in range(arguments.samples):
-        if not arguments.json:
-            print(f"{'' if number == 0 else chr(10)}{prompt}", end="", flush=True)
-        pieces = []
-        for piece in generate_text(model, tokenizer, prompt, sampling, generator):
-            pieces.append(piece)
-            if not arguments.json:
-                print(piece, end="", flush=True)
-        texts.append("".join(pieces))
-        if not arguments.json:
-            print()
+    started = time.perf_counter()
+    wanted = [prompt for prompt in prompts for _ in range(arguments.samples)]
+    texts = make_texts(model, build_tokenizer(settings), wanted, arguments)
     if arguments.json:
-        print(json.dumps({"prompt": prompt, "texts": texts, "seconds": time.perf_counter() - started}))
+        n = arguments.samples
+        results = [{"prompt": prompt, "texts": texts[i * n : (i + 1) * n]} for i, prompt in enumerate(prompts)]
+        print(json.dumps({"results": results, "seconds": time.perf_counter() - started}))
     return 0
 
 

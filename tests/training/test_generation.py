@@ -16,7 +16,17 @@ from megatron_completep.data.tokenizer import BytesTokenizer
 from megatron_completep.errors import CheckpointError, DataError
 from megatron_completep.model.gpt import GPT
 from megatron_completep.pretrain import pretrain
-from megatron_completep.training.generation import Sampling, find_checkpoint, generate, generate_text, load_model, next_token
+from megatron_completep.training.generation import (
+    Generation,
+    Sampling,
+    find_checkpoint,
+    generate,
+    generate_text,
+    generate_texts,
+    load_model,
+    next_token,
+    penalize,
+)
 
 GREEDY = Sampling(temperature=0.0, max_new_tokens=8)
 
@@ -104,6 +114,93 @@ def test_equal_seeds_give_equal_texts_and_others_do_not() -> None:
     assert text(1) == text(1) != text(2)
 
 
+PROMPTS = [[5, 9, 200], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9], [40, 41, 42, 43, 44, 45]]
+
+
+@pytest.mark.parametrize("position", ["rope", "learned", "alibi"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_batch_of_prompts_of_any_lengths_gives_what_each_gives_alone(position: str, temperature: float) -> None:
+    gpt, sampling = small_model(position=position), Sampling(temperature, 1.0, 12)
+
+    def seeded() -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(100 + number) for number in range(len(PROMPTS))]
+
+    alone = [list(generate(gpt, prompt, sampling, None, generator)) for prompt, generator in zip(PROMPTS, seeded(), strict=True)]
+    end = alone[0][4]  # one row ends early, and others where they happen to draw it
+    together: list[list[int]] = [[] for _ in PROMPTS]
+    for made in Generation(gpt, PROMPTS, sampling, end, seeded()):
+        for number, token in made:
+            together[number].append(token)
+    expected = [made[: made.index(end)] if end in made else made for made in alone]
+    assert together == expected
+    assert len({len(made) for made in together}) > 1
+
+
+def count_tokens(gpt: GPT, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Rows and tokens a row of every pass through the model from now on."""
+    shapes, right = [], gpt.forward
+
+    def counted(tokens: torch.Tensor, **rest: object) -> torch.Tensor:
+        shapes.append(tuple(tokens.shape))
+        return right(tokens, **rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(gpt, "forward", counted)
+    return shapes
+
+
+def test_work_grows_linearly_in_new_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each new token takes one token through the model, whatever came before it; the prompt goes through once."""
+    gpt = small_model()
+    shapes = count_tokens(gpt, monkeypatch)
+    for length in (8, 16, 24):
+        shapes.clear()
+        list(generate(gpt, PROMPTS[2], Sampling(0.0, 1.0, length)))
+        assert shapes == [(1, 9)] + [(1, 1)] * (length - 1)
+
+
+def test_a_batch_feeds_what_all_rows_know_at_once_and_drops_rows_that_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpt = small_model()
+    shapes = count_tokens(gpt, monkeypatch)
+    generation = Generation(gpt, [[1, 2, 3], [1, 2, 3, 4, 5, 6, 7]], Sampling(0.0, 1.0, 3))
+    for made in generation:
+        if len(shapes) == 2:
+            generation.stop(0)
+            assert [number for number, _ in made] == [0]
+    # Three tokens of both; one drawn beside one of the prompt; then the short row is gone, and three of the prompt go at once.
+    assert shapes == [(2, 3), (2, 1), (1, 3), (1, 1), (1, 1)]
+
+
+def test_top_k_keeps_the_likeliest_tokens() -> None:
+    logits, generator = torch.tensor([0.1, 3.0, 2.9, -1.0, 3.1]), torch.Generator().manual_seed(1)
+    for top_k, expected in ((1, {4}), (2, {4, 1}), (3, {4, 1, 2}), (0, {0, 1, 2, 3, 4})):
+        drawn = {int(next_token(logits, Sampling(2.0, 1.0, top_k=top_k), generator)) for _ in range(800)}
+        assert drawn == expected
+
+
+def test_the_repetition_penalty_is_transformers_own() -> None:
+    processors = pytest.importorskip("transformers.generation.logits_process")
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(50, (3, 12), generator=torch.Generator().manual_seed(1))
+    seen = torch.zeros(3, 50, dtype=torch.bool).scatter_(1, ids, True)
+    expected = processors.RepetitionPenaltyLogitsProcessor(1.7)(ids, logits)
+    torch.testing.assert_close(penalize(logits, seen, 1.7), expected, rtol=0, atol=0)
+    gpt = small_model(tied_embeddings=True)  # which likes to repeat itself
+    repeated, varied = (list(generate(gpt, [5, 9], Sampling(0.0, 1.0, 20, 0, penalty))) for penalty in (1.0, 5.0))
+    assert len(set(varied)) > len(set(repeated))
+
+
+def test_texts_end_with_the_first_stop_in_them() -> None:
+    gpt, tokenizer = small_model(), BytesTokenizer()
+    texts = ["", ""]
+    for number, piece in generate_texts(gpt, tokenizer, ["ab", "x"], Sampling(0.0, 1.0, 20)):
+        texts[number] += piece
+    stop = texts[0][5:7]
+    stopped = ["", ""]
+    for number, piece in generate_texts(gpt, tokenizer, ["ab", "x"], Sampling(0.0, 1.0, 20), until=[[stop, "never"], []]):
+        stopped[number] += piece
+    assert stopped == [texts[0][: texts[0].index(stop) + len(stop)], texts[1]]
+
+
 @pytest.mark.parametrize(
     ("prompt", "changes", "words"),
     [
@@ -119,8 +216,8 @@ def test_a_prompt_that_cannot_be_continued_is_refused(prompt: list[int], changes
 
 def test_settings_that_mean_nothing_are_all_named() -> None:
     with pytest.raises(DataError) as error:
-        Sampling(temperature=-1, top_p=0, max_new_tokens=0)
-    assert len(str(error.value).splitlines()) == 3
+        Sampling(temperature=-1, top_p=0, max_new_tokens=0, top_k=-1, repetition_penalty=0)
+    assert len(str(error.value).splitlines()) == 5
 
 
 def test_a_folder_without_checkpoint_is_a_clear_error(tmp_path: Path) -> None:

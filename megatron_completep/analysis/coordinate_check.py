@@ -213,6 +213,8 @@ BANDS = (
     Band("depth", "update with large eps, outside", -0.25, 0.25),
     Band("depth", "update, hidden matrices", -0.25, 0.25),
     Band("depth", "update, outside", -0.25, 0.25),
+    Band("depth", "gradient, hidden matrices"),  # -alpha, the reason for eps * m_L^-alpha
+    Band("depth", "gradient, outside"),  # 0
     Band("width", "stream at init", -0.25, 0.25),
     Band("width", "stream change", -0.35, 0.25),
     Band("width", "logits at init", -0.75, -0.25),
@@ -221,6 +223,8 @@ BANDS = (
     Band("width", "update with large eps, outside", -0.25, 0.25),
     Band("width", "update, hidden matrices", -1.25, -0.75),
     Band("width", "update, outside", -0.25, 0.25),
+    Band("width", "gradient, hidden matrices"),  # about -1.15, and outside about -1.1: the reason for eps / m_N
+    Band("width", "gradient, outside"),
 )
 DECISIVE = "stream change"  # what the control must get wrong
 CONTROL_AT_LEAST, CONTROL_GAP = 0.5, 0.4
@@ -229,8 +233,9 @@ CONTROL_AT_LEAST, CONTROL_GAP = 0.5, 0.4
 def quantity(name: str, sample: Sample) -> float | None:
     """A figure of one model; None where it was not measured."""
     measured = sample.measured
-    if name.startswith("update"):
-        found = (sample.with_large_eps.updates if sample.with_large_eps else {}) if "large eps" in name else measured.moved
+    if name.startswith(("update", "gradient")):
+        with_eps = sample.with_large_eps.updates if sample.with_large_eps else {}
+        found = with_eps if "large eps" in name else measured.moved if name.startswith("update") else measured.gradients
         # The roles with the most elements speak for their kind: hidden matrices, and the unembedding.
         roles = (Role.UNEMBEDDING, Role.EMBEDDING) if name.endswith("outside") else (Role.HIDDEN_WEIGHT,)
         return next((found[role] for role in roles if role in found), None)

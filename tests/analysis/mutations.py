@@ -14,7 +14,7 @@ from megatron_completep.completep import Factors, Role, Table, table_for
 from megatron_completep.config.schema import CompletePConfig, Config, ModelConfig
 from megatron_completep.model.gpt import GPT
 from megatron_completep.model.initialize import initialize
-from megatron_completep.model.norm import Norm, ResidualSum
+from megatron_completep.model.norm import Norm, ResidualSum, scaled_add
 from megatron_completep.parallel.context import ParallelContext
 
 
@@ -28,7 +28,7 @@ def with_table(kind: type[Table]) -> Design:
 
 
 class NoResidualMultiplier(Table):
-    """In front of a norm a factor does nothing, so this is what a multiplier there comes to."""
+    """Branches join the stream as they are."""
 
     @property
     def residual_multiplier(self) -> float:
@@ -95,6 +95,21 @@ def without_multiplier_on_mlp(config: Config, table: Table, context: ParallelCon
     return model
 
 
+def multiplier_before_the_norm(config: Config, table: Table, context: ParallelContext) -> nn.Module:
+    """Each branch's input is scaled in place of its output; the norm undoes that, up to its eps."""
+    model = build(config, table, context)
+    plain = ResidualSum(1.0)
+
+    def scaled_input(norm: Norm, residual, branch=None, branch_bias=None, join=None, seed=None):
+        stream = residual if branch is None else scaled_add(residual, branch, branch_bias, plain, seed, norm.queue)
+        factor = 1.0 if norm is model.final_norm else table.residual_multiplier
+        return stream, Norm.forward(norm, stream * factor)[1]
+
+    for norm in [norm for _, block in model.blocks() for norm in (block.attention_norm, block.mlp_norm)] + [model.final_norm]:
+        norm.forward = partial(scaled_input, norm)
+    return model
+
+
 @torch.no_grad()
 def folded_into_init(config: Config, table: Table, context: ParallelContext) -> nn.Module:
     """Output projections start small by the multiplier that their branch does not get."""
@@ -121,7 +136,8 @@ MUTATIONS = [
     Mutation(
         "multiplier missing on the MLP branch", "depth", Design(make_model=without_multiplier_on_mlp), "stream change", lambda s: s > 0.5
     ),
-    Mutation("multiplier before the norm", "depth", with_table(NoResidualMultiplier), "stream change", lambda s: s > 0.5),
+    Mutation("multiplier missing on both branches", "depth", with_table(NoResidualMultiplier), "stream change", lambda s: s > 0.5),
+    Mutation("multiplier before the norm", "depth", Design(make_model=multiplier_before_the_norm), "stream change", lambda s: s > 0.5),
     Mutation(
         "multiplier folded into the init only",
         "depth",

@@ -158,9 +158,20 @@ def test_the_right_implementation_passes_and_the_control_does_not(folder: Path, 
     samples = samples_of(None, axis, folder, alpha=alpha)
     result = judge(samples + control_of(samples, folder), alpha)
     assert result.verdict == Verdict.RIGHT, describe_check(result)
+    gradients = {f.band.quantity: f.model.value for f in result.findings if f.band.quantity.startswith("gradient")}
+    expected = {"gradient, hidden matrices": -alpha, "gradient, outside": 0.0}
+    if axis == "width":
+        expected = {"gradient, hidden matrices": -1.15, "gradient, outside": -1.1}
+    assert gradients == pytest.approx(expected, abs=0.3), describe_check(result)
 
 
-FAST = ("multiplier missing on the MLP branch", "eps constant over depth", "hidden init not divided by m_N", "output multiplier twice")
+FAST = (
+    "multiplier missing on the MLP branch",
+    "multiplier before the norm",
+    "eps constant over depth",
+    "hidden init not divided by m_N",
+    "output multiplier twice",
+)
 
 
 @pytest.mark.parametrize("mutation", [m for m in MUTATIONS if m.name in FAST], ids=lambda m: m.name)
@@ -228,6 +239,15 @@ def test_the_program_checks_a_users_own_model_and_writes_its_files(run_tool, fol
     assert json.loads((out / "coordinate_check.json").read_text())["verdict"] == verdict.name.lower()
     assert (out / "coordinate_check_depth.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "coordinate_check.html").exists()
+
+
+def test_a_check_that_shows_nothing_exits_with_3(run_tool, folder: Path):
+    """The embedding moves so much more than the blocks that the control grows no more than the model does."""
+    words = ["--depths", "2,4", "--steps", "1", "--seeds", "1", "--no-eps", "completep.factors={embedding: {lr: 1000.0}}"]
+    ran = run_tool(small_config(folder), *words)
+    assert ran.code == Verdict.CANNOT_TELL == 3, ran.err
+    assert "cannot tell: the control's stream change" in ran.out
+    assert "depth: 2 layers x 32" in ran.out  # without --widths the configuration's own
 
 
 def test_missing_token_files_useless_axes_and_unknown_models_are_refused_clearly(run_tool, tmp_path: Path):

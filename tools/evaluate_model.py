@@ -1,0 +1,95 @@
+"""Evaluate a model: lm-eval's tasks, and bits per byte of token files.
+
+Example:
+
+    python tools/evaluate_model.py runs/quickstart --token-file data/quickstart/validation_text_document
+    python tools/evaluate_model.py runs/quickstart --tasks lambada_openai,arc_easy --limit 200
+    torchrun --nproc-per-node 8 -m megatron_completep.tools.evaluate_model runs/quickstart --tasks mine --include-path tasks/
+
+CHECKPOINT is a run's folder (its newest checkpoint) or one of its checkpoints/step_NNNNNNNN. Tasks need lm-eval (pip install
+'megatron-completep[eval]'); those over local files need no network. Under torchrun the processes share the work.
+"""
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from megatron_completep.config.schema import ParallelConfig, TokenizerConfig
+from megatron_completep.data.indexed import IndexedDataset
+from megatron_completep.data.tokenizer import build_tokenizer
+from megatron_completep.errors import ConfigError, exit_on_user_error
+from megatron_completep.interop.lm_eval_tasks import TaskSettings, evaluate_tasks
+from megatron_completep.interop.scoring import Scorer, score_token_file
+from megatron_completep.parallel.context import Launch, ParallelContext
+from megatron_completep.training.generation import load_model
+from megatron_completep.training.precision import choose_precision, use_threads
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's folder, or one checkpoint's")
+    parser.add_argument("--tasks", default="", metavar="NAME,NAME", help="lm-eval's, or yours")
+    parser.add_argument("--include-path", metavar="FOLDER", help="of your own tasks' .yaml files")
+    parser.add_argument("--num-fewshot", type=int, metavar="N", help="examples in the context (default: the task's own number)")
+    parser.add_argument("--limit", type=int, metavar="N", help="documents a task, or of a token file")
+    parser.add_argument("--token-file", action="append", default=[], metavar="PREFIX", help="of PREFIX.bin and PREFIX.idx; repeatable")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="sequences at once (default: 16)")
+    parser.add_argument("--max-length", type=int, metavar="N", help="tokens the model sees at once (default: model.seq_length)")
+    parser.add_argument("--tokenizer-model", metavar="FILE", help="where the tokenizer lies now, if not where the run found it")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--precision", choices=("auto", "float32", "bf16", "float64"), default="auto")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    arguments = parser.parse_args()
+    if not arguments.tasks and not arguments.token_file:
+        parser.error("nothing to evaluate: give --tasks or --token-file")
+    if arguments.batch_size < 1 or (arguments.max_length or 1) < 1 or (arguments.limit or 1) < 1:
+        parser.error("--batch-size, --max-length and --limit take numbers above 0")
+    return arguments
+
+
+def evaluate(arguments: argparse.Namespace, context: ParallelContext) -> dict[str, Any]:
+    """{"token_files": {prefix: scores}, "tasks": {task: metrics}}."""
+    config, model = load_model(arguments.checkpoint, context.device, choose_precision(arguments.precision, context.device))
+    settings = config.data.tokenizer
+    if settings is None:
+        raise ConfigError("the run has no data.tokenizer, so text cannot be turned into its tokens, nor tokens into bytes.")
+    if arguments.tokenizer_model is not None:
+        settings = TokenizerConfig(type=settings.type, model=arguments.tokenizer_model)
+    scorer = Scorer(model, build_tokenizer(settings), context.world, arguments.batch_size, arguments.max_length)
+    results: dict[str, Any] = {"checkpoint": arguments.checkpoint, "token_files": {}, "tasks": {}}
+    for prefix in arguments.token_file:
+        results["token_files"][prefix] = score_token_file(scorer, IndexedDataset(prefix), arguments.limit).to_json()
+    if arguments.tasks:
+        tasks = tuple(name.strip() for name in arguments.tasks.split(",") if name.strip())
+        results["tasks"] = evaluate_tasks(scorer, TaskSettings(tasks, arguments.include_path, arguments.num_fewshot, arguments.limit))
+    return results
+
+
+def show(results: dict[str, Any]) -> str:
+    lines = []
+    for prefix, score in results["token_files"].items():
+        lines.append(f"{prefix}: {score['bits_per_byte']:.6f} bits per byte, {score['loss']:.6f} nats per token")
+        lines.append(f"  {score['documents']:,} documents, {score['tokens']:,} tokens, {score['bytes']:,} bytes")
+    for task, metrics in results["tasks"].items():
+        lines.append(task)
+        lines += [f"  {name:<32} {value:.6f}" for name, value in metrics.items() if isinstance(value, float)]
+    return "\n".join(lines)
+
+
+def main() -> int | None:
+    arguments = parse_arguments()
+    use_threads(None, Launch.from_environment().local_world_size)
+    context = ParallelContext.create(ParallelConfig(), arguments.device)
+    try:
+        results = evaluate(arguments, context)
+    finally:
+        context.close()
+    if context.is_first:
+        print(json.dumps(results, default=str) if arguments.json else show(results))
+        sys.stdout.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

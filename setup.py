@@ -9,9 +9,14 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "megatron_completep/__init__.py").read_text(), re.MULTILINE)
 assert VERSION is not None
 
-DATA = ["tokenizers", "tiktoken", "pyarrow", "zstandard", "orjson"]
+# Ranges: the lower end and the newest version were installed and tested, for torch 2.13, triton 3.9, ruff, mypy, lm-eval and transformers
+# only the newest. Versions beyond the upper end did not exist.
+DATA = ["tokenizers>=0.21,<0.24", "tiktoken>=0.12,<0.15", "pyarrow>=18,<27", "zstandard>=0.23,<0.26", "orjson>=3.10.7,<4"]
+DOCS = ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.29,<2"]
+TRACKING = ["wandb>=0.21,<0.32", "trackio>=0.40,<0.44"]
 DEV = [
-    *("pytest>=8", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML"),
+    *("pytest>=8.3,<10", "pytest-timeout>=2.3.1,<3", "pytest-xdist>=3.6.1,<4", "hypothesis>=6.112,<7"),
+    *("ruff>=0.17.6,<0.18", "mypy>=2.4.1,<3", "types-PyYAML>=6.0.12,<7"),
     # Its token files and samples are compared with ours. Wheels exist for these versions of Python only.
     "megatron-core==0.16.1; platform_system == 'Linux' and platform_machine == 'x86_64' and python_version < '3.14'",
 ]
@@ -30,7 +35,7 @@ setup(
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",  # comes with torch's GPU build; the CPU build needs it for the kernel tests
         "numpy",
-        "pydantic>=2.10",
+        "pydantic>=2.11",
         "pyyaml",
         "sentencepiece",
         "safetensors",
@@ -42,12 +47,12 @@ setup(
     ],
     extras_require={
         "data": DATA,
-        "dev": DATA + DEV,
-        "docs": ["mkdocs-material"],
-        "eval": ["lm-eval"],
-        "gpu": ["triton>=3.6"],
-        "hf": ["transformers"],
-        "ray": ["ray"],
-        "tracking": ["wandb"],
+        "dev": DATA + DOCS + TRACKING + DEV,
+        "docs": DOCS,
+        "eval": ["lm-eval>=0.4.13,<0.5"],
+        "gpu": ["triton>=3.6,<4"],
+        "hf": ["transformers>=5.23,<6"],
+        "ray": ["ray>=2.49,<3"],
+        "tracking": TRACKING,
     },
 )

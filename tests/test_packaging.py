@@ -1,13 +1,19 @@
 """What is installed is what stands here: kernels and tools inside the package, nothing of this machine in any file."""
 
+import contextlib
+import email
 import importlib.metadata
+import json
+import os
 import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import megatron_completep
 
@@ -65,18 +71,49 @@ def test_no_committed_file_names_a_machine_path_or_a_package_index():
     assert found == []
 
 
-def test_the_wheel_holds_kernels_and_tools_and_nothing_from_outside_the_package(tmp_path):
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what is committed, without git."""
     pytest.importorskip("setuptools")
-    source = tmp_path / "source"
+    folder = tmp_path_factory.mktemp("packaging") / "source"
     for path in [*committed_files(), *(ROOT / "megatron_completep" / name for name in ("kernels", "tools"))]:
-        target = source / path.relative_to(ROOT)
+        target = folder / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.symlink_to(path.readlink()) if path.is_symlink() else target.write_bytes(path.read_bytes())
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    run = subprocess.run([*build, "--wheel-dir", str(tmp_path), str(source)], capture_output=True, text=True, check=False)
+    return folder
+
+
+def build(kind: str, source: Path, out: Path) -> Path:
+    """Build a `wheel` or an `sdist` of a source tree as pip does, without the network; the file."""
+    out.mkdir()
+    program = f"import sys; from setuptools import build_meta; build_meta.build_{kind}(sys.argv[1])"
+    run = subprocess.run([sys.executable, "-c", program, str(out)], cwd=source, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    (wheel,) = tmp_path.glob("*.whl")
-    names = set(zipfile.ZipFile(wheel).namelist())
+    (built,) = out.iterdir()
+    return built
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path) -> Path:
+    return build("wheel", source, source.with_name("wheels"))
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path) -> Path:
+    """An empty folder into which pip put the wheel."""
+    target = wheel.parent.with_name("installed")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-compile", "--target"]
+    subprocess.run([*pip, str(target), str(wheel)], check=True, capture_output=True)
+    return target
+
+
+def contents(wheel: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def test_the_wheel_holds_kernels_and_tools_and_nothing_from_outside_the_package(wheel: Path) -> None:
+    names = set(contents(wheel))
     for folder in ("kernels", "tools"):
         for path in (ROOT / folder).rglob("*.py"):
             if path in committed_files():
@@ -85,3 +122,104 @@ def test_the_wheel_holds_kernels_and_tools_and_nothing_from_outside_the_package(
     tops = {name.split("/")[0] for name in names}
     assert tops == {"megatron_completep", f"megatron_completep-{megatron_completep.__version__}.dist-info"}
     assert any(name.endswith("LICENSE") for name in names)
+
+
+def test_the_source_distribution_builds_the_same_wheel(source: Path, wheel: Path, tmp_path: Path) -> None:
+    archive = build("sdist", source, tmp_path / "sdist")
+    with tarfile.open(archive) as opened:
+        opened.extractall(tmp_path, filter="data")
+    again = build("wheel", tmp_path / archive.name.removesuffix(".tar.gz"), tmp_path / "wheel")
+    ours, theirs = ({n: data for n, data in contents(built).items() if not n.endswith("RECORD")} for built in (wheel, again))
+    assert sorted(ours) == sorted(theirs) and [name for name in ours if ours[name] != theirs[name]] == []
+
+
+def outside(installed: Path, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a program that can see the installed package, the libraries, and nothing of the source tree."""
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    command = [sys.executable, "-c", program, *arguments]
+    return subprocess.run(command, cwd=installed.parent, env=environment, capture_output=True, text=True, timeout=250, check=False)
+
+
+HELP = """
+import contextlib, io, json, runpy, sys
+import megatron_completep
+found = {}
+for name in sys.argv[2:]:
+    sys.argv = [name, "--help"]
+    text, code = io.StringIO(), None
+    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+        try:
+            runpy.run_module(f"megatron_completep.{name}", run_name="__main__")
+        except SystemExit as left:
+            code = left.code
+        except BaseException as error:
+            code = repr(error)
+    found[name] = [code, text.getvalue()]
+elsewhere = [m.__file__ for n, m in sys.modules.items() if n.split(".")[0] == "megatron_completep" and "/installed/" not in m.__file__]
+print(json.dumps([found, elsewhere]))
+"""
+
+
+def test_every_tool_of_the_installed_wheel_says_how_it_is_used(installed: Path) -> None:
+    # One process for all, so that torch is loaded once; the modules run as `python -m` runs them.
+    tools = [path.stem for path in sorted((ROOT / "tools").glob("*.py")) if path in committed_files() and path.stem != "__init__"]
+    assert len(tools) > 15
+    run = outside(installed, HELP, "", *(f"tools.{name}" for name in tools), "pretrain")
+    assert run.returncode == 0, run.stderr
+    found, elsewhere = json.loads(run.stdout)
+    assert elsewhere == []
+    assert {name: f"{code} {text[-300:]}" for name, (code, text) in found.items() if code not in (0, None) or "usage: " not in text} == {}
+    assert [name for name, (_, text) in found.items() if "xample" not in text and name != "pretrain"] == []
+
+
+WITHOUT = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in sys.argv[1].split(","):
+            raise ModuleNotFoundError(f"blocked: {name}", name=name)
+sys.meta_path.insert(0, Blocked())
+before = set(sys.modules)
+exec(sys.argv[2])
+"""
+OWN = ("pydantic", "yaml", "sentencepiece", "safetensors", "xxhash", "psutil", "rich", "matplotlib", "tensorboard")
+
+
+def test_the_bare_package_loads_no_other_library(installed: Path) -> None:
+    program = "import megatron_completep; print(*{name.split('.')[0] for name in set(sys.modules) - before})"
+    run = outside(installed, WITHOUT, ",".join((*OWN, "torch", "triton", "numpy")), program)
+    assert run.stdout.split() == ["megatron_completep"], run.stderr
+
+
+def test_the_kernels_need_torch_and_triton_only(installed: Path) -> None:
+    program = """
+import torch
+from megatron_completep.kernels import scaled_residual_norm, swiglu, unembedding_cross_entropy
+x = torch.randn(2, 3, 8)
+y, out = scaled_residual_norm(x, x, None, torch.ones(8), scale=0.5, eps=1e-5, rms=True)
+print(float((y - 1.5 * x).abs().max()), "megatron_completep.config" in sys.modules)
+"""
+    assert outside(installed, WITHOUT, ",".join(OWN), program).stdout.split() == ["0.0", "False"]
+    refused = outside(installed, WITHOUT, ",".join(OWN), "import megatron_completep.config")
+    assert "blocked: " in refused.stderr  # the same block is felt where a library is needed
+
+
+def test_the_tools_that_need_no_torch_do_not_load_it(installed: Path) -> None:
+    program = "import megatron_completep.tools.config_reference, megatron_completep.config; print('torch' in sys.modules)"
+    assert outside(installed, WITHOUT, "torch,triton", program).stdout == "False\n"
+
+
+def test_every_requirement_of_an_extra_has_both_bounds_and_what_is_installed_lies_within(wheel: Path) -> None:
+    (text,) = (data.decode() for name, data in contents(wheel).items() if name.endswith("METADATA"))
+    metadata = email.message_from_string(text)
+    assert {"dev", "data", "eval", "tracking", "docs", "gpu", "hf", "ray"} <= set(metadata.get_all("Provides-Extra", []))
+    wrong = []
+    for line in map(Requirement, metadata.get_all("Requires-Dist", [])):
+        operators = {spec.operator for spec in line.specifier}
+        if "extra ==" in str(line.marker) and not ({"==", "<"} & operators and {"==", ">="} & operators):
+            wrong.append(f"{line}: not bounded on both sides")
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            version = importlib.metadata.version(line.name)
+            if not line.specifier.contains(version, prereleases=True):
+                wrong.append(f"{line}: {version} is installed")
+    assert wrong == []

@@ -134,9 +134,8 @@ def _losses(section: Section, runs: Sequence[Run]) -> None:
         figure = _draw(runs, "loss", "loss (nats a token)", across, words, size=(9.6, 5.0), points="validation_loss")
         if figure is not None:
             without = [run.name for run in runs if across(run) is None]
-            caption = (
-                f"Loss by {words}: lines for training, circles for validation; the fall in the first {START:.0%} may run out of the picture."
-                + (f" Not known of {', '.join(without)}." if without else "")
+            caption = f"Loss by {words}: lines for training, circles for validation; the first {START:.0%} may run out of the picture." + (
+                f" Not known of {', '.join(without)}." if without else ""
             )
             pictures.append(Picture(f"loss_by_{label.lower()}", png_of(figure), caption))
             labels.append(f"by {label}")

@@ -177,12 +177,14 @@ def test_configuration_figures_and_steps_reach_the_library(tmp_path: Path, monke
 
 REAL_RUN = """
 import sys
+import time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from tiny_runs import tiny_config
 from megatron_completep.pretrain import pretrain
 for steps in ("stop_at_step=6", "stop_at_step=null"):  # the second start resumes
     pretrain(tiny_config(Path(sys.argv[2]), f"training.{steps}", "logging.offline=true", "logging.trackers=[wandb, trackio]"))
+    time.sleep(1.1)  # wandb names its folders by the second
 """
 
 

@@ -3,7 +3,11 @@
 import os
 import select
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+Thing = TypeVar("Thing")
+Result = TypeVar("Result")
 
 
 class UserError(Exception):
@@ -22,6 +26,21 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint cannot be written or read; the message names file, expected and found value."""
+
+
+def for_all(things: Iterable[Thing], use: Callable[[Thing], Result]) -> list[Result]:
+    """`use` of each thing. The user's mistakes in several of them are raised together, as one error of the first one's kind."""
+    results, problems = [], []
+    for thing in things:
+        try:
+            results.append(use(thing))
+        except UserError as problem:
+            problems.append(problem)
+    if len(problems) > 1:
+        raise type(problems[0])("\n".join([f"{len(problems)} problems", *(f"  {problem}" for problem in problems)]))
+    if problems:
+        raise problems[0]
+    return results
 
 
 def exit_on_user_error(main: Callable[[], int | None]) -> None:

@@ -17,7 +17,7 @@ from megatron_completep.data.indexed import BLOCK_BYTES, Array, IndexedDataset
 from megatron_completep.data.megatron_order import MegatronBlend
 from megatron_completep.data.samples import PermutedSource, Sample, Source
 from megatron_completep.data.tokenizer import Tokenizer, build_tokenizer
-from megatron_completep.errors import DataError
+from megatron_completep.errors import DataError, for_all
 
 VALIDATION_STREAM = 1 << 32  # sources of the validation blend draw their orders from stream numbers of their own
 
@@ -69,16 +69,18 @@ class Corpus:
 
     def check_vocabulary(self) -> None:
         """Refuse, before training and on every rank alike, files whose PREFIX.json shows ids or a tokenizer beyond the vocabulary."""
-        for source in self.sources:
-            dataset, sidecar = source.dataset, source.dataset.sidecar or {}
-            if sidecar.get("largest_id", -1) >= self.vocab_size:
-                raise self._unknown_token(dataset, first_outside(dataset.tokens, self.vocab_size))
-            tokenizer = sidecar.get("tokenizer") or {}
-            if (size := tokenizer.get("vocab_size") or 0) > self.vocab_size:
-                raise DataError(
-                    f"{dataset.prefix}.json: tokenizer: it has {size} ids, model.vocab_size = {self.vocab_size} has fewer. "
-                    f"Set model.vocab_size to {size}, or tokenize the corpus with the model's tokenizer."
-                )
+        for_all([source.dataset for source in self.sources], self._check_vocabulary_of)
+
+    def _check_vocabulary_of(self, dataset: IndexedDataset) -> None:
+        sidecar = dataset.sidecar or {}
+        if sidecar.get("largest_id", -1) >= self.vocab_size:
+            raise self._unknown_token(dataset, first_outside(dataset.tokens, self.vocab_size))
+        tokenizer = sidecar.get("tokenizer") or {}
+        if (size := tokenizer.get("vocab_size") or 0) > self.vocab_size:
+            raise DataError(
+                f"{dataset.prefix}.json: tokenizer: it has {size} ids, model.vocab_size = {self.vocab_size} has fewer. "
+                f"Set model.vocab_size to {size}, or tokenize the corpus with the model's tokenizer."
+            )
 
     def check_tokenizer(self, chosen: TokenizerConfig | None) -> None:
         """Refuse files that were written with another tokenizer than `data.tokenizer`; files without a record are let pass."""
@@ -86,8 +88,7 @@ class Corpus:
         if chosen is None or not recorded:
             return
         tokenizer = build_tokenizer(chosen)
-        for dataset in recorded:
-            refuse_other_tokenizer(dataset, tokenizer)
+        for_all(recorded, lambda dataset: refuse_other_tokenizer(dataset, tokenizer))
 
     def _unknown_token(self, dataset: IndexedDataset, at: int) -> DataError:
         document = dataset.document_at(at)
@@ -178,11 +179,13 @@ def open_corpus(data: DataConfig, *, seq_length: int, total_samples: int, vocab_
         corpus = Corpus([source.open() for source in tables], order.open() if isinstance(order, MegatronBlend) else order, vocab_size)
     else:
         first_stream = 0 if split == "train" else VALIDATION_STREAM
-        sources = []
-        for number, source in enumerate(configured):
-            dataset = IndexedDataset(source.prefix)
+
+        def open_source(number: int) -> PermutedSource:
+            dataset = IndexedDataset(configured[number].prefix)
             documents = None if share is None else (round(share[0] * dataset.num_documents), round(share[1] * dataset.num_documents))
-            sources.append(PermutedSource(dataset, seq_length, data.seed, first_stream + number, documents))
+            return PermutedSource(dataset, seq_length, data.seed, first_stream + number, documents)
+
+        sources = for_all(range(len(configured)), open_source)
         corpus = Corpus(sources, Blend(blend_weights(configured, sources, total_samples)), vocab_size)
     corpus.check_vocabulary()
     corpus.check_tokenizer(data.tokenizer)

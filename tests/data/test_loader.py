@@ -177,6 +177,14 @@ def test_a_token_outside_the_vocabulary_names_its_place(tmp_path, data, prefetch
             loader.next_step()
 
 
+def test_every_source_that_is_missing_is_named(tmp_path, data):
+    absent = [SourceConfig(prefix=str(tmp_path / name), weight=0.2) for name in ("nowhere", "nothing")]
+    with pytest.raises(DataError) as raised:
+        loader_of(data.model_copy(update={"train": [data.train[0], *absent]}))
+    assert str(raised.value).startswith("2 problems\n")
+    assert "nowhere.idx" in str(raised.value) and "nothing.idx" in str(raised.value) and "a.idx" not in str(raised.value)
+
+
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path, data):
     writer = IndexedWriter(tmp_path / "a", "uint16")
     writer.add_document([[1] * 100])

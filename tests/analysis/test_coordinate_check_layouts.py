@@ -16,7 +16,7 @@ from megatron_completep.parallel.context import ParallelContext
 
 
 def measured(folder: str, parallel: dict[str, Any], context: ParallelContext) -> Measurement:
-    config = small_config(Path(folder), parallel=parallel, training={"micro_batch_size": 4})
+    config = small_config(Path(folder), parallel=parallel, training={"micro_batch_size": 2})
     short = for_short_runs(reshape(config, num_layers=4), 4, "float64")
     batches = read_batches(short, context, 4)
     return measure(Trial.build(short, context), batches[:3], batches[3])
@@ -29,15 +29,24 @@ def on_rank(rank: int, folder: str, world_size: int, parallel: dict[str, Any]) -
     return measured(folder, parallel, ParallelContext.over_world(sizes, torch.device("cpu"), rank, world_size, data))
 
 
+TENSOR, PIPELINE = {"tensor_parallel_size": 2, "sequence_parallel": True}, {"pipeline_parallel_size": 2}
+
+
 @pytest.mark.parametrize(
-    "parallel",
-    [{"tensor_parallel_size": 2, "sequence_parallel": True}, {"pipeline_parallel_size": 2}, {}],
-    ids=["tensor", "pipeline", "data"],
+    ("world_size", "parallel"),
+    [
+        (2, TENSOR),
+        (2, PIPELINE),
+        (2, {}),
+        (4, {**TENSOR, **PIPELINE}),
+        pytest.param(8, {**TENSOR, **PIPELINE}, marks=pytest.mark.slow),
+    ],
+    ids=["tensor", "pipeline", "data", "tensor x pipeline", "tensor x pipeline x data"],
 )
-def test_every_layout_measures_what_one_process_does(pool, tmp_path: Path, parallel: dict[str, Any]):
+def test_every_layout_measures_what_one_process_does(pool, tmp_path: Path, world_size: int, parallel: dict[str, Any]):
     write_tokens(tmp_path, 8_000)
     expected = flat(measured(str(tmp_path), {}, ParallelContext.single()))
-    for other in pool.run(2, on_rank, str(tmp_path), 2, parallel):
+    for other in pool.run(world_size, on_rank, str(tmp_path), world_size, parallel):
         assert flat(other) == pytest.approx(expected, rel=1e-7)
 
 

@@ -31,7 +31,7 @@ def inject(fault: Fault) -> Callable[[str], None]:
             _at_steps(fault, lambda: os.kill(os.getpid(), signal.SIGSTOP))
         case "slow":
             _at_steps(fault, lambda: time.sleep(fault.seconds), "_count")
-        case "nan":
+        case "nan" | "inf":
             _poison_gradient(fault)
         case "flip":
             _flip_bit(fault)
@@ -62,7 +62,7 @@ def _at_steps(fault: Fault, action: Callable[[], None], method: str = "run") -> 
 
 
 def _poison_gradient(fault: Fault) -> None:
-    """One element of one parameter's gradient becomes NaN, on this rank only, as its first contribution arrives."""
+    """One element of one parameter's gradient becomes NaN or infinite, on this rank only, as its first contribution arrives."""
     poisoned = "layers.1.mlp.down.weight"
     original_run, original_push = TrainingStep.run, GradientQueue.push
     active: list[Any] = []
@@ -74,7 +74,7 @@ def _poison_gradient(fault: Fault) -> None:
     def push(self: GradientQueue, parameter: Any, accumulate: Any) -> None:
         def poison(main_grad: Any, first: bool) -> None:
             accumulate(main_grad, first)
-            main_grad.view(-1)[3] = float("nan")
+            main_grad.view(-1)[3] = float(fault.kind)
 
         original_push(self, parameter, poison if any(parameter is p for p in active) else accumulate)
 

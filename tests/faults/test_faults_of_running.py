@@ -111,8 +111,9 @@ def test_fault_20_a_malformed_file_gives_one_message_and_exit_code_2(tmp_path, t
 # --- numbers --------------------------------------------------------------------------------------------------------------------
 
 
-def test_fault_14_a_nan_gradient_on_one_rank_is_named_and_the_update_skipped(config, oracle):
-    outcome = run(config, Fault("nan", 1, steps=(5,)), overrides=["checkpoint.interval=1", "checkpoint.keep=20"])
+@pytest.mark.parametrize("kind", ["nan", pytest.param("inf", marks=pytest.mark.slow)])
+def test_fault_14_a_gradient_that_is_not_finite_on_one_rank_is_named_and_the_update_skipped(config, oracle, kind):
+    outcome = run(config, Fault(kind, 1, steps=(5,)), overrides=["checkpoint.interval=1", "checkpoint.keep=20"])
     assert outcome.exit_codes == [0, 0], outcome.output
     found = re.search(r"step 5: a gradient was not finite, nothing was updated.*", outcome.output)
     assert found and "rank 1: layers.1.mlp.down.weight, samples 18-19" in found[0] and "rank 0" not in found[0]

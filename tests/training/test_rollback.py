@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -125,6 +126,24 @@ def test_a_spike_just_after_a_checkpoint_goes_back_further_and_removes_it(folder
     assert consumed(config) == {step: 8 * step + (40 if step > 8 else 0) for step in range(1, 19)}  # 64-103 are left out
     entries = read_entries(Path(config.training.output_dir) / "rollbacks.json")
     assert entries == [{"after_step": 8, "first_left_out": 64, "next_sample": 104, "spike_step": 13}]
+
+
+def test_the_save_under_way_is_waited_for_and_a_damaged_checkpoint_removes_none(folder: Path, calm: Config, poison: Any) -> None:
+    poison(BAD)
+    config = tiny_config(folder, *SETTINGS, "checkpoint.async_save=true", output="async")
+    slow = {"save.before_rename"}
+    shutil.copytree(calm.training.output_dir, config.training.output_dir, ignore=shutil.ignore_patterns("step_0000001*"))
+    assert pretrain(config, lambda name: time.sleep(0.3) if name in slow else None) == ExitCode.DONE
+    assert consumed(config)[13] == 8 * 13 + 16  # step 14 went back to step 12, whose files were not yet there
+
+    poison(97)
+    damaged = copy_of(calm, folder, "damaged", after=12)
+    for file in (Path(damaged.training.output_dir) / "checkpoints" / "step_00000008").glob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(CheckpointError, match="step_00000008"):
+        pretrain(damaged)
+    assert (Path(damaged.training.output_dir) / "checkpoints" / "step_00000012").is_dir()
+    assert not (Path(damaged.training.output_dir) / "rollbacks.json").exists()
 
 
 def test_rollbacks_are_counted_over_the_whole_run_and_bounded(folder: Path, calm: Config, poison: Any) -> None:

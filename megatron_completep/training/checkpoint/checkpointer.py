@@ -228,10 +228,11 @@ class Checkpointer:
         """
         self._wait()
         self._exchange.on_first(lambda: self._require(step))
+        self.optimizer.wait_for_parameters()  # what is still on its way belongs to the step that is undone
+        state = self.load(step)  # before anything is removed: it may be damaged
         for place in self._places:
             self._exchange.together(lambda place=place: self._remove(place, lambda found: found > step))  # type: ignore[misc]
-        self.optimizer.wait_for_parameters()  # what is still on its way belongs to the step that is undone
-        return self.load(step)
+        return state
 
     def _load_snapshot(self, place: Place, snapshot: Snapshot) -> RunState | None:
         """None, and a line that says why, when it cannot be used."""

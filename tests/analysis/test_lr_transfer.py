@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from browser import chromium
 from small_runs import small_config, write_tokens
 
 from megatron_completep.analysis import lr_transfer, sweep
@@ -172,6 +173,22 @@ def test_a_report_is_written_from_a_finished_sweep(tmp_path: Path):
     assert "data:image/png;base64," in page
     assert "http://" not in page and "https://" not in page
     assert (folder / "curves_wd_0.1.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_browser_shows_the_report_whole_without_a_complaint(tmp_path: Path):
+    folder = tmp_path / "sweep"
+    written_sweep(folder, tmp_path)
+    report(folder)
+    with chromium() as browser:
+        browser.open((folder / "report.html").as_uri())
+        assert browser.problems == []
+        assert browser.broken_pictures() == []
+        assert browser.evaluate("document.images.length") == 1
+        assert browser.evaluate("document.querySelectorAll('table').length") == 2  # drift, and optima
+        assert "octaves per doubling: transfers" in browser.evaluate("document.body.innerText")
+        assert browser.evaluate("document.documentElement.scrollWidth <= window.innerWidth")  # wide tables scroll on their own
+        browser.screenshot(tmp_path / "report.png")
+    assert (tmp_path / "report.png").stat().st_size > 20_000
 
 
 def test_an_unfinished_seed_is_left_out_of_the_report(tmp_path: Path):

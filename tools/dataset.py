@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from megatron_completep.config.derived import total_samples
@@ -22,6 +23,7 @@ from megatron_completep.config.schema import TokenizerConfig
 from megatron_completep.data.corpus import prebuild
 from megatron_completep.data.describe import describe_files, describe_step, problems_of, tokenizer_for
 from megatron_completep.data.indexed import IndexedDataset
+from megatron_completep.data.left_out import read_left_out
 from megatron_completep.data.writer import merge, split
 from megatron_completep.errors import DataError, exit_on_user_error
 
@@ -132,7 +134,8 @@ def report_written(contents: dict[str, dict[str, Any]], as_json: bool) -> None:
 
 def run_sample(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
-    samples = describe_step(config, arguments.step or 1, "validation" if arguments.validation else "train")
+    left_out = read_left_out(Path(config.training.output_dir))
+    samples = describe_step(config, arguments.step or 1, "validation" if arguments.validation else "train", left_out)
     if arguments.json:
         print(json.dumps({"step": arguments.step, "samples": list(samples)}))
         return 0

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from megatron_completep.config.derived import batch_size, samples_before, total_samples
+from megatron_completep.config.derived import batch_size, total_samples
 from megatron_completep.config.schema import Config, TokenizerConfig
 from megatron_completep.data.corpus import Corpus, SampleOrigin, first_outside, open_corpus, refuse_other_tokenizer
 from megatron_completep.data.indexed import CHUNK, IndexedDataset
+from megatron_completep.data.left_out import LeftOut, first_sample_of
 from megatron_completep.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_completep.errors import DataError
 
@@ -91,10 +92,11 @@ def problems_of(dataset: IndexedDataset, vocab_size: int | None) -> list[str]:
     return found
 
 
-def describe_step(config: Config, step: int, split: str = "train") -> Iterator[dict[str, Any]]:
+def describe_step(config: Config, step: int, split: str = "train", left_out: Sequence[LeftOut] = ()) -> Iterator[dict[str, Any]]:
     """The samples of optimizer step `step` (from 1, as in metrics.jsonl), in order, each with its source, documents and text.
 
-    split "validation": the fixed validation samples, whatever the step. Text is null without a tokenizer. Raises DataError.
+    split "validation": the fixed validation samples, whatever the step. left_out: what the run's rollbacks left out. Text is null
+    without a tokenizer. Raises DataError.
     """
     training, steps = config.training, config.training.train_steps
     if split == "train" and not 1 <= step <= steps:
@@ -105,7 +107,7 @@ def describe_step(config: Config, step: int, split: str = "train") -> Iterator[d
     )
     first, count = 0, min(total, corpus.num_samples)
     if split == "train":
-        first, count = samples_before(training, step), batch_size(training, step)
+        first, count = first_sample_of(training, step, left_out), batch_size(training, step)
     tokenizers = [tokenizer_for(source.dataset, config.data.tokenizer) for source in corpus.sources]
     for index in range(first, first + count):
         origin = corpus.origin(index)

@@ -13,10 +13,10 @@ import pytest
 from tiny_runs import rows_of, tiny_config
 
 from megatron_completep.config import Config
-from megatron_completep.errors import CheckpointError
+from megatron_completep.data.left_out import LeftOut, first_sample_of, read_left_out, write_left_out
+from megatron_completep.errors import CheckpointError, DataError
 from megatron_completep.pretrain import pretrain
 from megatron_completep.training.checkpoint import Checkpointer
-from megatron_completep.training.guards.rollback import Rollback, read_entries, write_entries
 from megatron_completep.training.guards.spikes import recent_losses
 from megatron_completep.training.hooks import Hook, Metrics
 from megatron_completep.training.state import ExitCode, RunStopped
@@ -78,8 +78,8 @@ def test_a_spike_takes_the_run_back_and_its_data_are_left_out(folder: Path, calm
     assert [row["step"] for row in rows] == list(range(1, 19)) and not any("loss_spike" in row for row in rows)
     assert rows[:12] == undisturbed[:12]
     assert consumed(config) == {step: 8 * step + (16 if step > 12 else 0) for step in range(1, 19)}  # 96-111 are left out
-    entries = read_entries(Path(config.training.output_dir) / "rollbacks.json")
-    assert entries == [{"after_step": 12, "first_left_out": 96, "next_sample": 112, "spike_step": 14}]
+    entries = read_left_out(Path(config.training.output_dir))
+    assert entries == [LeftOut(12, 96, 112, 14)]
 
     original = Checkpointer.load_latest  # the same by hand: a run that resumes there and is told where the data go on
     monkeypatch.setattr(Checkpointer, "load_latest", lambda self: replace(original(self), consumed_samples=112))
@@ -124,8 +124,8 @@ def test_a_spike_just_after_a_checkpoint_goes_back_further_and_removes_it(folder
     config = copy_of(calm, folder, "further", after=8)
     assert pretrain(config) == ExitCode.DONE
     assert consumed(config) == {step: 8 * step + (40 if step > 8 else 0) for step in range(1, 19)}  # 64-103 are left out
-    entries = read_entries(Path(config.training.output_dir) / "rollbacks.json")
-    assert entries == [{"after_step": 8, "first_left_out": 64, "next_sample": 104, "spike_step": 13}]
+    entries = read_left_out(Path(config.training.output_dir))
+    assert entries == [LeftOut(8, 64, 104, 13)]
 
 
 def test_the_save_under_way_is_waited_for_and_a_damaged_checkpoint_removes_none(folder: Path, calm: Config, poison: Any) -> None:
@@ -151,8 +151,11 @@ def test_rollbacks_are_counted_over_the_whole_run_and_bounded(folder: Path, calm
     config = copy_of(calm, folder, "bounded", after=8)
     assert pretrain(config) == ExitCode.DONE  # both spikes went back to step 12
     assert consumed(config)[13] == 8 * 13 + 32
-    entries = read_entries(Path(config.training.output_dir) / "rollbacks.json")
-    assert [(e["after_step"], e["first_left_out"], e["next_sample"]) for e in entries] == [(12, 96, 112), (12, 112, 128)]
+    entries = read_left_out(Path(config.training.output_dir))
+    assert [(e.after_step, e.first_sample, e.next_sample) for e in entries] == [(12, 96, 112), (12, 112, 128)]
+    # The tool that shows what a step read knows it, too.
+    assert [first_sample_of(config.training, step, entries) for step in (1, 12, 13, 18)] == [0, 88, 128, 168]
+    assert first_sample_of(config.training, 18, []) == 136
     once = copy_of(calm, folder, "once", after=8)
     with pytest.raises(RunStopped, match="went back 1 times already") as stopped:
         pretrain(once.model_copy(update={"guards": once.guards.model_copy(update={"max_rollbacks": 1})}))
@@ -180,12 +183,15 @@ def test_a_resumed_run_compares_with_the_losses_of_the_run_before(folder: Path, 
     assert recent_losses(metrics, 12) == []
 
 
-def test_what_is_left_out_follows_from_the_file_alone(tmp_path: Path) -> None:
-    path = tmp_path / "rollbacks.json"
-    assert read_entries(path) == []
-    write_entries(path, [Rollback(12, 96, 112, 14)])
-    assert read_entries(path) == [{"after_step": 12, "first_left_out": 96, "next_sample": 112, "spike_step": 14}]
-    for damaged in ("{", "[1]", '[{"after_step": 3}]', '[{"after_step": 3, "first_left_out": 1, "next_sample": "x", "spike_step": 3}]'):
-        path.write_text(damaged)
-        with pytest.raises(CheckpointError, match=r"rollbacks\.json: not a list of rollbacks"):
-            read_entries(path)
+def test_what_is_left_out_follows_from_the_file_alone(folder: Path, calm: Config, tmp_path: Path) -> None:
+    assert read_left_out(tmp_path) == []
+    write_left_out(tmp_path, [LeftOut(12, 96, 112, 14)])
+    assert read_left_out(tmp_path) == [LeftOut(12, 96, 112, 14)]
+    damaged = copy_of(calm, folder, "no_list", after=12)
+    for text in ("{", "[1]", '[{"after_step": 3}]', '[{"after_step": 3, "first_sample": 1, "next_sample": "x", "spike_step": 3}]'):
+        (tmp_path / "rollbacks.json").write_text(text)
+        with pytest.raises(DataError, match=r"rollbacks\.json: not a list of rollbacks"):
+            read_left_out(tmp_path)
+    shutil.copy(tmp_path / "rollbacks.json", damaged.training.output_dir)
+    with pytest.raises(CheckpointError, match="remove it to leave out none"):
+        pretrain(damaged)

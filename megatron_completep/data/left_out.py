@@ -1,0 +1,68 @@
+"""Data that a run left out when it went back after a loss spike: `rollbacks.json` in its folder, a part of its data order.
+
+An entry says: after step s, where sample a would come next, sample b comes. Whoever passes that place jumps, at the first time and at
+any other, so that the order of the data is a function of the run's folder and never of when the run was interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_completep.config.derived import samples_before
+from megatron_completep.config.schema import TrainingConfig
+from megatron_completep.errors import DataError
+
+ROLLBACKS = "rollbacks.json"
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """After step `after_step`, samples `first_sample` .. `next_sample` - 1 are left out."""
+
+    after_step: int
+    first_sample: int
+    next_sample: int
+    spike_step: int  # where the loss had jumped
+
+
+def past(entries: Sequence[LeftOut], step: int, consumed_samples: int) -> int:
+    """The sample that comes after step `step`, where `consumed_samples` would come if nothing were left out just there."""
+    for entry in entries:
+        if (step, consumed_samples) == (entry.after_step, entry.first_sample):
+            consumed_samples = entry.next_sample
+    return consumed_samples
+
+
+def first_sample_of(training: TrainingConfig, step: int, entries: Sequence[LeftOut]) -> int:
+    """Number within the run of the first sample of step `step` (from 1)."""
+    jumped = 0
+    for earlier in sorted({entry.after_step for entry in entries if entry.after_step < step}):
+        planned = samples_before(training, earlier + 1)
+        jumped = past(entries, earlier, planned + jumped) - planned
+    return samples_before(training, step) + jumped
+
+
+def read_left_out(output_dir: Path) -> list[LeftOut]:
+    """In the order in which it happened; nothing where there is no file. Raises DataError for a file that says something else."""
+    path = output_dir / ROLLBACKS
+    try:
+        entries = json.loads(path.read_text()) if path.exists() else []
+        return [LeftOut(**{name: int(value) for name, value in entry.items()}) for entry in entries]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{path}: not a list of rollbacks ({error}). It says which data the run leaves out: restore it, or remove it to leave out none."
+        ) from None
+
+
+def write_left_out(output_dir: Path, entries: Sequence[LeftOut]) -> None:
+    """Replace the file in one move, on disk before this returns."""
+    temporary = output_dir / f".{ROLLBACKS}.tmp"
+    with temporary.open("w") as file:
+        json.dump([asdict(entry) for entry in entries], file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, output_dir / ROLLBACKS)

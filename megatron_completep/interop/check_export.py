@@ -35,7 +35,7 @@ def load_with_transformers(folder: str | Path) -> Any:
     except ImportError:
         raise ConfigError("transformers is not installed. pip install 'megatron-completep[hf]'.") from None
     transformers.utils.logging.disable_progress_bar()
-    return transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, attn_implementation="eager").eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(str(folder), attn_implementation="eager").float().eval()
 
 
 @torch.no_grad()

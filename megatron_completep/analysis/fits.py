@@ -106,14 +106,15 @@ class Optimum:
     near: tuple[float, float] = (0.0, 0.0)  # the log2(lr) between which the parabola was fitted
 
 
-def parabola_optimum(log2_lr: Array, loss: Array, reach: float = 1.0) -> Optimum:
-    """Least-squares parabola through the points within `reach` octaves of the best one, its vertex held inside them.
+def parabola_optimum(log2_lr: Array, loss: Array, reach: float = 1.5, rise: float = 0.15) -> Optimum:
+    """Least-squares parabola through the points within `reach` octaves and `rise` nats of the best one, its vertex held inside them.
 
-    log2_lr [n] ascending, loss [n] with infinities where runs diverged. The fit is to finite points only.
+    log2_lr [n] ascending, loss [n] with infinities where runs diverged. Farther than that, curves are not parabolas: they flatten
+    towards small learning rates and rise steeply where training breaks.
     """
     best = int(np.nanargmin(np.where(np.isfinite(loss), loss, np.inf)))
     edge = best in (0, len(loss) - 1)
-    near = (np.abs(log2_lr - log2_lr[best]) <= reach + 1e-9) & np.isfinite(loss)
+    near = (np.abs(log2_lr - log2_lr[best]) <= reach + 1e-9) & (loss <= loss[best] + rise)
     x, y = log2_lr[near] - log2_lr[best], loss[near]
     unfitted = Optimum(float(log2_lr[best]), float(loss[best]), best, edge)
     if len(x) < 3:

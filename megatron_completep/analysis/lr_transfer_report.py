@@ -139,8 +139,10 @@ def draw_curves(curves: Sequence[Curve]) -> Any:
         axis.set_title(rule)
         axis.set_xlabel("log2 learning rate")
         axis.grid(alpha=0.3)
-    lowest = min(float(c.mean.min()) for c in curves)
-    axes[0].set_ylim(lowest - 0.05, lowest + 1.0)
+    finite_losses = [loss for c in curves for loss in c.mean.tolist() if math.isfinite(loss)]
+    lowest, highest = min(finite_losses), min(max(finite_losses), min(finite_losses) + 1.0)  # what diverges runs out of the picture
+    margin = 0.05 * (highest - lowest) + 0.01
+    axes[0].set_ylim(lowest - margin, highest + margin)
     axes[0].set_ylabel("loss, nats a token")
     axes[-1].legend(fontsize=8)
     return figure

@@ -64,6 +64,13 @@ def test_an_optimum_at_the_edge_of_the_grid_is_said_to_be_there():
     assert optimum.log2_lr == -10.0  # never beyond what was run
 
 
+def test_points_where_training_breaks_do_not_bend_the_fit():
+    losses = parabola(-7.0)
+    losses[GRID > -6.4] += 0.5
+    assert parabola_optimum(GRID, losses).log2_lr == pytest.approx(-7.0, abs=1e-9)
+    assert parabola_optimum(GRID, losses, rise=1.0).log2_lr < -7.2  # a fit through them would be bent
+
+
 def test_points_that_diverged_do_not_bend_the_fit():
     losses = parabola(-7.0)
     losses[GRID > -6.4] = np.inf

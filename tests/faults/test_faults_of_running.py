@@ -182,13 +182,15 @@ def test_fault_17_a_spike_that_comes_again_and_again_stops_the_run(config):
 # --- ranks that hang, stop or lag -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["hang", pytest.param("stop", marks=pytest.mark.slow)])
-def test_fault_18_a_hung_rank_is_named_and_the_run_ends_within_the_bound(config, kind):
-    outcome = run(config, Fault(kind, 1, steps=(5,)), overrides=["guards.hang_timeout_minutes=0.05"], seconds=40)
+@pytest.mark.parametrize(
+    ("kind", "step"), [("hang", 5), pytest.param("hang", 1, marks=pytest.mark.slow), pytest.param("stop", 5, marks=pytest.mark.slow)]
+)
+def test_fault_18_a_hung_rank_is_named_and_the_run_ends_within_the_bound(config, kind, step):
+    outcome = run(config, Fault(kind, 1, steps=(step,)), overrides=["guards.hang_timeout_minutes=0.05"], seconds=40)
     assert outcome.exit_codes[0] == 77 and outcome.seconds < 30
     if kind == "hang":
         assert outcome.exit_codes[1] == 77
-        assert "hung at step 5: rank 1 holds the others up: rank 1 in injections.py" in outcome.output
+        assert f"hung at step {step}: rank 1 holds the others up: rank 1 in injections.py" in outcome.output
         assert "injections.py" in (config.parent / "run" / "hang_rank_00001.txt").read_text()
         waiting, hung = (json.loads((config.parent / "run" / f"hang_rank_0000{rank}.collectives.json").read_text()) for rank in (0, 1))
         assert len(waiting["entries"]) > len(hung["entries"]) > 0  # the flight recorder is on: one rank got further than the other

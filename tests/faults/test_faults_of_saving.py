@@ -13,6 +13,7 @@ from checkpoint_helpers import TinyRun, tiny_config
 from harness import Fault, count_injection, final_state, losses, run, start, steps_on_disk
 
 from megatron_completep.training.checkpoint import checkpointer, files, save
+from megatron_completep.training.metrics import read_metrics
 
 # In the order in which a save passes them; those that only the committing rank passes are marked.
 POINTS = {
@@ -96,6 +97,8 @@ def test_fault_8_a_full_disk_fails_the_save_on_all_ranks_together(config, oracle
     outcome = run(config, fault, overrides=[f"checkpoint.on_failure={policy}"])
     message = r"step 6.* rank 1: .*rank_00001_of_00002.safetensors: No space left on device \(\d+ bytes to write, \d+ free\)"
     assert re.search(message, outcome.output) and "Traceback" not in outcome.output
+    failed = [row["step"] for row in read_metrics(config.parent / "run" / "metrics.jsonl") if "checkpoint_failed" in row]
+    assert failed == ([7] if policy == "continue" else [])  # the row after the save; there is none when the run stops
     if policy == "continue":
         assert outcome.exit_codes == [0, 0] and (losses(config), final_state(config)) == oracle
     else:

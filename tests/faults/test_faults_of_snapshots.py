@@ -105,6 +105,13 @@ def test_snapshots_of_another_run_are_not_this_ones(killed, oracle):
     assert (losses(killed), final_state(killed)) == oracle
 
 
+def test_a_run_that_must_not_resume_is_refused_by_its_snapshots_too(config):
+    run(config, Fault("kill", 1, steps=(4,)), overrides=nodes(config))
+    assert steps_on_disk(config) == [] and snapshots(config, 0)
+    outcome = run(config, overrides=[*nodes(config), "checkpoint.resume=false"])
+    assert outcome.exit_codes == [2, 2] and "holds a snapshot of step 2, but checkpoint.resume = false" in outcome.output
+
+
 def test_ranks_that_share_a_disk_share_a_folder(config, oracle):
     overrides = (*SNAPSHOTS, f"checkpoint.local_dir={config.parent}/node")
     run(config, TO_STEP_11, overrides=overrides)

@@ -122,7 +122,7 @@ class Checkpointer:
         return SaveReport(blocked, self._shard.written_bytes)
 
     def take_figures(self) -> dict[str, float]:
-        """For metrics, of this rank: seconds that `save` blocked, and that writing took, where either ended since the last call."""
+        """For metrics, of this rank, what ended since the last call: seconds that `save` blocked and that writing took, failure."""
         figures, self._figures = self._figures, {}
         return figures
 
@@ -145,6 +145,7 @@ class Checkpointer:
             self._exchange.together(lambda: self._retire(place, content["step"]))
         except Exception as error:  # a peer that died ends the exchange with a RuntimeError; training itself will notice
             self._failure = f"checkpoint of step {content['step']} failed: {describe(error)}"
+            self._figures["checkpoint_failed"] = 1.0
             self._report(self._failure)
             return
         seconds = time.perf_counter() - started
@@ -198,12 +199,18 @@ class Checkpointer:
         A snapshot that is not whole, or whose bytes are damaged, is said and left out. Raises CheckpointError on every rank: the
         newest checkpoint on the shared disk is damaged (file and bytes named), or of another model, parameterization or data.
         """
-        newest = self._exchange.on_first(self._newest)
-        place = self._local
-        for snapshot in find_snapshots(place, self._exchange) if place else ():
+        newest = self._exchange.on_first(lambda: max(committed_steps(self.folder), default=None))
+        snapshots = find_snapshots(self._local, self._exchange) if self._local is not None else []
+        if not self.config.checkpoint.resume and (newest is not None or snapshots):
+            what, step = ("checkpoint", newest) if newest is not None else ("snapshot", snapshots[0].step)
+            raise CheckpointError(
+                f"{self.folder} holds a {what} of step {step}, but checkpoint.resume = false. "
+                "Use another training.output_dir, or move the folder away."
+            )
+        for snapshot in snapshots:
             if newest is not None and snapshot.step <= newest:
                 break
-            state = self._load_snapshot(place, snapshot)  # type: ignore[arg-type]
+            state = self._load_snapshot(snapshot)
             if state is not None:
                 return state
         return None if newest is None else self.load(newest)
@@ -234,12 +241,13 @@ class Checkpointer:
             self._exchange.together(lambda place=place: self._remove(place, lambda found: found > step))  # type: ignore[misc]
         return state
 
-    def _load_snapshot(self, place: Place, snapshot: Snapshot) -> RunState | None:
+    def _load_snapshot(self, snapshot: Snapshot) -> RunState | None:
         """None, and a line that says why, when it cannot be used."""
+        assert self._local is not None
         if snapshot.missing:
             self._report(f"the snapshot of step {snapshot.step} is not used: no rank has {', '.join(snapshot.missing[:4])}")
             return None
-        source = snapshot_source(place, snapshot, self._exchange)
+        source = snapshot_source(self._local, snapshot, self._exchange)
         self._compare(source)
         try:
             return self._read(source)
@@ -267,15 +275,6 @@ class Checkpointer:
             share, seconds = read / manifest.total_size, time.perf_counter() - started
             self._report(f"loaded {source.folder} ({manifest.total_size / 1e6:.1f} MB read {share:.2f} times in {seconds:.2f} s)")
         return state
-
-    def _newest(self) -> int | None:
-        steps = committed_steps(self.folder)
-        if steps and not self.config.checkpoint.resume:
-            raise CheckpointError(
-                f"{self.folder} holds a checkpoint of step {max(steps)}, but checkpoint.resume = false. "
-                "Use another training.output_dir, or move the folder away."
-            )
-        return max(steps, default=None)
 
     def _require(self, step: int) -> None:
         if step not in committed_steps(self.folder):

@@ -68,7 +68,7 @@ def local_place(local_dir: Path, run: Place, exchange: Exchange, own_bytes: int,
 
     It is named after the run and a number kept in the run's folder: what another run left there is never taken for this one's.
     """
-    folder = local_dir / f"{run.folder.parent.name}.{exchange.on_first(lambda: _run_id(run.folder))}"
+    folder = local_dir / f"{run.folder.parent.name}.{exchange.on_first(lambda: _run_id(run.folder.parent))}"
     nonce = exchange.broadcast(secrets.token_hex(4))
     own = folder / f".probe.{nonce}.{exchange.rank}"
     exchange.together(lambda: _make(folder, own, "Choose another checkpoint.local_dir, or null."))

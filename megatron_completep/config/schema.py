@@ -265,7 +265,7 @@ class GuardsConfig(Section):
     )
     hang_timeout_minutes: PositiveFloat | None = Field(
         15.0,
-        description="Minutes without a finished step after which the watchdog dumps stacks and leaves; longer than a validation; null: never.",
+        description="Minutes without a finished step after which the watchdog dumps stacks and leaves; longer than a validation and the first step; null: never.",
     )
     straggler_interval: PositiveInt | None = Field(100, description="Steps between comparisons of the ranks' own times; null: never.")
     straggler_ratio: Annotated[float, Field(gt=1)] = Field(1.5, description="Times the median rank's time from which a rank is reported.")

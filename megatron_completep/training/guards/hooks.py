@@ -30,7 +30,12 @@ class Heartbeat(Hook):
     """Tells the watchdog that steps come."""
 
     def __init__(self, watchdog: Watchdog):
-        self._watchdog = watchdog
+        self._watchdog, self._begun = watchdog, False
+
+    def before_step(self, step: int) -> None:
+        if not self._begun:
+            self._watchdog.beat(step - 1)
+        self._begun = True
 
     def after_step(self, record: StepRecord) -> None:
         self._watchdog.beat(record.state.step)

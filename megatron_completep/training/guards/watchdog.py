@@ -28,7 +28,7 @@ ANSWER_SECONDS = 3.0
 
 
 class Watchdog:
-    """Starts counting at the first `beat`, which every finished step gives. Expiry: stacks, a verdict, exit code HUNG."""
+    """Counts from the last `beat`: the loop's beginning, then every finished step. Expiry: stacks, a verdict, exit code HUNG."""
 
     def __init__(
         self, context: ParallelContext, folder: Path, timeout_seconds: float, report: Callable[[str], None], leave: Callable = os._exit

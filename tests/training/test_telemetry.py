@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from small_models import completep_config, model_config, optimizer_config
+from tiny_runs import tiny_config
 
 from megatron_completep.completep import Role, table_for
 from megatron_completep.config.schema import Config, ParallelConfig
@@ -16,8 +17,10 @@ from megatron_completep.data.loader import Batch
 from megatron_completep.errors import DataError
 from megatron_completep.optim.distributed_adamw import DistributedAdamW
 from megatron_completep.parallel.context import ParallelContext
+from megatron_completep.pretrain import pretrain
 from megatron_completep.training.build import build_model
 from megatron_completep.training.measure import role_rms
+from megatron_completep.training.metrics import read_metrics
 from megatron_completep.training.step import TrainingStep
 from megatron_completep.training.telemetry import FINAL, LOGITS, Telemetry, alarms, nearest, read_reference
 
@@ -140,6 +143,32 @@ def test_the_figures_are_those_of_one_process_in_every_layout(pool, world_size: 
     for figures in pool.run(world_size, layout_figures, world_size, parallel):
         assert list(figures) == list(expected)
         assert figures == pytest.approx(expected, rel=1e-8)
+
+
+def trained(folder: Path, name: str, layers: int, rule: str, reference: str | None = None) -> list[dict[str, Any]]:
+    """The rows with telemetry of a whole run of 12 steps."""
+    config = tiny_config(
+        folder,
+        *("optimizer.base_lr=0.02", "data.validation=null", "training.validation_interval=null"),
+        output=name,
+        model={"num_layers": layers},
+        completep={"base_hidden_size": 16, "base_num_layers": 2, "parameterization": rule},
+        logging={"interval": 6, "tensorboard": False, "parameterization_interval": 5, "parameterization_reference": reference},
+    )
+    pretrain(config)
+    return [row for row in read_metrics(Path(config.training.output_dir) / "metrics.jsonl") if FINAL in row]
+
+
+def test_a_run_writes_its_telemetry_and_warns_where_it_leaves_the_proxys(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    proxy = trained(tmp_path, "proxy", 2, "completep")
+    assert [row["step"] for row in proxy] == [5, 10, 12]  # every 5 steps, and the last
+    assert {"activation_rms/layers.1.attention_norm", LOGITS, "update_ratio/hidden_weight"} <= set(proxy[0])
+    capsys.readouterr()
+    deep = trained(tmp_path, "deep", 16, "completep", str(tmp_path / "proxy"))
+    assert deep[-1][FINAL] == pytest.approx(proxy[-1][FINAL], rel=0.5)
+    assert "warning: step" not in capsys.readouterr().out
+    trained(tmp_path, "wrong", 16, "mup", str(tmp_path / "proxy"))
+    assert f"warning: step 12: {FINAL} = " in capsys.readouterr().out
 
 
 def test_the_proxys_row_is_the_one_of_the_same_part_of_its_run(tmp_path: Path):

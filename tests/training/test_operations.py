@@ -8,6 +8,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,15 +20,16 @@ from megatron_completep.config import Config
 from megatron_completep.config.schema import ParallelConfig, ProfilingConfig
 from megatron_completep.parallel.context import ParallelContext, flight_recorder
 from megatron_completep.pretrain import pretrain
+from megatron_completep.training import profiling
 from megatron_completep.training.checkpoint import Checkpointer
 from megatron_completep.training.guards.hooks import GarbageCollection
 from megatron_completep.training.hooks import StepRecord
 from megatron_completep.training.node import differing, driver_version
-from megatron_completep.training.profiling import Profiler
+from megatron_completep.training.profiling import ALLOCATIONS, Profiler
 from megatron_completep.training.signals import StopSignals
 from megatron_completep.training.startup import StartupClock
 from megatron_completep.training.state import ExitCode, RunState
-from megatron_completep.training.step import StepFigures, TrainingStep
+from megatron_completep.training.step import StepFigures, Stopwatch, TrainingStep
 
 BARE = ("data.validation=null", "training.validation_interval=null", "logging.parameterization_interval=null")
 RAMP = (*BARE, "training.global_batch_size=16", "training.batch_ramp={start: 8, increment: 4, steps: 6}")
@@ -208,6 +210,38 @@ def test_other_ranks_and_a_run_that_ends_early(tmp_path: Path) -> None:
     profiler.close()
     assert len(said) == 1 and len(list((tmp_path / "profile").iterdir())) == 1
     assert [step for step in range(1, 10) if profiler.due(step)] == [2, 7]
+
+
+def test_on_a_gpu_the_memory_snapshot_and_the_streams_time_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stand-ins for the GPU: what is called, and in which order."""
+    calls: list[Any] = []
+    window = {name: lambda *a, name=name, **k: calls.append(name) for name in ("start", "stop", "export_chrome_trace")}
+    monkeypatch.setattr(profiling, "profile", lambda activities, **_: calls.append(len(activities)) or SimpleNamespace(**window))
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **options: calls.append(options))
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda path: calls.append(Path(path).name))
+    gpu = ParallelContext.single("cuda")
+    profiler = Profiler(ProfilingConfig(first_step=3, steps=1, memory=True), gpu, tmp_path, lambda text: None)
+    profiler.before_step(3)
+    profiler.after_step(record(3))
+    snapshot = "memory_rank_00000_steps_3_3.pickle"
+    assert calls == [{"max_entries": ALLOCATIONS}, 2, "start", "stop", "export_chrome_trace", snapshot, {"enabled": None}]
+
+    events: list[int] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            events.append(id(self))
+
+        def elapsed_time(self, other: Any) -> float:
+            return 250.0 if events == [id(self), id(other)] else -1.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    watch = Stopwatch(gpu.device)
+    watch.stop()
+    assert watch.seconds == 0.25
 
 
 # --- what is said and handed over at the start ----------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from megatron_completep.errors import CheckpointError
 from megatron_completep.training.checkpoint.exchange import Exchange, describe
 from megatron_completep.training.checkpoint.files import CheckedFile, StoredBox
 from megatron_completep.training.checkpoint.load import BlockReader, StoredCheckpoint
-from megatron_completep.training.checkpoint.manifest import Manifest
+from megatron_completep.training.checkpoint.manifest import Manifest, StoredFile
 from megatron_completep.training.checkpoint.parts import Parts, Wanted
 
 LIMIT = 8  # blocks (of 4 MiB) that a rank reads or receives in a round
@@ -52,10 +52,10 @@ class Source:
     manifest: Manifest
     holders: Mapping[str, Sequence[int]]
 
-    def opener(self, file: str) -> int:
-        """Who reads a file's header."""
-        holders, index = self.holders[file], [stored.name for stored in self.manifest.files].index(file)
-        return holders[index % len(holders)]
+    def opened_by(self, rank: int) -> list[StoredFile]:
+        """The files whose headers this rank reads."""
+        shares = ((stored, self.holders[stored.name]) for stored in self.manifest.files)
+        return [stored for index, (stored, ranks) in enumerate(shares) if ranks[index % len(ranks)] == rank]
 
 
 class JointReader:
@@ -73,9 +73,7 @@ class JointReader:
     def _open_own(self) -> list[list]:
         """The boxes of the files whose headers this rank reads."""
         described, manifest, kept = [], self._source.manifest, 0
-        for stored in manifest.files:
-            if self._source.opener(stored.name) != self._exchange.rank:
-                continue
+        for stored in self._source.opened_by(self._exchange.rank):
             with CheckedFile(self._source.folder, stored, manifest.block_size) as file:
                 described += [box.to_json() for box in file.index()]
                 self.bytes_read += file.bytes_read
@@ -186,14 +184,14 @@ def choose_readers(
 
     Work is shared out in runs of blocks, and always to the rank with the least so far.
     """
+    able = {file: frozenset(ranks) for file, ranks in holders.items()}
     load: dict[int, int] = defaultdict(int)
     reads: list[Read] = []
     before: tuple[str, int] | None = None
     for (file, block), ranks in sorted(needs.items()):
         reader = fixed.get((file, block))
         if reader is None:
-            able = set(holders[file])
-            candidates = [rank for rank in ranks if rank in able] or holders[file]
+            candidates = [rank for rank in ranks if rank in able[file]] or holders[file]
             least = min(candidates, key=lambda rank: (load[rank], rank))
             goes_on = before is not None and before[0] == file and before[1] in candidates
             reader = before[1] if goes_on and load[before[1]] < load[least] + RUN else least  # type: ignore[index]

@@ -86,7 +86,7 @@ class SkippedSteps(Hook):
         found = self._exchange.all_gather((not_finite(self._optimizer), self.own_samples(record)))
         where = {rank: (names, samples) for rank, (names, samples) in enumerate(found) if names}
         parts = [f"rank {rank}: {describe(names)}, samples {samples}" for rank, (names, samples) in where.items()]
-        text = "; ".join(parts[:4]) or "no rank's own gradient shows it: the sum over ranks or the loss was not finite"
+        text = "; ".join(parts[:4]) or nobody(self._context.device.type == "cuda" and self._in_a_row == 1, self.own_samples(record))
         step = record.state.step
         self._say(f"step {step}: a gradient was not finite, nothing was updated ({self._in_a_row} in a row). {text}")
         if self._in_a_row >= self._limit:
@@ -111,6 +111,12 @@ def not_finite(optimizer: DistributedAdamW) -> list[str]:
     """Parameters whose gradient on this rank, before any sum over ranks, is not finite; in the order of the forward pass."""
     names = reversed(optimizer.parameters)
     return [name for name in names if not math.isfinite(main_grad_of(optimizer.parameters[name]).double().sum().item())]
+
+
+def nobody(replaced: bool, samples: str) -> str:
+    """What to say when no rank's gradient shows it (any more)."""
+    why = "by now the next step's have replaced them" if replaced else "the sum over ranks or the loss was not finite"
+    return f"No rank's own gradient shows it: {why}; samples {samples} on rank 0"
 
 
 def describe(names: list[str]) -> str:

@@ -5,11 +5,19 @@ changes from step to step is read from the `control` tensor on the device: nothi
 graph stays right. Traffic: 30 bytes a parameter (master, both moments and the gradient in float32, a bf16 copy out).
 """
 
-import triton
-import triton.language as tl
+import torch
 from torch import Tensor
 
-from . import launch
+from . import native_optimizer
+from .launch import block_shape, options
+from .library import register
+from .optional_triton import tl, triton
+
+# What `control` (float64 [8]) holds. The optimizer writes the first before a step; `begin_step_` writes the others.
+LEARNING_RATE, STEP, CLIP, SKIP, CORRECTION1, CORRECTION2, GRAD_NORM = range(7)
+CONTROL_SIZE = 8
+
+ALIGNMENT = 64  # elements: where a segment may start, and what its padding is rounded up to
 
 
 @triton.jit
@@ -64,7 +72,7 @@ def adamw_kernel(
             tl.store(parameter_out + start + i, out, mask=inside & (i >= whole))
 
 
-def adamw_(
+def launch_adamw_(
     parameter_out: Tensor | None,
     master: Tensor,
     exp_avg: Tensor,
@@ -79,7 +87,7 @@ def adamw_(
     """One launch, one program a row of `segments` (which `device_segments` has cut to pieces of a block)."""
     if segments.shape[0] == 0:
         return
-    block, num_warps = launch.block_shape("adamw", master.device)
+    block, num_warps = block_shape("adamw", master.dtype, master.device)
     adamw_kernel[(segments.shape[0],)](
         master if parameter_out is None else parameter_out,
         master,
@@ -93,6 +101,72 @@ def adamw_(
         BETA2=beta2,
         HAS_OUT=parameter_out is not None,
         BLOCK=block,
-        num_warps=num_warps,
-        enable_fp_fusion=True,  # its default depends on the version of Triton
+        **options(num_warps),
     )
+
+
+_adamw = register(
+    "adamw_(Tensor(a!)? parameter_out, Tensor(b!) master, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, Tensor grad, Tensor segments, "
+    "Tensor groups, Tensor control, float beta1, float beta2) -> ()",
+    cpu=native_optimizer.adamw_,
+    cuda=launch_adamw_,
+    fake=lambda *_: None,
+)
+
+
+def device_segments(segments: Tensor, device: torch.device | str) -> Tensor:
+    """Check a segment table (int64 [n, 3] on the CPU: start, length, group) and put it on `device`, once per run.
+
+    For a GPU it is cut into pieces of one program each, so that all multiprocessors share the work. Raises ValueError for a
+    table that the operations cannot use.
+    """
+    device = torch.device(device)
+    table = block_table(segments, block_shape("adamw", torch.float32, device).block)
+    return segments if device.type == "cpu" else table.to(device)
+
+
+def block_table(segments: Tensor, block: int) -> Tensor:
+    """Cut `segments` into pieces of at most `block` elements: a segment table too, without empty segments."""
+    if segments.dtype != torch.int64 or segments.dim() != 2 or segments.shape[1] != 3:
+        raise ValueError(f"a segment table is int64 [n, 3] (start, length, group), not {segments.dtype} {list(segments.shape)}.")
+    if block <= 0 or block % ALIGNMENT:
+        raise ValueError(f"block = {block} must be a positive multiple of {ALIGNMENT} elements.")
+    start, length, group = segments.unbind(1)
+    wrong = (start % ALIGNMENT != 0) | (start < 0) | (length < 0)
+    wrong[1:] |= start[1:] < (start + length)[:-1]
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"segment {row} (start, length, group) = {segments[row].tolist()}: starts must be multiples of {ALIGNMENT} elements, in "
+            "ascending order, lengths must be >= 0, and no segment may reach into the next."
+        )
+    pieces = (length + block - 1) // block
+    owner = torch.repeat_interleave(torch.arange(len(segments)), pieces)
+    offset = (torch.arange(len(owner)) - (torch.cumsum(pieces, 0) - pieces)[owner]) * block
+    return torch.stack([start[owner] + offset, torch.clamp(length[owner] - offset, max=block), group[owner]], dim=1)
+
+
+def adamw_(
+    parameter_out: Tensor | None,
+    master: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    grad: Tensor,
+    segments: Tensor,
+    groups: Tensor,
+    control: Tensor,
+    beta1: float,
+    beta2: float,
+) -> None:
+    """One AdamW step of every segment of a flat shard, in place; nothing at all when the skip flag is set.
+
+        g = clip * grad;  m += (1 - beta1)*(g - m);  v += (1 - beta2)*(g*g - v)
+        p -= lr * (m / correction1 / (sqrt(v / correction2) + eps) + weight_decay * p),   lr = control[0] * lr_factor
+
+    `master`, `exp_avg`, `exp_avg_sq` [n]: float32 or float64; `grad` [n]: float32, float64 or bf16, not changed; `parameter_out`
+    [n], if given, receives the new `master`, rounded. `segments` int64 [k, 3] (start, length, group) from `device_segments`;
+    `groups` float64 [G, 3] (lr_factor, weight_decay, eps); `control` float64 [8], see the constants above. Every tensor is on the
+    device, contiguous, and long enough for the padding of its last segment. No communication, no host synchronisation on a GPU.
+    Source: Loshchilov and Hutter, Decoupled weight decay regularization (arXiv 1711.05101), in PyTorch's form (decay times lr).
+    """
+    _adamw(parameter_out, master, exp_avg, exp_avg_sq, grad, segments, groups, control, beta1, beta2)

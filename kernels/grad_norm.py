@@ -7,11 +7,12 @@ precision and its segments in float64; one more reduction adds the programs. The
 import math
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from . import launch
+from . import launch, native_optimizer, reference
+from .launch import block_shape, options
+from .library import register
+from .optional_triton import tl, triton
 
 _PROGRAMS_A_PROCESSOR = 8
 
@@ -46,25 +47,6 @@ def sum_of_squares_kernel(
     tl.store(partials + tl.program_id(0) + tl.arange(0, 1), total)
 
 
-def sum_of_squares(flat: Tensor, segments: Tensor | None) -> Tensor:
-    block, num_warps = launch.block_shape("sum_of_squares", flat.device)
-    count = triton.cdiv(flat.numel(), block) if segments is None else segments.shape[0]
-    programs = max(1, min(_PROGRAMS_A_PROCESSOR * launch.processors(launch.architecture(flat.device)), count))
-    partials = torch.empty(programs, dtype=torch.float64, device=flat.device)
-    sum_of_squares_kernel[(programs,)](
-        flat,
-        flat if segments is None else segments,
-        partials,
-        count,
-        flat.numel(),
-        WHOLE=segments is None,
-        BLOCK=block,
-        num_warps=num_warps,
-        enable_fp_fusion=True,  # its default depends on the version of Triton
-    )
-    return partials.sum()
-
-
 @triton.jit
 def begin_step_kernel(
     control,  # float64 [8]
@@ -88,11 +70,59 @@ def begin_step_kernel(
     tl.store(control + 6, norm)
 
 
+def launch_sum_of_squares(flat: Tensor, segments: Tensor | None) -> Tensor:
+    block, num_warps = block_shape("sum_of_squares", flat.dtype, flat.device)
+    count = triton.cdiv(flat.numel(), block) if segments is None else segments.shape[0]
+    programs = max(1, min(_PROGRAMS_A_PROCESSOR * launch.processors(launch.architecture(flat.device)), count))
+    partials = torch.empty(programs, dtype=torch.float64, device=flat.device)
+    sum_of_squares_kernel[(programs,)](
+        flat,
+        flat if segments is None else segments,
+        partials,
+        count,
+        flat.numel(),
+        WHOLE=segments is None,
+        BLOCK=block,
+        **options(num_warps),
+    )
+    return partials.sum()
+
+
 def _log(beta: float) -> float:
     return math.log(beta) if beta > 0 else -1e5  # exp(-1e5) is 0, and 0 * -1e5 still 0
 
 
+def launch_begin_step_(control: Tensor, sum_sq: Tensor, max_norm: float, beta1: float, beta2: float) -> None:
+    begin_step_kernel[(1,)](control, sum_sq, MAX_NORM=max_norm, LOG_BETA1=_log(beta1), LOG_BETA2=_log(beta2), **options(num_warps=1))
+
+
+_sum_of_squares = register(
+    "sum_of_squares(Tensor flat, Tensor? segments) -> Tensor",
+    cpu=native_optimizer.sum_of_squares,
+    cuda=launch_sum_of_squares,
+    fake=lambda flat, segments: flat.new_empty((), dtype=torch.float64),
+)
+_begin_step = register(
+    "begin_step_(Tensor(a!) control, Tensor sum_sq, float max_norm, float beta1, float beta2) -> ()",
+    cpu=reference.begin_step_,
+    cuda=launch_begin_step_,
+    fake=lambda *_: None,
+)
+
+
+def sum_of_squares(flat: Tensor, segments: Tensor | None = None) -> Tensor:
+    """The sum of the squares of a flat buffer [n] as a float64 scalar on its device, in a fixed order (bitwise repeatable).
+
+    With `segments` (from `device_segments`) only those pieces count: leave out what another rank counts, then all-reduce.
+    Squares are taken in float32 (float64 for float64 buffers): a gradient element above 1.8e19 makes the norm infinite.
+    """
+    return _sum_of_squares(flat, segments)
+
+
 def begin_step_(control: Tensor, sum_sq: Tensor, max_norm: float, beta1: float, beta2: float) -> None:
-    begin_step_kernel[(1,)](
-        control, sum_sq, MAX_NORM=max_norm, LOG_BETA1=_log(beta1), LOG_BETA2=_log(beta2), num_warps=1, enable_fp_fusion=True
-    )
+    """Decide a step on the device, from the squares of all gradients summed over all ranks (float64 scalar).
+
+    Writes into `control`: the norm; the clip coefficient min(1, max_norm / (norm + 1e-6)), or 1 when `max_norm` is 0; the skip flag,
+    set when the norm is not finite; the step, which a skipped step does not advance; both bias corrections 1 - beta^step.
+    """
+    _begin_step(control, sum_sq, max_norm, beta1, beta2)

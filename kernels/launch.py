@@ -1,11 +1,12 @@
-"""Launch parameters: a pure function of shape, dtype and architecture, from the tables below.
+"""Launch parameters: a pure function of shape, dtype and architecture, from the rules below and the committed table of tuned.py.
 
 Nothing is tuned at run time, so every rank and every restart launches the same reduction order and gets the same bits.
-An architecture is a string: "sm_90", "gfx942", or "interpreter" for CPU tensors under Triton's interpreter.
+An architecture is a string: "sm_90", "gfx942", or "interpreter" for CPU tensors under Triton's interpreter. Each operation asks
+with its bucket of shapes (below) and its dtype's bytes; what tuned.py holds under (operation, bucket, bytes) goes before the rule.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,16 +35,65 @@ def processors(architecture: str) -> int:
     return _PROCESSORS.get(architecture, _DEFAULT_PROCESSORS)
 
 
+def lanes(architecture: str) -> int:
+    """Threads of a warp (AMD: wavefront). The interpreter pays for each program, so a row's tile there is as for four warps."""
+    return 64 if architecture.startswith("gfx") else 128 if architecture == "interpreter" else 32
+
+
+def warps(threads: int, architecture: str) -> int:
+    return max(1, threads // lanes(architecture))
+
+
+def tuned_or(default: tuple[int, ...], architecture: str, operation: str, bucket: int, itemsize: int) -> tuple[int, ...]:
+    return TUNED.get(architecture, {}).get((operation, bucket, itemsize), default)
+
+
+def options(num_warps: int, maxnreg: int = 0) -> dict[str, int]:
+    """Triton's options; 0: as many registers as the compiler likes. The default of fusion depends on the version of Triton."""
+    return {"num_warps": num_warps, "enable_fp_fusion": True, **({"maxnreg": maxnreg} if maxnreg else {})}
+
+
+_caches: list[Any] = []
+
+
+def _cached(function: Any) -> Any:
+    """Remember the answers (they cost host time at every launch) until the table changes under them."""
+    cached = functools.cache(function)
+    _caches.append(cached)
+    return cached
+
+
+def forget() -> None:
+    """Read the table again; for the tuner, which changes it."""
+    for cached in _caches:
+        cached.cache_clear()
+
+
+# --- rows of H elements: the norms and the add --------------------------------------------------------------------------------------
+
+
 def next_power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def segments(hidden: int) -> tuple[int, int]:
-    """Two powers of two that cover `hidden` with the fewest idle lanes: 768 = 512 + 256, 1000 -> 1024 + 0, 5120 = 4096 + 1024."""
+def segments(hidden: int) -> tuple[int, ...]:
+    """Powers of two that cover `hidden` with few idle lanes: 768 = 3 x 256, 5120 = 4096 + 1024, 1000 -> 1024, 4096 = 2 x 2048.
+
+    Three alike keep a row inside a warp. Two halves make wide rows cheaper in registers: one half is finished before the other.
+    """
     whole = max(16, next_power_of_two(hidden))
     first = whole // 2
-    second = next_power_of_two(hidden - first) if hidden > first else 0
-    return (first, max(second, 128)) if hidden > 512 and second < first else (whole, 0)
+    second = max(128, next_power_of_two(hidden - first)) if hidden > first else whole
+    if hidden in (384, 768):
+        return (hidden // 3,) * 3
+    if hidden > 512 and second < first:
+        return first, second
+    return (first, first) if whole >= 2048 else (whole,)
+
+
+def row_bucket(hidden: int) -> int:
+    """Hidden sizes that are launched alike share the elements their segments cover."""
+    return sum(segments(hidden))
 
 
 def rows_of(x: Tensor) -> tuple[Tensor, int]:
@@ -57,21 +107,69 @@ def rows_of(x: Tensor) -> tuple[Tensor, int]:
     return x, x.stride(0)
 
 
-class NormForwardShape(NamedTuple):
-    first: int
-    second: int
-    rows: int
-    options: dict[str, int]
+class RowShape(NamedTuple):
+    """A program handles a tile of `rows` rows, or such tiles in turn where there are `programs` of them (else 0)."""
 
-
-class NormBackwardShape(NamedTuple):
-    first: int
-    second: int
+    widths: tuple[int, ...]
     rows: int
     stages: int
     programs: int
-    holds_vectors: bool
     options: dict[str, int]
+
+
+WIDEST_IN_REGISTERS = 8192  # elements of a row whose vector gradients a program can hold
+
+
+def forward_shape(operation: str, hidden: int, dtype: torch.dtype, device: torch.device) -> RowShape:
+    return _forward_shape(operation, hidden, dtype.itemsize, architecture(device))
+
+
+@_cached
+def _forward_shape(operation: str, hidden: int, itemsize: int, architecture: str) -> RowShape:
+    """Up to 1024 wide a warp has rows to itself (no exchange through shared memory), beyond that a program has one row."""
+    widths = segments(hidden)
+    if sum(widths) <= 1024:
+        default = (max(1, 1024 // sum(widths), 8 * lanes(architecture) // widths[0]), 1)
+    else:
+        default = (1, warps(min(512, max(128, 32 * (next_power_of_two(sum(widths)) // 512))), architecture))
+    rows, num_warps = tuned_or(default, architecture, operation, row_bucket(hidden), itemsize)
+    return RowShape(widths, rows, 1, 0, options(num_warps))
+
+
+def backward_shape(operation: str, hidden: int, dtype: torch.dtype, device: torch.device) -> RowShape:
+    return _backward_shape(operation, hidden, dtype.itemsize, architecture(device))
+
+
+@_cached
+def _backward_shape(operation: str, hidden: int, itemsize: int, architecture: str) -> RowShape:
+    """Sixteen elements a thread, 512 threads a processor: accumulators, gain and the rows in flight then fit without spilling.
+
+    From 2048 on the compiler is held to the 128 registers that this leaves. 384 and 768 have a warp to a row, with twice the registers
+    and half the threads, and prefetch two rows.
+    """
+    widths = segments(hidden)
+    width = next_power_of_two(sum(widths))
+    cap = 128 if width > 1024 and architecture.startswith("sm_") else 0
+    default: tuple[int, ...]
+    if width > WIDEST_IN_REGISTERS:
+        default = (1, warps(512, architecture), 1, 1, 0)
+    elif len(widths) == 3:
+        default = (8 * lanes(architecture) // widths[0], 1, 2 if architecture.startswith("gfx") else 3, 4, 0)
+    else:
+        threads = max(128, width // 16)
+        default = (max(1, 2048 // width), warps(threads, architecture), 2, 3 if width <= 1024 else 512 // threads, cap)
+    rows, num_warps, stages, programs_each, maxnreg = tuned_or(default, architecture, operation, row_bucket(hidden), itemsize)
+    return RowShape(widths, rows, stages, programs_each * processors(architecture), options(num_warps, maxnreg))
+
+
+def partial_rows(operation: str, device: torch.device, dtype: torch.dtype, hidden: int) -> int:
+    """P of the partial sums [P, K, H] that a backward returns on `device`; 1 where torch's own operators run."""
+    if device.type != "cuda" or dtype == torch.float64:
+        return 1
+    return backward_shape(operation, hidden, dtype, device).programs
+
+
+# --- tiles and flat buffers -----------------------------------------------------------------------------------------------------------
 
 
 class TileShape(NamedTuple):
@@ -80,48 +178,18 @@ class TileShape(NamedTuple):
     options: dict[str, int]
 
 
-def _options(num_warps: int) -> dict[str, int]:
-    return {"num_warps": num_warps, "enable_fp_fusion": True}
-
-
-@functools.cache
-def norm_forward_shape(hidden: int) -> NormForwardShape:
-    """Up to 1024 wide a warp has a row to itself (no exchange through shared memory), beyond that a program has one row."""
-    first, second = segments(hidden)
-    width = next_power_of_two(first + second)
-    if width <= 1024:
-        return NormForwardShape(first, second, max(4, 4096 // width), _options(num_warps=4))
-    return NormForwardShape(first, second, 1, _options(num_warps=min(16, max(4, first // 512))))
-
-
-def norm_backward_shape(hidden: int, dtype: torch.dtype, device: torch.device) -> NormBackwardShape:
-    return _norm_backward_shape(hidden, dtype, architecture(device))
-
-
-@functools.cache
-def _norm_backward_shape(hidden: int, dtype: torch.dtype, architecture: str) -> NormBackwardShape:
-    """Sixteen elements a thread, 512 threads a processor: accumulators, gain and the rows in flight then fit without spilling.
-
-    From 2048 on the compiler needs to be held to the 128 registers that this leaves (it takes 170, and halves the occupancy).
-    """
-    first, second = segments(hidden)
-    width = next_power_of_two(first + second)
-    if width > 8192:
-        return NormBackwardShape(first, second, 1, 1, processors(architecture), False, _options(num_warps=16))
-    num_warps = max(4, width // 512)
-    options = _options(num_warps)
-    if width > 1024 and architecture.startswith("sm_"):
-        options["maxnreg"] = 128
-    programs_each = 3 if width <= 1024 else 16 // num_warps
-    return NormBackwardShape(first, second, max(1, 2048 // width), 2, programs_each * processors(architecture), True, options)
-
-
 def vector_gradient_shape(device: torch.device) -> TileShape:
-    return TileShape(8, _columns(128, device), _options(num_warps=4))
+    return TileShape(8, _columns(128, device), options(num_warps=4))
 
 
 def reduction_shape(device: torch.device) -> TileShape:
-    return TileShape(64, _columns(32, device), _options(num_warps=4))
+    return _reduction_shape(architecture(device))
+
+
+@_cached
+def _reduction_shape(architecture: str) -> TileShape:
+    rows, columns, num_warps = tuned_or((64, 32, 4), architecture, "reduce_partials", 0, 4)
+    return TileShape(rows, 4096 if architecture == "interpreter" else columns, options(num_warps))
 
 
 def _columns(columns: int, device: torch.device) -> int:
@@ -129,31 +197,34 @@ def _columns(columns: int, device: torch.device) -> int:
     return 4096 if architecture(device) == "interpreter" else columns
 
 
-@functools.cache
-def pointwise_shape(columns: int) -> TileShape:
-    """A tile of 2048 elements, one row high where rows are long: two 128-bit loads of bf16 a thread (one where a warp has 64)."""
-    width = min(2048, max(16, next_power_of_two(columns)))
-    return TileShape(2048 // width, width, _options(num_warps=4))
+def column_bucket(columns: int) -> int:
+    return min(16384, max(16, next_power_of_two(columns)))
 
 
-@functools.cache
-def flat_shape() -> TileShape:
-    return TileShape(1, 2048, _options(num_warps=4))
+def pointwise_shape(operation: str, columns: int, dtype: torch.dtype, device: torch.device) -> TileShape:
+    return _pointwise_shape(operation, columns, dtype.itemsize, architecture(device))
 
 
-@functools.cache
-def rotary_shape(heads: int, half: int) -> TileShape:
-    """Heads of one token, up to 1024 pairs."""
-    width = max(16, next_power_of_two(half))
-    rows = max(1, min(next_power_of_two(heads), 1024 // width))
-    return TileShape(rows, width, _options(num_warps=min(4, max(1, rows * width // 256))))
+@_cached
+def _pointwise_shape(operation: str, columns: int, itemsize: int, architecture: str) -> TileShape:
+    """A tile of 2048 elements, one row high where rows are long: two 128-bit loads of bf16 a thread."""
+    bucket = column_bucket(columns)
+    elements, num_warps = tuned_or((2048, warps(128, architecture)), architecture, operation, bucket, itemsize)
+    width = min(elements, bucket)
+    return TileShape(elements // width, width, options(num_warps))
 
 
-def partial_rows(device: torch.device, dtype: torch.dtype, hidden: int) -> int:
-    """P of the partial sums [P, K, H] that a norm's backward returns on `device`; 1 where torch's own operators run."""
-    if device.type != "cuda" or dtype == torch.float64:
-        return 1
-    return norm_backward_shape(hidden, dtype, device).programs
+def rotary_shape(heads: int, half: int, dtype: torch.dtype, device: torch.device) -> TileShape:
+    return _rotary_shape(heads, half, dtype.itemsize, architecture(device))
+
+
+@_cached
+def _rotary_shape(heads: int, half: int, itemsize: int, architecture: str) -> TileShape:
+    """Heads of one token, up to 1024 pairs, eight a thread."""
+    width = column_bucket(half)
+    (pairs,) = tuned_or((1024,), architecture, "rotary", width, itemsize)
+    rows = max(1, min(next_power_of_two(heads), pairs // width))
+    return TileShape(rows, width, options(min(4, warps(rows * width // 8, architecture))))
 
 
 class BlockShape(NamedTuple):
@@ -161,23 +232,23 @@ class BlockShape(NamedTuple):
     num_warps: int
 
 
-# AdamW: four float32 elements a thread, one 128-bit access to each tensor (a wavefront of AMD has 64 threads).
-_BLOCK_SHAPES = {
-    "adamw": BlockShape(1024, 8),
-    "sum_of_squares": BlockShape(1024, 4),
-    "cross_entropy_forward": BlockShape(4096, 8),
-    "cross_entropy_backward": BlockShape(4096, 8),
+# Elements, threads. AdamW: four float32 elements a thread, one 128-bit access to each tensor.
+_BLOCKS = {
+    "adamw": (1024, 256),
+    "sum_of_squares": (1024, 128),
+    "cross_entropy_forward": (4096, 256),
+    "cross_entropy_backward": (4096, 256),
+    "squared_relu_forward": (2048, 128),
+    "squared_relu_backward": (2048, 128),
 }
 
 
-def block_shape(operation: str, device: torch.device) -> BlockShape:
-    return _block_shape(operation, architecture(device))
+def block_shape(operation: str, dtype: torch.dtype, device: torch.device) -> BlockShape:
+    return _block_shape(operation, dtype.itemsize, architecture(device))
 
 
-@functools.cache
-def _block_shape(operation: str, architecture: str) -> BlockShape:
-    found = TUNED.get(architecture, {}).get(operation)
-    if found is not None:
-        return BlockShape(*found)
-    block, num_warps = _BLOCK_SHAPES[operation]
-    return BlockShape(block, num_warps // 2 if architecture.startswith("gfx") else num_warps)
+@_cached
+def _block_shape(operation: str, itemsize: int, architecture: str) -> BlockShape:
+    block, threads = _BLOCKS[operation]
+    block, num_warps = tuned_or((block, warps(threads, architecture)), architecture, operation, 0, itemsize)
+    return BlockShape(block, num_warps)

@@ -2,11 +2,10 @@
 
 `torch.library.custom_op` would be shorter, but its Python wrappers cost three times the host time of a plain definition.
 The operators registered here carry no autograd formula: each public function is a `torch.autograd.Function` over a forward
-and a backward operator (see operators.py), so torch.compile traces through both.
+and a backward operator, so torch.compile traces through both. No module of this folder may be named like a public function of
+the package: importing it would put it in the function's place.
 """
 
-import functools
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -15,19 +14,6 @@ import torch
 _NAMESPACE = "completep"
 _library = torch.library.Library(_NAMESPACE, "DEF")
 LAUNCHERS: dict[str, Callable[..., Any]] = {}  # what each operator runs on CUDA tensors, by the operator's name
-
-
-def lazy(module: str, function: str) -> Callable[..., Any]:
-    """`function` of the sibling module, imported at its first call: Triton costs nothing until a GPU tensor arrives.
-
-    No module may be named like a public function of the package: importing it would put it in the function's place.
-    """
-
-    @functools.cache
-    def load() -> Callable[..., Any]:
-        return getattr(importlib.import_module(f".{module}", __package__), function)
-
-    return lambda *arguments: load()(*arguments)
 
 
 def register(schema: str, *, cpu: Callable[..., Any], cuda: Callable[..., Any], fake: Callable[..., Any]) -> Any:

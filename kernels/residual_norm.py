@@ -9,225 +9,151 @@
                d_branch = scale * dropout factor * d_residual
                d_weight = sum over rows of d_out * x_hat;  d_bias = ... of d_out;  d_branch_bias = ... of d_branch
 
-A row of H elements is covered by two power-of-two segments, FIRST and SECOND (which may be 0), so that few lanes idle when H
-is not a power of two. A program holds a tile of ROWS rows. The backward runs P programs, each of which strides over the
-rows, adds its share of the three vector gradients up in registers, and writes them to its own row of `partials` [P, K, H]:
-no atomics and no locks, hence the same bits every time. Rows wider than the registers hold leave the vector gradients to a
-second kernel. All arithmetic is float32; row numbers are int64.
+The forward holds a tile of rows in each program (row_tiles.py). The backward runs P programs, each of which strides over the rows,
+adds its share of the three vector gradients up in registers, and writes them to its own row of `partials` [P, K, H]: no atomics
+and no locks, hence the same bits every time. Rows wider than the registers hold leave the vector gradients to a second kernel.
 """
 
+# mypy: disable-error-code=assignment
+# (A kernel's tuples of segments grow as they are unrolled.)
+
+from typing import Any
+
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import native
-from .launch import norm_backward_shape, norm_forward_shape, reduction_shape, rows_of, vector_gradient_shape
+from .launch import WIDEST_IN_REGISTERS, backward_shape, forward_shape, partial_rows, rows_of, vector_gradient_shape
+from .library import register
+from .optional_triton import tl, triton
+from .partial_sums import reduced
+from .row_tiles import add_branch, load_tile, load_vector, new_like, row_sum, store_branch_gradient, store_partial, store_tile, zero_tile
 
-# --- forward ----------------------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _load_vector(vector, START: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr):
-    column = START + tl.arange(0, WIDTH)[None, :]
-    return tl.load(vector + column, mask=column < HIDDEN, other=0.0)
+# --- kernels ----------------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _dropout_factor(seed, dropout_p, row, START: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr):
-    """0 or 1 / (1 - p), a function of seed and position alone; one Philox counter serves four columns."""
-    counter = row * ((HIDDEN + 3) // 4) + (START // 4 + tl.arange(0, WIDTH // 4))[None, :]
-    word_0, word_1, word_2, word_3 = tl.randint4x(tl.load(seed), counter)
-    words = tl.join(tl.join(word_0, word_2), tl.join(word_1, word_3))
-    words = tl.reshape(words, (row.shape[0], WIDTH)).to(tl.uint32, bitcast=True)
-    uniform = (words >> 8).to(tl.float32) * 5.9604644775390625e-08  # 2^-24
-    return tl.where(uniform >= dropout_p, 1.0 / (1.0 - dropout_p), 0.0)
-
-
-@triton.jit
-def _sum_segment(
-    residual, branch, branch_bias, seed, y, row, in_rows, residual_stride, branch_stride, scale, dropout_p,
-    START: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr,
-):  # fmt: skip
-    """One segment of the new residual stream in float32: added up, rounded as it is stored, and stored."""
-    column = START + tl.arange(0, WIDTH)[None, :]
-    mask = in_rows & (column < HIDDEN)
-    total = tl.load(residual + row * residual_stride + column, mask=mask, other=0.0).to(tl.float32)
-    if branch is not None:
-        update = tl.load(branch + row * branch_stride + column, mask=mask, other=0.0).to(tl.float32)
-        if branch_bias is not None:
-            update += _load_vector(branch_bias, START, WIDTH, HIDDEN).to(tl.float32)
-        if seed is not None:
-            update *= _dropout_factor(seed, dropout_p, row, START, WIDTH, HIDDEN)
-        stored = (total + scale * update).to(y.dtype.element_ty)
-        tl.store(y + row * HIDDEN + column, stored, mask=mask)
-        total = stored.to(tl.float32)
-    return total
-
-
-@triton.jit
-def _centre(x, mean, START: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr):
+def _centred(x, mean, WIDTHS: tl.constexpr, HIDDEN: tl.constexpr):
     """x - mean, and 0 in the lanes past the end of the row, which must not count in the variance."""
+    tiles = ()
+    for k in tl.static_range(len(WIDTHS)):
+        tiles += (_centred_segment(x[k], mean, k * WIDTHS[0], WIDTHS[k], HIDDEN),)
+    return tiles
+
+
+@triton.jit
+def _centred_segment(x, mean, START: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr):
     column = START + tl.arange(0, WIDTH)[None, :]
     return tl.where(column < HIDDEN, x - mean, 0.0)
 
 
 @triton.jit
-def _store_normed(x_hat, weight, bias, out, row, in_rows, START: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr):
-    column = START + tl.arange(0, WIDTH)[None, :]
-    normed = x_hat * _load_vector(weight, START, WIDTH, HIDDEN).to(tl.float32)
-    if bias is not None:
-        normed += _load_vector(bias, START, WIDTH, HIDDEN).to(tl.float32)
-    tl.store(out + row * HIDDEN + column, normed.to(out.dtype.element_ty), mask=in_rows & (column < HIDDEN))
+def _row_dot(a, b):
+    products = ()
+    for k in tl.static_range(len(a)):
+        products += (a[k] * b[k],)
+    return row_sum(products)
+
+
+@triton.jit
+def _add(total, tiles):
+    added = ()
+    for k in tl.static_range(len(tiles)):
+        added += (total[k] + tiles[k],)
+    return added
+
+
+@triton.jit
+def _multiply_add(total, a, b):
+    added = ()
+    for k in tl.static_range(len(a)):
+        added += (total[k] + a[k] * b[k],)
+    return added
 
 
 @triton.jit(do_not_specialize=["rows"])
 def forward_kernel(
     residual, branch, branch_bias, weight, bias, seed, y, out, mean, rstd,
     rows, residual_stride, branch_stride, scale, eps, dropout_p,
-    HIDDEN: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, ROWS: tl.constexpr, RMS: tl.constexpr,
+    HIDDEN: tl.constexpr, WIDTHS: tl.constexpr, ROWS: tl.constexpr, RMS: tl.constexpr,
 ):  # fmt: skip
-    """`branch` None: norm alone. `out` None: add alone."""
+    """`branch` None: norm alone."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS).to(tl.int64)[:, None]
     in_rows = row < rows
-    x_1 = _sum_segment(residual, branch, branch_bias, seed, y, row, in_rows, residual_stride, branch_stride, scale, dropout_p,
-                       0, FIRST, HIDDEN)  # fmt: skip
-    if SECOND > 0:
-        x_2 = _sum_segment(residual, branch, branch_bias, seed, y, row, in_rows, residual_stride, branch_stride, scale, dropout_p,
-                           FIRST, SECOND, HIDDEN)  # fmt: skip
-    if out is not None:
-        if not RMS:
-            total = tl.sum(x_1, axis=1, keep_dims=True)
-            if SECOND > 0:
-                total += tl.sum(x_2, axis=1, keep_dims=True)
-            row_mean = total / HIDDEN
-            tl.store(mean + row, row_mean, mask=in_rows)
-            x_1 = _centre(x_1, row_mean, 0, FIRST, HIDDEN)
-            if SECOND > 0:
-                x_2 = _centre(x_2, row_mean, FIRST, SECOND, HIDDEN)
-        squares = tl.sum(x_1 * x_1, axis=1, keep_dims=True)
-        if SECOND > 0:
-            squares += tl.sum(x_2 * x_2, axis=1, keep_dims=True)
-        row_rstd = tl.rsqrt(squares / HIDDEN + eps)
-        tl.store(rstd + row, row_rstd, mask=in_rows)
-        _store_normed(x_1 * row_rstd, weight, bias, out, row, in_rows, 0, FIRST, HIDDEN)
-        if SECOND > 0:
-            _store_normed(x_2 * row_rstd, weight, bias, out, row, in_rows, FIRST, SECOND, HIDDEN)
-
-
-# --- backward ---------------------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _load_gradients(
-    d_out, y, gain, row, in_rows, row_mean, row_rstd, d_out_stride, y_stride,
-    START: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr,
-):  # fmt: skip
-    """(d_out, x_hat, d_out * gain) of one segment; 0 past the end of the row, in the first and the last."""
-    column = START + tl.arange(0, WIDTH)[None, :]
-    mask = in_rows & (column < HIDDEN)
-    d_normed = tl.load(d_out + row * d_out_stride + column, mask=mask, other=0.0).to(tl.float32)
-    x_hat = (tl.load(y + row * y_stride + column, mask=mask, other=0.0).to(tl.float32) - row_mean) * row_rstd
-    return d_normed, x_hat, d_normed * gain.to(tl.float32)
-
-
-@triton.jit
-def _store_gradients(
-    gradient, d_y, d_residual, d_branch, seed, row, in_rows, d_y_stride, scale, dropout_p,
-    START: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr,
-):  # fmt: skip
-    """Add `d_y` to the norm's gradient, store both outputs of one segment, return the branch's in float32."""
-    column = START + tl.arange(0, WIDTH)[None, :]
-    mask = in_rows & (column < HIDDEN)
-    if d_y is not None:
-        gradient += tl.load(d_y + row * d_y_stride + column, mask=mask, other=0.0).to(tl.float32)
-    if d_residual is not None:
-        tl.store(d_residual + row * HIDDEN + column, gradient.to(d_residual.dtype.element_ty), mask=mask)
-    if d_branch is not None:
-        gradient *= scale
-        if seed is not None:
-            gradient *= _dropout_factor(seed, dropout_p, row, START, WIDTH, HIDDEN)
-        tl.store(d_branch + row * HIDDEN + column, gradient.to(d_branch.dtype.element_ty), mask=mask)
-    return gradient
-
-
-@triton.jit
-def _store_partial(partials, k: tl.constexpr, K: tl.constexpr, tile, START: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr):
-    column = START + tl.arange(0, WIDTH)
-    offset = tl.program_id(0).to(tl.int64) * K * HIDDEN + k * HIDDEN
-    tl.store(partials + offset + column, tl.sum(tile, axis=0), mask=column < HIDDEN)
+    x = ()
+    for k in tl.static_range(len(WIDTHS)):
+        total = load_tile(residual, row, in_rows, residual_stride, k * WIDTHS[0], WIDTHS[k], HIDDEN)
+        if branch is not None:
+            total = add_branch(total, branch, branch_bias, seed, y, row, in_rows, branch_stride, scale, dropout_p,
+                               k * WIDTHS[0], WIDTHS[k], HIDDEN)  # fmt: skip
+        x += (total,)
+    if not RMS:
+        row_mean = row_sum(x) / HIDDEN
+        tl.store(mean + row, row_mean, mask=in_rows)
+        x = _centred(x, row_mean, WIDTHS, HIDDEN)
+    row_rstd = tl.rsqrt(_row_dot(x, x) / HIDDEN + eps)
+    tl.store(rstd + row, row_rstd, mask=in_rows)
+    for k in tl.static_range(len(WIDTHS)):
+        normed = x[k] * row_rstd * load_vector(weight, ROWS, k * WIDTHS[0], WIDTHS[k], HIDDEN).to(tl.float32)
+        if bias is not None:
+            normed += load_vector(bias, ROWS, k * WIDTHS[0], WIDTHS[k], HIDDEN).to(tl.float32)
+        store_tile(out, normed, row, in_rows, k * WIDTHS[0], WIDTHS[k], HIDDEN)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def backward_kernel(
     d_y, d_out, y, mean, rstd, weight, seed, d_residual, d_branch, partials,
     rows, d_y_stride, d_out_stride, y_stride, scale, dropout_p,
-    HIDDEN: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, ROWS: tl.constexpr, RMS: tl.constexpr,
+    HIDDEN: tl.constexpr, WIDTHS: tl.constexpr, ROWS: tl.constexpr, RMS: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_BRANCH_BIAS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """`partials` None: the vector gradients are left to `vector_gradient_kernel`. STAGES 2 prefetches the next tile of rows."""
     K: tl.constexpr = 1 + HAS_BIAS + HAS_BRANCH_BIAS
-    gain_1 = _load_vector(weight, 0, FIRST, HIDDEN)  # outside the loop: inside, it would be prefetched again for every tile
-    if SECOND > 0:
-        gain_2 = _load_vector(weight, FIRST, SECOND, HIDDEN)
-    weight_1 = tl.zeros((ROWS, FIRST), tl.float32)
-    bias_1 = tl.zeros((ROWS, FIRST), tl.float32)
-    branch_1 = tl.zeros((ROWS, FIRST), tl.float32)
-    if SECOND > 0:
-        weight_2 = tl.zeros((ROWS, SECOND), tl.float32)
-        bias_2 = tl.zeros((ROWS, SECOND), tl.float32)
-        branch_2 = tl.zeros((ROWS, SECOND), tl.float32)
+    gain, weight_sum, bias_sum, branch_sum = (), (), (), ()
+    for k in tl.static_range(len(WIDTHS)):
+        # The gain is loaded outside the loop: inside, it would be prefetched again for every tile.
+        gain += (load_vector(weight, ROWS, k * WIDTHS[0], WIDTHS[k], HIDDEN),)
+        weight_sum += (zero_tile(ROWS, WIDTHS[k]),)
+        bias_sum += (zero_tile(ROWS, WIDTHS[k]),)
+        branch_sum += (zero_tile(ROWS, WIDTHS[k]),)
 
     for tile in tl.range(tl.program_id(0).to(tl.int64), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)[:, None]
         in_rows = row < rows
         row_rstd = tl.load(rstd + row, mask=in_rows, other=0.0)
         row_mean = 0.0 if RMS else tl.load(mean + row, mask=in_rows, other=0.0)
-        d_out_1, x_hat_1, g_1 = _load_gradients(d_out, y, gain_1, row, in_rows, row_mean, row_rstd, d_out_stride, y_stride,
-                                                0, FIRST, HIDDEN)  # fmt: skip
-        along = tl.sum(g_1 * x_hat_1, axis=1, keep_dims=True)
-        if SECOND > 0:
-            d_out_2, x_hat_2, g_2 = _load_gradients(d_out, y, gain_2, row, in_rows, row_mean, row_rstd, d_out_stride, y_stride,
-                                                    FIRST, SECOND, HIDDEN)  # fmt: skip
-            along += tl.sum(g_2 * x_hat_2, axis=1, keep_dims=True)
-        along = along / HIDDEN
-        g_mean = 0.0
-        if not RMS:
-            g_mean = tl.sum(g_1, axis=1, keep_dims=True)
-            if SECOND > 0:
-                g_mean += tl.sum(g_2, axis=1, keep_dims=True)
-            g_mean = g_mean / HIDDEN
-
-        d_1 = _store_gradients((g_1 - g_mean - x_hat_1 * along) * row_rstd, d_y, d_residual, d_branch, seed, row, in_rows,
-                               d_y_stride, scale, dropout_p, 0, FIRST, HIDDEN)  # fmt: skip
-        if SECOND > 0:
-            d_2 = _store_gradients((g_2 - g_mean - x_hat_2 * along) * row_rstd, d_y, d_residual, d_branch, seed, row, in_rows,
-                                   d_y_stride, scale, dropout_p, FIRST, SECOND, HIDDEN)  # fmt: skip
+        d_normed, x_hat, g = (), (), ()
+        for k in tl.static_range(len(WIDTHS)):
+            d_normed += (load_tile(d_out, row, in_rows, d_out_stride, k * WIDTHS[0], WIDTHS[k], HIDDEN),)
+            x_hat += ((load_tile(y, row, in_rows, y_stride, k * WIDTHS[0], WIDTHS[k], HIDDEN) - row_mean) * row_rstd,)
+            g += (d_normed[k] * gain[k].to(tl.float32),)
+        along = _row_dot(g, x_hat) / HIDDEN
+        g_mean = 0.0 if RMS else row_sum(g) / HIDDEN
         if partials is not None:
-            weight_1 += d_out_1 * x_hat_1
-            if SECOND > 0:
-                weight_2 += d_out_2 * x_hat_2
+            weight_sum = _multiply_add(weight_sum, d_normed, x_hat)
             if HAS_BIAS:
-                bias_1 += d_out_1
-                if SECOND > 0:
-                    bias_2 += d_out_2
-            if HAS_BRANCH_BIAS:
-                branch_1 += d_1
-                if SECOND > 0:
-                    branch_2 += d_2
+                bias_sum = _add(bias_sum, d_normed)
+        d_branch_tiles = ()
+        for k in tl.static_range(len(WIDTHS)):
+            gradient = (g[k] - g_mean - x_hat[k] * along) * row_rstd
+            if d_y is not None:
+                gradient += load_tile(d_y, row, in_rows, d_y_stride, k * WIDTHS[0], WIDTHS[k], HIDDEN)
+            store_tile(d_residual, gradient, row, in_rows, k * WIDTHS[0], WIDTHS[k], HIDDEN)
+            if d_branch is not None:
+                gradient = store_branch_gradient(gradient, d_branch, seed, row, in_rows, scale, dropout_p,
+                                                 k * WIDTHS[0], WIDTHS[k], HIDDEN)  # fmt: skip
+            d_branch_tiles += (gradient,)
+        if HAS_BRANCH_BIAS and partials is not None:
+            branch_sum = _add(branch_sum, d_branch_tiles)
 
     if partials is not None:
-        _store_partial(partials, 0, K, weight_1, 0, FIRST, HIDDEN)
-        if SECOND > 0:
-            _store_partial(partials, 0, K, weight_2, FIRST, SECOND, HIDDEN)
-        if HAS_BIAS:
-            _store_partial(partials, 1, K, bias_1, 0, FIRST, HIDDEN)
-            if SECOND > 0:
-                _store_partial(partials, 1, K, bias_2, FIRST, SECOND, HIDDEN)
-        if HAS_BRANCH_BIAS:
-            _store_partial(partials, K - 1, K, branch_1, 0, FIRST, HIDDEN)
-            if SECOND > 0:
-                _store_partial(partials, K - 1, K, branch_2, FIRST, SECOND, HIDDEN)
+        for k in tl.static_range(len(WIDTHS)):
+            store_partial(partials, 0, K, weight_sum[k], k * WIDTHS[0], WIDTHS[k], HIDDEN)
+            if HAS_BIAS:
+                store_partial(partials, 1, K, bias_sum[k], k * WIDTHS[0], WIDTHS[k], HIDDEN)
+            if HAS_BRANCH_BIAS:
+                store_partial(partials, K - 1, K, branch_sum[k], k * WIDTHS[0], WIDTHS[k], HIDDEN)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -263,42 +189,6 @@ def vector_gradient_kernel(
         tl.store(first + (K - 1) * HIDDEN, tl.sum(d_branch_bias, axis=0), mask=column < HIDDEN)
 
 
-@triton.jit(do_not_specialize=["rows"])
-def add_backward_kernel(
-    d_y, seed, d_branch, partials, rows, d_y_stride, scale, dropout_p,
-    HIDDEN: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Backward of the add alone: d_branch = scale * dropout factor * d_y, and its sum over rows where `partials` is given."""
-    branch_1 = tl.zeros((ROWS, FIRST), tl.float32)
-    if SECOND > 0:
-        branch_2 = tl.zeros((ROWS, SECOND), tl.float32)
-    for tile in tl.range(tl.program_id(0).to(tl.int64), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
-        row = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)[:, None]
-        in_rows = row < rows
-        branch_1 += _store_gradients(tl.zeros((ROWS, FIRST), tl.float32), d_y, None, d_branch, seed, row, in_rows, d_y_stride,
-                                     scale, dropout_p, 0, FIRST, HIDDEN)  # fmt: skip
-        if SECOND > 0:
-            branch_2 += _store_gradients(tl.zeros((ROWS, SECOND), tl.float32), d_y, None, d_branch, seed, row, in_rows, d_y_stride,
-                                         scale, dropout_p, FIRST, SECOND, HIDDEN)  # fmt: skip
-    if partials is not None:
-        _store_partial(partials, 0, 1, branch_1, 0, FIRST, HIDDEN)
-        if SECOND > 0:
-            _store_partial(partials, 0, 1, branch_2, FIRST, SECOND, HIDDEN)
-
-
-@triton.jit
-def reduce_partials_kernel(partials, into, count, stride, HIDDEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """into [H] += sum over `count` rows, `stride` apart, in a fixed order."""
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    in_row = column < HIDDEN
-    total = tl.zeros((ROWS, BLOCK), tl.float32)
-    for start in range(0, count, ROWS):
-        row = start + tl.arange(0, ROWS)[:, None]
-        total += tl.load(partials + row * stride + column[None, :], mask=(row < count) & in_row[None, :], other=0.0)
-    old = tl.load(into + column, mask=in_row, other=0.0)
-    tl.store(into + column, old + tl.sum(total, axis=0), mask=in_row)
-
-
 # --- launchers --------------------------------------------------------------------------------------------------------------------
 
 
@@ -307,13 +197,13 @@ def _launch_forward(residual, branch, branch_bias, weight, bias, seed, y, out, m
     rows = residual.numel() // hidden
     if rows == 0:
         return
-    shape = norm_forward_shape(hidden)
+    shape = forward_shape("norm_forward", hidden, residual.dtype, residual.device)
     residual, residual_stride = rows_of(residual)
     branch, branch_stride = (None, 0) if branch is None else rows_of(branch)
     forward_kernel[(triton.cdiv(rows, shape.rows),)](
         residual, branch, branch_bias, weight, bias, seed if dropout_p > 0.0 else None, y, out, mean, rstd,
         rows, residual_stride, branch_stride, scale, eps, dropout_p,
-        HIDDEN=hidden, FIRST=shape.first, SECOND=shape.second, ROWS=shape.rows, RMS=rms, **shape.options,
+        HIDDEN=hidden, WIDTHS=shape.widths, ROWS=shape.rows, RMS=rms, **shape.options,
     )  # fmt: skip
 
 
@@ -322,22 +212,18 @@ def _new_statistics(x: Tensor, rms: bool) -> tuple[Tensor, Tensor]:
     return x.new_empty(0 if rms else rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
 
 
-def _new_like(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty(x.shape, dtype=dtype, device=x.device)
-
-
-def norm_forward(
+def launch_norm_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rms: bool, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     if x.dtype == torch.float64:
         return native.norm_forward(x, weight, bias, eps, rms, out_dtype)
-    out = _new_like(x, out_dtype)
+    out = new_like(x, out_dtype)
     mean, rstd = _new_statistics(x, rms)
     _launch_forward(x, None, None, weight, bias, None, None, out, mean, rstd, 1.0, eps, rms, 0.0)
     return out, mean, rstd
 
 
-def residual_norm_forward(
+def launch_residual_norm_forward(
     residual: Tensor,
     branch: Tensor,
     branch_bias: Tensor | None,
@@ -351,23 +237,13 @@ def residual_norm_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if residual.dtype == torch.float64:
         return native.residual_norm_forward(residual, branch, branch_bias, weight, bias, scale, eps, rms, dropout_p, seed)
-    y, out = _new_like(residual, residual.dtype), _new_like(branch, branch.dtype)
+    y, out = new_like(residual, residual.dtype), new_like(branch, branch.dtype)
     mean, rstd = _new_statistics(residual, rms)
     _launch_forward(residual, branch, branch_bias, weight, bias, seed, y, out, mean, rstd, scale, eps, rms, dropout_p)
     return y, out, mean, rstd
 
 
-def scaled_add_forward(
-    residual: Tensor, branch: Tensor, branch_bias: Tensor | None, scale: float, dropout_p: float, seed: Tensor | None
-) -> Tensor:
-    if residual.dtype == torch.float64:
-        return native.scaled_add_forward(residual, branch, branch_bias, scale, dropout_p, seed)
-    y = _new_like(residual, residual.dtype)
-    _launch_forward(residual, branch, branch_bias, None, None, seed, y, None, None, None, scale, 0.0, True, dropout_p)
-    return y
-
-
-def residual_norm_backward(
+def launch_residual_norm_backward(
     d_y: Tensor | None,
     d_out: Tensor,
     y: Tensor,
@@ -388,20 +264,21 @@ def residual_norm_backward(
         )
     hidden = y.shape[-1]
     rows = y.numel() // hidden
-    shape = norm_backward_shape(hidden, y.dtype, y.device)
-    d_residual = _new_like(y, y.dtype)
-    d_branch = _new_like(d_out, d_out.dtype) if has_branch else None
+    holds_vectors = hidden <= WIDEST_IN_REGISTERS
+    shape = backward_shape("norm_backward", hidden, y.dtype, y.device)
+    d_residual = new_like(y, y.dtype)
+    d_branch = new_like(d_out, d_out.dtype) if has_branch else None
     partials = y.new_empty((shape.programs, 1 + has_bias + has_branch_bias, hidden), dtype=torch.float32)
     d_out, d_out_stride = rows_of(d_out)
     y, y_stride = rows_of(y)
     d_y, d_y_stride = (None, 0) if d_y is None else rows_of(d_y)
-    backward_kernel[(shape.programs if shape.holds_vectors else max(1, triton.cdiv(rows, shape.rows)),)](
+    backward_kernel[(shape.programs if holds_vectors else max(1, triton.cdiv(rows, shape.rows)),)](
         d_y, d_out, y, mean, rstd, weight, seed if dropout_p > 0.0 else None, d_residual, d_branch,
-        partials if shape.holds_vectors else None, rows, d_y_stride, d_out_stride, y_stride, scale, dropout_p,
-        HIDDEN=hidden, FIRST=shape.first, SECOND=shape.second, ROWS=shape.rows, RMS=rms, HAS_BIAS=has_bias,
+        partials if holds_vectors else None, rows, d_y_stride, d_out_stride, y_stride, scale, dropout_p,
+        HIDDEN=hidden, WIDTHS=shape.widths, ROWS=shape.rows, RMS=rms, HAS_BIAS=has_bias,
         HAS_BRANCH_BIAS=has_branch_bias, STAGES=shape.stages, **shape.options,
     )  # fmt: skip
-    if not shape.holds_vectors:
+    if not holds_vectors:
         block = vector_gradient_shape(y.device)
         vector_gradient_kernel[(shape.programs, triton.cdiv(hidden, block.columns))](
             d_out, y, mean, rstd, d_branch if has_branch_bias else None, partials, rows, d_out_stride, y_stride,
@@ -410,31 +287,183 @@ def residual_norm_backward(
     return d_residual, partials.new_empty(0, dtype=d_out.dtype) if d_branch is None else d_branch, partials
 
 
-def scaled_add_backward(
-    d_y: Tensor, has_branch_bias: bool, scale: float, dropout_p: float, seed: Tensor | None, branch_dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    if d_y.dtype == torch.float64:
-        return native.scaled_add_backward(d_y, has_branch_bias, scale, dropout_p, seed, branch_dtype)
-    hidden = d_y.shape[-1]
-    shape = norm_backward_shape(hidden, d_y.dtype, d_y.device)
-    d_branch = _new_like(d_y, branch_dtype)
-    partials = d_y.new_empty((shape.programs, int(has_branch_bias), hidden), dtype=torch.float32)
-    rows = d_y.numel() // hidden
-    d_y, d_y_stride = rows_of(d_y)
-    add_backward_kernel[(shape.programs,)](
-        d_y, seed if dropout_p > 0.0 else None, d_branch, partials if has_branch_bias else None,
-        rows, d_y_stride, scale, dropout_p,
-        HIDDEN=hidden, FIRST=shape.first, SECOND=shape.second, ROWS=shape.rows, STAGES=shape.stages, **shape.options,
-    )  # fmt: skip
-    return d_branch, partials
+# --- operators --------------------------------------------------------------------------------------------------------------------
 
 
-def reduce_partials(partials: Tensor, k: int, into: Tensor) -> None:
-    if into.dtype == torch.float64:
-        native.reduce_partials(partials, k, into)
-        return
-    count, kinds, hidden = partials.shape
-    shape = reduction_shape(into.device)
-    reduce_partials_kernel[(triton.cdiv(hidden, shape.columns),)](
-        partials[:, k], into, count, kinds * hidden, HIDDEN=hidden, ROWS=shape.rows, BLOCK=shape.columns, **shape.options
+def _statistics(x: Tensor, weight: Tensor, rms: bool) -> tuple[Tensor, Tensor]:
+    """(mean, rstd) without data: one value a row, no mean for RMSNorm."""
+    wide = native.compute_dtype(x, weight)
+    rows = x.numel() // x.shape[-1]
+    return x.new_empty(0 if rms else rows, dtype=wide), x.new_empty(rows, dtype=wide)
+
+
+def _fake_norm_forward(x, weight, bias, eps, rms, out_dtype):
+    return x.new_empty(x.shape, dtype=out_dtype), *_statistics(x, weight, rms)
+
+
+def _fake_residual_norm_forward(residual, branch, branch_bias, weight, bias, scale, eps, rms, dropout_p, seed):
+    y, out = residual.new_empty(residual.shape), branch.new_empty(branch.shape)
+    return y, out, *_statistics(residual, weight, rms)
+
+
+def _fake_residual_norm_backward(d_y, d_out, y, mean, rstd, weight, has_branch, has_bias, has_branch_bias, scale, rms, dropout_p, seed):
+    d_branch = d_out.new_empty(d_out.shape if has_branch else 0)
+    count = partial_rows("norm_backward", y.device, y.dtype, y.shape[-1])
+    return y.new_empty(y.shape), d_branch, y.new_empty((count, 1 + has_bias + has_branch_bias, y.shape[-1]), dtype=rstd.dtype)
+
+
+_norm_forward = register(
+    "norm_forward(Tensor x, Tensor weight, Tensor? bias, float eps, bool rms, ScalarType out_dtype) -> (Tensor, Tensor, Tensor)",
+    cpu=native.norm_forward,
+    cuda=launch_norm_forward,
+    fake=_fake_norm_forward,
+)
+_residual_norm_forward = register(
+    "residual_norm_forward(Tensor residual, Tensor branch, Tensor? branch_bias, Tensor weight, Tensor? bias, float scale, "
+    "float eps, bool rms, float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor, Tensor)",
+    cpu=native.residual_norm_forward,
+    cuda=launch_residual_norm_forward,
+    fake=_fake_residual_norm_forward,
+)
+_residual_norm_backward = register(
+    "residual_norm_backward(Tensor? d_y, Tensor d_out, Tensor y, Tensor mean, Tensor rstd, Tensor weight, bool has_branch, "
+    "bool has_bias, bool has_branch_bias, float scale, bool rms, float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor)",
+    cpu=native.residual_norm_backward,
+    cuda=launch_residual_norm_backward,
+    fake=_fake_residual_norm_backward,
+)
+
+# --- for callers that schedule their own gradients ------------------------------------------------------------------------------------
+
+
+def residual_norm_forward(
+    residual: Tensor,
+    branch: Tensor | None,
+    branch_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    eps: float,
+    rms: bool,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y, out, mean, rstd) of `y = residual + scale * dropout(branch + branch_bias)`, `out = norm(y) * weight + bias`.
+
+    `residual`, `branch` [..., H]; `branch_bias`, `weight`, `bias` [H]. `y` has the residual's dtype and is rounded before its
+    statistics are taken; `out` has the branch's dtype. Without a branch, `y` is `residual` itself and `out` has `out_dtype`
+    (default: the residual's). `mean` (empty for RMSNorm) and `rstd` [rows] are float32, or float64 for float64 inputs.
+    `seed`: int64 tensor of one element on the same device, needed when `dropout_p` > 0.
+    """
+    if branch is None:
+        return residual, *_norm_forward(residual, weight, bias, eps, rms, out_dtype or residual.dtype)
+    return _residual_norm_forward(residual, branch, branch_bias, weight, bias, scale, eps, rms, dropout_p, seed)
+
+
+def residual_norm_backward(
+    d_y: Tensor | None,
+    d_out: Tensor,
+    y: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    has_branch: bool,
+    has_bias: bool,
+    has_branch_bias: bool,
+    scale: float,
+    rms: bool,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(d_residual, d_branch or None, partials) from the gradients of `y` (None: zero) and `out`, and what the forward saved.
+
+    `partials` float32 [P, K, H] holds partial sums of the gradients of weight, then bias, then branch_bias, as far as they
+    exist; `reduce_partials` finishes the sum whenever the caller wants it.
+    """
+    d_residual, d_branch, partials = _residual_norm_backward(
+        d_y, d_out, y, mean, rstd, weight, has_branch, has_bias, has_branch_bias, scale, rms, dropout_p, seed
     )
+    return d_residual, d_branch if has_branch else None, partials
+
+
+# --- ordinary gradients -----------------------------------------------------------------------------------------------------------
+
+
+class _ScaledResidualNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, residual, branch, branch_bias, weight, bias, scale, eps, rms, dropout_p, seed):
+        y, out, mean, rstd = _residual_norm_forward(residual, branch, branch_bias, weight, bias, scale, eps, rms, dropout_p, seed)
+        ctx.save_for_backward(y, mean, rstd, weight, seed)
+        ctx.set_materialize_grads(False)
+        ctx.settings = (bias is not None, branch_bias is not None, scale, rms, dropout_p)
+        ctx.vector_dtypes = (None if bias is None else bias.dtype, None if branch_bias is None else branch_bias.dtype)
+        ctx.branch_dtype = branch.dtype
+        return y, out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_y, d_out):
+        y, mean, rstd, weight, seed = ctx.saved_tensors
+        has_bias, has_branch_bias, scale, rms, dropout_p = ctx.settings
+        if d_out is None:
+            d_out = torch.zeros(y.shape, dtype=ctx.branch_dtype, device=y.device)
+        d_residual, d_branch, partials = _residual_norm_backward(
+            d_y, d_out, y, mean, rstd, weight, True, has_bias, has_branch_bias, scale, rms, dropout_p, seed
+        )
+        d_weight = reduced(partials, 0, weight.dtype)
+        d_bias = reduced(partials, 1, ctx.vector_dtypes[0]) if has_bias else None
+        d_branch_bias = reduced(partials, 1 + has_bias, ctx.vector_dtypes[1]) if has_branch_bias else None
+        return d_residual, d_branch, d_branch_bias, d_weight, d_bias, None, None, None, None, None
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, weight, bias, eps, rms, out_dtype):
+        out, mean, rstd = _norm_forward(x, weight, bias, eps, rms, out_dtype)
+        ctx.save_for_backward(x, mean, rstd, weight)
+        ctx.rms = rms
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out):
+        x, mean, rstd, weight = ctx.saved_tensors
+        has_bias = ctx.bias_dtype is not None
+        d_x, _, partials = _residual_norm_backward(None, d_out, x, mean, rstd, weight, False, has_bias, False, 1.0, ctx.rms, 0.0, None)
+        d_bias = reduced(partials, 1, ctx.bias_dtype) if has_bias else None
+        return d_x, reduced(partials, 0, weight.dtype), d_bias, None, None, None
+
+
+def scaled_residual_norm(
+    residual: Tensor,
+    branch: Tensor,
+    branch_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    eps: float = 1e-5,
+    rms: bool = False,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(y, out) with `y = residual + scale * dropout(branch + branch_bias)`, `out = norm(y) * weight + bias`; [..., H] and [H].
+
+    LayerNorm, or RMSNorm when `rms`. Rounding, dtypes and `seed`: see `residual_norm_forward`.
+    """
+    return _ScaledResidualNorm.apply(residual, branch, branch_bias, weight, bias, scale, eps, rms, dropout_p, seed)
+
+
+def norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    rms: bool = False,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """LayerNorm, or RMSNorm when `rms`, over the last dimension of [..., H], in `out_dtype` (default: that of `x`)."""
+    return _Norm.apply(x, weight, bias, eps, rms, out_dtype or x.dtype)

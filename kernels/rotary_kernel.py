@@ -7,13 +7,16 @@ A program rotates a tile of heads of one token, so cos and sin [S, 1 or B, D/2] 
 each element is read before it is written, by the program that writes it. Only the last dimension must be contiguous.
 """
 
+from typing import Any
+
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import native
 from .launch import rotary_shape
+from .library import register
+from .optional_triton import tl, triton
 
 
 @triton.jit
@@ -47,7 +50,7 @@ def _launch(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, inverse: bool) -> 
     sequence, batch, heads, head_dim = x.shape
     cos, sin = (t.contiguous() for t in (cos, sin))
     cos_stride_b = 0 if cos.shape[1] == 1 else cos.stride(1)
-    shape = rotary_shape(heads, head_dim // 2)
+    shape = rotary_shape(heads, head_dim // 2, x.dtype, x.device)
     rotary_kernel[(sequence * batch, triton.cdiv(heads, shape.rows))](
         x, cos, sin, out, batch, heads, head_dim // 2,
         x.stride(0), x.stride(1), x.stride(2), out.stride(0), out.stride(1), out.stride(2),
@@ -56,7 +59,7 @@ def _launch(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, inverse: bool) -> 
     )  # fmt: skip
 
 
-def rotary(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+def launch_rotary(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     if x.dtype == torch.float64:
         return native.rotary(x, cos, sin, inverse)
     x = x if x.stride(-1) == 1 else x.contiguous()
@@ -65,10 +68,51 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     return out
 
 
-def rotary_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> None:
+def launch_rotary_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> None:
     if x.dtype == torch.float64:
         native.rotary_(x, cos, sin, inverse)
     elif x.stride(-1) != 1:
-        x.copy_(rotary(x, cos, sin, inverse))
+        x.copy_(launch_rotary(x, cos, sin, inverse))
     else:
         _launch(x, cos, sin, x, inverse)
+
+
+_rotary = register(
+    "rotary(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor",
+    cpu=native.rotary,
+    cuda=launch_rotary,
+    fake=lambda x, cos, sin, inverse: x.new_empty(x.shape),
+)
+_rotary_in_place = register(
+    "rotary_(Tensor(a!) x, Tensor cos, Tensor sin, bool inverse) -> ()",
+    cpu=native.rotary_,
+    cuda=launch_rotary_,
+    fake=lambda x, cos, sin, inverse: None,
+)
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, cos, sin, inverse):
+        ctx.save_for_backward(cos, sin)
+        ctx.inverse = inverse
+        return _rotary(x, cos, sin, inverse)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out):
+        cos, sin = ctx.saved_tensors
+        return _rotary(d_out, cos, sin, not ctx.inverse), None, None, None
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
+    """Rotate the pairs (i, i + D/2) of `x` [S, B, N, D] by angles whose `cos`, `sin` are float32 [S, 1 or B, D/2].
+
+    `inverse` rotates back (it is also the gradient). Only the last dimension of `x` must be contiguous; the result is.
+    """
+    return _Rotary.apply(x, cos, sin, inverse)
+
+
+def rotary_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> None:
+    """`rotary` in place, without autograd: for a tensor that nobody saved, such as a view of the fused QKV projection."""
+    _rotary_in_place(x, cos, sin, inverse)

@@ -1,12 +1,15 @@
 """Squared ReLU: max(x, 0)^2, gradient 2 * max(x, 0) * d_out; float32 arithmetic, rounded once."""
 
+from typing import Any
+
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import native
-from .launch import flat_shape
+from .launch import block_shape, options
+from .library import register
+from .optional_triton import tl, triton
 
 
 @triton.jit
@@ -24,23 +27,54 @@ def backward_kernel(d_out, x, d_x, n, BLOCK: tl.constexpr):
     tl.store(d_x + i, (2.0 * positive * gradient).to(d_x.dtype.element_ty), mask=i < n)
 
 
-def squared_relu_forward(x: Tensor) -> Tensor:
+def launch_squared_relu_forward(x: Tensor) -> Tensor:
     if x.dtype == torch.float64:
         return native.squared_relu_forward(x)
     x = x.contiguous()
     out = torch.empty_like(x)
     if x.numel() > 0:
-        shape = flat_shape()
-        forward_kernel[(triton.cdiv(x.numel(), shape.columns),)](x, out, x.numel(), BLOCK=shape.columns, **shape.options)
+        block, num_warps = block_shape("squared_relu_forward", x.dtype, x.device)
+        forward_kernel[(triton.cdiv(x.numel(), block),)](x, out, x.numel(), BLOCK=block, **options(num_warps))
     return out
 
 
-def squared_relu_backward(d_out: Tensor, x: Tensor) -> Tensor:
+def launch_squared_relu_backward(d_out: Tensor, x: Tensor) -> Tensor:
     if x.dtype == torch.float64:
         return native.squared_relu_backward(d_out, x)
     d_out, x = d_out.contiguous(), x.contiguous()
     d_x = torch.empty_like(x)
     if x.numel() > 0:
-        shape = flat_shape()
-        backward_kernel[(triton.cdiv(x.numel(), shape.columns),)](d_out, x, d_x, x.numel(), BLOCK=shape.columns, **shape.options)
+        block, num_warps = block_shape("squared_relu_backward", x.dtype, x.device)
+        backward_kernel[(triton.cdiv(x.numel(), block),)](d_out, x, d_x, x.numel(), BLOCK=block, **options(num_warps))
     return d_x
+
+
+_squared_relu_forward = register(
+    "squared_relu_forward(Tensor x) -> Tensor",
+    cpu=native.squared_relu_forward,
+    cuda=launch_squared_relu_forward,
+    fake=lambda x: x.new_empty(x.shape),
+)
+_squared_relu_backward = register(
+    "squared_relu_backward(Tensor d_out, Tensor x) -> Tensor",
+    cpu=native.squared_relu_backward,
+    cuda=launch_squared_relu_backward,
+    fake=lambda d_out, x: x.new_empty(x.shape),
+)
+
+
+class _SquaredReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x):
+        ctx.save_for_backward(x)
+        return _squared_relu_forward(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out):
+        return _squared_relu_backward(d_out, ctx.saved_tensors[0])
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """`max(x, 0)^2`, any shape; saves its input."""
+    return _SquaredReLU.apply(x)

@@ -6,13 +6,16 @@
 Arithmetic is float32, rounded once; the backward writes both halves of one [..., 2F] gradient. Rows may be strided.
 """
 
+from typing import Any
+
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import native
 from .launch import pointwise_shape, rows_of
+from .library import register
+from .optional_triton import tl, triton
 
 
 @triton.jit
@@ -41,7 +44,7 @@ def backward_kernel(d_out, gate_up, d_gate_up, rows, d_out_stride, stride, F, RO
     tl.store(first + F, d_up.to(d_gate_up.dtype.element_ty), mask=mask)
 
 
-def swiglu_forward(gate_up: Tensor) -> Tensor:
+def launch_swiglu_forward(gate_up: Tensor) -> Tensor:
     if gate_up.dtype == torch.float64:
         return native.swiglu_forward(gate_up)
     half = gate_up.shape[-1] // 2
@@ -49,13 +52,13 @@ def swiglu_forward(gate_up: Tensor) -> Tensor:
     if out.numel() > 0:
         gate_up, stride = rows_of(gate_up)
         rows = out.numel() // half
-        shape = pointwise_shape(half)
+        shape = pointwise_shape("swiglu_forward", half, out.dtype, out.device)
         grid = (triton.cdiv(rows, shape.rows), triton.cdiv(half, shape.columns))
         forward_kernel[grid](gate_up, out, rows, stride, half, ROWS=shape.rows, BLOCK=shape.columns, **shape.options)
     return out
 
 
-def swiglu_backward(d_out: Tensor, gate_up: Tensor) -> Tensor:
+def launch_swiglu_backward(d_out: Tensor, gate_up: Tensor) -> Tensor:
     if gate_up.dtype == torch.float64:
         return native.swiglu_backward(d_out, gate_up)
     half = d_out.shape[-1]
@@ -64,9 +67,40 @@ def swiglu_backward(d_out: Tensor, gate_up: Tensor) -> Tensor:
         rows = d_out.numel() // half
         d_out, d_out_stride = rows_of(d_out)
         gate_up, stride = rows_of(gate_up)
-        shape = pointwise_shape(half)
+        shape = pointwise_shape("swiglu_backward", half, d_out.dtype, d_out.device)
         grid = (triton.cdiv(rows, shape.rows), triton.cdiv(half, shape.columns))
         backward_kernel[grid](
             d_out, gate_up, d_gate_up, rows, d_out_stride, stride, half, ROWS=shape.rows, BLOCK=shape.columns, **shape.options
         )  # fmt: skip
     return d_gate_up
+
+
+_swiglu_forward = register(
+    "swiglu_forward(Tensor gate_up) -> Tensor",
+    cpu=native.swiglu_forward,
+    cuda=launch_swiglu_forward,
+    fake=lambda gate_up: gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2)),
+)
+_swiglu_backward = register(
+    "swiglu_backward(Tensor d_out, Tensor gate_up) -> Tensor",
+    cpu=native.swiglu_backward,
+    cuda=launch_swiglu_backward,
+    fake=lambda d_out, gate_up: gate_up.new_empty(gate_up.shape),
+)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up):
+        ctx.save_for_backward(gate_up)
+        return _swiglu_forward(gate_up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out):
+        return _swiglu_backward(d_out, ctx.saved_tensors[0])
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """`silu(gate) * up` for [..., 2F] = [gate | up] -> [..., F]; saves its input."""
+    return _SwiGLU.apply(gate_up)

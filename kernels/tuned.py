@@ -1,6 +1,6 @@
-"""Launch parameters found by tools/tune_kernels.py: {architecture: {operation: (block, num_warps)}}.
+"""Launch parameters found by tools/tune_kernels.py: {architecture: {(operation, bucket of shapes, bytes of the dtype): parameters}}.
 
-Empty until somebody has run the tool on a GPU; launch.py then answers with its own choices.
+Empty until somebody has run the tool on a GPU; launch.py then answers with its own rules.
 """
 
-TUNED: dict[str, dict[str, tuple[int, int]]] = {}
+TUNED: dict[str, dict[tuple[str, int, int], tuple[int, ...]]] = {}

@@ -1,104 +1,98 @@
-"""Times candidate launch shapes on the GPU at hand and writes the best into the launch table (kernels/tuned.py)."""
+"""Times candidate launch parameters of every kernel on the GPU at hand and writes the best into the launch table (kernels/tuned.py)."""
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
-import triton
-
-from megatron_completep.analysis.kernel_cases import Case, cross_entropy_cases, optimizer_cases
+from megatron_completep.analysis.tuning_cases import Tunable
 from megatron_completep.kernels import launch, tuned
+from megatron_completep.kernels.ahead_of_time import record
 
-# The operation of the launch table that each timed kernel belongs to, and the shapes tried: (block, num_warps).
-CANDIDATES: dict[str, tuple[str, list[tuple[int, int]]]] = {
-    "adamw": ("adamw", [(block, warps) for block in (512, 1024, 2048) for warps in (4, 8) if block // warps in (128, 256)]),
-    "gradient norm": ("sum_of_squares", [(1024, 2), (1024, 4), (1024, 8)]),
-    "cross-entropy forward": ("cross_entropy_forward", [(block, warps) for block in (2048, 4096, 8192, 16384) for warps in (4, 8, 16)]),
-    "cross-entropy forward + backward": (
-        "cross_entropy_backward",
-        [(block, warps) for block in (1024, 2048, 4096, 8192) for warps in (4, 8)],
-    ),
-}
+Work = Callable[[], Any]
+Table = dict[tuple[str, int, int], tuple[int, ...]]
 
 
-def tuning_cases(device: torch.device) -> Iterator[Case]:
-    """What is timed: two sizes of every operation, from the kernel benchmark."""
-    for parameters in (1 << 24, 1 << 28):
-        yield from optimizer_cases(parameters, device)
-    for vocabulary in (32_000, 131_072):
-        yield from cross_entropy_cases(8192, vocabulary, torch.bfloat16, device, with_compile=False)
+@dataclass(frozen=True)
+class Choice:
+    """The best parameters of one entry of the table, and its geometric mean of microseconds beside that of today's parameters."""
+
+    parameters: tuple[int, ...]
+    time: float
+    time_before: float
 
 
 @contextmanager
-def launch_shape(architecture: str, operation: str, shape: tuple[int, int]) -> Iterator[None]:
-    """Let `operation` launch with `shape` inside the block."""
-    before = tuned.TUNED.get(architecture, {}).get(operation)
+def launch_parameters(architecture: str, key: tuple[str, int, int], parameters: tuple[int, ...]) -> Iterator[None]:
+    """Let one entry of the table be `parameters` inside the block."""
     table = tuned.TUNED.setdefault(architecture, {})
-    table[operation] = shape
-    launch._block_shape.cache_clear()
+    before = table.get(key)
+    table[key] = parameters
+    launch.forget()
     try:
         yield
     finally:
         if before is None:
-            del table[operation]
+            del table[key]
         else:
-            table[operation] = before
-        launch._block_shape.cache_clear()
+            table[key] = before
+        if not table:
+            del tuned.TUNED[architecture]
+        launch.forget()
 
 
-def median_microseconds(run: Callable[[], object]) -> float:
-    return 1e3 * triton.testing.do_bench(run, warmup=10, rep=60, quantiles=[0.5])
+def median_microseconds(work: Work) -> float:
+    from triton.testing import do_bench
+
+    return 1e3 * do_bench(work, warmup=10, rep=40, quantiles=[0.5])
+
+
+def launches_instead(architecture: str) -> Callable[[Work], float]:
+    """A clock for a dry run on `meta` tensors: it launches nothing, and takes the number of programs for the time."""
+    return lambda work: float(sum(math.prod(launched.grid) for launched in record(work, architecture)))
 
 
 def tune(
-    device: torch.device,
-    cases: Callable[[torch.device], Iterable[Case]] = tuning_cases,
-    time: Callable[[Callable[[], object]], float] = median_microseconds,
-    say: Callable[[str], None] = print,
-) -> dict[str, tuple[int, int]]:
-    """Best shape of every operation: the smallest geometric mean of the times over its cases."""
-    architecture = launch.architecture(device)
-    times: dict[str, dict[tuple[int, int], list[float]]] = {}
-    # AdamW's blocks are cut by the table, so the cases are built anew for each of its shapes.
-    for index in range(max(len(shapes) for _, shapes in CANDIDATES.values())):
-        tried = {kernel: (operation, shapes[index]) for kernel, (operation, shapes) in CANDIDATES.items() if index < len(shapes)}
-        with _all_shapes(architecture, tried.values()):
-            for case in cases(device):
-                if case.kernel in tried:
-                    operation, shape = tried[case.kernel]
-                    took = time(case.implementations["ours"])
-                    times.setdefault(operation, {}).setdefault(shape, []).append(took)
-                    say(f"{operation} {shape[0]} elements, {shape[1]} warps, {case.rows} x {case.columns}: {took:.1f} us")
-    return {operation: min(found, key=lambda shape: statistics.geometric_mean(found[shape])) for operation, found in times.items()}
+    architecture: str, tunables: Iterable[Tunable], time: Callable[[Work], float], say: Callable[[str], None]
+) -> dict[tuple[str, int, int], Choice]:
+    """The best candidate of each tunable: the smallest geometric mean over its sizes. One that cannot run is reported and left out."""
+    chosen = {}
+    for tunable in tunables:
+        times = {}
+        for candidate in tunable.candidates:
+            try:
+                with launch_parameters(architecture, tunable.key, candidate):
+                    times[candidate] = statistics.geometric_mean([time(prepare()) for prepare in tunable.sizes])
+            except Exception as error:  # too many registers or too much shared memory for this part, for instance
+                say(f"{tunable.name} {candidate}: left out: {type(error).__name__}: {error}".splitlines()[0])
+        if times:
+            best = min(times, key=lambda candidate: times[candidate])
+            before = statistics.geometric_mean([time(prepare()) for prepare in tunable.sizes])
+            chosen[tunable.key] = Choice(best, times[best], before)
+            say(f"{tunable.name}: {best} {times[best]:.1f}, best of {len(times)}; so far {before:.1f}")
+    return chosen
 
 
-@contextmanager
-def _all_shapes(architecture: str, tried: Iterable[tuple[str, tuple[int, int]]]) -> Iterator[None]:
-    pairs = list(tried)
-    if not pairs:
-        yield
-        return
-    with launch_shape(architecture, *pairs[0]), _all_shapes(architecture, pairs[1:]):
-        yield
-
-
-def write_table(path: Path, architecture: str, found: dict[str, tuple[int, int]], where: str) -> None:
+def write_table(path: Path, architecture: str, found: Table, where: str) -> None:
     """Write kernels/tuned.py with `found` for `architecture` and what it already held for others. `where`: what it was timed on."""
-    table = {**tuned.TUNED, architecture: dict(found)}
+    table = {**tuned.TUNED, architecture: {**tuned.TUNED.get(architecture, {}), **found}}
     lines = [
-        '"""Launch parameters found by tools/tune_kernels.py: {architecture: {operation: (block, num_warps)}}.',
+        '"""Launch parameters found by tools/tune_kernels.py: {architecture: {(operation, bucket of shapes, bytes): parameters}}.',
         "",
         f"Last entry: {architecture}, timed on {where}.",
         '"""',
         "",
-        "TUNED: dict[str, dict[str, tuple[int, int]]] = {",
+        "TUNED: dict[str, dict[tuple[str, int, int], tuple[int, ...]]] = {",
     ]
     for name, operations in sorted(table.items()):
         lines.append(f'    "{name}": {{')
-        lines += [f'        "{operation}": ({block}, {warps}),' for operation, (block, warps) in sorted(operations.items())]
+        for (operation, bucket, itemsize), parameters in sorted(operations.items()):
+            values = ", ".join(map(str, parameters)) + ("," if len(parameters) == 1 else "")
+            lines.append(f'        ("{operation}", {bucket}, {itemsize}): ({values}),')
         lines.append("    },")
     path.write_text("\n".join([*lines, "}"]) + "\n")

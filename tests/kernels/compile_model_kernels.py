@@ -1,8 +1,9 @@
 """Compile the model's kernels ahead of time and print what their machine code uses, as JSON (run by a test).
 
 A program of its own: a process that has chosen Triton's interpreter cannot compile. Each argument is ARCHITECTURE:HIDDEN:DTYPE,
-with :rms for RMSNorm without biases, else LayerNorm with every optional vector; :all adds the kernels beside the residual norm,
-:controls what the code looks like without the stages, the register cap and the alignment.
+with :rms for RMSNorm without biases, else LayerNorm with every optional vector; :dropout for the residual norm with dropout; :all
+adds the kernels beside the residual norm, :controls what the code looks like without the stages, the register cap, the segments and
+the alignment.
 """
 
 import dataclasses
@@ -10,55 +11,78 @@ import json
 import sys
 
 import torch
+from step_kernels import launchers
 
-from megatron_completep.kernels import launch, residual_norm, rotary_kernel, squared_relu_kernel, swiglu_kernel
+from megatron_completep.kernels import (
+    launch,
+    partial_sums,
+    residual_norm,
+    rotary_kernel,
+    scaled_add_kernel,
+    squared_relu_kernel,
+    swiglu_kernel,
+)
 from megatron_completep.kernels.ahead_of_time import Launch, compile_launch, record, resources
 
 ROWS = 8192
+norms = launchers(residual_norm, scaled_add_kernel, partial_sums)
 
 
 def meta(*shape, dtype=torch.float32):
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def calls(hidden, dtype, rms):
+def calls(hidden, dtype, rms, dropout, norms=norms):
     """(name, launcher call) for a stream [8192, hidden]."""
     x, vector, statistics = meta(ROWS, hidden, dtype=dtype), meta(hidden, dtype=dtype), meta(ROWS)
     bias = None if rms else vector
     has = not rms
-    yield "norm", lambda: residual_norm.norm_forward(x, vector, bias, 1e-5, rms, dtype)
-    yield "forward", lambda: residual_norm.residual_norm_forward(x, x, bias, vector, bias, 0.3, 1e-5, rms, 0.0, None)
+    random = (0.1, meta(1, dtype=torch.int64)) if dropout else (0.0, None)
+    yield "norm", lambda: norms.norm_forward(x, vector, bias, 1e-5, rms, dtype)
+    yield "forward", lambda: norms.residual_norm_forward(x, x, bias, vector, bias, 0.3, 1e-5, rms, *random)
     saved = (x, x, x, statistics, statistics, vector)
-    yield "backward", lambda: residual_norm.residual_norm_backward(*saved, True, has, has, 0.3, rms, 0.0, None)
-    yield "add", lambda: residual_norm.scaled_add_forward(x, x, bias, 0.3, 0.0, None)
-    yield "add backward", lambda: residual_norm.scaled_add_backward(x, has, 0.3, 0.0, None, dtype)
-    yield "reduce", lambda: residual_norm.reduce_partials(meta(264, 3, hidden), 1, meta(hidden))
+    yield "backward", lambda: norms.residual_norm_backward(*saved, True, has, has, 0.3, rms, *random)
+    yield "add", lambda: norms.scaled_add_forward(x, x, bias, 0.3, *random)
+    yield "add backward", lambda: norms.scaled_add_backward(x, has, 0.3, *random, dtype)
+    yield "reduce", lambda: norms.reduce_partials(meta(264, 3, hidden), 1, meta(hidden))
     wide = meta(ROWS, 8 * hidden, dtype=dtype)
-    yield "swiglu", lambda: swiglu_kernel.swiglu_forward(wide)
-    yield "swiglu backward", lambda: swiglu_kernel.swiglu_backward(meta(ROWS, 4 * hidden, dtype=dtype), wide)
-    yield "squared relu", lambda: squared_relu_kernel.squared_relu_forward(wide)
-    yield "squared relu backward", lambda: squared_relu_kernel.squared_relu_backward(wide, wide)
+    yield "swiglu", lambda: swiglu_kernel.launch_swiglu_forward(wide)
+    yield "swiglu backward", lambda: swiglu_kernel.launch_swiglu_backward(meta(ROWS, 4 * hidden, dtype=dtype), wide)
+    yield "squared relu", lambda: squared_relu_kernel.launch_squared_relu_forward(wide)
+    yield "squared relu backward", lambda: squared_relu_kernel.launch_squared_relu_backward(wide, wide)
     heads, angle = meta(2048, 4, hidden // 64, 64, dtype=dtype), meta(2048, 1, 32)
-    yield "rotary", lambda: rotary_kernel.rotary(heads, angle, angle, False)
-    yield "rotary in place", lambda: rotary_kernel.rotary_(heads, angle, angle, True)
+    yield "rotary", lambda: rotary_kernel.launch_rotary(heads, angle, angle, False)
+    yield "rotary in place", lambda: rotary_kernel.launch_rotary_(heads, angle, angle, True)
 
 
 def report(recorded, architecture):
     used = resources(compile_launch(recorded, architecture))
-    programs = recorded.grid[0] / launch.processors(architecture)
-    return {**dataclasses.asdict(used), "threads": 32 * recorded.parameters["num_warps"], "programs_per_processor": programs}
+    parameters = recorded.parameters
+    return {
+        **dataclasses.asdict(used),
+        "threads": launch.lanes(architecture) * parameters["num_warps"],
+        "programs_per_processor": recorded.grid[0] / launch.processors(architecture),
+        "copies": parameters.get("STAGES", 1),  # of a load inside a loop: those before it, and the one in it
+        "rows": parameters.get("ROWS", 1),
+        "segments": len(parameters.get("WIDTHS", "1")),
+    }
 
 
-def controls(found, architecture, hidden, dtype, rms):
+def controls(found, architecture, hidden, dtype, rms, dropout):
     """What the machine code looks like without the things that the checks ask for."""
-    (backward,) = (r for name, call in calls(hidden, dtype, rms) if name == "backward" for r in record(call, architecture))
-    unstaged = Launch(backward.kernel, backward.grid, backward.arguments, {**backward.parameters, "STAGES": 1})
-    found["backward without stages"] = report(unstaged, architecture)
-    uncapped = {name: value for name, value in backward.parameters.items() if name != "maxnreg"}
-    found["backward without register cap"] = report(Launch(backward.kernel, backward.grid, backward.arguments, uncapped), architecture)
+
+    def backward_of(norms, **changes):
+        (call,) = (call for name, call in calls(hidden, dtype, rms, dropout, norms) if name == "backward")
+        (recorded,) = record(call, architecture)
+        parameters = {name: value for name, value in {**recorded.parameters, **changes}.items() if value is not None}
+        return report(Launch(recorded.kernel, recorded.grid, recorded.arguments, parameters), architecture)
+
+    found["backward without stages"] = backward_of(norms, STAGES=1)
+    found["backward without register cap"] = backward_of(norms, WIDTHS=(hidden,), maxnreg=None)
+    found["backward without segments"] = backward_of(norms, WIDTHS=(hidden,))
     # 8193 elements, the first left out: addresses that are not multiples of 16 bytes.
     shifted = meta(ROWS * 2 * hidden + 1, dtype=dtype)[1:].view(ROWS, 2 * hidden)
-    (unaligned,) = record(lambda: swiglu_kernel.swiglu_forward(shifted), architecture)
+    (unaligned,) = record(lambda: swiglu_kernel.launch_swiglu_forward(shifted), architecture)
     found["swiglu of unaligned rows"] = report(unaligned, architecture)
 
 
@@ -66,7 +90,7 @@ def main():
     found = {}
     for argument in sys.argv[1:]:
         architecture, hidden, dtype, *rest = argument.split(":")
-        shape = (int(hidden), getattr(torch, dtype), "rms" in rest)
+        shape = (int(hidden), getattr(torch, dtype), "rms" in rest, "dropout" in rest)
         kernels = found[argument] = {}
         for name, call in calls(*shape):
             if "all" not in rest and name not in ("forward", "backward"):

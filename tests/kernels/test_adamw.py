@@ -241,7 +241,7 @@ MUTATIONS = {
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_a_broken_kernel_is_caught(mutation):
     """Each change to the kernel's source would fail `test_fifty_steps_match_float64`."""
-    broken = dataclasses.replace(IMPLEMENTATIONS["triton"], adamw_=mutant("adamw", *MUTATIONS[mutation]).adamw_)
+    broken = dataclasses.replace(IMPLEMENTATIONS["triton"], adamw_=mutant("adamw", *MUTATIONS[mutation]).launch_adamw_)
     groups = GROUPS["eps"] * torch.tensor([1.0, 3.0, 1.0], dtype=torch.float64)
     groups[:, 0] = torch.tensor([1.0, 0.5, 0.7, 2.0])
     assert distance_from_definition(IMPLEMENTATIONS["triton"], groups, steps=3) < 1e-5
@@ -253,7 +253,7 @@ def test_a_kernel_that_writes_padding_or_ignores_the_skip_flag_is_caught(monkeyp
         (("tl.where(inside, new_p, p)", "tl.where(inside, new_p, 0.0)"), lambda: test_padding_is_never_touched("triton")),
         (("tl.load(control + 3) == 0.0", "tl.load(control + 3) == tl.load(control + 3)"), skip_check),
     ):
-        broken = dataclasses.replace(IMPLEMENTATIONS["triton"], adamw_=mutant("adamw", *replacement).adamw_)
+        broken = dataclasses.replace(IMPLEMENTATIONS["triton"], adamw_=mutant("adamw", *replacement).launch_adamw_)
         monkeypatch.setitem(IMPLEMENTATIONS, "triton", broken)
         with pytest.raises(AssertionError):
             check()

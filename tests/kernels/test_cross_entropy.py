@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from step_kernels import DEVICE, IMPLEMENTATIONS, mutant
+from step_kernels import DEVICE, IMPLEMENTATIONS, launchers, mutant
 
 from megatron_completep import kernels
 from megatron_completep.kernels import reference
@@ -171,7 +171,7 @@ MUTATIONS = {
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_a_broken_backward_is_caught(mutation):
-    broken = mutant("cross_entropy", *MUTATIONS[mutation])
+    broken = launchers(mutant("cross_entropy", *MUTATIONS[mutation]))
     case = Case.create(3, 100, 64, 130)
     grad_scale = torch.ones(3)
     expected = case.gradient(reference, case.logits.double(), case.lse(), grad_scale)
@@ -189,7 +189,7 @@ FORWARD_MUTATIONS = {
 
 @pytest.mark.parametrize("mutation", FORWARD_MUTATIONS)
 def test_a_broken_forward_is_caught(mutation):
-    broken = mutant("cross_entropy", *FORWARD_MUTATIONS[mutation])
+    broken = launchers(mutant("cross_entropy", *FORWARD_MUTATIONS[mutation]))
     case = Case.create(2, 8256, 64, 64 + 8200)
     case.logits[:, 5000], case.logits[:, 8250] = 60.0, 70.0  # the maximum is not in the first block, and padding holds a larger one
     expected = case.statistics(reference, case.logits.double())

@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from step_kernels import DEVICE, IMPLEMENTATIONS, mutant
+from step_kernels import DEVICE, IMPLEMENTATIONS, launchers, mutant
 
 from megatron_completep import kernels
 
@@ -95,13 +95,13 @@ def test_a_norm_that_is_not_finite_sets_the_skip_flag_and_keeps_the_step(name, s
 
 
 def test_a_skipped_step_that_advances_is_caught(monkeypatch):
-    broken = mutant("grad_norm", "tl.where(finite, 1.0, 0.0)", "tl.where(finite, 1.0, 1.0)")
+    broken = launchers(mutant("grad_norm", "tl.where(finite, 1.0, 0.0)", "tl.where(finite, 1.0, 1.0)"))
     control = begin(broken, math.inf, 41, 1.0)
     assert control[1] == 42.0
 
 
 def test_a_norm_that_counts_padding_is_caught():
-    broken = mutant("grad_norm", "tl.where(i < length, x, 0.0)", "x")
+    broken = launchers(mutant("grad_norm", "tl.where(i < length, x, 0.0)", "x"))
     flat, segments = torch.ones(128).to(DEVICE), torch.tensor([[0, 65, 0]]).to(DEVICE)
     assert IMPLEMENTATIONS["triton"].sum_of_squares(flat, segments).item() == 65.0
     assert broken.sum_of_squares(flat, segments).item() == 128.0

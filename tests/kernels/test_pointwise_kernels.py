@@ -3,16 +3,16 @@
 import pytest
 import torch
 from norm_cases import TOLERANCE, assert_close, poisoned_allocations
-from step_kernels import DEVICE, mutant
+from step_kernels import DEVICE, launchers, mutant
 
 from megatron_completep.kernels import native, reference, rotary_kernel, squared_relu_kernel, swiglu_kernel
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # torch's bf16 operators round in between; the kernels round once.
 CPU_TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
-SWIGLU = {"triton": (swiglu_kernel, TOLERANCE), "cpu": (native, CPU_TOLERANCE)}
-SQUARED_RELU = {"triton": (squared_relu_kernel, TOLERANCE), "cpu": (native, CPU_TOLERANCE)}
-ROTARY = {"triton": (rotary_kernel, TOLERANCE), "cpu": (native, CPU_TOLERANCE)}
+SWIGLU = {"triton": (launchers(swiglu_kernel), TOLERANCE), "cpu": (native, CPU_TOLERANCE)}
+SQUARED_RELU = {"triton": (launchers(squared_relu_kernel), TOLERANCE), "cpu": (native, CPU_TOLERANCE)}
+ROTARY = {"triton": (launchers(rotary_kernel), TOLERANCE), "cpu": (native, CPU_TOLERANCE)}
 
 
 def random(*shape, dtype=torch.float32, seed=0):
@@ -121,6 +121,6 @@ MUTANTS = {  # what goes wrong: (module, the text, the text instead, the check t
 @pytest.mark.parametrize("slip", MUTANTS)
 def test_check_catches_the_mutant_in_which(slip):
     module, old, new, check = MUTANTS[slip]
-    broken = mutant(module, old, new)
+    broken = launchers(mutant(module, old, new))
     with pytest.raises(AssertionError, match="relative error"):
         check(broken)

@@ -6,10 +6,11 @@ import norm_cases
 import pytest
 import torch
 from norm_cases import EPS, SEED, Case, backward, check_backward, check_forward, forward, poisoned_allocations, relative_error
-from step_kernels import DEVICE, mutant
+from step_kernels import DEVICE, launchers, mutant
 
 from megatron_completep import kernels
-from megatron_completep.kernels import launch, native, reference, residual_norm
+from megatron_completep.kernels import launch, native, partial_sums, reference, scaled_add_kernel
+from megatron_completep.kernels import residual_norm as residual_norm_module
 
 BF16 = torch.bfloat16
 # The interpreter launches 3 programs of 1 or 2 rows in the backward (launch.py), so 2, 3, 4 rows lie round P, and 17 loops.
@@ -33,6 +34,7 @@ CASES = [
     Case(2, 16384, bias=True, branch_bias=True),
     Case(3, 9000, BF16, rms=True, branch_bias=True, dropout_p=0.25),
 ]
+residual_norm = launchers(residual_norm_module, scaled_add_kernel, partial_sums)
 IMPLEMENTATIONS = {"triton": residual_norm, "cpu": native}
 
 
@@ -59,7 +61,7 @@ def test_cpu_path_matches_float64(case, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 @pytest.mark.parametrize("rms", [False, True])
 def test_kernels_match_float64_on_the_wide_sweep(hidden, dtype, rms):
-    programs = launch.norm_backward_shape(hidden, dtype, torch.device(DEVICE)).programs
+    programs = launch.backward_shape("norm_backward", hidden, dtype, torch.device(DEVICE)).programs
     for rows in (1, 2, 3, 17, programs - 1, programs, programs + 1):
         for optional in (False, True):
             for dropout_p in (0.0, 0.2):
@@ -188,11 +190,11 @@ def far_away(monkeypatch):
 def run_far_away(module):
     x = torch.zeros(64, 1024)
     vectors = (torch.ones(1024), None)
-    module.residual_norm_forward(x, x, None, *vectors, 0.5, EPS, False, 0.0, None)
+    module.launch_residual_norm_forward(x, x, None, *vectors, 0.5, EPS, False, 0.0, None)
     # One program takes every tile: a kernel that counts rows in 32 bits overflows in the last.
     module.backward_kernel[(1,)](
         x, x, x, x, x, vectors[0], None, x, x, torch.zeros(1, 1, 1024), 2**31 // 128, 1024, 1024, 1024, 0.5, 0.0,
-        HIDDEN=1024, FIRST=1024, SECOND=0, ROWS=2**21 // 2**20, RMS=True, HAS_BIAS=False, HAS_BRANCH_BIAS=False, STAGES=1,
+        HIDDEN=1024, WIDTHS=(1024,), ROWS=2**21 // 2**20, RMS=True, HAS_BIAS=False, HAS_BRANCH_BIAS=False, STAGES=1,
     )  # fmt: skip
 
 
@@ -201,39 +203,52 @@ def test_addresses_beyond_two_to_the_31_do_not_overflow(far_away, monkeypatch):
     from triton.runtime import interpreter
 
     monkeypatch.setattr(type(interpreter.interpreter_builder), "create_get_num_programs", lambda self, axis: self.get_int32(2**24))
-    run_far_away(residual_norm)
+    run_far_away(residual_norm_module)
 
 
 # --- mutants: each slip is caught by the check that is named beside it -----------------------------------------------------------------
 
 BACKWARD = Case(17, 100, bias=True, branch_bias=True, dropout_p=0.3)
-MUTANTS = {  # what goes wrong: (the text, the text instead, the check that notices, its case)
-    "the scale is missing in the backward": ("gradient *= scale", "gradient *= 1.0", check_backward, BACKWARD),
+MUTANTS = {  # what goes wrong: (the module, its text, the text instead, the check that notices, its case)
+    "the scale is missing in the backward": ("row_tiles", "gradient *= scale", "gradient *= 1.0", check_backward, BACKWARD),
     "statistics are taken before rounding": (
-        "total = stored.to(tl.float32)", "total = total + scale * update", check_forward, Case(5, 64, BF16)),
+        "row_tiles", "return stored.to(tl.float32)", "return total + scale * update", check_forward, Case(5, 64, BF16)),
     "lanes past the end count in the variance": (
-        "tl.where(column < HIDDEN, x - mean, 0.0)", "x - mean", check_forward, Case(5, 100)),
+        "residual_norm", "tl.where(column < HIDDEN, x - mean, 0.0)", "x - mean", check_forward, Case(5, 100)),
     "the backward drops other elements": (
-        "gradient *= _dropout_factor(seed, dropout_p, row", "gradient *= _dropout_factor(seed, dropout_p, 1 + row",
+        "row_tiles", "gradient *= dropout_factor(seed, dropout_p, row", "gradient *= dropout_factor(seed, dropout_p, 1 + row",
         check_backward, BACKWARD),
-    "the stream's own gradient is lost": ("if d_y is not None:", "if False:", check_backward, BACKWARD),
-    "the mean of the gradient is not removed": ("g_1 - g_mean", "g_1", check_backward, BACKWARD),
+    "the stream's own gradient is lost": ("residual_norm", "if d_y is not None:", "if False:", check_backward, BACKWARD),
+    "the mean of the gradient is not removed": ("residual_norm", "g[k] - g_mean", "g[k]", check_backward, BACKWARD),
     "a vector gradient takes another's place": (
-        "_store_partial(partials, K - 1, K, branch_1", "_store_partial(partials, 1, K, branch_1", check_backward, BACKWARD),
-    "the second segment is left out of the projection": (
-        "along += tl.sum(g_2 * x_hat_2", "along += tl.sum(0.0 * x_hat_2", check_backward, Case(3, 768)),
+        "residual_norm", "store_partial(partials, K - 1, K, branch_sum", "store_partial(partials, 1, K, branch_sum",
+        check_backward, BACKWARD),
+    "later segments are left out of the row's sum": (
+        "row_tiles", "total += tiles[k]", "total += 0.0 * tiles[k]", check_backward, Case(3, 768)),
+    "the second segment is left out of the row's sum": (
+        "row_tiles", " + tl.sum(tiles[1], axis=1, keep_dims=True)", "", check_backward, Case(3, 640)),
     "the reduction overwrites the main gradient": (
-        "old + tl.sum(total, axis=0)", "tl.sum(total, axis=0)", check_backward, BACKWARD),
+        "partial_sums", "old + tl.sum(total, axis=0)", "tl.sum(total, axis=0)", check_backward, BACKWARD),
 }  # fmt: skip
+
+
+def with_slip(module, old, new):
+    """The launchers with one slip in `module`; whoever imports the changed module's functions is copied with it."""
+    broken = mutant(module, old, new)
+    changed = {"residual_norm": residual_norm_module, "partial_sums": partial_sums}
+    if module == "row_tiles":
+        changed["residual_norm"] = mutant("residual_norm", "from .row_tiles", f"from .{broken.__name__.rpartition('.')[2]}")
+    else:
+        changed[module] = broken
+    return launchers(*changed.values())
 
 
 @pytest.mark.parametrize("slip", MUTANTS)
 def test_check_catches_the_mutant_in_which(slip):
-    old, new, check, case = MUTANTS[slip]
-    broken = mutant("residual_norm", old, new)
+    *change, check, case = MUTANTS[slip]
     check(residual_norm, case)
     with pytest.raises(AssertionError, match="relative error"):
-        check(broken, case)
+        check(with_slip(*change), case)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter's overflow check")

@@ -24,7 +24,7 @@ from megatron_completep.training import profiling
 from megatron_completep.training.checkpoint import Checkpointer
 from megatron_completep.training.guards.hooks import GarbageCollection
 from megatron_completep.training.hooks import StepRecord
-from megatron_completep.training.node import differing, driver_version
+from megatron_completep.training.node import differing, driver_version, lines_of
 from megatron_completep.training.profiling import ALLOCATIONS, Profiler
 from megatron_completep.training.signals import StopSignals
 from megatron_completep.training.startup import StartupClock
@@ -268,6 +268,15 @@ def test_the_flight_recorder_is_on_by_default_and_its_environment_is_handed_over
     assert seen == {**expected, "TORCH_FR_BUFFER_SIZE": "7", "timeout": 30.0}
     for name in expected:  # monkeypatch did not set all of them
         os.environ.pop(name, None)
+
+
+def test_every_node_is_described_once_with_the_gpus_of_its_ranks() -> None:
+    gpu, found = "NVIDIA H100 80GB HBM3", {"torch": "2.13.0"}
+    ranks = [("a", gpu, ("x86_64, 96 cores", found)), ("a", gpu, None), ("b", gpu, ("x86_64, 90 cores", found)), ("b", gpu, None)]
+    assert lines_of(ranks) == [
+        f"node {host}: 2 ranks on 2 x {gpu}; x86_64, {cores} cores; torch 2.13.0" for host, cores in (("a", 96), ("b", 90))
+    ]
+    assert lines_of([("a", None, ("x86_64, 2 cores", found))]) == ["node a: 1 rank; x86_64, 2 cores; torch 2.13.0"]
 
 
 def test_a_version_that_differs_between_nodes_is_said() -> None:

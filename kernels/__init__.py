@@ -4,18 +4,18 @@ Needs torch, and Triton once a GPU tensor arrives; knows nothing of models. `ref
 after an operation hold, in this order: its kernels, their launchers, its operators in torch's library, its autograd function.
 """
 
-if __name__ == "kernels":  # some libraries probe for a package of this name, and a second registration would fail
-    raise ImportError("This folder is the package megatron_completep.kernels; import it by that name.")
-
-from .adamw import CONTROL_SIZE, adamw_, block_table, device_segments
-from .cross_entropy import cross_entropy_backward_, cross_entropy_forward, cross_entropy_loss, unembedding_cross_entropy
-from .grad_norm import begin_step_, sum_of_squares
-from .partial_sums import reduce_partials
-from .residual_norm import norm, residual_norm_backward, residual_norm_forward, scaled_residual_norm
-from .rotary_kernel import rotary, rotary_
-from .scaled_add_kernel import scaled_add, scaled_add_backward, scaled_add_forward
-from .squared_relu_kernel import squared_relu
-from .swiglu_kernel import swiglu
+# transformers imports whatever is called `kernels`, to ask for its version. In a checkout that is this folder, and it must answer
+# with nothing, not with an error: a second registration of the operations would fail. tests/interop/test_import.py needs this.
+if __name__ != "kernels":
+    from .adamw import CONTROL_SIZE, adamw_, block_table, device_segments
+    from .cross_entropy import cross_entropy_backward_, cross_entropy_forward, cross_entropy_loss, unembedding_cross_entropy
+    from .grad_norm import begin_step_, sum_of_squares
+    from .partial_sums import reduce_partials
+    from .residual_norm import norm, residual_norm_backward, residual_norm_forward, scaled_residual_norm
+    from .rotary_kernel import rotary, rotary_
+    from .scaled_add_kernel import scaled_add, scaled_add_backward, scaled_add_forward
+    from .squared_relu_kernel import squared_relu
+    from .swiglu_kernel import swiglu
 
 __all__ = [
     "CONTROL_SIZE",

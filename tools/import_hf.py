@@ -23,7 +23,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="settings of the configuration")
     parser.add_argument("--seq-length", type=int, metavar="N", help="tokens a training sample (default: the model's longest)")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()  # options may stand between the words
 
 
 def main() -> int | None:

@@ -17,6 +17,7 @@ from megatron_completep.data.tokenizer import SPACE_MARK, SentencePieceTokenizer
 from megatron_completep.errors import DataError
 
 END_OF_DOCUMENT = "<|endoftext|>"
+COMPANIONS = ("special_tokens_map.json", "chat_template.jinja")  # of tokenizer.json, in Hugging Face folders
 _REMEDY = "Export without a tokenizer (--tokenizer-model none), and encode with megatron-completep."
 
 # Scripts, combining marks, emoji sequences, whitespace of all kinds, code, and names of special tokens as text.
@@ -47,7 +48,11 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, seq_length: int, setting
         (folder / "tokenizer.json").write_bytes(path.read_bytes())
         beside = path.parent / "tokenizer_config.json"
         configuration = json.loads(beside.read_bytes()) if beside.is_file() else configuration
-        configuration = {name: value for name, value in configuration.items() if name != "auto_map"}  # no code comes along
+        if configuration.pop("auto_map", None):  # no code comes along
+            configuration["tokenizer_class"] = "PreTrainedTokenizerFast"
+        for name in COMPANIONS:
+            if (path.parent / name).is_file():
+                (folder / name).write_bytes((path.parent / name).read_bytes())
         end = next((n for n, i in _vocabulary(path).items() if i == tokenizer.eod_id), None)
         if end is not None and not configuration.get("eos_token"):
             configuration |= {"bos_token": end, "eos_token": end, "pad_token": end}

@@ -27,6 +27,7 @@ from megatron_completep.config.schema import ModelConfig
 from megatron_completep.errors import ConfigError, DataError
 from megatron_completep.interop.architectures import Folding, Piece, pieces
 from megatron_completep.interop.hf_config import from_hf
+from megatron_completep.interop.hf_tokenizer import COMPANIONS
 from megatron_completep.interop.tensor_files import TensorFolder
 from megatron_completep.model.gpt import GPT
 from megatron_completep.parallel.context import ParallelContext
@@ -42,7 +43,7 @@ from megatron_completep.training.state import RunState
 
 FILE_BYTES = 1 << 30  # of weights held in memory and written as one file, with the optimizer's zeros beside them
 PRECISIONS = {"F32": "float32", "BF16": "bf16", "F16": "bf16"}
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", *COMPANIONS)
 # Buffers that older versions of transformers saved beside the weights.
 _IGNORED = re.compile(r".*(rotary_emb\.inv_freq|attn\.(bias|masked_bias))")
 

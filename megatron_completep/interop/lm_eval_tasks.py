@@ -14,7 +14,7 @@ import torch
 
 from megatron_completep.errors import ConfigError, DataError
 from megatron_completep.interop.scoring import Scorer
-from megatron_completep.training.generation import Sampling, generate_texts
+from megatron_completep.training.generation import Sampling, encode_prompt, stream_texts
 
 DEFAULT_NEW_TOKENS = 256
 
@@ -37,13 +37,14 @@ def evaluate_tasks(scorer: Scorer, settings: TaskSettings) -> dict[str, Any]:
     """
     try:
         import lm_eval
-        import lm_eval.tasks
+        from lm_eval.api.model import TemplateLM
+        from lm_eval.tasks import TaskManager
     except ImportError:
         raise ConfigError("lm-eval is not installed. pip install 'megatron-completep[eval]'.") from None
-    manager = _task_manager(lm_eval.tasks.TaskManager, settings)
+    manager = _task_manager(TaskManager, settings)
     try:
         found = lm_eval.simple_evaluate(
-            model=native_model(scorer),
+            model=native_model(scorer, TemplateLM),
             tasks=list(settings.tasks),
             num_fewshot=settings.fewshot,
             limit=settings.limit,
@@ -77,11 +78,10 @@ def _task_manager(kind: Any, settings: TaskSettings) -> Any:
     return manager
 
 
-def native_model(scorer: Scorer) -> Any:
-    """An lm-eval `LM` over a scorer."""
-    from lm_eval.api.model import TemplateLM
+def native_model(scorer: Scorer, base: Any) -> Any:
+    """An lm-eval model over a scorer; `base` is its `TemplateLM`, which splits requests into token ids."""
 
-    class NativeModel(TemplateLM):
+    class NativeModel(base):
         backend = "causal"
         tokenizer_name = f"{scorer.tokenizer.type}:{scorer.tokenizer.hash}"
 
@@ -140,18 +140,12 @@ def _continue_batch(scorer: Scorer, texts: Sequence[str], options: dict[str, Any
     if not options.get("do_sample", temperature > 0):
         temperature = 0.0
     sampling = Sampling(temperature, float(options.get("top_p", 1.0)), new_tokens, int(options.get("top_k") or 0))
-    cut = [_last_tokens(scorer, text, scorer.max_length - new_tokens) for text in texts]
+    cut = [encode_prompt(scorer.tokenizer, text)[new_tokens - scorer.max_length :] for text in texts]
     generators = [torch.Generator(scorer.device).manual_seed(seed) for seed in seeds]
     made = [""] * len(texts)
-    for number, piece in generate_texts(scorer.model, scorer.tokenizer, cut, sampling, generators, [stops] * len(texts)):
+    for number, piece in stream_texts(scorer.model, scorer.tokenizer, cut, sampling, generators, [stops] * len(texts)):
         made[number] += piece
     return [_before_stop(text, stops) for text in made]
-
-
-def _last_tokens(scorer: Scorer, text: str, count: int) -> str:
-    """The end of a text, of at most `count` tokens."""
-    ids = scorer.tokenizer.encode(text)
-    return text if len(ids) <= count else scorer.tokenizer.decode(ids[-count:])
 
 
 def _before_stop(text: str, stops: Sequence[str]) -> str:

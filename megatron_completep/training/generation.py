@@ -248,14 +248,25 @@ def generate_texts(
     generators: Sequence[torch.Generator | None] | None = None,
     until: Sequence[Sequence[str]] | None = None,
 ) -> Iterator[tuple[int, str]]:
-    """(prompt number, piece of text) of several prompts as they are made in one batch.
+    """(prompt number, piece of text) of several prompts as they are made in one batch; an empty prompt begins a document."""
+    return stream_texts(model, tokenizer, [encode_prompt(tokenizer, prompt) for prompt in prompts], sampling, generators, until)
+
+
+def stream_texts(
+    model: GPT,
+    tokenizer: Tokenizer,
+    encoded: Sequence[Sequence[int]],
+    sampling: Sampling,
+    generators: Sequence[torch.Generator | None] | None = None,
+    until: Sequence[Sequence[str]] | None = None,
+) -> Iterator[tuple[int, str]]:
+    """As `generate_texts`, of prompts that are token ids.
 
     until: for each prompt, texts with the first of which its continuation ends.
     """
-    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     generation = Generation(model, encoded, sampling, tokenizer.eod_id, generators)
     streams = [TextStream(tokenizer, ids) for ids in encoded]
-    texts, stopped = [""] * len(prompts), set[int]()
+    texts, stopped = [""] * len(encoded), set[int]()
     for made in generation:
         for number, token in made:
             piece = streams[number].push(token)

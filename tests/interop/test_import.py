@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,9 @@ from megatron_completep.interop.import_model import import_model
 from megatron_completep.model.stages import build_chunks
 from megatron_completep.optim.distributed_adamw import DistributedAdamW
 from megatron_completep.parallel.context import ParallelContext
+from megatron_completep.parallel.placement import placement_of
 from megatron_completep.pretrain import pretrain
-from megatron_completep.training.checkpoint import Checkpointer
+from megatron_completep.training.checkpoint import Checkpointer, StoredCheckpoint
 from megatron_completep.training.metrics import read_metrics
 
 transformers = pytest.importorskip("transformers")
@@ -133,6 +136,28 @@ def loss_at_layout(rank: int, path: str, parallel: list[str], world: int, tokens
         return chunk(tokens[:, :-1], labels=tokens[:, 1:]).item() / tokens[:, 1:].numel()
 
 
+def parameters_at_layout(rank: int, path: str, parallel: list[str]) -> list[str]:
+    """Names of this stage's parameters; each is compared with what the checkpoint stores under its name."""
+    config = load_config(path, parallel)
+    context = ParallelContext.over_world(config.parallel, torch.device("cpu"), rank, 2, 1)
+    table = table_for(config.model, config.completep)
+    chunks = build_chunks(config.model, table, config.parallel, context)
+    optimizer = DistributedAdamW(chunks, table, config.optimizer, context, config.parallel, torch.float32)
+    Checkpointer(config, context, optimizer, table, report=lambda text: None).load_latest()
+    optimizer.wait_for_parameters()
+    stored = StoredCheckpoint.open(Path(path).parent / "checkpoints" / "step_00000000")
+    for name, parameter in optimizer.parameters.items():
+        whole = stored.tensor(placement_of(parameter).tied_to or name)
+        assert torch.equal(parameter.detach()[: whole.shape[0]], whole), name
+    return list(optimizer.parameters)
+
+
+def test_pipeline_stages_load_an_import_tied_embeddings_included(tmp_path: Path, pool: WorkerPool) -> None:
+    report = import_model(make_folder(tmp_path, "gpt2"), tmp_path / "run", ["training.global_batch_size=4", "training.device=cpu"])
+    first, last = pool.run(2, parameters_at_layout, report.config, ["parallel.pipeline_parallel_size=2"])
+    assert "embedding.weight" in first and "unembedding.weight" in last and "layers.1.mlp.down.bias" in last
+
+
 @pytest.mark.parametrize("name", ["granite", "gpt2"])
 def test_training_goes_on_from_an_import(name: str, tmp_path: Path, pool: WorkerPool) -> None:
     """One process trains; two tensor ranks start from the same loss, which is that of transformers."""
@@ -216,3 +241,10 @@ def test_an_existing_run_is_not_overwritten(tmp_path: Path) -> None:
     import_model(original, tmp_path / "run")
     with pytest.raises(ConfigError, match="holds a run already"):
         import_model(original, tmp_path / "run")
+
+
+def test_the_folder_kernels_of_a_checkout_answers_transformers_probe_with_nothing() -> None:
+    """transformers imports a package of this name where it finds one, and would take an error for its own."""
+    program = "import kernels, sys; print(hasattr(kernels, '__version__'), any(name.startswith('kernels.') for name in sys.modules))"
+    run = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["False", "False"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import time
@@ -37,6 +38,8 @@ def inject(fault: Fault) -> Callable[[str], None]:
             _flip_bit(fault)
         case "spike":
             _scale_weights(fault)
+        case "bad_samples":
+            _spike_at_samples(fault)
         case "spike_once":
             _scale_weights(fault, every_time=False)
     return lambda name: None
@@ -92,6 +95,21 @@ def _flip_bit(fault: Fault) -> None:
         return original(optimizer, context)
 
     hooks.replica_hashes = flipped
+
+
+def _spike_at_samples(fault: Fault) -> None:
+    """A step that reads one of the samples (`steps`, on any rank) reports a loss 5 nats higher; slowed, so that it can be killed."""
+    original = TrainingStep.run
+
+    def run(self: TrainingStep, batches: Any, step: int, *rest: Any) -> Any:
+        time.sleep(fault.seconds)
+        pending, first = original(self, batches, step, *rest), int(batches[0].sample_ids[0]) // 4 * 4  # of the step's 4 samples
+        if any(first <= sample < first + 4 for sample in fault.steps):
+            read = pending.read
+            pending.read = lambda: dataclasses.replace(read(), loss=read().loss + 5.0)
+        return pending
+
+    TrainingStep.run = run  # type: ignore[method-assign]
 
 
 def _scale_weights(fault: Fault, every_time: bool = True) -> None:

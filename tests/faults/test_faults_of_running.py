@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import random
 import re
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from harness import Fault, final_state, losses, run, start, start_under_launcher, steps_on_disk
+from harness import Fault, final_state, losses, run, start, start_under_launcher, steps_on_disk, write_corpus
 
 from megatron_completep.training.guards.replicas import bit_sum, who_differs
 from megatron_completep.training.guards.watchdog import verdict
@@ -170,6 +171,24 @@ def test_fault_17_after_a_loss_spike_all_ranks_go_back_and_leave_the_data_out(co
     after, undisturbed = losses(config), oracle[0]
     assert [after[step] for step in range(1, 10)] == [undisturbed[step] for step in range(1, 10)] and after[10] != undisturbed[10]
     assert max(after.values()) < undisturbed[1] + 1  # the weights of before the spike
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_fault_17_killed_at_random_times_the_run_leaves_out_the_same_data(config, tmp_path_factory, seed):
+    settings = ["guards.rollback_threshold=2", "training.train_steps=18", "checkpoint.interval=2", "checkpoint.keep=9"]
+    fault = Fault("bad_samples", -1, steps=(44, 58), seconds=0.05)
+    undisturbed = write_corpus(tmp_path_factory.mktemp("undisturbed"))
+    outcome = run(undisturbed, fault, overrides=settings)
+    assert outcome.exit_codes == [0, 0] and outcome.output.count("went back") == 2, outcome.output
+    generator = random.Random(seed)
+    for _ in range(4):
+        ranks = start(config, fault, overrides=settings)
+        time.sleep(generator.uniform(0.8, 2.5))
+        ranks.processes[generator.randrange(2)].kill()
+        ranks.wait()
+    assert run(config, fault, overrides=settings).exit_codes == [0, 0]
+    assert (losses(config), final_state(config)) == (losses(undisturbed), final_state(undisturbed))
 
 
 def test_fault_17_a_spike_that_comes_again_and_again_stops_the_run(config):

@@ -162,6 +162,14 @@ def test_rollbacks_are_counted_over_the_whole_run_and_bounded(folder: Path, calm
     assert stopped.value.exit_code == ExitCode.SPIKES == 80
 
 
+def test_a_spike_in_the_last_step_does_not_end_the_run(folder: Path, calm: Config, poison: Any) -> None:
+    poison(140)  # read in step 18 of 18
+    config = copy_of(calm, folder, "last", after=12)
+    assert pretrain(config) == ExitCode.DONE
+    assert consumed(config)[18] == 8 * 18 + 16 and max(consumed(config)) == 18
+    assert (Path(config.training.output_dir) / "checkpoints" / "step_00000018").is_dir()
+
+
 def test_more_data_are_left_out_on_request_and_none_without_a_checkpoint(folder: Path, calm: Config, poison: Any) -> None:
     poison(BAD)
     config = copy_of(calm, folder, "more", after=12)

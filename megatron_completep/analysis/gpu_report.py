@@ -51,7 +51,10 @@ def parts(folder: Path, python: str = sys.executable) -> list[Part]:
     training = ("--device", "cuda", "--precision", "bf16", "--layers", "12", "--hidden", "1024", "--heads", "16", "--sequence", "1024")
     return [
         Part(
-            "kernel tests", (python, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/kernels", "-m", "not slow"), 0.45, False
+            "kernel tests",
+            (python, "-m", "pytest", "-q", "--maxfail=20", "-p", "no:cacheprovider", "tests/kernels", "-m", "not slow"),
+            0.45,
+            False,
         ),
         Part(KERNEL_BENCHMARK, (python, "tools/benchmark_kernels.py", "--out", str(folder), "--seconds", "190", "--json"), 0.8),
         Part("training benchmark", (python, "tools/benchmark_training.py", "--json", *training, "--vocabulary", "50304"), 0.95),

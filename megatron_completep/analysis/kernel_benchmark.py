@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from megatron_completep.analysis.kernel_cases import Case, cross_entropy_cases, optimizer_cases, pointwise_cases, residual_norm_cases
+from megatron_completep.analysis.kernel_cases import (
+    Case,
+    Setting,
+    cross_entropy_cases,
+    norm_and_add_cases,
+    optimizer_cases,
+    pointwise_cases,
+    residual_norm_cases,
+    rotary_cases,
+)
 
 # Memory bandwidth by the makers' data sheets, GB/s; the first name that the device's name contains counts.
 DATA_SHEET = {
@@ -34,6 +43,7 @@ class Measurement:
     percent_of_copy: float
     percent_of_data_sheet: float | None
     launches: int | None  # on a GPU
+    host_microseconds: float | None  # until the call returns, on a GPU
     peak_megabytes: float | None  # allocated beyond the inputs, on a GPU
     max_error: float | None  # of ours, against float64, relative to the largest value
 
@@ -72,6 +82,19 @@ def _quantiles(work: Callable[[], Any], milliseconds: int, device: torch.device)
     return times[len(times) // 2], times[len(times) // 5], times[len(times) * 4 // 5]
 
 
+def _host_microseconds(work: Callable[[], Any], device: torch.device, calls: int = 20) -> float | None:
+    """What a call costs the host; so few calls that the device's queue never fills."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        work()
+    taken = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return 1e6 * taken / calls
+
+
 def _launches_and_peak(work: Callable[[], Any], device: torch.device) -> tuple[int | None, float | None]:
     if device.type != "cuda":
         return None, None
@@ -88,7 +111,7 @@ def _launches_and_peak(work: Callable[[], Any], device: torch.device) -> tuple[i
 def _max_error(case: Case) -> float | None:
     if case.answer is None:
         return None
-    found, expected = case.implementations["ours"](), case.answer()
+    found, expected = case.implementations["ours"]()(), case.answer()
     pairs = zip(found, expected, strict=True) if isinstance(found, tuple) else [(found, expected)]
     return max(float((f.detach().double() - e).abs().max() / e.abs().max()) for f, e in pairs)
 
@@ -101,11 +124,13 @@ def measure(case: Case, plan: Plan, device: torch.device, log: Callable[[str], N
     copy_rate = 8 * source.numel() / copy / 1e3
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     sheet = next((rate for part, rate in DATA_SHEET.items() if part in name), None)
-    for implementation, work in case.implementations.items():
+    for implementation, prepare in case.implementations.items():
         try:
+            work = prepare()
             work()
             p50, p20, p80 = _quantiles(work, plan.milliseconds, device)
             launches, peak = _launches_and_peak(work, device)
+            host = _host_microseconds(work, device)
         except Exception as error:  # a baseline's own trouble must not end the run
             if implementation == "ours":
                 raise
@@ -114,22 +139,27 @@ def measure(case: Case, plan: Plan, device: torch.device, log: Callable[[str], N
         rate = case.floor_bytes / p50 / 1e3
         yield Measurement(
             case.kernel, implementation, case.rows, case.columns, p50, p20, p80, case.floor_bytes, rate, 100 * rate / copy_rate,
-            None if sheet is None else 100 * rate / sheet, launches, peak, _max_error(case) if implementation == "ours" else None,
+            None if sheet is None else 100 * rate / sheet, launches, host, peak, _max_error(case) if implementation == "ours" else None,
         )  # fmt: skip
 
 
-def cases(plan: Plan, device: torch.device) -> Iterator[Case]:
+def cases(plan: Plan, setting: Setting) -> Iterator[Case]:
     """All cases, the most telling first: a run that is cut short has measured those."""
-    for rows in sorted(plan.rows, key=lambda rows: abs(rows - 8192)):
+    by_interest = sorted(plan.rows, key=lambda rows: abs(rows - 8192))
+    for rows in by_interest:
         for hidden in plan.hidden:
             for rms in (True, False):
-                yield from residual_norm_cases(rows, hidden, plan.dtype, device, rms, plan.with_compile)
-        if rows == min(plan.rows, key=lambda rows: abs(rows - 8192)):
-            yield from optimizer_cases(plan.parameters, device)
-            for vocabulary in plan.vocabularies:
-                yield from cross_entropy_cases(rows, vocabulary, plan.dtype, device, plan.with_compile)
-            for hidden in plan.hidden:
-                yield from pointwise_cases(rows, 4 * hidden, plan.dtype, device, plan.with_compile)
+                yield from residual_norm_cases(rows, hidden, rms, setting)
+        if rows != by_interest[0]:
+            continue
+        yield from optimizer_cases(plan.parameters, setting)
+        for vocabulary in plan.vocabularies:
+            yield from cross_entropy_cases(rows, vocabulary, setting)
+        for hidden in plan.hidden:
+            yield from pointwise_cases(rows, 4 * hidden, setting)
+            for rms in (True, False):
+                yield from norm_and_add_cases(rows, hidden, rms, setting)
+        yield from rotary_cases(rows, 16, 128, setting)
 
 
 def run(plan: Plan, device: torch.device, log: Callable[[str], None]) -> tuple[list[Measurement], list[str]]:
@@ -138,7 +168,14 @@ def run(plan: Plan, device: torch.device, log: Callable[[str], None]) -> tuple[l
     found: list[Measurement] = []
     left_out: list[str] = []
     torch.manual_seed(0)
-    for case in cases(plan, device):
+    said: dict[str, None] = {}  # a library's trouble, once
+
+    def say(line: str) -> None:
+        if line not in said:
+            said[line] = None
+            log(line)
+
+    for case in cases(plan, Setting(plan.dtype, device, plan.with_compile, say)):
         what = f"{case.kernel} {case.rows} x {case.columns}"
         if time.perf_counter() > end:
             left_out.append(what)

@@ -1,11 +1,13 @@
 """What the kernel benchmark measures: for each operation its byte floor, our implementation, and every baseline there is.
 
-A case is a dictionary {implementation: callable of no arguments}; all of them compute the same from the same random inputs.
-Backward passes are timed alone, through autograd for everybody. A library that is not installed is left out.
+A case is a dictionary {implementation: function that prepares the call to be timed}; all of them compute the same from the same random
+inputs. Preparing is part of the measurement's care: a baseline that cannot be built, compiled or run is reported and left out. Backward
+passes are timed alone, through autograd for everybody; where a library makes the gradient in its forward, both are timed together.
 """
 
+from __future__ import annotations
+
 import functools
-import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,75 +17,79 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_completep import kernels
+from megatron_completep.analysis import library_baselines
 
-SCALE, EPS = 0.3, 1e-5
+SCALE, EPS = 0.3, library_baselines.EPS
 Work = Callable[[], Any]
+Prepare = Callable[[], Work]
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One operation at one shape. `answer`, in float64, is what `implementations["ours"]` must return."""
+    """One operation at one shape. `answer`, in float64, is what the call of `implementations["ours"]` must return."""
 
     kernel: str
     rows: int
     columns: int
     floor_bytes: int
-    implementations: dict[str, Work]
+    implementations: dict[str, Prepare]
     answer: Work | None = None
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=False)
+@dataclass(frozen=True)
+class Setting:
+    """What all cases share. `say` hears of libraries that are installed and cannot be used."""
+
+    dtype: torch.dtype
+    device: torch.device
+    with_compile: bool
+    say: Say = print
+
+    def random(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, device=self.device).to(self.dtype)
+
+    def vector(self, hidden: int) -> torch.nn.Parameter:
+        return torch.nn.Parameter(self.random(hidden))
+
+    def with_compiled(self, programs: dict[str, Callable[..., Any]], plain: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+        """And `plain` under torch.compile: compiled when it is first called, once for all the cases that share it."""
+        return {**programs, "torch.compile": _compiled_at_first_call(plain)} if self.with_compile else programs
 
 
-def _module_norm(norm: torch.nn.Module, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """`norm` with our weights in it: it then computes, and differentiates, the same function."""
-    norm.to(device=weight.device, dtype=weight.dtype)
-    parameters = dict(norm.named_parameters())
-    parameters["weight"].data.copy_(weight.detach())
-    if bias is not None:
-        parameters["bias"].data.copy_(bias.detach())
-    return norm
+def _compiled_at_first_call(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.cache
+    def compiled() -> Callable[..., Any]:
+        torch.compiler.reset()  # after eight shapes of one function it would quietly run without compilation
+        return torch.compile(function, dynamic=False)
+
+    return lambda *arguments: compiled()(*arguments)
 
 
-def library_norms(weight: Tensor, bias: Tensor | None) -> dict[str, Callable[[Tensor], Tensor]]:
-    """The norms of Liger, quack, Transformer Engine and apex, of those that are installed; RMSNorm when `bias` is None."""
-    hidden, rms = weight.shape[0], bias is None
-
-    def liger() -> Callable[[Tensor], Tensor]:
-        functions = importlib.import_module("liger_kernel.transformers.functional")
-        if rms:
-            return lambda x: functions.liger_rms_norm(x, weight, EPS)
-        return lambda x: functions.liger_layer_norm(x, weight, bias, EPS)
-
-    def quack() -> Callable[[Tensor], Tensor] | None:
-        rmsnorm = importlib.import_module("quack").rmsnorm
-        return (lambda x: rmsnorm(x, weight, eps=EPS)) if rms else None
-
-    def transformer_engine() -> Callable[[Tensor], Tensor]:
-        modules = importlib.import_module("transformer_engine.pytorch")
-        return _module_norm((modules.RMSNorm if rms else modules.LayerNorm)(hidden, eps=EPS), weight, bias)
-
-    def apex() -> Callable[[Tensor], Tensor]:
-        modules = importlib.import_module("apex.normalization")
-        return _module_norm((modules.FusedRMSNorm if rms else modules.FusedLayerNorm)(hidden, eps=EPS), weight, bias)
-
-    found = {}
-    for name, build in (("liger", liger), ("quack", quack), ("transformer engine", transformer_engine), ("apex", apex)):
-        try:
-            norm = build()
-        except (ImportError, AttributeError):  # not installed, or another package of that name
-            continue
-        if norm is not None:
-            found[name] = norm
-    return found
+def _forward(program: Callable[..., Any], *inputs: Tensor) -> Prepare:
+    return lambda: functools.partial(program, *inputs)
 
 
-def residual_norm_cases(rows: int, hidden: int, dtype: torch.dtype, device: torch.device, rms: bool, with_compile: bool) -> Iterator[Case]:
+def _backward(program: Callable[..., Any], inputs: tuple[Tensor, ...], leaves: list[Tensor], gradients: tuple[Tensor, ...]) -> Prepare:
+    def prepare() -> Work:
+        outputs = program(*inputs)
+        return lambda: torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)
+
+    return prepare
+
+
+def _all(prepare: Callable[..., Prepare], programs: dict[str, Callable[..., Any]], *arguments: Any) -> dict[str, Prepare]:
+    return {name: prepare(program, *arguments) for name, program in programs.items()}
+
+
+def residual_norm_cases(rows: int, hidden: int, rms: bool, setting: Setting) -> Iterator[Case]:
     """Forward, then backward alone, of `y = residual + s * branch; out = norm(y)`."""
-    residual, branch, d_y, d_out = (torch.randn(rows, hidden, device=device).to(dtype) for _ in range(4))
-    weight, bias = torch.randn(hidden, device=device).to(dtype), None if rms else torch.randn(hidden, device=device).to(dtype)
+    residual, branch, d_y, d_out = (setting.random(rows, hidden) for _ in range(4))
+    weight, bias = setting.vector(hidden), None if rms else setting.vector(hidden)
     leaves = [leaf.requires_grad_() for leaf in (residual, branch, weight, bias) if leaf is not None]
+
+    def torch_norm(y: Tensor) -> Tensor:
+        return F.rms_norm(y, (hidden,), weight, EPS) if rms else F.layer_norm(y, (hidden,), weight, bias, EPS)
 
     def with_norm(norm: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
         def chain(residual: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,44 +98,65 @@ def residual_norm_cases(rows: int, hidden: int, dtype: torch.dtype, device: torc
 
         return chain
 
-    def torch_norm(y: Tensor) -> Tensor:
-        return F.rms_norm(y, (hidden,), weight, EPS) if rms else F.layer_norm(y, (hidden,), weight, bias, EPS)
-
     def plain(residual: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
         y = residual + SCALE * branch
         return y, torch_norm(y)
 
-    programs: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    programs: dict[str, Callable[..., Any]] = {
         "ours": lambda r, b: kernels.scaled_residual_norm(r, b, None, weight, bias, scale=SCALE, eps=EPS, rms=rms),
         "eager": plain,
         "torch.add + norm": with_norm(torch_norm),
-        **{name: with_norm(norm) for name, norm in library_norms(weight, bias).items()},
+        **{f"add + {name}": with_norm(norm) for name, norm in library_baselines.norms(weight, bias, setting.say).items()},
     }
-    if with_compile:
-        programs["torch.compile"] = _compiled(plain)
+    programs = setting.with_compiled(programs, plain)
     size, name = rows * hidden * residual.element_size(), "rmsnorm" if rms else "layernorm"
 
     def answer() -> Any:
-        from_ = [leaf.detach().double() for leaf in leaves]
-        y = from_[0] + SCALE * from_[1]
-        y = y.to(dtype).double()
-        return y, F.rms_norm(y, (hidden,), from_[2], EPS) if rms else F.layer_norm(y, (hidden,), from_[2], from_[3], EPS)
+        exact = [leaf.detach().double() for leaf in leaves]
+        y = (exact[0] + SCALE * exact[1]).to(setting.dtype).double()
+        return y, F.rms_norm(y, (hidden,), exact[2], EPS) if rms else F.layer_norm(y, (hidden,), exact[2], exact[3], EPS)
 
-    def forward_of(program: Callable[..., Any]) -> Work:
-        return lambda: program(residual, branch)
-
-    yield Case(f"residual {name} forward", rows, hidden, 4 * size, {k: forward_of(p) for k, p in programs.items()}, answer)
-
-    def backward_of(program: Callable[..., Any]) -> Work:
-        outputs = program(residual, branch)
-        return lambda: torch.autograd.grad(outputs, leaves, (d_y, d_out), retain_graph=True)
-
-    yield Case(f"residual {name} backward", rows, hidden, 5 * size, {k: backward_of(p) for k, p in programs.items()})
+    yield Case(f"residual {name} forward", rows, hidden, 4 * size, _all(_forward, programs, residual, branch), answer)
+    yield Case(
+        f"residual {name} backward", rows, hidden, 5 * size, _all(_backward, programs, (residual, branch), leaves, (d_y, d_out))
+    )  # fmt: skip
 
 
-def pointwise_cases(rows: int, ffn: int, dtype: torch.dtype, device: torch.device, with_compile: bool) -> Iterator[Case]:
-    """SwiGLU and squared ReLU, forward and backward, and RoPE."""
-    size = rows * ffn * torch.finfo(dtype).bits // 8
+def norm_and_add_cases(rows: int, hidden: int, rms: bool, setting: Setting) -> Iterator[Case]:
+    """The norm alone, the add alone, and the reduction of a vector's partial sums."""
+    x, branch, d_out = (setting.random(rows, hidden) for _ in range(3))
+    weight, bias = setting.vector(hidden), None if rms else setting.vector(hidden)
+    leaves = [leaf.requires_grad_() for leaf in (x, weight, bias) if leaf is not None]
+    size, name = rows * hidden * x.element_size(), "rmsnorm" if rms else "layernorm"
+
+    def plain(x: Tensor) -> Tensor:
+        return F.rms_norm(x, (hidden,), weight, EPS) if rms else F.layer_norm(x, (hidden,), weight, bias, EPS)
+
+    programs: dict[str, Callable[..., Any]] = {
+        "ours": lambda x: kernels.norm(x, weight, bias, eps=EPS, rms=rms),
+        "eager": plain,
+        **library_baselines.norms(weight, bias, setting.say),
+    }
+    programs = setting.with_compiled(programs, plain)
+    yield Case(f"{name} forward", rows, hidden, 2 * size, _all(_forward, programs, x))
+    yield Case(f"{name} backward", rows, hidden, 3 * size, _all(_backward, programs, (x,), leaves, (d_out,)))
+    if not rms:
+        return
+    branch.requires_grad_()
+    adds = {
+        "ours": lambda x, branch: kernels.scaled_add(x, branch, None, SCALE),
+        "torch.add": lambda x, branch: torch.add(x, branch, alpha=SCALE),
+    }
+    yield Case("scaled add forward", rows, hidden, 3 * size, _all(_forward, adds, x, branch))
+    yield Case("scaled add backward", rows, hidden, 2 * size, _all(_backward, adds, (x, branch), [branch], (d_out,)))
+    partials, total = torch.randn(512, 1, hidden, device=setting.device), torch.zeros(hidden, device=setting.device)
+    sums = {"ours": lambda: kernels.reduce_partials(partials, 0, total), "eager": lambda: total.add_(partials[:, 0].sum(0))}
+    yield Case("reduce partials", 512, hidden, partials.numel() * 4, _all(_forward, sums))
+
+
+def pointwise_cases(rows: int, ffn: int, setting: Setting) -> Iterator[Case]:
+    """SwiGLU and squared ReLU, forward and backward."""
+    size = rows * ffn * setting.dtype.itemsize
 
     def swiglu(x: Tensor) -> Tensor:
         gate, up = x.chunk(2, dim=-1)
@@ -138,105 +165,124 @@ def pointwise_cases(rows: int, ffn: int, dtype: torch.dtype, device: torch.devic
     def squared_relu(x: Tensor) -> Tensor:
         return F.relu(x).square()
 
-    for name, ours, plain, width, floors in (
-        ("swiglu", kernels.swiglu, swiglu, 2 * ffn, (3, 5)),
-        ("squared relu", kernels.squared_relu, squared_relu, ffn, (2, 3)),
+    for name, ours, plain, width, floors, libraries in (
+        ("swiglu", kernels.swiglu, swiglu, 2 * ffn, (3, 5), library_baselines.swiglus(setting.say)),
+        ("squared relu", kernels.squared_relu, squared_relu, ffn, (2, 3), {}),
     ):
-        x = torch.randn(rows, width, device=device).to(dtype).requires_grad_()
-        d_out = torch.randn(rows, ffn, device=device).to(dtype)
-        programs = {"ours": ours, "eager": plain, **({"torch.compile": _compiled(plain)} if with_compile else {})}
-        yield Case(
-            f"{name} forward", rows, ffn, floors[0] * size,
-            {key: functools.partial(program, x) for key, program in programs.items()},
-            functools.partial(plain, x.detach().double()),
-        )  # fmt: skip
-        outputs = {key: program(x) for key, program in programs.items()}
-        yield Case(
-            f"{name} backward", rows, ffn, floors[1] * size,
-            {key: functools.partial(torch.autograd.grad, out, x, d_out, retain_graph=True) for key, out in outputs.items()},
-        )  # fmt: skip
-    yield from _rotary_case(rows, dtype, device, with_compile)
+        x = setting.random(rows, width).requires_grad_()
+        d_out = setting.random(rows, ffn)
+        programs = setting.with_compiled({"ours": ours, "eager": plain, **libraries}, plain)
+        answer = functools.partial(plain, x.detach().double())
+        yield Case(f"{name} forward", rows, ffn, floors[0] * size, _all(_forward, programs, x), answer)
+        yield Case(f"{name} backward", rows, ffn, floors[1] * size, _all(_backward, programs, (x,), [x], (d_out,)))
 
 
-def _rotary_case(rows: int, dtype: torch.dtype, device: torch.device, with_compile: bool) -> Iterator[Case]:
-    heads, head_dim = 16, 128
-    x = torch.randn(rows, 1, heads, head_dim, device=device).to(dtype)
-    angle = torch.rand(rows, 1, head_dim // 2, device=device) * 6.3
+def rotary_cases(rows: int, heads: int, head_dim: int, setting: Setting) -> Iterator[Case]:
+    """The rotation of [rows, 1, heads, head_dim]; its backward is the same kernel."""
+    x = setting.random(rows, 1, heads, head_dim)
+    angle = torch.rand(rows, 1, head_dim // 2, device=setting.device) * 6.3
     cos, sin = angle.cos(), angle.sin()
 
     def plain(x: Tensor) -> Tensor:
-        first, second = x.float().chunk(2, dim=-1)
+        first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
         c, s = cos.unsqueeze(2), sin.unsqueeze(2)
         return torch.cat((first * c - second * s, second * c + first * s), dim=-1).to(x.dtype)
 
-    programs: dict[str, Work] = {"ours": lambda: kernels.rotary(x, cos, sin), "eager": lambda: plain(x)}
-    if with_compile:
-        compiled = _compiled(plain)
-        programs["torch.compile"] = lambda: compiled(x)
-    yield Case("rotary", rows, heads * head_dim, 2 * x.numel() * x.element_size(), programs, lambda: plain(x.double()))
+    programs = setting.with_compiled({"ours": lambda x: kernels.rotary(x, cos, sin), "eager": plain}, plain)
+    implementations = _all(_forward, programs, x)
+    implementations |= {name: _forward(program) for name, program in library_baselines.rotaries(x, angle, setting.say).items()}
+    floor = 2 * x.numel() * x.element_size() + 2 * cos.numel() * cos.element_size()
+    yield Case("rotary", rows, heads * head_dim, floor, implementations, lambda: plain(x.double()))
 
 
-def _gradient_of_sum(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    return torch.autograd.grad(function(x).sum(), x)[0]
-
-
-def cross_entropy_cases(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device, with_compile: bool) -> Iterator[Case]:
-    """Cross-entropy of given logits, forward alone and forward + backward (ours writes the gradient over the logits)."""
-    logits = torch.randn(rows, vocabulary, device=device).to(dtype)
-    labels = torch.randint(vocabulary, (rows,), device=device)
+def cross_entropy_cases(rows: int, vocabulary: int, setting: Setting) -> Iterator[Case]:
+    """Cross-entropy of given logits: forward and backward each alone, and both (ours writes the gradient over the logits)."""
+    logits = setting.random(rows, vocabulary)
+    labels = torch.randint(vocabulary, (rows,), device=setting.device)
+    ones = torch.ones(rows, device=setting.device)
     size = logits.numel() * logits.element_size()
-    scratch, leaf = logits.clone(), logits.clone().requires_grad_()
 
-    def plain(logits: Tensor) -> Tensor:
+    def plain(logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits.float(), labels, reduction="none")
 
-    def ours() -> Tensor:
+    def ours(logits: Tensor, labels: Tensor) -> Tensor:
         stats = kernels.cross_entropy_forward(logits, labels, 0, vocabulary)
         return stats[0] + stats[1].log() - stats[2]
 
-    def ours_both() -> None:
-        stats = kernels.cross_entropy_forward(scratch, labels, 0, vocabulary)
-        ones = torch.ones_like(stats[0])
-        kernels.cross_entropy_backward_(scratch, labels, 0, stats[0] + stats[1].log(), ones, -100, 0.0, 0.0, vocabulary)
+    def our_backward() -> Work:
+        scratch, lse = logits.clone(), torch.logsumexp(logits.float(), 1)
+        return lambda: kernels.cross_entropy_backward_(scratch, labels, 0, lse, ones, -100, 0.0, 0.0, vocabulary)
 
-    compiled = _compiled(plain) if with_compile else None
-    others = {"eager": plain, **({"torch.compile": compiled} if compiled else {})}
+    def our_both() -> Work:
+        scratch = logits.clone()
+
+        def both() -> None:
+            stats = kernels.cross_entropy_forward(scratch, labels, 0, vocabulary)
+            kernels.cross_entropy_backward_(scratch, labels, 0, stats[0] + stats[1].log(), ones, -100, 0.0, 0.0, vocabulary)
+
+        return both
+
+    def both(program: Callable[..., Any]) -> Prepare:
+        def prepare() -> Work:
+            leaf = logits.clone().requires_grad_()  # of its own: some write over it
+            return lambda: torch.autograd.grad(program(leaf, labels).sum(), leaf)
+
+        return prepare
+
+    def backward(program: Callable[..., Any]) -> Prepare:
+        def prepare() -> Work:
+            leaf = logits.clone().requires_grad_()
+            losses = program(leaf, labels)
+            return lambda: torch.autograd.grad(losses, leaf, torch.ones_like(losses), retain_graph=True)
+
+        return prepare
+
+    libraries = library_baselines.cross_entropies(setting.say)
+    others = setting.with_compiled({"eager": plain}, plain)
+    separate = others | {name: libraries[name] for name in ("quack", "apex") if name in libraries}
+    name = "cross-entropy"
     yield Case(
-        "cross-entropy forward", rows, vocabulary, size,
-        {"ours": ours, **{key: functools.partial(p, logits) for key, p in others.items()}},
+        f"{name} forward", rows, vocabulary, size, _all(_forward, {"ours": ours, **separate}, logits, labels),
         lambda: F.cross_entropy(logits.double(), labels, reduction="none"),
     )  # fmt: skip
-    yield Case(
-        "cross-entropy forward + backward", rows, vocabulary, 3 * size,
-        {"ours": ours_both, **{key: functools.partial(_gradient_of_sum, p, leaf) for key, p in others.items()}},
-    )  # fmt: skip
+    yield Case(f"{name} backward", rows, vocabulary, 2 * size, {"ours": our_backward, **_all(backward, separate)})
+    yield Case(f"{name} forward + backward", rows, vocabulary, 3 * size, {"ours": our_both, **_all(both, others | libraries)})
 
 
-def optimizer_cases(parameters: int, device: torch.device) -> Iterator[Case]:
+def optimizer_cases(parameters: int, setting: Setting) -> Iterator[Case]:
     """AdamW (float32 master, m, v, gradient; bf16 copy written) and the gradient norm of one flat buffer."""
+    device, lr, weight_decay = setting.device, 1e-3, 0.1
     master, grad = (torch.randn(parameters, device=device) for _ in range(2))
-    exp_avg, exp_avg_sq = torch.zeros_like(master), torch.zeros_like(master)
-    half = master.bfloat16()
-    pieces = torch.tensor([[0, parameters // 2, 0], [parameters // 2, parameters // 2, 1]])
-    segments = kernels.device_segments(pieces, device)
-    groups = torch.tensor([[1.0, 0.1, 1e-12], [0.5, 0.1, 1e-12]], dtype=torch.float64, device=device)
-    control = torch.zeros(kernels.CONTROL_SIZE, dtype=torch.float64, device=device)
-    control[0], control[2] = 1e-3, 1.0
-    kernels.begin_step_(control, kernels.sum_of_squares(grad), 1.0, 0.9, 0.95)
-    twin = torch.nn.Parameter(master.clone())
-    twin.grad = grad
-    fused = torch.optim.AdamW([twin], lr=1e-3, weight_decay=0.1, fused=True)
 
-    def torch_fused() -> None:
-        fused.step()
-        half.copy_(twin.detach())
+    def ours() -> Work:
+        state = (master.bfloat16(), master.clone(), torch.zeros_like(master), torch.zeros_like(master), grad)
+        pieces = torch.tensor([[0, parameters // 2, 0], [parameters // 2, parameters // 2, 1]])
+        segments = kernels.device_segments(pieces, device)
+        groups = torch.tensor([[1.0, weight_decay, 1e-12], [0.5, weight_decay, 1e-12]], dtype=torch.float64, device=device)
+        control = torch.zeros(kernels.CONTROL_SIZE, dtype=torch.float64, device=device)
+        control[0] = lr
+        kernels.begin_step_(control, kernels.sum_of_squares(grad), 1.0, 0.9, 0.95)
+        return lambda: kernels.adamw_(*state, segments, groups, control, 0.9, 0.95)
 
-    def ours() -> None:
-        kernels.adamw_(half, master, exp_avg, exp_avg_sq, grad, segments, groups, control, 0.9, 0.95)
+    def with_copy(name: str) -> Prepare:
+        """A step of one float32 parameter, then the bf16 copy that the model computes with."""
 
-    yield Case("adamw", parameters, 1, 30 * parameters, {"ours": ours, "torch fused AdamW + copy": torch_fused})
-    yield Case(
-        "gradient norm", parameters, 1, 4 * parameters,
-        {"ours": lambda: kernels.sum_of_squares(grad), "eager": lambda: torch.linalg.vector_norm(grad)},
-        lambda: grad.double().square().sum(),
-    )  # fmt: skip
+        def prepare() -> Work:
+            parameter, half = torch.nn.Parameter(master.clone()), master.bfloat16()
+            parameter.grad = grad
+            torch_fused = torch.optim.AdamW([parameter], lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True).step
+            step = {"torch fused": torch_fused, **library_baselines.adamws(parameter, lr, weight_decay, setting.say)}[name]
+
+            def work() -> None:
+                step()
+                half.copy_(parameter.detach())
+
+            return work
+
+        return prepare
+
+    installed = library_baselines.adamws(torch.nn.Parameter(grad[:64].clone()), lr, weight_decay, setting.say)
+    baselines = {f"{name} + copy": with_copy(name) for name in ("torch fused", *installed)}
+    yield Case("adamw", parameters, 1, 30 * parameters, {"ours": ours, **baselines})
+    norms = {"ours": lambda: kernels.sum_of_squares(grad), "eager": lambda: torch.linalg.vector_norm(grad)}
+    yield Case("gradient norm", parameters, 1, 4 * parameters, _all(_forward, norms), lambda: grad.double().square().sum())

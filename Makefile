@@ -3,6 +3,7 @@
 # make test-slow    set-up + the slow statistical tests
 # make faults       set-up + every injected fault, with a table of what survived, and the training time kept under kills
 # make lint         set-up + ruff (lint, format) and mypy
+# make docs         set-up + the documentation as a site in site/, a broken link being an error
 # make gpu-report   on a machine with a GPU: kernel tests and benchmarks with the installed Python, no network
 # make clean        remove what builds, tests and checkers leave behind; .venv and runs stay
 
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
-.PHONY: help setup quickstart test test-slow faults lint gpu-report clean
+.PHONY: help setup quickstart test test-slow faults lint docs gpu-report clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -49,9 +50,13 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy megatron_completep
 
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "site/index.html; to search in it: $(BIN)/python -m http.server --directory site"
+
 gpu-report:
 	PYTHONPATH=. $(PYTHON) tools/gpu_report.py
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -96,6 +96,12 @@ class Browser:
             self._hear(self._read())
         self.evaluate("Promise.all([...document.images].map(image => image.decode().catch(() => 0)))")
 
+    @property
+    def requests(self) -> list[str]:
+        """Addresses that the page asked for."""
+        sent = (event for event in self._events if event.get("method") == "Network.requestWillBeSent")
+        return [event["params"]["request"]["url"] for event in sent]
+
     def evaluate(self, expression: str) -> Any:
         """The value of a JavaScript expression; promises are waited for."""
         answer = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)

@@ -1,0 +1,100 @@
+"""What mkdocs does beside its own work: pages generated from the code, and links that leave the site."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+
+from megatron_completep.config.reference import configuration_reference
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "megatron_completep"
+ROOMS = {
+    "completep": "The table: which value each role of parameter trains with.",
+    "errors": "What a user can cause.",
+    "config": "The schema, loading, and rules between settings. No torch.",
+    "kernels": "Fused operations and their plain twins. Knows nothing of models.",
+    "parallel": "Mesh, collectives, tensor-parallel layers, the queue of weight gradients, pipeline schedules.",
+    "model": "The decoder.",
+    "data": "Token files, tokenizers, preprocessing, the order of samples.",
+    "optim": "Groups by name, the flat layout, the distributed AdamW.",
+    "training": "Step, loop, hooks, metrics, trackers, checkpoints, guards.",
+    "analysis": "Instruments, reports, plans and benchmarks.",
+    "interop": "Models from and to other libraries.",
+    "pretrain": "The program.",
+}
+
+
+def on_config(config: Any) -> Any:
+    """List the API pages in the navigation."""
+    (reference,) = (part["Reference"] for part in config.nav if isinstance(part, dict) and "Reference" in part)
+    reference.append({"API": ["api.md", *({room: f"api/{room}.md"} for room in ROOMS)]})
+    return config
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Replace and add the generated pages."""
+    pages = {"configuration.md": configuration_reference(), "tools.md": tools_page()}
+    pages |= {"api.md": api_index(), **{f"api/{room}.md": api_page(room) for room in ROOMS}}
+    for path, text in pages.items():
+        known = files.get_file_from_path(path)
+        if known is not None:
+            files.remove(known)
+        files.append(File.generated(config, path, content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+    """A link to a file of the repository outside docs/ becomes its path in the text: the site has no place to send it to."""
+
+    def plain(match: re.Match[str]) -> str:
+        target = (Path(config.docs_dir) / page.file.src_uri).parent / match[2].split("#")[0]
+        if not target.exists():
+            raise PluginError(f"{page.file.src_uri} links to {match[2]}, which does not exist.")
+        path = target.resolve().relative_to(ROOT)
+        words = match[1].strip("`")
+        return f"`{path}`" if words in str(path) else f"{match[1]} (`{path}`)"
+
+    return re.sub(r"(?<!!)\[([^\]]+)\]\(((?:\.\./)+(?!docs/)[^)]*)\)", lambda m: plain(m) if leaves(m[2], page, config) else m[0], markdown)
+
+
+def leaves(link: str, page: Any, config: Any) -> bool:
+    docs = Path(config.docs_dir)
+    return not (docs / page.file.src_uri).parent.joinpath(link.split("#")[0]).resolve().is_relative_to(docs)
+
+
+def tools_page() -> str:
+    """Every tool with the text that its --help begins with."""
+    parts = [
+        "# Tools",
+        "`python tools/NAME.py` in a checkout, `python -m megatron_completep.tools.NAME` where the package is installed. `--help` lists "
+        "every option. A mistake of the user's is one message and exit code 2.",
+    ]
+    for path in sorted((ROOT / "tools").glob("*.py")):
+        if path.stem != "__init__":
+            text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+            parts.append(f"## {path.stem}\n\n```text\n{text}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+def api_index() -> str:
+    lines = ["# API", "", "From the docstrings, a page a package. Names that begin with an underscore are left out.", ""]
+    lines += ["| | |", "|---|---|", *(f"| [`megatron_completep.{room}`](api/{room}.md) | {text} |" for room, text in ROOMS.items())]
+    return "\n".join(lines) + "\n"
+
+
+def api_page(room: str) -> str:
+    """One page with every module of a package."""
+    place = PACKAGE / room
+    names = [room]
+    if place.is_dir():
+        paths = sorted(path.relative_to(PACKAGE).with_suffix("") for path in place.rglob("*.py"))
+        names = [".".join(path.parts) for path in paths if path.name != "__init__"]
+    parts = [f"# megatron_completep.{room}", ROOMS[room]]
+    parts += [f"## {name} {{ #module-{name.replace('.', '-')} }}\n\n::: megatron_completep.{name}\n" for name in names]
+    return "\n\n".join(parts) + "\n"

@@ -18,12 +18,12 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from harness import Fault, Ranks, run, start, write_corpus
+from harness import Fault, Ranks, start, write_corpus
 
 from megatron_completep.training.metrics import read_metrics
 
-COMMON = ["guards.replica_check_interval=null", "training.validation_interval=null", "logging.interval=1000"]
-SAVING = ["checkpoint.interval=500", "checkpoint.local_interval=50", "checkpoint.async_save=true"]
+COMMON = ["guards.replica_check_interval=null", "logging.parameterization_interval=null", "logging.interval=1000"]
+SAVING = ["checkpoint.interval=1000", "checkpoint.local_interval=100", "checkpoint.async_save=true"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def measure(folder: Path, kill_every: float, kills: int, seed: int = 0) -> Effec
     began = time.monotonic()
     for number in range(kills + 1):
         ranks = start(config, Fault(), overrides=overrides, restart_count=number)
-        resumed_at = wait_for_step_after(config, ranks)
+        resumed_at = wait_for_first_step(config, ranks)
         restarts.append(time.monotonic() - ranks.started)
         again += max(0, reached - resumed_at)
         if number < kills:
@@ -77,20 +77,22 @@ def measure(folder: Path, kill_every: float, kills: int, seed: int = 0) -> Effec
 
 
 def seconds_a_step(folder: Path, seconds: float) -> float:
-    """Mean over a run of about so many seconds that saves nothing."""
-    config, steps = new_run(folder), 100
-    for _ in range(2):  # a short run says how long the long one is
-        overrides = [*COMMON, "checkpoint.interval=null", f"training.train_steps={steps}", f"training.output_dir={folder}/{steps}"]
-        outcome = run(config, overrides=overrides, seconds=600)
+    """Of a run of about so many seconds that saves nothing: from its first step to its end, everything counted."""
+    steps, mean = 100, 0.0
+    for name in ("short", "long"):  # the short run says how long the long one is
+        config = new_run(folder / name)
+        ranks = start(config, overrides=[*COMMON, "checkpoint.interval=null", f"training.train_steps={steps}"])
+        wait_for_first_step(config, ranks)
+        began = time.monotonic()
+        outcome = ranks.wait(600)
         assert outcome.exit_codes == [0, 0], outcome.output
-        rows = read_metrics(folder / str(steps) / "metrics.jsonl")[20:]
-        mean = statistics.mean(row["step_seconds"] for row in rows)
+        mean = (time.monotonic() - began) / (steps - 1)
         steps = max(200, round(seconds / mean))
     return mean
 
 
 def new_run(folder: Path) -> Path:
-    folder.mkdir()
+    folder.mkdir(parents=True)
     return write_corpus(folder)
 
 
@@ -101,7 +103,7 @@ def last_step(config: Path) -> int:
     return rows[-1]["step"] if rows else 0
 
 
-def wait_for_step_after(config: Path, ranks: Ranks) -> int:
+def wait_for_first_step(config: Path, ranks: Ranks) -> int:
     """Wait until the first step after a start is done; returns the step that the run resumed from."""
     path = config.parent / "run" / "metrics.jsonl"
     while all(process.is_alive() for process in ranks.processes):

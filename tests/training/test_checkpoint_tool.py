@@ -11,7 +11,7 @@ from checkpoint_helpers import TinyRun, tiny_config
 
 from megatron_completep.errors import CheckpointError
 from megatron_completep.tools import checkpoint as tool
-from megatron_completep.training.checkpoint import StoredCheckpoint
+from megatron_completep.training.checkpoint import StoredCheckpoint, save
 
 
 @pytest.fixture
@@ -86,3 +86,50 @@ def test_prune_keeps_the_newest(run, monkeypatch, capsys):
 def test_a_folder_without_checkpoints_is_an_error(tmp_path, monkeypatch, capsys):
     with pytest.raises(CheckpointError, match="no checkpoints"):
         call(monkeypatch, capsys, "list", tmp_path)
+
+
+@pytest.mark.parametrize("command", tool.EXAMPLES)
+def test_every_command_has_help_with_an_example_that_parses(command, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["checkpoint.py", command, "--help"])
+    with pytest.raises(SystemExit) as left:
+        tool.main()
+    example = f"python tools/checkpoint.py {tool.EXAMPLES[command][1]}"
+    assert left.value.code == 0 and example in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", example.split()[1:])
+    assert tool.parse_arguments().command == command
+
+
+@pytest.mark.parametrize("command", ["list", "inspect", "verify", "prune"])
+def test_every_command_prints_one_json_object(run, monkeypatch, capsys, command):
+    more = ["--keep", 1] if command == "prune" else []
+    code, text = call(monkeypatch, capsys, command, run, "--json", *more)
+    assert code == 0 and isinstance(json.loads(text), dict)
+
+
+def test_prune_keeps_every_mth(run, monkeypatch, capsys):
+    call(monkeypatch, capsys, "prune", run, "--keep", 1, "--keep-every", 2)
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step_00000002", "step_00000003"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["prune", "x", "--keep", "0"], ["prune", "x", "--keep", "two"], ["reshard", "x", "--files", "0", "--output", "y"]]
+)
+def test_numbers_below_one_are_refused(monkeypatch, capsys, arguments):
+    monkeypatch.setattr(sys, "argv", ["checkpoint.py", *arguments])
+    with pytest.raises(SystemExit) as left:
+        tool.main()
+    assert left.value.code == 2 and "give a number of at least 1" in capsys.readouterr().err
+
+
+def test_reshard_needs_room_and_leaves_nothing_when_there_is_none(run, tmp_path, monkeypatch, capsys):
+    usage = save.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(save.shutil, "disk_usage", lambda folder: usage._replace(free=1000))
+    with pytest.raises(CheckpointError, match=r"a checkpoint needs \d+ bytes, 1000 are free"):
+        call(monkeypatch, capsys, "reshard", run, "--output", tmp_path / "again")
+    assert not list((tmp_path / "again").iterdir())
+
+
+def test_a_file_where_the_output_should_be_is_an_error(run, tmp_path, monkeypatch, capsys):
+    (tmp_path / "again").write_text("")
+    with pytest.raises(CheckpointError, match="cannot be written: Not a directory"):
+        call(monkeypatch, capsys, "reshard", run, "--output", tmp_path / "again")

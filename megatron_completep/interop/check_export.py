@@ -12,7 +12,8 @@ import torch
 from megatron_completep.errors import ConfigError
 from megatron_completep.training.generation import load_model
 
-TOLERANCES = {"float32": 1e-5, "bfloat16": 5e-2, "float16": 1e-2}
+# float32: small models agree to 1e-5 and better; sharp attention and depth magnify rounding. 16 bits: the weights are rounded.
+TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Comparison:
     """Logits of the folder in transformers against ours, both computed in float32 on the same random tokens."""
 
     relative_difference: float  # largest difference / largest logit
-    tolerance: float  # of the folder's type: weights in 16 bits are rounded
+    tolerance: float  # for the folder's type
     tokens: int
 
     @property

@@ -41,7 +41,7 @@ from megatron_completep.training.checkpoint.save import check_space, sync_folder
 from megatron_completep.training.checkpoint.shard import STATES
 from megatron_completep.training.state import RunState
 
-FILE_BYTES = 1 << 30  # of weights held in memory and written as one file, with the optimizer's zeros beside them
+FILE_BYTES = 1 << 28  # of weights held in memory and written as one file, with the optimizer's zeros beside them
 PRECISIONS = {"F32": "float32", "BF16": "bf16", "F16": "bf16"}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", *COMPANIONS)
 # Buffers that older versions of transformers saved beside the weights.

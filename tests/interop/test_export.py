@@ -18,7 +18,7 @@ from megatron_completep.completep import table_for
 from megatron_completep.errors import ConfigError
 from megatron_completep.interop import export_model as exporting
 from megatron_completep.interop.architectures import blockers, choose_architecture
-from megatron_completep.interop.check_export import TOLERANCES, check_export, load_with_transformers
+from megatron_completep.interop.check_export import check_export, load_with_transformers
 from megatron_completep.interop.export_model import ExportSettings, export_model, parse_size
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.training.checkpoint import StoredCheckpoint
@@ -59,8 +59,7 @@ def run_of(tmp_path_factory: pytest.TempPathFactory):
 def test_logits_of_the_exported_model_equal_ours(name: str, run_of, tmp_path: Path) -> None:
     report = export_model(run_of(name), tmp_path / "out", ExportSettings(CASES[name][0]))
     comparison = check_export(run_of(name), tmp_path / "out", report.dtype)
-    assert comparison.tolerance == TOLERANCES["float32"] == 1e-5
-    assert comparison.equal, comparison
+    assert comparison.relative_difference <= 1e-5 < comparison.tolerance
     assert (set(report.kept) if name.startswith("granite") else set(report.folded)) >= {"granite": {"residual_multiplier"}}.get(
         name.split("_")[0], {"branch", "query", "embedding"}
     )

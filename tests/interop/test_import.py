@@ -65,7 +65,7 @@ def test_an_imported_model_computes_what_transformers_computes_and_its_export_is
     original = make_folder(tmp_path, name)
     report = import_model(original, tmp_path / "run")
     comparison = check_export(report.checkpoint, original, "float32")
-    assert comparison.equal, comparison
+    assert comparison.relative_difference <= 1e-5
     exported = export_model(tmp_path / "run", tmp_path / "out", ExportSettings(report.architecture))
     assert not exported.folded
     before, after = (safetensors.torch.load_file(folder / "model.safetensors") for folder in (original, tmp_path / "out"))

@@ -57,7 +57,9 @@ def test_fault_5_a_node_replaced_by_an_empty_one_falls_back_to_the_shared_disk(k
     resumes_from(killed, oracle, 6, "the snapshot of step 10 is not used: no rank has rank_00001_of_00002.safetensors")
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "manifest"])
+@pytest.mark.parametrize(
+    "damage", [pytest.param("missing", marks=pytest.mark.slow), pytest.param("truncated", marks=pytest.mark.slow), "manifest"]
+)
 def test_fault_5_a_snapshot_that_one_rank_cannot_read_falls_back_to_the_one_before(killed, oracle, damage):
     folder = snapshots(killed, 1)["step_00000010"]
     path = folder / "rank_00001_of_00002.safetensors"
@@ -89,6 +91,7 @@ def test_fault_1_killed_when_one_node_has_committed_and_the_other_has_not(config
     resumes_from(config, oracle, 8, "the snapshot of step 10 is not used: no rank has rank_00001")
 
 
+@pytest.mark.slow
 def test_fault_10_snapshots_of_two_nodes_load_where_one_process_reaches_both(killed, oracle):
     """Files may have moved: what counts is that some rank can read each."""
     first, second = (snapshots(killed, rank)["step_00000010"] for rank in range(2))
@@ -98,6 +101,7 @@ def test_fault_10_snapshots_of_two_nodes_load_where_one_process_reaches_both(kil
     assert all(abs(losses(killed)[step] - loss) < 1e-5 for step, loss in oracle[0].items())
 
 
+@pytest.mark.slow
 def test_snapshots_of_another_run_are_not_this_ones(killed, oracle):
     shutil.rmtree(killed.parent / "run")
     outcome = run(killed, overrides=nodes(killed))
@@ -105,6 +109,7 @@ def test_snapshots_of_another_run_are_not_this_ones(killed, oracle):
     assert (losses(killed), final_state(killed)) == oracle
 
 
+@pytest.mark.slow
 def test_a_run_that_must_not_resume_is_refused_by_its_snapshots_too(config):
     run(config, Fault("kill", 1, steps=(4,)), overrides=nodes(config))
     assert steps_on_disk(config) == [] and snapshots(config, 0)

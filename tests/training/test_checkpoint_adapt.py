@@ -55,7 +55,9 @@ def gradients(run: TinyRun) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("model", [{}, GPT2, QK], ids=["llama", "gpt2", "qk"])
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(
+    "change", [pytest.param(c, marks=pytest.mark.slow if c in ("alpha", "to standard parameterization") else ()) for c in CHANGES]
+)
 def test_the_adapted_model_computes_the_same_function_and_goes_on(tmp_path, model, change):
     run = trained(tmp_path / "old", model)
     again = adapted(run, tmp_path / "new", model, CHANGES[change])

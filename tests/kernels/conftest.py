@@ -1,8 +1,10 @@
 """Kernel tests: on the GPU where there is one, else in Triton's interpreter, which must be chosen before Triton is imported."""
 
+import dataclasses
 import os
 import sys
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -12,3 +14,22 @@ if not torch.cuda.is_available():
     from triton_interpreter_bf16 import install
 
     install()
+
+
+@pytest.fixture
+def far_away(monkeypatch):
+    """Programs numbered from 2^31 / 256 on, memory accesses left out, int32 overflow an error: the arithmetic of a huge tensor."""
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    first = 2**31 // 256
+
+    def zeros(self, pointers, mask, other, *_):
+        dtype = pointers.get_element_ty()
+        return interpreter.TensorHandle(torch.zeros(pointers.data.shape).numpy().astype(interpreter._get_np_dtype(dtype)), dtype)
+
+    monkeypatch.setattr(type(builder), "set_grid_idx", lambda self, x, y, z: setattr(self, "grid_idx", (x + first, y, z)))
+    monkeypatch.setattr(type(builder), "create_get_num_programs", lambda self, axis: self.get_int32(2**24))
+    monkeypatch.setattr(type(builder), "create_masked_load", zeros)
+    monkeypatch.setattr(type(builder), "create_masked_store", lambda self, pointers, value, mask, *_: None)
+    monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, debug=True))

@@ -1,6 +1,7 @@
 """AdamW over a flat shard: the definition against torch, then every implementation against the definition."""
 
 import dataclasses
+import importlib
 import math
 
 import pytest
@@ -316,6 +317,45 @@ def test_the_operator_passes_opcheck(dtype, with_out):
     tables = (kernels.device_segments(SEGMENTS, DEVICE), GROUPS["eps"].to(DEVICE), shard.control)
     arguments = (shard.out, shard.master, shard.exp_avg, shard.exp_avg_sq, grad.to(DEVICE), *tables, BETA1, BETA2)
     torch.library.opcheck(torch.ops.completep.adamw_.default, arguments)
+
+
+# --- the host sees no values -----------------------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """Stands in for a kernel: remembers its launches."""
+
+    def __init__(self):
+        self.launches = []
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: self.launches.append((grid, arguments, options))
+
+
+def step_without_data(adamw, grad_norm, monkeypatch):
+    """The launchers of one step on `meta` tensors, whose values nobody can read; the kernels' launches."""
+    recorded = {}
+    for module, kernels_of in ((grad_norm, ("sum_of_squares_kernel", "begin_step_kernel")), (adamw, ("adamw_kernel",))):
+        for name in kernels_of:
+            recorded[name] = Recorder()
+            monkeypatch.setattr(module, name, recorded[name])
+    state = Shard.create(bf16_out=True).to("meta")
+    segments, groups, grad = SEGMENTS.to("meta"), GROUPS["eps"].to("meta"), torch.empty(SIZE, device="meta")
+    sum_sq = grad_norm.launch_sum_of_squares(grad, segments)
+    grad_norm.launch_begin_step_(state.control, sum_sq, 1.0, BETA1, BETA2)
+    adamw.launch_adamw_(state.out, state.master, state.exp_avg, state.exp_avg_sq, grad, segments, groups, state.control, BETA1, BETA2)
+    return {name: recorder.launches for name, recorder in recorded.items()}
+
+
+def test_a_step_is_three_launches_that_read_no_value_on_the_host(monkeypatch):
+    """What a CUDA graph needs: no synchronization, the same launches whatever the numbers are. Shown without a GPU."""
+    adamw, grad_norm = (importlib.import_module(f"megatron_completep.kernels.{name}") for name in ("adamw", "grad_norm"))
+    launches = step_without_data(adamw, grad_norm, monkeypatch)
+    assert [len(found) for found in launches.values()] == [1, 1, 1]
+    assert launches["adamw_kernel"][0][0] == (len(SEGMENTS),)
+    nosy = mutant("adamw", "if segments.shape[0] == 0:", "if segments.shape[0] == 0 or control[3].item():")
+    with pytest.raises(RuntimeError, match="meta"):
+        step_without_data(nosy, grad_norm, monkeypatch)
 
 
 # --- on a GPU -------------------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """SwiGLU, squared ReLU and rotary embedding: Triton kernels (interpreter or GPU) and CPU path against float64."""
 
+import importlib
+
 import pytest
 import torch
 from norm_cases import TOLERANCE, assert_close, poisoned_allocations
@@ -103,6 +105,34 @@ def test_rotary_inverse_undoes_it(name):
     x = random(4, 2, 3, 32)
     cos, sin = angles(4, 1, 16)
     assert_close(module.rotary(module.rotary(x, cos, sin, False), cos, sin, True), x.double(), 1e-6, "there and back")
+
+
+def swiglu_far_away(module):
+    gate_up = torch.zeros(4, 2048)
+    module.launch_swiglu_forward(gate_up)
+    module.launch_swiglu_backward(torch.zeros(4, 1024), gate_up)
+
+
+def squared_relu_far_away(module):
+    module.launch_squared_relu_forward(torch.zeros(64))
+    module.launch_squared_relu_backward(torch.zeros(64), torch.zeros(64))
+
+
+def rotary_far_away(module):
+    module.launch_rotary_(torch.zeros(1, 1, 32, 128), torch.zeros(1, 1, 64), torch.zeros(1, 1, 64), False)
+
+
+FAR = {"swiglu_kernel": swiglu_far_away, "squared_relu_kernel": squared_relu_far_away, "rotary_kernel": rotary_far_away}
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter's overflow check")
+@pytest.mark.parametrize("module", FAR)
+def test_addresses_beyond_two_to_the_31_do_not_overflow_and_32_bits_would(module, far_away):
+    from triton.runtime.errors import InterpreterError
+
+    FAR[module](importlib.import_module(f"megatron_completep.kernels.{module}"))
+    with pytest.raises(InterpreterError, match="overflow"):
+        FAR[module](mutant(module, ".to(tl.int64)", ""))
 
 
 MUTANTS = {  # what goes wrong: (module, the text, the text instead, the check that notices)

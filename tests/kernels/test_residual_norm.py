@@ -1,6 +1,7 @@
 """The scaled residual norm: Triton kernels (interpreter or GPU) and CPU path, each half alone and both together."""
 
 import dataclasses
+import importlib
 
 import norm_cases
 import pytest
@@ -25,6 +26,7 @@ CASES = [
     Case(17, 768, BF16, bias=True, branch_bias=True),
     Case(2, 768, dropout_p=0.1, bias=True, branch_bias=True),
     Case(3, 768, torch.float16, rms=True, residual_dtype=torch.float32),
+    Case(4, 640, torch.float16, bias=True, branch_bias=True),
     Case(5, 1000, BF16, rms=True, residual_dtype=torch.float32, branch_bias=True),
     Case(3, 1024, d_y=False, bias=True),
     Case(4, 1536, branch=False, bias=True),
@@ -151,6 +153,20 @@ def test_philox_matches_published_vectors():
     assert [hex(word) for word in words[0].tolist()] == ["0x6627e8d5", "0xe169c58d", "0xbc57ac4c", "0x9b00dbd8"]
 
 
+def test_a_shape_only_pass_draws_nothing_and_changes_no_mask():
+    """Tracing and planning run the operations without data; the next real pass must not notice."""
+    case = Case(6, 100, dropout_p=0.4)
+    given = {key: None if value is None else value.cpu() for key, value in case.inputs().items()}
+    arguments = [given[key] for key in ("residual", "branch", "branch_bias", "weight", "bias")]
+    options = {"scale": 0.3, "dropout_p": 0.4, "seed": given["seed"]}
+    before, state = kernels.scaled_residual_norm(*arguments, **options)[0], torch.get_rng_state()
+    shapes = [None if tensor is None else tensor.to("meta") for tensor in arguments]
+    y, out = kernels.scaled_residual_norm(*shapes, **{**options, "seed": given["seed"].to("meta")})
+    assert y.shape == before.shape and out.is_meta
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(kernels.scaled_residual_norm(*arguments, **options)[0], before)
+
+
 def test_a_recomputed_forward_draws_the_same_mask():
     case = Case(6, 100, dropout_p=0.4, branch_bias=True)
     given = case.inputs()
@@ -169,41 +185,47 @@ def test_a_recomputed_forward_draws_the_same_mask():
 # --- addresses beyond 2^31 ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def far_away(monkeypatch):
-    """Programs numbered from 2^31 / 256 on, memory accesses left out, int32 overflow an error: the arithmetic of a huge tensor."""
-    from triton.runtime import interpreter
-
-    builder = interpreter.interpreter_builder
-    first = 2**31 // 256
-
-    def zeros(self, pointers, mask, other, *_):
-        dtype = pointers.get_element_ty()
-        return interpreter.TensorHandle(torch.zeros(pointers.data.shape).numpy().astype(interpreter._get_np_dtype(dtype)), dtype)
-
-    monkeypatch.setattr(type(builder), "set_grid_idx", lambda self, x, y, z: setattr(self, "grid_idx", (x + first, y, z)))
-    monkeypatch.setattr(type(builder), "create_masked_load", zeros)
-    monkeypatch.setattr(type(builder), "create_masked_store", lambda self, pointers, value, mask, *_: None)
-    monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, debug=True))
+VECTOR = torch.ones(1024)
+FAR_ROWS = 2**31 // 128  # of 1024 elements, two to a tile; one program takes every tile
 
 
-def run_far_away(module):
+def norm_far_away(module):
     x = torch.zeros(64, 1024)
-    vectors = (torch.ones(1024), None)
-    module.launch_residual_norm_forward(x, x, None, *vectors, 0.5, EPS, False, 0.0, None)
-    # One program takes every tile: a kernel that counts rows in 32 bits overflows in the last.
+    module.launch_residual_norm_forward(x, x, None, VECTOR, None, 0.5, EPS, False, 0.0, None)
     module.backward_kernel[(1,)](
-        x, x, x, x, x, vectors[0], None, x, x, torch.zeros(1, 1, 1024), 2**31 // 128, 1024, 1024, 1024, 0.5, 0.0,
-        HIDDEN=1024, WIDTHS=(1024,), ROWS=2**21 // 2**20, RMS=True, HAS_BIAS=False, HAS_BRANCH_BIAS=False, STAGES=1,
+        x, x, x, x, x, VECTOR, None, x, x, torch.zeros(1, 1, 1024), FAR_ROWS, 1024, 1024, 1024, 0.5, 0.0,
+        HIDDEN=1024, WIDTHS=(1024,), ROWS=2, RMS=True, HAS_BIAS=False, HAS_BRANCH_BIAS=False, STAGES=1,
     )  # fmt: skip
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter's overflow check")
-def test_addresses_beyond_two_to_the_31_do_not_overflow(far_away, monkeypatch):
-    from triton.runtime import interpreter
+def vectors_far_away(module):
+    x = torch.zeros(64, 1024)
+    module.vector_gradient_kernel[(1,)](
+        x, x, x, x, None, torch.zeros(1, 1, 1024), FAR_ROWS, 1024, 1024,
+        HIDDEN=1024, BLOCK=1024, ROWS=2, RMS=True, HAS_BIAS=False, STAGES=1,
+    )  # fmt: skip
 
-    monkeypatch.setattr(type(interpreter.interpreter_builder), "create_get_num_programs", lambda self, axis: self.get_int32(2**24))
-    run_far_away(residual_norm_module)
+
+def add_far_away(module):
+    x = torch.zeros(64, 1024)
+    module.launch_scaled_add_forward(x, x, None, 0.5, 0.0, None)
+    module.backward_kernel[(1,)](
+        x, None, x, torch.zeros(1, 1, 1024), FAR_ROWS, 1024, 0.5, 0.0, HIDDEN=1024, WIDTHS=(1024,), ROWS=2, STAGES=1
+    )
+
+
+FAR = {"norm": ("residual_norm", norm_far_away), "vectors": ("residual_norm", vectors_far_away), "add": ("scaled_add_kernel", add_far_away)}
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter's overflow check")
+@pytest.mark.parametrize("name", FAR)
+def test_addresses_beyond_two_to_the_31_do_not_overflow_and_32_bits_would(name, far_away):
+    from triton.runtime.errors import InterpreterError
+
+    module, run = FAR[name]
+    run(importlib.import_module(f"megatron_completep.kernels.{module}"))
+    with pytest.raises(InterpreterError, match="overflow"):
+        run(mutant(module, ".to(tl.int64)", ""))
 
 
 # --- mutants: each slip is caught by the check that is named beside it -----------------------------------------------------------------
@@ -249,12 +271,3 @@ def test_check_catches_the_mutant_in_which(slip):
     check(residual_norm, case)
     with pytest.raises(AssertionError, match="relative error"):
         check(with_slip(*change), case)
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter's overflow check")
-def test_overflow_check_catches_the_mutant_in_which_rows_are_32_bits(far_away):
-    from triton.runtime.errors import InterpreterError
-
-    broken = mutant("residual_norm", ".to(tl.int64)", "")
-    with pytest.raises(InterpreterError, match="overflow"):
-        run_far_away(broken)

@@ -102,6 +102,27 @@ def test_fault_10_snapshots_of_two_nodes_load_where_one_process_reaches_both(kil
 
 
 @pytest.mark.slow
+def test_what_a_lost_node_held_twice_is_not_lost(config, oracle):
+    """With one shard for each replica, rank 0 writes everything and rank 1 nothing: its node may go."""
+    overrides = [*nodes(config), "parallel.optimizer_shard_size=1"]
+    run(config, TO_STEP_11, overrides=overrides)
+    shutil.rmtree(config.parent / "node_1")
+    count_injection()
+    outcome = run(config, overrides=overrides)
+    assert outcome.exit_codes == [0, 0] and "resumed after step 10" in outcome.output, outcome.output
+    assert all(abs(losses(config)[step] - loss) < 1e-5 for step, loss in oracle[0].items())
+
+
+@pytest.mark.slow
+def test_fault_8_a_full_disk_of_one_node_fails_the_snapshot_on_all(config, oracle):
+    fault = Fault("disk_full", 1, "save.values_half_written", nth=5)  # 2, 4, 6 on the shared disk, 8, 10
+    outcome = run(config, fault, overrides=[*nodes(config), "training.stop_at_step=11", "checkpoint.interval=6"])
+    assert outcome.exit_codes == [0, 0] and "checkpoint of step 10 failed: step 10 is not saved: rank 1: " in outcome.output
+    assert run(config, overrides=nodes(config)).exit_codes == [0, 0]
+    assert (losses(config), final_state(config)) == oracle
+
+
+@pytest.mark.slow
 def test_snapshots_of_another_run_are_not_this_ones(killed, oracle):
     shutil.rmtree(killed.parent / "run")
     outcome = run(killed, overrides=nodes(killed))

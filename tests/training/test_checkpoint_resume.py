@@ -94,3 +94,18 @@ def test_saving_a_step_again_replaces_it(tmp_path):
     again.resume()
     assert torch.equal(again.optimizer.master, run.optimizer.master)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_00000002"]
+
+
+def test_a_checkpoint_is_saved_even_where_older_ones_cannot_be_removed(tmp_path, monkeypatch):
+    def refuse(folder):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    config = tiny_config(tmp_path, checkpoint={"async_save": False, "keep": 1, "on_failure": "stop"})
+    run = TinyRun(config)
+    for _ in range(2):
+        run.train(1)
+        monkeypatch.setattr("megatron_completep.training.checkpoint.retention.remove_checkpoint", refuse)
+        run.save()
+    assert any("the checkpoint of step 2 is saved, but older ones could not be removed: " in line for line in run.said)
+    again = TinyRun(config)
+    assert again.resume() and again.state.step == 2

@@ -142,7 +142,7 @@ class Checkpointer:
         try:
             self._exchange.together(lambda: place.check_space() if leads else None)
             folder = write_checkpoint(place.folder, leads, self._exchange, self._shard, flats, content, self._fail_point)
-            self._exchange.together(lambda: self._retire(place, content["step"]))
+            self._remove_older(place, content["step"])
         except Exception as error:  # a peer that died ends the exchange with a RuntimeError; training itself will notice
             self._failure = f"checkpoint of step {content['step']} failed: {describe(error)}"
             self._figures["checkpoint_failed"] = 1.0
@@ -152,6 +152,12 @@ class Checkpointer:
         self._figures["checkpoint_seconds"] = seconds
         if self.context.is_first:
             self._report(f"saved {folder} ({place.bytes / 1e6:.1f} MB in {seconds:.2f} s)")
+
+    def _remove_older(self, place: Place, step: int) -> None:
+        try:
+            self._exchange.together(lambda: self._retire(place, step))
+        except CheckpointError as error:  # the new one is none the worse for it
+            self._report(f"warning: the checkpoint of step {step} is saved, but older ones could not be removed: {error}")
 
     def _retire(self, place: Place, step: int) -> None:
         """Remove what is superseded: by the place's own retention, and snapshots by a checkpoint on the shared disk."""

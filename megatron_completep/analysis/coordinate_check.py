@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_completep.analysis.fits import Estimate, log_log_slope, mean_estimate
-from megatron_completep.analysis.trial import Design, Trial, for_short_runs, read_batches, reshape, under, with_seed
+from megatron_completep.analysis.trial import Design, Trial, change, for_short_runs, read_batches, reshape, under, with_base, with_seed
 from megatron_completep.completep import Role, table_for
 from megatron_completep.config.schema import Config
 from megatron_completep.data.loader import Batch
@@ -26,6 +26,7 @@ from megatron_completep.training.measure import SumOfSquares, reduce_stream_sums
 
 Say = Callable[[str], None]
 BLOCK_ROLES = (Role.PRE_NORM, Role.HIDDEN_WEIGHT, Role.HIDDEN_BIAS)
+LARGEST_STEP = 1 / 8  # 2^-9 at width 64, where the bands were measured
 EPS_STEPS, LARGE_EPS = 3, 1e-2  # a wrong eps shows only when eps is as large as the gradients
 
 
@@ -147,6 +148,7 @@ class Plan:
     seeds: int = 3
     precision: str = "float32"
     check_eps: bool = True
+    learning_rate: float | None = None  # None: gentle_rate of the configuration
     beside: Sequence[str] = ()  # further parameterizations, by their names in PARAMETERIZATIONS: measured and shown, not judged
 
     def shapes(self) -> Iterable[tuple[str, int, int]]:
@@ -166,6 +168,8 @@ def collect(
     """Train and measure every model of the plan. `design` is the model under check; the control takes the right table of its rule."""
     design = design or Design()
     control = replace(design, make_table=table_for)
+    config = change(config, optimizer={"base_lr": plan.learning_rate or gentle_rate(config)})
+    say(f"learning rate 2^{math.log2(config.optimizer.base_lr):.3g}")
     samples = []
     for axis, width, depth in plan.shapes():
         for seed in range(plan.seeds):
@@ -178,9 +182,19 @@ def collect(
             samples += [Sample(axis, "model", width, depth, seed, own, eps), Sample(axis, "control", width, depth, seed, other)]
             for rule in plan.beside:
                 samples.append(Sample(axis, rule, width, depth, seed, train(under(shaped, rule), plan, context, control, plan.steps)))
-            change = f"change {own.stream_change[-1]:.4g}, control {other.stream_change[-1]:.4g}"
-            say(f"{axis}: {depth} layers x {width}, seed {seed}: stream {own.stream[0]:.4g}, {change}")
+            changes = f"change {own.stream_change[-1]:.4g}, control {other.stream_change[-1]:.4g}"
+            say(f"{axis}: {depth} layers x {width}, seed {seed}: stream {own.stream[0]:.4g}, {changes}")
     return samples
+
+
+def gentle_rate(config: Config) -> float:
+    """The configured learning rate, at most LARGEST_STEP over the base width.
+
+    A step of Adam changes a hidden matrix's outputs by up to lr * fan_in, here from the first step on, for short runs have no warm-up.
+    Where ten such steps replace all that the model computes, the check would see an instability, which shallow models show more of.
+    """
+    width = with_base(config).completep.base_hidden_size
+    return min(config.optimizer.base_lr, LARGEST_STEP / width) if width else config.optimizer.base_lr
 
 
 def train(config: Config, plan: Plan, context: ParallelContext, design: Design, steps: int, **optimizer: Any) -> Measurement:

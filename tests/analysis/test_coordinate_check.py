@@ -21,6 +21,7 @@ from megatron_completep.analysis.coordinate_check import (
     Verdict,
     collect,
     exponent,
+    gentle_rate,
     judge,
     measure,
     train,
@@ -239,6 +240,18 @@ def test_the_program_checks_a_users_own_model_and_writes_its_files(run_tool, fol
     assert json.loads((out / "coordinate_check.json").read_text())["verdict"] == verdict.name.lower()
     assert (out / "coordinate_check_depth.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "coordinate_check.html").exists()
+
+
+def test_steps_are_kept_small_for_the_base_width_unless_one_is_asked_for(tmp_path: Path):
+    assert gentle_rate(small_config(tmp_path)) == 2**-9  # 1/8 over 32 is more
+    large = {"base_lr": 2**-5}
+    assert gentle_rate(small_config(tmp_path, optimizer=large)) == 2**-8
+    wide = reshape(small_config(tmp_path, optimizer=large), 256)  # its base stays 32 wide
+    assert gentle_rate(wide) == 2**-8
+    write_tokens(tmp_path, 8_000)
+    said: list[str] = []
+    collect(small_config(tmp_path), Plan([2, 4], [32], 1, 1, check_eps=False, learning_rate=2**-6), SINGLE, say=said.append)
+    assert said[0] == "learning rate 2^-6"
 
 
 def test_a_check_that_shows_nothing_exits_with_3(run_tool, folder: Path):

@@ -137,7 +137,7 @@ def outside(installed: Path, program: str, *arguments: str) -> subprocess.Comple
     """Run a program that can see the installed package, the libraries, and nothing of the source tree."""
     environment = {**os.environ, "PYTHONPATH": str(installed)}
     command = [sys.executable, "-c", program, *arguments]
-    return subprocess.run(command, cwd=installed.parent, env=environment, capture_output=True, text=True, timeout=250, check=False)
+    return subprocess.run(command, cwd=installed.parent, env=environment, capture_output=True, text=True, timeout=280, check=False)
 
 
 HELP = """

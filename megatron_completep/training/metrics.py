@@ -143,8 +143,12 @@ def memory_bytes(device: torch.device) -> int:
 
 
 def say_on_stdout(text: str) -> None:
-    """A line for the person watching, at once even through a pipe."""
-    print(text, file=sys.stdout, flush=True)
+    """A line for the person watching, at once even through a pipe. A console that takes no more (a full disk under its file, a reader
+    that left) is given up: training goes on."""
+    try:
+        print(text, file=sys.stdout, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def open_sinks(config: Config, last_step: int, say: Callable[[str], None]) -> list[Sink]:

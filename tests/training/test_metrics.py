@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import pytest
 from tiny_runs import tiny_config
 
 from megatron_completep.training.metrics import ConsoleLines, MetricsFile, describe, open_sinks, read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def row(step: int, **changes: Any) -> dict[str, Any]:
@@ -125,3 +129,21 @@ def test_only_what_is_asked_for_is_opened(tmp_path: Path) -> None:
     sinks = open_sinks(tiny_config(tmp_path, output="."), 0, print)
     assert [type(sink).__name__ for sink in sinks] == ["MetricsFile", "ConsoleLines"]
     assert not (tmp_path / "tensorboard").exists()
+
+
+def test_a_console_that_takes_no_more_stops_nothing() -> None:
+    program = """
+import sys
+from megatron_completep.training.metrics import say_on_stdout
+from megatron_completep.errors import exit_on_user_error
+say_on_stdout("one")
+say_on_stdout("two")
+exit_on_user_error(lambda: 75)
+"""
+    with open("/dev/full", "w") as full:
+        run = [sys.executable, "-c"]
+        given_up = subprocess.run([*run, program], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        plain = program.replace("from megatron_completep.training.metrics import say_on_stdout", "say_on_stdout = print")
+        stopped = subprocess.run([*run, plain], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (given_up.returncode, given_up.stderr) == (75, "")
+    assert stopped.returncode != 75  # print alone loses the exit code

@@ -193,7 +193,7 @@ def test_the_libraries_themselves_keep_a_run_and_its_resumption_offline(tmp_path
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "TRACKIO_DIR": str(tmp_path / "trackio"), "OMP_NUM_THREADS": "1"}
     environment |= {"PYTHONPATH": ":".join(path for path in sys.path if path)}
     program = [sys.executable, "-c", REAL_RUN, str(Path(__file__).parent), str(tmp_path)]
-    run = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    run = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280, check=False)
     assert run.returncode == 0, run.stderr
     assert "warning" not in run.stdout
     losses = {row["step"]: row["loss"] for row in rows_of(tiny_config(tmp_path))}

@@ -48,7 +48,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--widths", type=integers, default=[], metavar="N,N,...", help="hidden sizes (default: the configuration's own)")
     parser.add_argument("--steps", type=int, default=10, help="optimizer steps of each model (default: 10)")
     parser.add_argument("--seeds", type=int, default=3, help="repetitions with other weights and data (default: 3)")
-    parser.add_argument("--lr", type=float, help="learning rate (default: the configured one, at most 1/8 over the base width)")
     parser.add_argument("--precision", choices=["float32", "float64", "bf16"], default="float32", help="default: float32")
     parser.add_argument(
         "--beside", type=names, default=[], metavar="RULE,...", help="also measure and draw these, of completep,alpha_0.5,mup,sp"
@@ -97,7 +96,6 @@ def main() -> int | None:
         arguments.seeds,
         arguments.precision,
         check_eps=not arguments.no_eps,
-        learning_rate=arguments.lr,
         beside=arguments.beside,
     )
     result = coordinate_check.judge(coordinate_check.collect(config, plan, context, design, say), config.completep.alpha)

@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_completep.config.schema import TokenizerConfig
 from megatron_completep.data.tokenizer import SPACE_MARK, SentencePieceTokenizer, TiktokenTokenizer, Tokenizer
-from megatron_completep.errors import DataError
+from megatron_completep.errors import ConfigError, DataError
 
 END_OF_DOCUMENT = "<|endoftext|>"
 COMPANIONS = ("special_tokens_map.json", "chat_template.jinja")  # of tokenizer.json, in Hugging Face folders
@@ -89,6 +89,14 @@ def verify(tokenizer: Tokenizer, fast: Any, texts: Iterable[str] = ()) -> None:
     fast.encode_special_tokens = False
 
 
+def _library() -> Any:
+    try:
+        import tokenizers
+    except ImportError:
+        raise ConfigError("the package tokenizers is not installed. pip install 'megatron-completep[hf]'.") from None
+    return tokenizers
+
+
 def _mixtures() -> list[str]:
     """Random mixtures of the probes' characters, runs of one character among them: where ties between segmentations show."""
     generator = random.Random(0)
@@ -106,7 +114,7 @@ def _mixtures() -> list[str]:
 
 
 def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> tuple[Any, str | None]:
-    import tokenizers
+    tokenizers = _library()
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made when imported
@@ -148,8 +156,7 @@ def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> tuple[Any, str | N
 
 def _bpe(names: list[str], scores: list[float], normal: list[int]) -> Any:
     """SentencePiece joins the neighbours whose union has the best score; every way to cut a piece in two is such a join."""
-    import tokenizers
-
+    tokenizers = _library()
     known = {names[i] for i in normal}
     merges = []
     for i in sorted(normal, key=lambda i: -scores[i]):
@@ -162,8 +169,7 @@ def _bpe(names: list[str], scores: list[float], normal: list[int]) -> Any:
 
 def _unigram(names: list[str], scores: list[float], normal: list[int], unknown: int) -> Any:
     """Text that spells a byte piece or a special token must not match it: these get scores below any other way through."""
-    import tokenizers
-
+    tokenizers = _library()
     lowest = min(scores[i] for i in normal)
     inside = set(normal)
     rows = [
@@ -207,8 +213,7 @@ def _split_by_ranks(ranks: dict[bytes, int], token: bytes, below: int) -> list[b
 
 def _byte_level(vocabulary: dict[str, int], merges: list[tuple[str, str]], special: dict[str, int], pattern: str | None = None) -> Any:
     """Byte-level BPE; without a pattern the whole text is one piece."""
-    import tokenizers
-
+    tokenizers = _library()
     model = tokenizers.models.BPE(vocab=vocabulary | special, merges=merges, ignore_merges=pattern is not None)
     fast = tokenizers.Tokenizer(model)
     bytes_only = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -230,6 +235,5 @@ def _byte_letters() -> list[str]:
 
 
 def _vocabulary(path: Path) -> dict[str, int]:
-    import tokenizers
-
+    tokenizers = _library()
     return tokenizers.Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)

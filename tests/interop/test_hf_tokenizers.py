@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from megatron_completep.data.tokenizer import SPACE_MARK, Tokenizer, build_token
 from megatron_completep.data.tokenizer_training import TrainingSettings, train_tokenizer
 from megatron_completep.errors import ConfigError, DataError
 from megatron_completep.interop import hf_tokenizer
+from megatron_completep.interop.check_export import load_with_transformers
 from megatron_completep.interop.export_model import ExportSettings, export_model
 from megatron_completep.interop.hf_tokenizer import PROBES, to_fast_tokenizer, verify, write_tokenizer
+from megatron_completep.interop.lm_eval_tasks import TaskSettings, evaluate_tasks
 
 transformers = pytest.importorskip("transformers")
 
@@ -166,3 +169,17 @@ def test_a_tokenizer_larger_than_the_model_is_refused(models: dict[str, Tokenize
     plain = checkpoint(tmp_path / "plain", **LLAMA)
     with pytest.raises(ConfigError, match=r"no data\.tokenizer"):
         export_model(plain, tmp_path / "out", ExportSettings(tokenizer="somewhere.model"))
+
+
+@pytest.mark.parametrize(
+    ("package", "action"),
+    [
+        ("tokenizers", lambda: to_fast_tokenizer(build_tokenizer(TokenizerConfig(type="bytes", model=None)))),
+        ("transformers", lambda: load_with_transformers("nowhere")),
+        ("lm_eval", lambda: evaluate_tasks(None, TaskSettings(("any",)))),  # type: ignore[arg-type]
+    ],
+)
+def test_a_package_that_is_not_installed_is_named_with_the_extra_that_brings_it(package: str, action, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ConfigError, match=r"is not installed. pip install 'megatron-completep\[(hf|eval)\]'"):
+        action()

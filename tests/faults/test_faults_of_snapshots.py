@@ -6,11 +6,13 @@ Two ranks with a `local_dir` each stand for two nodes.
 from __future__ import annotations
 
 import os
+import random
 import shutil
+import time
 from pathlib import Path
 
 import pytest
-from harness import Fault, count_injection, final_state, losses, run, steps_on_disk
+from harness import Fault, count_injection, final_state, losses, run, start, steps_on_disk
 
 SNAPSHOTS = ("checkpoint.interval=6", "checkpoint.local_interval=2")  # shared: 6, 12; local: 2, 4, 8, 10
 TO_STEP_11 = Fault("kill", 1, steps=(11,))
@@ -99,6 +101,22 @@ def test_fault_10_snapshots_of_two_nodes_load_where_one_process_reaches_both(kil
     outcome = run(killed, world=1, overrides=[*SNAPSHOTS, f"checkpoint.local_dir={killed.parent}/node_0"])
     assert outcome.exit_codes == [0] and "resumed after step 10" in outcome.output
     assert all(abs(losses(killed)[step] - loss) < 1e-5 for step, loss in oracle[0].items())
+
+
+@pytest.mark.slow
+def test_fault_3_killed_at_random_times_with_snapshots_at_every_step_resumes_every_time(config, oracle):
+    random_times = random.Random(11)
+    overrides = [f"checkpoint.local_dir={config.parent}/node_RANK", "checkpoint.local_interval=1", "checkpoint.interval=4"]
+    for kill in range(6):
+        ranks = start(config, overrides=[*overrides, f"checkpoint.async_save={'true' if kill % 2 else 'false'}"])
+        time.sleep(random_times.uniform(0.4, 2.0))
+        ranks.processes[random_times.randrange(2)].kill()
+        count_injection()
+        if kill == 4:
+            shutil.rmtree(config.parent / "node_0", ignore_errors=True)
+        assert not ranks.wait().timed_out
+    assert run(config, overrides=overrides).exit_codes == [0, 0]
+    assert (losses(config), final_state(config)) == oracle
 
 
 @pytest.mark.slow

@@ -96,7 +96,7 @@ def test_the_changes_themselves_are_not_what_is_refused(saved):
         {"files": [{"name": f"{NAME}\0.safetensors", "size": 1, "blocks": ["0" * 16]}]},
         {"files": [{"name": f"x\n{NAME}", "size": 1, "blocks": ["0" * 16]}]},
         {"block_size": 1},
-        {"block_size": 1 << 40},
+        {"block_size": 1 << 30},
         {"block_size": 4097},
         {"step": -1},
         {"step": "1"},
@@ -212,6 +212,20 @@ def test_links_lead_nowhere(saved, tmp_path):
     os.symlink(outside / MANIFEST, folder / MANIFEST)
     refused(saved, "is a symbolic link, which is not followed")
     assert (outside / "precious").read_text() == "precious" and len(os.listdir(outside)) == 2
+
+
+@pytest.mark.parametrize("content", ["../../elsewhere0", "0" * 65, "0123456789abcdeg", ""])
+def test_a_runs_number_cannot_lead_snapshots_elsewhere(tmp_path, content):
+    config = tiny_config(tmp_path / "run", checkpoint={"local_dir": str(tmp_path / "node"), "local_interval": 1})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".run_id").write_text(content)
+    with pytest.raises(CheckpointError, match=r"\.run_id: "):
+        TinyRun(config)
+    (tmp_path / "run" / ".run_id").unlink()
+    os.symlink(tmp_path / "written through", tmp_path / "run" / ".run_id")
+    with pytest.raises(CheckpointError, match=r"\.run_id: is a symbolic link"):
+        TinyRun(config)
+    assert not (tmp_path / "written through").exists()
 
 
 def test_nothing_in_the_package_can_execute_what_it_reads():

@@ -138,7 +138,7 @@ def test_runs_of_blocks_are_described_by_their_ends():
     assert as_ranges({("a", 0): 0, ("a", 1): 0, ("a", 3): 0, ("b", 4): 0}) == [("a", 0, 1), ("a", 3, 3), ("b", 4, 4)]
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(40))
 def test_any_cut_of_a_file_puts_every_element_where_it_belongs(seed):
     """A stored box, a wanted box that covers part of it, blocks that cut rows anywhere: against plain slicing."""
     generator = random.Random(seed)

@@ -62,7 +62,7 @@ class Manifest(Section):
     rng: dict[str, Any]
     versions: dict[str, str]
     parameters: dict[ParameterName, StoredParameter]
-    block_size: Annotated[int, Field(ge=4096, le=1 << 30, multiple_of=64)]
+    block_size: Annotated[int, Field(ge=4096, le=1 << 26, multiple_of=64)]
     files: list[StoredFile]
     elements: PositiveInt  # of one state, for the check that nothing is missing
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections import defaultdict
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import xxhash
 from megatron_completep.errors import CheckpointError
 from megatron_completep.training.checkpoint.exchange import Exchange
 from megatron_completep.training.checkpoint.joint import Source
-from megatron_completep.training.checkpoint.manifest import Manifest, committed_steps, read_manifest, seal
+from megatron_completep.training.checkpoint.manifest import Manifest, committed_steps, read_manifest, read_regular_file, seal
 from megatron_completep.training.checkpoint.retention import prune
 from megatron_completep.training.checkpoint.save import check_space, clean_up
 
@@ -90,9 +91,10 @@ def _make(folder: Path, probe: Path, remedy: str) -> None:
 
 def _run_id(folder: Path) -> str:
     path = folder / RUN_ID
-    if not path.exists():
-        path.write_text(secrets.token_hex(8))
-    text = path.read_text()
+    if not os.path.lexists(path):
+        with open(path, "x") as file:
+            file.write(secrets.token_hex(8))
+    text = read_regular_file(path, 64).decode("ascii", "replace")
     if len(text) != 16 or not set(text) <= set("0123456789abcdef"):
         raise CheckpointError(f"{path}: not a run's number. Remove it; snapshots on local disks are then not found again.")
     return text

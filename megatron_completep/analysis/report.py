@@ -296,6 +296,7 @@ figcaption { color: var(--soft); font-size: 0.88rem; margin-top: 0.4rem; }
 _PAGE = """<!doctype html>
 <html lang="en">
 <head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>
+<link rel="icon" href="data:,">
 <style>{style}</style></head>
 <body>
 <header><h1>{title}</h1>

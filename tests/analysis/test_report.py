@@ -52,7 +52,7 @@ def test_the_html_needs_no_other_file_and_runs_nothing() -> None:
     page = Page(sample_report().as_html())
     assert page.open == []  # every tag is closed
     assert "script" not in page.tags and HOSTILE in page.text
-    assert [link.split(",")[0] for link in page.links] == ["#s0", "#s1", "data:image/png;base64"]
+    assert [link.split(",")[0] for link in page.links] == ["data:", "#s0", "#s1", "data:image/png;base64"]
     assert Page("<script></script>").tags == ["script"]  # an unescaped one would be seen
 
 

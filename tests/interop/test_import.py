@@ -18,6 +18,7 @@ from megatron_completep.completep import table_for
 from megatron_completep.config import load_config
 from megatron_completep.data.writer import IndexedWriter
 from megatron_completep.errors import ConfigError, DataError
+from megatron_completep.interop import import_model as importing
 from megatron_completep.interop.check_export import check_export
 from megatron_completep.interop.export_model import ExportSettings, export_model
 from megatron_completep.interop.hf_config import from_hf
@@ -74,6 +75,19 @@ def test_an_imported_model_computes_what_transformers_computes_and_its_export_is
     config, again = (json.loads((folder / "config.json").read_text()) for folder in (original, tmp_path / "out"))
     multipliers = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
     assert [config.get(key) for key in multipliers] == [again.get(key) for key in multipliers]
+
+
+@pytest.mark.parametrize("factor", ["input_multiplier", "residual_multiplier", "attention_multiplier", "logit_multiplier"])
+def test_an_import_that_forgets_one_of_granites_multipliers_is_caught(factor: str, tmp_path: Path, monkeypatch) -> None:
+    original = make_folder(tmp_path, "granite")
+
+    def forgetful(*arguments: Any) -> tuple[str, dict[str, Any]]:
+        architecture, model = from_hf(*arguments)
+        return architecture, {name: value for name, value in model.items() if name != factor}
+
+    monkeypatch.setattr(importing, "from_hf", forgetful)
+    report = import_model(original, tmp_path / "run")
+    assert check_export(report.checkpoint, original, "float32").relative_difference > 1e-3
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -7,8 +7,9 @@ than LIMIT blocks, which bounds the memory.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -92,14 +93,11 @@ class JointReader:
                     needs[file, block].append(rank)
         fixed = {(file, block): rank for rank, found in enumerate(self._headers) for file, block in found}
         rounds = in_rounds(choose_readers(needs, self._source.holders, fixed))
-        problem = _Rounds(self._exchange, self._source, self._kept, parts).run(rounds, self)
+        work = _Rounds(self._exchange, self._source, self._kept, parts)
+        work.run(rounds)
+        self.bytes_read += work.bytes_read
         self._kept.clear()
-
-        def check() -> None:
-            if problem is not None:
-                raise CheckpointError(problem)
-
-        self._exchange.together(check)
+        self._exchange.together(work.raise_problem)
 
 
 class _Rounds:
@@ -111,17 +109,24 @@ class _Rounds:
         self._block_size = source.manifest.block_size
         self._sizes = {stored.name: stored.size for stored in source.manifest.files}
         on_gpu = any(part.flat.is_cuda for found in parts.values() for part in found)
-        self._new_buffer = lambda: torch.empty(self._block_size, dtype=torch.uint8, pin_memory=on_gpu)
+        self._new_buffer = partial(torch.empty, self._block_size, dtype=torch.uint8, pin_memory=on_gpu)
         self._buffers: list[Tensor] = []
         self._problem: str | None = None
 
-    def run(self, rounds: Sequence[Sequence[Read]], owner: JointReader) -> str | None:
-        """What went wrong on this rank, or None. A rank that cannot read goes on sending, so that nobody waits for ever."""
+    @property
+    def bytes_read(self) -> int:
+        return self._reader.bytes_read
+
+    def raise_problem(self) -> None:
+        """CheckpointError with what went wrong on this rank, if anything did."""
+        if self._problem is not None:
+            raise CheckpointError(self._problem)
+
+    def run(self, rounds: Sequence[Sequence[Read]]) -> None:
+        """A rank that cannot read goes on sending, so that nobody waits for ever; `raise_problem` tells, once all are done."""
         with self._reader:
             for reads in rounds:
                 self._run(reads)
-        owner.bytes_read += self._reader.bytes_read
-        return self._problem
 
     def _run(self, reads: Sequence[Read]) -> None:
         rank, free = self._exchange.rank, iter(self._buffers)
@@ -140,7 +145,8 @@ class _Rounds:
         for work in sending:
             work.wait()
 
-    def _buffer(self, free) -> Tensor:
+    def _buffer(self, free: Iterator[Tensor]) -> Tensor:
+        """One of the buffers of the rounds before, or a new one."""
         buffer = next(free, None)
         if buffer is None:
             buffer = self._new_buffer()

@@ -1,4 +1,4 @@
-"""Scaled residual add + LayerNorm or RMSNorm in one pass over the rows, forward and backward; also either half alone.
+"""Scaled residual add + LayerNorm or RMSNorm in one pass over the rows, forward and backward; also the norm alone.
 
     forward    y = residual + scale * dropout(branch + branch_bias)     rounded to y's dtype before the statistics
                x_hat = (y - mean) * rstd                                mean = 0 for RMSNorm

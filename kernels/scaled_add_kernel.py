@@ -1,4 +1,4 @@
-"""The scaled residual add alone, where no norm follows: the end of a pipeline stage, the last block before the final norm's stage.
+"""The scaled residual add alone, where no norm follows: the end of a pipeline stage.
 
 forward    y = residual + scale * dropout(branch + branch_bias)
 backward   d_residual = d_y;  d_branch = scale * dropout factor * d_y;  d_branch_bias = sum over rows of d_branch

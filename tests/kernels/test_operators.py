@@ -183,9 +183,10 @@ kernels.swiglu(kernels.norm(x, torch.ones(8))).sum().backward()
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, timeout=120)
 
 
-def test_the_folder_refuses_to_be_imported_as_a_package_of_its_own():
-    with pytest.raises(ImportError, match=r"megatron_completep\.kernels"):
-        importlib.import_module("kernels")
+def test_the_folder_imported_as_a_package_of_its_own_is_empty():
+    """Libraries probe for a package called kernels; a second registration of the operators would fail."""
+    probed = importlib.import_module("kernels")
+    assert not hasattr(probed, "norm") and not [name for name in sys.modules if name.startswith("kernels.")]
 
 
 def test_operations_agree_with_their_definition_across_dtypes():

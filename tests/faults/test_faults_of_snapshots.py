@@ -131,6 +131,15 @@ def test_what_a_lost_node_held_twice_is_not_lost(config, oracle):
     assert all(abs(losses(config)[step] - loss) < 1e-5 for step, loss in oracle[0].items())
 
 
+def test_fault_9_a_local_folder_that_one_node_cannot_write_is_an_error_at_the_start(config):
+    (config.parent / "node_1").write_text("a file where the folder should be")
+    count_injection()
+    outcome = run(config, overrides=nodes(config))
+    assert outcome.exit_codes == [2, 2] and "Traceback" not in outcome.output
+    assert "rank 1: " in outcome.output and "node_1" in outcome.output and "Choose another checkpoint.local_dir, or null." in outcome.output
+    assert not [path for path in (config.parent / "node_0").rglob("*") if path.is_file()]  # nothing is left behind
+
+
 @pytest.mark.slow
 def test_fault_8_a_full_disk_of_one_node_fails_the_snapshot_on_all(config, oracle):
     fault = Fault("disk_full", 1, "save.values_half_written", nth=5)  # 2, 4, 6 on the shared disk, 8, 10

@@ -6,6 +6,7 @@ import os
 import secrets
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,12 +73,13 @@ def local_place(local_dir: Path, run: Place, exchange: Exchange, own_bytes: int,
     folder = local_dir / f"{run.folder.parent.name}.{exchange.on_first(lambda: _run_id(run.folder.parent))}"
     nonce = exchange.broadcast(secrets.token_hex(4))
     own = folder / f".probe.{nonce}.{exchange.rank}"
-    exchange.together(lambda: _make(folder, own, "Choose another checkpoint.local_dir, or null."))
     try:
+        exchange.together(lambda: _make(folder, own, "Choose another checkpoint.local_dir, or null."))
         leader = exchange.together(lambda: next(r for r in range(exchange.size) if (folder / f".probe.{nonce}.{r}").exists()))
         parts = exchange.all_gather((leader, own_bytes))
     finally:
-        own.unlink(missing_ok=True)
+        with suppress(OSError):
+            own.unlink()
     return Place(folder, leader, sum(size for of, size in parts if of == leader), keep)
 
 

@@ -105,3 +105,14 @@ def test_machine_code_shows_what_was_left_out(compiled):
 def test_kernels_of_every_architecture_spill_nothing_and_fit(compiled):
     for case, kernels in compiled.items():
         check_case(case, kernels)
+
+
+def test_a_launch_finds_what_was_compiled_ahead_of_time(tmp_path):
+    """Triton's own launch path, up to the driver; and a launch with other parameters is seen to compile."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(HERE.parents[1])}
+    program = [sys.executable, str(HERE / "launch_after_compiling.py"), "sm_90", str(tmp_path)]
+    answer = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+    counts = json.loads(answer.stdout)
+    assert counts["compiled ahead"] == counts["launches"] == counts["after launching"] == 3
+    assert counts["after a launch that was not foreseen"] == 4

@@ -85,16 +85,20 @@ class Browser:
 
     def open(self, url: str, width: int = 1100, height: int = 800, dark: bool = False) -> None:
         """Load a page to its end, pictures included, and forget the complaints about the page before."""
+        self._go("about:blank")  # what the page before still has to say comes now
         self.problems.clear()
-        self._events.clear()
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
+        self._go(url)
+        self.evaluate("Promise.all([...document.images].map(image => image.decode().catch(() => 0)))")
+
+    def _go(self, url: str) -> None:
+        self._events.clear()
         failed = self.call("Page.navigate", url=url).get("errorText")
         assert not failed, f"{url}: {failed}"
         while not any(event.get("method") == "Page.loadEventFired" for event in self._events):
             self._hear(self._read())
-        self.evaluate("Promise.all([...document.images].map(image => image.decode().catch(() => 0)))")
 
     @property
     def requests(self) -> list[str]:

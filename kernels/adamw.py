@@ -87,7 +87,7 @@ def launch_adamw_(
     """One launch, one program a row of `segments` (which `device_segments` has cut to pieces of a block)."""
     if segments.shape[0] == 0:
         return
-    block, num_warps = block_shape("adamw", master.dtype, master.device)
+    shape = block_shape("adamw", master.dtype, master.device)
     adamw_kernel[(segments.shape[0],)](
         master if parameter_out is None else parameter_out,
         master,
@@ -100,8 +100,8 @@ def launch_adamw_(
         BETA1=beta1,
         BETA2=beta2,
         HAS_OUT=parameter_out is not None,
-        BLOCK=block,
-        **options(num_warps),
+        BLOCK=shape.block,
+        **options(shape.num_warps),
     )
 
 

@@ -33,6 +33,7 @@ def cross_entropy_forward_kernel(
     logit_scale,
     WITH_SUM: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     base = logits + row * row_stride
@@ -40,7 +41,7 @@ def cross_entropy_forward_kernel(
     maximum = -float("inf")
     sum_exp = tl.zeros([BLOCK], dtype=tl.float32)
     sum_z = tl.zeros([BLOCK], dtype=tl.float32)
-    for first in range(0, valid, BLOCK):
+    for first in tl.range(0, valid, BLOCK, num_stages=STAGES):
         column = first + tl.arange(0, BLOCK)
         # Two masks: `columns` is a known multiple of 16, which keeps the loads whole vectors; `valid` may be any number.
         x = tl.load(base + column, mask=column < columns, other=0.0).to(tl.float32) * logit_scale
@@ -101,7 +102,7 @@ def launch_cross_entropy_forward(
     tokens, columns = logits.shape
     stats = torch.empty(4 if with_sum else 3, tokens, dtype=torch.float32, device=logits.device)
     if tokens:
-        block, num_warps = block_shape("cross_entropy_forward", logits.dtype, logits.device)
+        shape = block_shape("cross_entropy_forward", logits.dtype, logits.device)
         cross_entropy_forward_kernel[(tokens,)](
             logits,
             labels,
@@ -113,8 +114,9 @@ def launch_cross_entropy_forward(
             valid_vocab,
             logit_scale,
             WITH_SUM=with_sum,
-            BLOCK=block,
-            **options(num_warps),
+            BLOCK=shape.block,
+            STAGES=shape.stages,
+            **options(shape.num_warps),
         )
     return stats
 
@@ -139,8 +141,8 @@ def launch_cross_entropy_backward_(
     tokens, columns = logits.shape
     if tokens == 0 or columns == 0:
         return
-    block, num_warps = block_shape("cross_entropy_backward", logits.dtype, logits.device)
-    cross_entropy_backward_kernel[(tokens, triton.cdiv(columns, block))](
+    shape = block_shape("cross_entropy_backward", logits.dtype, logits.device)
+    cross_entropy_backward_kernel[(tokens, triton.cdiv(columns, shape.block))](
         logits,
         labels,
         lse,
@@ -154,8 +156,8 @@ def launch_cross_entropy_backward_(
         z_loss,
         label_smoothing,
         PER_TOKEN=grad_scale.numel() > 1,
-        BLOCK=block,
-        **options(num_warps),
+        BLOCK=shape.block,
+        **options(shape.num_warps),
     )
 
 

@@ -71,8 +71,8 @@ def begin_step_kernel(
 
 
 def launch_sum_of_squares(flat: Tensor, segments: Tensor | None) -> Tensor:
-    block, num_warps = block_shape("sum_of_squares", flat.dtype, flat.device)
-    count = triton.cdiv(flat.numel(), block) if segments is None else segments.shape[0]
+    shape = block_shape("sum_of_squares", flat.dtype, flat.device)
+    count = triton.cdiv(flat.numel(), shape.block) if segments is None else segments.shape[0]
     programs = max(1, min(_PROGRAMS_A_PROCESSOR * launch.processors(launch.architecture(flat.device)), count))
     partials = torch.empty(programs, dtype=torch.float64, device=flat.device)
     sum_of_squares_kernel[(programs,)](
@@ -82,8 +82,8 @@ def launch_sum_of_squares(flat: Tensor, segments: Tensor | None) -> Tensor:
         count,
         flat.numel(),
         WHOLE=segments is None,
-        BLOCK=block,
-        **options(num_warps),
+        BLOCK=shape.block,
+        **options(shape.num_warps),
     )
     return partials.sum()
 

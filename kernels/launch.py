@@ -230,16 +230,17 @@ def _rotary_shape(heads: int, half: int, itemsize: int, architecture: str) -> Ti
 class BlockShape(NamedTuple):
     block: int  # elements of one program, or of one turn of its loop
     num_warps: int
+    stages: int  # of its loop: 1 loads a turn's elements in that turn, 3 prefetches those of the next two
 
 
-# Elements, threads. AdamW: four float32 elements a thread, one 128-bit access to each tensor.
+# Elements, threads, stages. AdamW: four float32 elements a thread, one 128-bit access to each tensor.
 _BLOCKS = {
-    "adamw": (1024, 256),
-    "sum_of_squares": (1024, 128),
-    "cross_entropy_forward": (4096, 256),
-    "cross_entropy_backward": (4096, 256),
-    "squared_relu_forward": (2048, 128),
-    "squared_relu_backward": (2048, 128),
+    "adamw": (1024, 256, 1),
+    "sum_of_squares": (1024, 128, 1),
+    "cross_entropy_forward": (4096, 256, 3),
+    "cross_entropy_backward": (4096, 256, 1),
+    "squared_relu_forward": (2048, 128, 1),
+    "squared_relu_backward": (2048, 128, 1),
 }
 
 
@@ -249,6 +250,5 @@ def block_shape(operation: str, dtype: torch.dtype, device: torch.device) -> Blo
 
 @_cached
 def _block_shape(operation: str, itemsize: int, architecture: str) -> BlockShape:
-    block, threads = _BLOCKS[operation]
-    block, num_warps = tuned_or((block, warps(threads, architecture)), architecture, operation, 0, itemsize)
-    return BlockShape(block, num_warps)
+    block, threads, stages = _BLOCKS[operation]
+    return BlockShape(*tuned_or((block, warps(threads, architecture), stages), architecture, operation, 0, itemsize))

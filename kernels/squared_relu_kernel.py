@@ -33,7 +33,7 @@ def launch_squared_relu_forward(x: Tensor) -> Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
     if x.numel() > 0:
-        block, num_warps = block_shape("squared_relu_forward", x.dtype, x.device)
+        block, num_warps, _ = block_shape("squared_relu_forward", x.dtype, x.device)
         forward_kernel[(triton.cdiv(x.numel(), block),)](x, out, x.numel(), BLOCK=block, **options(num_warps))
     return out
 
@@ -44,7 +44,7 @@ def launch_squared_relu_backward(d_out: Tensor, x: Tensor) -> Tensor:
     d_out, x = d_out.contiguous(), x.contiguous()
     d_x = torch.empty_like(x)
     if x.numel() > 0:
-        block, num_warps = block_shape("squared_relu_backward", x.dtype, x.device)
+        block, num_warps, _ = block_shape("squared_relu_backward", x.dtype, x.device)
         backward_kernel[(triton.cdiv(x.numel(), block),)](d_out, x, d_x, x.numel(), BLOCK=block, **options(num_warps))
     return d_x
 

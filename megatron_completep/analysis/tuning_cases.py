@@ -153,7 +153,7 @@ def _squared_relu(sweep: Sweep, device: torch.device, architecture: str) -> Iter
 
     for operation in ("squared_relu_forward", "squared_relu_backward"):
         sizes = tuple(partial(prepare, operation, rows) for rows in sweep.rows)
-        yield Tunable((operation, 0, sweep.dtype.itemsize), _tiles(architecture), sizes)
+        yield Tunable((operation, 0, sweep.dtype.itemsize), tuple((*tile, 1) for tile in _tiles(architecture)), sizes)
 
 
 def _rotary(head_dim: int, sweep: Sweep, device: torch.device) -> Tunable:
@@ -190,7 +190,7 @@ def _optimizer(sweep: Sweep, device: torch.device, architecture: str) -> Iterato
     def norm(parameters: int) -> Callable[[], Any]:
         return partial(LAUNCHERS["sum_of_squares"], torch.randn(parameters, device=device), None)
 
-    blocks = tuple((block, launch.warps(block // each, architecture)) for block in (512, 1024, 2048, 4096) for each in (4, 8))
+    blocks = tuple((block, launch.warps(block // each, architecture), 1) for block in (512, 1024, 2048, 4096) for each in (4, 8))
     yield Tunable(("adamw", 0, 4), blocks, tuple(partial(adamw, count) for count in sweep.parameters))
     yield Tunable(("sum_of_squares", 0, 4), blocks, tuple(partial(norm, count) for count in sweep.parameters))
 
@@ -210,6 +210,6 @@ def _cross_entropy(sweep: Sweep, device: torch.device, architecture: str) -> Ite
 
     pairs = itertools.product((1024, 2048, 4096, 8192, 16384), (128, 256, 512))
     blocks = tuple((block, launch.warps(threads, architecture)) for block, threads in pairs if 8 <= block / threads <= 64)
-    for operation, prepare in (("cross_entropy_forward", forward), ("cross_entropy_backward", backward)):
+    for operation, prepare, stages in (("cross_entropy_forward", forward, (1, 2, 3)), ("cross_entropy_backward", backward, (1,))):
         sizes = tuple(partial(prepare, vocabulary) for vocabulary in sweep.vocabularies)
-        yield Tunable((operation, 0, sweep.dtype.itemsize), blocks, sizes)
+        yield Tunable((operation, 0, sweep.dtype.itemsize), tuple((*block, count) for block in blocks for count in stages), sizes)

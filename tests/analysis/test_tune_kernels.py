@@ -54,10 +54,10 @@ def test_the_fastest_over_all_sizes_is_chosen():
     def sizes(times):
         return [lambda k=k: lambda: times[launch.block_shape("adamw", torch.float32, torch.device("cpu")).block][k] for k in range(2)]
 
-    slow_once = tunable([(1024, 4), (2048, 8)], *sizes({1024: (1.0, 16.0), 2048: (3.0, 3.0)}))
+    slow_once = tunable([(1024, 4, 1), (2048, 8, 1)], *sizes({1024: (1.0, 16.0), 2048: (3.0, 3.0)}))
     found = tune_kernels.tune("interpreter", [slow_once], lambda work: work(), print)
-    assert found[KEY].parameters == (2048, 8) and found[KEY].time == pytest.approx(3.0) and found[KEY].time_before == pytest.approx(4.0)
-    assert tune_kernels.tune("interpreter", [slow_once], lambda work: 1.0, print)[KEY].parameters == (1024, 4)
+    assert found[KEY].parameters == (2048, 8, 1) and found[KEY].time == pytest.approx(3.0) and found[KEY].time_before == pytest.approx(4.0)
+    assert tune_kernels.tune("interpreter", [slow_once], lambda work: 1.0, print)[KEY].parameters == (1024, 4, 1)
     assert "interpreter" not in tuned.TUNED
 
 
@@ -68,10 +68,10 @@ def test_a_candidate_that_cannot_run_is_left_out_and_said_so():
         return 1.0
 
     lines: list[str] = []
-    found = tune_kernels.tune("interpreter", [tunable([(4096, 1), (1024, 4)], lambda: work)], lambda work: work(), lines.append)
-    assert found[KEY].parameters == (1024, 4)
-    assert lines[0] == "adamw (4 bytes) (4096, 1): left out: RuntimeError: out of resources"
-    assert not tune_kernels.tune("interpreter", [tunable([(4096, 1)], lambda: work)], lambda work: work(), lines.append)
+    found = tune_kernels.tune("interpreter", [tunable([(4096, 1, 1), (1024, 4, 1)], lambda: work)], lambda work: work(), lines.append)
+    assert found[KEY].parameters == (1024, 4, 1)
+    assert lines[0] == "adamw (4 bytes) (4096, 1, 1): left out: RuntimeError: out of resources"
+    assert not tune_kernels.tune("interpreter", [tunable([(4096, 1, 1)], lambda: work)], lambda work: work(), lines.append)
     assert "interpreter" not in tuned.TUNED
 
 

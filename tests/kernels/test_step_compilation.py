@@ -36,3 +36,5 @@ def test_kernels_load_whole_vectors_and_spill_nothing(architecture):
         assert found[name]["registers"] <= REGISTERS[architecture[:2]], name
         assert found[name]["loads_128_bit"] >= loads, name
     assert found["adamw without its hint"]["loads_128_bit"] == 0
+    if architecture.startswith("sm_"):
+        assert found["cross_entropy_forward"]["prefetches"] > 0 == found["cross_entropy_backward"]["prefetches"]

@@ -16,9 +16,11 @@ if __name__ != "kernels":
     from .scaled_add_kernel import scaled_add, scaled_add_backward, scaled_add_forward
     from .squared_relu_kernel import squared_relu
     from .swiglu_kernel import swiglu
+    from .wide_product import add_product
 
 __all__ = [
     "CONTROL_SIZE",
+    "add_product",
     "adamw_",
     "begin_step_",
     "block_table",

@@ -18,6 +18,7 @@ from . import native_cross_entropy, reference
 from .launch import block_shape, options
 from .library import register
 from .optional_triton import tl, triton
+from .wide_product import add_product
 
 
 @triton.jit
@@ -235,16 +236,6 @@ def cross_entropy_backward_(
 _CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}  # logits held at once
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """`total += a @ b`, in the total's dtype where the device can."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    elif total.is_cuda:
-        total.add_(torch.mm(a, b, out_dtype=total.dtype))
-    else:
-        total.add_(a @ b)
-
-
 class _UnembeddingCrossEntropy(torch.autograd.Function):
     """The loss is a scalar, so its gradients are known in the forward: each chunk of logits is made, used and dropped once."""
 
@@ -269,7 +260,7 @@ class _UnembeddingCrossEntropy(torch.autograd.Function):
             if d_x is not None:
                 torch.mm(logits, weight, out=d_x[tokens])
             if d_weight is not None:
-                _add_product(d_weight, logits.t(), x_chunk)
+                add_product(d_weight, logits.t(), x_chunk)
         ctx.save_for_backward(d_x, None if d_weight is None else d_weight.to(weight.dtype))
         return (total * grad_scale[0]).to(wide)
 

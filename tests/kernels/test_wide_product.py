@@ -32,9 +32,8 @@ def test_a_product_is_added_or_written(dtype, overwrite):
     total = total.to(DEVICE)
     kernels.add_product(total, a, b, overwrite)
     expected = a.double() @ b.double() + (0.0 if overwrite else 2.0)
-    torch.testing.assert_close(
-        total.double(), expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=1e-2 * (dtype == torch.bfloat16)
-    )
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(total.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize(

@@ -1,21 +1,19 @@
 #!/bin/sh
-# Learning-rate transfer over depth: half octaves round each optimum, decay 0 and 0.1. Stopped, it goes on where it was when started again.
+# Learning-rate transfer over depth, half octaves round each optimum. Stopped, it goes on where it was when it is started again.
 set -e
 out=runs/results/lr_transfer
 
 sweep() {
-    decay=$1
-    shift
-    python tools/lr_transfer.py sweep docs/results/lr_transfer.yaml --out "$out" --weight-decays "$decay" "$@"
+    python tools/lr_transfer.py sweep docs/results/lr_transfer.yaml --out "$out" "$@"
 }
 
-for decay in 0.0 0.1; do
-    sweep $decay --depths 2 --lr=-9:-5.5:2 --parameterizations completep,alpha_0.5,mup --seeds 6
-    sweep $decay --depths 8 --lr=-9:-6:2 --parameterizations completep
-    sweep $decay --depths 8 --lr=-10:-7:2 --parameterizations mup
-    sweep $decay --depths 8 --lr=-8:-5.5:2 --parameterizations alpha_0.5
-    sweep $decay --depths 32 --lr=-8.5:-6.5:2 --parameterizations completep
-    sweep $decay --depths 32 --lr=-10.5:-7.5:2 --parameterizations mup
-    sweep $decay --depths 32 --lr=-8:-5.5:2 --parameterizations alpha_0.5
-done
+sweep --weight-decays 0.0 --depths 2 --lr=-8.5:-5:2 --parameterizations completep,alpha_0.5,mup --seeds 6
+sweep --weight-decays 0.0 --depths 8 --lr=-8.5:-5.5:2 --parameterizations completep
+sweep --weight-decays 0.0 --depths 32 --lr=-8:-5.5:2 --parameterizations completep
+sweep --weight-decays 0.0 --depths 8 --lr=-9:-6:2 --parameterizations mup
+sweep --weight-decays 0.0 --depths 32 --lr=-9.5:-6:2 --parameterizations mup
+sweep --weight-decays 0.0 --depths 8 --lr=-7.5:-5.5:2 --parameterizations alpha_0.5
+sweep --weight-decays 0.1 --depths 2 --lr=-8:-5.5:2
+sweep --weight-decays 0.1 --depths 8 --lr=-7.5:-6:2
+sweep --weight-decays 0.1 --depths 32 --lr=-7.5:-5.5:2 --seeds 2
 python tools/lr_transfer.py report "$out"

@@ -9,5 +9,5 @@ sweep() {
 
 sweep --depths 2 --widths 128 --train-steps 128,256
 sweep --depths 8 --widths 64 --train-steps 128,256
-sweep --depths 32 --widths 32 --train-steps 118,237
+sweep --depths 16 --widths 48 --train-steps 112,224
 python tools/lr_transfer.py report "$out"

@@ -137,6 +137,11 @@ def regret_verdict(estimate: Estimate) -> str:
     return "large" if estimate.low > REGRET_BAND else "unresolved"
 
 
+def best_loss(curve: Curve) -> Estimate:
+    """The loss at the optimum, with what seeds do to the whole curve in its interval."""
+    return bootstrap(lambda m: parabola_optimum(curve.log2_lr, m[0]).loss, [curve.losses], REPLICATES, of_level=True)
+
+
 def divergence(curve: Curve) -> float | None:
     """The smallest log2(lr) above the optimum whose mean loss is EDGE_NATS over the best, or not finite."""
     mean = curve.mean
@@ -162,7 +167,7 @@ def optimum_of(curve: Curve, base: Curve) -> Optimum:
         seeds=curve.losses.shape[1],
         log2_lr=bootstrap(lambda m: parabola_optimum(x, m[0]).log2_lr, [curve.losses], REPLICATES),
         grid_log2_lr=float(x[point.grid_index]),
-        loss=bootstrap(lambda m: parabola_optimum(x, m[0]).loss, [curve.losses], REPLICATES, of_level=True),
+        loss=best_loss(curve),
         at_edge=point.at_edge,
         drift=drift,
         regret=lost,

@@ -11,7 +11,7 @@ from megatron_completep.analysis import lr_transfer
 from megatron_completep.analysis.check_report import dump, finite
 from megatron_completep.analysis.fits import Estimate
 from megatron_completep.analysis.lr_transfer import DRIFT_BAND, EDGE_NATS, REGRET_BAND, Analysis, Curve, Optimum, Saving
-from megatron_completep.analysis.report import Report, new_figure, write_whole
+from megatron_completep.analysis.report import PALETTE, Report, new_figure, write_whole
 
 Say = Callable[[str], None]
 
@@ -76,9 +76,11 @@ def build(analysis: Analysis) -> Report:
         )
         headers = ["parameterization", "shape", "against", "its shape", "saving, %", "verdict"]
         section.table(headers, [saving_row(saving) for saving in analysis.savings], "Shapes are layers x width.")
-    section = document.section("Curves")
-    for decay in sorted({c.base_weight_decay for c in analysis.curves}):
-        curves = [c for c in analysis.curves if c.base_weight_decay == decay]
+        section.picture("savings", draw_lengths(analysis.curves), "Loss at the optimum over FLOPs; the same seeds everywhere.")
+    swept = [c for c in analysis.curves if len(c.log2_lr) > 1]
+    for decay in sorted({c.base_weight_decay for c in swept}):
+        section = document.section(f"Curves, weight decay {decay:g}")
+        curves = [c for c in swept if c.base_weight_decay == decay]
         section.picture(f"curves_wd_{decay:g}", draw_curves(curves), f"Held-out loss over the learning rate, weight decay {decay:g}.")
     return document
 
@@ -143,6 +145,35 @@ def draw_curves(curves: Sequence[Curve]) -> Any:
     lowest, highest = min(finite_losses), min(max(finite_losses), min(finite_losses) + 1.0)  # what diverges runs out of the picture
     margin = 0.05 * (highest - lowest) + 0.01
     axes[0].set_ylim(lowest - margin, highest + margin)
+    axes[0].set_ylabel("loss, nats a token")
+    axes[-1].legend(fontsize=8)
+    return figure
+
+
+def draw_lengths(curves: Sequence[Curve]) -> Any:
+    """One panel a parameterization, one line a shape: the loss at the optimum over the FLOPs of a run; bars are 95 % intervals."""
+    rules = list(dict.fromkeys(c.parameterization for c in curves))
+    shapes = sorted({(c.num_layers, c.hidden_size) for c in curves})
+    figure = new_figure(4.2 * len(rules), 4.0)
+    axes = figure.subplots(1, len(rules), sharey=True, squeeze=False)[0]
+    for axis, rule in zip(axes, rules, strict=True):
+        for number, shape in enumerate(shapes):
+            runs = sorted((c for c in curves if (c.parameterization, c.num_layers, c.hidden_size) == (rule, *shape)), key=lambda c: c.flops)
+            losses = [lr_transfer.best_loss(c) for c in runs]
+            reach = [[loss.value - loss.low for loss in losses], [loss.high - loss.value for loss in losses]]
+            label = f"{shape[0]} x {shape[1]}"
+            axis.errorbar(
+                [c.flops for c in runs],
+                [loss.value for loss in losses],
+                reach,
+                marker="o",
+                capsize=3,
+                color=PALETTE[number % 8],
+                label=label,
+            )
+        axis.set_title(rule)
+        axis.set_xlabel("FLOPs of a run")
+        axis.grid(alpha=0.3)
     axes[0].set_ylabel("loss, nats a token")
     axes[-1].legend(fontsize=8)
     return figure

@@ -27,7 +27,7 @@ from megatron_completep.analysis.lr_transfer import (
     savings,
 )
 from megatron_completep.analysis.lr_transfer_plan import plan
-from megatron_completep.analysis.lr_transfer_report import report
+from megatron_completep.analysis.lr_transfer_report import draw_lengths, report
 from megatron_completep.completep import Role, table_for
 from megatron_completep.config import load_config, save_config
 from megatron_completep.errors import ConfigError, DataError, exit_on_user_error
@@ -139,6 +139,9 @@ def test_a_shape_is_compared_with_the_shallowest_under_the_same_rule_at_one_lear
     assert deep.percent.value == pytest.approx(100 * (1 - 2**-0.5), abs=0.1)
     assert deep.verdict == "saves"
     assert found["mup", 16, "mup", 4].verdict == "unresolved"
+    panels = draw_lengths(curves).axes
+    assert [axis.get_title() for axis in panels] == ["completep", "mup"]
+    assert [text.get_text() for text in panels[-1].get_legend().get_texts()] == ["4 x 64", "16 x 16"]
 
 
 # --- a sweep's folder, with results written by hand ----------------------------------------------------------------------

@@ -146,7 +146,7 @@ def draw_curves(curves: Sequence[Curve]) -> Any:
     margin = 0.05 * (highest - lowest) + 0.01
     axes[0].set_ylim(lowest - margin, highest + margin)
     axes[0].set_ylabel("loss, nats a token")
-    axes[-1].legend(fontsize=8)
+    max(axes, key=lambda axis: len(axis.get_legend_handles_labels()[0])).legend(fontsize=8)  # a rule may lack some shapes
     return figure
 
 

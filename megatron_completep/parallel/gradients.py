@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from megatron_completep import kernels
 from megatron_completep.errors import ConfigError
 from megatron_completep.parallel.placement import placement_of
 
@@ -122,12 +123,8 @@ def accumulate_matrix(d_out: Tensor, x: Tensor, fused: FusedAccumulation | None 
             if first:
                 main_grad.zero_()
             fused(x, d_out, main_grad)
-        elif main_grad.dtype == x.dtype:
-            torch.addmm(main_grad, d_out.t(), x, beta=0.0 if first else 1.0, out=main_grad)
-        elif first:
-            main_grad.copy_(d_out.t() @ x)
         else:
-            main_grad.add_(d_out.t() @ x)
+            kernels.add_product(main_grad, d_out.t(), x, overwrite=first)
 
     return accumulate
 

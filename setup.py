@@ -9,12 +9,13 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "megatron_completep/__init__.py").read_text(), re.MULTILINE)
 assert VERSION is not None
 
-# Ranges: the lower end and the newest version were installed and tested, for torch 2.13, triton 3.9, ruff, mypy and lm-eval
-# only the newest. Versions beyond the upper end did not exist.
+# Ranges: the lower end and the newest version were installed and tested, for torch 2.13, triton 3.9, ruff, mypy, lm-eval and
+# submitit only the newest. Versions beyond the upper end did not exist.
 DATA = ["tokenizers>=0.21,<0.24", "tiktoken>=0.12,<0.15", "pyarrow>=18,<27", "zstandard>=0.23,<0.26"]
 DOCS = ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.29,<2"]
 TRACKING = ["wandb>=0.21,<0.32", "trackio>=0.40,<0.44"]
 HF = ["transformers>=4.51.3,<6"]
+SLURM = ["submitit>=1.5.4,<2"]
 EVAL = ["lm-eval>=0.4.13,<0.5", *HF]
 DEV = [
     *("pytest>=8.3,<10", "pytest-timeout>=2.3.1,<3", "pytest-xdist>=3.6.1,<4", "hypothesis>=6.112,<7"),
@@ -50,12 +51,13 @@ setup(
     ],
     extras_require={
         "data": DATA,
-        "dev": DATA + DOCS + TRACKING + EVAL + DEV,
+        "dev": DATA + DOCS + TRACKING + EVAL + SLURM + DEV,
         "docs": DOCS,
         "eval": EVAL,
         "gpu": ["triton>=3.6,<4"],
         "hf": HF,
         "ray": ["ray>=2.49,<3"],
+        "slurm": SLURM,
         "tracking": TRACKING,
     },
 )

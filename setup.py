@@ -12,7 +12,7 @@ assert VERSION is not None
 # Ranges: the lower end and the newest version were installed and tested, for torch 2.13, triton 3.9, ruff, mypy, lm-eval and
 # submitit only the newest. Versions beyond the upper end did not exist.
 DATA = ["tokenizers>=0.21,<0.24", "tiktoken>=0.12,<0.15", "pyarrow>=18,<27", "zstandard>=0.23,<0.26"]
-DOCS = ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.29,<2"]
+DOCS = ["mkdocs-material>=9.8.1,<10", "mkdocstrings[python]>=1.0.8,<2"]
 TRACKING = ["wandb>=0.21,<0.32", "trackio>=0.40,<0.44"]
 HF = ["transformers>=4.51.3,<6"]
 SLURM = ["submitit>=1.5.4,<2"]

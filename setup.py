@@ -9,7 +9,7 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "megatron_completep/__init__.py").read_text(), re.MULTILINE)
 assert VERSION is not None
 
-# Ranges: the lower end and the newest version were installed and tested, for torch 2.13, triton 3.9, ruff, mypy, lm-eval and
+# Ranges: the lower end and the newest version were installed and tested, for torch 2.13, triton 3.9, ruff, mypy, docs, lm-eval and
 # submitit only the newest. Versions beyond the upper end did not exist.
 DATA = ["tokenizers>=0.21,<0.24", "tiktoken>=0.12,<0.15", "pyarrow>=18,<27", "zstandard>=0.23,<0.26"]
 DOCS = ["mkdocs-material>=9.8.1,<10", "mkdocstrings[python]>=1.0.8,<2"]

@@ -1,6 +1,6 @@
 """How much of the ideal a run keeps that is killed again and again: effective training time at a stated kill rate.
 
-    python tests/faults/effective_time.py --kill-every 60 --kills 4
+    python tests/faults/effective_time.py --kill-every 120 --kills 2
 
 Two ranks train the harness's tiny model, with asynchronous checkpoints and snapshots; every so often one of them is killed with
 signal 9, and the run is started again. Ideal: the same number of steps at the pace of two runs that save nothing and are not
@@ -23,7 +23,7 @@ from harness import Fault, Ranks, start, write_corpus
 from megatron_completep.training.metrics import read_metrics
 
 COMMON = ["guards.replica_check_interval=null", "logging.parameterization_interval=null", "logging.interval=1000"]
-SAVING = ["checkpoint.interval=1000", "checkpoint.local_interval=100", "checkpoint.async_save=true"]
+SAVING = ["checkpoint.interval=1000", "checkpoint.local_interval=400", "checkpoint.async_save=true"]
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,8 @@ def wait_for_first_step(config: Path, ranks: Ranks) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kill-every", type=float, default=60.0, help="mean seconds between kills (default: 60)")
-    parser.add_argument("--kills", type=int, default=3, help="how many (default: 3)")
+    parser.add_argument("--kill-every", type=float, default=120.0, help="mean seconds between kills (default: 120)")
+    parser.add_argument("--kills", type=int, default=2, help="how many (default: 2)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -23,7 +23,6 @@ from megatron_completep.training.checkpoint.manifest import StoredFile, open_reg
 
 BLOCK_SIZE = 4 << 20  # bytes; hashed one by one, so that a part of a file can be checked without reading the rest
 MAX_HEADER_BYTES = 100 << 20
-PIECE = 512 << 10  # bytes read at a time: still in the cache when they are hashed
 DTYPES: dict[str, np.dtype] = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
 _ALIGNMENT = 64
 
@@ -196,17 +195,16 @@ class CheckedFile:
 
     def read_block(self, block: int, out: np.ndarray) -> None:
         """Fill `out` (uint8, contiguous, of the block's size) and compare its hash. Raises CheckpointError."""
-        begin, done, hasher = block * self.block_size, 0, xxhash.xxh3_64()
+        begin, done = block * self.block_size, 0
         while done < len(out):
-            count = os.preadv(self.file.fileno(), [memoryview(out)[done : done + PIECE]], begin + done)
+            count = os.preadv(self.file.fileno(), [memoryview(out)[done:]], begin + done)
             if count == 0:
                 raise CheckpointError(
                     f"{self.path}: ends at byte {begin + done}, expected {self.stored.size}. It was cut while being read."
                 )
-            hasher.update(memoryview(out)[done : done + count])
             done += count
         self.bytes_read += len(out)
-        found = hasher.hexdigest()
+        found = xxhash.xxh3_64_hexdigest(memoryview(out))
         if found != self.stored.blocks[block]:
             raise CheckpointError(
                 f"{self.path}: damaged between bytes {begin} and {begin + len(out)}: xxh3 is {found}, "

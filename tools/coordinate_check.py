@@ -52,6 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--beside", type=names, default=[], metavar="RULE,...", help="also measure and draw these, of completep,alpha_0.5,mup,sp"
     )
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="models at once, a process of one thread each (default: 1)")
     parser.add_argument("--no-eps", action="store_true", help="leave out the runs with a large eps, which alone show a wrong eps")
     parser.add_argument("--model", metavar="PACKAGE:FUNCTION", help="check this model instead of the project's")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write coordinate_check.json, .html and pictures there")
@@ -82,8 +83,12 @@ def main() -> int | None:
     if len(set(depths)) < 2 and len(set(widths)) < 2:
         raise ConfigError("nothing to compare: give --depths or --widths with at least two values, such as --depths 2,4,8,16,32.")
     design = Design(make_model=load_function(arguments.model) if arguments.model else None)
+    if arguments.workers > 1 and launch.world_size > 1:
+        raise ConfigError(f"--workers {arguments.workers} and torchrun exclude each other: every rank trains its part of each model.")
     context = ParallelContext.create(config.parallel, config.training.device)
     use_threads(config.training.cpu_threads, launch.local_world_size)
+    workers = coordinate_check.in_workers(arguments.workers, str(context.device))
+    run = workers if arguments.workers > 1 else coordinate_check.in_turn(context)
 
     def say(text: str) -> None:
         if context.is_first:
@@ -98,7 +103,7 @@ def main() -> int | None:
         check_eps=not arguments.no_eps,
         beside=arguments.beside,
     )
-    result = coordinate_check.judge(coordinate_check.collect(config, plan, context, design, say), config.completep.alpha)
+    result = coordinate_check.judge(coordinate_check.collect(config, plan, run, design, say), config.completep.alpha)
     say(describe_check(result))
     if context.is_first and arguments.out is not None:
         own = config.completep.parameterization + (f", alpha {config.completep.alpha:g}" if config.completep.alpha != 1 else "")

@@ -8,7 +8,9 @@ depth, SP over width) runs beside it and must leave the band, or the check canno
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from enum import IntEnum
 from typing import Any
@@ -158,36 +160,82 @@ class Plan:
 
 
 CONTROLS = {"depth": "mup", "width": "sp"}
+# A wrong eps shows only where eps counts; without clipping and decay the updates are Adam's alone.
+EPS_SETTINGS = {"base_eps": LARGE_EPS, "base_weight_decay": 0.0, "grad_clip": 0.0}
 
 
-def collect(
-    config: Config, plan: Plan, context: ParallelContext, design: Design | None = None, say: Say = lambda text: None
-) -> list[Sample]:
-    """Train and measure every model of the plan. `design` is the model under check; the control takes the right table of its rule."""
-    design = design or Design()
-    control = replace(design, make_table=table_for)
-    samples = []
+@dataclass(frozen=True)
+class Job:
+    """One model to train: `steps` steps, and the step after them is the probe. Travels between processes."""
+
+    rule: str  # as in Sample, and "large eps": the model under check once more
+    config: Config
+    design: Design
+    steps: int
+    precision: str
+    optimizer: dict[str, Any] = field(default_factory=dict)
+
+
+Run = Callable[[Sequence[Job]], Iterator[Measurement]]  # in the order of the jobs
+
+
+def in_turn(context: ParallelContext) -> Run:
+    """One model after the other, on all ranks of the layout."""
+    return lambda jobs: (train(job, context) for job in jobs)
+
+
+def in_workers(workers: int, device: str) -> Run:
+    """Several models at once, in processes of one thread each."""
+
+    def run(jobs: Sequence[Job]) -> Iterator[Measurement]:
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            try:
+                yield from pool.map(_train_alone, jobs, [device] * len(jobs))
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+
+    return run
+
+
+def _train_alone(job: Job, device: str) -> Measurement:
+    torch.set_num_threads(1)
+    return train(job, ParallelContext.single(device))
+
+
+def train(job: Job, context: ParallelContext) -> Measurement:
+    """One model from its initial weights on."""
+    short = for_short_runs(job.config, job.steps + 1, job.precision, **job.optimizer)
+    batches = read_batches(short, context, job.steps + 1)
+    return measure(Trial.build(short, context, job.design), batches[: job.steps], batches[job.steps])
+
+
+def jobs_of(config: Config, plan: Plan, design: Design, axis: str) -> list[Job]:
+    """The model of one shape and seed in all the rules that are wanted. `design` is the model under check; others take the right table."""
+    right = replace(design, make_table=table_for)
+    jobs = [Job("model", config, design, plan.steps, plan.precision)]
+    if plan.check_eps:
+        jobs.append(Job("large eps", config, design, EPS_STEPS, plan.precision, EPS_SETTINGS))
+    jobs.append(Job("control", under(config, CONTROLS[axis]), right, plan.steps, plan.precision))
+    return jobs + [Job(rule, under(config, rule), right, plan.steps, plan.precision) for rule in plan.beside]
+
+
+def collect(config: Config, plan: Plan, run: Run, design: Design | None = None, say: Say = lambda text: None) -> list[Sample]:
+    """Train and measure every model of the plan."""
+    cases = []
     for axis, width, depth in plan.shapes():
-        for seed in range(plan.seeds):
-            shaped = with_seed(reshape(config, width, depth), seed)
-            own = train(shaped, plan, context, design, plan.steps)
-            # A wrong eps shows only where eps counts; without clipping and decay the updates are Adam's alone.
-            settings = {"base_eps": LARGE_EPS, "base_weight_decay": 0.0, "grad_clip": 0.0}
-            eps = train(shaped, plan, context, design, EPS_STEPS, **settings) if plan.check_eps else None
-            other = train(under(shaped, CONTROLS[axis]), plan, context, control, plan.steps)
-            samples += [Sample(axis, "model", width, depth, seed, own, eps), Sample(axis, "control", width, depth, seed, other)]
-            for rule in plan.beside:
-                samples.append(Sample(axis, rule, width, depth, seed, train(under(shaped, rule), plan, context, control, plan.steps)))
-            changes = f"change {own.stream_change[-1]:.4g}, control {other.stream_change[-1]:.4g}"
-            say(f"{axis}: {depth} layers x {width}, seed {seed}: stream {own.stream[0]:.4g}, {changes}")
+        shaped = [with_seed(reshape(config, width, depth), seed) for seed in range(plan.seeds)]
+        cases += [(axis, width, depth, seed, jobs_of(shaped[seed], plan, design or Design(), axis)) for seed in range(plan.seeds)]
+    measurements = run([job for *_, jobs in cases for job in jobs])
+    samples = []
+    for axis, width, depth, seed, jobs in cases:
+        found = {job.rule: next(measurements) for job in jobs}
+        eps = found.pop("large eps", None)
+        samples += [Sample(axis, rule, width, depth, seed, one, eps if rule == "model" else None) for rule, one in found.items()]
+        own, other = found["model"], found["control"]
+        changes = f"change {own.stream_change[-1]:.4g}, control {other.stream_change[-1]:.4g}"
+        say(f"{axis}: {depth} layers x {width}, seed {seed}: stream {own.stream[0]:.4g}, {changes}")
     return samples
-
-
-def train(config: Config, plan: Plan, context: ParallelContext, design: Design, steps: int, **optimizer: Any) -> Measurement:
-    """One model over `steps` steps; the step after them is the probe."""
-    short = for_short_runs(config, steps + 1, plan.precision, **optimizer)
-    batches = read_batches(short, context, steps + 1)
-    return measure(Trial.build(short, context, design), batches[:steps], batches[steps])
 
 
 @dataclass(frozen=True)

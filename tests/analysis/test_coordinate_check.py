@@ -21,11 +21,14 @@ from megatron_completep.analysis.coordinate_check import (
     Verdict,
     collect,
     exponent,
+    in_turn,
+    in_workers,
+    jobs_of,
     judge,
     measure,
     train,
 )
-from megatron_completep.analysis.trial import Design, Trial, for_short_runs, read_batches, reshape, under, with_seed
+from megatron_completep.analysis.trial import Design, Trial, for_short_runs, read_batches, reshape, with_seed
 from megatron_completep.completep import Role
 from megatron_completep.config import save_config
 from megatron_completep.config.schema import Config
@@ -139,19 +142,18 @@ def samples_of(
     samples = []
     for _, width, depth in plan.shapes():
         shaped = reshape(config, width, depth)
-        large = {"base_eps": 1e-2, "base_weight_decay": 0.0, "grad_clip": 0.0}
-        own = train(shaped, plan, SINGLE, design, 10)
-        samples.append(Sample(axis, "model", width, depth, seed, own, train(shaped, plan, SINGLE, design, 3, **large) if eps else None))
+        own, large = (job for job in jobs_of(shaped, plan, design, axis) if job.rule in ("model", "large eps"))
+        samples.append(Sample(axis, "model", width, depth, seed, train(own, SINGLE), train(large, SINGLE) if eps else None))
     return samples
 
 
 def control_of(samples: list[Sample], folder: Path, architecture: str = "gpt2") -> list[Sample]:
-    rule = "mup" if samples[0].axis == "depth" else "sp"
     plan = Plan(DEPTHS, WIDTHS)
     controls = []
     for s in samples:
-        shaped = under(with_seed(reshape(small_config(folder, architecture), s.hidden_size, s.num_layers), s.seed), rule)
-        controls.append(Sample(s.axis, "control", s.hidden_size, s.num_layers, s.seed, train(shaped, plan, SINGLE, Design(), 10)))
+        shaped = with_seed(reshape(small_config(folder, architecture), s.hidden_size, s.num_layers), s.seed)
+        (job,) = (job for job in jobs_of(shaped, plan, Design(), s.axis) if job.rule == "control")
+        controls.append(Sample(s.axis, "control", s.hidden_size, s.num_layers, s.seed, train(job, SINGLE)))
     return controls
 
 
@@ -262,9 +264,17 @@ def test_missing_token_files_useless_axes_and_unknown_models_are_refused_clearly
     assert "--model no_such_module:f" in run_tool(config, "--depths", "2,4", "--model", "no_such_module:f").err
 
 
+def test_several_workers_measure_what_one_process_does(folder: Path):
+    plan = Plan([2, 4], [32], steps=2, seeds=2)
+    config = small_config(folder, training={"cpu_threads": 1})
+    alone, together = (collect(config, plan, run) for run in (in_turn(SINGLE), in_workers(2, "cpu")))
+    assert alone == together
+    assert len({(s.rule, s.num_layers, s.seed, s.measured.stream_change[-1]) for s in alone}) == 8  # no two of them alike
+
+
 def test_the_report_has_a_panel_a_parameterization_and_a_line_a_step(folder: Path, tmp_path: Path):
     plan = Plan([2, 4], [32], steps=2, seeds=1, check_eps=False, beside=["alpha_0.5"])
-    result = judge(collect(small_config(folder), plan, SINGLE))
+    result = judge(collect(small_config(folder), plan, in_turn(SINGLE)))
     assert exponent(result.samples, result.findings[0].band, "control") is not None
     update = next(f for f in result.findings if f.band.quantity == "update, hidden matrices")
     assert update.beside["alpha_0.5"].value == pytest.approx(-0.5, abs=0.05)  # shown, and not judged: it is outside the model's band

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from small_runs import small_config, write_tokens
 
-from megatron_completep.analysis.coordinate_check import Plan, Sample, judge, train
+from megatron_completep.analysis.coordinate_check import Job, Sample, judge, train
 from megatron_completep.analysis.trial import Design, Trial, for_short_runs, reshape, stretch
 from megatron_completep.config.schema import OverrideConfig
 from megatron_completep.parallel.context import ParallelContext
@@ -52,9 +52,8 @@ def test_a_model_with_own_factors_keeps_its_sizes_over_depth(tmp_path: Path):
     """Stretched over the depth they transfer; a factor that stays with the two first layers would fade away as 1 / L."""
     write_tokens(tmp_path)
     config = small_config(tmp_path, "gpt2", **OWN)
-    plan = Plan([2, 4, 8, 16], [32], seeds=1)
-    shapes = [(depth, reshape(config, num_layers=depth)) for depth in plan.depths]
-    samples = [Sample("depth", "model", 32, depth, 0, train(shaped, plan, SINGLE, Design(), 10)) for depth, shaped in shapes]
+    jobs = {depth: Job("model", reshape(config, num_layers=depth), Design(), 10, "float32") for depth in (2, 4, 8, 16)}
+    samples = [Sample("depth", "model", 32, depth, 0, train(job, SINGLE)) for depth, job in jobs.items()]
     found = {f.band.quantity: f for f in judge(samples).findings}
     assert found["update, hidden matrices"].passed
     assert not found["stream change"].wrong

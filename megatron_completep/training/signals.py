@@ -17,14 +17,14 @@ class StopSignals:
     torchrun forwards the signal that a terminal has already sent to the whole process group: what follows within GRACE seconds of
     the first is taken for its echo. `exit_after_minutes` asks for a stop by itself, that long after the start, which was
     `already_seconds` ago. A thread hears the signals: while the main thread waits for another rank inside a collective, Python calls
-    no handler.
+    no handler. Outside of one the handler is first: the thread has to wait for the interpreter, and short steps do not.
     """
 
     GRACE = 2.0
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
     def __init__(self, say: Callable[[str], None], exit_after_minutes: float | None = None, already_seconds: float = 0.0):
-        self._say, self._asked_at, self._time_is_up = say, 0.0, False
+        self._say, self._asked_at, self._noted, self._time_is_up = say, 0.0, False, False
         self._leave_at = time.monotonic() + 60 * exit_after_minutes - already_seconds if exit_after_minutes else float("inf")
         self._before: dict[int, Any] = {}
 
@@ -33,7 +33,7 @@ class StopSignals:
         if not self._time_is_up and time.monotonic() > self._leave_at:
             self._time_is_up = True
             self._say("training.exit_after_minutes: the time is up; saving after this step, then leaving")
-        return self._asked_at > 0 or self._time_is_up
+        return self._noted or self._asked_at > 0 or self._time_is_up
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
@@ -41,7 +41,7 @@ class StopSignals:
             self._writing.setblocking(False)
             threading.Thread(target=self._listen, args=(self._reading,), name="signals", daemon=True).start()
             signal.set_wakeup_fd(self._writing.fileno(), warn_on_full_buffer=False)
-            self._before = {number: signal.signal(number, lambda number, frame: None) for number in self.SIGNALS}
+            self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -50,6 +50,9 @@ class StopSignals:
             self._writing.close()  # ends the thread
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def _note(self, *_: object) -> None:
+        self._noted = True
 
     def _listen(self, reading: socket.socket) -> None:
         with reading:

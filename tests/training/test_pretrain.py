@@ -96,7 +96,7 @@ def test_a_signal_saves_between_steps_and_the_run_goes_on(
         patch.setattr(TrainingStep, "run", run)
         assert pretrain(config) == ExitCode.REQUEUE
     stopped_at = len(rows_of(config))
-    assert 8 <= stopped_at < 12  # a thread hears the signal, within the step or some steps after it
+    assert stopped_at in (8, 9)  # the signal may arrive within the step or after it
     assert (Path(config.training.output_dir) / f"checkpoints/step_{stopped_at:08d}").is_dir()
     assert pretrain(config) == ExitCode.DONE
     assert rows_of(config) == rows_of(whole)

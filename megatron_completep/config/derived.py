@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from megatron_completep.config.schema import Config, ModelConfig, OptimizerConfig, TrainingConfig
+from fnmatch import fnmatchcase
+from math import prod
+
+from megatron_completep.config.schema import Config, ModelConfig, OptimizerConfig, OverrideConfig, TrainingConfig
 
 
 def head_dim(model: ModelConfig) -> int:
@@ -31,6 +34,13 @@ def warmup_steps(optimizer: OptimizerConfig, train_steps: int) -> int:
 def decay_steps(optimizer: OptimizerConfig, train_steps: int) -> int:
     """Steps of the last part of warmup_stable_decay, in which the learning rate falls."""
     return round(optimizer.decay_fraction * train_steps)
+
+
+def own_factors(optimizer: OptimizerConfig, name: str) -> OverrideConfig:
+    """What the user's overrides multiply one parameter's values with: the product of all that match its name."""
+    found = [override for override in optimizer.overrides if fnmatchcase(name, override.pattern)]
+    factors = {field: prod(getattr(override, field) for override in found) for field in ("lr", "init_std", "weight_decay", "eps")}
+    return OverrideConfig(pattern=name, **factors)
 
 
 def batch_size(training: TrainingConfig, step: int) -> int:

@@ -112,6 +112,7 @@ class OverrideConfig(Section):
 
     pattern: str = Field(description="Shell-style pattern on the parameter name, such as layers.0.*; must match something.")
     lr: PositiveFloat = Field(1.0, description="Multiplies the learning rate.")
+    init_std: PositiveFloat = Field(1.0, description="Multiplies the initial standard deviation.")
     weight_decay: NonNegativeFloat = Field(1.0, description="Multiplies the weight decay.")
     eps: PositiveFloat = Field(1.0, description="Multiplies the AdamW epsilon.")
 

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from megatron_completep.completep import Role, Table, declaration_of
+from megatron_completep.completep import Declaration, Role, Table, declaration_of
+from megatron_completep.config.derived import own_factors
 from megatron_completep.config.schema import OptimizerConfig
 from megatron_completep.parallel.placement import Placement, placement_of
 
@@ -21,15 +22,21 @@ CONSTANT_ROLES = (Role.PRE_NORM, Role.HIDDEN_BIAS, Role.FINAL_NORM, Role.QK_NORM
 
 @torch.no_grad()
 def initialize(model: nn.Module, table: Table, optimizer: OptimizerConfig, seed: int) -> None:
-    """Fill every weight in place with N(0, std^2), std from the table; float32 draws."""
+    """Fill every weight in place with N(0, std^2), std from the table and the user's own factors; float32 draws."""
     for name, parameter in model.named_parameters():
         declaration = declaration_of(name, parameter)
         if declaration.role in CONSTANT_ROLES:
             continue
-        std = table.values(declaration.role, declaration.width_ratio, optimizer).init_std
         placement = placement_of(parameter)
-        values = draw(placement, tuple(parameter.shape), seed, placement.tied_to or name) * np.float32(std)
+        drawn_as = placement.tied_to or name
+        std = initial_std(drawn_as, declaration, table, optimizer)
+        values = draw(placement, tuple(parameter.shape), seed, drawn_as) * np.float32(std)
         parameter.copy_(torch.from_numpy(values))
+
+
+def initial_std(name: str, declaration: Declaration, table: Table, optimizer: OptimizerConfig) -> float:
+    """Standard deviation that a parameter starts with: the table's, times the user's own factors for its name."""
+    return table.values(declaration.role, declaration.width_ratio, optimizer).init_std * own_factors(optimizer, name).init_std
 
 
 def draw(placement: Placement, local_shape: tuple[int, ...], seed: int, name: str) -> np.ndarray:

@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from torch.nn import Parameter
 
 from megatron_completep.completep import Role, Table, declaration_of
+from megatron_completep.config.derived import own_factors
 from megatron_completep.config.schema import OptimizerConfig
 from megatron_completep.errors import ConfigError
 
@@ -45,8 +46,12 @@ def _group(name: str, parameter: Parameter, table: Table, optimizer: OptimizerCo
     declaration = declaration_of(name, parameter)
     factors = table.factors(declaration.role, declaration.width_ratio)
     values = table.values(declaration.role, declaration.width_ratio, optimizer)
-    lr, weight_decay, eps = factors.lr, values.weight_decay, values.eps
-    for override in optimizer.overrides:
-        if fnmatchcase(name, override.pattern):
-            lr, weight_decay, eps = lr * override.lr, weight_decay * override.weight_decay, eps * override.eps
-    return Group(name, declaration.role, values.init_std, lr, weight_decay, eps)
+    own = own_factors(optimizer, name)
+    return Group(
+        name,
+        declaration.role,
+        init_std=values.init_std * own.init_std,
+        lr_factor=factors.lr * own.lr,
+        weight_decay=values.weight_decay * own.weight_decay,
+        eps=values.eps * own.eps,
+    )

@@ -47,6 +47,27 @@ def test_own_factors_multiply_the_table_alike_at_every_shape(tmp_path: Path, dep
     assert ratios["embedding.weight"] == ratios["final_norm.weight"] == 1.0
 
 
+BRANCH_ENDS = ("*.attention.output.*", "*.mlp.down.*")
+
+
+def losses_with(tmp_path: Path, multiplier: float, **own: float) -> list[float]:
+    """Of three steps in float64, without clipping; `own`: the factors of every branch's last matrix and bias."""
+    overrides = [{"pattern": pattern, **own} for pattern in BRANCH_ENDS]
+    optimizer = {"base_eps": 1e-4, "base_weight_decay": 0.5, "grad_clip": 0.0, "overrides": overrides}
+    config = small_config(tmp_path, "paper", optimizer=optimizer, model={"residual_multiplier": multiplier})
+    return train(Job("model", reshape(config, num_layers=4), Design(), 3, "float64"), SINGLE).losses
+
+
+def test_a_factor_on_the_branches_is_factors_of_their_last_matrices(tmp_path: Path):
+    """To the last bit for a power of two; each of the four is needed."""
+    write_tokens(tmp_path, 8_000)
+    halved = {"init_std": 0.5, "lr": 0.5, "weight_decay": 2.0, "eps": 2.0}
+    expected = losses_with(tmp_path, 0.5)
+    assert losses_with(tmp_path, 1.0, **halved) == expected
+    for name in halved:
+        assert losses_with(tmp_path, 1.0, **(halved | {name: 1.0})) != expected, name
+
+
 @pytest.mark.slow
 def test_a_model_with_own_factors_keeps_its_sizes_over_depth(tmp_path: Path):
     """Stretched over the depth they transfer; a factor that stays with the two first layers would fade away as 1 / L."""

@@ -112,6 +112,18 @@ def test_standard_deviation_of_every_role() -> None:
             assert abs(p.mean().item()) < 5 * expected / math.sqrt(p.numel()), name
 
 
+def test_own_factors_scale_the_draws_of_what_they_name_and_nothing_else() -> None:
+    table = table_for(model_config(), completep_config())
+    plain, own = (GPT(model_config(), table, ParallelContext.single()) for _ in range(2))
+    initialize(plain, table, optimizer_config(), 1)
+    pattern = "layers.0.mlp.*"
+    initialize(own, table, optimizer_config(overrides=[{"pattern": pattern, "init_std": 4.0}, {"pattern": "*.down.*", "init_std": 0.5}]), 1)
+    expected = {"layers.0.mlp.up.weight": 4.0, "layers.0.mlp.down.weight": 2.0, "layers.1.mlp.down.weight": 0.5}
+    factors = {name: (q / p).nanmedian().item() for (name, p), q in zip(plain.named_parameters(), own.parameters(), strict=True)}
+    assert {name: factors[name] for name in expected} == expected
+    assert {name for name, factor in factors.items() if factor != 1.0 and ".down." not in name} == {"layers.0.mlp.up.weight"}
+
+
 def test_a_parameter_without_a_role_is_an_error_that_names_it() -> None:
     module = nn.Module()
     module.inner = nn.Linear(4, 4)

@@ -158,14 +158,14 @@ def test_overrides_multiply_what_their_pattern_matches_and_nothing_else() -> Non
     plain = groups_with()
     changed = groups_with(
         OverrideConfig(pattern="layers.1.*", lr=0.5),
-        OverrideConfig(pattern="*.mlp.down.weight", lr=4.0, weight_decay=0.0, eps=100.0),
+        OverrideConfig(pattern="*.mlp.down.weight", lr=4.0, weight_decay=0.0, eps=100.0, init_std=3.0),
     )
     for name, group in plain.items():
         first, second = name.startswith("layers.1."), name.endswith(".mlp.down.weight")
         assert changed[name].lr_factor == group.lr_factor * (0.5 if first else 1) * (4.0 if second else 1), name
         assert changed[name].weight_decay == group.weight_decay * (0.0 if second else 1), name
         assert changed[name].eps == group.eps * (100.0 if second else 1), name
-        assert changed[name].init_std == group.init_std
+        assert changed[name].init_std == group.init_std * (3.0 if second else 1), name
     assert plain["layers.11.mlp.up.weight"] == changed["layers.11.mlp.up.weight"]  # layers.1.* is not layers.11
 
 

@@ -21,7 +21,7 @@ from megatron_completep.config.derived import tokens_per_step, total_tokens
 from megatron_completep.config.schema import Config, ModelConfig
 from megatron_completep.errors import CheckpointError, ConfigError
 from megatron_completep.model.gpt import GPT
-from megatron_completep.model.initialize import CONSTANT_ROLES, draw
+from megatron_completep.model.initialize import CONSTANT_ROLES, draw, initial_std
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.placement import placement_of
 from megatron_completep.training.checkpoint.compare import Difference, differences, refused, table_of
@@ -160,5 +160,5 @@ class _Values:
             return torch.zeros(shape, dtype=dtype)
         if declaration.role in CONSTANT_ROLES:
             return torch.ones(shape, dtype=dtype)
-        std = self._table.values(declaration.role, declaration.width_ratio, self._config.optimizer).init_std
+        std = initial_std(name, declaration, self._table, self._config.optimizer)
         return torch.from_numpy(draw(placement_of(parameter), shape, self._config.training.seed, name) * np.float32(std)).to(dtype)

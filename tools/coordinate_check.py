@@ -21,6 +21,7 @@ from pathlib import Path
 
 from megatron_completep.analysis import coordinate_check
 from megatron_completep.analysis.check_report import describe_check, finite, write_check
+from megatron_completep.analysis.coordinate_verdict import judge
 from megatron_completep.analysis.trial import PARAMETERIZATIONS, Design, with_base
 from megatron_completep.config import check_world, load_config
 from megatron_completep.errors import ConfigError, exit_on_user_error
@@ -103,7 +104,7 @@ def main() -> int | None:
         check_eps=not arguments.no_eps,
         beside=arguments.beside,
     )
-    result = coordinate_check.judge(coordinate_check.collect(config, plan, run, design, say), config.completep.alpha)
+    result = judge(coordinate_check.collect(config, plan, run, design, say), config.completep.alpha)
     say(describe_check(result))
     if context.is_first and arguments.out is not None:
         own = config.completep.parameterization + (f", alpha {config.completep.alpha:g}" if config.completep.alpha != 1 else "")

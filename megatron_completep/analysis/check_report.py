@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_completep.analysis.coordinate_check import CONTROLS, Result, Sample
+from megatron_completep.analysis.coordinate_check import CONTROLS, Sample
+from megatron_completep.analysis.coordinate_verdict import Result
 from megatron_completep.analysis.fits import Estimate
 from megatron_completep.analysis.laziness import FIRST_DEPTH, LazinessResult
 from megatron_completep.analysis.report import Report, new_figure, png_of, write_whole

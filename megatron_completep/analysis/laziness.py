@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_completep.analysis.coordinate_check import Verdict
+from megatron_completep.analysis.coordinate_verdict import Verdict
 from megatron_completep.analysis.fits import Estimate, log_log_slope, mean_estimate
 from megatron_completep.analysis.trial import Design, Trial, for_short_runs, read_batches, reshape, under, with_seed
 from megatron_completep.config.schema import Config

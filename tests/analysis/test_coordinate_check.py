@@ -14,20 +14,8 @@ from mutations import MUTATIONS, Mutation
 from small_runs import ARCHITECTURES, small_config, write_tokens
 
 from megatron_completep.analysis.check_report import describe_check, draw_check, write_check
-from megatron_completep.analysis.coordinate_check import (
-    Measurement,
-    Plan,
-    Sample,
-    Verdict,
-    collect,
-    exponent,
-    in_turn,
-    in_workers,
-    jobs_of,
-    judge,
-    measure,
-    train,
-)
+from megatron_completep.analysis.coordinate_check import Measurement, Plan, Sample, collect, in_turn, in_workers, jobs_of, measure, train
+from megatron_completep.analysis.coordinate_verdict import Verdict, exponent, judge
 from megatron_completep.analysis.trial import Design, Trial, for_short_runs, read_batches, reshape, with_seed
 from megatron_completep.completep import Role
 from megatron_completep.config import save_config
@@ -81,6 +69,23 @@ def verdict_of(model: float, control: float, eps: float = 0.0) -> Verdict:
 )
 def test_the_verdict_follows_from_the_exponents(model: float, control: float, eps: float, verdict: Verdict):
     assert verdict_of(model, control, eps) == verdict
+
+
+@pytest.mark.parametrize(
+    ("change", "verdict"),
+    [
+        (lambda d: 0.2 + 0.6 * (2 / d) ** 1.5, Verdict.CANNOT_TELL),  # falls with exponent -0.39, but -0.12 from 16 layers on
+        (lambda d: d**-0.39, Verdict.WRONG),
+        (lambda d: 1 + (d / 16) ** 2, Verdict.WRONG),  # grows the more the deeper
+    ],
+)
+def test_a_curve_that_levels_off_is_not_called_wrong_nor_right(change: Callable[[int], float], verdict: Verdict):
+    depths = [2, 4, 8, 16, 32, 64]
+    samples = [made_up("model", d, s, change) for d in depths for s in range(2)]
+    samples += [made_up("control", d, s, float) for d in depths for s in range(2)]
+    result = judge(samples)
+    assert result.verdict == verdict, describe_check(result)
+    assert ("over the 3 largest" in result.reason) == (verdict == Verdict.CANNOT_TELL)
 
 
 def test_without_two_sizes_the_check_cannot_tell():

@@ -10,7 +10,7 @@ from small_runs import small_config, write_tokens
 from torch.func import jvp
 
 from megatron_completep.analysis.check_report import describe_laziness, write_laziness
-from megatron_completep.analysis.coordinate_check import Verdict
+from megatron_completep.analysis.coordinate_verdict import Verdict
 from megatron_completep.analysis.laziness import LazinessSample, block_laziness, block_output, collect, judge
 from megatron_completep.analysis.trial import Trial, for_short_runs, read_batches, reshape
 from megatron_completep.errors import ConfigError

@@ -169,8 +169,3 @@ def for_short_runs(config: Config, steps: int, precision: str = "float32", **opt
     """Settings of a run of a few steps: a constant learning rate from the first step on, nothing saved."""
     settings = {"schedule": "constant", "warmup_steps": None, "warmup_fraction": None, **optimizer}
     return change(config, optimizer=settings, training={"train_steps": steps, "precision": precision, "recompute": "none"})
-
-
-def design_with(table: TableMaker) -> Design:
-    """The project's model under another table."""
-    return replace(Design(), make_table=table)

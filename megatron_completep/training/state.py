@@ -52,28 +52,6 @@ class Checkpointer(Protocol):
         """Wait until everything handed to `save` is written, or has failed."""
 
 
-class NoCheckpoints:
-    """A `Checkpointer` that keeps nothing."""
-
-    def save(self, state: RunState, local: bool = False) -> None:
-        pass
-
-    def take_figures(self) -> dict[str, float]:
-        return {}
-
-    def load_latest(self) -> RunState | None:
-        return None
-
-    def settled_steps(self) -> list[int]:
-        return []
-
-    def go_back(self, step: int) -> RunState:
-        raise AssertionError(f"no checkpoint of step {step}")
-
-    def close(self) -> None:
-        pass
-
-
 class ExitCode(IntEnum):
     """What the process tells its launcher. docs/reliability.md lists them."""
 

@@ -47,11 +47,6 @@ class Unit:
     index: int
     sources: tuple[Source, ...]
 
-    @property
-    def seekable(self) -> bool:
-        """Whether any block can be made without the ones before it."""
-        return self.sources[0].format in ("text", "parquet") or not self.sources[0].compression
-
 
 @dataclass(frozen=True)
 class Block:

@@ -96,9 +96,6 @@ class WorkFolder:
         parts = self.unit_parts.get(unit.index)
         return parts is not None and all((unit.index, part) in self.records for part in range(parts))
 
-    def unfinished_units(self, units: list[Unit]) -> list[Unit]:
-        return [unit for unit in units if not self._is_finished(unit)]
-
     def ordered(self) -> Iterator[Record]:
         """Records in document order."""
         for key in sorted(self.records):

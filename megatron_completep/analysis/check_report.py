@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from megatron_completep.analysis.coordinate_check import CONTROLS, Sample
-from megatron_completep.analysis.coordinate_verdict import Result
+from megatron_completep.analysis.coordinate_verdict import DECISIVE, Result
 from megatron_completep.analysis.fits import Estimate
-from megatron_completep.analysis.laziness import FIRST_DEPTH, LazinessResult
+from megatron_completep.analysis.laziness import CONTROL_BELOW, FIRST_DEPTH, MODEL_ABOVE, LazinessResult
 from megatron_completep.analysis.report import Report, new_figure, png_of, write_whole
 from megatron_completep.errors import ConfigError
 
@@ -40,9 +40,11 @@ def rules_beside(result: Result) -> list[str]:
     return list(dict.fromkeys(rule for finding in result.findings for rule in finding.beside))
 
 
-def draw_check(samples: Sequence[Sample], axis: str, names: dict[str, str]) -> Any:
+def draw_check(result: Result, axis: str, names: dict[str, str]) -> Any:
     """One panel a parameterization, one line a step: the residual stream's size over depth or width, mean over seeds."""
-    chosen = [s for s in samples if s.axis == axis]
+    chosen = [s for s in result.samples if s.axis == axis]
+    (decisive,) = [f for f in result.findings if f.band.axis == axis and f.band.quantity == DECISIVE]
+    exponents = {"model": decisive.model, "control": decisive.control, **decisive.beside}
     rules = [rule for rule in names if any(s.rule == rule for s in chosen)]
     figure = new_figure(4.4 * len(rules), 7.2)
     panels = figure.subplots(2, len(rules), sharey="row", sharex=True, squeeze=False)
@@ -57,10 +59,12 @@ def draw_check(samples: Sequence[Sample], axis: str, names: dict[str, str]) -> A
                 changes = [_mean(chosen, rule, size, "stream_change", step) for size in sizes]
                 panels[1][column].plot(sizes, changes, marker=".", color=color)
         panels[0][column].set_title(names[rule])
+        panels[1][column].set_title(f"last step: exponent {exponents[rule]}", fontsize=9)
         panels[1][column].set_xlabel("layers" if axis == "depth" else "width")
         for panel in panels[:, column]:
             panel.set_xscale("log", base=2)
             panel.set_yscale("log", base=2)
+            panel.set_xticks(sizes, [str(size) for size in sizes])
             panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("RMS of the residual stream")
     panels[1][0].set_ylabel("RMS of its change")
@@ -87,7 +91,7 @@ def write_check(result: Result, folder: Path, name: str, settings: dict[str, Any
     section.table(["axis", "quantity", "band", "model", "control", "passed", *others], rows, "Mean over seeds, with 95 % intervals.")
     for axis in dict.fromkeys(s.axis for s in result.samples):
         titles = {"model": name, **{rule: rule for rule in others}, "control": f"control: {CONTROLS[axis]}"}
-        figure = png_of(draw_check(result.samples, axis, titles))
+        figure = png_of(draw_check(result, axis, titles))
         write_whole(folder / f"coordinate_check_{axis}.png", figure)
         report.section(f"Over {axis}").picture(f"coordinate_check_{axis}", figure, "One panel a parameterization, one line a step.")
     report.write_html(folder / "coordinate_check.html")
@@ -108,21 +112,27 @@ def describe_laziness(result: LazinessResult, base_num_layers: int) -> str:
 
 
 def draw_laziness(result: LazinessResult) -> Any:
-    """One line a parameterization over depth; thin lines are the seeds."""
+    """One line a parameterization over depth, with its exponent; thin lines are the seeds, grey ones the bounds."""
     figure = new_figure(6.5, 4.5)
     axis = figure.subplots()
     for number, (rule, medians) in enumerate(result.medians.items()):
         color = f"C{number}"
-        axis.plot(list(medians), list(medians.values()), marker="o", color=color, label=rule)
+        axis.plot(list(medians), list(medians.values()), marker="o", color=color, label=f"{rule} {result.slopes.get(rule, '')}")
         for seed in sorted({s.seed for s in result.samples}):
             own = {s.num_layers: float(np.median(s.blocks)) for s in result.samples if s.rule == rule and s.seed == seed}
             axis.plot(list(own), list(own.values()), color=color, alpha=0.3, linewidth=0.8)
+    medians = result.medians.get("own", {})
+    fitted = [depth for depth in medians if depth >= result.first_depth]
+    for bound, style, says in ((MODEL_ABOVE, "--", "complete: above"), (CONTROL_BELOW, ":", "lazy: below")):
+        line = [medians[fitted[0]] * (depth / fitted[0]) ** bound for depth in fitted]
+        axis.plot(fitted, line, style, color="gray", linewidth=1.0, label=f"{says} {bound}")
     axis.set_xscale("log", base=2)
     axis.set_yscale("log", base=2)
+    axis.set_xticks(depths := sorted({s.num_layers for s in result.samples}), [str(depth) for depth in depths])
     axis.set_xlabel("layers")
     axis.set_ylabel("|F(th1) - F(th0) - J d| / |J d|, median over blocks")
     axis.grid(alpha=0.3)
-    axis.legend()
+    axis.legend(fontsize=8)
     return figure
 
 

@@ -84,6 +84,7 @@ class LazinessResult:
     reason: str
     slopes: dict[str, Estimate]
     medians: dict[str, dict[int, float]]
+    first_depth: int  # layers from which exponents are fitted
     samples: list[LazinessSample]
 
     def to_json(self) -> dict[str, Any]:
@@ -120,15 +121,15 @@ def judge(samples: Sequence[LazinessSample], base_num_layers: int) -> LazinessRe
     """Exponents over depth of the median over blocks, seed by seed, from FIRST_DEPTH base depths on."""
     rules = list(dict.fromkeys(s.rule for s in samples))
     medians = {rule: median_by_depth([s for s in samples if s.rule == rule]) for rule in rules}
-    slopes = {}
+    slopes, first_depth = {}, FIRST_DEPTH * base_num_layers
     for rule in rules:
-        own = [s for s in samples if s.rule == rule and s.num_layers >= FIRST_DEPTH * base_num_layers]
+        own = [s for s in samples if s.rule == rule and s.num_layers >= first_depth]
         by_seed = [median_by_depth([s for s in own if s.seed == seed]) for seed in sorted({s.seed for s in own})]
         fitted = [log_log_slope(list(m), list(m.values())) for m in by_seed if len(m) > 1]
         if fitted:
             slopes[rule] = mean_estimate(fitted)
     verdict, reason = _verdict(slopes)
-    return LazinessResult(verdict, reason, slopes, medians, list(samples))
+    return LazinessResult(verdict, reason, slopes, medians, first_depth, list(samples))
 
 
 def median_by_depth(samples: Sequence[LazinessSample]) -> dict[int, float]:

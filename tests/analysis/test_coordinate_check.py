@@ -284,7 +284,7 @@ def test_the_report_has_a_panel_a_parameterization_and_a_line_a_step(folder: Pat
     update = next(f for f in result.findings if f.band.quantity == "update, hidden matrices")
     assert update.beside["alpha_0.5"].value == pytest.approx(-0.5, abs=0.05)  # shown, and not judged: it is outside the model's band
     assert "alpha_0.5" in describe_check(result).splitlines()[0]
-    panels = draw_check(result.samples, "depth", {"model": "completep", "alpha_0.5": "alpha 0.5", "control": "muP"}).axes
+    panels = draw_check(result, "depth", {"model": "completep", "alpha_0.5": "alpha 0.5", "control": "muP"}).axes
     assert len(panels) == 6
     assert len(panels[0].lines) == 3  # steps 0, 1 and 2
     write_check(result, tmp_path, "completep", {})

@@ -63,14 +63,15 @@ def run_probe(trial: Trial, batches: Sequence[Batch]) -> Probe:
 
 def _sizes(trial: Trial, now: Probe, before: Probe | None) -> tuple[dict[str, float], float]:
     """(RMS of every stream, RMS of the logits), or of their changes since `before`; the same on every rank."""
-    streams, logits = now.streams, now.logits
-    if before is not None:
-        streams = {name: [a - b for a, b in zip(tensors, before.streams[name], strict=True)] for name, tensors in streams.items()}
-        logits = [a - b for a, b in zip(logits, before.logits, strict=True)]
-    stream_sizes = reduce_stream_sums({name: SumOfSquares.of(tensors) for name, tensors in streams.items()}, trial.context)
+
+    def sums(tensors: list[Tensor], others: list[Tensor] | None) -> SumOfSquares:
+        return SumOfSquares.of(tensors if others is None else [a - b for a, b in zip(tensors, others, strict=True)])
+
+    # One stream's change at a time: all of them together would be as large as the probe.
+    streams = {name: sums(tensors, before and before.streams[name]) for name, tensors in now.streams.items()}
+    logits = {"logits": sums(now.logits, before and before.logits)} if now.logits else {}
     unsharded = replace(trial.context, sequence_parallel=False)
-    logit_sizes = reduce_stream_sums({"logits": SumOfSquares.of(logits)} if logits else {}, unsharded)
-    return stream_sizes, logit_sizes["logits"]
+    return reduce_stream_sums(streams, trial.context), reduce_stream_sums(logits, unsharded)["logits"]
 
 
 def measure(trial: Trial, training: Sequence[Sequence[Batch]], probe: Sequence[Batch]) -> Measurement:

@@ -68,8 +68,8 @@ def _sizes(trial: Trial, now: Probe, before: Probe | None) -> tuple[dict[str, fl
         return SumOfSquares.of(tensors if others is None else [a - b for a, b in zip(tensors, others, strict=True)])
 
     # One stream's change at a time: all of them together would be as large as the probe.
-    streams = {name: sums(tensors, before and before.streams[name]) for name, tensors in now.streams.items()}
-    logits = {"logits": sums(now.logits, before and before.logits)} if now.logits else {}
+    streams = {name: sums(tensors, before.streams[name] if before else None) for name, tensors in now.streams.items()}
+    logits = {"logits": sums(now.logits, before.logits if before else None)} if now.logits else {}
     unsharded = replace(trial.context, sequence_parallel=False)
     return reduce_stream_sums(streams, trial.context), reduce_stream_sums(logits, unsharded)["logits"]
 

@@ -17,6 +17,7 @@ from megatron_completep.analysis.laziness import CONTROL_BELOW, FIRST_DEPTH, MOD
 from megatron_completep.analysis.report import Report, new_figure, png_of, write_whole
 from megatron_completep.errors import ConfigError
 
+MARKS = {True: "pass", False: "FAIL", None: ""}  # None: only reported
 Say = Callable[[str], None]
 
 
@@ -28,7 +29,7 @@ def describe_check(result: Result) -> str:
     for finding in result.findings:
         band = finding.band
         limits = f"{band.low:+.2f} to {band.high:+.2f}" if math.isfinite(band.low) else "reported only"
-        mark = {True: "pass", False: "FAIL", None: ""}[finding.passed]
+        mark = MARKS[finding.passed]
         control = "" if finding.control is None else str(finding.control)
         beside = "".join(f"{finding.beside.get(rule, '')!s:<26} " for rule in others)
         lines.append(f"{band.axis:<6} {band.quantity:<32} {limits:>16}  {finding.model!s:<26} {beside}{control:<26} {mark}".rstrip())
@@ -84,11 +85,12 @@ def write_check(result: Result, folder: Path, name: str, settings: dict[str, Any
     section = report.section("Exponents")
     others = rules_beside(result)
     rows = [
-        [f.band.axis, f.band.quantity, band_text(f.band.low, f.band.high), str(f.model), str(f.control or ""), f.passed]
+        [f.band.axis, f.band.quantity, band_text(f.band.low, f.band.high), str(f.model)]
         + [str(f.beside.get(rule, "")) for rule in others]
+        + [str(f.control or ""), MARKS[f.passed]]
         for f in result.findings
     ]
-    section.table(["axis", "quantity", "band", "model", "control", "passed", *others], rows, "Mean over seeds, with 95 % intervals.")
+    section.table(["axis", "quantity", "band", "model", *others, "control", ""], rows, "Mean over seeds, with 95 % intervals.")
     for axis in dict.fromkeys(s.axis for s in result.samples):
         titles = {"model": name, **{rule: rule for rule in others}, "control": f"control: {CONTROLS[axis]}"}
         figure = png_of(draw_check(result, axis, titles))

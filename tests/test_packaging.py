@@ -127,7 +127,8 @@ def test_the_wheel_holds_kernels_and_tools_and_nothing_from_outside_the_package(
 def test_the_source_distribution_builds_the_same_wheel(source: Path, wheel: Path, tmp_path: Path) -> None:
     archive = build("sdist", source, tmp_path / "sdist")
     with tarfile.open(archive) as opened:
-        opened.extractall(tmp_path, filter="data")
+        opened.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.3 and before have none
+        opened.extractall(tmp_path)
     again = build("wheel", tmp_path / archive.name.removesuffix(".tar.gz"), tmp_path / "wheel")
     ours, theirs = ({n: data for n, data in contents(built).items() if not n.endswith("RECORD")} for built in (wheel, again))
     assert sorted(ours) == sorted(theirs) and [name for name in ours if ours[name] != theirs[name]] == []

@@ -320,6 +320,19 @@ def test_damaged_or_wrong_parquet_names_the_file(tmp_path: Path) -> None:
         run(tmp_path, tmp_path / "b.parquet", name="cut")
 
 
+def test_a_link_beside_its_file_is_read_once_and_a_file_given_twice_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "library"
+    folder.mkdir()
+    (folder / "b.txt").write_text("b\n")
+    (folder / "a.txt").symlink_to("b.txt")
+    for given in (folder, f"{folder}/*.txt"):
+        assert len(find_sources([given], "lines")) == 1
+        with pytest.raises(DataError, match="named twice"):
+            find_sources([given, folder / "b.txt"], "lines")
+    with pytest.raises(DataError, match="named twice"):
+        find_sources([folder / "b.txt", folder / "b.txt"], "lines")
+
+
 def test_all_unusable_inputs_are_named_together(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "empty folder").mkdir()

@@ -77,11 +77,11 @@ class Block:
 
 
 def find_sources(inputs: Sequence[str | Path], input_format: str = "auto") -> list[Source]:
-    """Expand files, folders and globs (`**` included). Raises DataError listing every input that cannot be used."""
+    """Expand files, folders and globs (`**` included), each file once. Raises DataError listing every input that cannot be used."""
     problems: list[str] = []
     sources: list[Source] = []
-    seen: dict[str, str] = {}
-    for given in map(str, inputs):
+    seen: dict[str, tuple[int, str]] = {}  # real path -> number of the input, and the name it was found by
+    for number, given in enumerate(map(str, inputs)):
         try:
             paths = _expand(given, input_format)
         except DataError as error:
@@ -89,10 +89,12 @@ def find_sources(inputs: Sequence[str | Path], input_format: str = "auto") -> li
             continue
         for path in paths:
             real = os.path.realpath(path)
-            if real in seen:
-                problems.append(f"{path}: named twice (by {seen[real]} and {given}). Its documents would count double; name it once.")
+            first = seen.setdefault(real, (number, path))
+            if first != (number, path):
+                if first[0] != number:  # a folder or a pattern that holds a file and a link to it means it once
+                    by = f"{inputs[first[0]]} and {given}"
+                    problems.append(f"{path}: named twice (by {by}). Its documents would count double; name it once.")
                 continue
-            seen[real] = given
             try:
                 sources.append(_source(path, input_format))
             except OSError as error:

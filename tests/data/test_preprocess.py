@@ -325,10 +325,10 @@ def test_a_link_beside_its_file_is_read_once_and_a_file_given_twice_is_refused(t
     folder.mkdir()
     (folder / "b.txt").write_text("b\n")
     (folder / "a.txt").symlink_to("b.txt")
-    for given in (folder, f"{folder}/*.txt"):
-        assert len(find_sources([given], "lines")) == 1
+    for whole in (folder, f"{folder}/*.txt"):
+        assert len(find_sources([whole], "lines")) == 1
         with pytest.raises(DataError, match="named twice"):
-            find_sources([given, folder / "b.txt"], "lines")
+            find_sources([whole, folder / "b.txt"], "lines")
     with pytest.raises(DataError, match="named twice"):
         find_sources([folder / "b.txt", folder / "b.txt"], "lines")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -86,6 +86,22 @@ def test_a_curve_that_levels_off_is_not_called_wrong_nor_right(change: Callable[
     result = judge(samples)
     assert result.verdict == verdict, describe_check(result)
     assert ("over the 3 largest" in result.reason) == (verdict == Verdict.CANNOT_TELL)
+
+
+@pytest.mark.parametrize(("size", "verdict"), [(4.0, Verdict.WRONG), (40.0, Verdict.CANNOT_TELL)])
+def test_steps_that_replace_the_stream_many_times_over_prove_nothing(size: float, verdict: Verdict):
+    samples = [made_up("model", d, s, lambda d: size * (2 / d) ** 0.4) for d in DEPTHS for s in range(2)]
+    samples += [made_up("control", d, s, lambda d: size * d) for d in DEPTHS for s in range(2)]
+    result = judge(samples)
+    assert result.verdict == verdict, result.reason
+    assert ("by 40 times its size" in result.reason) == (verdict == Verdict.CANNOT_TELL)
+
+
+def test_large_steps_do_not_excuse_what_does_not_depend_on_them(folder: Path):
+    """An extra 1 / m_L on the hidden learning rate shows in the updates themselves, at any learning rate."""
+    (mutation,) = [m for m in MUTATIONS if "1/m_L" in m.name]
+    samples = [replace(s, measured=replace(s.measured, stream=[1e-6] * 11)) for s in samples_of(mutation, "depth", folder)]
+    assert judge(samples).verdict == Verdict.WRONG
 
 
 def test_without_two_sizes_the_check_cannot_tell():

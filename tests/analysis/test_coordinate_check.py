@@ -97,6 +97,17 @@ def test_steps_that_replace_the_stream_many_times_over_prove_nothing(size: float
     assert ("by 40 times its size" in result.reason) == (verdict == Verdict.CANNOT_TELL)
 
 
+@pytest.mark.parametrize(
+    ("start", "change", "verdict"), [(-0.4, -0.4, Verdict.CANNOT_TELL), (-0.1, -0.4, Verdict.WRONG), (-0.4, 0.4, Verdict.WRONG)]
+)
+def test_a_change_that_falls_no_faster_than_the_stream_at_the_start_proves_nothing(start: float, change: float, verdict: Verdict):
+    """Over shallow models, while the blocks' random outputs outweigh the embedding."""
+    own = [made_up("model", d, s, lambda d: d**change) for d in DEPTHS for s in range(2)]
+    own = [replace(s, measured=replace(s.measured, stream=[s.size**start] * 2)) for s in own]
+    result = judge(own + [made_up("control", d, s, float) for d in DEPTHS for s in range(2)])
+    assert result.verdict == verdict, result.reason
+
+
 def test_large_steps_do_not_excuse_what_does_not_depend_on_them(folder: Path):
     """An extra 1 / m_L on the hidden learning rate shows in the updates themselves, at any learning rate."""
     (mutation,) = [m for m in MUTATIONS if "1/m_L" in m.name]

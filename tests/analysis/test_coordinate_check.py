@@ -72,47 +72,24 @@ def test_the_verdict_follows_from_the_exponents(model: float, control: float, ep
 
 
 @pytest.mark.parametrize(
-    ("change", "verdict"),
+    ("start", "change", "eps", "verdict"),
     [
-        (lambda d: 0.2 + 0.6 * (2 / d) ** 1.5, Verdict.CANNOT_TELL),  # falls with exponent -0.39, but -0.12 from 16 layers on
-        (lambda d: d**-0.39, Verdict.WRONG),
-        (lambda d: 1 + (d / 16) ** 2, Verdict.WRONG),  # grows the more the deeper
+        (-0.4, -0.4, 0.0, Verdict.CANNOT_TELL),
+        (-0.4, 0.0, 0.45, Verdict.CANNOT_TELL),  # gradients grow as the stream falls
+        (-0.4, -0.6, 0.0, Verdict.WRONG),  # falls faster than the stream at the start
+        (-0.4, 0.4, 0.0, Verdict.WRONG),  # grows
+        (-0.4, -0.4, -0.7, Verdict.WRONG),  # a constant eps beside it
+        (-0.1, -0.4, 0.0, Verdict.WRONG),
+        (-0.1, 0.0, 0.45, Verdict.WRONG),
+        (0.5, 0.97, 0.0, Verdict.WRONG),
     ],
 )
-def test_a_curve_that_levels_off_is_not_called_wrong_nor_right(change: Callable[[int], float], verdict: Verdict):
-    depths = [2, 4, 8, 16, 32, 64]
-    samples = [made_up("model", d, s, change) for d in depths for s in range(2)]
-    samples += [made_up("control", d, s, float) for d in depths for s in range(2)]
-    result = judge(samples)
-    assert result.verdict == verdict, describe_check(result)
-    assert ("over the 3 largest" in result.reason) == (verdict == Verdict.CANNOT_TELL)
-
-
-@pytest.mark.parametrize(("size", "verdict"), [(4.0, Verdict.WRONG), (40.0, Verdict.CANNOT_TELL)])
-def test_steps_that_replace_the_stream_many_times_over_prove_nothing(size: float, verdict: Verdict):
-    samples = [made_up("model", d, s, lambda d: size * (2 / d) ** 0.4) for d in DEPTHS for s in range(2)]
-    samples += [made_up("control", d, s, lambda d: size * d) for d in DEPTHS for s in range(2)]
-    result = judge(samples)
-    assert result.verdict == verdict, result.reason
-    assert ("by 40 times its size" in result.reason) == (verdict == Verdict.CANNOT_TELL)
-
-
-@pytest.mark.parametrize(
-    ("start", "change", "verdict"), [(-0.4, -0.4, Verdict.CANNOT_TELL), (-0.1, -0.4, Verdict.WRONG), (-0.4, 0.4, Verdict.WRONG)]
-)
-def test_a_change_that_falls_no_faster_than_the_stream_at_the_start_proves_nothing(start: float, change: float, verdict: Verdict):
+def test_what_follows_the_stream_at_the_start_proves_nothing_and_all_else_does(start: float, change: float, eps: float, verdict: Verdict):
     """Over shallow models, while the blocks' random outputs outweigh the embedding."""
-    own = [made_up("model", d, s, lambda d: d**change) for d in DEPTHS for s in range(2)]
+    own = [made_up("model", d, s, lambda d: d**change, d**eps) for d in DEPTHS for s in range(2)]
     own = [replace(s, measured=replace(s.measured, stream=[s.size**start] * 2)) for s in own]
     result = judge(own + [made_up("control", d, s, float) for d in DEPTHS for s in range(2)])
     assert result.verdict == verdict, result.reason
-
-
-def test_large_steps_do_not_excuse_what_does_not_depend_on_them(folder: Path):
-    """An extra 1 / m_L on the hidden learning rate shows in the updates themselves, at any learning rate."""
-    (mutation,) = [m for m in MUTATIONS if "1/m_L" in m.name]
-    samples = [replace(s, measured=replace(s.measured, stream=[1e-6] * 11)) for s in samples_of(mutation, "depth", folder)]
-    assert judge(samples).verdict == Verdict.WRONG
 
 
 def test_without_two_sizes_the_check_cannot_tell():

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_completep.completep import table_for
+from megatron_completep.completep import table_of
 from megatron_completep.config import Config, check_world, load_config
-from megatron_completep.config.derived import tokens_per_step, total_tokens
 from megatron_completep.errors import exit_on_user_error
 from megatron_completep.optim.distributed_adamw import DistributedAdamW
 from megatron_completep.parallel.context import Launch, ParallelContext
@@ -46,8 +45,7 @@ def pretrain(config: Config, fail_point: FailPoint = no_fail_point, clock: Start
     precision = choose_precision(config.training.precision, context.device)
     clock.done("process_groups")
 
-    batch_tokens = tokens_per_step(config)
-    table = table_for(config.model, config.completep, batch_tokens, total_tokens(config))
+    table = table_of(config)
     model = build.build_model(config, table, context, precision)
     optimizer = DistributedAdamW(model, table, config.optimizer, context, config.parallel, precision)
     step = TrainingStep(config, context, model, optimizer)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megatron_completep.completep import table_for
+from megatron_completep.completep import table_of
 from megatron_completep.config.schema import Config
 from megatron_completep.model.gpt import GPT
 from megatron_completep.model.initialize import initialize
@@ -56,7 +56,7 @@ class TinyRun:
     def __init__(self, config: Config, context: ParallelContext | None = None, fail_point=no_fail_point, **options: Any):
         self.config, self.context = config, context or ParallelContext.single("cpu")
         precision = {"float32": torch.float32, "bf16": torch.bfloat16, "float64": torch.float64}[config.training.precision]
-        table = table_for(config.model, config.completep)
+        table = table_of(config)
         self.model = GPT(config.model, table, self.context)
         initialize(self.model, table, config.optimizer, config.training.seed)
         if precision == torch.float64:

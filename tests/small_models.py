@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_completep.completep import Table, table_for
+from megatron_completep.completep import Table, table_of
+from megatron_completep.config.bare import bare_config
 from megatron_completep.config.schema import CompletePConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_completep.model.gpt import GPT
 from megatron_completep.model.initialize import initialize
@@ -36,6 +37,16 @@ def completep_config(**changes: Any) -> CompletePConfig:
 
 def optimizer_config(**changes: Any) -> OptimizerConfig:
     return OptimizerConfig(**{"base_lr": 1e-2, "base_init_std": 0.2, "schedule": "constant", **changes})
+
+
+def table_for(model: ModelConfig, completep: CompletePConfig) -> Table:
+    """The table of a run of which the model and the proxy alone matter."""
+    return table_of(bare_config(model, completep=completep))
+
+
+def plain_table(**changes: Any) -> Table:
+    """A table of given multipliers; the proxy's sizes, which modules ask for, are of no model."""
+    return Table(**{"base_hidden_size": 1, "base_ffn_hidden_size": 1, **changes})
 
 
 def build_model(

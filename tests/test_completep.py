@@ -13,11 +13,15 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from small_models import plain_table, table_for
 
-from megatron_completep import completep
-from megatron_completep.completep import Declaration, Factors, Role, Table, declaration_of, declare, table_for
+from megatron_completep.completep import Factors, Table, table_of
+from megatron_completep.completep import table as page
+from megatron_completep.config.bare import bare_config
 from megatron_completep.config.schema import CompletePConfig, ModelConfig, OptimizerConfig, RoleFactors
 from megatron_completep.errors import ConfigError
+from megatron_completep.parallel.parameter import declare, spec_of
+from megatron_completep.roles import Role
 
 # Exponents of (m_N global, the matrix's own ratio, m_L), in m_L as constant + slope * alpha; None: no decay, or a constant start.
 # From Table 1 of arXiv 2505.01618 with the epsilon rows of its later print; QK-norm from arXiv 2512.22382.
@@ -47,7 +51,7 @@ def expected(role: str, m_N: float, m_L: float, alpha: float, ratio: float) -> F
 def differences() -> Iterator[str]:
     """Every cell of the grid in which the table differs from EXPONENTS by more than 1e-12."""
     for (m_N, m_L, alpha, ratio), role in itertools.product(GRID, Role):
-        table = Table(width_multiplier=m_N, depth_multiplier=m_L, alpha=alpha)
+        table = plain_table(width_multiplier=m_N, depth_multiplier=m_L, alpha=alpha)
         found, wanted = table.factors(role, ratio), expected(role, m_N, m_L, alpha, ratio)
         for cell in dataclasses.fields(Factors):
             a, b = getattr(found, cell.name), getattr(wanted, cell.name)
@@ -61,16 +65,16 @@ def test_every_cell_of_the_table_equals_the_paper() -> None:
 
 
 @pytest.mark.parametrize("role", list(Role))
-@pytest.mark.parametrize("cell", [field.name for field in dataclasses.fields(Factors)])
-def test_a_wrong_entry_in_any_cell_is_found(role: Role, cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = completep.table_1
+@pytest.mark.parametrize("cell, column", [("init_std", "variance"), ("lr", "lr"), ("weight_decay", "weight_decay"), ("eps", "eps")])
+def test_a_wrong_entry_in_any_cell_is_found(role: Role, cell: str, column: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = page.adamw
 
-    def wrong(*arguments: float) -> dict[Role, Factors]:
+    def wrong(*arguments: float) -> dict[Role, page.Row]:
         rows = original(*arguments)
         m_L = arguments[1]
-        return {**rows, role: dataclasses.replace(rows[role], **{cell: getattr(rows[role], cell) * m_L**0.1 + (m_L - 1) * 1e-9})}
+        return {**rows, role: dataclasses.replace(rows[role], **{column: getattr(rows[role], column) * m_L**0.1 + (m_L - 1) * 1e-9})}
 
-    monkeypatch.setattr(completep, "table_1", wrong)
+    monkeypatch.setattr(page, "adamw", wrong)
     assert any(f"{role} {cell}" in difference for difference in differences())
 
 
@@ -150,11 +154,11 @@ def test_attention_scale_at_the_base_head_size_is_that_of_sp_to_the_last_bit(hea
 @given(st.floats(0.5, 64), st.floats(0.5, 64), st.floats(0.5, 64))
 def test_decay_times_learning_rate_is_constant_at_alpha_one(m_N: float, m_L: float, ratio: float) -> None:
     """Coupled decay: what a step takes off every decayed tensor does not depend on the shape."""
-    table = Table(width_multiplier=m_N, depth_multiplier=m_L, alpha=1.0)
+    table = plain_table(width_multiplier=m_N, depth_multiplier=m_L, alpha=1.0)
     for role in (Role.EMBEDDING, Role.HIDDEN_WEIGHT, Role.UNEMBEDDING):
         factors = table.factors(role, ratio)
         assert factors.lr * factors.weight_decay == pytest.approx(1.0, rel=1e-12)
-    below = Table(width_multiplier=m_N, depth_multiplier=m_L, alpha=0.5).factors(Role.HIDDEN_WEIGHT, ratio)
+    below = plain_table(width_multiplier=m_N, depth_multiplier=m_L, alpha=0.5).factors(Role.HIDDEN_WEIGHT, ratio)
     assert below.lr * below.weight_decay == pytest.approx(m_L**-0.5, rel=1e-12)  # Table 1 does not correct it
 
 
@@ -174,34 +178,40 @@ def test_a_missing_base_ffn_size_follows_this_model_s_ratio() -> None:
 # --- batch and duration: Complete(d)P ----------------------------------------------------------------------------------------------
 
 
+def table_at(completep: CompletePConfig, batch_tokens: int, total_tokens: int) -> Table:
+    """The table of a run of so many tokens, in samples of 32."""
+    training = {"global_batch_size": batch_tokens // 32, "train_steps": total_tokens // batch_tokens}
+    return table_of(bare_config(model(), completep=completep, training=training))
+
+
 def test_batch_and_duration_factors() -> None:
     """m_B = 4, m_D = 16: S = sqrt(1/4) = 1/2."""
     base = CompletePConfig(base_batch_tokens=1000, base_total_tokens=10_000, **BASE)
-    plain, scaled = table_for(model(), CompletePConfig(**BASE)), table_for(model(), base, batch_tokens=4000, total_tokens=160_000)
+    plain, scaled = table_for(model(), CompletePConfig(**BASE)), table_at(base, batch_tokens=4000, total_tokens=160_000)
     for role in Role:
         a, b = plain.factors(role, 4.0), scaled.factors(role, 4.0)
         assert b == Factors(a.init_std, a.lr * 0.5, a.weight_decay * 0.5, a.eps * 2)
-    assert scaled.betas((0.9, 0.95)) == pytest.approx((1 - 0.1 / 4, 1 - 0.05 / 4), rel=1e-12)
+    assert scaled.batch.betas((0.9, 0.95)) == pytest.approx((1 - 0.1 / 4, 1 - 0.05 / 4), rel=1e-12)
     assert (scaled.residual_multiplier, scaled.logit_multiplier) == (plain.residual_multiplier, plain.logit_multiplier)
 
 
 def test_scaling_batch_and_tokens_together_changes_nothing() -> None:
     base = CompletePConfig(base_batch_tokens=1000, base_total_tokens=10_000, **BASE)
-    scaled = table_for(model(), base, batch_tokens=8000, total_tokens=80_000)
+    scaled = table_at(base, batch_tokens=8000, total_tokens=80_000)
     assert all_factors(scaled) == all_factors(table_for(model(), CompletePConfig(**BASE)))
-    assert scaled.betas((0.9, 0.95)) == (0.9, 0.95)
+    assert scaled.batch.betas((0.9, 0.95)) == (0.9, 0.95)
 
 
 def test_batch_scaling_is_off_without_base_values_and_its_exponent_is_a_setting() -> None:
-    assert table_for(model(), CompletePConfig(**BASE), 4000, 160_000).batch_scale == 1.0
-    base = CompletePConfig(base_total_tokens=1000, batch_exponent=0.3, **BASE)
-    assert table_for(model(), base, 4000, 10_000).batch_scale == pytest.approx(10**-0.3, rel=1e-12)
+    assert table_at(CompletePConfig(**BASE), 4000, 160_000).batch.scale == 1.0
+    base = CompletePConfig(base_total_tokens=1600, batch_exponent=0.3, **BASE)
+    assert table_at(base, 4000, 16_000).batch.scale == pytest.approx(10**-0.3, rel=1e-12)
 
 
 def test_betas_below_zero_are_refused() -> None:
-    base = CompletePConfig(base_batch_tokens=10, **BASE)
+    base = CompletePConfig(base_batch_tokens=40, **BASE)
     with pytest.raises(ConfigError, match=r"optimizer\.betas.*m_B / m_D = 100"):
-        table_for(model(), base, 1000).betas((0.9, 0.95))
+        table_at(base, 4000, 4000).batch.betas((0.9, 0.95))
 
 
 # --- own factors, declarations ------------------------------------------------------------------------------------------------------
@@ -225,17 +235,19 @@ def test_final_values_are_base_values_times_factors() -> None:
 
 
 def test_a_declaration_is_kept_on_the_parameter_with_its_ratio() -> None:
-    parameter = SimpleNamespace()
+    parameter = SimpleNamespace(shape=(5, 96))
     assert declare(parameter, Role.HIDDEN_WEIGHT, 96, 32) is parameter
-    assert declaration_of("w", parameter) == Declaration(Role.HIDDEN_WEIGHT, 3.0)
-    assert declaration_of("g", declare(SimpleNamespace(), Role.PRE_NORM)) == Declaration(Role.PRE_NORM, 1.0)
+    spec = spec_of(parameter, "w")
+    assert (spec.role, spec.width_ratio, spec.shape) == (Role.HIDDEN_WEIGHT, 3.0, (5, 96))
+    gain = spec_of(declare(SimpleNamespace(shape=(5,)), Role.PRE_NORM), "g")
+    assert (gain.role, gain.width_ratio, gain.constant) == (Role.PRE_NORM, 1.0, 1.0)
 
 
 @pytest.mark.parametrize("attribute", [None, "hidden_weight"])
 def test_a_parameter_without_a_declaration_is_an_error_that_names_it(attribute: str | None) -> None:
-    parameter = SimpleNamespace() if attribute is None else SimpleNamespace(completep=attribute)
+    parameter = SimpleNamespace() if attribute is None else SimpleNamespace(spec=attribute)
     with pytest.raises(ConfigError, match=r"layers\.3\.new\.weight.*embedding, pre_norm, hidden_weight"):
-        declaration_of("layers.3.new.weight", parameter)
+        spec_of(parameter, "layers.3.new.weight")
 
 
 def test_the_role_strings_and_their_order_are_those_of_the_paper() -> None:
@@ -244,8 +256,8 @@ def test_the_role_strings_and_their_order_are_those_of_the_paper() -> None:
 
 def test_the_table_is_usable_without_the_trainer_and_without_torch() -> None:
     code = (
-        "import sys; from megatron_completep.completep import Role, Table\n"
-        "table = Table(width_multiplier=4.0, depth_multiplier=8.0)\n"
+        "import sys; from megatron_completep.completep import Table\nfrom megatron_completep.roles import Role\n"
+        "table = Table(base_hidden_size=64, base_ffn_hidden_size=256, width_multiplier=4.0, depth_multiplier=8.0)\n"
         "print(table.factors(Role.HIDDEN_WEIGHT, 4.0), table.residual_multiplier, 'torch' in sys.modules)"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -254,4 +266,4 @@ def test_the_table_is_usable_without_the_trainer_and_without_torch() -> None:
 
 def test_the_table_is_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        Table().alpha = 0.5  # type: ignore[misc]
+        plain_table().alpha = 0.5  # type: ignore[misc]

@@ -19,7 +19,7 @@ from typing import Any
 from megatron_completep.config import load_config
 from megatron_completep.errors import exit_on_user_error
 from megatron_completep.training.checkpoint.adapt import adapt_checkpoint
-from megatron_completep.training.checkpoint.compare import table_of
+from megatron_completep.training.checkpoint.compare import side_by_side
 from megatron_completep.training.checkpoint.examine import (
     checkpoint_at,
     checkpoints_of,
@@ -131,7 +131,7 @@ def run_verify(arguments: argparse.Namespace) -> int:
 
 def run_diff(arguments: argparse.Namespace) -> int:
     settings, tensors = compare_checkpoints(checkpoint_at(arguments.first), checkpoint_at(arguments.second))
-    lines = [table_of(settings, "first", "second")] if settings else ["settings are equal"]
+    lines = [side_by_side(settings, "first", "second")] if settings else ["settings are equal"]
     lines += [f"  {row['tensor']:<52} {row['largest_difference']}" for row in tensors] or ["tensors are equal bit for bit"]
     value = {"settings": [vars(d) for d in settings], "tensors": tensors}
     show(value, arguments.json, "\n".join(lines))
@@ -167,7 +167,9 @@ def run_adapt(arguments: argparse.Namespace) -> int:
     checkpoints = Path(config.training.output_dir) / "checkpoints"
     source = checkpoint_at(arguments.checkpoint)
     folder, changed = adapt_checkpoint(source, config, checkpoints, arguments.files, arguments.start_anew)
-    text = f"{table_of(changed, 'checkpoint', 'new')}\nwrote {folder}: the same function; train with {arguments.config} to go on from it"
+    text = (
+        f"{side_by_side(changed, 'checkpoint', 'new')}\nwrote {folder}: the same function; train with {arguments.config} to go on from it"
+    )
     show({"folder": str(folder), "changed": [vars(difference) for difference in changed]}, arguments.json, text)
     return 0
 

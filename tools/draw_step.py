@@ -10,7 +10,7 @@ The schedules come from the library that runs them, the buckets from the optimiz
 import argparse
 from pathlib import Path
 
-from megatron_completep.analysis.sizes import rank_layout
+from megatron_completep.analysis.sizes import rank_layout, rank_specs
 from megatron_completep.analysis.step_picture import bubble, draw, overlap, schedule_actions, simulate
 from megatron_completep.config import load_config
 from megatron_completep.errors import exit_on_user_error
@@ -36,7 +36,7 @@ def main() -> int | None:
         chunks = f", {virtual} chunks a rank (the second lighter)" if virtual > 1 else ""
         panels.append((f"{name}{chunks}: bubble {bubble(spans):.0%}", spans, [f"rank {rank}" for rank in range(arguments.ranks)]))
     config = load_config(arguments.config, [f"parallel.bucket_megabytes={arguments.bucket_megabytes}"])
-    buckets = [stop - start for start, stop in rank_layout(config, 0, 8).buckets]
+    buckets = [stop - start for start, stop in rank_layout(config, rank_specs(config, 0), 8).buckets]
     panels.append(
         (
             f"data parallel, {len(buckets)} buckets: only the last bucket's gradients and the first parameters wait",

@@ -15,15 +15,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from megatron_completep.completep import table_for
+from megatron_completep.completep import table_of
+from megatron_completep.config.bare import bare_config
 from megatron_completep.config.schema import (
     CheckpointConfig,
-    Config,
-    DataConfig,
     ModelConfig,
-    OptimizerConfig,
-    SourceConfig,
-    TrainingConfig,
 )
 from megatron_completep.model.gpt import GPT
 from megatron_completep.optim.distributed_adamw import DistributedAdamW
@@ -84,15 +80,13 @@ class _Bench:
         model = ModelConfig(
             hidden_size=hidden, num_layers=layers, num_attention_heads=8, ffn_hidden_size=4 * hidden, vocab_size=512, seq_length=64
         )
-        self.config = Config(
-            model=model,
-            optimizer=OptimizerConfig(base_lr=1e-3),
-            data=DataConfig(train=[SourceConfig(prefix="none")]),
-            training=TrainingConfig(micro_batch_size=1, global_batch_size=1, train_steps=1, output_dir=str(folder / "run")),
+        self.config = bare_config(
+            model,
+            training={"output_dir": str(folder / "run")},
             checkpoint=CheckpointConfig(keep=1),
         )
         context = ParallelContext.single("cpu")
-        table = table_for(model, self.config.completep)
+        table = table_of(self.config)
         chunk = GPT(model, table, context)
         for parameter in chunk.parameters():
             parameter.data.normal_()

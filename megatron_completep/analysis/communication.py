@@ -8,21 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 
 from megatron_completep.analysis.sizes import (
     element_bytes,
-    has_partial_gradient,
-    local_sizes,
     rank_layout,
+    rank_specs,
     rank_stages,
     shard_count,
     wide_bytes,
 )
-from megatron_completep.config.derived import micro_batches_per_step
+from megatron_completep.config.derived import micro_batches_per_step, padded_vocab_size
 from megatron_completep.config.schema import Config
 from megatron_completep.model.gpt import Stage
 from megatron_completep.parallel.cross_entropy import LossConfig
-from megatron_completep.parallel.embedding import padded_vocab_size
+from megatron_completep.parallel.parameter import Spec
 
 ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, SEND = "all-reduce", "all-gather", "reduce-scatter", "send"
 
@@ -50,11 +50,12 @@ def collectives_per_step(config: Config, world_size: int, pipeline_rank: int = 0
     """
     data_size = world_size // (config.parallel.tensor_parallel_size * config.parallel.pipeline_parallel_size)
     micro_batches = micro_batches_per_step(config, world_size)
+    specs = rank_specs(config, pipeline_rank)
     found = [
         *(c for stage in rank_stages(config, pipeline_rank) for c in _tensor(config, stage, micro_batches)),
-        *_partial_gradients(config, pipeline_rank, data_size, shard_rank),
-        *_pipeline(config, pipeline_rank, micro_batches),
-        *_data(config, pipeline_rank, data_size),
+        *_partial_gradients(config, specs, data_size, shard_rank),
+        *_pipeline(config, specs, pipeline_rank, micro_batches),
+        *_data(config, specs, data_size),
     ]
     if world_size > 1:
         found.append(Collective("world", ALL_REDUCE, 3 * 8, 1, "squared gradient norm, loss, tokens"))
@@ -120,7 +121,7 @@ def _losses(config: Config, micro_batches: int) -> Iterator[Collective]:
     """The two reductions of the vocabulary-parallel cross-entropy, for every chunk of tokens."""
     model, training, tp = config.model, config.training, config.parallel.tensor_parallel_size
     tokens = model.seq_length * training.micro_batch_size
-    rows = padded_vocab_size(model.vocab_size, model.vocab_multiple, tp) // tp
+    rows = padded_vocab_size(model, tp) // tp
     at_once = max(1, LossConfig().chunk_bytes // (rows * element_bytes(config)))
     sums = 3 if training.label_smoothing > 0 else 2
     whole, rest = divmod(tokens, at_once)
@@ -130,14 +131,14 @@ def _losses(config: Config, micro_batches: int) -> Iterator[Collective]:
         yield Collective("tensor", ALL_REDUCE, sums * row, count * micro_batches, "sums of each token's cross-entropy, forward")
 
 
-def _partial_gradients(config: Config, pipeline_rank: int, data_size: int, shard_rank: int) -> Iterator[Collective]:
-    segments = rank_layout(config, pipeline_rank, data_size).segments(shard_rank)
-    elements = sum(s.size for s in segments if has_partial_gradient(s.name, config.parallel))
+def _partial_gradients(config: Config, specs: dict[str, Spec], data_size: int, shard_rank: int) -> Iterator[Collective]:
+    segments = rank_layout(config, specs, data_size).segments(shard_rank)
+    elements = sum(s.size for s in segments if specs[s.name].partial_gradient)
     if elements:
         yield Collective("tensor", ALL_REDUCE, elements * wide_bytes(config), 1, "gradients of norms and biases in the shard")
 
 
-def _pipeline(config: Config, pipeline_rank: int, micro_batches: int) -> Iterator[Collective]:
+def _pipeline(config: Config, specs: dict[str, Spec], pipeline_rank: int, micro_batches: int) -> Iterator[Collective]:
     model, parallel = config.model, config.parallel
     if parallel.pipeline_parallel_size == 1:
         return
@@ -148,20 +149,19 @@ def _pipeline(config: Config, pipeline_rank: int, micro_batches: int) -> Iterato
     forward, backward = sum(not stage.last for stage in stages), sum(not stage.first for stage in stages)
     yield Collective("pipeline", SEND, stream, forward * micro_batches, "residual stream to the next stage, forward")
     yield Collective("pipeline", SEND, stream, backward * micro_batches, "its gradient to the stage before, backward")
-    if model.tied_embeddings:
-        for stage in stages:
-            table = dict(local_sizes(model, parallel, stage)).get("embedding.weight" if stage.first else "unembedding.weight")
-            if table is not None and (stage.first or stage.last):
-                yield Collective("pipeline", SEND, table * wide_bytes(config), 1, "gradient of the tied embedding to the other end")
+    for spec in specs.values():
+        if spec.tied_to is not None:
+            payload = prod(spec.local_shape) * wide_bytes(config)
+            yield Collective("pipeline", SEND, payload, 1, "gradient of the tied embedding to the other end")
 
 
-def _data(config: Config, pipeline_rank: int, data_size: int) -> Iterator[Collective]:
+def _data(config: Config, specs: dict[str, Spec], data_size: int) -> Iterator[Collective]:
     """Gradients and parameters, one bucket after the other."""
     if data_size == 1:
         return
     shards = shard_count(config, data_size)
     gradient = 2 if config.parallel.gradient_dtype == "bf16" else wide_bytes(config)
-    for start, stop in rank_layout(config, pipeline_rank, data_size).buckets:
+    for start, stop in rank_layout(config, specs, data_size).buckets:
         size = stop - start
         if shards > 1:
             yield Collective("shard", REDUCE_SCATTER, size * gradient, 1, "gradients of a bucket, during backward")

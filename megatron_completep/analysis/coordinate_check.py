@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from megatron_completep.analysis.trial import Design, Trial, for_short_runs, read_batches, reshape, under, with_seed
-from megatron_completep.completep import Role, table_for
+from megatron_completep.completep import table_of
 from megatron_completep.config.schema import Config
 from megatron_completep.data.loader import Batch
 from megatron_completep.parallel.context import ParallelContext
+from megatron_completep.roles import Role
 from megatron_completep.training.measure import SumOfSquares, reduce_stream_sums, role_rms
 
 Say = Callable[[str], None]
@@ -200,7 +201,7 @@ def train(job: Job, context: ParallelContext) -> Measurement:
 
 def jobs_of(config: Config, plan: Plan, design: Design, axis: str) -> list[Job]:
     """The model of one shape and seed in all the rules that are wanted. `design` is the model under check; others take the right table."""
-    right = replace(design, make_table=table_for)
+    right = replace(design, make_table=table_of)
     jobs = [Job("model", config, design, plan.steps, plan.precision)]
     if plan.check_eps:
         jobs.append(Job("large eps", config, design, EPS_STEPS, plan.precision, EPS_SETTINGS))

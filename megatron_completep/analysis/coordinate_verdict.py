@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_completep.analysis.coordinate_check import Sample
 from megatron_completep.analysis.fits import Estimate, log_log_slope, mean_estimate
-from megatron_completep.completep import Role
+from megatron_completep.roles import Role
 
 
 class Verdict(IntEnum):

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from megatron_completep.analysis.plain_model import PlainGPT
 from megatron_completep.analysis.training_benchmark import BenchmarkSettings, bootstrap_ratio, random_batch, run_config
-from megatron_completep.completep import table_for
+from megatron_completep.completep import table_of
 from megatron_completep.data.loader import Batch
 from megatron_completep.optim.distributed_adamw import DistributedAdamW
 from megatron_completep.parallel.context import ParallelContext
@@ -136,7 +136,7 @@ def our_program(settings: BenchmarkSettings, precision: str) -> Step:
     )
     world_size = dist.get_world_size()
     context = ParallelContext.over_world(config.parallel, torch.device("cpu"), dist.get_rank(), world_size, world_size)
-    table = table_for(config.model, config.completep)
+    table = table_of(config)
     chunks = build.build_model(config, table, context, DTYPES[precision])
     optimizer = DistributedAdamW(chunks, table, config.optimizer, context, config.parallel, DTYPES[precision])
     step, batch = TrainingStep(config, context, chunks, optimizer), random_batch(settings)
@@ -176,7 +176,7 @@ PROGRAMS: dict[str, Callable[[BenchmarkSettings, str], Step]] = {
 
 def _plain(settings: BenchmarkSettings, precision: str) -> PlainGPT:
     torch.manual_seed(1)
-    return PlainGPT(settings.model, table_for(settings.model, run_config(settings, precision).completep))
+    return PlainGPT(settings.model, table_of(run_config(settings, precision)))
 
 
 def _plain_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, autocast: bool) -> Step:

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megatron_completep.completep import Role, Table, table_for
-from megatron_completep.config.derived import tokens_per_step, total_tokens
+from megatron_completep.completep import Table, table_of
 from megatron_completep.config.schema import Config
 from megatron_completep.model.gpt import GPT
 from megatron_completep.optim.groups import build_groups
 from megatron_completep.parallel.context import ParallelContext
-from megatron_completep.parallel.placement import placement_of
+from megatron_completep.parallel.parameter import spec_of
+from megatron_completep.roles import Role
 
 
 @dataclass(frozen=True)
@@ -64,18 +64,17 @@ def make_plan(config: Config, parameterization: str | None = None) -> Plan:
     Raises:
         ConfigError: an override matches no parameter, or scaled betas leave their range.
     """
-    completep = config.completep
-    if parameterization is not None and parameterization != completep.parameterization:
-        completep = completep.model_copy(update={"parameterization": parameterization, "alpha": 1.0})
-    batch_tokens = tokens_per_step(config)
-    table = table_for(config.model, completep, batch_tokens, total_tokens(config))
-    table.betas(config.optimizer.betas)
+    if parameterization is not None and parameterization != config.completep.parameterization:
+        other = {"parameterization": parameterization, "alpha": 1.0}
+        config = config.model_copy(update={"completep": config.completep.model_copy(update=other)})
+    table = table_of(config)
+    table.batch.betas(config.optimizer.betas)
     model = GPT(config.model, table, ParallelContext.single("meta"))
     named = dict(model.named_parameters())
     parameters = tuple(
         ParameterPlan(
             name=group.name,
-            shape=placement_of(named[group.name]).global_shape,
+            shape=spec_of(named[group.name], group.name).shape,
             role=group.role,
             init_std=group.init_std,
             lr=config.optimizer.base_lr * group.lr_factor,
@@ -84,7 +83,7 @@ def make_plan(config: Config, parameterization: str | None = None) -> Plan:
         )
         for group in build_groups(named.items(), table, config.optimizer).values()
     )
-    return Plan(completep.parameterization, table, parameters)
+    return Plan(config.completep.parameterization, table, parameters)
 
 
 def describe(config: Config) -> str:
@@ -116,10 +115,11 @@ def _row(plan: Plan, this_run: bool, values: tuple[float, ...]) -> str:
 
 
 def _scaled_batch(config: Config, table: Table) -> list[str]:
-    if table.batch_ratio == table.duration_ratio == 1.0:
+    batch = table.batch
+    if batch.batch_ratio == batch.duration_ratio == 1.0:
         return []
-    beta1, beta2 = table.betas(config.optimizer.betas)
-    return [f"m_B = {table.batch_ratio:g}, m_D = {table.duration_ratio:g}: S = {table.batch_scale:.5g}, betas {beta1:.5g} and {beta2:.5g}"]
+    beta1, beta2 = batch.betas(config.optimizer.betas)
+    return [f"m_B = {batch.batch_ratio:g}, m_D = {batch.duration_ratio:g}: S = {batch.scale:.5g}, betas {beta1:.5g} and {beta2:.5g}"]
 
 
 def _alike(plans: Sequence[Plan]) -> list[list[int]]:

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_completep.completep import table_for
-from megatron_completep.config.derived import tokens_per_step, total_tokens
+from megatron_completep.completep import table_of
 from megatron_completep.config.schema import Config
 from megatron_completep.errors import ConfigError
 from megatron_completep.kernels.ahead_of_time import Launch, compile_launch, record
@@ -60,8 +59,7 @@ def _step_without_data(config: Config) -> None:
     """Forward, backward and update of a shallow copy of the run: all layers are alike, and so are all ranks of an axis."""
     parallel, training = config.parallel, config.training
     context = ParallelContext(torch.device("meta"), tensor=Axis("tensor", 0, parallel.tensor_parallel_size))
-    tokens_a_step = tokens_per_step(config)
-    table = table_for(config.model, config.completep, tokens_a_step, total_tokens(config))
+    table = table_of(config)
     loss = LossConfig(training.z_loss, training.label_smoothing)
     whole = parallel.pipeline_parallel_size * parallel.virtual_pipeline_size == 1
     stages = [Stage(0, min(2, config.model.num_layers))] if whole else [Stage(0, 1, last=False), Stage(1, 2, first=False)]

@@ -17,15 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_completep.completep import Table, table_for
+from megatron_completep.completep import table_of
+from megatron_completep.config import Config
+from megatron_completep.config.bare import bare_config
 from megatron_completep.config.schema import CompletePConfig, ModelConfig, OptimizerConfig, ParallelConfig, RoleFactors
 from megatron_completep.errors import DataError
 from megatron_completep.model.gpt import GPT
 from megatron_completep.model.stages import build_chunks
 from megatron_completep.optim.distributed_adamw import DistributedAdamW
-from megatron_completep.parallel.collectives import all_reduce
 from megatron_completep.parallel.context import ParallelContext
-from megatron_completep.parallel.placement import placement_of
+from megatron_completep.parallel.parameter import spec_of, specs_of
 from megatron_completep.training.forward_backward import ForwardBackward, MicroBatch
 
 NAMES = {  # ours -> GPT-2's
@@ -87,10 +88,15 @@ class Trace:
                 problems.append(f"{key} = {found}: the replay knows {known} only")
         return problems
 
-    def configs(self) -> tuple[ModelConfig, CompletePConfig, OptimizerConfig]:
+    def config(self, parallel: ParallelConfig) -> Config:
         """The reference's settings as ours: layernorm, gelu, learned positions, attention scale 1/head_dim. Raises DataError."""
         try:
-            return self._model(), self._completep(), self._optimizer()
+            return bare_config(
+                self._model(),
+                completep=self._completep(),
+                optimizer=self._optimizer(),
+                parallel=parallel,
+            )
         except ValueError as error:
             raise DataError(f"the trace's settings cannot be used: {error}") from error
 
@@ -149,10 +155,10 @@ class Trace:
         return torch.from_numpy(self.arrays[f"init/{reference_name(name)}"]).to(dtype)
 
 
-def check_weights(trace: Trace, model: ModelConfig, table: Table) -> None:
+def check_weights(trace: Trace, config: Config) -> None:
     """The trace has the weights of the model that its settings describe, each in its shape, and no others. Raises DataError."""
-    whole = GPT(model, table, ParallelContext.single("meta"))
-    own = {reference_name(name): placement_of(p).global_shape for name, p in whole.named_parameters()}
+    specs = specs_of(GPT(config.model, table_of(config), ParallelContext.single("meta")))
+    own = {reference_name(name): spec.shape for name, spec in specs.items()}
     recorded = {key.removeprefix("init/"): array.shape for key, array in trace.arrays.items() if key.startswith("init/")}
     problems = [f"{name}: not in the .npz" for name in own if name not in recorded]
     problems += [f"{name}: no such weight in the model of the .json" for name in recorded if name not in own]
@@ -167,19 +173,6 @@ def reference_name(name: str) -> str:
     parts = name.split(".")
     prefix, inner = (f"transformer.h.{parts[1]}.", ".".join(parts[2:-1])) if parts[0] == "layers" else ("", ".".join(parts[:-1]))
     return f"{prefix}{NAMES[inner]}.{parts[-1]}"
-
-
-def local_part(whole: Tensor, parameter: torch.nn.Parameter) -> Tensor:
-    """The rows or columns of a logical tensor that this rank's parameter holds, padding rows zero."""
-    placement = placement_of(parameter)
-    if placement.dim is None:
-        return whole
-    limit = whole.shape[placement.dim]
-    pieces = [whole.narrow(placement.dim, start, max(0, min(stop, limit) - start)) for start, stop in placement.ranges if start < limit]
-    part = torch.cat(pieces, placement.dim) if pieces else whole.narrow(placement.dim, 0, 0)
-    local = torch.zeros(parameter.shape, dtype=whole.dtype)
-    local.narrow(placement.dim, 0, part.shape[placement.dim]).copy_(part)
-    return local
 
 
 @dataclass(frozen=True)
@@ -205,15 +198,15 @@ def replay(
     """Train as the trace did, from its initial weights on its batches, with its single eps for every tensor."""
     context, parallel = context or ParallelContext.single(), parallel or ParallelConfig()
     dtype = torch.float64 if precision == "float64" else torch.float32
-    model, completep, settings = trace.configs()
-    table = table_for(model, completep)
-    check_weights(trace, model, table)
+    config = trace.config(parallel)
+    model, settings, table = config.model, config.optimizer, table_of(config)
+    check_weights(trace, config)
     chunks = build_chunks(model, table, parallel, context)
     for chunk in chunks:
         chunk.to(dtype)
         for name, parameter in chunk.named_parameters():
-            logical = placement_of(parameter).tied_to or name
-            parameter.data.copy_(local_part(trace.initial(logical, dtype), parameter))
+            spec = spec_of(parameter, name)
+            parameter.data.copy_(spec.cut(trace.initial(spec.stored_name(name), dtype)))
     optimizer = DistributedAdamW(chunks, table, settings, context, parallel, dtype)
     optimizer.group_table[:, 2] = trace.single_eps
     pieces = context.pipeline.size  # micro-batches: as many as a schedule needs at least
@@ -229,26 +222,11 @@ def replay(
         norms.append(result.grad_norm.item())
     optimizer.wait_for_parameters()
     weights = {
-        reference_name(name): _counted_weight(name, whole_of(p, context), precision)
-        for name, p in optimizer.parameters.items()
-        if placement_of(p).tied_to in (None, name)
+        reference_name(name): _counted_weight(name, spec.join(optimizer.parameters[name].detach(), context), precision)
+        for name, spec in optimizer.specs.items()
+        if not spec.is_copy(name)
     }
     return compare(trace, losses, norms, weights, precision)
-
-
-def whole_of(parameter: torch.nn.Parameter, context: ParallelContext) -> Tensor:
-    """The logical tensor, on every tensor rank of the stage that holds the parameter."""
-    placement, local = placement_of(parameter), parameter.detach()
-    if placement.dim is None or context.tensor.size == 1:
-        return local.narrow(0, 0, placement.global_shape[0])
-    whole = local.new_zeros(placement.global_shape)
-    position = 0
-    for start, stop in placement.ranges:
-        held = max(0, min(stop, whole.shape[placement.dim]) - start)
-        if held:
-            whole.narrow(placement.dim, start, held).copy_(local.narrow(placement.dim, position, held))
-        position += stop - start
-    return all_reduce(whole, context.tensor)
 
 
 def _counted_weight(name: str, parameter: Tensor, precision: str) -> Tensor:

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_completep.analysis.report import Report, new_figure
-from megatron_completep.completep import Role, table_for
+from megatron_completep.completep import table_of
 from megatron_completep.config import Config
-from megatron_completep.config.derived import tokens_per_step, total_tokens
+from megatron_completep.config.derived import tokens_per_step
 from megatron_completep.config.schema import ModelConfig
 from megatron_completep.model.flops import training_flops_per_token
+from megatron_completep.roles import Role
 
 Row = dict[str, Any]
 
@@ -52,8 +53,9 @@ def run_report(config: Config, rows: Sequence[Row], title: str) -> Report:
 
 def add_parameterization(report: Report, config: Config) -> None:
     """The proxy's base values beside what each role gets at this shape."""
-    optimizer, completep, tokens = config.optimizer, config.completep, tokens_per_step(config)
-    table = table_for(config.model, completep, tokens, total_tokens(config))
+    optimizer = config.optimizer
+    completep = config.completep
+    table = table_of(config)
     section = report.section("Hyperparameters")
     section.text(
         f"{completep.parameterization}, alpha {completep.alpha:g}: width multiplier {table.width_multiplier:g}, depth multiplier "

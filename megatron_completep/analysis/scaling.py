@@ -9,16 +9,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_completep.analysis.communication import sent_bytes
-from megatron_completep.analysis.sizes import element_bytes, local_sizes, rank_layout, rank_stages, shard_count, whole, wide_bytes
+from megatron_completep.analysis.sizes import (
+    element_bytes,
+    rank_layout,
+    rank_specs,
+    rank_stages,
+    shard_count,
+    stored_elements,
+    wide_bytes,
+)
 from megatron_completep.config.check import check_world
-from megatron_completep.config.derived import head_dim, micro_batches_per_step, num_query_groups, tokens_per_step
+from megatron_completep.config.derived import head_dim, micro_batches_per_step, num_query_groups, padded_vocab_size, tokens_per_step
 from megatron_completep.config.schema import Config, ModelConfig, ParallelConfig
 from megatron_completep.errors import ConfigError
 from megatron_completep.model.flops import forward_flops_per_token, training_flops_per_token
 from megatron_completep.model.gpt import Stage
-from megatron_completep.model.stages import split_stages
 from megatron_completep.parallel.cross_entropy import LossConfig
-from megatron_completep.parallel.embedding import padded_vocab_size
 
 
 @dataclass(frozen=True)
@@ -120,8 +126,7 @@ def scaling_plan(config: Config, world_size: int, gpu_name: str = "h100") -> Sca
         step_seconds=step_seconds,
         tokens_per_second=tokens / step_seconds,
         model_flops_utilisation=flops * tokens / step_seconds / world_size / gpu.peak_flops,
-        checkpoint_bytes=12
-        * sum(size for stage in split_stages(model, parallel) for _, size in local_sizes(model, whole(parallel), stage)),
+        checkpoint_bytes=12 * stored_elements(config),
         warnings=_warnings(config, gpu, memory, bubble, traffic[2], compute),
     )
 
@@ -133,7 +138,7 @@ def rank_memory(config: Config, pipeline_rank: int, data_size: int, micro_batche
     wide, narrow = (8 if training.precision == "float64" else 4), (2 if mixed else 0)
     shards = shard_count(config, data_size)
     stages = rank_stages(config, pipeline_rank)
-    layout = rank_layout(config, pipeline_rank, data_size)
+    layout = rank_layout(config, rank_specs(config, pipeline_rank), data_size)
     shares_master = shards == 1 and not mixed  # the master is the parameter itself
     held = [in_flight(parallel, pipeline_rank, micro_batches) * stage_activations(config, stage) for stage in stages]
     return RankMemory(
@@ -172,7 +177,7 @@ def stage_activations(config: Config, stage: Stage) -> int:
     if model.position == "rope" and training.recompute != "full":
         total += 2 * model.seq_length * head_dim(model) // 2 * wide
     if stage.last:
-        vocabulary = padded_vocab_size(model.vocab_size, model.vocab_multiple, tp) // tp
+        vocabulary = padded_vocab_size(model, tp) // tp
         total += stream + local * wide * (2 if model.norm == "layernorm" else 1)
         kept = tokens * vocabulary * element
         if kept <= LossConfig().chunk_bytes:

@@ -1,13 +1,18 @@
-"""What a rank holds, on paper: its stages, the sizes of their parameters, and the optimizer's layout of them. Arithmetic only."""
+"""What a rank holds, on paper: its stages, their parameters and the optimizer's layout, read off a model on the meta device."""
 
 from __future__ import annotations
 
-from megatron_completep.config.derived import head_dim, num_query_groups
-from megatron_completep.config.schema import Config, ModelConfig, ParallelConfig
-from megatron_completep.model.gpt import Stage
+from math import prod
+
+import torch
+
+from megatron_completep.completep import table_of
+from megatron_completep.config.schema import Config, ParallelConfig
+from megatron_completep.model.gpt import GPT, Stage
 from megatron_completep.model.stages import split_stages
 from megatron_completep.optim.layout import Layout, lay_out
-from megatron_completep.parallel.embedding import padded_vocab_size
+from megatron_completep.parallel.context import Axis, ParallelContext
+from megatron_completep.parallel.parameter import Spec, specs_of
 
 
 def element_bytes(config: Config) -> int:
@@ -20,47 +25,20 @@ def wide_bytes(config: Config) -> int:
     return 8 if config.training.precision == "float64" else 4
 
 
-def whole(parallel: ParallelConfig) -> ParallelConfig:
-    """The layout with one tensor rank: logical sizes."""
-    return parallel.model_copy(update={"tensor_parallel_size": 1})
+def imagined_context(parallel: ParallelConfig) -> ParallelContext:
+    """The first rank of a mesh of these sizes, with nobody to communicate with: enough to build a model on paper."""
+    return ParallelContext(
+        device=torch.device("meta"),
+        tensor=Axis("tensor", 0, parallel.tensor_parallel_size),
+        pipeline=Axis("pipeline", 0, parallel.pipeline_parallel_size),
+        sequence_parallel=parallel.sequence_parallel and parallel.tensor_parallel_size > 1,
+    )
 
 
-def local_sizes(model: ModelConfig, parallel: ParallelConfig, stage: Stage) -> list[tuple[str, int]]:
-    """(name, elements on one tensor rank) of a stage's parameters, in forward order."""
-    tp, hidden, ffn = parallel.tensor_parallel_size, model.hidden_size, model.ffn_hidden_size
-    heads, groups, dim = model.num_attention_heads, num_query_groups(model), head_dim(model)
-    fused = 2 if model.activation == "swiglu" else 1
-    norm_bias = model.bias and model.norm == "layernorm"
-
-    def norm(name: str) -> list[tuple[str, int]]:
-        return [(f"{name}.weight", hidden)] + ([(f"{name}.bias", hidden)] if norm_bias else [])
-
-    def linear(name: str, rows: int, columns: int) -> list[tuple[str, int]]:
-        return [(f"{name}.weight", rows * columns)] + ([(f"{name}.bias", rows)] if model.bias else [])
-
-    vocabulary = padded_vocab_size(model.vocab_size, model.vocab_multiple, tp) // tp * hidden
-    sizes: list[tuple[str, int]] = []
-    if stage.first:
-        sizes.append(("embedding.weight", vocabulary))
-        if model.position == "learned":
-            sizes.append(("positions.weight", model.seq_length * hidden))
-    for layer in range(stage.start, stage.stop):
-        gains = [("attention.q_norm.weight", dim), ("attention.k_norm.weight", dim)] if model.qk_norm else []
-        block = [
-            *norm("attention_norm"),
-            *linear("attention.qkv", (heads + 2 * groups) * dim // tp, hidden),
-            *linear("attention.output", hidden, heads * dim // tp),
-            *gains,
-            *norm("mlp_norm"),
-            *linear("mlp.up", fused * ffn // tp, hidden),
-            *linear("mlp.down", hidden, ffn // tp),
-        ]
-        sizes += [(f"layers.{layer}.{name}", size) for name, size in block]
-    if stage.last:
-        sizes += norm("final_norm")
-        if not (model.tied_embeddings and stage.first):
-            sizes.append(("unembedding.weight", vocabulary))
-    return sizes
+def stage_specs(config: Config, stage: Stage) -> dict[str, Spec]:
+    """The parameters of a stage as its first tensor rank holds them, in forward order."""
+    context = imagined_context(config.parallel)
+    return specs_of(GPT(config.model, table_of(config), context, stage))
 
 
 def rank_stages(config: Config, pipeline_rank: int) -> list[Stage]:
@@ -69,26 +47,31 @@ def rank_stages(config: Config, pipeline_rank: int) -> list[Stage]:
     return split_stages(config.model, config.parallel)[pipeline_rank::size]
 
 
+def rank_specs(config: Config, pipeline_rank: int) -> dict[str, Spec]:
+    """The parameters of one pipeline rank, in the backward order in which the optimizer lays them out."""
+    specs: dict[str, Spec] = {}
+    for stage in reversed(rank_stages(config, pipeline_rank)):
+        specs |= reversed(stage_specs(config, stage).items())
+    return specs
+
+
 def shard_count(config: Config, data_size: int) -> int:
     """Data ranks that share one copy of the optimizer state."""
     return config.parallel.optimizer_shard_size or data_size
 
 
-def rank_layout(config: Config, pipeline_rank: int, data_size: int) -> Layout:
-    """The optimizer's layout of one pipeline rank's parameters."""
-    model, parallel = config.model, config.parallel
-    stages = rank_stages(config, pipeline_rank)
-    sizes = [pair for stage in reversed(stages) for pair in reversed(local_sizes(model, parallel, stage))]
-    across = model.tied_embeddings and parallel.pipeline_parallel_size > 1
-    alone = frozenset({"embedding.weight", "unembedding.weight"}) if across else frozenset()
-    return lay_out(sizes, shard_count(config, data_size), int(parallel.bucket_megabytes * 2**20 / 4), alone)
+def rank_layout(config: Config, specs: dict[str, Spec], data_size: int) -> Layout:
+    """The optimizer's layout of one pipeline rank's parameters (`rank_specs`)."""
+    sizes = [(name, prod(spec.local_shape)) for name, spec in specs.items()]
+    alone = frozenset(name for name, spec in specs.items() if spec.tied_to is not None)
+    bucket_elements = int(config.parallel.bucket_megabytes * 2**20 / 4)
+    return lay_out(sizes, shard_count(config, data_size), bucket_elements, alone)
 
 
-def has_partial_gradient(name: str, parallel: ParallelConfig) -> bool:
-    """Whether a parameter's gradient on one tensor rank is a share of the sum (see `Placement.partial_gradient`)."""
-    if parallel.tensor_parallel_size == 1:
-        return False
-    if name.endswith(("q_norm.weight", "k_norm.weight")):
-        return True
-    replicated = "_norm." in name or name.endswith(("output.bias", "down.bias")) or name == "positions.weight"
-    return parallel.sequence_parallel and replicated
+def stored_elements(config: Config) -> int:
+    """Elements of all logical parameters: what a checkpoint holds of each state."""
+    total = 0
+    for stage in split_stages(config.model, config.parallel):
+        specs = stage_specs(config, stage)
+        total += sum(spec.size for name, spec in specs.items() if not spec.is_copy(name))
+    return total

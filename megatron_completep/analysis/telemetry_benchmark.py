@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megatron_completep.analysis.training_benchmark import BenchmarkSettings, bootstrap_ratio, random_batch, time_once
-from megatron_completep.completep import table_for
+from megatron_completep.completep import table_of
 from megatron_completep.config.schema import Config
 from megatron_completep.errors import ConfigError
 from megatron_completep.optim.distributed_adamw import DistributedAdamW
@@ -49,7 +49,7 @@ def measure(config: Config, device: torch.device, rounds: int = 20, warmup: int 
     if interval is None:
         raise ConfigError("logging.parameterization_interval is null: there is no telemetry to measure. Give the interval in steps.")
     context = ParallelContext.single(device)
-    table, precision = table_for(config.model, config.completep), choose_precision(config.training.precision, device)
+    table, precision = table_of(config), choose_precision(config.training.precision, device)
     chunks = build_model(config, table, context, precision)
     optimizer = DistributedAdamW(chunks, table, config.optimizer, context, config.parallel, precision)
     step = TrainingStep(config, context, chunks, optimizer)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from megatron_completep.analysis.plain_model import PlainGPT
-from megatron_completep.completep import Table, table_for
+from megatron_completep.completep import Table, table_of
 from megatron_completep.config import Config, config_from_mapping
 from megatron_completep.config.schema import ModelConfig
 from megatron_completep.data.loader import Batch
@@ -73,7 +73,7 @@ def compare(
     settings: BenchmarkSettings, precision: str, device: torch.device, say: Callable[[str], None] = lambda text: None
 ) -> Comparison:
     """Time both programs step by step in turn; which goes first changes every round."""
-    table = table_for(settings.model, run_config(settings, precision).completep)
+    table = table_of(run_config(settings, precision))
     batch = random_batch(settings)
     ours = our_step(settings, precision, device, table, batch)
     plain = plain_step(settings, precision, device, table, batch)

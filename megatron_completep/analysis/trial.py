@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from megatron_completep.completep import Table, table_for
+from megatron_completep.completep import Table, table_of
 from megatron_completep.config import check_config
-from megatron_completep.config.derived import head_dim, num_query_groups, tokens_per_step, total_tokens
-from megatron_completep.config.schema import CompletePConfig, Config, ModelConfig, OverrideConfig
+from megatron_completep.config.derived import head_dim, num_query_groups
+from megatron_completep.config.schema import Config, OverrideConfig
 from megatron_completep.data.loader import Batch
 from megatron_completep.errors import ConfigError
 from megatron_completep.optim.distributed_adamw import DistributedAdamW
@@ -22,7 +22,7 @@ from megatron_completep.training.measure import StreamTaps
 from megatron_completep.training.precision import choose_precision
 from megatron_completep.training.step import TrainingStep
 
-TableMaker = Callable[[ModelConfig, CompletePConfig], Table]
+TableMaker = Callable[[Config], Table]
 ModelMaker = Callable[[Config, Table, ParallelContext], nn.Module]
 
 PARAMETERIZATIONS: dict[str, dict[str, Any]] = {
@@ -41,7 +41,7 @@ class Design:
     gives the sum of the token losses and whose call without labels gives the logits [B, S, V].
     """
 
-    make_table: TableMaker = table_for
+    make_table: TableMaker = table_of
     make_model: ModelMaker | None = None
 
 
@@ -143,11 +143,7 @@ class Trial:
         """Raises ConfigError for a model with a parameter that declares no role."""
         design = design or Design()
         precision = choose_precision(config.training.precision, context.device)
-        if design.make_table is table_for:
-            tokens = tokens_per_step(config)
-            table = table_for(config.model, config.completep, tokens, total_tokens(config))
-        else:
-            table = design.make_table(config.model, config.completep)
+        table = design.make_table(config)
         if design.make_model is None:
             chunks: Sequence[Any] = build_model(config, table, context, precision)
         else:

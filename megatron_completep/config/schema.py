@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from megatron_completep.roles import Role
+
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -66,7 +68,7 @@ class RoleFactors(Section):
     eps: PositiveFloat = Field(1.0, description="Multiplies the AdamW epsilon.")
 
 
-RoleName = Literal["embedding", "pre_norm", "hidden_weight", "hidden_bias", "final_norm", "unembedding", "qk_norm"]
+RoleName = Annotated[Role, Field(strict=False)]  # a file says it as a string
 
 
 class CompletePConfig(Section):

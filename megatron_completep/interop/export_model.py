@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_completep.completep import table_for
+from megatron_completep.completep import table_of
 from megatron_completep.config import Config, config_from_mapping
 from megatron_completep.config.schema import TokenizerConfig
 from megatron_completep.data.tokenizer import Tokenizer, build_tokenizer
@@ -73,7 +73,7 @@ def export_model(
     settings, output = settings or ExportSettings(), Path(output)
     stored = StoredCheckpoint.open(find_checkpoint(checkpoint))
     config = config_from_mapping(stored.manifest.config, name=f"{stored.folder}: its configuration")
-    table = table_for(config.model, config.completep)
+    table = table_of(config)
     architecture = choose_architecture(config.model, table, settings.architecture)
     folding = fold(architecture, config.model, table)
     dtype = _dtype(settings.dtype, config)

@@ -20,9 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_completep.completep import Table, declaration_of, table_for
+from megatron_completep.completep import Table, table_of
 from megatron_completep.config import Config, config_from_mapping, save_config
-from megatron_completep.config.derived import tokens_per_step, total_tokens
 from megatron_completep.config.schema import ModelConfig
 from megatron_completep.errors import ConfigError, DataError
 from megatron_completep.interop.architectures import Folding, Piece, pieces
@@ -31,14 +30,14 @@ from megatron_completep.interop.hf_tokenizer import COMPANIONS
 from megatron_completep.interop.tensor_files import TensorFolder
 from megatron_completep.model.gpt import GPT
 from megatron_completep.parallel.context import ParallelContext
-from megatron_completep.parallel.placement import placement_of
+from megatron_completep.parallel.parameter import specs_of
 from megatron_completep.training.checkpoint import random_state
 from megatron_completep.training.checkpoint.boxes import Box
 from megatron_completep.training.checkpoint.files import BLOCK_SIZE, key_of, write_tensor_file
 from megatron_completep.training.checkpoint.identity import describe_table, versions
 from megatron_completep.training.checkpoint.manifest import MANIFEST, Manifest, StoredFile, StoredParameter, folder_name, seal
 from megatron_completep.training.checkpoint.save import check_space, sync_folder
-from megatron_completep.training.checkpoint.shard import STATES
+from megatron_completep.training.checkpoint.shard import STATES, describe
 from megatron_completep.training.state import RunState
 
 FILE_BYTES = 1 << 28  # of weights held in memory and written as one file, with the optimizer's zeros beside them
@@ -81,7 +80,7 @@ def import_model(folder: str | Path, output: str | Path, overrides: Sequence[str
         output.mkdir(parents=True, exist_ok=True)
         tokenizer = _copy_tokenizer(folder, output)
         config = _configuration(model, output, tokenizer, PRECISIONS[dtype], overrides)
-        table = table_for(config.model, config.completep, tokens_per_step(config), total_tokens(config))
+        table = table_of(config)
         parameters = _parameters(config.model, table)
         check_space(output, 4 * len(STATES) * sum(int(np.prod(p.shape)) for p in parameters.values()))
         checkpoint = _write_checkpoint(output / "checkpoints", source, wanted, parameters, config, table)
@@ -167,8 +166,9 @@ def _configuration(
         raise ConfigError(
             f"overrides of {', '.join(f'model.{name}' for name in changed)}: these are the imported model's own. Remove them."
         )
-    plain = table_for(config.model, config.completep.model_copy(update={"parameterization": "sp", "alpha": 1.0}))
-    table = table_for(config.model, config.completep)
+    sp = config.completep.model_copy(update={"parameterization": "sp", "alpha": 1.0})
+    plain = table_of(config.model_copy(update={"completep": sp}))
+    table = table_of(config)
     names = [n for n in ("residual_multiplier", "logit_multiplier", "attention_scale") if getattr(table, n) != getattr(plain, n)]
     if names:
         raise ConfigError(
@@ -180,11 +180,8 @@ def _configuration(
 
 def _parameters(model: ModelConfig, table: Table) -> dict[str, StoredParameter]:
     """Role and shape of every parameter, from the model without memory."""
-    found = {}
-    for name, parameter in GPT(model, table, ParallelContext.single("meta")).named_parameters():
-        declaration, shape = declaration_of(name, parameter), list(placement_of(parameter).global_shape)
-        found[name] = StoredParameter(role=declaration.role.value, width_ratio=declaration.width_ratio, shape=shape, dtype="F32")
-    return found
+    specs = specs_of(GPT(model, table, ParallelContext.single("meta")))
+    return {name: StoredParameter(**describe(spec, "F32")) for name, spec in specs.items()}
 
 
 def _write_checkpoint(

@@ -13,13 +13,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_completep import kernels
-from megatron_completep.completep import Role, Table
+from megatron_completep.completep import Table
+from megatron_completep.config.derived import head_dim, num_query_groups
 from megatron_completep.config.schema import ModelConfig
 from megatron_completep.model.flash import flash_attention
 from megatron_completep.model.norm import Norm
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.gradients import GradientQueue
 from megatron_completep.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megatron_completep.parallel.parameter import Site
+from megatron_completep.roles import Role
 
 
 @dataclass
@@ -55,22 +58,31 @@ class Attention(nn.Module):
     def __init__(self, model: ModelConfig, table: Table, context: ParallelContext, queue: GradientQueue, recompute: bool = False):
         super().__init__()
         self.recompute, self.attend = recompute, attend
-        head_dim = model.head_dim or model.hidden_size // model.num_attention_heads
-        groups = model.num_query_groups or model.num_attention_heads
-        base_hidden = table.base_hidden_size or model.hidden_size
-        width = model.num_attention_heads * head_dim
-        self.head_dim, self.scale, self.backend = head_dim, table.attention_scale, model.attention_backend
-        self.num_heads, self.num_groups = model.num_attention_heads // context.tensor.size, groups // context.tensor.size
-        parts = (width, groups * head_dim, groups * head_dim)
-        self.qkv = ColumnParallelLinear(model.hidden_size, parts, base_hidden, model.bias, context, queue)
-        self.output = RowParallelLinear(
-            width, model.hidden_size, max(1, round(width * base_hidden / model.hidden_size)), model.bias, context, queue
+        hidden = model.hidden_size
+        size = head_dim(model)
+        groups = num_query_groups(model)
+        width = model.num_attention_heads * size
+        self.head_dim = size
+        self.scale = table.attention_scale
+        self.backend = model.attention_backend
+        self.num_heads = model.num_attention_heads // context.tensor.size
+        self.num_groups = groups // context.tensor.size
+        self.qkv = ColumnParallelLinear(
+            hidden,
+            {"q": width, "k": groups * size, "v": groups * size},
+            table.base_hidden_size,
+            model.bias,
+            context,
+            queue,
+            query_part=None if model.qk_norm else "q",
         )
-        self.q_norm = self.k_norm = None
+        base_width = max(1, round(width * table.base_hidden_size / hidden))
+        self.output = RowParallelLinear(width, hidden, base_width, model.bias, context, queue)
+        self.q_norm: Norm | None = None
+        self.k_norm: Norm | None = None
         if model.qk_norm:
-            partial = context.tensor.size > 1
-            norms = (Norm(head_dim, Role.QK_NORM, "rmsnorm", model.norm_eps, False, queue, context.device, partial) for _ in range(2))
-            self.q_norm, self.k_norm = norms
+            self.q_norm = qk_norm(model, context, queue, Site.QUERY)
+            self.k_norm = qk_norm(model, context, queue)
 
     def forward(self, x: Tensor, inputs: AttentionInputs, layer: int) -> Tensor:
         q, k, v = self._heads(self.qkv(x), inputs)
@@ -92,6 +104,22 @@ class Attention(nn.Module):
             if inputs.cos is not None and inputs.sin is not None:
                 q, k = kernels.rotary(q, inputs.cos, inputs.sin), kernels.rotary(k, inputs.cos, inputs.sin)
         return q.permute(1, 2, 0, 3), k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3)
+
+
+def qk_norm(model: ModelConfig, context: ParallelContext, queue: GradientQueue, site: Site | None = None) -> Norm:
+    """A norm over the elements of a head; a tensor rank sees its own heads, and all share the gain."""
+    partial_over = context.tensor.name if context.tensor.size > 1 else None
+    return Norm(
+        head_dim(model),
+        Role.QK_NORM,
+        "rmsnorm",
+        model.norm_eps,
+        False,
+        queue,
+        context,
+        partial_over,
+        site,
+    )
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs, scale: float, backend: str) -> Tensor:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from megatron_completep.completep import Role, Table
+from megatron_completep.completep import Table
 from megatron_completep.config.schema import ModelConfig
 from megatron_completep.model.attention import Attention, AttentionInputs
 from megatron_completep.model.mlp import MLP
 from megatron_completep.model.norm import Norm, ResidualSum
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.gradients import GradientQueue
+from megatron_completep.parallel.parameter import Site
+from megatron_completep.roles import Role
 
 
 class Block(nn.Module):
@@ -42,9 +44,25 @@ class Block(nn.Module):
         return residual, self.mlp(x)
 
 
-def pre_norm(model: ModelConfig, role: Role, context: ParallelContext, queue: GradientQueue) -> Norm:
+def pre_norm(
+    model: ModelConfig,
+    role: Role,
+    context: ParallelContext,
+    queue: GradientQueue,
+    site: Site | None = None,
+) -> Norm:
     """A norm on the residual stream; under sequence parallelism it sees this rank's part of the sequence."""
-    return Norm(model.hidden_size, role, model.norm, model.norm_eps, model.bias, queue, context.device, context.sequence_parallel)
+    return Norm(
+        model.hidden_size,
+        role,
+        model.norm,
+        model.norm_eps,
+        model.bias,
+        queue,
+        context,
+        context.sequence_axis,
+        site,
+    )
 
 
 def site_seed(seed: Tensor | None, site: int) -> Tensor | None:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megatron_completep.completep import Role, Table
+from megatron_completep.completep import Table
+from megatron_completep.config.derived import head_dim
 from megatron_completep.config.schema import ModelConfig
 from megatron_completep.model.attention import AttentionInputs, KeyValueCache, causal_bias
 from megatron_completep.model.block import Block, pre_norm, site_seed
@@ -22,6 +23,8 @@ from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.cross_entropy import LossConfig, Unembedding
 from megatron_completep.parallel.embedding import PositionEmbedding, VocabParallelEmbedding
 from megatron_completep.parallel.gradients import GradientQueue
+from megatron_completep.parallel.parameter import Site
+from megatron_completep.roles import Role
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,8 @@ class GPT(nn.Module):
                 self.positions = PositionEmbedding(model.seq_length, model.hidden_size, context, queue)
         self.layers = nn.ModuleDict({str(i): Block(model, table, context, queue, recompute) for i in range(stage.start, stage.stop)})
         if stage.last:
-            self.final_norm = pre_norm(model, Role.FINAL_NORM, context, queue)
+            site = Site.TIED_LOGITS if model.tied_embeddings else None
+            self.final_norm = pre_norm(model, Role.FINAL_NORM, context, queue, site)
             role = Role.EMBEDDING if model.tied_embeddings else Role.UNEMBEDDING
             tied = self.embedding if tied_here else None
             multiplier = table.logit_multiplier
@@ -152,9 +156,8 @@ class GPT(nn.Module):
             or kept[0].shape[0] < past + seq_length
             or wide != (kept[0].dtype == torch.float64)
         ):
-            head_dim = model.head_dim or model.hidden_size // model.num_attention_heads
             length = max(model.seq_length, past + seq_length)
-            kept = self._rotary = rotary_table(length, head_dim, model.rope_base, residual.dtype, residual.device)
+            kept = self._rotary = rotary_table(length, head_dim(model), model.rope_base, residual.dtype, residual.device)
         cos, sin = kept
         if positions is not None:
             return cos[positions.t()], sin[positions.t()]

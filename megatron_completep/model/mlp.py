@@ -37,11 +37,13 @@ class MLP(nn.Module):
 
     def __init__(self, model: ModelConfig, table: Table, context: ParallelContext, queue: GradientQueue, recompute: bool = False):
         super().__init__()
-        ffn, hidden = model.ffn_hidden_size, model.hidden_size
-        parts = (ffn, ffn) if model.activation == "swiglu" else (ffn,)
-        self.activation, self.recompute = ACTIVATIONS[model.activation], recompute
-        self.up = ColumnParallelLinear(hidden, parts, table.base_hidden_size or hidden, model.bias, context, queue)
-        self.down = RowParallelLinear(ffn, hidden, table.base_ffn_hidden_size or ffn, model.bias, context, queue)
+        ffn = model.ffn_hidden_size
+        hidden = model.hidden_size
+        parts = {"gate": ffn, "up": ffn} if model.activation == "swiglu" else {"up": ffn}
+        self.activation = ACTIVATIONS[model.activation]
+        self.recompute = recompute
+        self.up = ColumnParallelLinear(hidden, parts, table.base_hidden_size, model.bias, context, queue)
+        self.down = RowParallelLinear(ffn, hidden, table.base_ffn_hidden_size, model.bias, context, queue)
 
     def forward(self, x: Tensor) -> Tensor:
         up = self.up(x)

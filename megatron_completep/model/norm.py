@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from megatron_completep import kernels
-from megatron_completep.completep import Role, declare
+from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.gradients import Accumulate, GradientQueue
-from megatron_completep.parallel.placement import Placement, place
+from megatron_completep.parallel.parameter import Site, Spec, make_parameter
+from megatron_completep.roles import Role
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class ResidualSum:
 class Norm(nn.Module):
     """LayerNorm or RMSNorm over the last dimension; statistics in fp32 (fp64 for float64), gain 1 and bias 0 at the start.
 
-    `partial_gradient`: the rows seen here are one tensor rank's share (sequence shard, or its own heads).
+    partial_over: the axis of which the rows seen here are one rank's share (sequence shard, or its own heads). site: which
+    forward multiplier acts behind it.
     """
 
     def __init__(
@@ -39,15 +41,17 @@ class Norm(nn.Module):
         eps: float,
         bias: bool,
         queue: GradientQueue,
-        device: torch.device,
-        partial_gradient: bool = False,
+        context: ParallelContext,
+        partial_over: str | None = None,
+        site: Site | None = None,
     ):
         super().__init__()
         self.kind, self.eps, self.queue = kind, eps, queue
-        placement = Placement((size,), partial_gradient=partial_gradient)
-        self.weight = place(declare(nn.Parameter(torch.ones(size, device=device)), role), placement)
-        has_bias = bias and kind == "layernorm"
-        self.bias = place(declare(nn.Parameter(torch.zeros(size, device=device)), role), placement) if has_bias else None
+        gain = Spec(role, (size,), partial_over=partial_over, constant=1.0, site=site)
+        self.weight = make_parameter(gain, context)
+        self.bias: nn.Parameter | None = None
+        if bias and kind == "layernorm":
+            self.bias = make_parameter(replace(gain, constant=0.0), context)
 
     def forward(
         self,

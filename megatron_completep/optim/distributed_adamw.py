@@ -25,7 +25,7 @@ from megatron_completep.optim.layout import Layout, Segment, lay_out
 from megatron_completep.parallel.collectives import Pending, all_reduce, exchange, start_all_gather, start_all_reduce, start_reduce_scatter
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.gradients import GradientQueue, accumulate_tensor, main_grad_of
-from megatron_completep.parallel.placement import placement_of
+from megatron_completep.parallel.parameter import Spec, spec_of
 
 # Positions in `control`; see kernels/adamw.py.
 LEARNING_RATE, STEP, CLIP, SKIP, GRAD_NORM = 0, 1, 2, 3, 6
@@ -59,9 +59,10 @@ class DistributedAdamW:
         all_names: Sequence[str] | None = None,
     ):
         self.context, self.config = context, optimizer
-        self.betas = table.betas(optimizer.betas)
+        self.betas = table.batch.betas(optimizer.betas)
         named = [pair for chunk in reversed(chunks) for pair in reversed(list(chunk.named_parameters()))]
         self.parameters: dict[str, Parameter] = dict(named)
+        self.specs: dict[str, Spec] = {name: spec_of(parameter, name) for name, parameter in named}
         self.groups: dict[str, Group] = build_groups(named, table, optimizer, all_names)
         self.chunks = list(chunks)
         self.queues = [getattr(chunk, "queue", None) or GradientQueue() for chunk in chunks]
@@ -70,7 +71,7 @@ class DistributedAdamW:
             [(name, p.numel()) for name, p in named],
             context.shard.size,
             int(parallel.bucket_megabytes * 2**20 / 4),
-            alone=frozenset(name for name, p in named if placement_of(p).tied_to is not None),
+            alone=frozenset(name for name, spec in self.specs.items() if spec.tied_to is not None),
         )
         self._communication_dtype = torch.bfloat16 if parallel.gradient_dtype == "bf16" else None
         self._make_buffers(precision)
@@ -114,7 +115,7 @@ class DistributedAdamW:
         values = [(g.lr_factor, g.weight_decay, g.eps) for g in self.groups.values()]
         self.group_table = torch.tensor(values, dtype=torch.float64).view(-1, 3).to(device)
         self.control = torch.zeros(8, dtype=torch.float64, device=device)
-        self._partial = [s for s in self.segments if placement_of(self.parameters[s.name]).partial_gradient]
+        self._partial = [s for s in self.segments if self.specs[s.name].partial_gradient]
 
     # Made at the first step, not at construction, which never reads a tensor's value and so runs on fake tensors too.
     @cached_property
@@ -125,18 +126,13 @@ class DistributedAdamW:
     @cached_property
     def counted_table(self) -> Tensor:
         """The segments that count in the gradient norm."""
-        return self._table([s for s in self.segments if self._counts(s.name)])
+        specs, context = self.specs, self.context
+        return self._table([s for s in self.segments if specs[s.name].counts_on(s.name, context)])
 
     def _table(self, segments: Sequence[Segment]) -> Tensor:
         index = {name: i for i, name in enumerate(self.groups)}
         rows = torch.tensor([(s.shard_start, s.size, index[s.name]) for s in segments], dtype=torch.int64)
         return kernels.device_segments(rows.view(-1, 3), self.context.device)
-
-    def _counts(self, name: str) -> bool:
-        """Each logical element counts once in the norm: what is replicated, on the first rank that holds it."""
-        placement, context = placement_of(self.parameters[name]), self.context
-        copy = placement.tied_to not in (None, name) or (placement.replicated and context.tensor.rank > 0)
-        return not copy and context.replica.rank == 0
 
     def _attach(self) -> None:
         """Hear of every completed gradient, and of those that autograd makes itself (modules that know no queue)."""
@@ -216,7 +212,7 @@ class DistributedAdamW:
     def _on_complete(self, parameter: Parameter) -> None:
         bucket = self._bucket_of[parameter]
         self._missing[bucket] -= 1
-        tied = placement_of(parameter).tied_to is not None  # waits for the other end of the pipeline, in step()
+        tied = spec_of(parameter).tied_to is not None  # waits for the other end of the pipeline, in step()
         if self._missing[bucket] == 0 and not tied:
             self._reduce(bucket)
 
@@ -240,7 +236,7 @@ class DistributedAdamW:
     def _finish_reductions(self) -> None:
         """After this the shard holds the sum over all data ranks, and over tensor ranks and pipeline ends where that is due."""
         for parameter in self.parameters.values():
-            if placement_of(parameter).tied_to is not None:
+            if spec_of(parameter).tied_to is not None:
                 self._add_other_end(parameter)
                 self._reduce(self._bucket_of[parameter])
         across = []

@@ -11,10 +11,12 @@ from fnmatch import fnmatchcase
 
 from torch.nn import Parameter
 
-from megatron_completep.completep import Role, Table, declaration_of
+from megatron_completep.completep import Table
 from megatron_completep.config.derived import own_factors
 from megatron_completep.config.schema import OptimizerConfig
 from megatron_completep.errors import ConfigError
+from megatron_completep.parallel.parameter import Spec, spec_of
+from megatron_completep.roles import Role
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ def build_groups(
     named_parameters: Iterable[tuple[str, Parameter]], table: Table, optimizer: OptimizerConfig, all_names: Iterable[str] | None = None
 ) -> dict[str, Group]:
     """One group for every parameter. An override that matches no name of the whole model (`all_names`) is a ConfigError."""
-    groups = {name: _group(name, parameter, table, optimizer) for name, parameter in named_parameters}
+    groups = {name: _group(name, spec_of(parameter, name), table, optimizer) for name, parameter in named_parameters}
     names = list(groups if all_names is None else all_names)
     unused = [o.pattern for o in optimizer.overrides if not any(fnmatchcase(name, o.pattern) for name in names)]
     if unused:
@@ -42,14 +44,13 @@ def build_groups(
     return groups
 
 
-def _group(name: str, parameter: Parameter, table: Table, optimizer: OptimizerConfig) -> Group:
-    declaration = declaration_of(name, parameter)
-    factors = table.factors(declaration.role, declaration.width_ratio)
-    values = table.values(declaration.role, declaration.width_ratio, optimizer)
+def _group(name: str, spec: Spec, table: Table, optimizer: OptimizerConfig) -> Group:
+    factors = table.factors(spec.role, spec.width_ratio)
+    values = table.values(spec.role, spec.width_ratio, optimizer)
     own = own_factors(optimizer, name)
     return Group(
         name,
-        declaration.role,
+        spec.role,
         init_std=values.init_std * own.init_std,
         lr_factor=factors.lr * own.lr,
         weight_decay=values.weight_decay * own.weight_decay,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,19 @@ class Axis:
     rank: int = 0
     size: int = 1
     group: dist.ProcessGroup | None = None
+
+    @property
+    def share(self) -> Share:
+        """Which part of what the axis divides is this rank's."""
+        return Share(self.name, self.rank, self.size)
+
+
+class Share(NamedTuple):
+    """Part number `rank` of `size` along a named axis: plain data, for what outlives the process groups."""
+
+    axis: str
+    rank: int
+    size: int
 
 
 @dataclass(frozen=True)
@@ -117,6 +131,22 @@ class ParallelContext:
             sequence_parallel=parallel.sequence_parallel and parallel.tensor_parallel_size > 1,
             launched=True,
         )
+
+    def axis(self, name: str) -> Axis:
+        """The axis of a name."""
+        axis = getattr(self, name)
+        assert isinstance(axis, Axis), name
+        return axis
+
+    @property
+    def model_axes(self) -> tuple[Axis, ...]:
+        """The axes whose ranks share the parameters of a stage."""
+        return (self.tensor,)
+
+    @property
+    def sequence_axis(self) -> str | None:
+        """The axis that divides the residual stream along the sequence; None where every rank holds all of it."""
+        return self.tensor.name if self.sequence_parallel else None
 
     @property
     def is_first(self) -> bool:

@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_completep import kernels
-from megatron_completep.completep import Role
 from megatron_completep.parallel.collectives import all_gather, all_reduce, reduce_scatter
 from megatron_completep.parallel.context import Axis, ParallelContext
 from megatron_completep.parallel.embedding import VocabShard
 from megatron_completep.parallel.gradients import GradientQueue, accumulate_matrix, accumulate_tensor
+from megatron_completep.parallel.parameter import Site
+from megatron_completep.roles import Role
 
 IGNORED = -100  # label of a position that does not count
 
@@ -50,7 +51,9 @@ class Unembedding(VocabShard):
         tied: VocabShard | None = None,
         tied_to: str | None = None,
     ):
-        super().__init__(vocab_size, multiple, hidden_size, role, context, tied_to=tied_to)
+        # A tied weight stands where the embedding does, and takes the input's multiplier over.
+        site = Site.LOGITS if role is Role.UNEMBEDDING else Site.INPUT
+        super().__init__(vocab_size, multiple, hidden_size, role, site, context, tied_to=tied_to)
         if tied is not None:
             self.weight = tied.weight
         self.queue, self.multiplier, self.loss = queue, multiplier, loss

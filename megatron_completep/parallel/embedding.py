@@ -6,17 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_completep.completep import Role, declare
 from megatron_completep.parallel.collectives import sum_over
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.gradients import Accumulate, GradientQueue
-from megatron_completep.parallel.placement import Placement, place
-
-
-def padded_vocab_size(vocab_size: int, multiple: int, tensor_parallel_size: int) -> int:
-    """vocab_size rounded up, so that every tensor rank holds a multiple of `multiple` rows."""
-    step = multiple * tensor_parallel_size
-    return -(-vocab_size // step) * step
+from megatron_completep.parallel.parameter import Site, Spec, make_parameter
+from megatron_completep.roles import Role
 
 
 class VocabShard(nn.Module):
@@ -28,6 +22,7 @@ class VocabShard(nn.Module):
         multiple: int,
         hidden_size: int,
         role: Role,
+        site: Site,
         context: ParallelContext,
         uses: int = 1,
         tied_to: str | None = None,
@@ -35,12 +30,18 @@ class VocabShard(nn.Module):
         super().__init__()
         self.context = context
         self.vocab_size = vocab_size
-        self.local_size = padded_vocab_size(vocab_size, multiple, context.tensor.size) // context.tensor.size
-        self.start = context.tensor.rank * self.local_size
-        self.weight = nn.Parameter(torch.empty(self.local_size, hidden_size, device=context.device))
-        declare(self.weight, role)
-        rows = ((self.start, self.start + self.local_size),)
-        place(self.weight, Placement((vocab_size, hidden_size), 0, rows, uses=uses, tied_to=tied_to))
+        spec = Spec(
+            role,
+            (vocab_size, hidden_size),
+            split={0: context.tensor.share},
+            multiple=multiple,
+            uses=uses,
+            tied_to=tied_to,
+            site=site,
+        )
+        self.weight = make_parameter(spec, context)
+        ((self.start, stop),) = spec.local_ranges(0)
+        self.local_size = stop - self.start
 
 
 class VocabParallelEmbedding(VocabShard):
@@ -56,7 +57,7 @@ class VocabParallelEmbedding(VocabShard):
         uses: int = 1,
         tied_to: str | None = None,
     ):
-        super().__init__(vocab_size, multiple, hidden_size, Role.EMBEDDING, context, uses, tied_to)
+        super().__init__(vocab_size, multiple, hidden_size, Role.EMBEDDING, Site.INPUT, context, uses, tied_to)
         self.queue = queue
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -74,9 +75,13 @@ class PositionEmbedding(nn.Module):
     def __init__(self, seq_length: int, hidden_size: int, context: ParallelContext, queue: GradientQueue):
         super().__init__()
         self.context, self.queue = context, queue
-        self.weight = nn.Parameter(torch.empty(seq_length, hidden_size, device=context.device))
-        declare(self.weight, Role.EMBEDDING)
-        place(self.weight, Placement((seq_length, hidden_size), partial_gradient=context.sequence_parallel))
+        spec = Spec(
+            Role.EMBEDDING,
+            (seq_length, hidden_size),
+            partial_over=context.sequence_axis,
+            site=Site.INPUT,
+        )
+        self.weight = make_parameter(spec, context)
 
     def forward(self, positions: Tensor) -> Tensor:
         ids = positions.t()

@@ -17,7 +17,7 @@ from torch.nn import Parameter
 
 from megatron_completep import kernels
 from megatron_completep.errors import ConfigError
-from megatron_completep.parallel.placement import placement_of
+from megatron_completep.parallel.parameter import spec_of
 
 FusedAccumulation = Callable[[Tensor, Tensor, Tensor], None]  # (x [T, in], d_out [T, out], main_grad [out, in]): adds d_out^T x
 Accumulate = Callable[[Tensor, bool], None]  # (main_grad, first): first means "write, what is there is stale"
@@ -37,7 +37,7 @@ class GradientQueue:
 
     def begin_step(self, parameters: Iterable[Parameter], micro_batches: int) -> None:
         """Expect `micro_batches` contributions of every parameter (times its uses); the first one overwrites."""
-        self._remaining = {p: micro_batches * placement_of(p).uses for p in parameters}
+        self._remaining = {p: micro_batches * spec_of(p).uses for p in parameters}
         self._stale = set(self._remaining)
 
     def push(self, parameter: Parameter, accumulate: Accumulate) -> None:

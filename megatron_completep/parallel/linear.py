@@ -7,54 +7,100 @@ Shapes: S sequence, B micro-batch; `s` is S, or S / tensor ranks under sequence 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_completep.completep import Role, declare
 from megatron_completep.parallel.collectives import all_gather, start_all_gather, start_all_reduce, start_reduce_scatter, sum_over
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.gradients import GradientQueue, accumulate_matrix, accumulate_sum
-from megatron_completep.parallel.placement import Placement, place, shard_ranges
+from megatron_completep.parallel.parameter import Site, Spec, make_parameter
+from megatron_completep.roles import Role
 
 
 class ColumnParallelLinear(nn.Module):
-    """[s, B, in] -> [S, B, local out]. `parts` are the stacked logical outputs (q, k, v or gate, up), each split evenly."""
+    """[s, B, in] -> [S, B, local out].
+
+    parts: name -> features of the stacked logical outputs (q, k, v or gate, up), each split evenly over tensor ranks.
+    query_part: the one behind which the attention scale acts, where no norm stands between.
+    """
 
     def __init__(
-        self, in_features: int, parts: tuple[int, ...], base_in_features: int, bias: bool, context: ParallelContext, queue: GradientQueue
+        self,
+        in_features: int,
+        parts: Mapping[str, int],
+        base_in_features: int,
+        bias: bool,
+        context: ParallelContext,
+        queue: GradientQueue,
+        query_part: str | None = None,
     ):
         super().__init__()
-        self.context, self.queue = context, queue
-        ranges = shard_ranges(parts, context.tensor)
-        local_out = sum(stop - start for start, stop in ranges)
-        self.weight = nn.Parameter(torch.empty(local_out, in_features, device=context.device))
-        declare(self.weight, Role.HIDDEN_WEIGHT, in_features, base_in_features)
-        place(self.weight, Placement((sum(parts), in_features), 0, ranges))
-        self.bias = nn.Parameter(torch.zeros(local_out, device=context.device)) if bias else None
+        self.context = context
+        self.queue = queue
+        out_features = sum(parts.values())
+        site = None if query_part is None else Site.QUERY
+        weight = Spec(
+            Role.HIDDEN_WEIGHT,
+            (out_features, in_features),
+            fan_in=in_features,
+            base_fan_in=base_in_features,
+            parts=parts,
+            split={0: context.tensor.share},
+            site=site,
+            site_part=query_part,
+        )
+        self.weight = make_parameter(weight, context)
+        self.bias: nn.Parameter | None = None
         if bias:
-            place(declare(self.bias, Role.HIDDEN_BIAS), Placement((sum(parts),), 0, ranges))
+            vector = Spec(
+                Role.HIDDEN_BIAS,
+                (out_features,),
+                parts=parts,
+                split={0: context.tensor.share},
+                constant=0.0,
+                site=site,
+                site_part=query_part,
+            )
+            self.bias = make_parameter(vector, context)
 
     def forward(self, x: Tensor) -> Tensor:
         return _ColumnParallel.apply(x, self.weight, self.bias, self.context, self.queue)
 
 
 class RowParallelLinear(nn.Module):
-    """[S, B, local in] -> [s, B, out], summed over tensor ranks. The bias is returned, not added: the residual kernel adds it once."""
+    """[S, B, local in] -> [s, B, out], the output of a branch, summed over tensor ranks.
+
+    The bias is not added here: the kernel of the residual sum adds it once.
+    """
 
     def __init__(
         self, in_features: int, out_features: int, base_in_features: int, bias: bool, context: ParallelContext, queue: GradientQueue
     ):
         super().__init__()
-        self.context, self.queue = context, queue
-        ranges = shard_ranges((in_features,), context.tensor)
-        self.weight = nn.Parameter(torch.empty(out_features, in_features // context.tensor.size, device=context.device))
-        declare(self.weight, Role.HIDDEN_WEIGHT, in_features, base_in_features)
-        place(self.weight, Placement((out_features, in_features), 1, ranges))
-        self.bias = nn.Parameter(torch.zeros(out_features, device=context.device)) if bias else None
+        self.context = context
+        self.queue = queue
+        weight = Spec(
+            Role.HIDDEN_WEIGHT,
+            (out_features, in_features),
+            fan_in=in_features,
+            base_fan_in=base_in_features,
+            split={1: context.tensor.share},
+            site=Site.STREAM,
+        )
+        self.weight = make_parameter(weight, context)
+        self.bias: nn.Parameter | None = None
         if bias:
-            declare(self.bias, Role.HIDDEN_BIAS)
-            place(self.bias, Placement((out_features,), partial_gradient=context.sequence_parallel))
+            vector = Spec(
+                Role.HIDDEN_BIAS,
+                (out_features,),
+                partial_over=context.sequence_axis,
+                constant=0.0,
+                site=Site.STREAM,
+            )
+            self.bias = make_parameter(vector, context)
 
     def forward(self, x: Tensor) -> Tensor:
         partial = _Linear.apply(x, self.weight, self.queue)

@@ -9,9 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_completep.completep import table_for
+from megatron_completep.completep import table_of
 from megatron_completep.config import Config, config_from_mapping
-from megatron_completep.config.derived import tokens_per_step, total_tokens
 from megatron_completep.data.tokenizer import Tokenizer
 from megatron_completep.errors import CheckpointError, DataError
 from megatron_completep.model.gpt import GPT
@@ -69,9 +68,7 @@ def load_model(path: str | Path, device: torch.device, dtype: torch.dtype) -> tu
     """The whole model of a checkpoint, of any layout, on one device; parameters in `dtype`."""
     stored = StoredCheckpoint.open(find_checkpoint(path))
     config = config_from_mapping(stored.manifest.config, name=f"{stored.folder}: its configuration")
-    tokens = tokens_per_step(config)
-    table = table_for(config.model, config.completep, tokens, total_tokens(config))
-    model = GPT(config.model, table, ParallelContext.single(device)).to(dtype)
+    model = GPT(config.model, table_of(config), ParallelContext.single(device)).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             whole = stored.tensor(name)

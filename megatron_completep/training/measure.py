@@ -13,10 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_completep.completep import Declaration, Role
+from megatron_completep.completep import Declaration
 from megatron_completep.optim.distributed_adamw import DistributedAdamW
 from megatron_completep.parallel.collectives import all_reduce
 from megatron_completep.parallel.context import ParallelContext
+from megatron_completep.roles import Role
 
 STREAM_ROLES = (Role.PRE_NORM, Role.FINAL_NORM)
 

@@ -21,13 +21,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_completep.completep import Role
 from megatron_completep.data.loader import Batch
 from megatron_completep.errors import DataError
 from megatron_completep.model.attention import Attention, AttentionInputs
 from megatron_completep.optim.distributed_adamw import LEARNING_RATE, DistributedAdamW
 from megatron_completep.parallel.collectives import all_reduce
 from megatron_completep.parallel.context import ParallelContext
+from megatron_completep.roles import Role
 from megatron_completep.training.hooks import Hook, StepRecord
 from megatron_completep.training.measure import StreamTaps, SumOfSquares, reduce_stream_sums
 from megatron_completep.training.metrics import read_metrics

@@ -10,16 +10,17 @@ import torch
 from torch import nn
 
 from megatron_completep.analysis.trial import Design
-from megatron_completep.completep import Factors, Role, Table, table_for
-from megatron_completep.config.schema import CompletePConfig, Config, ModelConfig
+from megatron_completep.completep import Factors, Table, table_of
+from megatron_completep.config.schema import Config
 from megatron_completep.model.gpt import GPT
 from megatron_completep.model.initialize import initialize
 from megatron_completep.model.norm import Norm, ResidualSum, scaled_add
 from megatron_completep.parallel.context import ParallelContext
+from megatron_completep.roles import Role
 
 
-def table_of_class(kind: type[Table], model: ModelConfig, completep: CompletePConfig) -> Table:
-    right = table_for(model, completep)
+def table_of_class(kind: type[Table], config: Config) -> Table:
+    right = table_of(config)
     return kind(**{f.name: getattr(right, f.name) for f in fields(right)})
 
 

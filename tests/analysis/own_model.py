@@ -6,10 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_completep.completep import Role, Table, declare
+from megatron_completep.completep import Table
 from megatron_completep.config.schema import Config
 from megatron_completep.model.initialize import initialize
 from megatron_completep.parallel.context import ParallelContext
+from megatron_completep.parallel.parameter import declare
+from megatron_completep.roles import Role
 
 
 class Decoder(nn.Module):

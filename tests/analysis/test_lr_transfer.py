@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from browser import chromium
+from small_models import table_for
 from small_runs import small_config, write_tokens
 
 from megatron_completep.analysis import lr_transfer, sweep
@@ -28,9 +29,9 @@ from megatron_completep.analysis.lr_transfer import (
 )
 from megatron_completep.analysis.lr_transfer_plan import plan
 from megatron_completep.analysis.lr_transfer_report import draw_lengths, report
-from megatron_completep.completep import Role, table_for
 from megatron_completep.config import load_config, save_config
 from megatron_completep.errors import ConfigError, DataError, exit_on_user_error
+from megatron_completep.roles import Role
 from megatron_completep.tools.lr_transfer import main
 
 GRID = np.arange(-10.0, -3.5, 0.5)

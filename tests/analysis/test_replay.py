@@ -16,10 +16,12 @@ import numpy as np
 import pytest
 from reference_run import record
 
-from megatron_completep import completep
 from megatron_completep.analysis.replay import Trace, relative_error, replay
-from megatron_completep.completep import Factors, Role, Table
+from megatron_completep.completep import Table, parameterization
+from megatron_completep.completep import table as page
+from megatron_completep.config.derived import head_dim
 from megatron_completep.errors import DataError, exit_on_user_error
+from megatron_completep.roles import Role
 from megatron_completep.tools.replay_trace import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,15 +51,15 @@ def first_steps(trace: Trace, steps: int) -> Trace:
 
 def with_cell(role: Role, cell: str, change: Callable[[float, float, float, float], float]) -> Callable[[pytest.MonkeyPatch], None]:
     """A table with one wrong factor: times change(m_N, m_L, alpha, ratio)."""
-    original = completep.table_1
+    original = page.adamw
 
     def apply(monkeypatch: pytest.MonkeyPatch) -> None:
-        def wrong(*arguments: float) -> dict[Role, Factors]:
+        def wrong(*arguments: float) -> dict[Role, page.Row]:
             rows = original(*arguments)
             value = getattr(rows[role], cell) * change(*arguments)
             return {**rows, role: dataclasses.replace(rows[role], **{cell: value})}
 
-        monkeypatch.setattr(completep, "table_1", wrong)
+        monkeypatch.setattr(page, "adamw", wrong)
 
     return apply
 
@@ -67,7 +69,8 @@ def with_property(name: str, value: float) -> Callable[[pytest.MonkeyPatch], Non
 
 
 def with_attention_scale(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(completep, "_attention_scale", lambda rule, head_dim, base: 1 / math.sqrt(head_dim))
+    wrong = lambda model, base_head_dim, scale_width: 1 / math.sqrt(head_dim(model))  # noqa: E731
+    monkeypatch.setattr(parameterization, "_attention_scale", wrong)
 
 
 WRONG: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {

@@ -13,7 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_completep.analysis.scaling import GPUS, bubble_share, rank_memory, scaling_plan, stage_activations
 from megatron_completep.analysis.sizes import rank_stages
-from megatron_completep.completep import table_for
+from megatron_completep.completep import table_of
 from megatron_completep.config import config_from_mapping
 from megatron_completep.config.derived import micro_batches_per_step
 from megatron_completep.config.schema import Config
@@ -77,7 +77,7 @@ def construct(config: Config, rank: int, world_size: int) -> tuple[list[Any], Di
     with unset_fake_temporarily():
         data_size = data_parallel_size_for(config.parallel, world_size)
         context = ParallelContext.over_world(config.parallel, torch.device("cpu"), rank, world_size, data_size)
-    table = table_for(config.model, config.completep)
+    table = table_of(config)
     chunks = build_chunks(config.model, table, config.parallel, context, recompute=config.training.recompute)
     precision = {"float32": torch.float32, "float64": torch.float64}.get(config.training.precision, torch.bfloat16)
     return chunks, DistributedAdamW(chunks, table, config.optimizer, context, config.parallel, precision)

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_models import build_model, completep_config, model_config
+from small_models import build_model, completep_config, model_config, table_for
 from worker_pool import WorkerPool
 
-from megatron_completep.completep import table_for
 from megatron_completep.data.indexed import IndexedDataset
 from megatron_completep.data.tokenizer import BytesTokenizer
 from megatron_completep.data.writer import IndexedWriter

@@ -12,9 +12,9 @@ import pytest
 import safetensors.torch
 import torch
 from small_exports import FACTORS, GPT2, LLAMA, QWEN3, TIED_LLAMA, checkpoint, export_config, save_checkpoint
+from small_models import table_for
 from worker_pool import WorkerPool
 
-from megatron_completep.completep import table_for
 from megatron_completep.errors import ConfigError
 from megatron_completep.interop import export_model as exporting
 from megatron_completep.interop.architectures import blockers, choose_architecture

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from worker_pool import WorkerPool
 
-from megatron_completep.completep import table_for
+from megatron_completep.completep import table_of
 from megatron_completep.config import load_config
 from megatron_completep.data.writer import IndexedWriter
 from megatron_completep.errors import ConfigError, DataError
@@ -26,7 +26,7 @@ from megatron_completep.interop.import_model import import_model
 from megatron_completep.model.stages import build_chunks
 from megatron_completep.optim.distributed_adamw import DistributedAdamW
 from megatron_completep.parallel.context import ParallelContext
-from megatron_completep.parallel.placement import placement_of
+from megatron_completep.parallel.parameter import spec_of
 from megatron_completep.pretrain import pretrain
 from megatron_completep.training.checkpoint import Checkpointer, StoredCheckpoint
 from megatron_completep.training.metrics import read_metrics
@@ -141,7 +141,7 @@ def loss_at_layout(rank: int, path: str, parallel: list[str], world: int, tokens
     """The loss of the imported model as this layout loads it; on the last pipeline stage."""
     config = load_config(path, parallel)
     context = ParallelContext.over_world(config.parallel, torch.device("cpu"), rank, world, 1)
-    table = table_for(config.model, config.completep)
+    table = table_of(config)
     (chunk,) = build_chunks(config.model, table, config.parallel, context)
     optimizer = DistributedAdamW([chunk], table, config.optimizer, context, config.parallel, torch.float32)
     Checkpointer(config, context, optimizer, table, report=lambda text: None).load_latest()
@@ -154,14 +154,14 @@ def parameters_at_layout(rank: int, path: str, parallel: list[str]) -> list[str]
     """Names of this stage's parameters; each is compared with what the checkpoint stores under its name."""
     config = load_config(path, parallel)
     context = ParallelContext.over_world(config.parallel, torch.device("cpu"), rank, 2, 1)
-    table = table_for(config.model, config.completep)
+    table = table_of(config)
     chunks = build_chunks(config.model, table, config.parallel, context)
     optimizer = DistributedAdamW(chunks, table, config.optimizer, context, config.parallel, torch.float32)
     Checkpointer(config, context, optimizer, table, report=lambda text: None).load_latest()
     optimizer.wait_for_parameters()
     stored = StoredCheckpoint.open(Path(path).parent / "checkpoints" / "step_00000000")
     for name, parameter in optimizer.parameters.items():
-        whole = stored.tensor(placement_of(parameter).tied_to or name)
+        whole = stored.tensor(spec_of(parameter).stored_name(name))
         assert torch.equal(parameter.detach()[: whole.shape[0]], whole), name
     return list(optimizer.parameters)
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from plain_twin import PlainTwin, cross_entropy_sum
-from small_models import batch_of, build_model, completep_config, model_config
+from small_models import batch_of, build_model, completep_config, model_config, table_for
 from torch import Tensor
 
-from megatron_completep.completep import table_for
 from megatron_completep.config.schema import ModelConfig
 from megatron_completep.kernels import reference
 from megatron_completep.model.gpt import GPT

@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 import torch
 from plain_twin import PlainTwin, cross_entropy_sum
-from small_models import batch_of, build_model, completep_config, model_config
+from small_models import batch_of, build_model, completep_config, model_config, table_for
 from torch import Tensor
 
-from megatron_completep.completep import Role, Table, table_for
+from megatron_completep.completep import Table
 from megatron_completep.config.schema import CompletePConfig, ModelConfig
 from megatron_completep.model.block import Block
 from megatron_completep.model.gpt import GPT
 from megatron_completep.parallel.cross_entropy import LossConfig
+from megatron_completep.roles import Role
 
 TOLERANCE = 1e-10
 

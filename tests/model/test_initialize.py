@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from small_models import completep_config, model_config, optimizer_config
+from small_models import completep_config, model_config, optimizer_config, plain_table, table_for
 from torch import nn
 
-from megatron_completep.completep import Role, Table, declare, table_for
 from megatron_completep.errors import ConfigError
 from megatron_completep.model.gpt import GPT, Stage
 from megatron_completep.model.initialize import draw, fingerprint, initialize
-from megatron_completep.parallel.context import ParallelContext
-from megatron_completep.parallel.placement import Placement
+from megatron_completep.parallel.context import ParallelContext, Share
+from megatron_completep.parallel.parameter import Spec, declare
+from megatron_completep.roles import Role
 
 
 def weights(names: list[str], seed: int = 3, width_ratio: int = 4) -> dict[str, torch.Tensor]:
@@ -23,7 +24,7 @@ def weights(names: list[str], seed: int = 3, width_ratio: int = 4) -> dict[str, 
     module = nn.Module()
     for name in names:
         module.register_parameter(name, declare(nn.Parameter(torch.empty(8, 16)), Role.HIDDEN_WEIGHT, 4 * width_ratio, 4))
-    initialize(module, Table(width_multiplier=4.0), optimizer_config(), seed)
+    initialize(module, plain_table(width_multiplier=4.0), optimizer_config(), seed)
     return {name: p.detach() for name, p in module.named_parameters()}
 
 
@@ -62,11 +63,28 @@ def test_a_pipeline_stage_and_a_deeper_model_start_from_the_same_bits() -> None:
     assert "layers.2.mlp.down.weight" in dict(stage.named_parameters())
 
 
-@pytest.mark.parametrize("ranges, dim", [(((0, 4), (10, 12)), 0), (((3, 7),), 1)])
-def test_a_shard_draws_its_part_of_the_whole(ranges: tuple, dim: int) -> None:
-    whole = draw(Placement((12, 9)), (12, 9), 5, "w")
+def hidden(*shape: int, **settings: Any) -> Spec:
+    return Spec(Role.HIDDEN_WEIGHT, shape, **settings)
+
+
+@pytest.mark.parametrize(
+    "ranges, dim, settings",
+    [
+        (((2, 4), (8, 12)), 0, {"parts": {"q": 4, "kv": 8}, "split": {0: Share("tensor", 1, 2)}}),
+        (((3, 6),), 1, {"split": {1: Share("tensor", 1, 3)}}),
+    ],
+)
+def test_a_shard_draws_its_part_of_the_whole(ranges: tuple, dim: int, settings: dict) -> None:
+    whole = draw(hidden(12, 9), 5, "w")
     part = np.concatenate([whole.take(range(a, b), axis=dim) for a, b in ranges], axis=dim)
-    assert np.array_equal(draw(Placement((12, 9), dim, ranges), part.shape, 5, "w"), part)
+    assert np.array_equal(draw(hidden(12, 9, **settings), 5, "w"), part)
+
+
+def test_a_tensor_of_three_dimensions_split_along_two_draws_its_part_of_the_whole() -> None:
+    whole = draw(hidden(4, 6, 5), 5, "w")
+    assert np.array_equal(whole.reshape(24, 5), draw(hidden(24, 5), 5, "w"))
+    split = {0: Share("expert", 1, 2), 1: Share("tensor", 2, 3)}
+    assert np.array_equal(draw(hidden(4, 6, 5, split=split), 5, "w"), whole[2:4, 4:6])
 
 
 def test_padding_rows_of_the_vocabulary_are_zero() -> None:
@@ -80,7 +98,7 @@ def test_padding_rows_of_the_vocabulary_are_zero() -> None:
 
 def test_the_draws_are_standard_normal() -> None:
     """Moments, tail and independence of neighbours, on a quarter of a million draws; 5 standard errors."""
-    values = draw(Placement((512, 512)), (512, 512), 11, "w").astype(np.float64)
+    values = draw(hidden(512, 512), 11, "w").astype(np.float64)
     error = 1 / math.sqrt(values.size)
     assert abs(values.mean()) < 5 * error
     assert abs(values.var() - 1) < 5 * error * math.sqrt(2)
@@ -128,4 +146,4 @@ def test_a_parameter_without_a_role_is_an_error_that_names_it() -> None:
     module = nn.Module()
     module.inner = nn.Linear(4, 4)
     with pytest.raises(ConfigError, match=r"inner\.weight.*no CompleteP role.*hidden_weight"):
-        initialize(module, Table(), optimizer_config(), 1)
+        initialize(module, plain_table(), optimizer_config(), 1)

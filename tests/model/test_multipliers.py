@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import batch_of, build_model, completep_config, model_config, optimizer_config, small_setup, train_step
+from small_models import batch_of, build_model, completep_config, model_config, optimizer_config, small_setup, table_for, train_step
 from torch import Tensor
 
 from megatron_completep import kernels
-from megatron_completep.completep import Table, table_for
+from megatron_completep.completep import Table
 from megatron_completep.config.schema import ModelConfig
 from megatron_completep.model.gpt import GPT
 

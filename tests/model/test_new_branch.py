@@ -8,10 +8,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import batch_of, build_optimizer, completep_config, model_config, optimizer_config, train_step
+from small_models import batch_of, build_optimizer, completep_config, model_config, optimizer_config, table_for, train_step
 from torch import Tensor, nn
 
-from megatron_completep.completep import Role, Table, declare, table_for
+from megatron_completep.completep import Table
 from megatron_completep.config.schema import ModelConfig
 from megatron_completep.errors import ConfigError
 from megatron_completep.model.block import Block, pre_norm
@@ -20,6 +20,8 @@ from megatron_completep.model.initialize import initialize
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.gradients import GradientQueue
 from megatron_completep.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megatron_completep.parallel.parameter import declare
+from megatron_completep.roles import Role
 
 
 class GatedBranch(nn.Module):

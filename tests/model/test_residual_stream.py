@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-from small_models import batch_of, completep_config, model_config, optimizer_config
+from small_models import batch_of, completep_config, model_config, optimizer_config, table_for
 
-from megatron_completep.completep import table_for
 from megatron_completep.model.gpt import GPT
 from megatron_completep.model.initialize import initialize
 from megatron_completep.parallel.context import ParallelContext

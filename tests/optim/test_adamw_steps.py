@@ -14,16 +14,17 @@ from small_models import (
     model_config,
     optimizer_config,
     small_setup,
+    table_for,
     train_step,
 )
 from torch import Tensor
 
-from megatron_completep import completep
-from megatron_completep.completep import table_for
+from megatron_completep.completep import table as page
 from megatron_completep.config.schema import RoleFactors
 from megatron_completep.model.gpt import GPT
 from megatron_completep.optim.distributed_adamw import DistributedAdamW
 from megatron_completep.optim.schedule import learning_rate
+from megatron_completep.roles import Role
 
 BIASED = {"bias": True, "norm": "layernorm", "activation": "gelu", "qk_norm": True, "position": "learned"}
 ROUNDING = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-24}  # of the masters
@@ -63,13 +64,13 @@ def test_the_first_step_moves_every_tensor_by_its_learning_rate(dtype: torch.dty
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_a_wrong_learning_rate_factor_shows_in_the_first_step(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The table with the depth factor of the final norm where it does not belong."""
-    original = completep.table_1
+    original = page.adamw
 
     def wrong(m_N: float, m_L: float, alpha: float, ratio: float) -> dict:
         rows = original(m_N, m_L, alpha, ratio)
-        return {**rows, completep.Role.FINAL_NORM: rows[completep.Role.PRE_NORM]}
+        return {**rows, Role.FINAL_NORM: rows[Role.PRE_NORM]}
 
-    monkeypatch.setattr(completep, "table_1", wrong)
+    monkeypatch.setattr(page, "adamw", wrong)
     errors = displacement_errors(dtype, 0.5)
     assert {name for name, value in errors.items() if value >= 1} == {"final_norm.weight", "final_norm.bias"}
 

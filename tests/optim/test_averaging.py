@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import batch_of, build_optimizer, model_config, optimizer_config, small_setup, train_step
+from small_models import batch_of, build_optimizer, model_config, optimizer_config, plain_table, small_setup, train_step
 from torch import Tensor, nn
 
-from megatron_completep.completep import Role, Table, declare
 from megatron_completep.optim.distributed_adamw import DistributedAdamW, StepResult
+from megatron_completep.parallel.parameter import declare
+from megatron_completep.roles import Role
 
 Batch = tuple[Tensor, Tensor]
 
@@ -116,7 +117,7 @@ def batches_of(step: int, count: int) -> list[Tensor]:
 
 def plain_pair(dtype: torch.dtype) -> tuple[PlainModel, DistributedAdamW, PlainModel, torch.optim.AdamW]:
     ours, theirs = PlainModel(), PlainModel().to(dtype)
-    table = Table(width_multiplier=2.0, depth_multiplier=4.0)
+    table = plain_table(width_multiplier=2.0, depth_multiplier=4.0)
     optimizer = build_optimizer(ours.to(dtype), table, optimizer_config(grad_clip=0.05, base_eps=1e-3), dtype)
     values = {name: (1e-2 * g.lr_factor, g.weight_decay, g.eps) for name, g in optimizer.groups.items()}
     groups = [{"params": [p], "lr": values[n][0], "weight_decay": values[n][1], "eps": values[n][2]} for n, p in theirs.named_parameters()]
@@ -145,7 +146,7 @@ def test_plain_autograd_modules_train_as_under_torch(dtype: torch.dtype, toleran
 
 def test_plain_modules_train_under_bf16_with_float32_masters() -> None:
     model = PlainModel().float()
-    optimizer = build_optimizer(model, Table(), optimizer_config(base_weight_decay=0.0), torch.bfloat16)
+    optimizer = build_optimizer(model, plain_table(), optimizer_config(base_weight_decay=0.0), torch.bfloat16)
     losses = []
     for _ in range(40):
         optimizer.begin_step(1)

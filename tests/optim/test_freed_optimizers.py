@@ -6,9 +6,8 @@ import gc
 import weakref
 
 import torch
-from small_models import build_model, completep_config, model_config, optimizer_config
+from small_models import build_model, completep_config, model_config, optimizer_config, table_for
 
-from megatron_completep.completep import table_for
 from megatron_completep.optim.distributed_adamw import DistributedAdamW
 from megatron_completep.parallel.context import ParallelContext
 

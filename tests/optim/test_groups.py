@@ -9,16 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import build_model, build_optimizer, completep_config, model_config, optimizer_config
+from small_models import build_model, build_optimizer, completep_config, model_config, optimizer_config, plain_table, table_for
 from torch import nn
 
-from megatron_completep import completep
-from megatron_completep.completep import Factors, Role, Table, declare, table_for
+from megatron_completep.completep import table as page
 from megatron_completep.config.schema import OverrideConfig
 from megatron_completep.errors import ConfigError
 from megatron_completep.model.gpt import GPT
 from megatron_completep.optim.groups import Group, build_groups
 from megatron_completep.parallel.context import ParallelContext
+from megatron_completep.parallel.parameter import Spec, declare
+from megatron_completep.roles import Role
 
 SIGMA, ETA, LAMBDA, EPS = 0.02, 0.004, 0.1, 1e-12
 GRID = list(itertools.product((1, 2, 4), (1, 2, 8), (0.5, 1.0)))
@@ -95,21 +96,21 @@ def test_every_parameter_has_the_values_of_the_paper_on_the_whole_grid() -> None
 @pytest.mark.parametrize("role", list(Role))
 @pytest.mark.parametrize("cell", ["lr", "eps"])
 def test_a_wrong_table_is_found(role: Role, cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = completep.table_1
+    original = page.adamw
 
-    def wrong(m_N: float, m_L: float, *rest: float) -> dict[Role, Factors]:
+    def wrong(m_N: float, m_L: float, *rest: float) -> dict[Role, page.Row]:
         rows = original(m_N, m_L, *rest)
         return {**rows, role: dataclasses.replace(rows[role], **{cell: getattr(rows[role], cell) * m_L**-0.25})}
 
-    monkeypatch.setattr(completep, "table_1", wrong)
+    monkeypatch.setattr(page, "adamw", wrong)
     found = differences(SMALL_GRID)
     assert found and all(line.startswith(f"{role} ") for line in found)
 
 
 def test_a_wrongly_declared_fan_in_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fused QKV or gate-and-up matrix has the fan-in of one of its parts, and down_proj that of the FFN."""
-    original = completep.declare
-    monkeypatch.setattr("megatron_completep.parallel.linear.declare", lambda p, role, fan_in=None, base=None: original(p, role))
+    forgetful = lambda *values, **settings: Spec(*values, **{**settings, "fan_in": None})  # noqa: E731
+    monkeypatch.setattr("megatron_completep.parallel.linear.Spec", forgetful)
     assert any("hidden_weight" in line for line in differences(SMALL_GRID))
 
 
@@ -141,7 +142,7 @@ def test_a_parameter_without_a_role_raises_and_is_named() -> None:
     module.known = declare(nn.Parameter(torch.ones(2)), Role.PRE_NORM)
     module.unknown = nn.Parameter(torch.ones(2))
     with pytest.raises(ConfigError, match="parameter unknown declares no CompleteP role"):
-        build_groups(module.named_parameters(), Table(), optimizer_config())
+        build_groups(module.named_parameters(), plain_table(), optimizer_config())
 
 
 # --- overrides ----------------------------------------------------------------------------------------------------------------------

@@ -8,9 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from small_models import completep_config, model_config, small_setup
+from small_models import completep_config, model_config, small_setup, table_for
 
-from megatron_completep.completep import table_for
 from megatron_completep.model.gpt import GPT
 from megatron_completep.optim.layout import ALIGNMENT, Layout, Segment, lay_out
 from megatron_completep.parallel.context import ParallelContext

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_completep.analysis.communication import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, SEND, collectives_per_step
 from megatron_completep.analysis.training_benchmark import BenchmarkSettings, random_batch
-from megatron_completep.completep import table_for
+from megatron_completep.completep import table_of
 from megatron_completep.config import config_from_mapping
 from megatron_completep.config.derived import micro_batches_per_step
 from megatron_completep.config.schema import Config
@@ -88,7 +88,7 @@ def build_step(rank: int, config: Config) -> tuple[TrainingStep, list[Any], Para
     world_size = dist.get_world_size()
     data_size = data_parallel_size_for(config.parallel, world_size)
     context = ParallelContext.over_world(config.parallel, torch.device("cpu"), rank, world_size, data_size)
-    table = table_for(config.model, config.completep)
+    table = table_of(config)
     precision = DTYPES[config.training.precision]
     chunks = build.build_model(config, table, context, precision)
     optimizer = DistributedAdamW(chunks, table, config.optimizer, context, config.parallel, precision)

@@ -7,17 +7,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from small_models import table_for
 from torch import Tensor
 
 from megatron_completep.analysis.replay import Replay, Trace, replay
-from megatron_completep.completep import Table, table_for
+from megatron_completep.completep import Table
 from megatron_completep.config.schema import CompletePConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_completep.model.initialize import initialize
 from megatron_completep.model.stages import build_chunks
 from megatron_completep.optim.distributed_adamw import DistributedAdamW
 from megatron_completep.optim.groups import Group
 from megatron_completep.parallel.context import ParallelContext, data_parallel_size_for
-from megatron_completep.parallel.placement import Placement, placement_of
+from megatron_completep.parallel.parameter import Spec
 from megatron_completep.training.forward_backward import ForwardBackward, MicroBatch
 
 GLOBAL_BATCH = 16  # sequences, split over data ranks and micro-batches
@@ -49,7 +50,7 @@ class Outcome:
     gradients: dict[str, Tensor]  # this data rank's sums in the first step
     moved: dict[str, float]  # largest change of each tensor in the first step
     parameters: dict[str, Tensor]
-    placements: dict[str, Placement]
+    placements: dict[str, Spec]
     groups: dict[str, Group]
     runs: int  # weight-gradient contributions that were computed
 
@@ -123,7 +124,7 @@ def train(rank: int, case: Case) -> Outcome:
             moved = {name: (value - initial[name]).abs().max().item() for name, value in copies(optimizer).items()}
     optimizer.wait_for_parameters()
     where = context.tensor.rank, context.data.rank, context.pipeline.rank
-    placements = {name: placement_of(p) for name, p in optimizer.parameters.items()}
+    placements = optimizer.specs
     return Outcome(where, losses, norms, initial, gradients, moved, copies(optimizer), placements, optimizer.groups, runs)
 
 
@@ -175,15 +176,16 @@ def assemble(outcomes: list[Outcome], what: str, name: str) -> Tensor:
         for t, os in by_tensor.items()
     }
     placement = holders[0].placements[name]
-    if placement.dim is None:
+    if placement.replicated:
         return torch.stack(list(local.values())).sum(0) if summed and placement.partial_gradient else local[0]
-    whole = torch.zeros(placement.global_shape, dtype=local[0].dtype)
+    whole = torch.zeros(placement.shape, dtype=local[0].dtype)
+    ((dim, _),) = placement.split.items()
     for tensor_rank, part in local.items():
         position = 0
-        for start, stop in by_tensor[tensor_rank][0].placements[name].ranges:
-            held = max(0, min(stop, whole.shape[placement.dim]) - start)
+        for start, stop in by_tensor[tensor_rank][0].placements[name].local_ranges(dim):
+            held = max(0, min(stop, whole.shape[dim]) - start)
             if held:
-                whole.narrow(placement.dim, start, held).copy_(part.narrow(placement.dim, position, held))
+                whole.narrow(dim, start, held).copy_(part.narrow(dim, position, held))
             position += stop - start
     return whole
 

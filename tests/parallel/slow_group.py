@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from layouts import BASE, batch_of, context_for, model_config, optimizer_config
+from small_models import table_for
 from torch import nn
 
-from megatron_completep.completep import table_for
 from megatron_completep.model.initialize import initialize
 from megatron_completep.model.stages import build_chunks
 from megatron_completep.optim.distributed_adamw import DistributedAdamW

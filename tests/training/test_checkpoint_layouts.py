@@ -12,12 +12,10 @@ import torch
 from checkpoint_helpers import tiny_config
 from worker_pool import WorkerPool
 
-from megatron_completep.analysis.replay import local_part
-from megatron_completep.completep import table_for
+from megatron_completep.completep import table_of
 from megatron_completep.model.stages import build_chunks
 from megatron_completep.optim.distributed_adamw import DistributedAdamW
 from megatron_completep.parallel.context import ParallelContext, data_parallel_size_for
-from megatron_completep.parallel.placement import placement_of
 from megatron_completep.training.checkpoint import Checkpointer, StoredCheckpoint
 from megatron_completep.training.state import RunState
 
@@ -59,7 +57,7 @@ def build(rank: int, folder: str, model: str, layout: dict[str, Any]) -> tuple[D
     if layout["world"] > 1:
         data_size = data_parallel_size_for(config.parallel, layout["world"])
         context = ParallelContext.over_world(config.parallel, torch.device("cpu"), rank, layout["world"], data_size)
-    table = table_for(config.model, config.completep)
+    table = table_of(config)
     chunks = build_chunks(config.model, table, config.parallel, context)
     for parameter in (p for chunk in chunks for p in chunk.parameters()):
         parameter.data.zero_()
@@ -71,10 +69,9 @@ def expected_flat(optimizer: DistributedAdamW, state: str) -> torch.Tensor:
     """The whole flat buffer of a rank, by another way than boxes: cut from the logical tensors, piece by piece."""
     flat = torch.zeros(optimizer.layout.size)
     for piece in optimizer.layout.pieces:
-        parameter = optimizer.parameters[piece.name]
-        placement = placement_of(parameter)
-        whole = logical(placement.tied_to or piece.name, state, placement.global_shape)
-        flat[piece.start : piece.start + piece.size] = local_part(whole, parameter).flatten()
+        spec = optimizer.specs[piece.name]
+        whole = logical(spec.stored_name(piece.name), state, spec.shape)
+        flat[piece.start : piece.start + piece.size] = spec.cut(whole).flatten()
     return flat
 
 

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import build_model, completep_config, model_config
+from small_models import build_model, completep_config, model_config, table_for
 from tiny_runs import rows_of, tiny_config
 
-from megatron_completep.completep import table_for
 from megatron_completep.data.loader import validation_batches
 from megatron_completep.data.tokenizer import BytesTokenizer
 from megatron_completep.errors import CheckpointError, DataError

@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from small_models import completep_config, model_config, optimizer_config
 from tiny_runs import tiny_config
 
-from megatron_completep.completep import Role, table_for
+from megatron_completep.completep import table_of
 from megatron_completep.config.schema import Config, ParallelConfig
 from megatron_completep.data.loader import Batch
 from megatron_completep.errors import DataError
 from megatron_completep.optim.distributed_adamw import DistributedAdamW
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.pretrain import pretrain
+from megatron_completep.roles import Role
 from megatron_completep.training.build import build_model
 from megatron_completep.training.measure import role_rms
 from megatron_completep.training.metrics import read_metrics
@@ -54,7 +55,7 @@ def batch(config: Config, seed: int) -> Batch:
 
 def telemetry_of(config: Config, context: ParallelContext, steps: int) -> tuple[Telemetry, TrainingStep]:
     """After `steps` steps. The data rank reads its own half of the micro-batches where there are two ranks."""
-    table = table_for(config.model, config.completep)
+    table = table_of(config)
     chunks = build_model(config, table, context, torch.float64)
     optimizer = DistributedAdamW(chunks, table, config.optimizer, context, config.parallel, torch.float64)
     step = TrainingStep(config, context, chunks, optimizer)

@@ -1,17 +1,20 @@
 """From flat shards to boxes of logical tensors and back. Arithmetic only.
 
-A rank's optimizer shard is a list of runs of flattened local parameters. A run is at most three boxes of the local tensor (the
-rest of a row, whole rows, the start of a row), and `Placement.ranges` says where those lie in the logical, unsharded tensor. A
-checkpoint stores boxes by logical name and coordinates, so what reads it needs to know nothing of the layout that wrote it.
+A rank's optimizer shard is a list of runs of flattened local parameters. A run is a few boxes of the local tensor, and the
+parameter's `Spec` says where those lie in the logical, unsharded tensor. A checkpoint stores
+boxes by logical name and coordinates, so what reads it needs to know nothing of the layout that wrote it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
+from math import prod
+from operator import mul
 
 from megatron_completep.optim.layout import Segment
-from megatron_completep.parallel.placement import Placement
+from megatron_completep.parallel.parameter import Spec
 
 
 @dataclass(frozen=True)
@@ -23,10 +26,11 @@ class Box:
 
     @property
     def numel(self) -> int:
-        count = 1
-        for size in self.sizes:
-            count *= size
-        return count
+        return prod(self.sizes)
+
+    def moved(self, by: tuple[int, ...]) -> Box:
+        """The same box further along."""
+        return Box(tuple(a + b for a, b in zip(self.offsets, by, strict=True)), self.sizes)
 
     def within(self, other: Box) -> bool:
         """Whether it has as many dimensions and no element that `other` lacks."""
@@ -45,63 +49,87 @@ class Box:
 class OwnedBox:
     """A box of the logical tensor `name`, and where this rank's flat shard holds it.
 
-    Its first element is `start` in the shard, rows lie `row_stride` elements apart, elements of a row side by side.
+    Its first element is `start` in the shard; `strides` are the local tensor's.
     """
 
     name: str
     box: Box
     start: int
-    row_stride: int
+    strides: tuple[int, ...]
 
     def locate(self, part: Box) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
         """Start, sizes and strides of a part of this box, for `torch.as_strided` on the flat shard."""
-        strides = (self.row_stride, 1)[2 - len(part.sizes) :] if len(part.sizes) > 1 else (1,)
         inner = (a - b for a, b in zip(part.offsets, self.box.offsets, strict=True))
-        return self.start + sum(i * s for i, s in zip(inner, strides, strict=True)), part.sizes, strides
+        start = self.start + sum(map(mul, inner, self.strides))
+        return start, part.sizes, self.strides
 
 
-def owned_boxes(segments: Iterable[Segment], placements: dict[str, Placement], shapes: dict[str, tuple[int, ...]]) -> list[OwnedBox]:
-    """The boxes of the segments of a shard, in shard order. `shapes` are the local ones; vocabulary padding is left out."""
-    return [owned for segment in segments for owned in _boxes_of(segment, placements[segment.name], shapes[segment.name])]
+def owned_boxes(segments: Iterable[Segment], specs: Mapping[str, Spec]) -> list[OwnedBox]:
+    """The boxes of the segments of a shard, in shard order; padding is left out."""
+    boxes: list[OwnedBox] = []
+    for segment in segments:
+        boxes += _boxes_of(segment, specs[segment.name])
+    return boxes
 
 
-def _boxes_of(segment: Segment, placement: Placement, shape: tuple[int, ...]) -> Iterator[OwnedBox]:
-    columns = shape[1] if len(shape) == 2 else 1
-    assert len(shape) <= 2, f"{segment.name}: {len(shape)} dimensions"
-    for row, rows, column, width in cut_rows(segment.parameter_start, segment.size, columns):
-        start = segment.shard_start + row * columns + column - segment.parameter_start
-        for box, row_shift, column_shift in _logical(placement, row, rows, column, width):
-            flat = Box(box.offsets[:1], box.sizes[:1]) if len(shape) == 1 else box
-            yield OwnedBox(segment.name, flat, start + row_shift * columns + column_shift, columns)
+def _boxes_of(segment: Segment, spec: Spec) -> Iterator[OwnedBox]:
+    shape = spec.local_shape
+    strides = strides_of(shape)
+    for local in cut_run(segment.parameter_start, segment.size, shape):
+        for offsets, box in _logical(spec, local):
+            position = sum(map(mul, offsets, strides)) - segment.parameter_start
+            yield OwnedBox(segment.name, box, segment.shard_start + position, strides)
 
 
-def cut_rows(start: int, size: int, columns: int) -> Iterator[tuple[int, int, int, int]]:
-    """A flat run as (row, rows, column, columns): the rest of a row, whole rows, the start of a row."""
-    stop = start + size
-    if start % columns:
-        width = min(columns - start % columns, size)
-        yield start // columns, 1, start % columns, width
-        start += width
-    whole = (stop - start) // columns
-    if whole:
-        yield start // columns, whole, 0, columns
-        start += whole * columns
-    if start < stop:
-        yield start // columns, 1, 0, stop - start
+def strides_of(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a contiguous tensor, in elements."""
+    return tuple(prod(shape[dim + 1 :]) for dim in range(len(shape)))
 
 
-def _logical(placement: Placement, row: int, rows: int, column: int, width: int) -> Iterator[tuple[Box, int, int]]:
-    """A local box in logical coordinates, cut where `ranges` jump, with each part's shift inside the local box."""
-    if placement.dim is None:
-        yield Box((row, column), (rows, width)), 0, 0
+def cut_run(start: int, size: int, shape: tuple[int, ...]) -> Iterator[Box]:
+    """The flat run [start, start + size) of a contiguous tensor as boxes of it, in order.
+
+    A run of a matrix is at most three: the rest of a row, whole rows, the start of a row. The ends of a run of a tensor with
+    more dimensions are cut in the same way once more.
+    """
+    if size == 0:
         return
-    first, count = (row, rows) if placement.dim == 0 else (column, width)
-    limit = placement.global_shape[placement.dim]
-    for local, start, size in _ranges_within(placement.ranges, first, count, limit):
-        if placement.dim == 0:
-            yield Box((start, column), (size, width)), local - first, 0
-        else:
-            yield Box((row, start), (rows, size)), 0, local - first
+    if len(shape) == 1:
+        yield Box((start,), (size,))
+        return
+    row = prod(shape[1:])
+    stop = start + size
+    if start % row or size < row:
+        end = min(stop, start - start % row + row)
+        yield from _inside_row(start, end - start, shape)
+        start = end
+    rows = (stop - start) // row
+    if rows:
+        zeros = (0,) * (len(shape) - 1)
+        yield Box((start // row, *zeros), (rows, *shape[1:]))
+        start += rows * row
+    if start < stop:
+        yield from _inside_row(start, stop - start, shape)
+
+
+def _inside_row(start: int, size: int, shape: tuple[int, ...]) -> Iterator[Box]:
+    """The boxes of a run that stays inside one index of the first dimension."""
+    row = prod(shape[1:])
+    index = start // row
+    for box in cut_run(start - index * row, size, shape[1:]):
+        yield Box((index, *box.offsets), (1, *box.sizes))
+
+
+def _logical(spec: Spec, local: Box) -> Iterator[tuple[tuple[int, ...], Box]]:
+    """A local box in logical coordinates, cut where the ranges jump, each with its offsets in the local tensor."""
+    along = []
+    for dim, (first, count) in enumerate(zip(local.offsets, local.sizes, strict=True)):
+        ranges = spec.local_ranges(dim)
+        along.append(list(_ranges_within(ranges, first, count, spec.shape[dim])))
+    for pieces in product(*along):
+        offsets = tuple(here for here, _, _ in pieces)
+        starts = tuple(there for _, there, _ in pieces)
+        yield offsets, Box(starts, tuple(size for _, _, size in pieces))
 
 
 def _ranges_within(ranges: Iterable[tuple[int, int]], first: int, count: int, limit: int) -> Iterator[tuple[int, int, int]]:

@@ -53,7 +53,7 @@ def _matches(path: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(path, pattern) for pattern in patterns)
 
 
-def table_of(found: Iterable[Difference], left: str = "checkpoint", right: str = "this run") -> str:
+def side_by_side(found: Iterable[Difference], left: str = "checkpoint", right: str = "this run") -> str:
     """Differences as aligned text."""
     rows = [("setting", left, right)] + [(d.path, str(d.stored), str(d.present)) for d in found]
     widths = [min(60, max(len(row[i]) for row in rows)) for i in range(3)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import megatron_completep
 from megatron_completep.completep import Table
 from megatron_completep.config.schema import Config
 from megatron_completep.parallel.context import ParallelContext
-from megatron_completep.training.checkpoint.compare import Difference, table_of
+from megatron_completep.training.checkpoint.compare import Difference, side_by_side
 from megatron_completep.training.checkpoint.manifest import Manifest
 from megatron_completep.training.checkpoint.save import jsonable
 
@@ -44,10 +43,23 @@ def identity_of(manifest: Manifest) -> dict[str, Any]:
 
 def describe_table(table: Table) -> dict[str, Any]:
     """The parameterization as plain values: what was configured, and what follows from it for the forward pass."""
-    values = {field.name: getattr(table, field.name) for field in fields(table) if field.name != "own_factors"}
-    values |= {name: getattr(table, name) for name in ("residual_multiplier", "logit_multiplier")}
-    own = {role: factors.model_dump() for role, factors in table.own_factors.items()}
-    return {**values, "own_factors": own}
+    return {
+        "width_multiplier": table.width_multiplier,
+        "depth_multiplier": table.depth_multiplier,
+        "alpha": table.alpha,
+        "attention_scale": table.attention_scale,
+        "base_residual_multiplier": table.base_residual_multiplier,
+        "base_logit_multiplier": table.base_logit_multiplier,
+        "base_hidden_size": table.base_hidden_size,
+        "base_ffn_hidden_size": table.base_ffn_hidden_size,
+        "scale_width": table.scale_width,
+        "batch_ratio": table.batch.batch_ratio,
+        "duration_ratio": table.batch.duration_ratio,
+        "batch_exponent": table.batch.exponent,
+        "residual_multiplier": table.residual_multiplier,
+        "logit_multiplier": table.logit_multiplier,
+        "own_factors": {str(role): own.model_dump() for role, own in table.own_factors.items()},
+    }
 
 
 def describe_layout(config: Config, context: ParallelContext) -> dict[str, int]:
@@ -72,7 +84,7 @@ def refusal(folder: Path, found: list[Difference]) -> str:
     patterns = sorted({d.path for d in found if not d.path.startswith("parameters.")})
     remedy = f"checkpoint.allow_changed={patterns[:8]}" if patterns else "a model with these parameters"
     return (
-        f"{folder} was trained with other settings:\n{table_of(shown)}{more}\n"
+        f"{folder} was trained with other settings:\n{side_by_side(shown)}{more}\n"
         f"Continue with the checkpoint's settings, start in another training.output_dir, or, if the change is meant: {remedy}. "
         "For more layers, another base shape or alpha under the same function: tools/checkpoint.py adapt."
     )

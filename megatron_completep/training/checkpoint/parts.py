@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import mul
 
 import torch
 from torch import Tensor
 
-from megatron_completep.training.checkpoint.boxes import Box, OwnedBox, cut_rows
+from megatron_completep.training.checkpoint.boxes import Box, OwnedBox, cut_run, strides_of
 from megatron_completep.training.checkpoint.files import DTYPES, StoredBox
 from megatron_completep.training.checkpoint.shard import view_of
 
@@ -44,13 +45,15 @@ class Part:
         if run is not None:
             run.copy_(values)
             return
-        size, (top, left), columns = self._item_size, self.stored.box.offsets, self.stored.box.sizes[1]
-        first = (low - self.stored.start) // size
-        for row, rows, column, width in cut_rows(first, (high - low) // size, columns):
-            both = Box((top + row, left + column), (rows, width)).intersect(self.box)
+        stored = self.stored.box
+        strides = strides_of(stored.sizes)
+        first = (low - self.stored.start) // self._item_size
+        for piece in cut_run(first, values.numel(), stored.sizes):
+            both = piece.moved(stored.offsets).intersect(self.box)
             if both is not None:
-                offset = (both.offsets[0] - top) * columns + both.offsets[1] - left - first
-                source = torch.as_strided(values, both.sizes, (columns, 1), values.storage_offset() + offset)
+                inner = (a - b for a, b in zip(both.offsets, stored.offsets, strict=True))
+                offset = values.storage_offset() + sum(map(mul, inner, strides)) - first
+                source = torch.as_strided(values, both.sizes, strides, offset)
                 view_of(self.flat, self.owned, both).copy_(source)
 
     def run(self, low: int, high: int) -> Tensor | None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_completep.completep import declaration_of
 from megatron_completep.optim.distributed_adamw import DistributedAdamW
 from megatron_completep.parallel.context import ParallelContext
-from megatron_completep.parallel.placement import placement_of
+from megatron_completep.parallel.parameter import Spec
 from megatron_completep.training.checkpoint.boxes import Box, OwnedBox, owned_boxes
 
 STATES = ("master", "exp_avg", "exp_avg_sq")
@@ -30,16 +30,12 @@ class Shard:
 
     @classmethod
     def of(cls, optimizer: DistributedAdamW, context: ParallelContext) -> Shard:
-        placements = {name: placement_of(p) for name, p in optimizer.parameters.items()}
-        shapes = {name: tuple(p.shape) for name, p in optimizer.parameters.items()}
-        stored_name = {name: placement.tied_to or name for name, placement in placements.items()}
         owned, written = [], []
-        for found in owned_boxes(optimizer.segments, placements, shapes):
-            placement = placements[found.name]
-            box = OwnedBox(stored_name[found.name], found.box, found.start, found.row_stride)
+        for held in owned_boxes(optimizer.segments, optimizer.specs):
+            spec = optimizer.specs[held.name]
+            box = replace(held, name=spec.stored_name(held.name))
             owned.append(box)
-            copy = placement.tied_to not in (None, found.name) or (placement.replicated and context.tensor.rank > 0)
-            if not copy and context.replica.rank == 0:
+            if spec.counts_on(held.name, context):
                 written.append(box)
         return cls(tuple(owned), tuple(written), "F64" if optimizer.master.dtype == torch.float64 else "F32")
 
@@ -55,12 +51,20 @@ def view_of(flat: Tensor, owned: OwnedBox, part: Box | None = None) -> Tensor:
     return torch.as_strided(flat, sizes, strides, flat.storage_offset() + start)
 
 
-def describe_parameters(optimizer: DistributedAdamW, dtype: str) -> dict[str, dict]:
+def describe_parameters(optimizer: DistributedAdamW, dtype: str) -> dict[str, dict[str, Any]]:
     """Role and logical shape of every parameter of this rank's stages, tied copies left out."""
-    found = {}
-    for name, parameter in optimizer.parameters.items():
-        placement, declaration = placement_of(parameter), declaration_of(name, parameter)
-        if placement.tied_to in (None, name):
-            shape = list(placement.global_shape)
-            found[name] = {"role": declaration.role.value, "width_ratio": declaration.width_ratio, "shape": shape, "dtype": dtype}
-    return found
+    described = {}
+    for name, spec in optimizer.specs.items():
+        if not spec.is_copy(name):
+            described[name] = describe(spec, dtype)
+    return described
+
+
+def describe(spec: Spec, dtype: str) -> dict[str, Any]:
+    """What a checkpoint says of one parameter."""
+    return {
+        "role": spec.role.value,
+        "width_ratio": spec.width_ratio,
+        "shape": list(spec.shape),
+        "dtype": dtype,
+    }

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from megatron_completep.optim.distributed_adamw import DistributedAdamW
 from megatron_completep.parallel.context import ParallelContext
-from megatron_completep.parallel.placement import placement_of
 
 CHUNK = 1 << 22
 WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -42,7 +41,7 @@ def replica_hashes(optimizer: DistributedAdamW, context: ParallelContext) -> dic
     if optimizer.master.data_ptr() != optimizer.flat.data_ptr():
         hashes[f"owner: weights of {here}, slice {shard.rank}"] = bit_sum(optimizer.master.to(optimizer.flat.dtype))
     hashes[f"masters of {here}, slice {shard.rank}"] = bit_sum(optimizer.master)
-    whole = [s for s in optimizer.segments if placement_of(optimizer.parameters[s.name]).replicated]
+    whole = [s for s in optimizer.segments if optimizer.specs[s.name].replicated]
     if whole:
         views = [optimizer.master[s.shard_start : s.shard_start + s.size] for s in whole]
         hashes[f"norms and biases of stage {context.pipeline.rank}, data {context.data.rank}"] = bit_sum(torch.cat(views))

@@ -1,0 +1,248 @@
+"""A parameter says everything once: its `Spec` is made where the parameter is, and everybody else reads it there.
+
+Initial weights, learning-rate groups, the optimizer, checkpoints, replayed traces and plans ask the spec. None of them knows a
+module or a parameter's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_completep.errors import ConfigError
+from megatron_completep.parallel.collectives import all_reduce
+from megatron_completep.parallel.context import ParallelContext, Share
+from megatron_completep.roles import Role
+
+Range = tuple[int, int]  # [start, stop)
+
+
+class Site(StrEnum):
+    """Which forward multiplier acts right behind a tensor, so that its values can take a change of it over."""
+
+    STREAM = "stream"  # the residual multiplier: the output of a branch, which joins the residual stream
+    QUERY = "query"  # the attention scale
+    INPUT = "input"  # model.input_multiplier
+    LOGITS = "logits"  # the logit multiplier
+    TIED_LOGITS = "tied logits"  # the same before a tied unembedding, which has taken the input multiplier over
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is said of one parameter.
+
+    shape: of the logical tensor, before any split and without padding.
+    fan_in, base_fan_in: of the logical matrix, or of one part of a fused one; here and at the proxy.
+    parts: name -> size of each logical matrix that a fused one stacks along `part_dim`, in order.
+    split: dimension -> this rank's share along the axis of the mesh that divides it; on `part_dim` every part is divided
+        by itself.
+    multiple: a split dimension is padded so that every rank holds a multiple of this; padding belongs to nothing.
+    partial_over: the name of the axis over whose ranks the gradient of a replicated parameter is a sum of shares.
+    uses: gradient contributions a micro-batch.
+    tied_to: the name under which the two ends of a pipeline are one.
+    constant: what every element starts at; None: drawn.
+    site: which forward multiplier acts behind it, on the part `site_part` alone where one is named.
+    """
+
+    role: Role
+    shape: tuple[int, ...]
+    fan_in: int | None = None
+    base_fan_in: int | None = None
+    parts: Mapping[str, int] = field(default_factory=dict)
+    part_dim: int = 0
+    split: Mapping[int, Share] = field(default_factory=dict)
+    multiple: int = 1
+    partial_over: str | None = None
+    uses: int = 1
+    tied_to: str | None = None
+    constant: float | None = None
+    site: Site | None = None
+    site_part: str | None = None
+
+    # --- the table ---------------------------------------------------------------------------------
+
+    @property
+    def width_ratio(self) -> float:
+        """fan_in / base_fan_in; 1 for vectors and the vocabulary's tables."""
+        if self.fan_in is None or self.base_fan_in is None:
+            return 1.0
+        return self.fan_in / self.base_fan_in
+
+    @property
+    def writes_to_stream(self) -> bool:
+        """Whether it makes the output of a branch."""
+        return self.site is Site.STREAM
+
+    @property
+    def partial_gradient(self) -> bool:
+        """Whether the gradient on this rank is a share of a sum."""
+        return self.partial_over is not None
+
+    # --- names -------------------------------------------------------------------------------------
+
+    def stored_name(self, name: str) -> str:
+        """The name under which a parameter called `name` here is drawn, grouped and stored."""
+        return self.tied_to or name
+
+    def is_copy(self, name: str) -> bool:
+        """Whether another parameter of the model, of the name `tied_to`, stands for this one."""
+        return self.tied_to not in (None, name)
+
+    # --- geometry ----------------------------------------------------------------------------------
+
+    @property
+    def replicated(self) -> bool:
+        """Whether every rank of the model holds all of it."""
+        return not self.split
+
+    def local_ranges(self, dim: int) -> tuple[Range, ...]:
+        """The logical [start, stop) that lie one after the other along `dim` of the local tensor.
+
+        The last ones may reach past the logical size: that is padding.
+        """
+        share = self.split.get(dim)
+        if share is None:
+            return ((0, self.shape[dim]),)
+        if self.parts and dim == self.part_dim:
+            return _share_of_each(tuple(self.parts.values()), share)
+        padded_to = self.multiple * share.size
+        size = -(-self.shape[dim] // padded_to) * self.multiple
+        return ((share.rank * size, (share.rank + 1) * size),)
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        """The shape of what this rank holds, padding included."""
+        dims = range(len(self.shape))
+        return tuple(sum(stop - start for start, stop in self.local_ranges(dim)) for dim in dims)
+
+    @property
+    def size(self) -> int:
+        """Elements of the logical tensor."""
+        return prod(self.shape)
+
+    def part_range(self, name: str) -> Range:
+        """[start, stop) of a part along `part_dim` of the logical tensor."""
+        start = 0
+        for part, size in self.parts.items():
+            if part == name:
+                return start, start + size
+            start += size
+        raise KeyError(name)
+
+    def cut(self, logical: Tensor) -> Tensor:
+        """What this rank holds of a logical tensor; padding is 0."""
+        local = logical
+        for dim in self.split:
+            local = _cut(local, dim, self.local_ranges(dim))
+        return local
+
+    def spread(self, local: Tensor) -> Tensor:
+        """The logical tensor with what this rank holds in its place, and 0 where other ranks' parts go."""
+        logical = local
+        for dim in self.split:
+            logical = _spread(logical, dim, self.local_ranges(dim), self.shape[dim])
+        return logical
+
+    def join(self, local: Tensor, context: ParallelContext) -> Tensor:
+        """The logical tensor, on every rank. Communicates over the axes that split it."""
+        logical = self.spread(local)
+        for share in self.split.values():
+            logical = all_reduce(logical.contiguous(), context.axis(share.axis))
+        return logical
+
+    def counts_on(self, name: str, context: ParallelContext) -> bool:
+        """Whether this rank is the one of those that hold the same elements whose copy counts.
+
+        Asked of a parameter called `name` here, for what is summed or stored once: norms and checkpoints.
+        """
+        split_over = {share.axis for share in self.split.values()}
+        repeated = (axis for axis in context.model_axes if axis.name not in split_over)
+        first = all(axis.rank == 0 for axis in repeated) and context.replica.rank == 0
+        return first and not self.is_copy(name)
+
+
+def make_parameter(spec: Spec, context: ParallelContext) -> nn.Parameter:
+    """A parameter of this rank's shape, float32; a constant one is filled, the others wait for `initialize`."""
+    shape, device = spec.local_shape, context.device
+    if spec.constant is None:
+        values = torch.empty(shape, device=device)
+    else:
+        values = torch.full(shape, spec.constant, device=device)
+    return attach(nn.Parameter(values), spec)
+
+
+def attach(parameter: Any, spec: Spec) -> Any:
+    """Let a parameter carry its spec; returns the parameter."""
+    parameter.spec = spec
+    return parameter
+
+
+def declare(parameter: Any, role: Role, fan_in: int | None = None, base_fan_in: int | None = None) -> Any:
+    """Say what a parameter of a plain torch module is; returns the parameter.
+
+    fan_in, base_fan_in: of a matrix of hidden weights, here and at the proxy. A parameter with the role of a gain or bias
+    keeps what its module filled it with.
+    """
+    constant = float(role is not Role.HIDDEN_BIAS) if role in CONSTANT else None
+    spec = Spec(role, tuple(parameter.shape), fan_in, base_fan_in, constant=constant)
+    return attach(parameter, spec)
+
+
+CONSTANT = (Role.PRE_NORM, Role.HIDDEN_BIAS, Role.FINAL_NORM, Role.QK_NORM)  # in a module that only declares
+
+
+def spec_of(parameter: Any, name: str = "") -> Spec:
+    """The spec of a parameter. One without is an error that gives its name, never a guess: raises ConfigError."""
+    spec = getattr(parameter, "spec", None)
+    if not isinstance(spec, Spec):
+        raise ConfigError(f"parameter {name} declares no CompleteP role. Call declare(parameter, role) with one of: {', '.join(Role)}.")
+    return spec
+
+
+def specs_of(model: nn.Module) -> dict[str, Spec]:
+    """Name -> spec of every parameter of a model, in its order."""
+    return {name: spec_of(parameter, name) for name, parameter in model.named_parameters()}
+
+
+def _share_of_each(parts: tuple[int, ...], share: Share) -> tuple[Range, ...]:
+    """This rank's range of each of several stacked parts, each divided evenly over the axis."""
+    ranges = []
+    offset = 0
+    for size in parts:
+        length = size // share.size
+        start = offset + share.rank * length
+        ranges.append((start, start + length))
+        offset += size
+    return tuple(ranges)
+
+
+def _cut(tensor: Tensor, dim: int, ranges: tuple[Range, ...]) -> Tensor:
+    shape = list(tensor.shape)
+    shape[dim] = sum(stop - start for start, stop in ranges)
+    local = tensor.new_zeros(shape)
+    position = 0
+    for start, stop in ranges:
+        held = max(0, min(stop, tensor.shape[dim]) - start)
+        if held:
+            local.narrow(dim, position, held).copy_(tensor.narrow(dim, start, held))
+        position += stop - start
+    return local
+
+
+def _spread(tensor: Tensor, dim: int, ranges: tuple[Range, ...], size: int) -> Tensor:
+    shape = list(tensor.shape)
+    shape[dim] = size
+    logical = tensor.new_zeros(shape)
+    position = 0
+    for start, stop in ranges:
+        held = max(0, min(stop, size) - start)
+        if held:
+            logical.narrow(dim, start, held).copy_(tensor.narrow(dim, position, held))
+        position += stop - start
+    return logical

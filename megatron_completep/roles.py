@@ -1,0 +1,19 @@
+"""What a parameter is, in the order of the paper's Table 1. The schema and the table both speak of roles."""
+
+from enum import StrEnum
+
+
+class Role(StrEnum):
+    """Rows of the table; QK-norm gains come from Complete(d)P (arXiv 2512.22382)."""
+
+    EMBEDDING = "embedding"
+    PRE_NORM = "pre_norm"
+    HIDDEN_WEIGHT = "hidden_weight"
+    HIDDEN_BIAS = "hidden_bias"
+    FINAL_NORM = "final_norm"
+    UNEMBEDDING = "unembedding"
+    QK_NORM = "qk_norm"
+
+
+# Gains start at 1 and biases at 0, where the module that owns them creates them; neither is drawn.
+CONSTANT_ROLES = (Role.PRE_NORM, Role.HIDDEN_BIAS, Role.FINAL_NORM, Role.QK_NORM)

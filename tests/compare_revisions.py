@@ -21,7 +21,6 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import yaml
 from safetensors.numpy import load_file
 
@@ -36,7 +35,7 @@ BASE = {
         "num_layers": 4,
         "num_attention_heads": 4,
         "ffn_hidden_size": 48,
-        "vocab_size": 250,
+        "vocab_size": 260,
         "vocab_multiple": 8,
         "seq_length": 32,
     },
@@ -254,8 +253,6 @@ def write_corpus(tree: Tree, folder: Path) -> Path:
         *("--input", str(text), "--output-prefix", str(folder / "corpus")),
         *("--tokenizer-type", "bytes", "--workers", "1"),
     )
-    # Bytes above the small model's vocabulary do not occur in it.
-    assert np.fromfile(folder / "corpus_text_document.bin", dtype=np.uint16).max() < 250
     return folder / "corpus_text_document"
 
 

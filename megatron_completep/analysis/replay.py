@@ -27,6 +27,7 @@ from megatron_completep.model.stages import build_chunks
 from megatron_completep.optim.distributed_adamw import DistributedAdamW
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.parameter import spec_of, specs_of
+from megatron_completep.roles import Role
 from megatron_completep.training.forward_backward import ForwardBackward, MicroBatch
 
 NAMES = {  # ours -> GPT-2's
@@ -129,7 +130,7 @@ class Trace:
             parameterization="mup",
             base_hidden_size=r["base_hidden_size"],
             base_num_layers=r["base_num_layers"],
-            factors={"hidden_weight": unscaled},
+            factors={Role.HIDDEN_WEIGHT: unscaled},
         )
 
     def _optimizer(self) -> OptimizerConfig:

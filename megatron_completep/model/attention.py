@@ -18,8 +18,7 @@ from megatron_completep.config.derived import head_dim, num_query_groups
 from megatron_completep.config.schema import ModelConfig
 from megatron_completep.model.flash import flash_attention
 from megatron_completep.model.norm import Norm
-from megatron_completep.parallel.context import ParallelContext
-from megatron_completep.parallel.gradients import GradientQueue
+from megatron_completep.parallel.layer_context import LayerContext
 from megatron_completep.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_completep.parallel.parameter import Site
 from megatron_completep.roles import Role
@@ -55,7 +54,7 @@ class AttentionInputs:
 class Attention(nn.Module):
     """x [s, B, H] -> branch [s, B, H] without its bias, which joins in the residual sum."""
 
-    def __init__(self, model: ModelConfig, table: Table, context: ParallelContext, queue: GradientQueue, recompute: bool = False):
+    def __init__(self, model: ModelConfig, table: Table, context: LayerContext, recompute: bool = False):
         super().__init__()
         self.recompute, self.attend = recompute, attend
         hidden = model.hidden_size
@@ -65,24 +64,23 @@ class Attention(nn.Module):
         self.head_dim = size
         self.scale = table.attention_scale
         self.backend = model.attention_backend
-        self.num_heads = model.num_attention_heads // context.tensor.size
-        self.num_groups = groups // context.tensor.size
+        self.num_heads = model.num_attention_heads // context.ranks.tensor.size
+        self.num_groups = groups // context.ranks.tensor.size
         self.qkv = ColumnParallelLinear(
             hidden,
             {"q": width, "k": groups * size, "v": groups * size},
             table.base_hidden_size,
             model.bias,
             context,
-            queue,
             query_part=None if model.qk_norm else "q",
         )
         base_width = max(1, round(width * table.base_hidden_size / hidden))
-        self.output = RowParallelLinear(width, hidden, base_width, model.bias, context, queue)
+        self.output = RowParallelLinear(width, hidden, base_width, model.bias, context)
         self.q_norm: Norm | None = None
         self.k_norm: Norm | None = None
         if model.qk_norm:
-            self.q_norm = qk_norm(model, context, queue, Site.QUERY)
-            self.k_norm = qk_norm(model, context, queue)
+            self.q_norm = qk_norm(model, context, Site.QUERY)
+            self.k_norm = qk_norm(model, context)
 
     def forward(self, x: Tensor, inputs: AttentionInputs, layer: int) -> Tensor:
         q, k, v = self._heads(self.qkv(x), inputs)
@@ -106,16 +104,16 @@ class Attention(nn.Module):
         return q.permute(1, 2, 0, 3), k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3)
 
 
-def qk_norm(model: ModelConfig, context: ParallelContext, queue: GradientQueue, site: Site | None = None) -> Norm:
+def qk_norm(model: ModelConfig, context: LayerContext, site: Site | None = None) -> Norm:
     """A norm over the elements of a head; a tensor rank sees its own heads, and all share the gain."""
-    partial_over = context.tensor.name if context.tensor.size > 1 else None
+    tensor = context.ranks.tensor
+    partial_over = tensor.name if tensor.size > 1 else None
     return Norm(
         head_dim(model),
         Role.QK_NORM,
         "rmsnorm",
         model.norm_eps,
         False,
-        queue,
         context,
         partial_over,
         site,

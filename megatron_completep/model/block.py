@@ -12,8 +12,7 @@ from megatron_completep.config.schema import ModelConfig
 from megatron_completep.model.attention import Attention, AttentionInputs
 from megatron_completep.model.mlp import MLP
 from megatron_completep.model.norm import Norm, ResidualSum
-from megatron_completep.parallel.context import ParallelContext
-from megatron_completep.parallel.gradients import GradientQueue
+from megatron_completep.parallel.layer_context import LayerContext
 from megatron_completep.parallel.parameter import Site
 from megatron_completep.roles import Role
 
@@ -21,13 +20,13 @@ from megatron_completep.roles import Role
 class Block(nn.Module):
     """residual [s, B, H] and the pending branch of the layer before -> residual and this layer's pending MLP branch."""
 
-    def __init__(self, model: ModelConfig, table: Table, context: ParallelContext, queue: GradientQueue, recompute: str = "none"):
+    def __init__(self, model: ModelConfig, table: Table, context: LayerContext, recompute: str = "none"):
         super().__init__()
         self.join = ResidualSum(table.residual_multiplier, model.dropout)
-        self.attention_norm = pre_norm(model, Role.PRE_NORM, context, queue)
-        self.attention = Attention(model, table, context, queue, recompute == "selective")
-        self.mlp_norm = pre_norm(model, Role.PRE_NORM, context, queue)
-        self.mlp = MLP(model, table, context, queue, recompute == "selective")
+        self.attention_norm = pre_norm(model, Role.PRE_NORM, context)
+        self.attention = Attention(model, table, context, recompute == "selective")
+        self.mlp_norm = pre_norm(model, Role.PRE_NORM, context)
+        self.mlp = MLP(model, table, context, recompute == "selective")
 
     def forward(
         self,
@@ -47,8 +46,7 @@ class Block(nn.Module):
 def pre_norm(
     model: ModelConfig,
     role: Role,
-    context: ParallelContext,
-    queue: GradientQueue,
+    context: LayerContext,
     site: Site | None = None,
 ) -> Norm:
     """A norm on the residual stream; under sequence parallelism it sees this rank's part of the sequence."""
@@ -58,9 +56,8 @@ def pre_norm(
         model.norm,
         model.norm_eps,
         model.bias,
-        queue,
         context,
-        context.sequence_axis,
+        context.ranks.sequence_axis,
         site,
     )
 

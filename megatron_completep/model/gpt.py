@@ -23,7 +23,9 @@ from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.cross_entropy import LossConfig, Unembedding
 from megatron_completep.parallel.embedding import PositionEmbedding, VocabParallelEmbedding
 from megatron_completep.parallel.gradients import GradientQueue
+from megatron_completep.parallel.layer_context import LayerContext
 from megatron_completep.parallel.parameter import Site
+from megatron_completep.parallel.products import Products
 from megatron_completep.roles import Role
 
 
@@ -48,27 +50,29 @@ class GPT(nn.Module):
         stage: Stage | None = None,
         loss: LossConfig | None = None,
         recompute: str = "none",
+        products: Products | None = None,
     ):
         super().__init__()
         stage = stage or Stage(0, model.num_layers)
         self.config, self.table, self.context, self.stage = model, table, context, stage
         self.recompute = recompute
-        self.queue = queue = GradientQueue()
+        self.queue = GradientQueue()
+        layer_context = LayerContext(context, self.queue, products or Products())
         vocabulary = model.vocab_size, model.vocab_multiple, model.hidden_size
         tied_here = model.tied_embeddings and stage.first and stage.last
         tied_to = "embedding.weight" if model.tied_embeddings and not tied_here else None
         if stage.first:
-            self.embedding = VocabParallelEmbedding(*vocabulary, context, queue, 2 if tied_here else 1, tied_to)
+            self.embedding = VocabParallelEmbedding(*vocabulary, layer_context, 2 if tied_here else 1, tied_to)
             if model.position == "learned":
-                self.positions = PositionEmbedding(model.seq_length, model.hidden_size, context, queue)
-        self.layers = nn.ModuleDict({str(i): Block(model, table, context, queue, recompute) for i in range(stage.start, stage.stop)})
+                self.positions = PositionEmbedding(model.seq_length, model.hidden_size, layer_context)
+        self.layers = nn.ModuleDict({str(i): Block(model, table, layer_context, recompute) for i in range(stage.start, stage.stop)})
         if stage.last:
             site = Site.TIED_LOGITS if model.tied_embeddings else None
-            self.final_norm = pre_norm(model, Role.FINAL_NORM, context, queue, site)
+            self.final_norm = pre_norm(model, Role.FINAL_NORM, layer_context, site)
             role = Role.EMBEDDING if model.tied_embeddings else Role.UNEMBEDDING
             tied = self.embedding if tied_here else None
             multiplier = table.logit_multiplier
-            self.unembedding = Unembedding(*vocabulary, role, context, queue, multiplier, loss or LossConfig(), tied, tied_to)
+            self.unembedding = Unembedding(*vocabulary, role, layer_context, multiplier, loss or LossConfig(), tied, tied_to)
         self._rotary: tuple[Tensor, Tensor] | None = None
 
     def forward(

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from megatron_completep import kernels
 from megatron_completep.completep import Table
 from megatron_completep.config.schema import ModelConfig
-from megatron_completep.parallel.context import ParallelContext
-from megatron_completep.parallel.gradients import GradientQueue
+from megatron_completep.parallel.layer_context import LayerContext
 from megatron_completep.parallel.linear import ColumnParallelLinear, RowParallelLinear
 
 
@@ -35,15 +34,15 @@ class MLP(nn.Module):
     `recompute`: the down projection keeps no input for backward; the activation makes it again.
     """
 
-    def __init__(self, model: ModelConfig, table: Table, context: ParallelContext, queue: GradientQueue, recompute: bool = False):
+    def __init__(self, model: ModelConfig, table: Table, context: LayerContext, recompute: bool = False):
         super().__init__()
         ffn = model.ffn_hidden_size
         hidden = model.hidden_size
         parts = {"gate": ffn, "up": ffn} if model.activation == "swiglu" else {"up": ffn}
         self.activation = ACTIVATIONS[model.activation]
         self.recompute = recompute
-        self.up = ColumnParallelLinear(hidden, parts, table.base_hidden_size, model.bias, context, queue)
-        self.down = RowParallelLinear(ffn, hidden, table.base_ffn_hidden_size, model.bias, context, queue)
+        self.up = ColumnParallelLinear(hidden, parts, table.base_hidden_size, model.bias, context)
+        self.down = RowParallelLinear(ffn, hidden, table.base_ffn_hidden_size, model.bias, context)
 
     def forward(self, x: Tensor) -> Tensor:
         up = self.up(x)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from megatron_completep import kernels
-from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.gradients import Accumulate, GradientQueue
+from megatron_completep.parallel.layer_context import LayerContext
 from megatron_completep.parallel.parameter import Site, Spec, make_parameter
 from megatron_completep.roles import Role
 
@@ -40,18 +40,17 @@ class Norm(nn.Module):
         kind: str,
         eps: float,
         bias: bool,
-        queue: GradientQueue,
-        context: ParallelContext,
+        context: LayerContext,
         partial_over: str | None = None,
         site: Site | None = None,
     ):
         super().__init__()
-        self.kind, self.eps, self.queue = kind, eps, queue
+        self.kind, self.eps, self.queue = kind, eps, context.queue
         gain = Spec(role, (size,), partial_over=partial_over, constant=1.0, site=site)
-        self.weight = make_parameter(gain, context)
+        self.weight = make_parameter(gain, context.ranks)
         self.bias: nn.Parameter | None = None
         if bias and kind == "layernorm":
-            self.bias = make_parameter(replace(gain, constant=0.0), context)
+            self.bias = make_parameter(replace(gain, constant=0.0), context.ranks)
 
     def forward(
         self,

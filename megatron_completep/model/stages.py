@@ -9,6 +9,7 @@ from megatron_completep.config.schema import ModelConfig, ParallelConfig
 from megatron_completep.model.gpt import GPT, Stage
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.cross_entropy import LossConfig
+from megatron_completep.parallel.products import Products
 
 
 def layer_weights(model: ModelConfig) -> int:
@@ -54,7 +55,8 @@ def build_chunks(
     context: ParallelContext,
     loss: LossConfig | None = None,
     recompute: str = "none",
+    products: Products | None = None,
 ) -> list[GPT]:
     """This rank's part of the model: one chunk, or one a virtual stage; float32, not yet initialized."""
     stages = split_stages(model, parallel)
-    return [GPT(model, table, context, stages[index], loss, recompute) for index in stage_indices(parallel, context)]
+    return [GPT(model, table, context, stages[index], loss, recompute, products) for index in stage_indices(parallel, context)]

@@ -9,15 +9,17 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_completep import kernels
 from megatron_completep.parallel.collectives import all_gather, all_reduce, reduce_scatter
-from megatron_completep.parallel.context import Axis, ParallelContext
+from megatron_completep.parallel.context import Axis
 from megatron_completep.parallel.embedding import VocabShard
-from megatron_completep.parallel.gradients import GradientQueue, accumulate_matrix, accumulate_tensor
+from megatron_completep.parallel.gradients import accumulate_tensor
+from megatron_completep.parallel.layer_context import LayerContext
+from megatron_completep.parallel.linear import accumulate_matrix
 from megatron_completep.parallel.parameter import Site
+from megatron_completep.parallel.products import Products
 from megatron_completep.roles import Role
 
 IGNORED = -100  # label of a position that does not count
@@ -44,8 +46,7 @@ class Unembedding(VocabShard):
         multiple: int,
         hidden_size: int,
         role: Role,
-        context: ParallelContext,
-        queue: GradientQueue,
+        context: LayerContext,
         multiplier: float,
         loss: LossConfig,
         tied: VocabShard | None = None,
@@ -56,14 +57,16 @@ class Unembedding(VocabShard):
         super().__init__(vocab_size, multiple, hidden_size, role, site, context, tied_to=tied_to)
         if tied is not None:
             self.weight = tied.weight
-        self.queue, self.multiplier, self.loss = queue, multiplier, loss
+        self.multiplier = multiplier
+        self.loss = loss
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         if labels is not None:
             return _UnembeddingLoss.apply(x, self.weight, labels.t().flatten(), self)
-        whole = all_gather(x, self.context.tensor) if self.context.sequence_parallel else x
-        local = F.linear(whole, self.weight) * self.multiplier
-        vocabulary_first = all_gather(local.permute(2, 1, 0).contiguous(), self.context.tensor)
+        ranks, products = self.context.ranks, self.context.products
+        gathered = all_gather(x, ranks.tensor) if ranks.sequence_parallel else x
+        local = products.forward(gathered, self.weight) * self.multiplier
+        vocabulary_first = all_gather(local.permute(2, 1, 0).contiguous(), ranks.tensor)
         return vocabulary_first[: self.vocab_size].permute(1, 2, 0)
 
 
@@ -73,39 +76,42 @@ class _UnembeddingLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, labels, head: Unembedding):
         ctx.head, ctx.shape = head, x.shape
-        context, loss = head.context, head.loss
-        whole = all_gather(x, context.tensor) if context.sequence_parallel else x
-        rows = whole.flatten(0, 1)
-        step = max(1, loss.chunk_bytes // (weight.shape[0] * weight.element_size()))
-        tokens = _TokenLoss(head, head.multiplier, context.tensor, loss)
+        ranks, products = head.context.ranks, head.context.products
+        gathered = all_gather(x, ranks.tensor) if ranks.sequence_parallel else x
+        rows = gathered.flatten(0, 1)
+        step = max(1, head.loss.chunk_bytes // (weight.shape[0] * weight.element_size()))
+        tokens = _TokenLoss(head, head.multiplier, ranks.tensor, head.loss)
         ctx.kept = rows.shape[0] <= step
         if ctx.kept:
-            logits = F.linear(rows, weight)
+            logits = products.forward(rows, weight)
             total, lse = tokens.forward(logits, labels)
             ctx.save_for_backward(rows, weight, logits, labels, lse)
             ctx.tokens = tokens
             return total
         if not any(ctx.needs_input_grad):
-            parts = zip(rows.split(step), labels.split(step), strict=True)
-            return torch.stack([tokens.forward(F.linear(r, weight), chunk_labels)[0] for r, chunk_labels in parts]).sum()
-        total, d_rows, d_weight = tokens.chunked(rows, weight, labels, step)
+            totals = []
+            for chunk, chunk_labels in zip(rows.split(step), labels.split(step), strict=True):
+                totals.append(tokens.forward(products.forward(chunk, weight), chunk_labels)[0])
+            return torch.stack(totals).sum()
+        total, d_rows, d_weight = tokens.chunked(products, rows, weight, labels, step)
         ctx.save_for_backward(d_rows, d_weight)
         return total
 
     @staticmethod
     def backward(ctx, d_total):
+        head = ctx.head
+        ranks, products, queue = head.context.ranks, head.context.products, head.context.queue
         if ctx.kept:
             rows, weight, logits, labels, lse = ctx.saved_tensors
             ctx.tokens.backward_(logits, labels, lse, d_total)
-            d_rows = logits @ weight
-            ctx.head.queue.push(ctx.head.weight, accumulate_matrix(logits, rows, ctx.head.queue.fused))
+            d_rows = products.input_gradient(logits, weight)
+            queue.push(head.weight, accumulate_matrix(products, logits, rows))
         else:
             d_rows, d_weight = ctx.saved_tensors
             d_rows = d_rows * d_total
-            ctx.head.queue.push(ctx.head.weight, accumulate_tensor(d_weight, d_total))
-        context = ctx.head.context
+            queue.push(head.weight, accumulate_tensor(d_weight, d_total))
         d_x = d_rows.view(-1, ctx.shape[1], d_rows.shape[-1])
-        d_x = reduce_scatter(d_x, context.tensor) if context.sequence_parallel else all_reduce(d_x, context.tensor)
+        d_x = reduce_scatter(d_x, ranks.tensor) if ranks.sequence_parallel else all_reduce(d_x, ranks.tensor)
         return d_x, None, None, None
 
 
@@ -148,7 +154,7 @@ class _TokenLoss:
             self.multiplier,
         )
 
-    def chunked(self, rows: Tensor, weight: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    def chunked(self, products: Products, rows: Tensor, weight: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """(sum of the losses, d_rows [T, H], d_weight [V, H] in fp32 or fp64), holding the logits of `step` tokens at a time."""
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         d_rows, d_weight = torch.empty_like(rows), torch.zeros(weight.shape, dtype=wide, device=weight.device)
@@ -156,10 +162,10 @@ class _TokenLoss:
         total = torch.zeros_like(one)
         for start in range(0, rows.shape[0], step):
             part = slice(start, start + step)
-            logits = F.linear(rows[part], weight)
+            logits = products.forward(rows[part], weight)
             chunk_total, lse = self.forward(logits, labels[part])
             total += chunk_total
             self.backward_(logits, labels[part], lse, one)
-            torch.mm(logits, weight, out=d_rows[part])
-            accumulate_matrix(logits, rows[part])(d_weight, start == 0)
+            products.input_gradient(logits, weight, out=d_rows[part])
+            products.add_weight_gradient(d_weight, logits, rows[part], start == 0)
         return total, d_rows, d_weight

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_completep.parallel.collectives import sum_over
-from megatron_completep.parallel.context import ParallelContext
-from megatron_completep.parallel.gradients import Accumulate, GradientQueue
+from megatron_completep.parallel.gradients import Accumulate
+from megatron_completep.parallel.layer_context import LayerContext
 from megatron_completep.parallel.parameter import Site, Spec, make_parameter
 from megatron_completep.roles import Role
 
@@ -23,7 +23,7 @@ class VocabShard(nn.Module):
         hidden_size: int,
         role: Role,
         site: Site,
-        context: ParallelContext,
+        context: LayerContext,
         uses: int = 1,
         tied_to: str | None = None,
     ):
@@ -33,13 +33,13 @@ class VocabShard(nn.Module):
         spec = Spec(
             role,
             (vocab_size, hidden_size),
-            split={0: context.tensor.share},
+            split={0: context.ranks.tensor.share},
             multiple=multiple,
             uses=uses,
             tied_to=tied_to,
             site=site,
         )
-        self.weight = make_parameter(spec, context)
+        self.weight = make_parameter(spec, context.ranks)
         ((self.start, stop),) = spec.local_ranges(0)
         self.local_size = stop - self.start
 
@@ -52,42 +52,42 @@ class VocabParallelEmbedding(VocabShard):
         vocab_size: int,
         multiple: int,
         hidden_size: int,
-        context: ParallelContext,
-        queue: GradientQueue,
+        context: LayerContext,
         uses: int = 1,
         tied_to: str | None = None,
     ):
         super().__init__(vocab_size, multiple, hidden_size, Role.EMBEDDING, Site.INPUT, context, uses, tied_to)
-        self.queue = queue
 
     def forward(self, tokens: Tensor) -> Tensor:
         local = tokens.t() - self.start
-        if self.context.tensor.size == 1:
-            return _Lookup.apply(local, self.weight, None, self.queue)
+        ranks, queue = self.context.ranks, self.context.queue
+        if ranks.tensor.size == 1:
+            return _Lookup.apply(local, self.weight, None, queue)
         here = (local >= 0) & (local < self.local_size)
-        partial = _Lookup.apply(local.clamp(0, self.local_size - 1), self.weight, here, self.queue)
-        return sum_over(partial, self.context.tensor, scatter=self.context.sequence_parallel)
+        partial = _Lookup.apply(local.clamp(0, self.local_size - 1), self.weight, here, queue)
+        return sum_over(partial, ranks.tensor, scatter=ranks.sequence_parallel)
 
 
 class PositionEmbedding(nn.Module):
     """positions [B, S] -> [s, B, H]; every rank holds the whole table and, under sequence parallelism, looks up its part of S."""
 
-    def __init__(self, seq_length: int, hidden_size: int, context: ParallelContext, queue: GradientQueue):
+    def __init__(self, seq_length: int, hidden_size: int, context: LayerContext):
         super().__init__()
-        self.context, self.queue = context, queue
+        self.context = context
         spec = Spec(
             Role.EMBEDDING,
             (seq_length, hidden_size),
-            partial_over=context.sequence_axis,
+            partial_over=context.ranks.sequence_axis,
             site=Site.INPUT,
         )
-        self.weight = make_parameter(spec, context)
+        self.weight = make_parameter(spec, context.ranks)
 
     def forward(self, positions: Tensor) -> Tensor:
         ids = positions.t()
-        if self.context.sequence_parallel:
-            ids = ids.chunk(self.context.tensor.size)[self.context.tensor.rank]
-        return _Lookup.apply(ids, self.weight, None, self.queue)
+        ranks, queue = self.context.ranks, self.context.queue
+        if ranks.sequence_parallel:
+            ids = ids.chunk(ranks.tensor.size)[ranks.tensor.rank]
+        return _Lookup.apply(ids, self.weight, None, queue)
 
 
 class _Lookup(torch.autograd.Function):

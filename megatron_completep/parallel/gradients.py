@@ -7,19 +7,14 @@ fp32 (fp64 for float64 parameters), counts it, and reports a parameter whose las
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from megatron_completep import kernels
-from megatron_completep.errors import ConfigError
 from megatron_completep.parallel.parameter import spec_of
 
-FusedAccumulation = Callable[[Tensor, Tensor, Tensor], None]  # (x [T, in], d_out [T, out], main_grad [out, in]): adds d_out^T x
 Accumulate = Callable[[Tensor, bool], None]  # (main_grad, first): first means "write, what is there is stale"
 
 
@@ -28,7 +23,6 @@ class GradientQueue:
 
     def __init__(self) -> None:
         self.deferred = False
-        self.fused: FusedAccumulation | None = None  # for matrices; None: torch
         self.on_complete: Callable[[Parameter], None] | None = None
         self.runs = 0
         self._pending: list[tuple[Parameter, Accumulate]] = []
@@ -93,40 +87,6 @@ def main_grad_of(parameter: Parameter) -> Tensor:
         main_grad = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
         parameter.main_grad = main_grad  # type: ignore[attr-defined]
     return main_grad
-
-
-def choose_fused_accumulation(backend: str, device: torch.device, precision: torch.dtype) -> FusedAccumulation | None:
-    """apex's GEMM that adds bf16 products straight into the fp32 gradient: where it is installed (auto), or must be (apex).
-
-    Raises ConfigError when apex is asked for and NVIDIA's extension is missing, or has nothing to do on this device and type.
-    """
-    serves = device.type == "cuda" and precision == torch.bfloat16
-    found = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
-    if backend == "apex" and not serves:
-        kind = str(precision).removeprefix("torch.")
-        raise ConfigError(f"training.weight_gradient = apex serves bf16 on a GPU; this run is {kind} on {device.type}. Use auto.")
-    if backend == "apex" and not found:
-        raise ConfigError(
-            "training.weight_gradient = apex, but NVIDIA's extension fused_weight_gradient_mlp_cuda is not installed. Build apex with it "
-            "(the package called apex on the public index is another one), or use auto."
-        )
-    if backend == "torch" or not (serves and found):
-        return None
-    return importlib.import_module("fused_weight_gradient_mlp_cuda").wgrad_gemm_accum_fp32
-
-
-def accumulate_matrix(d_out: Tensor, x: Tensor, fused: FusedAccumulation | None = None) -> Accumulate:
-    """main_grad (+)= d_out^T x for d_out [T, out], x [T, in]; `fused`: see `choose_fused_accumulation`."""
-
-    def accumulate(main_grad: Tensor, first: bool) -> None:
-        if fused is not None:
-            if first:
-                main_grad.zero_()
-            fused(x, d_out, main_grad)
-        else:
-            kernels.add_product(main_grad, d_out.t(), x, overwrite=first)
-
-    return accumulate
 
 
 def accumulate_tensor(gradient: Tensor, scale: Tensor | None = None) -> Accumulate:

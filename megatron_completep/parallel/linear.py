@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_completep.parallel.collectives import all_gather, start_all_gather, start_all_reduce, start_reduce_scatter, sum_over
-from megatron_completep.parallel.context import ParallelContext
-from megatron_completep.parallel.gradients import GradientQueue, accumulate_matrix, accumulate_sum
+from megatron_completep.parallel.gradients import Accumulate, accumulate_sum
+from megatron_completep.parallel.layer_context import LayerContext
 from megatron_completep.parallel.parameter import Site, Spec, make_parameter
+from megatron_completep.parallel.products import Products
 from megatron_completep.roles import Role
 
 
@@ -33,13 +33,12 @@ class ColumnParallelLinear(nn.Module):
         parts: Mapping[str, int],
         base_in_features: int,
         bias: bool,
-        context: ParallelContext,
-        queue: GradientQueue,
+        context: LayerContext,
         query_part: str | None = None,
     ):
         super().__init__()
         self.context = context
-        self.queue = queue
+        ranks = context.ranks
         out_features = sum(parts.values())
         site = None if query_part is None else Site.QUERY
         weight = Spec(
@@ -48,26 +47,26 @@ class ColumnParallelLinear(nn.Module):
             fan_in=in_features,
             base_fan_in=base_in_features,
             parts=parts,
-            split={0: context.tensor.share},
+            split={0: ranks.tensor.share},
             site=site,
             site_part=query_part,
         )
-        self.weight = make_parameter(weight, context)
+        self.weight = make_parameter(weight, ranks)
         self.bias: nn.Parameter | None = None
         if bias:
             vector = Spec(
                 Role.HIDDEN_BIAS,
                 (out_features,),
                 parts=parts,
-                split={0: context.tensor.share},
+                split={0: ranks.tensor.share},
                 constant=0.0,
                 site=site,
                 site_part=query_part,
             )
-            self.bias = make_parameter(vector, context)
+            self.bias = make_parameter(vector, ranks)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _ColumnParallel.apply(x, self.weight, self.bias, self.context, self.queue)
+        return _ColumnParallel.apply(x, self.weight, self.bias, self.context)
 
 
 class RowParallelLinear(nn.Module):
@@ -77,50 +76,58 @@ class RowParallelLinear(nn.Module):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, base_in_features: int, bias: bool, context: ParallelContext, queue: GradientQueue
+        self,
+        in_features: int,
+        out_features: int,
+        base_in_features: int,
+        bias: bool,
+        context: LayerContext,
     ):
         super().__init__()
         self.context = context
-        self.queue = queue
+        ranks = context.ranks
         weight = Spec(
             Role.HIDDEN_WEIGHT,
             (out_features, in_features),
             fan_in=in_features,
             base_fan_in=base_in_features,
-            split={1: context.tensor.share},
+            split={1: ranks.tensor.share},
             site=Site.STREAM,
         )
-        self.weight = make_parameter(weight, context)
+        self.weight = make_parameter(weight, ranks)
         self.bias: nn.Parameter | None = None
         if bias:
             vector = Spec(
                 Role.HIDDEN_BIAS,
                 (out_features,),
-                partial_over=context.sequence_axis,
+                partial_over=ranks.sequence_axis,
                 constant=0.0,
                 site=Site.STREAM,
             )
-            self.bias = make_parameter(vector, context)
+            self.bias = make_parameter(vector, ranks)
 
     def forward(self, x: Tensor) -> Tensor:
-        partial = _Linear.apply(x, self.weight, self.queue)
-        return sum_over(partial, self.context.tensor, scatter=self.context.sequence_parallel)
+        ranks = self.context.ranks
+        partial = _Linear.apply(x, self.weight, self.context)
+        return sum_over(partial, ranks.tensor, scatter=ranks.sequence_parallel)
 
 
 class _Linear(torch.autograd.Function):
     """x W^T on what this rank holds; the weight gradient goes to the queue."""
 
     @staticmethod
-    def forward(ctx, x, weight, queue):
+    def forward(ctx, x, weight, context: LayerContext):
         ctx.save_for_backward(x, weight)
-        ctx.weight, ctx.queue = weight, queue  # the parameter itself: what is saved may come back as another object
-        return F.linear(x, weight)
+        ctx.weight = weight  # the parameter itself: what is saved may come back as another object
+        ctx.context = context
+        return context.products.forward(x, weight)
 
     @staticmethod
     def backward(ctx, d_out):
         x, weight = ctx.saved_tensors
-        d_x = d_out @ weight if ctx.needs_input_grad[0] else None
-        ctx.queue.push(ctx.weight, accumulate_matrix(d_out.flatten(0, -2), x.flatten(0, -2), ctx.queue.fused))
+        products, queue = ctx.context.products, ctx.context.queue
+        d_x = products.input_gradient(d_out, weight) if ctx.needs_input_grad[0] else None
+        queue.push(ctx.weight, accumulate_matrix(products, d_out.flatten(0, -2), x.flatten(0, -2)))
         return d_x, None, None
 
 
@@ -128,22 +135,35 @@ class _ColumnParallel(torch.autograd.Function):
     """Gathers its input along the sequence where that is split; in backward the reduction of d_x overlaps the weight gradient."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, context: ParallelContext, queue):
+    def forward(ctx, x, weight, bias, context: LayerContext):
+        ranks = context.ranks
         ctx.save_for_backward(x, weight)
-        ctx.weight, ctx.bias, ctx.context, ctx.queue = weight, bias, context, queue
-        whole = all_gather(x, context.tensor) if context.sequence_parallel else x
-        return F.linear(whole, weight, bias)
+        ctx.weight, ctx.bias, ctx.context = weight, bias, context
+        gathered = all_gather(x, ranks.tensor) if ranks.sequence_parallel else x
+        return context.products.forward(gathered, weight, bias)
 
     @staticmethod
     def backward(ctx, d_out):
         x, weight = ctx.saved_tensors
-        context, queue = ctx.context, ctx.queue
-        gathering = start_all_gather(x, context.tensor) if context.sequence_parallel else None
-        d_x = d_out @ weight
-        reducing = (start_reduce_scatter if context.sequence_parallel else start_all_reduce)(d_x, context.tensor)
-        whole = gathering.wait() if gathering is not None else x
+        ranks, products, queue = ctx.context.ranks, ctx.context.products, ctx.context.queue
+        split = ranks.sequence_parallel
+        gathering = start_all_gather(x, ranks.tensor) if split else None
+        d_x = products.input_gradient(d_out, weight)
+        start = start_reduce_scatter if split else start_all_reduce
+        reducing = start(d_x, ranks.tensor)
+        # The weight gradient runs while d_x is under way.
+        gathered = x if gathering is None else gathering.wait()
         rows = d_out.flatten(0, -2)
-        queue.push(ctx.weight, accumulate_matrix(rows, whole.flatten(0, -2), queue.fused))
+        queue.push(ctx.weight, accumulate_matrix(products, rows, gathered.flatten(0, -2)))
         if ctx.bias is not None:
             queue.push(ctx.bias, accumulate_sum(rows))
-        return reducing.wait(), None, None, None, None
+        return reducing.wait(), None, None, None
+
+
+def accumulate_matrix(products: Products, d_out: Tensor, x: Tensor) -> Accumulate:
+    """main_grad (+)= d_out^T x for d_out [T, out], x [T, in]."""
+
+    def accumulate(main_grad: Tensor, first: bool) -> None:
+        products.add_weight_gradient(main_grad, d_out, x, first)
+
+    return accumulate

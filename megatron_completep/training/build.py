@@ -23,7 +23,7 @@ from megatron_completep.model.initialize import initialize
 from megatron_completep.model.stages import build_chunks
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.cross_entropy import LossConfig
-from megatron_completep.parallel.gradients import choose_fused_accumulation
+from megatron_completep.parallel.products import choose_products
 from megatron_completep.training.hooks import CheckpointFigures, Checkpoints, Hook, Metrics, Validation
 from megatron_completep.training.metrics import open_sinks
 from megatron_completep.training.profiling import Profiler
@@ -53,12 +53,11 @@ def build_model(config: Config, table: Table, context: ParallelContext, precisio
     """This rank's chunks with their initial weights, in float32 (float64 for float64 runs)."""
     training = config.training
     loss = LossConfig(training.z_loss, training.label_smoothing)
-    chunks = build_chunks(config.model, table, config.parallel, context, loss, training.recompute)
     if config.model.attention_backend == "flash_attention":
         require_flash_attention()
-    fused = choose_fused_accumulation(training.weight_gradient, context.device, precision)
+    products = choose_products(training.weight_gradient, context.device, precision)
+    chunks = build_chunks(config.model, table, config.parallel, context, loss, training.recompute, products)
     for chunk in chunks:
-        chunk.queue.fused = fused
         initialize(chunk, table, config.optimizer, training.seed)
         if precision == torch.float64:
             chunk.double()

@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_completep.completep import Declaration
 from megatron_completep.optim.distributed_adamw import DistributedAdamW
 from megatron_completep.parallel.collectives import all_reduce
 from megatron_completep.parallel.context import ParallelContext
+from megatron_completep.parallel.parameter import Spec
 from megatron_completep.roles import Role
 
 STREAM_ROLES = (Role.PRE_NORM, Role.FINAL_NORM)
@@ -24,8 +24,8 @@ STREAM_ROLES = (Role.PRE_NORM, Role.FINAL_NORM)
 
 def role_of(module: nn.Module) -> Role | None:
     """The role that the parameters which a module itself owns declare; None for a module without any."""
-    declarations = (getattr(parameter, "completep", None) for parameter in module.parameters(recurse=False))
-    return next((declaration.role for declaration in declarations if isinstance(declaration, Declaration)), None)
+    specs = (getattr(parameter, "spec", None) for parameter in module.parameters(recurse=False))
+    return next((spec.role for spec in specs if isinstance(spec, Spec)), None)
 
 
 class StreamTaps:

@@ -272,4 +272,4 @@ def test_a_wrong_model_is_told_from_the_plain_twin(mutate: Any, monkeypatch: pyt
 def test_every_role_is_tried_by_the_comparison() -> None:
     model, completep = configs({"bias": True, "norm": "layernorm", "qk_norm": True})
     gpt = build_model(model, table_for(model, completep))
-    assert {p.completep.role for p in gpt.parameters()} == set(Role)
+    assert {p.spec.role for p in gpt.parameters()} == set(Role)

@@ -18,7 +18,7 @@ from megatron_completep.model.block import Block, pre_norm
 from megatron_completep.model.gpt import GPT
 from megatron_completep.model.initialize import initialize
 from megatron_completep.parallel.context import ParallelContext
-from megatron_completep.parallel.gradients import GradientQueue
+from megatron_completep.parallel.layer_context import LayerContext
 from megatron_completep.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_completep.parallel.parameter import declare
 from megatron_completep.roles import Role
@@ -27,16 +27,13 @@ from megatron_completep.roles import Role
 class GatedBranch(nn.Module):
     """down(sigmoid(gate(x)) * value(x) * level): a fused projection of the project, an output projection, and a plain parameter."""
 
-    def __init__(
-        self, model: ModelConfig, table: Table, context: ParallelContext, queue: GradientQueue, inner: int = 24, base_inner: int = 8
-    ):
+    def __init__(self, model: ModelConfig, table: Table, context: LayerContext, inner: int = 24, base_inner: int = 8):
         super().__init__()
-        self.norm = pre_norm(model, Role.PRE_NORM, context, queue)
-        self.gate_and_value = ColumnParallelLinear(
-            model.hidden_size, (inner, inner), table.base_hidden_size or model.hidden_size, True, context, queue
-        )
+        self.norm = pre_norm(model, Role.PRE_NORM, context)
+        parts = {"gate": inner, "value": inner}
+        self.gate_and_value = ColumnParallelLinear(model.hidden_size, parts, table.base_hidden_size, True, context)
         self.level = declare(nn.Parameter(torch.ones(inner)), Role.HIDDEN_BIAS)
-        self.down = RowParallelLinear(inner, model.hidden_size, base_inner, False, context, queue)
+        self.down = RowParallelLinear(inner, model.hidden_size, base_inner, False, context)
 
     def forward(self, residual: Tensor) -> Tensor:
         _, x = self.norm(residual)
@@ -47,9 +44,9 @@ class GatedBranch(nn.Module):
 class GatedBlock(Block):
     """A decoder layer with a third branch, added under the same multiplier."""
 
-    def __init__(self, model: ModelConfig, table: Table, context: ParallelContext, queue: GradientQueue, *rest: str):
-        super().__init__(model, table, context, queue, *rest)
-        self.gated = GatedBranch(model, table, context, queue)
+    def __init__(self, model: ModelConfig, table: Table, context: LayerContext, *rest: str):
+        super().__init__(model, table, context, *rest)
+        self.gated = GatedBranch(model, table, context)
 
     def forward(self, residual: Tensor, pending: Tensor | None, *rest) -> tuple[Tensor, Tensor]:
         residual, pending = super().forward(residual, pending, *rest)

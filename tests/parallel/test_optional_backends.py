@@ -12,7 +12,7 @@ import torch
 from megatron_completep.errors import ConfigError
 from megatron_completep.model import flash
 from megatron_completep.model.flash import flash_attention, require_flash_attention
-from megatron_completep.parallel.gradients import accumulate_matrix, choose_fused_accumulation
+from megatron_completep.parallel.products import ApexProducts, Products, choose_products
 
 GPU = torch.device("cuda", 0)
 
@@ -27,9 +27,9 @@ def pretend_installed(monkeypatch: pytest.MonkeyPatch, name: str, **functions) -
 
 def test_apex_asked_for_and_missing_is_refused_with_the_remedy():
     with pytest.raises(ConfigError, match=r"training.weight_gradient = apex.*not installed"):
-        choose_fused_accumulation("apex", GPU, torch.bfloat16)
+        choose_products("apex", GPU, torch.bfloat16)
     with pytest.raises(ConfigError, match="float32 on cpu"):
-        choose_fused_accumulation("apex", torch.device("cpu"), torch.float32)
+        choose_products("apex", torch.device("cpu"), torch.float32)
 
 
 def test_apex_is_used_where_it_is_installed_unless_told_otherwise(monkeypatch):
@@ -37,22 +37,23 @@ def test_apex_is_used_where_it_is_installed_unless_told_otherwise(monkeypatch):
         main_grad.add_(d_out.float().t() @ x.float())
 
     pretend_installed(monkeypatch, "fused_weight_gradient_mlp_cuda", wgrad_gemm_accum_fp32=accumulate)
-    assert choose_fused_accumulation("auto", GPU, torch.bfloat16) is accumulate
-    assert choose_fused_accumulation("apex", GPU, torch.bfloat16) is accumulate
-    assert choose_fused_accumulation("torch", GPU, torch.bfloat16) is None
-    assert choose_fused_accumulation("auto", torch.device("cpu"), torch.bfloat16) is None
+    assert type(choose_products("auto", GPU, torch.bfloat16)) is ApexProducts
+    assert type(choose_products("apex", GPU, torch.bfloat16)) is ApexProducts
+    assert type(choose_products("torch", GPU, torch.bfloat16)) is Products
+    assert type(choose_products("auto", torch.device("cpu"), torch.bfloat16)) is Products
 
 
-def test_the_fused_accumulation_adds_to_what_is_there_and_overwrites_what_is_stale():
+def test_the_fused_accumulation_adds_to_what_is_there_and_overwrites_what_is_stale(monkeypatch):
     def accumulate(x, d_out, main_grad):
         main_grad.add_(d_out.t() @ x)
 
+    pretend_installed(monkeypatch, "fused_weight_gradient_mlp_cuda", wgrad_gemm_accum_fp32=accumulate)
     generator = torch.Generator().manual_seed(0)
     d_out, x = torch.randn(7, 3, generator=generator), torch.randn(7, 5, generator=generator)
     for first in (True, False):
         plain, fused = torch.full((3, 5), 2.0), torch.full((3, 5), 2.0)
-        accumulate_matrix(d_out, x)(plain, first)
-        accumulate_matrix(d_out, x, accumulate)(fused, first)
+        Products().add_weight_gradient(plain, d_out, x, first)
+        ApexProducts().add_weight_gradient(fused, d_out, x, first)
         torch.testing.assert_close(fused, plain)
         torch.testing.assert_close(fused, d_out.t() @ x + (0.0 if first else 2.0))
 

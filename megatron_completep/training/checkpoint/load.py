@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_completep.errors import CheckpointError
-from megatron_completep.training.checkpoint.boxes import Box, OwnedBox
+from megatron_completep.training.checkpoint.boxes import Box, OwnedBox, strides_of
 from megatron_completep.training.checkpoint.files import CheckedFile, StoredBox
 from megatron_completep.training.checkpoint.manifest import Manifest, read_manifest
 from megatron_completep.training.checkpoint.parts import TORCH_DTYPES, Part, Parts, Wanted, parts_by_block
@@ -57,7 +57,7 @@ class StoredCheckpoint:
         parameter = self.manifest.parameters[name]
         box = Box((start, *[0] * (len(parameter.shape) - 1)), (stop - start, *parameter.shape[1:]))
         flat = torch.empty(box.numel, dtype=TORCH_DTYPES[parameter.dtype])
-        self.read_into([(OwnedBox(name, box, 0, box.sizes[-1]), state, flat)])
+        self.read_into([(OwnedBox(name, box, 0, strides_of(box.sizes)), state, flat)])
         return flat.view(box.sizes)
 
     def parts_of(self, wanted: Iterable[Wanted]) -> Parts:

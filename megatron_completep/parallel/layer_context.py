@@ -1,0 +1,18 @@
+"""What every layer of a model chunk is handed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from megatron_completep.parallel.context import ParallelContext
+from megatron_completep.parallel.gradients import GradientQueue
+from megatron_completep.parallel.products import Products
+
+
+@dataclass(frozen=True)
+class LayerContext:
+    """Where a layer stands among the ranks, where its gradients go, and what multiplies its matrices."""
+
+    ranks: ParallelContext
+    queue: GradientQueue = field(default_factory=GradientQueue)  # one a chunk
+    products: Products = field(default_factory=Products)

@@ -20,7 +20,8 @@ from megatron_completep.kernels.ahead_of_time import Launch, compile_launch, rec
 from megatron_completep.kernels.library import LAUNCHERS
 from megatron_completep.model.gpt import GPT, Stage
 from megatron_completep.optim.distributed_adamw import DistributedAdamW
-from megatron_completep.parallel.context import Axis, ParallelContext
+from megatron_completep.parallel.axis import Axis
+from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.cross_entropy import LossConfig
 from megatron_completep.training.precision import DTYPES
 

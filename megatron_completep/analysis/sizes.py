@@ -11,7 +11,8 @@ from megatron_completep.config.schema import Config, ParallelConfig
 from megatron_completep.model.gpt import GPT, Stage
 from megatron_completep.model.stages import split_stages
 from megatron_completep.optim.layout import Layout, lay_out
-from megatron_completep.parallel.context import Axis, ParallelContext
+from megatron_completep.parallel.axis import Axis
+from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.parameter import Spec, specs_of
 
 

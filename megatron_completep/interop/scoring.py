@@ -18,7 +18,7 @@ from megatron_completep.data.indexed import IndexedDataset
 from megatron_completep.data.tokenizer import Tokenizer
 from megatron_completep.errors import DataError
 from megatron_completep.model.gpt import GPT
-from megatron_completep.parallel.context import Axis
+from megatron_completep.parallel.axis import Axis
 
 T = TypeVar("T")
 LOGIT_BYTES = 1 << 29  # of the logits of one batch

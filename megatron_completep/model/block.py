@@ -57,7 +57,7 @@ def pre_norm(
         model.norm_eps,
         model.bias,
         context,
-        context.ranks.sequence_axis,
+        context.ranks.sequence.partial_over,
         site,
     )
 

@@ -134,7 +134,7 @@ class GPT(nn.Module):
     def _attention_inputs(self, residual, x, positions, document_ids, caches) -> AttentionInputs:
         """Angles, biases and document boundaries, once for all layers."""
         model, tensor = self.config, self.context.tensor
-        seq_length = x.shape[1] if self.stage.first else x.shape[0] * (tensor.size if self.context.sequence_parallel else 1)
+        seq_length = x.shape[1] if self.stage.first else self.context.sequence.whole_length(x.shape[0])
         past = caches[0].length if caches else 0
         cos = sin = bias = starts = None
         if model.position == "rope":

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_completep.parallel.context import Axis
+from megatron_completep.parallel.axis import Axis
 
 # torch 2.13 renamed the two; 2.11 has the old names only.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

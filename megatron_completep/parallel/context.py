@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,29 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megatron_completep.config.schema import ParallelConfig
 from megatron_completep.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class Axis:
-    """One axis of the mesh as this rank sees it; `group` is None where the axis has one rank and nothing is to be sent."""
-
-    name: str
-    rank: int = 0
-    size: int = 1
-    group: dist.ProcessGroup | None = None
-
-    @property
-    def share(self) -> Share:
-        """Which part of what the axis divides is this rank's."""
-        return Share(self.name, self.rank, self.size)
-
-
-class Share(NamedTuple):
-    """Part number `rank` of `size` along a named axis: plain data, for what outlives the process groups."""
-
-    axis: str
-    rank: int
-    size: int
+from megatron_completep.parallel.axis import Axis
+from megatron_completep.parallel.sequence import SequencePart
 
 
 @dataclass(frozen=True)
@@ -144,9 +122,9 @@ class ParallelContext:
         return (self.tensor,)
 
     @property
-    def sequence_axis(self) -> str | None:
-        """The axis that divides the residual stream along the sequence; None where every rank holds all of it."""
-        return self.tensor.name if self.sequence_parallel else None
+    def sequence(self) -> SequencePart:
+        """Which part of the sequence this rank holds of the residual stream."""
+        return SequencePart(self.tensor, self.sequence_parallel)
 
     @property
     def is_first(self) -> bool:

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_completep import kernels
-from megatron_completep.parallel.collectives import all_gather, all_reduce, reduce_scatter
-from megatron_completep.parallel.context import Axis
+from megatron_completep.parallel.axis import Axis
+from megatron_completep.parallel.collectives import all_gather, all_reduce
 from megatron_completep.parallel.embedding import VocabShard
 from megatron_completep.parallel.gradients import accumulate_tensor
 from megatron_completep.parallel.layer_context import LayerContext
@@ -64,8 +64,7 @@ class Unembedding(VocabShard):
         if labels is not None:
             return _UnembeddingLoss.apply(x, self.weight, labels.t().flatten(), self)
         ranks, products = self.context.ranks, self.context.products
-        gathered = all_gather(x, ranks.tensor) if ranks.sequence_parallel else x
-        local = products.forward(gathered, self.weight) * self.multiplier
+        local = products.forward(ranks.sequence.gather(x), self.weight) * self.multiplier
         vocabulary_first = all_gather(local.permute(2, 1, 0).contiguous(), ranks.tensor)
         return vocabulary_first[: self.vocab_size].permute(1, 2, 0)
 
@@ -77,8 +76,7 @@ class _UnembeddingLoss(torch.autograd.Function):
     def forward(ctx, x, weight, labels, head: Unembedding):
         ctx.head, ctx.shape = head, x.shape
         ranks, products = head.context.ranks, head.context.products
-        gathered = all_gather(x, ranks.tensor) if ranks.sequence_parallel else x
-        rows = gathered.flatten(0, 1)
+        rows = ranks.sequence.gather(x).flatten(0, 1)
         step = max(1, head.loss.chunk_bytes // (weight.shape[0] * weight.element_size()))
         tokens = _TokenLoss(head, head.multiplier, ranks.tensor, head.loss)
         ctx.kept = rows.shape[0] <= step
@@ -111,8 +109,7 @@ class _UnembeddingLoss(torch.autograd.Function):
             d_rows = d_rows * d_total
             queue.push(head.weight, accumulate_tensor(d_weight, d_total))
         d_x = d_rows.view(-1, ctx.shape[1], d_rows.shape[-1])
-        d_x = reduce_scatter(d_x, ranks.tensor) if ranks.sequence_parallel else all_reduce(d_x, ranks.tensor)
-        return d_x, None, None, None
+        return ranks.sequence.sum(d_x), None, None, None
 
 
 @dataclass(frozen=True)

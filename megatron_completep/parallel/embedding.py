@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_completep.parallel.collectives import sum_over
 from megatron_completep.parallel.gradients import Accumulate
 from megatron_completep.parallel.layer_context import LayerContext
 from megatron_completep.parallel.parameter import Site, Spec, make_parameter
@@ -65,7 +64,7 @@ class VocabParallelEmbedding(VocabShard):
             return _Lookup.apply(local, self.weight, None, queue)
         here = (local >= 0) & (local < self.local_size)
         partial = _Lookup.apply(local.clamp(0, self.local_size - 1), self.weight, here, queue)
-        return sum_over(partial, ranks.tensor, scatter=ranks.sequence_parallel)
+        return ranks.sequence.sum_with_gradient(partial)
 
 
 class PositionEmbedding(nn.Module):
@@ -77,17 +76,15 @@ class PositionEmbedding(nn.Module):
         spec = Spec(
             Role.EMBEDDING,
             (seq_length, hidden_size),
-            partial_over=context.ranks.sequence_axis,
+            partial_over=context.ranks.sequence.partial_over,
             site=Site.INPUT,
         )
         self.weight = make_parameter(spec, context.ranks)
 
     def forward(self, positions: Tensor) -> Tensor:
         ids = positions.t()
-        ranks, queue = self.context.ranks, self.context.queue
-        if ranks.sequence_parallel:
-            ids = ids.chunk(ranks.tensor.size)[ranks.tensor.rank]
-        return _Lookup.apply(ids, self.weight, None, queue)
+        ids = self.context.ranks.sequence.cut(ids)
+        return _Lookup.apply(ids, self.weight, None, self.context.queue)
 
 
 class _Lookup(torch.autograd.Function):

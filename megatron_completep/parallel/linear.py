@@ -12,7 +12,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from megatron_completep.parallel.collectives import all_gather, start_all_gather, start_all_reduce, start_reduce_scatter, sum_over
 from megatron_completep.parallel.gradients import Accumulate, accumulate_sum
 from megatron_completep.parallel.layer_context import LayerContext
 from megatron_completep.parallel.parameter import Site, Spec, make_parameter
@@ -100,16 +99,15 @@ class RowParallelLinear(nn.Module):
             vector = Spec(
                 Role.HIDDEN_BIAS,
                 (out_features,),
-                partial_over=ranks.sequence_axis,
+                partial_over=ranks.sequence.partial_over,
                 constant=0.0,
                 site=Site.STREAM,
             )
             self.bias = make_parameter(vector, ranks)
 
     def forward(self, x: Tensor) -> Tensor:
-        ranks = self.context.ranks
         partial = _Linear.apply(x, self.weight, self.context)
-        return sum_over(partial, ranks.tensor, scatter=ranks.sequence_parallel)
+        return self.context.ranks.sequence.sum_with_gradient(partial)
 
 
 class _Linear(torch.autograd.Function):
@@ -136,25 +134,21 @@ class _ColumnParallel(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, context: LayerContext):
-        ranks = context.ranks
         ctx.save_for_backward(x, weight)
         ctx.weight, ctx.bias, ctx.context = weight, bias, context
-        gathered = all_gather(x, ranks.tensor) if ranks.sequence_parallel else x
-        return context.products.forward(gathered, weight, bias)
+        return context.products.forward(context.ranks.sequence.gather(x), weight, bias)
 
     @staticmethod
     def backward(ctx, d_out):
         x, weight = ctx.saved_tensors
-        ranks, products, queue = ctx.context.ranks, ctx.context.products, ctx.context.queue
-        split = ranks.sequence_parallel
-        gathering = start_all_gather(x, ranks.tensor) if split else None
+        sequence, products, queue = ctx.context.ranks.sequence, ctx.context.products, ctx.context.queue
+        gathering = sequence.start_gather(x)
         d_x = products.input_gradient(d_out, weight)
-        start = start_reduce_scatter if split else start_all_reduce
-        reducing = start(d_x, ranks.tensor)
+        reducing = sequence.start_sum(d_x)
         # The weight gradient runs while d_x is under way.
-        gathered = x if gathering is None else gathering.wait()
         rows = d_out.flatten(0, -2)
-        queue.push(ctx.weight, accumulate_matrix(products, rows, gathered.flatten(0, -2)))
+        inputs = gathering.wait().flatten(0, -2)
+        queue.push(ctx.weight, accumulate_matrix(products, rows, inputs))
         if ctx.bias is not None:
             queue.push(ctx.bias, accumulate_sum(rows))
         return reducing.wait(), None, None, None

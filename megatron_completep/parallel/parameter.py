@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from megatron_completep.errors import ConfigError
+from megatron_completep.parallel.axis import Share
 from megatron_completep.parallel.collectives import all_reduce
-from megatron_completep.parallel.context import ParallelContext, Share
+from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.roles import Role
 
 Range = tuple[int, int]  # [start, stop)

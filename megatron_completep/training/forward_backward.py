@@ -41,7 +41,7 @@ class ForwardBackward:
         self.pipeline = None
         if context.pipeline.size > 1:
             weight = next(chunks[0].parameters())
-            length = model.seq_length // (context.tensor.size if context.sequence_parallel else 1)
+            length = context.sequence.length(model.seq_length)
             boundary_dtype = torch.float32 if model.fp32_residual else weight.dtype
             self.pipeline = Pipeline(
                 chunks,

@@ -89,7 +89,7 @@ def reduce_stream_sums(sums: dict[str, SumOfSquares], context: ParallelContext) 
     parallelism (each has its part of the sequence), and gathers the stages over pipeline ranks."""
     device = context.device
     values = torch.tensor([[s.total, s.count] for s in sums.values()], dtype=torch.float64, device=device).view(-1, 2)
-    if context.sequence_parallel:
+    if context.sequence.split:
         values = all_reduce(values, context.tensor)
     values = all_reduce(values, context.data)
     mine = {name: SumOfSquares(*row).rms for name, row in zip(sums, values.tolist(), strict=True)}

@@ -163,8 +163,7 @@ class TrainingStep:
         if self.config.model.dropout == 0.0:
             return None
         mixed = self.config.training.seed
-        part_of_sequence = self.context.tensor.rank if self.context.sequence_parallel else 0
-        for number in (step, micro_batch, self.context.data.rank, part_of_sequence):
+        for number in (step, micro_batch, self.context.data.rank, self.context.sequence.index):
             mixed = mix(mixed ^ number)
         return torch.full((1,), mixed >> 1, dtype=torch.int64, device=self.context.device)
 

@@ -19,7 +19,7 @@ from megatron_completep.data.writer import IndexedWriter
 from megatron_completep.errors import ConfigError, DataError
 from megatron_completep.interop.lm_eval_tasks import TaskSettings, continue_until, evaluate_tasks
 from megatron_completep.interop.scoring import Scorer, score_token_file
-from megatron_completep.parallel.context import Axis
+from megatron_completep.parallel.axis import Axis
 from megatron_completep.training.generation import Sampling, generate_texts
 
 TEXTS = ["Zwölf Boxkämpfer jagen Viktor.", "x", "敏捷的棕色狐狸", "the quick brown fox jumps over the lazy dog " * 3, "\n\n  tail"]

@@ -14,7 +14,8 @@ from torch import nn
 from megatron_completep.errors import ConfigError
 from megatron_completep.model.gpt import GPT, Stage
 from megatron_completep.model.initialize import draw, fingerprint, initialize
-from megatron_completep.parallel.context import ParallelContext, Share
+from megatron_completep.parallel.axis import Share
+from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.parameter import Spec, declare
 from megatron_completep.roles import Role
 

@@ -1,0 +1,31 @@
+"""One axis of the mesh of ranks, and one rank's share along it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of the mesh as this rank sees it; `group` is None where the axis has one rank and nothing is to be sent."""
+
+    name: str
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def share(self) -> Share:
+        """Which part of what the axis divides is this rank's."""
+        return Share(self.name, self.rank, self.size)
+
+
+class Share(NamedTuple):
+    """Part number `rank` of `size` along a named axis: plain data, for what outlives the process groups."""
+
+    axis: str
+    rank: int
+    size: int

@@ -22,26 +22,15 @@ from megatron_completep.config import Config
 from megatron_completep.config.bare import bare_config
 from megatron_completep.config.schema import CompletePConfig, ModelConfig, OptimizerConfig, ParallelConfig, RoleFactors
 from megatron_completep.errors import DataError
+from megatron_completep.interop.reference_names import reference_name
 from megatron_completep.model.gpt import GPT
 from megatron_completep.model.stages import build_chunks
 from megatron_completep.optim.distributed_adamw import DistributedAdamW
 from megatron_completep.parallel.context import ParallelContext
-from megatron_completep.parallel.parameter import spec_of, specs_of
+from megatron_completep.parallel.parameter import Spec, spec_of, specs_of
 from megatron_completep.roles import Role
 from megatron_completep.training.forward_backward import ForwardBackward, MicroBatch
 
-NAMES = {  # ours -> GPT-2's
-    "embedding": "transformer.wte",
-    "positions": "transformer.wpe",
-    "unembedding": "lm_head",
-    "final_norm": "transformer.ln_f",
-    "attention_norm": "ln_1",
-    "mlp_norm": "ln_2",
-    "attention.qkv": "attn.c_attn",
-    "attention.output": "attn.c_proj",
-    "mlp.up": "mlp.c_fc",
-    "mlp.down": "mlp.c_proj",
-}
 SETTINGS = (
     *("num_layers", "hidden_size", "num_heads", "vocab_size", "seq_length", "base_hidden_size", "base_num_layers", "alpha"),
     *("init_std", "lr", "weight_decay", "eps", "betas", "grad_clip", "loss", "grad_norm", "param_norm_final"),
@@ -169,13 +158,6 @@ def check_weights(trace: Trace, config: Config) -> None:
         raise DataError("\n  ".join(["the trace's weights are not those of its settings (bias, tied_embeddings, sizes)", *problems[:20]]))
 
 
-def reference_name(name: str) -> str:
-    """Our parameter name -> the reference's."""
-    parts = name.split(".")
-    prefix, inner = (f"transformer.h.{parts[1]}.", ".".join(parts[2:-1])) if parts[0] == "layers" else ("", ".".join(parts[:-1]))
-    return f"{prefix}{NAMES[inner]}.{parts[-1]}"
-
-
 @dataclass(frozen=True)
 class Replay:
     """What our implementation computed beside what was recorded."""
@@ -223,19 +205,19 @@ def replay(
         norms.append(result.grad_norm.item())
     optimizer.wait_for_parameters()
     weights = {
-        reference_name(name): _counted_weight(name, spec.join(optimizer.parameters[name].detach(), context), precision)
+        reference_name(name): _counted_weight(spec, spec.join(optimizer.parameters[name].detach(), context), precision)
         for name, spec in optimizer.specs.items()
         if not spec.is_copy(name)
     }
     return compare(trace, losses, norms, weights, precision)
 
 
-def _counted_weight(name: str, parameter: Tensor, precision: str) -> Tensor:
-    """In float32 the key third of the QKV bias is left out: its true gradient is zero, and Adam amplifies noise there."""
-    if precision == "float32" and name.endswith("qkv.bias"):
-        third = parameter.shape[0] // 3
-        parameter = torch.cat((parameter[:third], parameter[2 * third :]))
-    return parameter.detach().double()
+def _counted_weight(spec: Spec, weight: Tensor, precision: str) -> Tensor:
+    """In float32 the key's part of a bias is left out: its true gradient is zero, and Adam amplifies noise there."""
+    if precision == "float32" and len(spec.shape) == 1 and "k" in spec.parts:
+        start, stop = spec.part_range("k")
+        weight = torch.cat((weight[:start], weight[stop:]))
+    return weight.double()
 
 
 def compare(trace: Trace, losses: list[float], norms: list[float], weights: dict[str, Tensor], precision: str) -> Replay:

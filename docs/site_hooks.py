@@ -15,6 +15,7 @@ from megatron_completep.config.reference import configuration_reference
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "megatron_completep"
 ROOMS = {
+    "roles": "What a parameter is.",
     "completep": "The table: which value each role of parameter trains with.",
     "errors": "What a user can cause.",
     "config": "The schema, loading, and rules between settings. No torch.",
@@ -40,7 +41,7 @@ def on_config(config: Any) -> Any:
 def on_files(files: Files, config: Any) -> Files:
     """Replace and add the generated pages."""
     pages = {"configuration.md": configuration_reference(), "tools.md": tools_page()}
-    pages |= {"api.md": api_index(), **{f"api/{room}.md": api_page(room) for room in ROOMS}}
+    pages |= {"files.md": files_page(), "api.md": api_index(), **{f"api/{room}.md": api_page(room) for room in ROOMS}}
     for path, text in pages.items():
         known = files.get_file_from_path(path)
         if known is not None:
@@ -80,6 +81,29 @@ def tools_page() -> str:
             text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
             parts.append(f"## {path.stem}\n\n```text\n{text}\n```")
     return "\n\n".join(parts) + "\n"
+
+
+def files_page() -> str:
+    """Every file of the code with the sentence that its docstring begins with, folder by folder."""
+    parts = ["# Files", "Every file of the code, in the words of its own first line."]
+    for folder in ("megatron_completep", "kernels", "tools"):
+        for path in sorted({file.parent for file in (ROOT / folder).rglob("*.py") if not _is_linked(file)}):
+            rows = [_file_row(file) for file in sorted(path.glob("*.py")) if file.name != "__init__.py"]
+            if rows:
+                parts.append("\n".join([f"## {path.relative_to(ROOT)}", "", "| file | |", "|---|---|", *rows]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _is_linked(file: Path) -> bool:
+    """Whether a file is met a second time, through the package's links to kernels/ and tools/."""
+    return any(parent.is_symlink() for parent in file.parents)
+
+
+def _file_row(file: Path) -> str:
+    text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
+    assert text, f"{file} has no docstring"
+    first = " ".join(text.split("\n\n")[0].split())
+    return f"| `{file.name}` | {first.replace('|', chr(92) + '|')} |"
 
 
 def api_index() -> str:

@@ -9,8 +9,8 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
+from .tiling import next_power_of_two, row_bucket, segments
 from .tuned import TUNED
 
 
@@ -70,41 +70,6 @@ def forget() -> None:
 
 
 # --- rows of H elements: the norms and the add --------------------------------------------------------------------------------------
-
-
-def next_power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
-def segments(hidden: int) -> tuple[int, ...]:
-    """Powers of two that cover `hidden` with few idle lanes: 768 = 3 x 256, 5120 = 4096 + 1024, 1000 -> 1024, 4096 = 2 x 2048.
-
-    Three alike keep a row inside a warp. Two halves make wide rows cheaper in registers: one half is finished before the other.
-    """
-    whole = max(16, next_power_of_two(hidden))
-    first = whole // 2
-    second = max(128, next_power_of_two(hidden - first)) if hidden > first else whole
-    if hidden in (384, 768):
-        return (hidden // 3,) * 3
-    if hidden > 512 and second < first:
-        return first, second
-    return (first, first) if whole >= 2048 else (whole,)
-
-
-def row_bucket(hidden: int) -> int:
-    """Hidden sizes that are launched alike share the elements their segments cover."""
-    return sum(segments(hidden))
-
-
-def rows_of(x: Tensor) -> tuple[Tensor, int]:
-    """`x` and the distance between its rows [..., H], in elements; copied only when its rows are not evenly spaced."""
-    hidden = x.shape[-1]
-    if x.is_contiguous():
-        return x, hidden
-    x = x.reshape(-1, hidden)
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    return x, x.stride(0)
 
 
 class RowShape(NamedTuple):
@@ -239,9 +204,8 @@ _BLOCKS = {
     "sum_of_squares": (1024, 128, 1),
     "cross_entropy_forward": (4096, 256, 3),
     "cross_entropy_backward": (4096, 256, 1),
-    "squared_relu_forward": (2048, 128, 1),
-    "squared_relu_backward": (2048, 128, 1),
 }
+_ELEMENTWISE = (2048, 128, 1)  # of every other operation: two 128-bit loads of bf16 a thread
 
 
 def block_shape(operation: str, dtype: torch.dtype, device: torch.device) -> BlockShape:
@@ -250,5 +214,5 @@ def block_shape(operation: str, dtype: torch.dtype, device: torch.device) -> Blo
 
 @_cached
 def _block_shape(operation: str, itemsize: int, architecture: str) -> BlockShape:
-    block, threads, stages = _BLOCKS[operation]
+    block, threads, stages = _BLOCKS.get(operation, _ELEMENTWISE)
     return BlockShape(*tuned_or((block, warps(threads, architecture), stages), architecture, operation, 0, itemsize))

@@ -4,10 +4,15 @@ Written to be read, not to be fast: each function is differentiable by autograd,
 fused backward. Arithmetic is float32, or float64 when the tensors are float64. Shapes: [..., H] is any leading shape.
 """
 
+from __future__ import annotations
+
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .control import read_control
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -18,47 +23,87 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 # --- scaled residual norm ---------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Join:
+    """How a branch joins the residual stream: y = residual + scale * dropout(branch + branch_bias)."""
+
+    scale: float = 1.0  # CompleteP's depth multiplier m_L^-alpha
+    dropout_p: float = 0.0  # the probability that an element of the branch is left out
+    seed: Tensor | None = None  # int64, one element, on the branch's device: decides which
+
+    def under(self, seed: Tensor | None) -> Join:
+        """This join with the dropout of `seed`; without a seed (validation, generation) nothing is dropped."""
+        return Join(self.scale) if seed is None else Join(self.scale, self.dropout_p, seed)
+
+    @property
+    def dropout_seed(self) -> Tensor | None:
+        """The seed, or None where nothing is dropped; ValueError where dropout has no seed."""
+        if self.dropout_p == 0.0:
+            return None
+        if self.seed is None:
+            raise ValueError(f"dropout_p = {self.dropout_p} needs a seed: pass an int64 tensor with one element on the same device.")
+        return self.seed
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Which norm reads the stream: "layernorm" or "rmsnorm", with `eps` added to the variance or mean square."""
+
+    kind: str = "layernorm"
+    eps: float = 1e-5
+
+    @property
+    def rms(self) -> bool:
+        """Whether the mean stays; ValueError for a kind that nobody defined."""
+        if self.kind not in ("layernorm", "rmsnorm"):
+            raise ValueError(f'kind = {self.kind!r} must be "layernorm" or "rmsnorm".')
+        return self.kind == "rmsnorm"
+
+
 def scaled_add(
     residual: Tensor,
     branch: Tensor,
-    branch_bias: Tensor | None = None,
-    scale: float = 1.0,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
+    branch_bias: Tensor | None,
+    join: Join,
 ) -> Tensor:
     """`residual + scale * dropout(branch + branch_bias)` [..., H], rounded once, to the residual's dtype."""
     wide = compute_dtype(residual, branch)
-    update = branch.to(wide) if branch_bias is None else branch.to(wide) + branch_bias.to(wide)
-    if dropout_p > 0.0:
-        update = update * dropout_factor(update.shape, dropout_p, seed, update.device).to(wide)
-    return (residual.to(wide) + scale * update).to(residual.dtype)
+    update = branch.to(wide)
+    if branch_bias is not None:
+        update = update + branch_bias.to(wide)
+    if join.dropout_seed is not None:
+        update = update * dropout_factor(update.shape, join).to(wide)
+    return (residual.to(wide) + join.scale * update).to(residual.dtype)
 
 
-def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rms: bool, out_dtype: torch.dtype | None = None) -> Tensor:
-    """LayerNorm, or RMSNorm when `rms`, over the last dimension, times `weight` plus `bias`; statistics of the stored `x`."""
+def norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: Norm,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The norm of the stored `x` over its last dimension, times `weight` plus `bias`."""
     wide = compute_dtype(x, weight)
     x_wide = x.to(wide)
-    centred = x_wide if rms else x_wide - x_wide.mean(-1, keepdim=True)
-    rstd = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
+    centred = x_wide if norm.rms else x_wide - x_wide.mean(-1, keepdim=True)
+    rstd = (centred.square().mean(-1, keepdim=True) + norm.eps).rsqrt()
     out = centred * rstd * weight.to(wide)
     return (out if bias is None else out + bias.to(wide)).to(out_dtype or x.dtype)
 
 
-def residual_norm(
+def scaled_residual_norm(
     residual: Tensor,
     branch: Tensor,
     branch_bias: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
-    scale: float,
-    eps: float,
-    rms: bool,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
+    join: Join,
+    norm_of_y: Norm,
 ) -> tuple[Tensor, Tensor]:
     """(y, out): the new residual stream and its norm; `out` has the branch's dtype, `y` the residual's."""
-    y = scaled_add(residual, branch, branch_bias, scale, dropout_p, seed)
-    return y, norm(y, weight, bias, eps, rms, branch.dtype)
+    y = scaled_add(residual, branch, branch_bias, join)
+    return y, norm(y, weight, bias, norm_of_y, branch.dtype)
 
 
 # --- dropout ----------------------------------------------------------------------------------------------------------------------
@@ -87,21 +132,22 @@ def philox_4x32(seed: Tensor, counter: Tensor) -> Tensor:
     return torch.stack((c_0, c_1, c_2, c_3), dim=-1)
 
 
-def dropout_factor(shape: torch.Size, dropout_p: float, seed: Tensor | None, device: torch.device) -> Tensor:
-    """float32 [..., H]: 0 with probability `dropout_p`, else 1 / (1 - p); a pure function of the seed and the position.
+def dropout_factor(shape: torch.Size, join: Join) -> Tensor:
+    """float32 [..., H]: 0 with probability p, else 1 / (1 - p); a pure function of the seed and the position.
 
     Column c of row r is word c % 4 of Philox counter r * ceil(H / 4) + c // 4, so a recomputed forward draws the same mask.
     """
+    seed = join.dropout_seed
     if seed is None:
-        raise ValueError(f"dropout_p = {dropout_p} needs a seed: pass an int64 tensor with one element on the same device.")
+        return torch.ones(shape)
     hidden = shape[-1]
     groups = (hidden + 3) // 4
     rows = shape[:-1].numel()
-    counter = torch.arange(rows * groups, device=device).view(rows, groups)
+    counter = torch.arange(rows * groups, device=seed.device).view(rows, groups)
     words = philox_4x32(seed, counter).view(rows, groups * 4)[:, :hidden]
     uniform = (words >> 8).to(torch.float32) * 2.0**-24
-    keep = uniform >= torch.tensor(dropout_p, dtype=torch.float32, device=device)
-    return (keep.to(torch.float32) * (1.0 / (1.0 - dropout_p))).view(shape)
+    keep = uniform >= torch.tensor(join.dropout_p, dtype=torch.float32, device=seed.device)
+    return (keep.to(torch.float32) * (1.0 / (1.0 - join.dropout_p))).view(shape)
 
 
 # --- activations and positions ----------------------------------------------------------------------------------------------------
@@ -142,19 +188,20 @@ def adamw_(
     beta1: float,
     beta2: float,
 ) -> None:
-    """AdamW over a flat shard, in float64, every result rounded once to its storage; see `adamw.adamw_`."""
-    learning_rate, _, clip, skip, correction1, correction2 = control.tolist()[:6]
-    if skip:
+    """AdamW over a flat shard, in float64, every result rounded once to its storage; see `ops.adamw.adamw_`."""
+    step = read_control(control)
+    if step.skip:
         return
     for start, length, group in segments.tolist():
         lr_factor, weight_decay, eps = groups[group].tolist()
         piece = slice(start, start + length)
         p, m, v = master[piece].double(), exp_avg[piece].double(), exp_avg_sq[piece].double()
-        g = clip * grad[piece].double()
+        g = step.clip * grad[piece].double()
         m = m + (1 - beta1) * (g - m)
         v = v + (1 - beta2) * (g * g - v)
-        update = m / correction1 / (torch.sqrt(v / correction2) + eps) + weight_decay * p
-        master[piece] = p - learning_rate * lr_factor * update
+        root = torch.sqrt(v / step.correction2)
+        update = m / step.correction1 / (root + eps) + weight_decay * p
+        master[piece] = p - step.learning_rate * lr_factor * update
         exp_avg[piece], exp_avg_sq[piece] = m, v
         if parameter_out is not None:
             parameter_out[piece] = master[piece]
@@ -172,10 +219,17 @@ def begin_step_(control: Tensor, sum_sq: Tensor, max_norm: float, beta1: float, 
     """From the summed squares of all gradients: norm, clip coefficient, skip flag, step and bias corrections."""
     norm = math.sqrt(float(sum_sq))
     finite = math.isfinite(norm)
-    step = control[1].item() + (1 if finite else 0)
-    clip = min(1.0, max_norm / (norm + 1e-6)) if max_norm > 0 and finite else 1.0
-    values = [step, clip, 0.0 if finite else 1.0, 1 - beta1**step, 1 - beta2**step, norm]
-    control[1:7] = torch.tensor(values, dtype=torch.float64)
+    before = read_control(control)
+    step = before.step + (1 if finite else 0)
+    now = before._replace(
+        step=step,
+        clip=min(1.0, max_norm / (norm + 1e-6)) if max_norm > 0 and finite else 1.0,
+        skip=0.0 if finite else 1.0,
+        correction1=1 - beta1**step,
+        correction2=1 - beta2**step,
+        grad_norm=norm,
+    )
+    control.copy_(torch.tensor(now, dtype=torch.float64))
 
 
 # --- cross-entropy ----------------------------------------------------------------------------------------------------------------
@@ -190,7 +244,7 @@ def _valid_logits(logits: Tensor, vocab_start: int, vocab_size: int, logit_scale
 def cross_entropy_forward(
     logits: Tensor, labels: Tensor, vocab_start: int, valid_vocab: int, logit_scale: float = 1.0, with_sum: bool = False
 ) -> Tensor:
-    """Row statistics of one vocabulary shard; see `cross_entropy.cross_entropy_forward`."""
+    """Row statistics of one vocabulary shard; see `ops.cross_entropy.cross_entropy_forward`."""
     scaled = _valid_logits(logits, vocab_start, valid_vocab, logit_scale)
     maximum = scaled.amax(1)
     sum_exp = torch.exp(scaled - maximum.clamp_min(-1e300)[:, None]).sum(1)
@@ -215,7 +269,7 @@ def cross_entropy_backward_(
     vocab_size: int,
     logit_scale: float = 1.0,
 ) -> None:
-    """Write the gradient of the raw logits over them; see `cross_entropy.cross_entropy_backward_`."""
+    """Write the gradient of the raw logits over them; see `ops.cross_entropy.cross_entropy_backward_`."""
     scaled = _valid_logits(logits, vocab_start, vocab_size, logit_scale)
     lse = lse.double()
     factor = logit_scale * grad_scale.double().expand(labels.shape)
@@ -238,7 +292,7 @@ def unembedding_cross_entropy(
     vocab_size: int | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """The loss of `cross_entropy.unembedding_cross_entropy`, in float64 and differentiable by autograd."""
+    """The loss of `ops.cross_entropy.unembedding_cross_entropy`, in float64 and differentiable by autograd."""
     logits = logit_scale * (x.double() @ weight[:vocab_size].double().T).flatten(0, -2)
     cross_entropy = torch.nn.functional.cross_entropy
     loss = cross_entropy(logits, labels.flatten(), reduction="sum", ignore_index=ignore_index, label_smoothing=label_smoothing)

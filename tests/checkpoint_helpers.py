@@ -9,6 +9,7 @@ import torch
 
 from megatron_completep.completep import table_of
 from megatron_completep.config.schema import Config
+from megatron_completep.kernels import read_control
 from megatron_completep.model.gpt import GPT
 from megatron_completep.model.initialize import initialize
 from megatron_completep.optim.distributed_adamw import DistributedAdamW
@@ -97,5 +98,5 @@ class TinyRun:
         """Every number that training depends on."""
         flats = {name: getattr(self.optimizer, name) for name in ("flat", "master", "exp_avg", "exp_avg_sq")}
         return {name: flat.contiguous().view(torch.uint8).numpy().tobytes() for name, flat in flats.items()} | {
-            "updates": repr(self.optimizer.control[1].item()).encode()
+            "updates": repr(read_control(self.optimizer.control).step).encode()
         }

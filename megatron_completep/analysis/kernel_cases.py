@@ -18,8 +18,10 @@ from torch import Tensor
 
 from megatron_completep import kernels
 from megatron_completep.analysis import library_baselines
+from megatron_completep.kernels.control import LEARNING_RATE
 
 SCALE, EPS = 0.3, library_baselines.EPS
+JOIN = kernels.Join(SCALE)
 Work = Callable[[], Any]
 Prepare = Callable[[], Work]
 Say = Callable[[str], None]
@@ -82,19 +84,24 @@ def _all(prepare: Callable[..., Prepare], programs: dict[str, Callable[..., Any]
     return {name: prepare(program, *arguments) for name, program in programs.items()}
 
 
+def norm_of(rms: bool) -> kernels.Norm:
+    return kernels.Norm("rmsnorm" if rms else "layernorm", EPS)
+
+
 def residual_norm_cases(rows: int, hidden: int, rms: bool, setting: Setting) -> Iterator[Case]:
     """Forward, then backward alone, of `y = residual + s * branch; out = norm(y)`."""
     residual, branch, d_y, d_out = (setting.random(rows, hidden) for _ in range(4))
     weight, bias = setting.vector(hidden), None if rms else setting.vector(hidden)
+    norm = norm_of(rms)
     leaves = [leaf.requires_grad_() for leaf in (residual, branch, weight, bias) if leaf is not None]
 
     def torch_norm(y: Tensor) -> Tensor:
         return F.rms_norm(y, (hidden,), weight, EPS) if rms else F.layer_norm(y, (hidden,), weight, bias, EPS)
 
-    def with_norm(norm: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    def with_norm(library_norm: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
         def chain(residual: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
             y = torch.add(residual, branch, alpha=SCALE)
-            return y, norm(y)
+            return y, library_norm(y)
 
         return chain
 
@@ -103,13 +110,13 @@ def residual_norm_cases(rows: int, hidden: int, rms: bool, setting: Setting) -> 
         return y, torch_norm(y)
 
     programs: dict[str, Callable[..., Any]] = {
-        "ours": lambda r, b: kernels.scaled_residual_norm(r, b, None, weight, bias, scale=SCALE, eps=EPS, rms=rms),
+        "ours": lambda r, b: kernels.scaled_residual_norm(r, b, None, weight, bias, JOIN, norm),
         "eager": plain,
         "torch.add + norm": with_norm(torch_norm),
-        **{f"add + {name}": with_norm(norm) for name, norm in library_baselines.norms(weight, bias, setting.say).items()},
+        **{f"add + {name}": with_norm(library_norm) for name, library_norm in library_baselines.norms(weight, bias, setting.say).items()},
     }
     programs = setting.with_compiled(programs, plain)
-    size, name = rows * hidden * residual.element_size(), "rmsnorm" if rms else "layernorm"
+    size, name = rows * hidden * residual.element_size(), norm.kind
 
     def answer() -> Any:
         exact = [leaf.detach().double() for leaf in leaves]
@@ -127,13 +134,14 @@ def norm_and_add_cases(rows: int, hidden: int, rms: bool, setting: Setting) -> I
     x, branch, d_out = (setting.random(rows, hidden) for _ in range(3))
     weight, bias = setting.vector(hidden), None if rms else setting.vector(hidden)
     leaves = [leaf.requires_grad_() for leaf in (x, weight, bias) if leaf is not None]
-    size, name = rows * hidden * x.element_size(), "rmsnorm" if rms else "layernorm"
+    norm = norm_of(rms)
+    size, name = rows * hidden * x.element_size(), norm.kind
 
     def plain(x: Tensor) -> Tensor:
         return F.rms_norm(x, (hidden,), weight, EPS) if rms else F.layer_norm(x, (hidden,), weight, bias, EPS)
 
     programs: dict[str, Callable[..., Any]] = {
-        "ours": lambda x: kernels.norm(x, weight, bias, eps=EPS, rms=rms),
+        "ours": lambda x: kernels.norm(x, weight, bias, norm),
         "eager": plain,
         **library_baselines.norms(weight, bias, setting.say),
     }
@@ -144,7 +152,7 @@ def norm_and_add_cases(rows: int, hidden: int, rms: bool, setting: Setting) -> I
         return
     branch.requires_grad_()
     adds = {
-        "ours": lambda x, branch: kernels.scaled_add(x, branch, None, SCALE),
+        "ours": lambda x, branch: kernels.scaled_add(x, branch, None, JOIN),
         "torch.add": lambda x, branch: torch.add(x, branch, alpha=SCALE),
     }
     yield Case("scaled add forward", rows, hidden, 3 * size, _all(_forward, adds, x, branch))
@@ -259,8 +267,8 @@ def optimizer_cases(parameters: int, setting: Setting) -> Iterator[Case]:
         pieces = torch.tensor([[0, parameters // 2, 0], [parameters // 2, parameters // 2, 1]])
         segments = kernels.device_segments(pieces, device)
         groups = torch.tensor([[1.0, weight_decay, 1e-12], [0.5, weight_decay, 1e-12]], dtype=torch.float64, device=device)
-        control = torch.zeros(kernels.CONTROL_SIZE, dtype=torch.float64, device=device)
-        control[0] = lr
+        control = kernels.new_control(device)
+        control[LEARNING_RATE] = lr
         kernels.begin_step_(control, kernels.sum_of_squares(grad), 1.0, 0.9, 0.95)
         return lambda: kernels.adamw_(*state, segments, groups, control, 0.9, 0.95)
 

@@ -15,9 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_completep import kernels
-from megatron_completep.kernels import launch
+from megatron_completep.kernels import Control, Join, Norm, launch, new_control
 from megatron_completep.kernels.library import LAUNCHERS
+from megatron_completep.kernels.ops.adamw import block_table
+from megatron_completep.kernels.ops.residual_norm import (
+    launch_residual_norm_backward,
+    launch_residual_norm_forward,
+)
+from megatron_completep.kernels.ops.scaled_add import (
+    launch_scaled_add_backward,
+    launch_scaled_add_forward,
+)
+from megatron_completep.kernels.tiling import row_bucket
 
 Prepare = Callable[[], Callable[[], Any]]
 
@@ -68,7 +77,7 @@ def _random(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def _forward_candidates(hidden: int, architecture: str) -> tuple[tuple[int, ...], ...]:
     """(rows, warps): eight to 64 elements a thread."""
-    width = launch.row_bucket(hidden)
+    width = row_bucket(hidden)
     threads = (32, 64, 128, 256, 512, 1024)
     found = {
         (rows, launch.warps(count, architecture))
@@ -80,7 +89,7 @@ def _forward_candidates(hidden: int, architecture: str) -> tuple[tuple[int, ...]
 
 def _backward_candidates(hidden: int, architecture: str) -> tuple[tuple[int, ...], ...]:
     """(rows, warps, stages, programs a processor, register cap): eight to 32 elements a thread, 128 to 1024 threads a processor."""
-    width = launch.row_bucket(hidden)
+    width = row_bucket(hidden)
     found = set()
     for rows, count, resident, stages in itertools.product((1, 2, 4), (32, 64, 128, 256, 512), (128, 256, 512, 1024), (1, 2, 3)):
         if not 8 <= rows * width / count <= 32 or count > resident or count < launch.lanes(architecture):
@@ -91,24 +100,28 @@ def _backward_candidates(hidden: int, architecture: str) -> tuple[tuple[int, ...
 
 
 def _rows(hidden: int, sweep: Sweep, device: torch.device, architecture: str) -> Iterator[Tunable]:
-    dtype, bucket = sweep.dtype, (launch.row_bucket(hidden), sweep.dtype.itemsize)
+    dtype, bucket = sweep.dtype, (row_bucket(hidden), sweep.dtype.itemsize)
     weight = _random(hidden, dtype=dtype, device=device)
 
     def stream(rows: int) -> Tensor:
         return _random(rows, hidden, dtype=dtype, device=device)
 
+    join, norm = Join(0.3), Norm("rmsnorm")
+
     def forward(rows: int) -> Callable[[], Any]:
-        return partial(LAUNCHERS["residual_norm_forward"], stream(rows), stream(rows), None, weight, None, 0.3, 1e-5, True, 0.0, None)
+        given = (stream(rows), stream(rows), None, weight, None, join, norm)
+        return partial(launch_residual_norm_forward, *given)
 
     def backward(rows: int) -> Callable[[], Any]:
         saved = (stream(rows), stream(rows), stream(rows), torch.empty(0, device=device), torch.rand(rows, device=device), weight)
-        return partial(reduced, partial(LAUNCHERS["residual_norm_backward"], *saved, True, False, False, 0.3, True, 0.0, None))
+        call = partial(launch_residual_norm_backward, *saved, True, False, False, join, norm)
+        return partial(reduced, call)
 
     def add(rows: int) -> Callable[[], Any]:
-        return partial(LAUNCHERS["scaled_add_forward"], stream(rows), stream(rows), None, 0.3, 0.0, None)
+        return partial(launch_scaled_add_forward, stream(rows), stream(rows), None, join)
 
     def add_backward(rows: int) -> Callable[[], Any]:
-        return partial(reduced, partial(LAUNCHERS["scaled_add_backward"], stream(rows), True, 0.3, 0.0, None, dtype))
+        return partial(reduced, partial(launch_scaled_add_backward, stream(rows), True, join, dtype))
 
     def reduced(work: Callable[[], Any]) -> None:
         """With the reduction, whose cost grows with the number of programs."""
@@ -182,9 +195,10 @@ def _optimizer(sweep: Sweep, device: torch.device, architecture: str) -> Iterato
         state = [torch.randn(parameters, device=device).abs() for _ in range(4)]
         half = torch.empty(parameters, dtype=torch.bfloat16, device=device)
         pieces = torch.tensor([[0, parameters // 2, 0], [parameters // 2, parameters // 2, 1]])
-        segments = kernels.block_table(pieces, launch.block_shape("adamw", torch.float32, device).block).to(device)
+        segments = block_table(pieces, launch.block_shape("adamw", torch.float32, device).block).to(device)
         groups = torch.tensor([[1.0, 0.1, 1e-12], [0.5, 0.1, 1e-12]], dtype=torch.float64, device=device)
-        control = torch.tensor([1e-3, 1, 1, 0, 0.1, 0.05, 1, 0], dtype=torch.float64, device=device)
+        step = Control(1e-3, step=1, clip=1, correction1=0.1, correction2=0.05, grad_norm=1)
+        control = new_control(device, step)
         return partial(LAUNCHERS["adamw_"], half, *state, segments, groups, control, 0.9, 0.95)
 
     def norm(parameters: int) -> Callable[[], Any]:

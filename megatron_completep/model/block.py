@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from megatron_completep import kernels
 from megatron_completep.completep import Table
 from megatron_completep.config.schema import ModelConfig
 from megatron_completep.model.attention import Attention, AttentionInputs
 from megatron_completep.model.mlp import MLP
-from megatron_completep.model.norm import Norm, ResidualSum
+from megatron_completep.model.norm import Norm
 from megatron_completep.parallel.layer_context import LayerContext
 from megatron_completep.parallel.parameter import Site
 from megatron_completep.roles import Role
@@ -22,7 +23,7 @@ class Block(nn.Module):
 
     def __init__(self, model: ModelConfig, table: Table, context: LayerContext, recompute: str = "none"):
         super().__init__()
-        self.join = ResidualSum(table.residual_multiplier, model.dropout)
+        self.join = kernels.Join(table.residual_multiplier, model.dropout)
         self.attention_norm = pre_norm(model, Role.PRE_NORM, context)
         self.attention = Attention(model, table, context, recompute == "selective")
         self.mlp_norm = pre_norm(model, Role.PRE_NORM, context)
@@ -37,9 +38,11 @@ class Block(nn.Module):
         layer: int,
         seed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        residual, x = self.attention_norm(residual, pending, pending_bias, self.join, site_seed(seed, 2 * layer))
+        join = self.join.under(site_seed(seed, 2 * layer))
+        residual, x = self.attention_norm(residual, pending, pending_bias, join)
         branch = self.attention(x, inputs, layer)
-        residual, x = self.mlp_norm(residual, branch, self.attention.output.bias, self.join, site_seed(seed, 2 * layer + 1))
+        join = self.join.under(site_seed(seed, 2 * layer + 1))
+        residual, x = self.mlp_norm(residual, branch, self.attention.output.bias, join)
         return residual, self.mlp(x)
 
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from megatron_completep import kernels
 from megatron_completep.completep import Table
 from megatron_completep.config.derived import head_dim
 from megatron_completep.config.schema import ModelConfig
 from megatron_completep.model.attention import AttentionInputs, KeyValueCache, causal_bias
 from megatron_completep.model.block import Block, pre_norm, site_seed
-from megatron_completep.model.norm import ResidualSum, scaled_add
 from megatron_completep.model.rotary import alibi_slopes, rotary_table
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.cross_entropy import LossConfig, Unembedding
@@ -102,23 +102,24 @@ class GPT(nn.Module):
                 residual, pending = block(*arguments)
             bias = block.mlp.down.bias
         if not self.stage.last:
-            return self._join(residual, pending, bias, dropout_seed)
-        _, x = self.final_norm(residual, pending, bias, self._residual_sum(), site_seed(dropout_seed, 2 * self.stage.stop))
+            return self._settle(residual, pending, bias, dropout_seed)
+        _, x = self.final_norm(residual, pending, bias, self._join(dropout_seed))
         return self.unembedding(x, labels)
 
-    def _join(self, residual: Tensor, pending: Tensor | None, bias: Tensor | None, dropout_seed: Tensor | None) -> Tensor:
+    def _settle(self, residual: Tensor, pending: Tensor | None, bias: Tensor | None, dropout_seed: Tensor | None) -> Tensor:
         """The pending branch is added before the boundary, so that one tensor is sent."""
         if pending is None:
             return residual
-        seed = site_seed(dropout_seed, 2 * self.stage.stop)
-        return scaled_add(residual, pending, bias, self._residual_sum(), seed, self.queue)
+        return kernels.scaled_add(residual, pending, bias, self._join(dropout_seed), self.queue)
 
     def blocks(self) -> list[tuple[int, Block]]:
         """(global layer number, block) of this stage, in order."""
         return [(int(index), cast(Block, block)) for index, block in self.layers.items()]
 
-    def _residual_sum(self) -> ResidualSum:
-        return ResidualSum(self.table.residual_multiplier, self.config.dropout)
+    def _join(self, dropout_seed: Tensor | None) -> kernels.Join:
+        """How the last block's branch joins the stream."""
+        join = kernels.Join(self.table.residual_multiplier, self.config.dropout)
+        return join.under(site_seed(dropout_seed, 2 * self.stage.stop))
 
     def _embed(self, tokens: Tensor, positions: Tensor | None, caches: list[KeyValueCache] | None) -> Tensor:
         hidden = self.embedding(tokens)

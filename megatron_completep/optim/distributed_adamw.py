@@ -20,15 +20,13 @@ from torch.nn import Parameter
 from megatron_completep import kernels
 from megatron_completep.completep import Table
 from megatron_completep.config.schema import OptimizerConfig, ParallelConfig
+from megatron_completep.kernels.control import CLIP, GRAD_NORM, LEARNING_RATE, SKIP
 from megatron_completep.optim.groups import Group, build_groups
 from megatron_completep.optim.layout import Layout, Segment, lay_out
 from megatron_completep.parallel.collectives import Pending, all_reduce, exchange, start_all_gather, start_all_reduce, start_reduce_scatter
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.gradients import GradientQueue, accumulate_tensor, main_grad_of
 from megatron_completep.parallel.parameter import Spec, spec_of
-
-# Positions in `control`; see kernels/adamw.py.
-LEARNING_RATE, STEP, CLIP, SKIP, GRAD_NORM = 0, 1, 2, 3, 6
 
 
 @dataclass(frozen=True)
@@ -114,7 +112,7 @@ class DistributedAdamW:
         self.segments: tuple[Segment, ...] = self.layout.segments(self.context.shard.rank)
         values = [(g.lr_factor, g.weight_decay, g.eps) for g in self.groups.values()]
         self.group_table = torch.tensor(values, dtype=torch.float64).view(-1, 3).to(device)
-        self.control = torch.zeros(8, dtype=torch.float64, device=device)
+        self.control = kernels.new_control(device)
         self._partial = [s for s in self.segments if self.specs[s.name].partial_gradient]
 
     # Made at the first step, not at construction, which never reads a tensor's value and so runs on fake tensors too.

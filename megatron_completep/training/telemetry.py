@@ -23,8 +23,9 @@ from torch import Tensor
 
 from megatron_completep.data.loader import Batch
 from megatron_completep.errors import DataError
+from megatron_completep.kernels import read_control
 from megatron_completep.model.attention import Attention, AttentionInputs
-from megatron_completep.optim.distributed_adamw import LEARNING_RATE, DistributedAdamW
+from megatron_completep.optim.distributed_adamw import DistributedAdamW
 from megatron_completep.parallel.collectives import all_reduce
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.roles import Role
@@ -33,7 +34,6 @@ from megatron_completep.training.measure import StreamTaps, SumOfSquares, reduce
 from megatron_completep.training.metrics import read_metrics
 from megatron_completep.training.step import TrainingStep
 
-BIAS_CORRECTION_1, BIAS_CORRECTION_2 = 4, 5  # positions in the optimizer's `control`
 FINAL, LOGITS, UPDATE = "activation_rms/final", "attention_logit_max", "update_ratio/"
 BANDS = {FINAL: 2.0, LOGITS: 3.0, UPDATE: 2.0}  # largest factor, up or down, between target and proxy
 Say = Callable[[str], None]
@@ -119,14 +119,15 @@ def update_ratios(optimizer: DistributedAdamW) -> dict[str, float]:
     The update is taken from the moments, so that nothing has to be kept from before the step. Communicates over the whole mesh.
     """
     groups, roles = list(optimizer.groups.values()), list(Role)
-    rate, first, second = optimizer.control[[LEARNING_RATE, BIAS_CORRECTION_1, BIAS_CORRECTION_2]].tolist()
+    step = read_control(optimizer.control)
     sums = torch.zeros(len(roles), 2, dtype=torch.float64, device=optimizer.context.device)
     for start, size, index in optimizer.counted_table.tolist():
         group, part = groups[index], slice(start, start + size)
         weight = optimizer.master[part]
-        adam = (optimizer.exp_avg[part] / first) / ((optimizer.exp_avg_sq[part] / second).sqrt() + group.eps)
+        root = (optimizer.exp_avg_sq[part] / step.correction2).sqrt()
+        adam = (optimizer.exp_avg[part] / step.correction1) / (root + group.eps)
         spread = group.init_std / optimizer.config.base_init_std or 1.0  # constant roles start at 1 or 0 whatever the shape
-        update = rate * (adam + group.weight_decay * weight)  # without the group's own lr factor: that is divided out
+        update = step.learning_rate * (adam + group.weight_decay * weight)  # without the group's own lr factor: that is divided out
         row = sums[roles.index(group.role)]
         row[0] += torch.linalg.vector_norm(update, dtype=torch.float64).square()
         row[1] += (torch.linalg.vector_norm(weight, dtype=torch.float64) / spread).square()

@@ -9,12 +9,13 @@ from functools import partial
 import torch
 from torch import nn
 
+from megatron_completep import kernels
 from megatron_completep.analysis.trial import Design
 from megatron_completep.completep import Factors, Table, table_of
 from megatron_completep.config.schema import Config
 from megatron_completep.model.gpt import GPT
 from megatron_completep.model.initialize import initialize
-from megatron_completep.model.norm import Norm, ResidualSum, scaled_add
+from megatron_completep.model.norm import Norm
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.roles import Role
 
@@ -88,8 +89,8 @@ def without_multiplier_on_mlp(config: Config, table: Table, context: ParallelCon
     """The norms that close an MLP branch add it unscaled."""
     model = build(config, table, context)
 
-    def unscaled(norm: Norm, residual, branch=None, branch_bias=None, join=None, seed=None):
-        return Norm.forward(norm, residual, branch, branch_bias, ResidualSum(1.0), seed)
+    def unscaled(norm: Norm, residual, branch=None, branch_bias=None, join=None):
+        return Norm.forward(norm, residual, branch, branch_bias, kernels.Join())
 
     for norm in [block.attention_norm for _, block in model.blocks()] + [model.final_norm]:
         norm.forward = partial(unscaled, norm)
@@ -99,10 +100,11 @@ def without_multiplier_on_mlp(config: Config, table: Table, context: ParallelCon
 def multiplier_before_the_norm(config: Config, table: Table, context: ParallelContext) -> nn.Module:
     """Each branch's input is scaled in place of its output; the norm undoes that, up to its eps."""
     model = build(config, table, context)
-    plain = ResidualSum(1.0)
 
-    def scaled_input(norm: Norm, residual, branch=None, branch_bias=None, join=None, seed=None):
-        stream = residual if branch is None else scaled_add(residual, branch, branch_bias, plain, seed, norm.queue)
+    def scaled_input(norm: Norm, residual, branch=None, branch_bias=None, join=None):
+        stream = residual
+        if branch is not None:
+            stream = kernels.scaled_add(residual, branch, branch_bias, kernels.Join(), norm.queue)
         factor = 1.0 if norm is model.final_norm else table.residual_multiplier
         return stream, Norm.forward(norm, stream * factor)[1]
 

@@ -13,19 +13,12 @@ import sys
 import torch
 from step_kernels import launchers
 
-from megatron_completep.kernels import (
-    launch,
-    partial_sums,
-    residual_norm,
-    rotary_kernel,
-    scaled_add_kernel,
-    squared_relu_kernel,
-    swiglu_kernel,
-)
+from megatron_completep.kernels import Join, Norm, launch
 from megatron_completep.kernels.ahead_of_time import Launch, compile_launch, record, resources
+from megatron_completep.kernels.ops import partial_sums, residual_norm, rotary, scaled_add, squared_relu, swiglu
 
 ROWS = 8192
-norms = launchers(residual_norm, scaled_add_kernel, partial_sums)
+norms = launchers(residual_norm, scaled_add, partial_sums)
 
 
 def meta(*shape, dtype=torch.float32):
@@ -37,22 +30,23 @@ def calls(hidden, dtype, rms, dropout, norms=norms):
     x, vector, statistics = meta(ROWS, hidden, dtype=dtype), meta(hidden, dtype=dtype), meta(ROWS)
     bias = None if rms else vector
     has = not rms
-    random = (0.1, meta(1, dtype=torch.int64)) if dropout else (0.0, None)
-    yield "norm", lambda: norms.norm_forward(x, vector, bias, 1e-5, rms, dtype)
-    yield "forward", lambda: norms.residual_norm_forward(x, x, bias, vector, bias, 0.3, 1e-5, rms, *random)
+    join = Join(0.3, 0.1, meta(1, dtype=torch.int64)) if dropout else Join(0.3)
+    norm = Norm("rmsnorm" if rms else "layernorm")
+    yield "norm", lambda: norms.norm_forward(x, vector, bias, norm, dtype)
+    yield "forward", lambda: norms.residual_norm_forward(x, x, bias, vector, bias, join, norm)
     saved = (x, x, x, statistics, statistics, vector)
-    yield "backward", lambda: norms.residual_norm_backward(*saved, True, has, has, 0.3, rms, *random)
-    yield "add", lambda: norms.scaled_add_forward(x, x, bias, 0.3, *random)
-    yield "add backward", lambda: norms.scaled_add_backward(x, has, 0.3, *random, dtype)
+    yield "backward", lambda: norms.residual_norm_backward(*saved, True, has, has, join, norm)
+    yield "add", lambda: norms.scaled_add_forward(x, x, bias, join)
+    yield "add backward", lambda: norms.scaled_add_backward(x, has, join, dtype)
     yield "reduce", lambda: norms.reduce_partials(meta(264, 3, hidden), 1, meta(hidden))
     wide = meta(ROWS, 8 * hidden, dtype=dtype)
-    yield "swiglu", lambda: swiglu_kernel.launch_swiglu_forward(wide)
-    yield "swiglu backward", lambda: swiglu_kernel.launch_swiglu_backward(meta(ROWS, 4 * hidden, dtype=dtype), wide)
-    yield "squared relu", lambda: squared_relu_kernel.launch_squared_relu_forward(wide)
-    yield "squared relu backward", lambda: squared_relu_kernel.launch_squared_relu_backward(wide, wide)
+    yield "swiglu", lambda: swiglu.launch_swiglu_forward(wide)
+    yield "swiglu backward", lambda: swiglu.launch_swiglu_backward(meta(ROWS, 4 * hidden, dtype=dtype), wide)
+    yield "squared relu", lambda: squared_relu.launch_squared_relu_forward(wide)
+    yield "squared relu backward", lambda: squared_relu.launch_squared_relu_backward(wide, wide)
     heads, angle = meta(2048, 4, hidden // 64, 64, dtype=dtype), meta(2048, 1, 32)
-    yield "rotary", lambda: rotary_kernel.launch_rotary(heads, angle, angle, False)
-    yield "rotary in place", lambda: rotary_kernel.launch_rotary_(heads, angle, angle, True)
+    yield "rotary", lambda: rotary.launch_rotary(heads, angle, angle, False)
+    yield "rotary in place", lambda: rotary.launch_rotary_(heads, angle, angle, True)
 
 
 def report(recorded, architecture):
@@ -82,7 +76,7 @@ def controls(found, architecture, hidden, dtype, rms, dropout):
     found["backward without segments"] = backward_of(norms, WIDTHS=(hidden,))
     # 8193 elements, the first left out: addresses that are not multiples of 16 bytes.
     shifted = meta(ROWS * 2 * hidden + 1, dtype=dtype)[1:].view(ROWS, 2 * hidden)
-    (unaligned,) = record(lambda: swiglu_kernel.launch_swiglu_forward(shifted), architecture)
+    (unaligned,) = record(lambda: swiglu.launch_swiglu_forward(shifted), architecture)
     found["swiglu of unaligned rows"] = report(unaligned, architecture)
 
 
@@ -96,7 +90,9 @@ def main():
             if "all" not in rest and name not in ("forward", "backward"):
                 continue  # the code of the others hardly depends on the width
             for recorded in record(call, architecture):
-                kernels[name if recorded.name != "vector_gradient_kernel" else "vector gradients"] = report(recorded, architecture)
+                kernels[name if recorded.name != "residual_norm_vector_gradient_kernel" else "vector gradients"] = report(
+                    recorded, architecture
+                )
         if "controls" in rest:
             controls(kernels, architecture, *shape)
     print(json.dumps(found))

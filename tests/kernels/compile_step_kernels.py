@@ -10,8 +10,9 @@ import sys
 import torch
 from step_kernels import mutant
 
-from megatron_completep.kernels import adamw, cross_entropy, grad_norm
+from megatron_completep.kernels import new_control
 from megatron_completep.kernels.ahead_of_time import compile_launch, record, resources
+from megatron_completep.kernels.ops import adamw, cross_entropy, grad_norm
 
 
 def meta(*shape, dtype=torch.float32):
@@ -22,10 +23,10 @@ def calls():
     """The launchers as a bf16 run calls them: 1000 parameters, a vocabulary of 50,304 padded to 50,432."""
     state = [meta(64_000) for _ in range(4)]
     segments, groups = meta(1000, 3, dtype=torch.int64), meta(1000, 3, dtype=torch.float64)
-    control, scalar = meta(8, dtype=torch.float64), meta(dtype=torch.float64)
+    control, scalar = new_control("meta"), meta(dtype=torch.float64)
     yield "adamw", lambda: adamw.launch_adamw_(meta(64_000, dtype=torch.bfloat16), *state, segments, groups, control, 0.9, 0.95)
     yield "adamw float32", lambda: adamw.launch_adamw_(None, *state, segments, groups, control, 0.9, 0.95)
-    unhinted = mutant("adamw", "tl.multiple_of(tl.load(row), 64)", "tl.load(row)")
+    unhinted = mutant("ops.adamw", "tl.multiple_of(tl.load(row), 64)", "tl.load(row)")
     yield "adamw without its hint", lambda: unhinted.launch_adamw_(None, *state, segments, groups, control, 0.9, 0.95)
     yield "sum_of_squares", lambda: grad_norm.launch_sum_of_squares(state[0], segments)
     yield "begin_step", lambda: grad_norm.launch_begin_step_(control, scalar, 1.0, 0.9, 0.95)

@@ -12,8 +12,9 @@ import torch
 import triton
 from triton.runtime.driver import driver
 
-from megatron_completep.kernels import residual_norm, swiglu_kernel
+from megatron_completep.kernels import Join, Norm
 from megatron_completep.kernels.ahead_of_time import compile_launch, record, target
+from megatron_completep.kernels.ops import residual_norm, swiglu
 
 ARCHITECTURE, CACHE = sys.argv[1], Path(sys.argv[2])
 
@@ -34,10 +35,11 @@ class Driver:
 def calls():
     x, vector = torch.empty(512, 768, dtype=torch.bfloat16, device="meta"), torch.empty(768, dtype=torch.bfloat16, device="meta")
     statistics = torch.empty(512, device="meta")
-    yield lambda: residual_norm.launch_residual_norm_forward(x, x, vector, vector, None, 0.3, 1e-5, True, 0.0, None)
+    how = Join(0.3), Norm("rmsnorm")
+    yield lambda: residual_norm.launch_residual_norm_forward(x, x, vector, vector, None, *how)
     saved = (x, x, x, statistics, statistics, vector)
-    yield lambda: residual_norm.launch_residual_norm_backward(*saved, True, False, True, 0.3, True, 0.0, None)
-    yield lambda: swiglu_kernel.launch_swiglu_forward(torch.empty(512, 3072, dtype=torch.bfloat16, device="meta"))
+    yield lambda: residual_norm.launch_residual_norm_backward(*saved, True, False, True, *how)
+    yield lambda: swiglu.launch_swiglu_forward(torch.empty(512, 3072, dtype=torch.bfloat16, device="meta"))
 
 
 def compiled():

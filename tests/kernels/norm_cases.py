@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from step_kernels import DEVICE
 
-from megatron_completep.kernels import reference
+from megatron_completep.kernels import Join, Norm, reference
 
 # ||a - b|| / ||b|| that one rounding to the dtype, and float32 arithmetic before it, explain.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2.5e-3, torch.float16: 5e-4, torch.float64: 1e-13}
@@ -48,6 +48,13 @@ class Case:
     d_y: bool = True
     scale: float = SCALE
 
+    @property
+    def norm(self) -> Norm:
+        return Norm("rmsnorm" if self.rms else "layernorm", EPS)
+
+    def join(self, given: dict[str, Any]) -> Join:
+        return Join(self.scale, self.dropout_p, given["seed"])
+
     def inputs(self) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(self.rows * 100_003 + self.hidden)
 
@@ -75,18 +82,17 @@ class Case:
 def forward(implementation, case, given):
     """(y, out, mean, rstd), whichever halves the case has."""
     if not case.branch:
-        return given["residual"], *implementation.norm_forward(given["residual"], given["weight"], given["bias"], EPS, case.rms, case.dtype)
+        alone = (given["residual"], given["weight"], given["bias"], case.norm, case.dtype)
+        return given["residual"], *implementation.norm_forward(*alone)
     vectors = (given["branch_bias"], given["weight"], given["bias"])
-    return implementation.residual_norm_forward(
-        given["residual"], given["branch"], *vectors, case.scale, EPS, case.rms, case.dropout_p, given["seed"]
-    )
+    return implementation.residual_norm_forward(given["residual"], given["branch"], *vectors, case.join(given), case.norm)
 
 
 def backward(implementation, case, given, y, mean, rstd):
     """(d_residual, d_branch, [d_weight, d_bias, d_branch_bias] as far as they exist), reduced into buffers that hold 1."""
     d_residual, d_branch, partials = implementation.residual_norm_backward(
         given["d_y"], given["d_out"], y, mean, rstd, given["weight"],
-        case.branch, case.bias, case.branch_bias, case.scale, case.rms, case.dropout_p, given["seed"],
+        case.branch, case.bias, case.branch_bias, case.join(given), case.norm,
     )  # fmt: skip
     vectors = []
     for k in range(partials.shape[1]):
@@ -105,14 +111,13 @@ def check_forward(implementation, case, allocations=contextlib.nullcontext()):  
     with allocations:
         y, out, mean, rstd = forward(implementation, case, given)
     if case.branch:
-        added = reference.scaled_add(
-            wide(given["residual"]), wide(given["branch"]), wide(given["branch_bias"]), case.scale, case.dropout_p, wide_seed(given)
-        )
+        summands = (wide(given["residual"]), wide(given["branch"]), wide(given["branch_bias"]))
+        added = reference.scaled_add(*summands, on_cpu(case.join(given)))
         assert y.dtype == given["residual"].dtype
         assert_close(y, added, TOLERANCE[y.dtype], "y")
     stored = wide(y)
     assert out.dtype == case.dtype and rstd.shape == (case.rows,) and mean.shape == (0 if case.rms else case.rows,)
-    normed = reference.norm(stored, wide(given["weight"]), wide(given["bias"]), EPS, case.rms)
+    normed = reference.norm(stored, wide(given["weight"]), wide(given["bias"]), case.norm)
     assert_close(out, normed, TOLERANCE[case.dtype], "out")
     if not case.rms:
         assert_close(mean, stored.mean(-1), 1e-6 * max(1.0, math.sqrt(case.hidden)), "mean of the stored y")
@@ -121,8 +126,8 @@ def check_forward(implementation, case, allocations=contextlib.nullcontext()):  
     assert_close(rstd, (variance + EPS).rsqrt(), 2e-6, "rstd")
 
 
-def wide_seed(given):
-    return None if given["seed"] is None else given["seed"].cpu()
+def on_cpu(join):
+    return join if join.seed is None else join.under(join.seed.cpu())
 
 
 def expected_gradients(case, given, y):
@@ -131,14 +136,14 @@ def expected_gradients(case, given, y):
     for leaf in leaves:
         if leaf is not None:
             leaf.requires_grad_()
-    out = reference.norm(leaves[0], leaves[1], leaves[2], EPS, case.rms)
+    out = reference.norm(leaves[0], leaves[1], leaves[2], case.norm)
     total = (out * wide(given["d_out"])).sum()
     if given["d_y"] is not None:
         total = total + (leaves[0] * wide(given["d_y"])).sum()
     d_residual, *vectors = torch.autograd.grad(total, [leaf for leaf in leaves if leaf is not None])
     d_branch = case.scale * d_residual
     if case.dropout_p:
-        d_branch = d_branch * reference.dropout_factor(d_branch.shape, case.dropout_p, wide_seed(given), d_branch.device)
+        d_branch = d_branch * reference.dropout_factor(d_branch.shape, on_cpu(case.join(given)))
     if case.branch_bias:
         vectors.append(d_branch.sum(0))
     return d_residual, d_branch, vectors

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from megatron_completep.kernels import native_cross_entropy, native_optimizer, reference
+from megatron_completep.kernels import reference
+from megatron_completep.kernels.cpu import cross_entropy, optimizer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PACKAGE = "megatron_completep.kernels"
@@ -39,33 +40,34 @@ def launchers(*modules: ModuleType) -> SimpleNamespace:
 
 def _triton() -> Implementation:
     names = [field.name for field in dataclasses.fields(Implementation)]
-    found = launchers(*(importlib.import_module(f"{PACKAGE}.{name}") for name in ("adamw", "grad_norm", "cross_entropy")))
+    found = launchers(*(importlib.import_module(f"{PACKAGE}.ops.{name}") for name in ("adamw", "grad_norm", "cross_entropy")))
     return Implementation(**{name: getattr(found, name) for name in names})
 
 
 IMPLEMENTATIONS = {"triton": _triton()}
 if DEVICE == "cpu":
     IMPLEMENTATIONS["cpu"] = Implementation(
-        native_optimizer.adamw_,
-        native_optimizer.sum_of_squares,
+        optimizer.adamw_,
+        optimizer.sum_of_squares,
         reference.begin_step_,
-        native_cross_entropy.cross_entropy_forward,
-        native_cross_entropy.cross_entropy_backward_,
+        cross_entropy.cross_entropy_forward,
+        cross_entropy.cross_entropy_backward_,
     )
 
 
 def mutant(module: str, old: str, new: str) -> ModuleType:
     """A copy of a kernel module whose source has every `old` replaced by `new`: what a slip of the pen would make of it.
 
+    `module`: its name inside the package, "ops.adamw" or "tiling". The copy stands in the same folder, so that its imports hold.
     It registers no operators: torch knows those of the module itself.
     """
     origin = importlib.import_module(f"{PACKAGE}.{module}")
     source = Path(str(origin.__file__)).read_text()
-    assert old in source, f"{module}.py no longer contains {old!r}: change the mutation with it"
-    name = f"{PACKAGE}.mutant_{module}_{abs(hash((old, new)))}"
+    assert old in source, f"{module} no longer contains {old!r}: change the mutation with it"
+    name = f"{origin.__package__}.mutant_{abs(hash((module, old, new)))}"
     path = Path(str(origin.__file__)).parent / "__pycache__" / f"{name}.py"  # Triton reads the source of a kernel from its file
     path.parent.mkdir(exist_ok=True)
-    source = source.replace("from .library import register", "register = lambda *_, **__: None")
+    source = source.replace("from ..library import register", "register = lambda *_, **__: None")
     path.write_text(source.replace(old, new))
     try:
         spec = importlib.util.spec_from_file_location(name, path)

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from step_kernels import DEVICE, IMPLEMENTATIONS, mutant
 
 from megatron_completep import kernels
-from megatron_completep.kernels import reference
+from megatron_completep.kernels import Control, new_control, read_control, reference
+from megatron_completep.kernels.control import SKIP, STEP
+from megatron_completep.kernels.ops.adamw import block_table
 
 BETA1, BETA2 = 0.9, 0.95
 SEGMENTS = torch.tensor([[0, 100, 0], [128, 1, 1], [192, 1000, 2], [1216, 64, 3], [1280, 1277, 1]])
@@ -38,8 +40,7 @@ class Shard:
     @classmethod
     def create(cls, dtype=torch.float32, size=SIZE, bf16_out=False, learning_rate=1e-2, seed=0):
         generator = torch.Generator().manual_seed(seed)
-        control = torch.zeros(kernels.CONTROL_SIZE, dtype=torch.float64)
-        control[0] = learning_rate
+        control = new_control("cpu", Control(learning_rate))
         state = torch.zeros(2, size, dtype=dtype)
         master = torch.randn(size, generator=generator).to(dtype)
         return cls(master, state[0], state[1], torch.full((size,), math.nan, dtype=torch.bfloat16) if bf16_out else None, control)
@@ -106,7 +107,7 @@ def test_the_definition_matches_torch_in_float64():
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         shard.step(reference, grad, groups)
-        assert shard.control[6].item() == pytest.approx(norm.item(), rel=1e-12)
+        assert read_control(shard.control).grad_norm == pytest.approx(norm.item(), rel=1e-12)
     for parameter, (start, length, _) in zip(parameters, SEGMENTS.tolist(), strict=True):
         torch.testing.assert_close(shard.master[start : start + length], parameter.detach(), rtol=1e-12, atol=1e-13)
 
@@ -160,12 +161,12 @@ def test_a_gradient_that_is_not_finite_skips_the_step(name, bad):
     for grad in (first, broken, last):
         shard.step(IMPLEMENTATIONS[name], grad.to(DEVICE), GROUPS["eps"])
         if grad is broken:
-            assert shard.control[3] == 1 and shard.control[1] == 1
+            assert shard.control[SKIP] == 1 and shard.control[STEP] == 1
             assert torch.equal(shard.master, twin.master) and torch.equal(shard.exp_avg_sq, twin.exp_avg_sq)
         else:
             twin.step(IMPLEMENTATIONS[name], grad.to(DEVICE), GROUPS["eps"])
     assert torch.equal(shard.master, twin.master) and torch.equal(shard.exp_avg, twin.exp_avg)
-    assert shard.control[1] == 2 and shard.control[3] == 0
+    assert shard.control[STEP] == 2 and shard.control[SKIP] == 0
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
@@ -173,7 +174,7 @@ def test_the_same_bits_however_the_shard_is_cut(name):
     """Two runs, a table cut into blocks, and two shards cut at a multiple of 64 give one result."""
     results = []
     cut = torch.tensor([[0, 100, 0], [128, 1, 1], [192, 448, 2], [640, 552, 2], [1216, 64, 3], [1280, 1024, 1], [2304, 253, 1]])
-    for segments in (SEGMENTS, SEGMENTS, kernels.block_table(SEGMENTS, 128), cut):
+    for segments in (SEGMENTS, SEGMENTS, block_table(SEGMENTS, 128), cut):
         shard = Shard.create(bf16_out=True).to(DEVICE)
         for grad in gradients(3):
             shard.step(IMPLEMENTATIONS[name], grad.to(DEVICE), GROUPS["eps"], segments)
@@ -204,7 +205,7 @@ def test_a_tiny_decay_keeps_its_size_on_average(name):
     decay = {}
     for key in ("ours", "torch"):
         master, state = start.clone().to(DEVICE), torch.zeros(3, 4096, device=DEVICE)
-        control = torch.tensor([1.5e-6, 1, 1, 0, 0.1, 0.05, 0, 0], dtype=torch.float64, device=DEVICE)
+        control = new_control(DEVICE, Control(1.5e-6, step=1, clip=1, correction1=0.1, correction2=0.05))
         tables = (torch.tensor([[0, 4096, 0]], device=DEVICE), torch.tensor([[1.0, 0.1, 1e-8]], dtype=torch.float64, device=DEVICE))
         if key == "ours":
             IMPLEMENTATIONS[name].adamw_(None, master, *state, *tables, control, BETA1, BETA2)
@@ -229,7 +230,7 @@ def test_empty_tables_and_empty_segments_do_nothing(name):
 
 
 MUTATIONS = {
-    "drops the first bias correction": ("lr / tl.load(control + 4)", "lr"),
+    "drops the first bias correction": ("lr / tl.load(control + AT_CORRECTION1)", "lr"),
     "drops the second bias correction": ("new_v / correction2", "new_v"),
     "puts eps under the root": ("(root + eps)", "tl.sqrt(root * root + eps)"),
     "forgets the clip coefficient": (".to(dtype) * clip", ".to(dtype)"),
@@ -242,7 +243,7 @@ MUTATIONS = {
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_a_broken_kernel_is_caught(mutation):
     """Each change to the kernel's source would fail `test_fifty_steps_match_float64`."""
-    broken = dataclasses.replace(IMPLEMENTATIONS["triton"], adamw_=mutant("adamw", *MUTATIONS[mutation]).launch_adamw_)
+    broken = dataclasses.replace(IMPLEMENTATIONS["triton"], adamw_=mutant("ops.adamw", *MUTATIONS[mutation]).launch_adamw_)
     groups = GROUPS["eps"] * torch.tensor([1.0, 3.0, 1.0], dtype=torch.float64)
     groups[:, 0] = torch.tensor([1.0, 0.5, 0.7, 2.0])
     assert distance_from_definition(IMPLEMENTATIONS["triton"], groups, steps=3) < 1e-5
@@ -252,9 +253,9 @@ def test_a_broken_kernel_is_caught(mutation):
 def test_a_kernel_that_writes_padding_or_ignores_the_skip_flag_is_caught(monkeypatch):
     for replacement, check in (
         (("tl.where(inside, new_p, p)", "tl.where(inside, new_p, 0.0)"), lambda: test_padding_is_never_touched("triton")),
-        (("tl.load(control + 3) == 0.0", "tl.load(control + 3) == tl.load(control + 3)"), skip_check),
+        (("skip == 0.0", "skip == skip"), skip_check),
     ):
-        broken = dataclasses.replace(IMPLEMENTATIONS["triton"], adamw_=mutant("adamw", *replacement).launch_adamw_)
+        broken = dataclasses.replace(IMPLEMENTATIONS["triton"], adamw_=mutant("ops.adamw", *replacement).launch_adamw_)
         monkeypatch.setitem(IMPLEMENTATIONS, "triton", broken)
         with pytest.raises(AssertionError):
             check()
@@ -278,7 +279,7 @@ def test_a_block_table_covers_every_element_once(gaps_and_lengths, block):
     expected, actual = torch.full((start,), -1), torch.full((start,), -1)
     for begin, length, group in rows:
         expected[begin : begin + length] = group
-    for begin, length, group in kernels.block_table(segments, block).tolist():
+    for begin, length, group in block_table(segments, block).tolist():
         assert 0 < length <= block and begin % 64 == 0
         assert (actual[begin : begin + length] == -1).all()
         actual[begin : begin + length] = group
@@ -311,7 +312,8 @@ def test_the_cpu_keeps_its_segments_whole():
 def test_the_operator_passes_opcheck(dtype, with_out):
     shard = Shard.create(dtype, bf16_out=with_out).to(DEVICE)
     (grad,) = gradients(1, dtype)
-    shard.control[1:6] = torch.tensor([1.0, 0.5, 0.0, 1 - BETA1, 1 - BETA2])
+    now = Control(1e-2, step=1, clip=0.5, correction1=1 - BETA1, correction2=1 - BETA2)
+    shard.control = new_control(DEVICE, now)
     if shard.out is not None:
         shard.out.zero_()
     tables = (kernels.device_segments(SEGMENTS, DEVICE), GROUPS["eps"].to(DEVICE), shard.control)
@@ -349,11 +351,11 @@ def step_without_data(adamw, grad_norm, monkeypatch):
 
 def test_a_step_is_three_launches_that_read_no_value_on_the_host(monkeypatch):
     """What a CUDA graph needs: no synchronization, the same launches whatever the numbers are. Shown without a GPU."""
-    adamw, grad_norm = (importlib.import_module(f"megatron_completep.kernels.{name}") for name in ("adamw", "grad_norm"))
+    adamw, grad_norm = (importlib.import_module(f"megatron_completep.kernels.ops.{name}") for name in ("adamw", "grad_norm"))
     launches = step_without_data(adamw, grad_norm, monkeypatch)
     assert [len(found) for found in launches.values()] == [1, 1, 1]
     assert launches["adamw_kernel"][0][0] == (len(SEGMENTS),)
-    nosy = mutant("adamw", "if segments.shape[0] == 0:", "if segments.shape[0] == 0 or control[3].item():")
+    nosy = mutant("ops.adamw", "if segments.shape[0] == 0:", "if segments.shape[0] == 0 or control.sum().item():")
     with pytest.raises(RuntimeError, match="meta"):
         step_without_data(nosy, grad_norm, monkeypatch)
 
@@ -403,5 +405,5 @@ def test_a_captured_graph_steps_as_the_launches_do():
         grad.copy_(new)
         graph.replay()
         launched.step(implementation, grad, groups, segments)
-    assert launched.control[1] == 4
+    assert launched.control[STEP] == 4
     assert torch.equal(captured.master, launched.master) and torch.equal(captured.out, launched.out)

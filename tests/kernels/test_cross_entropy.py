@@ -171,7 +171,7 @@ MUTATIONS = {
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_a_broken_backward_is_caught(mutation):
-    broken = launchers(mutant("cross_entropy", *MUTATIONS[mutation]))
+    broken = launchers(mutant("ops.cross_entropy", *MUTATIONS[mutation]))
     case = Case.create(3, 100, 64, 130)
     grad_scale = torch.ones(3)
     expected = case.gradient(reference, case.logits.double(), case.lse(), grad_scale)
@@ -189,7 +189,7 @@ FORWARD_MUTATIONS = {
 
 @pytest.mark.parametrize("mutation", FORWARD_MUTATIONS)
 def test_a_broken_forward_is_caught(mutation):
-    broken = launchers(mutant("cross_entropy", *FORWARD_MUTATIONS[mutation]))
+    broken = launchers(mutant("ops.cross_entropy", *FORWARD_MUTATIONS[mutation]))
     case = Case.create(2, 8256, 64, 64 + 8200)
     case.logits[:, 5000], case.logits[:, 8250] = 60.0, 70.0  # the maximum is not in the first block, and padding holds a larger one
     expected = case.statistics(reference, case.logits.double())
@@ -205,7 +205,9 @@ def test_more_than_two_to_the_31_logits_do_not_overflow(breaks, monkeypatch):
     from triton.runtime.interpreter import interpreter_builder
 
     monkeypatch.setattr(interpreter_builder, "options", dataclasses.replace(interpreter_builder.options, debug=True))
-    module = mutant("cross_entropy", "tl.program_id(0).to(tl.int64)", "tl.program_id(0)" if breaks else "tl.program_id(0).to(tl.int64) ")
+    module = mutant(
+        "ops.cross_entropy", "tl.program_id(0).to(tl.int64)", "tl.program_id(0)" if breaks else "tl.program_id(0).to(tl.int64) "
+    )
     logits = torch.zeros(64)
     labels, stats = torch.zeros(4, dtype=torch.int64), torch.zeros(3, 4)
 

@@ -12,8 +12,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_completep import kernels
-from megatron_completep.kernels import native, reference, squared_relu_kernel
+from megatron_completep.kernels import Join, Norm, reference
+from megatron_completep.kernels.cpu import pointwise
 from megatron_completep.kernels.library import LAUNCHERS
+from megatron_completep.kernels.ops import squared_relu
 
 H = 24
 OPERATORS = torch.ops.completep
@@ -23,6 +25,9 @@ def random(*shape, dtype=torch.float32, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64).to(dtype)
 
 
+KINDS = ("layernorm", "rmsnorm")
+
+
 def saved_statistics(rms):
     return (torch.empty(0) if rms else random(6)), random(6).abs() + 0.5
 
@@ -30,17 +35,19 @@ def saved_statistics(rms):
 def samples():
     """(operator, arguments) for every operation of the model, with and without each optional argument."""
     x, vector, seed = random(2, 3, H), random(H), torch.tensor([7])
-    for rms in (False, True):
-        mean, rstd = saved_statistics(rms)
-        yield "norm_forward", (x, vector, None if rms else vector, 1e-5, rms, torch.bfloat16)
-        yield "residual_norm_forward", (x, x, vector, vector, vector, 0.5, 1e-5, rms, 0.25, seed)
-        yield "residual_norm_forward", (x, x.bfloat16(), None, vector, None, 0.5, 1e-5, rms, 0.0, None)
-        yield "residual_norm_backward", (x, x, x, mean, rstd, vector, True, True, True, 0.5, rms, 0.25, seed)
-        yield "residual_norm_backward", (None, x, x, mean, rstd, vector, False, False, False, 1.0, rms, 0.0, None)
-    yield "scaled_add_forward", (x, x, vector, 0.5, 0.25, seed)
-    yield "scaled_add_forward", (x, x, None, 0.5, 0.0, None)
-    yield "scaled_add_backward", (x, True, 0.5, 0.25, seed, torch.bfloat16)
-    yield "scaled_add_backward", (x, False, 0.5, 0.0, None, torch.float32)
+    dropping, plain = (0.5, 0.25, seed), (0.5, 0.0, None)  # the fields of a Join
+    for kind in KINDS:
+        norm = (kind, 1e-5)
+        mean, rstd = saved_statistics(kind == "rmsnorm")
+        yield "norm_forward", (x, vector, None if kind == "rmsnorm" else vector, *norm, torch.bfloat16)
+        yield "residual_norm_forward", (x, x, vector, vector, vector, *dropping, *norm)
+        yield "residual_norm_forward", (x, x.bfloat16(), None, vector, None, *plain, *norm)
+        yield "residual_norm_backward", (x, x, x, mean, rstd, vector, True, True, True, *dropping, *norm)
+        yield "residual_norm_backward", (None, x, x, mean, rstd, vector, False, False, False, *plain, *norm)
+    yield "scaled_add_forward", (x, x, vector, *dropping)
+    yield "scaled_add_forward", (x, x, None, *plain)
+    yield "scaled_add_backward", (x, True, *dropping, torch.bfloat16)
+    yield "scaled_add_backward", (x, False, *plain, torch.float32)
     yield "reduce_partials_", (random(4, 3, H), 1, vector.clone())
     yield "swiglu_forward", (x,)
     yield "swiglu_backward", (x[..., : H // 2].contiguous(), x)
@@ -72,21 +79,21 @@ def test_every_operator_is_sampled_here_or_beside_its_own_tests():
         assert f"opcheck(torch.ops.completep.{name}.default" in checked
 
 
-@pytest.mark.parametrize("rms", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("optional", [False, True])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
-def test_gradients_of_the_residual_norm_are_right_in_float64(rms, optional, dropout_p):
+def test_gradients_of_the_residual_norm_are_right_in_float64(kind, optional, dropout_p):
     names = ("residual", "branch", "branch_bias", "weight", "bias")
     given = {name: random(*((2, 6) if k < 2 else (6,)), dtype=torch.float64, seed=k) for k, name in enumerate(names)}
     if not optional:
         given["branch_bias"] = given["bias"] = None
-    seed = torch.tensor(11) if dropout_p else None
+    join = Join(0.3, dropout_p, torch.tensor(11) if dropout_p else None)
     leaves = [tensor.requires_grad_() for tensor in given.values() if tensor is not None]
 
     def function(*leaves):
         values = iter(leaves)
         arguments = [None if tensor is None else next(values) for tensor in given.values()]
-        return kernels.scaled_residual_norm(*arguments, scale=0.3, rms=rms, dropout_p=dropout_p, seed=seed)
+        return kernels.scaled_residual_norm(*arguments, join, Norm(kind))
 
     assert torch.autograd.gradcheck(function, leaves)
 
@@ -95,79 +102,87 @@ def test_gradients_of_the_other_operations_are_right_in_float64():
     x, vector = random(2, 3, H, dtype=torch.float64).requires_grad_(), random(H, dtype=torch.float64, seed=1).requires_grad_()
     bias = random(H, dtype=torch.float64, seed=2).requires_grad_()
     heads, angle = random(2, 3, 2, 8, dtype=torch.float64).requires_grad_(), random(2, 1, 4, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x, w, b: kernels.norm(x, w, b), (x, vector, bias))
-    assert torch.autograd.gradcheck(lambda x, w: kernels.norm(x, w, rms=True), (x, vector))
-    assert torch.autograd.gradcheck(lambda x, y, b: kernels.scaled_add(x, y, b, 0.3), (x, random(2, 3, H, dtype=torch.float64), bias))
+    assert torch.autograd.gradcheck(lambda x, w, b: kernels.norm(x, w, b, Norm()), (x, vector, bias))
+    assert torch.autograd.gradcheck(lambda x, w: kernels.norm(x, w, None, Norm("rmsnorm")), (x, vector))
+    branch = random(2, 3, H, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x, y, b: kernels.scaled_add(x, y, b, Join(0.3)), (x, branch, bias))
     assert torch.autograd.gradcheck(kernels.swiglu, x)
     assert torch.autograd.gradcheck(kernels.squared_relu, x)
     assert torch.autograd.gradcheck(lambda q: kernels.rotary(q, angle.cos(), angle.sin()), heads)
 
 
 def test_gradcheck_notices_a_wrong_gradient(monkeypatch):
-    monkeypatch.setattr(squared_relu_kernel, "_squared_relu_backward", lambda d_out, x: 1.01 * native.squared_relu_backward(d_out, x))
+    monkeypatch.setattr(squared_relu, "_squared_relu_backward", lambda d_out, x: 1.01 * pointwise.squared_relu_backward(d_out, x))
     with pytest.raises(RuntimeError, match="Jacobian mismatch"):
         torch.autograd.gradcheck(kernels.squared_relu, random(2, 3, dtype=torch.float64).abs().requires_grad_())
 
 
 def test_an_unused_output_of_the_residual_norm_costs_no_gradient():
     residual, branch, weight = random(4, H).requires_grad_(), random(4, H, seed=1), random(H, seed=2)
-    y, _ = kernels.scaled_residual_norm(residual, branch, None, weight, scale=0.5)
+    y, _ = kernels.scaled_residual_norm(residual, branch, None, weight, None, Join(0.5), Norm())
     (gradient,) = torch.autograd.grad(y.sum(), residual)
     assert torch.equal(gradient, torch.ones_like(residual))
 
 
-def block(residual, branch, weight, gate_up_weight, cos, sin):
+def block(residual, branch, weight, bias, gate_up_weight, cos, sin, seed):
     """One of everything."""
-    y, x = kernels.scaled_residual_norm(residual, branch, None, weight, scale=0.5, rms=True)
+    join = Join(0.5, 0.25, seed)
+    y, x = kernels.scaled_residual_norm(residual, branch, bias, weight, None, join, Norm("rmsnorm"))
     x = kernels.rotary(x.unflatten(-1, (3, 8)), cos, sin).flatten(2)
     x = kernels.squared_relu(kernels.swiglu(x @ gate_up_weight))
-    return kernels.scaled_add(kernels.norm(y, weight), x, None, 0.25).square().sum()
+    return kernels.scaled_add(kernels.norm(y, weight, bias, Norm()), x, bias, join).square().sum()
 
 
 def block_inputs():
-    leaves = [random(2, 3, H), random(2, 3, H, seed=1), random(H, seed=2), random(H, 2 * H, seed=3)]
-    return [leaf.requires_grad_() for leaf in leaves], random(2, 1, 4).cos(), random(2, 1, 4).sin()
+    leaves = [random(2, 3, H), random(2, 3, H, seed=1), random(H, seed=2), random(H, seed=4), random(H, 2 * H, seed=3)]
+    fixed = random(2, 1, 4).cos(), random(2, 1, 4).sin(), torch.tensor(5)
+    return [leaf.requires_grad_() for leaf in leaves], fixed
 
 
 def test_torch_compile_traces_through_every_operation_without_a_break():
-    leaves, cos, sin = block_inputs()
+    """With dropout, whose seed is a tensor inside a value: the second seed must not find the first one's mask."""
+    leaves, (cos, sin, seed) = block_inputs()
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
-    plain = torch.autograd.grad(block(*leaves, cos, sin), leaves)
-    traced = torch.autograd.grad(compiled(*leaves, cos, sin), leaves)
-    for a, b in zip(plain, traced, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    for each in (seed, seed + 1):
+        plain = torch.autograd.grad(block(*leaves, cos, sin, each), leaves)
+        traced = torch.autograd.grad(compiled(*leaves, cos, sin, each), leaves)
+        for a, b in zip(plain, traced, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    other = torch.autograd.grad(block(*leaves, cos, sin, seed), leaves)
+    assert not torch.allclose(other[1], plain[1]), "the negative control: the seeds drop the same"
 
 
 def test_the_profiler_sees_the_fused_operations_forward_and_backward():
-    leaves, cos, sin = block_inputs()
+    leaves, fixed = block_inputs()
     with profile(activities=[ProfilerActivity.CPU]) as trace:
-        block(*leaves, cos, sin).backward()
+        block(*leaves, *fixed).backward()
     seen = {event.key for event in trace.key_averages()}
     pairs = ("residual_norm", "swiglu", "squared_relu", "scaled_add")
     expected = {f"{name}_{way}" for name in pairs for way in ("forward", "backward")} | {"norm_forward", "rotary", "reduce_partials_"}
     assert {f"completep::{name}" for name in expected} <= seen
 
 
-def test_norm_alone_returns_the_stream_itself():
-    x, weight = random(4, H), random(H)
-    y, out, mean, rstd = kernels.residual_norm_forward(x, None, None, weight, None, 1.0, 1e-5, False, out_dtype=torch.bfloat16)
-    assert y is x and out.dtype == torch.bfloat16 and mean.shape == rstd.shape == (4,)
-    d_residual, d_branch, partials = kernels.residual_norm_backward(None, out, y, mean, rstd, weight, False, False, False, 1.0, False)
-    assert d_branch is None and d_residual.shape == x.shape and partials.shape[1:] == (1, H)
-
-
 def test_dropout_without_a_seed_is_refused():
     x = random(2, H)
-    with pytest.raises(ValueError, match="needs a seed"):
-        kernels.scaled_add(x, x, dropout_p=0.5)
+    with pytest.raises(ValueError, match=r"dropout_p = 0\.5 needs a seed"):
+        kernels.scaled_add(x, x, None, Join(1.0, 0.5))
+    with pytest.raises(ValueError, match="needs a seed"):  # where no value is read, as on a GPU
+        kernels.scaled_residual_norm(x.to("meta"), x.to("meta"), None, x[0].to("meta"), None, Join(1.0, 0.5), Norm())
+
+
+def test_a_kind_of_norm_that_is_not_defined_is_refused():
+    x = random(2, H)
+    for device in ("cpu", "meta"):
+        with pytest.raises(ValueError, match=r'kind = .rms. must be "layernorm" or "rmsnorm"'):
+            kernels.norm(x.to(device), x[0].to(device), None, Norm("rms"))
 
 
 def test_importing_every_module_leaves_the_public_functions_in_place():
     """A module named like a function would take its place in the package when it is imported."""
     names = {module.name for module in pkgutil.iter_modules(kernels.__path__)}
     assert not names & set(kernels.__all__)
-    for name in names:
-        importlib.import_module(f"megatron_completep.kernels.{name}")
+    for module in pkgutil.walk_packages(kernels.__path__, f"{kernels.__name__}."):
+        importlib.import_module(module.name)
     assert not [name for name in kernels.__all__ if isinstance(getattr(kernels, name), types.ModuleType)]
 
 
@@ -178,7 +193,7 @@ sys.modules["triton"] = None  # an import of it now fails
 import torch
 from megatron_completep import kernels
 x = torch.randn(4, 8, requires_grad=True)
-kernels.swiglu(kernels.norm(x, torch.ones(8))).sum().backward()
+kernels.swiglu(kernels.norm(x, torch.ones(8), None, kernels.Norm())).sum().backward()
 """
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, timeout=120)
 
@@ -191,4 +206,5 @@ def test_the_folder_imported_as_a_package_of_its_own_is_empty():
 
 def test_operations_agree_with_their_definition_across_dtypes():
     x, weight = random(4, H, dtype=torch.bfloat16), random(H, dtype=torch.bfloat16)
-    torch.testing.assert_close(kernels.norm(x, weight), reference.norm(x, weight, None, 1e-5, False), rtol=1e-2, atol=1e-2)
+    ours, defined = (norm(x, weight, None, Norm()) for norm in (kernels.norm, reference.norm))
+    torch.testing.assert_close(ours, defined, rtol=1e-2, atol=1e-2)

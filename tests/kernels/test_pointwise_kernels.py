@@ -7,14 +7,16 @@ import torch
 from norm_cases import TOLERANCE, assert_close, poisoned_allocations
 from step_kernels import DEVICE, launchers, mutant
 
-from megatron_completep.kernels import native, reference, rotary_kernel, squared_relu_kernel, swiglu_kernel
+from megatron_completep.kernels import reference
+from megatron_completep.kernels.cpu import pointwise as cpu
+from megatron_completep.kernels.ops import rotary, squared_relu, swiglu
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # torch's bf16 operators round in between; the kernels round once.
 CPU_TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
-SWIGLU = {"triton": (launchers(swiglu_kernel), TOLERANCE), "cpu": (native, CPU_TOLERANCE)}
-SQUARED_RELU = {"triton": (launchers(squared_relu_kernel), TOLERANCE), "cpu": (native, CPU_TOLERANCE)}
-ROTARY = {"triton": (launchers(rotary_kernel), TOLERANCE), "cpu": (native, CPU_TOLERANCE)}
+SWIGLU = {"triton": (launchers(swiglu), TOLERANCE), "cpu": (cpu, CPU_TOLERANCE)}
+SQUARED_RELU = {"triton": (launchers(squared_relu), TOLERANCE), "cpu": (cpu, CPU_TOLERANCE)}
+ROTARY = {"triton": (launchers(rotary), TOLERANCE), "cpu": (cpu, CPU_TOLERANCE)}
 
 
 def random(*shape, dtype=torch.float32, seed=0):
@@ -122,7 +124,7 @@ def rotary_far_away(module):
     module.launch_rotary_(torch.zeros(1, 1, 32, 128), torch.zeros(1, 1, 64), torch.zeros(1, 1, 64), False)
 
 
-FAR = {"swiglu_kernel": swiglu_far_away, "squared_relu_kernel": squared_relu_far_away, "rotary_kernel": rotary_far_away}
+FAR = {"ops.swiglu": swiglu_far_away, "ops.squared_relu": squared_relu_far_away, "ops.rotary": rotary_far_away}
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter's overflow check")
@@ -137,14 +139,14 @@ def test_addresses_beyond_two_to_the_31_do_not_overflow_and_32_bits_would(module
 
 MUTANTS = {  # what goes wrong: (module, the text, the text instead, the check that notices)
     "the gate's own slope is lost": (
-        "swiglu_kernel", "(1.0 + gate * (1.0 - sigmoid))", "1.0", lambda m: check_swiglu(m, TOLERANCE, (3, 100), torch.float32)),
+        "ops.swiglu", "(1.0 + gate * (1.0 - sigmoid))", "1.0", lambda m: check_swiglu(m, TOLERANCE, (3, 100), torch.float32)),
     "gate and up change places": (
-        "swiglu_kernel", "gate_up + row * stride + F + column", "gate_up + row * stride + column",
+        "ops.swiglu", "gate_up + row * stride + F + column", "gate_up + row * stride + column",
         lambda m: check_swiglu(m, TOLERANCE, (3, 100), torch.float32)),
     "the inverse turns the same way": (
-        "rotary_kernel", "sine = -sine", "sine = sine", lambda m: check_rotary(m, TOLERANCE, (3, 2, 3, 64), torch.float32, inverse=True)),
+        "ops.rotary", "sine = -sine", "sine = sine", lambda m: check_rotary(m, TOLERANCE, (3, 2, 3, 64), torch.float32, inverse=True)),
     "every sequence has the first one's positions": (
-        "rotary_kernel", "b * cos_stride_b", "0", lambda m: check_rotary(m, TOLERANCE, (3, 2, 3, 64), torch.float32, batch_angles=2)),
+        "ops.rotary", "b * cos_stride_b", "0", lambda m: check_rotary(m, TOLERANCE, (3, 2, 3, 64), torch.float32, batch_angles=2)),
 }  # fmt: skip
 
 

@@ -10,8 +10,10 @@ from norm_cases import EPS, SEED, Case, backward, check_backward, check_forward,
 from step_kernels import DEVICE, launchers, mutant
 
 from megatron_completep import kernels
-from megatron_completep.kernels import launch, native, partial_sums, reference, scaled_add_kernel
-from megatron_completep.kernels import residual_norm as residual_norm_module
+from megatron_completep.kernels import Join, Norm, launch, reference
+from megatron_completep.kernels.cpu import residual_norm as cpu
+from megatron_completep.kernels.ops import partial_sums, scaled_add
+from megatron_completep.kernels.ops import residual_norm as residual_norm_module
 
 BF16 = torch.bfloat16
 # The interpreter launches 3 programs of 1 or 2 rows in the backward (launch.py), so 2, 3, 4 rows lie round P, and 17 loops.
@@ -36,8 +38,9 @@ CASES = [
     Case(2, 16384, bias=True, branch_bias=True),
     Case(3, 9000, BF16, rms=True, branch_bias=True, dropout_p=0.25),
 ]
-residual_norm = launchers(residual_norm_module, scaled_add_kernel, partial_sums)
-IMPLEMENTATIONS = {"triton": residual_norm, "cpu": native}
+residual_norm = launchers(residual_norm_module, scaled_add, partial_sums)
+IMPLEMENTATIONS = {"triton": residual_norm, "cpu": cpu}
+LAYERNORM = Norm("layernorm", EPS)
 
 
 def identity(case):
@@ -54,8 +57,8 @@ def test_kernels_match_float64_and_write_every_element_of_their_outputs_only(cas
 def test_cpu_path_matches_float64(case, monkeypatch):
     monkeypatch.setattr(norm_cases, "TOLERANCE", {**norm_cases.TOLERANCE, BF16: 5e-3, torch.float16: 8e-4, torch.float32: 2e-6})
     monkeypatch.setattr(norm_cases, "vector_tolerance", lambda dtype, rows: 1e-5 if dtype == torch.float32 else 5e-3)
-    check_forward(native, case)
-    check_backward(native, case)
+    check_forward(cpu, case)
+    check_backward(cpu, case)
 
 
 @pytest.mark.slow
@@ -102,9 +105,9 @@ def test_fused_equals_eager_bitwise_for_a_power_of_two_scale():
 def test_variance_survives_a_mean_a_thousand_times_larger_than_the_deviation():
     x = 1000.0 + torch.randn(3, 768, generator=torch.Generator().manual_seed(1))
     x, weight = x.to(DEVICE), torch.ones(768, device=DEVICE)
-    out, _, rstd = residual_norm.norm_forward(x, weight, None, EPS, False, torch.float32)
+    out, _, rstd = residual_norm.norm_forward(x, weight, None, LAYERNORM, torch.float32)
     assert relative_error(rstd, (x.double().var(-1, correction=0) + EPS).rsqrt()) < 1e-5
-    assert relative_error(out, reference.norm(x.double(), weight.double(), None, EPS, False)) < 1e-4
+    assert relative_error(out, reference.norm(x.double(), weight.double(), None, LAYERNORM)) < 1e-4
 
 
 @pytest.mark.parametrize("case", [Case(17, 768, BF16, bias=True, branch_bias=True, dropout_p=0.1), Case(5, 9000)], ids=identity)
@@ -122,11 +125,11 @@ def test_two_runs_agree_bitwise(case):
 def test_add_alone_matches_float64_both_ways(branch_bias, dtype):
     case = Case(7, 768, dtype, branch_bias=branch_bias, dropout_p=0.2)
     given = case.inputs()
-    seed = given["seed"]
-    y = residual_norm.scaled_add_forward(given["residual"], given["branch"], given["branch_bias"], 0.3, 0.2, seed)
+    join = Join(0.3, 0.2, given["seed"])
+    y = residual_norm.scaled_add_forward(given["residual"], given["branch"], given["branch_bias"], join)
     assert torch.equal(y, forward(residual_norm, case, given)[0])
-    d_branch, partials = residual_norm.scaled_add_backward(given["d_y"], branch_bias, 0.3, 0.2, seed, dtype)
-    factor = reference.dropout_factor(y.shape, 0.2, seed.cpu(), torch.device("cpu"))
+    d_branch, partials = residual_norm.scaled_add_backward(given["d_y"], branch_bias, join, dtype)
+    factor = reference.dropout_factor(y.shape, norm_cases.on_cpu(join))
     expected = 0.3 * factor * given["d_y"].double().cpu()
     assert relative_error(d_branch, expected) < norm_cases.TOLERANCE[dtype]
     assert partials.shape[1:] == (int(branch_bias), 768)
@@ -137,13 +140,17 @@ def test_add_alone_matches_float64_both_ways(branch_bias, dtype):
 # --- dropout ----------------------------------------------------------------------------------------------------------------------
 
 
+def factor_of(seed):
+    return reference.dropout_factor(torch.Size((500, 101)), Join(1.0, 0.3, torch.tensor(seed)))
+
+
 def test_dropout_drops_the_asked_share_and_keeps_the_mean():
-    factor = reference.dropout_factor(torch.Size((500, 101)), 0.3, torch.tensor(SEED), torch.device("cpu"))
+    factor = factor_of(SEED)
     assert abs(float((factor == 0).float().mean()) - 0.3) < 0.01  # five standard deviations of 50,500 draws
     assert factor.unique().tolist() == [0.0, pytest.approx(1 / 0.7)]
-    other = reference.dropout_factor(torch.Size((500, 101)), 0.3, torch.tensor(SEED + 1), torch.device("cpu"))
+    other = factor_of(SEED + 1)
     assert 0.5 < float((factor == other).float().mean()) < 0.65  # 0.58 for independent masks
-    high = reference.dropout_factor(torch.Size((500, 101)), 0.3, torch.tensor(SEED + (1 << 40)), torch.device("cpu"))
+    high = factor_of(SEED + (1 << 40))
     assert not torch.equal(factor, high)
 
 
@@ -158,13 +165,13 @@ def test_a_shape_only_pass_draws_nothing_and_changes_no_mask():
     case = Case(6, 100, dropout_p=0.4)
     given = {key: None if value is None else value.cpu() for key, value in case.inputs().items()}
     arguments = [given[key] for key in ("residual", "branch", "branch_bias", "weight", "bias")]
-    options = {"scale": 0.3, "dropout_p": 0.4, "seed": given["seed"]}
-    before, state = kernels.scaled_residual_norm(*arguments, **options)[0], torch.get_rng_state()
+    join = Join(0.3, 0.4, given["seed"])
+    before, state = kernels.scaled_residual_norm(*arguments, join, LAYERNORM)[0], torch.get_rng_state()
     shapes = [None if tensor is None else tensor.to("meta") for tensor in arguments]
-    y, out = kernels.scaled_residual_norm(*shapes, **{**options, "seed": given["seed"].to("meta")})
+    y, out = kernels.scaled_residual_norm(*shapes, join.under(given["seed"].to("meta")), LAYERNORM)
     assert y.shape == before.shape and out.is_meta
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(kernels.scaled_residual_norm(*arguments, **options)[0], before)
+    assert torch.equal(kernels.scaled_residual_norm(*arguments, join, LAYERNORM)[0], before)
 
 
 def test_a_recomputed_forward_draws_the_same_mask():
@@ -174,7 +181,7 @@ def test_a_recomputed_forward_draws_the_same_mask():
     fixed = [None if given[k] is None else given[k].cpu() for k in ("residual", "branch_bias", "weight", "bias", "seed")]
 
     def block(branch):
-        y, out = kernels.scaled_residual_norm(fixed[0], branch, *fixed[1:4], scale=0.3, dropout_p=0.4, seed=fixed[4])
+        y, out = kernels.scaled_residual_norm(fixed[0], branch, *fixed[1:4], Join(0.3, 0.4, fixed[4]), LAYERNORM)
         return (y * out).sum()
 
     (plain,) = torch.autograd.grad(block(leaf), leaf)
@@ -191,8 +198,8 @@ FAR_ROWS = 2**31 // 128  # of 1024 elements, two to a tile; one program takes ev
 
 def norm_far_away(module):
     x = torch.zeros(64, 1024)
-    module.launch_residual_norm_forward(x, x, None, VECTOR, None, 0.5, EPS, False, 0.0, None)
-    module.backward_kernel[(1,)](
+    module.launch_residual_norm_forward(x, x, None, VECTOR, None, Join(0.5), LAYERNORM)
+    module.residual_norm_backward_kernel[(1,)](
         x, x, x, x, x, VECTOR, None, x, x, torch.zeros(1, 1, 1024), FAR_ROWS, 1024, 1024, 1024, 0.5, 0.0,
         HIDDEN=1024, WIDTHS=(1024,), ROWS=2, RMS=True, HAS_BIAS=False, HAS_BRANCH_BIAS=False, STAGES=1,
     )  # fmt: skip
@@ -200,7 +207,7 @@ def norm_far_away(module):
 
 def vectors_far_away(module):
     x = torch.zeros(64, 1024)
-    module.vector_gradient_kernel[(1,)](
+    module.residual_norm_vector_gradient_kernel[(1,)](
         x, x, x, x, None, torch.zeros(1, 1, 1024), FAR_ROWS, 1024, 1024,
         HIDDEN=1024, BLOCK=1024, ROWS=2, RMS=True, HAS_BIAS=False, STAGES=1,
     )  # fmt: skip
@@ -208,13 +215,17 @@ def vectors_far_away(module):
 
 def add_far_away(module):
     x = torch.zeros(64, 1024)
-    module.launch_scaled_add_forward(x, x, None, 0.5, 0.0, None)
-    module.backward_kernel[(1,)](
+    module.launch_scaled_add_forward(x, x, None, Join(0.5))
+    module.scaled_add_backward_kernel[(1,)](
         x, None, x, torch.zeros(1, 1, 1024), FAR_ROWS, 1024, 0.5, 0.0, HIDDEN=1024, WIDTHS=(1024,), ROWS=2, STAGES=1
     )
 
 
-FAR = {"norm": ("residual_norm", norm_far_away), "vectors": ("residual_norm", vectors_far_away), "add": ("scaled_add_kernel", add_far_away)}
+FAR = {
+    "norm": ("ops.residual_norm", norm_far_away),
+    "vectors": ("ops.residual_norm", vectors_far_away),
+    "add": ("ops.scaled_add", add_far_away),
+}
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter's overflow check")
@@ -232,34 +243,35 @@ def test_addresses_beyond_two_to_the_31_do_not_overflow_and_32_bits_would(name, 
 
 BACKWARD = Case(17, 100, bias=True, branch_bias=True, dropout_p=0.3)
 MUTANTS = {  # what goes wrong: (the module, its text, the text instead, the check that notices, its case)
-    "the scale is missing in the backward": ("row_tiles", "gradient *= scale", "gradient *= 1.0", check_backward, BACKWARD),
+    "the scale is missing in the backward": ("tiling", "gradient *= scale", "gradient *= 1.0", check_backward, BACKWARD),
     "statistics are taken before rounding": (
-        "row_tiles", "return stored.to(tl.float32)", "return total + scale * update", check_forward, Case(5, 64, BF16)),
+        "tiling", "return stored.to(tl.float32)", "return total + scale * update", check_forward, Case(5, 64, BF16)),
     "lanes past the end count in the variance": (
-        "residual_norm", "tl.where(column < HIDDEN, x - mean, 0.0)", "x - mean", check_forward, Case(5, 100)),
+        "ops.residual_norm", "tl.where(column < HIDDEN, x - mean, 0.0)", "x - mean", check_forward, Case(5, 100)),
     "the backward drops other elements": (
-        "row_tiles", "gradient *= dropout_factor(seed, dropout_p, row", "gradient *= dropout_factor(seed, dropout_p, 1 + row",
+        "tiling", "gradient *= dropout_factor(seed, dropout_p, row", "gradient *= dropout_factor(seed, dropout_p, 1 + row",
         check_backward, BACKWARD),
-    "the stream's own gradient is lost": ("residual_norm", "if d_y is not None:", "if False:", check_backward, BACKWARD),
-    "the mean of the gradient is not removed": ("residual_norm", "g[k] - g_mean", "g[k]", check_backward, BACKWARD),
+    "the stream's own gradient is lost": ("ops.residual_norm", "if d_y is not None:", "if False:", check_backward, BACKWARD),
+    "the mean of the gradient is not removed": ("ops.residual_norm", "g[k] - g_mean", "g[k]", check_backward, BACKWARD),
     "a vector gradient takes another's place": (
-        "residual_norm", "store_partial(partials, K - 1, K, branch_sum", "store_partial(partials, 1, K, branch_sum",
+        "ops.residual_norm", "store_partial(partials, K - 1, K, branch_sum", "store_partial(partials, 1, K, branch_sum",
         check_backward, BACKWARD),
     "later segments are left out of the row's sum": (
-        "row_tiles", "total += tiles[k]", "total += 0.0 * tiles[k]", check_backward, Case(3, 768)),
+        "tiling", "total += tiles[k]", "total += 0.0 * tiles[k]", check_backward, Case(3, 768)),
     "the second segment is left out of the row's sum": (
-        "row_tiles", " + tl.sum(tiles[1], axis=1, keep_dims=True)", "", check_backward, Case(3, 640)),
+        "tiling", " + tl.sum(tiles[1], axis=1, keep_dims=True)", "", check_backward, Case(3, 640)),
     "the reduction overwrites the main gradient": (
-        "partial_sums", "old + tl.sum(total, axis=0)", "tl.sum(total, axis=0)", check_backward, BACKWARD),
+        "ops.partial_sums", "old + tl.sum(total, axis=0)", "tl.sum(total, axis=0)", check_backward, BACKWARD),
 }  # fmt: skip
 
 
 def with_slip(module, old, new):
     """The launchers with one slip in `module`; whoever imports the changed module's functions is copied with it."""
     broken = mutant(module, old, new)
-    changed = {"residual_norm": residual_norm_module, "partial_sums": partial_sums}
-    if module == "row_tiles":
-        changed["residual_norm"] = mutant("residual_norm", "from .row_tiles", f"from .{broken.__name__.rpartition('.')[2]}")
+    changed = {"ops.residual_norm": residual_norm_module, "ops.partial_sums": partial_sums}
+    if module == "tiling":
+        name = broken.__name__.rpartition(".")[2]
+        changed["ops.residual_norm"] = mutant("ops.residual_norm", "from ..tiling", f"from ..{name}")
     else:
         changed[module] = broken
     return launchers(*changed.values())

@@ -5,7 +5,7 @@ import torch
 from step_kernels import DEVICE
 
 from megatron_completep import kernels
-from megatron_completep.kernels.wide_product import adds_exactly
+from megatron_completep.kernels.ops.wide_product import adds_exactly
 
 true_addmm = torch.addmm
 

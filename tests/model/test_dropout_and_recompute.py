@@ -9,7 +9,7 @@ from small_models import batch_of, build_model, completep_config, model_config, 
 from torch import Tensor
 
 from megatron_completep.config.schema import ModelConfig
-from megatron_completep.kernels import reference
+from megatron_completep.kernels import Join, reference
 from megatron_completep.model.gpt import GPT
 
 SEED = torch.tensor([12345])
@@ -20,7 +20,8 @@ def factors(model: ModelConfig, shape: tuple[int, int]) -> list[Tensor]:
     batch, length = shape
     size = torch.Size((length, batch, model.hidden_size))
     sites = range(1, 2 * model.num_layers + 1)
-    return [reference.dropout_factor(size, model.dropout, SEED + site, SEED.device).double().transpose(0, 1) for site in sites]
+    factors = [reference.dropout_factor(size, Join(1.0, model.dropout, SEED + site)) for site in sites]
+    return [factor.double().transpose(0, 1) for factor in factors]
 
 
 def gradients_of(gpt: GPT, tokens: Tensor, labels: Tensor, seed: Tensor | None = SEED) -> dict[str, Tensor]:

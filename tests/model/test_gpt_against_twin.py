@@ -11,6 +11,7 @@ from plain_twin import PlainTwin, cross_entropy_sum
 from small_models import batch_of, build_model, completep_config, model_config, table_for
 from torch import Tensor
 
+from megatron_completep import kernels
 from megatron_completep.completep import Table
 from megatron_completep.config.schema import CompletePConfig, ModelConfig
 from megatron_completep.model.block import Block
@@ -232,8 +233,7 @@ def test_rotary_angles_follow_a_change_of_precision() -> None:
 
 def without_final_multiplier(monkeypatch: pytest.MonkeyPatch) -> None:
     """The multiplier missing on the last MLP branch, whose sum the final norm takes."""
-    original = GPT._residual_sum
-    monkeypatch.setattr(GPT, "_residual_sum", lambda self: type(original(self))(1.0, self.config.dropout))
+    monkeypatch.setattr(GPT, "_join", lambda self, dropout_seed: kernels.Join())
 
 
 def without_logit_multiplier(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ def plain_logits(gpt: GPT, tokens: Tensor) -> Tensor:
     model: ModelConfig = gpt.config
 
     def norm(x: Tensor, module) -> Tensor:
-        return kernels.norm(x, module.weight, module.bias, eps=model.norm_eps, rms=model.norm == "rmsnorm")
+        return kernels.norm(x, module.weight, module.bias, kernels.Norm(model.norm, model.norm_eps))
 
     def with_bias(out: Tensor, bias: Tensor | None) -> Tensor:
         return out if bias is None else out + bias

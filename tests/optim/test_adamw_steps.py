@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron_completep.completep import table as page
 from megatron_completep.config.schema import RoleFactors
+from megatron_completep.kernels.control import STEP
 from megatron_completep.model.gpt import GPT
 from megatron_completep.optim.distributed_adamw import DistributedAdamW
 from megatron_completep.optim.schedule import learning_rate
@@ -217,7 +218,7 @@ def test_the_comparison_with_torch_sees_a_wrong_group() -> None:
 def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(bad: float) -> None:
     gpt, optimizer, _ = small_setup(dtype=torch.float32)
     train_step(gpt, optimizer, 1e-2, batch_of(gpt.config))
-    state = [t.clone() for t in (optimizer.master, optimizer.exp_avg, optimizer.exp_avg_sq, optimizer.control[1:2])]
+    state = [t.clone() for t in (optimizer.master, optimizer.exp_avg, optimizer.exp_avg_sq, optimizer.control[STEP])]
     optimizer.begin_step(1)
     tokens, labels = batch_of(gpt.config, 1)
     loss = gpt(tokens, labels=labels)
@@ -225,10 +226,10 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(bad: float) -
     gpt.final_norm.weight.main_grad[3] = bad
     result = optimizer.step(1e-2, loss, torch.tensor(5))
     assert result.skipped.item() == 1.0 and not torch.isfinite(result.grad_norm)
-    after = (optimizer.master, optimizer.exp_avg, optimizer.exp_avg_sq, optimizer.control[1:2])
+    after = (optimizer.master, optimizer.exp_avg, optimizer.exp_avg_sq, optimizer.control[STEP])
     assert all(torch.equal(a, b) for a, b in zip(state, after, strict=True))
     result = train_step(gpt, optimizer, 1e-2, batch_of(gpt.config, 2))
-    assert result.skipped.item() == 0.0 and optimizer.control[1].item() == 2.0
+    assert result.skipped.item() == 0.0 and optimizer.control[STEP].item() == 2.0
     assert not torch.equal(optimizer.master, state[0]) and torch.isfinite(optimizer.master).all()
 
 

@@ -11,6 +11,7 @@ import yaml
 from checkpoint_helpers import TinyRun, tiny_config
 
 from megatron_completep.errors import CheckpointError
+from megatron_completep.kernels.control import STEP
 from megatron_completep.parallel.gradients import main_grad_of
 from megatron_completep.tools import checkpoint as tool
 from megatron_completep.training.checkpoint import StoredCheckpoint
@@ -69,7 +70,7 @@ def test_the_adapted_model_computes_the_same_function_and_goes_on(tmp_path, mode
                 parameter.copy_(run.optimizer.parameters[name])
             assert not torch.allclose(again.model(TOKENS[:, :-1]), expected, rtol=1e-6)
             again.resume()
-    assert again.state == run.state and again.optimizer.control[1] == 3
+    assert again.state == run.state and again.optimizer.control[STEP] == 3
     assert all(map(torch.isfinite, map(torch.tensor, again.train(2))))
 
 
@@ -108,7 +109,7 @@ def test_new_layers_are_silent_and_otherwise_as_in_a_fresh_model(tmp_path):
 def test_starting_anew_takes_the_weights_alone(tmp_path):
     run = trained(tmp_path / "old", {})
     again = adapted(run, tmp_path / "new", {}, {}, start_anew=True, files=3)
-    assert again.state.step == 0 and again.optimizer.control[1] == 0 and not again.optimizer.exp_avg.any()
+    assert again.state.step == 0 and again.optimizer.control[STEP] == 0 and not again.optimizer.exp_avg.any()
     assert torch.equal(again.optimizer.master, run.optimizer.master)
 
 

@@ -13,6 +13,7 @@ from checkpoint_helpers import tiny_config
 from worker_pool import WorkerPool
 
 from megatron_completep.completep import table_of
+from megatron_completep.kernels.control import STEP
 from megatron_completep.model.stages import build_chunks
 from megatron_completep.optim.distributed_adamw import DistributedAdamW
 from megatron_completep.parallel.context import ParallelContext, data_parallel_size_for
@@ -79,7 +80,7 @@ def save(rank: int, folder: str, model: str, layout: dict[str, Any]) -> None:
     optimizer, checkpointer = build(rank, folder, model, layout)
     for state in ("master", "exp_avg", "exp_avg_sq"):
         getattr(optimizer, state).copy_(optimizer._own_shard(expected_flat(optimizer, state)))
-    optimizer.control[1] = 5.0
+    optimizer.control[STEP] = 5.0
     checkpointer.save(RunState(step=6, consumed_samples=24, tokens=192))
     checkpointer.close()
 
@@ -88,7 +89,7 @@ def load(rank: int, folder: str, model: str, layout: dict[str, Any], save_to: st
     """Names of what did not arrive as it was saved."""
     optimizer, checkpointer = build(rank, folder, model, layout)
     state = checkpointer.load_latest()
-    wrong = [] if state == RunState(6, 24, 192) and optimizer.control[1] == 5.0 else ["state"]
+    wrong = [] if state == RunState(6, 24, 192) and optimizer.control[STEP] == 5.0 else ["state"]
     wrong += [] if torch.equal(optimizer.flat, expected_flat(optimizer, "master")) else ["parameters"]
     for name in ("master", "exp_avg", "exp_avg_sq"):
         if not torch.equal(getattr(optimizer, name), optimizer._own_shard(expected_flat(optimizer, name))):

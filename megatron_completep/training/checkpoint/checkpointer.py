@@ -15,7 +15,8 @@ from torch import Tensor
 from megatron_completep.completep import Table
 from megatron_completep.config.schema import Config
 from megatron_completep.errors import CheckpointError
-from megatron_completep.optim.distributed_adamw import STEP, DistributedAdamW
+from megatron_completep.kernels.control import STEP
+from megatron_completep.optim.distributed_adamw import DistributedAdamW
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.training.checkpoint import random_state
 from megatron_completep.training.checkpoint.background import Background

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import reference
+from .. import reference
 
 LOGITS_BLOCK = 1 << 18  # elements of logits held in the cache at a time
 

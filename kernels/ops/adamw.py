@@ -1,21 +1,18 @@
 """AdamW over a flat shard: every parameter group, gradient clipping, the skip flag and the bf16 copy in one launch.
 
 A segment table says which elements belong to which group, so one launch serves any number of parameters. Everything that
-changes from step to step is read from the `control` tensor on the device: nothing waits for the host, and a captured CUDA
+changes from step to step is read from the record of control.py on the device: nothing waits for the host, and a captured CUDA
 graph stays right. Traffic: 30 bytes a parameter (master, both moments and the gradient in float32, a bf16 copy out).
 """
 
 import torch
 from torch import Tensor
 
-from . import native_optimizer
-from .launch import block_shape, options
-from .library import register
-from .optional_triton import tl, triton
-
-# What `control` (float64 [8]) holds. The optimizer writes the first before a step; `begin_step_` writes the others.
-LEARNING_RATE, STEP, CLIP, SKIP, CORRECTION1, CORRECTION2, GRAD_NORM = range(7)
-CONTROL_SIZE = 8
+from ..control import AT_CLIP, AT_CORRECTION1, AT_CORRECTION2, AT_LEARNING_RATE, AT_SKIP
+from ..cpu import optimizer as cpu
+from ..launch import block_shape, options
+from ..library import register
+from ..optional_triton import tl, triton
 
 ALIGNMENT = 64  # elements: where a segment may start, and what its padding is rounded up to
 
@@ -29,7 +26,7 @@ def adamw_kernel(
     grad,
     segments,  # int64 [programs, 3]: start, length, group
     groups,  # float64 [G, 3]: learning-rate factor, weight decay, eps
-    control,  # float64 [8]
+    control,  # float64 [8], see control.py
     BETA1: tl.constexpr,
     BETA2: tl.constexpr,
     HAS_OUT: tl.constexpr,
@@ -41,13 +38,15 @@ def adamw_kernel(
     start = tl.multiple_of(tl.load(row), 64)
     length = tl.load(row + 1).to(tl.int32)
     padded = (length + 63) // 64 * 64
-    padded = tl.multiple_of(tl.where(tl.load(control + 3) == 0.0, padded, 0), 64)  # a skipped step touches nothing
+    skip = tl.load(control + AT_SKIP)
+    padded = tl.multiple_of(tl.where(skip == 0.0, padded, 0), 64)  # a skipped step touches nothing
     whole = tl.multiple_of(length // 64 * 64, 64)
     group = groups + tl.load(row + 2) * 3
-    lr = tl.load(control) * tl.load(group)
-    step_size = (lr / tl.load(control + 4)).to(dtype)
+    lr = tl.load(control + AT_LEARNING_RATE) * tl.load(group)
+    step_size = (lr / tl.load(control + AT_CORRECTION1)).to(dtype)
     decay, eps = (lr * tl.load(group + 1)).to(dtype), tl.load(group + 2).to(dtype)
-    clip, correction2 = tl.load(control + 2).to(dtype), tl.load(control + 5).to(dtype)
+    clip = tl.load(control + AT_CLIP).to(dtype)
+    correction2 = tl.load(control + AT_CORRECTION2).to(dtype)
     master, exp_avg, exp_avg_sq, grad = master + start, exp_avg + start, exp_avg_sq + start, grad + start
     for offset in range(0, padded, BLOCK):
         i = offset + tl.arange(0, BLOCK)
@@ -108,7 +107,7 @@ def launch_adamw_(
 _adamw = register(
     "adamw_(Tensor(a!)? parameter_out, Tensor(b!) master, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, Tensor grad, Tensor segments, "
     "Tensor groups, Tensor control, float beta1, float beta2) -> ()",
-    cpu=native_optimizer.adamw_,
+    cpu=cpu.adamw_,
     cuda=launch_adamw_,
     fake=lambda *_: None,
 )
@@ -161,11 +160,11 @@ def adamw_(
     """One AdamW step of every segment of a flat shard, in place; nothing at all when the skip flag is set.
 
         g = clip * grad;  m += (1 - beta1)*(g - m);  v += (1 - beta2)*(g*g - v)
-        p -= lr * (m / correction1 / (sqrt(v / correction2) + eps) + weight_decay * p),   lr = control[0] * lr_factor
+        p -= lr * (m / correction1 / (sqrt(v / correction2) + eps) + weight_decay * p),   lr = learning_rate * lr_factor
 
     `master`, `exp_avg`, `exp_avg_sq` [n]: float32 or float64; `grad` [n]: float32, float64 or bf16, not changed; `parameter_out`
     [n], if given, receives the new `master`, rounded. `segments` int64 [k, 3] (start, length, group) from `device_segments`;
-    `groups` float64 [G, 3] (lr_factor, weight_decay, eps); `control` float64 [8], see the constants above. Every tensor is on the
+    `groups` float64 [G, 3] (lr_factor, weight_decay, eps); `control` float64 [8], see control.py. Every tensor is on the
     device, contiguous, and long enough for the padding of its last segment. No communication, no host synchronisation on a GPU.
     Source: Loshchilov and Hutter, Decoupled weight decay regularization (arXiv 1711.05101), in PyTorch's form (decay times lr).
     """

@@ -1,4 +1,4 @@
-"""What CPU tensors run (and float64 tensors on any device): torch's native fused operators, where they are the same function.
+"""The scaled add and the norms on CPU tensors (and float64 tensors of any device), by torch's fused operators.
 
 `reference.py` defines the operations; these compute the same values with as few passes over memory as torch allows. Norm
 statistics are float32, or float64 for float64 tensors. Partials of the vector gradients have one row ([1, K, H]).
@@ -7,12 +7,10 @@ statistics are float32, or float64 for float64 tensors. Partials of the vector g
 import torch
 from torch import Tensor
 
-from .reference import compute_dtype, dropout_factor
+from ..reference import Join, Norm, compute_dtype, dropout_factor
 
 _layer_norm = torch.ops.aten.native_layer_norm.default
 _layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
-_silu = torch.ops.aten.silu.out
-_silu_backward = torch.ops.aten.silu_backward.grad_input
 
 
 def _wide(vector: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -20,21 +18,28 @@ def _wide(vector: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def scaled_add_forward(
-    residual: Tensor, branch: Tensor, branch_bias: Tensor | None, scale: float, dropout_p: float, seed: Tensor | None
+    residual: Tensor,
+    branch: Tensor,
+    branch_bias: Tensor | None,
+    join: Join,
 ) -> Tensor:
     if branch_bias is not None:
         branch = branch.to(residual.dtype) + branch_bias.to(residual.dtype)
-    if dropout_p > 0.0:
-        branch = branch * dropout_factor(branch.shape, dropout_p, seed, branch.device).to(branch.dtype)
-    return torch.add(residual, branch, alpha=scale).to(residual.dtype)
+    if join.dropout_seed is not None:
+        branch = branch * dropout_factor(branch.shape, join).to(branch.dtype)
+    return torch.add(residual, branch, alpha=join.scale).to(residual.dtype)
 
 
 def scaled_add_backward(
-    d_y: Tensor, has_branch_bias: bool, scale: float, dropout_p: float, seed: Tensor | None, branch_dtype: torch.dtype
+    d_y: Tensor,
+    has_branch_bias: bool,
+    join: Join,
+    branch_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    d_branch = torch.mul(d_y, scale).to(branch_dtype)
-    if dropout_p > 0.0:
-        d_branch = d_branch.mul_(dropout_factor(d_y.shape, dropout_p, seed, d_y.device).to(branch_dtype))
+    """(d_branch, partials [1, 1 or 0, H])."""
+    d_branch = torch.mul(d_y, join.scale).to(branch_dtype)
+    if join.dropout_seed is not None:
+        d_branch = d_branch.mul_(dropout_factor(d_y.shape, join).to(branch_dtype))
     wide = compute_dtype(d_y)
     hidden = d_y.shape[-1]
     if not has_branch_bias:
@@ -43,20 +48,30 @@ def scaled_add_backward(
 
 
 def norm_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rms: bool, out_dtype: torch.dtype
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: Norm,
+    out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out [..., H], mean [rows] (empty for RMSNorm), rstd [rows])."""
     hidden = x.shape[-1]
     wide = compute_dtype(x, weight)
     x_2d = x.to(out_dtype) if x.dtype.itemsize < out_dtype.itemsize else x
     x_2d = x_2d.reshape(-1, hidden)
-    if rms:
-        out, rstd = _rms_norm(x_2d, weight, eps, wide)
+    if norm.rms:
+        out, rstd = _rms_norm(x_2d, weight, norm.eps, wide)
         out = out if bias is None else out.add_(bias)
         mean = x.new_empty(0, dtype=wide)
     else:
         # bf16 weights would make torch return bf16 statistics; widened ones cost [H] and keep them in float32.
-        out, mean, rstd = _layer_norm(x_2d, (hidden,), weight.to(wide), _wide(bias, wide), eps)
+        out, mean, rstd = _layer_norm(
+            x_2d,
+            (hidden,),
+            weight.to(wide),
+            _wide(bias, wide),
+            norm.eps,
+        )
         mean = mean.view(-1)
     return out.to(out_dtype).view(x.shape), mean, rstd.view(-1)
 
@@ -75,14 +90,12 @@ def residual_norm_forward(
     branch_bias: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
-    scale: float,
-    eps: float,
-    rms: bool,
-    dropout_p: float,
-    seed: Tensor | None,
+    join: Join,
+    norm: Norm,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y = scaled_add_forward(residual, branch, branch_bias, scale, dropout_p, seed)
-    return y, *norm_forward(y, weight, bias, eps, rms, branch.dtype)
+    """(y, out, mean, rstd)."""
+    y = scaled_add_forward(residual, branch, branch_bias, join)
+    return y, *norm_forward(y, weight, bias, norm, branch.dtype)
 
 
 def residual_norm_backward(
@@ -95,16 +108,20 @@ def residual_norm_backward(
     has_branch: bool,
     has_bias: bool,
     has_branch_bias: bool,
-    scale: float,
-    rms: bool,
-    dropout_p: float,
-    seed: Tensor | None,
+    join: Join,
+    norm: Norm,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(d_residual, d_branch (empty without a branch), partials [1, K, H])."""
     hidden = y.shape[-1]
     wide = compute_dtype(y, weight)
     d_residual, d_weight, d_bias = _norm_backward(
-        d_out.reshape(-1, hidden).to(y.dtype), y.reshape(-1, hidden), mean, rstd, weight.to(wide), has_bias, rms
+        d_out.reshape(-1, hidden).to(y.dtype),
+        y.reshape(-1, hidden),
+        mean,
+        rstd,
+        weight.to(wide),
+        has_bias,
+        norm.rms,
     )
     d_residual = d_residual.view(y.shape)
     if d_y is not None:
@@ -114,7 +131,12 @@ def residual_norm_backward(
         rows.append(d_bias.view(1, 1, hidden))
     d_branch = d_out.new_empty(0)
     if has_branch:
-        d_branch, d_branch_bias = scaled_add_backward(d_residual, has_branch_bias, scale, dropout_p, seed, d_out.dtype)
+        d_branch, d_branch_bias = scaled_add_backward(
+            d_residual,
+            has_branch_bias,
+            join,
+            d_out.dtype,
+        )
         rows.append(d_branch_bias)
     return d_residual, d_branch, torch.cat(rows, dim=1) if len(rows) > 1 else rows[0]
 
@@ -138,42 +160,3 @@ def _norm_backward(
 
 def reduce_partials(partials: Tensor, k: int, into: Tensor) -> None:
     into.add_(partials[0, k] if partials.shape[0] == 1 else partials[:, k].sum(0))
-
-
-def swiglu_forward(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return torch.nn.functional.silu(gate).mul_(up)
-
-
-def swiglu_backward(d_out: Tensor, gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    d_gate_up = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
-    d_gate, d_up = d_gate_up.chunk(2, dim=-1)
-    torch.mul(d_out, up, out=d_gate)
-    _silu_backward(d_gate, gate, grad_input=d_gate)
-    _silu(gate, out=d_up).mul_(d_out)
-    return d_gate_up
-
-
-def squared_relu_forward(x: Tensor) -> Tensor:
-    return torch.relu(x).square_()
-
-
-def squared_relu_backward(d_out: Tensor, x: Tensor) -> Tensor:
-    return torch.relu(x).mul_(d_out).mul_(2.0)
-
-
-def rotary(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
-    wide = compute_dtype(x)
-    cos, sin = cos.to(wide).unsqueeze(2), sin.to(wide).unsqueeze(2)
-    out = x.to(wide, copy=True, memory_format=torch.contiguous_format)
-    first, second = out.chunk(2, dim=-1)
-    sign = -1.0 if inverse else 1.0
-    turned = first * sin
-    first.mul_(cos).addcmul_(second, sin, value=-sign)
-    second.mul_(cos).add_(turned, alpha=sign)
-    return out.to(x.dtype)
-
-
-def rotary_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> None:
-    x.copy_(rotary(x, cos, sin, inverse))

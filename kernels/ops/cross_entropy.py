@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import native_cross_entropy, reference
-from .launch import block_shape, options
-from .library import register
-from .optional_triton import tl, triton
+from .. import reference
+from ..cpu import cross_entropy as cpu
+from ..launch import block_shape, options
+from ..library import register
+from ..optional_triton import tl, triton
 from .wide_product import add_product
 
 
@@ -171,14 +172,14 @@ def _fake_forward(logits, labels, vocab_start, valid_vocab, logit_scale, with_su
 
 _forward = register(
     "cross_entropy_forward(Tensor logits, Tensor labels, int vocab_start, int valid_vocab, float logit_scale, bool with_sum) -> Tensor",
-    cpu=native_cross_entropy.cross_entropy_forward,
+    cpu=cpu.cross_entropy_forward,
     cuda=launch_cross_entropy_forward,
     fake=_fake_forward,
 )
 _backward = register(
     "cross_entropy_backward_(Tensor(a!) logits, Tensor labels, int vocab_start, Tensor lse, Tensor grad_scale, int ignore_index, "
     "float z_loss, float label_smoothing, int vocab_size, float logit_scale) -> ()",
-    cpu=native_cross_entropy.cross_entropy_backward_,
+    cpu=cpu.cross_entropy_backward_,
     cuda=launch_cross_entropy_backward_,
     fake=lambda *_: None,
 )

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import native
-from .launch import pointwise_shape, rows_of
-from .library import register
-from .optional_triton import tl, triton
+from ..cpu import pointwise as cpu
+from ..launch import pointwise_shape
+from ..library import register
+from ..optional_triton import tl, triton
+from ..tiling import rows_of
 
 
 @triton.jit
-def forward_kernel(gate_up, out, rows, stride, F, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def swiglu_forward_kernel(gate_up, out, rows, stride, F, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     mask = (row < rows) & (column < F)
@@ -29,7 +30,7 @@ def forward_kernel(gate_up, out, rows, stride, F, ROWS: tl.constexpr, BLOCK: tl.
 
 
 @triton.jit
-def backward_kernel(d_out, gate_up, d_gate_up, rows, d_out_stride, stride, F, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def swiglu_backward_kernel(d_out, gate_up, d_gate_up, rows, d_out_stride, stride, F, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     mask = (row < rows) & (column < F)
@@ -46,7 +47,7 @@ def backward_kernel(d_out, gate_up, d_gate_up, rows, d_out_stride, stride, F, RO
 
 def launch_swiglu_forward(gate_up: Tensor) -> Tensor:
     if gate_up.dtype == torch.float64:
-        return native.swiglu_forward(gate_up)
+        return cpu.swiglu_forward(gate_up)
     half = gate_up.shape[-1] // 2
     out = gate_up.new_empty((*gate_up.shape[:-1], half))
     if out.numel() > 0:
@@ -54,13 +55,13 @@ def launch_swiglu_forward(gate_up: Tensor) -> Tensor:
         rows = out.numel() // half
         shape = pointwise_shape("swiglu_forward", half, out.dtype, out.device)
         grid = (triton.cdiv(rows, shape.rows), triton.cdiv(half, shape.columns))
-        forward_kernel[grid](gate_up, out, rows, stride, half, ROWS=shape.rows, BLOCK=shape.columns, **shape.options)
+        swiglu_forward_kernel[grid](gate_up, out, rows, stride, half, ROWS=shape.rows, BLOCK=shape.columns, **shape.options)
     return out
 
 
 def launch_swiglu_backward(d_out: Tensor, gate_up: Tensor) -> Tensor:
     if gate_up.dtype == torch.float64:
-        return native.swiglu_backward(d_out, gate_up)
+        return cpu.swiglu_backward(d_out, gate_up)
     half = d_out.shape[-1]
     d_gate_up = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
     if d_out.numel() > 0:
@@ -69,7 +70,7 @@ def launch_swiglu_backward(d_out: Tensor, gate_up: Tensor) -> Tensor:
         gate_up, stride = rows_of(gate_up)
         shape = pointwise_shape("swiglu_backward", half, d_out.dtype, d_out.device)
         grid = (triton.cdiv(rows, shape.rows), triton.cdiv(half, shape.columns))
-        backward_kernel[grid](
+        swiglu_backward_kernel[grid](
             d_out, gate_up, d_gate_up, rows, d_out_stride, stride, half, ROWS=shape.rows, BLOCK=shape.columns, **shape.options
         )  # fmt: skip
     return d_gate_up
@@ -77,13 +78,13 @@ def launch_swiglu_backward(d_out: Tensor, gate_up: Tensor) -> Tensor:
 
 _swiglu_forward = register(
     "swiglu_forward(Tensor gate_up) -> Tensor",
-    cpu=native.swiglu_forward,
+    cpu=cpu.swiglu_forward,
     cuda=launch_swiglu_forward,
     fake=lambda gate_up: gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2)),
 )
 _swiglu_backward = register(
     "swiglu_backward(Tensor d_out, Tensor gate_up) -> Tensor",
-    cpu=native.swiglu_backward,
+    cpu=cpu.swiglu_backward,
     cuda=launch_swiglu_backward,
     fake=lambda d_out, gate_up: gate_up.new_empty(gate_up.shape),
 )

@@ -9,10 +9,19 @@ import math
 import torch
 from torch import Tensor
 
-from . import launch, native_optimizer, reference
-from .launch import block_shape, options
-from .library import register
-from .optional_triton import tl, triton
+from .. import launch, reference
+from ..control import (
+    AT_CLIP,
+    AT_CORRECTION1,
+    AT_CORRECTION2,
+    AT_GRAD_NORM,
+    AT_SKIP,
+    AT_STEP,
+)
+from ..cpu import optimizer as cpu
+from ..launch import block_shape, options
+from ..library import register
+from ..optional_triton import tl, triton
 
 _PROGRAMS_A_PROCESSOR = 8
 
@@ -49,7 +58,7 @@ def sum_of_squares_kernel(
 
 @triton.jit
 def begin_step_kernel(
-    control,  # float64 [8]
+    control,  # float64 [8], see control.py
     sum_sq,  # float64 scalar
     MAX_NORM: tl.constexpr,
     LOG_BETA1: tl.constexpr,
@@ -58,16 +67,17 @@ def begin_step_kernel(
     squares = tl.load(sum_sq)
     norm = tl.sqrt(squares)
     finite = (squares >= 0.0) & (squares < float("inf"))  # false for NaN
-    step = tl.load(control + 1) + tl.where(finite, 1.0, 0.0)
-    tl.store(control + 1, step)
+    step = tl.load(control + AT_STEP) + tl.where(finite, 1.0, 0.0)
+    tl.store(control + AT_STEP, step)
     if MAX_NORM > 0:
-        tl.store(control + 2, tl.where(finite, tl.minimum(MAX_NORM / (norm + 1e-6), 1.0), 1.0))
+        clip = tl.minimum(MAX_NORM / (norm + 1e-6), 1.0)
+        tl.store(control + AT_CLIP, tl.where(finite, clip, 1.0))
     else:
-        tl.store(control + 2, 1.0)
-    tl.store(control + 3, tl.where(finite, 0.0, 1.0))
-    tl.store(control + 4, 1.0 - tl.exp(step * LOG_BETA1))
-    tl.store(control + 5, 1.0 - tl.exp(step * LOG_BETA2))
-    tl.store(control + 6, norm)
+        tl.store(control + AT_CLIP, 1.0)
+    tl.store(control + AT_SKIP, tl.where(finite, 0.0, 1.0))
+    tl.store(control + AT_CORRECTION1, 1.0 - tl.exp(step * LOG_BETA1))
+    tl.store(control + AT_CORRECTION2, 1.0 - tl.exp(step * LOG_BETA2))
+    tl.store(control + AT_GRAD_NORM, norm)
 
 
 def launch_sum_of_squares(flat: Tensor, segments: Tensor | None) -> Tensor:
@@ -98,7 +108,7 @@ def launch_begin_step_(control: Tensor, sum_sq: Tensor, max_norm: float, beta1: 
 
 _sum_of_squares = register(
     "sum_of_squares(Tensor flat, Tensor? segments) -> Tensor",
-    cpu=native_optimizer.sum_of_squares,
+    cpu=cpu.sum_of_squares,
     cuda=launch_sum_of_squares,
     fake=lambda flat, segments: flat.new_empty((), dtype=torch.float64),
 )

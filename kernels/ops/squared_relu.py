@@ -6,21 +6,21 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import native
-from .launch import block_shape, options
-from .library import register
-from .optional_triton import tl, triton
+from ..cpu import pointwise as cpu
+from ..launch import block_shape, options
+from ..library import register
+from ..optional_triton import tl, triton
 
 
 @triton.jit
-def forward_kernel(x, out, n, BLOCK: tl.constexpr):
+def squared_relu_forward_kernel(x, out, n, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     positive = tl.maximum(tl.load(x + i, mask=i < n, other=0.0).to(tl.float32), 0.0, propagate_nan=tl.PropagateNan.ALL)
     tl.store(out + i, (positive * positive).to(out.dtype.element_ty), mask=i < n)
 
 
 @triton.jit
-def backward_kernel(d_out, x, d_x, n, BLOCK: tl.constexpr):
+def squared_relu_backward_kernel(d_out, x, d_x, n, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     positive = tl.maximum(tl.load(x + i, mask=i < n, other=0.0).to(tl.float32), 0.0, propagate_nan=tl.PropagateNan.ALL)
     gradient = tl.load(d_out + i, mask=i < n, other=0.0).to(tl.float32)
@@ -29,35 +29,35 @@ def backward_kernel(d_out, x, d_x, n, BLOCK: tl.constexpr):
 
 def launch_squared_relu_forward(x: Tensor) -> Tensor:
     if x.dtype == torch.float64:
-        return native.squared_relu_forward(x)
+        return cpu.squared_relu_forward(x)
     x = x.contiguous()
     out = torch.empty_like(x)
     if x.numel() > 0:
         block, num_warps, _ = block_shape("squared_relu_forward", x.dtype, x.device)
-        forward_kernel[(triton.cdiv(x.numel(), block),)](x, out, x.numel(), BLOCK=block, **options(num_warps))
+        squared_relu_forward_kernel[(triton.cdiv(x.numel(), block),)](x, out, x.numel(), BLOCK=block, **options(num_warps))
     return out
 
 
 def launch_squared_relu_backward(d_out: Tensor, x: Tensor) -> Tensor:
     if x.dtype == torch.float64:
-        return native.squared_relu_backward(d_out, x)
+        return cpu.squared_relu_backward(d_out, x)
     d_out, x = d_out.contiguous(), x.contiguous()
     d_x = torch.empty_like(x)
     if x.numel() > 0:
         block, num_warps, _ = block_shape("squared_relu_backward", x.dtype, x.device)
-        backward_kernel[(triton.cdiv(x.numel(), block),)](d_out, x, d_x, x.numel(), BLOCK=block, **options(num_warps))
+        squared_relu_backward_kernel[(triton.cdiv(x.numel(), block),)](d_out, x, d_x, x.numel(), BLOCK=block, **options(num_warps))
     return d_x
 
 
 _squared_relu_forward = register(
     "squared_relu_forward(Tensor x) -> Tensor",
-    cpu=native.squared_relu_forward,
+    cpu=cpu.squared_relu_forward,
     cuda=launch_squared_relu_forward,
     fake=lambda x: x.new_empty(x.shape),
 )
 _squared_relu_backward = register(
     "squared_relu_backward(Tensor d_out, Tensor x) -> Tensor",
-    cpu=native.squared_relu_backward,
+    cpu=cpu.squared_relu_backward,
     cuda=launch_squared_relu_backward,
     fake=lambda d_out, x: x.new_empty(x.shape),
 )

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import native
-from .launch import rotary_shape
-from .library import register
-from .optional_triton import tl, triton
+from ..cpu import pointwise as cpu
+from ..launch import rotary_shape
+from ..library import register
+from ..optional_triton import tl, triton
 
 
 @triton.jit
@@ -61,7 +61,7 @@ def _launch(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, inverse: bool) -> 
 
 def launch_rotary(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     if x.dtype == torch.float64:
-        return native.rotary(x, cos, sin, inverse)
+        return cpu.rotary(x, cos, sin, inverse)
     x = x if x.stride(-1) == 1 else x.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _launch(x, cos, sin, out, inverse)
@@ -70,7 +70,7 @@ def launch_rotary(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
 
 def launch_rotary_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> None:
     if x.dtype == torch.float64:
-        native.rotary_(x, cos, sin, inverse)
+        cpu.rotary_(x, cos, sin, inverse)
     elif x.stride(-1) != 1:
         x.copy_(launch_rotary(x, cos, sin, inverse))
     else:
@@ -79,13 +79,13 @@ def launch_rotary_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> None:
 
 _rotary = register(
     "rotary(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor",
-    cpu=native.rotary,
+    cpu=cpu.rotary,
     cuda=launch_rotary,
     fake=lambda x, cos, sin, inverse: x.new_empty(x.shape),
 )
 _rotary_in_place = register(
     "rotary_(Tensor(a!) x, Tensor cos, Tensor sin, bool inverse) -> ()",
-    cpu=native.rotary_,
+    cpu=cpu.rotary_,
     cuda=launch_rotary_,
     fake=lambda x, cos, sin, inverse: None,
 )

@@ -9,7 +9,8 @@ import math
 import torch
 from torch import Tensor
 
-from . import reference
+from .. import reference
+from ..control import read_control
 
 ADAMW_CHUNK = 1 << 17  # elements; a multiple of 64, so that every chunk ends on a whole vector
 NORM_ROW = 1024  # elements whose squares are summed in float32 before float64 takes over
@@ -37,10 +38,10 @@ def adamw_(
     if master.dtype != torch.float32:
         reference.adamw_(parameter_out, master, exp_avg, exp_avg_sq, grad, segments, groups, control, beta1, beta2)
         return
-    learning_rate, _, clip, skip, correction1, correction2 = control.tolist()[:6]
-    if skip:
+    step = read_control(control)
+    if step.skip:
         return
-    root = math.sqrt(correction2)
+    root = math.sqrt(step.correction2)
     group_values = groups.tolist()
     infinite_step = [torch.full((), math.inf)]
     scaled = torch.empty(min(ADAMW_CHUNK, grad.numel()), dtype=torch.float32)
@@ -49,10 +50,10 @@ def adamw_(
         for begin in range(start, start + length, ADAMW_CHUNK):
             piece = slice(begin, min(begin + ADAMW_CHUNK, start + length))
             gradient = grad[piece]
-            if clip != 1.0 or gradient.dtype != torch.float32:
-                gradient = torch.mul(gradient, clip, out=scaled[: gradient.numel()])
+            if step.clip != 1.0 or gradient.dtype != torch.float32:
+                gradient = torch.mul(gradient, step.clip, out=scaled[: gradient.numel()])
             parameter = master[piece]
-            decay = learning_rate * lr_factor * weight_decay
+            decay = step.learning_rate * lr_factor * weight_decay
             if decay:
                 torch.add(parameter, parameter, alpha=-decay, out=parameter)
             torch._fused_adamw_(
@@ -62,7 +63,7 @@ def adamw_(
                 [exp_avg_sq[piece]],
                 [],
                 infinite_step,
-                lr=learning_rate * lr_factor * root / correction1,
+                lr=step.learning_rate * lr_factor * root / step.correction1,
                 beta1=beta1,
                 beta2=beta2,
                 weight_decay=0.0,

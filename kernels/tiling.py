@@ -1,7 +1,7 @@
 """What the kernels that walk over rows have in common: a tile of ROWS rows, each covered by power-of-two segments of columns.
 
-Segment k is WIDTHS[k] wide and starts at column k * WIDTHS[0]; all are alike, or there are two (launch.py chooses them). Lanes past
-column HIDDEN are masked. Arithmetic is float32; row numbers are int64.
+Segment k is WIDTHS[k] wide and starts at column k * WIDTHS[0]; all are alike, or there are two (`segments` chooses them).
+Lanes past column HIDDEN are masked. Arithmetic is float32; row numbers are int64.
 """
 
 # mypy: disable-error-code=assignment
@@ -11,6 +11,41 @@ import torch
 from torch import Tensor
 
 from .optional_triton import tl, triton
+
+
+def next_power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def segments(hidden: int) -> tuple[int, ...]:
+    """Powers of two that cover `hidden` with few idle lanes: 768 = 3 x 256, 5120 = 4096 + 1024, 1000 -> 1024, 4096 = 2 x 2048.
+
+    Three alike keep a row inside a warp. Two halves make wide rows cheaper in registers: one half is finished before the other.
+    """
+    whole = max(16, next_power_of_two(hidden))
+    first = whole // 2
+    second = max(128, next_power_of_two(hidden - first)) if hidden > first else whole
+    if hidden in (384, 768):
+        return (hidden // 3,) * 3
+    if hidden > 512 and second < first:
+        return first, second
+    return (first, first) if whole >= 2048 else (whole,)
+
+
+def row_bucket(hidden: int) -> int:
+    """Hidden sizes that are launched alike share the elements their segments cover."""
+    return sum(segments(hidden))
+
+
+def rows_of(x: Tensor) -> tuple[Tensor, int]:
+    """`x` and the distance between its rows [..., H], in elements; copied only when its rows are not evenly spaced."""
+    hidden = x.shape[-1]
+    if x.is_contiguous():
+        return x, hidden
+    x = x.reshape(-1, hidden)
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    return x, x.stride(0)
 
 
 def new_like(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,104 @@
+"""The last step of a vector's gradient: the partial sums [P, K, H] of a backward, summed over P in a fixed order.
+
+An operation of its own, so that whoever schedules weight gradients (a `Sink`) decides when it runs, and straight into the main
+gradient.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..cpu import residual_norm as cpu
+from ..launch import reduction_shape
+from ..library import register
+from ..optional_triton import tl, triton
+
+
+@triton.jit
+def reduce_partials_kernel(partials, into, count, stride, HIDDEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """into [H] += sum over `count` rows, `stride` apart, in a fixed order."""
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    in_row = column < HIDDEN
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(0, count, ROWS):
+        row = start + tl.arange(0, ROWS)[:, None]
+        total += tl.load(partials + row * stride + column[None, :], mask=(row < count) & in_row[None, :], other=0.0)
+    old = tl.load(into + column, mask=in_row, other=0.0)
+    tl.store(into + column, old + tl.sum(total, axis=0), mask=in_row)
+
+
+def launch_reduce_partials(partials: Tensor, k: int, into: Tensor) -> None:
+    if into.dtype == torch.float64:
+        cpu.reduce_partials(partials, k, into)
+        return
+    count, kinds, hidden = partials.shape
+    shape = reduction_shape(into.device)
+    reduce_partials_kernel[(triton.cdiv(hidden, shape.columns),)](
+        partials[:, k], into, count, kinds * hidden, HIDDEN=hidden, ROWS=shape.rows, BLOCK=shape.columns, **shape.options
+    )
+
+
+_reduce_partials = register(
+    "reduce_partials_(Tensor partials, int k, Tensor(a!) into) -> ()",
+    cpu=cpu.reduce_partials,
+    cuda=launch_reduce_partials,
+    fake=lambda partials, k, into: None,
+)
+
+
+class Sink(Protocol):
+    """Takes the gradients of parameters in place of autograd: the trainer's queue of weight gradients, for example."""
+
+    def push(self, parameter: Any, accumulate: Callable[[Tensor, bool], None]) -> None:
+        """One contribution to the gradient of `parameter`, to be added now or later.
+
+        `accumulate(main_grad, first)` adds it to `main_grad` [H], float32 or float64; `first`: overwrites what is there.
+        """
+
+
+def vector_gradients(
+    partials: Tensor,
+    dtypes: Sequence[torch.dtype | None],
+    sink: Sink | None,
+    vectors: Sequence[Any] | None,
+) -> list[Tensor | None]:
+    """What a backward returns for vectors whose gradients are `partials` [P, K, H], K of them in the order of `dtypes`.
+
+    `dtypes` has a None for each vector that the operation was not given. With a `sink`, every gradient is pushed there under
+    the parameter in `vectors`, and autograd gets None.
+    """
+    gradients: list[Tensor | None] = []
+    row = 0
+    for position, dtype in enumerate(dtypes):
+        if dtype is None:
+            gradients.append(None)
+            continue
+        if sink is None or vectors is None:
+            gradients.append(_column_sums(partials, row, dtype))
+        else:
+            sink.push(vectors[position], _accumulation(partials, row))
+            gradients.append(None)
+        row += 1
+    return gradients
+
+
+def reduce_partials(partials: Tensor, k: int, into: Tensor) -> None:
+    """Add the sum over P of `partials[:, k]` ([P, K, H]) to `into` [H], in a fixed order (bitwise repeatable)."""
+    _reduce_partials(partials, k, into)
+
+
+def _column_sums(partials: Tensor, k: int, dtype: torch.dtype) -> Tensor:
+    total = partials.new_zeros(partials.shape[-1])
+    _reduce_partials(partials, k, total)
+    return total.to(dtype)
+
+
+def _accumulation(partials: Tensor, k: int) -> Callable[[Tensor, bool], None]:
+    def accumulate(main_grad: Tensor, first: bool) -> None:
+        if first:
+            main_grad.zero_()
+        _reduce_partials(partials, k, main_grad)
+
+    return accumulate

@@ -1,0 +1,194 @@
+"""The scaled residual add alone, where no norm follows: the end of a pipeline stage.
+
+forward    y = residual + scale * dropout(branch + branch_bias)
+backward   d_residual = d_y;  d_branch = scale * dropout factor * d_y;  d_branch_bias = sum over rows of d_branch
+"""
+
+# mypy: disable-error-code=assignment
+# (A kernel's tuples of segments grow as they are unrolled.)
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..cpu import residual_norm as cpu
+from ..launch import backward_shape, forward_shape, partial_rows
+from ..library import register
+from ..optional_triton import tl, triton
+from ..reference import Join, compute_dtype
+from ..tiling import (
+    add_branch,
+    load_tile,
+    new_like,
+    rows_of,
+    store_branch_gradient,
+    store_partial,
+    zero_tile,
+)
+from .partial_sums import Sink, vector_gradients
+
+
+@triton.jit(do_not_specialize=["rows"])
+def scaled_add_forward_kernel(
+    residual, branch, branch_bias, seed, y, rows, residual_stride, branch_stride, scale, dropout_p,
+    HIDDEN: tl.constexpr, WIDTHS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS).to(tl.int64)[:, None]
+    in_rows = row < rows
+    for k in tl.static_range(len(WIDTHS)):
+        total = load_tile(residual, row, in_rows, residual_stride, k * WIDTHS[0], WIDTHS[k], HIDDEN)
+        add_branch(total, branch, branch_bias, seed, y, row, in_rows, branch_stride, scale, dropout_p,
+                   k * WIDTHS[0], WIDTHS[k], HIDDEN)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rows"])
+def scaled_add_backward_kernel(
+    d_y, seed, d_branch, partials, rows, d_y_stride, scale, dropout_p,
+    HIDDEN: tl.constexpr, WIDTHS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """`partials` None: there is no branch bias."""
+    bias_sum = ()
+    for k in tl.static_range(len(WIDTHS)):
+        bias_sum += (zero_tile(ROWS, WIDTHS[k]),)
+    for tile in tl.range(tl.program_id(0).to(tl.int64), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
+        row = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)[:, None]
+        in_rows = row < rows
+        added = ()
+        for k in tl.static_range(len(WIDTHS)):
+            gradient = load_tile(d_y, row, in_rows, d_y_stride, k * WIDTHS[0], WIDTHS[k], HIDDEN)
+            added += (bias_sum[k] + store_branch_gradient(gradient, d_branch, seed, row, in_rows, scale, dropout_p,
+                                                          k * WIDTHS[0], WIDTHS[k], HIDDEN),)  # fmt: skip
+        if partials is not None:
+            bias_sum = added
+    if partials is not None:
+        for k in tl.static_range(len(WIDTHS)):
+            store_partial(partials, 0, 1, bias_sum[k], k * WIDTHS[0], WIDTHS[k], HIDDEN)
+
+
+def launch_scaled_add_forward(
+    residual: Tensor,
+    branch: Tensor,
+    branch_bias: Tensor | None,
+    join: Join,
+) -> Tensor:
+    if residual.dtype == torch.float64:
+        return cpu.scaled_add_forward(residual, branch, branch_bias, join)
+    y = new_like(residual, residual.dtype)
+    hidden = residual.shape[-1]
+    rows = residual.numel() // hidden
+    if rows == 0:
+        return y
+    shape = forward_shape("scaled_add_forward", hidden, residual.dtype, residual.device)
+    residual, residual_stride = rows_of(residual)
+    branch, branch_stride = rows_of(branch)
+    scaled_add_forward_kernel[(triton.cdiv(rows, shape.rows),)](
+        residual,
+        branch,
+        branch_bias,
+        join.dropout_seed,
+        y,
+        rows,
+        residual_stride,
+        branch_stride,
+        join.scale,
+        join.dropout_p,
+        HIDDEN=hidden,
+        WIDTHS=shape.widths,
+        ROWS=shape.rows,
+        **shape.options,
+    )
+    return y
+
+
+def launch_scaled_add_backward(
+    d_y: Tensor,
+    has_branch_bias: bool,
+    join: Join,
+    branch_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """(d_branch, partials [P, 1 or 0, H]); the residual's gradient is `d_y` itself."""
+    if d_y.dtype == torch.float64:
+        return cpu.scaled_add_backward(d_y, has_branch_bias, join, branch_dtype)
+    hidden = d_y.shape[-1]
+    rows = d_y.numel() // hidden
+    shape = backward_shape("scaled_add_backward", hidden, d_y.dtype, d_y.device)
+    d_branch = new_like(d_y, branch_dtype)
+    size = (shape.programs, int(has_branch_bias), hidden)
+    partials = d_y.new_empty(size, dtype=torch.float32)
+    d_y, d_y_stride = rows_of(d_y)
+    scaled_add_backward_kernel[(shape.programs,)](
+        d_y,
+        join.dropout_seed,
+        d_branch,
+        partials if has_branch_bias else None,
+        rows,
+        d_y_stride,
+        join.scale,
+        join.dropout_p,
+        HIDDEN=hidden,
+        WIDTHS=shape.widths,
+        ROWS=shape.rows,
+        STAGES=shape.stages,
+        **shape.options,
+    )
+    return d_branch, partials
+
+
+def _fake_backward(d_y, has_branch_bias, join, branch_dtype):
+    hidden = d_y.shape[-1]
+    programs = partial_rows("scaled_add_backward", d_y.device, d_y.dtype, hidden)
+    size = (programs, int(has_branch_bias), hidden)
+    d_branch = d_y.new_empty(d_y.shape, dtype=branch_dtype)
+    return d_branch, d_y.new_empty(size, dtype=compute_dtype(d_y))
+
+
+_scaled_add_forward = register(
+    "scaled_add_forward(Tensor residual, Tensor branch, Tensor? branch_bias, Join join) -> Tensor",
+    cpu=cpu.scaled_add_forward,
+    cuda=launch_scaled_add_forward,
+    fake=lambda residual, *_: residual.new_empty(residual.shape),
+)
+_scaled_add_backward = register(
+    "scaled_add_backward(Tensor d_y, bool has_branch_bias, Join join, ScalarType branch_dtype) -> (Tensor, Tensor)",
+    cpu=cpu.scaled_add_backward,
+    cuda=launch_scaled_add_backward,
+    fake=_fake_backward,
+)
+
+
+class _ScaledAdd(torch.autograd.Function):
+    """Gradients of residual and branch go through autograd; that of the branch's bias too, or to the sink."""
+
+    @staticmethod
+    def forward(ctx: Any, residual, branch, branch_bias, join: Join, sink: Sink | None):
+        ctx.join = join
+        ctx.branch_dtype = branch.dtype
+        ctx.bias_dtype = None if branch_bias is None else branch_bias.dtype
+        ctx.sink = sink
+        ctx.vectors = (branch_bias,) if sink is not None else None
+        return _scaled_add_forward(residual, branch, branch_bias, join)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_y):
+        has_bias = ctx.bias_dtype is not None
+        d_branch, partials = _scaled_add_backward(d_y, has_bias, ctx.join, ctx.branch_dtype)
+        (d_bias,) = vector_gradients(partials, (ctx.bias_dtype,), ctx.sink, ctx.vectors)
+        return d_y, d_branch, d_bias, None, None
+
+
+def scaled_add(
+    residual: Tensor,
+    branch: Tensor,
+    branch_bias: Tensor | None,
+    join: Join,
+    sink: Sink | None = None,
+) -> Tensor:
+    """`residual + scale * dropout(branch + branch_bias)` [..., H], in the residual's dtype, rounded once.
+
+    With a `sink` the gradient of `branch_bias` [H], which is then a parameter, goes there and not through autograd.
+    Raises ValueError where dropout has no seed.
+    """
+    return _ScaledAdd.apply(residual, branch, branch_bias, join, sink)

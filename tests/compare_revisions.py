@@ -225,7 +225,10 @@ def plans(tree: Tree, corpus: Path) -> dict[str, str]:
     """What every configuration means for every parameter."""
     results = {}
     for file in sorted((ROOT / "configs").glob("*.yaml")):
-        printed = tree.run("tools/show_plan.py", str(file), "--world-size", "64", "--json")
+        # As many ranks as make one data rank: every configuration fits them.
+        parallel = yaml.safe_load(file.read_text()).get("parallel", {})
+        ranks = parallel.get("tensor_parallel_size", 1) * parallel.get("pipeline_parallel_size", 1)
+        printed = tree.run("tools/show_plan.py", str(file), "--world-size", str(ranks), "--json")
         plan = json.loads(printed)
         for parameter in plan["parameters"]:
             results[f"{file.name} {parameter['name']}"] = repr(parameter)

@@ -27,6 +27,7 @@ from megatron_completep.errors import ConfigError
 from megatron_completep.model.attention import AttentionInputs
 from megatron_completep.model.block import Block
 from megatron_completep.model.gpt import GPT
+from megatron_completep.model.stream import Stream
 from megatron_completep.parallel.context import ParallelContext
 
 STEP = 1e-4  # h: in float64 the truncation error of the central difference is then about 1e-8, and rounding about 1e-11
@@ -36,11 +37,9 @@ Say = Callable[[str], None]
 
 
 @torch.no_grad()
-def block_output(block: Block, x: Tensor, inputs: AttentionInputs, layer: int) -> Tensor:
+def block_output(model: GPT, block: Block, x: Tensor, inputs: AttentionInputs) -> Tensor:
     """The stream after a block whose input is the stream x [S, B, H]."""
-    residual, pending = block(x, None, None, inputs, layer)
-    bias = block.mlp.down.bias
-    return residual + block.join.scale * (pending if bias is None else pending + bias)
+    return block(Stream(x, site=0), inputs).settle(model.join, model.queue)
 
 
 def block_laziness(trial: Trial) -> list[float]:
@@ -58,7 +57,7 @@ def block_laziness(trial: Trial) -> list[float]:
 
     def outputs(along: float) -> list[Tensor]:
         optimizer.flat.copy_(before + along * step)
-        return [block_output(block, x, inputs, index) for (index, block), x in zip(model.blocks(), streams, strict=True)]
+        return [block_output(model, block, x, inputs) for (_, block), x in zip(model.blocks(), streams, strict=True)]
 
     start, end = outputs(0.0), outputs(1.0)
     linear = [(ahead - behind) / (2 * STEP) for ahead, behind in zip(outputs(STEP), outputs(-STEP), strict=True)]

@@ -18,6 +18,7 @@ from megatron_completep.config.derived import head_dim, num_query_groups
 from megatron_completep.config.schema import ModelConfig
 from megatron_completep.model.flash import flash_attention
 from megatron_completep.model.norm import Norm
+from megatron_completep.model.stream import Branch
 from megatron_completep.parallel.layer_context import LayerContext
 from megatron_completep.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_completep.parallel.parameter import Site
@@ -52,11 +53,20 @@ class AttentionInputs:
 
 
 class Attention(nn.Module):
-    """x [s, B, H] -> branch [s, B, H] without its bias, which joins in the residual sum."""
+    """The attention branch: x [s, B, H] -> [s, B, H]. layer: its number in the whole model, from 0."""
 
-    def __init__(self, model: ModelConfig, table: Table, context: LayerContext, recompute: bool = False):
+    def __init__(
+        self,
+        model: ModelConfig,
+        table: Table,
+        context: LayerContext,
+        layer: int,
+        recompute: bool = False,
+    ):
         super().__init__()
-        self.recompute, self.attend = recompute, attend
+        self.layer = layer
+        self.recompute = recompute
+        self.attend = attend
         hidden = model.hidden_size
         size = head_dim(model)
         groups = num_query_groups(model)
@@ -82,15 +92,21 @@ class Attention(nn.Module):
             self.q_norm = qk_norm(model, context, Site.QUERY)
             self.k_norm = qk_norm(model, context)
 
-    def forward(self, x: Tensor, inputs: AttentionInputs, layer: int) -> Tensor:
+    def forward(self, x: Tensor, inputs: AttentionInputs) -> Branch:
         q, k, v = self._heads(self.qkv(x), inputs)
         if inputs.caches is not None:
-            k, v = inputs.caches[layer].extend(k, v)
+            k, v = inputs.caches[self.layer].extend(k, v)
         if self.recompute and torch.is_grad_enabled():
-            mixed = checkpoint(self.attend, q, k, v, inputs, self.scale, self.backend, use_reentrant=False, preserve_rng_state=False)
+            mixed = checkpoint(
+                self.attend,
+                *(q, k, v, inputs, self.scale, self.backend),
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
         else:
             mixed = self.attend(q, k, v, inputs, self.scale, self.backend)
-        return self.output(mixed.permute(2, 0, 1, 3).flatten(2))
+        out = self.output(mixed.permute(2, 0, 1, 3).flatten(2))
+        return Branch(out, self.output.bias)
 
     def _heads(self, qkv: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
         """[S, B, (N + 2G) D] -> q [B, N, S, D], k and v [B, G, S, D], with QK-norm and rotation applied."""
@@ -98,7 +114,7 @@ class Attention(nn.Module):
         cos, sin = (None, None) if normed else (inputs.cos, inputs.sin)
         q, k, v = _SplitHeads.apply(qkv, cos, sin, self.num_heads, self.num_groups, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q)[1], self.k_norm(k)[1]
+            q, k = self.q_norm(q), self.k_norm(k)
             if inputs.cos is not None and inputs.sin is not None:
                 q, k = kernels.rotary(q, inputs.cos, inputs.sin), kernels.rotary(k, inputs.cos, inputs.sin)
         return q.permute(1, 2, 0, 3), k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3)
@@ -111,8 +127,7 @@ def qk_norm(model: ModelConfig, context: LayerContext, site: Site | None = None)
     return Norm(
         head_dim(model),
         Role.QK_NORM,
-        "rmsnorm",
-        model.norm_eps,
+        kernels.Norm("rmsnorm", model.norm_eps),
         False,
         context,
         partial_over,

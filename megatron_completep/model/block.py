@@ -1,70 +1,64 @@
-"""One decoder layer: norm -> attention -> (scaled add + norm) -> MLP, whose sum is left pending for the next norm.
-
-s sequence (or this tensor rank's share of it), B micro-batch, H hidden.
-"""
+"""One decoder layer: for each of its branches a norm of the stream, the branch, and the branch held for the next norm."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Protocol, cast
+
 from torch import Tensor, nn
 
-from megatron_completep import kernels
 from megatron_completep.completep import Table
 from megatron_completep.config.schema import ModelConfig
 from megatron_completep.model.attention import Attention, AttentionInputs
 from megatron_completep.model.mlp import MLP
-from megatron_completep.model.norm import Norm
+from megatron_completep.model.norm import StreamNorm
+from megatron_completep.model.stream import Branch, Stream
 from megatron_completep.parallel.layer_context import LayerContext
-from megatron_completep.parallel.parameter import Site
 from megatron_completep.roles import Role
 
 
+class BranchModule(Protocol):
+    """A branch: x [s, B, H] and what all layers share -> its output, which joins the stream scaled."""
+
+    def __call__(self, x: Tensor, inputs: AttentionInputs) -> Branch: ...
+
+
+class BranchMaker(Protocol):
+    """Makes the branch of one layer, whose number counts over the whole model."""
+
+    def __call__(self, model: ModelConfig, table: Table, context: LayerContext, layer: int, recompute: bool) -> nn.Module: ...
+
+
+# The branches of a layer, in order. A name is part of the names of parameters, which seed the initial weights.
+BRANCHES: Mapping[str, BranchMaker] = {"attention": Attention, "mlp": MLP}
+
+
 class Block(nn.Module):
-    """residual [s, B, H] and the pending branch of the layer before -> residual and this layer's pending MLP branch."""
+    """The modules NAME_norm and NAME of every branch."""
 
-    def __init__(self, model: ModelConfig, table: Table, context: LayerContext, recompute: str = "none"):
-        super().__init__()
-        self.join = kernels.Join(table.residual_multiplier, model.dropout)
-        self.attention_norm = pre_norm(model, Role.PRE_NORM, context)
-        self.attention = Attention(model, table, context, recompute == "selective")
-        self.mlp_norm = pre_norm(model, Role.PRE_NORM, context)
-        self.mlp = MLP(model, table, context, recompute == "selective")
+    attention: Attention
+    mlp: MLP
 
-    def forward(
+    def __init__(
         self,
-        residual: Tensor,
-        pending: Tensor | None,
-        pending_bias: Tensor | None,
-        inputs: AttentionInputs,
+        model: ModelConfig,
+        table: Table,
+        context: LayerContext,
         layer: int,
-        seed: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        join = self.join.under(site_seed(seed, 2 * layer))
-        residual, x = self.attention_norm(residual, pending, pending_bias, join)
-        branch = self.attention(x, inputs, layer)
-        join = self.join.under(site_seed(seed, 2 * layer + 1))
-        residual, x = self.mlp_norm(residual, branch, self.attention.output.bias, join)
-        return residual, self.mlp(x)
+        recompute: str = "none",
+        branches: Mapping[str, BranchMaker] = BRANCHES,
+    ):
+        super().__init__()
+        self.branches: list[tuple[StreamNorm, BranchModule]] = []
+        for name, make in branches.items():
+            norm = StreamNorm(model, table, Role.PRE_NORM, context)
+            branch = make(model, table, context, layer, recompute == "selective")
+            self.add_module(f"{name}_norm", norm)
+            self.add_module(name, branch)
+            self.branches.append((norm, cast(BranchModule, branch)))
 
-
-def pre_norm(
-    model: ModelConfig,
-    role: Role,
-    context: LayerContext,
-    site: Site | None = None,
-) -> Norm:
-    """A norm on the residual stream; under sequence parallelism it sees this rank's part of the sequence."""
-    return Norm(
-        model.hidden_size,
-        role,
-        model.norm,
-        model.norm_eps,
-        model.bias,
-        context,
-        context.ranks.sequence.partial_over,
-        site,
-    )
-
-
-def site_seed(seed: Tensor | None, site: int) -> Tensor | None:
-    """The dropout seed of one residual sum; `site` counts them through the depth of the whole model."""
-    return None if seed is None else seed + site
+    def forward(self, stream: Stream, inputs: AttentionInputs) -> Stream:
+        for norm, branch in self.branches:
+            stream, x = norm(stream)
+            stream = stream.hold(branch(x, inputs))
+        return stream

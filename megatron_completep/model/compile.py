@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import torch
 
-from megatron_completep.model.attention import attend
+from megatron_completep.model.attention import Attention, attend
 from megatron_completep.model.gpt import GPT
-from megatron_completep.model.mlp import ACTIVATIONS
+from megatron_completep.model.mlp import ACTIVATIONS, MLP
 
 
 def compile_regions(chunk: GPT, backend: str = "inductor") -> None:
     """Compile the regions of every block of a chunk, in place. Static shapes: a micro-batch of another shape is compiled anew."""
     compiled_attend = torch.compile(attend, backend=backend, dynamic=False)
     compiled_activation = torch.compile(ACTIVATIONS[chunk.config.activation], backend=backend, dynamic=False)
-    for _, block in chunk.blocks():
-        block.attention.attend = compiled_attend
-        block.mlp.activation = compiled_activation
+    for module in chunk.modules():
+        if isinstance(module, Attention):
+            module.attend = compiled_attend
+        elif isinstance(module, MLP):
+            module.activation = compiled_activation

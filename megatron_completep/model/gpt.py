@@ -5,6 +5,7 @@ S sequence, s this tensor rank's share of it (S without sequence parallelism), B
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -12,18 +13,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megatron_completep import kernels
 from megatron_completep.completep import Table
 from megatron_completep.config.derived import head_dim
 from megatron_completep.config.schema import ModelConfig
 from megatron_completep.model.attention import AttentionInputs, KeyValueCache, causal_bias
-from megatron_completep.model.block import Block, pre_norm, site_seed
+from megatron_completep.model.block import BRANCHES, Block, BranchMaker
+from megatron_completep.model.norm import StreamNorm, join_of
 from megatron_completep.model.rotary import alibi_slopes, rotary_table
+from megatron_completep.model.stream import Stream
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.cross_entropy import LossConfig, Unembedding
 from megatron_completep.parallel.embedding import PositionEmbedding, VocabParallelEmbedding
 from megatron_completep.parallel.gradients import GradientQueue
 from megatron_completep.parallel.layer_context import LayerContext
+from megatron_completep.parallel.own_losses import LossLedger
 from megatron_completep.parallel.parameter import Site
 from megatron_completep.parallel.products import Products
 from megatron_completep.roles import Role
@@ -51,13 +54,15 @@ class GPT(nn.Module):
         loss: LossConfig | None = None,
         recompute: str = "none",
         products: Products | None = None,
+        branches: Mapping[str, BranchMaker] = BRANCHES,
     ):
         super().__init__()
         stage = stage or Stage(0, model.num_layers)
         self.config, self.table, self.context, self.stage = model, table, context, stage
         self.recompute = recompute
         self.queue = GradientQueue()
-        layer_context = LayerContext(context, self.queue, products or Products())
+        self.own_losses = LossLedger()
+        layer_context = LayerContext(context, self.queue, products or Products(), self.own_losses)
         vocabulary = model.vocab_size, model.vocab_multiple, model.hidden_size
         tied_here = model.tied_embeddings and stage.first and stage.last
         tied_to = "embedding.weight" if model.tied_embeddings and not tied_here else None
@@ -65,10 +70,14 @@ class GPT(nn.Module):
             self.embedding = VocabParallelEmbedding(*vocabulary, layer_context, 2 if tied_here else 1, tied_to)
             if model.position == "learned":
                 self.positions = PositionEmbedding(model.seq_length, model.hidden_size, layer_context)
-        self.layers = nn.ModuleDict({str(i): Block(model, table, layer_context, recompute) for i in range(stage.start, stage.stop)})
+        self.layers = nn.ModuleDict()
+        for layer in range(stage.start, stage.stop):
+            self.layers[str(layer)] = Block(model, table, layer_context, layer, recompute, branches)
+        self.first_site = stage.start * len(branches)
+        self.join = join_of(model, table)
         if stage.last:
             site = Site.TIED_LOGITS if model.tied_embeddings else None
-            self.final_norm = pre_norm(model, Role.FINAL_NORM, layer_context, site)
+            self.final_norm = StreamNorm(model, table, Role.FINAL_NORM, layer_context, site)
             role = Role.EMBEDDING if model.tied_embeddings else Role.UNEMBEDDING
             tied = self.embedding if tied_here else None
             multiplier = table.logit_multiplier
@@ -93,33 +102,20 @@ class GPT(nn.Module):
         """
         residual = self._embed(x, positions, caches) if self.stage.first else x
         inputs = self._attention_inputs(residual, x, positions, document_ids, caches)
-        pending = bias = None
-        for index, block in self.blocks():
-            arguments = residual, pending, bias, inputs, index, dropout_seed
+        stream = Stream(residual, self.first_site, dropout_seed)
+        for _, block in self.blocks():
             if self.recompute == "full" and torch.is_grad_enabled():
-                residual, pending = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+                stream = checkpoint(block, stream, inputs, use_reentrant=False, preserve_rng_state=False)
             else:
-                residual, pending = block(*arguments)
-            bias = block.mlp.down.bias
+                stream = block(stream, inputs)
         if not self.stage.last:
-            return self._settle(residual, pending, bias, dropout_seed)
-        _, x = self.final_norm(residual, pending, bias, self._join(dropout_seed))
+            return stream.settle(self.join, self.queue)
+        _, x = self.final_norm(stream)
         return self.unembedding(x, labels)
-
-    def _settle(self, residual: Tensor, pending: Tensor | None, bias: Tensor | None, dropout_seed: Tensor | None) -> Tensor:
-        """The pending branch is added before the boundary, so that one tensor is sent."""
-        if pending is None:
-            return residual
-        return kernels.scaled_add(residual, pending, bias, self._join(dropout_seed), self.queue)
 
     def blocks(self) -> list[tuple[int, Block]]:
         """(global layer number, block) of this stage, in order."""
         return [(int(index), cast(Block, block)) for index, block in self.layers.items()]
-
-    def _join(self, dropout_seed: Tensor | None) -> kernels.Join:
-        """How the last block's branch joins the stream."""
-        join = kernels.Join(self.table.residual_multiplier, self.config.dropout)
-        return join.under(site_seed(dropout_seed, 2 * self.stage.stop))
 
     def _embed(self, tokens: Tensor, positions: Tensor | None, caches: list[KeyValueCache] | None) -> Tensor:
         hidden = self.embedding(tokens)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from megatron_completep import kernels
 from megatron_completep.completep import Table
 from megatron_completep.config.schema import ModelConfig
+from megatron_completep.model.stream import Branch
 from megatron_completep.parallel.layer_context import LayerContext
 from megatron_completep.parallel.linear import ColumnParallelLinear, RowParallelLinear
 
@@ -29,12 +30,19 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class MLP(nn.Module):
-    """x [s, B, H] -> branch [s, B, H] without its bias, which joins in the residual sum.
+    """The MLP branch: x [s, B, H] -> [s, B, H].
 
-    `recompute`: the down projection keeps no input for backward; the activation makes it again.
+    recompute: the down projection keeps no input for backward; the activation makes it again.
     """
 
-    def __init__(self, model: ModelConfig, table: Table, context: LayerContext, recompute: bool = False):
+    def __init__(
+        self,
+        model: ModelConfig,
+        table: Table,
+        context: LayerContext,
+        layer: int,
+        recompute: bool = False,
+    ):
         super().__init__()
         ffn = model.ffn_hidden_size
         hidden = model.hidden_size
@@ -44,11 +52,14 @@ class MLP(nn.Module):
         self.up = ColumnParallelLinear(hidden, parts, table.base_hidden_size, model.bias, context)
         self.down = RowParallelLinear(ffn, hidden, table.base_ffn_hidden_size, model.bias, context)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, inputs: object = None) -> Branch:
+        """inputs: what attention needs; nothing here does."""
         up = self.up(x)
         if self.recompute and torch.is_grad_enabled():
-            return self._down_without_keeping(up)
-        return self.down(self.activation(up))
+            out = self._down_without_keeping(up)
+        else:
+            out = self.down(self.activation(up))
+        return Branch(out, self.down.bias)
 
     def _down_without_keeping(self, up: Tensor) -> Tensor:
         """What `down` would save of its input is made again from `up`, which the activation keeps anyway."""

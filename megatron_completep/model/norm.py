@@ -1,4 +1,4 @@
-"""Norms, alone and chained with the scaled residual sum that precedes them: one kernel, one read and write of the stream."""
+"""Norms: alone, and on the residual stream, where one kernel adds the pending branch and norms the sum."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from megatron_completep import kernels
+from megatron_completep.completep import Table
+from megatron_completep.config.schema import ModelConfig
+from megatron_completep.model.stream import Stream
 from megatron_completep.parallel.layer_context import LayerContext
 from megatron_completep.parallel.parameter import Site, Spec, make_parameter
 from megatron_completep.roles import Role
@@ -15,52 +18,76 @@ from megatron_completep.roles import Role
 class Norm(nn.Module):
     """LayerNorm or RMSNorm over the last dimension; statistics in fp32 (fp64 for float64), gain 1 and bias 0 at the start.
 
-    partial_over: the axis of which the rows seen here are one rank's share (sequence shard, or its own heads). site: which
-    forward multiplier acts behind it.
+    partial_over: the axis of which the rows seen here are one rank's share (sequence shard, or its own heads).
+    site: which forward multiplier acts behind it.
+
+    Gradients of gain and bias go to the queue, which also decides when they are summed over the rows.
     """
 
     def __init__(
         self,
         size: int,
         role: Role,
-        kind: str,
-        eps: float,
+        norm: kernels.Norm,
         bias: bool,
         context: LayerContext,
         partial_over: str | None = None,
         site: Site | None = None,
     ):
         super().__init__()
-        self.norm = kernels.Norm(kind, eps)
+        self.norm = norm
         self.queue = context.queue
         gain = Spec(role, (size,), partial_over=partial_over, constant=1.0, site=site)
         self.weight = make_parameter(gain, context.ranks)
         self.bias: nn.Parameter | None = None
-        if bias and kind == "layernorm":
+        if bias and norm.kind == "layernorm":
             self.bias = make_parameter(replace(gain, constant=0.0), context.ranks)
 
-    def forward(
-        self,
-        residual: Tensor,
-        branch: Tensor | None = None,
-        branch_bias: Tensor | None = None,
-        join: kernels.Join | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """(y, norm(y)) with y = residual + scale * dropout(branch + branch_bias), all [..., size]; without a branch y is residual.
+    def forward(self, x: Tensor) -> Tensor:
+        """norm(x), [..., size] in the weight's type."""
+        return kernels.norm(x, self.weight, self.bias, self.norm, self.weight.dtype, self.queue)
 
-        Gradients of gain and biases go to the queue, which also decides when they are summed over the rows.
-        """
-        vectors = (self.weight, self.bias)
-        if branch is None:
-            dtype = self.weight.dtype
-            return residual, kernels.norm(residual, *vectors, self.norm, dtype, self.queue)
-        join = join or kernels.Join()
-        return kernels.scaled_residual_norm(
-            residual,
-            branch,
-            branch_bias,
-            *vectors,
-            join,
+
+class StreamNorm(Norm):
+    """The norm before a branch, or the last one; it sees this rank's part of the sequence."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        table: Table,
+        role: Role,
+        context: LayerContext,
+        site: Site | None = None,
+    ):
+        super().__init__(
+            model.hidden_size,
+            role,
+            kernels.Norm(model.norm, model.norm_eps),
+            model.bias,
+            context,
+            context.ranks.sequence.partial_over,
+            site,
+        )
+        self.join = join_of(model, table)
+
+    def forward(self, stream: Stream) -> tuple[Stream, Tensor]:  # type: ignore[override]
+        """(the stream with what was pending added, its norm [s, B, H])."""
+        if stream.pending is None:
+            return stream.joined(stream.residual), super().forward(stream.residual)
+        out, bias = stream.pending
+        residual, normed = kernels.scaled_residual_norm(
+            stream.residual,
+            out,
+            bias,
+            self.weight,
+            self.bias,
+            self.join.under(stream.site_seed()),
             self.norm,
             self.queue,
         )
+        return stream.joined(residual), normed
+
+
+def join_of(model: ModelConfig, table: Table) -> kernels.Join:
+    """How branches join the stream: scaled by m_L^-alpha, with the model's dropout."""
+    return kernels.Join(table.residual_multiplier, model.dropout)

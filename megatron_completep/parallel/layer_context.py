@@ -6,13 +6,15 @@ from dataclasses import dataclass, field
 
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.gradients import GradientQueue
+from megatron_completep.parallel.own_losses import LossLedger
 from megatron_completep.parallel.products import Products
 
 
 @dataclass(frozen=True)
 class LayerContext:
-    """Where a layer stands among the ranks, where its gradients go, and what multiplies its matrices."""
+    """Where a layer stands, where its gradients and own losses go, and what multiplies its matrices."""
 
     ranks: ParallelContext
     queue: GradientQueue = field(default_factory=GradientQueue)  # one a chunk
     products: Products = field(default_factory=Products)
+    own_losses: LossLedger = field(default_factory=LossLedger)  # one a chunk

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_completep.model.stream import Stream
 from megatron_completep.optim.distributed_adamw import DistributedAdamW
 from megatron_completep.parallel.collectives import all_reduce
 from megatron_completep.parallel.context import ParallelContext
@@ -48,10 +49,13 @@ class StreamTaps:
                     self.final_site = name if role == Role.FINAL_NORM else self.final_site
 
     def _hook(self, name: str, final: bool):
-        def record(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | tuple[Tensor, Tensor]) -> None:
+        def record(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | tuple[Stream, Tensor]) -> None:
             if not self._recording:
                 return
-            stream, normed = output if isinstance(output, tuple) else (inputs[0], output)
+            if isinstance(output, tuple):
+                stream, normed = output[0].residual, output[1]
+            else:
+                stream, normed = inputs[0], output
             self.streams.setdefault(name, []).append(stream.detach())
             if final:
                 self.normed.append(normed.detach())

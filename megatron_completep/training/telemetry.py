@@ -97,7 +97,7 @@ class LogitTaps:
         if not self._recording:
             return
         assert isinstance(attention, Attention)
-        x, inputs, _ = arguments
+        x, inputs = arguments
         first = AttentionInputs(*(part if part is None else part[:, :1] for part in (inputs.cos, inputs.sin)))
         q, k, _ = attention._heads(attention.qkv(x[:, :1].contiguous()), first)
         shared = attention.num_heads // attention.num_groups

@@ -15,7 +15,8 @@ from megatron_completep.completep import Factors, Table, table_of
 from megatron_completep.config.schema import Config
 from megatron_completep.model.gpt import GPT
 from megatron_completep.model.initialize import initialize
-from megatron_completep.model.norm import Norm
+from megatron_completep.model.norm import Norm, StreamNorm
+from megatron_completep.model.stream import Stream
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.roles import Role
 
@@ -89,11 +90,8 @@ def without_multiplier_on_mlp(config: Config, table: Table, context: ParallelCon
     """The norms that close an MLP branch add it unscaled."""
     model = build(config, table, context)
 
-    def unscaled(norm: Norm, residual, branch=None, branch_bias=None, join=None):
-        return Norm.forward(norm, residual, branch, branch_bias, kernels.Join())
-
     for norm in [block.attention_norm for _, block in model.blocks()] + [model.final_norm]:
-        norm.forward = partial(unscaled, norm)
+        norm.join = kernels.Join()
     return model
 
 
@@ -101,12 +99,10 @@ def multiplier_before_the_norm(config: Config, table: Table, context: ParallelCo
     """Each branch's input is scaled in place of its output; the norm undoes that, up to its eps."""
     model = build(config, table, context)
 
-    def scaled_input(norm: Norm, residual, branch=None, branch_bias=None, join=None):
-        stream = residual
-        if branch is not None:
-            stream = kernels.scaled_add(residual, branch, branch_bias, kernels.Join(), norm.queue)
+    def scaled_input(norm: StreamNorm, stream: Stream):
+        residual = stream.settle(kernels.Join(), norm.queue)
         factor = 1.0 if norm is model.final_norm else table.residual_multiplier
-        return stream, Norm.forward(norm, stream * factor)[1]
+        return stream.joined(residual), Norm.forward(norm, residual * factor)
 
     for norm in [norm for _, block in model.blocks() for norm in (block.attention_norm, block.mlp_norm)] + [model.final_norm]:
         norm.forward = partial(scaled_input, norm)

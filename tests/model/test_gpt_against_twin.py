@@ -14,8 +14,9 @@ from torch import Tensor
 from megatron_completep import kernels
 from megatron_completep.completep import Table
 from megatron_completep.config.schema import CompletePConfig, ModelConfig
-from megatron_completep.model.block import Block
 from megatron_completep.model.gpt import GPT
+from megatron_completep.model.norm import StreamNorm
+from megatron_completep.model.stream import Stream
 from megatron_completep.parallel.cross_entropy import LossConfig
 from megatron_completep.roles import Role
 
@@ -233,7 +234,14 @@ def test_rotary_angles_follow_a_change_of_precision() -> None:
 
 def without_final_multiplier(monkeypatch: pytest.MonkeyPatch) -> None:
     """The multiplier missing on the last MLP branch, whose sum the final norm takes."""
-    monkeypatch.setattr(GPT, "_join", lambda self, dropout_seed: kernels.Join())
+    original = StreamNorm.__init__
+
+    def unscaled_at_the_end(self, model, table, role, *rest):
+        original(self, model, table, role, *rest)
+        if role is Role.FINAL_NORM:
+            self.join = kernels.Join()
+
+    monkeypatch.setattr(StreamNorm, "__init__", unscaled_at_the_end)
 
 
 def without_logit_multiplier(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,14 +254,12 @@ def without_residual_multiplier(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def with_unscaled_branch_bias(monkeypatch: pytest.MonkeyPatch) -> None:
     """The branch's bias added beside the multiplier, not under it."""
-    original = Block.forward
+    original = Stream.hold
 
-    def forward(self, residual, pending, pending_bias, *rest):
-        if pending is not None:
-            pending_bias = pending_bias / self.join.scale
-        return original(self, residual, pending, pending_bias, *rest)
+    def hold(self, branch):
+        return original(self, branch._replace(bias=branch.bias / (2 / 3)))
 
-    monkeypatch.setattr(Block, "forward", forward)
+    monkeypatch.setattr(Stream, "hold", hold)
 
 
 @pytest.mark.parametrize(

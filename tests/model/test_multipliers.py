@@ -14,6 +14,7 @@ from megatron_completep import kernels
 from megatron_completep.completep import Table
 from megatron_completep.config.schema import ModelConfig
 from megatron_completep.model.gpt import GPT
+from megatron_completep.model.norm import StreamNorm
 
 BASE = {"base_hidden_size": 32, "base_num_layers": 4, "base_head_dim": 8}
 SHAPES = [
@@ -35,9 +36,9 @@ def plain_logits(gpt: GPT, tokens: Tensor) -> Tensor:
 
     x = gpt._embed(tokens, None, None)
     inputs = gpt._attention_inputs(x, tokens, None, None, None)
-    for layer, block in gpt.blocks():
-        x = x + with_bias(block.attention(norm(x, block.attention_norm), inputs, layer), block.attention.output.bias)
-        x = x + with_bias(block.mlp(norm(x, block.mlp_norm)), block.mlp.down.bias)
+    for _, block in gpt.blocks():
+        x = x + with_bias(*block.attention(norm(x, block.attention_norm), inputs))
+        x = x + with_bias(*block.mlp(norm(x, block.mlp_norm), inputs))
     head = gpt.embedding if model.tied_embeddings else gpt.unembedding
     return F.linear(norm(x, gpt.final_norm), head.weight)[..., : model.vocab_size].transpose(0, 1)
 
@@ -135,7 +136,8 @@ def test_multipliers_come_from_the_global_shape() -> None:
     assert table.logit_multiplier == 0.5
     assert table.attention_scale == pytest.approx(math.sqrt(4) / 8, rel=1e-15)
     gpt = build_model(model, table)
-    assert {block.join.scale for _, block in gpt.blocks()} == {table.residual_multiplier}
+    scales = {norm.join.scale for norm in gpt.modules() if isinstance(norm, StreamNorm)}
+    assert scales == {table.residual_multiplier}
 
 
 def test_no_initial_weight_depends_on_the_depth() -> None:

@@ -7,8 +7,9 @@ rank of every layout comes to the same answer, and to that of one process.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context
 from fnmatch import fnmatchcase
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn import Parameter
 
 from megatron_completep.completep import Declaration, Factors, Role, Table, declaration_of
 from megatron_completep.config.derived import own_factors, tokens_per_step
-from megatron_completep.config.schema import Config, OptimizerConfig, RoleFactors
+from megatron_completep.config.schema import Config, OptimizerConfig, OverrideConfig, RoleFactors
 from megatron_completep.errors import ConfigError
 from megatron_completep.model.initialize import CONSTANT_ROLES
 from megatron_completep.model.stages import whole_model
@@ -76,7 +77,7 @@ def _without_effect(config: Config, declared: Mapping[str, Declaration]) -> Iter
             yield from _idle(f"optimizer.overrides.{index} ({override.pattern!r})", override)
 
 
-def _idle(where: str, factors: RoleFactors) -> Iterator[str]:
+def _idle(where: str, factors: RoleFactors | OverrideConfig) -> Iterator[str]:
     if factors.init_std != 1:
         yield f"{where}: init_std = {factors.init_std:g} can never act: gains start at 1 and biases at 0. Remove it."
     if factors.weight_decay not in (0, 1):  # 0 asks for what is so already
@@ -127,6 +128,10 @@ class Value:
     base: float
     factor: float
 
+    @property
+    def product(self) -> float:
+        return self.base * self.factor
+
 
 def optimizer_dtype(config: Config) -> torch.dtype:
     """In which masters and moments are kept, whatever the device: it follows from training.precision alone."""
@@ -137,28 +142,26 @@ def _parameter_values(config: Config, table: Table, declared: Mapping[str, Decla
     optimizer, wide = config.optimizer, optimizer_dtype(config)
     factors = {name: _all_factors(name, declaration, table, optimizer) for name, declaration in declared.items()}
 
-    def values(base: float, factor: Callable[[Factors], float], names: Iterable[str]) -> list[Value]:
+    def values(base: float, factor: Callable[[Factors], float], names: Iterable[str] = declared) -> list[Value]:
         return [Value(str(declared[name].role), name, base, factor(factors[name])) for name in names]
 
     drawn = [name for name, declaration in declared.items() if declaration.role not in CONSTANT_ROLES]
-    decayed = [name for name in drawn if own_factors(optimizer, name).weight_decay and _role_decay(config, declared[name].role)]
+    in_float32 = Bounds(torch.float32, 1 / DRAWN_SIGMAS)  # weights are drawn in float32 whatever the precision
+    std = values(optimizer.base_init_std, lambda f: f.init_std, drawn)
+    yield from _problems("optimizer.base_init_std", "initial standard deviation", std, in_float32)
+
     rate, decay = optimizer.base_lr, optimizer.base_weight_decay
+    decayed = [name for name in drawn if decay and _is_decayed(config, name, declared[name].role)]
     first_correction = max(1 - table.betas(optimizer.betas)[0], torch.finfo(wide).eps)  # the first step's rate is divided by it
-    yield from _problems(
-        "optimizer.base_init_std",
-        "initial standard deviation",
-        values(optimizer.base_init_std, lambda f: f.init_std, drawn),
-        Bounds(torch.float32, 1 / DRAWN_SIGMAS),  # weights are drawn in float32 whatever the precision
-    )
-    yield from _problems("optimizer.base_lr", "peak learning rate", values(rate, lambda f: f.lr, declared), Bounds(wide, first_correction))
-    if decay:
-        yield from _problems(
-            "optimizer.base_weight_decay",
-            "weight decay times the peak learning rate",
-            values(decay, lambda f: f.weight_decay * f.lr * rate, decayed),
-            Bounds(wide),
-        )
-    yield from _problems("optimizer.base_eps", "AdamW epsilon", values(optimizer.base_eps, lambda f: f.eps, declared), Bounds(wide))
+    rates = Bounds(wide, first_correction)
+    decays = values(rate, lambda f: f.lr * f.weight_decay * decay, decayed)
+    yield from _problems("optimizer.base_lr", "peak learning rate", values(rate, lambda f: f.lr), rates, decays)
+    moved = [name for name in decayed if rates.hold(factors[name].lr * rate)]  # what is wrong with the others is said already
+    decays = values(decay, lambda f: f.weight_decay * f.lr * rate, moved)
+    yield from _problems("optimizer.base_weight_decay", "weight decay times the peak learning rate", decays, Bounds(wide))
+
+    eps = values(optimizer.base_eps, lambda f: f.eps)
+    yield from _problems("optimizer.base_eps", "AdamW epsilon", eps, Bounds(wide))
 
 
 def _all_factors(name: str, declaration: Declaration, table: Table, optimizer: OptimizerConfig) -> Factors:
@@ -172,9 +175,11 @@ def _all_factors(name: str, declaration: Declaration, table: Table, optimizer: O
     )
 
 
-def _role_decay(config: Config, role: Role) -> float:
-    factors = {str(name): own.weight_decay for name, own in config.completep.factors.items()}
-    return factors.get(role.value, 1.0)
+def _is_decayed(config: Config, name: str, role: Role) -> bool:
+    """Whether no factor of the user's switches the decay of a parameter off."""
+    by_role = (factors.weight_decay for named, factors in config.completep.factors.items() if named == role.value)
+    by_name = (override.weight_decay for override in config.optimizer.overrides if fnmatchcase(name, override.pattern))
+    return all(by_role) and all(by_name)
 
 
 def _single_values(config: Config, table: Table) -> Iterator[str]:
@@ -204,36 +209,40 @@ def _single_values(config: Config, table: Table) -> Iterator[str]:
             )
 
 
-def _problems(setting: str, meaning: str, values: Iterable[Value], bounds: Bounds) -> Iterator[str]:
-    """One line a role whose values the type cannot hold, with a base value with which all of them can be held, where there is one."""
-    values = list(values)
-    failing: dict[str, list[Value]] = {}
-    for value in values:
-        if not bounds.hold(value.base * value.factor):
-            failing.setdefault(value.owner, []).append(value)
-    for owner, members in failing.items():
-        worst = min(members, key=lambda value: value.factor)
-        more = f" and {len(members) - 1} more" if len(members) > 1 else ""
-        where = f" of {owner} ({worst.example}{more})" if owner else ""
-        product = f", times {worst.factor:.3g} from other settings," if worst.factor != 1 else ":"
-        yield (
-            f"{setting} = {worst.base:g}{product} makes the {meaning}{where} {worst.base * worst.factor:.3g}, which {bounds} cannot "
-            f"hold ({bounds.smallest:.3g} to {bounds.largest:.3g}). {_remedy(setting, worst.base, values, bounds)}"
-        )
+def _problems(setting: str, meaning: str, values: Sequence[Value], bounds: Bounds, also: Sequence[Value] = ()) -> Iterator[str]:
+    """What of the values the type cannot hold, by role, and a base value with which it can hold all of them, where there is one.
+
+    also: what else grows with the setting, so that the remedy of one problem is not the next one.
+    """
+    failing = [value for value in values if not bounds.hold(value.product)]
+    if not failing:
+        return
+    by_owner: dict[tuple[str, float], list[Value]] = {}
+    for value in failing:
+        by_owner.setdefault((value.owner, value.product), []).append(value)
+    parts = [f"{product:.3g}{_members(members)}" for (_, product), members in by_owner.items()]
+    base = failing[0].base
+    factor = "" if all(value.factor == 1 for value in failing) else "with the factors that follow from other settings "
+    yield (
+        f"{setting} = {base:g}: {factor}the {meaning} is {', '.join(parts)}, but {bounds} holds {bounds.smallest:.3g} to "
+        f"{bounds.largest:.3g} here. {_remedy(setting, base, [*values, *also], bounds)}"
+    )
 
 
-def _remedy(setting: str, base: float, values: Iterable[Value], bounds: Bounds) -> str:
+def _members(values: Sequence[Value]) -> str:
+    more = f" and {len(values) - 1} more" if len(values) > 1 else ""
+    return f" for {values[0].owner} ({values[0].example}{more})" if values[0].owner else ""
+
+
+def _remedy(setting: str, base: float, values: Sequence[Value], bounds: Bounds) -> str:
     lowest = max(bounds.smallest / value.factor if value.factor else math.inf for value in values)
     highest = min(bounds.largest / value.factor if value.factor else math.inf for value in values)
     if lowest > highest or lowest == math.inf:
-        return "No base value serves all parameters: bring the factors (completep.factors, optimizer.overrides, multipliers) nearer to 1."
+        return "No base value serves all of them: bring completep.factors, optimizer.overrides and multipliers nearer to 1."
     if base < lowest:
-        return f"Use {setting} of at least {_rounded(lowest, up=True)}."
-    return f"Use {setting} of at most {_rounded(highest, up=False)}."
+        return f"Use {setting} of at least {_three_digits(lowest, ROUND_CEILING)}."
+    return f"Use {setting} of at most {_three_digits(highest, ROUND_FLOOR)}."
 
 
-def _rounded(value: float, up: bool) -> str:
-    """Three digits, never on the other side of the value."""
-    text = f"{value:.3g}"
-    inside = float(text) >= value if up else float(text) <= value
-    return text if inside else f"{value * (1.006 if up else 0.994):.3g}"
+def _three_digits(value: float, rounding: str) -> str:
+    return f"{float(Context(prec=3, rounding=rounding).create_decimal_from_float(value)):.3g}"

@@ -10,10 +10,13 @@ import random
 from functools import cache
 
 import pytest
-from covering_array import Row, covering_array
+from covering_array import Row, all_pairs, covering_array, pairs_of
 from features import (
+    ENDS_ALONE,
     EXACT,
     FACTORS,
+    FORGOTTEN_SUM,
+    OVERRIDES_ON_FIRST_STAGE,
     ROUNDED,
     config_of,
     differences,

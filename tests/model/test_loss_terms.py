@@ -9,6 +9,8 @@ from small_models import batch_of, build_model, completep_config, model_config
 from torch import Tensor
 
 from megatron_completep.completep import table_for
+from megatron_completep.data.tokenizer import BytesTokenizer
+from megatron_completep.interop.scoring import Scorer
 from megatron_completep.model.gpt import GPT
 from megatron_completep.parallel.cross_entropy import IGNORED, LossConfig
 
@@ -60,3 +62,14 @@ def test_a_plain_objective_has_no_terms_to_report() -> None:
     gpt, tokens, labels = model_with(LossConfig())
     gpt(tokens, labels=labels)
     assert gpt.unembedding.loss.terms == () and gpt.unembedding.take_terms().numel() == 0
+
+
+def test_texts_are_scored_by_the_pure_cross_entropy() -> None:
+    model = model_config(vocab_size=257, num_layers=2)
+    gpt = build_model(model, table_for(model, completep_config()), loss=LossConfig(0.05, 0.3))
+    context, target = [5, 9], [200, 17, 3]
+    with torch.no_grad():
+        logits = gpt(torch.tensor([[*context, *target[:-1]]]))[0, len(context) - 1 :]
+    expected = -F.cross_entropy(logits, torch.tensor(target), reduction="sum").item()
+    (found,) = Scorer(gpt, BytesTokenizer()).score([(context, target)])
+    assert found.log_likelihood == pytest.approx(expected, rel=1e-12)

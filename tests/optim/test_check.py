@@ -10,11 +10,14 @@ import torch
 from small_models import batch_of, build_model, build_optimizer, completep_config, model_config, optimizer_config, train_step
 from torch import nn
 
+from megatron_completep.analysis.plan import describe
+from megatron_completep.analysis.trial import Trial
 from megatron_completep.completep import Role, Table, declare, table_for
 from megatron_completep.config import Config, config_from_mapping
 from megatron_completep.config.derived import tokens_per_step, total_tokens
 from megatron_completep.errors import ConfigError
 from megatron_completep.optim.check import check_parameters
+from megatron_completep.parallel.context import ParallelContext
 
 BASE: dict[str, Any] = {
     "model": {
@@ -204,3 +207,19 @@ def test_an_epsilon_below_the_bound_makes_weights_that_are_no_numbers_and_one_ab
         train_step(gpt, optimizer, 1e-2, batch_of(model, batch=1))
         optimizer.wait_for_parameters()
         assert all(bool(p.isfinite().all()) for p in gpt.parameters()) == finite
+
+
+def test_the_plan_of_a_run_says_and_refuses_the_same():
+    """Another tool: tools/show_plan.py."""
+    warning = "completep.factors.qk_norm reaches no parameter of this model"
+    assert f"warning: {warning}" in describe(config_with("completep.factors.qk_norm.lr=2.0"))
+    assert "warning" not in describe(config_with())
+    with pytest.raises(ConfigError, match="Use optimizer.base_eps of at least"):
+        describe(config_with("optimizer.base_eps=1e-46"))
+
+
+def test_a_trial_of_an_instrument_refuses_the_same():
+    """Coordinate check, sweep and laziness train through it."""
+    for word in ("optimizer.base_eps=1e-46", override("layer.0.*", lr=2.0)):
+        with pytest.raises(ConfigError, match="cannot have the effect asked for"):
+            Trial.build(config_with(word), ParallelContext.single())

@@ -292,7 +292,7 @@ class Tolerance:
 
 
 EXACT = Tolerance(1e-11, 1e-9)
-ROUNDED = Tolerance(2e-2, 2.0)  # gradients travelled in bf16; three steps of Adam move an element by up to 18
+ROUNDED = Tolerance(2e-2, 3.0)  # gradients travelled in bf16; three steps of Adam move an element by up to 18
 
 
 def differences(ranks: list[Trained], truth: Trained, base_lr: float, tolerance: Tolerance) -> list[str]:

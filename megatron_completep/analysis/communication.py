@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
 
 from megatron_completep.analysis.sizes import (
     element_bytes,
@@ -54,11 +53,12 @@ def collectives_per_step(config: Config, world_size: int, pipeline_rank: int = 0
     found = [
         *(c for stage in rank_stages(config, pipeline_rank) for c in _tensor(config, stage, micro_batches)),
         *_partial_gradients(config, specs, data_size, shard_rank),
-        *_pipeline(config, specs, pipeline_rank, micro_batches),
+        *_pipeline(config, specs, pipeline_rank, micro_batches, data_size),
         *_data(config, specs, data_size),
     ]
     if world_size > 1:
-        found.append(Collective("world", ALL_REDUCE, 3 * 8, 1, "squared gradient norm, loss, tokens"))
+        numbers = 3 + len(LossConfig.of(config.training).terms)
+        found.append(Collective("world", ALL_REDUCE, numbers * 8, 1, "squared gradient norm, loss, its terms, tokens"))
         found.append(Collective("world", ALL_REDUCE, 4, 1, "whether a rank was asked to stop"))
     return [collective for collective in found if collective.count]
 
@@ -138,7 +138,7 @@ def _partial_gradients(config: Config, specs: dict[str, Spec], data_size: int, s
         yield Collective("tensor", ALL_REDUCE, elements * wide_bytes(config), 1, "gradients of norms and biases in the shard")
 
 
-def _pipeline(config: Config, specs: dict[str, Spec], pipeline_rank: int, micro_batches: int) -> Iterator[Collective]:
+def _pipeline(config: Config, specs: dict[str, Spec], pipeline_rank: int, micro_batches: int, data_size: int) -> Iterator[Collective]:
     model, parallel = config.model, config.parallel
     if parallel.pipeline_parallel_size == 1:
         return
@@ -149,9 +149,11 @@ def _pipeline(config: Config, specs: dict[str, Spec], pipeline_rank: int, micro_
     forward, backward = sum(not stage.last for stage in stages), sum(not stage.first for stage in stages)
     yield Collective("pipeline", SEND, stream, forward * micro_batches, "residual stream to the next stage, forward")
     yield Collective("pipeline", SEND, stream, backward * micro_batches, "its gradient to the stage before, backward")
-    for spec in specs.values():
-        if spec.tied_to is not None:
-            payload = prod(spec.local_shape) * wide_bytes(config)
+    layout = rank_layout(config, specs, data_size)
+    for piece in layout.pieces:
+        if specs[piece.name].tied_to is not None:
+            start, stop = layout.buckets[piece.bucket]
+            payload = (stop - start) // layout.shards * wide_bytes(config)
             yield Collective("pipeline", SEND, payload, 1, "gradient of the tied embedding to the other end")
 
 

@@ -10,6 +10,7 @@ it depends on the number of steps alone. Without the proxy's token counts both r
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megatron_completep.config.derived import tokens_per_step, total_tokens
@@ -27,8 +28,19 @@ class BatchScaling:
 
     @property
     def scale(self) -> float:
-        """S: multiplies learning rates and weight decays, divides epsilons."""
-        return float((self.batch_ratio / self.duration_ratio) ** self.exponent)
+        """S: multiplies learning rates and weight decays, divides epsilons. ConfigError where it is no positive number."""
+        try:
+            scale = float((self.batch_ratio / self.duration_ratio) ** self.exponent)
+        except (OverflowError, ZeroDivisionError):
+            scale = math.inf
+        if not 0 < scale < math.inf:
+            raise ConfigError(
+                f"completep.batch_exponent = {self.exponent:g}: S = (m_B / m_D)^exponent with "
+                f"m_B = {self.batch_ratio:g} and m_D = {self.duration_ratio:g} is no positive number. "
+                "Use an exponent such as 0.5, or check completep.base_batch_tokens and base_total_tokens "
+                "(in tokens)."
+            )
+        return scale
 
     def betas(self, base: tuple[float, float]) -> tuple[float, float]:
         """The decay rates of the moments, so that they average over as many tokens as the proxy's did.

@@ -5,13 +5,14 @@ T tokens (S * B), V local vocabulary rows, H hidden. The logits [T, V] exist onc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_completep import kernels
+from megatron_completep.config.schema import TrainingConfig
 from megatron_completep.parallel.axis import Axis
 from megatron_completep.parallel.collectives import all_gather, all_reduce
 from megatron_completep.parallel.embedding import VocabShard
@@ -33,11 +34,29 @@ class LossConfig:
     label_smoothing: float = 0.0
     chunk_bytes: int = 1 << 28
 
+    @classmethod
+    def of(cls, training: TrainingConfig) -> LossConfig:
+        """The objective that a run is configured with."""
+        return cls(training.z_loss, training.label_smoothing)
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """What the objective is the sum of, where it is more than the cross-entropy: that, and each term that is added."""
+        added = [name for name in ("z_loss", "label_smoothing") if getattr(self, name)]
+        return ("cross_entropy", *added) if added else ()
+
+    @property
+    def without_terms(self) -> LossConfig:
+        """The pure cross-entropy."""
+        return replace(self, z_loss=0.0, label_smoothing=0.0)
+
 
 class Unembedding(VocabShard):
     """x [s, B, H] -> logits [B, S, vocab_size], or with labels [B, S] the sum of the token losses; alike on every tensor rank.
 
-    `multiplier` (1/m_N) applies in every path. `tied`: the embedding whose weight this is, when it is on the same stage.
+    The losses are the training objective; without gradients (validation) they are the pure cross-entropy, since z-loss and label
+    smoothing are there for their gradients alone. `multiplier` (1/m_N) applies in every path. `tied`: the embedding whose weight this
+    is, when it is on the same stage.
     """
 
     def __init__(
@@ -59,10 +78,20 @@ class Unembedding(VocabShard):
             self.weight = tied.weight
         self.multiplier = multiplier
         self.loss = loss
+        self._term_sums: Tensor | None = None  # of the passes since they were taken
+
+    def take_terms(self) -> Tensor:
+        """Sums of `loss.terms` [n] over the tokens of all training passes since the last call."""
+        sums, self._term_sums = self._term_sums, None
+        return torch.zeros(len(self.loss.terms), device=self.weight.device) if sums is None else sums
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         if labels is not None:
-            return _UnembeddingLoss.apply(x, self.weight, labels.t().flatten(), self)
+            loss = self.loss if torch.is_grad_enabled() else self.loss.without_terms
+            total, terms = _UnembeddingLoss.apply(x, self.weight, labels.t().flatten(), self, loss)
+            if terms.numel():
+                self._term_sums = terms if self._term_sums is None else self._term_sums + terms
+            return total
         ranks, products = self.context.ranks, self.context.products
         local = products.forward(ranks.sequence.gather(x), self.weight) * self.multiplier
         vocabulary_first = all_gather(local.permute(2, 1, 0).contiguous(), ranks.tensor)
@@ -70,33 +99,37 @@ class Unembedding(VocabShard):
 
 
 class _UnembeddingLoss(torch.autograd.Function):
-    """Few tokens: the logits are kept for backward. Many: both gradients are made chunk by chunk in forward, and no logits are kept."""
+    """(sum of the losses, sums of its terms [n]). Few tokens: the logits are kept for backward. Many: both gradients are made chunk by
+    chunk in forward, and no logits are kept."""
 
     @staticmethod
-    def forward(ctx, x, weight, labels, head: Unembedding):
+    def forward(ctx, x, weight, labels, head: Unembedding, loss: LossConfig):
         ctx.head, ctx.shape = head, x.shape
         ranks, products = head.context.ranks, head.context.products
         rows = ranks.sequence.gather(x).flatten(0, 1)
-        step = max(1, head.loss.chunk_bytes // (weight.shape[0] * weight.element_size()))
-        tokens = _TokenLoss(head, head.multiplier, ranks.tensor, head.loss)
+        step = max(1, loss.chunk_bytes // (weight.shape[0] * weight.element_size()))
+        tokens = _TokenLoss(head, head.multiplier, ranks.tensor, loss)
         ctx.kept = rows.shape[0] <= step
         if ctx.kept:
             logits = products.forward(rows, weight)
-            total, lse = tokens.forward(logits, labels)
+            total, terms, lse = tokens.forward(logits, labels)
             ctx.save_for_backward(rows, weight, logits, labels, lse)
+            ctx.mark_non_differentiable(terms)
             ctx.tokens = tokens
-            return total
+            return total, terms
         if not any(ctx.needs_input_grad):
-            totals = []
+            sums = []
             for chunk, chunk_labels in zip(rows.split(step), labels.split(step), strict=True):
-                totals.append(tokens.forward(products.forward(chunk, weight), chunk_labels)[0])
-            return torch.stack(totals).sum()
-        total, d_rows, d_weight = tokens.chunked(products, rows, weight, labels, step)
+                sums.append(tokens.forward(products.forward(chunk, weight), chunk_labels)[:2])
+            totals, terms = (torch.stack(column) for column in zip(*sums, strict=True))
+            return totals.sum(), terms.sum(0)
+        total, terms, d_rows, d_weight = tokens.chunked(products, rows, weight, labels, step)
         ctx.save_for_backward(d_rows, d_weight)
-        return total
+        ctx.mark_non_differentiable(terms)
+        return total, terms
 
     @staticmethod
-    def backward(ctx, d_total):
+    def backward(ctx, d_total, _):
         head = ctx.head
         ranks, products, queue = head.context.ranks, head.context.products, head.context.queue
         if ctx.kept:
@@ -109,7 +142,7 @@ class _UnembeddingLoss(torch.autograd.Function):
             d_rows = d_rows * d_total
             queue.push(head.weight, accumulate_tensor(d_weight, d_total))
         d_x = d_rows.view(-1, ctx.shape[1], d_rows.shape[-1])
-        return ranks.sequence.sum(d_x), None, None, None
+        return ranks.sequence.sum(d_x), None, None, None, None
 
 
 @dataclass(frozen=True)
@@ -121,8 +154,8 @@ class _TokenLoss:
     axis: Axis
     loss: LossConfig
 
-    def forward(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """(sum of the losses, logsumexp [T]); logits stay as they are."""
+    def forward(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(sum of the losses, sums of their terms [n], logsumexp [T]); logits stay as they are."""
         smoothing, head = self.loss.label_smoothing, self.head
         stats = kernels.cross_entropy_forward(logits, labels, head.start, head.vocab_size, self.multiplier, smoothing > 0)
         maximum, sums = stats[0], stats[1:]  # sums: of exp(x - maximum), the target's logit, and with smoothing of the logits
@@ -131,10 +164,15 @@ class _TokenLoss:
             sums[0] *= (maximum - whole).exp()
             maximum, sums = whole, all_reduce(sums, self.axis)
         lse = maximum + sums[0].log()
-        losses = lse - (1 - smoothing) * sums[1] + self.loss.z_loss * lse.square()
+        squares = self.loss.z_loss * lse.square()
+        losses = lse - (1 - smoothing) * sums[1] + squares
+        by_name = {"cross_entropy": lse - sums[1], "z_loss": squares}
         if smoothing > 0:
             losses = losses - (smoothing / head.vocab_size) * sums[2]
-        return torch.where(labels == IGNORED, 0.0, losses).sum(), lse
+            by_name["label_smoothing"] = smoothing * (sums[1] - sums[2] / head.vocab_size)
+        terms = [by_name[name] for name in self.loss.terms]
+        columns = [torch.where(labels == IGNORED, 0.0, values).sum() for values in (losses, *terms)]
+        return columns[0], torch.stack(columns[1:]) if terms else columns[0].new_empty(0), lse
 
     def backward_(self, logits: Tensor, labels: Tensor, lse: Tensor, d_total: Tensor) -> None:
         """Write the gradient of the sum, times d_total, over the logits."""
@@ -151,18 +189,20 @@ class _TokenLoss:
             self.multiplier,
         )
 
-    def chunked(self, products: Products, rows: Tensor, weight: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(sum of the losses, d_rows [T, H], d_weight [V, H] in fp32 or fp64), holding the logits of `step` tokens at a time."""
+    def chunked(self, products: Products, rows: Tensor, weight: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(sum of the losses, sums of their terms [n], d_rows [T, H], d_weight [V, H] in fp32 or fp64), holding the logits of `step`
+        tokens at a time."""
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         d_rows, d_weight = torch.empty_like(rows), torch.zeros(weight.shape, dtype=wide, device=weight.device)
         one = torch.ones((), dtype=wide, device=weight.device)
-        total = torch.zeros_like(one)
+        total, terms = torch.zeros_like(one), one.new_zeros(len(self.loss.terms))
         for start in range(0, rows.shape[0], step):
             part = slice(start, start + step)
             logits = products.forward(rows[part], weight)
-            chunk_total, lse = self.forward(logits, labels[part])
+            chunk_total, chunk_terms, lse = self.forward(logits, labels[part])
             total += chunk_total
+            terms += chunk_terms
             self.backward_(logits, labels[part], lse, one)
             products.input_gradient(logits, weight, out=d_rows[part])
             products.add_weight_gradient(d_weight, logits, rows[part], start == 0)
-        return total, d_rows, d_weight
+        return total, terms, d_rows, d_weight

@@ -22,6 +22,7 @@ from megatron_completep.optim.check import check_parameters
 from megatron_completep.optim.distributed_adamw import DistributedAdamW
 from megatron_completep.optim.groups import Group
 from megatron_completep.parallel.context import ParallelContext, data_parallel_size_for
+from megatron_completep.parallel.parameter import Spec
 from megatron_completep.training.build import build_model
 from megatron_completep.training.guards.replicas import replica_hashes, who_differs
 from megatron_completep.training.loop import launch

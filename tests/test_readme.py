@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("kernels", "tools", *(f"megatron_completep{rest}" for rest in ("", "/*", "/*/*")))
+FOLDERS = ("kernels", "kernels/*", "tools", *(f"megatron_completep{rest}" for rest in ("", "/*", "/*/*")))
 LINKS = ("megatron_completep/kernels", "megatron_completep/tools")  # the same files under the package's name
 
 

@@ -1,7 +1,8 @@
-"""The last step of a vector's gradient: the partial sums [P, K, H] of a backward, summed over P in a fixed order.
+"""The last step of a vector's gradient: the partial sums of a backward become one sum.
 
-An operation of its own, so that whoever schedules weight gradients (a `Sink`) decides when it runs, and straight into the main
-gradient.
+The partial sums are [P, K, H], and the sum over P has a fixed order. It is an operation of its own,
+so that whoever schedules weight gradients (a `Sink`) decides when it runs. It adds straight into the
+main gradient.
 """
 
 from collections.abc import Callable, Sequence
@@ -49,12 +50,13 @@ _reduce_partials = register(
 
 
 class Sink(Protocol):
-    """Takes the gradients of parameters in place of autograd: the trainer's queue of weight gradients, for example."""
+    """Takes the gradients of parameters in place of autograd, as a trainer's queue does."""
 
     def push(self, parameter: Any, accumulate: Callable[[Tensor, bool], None]) -> None:
         """One contribution to the gradient of `parameter`, to be added now or later.
 
-        `accumulate(main_grad, first)` adds it to `main_grad` [H], float32 or float64; `first`: overwrites what is there.
+        `accumulate(main_grad, first)` adds it to `main_grad` [H], float32 or float64. Where `first`
+        is true it is written over what is there.
         """
 
 
@@ -64,10 +66,11 @@ def vector_gradients(
     sink: Sink | None,
     vectors: Sequence[Any] | None,
 ) -> list[Tensor | None]:
-    """What a backward returns for vectors whose gradients are `partials` [P, K, H], K of them in the order of `dtypes`.
+    """What a backward returns for its vectors, whose gradients are in `partials` [P, K, H].
 
-    `dtypes` has a None for each vector that the operation was not given. With a `sink`, every gradient is pushed there under
-    the parameter in `vectors`, and autograd gets None.
+    `dtypes` has a None for each vector that the operation was not given; the others are the K of
+    `partials`, in this order. With a `sink`, every gradient is pushed there under the parameter in
+    `vectors`, and autograd gets None.
     """
     gradients: list[Tensor | None] = []
     row = 0

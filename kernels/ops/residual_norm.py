@@ -446,7 +446,7 @@ _residual_norm_backward = register(
 
 
 class _ResidualNorm(torch.autograd.Function):
-    """Gradients of residual and branch go through autograd; those of the vectors too, or to the sink."""
+    """The vectors' gradients go through autograd as the others do, or to the sink."""
 
     @staticmethod
     def forward(
@@ -522,11 +522,12 @@ def scaled_residual_norm(
     norm: Norm,
     sink: Sink | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(y, out) with `y = residual + scale * dropout(branch + branch_bias)`, `out = norm(y) * weight + bias`.
+    """(y, out), where y = residual + scale * dropout(branch + branch_bias), out = norm(y) * weight + bias.
 
-    `residual`, `branch` [..., H]; `branch_bias`, `weight`, `bias` [H]. `y` has the residual's dtype and is rounded before its
-    statistics are taken; `out` has the branch's dtype. Statistics are float32, or float64 for float64 inputs. With a `sink`
-    the gradients of the three vectors, which are then parameters, go there and not through autograd.
+    `residual`, `branch` [..., H]; `branch_bias`, `weight`, `bias` [H]. `y` has the residual's dtype
+    and is rounded before its statistics are taken; `out` has the branch's dtype. Statistics are
+    float32, or float64 for float64 inputs. With a `sink` the gradients of the three vectors, which
+    are then parameters, go there and not through autograd.
     Raises ValueError where dropout has no seed, and for a kind of norm that is not defined.
     """
     given = (residual, branch, branch_bias, weight, bias, join, norm)
@@ -541,9 +542,9 @@ def norm(
     out_dtype: torch.dtype | None = None,
     sink: Sink | None = None,
 ) -> Tensor:
-    """The norm of [..., H] over its last dimension, times `weight` plus `bias`, in `out_dtype` (default: that of `x`).
+    """The norm of `x` [..., H] over its last dimension, times `weight` plus `bias`, both [H].
 
-    `sink` and errors: see `scaled_residual_norm`.
+    The result is in `out_dtype` (default: that of `x`). `sink` and errors: see `scaled_residual_norm`.
     """
     given = (x, None, None, weight, bias, Join(), norm)
     return _ResidualNorm.apply(*given, out_dtype or x.dtype, sink)

@@ -159,7 +159,7 @@ _scaled_add_backward = register(
 
 
 class _ScaledAdd(torch.autograd.Function):
-    """Gradients of residual and branch go through autograd; that of the branch's bias too, or to the sink."""
+    """The bias's gradient goes through autograd as the others do, or to the sink."""
 
     @staticmethod
     def forward(ctx: Any, residual, branch, branch_bias, join: Join, sink: Sink | None):
@@ -188,7 +188,7 @@ def scaled_add(
 ) -> Tensor:
     """`residual + scale * dropout(branch + branch_bias)` [..., H], in the residual's dtype, rounded once.
 
-    With a `sink` the gradient of `branch_bias` [H], which is then a parameter, goes there and not through autograd.
-    Raises ValueError where dropout has no seed.
+    With a `sink` the gradient of `branch_bias` [H], which is then a parameter, goes there and not
+    through autograd. Raises ValueError where dropout has no seed.
     """
     return _ScaledAdd.apply(residual, branch, branch_bias, join, sink)

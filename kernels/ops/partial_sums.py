@@ -60,28 +60,36 @@ class Sink(Protocol):
         """
 
 
+def receivers(vectors: Sequence[Tensor | None], sink: Sink | None) -> tuple[Any, ...]:
+    """What a forward remembers of its vectors: a sink knows them as objects, autograd wants a dtype.
+
+    None stands for a vector that the operation was not given.
+    """
+    if sink is not None:
+        return tuple(vectors)
+    return tuple([None if vector is None else vector.dtype for vector in vectors])
+
+
 def vector_gradients(
     partials: Tensor,
-    dtypes: Sequence[torch.dtype | None],
+    receivers: Sequence[Any],
     sink: Sink | None,
-    vectors: Sequence[Any] | None,
 ) -> list[Tensor | None]:
     """What a backward returns for its vectors, whose gradients are in `partials` [P, K, H].
 
-    `dtypes` has a None for each vector that the operation was not given; the others are the K of
-    `partials`, in this order. With a `sink`, every gradient is pushed there under the parameter in
-    `vectors`, and autograd gets None.
+    The K gradients belong to the receivers that are not None, in this order. With a `sink`, every
+    gradient is pushed there, and autograd gets None.
     """
     gradients: list[Tensor | None] = []
     row = 0
-    for position, dtype in enumerate(dtypes):
-        if dtype is None:
+    for receiver in receivers:
+        if receiver is None:
             gradients.append(None)
             continue
-        if sink is None or vectors is None:
-            gradients.append(_column_sums(partials, row, dtype))
+        if sink is None:
+            gradients.append(_column_sums(partials, row, receiver))
         else:
-            sink.push(vectors[position], _accumulation(partials, row))
+            sink.push(receiver, _accumulation(partials, row))
             gradients.append(None)
         row += 1
     return gradients

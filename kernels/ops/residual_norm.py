@@ -47,7 +47,7 @@ from ..tiling import (
     store_tile,
     zero_tile,
 )
-from .partial_sums import Sink, vector_gradients
+from .partial_sums import Sink, receivers, vector_gradients
 
 # --- kernels ----------------------------------------------------------------------------------------------------------------------
 
@@ -473,11 +473,8 @@ class _ResidualNorm(torch.autograd.Function):
         ctx.norm = norm
         ctx.has_branch = branch is not None
         ctx.out_dtype = out.dtype
-        vectors = (weight, bias, branch_bias)
-        ctx.dtypes = tuple(None if vector is None else vector.dtype for vector in vectors)
-        # A sink knows its parameters as objects, which saved tensors are not.
         ctx.sink = sink
-        ctx.vectors = vectors if sink is not None else None
+        ctx.receivers = receivers((weight, bias, branch_bias), sink)
         return (y, out) if ctx.has_branch else out
 
     @staticmethod
@@ -487,7 +484,7 @@ class _ResidualNorm(torch.autograd.Function):
         y, mean, rstd, weight = ctx.saved_tensors
         if d_out is None:
             d_out = torch.zeros(y.shape, dtype=ctx.out_dtype, device=y.device)
-        _, has_bias, has_branch_bias = (dtype is not None for dtype in ctx.dtypes)
+        _, bias, branch_bias = ctx.receivers
         d_residual, d_branch, partials = _residual_norm_backward(
             d_y,
             d_out,
@@ -496,19 +493,14 @@ class _ResidualNorm(torch.autograd.Function):
             rstd,
             weight,
             ctx.has_branch,
-            has_bias,
-            has_branch_bias,
+            bias is not None,
+            branch_bias is not None,
             ctx.join,
             ctx.norm,
         )
         if not ctx.has_branch:
             d_branch = None
-        d_weight, d_bias, d_branch_bias = vector_gradients(
-            partials,
-            ctx.dtypes,
-            ctx.sink,
-            ctx.vectors,
-        )
+        d_weight, d_bias, d_branch_bias = vector_gradients(partials, ctx.receivers, ctx.sink)
         return d_residual, d_branch, d_branch_bias, d_weight, d_bias, None, None, None, None
 
 

@@ -1,7 +1,8 @@
-"""The record of an optimizer step: what the host, the gradient norm and AdamW tell each other, on the device.
+"""The record of an optimizer step: what the host, the gradient norm and AdamW tell each other.
 
-A float64 tensor [8] whose numbers have names. The optimizer writes the learning rate before a step and `begin_step_` the
-rest, so nothing waits for the host, and a captured CUDA graph stays right.
+A float64 tensor [8] on the device, whose numbers have names. The optimizer writes the learning rate
+before a step and `begin_step_` the rest, so nothing waits for the host, and a captured CUDA graph
+stays right.
 
     record = new_control(device)
     record[LEARNING_RATE] = 1e-3          one number, on the device

@@ -1,1 +1,1 @@
-"""One operation a file, each in the order kernels, launchers, registration with torch, autograd function, public function."""
+"""One operation a file: kernels, launchers, registration, autograd function, public function."""

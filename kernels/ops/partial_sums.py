@@ -1,7 +1,8 @@
-"""The last step of a vector's gradient: the partial sums [P, K, H] of a backward, summed over P in a fixed order.
+"""The last step of a vector's gradient: the partial sums of a backward become one sum.
 
-An operation of its own, so that whoever schedules weight gradients (a `Sink`) decides when it runs, and straight into the main
-gradient.
+The partial sums are [P, K, H], and the sum over P has a fixed order. It is an operation of its own,
+so that whoever schedules weight gradients (a `Sink`) decides when it runs. It adds straight into the
+main gradient.
 """
 
 from collections.abc import Callable, Sequence
@@ -49,36 +50,46 @@ _reduce_partials = register(
 
 
 class Sink(Protocol):
-    """Takes the gradients of parameters in place of autograd: the trainer's queue of weight gradients, for example."""
+    """Takes the gradients of parameters in place of autograd, as a trainer's queue does."""
 
     def push(self, parameter: Any, accumulate: Callable[[Tensor, bool], None]) -> None:
         """One contribution to the gradient of `parameter`, to be added now or later.
 
-        `accumulate(main_grad, first)` adds it to `main_grad` [H], float32 or float64; `first`: overwrites what is there.
+        `accumulate(main_grad, first)` adds it to `main_grad` [H], float32 or float64. Where `first`
+        is true it is written over what is there.
         """
+
+
+def receivers(vectors: Sequence[Tensor | None], sink: Sink | None) -> tuple[Any, ...]:
+    """What a forward remembers of its vectors: a sink knows them as objects, autograd wants a dtype.
+
+    None stands for a vector that the operation was not given.
+    """
+    if sink is not None:
+        return tuple(vectors)
+    return tuple([None if vector is None else vector.dtype for vector in vectors])
 
 
 def vector_gradients(
     partials: Tensor,
-    dtypes: Sequence[torch.dtype | None],
+    receivers: Sequence[Any],
     sink: Sink | None,
-    vectors: Sequence[Any] | None,
 ) -> list[Tensor | None]:
-    """What a backward returns for vectors whose gradients are `partials` [P, K, H], K of them in the order of `dtypes`.
+    """What a backward returns for its vectors, whose gradients are in `partials` [P, K, H].
 
-    `dtypes` has a None for each vector that the operation was not given. With a `sink`, every gradient is pushed there under
-    the parameter in `vectors`, and autograd gets None.
+    The K gradients belong to the receivers that are not None, in this order. With a `sink`, every
+    gradient is pushed there, and autograd gets None.
     """
     gradients: list[Tensor | None] = []
     row = 0
-    for position, dtype in enumerate(dtypes):
-        if dtype is None:
+    for receiver in receivers:
+        if receiver is None:
             gradients.append(None)
             continue
-        if sink is None or vectors is None:
-            gradients.append(_column_sums(partials, row, dtype))
+        if sink is None:
+            gradients.append(_column_sums(partials, row, receiver))
         else:
-            sink.push(vectors[position], _accumulation(partials, row))
+            sink.push(receiver, _accumulation(partials, row))
             gradients.append(None)
         row += 1
     return gradients

@@ -47,7 +47,7 @@ from ..tiling import (
     store_tile,
     zero_tile,
 )
-from .partial_sums import Sink, vector_gradients
+from .partial_sums import Sink, receivers, vector_gradients
 
 # --- kernels ----------------------------------------------------------------------------------------------------------------------
 
@@ -446,7 +446,7 @@ _residual_norm_backward = register(
 
 
 class _ResidualNorm(torch.autograd.Function):
-    """Gradients of residual and branch go through autograd; those of the vectors too, or to the sink."""
+    """The vectors' gradients go through autograd as the others do, or to the sink."""
 
     @staticmethod
     def forward(
@@ -473,11 +473,8 @@ class _ResidualNorm(torch.autograd.Function):
         ctx.norm = norm
         ctx.has_branch = branch is not None
         ctx.out_dtype = out.dtype
-        vectors = (weight, bias, branch_bias)
-        ctx.dtypes = tuple(None if vector is None else vector.dtype for vector in vectors)
-        # A sink knows its parameters as objects, which saved tensors are not.
         ctx.sink = sink
-        ctx.vectors = vectors if sink is not None else None
+        ctx.receivers = receivers((weight, bias, branch_bias), sink)
         return (y, out) if ctx.has_branch else out
 
     @staticmethod
@@ -487,7 +484,7 @@ class _ResidualNorm(torch.autograd.Function):
         y, mean, rstd, weight = ctx.saved_tensors
         if d_out is None:
             d_out = torch.zeros(y.shape, dtype=ctx.out_dtype, device=y.device)
-        _, has_bias, has_branch_bias = (dtype is not None for dtype in ctx.dtypes)
+        _, bias, branch_bias = ctx.receivers
         d_residual, d_branch, partials = _residual_norm_backward(
             d_y,
             d_out,
@@ -496,19 +493,14 @@ class _ResidualNorm(torch.autograd.Function):
             rstd,
             weight,
             ctx.has_branch,
-            has_bias,
-            has_branch_bias,
+            bias is not None,
+            branch_bias is not None,
             ctx.join,
             ctx.norm,
         )
         if not ctx.has_branch:
             d_branch = None
-        d_weight, d_bias, d_branch_bias = vector_gradients(
-            partials,
-            ctx.dtypes,
-            ctx.sink,
-            ctx.vectors,
-        )
+        d_weight, d_bias, d_branch_bias = vector_gradients(partials, ctx.receivers, ctx.sink)
         return d_residual, d_branch, d_branch_bias, d_weight, d_bias, None, None, None, None
 
 
@@ -522,11 +514,12 @@ def scaled_residual_norm(
     norm: Norm,
     sink: Sink | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(y, out) with `y = residual + scale * dropout(branch + branch_bias)`, `out = norm(y) * weight + bias`.
+    """(y, out), where y = residual + scale * dropout(branch + branch_bias), out = norm(y) * weight + bias.
 
-    `residual`, `branch` [..., H]; `branch_bias`, `weight`, `bias` [H]. `y` has the residual's dtype and is rounded before its
-    statistics are taken; `out` has the branch's dtype. Statistics are float32, or float64 for float64 inputs. With a `sink`
-    the gradients of the three vectors, which are then parameters, go there and not through autograd.
+    `residual`, `branch` [..., H]; `branch_bias`, `weight`, `bias` [H]. `y` has the residual's dtype
+    and is rounded before its statistics are taken; `out` has the branch's dtype. Statistics are
+    float32, or float64 for float64 inputs. With a `sink` the gradients of the three vectors, which
+    are then parameters, go there and not through autograd.
     Raises ValueError where dropout has no seed, and for a kind of norm that is not defined.
     """
     given = (residual, branch, branch_bias, weight, bias, join, norm)
@@ -541,9 +534,9 @@ def norm(
     out_dtype: torch.dtype | None = None,
     sink: Sink | None = None,
 ) -> Tensor:
-    """The norm of [..., H] over its last dimension, times `weight` plus `bias`, in `out_dtype` (default: that of `x`).
+    """The norm of `x` [..., H] over its last dimension, times `weight` plus `bias`, both [H].
 
-    `sink` and errors: see `scaled_residual_norm`.
+    The result is in `out_dtype` (default: that of `x`). `sink` and errors: see `scaled_residual_norm`.
     """
     given = (x, None, None, weight, bias, Join(), norm)
     return _ResidualNorm.apply(*given, out_dtype or x.dtype, sink)

@@ -27,7 +27,7 @@ from ..tiling import (
     store_partial,
     zero_tile,
 )
-from .partial_sums import Sink, vector_gradients
+from .partial_sums import Sink, receivers, vector_gradients
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -159,23 +159,23 @@ _scaled_add_backward = register(
 
 
 class _ScaledAdd(torch.autograd.Function):
-    """Gradients of residual and branch go through autograd; that of the branch's bias too, or to the sink."""
+    """The bias's gradient goes through autograd as the others do, or to the sink."""
 
     @staticmethod
     def forward(ctx: Any, residual, branch, branch_bias, join: Join, sink: Sink | None):
         ctx.join = join
         ctx.branch_dtype = branch.dtype
-        ctx.bias_dtype = None if branch_bias is None else branch_bias.dtype
         ctx.sink = sink
-        ctx.vectors = (branch_bias,) if sink is not None else None
+        ctx.receivers = receivers((branch_bias,), sink)
         return _scaled_add_forward(residual, branch, branch_bias, join)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_y):
-        has_bias = ctx.bias_dtype is not None
+        (branch_bias,) = ctx.receivers
+        has_bias = branch_bias is not None
         d_branch, partials = _scaled_add_backward(d_y, has_bias, ctx.join, ctx.branch_dtype)
-        (d_bias,) = vector_gradients(partials, (ctx.bias_dtype,), ctx.sink, ctx.vectors)
+        (d_bias,) = vector_gradients(partials, ctx.receivers, ctx.sink)
         return d_y, d_branch, d_bias, None, None
 
 
@@ -188,7 +188,7 @@ def scaled_add(
 ) -> Tensor:
     """`residual + scale * dropout(branch + branch_bias)` [..., H], in the residual's dtype, rounded once.
 
-    With a `sink` the gradient of `branch_bias` [H], which is then a parameter, goes there and not through autograd.
-    Raises ValueError where dropout has no seed.
+    With a `sink` the gradient of `branch_bias` [H], which is then a parameter, goes there and not
+    through autograd. Raises ValueError where dropout has no seed.
     """
     return _ScaledAdd.apply(residual, branch, branch_bias, join, sink)

@@ -1,13 +1,16 @@
 """Train one model from one YAML file.
 
-python -m megatron_completep.pretrain configs/quickstart.yaml training.train_steps=200
-torchrun --nproc-per-node 8 -m megatron_completep.pretrain configs/completep_1b.yaml
+Examples:
+
+    python -m megatron_completep.pretrain configs/quickstart.yaml training.train_steps=200
+    torchrun --nproc-per-node 8 -m megatron_completep.pretrain configs/completep_1b.yaml
 """
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Sequence
 
+from megatron_completep.command_line import Parser, file_to_read
 from megatron_completep.completep import table_for
 from megatron_completep.config import Config, check_world, load_config
 from megatron_completep.config.derived import tokens_per_step, total_tokens
@@ -73,13 +76,13 @@ def pretrain(config: Config, fail_point: FailPoint = no_fail_point, clock: Start
     return code
 
 
-def main() -> int | None:
+def main(argv: Sequence[str] | None = None) -> int | None:
     """Read the command line, train, and return the process's exit code."""
     clock = StartupClock.from_process_start()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", help="the YAML file of the run")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
-    arguments = parser.parse_args()
+    parser = Parser(__doc__)
+    parser.add_argument("config", type=file_to_read, metavar="CONFIG", help="the YAML file of the run")
+    parser.add_overrides()
+    arguments = parser.parse_args(argv)
     return pretrain(load_config(arguments.config, arguments.overrides), clock=clock)
 
 

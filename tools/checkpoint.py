@@ -12,12 +12,14 @@ suits a disk or an upload.
 
 import argparse
 import json
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_completep.command_line import Parser, file_to_read, folder_to_read, whole
 from megatron_completep.config import load_config
 from megatron_completep.errors import exit_on_user_error
+from megatron_completep.outputs import Output, check_outputs
 from megatron_completep.training.checkpoint.adapt import adapt_checkpoint
 from megatron_completep.training.checkpoint.compare import table_of
 from megatron_completep.training.checkpoint.examine import (
@@ -50,46 +52,41 @@ EXAMPLES = {  # command: what it does, an example
 }
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add = {name: _add(commands, name, text, example) for name, (text, example) in EXAMPLES.items()}
-    add["list"].add_argument("run", type=Path, help="a run's output_dir, or a folder that holds step_NNNNNNNN")
+    add["list"].add_argument("run", type=folder_to_read, help="a run's output_dir, or a folder that holds step_NNNNNNNN")
     for name in ("inspect", "verify", "reshard", "adapt"):
-        add[name].add_argument("checkpoint", type=Path, help=A_CHECKPOINT)
-    add["diff"].add_argument("first", type=Path, help=A_CHECKPOINT)
-    add["diff"].add_argument("second", type=Path, help=A_CHECKPOINT)
+        add[name].add_argument("checkpoint", type=folder_to_read, help=A_CHECKPOINT)
+    add["diff"].add_argument("first", type=folder_to_read, help=A_CHECKPOINT)
+    add["diff"].add_argument("second", type=folder_to_read, help=A_CHECKPOINT)
     for name in ("reshard", "adapt"):
-        add[name].add_argument("--files", type=_at_least_one, default=1, metavar="N", help="how many files (default: 1)")
+        add[name].add_argument("--files", type=whole(1, 10**5), default=1, metavar="N", help="how many files (default: 1)")
     add["reshard"].add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where step_NNNNNNNN is made")
-    add["adapt"].add_argument("config", help="YAML file of the run that shall go on from it; written into its output_dir/checkpoints")
-    add["adapt"].add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    add["adapt"].add_argument(
+        "config", type=file_to_read, help="YAML file of the run that shall go on from it; written into its output_dir/checkpoints"
+    )
+    add["adapt"].add_overrides()
     add["adapt"].add_argument(
         "--start-anew", action="store_true", help="take the weights alone: step 0, no moments, the data from the start"
     )
-    add["prune"].add_argument("run", type=Path, help="a run's output_dir")
-    add["prune"].add_argument("--keep", type=_at_least_one, required=True, metavar="K", help="newest checkpoints to keep (at least 1)")
-    add["prune"].add_argument("--keep-every", type=_at_least_one, metavar="M", help="keep those whose step is a multiple")
+    add["prune"].add_argument("run", type=folder_to_read, help="a run's output_dir")
+    add["prune"].add_argument("--keep", type=whole(), required=True, metavar="K", help="newest checkpoints to keep (at least 1)")
+    add["prune"].add_argument("--keep-every", type=whole(), metavar="M", help="keep those whose step is a multiple")
     add["prune"].add_argument("--dry-run", action="store_true", help="only say what would go")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def _add(commands: Any, name: str, text: str, example: str) -> argparse.ArgumentParser:
+def _add(commands: Any, name: str, text: str, example: str) -> Parser:
     parser = commands.add_parser(
         name,
         help=text.split(":")[0],
         description=f"{text[0].upper()}{text[1:]}.",
         epilog=f"Example:\n\n    python tools/checkpoint.py {example}\n",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     return parser
-
-
-def _at_least_one(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: give a number of at least 1")
-    return int(text)
 
 
 def show(value: Any, as_json: bool, text: str) -> None:
@@ -139,6 +136,7 @@ def run_diff(arguments: argparse.Namespace) -> int:
 
 
 def run_reshard(arguments: argparse.Namespace) -> int:
+    check_outputs([Output("--output", arguments.output, folder=True)])
     folder = reshard_checkpoint(checkpoint_at(arguments.checkpoint), arguments.output, arguments.files)
     show({"folder": str(folder)}, arguments.json, f"wrote {folder}")
     return 0
@@ -165,6 +163,7 @@ def run_prune(arguments: argparse.Namespace) -> int:
 def run_adapt(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
     checkpoints = Path(config.training.output_dir) / "checkpoints"
+    check_outputs([Output("training.output_dir", checkpoints, folder=True)])
     source = checkpoint_at(arguments.checkpoint)
     folder, changed = adapt_checkpoint(source, config, checkpoints, arguments.files, arguments.start_anew)
     text = f"{table_of(changed, 'checkpoint', 'new')}\nwrote {folder}: the same function; train with {arguments.config} to go on from it"
@@ -183,13 +182,9 @@ COMMANDS = {
 }
 
 
-def main() -> int | None:
-    arguments = parse_arguments()
-    try:
-        return COMMANDS[arguments.command](arguments)
-    except BrokenPipeError:  # `| head`
-        sys.stderr.close()
-        return 0
+def main(argv: Sequence[str] | None = None) -> int | None:
+    arguments = parse_arguments(argv)
+    return COMMANDS[arguments.command](arguments)
 
 
 if __name__ == "__main__":

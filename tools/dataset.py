@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_completep.command_line import Parser, file_to_read, list_of, names_of_token_files, real, token_files, tokenizer_model, whole
 from megatron_completep.config.derived import total_samples
 from megatron_completep.config.load import load_config
 from megatron_completep.config.schema import TokenizerConfig
@@ -26,50 +27,49 @@ from megatron_completep.data.indexed import IndexedDataset
 from megatron_completep.data.left_out import read_left_out
 from megatron_completep.data.writer import merge, split
 from megatron_completep.errors import DataError, exit_on_user_error
+from megatron_completep.outputs import Output, check_outputs
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    as_json = argparse.ArgumentParser(add_help=False)
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    as_json = Parser(add_help=False)
     as_json.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
     command = commands.add_parser("inspect", parents=[as_json], help="counts, lengths and the first documents")
-    command.add_argument("prefix", help="PREFIX of PREFIX.bin and PREFIX.idx")
-    command.add_argument("--documents", type=int, default=3, help="documents to show (default: 3)")
-    command.add_argument("--characters", type=int, default=400, help="characters of each (default: 400)")
+    command.add_argument("prefix", type=token_files, help="PREFIX of PREFIX.bin and PREFIX.idx")
+    command.add_argument("--documents", type=whole(0), default=3, help="documents to show (default: 3)")
+    command.add_argument("--characters", type=whole(0), default=400, help="characters of each (default: 400)")
     command.add_argument("--tokenizer-type", choices=["sentencepiece", "huggingface", "tiktoken", "bytes"], help="default: PREFIX.json's")
-    command.add_argument("--tokenizer-model", metavar="MODEL", help="model file or encoding's name")
+    command.add_argument("--tokenizer-model", type=tokenizer_model, metavar="MODEL", help="model file or encoding's name")
 
     command = commands.add_parser(
         "verify", parents=[as_json], help="check the whole structure and the recorded hashes; exit code 1: a fault"
     )
-    command.add_argument("prefix", nargs="+")
-    command.add_argument("--vocab-size", type=int, help="check too that every token id is below this")
+    command.add_argument("prefix", type=token_files, nargs="+", metavar="PREFIX")
+    command.add_argument("--vocab-size", type=whole(), help="check too that every token id is below this")
 
-    command = commands.add_parser("merge", parents=[as_json], help="concatenate token files")
-    command.add_argument("--input", nargs="+", required=True, metavar="PREFIX")
+    replacing = Parser(add_help=False)
+    replacing.add_argument("--overwrite", action="store_true", help="replace token files that are there")
+    command = commands.add_parser("merge", parents=[as_json, replacing], help="concatenate token files")
+    command.add_argument("--input", nargs="+", type=token_files, required=True, metavar="PREFIX")
     command.add_argument("--output-prefix", required=True, metavar="PREFIX")
 
-    command = commands.add_parser("split", parents=[as_json], help="cut token files into runs of whole documents")
-    command.add_argument("prefix")
-    command.add_argument("--shares", required=True, help="such as 969,30,1")
+    command = commands.add_parser("split", parents=[as_json, replacing], help="cut token files into runs of whole documents")
+    command.add_argument("prefix", type=token_files, metavar="PREFIX")
+    command.add_argument("--shares", type=list_of(real(at_least=0)), required=True, metavar="SHARE,SHARE", help="such as 969,30,1")
     command.add_argument("--output-prefix", nargs="+", required=True, metavar="PREFIX", help="one for each share")
 
-    run = argparse.ArgumentParser(add_help=False, parents=[as_json])
-    run.add_argument("config", help="the run's YAML file, such as output_dir/config.yaml")
-    run.add_argument("overrides", nargs="*", metavar="section.key=value")
+    run = Parser(add_help=False, parents=[as_json])
+    run.add_argument("config", type=file_to_read, help="the run's YAML file, such as output_dir/config.yaml")
+    run.add_overrides()
     command = commands.add_parser("sample", parents=[run], help="the exact samples of a training step, decoded")
     which = command.add_mutually_exclusive_group(required=True)
-    which.add_argument("--step", type=int, help="optimizer step, from 1 as in metrics.jsonl")
+    which.add_argument("--step", type=whole(), help="optimizer step, from 1 as in metrics.jsonl")
     which.add_argument("--validation", action="store_true", help="the validation samples")
-    command.add_argument("--characters", type=int, default=200, help="characters of each document (default: 200; 0: all)")
+    command.add_argument("--characters", type=whole(0), default=200, help="characters of each document (default: 200; 0: all)")
     commands.add_parser("prebuild", parents=[run], help="build the tables of order: megatron beside the token files")
-    arguments, rest = parser.parse_known_args()  # argparse takes no second run of positional words, after --step N
-    if not hasattr(arguments, "overrides") or any(word.startswith("-") or "=" not in word for word in rest):
-        return parser.parse_args()
-    arguments.overrides += rest
-    return arguments
+    return parser.parse_args(argv)
 
 
 def run_inspect(arguments: argparse.Namespace) -> int:
@@ -110,16 +110,20 @@ def run_verify(arguments: argparse.Namespace) -> int:
 
 
 def run_merge(arguments: argparse.Namespace) -> int:
+    check_written(arguments.input, [arguments.output_prefix], arguments.overwrite)
     report_written({arguments.output_prefix: merge(arguments.input, arguments.output_prefix)}, arguments.json)
     return 0
 
 
+def check_written(prefixes: Sequence[str], outputs: Sequence[str], overwrite: bool) -> None:
+    """Refuse output prefixes that are inputs, the same, there already, or not writable."""
+    written = [Output("--output-prefix", path) for prefix in outputs for path in names_of_token_files(prefix)]
+    check_outputs(written, [path for prefix in prefixes for path in names_of_token_files(prefix)], overwrite)
+
+
 def run_split(arguments: argparse.Namespace) -> int:
-    try:
-        shares = [float(share) for share in arguments.shares.split(",")]
-    except ValueError:
-        raise DataError(f"--shares {arguments.shares}: give numbers with commas between them, such as 969,30,1.") from None
-    contents = split(arguments.prefix, shares, arguments.output_prefix)
+    check_written([arguments.prefix], arguments.output_prefix, arguments.overwrite)
+    contents = split(arguments.prefix, arguments.shares, arguments.output_prefix)
     report_written(dict(zip(arguments.output_prefix, contents, strict=True)), arguments.json)
     return 0
 
@@ -183,9 +187,9 @@ COMMANDS = {
 }
 
 
-def main() -> int | None:
+def main(argv: Sequence[str] | None = None) -> int | None:
     """Parse and run one command."""
-    arguments = parse_arguments()
+    arguments = parse_arguments(argv)
     return COMMANDS[arguments.command](arguments)
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_completep.command_line import Parser, file_to_read, folder_to_read, real, tokenizer_model, whole
 from megatron_completep.config.schema import TokenizerConfig
 from megatron_completep.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_completep.errors import ConfigError, DataError, exit_on_user_error
@@ -27,37 +28,42 @@ from megatron_completep.training.generation import Sampling, generate_texts, loa
 from megatron_completep.training.precision import choose_precision, use_threads
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's folder, or one checkpoint's")
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("checkpoint", type=folder_to_read, metavar="CHECKPOINT", help="a run's folder, or one checkpoint's")
     parser.add_argument("--prompt", default="", help="text to continue; - reads standard input (default: begin a document)")
-    parser.add_argument("--prompts", metavar="FILE", help="many texts to continue, instead of --prompt")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="texts made at once (default: 8)")
-    parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="default: 100")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (default: 0.8)")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens (default: 0, all)")
+    parser.add_argument("--prompts", type=file_to_read, metavar="FILE", help="many texts to continue, instead of --prompt")
+    parser.add_argument("--batch-size", type=whole(1, 10**6), default=8, metavar="N", help="texts made at once (default: 8)")
+    parser.add_argument("--max-new-tokens", type=whole(0, 10**7), default=100, metavar="N", help="default: 100")
+    parser.add_argument("--temperature", type=real(at_least=0), default=0.8, help="0: always the likeliest token (default: 0.8)")
+    parser.add_argument("--top-k", type=whole(0), default=0, metavar="K", help="draw from the K likeliest tokens (default: 0, all)")
     parser.add_argument(
-        "--top-p", type=float, default=0.95, metavar="P", help="draw from the likeliest tokens of this share (default: 0.95)"
+        "--top-p",
+        type=real(above=0, at_most=1),
+        default=0.95,
+        metavar="P",
+        help="draw from the likeliest tokens of this share (default: 0.95)",
     )
-    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: fewer repetitions (default: 1)")
+    parser.add_argument(
+        "--repetition-penalty", type=real(above=0), default=1.0, metavar="R", help="above 1: fewer repetitions (default: 1)"
+    )
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end after this text; may be given several times")
-    parser.add_argument("--seed", type=int, default=1234, help="default: 1234")
-    parser.add_argument("--samples", type=int, default=1, metavar="N", help="texts to make of each prompt (default: 1)")
-    parser.add_argument("--tokenizer-model", metavar="FILE", help="where the tokenizer lies now, if not where the run found it")
+    parser.add_argument("--seed", type=whole(0, 2**63 - 1), default=1234, help="default: 1234")
+    parser.add_argument("--samples", type=whole(1, 10**6), default=1, metavar="N", help="texts to make of each prompt (default: 1)")
+    parser.add_argument(
+        "--tokenizer-model", type=tokenizer_model, metavar="FILE", help="where the tokenizer lies now, if not where the run found it"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--precision", choices=("auto", "float32", "bf16", "float64"), default="auto")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout instead of streaming")
-    arguments = parser.parse_args()
-    if min(arguments.batch_size, arguments.samples) < 1:
-        parser.error("--batch-size and --samples take numbers above 0")
-    return arguments
+    return parser.parse_args(argv)
 
 
 def read_prompts(arguments: argparse.Namespace) -> list[str]:
     """All prompts. Raises DataError naming file and line."""
     if arguments.prompts is None:
         return [sys.stdin.read() if arguments.prompt == "-" else arguments.prompt]
-    path = Path(arguments.prompts)
+    path: Path = arguments.prompts
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -97,8 +103,8 @@ def make_texts(model: GPT, tokenizer: Tokenizer, prompts: Sequence[str], argumen
     return texts
 
 
-def main() -> int | None:
-    arguments = parse_arguments()
+def main(argv: Sequence[str] | None = None) -> int | None:
+    arguments = parse_arguments(argv)
     device = choose_device(arguments.device, 0)
     use_threads(None, 1)
     prompts = read_prompts(arguments)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_completep.analysis.trial import Design, Trial, for_short_runs, read_batches, reshape, under, with_seed
+from megatron_completep.analysis.worker_processes import ended_with, interrupts_held
 from megatron_completep.completep import Role, table_for
 from megatron_completep.config.schema import Config
 from megatron_completep.data.loader import Batch
@@ -176,12 +177,10 @@ def in_workers(workers: int, device: str) -> Run:
     """Several models at once, in processes of one thread each."""
 
     def run(jobs: Sequence[Job]) -> Iterator[Measurement]:
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            try:
-                yield from pool.map(_train_alone, jobs, [device] * len(jobs))
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool, ended_with(pool):
+            with interrupts_held():
+                measurements = pool.map(_train_alone, jobs, [device] * len(jobs))
+            yield from measurements
 
     return run
 

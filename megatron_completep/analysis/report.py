@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_completep.outputs import MARK
+
 
 class Block(Protocol):
     """A part of a section."""
@@ -170,7 +172,7 @@ class Report:
             body.append(f'<section id="s{number}">' + "\n".join(parts) + "</section>")
         navigation = f"<nav>{' '.join(links)}</nav>" if len(links) > 1 else ""
         summary = Text(self.summary).as_html() if self.summary else ""
-        return _PAGE.format(title=title, style=_STYLE, summary=summary, navigation=navigation, body="\n".join(body))
+        return _PAGE.format(mark=MARK, title=title, style=_STYLE, summary=summary, navigation=navigation, body="\n".join(body))
 
     def as_markdown(self) -> str:
         """Markdown that points to its pictures as NAME.png."""
@@ -200,7 +202,7 @@ def png_of(figure: Any, dots_per_inch: int = 150) -> bytes:
     for axes in figure.axes:
         _tidy(axes)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dots_per_inch)
+    figure.savefig(buffer, format="png", dpi=dots_per_inch, metadata={"Software": MARK})
     return buffer.getvalue()
 
 
@@ -296,6 +298,7 @@ figcaption { color: var(--soft); font-size: 0.88rem; margin-top: 0.4rem; }
 _PAGE = """<!doctype html>
 <html lang="en">
 <head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>
+<meta name="generator" content="{mark}">
 <link rel="icon" href="data:,">
 <style>{style}</style></head>
 <body>

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from megatron_completep.analysis.trial import PARAMETERIZATIONS, Trial, change, read_batches, reshape, under, with_base, with_seed
+from megatron_completep.analysis.worker_processes import ended_with, interrupts_held
 from megatron_completep.config import config_from_mapping
 from megatron_completep.config.derived import tokens_per_step
 from megatron_completep.config.schema import Config
@@ -188,18 +189,16 @@ def run_local(points: Sequence[Point], folder: Path, workers: int, device: str, 
     say(f"{len(points)} points, {len(left)} to run, {workers} at a time")
     gpus = torch.cuda.device_count() if device.startswith("cuda") else 0
     started = time.perf_counter()
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool, ended_with(pool):
         futures = {}
-        for number, point in enumerate(left):
-            where = f"cuda:{number % gpus}" if gpus else "cpu"
-            job = pool.submit(run_and_keep, point.settings(), point.config.model_dump(mode="json"), str(result_path(folder, point)), where)
-            futures[job] = point
-        try:
-            for done, job in enumerate(as_completed(futures), 1):
-                say(f"[{done}/{len(left)}] {describe(futures[job])}: loss {job.result():.4f}")
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+        with interrupts_held():
+            for number, point in enumerate(left):
+                where = f"cuda:{number % gpus}" if gpus else "cpu"
+                values = point.config.model_dump(mode="json")
+                job = pool.submit(run_and_keep, point.settings(), values, str(result_path(folder, point)), where)
+                futures[job] = point
+        for done, job in enumerate(as_completed(futures), 1):
+            say(f"[{done}/{len(left)}] {describe(futures[job])}: loss {job.result():.4f}")
     say(f"{len(left)} points in {time.perf_counter() - started:.0f} s")
 
 

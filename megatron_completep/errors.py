@@ -96,12 +96,13 @@ def say_once(message: str) -> None:
 
     The message goes into torchrun's error file too, so that its own report ends with it instead of a pointer to torch's documentation.
     """
+    message = message.encode(errors="backslashreplace").decode()  # names of files need not be UTF-8
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # .../attempt_0/LOCAL_RANK/error.json
     if not error_file:
         print(message, file=sys.stderr, flush=True)
         return
     path = Path(error_file)
-    claim = path.parent.parent / f"said_{hashlib.blake2b(message.encode(errors='replace'), digest_size=12).hexdigest()}"
+    claim = path.parent.parent / f"said_{hashlib.blake2b(message.encode(), digest_size=12).hexdigest()}"
     try:
         os.close(os.open(claim, os.O_CREAT | os.O_EXCL))
         first = True

@@ -93,7 +93,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     work.add_argument(
         "--log-interval", type=whole(), default=1000, metavar="N", help="documents between progress lines where stderr is no terminal"
     )
-    work.add_argument("--partitions", type=int, help="accepted as in Megatron; work is divided by size here, whatever it says")
+    work.add_argument("--partitions", type=whole(), help="accepted as in Megatron; work is divided by size here, whatever it says")
     work.add_argument("--json", action="store_true", help="print the report as one JSON object on stdout")
     return parser.parse_args(argv)
 

@@ -30,7 +30,7 @@ class Command:
     @property
     def words(self) -> list[str]:
         """As a shell would part them; optional parts in brackets are given, a letter that stands for a number is one."""
-        plain = re.sub(r"\[(-[^\]]*)\]", r"\1", self.text)
+        plain = re.sub(r"\[(-[^\]]*|[\w.]+=\w+)(?: \.\.\.)?\]", r"\1", self.text)
         return [STAND_INS.get(word, word) for word in shlex.split(plain, comments=True) if word != "..."]
 
 

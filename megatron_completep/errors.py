@@ -7,7 +7,7 @@ import os
 import select
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -37,6 +37,19 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint cannot be written or read; the message names file, expected and found value."""
+
+
+def size_text(number: int) -> str:
+    """A number of bytes for people: 7.5 MB."""
+    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return f"{number} bytes"
+
+
+def pairs_text(values: Mapping[str, object]) -> str:
+    """A mapping for people: tensor 2, data 4."""
+    return ", ".join(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in values.items())
 
 
 def for_all(things: Iterable[Thing], use: Callable[[Thing], Result]) -> list[Result]:

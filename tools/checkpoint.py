@@ -18,7 +18,7 @@ from typing import Any
 
 from megatron_completep.command_line import Parser, file_to_read, folder_to_read, whole
 from megatron_completep.config import load_config
-from megatron_completep.errors import exit_on_user_error
+from megatron_completep.errors import exit_on_user_error, pairs_text, size_text
 from megatron_completep.outputs import Output, check_outputs
 from megatron_completep.training.checkpoint.adapt import adapt_checkpoint
 from megatron_completep.training.checkpoint.compare import table_of
@@ -95,21 +95,22 @@ def show(value: Any, as_json: bool, text: str) -> None:
 
 def run_list(arguments: argparse.Namespace) -> int:
     rows = list_checkpoints(arguments.run)
-    lines = [
-        f"step {row['step']:>8}  "
-        + (row["problem"] or f"{row['bytes'] / 1e6:>10.1f} MB in {row['files']} files, {row['tokens']} tokens, layout {row['layout']}")
-        for row in rows
-    ]
+    lines = [f"step {row['step']:>8}  {row['problem'] or describe_row(row)}" for row in rows]
     show({"checkpoints": rows}, arguments.json, "\n".join(lines) or "no checkpoints")
     return 0
+
+
+def describe_row(row: dict[str, Any]) -> str:
+    size = f"{row['bytes'] / 1e6:>10.1f} MB in {row['files']} files, {row['tokens']} tokens"
+    return f"{size}, layout: {pairs_text(row['layout'])}"
 
 
 def run_inspect(arguments: argparse.Namespace) -> int:
     value = inspect_checkpoint(checkpoint_at(arguments.checkpoint))
     table, state = value["table"], value["state"]
     lines = [
-        f"{value['folder']}: step {value['step']} ({value['updates']:.0f} updates), {state}, {value['bytes'] / 1e6:.1f} MB",
-        f"layout {value['layout']}; versions {value['versions']}",
+        f"{value['folder']}: step {value['step']} ({value['updates']:.0f} updates), {size_text(value['bytes'])}; {pairs_text(state)}",
+        f"layout: {pairs_text(value['layout'])}; versions: {pairs_text(value['versions'])}",
         f"m_N {table['width_multiplier']:g}, m_L {table['depth_multiplier']:g}, alpha {table['alpha']:g}",
         f"{value['elements']:,} parameters:",
         *(f"  {name:<44} {p['role']:<14} {p['shape']} {p['dtype']}" for name, p in value["parameters"].items()),

@@ -26,7 +26,7 @@ from megatron_completep.data.describe import describe_files, describe_step, prob
 from megatron_completep.data.indexed import IndexedDataset
 from megatron_completep.data.left_out import read_left_out
 from megatron_completep.data.writer import merge, split
-from megatron_completep.errors import DataError, exit_on_user_error
+from megatron_completep.errors import DataError, exit_on_user_error, pairs_text
 from megatron_completep.outputs import Output, check_outputs
 
 
@@ -84,7 +84,8 @@ def run_inspect(arguments: argparse.Namespace) -> int:
     for name, value in content.items():
         if name not in ("first_documents", "sidecar"):
             print(f"{name:24} {value}")
-    print(f"{'tokenizer':24} {(content['sidecar'] or {}).get('tokenizer')}")
+    recorded = (content["sidecar"] or {}).get("tokenizer")
+    print(f"{'tokenizer':24} {pairs_text(recorded) if recorded else 'not recorded'}")
     for document in content["first_documents"]:
         print(f"\ndocument {document['document']}, {document['tokens']} tokens, {document['ids']}")
         if document["text"] is not None:

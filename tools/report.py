@@ -44,9 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         check_outputs([Output("--out", out, renewed=True)], read, arguments.overwrite)
     runs = read_runs(arguments.runs)
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         compare(runs, arguments.title).write_html(out)
     except OSError as error:
-        raise UserError(f"--out = {out} cannot be written: {error.strerror}. Name a file in a folder that exists.") from None
+        raise UserError(f"--out = {out} cannot be written: {error.strerror}. Choose another folder or free some space.") from None
     for run in runs:
         for note in run.notes:
             print(f"{run.name}: {note}", file=sys.stderr)

@@ -68,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         print(json.dumps({"device": name, "architecture": architecture, "shapes": shapes}))
         return 0
     for (operation, bucket, itemsize), choice in found.items():
-        print(f"{operation} {bucket} ({itemsize} bytes): {choice.parameters}, {choice.time_before / choice.time:.2f}x as fast as so far")
+        launched = ", ".join(map(str, choice.parameters))
+        print(f"{operation} {bucket} ({itemsize} bytes): {launched}; {choice.time_before / choice.time:.2f}x as fast as so far")
     return 0
 
 

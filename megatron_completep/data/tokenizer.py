@@ -279,7 +279,7 @@ def build_tokenizer(config: TokenizerSettings) -> Tokenizer:
     if config.type == "bytes":
         return BytesTokenizer()
     if config.type not in _FAMILIES:
-        raise DataError(f"tokenizer type = {config.type!r} is unknown. Use one of {sorted([*_FAMILIES, 'bytes'])}.")
+        raise DataError(f"tokenizer type = {config.type!r} is unknown. Use one of: {', '.join(sorted([*_FAMILIES, 'bytes']))}.")
     if config.model is None:
         raise DataError(
             f"tokenizer type {config.type} needs a model: its file, or for tiktoken the encoding's name "

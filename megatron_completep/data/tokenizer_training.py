@@ -47,7 +47,7 @@ def train_tokenizer(settings: TrainingSettings, output: str, say: Callable[[str]
     the 256 bytes, and the learned pieces. Raises DataError for unusable inputs and for a vocabulary that the text cannot fill.
     """
     if settings.model_type not in MODEL_TYPES:
-        raise DataError(f"model type = {settings.model_type!r} is unknown. Use one of {list(MODEL_TYPES)}.")
+        raise DataError(f"model type = {settings.model_type!r} is unknown. Use one of: {', '.join(MODEL_TYPES)}.")
     fixed = 2 + len(settings.special_tokens) + 256
     if settings.vocab_size <= fixed:
         raise DataError(f"vocab size = {settings.vocab_size}: {fixed} ids are taken by bytes and special tokens. Use more, such as 4096.")

@@ -21,7 +21,7 @@ from megatron_completep.completep import table_for
 from megatron_completep.config import Config, config_from_mapping
 from megatron_completep.config.schema import TokenizerConfig
 from megatron_completep.data.tokenizer import Tokenizer, build_tokenizer
-from megatron_completep.errors import ConfigError, DataError
+from megatron_completep.errors import ConfigError, DataError, pairs_text
 from megatron_completep.interop.architectures import Piece, choose_architecture, fold, pieces
 from megatron_completep.interop.hf_config import to_hf
 from megatron_completep.interop.hf_tokenizer import write_tokenizer
@@ -78,7 +78,7 @@ def export_model(
     folding = fold(architecture, config.model, table)
     dtype = _dtype(settings.dtype, config)
     tokenizer = _tokenizer(config, settings.tokenizer)
-    say(f"{stored.folder}: {architecture}, {dtype}" + (f", folded: {folding.changed}" if folding.changed else ""))
+    say(f"{stored.folder}: {architecture}, {dtype}" + (f", folded: {pairs_text(folding.changed)}" if folding.changed else ""))
     temporary = _fresh_folder(output)
     try:
         written = pieces(architecture, config.model, folding)

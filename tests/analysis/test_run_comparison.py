@@ -132,7 +132,8 @@ def test_the_tool_writes_one_page_and_a_json_summary(
 
 
 @pytest.mark.parametrize(
-    ("words", "message"), [(["nowhere"], "nowhere/metrics.jsonl|nowhere cannot be read"), (["a", "--out", "no/x.html"], "--out = ")]
+    ("words", "message"),
+    [(["nowhere"], "nowhere/metrics.jsonl|nowhere cannot be read"), (["a", "--out", "a/metrics.jsonl/x.html"], "--out = .*is no folder")],
 )
 def test_a_users_mistake_is_one_message_and_exit_code_2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], message: str

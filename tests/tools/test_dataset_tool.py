@@ -10,7 +10,7 @@ from megatron_completep.config.load import config_from_mapping, save_config
 from megatron_completep.data.loader import build_loader
 from megatron_completep.data.tokenizer import BytesTokenizer
 from megatron_completep.data.writer import IndexedWriter
-from megatron_completep.errors import DataError
+from megatron_completep.errors import DataError, UserError
 from megatron_completep.tools import benchmark_data, dataset
 
 TEXTS = [f"Document {i}: " + "äbc " * (i % 9) for i in range(60)]
@@ -84,8 +84,13 @@ def test_merge_and_split_write_what_they_say(tmp_path, run_tool):
     for left, right in (("a", "c"), ("b", "d")):
         for suffix in ("bin", "idx", "json"):
             assert (tmp_path / f"{left}.{suffix}").read_bytes() == (tmp_path / f"{right}.{suffix}").read_bytes()
-    with pytest.raises(DataError, match="--shares x"):
-        run_tool("split", tmp_path / "ab", "--shares", "x", "--output-prefix", tmp_path / "c")
+    contents = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for words in (["--shares", "6,1"], ["--shares", "1,1", "--overwrite"]):
+        with pytest.raises(DataError if "--overwrite" in words else UserError, match=r"2 outputs for shares|exists|1 outputs"):
+            run_tool("split", tmp_path / "ab", *words, "--output-prefix", tmp_path / "c")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == contents
+    code, output = run_tool("split", tmp_path / "ab", "--shares", "1,0", "--overwrite", "--output-prefix", tmp_path / "c", tmp_path / "d")
+    assert code == 0 and "70 documents" in output.out
 
 
 @pytest.mark.parametrize("order", ["permutation", "megatron"])

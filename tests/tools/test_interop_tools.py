@@ -102,7 +102,7 @@ def test_mistakes_are_one_message_and_exit_code_2(trained: Path, tmp_path: Path,
         (evaluate_model, (trained,), "nothing to evaluate"),
         (generate, (trained, "--prompts", nowhere), "cannot be read"),
         (generate, (trained, "--prompts", tmp_path / "prompts.jsonl"), "line 1"),
-        (generate, (trained, "--temperature", -1), "temperature = -1.0"),
+        (generate, (trained, "--temperature", -1), "--temperature = -1: give a finite number of at least 0"),
     ):
         code, out, err = call(tool, *words)
         assert (code, out) == (2, "") and message in err and "Traceback" not in err

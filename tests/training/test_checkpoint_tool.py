@@ -118,13 +118,13 @@ def test_numbers_below_one_are_refused(monkeypatch, capsys, arguments):
     monkeypatch.setattr(sys, "argv", ["checkpoint.py", *arguments])
     with pytest.raises(SystemExit) as left:
         tool.main()
-    assert left.value.code == 2 and "give a number of at least 1" in capsys.readouterr().err
+    assert left.value.code == 2 and "give a whole number from 1 to" in capsys.readouterr().err
 
 
 def test_reshard_needs_room_and_leaves_nothing_when_there_is_none(run, tmp_path, monkeypatch, capsys):
     usage = save.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(save.shutil, "disk_usage", lambda folder: usage._replace(free=1000))
-    with pytest.raises(CheckpointError, match=r"a checkpoint needs \d+ bytes, 1000 are free"):
+    with pytest.raises(CheckpointError, match=r"a checkpoint needs [\d.]+ \wB, 1\.0 kB are free"):
         call(monkeypatch, capsys, "reshard", run, "--output", tmp_path / "again")
     assert not list((tmp_path / "again").iterdir())
 

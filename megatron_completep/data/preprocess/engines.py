@@ -152,7 +152,7 @@ def one_thread_a_tokenizer() -> None:
 def choose_engine(name: str, workers: int) -> Engine:
     """The function that encodes blocks. Raises DataError for an unknown name."""
     if name not in ENGINES:
-        raise DataError(f"engine = {name!r} is unknown. Use one of {list(ENGINES)}.")
+        raise DataError(f"engine = {name!r} is unknown. Use one of: {', '.join(ENGINES)}.")
     if name == "ray":
         return encode_on_ray
     return encode_in_processes if workers > 1 else encode_here

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_completep.errors import CheckpointError
+from megatron_completep.errors import CheckpointError, size_text
 from megatron_completep.training.checkpoint.exchange import Exchange, describe, join_problems
 from megatron_completep.training.checkpoint.files import BLOCK_SIZE, key_of, write_tensor_file
 from megatron_completep.training.checkpoint.manifest import MANIFEST, Manifest, StoredFile, folder_name, read_manifest, seal
@@ -51,7 +51,7 @@ def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed + MARGIN_BYTES > free:
         raise CheckpointError(
-            f"{folder}: a checkpoint needs {needed} bytes, {free} are free. "
+            f"{folder}: a checkpoint needs {size_text(needed)}, {size_text(free)} are free. "
             "Free some, lower checkpoint.keep, or use another training.output_dir."
         )
 
@@ -103,7 +103,7 @@ def _write_part(folder: Path, exchange: Exchange, shard: Shard, flats, content: 
         return {"file": stored.model_dump(), "elements": sum(o.box.numel for o in shard.written)}
     except (OSError, CheckpointError) as error:
         free = shutil.disk_usage(folder).free if folder.exists() else 0
-        return {"problem": f"{path}: {describe(error)} ({shard.written_bytes} bytes to write, {free} free)"}
+        return {"problem": f"{path}: {describe(error)} ({size_text(shard.written_bytes)} to write, {size_text(free)} free)"}
 
 
 def _values(tensor: Tensor) -> np.ndarray:

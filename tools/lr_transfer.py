@@ -2,7 +2,7 @@
 
 Example, the proxy of configs/quickstart.yaml over four depths, three seeds, half-octave steps from 2^-10 to 2^-5:
 
-    python tools/lr_transfer.py sweep configs/quickstart_proxy.yaml --out runs/transfer --depths 2,4,8,16 --lr=-10:-5:2
+    python tools/lr_transfer.py sweep configs/quickstart_proxy.yaml --out runs/transfer --depths 2,4,8,16 --lr -10:-5:2
     python tools/lr_transfer.py report runs/transfer
     python tools/lr_transfer.py plan runs/transfer configs/quickstart.yaml --to configs/tuned.yaml
 

@@ -79,8 +79,12 @@ class Parser(argparse.ArgumentParser):
         has_commands = any(isinstance(action, argparse._SubParsersAction) for action in self._actions)
         for word in remaining:
             is_option = word.startswith("-") and word != "-" and not _NEGATIVE.match(word) and " " not in word
-            if word == "--" or (has_commands and not is_option):
+            if has_commands and not is_option:
                 return [*kept, word, *remaining], overrides
+            if word == "--":
+                later = list(remaining)
+                lifted = [word for word in later if self._takes_overrides and _OVERRIDE.match(word)]
+                return [*kept, word, *(word for word in later if word not in lifted)], overrides + lifted
             action = self._option_string_actions.get(word)
             if action is not None and action.nargs is None:
                 value = next(remaining, None)

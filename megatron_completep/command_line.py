@@ -84,7 +84,8 @@ class Parser(argparse.ArgumentParser):
             if word == "--":
                 later = list(remaining)
                 lifted = [word for word in later if self._takes_overrides and _OVERRIDE.match(word)]
-                return [*kept, word, *(word for word in later if word not in lifted)], overrides + lifted
+                positional = [word for word in later if word not in lifted]
+                return kept + ([word, *positional] if positional else []), overrides + lifted
             action = self._option_string_actions.get(word)
             if action is not None and action.nargs is None:
                 value = next(remaining, None)

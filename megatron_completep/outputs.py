@@ -31,7 +31,7 @@ class Output:
 def check_outputs(outputs: Sequence[Output], inputs: Iterable[str | Path] = (), overwrite: bool | None = False) -> None:
     """UserError, with all problems, where an output cannot be written, is an input or another output, or would replace something.
 
-    inputs: files that the program reads; those that do not exist count for nothing. overwrite: replace what is there; None: the
+    inputs: files and folders that the program reads; those that do not exist count for nothing. overwrite: replace what is there; None: the
     program has no such option, and the remedy is another name.
     """
     read = {identity: path for path in inputs if (identity := _identity(Path(path)))}
@@ -40,10 +40,10 @@ def check_outputs(outputs: Sequence[Output], inputs: Iterable[str | Path] = (), 
     for output in outputs:
         problem = _cannot_be_written(output)
         identity = _identity(output.path) or os.path.realpath(output.path)
-        if problem is None and not output.folder:
-            if identity in read:
-                problem = f"is an input as well ({read[identity]}): it would be lost. Choose another name."
-            elif identity in seen:
+        if problem is None and identity in read:
+            problem = f"is an input as well ({read[identity]}): it would be lost. Choose another name."
+        elif problem is None and not output.folder:
+            if identity in seen:
                 problem = f"is named twice, the second time as {seen[identity].path}. Give every output a name of its own."
             elif output.path.exists() and not overwrite and not (output.renewed and is_ours(output.path)):
                 problem = "exists. Choose another name" + (", or replace it with --overwrite." if overwrite is not None else ".")

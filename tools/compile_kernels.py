@@ -21,9 +21,8 @@ from megatron_completep.analysis.precompile import compile_run
 from megatron_completep.command_line import Parser, file_to_read
 from megatron_completep.config import load_config
 from megatron_completep.errors import ConfigError, exit_on_user_error
+from megatron_completep.kernels.ahead_of_time import ARCHITECTURES
 from megatron_completep.outputs import Output, check_outputs
-
-ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950")
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -32,7 +32,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     arguments = parse_arguments(argv)
-    check_outputs([Output("OUT", arguments.output, folder=True)])
+    check_outputs([Output("OUT", arguments.output, folder=True)], [arguments.folder])
     report = import_model(arguments.folder, arguments.output, arguments.overrides, arguments.seq_length)
     if arguments.json:
         print(json.dumps(report.to_json()))

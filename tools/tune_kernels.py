@@ -24,6 +24,7 @@ from megatron_completep.analysis.tuning_cases import Sweep, tunables
 from megatron_completep.command_line import Parser, whole
 from megatron_completep.errors import ConfigError, exit_on_user_error
 from megatron_completep.kernels import launch, tuned
+from megatron_completep.kernels.ahead_of_time import ARCHITECTURES
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -33,7 +34,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of the activations")
     parser.add_argument("--write", action="store_true", help="write the table")
     parser.add_argument("--dry-run", action="store_true", help="walk through all candidates without a GPU")
-    parser.add_argument("--arch", default="sm_90", help="the architecture of a dry run (default: sm_90)")
+    parser.add_argument("--arch", choices=ARCHITECTURES, default="sm_90", help="the architecture of a dry run (default: sm_90)")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     return parser.parse_args(argv)
 

@@ -358,6 +358,7 @@ REPLACED = [
     ("tools.preprocess_data", "--input {prefix}_text_document.json --output-prefix {prefix} --tokenizer-type bytes", "an input"),
     ("tools.report", "{folder} --out {folder}/metrics.jsonl", "an input"),
     ("tools.report", "{folder} --out {folder}/config.yaml", "an input"),
+    ("tools.import_hf", "{folder} {folder}", "an input"),
     ("tools.report", "{folder} --out {text}", "exists"),
     ("tools.draw_step", "--config {config} --output {config}.png", "exists"),
     ("tools.train_tokenizer", "--input {text} --output {other} --vocab-size 300", "exists"),
@@ -385,9 +386,8 @@ def test_no_input_and_nothing_else_is_replaced_unasked(
     if "config.png" in words or words.endswith("{config}.png"):
         names["config"] = tmp_path / "config"
         (tmp_path / "config").write_bytes(place["config"].read_bytes())
-    (usage,) = [u for u in USAGES if u.tool == tool and u.output == "file" and u.words.split()[0] == words.split()[0]][:1] or [
-        u for u in USAGES if u.tool == tool and u.output == "file"
-    ][:1]
+    writing = [usage for usage in USAGES if usage.tool == tool and usage.output]
+    usage = next((usage for usage in writing if usage.words.split()[0] == words.split()[0]), writing[0])
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with break_in(usage, AssertionError):
         code, text = call(usage, [word.format(**names) for word in words.split()])
@@ -397,7 +397,7 @@ def test_no_input_and_nothing_else_is_replaced_unasked(
         assert "--overwrite" in text
         with break_in(usage, KeyboardInterrupt):
             assert call(usage, [*(word.format(**names) for word in words.split()), "--overwrite"])[0] == INTERRUPTED
-    elif tool != "tools.preprocess_data":  # and loses no input either
+    elif tool not in ("tools.preprocess_data", "tools.import_hf"):  # --overwrite loses no input either
         with break_in(usage, AssertionError):
             assert call(usage, [*(word.format(**names) for word in words.split()), "--overwrite"])[0] == 2
 
@@ -430,6 +430,7 @@ NUMBERS = [
     ("tools.preprocess_data", "--input {text} --output-prefix x --tokenizer-type bytes --workers 0", "--workers = 0: give a whole number"),
     ("tools.benchmark_training", "--layers 0", "--layers = 0: give a whole number from 1 to"),
     ("tools.benchmark_kernels", "--device cpu --rows 0 5", "--rows = 0: give a whole number from 1 to"),
+    ("tools.tune_kernels", "--dry-run --arch sm_9000", "--arch = sm_9000: not known. Did you mean sm_90?"),
     ("tools.tune_kernels", "--dry-run --hidden 0", "--hidden = 0: give a whole number from 1 to"),
     ("tools.import_hf", "{folder} x --seq-length 0", "--seq-length = 0: give a whole number from 1 to"),
     ("tools.checkpoint", "prune {folder} --keep 0", "--keep = 0: give a whole number from 1 to"),

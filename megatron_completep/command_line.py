@@ -40,6 +40,15 @@ class Parser(argparse.ArgumentParser):
         """Take words `section.key=value` into `overrides`, in their order, wherever they stand."""
         self.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", type=_override, help=help)
 
+    def add_subparsers(self, **settings: Any) -> Any:
+        """As argparse; the help of a command ends with its lines of the description's examples."""
+        return super().add_subparsers(**{"parser_class": self._command, **settings})
+
+    def _command(self, **settings: Any) -> Parser:
+        name = settings["prog"].rpartition(" ")[2]
+        examples = [line for line in (self.description or "").splitlines() if f".py {name} " in line]
+        return Parser(**{"epilog": "\n".join(["Example:", "", *examples]) if examples else None, **settings})
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:
         """As argparse, for subcommands too; what is not understood is a problem here already, so nothing is ever left over."""
         self._problems = []

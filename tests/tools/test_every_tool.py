@@ -195,7 +195,9 @@ def test_help_shows_an_example_and_an_unknown_option_is_named(tool: str, capsys:
     for command, parser in parsers_of(tool):
         with pytest.raises(SystemExit) as ended:
             importlib.import_module(f"megatron_completep.{tool}").main(["--help"] if not command else [*command, "--help"])
-        assert ended.value.code == 0 and "usage:" in capsys.readouterr().out
+        shown = capsys.readouterr().out
+        assert ended.value.code == 0 and "usage:" in shown
+        assert not command or ("Example:" in shown and f".py {command[0]} " in shown)
         assert "--no-such-option=3: no such option" in refused(parser, ["--no-such-option=3"], capsys)
         known = next((action.option_strings[-1] for action in parser._actions if len(action.option_strings[-1:] or [""][0]) > 5), None)
         if known:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from checkpoint_helpers import TinyRun, tiny_config
 
-from megatron_completep.errors import CheckpointError
+from megatron_completep.errors import CheckpointError, UserError
 from megatron_completep.tools import checkpoint as tool
 from megatron_completep.training.checkpoint import StoredCheckpoint, save
 
@@ -131,5 +131,5 @@ def test_reshard_needs_room_and_leaves_nothing_when_there_is_none(run, tmp_path,
 
 def test_a_file_where_the_output_should_be_is_an_error(run, tmp_path, monkeypatch, capsys):
     (tmp_path / "again").write_text("")
-    with pytest.raises(CheckpointError, match="cannot be written: Not a directory"):
+    with pytest.raises(UserError, match="is a file, but a folder is to be written"):
         call(monkeypatch, capsys, "reshard", run, "--output", tmp_path / "again")

@@ -49,7 +49,9 @@ class Parser(argparse.ArgumentParser):
         examples = [line for line in (self.description or "").splitlines() if f".py {name} " in line]
         return Parser(**{"epilog": "\n".join(["Example:", "", *examples]) if examples else None, **settings})
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:
+    def parse_known_args(  # type: ignore[override]  # one signature for typeshed's overloads
+        self, args: Any = None, namespace: Any = None
+    ) -> tuple[argparse.Namespace, list[str]]:
         """As argparse, for subcommands too; what is not understood is a problem here already, so nothing is ever left over."""
         self._problems = []
         words, overrides = self._sort_out(sys.argv[1:] if args is None else [str(word) for word in args])
@@ -120,7 +122,7 @@ class Parser(argparse.ArgumentParser):
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         """A value that its type refuses is noted, and the next word is read."""
         try:
-            return super()._get_value(action, arg_string)  # type: ignore[misc]  # private, the same since Python 2.7
+            return super()._get_value(action, arg_string)  # private, the same since Python 2.7
         except argparse.ArgumentError as error:
             is_override = action.dest == "overrides"
             self._problems.append(error.message if is_override else f"{name_of(action)} = {arg_string}: {error.message}")
@@ -202,7 +204,8 @@ def list_of(item: Callable[[str], Value]) -> Callable[[str], list[Value]]:
         parts = [part.strip() for part in text.strip().removesuffix(",").split(",")]
         if not all(parts):
             raise argparse.ArgumentTypeError("a value is missing. Put one comma between two values.")
-        values, problems = [], {}
+        values: list[Value] = []
+        problems: dict[str, list[str]] = {}
         for part in parts:
             try:
                 values.append(item(part))

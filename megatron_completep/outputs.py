@@ -34,12 +34,13 @@ def check_outputs(outputs: Sequence[Output], inputs: Iterable[str | Path] = (), 
     inputs: files and folders that the program reads; those that do not exist count for nothing. overwrite: replace what is there; None: the
     program has no such option, and the remedy is another name.
     """
-    read = {identity: path for path in inputs if (identity := _identity(Path(path)))}
+    read: dict[object, str | Path] = {_identity(Path(path)): path for path in inputs}
+    read.pop(None, None)
     problems: list[str] = []
     seen: dict[object, Output] = {}
     for output in outputs:
         problem = _cannot_be_written(output)
-        identity = _identity(output.path) or os.path.realpath(output.path)
+        identity: object = _identity(output.path) or os.path.realpath(output.path)
         if problem is None and identity in read:
             problem = f"is an input as well ({read[identity]}): it would be lost. Choose another name."
         elif problem is None and not output.folder:

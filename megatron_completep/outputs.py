@@ -28,11 +28,10 @@ class Output:
     renewed: bool = False
 
 
-def check_outputs(outputs: Sequence[Output], inputs: Iterable[str | Path] = (), overwrite: bool | None = False) -> None:
+def check_outputs(outputs: Sequence[Output], inputs: Iterable[str | Path] = (), overwrite: bool = False) -> None:
     """UserError, with all problems, where an output cannot be written, is an input or another output, or would replace something.
 
-    inputs: files and folders that the program reads; those that do not exist count for nothing. overwrite: replace what is there; None: the
-    program has no such option, and the remedy is another name.
+    inputs: files and folders that the program reads; those that do not exist count for nothing. overwrite: replace what is there.
     """
     read: dict[object, str | Path] = {_identity(Path(path)): path for path in inputs}
     read.pop(None, None)
@@ -47,7 +46,7 @@ def check_outputs(outputs: Sequence[Output], inputs: Iterable[str | Path] = (), 
             if identity in seen:
                 problem = f"is named twice, the second time as {seen[identity].path}. Give every output a name of its own."
             elif output.path.exists() and not overwrite and not (output.renewed and is_ours(output.path)):
-                problem = "exists. Choose another name" + (", or replace it with --overwrite." if overwrite is not None else ".")
+                problem = "exists. Choose another name, or replace it with --overwrite."
         seen[identity] = output
         if problem is not None:
             problems.append(f"{output.option} = {output.path}: {problem}")

@@ -108,7 +108,7 @@ from megatron_completep.analysis.worker_processes import ended_with, interrupts_
 from megatron_completep.errors import exit_on_user_error, when_interrupted
 
 def wait(number):
-    os.write(1, b"working\n")
+    os.write(1, b"working\\n")
     time.sleep(600)
 
 def main():

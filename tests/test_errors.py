@@ -102,7 +102,7 @@ def test_torchrun_ends_with_the_message_once() -> None:
 
 
 WORKERS = """
-import multiprocessing, os, time
+import multiprocessing, os, signal, time
 from concurrent.futures import ProcessPoolExecutor
 from megatron_completep.analysis.worker_processes import ended_with, interrupts_held
 from megatron_completep.errors import exit_on_user_error, when_interrupted
@@ -112,6 +112,7 @@ def wait(number):
     time.sleep(600)
 
 def main():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in the background of a shell inherit that it is ignored
     context = multiprocessing.get_context("spawn")
     with when_interrupted("all is kept."), ProcessPoolExecutor(2, mp_context=context) as pool, ended_with(pool):
         with interrupts_held():

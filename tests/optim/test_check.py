@@ -214,7 +214,7 @@ def test_the_plan_of_a_run_says_and_refuses_the_same():
     warning = "completep.factors.qk_norm reaches no parameter of this model"
     assert f"warning: {warning}" in describe(config_with("completep.factors.qk_norm.lr=2.0"))
     assert "warning" not in describe(config_with())
-    with pytest.raises(ConfigError, match="Use optimizer.base_eps of at least"):
+    with pytest.raises(ConfigError, match=r"Use optimizer\.base_eps of at least"):
         describe(config_with("optimizer.base_eps=1e-46"))
 
 

@@ -94,8 +94,18 @@ class Table:
 
     @property
     def batch_scale(self) -> float:
-        """S of Complete(d)P: sqrt(m_B / m_D) at the default exponent."""
-        return float((self.batch_ratio / self.duration_ratio) ** self.batch_exponent)
+        """S of Complete(d)P: sqrt(m_B / m_D) at the default exponent. ConfigError where it is no positive number."""
+        try:
+            scale = float((self.batch_ratio / self.duration_ratio) ** self.batch_exponent)
+        except (OverflowError, ZeroDivisionError):
+            scale = math.inf
+        if not 0 < scale < math.inf:
+            raise ConfigError(
+                f"completep.batch_exponent = {self.batch_exponent:g}: S = (m_B / m_D)^exponent with m_B = {self.batch_ratio:g} and "
+                f"m_D = {self.duration_ratio:g} is no positive number. Use an exponent such as 0.5, or check "
+                "completep.base_batch_tokens and base_total_tokens (in tokens)."
+            )
+        return scale
 
     def factors(self, role: Role, width_ratio: float = 1.0) -> Factors:
         """Factors of one parameter; `width_ratio` is fan_in / base_fan_in of the logical matrix (1 for vectors)."""

@@ -15,6 +15,7 @@ from megatron_completep.completep import table_for
 from megatron_completep.config import Config, check_world, load_config
 from megatron_completep.config.derived import tokens_per_step, total_tokens
 from megatron_completep.errors import exit_on_user_error
+from megatron_completep.optim.check import check_parameters
 from megatron_completep.optim.distributed_adamw import DistributedAdamW
 from megatron_completep.parallel.context import Launch, ParallelContext
 from megatron_completep.training import build
@@ -39,18 +40,20 @@ def pretrain(config: Config, fail_point: FailPoint = no_fail_point, clock: Start
     clock = clock or StartupClock()
     launch = Launch.from_environment()
     check_world(config, launch.world_size)
+    table = table_for(config.model, config.completep, tokens_per_step(config), total_tokens(config))
+    warnings = check_parameters(config, table)
     context = ParallelContext.create(config.parallel, config.training.device, f"{config.training.output_dir}/nccl_timeout_rank_")
     say = say_on_stdout if context.is_first else lambda text: None
     guard = Guard(config, context, launch, say)
     build.prepare_output(config, context)
+    for warning in warnings:
+        say(f"warning: {warning}")
     for line in node_lines(guard.exchange, launch, context.device):
         say(line)
     threads = use_threads(config.training.cpu_threads, launch.local_world_size)
     precision = choose_precision(config.training.precision, context.device)
     clock.done("process_groups")
 
-    batch_tokens = tokens_per_step(config)
-    table = table_for(config.model, config.completep, batch_tokens, total_tokens(config))
     model = build.build_model(config, table, context, precision)
     optimizer = DistributedAdamW(model, table, config.optimizer, context, config.parallel, precision)
     step = TrainingStep(config, context, model, optimizer)

@@ -1,6 +1,7 @@
 """What all tests share: one thread a process, no GPU unless asked for, and hypothesis without a clock."""
 
 import os
+import random
 
 # Before torch is imported anywhere: tests run side by side, each on one thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -36,3 +37,19 @@ def pool() -> Iterator[WorkerPool]:
     workers = WorkerPool()
     yield workers
     workers.close()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--pairs-seed", type=int, help="which rows tests/parallel/test_feature_pairs.py takes; a random seed where none is given"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before workers are started, which are handed the options: all of them collect the same rows."""
+    if config.option.pairs_seed is None:
+        config.option.pairs_seed = random.randrange(10**6)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"pairs of features: --pairs-seed {config.option.pairs_seed} takes the same rows again"

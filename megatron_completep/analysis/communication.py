@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from megatron_completep.analysis.sizes import (
     element_bytes,
     has_partial_gradient,
-    local_sizes,
     rank_layout,
     rank_stages,
     shard_count,
@@ -53,11 +52,12 @@ def collectives_per_step(config: Config, world_size: int, pipeline_rank: int = 0
     found = [
         *(c for stage in rank_stages(config, pipeline_rank) for c in _tensor(config, stage, micro_batches)),
         *_partial_gradients(config, pipeline_rank, data_size, shard_rank),
-        *_pipeline(config, pipeline_rank, micro_batches),
+        *_pipeline(config, pipeline_rank, micro_batches, data_size),
         *_data(config, pipeline_rank, data_size),
     ]
     if world_size > 1:
-        found.append(Collective("world", ALL_REDUCE, 3 * 8, 1, "squared gradient norm, loss, tokens"))
+        numbers = 3 + len(LossConfig.of(config.training).terms)
+        found.append(Collective("world", ALL_REDUCE, numbers * 8, 1, "squared gradient norm, loss, its terms, tokens"))
         found.append(Collective("world", ALL_REDUCE, 4, 1, "whether a rank was asked to stop"))
     return [collective for collective in found if collective.count]
 
@@ -137,7 +137,7 @@ def _partial_gradients(config: Config, pipeline_rank: int, data_size: int, shard
         yield Collective("tensor", ALL_REDUCE, elements * wide_bytes(config), 1, "gradients of norms and biases in the shard")
 
 
-def _pipeline(config: Config, pipeline_rank: int, micro_batches: int) -> Iterator[Collective]:
+def _pipeline(config: Config, pipeline_rank: int, micro_batches: int, data_size: int) -> Iterator[Collective]:
     model, parallel = config.model, config.parallel
     if parallel.pipeline_parallel_size == 1:
         return
@@ -149,10 +149,10 @@ def _pipeline(config: Config, pipeline_rank: int, micro_batches: int) -> Iterato
     yield Collective("pipeline", SEND, stream, forward * micro_batches, "residual stream to the next stage, forward")
     yield Collective("pipeline", SEND, stream, backward * micro_batches, "its gradient to the stage before, backward")
     if model.tied_embeddings:
-        for stage in stages:
-            table = dict(local_sizes(model, parallel, stage)).get("embedding.weight" if stage.first else "unembedding.weight")
-            if table is not None and (stage.first or stage.last):
-                yield Collective("pipeline", SEND, table * wide_bytes(config), 1, "gradient of the tied embedding to the other end")
+        layout = rank_layout(config, pipeline_rank, data_size)
+        for start, stop in (layout.buckets[p.bucket] for p in layout.pieces if p.name in ("embedding.weight", "unembedding.weight")):
+            share = (stop - start) // layout.shards
+            yield Collective("pipeline", SEND, share * wide_bytes(config), 1, "gradient of the tied embedding to the other end")
 
 
 def _data(config: Config, pipeline_rank: int, data_size: int) -> Iterator[Collective]:

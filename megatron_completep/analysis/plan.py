@@ -13,9 +13,9 @@ from typing import Any
 from megatron_completep.completep import Role, Table, table_for
 from megatron_completep.config.derived import tokens_per_step, total_tokens
 from megatron_completep.config.schema import Config
-from megatron_completep.model.gpt import GPT
+from megatron_completep.model.stages import whole_model
+from megatron_completep.optim.check import check_parameters
 from megatron_completep.optim.groups import build_groups
-from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.placement import placement_of
 
 
@@ -46,6 +46,7 @@ class Plan:
     parameterization: str
     table: Table
     parameters: tuple[ParameterPlan, ...]
+    warnings: tuple[str, ...] = ()  # factors that reach no parameter
 
     @property
     def multipliers(self) -> dict[str, float]:
@@ -62,7 +63,8 @@ def make_plan(config: Config, parameterization: str | None = None) -> Plan:
     """The plan of a run; of the same run under another parameterization where one is named (for comparison).
 
     Raises:
-        ConfigError: an override matches no parameter, or scaled betas leave their range.
+        ConfigError: what a run with this configuration is refused for (an override that matches no parameter, a value that its type
+            cannot hold); of another parameterization only betas that leave their range.
     """
     completep = config.completep
     if parameterization is not None and parameterization != completep.parameterization:
@@ -70,8 +72,8 @@ def make_plan(config: Config, parameterization: str | None = None) -> Plan:
     batch_tokens = tokens_per_step(config)
     table = table_for(config.model, completep, batch_tokens, total_tokens(config))
     table.betas(config.optimizer.betas)
-    model = GPT(config.model, table, ParallelContext.single("meta"))
-    named = dict(model.named_parameters())
+    warnings = check_parameters(config, table) if completep is config.completep else []
+    named = dict(whole_model(config.model, table).named_parameters())
     parameters = tuple(
         ParameterPlan(
             name=group.name,
@@ -84,7 +86,7 @@ def make_plan(config: Config, parameterization: str | None = None) -> Plan:
         )
         for group in build_groups(named.items(), table, config.optimizer).values()
     )
-    return Plan(completep.parameterization, table, parameters)
+    return Plan(completep.parameterization, table, parameters, tuple(warnings))
 
 
 def describe(config: Config) -> str:
@@ -97,6 +99,7 @@ def describe(config: Config) -> str:
         f"{len(plans[0].parameters)} parameters, {elements:,} elements; m_N = {table.width_multiplier:g}, "
         f"m_L = {table.depth_multiplier:g}, alpha = {table.alpha:g}",
         *_scaled_batch(config, table),
+        *(f"warning: {warning}" for warning in plans[0].warnings),
         "",
         f"{'forward multipliers':<24}" + "".join(f"{name:>14}" for name in plans[0].multipliers),
         *(_row(plan, index == 0, tuple(plan.multipliers.values())) for index, plan in enumerate(plans)),

@@ -62,7 +62,7 @@ def _step_without_data(config: Config) -> None:
     context = ParallelContext(torch.device("meta"), tensor=Axis("tensor", 0, parallel.tensor_parallel_size))
     tokens_a_step = tokens_per_step(config)
     table = table_for(config.model, config.completep, tokens_a_step, total_tokens(config))
-    loss = LossConfig(training.z_loss, training.label_smoothing)
+    loss = LossConfig.of(training)
     whole = parallel.pipeline_parallel_size * parallel.virtual_pipeline_size == 1
     stages = [Stage(0, min(2, config.model.num_layers))] if whole else [Stage(0, 1, last=False), Stage(1, 2, first=False)]
     with context.device:

@@ -15,6 +15,7 @@ from megatron_completep.config.derived import head_dim, num_query_groups, tokens
 from megatron_completep.config.schema import CompletePConfig, Config, ModelConfig, OverrideConfig
 from megatron_completep.data.loader import Batch
 from megatron_completep.errors import ConfigError
+from megatron_completep.optim.check import check_parameters
 from megatron_completep.optim.distributed_adamw import DistributedAdamW
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.training.build import build_model, build_training_loader
@@ -149,9 +150,11 @@ class Trial:
         else:
             table = design.make_table(config.model, config.completep)
         if design.make_model is None:
+            check_parameters(config, table)
             chunks: Sequence[Any] = build_model(config, table, context, precision)
         else:
             chunks = [design.make_model(config, table, context)]
+            check_parameters(config, table, chunks[0].named_parameters())
         optimizer = DistributedAdamW(chunks, table, config.optimizer, context, config.parallel, precision)
         step = TrainingStep(config, context, list(chunks), optimizer)
         return cls(config, context, table, chunks, optimizer, step, StreamTaps(chunks))

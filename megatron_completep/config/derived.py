@@ -37,10 +37,11 @@ def decay_steps(optimizer: OptimizerConfig, train_steps: int) -> int:
 
 
 def own_factors(optimizer: OptimizerConfig, name: str) -> OverrideConfig:
-    """What the user's overrides multiply one parameter's values with: the product of all that match its name."""
+    """What the user's overrides multiply one parameter's values with: the product of all that match its name (0 or infinite where it
+    leaves the range of numbers, which is for `optim.check` to refuse)."""
     found = [override for override in optimizer.overrides if fnmatchcase(name, override.pattern)]
     factors = {field: prod(getattr(override, field) for override in found) for field in ("lr", "init_std", "weight_decay", "eps")}
-    return OverrideConfig(pattern=name, **factors)
+    return OverrideConfig.model_construct(pattern=name, **factors)
 
 
 def batch_size(training: TrainingConfig, step: int) -> int:

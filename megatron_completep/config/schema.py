@@ -110,7 +110,9 @@ class ParallelConfig(Section):
 class OverrideConfig(Section):
     """Own factors for the parameters whose name matches a pattern."""
 
-    pattern: str = Field(description="Shell-style pattern on the parameter name, such as layers.0.*; must match something.")
+    pattern: str = Field(
+        description="Shell-style pattern on the parameter name in the whole model, such as layers.0.*; must match something."
+    )
     lr: PositiveFloat = Field(1.0, description="Multiplies the learning rate.")
     init_std: PositiveFloat = Field(1.0, description="Multiplies the initial standard deviation.")
     weight_decay: NonNegativeFloat = Field(1.0, description="Multiplies the weight decay.")
@@ -199,8 +201,12 @@ class TrainingConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one.")
     seed: NonNegativeInt = Field(1234, description="Seed of the initial weights and of dropout.")
     output_dir: str = Field(description="Folder of the run: config.yaml, metrics.jsonl, tensorboard/, checkpoints/.")
-    z_loss: NonNegativeFloat = Field(0.0, description="Coefficient of logsumexp(logits)^2 added to the loss.")
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Probability mass spread over all tokens.")
+    z_loss: NonNegativeFloat = Field(
+        0.0, description="Coefficient of logsumexp(logits)^2 added to the training loss (not to that of validation)."
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="Probability mass spread over all tokens, in training (not in validation)."
+    )
     recompute: Literal["none", "selective", "full"] = Field(
         "none", description="Activation recomputation: selective: attention proper and the MLP's activation; full: whole layers."
     )

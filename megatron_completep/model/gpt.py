@@ -81,7 +81,8 @@ class GPT(nn.Module):
         x: token ids [B, S] on the first stage, else the residual stream [s, B, H] of the stage before.
         positions [B, S]: None for 0..S-1 (after what `caches` hold). document_ids [B, S]: attention stays inside a document.
         dropout_seed: int64, one element, for this micro-batch; None (validation, generation): no dropout.
-        labels [B, S], -100 not counted: the last stage then returns the **sum** of the token losses, else logits [B, S, V].
+        labels [B, S], -100 not counted: the last stage then returns the **sum** of the token losses (the objective; without
+        gradients the pure cross-entropy), else logits [B, S, V].
         """
         residual = self._embed(x, positions, caches) if self.stage.first else x
         inputs = self._attention_inputs(residual, x, positions, document_ids, caches)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from megatron_completep.completep import Declaration, Role, Table, declaration_of
 from megatron_completep.config.derived import own_factors
 from megatron_completep.config.schema import OptimizerConfig
-from megatron_completep.parallel.placement import Placement, placement_of
+from megatron_completep.parallel.placement import Placement, logical_name, placement_of
 
 CONSTANT_ROLES = (Role.PRE_NORM, Role.HIDDEN_BIAS, Role.FINAL_NORM, Role.QK_NORM)  # gains 1 and biases 0, set where created
 
@@ -28,9 +28,9 @@ def initialize(model: nn.Module, table: Table, optimizer: OptimizerConfig, seed:
         if declaration.role in CONSTANT_ROLES:
             continue
         placement = placement_of(parameter)
-        drawn_as = placement.tied_to or name
-        std = initial_std(drawn_as, declaration, table, optimizer)
-        values = draw(placement, tuple(parameter.shape), seed, drawn_as) * np.float32(std)
+        logical = logical_name(name, parameter)
+        std = initial_std(logical, declaration, table, optimizer)
+        values = draw(placement, tuple(parameter.shape), seed, logical) * np.float32(std)
         parameter.copy_(torch.from_numpy(values))
 
 

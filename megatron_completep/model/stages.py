@@ -47,6 +47,11 @@ def stage_indices(parallel: ParallelConfig, context: ParallelContext) -> list[in
     return [context.pipeline.rank + chunk * size for chunk in range(parallel.virtual_pipeline_size)]
 
 
+def whole_model(model: ModelConfig, table: Table) -> GPT:
+    """The model as one process would hold it, without memory (on the meta device): every parameter by its name, role and shape."""
+    return GPT(model, table, ParallelContext.single("meta"))
+
+
 def build_chunks(
     model: ModelConfig,
     table: Table,

@@ -24,7 +24,7 @@ from megatron_completep.optim.groups import Group, build_groups
 from megatron_completep.optim.layout import Layout, Segment, lay_out
 from megatron_completep.parallel.collectives import Pending, all_reduce, exchange, start_all_gather, start_all_reduce, start_reduce_scatter
 from megatron_completep.parallel.context import ParallelContext
-from megatron_completep.parallel.gradients import GradientQueue, accumulate_tensor, main_grad_of
+from megatron_completep.parallel.gradients import GradientQueue, accumulate_tensor
 from megatron_completep.parallel.placement import placement_of
 
 # Positions in `control`; see kernels/adamw.py.
@@ -39,6 +39,7 @@ class StepResult:
     loss: Tensor  # mean over the tokens that count, over all data ranks
     tokens: Tensor  # tokens that counted
     skipped: Tensor  # 1.0 when a gradient was not finite and nothing was updated
+    terms: Tensor  # float64 [n]: means of what was handed in as terms of the loss
 
 
 class DistributedAdamW:
@@ -56,13 +57,12 @@ class DistributedAdamW:
         context: ParallelContext,
         parallel: ParallelConfig | None = None,
         precision: torch.dtype = torch.float32,
-        all_names: Sequence[str] | None = None,
     ):
         self.context, self.config = context, optimizer
         self.betas = table.betas(optimizer.betas)
         named = [pair for chunk in reversed(chunks) for pair in reversed(list(chunk.named_parameters()))]
         self.parameters: dict[str, Parameter] = dict(named)
-        self.groups: dict[str, Group] = build_groups(named, table, optimizer, all_names)
+        self.groups: dict[str, Group] = build_groups(named, table, optimizer)
         self.chunks = list(chunks)
         self.queues = [getattr(chunk, "queue", None) or GradientQueue() for chunk in chunks]
         parallel = parallel or ParallelConfig()
@@ -142,6 +142,7 @@ class DistributedAdamW:
         """Hear of every completed gradient, and of those that autograd makes itself (modules that know no queue)."""
         self._bucket_of = {self.parameters[piece.name]: piece.bucket for piece in self.layout.pieces}
         self._bucket_sizes = Counter(self._bucket_of.values())
+        self._tied_buckets = [bucket for p, bucket in self._bucket_of.items() if placement_of(p).tied_to is not None]
         self._missing: Counter[int] = Counter()
         self._reducing: list[tuple[Pending, Tensor]] = []
         self._gathering: dict[int, Pending] = {}
@@ -176,8 +177,9 @@ class DistributedAdamW:
         for chunk, queue in zip(self.chunks, self.queues, strict=True):
             queue.begin_step(chunk.parameters(), micro_batches)
 
-    def step(self, learning_rate: float, loss_sum: Tensor, tokens: Tensor) -> StepResult:
-        """Update the parameters. loss_sum, tokens: this data rank's sums over the step (zero where this rank has no loss).
+    def step(self, learning_rate: float, loss_sum: Tensor, tokens: Tensor, term_sums: Tensor | None = None) -> StepResult:
+        """Update the parameters. loss_sum, tokens: this data rank's sums over the step (zero where this rank has no loss); term_sums
+        [n]: of terms of the loss that are reported apart.
 
         Communicates over data (gradients, parameters), tensor (partial gradients) and the whole mesh (norm, loss, tokens).
         Nothing here waits for the device.
@@ -187,14 +189,13 @@ class DistributedAdamW:
             queue.finish_step()
         self._finish_reductions()
         speaks = self.context.tensor.rank == 0
-        sums = torch.stack(
-            [
-                kernels.sum_of_squares(self.grad_shard, self.counted_table),
-                loss_sum.detach().double() * speaks,
-                tokens.to(self.context.device).double() * speaks,
-            ]
-        )
-        sum_sq, loss_total, token_total = all_reduce(sums, self.context.world).unbind()
+        sums = [
+            kernels.sum_of_squares(self.grad_shard, self.counted_table),
+            loss_sum.detach().double() * speaks,
+            tokens.to(self.context.device).double() * speaks,
+            *(() if term_sums is None else (term_sums.double() * speaks).unbind()),
+        ]
+        sum_sq, loss_total, token_total, *term_totals = all_reduce(torch.stack(sums), self.context.world).unbind()
         self.control[LEARNING_RATE] = learning_rate
         kernels.begin_step_(self.control, sum_sq / token_total.square(), self.config.grad_clip, *self.betas)
         self.control[CLIP] /= token_total
@@ -211,13 +212,13 @@ class DistributedAdamW:
         )
         self._start_gathering()
         control = self.control.clone()
-        return StepResult(control[GRAD_NORM], loss_total / token_total, token_total, control[SKIP])
+        terms = torch.stack(term_totals) / token_total if term_totals else loss_total.new_empty(0)
+        return StepResult(control[GRAD_NORM], loss_total / token_total, token_total, control[SKIP], terms)
 
     def _on_complete(self, parameter: Parameter) -> None:
         bucket = self._bucket_of[parameter]
         self._missing[bucket] -= 1
-        tied = placement_of(parameter).tied_to is not None  # waits for the other end of the pipeline, in step()
-        if self._missing[bucket] == 0 and not tied:
+        if self._missing[bucket] == 0:
             self._reduce(bucket)
 
     def _reduce(self, bucket: int) -> None:
@@ -239,10 +240,6 @@ class DistributedAdamW:
 
     def _finish_reductions(self) -> None:
         """After this the shard holds the sum over all data ranks, and over tensor ranks and pipeline ends where that is due."""
-        for parameter in self.parameters.values():
-            if placement_of(parameter).tied_to is not None:
-                self._add_other_end(parameter)
-                self._reduce(self._bucket_of[parameter])
         across = []
         for pending, own in self._reducing:
             reduced = pending.wait()
@@ -252,14 +249,18 @@ class DistributedAdamW:
             if reduced.data_ptr() != own.data_ptr():
                 own.copy_(reduced)
         self._reducing.clear()
+        for bucket in self._tied_buckets:
+            self._add_other_end(bucket)
         if self._partial:
             self._sum_partial_gradients()
 
-    def _add_other_end(self, parameter: Parameter) -> None:
-        """Tied embeddings: the first and the last stage exchange their gradients, and both hold the sum."""
-        pipeline = self.context.pipeline
-        gradient = main_grad_of(parameter)
-        gradient.add_(exchange(gradient, pipeline, pipeline.size - 1 - pipeline.rank))
+    def _add_other_end(self, bucket: int) -> None:
+        """Tied embeddings: the first and the last stage exchange their gradients, and both hold the sum.
+
+        Last of all sums: a + b is b + a, so both ends hold the same bits, whatever order each end's data ranks are summed in.
+        """
+        pipeline, own = self.context.pipeline, self.grad_shard[slice(*self.layout.shard_slice(bucket))]
+        own.add_(exchange(own, pipeline, pipeline.size - 1 - pipeline.rank))
 
     def _sum_partial_gradients(self) -> None:
         """Norms and biases under sequence parallelism, QK-norm gains: one small sum over tensor ranks, on the shard."""

@@ -7,21 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from torch.nn import Parameter
 
 from megatron_completep.completep import Role, Table, declaration_of
 from megatron_completep.config.derived import own_factors
 from megatron_completep.config.schema import OptimizerConfig
-from megatron_completep.errors import ConfigError
+from megatron_completep.parallel.placement import logical_name
 
 
 @dataclass(frozen=True)
 class Group:
     """What AdamW needs to know of one parameter. The learning rate is schedule(step) * base_lr * lr_factor."""
 
-    name: str
+    name: str  # as the whole model calls it: both ends of a tied embedding are embedding.weight
     role: Role
     init_std: float
     lr_factor: float
@@ -29,26 +28,22 @@ class Group:
     eps: float
 
 
-def build_groups(
-    named_parameters: Iterable[tuple[str, Parameter]], table: Table, optimizer: OptimizerConfig, all_names: Iterable[str] | None = None
-) -> dict[str, Group]:
-    """One group for every parameter. An override that matches no name of the whole model (`all_names`) is a ConfigError."""
-    groups = {name: _group(name, parameter, table, optimizer) for name, parameter in named_parameters}
-    names = list(groups if all_names is None else all_names)
-    unused = [o.pattern for o in optimizer.overrides if not any(fnmatchcase(name, o.pattern) for name in names)]
-    if unused:
-        known = "\n  ".join(names[:20])
-        raise ConfigError(f"optimizer.overrides: {', '.join(map(repr, unused))} matches no parameter. Names look like:\n  {known}")
-    return groups
+def build_groups(named_parameters: Iterable[tuple[str, Parameter]], table: Table, optimizer: OptimizerConfig) -> dict[str, Group]:
+    """One group for every parameter, whether of the whole model or of a part of it.
+
+    Whether every override names something is a question to the whole model: see `check.check_parameters`.
+    """
+    return {name: _group(name, parameter, table, optimizer) for name, parameter in named_parameters}
 
 
 def _group(name: str, parameter: Parameter, table: Table, optimizer: OptimizerConfig) -> Group:
     declaration = declaration_of(name, parameter)
     factors = table.factors(declaration.role, declaration.width_ratio)
     values = table.values(declaration.role, declaration.width_ratio, optimizer)
-    own = own_factors(optimizer, name)
+    logical = logical_name(name, parameter)
+    own = own_factors(optimizer, logical)
     return Group(
-        name,
+        logical,
         declaration.role,
         init_std=values.init_std * own.init_std,
         lr_factor=factors.lr * own.lr,

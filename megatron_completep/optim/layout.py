@@ -74,7 +74,7 @@ class Layout:
 def lay_out(sizes: Sequence[tuple[str, int]], shards: int, bucket_elements: int, alone: frozenset[str] = frozenset()) -> Layout:
     """Lay parameters (name, elements), given in backward order, into buckets of about `bucket_elements`.
 
-    Parameters in `alone` get a bucket of their own (a tied embedding, whose gradient first crosses the pipeline).
+    Parameters in `alone` get a bucket of their own (a tied embedding: both ends of the pipeline cut it alike).
     """
     pieces: list[Piece] = []
     buckets: list[tuple[int, int]] = []

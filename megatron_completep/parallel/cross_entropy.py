@@ -5,7 +5,7 @@ T tokens (S * B), V local vocabulary rows, H hidden. The logits [T, V] exist onc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_completep import kernels
 from megatron_completep.completep import Role
+from megatron_completep.config.schema import TrainingConfig
 from megatron_completep.parallel.collectives import all_gather, all_reduce, reduce_scatter
 from megatron_completep.parallel.context import Axis, ParallelContext
 from megatron_completep.parallel.embedding import VocabShard
@@ -30,11 +31,29 @@ class LossConfig:
     label_smoothing: float = 0.0
     chunk_bytes: int = 1 << 28
 
+    @classmethod
+    def of(cls, training: TrainingConfig) -> LossConfig:
+        """The objective that a run is configured with."""
+        return cls(training.z_loss, training.label_smoothing)
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """What the objective is the sum of, where it is more than the cross-entropy: that, and each term that is added."""
+        added = [name for name in ("z_loss", "label_smoothing") if getattr(self, name)]
+        return ("cross_entropy", *added) if added else ()
+
+    @property
+    def without_terms(self) -> LossConfig:
+        """The pure cross-entropy."""
+        return replace(self, z_loss=0.0, label_smoothing=0.0)
+
 
 class Unembedding(VocabShard):
     """x [s, B, H] -> logits [B, S, vocab_size], or with labels [B, S] the sum of the token losses; alike on every tensor rank.
 
-    `multiplier` (1/m_N) applies in every path. `tied`: the embedding whose weight this is, when it is on the same stage.
+    The losses are the training objective; without gradients (validation) they are the pure cross-entropy, since z-loss and label
+    smoothing are there for their gradients alone. `multiplier` (1/m_N) applies in every path. `tied`: the embedding whose weight this
+    is, when it is on the same stage.
     """
 
     def __init__(
@@ -54,10 +73,20 @@ class Unembedding(VocabShard):
         if tied is not None:
             self.weight = tied.weight
         self.queue, self.multiplier, self.loss = queue, multiplier, loss
+        self._term_sums: Tensor | None = None  # of the passes since they were taken
+
+    def take_terms(self) -> Tensor:
+        """Sums of `loss.terms` [n] over the tokens of all training passes since the last call."""
+        sums, self._term_sums = self._term_sums, None
+        return torch.zeros(len(self.loss.terms), device=self.weight.device) if sums is None else sums
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         if labels is not None:
-            return _UnembeddingLoss.apply(x, self.weight, labels.t().flatten(), self)
+            loss = self.loss if torch.is_grad_enabled() else self.loss.without_terms
+            total, terms = _UnembeddingLoss.apply(x, self.weight, labels.t().flatten(), self, loss)
+            if terms.numel():
+                self._term_sums = terms if self._term_sums is None else self._term_sums + terms
+            return total
         whole = all_gather(x, self.context.tensor) if self.context.sequence_parallel else x
         local = F.linear(whole, self.weight) * self.multiplier
         vocabulary_first = all_gather(local.permute(2, 1, 0).contiguous(), self.context.tensor)
@@ -65,12 +94,13 @@ class Unembedding(VocabShard):
 
 
 class _UnembeddingLoss(torch.autograd.Function):
-    """Few tokens: the logits are kept for backward. Many: both gradients are made chunk by chunk in forward, and no logits are kept."""
+    """(sum of the losses, sums of its terms [n]). Few tokens: the logits are kept for backward. Many: both gradients are made chunk by
+    chunk in forward, and no logits are kept."""
 
     @staticmethod
-    def forward(ctx, x, weight, labels, head: Unembedding):
+    def forward(ctx, x, weight, labels, head: Unembedding, loss: LossConfig):
         ctx.head, ctx.shape = head, x.shape
-        context, loss = head.context, head.loss
+        context = head.context
         whole = all_gather(x, context.tensor) if context.sequence_parallel else x
         rows = whole.flatten(0, 1)
         step = max(1, loss.chunk_bytes // (weight.shape[0] * weight.element_size()))
@@ -78,19 +108,23 @@ class _UnembeddingLoss(torch.autograd.Function):
         ctx.kept = rows.shape[0] <= step
         if ctx.kept:
             logits = F.linear(rows, weight)
-            total, lse = tokens.forward(logits, labels)
+            total, terms, lse = tokens.forward(logits, labels)
             ctx.save_for_backward(rows, weight, logits, labels, lse)
+            ctx.mark_non_differentiable(terms)
             ctx.tokens = tokens
-            return total
+            return total, terms
         if not any(ctx.needs_input_grad):
             parts = zip(rows.split(step), labels.split(step), strict=True)
-            return torch.stack([tokens.forward(F.linear(r, weight), chunk_labels)[0] for r, chunk_labels in parts]).sum()
-        total, d_rows, d_weight = tokens.chunked(rows, weight, labels, step)
+            sums = [tokens.forward(F.linear(r, weight), chunk_labels)[:2] for r, chunk_labels in parts]
+            totals, terms = (torch.stack(column) for column in zip(*sums, strict=True))
+            return totals.sum(), terms.sum(0)
+        total, terms, d_rows, d_weight = tokens.chunked(rows, weight, labels, step)
         ctx.save_for_backward(d_rows, d_weight)
-        return total
+        ctx.mark_non_differentiable(terms)
+        return total, terms
 
     @staticmethod
-    def backward(ctx, d_total):
+    def backward(ctx, d_total, _):
         if ctx.kept:
             rows, weight, logits, labels, lse = ctx.saved_tensors
             ctx.tokens.backward_(logits, labels, lse, d_total)
@@ -103,7 +137,7 @@ class _UnembeddingLoss(torch.autograd.Function):
         context = ctx.head.context
         d_x = d_rows.view(-1, ctx.shape[1], d_rows.shape[-1])
         d_x = reduce_scatter(d_x, context.tensor) if context.sequence_parallel else all_reduce(d_x, context.tensor)
-        return d_x, None, None, None
+        return d_x, None, None, None, None
 
 
 @dataclass(frozen=True)
@@ -115,8 +149,8 @@ class _TokenLoss:
     axis: Axis
     loss: LossConfig
 
-    def forward(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """(sum of the losses, logsumexp [T]); logits stay as they are."""
+    def forward(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(sum of the losses, sums of their terms [n], logsumexp [T]); logits stay as they are."""
         smoothing, head = self.loss.label_smoothing, self.head
         stats = kernels.cross_entropy_forward(logits, labels, head.start, head.vocab_size, self.multiplier, smoothing > 0)
         maximum, sums = stats[0], stats[1:]  # sums: of exp(x - maximum), the target's logit, and with smoothing of the logits
@@ -125,10 +159,15 @@ class _TokenLoss:
             sums[0] *= (maximum - whole).exp()
             maximum, sums = whole, all_reduce(sums, self.axis)
         lse = maximum + sums[0].log()
-        losses = lse - (1 - smoothing) * sums[1] + self.loss.z_loss * lse.square()
+        squares = self.loss.z_loss * lse.square()
+        losses = lse - (1 - smoothing) * sums[1] + squares
+        by_name = {"cross_entropy": lse - sums[1], "z_loss": squares}
         if smoothing > 0:
             losses = losses - (smoothing / head.vocab_size) * sums[2]
-        return torch.where(labels == IGNORED, 0.0, losses).sum(), lse
+            by_name["label_smoothing"] = smoothing * (sums[1] - sums[2] / head.vocab_size)
+        terms = [by_name[name] for name in self.loss.terms]
+        columns = [torch.where(labels == IGNORED, 0.0, values).sum() for values in (losses, *terms)]
+        return columns[0], torch.stack(columns[1:]) if terms else columns[0].new_empty(0), lse
 
     def backward_(self, logits: Tensor, labels: Tensor, lse: Tensor, d_total: Tensor) -> None:
         """Write the gradient of the sum, times d_total, over the logits."""
@@ -145,18 +184,20 @@ class _TokenLoss:
             self.multiplier,
         )
 
-    def chunked(self, rows: Tensor, weight: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(sum of the losses, d_rows [T, H], d_weight [V, H] in fp32 or fp64), holding the logits of `step` tokens at a time."""
+    def chunked(self, rows: Tensor, weight: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(sum of the losses, sums of their terms [n], d_rows [T, H], d_weight [V, H] in fp32 or fp64), holding the logits of `step`
+        tokens at a time."""
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         d_rows, d_weight = torch.empty_like(rows), torch.zeros(weight.shape, dtype=wide, device=weight.device)
         one = torch.ones((), dtype=wide, device=weight.device)
-        total = torch.zeros_like(one)
+        total, terms = torch.zeros_like(one), one.new_zeros(len(self.loss.terms))
         for start in range(0, rows.shape[0], step):
             part = slice(start, start + step)
             logits = F.linear(rows[part], weight)
-            chunk_total, lse = self.forward(logits, labels[part])
+            chunk_total, chunk_terms, lse = self.forward(logits, labels[part])
             total += chunk_total
+            terms += chunk_terms
             self.backward_(logits, labels[part], lse, one)
             torch.mm(logits, weight, out=d_rows[part])
             accumulate_matrix(logits, rows[part])(d_weight, start == 0)
-        return total, d_rows, d_weight
+        return total, terms, d_rows, d_weight

@@ -38,6 +38,11 @@ def placement_of(parameter: Any) -> Placement:
     return getattr(parameter, "placement", None) or Placement(tuple(parameter.shape))
 
 
+def logical_name(name: str, parameter: Any) -> str:
+    """The name of a parameter in the whole model: one that is tied across pipeline stages has the same at both ends."""
+    return placement_of(parameter).tied_to or name
+
+
 def shard_ranges(parts: tuple[int, ...], axis: Axis) -> tuple[tuple[int, int], ...]:
     """This rank's range of each of several stacked parts (q, k, v or gate, up), each divided evenly over the axis."""
     ranges, offset = [], 0

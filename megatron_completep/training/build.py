@@ -52,7 +52,7 @@ def prepare_output(config: Config, context: ParallelContext) -> Path:
 def build_model(config: Config, table: Table, context: ParallelContext, precision: torch.dtype) -> list[GPT]:
     """This rank's chunks with their initial weights, in float32 (float64 for float64 runs)."""
     training = config.training
-    loss = LossConfig(training.z_loss, training.label_smoothing)
+    loss = LossConfig.of(training)
     chunks = build_chunks(config.model, table, config.parallel, context, loss, training.recompute)
     if config.model.attention_backend == "flash_attention":
         require_flash_attention()

@@ -12,6 +12,7 @@ from megatron_completep.config.schema import ModelConfig, ParallelConfig
 from megatron_completep.model.gpt import GPT
 from megatron_completep.model.stages import stage_indices
 from megatron_completep.parallel.context import ParallelContext
+from megatron_completep.parallel.cross_entropy import LossConfig
 from megatron_completep.parallel.pipeline import Pipeline
 
 
@@ -32,12 +33,20 @@ class MicroBatch:
 
 
 class ForwardBackward:
-    """Runs the micro-batches of one step over this rank's chunks."""
+    """Runs the micro-batches of one step over this rank's chunks. loss: the objective, whose terms are reported apart."""
 
     def __init__(
-        self, chunks: Sequence[GPT], model: ModelConfig, parallel: ParallelConfig, context: ParallelContext, micro_batch_size: int
+        self,
+        chunks: Sequence[GPT],
+        model: ModelConfig,
+        parallel: ParallelConfig,
+        context: ParallelContext,
+        micro_batch_size: int,
+        loss: LossConfig | None = None,
     ):
         self.chunks, self.context = chunks, context
+        # A caller's own module keeps no terms.
+        self.terms = (loss or LossConfig()).terms if isinstance(chunks[-1], GPT) else ()
         self.pipeline = None
         if context.pipeline.size > 1:
             weight = next(chunks[0].parameters())
@@ -66,9 +75,15 @@ class ForwardBackward:
             total = total + loss.detach()
         return total
 
+    def take_terms(self) -> Tensor:
+        """Sums of the objective's terms [n] over the tokens since the last call (0 on pipeline ranks without the last stage)."""
+        if self.terms and self.chunks[-1].stage.last:
+            return self.chunks[-1].unembedding.take_terms()
+        return torch.zeros(len(self.terms), device=self.context.device)
+
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        """The same sum without gradients."""
+        """Sum of the tokens' pure cross-entropies, without gradients."""
         if self.pipeline is not None:
             tokens, side = stack(micro_batches)
             return self.pipeline.evaluate(len(micro_batches), tokens, **side)

@@ -53,7 +53,7 @@ class Hook:
 
 
 class Validation(Hook):
-    """Adds `validation_loss` every so many steps and after the last one."""
+    """Adds `validation_loss`, the pure cross-entropy, every so many steps and after the last one."""
 
     def __init__(self, step: TrainingStep, batches: ValidationBatches, interval: int | None, train_steps: int, say: Callable[[str], None]):
         self._step, self._batches, self._interval, self._train_steps, self._say = step, batches, interval, train_steps, say
@@ -94,6 +94,7 @@ class Metrics(Hook):
         return {
             "step": state.step,
             "loss": figures.loss,
+            **figures.terms,
             **record.added,
             **({"passed_over": True} if figures.passed_over else {}),
             "lr": learning_rate(state.step, self._config.optimizer, self._config.training.train_steps),

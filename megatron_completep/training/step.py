@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import torch
@@ -20,7 +20,7 @@ from megatron_completep.optim.distributed_adamw import DistributedAdamW
 from megatron_completep.optim.schedule import learning_rate
 from megatron_completep.parallel.collectives import all_reduce
 from megatron_completep.parallel.context import ParallelContext
-from megatron_completep.parallel.cross_entropy import IGNORED
+from megatron_completep.parallel.cross_entropy import IGNORED, LossConfig
 from megatron_completep.parallel.pipeline import Pipeline
 from megatron_completep.training.forward_backward import ForwardBackward, MicroBatch
 
@@ -29,12 +29,13 @@ from megatron_completep.training.forward_backward import ForwardBackward, MicroB
 class StepFigures:
     """What one step came to, as numbers of the host; all but the last equal on every rank."""
 
-    loss: float  # mean over the tokens that count, before the update
+    loss: float  # the objective: mean over the tokens that count, before the update
     grad_norm: float  # of the token average over the whole model, before clipping
     counted_tokens: int  # tokens whose loss counted
     skipped: bool  # a gradient was not finite; nothing was updated
     stop: bool  # some rank was asked to stop
     passed_over: bool = False  # training.skip_steps: the data were read past, nothing was computed
+    terms: Mapping[str, float] = field(default_factory=dict)  # what the loss is the sum of, where that is more than cross-entropy
     own_seconds: float = 0.0  # that this rank took for forward and backward
 
 
@@ -64,12 +65,13 @@ class Stopwatch:
 class PendingFigures:
     """The figures of a step under way. On a GPU they travel to page-locked memory behind the step's work; nobody waits until `read`.
 
-    own: this rank's own part of the step, before it waits for others in the update; None for a step of training.skip_steps.
+    own: this rank's own part of the step, before it waits for others in the update; None for a step of training.skip_steps. terms:
+    names of the figures after the first five.
     """
 
-    def __init__(self, figures: Tensor, own: Stopwatch | None):
+    def __init__(self, figures: Tensor, own: Stopwatch | None, terms: Sequence[str] = ()):
         self._event: torch.cuda.Event | None = None
-        self._host, self._own = figures, own
+        self._host, self._own, self._terms = figures, own, terms
         if figures.is_cuda:
             self._host = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=True)
             self._host.copy_(figures, non_blocking=True)
@@ -80,9 +82,10 @@ class PendingFigures:
         """Wait for the step and return its figures."""
         if self._event is not None:
             self._event.synchronize()
-        loss, grad_norm, tokens, skipped, stop = self._host.tolist()
+        loss, grad_norm, tokens, skipped, stop, *terms = self._host.tolist()
         own_seconds = 0.0 if self._own is None else self._own.seconds
-        return StepFigures(loss, grad_norm, int(tokens), bool(skipped), bool(stop), self._own is None, own_seconds)
+        by_name = dict(zip(self._terms, terms, strict=True))
+        return StepFigures(loss, grad_norm, int(tokens), bool(skipped), bool(stop), self._own is None, by_name, own_seconds)
 
 
 class TrainingStep:
@@ -90,7 +93,8 @@ class TrainingStep:
 
     def __init__(self, config: Config, context: ParallelContext, chunks: Sequence[GPT], optimizer: DistributedAdamW):
         self.config, self.context, self.chunks, self.optimizer = config, context, chunks, optimizer
-        self.passes = ForwardBackward(chunks, config.model, config.parallel, context, config.training.micro_batch_size)
+        loss = LossConfig.of(config.training)
+        self.passes = ForwardBackward(chunks, config.model, config.parallel, context, config.training.micro_batch_size, loss)
         self._micro_batches = micro_batches_per_step(config, context.world_size)
 
     @property
@@ -110,9 +114,10 @@ class TrainingStep:
         tokens = torch.full((), self._count(batches), dtype=torch.int64, device=device)
         rate = learning_rate(step, self.config.optimizer, self.config.training.train_steps)
         own.stop()
-        result = optimizer.step(rate, loss_sum, tokens)
+        result = optimizer.step(rate, loss_sum, tokens, self.passes.take_terms())
         asked = self._any_rank(stop)
-        return PendingFigures(torch.stack([f.double() for f in (result.loss, result.grad_norm, result.tokens, result.skipped, asked)]), own)
+        figures = torch.stack([f.double() for f in (result.loss, result.grad_norm, result.tokens, result.skipped, asked)])
+        return PendingFigures(torch.cat([figures, result.terms]), own, self.passes.terms)
 
     def pass_over(self, stop: bool = False) -> PendingFigures:
         """A step of training.skip_steps: no loss, no update. Communicates over the whole mesh to agree on stopping, as `run`."""
@@ -124,7 +129,9 @@ class TrainingStep:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> float:
-        """Mean loss over the tokens that count, the same on every rank. Communicates over the whole mesh."""
+        """Mean cross-entropy (whatever the objective adds to it) over the tokens that count, the same on every rank.
+
+        Communicates over the whole mesh."""
         self.optimizer.wait_for_parameters()
         sums = torch.zeros(2, dtype=torch.float64, device=self.context.device)
         remaining = iter(batches)

@@ -46,6 +46,10 @@ def replica_hashes(optimizer: DistributedAdamW, context: ParallelContext) -> dic
     if whole:
         views = [optimizer.master[s.shard_start : s.shard_start + s.size] for s in whole]
         hashes[f"norms and biases of stage {context.pipeline.rank}, data {context.data.rank}"] = bit_sum(torch.cat(views))
+    tied = [s for s in optimizer.segments if placement_of(optimizer.parameters[s.name]).tied_to is not None]
+    if tied:  # in a bucket of their own, so that both ends of the pipeline cut them alike
+        views = [optimizer.master[s.shard_start : s.shard_start + s.size] for s in tied]
+        hashes[f"tied embedding of tensor {context.tensor.rank}, slice {shard.rank}"] = bit_sum(torch.cat(views))
     return hashes
 
 

@@ -1,0 +1,329 @@
+"""All features that a model and a run may have, level by level, and a short run of any combination in any layout."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from covering_array import Row
+from layouts import assemble
+from torch import Tensor
+
+from megatron_completep.completep import table_for
+from megatron_completep.config import Config, config_from_mapping
+from megatron_completep.config.derived import tokens_per_step, total_tokens
+from megatron_completep.data.loader import Batch, Layout, Loader, ValidationBatches
+from megatron_completep.data.samples import Sample
+from megatron_completep.optim.check import check_parameters
+from megatron_completep.optim.distributed_adamw import DistributedAdamW
+from megatron_completep.optim.groups import Group
+from megatron_completep.parallel.context import ParallelContext, data_parallel_size_for
+from megatron_completep.parallel.placement import Placement, placement_of
+from megatron_completep.training.build import build_model
+from megatron_completep.training.guards.replicas import replica_hashes, who_differs
+from megatron_completep.training.loop import launch
+from megatron_completep.training.state import RunState
+from megatron_completep.training.step import StepFigures, TrainingStep
+
+STEPS = 3
+SEQ_LENGTH = 16
+Settings = dict[str, dict[str, Any]]  # section -> key -> value
+
+TENSOR, SEQUENCE = {"tensor_parallel_size": 2}, {"tensor_parallel_size": 2, "sequence_parallel": True}
+PIPELINE = {"pipeline_parallel_size": 2}
+VIRTUAL = {**PIPELINE, "virtual_pipeline_size": 2}
+BUCKETS = {"bucket_megabytes": 0.03}  # several of them
+
+# name -> (ranks, settings under `parallel`)
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "tensor 2": (2, TENSOR),
+    "tensor 2, sequence": (2, SEQUENCE),
+    "tensor 4": (4, {"tensor_parallel_size": 4}),
+    "tensor 4, sequence": (4, {"tensor_parallel_size": 4, "sequence_parallel": True}),
+    "pipeline 2, gpipe": (2, {**PIPELINE, "schedule": "gpipe"}),
+    "pipeline 2, 1f1b, split 3 and 1": (2, {**PIPELINE, "pipeline_split": [3, 1]}),
+    "pipeline 2, zero-bubble": (2, {**PIPELINE, "schedule": "zero_bubble"}),
+    "pipeline 2 x 2, interleaved": (2, {**VIRTUAL, "schedule": "interleaved_1f1b"}),
+    "pipeline 2 x 2, zero-bubble, empty ends": (2, {**VIRTUAL, "schedule": "zero_bubble", "pipeline_split": [0, 1, 3, 0]}),
+    "pipeline 3, 1f1b": (3, {"pipeline_parallel_size": 3}),
+    "pipeline 4, 1f1b": (4, {"pipeline_parallel_size": 4}),
+    "data 2": (2, BUCKETS),
+    "data 4": (4, BUCKETS),
+    "data 4, optimizer over 2": (4, {**BUCKETS, "optimizer_shard_size": 2}),
+    "data 2, optimizer over 1": (2, {**BUCKETS, "optimizer_shard_size": 1}),
+    "tensor 2, data 2": (4, {**TENSOR, **BUCKETS}),
+    "tensor 2, sequence, data 2": (4, {**SEQUENCE, **BUCKETS}),
+    "tensor 2, sequence, pipeline 2, 1f1b": (4, {**SEQUENCE, **PIPELINE}),
+    "pipeline 2, 1f1b, data 2": (4, {**PIPELINE, **BUCKETS}),
+    "pipeline 2, zero-bubble, data 2, optimizer over 1": (
+        4,
+        {**PIPELINE, **BUCKETS, "schedule": "zero_bubble", "optimizer_shard_size": 1},
+    ),
+    "tensor 2, sequence, pipeline 2, 1f1b, data 2": (8, {**SEQUENCE, **PIPELINE, **BUCKETS}),
+    "tensor 2, pipeline 2 x 2, interleaved, data 2": (8, {**TENSOR, **VIRTUAL, **BUCKETS, "schedule": "interleaved_1f1b"}),
+}
+
+OWN_FACTORS = {
+    "embedding": {"lr": 2.0, "init_std": 0.5, "weight_decay": 0.0},
+    "hidden_weight": {"lr": 0.5, "weight_decay": 2.0, "eps": 3.0},
+    "final_norm": {"lr": 3.0},
+    "pre_norm": {"lr": 0.25, "eps": 0.5},
+}
+EVERYWHERE = {"lr": 3.0, "init_std": 0.5, "weight_decay": 2.0, "eps": 2.0}
+MULTIPLIERS = {"input_multiplier": 1.5, "residual_multiplier": 0.75, "attention_multiplier": 1.25, "logit_multiplier": 2.0}
+
+# factor -> level -> settings that differ from the base. The first level of each goes with everything.
+FEATURES: dict[str, dict[str, Settings]] = {
+    "layout": {name: {} for name in LAYOUTS},
+    "norm": {"rmsnorm": {}, "layernorm": {"model": {"norm": "layernorm"}}},
+    "activation": {name: {"model": {"activation": name}} for name in ("swiglu", "gelu", "gelu_tanh", "squared_relu")},
+    "position": {name: {"model": {"position": name}} for name in ("rope", "learned", "alibi")},
+    "biases": {"none": {}, "all": {"model": {"bias": True}}},
+    "qk-norm": {"off": {}, "on": {"model": {"qk_norm": True}}},
+    "embeddings": {"untied": {}, "tied": {"model": {"tied_embeddings": True}}},
+    "heads": {
+        "4": {},
+        "4 in 2 groups": {"model": {"num_query_groups": 2}},
+        "4 in 1 group": {"model": {"num_query_groups": 1}},
+        "6 of 10 in 2 groups": {"model": {"num_attention_heads": 6, "num_query_groups": 2, "head_dim": 10}},
+        "4 of 12": {"model": {"head_dim": 12}},
+    },
+    "vocabulary": {
+        "61, padded": {},
+        "64": {"model": {"vocab_size": 64}},
+        "9, a rank without any": {"model": {"vocab_size": 9}},
+    },
+    "inner width": {"64": {}, "60": {"model": {"ffn_hidden_size": 60}}},
+    "overrides": {
+        "none": {},
+        "first layer": {"optimizer": {"overrides": [{"pattern": "layers.0.*", **EVERYWHERE}]}},
+        "last layer": {"optimizer": {"overrides": [{"pattern": "layers.3.*.weight", "lr": 0.5}, {"pattern": "*.3.mlp.up.*", "eps": 4.0}]}},
+        "ends": {"optimizer": {"overrides": [{"pattern": "[ef]*", **EVERYWHERE}]}},
+    },
+    "factors": {"none": {}, "own": {"completep": {"factors": OWN_FACTORS}}},
+    "multipliers": {"none": {}, "own": {"model": MULTIPLIERS}},
+    "parameterization": {
+        "completep": {},
+        "alpha 0.5": {"completep": {"alpha": 0.5}},
+        "mup": {"completep": {"parameterization": "mup"}},
+        "sp": {"completep": {"parameterization": "sp"}},
+        "batch and duration": {"completep": {"base_batch_tokens": 128, "base_total_tokens": 512}},
+    },
+    "attention scale": {name: {"model": {"attention_scale": name}} for name in ("base_head_dim", "1/head_dim", "1/sqrt(head_dim)")},
+    "loss": {
+        "plain": {},
+        "z-loss": {"training": {"z_loss": 0.01}},
+        "label smoothing": {"training": {"label_smoothing": 0.2}},
+        "both": {"training": {"z_loss": 0.01, "label_smoothing": 0.2}},
+    },
+    "recomputation": {name: {"training": {"recompute": name}} for name in ("none", "selective", "full")},
+    "micro-batch": {"1": {}, "2": {"training": {"micro_batch_size": 2}}},
+    "batch ramp": {"none": {}, "from 8": {"training": {"batch_ramp": {"start": 8, "increment": 8, "steps": 2}}}},
+    "skipped steps": {"none": {}, "the second": {"training": {"skip_steps": [{"first": 2}]}}},
+    "gradient type": {"float32": {}, "bf16": {"parallel": {"gradient_dtype": "bf16"}}},
+    "dropout": {"none": {}, "0.2": {"model": {"dropout": 0.2}}},
+    "documents": {"joined": {}, "apart": {"data": {"reset_at_document_ends": True}}},
+    "schedule": {name: {"optimizer": {"schedule": name}} for name in ("constant", "linear", "cosine", "warmup_stable_decay")},
+    "clipping": {"on": {}, "off": {"optimizer": {"grad_clip": 0.0}}},
+}
+FACTORS = {factor: list(levels) for factor, levels in FEATURES.items()}
+
+
+def ranks_of(row: Row) -> int:
+    return LAYOUTS[row["layout"]][0]
+
+
+def parallel_of(layout: str) -> dict[str, Any]:
+    return LAYOUTS[layout][1]
+
+
+def data_size(layout: str) -> int:
+    ranks, parallel = LAYOUTS[layout]
+    return ranks // parallel.get("tensor_parallel_size", 1) // parallel.get("pipeline_parallel_size", 1)
+
+
+def forbidden(a: tuple[str, str], b: tuple[str, str]) -> bool:
+    """What the configuration refuses, and dropout where its masks depend on the rank (docs/parallelism.md)."""
+    levels = dict((a, b))
+    if "layout" not in levels:
+        return False
+    parallel = parallel_of(levels["layout"])
+    tensor = parallel.get("tensor_parallel_size", 1)
+    if "heads" in levels:
+        shape = FEATURES["heads"][levels["heads"]].get("model", {})
+        return (shape.get("num_query_groups", 4) % tensor or shape.get("num_attention_heads", 4) % tensor) > 0
+    if levels.get("dropout", "none") != "none":
+        return data_size(levels["layout"]) > 1 or parallel.get("sequence_parallel", False)
+    return False
+
+
+def is_rounded(row: Row) -> bool:
+    """Whether gradients really travel in bf16, so that a comparison to the last digits is none."""
+    return row["gradient type"] == "bf16" and data_size(row["layout"]) > 1
+
+
+def config_of(row: Row, one_process: bool = False) -> Config:
+    """The run of a row in its layout, or the same in one process."""
+    settings: Settings = {
+        "model": {
+            "hidden_size": 32,
+            "num_layers": 4,
+            "num_attention_heads": 4,
+            "ffn_hidden_size": 64,
+            "vocab_size": 61,
+            "vocab_multiple": 4,
+            "seq_length": SEQ_LENGTH,
+        },
+        "completep": {"base_hidden_size": 16, "base_num_layers": 2},
+        "parallel": {},
+        # A large epsilon: Adam would otherwise make a step of rounding noise, where the true gradient is zero.
+        "optimizer": {"base_lr": 1e-2, "base_eps": 1e-3, "base_init_std": 0.2, "warmup_steps": 1, "grad_clip": 0.1},
+        "data": {"train": [{"prefix": "none"}]},
+        "training": {
+            "micro_batch_size": 1,
+            "global_batch_size": 16,
+            "train_steps": STEPS,
+            "precision": "float64",
+            "device": "cpu",
+            "output_dir": "none",
+        },
+    }
+    for factor, level in row.items():
+        for section, changes in FEATURES[factor][level].items():
+            settings[section] = settings[section] | changes
+    settings["parallel"] = {} if one_process else settings["parallel"] | parallel_of(row["layout"])
+    return config_from_mapping(settings, name=str(row))
+
+
+class Documents:
+    """Samples that are pure functions of their number, with document ends at uneven places."""
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size, self.num_samples = vocab_size, 1000
+
+    def __getitem__(self, number: int) -> Sample:
+        generator = np.random.default_rng(number)
+        starts = np.flatnonzero(generator.random(SEQ_LENGTH - 1) < 0.2) + 1
+        return Sample(generator.integers(0, self.vocab_size, SEQ_LENGTH + 1), (), starts)
+
+
+class SyntheticLoader(Loader):
+    """Leaves out some labels, unevenly over samples: data ranks count different numbers of tokens."""
+
+    def next_step(self, global_batch_size: int | None = None) -> list[Batch]:
+        return [replace(batch, loss_mask=partly(batch)) for batch in super().next_step(global_batch_size)]
+
+
+def partly(batch: Batch) -> Tensor:
+    first = batch.sample_ids[:, None] % 5
+    return batch.loss_mask * (torch.arange(SEQ_LENGTH)[None, :] >= first)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What one rank saw of a run."""
+
+    where: tuple[int, int, int]  # rank on the tensor, data and pipeline axis
+    figures: list[StepFigures]
+    validation: float
+    parameters: dict[str, Tensor]
+    placements: dict[str, Placement]
+    groups: dict[str, Group]
+    hashes: dict[str, list[int]]
+
+
+# What the tests must catch.
+FORGOTTEN_SUM = "a sum of gradients over tensor ranks is forgotten"
+OVERRIDES_ON_FIRST_STAGE = "overrides are seen by the first stage alone"
+ENDS_ALONE = "the ends of a tied embedding do not exchange gradients"
+
+
+def run_row(rank: int, config: Config, mutation: str = "") -> Trained:
+    """Train, through the loop's own `launch`, in the process group at hand or alone, and evaluate."""
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    context = ParallelContext.single()
+    if world_size > 1:
+        data = data_parallel_size_for(config.parallel, world_size)
+        context = ParallelContext.over_world(config.parallel, torch.device("cpu"), rank, world_size, data)
+    table = table_for(config.model, config.completep, tokens_per_step(config), total_tokens(config))
+    check_parameters(config, table)
+    chunks = build_model(config, table, context, torch.float64)
+    settings = config.optimizer
+    if mutation == OVERRIDES_ON_FIRST_STAGE and context.pipeline.rank > 0:
+        settings = settings.model_copy(update={"overrides": []})
+    optimizer = DistributedAdamW(chunks, table, settings, context, config.parallel, torch.float64)
+    if mutation == FORGOTTEN_SUM:
+        optimizer._partial = []
+    if mutation == ENDS_ALONE:
+        optimizer._tied_buckets = []
+    step = TrainingStep(config, context, chunks, optimizer)
+    layout = Layout(config.training.micro_batch_size, context.data.rank, context.data.size)
+    corpus: Any = Documents(config.model.vocab_size)
+    settings_of_data = {"seq_length": SEQ_LENGTH, "reset_at_document_ends": config.data.reset_at_document_ends}
+    loader = SyntheticLoader(corpus, layout, global_batch_size=config.training.global_batch_size, prefetch=0, **settings_of_data)
+    state, figures, nobody_asks = RunState(), [], SimpleNamespace(asked=False)
+    for _ in range(config.training.train_steps):
+        launched = launch(config, step, loader, state, nobody_asks)
+        figures.append(launched.figures.read())
+        state = launched.after
+    validation = step.evaluate(ValidationBatches(corpus, layout, 7, **settings_of_data))
+    return Trained(
+        (context.tensor.rank, context.data.rank, context.pipeline.rank),
+        figures,
+        validation,
+        {name: p.detach().clone() for name, p in optimizer.parameters.items()},
+        {name: placement_of(p) for name, p in optimizer.parameters.items()},
+        optimizer.groups,
+        replica_hashes(optimizer, context),
+    )
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """figures: relative, of losses (terms: to the whole loss) and norms; parameters: of any element, in base learning rates."""
+
+    figures: float
+    parameters: float
+
+
+EXACT = Tolerance(1e-11, 1e-9)
+ROUNDED = Tolerance(2e-2, 3.0)  # gradients travelled in bf16; three steps of Adam move an element by up to 18
+
+
+def differences(ranks: list[Trained], truth: Trained, base_lr: float, tolerance: Tolerance) -> list[str]:
+    """What is not as in one process, in words."""
+    found = []
+    for rank, trained in enumerate(ranks):
+        for number, (own, true) in enumerate(zip(trained.figures, truth.figures, strict=True), 1):
+            named = {"loss": (own.loss, true.loss, true.loss), "gradient norm": (own.grad_norm, true.grad_norm, true.grad_norm)}
+            named |= {name: (own.terms[name], value, true.loss) for name, value in true.terms.items()}
+            found += [
+                f"rank {rank}, step {number}: {name} {a!r} is not {b!r}"
+                for name, (a, b, size) in named.items()
+                if not close(a, b, tolerance.figures * size)
+            ]
+            if (own.counted_tokens, own.passed_over, set(own.terms)) != (true.counted_tokens, true.passed_over, set(true.terms)):
+                found.append(f"rank {rank}, step {number}: {own} is not {true}")
+        if not close(trained.validation, truth.validation, tolerance.figures * truth.validation):
+            found.append(f"rank {rank}: validation {trained.validation!r} is not {truth.validation!r}")
+        for name, group in trained.groups.items():
+            if group != truth.groups[group.name]:
+                found.append(f"rank {rank}: {name} {group} is not {truth.groups[group.name]}")
+    for name in {name for trained in ranks for name in trained.parameters}:
+        logical = next(trained.groups[name].name for trained in ranks if name in trained.groups)
+        expected = assemble([truth], "parameters", logical)
+        error = (assemble(ranks, "parameters", name) - expected).abs().max().item() / base_lr
+        if not error <= tolerance.parameters:
+            found.append(f"{name} is off by {error:.2g} learning rates")
+    missing = set(truth.parameters) - {group.name for trained in ranks for group in trained.groups.values()}
+    return [*found, *(f"{name} is on no rank" for name in missing), *who_differs([trained.hashes for trained in ranks])]
+
+
+def close(a: float, b: float, tolerance: float) -> bool:
+    """Steps that are passed over have no figures (NaN) in any layout."""
+    return (math.isnan(a) and math.isnan(b)) or abs(a - b) <= tolerance

@@ -55,7 +55,7 @@ def pretrain(config: Config, fail_point: FailPoint = no_fail_point, clock: Start
     loader = build.build_training_loader(config, context)
     validation = build.build_validation(config, context)
     clock.done("data")
-    checkpointer = Checkpointer(config, context, optimizer, table, {"data": loader.fingerprint()}, say, fail_point)
+    checkpointer = Checkpointer(config, context, optimizer, table, {"data": loader.fingerprint()}, say, fail_point, loader.corpus)
     state = checkpointer.load_latest() or RunState()
     guard.note_start(state.step)
     clock.done("checkpoint")

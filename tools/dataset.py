@@ -20,7 +20,7 @@ from typing import Any
 from megatron_completep.config.derived import total_samples
 from megatron_completep.config.load import load_config
 from megatron_completep.config.schema import TokenizerConfig
-from megatron_completep.data.corpus import prebuild
+from megatron_completep.data.corpus import has_validation, prebuild
 from megatron_completep.data.describe import describe_files, describe_step, problems_of, tokenizer_for
 from megatron_completep.data.indexed import IndexedDataset
 from megatron_completep.data.left_out import read_left_out
@@ -156,7 +156,7 @@ def shown(document: dict[str, Any], characters: int) -> str:
 def run_prebuild(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
     samples = {"train": total_samples(config.training)}
-    if config.data.validation is not None or config.data.split is not None:
+    if has_validation(config.data):
         samples["validation"] = config.training.validation_samples
     folders: Sequence[tuple[Any, bool]] = [
         folder

@@ -17,7 +17,7 @@ from megatron_completep.data.preprocess.engines import ENGINES
 from megatron_completep.data.preprocess.quality import UNICODE_POLICIES, Limits
 from megatron_completep.data.preprocess.run import preprocess
 from megatron_completep.data.preprocess.settings import PreprocessSettings, TokenizerChoice
-from megatron_completep.data.preprocess.sources import INPUT_FORMATS
+from megatron_completep.data.preprocess.sources import INPUT_FORMATS, LARGEST_DOCUMENT
 from megatron_completep.errors import DataError, exit_on_user_error
 
 # The names Megatron-LM knows the same tokenizers by.
@@ -72,6 +72,13 @@ def parse_arguments() -> argparse.Namespace:
     quality.add_argument(
         "--max-bad-documents", type=int, default=0, metavar="N", help="stop when more documents cannot be read (default: 0)"
     )
+    quality.add_argument(
+        "--max-document-megabytes",
+        type=float,
+        default=LARGEST_DOCUMENT >> 20,
+        metavar="MB",
+        help="a line, file or row larger than this (in 2**20 bytes) is a bad document (default: 256)",
+    )
     work = parser.add_argument_group("work")
     work.add_argument(
         "--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="processes (default: the cores of this process)"
@@ -92,6 +99,8 @@ def main() -> int | None:
     arguments = parse_arguments()
     if arguments.workers < 1:
         raise DataError(f"--workers {arguments.workers}: give 1 or more.")
+    if not 0 < arguments.max_document_megabytes < float("inf"):
+        raise DataError(f"--max-document-megabytes {arguments.max_document_megabytes:g}: give a number above 0.")
     settings = PreprocessSettings(
         inputs=tuple(arguments.input),
         output_prefix=arguments.output_prefix,
@@ -102,6 +111,7 @@ def main() -> int | None:
         unicode=arguments.unicode,
         limits=Limits(arguments.min_characters, arguments.max_characters, arguments.min_tokens, arguments.max_tokens),
         deduplicate=arguments.deduplicate,
+        largest_document=max(1, round(arguments.max_document_megabytes * (1 << 20))),
     )
     try:
         report = preprocess(

@@ -9,10 +9,12 @@ writes tokenizer.model and tokenizer.model.json (settings, and bytes per token o
 
 import argparse
 import json
+import sys
 import time
 
 from rich.console import Console
 
+from megatron_completep.data.files import printable
 from megatron_completep.data.preprocess.sources import INPUT_FORMATS
 from megatron_completep.data.tokenizer_training import MODEL_TYPES, TrainingSettings, train_tokenizer
 from megatron_completep.errors import exit_on_user_error
@@ -20,7 +22,9 @@ from megatron_completep.errors import exit_on_user_error
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files, folders or quoted globs ('src/**/*.py')")
+    parser.add_argument(
+        "--input", nargs="+", required=True, metavar="PATH", help="files, folders or quoted globs ('src/**/*.py'); -: standard input"
+    )
     parser.add_argument("--output", required=True, metavar="FILE", help="the model file to write, such as tokenizer.model")
     parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help="ids in all, bytes and special tokens included")
     parser.add_argument("--model-type", choices=MODEL_TYPES, default="bpe", help="default: bpe; unigram takes about 15 times as long")
@@ -59,7 +63,7 @@ def main() -> int | None:
             status.update(text)
             console.print(text, markup=False)
 
-        report = train_tokenizer(settings, arguments.output, say)
+        report = train_tokenizer(settings, arguments.output, say, sys.stdin and sys.stdin.buffer)
     console.print(f"done in {time.monotonic() - start:.1f} s")
     print(json.dumps(report) if arguments.json else describe(arguments.output, report))
     return 0
@@ -69,7 +73,7 @@ def describe(output: str, report: dict) -> str:
     """One line for a person."""
     identity = report["tokenizer"]
     rate = report["held_out_bytes_a_token"]
-    return f"{output}: {identity['vocab_size']} ids, {rate:.3f} bytes a token on held-out text, hash {identity['hash']}"
+    return f"{printable(output)}: {identity['vocab_size']} ids, {rate:.3f} bytes a token on held-out text, hash {identity['hash']}"
 
 
 if __name__ == "__main__":

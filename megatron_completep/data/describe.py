@@ -83,7 +83,7 @@ def document_lengths(dataset: IndexedDataset) -> dict[str, Any]:
 def problems_of(dataset: IndexedDataset, vocab_size: int | None) -> list[str]:
     """`IndexedDataset.problems`, and the first token id outside the vocabulary when one is given."""
     found = dataset.problems()
-    if vocab_size is not None and (at := first_outside(dataset.tokens, vocab_size)) >= 0:
+    if vocab_size is not None and (at := first_outside(dataset, vocab_size)) >= 0:
         document = dataset.document_at(at)
         found.append(
             f"{dataset.bin_path}: document {document}, position {at - dataset.token_offset(document)}: token id {dataset.tokens[at]} is "

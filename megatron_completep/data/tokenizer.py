@@ -5,7 +5,6 @@ Special tokens (end of document included) decode to nothing.
 """
 
 import base64
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import xxhash
 
+from megatron_completep.data.files import printable, read_json, require_regular
 from megatron_completep.data.indexed import dtype_for_vocabulary
 from megatron_completep.errors import DataError
 
@@ -115,7 +115,7 @@ class SentencePieceTokenizer(Tokenizer):
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
         except RuntimeError as error:
             raise DataError(f"{model}: not a SentencePiece model ({error}).") from error
-        self.model_name = Path(model).name
+        self.model_name = printable(Path(model).name)
         self.hash = xxhash.xxh3_64_hexdigest(content)
         self.vocab_size = self._processor.get_piece_size()
         self.eod_id = self._find_end_of_document()
@@ -175,7 +175,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._tokenizer.encode_special_tokens = True  # special names in text stay text
-        self.model_name = path.name
+        self.model_name = printable(path.name)
         self.hash = xxhash.xxh3_64_hexdigest(content)
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1  # ids may have holes
@@ -290,16 +290,17 @@ def build_tokenizer(config: TokenizerSettings) -> Tokenizer:
 
 def _read(path: str, family: str) -> bytes:
     try:
+        require_regular(path)
         return Path(path).read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: the {family} tokenizer's model cannot be read ({error.strerror}).") from error
+        raise DataError(f"{printable(path)}: the {family} tokenizer's model cannot be read ({error.strerror}).") from error
 
 
 def _configured_end_of_document(path: Path) -> tuple[str, ...]:
     if not path.exists():
         return ()
     try:
-        token = json.loads(path.read_bytes()).get("eos_token")
+        token = read_json(path).get("eos_token")
     except (ValueError, AttributeError) as error:
         raise DataError(f"{path}: not a JSON object ({error}).") from error
     token = token.get("content") if isinstance(token, dict) else token

@@ -13,6 +13,7 @@ from megatron_completep.completep import Table
 from megatron_completep.config import save_config
 from megatron_completep.config.derived import total_samples
 from megatron_completep.config.schema import Config
+from megatron_completep.data.corpus import has_validation
 from megatron_completep.data.loader import Loader, ValidationBatches, build_loader, validation_batches
 from megatron_completep.errors import ConfigError
 from megatron_completep.model.compile import compile_regions
@@ -85,7 +86,7 @@ def build_training_loader(config: Config, context: ParallelContext) -> Loader:
 
 def build_validation(config: Config, context: ParallelContext) -> ValidationBatches | None:
     """The fixed validation samples of this data rank; None where the configuration names none."""
-    if config.data.validation is None and config.data.split is None:
+    if not has_validation(config.data):
         return None
     return validation_batches(
         config.data,

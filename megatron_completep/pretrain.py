@@ -54,6 +54,7 @@ def pretrain(config: Config, fail_point: FailPoint = no_fail_point, clock: Start
     clock.done("model")
     loader = build.build_training_loader(config, context)
     validation = build.build_validation(config, context)
+    build.keep_run_tokenizer(config, context, say)
     clock.done("data")
     checkpointer = Checkpointer(config, context, optimizer, table, {"data": loader.fingerprint()}, say, fail_point, loader.corpus)
     state = checkpointer.load_latest() or RunState()

@@ -63,7 +63,7 @@ def main() -> int | None:
             status.update(text)
             console.print(text, markup=False)
 
-        report = train_tokenizer(settings, arguments.output, say, sys.stdin and sys.stdin.buffer)
+        report = train_tokenizer(settings, arguments.output, say, sys.stdin.buffer if sys.stdin else None)
     console.print(f"done in {time.monotonic() - start:.1f} s")
     print(json.dumps(report) if arguments.json else describe(arguments.output, report))
     return 0

@@ -5,6 +5,7 @@ Special tokens (end of document included) decode to nothing.
 """
 
 import base64
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -235,8 +236,11 @@ class TiktokenTokenizer(Tokenizer):
         self.model_name = self._encoding.name
         self.vocab_size = self._encoding.n_vocab
         self.eod_id = self._encoding.eot_token
-        ranks = b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in self._ranks())
-        self.hash = xxhash.xxh3_64_hexdigest(ranks + self._encoding._pat_str.encode())
+        self.hash = xxhash.xxh3_64_hexdigest(self.ranks_file() + self._encoding._pat_str.encode())
+
+    def ranks_file(self) -> bytes:
+        """The content of a .tiktoken file with this encoding's ranks."""
+        return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in self._ranks())
 
     def _ranks(self) -> list[tuple[bytes, int]]:
         return sorted(self._encoding._mergeable_ranks.items(), key=lambda item: item[1])
@@ -286,6 +290,31 @@ def build_tokenizer(config: TokenizerSettings) -> Tokenizer:
             "(--tokenizer-model, data.tokenizer.model)."
         )
     return _FAMILIES[config.type](config.model)
+
+
+def model_path(settings: TokenizerSettings) -> str:
+    """The path in a tokenizer's model: tiktoken's may have the encoding's name before it (or be nothing but that name)."""
+    return str(settings.model).rpartition(":")[2] if settings.type == "tiktoken" else str(settings.model)
+
+
+def lasting_model(settings: TokenizerSettings) -> str | None:
+    """A tokenizer's model as it can be named from any folder: with an absolute path, where it is a file."""
+    path = model_path(settings)
+    if settings.model is None or not os.path.exists(path):
+        return settings.model
+    return printable(settings.model.removesuffix(path) + os.path.abspath(path))
+
+
+def guess_type(model: str) -> str:
+    """The family of a model by its name, or by its content where that says nothing."""
+    path = Path(model.rpartition(":")[2])
+    if model in _TIKTOKEN_ENCODINGS or path.suffix == ".tiktoken":
+        return "tiktoken"
+    if path.is_dir() or path.suffix == ".json":
+        return "huggingface"
+    if path.suffix == ".model":
+        return "sentencepiece"
+    return "huggingface" if _read(model, "")[:1].lstrip() == b"{" else "sentencepiece"
 
 
 def _read(path: str, family: str) -> bytes:

@@ -321,22 +321,24 @@ def load_prebuilt(prefix: str, description: dict[str, Any]) -> Tables | None:
         return None
     try:
         content = read_json(folder / "description.json")
-        files = {name: _table_file(folder, name) for name in content["tables"]}
-        for path in files.values():
-            require_regular(path)
-        tables = {name: np.load(path, mmap_mode="r", allow_pickle=False) for name, path in files.items()}
-        good = content["description"] == description and {n: [list(t.shape), t.dtype.name] for n, t in tables.items()} == content["tables"]
-        recorded = content.get("hashes")
+        if content["description"] != description:
+            raise DataError(f"{printable(folder)}: the prebuilt index is not the one its name stands for. {_REMEDY}")
+        if "hashes" not in content:
+            raise DataError(f"{printable(folder)}: the prebuilt index is of an earlier version, which kept no hashes. {_REMEDY}")
+        return {name: _load_table(_table_file(folder, name), content["hashes"][name], shape) for name, shape in content["tables"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{printable(folder)}: the prebuilt index cannot be read ({error}). {_REMEDY}") from error
-    if not good:
-        raise DataError(f"{printable(folder)}: the prebuilt index is not the one its name stands for. {_REMEDY}")
-    if recorded is None:
-        raise DataError(f"{printable(folder)}: the prebuilt index is of an earlier version, which kept no hashes. {_REMEDY}")
-    for name, path in files.items():
-        if (actual := hash_file(path)) != recorded.get(name):
-            raise DataError(f"{printable(path)}: content: xxh3_64 {actual}, but {recorded.get(name)} was written. {_REMEDY}")
-    return tables
+
+
+def _load_table(path: Path, expected: str, shape: list[Any]) -> Array:
+    """Map one table. shape: its [shape, dtype]. The hash comes first: numpy reads a header by parsing it as Python."""
+    require_regular(path)
+    if (actual := hash_file(path)) != expected:
+        raise DataError(f"{printable(path)}: content: xxh3_64 {actual}, but {expected} was written. {_REMEDY}")
+    table: Array = np.load(path, mmap_mode="r", allow_pickle=False)
+    if [list(table.shape), table.dtype.name] != shape:
+        raise DataError(f"{printable(path)}: holds {list(table.shape)} {table.dtype.name}, expected {shape}. {_REMEDY}")
+    return table
 
 
 _REMEDY = "Remove the folder, or prebuild it again (tools/dataset.py prebuild)."

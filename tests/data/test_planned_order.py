@@ -52,7 +52,7 @@ def read(corpus: Corpus, samples: int) -> list[tuple[int, tuple[Any, ...]]]:
     return [(origin.source, origin.sample.spans) for origin in origins]
 
 
-@settings(max_examples=150)
+@settings(max_examples=70)
 @given(kind=st.sampled_from([*KINDS]), lengths=st.tuples(st.integers(40, 200), st.integers(40, 200)), share=st.floats(0, 1))
 def test_digests_are_equal_exactly_where_the_same_samples_were_read(
     folder: Path, kind: str, lengths: tuple[int, int], share: float
@@ -97,7 +97,7 @@ def test_beyond_the_planned_length_megatrons_order_goes_on_with_the_next_seed(fo
         assert [longer[60 * number + i].tokens.tolist() for i in range(count)] == [expected[i].tokens.tolist() for i in range(count)]
     epochs = [longer.origin(i).epoch for i in (0, 59, 60, 149)]
     assert epochs == sorted(epochs)
-    with pytest.raises(DataError, match=r"sample 100000 was asked for|out of bounds"):
+    with pytest.raises(DataError, match=r"order megatron has \d+ samples for this run, sample \d+ was asked for"):
         corpus_of(folder, "megatron", 150, order_samples=60)[100_000]
 
 

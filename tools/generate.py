@@ -67,7 +67,7 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
     for number, line in enumerate(lines, start=1):
         try:
             prompts.append(str(json.loads(line)["prompt"]))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f'{path}, line {number}: expected an object with the key "prompt" ({error!r}).') from None
     return prompts
 

@@ -19,10 +19,11 @@ from megatron_completep.data.files import printable
 from megatron_completep.data.indexed import IndexedDataset, read_sidecar
 from megatron_completep.data.left_out import read_left_out
 from megatron_completep.data.preprocess import report
+from megatron_completep.data.preprocess.quality import Limits
 from megatron_completep.data.preprocess.readers import BadDocument, Document, describe_place, read_documents
 from megatron_completep.data.preprocess.run import preprocess
 from megatron_completep.data.preprocess.settings import PreprocessSettings, TokenizerChoice
-from megatron_completep.data.preprocess.sources import blocks_of, find_sources, make_units
+from megatron_completep.data.preprocess.sources import Source, blocks_of, find_sources, make_units
 from megatron_completep.data.tokenizer import build_tokenizer
 from megatron_completep.data.tokenizer_training import TrainingSettings, train_tokenizer
 from megatron_completep.errors import DataError
@@ -388,7 +389,7 @@ def test_an_archive_that_unpacks_to_one_huge_line_needs_little_memory(tmp_path: 
     assert [text for _, text in found[1:]] == (["good"] if input_format == "jsonl" else [])
 
 
-def test_the_bound_decides_the_output_and_the_default_leaves_older_work_valid(tmp_path: Path) -> None:
+def test_the_bound_decides_the_output(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(lines_of("a", "b" * 500))
     run(tmp_path, tmp_path / "a.jsonl")
     with pytest.raises(DataError, match="made from other inputs, tokenizer or settings"):
@@ -396,3 +397,10 @@ def test_the_bound_decides_the_output_and_the_default_leaves_older_work_valid(tm
     keywords = {"max_bad_documents": 1, "overwrite": True}
     assert run(tmp_path, tmp_path / "a.jsonl", largest_document=400, keywords=keywords)["bad_documents"] == 1
     assert texts_of(tmp_path / "out_text_document") == ["a"]
+
+
+def test_work_of_before_the_bound_is_recognized() -> None:
+    """A value that the version before it gave."""
+    wanted = PreprocessSettings(("a",), "o", TokenizerChoice("bytes"), limits=Limits(1, 2))
+    source = Source("a/é.jsonl", "jsonl", "", 3, 4)
+    assert wanted.fingerprint([source], {"type": "bytes", "model": None}, 100) == "180ff032d8d061bb"

@@ -35,8 +35,8 @@ def compare_order(folder: Path, manifest: Manifest, order: DataOrder, allow_chan
     For a run whose other settings of the data are the checkpoint's. Raises CheckpointError for another order, unless it is allowed
     by name.
     """
-    stored, consumed = manifest.order, int(manifest.state.get("consumed_samples", 0))
-    if consumed == 0:
+    stored, consumed = manifest.order, manifest.state.get("consumed_samples")
+    if not isinstance(consumed, int) or consumed <= 0:  # none, or no count: whoever restores the state says so
         return None
     if stored is None:
         return f"{folder} does not say in which order its data were read: that this run begins with the same samples is not checked"

@@ -219,11 +219,11 @@ def after(do: Callable[[], object], call: Callable[..., Any]) -> Callable[..., A
 
 
 def test_a_file_that_vanishes_is_a_bad_document_and_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for ending in ("txt", "jsonl"):
+    for ending in ("txt", "jsonl", "jsonl.gz", "parquet"):
         path = tmp_path / f"a.{ending}"
         path.write_bytes(lines_of("a"))
         monkeypatch.setattr("megatron_completep.data.preprocess.run.make_units", after(path.unlink, make_units))
-        with pytest.raises(DataError, match=rf"1 documents are bad.*\n.*a\.{ending}: cannot be read any more"):
+        with pytest.raises(DataError, match=rf"1 documents are bad.*\n.*a\.{ending}: cannot be read"):
             run(tmp_path, path, name=ending)
 
 

@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import orjson
 
 from megatron_completep.data.files import printable
 from megatron_completep.data.preprocess.quality import clean_text, decode_bytes
-from megatron_completep.data.preprocess.sources import LARGEST_DOCUMENT, Block, Source, decompress, parquet_file
+from megatron_completep.data.preprocess.sources import LARGEST_DOCUMENT, Block, Source, decompress, open_input, parquet_file
 from megatron_completep.errors import DataError
 
 _PARQUET_ROWS = 1024
@@ -76,7 +76,7 @@ def block_lines(block: Block, largest_document: int) -> list[bytes]:
 
 def _read_range(block: Block, largest_document: int) -> bytes:
     """The lines that begin in [start, end): a line belongs to the block that holds its first byte."""
-    with _open(block.path) as file:
+    with open_input(block.path) as file:
         if block.start:
             file.seek(block.start - 1)
             # No newline in the whole range: a line of another block goes through it, and none begins here.
@@ -89,20 +89,12 @@ def _read_range(block: Block, largest_document: int) -> bytes:
         return raw if raw.endswith(b"\n") else raw + file.readline(largest_document + 1)
 
 
-def _open(path: str) -> BinaryIO:
-    """An input that could be read when the run began. Raises DataError where it cannot be any more."""
-    try:
-        return open(path, "rb")
-    except OSError as error:
-        raise DataError(f"{printable(path)}: cannot be read any more ({error.strerror}).") from None
-
-
 def line_number(block: Block, place: int) -> int:
     """Line of the file, from 1, of line `place` of the block. Counts the newlines before the block when it must."""
     if block.first_line is not None:
         return block.first_line + place
     count = 0
-    with _open(block.path) as file:
+    with open_input(block.path) as file:
         left = block.start - 1  # a newline just before `start` makes the block begin with a line of its own
         while left > 0 and (chunk := file.read(min(left, 1 << 20))):
             count += chunk.count(b"\n")
@@ -153,7 +145,7 @@ def _text_documents(sources: Sequence[Source], unicode: str, largest_document: i
 def _content(source: Source, largest_document: int) -> bytes:
     """A whole file, unpacked. Raises TextError as soon as it is larger than a document may be."""
     content = bytearray()
-    with _open(source.path) as file:
+    with open_input(source.path) as file:
         for chunk in decompress(file, source.path, source.compression):
             content += chunk
             if len(content) > largest_document:

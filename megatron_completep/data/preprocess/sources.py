@@ -228,8 +228,8 @@ def _stream_blocks(unit: Unit, block_bytes: int, largest_document: int) -> Itera
     lines = _Lines(largest_document)
     line = disk = 0
     fault = None
-    with open(source.path, "rb") as file:
-        try:
+    try:
+        with open_input(source.path) as file:
             for chunk in decompress(file, source.path, source.compression):
                 lines.add(chunk)
                 if lines.complete_bytes < block_bytes:
@@ -238,12 +238,20 @@ def _stream_blocks(unit: Unit, block_bytes: int, largest_document: int) -> Itera
                 yield replace(block, payload=payload, first_line=line + 1, too_long=too_long, disk_bytes=file.tell() - disk)
                 line, disk = line + payload.count(b"\n"), file.tell()
                 block = replace(block, part=block.part + 1)
-        except DataError as error:
-            fault = str(error)
+    except DataError as error:
+        fault = str(error)
     if fault is None:
         lines.end()
     payload, too_long = lines.take()
     yield replace(block, payload=payload, first_line=line + 1, too_long=too_long, disk_bytes=source.size - disk, fault=fault)
+
+
+def open_input(path: str) -> BinaryIO:
+    """An input that could be read when the run began. Raises DataError where it cannot be any more."""
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise DataError(f"{printable(path)}: cannot be read any more ({error.strerror}).") from None
 
 
 class _Lines:

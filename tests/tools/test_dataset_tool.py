@@ -10,6 +10,7 @@ import pytest
 
 from megatron_completep.config.load import config_from_mapping, save_config
 from megatron_completep.data.loader import build_loader
+from megatron_completep.data.preprocess import report
 from megatron_completep.data.tokenizer import BytesTokenizer
 from megatron_completep.data.writer import IndexedWriter
 from megatron_completep.errors import DataError
@@ -67,8 +68,9 @@ def write_ranks(path):
 
 
 @pytest.fixture
-def ranked(tmp_path, run_tool):
+def ranked(tmp_path, run_tool, monkeypatch):
     """A corpus that preprocessing made with a tokenizer of its own, beside it."""
+    monkeypatch.setattr(report, "_draw", lambda *_: None)
     write_ranks(tmp_path / "gpt2.tiktoken")
     (tmp_path / "a.txt").write_text("Some text.")
     words = ("--input", tmp_path / "a.txt", "--output-prefix", tmp_path / "corpus", "--workers", 1, "--tokenizer-type", "tiktoken")

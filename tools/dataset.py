@@ -20,9 +20,9 @@ from typing import Any
 from megatron_completep.command_line import Parser, file_to_read, list_of, names_of_token_files, real, token_files, tokenizer_model, whole
 from megatron_completep.config.derived import total_samples
 from megatron_completep.config.load import load_config
-from megatron_completep.config.schema import TokenizerConfig
-from megatron_completep.data.corpus import prebuild
-from megatron_completep.data.describe import describe_files, describe_step, problems_of, tokenizer_for
+from megatron_completep.data.corpus import has_validation, prebuild
+from megatron_completep.data.describe import choose_tokenizer, describe_files, describe_step, problems_of, tokenizer_for
+from megatron_completep.data.files import printable
 from megatron_completep.data.indexed import IndexedDataset
 from megatron_completep.data.left_out import read_left_out
 from megatron_completep.data.writer import merge, split
@@ -40,8 +40,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     command.add_argument("prefix", type=token_files, help="PREFIX of PREFIX.bin and PREFIX.idx")
     command.add_argument("--documents", type=whole(0), default=3, help="documents to show (default: 3)")
     command.add_argument("--characters", type=whole(0), default=400, help="characters of each (default: 400)")
-    command.add_argument("--tokenizer-type", choices=["sentencepiece", "huggingface", "tiktoken", "bytes"], help="default: PREFIX.json's")
-    command.add_argument("--tokenizer-model", type=tokenizer_model, metavar="MODEL", help="model file or encoding's name")
+    command.add_argument(
+        "--tokenizer-type", choices=["sentencepiece", "huggingface", "tiktoken", "bytes"], help="default: PREFIX.json's, or the model's"
+    )
+    command.add_argument("--tokenizer-model", type=tokenizer_model, metavar="MODEL", help="model file, encoding's name, or RUN/tokenizer")
 
     command = commands.add_parser(
         "verify", parents=[as_json], help="check the whole structure and the recorded hashes; exit code 1: a fault"
@@ -74,10 +76,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def run_inspect(arguments: argparse.Namespace) -> int:
     dataset = IndexedDataset(arguments.prefix)
-    chosen = None
-    if arguments.tokenizer_type is not None:
-        chosen = TokenizerConfig(type=arguments.tokenizer_type, model=arguments.tokenizer_model)
-    content = describe_files(dataset, tokenizer_for(dataset, chosen), arguments.documents, arguments.characters)
+    tokenizer = tokenizer_for(dataset, choose_tokenizer(dataset, arguments.tokenizer_type, arguments.tokenizer_model))
+    content = describe_files(dataset, tokenizer, arguments.documents, arguments.characters)
     if arguments.json:
         print(json.dumps(content))
         return 0
@@ -86,6 +86,10 @@ def run_inspect(arguments: argparse.Namespace) -> int:
             print(f"{name:24} {value}")
     recorded = (content["sidecar"] or {}).get("tokenizer")
     print(f"{'tokenizer':24} {pairs_text(recorded) if recorded else 'not recorded'}")
+    if tokenizer is None and content["first_documents"]:
+        print(
+            "\nThe tokenizer is not at hand, so there is no text: name its file with --tokenizer-model (a run keeps it in RUN/tokenizer)."
+        )
     for document in content["first_documents"]:
         print(f"\ndocument {document['document']}, {document['tokens']} tokens, {document['ids']}")
         if document["text"] is not None:
@@ -101,7 +105,7 @@ def run_verify(arguments: argparse.Namespace) -> int:
         except DataError as error:
             faults[prefix] = [str(error)]
         hashed = "" if faults[prefix] or IndexedDataset(prefix).sidecar else " (no PREFIX.json: structure only)"
-        print(f"{prefix}: {'faulty' if faults[prefix] else 'good'}{hashed}", file=sys.stderr)
+        print(f"{printable(prefix)}: {'faulty' if faults[prefix] else 'good'}{hashed}", file=sys.stderr)
         for fault in faults[prefix]:
             print(f"  {fault}", file=sys.stderr)
     good = not any(faults.values())
@@ -134,7 +138,7 @@ def report_written(contents: dict[str, dict[str, Any]], as_json: bool) -> None:
         print(json.dumps(contents))
         return
     for prefix, content in contents.items():
-        print(f"{prefix}: {content['documents']:,} documents, {content['tokens']:,} tokens")
+        print(f"{printable(prefix)}: {content['documents']:,} documents, {content['tokens']:,} tokens")
 
 
 def run_sample(arguments: argparse.Namespace) -> int:
@@ -161,7 +165,7 @@ def shown(document: dict[str, Any], characters: int) -> str:
 def run_prebuild(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
     samples = {"train": total_samples(config.training)}
-    if config.data.validation is not None or config.data.split is not None:
+    if has_validation(config.data):
         samples["validation"] = config.training.validation_samples
     folders: Sequence[tuple[Any, bool]] = [
         folder
@@ -174,7 +178,7 @@ def run_prebuild(arguments: argparse.Namespace) -> int:
     if not folders:
         print("data.order = permutation needs no tables: there is nothing to prebuild.")
     for path, built in folders:
-        print(f"{path}: {'built' if built else 'was there'}")
+        print(f"{printable(path)}: {'built' if built else 'was there'}")
     return 0
 
 

@@ -17,14 +17,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_completep.command_line import Parser, folder_to_read, token_files, tokenizer_model, whole
-from megatron_completep.config.schema import ParallelConfig, TokenizerConfig
+from megatron_completep.config.schema import ParallelConfig
 from megatron_completep.data.indexed import IndexedDataset
 from megatron_completep.data.tokenizer import build_tokenizer
-from megatron_completep.errors import ConfigError, exit_on_user_error
+from megatron_completep.errors import exit_on_user_error
 from megatron_completep.interop.lm_eval_tasks import TaskSettings, evaluate_tasks
 from megatron_completep.interop.scoring import Scorer, score_token_file
 from megatron_completep.parallel.context import Launch, ParallelContext
-from megatron_completep.training.generation import load_model
+from megatron_completep.training.generation import load_model, run_tokenizer
 from megatron_completep.training.precision import choose_precision, use_threads
 
 
@@ -40,9 +40,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--batch-size", type=whole(1, 10**6), default=16, metavar="N", help="sequences at once (default: 16)")
     parser.add_argument("--max-length", type=whole(1, 10**8), metavar="N", help="tokens the model sees at once (default: model.seq_length)")
-    parser.add_argument(
-        "--tokenizer-model", type=tokenizer_model, metavar="FILE", help="where the tokenizer lies now, if not where the run found it"
-    )
+    parser.add_argument("--tokenizer-model", type=tokenizer_model, metavar="FILE", help="instead of the run's own copy of its tokenizer")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--precision", choices=("auto", "float32", "bf16", "float64"), default="auto")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
@@ -55,11 +53,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def evaluate(arguments: argparse.Namespace, context: ParallelContext) -> dict[str, Any]:
     """{"token_files": {prefix: scores}, "tasks": {task: metrics}}."""
     config, model = load_model(arguments.checkpoint, context.device, choose_precision(arguments.precision, context.device))
-    settings = config.data.tokenizer
-    if settings is None:
-        raise ConfigError("the run has no data.tokenizer, so text cannot be turned into its tokens, nor tokens into bytes.")
-    if arguments.tokenizer_model is not None:
-        settings = TokenizerConfig(type=settings.type, model=arguments.tokenizer_model)
+    settings = run_tokenizer(arguments.checkpoint, config, arguments.tokenizer_model)
     scorer = Scorer(model, build_tokenizer(settings), context.world, arguments.batch_size, arguments.max_length)
     results: dict[str, Any] = {"checkpoint": str(arguments.checkpoint), "token_files": {}, "tasks": {}}
     for prefix in arguments.token_file:

@@ -19,12 +19,11 @@ from pathlib import Path
 import torch
 
 from megatron_completep.command_line import Parser, file_to_read, folder_to_read, real, tokenizer_model, whole
-from megatron_completep.config.schema import TokenizerConfig
 from megatron_completep.data.tokenizer import Tokenizer, build_tokenizer
-from megatron_completep.errors import ConfigError, DataError, exit_on_user_error
+from megatron_completep.errors import DataError, exit_on_user_error
 from megatron_completep.model.gpt import GPT
 from megatron_completep.parallel.context import choose_device
-from megatron_completep.training.generation import Sampling, generate_texts, load_model
+from megatron_completep.training.generation import Sampling, generate_texts, load_model, run_tokenizer
 from megatron_completep.training.precision import choose_precision, use_threads
 
 
@@ -50,9 +49,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end after this text; may be given several times")
     parser.add_argument("--seed", type=whole(0, 2**63 - 1), default=1234, help="default: 1234")
     parser.add_argument("--samples", type=whole(1, 10**6), default=1, metavar="N", help="texts to make of each prompt (default: 1)")
-    parser.add_argument(
-        "--tokenizer-model", type=tokenizer_model, metavar="FILE", help="where the tokenizer lies now, if not where the run found it"
-    )
+    parser.add_argument("--tokenizer-model", type=tokenizer_model, metavar="FILE", help="instead of the run's own copy of its tokenizer")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--precision", choices=("auto", "float32", "bf16", "float64"), default="auto")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout instead of streaming")
@@ -74,7 +71,7 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
     for number, line in enumerate(lines, start=1):
         try:
             prompts.append(str(json.loads(line)["prompt"]))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f'{path}, line {number}: expected an object with the key "prompt" ({error!r}).') from None
     return prompts
 
@@ -109,11 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     use_threads(None, 1)
     prompts = read_prompts(arguments)
     config, model = load_model(arguments.checkpoint, device, choose_precision(arguments.precision, device))
-    settings = config.data.tokenizer
-    if settings is None:
-        raise ConfigError("the run has no data.tokenizer, so its tokens cannot be turned into text.")
-    if arguments.tokenizer_model is not None:
-        settings = TokenizerConfig(type=settings.type, model=arguments.tokenizer_model)
+    settings = run_tokenizer(arguments.checkpoint, config, arguments.tokenizer_model)
     started = time.perf_counter()
     wanted = [prompt for prompt in prompts for _ in range(arguments.samples)]
     texts = make_texts(model, build_tokenizer(settings), wanted, arguments)

@@ -14,12 +14,12 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_completep.command_line import Parser, names_of_token_files, tokenizer_model, whole
+from megatron_completep.command_line import Parser, names_of_token_files, real, tokenizer_model, whole
 from megatron_completep.data.preprocess.engines import ENGINES
 from megatron_completep.data.preprocess.quality import UNICODE_POLICIES, Limits
 from megatron_completep.data.preprocess.run import preprocess
 from megatron_completep.data.preprocess.settings import PreprocessSettings, TokenizerChoice
-from megatron_completep.data.preprocess.sources import INPUT_FORMATS
+from megatron_completep.data.preprocess.sources import INPUT_FORMATS, LARGEST_DOCUMENT
 from megatron_completep.errors import DataError, exit_on_user_error, when_interrupted
 from megatron_completep.outputs import Output, check_outputs
 
@@ -78,6 +78,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     quality.add_argument(
         "--max-bad-documents", type=whole(0), default=0, metavar="N", help="stop when more documents cannot be read (default: 0)"
     )
+    quality.add_argument(
+        "--max-document-megabytes",
+        type=real(above=0),
+        default=LARGEST_DOCUMENT >> 20,
+        metavar="MB",
+        help="a line, file or row larger than this (in 2**20 bytes) is a bad document (default: 256)",
+    )
     work = parser.add_argument_group("work")
     work.add_argument(
         "--workers",
@@ -111,6 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         unicode=arguments.unicode,
         limits=Limits(arguments.min_characters, arguments.max_characters, arguments.min_tokens, arguments.max_tokens),
         deduplicate=arguments.deduplicate,
+        largest_document=max(1, round(arguments.max_document_megabytes * (1 << 20))),
     )
     with when_interrupted("finished work is kept; run the same command again to go on."):
         report = preprocess(

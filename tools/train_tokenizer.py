@@ -9,6 +9,7 @@ writes tokenizer.model and tokenizer.model.json (settings, and bytes per token o
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,16 +17,27 @@ from pathlib import Path
 from rich.console import Console
 
 from megatron_completep.command_line import Parser, file_or_folder, real, whole
+from megatron_completep.data.files import printable
 from megatron_completep.data.preprocess.sources import INPUT_FORMATS
 from megatron_completep.data.tokenizer_training import MODEL_TYPES, TrainingSettings, train_tokenizer
 from megatron_completep.errors import exit_on_user_error
 from megatron_completep.outputs import Output, check_outputs
 
 
+def _input(text: str) -> Path | str:
+    """A file, a folder, a glob, or - for standard input."""
+    return text if text == "-" else file_or_folder(text)
+
+
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument(
-        "--input", nargs="+", type=file_or_folder, required=True, metavar="PATH", help="files, folders or quoted globs ('src/**/*.py')"
+        "--input",
+        nargs="+",
+        type=_input,
+        required=True,
+        metavar="PATH",
+        help="files, folders or quoted globs ('src/**/*.py'); -: standard input",
     )
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the model file to write, such as tokenizer.model")
     parser.add_argument(
@@ -75,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
             status.update(text)
             console.print(text, markup=False)
 
-        report = train_tokenizer(settings, str(model), say)
+        report = train_tokenizer(settings, str(model), say, sys.stdin.buffer if sys.stdin else None)
     console.print(f"done in {time.monotonic() - start:.1f} s")
     print(json.dumps(report) if arguments.json else describe(model, report))
     return 0
@@ -85,7 +97,7 @@ def describe(output: Path, report: dict) -> str:
     """One line for a person."""
     identity = report["tokenizer"]
     rate = report["held_out_bytes_a_token"]
-    return f"{output}: {identity['vocab_size']} ids, {rate:.3f} bytes a token on held-out text, hash {identity['hash']}"
+    return f"{printable(output)}: {identity['vocab_size']} ids, {rate:.3f} bytes a token on held-out text, hash {identity['hash']}"
 
 
 if __name__ == "__main__":

@@ -12,8 +12,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import xxhash
+
 from megatron_completep.config.derived import samples_before
 from megatron_completep.config.schema import TrainingConfig
+from megatron_completep.data.files import read_json
 from megatron_completep.errors import DataError
 
 ROLLBACKS = "rollbacks.json"
@@ -47,12 +50,18 @@ def first_sample_of(training: TrainingConfig, step: int, entries: Sequence[LeftO
 
 
 def read_left_out(output_dir: Path) -> list[LeftOut]:
-    """In the order in which it happened; nothing where there is no file. Raises DataError for a file that says something else."""
+    """In the order in which it happened; nothing where there is no file. Raises DataError for a file that was changed.
+
+    Files of earlier versions are the bare list, without a hash.
+    """
     path = output_dir / ROLLBACKS
     try:
-        entries = json.loads(path.read_text()) if path.exists() else []
+        content = read_json(path) if path.exists() else []
+        entries = content if isinstance(content, list) else content["left_out"]
+        if isinstance(content, dict) and content["xxh3_64"] != _hash(entries):
+            raise ValueError(f"its hash is {_hash(entries)}, expected {content['xxh3_64']}")
         return [LeftOut(**{name: int(value) for name, value in entry.items()}) for entry in entries]
-    except (ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(
             f"{path}: not a list of rollbacks ({error}). It says which data the run leaves out: restore it, or remove it to leave out none."
         ) from None
@@ -61,8 +70,13 @@ def read_left_out(output_dir: Path) -> list[LeftOut]:
 def write_left_out(output_dir: Path, entries: Sequence[LeftOut]) -> None:
     """Replace the file in one move, on disk before this returns."""
     temporary = output_dir / f".{ROLLBACKS}.tmp"
+    listed = [asdict(entry) for entry in entries]
     with temporary.open("w") as file:
-        json.dump([asdict(entry) for entry in entries], file, indent=1)
+        json.dump({"left_out": listed, "xxh3_64": _hash(listed)}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, output_dir / ROLLBACKS)
+
+
+def _hash(entries: list[dict[str, int]]) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(entries, sort_keys=True).encode())

@@ -5,7 +5,7 @@ Special tokens (end of document included) decode to nothing.
 """
 
 import base64
-import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import xxhash
 
+from megatron_completep.data.files import printable, read_json, require_regular
 from megatron_completep.data.indexed import dtype_for_vocabulary
 from megatron_completep.errors import DataError
 
@@ -115,7 +116,7 @@ class SentencePieceTokenizer(Tokenizer):
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
         except RuntimeError as error:
             raise DataError(f"{model}: not a SentencePiece model ({error}).") from error
-        self.model_name = Path(model).name
+        self.model_name = printable(Path(model).name)
         self.hash = xxhash.xxh3_64_hexdigest(content)
         self.vocab_size = self._processor.get_piece_size()
         self.eod_id = self._find_end_of_document()
@@ -175,7 +176,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._tokenizer.encode_special_tokens = True  # special names in text stay text
-        self.model_name = path.name
+        self.model_name = printable(path.name)
         self.hash = xxhash.xxh3_64_hexdigest(content)
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1  # ids may have holes
@@ -235,8 +236,11 @@ class TiktokenTokenizer(Tokenizer):
         self.model_name = self._encoding.name
         self.vocab_size = self._encoding.n_vocab
         self.eod_id = self._encoding.eot_token
-        ranks = b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in self._ranks())
-        self.hash = xxhash.xxh3_64_hexdigest(ranks + self._encoding._pat_str.encode())
+        self.hash = xxhash.xxh3_64_hexdigest(self.ranks_file() + self._encoding._pat_str.encode())
+
+    def ranks_file(self) -> bytes:
+        """The content of a .tiktoken file with this encoding's ranks."""
+        return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in self._ranks())
 
     def _ranks(self) -> list[tuple[bytes, int]]:
         return sorted(self._encoding._mergeable_ranks.items(), key=lambda item: item[1])
@@ -288,18 +292,44 @@ def build_tokenizer(config: TokenizerSettings) -> Tokenizer:
     return _FAMILIES[config.type](config.model)
 
 
+def model_path(settings: TokenizerSettings) -> str:
+    """The path in a tokenizer's model: tiktoken's may have the encoding's name before it (or be nothing but that name)."""
+    return str(settings.model).rpartition(":")[2] if settings.type == "tiktoken" else str(settings.model)
+
+
+def lasting_model(settings: TokenizerSettings) -> str | None:
+    """A tokenizer's model as it can be named from any folder: with an absolute path, where it is a file."""
+    path = model_path(settings)
+    if settings.model is None or not os.path.exists(path):
+        return settings.model
+    return printable(settings.model.removesuffix(path) + os.path.abspath(path))
+
+
+def guess_type(model: str) -> str:
+    """The family of a model by its name, or by its content where that says nothing."""
+    path = Path(model.rpartition(":")[2])
+    if model in _TIKTOKEN_ENCODINGS or path.suffix == ".tiktoken":
+        return "tiktoken"
+    if path.is_dir() or path.suffix == ".json":
+        return "huggingface"
+    if path.suffix == ".model":
+        return "sentencepiece"
+    return "huggingface" if _read(model, "")[:1].lstrip() == b"{" else "sentencepiece"
+
+
 def _read(path: str, family: str) -> bytes:
     try:
+        require_regular(path)
         return Path(path).read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: the {family} tokenizer's model cannot be read ({error.strerror}).") from error
+        raise DataError(f"{printable(path)}: the {family} tokenizer's model cannot be read ({error.strerror}).") from error
 
 
 def _configured_end_of_document(path: Path) -> tuple[str, ...]:
     if not path.exists():
         return ()
     try:
-        token = json.loads(path.read_bytes()).get("eos_token")
+        token = read_json(path).get("eos_token")
     except (ValueError, AttributeError) as error:
         raise DataError(f"{path}: not a JSON object ({error}).") from error
     token = token.get("content") if isinstance(token, dict) else token

@@ -28,7 +28,7 @@ from megatron_completep.interop.hf_tokenizer import write_tokenizer
 from megatron_completep.interop.model_card import model_card
 from megatron_completep.interop.tensor_files import write_tensors
 from megatron_completep.training.checkpoint import StoredCheckpoint
-from megatron_completep.training.generation import find_checkpoint
+from megatron_completep.training.generation import find_checkpoint, run_tokenizer
 
 ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -77,7 +77,8 @@ def export_model(
     architecture = choose_architecture(config.model, table, settings.architecture)
     folding = fold(architecture, config.model, table)
     dtype = _dtype(settings.dtype, config)
-    tokenizer = _tokenizer(config, settings.tokenizer)
+    chosen = _tokenizer_settings(config, checkpoint, settings.tokenizer)
+    tokenizer = _tokenizer(config, chosen)
     say(f"{stored.folder}: {architecture}, {dtype}" + (f", folded: {pairs_text(folding.changed)}" if folding.changed else ""))
     temporary = _fresh_folder(output)
     try:
@@ -88,8 +89,8 @@ def export_model(
         _write_json(temporary / "config.json", values)
         generation = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
         _write_json(temporary / "generation_config.json", generation)
-        if tokenizer is not None:
-            write_tokenizer(tokenizer, temporary, config.model.seq_length, _tokenizer_settings(config, settings.tokenizer))
+        if tokenizer is not None and chosen is not None:
+            write_tokenizer(tokenizer, temporary, config.model.seq_length, chosen)
         report = ExportReport(
             folder=str(output),
             checkpoint=str(stored.folder),
@@ -154,18 +155,19 @@ def _dtype(wanted: str, config: Config) -> str:
     return "bfloat16" if config.training.precision in ("bf16", "auto") else "float32"
 
 
-def _tokenizer_settings(config: Config, model: str | None) -> TokenizerConfig:
-    assert config.data.tokenizer is not None
-    return config.data.tokenizer if model is None else TokenizerConfig(type=config.data.tokenizer.type, model=model)
-
-
-def _tokenizer(config: Config, model: str | None) -> Tokenizer | None:
-    """The run's tokenizer; `model` says where its file lies now."""
+def _tokenizer_settings(config: Config, checkpoint: str | Path, model: str | None) -> TokenizerConfig | None:
+    """The run's tokenizer, None: the export has none. `model` says where its file lies now."""
     if model == "none" or (config.data.tokenizer is None and model is None):
         return None
     if config.data.tokenizer is None:
         raise ConfigError(f"--tokenizer-model {model}: the run has no data.tokenizer, so its family is unknown. Leave the option away.")
-    tokenizer = build_tokenizer(_tokenizer_settings(config, model))
+    return run_tokenizer(checkpoint, config, model)
+
+
+def _tokenizer(config: Config, chosen: TokenizerConfig | None) -> Tokenizer | None:
+    if chosen is None:
+        return None
+    tokenizer = build_tokenizer(chosen)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise DataError(
             f"the tokenizer has {tokenizer.vocab_size} ids, model.vocab_size = {config.model.vocab_size} has fewer. "

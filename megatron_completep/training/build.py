@@ -13,7 +13,9 @@ from megatron_completep.completep import Table
 from megatron_completep.config import save_config
 from megatron_completep.config.derived import total_samples
 from megatron_completep.config.schema import Config
+from megatron_completep.data.corpus import has_validation
 from megatron_completep.data.loader import Loader, ValidationBatches, build_loader, validation_batches
+from megatron_completep.data.run_tokenizer import keep_tokenizer, with_readable_tokenizer
 from megatron_completep.errors import ConfigError
 from megatron_completep.model.compile import compile_regions
 from megatron_completep.model.flash import require_flash_attention
@@ -49,6 +51,13 @@ def prepare_output(config: Config, context: ParallelContext) -> Path:
     return folder
 
 
+def keep_run_tokenizer(config: Config, context: ParallelContext, say: Say) -> None:
+    """Keep a copy of the tokenizer in the run's folder, after the data were compared with it."""
+    folder = Path(config.training.output_dir)
+    if context.is_first and (line := keep_tokenizer(with_readable_tokenizer(config.data, folder).tokenizer, folder)):
+        say(line)
+
+
 def build_model(config: Config, table: Table, context: ParallelContext, precision: torch.dtype) -> list[GPT]:
     """This rank's chunks with their initial weights, in float32 (float64 for float64 runs)."""
     training = config.training
@@ -70,7 +79,7 @@ def build_model(config: Config, table: Table, context: ParallelContext, precisio
 def build_training_loader(config: Config, context: ParallelContext) -> Loader:
     """Training batches of this data rank, from the first sample."""
     return build_loader(
-        config.data,
+        with_readable_tokenizer(config.data, Path(config.training.output_dir)),
         seq_length=config.model.seq_length,
         micro_batch_size=config.training.micro_batch_size,
         global_batch_size=config.training.global_batch_size,
@@ -85,10 +94,10 @@ def build_training_loader(config: Config, context: ParallelContext) -> Loader:
 
 def build_validation(config: Config, context: ParallelContext) -> ValidationBatches | None:
     """The fixed validation samples of this data rank; None where the configuration names none."""
-    if config.data.validation is None and config.data.split is None:
+    if not has_validation(config.data):
         return None
     return validation_batches(
-        config.data,
+        with_readable_tokenizer(config.data, Path(config.training.output_dir)),
         samples=config.training.validation_samples,
         seq_length=config.model.seq_length,
         micro_batch_size=config.training.micro_batch_size,

@@ -12,8 +12,10 @@ from torch import Tensor
 from megatron_completep.completep import table_for
 from megatron_completep.config import Config, config_from_mapping
 from megatron_completep.config.derived import tokens_per_step, total_tokens
+from megatron_completep.config.schema import TokenizerConfig
+from megatron_completep.data.run_tokenizer import at_hand
 from megatron_completep.data.tokenizer import Tokenizer
-from megatron_completep.errors import CheckpointError, DataError
+from megatron_completep.errors import CheckpointError, ConfigError, DataError
 from megatron_completep.model.gpt import GPT
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.training.checkpoint import StoredCheckpoint
@@ -63,6 +65,19 @@ def find_checkpoint(path: str | Path) -> Path:
     if not steps:
         raise CheckpointError(f"{path}: no checkpoint. Give a run's folder (runs/NAME) or one of its checkpoints/step_NNNNNNNN.")
     return steps[max(steps)]
+
+
+def run_tokenizer(path: str | Path, config: Config, model: str | None = None) -> TokenizerConfig:
+    """The tokenizer of a checkpoint's run: of the file `model`, else the run's own copy, else where the run found it.
+
+    Raises ConfigError for a run without one, DataError for a damaged copy.
+    """
+    settings = config.data.tokenizer
+    if settings is None:
+        raise ConfigError("the run has no data.tokenizer, so text cannot be turned into its tokens, nor tokens into text.")
+    if model is not None:
+        return TokenizerConfig(type=settings.type, model=model)
+    return at_hand(settings, find_checkpoint(path).absolute().parent.parent)
 
 
 def load_model(path: str | Path, device: torch.device, dtype: torch.dtype) -> tuple[Config, GPT]:

@@ -35,6 +35,8 @@ FAULTS = {
     24: "restarts",
     25: "corrupted corpus input",
     26: "kill -9 of the launcher",
+    32: "flipped bit in a journal or prebuilt order",
+    33: "token file truncated under a run",
 }
 
 

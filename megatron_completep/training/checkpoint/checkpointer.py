@@ -20,6 +20,7 @@ from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.training.checkpoint import random_state
 from megatron_completep.training.checkpoint.background import Background
 from megatron_completep.training.checkpoint.compare import differences, refused
+from megatron_completep.training.checkpoint.data_order import DataOrder, compare_order, describe_order
 from megatron_completep.training.checkpoint.exchange import Exchange, describe
 from megatron_completep.training.checkpoint.identity import describe_layout, identity_for, identity_of, refusal, versions
 from megatron_completep.training.checkpoint.joint import JointReader, Source
@@ -59,7 +60,7 @@ class Checkpointer:
     rounded from.
 
     fingerprints: what identifies data and tokenizer; must agree at resume. report: told what happens, on every rank.
-    fail_point: called at named places; tests break them.
+    fail_point: called at named places; tests break them. order: of the training samples, kept with each checkpoint and compared.
     """
 
     def __init__(
@@ -71,7 +72,9 @@ class Checkpointer:
         fingerprints: Mapping[str, Any] | None = None,
         report: Callable[[str], None] = print,
         fail_point: FailPoint = no_fail_point,
+        order: DataOrder | None = None,
     ):
+        self._order = order
         self.config, self.context, self.optimizer = config, context, optimizer
         self._report, self._fail_point = report, fail_point
         self._exchange = exchange = Exchange(context, config.checkpoint.timeout_minutes)
@@ -191,6 +194,7 @@ class Checkpointer:
             "config": self.config.model_dump(mode="json"),
             "table": self._identity["table"],
             "fingerprints": self._identity["fingerprints"],
+            "order": self._order and describe_order(self._order, state.consumed_samples),
             "layout": describe_layout(self.config, self.context),
             "rng": random_state.capture(),
             "versions": versions(),
@@ -294,6 +298,10 @@ class Checkpointer:
         for difference in found:
             if difference.path.startswith(("model.", "table.", "fingerprints.", "data.")) and "prefix" not in difference.path:
                 self._report(f"resuming with {difference.path} = {difference.present}, the checkpoint has {difference.stored}")
+        if self._order is not None and not any(d.path.startswith(("data.", "fingerprints.")) for d in refused(found, allowed=())):
+            line = compare_order(source.folder, source.manifest, self._order, self.config.checkpoint.allow_changed)
+            if line is not None:
+                self._report(line)
 
 
 def restore(manifest: Manifest) -> RunState:

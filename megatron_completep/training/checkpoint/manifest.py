@@ -46,6 +46,13 @@ class StoredFile(Section):
     blocks: list[Hash]
 
 
+class StoredOrder(Section):
+    """The order of the data: for how many samples it was planned, and a digest of those that were consumed (data_order.py)."""
+
+    planned_samples: PositiveInt
+    digest: Hash
+
+
 class Manifest(Section):
     """All of a checkpoint except the tensors' values."""
 
@@ -58,6 +65,7 @@ class Manifest(Section):
     config: dict[str, Any]
     table: dict[str, Any]
     fingerprints: dict[str, Any]  # of data and tokenizer, as their owners describe them
+    order: StoredOrder | None = None  # of the data that were consumed; earlier versions did not keep it
     layout: dict[str, int]  # ranks along each axis when it was written, for the reader's information
     rng: dict[str, Any]
     versions: dict[str, str]

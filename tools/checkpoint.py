@@ -146,27 +146,31 @@ def run_reshard(arguments: argparse.Namespace) -> int:
 
 def run_prune(arguments: argparse.Namespace) -> int:
     checkpoints = checkpoints_of(arguments.run)
+    problems: list[str] = []
     if arguments.dry_run:
         folders = committed_steps(checkpoints)
         gone = [str(folders[step]) for step in superseded(folders, arguments.keep, arguments.keep_every)]
     else:
         lock = OutputLock(checkpoints.parent, wait_seconds=0)  # not beside a trainer that is saving
-        gone = [str(folder) for folder in prune(checkpoints, arguments.keep, arguments.keep_every)]
+        removal = prune(checkpoints, arguments.keep, arguments.keep_every)
+        gone, problems = [str(folder) for folder in removal.removed], removal.problems
         lock.release()
     verb = "would remove" if arguments.dry_run else "removed"
     show(
-        {"removed": gone, "dry_run": arguments.dry_run},
+        {"removed": gone, "problems": problems, "dry_run": arguments.dry_run},
         arguments.json,
-        "\n".join(f"{verb} {folder}" for folder in gone) or "nothing to remove",
+        "\n".join([*(f"{verb} {folder}" for folder in gone), *(f"not removed: {problem}" for problem in problems)]) or "nothing to remove",
     )
-    return 0
+    return 1 if problems else 0
 
 
 def run_adapt(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
     checkpoints = Path(config.training.output_dir) / "checkpoints"
     source = checkpoint_at(arguments.checkpoint)
+    lock = OutputLock(checkpoints.parent, wait_seconds=0)  # not beside a trainer that starts there
     folder, changed = adapt_checkpoint(source, config, checkpoints, arguments.files, arguments.start_anew)
+    lock.release()
     text = f"{table_of(changed, 'checkpoint', 'new')}\nwrote {folder}: the same function; train with {arguments.config} to go on from it"
     show({"folder": str(folder), "changed": [vars(difference) for difference in changed]}, arguments.json, text)
     return 0

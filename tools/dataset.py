@@ -26,6 +26,7 @@ from megatron_completep.data.indexed import IndexedDataset
 from megatron_completep.data.left_out import read_left_out
 from megatron_completep.data.writer import merge, split
 from megatron_completep.errors import DataError, exit_on_user_error
+from megatron_completep.training.starts import STARTS, read_starts, samples_read, start_of
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -134,8 +135,22 @@ def report_written(contents: dict[str, dict[str, Any]], as_json: bool) -> None:
 
 def run_sample(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
-    left_out = read_left_out(Path(config.training.output_dir))
-    samples = describe_step(config, arguments.step or 1, "validation" if arguments.validation else "train", left_out)
+    folder = Path(config.training.output_dir)
+    if (Path(arguments.config).parent / STARTS).exists():  # a run's own, which may have been moved
+        folder = Path(arguments.config).parent
+    left_out = read_left_out(folder)
+    start = None
+    if not arguments.validation and not arguments.overrides:  # who overrides settings asks what they would read
+        start = start_of(read_starts(folder), arguments.step)
+    numbers = None
+    if start is not None:
+        config, numbers = samples_read(start, left_out, arguments.step, str(folder / STARTS))
+        said = f"as read by the start after step {start.step} ({folder / STARTS})"
+    else:
+        said = "as this configuration has it: the run's own record does not reach there"
+    if not arguments.validation:
+        print(f"step {arguments.step}, {said}", file=sys.stderr)
+    samples = describe_step(config, arguments.step or 1, "validation" if arguments.validation else "train", left_out, numbers)
     if arguments.json:
         print(json.dumps({"step": arguments.step, "samples": list(samples)}))
         return 0

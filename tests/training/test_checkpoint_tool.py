@@ -131,5 +131,5 @@ def test_reshard_needs_room_and_leaves_nothing_when_there_is_none(run, tmp_path,
 
 def test_a_file_where_the_output_should_be_is_an_error(run, tmp_path, monkeypatch, capsys):
     (tmp_path / "again").write_text("")
-    with pytest.raises(CheckpointError, match="cannot be written: Not a directory"):
+    with pytest.raises(CheckpointError, match="again cannot be written: File exists"):
         call(monkeypatch, capsys, "reshard", run, "--output", tmp_path / "again")

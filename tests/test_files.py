@@ -22,7 +22,7 @@ from checkpoint_helpers import TinyRun, tiny_config
 from megatron_completep.analysis import sweep
 from megatron_completep.config import load_config, save_config
 from megatron_completep.data.left_out import LeftOut, read_left_out, write_left_out
-from megatron_completep.errors import ConfigError, DataError
+from megatron_completep.errors import CheckpointError, ConfigError, DataError
 from megatron_completep.files import append_line, is_being_filled, new_folder, write_whole
 from megatron_completep.training.checkpoint.adapt import adapt_checkpoint
 from megatron_completep.training.checkpoint.examine import reshard_checkpoint
@@ -79,7 +79,7 @@ FIRST_WRITES: dict[str, tuple[Callable[[Path, int], object], type[Exception]]] =
     ),
     "rollbacks.json": (lambda folder, i: write_left_out(folder, [LeftOut(6, 48, 56 + i, 7)]), OSError),
     ".starts.json": (lambda folder, i: note_start(folder, 1, i, 3), ConfigError),
-    ".run_id": (lambda folder, i: identify_run(_renamed(folder, i)), OSError),
+    ".run_id": (lambda folder, i: identify_run(_renamed(folder, i)), CheckpointError),
     "starts.jsonl": (lambda folder, i: append_start(folder, tiny_config(folder), RunState(i, 8 * i, 0)), OSError),
     "sweep.json": (lambda folder, i: sweep.save_grid(_grid(i), tiny_config(folder), folder), DataError),
 }

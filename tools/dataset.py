@@ -13,13 +13,13 @@ Examples:
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_completep.config.derived import total_samples
 from megatron_completep.config.load import load_config
-from megatron_completep.config.schema import TokenizerConfig
+from megatron_completep.config.schema import Config, TokenizerConfig
 from megatron_completep.data.corpus import prebuild
 from megatron_completep.data.describe import describe_files, describe_step, problems_of, tokenizer_for
 from megatron_completep.data.indexed import IndexedDataset
@@ -135,22 +135,10 @@ def report_written(contents: dict[str, dict[str, Any]], as_json: bool) -> None:
 
 def run_sample(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
-    folder = Path(config.training.output_dir)
-    if (Path(arguments.config).parent / STARTS).exists():  # a run's own, which may have been moved
-        folder = Path(arguments.config).parent
-    left_out = read_left_out(folder)
-    start = None
-    if not arguments.validation and not arguments.overrides:  # who overrides settings asks what they would read
-        start = start_of(read_starts(folder), arguments.step)
-    numbers = None
-    if start is not None:
-        config, numbers = samples_read(start, left_out, arguments.step, str(folder / STARTS))
-        said = f"as read by the start after step {start.step} ({folder / STARTS})"
+    if arguments.validation:
+        samples = describe_step(config, 1, "validation")
     else:
-        said = "as this configuration has it: the run's own record does not reach there"
-    if not arguments.validation:
-        print(f"step {arguments.step}, {said}", file=sys.stderr)
-    samples = describe_step(config, arguments.step or 1, "validation" if arguments.validation else "train", left_out, numbers)
+        samples = describe_step_of_run(config, arguments)
     if arguments.json:
         print(json.dumps({"step": arguments.step, "samples": list(samples)}))
         return 0
@@ -160,6 +148,20 @@ def run_sample(arguments: argparse.Namespace) -> int:
             print(f"  document {document['document']} from token {document['position']}, {len(document['tokens'])} tokens")
             print(f"    {shown(document, arguments.characters)}")
     return 0
+
+
+def describe_step_of_run(config: Config, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The samples that a step of the run read, by the run's own record; what the configuration would read where that says nothing."""
+    beside, step = Path(arguments.config).parent, arguments.step
+    folder = beside if (beside / STARTS).exists() else Path(config.training.output_dir)  # a run may have been moved
+    left_out = read_left_out(folder)
+    start = start_of(read_starts(folder), step) if not arguments.overrides else None  # who overrides settings asks what they would do
+    if start is None:
+        print(f"step {step} as this configuration has it; it is not taken from a run's record", file=sys.stderr)
+        return describe_step(config, step, "train", left_out)
+    print(f"step {step} from {folder / STARTS}: the start after step {start.step}", file=sys.stderr)
+    config, numbers = samples_read(start, left_out, step, str(folder / STARTS))
+    return describe_step(config, step, "train", left_out, numbers)
 
 
 def shown(document: dict[str, Any], characters: int) -> str:

@@ -184,6 +184,23 @@ def test_fault_22_a_path_that_leaves_the_folder_is_refused(saved_run, name):
         StoredCheckpoint.open(newest(saved_run))
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('"consumed_samples": 24', '"consumed_samples": -5', "state.consumed_samples"),
+        ('"step": 6', f'"step": {10**30}', "step"),
+        ('"updates": 6.0', '"updates": NaN', "NaN is not a number"),
+    ],
+)
+def test_fault_29_a_manifest_that_counts_wrong_is_refused_by_name(saved_run, old, new, said):
+    """The hashes are right: what is refused is what they vouch for."""
+    reseal(newest(saved_run), old, new)
+    outcome = run(saved_run, world=1)
+    assert outcome.exit_codes == [2] and "Traceback" not in outcome.output
+    assert f"{NEWEST}/manifest.json: not a manifest" in outcome.output and said in outcome.output
+    assert losses(saved_run).keys() == set(range(1, 7))  # nothing was trained, and nothing lost
+
+
 def test_fault_22_symbolic_links_are_refused(saved_run):
     folder = newest(saved_run)
     path = folder / "rank_00001_of_00002.safetensors"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,8 @@ class Checkpointer:
         self.config, self.context, self.optimizer = config, context, optimizer
         self._report, self._fail_point, self._still_here = report, fail_point, still_here
         self._training_waits = False
-        hang_minutes = config.guards.hang_timeout_minutes
-        self._round_seconds = math.inf if hang_minutes is None else 60 * hang_minutes / 5
+        patience = min(config.checkpoint.timeout_minutes, config.guards.hang_timeout_minutes or math.inf)  # of whoever waits for others
+        self._round_seconds = 60 * patience / 5
         self._exchange = exchange = Exchange(context, config.checkpoint.timeout_minutes)
         self._shard = Shard.of(optimizer, context)
         self._staging = Staging()
@@ -208,9 +209,12 @@ class Checkpointer:
                 problems += self._remove(self._local, lambda found: found <= step)
             return problems
 
-        for problems in self._exchange.all_gather(self._exchange.together(own)):
-            for problem in problems:
-                self._report(f"warning: the checkpoint of step {step} is saved, but an older one could not be removed: {problem}")
+        try:
+            problems = [problem for found in self._exchange.all_gather(self._exchange.together(own)) for problem in found]
+        except CheckpointError as error:
+            problems = [str(error)]
+        for problem in problems:
+            self._report(f"warning: the checkpoint of step {step} is saved, but an older one could not be removed: {problem}")
 
     def _remove(self, place: Place | None, which: Callable[[int], bool]) -> list[str]:
         """Remove the checkpoints of these steps where this rank leads; returns what could not be removed, and why."""
@@ -308,9 +312,13 @@ class Checkpointer:
         with self._waiting():
             state = self.load(step)  # before anything is removed: it may be damaged
         for place in self._places:
-            problems = self._exchange.together(lambda place=place: self._remove(place, lambda found: found > step))  # type: ignore[misc]
-            self._exchange.together(lambda problems=problems: _refuse(problems))  # type: ignore[misc]
+            self._exchange.together(partial(self._remove_later, place, step))
         return state
+
+    def _remove_later(self, place: Place, step: int) -> None:
+        problems = self._remove(place, lambda found: found > step)
+        if problems:
+            raise CheckpointError("\n".join(["a restart must not find these, which are of the path that is left:", *problems]))
 
     def _load_snapshot(self, snapshot: Snapshot) -> RunState | None:
         """None, and a line that says why, when it cannot be used."""
@@ -383,8 +391,3 @@ def progress_of(manifest: Manifest) -> RunState:
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"the manifest of step {manifest.step} holds no state that this version reads: {error!r}") from None
     return RunState(**manifest.state.model_dump())
-
-
-def _refuse(problems: Sequence[str]) -> None:
-    if problems:
-        raise CheckpointError("these are of the path that is left, and a restart must not find them:\n" + "\n".join(problems))

@@ -76,7 +76,7 @@ def changed_settings(stored: Mapping[str, Any], config: Config) -> list[Differen
 
 def show(value: Any) -> str:
     """A value as YAML would have it."""
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def matches(path: str, patterns: Iterable[str]) -> bool:

@@ -81,8 +81,9 @@ def refusal(folder: Path, found: list[Difference], allowed: Sequence[str]) -> st
         remedies.append(f"If the change is meant: {shlex.quote(f'checkpoint.allow_changed=[{words}]')}.")
     of_model = [d for d in found if d.path.startswith("model.")]
     reshaped = of_model or any(d.path.startswith("table.") for d in found)
-    deeper = all(d.stored <= d.present for d in of_model if d.path == "model.num_layers")
-    if reshaped and deeper and all(matches(d.path, ADAPTABLE) for d in of_model):
+    layers = [(d.stored, d.present) for d in of_model if d.path == "model.num_layers"]
+    not_fewer = all(isinstance(old, int) and isinstance(new, int) and old <= new for old, new in layers)
+    if reshaped and not_fewer and all(matches(d.path, ADAPTABLE) for d in of_model):
         remedies.append("To keep the function under the new settings: tools/checkpoint.py adapt.")
     return "\n".join([f"{folder} was trained with other settings:", f"{table_of(shown)}{more}", *remedies])
 

@@ -54,7 +54,7 @@ class Run:
 
 
 def identify_run(folder: Path) -> tuple[Run, str | None]:
-    """The run in `folder`, which is remembered there, and what is to be said. Raises CheckpointError: `.run_id` is unreadable; OSError."""
+    """The run in `folder`, remembered there, and what is to be said. CheckpointError: `.run_id` cannot be read, or written."""
     here = str(folder.resolve())
     recorded = _read(folder)
     if recorded is None or recorded.folder == here:
@@ -73,7 +73,7 @@ def identify_run(folder: Path) -> tuple[Run, str | None]:
 
 
 def renumber(folder: Path) -> Run:
-    """Another number for the run in `folder`: the one it had is in use. Raises OSError."""
+    """Another number for the run in `folder`: the one it had is in use. Raises CheckpointError."""
     run = _new(str(folder.resolve()))
     _write(folder, run)
     return run
@@ -112,7 +112,13 @@ def _read(folder: Path) -> Run | None:
 
 
 def _write(folder: Path, run: Run) -> None:
-    write_whole(folder / RUN_ID, json.dumps(run.to_json(), indent=1).encode() + b"\n")
+    path = folder / RUN_ID
+    try:
+        write_whole(path, json.dumps(run.to_json(), indent=1).encode() + b"\n")
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be written: {error.strerror}. Free some space, or choose another training.output_dir."
+        ) from None
 
 
 def _as_text(folder: str) -> str:

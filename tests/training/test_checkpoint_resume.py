@@ -107,7 +107,13 @@ def test_a_resume_says_every_setting_that_changed_old_and_new(tmp_path):
     assert same.resume() and not [line for line in same.said if line.startswith("resuming with")]  # the control
     changes = {
         "optimizer": {"base_lr": 0.02, "schedule": "cosine", "warmup_steps": None, "warmup_fraction": 0.1},
-        "training": {"global_batch_size": 8, "precision": "bf16", "seed": 7, "train_steps": 20, "batch_ramp": {"start": 4, "steps": 4}},
+        "training": {
+            "global_batch_size": 8,
+            "precision": "bf16",
+            "seed": 7,
+            "train_steps": 20,
+            "batch_ramp": {"start": 4, "increment": 4, "steps": 4},
+        },
         "data": {"seed": 5},
         "checkpoint": {"allow_changed": ["data.seed"]},
     }
@@ -144,7 +150,9 @@ def test_what_a_refusal_offers_is_not_refused_next(tmp_path, changes):
     run.save()
     with pytest.raises(CheckpointError) as refusal:
         TinyRun(tiny_config(tmp_path, **changes)).resume()
-    (word,) = [word for word in shlex.split(str(refusal.value)) if word.startswith("checkpoint.allow_changed=")]
+    (line,) = [line for line in str(refusal.value).splitlines() if line.startswith("If the change is meant: ")]
+    word = shlex.split(line)[-1]  # as a shell takes it
+    assert word.startswith("checkpoint.allow_changed=")
     allowed = yaml.safe_load(word.rstrip(".").partition("=")[2])
     again = TinyRun(tiny_config(tmp_path, **{**changes, "checkpoint": {"allow_changed": allowed}}))
     assert again.resume() and again.state.step == 1
@@ -155,7 +163,7 @@ def test_what_a_refusal_offers_is_not_refused_next(tmp_path, changes):
     [
         ({"tied_embeddings": True}, False),
         ({"vocab_size": 62}, False),
-        ({"norm": "layernorm"}, False),
+        ({"qk_norm": True}, False),
         ({"num_layers": 3}, True),
         ({"num_layers": 1}, False),
     ],

@@ -32,9 +32,10 @@ def read(monkeypatch) -> list[list[int]]:
     steps: list[list[int]] = []
     original = Loader.next_step
 
-    def next_step(self: Loader, samples: int) -> Any:
-        batches = original(self, samples)
-        steps.append([int(number) for batch in batches for number in batch.sample_ids])
+    def next_step(self: Loader, *samples: int) -> Any:
+        batches = original(self, *samples)
+        if samples:  # asked for by a step; the telemetry's probe is none
+            steps.append([int(number) for batch in batches for number in batch.sample_ids])
         return batches
 
     monkeypatch.setattr(Loader, "next_step", next_step)
@@ -49,6 +50,7 @@ def told(config: Config, step: int) -> list[int]:
 
 
 def sample_tool(monkeypatch, capsys, *words: object) -> tuple[list[dict[str, Any]], str]:
+    capsys.readouterr()  # what the runs before said
     monkeypatch.setattr(sys, "argv", ["dataset.py", "sample", *map(str, words), "--json"])
     assert dataset.main() == 0
     output = capsys.readouterr()

@@ -12,9 +12,8 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from io import BufferedWriter
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import xxhash
@@ -114,7 +113,7 @@ def write_tensor_file(
     return StoredFile(name=path.name, size=hasher.size, blocks=hasher.finish())
 
 
-def _write(file: BufferedWriter, data: memoryview, hasher: BlockHasher, progress: Callable[[], None]) -> None:
+def _write(file: BinaryIO, data: memoryview, hasher: BlockHasher, progress: Callable[[], None]) -> None:
     for start in range(0, len(data), BLOCK_SIZE):
         part = data[start : start + BLOCK_SIZE]
         file.write(part)

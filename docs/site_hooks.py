@@ -17,6 +17,7 @@ PACKAGE = ROOT / "megatron_completep"
 ROOMS = {
     "completep": "The table: which value each role of parameter trains with.",
     "errors": "What a user can cause.",
+    "files": "Files and folders that appear whole or not at all.",
     "config": "The schema, loading, and rules between settings. No torch.",
     "kernels": "Fused operations and their plain twins. Knows nothing of models.",
     "parallel": "Mesh, collectives, tensor-parallel layers, the queue of weight gradients, pipeline schedules.",

@@ -55,7 +55,9 @@ def pretrain(config: Config, fail_point: FailPoint = no_fail_point, clock: Start
     loader = build.build_training_loader(config, context)
     validation = build.build_validation(config, context)
     clock.done("data")
-    checkpointer = Checkpointer(config, context, optimizer, table, {"data": loader.fingerprint()}, say, fail_point, guard.still_here)
+    checkpointer = Checkpointer(
+        config, context, optimizer, table, {"data": loader.fingerprint()}, say, fail_point, still_here=guard.still_here
+    )
     state = checkpointer.load_latest() or RunState()
     guard.note_start(state.step)
     build.record_start(config, context, state)

@@ -152,9 +152,11 @@ def run_prune(arguments: argparse.Namespace) -> int:
         gone = [str(folders[step]) for step in superseded(folders, arguments.keep, arguments.keep_every)]
     else:
         lock = OutputLock(checkpoints.parent, wait_seconds=0)  # not beside a trainer that is saving
-        removal = prune(checkpoints, arguments.keep, arguments.keep_every)
+        try:
+            removal = prune(checkpoints, arguments.keep, arguments.keep_every)
+        finally:
+            lock.release()
         gone, problems = [str(folder) for folder in removal.removed], removal.problems
-        lock.release()
     verb = "would remove" if arguments.dry_run else "removed"
     show(
         {"removed": gone, "problems": problems, "dry_run": arguments.dry_run},
@@ -168,9 +170,7 @@ def run_adapt(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
     checkpoints = Path(config.training.output_dir) / "checkpoints"
     source = checkpoint_at(arguments.checkpoint)
-    lock = OutputLock(checkpoints.parent, wait_seconds=0)  # not beside a trainer that starts there
     folder, changed = adapt_checkpoint(source, config, checkpoints, arguments.files, arguments.start_anew)
-    lock.release()
     text = f"{table_of(changed, 'checkpoint', 'new')}\nwrote {folder}: the same function; train with {arguments.config} to go on from it"
     show({"folder": str(folder), "changed": [vars(difference) for difference in changed]}, arguments.json, text)
     return 0

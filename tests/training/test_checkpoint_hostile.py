@@ -278,7 +278,14 @@ def test_links_lead_nowhere(saved, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ["../../elsewhere0", "0" * 65, "0123456789abcdeg", "{}", '{"number": "../../elsewhere0", "folder": "", "came_from": []}']
+    "content",
+    [
+        "../../elsewhere0",
+        "0" * 65,
+        "0123456789abcdeg",
+        "{}",
+        '{"number": "../../elsewhere0", "folder": "", "came_from": [], "earlier": []}',
+    ],
 )
 def test_a_runs_number_cannot_lead_snapshots_elsewhere(tmp_path, content):
     config = tiny_config(tmp_path / "run", checkpoint={"local_dir": str(tmp_path / "node"), "local_interval": 1})

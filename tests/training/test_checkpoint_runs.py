@@ -10,7 +10,7 @@ import pytest
 from checkpoint_helpers import TinyRun, tiny_config
 
 from megatron_completep.config.schema import Config
-from megatron_completep.training.checkpoint.run_number import identify_run
+from megatron_completep.training.checkpoint.run_number import identify_run, renumber
 
 
 def config_of(folder: Path, node: Path) -> Config:
@@ -53,10 +53,11 @@ def test_a_copied_run_goes_on_from_its_own_checkpoint_and_leaves_the_originals_s
 
 def test_a_moved_run_finds_its_snapshots(tmp_path):
     """The control: what tells copies apart does not take a run's own snapshots from it."""
-    original = a_run(tmp_path / "a" / "run", tmp_path / "node")
-    for before, after in (("a", "b"), ("b", "c"), ("c", "a")):
+    original = a_run(tmp_path / "a", tmp_path / "node")
+    for before, after in (("a", "b"), ("b", "deep/c"), ("deep/c", "a")):
+        (tmp_path / after).parent.mkdir(exist_ok=True)
         (tmp_path / before).rename(tmp_path / after)
-        moved = TinyRun(config_of(tmp_path / after / "run", tmp_path / "node"))
+        moved = TinyRun(config_of(tmp_path / after, tmp_path / "node"))
         assert moved.resume() and moved.state.step == 4 and moved.bits() == original.bits(), after
 
 
@@ -90,6 +91,25 @@ def test_of_two_copies_of_a_run_that_is_gone_the_second_takes_another_number(tmp
     assert number_of(tmp_path / "b" / "run") != number_of(tmp_path / "c" / "run")
     again = TinyRun(config_of(tmp_path / "b" / "run", node))
     assert again.resume() and again.state.step == 3 and again.bits() == first.bits()
+
+
+def test_a_run_that_moved_away_from_a_folder_where_another_began_keeps_its_snapshots(tmp_path):
+    """As when a run is put aside under another name and begun anew."""
+    original = a_run(tmp_path / "a", tmp_path / "node")
+    (tmp_path / "a").rename(tmp_path / "aside")
+    anew = a_run(tmp_path / "a", tmp_path / "node", shared=1, local=1)
+    assert anew.state.step == 2
+    aside = TinyRun(config_of(tmp_path / "aside", tmp_path / "node"))
+    assert aside.resume() and aside.state.step == 4 and aside.bits() == original.bits()
+
+
+def test_a_copy_of_a_run_that_took_another_number_since_is_still_a_copy(tmp_path):
+    a, b, node = tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "node"
+    a_run(a, node)
+    shutil.copytree(a, b)
+    renumber(a)
+    copy = TinyRun(config_of(b, node))
+    assert copy.resume() and copy.state.step == 2 and any("is a copy of the run in" in line for line in copy.said)
 
 
 def test_a_link_to_the_folder_is_the_folder(tmp_path):

@@ -70,9 +70,10 @@ def shared_place(folder: Path, exchange: Exchange, own_bytes: int, keep: int, ke
 def local_place(local_dir: Path, run: Run, exchange: Exchange, own_bytes: int, keep: int) -> Place:
     """The folder of this run's snapshots on this node. Which ranks share it is found out by trying, not from what a launcher says.
 
-    It is named after the run and its number: what another run left there is never taken for this one's.
+    It is named after the run and its number, and found by the number, as the run may have been renamed since: what another run left
+    there is never taken for this one's.
     """
-    folder = local_dir / f"{Path(run.folder).name}.{run.number}"
+    folder = min(local_dir.glob(f"*.{run.number}"), default=local_dir / f"{Path(run.folder).name}.{run.number}")
     nonce = exchange.broadcast(secrets.token_hex(4))
     own = folder / f".probe.{nonce}.{exchange.rank}"
     try:

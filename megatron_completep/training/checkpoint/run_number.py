@@ -24,21 +24,23 @@ FOLDERS = 100  # in which a run was before that are remembered
 
 @dataclass(frozen=True)
 class Run:
-    """number: of 16 hexadecimal digits. folder: the run's, resolved. came_from: the folders in which it was before, oldest first."""
+    """number: of 16 hexadecimal digits. folder: the run's, resolved. came_from: the folders in which it was before, oldest first.
+    earlier: numbers that it gave up."""
 
     number: str
     folder: str
     came_from: tuple[str, ...] = ()
+    earlier: tuple[str, ...] = ()
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Run:
         """As another rank sent it, or a file holds it. Raises TypeError, ValueError, KeyError."""
-        number, folder, came_from = value["number"], value["folder"], tuple(value["came_from"])
+        number, folder, came_from, earlier = value["number"], value["folder"], tuple(value["came_from"]), tuple(value["earlier"])
         if len(number) != 16 or not set(number) <= set("0123456789abcdef"):
             raise ValueError(f"number {number}")
-        if not all(isinstance(text, str) for text in (folder, *came_from)):
-            raise TypeError("folders that are no texts")
-        return cls(number, folder, came_from)
+        if not all(isinstance(text, str) for text in (folder, *came_from, *earlier)):
+            raise TypeError("folders or numbers that are no texts")
+        return cls(number, folder, came_from, earlier)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -74,7 +76,8 @@ def identify_run(folder: Path) -> tuple[Run, str | None]:
 
 def renumber(folder: Path) -> Run:
     """Another number for the run in `folder`: the one it had is in use. Raises CheckpointError."""
-    run = _new(str(folder.resolve()))
+    before = _read(folder)
+    run = replace(_new(str(folder.resolve())), earlier=(*before.earlier, before.number) if before is not None else ())
     _write(folder, run)
     return run
 
@@ -92,7 +95,7 @@ def _is_copy(recorded: Run, folder: Path) -> bool:
         other = _read(origin)
     except (OSError, ValueError, CheckpointError):
         return False
-    return other is not None and other.number == recorded.number
+    return other is not None and recorded.number in (other.number, *other.earlier)
 
 
 def _read(folder: Path) -> Run | None:
@@ -105,7 +108,7 @@ def _read(folder: Path) -> Run | None:
         return None
     try:
         if not data.startswith(b"{"):  # the number alone, as runs of before have it
-            return Run.from_json({"number": data.decode("ascii"), "folder": "", "came_from": []})
+            return Run.from_json({"number": data.decode("ascii"), "folder": "", "came_from": [], "earlier": []})
         return Run.from_json(json.loads(data))
     except (ValueError, TypeError, KeyError, RecursionError):
         raise CheckpointError(f"{path}: not a run's number. Remove it; snapshots on local disks are then not found again.") from None

@@ -77,13 +77,13 @@ def test_fault_30_a_checkpoint_that_cannot_be_removed_and_a_folder_that_goes_do_
     assert (losses(config), final_state(config)) == oracle
 
 
-SLOW_SAVES = ("checkpoint.async_save=true", "checkpoint.interval=6", "guards.hang_timeout_minutes=0.1")
+SLOW_SAVES = ("checkpoint.async_save=true", "checkpoint.interval=4", "guards.hang_timeout_minutes=0.1")
 
 
 @pytest.mark.slow
 def test_fault_31_a_save_slower_than_the_watchdogs_bound_is_no_hang(config, oracle):
     """6 s without a step are a hang; the saves take far longer, the next one is due at once, and only rank 0's disk is slow."""
-    outcome = run(config, Fault("slow_disk", -1, seconds=0.4), overrides=SLOW_SAVES, seconds=240.0)
+    outcome = run(config, Fault("slow_disk", -1, seconds=0.3), overrides=SLOW_SAVES, seconds=240.0)
     assert outcome.exit_codes == [0, 0] and "hung" not in outcome.output, outcome.output
     assert max(row.get("checkpoint_blocked_seconds", 0) for row in read_metrics(config.parent / "run" / "metrics.jsonl")) > 6
     assert (losses(config), final_state(config)) == oracle

@@ -17,6 +17,7 @@ PACKAGE = ROOT / "megatron_completep"
 ROOMS = {
     "completep": "The table: which value each role of parameter trains with.",
     "errors": "What a user can cause, and how a program ends.",
+    "files": "Files and folders that appear whole or not at all.",
     "command_line": "How every program reads its command line.",
     "outputs": "What a program will write, checked before its work.",
     "config": "The schema, loading, and rules between settings. No torch.",

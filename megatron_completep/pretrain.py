@@ -62,15 +62,28 @@ def pretrain(config: Config, fail_point: FailPoint = no_fail_point, clock: Start
     validation = build.build_validation(config, context)
     build.keep_run_tokenizer(config, context, say)
     clock.done("data")
-    checkpointer = Checkpointer(config, context, optimizer, table, {"data": loader.fingerprint()}, say, fail_point, loader.corpus)
+    checkpointer = Checkpointer(
+        config,
+        context,
+        optimizer,
+        table,
+        {"data": loader.fingerprint()},
+        say,
+        fail_point,
+        order=loader.corpus,
+        still_here=guard.still_here,
+    )
     state = checkpointer.load_latest() or RunState()
     guard.note_start(state.step)
+    build.record_start(config, context, state)
     clock.done("checkpoint")
     rollbacks = guard.rollbacks(checkpointer)
 
     say(build.describe_run(config, context, precision, threads, model))
     if state.step:
         say(f"resumed after step {state.step}")
+    if (done := build.nothing_left(config, state)) is not None:
+        say(done)
     hooks = [*guard.hooks(step, state, rollbacks), StartupReport(clock, say)]
     hooks += build.default_hooks(config, context, step, validation, checkpointer, state, precision, say)
     signals = StopSignals(say, config.training.exit_after_minutes, clock.elapsed)

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "megatron_completep"
 LEVELS = [
-    "kernels errors command_line outputs",
+    "kernels errors files command_line outputs",
     "config",
     "completep parallel",
     "model data",
@@ -20,7 +20,7 @@ LEVELS = [
     "pretrain tools",
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms.split()}
-WITHOUT_TORCH = {"config", "completep", "errors", "command_line", "outputs"}
+WITHOUT_TORCH = {"config", "completep", "errors", "files", "command_line", "outputs"}
 # Optional or slow to import: these alone may be imported inside a function.
 OPTIONAL = {
     *("apex", "flash_attn", "lm_eval", "matplotlib", "pyarrow", "ray", "rich", "sentencepiece", "submitit", "tensorboard", "tiktoken"),

@@ -145,20 +145,24 @@ def run_reshard(arguments: argparse.Namespace) -> int:
 
 def run_prune(arguments: argparse.Namespace) -> int:
     checkpoints = checkpoints_of(arguments.run)
+    problems: list[str] = []
     if arguments.dry_run:
         folders = committed_steps(checkpoints)
         gone = [str(folders[step]) for step in superseded(folders, arguments.keep, arguments.keep_every)]
     else:
         lock = OutputLock(checkpoints.parent, wait_seconds=0)  # not beside a trainer that is saving
-        gone = [str(folder) for folder in prune(checkpoints, arguments.keep, arguments.keep_every)]
-        lock.release()
+        try:
+            removal = prune(checkpoints, arguments.keep, arguments.keep_every)
+        finally:
+            lock.release()
+        gone, problems = [str(folder) for folder in removal.removed], removal.problems
     verb = "would remove" if arguments.dry_run else "removed"
     show(
-        {"removed": gone, "dry_run": arguments.dry_run},
+        {"removed": gone, "problems": problems, "dry_run": arguments.dry_run},
         arguments.json,
-        "\n".join(f"{verb} {folder}" for folder in gone) or "nothing to remove",
+        "\n".join([*(f"{verb} {folder}" for folder in gone), *(f"not removed: {problem}" for problem in problems)]) or "nothing to remove",
     )
-    return 0
+    return 1 if problems else 0
 
 
 def run_adapt(arguments: argparse.Namespace) -> int:

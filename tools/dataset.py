@@ -13,13 +13,14 @@ Examples:
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_completep.command_line import Parser, file_to_read, list_of, names_of_token_files, real, token_files, tokenizer_model, whole
 from megatron_completep.config.derived import total_samples
 from megatron_completep.config.load import load_config
+from megatron_completep.config.schema import Config
 from megatron_completep.data.corpus import has_validation, prebuild
 from megatron_completep.data.describe import choose_tokenizer, describe_files, describe_step, problems_of, tokenizer_for
 from megatron_completep.data.files import printable
@@ -28,6 +29,7 @@ from megatron_completep.data.left_out import read_left_out
 from megatron_completep.data.writer import merge, split
 from megatron_completep.errors import DataError, exit_on_user_error, pairs_text
 from megatron_completep.outputs import Output, check_outputs
+from megatron_completep.training.starts import STARTS, read_starts, samples_read, start_of
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -143,8 +145,10 @@ def report_written(contents: dict[str, dict[str, Any]], as_json: bool) -> None:
 
 def run_sample(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
-    left_out = read_left_out(Path(config.training.output_dir))
-    samples = describe_step(config, arguments.step or 1, "validation" if arguments.validation else "train", left_out)
+    if arguments.validation:
+        samples = describe_step(config, 1, "validation")
+    else:
+        samples = describe_step_of_run(config, arguments)
     if arguments.json:
         print(json.dumps({"step": arguments.step, "samples": list(samples)}))
         return 0
@@ -154,6 +158,20 @@ def run_sample(arguments: argparse.Namespace) -> int:
             print(f"  document {document['document']} from token {document['position']}, {len(document['tokens'])} tokens")
             print(f"    {shown(document, arguments.characters)}")
     return 0
+
+
+def describe_step_of_run(config: Config, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The samples that a step of the run read, by the run's own record; what the configuration would read where that says nothing."""
+    beside, step = Path(arguments.config).parent, arguments.step
+    folder = beside if (beside / STARTS).exists() else Path(config.training.output_dir)  # a run may have been moved
+    left_out = read_left_out(folder)
+    start = start_of(read_starts(folder), step) if not arguments.overrides else None  # who overrides settings asks what they would do
+    if start is None:
+        print(f"step {step} as this configuration has it; it is not taken from a run's record", file=sys.stderr)
+        return describe_step(config, step, "train", left_out)
+    print(f"step {step} from {folder / STARTS}: the start after step {start.step}", file=sys.stderr)
+    config, numbers = samples_read(start, left_out, step, str(folder / STARTS))
+    return describe_step(config, step, "train", left_out, numbers)
 
 
 def shown(document: dict[str, Any], characters: int) -> str:

@@ -14,8 +14,9 @@ from megatron_completep.analysis.coordinate_check import CONTROLS, Sample
 from megatron_completep.analysis.coordinate_verdict import DECISIVE, Result
 from megatron_completep.analysis.fits import Estimate
 from megatron_completep.analysis.laziness import CONTROL_BELOW, FIRST_DEPTH, MODEL_ABOVE, LazinessResult
-from megatron_completep.analysis.report import Report, new_figure, png_of, write_whole
+from megatron_completep.analysis.report import Report, new_figure, png_of
 from megatron_completep.errors import ConfigError
+from megatron_completep.files import write_whole
 
 MARKS = {True: "pass", False: "FAIL", None: ""}  # None: only reported
 Say = Callable[[str], None]

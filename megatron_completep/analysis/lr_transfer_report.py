@@ -11,7 +11,8 @@ from megatron_completep.analysis import lr_transfer
 from megatron_completep.analysis.check_report import dump, finite
 from megatron_completep.analysis.fits import Estimate
 from megatron_completep.analysis.lr_transfer import DRIFT_BAND, EDGE_NATS, REGRET_BAND, Analysis, Curve, Optimum, Saving
-from megatron_completep.analysis.report import PALETTE, Report, new_figure, write_whole
+from megatron_completep.analysis.report import PALETTE, Report, new_figure
+from megatron_completep.files import write_whole
 
 Say = Callable[[str], None]
 

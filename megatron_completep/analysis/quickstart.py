@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from megatron_completep.analysis.report import write_whole
 from megatron_completep.analysis.run_report import run_report
 from megatron_completep.config import Config, load_config
 from megatron_completep.data.preprocess.run import preprocess
@@ -24,6 +23,7 @@ from megatron_completep.data.preprocess.settings import PreprocessSettings, Toke
 from megatron_completep.data.tokenizer import build_tokenizer
 from megatron_completep.data.tokenizer_training import TrainingSettings, train_tokenizer
 from megatron_completep.errors import ConfigError, DataError, UserError
+from megatron_completep.files import write_whole
 from megatron_completep.parallel.context import choose_device
 from megatron_completep.training.generation import Sampling, generate_text, load_model
 from megatron_completep.training.metrics import read_metrics

@@ -23,6 +23,7 @@ from megatron_completep.config import config_from_mapping
 from megatron_completep.config.derived import tokens_per_step
 from megatron_completep.config.schema import Config
 from megatron_completep.errors import ConfigError, DataError, UserError
+from megatron_completep.files import write_whole
 from megatron_completep.model.flops import training_flops_per_token
 from megatron_completep.parallel.context import ParallelContext, choose_device
 from megatron_completep.training.build import build_validation
@@ -152,10 +153,7 @@ def run_and_keep(settings: dict[str, Any], values: dict[str, Any], path: str, de
     torch.set_num_threads(1)
     here = device if ":" in device else str(choose_device(device, 0))
     result = run_point(config_from_mapping(values), here)
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps({**settings, **result, "config": values}))
-    temporary.replace(target)
+    write_whole(path, json.dumps({**settings, **result, "config": values}).encode())
     return loss_of(result)
 
 
@@ -236,23 +234,32 @@ def read_results(points: Sequence[Point], folder: Path) -> Iterator[tuple[Point,
 
 
 def save_grid(grid: Grid, config: Config, folder: Path) -> None:
-    """What `report` needs to find the points again; another grid in the same folder is added to the first."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """What `report` needs to find the points again; another grid in the same folder is added to the first.
+
+    Raises DataError: the file that is there is no sweep, or cannot be replaced. It stays as it is then.
+    """
     path = folder / "sweep.json"
-    grids = json.loads(path.read_text())["grids"] if path.exists() else []
+    grids = _grids_of(path) if path.exists() else []
     entry = {"grid": asdict(grid), "config": config.model_dump(mode="json")}
     if entry not in grids:
         grids.append(json.loads(json.dumps(entry)))
-    path.write_text(json.dumps({"grids": grids}, indent=1))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps({"grids": grids}, indent=1).encode())
+    except OSError as error:
+        raise DataError(f"{path} cannot be written: {error.strerror}. Choose another folder, or free some space.") from None
+
+
+def _grids_of(path: Path) -> list[dict[str, Any]]:
+    try:
+        return list(json.loads(path.read_text())["grids"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: not a sweep ({error}). Make one with tools/lr_transfer.py sweep.") from error
 
 
 def load_points(folder: Path) -> list[Point]:
     """All points of all grids of a folder, each once. DataError where there is no sweep."""
-    path = folder / "sweep.json"
-    try:
-        grids = json.loads(path.read_text())["grids"]
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{path}: not a sweep ({error}). Make one with tools/lr_transfer.py sweep.") from error
+    grids = _grids_of(folder / "sweep.json")
     found: dict[tuple[str, str], Point] = {}
     for entry in grids:
         for point in Grid(**entry["grid"]).points(config_from_mapping(entry["config"])):

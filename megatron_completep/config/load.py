@@ -17,6 +17,7 @@ from megatron_completep.config.schema import Config
 from megatron_completep.config.yaml_text import Path as KeyPath
 from megatron_completep.config.yaml_text import dump_yaml, parse_yaml
 from megatron_completep.errors import ConfigError
+from megatron_completep.files import write_whole
 
 COMMAND_LINE = "command line"
 
@@ -56,17 +57,10 @@ def save_config(config: Config, path: str | os.PathLike[str]) -> None:
     Raises:
         ConfigError: the file cannot be written.
     """
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(dump_yaml(config.model_dump(mode="json")))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
+        write_whole(path, dump_yaml(config.model_dump(mode="json")).encode())
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise ConfigError(f"{target} cannot be written: {error.strerror}. Choose another folder or free some space.") from None
+        raise ConfigError(f"{path} cannot be written: {error.strerror}. Choose another folder or free some space.") from None
 
 
 def _read(path: str | os.PathLike[str]) -> str:

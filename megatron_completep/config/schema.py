@@ -254,7 +254,9 @@ class CheckpointConfig(Section):
     on_failure: Literal["continue", "stop"] = Field(
         "continue", description="After a failed save: go on training (the older checkpoints are intact), or stop at the next save."
     )
-    timeout_minutes: PositiveFloat = Field(30.0, description="Longest wait of one rank for another's part of a checkpoint, in minutes.")
+    timeout_minutes: PositiveFloat = Field(
+        30.0, description="Longest wait of one rank for another to get on with its part of a checkpoint, in minutes."
+    )
 
 
 class GuardsConfig(Section):

@@ -113,11 +113,14 @@ def problems_of(dataset: IndexedDataset, vocab_size: int | None) -> list[str]:
     return found
 
 
-def describe_step(config: Config, step: int, split: str = "train", left_out: Sequence[LeftOut] = ()) -> Iterator[dict[str, Any]]:
+def describe_step(
+    config: Config, step: int, split: str = "train", left_out: Sequence[LeftOut] = (), samples: range | None = None
+) -> Iterator[dict[str, Any]]:
     """The samples of optimizer step `step` (from 1, as in metrics.jsonl), in order, each with its source, documents and text.
 
-    split "validation": the fixed validation samples, whatever the step. left_out: what the run's rollbacks left out. Text is null
-    without a tokenizer. Raises DataError.
+    split "validation": the fixed validation samples, whatever the step. left_out: what the run's rollbacks left out. samples: their
+    numbers within the run, where they are known; else they follow from the configuration. Text is null without a tokenizer.
+    Raises DataError.
     """
     training, steps = config.training, config.training.train_steps
     if split == "train" and not 1 <= step <= steps:
@@ -125,11 +128,13 @@ def describe_step(config: Config, step: int, split: str = "train", left_out: Seq
     total = total_samples(training) if split == "train" else training.validation_samples
     data = with_readable_tokenizer(config.data, Path(training.output_dir))
     corpus = open_corpus(data, seq_length=config.model.seq_length, total_samples=total, vocab_size=config.model.vocab_size, split=split)
-    first, count = 0, min(total, corpus.num_samples)
-    if split == "train":
-        first, count = first_sample_of(training, step, left_out), batch_size(training, step)
+    if split != "train":
+        samples = range(min(total, corpus.num_samples))
+    elif samples is None:
+        first = first_sample_of(training, step, left_out)
+        samples = range(first, first + batch_size(training, step))
     tokenizers = [tokenizer_for(source.dataset, data.tokenizer) for source in corpus.sources]
-    for index in range(first, first + count):
+    for index in samples:
         origin = corpus.origin(index)
         yield describe_sample(corpus, origin, tokenizers[origin.source])
 

@@ -7,7 +7,6 @@ any other, so that the order of the data is a function of the run's folder and n
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from megatron_completep.config.derived import samples_before
 from megatron_completep.config.schema import TrainingConfig
 from megatron_completep.data.files import read_json
 from megatron_completep.errors import DataError
+from megatron_completep.files import write_whole
 
 ROLLBACKS = "rollbacks.json"
 
@@ -40,10 +40,13 @@ def past(entries: Sequence[LeftOut], step: int, consumed_samples: int) -> int:
     return consumed_samples
 
 
-def first_sample_of(training: TrainingConfig, step: int, entries: Sequence[LeftOut]) -> int:
-    """Number within the run of the first sample of step `step` (from 1)."""
-    jumped = 0
-    for earlier in sorted({entry.after_step for entry in entries if entry.after_step < step}):
+def first_sample_of(training: TrainingConfig, step: int, entries: Sequence[LeftOut], start_step: int = 0, start_samples: int = 0) -> int:
+    """Number within the run of the first sample of step `step` (from 1).
+
+    training: in force since `start_step`, after which `start_samples` had been consumed.
+    """
+    jumped = start_samples - samples_before(training, start_step + 1)
+    for earlier in sorted({entry.after_step for entry in entries if start_step <= entry.after_step < step}):
         planned = samples_before(training, earlier + 1)
         jumped = past(entries, earlier, planned + jumped) - planned
     return samples_before(training, step) + jumped
@@ -69,13 +72,9 @@ def read_left_out(output_dir: Path) -> list[LeftOut]:
 
 def write_left_out(output_dir: Path, entries: Sequence[LeftOut]) -> None:
     """Replace the file in one move, on disk before this returns."""
-    temporary = output_dir / f".{ROLLBACKS}.tmp"
     listed = [asdict(entry) for entry in entries]
-    with temporary.open("w") as file:
-        json.dump({"left_out": listed, "xxh3_64": _hash(listed)}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, output_dir / ROLLBACKS)
+    content = {"left_out": listed, "xxh3_64": _hash(listed)}
+    write_whole(output_dir / ROLLBACKS, json.dumps(content, indent=1).encode())
 
 
 def _hash(entries: list[dict[str, int]]) -> str:

@@ -7,7 +7,6 @@ bit. Granite's multipliers become the tunable base factors of `model`.
 from __future__ import annotations
 
 import json
-import os
 import re
 import secrets
 import shutil
@@ -25,6 +24,7 @@ from megatron_completep.config import Config, config_from_mapping, save_config
 from megatron_completep.config.derived import tokens_per_step, total_tokens
 from megatron_completep.config.schema import ModelConfig
 from megatron_completep.errors import ConfigError, DataError
+from megatron_completep.files import new_folder, write_whole
 from megatron_completep.interop.architectures import Folding, Piece, pieces
 from megatron_completep.interop.hf_config import from_hf
 from megatron_completep.interop.hf_tokenizer import COMPANIONS
@@ -36,8 +36,17 @@ from megatron_completep.training.checkpoint import random_state
 from megatron_completep.training.checkpoint.boxes import Box
 from megatron_completep.training.checkpoint.files import BLOCK_SIZE, key_of, write_tensor_file
 from megatron_completep.training.checkpoint.identity import describe_table, versions
-from megatron_completep.training.checkpoint.manifest import MANIFEST, Manifest, StoredFile, StoredParameter, folder_name, seal
-from megatron_completep.training.checkpoint.save import check_space, sync_folder
+from megatron_completep.training.checkpoint.manifest import (
+    MANIFEST,
+    Manifest,
+    Progress,
+    StoredFile,
+    StoredParameter,
+    folder_name,
+    named_like_checkpoints,
+    seal,
+)
+from megatron_completep.training.checkpoint.save import check_space
 from megatron_completep.training.checkpoint.shard import STATES
 from megatron_completep.training.state import RunState
 
@@ -73,7 +82,7 @@ def import_model(folder: str | Path, output: str | Path, overrides: Sequence[str
     values = _read_json(folder / "config.json")
     architecture, model = from_hf(values, str(folder / "config.json"), seq_length)
     source = TensorFolder(folder)
-    if (output / "config.yaml").exists() or (output / "checkpoints").exists():
+    if (output / "config.yaml").exists() or named_like_checkpoints(output / "checkpoints"):
         raise ConfigError(f"{output} holds a run already. Choose another folder.")
     wanted = _match(source, architecture, ModelConfig.model_validate(model))
     dtype = source.describe(wanted[0].name)[1]
@@ -197,9 +206,7 @@ def _write_checkpoint(
 ) -> Path:
     """Step 0 with these weights and an optimizer that has seen nothing; it appears by one rename."""
     attempt, target = secrets.token_hex(4), checkpoints / folder_name(0)
-    temporary = checkpoints / f".{target.name}.{attempt}"
-    temporary.mkdir(parents=True)
-    try:
+    with new_folder(target) as temporary:
         files = []
         for number, names in enumerate(_groups(parameters)):
             arrays = dict(_assemble(source, wanted, {name: parameters[name] for name in names}))
@@ -209,18 +216,8 @@ def _write_checkpoint(
                     values = array if state == "master" else np.zeros(array.shape, np.float32)
                     tensors.append((key_of(state, name, Box((0,) * array.ndim, array.shape)), array.shape, values))
             metadata = {"format": "pt", "step": "0", "attempt": attempt}
-            files.append(write_tensor_file(temporary / f"part_{number:05d}.safetensors", tensors, "F32", metadata, lambda name: None))
-        manifest = _manifest(files, parameters, config, table, attempt)
-        with open(temporary / MANIFEST, "xb") as file:
-            file.write(seal(manifest))
-            file.flush()
-            os.fsync(file.fileno())
-        sync_folder(temporary)
-        os.rename(temporary, target)
-        sync_folder(checkpoints)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+            files.append(write_tensor_file(temporary / f"part_{number:05d}.safetensors", tensors, "F32", metadata))
+        write_whole(temporary / MANIFEST, seal(_manifest(files, parameters, config, table, attempt)))
     return target
 
 
@@ -228,7 +225,7 @@ def _manifest(files: list[StoredFile], parameters: dict[str, StoredParameter], c
     return Manifest(
         step=0,
         attempt=attempt,
-        state=asdict(RunState()),
+        state=Progress(**vars(RunState())),
         updates=0.0,
         config=config.model_dump(mode="json"),
         table=json.loads(json.dumps(describe_table(table), default=str)),

@@ -29,6 +29,7 @@ from megatron_completep.parallel.gradients import choose_fused_accumulation
 from megatron_completep.training.hooks import CheckpointFigures, Checkpoints, Hook, Metrics, Validation
 from megatron_completep.training.metrics import open_sinks
 from megatron_completep.training.profiling import Profiler
+from megatron_completep.training.starts import STARTS, append_start
 from megatron_completep.training.state import Checkpointer, RunState
 from megatron_completep.training.step import TrainingStep
 from megatron_completep.training.telemetry import Telemetry, read_reference
@@ -38,7 +39,7 @@ Say = Callable[[str], None]
 
 
 def prepare_output(config: Config, context: ParallelContext) -> Path:
-    """Make the run's folder and keep the resolved configuration in it. ConfigError when it cannot be written."""
+    """Make the run's folder. ConfigError when it cannot be written to."""
     folder = Path(config.training.output_dir)
     if context.is_first:
         try:
@@ -47,7 +48,6 @@ def prepare_output(config: Config, context: ParallelContext) -> Path:
             raise ConfigError(f"training.output_dir = {folder} cannot be made: {error.strerror}. Choose a folder that can.") from None
         if not os.access(folder, os.W_OK):
             raise ConfigError(f"training.output_dir = {folder} cannot be written to. Choose another folder or change its permissions.")
-        save_config(config, folder / "config.yaml")
     return folder
 
 
@@ -56,6 +56,28 @@ def keep_run_tokenizer(config: Config, context: ParallelContext, say: Say) -> No
     folder = Path(config.training.output_dir)
     if context.is_first and (line := keep_tokenizer(with_readable_tokenizer(config.data, folder).tokenizer, folder)):
         say(line)
+
+
+def record_start(config: Config, context: ParallelContext, state: RunState) -> None:
+    """Keep the resolved configuration in the run's folder, and add this start to the run's record. A start that is refused (another
+    model's checkpoint) does not come here, and replaces nothing. Raises ConfigError when they cannot be written, DataError."""
+    folder = Path(config.training.output_dir)
+    if context.is_first:
+        save_config(config, folder / "config.yaml")
+        try:
+            append_start(folder, config, state)
+        except OSError as error:
+            raise ConfigError(f"{folder / STARTS} cannot be written: {error.strerror}. Choose another folder or free some space.") from None
+
+
+def nothing_left(config: Config, state: RunState) -> str | None:
+    """What to say where the run is at its end already."""
+    training = config.training
+    if state.step >= training.train_steps:
+        return f"nothing to do: step {state.step} of {training.train_steps}. A larger training.train_steps goes on."
+    if training.stop_at_step is not None and state.step >= training.stop_at_step:
+        return f"nothing to do: step {state.step}, and training.stop_at_step = {training.stop_at_step}. Without it the run goes on."
+    return None
 
 
 def build_model(config: Config, table: Table, context: ParallelContext, precision: torch.dtype) -> list[GPT]:

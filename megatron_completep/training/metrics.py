@@ -14,6 +14,7 @@ import psutil
 import torch
 
 from megatron_completep.config.schema import Config
+from megatron_completep.errors import ConfigError
 from megatron_completep.training.trackers import Row, Sink, open_trackers
 
 METRICS = "metrics.jsonl"
@@ -27,8 +28,13 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, last_step: int, say: Callable[[str], None]):
-        cut_metrics(path, last_step)
-        self._file = path.open("ab", buffering=0)
+        try:
+            cut_metrics(path, last_step)
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise ConfigError(
+                f"{path} cannot be written: {error.strerror}. Choose another training.output_dir, or mend the file."
+            ) from None
         self._say, self._waiting, self._warned = say, b"", False
 
     def write(self, row: Row) -> None:
@@ -54,16 +60,21 @@ def _finite(value: Any) -> Any:
 
 
 def cut_metrics(path: Path, last_step: int) -> None:
-    """Keep the whole lines of steps up to `last_step`; the file is replaced in one move, so a kill leaves one of the two."""
+    """Cut the file after the last whole line of a step up to `last_step`. Its end moves in one call and nothing is copied: a kill
+    leaves one of the two files, and a full disk is no obstacle."""
     if not path.exists():
         return
-    kept = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n") and 0 <= _step_of(line) <= last_step]
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    end = position = 0
+    with path.open("rb") as file:
+        for line in file:
+            position += len(line)
+            step = _step_of(line) if line.endswith(b"\n") else -1
+            if step > last_step:
+                break
+            if step >= 0:
+                end = position
+    if end < path.stat().st_size:
+        os.truncate(path, end)
 
 
 def _step_of(line: bytes) -> int:

@@ -35,8 +35,8 @@ def compare_order(folder: Path, manifest: Manifest, order: DataOrder, allow_chan
     For a run whose other settings of the data are the checkpoint's. Raises CheckpointError for another order, unless it is allowed
     by name.
     """
-    stored, consumed = manifest.order, manifest.state.get("consumed_samples")
-    if not isinstance(consumed, int) or consumed <= 0:  # none, or no count: whoever restores the state says so
+    stored, consumed = manifest.order, manifest.state.consumed_samples
+    if consumed == 0:
         return None
     if stored is None:
         return f"{folder} does not say in which order its data were read: that this run begins with the same samples is not checked"
@@ -46,10 +46,11 @@ def compare_order(folder: Path, manifest: Manifest, order: DataOrder, allow_chan
         f"{folder} has read {consumed:,} samples in an order that was planned for {stored.planned_samples:,}; planned for "
         f"{order.planned_samples:,}, as now, the order begins with other samples"
     )
-    if any(fnmatchcase(SETTING, pattern) for pattern in allow_changed):
+    allowed = list(allow_changed)
+    if any(fnmatchcase(SETTING, pattern) for pattern in allowed):
         return f"{what}: some are read twice, others never"
     raise CheckpointError(
         f"{what}: some would be read twice, others never.\nKeep the order with {SETTING}={stored.planned_samples} (docs/data.md says what "
         f"follows sample {stored.planned_samples:,}), go back to the planned length, or, if the change is meant: "
-        f"checkpoint.allow_changed=[{SETTING}]."
+        f"'checkpoint.allow_changed=[{', '.join([*allowed, SETTING])}]'."
     )

@@ -49,6 +49,11 @@ class Guard:
             self._watchdog = Watchdog(self.context, self.folder, 60 * guards.hang_timeout_minutes, say_on_stderr)
         return guard_hooks(self.config, self.context, step.optimizer, state, self._watchdog, rollbacks, self.exchange, self._say)
 
+    def still_here(self) -> None:
+        """What training waits for gets on: no hang, although no step comes."""
+        if self._watchdog is not None:
+            self._watchdog.stay()
+
     def close(self) -> None:
         """The run is over: another may have the folder."""
         if self._lock is not None:

@@ -46,6 +46,11 @@ class Watchdog:
         """A step is done."""
         self._step, self._beat_at = step, time.monotonic()
 
+    def stay(self) -> None:
+        """No step is done, but what training waits for gets on: a save, or a load."""
+        if self._beat_at != float("inf"):  # the watch begins with the first step
+            self._beat_at = time.monotonic()
+
     def stop(self) -> None:
         self._stopped.set()
 

@@ -4,6 +4,7 @@ import os
 import select
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import TypeVar
 
 Thing = TypeVar("Thing")
@@ -49,7 +50,8 @@ def exit_on_user_error(main: Callable[[], int | None]) -> None:
         code = main()
         sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        with suppress(OSError):  # a terminal that is gone does not change the code
+            print(f"error: {error}", file=sys.stderr)
         code = error.exit_code
     except BrokenPipeError:
         if not _reader_left():

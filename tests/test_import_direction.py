@@ -10,9 +10,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "megatron_completep"
-LEVELS = ["kernels errors", "config", "completep parallel", "model data", "optim", "training analysis interop", "pretrain tools"]
+LEVELS = ["kernels errors", "config launch", "completep parallel", "model data", "optim", "training analysis interop", "pretrain tools"]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms.split()}
-WITHOUT_TORCH = {"config", "completep", "errors"}
+WITHOUT_TORCH = {"config", "completep", "errors", "launch"}
 # Optional or slow to import: these alone may be imported inside a function.
 OPTIONAL = {
     *("apex", "flash_attn", "lm_eval", "matplotlib", "pyarrow", "ray", "rich", "sentencepiece", "submitit", "tensorboard", "tiktoken"),

@@ -222,10 +222,13 @@ def test_fault_18_a_hung_rank_is_named_and_the_run_ends_within_the_bound(config,
 
 
 def test_the_rank_that_waits_for_nobody_is_to_blame():
-    waiting = {"step": 7, "place": "collectives.py:30 wait", "waiting": True}
+    waiting = {"step": 7, "phase": 5, "stage": "at step 7", "place": "collectives.py:30 wait", "waiting": True}
     assert "rank 2 holds" in verdict({0: waiting, 1: waiting, 2: {**waiting, "waiting": False}})
-    assert "rank 1 holds" in verdict({0: waiting, 1: {**waiting, "step": 6}, 2: waiting})
+    assert "at step 6: rank 1 holds" in verdict({0: waiting, 1: {**waiting, "step": 6, "stage": "at step 6"}, 2: waiting})
     assert "rank 1 does not answer" in verdict({0: waiting, 1: None, 2: waiting})
+    early = {**waiting, "step": 1, "phase": 3, "stage": "before the first step, opening the data"}
+    behind = {**early, "phase": 2, "stage": "before the first step, building the model"}
+    assert "hung before the first step, building the model: rank 1 holds" in verdict({0: early, 1: behind, 2: early})
 
 
 def test_fault_19_a_straggler_is_named_with_its_ratio(config):

@@ -88,7 +88,7 @@ def train_one_model(
     loader = build.build_training_loader(config, context)
     validation = build.build_validation(config, context)
     clock.done("data")
-    watchdog.enter("loading the checkpoint", at_least_seconds=60 * config.checkpoint.timeout_minutes)
+    watchdog.enter("loading the checkpoint", at_least_seconds=0.9 * 60 * config.checkpoint.timeout_minutes)
     checkpointer = Checkpointer(config, context, optimizer, table, {"data": loader.fingerprint()}, say, fail_point)
     state = checkpointer.load_latest() or RunState()
     guard.note_start(state.step)

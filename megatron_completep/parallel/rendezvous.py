@@ -5,7 +5,6 @@ Every wait is short and in Python, so that Ctrl-C is heard in between.
 
 from __future__ import annotations
 
-import errno
 import platform
 import socket
 import time
@@ -137,16 +136,15 @@ def _open_store(launch: Launch, deadline: float, patience_seconds: float) -> dis
 
 def _wait_for_port(launch: Launch, deadline: float, patience_seconds: float) -> None:
     """Until somebody answers at the address. A name may not be known yet, a host may not be up yet: both are waited for."""
-    reason = ""
-    while time.monotonic() < deadline:
+    while True:
         try:
             socket.create_connection((launch.store_host, launch.store_port), timeout=1.0).close()
             return
         except OSError as error:
             reason = "the host's name is not known" if isinstance(error, socket.gaierror) else error.strerror or str(error)
-            if error.errno in (errno.EINVAL, errno.EAFNOSUPPORT):
-                break
-            time.sleep(0.2)
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.2)
     raise ConfigError(
         f"rank {launch.rank}: {launch.store_holder} did not answer at {launch.store_host}:{launch.store_port} (MASTER_ADDR, MASTER_PORT) "
         f"within {patience_seconds:g} s: {reason}. Start it, or correct the address."

@@ -35,6 +35,11 @@ FAULTS = {
     24: "restarts",
     25: "corrupted corpus input",
     26: "kill -9 of the launcher",
+    34: "closed terminal",
+    35: "hang that hosts the store, or before the first step",
+    36: "launcher killed during imports or rendezvous",
+    37: "clock set during the start",
+    38: "broken launch environment",
 }
 
 

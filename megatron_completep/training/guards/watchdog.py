@@ -51,18 +51,27 @@ class Watchdog:
         self._main = threading.get_ident()
         self._step, self._phase, self._stepping, self._doing = 0, 0, False, ""
         self._beat_at, self._bound = time.monotonic(), self.timeout
-        self._stopped = threading.Event()
+        self._stopped, self._leaving = threading.Event(), threading.Event()
         self._store = store
+        self._threads: list[threading.Thread] = []
         if timeout_seconds is not None:
-            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+            self._threads.append(threading.Thread(target=self._watch, name="watchdog", daemon=True))
             if store is not None:
-                threading.Thread(target=self._answer_peers, args=(store.clone(),), name="watchdog answers", daemon=True).start()
+                self._threads.append(
+                    threading.Thread(target=self._answer_peers, args=(store.clone(),), name="watchdog answers", daemon=True)
+                )
+        for thread in self._threads:
+            thread.start()
 
     def __enter__(self) -> Watchdog:
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Where the watchdog is about to leave, its verdict and its exit code come first: the collective may have timed out as well."""
         self.stop()
+        if self._leaving.is_set():
+            for thread in self._threads:
+                thread.join()
 
     def enter(self, doing: str, at_least_seconds: float = 0.0) -> None:
         """A phase of the start begins, the same ones on all ranks. It may take the time-out, or `at_least_seconds` if that is longer."""
@@ -88,6 +97,7 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._stopped.wait(self._look_seconds()):
             if time.monotonic() - self._beat_at > self._bound:
+                self._leaving.set()
                 bound = 2 * ANSWER_SECONDS + 2 * self._patience()
                 in_time(self._expire, bound)  # even a terminal may hang that takes no text
                 self._leave(int(ExitCode.HUNG))
@@ -131,11 +141,15 @@ class Watchdog:
         return {peer: ask(store, peer, max(0.05, deadline - time.monotonic())) for peer in range(self.launch.world_size)}
 
     def _answer_peers(self, store: dist.Store) -> None:
-        """When another rank's watchdog has expired, say where this rank is: its own time may not be up."""
+        """When another rank's watchdog has expired, say where this rank is, though its own time may not be up, and leave as well."""
         with suppress(RuntimeError):  # the store is gone
             while not self._stopped.wait(self._look_seconds()):
                 if store.check([ASKED]):
+                    self._leaving.set()
                     publish(store, self.launch.rank, self._answer())
+                    self._dump_stacks(self.launch.rank)
+                    time.sleep(self._patience() + ANSWER_SECONDS)  # the store may be held here
+                    self._leave(int(ExitCode.HUNG))
                     return
 
     def _collectives_file(self, rank: int) -> Path:

@@ -34,6 +34,7 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["torch", "torch.distributed", "megatron_completep.pretrain", "megatron_completep.data.writer"])
 
 PR_SET_CHILD_SUBREAPER = 36
+PEER_SECONDS = 30.0
 COUNTS = {"injections": 0, "hung": 0}  # of the test that runs; conftest.py reads them for the table
 
 
@@ -48,9 +49,9 @@ completep: {base_hidden_size: 16, base_num_layers: 1}
 optimizer: {base_lr: 1.0e-2, warmup_steps: 2}
 data: {train: [{prefix: PREFIX}]}
 training: {micro_batch_size: 2, global_batch_size: 4, train_steps: 12, precision: float32, device: cpu, cpu_threads: 1, output_dir: OUTPUT}
-checkpoint: {interval: 3, async_save: false, keep: 2, timeout_minutes: 0.5}
-parallel: {timeout_minutes: 0.5}
-guards: {lock_wait_seconds: 20, hang_timeout_minutes: 0.5}
+checkpoint: {interval: 3, async_save: false, keep: 2, timeout_minutes: 4}
+parallel: {timeout_minutes: 4}
+guards: {lock_wait_seconds: 20, hang_timeout_minutes: 4}
 logging: {interval: 1, tensorboard: false}
 """
 
@@ -85,12 +86,12 @@ class Ranks:
     logs: list[Path]
     started: float = field(default_factory=time.monotonic)
 
-    def wait(self, seconds: float = 60.0) -> Outcome:
-        """Wait for all; whoever is left then is killed and the outcome says so. A peer of a dead rank gets 10 s, as from a launcher."""
+    def wait(self, seconds: float = 240.0) -> Outcome:
+        """Wait for all; whoever is left then is killed and the outcome says so. A peer of a dead rank gets 30 s, as from a launcher."""
         deadline = self.started + seconds
         while any(p.is_alive() for p in self.processes) and time.monotonic() < deadline:
             if any(p.exitcode not in (None, 0) for p in self.processes):
-                deadline = min(deadline, time.monotonic() + 10.0)
+                deadline = min(deadline, time.monotonic() + PEER_SECONDS)
             time.sleep(0.02)
         timed_out = time.monotonic() >= self.started + seconds
         took = time.monotonic() - self.started
@@ -162,7 +163,7 @@ def run(
     fault: Fault | None = None,
     world: int = 2,
     overrides: Sequence[str] = (),
-    seconds: float = 60.0,
+    seconds: float = 240.0,
     restart_count: int = 0,
 ) -> Outcome:
     """A run from its start to its end."""
@@ -192,7 +193,7 @@ def _launcher(world: int, of_them: int, config: str, overrides: tuple[str, ...],
     time.sleep(3600)
 
 
-def run_in_terminal(config: Path, fault: Fault, steps: int, world: int = 2, nohup: bool = False, seconds: float = 120.0) -> list[int]:
+def run_in_terminal(config: Path, fault: Fault, steps: int, world: int = 2, nohup: bool = False, seconds: float = 240.0) -> list[int]:
     """Exit codes of ranks that a shell started in a terminal, which is closed when `steps` are done. world 1: without a launcher."""
     count_injection()
     codes = config.parent / "codes"
@@ -218,6 +219,7 @@ def _terminal(config: str, fault: Fault, steps: int, world: int, nohup: bool, co
             os.read(terminal, 65536)
         time.sleep(0.01)
     os.close(terminal)
+    Path(fault.point).touch() if fault.kind == "wait" else None
     os.waitpid(shell, 0)
     found = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in json.loads(pids.read_text())]
     Path(f"{codes}.tmp").write_text(json.dumps(found))

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,10 @@ def inject(fault: Fault) -> Callable[[str], None]:
             return at_point(fault, disk_full)
         case "hang":
             _at_steps(fault, lambda: time.sleep(3600))
+        case "signal":
+            _at_steps(fault, lambda: signal.raise_signal(int(fault.seconds)))
+        case "wait":
+            _at_steps(fault, lambda: wait_for_file(Path(fault.point)))
         case "hang_early":
             build.build_training_loader = lambda *_: time.sleep(3600)
         case "stop_early":
@@ -50,6 +55,11 @@ def inject(fault: Fault) -> Callable[[str], None]:
         case "spike_once":
             _scale_weights(fault, every_time=False)
     return lambda name: None
+
+
+def wait_for_file(path: Path) -> None:
+    while not path.exists():
+        time.sleep(0.01)
 
 
 def _set_the_clock(seconds: float) -> None:

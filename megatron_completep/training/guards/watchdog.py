@@ -58,7 +58,7 @@ class Watchdog:
             self._threads.append(threading.Thread(target=self._watch, name="watchdog", daemon=True))
             if store is not None:
                 self._threads.append(
-                    threading.Thread(target=self._answer_peers, args=(store.clone(),), name="watchdog answers", daemon=True)
+                    threading.Thread(target=self._answer_peers, args=(own_connection(store),), name="watchdog answers", daemon=True)
                 )
         for thread in self._threads:
             thread.start()
@@ -129,7 +129,7 @@ class Watchdog:
 
     def _verdict(self, store: dist.Store, answer: dict[str, Any]) -> str:
         """What the other ranks say. Every call to the store may itself never return, where the process that holds it is stopped."""
-        answers = in_time(lambda: self._ask_all(store.clone(), answer), self._patience() + ANSWER_SECONDS)
+        answers = in_time(lambda: self._ask_all(own_connection(store), answer), self._patience() + ANSWER_SECONDS)
         if answers is None or answers[self.launch.rank] is None:
             return f"hung: {self.launch.store_holder}, which holds the store, does not answer (stopped, or its host is down)"
         return verdict(answers)
@@ -166,6 +166,12 @@ class Watchdog:
             pass  # the disk may be what hangs
         with suppress(OSError, ValueError, AttributeError):  # a terminal that is gone, or none
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+
+
+def own_connection(store: Any) -> dist.Store:
+    """The same store by another connection: the first may be in use by a call that does not return. (torch's stubs lack `clone`.)"""
+    connection: dist.Store = store.clone()
+    return connection
 
 
 def in_time(call: Callable[[], Answer], seconds: float) -> Answer | None:

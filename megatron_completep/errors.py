@@ -8,7 +8,7 @@ import select
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -112,7 +112,7 @@ def say_once(message: str) -> None:
     message = message.encode(errors="backslashreplace").decode()  # names of files need not be UTF-8
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # .../attempt_0/LOCAL_RANK/error.json
     if not error_file:
-        print(message, file=sys.stderr, flush=True)
+        _print_on_stderr(message)
         return
     path = Path(error_file)
     claim = path.parent.parent / f"said_{hashlib.blake2b(message.encode(), digest_size=12).hexdigest()}"
@@ -124,13 +124,19 @@ def say_once(message: str) -> None:
     except OSError:  # better twice than never
         first = True
     if first:
-        print(message, file=sys.stderr, flush=True)
+        _print_on_stderr(message)
     # torchrun reports the earliest as the cause: that shall be the rank that spoke.
     record = {"message": message if first else "as another rank of this node says", "timestamp": int(time.time()) + (not first)}
     try:
         path.write_text(json.dumps(record), encoding="utf-8")
     except OSError:
         return  # the message was printed
+
+
+def _print_on_stderr(message: str) -> None:
+    """A terminal that is gone does not change the exit code."""
+    with suppress(OSError):
+        print(message, file=sys.stderr, flush=True)
 
 
 def _print_any_text() -> None:

@@ -102,9 +102,8 @@ def test_torchrun_ends_with_the_message_once() -> None:
 
 
 WORKERS = """
-import multiprocessing, os, signal, time
-from concurrent.futures import ProcessPoolExecutor
-from megatron_completep.analysis.worker_processes import ended_with, interrupts_held
+import os, signal, time
+from megatron_completep.analysis.workers import processes
 from megatron_completep.errors import exit_on_user_error, when_interrupted
 
 def wait(number):
@@ -113,11 +112,8 @@ def wait(number):
 
 def main():
     signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in the background of a shell inherit that it is ignored
-    context = multiprocessing.get_context("spawn")
-    with when_interrupted("all is kept."), ProcessPoolExecutor(2, mp_context=context) as pool, ended_with(pool):
-        with interrupts_held():
-            results = pool.map(wait, range(9))
-        list(results)
+    with when_interrupted("all is kept."), processes(2) as pool:
+        list(pool.map(wait, range(9)))
 
 if __name__ == "__main__":
     exit_on_user_error(main)

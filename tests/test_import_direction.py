@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "megatron_completep"
 LEVELS = [
     "kernels errors files command_line outputs",
-    "config",
+    "config launch",
     "completep parallel",
     "model data",
     "optim",
@@ -20,7 +20,7 @@ LEVELS = [
     "pretrain tools",
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms.split()}
-WITHOUT_TORCH = {"config", "completep", "errors", "files", "command_line", "outputs"}
+WITHOUT_TORCH = {"config", "completep", "errors", "files", "command_line", "outputs", "launch"}
 # Optional or slow to import: these alone may be imported inside a function.
 OPTIONAL = {
     *("apex", "flash_attn", "lm_eval", "matplotlib", "pyarrow", "ray", "rich", "sentencepiece", "submitit", "tensorboard", "tiktoken"),

@@ -27,8 +27,9 @@ from megatron_completep.analysis.trial import PARAMETERIZATIONS, Design, with_ba
 from megatron_completep.command_line import Parser, file_to_read, list_of, one_of, whole
 from megatron_completep.config import check_world, load_config
 from megatron_completep.errors import ConfigError, exit_on_user_error, when_interrupted
+from megatron_completep.launch import Launch
 from megatron_completep.outputs import Output, check_outputs
-from megatron_completep.parallel.context import Launch, ParallelContext
+from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.training.precision import use_threads
 
 

@@ -23,7 +23,8 @@ from megatron_completep.data.tokenizer import build_tokenizer
 from megatron_completep.errors import exit_on_user_error
 from megatron_completep.interop.lm_eval_tasks import TaskSettings, evaluate_tasks
 from megatron_completep.interop.scoring import Scorer, score_token_file
-from megatron_completep.parallel.context import Launch, ParallelContext
+from megatron_completep.launch import Launch
+from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.training.generation import load_model, run_tokenizer
 from megatron_completep.training.precision import choose_precision, use_threads
 

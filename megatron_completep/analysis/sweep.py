@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 
 from megatron_completep.analysis.trial import PARAMETERIZATIONS, Trial, change, read_batches, reshape, under, with_base, with_seed
-from megatron_completep.analysis.worker_processes import ended_with, interrupts_held
+from megatron_completep.analysis.workers import processes
 from megatron_completep.config import config_from_mapping
 from megatron_completep.config.derived import tokens_per_step
 from megatron_completep.config.schema import Config
@@ -185,16 +184,16 @@ def run_local(points: Sequence[Point], folder: Path, workers: int, device: str, 
     left = missing(points, folder)
     (folder / "points").mkdir(parents=True, exist_ok=True)
     say(f"{len(points)} points, {len(left)} to run, {workers} at a time")
+    if not left:
+        return
     gpus = torch.cuda.device_count() if device.startswith("cuda") else 0
     started = time.perf_counter()
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool, ended_with(pool):
+    with processes(min(workers, len(left))) as pool:
         futures = {}
-        with interrupts_held():
-            for number, point in enumerate(left):
-                where = f"cuda:{number % gpus}" if gpus else "cpu"
-                values = point.config.model_dump(mode="json")
-                job = pool.submit(run_and_keep, point.settings(), values, str(result_path(folder, point)), where)
-                futures[job] = point
+        for number, point in enumerate(left):
+            where = f"cuda:{number % gpus}" if gpus else "cpu"
+            job = pool.submit(run_and_keep, point.settings(), point.config.model_dump(mode="json"), str(result_path(folder, point)), where)
+            futures[job] = point
         for done, job in enumerate(as_completed(futures), 1):
             say(f"[{done}/{len(left)}] {describe(futures[job])}: loss {job.result():.4f}")
     say(f"{len(left)} points in {time.perf_counter() - started:.0f} s")

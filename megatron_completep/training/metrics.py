@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -151,15 +150,6 @@ def memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return int(psutil.Process().memory_info().rss)
-
-
-def say_on_stdout(text: str) -> None:
-    """A line for the person watching, at once even through a pipe. A console that takes no more (a full disk under its file, a reader
-    that left) is given up: training goes on."""
-    try:
-        print(text, file=sys.stdout, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def open_sinks(config: Config, last_step: int, say: Callable[[str], None]) -> list[Sink]:

@@ -42,6 +42,11 @@ FAULTS = {
     31: "save slower than the watchdog's bound",
     32: "flipped bit in a journal or prebuilt order",
     33: "token file truncated under a run",
+    34: "closed terminal",
+    35: "hang that hosts the store, or before the first step",
+    36: "launcher killed during imports or rendezvous",
+    37: "clock set during the start",
+    38: "broken launch environment",
 }
 
 

@@ -16,6 +16,7 @@ import torch
 from harness import Fault, at_point, disk_full, kill_self
 
 from megatron_completep.parallel.gradients import GradientQueue
+from megatron_completep.training import build
 from megatron_completep.training.checkpoint import files, retention, save
 from megatron_completep.training.guards import hooks
 from megatron_completep.training.step import TrainingStep
@@ -32,6 +33,16 @@ def inject(fault: Fault) -> Callable[[str], None]:
             return at_point(fault, disk_full)
         case "hang":
             _at_steps(fault, lambda: time.sleep(3600))
+        case "signal":
+            _at_steps(fault, lambda: signal.raise_signal(int(fault.seconds)))
+        case "wait":
+            _at_steps(fault, lambda: wait_for_file(Path(fault.point)))
+        case "hang_early":
+            build.build_training_loader = lambda *_: time.sleep(3600)
+        case "stop_early":
+            build.build_training_loader = lambda *_: os.kill(os.getpid(), signal.SIGSTOP)
+        case "clock":
+            _set_the_clock(fault.seconds)
         case "stop":
             _at_steps(fault, lambda: os.kill(os.getpid(), signal.SIGSTOP))
         case "slow":
@@ -53,6 +64,22 @@ def inject(fault: Fault) -> Callable[[str], None]:
         case "spike_once":
             _scale_weights(fault, every_time=False)
     return lambda name: None
+
+
+def wait_for_file(path: Path) -> None:
+    while not path.exists():
+        time.sleep(0.01)
+
+
+def _set_the_clock(seconds: float) -> None:
+    """The clock of the day is set while the model is built."""
+    original, time_of_day = build.build_model, time.time
+
+    def build_model(*arguments: Any) -> Any:
+        time.time = lambda: time_of_day() + seconds
+        return original(*arguments)
+
+    build.build_model = build_model
 
 
 def _at_steps(fault: Fault, action: Callable[[], None], method: str = "run") -> None:

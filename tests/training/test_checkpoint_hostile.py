@@ -10,7 +10,6 @@ import json
 import os
 import re
 import struct
-import time
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +71,9 @@ def header_of(folder: Path) -> dict[str, Any]:
 def refused(saved: tuple[TinyRun, Path], said: str) -> None:
     """By everything that reads it: the run that resumes, and the tool."""
     run, folder = saved
-    started = time.monotonic()
     with pytest.raises(CheckpointError, match=said):
         TinyRun(run.config).resume()
     assert verify_checkpoint(folder)
-    assert time.monotonic() - started < 10
 
 
 def test_the_changes_themselves_are_not_what_is_refused(saved):

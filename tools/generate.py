@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_completep.config.json_text import parse_json
 from megatron_completep.config.schema import TokenizerConfig
 from megatron_completep.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_completep.errors import ConfigError, DataError, exit_on_user_error
@@ -66,10 +67,10 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
         return lines
     prompts = []
     for number, line in enumerate(lines, start=1):
-        try:
-            prompts.append(str(json.loads(line)["prompt"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f'{path}, line {number}: expected an object with the key "prompt" ({error!r}).') from None
+        row = parse_json(line, f"{path}, line {number}")
+        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+            raise DataError(f'{path}, line {number}: expected an object with the key "prompt" and a text.')
+        prompts.append(row["prompt"])
     return prompts
 
 

@@ -20,6 +20,7 @@ import torch
 from megatron_completep.analysis.trial import PARAMETERIZATIONS, Trial, change, read_batches, reshape, under, with_base, with_seed
 from megatron_completep.config import config_from_mapping
 from megatron_completep.config.derived import tokens_per_step
+from megatron_completep.config.json_text import read_json_object
 from megatron_completep.config.schema import Config
 from megatron_completep.errors import ConfigError, DataError, UserError
 from megatron_completep.model.flops import training_flops_per_token
@@ -231,31 +232,40 @@ def read_results(points: Sequence[Point], folder: Path) -> Iterator[tuple[Point,
         if not path.exists():
             continue
         try:
-            yield point, json.loads(path.read_text())
-        except ValueError as error:
-            raise DataError(f"{path}: not a result: {error}. Remove it; the next sweep runs the point again.") from error
+            result = read_json_object(path, finite=False)
+            loss_of(result), float(result["flops"])
+        except (DataError, KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{path}: not a result: {error}. Remove it; the next sweep runs the point again.") from None
+        yield point, result
 
 
 def save_grid(grid: Grid, config: Config, folder: Path) -> None:
     """What `report` needs to find the points again; another grid in the same folder is added to the first."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "sweep.json"
-    grids = json.loads(path.read_text())["grids"] if path.exists() else []
+    grids = _grids(path) if path.exists() else []
     entry = {"grid": asdict(grid), "config": config.model_dump(mode="json")}
     if entry not in grids:
         grids.append(json.loads(json.dumps(entry)))
     path.write_text(json.dumps({"grids": grids}, indent=1))
 
 
+def _grids(path: Path) -> list[dict[str, Any]]:
+    """The grids of a sweep.json. Raises DataError."""
+    grids = read_json_object(path).get("grids")
+    if not isinstance(grids, list) or not all(isinstance(entry, dict) for entry in grids):
+        raise DataError(f"{path}: holds no list of grids. Restore the file, or sweep into another folder.")
+    return grids
+
+
 def load_points(folder: Path) -> list[Point]:
     """All points of all grids of a folder, each once. DataError where there is no sweep."""
     path = folder / "sweep.json"
-    try:
-        grids = json.loads(path.read_text())["grids"]
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{path}: not a sweep ({error}). Make one with tools/lr_transfer.py sweep.") from error
     found: dict[tuple[str, str], Point] = {}
-    for entry in grids:
-        for point in Grid(**entry["grid"]).points(config_from_mapping(entry["config"])):
-            found[point.parameterization, point.key] = point
+    try:
+        for entry in _grids(path):
+            for point in Grid(**entry["grid"]).points(config_from_mapping(entry["config"])):
+                found[point.parameterization, point.key] = point
+    except (DataError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: not a sweep ({error}). Make one with tools/lr_transfer.py sweep.") from None
     return list(found.values())

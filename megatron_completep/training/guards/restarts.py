@@ -6,6 +6,8 @@ import json
 import os
 from pathlib import Path
 
+from megatron_completep.config.json_text import read_json
+from megatron_completep.errors import DataError
 from megatron_completep.training.state import ExitCode, RunStopped
 
 STARTS = ".starts.json"
@@ -32,7 +34,7 @@ def note_start(folder: Path, restart_count: int, step: int, limit: int) -> None:
 
 def _read(path: Path) -> list[int]:
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
+        value = read_json(path)
+    except DataError:
         return []
     return [step for step in value if isinstance(step, int)] if isinstance(value, list) else []

@@ -22,8 +22,8 @@ from megatron_completep.errors import ConfigError, exit_on_user_error
 from megatron_completep.interop.lm_eval_tasks import TaskSettings, evaluate_tasks
 from megatron_completep.interop.scoring import Scorer, score_token_file
 from megatron_completep.parallel.context import Launch, ParallelContext
-from megatron_completep.training.generation import load_model
-from megatron_completep.training.precision import choose_precision, use_threads
+from megatron_completep.training.generation import load_model, run_config
+from megatron_completep.training.precision import name_of, precision_of_run, use_threads
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -38,7 +38,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max-length", type=int, metavar="N", help="tokens the model sees at once (default: model.seq_length)")
     parser.add_argument("--tokenizer-model", metavar="FILE", help="where the tokenizer lies now, if not where the run found it")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--precision", choices=("auto", "float32", "bf16", "float64"), default="auto")
+    parser.add_argument(
+        "--precision", choices=("auto", "float32", "bf16", "float64"), default="auto", help="auto: that of the run, where the device can"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     arguments = parser.parse_args()
     if not arguments.tasks and not arguments.token_file:
@@ -50,14 +52,21 @@ def parse_arguments() -> argparse.Namespace:
 
 def evaluate(arguments: argparse.Namespace, context: ParallelContext) -> dict[str, Any]:
     """{"token_files": {prefix: scores}, "tasks": {task: metrics}}."""
-    config, model = load_model(arguments.checkpoint, context.device, choose_precision(arguments.precision, context.device))
+
+    def say(text: str) -> None:
+        if context.is_first:
+            print(text, file=sys.stderr)
+
+    trained = run_config(arguments.checkpoint).training.precision
+    precision = precision_of_run(arguments.precision, trained, context.device, say)
+    config, model = load_model(arguments.checkpoint, context.device, precision)
     settings = config.data.tokenizer
     if settings is None:
         raise ConfigError("the run has no data.tokenizer, so text cannot be turned into its tokens, nor tokens into bytes.")
     if arguments.tokenizer_model is not None:
         settings = TokenizerConfig(type=settings.type, model=arguments.tokenizer_model)
     scorer = Scorer(model, build_tokenizer(settings), context.world, arguments.batch_size, arguments.max_length)
-    results: dict[str, Any] = {"checkpoint": arguments.checkpoint, "token_files": {}, "tasks": {}}
+    results: dict[str, Any] = {"checkpoint": arguments.checkpoint, "precision": name_of(precision), "token_files": {}, "tasks": {}}
     for prefix in arguments.token_file:
         results["token_files"][prefix] = score_token_file(scorer, IndexedDataset(prefix), arguments.limit).to_json()
     if arguments.tasks:

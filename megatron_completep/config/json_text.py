@@ -58,7 +58,7 @@ def read_bounded(path: str | os.PathLike[str], limit: int, error: type[UserError
         try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
-                raise error(f"{path}: not a plain file.")
+                raise error(f"{path} cannot be read: it is not a plain file.")
             with open(descriptor, "rb", closefd=False) as file:
                 data = file.read(limit + 1)
         finally:

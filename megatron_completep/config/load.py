@@ -72,7 +72,7 @@ def save_config(config: Config, path: str | os.PathLike[str]) -> None:
 
 def _read(path: str | os.PathLike[str]) -> str:
     try:
-        if not os.path.lexists(path):
+        if "\0" not in str(path) and not os.path.lexists(path):
             raise ConfigError(f"{path} does not exist. Give the path of a configuration file, such as configs/quickstart.yaml.")
         return read_bounded(path, MAX_BYTES, ConfigError).decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -178,7 +178,7 @@ def test_an_override_of_nested_aliases_is_refused_too(write):
 
 def test_a_pipe_and_a_file_without_end_are_refused_as_configurations(tmp_path):
     os.mkfifo(tmp_path / "pipe.yaml")
-    assert "not a plain file" in message_of(tmp_path / "pipe.yaml")
+    assert "cannot be read: it is not a plain file" in message_of(tmp_path / "pipe.yaml")
     with open(tmp_path / "large.yaml", "wb") as file:
         file.truncate(MAX_BYTES + 1)
     assert "more than the" in message_of(tmp_path / "large.yaml")

@@ -60,7 +60,8 @@ class Curve:
 
     def same_runs(self, other: Curve) -> bool:
         """Whether the other's runs are these: at the base depth rules coincide, and share them."""
-        return np.array_equal(self.log2_lr, other.log2_lr) and np.array_equal(self.losses, other.losses) and self.flops == other.flops
+        shapes = [(c.hidden_size, c.num_layers, c.train_steps, c.base_weight_decay, c.base_init_std) for c in (self, other)]
+        return shapes[0] == shapes[1] and np.array_equal(self.log2_lr, other.log2_lr) and np.array_equal(self.losses, other.losses)
 
 
 @dataclass(frozen=True)

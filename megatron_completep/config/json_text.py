@@ -88,7 +88,7 @@ def _is_deep(text: str | bytes, value: Any) -> bool:
     if brackets <= MAX_DEPTH:
         return False
     level, depth = [value], 0
-    while level := [item for item in level if isinstance(item, dict | list) and item]:
+    while level := [item for item in level if isinstance(item, dict | list)]:
         depth += 1
         if depth > MAX_DEPTH:
             return True

@@ -98,7 +98,7 @@ def _validate(values: dict[str, Any], overrides: Sequence[str], origins: dict[Ke
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        problems += describe(error, origins)
+        problems += describe(error, origins, values)
     if problems:
         raise ConfigError(_report(name, problems))
     try:

@@ -190,6 +190,31 @@ def test_paths_that_cannot_be_read_are_refused(tmp_path):
     assert "cannot be read" in message_of("a\0b")
 
 
+@pytest.mark.parametrize(
+    ("word", "offered"),
+    [
+        ("model.num_layers=8.0", "Write 8."),
+        ("model.num_layers=0.0", None),  # 0 is refused next
+        ("model.num_layers=-8.0", None),
+        ("model.num_layers='8'", "Remove the quotes."),
+        ("model.num_layers='-8'", None),
+        ("optimizer.base_lr='1e-3'", "Remove the quotes."),
+        ("optimizer.base_lr='-1e-3'", None),
+        ("optimizer.base_lr='nan'", None),
+        ("training.output_dir=5", "Put it in quotes."),
+        ("data.split=969", None),  # it wants three parts
+        ("model.hiden_size=5", "Did you mean hidden_size? hidden_size is set as well: keep one of the two."),
+        ("model.drpout=0.5", "Did you mean dropout?"),
+    ],
+)
+def test_a_remedy_is_offered_only_where_the_setting_takes_it(word, offered):
+    with pytest.raises(ConfigError) as caught:
+        config_from_mapping(yaml.safe_load(TEXT.replace("completep:\n", "").replace("1e-3", "0.001")), [word])
+    message = str(caught.value)
+    remedies = ("Write ", "Remove the quotes", "Put it in quotes", "Did you mean")
+    assert (offered in message) if offered else not any(remedy in message for remedy in remedies)
+
+
 FIELD_MISTAKES = [
     ("model.hiden_size=3", "model.hiden_size: unknown key. Did you mean hidden_size?"),
     ("train_steps=3", "train_steps: unknown key. Did you mean training or training.train_steps?"),

@@ -32,7 +32,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("config", metavar="CONFIG", help="a run's YAML file; its data is read")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
     parser.add_argument("--depths", type=integers, default=[2, 4, 8, 16, 32], metavar="L,L,...", help="default: 2,4,8,16,32")
-    parser.add_argument("--seeds", type=int, default=3, help="repetitions with other weights and data (default: 3)")
+    parser.add_argument("--seeds", type=int, default=3, help="repetitions with other weights and data; one gives no verdict (default: 3)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write laziness.json, .png and .html there")
     parser.add_argument("--json", action="store_true", help="one object on stdout, the log on stderr")
     return parser.parse_intermixed_args()
@@ -47,6 +47,8 @@ def main() -> int | None:
     def say(text: str) -> None:
         print(text, file=sys.stderr if arguments.json else sys.stdout, flush=True)
 
+    if arguments.seeds == 1:
+        say("one seed gives no interval, and so no verdict (exit code 3): --seeds 3 gives both")
     samples = laziness.collect(config, sorted(set(arguments.depths)), arguments.seeds, say=say)
     result = laziness.judge(samples, base)
     say(describe_laziness(result, base))

@@ -8,8 +8,8 @@ The depth axis is run at the smallest width, the width axis at the smallest dept
 SP over width) runs beside the model. A model of your own: --model package:function, where function(config, table, context) returns an
 initialized module that declares the roles of its parameters (docs/instruments.md). Runs under torchrun too, in any layout.
 
-Exit code 0: right, and the control is not. 1: wrong. 2: bad input. 3: cannot tell: the intervals over seeds leave it open (few depths, seeds
-or steps do), or the control shows nothing.
+Exit code 0: right, and the control is not. 1: wrong. 2: bad input. 3: cannot tell: the intervals over seeds leave it open (few depths,
+seeds or steps do), or the control shows nothing.
 """
 
 from __future__ import annotations

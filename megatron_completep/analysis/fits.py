@@ -222,8 +222,9 @@ def bootstrap_located(
 
 def _quantile(values: Sequence[float], share: float) -> float:
     """Outward to the next value where some are infinite, between which nothing can be interpolated."""
-    outward = "lower" if share < 0.5 else "higher"
-    return float(np.quantile(values, share, method="linear" if np.isfinite(values).all() else outward))
+    if np.isfinite(values).all():
+        return float(np.quantile(values, share))
+    return float(np.quantile(values, share, method="lower") if share < 0.5 else np.quantile(values, share, method="higher"))
 
 
 def mean_curve(losses: Array) -> Array:

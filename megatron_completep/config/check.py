@@ -414,7 +414,8 @@ def _micro_batches(config: Config, total: int, together: int) -> Iterator[Proble
     ramps = total != config.training.global_batch_size
     name = "training.batch_ramp: the batch size" if ramps else "training.global_batch_size"
     where = f"{name} = {total} makes {count} micro-batches"
-    setting, values = "training.global_batch_size", _multiples(together, total)
+    setting = "training.global_batch_size"
+    values: Sequence[int] = _multiples(together, total)
     if ramps:
         setting, values = "training.batch_ramp.start", range(together, config.training.global_batch_size, together)
     if parallel.schedule == "1f1b" and count < ranks:

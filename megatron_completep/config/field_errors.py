@@ -109,7 +109,7 @@ def _accepted(path: Path, value: Any) -> bool:
     if section is None or str(element) not in section.model_fields:
         return not isinstance(value, (dict, list))  # an element of a list, whose bounds are not looked up
     field = section.model_fields[str(element)]
-    annotation = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
+    annotation: Any = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
     try:
         TypeAdapter(annotation, config=ConfigDict(strict=True, allow_inf_nan=False)).validate_python(value)
     except ValidationError:

@@ -159,7 +159,7 @@ def _check_tokenizer(files: ModelFolder) -> None:
     if name is None:
         return
     try:
-        build_tokenizer(TokenizerConfig(type=kinds[name], model=str(files.path(name))))
+        build_tokenizer(TokenizerConfig.model_validate({"type": kinds[name], "model": str(files.path(name))}))
     except ImportError:
         return
     except DataError as error:

@@ -8,7 +8,8 @@ The depth axis is run at the smallest width, the width axis at the smallest dept
 SP over width) runs beside the model. A model of your own: --model package:function, where function(config, table, context) returns an
 initialized module that declares the roles of its parameters (docs/instruments.md). Runs under torchrun too, in any layout.
 
-Exit code 0: right, and the control is not. 1: wrong. 2: bad input. 3: cannot tell.
+Exit code 0: right, and the control is not. 1: wrong. 2: bad input. 3: cannot tell: the intervals over seeds leave it open (few depths,
+seeds or steps do), or the control shows nothing.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--widths", type=list_of(whole(1, 10**6)), default=[], metavar="N,N,...", help="hidden sizes (default: the configuration's own)"
     )
     parser.add_argument("--steps", type=whole(1, 10**6), default=10, help="optimizer steps of each model (default: 10)")
-    parser.add_argument("--seeds", type=whole(1, 1000), default=3, help="repetitions with other weights and data (default: 3)")
+    parser.add_argument(
+        "--seeds", type=whole(1, 1000), default=3, help="repetitions with other weights and data; one gives no verdict (default: 3)"
+    )
     parser.add_argument("--precision", choices=["float32", "float64", "bf16"], default="float32", help="default: float32")
     parser.add_argument(
         "--beside",
@@ -99,6 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         if context.is_first:
             print(text, file=sys.stderr if arguments.json else sys.stdout, flush=True)
 
+    if arguments.seeds == 1:
+        say("one seed gives no interval, and so no verdict (exit code 3): --seeds 3 gives both")
     plan = coordinate_check.Plan(
         sorted(set(depths)),
         sorted(set(widths)),

@@ -25,8 +25,8 @@ from megatron_completep.interop.lm_eval_tasks import TaskSettings, evaluate_task
 from megatron_completep.interop.scoring import Scorer, score_token_file
 from megatron_completep.launch import Launch
 from megatron_completep.parallel.context import ParallelContext
-from megatron_completep.training.generation import load_model, run_tokenizer
-from megatron_completep.training.precision import choose_precision, use_threads
+from megatron_completep.training.generation import load_model, run_config, run_tokenizer
+from megatron_completep.training.precision import name_of, precision_of_run, use_threads
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -43,7 +43,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-length", type=whole(1, 10**8), metavar="N", help="tokens the model sees at once (default: model.seq_length)")
     parser.add_argument("--tokenizer-model", type=tokenizer_model, metavar="FILE", help="instead of the run's own copy of its tokenizer")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--precision", choices=("auto", "float32", "bf16", "float64"), default="auto")
+    parser.add_argument(
+        "--precision", choices=("auto", "float32", "bf16", "float64"), default="auto", help="auto: that of the run, where the device can"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     arguments = parser.parse_args(argv)
     if not arguments.tasks and not arguments.token_file:
@@ -53,10 +55,17 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def evaluate(arguments: argparse.Namespace, context: ParallelContext) -> dict[str, Any]:
     """{"token_files": {prefix: scores}, "tasks": {task: metrics}}."""
-    config, model = load_model(arguments.checkpoint, context.device, choose_precision(arguments.precision, context.device))
+
+    def say(text: str) -> None:
+        if context.is_first:
+            print(text, file=sys.stderr)
+
+    trained = run_config(arguments.checkpoint).training.precision
+    precision = precision_of_run(arguments.precision, trained, context.device, say)
+    config, model = load_model(arguments.checkpoint, context.device, precision)
     settings = run_tokenizer(arguments.checkpoint, config, arguments.tokenizer_model)
     scorer = Scorer(model, build_tokenizer(settings), context.world, arguments.batch_size, arguments.max_length)
-    results: dict[str, Any] = {"checkpoint": str(arguments.checkpoint), "token_files": {}, "tasks": {}}
+    results: dict[str, Any] = {"checkpoint": str(arguments.checkpoint), "precision": name_of(precision), "token_files": {}, "tasks": {}}
     for prefix in arguments.token_file:
         results["token_files"][prefix] = score_token_file(scorer, IndexedDataset(prefix), arguments.limit).to_json()
     if arguments.tasks:

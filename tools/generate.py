@@ -5,8 +5,12 @@ Example:
     python tools/generate.py runs/quickstart --prompt "def main(" --max-new-tokens 200 --temperature 0.7
     python tools/generate.py runs/quickstart --prompts prompts.txt --batch-size 16 --json > texts.json
 
-CHECKPOINT is a run's folder (its newest checkpoint) or one of its checkpoints/step_NNNNNNNN. Text appears as it is made; the same
-seed gives the same texts, whatever the batch size. --prompts reads a prompt a line, or from a .jsonl file the key "prompt".
+CHECKPOINT is a run's folder (its newest checkpoint) or one of its checkpoints/step_NNNNNNNN. Text appears as it is made.
+--prompts reads a prompt a line, or from a .jsonl file the key "prompt".
+
+The same seed gives the same texts on the same device. In float32 and float64 the batch size does not matter (rounding turns one draw in
+a million at most); in bf16 it does, for another batch rounds logits differently: give the same --batch-size and prompts, or
+--precision float32.
 """
 
 import argparse
@@ -19,12 +23,13 @@ from pathlib import Path
 import torch
 
 from megatron_completep.command_line import Parser, file_to_read, folder_to_read, real, tokenizer_model, whole
+from megatron_completep.config.json_text import parse_json
 from megatron_completep.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_completep.errors import DataError, exit_on_user_error
 from megatron_completep.model.gpt import GPT
 from megatron_completep.parallel.context import choose_device
-from megatron_completep.training.generation import Sampling, generate_texts, load_model, run_tokenizer
-from megatron_completep.training.precision import choose_precision, use_threads
+from megatron_completep.training.generation import Sampling, generate_texts, load_model, run_config, run_tokenizer
+from megatron_completep.training.precision import name_of, precision_of_run, use_threads
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -51,7 +56,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--samples", type=whole(1, 10**6), default=1, metavar="N", help="texts to make of each prompt (default: 1)")
     parser.add_argument("--tokenizer-model", type=tokenizer_model, metavar="FILE", help="instead of the run's own copy of its tokenizer")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--precision", choices=("auto", "float32", "bf16", "float64"), default="auto")
+    parser.add_argument(
+        "--precision", choices=("auto", "float32", "bf16", "float64"), default="auto", help="auto: that of the run, where the device can"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout instead of streaming")
     return parser.parse_args(argv)
 
@@ -69,11 +76,15 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
         return lines
     prompts = []
     for number, line in enumerate(lines, start=1):
-        try:
-            prompts.append(str(json.loads(line)["prompt"]))
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise DataError(f'{path}, line {number}: expected an object with the key "prompt" ({error!r}).') from None
+        row = parse_json(line, f"{path}, line {number}")
+        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+            raise DataError(f'{path}, line {number}: expected an object with the key "prompt" and a text.')
+        prompts.append(row["prompt"])
     return prompts
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def make_texts(model: GPT, tokenizer: Tokenizer, prompts: Sequence[str], arguments: argparse.Namespace) -> list[str]:
@@ -105,7 +116,11 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     device = choose_device(arguments.device, 0)
     use_threads(None, 1)
     prompts = read_prompts(arguments)
-    config, model = load_model(arguments.checkpoint, device, choose_precision(arguments.precision, device))
+    trained = run_config(arguments.checkpoint).training.precision
+    precision = precision_of_run(arguments.precision, trained, device, say)
+    if precision == torch.bfloat16 and arguments.batch_size > 1 and len(prompts) * arguments.samples > 1:
+        say("in bf16 the texts of a seed depend on --batch-size and on the prompts beside them; --precision float32 removes that.")
+    config, model = load_model(arguments.checkpoint, device, precision)
     settings = run_tokenizer(arguments.checkpoint, config, arguments.tokenizer_model)
     started = time.perf_counter()
     wanted = [prompt for prompt in prompts for _ in range(arguments.samples)]
@@ -113,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if arguments.json:
         n = arguments.samples
         results = [{"prompt": prompt, "texts": texts[i * n : (i + 1) * n]} for i, prompt in enumerate(prompts)]
-        print(json.dumps({"results": results, "seconds": time.perf_counter() - started}))
+        print(json.dumps({"results": results, "precision": name_of(precision), "seconds": time.perf_counter() - started}))
     return 0
 
 

@@ -33,7 +33,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--depths", type=list_of(whole(1, 10**5)), default=[2, 4, 8, 16, 32], metavar="L,L,...", help="default: 2,4,8,16,32"
     )
-    parser.add_argument("--seeds", type=whole(1, 1000), default=3, help="repetitions with other weights and data (default: 3)")
+    parser.add_argument(
+        "--seeds", type=whole(1, 1000), default=3, help="repetitions with other weights and data; one gives no verdict (default: 3)"
+    )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write laziness.json, .png and .html there")
     parser.add_argument("--json", action="store_true", help="one object on stdout, the log on stderr")
     return parser.parse_args(argv)
@@ -51,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     def say(text: str) -> None:
         print(text, file=sys.stderr if arguments.json else sys.stdout, flush=True)
 
+    if arguments.seeds == 1:
+        say("one seed gives no interval, and so no verdict (exit code 3): --seeds 3 gives both")
     with when_interrupted("a measurement is all or nothing, so nothing was written; start it again."):
         samples = laziness.collect(config, sorted(set(arguments.depths)), arguments.seeds, say=say)
     result = laziness.judge(samples, base)

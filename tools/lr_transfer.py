@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -130,6 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
             device = choose_device(config.training.device, 0).type
             with when_interrupted("finished points are kept; the same command goes on with the others."):
                 sweep.run_local(points, arguments.out, arguments.workers or sweep.default_workers(device), device, say)
+            say(f"next: {shlex.join(['python', 'tools/lr_transfer.py', 'report', str(arguments.out)])}")
         result = {"points": len(points), "missing": len(sweep.missing(points, arguments.out)), "folder": str(arguments.out)}
     elif arguments.command == "report":
         result = make_report(arguments.folder, arguments.baseline, say)

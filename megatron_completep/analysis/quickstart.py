@@ -18,6 +18,7 @@ import torch
 
 from megatron_completep.analysis.run_report import run_report
 from megatron_completep.config import Config, load_config
+from megatron_completep.config.json_text import read_json_object
 from megatron_completep.data.preprocess.run import preprocess
 from megatron_completep.data.preprocess.settings import PreprocessSettings, TokenizerChoice
 from megatron_completep.data.tokenizer import build_tokenizer
@@ -162,7 +163,7 @@ def gather_standard_library(folder: Path, show: Show) -> dict[str, Any]:
     library = Path(sysconfig.get_paths()["stdlib"])
     record = folder / "corpus.json"
     identity = {"python": sys.version.split()[0], "library": str(library)}
-    known = json.loads(record.read_bytes()) if record.exists() else {}
+    known = read_json_object(record) if record.exists() else {}
     if {name: known.get(name) for name in identity} == identity:
         return known
     paths = sorted(path for path in library.rglob("*.py") if "site-packages" not in path.parts and "dist-packages" not in path.parts)

@@ -20,6 +20,7 @@ from megatron_completep.analysis.trial import PARAMETERIZATIONS, Trial, change, 
 from megatron_completep.analysis.workers import processes
 from megatron_completep.config import config_from_mapping
 from megatron_completep.config.derived import tokens_per_step
+from megatron_completep.config.json_text import read_json_object
 from megatron_completep.config.schema import Config
 from megatron_completep.errors import ConfigError, DataError, UserError
 from megatron_completep.files import write_whole
@@ -227,9 +228,11 @@ def read_results(points: Sequence[Point], folder: Path) -> Iterator[tuple[Point,
         if not path.exists():
             continue
         try:
-            yield point, json.loads(path.read_text())
-        except ValueError as error:
-            raise DataError(f"{path}: not a result: {error}. Remove it; the next sweep runs the point again.") from error
+            result = read_json_object(path, finite=False)
+            loss_of(result), float(result["flops"])
+        except (DataError, KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{path}: not a result: {error}. Remove it; the next sweep runs the point again.") from None
+        yield point, result
 
 
 def save_grid(grid: Grid, config: Config, folder: Path) -> None:
@@ -238,7 +241,7 @@ def save_grid(grid: Grid, config: Config, folder: Path) -> None:
     Raises DataError: the file that is there is no sweep, or cannot be replaced. It stays as it is then.
     """
     path = folder / "sweep.json"
-    grids = _grids_of(path) if path.exists() else []
+    grids = _grids(path) if path.exists() else []
     entry = {"grid": asdict(grid), "config": config.model_dump(mode="json")}
     if entry not in grids:
         grids.append(json.loads(json.dumps(entry)))
@@ -249,18 +252,22 @@ def save_grid(grid: Grid, config: Config, folder: Path) -> None:
         raise DataError(f"{path} cannot be written: {error.strerror}. Choose another folder, or free some space.") from None
 
 
-def _grids_of(path: Path) -> list[dict[str, Any]]:
-    try:
-        return list(json.loads(path.read_text())["grids"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not a sweep ({error}). Make one with tools/lr_transfer.py sweep.") from error
+def _grids(path: Path) -> list[dict[str, Any]]:
+    """The grids of a sweep.json. Raises DataError."""
+    grids = read_json_object(path).get("grids")
+    if not isinstance(grids, list) or not all(isinstance(entry, dict) for entry in grids):
+        raise DataError(f"{path}: holds no list of grids. Restore the file, or sweep into another folder.")
+    return grids
 
 
 def load_points(folder: Path) -> list[Point]:
     """All points of all grids of a folder, each once. DataError where there is no sweep."""
-    grids = _grids_of(folder / "sweep.json")
+    path = folder / "sweep.json"
     found: dict[tuple[str, str], Point] = {}
-    for entry in grids:
-        for point in Grid(**entry["grid"]).points(config_from_mapping(entry["config"])):
-            found[point.parameterization, point.key] = point
+    try:
+        for entry in _grids(path):
+            for point in Grid(**entry["grid"]).points(config_from_mapping(entry["config"])):
+                found[point.parameterization, point.key] = point
+    except (DataError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: not a sweep ({error}). Make one with tools/lr_transfer.py sweep.") from None
     return list(found.values())

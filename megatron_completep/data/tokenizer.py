@@ -6,6 +6,7 @@ Special tokens (end of document included) decode to nothing.
 
 import base64
 import os
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ from megatron_completep.data.files import printable, read_json, require_regular
 from megatron_completep.data.indexed import dtype_for_vocabulary
 from megatron_completep.errors import DataError
 
+MAX_VOCABULARY = 1 << 24  # ids; a larger one is a damaged file, and would ask for its size in memory
 SPACE_MARK = "\u2581"  # SentencePiece writes a space as this character and decodes both to a space
 _END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<eod>", "<EOD>", "</s>", "<eos>", "<|im_end|>", "[EOS]", "[SEP]")
 
@@ -179,13 +181,20 @@ class HuggingFaceTokenizer(Tokenizer):
         self.model_name = printable(path.name)
         self.hash = xxhash.xxh3_64_hexdigest(content)
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        if not vocabulary:
+            raise DataError(f"{path}: its vocabulary is empty. Give a tokenizer that was trained.")
         self.vocab_size = max(vocabulary.values()) + 1  # ids may have holes
+        if self.vocab_size > MAX_VOCABULARY:
+            raise DataError(f"{path}: holds the id {self.vocab_size - 1}; ids go up to {MAX_VOCABULARY - 1}.")
         names = (*_configured_end_of_document(path.parent / "tokenizer_config.json"), *_END_OF_DOCUMENT_NAMES)
         self.eod_id = next((vocabulary[name] for name in names if name in vocabulary), None)
 
     def _encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         # encode_batch_fast leaves out character offsets, which nobody here reads.
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        try:
+            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception as error:  # the library raises bare Exception for text that the vocabulary cannot express
+            raise DataError(f"{self.model_name}: a text cannot be encoded ({error}). Use another tokenizer.") from error
         return [np.fromiter(ids, self.dtype, len(ids)) for ids in (encoding.ids for encoding in encodings)]
 
     def _decode(self, ids: list[int]) -> str:
@@ -255,16 +264,26 @@ class TiktokenTokenizer(Tokenizer):
             )
         pattern, published_ranks, eod_id = _TIKTOKEN_ENCODINGS[name]
         ranks: dict[bytes, int] = {}
+        ranked: defaultdict[int, list[int]] = defaultdict(list)  # lines by rank
         for number, line in enumerate(_read(path, "tiktoken").splitlines(), start=1):
             try:
                 token, rank = line.split()
                 ranks[base64.b64decode(token, validate=True)] = int(rank)
             except ValueError as error:
                 raise DataError(f"{path}, line {number}: expected a base64 token and its rank, found {line[:40]!r}.") from error
+            ranked[int(rank)].append(number)
         if {bytes([byte]) for byte in range(256)} - ranks.keys():
             raise DataError(f"{path}: the ranks leave out some of the 256 single bytes, so some text could not be encoded.")
-        if len(ranks) != published_ranks:
-            eod_id = max(ranks.values()) + 1
+        highest = max(ranked)
+        twice = next((lines for rank, lines in sorted(ranked.items()) if len(lines) > 1), None)
+        if twice is not None:
+            raise DataError(f"{path}: lines {twice[0]} and {twice[1]} have the same rank; a rank is a token's id. Restore the file.")
+        if len(ranks) != len(ranked):
+            raise DataError(f"{path}: {len(ranked)} ranks for {len(ranks)} tokens: a token stands there twice. Restore the file.")
+        if min(ranked) < 0 or highest >= MAX_VOCABULARY:
+            raise DataError(f"{path}: ranks go from {min(ranked)} to {highest}; they are ids from 0 to {MAX_VOCABULARY - 1}.")
+        if len(ranks) != published_ranks or eod_id in ranked:
+            eod_id = highest + 1
         return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": eod_id})
 
     def _encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:

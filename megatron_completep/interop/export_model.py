@@ -35,7 +35,7 @@ ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """dtype auto: bfloat16 for a model trained in bf16, else float32. tokenizer: None takes the run's, "none" leaves it out."""
+    """dtype auto: bfloat16 where training.precision is bf16, else float32. tokenizer: None takes the run's, "none" leaves it out."""
 
     architecture: str = "auto"
     dtype: str = "auto"
@@ -76,7 +76,7 @@ def export_model(
     table = table_for(config.model, config.completep)
     architecture = choose_architecture(config.model, table, settings.architecture)
     folding = fold(architecture, config.model, table)
-    dtype = _dtype(settings.dtype, config)
+    dtype = _dtype(settings.dtype, config, say)
     chosen = _tokenizer_settings(config, checkpoint, settings.tokenizer)
     tokenizer = _tokenizer(config, chosen)
     say(f"{stored.folder}: {architecture}, {dtype}" + (f", folded: {pairs_text(folding.changed)}" if folding.changed else ""))
@@ -149,10 +149,14 @@ def _scaled(rows: Tensor, factor: float) -> Tensor:
     return out
 
 
-def _dtype(wanted: str, config: Config) -> str:
+def _dtype(wanted: str, config: Config, say: Callable[[str], None]) -> str:
+    """auto: the type of the run; float32 where that says auto itself, and for float64, which such folders do not have."""
     if wanted != "auto":
         return ALIASES.get(wanted, wanted)
-    return "bfloat16" if config.training.precision in ("bf16", "auto") else "float32"
+    trained = config.training.precision
+    if trained in ("auto", "float64"):
+        say(f"the run's training.precision is {trained}: its weights are written in float32; --dtype chooses another type.")
+    return "bfloat16" if trained == "bf16" else "float32"
 
 
 def _tokenizer_settings(config: Config, checkpoint: str | Path, model: str | None) -> TokenizerConfig | None:

@@ -80,10 +80,19 @@ def run_tokenizer(path: str | Path, config: Config, model: str | None = None) ->
     return at_hand(settings, find_checkpoint(path).absolute().parent.parent)
 
 
+def run_config(path: str | Path) -> Config:
+    """The configuration that a checkpoint was written with. Raises CheckpointError."""
+    return _open_run(path)[1]
+
+
+def _open_run(path: str | Path) -> tuple[StoredCheckpoint, Config]:
+    stored = StoredCheckpoint.open(find_checkpoint(path))
+    return stored, config_from_mapping(stored.manifest.config, name=f"{stored.folder}: its configuration")
+
+
 def load_model(path: str | Path, device: torch.device, dtype: torch.dtype) -> tuple[Config, GPT]:
     """The whole model of a checkpoint, of any layout, on one device; parameters in `dtype`."""
-    stored = StoredCheckpoint.open(find_checkpoint(path))
-    config = config_from_mapping(stored.manifest.config, name=f"{stored.folder}: its configuration")
+    stored, config = _open_run(path)
     tokens = tokens_per_step(config)
     table = table_for(config.model, config.completep, tokens, total_tokens(config))
     model = GPT(config.model, table, ParallelContext.single(device)).to(dtype)
@@ -102,7 +111,9 @@ class Generation:
     than the shortest, its own tokens are fed in place of drawn ones. After the prompts, each step takes one token of each
     unfinished row through the model. A row ends after max_new_tokens, at (and without) the end-of-document token, or by `stop`.
 
-    generators: one a prompt, so that a text does not depend on the batch it is made in.
+    generators: one a prompt, so that a text does not depend on the batch it is made in, as far as the logits do not. Matrix products
+    of another number of rows round differently: by 1e-6 of a logit in float32, which turns about one draw in a million, but by
+    1e-2 in bf16, where a text is the same only in the same batch.
     """
 
     def __init__(

@@ -12,8 +12,9 @@ from typing import Any
 import psutil
 import torch
 
+from megatron_completep.config.json_text import parse_json
 from megatron_completep.config.schema import Config
-from megatron_completep.errors import ConfigError
+from megatron_completep.errors import ConfigError, DataError
 from megatron_completep.training.trackers import Row, Sink, open_trackers
 
 METRICS = "metrics.jsonl"
@@ -78,18 +79,24 @@ def cut_metrics(path: Path, last_step: int) -> None:
 
 def _step_of(line: bytes) -> int:
     """The step of a line, -1 for a line that is none."""
+    row = _row_of(line)
+    return -1 if row is None else row["step"]
+
+
+def _row_of(line: bytes) -> dict[str, Any] | None:
+    """The row of a line; None for a line that is none. Losses may be NaN."""
     try:
-        row = json.loads(line)
-    except ValueError:
-        return -1
-    step = row.get("step") if isinstance(row, dict) else None
-    return step if isinstance(step, int) else -1
+        row = parse_json(line, "a line of metrics", finite=False)
+    except DataError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All whole rows of a `metrics.jsonl`; a torn last line is left out."""
     lines = path.read_bytes().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith(b"\n") and _step_of(line) >= 0]
+    rows = [row for line in lines if line.endswith(b"\n") and (row := _row_of(line)) is not None]
+    return [row for row in rows if row["step"] >= 0]
 
 
 class ConsoleLines:

@@ -41,6 +41,16 @@ def write_steps(path: Path, steps: int) -> None:
     file.close()
 
 
+def test_a_line_nested_without_end_is_no_row(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_steps(path, 2)
+    with path.open("ab") as file:
+        file.write(b'{"step": 3, "a": ' + b"[" * 2000 + b"]" * 2000 + b"}\n")
+    assert [r["step"] for r in read_metrics(path)] == [1, 2]
+    MetricsFile(path, 2, print).close()  # what a resume does with it
+    assert [r["step"] for r in read_metrics(path)] == [1, 2]
+
+
 def test_floats_read_back_bit_for_bit(tmp_path: Path) -> None:
     values = [0.1 + 0.2, 1 / 3, 5e-324, 1.7976931348623157e308, math.pi]
     file = MetricsFile(tmp_path / "metrics.jsonl", 0, print)

@@ -11,7 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from megatron_completep.errors import ConfigError
+from megatron_completep.config.json_text import parse_json
+from megatron_completep.errors import ConfigError, DataError
 
 LOCK = ".lock"
 
@@ -58,7 +59,7 @@ class OutputLock:
 
     def _holder(self) -> dict[str, Any]:
         try:
-            value = json.loads(os.pread(self._descriptor, 4096, 0))
-        except ValueError:
+            value = parse_json(os.pread(self._descriptor, 4096, 0), "the lock")
+        except DataError:
             return {}
         return value if isinstance(value, dict) else {}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from megatron_completep.errors import ConfigError
+from megatron_completep.config.json_text import read_json
+from megatron_completep.errors import ConfigError, DataError
 from megatron_completep.files import write_whole
 from megatron_completep.training.state import ExitCode, RunStopped
 
@@ -34,7 +35,7 @@ def note_start(folder: Path, restart_count: int, step: int, limit: int) -> None:
 
 def _read(path: Path) -> list[int]:
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
+        value = read_json(path)
+    except DataError:
         return []
     return [step for step in value if isinstance(step, int)] if isinstance(value, list) else []

@@ -17,7 +17,10 @@ PACKAGE = ROOT / "megatron_completep"
 ROOMS = {
     "roles": "What a parameter is.",
     "completep": "The table: which value each role of parameter trains with.",
-    "errors": "What a user can cause.",
+    "errors": "What a user can cause, and how a program ends.",
+    "files": "Files and folders that appear whole or not at all.",
+    "command_line": "How every program reads its command line.",
+    "outputs": "What a program will write, checked before its work.",
     "config": "The schema, loading, and rules between settings. No torch.",
     "kernels": "Fused operations and their plain twins. Knows nothing of models.",
     "parallel": "Mesh, collectives, tensor-parallel layers, the queue of weight gradients, pipeline schedules.",
@@ -74,7 +77,10 @@ def tools_page() -> str:
     parts = [
         "# Tools",
         "`python tools/NAME.py` in a checkout, `python -m megatron_completep.tools.NAME` where the package is installed. `--help` lists "
-        "every option. A mistake of the user's is one message and exit code 2.",
+        "every option. Words `section.key=value` set a run's configuration and may stand anywhere, before, between and after options. "
+        "All mistakes of a command line are said at once, and what will be written is checked before the work: exit code 2. An output "
+        "is never an input; corpora, tokenizers, checkpoints and YAML files are replaced only with `--overwrite`, reports and pictures "
+        "that the project made are renewed. Ctrl-C ends with one sentence and exit code 130.",
     ]
     for path in sorted((ROOT / "tools").glob("*.py")):
         if path.stem != "__init__":

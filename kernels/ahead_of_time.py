@@ -22,6 +22,8 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from . import launch
 
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950")
+
 
 @dataclass(frozen=True)
 class Launch:

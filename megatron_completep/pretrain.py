@@ -1,24 +1,36 @@
 """Train one model from one YAML file.
 
-python -m megatron_completep.pretrain configs/quickstart.yaml training.train_steps=200
-torchrun --nproc-per-node 8 -m megatron_completep.pretrain configs/completep_1b.yaml
+Examples:
+
+    python -m megatron_completep.pretrain configs/quickstart.yaml training.train_steps=200
+    torchrun --nproc-per-node 8 -m megatron_completep.pretrain configs/completep_1b.yaml
 """
 
 from __future__ import annotations
 
-import argparse
+from megatron_completep.launch import Launch, begin_program, leave_with_launcher
 
-from megatron_completep.completep import table_of
+if __name__ == "__main__":
+    begin_program()  # before the imports below, which take seconds
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_completep.command_line import Parser, file_to_read
+from megatron_completep.completep import Table, table_of
 from megatron_completep.config import Config, check_world, load_config
 from megatron_completep.errors import exit_on_user_error
 from megatron_completep.optim.check import check_parameters
 from megatron_completep.optim.distributed_adamw import DistributedAdamW
-from megatron_completep.parallel.context import Launch, ParallelContext
+from megatron_completep.parallel.context import ParallelContext, choose_device
+from megatron_completep.parallel.rendezvous import meet, nobody_hears
 from megatron_completep.training import build
 from megatron_completep.training.checkpoint import Checkpointer, FailPoint, no_fail_point
-from megatron_completep.training.guards import Guard
+from megatron_completep.training.console import say_on_stderr, say_on_stdout
+from megatron_completep.training.guards import Guard, Watchdog
 from megatron_completep.training.loop import train
-from megatron_completep.training.metrics import say_on_stdout
 from megatron_completep.training.node import node_lines
 from megatron_completep.training.precision import choose_precision, use_threads
 from megatron_completep.training.signals import StopSignals
@@ -28,19 +40,42 @@ from megatron_completep.training.step import TrainingStep
 
 
 def pretrain(config: Config, fail_point: FailPoint = no_fail_point, clock: StartupClock | None = None) -> ExitCode:
-    """Train one model. Read this function first: it visits every room once, in order.
+    """Train one model, watched from the beginning: signals are heard, the ranks meet, a hang has an end.
 
     fail_point: called at named places of a save; the tests of faults pass one that breaks something there. clock: has run since
     the process began.
     """
     clock = clock or StartupClock()
     launch = Launch.from_environment()
+    leave_with_launcher()
     check_world(config, launch.world_size)
     table = table_of(config)
     warnings = check_parameters(config, table)
-    context = ParallelContext.create(config.parallel, config.training.device, f"{config.training.output_dir}/nccl_timeout_rank_")
-    say = say_on_stdout if context.is_first else lambda text: None
-    guard = Guard(config, context, launch, say)
+    choose_device(config.training.device, launch.local_rank)  # refused before the others wait for this rank
+    say = say_on_stdout if launch.rank == 0 else nobody_hears
+    hang_minutes, folder = config.guards.hang_timeout_minutes, Path(config.training.output_dir)
+    with StopSignals(say, config.training.exit_after_minutes, clock.elapsed, launch.by_torchrun) as signals:
+        store = meet(launch, 60 * config.parallel.timeout_minutes, say)
+        with Watchdog(launch, folder, 60 * hang_minutes if hang_minutes else None, store, say_on_stderr) as watchdog:
+            return train_one_model(config, launch, store, signals, watchdog, say, fail_point, clock, table, warnings)
+
+
+def train_one_model(
+    config: Config,
+    launch: Launch,
+    store: dist.Store | None,
+    signals: StopSignals,
+    watchdog: Watchdog,
+    say: Callable[[str], None],
+    fail_point: FailPoint,
+    clock: StartupClock,
+    table: Table,
+    warnings: Sequence[str],
+) -> ExitCode:
+    """Read this function first: it visits every room once, in order."""
+    watchdog.enter("joining the process group")
+    context = ParallelContext.create(config.parallel, config.training.device, f"{config.training.output_dir}/nccl_timeout_rank_", store)
+    guard = Guard(config, context, launch, watchdog, say)
     build.prepare_output(config, context)
     for warning in warnings:
         say(f"warning: {warning}")
@@ -50,38 +85,55 @@ def pretrain(config: Config, fail_point: FailPoint = no_fail_point, clock: Start
     precision = choose_precision(config.training.precision, context.device)
     clock.done("process_groups")
 
+    watchdog.enter("building the model")
     model = build.build_model(config, table, context, precision)
     optimizer = DistributedAdamW(model, table, config.optimizer, context, config.parallel, precision)
     step = TrainingStep(config, context, model, optimizer)
     clock.done("model")
+    watchdog.enter("opening the data")
     loader = build.build_training_loader(config, context)
     validation = build.build_validation(config, context)
+    build.keep_run_tokenizer(config, context, say)
     clock.done("data")
-    checkpointer = Checkpointer(config, context, optimizer, table, {"data": loader.fingerprint()}, say, fail_point)
+    watchdog.enter("loading the checkpoint", at_least_seconds=0.9 * 60 * config.checkpoint.timeout_minutes)
+    checkpointer = Checkpointer(
+        config,
+        context,
+        optimizer,
+        table,
+        {"data": loader.fingerprint()},
+        say,
+        fail_point,
+        order=loader.corpus,
+        still_here=guard.still_here,
+    )
     state = checkpointer.load_latest() or RunState()
     guard.note_start(state.step)
+    build.record_start(config, context, state)
     clock.done("checkpoint")
+    watchdog.enter("preparing the first step")
     rollbacks = guard.rollbacks(checkpointer)
 
     say(build.describe_run(config, context, precision, threads, model))
     if state.step:
         say(f"resumed after step {state.step}")
+    if (done := build.nothing_left(config, state)) is not None:
+        say(done)
     hooks = [*guard.hooks(step, state, rollbacks), StartupReport(clock, say)]
     hooks += build.default_hooks(config, context, step, validation, checkpointer, state, precision, say)
-    signals = StopSignals(say, config.training.exit_after_minutes, clock.elapsed)
     code = train(config, context, step, loader, state, hooks, signals, rollbacks)
     guard.close()
     context.close()
     return code
 
 
-def main() -> int | None:
+def main(argv: Sequence[str] | None = None) -> int | None:
     """Read the command line, train, and return the process's exit code."""
     clock = StartupClock.from_process_start()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", help="the YAML file of the run")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
-    arguments = parser.parse_args()
+    parser = Parser(__doc__)
+    parser.add_argument("config", type=file_to_read, metavar="CONFIG", help="the YAML file of the run")
+    parser.add_overrides()
+    arguments = parser.parse_args(argv)
     return pretrain(load_config(arguments.config, arguments.overrides), clock=clock)
 
 

@@ -10,9 +10,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "megatron_completep"
-LEVELS = ["kernels errors roles", "config", "completep parallel", "model data", "optim", "training analysis interop", "pretrain tools"]
+LEVELS = [
+    "kernels errors roles files command_line outputs",
+    "config launch",
+    "completep parallel",
+    "model data",
+    "optim",
+    "training analysis interop",
+    "pretrain tools",
+]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms.split()}
-WITHOUT_TORCH = {"config", "completep", "errors", "roles"}
+WITHOUT_TORCH = {"config", "completep", "errors", "roles", "files", "command_line", "outputs", "launch"}
 # Optional or slow to import: these alone may be imported inside a function.
 OPTIONAL = {
     *("apex", "flash_attn", "lm_eval", "matplotlib", "pyarrow", "ray", "rich", "sentencepiece", "submitit", "tensorboard", "tiktoken"),
@@ -118,8 +126,8 @@ def test_a_right_import_is_accepted(module, source):
 
 
 def test_a_configuration_is_checked_without_loading_torch():
-    program = (
-        "import sys, megatron_completep.config, megatron_completep.completep, megatron_completep.errors; print('torch' in sys.modules)"
-    )
+    modules = ("config", "completep", "errors", "command_line", "outputs")
+    imports = "; ".join(f"import megatron_completep.{module}" for module in modules)
+    program = f"import sys; {imports}; print('torch' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout == "False\n"

@@ -17,7 +17,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
-GLOO_TIMEOUT = timedelta(seconds=60)
+GLOO_TIMEOUT = timedelta(seconds=280)  # a busy machine is no failure
 
 
 def _serve(connection: Connection, path: list[str]) -> None:

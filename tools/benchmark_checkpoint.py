@@ -10,10 +10,13 @@ pages are dropped from the cache first.
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_completep.analysis.checkpoint_benchmark import CheckpointSpeeds, benchmark_checkpoints
+from megatron_completep.command_line import Parser, whole
 from megatron_completep.errors import exit_on_user_error
+from megatron_completep.outputs import Output, check_outputs
 
 GOALS = (  # what, against what, its share of the other's speed, the goal
     ("save", "plain write", 0.7),
@@ -23,13 +26,13 @@ GOALS = (  # what, against what, its share of the other's speed, the goal
 )
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=int, default=300, help="size of the checkpoint (default: 300)")
-    parser.add_argument("--rounds", type=int, default=5, help="timed turns (default: 5)")
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("--megabytes", type=whole(1, 10**6), default=300, help="size of the checkpoint (default: 300)")
+    parser.add_argument("--rounds", type=whole(1, 10**4), default=5, help="timed turns (default: 5)")
     parser.add_argument("--folder", type=Path, default=Path("."), help="where to write (default: here)")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def show(speeds: CheckpointSpeeds) -> str:
@@ -42,8 +45,9 @@ def show(speeds: CheckpointSpeeds) -> str:
     return "\n".join(lines)
 
 
-def main() -> int | None:
-    arguments = parse_arguments()
+def main(argv: Sequence[str] | None = None) -> int | None:
+    arguments = parse_arguments(argv)
+    check_outputs([Output("--folder", arguments.folder, folder=True)])
     speeds = benchmark_checkpoints(arguments.folder, arguments.megabytes, arguments.rounds)
     if arguments.json:
         ratios = {f"{one} / {other}": 1 / speeds.ratio(one, other) for one, other, _ in GOALS}

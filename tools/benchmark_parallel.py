@@ -12,32 +12,34 @@ is made of nn.Linear, nn.LayerNorm and `x + s * f(norm(x))`, with clip_grad_norm
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 
 import torch
 
 from megatron_completep.analysis.parallel_benchmark import OURS, ParallelComparison, compare_parallel
 from megatron_completep.analysis.training_benchmark import BenchmarkSettings
+from megatron_completep.command_line import Parser, whole
 from megatron_completep.config.schema import ModelConfig
 from megatron_completep.errors import exit_on_user_error
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, default=2, help="data-parallel ranks (default: 2)")
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--vocabulary", type=int, default=4096)
-    parser.add_argument("--sequence", type=int, default=256, help="tokens a sequence")
-    parser.add_argument("--batch", type=int, default=8, help="sequences a rank and step (default: 8)")
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("--processes", type=whole(1, 1024), default=2, help="data-parallel ranks (default: 2)")
+    parser.add_argument("--layers", type=whole(1, 10**7), default=8)
+    parser.add_argument("--hidden", type=whole(1, 10**7), default=256)
+    parser.add_argument("--heads", type=whole(1, 10**7), default=4)
+    parser.add_argument("--vocabulary", type=whole(1, 10**7), default=4096)
+    parser.add_argument("--sequence", type=whole(1, 10**7), default=256, help="tokens a sequence")
+    parser.add_argument("--batch", type=whole(1, 10**7), default=8, help="sequences a rank and step (default: 8)")
     parser.add_argument("--precision", nargs="+", choices=("float32", "bf16"), default=["float32"])
-    parser.add_argument("--rounds", type=int, default=12, help="timed steps of each program (default: 12)")
+    parser.add_argument("--rounds", type=whole(1, 10**4), default=12, help="timed steps of each program (default: 12)")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> int | None:
-    arguments = parse_arguments()
+def main(argv: Sequence[str] | None = None) -> int | None:
+    arguments = parse_arguments(argv)
     model = ModelConfig(
         hidden_size=arguments.hidden,
         num_layers=arguments.layers,

@@ -13,11 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import torch
 
 from megatron_completep.analysis.telemetry_benchmark import measure
+from megatron_completep.command_line import Parser, file_to_read, whole
 from megatron_completep.config import load_config
 from megatron_completep.errors import exit_on_user_error
 from megatron_completep.parallel.context import choose_device
@@ -25,17 +27,17 @@ from megatron_completep.training.build import device_name
 from megatron_completep.training.precision import use_threads
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", metavar="CONFIG", help="a run's YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
-    parser.add_argument("--rounds", type=int, default=20, help="timed steps and looks (default: 20)")
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("config", type=file_to_read, metavar="CONFIG", help="a run's YAML file")
+    parser.add_overrides()
+    parser.add_argument("--rounds", type=whole(1, 10**4), default=20, help="timed steps and looks (default: 20)")
     parser.add_argument("--json", action="store_true", help="one object on stdout, the log on stderr")
-    return parser.parse_intermixed_args()
+    return parser.parse_args(argv)
 
 
-def main() -> int | None:
-    arguments = parse_arguments()
+def main(argv: Sequence[str] | None = None) -> int | None:
+    arguments = parse_arguments(argv)
     config = load_config(arguments.config, arguments.overrides)
     device = choose_device(config.training.device, 0)
     threads = use_threads(config.training.cpu_threads, 1)

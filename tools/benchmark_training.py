@@ -12,10 +12,12 @@ our median step time over the plain one's; below 1 ours is faster. Model FLOPs a
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 
 import torch
 
 from megatron_completep.analysis.training_benchmark import BenchmarkSettings, Comparison, Timing, compare
+from megatron_completep.command_line import Parser, whole
 from megatron_completep.config.schema import ModelConfig
 from megatron_completep.errors import exit_on_user_error
 from megatron_completep.parallel.context import choose_device
@@ -23,32 +25,32 @@ from megatron_completep.training.build import device_name
 from megatron_completep.training.precision import use_threads
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
     shape = parser.add_argument_group("model shape")
-    shape.add_argument("--layers", type=int, default=8)
-    shape.add_argument("--hidden", type=int, default=256)
-    shape.add_argument("--heads", type=int, default=4)
-    shape.add_argument("--ffn", type=int, help="inner width of the MLP (default: 4 times hidden)")
-    shape.add_argument("--vocabulary", type=int, default=4096)
-    shape.add_argument("--sequence", type=int, default=256, help="tokens a sequence")
+    shape.add_argument("--layers", type=whole(1, 10**7), default=8)
+    shape.add_argument("--hidden", type=whole(1, 10**7), default=256)
+    shape.add_argument("--heads", type=whole(1, 10**7), default=4)
+    shape.add_argument("--ffn", type=whole(1, 10**7), help="inner width of the MLP (default: 4 times hidden)")
+    shape.add_argument("--vocabulary", type=whole(1, 10**7), default=4096)
+    shape.add_argument("--sequence", type=whole(1, 10**7), default=256, help="tokens a sequence")
     shape.add_argument("--norm", choices=("layernorm", "rmsnorm"), default="layernorm")
     shape.add_argument("--activation", choices=("gelu", "squared_relu", "swiglu"), default="gelu")
     shape.add_argument("--position", choices=("learned", "rope"), default="learned")
     shape.add_argument("--no-bias", action="store_true")
-    parser.add_argument("--batch", type=int, default=8, help="sequences a step (default: 8)")
+    parser.add_argument("--batch", type=whole(1, 10**7), default=8, help="sequences a step (default: 8)")
     parser.add_argument("--precision", nargs="+", choices=("float32", "bf16"), default=["float32", "bf16"])
     parser.add_argument("--plain-bf16", choices=("autocast", "pure"), default="autocast", help="how the plain model computes in bf16")
-    parser.add_argument("--rounds", type=int, default=20, help="timed steps of each program (default: 20)")
+    parser.add_argument("--rounds", type=whole(1, 10**4), default=20, help="timed steps of each program (default: 20)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    parser.add_argument("--threads", type=whole(1, 4096), help="CPU threads (default: all cores)")
     parser.add_argument("--compile", action="store_true", help="torch.compile both")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> int | None:
-    arguments = parse_arguments()
+def main(argv: Sequence[str] | None = None) -> int | None:
+    arguments = parse_arguments(argv)
     model = ModelConfig(
         hidden_size=arguments.hidden,
         num_layers=arguments.layers,

@@ -12,12 +12,14 @@ suits a disk or an upload.
 
 import argparse
 import json
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_completep.command_line import Parser, file_to_read, folder_to_read, whole
 from megatron_completep.config import load_config
-from megatron_completep.errors import exit_on_user_error
+from megatron_completep.errors import exit_on_user_error, pairs_text, size_text
+from megatron_completep.outputs import Output, check_outputs
 from megatron_completep.training.checkpoint.adapt import adapt_checkpoint
 from megatron_completep.training.checkpoint.compare import side_by_side
 from megatron_completep.training.checkpoint.examine import (
@@ -50,46 +52,41 @@ EXAMPLES = {  # command: what it does, an example
 }
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add = {name: _add(commands, name, text, example) for name, (text, example) in EXAMPLES.items()}
-    add["list"].add_argument("run", type=Path, help="a run's output_dir, or a folder that holds step_NNNNNNNN")
+    add["list"].add_argument("run", type=folder_to_read, help="a run's output_dir, or a folder that holds step_NNNNNNNN")
     for name in ("inspect", "verify", "reshard", "adapt"):
-        add[name].add_argument("checkpoint", type=Path, help=A_CHECKPOINT)
-    add["diff"].add_argument("first", type=Path, help=A_CHECKPOINT)
-    add["diff"].add_argument("second", type=Path, help=A_CHECKPOINT)
+        add[name].add_argument("checkpoint", type=folder_to_read, help=A_CHECKPOINT)
+    add["diff"].add_argument("first", type=folder_to_read, help=A_CHECKPOINT)
+    add["diff"].add_argument("second", type=folder_to_read, help=A_CHECKPOINT)
     for name in ("reshard", "adapt"):
-        add[name].add_argument("--files", type=_at_least_one, default=1, metavar="N", help="how many files (default: 1)")
+        add[name].add_argument("--files", type=whole(1, 10**5), default=1, metavar="N", help="how many files (default: 1)")
     add["reshard"].add_argument("--output", type=Path, required=True, metavar="FOLDER", help="where step_NNNNNNNN is made")
-    add["adapt"].add_argument("config", help="YAML file of the run that shall go on from it; written into its output_dir/checkpoints")
-    add["adapt"].add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    add["adapt"].add_argument(
+        "config", type=file_to_read, help="YAML file of the run that shall go on from it; written into its output_dir/checkpoints"
+    )
+    add["adapt"].add_overrides()
     add["adapt"].add_argument(
         "--start-anew", action="store_true", help="take the weights alone: step 0, no moments, the data from the start"
     )
-    add["prune"].add_argument("run", type=Path, help="a run's output_dir")
-    add["prune"].add_argument("--keep", type=_at_least_one, required=True, metavar="K", help="newest checkpoints to keep (at least 1)")
-    add["prune"].add_argument("--keep-every", type=_at_least_one, metavar="M", help="keep those whose step is a multiple")
+    add["prune"].add_argument("run", type=folder_to_read, help="a run's output_dir")
+    add["prune"].add_argument("--keep", type=whole(), required=True, metavar="K", help="newest checkpoints to keep (at least 1)")
+    add["prune"].add_argument("--keep-every", type=whole(), metavar="M", help="keep those whose step is a multiple")
     add["prune"].add_argument("--dry-run", action="store_true", help="only say what would go")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def _add(commands: Any, name: str, text: str, example: str) -> argparse.ArgumentParser:
+def _add(commands: Any, name: str, text: str, example: str) -> Parser:
     parser = commands.add_parser(
         name,
         help=text.split(":")[0],
         description=f"{text[0].upper()}{text[1:]}.",
         epilog=f"Example:\n\n    python tools/checkpoint.py {example}\n",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     return parser
-
-
-def _at_least_one(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: give a number of at least 1")
-    return int(text)
 
 
 def show(value: Any, as_json: bool, text: str) -> None:
@@ -98,21 +95,22 @@ def show(value: Any, as_json: bool, text: str) -> None:
 
 def run_list(arguments: argparse.Namespace) -> int:
     rows = list_checkpoints(arguments.run)
-    lines = [
-        f"step {row['step']:>8}  "
-        + (row["problem"] or f"{row['bytes'] / 1e6:>10.1f} MB in {row['files']} files, {row['tokens']} tokens, layout {row['layout']}")
-        for row in rows
-    ]
+    lines = [f"step {row['step']:>8}  {row['problem'] or describe_row(row)}" for row in rows]
     show({"checkpoints": rows}, arguments.json, "\n".join(lines) or "no checkpoints")
     return 0
+
+
+def describe_row(row: dict[str, Any]) -> str:
+    size = f"{row['bytes'] / 1e6:>10.1f} MB in {row['files']} files, {row['tokens']} tokens"
+    return f"{size}, layout: {pairs_text(row['layout'])}"
 
 
 def run_inspect(arguments: argparse.Namespace) -> int:
     value = inspect_checkpoint(checkpoint_at(arguments.checkpoint))
     table, state = value["table"], value["state"]
     lines = [
-        f"{value['folder']}: step {value['step']} ({value['updates']:.0f} updates), {state}, {value['bytes'] / 1e6:.1f} MB",
-        f"layout {value['layout']}; versions {value['versions']}",
+        f"{value['folder']}: step {value['step']} ({value['updates']:.0f} updates), {size_text(value['bytes'])}; {pairs_text(state)}",
+        f"layout: {pairs_text(value['layout'])}; versions: {pairs_text(value['versions'])}",
         f"m_N {table['width_multiplier']:g}, m_L {table['depth_multiplier']:g}, alpha {table['alpha']:g}",
         f"{value['elements']:,} parameters:",
         *(f"  {name:<44} {p['role']:<14} {p['shape']} {p['dtype']}" for name, p in value["parameters"].items()),
@@ -139,6 +137,7 @@ def run_diff(arguments: argparse.Namespace) -> int:
 
 
 def run_reshard(arguments: argparse.Namespace) -> int:
+    check_outputs([Output("--output", arguments.output, folder=True)])
     folder = reshard_checkpoint(checkpoint_at(arguments.checkpoint), arguments.output, arguments.files)
     show({"folder": str(folder)}, arguments.json, f"wrote {folder}")
     return 0
@@ -146,25 +145,30 @@ def run_reshard(arguments: argparse.Namespace) -> int:
 
 def run_prune(arguments: argparse.Namespace) -> int:
     checkpoints = checkpoints_of(arguments.run)
+    problems: list[str] = []
     if arguments.dry_run:
         folders = committed_steps(checkpoints)
         gone = [str(folders[step]) for step in superseded(folders, arguments.keep, arguments.keep_every)]
     else:
         lock = OutputLock(checkpoints.parent, wait_seconds=0)  # not beside a trainer that is saving
-        gone = [str(folder) for folder in prune(checkpoints, arguments.keep, arguments.keep_every)]
-        lock.release()
+        try:
+            removal = prune(checkpoints, arguments.keep, arguments.keep_every)
+        finally:
+            lock.release()
+        gone, problems = [str(folder) for folder in removal.removed], removal.problems
     verb = "would remove" if arguments.dry_run else "removed"
     show(
-        {"removed": gone, "dry_run": arguments.dry_run},
+        {"removed": gone, "problems": problems, "dry_run": arguments.dry_run},
         arguments.json,
-        "\n".join(f"{verb} {folder}" for folder in gone) or "nothing to remove",
+        "\n".join([*(f"{verb} {folder}" for folder in gone), *(f"not removed: {problem}" for problem in problems)]) or "nothing to remove",
     )
-    return 0
+    return 1 if problems else 0
 
 
 def run_adapt(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
     checkpoints = Path(config.training.output_dir) / "checkpoints"
+    check_outputs([Output("training.output_dir", checkpoints, folder=True)])
     source = checkpoint_at(arguments.checkpoint)
     folder, changed = adapt_checkpoint(source, config, checkpoints, arguments.files, arguments.start_anew)
     text = (
@@ -185,13 +189,9 @@ COMMANDS = {
 }
 
 
-def main() -> int | None:
-    arguments = parse_arguments()
-    try:
-        return COMMANDS[arguments.command](arguments)
-    except BrokenPipeError:  # `| head`
-        sys.stderr.close()
-        return 0
+def main(argv: Sequence[str] | None = None) -> int | None:
+    arguments = parse_arguments(argv)
+    return COMMANDS[arguments.command](arguments)
 
 
 if __name__ == "__main__":

@@ -12,32 +12,35 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import triton
 
 from megatron_completep.analysis.precompile import compile_run
+from megatron_completep.command_line import Parser, file_to_read
 from megatron_completep.config import load_config
 from megatron_completep.errors import ConfigError, exit_on_user_error
+from megatron_completep.kernels.ahead_of_time import ARCHITECTURES
+from megatron_completep.outputs import Output, check_outputs
 
-ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950")
 
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", help="the YAML file of the run")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("config", type=file_to_read, help="the YAML file of the run")
+    parser.add_overrides()
     parser.add_argument("--arch", required=True, choices=ARCHITECTURES, help="the GPUs of the run")
     parser.add_argument("--cache-dir", type=Path, help="folder for the compiled kernels (default: Triton's own)")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-    return parser.parse_intermixed_args()
+    return parser.parse_args(argv)
 
 
-def main() -> int | None:
-    arguments = parse_arguments()
+def main(argv: Sequence[str] | None = None) -> int | None:
+    arguments = parse_arguments(argv)
     if triton.knobs.runtime.interpret:
         raise ConfigError("TRITON_INTERPRET is set: the interpreter compiles nothing. Unset it.")
     if arguments.cache_dir is not None:
+        check_outputs([Output("--cache-dir", arguments.cache_dir, folder=True)])
         arguments.cache_dir.mkdir(parents=True, exist_ok=True)
         triton.knobs.cache.dir = str(arguments.cache_dir)
     config = load_config(arguments.config, arguments.overrides)

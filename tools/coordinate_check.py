@@ -8,7 +8,8 @@ The depth axis is run at the smallest width, the width axis at the smallest dept
 SP over width) runs beside the model. A model of your own: --model package:function, where function(config, table, context) returns an
 initialized module that declares the roles of its parameters (docs/instruments.md). Runs under torchrun too, in any layout.
 
-Exit code 0: right, and the control is not. 1: wrong. 2: bad input. 3: cannot tell.
+Exit code 0: right, and the control is not. 1: wrong. 2: bad input. 3: cannot tell: the intervals over seeds leave it open (few depths,
+seeds or steps do), or the control shows nothing.
 """
 
 from __future__ import annotations
@@ -17,48 +18,52 @@ import argparse
 import importlib
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_completep.analysis import coordinate_check
 from megatron_completep.analysis.check_report import describe_check, finite, write_check
 from megatron_completep.analysis.coordinate_verdict import judge
 from megatron_completep.analysis.trial import PARAMETERIZATIONS, Design, with_base
+from megatron_completep.command_line import Parser, file_to_read, list_of, one_of, whole
 from megatron_completep.config import check_world, load_config
-from megatron_completep.errors import ConfigError, exit_on_user_error
-from megatron_completep.parallel.context import Launch, ParallelContext
+from megatron_completep.errors import ConfigError, exit_on_user_error, when_interrupted
+from megatron_completep.launch import Launch
+from megatron_completep.outputs import Output, check_outputs
+from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.training.precision import use_threads
 
 
-def integers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",") if part]
-
-
-def names(text: str) -> list[str]:
-    """Parameterizations, by name."""
-    found = [part for part in text.split(",") if part]
-    if unknown := [name for name in found if name not in PARAMETERIZATIONS]:
-        raise argparse.ArgumentTypeError(f"{', '.join(unknown)} is not among {', '.join(PARAMETERIZATIONS)}")
-    return found
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", metavar="CONFIG", help="a run's YAML file; its data is read")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
-    parser.add_argument("--depths", type=integers, default=[], metavar="L,L,...", help="numbers of layers, such as 2,4,8,16,32")
-    parser.add_argument("--widths", type=integers, default=[], metavar="N,N,...", help="hidden sizes (default: the configuration's own)")
-    parser.add_argument("--steps", type=int, default=10, help="optimizer steps of each model (default: 10)")
-    parser.add_argument("--seeds", type=int, default=3, help="repetitions with other weights and data (default: 3)")
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("config", type=file_to_read, metavar="CONFIG", help="a run's YAML file; its data is read")
+    parser.add_overrides()
+    parser.add_argument(
+        "--depths", type=list_of(whole(1, 10**6)), default=[], metavar="L,L,...", help="numbers of layers, such as 2,4,8,16,32"
+    )
+    parser.add_argument(
+        "--widths", type=list_of(whole(1, 10**6)), default=[], metavar="N,N,...", help="hidden sizes (default: the configuration's own)"
+    )
+    parser.add_argument("--steps", type=whole(1, 10**6), default=10, help="optimizer steps of each model (default: 10)")
+    parser.add_argument(
+        "--seeds", type=whole(1, 1000), default=3, help="repetitions with other weights and data; one gives no verdict (default: 3)"
+    )
     parser.add_argument("--precision", choices=["float32", "float64", "bf16"], default="float32", help="default: float32")
     parser.add_argument(
-        "--beside", type=names, default=[], metavar="RULE,...", help="also measure and draw these, of completep,alpha_0.5,mup,sp"
+        "--beside",
+        type=list_of(one_of(PARAMETERIZATIONS)),
+        default=[],
+        metavar="RULE,...",
+        help="also measure and draw these, of completep,alpha_0.5,mup,sp",
     )
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="models at once, a process of one thread each (default: 1)")
+    parser.add_argument(
+        "--workers", type=whole(1, 1024), default=1, metavar="N", help="models at once, a process of one thread each (default: 1)"
+    )
     parser.add_argument("--no-eps", action="store_true", help="leave out the runs with a large eps, which alone show a wrong eps")
     parser.add_argument("--model", metavar="PACKAGE:FUNCTION", help="check this model instead of the project's")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write coordinate_check.json, .html and pictures there")
     parser.add_argument("--json", action="store_true", help="one object on stdout, the log on stderr")
-    return parser.parse_intermixed_args()
+    return parser.parse_args(argv)
 
 
 def load_function(name: str):
@@ -74,8 +79,8 @@ def load_function(name: str):
     return function
 
 
-def main() -> int | None:
-    arguments = parse_arguments()
+def main(argv: Sequence[str] | None = None) -> int | None:
+    arguments = parse_arguments(argv)
     config = with_base(load_config(arguments.config, arguments.overrides))
     launch = Launch.from_environment()
     check_world(config, launch.world_size)
@@ -86,6 +91,8 @@ def main() -> int | None:
     design = Design(make_model=load_function(arguments.model) if arguments.model else None)
     if arguments.workers > 1 and launch.world_size > 1:
         raise ConfigError(f"--workers {arguments.workers} and torchrun exclude each other: every rank trains its part of each model.")
+    if arguments.out is not None:
+        check_outputs([Output("--out", arguments.out, folder=True)])
     context = ParallelContext.create(config.parallel, config.training.device)
     use_threads(config.training.cpu_threads, launch.local_world_size)
     workers = coordinate_check.in_workers(arguments.workers, str(context.device))
@@ -95,6 +102,8 @@ def main() -> int | None:
         if context.is_first:
             print(text, file=sys.stderr if arguments.json else sys.stdout, flush=True)
 
+    if arguments.seeds == 1:
+        say("one seed gives no interval, and so no verdict (exit code 3): --seeds 3 gives both")
     plan = coordinate_check.Plan(
         sorted(set(depths)),
         sorted(set(widths)),
@@ -104,7 +113,9 @@ def main() -> int | None:
         check_eps=not arguments.no_eps,
         beside=arguments.beside,
     )
-    result = judge(coordinate_check.collect(config, plan, run, design, say), config.completep.alpha)
+    with when_interrupted("a check is all or nothing, so nothing was written; start it again."):
+        samples = coordinate_check.collect(config, plan, run, design, say)
+    result = judge(samples, config.completep.alpha)
     say(describe_check(result))
     if context.is_first and arguments.out is not None:
         own = config.completep.parameterization + (f", alpha {config.completep.alpha:g}" if config.completep.alpha != 1 else "")

@@ -8,28 +8,50 @@ The schedules come from the library that runs them, the buckets from the optimiz
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_completep.analysis.sizes import rank_layout, rank_specs
 from megatron_completep.analysis.step_picture import bubble, draw, overlap, schedule_actions, simulate
+from megatron_completep.command_line import Parser, file_to_read, real, whole
 from megatron_completep.config import load_config
 from megatron_completep.errors import exit_on_user_error
+from megatron_completep.outputs import Output, check_outputs
 
 SCHEDULES = (("gpipe", 1), ("1f1b", 1), ("interleaved_1f1b", 2), ("zero_bubble", 1), ("zero_bubble", 2))
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("docs/images/step.png"), help=".svg or .png (default: docs/images/step.png)")
-    parser.add_argument("--ranks", type=int, default=4, help="pipeline ranks (default: 4)")
-    parser.add_argument("--micro-batches", type=int, default=8, help="a step (default: 8)")
-    parser.add_argument("--config", default="configs/completep_1b.yaml", help="whose buckets to draw (default: configs/completep_1b.yaml)")
-    parser.add_argument("--bucket-megabytes", type=float, default=320, help="parallel.bucket_megabytes (default: 320, to see few)")
-    return parser.parse_args()
+DEFAULT = "docs/images/step.png"
 
 
-def main() -> int | None:
-    arguments = parse_arguments()
+def _picture(text: str) -> Path:
+    if Path(text).suffix not in (".png", ".svg"):
+        raise argparse.ArgumentTypeError("the ending says the format. Use .png or .svg.")
+    return Path(text)
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("--output", type=_picture, default=Path(DEFAULT), help=".svg or .png (default: docs/images/step.png)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that is no picture of this project")
+    parser.add_argument("--ranks", type=whole(1, 256), default=4, help="pipeline ranks (default: 4)")
+    parser.add_argument("--micro-batches", type=whole(1, 4096), default=8, help="a step (default: 8)")
+    parser.add_argument(
+        "--config",
+        type=file_to_read,
+        default="configs/completep_1b.yaml",
+        help="whose buckets to draw (default: configs/completep_1b.yaml)",
+    )
+    parser.add_argument(
+        "--bucket-megabytes", type=real(above=0, at_most=10**9), default=320, help="parallel.bucket_megabytes (default: 320, to see few)"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int | None:
+    arguments = parse_arguments(argv)
+    ours = arguments.output == Path(DEFAULT)  # a name of the project's own
+    check_outputs([Output("--output", arguments.output, renewed=True)], [arguments.config], arguments.overwrite or ours)
     panels = []
     for name, virtual in SCHEDULES:
         spans = simulate(schedule_actions(name, arguments.ranks, virtual, arguments.micro_batches), virtual)

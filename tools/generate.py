@@ -5,8 +5,12 @@ Example:
     python tools/generate.py runs/quickstart --prompt "def main(" --max-new-tokens 200 --temperature 0.7
     python tools/generate.py runs/quickstart --prompts prompts.txt --batch-size 16 --json > texts.json
 
-CHECKPOINT is a run's folder (its newest checkpoint) or one of its checkpoints/step_NNNNNNNN. Text appears as it is made; the same
-seed gives the same texts, whatever the batch size. --prompts reads a prompt a line, or from a .jsonl file the key "prompt".
+CHECKPOINT is a run's folder (its newest checkpoint) or one of its checkpoints/step_NNNNNNNN. Text appears as it is made.
+--prompts reads a prompt a line, or from a .jsonl file the key "prompt".
+
+The same seed gives the same texts on the same device. In float32 and float64 the batch size does not matter (rounding turns one draw in
+a million at most); in bf16 it does, for another batch rounds logits differently: give the same --batch-size and prompts, or
+--precision float32.
 """
 
 import argparse
@@ -18,46 +22,52 @@ from pathlib import Path
 
 import torch
 
-from megatron_completep.config.schema import TokenizerConfig
+from megatron_completep.command_line import Parser, file_to_read, folder_to_read, real, tokenizer_model, whole
+from megatron_completep.config.json_text import parse_json
 from megatron_completep.data.tokenizer import Tokenizer, build_tokenizer
-from megatron_completep.errors import ConfigError, DataError, exit_on_user_error
+from megatron_completep.errors import DataError, exit_on_user_error
 from megatron_completep.model.gpt import GPT
 from megatron_completep.parallel.context import choose_device
-from megatron_completep.training.generation import Sampling, generate_texts, load_model
-from megatron_completep.training.precision import choose_precision, use_threads
+from megatron_completep.training.generation import Sampling, generate_texts, load_model, run_config, run_tokenizer
+from megatron_completep.training.precision import name_of, precision_of_run, use_threads
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's folder, or one checkpoint's")
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("checkpoint", type=folder_to_read, metavar="CHECKPOINT", help="a run's folder, or one checkpoint's")
     parser.add_argument("--prompt", default="", help="text to continue; - reads standard input (default: begin a document)")
-    parser.add_argument("--prompts", metavar="FILE", help="many texts to continue, instead of --prompt")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="texts made at once (default: 8)")
-    parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="default: 100")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (default: 0.8)")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens (default: 0, all)")
+    parser.add_argument("--prompts", type=file_to_read, metavar="FILE", help="many texts to continue, instead of --prompt")
+    parser.add_argument("--batch-size", type=whole(1, 10**6), default=8, metavar="N", help="texts made at once (default: 8)")
+    parser.add_argument("--max-new-tokens", type=whole(0, 10**7), default=100, metavar="N", help="default: 100")
+    parser.add_argument("--temperature", type=real(at_least=0), default=0.8, help="0: always the likeliest token (default: 0.8)")
+    parser.add_argument("--top-k", type=whole(0), default=0, metavar="K", help="draw from the K likeliest tokens (default: 0, all)")
     parser.add_argument(
-        "--top-p", type=float, default=0.95, metavar="P", help="draw from the likeliest tokens of this share (default: 0.95)"
+        "--top-p",
+        type=real(above=0, at_most=1),
+        default=0.95,
+        metavar="P",
+        help="draw from the likeliest tokens of this share (default: 0.95)",
     )
-    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: fewer repetitions (default: 1)")
+    parser.add_argument(
+        "--repetition-penalty", type=real(above=0), default=1.0, metavar="R", help="above 1: fewer repetitions (default: 1)"
+    )
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end after this text; may be given several times")
-    parser.add_argument("--seed", type=int, default=1234, help="default: 1234")
-    parser.add_argument("--samples", type=int, default=1, metavar="N", help="texts to make of each prompt (default: 1)")
-    parser.add_argument("--tokenizer-model", metavar="FILE", help="where the tokenizer lies now, if not where the run found it")
+    parser.add_argument("--seed", type=whole(0, 2**63 - 1), default=1234, help="default: 1234")
+    parser.add_argument("--samples", type=whole(1, 10**6), default=1, metavar="N", help="texts to make of each prompt (default: 1)")
+    parser.add_argument("--tokenizer-model", type=tokenizer_model, metavar="FILE", help="instead of the run's own copy of its tokenizer")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--precision", choices=("auto", "float32", "bf16", "float64"), default="auto")
+    parser.add_argument(
+        "--precision", choices=("auto", "float32", "bf16", "float64"), default="auto", help="auto: that of the run, where the device can"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout instead of streaming")
-    arguments = parser.parse_args()
-    if min(arguments.batch_size, arguments.samples) < 1:
-        parser.error("--batch-size and --samples take numbers above 0")
-    return arguments
+    return parser.parse_args(argv)
 
 
 def read_prompts(arguments: argparse.Namespace) -> list[str]:
     """All prompts. Raises DataError naming file and line."""
     if arguments.prompts is None:
         return [sys.stdin.read() if arguments.prompt == "-" else arguments.prompt]
-    path = Path(arguments.prompts)
+    path: Path = arguments.prompts
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -66,11 +76,15 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
         return lines
     prompts = []
     for number, line in enumerate(lines, start=1):
-        try:
-            prompts.append(str(json.loads(line)["prompt"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f'{path}, line {number}: expected an object with the key "prompt" ({error!r}).') from None
+        row = parse_json(line, f"{path}, line {number}")
+        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+            raise DataError(f'{path}, line {number}: expected an object with the key "prompt" and a text.')
+        prompts.append(row["prompt"])
     return prompts
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def make_texts(model: GPT, tokenizer: Tokenizer, prompts: Sequence[str], arguments: argparse.Namespace) -> list[str]:
@@ -97,24 +111,24 @@ def make_texts(model: GPT, tokenizer: Tokenizer, prompts: Sequence[str], argumen
     return texts
 
 
-def main() -> int | None:
-    arguments = parse_arguments()
+def main(argv: Sequence[str] | None = None) -> int | None:
+    arguments = parse_arguments(argv)
     device = choose_device(arguments.device, 0)
     use_threads(None, 1)
     prompts = read_prompts(arguments)
-    config, model = load_model(arguments.checkpoint, device, choose_precision(arguments.precision, device))
-    settings = config.data.tokenizer
-    if settings is None:
-        raise ConfigError("the run has no data.tokenizer, so its tokens cannot be turned into text.")
-    if arguments.tokenizer_model is not None:
-        settings = TokenizerConfig(type=settings.type, model=arguments.tokenizer_model)
+    trained = run_config(arguments.checkpoint).training.precision
+    precision = precision_of_run(arguments.precision, trained, device, say)
+    if precision == torch.bfloat16 and arguments.batch_size > 1 and len(prompts) * arguments.samples > 1:
+        say("in bf16 the texts of a seed depend on --batch-size and on the prompts beside them; --precision float32 removes that.")
+    config, model = load_model(arguments.checkpoint, device, precision)
+    settings = run_tokenizer(arguments.checkpoint, config, arguments.tokenizer_model)
     started = time.perf_counter()
     wanted = [prompt for prompt in prompts for _ in range(arguments.samples)]
     texts = make_texts(model, build_tokenizer(settings), wanted, arguments)
     if arguments.json:
         n = arguments.samples
         results = [{"prompt": prompt, "texts": texts[i * n : (i + 1) * n]} for i, prompt in enumerate(prompts)]
-        print(json.dumps({"results": results, "seconds": time.perf_counter() - started}))
+        print(json.dumps({"results": results, "precision": name_of(precision), "seconds": time.perf_counter() - started}))
     return 0
 
 

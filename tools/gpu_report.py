@@ -9,25 +9,27 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import triton
 
 from megatron_completep.analysis.gpu_report import describe_device, make_report, passed
+from megatron_completep.command_line import Parser
 from megatron_completep.errors import ConfigError, exit_on_user_error
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout: the folder and whether all parts passed")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> int | None:
-    arguments = parse_arguments()
+def main(argv: Sequence[str] | None = None) -> int | None:
+    arguments = parse_arguments(argv)
     if not torch.cuda.is_available():
         raise ConfigError("no GPU is visible to torch: this report is for a machine with one.")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}

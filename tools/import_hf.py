@@ -11,23 +11,28 @@ configuration. Weights are read from safetensors only, never from pickles (.bin)
 
 import argparse
 import json
+from collections.abc import Sequence
+from pathlib import Path
 
+from megatron_completep.command_line import Parser, folder_to_read, whole
 from megatron_completep.errors import exit_on_user_error
 from megatron_completep.interop.import_model import import_model
+from megatron_completep.outputs import Output, check_outputs
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", metavar="FOLDER", help="with config.json and .safetensors files")
-    parser.add_argument("output", metavar="OUT", help="folder of the run to be; must not hold one")
-    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="settings of the configuration")
-    parser.add_argument("--seq-length", type=int, metavar="N", help="tokens a training sample (default: the model's longest)")
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("folder", type=folder_to_read, metavar="FOLDER", help="with config.json and .safetensors files")
+    parser.add_argument("output", type=Path, metavar="OUT", help="folder of the run to be; must not hold one")
+    parser.add_overrides("settings of the configuration")
+    parser.add_argument("--seq-length", type=whole(1, 10**8), metavar="N", help="tokens a training sample (default: the model's longest)")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-    return parser.parse_intermixed_args()  # options may stand between the words
+    return parser.parse_args(argv)
 
 
-def main() -> int | None:
-    arguments = parse_arguments()
+def main(argv: Sequence[str] | None = None) -> int | None:
+    arguments = parse_arguments(argv)
+    check_outputs([Output("OUT", arguments.output, folder=True)], [arguments.folder])
     report = import_model(arguments.folder, arguments.output, arguments.overrides, arguments.seq_length)
     if arguments.json:
         print(json.dumps(report.to_json()))

@@ -13,41 +13,50 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_completep.analysis import laziness
 from megatron_completep.analysis.check_report import describe_laziness, finite, write_laziness
 from megatron_completep.analysis.trial import with_base
+from megatron_completep.command_line import Parser, file_to_read, list_of, whole
 from megatron_completep.config import load_config
-from megatron_completep.errors import exit_on_user_error
+from megatron_completep.errors import exit_on_user_error, when_interrupted
+from megatron_completep.outputs import Output, check_outputs
 from megatron_completep.training.precision import use_threads
 
 
-def integers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",") if part]
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", metavar="CONFIG", help="a run's YAML file; its data is read")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
-    parser.add_argument("--depths", type=integers, default=[2, 4, 8, 16, 32], metavar="L,L,...", help="default: 2,4,8,16,32")
-    parser.add_argument("--seeds", type=int, default=3, help="repetitions with other weights and data (default: 3)")
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("config", type=file_to_read, metavar="CONFIG", help="a run's YAML file; its data is read")
+    parser.add_overrides()
+    parser.add_argument(
+        "--depths", type=list_of(whole(1, 10**5)), default=[2, 4, 8, 16, 32], metavar="L,L,...", help="default: 2,4,8,16,32"
+    )
+    parser.add_argument(
+        "--seeds", type=whole(1, 1000), default=3, help="repetitions with other weights and data; one gives no verdict (default: 3)"
+    )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write laziness.json, .png and .html there")
     parser.add_argument("--json", action="store_true", help="one object on stdout, the log on stderr")
-    return parser.parse_intermixed_args()
+    return parser.parse_args(argv)
 
 
-def main() -> int | None:
-    arguments = parse_arguments()
+def main(argv: Sequence[str] | None = None) -> int | None:
+    arguments = parse_arguments(argv)
     config = with_base(load_config(arguments.config, arguments.overrides))
     base = config.completep.base_num_layers or config.model.num_layers
     use_threads(config.training.cpu_threads, 1)
 
+    if arguments.out is not None:
+        check_outputs([Output("--out", arguments.out, folder=True)])
+
     def say(text: str) -> None:
         print(text, file=sys.stderr if arguments.json else sys.stdout, flush=True)
 
-    samples = laziness.collect(config, sorted(set(arguments.depths)), arguments.seeds, say=say)
+    if arguments.seeds == 1:
+        say("one seed gives no interval, and so no verdict (exit code 3): --seeds 3 gives both")
+    with when_interrupted("a measurement is all or nothing, so nothing was written; start it again."):
+        samples = laziness.collect(config, sorted(set(arguments.depths)), arguments.seeds, say=say)
     result = laziness.judge(samples, base)
     say(describe_laziness(result, base))
     if arguments.out is not None:

@@ -11,14 +11,17 @@ writes data/corpus_text_document.{bin,idx,json} and data/corpus_report.{json,png
 import argparse
 import json
 import os
-import sys
+from collections.abc import Sequence
+from pathlib import Path
 
+from megatron_completep.command_line import Parser, names_of_token_files, real, tokenizer_model, whole
 from megatron_completep.data.preprocess.engines import ENGINES
 from megatron_completep.data.preprocess.quality import UNICODE_POLICIES, Limits
 from megatron_completep.data.preprocess.run import preprocess
 from megatron_completep.data.preprocess.settings import PreprocessSettings, TokenizerChoice
-from megatron_completep.data.preprocess.sources import INPUT_FORMATS
-from megatron_completep.errors import DataError, exit_on_user_error
+from megatron_completep.data.preprocess.sources import INPUT_FORMATS, LARGEST_DOCUMENT
+from megatron_completep.errors import DataError, exit_on_user_error, when_interrupted
+from megatron_completep.outputs import Output, check_outputs
 
 # The names Megatron-LM knows the same tokenizers by.
 MEGATRON_NAMES = {
@@ -30,8 +33,8 @@ MEGATRON_NAMES = {
 TOKENIZER_TYPES = ("sentencepiece", "huggingface", "tiktoken", "bytes")
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
     add_input = parser.add_argument_group("input")
     add_input.add_argument(
         "--input", nargs="+", required=True, metavar="PATH", help="files, folders or quoted globs ('src/**/*.py'), .gz .zst .xz .bz2 too"
@@ -54,7 +57,10 @@ def parse_arguments() -> argparse.Namespace:
         help=" | ".join(TOKENIZER_TYPES) + " (or Megatron's names)",
     )
     tokenizer.add_argument(
-        "--tokenizer-model", metavar="MODEL", help=".model file, tokenizer.json or its folder, .tiktoken file or encoding's name"
+        "--tokenizer-model",
+        type=tokenizer_model,
+        metavar="MODEL",
+        help=".model file, tokenizer.json or its folder, .tiktoken file or encoding's name",
     )
     tokenizer.add_argument("--append-eod", action="store_true", help="end every document with the end-of-document token")
     output = parser.add_argument_group("output")
@@ -68,30 +74,40 @@ def parse_arguments() -> argparse.Namespace:
     )
     quality.add_argument("--deduplicate", action="store_true", help="keep the first of documents with the same text")
     for bound in ("min-characters", "max-characters", "min-tokens", "max-tokens"):
-        quality.add_argument(f"--{bound}", type=int, metavar="N", help="drop documents outside this limit")
+        quality.add_argument(f"--{bound}", type=whole(0), metavar="N", help="drop documents outside this limit")
     quality.add_argument(
-        "--max-bad-documents", type=int, default=0, metavar="N", help="stop when more documents cannot be read (default: 0)"
+        "--max-bad-documents", type=whole(0), default=0, metavar="N", help="stop when more documents cannot be read (default: 0)"
+    )
+    quality.add_argument(
+        "--max-document-megabytes",
+        type=real(above=0),
+        default=LARGEST_DOCUMENT >> 20,
+        metavar="MB",
+        help="a line, file or row larger than this (in 2**20 bytes) is a bad document (default: 256)",
     )
     work = parser.add_argument_group("work")
     work.add_argument(
-        "--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="processes (default: the cores of this process)"
+        "--workers",
+        type=whole(1, 4096),
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="processes (default: the cores of this process)",
     )
     work.add_argument(
         "--shard", metavar="I/N", help="do part I (from 0) of N only, for job arrays; afterwards the same command without --shard merges"
     )
     work.add_argument("--engine", choices=ENGINES, default="local", help="local processes, or Ray actors")
     work.add_argument(
-        "--log-interval", type=int, default=1000, metavar="N", help="documents between progress lines where stderr is no terminal"
+        "--log-interval", type=whole(), default=1000, metavar="N", help="documents between progress lines where stderr is no terminal"
     )
-    work.add_argument("--partitions", type=int, help="accepted as in Megatron; work is divided by size here, whatever it says")
+    work.add_argument("--partitions", type=whole(), help="accepted as in Megatron; work is divided by size here, whatever it says")
     work.add_argument("--json", action="store_true", help="print the report as one JSON object on stdout")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> int | None:
-    arguments = parse_arguments()
-    if arguments.workers < 1:
-        raise DataError(f"--workers {arguments.workers}: give 1 or more.")
+def main(argv: Sequence[str] | None = None) -> int | None:
+    arguments = parse_arguments(argv)
+    check_outputs([Output("--output-prefix", path) for path in written_for(arguments)], arguments.input, overwrite=True)
     settings = PreprocessSettings(
         inputs=tuple(arguments.input),
         output_prefix=arguments.output_prefix,
@@ -102,8 +118,9 @@ def main() -> int | None:
         unicode=arguments.unicode,
         limits=Limits(arguments.min_characters, arguments.max_characters, arguments.min_tokens, arguments.max_tokens),
         deduplicate=arguments.deduplicate,
+        largest_document=max(1, round(arguments.max_document_megabytes * (1 << 20))),
     )
-    try:
+    with when_interrupted("finished work is kept; run the same command again to go on."):
         report = preprocess(
             settings,
             workers=arguments.workers,
@@ -113,11 +130,16 @@ def main() -> int | None:
             overwrite=arguments.overwrite,
             log_interval=arguments.log_interval,
         )
-    except KeyboardInterrupt:
-        print("interrupted: finished work is kept; run the same command again to go on.", file=sys.stderr)
-        return 130
     print(json.dumps(report) if arguments.json else describe(report))
     return 0
+
+
+def written_for(arguments: argparse.Namespace) -> list[Path]:
+    """The files that the run will leave, whatever its inputs turn out to be."""
+    prefix = arguments.output_prefix
+    reports = [Path(f"{prefix}_report.{suffix}") for suffix in ("json", "png")]
+    keys = {"text", *arguments.json_keys}
+    return reports + [path for key in sorted(keys) for path in names_of_token_files(f"{prefix}_{key}_document")]
 
 
 def parse_shard(text: str | None) -> tuple[int, int] | None:

@@ -10,27 +10,28 @@ interrupted quickstart goes on; remove runs/quickstart to train anew.
 """
 
 import argparse
-from pathlib import Path
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from megatron_completep.analysis.quickstart import Quickstart
-from megatron_completep.errors import exit_on_user_error
+from megatron_completep.command_line import Parser, file_to_read, real
+from megatron_completep.errors import exit_on_user_error, when_interrupted
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
-    parser.add_argument("--config", default="configs/quickstart.yaml", help="default: configs/quickstart.yaml")
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_overrides()
+    parser.add_argument("--config", type=file_to_read, default="configs/quickstart.yaml", help="default: configs/quickstart.yaml")
     parser.add_argument(
         "--goal",
-        type=float,
+        type=real(),
         default=2.5,
         metavar="NATS",
         help="exit 1 when the loss ends less than this below a uniform guess (default: 2.5)",
     )
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 class Bars:
@@ -49,17 +50,12 @@ class Bars:
             self._progress.stop()
 
 
-def main() -> int | None:
-    arguments = parse_arguments()
+def main(argv: Sequence[str] | None = None) -> int | None:
+    arguments = parse_arguments(argv)
     console = Console(highlight=False, soft_wrap=True)
-    quickstart = Quickstart(
-        str(Path(arguments.config)), arguments.overrides, lambda text: console.print(text, markup=False), Bars(console).show
-    )
-    try:
+    quickstart = Quickstart(str(arguments.config), arguments.overrides, lambda text: console.print(text, markup=False), Bars(console).show)
+    with when_interrupted("what is done is kept, and the same command goes on."):
         below = quickstart.run()
-    except KeyboardInterrupt:
-        console.print("\ninterrupted; the same command goes on")
-        return 130
     if below < arguments.goal:
         console.print(f"The goal was {arguments.goal} nats below; this is less.", markup=False)
         return 1

@@ -9,21 +9,30 @@ TRACE is a pair NAME.json and NAME.npz: the path without suffix, or either file.
 
 import argparse
 import json
+from collections.abc import Sequence
 
 from megatron_completep.analysis.replay import TOLERANCES, Replay, Trace, replay
+from megatron_completep.command_line import Parser, file_or_folder
 from megatron_completep.errors import exit_on_user_error
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("trace", metavar="TRACE", help="path of the trace, with or without .json or .npz")
+def _trace(text: str) -> str:
+    """The path without suffix, or either file; none of them a pipe."""
+    for name in (text, *(f"{text}{suffix}" for suffix in (".json", ".npz"))):
+        file_or_folder(name)
+    return text
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("trace", type=_trace, metavar="TRACE", help="path of the trace, with or without .json or .npz")
     parser.add_argument("--precision", choices=tuple(TOLERANCES), default="float64", help="default: float64")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> int | None:
-    arguments = parse_arguments()
+def main(argv: Sequence[str] | None = None) -> int | None:
+    arguments = parse_arguments(argv)
     result = replay(Trace.load(arguments.trace), arguments.precision)
     print(json.dumps(result.to_json()) if arguments.json else describe(result, arguments.precision))
     return 0 if result.passed else 1

@@ -14,31 +14,40 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_completep.analysis.run_comparison import compare, summarize
 from megatron_completep.analysis.run_files import differences, read_runs
+from megatron_completep.command_line import Parser, file_or_folder
 from megatron_completep.errors import UserError, exit_on_user_error
+from megatron_completep.outputs import Output, check_outputs
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or its metrics.jsonl")
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("runs", nargs="+", type=file_or_folder, metavar="RUN", help="a run's folder, or its metrics.jsonl")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the HTML file (default: report.html in the first run's folder)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that is no report of this project")
     parser.add_argument("--title", default="", help="the report's title (default: the names of the runs)")
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object; the log goes to stderr")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> int | None:
-    arguments = parse_arguments()
-    runs = read_runs(arguments.runs)
+def main(argv: Sequence[str] | None = None) -> int | None:
+    arguments = parse_arguments(argv)
     first = arguments.runs[0]
     out = arguments.out or (first if first.is_dir() else first.parent) / "report.html"
+    if arguments.out is not None:  # the default is a name of the project's own
+        read = [run / "metrics.jsonl" if run.is_dir() else run for run in arguments.runs]
+        read += [path.with_name("config.yaml") for path in read]
+        check_outputs([Output("--out", out, renewed=True)], read, arguments.overwrite)
+    runs = read_runs(arguments.runs)
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         compare(runs, arguments.title).write_html(out)
     except OSError as error:
-        raise UserError(f"--out = {out} cannot be written: {error.strerror}. Name a file in a folder that exists.") from None
+        raise UserError(f"--out = {out} cannot be written: {error.strerror}. Choose another folder or free some space.") from None
     for run in runs:
         for note in run.notes:
             print(f"{run.name}: {note}", file=sys.stderr)

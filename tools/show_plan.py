@@ -16,26 +16,28 @@ rests on, checkpoint size, and warnings. With --json it stands under "scaling".
 
 import argparse
 import json
+from collections.abc import Sequence
 
 from megatron_completep.analysis.plan import describe, make_plan
 from megatron_completep.analysis.scaling import GPUS, scaling_plan
 from megatron_completep.analysis.scaling_report import describe_scaling, scaling_to_json
+from megatron_completep.command_line import Parser, file_to_read, whole
 from megatron_completep.config import load_config
 from megatron_completep.errors import exit_on_user_error
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", metavar="CONFIG", help="a run's YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, such as completep.alpha=0.5")
-    parser.add_argument("--world-size", type=int, metavar="N", help="plan memory, traffic and time on N GPUs, too")
-    parser.add_argument("--gpu", default="h100", help=f"which (default: h100): {', '.join(GPUS)}")
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("config", type=file_to_read, metavar="CONFIG", help="a run's YAML file")
+    parser.add_overrides("settings to change, such as completep.alpha=0.5")
+    parser.add_argument("--world-size", type=whole(1, 2**24), metavar="N", help="plan memory, traffic and time on N GPUs, too")
+    parser.add_argument("--gpu", choices=tuple(GPUS), default="h100", help="which (default: h100)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    return parser.parse_intermixed_args()
+    return parser.parse_args(argv)
 
 
-def main() -> int | None:
-    arguments = parse_arguments()
+def main(argv: Sequence[str] | None = None) -> int | None:
+    arguments = parse_arguments(argv)
     config = load_config(arguments.config, arguments.overrides)
     scaling = scaling_plan(config, arguments.world_size, arguments.gpu) if arguments.world_size is not None else None
     if arguments.json:

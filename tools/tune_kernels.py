@@ -14,30 +14,33 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from megatron_completep.analysis.tune_kernels import launches_instead, median_microseconds, tune, write_table
 from megatron_completep.analysis.tuning_cases import Sweep, tunables
+from megatron_completep.command_line import Parser, whole
 from megatron_completep.errors import ConfigError, exit_on_user_error
 from megatron_completep.kernels import launch, tuned
+from megatron_completep.kernels.ahead_of_time import ARCHITECTURES
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
     parser.add_argument("--only", nargs="+", metavar="OPERATION", help="these operations of the table (default: all)")
-    parser.add_argument("--hidden", type=int, nargs="+", help="hidden sizes (default: 768 to 8192)")
+    parser.add_argument("--hidden", type=whole(1, 10**6), nargs="+", help="hidden sizes (default: 768 to 8192)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of the activations")
     parser.add_argument("--write", action="store_true", help="write the table")
     parser.add_argument("--dry-run", action="store_true", help="walk through all candidates without a GPU")
-    parser.add_argument("--arch", default="sm_90", help="the architecture of a dry run (default: sm_90)")
+    parser.add_argument("--arch", choices=ARCHITECTURES, default="sm_90", help="the architecture of a dry run (default: sm_90)")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> int | None:
-    arguments = parse_arguments()
+def main(argv: Sequence[str] | None = None) -> int | None:
+    arguments = parse_arguments(argv)
     if not arguments.dry_run and not torch.cuda.is_available():
         raise ConfigError("no GPU is visible to torch: launch parameters can only be chosen on the GPU they are for. Or try --dry-run.")
     if arguments.dry_run and arguments.write:
@@ -66,7 +69,8 @@ def main() -> int | None:
         print(json.dumps({"device": name, "architecture": architecture, "shapes": shapes}))
         return 0
     for (operation, bucket, itemsize), choice in found.items():
-        print(f"{operation} {bucket} ({itemsize} bytes): {choice.parameters}, {choice.time_before / choice.time:.2f}x as fast as so far")
+        launched = ", ".join(map(str, choice.parameters))
+        print(f"{operation} {bucket} ({itemsize} bytes): {launched}; {choice.time_before / choice.time:.2f}x as fast as so far")
     return 0
 
 

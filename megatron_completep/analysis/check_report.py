@@ -14,10 +14,10 @@ from megatron_completep.analysis.coordinate_check import CONTROLS, Sample
 from megatron_completep.analysis.coordinate_verdict import DECISIVE, Result
 from megatron_completep.analysis.fits import Estimate
 from megatron_completep.analysis.laziness import CONTROL_BELOW, FIRST_DEPTH, MODEL_ABOVE, LazinessResult
-from megatron_completep.analysis.report import Report, new_figure, png_of, write_whole
+from megatron_completep.analysis.report import Report, new_figure, png_of
 from megatron_completep.errors import ConfigError
+from megatron_completep.files import write_whole
 
-MARKS = {True: "pass", False: "FAIL", None: ""}  # None: only reported
 Say = Callable[[str], None]
 
 
@@ -29,10 +29,11 @@ def describe_check(result: Result) -> str:
     for finding in result.findings:
         band = finding.band
         limits = f"{band.low:+.2f} to {band.high:+.2f}" if math.isfinite(band.low) else "reported only"
-        mark = MARKS[finding.passed]
         control = "" if finding.control is None else str(finding.control)
         beside = "".join(f"{finding.beside.get(rule, '')!s:<26} " for rule in others)
-        lines.append(f"{band.axis:<6} {band.quantity:<32} {limits:>16}  {finding.model!s:<26} {beside}{control:<26} {mark}".rstrip())
+        lines.append(
+            f"{band.axis:<6} {band.quantity:<32} {limits:>16}  {finding.model!s:<26} {beside}{control:<26} {finding.mark}".rstrip()
+        )
     return "\n".join([*lines, result.reason])
 
 
@@ -87,7 +88,7 @@ def write_check(result: Result, folder: Path, name: str, settings: dict[str, Any
     rows = [
         [f.band.axis, f.band.quantity, band_text(f.band.low, f.band.high), str(f.model)]
         + [str(f.beside.get(rule, "")) for rule in others]
-        + [str(f.control or ""), MARKS[f.passed]]
+        + [str(f.control or ""), f.mark]
         for f in result.findings
     ]
     section.table(["axis", "quantity", "band", "model", *others, "control", ""], rows, "Mean over seeds, with 95 % intervals.")

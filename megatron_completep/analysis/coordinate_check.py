@@ -6,9 +6,7 @@ are trained and measured; coordinate_verdict.py fits exponents and judges them.
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_completep.analysis.trial import Design, Trial, for_short_runs, read_batches, reshape, under, with_seed
+from megatron_completep.analysis.workers import processes
 from megatron_completep.completep import table_of
 from megatron_completep.config.schema import Config
 from megatron_completep.data.loader import Batch
@@ -177,12 +176,8 @@ def in_workers(workers: int, device: str) -> Run:
     """Several models at once, in processes of one thread each."""
 
     def run(jobs: Sequence[Job]) -> Iterator[Measurement]:
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            try:
-                yield from pool.map(_train_alone, jobs, [device] * len(jobs))
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
+        with processes(workers) as pool:
+            yield from pool.map(_train_alone, jobs, [device] * len(jobs))
 
     return run
 

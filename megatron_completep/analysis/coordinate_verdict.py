@@ -1,7 +1,8 @@
 """What the coordinate check's measurements say: exponents over depth and width, their bands, and the verdict.
 
 Each quantity is fitted with a power of the depth (or width) and its exponent compared with a band; a model that is known to be wrong
-(muP over depth, SP over width) runs beside it and must leave the band, or the check cannot tell. Bands: docs/instruments.md.
+(muP over depth, SP over width) runs beside it and must leave the band, or the check cannot tell. Nor can it where the interval over
+seeds leaves both open. Bands: docs/instruments.md.
 """
 
 from __future__ import annotations
@@ -94,9 +95,28 @@ class Finding:
     beside: dict[str, Estimate] = field(default_factory=dict)  # by parameterization
 
     @property
-    def wrong(self) -> bool:
-        """Beyond the band and its margin (an exponent that is no number is)."""
+    def beyond(self) -> bool:
+        """Beyond the band and its margin (an exponent that is no number is), whatever its interval."""
         return self.passed is False and not self.band.low - MARGIN <= self.model.value <= self.band.high + MARGIN
+
+    @property
+    def wrong(self) -> bool:
+        """Beyond the band and its margin, and the whole interval outside the band."""
+        return self.beyond and (not math.isfinite(self.model.value) or self.model.outside(self.band.low, self.band.high))
+
+    @property
+    def vague(self) -> bool:
+        """In the band, with an interval wider than it: with other seeds the exponent may as well be on either side."""
+        return self.passed is True and self.model.wider_than(self.band.high - self.band.low)
+
+    @property
+    def mark(self) -> str:
+        """What the table says of it."""
+        if self.passed is None:
+            return ""
+        if not self.model.repeated:
+            return "no interval"
+        return "too wide" if self.vague else "pass" if self.passed else "FAIL"
 
 
 @dataclass(frozen=True)
@@ -149,13 +169,21 @@ def exponent(samples: Sequence[Sample], band: Band, rule: str) -> Estimate | Non
 
 
 def _verdict(findings: Sequence[Finding]) -> tuple[Verdict, str]:
-    if wrong := [f for f in findings if f.wrong]:
-        start = next((f.model.value for f in findings if (f.band.axis, f.band.quantity) == ("depth", "stream at init")), 0.0)
-        if not all(_follows(f, start) for f in wrong):
-            return Verdict.WRONG, "wrong: " + _outside(wrong)
+    start = next((f.model for f in findings if (f.band.axis, f.band.quantity) == ("depth", "stream at init")), NO_START)
+    wrong = [f for f in findings if f.wrong]
+    if not all(_follows(f, start.low) for f in wrong):
+        return Verdict.WRONG, "wrong: " + _outside(wrong)
+    if single := [f for f in findings if f.passed is not None and not f.model.repeated]:
+        return Verdict.CANNOT_TELL, f"cannot tell: {_listed(single[:1])}, has no interval, for there is one seed. Use --seeds 3 or more."
+    if wrong:
         return Verdict.CANNOT_TELL, (
-            f"cannot tell: {_outside(wrong)}, but the stream at the start falls as much ({start:+.2f}): the blocks' random outputs "
+            f"cannot tell: {_outside(wrong)}, but the stream at the start falls as much ({start}): the blocks' random outputs "
             "outweigh the embedding, and what depends on them follows. Use deeper models or smaller optimizer.base_init_std."
+        )
+    if vague := [f for f in findings if f.beyond or f.vague]:
+        return Verdict.CANNOT_TELL, (
+            f"cannot tell: {_listed(vague)}: with other seeds it may be in its band or outside. "
+            "Use more seeds, more depths or widths, or more tokens a step."
         )
     if near := [f for f in findings if f.passed is False]:
         remedy = "Use more tokens a step, larger depths or widths, a smaller learning rate or smaller initial weights."
@@ -165,18 +193,27 @@ def _verdict(findings: Sequence[Finding]) -> tuple[Verdict, str]:
     for finding in findings:
         if finding.band.quantity != DECISIVE or finding.control is None:
             continue
-        control, gap = finding.control.value, finding.control.value - finding.model.value
-        if not (control >= CONTROL_AT_LEAST and gap >= CONTROL_GAP):
+        control, gap = finding.control, finding.control.value - finding.model.value
+        if not (control.value >= CONTROL_AT_LEAST and gap >= CONTROL_GAP):
             return Verdict.CANNOT_TELL, (
-                f"cannot tell: the control's {DECISIVE} over {finding.band.axis} has the exponent {control:+.2f}, {gap:+.2f} from the "
-                f"model's; a wrong model must show at least +{CONTROL_AT_LEAST} and +{CONTROL_GAP} more. "
+                f"cannot tell: the control's {DECISIVE} over {finding.band.axis} has the exponent {control.value:+.2f}, {gap:+.2f} from "
+                f"the model's; a wrong model must show at least +{CONTROL_AT_LEAST} and +{CONTROL_GAP} more. "
                 "Use more depths or widths, or a larger learning rate."
+            )
+        if not control.low > finding.band.high:
+            return Verdict.CANNOT_TELL, (
+                f"cannot tell: the control's {DECISIVE} over {finding.band.axis} has the exponent {control}, whose interval reaches into "
+                f"the model's band (up to {finding.band.high:+.2f}): the check might not have seen a wrong model. "
+                "Use more seeds, or more depths or widths."
             )
     return Verdict.RIGHT, "right: every exponent is in its band, and the control's is not"
 
 
+NO_START = Estimate(0.0, 0.0, 0.0)  # where no stream at the start was measured over depth: nothing follows it
+
+
 def _follows(finding: Finding, start: float) -> bool:
-    """Whether a right model may show this because its stream at the start falls with depth, with the exponent `start`.
+    """Whether a right model may show this because its stream at the start falls with depth, with an exponent down to `start`.
 
     The blocks' random outputs add up to m_L^-1 L^1/2, so the stream falls while they outweigh the embedding. What passes through them
     may change less by as much, and gradients, which the final norm divides by the stream, be larger by as much. No other exponent and
@@ -188,6 +225,10 @@ def _follows(finding: Finding, start: float) -> bool:
     if (band.axis, band.quantity) == ("depth", "update with large eps, in blocks"):
         return band.high < value <= MARGIN - start
     return False
+
+
+def _listed(findings: Sequence[Finding]) -> str:
+    return "; ".join(f"{f.band.quantity} over {f.band.axis} {f.model}, band {f.band.low:+.2f} to {f.band.high:+.2f}" for f in findings)
 
 
 def _outside(findings: Sequence[Finding]) -> str:

@@ -61,8 +61,17 @@ class Estimate:
         """Whether the whole interval lies beyond one side of a band."""
         return self.high < low or self.low > high
 
+    @property
+    def repeated(self) -> bool:
+        """Whether there were repetitions, of which an interval could be made."""
+        return self.low > -math.inf or self.high < math.inf
+
+    def wider_than(self, width: float) -> bool:
+        """Whether the interval is wider than that."""
+        return not self.high - self.low <= width
+
     def __str__(self) -> str:
-        if not math.isfinite(self.high - self.low):
+        if not self.repeated:
             return f"{self.value:+.3f}"
         return f"{self.value:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
 
@@ -104,6 +113,12 @@ class Optimum:
     at_edge: bool  # the grid's best point is its first or last: the optimum may lie beyond
     fit: tuple[float, float, float] | None = None  # a, b, c of a x^2 + b x + c, x in octaves from the grid's best point
     near: tuple[float, float] = (0.0, 0.0)  # the log2(lr) between which the parabola was fitted
+    between: tuple[float, float] = (-math.inf, math.inf)  # log2(lr): where the optimum may lie for all that this grid says
+
+    @property
+    def located(self) -> Estimate:
+        """The best learning rate, and what the grid leaves open of it."""
+        return Estimate(self.log2_lr, *self.between)
 
 
 def parabola_optimum(log2_lr: Array, loss: Array, reach: float = 1.5, rise: float = 0.15) -> Optimum:
@@ -111,12 +126,18 @@ def parabola_optimum(log2_lr: Array, loss: Array, reach: float = 1.5, rise: floa
 
     log2_lr [n] ascending, loss [n] with infinities where runs diverged. Farther than that, curves are not parabolas: they flatten
     towards small learning rates and rise steeply where training breaks.
+
+    What the grid leaves open: a curve with one valley has its optimum between the neighbours of the grid's best point, and beyond the
+    grid where that is its end. A parabola through three points, which fits in any case, halves that; only more points can tell that
+    the curve is one, and then its vertex counts.
     """
     best = int(np.nanargmin(np.where(np.isfinite(loss), loss, np.inf)))
     edge = best in (0, len(loss) - 1)
+    below = float(log2_lr[best - 1]) if best > 0 else -math.inf
+    above = float(log2_lr[best + 1]) if best < len(loss) - 1 else math.inf
     near = (np.abs(log2_lr - log2_lr[best]) <= reach + 1e-9) & (loss <= loss[best] + rise)
     x, y = log2_lr[near] - log2_lr[best], loss[near]
-    unfitted = Optimum(float(log2_lr[best]), float(loss[best]), best, edge)
+    unfitted = Optimum(float(log2_lr[best]), float(loss[best]), best, edge, between=(below, above))
     if len(x) < 3:
         return unfitted
     powers = np.stack([x**2, x, np.ones_like(x)])
@@ -125,7 +146,14 @@ def parabola_optimum(log2_lr: Array, loss: Array, reach: float = 1.5, rise: floa
         return unfitted
     vertex = float(np.clip(-b / (2 * a), x.min(), x.max()))
     ends = float(log2_lr[best] + x.min()), float(log2_lr[best] + x.max())
-    return Optimum(float(log2_lr[best] + vertex), a * vertex**2 + b * vertex + c, best, edge, (a, b, c), ends)
+    at = float(log2_lr[best] + vertex)
+    between = (at, at)
+    if edge or not x.min() < vertex < x.max():
+        between = min(below, at), max(above, at)
+    elif len(x) == 3:
+        middle = float(log2_lr[best])
+        between = min((below + middle) / 2, at), max((above + middle) / 2, at)
+    return Optimum(at, a * vertex**2 + b * vertex + c, best, edge, (a, b, c), ends, between)
 
 
 def loss_at(log2_lr: Array, loss: Array, optimum: Optimum, at: float) -> float:
@@ -169,16 +197,34 @@ def bootstrap(
 
     With one seed there is nothing to resample, and the interval is the whole line.
     """
-    point = statistic([mean_curve(curve) for curve in curves])
+
+    def exact(means: list[Array]) -> Estimate:
+        value = statistic(means)
+        return Estimate(value, value, value)
+
+    return bootstrap_located(exact, curves, replicates, seed, of_level)
+
+
+def bootstrap_located(
+    statistic: Callable[[list[Array]], Estimate], curves: Sequence[Array], replicates: int = 1000, seed: int = 0, of_level: bool = False
+) -> Estimate:
+    """As `bootstrap`, of a statistic that says itself between which values it may lie: the interval is never narrower than that."""
+    point = statistic([mean_curve(curve) for curve in curves]).value
     if any(curve.shape[1] < 2 for curve in curves):
         return Estimate(point, -math.inf, math.inf)
     generator = np.random.default_rng(seed)
-    values = np.array([statistic([resampled(curve, generator, of_level) for curve in curves]) for _ in range(replicates)])
-    values = values[np.isfinite(values)]
-    if len(values) < replicates / 2:
+    drawn = [statistic([resampled(curve, generator, of_level) for curve in curves]) for _ in range(replicates)]
+    known = [one for one in drawn if math.isfinite(one.value)]
+    if len(known) < replicates / 2:
         return Estimate(point, -math.inf, math.inf)
-    low, high = np.quantile(values, [0.025, 0.975])
-    return Estimate(point, float(low), float(high))
+    return Estimate(point, _quantile([one.low for one in known], 0.025), _quantile([one.high for one in known], 0.975))
+
+
+def _quantile(values: Sequence[float], share: float) -> float:
+    """Outward to the next value where some are infinite, between which nothing can be interpolated."""
+    if np.isfinite(values).all():
+        return float(np.quantile(values, share))
+    return float(np.quantile(values, share, method="lower") if share < 0.5 else np.quantile(values, share, method="higher"))
 
 
 def mean_curve(losses: Array) -> Array:

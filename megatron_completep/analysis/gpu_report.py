@@ -88,7 +88,7 @@ def _last_object(output: str) -> dict[str, Any]:
     for line in reversed(output.strip().splitlines()):
         try:
             value = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # without config/json_text.py: pydantic may be missing here
             continue
         if isinstance(value, dict):
             return value

@@ -11,6 +11,7 @@ float64: the numerator is a difference of nearly equal things. (arXiv 2505.01618
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
@@ -140,9 +141,17 @@ def median_by_depth(samples: Sequence[LazinessSample]) -> dict[int, float]:
 def _verdict(slopes: dict[str, Estimate]) -> tuple[Verdict, str]:
     if "own" not in slopes or "alpha_0.5" not in slopes:
         return Verdict.CANNOT_TELL, f"cannot tell: give at least two depths of {FIRST_DEPTH} base depths and more"
-    own, control = slopes["own"].value, slopes["alpha_0.5"].value
-    if own < CONTROL_BELOW:
+    model, lazy = slopes["own"], slopes["alpha_0.5"]
+    own, control = model.value, lazy.value
+    if not math.isfinite(own) or (own < CONTROL_BELOW and model.high < MODEL_ABOVE):
         return Verdict.WRONG, f"wrong: blocks become lazy with depth, exponent {own:+.2f}; it must be above {MODEL_ABOVE}"
+    if not model.repeated:
+        return Verdict.CANNOT_TELL, f"cannot tell: exponent {own:+.2f} has no interval, for there is one seed. Use --seeds 3 or more."
+    if own < CONTROL_BELOW or (own > MODEL_ABOVE and model.low <= CONTROL_BELOW):
+        return Verdict.CANNOT_TELL, (
+            f"cannot tell: the interval of the exponent, {model}, holds both what a complete model has (above {MODEL_ABOVE}) and what "
+            f"a lazy one has (below {CONTROL_BELOW}). Use more seeds or more depths."
+        )
     if own <= MODEL_ABOVE:
         return Verdict.CANNOT_TELL, (
             f"cannot tell: exponent {own:+.2f}, between {MODEL_ABOVE} of a complete model and {CONTROL_BELOW} of a lazy one. "
@@ -152,5 +161,10 @@ def _verdict(slopes: dict[str, Estimate]) -> tuple[Verdict, str]:
         return Verdict.CANNOT_TELL, (
             f"cannot tell: the control, alpha 0.5, has the exponent {control:+.2f}, which must be below {CONTROL_BELOW}. "
             "Use more depths or seeds, or another learning rate."
+        )
+    if not lazy.high < MODEL_ABOVE:
+        return Verdict.CANNOT_TELL, (
+            f"cannot tell: the interval of the control's exponent, alpha 0.5, {lazy}, reaches above {MODEL_ABOVE}: "
+            "it has not been seen to be lazy. Use more seeds or more depths."
         )
     return Verdict.RIGHT, f"right: exponent {own:+.2f} above {MODEL_ABOVE}, and the control's {control:+.2f} below {CONTROL_BELOW}"

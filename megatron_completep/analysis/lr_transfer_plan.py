@@ -12,12 +12,12 @@ from megatron_completep.analysis import sweep
 from megatron_completep.analysis.fits import parabola_optimum
 from megatron_completep.analysis.lr_transfer import Curve, curves_of
 from megatron_completep.analysis.plan import describe
-from megatron_completep.analysis.report import write_whole
 from megatron_completep.analysis.trial import PARAMETERIZATIONS, change, stretch, with_base
 from megatron_completep.config.derived import head_dim, tokens_per_step
 from megatron_completep.config.schema import Config
 from megatron_completep.config.yaml_text import dump_yaml
 from megatron_completep.errors import ConfigError
+from megatron_completep.files import write_whole
 
 Say = Callable[[str], None]
 ALIKE = ("norm", "activation", "position", "bias", "qk_norm", "tied_embeddings", "attention_scale", "vocab_size", "seq_length")

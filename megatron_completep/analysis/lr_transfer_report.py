@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_completep.analysis import lr_transfer
+from megatron_completep.analysis import lr_transfer, sweep
 from megatron_completep.analysis.check_report import dump, finite
 from megatron_completep.analysis.fits import Estimate
 from megatron_completep.analysis.lr_transfer import DRIFT_BAND, EDGE_NATS, REGRET_BAND, Analysis, Curve, Optimum, Saving
-from megatron_completep.analysis.report import PALETTE, Report, new_figure, write_whole
+from megatron_completep.analysis.lr_transfer_answer import best_rates, next_commands, proxy_of, write_proxy
+from megatron_completep.analysis.report import PALETTE, Report, new_figure
+from megatron_completep.files import write_whole
 
 Say = Callable[[str], None]
 
@@ -22,23 +24,26 @@ def report(folder: Path, baseline: str = "mup", say: Say = lambda text: None) ->
     document = build(analysis)
     document.write_html(folder / "report.html")
     document.write_markdown(folder / "report.md")
-    plain: dict[str, Any] = finite(analysis.to_json())
+    write_proxy(sweep.load_points(folder), proxy_of(analysis.curves), folder)
+    following = next_commands(folder, analysis.curves)
+    plain: dict[str, Any] = finite({**analysis.to_json(), "next": following})
     write_whole(folder / "report.json", dump(plain))
     say(summary(analysis))
     say(f"written: {folder / 'report.html'}, report.md, report.json")
+    say("\n".join(following))
     return plain
 
 
 def summary(analysis: Analysis) -> str:
     """The findings in a few lines."""
-    lines = [f"{analysis.points_done} points done, {analysis.points_missing} missing"]
+    lines = [f"{analysis.points_done} points done, {analysis.points_missing} missing", *best_rates(analysis.curves, analysis.optima)]
     for drift in analysis.drifts:
         decay = f"wd {drift.base_weight_decay:g}"
         lines.append(
             f"{drift.parameterization:<11} {decay}, {drift.train_steps} steps: {drift.per_doubling} octaves per doubling: {drift.verdict}"
         )
     for o in analysis.optima:
-        if o.drift.low != o.drift.high:
+        if o.regret is not None:
             name = f"{o.parameterization:<11} wd {o.base_weight_decay:g}, {o.num_layers} x {o.hidden_size}"
             lines.append(f"{name}: regret {regret_text(o.regret)} nats: {o.regret_verdict}")
     for saving in analysis.savings:
@@ -64,7 +69,7 @@ def build(analysis: Analysis) -> Report:
         section.table(headers, rows)
     section = document.section(
         "Optima",
-        "Learning rates as exponents of two; intervals are 95 %, by bootstrap over seeds. "
+        "Learning rates as exponents of two; intervals are 95 %, by bootstrap over seeds, and never narrower than the grid allows. "
         f"Regret: nats lost at the smallest shape's optimum; up to {REGRET_BAND} is small.",
     )
     section.table(
@@ -94,6 +99,7 @@ _OPTIMUM_HEADERS = [
     "init std",
     "seeds",
     "best log2 lr",
+    "grid step",
     "loss",
     "drift",
     "regret",
@@ -107,7 +113,8 @@ def optimum_row(o: Optimum) -> list[Any]:
     edge = None if o.divergence_log2_lr is None else f"2^{o.divergence_log2_lr:g}"
     best = f"{o.log2_lr}" + (" (edge of the grid)" if o.at_edge else "")
     values = [o.parameterization, o.num_layers, o.hidden_size, o.train_steps, o.base_weight_decay, o.base_init_std, o.seeds]
-    return [*values, best, f"{o.loss.value:.3f}", str(o.drift), regret_text(o.regret), o.regret_verdict, edge, o.tau]
+    drift, regret = ("", "") if o.drift is None or o.regret is None else (str(o.drift), regret_text(o.regret))
+    return [*values, best, o.grid_step, f"{o.loss.value:.3f}", drift, regret, o.regret_verdict, edge, o.tau]
 
 
 def saving_row(s: Saving) -> list[str]:

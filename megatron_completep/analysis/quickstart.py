@@ -16,14 +16,15 @@ from typing import Any
 
 import torch
 
-from megatron_completep.analysis.report import write_whole
 from megatron_completep.analysis.run_report import run_report
 from megatron_completep.config import Config, load_config
+from megatron_completep.config.json_text import read_json_object
 from megatron_completep.data.preprocess.run import preprocess
 from megatron_completep.data.preprocess.settings import PreprocessSettings, TokenizerChoice
 from megatron_completep.data.tokenizer import build_tokenizer
 from megatron_completep.data.tokenizer_training import TrainingSettings, train_tokenizer
 from megatron_completep.errors import ConfigError, DataError, UserError
+from megatron_completep.files import write_whole
 from megatron_completep.parallel.context import choose_device
 from megatron_completep.training.generation import Sampling, generate_text, load_model
 from megatron_completep.training.metrics import read_metrics
@@ -162,7 +163,7 @@ def gather_standard_library(folder: Path, show: Show) -> dict[str, Any]:
     library = Path(sysconfig.get_paths()["stdlib"])
     record = folder / "corpus.json"
     identity = {"python": sys.version.split()[0], "library": str(library)}
-    known = json.loads(record.read_bytes()) if record.exists() else {}
+    known = read_json_object(record) if record.exists() else {}
     if {name: known.get(name) for name in identity} == identity:
         return known
     paths = sorted(path for path in library.rglob("*.py") if "site-packages" not in path.parts and "dist-packages" not in path.parts)

@@ -6,10 +6,8 @@ and final weights under GPT-2 names). A right implementation reproduces it.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
@@ -20,6 +18,7 @@ from torch import Tensor
 from megatron_completep.completep import table_of
 from megatron_completep.config import Config
 from megatron_completep.config.bare import bare_config
+from megatron_completep.config.json_text import read_json
 from megatron_completep.config.schema import CompletePConfig, ModelConfig, OptimizerConfig, ParallelConfig, RoleFactors
 from megatron_completep.errors import DataError
 from megatron_completep.interop.reference_names import reference_name
@@ -54,7 +53,7 @@ class Trace:
         """`path` without suffix, or either file. Raises DataError for a missing, unreadable or incomplete file."""
         stem = path.removesuffix(".json").removesuffix(".npz")
         try:
-            record = json.loads(Path(stem + ".json").read_text())
+            record = read_json(stem + ".json", finite=False)
             with np.load(stem + ".npz", allow_pickle=False) as archive:
                 arrays = {name: archive[name] for name in archive.files}
         except (OSError, ValueError, BadZipFile) as error:

@@ -18,6 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_completep.files import write_whole
+from megatron_completep.outputs import MARK
+
 
 class Block(Protocol):
     """A part of a section."""
@@ -170,7 +173,7 @@ class Report:
             body.append(f'<section id="s{number}">' + "\n".join(parts) + "</section>")
         navigation = f"<nav>{' '.join(links)}</nav>" if len(links) > 1 else ""
         summary = Text(self.summary).as_html() if self.summary else ""
-        return _PAGE.format(title=title, style=_STYLE, summary=summary, navigation=navigation, body="\n".join(body))
+        return _PAGE.format(mark=MARK, title=title, style=_STYLE, summary=summary, navigation=navigation, body="\n".join(body))
 
     def as_markdown(self) -> str:
         """Markdown that points to its pictures as NAME.png."""
@@ -200,7 +203,7 @@ def png_of(figure: Any, dots_per_inch: int = 150) -> bytes:
     for axes in figure.axes:
         _tidy(axes)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dots_per_inch)
+    figure.savefig(buffer, format="png", dpi=dots_per_inch, metadata={"Software": MARK})
     return buffer.getvalue()
 
 
@@ -226,13 +229,6 @@ def new_figure(width: float = 8.0, height: float = 5.0) -> Any:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """The file appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
 
 
 def is_number(value: Any) -> bool:
@@ -296,6 +292,7 @@ figcaption { color: var(--soft); font-size: 0.88rem; margin-top: 0.4rem; }
 _PAGE = """<!doctype html>
 <html lang="en">
 <head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>
+<meta name="generator" content="{mark}">
 <link rel="icon" href="data:,">
 <style>{style}</style></head>
 <body>

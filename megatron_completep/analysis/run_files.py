@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
+from megatron_completep.config.json_text import parse_json, read_bounded
 from megatron_completep.config.schema import ModelConfig
+from megatron_completep.config.yaml_text import MAX_BYTES, parse_yaml
 from megatron_completep.errors import DataError, UserError
 
 Row = dict[str, Any]
@@ -71,8 +72,8 @@ def _rows(data: bytes) -> tuple[list[Row], list[str]]:
     torn = again = 0
     for line in data.splitlines():
         try:
-            row = json.loads(line)
-        except ValueError:
+            row = parse_json(line, "a line", finite=False)
+        except UserError:
             row = None
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
             torn += bool(line.strip())
@@ -93,9 +94,9 @@ def _rows(data: bytes) -> tuple[list[Row], list[str]]:
 def _configuration(path: Path, notes: list[str]) -> tuple[dict[str, Any], ModelConfig | None]:
     """Settings, and the model where it is one that this version knows. No other rule is asked: the run is over."""
     try:
-        values = yaml.safe_load(path.read_bytes())
-    except (OSError, yaml.YAMLError) as error:
-        notes.append(f"no readable {path.name} beside its metrics ({type(error).__name__}): FLOPs and settings are not known")
+        values, _ = parse_yaml(read_bounded(path, MAX_BYTES).decode("utf-8-sig"), path.name)
+    except (UserError, UnicodeDecodeError) as error:
+        notes.append(f"no readable {path.name} beside its metrics ({error}): FLOPs and settings are not known")
         return {}, None
     settings = flat(values) if isinstance(values, dict) else {}
     try:

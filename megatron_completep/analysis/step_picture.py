@@ -18,6 +18,7 @@ from torch import nn
 from torch.distributed.pipelining import PipelineStage
 from torch.testing._internal.distributed.fake_pg import FakeStore  # importing it registers the backend "fake"
 
+from megatron_completep.outputs import MARK
 from megatron_completep.parallel.pipeline import make_schedule
 
 COLORS = {"F": "#7aa6d8", "I": "#f2b66d", "W": "#8cc79a", "B": "#e58f72", "S": "#b79ad1", "G": "#c9b18a", "U": "#999999"}
@@ -161,4 +162,4 @@ def draw(panels: list[tuple[str, list[Span], list[str]]], path: Path) -> None:
     handles = [Patch(color=COLORS[kind], label=label) for kind, label in meaning.items() if kind in used]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130, metadata={"Date": None} if path.suffix == ".svg" else None)
+    figure.savefig(path, dpi=130, metadata={"Date": None, "Creator": MARK} if path.suffix == ".svg" else {"Software": MARK})

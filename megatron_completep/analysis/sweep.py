@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -18,10 +17,13 @@ from typing import Any
 import torch
 
 from megatron_completep.analysis.trial import PARAMETERIZATIONS, Trial, change, read_batches, reshape, under, with_base, with_seed
+from megatron_completep.analysis.workers import processes
 from megatron_completep.config import config_from_mapping
 from megatron_completep.config.derived import tokens_per_step
+from megatron_completep.config.json_text import read_json_object
 from megatron_completep.config.schema import Config
 from megatron_completep.errors import ConfigError, DataError, UserError
+from megatron_completep.files import write_whole
 from megatron_completep.model.flops import training_flops_per_token
 from megatron_completep.parallel.context import ParallelContext, choose_device
 from megatron_completep.training.build import build_validation
@@ -151,10 +153,7 @@ def run_and_keep(settings: dict[str, Any], values: dict[str, Any], path: str, de
     torch.set_num_threads(1)
     here = device if ":" in device else str(choose_device(device, 0))
     result = run_point(config_from_mapping(values), here)
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps({**settings, **result, "config": values}))
-    temporary.replace(target)
+    write_whole(path, json.dumps({**settings, **result, "config": values}).encode())
     return loss_of(result)
 
 
@@ -186,20 +185,18 @@ def run_local(points: Sequence[Point], folder: Path, workers: int, device: str, 
     left = missing(points, folder)
     (folder / "points").mkdir(parents=True, exist_ok=True)
     say(f"{len(points)} points, {len(left)} to run, {workers} at a time")
+    if not left:
+        return
     gpus = torch.cuda.device_count() if device.startswith("cuda") else 0
     started = time.perf_counter()
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with processes(min(workers, len(left))) as pool:
         futures = {}
         for number, point in enumerate(left):
             where = f"cuda:{number % gpus}" if gpus else "cpu"
             job = pool.submit(run_and_keep, point.settings(), point.config.model_dump(mode="json"), str(result_path(folder, point)), where)
             futures[job] = point
-        try:
-            for done, job in enumerate(as_completed(futures), 1):
-                say(f"[{done}/{len(left)}] {describe(futures[job])}: loss {job.result():.4f}")
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+        for done, job in enumerate(as_completed(futures), 1):
+            say(f"[{done}/{len(left)}] {describe(futures[job])}: loss {job.result():.4f}")
     say(f"{len(left)} points in {time.perf_counter() - started:.0f} s")
 
 
@@ -231,31 +228,46 @@ def read_results(points: Sequence[Point], folder: Path) -> Iterator[tuple[Point,
         if not path.exists():
             continue
         try:
-            yield point, json.loads(path.read_text())
-        except ValueError as error:
-            raise DataError(f"{path}: not a result: {error}. Remove it; the next sweep runs the point again.") from error
+            result = read_json_object(path, finite=False)
+            loss_of(result), float(result["flops"])
+        except (DataError, KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{path}: not a result: {error}. Remove it; the next sweep runs the point again.") from None
+        yield point, result
 
 
 def save_grid(grid: Grid, config: Config, folder: Path) -> None:
-    """What `report` needs to find the points again; another grid in the same folder is added to the first."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """What `report` needs to find the points again; another grid in the same folder is added to the first.
+
+    Raises DataError: the file that is there is no sweep, or cannot be replaced. It stays as it is then.
+    """
     path = folder / "sweep.json"
-    grids = json.loads(path.read_text())["grids"] if path.exists() else []
+    grids = _grids(path) if path.exists() else []
     entry = {"grid": asdict(grid), "config": config.model_dump(mode="json")}
     if entry not in grids:
         grids.append(json.loads(json.dumps(entry)))
-    path.write_text(json.dumps({"grids": grids}, indent=1))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps({"grids": grids}, indent=1).encode())
+    except OSError as error:
+        raise DataError(f"{path} cannot be written: {error.strerror}. Choose another folder, or free some space.") from None
+
+
+def _grids(path: Path) -> list[dict[str, Any]]:
+    """The grids of a sweep.json. Raises DataError."""
+    grids = read_json_object(path).get("grids")
+    if not isinstance(grids, list) or not all(isinstance(entry, dict) for entry in grids):
+        raise DataError(f"{path}: holds no list of grids. Restore the file, or sweep into another folder.")
+    return grids
 
 
 def load_points(folder: Path) -> list[Point]:
     """All points of all grids of a folder, each once. DataError where there is no sweep."""
     path = folder / "sweep.json"
-    try:
-        grids = json.loads(path.read_text())["grids"]
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{path}: not a sweep ({error}). Make one with tools/lr_transfer.py sweep.") from error
     found: dict[tuple[str, str], Point] = {}
-    for entry in grids:
-        for point in Grid(**entry["grid"]).points(config_from_mapping(entry["config"])):
-            found[point.parameterization, point.key] = point
+    try:
+        for entry in _grids(path):
+            for point in Grid(**entry["grid"]).points(config_from_mapping(entry["config"])):
+                found[point.parameterization, point.key] = point
+    except (DataError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: not a sweep ({error}). Make one with tools/lr_transfer.py sweep.") from None
     return list(found.values())

@@ -3,12 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from megatron_completep.config import derived
 from megatron_completep.config.field_errors import one_of
 from megatron_completep.config.schema import Config, SourceConfig
 from megatron_completep.errors import ConfigError
+
+VALUES = "<values>"  # in a problem's text: those that fit
+TRIED, SHOWN = 64, 8  # values of a setting that are tried as remedies, and shown
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A problem that another value of one setting mends. Only values that no other rule refuses are offered.
+
+    around: offer the nearest that fits on either side, and no more.
+    """
+
+    text: str  # with VALUES in their place
+    path: str
+    values: Iterable[int]
+    near: int
+    around: bool = False
+
+
+Problem = str | Choice
 
 
 def check_config(config: Config) -> None:
@@ -17,23 +39,7 @@ def check_config(config: Config) -> None:
     Raises:
         ConfigError: with all problems, one a line.
     """
-    rules = (
-        _model,
-        _attention_backend,
-        _compile,
-        _completep,
-        _tensor_parallel,
-        _pipeline,
-        _schedule,
-        _sources,
-        _tokenizer,
-        _training,
-        _batch_ramp,
-        _step_numbers,
-        _checkpoint,
-        _guards,
-    )
-    _raise_all([problem for rule in rules for problem in rule(config)])
+    _raise_all(config, lambda changed: [problem for rule in RULES for problem in rule(changed)])
 
 
 def check_world(config: Config, world_size: int) -> None:
@@ -45,28 +51,60 @@ def check_world(config: Config, world_size: int) -> None:
     Raises:
         ConfigError: with all problems, one a line.
     """
-    _raise_all(list(_world(config, world_size)))
+    _raise_all(config, lambda changed: [problem for rule in RULES for problem in rule(changed)] + list(_world(changed, world_size)))
 
 
-def _raise_all(problems: list[str]) -> None:
-    if problems:
-        count = "1 setting does" if len(problems) == 1 else f"{len(problems)} settings do"
-        raise ConfigError("\n  ".join([f"{count} not fit the others", *problems]))
+def _raise_all(config: Config, problems_of: Callable[[Config], list[Problem]]) -> None:
+    if not (problems := problems_of(config)):
+        return
+
+    def fits(path: str, value: int) -> bool:
+        return len(problems_of(_with(config, path.split("."), value))) < len(problems)
+
+    lines = [problem if isinstance(problem, str) else _with_values(problem, fits) for problem in problems]
+    count = "1 setting does" if len(problems) == 1 else f"{len(problems)} settings do"
+    raise ConfigError("\n  ".join([f"{count} not fit the others", *lines]))
 
 
-def _model(config: Config) -> Iterator[str]:
+def _with(section: Any, path: Sequence[str], value: int) -> Any:
+    """A section with one setting replaced."""
+    name, *rest = path
+    return section.model_copy(update={name: _with(getattr(section, name), rest, value) if rest else value})
+
+
+def _with_values(problem: Choice, fits: Callable[[str, int], bool]) -> str:
+    """The text of a problem, with the values closest by ratio of those that fit."""
+
+    def distance(value: int) -> float:
+        return max(value / problem.near, problem.near / value)
+
+    tried = sorted(problem.values, key=distance)[:TRIED]
+    fitting = [value for value in tried if fits(problem.path, value)]
+    if problem.around:
+        below, above = ([v for v in fitting if (v < problem.near) == smaller] for smaller in (True, False))
+        fitting = below[:1] + above[:1]
+    offered = one_of(sorted(fitting[:SHOWN])) if fitting else "another value together with the settings that it must fit"
+    return problem.text.replace(VALUES, offered)
+
+
+def _model(config: Config) -> Iterator[Problem]:
     model, heads = config.model, config.model.num_attention_heads
     if model.head_dim is None and model.hidden_size % heads:
-        yield (
+        yield Choice(
             f"model.num_attention_heads = {heads} does not divide model.hidden_size = {model.hidden_size}. "
-            f"Use {_divisors(model.hidden_size, near=heads)}, or set model.head_dim."
+            f"Use {VALUES}, or set model.head_dim.",
+            "model.num_attention_heads",
+            _all_divisors(model.hidden_size),
+            near=heads,
         )
     elif model.position == "rope" and derived.head_dim(model) % 2:
         yield f"model.position = rope turns pairs of elements, but a head has {derived.head_dim(model)}. Use an even model.head_dim."
     if heads % derived.num_query_groups(model):
-        yield (
-            f"model.num_query_groups = {model.num_query_groups} does not divide model.num_attention_heads = {heads}. "
-            f"Use {_divisors(heads, near=derived.num_query_groups(model))}."
+        yield Choice(
+            f"model.num_query_groups = {model.num_query_groups} does not divide model.num_attention_heads = {heads}. Use {VALUES}.",
+            "model.num_query_groups",
+            _all_divisors(heads),
+            near=derived.num_query_groups(model),
         )
     if model.tied_embeddings and "unembedding" in config.completep.factors:
         yield (
@@ -80,7 +118,7 @@ def _model(config: Config) -> Iterator[str]:
         )
 
 
-def _attention_backend(config: Config) -> Iterator[str]:
+def _attention_backend(config: Config) -> Iterator[Problem]:
     model, training = config.model, config.training
     if model.attention_backend != "flash_attention":
         return
@@ -95,7 +133,7 @@ def _attention_backend(config: Config) -> Iterator[str]:
         yield f"{where} takes heads of at most 256 elements, but these have {derived.head_dim(model)}. {remedy}."
 
 
-def _completep(config: Config) -> Iterator[str]:
+def _completep(config: Config) -> Iterator[Problem]:
     completep = config.completep
     shape = {name: getattr(completep, name) for name in ("base_hidden_size", "base_num_layers")}
     if len(missing := [name for name, value in shape.items() if value is None]) == 1:
@@ -116,7 +154,7 @@ def _completep(config: Config) -> Iterator[str]:
         )
 
 
-def _tensor_parallel(config: Config) -> Iterator[str]:
+def _tensor_parallel(config: Config) -> Iterator[Problem]:
     model, size = config.model, config.parallel.tensor_parallel_size
     where, groups = f"parallel.tensor_parallel_size = {size}", derived.num_query_groups(model)
     divided = {"num_attention_heads": model.num_attention_heads, "ffn_hidden_size": model.ffn_hidden_size}
@@ -132,10 +170,11 @@ def _tensor_parallel(config: Config) -> Iterator[str]:
     for name, value in divided.items():
         follows = name == "num_query_groups" and model.num_query_groups is None  # num_attention_heads says it already
         if value % size and not follows:
-            yield f"{where} does not divide model.{name} = {value}{reasons.get(name, '')}. Use {_choice(fitting, size)}."
+            text = f"{where} does not divide model.{name} = {value}{reasons.get(name, '')}. Use {VALUES}."
+            yield Choice(text, "parallel.tensor_parallel_size", fitting, near=size)
 
 
-def _compile(config: Config) -> Iterator[str]:
+def _compile(config: Config) -> Iterator[Problem]:
     flash = config.model.attention_backend == "flash_attention"
     if config.training.compile and flash and config.data.reset_at_document_ends:
         yield (
@@ -145,13 +184,14 @@ def _compile(config: Config) -> Iterator[str]:
         )
 
 
-def _pipeline(config: Config) -> Iterator[str]:
+def _pipeline(config: Config) -> Iterator[Problem]:
     parallel, layers = config.parallel, config.model.num_layers
     ranks, virtual = parallel.pipeline_parallel_size, parallel.virtual_pipeline_size
     stages = ranks * virtual
     product = f"parallel.pipeline_parallel_size x virtual_pipeline_size = {ranks} x {virtual}"
     if ranks > 1 and virtual == 1 and parallel.schedule == "interleaved_1f1b":
-        yield "parallel.schedule = interleaved_1f1b needs virtual_pipeline_size of at least 2, found 1. Raise it, or use the schedule 1f1b."
+        raising = "Raise it, or use the schedule 1f1b." if layers >= 2 * ranks else "Use the schedule 1f1b."
+        yield f"parallel.schedule = interleaved_1f1b needs virtual_pipeline_size of at least 2, found 1. {raising}"
     if virtual > 1 and ranks == 1:
         yield f"parallel.virtual_pipeline_size = {virtual} has no meaning at parallel.pipeline_parallel_size = 1. Set it to 1."
     elif virtual > 1 and parallel.schedule not in ("interleaved_1f1b", "zero_bubble"):
@@ -172,7 +212,7 @@ def _pipeline(config: Config) -> Iterator[str]:
         yield f"parallel.pipeline_split = {split} leaves a stage in the middle empty. Only the first and the last may have 0 layers."
 
 
-def _schedule(config: Config) -> Iterator[str]:
+def _schedule(config: Config) -> Iterator[Problem]:
     optimizer, steps = config.optimizer, config.training.train_steps
     for index, beta in enumerate(optimizer.betas):
         if beta >= 1:
@@ -183,18 +223,18 @@ def _schedule(config: Config) -> Iterator[str]:
             "are both given. Set one of the two to null."
         )
         return
-    warmup = derived.warmup_steps(optimizer, steps)
+    warmup, decay = derived.warmup_steps(optimizer, steps), derived.decay_steps(optimizer, steps)
     if warmup > steps:
-        yield f"optimizer.warmup_steps = {warmup} is more than training.train_steps = {steps}. Use at most {steps}."
-    decay = derived.decay_steps(optimizer, steps)
+        most = steps - decay if optimizer.schedule == "warmup_stable_decay" else steps
+        yield f"optimizer.warmup_steps = {warmup} is more than training.train_steps = {steps}. Use at most {most}."
     if optimizer.schedule == "warmup_stable_decay" and warmup <= steps < warmup + decay:
         yield (
             f"optimizer: {warmup} steps of warm-up and {decay} of decay (decay_fraction = {optimizer.decay_fraction}) "
-            f"are more than training.train_steps = {steps}. Use a decay_fraction of at most {(steps - warmup) / steps:.3g}."
+            f"are more than training.train_steps = {steps}. Use a decay_fraction of at most {_rounded_down((steps - warmup) / steps)}."
         )
 
 
-def _sources(config: Config) -> Iterator[str]:
+def _sources(config: Config) -> Iterator[Problem]:
     data = config.data
     if data.validation is not None and data.split is not None:
         yield f"data.split = '{data.split}' and data.validation are both given. Set one of the two to null."
@@ -224,7 +264,7 @@ def _split_problem(split: str) -> str | None:
     return None if parts[0] > 0 else "leaves nothing for training"
 
 
-def _tokenizer(config: Config) -> Iterator[str]:
+def _tokenizer(config: Config) -> Iterator[Problem]:
     tokenizer = config.data.tokenizer
     if tokenizer is None:
         return
@@ -234,30 +274,37 @@ def _tokenizer(config: Config) -> Iterator[str]:
         yield f"data.tokenizer.model is null, but data.tokenizer.type = {tokenizer.type} needs one. Give its model, or use the type bytes."
 
 
-def _training(config: Config) -> Iterator[str]:
+def _training(config: Config) -> Iterator[Problem]:
     micro, total = config.training.micro_batch_size, config.training.global_batch_size
     if total % micro:
-        yield (
-            f"training.micro_batch_size = {micro} does not divide training.global_batch_size = {total}. Use {_divisors(total, near=micro)}."
-        )
+        text = f"training.micro_batch_size = {micro} does not divide training.global_batch_size = {total}. Use {VALUES}."
+        yield Choice(text, "training.micro_batch_size", _all_divisors(total), near=micro)
 
 
-def _batch_ramp(config: Config) -> Iterator[str]:
+def _batch_ramp(config: Config) -> Iterator[Problem]:
     ramp, training = config.training.batch_ramp, config.training
     if ramp is None:
         return
     where, total, micro = "training.batch_ramp", training.global_batch_size, training.micro_batch_size
     if ramp.start >= total:
-        yield f"{where}.start = {ramp.start} is not less than training.global_batch_size = {total}. Lower it, or use batch_ramp = null."
+        yield Choice(
+            f"{where}.start = {ramp.start} is not less than training.global_batch_size = {total}. Use {VALUES}, or batch_ramp = null.",
+            f"{where}.start",
+            range(micro, total, micro),
+            near=ramp.start,
+        )
     elif (total - ramp.start) % ramp.increment:
-        divisors = _all_divisors(total - ramp.start)
-        yield (
+        yield Choice(
             f"{where}.increment = {ramp.increment} does not lead from start = {ramp.start} to training.global_batch_size = {total}. "
-            f"Use {_choice([n for n in divisors if n % micro == 0] or divisors, near=ramp.increment)}."
+            f"Use {VALUES}.",
+            f"{where}.increment",
+            _all_divisors(total - ramp.start),
+            near=ramp.increment,
         )
     for name, value in (("start", ramp.start), ("increment", ramp.increment)):
         if value % micro:
-            yield f"{where}.{name} = {value} is not a multiple of training.micro_batch_size = {micro}. Use {_near(micro, value)}."
+            text = f"{where}.{name} = {value} is not a multiple of training.micro_batch_size = {micro}. Use {VALUES}."
+            yield Choice(text, f"{where}.{name}", range(micro, total, micro), near=value, around=True)
     if ramp.steps > training.train_steps:
         yield (
             f"{where}.steps = {ramp.steps} is more than training.train_steps = {training.train_steps}, "
@@ -265,28 +312,29 @@ def _batch_ramp(config: Config) -> Iterator[str]:
         )
 
 
-def _step_numbers(config: Config) -> Iterator[str]:
+def _step_numbers(config: Config) -> Iterator[Problem]:
     """Settings that name steps name steps of the run."""
     steps, first = config.training.train_steps, config.profiling.first_step
     for index, part in enumerate(config.training.skip_steps):
         last = part.last or part.first
         if last < part.first:
-            yield f"training.skip_steps.{index}: last = {last} is less than first = {part.first}. Exchange them."
+            remedy = "Exchange them." if part.first <= steps else f"Exchange them; none may be after training.train_steps = {steps}."
+            yield f"training.skip_steps.{index}: last = {last} is less than first = {part.first}. {remedy}"
         elif last > steps:
             yield f"training.skip_steps.{index}: step {last} is after training.train_steps = {steps}. Use at most {steps}."
     if first is not None and first + config.profiling.steps - 1 > steps:
         yield (
             f"profiling.first_step = {first} and profiling.steps = {config.profiling.steps} end after training.train_steps = {steps}. "
-            "Begin earlier, or record fewer steps."
+            f"Begin at {max(1, steps - config.profiling.steps + 1)} or earlier, and record at most {steps} steps."
         )
 
 
-def _guards(config: Config) -> Iterator[str]:
+def _guards(config: Config) -> Iterator[Problem]:
     guards, hang, bound = config.guards, config.guards.hang_timeout_minutes, config.parallel.timeout_minutes
     if hang is not None and hang > bound:
         yield (
-            f"guards.hang_timeout_minutes = {hang:g} is more than parallel.timeout_minutes = {bound:g}: the collective's time-out would "
-            f"end a hang first, and name no rank. Use a timeout_minutes of at least {hang:g}."
+            f"guards.hang_timeout_minutes = {_plain(hang)} is more than parallel.timeout_minutes = {_plain(bound)}: the collective's "
+            f"time-out would end a hang first, and name no rank. Use a timeout_minutes of at least {_plain(hang)}."
         )
     if guards.rollback_threshold is not None and config.data.order == "megatron":
         yield (
@@ -295,7 +343,7 @@ def _guards(config: Config) -> Iterator[str]:
         )
 
 
-def _checkpoint(config: Config) -> Iterator[str]:
+def _checkpoint(config: Config) -> Iterator[Problem]:
     local_dir, local = config.checkpoint.local_dir, config.checkpoint.local_interval
     if (local_dir is None) != (local is None):
         name, other = ("local_interval", "local_dir") if local_dir is None else ("local_dir", "local_interval")
@@ -308,31 +356,39 @@ def _checkpoint(config: Config) -> Iterator[str]:
         )
 
 
-def _world(config: Config, world_size: int) -> Iterator[str]:
+def _world(config: Config, world_size: int) -> Iterator[Problem]:
     parallel, training = config.parallel, config.training
     model_ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
     product = f"{parallel.tensor_parallel_size} x {parallel.pipeline_parallel_size} = {model_ranks}"
     if world_size % model_ranks:
+        products = _closest(_all_divisors(world_size), model_ranks)
         yield (
             f"parallel.tensor_parallel_size x pipeline_parallel_size = {product} does not divide the world size {world_size}. "
-            f"Start a multiple of {model_ranks} processes, or use sizes whose product is {_divisors(world_size, near=model_ranks)}."
+            f"Start a multiple of {model_ranks} processes, or use sizes whose product is {products}."
         )
         return
     replicas = derived.data_parallel_size(config, world_size)
     shard = parallel.optimizer_shard_size
     if shard is not None and replicas % shard:
-        yield (
+        yield Choice(
             f"parallel.optimizer_shard_size = {shard} does not divide the data-parallel size {replicas} "
-            f"(world size {world_size} / {model_ranks}). Use {_divisors(replicas, near=shard)}, or null."
+            f"(world size {world_size} / {model_ranks}). Use {VALUES}, or null.",
+            "parallel.optimizer_shard_size",
+            _all_divisors(replicas),
+            near=shard,
         )
     together = training.micro_batch_size * replicas
     fitting = True
     for where, total in _batches(config):
         if total % together:
             fitting = False
-            yield (
+            yield Choice(
                 f"{where} = {total} is not a multiple of micro_batch_size x data-parallel size = "
-                f"{training.micro_batch_size} x {replicas} = {together}. Use {_near(together, total)}, or another micro_batch_size."
+                f"{training.micro_batch_size} x {replicas} = {together}. Use {VALUES}, or another micro_batch_size.",
+                where,
+                _multiples(together, total),
+                near=total,
+                around=True,
             )
     if fitting:
         for total in derived.batch_sizes(training):
@@ -349,36 +405,54 @@ def _batches(config: Config) -> Iterator[tuple[str, int]]:
         yield "training.batch_ramp.increment", ramp.increment
 
 
-def _micro_batches(config: Config, total: int, together: int) -> Iterator[str]:
+def _micro_batches(config: Config, total: int, together: int) -> Iterator[Problem]:
     """What the pipeline schedules demand of the number of micro-batches (torch.distributed.pipelining)."""
     parallel, count = config.parallel, total // together
     ranks = parallel.pipeline_parallel_size
     if ranks == 1:
         return
-    name = "training.global_batch_size" if total == config.training.global_batch_size else "training.batch_ramp: the batch size"
+    ramps = total != config.training.global_batch_size
+    name = "training.batch_ramp: the batch size" if ramps else "training.global_batch_size"
     where = f"{name} = {total} makes {count} micro-batches"
+    setting = "training.global_batch_size"
+    values: Sequence[int] = _multiples(together, total)
+    if ramps:
+        setting, values = "training.batch_ramp.start", range(together, config.training.global_batch_size, together)
     if parallel.schedule == "1f1b" and count < ranks:
-        yield (
+        smaller = " a smaller micro_batch_size," if config.training.micro_batch_size > 1 else ""
+        yield Choice(
             f"{where}, fewer than parallel.pipeline_parallel_size = {ranks}, which the schedule 1f1b needs. "
-            f"Use at least {ranks * together}, a smaller micro_batch_size, or the schedule gpipe."
+            f"Use {setting} = {VALUES},{smaller} or the schedule gpipe.",
+            setting,
+            [value for value in values if value >= ranks * together],
+            near=total,
         )
     rounds = max(1, count // ranks)
     if parallel.schedule in ("interleaved_1f1b", "zero_bubble") and count % rounds:
-        below, above = _multiples_around(ranks, count)
-        yield (
+        yield Choice(
             f"{where}, which parallel.schedule = {parallel.schedule} cannot deal out in {rounds} equal rounds over {ranks} stages. "
-            f"Use {below * together} or {above * together}."
+            f"Use {VALUES}.",
+            setting,
+            [value for value in values if value % (ranks * together) == 0],
+            near=total,
+            around=True,
         )
 
 
-def _near(step: int, value: int) -> str:
-    """The multiples around a value."""
-    return one_of(n for n in _multiples_around(step, value) if n)
+def _multiples(step: int, value: int) -> list[int]:
+    """The positive multiples of `step` round a value, as many as are tried, and more above where few are below."""
+    middle = max(1, value // step)
+    return [step * factor for factor in range(max(1, middle - TRIED), middle + TRIED + 1)]
 
 
-def _multiples_around(step: int, value: int) -> tuple[int, int]:
-    below = value // step * step
-    return below, below + step
+def _rounded_down(fraction: float) -> float:
+    """To three decimals, so that the number shown is one that fits."""
+    return math.floor(fraction * 1000) / 1000
+
+
+def _plain(value: float) -> str:
+    """A number as it stands in a file, every digit of it."""
+    return f"{value:g}" if float(f"{value:g}") == value else repr(value)
 
 
 def _all_divisors(value: int) -> list[int]:
@@ -387,11 +461,24 @@ def _all_divisors(value: int) -> list[int]:
     return sorted({*small, *(value // n for n in small)})
 
 
-def _divisors(value: int, near: int) -> str:
-    return _choice(_all_divisors(value), near)
+def _closest(values: Iterable[int], near: int) -> str:
+    """The values closest to `near` by ratio, in order, as '1, 2 or 4'."""
+    return one_of(sorted(sorted(values, key=lambda value: max(value / near, near / value))[:SHOWN]))
 
 
-def _choice(values: Iterable[int], near: int) -> str:
-    """The eight values closest to `near` by ratio, in order, as '1, 2 or 4'."""
-    closest = sorted(values, key=lambda value: max(value / near, near / value))[:8]
-    return one_of(sorted(closest))
+RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
+    _model,
+    _attention_backend,
+    _compile,
+    _completep,
+    _tensor_parallel,
+    _pipeline,
+    _schedule,
+    _sources,
+    _tokenizer,
+    _training,
+    _batch_ramp,
+    _step_numbers,
+    _checkpoint,
+    _guards,
+)

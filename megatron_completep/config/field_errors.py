@@ -8,7 +8,7 @@ import types
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from megatron_completep.config.schema import Config
 from megatron_completep.config.yaml_text import Path
@@ -37,23 +37,33 @@ def dotted(path: Iterable[str | int]) -> str:
     return ".".join(str(part) for part in path)
 
 
-def describe(error: ValidationError, origins: Mapping[Path, str]) -> list[str]:
-    """One line for each problem that pydantic found; `origins` says where a path was written, such as 'line 3'."""
+def describe(error: ValidationError, origins: Mapping[Path, str], values: Any = None) -> list[str]:
+    """One line for each problem that pydantic found in `values`; `origins` says where a path was written, such as 'line 3'."""
     lines = []
     for finding in error.errors():
         path = tuple(part for part in finding["loc"] if part != "[key]")
         origin = next((origins[path[:length]] for length in range(len(path), 0, -1) if path[:length] in origins), "")
-        lines.append(_describe_one(finding, path) + (f" ({origin})" if origin else ""))
+        lines.append(_describe_one(finding, path, _beside(values, path)) + (f" ({origin})" if origin else ""))
     return lines
 
 
-def _describe_one(finding: Any, path: Path) -> str:
+def _beside(values: Any, path: Path) -> Mapping[str, Any]:
+    """The mapping in which the last part of a path stands; empty where there is none."""
+    for part in path[:-1]:
+        try:
+            values = values[part]
+        except (KeyError, IndexError, TypeError):
+            return {}
+    return values if isinstance(values, Mapping) else {}
+
+
+def _describe_one(finding: Any, path: Path, beside: Mapping[str, Any]) -> str:
     kind, value, context = finding["type"], finding["input"], finding.get("ctx", {})
     where = f"{dotted(path)} = {show(value)}"
     if kind == "missing":
         return f"{dotted(path)} is missing{_meaning(path)}. Add it."
     if kind == "extra_forbidden" or finding["loc"][-1:] == ("[key]",):
-        return f"{dotted(path)}: unknown key. {_suggestion(path)}"
+        return f"{dotted(path)}: unknown key. {_suggestion(path, beside)}"
     if kind == "literal_error":
         choices = [show(choice).strip("'") for choice in get_args(_strip(_annotation(path)))]
         return f"{where}: must be {one_of(choices)}."
@@ -61,15 +71,15 @@ def _describe_one(finding: Any, path: Path) -> str:
         name, words = _COMPARISONS[kind]
         return f"{where}: must be {words} {context[name]:g}."
     if kind in ("int_type", "int_from_float", "int_parsing"):
-        return f"{where}: must be a whole number." + _whole(value)
+        return f"{where}: must be a whole number." + _whole(path, value)
     if kind in ("float_type", "float_parsing"):
-        return f"{where}: must be a number." + (" Remove the quotes." if _is_number(value) else "")
+        return f"{where}: must be a number." + (" Remove the quotes." if _is_number(value) and _accepted(path, float(value)) else "")
     if kind == "finite_number":
         return f"{where}: must be a finite number."
     if kind in ("bool_type", "bool_parsing"):
         return f"{where}: must be true or false."
     if kind == "string_type":
-        return f"{where}: must be text." + ("" if isinstance(value, (dict, list)) else " Put it in quotes.")
+        return f"{where}: must be text." + (" Put it in quotes." if _accepted(path, str(value)) and path != ("data", "split") else "")
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         return f"{where}: must be a section of keys. {_keys(_section(path))}"
     if kind in ("list_type", "tuple_type"):
@@ -86,10 +96,25 @@ def one_of(choices: Iterable[Any]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
 
 
-def _whole(value: Any) -> str:
+def _whole(path: Path, value: Any) -> str:
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
-        return f" Write {int(value)}."
-    return " Remove the quotes." if isinstance(value, str) and value.lstrip("+-").isdigit() else ""
+        return f" Write {int(value)}." if _accepted(path, int(value)) else ""
+    digits = isinstance(value, str) and value.lstrip("+-").isdigit() and len(value) < 100
+    return " Remove the quotes." if digits and _accepted(path, int(value)) else ""
+
+
+def _accepted(path: Path, value: Any) -> bool:
+    """Whether the setting itself takes a value: no remedy is offered that its own bounds refuse."""
+    section, element = _section(path[:-1]), path[-1]
+    if section is None or str(element) not in section.model_fields:
+        return not isinstance(value, (dict, list))  # an element of a list, whose bounds are not looked up
+    field = section.model_fields[str(element)]
+    annotation: Any = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
+    try:
+        TypeAdapter(annotation, config=ConfigDict(strict=True, allow_inf_nan=False)).validate_python(value)
+    except ValidationError:
+        return False
+    return True
 
 
 def _is_number(value: Any) -> bool:
@@ -100,15 +125,16 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def _suggestion(path: Path) -> str:
+def _suggestion(path: Path, beside: Mapping[str, Any]) -> str:
     key, parent = str(path[-1]), path[:-1]
     section = _section(parent)
     # Where keys are not a section's fields, they are a Literal's names: completep.factors by role.
     known = list(section.model_fields) if section else [str(name) for name in get_args(get_args(_annotation(parent))[0])]
     homes = [name for name in Config.model_fields if name != dotted(parent) and key in getattr(_section((name,)), "model_fields", {})]
-    meant = difflib.get_close_matches(key, known, n=1, cutoff=0.5) + [f"{home}.{key}" for home in homes]
-    if meant:
-        return f"Did you mean {one_of(meant)}?"
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if meant := close + [f"{home}.{key}" for home in homes]:
+        twice = f" {close[0]} is set as well: keep one of the two." if close and close[0] in beside and not homes else ""
+        return f"Did you mean {one_of(meant)}?{twice}"
     return f"Known here: {', '.join(known)}."
 
 

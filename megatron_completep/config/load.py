@@ -6,17 +6,18 @@ import copy
 import itertools
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from megatron_completep.config.check import check_config
 from megatron_completep.config.field_errors import describe, dotted, show
+from megatron_completep.config.json_text import read_bounded
 from megatron_completep.config.schema import Config
+from megatron_completep.config.yaml_text import MAX_BYTES, dump_yaml, parse_yaml
 from megatron_completep.config.yaml_text import Path as KeyPath
-from megatron_completep.config.yaml_text import dump_yaml, parse_yaml
 from megatron_completep.errors import ConfigError
+from megatron_completep.files import write_whole
 
 COMMAND_LINE = "command line"
 
@@ -56,32 +57,24 @@ def save_config(config: Config, path: str | os.PathLike[str]) -> None:
     Raises:
         ConfigError: the file cannot be written.
     """
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(dump_yaml(config.model_dump(mode="json")))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
+        write_whole(path, dump_yaml(config.model_dump(mode="json")).encode())
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise ConfigError(f"{target} cannot be written: {error.strerror}. Choose another folder or free some space.") from None
+        raise ConfigError(f"{path} cannot be written: {error.strerror}. Choose another folder or free some space.") from None
 
 
 def _read(path: str | os.PathLike[str]) -> str:
     try:
-        return Path(path).read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist. Give the path of a configuration file, such as configs/quickstart.yaml.") from None
-    except (OSError, ValueError) as error:
-        if isinstance(error, UnicodeDecodeError):
-            line = error.object.count(b"\n", 0, error.start) + 1
-            raise ConfigError(
-                f"{path}, line {line}: byte {error.object[error.start]:#04x} is not UTF-8. Save the file as UTF-8 text."
-            ) from None
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise ConfigError(f"{path} cannot be read: {reason}. Give the path of a configuration file.") from None
+        if "\0" not in str(path) and not os.path.lexists(path):
+            raise ConfigError(f"{path} does not exist. Give the path of a configuration file, such as configs/quickstart.yaml.")
+        return read_bounded(path, MAX_BYTES, ConfigError).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ConfigError(
+            f"{path}, line {line}: byte {error.object[error.start]:#04x} is not UTF-8. Save the file as UTF-8 text."
+        ) from None
+    except ValueError as error:
+        raise ConfigError(f"{path!r} cannot be read: {error}. Give the path of a configuration file.") from None
 
 
 def _require_mapping(values: Any, name: str) -> None:
@@ -98,7 +91,7 @@ def _validate(values: dict[str, Any], overrides: Sequence[str], origins: dict[Ke
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        problems += describe(error, origins)
+        problems += describe(error, origins, values)
     if problems:
         raise ConfigError(_report(name, problems))
     try:

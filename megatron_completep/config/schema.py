@@ -166,6 +166,11 @@ class DataConfig(Section):
     order: Literal["permutation", "megatron"] = Field(
         "permutation", description="permutation: O(1) seek; megatron: Megatron-Core's samples."
     )
+    order_samples: PositiveInt | None = Field(
+        None,
+        description="Samples of training for which the order is planned (megatron; epochs beside weights); null: those of the run. "
+        "Keeps the order of a run that is made longer.",
+    )
     reset_at_document_ends: bool = Field(False, description="Attention and positions start anew at document boundaries.")
     prefetch: NonNegativeInt = Field(2, description="Steps of batches that a worker thread prepares ahead; 0: none.")
 
@@ -251,7 +256,9 @@ class CheckpointConfig(Section):
     on_failure: Literal["continue", "stop"] = Field(
         "continue", description="After a failed save: go on training (the older checkpoints are intact), or stop at the next save."
     )
-    timeout_minutes: PositiveFloat = Field(30.0, description="Longest wait of one rank for another's part of a checkpoint, in minutes.")
+    timeout_minutes: PositiveFloat = Field(
+        30.0, description="Longest wait of one rank for another to get on with its part of a checkpoint, in minutes."
+    )
 
 
 class GuardsConfig(Section):

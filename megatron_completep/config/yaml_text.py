@@ -11,8 +11,11 @@ from megatron_completep.errors import ConfigError
 
 Path = tuple[str | int, ...]
 
-# Depth to which line numbers are kept: section, key, list index, key. It also bounds the walk over a self-referring alias.
+# Depth to which line numbers are kept: section, key, list index, key.
 LINE_DEPTH = 5
+MAX_BYTES = 16 << 20
+# Of a document whose aliases are written out. Aliases of aliases multiply: ten lines can stand for 10^10 values.
+MAX_VALUES = 100_000
 
 
 class _Resolver(yaml.resolver.BaseResolver):
@@ -89,6 +92,8 @@ _REMEDIES = (
     ("could not find expected ':'", "Write `key: value`, with a space after the colon."),
     ("special characters", "Save the file as plain UTF-8 text."),
     ("not a word", "Keys are plain words, such as hidden_size."),
+    ("refers to itself", "Write the value out in place of the alias."),
+    ("values", "Write the values out in place of aliases (words that start with *); no configuration has so many."),
 )
 
 
@@ -110,6 +115,8 @@ def parse_yaml(text: str, name: str) -> tuple[Any, dict[Path, int]]:
         node = loader.get_single_node()
         if node is None:
             return None, {}
+        if (problem := _size_problem(node)) is not None:
+            raise _syntax_error(name, node.start_mark.line + 1, problem)
         return loader.construct_document(node), _lines(node, ())
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -136,6 +143,39 @@ def _syntax_error(name: str, line: int, problem: str) -> ConfigError:
         (remedy for words, remedy in _REMEDIES if words in problem), "Check the indentation, the brackets and the quotes around here."
     )
     return ConfigError(f"{name}, line {line}: {problem}. {remedy}")
+
+
+def _size_problem(root: yaml.Node) -> str | None:
+    """Why a document is larger than it looks, if it is: each node is visited once, however many aliases stand for it."""
+    sizes: dict[int, int] = {}  # values that a node stands for, itself included; 0 while its children are counted
+
+    def size_of(node: yaml.Node) -> int:
+        if id(node) in sizes:
+            return sizes[id(node)]
+        children: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            children = [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            children = node.value
+        sizes[id(node)] = 0
+        total = 1
+        for child in children:
+            size = size_of(child)
+            if size == 0:
+                raise _Endless
+            total += size
+        sizes[id(node)] = total
+        return total
+
+    try:
+        size = size_of(root)
+    except _Endless:
+        return "a value refers to itself"
+    return f"it stands for {size:,} values" if size > MAX_VALUES else None
+
+
+class _Endless(Exception):
+    """A value that contains itself."""
 
 
 def _lines(node: yaml.Node, path: Path) -> dict[Path, int]:

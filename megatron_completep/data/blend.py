@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
 from math import gcd, lcm
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -61,6 +62,10 @@ class Blend:
             return source, int(numbers[slot]) + block * (self.block * self.weights[source] // self.total)
         sources, numbers = self._table(block)
         return int(sources[slot]), int(numbers[slot])
+
+    def order(self, consumed_samples: int) -> dict[str, Any]:
+        """Which samples the first `consumed_samples` are: every source is read in its own order, so the counts say it."""
+        return {"counts": self.counts(consumed_samples)}
 
     def counts(self, index: int) -> list[int]:
         """How many of the samples before `index` come from each source."""

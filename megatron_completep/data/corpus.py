@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from megatron_completep.config.schema import DataConfig, SourceConfig, TokenizerConfig
 from megatron_completep.data import megatron_order
 from megatron_completep.data.blend import Blend
 from megatron_completep.data.indexed import BLOCK_BYTES, Array, IndexedDataset
-from megatron_completep.data.megatron_order import MegatronBlend
+from megatron_completep.data.megatron_order import MegatronBlend, Repeated
 from megatron_completep.data.samples import PermutedSource, Sample, Source
 from megatron_completep.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_completep.errors import DataError, for_all
@@ -37,11 +40,13 @@ class SampleOrigin:
 class Corpus:
     """Sample i of a run, over all its sources: a pure function of (seed, data, i), the same at every layout.
 
-    sources: one a token file; blend: anything with `blend[i]` -> (source, number of the sample within it).
+    sources: one a token file; blend: anything with `blend[i]` -> (source, number of the sample within it). planned_samples: the length
+    that the order was planned for.
     """
 
-    def __init__(self, sources: Sequence[Source], blend: Any, vocab_size: int) -> None:
+    def __init__(self, sources: Sequence[Source], blend: Any, vocab_size: int, planned_samples: int) -> None:
         self.sources, self.blend, self.vocab_size = list(sources), blend, vocab_size
+        self.planned_samples = planned_samples
 
     def __getitem__(self, index: int) -> Sample:
         """Raises DataError naming file, document and position of a token id that the model has no embedding for."""
@@ -63,6 +68,14 @@ class Corpus:
         """Samples of one epoch of every source together."""
         return sum(source.samples_per_epoch for source in self.sources)
 
+    def order_digest(self, consumed_samples: int) -> str:
+        """A hash that is equal for two planned lengths whose first `consumed_samples` samples are the same, in hexadecimal.
+
+        It is over what decides them (seeds, epochs, shares, counts of each source), so it costs the same at any length.
+        """
+        described = [self.blend.order(consumed_samples), [source.order() for source in self.sources]]
+        return xxhash.xxh3_64_hexdigest(json.dumps(described, sort_keys=True).encode())
+
     def fingerprint(self) -> list[dict[str, Any]]:
         """What identifies the data, for comparing a resumed run's with its checkpoint's."""
         return [_identity(source.dataset) for source in self.sources]
@@ -74,7 +87,7 @@ class Corpus:
     def _check_vocabulary_of(self, dataset: IndexedDataset) -> None:
         sidecar = dataset.sidecar or {}
         if sidecar.get("largest_id", -1) >= self.vocab_size:
-            raise self._unknown_token(dataset, first_outside(dataset.tokens, self.vocab_size))
+            raise self._unknown_token(dataset, first_outside(dataset, self.vocab_size))
         tokenizer = sidecar.get("tokenizer") or {}
         if (size := tokenizer.get("vocab_size") or 0) > self.vocab_size:
             raise DataError(
@@ -115,10 +128,10 @@ def outside(tokens: Array, vocab_size: int) -> Array:
     return (tokens >= vocab_size) | (tokens < 0)
 
 
-def first_outside(tokens: Array, vocab_size: int) -> int:
-    """Position of the first id outside the vocabulary; block by block, so that a corpus larger than memory can be searched."""
-    for start in range(0, len(tokens), BLOCK_BYTES):
-        wrong = outside(tokens[start : start + BLOCK_BYTES], vocab_size)
+def first_outside(dataset: IndexedDataset, vocab_size: int) -> int:
+    """Position of the first id outside the vocabulary, -1: none; block by block, so that a corpus larger than memory can be searched."""
+    for start in range(0, dataset.num_tokens, BLOCK_BYTES):
+        wrong = outside(dataset.tokens[start : start + BLOCK_BYTES], vocab_size)
         if wrong.any():
             return start + int(np.argmax(wrong))
     return -1
@@ -155,6 +168,11 @@ def parse_split(split: str) -> list[float]:
     return megatron_order.normalize(shares + [0.0] * (3 - len(shares)))
 
 
+def has_validation(data: DataConfig) -> bool:
+    """Whether there is anything to validate on: sources of its own, or a part of the training sources above 0."""
+    return data.validation is not None or (data.split is not None and parse_split(data.split)[1] > 0)
+
+
 def sources_of(data: DataConfig, split: str) -> tuple[Sequence[SourceConfig], tuple[float, float] | None]:
     """The configured sources of "train" or "validation", and which share of each (None: all of it)."""
     if split == "train":
@@ -164,19 +182,26 @@ def sources_of(data: DataConfig, split: str) -> tuple[Sequence[SourceConfig], tu
         return data.validation, None
     if data.split is None:
         raise DataError("data.validation and data.split are both null: there is nothing to validate on. Set one of them.")
+    if not has_validation(data):
+        raise DataError(f"data.split = '{data.split}' leaves nothing to validate on. Give its second part a share, such as '969,30,1'.")
     shares = parse_split(data.split)
     return data.train, (shares[0], shares[0] + shares[1])
 
 
 def open_corpus(data: DataConfig, *, seq_length: int, total_samples: int, vocab_size: int, split: str = "train") -> Corpus:
-    """Open the sources of one split. total_samples: samples of the whole run (sources given in epochs beside weighted ones need it).
+    """Open the sources of one split. total_samples: samples of the whole run, for which the order is planned (epochs beside weights, and
+    the order megatron, depend on it) unless data.order_samples says another number.
 
     Raises DataError for files that cannot be used, sources too small for one sample, and ids beyond the vocabulary.
     """
     configured, share = sources_of(data, split)
+    planned = planned_samples(data, total_samples, split)
     if data.order == "megatron":
-        tables, order = megatron_order.plan(configured, share, seq_length=seq_length, seed=data.seed, num_samples=total_samples)
-        corpus = Corpus([source.open() for source in tables], order.open() if isinstance(order, MegatronBlend) else order, vocab_size)
+        passes = -(-total_samples // planned)
+        tables, order = megatron_order.plan(configured, share, seq_length=seq_length, seed=data.seed, num_samples=planned, passes=passes)
+        opened = [source.open() for source in tables]
+        blend = order.open() if isinstance(order, MegatronBlend) else order
+        corpus = Corpus(opened, blend if passes == 1 else Repeated(blend, planned, opened), vocab_size, planned)
     else:
         first_stream = 0 if split == "train" else VALIDATION_STREAM
 
@@ -186,10 +211,15 @@ def open_corpus(data: DataConfig, *, seq_length: int, total_samples: int, vocab_
             return PermutedSource(dataset, seq_length, data.seed, first_stream + number, documents)
 
         sources = for_all(range(len(configured)), open_source)
-        corpus = Corpus(sources, Blend(blend_weights(configured, sources, total_samples)), vocab_size)
+        corpus = Corpus(sources, Blend(blend_weights(configured, sources, planned)), vocab_size, planned)
     corpus.check_vocabulary()
     corpus.check_tokenizer(data.tokenizer)
     return corpus
+
+
+def planned_samples(data: DataConfig, total_samples: int, split: str) -> int:
+    """Samples that the order of a split is planned for; data.order_samples is about training."""
+    return data.order_samples or total_samples if split == "train" else total_samples
 
 
 def blend_weights(configured: Sequence[SourceConfig], sources: Sequence[PermutedSource], total_samples: int) -> list[Fraction]:
@@ -230,8 +260,15 @@ def prebuild(data: DataConfig, *, seq_length: int, total_samples: int, split: st
     if data.order != "megatron":
         return []
     configured, share = sources_of(data, split)
-    sources, order = megatron_order.plan(configured, share, seq_length=seq_length, seed=data.seed, num_samples=total_samples)
-    folders = [megatron_order.save_prebuilt(source.dataset.prefix, source.description, source.build) for source in sources]
+    planned = planned_samples(data, total_samples, split)
+    sources, order = megatron_order.plan(
+        configured, share, seq_length=seq_length, seed=data.seed, num_samples=planned, passes=-(-total_samples // planned)
+    )
+    folders = [
+        megatron_order.save_prebuilt(source.dataset.prefix, source.description(number), partial(source.build, number))
+        for source in sources
+        for number in range(source.passes)
+    ]
     if isinstance(order, MegatronBlend):
-        folders.append(megatron_order.save_prebuilt(order.prefix, order.description, order.build))
+        folders.append(megatron_order.save_prebuilt(order.prefix, order.description(), order.build))
     return folders

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,29 +12,49 @@ import numpy as np
 from megatron_completep.config.derived import batch_size, total_samples
 from megatron_completep.config.schema import Config, TokenizerConfig
 from megatron_completep.data.corpus import Corpus, SampleOrigin, first_outside, open_corpus, refuse_other_tokenizer
+from megatron_completep.data.files import printable
 from megatron_completep.data.indexed import CHUNK, IndexedDataset
 from megatron_completep.data.left_out import LeftOut, first_sample_of
-from megatron_completep.data.tokenizer import Tokenizer, build_tokenizer
+from megatron_completep.data.run_tokenizer import copy_in, with_readable_tokenizer
+from megatron_completep.data.tokenizer import Tokenizer, build_tokenizer, guess_type
 from megatron_completep.errors import DataError
 
 
 def tokenizer_for(dataset: IndexedDataset, chosen: TokenizerConfig | None) -> Tokenizer | None:
     """The chosen tokenizer, else the one recorded in PREFIX.json where its model is still the same; None: no way to decode.
 
-    Raises DataError when a chosen tokenizer is not the one the files were written with.
+    The recorded one is looked for where it lay when the files were written, beside them, and in the present folder. Raises DataError
+    when a chosen tokenizer is not the one the files were written with.
     """
-    recorded = (dataset.sidecar or {}).get("tokenizer")
+    sidecar = dataset.sidecar or {}
     if chosen is not None:
         tokenizer = build_tokenizer(chosen)
         refuse_other_tokenizer(dataset, tokenizer)
         return tokenizer
-    if not recorded:
-        return None
-    try:
-        tokenizer = build_tokenizer(TokenizerConfig(type=recorded["type"], model=recorded["model"]))
-    except (DataError, KeyError, ValueError):
-        return None
-    return tokenizer if tokenizer.hash == recorded.get("hash") else None
+    recorded = sidecar.get("tokenizer") or {}
+    name = recorded.get("model")
+    beside = None if name is None else str(Path(dataset.prefix).parent / name)
+    for model in dict.fromkeys([sidecar.get("tokenizer_path"), beside, name]):
+        try:
+            tokenizer = build_tokenizer(TokenizerConfig(type=recorded["type"], model=model))
+        except (DataError, KeyError, ValueError):
+            continue
+        if tokenizer.hash == recorded.get("hash"):
+            return tokenizer
+    return None
+
+
+def choose_tokenizer(dataset: IndexedDataset, type: str | None, model: str | None) -> TokenizerConfig | None:
+    """What a user names by type, by model, or by both; None: neither. A model alone is of the recorded type, else of what it looks like.
+
+    model: also a folder in which a run keeps its tokenizer. Raises DataError for a damaged one.
+    """
+    if type is None and model is not None:
+        if (kept := copy_in(Path(model))) is not None:
+            return kept
+        recorded = ((dataset.sidecar or {}).get("tokenizer") or {}).get("type")
+        type = recorded if recorded not in (None, "bytes") else guess_type(model)
+    return None if type is None else TokenizerConfig.model_validate({"type": type, "model": model})
 
 
 def describe_files(dataset: IndexedDataset, tokenizer: Tokenizer | None, documents: int, characters: int = 400) -> dict[str, Any]:
@@ -47,7 +68,7 @@ def describe_files(dataset: IndexedDataset, tokenizer: Tokenizer | None, documen
         text = None if tokenizer is None else tokenizer.decode(head)[:characters]
         first.append({"document": number, "tokens": len(tokens), "ids": head[:16], "text": text})
     return {
-        "prefix": dataset.prefix,
+        "prefix": printable(dataset.prefix),
         "dtype": dataset.dtype.name,
         "documents": dataset.num_documents,
         "sequences": dataset.num_sequences,
@@ -83,7 +104,7 @@ def document_lengths(dataset: IndexedDataset) -> dict[str, Any]:
 def problems_of(dataset: IndexedDataset, vocab_size: int | None) -> list[str]:
     """`IndexedDataset.problems`, and the first token id outside the vocabulary when one is given."""
     found = dataset.problems()
-    if vocab_size is not None and (at := first_outside(dataset.tokens, vocab_size)) >= 0:
+    if vocab_size is not None and (at := first_outside(dataset, vocab_size)) >= 0:
         document = dataset.document_at(at)
         found.append(
             f"{dataset.bin_path}: document {document}, position {at - dataset.token_offset(document)}: token id {dataset.tokens[at]} is "
@@ -92,24 +113,28 @@ def problems_of(dataset: IndexedDataset, vocab_size: int | None) -> list[str]:
     return found
 
 
-def describe_step(config: Config, step: int, split: str = "train", left_out: Sequence[LeftOut] = ()) -> Iterator[dict[str, Any]]:
+def describe_step(
+    config: Config, step: int, split: str = "train", left_out: Sequence[LeftOut] = (), samples: range | None = None
+) -> Iterator[dict[str, Any]]:
     """The samples of optimizer step `step` (from 1, as in metrics.jsonl), in order, each with its source, documents and text.
 
-    split "validation": the fixed validation samples, whatever the step. left_out: what the run's rollbacks left out. Text is null
-    without a tokenizer. Raises DataError.
+    split "validation": the fixed validation samples, whatever the step. left_out: what the run's rollbacks left out. samples: their
+    numbers within the run, where they are known; else they follow from the configuration. Text is null without a tokenizer.
+    Raises DataError.
     """
     training, steps = config.training, config.training.train_steps
     if split == "train" and not 1 <= step <= steps:
         raise DataError(f"step {step} is outside this run, which has the steps 1 to {steps} (training.train_steps).")
     total = total_samples(training) if split == "train" else training.validation_samples
-    corpus = open_corpus(
-        config.data, seq_length=config.model.seq_length, total_samples=total, vocab_size=config.model.vocab_size, split=split
-    )
-    first, count = 0, min(total, corpus.num_samples)
-    if split == "train":
-        first, count = first_sample_of(training, step, left_out), batch_size(training, step)
-    tokenizers = [tokenizer_for(source.dataset, config.data.tokenizer) for source in corpus.sources]
-    for index in range(first, first + count):
+    data = with_readable_tokenizer(config.data, Path(training.output_dir))
+    corpus = open_corpus(data, seq_length=config.model.seq_length, total_samples=total, vocab_size=config.model.vocab_size, split=split)
+    if split != "train":
+        samples = range(min(total, corpus.num_samples))
+    elif samples is None:
+        first = first_sample_of(training, step, left_out)
+        samples = range(first, first + batch_size(training, step))
+    tokenizers = [tokenizer_for(source.dataset, data.tokenizer) for source in corpus.sources]
+    for index in samples:
         origin = corpus.origin(index)
         yield describe_sample(corpus, origin, tokenizers[origin.source])
 
@@ -133,7 +158,7 @@ def describe_sample(corpus: Corpus, origin: SampleOrigin, tokenizer: Tokenizer |
         )
     return {
         "sample": origin.index,
-        "prefix": origin.prefix,
+        "prefix": printable(origin.prefix),
         "epoch": origin.epoch,
         "number": origin.number,
         "documents": documents,

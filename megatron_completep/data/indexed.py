@@ -11,7 +11,7 @@ PREFIX.idx, little-endian, S sequences, D = documents + 1:
 
 from __future__ import annotations
 
-import json
+import glob
 import mmap
 import os
 import struct
@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from megatron_completep.data.files import printable, read_json, require_regular
 from megatron_completep.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -87,6 +88,9 @@ class IndexedDataset:
     PREFIX.json has it (a larger index at 64 places: `problems` looks at all of it). Raises DataError naming file and field.
     Without PREFIX.json an index whose document_indices were changed to other ascending numbers cannot be told from a good one.
 
+    A file that is shortened while it is open is found before its next use: every access to an array looks at the file's size first, since
+    a mapped page beyond the end would kill the process. Only a pass that is under way at that very moment can still meet one.
+
     Attributes: `tokens` [num_tokens], `lengths` int32 [S] in tokens, `pointers` int64 [S] in bytes, `document_indices` int64
     [documents + 1] (first sequence of each document), `modes` int8 [S] or None, `dtype`, and the counts.
     """
@@ -94,19 +98,19 @@ class IndexedDataset:
     def __init__(self, prefix: str | Path) -> None:
         self.prefix = str(prefix)
         self.idx_path, self.bin_path = self.prefix + ".idx", self.prefix + ".bin"
-        self._index = _map_file(self.idx_path)
+        self._index = _map_file(self.idx_path, self.prefix)
         if len(self._index) > FULL_CHECK_BYTES:
             self._index.madvise(mmap.MADV_RANDOM)
         header = read_header(bytes(self._index[: HEADER.size]), self.idx_path)
         self.dtype, self.num_sequences = header.dtype, header.num_sequences
         self.num_documents = header.document_entries - 1
         self._map_arrays(header)
-        self.tokens: Array = np.frombuffer(_map_file(self.bin_path), dtype=np.uint8)
+        self._bin = _map_file(self.bin_path, self.prefix)
         self._check_ends()
-        self.tokens = self.tokens.view(self.dtype)
+        self._tokens: Array = np.frombuffer(self._bin, dtype=self.dtype)
         self._descriptor = _open_for_random_reads(self.bin_path)
         weakref.finalize(self, os.close, self._descriptor)
-        self.num_tokens = len(self.tokens)
+        self.num_tokens = len(self._tokens)
         entries = max(self.num_sequences, header.document_entries)
         if len(self._index) <= FULL_CHECK_BYTES:
             self._raise_first(self._structure_problems(0, entries))
@@ -117,6 +121,30 @@ class IndexedDataset:
         if self.sidecar is not None:
             self._raise_first(self._sidecar_problems(self.sidecar))
         self._release()
+
+    @property
+    def tokens(self) -> Array:
+        """[num_tokens], mapped."""
+        require_whole(self._bin, self.bin_path)
+        return self._tokens
+
+    @property
+    def lengths(self) -> Array:
+        """int32 [S], in tokens."""
+        require_whole(self._index, self.idx_path)
+        return self._lengths
+
+    @property
+    def pointers(self) -> Array:
+        """int64 [S], in bytes."""
+        require_whole(self._index, self.idx_path)
+        return self._pointers
+
+    @property
+    def document_indices(self) -> Array:
+        """int64 [documents + 1], the first sequence of each document."""
+        require_whole(self._index, self.idx_path)
+        return self._document_indices
 
     def _release(self) -> None:
         """From here on binary searches: read-ahead would make much of a huge index resident, and so would what the checks touched."""
@@ -149,9 +177,9 @@ class IndexedDataset:
                 f"{self.idx_path}: size: {size} bytes, but {sequences} sequences and {documents} document_indices take {modes_at}. "
                 "The file is truncated or its counts are corrupted; build it again."
             )
-        self.lengths: Array = np.frombuffer(self._index, "<i4", sequences, HEADER.size)
-        self.pointers: Array = np.frombuffer(self._index, "<i8", sequences, pointers_at)
-        self.document_indices: Array = np.frombuffer(self._index, "<i8", documents, documents_at)
+        self._lengths: Array = np.frombuffer(self._index, "<i4", sequences, HEADER.size)
+        self._pointers: Array = np.frombuffer(self._index, "<i8", sequences, pointers_at)
+        self._document_indices: Array = np.frombuffer(self._index, "<i8", documents, documents_at)
         self.modes: Array | None = np.frombuffer(self._index, "i1", sequences, modes_at) if size > modes_at else None
 
     def _check_ends(self) -> None:
@@ -166,15 +194,15 @@ class IndexedDataset:
         end = 0
         if self.num_sequences:
             end = int(self.pointers[-1]) + int(self.lengths[-1]) * self.dtype.itemsize
-        if end != len(self.tokens):
+        if end != len(self._bin):
             raise DataError(
-                f"{self.bin_path}: size: {len(self.tokens)} bytes, but the index {self.idx_path} describes {end}. "
+                f"{self.bin_path}: size: {len(self._bin)} bytes, but the index {self.idx_path} describes {end}. "
                 "One of the two files is truncated or belongs to another corpus; build or copy both again."
             )
 
     def _structure_problems(self, start: int, stop: int) -> Iterator[str]:
         """Faults among entries start..stop-1 of the arrays (each compared with its successor), the first of each kind."""
-        itemsize, total = self.dtype.itemsize, len(self.tokens) * self.tokens.itemsize
+        itemsize, total = self.dtype.itemsize, len(self._bin)
         for begin in range(start, min(stop, self.num_sequences), CHUNK):
             end = min(begin + CHUNK, stop, self.num_sequences)
             lengths = self.lengths[begin:end].astype(np.int64)
@@ -282,17 +310,40 @@ class IndexedDataset:
         return np.unique(self.pointers[sequences] // self.dtype.itemsize)
 
 
-def _map_file(path: str) -> Any:
+def _map_file(path: str, prefix: str) -> Any:
     """Map a whole file for reading; an empty file (which cannot be mapped) gives empty bytes."""
     try:
+        require_regular(path)
         with open(path, "rb") as file:
             if os.fstat(file.fileno()).st_size == 0:
                 return b""
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
+        meant = [printable(name) for name in _similar_prefixes(prefix)]
+        remedy = (
+            f"Did you mean {' or '.join(meant[:5])}?"
+            if meant and isinstance(error, FileNotFoundError)
+            else "A corpus is the pair PREFIX.bin and PREFIX.idx; give PREFIX without the suffix."
+        )
+        raise DataError(f"{printable(path)}: {error.strerror}. {remedy}") from error
+
+
+def _similar_prefixes(prefix: str) -> list[str]:
+    """Token files that exist and whose name begins like PREFIX: preprocessing appends the key to it; or PREFIX has a suffix too many."""
+    plain = prefix.removesuffix(".idx").removesuffix(".bin")
+    if plain != prefix and Path(f"{plain}.idx").exists():
+        return [plain]
+    found = sorted(glob.glob(f"{glob.escape(plain)}_*_document.idx"))
+    return [name.removesuffix(".idx") for name in found]
+
+
+def require_whole(mapping: Any, path: str | Path) -> None:
+    """Raise DataError where a mapped file (mmap, or the bytes of an empty file) has become shorter than its mapping."""
+    if isinstance(mapping, mmap.mmap) and mapping.size() < len(mapping):
         raise DataError(
-            f"{path}: {error.strerror}. A corpus is the pair PREFIX.bin and PREFIX.idx; give PREFIX without the suffix."
-        ) from error
+            f"{printable(path)}: was shortened from {len(mapping)} to {mapping.size()} bytes while in use. "
+            "Restore the file, and start again."
+        )
 
 
 def _open_for_random_reads(path: str) -> int:
@@ -317,7 +368,7 @@ def read_sidecar(prefix: str) -> dict[str, Any] | None:
     if not Path(path).exists():
         return None
     try:
-        content = json.loads(Path(path).read_text("utf-8"))
+        content = read_json(Path(path))
     except (ValueError, OSError) as error:
         raise DataError(
             f"{path}: cannot be read as JSON ({error}). Remove it, or copy it again: the token files work without it."

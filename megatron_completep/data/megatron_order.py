@@ -3,6 +3,9 @@
 Unlike the order of `samples.py` this one shuffles documents before packing and needs tables proportional to the run: which sequence
 comes when (document_index), where each sample begins (sample_index), and in which order samples are read (shuffle_index). They are built in
 memory, or mapped from the folder PREFIX_indices that `prebuild` (tools/dataset.py) has filled on this machine.
+
+The tables depend on the number of samples that they are planned for. A run that goes on beyond it reads a second pass of as many
+samples, from tables with the next seed, and so on.
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ import numpy as np
 import xxhash
 
 from megatron_completep.config.schema import SourceConfig
-from megatron_completep.data.indexed import Array, IndexedDataset
+from megatron_completep.data.files import printable, read_json, require_regular
+from megatron_completep.data.indexed import Array, IndexedDataset, hash_file, require_whole
 from megatron_completep.data.samples import Sample, Span
 from megatron_completep.errors import DataError
 
@@ -30,13 +34,22 @@ Tables = dict[str, Array]
 
 
 class MegatronSource:
-    """Samples of one token file as GPTDataset gives them. num_samples None: one epoch. sequences: the range first..last-1 of the split."""
+    """Samples of one token file as GPTDataset gives them. num_samples None: one epoch. sequences: the range first..last-1 of the split.
+
+    passes: tables with the seeds seed, seed + 1, ... follow one another; each gives `samples_per_pass` samples.
+    """
 
     def __init__(
-        self, dataset: IndexedDataset, seq_length: int, seed: int, num_samples: int | None, sequences: tuple[int, int] | None = None
+        self,
+        dataset: IndexedDataset,
+        seq_length: int,
+        seed: int,
+        num_samples: int | None,
+        sequences: tuple[int, int] | None = None,
+        passes: int = 1,
     ) -> None:
         first, last = sequences or (0, dataset.num_sequences)
-        self.dataset, self.seq_length = dataset, seq_length
+        self.dataset, self.seq_length, self.passes = dataset, seq_length, passes
         self.tokens_per_epoch = dataset.sequence_offset(last) - dataset.sequence_offset(first)
         self.samples_per_epoch = max(0, self.tokens_per_epoch - 1) // seq_length
         if self.tokens_per_epoch < 2 or (num_samples is None and self.samples_per_epoch == 0):
@@ -45,40 +58,76 @@ class MegatronSource:
                 f"seq_length + 1 = {seq_length + 1}. Use a larger corpus, a larger split, or a smaller model.seq_length."
             )
         self._sequences, self._seed, self._num_samples = (first, last), seed, num_samples
-        self.description: dict[str, Any] = {
-            "sequences": [first, last],
-            "seq_length": seq_length,
-            "seed": seed,
-            "num_samples": num_samples,
-            "file": {"sequences": dataset.num_sequences, "tokens": dataset.num_tokens, "index": _index_identity(dataset)},
+        self.epochs, self.separate = epochs_for(num_samples, self.tokens_per_epoch, seq_length)
+        self.samples_per_pass = (self.epochs * self.tokens_per_epoch - 1) // seq_length
+
+    def description(self, number: int = 0) -> dict[str, Any]:
+        """What the tables of pass `number` (from 0) are built from."""
+        file = {"sequences": self.dataset.num_sequences, "tokens": self.dataset.num_tokens, "index": _index_identity(self.dataset)}
+        return {
+            "sequences": list(self._sequences),
+            "seq_length": self.seq_length,
+            "seed": self._seed + number,
+            "num_samples": self._num_samples,
+            "file": file,
         }
 
-    def build(self) -> Tables:
-        """The three tables, as numpy arrays."""
+    def order(self) -> dict[str, Any]:
+        """What decides the order of the samples: two lengths of a run that agree here give the same tables."""
+        return {
+            "sequences": list(self._sequences),
+            "seq_length": self.seq_length,
+            "seed": self._seed,
+            "epochs": self.epochs,
+            "separate": self.separate,
+        }
+
+    def build(self, number: int = 0) -> Tables:
+        """The three tables of a pass, as numpy arrays."""
         with self.dataset.reading_everything():
-            return build_tables(self.dataset.lengths, *self._sequences, self.seq_length, self._num_samples, self._seed)
+            lengths, seed = self.dataset.lengths, self._seed + number
+            return build_tables(lengths, *self._sequences, self.seq_length, self._num_samples, seed)
 
     def open(self) -> MegatronSource:
-        """Get the tables: mapped where they are prebuilt, else built. Returns self."""
-        self.tables = load_prebuilt(self.dataset.prefix, self.description) or self.build()
+        """Get the tables of the first pass: mapped where they are prebuilt, else built. Returns self."""
+        self._pass = (0, self._tables_of(0))
         return self
 
+    def _tables_of(self, number: int) -> Tables:
+        return load_prebuilt(self.dataset.prefix, self.description(number)) or self.build(number)
+
+    @property
+    def tables(self) -> Tables:
+        """Those of the pass that was read last."""
+        return self._pass[1]
+
     def __len__(self) -> int:
-        return len(self.tables["shuffle_index"])
+        return self.passes * self.samples_per_pass
 
     def locate(self, index: int) -> tuple[int, int]:
-        """(epoch in which the sample begins, its number in the stream of all epochs)."""
-        number = int(self.tables["shuffle_index"][index])
-        return number * self.seq_length // self.tokens_per_epoch, number
+        """(epoch in which the sample begins, its number in the stream of all epochs), counted over all passes."""
+        number_of_pass, number, _ = self._find(index)
+        epoch = number * self.seq_length // self.tokens_per_epoch
+        return number_of_pass * self.epochs + epoch, number_of_pass * self.samples_per_pass + number
 
-    def __getitem__(self, index: int) -> Sample:
+    def _find(self, index: int) -> tuple[int, int, Tables]:
+        """(pass, number in the stream of its epochs, its tables)."""
         if not 0 <= index < len(self):
             raise DataError(f"{self.dataset.prefix}: order megatron has {len(self)} samples for this run, sample {index} was asked for.")
-        number = self.locate(index)[1]
-        (first, offset), (last, end) = self.tables["sample_index"][number : number + 2].tolist()
+        wanted, within = divmod(index, self.samples_per_pass)
+        number, tables = self._pass
+        if number != wanted:
+            number, tables = wanted, self._tables_of(wanted)
+            self._pass = (number, tables)  # one tuple, so a second thread never sees half of it
+        require_whole_tables(self.dataset.prefix, tables)
+        return number, int(tables["shuffle_index"][within]), tables
+
+    def __getitem__(self, index: int) -> Sample:
+        _, number, tables = self._find(index)
+        (first, offset), (last, end) = tables["sample_index"][number : number + 2].tolist()
         spans = []
         for place in range(first, last + 1):
-            sequence = int(self.tables["document_index"][place])
+            sequence = int(tables["document_index"][place])
             begin = self.dataset.sequence_offset(sequence)
             stop = begin + (end + 1 if place == last else int(self.dataset.lengths[sequence]))
             spans.append(Span(begin + (offset if place == first else 0), stop))
@@ -91,9 +140,8 @@ class MegatronSource:
 def build_tables(lengths: Array, first: int, last: int, seq_length: int, num_samples: int | None, seed: int) -> Tables:
     """document_index int32 [epochs * sequences], sample_index [n + 1, 2] (place in document_index, offset), shuffle_index [n]."""
     tokens = int(lengths[first:last].sum(dtype=np.int64))
-    epochs = 1 if num_samples is None else max(1, ceil_div(num_samples * seq_length + 1, tokens))
+    epochs, separate = epochs_for(num_samples, tokens, seq_length)
     whole_epochs = ((epochs - 1) * tokens - 1) // seq_length  # samples of all epochs but the last
-    separate = epochs > 1 and num_samples is not None and num_samples - whole_epochs < int(SEPARATE_BELOW * ((tokens - 1) // seq_length))
     random = np.random.RandomState(seed)
 
     sequences = np.arange(first, last, dtype=np.int32)
@@ -112,6 +160,15 @@ def build_tables(lengths: Array, first: int, last: int, seq_length: int, num_sam
     for part in shuffled:
         random.shuffle(part)
     return {"document_index": document_index, "sample_index": sample_index, "shuffle_index": np.concatenate(shuffled)}
+
+
+def epochs_for(num_samples: int | None, tokens: int, seq_length: int) -> tuple[int, bool]:
+    """(epochs that hold num_samples samples of a source of `tokens` tokens, whether the last one is shuffled by itself)."""
+    if num_samples is None:
+        return 1, False
+    epochs = max(1, ceil_div(num_samples * seq_length + 1, tokens))
+    whole_epochs = ((epochs - 1) * tokens - 1) // seq_length
+    return epochs, epochs > 1 and num_samples - whole_epochs < int(SEPARATE_BELOW * ((tokens - 1) // seq_length))
 
 
 def _sample_index(lengths: Array, seq_length: int, n: int) -> Array:
@@ -149,49 +206,88 @@ def blend_indices(weights: Sequence[float], size: int) -> tuple[Array, Array]:
 class MegatronBlend:
     """`blend[k]` -> (source, number within it), from the tables of `blend_indices`."""
 
+    passes = 1
+
     def __init__(self, weights: Sequence[float], size: int, prefix: str) -> None:
         self.weights, self.size, self.prefix = list(weights), size, prefix
-        self.description = {"weights": self.weights, "size": size}
 
-    def build(self) -> Tables:
+    def description(self, number: int = 0) -> dict[str, Any]:
+        """What the tables are built from; every pass has the same ones."""
+        return {"weights": self.weights, "size": self.size}
+
+    def order(self, consumed_samples: int) -> dict[str, Any]:
+        """What decides the first samples: each step looks at the steps before it only, so a longer blend begins like a shorter one."""
+        return {"weights": self.weights}
+
+    def build(self, number: int = 0) -> Tables:
         """The two tables."""
         sources, numbers = blend_indices(self.weights, self.size)
         return {"dataset_index": sources, "dataset_sample_index": numbers}
 
     def open(self) -> MegatronBlend:
         """Get the tables: mapped where they are prebuilt, else built. Returns self."""
-        self.tables = load_prebuilt(self.prefix, self.description) or self.build()
+        self.tables = load_prebuilt(self.prefix, self.description()) or self.build()
         return self
 
     def __getitem__(self, index: int) -> tuple[int, int]:
+        require_whole_tables(self.prefix, self.tables)
         return int(self.tables["dataset_index"][index]), int(self.tables["dataset_sample_index"][index])
 
 
 class SingleSource:
     """The blend of one source: its samples as they come."""
 
+    def order(self, consumed_samples: int) -> dict[str, Any]:
+        """Nothing that decides anything."""
+        return {}
+
     def __getitem__(self, index: int) -> tuple[int, int]:
         return 0, index
 
 
+class Repeated:
+    """A blend of `planned` samples, over and over: each time with the next pass of its sources."""
+
+    def __init__(self, blend: MegatronBlend | SingleSource, planned: int, sources: Sequence[MegatronSource]) -> None:
+        self._blend, self._planned, self._sources = blend, planned, sources
+
+    def order(self, consumed_samples: int) -> dict[str, Any]:
+        """As of the blend; where a pass ends counts as soon as a run has gone beyond it."""
+        passes = {"planned": self._planned} if consumed_samples > self._planned else {}
+        return {**self._blend.order(consumed_samples), **passes}
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        number_of_pass, within = divmod(index, self._planned)
+        source, number = self._blend[within]
+        return source, number_of_pass * self._sources[source].samples_per_pass + number
+
+
 def plan(
-    configured: Sequence[SourceConfig], share: tuple[float, float] | None, *, seq_length: int, seed: int, num_samples: int
+    configured: Sequence[SourceConfig],
+    share: tuple[float, float] | None,
+    *,
+    seq_length: int,
+    seed: int,
+    num_samples: int,
+    passes: int = 1,
 ) -> tuple[list[MegatronSource], MegatronBlend | SingleSource]:
     """What Megatron-Core's dataset builder would build for these sources; no table is built yet.
 
     share: bounds of the split within each source (its `--split`), None where the sources belong to this split alone. A single source
-    is not blended, unless it has a weight and a split. Raises DataError for sources in epochs, which Megatron does not have.
+    is not blended, unless it has a weight and a split. passes: how often num_samples samples are read.
+
+    Raises DataError for sources in epochs, which Megatron does not have.
     """
     if any(source.epochs is not None for source in configured):
         raise DataError("data.order = megatron: a source is given in epochs. Give weights, or use data.order = permutation.")
     datasets = [IndexedDataset(source.prefix) for source in configured]
     sequences = [None if share is None else (round(share[0] * d.num_sequences), round(share[1] * d.num_sequences)) for d in datasets]
     if len(configured) == 1 and (share is None or configured[0].weight is None):
-        return [MegatronSource(datasets[0], seq_length, seed, num_samples, sequences[0])], SingleSource()
+        return [MegatronSource(datasets[0], seq_length, seed, num_samples, sequences[0], passes)], SingleSource()
     weights = normalize([1.0 if source.weight is None else source.weight for source in configured])
     targets = [ceil(num_samples * weight) for weight in weights]
     sources = [
-        MegatronSource(dataset, seq_length, seed, ceil(target * (1 + SURPLUS)), bounds)
+        MegatronSource(dataset, seq_length, seed, ceil(target * (1 + SURPLUS)), bounds, passes)
         for dataset, target, bounds in zip(datasets, targets, sequences, strict=True)
     ]
     return sources, MegatronBlend(normalize(weights), sum(targets), datasets[0].prefix)
@@ -216,34 +312,70 @@ def _prebuilt_folder(prefix: str, description: dict[str, Any]) -> Path:
 
 
 def load_prebuilt(prefix: str, description: dict[str, Any]) -> Tables | None:
-    """Map prebuilt tables, or None where there are none for this description. Raises DataError for ones that cannot be read."""
+    """Map prebuilt tables, or None where there are none for this description. Every byte of them is compared with its recorded hash.
+
+    Raises DataError for tables that cannot be read or are not what was written.
+    """
     folder = _prebuilt_folder(prefix, description)
     if not folder.is_dir():
         return None
     try:
-        content = json.loads((folder / "description.json").read_text("utf-8"))
-        tables = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in content["tables"]}
-        good = content["description"] == description and {n: [list(t.shape), t.dtype.name] for n, t in tables.items()} == content["tables"]
+        content = read_json(folder / "description.json")
+        if content["description"] != description:
+            raise DataError(f"{printable(folder)}: the prebuilt index is not the one its name stands for. {_REMEDY}")
+        if "hashes" not in content:
+            raise DataError(f"{printable(folder)}: the prebuilt index is of an earlier version, which kept no hashes. {_REMEDY}")
+        return {name: _load_table(_table_file(folder, name), content["hashes"][name], shape) for name, shape in content["tables"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{folder}: the prebuilt index cannot be read ({error}). Remove the folder, or prebuild it again.") from error
-    if not good:
-        raise DataError(f"{folder}: the prebuilt index is not the one its name stands for. Remove the folder, or prebuild it again.")
-    return tables
+        raise DataError(f"{printable(folder)}: the prebuilt index cannot be read ({error}). {_REMEDY}") from error
+
+
+def _load_table(path: Path, expected: str, shape: list[Any]) -> Array:
+    """Map one table. shape: its [shape, dtype]. The hash comes first: numpy reads a header by parsing it as Python."""
+    require_regular(path)
+    if (actual := hash_file(path)) != expected:
+        raise DataError(f"{printable(path)}: content: xxh3_64 {actual}, but {expected} was written. {_REMEDY}")
+    table: Array = np.load(path, mmap_mode="r", allow_pickle=False)
+    if [list(table.shape), table.dtype.name] != shape:
+        raise DataError(f"{printable(path)}: holds {list(table.shape)} {table.dtype.name}, expected {shape}. {_REMEDY}")
+    return table
+
+
+_REMEDY = "Remove the folder, or prebuild it again (tools/dataset.py prebuild)."
+
+
+def _table_file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.npy"
+
+
+def require_whole_tables(prefix: str, tables: Tables) -> None:
+    """Raise DataError where a file that tables are mapped from has become shorter."""
+    for name, table in tables.items():
+        if isinstance(table, np.memmap):
+            require_whole(table.base, f"{prefix}_indices: {name}.npy")
 
 
 def save_prebuilt(prefix: str, description: dict[str, Any], build: Callable[[], Tables]) -> tuple[Path, bool]:
-    """Build tables and put them beside the token files in one rename; returns the folder and whether it was built now."""
+    """Build tables and put them beside the token files in one rename; returns the folder and whether it was built now.
+
+    Tables that are there are kept where they are whole, else replaced.
+    """
     folder = _prebuilt_folder(prefix, description)
-    if load_prebuilt(prefix, description) is not None:
-        return folder, False
+    try:
+        if load_prebuilt(prefix, description) is not None:
+            return folder, False
+    except DataError:
+        shutil.rmtree(folder)
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
     try:
         tables = build()
         for name, table in tables.items():
-            np.save(partial / f"{name}.npy", table, allow_pickle=False)
+            np.save(_table_file(partial, name), table, allow_pickle=False)
         shapes = {name: [list(table.shape), table.dtype.name] for name, table in tables.items()}
-        (partial / "description.json").write_text(json.dumps({"description": description, "tables": shapes}, indent=1), "utf-8")
+        hashes = {name: hash_file(_table_file(partial, name)) for name in tables}
+        content = {"description": description, "tables": shapes, "hashes": hashes}
+        (partial / "description.json").write_text(json.dumps(content, indent=1), "utf-8")
         partial.replace(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -8,7 +8,7 @@ used. Every epoch visits all samples in a new seeded permutation. Nothing is bui
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +48,9 @@ class Source(Protocol):
     def locate(self, index: int) -> tuple[int, int]:
         """(epoch, number of the sample within the stream) of sample `index` of the run."""
 
+    def order(self) -> dict[str, Any]:
+        """What decides the order of the samples, ready for JSON."""
+
 
 class PermutedSource:
     """The samples of one epoch in a new permutation for every epoch: a pure function of (seed, stream number, data, index).
@@ -63,12 +66,17 @@ class PermutedSource:
         self.begin, self.end = dataset.token_offset(first), dataset.token_offset(last)
         self.samples_per_epoch = max(0, self.end - self.begin - 1) // seq_length
         if self.samples_per_epoch == 0:
+            part = f"documents {first} to {last - 1} hold {self.end - self.begin} tokens" if last > first else "this part has no document"
             raise DataError(
-                f"{dataset.bin_path}: documents {first} to {last - 1} hold {self.end - self.begin} tokens, one sample takes "
+                f"{dataset.bin_path}: {part}, one sample takes "
                 f"seq_length + 1 = {seq_length + 1}. Use a larger corpus, a larger split, or a smaller model.seq_length."
             )
         self._seed, self._stream = seed, stream
         self._permutation = (0, self._permutation_of(0))
+
+    def order(self) -> dict[str, Any]:
+        """What decides the order of the samples: nothing that depends on the run's length."""
+        return {"tokens": [self.begin, self.end], "seq_length": self.seq_length, "seed": self._seed, "stream": self._stream}
 
     def _permutation_of(self, epoch: int) -> Permutation:
         return Permutation(self.samples_per_epoch, derive_key(self._seed, self._stream, epoch))

@@ -5,7 +5,8 @@ Special tokens (end of document included) decode to nothing.
 """
 
 import base64
-import json
+import os
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,9 +14,11 @@ from typing import Any, Protocol
 import numpy as np
 import xxhash
 
+from megatron_completep.data.files import printable, read_json, require_regular
 from megatron_completep.data.indexed import dtype_for_vocabulary
 from megatron_completep.errors import DataError
 
+MAX_VOCABULARY = 1 << 24  # ids; a larger one is a damaged file, and would ask for its size in memory
 SPACE_MARK = "\u2581"  # SentencePiece writes a space as this character and decodes both to a space
 _END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<eod>", "<EOD>", "</s>", "<eos>", "<|im_end|>", "[EOS]", "[SEP]")
 
@@ -115,7 +118,7 @@ class SentencePieceTokenizer(Tokenizer):
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
         except RuntimeError as error:
             raise DataError(f"{model}: not a SentencePiece model ({error}).") from error
-        self.model_name = Path(model).name
+        self.model_name = printable(Path(model).name)
         self.hash = xxhash.xxh3_64_hexdigest(content)
         self.vocab_size = self._processor.get_piece_size()
         self.eod_id = self._find_end_of_document()
@@ -175,16 +178,23 @@ class HuggingFaceTokenizer(Tokenizer):
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._tokenizer.encode_special_tokens = True  # special names in text stay text
-        self.model_name = path.name
+        self.model_name = printable(path.name)
         self.hash = xxhash.xxh3_64_hexdigest(content)
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        if not vocabulary:
+            raise DataError(f"{path}: its vocabulary is empty. Give a tokenizer that was trained.")
         self.vocab_size = max(vocabulary.values()) + 1  # ids may have holes
+        if self.vocab_size > MAX_VOCABULARY:
+            raise DataError(f"{path}: holds the id {self.vocab_size - 1}; ids go up to {MAX_VOCABULARY - 1}.")
         names = (*_configured_end_of_document(path.parent / "tokenizer_config.json"), *_END_OF_DOCUMENT_NAMES)
         self.eod_id = next((vocabulary[name] for name in names if name in vocabulary), None)
 
     def _encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         # encode_batch_fast leaves out character offsets, which nobody here reads.
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        try:
+            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception as error:  # the library raises bare Exception for text that the vocabulary cannot express
+            raise DataError(f"{self.model_name}: a text cannot be encoded ({error}). Use another tokenizer.") from error
         return [np.fromiter(ids, self.dtype, len(ids)) for ids in (encoding.ids for encoding in encodings)]
 
     def _decode(self, ids: list[int]) -> str:
@@ -235,8 +245,11 @@ class TiktokenTokenizer(Tokenizer):
         self.model_name = self._encoding.name
         self.vocab_size = self._encoding.n_vocab
         self.eod_id = self._encoding.eot_token
-        ranks = b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in self._ranks())
-        self.hash = xxhash.xxh3_64_hexdigest(ranks + self._encoding._pat_str.encode())
+        self.hash = xxhash.xxh3_64_hexdigest(self.ranks_file() + self._encoding._pat_str.encode())
+
+    def ranks_file(self) -> bytes:
+        """The content of a .tiktoken file with this encoding's ranks."""
+        return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in self._ranks())
 
     def _ranks(self) -> list[tuple[bytes, int]]:
         return sorted(self._encoding._mergeable_ranks.items(), key=lambda item: item[1])
@@ -251,16 +264,26 @@ class TiktokenTokenizer(Tokenizer):
             )
         pattern, published_ranks, eod_id = _TIKTOKEN_ENCODINGS[name]
         ranks: dict[bytes, int] = {}
+        ranked: defaultdict[int, list[int]] = defaultdict(list)  # lines by rank
         for number, line in enumerate(_read(path, "tiktoken").splitlines(), start=1):
             try:
                 token, rank = line.split()
                 ranks[base64.b64decode(token, validate=True)] = int(rank)
             except ValueError as error:
                 raise DataError(f"{path}, line {number}: expected a base64 token and its rank, found {line[:40]!r}.") from error
+            ranked[int(rank)].append(number)
         if {bytes([byte]) for byte in range(256)} - ranks.keys():
             raise DataError(f"{path}: the ranks leave out some of the 256 single bytes, so some text could not be encoded.")
-        if len(ranks) != published_ranks:
-            eod_id = max(ranks.values()) + 1
+        highest = max(ranked)
+        twice = next((lines for rank, lines in sorted(ranked.items()) if len(lines) > 1), None)
+        if twice is not None:
+            raise DataError(f"{path}: lines {twice[0]} and {twice[1]} have the same rank; a rank is a token's id. Restore the file.")
+        if len(ranks) != len(ranked):
+            raise DataError(f"{path}: {len(ranked)} ranks for {len(ranks)} tokens: a token stands there twice. Restore the file.")
+        if min(ranked) < 0 or highest >= MAX_VOCABULARY:
+            raise DataError(f"{path}: ranks go from {min(ranked)} to {highest}; they are ids from 0 to {MAX_VOCABULARY - 1}.")
+        if len(ranks) != published_ranks or eod_id in ranked:
+            eod_id = highest + 1
         return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": eod_id})
 
     def _encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -279,7 +302,7 @@ def build_tokenizer(config: TokenizerSettings) -> Tokenizer:
     if config.type == "bytes":
         return BytesTokenizer()
     if config.type not in _FAMILIES:
-        raise DataError(f"tokenizer type = {config.type!r} is unknown. Use one of {sorted([*_FAMILIES, 'bytes'])}.")
+        raise DataError(f"tokenizer type = {config.type!r} is unknown. Use one of: {', '.join(sorted([*_FAMILIES, 'bytes']))}.")
     if config.model is None:
         raise DataError(
             f"tokenizer type {config.type} needs a model: its file, or for tiktoken the encoding's name "
@@ -288,18 +311,44 @@ def build_tokenizer(config: TokenizerSettings) -> Tokenizer:
     return _FAMILIES[config.type](config.model)
 
 
+def model_path(settings: TokenizerSettings) -> str:
+    """The path in a tokenizer's model: tiktoken's may have the encoding's name before it (or be nothing but that name)."""
+    return str(settings.model).rpartition(":")[2] if settings.type == "tiktoken" else str(settings.model)
+
+
+def lasting_model(settings: TokenizerSettings) -> str | None:
+    """A tokenizer's model as it can be named from any folder: with an absolute path, where it is a file."""
+    path = model_path(settings)
+    if settings.model is None or not os.path.exists(path):
+        return settings.model
+    return printable(settings.model.removesuffix(path) + os.path.abspath(path))
+
+
+def guess_type(model: str) -> str:
+    """The family of a model by its name, or by its content where that says nothing."""
+    path = Path(model.rpartition(":")[2])
+    if model in _TIKTOKEN_ENCODINGS or path.suffix == ".tiktoken":
+        return "tiktoken"
+    if path.is_dir() or path.suffix == ".json":
+        return "huggingface"
+    if path.suffix == ".model":
+        return "sentencepiece"
+    return "huggingface" if _read(model, "")[:1].lstrip() == b"{" else "sentencepiece"
+
+
 def _read(path: str, family: str) -> bytes:
     try:
+        require_regular(path)
         return Path(path).read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: the {family} tokenizer's model cannot be read ({error.strerror}).") from error
+        raise DataError(f"{printable(path)}: the {family} tokenizer's model cannot be read ({error.strerror}).") from error
 
 
 def _configured_end_of_document(path: Path) -> tuple[str, ...]:
     if not path.exists():
         return ()
     try:
-        token = json.loads(path.read_bytes()).get("eos_token")
+        token = read_json(path).get("eos_token")
     except (ValueError, AttributeError) as error:
         raise DataError(f"{path}: not a JSON object ({error}).") from error
     token = token.get("content") if isinstance(token, dict) else token

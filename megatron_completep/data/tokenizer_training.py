@@ -8,13 +8,17 @@ symbol, so no text can produce it.
 import io
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from megatron_completep.data.preprocess.readers import BadDocument, Document, read_documents
-from megatron_completep.data.preprocess.sources import Unit, blocks_of, find_sources, make_units
+from megatron_completep.data.files import printable
+from megatron_completep.data.preprocess.readers import Document, describe_place, read_documents
+from megatron_completep.data.preprocess.sources import STANDARD_INPUT, Block, Unit, blocks_of, find_sources, make_units
 from megatron_completep.data.tokenizer import SPACE_MARK, SentencePieceTokenizer, Tokenizer
 from megatron_completep.errors import DataError
 
@@ -40,26 +44,33 @@ class TrainingSettings:
     unicode: str = "repair"
 
 
-def train_tokenizer(settings: TrainingSettings, output: str, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+def train_tokenizer(
+    settings: TrainingSettings,
+    output: str,
+    say: Callable[[str], None] = lambda text: None,
+    standard_input: BinaryIO | None = None,
+) -> dict[str, Any]:
     """Train and write `output` (a SentencePiece .model file) and its report `output`.json; returns the report.
 
+    standard_input: what the input `-` stands for; it is read once, into a temporary file.
     The model's bytes depend on the inputs and settings alone. Ids: 0 <unk> (never produced), 1 end of document, then special_tokens,
     the 256 bytes, and the learned pieces. Raises DataError for unusable inputs and for a vocabulary that the text cannot fill.
     """
     if settings.model_type not in MODEL_TYPES:
-        raise DataError(f"model type = {settings.model_type!r} is unknown. Use one of {list(MODEL_TYPES)}.")
+        raise DataError(f"model type = {settings.model_type!r} is unknown. Use one of: {', '.join(MODEL_TYPES)}.")
     fixed = 2 + len(settings.special_tokens) + 256
     if settings.vocab_size <= fixed:
         raise DataError(f"vocab size = {settings.vocab_size}: {fixed} ids are taken by bytes and special tokens. Use more, such as 4096.")
     say(f"reading up to {settings.input_megabytes:g} MB of text")
-    training, held_out = _sample(settings)
+    with _standard_input_as_file(settings, standard_input) as readable:
+        training, held_out = _sample(readable, say)
     size = sum(len(chunk.encode()) for chunk in training)
     say(f"training {settings.model_type}, vocabulary {settings.vocab_size}, on {size / 1e6:.1f} MB")
     model = _train(settings, training)
     _write(output, model)
     tokenizer = SentencePieceTokenizer(output)
     report = {
-        "settings": asdict(settings),
+        "settings": {**asdict(settings), "inputs": [printable(name) for name in settings.inputs]},
         "training_bytes": size,
         "held_out_bytes": sum(len(chunk.encode()) for chunk in held_out),
         "held_out_bytes_a_token": measure_bytes_a_token(tokenizer, held_out),
@@ -80,29 +91,48 @@ def measure_bytes_a_token(tokenizer: Tokenizer, texts: Sequence[str]) -> float |
     return number / tokens if tokens else None
 
 
-def _sample(settings: TrainingSettings) -> tuple[list[str], list[str]]:
+@contextmanager
+def _standard_input_as_file(settings: TrainingSettings, standard_input: BinaryIO | None) -> Iterator[TrainingSettings]:
+    """The settings, with a file in place of standard input. Raises DataError where nothing says what format that has."""
+    if STANDARD_INPUT not in settings.inputs or standard_input is None:
+        yield settings
+        return
+    if settings.input_format == "auto":
+        raise DataError("--input -: standard input has no name that shows its format. Give --input-format jsonl, lines or text.")
+    with tempfile.NamedTemporaryFile(prefix="standard_input.") as file:
+        shutil.copyfileobj(standard_input, file)
+        file.flush()
+        yield replace(settings, inputs=tuple(file.name if name == STANDARD_INPUT else name for name in settings.inputs))
+
+
+def _sample(settings: TrainingSettings, say: Callable[[str], None] = lambda text: None) -> tuple[list[str], list[str]]:
     """Chunks for training and chunks held out."""
     sources = find_sources(settings.inputs, settings.input_format)
+    if empty := [printable(source.path) for source in sources if not source.size]:
+        say(f"{len(empty)} input files are empty: {', '.join(empty[:10])}{' ...' if len(empty) > 10 else ''}")
     units = make_units(sources, _SPREAD_BYTES)
     share = min(1.0, settings.input_megabytes * 1e6 / max(sum(source.size for source in sources), 1))
     training: list[str] = []
     held_out: list[str] = []
+    bad: list[str] = []
     number = 0
     for unit in units:
         budget = share * sum(source.size for source in unit.sources)
-        for chunk in _chunks(_texts(unit, settings, budget)):
+        for chunk in _chunks(_texts(unit, settings, budget, bad)):
             (held_out if number % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1 else training).append(chunk)
             number += 1
+    if bad:
+        say(f"{len(bad)} documents could not be read and are left out, the first one: {bad[0]}")
     if not training:
         raise DataError(f"no text in {len(sources)} input files. Name other files, or check --json-keys.")
     return training, held_out or training[:1]
 
 
-def _texts(unit: Unit, settings: TrainingSettings, budget: float) -> Iterator[str]:
-    """Texts from the beginning of a unit, about `budget` bytes of them; documents that cannot be read are left out."""
+def _texts(unit: Unit, settings: TrainingSettings, budget: float, bad: list[str]) -> Iterator[str]:
+    """Texts from the beginning of a unit, about `budget` bytes of them; documents that cannot be read go to `bad`, as a sentence."""
     used = 0
     for block in blocks_of(unit, _SPREAD_BYTES):
-        for document in _readable(read_documents(block, settings.json_keys, settings.unicode)):
+        for document in _readable(block, settings, bad):
             for text in document.texts:
                 if used >= budget:
                     return
@@ -111,11 +141,15 @@ def _texts(unit: Unit, settings: TrainingSettings, budget: float) -> Iterator[st
                 yield text
 
 
-def _readable(documents: Iterator[Document | BadDocument]) -> Iterator[Document]:
+def _readable(block: Block, settings: TrainingSettings, bad: list[str]) -> Iterator[Document]:
     try:
-        yield from (document for document in documents if isinstance(document, Document))
-    except DataError:
-        return  # the rest of a damaged file; preprocessing reports it
+        for document in read_documents(block, settings.json_keys, settings.unicode):
+            if isinstance(document, Document):
+                yield document
+            else:
+                bad.append(f"{describe_place(block, document.place)}: {document.reason}")
+    except DataError as error:  # the rest of a damaged file
+        bad.append(str(error))
 
 
 def _chunks(texts: Iterable[str]) -> Iterator[str]:

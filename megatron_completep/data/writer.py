@@ -237,7 +237,7 @@ def merge(prefixes: Sequence[str | Path], output: str | Path) -> dict[str, Any]:
     try:
         for dataset in datasets:
             writer.append(dataset)
-        return writer.close(tokenizer=_common_tokenizer(datasets))
+        return writer.close(tokenizer=_common_tokenizer(datasets), **_tokenizer_path(datasets))
     except BaseException:
         writer.abort()
         raise
@@ -255,7 +255,7 @@ def split(prefix: str | Path, shares: Sequence[float], outputs: Sequence[str | P
         writer = IndexedWriter(output, dataset.dtype)
         try:
             writer.append(dataset, first, last)
-            contents.append(writer.close(tokenizer=_common_tokenizer([dataset])))
+            contents.append(writer.close(tokenizer=_common_tokenizer([dataset]), **_tokenizer_path([dataset])))
         except BaseException:
             writer.abort()
             raise
@@ -278,3 +278,9 @@ def _common_tokenizer(datasets: Sequence[IndexedDataset]) -> dict[str, Any] | No
                 "Token ids of two tokenizers cannot be mixed."
             )
     return recorded[0][1] if len(recorded) == len(datasets) else None
+
+
+def _tokenizer_path(datasets: Sequence[IndexedDataset]) -> dict[str, Any]:
+    """Where the recorded tokenizer lay, as a field of PREFIX.json; nothing where that is not known."""
+    paths = [d.sidecar["tokenizer_path"] for d in datasets if d.sidecar and d.sidecar.get("tokenizer_path")]
+    return {"tokenizer_path": paths[0]} if paths else {}

@@ -21,21 +21,21 @@ from megatron_completep.completep import table_of
 from megatron_completep.config import Config, config_from_mapping
 from megatron_completep.config.schema import TokenizerConfig
 from megatron_completep.data.tokenizer import Tokenizer, build_tokenizer
-from megatron_completep.errors import ConfigError, DataError
+from megatron_completep.errors import ConfigError, DataError, pairs_text
 from megatron_completep.interop.architectures import Piece, choose_architecture, fold, pieces
 from megatron_completep.interop.hf_config import to_hf
 from megatron_completep.interop.hf_tokenizer import write_tokenizer
 from megatron_completep.interop.model_card import model_card
 from megatron_completep.interop.tensor_files import write_tensors
 from megatron_completep.training.checkpoint import StoredCheckpoint
-from megatron_completep.training.generation import find_checkpoint
+from megatron_completep.training.generation import find_checkpoint, run_tokenizer
 
 ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """dtype auto: bfloat16 for a model trained in bf16, else float32. tokenizer: None takes the run's, "none" leaves it out."""
+    """dtype auto: bfloat16 where training.precision is bf16, else float32. tokenizer: None takes the run's, "none" leaves it out."""
 
     architecture: str = "auto"
     dtype: str = "auto"
@@ -76,9 +76,10 @@ def export_model(
     table = table_of(config)
     architecture = choose_architecture(config.model, table, settings.architecture)
     folding = fold(architecture, config.model, table)
-    dtype = _dtype(settings.dtype, config)
-    tokenizer = _tokenizer(config, settings.tokenizer)
-    say(f"{stored.folder}: {architecture}, {dtype}" + (f", folded: {folding.changed}" if folding.changed else ""))
+    dtype = _dtype(settings.dtype, config, say)
+    chosen = _tokenizer_settings(config, checkpoint, settings.tokenizer)
+    tokenizer = _tokenizer(config, chosen)
+    say(f"{stored.folder}: {architecture}, {dtype}" + (f", folded: {pairs_text(folding.changed)}" if folding.changed else ""))
     temporary = _fresh_folder(output)
     try:
         written = pieces(architecture, config.model, folding)
@@ -88,8 +89,8 @@ def export_model(
         _write_json(temporary / "config.json", values)
         generation = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
         _write_json(temporary / "generation_config.json", generation)
-        if tokenizer is not None:
-            write_tokenizer(tokenizer, temporary, config.model.seq_length, _tokenizer_settings(config, settings.tokenizer))
+        if tokenizer is not None and chosen is not None:
+            write_tokenizer(tokenizer, temporary, config.model.seq_length, chosen)
         report = ExportReport(
             folder=str(output),
             checkpoint=str(stored.folder),
@@ -148,24 +149,29 @@ def _scaled(rows: Tensor, factor: float) -> Tensor:
     return out
 
 
-def _dtype(wanted: str, config: Config) -> str:
+def _dtype(wanted: str, config: Config, say: Callable[[str], None]) -> str:
+    """auto: the type of the run; float32 where that says auto itself, and for float64, which such folders do not have."""
     if wanted != "auto":
         return ALIASES.get(wanted, wanted)
-    return "bfloat16" if config.training.precision in ("bf16", "auto") else "float32"
+    trained = config.training.precision
+    if trained in ("auto", "float64"):
+        say(f"the run's training.precision is {trained}: its weights are written in float32; --dtype chooses another type.")
+    return "bfloat16" if trained == "bf16" else "float32"
 
 
-def _tokenizer_settings(config: Config, model: str | None) -> TokenizerConfig:
-    assert config.data.tokenizer is not None
-    return config.data.tokenizer if model is None else TokenizerConfig(type=config.data.tokenizer.type, model=model)
-
-
-def _tokenizer(config: Config, model: str | None) -> Tokenizer | None:
-    """The run's tokenizer; `model` says where its file lies now."""
+def _tokenizer_settings(config: Config, checkpoint: str | Path, model: str | None) -> TokenizerConfig | None:
+    """The run's tokenizer, None: the export has none. `model` says where its file lies now."""
     if model == "none" or (config.data.tokenizer is None and model is None):
         return None
     if config.data.tokenizer is None:
         raise ConfigError(f"--tokenizer-model {model}: the run has no data.tokenizer, so its family is unknown. Leave the option away.")
-    tokenizer = build_tokenizer(_tokenizer_settings(config, model))
+    return run_tokenizer(checkpoint, config, model)
+
+
+def _tokenizer(config: Config, chosen: TokenizerConfig | None) -> Tokenizer | None:
+    if chosen is None:
+        return None
+    tokenizer = build_tokenizer(chosen)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise DataError(
             f"the tokenizer has {tokenizer.vocab_size} ids, model.vocab_size = {config.model.vocab_size} has fewer. "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,8 @@ from megatron_completep.config.schema import ModelConfig
 from megatron_completep.errors import ConfigError
 from megatron_completep.interop.architectures import ARCHITECTURES, CLASSES
 
+# Of a size; of layers and heads; of a number that is not whole. More is a mistake, which must not cost memory or overflow.
+MOST, MOST_PARTS, MOST_FACTOR = 2**31 - 1, 10_000, 1e30
 _GELU_NAMES = {"gelu": "gelu", "gelu_tanh": "gelu_new"}
 _GELUS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh"}
 
@@ -82,8 +85,8 @@ def from_hf(values: dict[str, Any], where: str, seq_length: int | None = None) -
     The parameterization that goes with them is `sp`, under which no tensor is scaled. Raises ConfigError naming all that we lack.
     """
     architecture = values.get("model_type")
-    if architecture not in ARCHITECTURES:
-        raise ConfigError(f"{where}: model_type = {architecture!r} is none of {', '.join(ARCHITECTURES)}.")
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
+        raise ConfigError(f"{where}: model_type = {shown(architecture)} is none of {', '.join(ARCHITECTURES)}.")
     problems: list[str] = []
     read = _Reader(values, problems)
     model = _from_gpt2(read) if architecture == "gpt2" else _from_llama(read, architecture)
@@ -104,35 +107,42 @@ class _Reader:
     def __init__(self, values: dict[str, Any], problems: list[str]):
         self.values, self.problems = values, problems
 
-    def number(self, name: str, default: Any = None, kind: type = int) -> Any:
+    def number(self, name: str, default: Any = None, kind: type = int, most: float | None = None) -> Any:
+        most = most or (MOST if kind is int else MOST_FACTOR)
         value = self.values.get(name)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0 or (kind is int and value != int(value)):
-            self.problems.append(f"{name} = {value!r}: expected a {'whole ' if kind is int else ''}number above 0")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= most or (kind is int and value != int(value)):
+            expected = f"a whole number from 1 to {most}" if kind is int else "a number above 0"
+            self.problems.append(f"{name} = {shown(value)}: expected {expected}")
             return kind(1)
         return kind(value)
+
+    def flag(self, name: str, default: bool) -> bool:
+        value = self.values.get(name)
+        if value is not None and not isinstance(value, bool):
+            self.problems.append(f"{name} = {shown(value)}: expected true or false")
+        return default if value is None else bool(value)
 
     def require(self, name: str, default: Any, fits: Callable[[Any], bool], reason: str) -> Any:
         value = self.values.get(name, default)
         if not fits(value):
-            self.problems.append(f"{name} = {value!r}: {reason}")
+            self.problems.append(f"{name} = {shown(value)}: {reason}")
         return value
 
 
 def _from_llama(read: _Reader, architecture: str) -> dict[str, Any]:
     values = read.values
-    heads, hidden = read.number("num_attention_heads"), read.number("hidden_size")
+    heads, hidden = read.number("num_attention_heads", most=MOST_PARTS), read.number("hidden_size")
     head_size = read.number("head_dim", 128 if architecture == "qwen3" else max(1, hidden // heads))
     read.require("hidden_act", "silu", lambda name: name in ("silu", "swish"), "only silu is known")
-    attention_bias = bool(values.get("attention_bias", False))
-    mlp_bias = bool(values.get("mlp_bias", False))
+    attention_bias, mlp_bias = read.flag("attention_bias", False), read.flag("mlp_bias", False)
     if attention_bias != mlp_bias:
         read.problems.append(f"attention_bias = {attention_bias}, MLP biases {mlp_bias}: our linear layers have biases all or none")
     if values.get("use_sliding_window"):
         read.problems.append("use_sliding_window = true: our attention sees the whole sequence")
     model = {
         "hidden_size": hidden,
-        "num_layers": read.number("num_hidden_layers"),
+        "num_layers": read.number("num_hidden_layers", most=MOST_PARTS),
         "num_attention_heads": heads,
         "num_query_groups": read.number("num_key_value_heads", heads),
         "head_dim": head_size,
@@ -146,7 +156,7 @@ def _from_llama(read: _Reader, architecture: str) -> dict[str, Any]:
         "rope_base": _rope_base(read),
         "bias": attention_bias,
         "qk_norm": architecture == "qwen3",
-        "tied_embeddings": bool(values.get("tie_word_embeddings", False)),
+        "tied_embeddings": read.flag("tie_word_embeddings", False),
     }
     if architecture == "granite":
         model |= {
@@ -163,11 +173,16 @@ def _rope_base(read: _Reader) -> float:
     rope = rope if isinstance(rope, dict) else {"rope_type": rope}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
-        read.problems.append(f"rope_scaling of type {kind!r}: our rotary frequencies are not rescaled")
+        read.problems.append(f"rope_scaling of type {shown(kind)}: our rotary frequencies are not rescaled")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        read.problems.append(f"partial_rotary_factor = {rope['partial_rotary_factor']}: ours turns whole heads")
+        read.problems.append(f"partial_rotary_factor = {shown(rope['partial_rotary_factor'])}: ours turns whole heads")
     base = read.values.get("rope_theta", rope.get("rope_theta", 10000.0))
     return _Reader({"rope_theta": base}, read.problems).number("rope_theta", kind=float)
+
+
+def shown(value: Any) -> str:
+    """A value of a stranger's file in a message, shortened."""
+    return reprlib.repr(value)
 
 
 def _beside(scale: float, product: float) -> float:
@@ -177,23 +192,22 @@ def _beside(scale: float, product: float) -> float:
 
 
 def _from_gpt2(read: _Reader) -> dict[str, Any]:
-    values = read.values
     hidden = read.number("n_embd")
-    activation = read.require("activation_function", "gelu_new", lambda name: name in _GELUS, f"only {', '.join(_GELUS)} are known")
+    activation = read.require("activation_function", "gelu_new", lambda name: str(name) in _GELUS, f"only {', '.join(_GELUS)} are known")
     read.require("scale_attn_weights", True, bool, "our attention logits are always scaled")
     read.require("scale_attn_by_inverse_layer_idx", False, lambda on: not on, "our attention scale is that of every layer")
     read.require("add_cross_attention", False, lambda on: not on, "a decoder alone has no cross-attention")
     return {
         "hidden_size": hidden,
-        "num_layers": read.number("n_layer"),
-        "num_attention_heads": read.number("n_head"),
-        "ffn_hidden_size": read.number("n_inner", 4 * hidden),
+        "num_layers": read.number("n_layer", most=MOST_PARTS),
+        "num_attention_heads": read.number("n_head", most=MOST_PARTS),
+        "ffn_hidden_size": read.number("n_inner", min(4 * hidden, MOST)),
         "vocab_size": read.number("vocab_size"),
         "seq_length": read.number("n_positions", 1024),
         "norm": "layernorm",
         "norm_eps": read.number("layer_norm_epsilon", 1e-5, float),
-        "activation": _GELUS.get(activation, "gelu"),
+        "activation": _GELUS.get(str(activation), "gelu"),
         "position": "learned",
         "bias": True,
-        "tied_embeddings": bool(values.get("tie_word_embeddings", True)),
+        "tied_embeddings": read.flag("tie_word_embeddings", True),
     }

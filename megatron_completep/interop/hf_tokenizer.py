@@ -12,9 +12,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from megatron_completep.config.json_text import MAX_BYTES, read_bounded
 from megatron_completep.config.schema import TokenizerConfig
 from megatron_completep.data.tokenizer import SPACE_MARK, SentencePieceTokenizer, TiktokenTokenizer, Tokenizer
 from megatron_completep.errors import ConfigError, DataError
+from megatron_completep.interop.model_folder import ModelFolder
 
 END_OF_DOCUMENT = "<|endoftext|>"
 COMPANIONS = ("special_tokens_map.json", "chat_template.jinja")  # of tokenizer.json, in Hugging Face folders
@@ -45,14 +47,15 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, seq_length: int, setting
     if tokenizer.type == "huggingface":
         source = Path(str(settings.model))
         path = source / "tokenizer.json" if source.is_dir() else source
+        files = ModelFolder(path.parent)
         (folder / "tokenizer.json").write_bytes(path.read_bytes())
-        beside = path.parent / "tokenizer_config.json"
-        configuration = json.loads(beside.read_bytes()) if beside.is_file() else configuration
+        if files.has("tokenizer_config.json"):
+            configuration = files.json_object("tokenizer_config.json")
         if configuration.pop("auto_map", None):  # no code comes along
             configuration["tokenizer_class"] = "PreTrainedTokenizerFast"
         for name in COMPANIONS:
-            if (path.parent / name).is_file():
-                (folder / name).write_bytes((path.parent / name).read_bytes())
+            if files.has(name):
+                (folder / name).write_bytes(read_bounded(files.path(name), MAX_BYTES))
         end = next((n for n, i in _vocabulary(path).items() if i == tokenizer.eod_id), None)
         if end is not None and not configuration.get("eos_token"):
             configuration |= {"bos_token": end, "eos_token": end, "pad_token": end}

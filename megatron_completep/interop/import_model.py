@@ -7,26 +7,30 @@ bit. Granite's multipliers become the tunable base factors of `model`.
 from __future__ import annotations
 
 import json
-import os
 import re
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from megatron_completep.completep import Table, table_of
 from megatron_completep.config import Config, config_from_mapping, save_config
-from megatron_completep.config.schema import ModelConfig
+from megatron_completep.config.schema import ModelConfig, TokenizerConfig
+from megatron_completep.data.tokenizer import build_tokenizer
 from megatron_completep.errors import ConfigError, DataError
+from megatron_completep.files import new_folder, write_whole
 from megatron_completep.interop.architectures import Folding, Piece, pieces
 from megatron_completep.interop.hf_config import from_hf
 from megatron_completep.interop.hf_tokenizer import COMPANIONS
+from megatron_completep.interop.model_folder import ModelFolder
 from megatron_completep.interop.tensor_files import TensorFolder
 from megatron_completep.model.gpt import GPT
 from megatron_completep.parallel.context import ParallelContext
@@ -35,8 +39,17 @@ from megatron_completep.training.checkpoint import random_state
 from megatron_completep.training.checkpoint.boxes import Box
 from megatron_completep.training.checkpoint.files import BLOCK_SIZE, key_of, write_tensor_file
 from megatron_completep.training.checkpoint.identity import describe_table, versions
-from megatron_completep.training.checkpoint.manifest import MANIFEST, Manifest, StoredFile, StoredParameter, folder_name, seal
-from megatron_completep.training.checkpoint.save import check_space, sync_folder
+from megatron_completep.training.checkpoint.manifest import (
+    MANIFEST,
+    Manifest,
+    Progress,
+    StoredFile,
+    StoredParameter,
+    folder_name,
+    named_like_checkpoints,
+    seal,
+)
+from megatron_completep.training.checkpoint.save import check_space
 from megatron_completep.training.checkpoint.shard import STATES, describe
 from megatron_completep.training.state import RunState
 
@@ -69,39 +82,59 @@ def import_model(folder: str | Path, output: str | Path, overrides: Sequence[str
     Raises ConfigError: the model or a setting is not expressible; DataError: the folder is damaged or holds pickles.
     """
     folder, output = Path(folder), Path(output)
-    values = _read_json(folder / "config.json")
-    architecture, model = from_hf(values, str(folder / "config.json"), seq_length)
+    files = ModelFolder(folder)
+    architecture, model = from_hf(files.json_object("config.json"), str(folder / "config.json"), seq_length)
     source = TensorFolder(folder)
-    if (output / "config.yaml").exists() or (output / "checkpoints").exists():
+    if (output / "config.yaml").exists() or named_like_checkpoints(output / "checkpoints"):
         raise ConfigError(f"{output} holds a run already. Choose another folder.")
-    wanted = _match(source, architecture, ModelConfig.model_validate(model))
+    wanted = _match(source, architecture, _model_config(model, folder / "config.json"))
     dtype = source.describe(wanted[0].name)[1]
+    _check_tokenizer(files)
+    copies = _tokenizer_copies(files, output)
+    tokenizer = _tokenizer_setting(copies)
+    config = _configuration(model, output, tokenizer, PRECISIONS[dtype], overrides)
+    table = table_of(config)
+    parameters = _parameters(config.model, table)
+    count = sum(int(np.prod(p.shape)) for p in parameters.values())
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        tokenizer = _copy_tokenizer(folder, output)
-        config = _configuration(model, output, tokenizer, PRECISIONS[dtype], overrides)
-        table = table_of(config)
-        parameters = _parameters(config.model, table)
-        check_space(output, 4 * len(STATES) * sum(int(np.prod(p.shape)) for p in parameters.values()))
-        checkpoint = _write_checkpoint(output / "checkpoints", source, wanted, parameters, config, table)
-        save_config(config, output / "config.yaml")
+        with _nothing_left_on_failure(output, copies):
+            check_space(output, 4 * len(STATES) * count)
+            for origin, copy in copies.items():
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(origin, copy)
+            checkpoint = _write_checkpoint(output / "checkpoints", source, wanted, parameters, config, table)
+            save_config(config, output / "config.yaml")
     except OSError as error:
         raise ConfigError(f"{output} cannot be written: {error.strerror or error}. Choose another folder or free some space.") from None
-    count = sum(int(np.prod(p.shape)) for p in parameters.values())
     kind = None if tokenizer is None else tokenizer["type"]
     return ImportReport(str(output / "config.yaml"), str(checkpoint), architecture, dtype, count, kind)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _model_config(model: dict[str, Any], where: Path) -> ModelConfig:
     try:
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}. Give the folder of a Hugging Face model.") from None
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error}).") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{path}: not a JSON object.")
-    return value
+        return ModelConfig.model_validate(model)
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, finding['loc']))} = {finding['input']!r}: {finding['msg']}" for finding in error.errors()]
+        raise ConfigError("\n  ".join([f"{where}: this model cannot be imported", *problems])) from None
+
+
+@contextmanager
+def _nothing_left_on_failure(output: Path, copies: dict[Path, Path]) -> Iterator[None]:
+    """A failed import takes away what it made in `output`, and `output` where that was not there before."""
+    made = [path for path in (output, *output.parents) if not path.exists()]
+    there = {path for path in (*copies.values(), output / "tokenizer") if path.exists()}
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        shutil.rmtree(output / "checkpoints", ignore_errors=True)  # there was none
+        for path in copies.values():
+            if path not in there:
+                path.unlink(missing_ok=True)
+        for path in [*({output / "tokenizer"} - there), *made]:
+            with suppress(OSError):  # what somebody else put there stays
+                path.rmdir()
+        raise
 
 
 def _match(source: TensorFolder, architecture: str, model: ModelConfig) -> list[Piece]:
@@ -127,17 +160,36 @@ def _match(source: TensorFolder, architecture: str, model: ModelConfig) -> list[
     return wanted
 
 
-def _copy_tokenizer(folder: Path, output: Path) -> dict[str, str] | None:
-    """Copy the tokenizer's files beside the configuration; its `data.tokenizer`, or None where there is none we read."""
-    if (folder / "tokenizer.json").is_file():
-        (output / "tokenizer").mkdir(exist_ok=True)
-        for name in TOKENIZER_FILES:
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, output / "tokenizer" / name)
-        return {"type": "huggingface", "model": str(output / "tokenizer")}
-    if (folder / "tokenizer.model").is_file():
-        shutil.copyfile(folder / "tokenizer.model", output / "tokenizer.model")
-        return {"type": "sentencepiece", "model": str(output / "tokenizer.model")}
+def _check_tokenizer(files: ModelFolder) -> None:
+    """Raises DataError for a tokenizer that cannot be read. Without its package installed nothing is said."""
+    kinds = {"tokenizer.json": "huggingface", "tokenizer.model": "sentencepiece"}
+    name = next((name for name in kinds if files.has(name)), None)
+    if name is None:
+        return
+    try:
+        build_tokenizer(TokenizerConfig.model_validate({"type": kinds[name], "model": str(files.path(name))}))
+    except ImportError:
+        return
+    except DataError as error:
+        raise DataError(f"{error} Repair it, or take it out of {files.folder} to import the weights alone.") from None
+
+
+def _tokenizer_copies(files: ModelFolder, output: Path) -> dict[Path, Path]:
+    """The tokenizer's files, and where each goes beside the configuration; empty where there is none we read. Raises DataError."""
+    if files.has("tokenizer.json"):
+        return {files.path(name): output / "tokenizer" / name for name in TOKENIZER_FILES if files.has(name)}
+    if files.has("tokenizer.model"):
+        return {files.path("tokenizer.model"): output / "tokenizer.model"}
+    return {}
+
+
+def _tokenizer_setting(copies: dict[Path, Path]) -> dict[str, str] | None:
+    """`data.tokenizer` of the copied files."""
+    for copy in copies.values():
+        kinds = {"tokenizer.json": ("huggingface", copy.parent), "tokenizer.model": ("sentencepiece", copy)}
+        if copy.name in kinds:
+            kind, model = kinds[copy.name]
+            return {"type": kind, "model": str(model)}
     return None
 
 
@@ -194,9 +246,7 @@ def _write_checkpoint(
 ) -> Path:
     """Step 0 with these weights and an optimizer that has seen nothing; it appears by one rename."""
     attempt, target = secrets.token_hex(4), checkpoints / folder_name(0)
-    temporary = checkpoints / f".{target.name}.{attempt}"
-    temporary.mkdir(parents=True)
-    try:
+    with new_folder(target) as temporary:
         files = []
         for number, names in enumerate(_groups(parameters)):
             arrays = dict(_assemble(source, wanted, {name: parameters[name] for name in names}))
@@ -206,18 +256,8 @@ def _write_checkpoint(
                     values = array if state == "master" else np.zeros(array.shape, np.float32)
                     tensors.append((key_of(state, name, Box((0,) * array.ndim, array.shape)), array.shape, values))
             metadata = {"format": "pt", "step": "0", "attempt": attempt}
-            files.append(write_tensor_file(temporary / f"part_{number:05d}.safetensors", tensors, "F32", metadata, lambda name: None))
-        manifest = _manifest(files, parameters, config, table, attempt)
-        with open(temporary / MANIFEST, "xb") as file:
-            file.write(seal(manifest))
-            file.flush()
-            os.fsync(file.fileno())
-        sync_folder(temporary)
-        os.rename(temporary, target)
-        sync_folder(checkpoints)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+            files.append(write_tensor_file(temporary / f"part_{number:05d}.safetensors", tensors, "F32", metadata))
+        write_whole(temporary / MANIFEST, seal(_manifest(files, parameters, config, table, attempt)))
     return target
 
 
@@ -225,7 +265,7 @@ def _manifest(files: list[StoredFile], parameters: dict[str, StoredParameter], c
     return Manifest(
         step=0,
         attempt=attempt,
-        state=asdict(RunState()),
+        state=Progress(**vars(RunState())),
         updates=0.0,
         config=config.model_dump(mode="json"),
         table=json.loads(json.dumps(describe_table(table), default=str)),

@@ -20,7 +20,7 @@ _MEANING = {
 
 def model_card(config: Config, manifest: Manifest, report: dict[str, Any]) -> str:
     """Markdown with the front matter that the Hugging Face hub reads."""
-    tokens = manifest.state.get("tokens", 0)
+    tokens = manifest.state.tokens
     table = manifest.table
     return "\n".join(
         [

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_completep.errors import DataError
+from megatron_completep.interop.model_folder import ModelFolder
 
 DTYPES = {"float32": ("F32", torch.float32), "bfloat16": ("BF16", torch.bfloat16), "float16": ("F16", torch.float16)}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -83,24 +84,24 @@ class TensorFolder:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self._files = ModelFolder(folder)
         self._open: dict[str, Any] = {}
         self._file_of = self._locate()
 
     def _locate(self) -> dict[str, str]:
         """File by tensor name, from the index or from the single file."""
-        index, single = self.folder / INDEX, self.folder / SINGLE
-        if index.is_file():
-            try:
-                weight_map = json.loads(index.read_bytes())["weight_map"]
-                named = {str(name): str(file) for name, file in weight_map.items()}
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
-                raise DataError(f"{index}: not an index of safetensors files ({error!r}).") from None
-            for file in sorted(set(named.values())):
-                if Path(file).name != file or not (self.folder / file).is_file():
+        index = self.folder / INDEX
+        if self._files.has(INDEX):
+            weight_map = self._files.json_object(INDEX).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+                raise DataError(f"{index}: not an index of safetensors files: weight_map must name a file for every tensor.")
+            for file in sorted(set(weight_map.values())):
+                if not self._files.has(file):
                     raise DataError(f"{index}: names the file {file!r}, which is not in this folder. Download the model again.")
-            return named
-        if single.is_file():
-            return dict.fromkeys(self._keys(single), SINGLE)
+                self._files.path(file)
+            return weight_map
+        if self._files.has(SINGLE):
+            return dict.fromkeys(self._file(SINGLE).keys(), SINGLE)
         pickled = sorted(path.name for path in self.folder.glob("*.bin"))
         if pickled:
             raise DataError(
@@ -109,13 +110,10 @@ class TensorFolder:
             )
         raise DataError(f"{self.folder}: no {SINGLE} and no {INDEX}. Give the folder of a Hugging Face model.")
 
-    def _keys(self, path: Path) -> list[str]:
-        return list(self._file(path.name).keys())
-
     def _file(self, name: str) -> Any:
         if name not in self._open:
             try:
-                self._open[name] = safetensors.safe_open(self.folder / name, framework="pt")
+                self._open[name] = safetensors.safe_open(self._files.path(name), framework="pt")
             except (safetensors.SafetensorError, OSError) as error:
                 raise DataError(f"{self.folder / name}: not a safetensors file ({error}). Download it again.") from None
         return self._open[name]
@@ -126,11 +124,15 @@ class TensorFolder:
 
     def describe(self, name: str) -> tuple[tuple[int, ...], str]:
         """(shape, type such as 'BF16') of a tensor."""
-        try:
-            part = self._file(self._file_of[name]).get_slice(name)
-        except safetensors.SafetensorError as error:
-            raise DataError(f"{self.folder / self._file_of[name]}: {error}") from None
+        part = self._read(name, lambda file: file.get_slice(name))
         return tuple(part.get_shape()), part.get_dtype()
 
     def value(self, name: str) -> Tensor:
-        return self._file(self._file_of[name]).get_tensor(name)
+        return self._read(name, lambda file: file.get_tensor(name))
+
+    def _read(self, name: str, read: Callable[[Any], Any]) -> Any:
+        file = self._file_of[name]
+        try:
+            return read(self._file(file))
+        except safetensors.SafetensorError as error:
+            raise DataError(f"{self.folder / file}: tensor {name} cannot be read ({error}). Download the file again.") from None

@@ -52,8 +52,8 @@ def check_parameters(config: Config, table: Table, named: Iterable[tuple[str, Pa
         *_single_values(config, table),
     ]
     if problems:
-        count = "1 setting cannot" if len(problems) == 1 else f"{len(problems)} settings cannot"
-        raise ConfigError("\n  ".join([f"{count} have the effect asked for", *problems]))
+        count = "1 setting" if len(problems) == 1 else f"{len(problems)} settings"
+        raise ConfigError("\n  ".join([f"{count} cannot have the effect asked for", *problems]))
     return _warnings(config, declared)
 
 

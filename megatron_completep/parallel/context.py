@@ -1,4 +1,4 @@
-"""The mesh of ranks. The only reader of RANK, WORLD_SIZE and LOCAL_RANK; everything else is handed a `ParallelContext`."""
+"""The mesh of ranks. Everything that has to know where a rank stands is handed a `ParallelContext`."""
 
 from __future__ import annotations
 
@@ -12,24 +12,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megatron_completep.config.schema import ParallelConfig
 from megatron_completep.errors import ConfigError
+from megatron_completep.launch import Launch
 from megatron_completep.parallel.axis import Axis
+from megatron_completep.parallel.rendezvous import meet
 from megatron_completep.parallel.sequence import SequencePart
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What the launcher (torchrun) told this process."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int = 1  # processes on this node
-    restart_count: int = 0  # how often torchrun has started this job anew
-
-    @classmethod
-    def from_environment(cls) -> Launch:
-        names = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1), ("TORCHELASTIC_RESTART_COUNT", 0)
-        return cls(*(int(os.environ.get(name, default)) for name, default in names))
 
 
 @dataclass(frozen=True)
@@ -55,28 +41,29 @@ class ParallelContext:
         return cls(device=torch.device(device))
 
     @classmethod
-    def create(cls, parallel: ParallelConfig, device: str = "auto", dumps: str | None = None) -> ParallelContext:
-        """Join the process group that the launcher prepared (NCCL on GPU, gloo on CPU) and lay the mesh over it.
+    def create(
+        cls, parallel: ParallelConfig, device: str = "auto", dumps: str | None = None, store: dist.Store | None = None
+    ) -> ParallelContext:
+        """Join the process group of the ranks that the launcher started (NCCL on GPU, gloo on CPU) and lay the mesh over it.
 
-        dumps: path to which NCCL's own watchdog appends a rank and writes the newest collectives after a time-out.
-        Raises ConfigError with the numbers when the world size does not fit the layout, before any device is touched.
+        dumps: path to which NCCL's own watchdog appends a rank and writes the newest collectives after a time-out. store: where the ranks
+        have met already (rendezvous.py); otherwise they meet now.
+        Raises ConfigError with the numbers when the world size does not fit the layout, before any device is touched, and as `meet` does.
         """
         launch = Launch.from_environment()
         data_parallel_size = data_parallel_size_for(parallel, launch.world_size)
         chosen = choose_device(device, launch.local_rank)
         if launch.world_size == 1:
-            return cls(device=chosen, sequence_parallel=False, launched="RANK" in os.environ)
+            return cls(device=chosen, sequence_parallel=False, launched=launch.launched)
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
         if not dist.is_initialized():
             timeout = timedelta(minutes=parallel.timeout_minutes)
             for name, value in flight_recorder(parallel, dumps).items():
                 os.environ.setdefault(name, value)
-            # torchrun keeps its store over restarts: without a prefix a rank would find addresses of the processes that died.
-            store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-            store = dist.PrefixStore(f"start_{launch.restart_count}", store)
+            store = store or meet(launch, timeout.total_seconds())
             backend = "nccl" if chosen.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+            dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
         return cls.over_world(parallel, chosen, launch.rank, launch.world_size, data_parallel_size)
 
     @classmethod

@@ -13,7 +13,9 @@ from megatron_completep.completep import Table
 from megatron_completep.config import save_config
 from megatron_completep.config.derived import total_samples
 from megatron_completep.config.schema import Config
+from megatron_completep.data.corpus import has_validation
 from megatron_completep.data.loader import Loader, ValidationBatches, build_loader, validation_batches
+from megatron_completep.data.run_tokenizer import keep_tokenizer, with_readable_tokenizer
 from megatron_completep.errors import ConfigError
 from megatron_completep.model.compile import compile_regions
 from megatron_completep.model.flash import require_flash_attention
@@ -27,6 +29,7 @@ from megatron_completep.parallel.products import choose_products
 from megatron_completep.training.hooks import CheckpointFigures, Checkpoints, Hook, Metrics, Validation
 from megatron_completep.training.metrics import open_sinks
 from megatron_completep.training.profiling import Profiler
+from megatron_completep.training.starts import STARTS, append_start
 from megatron_completep.training.state import Checkpointer, RunState
 from megatron_completep.training.step import TrainingStep
 from megatron_completep.training.telemetry import Telemetry, read_reference
@@ -36,7 +39,7 @@ Say = Callable[[str], None]
 
 
 def prepare_output(config: Config, context: ParallelContext) -> Path:
-    """Make the run's folder and keep the resolved configuration in it. ConfigError when it cannot be written."""
+    """Make the run's folder. ConfigError when it cannot be written to."""
     folder = Path(config.training.output_dir)
     if context.is_first:
         try:
@@ -45,8 +48,36 @@ def prepare_output(config: Config, context: ParallelContext) -> Path:
             raise ConfigError(f"training.output_dir = {folder} cannot be made: {error.strerror}. Choose a folder that can.") from None
         if not os.access(folder, os.W_OK):
             raise ConfigError(f"training.output_dir = {folder} cannot be written to. Choose another folder or change its permissions.")
-        save_config(config, folder / "config.yaml")
     return folder
+
+
+def keep_run_tokenizer(config: Config, context: ParallelContext, say: Say) -> None:
+    """Keep a copy of the tokenizer in the run's folder, after the data were compared with it."""
+    folder = Path(config.training.output_dir)
+    if context.is_first and (line := keep_tokenizer(with_readable_tokenizer(config.data, folder).tokenizer, folder)):
+        say(line)
+
+
+def record_start(config: Config, context: ParallelContext, state: RunState) -> None:
+    """Keep the resolved configuration in the run's folder, and add this start to the run's record. A start that is refused (another
+    model's checkpoint) does not come here, and replaces nothing. Raises ConfigError when they cannot be written, DataError."""
+    folder = Path(config.training.output_dir)
+    if context.is_first:
+        save_config(config, folder / "config.yaml")
+        try:
+            append_start(folder, config, state)
+        except OSError as error:
+            raise ConfigError(f"{folder / STARTS} cannot be written: {error.strerror}. Choose another folder or free some space.") from None
+
+
+def nothing_left(config: Config, state: RunState) -> str | None:
+    """What to say where the run is at its end already."""
+    training = config.training
+    if state.step >= training.train_steps:
+        return f"nothing to do: step {state.step} of {training.train_steps}. A larger training.train_steps goes on."
+    if training.stop_at_step is not None and state.step >= training.stop_at_step:
+        return f"nothing to do: step {state.step}, and training.stop_at_step = {training.stop_at_step}. Without it the run goes on."
+    return None
 
 
 def build_model(config: Config, table: Table, context: ParallelContext, precision: torch.dtype) -> list[GPT]:
@@ -69,7 +100,7 @@ def build_model(config: Config, table: Table, context: ParallelContext, precisio
 def build_training_loader(config: Config, context: ParallelContext) -> Loader:
     """Training batches of this data rank, from the first sample."""
     return build_loader(
-        config.data,
+        with_readable_tokenizer(config.data, Path(config.training.output_dir)),
         seq_length=config.model.seq_length,
         micro_batch_size=config.training.micro_batch_size,
         global_batch_size=config.training.global_batch_size,
@@ -84,10 +115,10 @@ def build_training_loader(config: Config, context: ParallelContext) -> Loader:
 
 def build_validation(config: Config, context: ParallelContext) -> ValidationBatches | None:
     """The fixed validation samples of this data rank; None where the configuration names none."""
-    if config.data.validation is None and config.data.split is None:
+    if not has_validation(config.data):
         return None
     return validation_batches(
-        config.data,
+        with_readable_tokenizer(config.data, Path(config.training.output_dir)),
         samples=config.training.validation_samples,
         seq_length=config.model.seq_length,
         micro_batch_size=config.training.micro_batch_size,

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from megatron_completep.completep import table_of
 from megatron_completep.config import Config, config_from_mapping
+from megatron_completep.config.schema import TokenizerConfig
+from megatron_completep.data.run_tokenizer import at_hand
 from megatron_completep.data.tokenizer import Tokenizer
-from megatron_completep.errors import CheckpointError, DataError
+from megatron_completep.errors import CheckpointError, ConfigError, DataError
 from megatron_completep.model.gpt import GPT
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.training.checkpoint import StoredCheckpoint
@@ -64,10 +66,32 @@ def find_checkpoint(path: str | Path) -> Path:
     return steps[max(steps)]
 
 
+def run_tokenizer(path: str | Path, config: Config, model: str | None = None) -> TokenizerConfig:
+    """The tokenizer of a checkpoint's run: of the file `model`, else the run's own copy, else where the run found it.
+
+    Raises ConfigError for a run without one, DataError for a damaged copy.
+    """
+    settings = config.data.tokenizer
+    if settings is None:
+        raise ConfigError("the run has no data.tokenizer, so text cannot be turned into its tokens, nor tokens into text.")
+    if model is not None:
+        return TokenizerConfig(type=settings.type, model=model)
+    return at_hand(settings, find_checkpoint(path).absolute().parent.parent)
+
+
+def run_config(path: str | Path) -> Config:
+    """The configuration that a checkpoint was written with. Raises CheckpointError."""
+    return _open_run(path)[1]
+
+
+def _open_run(path: str | Path) -> tuple[StoredCheckpoint, Config]:
+    stored = StoredCheckpoint.open(find_checkpoint(path))
+    return stored, config_from_mapping(stored.manifest.config, name=f"{stored.folder}: its configuration")
+
+
 def load_model(path: str | Path, device: torch.device, dtype: torch.dtype) -> tuple[Config, GPT]:
     """The whole model of a checkpoint, of any layout, on one device; parameters in `dtype`."""
-    stored = StoredCheckpoint.open(find_checkpoint(path))
-    config = config_from_mapping(stored.manifest.config, name=f"{stored.folder}: its configuration")
+    stored, config = _open_run(path)
     model = GPT(config.model, table_of(config), ParallelContext.single(device)).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -84,7 +108,9 @@ class Generation:
     than the shortest, its own tokens are fed in place of drawn ones. After the prompts, each step takes one token of each
     unfinished row through the model. A row ends after max_new_tokens, at (and without) the end-of-document token, or by `stop`.
 
-    generators: one a prompt, so that a text does not depend on the batch it is made in.
+    generators: one a prompt, so that a text does not depend on the batch it is made in, as far as the logits do not. Matrix products
+    of another number of rows round differently: by 1e-6 of a logit in float32, which turns about one draw in a million, but by
+    1e-2 in bf16, where a text is the same only in the same batch.
     """
 
     def __init__(

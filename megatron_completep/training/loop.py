@@ -78,25 +78,25 @@ def train(
     readback = Readback(depth=1 if context.device.type == "cuda" else 0)
     stop = False
     try:
-        with signals:
-            while state.step < last and not stop:
-                for hook in hooks:
-                    hook.before_step(state.step + 1)
-                launched = launch(config, step, loader, rollbacks.past(state), signals)
-                readback.push(launched)
-                state = launched.after
-                due = state.step == last or any(hook.due(state.step) for hook in hooks)
-                try:
-                    stop = tell(hooks, readback, everything=due)
-                except GoBack as back:
-                    state = back.state
-                    readback.forget()
-                    for hook in hooks:
-                        hook.rewind(state)
-                if due:
-                    readback.restart_clock()
+        signals.begin()
+        while state.step < last and not stop:
             for hook in hooks:
-                hook.finish(state)
+                hook.before_step(state.step + 1)
+            launched = launch(config, step, loader, rollbacks.past(state), signals)
+            readback.push(launched)
+            state = launched.after
+            due = state.step == last or any(hook.due(state.step) for hook in hooks)
+            try:
+                stop = tell(hooks, readback, everything=due)
+            except GoBack as back:
+                state = back.state
+                readback.forget()
+                for hook in hooks:
+                    hook.rewind(state)
+            if due:
+                readback.restart_clock()
+        for hook in hooks:
+            hook.finish(state)
     finally:
         for hook in hooks:
             hook.close()

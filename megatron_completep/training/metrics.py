@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,9 @@ from typing import Any
 import psutil
 import torch
 
+from megatron_completep.config.json_text import parse_json
 from megatron_completep.config.schema import Config
+from megatron_completep.errors import ConfigError, DataError
 from megatron_completep.training.trackers import Row, Sink, open_trackers
 
 METRICS = "metrics.jsonl"
@@ -27,8 +28,13 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, last_step: int, say: Callable[[str], None]):
-        cut_metrics(path, last_step)
-        self._file = path.open("ab", buffering=0)
+        try:
+            cut_metrics(path, last_step)
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise ConfigError(
+                f"{path} cannot be written: {error.strerror}. Choose another training.output_dir, or mend the file."
+            ) from None
         self._say, self._waiting, self._warned = say, b"", False
 
     def write(self, row: Row) -> None:
@@ -54,32 +60,43 @@ def _finite(value: Any) -> Any:
 
 
 def cut_metrics(path: Path, last_step: int) -> None:
-    """Keep the whole lines of steps up to `last_step`; the file is replaced in one move, so a kill leaves one of the two."""
+    """Cut the file after the last whole line of a step up to `last_step`. Its end moves in one call and nothing is copied: a kill
+    leaves one of the two files, and a full disk is no obstacle."""
     if not path.exists():
         return
-    kept = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n") and 0 <= _step_of(line) <= last_step]
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    end = position = 0
+    with path.open("rb") as file:
+        for line in file:
+            position += len(line)
+            step = _step_of(line) if line.endswith(b"\n") else -1
+            if step > last_step:
+                break
+            if step >= 0:
+                end = position
+    if end < path.stat().st_size:
+        os.truncate(path, end)
 
 
 def _step_of(line: bytes) -> int:
     """The step of a line, -1 for a line that is none."""
+    row = _row_of(line)
+    return -1 if row is None else row["step"]
+
+
+def _row_of(line: bytes) -> dict[str, Any] | None:
+    """The row of a line; None for a line that is none. Losses may be NaN."""
     try:
-        row = json.loads(line)
-    except ValueError:
-        return -1
-    step = row.get("step") if isinstance(row, dict) else None
-    return step if isinstance(step, int) else -1
+        row = parse_json(line, "a line of metrics", finite=False)
+    except DataError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All whole rows of a `metrics.jsonl`; a torn last line is left out."""
     lines = path.read_bytes().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith(b"\n") and _step_of(line) >= 0]
+    rows = [row for line in lines if line.endswith(b"\n") and (row := _row_of(line)) is not None]
+    return [row for row in rows if row["step"] >= 0]
 
 
 class ConsoleLines:
@@ -140,15 +157,6 @@ def memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return int(psutil.Process().memory_info().rss)
-
-
-def say_on_stdout(text: str) -> None:
-    """A line for the person watching, at once even through a pipe. A console that takes no more (a full disk under its file, a reader
-    that left) is given up: training goes on."""
-    try:
-        print(text, file=sys.stdout, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def open_sinks(config: Config, last_step: int, say: Callable[[str], None]) -> list[Sink]:

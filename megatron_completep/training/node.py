@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from megatron_completep.parallel.context import Launch
+from megatron_completep.launch import Launch
 from megatron_completep.training.checkpoint.exchange import Exchange
 
 DRIVER = Path("/proc/driver/nvidia/version")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import torch
 
@@ -14,6 +15,28 @@ def choose_precision(precision: str, device: torch.device) -> torch.dtype:
     if precision != "auto":
         return DTYPES[precision]
     return torch.bfloat16 if has_bf16_units(device) else torch.float32
+
+
+def precision_of_run(wanted: str, trained: str, device: torch.device, say: Callable[[str], None]) -> torch.dtype:
+    """The type in which a tool computes with a trained model. `auto`: that of the run, where the device has units for it.
+
+    trained: the run's training.precision. What else is used, and why, is said.
+    """
+    if wanted != "auto":
+        return DTYPES[wanted]
+    if trained == "auto":
+        chosen = choose_precision("auto", device)
+        say(f"the run's training.precision is auto, which is {name_of(chosen)} on this device; --precision chooses another.")
+        return chosen
+    if trained == "bf16" and not has_bf16_units(device):
+        say("the run was trained in bf16, for which this device has no units: float32 is used. --precision bf16 emulates it.")
+        return torch.float32
+    return DTYPES[trained]
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """The name of a type in settings."""
+    return next(name for name, value in DTYPES.items() if value == dtype)
 
 
 def has_bf16_units(device: torch.device) -> bool:

@@ -39,8 +39,9 @@ class Sink(Protocol):
 class InBackground:
     """A tracker opened, fed and closed by a thread of its own. Its failure is said once; from then on it gets nothing."""
 
-    def __init__(self, name: str, start: Callable[[], Sink], say: Say, rows: int = WAITING_ROWS, patience: float = CLOSING_SECONDS):
-        self._name, self._start, self._say, self._patience = name, start, say, patience
+    def __init__(self, name: str, start: Callable[[], Sink], say: Say, rows: int = WAITING_ROWS, patience: float | None = None):
+        self._name, self._start, self._say = name, start, say
+        self._patience = CLOSING_SECONDS if patience is None else patience
         self._rows: queue.Queue[Row | None] = queue.Queue(rows)
         self._left, self._leaving = False, threading.Lock()
         self._thread = threading.Thread(target=self._run, name=f"tracker {name}", daemon=True)

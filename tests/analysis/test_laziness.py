@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,33 @@ def test_the_verdict_follows_from_the_exponents(own: float, control: float, verd
     assert result.verdict == verdict
     assert result.slopes["own"].value == pytest.approx(own, abs=1e-12)
     assert "layers" in describe_laziness(result, 2)
+
+
+def seeds(rule: str, exponents: list[float]) -> list[LazinessSample]:
+    return [LazinessSample(rule, d, s, [0.1 * d**p] * d) for s, p in enumerate(exponents) for d in (8, 16, 32)]
+
+
+@pytest.mark.parametrize(
+    ("own", "control", "words"),
+    [
+        ([-0.1, 0.0], [-0.7, -0.71], "holds both what a complete model has"),
+        ([-0.5, -0.6], [-0.7, -0.71], "holds both what a complete model has"),
+        ([-0.1], [-0.7, -0.71], "no interval, for there is one seed"),
+        ([-0.9], [-0.7], "no interval, for there is one seed"),
+        ([-0.1, -0.11], [-0.6, -0.8], "reaches above -0.25"),
+        ([-0.1, -0.11], [-0.7], "reaches above -0.25"),
+    ],
+)
+def test_an_interval_that_holds_both_answers_cannot_tell(own: list[float], control: list[float], words: str):
+    result = judge(seeds("own", own) + seeds("alpha_0.5", control), base_num_layers=2)
+    assert result.verdict == Verdict.CANNOT_TELL
+    assert words in result.reason
+
+
+def test_the_published_laziness_keeps_its_verdict():
+    published = json.loads((Path(__file__).parents[2] / "docs/results/laziness/laziness.json").read_text())
+    result = judge([LazinessSample(**sample) for sample in published["samples"]], base_num_layers=2)
+    assert result.verdict == Verdict.RIGHT, result.reason
 
 
 def test_shallow_models_alone_cannot_tell():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -27,6 +28,7 @@ from megatron_completep.analysis.lr_transfer import (
     optimum_of,
     savings,
 )
+from megatron_completep.analysis.lr_transfer_answer import best_rates, next_commands
 from megatron_completep.analysis.lr_transfer_plan import plan
 from megatron_completep.analysis.lr_transfer_report import draw_lengths, report
 from megatron_completep.config import load_config, save_config
@@ -69,8 +71,60 @@ def test_noise_that_hides_the_drift_is_called_unresolved():
 
 
 def test_an_optimum_beyond_the_grid_is_never_a_verdict():
-    verdict = drift_over_depth([curve(depth, -7.0 - depth) for depth in (2, 8)]).verdict
-    assert verdict.startswith("unresolved: an optimum lies at the edge")
+    beyond = [curve(depth, -7.0 - depth) for depth in (2, 8)]
+    assert drift_over_depth(beyond).verdict.startswith("unresolved: an optimum lies at the edge")
+    inside = curve(2, -7.0)
+    assert optimum_of(beyond[1], inside).regret_verdict.startswith("unresolved: an optimum lies at the edge")
+    assert optimum_of(beyond[1], inside).log2_lr.low == -math.inf
+    theirs = [curve(8, -7.0, "mup", best, 1e-4, steps) for steps, best in ((200, 2.8), (400, 2.6))]
+    ours = [curve(8, -13.0, "completep", best, 1e-4, steps) for steps, best in ((100, 2.9), (200, 2.7))]
+    (saving,) = savings(ours + theirs, "mup")
+    assert saving.verdict.startswith("unresolved: an optimum lies at the edge")
+
+
+def coarse(curve: Curve, every: int) -> Curve:
+    """The same curve on a grid of every so many points."""
+    return replace(curve, log2_lr=curve.log2_lr[::every], losses=curve.losses[::every])
+
+
+def test_an_interval_is_never_narrower_than_the_grid_allows():
+    """Whole octaves, neighbours 0.2 nats above: every replicate has its best at one point; the truth lies between its neighbours."""
+    losses = 2.5 + 0.2 * np.abs(GRID[::2] + 7.99)[:, None] * np.ones((1, 3))  # -10, -9, ...; no parabola fits within 0.15 nats
+    sharp = Curve("completep", 64, 2, 100, 0.0, 0.02, GRID[::2], losses, 200.0)
+    found = optimum_of(sharp, sharp)
+    assert (found.log2_lr.value, found.log2_lr.low, found.log2_lr.high) == (-8.0, -9.0, -7.0)
+    assert found.grid_step == 1.0
+    assert drift_over_depth([sharp, replace(sharp, num_layers=8)]).verdict == "unresolved"
+    through_three = optimum_of(coarse(curve(2, -7.2, noise=0.0), 2), curve(2, -7.0)).log2_lr
+    assert (through_three.low, through_three.high) == (-7.5, -6.5)  # a parabola fits any three points
+    fine = optimum_of(curve(2, -7.2, noise=0.0), curve(2, -7.0)).log2_lr
+    assert fine.high - fine.low < 0.05 and fine.low <= -7.2 + 1e-9  # negative control: more points, and they lie on one
+
+
+def test_one_seed_gives_no_interval():
+    found = optimum_of(curve(2, -7.0, seeds=1), curve(8, -7.0))
+    assert not found.log2_lr.repeated
+    assert found.regret_verdict == "unresolved"
+
+
+def test_runs_that_two_rules_share_are_not_compared_with_each_other():
+    """At the base depth rules coincide, and one run stands for all of them."""
+    shared = [curve(2, -7.0, "completep", best, 1e-3, steps) for steps, best in ((100, 2.9), (200, 2.7))]
+    shared += [replace(c, parameterization="mup") for c in shared]
+    assert savings(shared, "mup") == []
+    other = [curve(2, -7.0, "mup", best, 1e-3, steps) for steps, best in ((100, 2.8), (200, 2.6))]
+    assert len(savings(shared[:2] + other, "mup")) == 1
+
+
+def test_the_published_transfer_keeps_its_verdicts():
+    published = json.loads((Path(__file__).parents[2] / "docs/results/lr_transfer/report.json").read_text())
+    curves = [
+        Curve(**{**c, "log2_lr": np.array(c["log2_lr"]), "losses": np.array(c["losses"], dtype=np.float64)}) for c in published["curves"]
+    ]
+    chosen = [c for c in curves if c.base_weight_decay == 0.0]
+    expected = {d["parameterization"]: d["verdict"] for d in published["drifts"] if d["base_weight_decay"] == 0.0}
+    assert {d.parameterization: d.verdict for d in drifts(chosen)} == expected
+    assert expected == {"completep": "transfers", "alpha_0.5": "drifts", "mup": "unresolved"}
 
 
 def test_regret_and_drift_are_counted_from_the_smallest_shape():
@@ -86,7 +140,7 @@ def test_regret_and_drift_are_counted_from_the_smallest_shape():
     assert near.regret_verdict == "small"
     assert optimum_of(curve(8, -7.3, noise=0.1), curves[0]).regret_verdict == "unresolved"
     base = optimum_of(curves[0], curves[0])
-    assert (base.drift.value, base.regret.value) == (0.0, 0.0)
+    assert (base.drift, base.regret, base.regret_verdict) == (None, None, "base shape")  # not compared with itself
 
 
 def test_the_divergence_edge_is_where_the_curve_rises_above_its_best_or_ends():
@@ -179,6 +233,56 @@ def test_a_report_is_written_from_a_finished_sweep(tmp_path: Path):
     assert (folder / "curves_wd_0.1.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_report_says_the_best_learning_rate_its_neighbours_and_a_next_command_that_works(
+    run_tool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setattr(sweep, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(1))
+    folder = tmp_path / "sweep"
+    points = written_sweep(folder, tmp_path)
+    write_tokens(tmp_path, 8_000)
+    code, out, err = run_tool("report", str(folder))
+    assert code == 0, err
+    lines = out.splitlines()
+    (best,) = [line for line in lines if line.startswith("completep 2 x 32")]
+    assert "2 seeds: best learning rate 2^-7.00 = 0.007812 [2^-7.50, 2^-6.50], steps of 1 octaves, bracketed by the grid" in best
+    neighbours = lines[lines.index(best) + 1]
+    assert neighbours.split("; ")[0].strip() == "2^-8: loss 2.6005 (seeds 2.6000 to 2.6010)"
+    assert [part.strip().split(":")[0] for part in neighbours.split(";")] == ["2^-8", "2^-7", "2^-6"]
+    again = sweep.Grid([2.0**-7], (2,), (), ("completep",), (0.1,), (), (50,), 2).points(load_config(folder / "proxy.yaml"))
+    assert {p.key for p in again} <= {p.key for p in points}  # the proxy's file names the points that are done
+    commands = [shlex.split(line.split(": ", 1)[1]) for line in lines if ": python tools/lr_transfer.py" in line]
+    assert [words[2] for words in commands] == ["plan", "sweep"]
+    assert run_tool(*commands[0][2:])[0] == 0
+    assert load_config(folder / "target.yaml").model.num_layers == 8
+    assert run_tool(*commands[1][2:])[0] == 0  # -8 to -6 in half octaves
+    out = run_tool("report", str(folder))[1]
+    assert "steps of 0.5 octaves" in out
+
+
+def test_a_best_rate_at_the_edge_is_said_and_the_next_command_goes_beyond(run_tool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    folder = tmp_path / "sweep"
+    for point in written_sweep(folder, tmp_path):
+        path = sweep.result_path(folder, point)
+        path.write_text(json.dumps({**json.loads(path.read_text()), "validation_loss": 3.0 - math.log2(point.base_lr) / 100}))
+    lines = run_tool("report", str(folder))[1].splitlines()
+    assert "at the upper edge of the grid: it may lie higher" in lines[1]
+    assert "unresolved: an optimum lies at the edge of the grid" in "\n".join(lines)
+    (command,) = [shlex.split(line.split(": ", 1)[1]) for line in lines if ": python tools/lr_transfer.py" in line]
+    ran: list[sweep.Point] = []
+    monkeypatch.setattr(sweep, "run_local", lambda points, *rest: ran.extend(points))
+    assert run_tool(*command[2:])[0] == 0
+    assert sorted({math.log2(p.base_lr) for p in ran}) == [-4.0, -3.0]
+    assert {(p.parameterization, p.num_layers, p.base_weight_decay, p.train_steps) for p in ran} == {("completep", 2, 0.1, 50)}
+    assert {p.seed for p in ran} == {0, 1}
+
+
+def test_a_single_learning_rate_has_no_best_one(tmp_path: Path):
+    one = Curve("completep", 64, 2, 100, 0.0, 0.02, GRID[:1], np.array([[2.5, 2.6]]), 1.0)
+    (line, losses) = best_rates([one], [optimum_of(one, one)])
+    assert "one learning rate was run, so there is no best one" in line and "2^-10: loss 2.5500" in losses
+    assert "--lr=-11:-9:2" in next_commands(tmp_path, [one])[0]
+
+
 def test_a_browser_shows_the_report_whole_without_a_complaint(tmp_path: Path):
     folder = tmp_path / "sweep"
     written_sweep(folder, tmp_path)
@@ -189,7 +293,7 @@ def test_a_browser_shows_the_report_whole_without_a_complaint(tmp_path: Path):
         assert browser.broken_pictures() == []
         assert browser.evaluate("document.images.length") == 1
         assert browser.evaluate("document.querySelectorAll('table').length") == 2  # drift, and optima
-        assert "octaves per doubling: transfers" in browser.evaluate("document.body.innerText")
+        assert "octaves per doubling: unresolved" in browser.evaluate("document.body.innerText")  # whole octaves
         assert browser.evaluate("document.documentElement.scrollWidth <= window.innerWidth")  # wide tables scroll on their own
         browser.screenshot(tmp_path / "report.png")
     assert (tmp_path / "report.png").stat().st_size > 20_000

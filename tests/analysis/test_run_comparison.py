@@ -54,6 +54,23 @@ def test_a_line_that_is_no_row_is_counted_and_left_out(tmp_path: Path, line: str
     assert [r["step"] for r in run.rows] == [1, 2] and run.notes == ["1 line not whole and left out"]
 
 
+def test_a_line_of_a_thousand_brackets_is_left_out_like_any_other(tmp_path: Path) -> None:
+    deep = '{"step": 2, "a": ' + "[" * 1024 + "]" * 1024 + "}\n"
+    run = read_run(write_run(tmp_path / "a", [row(1)], {}, torn=deep + json.dumps(row(3, loss=float("nan"))) + "\n"), "a")
+    assert [r["step"] for r in run.rows] == [1, 3]
+    assert run.notes[0] == "1 line not whole and left out"
+
+
+def test_a_configuration_of_nested_aliases_is_noted_and_ends(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 30)]
+    folder = write_run(tmp_path / "a", [row(1)])
+    for text in ("\n".join(lines), "model: &m {model: *m}", "[" * 5000, "\xff", "model: [1"):
+        (folder / "config.yaml").write_bytes(text.encode("latin-1"))
+        run = read_run(folder, "a")
+        assert run.settings == {} and "no readable config.yaml" in run.notes[0], text[:40]
+
+
 def test_the_axes_are_those_of_the_rows(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "a", [row(1), row(2), row(3)], {}), "a")
     assert list(steps_at(run)) == [1, 2, 3] and list(tokens_at(run)) == [100, 200, 300]
@@ -132,7 +149,8 @@ def test_the_tool_writes_one_page_and_a_json_summary(
 
 
 @pytest.mark.parametrize(
-    ("words", "message"), [(["nowhere"], "nowhere/metrics.jsonl|nowhere cannot be read"), (["a", "--out", "no/x.html"], "--out = ")]
+    ("words", "message"),
+    [(["nowhere"], "nowhere/metrics.jsonl|nowhere cannot be read"), (["a", "--out", "a/metrics.jsonl/x.html"], "--out = .*is no folder")],
 )
 def test_a_users_mistake_is_one_message_and_exit_code_2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], message: str

@@ -1,5 +1,8 @@
 """Settings that do not fit each other are refused before any device is touched, with numbers and a remedy."""
 
+import random
+import re
+
 import pytest
 
 from megatron_completep.config import check_config, check_world, config_from_mapping, derived
@@ -129,11 +132,14 @@ RULES = [
     ),
     (
         ["training.batch_ramp={start: 8, increment: 14, steps: 10}"],
-        "training.batch_ramp.increment = 14 is not a multiple of training.micro_batch_size = 4. Use 12 or 16.",
+        "training.batch_ramp.increment = 14 is not a multiple of training.micro_batch_size = 4. Use 8 or 28.",
     ),
     (["training.skip_steps=[{first: 9, last: 8}]"], "training.skip_steps.0: last = 8 is less than first = 9. Exchange them."),
     (["training.skip_steps=[{first: 101}]"], "training.skip_steps.0: step 101 is after training.train_steps = 100. Use at most 100."),
-    (["profiling.first_step=99", "profiling.steps=3"], "end after training.train_steps = 100. Begin earlier, or record fewer steps."),
+    (
+        ["profiling.first_step=99", "profiling.steps=3"],
+        "end after training.train_steps = 100. Begin at 98 or earlier, and record at most 100 steps.",
+    ),
     (
         ["guards.hang_timeout_minutes=30"],
         "guards.hang_timeout_minutes = 30 is more than parallel.timeout_minutes = 20: the collective's time-out would end a hang first",
@@ -149,6 +155,137 @@ def test_settings_that_do_not_fit_are_refused_with_numbers_and_remedy(overrides,
     lines = str(caught.value).splitlines()
     assert lines[0] == "configuration: 1 setting does not fit the others"
     assert len(lines) == 2 and expected in lines[1]
+
+
+# What the words of a remedy say, as overrides; remedies that are numbers are read from the message.
+IN_WORDS = {
+    "model.num_attention_heads=3": [["model.head_dim=64"]],
+    "model.head_dim=15": [["model.head_dim=16"]],
+    "model.tied_embeddings=true completep.factors.unembedding.lr=2": [
+        ["completep.factors={embedding: {lr: 2}}"],
+        ["model.tied_embeddings=false"],
+    ],
+    "model.fp32_residual=true training.precision=float32": [["model.fp32_residual=false"], ["training.precision=bf16"]],
+    "model.attention_backend=flash_attention model.position=alibi": [["model.attention_backend=sdpa"]],
+    "model.attention_backend=flash_attention training.precision=float32": [["model.attention_backend=sdpa"], ["training.precision=bf16"]],
+    "model.attention_backend=flash_attention training.device=cpu": [["model.attention_backend=sdpa"]],
+    "model.attention_backend=flash_attention model.head_dim=512": [["model.attention_backend=sdpa"]],
+    "completep.base_hidden_size=64": [["completep.base_num_layers=8"], ["completep.base_hidden_size=null"]],
+    "completep.base_num_layers=2": [["completep.base_hidden_size=256"], ["completep.base_num_layers=null"]],
+    "completep.base_head_dim=64": [["completep.base_hidden_size=64", "completep.base_num_layers=2"]],
+    "completep.parameterization=mup completep.alpha=0.5": [["completep.alpha=1"], ["completep.parameterization=completep"]],
+    "completep.parameterization=sp completep.alpha=0.5": [["completep.alpha=1"], ["completep.parameterization=completep"]],
+    "training.compile=true model.attention_backend=flash_attention data.reset_at_document_ends=true": [
+        ["model.attention_backend=sdpa"],
+        ["training.compile=false"],
+    ],
+    "parallel.pipeline_parallel_size=9": [["parallel.pipeline_parallel_size=8"]],
+    "parallel.virtual_pipeline_size=2": [["parallel.virtual_pipeline_size=1"]],
+    "parallel.virtual_pipeline_size=2 parallel.pipeline_parallel_size=2": [
+        ["parallel.schedule=interleaved_1f1b"],
+        ["parallel.schedule=zero_bubble"],
+        ["parallel.virtual_pipeline_size=1"],
+    ],
+    "parallel.schedule=interleaved_1f1b parallel.pipeline_parallel_size=2": [
+        ["parallel.virtual_pipeline_size=2"],
+        ["parallel.schedule=1f1b"],
+    ],
+    "parallel.pipeline_split=[4,4]": [["parallel.pipeline_split=[8]"]],
+    "parallel.pipeline_parallel_size=2 parallel.pipeline_split=[4,5]": [["parallel.pipeline_split=[4,4]"], ["model.num_layers=9"]],
+    "parallel.pipeline_parallel_size=3 parallel.pipeline_split=[4,0,4]": [["parallel.pipeline_split=[0,8,0]"]],
+    "optimizer.betas=[0.9,1.0]": [["optimizer.betas=[0.9,0.9]"], ["optimizer.betas=[0.9,0.95]"]],
+    "optimizer.warmup_steps=5": [["optimizer.warmup_steps=null"], ["optimizer.warmup_fraction=null"]],
+    "optimizer.warmup_fraction=null optimizer.warmup_steps=101": [["optimizer.warmup_steps=100"]],
+    "optimizer.schedule=warmup_stable_decay optimizer.decay_fraction=0.95": [["optimizer.decay_fraction=0.9"]],
+    "data.validation=[{prefix: c}] data.split='9,1,0'": [["data.validation=null"], ["data.split=null"]],
+    "data.validation=[]": [["data.validation=null"]],
+    "data.split='9,1'": [["data.split='969,30,1'"]],
+    "data.split=most": [["data.split='969,30,1'"]],
+    "data.split='0,1,0'": [["data.split='969,30,1'"]],
+    "data.split='9,-1,0'": [["data.split='969,30,1'"]],
+    "data.split='9,nan,0'": [["data.split='969,30,1'"]],
+    "data.train.1.weight=2 data.train.1.epochs=3": [["data.train.1.weight=null"], ["data.train.1.epochs=null"]],
+    "data.tokenizer={type: bytes, model: x}": [["data.tokenizer={type: bytes}"]],
+    "data.tokenizer={type: sentencepiece}": [["data.tokenizer.model=x"], ["data.tokenizer.type=bytes"]],
+    "training.batch_ramp={start: 64, increment: 8, steps: 10}": [["training.batch_ramp=null"]],
+    "training.batch_ramp={start: 16, increment: 16, steps: 200}": [["training.batch_ramp.steps=100"]],
+    "training.skip_steps=[{first: 9, last: 8}]": [["training.skip_steps=[{first: 8, last: 9}]"]],
+    "training.skip_steps=[{first: 101}]": [["training.skip_steps=[{first: 100}]"]],
+    "profiling.first_step=99 profiling.steps=3": [["profiling.first_step=98"], ["profiling.first_step=1", "profiling.steps=100"]],
+    "guards.hang_timeout_minutes=30": [["parallel.timeout_minutes=30"]],
+    "guards.rollback_threshold=2 data.order=megatron": [["data.order=permutation"], ["guards.rollback_threshold=null"]],
+}
+
+
+def offered(message: str) -> list[str]:
+    """The values that a message offers for a setting of its own, as overrides."""
+    words = []
+    for line in message.splitlines():
+        if found := re.search(r"Use (?:([a-z_.]+) = )?(\d+(?:, \d+)*(?: or \d+)?)(?=[.,]| or another)", line):
+            setting = found[1] or line.split(" = ")[0].rsplit(" ", 1)[-1]
+            words += [f"{setting}={value}" for value in re.findall(r"\d+", found[2])]
+    return words
+
+
+@pytest.mark.parametrize(("overrides", "expected"), RULES, ids=[" ".join(overrides) for overrides, _ in RULES])
+def test_every_remedy_is_accepted(overrides, expected):
+    with pytest.raises(ConfigError) as caught:
+        config_with(*overrides)
+    in_words = IN_WORDS.get(" ".join(overrides), [])
+    remedies = [[word] for word in offered(str(caught.value))] + in_words
+    assert remedies, "the message offers nothing that this test understands: say in IN_WORDS what it means"
+    for remedy in remedies:
+        config_with(*overrides, *remedy)
+
+
+TWO_RULES = [
+    (["model.hidden_size=24", "model.num_attention_heads=5"], "Use 1, 2, 3, 4, 6 or 12,"),  # 8 and 24 leave heads of odd size to rope
+    (["model.num_attention_heads=12", "model.head_dim=64", "model.num_query_groups=5", "parallel.tensor_parallel_size=4"], "Use 4 or 12."),
+    (["training.batch_ramp={start: 8, increment: 14, steps: 10}"], "Use 8 or 28."),  # 12 and 16 do not lead from 8 to 64
+    (["training.batch_ramp={start: 10, increment: 12, steps: 10}", "training.micro_batch_size=2"], "Use 2, 6, 18 or 54."),
+    (
+        ["optimizer.schedule=warmup_stable_decay", "optimizer.warmup_fraction=null", "optimizer.warmup_steps=101"],
+        "Use at most 80.",  # 20 steps of decay follow
+    ),
+    (
+        ["training.train_steps=3000", "optimizer.schedule=warmup_stable_decay", "optimizer.warmup_fraction=null"]
+        + ["optimizer.warmup_steps=1000", "optimizer.decay_fraction=0.9"],
+        "Use a decay_fraction of at most 0.666.",  # 0.667 would be 2001 steps
+    ),
+    (["guards.hang_timeout_minutes=30.1234567"], "Use a timeout_minutes of at least 30.1234567."),
+    (["parallel.schedule=interleaved_1f1b", "parallel.pipeline_parallel_size=8"], "Use the schedule 1f1b."),  # two chunks want 16 layers
+]
+
+
+@pytest.mark.parametrize(("overrides", "remedy"), TWO_RULES, ids=[" ".join(overrides) for overrides, _ in TWO_RULES])
+def test_a_value_with_two_rules_is_offered_only_where_both_accept_it(overrides, remedy):
+    with pytest.raises(ConfigError) as caught:
+        config_with(*overrides)
+    assert remedy in str(caught.value)
+    for word in offered(str(caught.value)):
+        config_with(*overrides, word)
+
+
+def test_whatever_is_wrong_alone_is_right_with_any_value_that_is_offered():
+    draw = random.Random(5)
+    tried = 0
+    for _ in range(400):
+        heads, micro, total = draw.randint(1, 24), draw.randint(1, 6), draw.randint(4, 96)
+        overrides = [f"model.num_attention_heads={heads}", f"model.num_query_groups={draw.randint(1, heads)}"]
+        overrides += [f"parallel.tensor_parallel_size={draw.choice([1, 1, 2, 3, 4])}", f"model.hidden_size={draw.choice([256, 240, 72])}"]
+        overrides += [f"training.micro_batch_size={micro}", f"training.global_batch_size={total}"]
+        if draw.random() < 0.5:
+            ramp = f"{{start: {draw.randint(1, total)}, increment: {draw.randint(1, 24)}, steps: 9}}"
+            overrides.append(f"training.batch_ramp={ramp}")
+        try:
+            config_with(*overrides)
+        except ConfigError as problem:
+            message = str(problem)
+            if len(message.splitlines()) == 2:
+                for word in offered(message):
+                    config_with(*overrides, word)
+                    tried += 1
+    assert tried > 100
 
 
 FITTING = [
@@ -221,7 +358,7 @@ WORLDS = [
     (
         4,
         ["parallel.pipeline_parallel_size=4", "training.global_batch_size=8"],
-        "makes 2 micro-batches, fewer than parallel.pipeline_parallel_size = 4, which the schedule 1f1b needs. Use at least 16,",
+        "makes 2 micro-batches, fewer than parallel.pipeline_parallel_size = 4, which the schedule 1f1b needs. Use training.",
     ),
     (4, ["parallel.pipeline_parallel_size=4", "training.global_batch_size=8", "parallel.schedule=gpipe"], None),
     (
@@ -260,6 +397,28 @@ def test_the_number_of_processes_must_fit(world_size, overrides, expected):
     with pytest.raises(ConfigError) as caught:
         check_world(config, world_size)
     assert expected in str(caught.value)
+    for word in offered(str(caught.value)):
+        assert count_of_problems(config_with(*overrides, word), world_size) == len(str(caught.value).splitlines()) - 2
+
+
+def test_a_batch_for_many_processes_is_offered_where_the_schedule_takes_it_too():
+    """60 and 72 are multiples of 3 processes' micro-batches; the pipeline wants whole rounds of 4 as well."""
+    overrides = ["parallel.pipeline_parallel_size=4", "parallel.schedule=zero_bubble", "training.global_batch_size=58"]
+    config = config_with(*overrides, "training.micro_batch_size=2")
+    with pytest.raises(ConfigError) as caught:
+        check_world(config, 12)
+    words = offered(str(caught.value))
+    assert len(words) == 2
+    for word in words:
+        check_world(config_with(*overrides, "training.micro_batch_size=2", word), 12)
+
+
+def count_of_problems(config, world_size) -> int:
+    try:
+        check_world(config, world_size)
+    except ConfigError as problem:
+        return len(str(problem).splitlines()) - 1
+    return 0
 
 
 @pytest.mark.parametrize("count", range(1, 25))

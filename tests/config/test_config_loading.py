@@ -1,6 +1,8 @@
 """Configuration files are read as their users meant them, and every mistake in them has one clear message."""
 
+import itertools
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from megatron_completep.config import Config, config_from_mapping, load_config, save_config
-from megatron_completep.config.yaml_text import parse_yaml
+from megatron_completep.config.yaml_text import MAX_BYTES, parse_yaml
 from megatron_completep.errors import ConfigError, exit_on_user_error
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -153,13 +155,64 @@ def test_tags_never_run_code(write, tmp_path):
 
 
 def test_a_self_referring_alias_is_refused_and_ends(write):
-    assert "model.model: unknown key" in message_of(write(TEXT.replace("model:", "model: &m\n  model: *m")))
+    assert "a value refers to itself" in message_of(write(TEXT.replace("model:", "model: &m\n  model: *m")))
+
+
+NESTED_ALIASES = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n" for before, name in itertools.pairwise("abcdefghij")
+)
+
+
+def test_aliases_of_aliases_that_stand_for_billions_of_values_are_refused_and_plain_ones_are_read(write):
+    message = message_of(write(NESTED_ALIASES))
+    assert "it stands for 1" in message and "in place of aliases" in message
+    values, _ = parse_yaml("a: &a [1, 2]\nb: [*a, *a]\n", "text")
+    assert values == {"a": [1, 2], "b": [[1, 2], [1, 2]]}
+
+
+def test_an_override_of_nested_aliases_is_refused_too(write):
+    wide = "[&a [1,1,1,1,1,1,1,1,1,1]" + "".join(f",&{n} [{','.join(['*' + b] * 10)}]" for b, n in itertools.pairwise("abcdefgh")) + "]"
+    with pytest.raises(ConfigError, match="it stands for"):
+        load_config(write(TEXT), [f"data.train={wide}"])
+
+
+def test_a_pipe_and_a_file_without_end_are_refused_as_configurations(tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    assert "cannot be read: it is not a plain file" in message_of(tmp_path / "pipe.yaml")
+    with open(tmp_path / "large.yaml", "wb") as file:
+        file.truncate(MAX_BYTES + 1)
+    assert "more than the" in message_of(tmp_path / "large.yaml")
 
 
 def test_paths_that_cannot_be_read_are_refused(tmp_path):
     assert "does not exist" in message_of(tmp_path / "none.yaml")
     assert "cannot be read" in message_of(tmp_path)
     assert "cannot be read" in message_of("a\0b")
+
+
+@pytest.mark.parametrize(
+    ("word", "offered"),
+    [
+        ("model.num_layers=8.0", "Write 8."),
+        ("model.num_layers=0.0", None),  # 0 is refused next
+        ("model.num_layers=-8.0", None),
+        ("model.num_layers='8'", "Remove the quotes."),
+        ("model.num_layers='-8'", None),
+        ("optimizer.base_lr='1e-3'", "Remove the quotes."),
+        ("optimizer.base_lr='-1e-3'", None),
+        ("optimizer.base_lr='nan'", None),
+        ("training.output_dir=5", "Put it in quotes."),
+        ("data.split=969", None),  # it wants three parts
+        ("model.hiden_size=5", "Did you mean hidden_size? hidden_size is set as well: keep one of the two."),
+        ("model.drpout=0.5", "Did you mean dropout?"),
+    ],
+)
+def test_a_remedy_is_offered_only_where_the_setting_takes_it(word, offered):
+    with pytest.raises(ConfigError) as caught:
+        config_from_mapping(yaml.safe_load(TEXT.replace("completep:\n", "").replace("1e-3", "0.001")), [word])
+    message = str(caught.value)
+    remedies = ("Write ", "Remove the quotes", "Put it in quotes", "Did you mean")
+    assert (offered in message) if offered else not any(remedy in message for remedy in remedies)
 
 
 FIELD_MISTAKES = [

@@ -237,9 +237,12 @@ def test_prebuilt_tables_are_used_and_change_nothing(tmp_path, monkeypatch):
         open_corpus(config, total_samples=41)  # another run has other tables
 
     np.save(folders[0][0] / "shuffle_index.npy", np.arange(3))
+    with pytest.raises(DataError, match=r"shuffle_index\.npy: content: .* Remove the folder, or prebuild it again"):
+        open_corpus(config)
+    (folders[0][0] / "description.json").write_bytes((folders[1][0] / "description.json").read_bytes())
     with pytest.raises(DataError, match="is not the one its name stands for"):
         open_corpus(config)
-    (folders[0][0] / "shuffle_index.npy").write_bytes(b"garbage")
+    (folders[0][0] / "description.json").write_bytes(b"garbage")
     with pytest.raises(DataError, match=r"the prebuilt index cannot be read .* Remove the folder"):
         open_corpus(config)
 

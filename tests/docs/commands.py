@@ -6,11 +6,13 @@ import argparse
 import importlib
 import re
 import shlex
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Never
 from unittest import mock
+
+from megatron_completep.command_line import Parser
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
@@ -28,7 +30,7 @@ class Command:
     @property
     def words(self) -> list[str]:
         """As a shell would part them; optional parts in brackets are given, a letter that stands for a number is one."""
-        plain = re.sub(r"\[(-[^\]]*)\]", r"\1", self.text)
+        plain = re.sub(r"\[(-[^\]]*|[\w.]+=\w+)(?: \.\.\.)?\]", r"\1", self.text)
         return [STAND_INS.get(word, word) for word in shlex.split(plain, comments=True) if word != "..."]
 
 
@@ -65,17 +67,14 @@ def parse(module: str, arguments: list[str]) -> argparse.Namespace:
     """What a program of the project makes of its arguments, without running it. SystemExit where it refuses them."""
     program = importlib.import_module(module)
 
-    def stopping(name: str):
-        original = getattr(argparse.ArgumentParser, name)
+    original = Parser.parse_args
 
-        def parse_and_stop(parser, *given, **named):
-            raise Parsed(original(parser, *given, **named))
+    def parse_and_stop(parser: Parser, *given: Any, **named: Any) -> Never:
+        raise Parsed(original(parser, *given, **named))
 
-        return mock.patch.object(argparse.ArgumentParser, name, parse_and_stop)
-
-    with mock.patch.object(sys, "argv", [module, *arguments]), stopping("parse_args"), stopping("parse_intermixed_args"):
+    with mock.patch.object(Parser, "parse_args", parse_and_stop):
         try:
-            program.main()
+            program.main(arguments)
         except Parsed as done:
             return done.values
     raise AssertionError(f"{module} read no arguments")

@@ -76,6 +76,7 @@ SUBSTITUTES = [
         r"configs/NAME.yaml",
         f"docs/tutorial/proxy.yaml {SHORT}",
     ),
+    (r"(train_tokenizer.py .*)", r"\1 --overwrite"),  # several pages make the same file
     (r"vocab(-|_)size([ =])32000", r"vocab\1size\g<2>400"),
     (r"--documents 100000000", "--documents 2000"),
     (r"configs/(quickstart|completep_1b)_proxy.yaml|docs/tutorial/proxy.yaml(?= --depths)", "docs/tutorial/proxy.yaml"),
@@ -84,7 +85,7 @@ SUBSTITUTES = [
     (r"(lr_transfer.py sweep \S+) .*", r"\1 training.train_steps=3 --depths 2,4 --lr=-8:-7:1 --seeds 1 --out runs/transfer"),
     (
         r"plan runs/transfer configs/quickstart.yaml --to configs/tuned.yaml",
-        "plan runs/transfer docs/tutorial/target.yaml --to runs/tuned.yaml",
+        "plan runs/transfer docs/tutorial/target.yaml --to runs/tuned.yaml --overwrite",
     ),
     (r"\b(inspect|verify|reshard|adapt) CHECKPOINT", r"\1 runs/tutorial/target/checkpoints/step_00000150"),
     (r"diff A B", "diff runs/tutorial/target/checkpoints/step_00000075 runs/tutorial/target/checkpoints/step_00000150"),

@@ -35,6 +35,18 @@ FAULTS = {
     24: "restarts",
     25: "corrupted corpus input",
     26: "kill -9 of the launcher",
+    27: "damaged snapshot, nothing else to load",
+    28: "copied run beside its original",
+    29: "hostile manifest with right hashes",
+    30: "retention or folder that fails",
+    31: "save slower than the watchdog's bound",
+    32: "flipped bit in a journal or prebuilt order",
+    33: "token file truncated under a run",
+    34: "closed terminal",
+    35: "hang that hosts the store, or before the first step",
+    36: "launcher killed during imports or rendezvous",
+    37: "clock set during the start",
+    38: "broken launch environment",
 }
 
 

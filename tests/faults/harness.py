@@ -6,15 +6,18 @@ real `pretrain`. What is to happen is told as a `Fault`, which only this file kn
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import multiprocessing
 import os
+import pty
 import signal
 import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,8 @@ from megatron_completep.training.checkpoint.manifest import committed_steps
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["torch", "torch.distributed", "megatron_completep.pretrain", "megatron_completep.data.writer"])
 
+PR_SET_CHILD_SUBREAPER = 36
+PEER_SECONDS = 30.0
 COUNTS = {"injections": 0, "hung": 0}  # of the test that runs; conftest.py reads them for the table
 
 
@@ -44,9 +49,9 @@ completep: {base_hidden_size: 16, base_num_layers: 1}
 optimizer: {base_lr: 1.0e-2, warmup_steps: 2}
 data: {train: [{prefix: PREFIX}]}
 training: {micro_batch_size: 2, global_batch_size: 4, train_steps: 12, precision: float32, device: cpu, cpu_threads: 1, output_dir: OUTPUT}
-checkpoint: {interval: 3, async_save: false, keep: 2, timeout_minutes: 0.5}
-parallel: {timeout_minutes: 0.5}
-guards: {lock_wait_seconds: 20, hang_timeout_minutes: 0.5}
+checkpoint: {interval: 3, async_save: false, keep: 2, timeout_minutes: 4}
+parallel: {timeout_minutes: 4}
+guards: {lock_wait_seconds: 20, hang_timeout_minutes: 4}
 logging: {interval: 1, tensorboard: false}
 """
 
@@ -81,12 +86,12 @@ class Ranks:
     logs: list[Path]
     started: float = field(default_factory=time.monotonic)
 
-    def wait(self, seconds: float = 60.0) -> Outcome:
-        """Wait for all; whoever is left then is killed and the outcome says so. A peer of a dead rank gets 10 s, as from a launcher."""
+    def wait(self, seconds: float = 240.0) -> Outcome:
+        """Wait for all; whoever is left then is killed and the outcome says so. A peer of a dead rank gets 30 s, as from a launcher."""
         deadline = self.started + seconds
         while any(p.is_alive() for p in self.processes) and time.monotonic() < deadline:
             if any(p.exitcode not in (None, 0) for p in self.processes):
-                deadline = min(deadline, time.monotonic() + 10.0)
+                deadline = min(deadline, time.monotonic() + PEER_SECONDS)
             time.sleep(0.02)
         timed_out = time.monotonic() >= self.started + seconds
         took = time.monotonic() - self.started
@@ -110,19 +115,33 @@ def write_corpus(folder: Path) -> Path:
     return path
 
 
-def start(config: Path, fault: Fault | None = None, world: int = 2, overrides: Sequence[str] = (), restart_count: int = 0) -> Ranks:
-    """Start the ranks of a run; `restart_count` as torchrun tells it. RANK in an override becomes the rank's number: two nodes."""
-    if fault is not None:
-        count_injection()
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    logs = [config.parent / f"{config.stem}.{time.monotonic_ns()}.rank_{rank}.log" for rank in range(world)]
+        return int(probe.getsockname()[1])
+
+
+def start(
+    config: Path,
+    fault: Fault | None = None,
+    world: int = 2,
+    overrides: Sequence[str] = (),
+    restart_count: int = 0,
+    environments: Sequence[dict[str, str]] | None = None,
+) -> Ranks:
+    """Start the ranks of a run; `restart_count` as torchrun tells it. RANK in an override becomes the rank's number: two nodes.
+
+    environments: of each process, in place of what torchrun would set for `world` of them.
+    """
+    if fault is not None:
+        count_injection()
+    port = free_port()
+    told = environments or [environment_of(rank, world, port, restart_count) for rank in range(world)]
+    logs = [config.parent / f"{config.stem}.{time.monotonic_ns()}.rank_{rank}.log" for rank in range(len(told))]
     for log in logs:
         log.touch()  # a rank may be killed before it opens its own
     processes = []
-    for rank in range(world):
-        environment = environment_of(rank, world, port, restart_count)
+    for rank, environment in enumerate(told):
         arguments = (rank, environment, str(logs[rank]), str(config), tuple(overrides), fault or Fault(), list(sys.path))
         process = SERVER.Process(target=_rank, args=arguments)
         process.start()
@@ -144,27 +163,26 @@ def run(
     fault: Fault | None = None,
     world: int = 2,
     overrides: Sequence[str] = (),
-    seconds: float = 60.0,
+    seconds: float = 240.0,
     restart_count: int = 0,
 ) -> Outcome:
     """A run from its start to its end."""
     return start(config, fault, world, overrides, restart_count).wait(seconds)
 
 
-def start_under_launcher(config: Path, world: int = 2, overrides: Sequence[str] = ()) -> tuple[Any, Path]:
-    """A launcher that forks the ranks itself, and the file in which it writes their process ids."""
+def start_under_launcher(config: Path, world: int = 2, overrides: Sequence[str] = (), of_them: int | None = None) -> tuple[Any, Path]:
+    """A launcher that forks the ranks itself, `of_them` if not all, and the file in which it writes their process ids."""
     pids = config.parent / "pids"
-    launcher = SERVER.Process(target=_launcher, args=(world, str(config), tuple(overrides), str(pids), list(sys.path)))
+    launcher = SERVER.Process(target=_launcher, args=(world, of_them or world, str(config), tuple(overrides), str(pids), list(sys.path)))
     launcher.start()
     return launcher, pids
 
 
-def _launcher(world: int, config: str, overrides: tuple[str, ...], pids: str, path: list[str]) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def _launcher(world: int, of_them: int, config: str, overrides: tuple[str, ...], pids: str, path: list[str]) -> None:
+    os.setsid()  # away from the terminal of whoever runs the tests
+    port = free_port()
     children = []
-    for rank in range(world):
+    for rank in range(of_them):
         child = os.fork()
         if child == 0:
             _rank(rank, environment_of(rank, world, port), f"{config}.rank_{rank}.log", config, overrides, Fault(), path)
@@ -175,11 +193,69 @@ def _launcher(world: int, config: str, overrides: tuple[str, ...], pids: str, pa
     time.sleep(3600)
 
 
-def _rank(rank: int, environment: dict[str, str], log: str, config: str, overrides: tuple[str, ...], fault: Fault, path: list[str]) -> None:
+def run_in_terminal(config: Path, fault: Fault, steps: int, world: int = 2, nohup: bool = False, seconds: float = 240.0) -> list[int]:
+    """Exit codes of ranks that a shell started in a terminal, which is closed when `steps` are done. world 1: without a launcher."""
+    count_injection()
+    codes = config.parent / "codes"
+    process = SERVER.Process(target=_terminal, args=(str(config), fault, steps, world, nohup, str(codes), list(sys.path)))
+    process.start()
+    process.join(seconds)
+    COUNTS["hung"] += process.is_alive()
+    process.kill()
+    return list(json.loads(codes.read_text())) if codes.exists() else []
+
+
+def _terminal(config: str, fault: Fault, steps: int, world: int, nohup: bool, codes: str, path: list[str]) -> None:
+    """Holds the other end of the terminal, and adopts what the shell leaves behind."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    pids = Path(f"{codes}.pids")
+    shell, terminal = pty.fork()
+    if shell == 0:
+        _shell(config, fault, world, nohup, pids, path)
+    os.set_blocking(terminal, False)
+    metrics = Path(config).parent / "run" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") >= steps):
+        with suppress(BlockingIOError):
+            os.read(terminal, 65536)
+        time.sleep(0.01)
+    os.close(terminal)
+    Path(fault.point).touch() if fault.kind == "wait" else None
+    os.waitpid(shell, 0)
+    found = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in json.loads(pids.read_text())]
+    Path(f"{codes}.tmp").write_text(json.dumps(found))
+    os.rename(f"{codes}.tmp", codes)
+
+
+def _shell(config: str, fault: Fault, world: int, nohup: bool, pids: Path, path: list[str]) -> None:
+    """The head of a session: the kernel tells it when its terminal is closed, of which it dies."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
+    port, children = free_port(), []
+    for rank in range(world):
+        child = os.fork()
+        if child == 0:
+            environment = environment_of(rank, world, port) if world > 1 else {}
+            code = 1
+            try:
+                _rank(rank, environment, None, config, (), fault, path)
+            except SystemExit as left:
+                code = int(left.code or 0)
+            finally:
+                os._exit(code)
+        children.append(child)
+    pids.write_text(json.dumps(children))
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    time.sleep(3600)
+
+
+def _rank(
+    rank: int, environment: dict[str, str], log: str | None, config: str, overrides: tuple[str, ...], fault: Fault, path: list[str]
+) -> None:
+    """A rank whose output goes to a file, or stays in the terminal."""
     sys.path[:] = path
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+    if log is not None:
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     os.environ.update(environment)
     from injections import inject  # after the environment is set, in the forked process only

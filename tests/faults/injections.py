@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from harness import Fault, at_point, disk_full, kill_self
 
 from megatron_completep.parallel.gradients import GradientQueue
+from megatron_completep.training import build
+from megatron_completep.training.checkpoint import files, retention, save
 from megatron_completep.training.guards import hooks
 from megatron_completep.training.step import TrainingStep
 
@@ -28,12 +33,28 @@ def inject(fault: Fault) -> Callable[[str], None]:
             return at_point(fault, disk_full)
         case "hang":
             _at_steps(fault, lambda: time.sleep(3600))
+        case "signal":
+            _at_steps(fault, lambda: signal.raise_signal(int(fault.seconds)))
+        case "wait":
+            _at_steps(fault, lambda: wait_for_file(Path(fault.point)))
+        case "hang_early":
+            build.build_training_loader = lambda *_: time.sleep(3600)
+        case "stop_early":
+            build.build_training_loader = lambda *_: os.kill(os.getpid(), signal.SIGSTOP)
+        case "clock":
+            _set_the_clock(fault.seconds)
         case "stop":
             _at_steps(fault, lambda: os.kill(os.getpid(), signal.SIGSTOP))
         case "slow":
             _at_steps(fault, lambda: time.sleep(fault.seconds), "_count")
         case "nan" | "inf":
             _poison_gradient(fault)
+        case "stuck":
+            _refuse_removal(fault)
+        case "folder_gone":
+            _at_steps(fault, lambda: shutil.rmtree(fault.point))
+        case "slow_disk":
+            _slow_disk(fault)
         case "flip":
             _flip_bit(fault)
         case "spike":
@@ -43,6 +64,22 @@ def inject(fault: Fault) -> Callable[[str], None]:
         case "spike_once":
             _scale_weights(fault, every_time=False)
     return lambda name: None
+
+
+def wait_for_file(path: Path) -> None:
+    while not path.exists():
+        time.sleep(0.01)
+
+
+def _set_the_clock(seconds: float) -> None:
+    """The clock of the day is set while the model is built."""
+    original, time_of_day = build.build_model, time.time
+
+    def build_model(*arguments: Any) -> Any:
+        time.time = lambda: time_of_day() + seconds
+        return original(*arguments)
+
+    build.build_model = build_model
 
 
 def _at_steps(fault: Fault, action: Callable[[], None], method: str = "run") -> None:
@@ -62,6 +99,33 @@ def _at_steps(fault: Fault, action: Callable[[], None], method: str = "run") -> 
 
     setattr(TrainingStep, method, acting)
     TrainingStep.run = run  # type: ignore[method-assign]
+
+
+def _refuse_removal(fault: Fault) -> None:
+    """The checkpoints of these steps cannot be renamed to be removed."""
+    rename, names = os.rename, {f"step_{step:08d}" for step in fault.steps}
+
+    def refuse(source: Any, target: Any) -> None:
+        if Path(source).name in names and Path(target).name.startswith(".removing"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(source))
+        rename(source, target)
+
+    retention.os.rename = refuse  # type: ignore[assignment]
+
+
+def _slow_disk(fault: Fault) -> None:
+    """Every block of 4 KiB that rank 0 writes takes so long. On all ranks, which must agree about the size of a block."""
+    for module in (files, save):
+        module.BLOCK_SIZE = 4096  # type: ignore[attr-defined]
+    files.BlockHasher.__init__.__defaults__ = (4096,)  # type: ignore[attr-defined]
+    update = files.BlockHasher.update
+
+    def slow(self: Any, data: Any) -> None:
+        if os.environ["RANK"] == "0":
+            time.sleep(fault.seconds)
+        update(self, data)
+
+    files.BlockHasher.update = slow  # type: ignore[method-assign]
 
 
 def _poison_gradient(fault: Fault) -> None:

@@ -1,4 +1,7 @@
-"""Fault 25: corpus input that cannot be read is counted and named by file and line, and nothing half-built looks whole."""
+"""Fault 25: corpus input that cannot be read is counted and named by file and line, and nothing half-built looks whole.
+
+Faults 32 and 33: what is read back beside a corpus, or changes under a run, is noticed.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,11 @@ import time
 from pathlib import Path
 
 import pytest
-from harness import count_injection, write_corpus
+from harness import count_injection, run, start, write_corpus
 
+from megatron_completep.config import load_config
+from megatron_completep.config.derived import total_samples
+from megatron_completep.data.corpus import prebuild
 from megatron_completep.data.indexed import IndexedDataset
 from megatron_completep.errors import DataError
 
@@ -120,3 +126,49 @@ def test_fault_25_token_files_without_a_whole_index_are_refused_by_training(tmp_
         count_injection()
         with pytest.raises(DataError, match=r"corpus\.idx"):
             IndexedDataset(tmp_path / "corpus")
+
+
+def flip_middle_bit(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+    count_injection()
+
+
+def test_fault_32_a_flipped_bit_in_a_journal_is_said_and_changes_nothing(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in "ab":
+        (tmp_path / "in" / f"{name}.jsonl").write_bytes(GOOD * 50)
+    assert preprocess(tmp_path).returncode == 0
+    expected = {path.name: path.read_bytes() for path in tmp_path.glob("out_text_document.*")}
+    for path in tmp_path.glob("out*"):
+        path.unlink()
+    assert preprocess(tmp_path, "--shard", "0/1").returncode == 0
+    (journal,) = (tmp_path / "out.preprocess").glob("*.journal")
+    flip_middle_bit(journal)
+    done = preprocess(tmp_path)
+    assert done.returncode == 0 and f"that work is done again: {journal}, line " in done.stderr
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("out_text_document.*")} == expected
+
+
+@pytest.mark.parametrize("table", ["document_index.npy", pytest.param("shuffle_index.npy", marks=pytest.mark.slow)])
+def test_fault_32_a_flipped_bit_in_a_prebuilt_order_is_named_at_the_start(config, table):
+    loaded = load_config(config, ["data.order=megatron"])
+    ((folder, _),) = prebuild(loaded.data, seq_length=loaded.model.seq_length, total_samples=total_samples(loaded.training))
+    flip_middle_bit(folder / table)
+    outcome = run(config, world=1, overrides=["data.order=megatron"])
+    assert outcome.exit_codes == [2] and f"{folder / table}: content: " in outcome.output and "Traceback" not in outcome.output
+
+
+@pytest.mark.parametrize("suffix", [".idx", pytest.param(".bin", marks=pytest.mark.slow)])
+def test_fault_33_a_token_file_truncated_under_a_run_ends_it_with_its_name(config, suffix):
+    """Where a mapped page beyond the new end would have killed the process without a word."""
+    path, metrics = config.parent / f"corpus{suffix}", config.parent / "run" / "metrics.jsonl"
+    ranks = start(config, world=1, overrides=["training.train_steps=1000000", "checkpoint.interval=1000000"])
+    while not (metrics.exists() and metrics.stat().st_size) and ranks.processes[0].is_alive():
+        time.sleep(0.01)
+    os.truncate(path, 10)
+    count_injection()
+    outcome = ranks.wait()
+    assert outcome.exit_codes == [2] and f"{path}: " in outcome.output and "was shortened" in outcome.output
+    assert "Traceback" not in outcome.output

@@ -114,18 +114,18 @@ def test_fault_10_another_layout_goes_on_with_the_same_data(saved_run, oracle, w
 
 
 @pytest.mark.parametrize(
-    ("override", "shown"),
+    ("override", "shown", "remedy"),
     [
-        ("completep.alpha=0.5", "table.alpha"),
-        ("completep.base_hidden_size=8", "table.width_multiplier"),
-        ("model.activation=gelu", "model.activation"),
-        ("data.seed=5", "data.seed"),
+        ("completep.alpha=0.5", "table.alpha", "'checkpoint.allow_changed=["),
+        ("completep.base_hidden_size=8", "table.width_multiplier", "'checkpoint.allow_changed=["),
+        ("model.activation=gelu", "model.activation", "checkpoint.allow_changed does not help"),  # other tensors
+        ("data.seed=5", "data.seed", "checkpoint.allow_changed=[data.seed]"),
     ],
 )
-def test_fault_11_a_changed_run_is_refused_with_a_table_of_differences(saved_run, override, shown):
+def test_fault_11_a_changed_run_is_refused_with_a_table_of_differences(saved_run, override, shown, remedy):
     refused = run(saved_run, world=1, overrides=[override])
     assert refused.exit_codes == [2] and "setting" in refused.output and shown in refused.output and "Traceback" not in refused.output
-    assert "checkpoint.allow_changed=" in refused.output
+    assert remedy in refused.output
 
 
 def test_fault_11_what_is_allowed_by_name_goes_on_and_says_so(saved_run):
@@ -182,6 +182,23 @@ def test_fault_22_a_path_that_leaves_the_folder_is_refused(saved_run, name):
     reseal(newest(saved_run), "rank_00001_of_00002.safetensors", name)
     with pytest.raises(CheckpointError, match=r"manifest\.json: not a manifest"):
         StoredCheckpoint.open(newest(saved_run))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('"consumed_samples": 24', '"consumed_samples": -5', "state.consumed_samples"),
+        ('"step": 6', f'"step": {10**30}', "step"),
+        ('"updates": 6.0', '"updates": NaN', "NaN is not a number"),
+    ],
+)
+def test_fault_29_a_manifest_that_counts_wrong_is_refused_by_name(saved_run, old, new, said):
+    """The hashes are right: what is refused is what they vouch for."""
+    reseal(newest(saved_run), old, new)
+    outcome = run(saved_run, world=1)
+    assert outcome.exit_codes == [2] and "Traceback" not in outcome.output
+    assert f"{NEWEST}/manifest.json: not a manifest" in outcome.output and said in outcome.output
+    assert losses(saved_run).keys() == set(range(1, 7))  # nothing was trained, and nothing lost
 
 
 def test_fault_22_symbolic_links_are_refused(saved_run):

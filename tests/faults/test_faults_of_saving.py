@@ -66,6 +66,36 @@ def test_fault_1_killed_between_staging_and_writing_continues_bit_equal(config, 
     assert (losses(config), final_state(config)) == oracle
 
 
+def test_fault_30_a_checkpoint_that_cannot_be_removed_and_a_folder_that_goes_do_not_stop_the_run(config, oracle):
+    """step_00000003 is a folder that does not let itself be renamed away; the folder of checkpoints goes after step 9."""
+    outcome = run(config, Fault("stuck", 0, steps=(3,)), overrides=["training.stop_at_step=9"])
+    assert outcome.exit_codes == [0, 0] and "older one could not be removed: " in outcome.output, outcome.output
+    assert steps_on_disk(config) == ["step_00000003", "step_00000006", "step_00000009"]
+    outcome = run(config, Fault("folder_gone", 0, str(config.parent / "run" / "checkpoints"), steps=(11,)))
+    assert outcome.exit_codes == [0, 0] and "checkpoints was removed under the run; it is made again" in outcome.output, outcome.output
+    assert steps_on_disk(config) == ["step_00000012"]
+    assert (losses(config), final_state(config)) == oracle
+
+
+SLOW_SAVES = ("checkpoint.async_save=true", "checkpoint.interval=4", "guards.hang_timeout_minutes=0.1")
+
+
+@pytest.mark.slow
+def test_fault_31_a_save_slower_than_the_watchdogs_bound_is_no_hang(config, oracle):
+    """6 s without a step are a hang; the saves take far longer, the next one is due at once, and only rank 0's disk is slow."""
+    outcome = run(config, Fault("slow_disk", -1, seconds=0.3), overrides=SLOW_SAVES, seconds=240.0)
+    assert outcome.exit_codes == [0, 0] and "hung" not in outcome.output, outcome.output
+    assert max(row.get("checkpoint_blocked_seconds", 0) for row in read_metrics(config.parent / "run" / "metrics.jsonl")) > 6
+    assert (losses(config), final_state(config)) == oracle
+
+
+@pytest.mark.slow
+def test_fault_31_a_save_that_stands_still_is_a_hang(config):
+    """The control."""
+    outcome = run(config, Fault("slow_disk", -1, seconds=3600.0), overrides=SLOW_SAVES, seconds=120.0)
+    assert 77 in outcome.exit_codes and not outcome.timed_out, outcome.output
+
+
 def test_fault_2_a_partial_folder_of_the_same_step_is_in_nobodys_way(config, oracle):
     partial = config.parent / "run" / "checkpoints" / ".step_00000006.deadbeef"
     partial.mkdir(parents=True)
@@ -109,7 +139,7 @@ def test_fault_8_a_checkpoint_that_will_not_fit_is_announced_at_the_start(monkey
     usage = save.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(save.shutil, "disk_usage", lambda folder: usage._replace(free=1000))
     tiny = TinyRun(tiny_config(tmp_path, checkpoint={"async_save": False, "on_failure": "stop"}))
-    assert re.search(r"warning: .*checkpoints: a checkpoint needs \d+ bytes, 1000 are free", tiny.said[0])
+    assert re.search(r"warning: .*checkpoints: a checkpoint needs [\d.]+ \wB, 1\.0 kB are free", tiny.said[0])
     with pytest.raises(save.CheckpointError, match="needs"):
         tiny.save()
     assert list((tmp_path / "checkpoints").iterdir()) == []

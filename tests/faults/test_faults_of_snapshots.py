@@ -86,6 +86,36 @@ def test_fault_6_a_flipped_bit_on_one_node_falls_back_to_the_one_before(killed, 
     resumes_from(killed, oracle, 8, "the snapshot of step 10 is not used: rank 1: ")
 
 
+def test_fault_27_a_damaged_snapshot_with_nothing_else_to_load_starts_from_the_beginning_bit_equal(config, oracle):
+    """One node's part is whole, and would be in place before the other's proves damaged."""
+    overrides = (f"checkpoint.local_dir={config.parent}/node_RANK", "checkpoint.local_interval=4", "checkpoint.interval=12")
+    assert run(config, Fault("kill", 1, steps=(7,)), overrides=overrides).exit_codes[1] == -9
+    path = snapshots(config, 1)["step_00000004"] / "rank_00001_of_00002.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1000] ^= 4
+    path.write_bytes(data)
+    COUNTS["injections"] = 1
+    outcome = run(config, overrides=overrides)
+    assert outcome.exit_codes == [0, 0] and "the snapshot of step 4 is not used: rank 1: " in outcome.output, outcome.output
+    assert "resumed" not in outcome.output
+    assert (losses(config), final_state(config)) == oracle
+
+
+def test_fault_28_a_copied_run_and_its_original_both_go_on_bit_equal(killed, oracle, tmp_path_factory):
+    """With one local_dir. The copy has the checkpoint of step 6; the snapshots after it are the original's."""
+    copy = tmp_path_factory.mktemp("copy")
+    shutil.copytree(killed.parent / "run", copy / "run")
+    config = copy / "run.yaml"
+    config.write_text(killed.read_text().replace(str(killed.parent / "run"), str(copy / "run")))
+    count_injection()
+    outcome = run(config, overrides=nodes(killed))
+    assert outcome.exit_codes == [0, 0], outcome.output
+    assert "resumed after step 6" in outcome.output and "is a copy of the run in " in outcome.output
+    assert (losses(config), final_state(config)) == oracle
+    assert all(sorted(snapshots(killed, rank)) == ["step_00000008", "step_00000010"] for rank in range(2))  # the original's are there
+    resumes_from(killed, oracle, 10)
+
+
 def test_fault_1_killed_when_one_node_has_committed_and_the_other_has_not(config, oracle):
     fault = Fault("kill", 1, "save.before_rename", nth=4)  # the snapshots of 2 and 4, then those of 8 and 10
     outcome = run(config, fault, overrides=nodes(config))

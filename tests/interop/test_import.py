@@ -257,6 +257,20 @@ def test_an_existing_run_is_not_overwritten(tmp_path: Path) -> None:
         import_model(original, tmp_path / "run")
 
 
+def test_what_a_killed_import_left_goes_with_the_next(tmp_path: Path) -> None:
+    """It is not taken for a run that is there already; what a run is, a link to a checkpoint included, still is."""
+    original = make_folder(tmp_path, "llama")
+    left = tmp_path / "run" / "checkpoints" / ".step_00000000.deadbeef"
+    left.mkdir(parents=True)
+    (left / "part_00000.safetensors").write_bytes(b"half")
+    report = import_model(original, tmp_path / "run")
+    assert not left.exists() and StoredCheckpoint.open(report.checkpoint).manifest.step == 0
+    (tmp_path / "other" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "other" / "checkpoints" / "step_00000005").symlink_to(report.checkpoint)
+    with pytest.raises(ConfigError, match="holds a run already"):
+        import_model(original, tmp_path / "other")
+
+
 def test_the_folder_kernels_of_a_checkout_answers_transformers_probe_with_nothing() -> None:
     """transformers imports a package of this name where it finds one, and would take an error for its own."""
     program = "import kernels, sys; print(hasattr(kernels, '__version__'), any(name.startswith('kernels.') for name in sys.modules))"

@@ -1,9 +1,7 @@
-"""Workers for the tests of the distributed optimizer: an artificially slow network, and counted collectives."""
+"""Workers for the tests of the distributed optimizer: an artificially slow network in counted time, and counted collectives."""
 
 from __future__ import annotations
 
-import time
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -18,29 +16,44 @@ from megatron_completep.parallel import collectives
 from megatron_completep.training.forward_backward import ForwardBackward, MicroBatch
 
 
-class SlowWork:
-    """A collective that takes `delay` seconds on a network that carries one at a time."""
+class Timeline:
+    """Time that passes where it is told to: a rank computes, and a network carries its collectives, one at a time."""
 
-    def __init__(self, future: Future[None], exposed: list[float]):
-        self.future, self.exposed = future, exposed
+    def __init__(self, delay: int):
+        self.now, self.network_free_at, self.delay = 0, 0, delay
+
+    def compute(self, ticks: int) -> None:
+        self.now += ticks
+
+    def send(self) -> int:
+        """A collective starts; returns when it is done."""
+        self.network_free_at = max(self.now, self.network_free_at) + self.delay
+        return self.network_free_at
+
+    def wait_until(self, done_at: int) -> int:
+        """Ticks that were waited."""
+        waited = max(0, done_at - self.now)
+        self.now += waited
+        return waited
+
+
+class SlowWork:
+    """A collective on that network: what it moves is there at once, and may be used when its time is over."""
+
+    def __init__(self, timeline: Timeline, exposed: list[int]):
+        self._timeline, self._exposed, self._done_at = timeline, exposed, timeline.send()
 
     def wait(self) -> None:
-        start = time.perf_counter()
-        self.future.result()
-        self.exposed.append(time.perf_counter() - start)
+        self._exposed.append(self._timeline.wait_until(self._done_at))
 
 
-def slow_down(delay: float, exposed: dict[str, list[float]], monkey: Any) -> None:
+def slow_down(timeline: Timeline, exposed: dict[str, list[int]], monkey: Any) -> None:
     """Replace the two data-parallel collectives; `exposed` collects how long anybody waited for each."""
-    network = ThreadPoolExecutor(max_workers=1)
 
     def slowed(name: str, real: Any) -> Any:
         def start(out: torch.Tensor, x: torch.Tensor, group: Any, async_op: bool) -> SlowWork:
-            def carry() -> None:
-                time.sleep(delay)
-                real(out, x, group=group)
-
-            return SlowWork(network.submit(carry), exposed[name])
+            real(out, x, group=group)
+            return SlowWork(timeline, exposed[name])
 
         return start
 
@@ -48,14 +61,14 @@ def slow_down(delay: float, exposed: dict[str, list[float]], monkey: Any) -> Non
         setattr(monkey, name, slowed(name, getattr(monkey, name)))
 
 
-def occupy(layer: nn.Module, seconds: float) -> None:
-    """What a layer costs, in sleep: forward when it is entered, backward when its gradient arrives."""
-    layer.register_forward_pre_hook(lambda *_: time.sleep(seconds))
-    layer.register_full_backward_pre_hook(lambda *_: time.sleep(seconds))
+def occupy(layer: nn.Module, timeline: Timeline, ticks: int) -> None:
+    """What a layer costs: forward when it is entered, backward when its gradient arrives."""
+    layer.register_forward_pre_hook(lambda *_: timeline.compute(ticks))
+    layer.register_full_backward_pre_hook(lambda *_: timeline.compute(ticks))
 
 
-def exposed_communication(rank: int, layer_seconds: float, delay: float, wait_early: bool) -> dict[str, Any]:
-    """Seconds that one step waited for gradients, and the next forward for parameters, with slow collectives."""
+def exposed_communication(rank: int, layer_ticks: int, delay: int, wait_early: bool) -> dict[str, Any]:
+    """Ticks that one step waited for gradients, and the next forward for parameters, with slow collectives."""
     layout = {"world_size": 2, "bucket_megabytes": 0.04}
     context, parallel = context_for(rank, layout)
     model, settings = model_config({"num_layers": 10}), optimizer_config({})
@@ -63,13 +76,14 @@ def exposed_communication(rank: int, layer_seconds: float, delay: float, wait_ea
     chunks = build_chunks(model, table, parallel, context)
     initialize(chunks[0], table, settings, seed=7)
     optimizer = DistributedAdamW(chunks, table, settings, context, parallel)
+    timeline = Timeline(delay)
     for _, block in chunks[0].blocks():
-        occupy(block, layer_seconds)
+        occupy(block, timeline, layer_ticks)
     run = ForwardBackward(chunks, model, parallel, context, 4)
     tokens, labels = (x.chunk(2)[rank] for x in batch_of(0, model))
-    exposed: dict[str, list[float]] = {"_all_gather": [], "_reduce_scatter": []}
+    exposed: dict[str, list[int]] = {"_all_gather": [], "_reduce_scatter": []}
     originals = collectives._all_gather, collectives._reduce_scatter
-    slow_down(delay, exposed, collectives)
+    slow_down(timeline, exposed, collectives)
     try:
         for step in range(2):
             for waits in exposed.values():

@@ -6,7 +6,7 @@ import pytest
 from layouts import Case, relative_error, train
 from slow_group import exposed_communication, shard_sizes
 
-LAYER, DELAY = 0.08, 0.05  # seconds: a layer's forward (and backward), and one collective on the slow network
+LAYER, DELAY = 8, 5  # ticks: a layer's forward (and backward), and one collective on the slow network
 
 
 def test_exposed_communication_is_at_most_the_last_gradient_and_the_first_parameter_bucket(pool):

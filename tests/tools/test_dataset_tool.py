@@ -1,6 +1,8 @@
 """tools/dataset.py through its main function, and the library behind it."""
 
+import base64
 import json
+import os
 import sys
 
 import numpy as np
@@ -8,10 +10,11 @@ import pytest
 
 from megatron_completep.config.load import config_from_mapping, save_config
 from megatron_completep.data.loader import build_loader
+from megatron_completep.data.preprocess import report
 from megatron_completep.data.tokenizer import BytesTokenizer
 from megatron_completep.data.writer import IndexedWriter
-from megatron_completep.errors import DataError
-from megatron_completep.tools import benchmark_data, dataset
+from megatron_completep.errors import DataError, UserError
+from megatron_completep.tools import benchmark_data, dataset, preprocess_data
 
 TEXTS = [f"Document {i}: " + "äbc " * (i % 9) for i in range(60)]
 
@@ -59,6 +62,75 @@ def test_inspect_counts_and_decodes_with_the_recorded_tokenizer(tmp_path, run_to
     assert "häl" in output.out and "xyz" not in output.out
 
 
+def write_ranks(path):
+    """A .tiktoken file of single bytes: ids are bytes."""
+    path.write_bytes(b"".join(base64.b64encode(bytes([byte])) + b" %d\n" % byte for byte in range(256)))
+
+
+@pytest.fixture
+def ranked(tmp_path, run_tool, monkeypatch):
+    """A corpus that preprocessing made with a tokenizer of its own, beside it."""
+    monkeypatch.setattr(report, "_draw", lambda *_: None)
+    write_ranks(tmp_path / "gpt2.tiktoken")
+    (tmp_path / "a.txt").write_text("Some text.")
+    words = ("--input", tmp_path / "a.txt", "--output-prefix", tmp_path / "corpus", "--workers", 1, "--tokenizer-type", "tiktoken")
+    run_tool(*words, "--tokenizer-model", tmp_path / "gpt2.tiktoken", tool=preprocess_data)
+    return tmp_path / "corpus_text_document"
+
+
+def test_inspect_finds_the_tokenizer_where_it_lay_and_says_when_it_is_gone(tmp_path, ranked, run_tool, monkeypatch):
+    monkeypatch.chdir("/")
+    assert "Some text." in run_tool("inspect", ranked)[1].out
+    (tmp_path / "gpt2.tiktoken").rename(tmp_path / "elsewhere.tiktoken")
+    out = run_tool("inspect", ranked)[1].out
+    assert "Some text." not in out and "name its file with --tokenizer-model" in out
+    named = f"gpt2:{tmp_path / 'elsewhere.tiktoken'}"
+    assert "Some text." in run_tool("inspect", ranked, "--tokenizer-model", named)[1].out  # its type is recorded
+    (tmp_path / "corpus_text_document.json").unlink()
+    assert "Some text." in run_tool("inspect", ranked, "--tokenizer-model", named)[1].out  # its type shows
+    with pytest.raises(DataError, match="absent"):
+        run_tool("inspect", ranked, "--tokenizer-model", tmp_path / "absent")
+
+
+def test_merged_and_split_files_know_where_the_tokenizer_lies(tmp_path, ranked, run_tool):
+    run_tool("merge", "--input", ranked, "--output-prefix", tmp_path / "merged")
+    run_tool("split", tmp_path / "merged", "--shares", "1", "--output-prefix", tmp_path / "part")
+    assert "Some text." in run_tool("inspect", tmp_path / "part")[1].out
+
+
+def test_another_tokenizer_than_the_recorded_one_is_refused_by_inspect(tmp_path, ranked, run_tool):
+    ranks = (tmp_path / "gpt2.tiktoken").read_bytes()
+    (tmp_path / "gpt2.tiktoken").write_bytes(ranks + base64.b64encode(b"So") + b" 256\n")
+    with pytest.raises(DataError, match=r"the files were written with tiktoken gpt2 \(hash .*Use the tokenizer of the corpus"):
+        run_tool("inspect", ranked, "--tokenizer-model", tmp_path / "gpt2.tiktoken")
+    assert "Some text." not in run_tool("inspect", ranked)[1].out  # by itself it is not used
+
+
+def test_a_prefix_without_its_key_is_met_with_the_one_that_was_meant(tmp_path, ranked, run_tool):
+    with pytest.raises(DataError, match=r"corpus\.idx: No such file or directory\. Did you mean .*/corpus_text_document\?"):
+        run_tool("inspect", tmp_path / "corpus")
+    for suffix in (".idx", ".bin"):
+        with pytest.raises(DataError, match=r"Did you mean .*/corpus_text_document\?"):
+            run_tool("inspect", f"{ranked}{suffix}")
+    with pytest.raises(DataError, match="give PREFIX without the suffix"):
+        run_tool("inspect", tmp_path / "nothing")
+
+
+def test_a_split_without_validation_prebuilds_training_alone(tmp_path, config, run_tool):
+    words = ("prebuild", tmp_path / "run.yaml", "data.order=megatron", "data.split='100,0,0'", "--json")
+    assert len(json.loads(run_tool(*words)[1].out)["folders"]) == 1
+    with pytest.raises(DataError, match=r"data\.split = '100,0,0' leaves nothing to validate on"):
+        run_tool("sample", tmp_path / "run.yaml", "--validation", "data.split='100,0,0'")
+
+
+def test_a_prefix_that_is_not_utf_8_is_inspected_and_verified(tmp_path, run_tool):
+    prefix = os.fsdecode(os.fsencode(tmp_path / "caf") + b"\xe9")
+    write(prefix)
+    for words in (("inspect", prefix), ("inspect", prefix, "--json"), ("verify", prefix)):
+        code, output = run_tool(*words)
+        assert code == 0 and "caf\\xe9" in (output.out + output.err).replace("\\\\", "\\")
+
+
 def test_verify_passes_good_files_and_names_every_fault(tmp_path, run_tool):
     write(tmp_path / "a")
     write(tmp_path / "b")
@@ -84,8 +156,13 @@ def test_merge_and_split_write_what_they_say(tmp_path, run_tool):
     for left, right in (("a", "c"), ("b", "d")):
         for suffix in ("bin", "idx", "json"):
             assert (tmp_path / f"{left}.{suffix}").read_bytes() == (tmp_path / f"{right}.{suffix}").read_bytes()
-    with pytest.raises(DataError, match="--shares x"):
-        run_tool("split", tmp_path / "ab", "--shares", "x", "--output-prefix", tmp_path / "c")
+    contents = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for words in (["--shares", "6,1"], ["--shares", "1,1", "--overwrite"]):
+        with pytest.raises(DataError if "--overwrite" in words else UserError, match=r"2 outputs for shares|exists|1 outputs"):
+            run_tool("split", tmp_path / "ab", *words, "--output-prefix", tmp_path / "c")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == contents
+    code, output = run_tool("split", tmp_path / "ab", "--shares", "1,0", "--overwrite", "--output-prefix", tmp_path / "c", tmp_path / "d")
+    assert code == 0 and "70 documents" in output.out
 
 
 @pytest.mark.parametrize("order", ["permutation", "megatron"])

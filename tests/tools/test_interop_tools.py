@@ -89,6 +89,21 @@ def test_prompts_from_files_give_the_same_texts_in_any_batch(trained: Path, tmp_
     assert found[0][0]["texts"][0] != found[0][0]["texts"][1]  # samples have seeds of their own
 
 
+def test_the_tools_compute_in_the_runs_own_type_and_say_which(trained: Path, tmp_path: Path, call: Call) -> None:
+    code, out, err = call(generate, trained, "--prompt", "ab", "--max-new-tokens", 2, "--json", "--device", "cpu")
+    assert (code, json.loads(out)["precision"]) == (0, "float32")
+    code, out, err = call(generate, trained, "--samples", 2, "--max-new-tokens", 2, "--json", "--device", "cpu", "--precision", "bf16")
+    assert (code, json.loads(out)["precision"]) == (0, "bf16") and "in bf16 the texts of a seed depend on --batch-size" in err
+    words = ("--token-file", tmp_path / "texts", "--limit", 1, "--json", "--device", "cpu")
+    assert json.loads(call(evaluate_model, trained, *words)[1])["precision"] == "float32"
+
+
+def test_a_prompts_file_with_a_nested_line_names_the_line(trained: Path, tmp_path: Path, call: Call) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n' + "[" * 5000 + "]" * 5000 + "\n")
+    code, out, err = call(generate, trained, "--prompts", tmp_path / "prompts.jsonl")
+    assert (code, out) == (2, "") and "line 2: not usable JSON" in err
+
+
 def test_mistakes_are_one_message_and_exit_code_2(trained: Path, tmp_path: Path, call: Call) -> None:
     nowhere = tmp_path / "nowhere"
     (tmp_path / "prompts.jsonl").write_text('{"text": "x"}\n')
@@ -102,7 +117,7 @@ def test_mistakes_are_one_message_and_exit_code_2(trained: Path, tmp_path: Path,
         (evaluate_model, (trained,), "nothing to evaluate"),
         (generate, (trained, "--prompts", nowhere), "cannot be read"),
         (generate, (trained, "--prompts", tmp_path / "prompts.jsonl"), "line 1"),
-        (generate, (trained, "--temperature", -1), "temperature = -1.0"),
+        (generate, (trained, "--temperature", -1), "--temperature = -1: give a finite number of at least 0"),
     ):
         code, out, err = call(tool, *words)
         assert (code, out) == (2, "") and message in err and "Traceback" not in err

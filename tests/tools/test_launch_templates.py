@@ -37,7 +37,7 @@ def test_the_batch_script_starts_every_rank_and_requeues_what_may_go_on(tmp_path
     slurm = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_CPUS_PER_TASK": "8"}
     environment = {**os.environ, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}", "RECORD": str(record), "CODE": str(code)}
     script = ["bash", str(LAUNCH / "slurm.sbatch"), "run.yaml", "data.seed=1", "training.output_dir=a b"]
-    assert subprocess.run(script, env=environment, timeout=30).returncode == code
+    assert subprocess.run(script, env=environment, timeout=280).returncode == code
     lines = record.read_text().splitlines()
     program = "-m megatron_completep.pretrain run.yaml data.seed=1 training.output_dir=a b"
     ranks = sorted(line for line in lines if not line.startswith("scontrol"))

@@ -56,7 +56,6 @@ def test_from_raw_text_to_token_files(run_tool: RunTool, tmp_path: Path) -> None
     [
         (["--shard", "3/3"], "--shard 3/3: give I/N"),
         (["--shard", "x"], "--shard x: give I/N"),
-        (["--workers", "0"], "--workers 0: give 1 or more"),
         (["--tokenizer-type", "sentencepiece"], "needs a model"),
     ],
 )

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from megatron_completep.analysis.communication import collectives_per_step
+from megatron_completep.analysis.scaling import scaling_plan
 from megatron_completep.config import load_config
 from megatron_completep.errors import ConfigError
 from megatron_completep.tools import show_plan
@@ -49,6 +50,9 @@ def test_a_world_size_that_does_not_fit_is_refused_with_a_remedy(run_tool):
         run_tool("--world-size", "4096")
 
 
-def test_an_unknown_gpu_is_refused(run_tool):
-    with pytest.raises(ConfigError, match="voodoo2"):
+def test_an_unknown_gpu_is_refused(run_tool, capsys):
+    with pytest.raises(SystemExit):
         run_tool("--world-size", "64", "--gpu", "voodoo2")
+    assert "--gpu = voodoo2: not known. Use one of: a100, h100" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="voodoo2"):  # by the library as well
+        scaling_plan(load_config(CONFIG), 64, "voodoo2")

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import struct
-import time
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +51,12 @@ def change_manifest(folder: Path, change: dict[str, Any]) -> None:
     write_manifest(folder, json.dumps({**manifest_of(folder), **change}, indent=1).encode())
 
 
-def write_header(folder: Path, header: bytes, length: int | None = None) -> None:
-    """Another header in front of the same values, and a manifest with the right size and hashes of it."""
+def write_header(folder: Path, header: bytes, length: int | None = None, more: bytes = b"") -> None:
+    """Another header in front of the same values (and more), and a manifest with the right size and hashes of it."""
     data = (folder / NAME).read_bytes()
     (old,) = struct.unpack("<Q", data[:8])
     header += b" " * (-(len(header) + 8) % 64)
-    data = struct.pack("<Q", len(header) if length is None else length) + header + data[8 + old :]
+    data = struct.pack("<Q", len(header) if length is None else length) + header + data[8 + old :] + more
     (folder / NAME).write_bytes(data)
     blocks = [xxhash.xxh3_64_hexdigest(data[i : i + files.BLOCK_SIZE]) for i in range(0, len(data), files.BLOCK_SIZE)]
     change_manifest(folder, {"files": [{"name": NAME, "size": len(data), "blocks": blocks}]})
@@ -72,11 +71,9 @@ def header_of(folder: Path) -> dict[str, Any]:
 def refused(saved: tuple[TinyRun, Path], said: str) -> None:
     """By everything that reads it: the run that resumes, and the tool."""
     run, folder = saved
-    started = time.monotonic()
     with pytest.raises(CheckpointError, match=said):
         TinyRun(run.config).resume()
     assert verify_checkpoint(folder)
-    assert time.monotonic() - started < 10
 
 
 def test_the_changes_themselves_are_not_what_is_refused(saved):
@@ -100,7 +97,25 @@ def test_the_changes_themselves_are_not_what_is_refused(saved):
         {"block_size": 4097},
         {"step": -1},
         {"step": "1"},
+        {"step": 10**30, "state": {"step": 10**30, "consumed_samples": 4, "tokens": 32}},
+        {"step": 1.5},
+        {"step": 2},  # neither its state's nor the folder's
+        {"state": {"step": 2, "consumed_samples": 4, "tokens": 32}},
+        {"state": {"step": 1, "consumed_samples": -5, "tokens": 32}},
+        {"state": {"step": 1, "consumed_samples": 4.5, "tokens": 32}},
+        {"state": {"step": 1, "consumed_samples": 10**30, "tokens": 32}},
+        {"state": {"step": 1, "consumed_samples": True, "tokens": 32}},
+        {"state": {"step": 1, "consumed_samples": None, "tokens": 32}},
+        {"state": {"step": 1, "consumed_samples": 4, "tokens": -1}},
+        {"state": {"step": 1, "consumed_samples": 4}},
+        {"state": {"step": 1, "evil": 2}},
         {"updates": "1e400"},
+        {"updates": -1.0},
+        {"updates": 0.5},
+        {"updates": 2.0},  # more than steps
+        {"updates": float("nan")},
+        {"updates": float("inf")},
+        {"table": {"alpha": float("nan")}},
         {"elements": 0},
         {"parameters": {"\x1b[2Jgone": {"role": "embedding", "width_ratio": 1.0, "shape": [1], "dtype": "F32"}}},
         {"parameters": {"w": {"role": "embedding", "width_ratio": 1.0, "shape": [-4], "dtype": "F32"}}},
@@ -108,11 +123,29 @@ def test_the_changes_themselves_are_not_what_is_refused(saved):
         {"parameters": {"w": {"role": "embedding", "width_ratio": 1.0, "shape": [1], "dtype": "O"}}},
         {"unknown": 1},
     ],
-    ids=lambda change: "-".join(change),
+    ids=lambda change: "-".join(map(str, next(iter(change.items()))))[:60],
 )
 def test_a_manifest_with_values_that_are_none_is_refused(saved, change):
     change_manifest(saved[1], change)
     refused(saved, r"manifest\.json: not a manifest that this version reads")
+
+
+def test_a_folder_that_is_named_for_another_step_is_refused(saved):
+    """The step of a checkpoint is in its name, its manifest and its state: all three."""
+    run, folder = saved
+    other = folder.with_name("step_00000007")
+    folder.rename(other)
+    with pytest.raises(CheckpointError, match=r"holds step 1, but the folder is step_00000007\. Rename it back"):
+        TinyRun(run.config).resume()
+    huge = folder.with_name(f"step_{10**30}")
+    other.rename(huge)
+    change_manifest(huge, {"step": 10**30, "state": {"step": 10**30, "consumed_samples": 4, "tokens": 32}})
+    refused((run, huge), r"step: Input should be less than or equal to 9007199254740992, found 1000000")
+
+
+def test_a_count_of_elements_that_is_not_the_parameters_is_refused(saved):
+    change_manifest(saved[1], {"elements": 10**15})
+    refused(saved, "the manifest counts 1000000000000000 elements, its parameters have ")
 
 
 @pytest.mark.parametrize(
@@ -129,8 +162,8 @@ def test_shapes_that_no_file_holds_are_refused_before_memory_is_asked_for(saved,
         StoredCheckpoint.open(saved[1])
 
 
-@pytest.mark.parametrize("change", [{"state": {"step": 1, "evil": 2}}, {"rng": {}}, {"rng": {"python": [3, "AAAA", None]}}])
-def test_progress_and_generators_that_are_none_are_refused(saved, change):
+@pytest.mark.parametrize("change", [{"rng": {}}, {"rng": {"python": [3, "AAAA", None]}}])
+def test_generators_that_are_none_are_refused(saved, change):
     change_manifest(saved[1], change)
     with pytest.raises(CheckpointError, match="the manifest of step 1 holds no state that this version reads"):
         TinyRun(saved[0].config).resume()
@@ -180,20 +213,47 @@ def test_a_header_that_does_not_add_up_is_refused(saved, header, length):
 def test_boxes_that_do_not_make_up_the_tensors_are_refused(saved, damage):
     _, folder = saved
     header = header_of(folder)
-    key, other = "master/layers.0.mlp.down.weight@0,0", "master/layers.1.mlp.down.weight@0,0"
+    key = "master/layers.0.mlp.down.weight@0,0"
+    begin, end = header[key]["data_offsets"]
+    last = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+    behind = {**header[key], "data_offsets": [last, last + end - begin]}
+    more = b""
     match damage:
         case "twice":
-            header["master/layers.0.mlp.down.weight@00,0"] = header[key]
+            header["master/layers.0.mlp.down.weight@00,0"], more = behind, bytes(end - begin)
         case "overlapping":
             header["master/layers.0.mlp.down.weight@1,0"] = header.pop(key)
         case "of another shape":
             header[key]["shape"] = header[key]["shape"][::-1]
         case "unlisted":
-            header["master/evil@0,0"] = header[other]
+            header["master/evil@0,0"], more = behind, bytes(end - begin)
         case "of more dimensions":
             header[f"{key},0"] = {**header.pop(key), "shape": [*header_of(folder)[key]["shape"], 1]}
-    write_header(folder, json.dumps(header).encode())
+    write_header(folder, json.dumps(header).encode(), more=more)
     refused(saved, "tensors are not whole")
+
+
+@pytest.mark.parametrize("damage", ["shared", "shifted", "crossed", "gap", "behind the last"])
+def test_bytes_that_belong_to_two_tensors_or_to_none_are_refused(saved, damage):
+    """Keys, shapes and sizes are right in each: only where the values lie is not."""
+    _, folder = saved
+    header, more = header_of(folder), b""
+    first, second = (header[f"{state}/layers.0.mlp.down.weight@0,0"]["data_offsets"] for state in ("master", "exp_avg_sq"))
+    match damage:
+        case "shared":
+            second[:] = first
+        case "shifted":
+            first[:] = [first[0] - 4, first[1] - 4]
+        case "crossed":
+            first[:] = [first[0] + 64, first[1] + 64]
+        case "gap":
+            more = bytes(second[1] - second[0])
+            last = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+            second[:] = [last, last + len(more)]
+        case "behind the last":
+            more = bytes(64)
+    write_header(folder, json.dumps(header).encode(), more=more)
+    refused(saved, rf"{NAME}: not a tensor file of a checkpoint: .*(another tensor's|no tensor's)")
 
 
 def test_links_lead_nowhere(saved, tmp_path):
@@ -214,7 +274,16 @@ def test_links_lead_nowhere(saved, tmp_path):
     assert (outside / "precious").read_text() == "precious" and len(os.listdir(outside)) == 2
 
 
-@pytest.mark.parametrize("content", ["../../elsewhere0", "0" * 65, "0123456789abcdeg", ""])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "../../elsewhere0",
+        "0" * 65,
+        "0123456789abcdeg",
+        "{}",
+        '{"number": "../../elsewhere0", "folder": "", "came_from": [], "earlier": []}',
+    ],
+)
 def test_a_runs_number_cannot_lead_snapshots_elsewhere(tmp_path, content):
     config = tiny_config(tmp_path / "run", checkpoint={"local_dir": str(tmp_path / "node"), "local_interval": 1})
     (tmp_path / "run").mkdir()

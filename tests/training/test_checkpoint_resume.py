@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
+
 import pytest
 import torch
+import yaml
 from checkpoint_helpers import TinyRun, tiny_config
 from safetensors import safe_open
 
@@ -96,16 +99,82 @@ def test_saving_a_step_again_replaces_it(tmp_path):
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_00000002"]
 
 
-def test_a_checkpoint_is_saved_even_where_older_ones_cannot_be_removed(tmp_path, monkeypatch):
-    def refuse(folder):
-        raise PermissionError(13, "Permission denied", str(folder))
+def test_a_resume_says_every_setting_that_changed_old_and_new(tmp_path):
+    run = TinyRun(tiny_config(tmp_path))
+    run.train(1)
+    run.save()
+    same = TinyRun(tiny_config(tmp_path, logging={"interval": 3}))
+    assert same.resume() and not [line for line in same.said if line.startswith("resuming with")]  # the control
+    changes = {
+        "optimizer": {"base_lr": 0.02, "schedule": "cosine", "warmup_steps": None, "warmup_fraction": 0.1},
+        "training": {
+            "global_batch_size": 8,
+            "precision": "bf16",
+            "seed": 7,
+            "train_steps": 20,
+            "batch_ramp": {"start": 4, "increment": 4, "steps": 4},
+        },
+        "data": {"seed": 5},
+        "checkpoint": {"allow_changed": ["data.seed"]},
+    }
+    other = TinyRun(tiny_config(tmp_path, **changes))
+    assert other.resume()
+    said = {line for line in other.said if line.startswith("resuming with")}
+    assert said >= {
+        "resuming with optimizer.base_lr = 0.02, the checkpoint has 0.01",
+        'resuming with optimizer.schedule = "cosine", the checkpoint has "linear"',
+        "resuming with optimizer.warmup_steps = null, the checkpoint has 2",
+        "resuming with training.global_batch_size = 8, the checkpoint has 4",
+        'resuming with training.precision = "bf16", the checkpoint has "float32"',
+        "resuming with training.seed = 7, the checkpoint has 1234",
+        "resuming with training.train_steps = 20, the checkpoint has 10",
+        "resuming with training.batch_ramp.steps = 4, the checkpoint has null",
+        "resuming with data.seed = 5, the checkpoint has 1234",
+    }
+    assert len(said) == len([line for line in other.said if line.startswith("resuming with")])  # each once
 
-    config = tiny_config(tmp_path, checkpoint={"async_save": False, "keep": 1, "on_failure": "stop"})
-    run = TinyRun(config)
-    for _ in range(2):
-        run.train(1)
-        monkeypatch.setattr("megatron_completep.training.checkpoint.retention.remove_checkpoint", refuse)
-        run.save()
-    assert any("the checkpoint of step 2 is saved, but older ones could not be removed: " in line for line in run.said)
-    again = TinyRun(config)
-    assert again.resume() and again.state.step == 2
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": {"dropout": 0.1, "rope_base": 500.0}, "data": {"seed": 5}},
+        {"completep": {"alpha": 0.5, "base_hidden_size": 16, "base_num_layers": 2}, "data": {"order": "megatron"}},
+        {"data": {"seed": 5}, "model": {"dropout": 0.1}, "checkpoint": {"allow_changed": ["model.dropout"]}},
+        {"model": {"num_attention_heads": 2, "norm_eps": 1e-3, "input_multiplier": 2.0, "logit_multiplier": 2.0, "dropout": 0.2}},
+    ],
+    ids=["few", "table", "added to what is allowed", "many"],
+)
+def test_what_a_refusal_offers_is_not_refused_next(tmp_path, changes):
+    run = TinyRun(tiny_config(tmp_path))
+    run.train(1)
+    run.save()
+    with pytest.raises(CheckpointError) as refusal:
+        TinyRun(tiny_config(tmp_path, **changes)).resume()
+    (line,) = [line for line in str(refusal.value).splitlines() if line.startswith("If the change is meant: ")]
+    word = shlex.split(line)[-1]  # as a shell takes it
+    assert word.startswith("checkpoint.allow_changed=")
+    allowed = yaml.safe_load(word.rstrip(".").partition("=")[2])
+    again = TinyRun(tiny_config(tmp_path, **{**changes, "checkpoint": {"allow_changed": allowed}}))
+    assert again.resume() and again.state.step == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "adapt"),
+    [
+        ({"tied_embeddings": True}, False),
+        ({"vocab_size": 62}, False),
+        ({"qk_norm": True}, False),
+        ({"num_layers": 3}, True),
+        ({"num_layers": 1}, False),
+    ],
+)
+def test_a_refusal_offers_no_remedy_where_the_tensors_are_others(tmp_path, model, adapt):
+    """To allow the setting would be refused next, as the tensors differ: so it is not offered. Layers may be added by the tool."""
+    run = TinyRun(tiny_config(tmp_path))
+    run.train(1)
+    run.save()
+    for allowed in ([], ["*"]):
+        with pytest.raises(CheckpointError) as refusal:
+            TinyRun(tiny_config(tmp_path, model=model, checkpoint={"allow_changed": allowed})).resume()
+        assert "allow_changed=" not in str(refusal.value) and "allow_changed does not help" in str(refusal.value)
+        assert ("tools/checkpoint.py adapt" in str(refusal.value)) == (adapt and not allowed)

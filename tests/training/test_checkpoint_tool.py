@@ -9,7 +9,7 @@ import pytest
 import torch
 from checkpoint_helpers import TinyRun, tiny_config
 
-from megatron_completep.errors import CheckpointError
+from megatron_completep.errors import CheckpointError, UserError
 from megatron_completep.tools import checkpoint as tool
 from megatron_completep.training.checkpoint import StoredCheckpoint, save
 
@@ -118,18 +118,18 @@ def test_numbers_below_one_are_refused(monkeypatch, capsys, arguments):
     monkeypatch.setattr(sys, "argv", ["checkpoint.py", *arguments])
     with pytest.raises(SystemExit) as left:
         tool.main()
-    assert left.value.code == 2 and "give a number of at least 1" in capsys.readouterr().err
+    assert left.value.code == 2 and "give a whole number from 1 to" in capsys.readouterr().err
 
 
 def test_reshard_needs_room_and_leaves_nothing_when_there_is_none(run, tmp_path, monkeypatch, capsys):
     usage = save.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(save.shutil, "disk_usage", lambda folder: usage._replace(free=1000))
-    with pytest.raises(CheckpointError, match=r"a checkpoint needs \d+ bytes, 1000 are free"):
+    with pytest.raises(CheckpointError, match=r"a checkpoint needs [\d.]+ \wB, 1\.0 kB are free"):
         call(monkeypatch, capsys, "reshard", run, "--output", tmp_path / "again")
     assert not list((tmp_path / "again").iterdir())
 
 
 def test_a_file_where_the_output_should_be_is_an_error(run, tmp_path, monkeypatch, capsys):
     (tmp_path / "again").write_text("")
-    with pytest.raises(CheckpointError, match="cannot be written: Not a directory"):
+    with pytest.raises(UserError, match="is a file, but a folder is to be written"):
         call(monkeypatch, capsys, "reshard", run, "--output", tmp_path / "again")

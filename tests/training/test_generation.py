@@ -135,6 +135,24 @@ def test_a_batch_of_prompts_of_any_lengths_gives_what_each_gives_alone(position:
     assert len({len(made) for made in together}) > 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equal_seeds_give_equal_texts_in_batches_of_other_sizes_in_float32_and_in_the_same_batch_in_bf16(dtype: torch.dtype) -> None:
+    gpt, sampling = small_model().to(dtype), Sampling(1.0, 1.0, 12)
+
+    def texts(prompts: list[list[int]], first: int = 0) -> list[list[int]]:
+        seeded = [torch.Generator().manual_seed(first + number) for number in range(len(prompts))]
+        made: list[list[int]] = [[] for _ in prompts]
+        for step in Generation(gpt, prompts, sampling, None, seeded):
+            for number, token in step:
+                made[number].append(token)
+        return made
+
+    together = texts(PROMPTS)
+    assert together == texts(PROMPTS)
+    if dtype == torch.float32:
+        assert together == texts(PROMPTS[:1]) + texts(PROMPTS[1:3], 1) + texts(PROMPTS[3:], 3)
+
+
 def count_tokens(gpt: GPT, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Rows and tokens a row of every pass through the model from now on."""
     shapes, right = [], gpt.forward

@@ -41,6 +41,16 @@ def write_steps(path: Path, steps: int) -> None:
     file.close()
 
 
+def test_a_line_nested_without_end_is_no_row(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_steps(path, 2)
+    with path.open("ab") as file:
+        file.write(b'{"step": 3, "a": ' + b"[" * 2000 + b"]" * 2000 + b"}\n")
+    assert [r["step"] for r in read_metrics(path)] == [1, 2]
+    MetricsFile(path, 2, print).close()  # what a resume does with it
+    assert [r["step"] for r in read_metrics(path)] == [1, 2]
+
+
 def test_floats_read_back_bit_for_bit(tmp_path: Path) -> None:
     values = [0.1 + 0.2, 1 / 3, 5e-324, 1.7976931348623157e308, math.pi]
     file = MetricsFile(tmp_path / "metrics.jsonl", 0, print)
@@ -134,7 +144,7 @@ def test_only_what_is_asked_for_is_opened(tmp_path: Path) -> None:
 def test_a_console_that_takes_no_more_stops_nothing() -> None:
     program = """
 import sys
-from megatron_completep.training.metrics import say_on_stdout
+from megatron_completep.training.console import say_on_stdout
 from megatron_completep.errors import exit_on_user_error
 say_on_stdout("one")
 say_on_stdout("two")
@@ -143,7 +153,7 @@ exit_on_user_error(lambda: 75)
     with open("/dev/full", "w") as full:
         run = [sys.executable, "-c"]
         given_up = subprocess.run([*run, program], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-        plain = program.replace("from megatron_completep.training.metrics import say_on_stdout", "say_on_stdout = print")
+        plain = program.replace("from megatron_completep.training.console import say_on_stdout", "say_on_stdout = print")
         stopped = subprocess.run([*run, plain], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert (given_up.returncode, given_up.stderr) == (75, "")
     assert stopped.returncode != 75  # print alone loses the exit code

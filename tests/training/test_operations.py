@@ -85,6 +85,7 @@ def test_a_run_stopped_inside_the_ramp_goes_on_bit_for_bit(folder: Path, ramp: C
 
 def train_as_rank(rank: int, world_size: int, config: Config) -> int:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size))
+    os.environ.update(MASTER_ADDR="not.used", MASTER_PORT="1")  # the pool has joined its process group already
     return int(pretrain(config))
 
 
@@ -151,7 +152,7 @@ def test_a_run_whose_time_is_up_saves_and_asks_for_a_requeue(folder: Path) -> No
 
 def test_the_time_to_leave_counts_from_the_start_of_the_process() -> None:
     said: list[str] = []
-    assert not StopSignals(said.append, 1.0, already_seconds=30.0).asked and not StopSignals(said.append, None, 1e9).asked
+    assert not StopSignals(said.append, 600.0, already_seconds=30.0).asked and not StopSignals(said.append, None, 1e9).asked
     late = StopSignals(said.append, 1.0, already_seconds=61.0)
     assert late.asked and late.asked and len(said) == 1 and "the time is up" in said[0]
     assert StartupClock.from_process_start().elapsed > StartupClock().elapsed >= 0
@@ -254,17 +255,17 @@ def test_the_flight_recorder_is_on_by_default_and_its_environment_is_handed_over
     for name in expected:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "7")  # a user's own
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "not.used", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
     seen: dict[str, Any] = {}
 
     def init(backend: str, **options: Any) -> None:
         seen.update({name: os.environ.get(name) for name in expected}, timeout=options["timeout"].total_seconds())
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(torch.distributed.HashStore(), 0, 2)]))
     monkeypatch.setattr(torch.distributed, "init_process_group", init)
     with pytest.raises(KeyboardInterrupt):
-        ParallelContext.create(ParallelConfig(timeout_minutes=0.5), "cpu", "runs/x/nccl_")
+        ParallelContext.create(ParallelConfig(timeout_minutes=0.5), "cpu", "runs/x/nccl_", torch.distributed.HashStore())
     assert seen == {**expected, "TORCH_FR_BUFFER_SIZE": "7", "timeout": 30.0}
     for name in expected:  # monkeypatch did not set all of them
         os.environ.pop(name, None)

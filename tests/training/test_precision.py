@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from megatron_completep.training.precision import choose_precision, has_bf16_units, use_threads
+from megatron_completep.training.precision import choose_precision, has_bf16_units, name_of, precision_of_run, use_threads
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -44,3 +44,27 @@ def test_processes_of_a_node_share_its_cores(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
     assert [use_threads(None, 1), use_threads(None, 3), use_threads(None, 16), use_threads(5, 2)] == [8, 2, 1, 5]
     assert asked == [8, 2, 1, 5]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "trained", "units", "expected", "said"),
+    [
+        ("auto", "float32", True, torch.float32, ""),  # not the hardware's bf16
+        ("auto", "float64", True, torch.float64, ""),
+        ("auto", "bf16", True, torch.bfloat16, ""),
+        ("auto", "bf16", False, torch.float32, "trained in bf16, for which this device has no units: float32 is used"),
+        ("auto", "auto", True, torch.bfloat16, "training.precision is auto, which is bf16 on this device"),
+        ("auto", "auto", False, torch.float32, "training.precision is auto, which is float32 on this device"),
+        ("bf16", "float32", False, torch.bfloat16, ""),  # what is asked for by name is taken
+        ("float64", "bf16", True, torch.float64, ""),
+    ],
+)
+def test_a_tools_auto_is_the_type_of_the_run(
+    monkeypatch: pytest.MonkeyPatch, wanted: str, trained: str, units: bool, expected: torch.dtype, said: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: units, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
+    lines: list[str] = []
+    assert precision_of_run(wanted, trained, CPU, lines.append) == expected
+    assert bool(lines) == bool(said) and said in "".join(lines)
+    assert choose_precision(name_of(expected), CPU) == expected

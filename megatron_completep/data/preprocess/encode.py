@@ -1,21 +1,21 @@
 """What a worker does with a block: read, clean, tokenize, and append the result to its own shard.
 
 A shard is three kinds of append-only files in the work folder. `NAME.KEY.bin`: tokens. `NAME.meta`: per block, for its documents,
-text sizes (uint64 bytes), token counts (uint32 a key), and hashes (16 bytes) when documents are de-duplicated. `NAME.journal`: one JSON
-line a finished block, written last, that says where the block's pieces lie and their checksums. A block without a whole
-journal line does not exist, so a killed worker leaves nothing that could be taken for a result.
+text sizes (uint64 bytes), token counts (uint32 a key), and hashes (16 bytes) when documents are de-duplicated. `NAME.journal`: one line
+a finished block, written last, that says where the block's pieces lie and their checksums (see journal.py). A block without a
+whole journal line does not exist, so a killed worker leaves nothing that could be taken for a result.
 """
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
-import orjson
 import xxhash
 
+from megatron_completep.data.preprocess.journal import Record, journal_line
 from megatron_completep.data.preprocess.quality import content_hash
 from megatron_completep.data.preprocess.readers import BadDocument, Document, describe_place, read_documents
 from megatron_completep.data.preprocess.settings import PreprocessSettings
@@ -23,7 +23,6 @@ from megatron_completep.data.preprocess.sources import Block
 from megatron_completep.data.tokenizer import build_tokenizer
 from megatron_completep.errors import DataError
 
-Record = dict[str, Any]  # one journal line
 _BATCH_CHARACTERS = 1 << 20
 _BAD_EXAMPLES = 10  # described a block; all are counted
 
@@ -83,7 +82,7 @@ class Encoder:
 
     def _good_documents(self, block: Block, result: _Result) -> Iterator[Document]:
         """Documents within the limits of length; counts the others."""
-        documents = read_documents(block, self.settings.json_keys, self.settings.unicode)
+        documents = read_documents(block, self.settings.json_keys, self.settings.unicode, self.settings.largest_document)
         try:
             for document in documents:
                 if isinstance(document, BadDocument):
@@ -137,7 +136,7 @@ class Encoder:
             "meta": meta.finish(),
             "bins": [piece.finish() for piece in result.bins],
         }
-        self._journal.write(orjson.dumps(record) + b"\n")
+        self._journal.write(journal_line(record))
         self._journal.flush()
         return record
 

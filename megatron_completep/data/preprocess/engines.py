@@ -14,6 +14,7 @@ from megatron_completep.data.preprocess.encode import Encoder, Record
 from megatron_completep.data.preprocess.settings import PreprocessSettings
 from megatron_completep.data.preprocess.sources import Block
 from megatron_completep.errors import DataError
+from megatron_completep.launch import interrupts_held, work_for
 
 ENGINES = ("local", "ray")
 Engine = Callable[[PreprocessSettings, Path, int, Iterator[Block]], Iterator[Record]]
@@ -36,14 +37,15 @@ def encode_in_processes(settings: PreprocessSettings, shard: Path, workers: int,
     pipes: list[Connection] = []
     processes: dict[Connection, Any] = {}
     try:
-        for number in range(workers):
-            ours, theirs = context.Pipe()
-            arguments = (theirs, settings, Path(f"{shard}.{number}"))
-            process = context.Process(target=_work, args=arguments, name=f"preprocess {number}", daemon=True)
-            process.start()
-            theirs.close()  # so that the worker's death closes the pipe
-            pipes.append(ours)
-            processes[ours] = process
+        with interrupts_held():
+            for number in range(workers):
+                ours, theirs = context.Pipe()
+                arguments = (theirs, settings, Path(f"{shard}.{number}"), os.getpid())
+                process = context.Process(target=_work, args=arguments, name=f"preprocess {number}", daemon=True)
+                process.start()
+                theirs.close()  # so that the worker's death closes the pipe
+                pipes.append(ours)
+                processes[ours] = process
         yield from _dispatch(blocks, pipes, processes)
     finally:
         for pipe, process in processes.items():
@@ -98,8 +100,9 @@ def _death(process: Any, block: Block) -> DataError:
     )
 
 
-def _work(pipe: Connection, settings: PreprocessSettings, shard: Path) -> None:
-    """A worker process: blocks in, records out, until the pipe closes."""
+def _work(pipe: Connection, settings: PreprocessSettings, shard: Path, parent: int) -> None:
+    """A worker process: blocks in, records out, until the pipe closes; in the midst of a block too, it leaves with process `parent`."""
+    work_for(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     one_thread_a_tokenizer()
     encoder = None
@@ -152,7 +155,7 @@ def one_thread_a_tokenizer() -> None:
 def choose_engine(name: str, workers: int) -> Engine:
     """The function that encodes blocks. Raises DataError for an unknown name."""
     if name not in ENGINES:
-        raise DataError(f"engine = {name!r} is unknown. Use one of {list(ENGINES)}.")
+        raise DataError(f"engine = {name!r} is unknown. Use one of: {', '.join(ENGINES)}.")
     if name == "ray":
         return encode_on_ray
     return encode_in_processes if workers > 1 else encode_here

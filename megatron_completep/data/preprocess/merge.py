@@ -12,7 +12,7 @@ from megatron_completep.data.preprocess.encode import Record
 from megatron_completep.data.preprocess.quality import first_occurrences
 from megatron_completep.data.preprocess.report import LengthStatistics
 from megatron_completep.data.preprocess.work import Meta, WorkFolder
-from megatron_completep.data.tokenizer import Tokenizer
+from megatron_completep.data.tokenizer import Tokenizer, lasting_model
 from megatron_completep.data.writer import IndexedWriter
 
 Mask = npt.NDArray[np.bool_]
@@ -37,7 +37,9 @@ def merge(work: WorkFolder, tokenizer: Tokenizer, on_block: OnBlock) -> tuple[li
                 if key == 0:
                     statistics.add(meta.text_bytes[kept], meta.tokens[:, kept])
                 on_block(int(counts.sum()))
-            sidecars.append(writer.close(tokenizer=dict(tokenizer.identity()), append_eod=work.settings.append_eod))
+            settings = work.settings
+            more = {"tokenizer_path": lasting_model(settings.tokenizer), "append_eod": settings.append_eod}
+            sidecars.append(writer.close(tokenizer=dict(tokenizer.identity()), **more))
         except BaseException:
             writer.abort()
             raise

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 import orjson
 
+from megatron_completep.data.files import printable
 from megatron_completep.data.preprocess.quality import clean_text, decode_bytes
-from megatron_completep.data.preprocess.sources import Block, Source, decompress, parquet_file
+from megatron_completep.data.preprocess.sources import LARGEST_DOCUMENT, Block, Source, decompress, open_input, parquet_file
 from megatron_completep.errors import DataError
 
 _PARQUET_ROWS = 1024
@@ -31,14 +32,22 @@ class TextError(ValueError):
     """One document is bad; becomes a BadDocument."""
 
 
-def read_documents(block: Block, keys: Sequence[str], unicode: str) -> Iterator[Document | BadDocument]:
-    """Documents of a block in order; a blank line is none. Raises DataError where the file itself cannot be read (further)."""
+def read_documents(
+    block: Block, keys: Sequence[str], unicode: str, largest_document: int = LARGEST_DOCUMENT
+) -> Iterator[Document | BadDocument]:
+    """Documents of a block in order; a blank line is none. Raises DataError where the file itself cannot be read (further).
+
+    largest_document: bytes of a line, of a file that is one document, or of a row's texts; a larger one is bad.
+    """
     if block.format == "parquet" and not block.fault:
-        yield from _parquet_documents(block, keys, unicode)
+        yield from _parquet_documents(block, keys, unicode, largest_document)
     elif block.format == "text":
-        yield from _text_documents(block.sources, unicode)
+        yield from _text_documents(block.sources, unicode, largest_document)
     else:
-        for place, line in enumerate(block_lines(block)):
+        for place, line in enumerate(block_lines(block, largest_document)):
+            if place in block.too_long or len(line) > largest_document:
+                yield BadDocument(place, f"the line is {_too_long(largest_document)}")
+                continue
             if not line.strip():
                 continue
             try:
@@ -52,18 +61,22 @@ def read_documents(block: Block, keys: Sequence[str], unicode: str) -> Iterator[
         raise DataError(block.fault)
 
 
-def block_lines(block: Block) -> list[bytes]:
-    """The lines of a jsonl or lines block, without their newlines."""
-    raw = block.payload if block.payload is not None else _read_range(block)
+def _too_long(largest_document: int) -> str:
+    return f"longer than {largest_document / (1 << 20):,.10g} MB, the largest document (--max-document-megabytes)"
+
+
+def block_lines(block: Block, largest_document: int) -> list[bytes]:
+    """The lines of a jsonl or lines block, without their newlines; the last one may be cut where it is longer than is allowed."""
+    raw = block.payload if block.payload is not None else _read_range(block, largest_document)
     lines = raw.split(b"\n")
     if not lines[-1]:
         lines.pop()
     return lines
 
 
-def _read_range(block: Block) -> bytes:
+def _read_range(block: Block, largest_document: int) -> bytes:
     """The lines that begin in [start, end): a line belongs to the block that holds its first byte."""
-    with open(block.path, "rb") as file:
+    with open_input(block.path) as file:
         if block.start:
             file.seek(block.start - 1)
             # No newline in the whole range: a line of another block goes through it, and none begins here.
@@ -73,7 +86,7 @@ def _read_range(block: Block) -> bytes:
         if begin >= block.end:
             return b""
         raw = file.read(block.end - begin)
-        return raw if raw.endswith(b"\n") else raw + file.readline()
+        return raw if raw.endswith(b"\n") else raw + file.readline(largest_document + 1)
 
 
 def line_number(block: Block, place: int) -> int:
@@ -81,7 +94,7 @@ def line_number(block: Block, place: int) -> int:
     if block.first_line is not None:
         return block.first_line + place
     count = 0
-    with open(block.path, "rb") as file:
+    with open_input(block.path) as file:
         left = block.start - 1  # a newline just before `start` makes the block begin with a line of its own
         while left > 0 and (chunk := file.read(min(left, 1 << 20))):
             count += chunk.count(b"\n")
@@ -101,9 +114,13 @@ def _json_texts(line: bytes, keys: Sequence[str], unicode: str) -> tuple[str, ..
 
 def _parse_again(line: bytes, unicode: str, error: ValueError) -> Any:
     """orjson refuses invalid UTF-8 and lone surrogates; find out which it was, and repair it when that is wished."""
+    if "limit" in str(error):  # of depth: Python's own parser has another one in every version
+        raise TextError("invalid JSON (nested too deeply)") from None
     text = decode_bytes(line, unicode)
     try:
         return json.loads(text)
+    except RecursionError:
+        raise TextError("invalid JSON (nested too deeply)") from None
     except ValueError:
         raise TextError(f"invalid JSON ({error})") from error
 
@@ -117,37 +134,48 @@ def _text_of(record: dict[str, Any], key: str, unicode: str) -> str:
     return clean_text(text, unicode)
 
 
-def _text_documents(sources: Sequence[Source], unicode: str) -> Iterator[Document | BadDocument]:
+def _text_documents(sources: Sequence[Source], unicode: str, largest_document: int) -> Iterator[Document | BadDocument]:
     for number, source in enumerate(sources):
         try:
-            with open(source.path, "rb") as file:
-                content = b"".join(decompress(file, source.path, source.compression))
-            yield Document(number, (decode_bytes(content, unicode),))
+            yield Document(number, (decode_bytes(_content(source, largest_document), unicode),))
         except (ValueError, DataError) as error:
             yield BadDocument(number, str(error))
 
 
-def _parquet_documents(block: Block, keys: Sequence[str], unicode: str) -> Iterator[Document | BadDocument]:
+def _content(source: Source, largest_document: int) -> bytes:
+    """A whole file, unpacked. Raises TextError as soon as it is larger than a document may be."""
+    content = bytearray()
+    with open_input(source.path) as file:
+        for chunk in decompress(file, source.path, source.compression):
+            content += chunk
+            if len(content) > largest_document:
+                raise TextError(f"the text is {_too_long(largest_document)}")
+    return bytes(content)
+
+
+def _parquet_documents(block: Block, keys: Sequence[str], unicode: str, largest_document: int) -> Iterator[Document | BadDocument]:
     import pyarrow
 
     file = parquet_file(block.path)
     names = file.schema_arrow.names
     missing = [key for key in keys if key not in names]
     if missing:
-        raise DataError(f"{block.path}: no column {missing[0]!r}; the columns are {names}. Choose with --json-keys.")
+        raise DataError(f"{printable(block.path)}: no column {missing[0]!r}; the columns are {names}. Choose with --json-keys.")
     place = 0
     try:
         for batch in file.iter_batches(batch_size=_PARQUET_ROWS, row_groups=[block.start], columns=list(keys)):
             columns = [batch.column(batch.schema.get_field_index(key)).to_pylist() for key in keys]
             for row in zip(*columns, strict=True):
-                yield _parquet_document(place, dict(zip(keys, row, strict=True)), unicode)
+                yield _parquet_document(place, dict(zip(keys, row, strict=True)), unicode, largest_document)
                 place += 1
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{block.path}: row group {block.start} cannot be read ({error}).") from error
+        raise DataError(f"{printable(block.path)}: row group {block.start} cannot be read ({error}).") from error
 
 
-def _parquet_document(place: int, row: dict[str, Any], unicode: str) -> Document | BadDocument:
+def _parquet_document(place: int, row: dict[str, Any], unicode: str, largest_document: int) -> Document | BadDocument:
     try:
+        if sum(len(text) for text in row.values() if isinstance(text, str)) > largest_document:
+            raise TextError(f"the row is {_too_long(largest_document)}")
         return Document(place, tuple(_text_of(row, key, unicode) for key in row))
     except ValueError as error:
         return BadDocument(place, str(error))
@@ -156,7 +184,7 @@ def _parquet_document(place: int, row: dict[str, Any], unicode: str) -> Document
 def describe_place(block: Block, place: int) -> str:
     """Where a document is, for messages: `FILE, line 7`, `FILE, row group 2, row 7`, or `FILE`."""
     if block.format == "text":
-        return block.sources[place].path
+        return printable(block.sources[place].path)
     if block.format == "parquet":
-        return f"{block.path}, row group {block.start}, row {place}"
-    return f"{block.path}, line {line_number(block, place)}"
+        return f"{printable(block.path)}, row group {block.start}, row {place}"
+    return f"{printable(block.path)}, line {line_number(block, place)}"

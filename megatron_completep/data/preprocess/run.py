@@ -1,10 +1,12 @@
 """One preprocessing run, from inputs to token files."""
 
-import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_completep.data.files import printable, read_json
+from megatron_completep.data.indexed import IndexedDataset
 from megatron_completep.data.preprocess.encode import Record
 from megatron_completep.data.preprocess.engines import choose_engine
 from megatron_completep.data.preprocess.merge import merge
@@ -46,7 +48,7 @@ def preprocess(
     total = sum(source.size for source in sources)
     block_bytes = block_bytes or min(max(total // _MOST_BLOCKS, _SMALLEST_BLOCK), _LARGEST_BLOCK)
     fingerprint = settings.fingerprint(sources, tokenizer.identity(), block_bytes)
-    finished = _finished_report(settings, fingerprint)
+    finished = _finished_report(settings, fingerprint, overwrite)
     if finished is not None:
         return {**finished, "status": "already complete"}
     _refuse_to_replace(settings, overwrite)
@@ -58,7 +60,7 @@ def preprocess(
             _encode(work, mine, block_bytes, engine, workers, max_bad_documents, display)
             if shard is not None:
                 return {"status": f"shard {shard[0]}/{shard[1]} complete", "fingerprint": fingerprint}
-            return _finish(work, tokenizer, sources, fingerprint, display)
+            return _finish(work, tokenizer, units, fingerprint, display)
     finally:
         work.close()
 
@@ -69,25 +71,34 @@ def _checked_tokenizer(settings: PreprocessSettings, sources: list[Source]) -> T
         raise DataError(f"{settings.tokenizer.model}: the tokenizer has no end-of-document token, so --append-eod cannot be done.")
     if len(set(settings.json_keys)) != len(settings.json_keys) or not settings.json_keys:
         raise DataError(f"json keys = {list(settings.json_keys)}: give each key once.")
-    plain = [source.path for source in sources if source.format in ("text", "lines")]
+    plain = [printable(source.path) for source in sources if source.format in ("text", "lines")]
     if plain and len(settings.json_keys) > 1:
         raise DataError(f"{plain[0]}: plain text has no keys, but --json-keys names {list(settings.json_keys)}. Process it on its own.")
     return tokenizer
 
 
-def _finished_report(settings: PreprocessSettings, fingerprint: str) -> dict[str, Any] | None:
-    """The report of an earlier run that did exactly this, when all its files are there."""
+def _finished_report(settings: PreprocessSettings, fingerprint: str, overwrite: bool) -> dict[str, Any] | None:
+    """The report of an earlier run that did exactly this, when all its files are there and open."""
     path = Path(f"{settings.output_prefix}_report.json")
     wanted = [path, *(Path(prefix + suffix) for prefix in settings.output_prefixes() for suffix in (".bin", ".idx", ".json"))]
     if not all(name.exists() for name in wanted):
         return None
     report = _load(path)
-    return report if report.get("fingerprint") == fingerprint else None
+    if report.get("fingerprint") != fingerprint:
+        return None
+    try:
+        for prefix in settings.output_prefixes():
+            IndexedDataset(prefix)
+    except DataError as error:
+        if overwrite:
+            return None
+        raise DataError(f"{error}\nThis command has written it before; give --overwrite to write it again.") from None
+    return report
 
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        report = json.loads(path.read_text("utf-8"))
+        report = read_json(path)
     except ValueError:
         return {}
     return report if isinstance(report, dict) else {}
@@ -113,6 +124,8 @@ def _encode(
     display.resumed(sum(record["disk_bytes"] for record in work.records.values()))
     if work.records:
         display.say(f"going on: {len(work.records)} blocks are finished")
+    if work.damaged:
+        display.say(f"{len(work.damaged)} records of finished work are not what was written; that work is done again: {work.damaged[0]}")
     for record in run(work.settings, work.shard, workers, work.unfinished_blocks(units, block_bytes)):
         work.add(record)
         display.add(record)
@@ -142,29 +155,67 @@ def _bad_examples(records: Iterator[Record], number: int = 10) -> list[str]:
     return examples[:number]
 
 
-def _finish(work: WorkFolder, tokenizer: Tokenizer, sources: list[Source], fingerprint: str, display: Display) -> dict[str, Any]:
+def _finish(work: WorkFolder, tokenizer: Tokenizer, units: list[Unit], fingerprint: str, display: Display) -> dict[str, Any]:
     """Merge, report, and remove the work folder."""
     records = list(work.ordered())
+    sources = [source for unit in units for source in unit.sources]
+    for line in _changes(sources):
+        display.say(line)
+    if empty := _without_documents(units, records):
+        display.say(f"{len(empty)} input files hold no document: {', '.join(empty[:10])}{' ...' if len(empty) > 10 else ''}")
     if not any(record["documents"] for record in records):
         raise DataError(
             f"no document is left of {len(sources)} input files (empty files, or all documents dropped or bad). Nothing was written."
         )
     display.stage("merge", sum(record["tokens"] for record in records))
     sidecars, statistics, duplicates = merge(work, tokenizer, display.step)
-    report = _report(work, sidecars, statistics, sources) | {"duplicates": duplicates, "fingerprint": fingerprint}
+    report = _report(work, sidecars, statistics, sources, empty) | {"duplicates": duplicates, "fingerprint": fingerprint}
     write_report(f"{work.settings.output_prefix}_report", report, statistics, work.settings.json_keys)
     work.delete()
     return {**report, "status": "complete"}
 
 
-def _report(work: WorkFolder, sidecars: list[dict[str, Any]], statistics: LengthStatistics, sources: list[Source]) -> dict[str, Any]:
+def _changes(sources: list[Source]) -> list[str]:
+    """Sentences about inputs that were written to meanwhile. Raises DataError for one that became shorter: documents are missing."""
+    lines = []
+    for source in sources:
+        try:
+            status = os.stat(source.path)
+        except OSError:
+            continue  # removed after it was read; before that it would have been a bad document
+        if status.st_size < source.size:
+            raise DataError(
+                f"{printable(source.path)}: has {status.st_size} bytes, at the start of this run it had {source.size}. Documents may be "
+                f"missing, so nothing was written. Restore the file, delete the work folder and run again."
+            )
+        if (status.st_size, status.st_mtime_ns) != (source.size, source.modified_ns):
+            lines.append(f"warning: {printable(source.path)} changed while it was read; the output holds a mixture of the two states.")
+    return lines
+
+
+def _without_documents(units: list[Unit], records: list[Record]) -> list[str]:
+    """Input files that gave nothing, not even a bad document. A file that is one document counts when it has no byte."""
+    number_in = dict.fromkeys((unit.index for unit in units), 0)
+    for record in records:
+        left_out = record["bad_count"] + record["dropped_characters"] + record["dropped_tokens"]
+        number_in[record["unit"]] += record["documents"] + left_out
+    return [
+        printable(source.path)
+        for unit in units
+        for source in unit.sources
+        if not source.size or (source.format != "text" and number_in[unit.index] == 0)
+    ]
+
+
+def _report(
+    work: WorkFolder, sidecars: list[dict[str, Any]], statistics: LengthStatistics, sources: list[Source], empty: list[str]
+) -> dict[str, Any]:
     records = list(work.records.values())
     text_bytes = statistics.text_bytes.total
-    empty = [source.path for source in sources if not source.size]
     outputs = [
         {
             "key": key,
-            "prefix": prefix,
+            "prefix": printable(prefix),
             "documents": sidecar["documents"],
             "tokens": sidecar["tokens"],
             "bytes": sidecar["bin"]["bytes"],

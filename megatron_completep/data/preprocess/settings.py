@@ -1,12 +1,13 @@
 """What a preprocessing run is asked to do."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import orjson
 import xxhash
 
+from megatron_completep.data.files import printable
 from megatron_completep.data.preprocess.quality import Limits
-from megatron_completep.data.preprocess.sources import Source
+from megatron_completep.data.preprocess.sources import LARGEST_DOCUMENT, Source
 
 WORK_VERSION = 1  # of the work folder and of everything that decides the output's bytes
 
@@ -25,6 +26,7 @@ class PreprocessSettings:
 
     json_keys: one output a key, `{output_prefix}_{key}_document`. unicode: refuse | repair. deduplicate: keep the first of documents
     with equal texts. input_format: auto | jsonl | text (a file is a document) | lines (a line is a document) | parquet.
+    largest_document: bytes of a line, or of a file or row that is one document; a larger one is bad.
     """
 
     inputs: tuple[str, ...]
@@ -36,6 +38,7 @@ class PreprocessSettings:
     unicode: str = "refuse"
     limits: Limits = field(default_factory=Limits)
     deduplicate: bool = False
+    largest_document: int = LARGEST_DOCUMENT
 
     def output_prefixes(self) -> list[str]:
         """PREFIX of each key's token files."""
@@ -43,7 +46,7 @@ class PreprocessSettings:
 
     def fingerprint(self, sources: list[Source], tokenizer: dict[str, str | int | None], block_bytes: int) -> str:
         """Equal for two runs exactly when they cut the same inputs alike and give the same bytes."""
-        decisive = [
+        decisive: list[object] = [
             WORK_VERSION,
             block_bytes,
             tokenizer,
@@ -52,6 +55,8 @@ class PreprocessSettings:
             self.unicode,
             self.limits,
             self.deduplicate,
-            sources,
+            [replace(source, path=printable(source.path)) for source in sources],
         ]
+        if self.largest_document != LARGEST_DOCUMENT:  # so that runs of before this setting are recognized
+            decisive.append(self.largest_document)
         return xxhash.xxh3_64_hexdigest(orjson.dumps(decisive, option=orjson.OPT_SORT_KEYS))

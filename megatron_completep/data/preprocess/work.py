@@ -1,11 +1,11 @@
 """The work folder `{output_prefix}.preprocess`: what is finished so far. Deleted when the token files are in place.
 
 plan.json: which run it belongs to. *.journal, *.meta, *.bin: shards, see encode.py. *.units: units of which all blocks were
-handed out, with their number. Every process that writes here has a name of its own, so nothing is ever overwritten.
+handed out, with their number (lines of journal.py, too). Every process that writes here has a name of its own, so nothing is
+ever overwritten.
 """
 
 import fcntl
-import os
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
@@ -19,6 +19,7 @@ import orjson
 import xxhash
 
 from megatron_completep.data.preprocess.encode import Record
+from megatron_completep.data.preprocess.journal import journal_line, read_journal
 from megatron_completep.data.preprocess.settings import PreprocessSettings
 from megatron_completep.data.preprocess.sources import Block, Unit, blocks_of
 from megatron_completep.errors import DataError
@@ -35,7 +36,10 @@ class Meta(NamedTuple):
 
 
 class WorkFolder:
-    """Opened by each process that takes part in a run. `exclusive`: no other one may be at work (merging needs that)."""
+    """Opened by each process that takes part in a run. `exclusive`: no other one may be at work (merging needs that).
+
+    damaged: lines of journals that are not what was written, as `FILE, line N`. Their blocks count as not done.
+    """
 
     def __init__(self, settings: PreprocessSettings, fingerprint: str, exclusive: bool):
         self.settings = settings
@@ -55,11 +59,16 @@ class WorkFolder:
         self.shard = self.path / secrets.token_hex(6)
         self.records: dict[tuple[int, int], Record] = {}
         self.unit_parts: dict[int, int] = {}
-        for name in sorted(self.path.glob("*.journal")):
-            for record in _whole_lines(name):
-                self.add(record)
-        for name in sorted(self.path.glob("*.units")):
-            self.unit_parts.update((line["unit"], line["parts"]) for line in _whole_lines(name))
+        self.damaged: list[str] = []
+        for record in self._lines("*.journal"):
+            self.add(record)
+        self.unit_parts.update((line["unit"], line["parts"]) for line in self._lines("*.units"))
+
+    def _lines(self, pattern: str) -> Iterator[Record]:
+        for name in sorted(self.path.glob(pattern)):
+            records, damaged = read_journal(name)
+            self.damaged += damaged
+            yield from records
 
     def _check_plan(self, fingerprint: str) -> None:
         plan = self.path / "plan.json"
@@ -67,7 +76,12 @@ class WorkFolder:
             temporary = self.path / f"plan.{secrets.token_hex(6)}"
             temporary.write_bytes(orjson.dumps({"fingerprint": fingerprint}))
             temporary.rename(plan)
-        elif orjson.loads(plan.read_bytes()).get("fingerprint") != fingerprint:
+            return
+        try:
+            recorded = orjson.loads(plan.read_bytes())["fingerprint"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{plan}: is not what was written ({error}). Delete {self.path} and run again.") from None
+        if recorded != fingerprint:
             raise DataError(
                 f"{self.path}: holds the unfinished work of a run with other inputs, tokenizer or settings (an input counts as "
                 "another one when its size or modification time changed). Repeat that run's command to finish it, "
@@ -84,12 +98,12 @@ class WorkFolder:
                 if self._is_finished(unit):
                     continue
                 parts = 0
-                for block in blocks_of(unit, block_bytes):
+                for block in blocks_of(unit, block_bytes, self.settings.largest_document):
                     parts += 1
                     if (block.unit, block.part) not in self.records:
                         yield block
                 self.unit_parts[unit.index] = parts
-                notes.write(orjson.dumps({"unit": unit.index, "parts": parts}) + b"\n")
+                notes.write(journal_line({"unit": unit.index, "parts": parts}))
                 notes.flush()
 
     def _is_finished(self, unit: Unit) -> bool:
@@ -143,13 +157,3 @@ class WorkFolder:
             if name.name not in ("plan.json", "lock"):
                 name.unlink()
         shutil.rmtree(self.path)
-
-
-def _whole_lines(path: Path) -> Iterator[Record]:
-    """JSON lines that were written whole."""
-    if not os.path.getsize(path):
-        return
-    with open(path, "rb") as file:
-        for line in file:
-            if line.endswith(b"\n"):
-                yield orjson.loads(line)

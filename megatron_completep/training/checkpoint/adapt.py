@@ -21,18 +21,16 @@ from megatron_completep.model.gpt import GPT
 from megatron_completep.model.initialize import draw, initial_std
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.parameter import Site, Spec, specs_of
-from megatron_completep.training.checkpoint.compare import Difference, differences, refused, side_by_side
+from megatron_completep.training.checkpoint.compare import ADAPTABLE, Difference, differences, refused, side_by_side
 from megatron_completep.training.checkpoint.examine import rewrite_checkpoint
 from megatron_completep.training.checkpoint.identity import describe_table
 from megatron_completep.training.checkpoint.load import StoredCheckpoint
-from megatron_completep.training.checkpoint.manifest import Manifest, StoredParameter, committed_steps
+from megatron_completep.training.checkpoint.manifest import Manifest, Progress, StoredParameter, committed_steps
 from megatron_completep.training.checkpoint.parts import TORCH_DTYPES
 from megatron_completep.training.checkpoint.save import jsonable
 from megatron_completep.training.checkpoint.shard import describe
 from megatron_completep.training.state import RunState
 
-# What may change: everything whose effect on the forward pass the weights can take over.
-ADAPTABLE = ("model.num_layers", "model.*_multiplier", "model.attention_scale", "model.dropout")
 POWER = {"master": 1, "exp_avg": -1, "exp_avg_sq": -2}  # of the factor on a tensor, by state
 
 
@@ -101,7 +99,7 @@ def _manifest(old: Manifest, config: Config, table: Table, parameters: dict[str,
         "elements": sum(int(np.prod(p.shape)) for p in parameters.values()),
     }
     if start_anew:
-        changed |= {"step": 0, "state": jsonable(vars(RunState())), "updates": 0.0}
+        changed |= {"step": 0, "state": Progress(**vars(RunState())), "updates": 0.0}
     return old.model_copy(update=changed)
 
 

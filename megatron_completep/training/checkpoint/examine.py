@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import secrets
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,12 +12,21 @@ import numpy as np
 import torch
 
 from megatron_completep.errors import CheckpointError
+from megatron_completep.files import new_folder, write_whole
 from megatron_completep.training.checkpoint.boxes import Box
 from megatron_completep.training.checkpoint.compare import Difference, differences
 from megatron_completep.training.checkpoint.files import BLOCK_SIZE, DTYPES, CheckedFile, key_of, write_tensor_file
 from megatron_completep.training.checkpoint.load import StoredCheckpoint
-from megatron_completep.training.checkpoint.manifest import MANIFEST, Manifest, committed_steps, folder_name, read_manifest, seal
-from megatron_completep.training.checkpoint.save import check_space, sync_folder
+from megatron_completep.training.checkpoint.manifest import (
+    MANIFEST,
+    Manifest,
+    committed_steps,
+    folder_name,
+    not_counted,
+    read_manifest,
+    seal,
+)
+from megatron_completep.training.checkpoint.save import check_space
 from megatron_completep.training.checkpoint.shard import STATES
 
 
@@ -42,17 +49,23 @@ def checkpoint_at(path: Path) -> Path:
 
 
 def list_checkpoints(run: Path) -> list[dict[str, Any]]:
-    """One row a checkpoint, lowest step first; `problem` is null where the manifest is whole."""
+    """One row for whatever is named like a checkpoint, lowest step first; `problem` is null where the manifest is whole."""
     rows = []
-    for step, folder in committed_steps(checkpoints_of(run)).items():
+    checkpoints = checkpoints_of(run)
+    no_checkpoints = not_counted(checkpoints)
+    for step in sorted({*committed_steps(checkpoints), *no_checkpoints}):
+        folder = checkpoints / folder_name(step)
         row: dict[str, Any] = {"step": step, "folder": str(folder), "bytes": None, "files": None, "layout": None, "tokens": None}
+        rows.append(row)
+        if step in no_checkpoints:
+            row["problem"] = no_checkpoints[step]
+            continue
         try:
             manifest = read_manifest(folder)
             row |= {"bytes": manifest.total_size, "files": len(manifest.files), "layout": manifest.layout}
-            row |= {"tokens": manifest.state.get("tokens"), "problem": None}
+            row |= {"tokens": manifest.state.tokens, "problem": None}
         except CheckpointError as error:
             row["problem"] = str(error)
-        rows.append(row)
     return rows
 
 
@@ -108,7 +121,7 @@ def _settings(manifest: Manifest) -> dict[str, Any]:
     return {
         "step": manifest.step,
         "updates": manifest.updates,
-        "state": manifest.state,
+        "state": manifest.state.model_dump(),
         "config": manifest.config,
         "table": manifest.table,
         "fingerprints": manifest.fingerprints,
@@ -138,34 +151,23 @@ def rewrite_checkpoint(manifest: Manifest, output: Path, count: int, rows: Rows)
     if target.exists():
         raise CheckpointError(f"{target} exists. Choose another folder.")
     sizes = (DTYPES[p.dtype].itemsize * math.prod(p.shape) for p in manifest.parameters.values())
-    temporary = output / f".{target.name}.{secrets.token_hex(4)}"
     try:
-        temporary.mkdir(parents=True)
-        check_space(output, len(STATES) * sum(sizes))
-        files = []
-        for part in range(count):
-            tensors = list(_share(manifest, rows, part, count))
-            if tensors:
-                dtype = next(iter(manifest.parameters.values())).dtype
-                metadata = {"format": "pt", "step": str(manifest.step), "attempt": manifest.attempt}
-                path = temporary / f"part_{part:05d}_of_{count:05d}.safetensors"
-                files.append(write_tensor_file(path, tensors, dtype, metadata, _nothing))
-        rewritten = manifest.model_copy(update={"files": files, "block_size": BLOCK_SIZE})
-        with open(temporary / MANIFEST, "xb") as file:
-            file.write(seal(rewritten))
-            file.flush()
-            os.fsync(file.fileno())
-        sync_folder(temporary)
-        os.rename(temporary, target)
-        sync_folder(output)
+        with new_folder(target) as temporary:
+            check_space(output, len(STATES) * sum(sizes))
+            files = []
+            for part in range(count):
+                tensors = list(_share(manifest, rows, part, count))
+                if tensors:
+                    dtype = next(iter(manifest.parameters.values())).dtype
+                    metadata = {"format": "pt", "step": str(manifest.step), "attempt": manifest.attempt}
+                    path = temporary / f"part_{part:05d}_of_{count:05d}.safetensors"
+                    files.append(write_tensor_file(path, tensors, dtype, metadata))
+            rewritten = manifest.model_copy(update={"files": files, "block_size": BLOCK_SIZE, "run": None})
+            write_whole(temporary / MANIFEST, seal(rewritten))
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
-            f"{target} cannot be written: {error.strerror or error}. Choose another folder, or free some space."
+            f"{error.filename or target} cannot be written: {error.strerror or error}. Choose another folder, or free some space."
         ) from None
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return target
 
 
@@ -178,7 +180,3 @@ def _share(manifest: Manifest, rows: Rows, part: int, count: int) -> Iterator[tu
                 values = rows(state, name, start, stop).contiguous()
                 box = Box((start, *[0] * (values.dim() - 1)), tuple(values.shape))
                 yield key_of(state, name, box), box.sizes, values.numpy()
-
-
-def _nothing(name: str) -> None:
-    pass

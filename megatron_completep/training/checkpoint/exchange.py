@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -88,6 +89,34 @@ class Exchange:
         if problem is not None:
             raise CheckpointError(problem)
         return value
+
+
+class LongWork:
+    """A part of a job that takes ranks unequally long. All of them hear, every so many seconds, that it still goes on somewhere.
+
+    Each exchange is a round of all ranks: one that works joins it between two pieces of its work, one that is done waits in it.
+    So nobody takes a slow rank for a dead one, and nobody waits in one exchange for longer than a piece of work takes.
+    """
+
+    def __init__(self, exchange: Exchange, every_seconds: float, progress: Callable[[], None]):
+        self._exchange, self._every, self._progress = exchange, every_seconds, progress
+        self._next_round = time.monotonic() + every_seconds
+
+    def goes_on(self) -> None:
+        """A piece of this rank's work is done, and others follow."""
+        self._progress()
+        if time.monotonic() >= self._next_round:
+            self._exchange.all_gather(None)
+            self._next_round = time.monotonic() + self._every
+
+    def done(self, result: Any) -> list[Any]:
+        """This rank's work is done. Returns every rank's result (never null), by rank, once all are done."""
+        results = self._exchange.all_gather(result)
+        while any(other is None for other in results):
+            self._progress()
+            results = self._exchange.all_gather(result)
+        self._progress()
+        return results
 
 
 def describe(error: BaseException) -> str:

@@ -11,8 +11,9 @@ import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import xxhash
@@ -22,6 +23,7 @@ from megatron_completep.training.checkpoint.boxes import Box
 from megatron_completep.training.checkpoint.manifest import StoredFile, open_regular_file
 
 BLOCK_SIZE = 4 << 20  # bytes; hashed one by one, so that a part of a file can be checked without reading the rest
+SYNC_BYTES = 1 << 30
 MAX_HEADER_BYTES = 100 << 20
 DTYPES: dict[str, np.dtype] = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
 _ALIGNMENT = 64
@@ -84,31 +86,42 @@ def write_tensor_file(
     tensors: Sequence[tuple[str, tuple[int, ...], np.ndarray]],
     dtype: str,
     metadata: dict[str, str],
-    fail_point: Callable[[str], None],
+    fail_point: Callable[[str], None] = lambda name: None,
+    progress: Callable[[], None] = lambda: None,
 ) -> StoredFile:
-    """Write (key, shape, contiguous values) as one safetensors file and fsync it. Returns its size and hashes. Raises OSError."""
+    """Write (key, shape, contiguous values) as one safetensors file and fsync it. Returns its size and hashes. Raises OSError.
+
+    progress: called after every block that was handed to the system and, as that may only have been noted in memory, after every
+    SYNC_BYTES that the disk really took.
+    """
     header = _header(tensors, dtype, metadata)
     hasher = BlockHasher()
     with open(path, "xb", buffering=1 << 20) as file:
         pieces: Iterable[memoryview] = _merge(values for _, _, values in tensors)
-        _write(file, memoryview(header), hasher)
+        write = partial(_write, file, hasher=hasher, progress=progress)
+        write(memoryview(header))
         fail_point("save.header_written")
         for i, piece in enumerate(pieces):
-            _write(file, piece, hasher)
+            write(piece)
             if i == 0:
                 fail_point("save.values_half_written")
         fail_point("save.values_written")
         file.flush()
         os.fsync(file.fileno())
+        progress()
         fail_point("save.file_synced")
     return StoredFile(name=path.name, size=hasher.size, blocks=hasher.finish())
 
 
-def _write(file, data: memoryview, hasher: BlockHasher) -> None:
+def _write(file: BinaryIO, data: memoryview, hasher: BlockHasher, progress: Callable[[], None]) -> None:
     for start in range(0, len(data), BLOCK_SIZE):
         part = data[start : start + BLOCK_SIZE]
         file.write(part)
+        if (hasher.size + len(part)) // SYNC_BYTES > hasher.size // SYNC_BYTES:
+            file.flush()
+            os.fdatasync(file.fileno())
         hasher.update(part)
+        progress()
 
 
 def _merge(arrays: Iterable[np.ndarray]) -> Iterator[memoryview]:
@@ -220,9 +233,24 @@ class CheckedFile:
                 raise ValueError(f"header of {length} bytes in a file of {self.stored.size}")
             header = json.loads(self.read_header(8 + length)[8:])
             header.pop("__metadata__", None)
-            return [_entry(self.stored, 8 + length, key, value) for key, value in header.items()]
+            boxes = [_entry(self.stored, 8 + length, key, value) for key, value in header.items()]
+            _refuse_shared_bytes(boxes, 8 + length, self.stored.size)
+            return boxes
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, struct.error) as error:
-            raise CheckpointError(f"{self.path}: not a tensor file of a checkpoint: {error!r}") from None
+            what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            raise CheckpointError(f"{self.path}: not a tensor file of a checkpoint: {what}") from None
+
+
+def _refuse_shared_bytes(boxes: Iterable[StoredBox], data_start: int, size: int) -> None:
+    """The tensors lie side by side and make up the rest of the file: no byte belongs to two of them, or to none."""
+    position = data_start
+    for box in sorted(boxes, key=lambda b: (b.start, b.stop)):
+        if box.start != position:
+            what = "are also another tensor's" if box.start < position else f"follow {box.start - position} bytes that are no tensor's"
+            raise ValueError(f"{key_of(box.state, box.name, box.box)}: bytes {box.start} to {box.stop} {what}")
+        position = box.stop
+    if position != size:
+        raise ValueError(f"bytes {position} to {size} are no tensor's")
 
 
 def _entry(stored: StoredFile, data_start: int, key: str, value: dict) -> StoredBox:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import megatron_completep
 from megatron_completep.completep import Table
 from megatron_completep.config.schema import Config
 from megatron_completep.parallel.context import ParallelContext
-from megatron_completep.training.checkpoint.compare import Difference, side_by_side
+from megatron_completep.training.checkpoint.compare import ADAPTABLE, Difference, matches, side_by_side
 from megatron_completep.training.checkpoint.manifest import Manifest
 from megatron_completep.training.checkpoint.save import jsonable
 
@@ -77,14 +78,31 @@ def versions() -> dict[str, str]:
     }
 
 
-def refusal(folder: Path, found: list[Difference]) -> str:
-    """The message for a run whose settings are not the checkpoint's."""
+def refusal(folder: Path, found: list[Difference], allowed: Sequence[str]) -> str:
+    """The message for a run whose settings are not the checkpoint's: what differs, and only remedies that are not refused next.
+
+    allowed: what checkpoint.allow_changed has already.
+    """
     shown = found[:40]
     more = f"\n  ... and {len(found) - len(shown)} more" if len(found) > len(shown) else ""
-    patterns = sorted({d.path for d in found if not d.path.startswith("parameters.")})
-    remedy = f"checkpoint.allow_changed={patterns[:8]}" if patterns else "a model with these parameters"
-    return (
-        f"{folder} was trained with other settings:\n{side_by_side(shown)}{more}\n"
-        f"Continue with the checkpoint's settings, start in another training.output_dir, or, if the change is meant: {remedy}. "
-        "For more layers, another base shape or alpha under the same function: tools/checkpoint.py adapt."
-    )
+    remedies = ["Continue with the checkpoint's settings, or start in another training.output_dir."]
+    if any(d.of_other_tensors for d in found):
+        remedies.append("The tensors are not this model's, so checkpoint.allow_changed does not help.")
+    else:
+        words = ", ".join([*allowed, *_patterns(found)])
+        remedies.append(f"If the change is meant: {shlex.quote(f'checkpoint.allow_changed=[{words}]')}.")
+    of_model = [d for d in found if d.path.startswith("model.")]
+    reshaped = of_model or any(d.path.startswith("table.") for d in found)
+    layers = [(d.stored, d.present) for d in of_model if d.path == "model.num_layers"]
+    not_fewer = all(isinstance(old, int) and isinstance(new, int) and old <= new for old, new in layers)
+    if reshaped and not_fewer and all(matches(d.path, ADAPTABLE) for d in of_model):
+        remedies.append("To keep the function under the new settings: tools/checkpoint.py adapt.")
+    return "\n".join([f"{folder} was trained with other settings:", f"{side_by_side(shown)}{more}", *remedies])
+
+
+def _patterns(found: Sequence[Difference]) -> list[str]:
+    """What allows these differences: their paths, or one pattern for a section with many."""
+    by_section: dict[str, list[str]] = {}
+    for difference in found:
+        by_section.setdefault(difference.path.partition(".")[0], []).append(difference.path)
+    return [word for name, paths in by_section.items() for word in (paths if len(paths) <= 4 else [f"{name}.*"])]

@@ -7,9 +7,8 @@ than LIMIT blocks, which bounds the memory.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -60,10 +59,13 @@ class Source:
 
 
 class JointReader:
-    """Opens a checkpoint with all ranks and fills what each of them wants. Collective; raises the same CheckpointError everywhere."""
+    """Opens a checkpoint with all ranks and fills what each of them wants. Collective; raises the same CheckpointError everywhere.
 
-    def __init__(self, exchange: Exchange, source: Source):
-        self._exchange, self._source = exchange, source
+    What was filled before such an error is part of a checkpoint, and good for nothing. progress: called after every round of blocks.
+    """
+
+    def __init__(self, exchange: Exchange, source: Source, progress: Callable[[], None] = lambda: None):
+        self._exchange, self._source, self._progress = exchange, source, progress
         self._kept: dict[BlockName, np.ndarray] = {}  # blocks that were read for their header
         self.bytes_read = 0
         described = exchange.together(self._open_own)
@@ -85,7 +87,7 @@ class JointReader:
 
     def fill(self, wanted: Sequence[Wanted]) -> None:
         """Read what any rank wants; this rank's goes where `wanted` says."""
-        parts = self.stored.parts_of(wanted)
+        parts = self._exchange.together(lambda: self.stored.parts_of(wanted))
         needs: dict[BlockName, list[int]] = defaultdict(list)
         for rank, blocks in enumerate(self._exchange.all_gather(as_ranges(parts))):
             for file, first, last in blocks:
@@ -94,7 +96,7 @@ class JointReader:
         fixed = {(file, block): rank for rank, found in enumerate(self._headers) for file, block in found}
         rounds = in_rounds(choose_readers(needs, self._source.holders, fixed))
         work = _Rounds(self._exchange, self._source, self._kept, parts)
-        work.run(rounds)
+        work.run(rounds, self._progress)
         self.bytes_read += work.bytes_read
         self._kept.clear()
         self._exchange.together(work.raise_problem)
@@ -108,8 +110,6 @@ class _Rounds:
         self._reader = BlockReader(source.folder, source.manifest)
         self._block_size = source.manifest.block_size
         self._sizes = {stored.name: stored.size for stored in source.manifest.files}
-        on_gpu = any(part.flat.is_cuda for found in parts.values() for part in found)
-        self._new_buffer = partial(torch.empty, self._block_size, dtype=torch.uint8, pin_memory=on_gpu)
         self._buffers: list[Tensor] = []
         self._problem: str | None = None
 
@@ -122,11 +122,12 @@ class _Rounds:
         if self._problem is not None:
             raise CheckpointError(self._problem)
 
-    def run(self, rounds: Sequence[Sequence[Read]]) -> None:
+    def run(self, rounds: Sequence[Sequence[Read]], progress: Callable[[], None]) -> None:
         """A rank that cannot read goes on sending, so that nobody waits for ever; `raise_problem` tells, once all are done."""
         with self._reader:
             for reads in rounds:
                 self._run(reads)
+                progress()
 
     def _run(self, reads: Sequence[Read]) -> None:
         rank, free = self._exchange.rank, iter(self._buffers)
@@ -149,7 +150,7 @@ class _Rounds:
         """One of the buffers of the rounds before, or a new one."""
         buffer = next(free, None)
         if buffer is None:
-            buffer = self._new_buffer()
+            buffer = torch.empty(self._block_size, dtype=torch.uint8)
             self._buffers.append(buffer)
         return buffer
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -61,7 +62,15 @@ class StoredCheckpoint:
         return flat.view(box.sizes)
 
     def parts_of(self, wanted: Iterable[Wanted]) -> Parts:
-        """The blocks that hold what is wanted, and where it goes."""
+        """The blocks that hold what is wanted, and where it goes. Raises CheckpointError for what the checkpoint does not hold."""
+        wanted = list(wanted)
+        shapes = {name: tuple(parameter.shape) for name, parameter in self.manifest.parameters.items()}
+        missing = sorted(
+            {o.name for o, _, _ in wanted if o.name not in shapes or not o.box.within(Box((0,) * len(shapes[o.name]), shapes[o.name]))}
+        )
+        if missing:
+            names = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
+            raise CheckpointError(f"{self.folder}: holds no tensors of this model's shapes for {names}.")
         return parts_by_block(wanted, self._by_name, self.manifest.block_size)
 
     def read_into(self, wanted: Iterable[Wanted]) -> None:
@@ -82,6 +91,9 @@ class StoredCheckpoint:
                     problems.append(f"{state}/{name}: a part lies outside of {list(whole.sizes)}, or is not {parameter.dtype}")
                 elif sum(b.box.numel for b in boxes) != whole.numel or _overlap(boxes):
                     problems.append(f"{state}/{name}: parts of {sum(b.box.numel for b in boxes)} of {whole.numel} elements")
+        elements = sum(math.prod(parameter.shape) for parameter in self.manifest.parameters.values())
+        if elements != self.manifest.elements:
+            problems.append(f"the manifest counts {self.manifest.elements} elements, its parameters have {elements}")
         unknown = sorted({name for _, name in self._by_name} - self.manifest.parameters.keys())
         problems += [f"{name}: stored, but not listed in the manifest" for name in unknown]
         if problems:

@@ -9,11 +9,12 @@ import json
 import os
 import re
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import xxhash
-from pydantic import Field, StringConstraints, ValidationError
+from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from megatron_completep.config.schema import NonNegativeInt, PositiveInt, Section
 from megatron_completep.errors import CheckpointError
@@ -27,6 +28,24 @@ FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_]+\.safetensor
 Hash = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16}$")]
 ParameterName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.]{1,200}$")]
 Shape = Annotated[list[NonNegativeInt], Field(max_length=8)]
+
+
+Count = Annotated[int, Field(ge=0, le=1 << 53)]  # steps, samples, tokens: what a JSON reader of any language holds exactly
+
+
+class Progress(Section):
+    """How far the run was: the training loop's RunState."""
+
+    step: Count
+    consumed_samples: Count
+    tokens: Count
+
+
+class Writer(Section):
+    """The run that a snapshot belongs to: its number, and the folder in which it was then."""
+
+    number: str
+    folder: str
 
 
 class StoredParameter(Section):
@@ -46,18 +65,26 @@ class StoredFile(Section):
     blocks: list[Hash]
 
 
+class StoredOrder(Section):
+    """The order of the data: for how many samples it was planned, and a digest of those that were consumed (data_order.py)."""
+
+    planned_samples: PositiveInt
+    digest: Hash
+
+
 class Manifest(Section):
     """All of a checkpoint except the tensors' values."""
 
     format: Literal["megatron-completep"] = "megatron-completep"
     version: Literal[1] = 1
-    step: NonNegativeInt
+    step: Count
     attempt: str
-    state: dict[str, Any]  # the training loop's RunState
-    updates: float  # optimizer steps really made
+    state: Progress
+    updates: Annotated[float, Field(ge=0)]  # optimizer steps really made
     config: dict[str, Any]
     table: dict[str, Any]
     fingerprints: dict[str, Any]  # of data and tokenizer, as their owners describe them
+    order: StoredOrder | None = None  # of the data that were consumed; earlier versions did not keep it
     layout: dict[str, int]  # ranks along each axis when it was written, for the reader's information
     rng: dict[str, Any]
     versions: dict[str, str]
@@ -65,6 +92,15 @@ class Manifest(Section):
     block_size: Annotated[int, Field(ge=4096, le=1 << 26, multiple_of=64)]
     files: list[StoredFile]
     elements: PositiveInt  # of one state, for the check that nothing is missing
+    run: Writer | None = None  # in snapshots, which several runs keep in one place
+
+    @model_validator(mode="after")
+    def _counts_agree(self) -> Manifest:
+        if self.state.step != self.step:
+            raise ValueError(f"state.step = {self.state.step}, but step = {self.step}")
+        if self.updates > self.step or not self.updates.is_integer():
+            raise ValueError(f"updates = {self.updates}: a whole number of at most step = {self.step} was possible")
+        return self
 
     @property
     def total_size(self) -> int:
@@ -79,11 +115,45 @@ def folder_name(step: int) -> str:
 def committed_steps(checkpoints: Path) -> dict[int, Path]:
     """The folders named like a checkpoint that hold a manifest, by step, lowest first. Names decide, never times."""
     found = {}
-    for entry in os.scandir(checkpoints) if checkpoints.is_dir() else ():
-        match = STEP_FOLDER.fullmatch(entry.name)
-        if match and entry.is_dir(follow_symlinks=False) and (checkpoints / entry.name / MANIFEST).is_file():
-            found[int(match[1])] = Path(entry.path)
+    for entry, step in _named_like_checkpoints(checkpoints):
+        if _why_not_counted(entry) is None:
+            found[step] = Path(entry.path)
     return dict(sorted(found.items()))
+
+
+def not_counted(checkpoints: Path) -> dict[int, str]:
+    """What is named like a checkpoint and is none, by step: which entry, and why. For people, who would otherwise miss it."""
+    found = {}
+    for entry, step in _named_like_checkpoints(checkpoints):
+        reason = _why_not_counted(entry)
+        if reason is not None:
+            found[step] = f"{entry.path} {reason}"
+    return dict(sorted(found.items()))
+
+
+def named_like_checkpoints(checkpoints: Path) -> list[Path]:
+    """Entries named like a checkpoint, whether they are one or not."""
+    return [Path(entry.path) for entry, _ in _named_like_checkpoints(checkpoints)]
+
+
+def _named_like_checkpoints(checkpoints: Path) -> Iterator[tuple[os.DirEntry[str], int]]:
+    if not checkpoints.is_dir():
+        return
+    with os.scandir(checkpoints) as entries:
+        for entry in entries:
+            match = STEP_FOLDER.fullmatch(entry.name)
+            if match:
+                yield entry, int(match[1])
+
+
+def _why_not_counted(entry: os.DirEntry[str]) -> str | None:
+    if entry.is_symlink():
+        return "is a symbolic link, which is not followed: it does not count as a checkpoint. Put the folder itself there."
+    if not entry.is_dir():
+        return "is not a folder: it does not count as a checkpoint."
+    if not os.path.lexists(os.path.join(entry.path, MANIFEST)):
+        return f"holds no {MANIFEST}: it does not count as a checkpoint. Copy it again, or remove it."
+    return None
 
 
 def seal(manifest: Manifest) -> bytes:
@@ -105,15 +175,28 @@ def read_manifest(folder: Path) -> Manifest:
     if found != match[1].decode():
         raise CheckpointError(f"{path}: changed since it was written: its hash is {found}, expected {match[1].decode()}. {_REMEDY}")
     try:
-        value = json.loads(data)
+        value = json.loads(data, parse_constant=_refuse_constant)
         value.pop("xxh3")
         manifest = Manifest.model_validate(value)
-    except (ValueError, ValidationError, RecursionError) as error:
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: not a manifest that this version reads: {_in_words(error)}. {_REMEDY}") from None
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a manifest that this version reads: {error}") from None
     expected = STEP_FOLDER.fullmatch(folder.name)
     if expected and int(expected[1]) != manifest.step:
         raise CheckpointError(f"{path}: holds step {manifest.step}, but the folder is {folder.name}. Rename it back.")
     return manifest
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a number")
+
+
+def _in_words(error: ValidationError) -> str:
+    """The first problems, each with its place and what stands there."""
+    problems = error.errors(include_url=False, include_context=False)
+    said = [f"{'.'.join(map(str, p['loc']))}: {p['msg']}, found {str(p['input'])[:60]}" if p["loc"] else p["msg"] for p in problems[:5]]
+    return "; ".join(said) + (f" and {len(problems) - 5} more" if len(problems) > 5 else "")
 
 
 def read_regular_file(path: Path, limit: int) -> bytes:

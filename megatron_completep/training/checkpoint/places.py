@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections import defaultdict
 from collections.abc import Callable
@@ -16,11 +15,10 @@ import xxhash
 from megatron_completep.errors import CheckpointError
 from megatron_completep.training.checkpoint.exchange import Exchange
 from megatron_completep.training.checkpoint.joint import Source
-from megatron_completep.training.checkpoint.manifest import Manifest, committed_steps, read_manifest, read_regular_file, seal
-from megatron_completep.training.checkpoint.retention import prune
+from megatron_completep.training.checkpoint.manifest import Manifest, committed_steps, not_counted, read_manifest, seal
+from megatron_completep.training.checkpoint.retention import Removal, prune
+from megatron_completep.training.checkpoint.run_number import Run
 from megatron_completep.training.checkpoint.save import check_space, clean_up
-
-RUN_ID = ".run_id"
 
 
 @dataclass(frozen=True)
@@ -37,12 +35,16 @@ class Place:
     keep: int
     keep_every: int | None = None
 
-    def check_space(self) -> None:
-        """CheckpointError when a checkpoint does not fit."""
+    def make_room(self) -> str | None:
+        """Make the folder again where it was removed under the run, which is returned in words. CheckpointError: no space."""
+        missing = not self.folder.is_dir()
+        if missing:
+            self.folder.mkdir(parents=True, exist_ok=True)
         check_space(self.folder, self.bytes)
+        return f"warning: {self.folder} was removed under the run; it is made again" if missing else None
 
-    def retire(self) -> list[Path]:
-        return prune(self.folder, self.keep, self.keep_every)
+    def retire(self, progress: Callable[[], None]) -> Removal:
+        return prune(self.folder, self.keep, self.keep_every, progress)
 
 
 def shared_place(folder: Path, exchange: Exchange, own_bytes: int, keep: int, keep_every: int | None) -> Place:
@@ -65,12 +67,13 @@ def shared_place(folder: Path, exchange: Exchange, own_bytes: int, keep: int, ke
     return Place(folder, 0, sum(exchange.all_gather(own_bytes)), keep, keep_every)
 
 
-def local_place(local_dir: Path, run: Place, exchange: Exchange, own_bytes: int, keep: int) -> Place:
+def local_place(local_dir: Path, run: Run, exchange: Exchange, own_bytes: int, keep: int) -> Place:
     """The folder of this run's snapshots on this node. Which ranks share it is found out by trying, not from what a launcher says.
 
-    It is named after the run and a number kept in the run's folder: what another run left there is never taken for this one's.
+    It is named after the run and its number, and found by the number, as the run may have been renamed since: what another run left
+    there is never taken for this one's.
     """
-    folder = local_dir / f"{run.folder.parent.name}.{exchange.on_first(lambda: _run_id(run.folder.parent))}"
+    folder = min(local_dir.glob(f"*.{run.number}"), default=local_dir / f"{Path(run.folder).name}.{run.number}")
     nonce = exchange.broadcast(secrets.token_hex(4))
     own = folder / f".probe.{nonce}.{exchange.rank}"
     try:
@@ -91,15 +94,19 @@ def _make(folder: Path, probe: Path, remedy: str) -> None:
         raise CheckpointError(f"{folder} cannot be written: {error.strerror}. {remedy}") from None
 
 
-def _run_id(folder: Path) -> str:
-    path = folder / RUN_ID
-    if not os.path.lexists(path):
-        with open(path, "x") as file:
-            file.write(secrets.token_hex(8))
-    text = read_regular_file(path, 64).decode("ascii", "replace")
-    if len(text) != 16 or not set(text) <= set("0123456789abcdef"):
-        raise CheckpointError(f"{path}: not a run's number. Remove it; snapshots on local disks are then not found again.")
-    return text
+def snapshots_of_others(place: Place, run: Run, exchange: Exchange) -> list[str]:
+    """What lies in this run's folder of snapshots and another run wrote, in words, the same on every rank."""
+
+    def own() -> list[str]:
+        found = []
+        for folder in committed_steps(place.folder).values() if exchange.rank == place.leader else ():
+            with suppress(CheckpointError):  # a damaged one is said when snapshots are looked for
+                writer = read_manifest(folder).run
+                if writer is not None and not run.wrote(writer):
+                    found.append(f"{folder} is a snapshot of the run in {writer.folder}")
+        return found
+
+    return [line for lines in exchange.all_gather(exchange.together(own)) for line in lines]
 
 
 def prepare(place: Place, exchange: Exchange, report: Callable[[str], None]) -> None:
@@ -108,9 +115,9 @@ def prepare(place: Place, exchange: Exchange, report: Callable[[str], None]) -> 
     def own() -> list[str]:
         if exchange.rank != place.leader:
             return []
-        said = [f"removed {name}, left by an interrupted save" for name in clean_up(place.folder)]
+        said = clean_up(place.folder) + [f"warning: {text}" for text in not_counted(place.folder).values()]
         try:
-            place.check_space()
+            place.make_room()
         except CheckpointError as error:
             said.append(f"warning: {error}")
         return said
@@ -130,23 +137,30 @@ class Snapshot:
     known_by: list[int]
 
 
-def find_snapshots(place: Place, exchange: Exchange) -> list[Snapshot]:
-    """What all nodes hold together, newest first; one whose every file some rank can read is as good as a checkpoint."""
+def find_snapshots(place: Place, exchange: Exchange, report: Callable[[str], None]) -> list[Snapshot]:
+    """What all nodes hold together, newest first; one whose every file some rank can read is as good as a checkpoint.
 
-    def own() -> list[list[Any]]:
-        found = []
+    report: told of those that cannot be read.
+    """
+
+    def own() -> tuple[list[list[Any]], list[str]]:
+        found, said = [], []
         for step, folder in committed_steps(place.folder).items():
             try:
                 manifest = read_manifest(folder)
-            except CheckpointError:
-                continue  # as if it were not there
+            except CheckpointError as error:  # as if it were not there
+                if exchange.rank == place.leader:
+                    said.append(f"a snapshot is not used: {error}")
+                continue
             files = [stored.name for stored in manifest.files if _size(folder / stored.name) == stored.size]
             names = [stored.name for stored in manifest.files]
             found.append([step, xxhash.xxh3_128_hexdigest(seal(manifest)), names, files])
-        return found
+        return found, said
 
     by_identity: dict[tuple[int, str], dict[int, tuple[list[str], list[str]]]] = defaultdict(dict)
-    for rank, found in enumerate(exchange.all_gather(exchange.together(own))):
+    for rank, (found, said) in enumerate(exchange.all_gather(exchange.together(own))):
+        for line in said:
+            report(line)
         for step, identity, names, files in found:
             by_identity[step, identity][rank] = names, files
     snapshots = []

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_completep.errors import CheckpointError
-from megatron_completep.training.checkpoint.exchange import Exchange, describe, join_problems
+from megatron_completep.errors import CheckpointError, size_text
+from megatron_completep.files import is_being_filled, sync_folder
+from megatron_completep.training.checkpoint.exchange import Exchange, LongWork, describe, join_problems
 from megatron_completep.training.checkpoint.files import BLOCK_SIZE, key_of, write_tensor_file
 from megatron_completep.training.checkpoint.manifest import MANIFEST, Manifest, StoredFile, folder_name, read_manifest, seal
 from megatron_completep.training.checkpoint.shard import STATES, Shard, view_of
@@ -51,7 +52,7 @@ def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed + MARGIN_BYTES > free:
         raise CheckpointError(
-            f"{folder}: a checkpoint needs {needed} bytes, {free} are free. "
+            f"{folder}: a checkpoint needs {size_text(needed)}, {size_text(free)} are free. "
             "Free some, lower checkpoint.keep, or use another training.output_dir."
         )
 
@@ -64,20 +65,20 @@ def write_checkpoint(
     flats: Mapping[str, Tensor],
     content: dict[str, Any],
     fail_point: FailPoint,
+    work: LongWork,
 ) -> Path:
     """Write and commit a checkpoint together with all ranks; `content` are the manifest's fields that are known beforehand.
 
     leads: this rank creates and commits the folder; of the ranks that see the same `checkpoints`, one does. All manifests are
     alike, whatever the number of places. Runs in the training thread or in one of its own. Raises CheckpointError, the same on
-    every rank; then nothing is left behind.
+    every rank; then nothing is left behind. work: hears of every piece that is written.
     """
     content = exchange.broadcast({**content, "attempt": secrets.token_hex(4)})
     folder = checkpoints / f".{folder_name(content['step'])}.{content['attempt']}"
     try:
         exchange.together(lambda: folder.mkdir(parents=True) if leads else None)
         fail_point("save.folder_created")
-        record = _write_part(folder, exchange, shard, flats, content, fail_point)
-        records = exchange.all_gather(record)
+        records = work.done(_write_part(folder, exchange, shard, flats, content, fail_point, work.goes_on))
         fail_point("save.hashes_exchanged")
         problems = {rank: r["problem"] for rank, r in enumerate(records) if "problem" in r}
         if problems:
@@ -91,7 +92,9 @@ def write_checkpoint(
         raise
 
 
-def _write_part(folder: Path, exchange: Exchange, shard: Shard, flats, content: dict, fail_point: FailPoint) -> dict:
+def _write_part(
+    folder: Path, exchange: Exchange, shard: Shard, flats: Mapping[str, Tensor], content: dict, fail_point: FailPoint, progress: Callable
+) -> dict:
     """This rank's file. Returns its record, or what went wrong: the others must hear of it either way."""
     if not shard.written:
         return {}
@@ -99,11 +102,11 @@ def _write_part(folder: Path, exchange: Exchange, shard: Shard, flats, content: 
     try:
         tensors = [(key_of(s, o.name, o.box), o.box.sizes, _values(view_of(flats[s], o))) for s in STATES for o in shard.written]
         metadata = {"format": "pt", "step": str(content["step"]), "attempt": content["attempt"]}
-        stored = write_tensor_file(path, tensors, shard.dtype, metadata, fail_point)
+        stored = write_tensor_file(path, tensors, shard.dtype, metadata, fail_point, progress)
         return {"file": stored.model_dump(), "elements": sum(o.box.numel for o in shard.written)}
     except (OSError, CheckpointError) as error:
         free = shutil.disk_usage(folder).free if folder.exists() else 0
-        return {"problem": f"{path}: {describe(error)} ({shard.written_bytes} bytes to write, {free} free)"}
+        return {"problem": f"{path}: {describe(error)} ({size_text(shard.written_bytes)} to write, {size_text(free)} free)"}
 
 
 def _values(tensor: Tensor) -> np.ndarray:
@@ -146,18 +149,23 @@ def _make_way(target: Path) -> Path | None:
 
 
 def clean_up(checkpoints: Path) -> list[str]:
-    """Remove what interrupted saves left, and put back a checkpoint that had just been moved away. Only under the run's lock."""
-    removed = []
+    """Remove what interrupted saves left, and put back a checkpoint that had just been moved away. Only under the run's lock.
+
+    What a tool is writing there at the moment stays. Returns what is to be said about it.
+    """
+    said = []
     for entry in sorted(checkpoints.iterdir()) if checkpoints.is_dir() else ():
         if entry.name.startswith(".replaced.step_"):
             target = checkpoints / entry.name.split(".")[2]
             if not target.exists() and _is_whole(entry):
                 os.rename(entry, target)
                 continue
-        if entry.name.startswith((".step_", ".replaced.step_", ".removing.step_")) and entry.is_dir() and not entry.is_symlink():
+        remainder = entry.name.startswith((".step_", ".replaced.step_", ".removing.step_"))
+        if remainder and entry.is_dir() and not entry.is_symlink() and not is_being_filled(entry):
             shutil.rmtree(entry, ignore_errors=True)
-            removed.append(entry.name)
-    return removed
+            gone = not entry.exists()
+            said.append(f"removed {entry.name}, left by an interrupted save" if gone else f"{entry} cannot be removed. Remove it by hand.")
+    return said
 
 
 def _is_whole(folder: Path) -> bool:
@@ -166,15 +174,6 @@ def _is_whole(folder: Path) -> bool:
     except CheckpointError:
         return False
     return True
-
-
-def sync_folder(folder: Path) -> None:
-    """fsync a folder, so that a rename or a new file in it survives a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def jsonable(value: Any) -> Any:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from megatron_completep.config.schema import Config
-from megatron_completep.parallel.context import Launch, ParallelContext
+from megatron_completep.launch import Launch
+from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.training.checkpoint.exchange import Exchange
 from megatron_completep.training.guards.hooks import guard_hooks
 from megatron_completep.training.guards.lock import OutputLock
-from megatron_completep.training.guards.parent import leave_with_parent
 from megatron_completep.training.guards.restarts import note_start
 from megatron_completep.training.guards.rollback import Rollbacks
 from megatron_completep.training.guards.watchdog import Watchdog
@@ -23,13 +22,10 @@ from megatron_completep.training.step import TrainingStep
 class Guard:
     """Takes the output folder's lock at once, before anything is written there. Raises ConfigError when another run has it."""
 
-    def __init__(self, config: Config, context: ParallelContext, launch: Launch, say: Callable[[str], None]):
-        self.config, self.context, self.launch, self._say = config, context, launch, say
+    def __init__(self, config: Config, context: ParallelContext, launch: Launch, watchdog: Watchdog, say: Callable[[str], None]):
+        self.config, self.context, self.launch, self._watchdog, self._say = config, context, launch, watchdog, say
         self.folder = Path(config.training.output_dir)
-        if context.launched:
-            leave_with_parent()
         self._lock = OutputLock(self.folder, config.guards.lock_wait_seconds) if context.is_first else None
-        self._watchdog: Watchdog | None = None
         self.exchange = Exchange(context, config.parallel.timeout_minutes)
 
     def note_start(self, step: int) -> None:
@@ -44,17 +40,13 @@ class Guard:
 
     def hooks(self, step: TrainingStep, state: RunState, rollbacks: Rollbacks) -> list[Hook]:
         """The guards that watch every step after `state`."""
-        guards = self.config.guards
-        if guards.hang_timeout_minutes is not None:
-            self._watchdog = Watchdog(self.context, self.folder, 60 * guards.hang_timeout_minutes, say_on_stderr)
         return guard_hooks(self.config, self.context, step.optimizer, state, self._watchdog, rollbacks, self.exchange, self._say)
+
+    def still_here(self) -> None:
+        """What training waits for gets on: no hang, although no step comes."""
+        self._watchdog.stay()
 
     def close(self) -> None:
         """The run is over: another may have the folder."""
         if self._lock is not None:
             self._lock.release()
-
-
-def say_on_stderr(text: str) -> None:
-    """From any rank, at any time: what a guard has to say last."""
-    print(text, file=sys.stderr, flush=True)

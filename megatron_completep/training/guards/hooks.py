@@ -177,14 +177,14 @@ def guard_hooks(
     context: ParallelContext,
     optimizer: DistributedAdamW,
     state: RunState,
-    watchdog: Watchdog | None,
+    watchdog: Watchdog,
     rollbacks: Rollbacks,
     exchange: Exchange,
     say: Say,
 ) -> list[Hook]:
     """The guards that the configuration asks for. They go before all other hooks: what follows a bad step must not happen."""
     guards = config.guards
-    hooks: list[Hook] = [Heartbeat(watchdog)] if watchdog is not None else []
+    hooks: list[Hook] = [Heartbeat(watchdog)]
     hooks.append(SkippedSteps(optimizer, context, config.training, exchange, guards.max_skipped_steps, say))
     if guards.gc_interval is not None:
         hooks.append(GarbageCollection(guards.gc_interval))

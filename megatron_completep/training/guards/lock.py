@@ -7,10 +7,12 @@ import json
 import os
 import platform
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from megatron_completep.errors import ConfigError
+from megatron_completep.config.json_text import parse_json
+from megatron_completep.errors import ConfigError, DataError
 
 LOCK = ".lock"
 
@@ -39,8 +41,9 @@ class OutputLock:
                 )
             time.sleep(0.2)
         holder = {"pid": os.getpid(), "host": platform.node(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, json.dumps(holder).encode(), 0)
+        with suppress(OSError):  # the lock holds without a name in the file, which a full disk does not take
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, json.dumps(holder).encode(), 0)
 
     def release(self) -> None:
         if self._descriptor >= 0:
@@ -56,7 +59,7 @@ class OutputLock:
 
     def _holder(self) -> dict[str, Any]:
         try:
-            value = json.loads(os.pread(self._descriptor, 4096, 0))
-        except ValueError:
+            value = parse_json(os.pread(self._descriptor, 4096, 0), "the lock")
+        except DataError:
             return {}
         return value if isinstance(value, dict) else {}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
+from megatron_completep.config.json_text import read_json
+from megatron_completep.errors import ConfigError, DataError
+from megatron_completep.files import write_whole
 from megatron_completep.training.state import ExitCode, RunStopped
 
 STARTS = ".starts.json"
@@ -19,9 +21,10 @@ def note_start(folder: Path, restart_count: int, step: int, limit: int) -> None:
     path = folder / STARTS
     steps = _read(path) if restart_count > 0 else []
     steps = [*steps, step][-(limit + 1) :]
-    temporary = path.with_name(f"{STARTS}.tmp")
-    temporary.write_text(json.dumps(steps))
-    os.replace(temporary, path)
+    try:
+        write_whole(path, json.dumps(steps).encode())
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}. Free some space, or choose another training.output_dir.") from None
     if len(steps) == limit + 1 and len(set(steps)) == 1:
         raise RunStopped(
             f"{limit} restarts in a row got no further than step {step}. Look at the first error above, "
@@ -32,7 +35,7 @@ def note_start(folder: Path, restart_count: int, step: int, limit: int) -> None:
 
 def _read(path: Path) -> list[int]:
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
+        value = read_json(path)
+    except DataError:
         return []
     return [step for step in value if isinstance(step, int)] if isinstance(value, list) else []

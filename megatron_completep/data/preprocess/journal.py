@@ -1,0 +1,30 @@
+"""Lines of JSON that end with their own hash: what a preprocessing run knows of its finished work."""
+
+from pathlib import Path
+from typing import Any
+
+import orjson
+import xxhash
+
+Record = dict[str, Any]  # what one line says
+
+
+def journal_line(record: Record) -> bytes:
+    """JSON, a space, 16 hexadecimal digits of xxh3, and a newline."""
+    body = orjson.dumps(record)
+    return body + f" {xxhash.xxh3_64_hexdigest(body)}\n".encode()
+
+
+def read_journal(path: Path) -> tuple[list[Record], list[str]]:
+    """The records of the lines that are what was written, and where others are; a last line that was torn off counts as neither."""
+    records, damaged = [], []
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                continue
+            body, _, digest = line[:-1].rpartition(b" ")
+            if xxhash.xxh3_64_hexdigest(body).encode() == digest:
+                records.append(orjson.loads(body))
+            else:
+                damaged.append(f"{path}, line {number}")
+    return records, damaged

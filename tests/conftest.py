@@ -10,6 +10,7 @@ if not os.path.exists("/dev/nvidiactl") and not os.path.exists("/dev/kfd"):
     os.environ["TRITON_INTERPRET"] = "1"
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -46,9 +47,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Before workers are started, which are handed the options: all of them collect the same rows."""
-    if config.option.pairs_seed is None:
+    """Processes of one run that collect tests must collect the same rows: they are handed the seed of the first."""
+    if hasattr(config, "workerinput"):
+        config.option.pairs_seed = config.workerinput["pairs_seed"]
+    elif config.option.pairs_seed is None:
         config.option.pairs_seed = random.randrange(10**6)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """xdist is about to start a process."""
+    node.workerinput["pairs_seed"] = node.config.option.pairs_seed
 
 
 def pytest_report_header(config: pytest.Config) -> str:

@@ -23,20 +23,19 @@ from megatron_completep.completep import Table, table_of
 from megatron_completep.config import Config, check_world, load_config
 from megatron_completep.errors import exit_on_user_error
 from megatron_completep.optim.check import check_parameters
-from megatron_completep.optim.distributed_adamw import DistributedAdamW
 from megatron_completep.parallel.context import ParallelContext, choose_device
 from megatron_completep.parallel.rendezvous import meet, nobody_hears
 from megatron_completep.training import build
+from megatron_completep.training.assemble import assemble
 from megatron_completep.training.checkpoint import Checkpointer, FailPoint, no_fail_point
 from megatron_completep.training.console import say_on_stderr, say_on_stdout
 from megatron_completep.training.guards import Guard, Watchdog
 from megatron_completep.training.loop import train
 from megatron_completep.training.node import node_lines
-from megatron_completep.training.precision import choose_precision, use_threads
+from megatron_completep.training.precision import use_threads
 from megatron_completep.training.signals import StopSignals
 from megatron_completep.training.startup import StartupClock, StartupReport
 from megatron_completep.training.state import ExitCode, RunState
-from megatron_completep.training.step import TrainingStep
 
 
 def pretrain(config: Config, fail_point: FailPoint = no_fail_point, clock: StartupClock | None = None) -> ExitCode:
@@ -82,13 +81,11 @@ def train_one_model(
     for line in node_lines(guard.exchange, launch, context.device):
         say(line)
     threads = use_threads(config.training.cpu_threads, launch.local_world_size)
-    precision = choose_precision(config.training.precision, context.device)
     clock.done("process_groups")
 
     watchdog.enter("building the model")
-    model = build.build_model(config, table, context, precision)
-    optimizer = DistributedAdamW(model, table, config.optimizer, context, config.parallel, precision)
-    step = TrainingStep(config, context, model, optimizer)
+    assembly = assemble(config, context, table)
+    step, optimizer, precision = assembly.step, assembly.optimizer, assembly.precision
     clock.done("model")
     watchdog.enter("opening the data")
     loader = build.build_training_loader(config, context)
@@ -114,7 +111,7 @@ def train_one_model(
     watchdog.enter("preparing the first step")
     rollbacks = guard.rollbacks(checkpointer)
 
-    say(build.describe_run(config, context, precision, threads, model))
+    say(build.describe_run(config, context, precision, threads, assembly.chunks))
     if state.step:
         say(f"resumed after step {state.step}")
     if (done := build.nothing_left(config, state)) is not None:

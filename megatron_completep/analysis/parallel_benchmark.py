@@ -27,11 +27,8 @@ from megatron_completep.analysis.plain_model import PlainGPT
 from megatron_completep.analysis.training_benchmark import BenchmarkSettings, bootstrap_ratio, random_batch, run_config
 from megatron_completep.completep import table_of
 from megatron_completep.data.loader import Batch
-from megatron_completep.optim.distributed_adamw import DistributedAdamW
 from megatron_completep.parallel.context import ParallelContext
-from megatron_completep.training import build
-from megatron_completep.training.precision import DTYPES
-from megatron_completep.training.step import TrainingStep
+from megatron_completep.training.assemble import assemble
 
 Step = Callable[[], None]
 ADAMW: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-12, "weight_decay": 0.1}
@@ -136,10 +133,8 @@ def our_program(settings: BenchmarkSettings, precision: str) -> Step:
     )
     world_size = dist.get_world_size()
     context = ParallelContext.over_world(config.parallel, torch.device("cpu"), dist.get_rank(), world_size, world_size)
-    table = table_of(config)
-    chunks = build.build_model(config, table, context, DTYPES[precision])
-    optimizer = DistributedAdamW(chunks, table, config.optimizer, context, config.parallel, DTYPES[precision])
-    step, batch = TrainingStep(config, context, chunks, optimizer), random_batch(settings)
+    assembly, batch = assemble(config, context), random_batch(settings)
+    step, optimizer = assembly.step, assembly.optimizer
 
     def run() -> None:
         step.run([batch], 1).read()

@@ -24,11 +24,11 @@ from megatron_completep.errors import DataError
 from megatron_completep.interop.reference_names import reference_name
 from megatron_completep.model.gpt import GPT
 from megatron_completep.model.stages import build_chunks
-from megatron_completep.optim.distributed_adamw import DistributedAdamW
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.parameter import Spec, spec_of, specs_of
 from megatron_completep.roles import Role
-from megatron_completep.training.forward_backward import ForwardBackward, MicroBatch
+from megatron_completep.training.assemble import assemble
+from megatron_completep.training.forward_backward import MicroBatch
 
 SETTINGS = (
     *("num_layers", "hidden_size", "num_heads", "vocab_size", "seq_length", "base_hidden_size", "base_num_layers", "alpha"),
@@ -77,14 +77,30 @@ class Trace:
                 problems.append(f"{key} = {found}: the replay knows {known} only")
         return problems
 
-    def config(self, parallel: ParallelConfig) -> Config:
-        """The reference's settings as ours: layernorm, gelu, learned positions, attention scale 1/head_dim. Raises DataError."""
+    def config(
+        self,
+        precision: str = "float64",
+        parallel: ParallelConfig | None = None,
+        micro_batch_size: int | None = None,
+    ) -> Config:
+        """The reference's settings as ours: layernorm, gelu, learned positions, attention scale 1/head_dim.
+
+        micro_batch_size: sequences that a rank computes at once; None: the whole batch. Raises DataError.
+        """
+        steps, batch_size = self.arrays["inputs"].shape[:2]
+        training = {
+            "micro_batch_size": micro_batch_size or batch_size,
+            "global_batch_size": batch_size,
+            "train_steps": steps,
+            "precision": precision,
+        }
         try:
             return bare_config(
                 self._model(),
                 completep=self._completep(),
                 optimizer=self._optimizer(),
-                parallel=parallel,
+                parallel=parallel or ParallelConfig(),
+                training=training,
             )
         except ValueError as error:
             raise DataError(f"the trace's settings cannot be used: {error}") from error
@@ -180,26 +196,27 @@ def replay(
     """Train as the trace did, from its initial weights on its batches, with its single eps for every tensor."""
     context, parallel = context or ParallelContext.single(), parallel or ParallelConfig()
     dtype = torch.float64 if precision == "float64" else torch.float32
-    config = trace.config(parallel)
-    model, settings, table = config.model, config.optimizer, table_of(config)
+    pieces = context.pipeline.size  # micro-batches: as many as a schedule needs at least
+    batch_size = trace.arrays["inputs"].shape[1]
+    config = trace.config(precision, parallel, batch_size // context.data.size // pieces)
     check_weights(trace, config)
-    chunks = build_chunks(model, table, parallel, context)
+    table = table_of(config)
+    chunks = build_chunks(config.model, table, parallel, context)
     for chunk in chunks:
         chunk.to(dtype)
         for name, parameter in chunk.named_parameters():
             spec = spec_of(parameter, name)
             parameter.data.copy_(spec.cut(trace.initial(spec.stored_name(name), dtype)))
-    optimizer = DistributedAdamW(chunks, table, settings, context, parallel, dtype)
+    assembly = assemble(config, context, table, chunks)
+    optimizer, run = assembly.optimizer, assembly.step.passes
     optimizer.group_table[:, 2] = trace.single_eps
-    pieces = context.pipeline.size  # micro-batches: as many as a schedule needs at least
-    run = ForwardBackward(chunks, model, parallel, context, trace.arrays["inputs"].shape[1] // context.data.size // pieces)
     losses, norms = [], []
     for inputs, targets in zip(trace.arrays["inputs"], trace.arrays["targets"], strict=True):
         tokens, labels = (torch.from_numpy(x).chunk(context.data.size)[context.data.rank] for x in (inputs, targets))
         optimizer.begin_step(pieces)
         total = run([MicroBatch(t, y) for t, y in zip(tokens.chunk(pieces), labels.chunk(pieces), strict=True)])
         counted = torch.tensor(labels.numel() if context.pipeline.rank == 0 else 0)
-        result = optimizer.step(settings.base_lr, total, counted)
+        result = optimizer.step(config.optimizer.base_lr, total, counted)
         losses.append(result.loss.item())
         norms.append(result.grad_norm.item())
     optimizer.wait_for_parameters()

@@ -10,14 +10,10 @@ from typing import Any
 import torch
 
 from megatron_completep.analysis.training_benchmark import BenchmarkSettings, bootstrap_ratio, random_batch, time_once
-from megatron_completep.completep import table_of
 from megatron_completep.config.schema import Config
 from megatron_completep.errors import ConfigError
-from megatron_completep.optim.distributed_adamw import DistributedAdamW
 from megatron_completep.parallel.context import ParallelContext
-from megatron_completep.training.build import build_model
-from megatron_completep.training.precision import choose_precision
-from megatron_completep.training.step import TrainingStep
+from megatron_completep.training.assemble import assemble
 from megatron_completep.training.telemetry import Telemetry
 
 
@@ -49,10 +45,7 @@ def measure(config: Config, device: torch.device, rounds: int = 20, warmup: int 
     if interval is None:
         raise ConfigError("logging.parameterization_interval is null: there is no telemetry to measure. Give the interval in steps.")
     context = ParallelContext.single(device)
-    table, precision = table_of(config), choose_precision(config.training.precision, device)
-    chunks = build_model(config, table, context, precision)
-    optimizer = DistributedAdamW(chunks, table, config.optimizer, context, config.parallel, precision)
-    step = TrainingStep(config, context, chunks, optimizer)
+    step = assemble(config, context).step
     batch = random_batch(BenchmarkSettings(config.model, config.training.micro_batch_size))
     batches = [batch] * (config.training.global_batch_size // config.training.micro_batch_size)
     telemetry = Telemetry(step, batches[:1], interval, config.training.train_steps, None, lambda text: None)

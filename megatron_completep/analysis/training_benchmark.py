@@ -17,11 +17,9 @@ from megatron_completep.config import Config, config_from_mapping
 from megatron_completep.config.schema import ModelConfig
 from megatron_completep.data.loader import Batch
 from megatron_completep.model.flops import peak_flops, training_flops_per_token
-from megatron_completep.optim.distributed_adamw import DistributedAdamW
 from megatron_completep.parallel.context import ParallelContext
-from megatron_completep.training import build
+from megatron_completep.training.assemble import assemble
 from megatron_completep.training.precision import DTYPES
-from megatron_completep.training.step import TrainingStep
 
 
 @dataclass(frozen=True)
@@ -106,9 +104,7 @@ def synchronize(device: torch.device) -> None:
 def our_step(settings: BenchmarkSettings, precision: str, device: torch.device, table: Table, batch: Batch) -> Callable[[], None]:
     """The step of `pretrain`: inputs to the device, forward, backward, clipping, update."""
     config, context = run_config(settings, precision), ParallelContext.single(device)
-    chunks = build.build_model(config, table, context, DTYPES[precision])
-    optimizer = DistributedAdamW(chunks, table, config.optimizer, context, config.parallel, DTYPES[precision])
-    step = TrainingStep(config, context, chunks, optimizer)
+    step = assemble(config, context, table).step
     return lambda: (step.run([batch], 1), None)[1]
 
 

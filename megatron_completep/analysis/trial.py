@@ -18,9 +18,9 @@ from megatron_completep.errors import ConfigError
 from megatron_completep.optim.check import check_parameters
 from megatron_completep.optim.distributed_adamw import DistributedAdamW
 from megatron_completep.parallel.context import ParallelContext
-from megatron_completep.training.build import build_model, build_training_loader
+from megatron_completep.training.assemble import assemble
+from megatron_completep.training.build import build_training_loader
 from megatron_completep.training.measure import StreamTaps
-from megatron_completep.training.precision import choose_precision
 from megatron_completep.training.step import TrainingStep
 
 TableMaker = Callable[[Config], Table]
@@ -143,17 +143,16 @@ class Trial:
     def build(cls, config: Config, context: ParallelContext, design: Design | None = None) -> Trial:
         """Raises ConfigError for a model with a parameter that declares no role."""
         design = design or Design()
-        precision = choose_precision(config.training.precision, context.device)
         table = design.make_table(config)
+        chunks: Sequence[Any] | None = None
         if design.make_model is None:
             check_parameters(config, table)
-            chunks: Sequence[Any] = build_model(config, table, context, precision)
         else:
             chunks = [design.make_model(config, table, context)]
             check_parameters(config, table, chunks[0].named_parameters())
-        optimizer = DistributedAdamW(chunks, table, config.optimizer, context, config.parallel, precision)
-        step = TrainingStep(config, context, list(chunks), optimizer)
-        return cls(config, context, table, chunks, optimizer, step, StreamTaps(chunks))
+        parts = assemble(config, context, table, chunks)
+        taps = StreamTaps(parts.chunks)
+        return cls(config, context, table, parts.chunks, parts.optimizer, parts.step, taps)
 
 
 def read_batches(config: Config, context: ParallelContext, steps: int) -> list[list[Batch]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -138,7 +138,7 @@ def default_hooks(
     precision: torch.dtype,
     say: Say,
 ) -> list[Hook]:
-    """Profiler, validation, telemetry, metrics, checkpoints, which come last: the metrics of a step hold its validation."""
+    """Profiler, validation, telemetry, metrics and checkpoints, as far as the configuration asks for them."""
     training = config.training
     hooks: list[Hook] = []
     if config.profiling.first_step is not None and context.rank in config.profiling.ranks:
@@ -170,7 +170,7 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
 
 
-def describe_run(config: Config, context: ParallelContext, precision: torch.dtype, threads: int, chunks: list[GPT]) -> str:
+def describe_run(config: Config, context: ParallelContext, precision: torch.dtype, threads: int, chunks: Sequence[GPT]) -> str:
     """Where and on what the run trains, in a few lines."""
     model, training, parallel = config.model, config.training, config.parallel
     parameters = sum(p.numel() for chunk in chunks for p in chunk.parameters())

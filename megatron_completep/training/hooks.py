@@ -1,10 +1,11 @@
-"""What happens around the steps of a run. A hook hears of every step, in the order of the list; the loop knows none by name."""
+"""What happens around the steps of a run. A hook hears of every step, in the order of the stages; the loop knows none by name."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Any
 
 from megatron_completep.config.schema import Config
@@ -17,20 +18,52 @@ from megatron_completep.training.state import Checkpointer, RunState
 from megatron_completep.training.step import StepFigures, TrainingStep
 
 
+class Stage(IntEnum):
+    """When a hook hears of a step. Within a stage the order is that of the list."""
+
+    GUARD = 0  # may end the run, or take it back: what follows a bad step must not happen
+    MEASURE = 1  # adds figures to the record
+    REPORT = 2  # tells the record to people
+    SAVE = 3  # keeps the state, once its figures are told
+
+
 @dataclass
 class StepRecord:
-    """One finished step. Hooks may add figures; those further down the list see them."""
+    """One finished step, and what hooks found out about it."""
 
     state: RunState  # after the step
     figures: StepFigures
     samples: int  # sequences of the step
     seconds: float  # since the step before finished; without what hooks did in between
     data_wait_seconds: float
-    added: dict[str, Any] = field(default_factory=dict)
+    loss_spike: float | None = None  # nats above the median of the last losses
+    slowest_rank: int | None = None
+    slowest_rank_ratio: float | None = None  # its own time over the median rank's
+    startup_seconds: Mapping[str, float] = field(default_factory=dict)  # by phase, with the first step
+    validation_loss: float | None = None
+    parameterization: Mapping[str, float] = field(default_factory=dict)  # sizes of activations and updates
+    checkpoint: Mapping[str, float] = field(default_factory=dict)  # what saving cost since the last step
+
+    def found(self) -> Row:
+        """What hooks found out, under the names of the metrics; nothing where they found nothing."""
+        single = {
+            "loss_spike": self.loss_spike,
+            "slowest_rank": self.slowest_rank,
+            "slowest_rank_ratio": self.slowest_rank_ratio,
+        }
+        row: dict[str, Any] = {name: value for name, value in single.items() if value is not None}
+        row |= {f"startup_{phase}_seconds": value for phase, value in self.startup_seconds.items()}
+        if self.startup_seconds:
+            row["startup_seconds"] = sum(self.startup_seconds.values())
+        if self.validation_loss is not None:
+            row["validation_loss"] = self.validation_loss
+        return {**row, **self.parameterization, **self.checkpoint}
 
 
 class Hook:
-    """Does nothing; subclasses say what they do."""
+    """Does nothing; subclasses say what they do, and when."""
+
+    stage = Stage.MEASURE
 
     def due(self, step: int) -> bool:
         """Whether this hook must see the step before the next one starts (the loop then waits for the device)."""
@@ -65,13 +98,15 @@ class Validation(Hook):
         if not self.due(record.state.step):
             return
         started = time.perf_counter()
-        loss = record.added["validation_loss"] = self._step.evaluate(self._batches)
+        loss = record.validation_loss = self._step.evaluate(self._batches)
         seconds = time.perf_counter() - started
         self._say(f"validation at step {record.state.step}: loss {loss:.4f} over {self._batches.num_samples} sequences ({seconds:.1f} s)")
 
 
 class Metrics(Hook):
     """Turns records into rows and hands them to the sinks (on the rank that speaks; the others have none)."""
+
+    stage = Stage.REPORT
 
     def __init__(
         self, config: Config, context: ParallelContext, device_name: str, dtype: Any, open_at: Callable[[int], Sequence[Sink]], step: int
@@ -95,7 +130,7 @@ class Metrics(Hook):
             "step": state.step,
             "loss": figures.loss,
             **figures.terms,
-            **record.added,
+            **record.found(),
             **({"passed_over": True} if figures.passed_over else {}),
             "lr": learning_rate(state.step, self._config.optimizer, self._config.training.train_steps),
             "grad_norm": figures.grad_norm,
@@ -120,20 +155,22 @@ class Metrics(Hook):
 
 class CheckpointFigures(Hook):
     """Adds what saving cost since the last step: `checkpoint_blocked_seconds` in the record of the step after a save, and
-    `checkpoint_seconds` in that of the step during which it was on disk. Stands before the metrics."""
+    `checkpoint_seconds` in that of the step during which it was on disk."""
 
     def __init__(self, checkpointer: Checkpointer):
         self._checkpointer = checkpointer
 
     def after_step(self, record: StepRecord) -> None:
-        record.added |= self._checkpointer.take_figures()
+        record.checkpoint = self._checkpointer.take_figures()
 
 
 class Checkpoints(Hook):
     """Saves every `interval` steps and when the run ends, and snapshots on the nodes' own disks every `local_interval` between.
 
-    Stands last, so that a checkpoint's metrics are written before it. saved_step: the newest that the shared disk has.
+    saved_step: the newest that the shared disk has.
     """
+
+    stage = Stage.SAVE
 
     def __init__(self, checkpointer: Checkpointer, interval: int | None, saved_step: int, local_interval: int | None = None):
         self._checkpointer, self._interval, self._local_interval = checkpointer, interval, local_interval

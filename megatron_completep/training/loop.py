@@ -77,6 +77,7 @@ def train(
     last = min(config.training.train_steps, config.training.stop_at_step or config.training.train_steps)
     readback = Readback(depth=1 if context.device.type == "cuda" else 0)
     stop = False
+    hooks = sorted(hooks, key=lambda hook: hook.stage)
     try:
         signals.begin()
         while state.step < last and not stop:

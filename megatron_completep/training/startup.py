@@ -48,7 +48,7 @@ def seconds_since_process_start(stat: Path = Path("/proc/self/stat")) -> float:
 
 
 class StartupReport(Hook):
-    """With the first step: one line, and `startup_PHASE_seconds` in its record. Stands before the metrics."""
+    """With the first step: one line, and the seconds of each phase in its record."""
 
     def __init__(self, clock: StartupClock, say: Callable[[str], None]):
         self._clock: StartupClock | None = clock
@@ -59,7 +59,6 @@ class StartupReport(Hook):
             return
         self._clock.done("first_step")
         seconds, self._clock = self._clock.seconds, None
-        record.added |= {f"startup_{phase}_seconds": value for phase, value in seconds.items()}
-        record.added["startup_seconds"] = sum(seconds.values())
+        record.startup_seconds = seconds
         phases = ", ".join(f"{phase.replace('_', ' ')} {value:.1f}" for phase, value in seconds.items())
         self._say(f"first step {sum(seconds.values()):.1f} s after the start: {phases}")

@@ -56,7 +56,7 @@ class Telemetry(Hook):
         if not self.due(record.state.step) or record.figures.skipped:
             return
         figures = self.figures()
-        record.added.update(figures)
+        record.parameterization = figures
         if self._reference:
             for alarm in alarms(figures, nearest(self._reference, record.state.step / self._train_steps)):
                 self._say(f"warning: step {record.state.step}: {alarm}")

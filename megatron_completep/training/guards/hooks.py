@@ -19,7 +19,7 @@ from megatron_completep.training.guards.replicas import replica_hashes, who_diff
 from megatron_completep.training.guards.rollback import Rollbacks
 from megatron_completep.training.guards.spikes import LossSpikes
 from megatron_completep.training.guards.watchdog import Watchdog
-from megatron_completep.training.hooks import Hook, StepRecord
+from megatron_completep.training.hooks import Hook, Stage, StepRecord
 from megatron_completep.training.metrics import METRICS
 from megatron_completep.training.state import ExitCode, RunState, RunStopped
 
@@ -28,6 +28,8 @@ Say = Callable[[str], None]
 
 class Heartbeat(Hook):
     """Tells the watchdog that steps come."""
+
+    stage = Stage.GUARD
 
     def __init__(self, watchdog: Watchdog):
         self._watchdog, self._begun = watchdog, False
@@ -50,6 +52,8 @@ class Heartbeat(Hook):
 class GarbageCollection(Hook):
     """Python collects its garbage after the same step on all ranks, instead of whenever one rank happens to reach a threshold."""
 
+    stage = Stage.GUARD
+
     def __init__(self, interval: int):
         self._interval = interval
         gc.disable()
@@ -64,6 +68,8 @@ class GarbageCollection(Hook):
 
 class SkippedSteps(Hook):
     """Says where a gradient was not finite, and stops the run after too many such steps in a row."""
+
+    stage = Stage.GUARD
 
     def __init__(
         self, optimizer: DistributedAdamW, context: ParallelContext, training: TrainingConfig, exchange: Exchange, limit: int, say: Say
@@ -126,6 +132,8 @@ def describe(names: list[str]) -> str:
 class Replicas(Hook):
     """Compares hashes of what several ranks must hold alike, and stops the run naming the rank that differs."""
 
+    stage = Stage.GUARD
+
     def __init__(self, optimizer: DistributedAdamW, context: ParallelContext, exchange: Exchange, interval: int):
         self._optimizer, self._context, self._exchange, self._interval = optimizer, context, exchange, interval
 
@@ -150,6 +158,8 @@ class Stragglers(Hook):
     Adds the slowest rank, and its time over the median rank's, to the step's record.
     """
 
+    stage = Stage.GUARD
+
     def __init__(self, exchange: Exchange, interval: int, ratio: float, say: Say):
         self._exchange, self._interval, self._ratio, self._say = exchange, interval, ratio, say
         self._total, self._steps = 0.0, 0
@@ -163,7 +173,8 @@ class Stragglers(Hook):
         self._total, self._steps = 0.0, 0
         times = [seconds for seconds, _ in found]
         median, slowest = statistics.median_low(times), max(range(len(times)), key=times.__getitem__)
-        record.added |= {"slowest_rank": slowest, "slowest_rank_ratio": times[slowest] / median if median else 1.0}
+        record.slowest_rank = slowest
+        record.slowest_rank_ratio = times[slowest] / median if median else 1.0
         for rank, (seconds, host) in enumerate(found):
             if seconds > self._ratio * median:
                 self._say(
@@ -182,7 +193,7 @@ def guard_hooks(
     exchange: Exchange,
     say: Say,
 ) -> list[Hook]:
-    """The guards that the configuration asks for. They go before all other hooks: what follows a bad step must not happen."""
+    """The guards that the configuration asks for."""
     guards = config.guards
     hooks: list[Hook] = [Heartbeat(watchdog)]
     hooks.append(SkippedSteps(optimizer, context, config.training, exchange, guards.max_skipped_steps, say))

@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron_completep.config.schema import GuardsConfig
 from megatron_completep.training.checkpoint.exchange import Exchange
 from megatron_completep.training.guards.rollback import Rollbacks
-from megatron_completep.training.hooks import Hook, StepRecord
+from megatron_completep.training.hooks import Hook, Stage, StepRecord
 from megatron_completep.training.metrics import read_metrics
 from megatron_completep.training.state import ExitCode, GoBack, RunState, RunStopped
 
@@ -24,6 +24,8 @@ class LossSpikes(Hook):
     Every rank has the same losses (they come out of a sum over all ranks) and the same window of them, which a resumed run reads from
     the folder's metrics: all decide alike, and alike whether or not the run was interrupted.
     """
+
+    stage = Stage.GUARD
 
     def __init__(
         self,
@@ -47,7 +49,7 @@ class LossSpikes(Hook):
         above = loss - statistics.median(self._recent) if len(self._recent) >= ENOUGH else 0.0
         report, undo = (bound or math.inf for bound in (self._guards.spike_threshold, self._guards.rollback_threshold))
         if above > min(report, undo):
-            record.added["loss_spike"] = above  # and not into the window: a plateau of spikes must not become the norm unnoticed
+            record.loss_spike = above  # and not into the window: a plateau of spikes must not become the norm unnoticed
             last = record.state.consumed_samples
             text = (
                 f"step {record.state.step}: loss {loss:.4f} is {above:.2f} above the median of the last "

@@ -18,24 +18,24 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_completep.checkpoint import Checkpointer, FailPoint, no_fail_point
 from megatron_completep.command_line import Parser, file_to_read
 from megatron_completep.completep import Table, table_of
 from megatron_completep.config import Config, check_world, load_config
 from megatron_completep.errors import exit_on_user_error
+from megatron_completep.guards import Guard, Watchdog
 from megatron_completep.optim.check import check_parameters
 from megatron_completep.parallel.context import ParallelContext, choose_device
 from megatron_completep.parallel.rendezvous import meet, nobody_hears
+from megatron_completep.run.assemble import assemble
+from megatron_completep.run.console import say_on_stderr, say_on_stdout
+from megatron_completep.run.precision import use_threads
+from megatron_completep.run.signals import StopSignals
+from megatron_completep.run.state import ExitCode, RunState
+from megatron_completep.telemetry.node import node_lines
+from megatron_completep.telemetry.startup import StartupClock, StartupReport
 from megatron_completep.training import build
-from megatron_completep.training.assemble import assemble
-from megatron_completep.training.checkpoint import Checkpointer, FailPoint, no_fail_point
-from megatron_completep.training.console import say_on_stderr, say_on_stdout
-from megatron_completep.training.guards import Guard, Watchdog
 from megatron_completep.training.loop import train
-from megatron_completep.training.node import node_lines
-from megatron_completep.training.precision import use_threads
-from megatron_completep.training.signals import StopSignals
-from megatron_completep.training.startup import StartupClock, StartupReport
-from megatron_completep.training.state import ExitCode, RunState
 
 
 def pretrain(config: Config, fail_point: FailPoint = no_fail_point, clock: StartupClock | None = None) -> ExitCode:

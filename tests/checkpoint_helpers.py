@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from megatron_completep.checkpoint import Checkpointer
+from megatron_completep.checkpoint.checkpointer import no_fail_point
 from megatron_completep.completep import table_of
 from megatron_completep.config.schema import Config
 from megatron_completep.kernels import read_control
@@ -15,9 +17,7 @@ from megatron_completep.model.initialize import initialize
 from megatron_completep.optim.distributed_adamw import DistributedAdamW
 from megatron_completep.optim.schedule import learning_rate
 from megatron_completep.parallel.context import ParallelContext
-from megatron_completep.training.checkpoint import Checkpointer
-from megatron_completep.training.checkpoint.checkpointer import no_fail_point
-from megatron_completep.training.state import RunState
+from megatron_completep.run.state import RunState
 
 BATCH, SEQ, VOCAB = 4, 8, 61  # a vocabulary that needs padding at every tensor size
 

@@ -103,7 +103,7 @@ def test_torchrun_ends_with_the_message_once() -> None:
 
 WORKERS = """
 import os, signal, time
-from megatron_completep.analysis.workers import processes
+from megatron_completep.instruments.workers import processes
 from megatron_completep.errors import exit_on_user_error, when_interrupted
 
 def wait(number):

@@ -19,19 +19,19 @@ from pathlib import Path
 import pytest
 from checkpoint_helpers import TinyRun, tiny_config
 
-from megatron_completep.analysis import sweep
+from megatron_completep.checkpoint.adapt import adapt_checkpoint
+from megatron_completep.checkpoint.examine import reshard_checkpoint
+from megatron_completep.checkpoint.run_number import identify_run, renumber
 from megatron_completep.config import load_config, save_config
 from megatron_completep.data.left_out import LeftOut, read_left_out, write_left_out
 from megatron_completep.errors import CheckpointError, ConfigError, DataError
 from megatron_completep.files import append_line, is_being_filled, new_folder, write_whole
-from megatron_completep.training.checkpoint.adapt import adapt_checkpoint
-from megatron_completep.training.checkpoint.examine import reshard_checkpoint
-from megatron_completep.training.checkpoint.run_number import identify_run, renumber
-from megatron_completep.training.guards.lock import OutputLock
-from megatron_completep.training.guards.restarts import note_start
-from megatron_completep.training.metrics import MetricsFile, read_metrics
-from megatron_completep.training.starts import append_start, read_starts
-from megatron_completep.training.state import RunState
+from megatron_completep.guards.lock import OutputLock
+from megatron_completep.guards.restarts import note_start
+from megatron_completep.instruments import sweep
+from megatron_completep.run.starts import append_start, read_starts
+from megatron_completep.run.state import RunState
+from megatron_completep.telemetry.metrics import MetricsFile, read_metrics
 
 
 @contextmanager

@@ -151,7 +151,7 @@ def test_ctrl_c_while_it_imports_is_one_sentence_a_node_and_130(tmp_path: Path, 
 
 WORKERS = {
     "a pool": """
-from megatron_completep.analysis.workers import processes
+from megatron_completep.instruments.workers import processes
 def work(path):
     pathlib.Path(path, str(os.getpid())).touch()
     time.sleep(600)
@@ -160,9 +160,9 @@ if __name__ == "__main__":
         list(pool.map(work, [sys.argv[1]] * 2))
 """,
     "preprocessing": """
-from megatron_completep.data.preprocess import encode
-from megatron_completep.data.preprocess.run import preprocess
-from megatron_completep.data.preprocess.settings import PreprocessSettings, TokenizerChoice
+from megatron_completep.preprocess import encode
+from megatron_completep.preprocess.run import preprocess
+from megatron_completep.preprocess.settings import PreprocessSettings, TokenizerChoice
 def hang(self, block):
     pathlib.Path(sys.argv[1], str(os.getpid())).touch()
     time.sleep(600)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_completep.analysis.report import Report, new_figure, png_of
-from megatron_completep.analysis.step_picture import Span, draw
+from megatron_completep.document import Report, new_figure, png_of
 from megatron_completep.errors import UserError
 from megatron_completep.outputs import Output, check_outputs, is_ours
+from megatron_completep.planning.step_picture import Span, draw
 
 
 def test_what_can_be_written_passes_and_nothing_is_made(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_completep.analysis.checkpoint_benchmark import CheckpointSpeeds, benchmark_checkpoints
+from megatron_completep.benchmarks.checkpoint_benchmark import CheckpointSpeeds, benchmark_checkpoints
 from megatron_completep.command_line import Parser, whole
 from megatron_completep.errors import exit_on_user_error
 from megatron_completep.outputs import Output, check_outputs

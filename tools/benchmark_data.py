@@ -12,9 +12,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_completep.benchmarks.data_benchmark import ReadingSettings, benchmark_reading
+from megatron_completep.benchmarks.preprocess_benchmark import benchmark_preprocessing
 from megatron_completep.command_line import Parser, real, whole
-from megatron_completep.data.benchmark import ReadingSettings, benchmark_reading
-from megatron_completep.data.preprocess.benchmark import benchmark_preprocessing
 from megatron_completep.errors import exit_on_user_error
 from megatron_completep.outputs import Output, check_outputs
 

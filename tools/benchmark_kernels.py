@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_completep.analysis.kernel_benchmark import SMOKE, Plan, as_json, run
-from megatron_completep.analysis.kernel_report import folder_name, versions, write_report
+from megatron_completep.benchmarks.kernel_benchmark import SMOKE, Plan, as_json, run
+from megatron_completep.benchmarks.kernel_report import folder_name, versions, write_report
 from megatron_completep.command_line import Parser, real, whole
 from megatron_completep.errors import UserError, exit_on_user_error
 from megatron_completep.outputs import Output, check_outputs

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_completep.analysis.parallel_benchmark import OURS, ParallelComparison, compare_parallel
-from megatron_completep.analysis.training_benchmark import BenchmarkSettings
+from megatron_completep.benchmarks.parallel_benchmark import OURS, ParallelComparison, compare_parallel
+from megatron_completep.benchmarks.training_benchmark import BenchmarkSettings
 from megatron_completep.command_line import Parser, whole
 from megatron_completep.config.schema import ModelConfig
 from megatron_completep.errors import exit_on_user_error

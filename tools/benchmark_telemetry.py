@@ -18,13 +18,13 @@ from dataclasses import asdict
 
 import torch
 
-from megatron_completep.analysis.telemetry_benchmark import measure
+from megatron_completep.benchmarks.telemetry_benchmark import measure
 from megatron_completep.command_line import Parser, file_to_read, whole
 from megatron_completep.config import load_config
 from megatron_completep.errors import exit_on_user_error
 from megatron_completep.parallel.context import choose_device
+from megatron_completep.run.precision import use_threads
 from megatron_completep.training.build import device_name
-from megatron_completep.training.precision import use_threads
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -16,13 +16,13 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_completep.analysis.training_benchmark import BenchmarkSettings, Comparison, Timing, compare
+from megatron_completep.benchmarks.training_benchmark import BenchmarkSettings, Comparison, Timing, compare
 from megatron_completep.command_line import Parser, whole
 from megatron_completep.config.schema import ModelConfig
 from megatron_completep.errors import exit_on_user_error
 from megatron_completep.parallel.context import choose_device
+from megatron_completep.run.precision import use_threads
 from megatron_completep.training.build import device_name
-from megatron_completep.training.precision import use_threads
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -16,13 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_completep.command_line import Parser, file_to_read, folder_to_read, whole
-from megatron_completep.config import load_config
-from megatron_completep.errors import exit_on_user_error, pairs_text, size_text
-from megatron_completep.outputs import Output, check_outputs
-from megatron_completep.training.checkpoint.adapt import adapt_checkpoint
-from megatron_completep.training.checkpoint.compare import side_by_side
-from megatron_completep.training.checkpoint.examine import (
+from megatron_completep.checkpoint.adapt import adapt_checkpoint
+from megatron_completep.checkpoint.compare import side_by_side
+from megatron_completep.checkpoint.examine import (
     checkpoint_at,
     checkpoints_of,
     compare_checkpoints,
@@ -31,9 +27,13 @@ from megatron_completep.training.checkpoint.examine import (
     reshard_checkpoint,
     verify_checkpoint,
 )
-from megatron_completep.training.checkpoint.manifest import committed_steps
-from megatron_completep.training.checkpoint.retention import prune, superseded
-from megatron_completep.training.guards.lock import OutputLock
+from megatron_completep.checkpoint.manifest import committed_steps
+from megatron_completep.checkpoint.retention import prune, superseded
+from megatron_completep.command_line import Parser, file_to_read, folder_to_read, whole
+from megatron_completep.config import load_config
+from megatron_completep.errors import exit_on_user_error, pairs_text, size_text
+from megatron_completep.guards.lock import OutputLock
+from megatron_completep.outputs import Output, check_outputs
 
 A_CHECKPOINT = "a checkpoint's folder, or a run's (its newest)"
 

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import triton
 
-from megatron_completep.analysis.precompile import compile_run
 from megatron_completep.command_line import Parser, file_to_read
 from megatron_completep.config import load_config
 from megatron_completep.errors import ConfigError, exit_on_user_error
 from megatron_completep.kernels.ahead_of_time import ARCHITECTURES
 from megatron_completep.outputs import Output, check_outputs
+from megatron_completep.planning.precompile import compile_run
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -21,17 +21,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_completep.analysis import coordinate_check
-from megatron_completep.analysis.check_report import describe_check, finite, write_check
-from megatron_completep.analysis.coordinate_verdict import judge
-from megatron_completep.analysis.trial import PARAMETERIZATIONS, Design, with_base
 from megatron_completep.command_line import Parser, file_to_read, list_of, one_of, whole
 from megatron_completep.config import check_world, load_config
 from megatron_completep.errors import ConfigError, exit_on_user_error, when_interrupted
+from megatron_completep.instruments import coordinate_check
+from megatron_completep.instruments.check_report import describe_check, finite, write_check
+from megatron_completep.instruments.coordinate_verdict import judge
+from megatron_completep.instruments.trial import PARAMETERIZATIONS, Design, with_base
 from megatron_completep.launch import Launch
 from megatron_completep.outputs import Output, check_outputs
 from megatron_completep.parallel.context import ParallelContext
-from megatron_completep.training.precision import use_threads
+from megatron_completep.run.precision import use_threads
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -29,7 +29,7 @@ from megatron_completep.data.left_out import read_left_out
 from megatron_completep.data.writer import merge, split
 from megatron_completep.errors import DataError, exit_on_user_error, pairs_text
 from megatron_completep.outputs import Output, check_outputs
-from megatron_completep.training.starts import STARTS, read_starts, samples_read, start_of
+from megatron_completep.run.starts import STARTS, read_starts, samples_read, start_of
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -11,12 +11,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_completep.analysis.sizes import rank_layout, rank_specs
-from megatron_completep.analysis.step_picture import bubble, draw, overlap, schedule_actions, simulate
 from megatron_completep.command_line import Parser, file_to_read, real, whole
 from megatron_completep.config import load_config
 from megatron_completep.errors import exit_on_user_error
 from megatron_completep.outputs import Output, check_outputs
+from megatron_completep.planning.sizes import rank_layout, rank_specs
+from megatron_completep.planning.step_picture import bubble, draw, overlap, schedule_actions, simulate
 
 SCHEDULES = (("gpipe", 1), ("1f1b", 1), ("interleaved_1f1b", 2), ("zero_bubble", 1), ("zero_bubble", 2))
 

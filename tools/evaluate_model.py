@@ -21,12 +21,12 @@ from megatron_completep.config.schema import ParallelConfig
 from megatron_completep.data.indexed import IndexedDataset
 from megatron_completep.data.tokenizer import build_tokenizer
 from megatron_completep.errors import exit_on_user_error
-from megatron_completep.interop.lm_eval_tasks import TaskSettings, evaluate_tasks
-from megatron_completep.interop.scoring import Scorer, score_token_file
+from megatron_completep.inference.generation import load_model, run_config, run_tokenizer
+from megatron_completep.inference.lm_eval_tasks import TaskSettings, evaluate_tasks
+from megatron_completep.inference.scoring import Scorer, score_token_file
 from megatron_completep.launch import Launch
 from megatron_completep.parallel.context import ParallelContext
-from megatron_completep.training.generation import load_model, run_config, run_tokenizer
-from megatron_completep.training.precision import name_of, precision_of_run, use_threads
+from megatron_completep.run.precision import name_of, precision_of_run, use_threads
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

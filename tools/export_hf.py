@@ -21,7 +21,7 @@ from megatron_completep.interop.check_export import check_export
 from megatron_completep.interop.export_model import ALIASES, ExportSettings, export_model, parse_size
 from megatron_completep.interop.tensor_files import DTYPES
 from megatron_completep.outputs import Output, check_outputs
-from megatron_completep.training.precision import use_threads
+from megatron_completep.run.precision import use_threads
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -26,10 +26,10 @@ from megatron_completep.command_line import Parser, file_to_read, folder_to_read
 from megatron_completep.config.json_text import parse_json
 from megatron_completep.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_completep.errors import DataError, exit_on_user_error
+from megatron_completep.inference.generation import Sampling, generate_texts, load_model, run_config, run_tokenizer
 from megatron_completep.model.gpt import GPT
 from megatron_completep.parallel.context import choose_device
-from megatron_completep.training.generation import Sampling, generate_texts, load_model, run_config, run_tokenizer
-from megatron_completep.training.precision import name_of, precision_of_run, use_threads
+from megatron_completep.run.precision import name_of, precision_of_run, use_threads
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import triton
 
-from megatron_completep.analysis.gpu_report import describe_device, make_report, passed
+from megatron_completep.benchmarks.gpu_report import describe_device, make_report, passed
 from megatron_completep.command_line import Parser
 from megatron_completep.errors import ConfigError, exit_on_user_error
 

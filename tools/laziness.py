@@ -16,14 +16,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_completep.analysis import laziness
-from megatron_completep.analysis.check_report import describe_laziness, finite, write_laziness
-from megatron_completep.analysis.trial import with_base
 from megatron_completep.command_line import Parser, file_to_read, list_of, whole
 from megatron_completep.config import load_config
 from megatron_completep.errors import exit_on_user_error, when_interrupted
+from megatron_completep.instruments import laziness
+from megatron_completep.instruments.check_report import describe_laziness, finite, write_laziness
+from megatron_completep.instruments.trial import with_base
 from megatron_completep.outputs import Output, check_outputs
-from megatron_completep.training.precision import use_threads
+from megatron_completep.run.precision import use_threads
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -18,13 +18,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_completep.analysis import sweep
-from megatron_completep.analysis.lr_transfer_plan import plan as make_plan
-from megatron_completep.analysis.lr_transfer_report import report as make_report
-from megatron_completep.analysis.trial import PARAMETERIZATIONS
 from megatron_completep.command_line import Parser, file_to_read, folder_to_read, list_of, one_of, real, whole
 from megatron_completep.config import load_config
 from megatron_completep.errors import ConfigError, exit_on_user_error, when_interrupted
+from megatron_completep.instruments import sweep
+from megatron_completep.instruments.lr_transfer_plan import plan as make_plan
+from megatron_completep.instruments.lr_transfer_report import report as make_report
+from megatron_completep.instruments.trial import PARAMETERIZATIONS
 from megatron_completep.outputs import Output, check_outputs
 from megatron_completep.parallel.context import choose_device
 

@@ -15,13 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_completep.command_line import Parser, names_of_token_files, real, tokenizer_model, whole
-from megatron_completep.data.preprocess.engines import ENGINES
-from megatron_completep.data.preprocess.quality import UNICODE_POLICIES, Limits
-from megatron_completep.data.preprocess.run import preprocess
-from megatron_completep.data.preprocess.settings import PreprocessSettings, TokenizerChoice
-from megatron_completep.data.preprocess.sources import INPUT_FORMATS, LARGEST_DOCUMENT
 from megatron_completep.errors import DataError, exit_on_user_error, when_interrupted
 from megatron_completep.outputs import Output, check_outputs
+from megatron_completep.preprocess.engines import ENGINES
+from megatron_completep.preprocess.quality import UNICODE_POLICIES, Limits
+from megatron_completep.preprocess.run import preprocess
+from megatron_completep.preprocess.settings import PreprocessSettings, TokenizerChoice
+from megatron_completep.preprocess.sources import INPUT_FORMATS, LARGEST_DOCUMENT
 
 # The names Megatron-LM knows the same tokenizers by.
 MEGATRON_NAMES = {

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from megatron_completep.analysis.quickstart import Quickstart
 from megatron_completep.command_line import Parser, file_to_read, real
 from megatron_completep.errors import exit_on_user_error, when_interrupted
+from megatron_completep.reports.quickstart import Quickstart
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -11,9 +11,9 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from megatron_completep.analysis.replay import TOLERANCES, Replay, Trace, replay
 from megatron_completep.command_line import Parser, file_or_folder
 from megatron_completep.errors import exit_on_user_error
+from megatron_completep.instruments.replay import TOLERANCES, Replay, Trace, replay
 
 
 def _trace(text: str) -> str:

@@ -17,11 +17,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_completep.analysis.run_comparison import compare, summarize
-from megatron_completep.analysis.run_files import differences, read_runs
 from megatron_completep.command_line import Parser, file_or_folder
 from megatron_completep.errors import UserError, exit_on_user_error
 from megatron_completep.outputs import Output, check_outputs
+from megatron_completep.reports.run_comparison import compare, summarize
+from megatron_completep.reports.run_files import differences, read_runs
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -18,12 +18,12 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from megatron_completep.analysis.plan import describe, make_plan
-from megatron_completep.analysis.scaling import GPUS, scaling_plan
-from megatron_completep.analysis.scaling_report import describe_scaling, scaling_to_json
 from megatron_completep.command_line import Parser, file_to_read, whole
 from megatron_completep.config import load_config
 from megatron_completep.errors import exit_on_user_error
+from megatron_completep.planning.plan import describe, make_plan
+from megatron_completep.planning.scaling import GPUS, scaling_plan
+from megatron_completep.planning.scaling_report import describe_scaling, scaling_to_json
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

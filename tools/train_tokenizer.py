@@ -18,10 +18,10 @@ from rich.console import Console
 
 from megatron_completep.command_line import Parser, file_or_folder, real, whole
 from megatron_completep.data.files import printable
-from megatron_completep.data.preprocess.sources import INPUT_FORMATS
-from megatron_completep.data.tokenizer_training import MODEL_TYPES, TrainingSettings, train_tokenizer
 from megatron_completep.errors import exit_on_user_error
 from megatron_completep.outputs import Output, check_outputs
+from megatron_completep.preprocess.sources import INPUT_FORMATS
+from megatron_completep.preprocess.tokenizer_training import MODEL_TYPES, TrainingSettings, train_tokenizer
 
 
 def _input(text: str) -> Path | str:

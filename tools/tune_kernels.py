@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_completep.analysis.tune_kernels import launches_instead, median_microseconds, tune, write_table
-from megatron_completep.analysis.tuning_cases import Sweep, tunables
+from megatron_completep.benchmarks.tune_kernels import launches_instead, median_microseconds, tune, write_table
+from megatron_completep.benchmarks.tuning_cases import Sweep, tunables
 from megatron_completep.command_line import Parser, whole
 from megatron_completep.errors import ConfigError, exit_on_user_error
 from megatron_completep.kernels import launch, tuned

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megatron_completep.errors import ConfigError
-from megatron_completep.training.generation import load_model
+from megatron_completep.inference.generation import load_model
 
 # float32: small models agree to 1e-5 and better; sharp attention and depth magnify rounding. 16 bits: the weights are rounded.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}

@@ -17,18 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_completep.checkpoint import StoredCheckpoint
 from megatron_completep.completep import table_of
 from megatron_completep.config import Config, config_from_mapping
 from megatron_completep.config.schema import TokenizerConfig
 from megatron_completep.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_completep.errors import ConfigError, DataError, pairs_text
+from megatron_completep.inference.generation import find_checkpoint, run_tokenizer
 from megatron_completep.interop.architectures import Piece, choose_architecture, fold, pieces
 from megatron_completep.interop.hf_config import to_hf
 from megatron_completep.interop.hf_tokenizer import write_tokenizer
 from megatron_completep.interop.model_card import model_card
 from megatron_completep.interop.tensor_files import write_tensors
-from megatron_completep.training.checkpoint import StoredCheckpoint
-from megatron_completep.training.generation import find_checkpoint, run_tokenizer
 
 ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 

@@ -21,6 +21,22 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from megatron_completep.checkpoint import random_state
+from megatron_completep.checkpoint.boxes import Box
+from megatron_completep.checkpoint.files import BLOCK_SIZE, key_of, write_tensor_file
+from megatron_completep.checkpoint.identity import describe_table, versions
+from megatron_completep.checkpoint.manifest import (
+    MANIFEST,
+    Manifest,
+    Progress,
+    StoredFile,
+    StoredParameter,
+    folder_name,
+    named_like_checkpoints,
+    seal,
+)
+from megatron_completep.checkpoint.save import check_space
+from megatron_completep.checkpoint.shard import STATES, describe
 from megatron_completep.completep import Table, table_of
 from megatron_completep.config import Config, config_from_mapping, save_config
 from megatron_completep.config.schema import ModelConfig, TokenizerConfig
@@ -35,23 +51,7 @@ from megatron_completep.interop.tensor_files import TensorFolder
 from megatron_completep.model.gpt import GPT
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.parameter import specs_of
-from megatron_completep.training.checkpoint import random_state
-from megatron_completep.training.checkpoint.boxes import Box
-from megatron_completep.training.checkpoint.files import BLOCK_SIZE, key_of, write_tensor_file
-from megatron_completep.training.checkpoint.identity import describe_table, versions
-from megatron_completep.training.checkpoint.manifest import (
-    MANIFEST,
-    Manifest,
-    Progress,
-    StoredFile,
-    StoredParameter,
-    folder_name,
-    named_like_checkpoints,
-    seal,
-)
-from megatron_completep.training.checkpoint.save import check_space
-from megatron_completep.training.checkpoint.shard import STATES, describe
-from megatron_completep.training.state import RunState
+from megatron_completep.run.state import RunState
 
 FILE_BYTES = 1 << 28  # of weights held in memory and written as one file, with the optimizer's zeros beside them
 PRECISIONS = {"F32": "float32", "BF16": "bf16", "F16": "bf16"}

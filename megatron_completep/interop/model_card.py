@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_completep.analysis.plan import describe
+from megatron_completep.checkpoint.manifest import Manifest
 from megatron_completep.config import Config
 from megatron_completep.config.yaml_text import dump_yaml
-from megatron_completep.training.checkpoint.manifest import Manifest
+from megatron_completep.planning.plan import describe
 
 _MEANING = {
     "embedding": "token (and position) embeddings",

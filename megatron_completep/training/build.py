@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from megatron_completep.completep import Table
 from megatron_completep.config import save_config
 from megatron_completep.config.derived import total_samples
 from megatron_completep.config.schema import Config
@@ -17,23 +16,18 @@ from megatron_completep.data.corpus import has_validation
 from megatron_completep.data.loader import Loader, ValidationBatches, build_loader, validation_batches
 from megatron_completep.data.run_tokenizer import keep_tokenizer, with_readable_tokenizer
 from megatron_completep.errors import ConfigError
-from megatron_completep.model.compile import compile_regions
-from megatron_completep.model.flash import require_flash_attention
 from megatron_completep.model.flops import training_flops_per_token
 from megatron_completep.model.gpt import GPT
-from megatron_completep.model.initialize import initialize
-from megatron_completep.model.stages import build_chunks
 from megatron_completep.parallel.context import ParallelContext
-from megatron_completep.parallel.cross_entropy import LossConfig
-from megatron_completep.parallel.products import choose_products
-from megatron_completep.training.hooks import CheckpointFigures, Checkpoints, Hook, Metrics, Validation
-from megatron_completep.training.metrics import open_sinks
-from megatron_completep.training.profiling import Profiler
-from megatron_completep.training.starts import STARTS, append_start
-from megatron_completep.training.state import Checkpointer, RunState
-from megatron_completep.training.step import TrainingStep
-from megatron_completep.training.telemetry import Telemetry, read_reference
-from megatron_completep.training.trackers import Sink
+from megatron_completep.run.hook import Hook
+from megatron_completep.run.starts import STARTS, append_start
+from megatron_completep.run.state import Checkpointer, RunState
+from megatron_completep.run.step import TrainingStep
+from megatron_completep.telemetry.metrics import open_sinks
+from megatron_completep.telemetry.profiling import Profiler
+from megatron_completep.telemetry.telemetry import Telemetry, read_reference
+from megatron_completep.telemetry.trackers import Sink
+from megatron_completep.training.hooks import CheckpointFigures, Checkpoints, Metrics, Validation
 
 Say = Callable[[str], None]
 
@@ -78,23 +72,6 @@ def nothing_left(config: Config, state: RunState) -> str | None:
     if training.stop_at_step is not None and state.step >= training.stop_at_step:
         return f"nothing to do: step {state.step}, and training.stop_at_step = {training.stop_at_step}. Without it the run goes on."
     return None
-
-
-def build_model(config: Config, table: Table, context: ParallelContext, precision: torch.dtype) -> list[GPT]:
-    """This rank's chunks with their initial weights, in float32 (float64 for float64 runs)."""
-    training = config.training
-    loss = LossConfig.of(training)
-    if config.model.attention_backend == "flash_attention":
-        require_flash_attention()
-    products = choose_products(training.weight_gradient, context.device, precision)
-    chunks = build_chunks(config.model, table, config.parallel, context, loss, training.recompute, products)
-    for chunk in chunks:
-        initialize(chunk, table, config.optimizer, training.seed)
-        if precision == torch.float64:
-            chunk.double()
-        if training.compile:
-            compile_regions(chunk)
-    return chunks
 
 
 def build_training_loader(config: Config, context: ParallelContext) -> Loader:

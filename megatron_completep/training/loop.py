@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from megatron_completep.config.derived import batch_size, is_skipped
 from megatron_completep.config.schema import Config
 from megatron_completep.data.loader import Loader
+from megatron_completep.guards.rollback import Rollbacks
 from megatron_completep.parallel.context import ParallelContext
-from megatron_completep.training.guards.rollback import Rollbacks
-from megatron_completep.training.hooks import Hook, StepRecord
-from megatron_completep.training.signals import StopSignals
-from megatron_completep.training.state import ExitCode, GoBack, RunState
-from megatron_completep.training.step import PendingFigures, TrainingStep
+from megatron_completep.run.hook import Hook, StepRecord
+from megatron_completep.run.signals import StopSignals
+from megatron_completep.run.state import ExitCode, GoBack, RunState
+from megatron_completep.run.step import PendingFigures, TrainingStep
 
 
 @dataclass(frozen=True)

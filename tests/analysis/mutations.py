@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from megatron_completep import kernels
-from megatron_completep.analysis.trial import Design
 from megatron_completep.completep import Factors, Table, table_of
 from megatron_completep.config.schema import Config
+from megatron_completep.instruments.trial import Design
 from megatron_completep.model.gpt import GPT
 from megatron_completep.model.initialize import initialize
 from megatron_completep.model.norm import Norm, StreamNorm

@@ -15,13 +15,13 @@ import torch
 from mutations import MUTATIONS, Mutation
 from small_runs import ARCHITECTURES, small_config, write_tokens
 
-from megatron_completep.analysis.check_report import describe_check, draw_check, write_check
-from megatron_completep.analysis.coordinate_check import Measurement, Plan, Sample, collect, in_turn, in_workers, jobs_of, measure, train
-from megatron_completep.analysis.coordinate_verdict import Verdict, exponent, judge
-from megatron_completep.analysis.trial import Design, Trial, for_short_runs, read_batches, reshape, with_seed
 from megatron_completep.config import save_config
 from megatron_completep.config.schema import Config
 from megatron_completep.errors import exit_on_user_error
+from megatron_completep.instruments.check_report import describe_check, draw_check, write_check
+from megatron_completep.instruments.coordinate_check import Measurement, Plan, Sample, collect, in_turn, in_workers, jobs_of, measure, train
+from megatron_completep.instruments.coordinate_verdict import Verdict, exponent, judge
+from megatron_completep.instruments.trial import Design, Trial, for_short_runs, read_batches, reshape, with_seed
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.roles import Role
 from megatron_completep.tools.coordinate_check import main

@@ -10,8 +10,8 @@ import pytest
 import torch
 from small_runs import small_config, write_tokens
 
-from megatron_completep.analysis.coordinate_check import Measurement, measure
-from megatron_completep.analysis.trial import Trial, for_short_runs, read_batches, reshape
+from megatron_completep.instruments.coordinate_check import Measurement, measure
+from megatron_completep.instruments.trial import Trial, for_short_runs, read_batches, reshape
 from megatron_completep.parallel.context import ParallelContext
 
 

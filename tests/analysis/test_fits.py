@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from megatron_completep.analysis.fits import (
+from megatron_completep.instruments.fits import (
     Estimate,
     bootstrap,
     log_log_slope,

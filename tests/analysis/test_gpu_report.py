@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_completep.analysis import gpu_report
-from megatron_completep.analysis.gpu_report import Part
+from megatron_completep.benchmarks import gpu_report
+from megatron_completep.benchmarks.gpu_report import Part
 
 ROOT = Path(__file__).parents[2]
 DEVICE = {

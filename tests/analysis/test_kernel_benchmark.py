@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_completep.analysis import kernel_benchmark
-from megatron_completep.analysis.kernel_benchmark import SMOKE, Measurement, measure, run, speedup
-from megatron_completep.analysis.kernel_cases import Case
-from megatron_completep.analysis.kernel_report import folder_name, write_report
+from megatron_completep.benchmarks import kernel_benchmark
+from megatron_completep.benchmarks.kernel_benchmark import SMOKE, Measurement, measure, run, speedup
+from megatron_completep.benchmarks.kernel_cases import Case
+from megatron_completep.benchmarks.kernel_report import folder_name, write_report
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "benchmark_kernels.py"
 CPU = torch.device("cpu")

@@ -10,11 +10,11 @@ import torch
 from small_runs import small_config, write_tokens
 from torch.func import jvp
 
-from megatron_completep.analysis.check_report import describe_laziness, write_laziness
-from megatron_completep.analysis.coordinate_verdict import Verdict
-from megatron_completep.analysis.laziness import LazinessSample, block_laziness, block_output, collect, judge
-from megatron_completep.analysis.trial import Trial, for_short_runs, read_batches, reshape
 from megatron_completep.errors import ConfigError
+from megatron_completep.instruments.check_report import describe_laziness, write_laziness
+from megatron_completep.instruments.coordinate_verdict import Verdict
+from megatron_completep.instruments.laziness import LazinessSample, block_laziness, block_output, collect, judge
+from megatron_completep.instruments.trial import Trial, for_short_runs, read_batches, reshape
 from megatron_completep.parallel.context import ParallelContext
 
 SINGLE = ParallelContext.single()

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_completep.analysis import library_baselines
-from megatron_completep.analysis.kernel_benchmark import SMOKE, run
+from megatron_completep.benchmarks import library_baselines
+from megatron_completep.benchmarks.kernel_benchmark import SMOKE, run
 
 HIDDEN = 24
 

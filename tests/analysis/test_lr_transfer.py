@@ -17,8 +17,10 @@ from browser import chromium
 from small_models import table_for
 from small_runs import small_config, write_tokens
 
-from megatron_completep.analysis import lr_transfer, sweep
-from megatron_completep.analysis.lr_transfer import (
+from megatron_completep.config import load_config, save_config
+from megatron_completep.errors import ConfigError, DataError, exit_on_user_error
+from megatron_completep.instruments import lr_transfer, sweep
+from megatron_completep.instruments.lr_transfer import (
     Curve,
     base_curve,
     curves_of,
@@ -28,11 +30,9 @@ from megatron_completep.analysis.lr_transfer import (
     optimum_of,
     savings,
 )
-from megatron_completep.analysis.lr_transfer_answer import best_rates, next_commands
-from megatron_completep.analysis.lr_transfer_plan import plan
-from megatron_completep.analysis.lr_transfer_report import draw_lengths, report
-from megatron_completep.config import load_config, save_config
-from megatron_completep.errors import ConfigError, DataError, exit_on_user_error
+from megatron_completep.instruments.lr_transfer_answer import best_rates, next_commands
+from megatron_completep.instruments.lr_transfer_plan import plan
+from megatron_completep.instruments.lr_transfer_report import draw_lengths, report
 from megatron_completep.roles import Role
 from megatron_completep.tools.lr_transfer import main
 

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_completep.analysis.plan import describe, make_plan
 from megatron_completep.config import load_config
 from megatron_completep.config.schema import Config
 from megatron_completep.errors import ConfigError, exit_on_user_error
@@ -19,6 +18,7 @@ from megatron_completep.model.gpt import GPT
 from megatron_completep.model.initialize import initialize
 from megatron_completep.optim.distributed_adamw import DistributedAdamW
 from megatron_completep.parallel.context import ParallelContext
+from megatron_completep.planning.plan import describe, make_plan
 from megatron_completep.roles import Role
 from megatron_completep.tools.show_plan import main
 

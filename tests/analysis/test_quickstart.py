@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from megatron_completep.analysis.quickstart import gather_standard_library, layout_overrides
 from megatron_completep.config import load_config
 from megatron_completep.errors import ConfigError, DataError
+from megatron_completep.reports.quickstart import gather_standard_library, layout_overrides
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "configs/quickstart.yaml")

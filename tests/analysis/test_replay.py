@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from reference_run import record
 
-from megatron_completep.analysis.replay import Trace, relative_error, replay
 from megatron_completep.completep import Table, parameterization
 from megatron_completep.completep import table as page
 from megatron_completep.config.derived import head_dim
 from megatron_completep.errors import DataError, exit_on_user_error
+from megatron_completep.instruments.replay import Trace, relative_error, replay
 from megatron_completep.roles import Role
 from megatron_completep.tools.replay_trace import main
 

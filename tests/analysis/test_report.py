@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_completep.analysis.report import Report, new_figure, png_of, show
-from megatron_completep.analysis.run_report import loss_figure
+from megatron_completep.document import Report, new_figure, png_of, show
+from megatron_completep.reports.run_report import loss_figure
 
 HOSTILE = '<script>alert("x")</script> & | `code`'
 

@@ -10,12 +10,12 @@ import pytest
 from browser import Browser, chromium
 from small_runs import small_config
 
-from megatron_completep.analysis import lr_transfer_report
-from megatron_completep.analysis.lr_transfer import Analysis, Curve, drifts, optimum_of
-from megatron_completep.analysis.report import Report
-from megatron_completep.analysis.run_comparison import compare
-from megatron_completep.analysis.run_files import Run
-from megatron_completep.analysis.run_report import run_report
+from megatron_completep.document import Report
+from megatron_completep.instruments import lr_transfer_report
+from megatron_completep.instruments.lr_transfer import Analysis, Curve, drifts, optimum_of
+from megatron_completep.reports.run_comparison import compare
+from megatron_completep.reports.run_files import Run
+from megatron_completep.reports.run_report import run_report
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_completep.analysis.run_comparison import _draw, compare, flops_at, hours_at, steps_at, summarize, tokens_at
-from megatron_completep.analysis.run_files import Run, differences, read_run, read_runs, short_names
 from megatron_completep.config.schema import ModelConfig
 from megatron_completep.errors import DataError, exit_on_user_error
+from megatron_completep.reports.run_comparison import _draw, compare, flops_at, hours_at, steps_at, summarize, tokens_at
+from megatron_completep.reports.run_files import Run, differences, read_run, read_runs, short_names
 from megatron_completep.tools.report import main
 
 SHAPE = {"hidden_size": 8, "num_layers": 1, "num_attention_heads": 1, "ffn_hidden_size": 16, "vocab_size": 10, "seq_length": 3}

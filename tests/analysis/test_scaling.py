@@ -11,8 +11,6 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_completep.analysis.scaling import GPUS, bubble_share, rank_memory, scaling_plan, stage_activations
-from megatron_completep.analysis.sizes import rank_stages
 from megatron_completep.completep import table_of
 from megatron_completep.config import config_from_mapping
 from megatron_completep.config.derived import micro_batches_per_step
@@ -21,6 +19,8 @@ from megatron_completep.errors import ConfigError
 from megatron_completep.model.stages import build_chunks
 from megatron_completep.optim.distributed_adamw import DistributedAdamW
 from megatron_completep.parallel.context import ParallelContext, data_parallel_size_for
+from megatron_completep.planning.scaling import GPUS, bubble_share, rank_memory, scaling_plan, stage_activations
+from megatron_completep.planning.sizes import rank_stages
 
 BASE: dict[str, Any] = {
     "model": {

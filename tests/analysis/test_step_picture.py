@@ -8,9 +8,9 @@ from itertools import pairwise
 
 import pytest
 
-from megatron_completep.analysis.scaling import bubble_share
-from megatron_completep.analysis.step_picture import Action, bubble, overlap, schedule_actions, simulate
 from megatron_completep.config.schema import ParallelConfig
+from megatron_completep.planning.scaling import bubble_share
+from megatron_completep.planning.step_picture import Action, bubble, overlap, schedule_actions, simulate
 from megatron_completep.tools import draw_step
 
 

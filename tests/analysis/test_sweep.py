@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from small_runs import small_config, write_tokens
 
-from megatron_completep.analysis import sweep
-from megatron_completep.analysis.trial import change
 from megatron_completep.errors import ConfigError, DataError, UserError
+from megatron_completep.instruments import sweep
+from megatron_completep.instruments.trial import change
 
 
 def test_a_grid_of_octaves_holds_both_ends():

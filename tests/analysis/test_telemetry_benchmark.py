@@ -10,10 +10,10 @@ import pytest
 import torch
 from small_runs import small_config
 
-from megatron_completep.analysis import telemetry_benchmark
-from megatron_completep.analysis.trial import change
+from megatron_completep.benchmarks import telemetry_benchmark
 from megatron_completep.config import save_config
 from megatron_completep.errors import exit_on_user_error
+from megatron_completep.instruments.trial import change
 from megatron_completep.tools.benchmark_telemetry import main
 
 

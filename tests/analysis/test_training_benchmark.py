@@ -8,8 +8,8 @@ import pytest
 import torch
 from small_models import batch_of, build_model, completep_config, model_config, table_for
 
-from megatron_completep.analysis.plain_model import PlainGPT
-from megatron_completep.analysis.training_benchmark import BenchmarkSettings, bootstrap_ratio, compare, random_batch
+from megatron_completep.benchmarks.plain_model import PlainGPT
+from megatron_completep.benchmarks.training_benchmark import BenchmarkSettings, bootstrap_ratio, compare, random_batch
 
 SHAPES: list[dict[str, Any]] = [
     {"norm": "layernorm", "activation": "gelu", "position": "learned", "bias": True},

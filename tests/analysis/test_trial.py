@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from small_runs import small_config, write_tokens
 
-from megatron_completep.analysis.coordinate_check import Job, Sample, train
-from megatron_completep.analysis.coordinate_verdict import judge
-from megatron_completep.analysis.trial import Design, Trial, for_short_runs, reshape, stretch
 from megatron_completep.config.schema import OverrideConfig
+from megatron_completep.instruments.coordinate_check import Job, Sample, train
+from megatron_completep.instruments.coordinate_verdict import judge
+from megatron_completep.instruments.trial import Design, Trial, for_short_runs, reshape, stretch
 from megatron_completep.parallel.context import ParallelContext
 
 SINGLE = ParallelContext.single()

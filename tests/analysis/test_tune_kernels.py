@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_completep.analysis import tune_kernels
-from megatron_completep.analysis.tuning_cases import Tunable
+from megatron_completep.benchmarks import tune_kernels
+from megatron_completep.benchmarks.tuning_cases import Tunable
 from megatron_completep.kernels import launch, tuned
 
 ROOT = Path(__file__).parents[2]

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_completep.analysis import tune_kernels
-from megatron_completep.analysis.tuning_cases import Sweep, tunables
+from megatron_completep.benchmarks import tune_kernels
+from megatron_completep.benchmarks.tuning_cases import Sweep, tunables
 from megatron_completep.kernels import launch, tuned
 from megatron_completep.kernels.ahead_of_time import record
 

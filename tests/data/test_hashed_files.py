@@ -15,11 +15,11 @@ from megatron_completep.data.corpus import Corpus, open_corpus, prebuild
 from megatron_completep.data.indexed import IndexedDataset
 from megatron_completep.data.left_out import LeftOut, read_left_out, write_left_out
 from megatron_completep.data.loader import build_loader
-from megatron_completep.data.preprocess import report
-from megatron_completep.data.preprocess.run import preprocess
-from megatron_completep.data.preprocess.settings import PreprocessSettings, TokenizerChoice
 from megatron_completep.data.writer import IndexedWriter, merge
 from megatron_completep.errors import DataError
+from megatron_completep.preprocess import report
+from megatron_completep.preprocess.run import preprocess
+from megatron_completep.preprocess.settings import PreprocessSettings, TokenizerChoice
 
 
 @pytest.fixture(autouse=True)

@@ -18,15 +18,15 @@ import zstandard
 from megatron_completep.data.files import printable
 from megatron_completep.data.indexed import IndexedDataset, read_sidecar
 from megatron_completep.data.left_out import read_left_out
-from megatron_completep.data.preprocess import report
-from megatron_completep.data.preprocess.quality import Limits
-from megatron_completep.data.preprocess.readers import BadDocument, Document, describe_place, read_documents
-from megatron_completep.data.preprocess.run import preprocess
-from megatron_completep.data.preprocess.settings import PreprocessSettings, TokenizerChoice
-from megatron_completep.data.preprocess.sources import Source, blocks_of, find_sources, make_units
 from megatron_completep.data.tokenizer import build_tokenizer
-from megatron_completep.data.tokenizer_training import TrainingSettings, train_tokenizer
 from megatron_completep.errors import DataError
+from megatron_completep.preprocess import report
+from megatron_completep.preprocess.quality import Limits
+from megatron_completep.preprocess.readers import BadDocument, Document, describe_place, read_documents
+from megatron_completep.preprocess.run import preprocess
+from megatron_completep.preprocess.settings import PreprocessSettings, TokenizerChoice
+from megatron_completep.preprocess.sources import Source, blocks_of, find_sources, make_units
+from megatron_completep.preprocess.tokenizer_training import TrainingSettings, train_tokenizer
 
 LATIN_1 = os.fsdecode(b"caf\xe9")  # a name that is not UTF-8
 
@@ -203,7 +203,7 @@ def test_inputs_without_a_document_are_said_on_the_console(tmp_path: Path, capsy
 def test_an_input_that_shrinks_while_it_is_read_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines_of(*"abcdef"))
-    monkeypatch.setattr("megatron_completep.data.preprocess.run.make_units", after(lambda: path.write_bytes(lines_of("a")), make_units))
+    monkeypatch.setattr("megatron_completep.preprocess.run.make_units", after(lambda: path.write_bytes(lines_of("a")), make_units))
     with pytest.raises(DataError, match=r"a\.jsonl: has 14 bytes, at the start of this run it had 84"):
         run(tmp_path, path)
     assert not (tmp_path / "out_text_document.idx").exists()
@@ -222,7 +222,7 @@ def test_a_file_that_vanishes_is_a_bad_document_and_no_traceback(tmp_path: Path,
     for ending in ("txt", "jsonl", "jsonl.gz", "parquet"):
         path = tmp_path / f"a.{ending}"
         path.write_bytes(lines_of("a"))
-        monkeypatch.setattr("megatron_completep.data.preprocess.run.make_units", after(path.unlink, make_units))
+        monkeypatch.setattr("megatron_completep.preprocess.run.make_units", after(path.unlink, make_units))
         with pytest.raises(DataError, match=rf"1 documents are bad.*\n.*a\.{ending}: cannot be read"):
             run(tmp_path, path, name=ending)
 

@@ -19,14 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_completep.data.indexed import IndexedDataset
-from megatron_completep.data.preprocess import encode, report, work
-from megatron_completep.data.preprocess.progress import Display
-from megatron_completep.data.preprocess.quality import Limits, first_occurrences
-from megatron_completep.data.preprocess.readers import Document, describe_place, read_documents
-from megatron_completep.data.preprocess.run import preprocess
-from megatron_completep.data.preprocess.settings import PreprocessSettings, TokenizerChoice
-from megatron_completep.data.preprocess.sources import blocks_of, find_sources, make_units
 from megatron_completep.errors import DataError
+from megatron_completep.preprocess import encode, report, work
+from megatron_completep.preprocess.progress import Display
+from megatron_completep.preprocess.quality import Limits, first_occurrences
+from megatron_completep.preprocess.readers import Document, describe_place, read_documents
+from megatron_completep.preprocess.run import preprocess
+from megatron_completep.preprocess.settings import PreprocessSettings, TokenizerChoice
+from megatron_completep.preprocess.sources import blocks_of, find_sources, make_units
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     "": lambda raw: raw,

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from megatron_completep.data.preprocess.run import preprocess
-from megatron_completep.data.preprocess.settings import PreprocessSettings, TokenizerChoice
-from megatron_completep.data.tokenizer_training import TrainingSettings, train_tokenizer
+from megatron_completep.preprocess.run import preprocess
+from megatron_completep.preprocess.settings import PreprocessSettings, TokenizerChoice
+from megatron_completep.preprocess.tokenizer_training import TrainingSettings, train_tokenizer
 
 indexed_dataset = pytest.importorskip("megatron.core.datasets.indexed_dataset", reason="megatron-core is not installed")
 

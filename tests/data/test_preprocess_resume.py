@@ -18,9 +18,9 @@ KILLS = 20
 # The tool's own run with small, slow blocks, so that each kill meets the work at another place. $1: workers, then inputs' folder, output.
 PROGRAM = """
 import sys, time
-from megatron_completep.data.preprocess import encode, report
-from megatron_completep.data.preprocess.run import preprocess
-from megatron_completep.data.preprocess.settings import PreprocessSettings, TokenizerChoice
+from megatron_completep.preprocess import encode, report
+from megatron_completep.preprocess.run import preprocess
+from megatron_completep.preprocess.settings import PreprocessSettings, TokenizerChoice
 original = encode.Encoder.encode
 def slow(self, block):
     time.sleep(0.001)
@@ -93,9 +93,9 @@ def test_killed_twenty_times_the_bytes_are_those_of_a_run_never_killed(folder: P
 def test_a_killed_worker_ends_the_run_with_a_message_and_its_work_is_kept(folder: Path) -> None:
     program = """
 import os, signal, sys
-from megatron_completep.data.preprocess import encode
-from megatron_completep.data.preprocess.run import preprocess
-from megatron_completep.data.preprocess.settings import PreprocessSettings, TokenizerChoice
+from megatron_completep.preprocess import encode
+from megatron_completep.preprocess.run import preprocess
+from megatron_completep.preprocess.settings import PreprocessSettings, TokenizerChoice
 from megatron_completep.errors import exit_on_user_error
 original = encode.Encoder.encode
 def deadly(self, block):

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from megatron_completep.config.schema import TokenizerConfig
 from megatron_completep.data.tokenizer import _TIKTOKEN_ENCODINGS, SPACE_MARK, Tokenizer, build_tokenizer
-from megatron_completep.data.tokenizer_training import TrainingSettings, train_tokenizer
 from megatron_completep.errors import DataError
+from megatron_completep.preprocess.tokenizer_training import TrainingSettings, train_tokenizer
 
 CODE = Path(__file__).read_text("utf-8")
 AWKWARD = [
@@ -219,7 +219,7 @@ def test_training_is_deterministic_and_reports_held_out_text(sentencepiece_model
 
 
 def test_the_sample_is_limited_and_spread_over_files(tmp_path: Path) -> None:
-    from megatron_completep.data.tokenizer_training import _sample
+    from megatron_completep.preprocess.tokenizer_training import _sample
 
     for name in "abcd":
         (tmp_path / f"{name}.jsonl").write_text(

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from harness import Fault, Ranks, start, write_corpus
 
-from megatron_completep.training.metrics import read_metrics
+from megatron_completep.telemetry.metrics import read_metrics
 
 COMMON = ["guards.replica_check_interval=null", "logging.parameterization_interval=null", "logging.interval=1000"]
 SAVING = ["checkpoint.interval=1000", "checkpoint.local_interval=400", "checkpoint.async_save=true"]

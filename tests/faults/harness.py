@@ -24,11 +24,11 @@ from typing import Any
 
 import numpy as np
 
+from megatron_completep.checkpoint import StoredCheckpoint
+from megatron_completep.checkpoint.manifest import committed_steps
 from megatron_completep.config import load_config
 from megatron_completep.data.writer import IndexedWriter
 from megatron_completep.errors import exit_on_user_error
-from megatron_completep.training.checkpoint import StoredCheckpoint
-from megatron_completep.training.checkpoint.manifest import committed_steps
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["torch", "torch.distributed", "megatron_completep.pretrain", "megatron_completep.data.writer"])

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from harness import Fault, at_point, disk_full, kill_self
 
+from megatron_completep.checkpoint import files, retention, save
+from megatron_completep.guards import hooks
 from megatron_completep.parallel.gradients import GradientQueue
+from megatron_completep.run import assemble
+from megatron_completep.run.step import TrainingStep
 from megatron_completep.training import build
-from megatron_completep.training.checkpoint import files, retention, save
-from megatron_completep.training.guards import hooks
-from megatron_completep.training.step import TrainingStep
 
 
 def inject(fault: Fault) -> Callable[[str], None]:
@@ -73,13 +74,13 @@ def wait_for_file(path: Path) -> None:
 
 def _set_the_clock(seconds: float) -> None:
     """The clock of the day is set while the model is built."""
-    original, time_of_day = build.build_model, time.time
+    original, time_of_day = assemble.build_model, time.time
 
     def build_model(*arguments: Any) -> Any:
         time.time = lambda: time_of_day() + seconds
         return original(*arguments)
 
-    build.build_model = build_model
+    assemble.build_model = build_model
 
 
 def _at_steps(fault: Fault, action: Callable[[], None], method: str = "run") -> None:

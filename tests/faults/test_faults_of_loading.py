@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from harness import count_injection, losses, run
 
+from megatron_completep.checkpoint import StoredCheckpoint
 from megatron_completep.errors import CheckpointError
-from megatron_completep.training.checkpoint import StoredCheckpoint
 
 NEWEST = "step_00000006"
 

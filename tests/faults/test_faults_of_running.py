@@ -37,9 +37,9 @@ from harness import (
     write_corpus,
 )
 
-from megatron_completep.training.guards.replicas import bit_sum, who_differs
-from megatron_completep.training.guards.watchdog import verdict
-from megatron_completep.training.metrics import read_metrics
+from megatron_completep.guards.replicas import bit_sum, who_differs
+from megatron_completep.guards.watchdog import verdict
+from megatron_completep.telemetry.metrics import read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

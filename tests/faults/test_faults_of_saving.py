@@ -12,8 +12,8 @@ import pytest
 from checkpoint_helpers import TinyRun, tiny_config
 from harness import Fault, count_injection, final_state, losses, run, start, steps_on_disk
 
-from megatron_completep.training.checkpoint import checkpointer, files, save
-from megatron_completep.training.metrics import read_metrics
+from megatron_completep.checkpoint import checkpointer, files, save
+from megatron_completep.telemetry.metrics import read_metrics
 
 # In the order in which a save passes them; those that only the committing rank passes are marked.
 POINTS = {

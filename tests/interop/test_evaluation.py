@@ -17,10 +17,10 @@ from megatron_completep.data.indexed import IndexedDataset
 from megatron_completep.data.tokenizer import BytesTokenizer
 from megatron_completep.data.writer import IndexedWriter
 from megatron_completep.errors import ConfigError, DataError
-from megatron_completep.interop.lm_eval_tasks import TaskSettings, continue_until, evaluate_tasks
-from megatron_completep.interop.scoring import Scorer, score_token_file
+from megatron_completep.inference.generation import Sampling, generate_texts
+from megatron_completep.inference.lm_eval_tasks import TaskSettings, continue_until, evaluate_tasks
+from megatron_completep.inference.scoring import Scorer, score_token_file
 from megatron_completep.parallel.axis import Axis
-from megatron_completep.training.generation import Sampling, generate_texts
 
 TEXTS = ["Zwölf Boxkämpfer jagen Viktor.", "x", "敏捷的棕色狐狸", "the quick brown fox jumps over the lazy dog " * 3, "\n\n  tail"]
 

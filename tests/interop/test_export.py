@@ -15,14 +15,14 @@ from small_exports import FACTORS, GPT2, LLAMA, QWEN3, TIED_LLAMA, checkpoint, e
 from small_models import table_for
 from worker_pool import WorkerPool
 
+from megatron_completep.checkpoint import StoredCheckpoint
 from megatron_completep.errors import ConfigError
+from megatron_completep.inference.generation import Sampling, generate, load_model
 from megatron_completep.interop import export_model as exporting
 from megatron_completep.interop.architectures import blockers, choose_architecture
 from megatron_completep.interop.check_export import check_export, load_with_transformers
 from megatron_completep.interop.export_model import ExportSettings, export_model, parse_size
 from megatron_completep.parallel.context import ParallelContext
-from megatron_completep.training.checkpoint import StoredCheckpoint
-from megatron_completep.training.generation import Sampling, generate, load_model
 
 pytest.importorskip("transformers")
 

@@ -16,13 +16,13 @@ from small_exports import LLAMA, checkpoint
 
 from megatron_completep.config.schema import TokenizerConfig
 from megatron_completep.data.tokenizer import SPACE_MARK, Tokenizer, build_tokenizer
-from megatron_completep.data.tokenizer_training import TrainingSettings, train_tokenizer
 from megatron_completep.errors import ConfigError, DataError
+from megatron_completep.inference.lm_eval_tasks import TaskSettings, evaluate_tasks
 from megatron_completep.interop import hf_tokenizer
 from megatron_completep.interop.check_export import load_with_transformers
 from megatron_completep.interop.export_model import ExportSettings, export_model
 from megatron_completep.interop.hf_tokenizer import PROBES, to_fast_tokenizer, verify, write_tokenizer
-from megatron_completep.interop.lm_eval_tasks import TaskSettings, evaluate_tasks
+from megatron_completep.preprocess.tokenizer_training import TrainingSettings, train_tokenizer
 
 transformers = pytest.importorskip("transformers")
 

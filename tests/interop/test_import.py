@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from worker_pool import WorkerPool
 
+from megatron_completep.checkpoint import Checkpointer, StoredCheckpoint
 from megatron_completep.completep import table_of
 from megatron_completep.config import load_config
 from megatron_completep.data.writer import IndexedWriter
@@ -28,8 +29,7 @@ from megatron_completep.optim.distributed_adamw import DistributedAdamW
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.parameter import spec_of
 from megatron_completep.pretrain import pretrain
-from megatron_completep.training.checkpoint import Checkpointer, StoredCheckpoint
-from megatron_completep.training.metrics import read_metrics
+from megatron_completep.telemetry.metrics import read_metrics
 
 transformers = pytest.importorskip("transformers")
 

@@ -10,7 +10,7 @@ from small_models import completep_config, model_config, table_for
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_completep.analysis.plain_model import PlainGPT
+from megatron_completep.benchmarks.plain_model import PlainGPT
 from megatron_completep.model.flops import forward_flops_per_token, peak_flops, training_flops_per_token
 
 SHAPES: list[dict[str, Any]] = [

@@ -9,7 +9,7 @@ from small_models import batch_of, build_model, completep_config, model_config, 
 from torch import Tensor
 
 from megatron_completep.data.tokenizer import BytesTokenizer
-from megatron_completep.interop.scoring import Scorer
+from megatron_completep.inference.scoring import Scorer
 from megatron_completep.model.gpt import GPT
 from megatron_completep.parallel.cross_entropy import IGNORED, LossConfig
 

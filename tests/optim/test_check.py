@@ -10,14 +10,14 @@ import torch
 from small_models import batch_of, build_model, build_optimizer, completep_config, model_config, optimizer_config, table_for, train_step
 from torch import nn
 
-from megatron_completep.analysis.plan import describe
-from megatron_completep.analysis.trial import Trial
 from megatron_completep.completep import Table, table_of
 from megatron_completep.config import Config, config_from_mapping
 from megatron_completep.errors import ConfigError
+from megatron_completep.instruments.trial import Trial
 from megatron_completep.optim.check import check_parameters
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.parameter import declare
+from megatron_completep.planning.plan import describe
 from megatron_completep.roles import Role
 
 BASE: dict[str, Any] = {

@@ -9,17 +9,17 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_completep.analysis.communication import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, SEND, collectives_per_step
-from megatron_completep.analysis.training_benchmark import BenchmarkSettings, random_batch
+from megatron_completep.benchmarks.training_benchmark import BenchmarkSettings, random_batch
 from megatron_completep.completep import table_of
 from megatron_completep.config import config_from_mapping
 from megatron_completep.config.derived import micro_batches_per_step
 from megatron_completep.config.schema import Config
 from megatron_completep.optim.distributed_adamw import DistributedAdamW
 from megatron_completep.parallel.context import ParallelContext, data_parallel_size_for
-from megatron_completep.training import build
-from megatron_completep.training.precision import DTYPES
-from megatron_completep.training.step import TrainingStep
+from megatron_completep.planning.communication import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, SEND, collectives_per_step
+from megatron_completep.run.assemble import build_model
+from megatron_completep.run.precision import DTYPES
+from megatron_completep.run.step import TrainingStep
 
 Calls = Counter[tuple[str, str, int]]  # (process group, operation, bytes of the whole tensor) -> calls
 
@@ -90,7 +90,7 @@ def build_step(rank: int, config: Config) -> tuple[TrainingStep, list[Any], Para
     context = ParallelContext.over_world(config.parallel, torch.device("cpu"), rank, world_size, data_size)
     table = table_of(config)
     precision = DTYPES[config.training.precision]
-    chunks = build.build_model(config, table, context, precision)
+    chunks = build_model(config, table, context, precision)
     optimizer = DistributedAdamW(chunks, table, config.optimizer, context, config.parallel, precision)
     batch = random_batch(BenchmarkSettings(config.model, config.training.micro_batch_size))
     return TrainingStep(config, context, chunks, optimizer), [batch] * micro_batches_per_step(config, world_size), context

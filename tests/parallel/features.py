@@ -18,16 +18,16 @@ from megatron_completep.completep import table_of
 from megatron_completep.config import Config, config_from_mapping
 from megatron_completep.data.loader import Batch, Layout, Loader, ValidationBatches
 from megatron_completep.data.samples import Sample
+from megatron_completep.guards.replicas import replica_hashes, who_differs
 from megatron_completep.optim.check import check_parameters
 from megatron_completep.optim.distributed_adamw import DistributedAdamW
 from megatron_completep.optim.groups import Group
 from megatron_completep.parallel.context import ParallelContext, data_parallel_size_for
 from megatron_completep.parallel.parameter import Spec
-from megatron_completep.training.build import build_model
-from megatron_completep.training.guards.replicas import replica_hashes, who_differs
+from megatron_completep.run.assemble import build_model
+from megatron_completep.run.state import RunState
+from megatron_completep.run.step import StepFigures, TrainingStep
 from megatron_completep.training.loop import launch
-from megatron_completep.training.state import RunState
-from megatron_completep.training.step import StepFigures, TrainingStep
 
 STEPS = 3
 SEQ_LENGTH = 16

@@ -10,16 +10,16 @@ import torch
 from small_models import table_for
 from torch import Tensor
 
-from megatron_completep.analysis.replay import Replay, Trace, replay
 from megatron_completep.completep import Table
 from megatron_completep.config.schema import CompletePConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_completep.instruments.replay import Replay, Trace, replay
 from megatron_completep.model.initialize import initialize
 from megatron_completep.model.stages import build_chunks
 from megatron_completep.optim.distributed_adamw import DistributedAdamW
 from megatron_completep.optim.groups import Group
 from megatron_completep.parallel.context import ParallelContext, data_parallel_size_for
 from megatron_completep.parallel.parameter import Spec
-from megatron_completep.training.forward_backward import ForwardBackward, MicroBatch
+from megatron_completep.run.forward_backward import ForwardBackward, MicroBatch
 
 GLOBAL_BATCH = 16  # sequences, split over data ranks and micro-batches
 BASE = CompletePConfig(base_hidden_size=16, base_num_layers=2)

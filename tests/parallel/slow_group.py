@@ -13,7 +13,7 @@ from megatron_completep.model.initialize import initialize
 from megatron_completep.model.stages import build_chunks
 from megatron_completep.optim.distributed_adamw import DistributedAdamW
 from megatron_completep.parallel import collectives
-from megatron_completep.training.forward_backward import ForwardBackward, MicroBatch
+from megatron_completep.run.forward_backward import ForwardBackward, MicroBatch
 
 
 class Timeline:

@@ -10,10 +10,10 @@ import pytest
 
 from megatron_completep.config.load import config_from_mapping, save_config
 from megatron_completep.data.loader import build_loader
-from megatron_completep.data.preprocess import report
 from megatron_completep.data.tokenizer import BytesTokenizer
 from megatron_completep.data.writer import IndexedWriter
 from megatron_completep.errors import DataError, UserError
+from megatron_completep.preprocess import report
 from megatron_completep.tools import benchmark_data, dataset, preprocess_data
 
 TEXTS = [f"Document {i}: " + "äbc " * (i % 9) for i in range(60)]

@@ -5,10 +5,10 @@ import sys
 
 import pytest
 
-from megatron_completep.analysis.communication import collectives_per_step
-from megatron_completep.analysis.scaling import scaling_plan
 from megatron_completep.config import load_config
 from megatron_completep.errors import ConfigError
+from megatron_completep.planning.communication import collectives_per_step
+from megatron_completep.planning.scaling import scaling_plan
 from megatron_completep.tools import show_plan
 
 CONFIG = "configs/completep_1b.yaml"

@@ -10,12 +10,12 @@ import torch
 import yaml
 from checkpoint_helpers import TinyRun, tiny_config
 
+from megatron_completep.checkpoint import StoredCheckpoint
+from megatron_completep.checkpoint.adapt import adapt_checkpoint
 from megatron_completep.errors import CheckpointError
 from megatron_completep.kernels.control import STEP
 from megatron_completep.parallel.gradients import main_grad_of
 from megatron_completep.tools import checkpoint as tool
-from megatron_completep.training.checkpoint import StoredCheckpoint
-from megatron_completep.training.checkpoint.adapt import adapt_checkpoint
 
 F64 = {"precision": "float64"}
 TOKENS = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(0))

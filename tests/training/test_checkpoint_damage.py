@@ -14,12 +14,12 @@ from test_checkpoint_hostile import change_manifest, manifest_of
 from test_checkpoint_layouts import LAYOUTS, build, run, save
 from test_checkpoint_reading import use_small_blocks
 
+from megatron_completep.checkpoint import StoredCheckpoint, files
+from megatron_completep.checkpoint.adapt import adapt_checkpoint
+from megatron_completep.checkpoint.examine import reshard_checkpoint
 from megatron_completep.config.schema import Config
 from megatron_completep.errors import CheckpointError
-from megatron_completep.training.checkpoint import StoredCheckpoint, files
-from megatron_completep.training.checkpoint.adapt import adapt_checkpoint
-from megatron_completep.training.checkpoint.examine import reshard_checkpoint
-from megatron_completep.training.generation import load_model
+from megatron_completep.inference.generation import load_model
 
 MANY = {"vocab_size": 12_000}  # 384,000 parameters of the ends alone: a file of 4.7 MB, more than one block of hashes
 

@@ -18,10 +18,10 @@ import xxhash
 from checkpoint_helpers import TinyRun, tiny_config
 
 import megatron_completep
+from megatron_completep.checkpoint import StoredCheckpoint, files, manifest
+from megatron_completep.checkpoint.examine import verify_checkpoint
+from megatron_completep.checkpoint.manifest import MANIFEST
 from megatron_completep.errors import CheckpointError
-from megatron_completep.training.checkpoint import StoredCheckpoint, files, manifest
-from megatron_completep.training.checkpoint.examine import verify_checkpoint
-from megatron_completep.training.checkpoint.manifest import MANIFEST
 
 NAME = "rank_00000_of_00001.safetensors"
 

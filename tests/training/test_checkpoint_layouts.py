@@ -12,13 +12,13 @@ import torch
 from checkpoint_helpers import tiny_config
 from worker_pool import WorkerPool
 
+from megatron_completep.checkpoint import Checkpointer, StoredCheckpoint
 from megatron_completep.completep import table_of
 from megatron_completep.kernels.control import STEP
 from megatron_completep.model.stages import build_chunks
 from megatron_completep.optim.distributed_adamw import DistributedAdamW
 from megatron_completep.parallel.context import ParallelContext, data_parallel_size_for
-from megatron_completep.training.checkpoint import Checkpointer, StoredCheckpoint
-from megatron_completep.training.state import RunState
+from megatron_completep.run.state import RunState
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"num_layers": 4},

@@ -11,12 +11,12 @@ import torch
 from checkpoint_helpers import TinyRun, tiny_config
 from test_checkpoint_reading import use_small_blocks
 
+from megatron_completep.checkpoint import files
 from megatron_completep.config.schema import ParallelConfig
+from megatron_completep.guards import watchdog
+from megatron_completep.guards.watchdog import Watchdog
 from megatron_completep.parallel.context import ParallelContext
-from megatron_completep.training.checkpoint import files
-from megatron_completep.training.checkpoint.exchange import Exchange, LongWork
-from megatron_completep.training.guards import watchdog
-from megatron_completep.training.guards.watchdog import Watchdog
+from megatron_completep.parallel.exchange import Exchange, LongWork
 
 GENEROUS = 120.0  # seconds that a test waits for an event before it fails
 

@@ -10,23 +10,23 @@ import torch
 from checkpoint_helpers import TinyRun, tiny_config
 from test_checkpoint_layouts import LAYOUTS, TP2_PP2_DP2, build, load, run, save
 
+from megatron_completep.checkpoint import files
+from megatron_completep.checkpoint.boxes import Box, OwnedBox
+from megatron_completep.checkpoint.files import StoredBox
+from megatron_completep.checkpoint.joint import LIMIT, RUN, JointReader, Read, as_ranges, choose_readers, in_rounds
+from megatron_completep.checkpoint.parts import Part
+from megatron_completep.checkpoint.places import shared_place, shared_source
 from megatron_completep.errors import CheckpointError
 from megatron_completep.parallel.context import ParallelContext
-from megatron_completep.training.checkpoint import files
-from megatron_completep.training.checkpoint.boxes import Box, OwnedBox
-from megatron_completep.training.checkpoint.exchange import Exchange
-from megatron_completep.training.checkpoint.files import StoredBox
-from megatron_completep.training.checkpoint.joint import LIMIT, RUN, JointReader, Read, as_ranges, choose_readers, in_rounds
-from megatron_completep.training.checkpoint.parts import Part
-from megatron_completep.training.checkpoint.places import shared_place, shared_source
+from megatron_completep.parallel.exchange import Exchange
 
 TP2_PP2 = {"world": 4, "tensor_parallel_size": 2, "pipeline_parallel_size": 2}
 SMALL_BLOCKS = 4096  # so that the files of a tiny model have many
 
 
 def use_small_blocks(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("megatron_completep.training.checkpoint.files.BLOCK_SIZE", SMALL_BLOCKS)
-    patch.setattr("megatron_completep.training.checkpoint.save.BLOCK_SIZE", SMALL_BLOCKS)
+    patch.setattr("megatron_completep.checkpoint.files.BLOCK_SIZE", SMALL_BLOCKS)
+    patch.setattr("megatron_completep.checkpoint.save.BLOCK_SIZE", SMALL_BLOCKS)
     patch.setattr(files.BlockHasher.__init__, "__defaults__", (SMALL_BLOCKS,))
 
 

@@ -10,8 +10,8 @@ import yaml
 from checkpoint_helpers import TinyRun, tiny_config
 from safetensors import safe_open
 
+from megatron_completep.checkpoint import StoredCheckpoint
 from megatron_completep.errors import CheckpointError
-from megatron_completep.training.checkpoint import StoredCheckpoint
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16", "float64"])

@@ -11,8 +11,8 @@ import pytest
 from checkpoint_helpers import TinyRun, tiny_config
 from test_checkpoint_tool import call
 
-from megatron_completep.training.checkpoint import retention
-from megatron_completep.training.checkpoint.manifest import committed_steps
+from megatron_completep.checkpoint import retention
+from megatron_completep.checkpoint.manifest import committed_steps
 
 
 def saved(folder: Path, steps: int, **checkpoint: object) -> TinyRun:
@@ -69,7 +69,7 @@ def test_files_that_remain_of_a_removed_checkpoint_are_said(tmp_path, monkeypatc
 def test_a_remainder_that_stays_is_not_called_removed(tmp_path, monkeypatch):
     saved(tmp_path, 1)
     (tmp_path / "checkpoints" / ".step_00000009.deadbeef").mkdir()
-    monkeypatch.setattr("megatron_completep.training.checkpoint.save.shutil.rmtree", lambda folder, ignore_errors: None)
+    monkeypatch.setattr("megatron_completep.checkpoint.save.shutil.rmtree", lambda folder, ignore_errors: None)
     again = TinyRun(tiny_config(tmp_path))
     assert any(".step_00000009.deadbeef cannot be removed" in line for line in again.said)
 

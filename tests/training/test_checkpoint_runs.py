@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from checkpoint_helpers import TinyRun, tiny_config
 
+from megatron_completep.checkpoint.run_number import identify_run, renumber
 from megatron_completep.config.schema import Config
-from megatron_completep.training.checkpoint.run_number import identify_run, renumber
 
 
 def config_of(folder: Path, node: Path) -> Config:

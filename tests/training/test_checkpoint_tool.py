@@ -9,9 +9,9 @@ import pytest
 import torch
 from checkpoint_helpers import TinyRun, tiny_config
 
+from megatron_completep.checkpoint import StoredCheckpoint, save
 from megatron_completep.errors import CheckpointError, UserError
 from megatron_completep.tools import checkpoint as tool
-from megatron_completep.training.checkpoint import StoredCheckpoint, save
 
 
 @pytest.fixture

@@ -13,9 +13,7 @@ from tiny_runs import rows_of, tiny_config
 from megatron_completep.data.loader import validation_batches
 from megatron_completep.data.tokenizer import BytesTokenizer
 from megatron_completep.errors import CheckpointError, DataError
-from megatron_completep.model.gpt import GPT
-from megatron_completep.pretrain import pretrain
-from megatron_completep.training.generation import (
+from megatron_completep.inference.generation import (
     Generation,
     Sampling,
     find_checkpoint,
@@ -26,6 +24,8 @@ from megatron_completep.training.generation import (
     next_token,
     penalize,
 )
+from megatron_completep.model.gpt import GPT
+from megatron_completep.pretrain import pretrain
 
 GREEDY = Sampling(temperature=0.0, max_new_tokens=8)
 

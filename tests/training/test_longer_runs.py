@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from tiny_runs import rows_of, tiny_config, write_tokens
 
+from megatron_completep.checkpoint.manifest import MANIFEST, read_manifest, seal
 from megatron_completep.config import Config
 from megatron_completep.errors import CheckpointError
 from megatron_completep.pretrain import pretrain
-from megatron_completep.training.checkpoint.manifest import MANIFEST, read_manifest, seal
-from megatron_completep.training.state import ExitCode
+from megatron_completep.run.state import ExitCode
 
 PLANNED = 4 * 8  # samples of a run of four steps
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from tiny_runs import tiny_config
 
-from megatron_completep.training.metrics import ConsoleLines, MetricsFile, describe, open_sinks, read_metrics
+from megatron_completep.telemetry.metrics import ConsoleLines, MetricsFile, describe, open_sinks, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -144,7 +144,7 @@ def test_only_what_is_asked_for_is_opened(tmp_path: Path) -> None:
 def test_a_console_that_takes_no_more_stops_nothing() -> None:
     program = """
 import sys
-from megatron_completep.training.console import say_on_stdout
+from megatron_completep.run.console import say_on_stdout
 from megatron_completep.errors import exit_on_user_error
 say_on_stdout("one")
 say_on_stdout("two")
@@ -153,7 +153,7 @@ exit_on_user_error(lambda: 75)
     with open("/dev/full", "w") as full:
         run = [sys.executable, "-c"]
         given_up = subprocess.run([*run, program], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-        plain = program.replace("from megatron_completep.training.console import say_on_stdout", "say_on_stdout = print")
+        plain = program.replace("from megatron_completep.run.console import say_on_stdout", "say_on_stdout = print")
         stopped = subprocess.run([*run, plain], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert (given_up.returncode, given_up.stderr) == (75, "")
     assert stopped.returncode != 75  # print alone loses the exit code

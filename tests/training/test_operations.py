@@ -15,21 +15,21 @@ import pytest
 import torch
 from tiny_runs import rows_of, tiny_config
 
-from megatron_completep.analysis.plan import make_plan
+from megatron_completep.checkpoint import Checkpointer
 from megatron_completep.config import Config
 from megatron_completep.config.schema import ParallelConfig, ProfilingConfig
+from megatron_completep.guards.hooks import GarbageCollection
 from megatron_completep.parallel.context import ParallelContext, flight_recorder
+from megatron_completep.planning.plan import make_plan
 from megatron_completep.pretrain import pretrain
-from megatron_completep.training import profiling
-from megatron_completep.training.checkpoint import Checkpointer
-from megatron_completep.training.guards.hooks import GarbageCollection
-from megatron_completep.training.hooks import StepRecord
-from megatron_completep.training.node import differing, driver_version, lines_of
-from megatron_completep.training.profiling import ALLOCATIONS, Profiler
-from megatron_completep.training.signals import StopSignals
-from megatron_completep.training.startup import StartupClock
-from megatron_completep.training.state import ExitCode, RunState
-from megatron_completep.training.step import StepFigures, Stopwatch, TrainingStep
+from megatron_completep.run.hook import StepRecord
+from megatron_completep.run.signals import StopSignals
+from megatron_completep.run.state import ExitCode, RunState
+from megatron_completep.run.step import StepFigures, Stopwatch, TrainingStep
+from megatron_completep.telemetry import profiling
+from megatron_completep.telemetry.node import differing, driver_version, lines_of
+from megatron_completep.telemetry.profiling import ALLOCATIONS, Profiler
+from megatron_completep.telemetry.startup import StartupClock
 
 BARE = ("data.validation=null", "training.validation_interval=null", "logging.parameterization_interval=null")
 RAMP = (*BARE, "training.global_batch_size=16", "training.batch_ramp={start: 8, increment: 4, steps: 6}")

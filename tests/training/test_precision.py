@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from megatron_completep.training.precision import choose_precision, has_bf16_units, name_of, precision_of_run, use_threads
+from megatron_completep.run.precision import choose_precision, has_bf16_units, name_of, precision_of_run, use_threads
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 

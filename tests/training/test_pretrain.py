@@ -13,15 +13,15 @@ import pytest
 import torch
 from tiny_runs import rows_of, tiny_config
 
+from megatron_completep.checkpoint import StoredCheckpoint
 from megatron_completep.config import Config, load_config, save_config
 from megatron_completep.config.derived import micro_batches_per_step
 from megatron_completep.data.loader import Loader
 from megatron_completep.errors import ConfigError
 from megatron_completep.pretrain import pretrain
-from megatron_completep.training.checkpoint import StoredCheckpoint
-from megatron_completep.training.metrics import read_metrics
-from megatron_completep.training.state import ExitCode
-from megatron_completep.training.step import TrainingStep
+from megatron_completep.run.state import ExitCode
+from megatron_completep.run.step import TrainingStep
+from megatron_completep.telemetry.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -12,15 +12,16 @@ from typing import Any
 import pytest
 from tiny_runs import rows_of, tiny_config
 
+from megatron_completep.checkpoint import Checkpointer
 from megatron_completep.config import Config
 from megatron_completep.data.left_out import LeftOut, first_sample_of, read_left_out, write_left_out
 from megatron_completep.errors import CheckpointError, DataError
+from megatron_completep.guards.spikes import recent_losses
 from megatron_completep.pretrain import pretrain
-from megatron_completep.training.checkpoint import Checkpointer
-from megatron_completep.training.guards.spikes import recent_losses
-from megatron_completep.training.hooks import Hook, Metrics
-from megatron_completep.training.state import ExitCode, RunStopped
-from megatron_completep.training.step import PendingFigures, TrainingStep
+from megatron_completep.run.hook import Hook
+from megatron_completep.run.state import ExitCode, RunStopped
+from megatron_completep.run.step import PendingFigures, TrainingStep
+from megatron_completep.training.hooks import Metrics
 
 SETTINGS = (
     *("training.train_steps=18", "checkpoint.interval=4", "guards.rollback_threshold=2", "checkpoint.keep=9", "data.validation=null"),

@@ -17,12 +17,12 @@ from megatron_completep.config import Config
 from megatron_completep.config.schema import DataConfig, TokenizerConfig
 from megatron_completep.data.run_tokenizer import at_hand, copy_in, keep_tokenizer, with_readable_tokenizer
 from megatron_completep.data.tokenizer import build_tokenizer, guess_type
-from megatron_completep.data.tokenizer_training import TrainingSettings, train_tokenizer
 from megatron_completep.data.writer import IndexedWriter
 from megatron_completep.errors import DataError
+from megatron_completep.preprocess.tokenizer_training import TrainingSettings, train_tokenizer
 from megatron_completep.pretrain import pretrain
+from megatron_completep.run.state import ExitCode
 from megatron_completep.tools import dataset, evaluate_model, export_hf, generate
-from megatron_completep.training.state import ExitCode
 
 WORDS = [f"w{number}" for number in range(VOCABULARY - 2)]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_completep.training.signals import StopSignals
+from megatron_completep.run.signals import StopSignals
 
 
 class Listener:

@@ -19,9 +19,9 @@ from megatron_completep.data.left_out import LeftOut, first_sample_of, past, rea
 from megatron_completep.data.loader import Loader
 from megatron_completep.errors import CheckpointError, DataError
 from megatron_completep.pretrain import pretrain
+from megatron_completep.run.starts import STARTS, append_start, read_starts, samples_read, start_of
+from megatron_completep.run.state import ExitCode, RunState
 from megatron_completep.tools import dataset
-from megatron_completep.training.starts import STARTS, append_start, read_starts, samples_read, start_of
-from megatron_completep.training.state import ExitCode, RunState
 
 SETTINGS: dict[str, dict[str, Any]] = {"checkpoint": {"interval": 2}, "training": {"validation_interval": None}}
 

@@ -11,11 +11,11 @@ import psutil
 import pytest
 from tiny_runs import tiny_config
 
+from megatron_completep.checkpoint import save
 from megatron_completep.pretrain import pretrain
-from megatron_completep.training.checkpoint import save
-from megatron_completep.training.metrics import read_metrics
-from megatron_completep.training.startup import StartupClock, seconds_since_process_start
-from megatron_completep.training.step import TrainingStep
+from megatron_completep.run.step import TrainingStep
+from megatron_completep.telemetry.metrics import read_metrics
+from megatron_completep.telemetry.startup import StartupClock, seconds_since_process_start
 
 TIME_OF_DAY = time.time
 PHASES = ("process_groups", "model", "data", "checkpoint", "first_step")

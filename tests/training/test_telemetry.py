@@ -19,11 +19,11 @@ from megatron_completep.optim.distributed_adamw import DistributedAdamW
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.pretrain import pretrain
 from megatron_completep.roles import Role
-from megatron_completep.training.build import build_model
-from megatron_completep.training.measure import role_rms
-from megatron_completep.training.metrics import read_metrics
-from megatron_completep.training.step import TrainingStep
-from megatron_completep.training.telemetry import FINAL, LOGITS, Telemetry, alarms, nearest, read_reference
+from megatron_completep.run.assemble import build_model
+from megatron_completep.run.step import TrainingStep
+from megatron_completep.telemetry.measure import role_rms
+from megatron_completep.telemetry.metrics import read_metrics
+from megatron_completep.telemetry.telemetry import FINAL, LOGITS, Telemetry, alarms, nearest, read_reference
 
 
 def config_of(layers: int = 4, parameterization: str = "completep", parallel: dict[str, Any] | None = None, **model: Any) -> Config:

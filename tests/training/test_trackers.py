@@ -19,9 +19,9 @@ from tiny_runs import rows_of, tiny_config
 
 from megatron_completep.errors import ConfigError
 from megatron_completep.pretrain import pretrain
-from megatron_completep.training import trackers
-from megatron_completep.training.state import ExitCode
-from megatron_completep.training.trackers import InBackground, TensorBoard, figures, run_id
+from megatron_completep.run.state import ExitCode
+from megatron_completep.telemetry import trackers
+from megatron_completep.telemetry.trackers import InBackground, TensorBoard, figures, run_id
 
 ROWS = [{"step": step, "loss": 1.0 / step, "mfu": None, "skipped": False} for step in range(1, 6)]
 HERE = [name for name in ("wandb", "trackio") if importlib.util.find_spec(name) is not None]
@@ -184,7 +184,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from tiny_runs import tiny_config
 from megatron_completep.pretrain import pretrain
-from megatron_completep.training import trackers
+from megatron_completep.telemetry import trackers
 trackers.CLOSING_SECONDS = 280.0
 for steps in ("stop_at_step=6", "stop_at_step=null"):  # the second start resumes
     pretrain(tiny_config(Path(sys.argv[2]), f"training.{steps}", "logging.offline=true", "logging.trackers=[wandb, trackio]"))

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from tiny_runs import rows_of, tiny_config
 
-from megatron_completep.analysis.sweep import run_point
 from megatron_completep.config import Config
 from megatron_completep.data.loader import validation_batches
+from megatron_completep.inference.generation import load_model
+from megatron_completep.instruments.sweep import run_point
 from megatron_completep.pretrain import pretrain
-from megatron_completep.training.generation import load_model
 
 SHORT = ("training.train_steps=4", "training.validation_interval=2", "checkpoint.interval=null", "guards.hang_timeout_minutes=null")
 MORE = ("training.label_smoothing=0.2", "training.z_loss=0.01")

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from megatron_completep.guards import watchdog as module
+from megatron_completep.guards.watchdog import Watchdog
 from megatron_completep.launch import Launch
-from megatron_completep.training.guards import watchdog as module
-from megatron_completep.training.guards.watchdog import Watchdog
 
 NEVER = threading.Event()
 

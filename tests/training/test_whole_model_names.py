@@ -12,10 +12,10 @@ from tiny_runs import rows_of, tiny_config
 
 from megatron_completep.config import Config
 from megatron_completep.errors import ConfigError, UserError
+from megatron_completep.guards import hooks
+from megatron_completep.guards.replicas import replica_hashes
 from megatron_completep.pretrain import pretrain
-from megatron_completep.training.guards import hooks
-from megatron_completep.training.guards.replicas import replica_hashes
-from megatron_completep.training.state import ExitCode
+from megatron_completep.run.state import ExitCode
 
 SHORT = ("training.train_steps=4", "training.validation_interval=null", "checkpoint.interval=null", "guards.hang_timeout_minutes=null")
 PIPELINE = ("parallel.pipeline_parallel_size=2",)

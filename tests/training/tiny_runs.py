@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_completep.config import Config, config_from_mapping
 from megatron_completep.data.writer import IndexedWriter
-from megatron_completep.training.metrics import read_metrics
+from megatron_completep.telemetry.metrics import read_metrics
 
 VOCABULARY = 64
 TIMES = ("tokens_per_second", "step_seconds", "data_wait_seconds", "memory_bytes", "mfu")  # what two equal runs do not share

@@ -1,0 +1,1 @@
+"""Our programs timed beside what a user would take instead."""

@@ -1,0 +1,7 @@
+"""Checkpoints that any layout reads, committed by one rename, every byte hashed."""
+
+from megatron_completep.checkpoint.checkpointer import Checkpointer, SaveReport, no_fail_point
+from megatron_completep.checkpoint.load import StoredCheckpoint
+from megatron_completep.checkpoint.save import FailPoint
+
+__all__ = ["Checkpointer", "FailPoint", "SaveReport", "StoredCheckpoint", "no_fail_point"]

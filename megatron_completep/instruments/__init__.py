@@ -1,0 +1,1 @@
+"""Does the parameterization hold? Checks, sweeps, replayed traces."""

@@ -1,0 +1,1 @@
+"""A run on paper: parameters, memory, traffic, time, kernels."""

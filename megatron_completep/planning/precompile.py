@@ -1,0 +1,98 @@
+"""Which kernels a run launches, found without a GPU and without memory, and compiled before the run starts.
+
+The run's own model and optimizer take one step on torch's `meta` device, where tensors have shapes and no data. Every fused
+operator is answered by its Triton launcher, whose launches are intercepted. So what is compiled is what the run will launch:
+no list of shapes has to be kept in step with the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_completep.completep import table_of
+from megatron_completep.config.schema import Config
+from megatron_completep.errors import ConfigError
+from megatron_completep.kernels.ahead_of_time import Launch, compile_launch, record
+from megatron_completep.kernels.library import LAUNCHERS
+from megatron_completep.model.gpt import GPT, Stage
+from megatron_completep.optim.distributed_adamw import DistributedAdamW
+from megatron_completep.parallel.axis import Axis
+from megatron_completep.parallel.context import ParallelContext
+from megatron_completep.parallel.cross_entropy import LossConfig
+from megatron_completep.run.precision import DTYPES
+
+
+class _LaunchInstead(TorchDispatchMode):
+    """Fused operators on `meta` tensors run their launcher, not their shape function."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace != "completep":
+            return func(*args, **(kwargs or {}))
+        name = func.name().removeprefix("completep::")
+        return LAUNCHERS[name](*args)
+
+
+def launches_of_run(config: Config, architecture: str) -> list[Launch]:
+    """Every distinct launch of one training step on a rank of `config`'s layout; ConfigError for float64 and for "auto" precision."""
+    if config.training.precision not in ("bf16", "float32"):
+        raise ConfigError(
+            f"training.precision = {config.training.precision}: only bf16 and float32 runs launch Triton kernels. Choose one."
+        )
+    launches = record(lambda: _step_without_data(config), architecture)
+    distinct = {_variant(launch): launch for launch in launches}
+    return list(distinct.values())
+
+
+def compile_run(config: Config, architecture: str, say: Callable[[str], None]) -> int:
+    """Compile every kernel of a run into Triton's cache; returns how many. `say` receives one line a kernel."""
+    launches = launches_of_run(config, architecture)
+    for launch in launches:
+        compile_launch(launch, architecture)
+        say(f"{launch.kernel.fn.__module__.rpartition('.')[2]}.{launch.name}  grid {launch.grid}  {_describe(launch)}")
+    return len(launches)
+
+
+def _step_without_data(config: Config) -> None:
+    """Forward, backward and update of a shallow copy of the run: all layers are alike, and so are all ranks of an axis."""
+    parallel, training = config.parallel, config.training
+    context = ParallelContext(torch.device("meta"), tensor=Axis("tensor", 0, parallel.tensor_parallel_size))
+    table = table_of(config)
+    loss = LossConfig.of(training)
+    whole = parallel.pipeline_parallel_size * parallel.virtual_pipeline_size == 1
+    stages = [Stage(0, min(2, config.model.num_layers))] if whole else [Stage(0, 1, last=False), Stage(1, 2, first=False)]
+    with context.device:
+        chunks = [GPT(config.model, table, context, stage, loss) for stage in stages]
+    optimizers = [DistributedAdamW([chunk], table, config.optimizer, context, parallel, DTYPES[training.precision]) for chunk in chunks]
+    tokens = torch.zeros(training.micro_batch_size, config.model.seq_length, dtype=torch.int64, device=context.device)
+    seed = torch.zeros(1, dtype=torch.int64, device=context.device) if config.model.dropout else None
+    with _LaunchInstead():
+        for optimizer in optimizers:
+            optimizer.begin_step(1)
+        x = tokens
+        for chunk in chunks[:-1]:
+            x = chunk(x, dropout_seed=seed)
+        total = chunks[-1](x, labels=tokens, dropout_seed=seed)
+        total.backward()
+        for optimizer in optimizers:
+            optimizer.step(1.0, total, torch.ones((), device=context.device))
+
+
+def _variant(launch: Launch) -> tuple[Any, ...]:
+    """Equal for launches that Triton compiles to one kernel: types, alignment, the integers 1, and constants."""
+
+    def kind(argument: Any) -> Any:
+        if isinstance(argument, torch.Tensor):
+            return str(argument.dtype), argument.storage_offset() * argument.element_size() % 16
+        if isinstance(argument, bool) or not isinstance(argument, int):
+            return type(argument)
+        return argument == 1, argument % 16 == 0, abs(argument) >= 2**31
+
+    return launch.kernel.fn, tuple(map(kind, launch.arguments)), tuple(sorted((k, str(v)) for k, v in launch.parameters.items()))
+
+
+def _describe(launch: Launch) -> str:
+    return " ".join(f"{name}={value}" for name, value in launch.parameters.items() if name.isupper() or name == "num_warps")

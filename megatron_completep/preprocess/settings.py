@@ -1,0 +1,62 @@
+"""What a preprocessing run is asked to do."""
+
+from dataclasses import dataclass, field, replace
+
+import orjson
+import xxhash
+
+from megatron_completep.data.files import printable
+from megatron_completep.preprocess.quality import Limits
+from megatron_completep.preprocess.sources import LARGEST_DOCUMENT, Source
+
+WORK_VERSION = 1  # of the work folder and of everything that decides the output's bytes
+
+
+@dataclass(frozen=True)
+class TokenizerChoice:
+    """Family and model, as `tokenizer.build_tokenizer` takes them."""
+
+    type: str
+    model: str | None = None
+
+
+@dataclass(frozen=True)
+class PreprocessSettings:
+    """Everything that decides the bytes of the output, except the contents of the inputs.
+
+    json_keys: one output a key, `{output_prefix}_{key}_document`. unicode: refuse | repair. deduplicate: keep the first of documents
+    with equal texts. input_format: auto | jsonl | text (a file is a document) | lines (a line is a document) | parquet.
+    largest_document: bytes of a line, or of a file or row that is one document; a larger one is bad.
+    """
+
+    inputs: tuple[str, ...]
+    output_prefix: str
+    tokenizer: TokenizerChoice
+    json_keys: tuple[str, ...] = ("text",)
+    append_eod: bool = False
+    input_format: str = "auto"
+    unicode: str = "refuse"
+    limits: Limits = field(default_factory=Limits)
+    deduplicate: bool = False
+    largest_document: int = LARGEST_DOCUMENT
+
+    def output_prefixes(self) -> list[str]:
+        """PREFIX of each key's token files."""
+        return [f"{self.output_prefix}_{key}_document" for key in self.json_keys]
+
+    def fingerprint(self, sources: list[Source], tokenizer: dict[str, str | int | None], block_bytes: int) -> str:
+        """Equal for two runs exactly when they cut the same inputs alike and give the same bytes."""
+        decisive: list[object] = [
+            WORK_VERSION,
+            block_bytes,
+            tokenizer,
+            self.json_keys,
+            self.append_eod,
+            self.unicode,
+            self.limits,
+            self.deduplicate,
+            [replace(source, path=printable(source.path)) for source in sources],
+        ]
+        if self.largest_document != LARGEST_DOCUMENT:  # so that runs of before this setting are recognized
+            decisive.append(self.largest_document)
+        return xxhash.xxh3_64_hexdigest(orjson.dumps(decisive, option=orjson.OPT_SORT_KEYS))

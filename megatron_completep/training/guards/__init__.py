@@ -1,6 +1,0 @@
-"""What stands around a run: one trainer a folder, no orphans, no hang without a name, no step on bad numbers."""
-
-from megatron_completep.training.guards.guard import Guard
-from megatron_completep.training.guards.watchdog import Watchdog
-
-__all__ = ["Guard", "Watchdog"]

@@ -30,6 +30,7 @@ from megatron_completep.model.block import Block
 from megatron_completep.model.gpt import GPT
 from megatron_completep.model.stream import Stream
 from megatron_completep.parallel.context import ParallelContext
+from megatron_completep.telemetry.measure import layer_entries
 
 STEP = 1e-4  # h: in float64 the truncation error of the central difference is then about 1e-8, and rounding about 1e-11
 FIRST_DEPTH = 4  # in base depths: below, finite-depth terms bend the curve
@@ -50,7 +51,7 @@ def block_laziness(trial: Trial) -> list[float]:
     (batches,) = read_batches(trial.config, trial.context, 1)
     with trial.taps.recording() as taps, torch.no_grad():
         model(batches[0].tokens)
-        streams = [taps.streams[f"layers.{index}.attention_norm"][0] for index, _ in model.blocks()]
+        streams = [taps.streams[name][0] for name in layer_entries(model)]
     inputs = model._attention_inputs(streams[0], batches[0].tokens, None, None, None)
     before = optimizer.flat.clone()
     trial.step.run(batches, 1).read()

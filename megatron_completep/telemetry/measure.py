@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_completep.model.gpt import GPT
 from megatron_completep.model.stream import Stream
 from megatron_completep.optim.distributed_adamw import DistributedAdamW
 from megatron_completep.parallel.collectives import all_reduce
@@ -27,6 +28,13 @@ def role_of(module: nn.Module) -> Role | None:
     """The role that the parameters which a module itself owns declare; None for a module without any."""
     specs = (getattr(parameter, "spec", None) for parameter in module.parameters(recurse=False))
     return next((spec.role for spec in specs if isinstance(spec, Spec)), None)
+
+
+def layer_entries(chunk: GPT) -> list[str]:
+    """The names of the norms at which the layers of a chunk begin, in order: where the stream between layers can be read."""
+    first_norms = [block.branches[0][0] for _, block in chunk.blocks()]
+    names = {module: name for name, module in chunk.named_modules()}
+    return [names[norm] for norm in first_norms]
 
 
 class StreamTaps:

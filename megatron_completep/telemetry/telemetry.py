@@ -31,7 +31,7 @@ from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.roles import Role
 from megatron_completep.run.hook import Hook, StepRecord
 from megatron_completep.run.step import TrainingStep
-from megatron_completep.telemetry.measure import StreamTaps, SumOfSquares, reduce_stream_sums
+from megatron_completep.telemetry.measure import StreamTaps, SumOfSquares, layer_entries, reduce_stream_sums
 from megatron_completep.telemetry.metrics import read_metrics
 
 FINAL, LOGITS, UPDATE = "activation_rms/final", "attention_logit_max", "update_ratio/"
@@ -40,14 +40,19 @@ Say = Callable[[str], None]
 
 
 class Telemetry(Hook):
-    """Stands in front of the metrics, whose rows it adds to. `probe`: this data rank's micro-batches of the extra forward pass."""
+    """Adds sizes of activations and updates. `probe`: this data rank's micro-batches of the extra forward pass."""
 
     def __init__(
         self, step: TrainingStep, probe: Sequence[Batch], interval: int, train_steps: int, reference: Mapping[float, Any] | None, say: Say
     ):
         self._step, self._probe, self._interval, self._train_steps = step, probe, interval, train_steps
         self._reference, self._say = reference, say
-        self._streams, self._logits = StreamTaps(step.passes.chunks), LogitTaps(step.passes.chunks)
+        chunks = step.passes.chunks
+        self._streams, self._logits = StreamTaps(chunks), LogitTaps(chunks)
+        # The stream is told where layers begin, and at its end.
+        self._told: set[str | None] = {self._streams.final_site}
+        for chunk in chunks:
+            self._told.update(layer_entries(chunk))
 
     def due(self, step: int) -> bool:
         return step % self._interval == 0 or step == self._train_steps
@@ -66,10 +71,11 @@ class Telemetry(Hook):
         context = self._step.context
         with self._streams.recording() as taps, self._logits.recording() as logits:
             self._step.evaluate(self._probe)
-        sizes = reduce_stream_sums({name: SumOfSquares.of(tensors) for name, tensors in taps.streams.items()}, context)
-        values = list(sizes.values())
-        named = {f"activation_rms/{name}": value for name, value in list(sizes.items())[:-1] if not name.endswith("mlp_norm")}
-        return {**named, FINAL: values[-1], LOGITS: largest(logits.values, context), **update_ratios(self._step.optimizer)}
+        told = {name: tensors for name, tensors in taps.streams.items() if name in self._told}
+        sizes = reduce_stream_sums({name: SumOfSquares.of(tensors) for name, tensors in told.items()}, context)
+        *layers, (_, final) = sizes.items()
+        named = {f"activation_rms/{name}": value for name, value in layers}
+        return {**named, FINAL: final, LOGITS: largest(logits.values, context), **update_ratios(self._step.optimizer)}
 
 
 class LogitTaps:

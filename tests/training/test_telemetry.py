@@ -82,7 +82,7 @@ def test_every_figure_is_what_the_model_really_computes(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", look)
     streams: list[torch.Tensor] = []
-    model.final_norm.register_forward_hook(lambda module, inputs, output: streams.append(output[0]))
+    model.final_norm.register_forward_hook(lambda module, inputs, output: streams.append(output[0].residual))
     with torch.no_grad():
         model(tokens)
     assert figures[LOGITS] == pytest.approx(torch.stack(seen).max().item(), rel=1e-6)

@@ -41,7 +41,7 @@ def mentions(source: str) -> Iterator[tuple[int, str]]:
     tree = ast.parse(source)
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     docstrings = {id(node.body[0].value) for node in ast.walk(tree) if isinstance(node, documented) and isinstance(node.body[0], ast.Expr)}
-    dotted = r"(?:attention|mlp)\.(?:output|up|down)|(?:embedding|positions|norm)\.(?:weight|bias)|layers\.$"
+    dotted = r"(?:attention|mlp)\.(?:output|up|down)|(?:embedding|positions|norm)\.(?:weight|bias)"
     words = "|".join(sorted(module_words() - {"output", "up", "down"}))
     pattern = re.compile(rf"(?<!\w)(?:{words})(?!\w)|{dotted}")
     for node in ast.walk(tree):

@@ -8,10 +8,11 @@ matrices that write into the residual stream are zero in them, all else is as in
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_completep.checkpoint.compare import ADAPTABLE, Difference, differences, refused, side_by_side
 from megatron_completep.checkpoint.examine import rewrite_checkpoint
@@ -48,6 +49,7 @@ def adapt_checkpoint(
     _refuse(folder, refused(found, ADAPTABLE), old.model, config.model, checkpoints)
     old_table, table = table_of(old), table_of(config)
     fresh = GPT(config.model, table, ParallelContext.single("meta"))
+    check_branches(fresh)
     factors = scale_factors(old.model, old_table, table, config.model)
     values = _Values(stored, config, table, specs_of(fresh), factors, start_anew)
     manifest = _manifest(stored.manifest, config, table, values.described, start_anew)
@@ -75,6 +77,27 @@ def _refuse(folder: Path, bad: list[Difference], old: ModelConfig, new: ModelCon
         )
     if steps := committed_steps(checkpoints):
         raise CheckpointError(f"{checkpoints} holds a checkpoint of step {max(steps)} already. Choose another training.output_dir.")
+
+
+def check_branches(model: GPT) -> None:
+    """Whether every branch says which of its parameters make its output.
+
+    They take a change of the residual multiplier over, and are zero in a new layer, which is silent at first by that. Raises
+    CheckpointError naming the branches that declare none.
+    """
+    unknown = []
+    for layer, block in model.blocks():
+        names = {module: name for name, module in block.named_children()}
+        for _, branch in block.branches:
+            module = cast(nn.Module, branch)
+            if not any(spec.writes_to_stream for spec in specs_of(module).values()):
+                unknown.append(f"layer {layer}, {names[module]}")
+    if unknown:
+        raise CheckpointError(
+            f"{'; '.join(unknown)}: no parameter declares that it makes the branch's output, so neither a new layer "
+            "nor another residual multiplier can keep the function. Make the output with RowParallelLinear, or give "
+            "its Spec the site STREAM."
+        )
 
 
 def scale_factors(old: ModelConfig, old_table: Table, table: Table, new: ModelConfig) -> dict[Site, float]:

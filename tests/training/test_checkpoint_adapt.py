@@ -9,12 +9,21 @@ import pytest
 import torch
 import yaml
 from checkpoint_helpers import TinyRun, tiny_config
+from small_models import completep_config, model_config, table_for
+from torch import nn
 
 from megatron_completep.checkpoint import StoredCheckpoint
-from megatron_completep.checkpoint.adapt import adapt_checkpoint
+from megatron_completep.checkpoint.adapt import adapt_checkpoint, check_branches
+from megatron_completep.config.schema import ModelConfig
 from megatron_completep.errors import CheckpointError
 from megatron_completep.kernels.control import STEP
+from megatron_completep.model.block import BRANCHES
+from megatron_completep.model.gpt import GPT
+from megatron_completep.model.stream import Branch
+from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.gradients import main_grad_of
+from megatron_completep.parallel.parameter import declare
+from megatron_completep.roles import Role
 from megatron_completep.tools import checkpoint as tool
 
 F64 = {"precision": "float64"}
@@ -139,3 +148,25 @@ def test_the_tool_writes_where_the_new_run_looks_and_never_over_a_checkpoint(tmp
     assert "table.width_multiplier" in shown and f"wrote {tmp_path / 'new' / 'checkpoints' / 'step_00000003'}" in shown
     with pytest.raises(CheckpointError, match="holds a checkpoint of step 3 already"):
         tool.main()
+
+
+class SilentlyWrong(nn.Module):
+    """A branch whose last matrix does not say that it makes the branch's output."""
+
+    def __init__(self, model: ModelConfig, *_: object):
+        super().__init__()
+        self.out = nn.Linear(model.hidden_size, model.hidden_size, bias=False)
+        declare(self.out.weight, Role.HIDDEN_WEIGHT, model.hidden_size, model.hidden_size)
+
+    def forward(self, x: torch.Tensor, inputs: object) -> Branch:
+        return Branch(self.out(x))
+
+
+def test_a_branch_that_does_not_say_what_makes_its_output_is_refused() -> None:
+    """The control: the model's own branches do."""
+    model = model_config()
+    table = table_for(model, completep_config())
+    check_branches(GPT(model, table, ParallelContext.single("meta")))
+    branches = {**BRANCHES, "extra": SilentlyWrong}
+    with pytest.raises(CheckpointError, match=r"layer 0, extra; layer 1, extra.*no parameter declares"):
+        check_branches(GPT(model, table, ParallelContext.single("meta"), branches=branches))

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from .reference import Join, Norm
 
@@ -69,6 +70,20 @@ def register(
     _library.impl(name, LAUNCHERS[name], "CUDA")
     torch.library.register_fake(f"{_NAMESPACE}::{name}", _of_pieces(fake, parameters), lib=_library)
     return _of_values(getattr(getattr(torch.ops, _NAMESPACE), name).default, parameters)
+
+
+def first_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward that refuses to be differentiated, as torch's `once_differentiable` makes one.
+
+    That costs host time in every call; here only where a second derivative can be asked for.
+    """
+    checked = once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def call(ctx: Any, *gradients: Any) -> Any:
+        return checked(ctx, *gradients) if torch.is_grad_enabled() else backward(ctx, *gradients)
+
+    return call
 
 
 def _of_values(operator: Callable[..., Any], parameters: Sequence[str]) -> Callable[..., Any]:

@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import reference
 from ..cpu import cross_entropy as cpu
 from ..launch import block_shape, options
-from ..library import register
+from ..library import first_derivative, register
 from ..optional_triton import tl, triton
 from .wide_product import add_product
 
@@ -266,7 +265,7 @@ class _UnembeddingCrossEntropy(torch.autograd.Function):
         return (total * grad_scale[0]).to(wide)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, d_loss):
         d_x, d_weight = ctx.saved_tensors
         gradients = [None if d is None else d * d_loss.to(d.dtype) for d in (d_x, d_weight)]

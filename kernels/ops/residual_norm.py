@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..cpu import residual_norm as cpu
 from ..launch import (
@@ -32,7 +31,7 @@ from ..launch import (
     partial_rows,
     vector_gradient_shape,
 )
-from ..library import register
+from ..library import first_derivative, register
 from ..optional_triton import tl, triton
 from ..reference import Join, Norm, compute_dtype
 from ..tiling import (
@@ -478,7 +477,7 @@ class _ResidualNorm(torch.autograd.Function):
         return (y, out) if ctx.has_branch else out
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, *gradients):
         d_y, d_out = gradients if ctx.has_branch else (None, *gradients)
         y, mean, rstd, weight = ctx.saved_tensors

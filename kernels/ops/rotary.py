@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..cpu import pointwise as cpu
 from ..launch import rotary_shape
-from ..library import register
+from ..library import first_derivative, register
 from ..optional_triton import tl, triton
 
 
@@ -99,7 +98,7 @@ class _Rotary(torch.autograd.Function):
         return _rotary(x, cos, sin, inverse)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, d_out):
         cos, sin = ctx.saved_tensors
         return _rotary(d_out, cos, sin, not ctx.inverse), None, None, None

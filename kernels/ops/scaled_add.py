@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..cpu import residual_norm as cpu
 from ..launch import backward_shape, forward_shape, partial_rows
-from ..library import register
+from ..library import first_derivative, register
 from ..optional_triton import tl, triton
 from ..reference import Join, compute_dtype
 from ..tiling import (
@@ -170,7 +169,7 @@ class _ScaledAdd(torch.autograd.Function):
         return _scaled_add_forward(residual, branch, branch_bias, join)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, d_y):
         (branch_bias,) = ctx.receivers
         has_bias = branch_bias is not None

@@ -4,11 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..cpu import pointwise as cpu
 from ..launch import block_shape, options
-from ..library import register
+from ..library import first_derivative, register
 from ..optional_triton import tl, triton
 
 
@@ -70,7 +69,7 @@ class _SquaredReLU(torch.autograd.Function):
         return _squared_relu_forward(x)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, d_out):
         return _squared_relu_backward(d_out, ctx.saved_tensors[0])
 

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..cpu import pointwise as cpu
 from ..launch import pointwise_shape
-from ..library import register
+from ..library import first_derivative, register
 from ..optional_triton import tl, triton
 from ..tiling import rows_of
 
@@ -97,7 +96,7 @@ class _SwiGLU(torch.autograd.Function):
         return _swiglu_forward(gate_up)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, d_out):
         return _swiglu_backward(d_out, ctx.saved_tensors[0])
 

@@ -28,7 +28,7 @@ ROOMS = {
     "parallel": "Mesh, collectives, parameters and their specs, tensor-parallel layers, the queue of weight gradients.",
     "model": "The decoder.",
     "data": "Token files, tokenizers, the order of samples, the loader.",
-    "optim": "Groups by name, the flat layout, the distributed optimizer.",
+    "optim": "Groups by name, the flat layout, shards of the masters, and the rules that update them.",
     "run": "The contract between loop, guards and checkpoint: state, step, hooks, assembly.",
     "telemetry": "What a run tells of itself: metrics, trackers, sizes, time.",
     "checkpoint": "Saving and resuming: committed whole, hashed, read into any layout.",

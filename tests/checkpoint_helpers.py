@@ -14,7 +14,7 @@ from megatron_completep.config.schema import Config
 from megatron_completep.kernels import read_control
 from megatron_completep.model.gpt import GPT
 from megatron_completep.model.initialize import initialize
-from megatron_completep.optim.distributed_adamw import DistributedAdamW
+from megatron_completep.optim.optimizer import DistributedOptimizer
 from megatron_completep.optim.schedule import learning_rate
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.run.state import RunState
@@ -54,7 +54,7 @@ def tiny_config(folder: Path | str, **overrides: dict[str, Any]) -> Config:
 class TinyRun:
     """Model, optimizer and checkpointer of one rank; `train` makes steps whose data depends on the step alone."""
 
-    def __init__(self, config: Config, context: ParallelContext | None = None, fail_point=no_fail_point, **options: Any):
+    def __init__(self, config: Config, context: ParallelContext | None = None, fail_point=no_fail_point, rule=None, **options: Any):
         self.config, self.context = config, context or ParallelContext.single("cpu")
         precision = {"float32": torch.float32, "bf16": torch.bfloat16, "float64": torch.float64}[config.training.precision]
         table = table_of(config)
@@ -62,7 +62,7 @@ class TinyRun:
         initialize(self.model, table, config.optimizer, config.training.seed)
         if precision == torch.float64:
             self.model.double()
-        self.optimizer = DistributedAdamW([self.model], table, config.optimizer, self.context, config.parallel, precision)
+        self.optimizer = DistributedOptimizer([self.model], table, config.optimizer, self.context, config.parallel, precision, rule)
         self.said: list[str] = []
         options.setdefault("report", self.said.append)
         self.checkpointer = Checkpointer(config, self.context, self.optimizer, table, fail_point=fail_point, **options)
@@ -96,7 +96,7 @@ class TinyRun:
 
     def bits(self) -> dict[str, bytes]:
         """Every number that training depends on."""
-        flats = {name: getattr(self.optimizer, name) for name in ("flat", "master", "exp_avg", "exp_avg_sq")}
+        flats = {"flat": self.optimizer.shards.flat, **self.optimizer.states}
         return {name: flat.contiguous().view(torch.uint8).numpy().tobytes() for name, flat in flats.items()} | {
             "updates": repr(read_control(self.optimizer.control).step).encode()
         }

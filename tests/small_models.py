@@ -12,7 +12,7 @@ from megatron_completep.config.bare import bare_config
 from megatron_completep.config.schema import CompletePConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_completep.model.gpt import GPT
 from megatron_completep.model.initialize import initialize
-from megatron_completep.optim.distributed_adamw import DistributedAdamW, StepResult
+from megatron_completep.optim.optimizer import DistributedOptimizer, StepResult
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.cross_entropy import IGNORED, LossConfig
 
@@ -77,8 +77,8 @@ def build_optimizer(
     optimizer: OptimizerConfig | None = None,
     precision: torch.dtype = torch.float64,
     parallel: ParallelConfig | None = None,
-) -> DistributedAdamW:
-    return DistributedAdamW([gpt], table, optimizer or optimizer_config(), ParallelContext.single(), parallel, precision)
+) -> DistributedOptimizer:
+    return DistributedOptimizer([gpt], table, optimizer or optimizer_config(), ParallelContext.single(), parallel, precision)
 
 
 def batch_of(
@@ -93,7 +93,7 @@ def batch_of(
     return tokens[:, :-1].contiguous(), labels
 
 
-def train_step(gpt: GPT, optimizer: DistributedAdamW, lr: float, *batches: tuple[Tensor, Tensor]) -> StepResult:
+def train_step(gpt: GPT, optimizer: DistributedOptimizer, lr: float, *batches: tuple[Tensor, Tensor]) -> StepResult:
     """One step over micro-batches of (tokens, labels)."""
     optimizer.begin_step(len(batches))
     loss_sum, counted = torch.zeros((), dtype=torch.float64), 0
@@ -111,7 +111,7 @@ def small_setup(
     completep: dict[str, Any] | None = None,
     optimizer: dict[str, Any] | None = None,
     dtype: torch.dtype = torch.float64,
-) -> tuple[GPT, DistributedAdamW, Table]:
+) -> tuple[GPT, DistributedOptimizer, Table]:
     """A model with its optimizer, ready to train."""
     shape, settings = model_config(**(model or {})), optimizer_config(**(optimizer or {}))
     table = table_for(shape, completep_config(**(completep or {})))

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         chunks = f", {virtual} chunks a rank (the second lighter)" if virtual > 1 else ""
         panels.append((f"{name}{chunks}: bubble {bubble(spans):.0%}", spans, [f"rank {rank}" for rank in range(arguments.ranks)]))
     config = load_config(arguments.config, [f"parallel.bucket_megabytes={arguments.bucket_megabytes}"])
-    buckets = [stop - start for start, stop in rank_layout(config, rank_specs(config, 0), 8).buckets]
+    buckets = [bucket.size for bucket in rank_layout(config, rank_specs(config, 0), 8).buckets]
     panels.append(
         (
             f"data parallel, {len(buckets)} buckets: only the last bucket's gradients and the first parameters wait",

@@ -16,7 +16,6 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from megatron_completep.checkpoint import Checkpointer
-from megatron_completep.checkpoint.shard import STATES
 from megatron_completep.completep import table_of
 from megatron_completep.config.bare import bare_config
 from megatron_completep.config.schema import (
@@ -24,7 +23,7 @@ from megatron_completep.config.schema import (
     ModelConfig,
 )
 from megatron_completep.model.gpt import GPT
-from megatron_completep.optim.distributed_adamw import DistributedAdamW
+from megatron_completep.optim.optimizer import DistributedOptimizer
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.run.state import RunState
 
@@ -90,10 +89,10 @@ class _Bench:
         chunk = GPT(model, table, context)
         for parameter in chunk.parameters():
             parameter.data.normal_()
-        self.optimizer = DistributedAdamW([chunk], table, self.config.optimizer, context, None, torch.float32)
-        for name in STATES[1:]:
-            getattr(self.optimizer, name).normal_()
-        self.flats: dict[str, Tensor] = {name: getattr(self.optimizer, name) for name in STATES}
+        self.optimizer = DistributedOptimizer([chunk], table, self.config.optimizer, context, None, torch.float32)
+        for state in self.optimizer.rule.states.values():
+            state.normal_()
+        self.flats: dict[str, Tensor] = dict(self.optimizer.states)
         self.copies = {name: torch.empty_like(flat) for name, flat in self.flats.items()}
         self.bytes = sum(flat.nbytes for flat in self.flats.values())
         blocking = self.config.model_copy(update={"checkpoint": CheckpointConfig(keep=1, async_save=False)})

@@ -1,8 +1,9 @@
 """A checkpoint for another configuration, on purpose: more layers, another base shape, alpha or multipliers. The function stays.
 
 Where a forward multiplier changes, the weights before it take the ratio, so that the model computes what it computed: a tensor
-multiplied by c has its gradients, and so its first moments, divided by c and its second ones by c^2. New layers come last; the
-matrices that write into the residual stream are zero in them, all else is as in a fresh model, and their moments are zero.
+multiplied by c has its gradients divided by c, and the update rule's states follow with the powers that the checkpoint lists (of
+AdamW's, the first moments are divided by c and the second ones by c^2). New layers come last; the
+matrices that write into the residual stream are zero in them, all else is as in a fresh model, and their states are zero.
 """
 
 from __future__ import annotations
@@ -28,11 +29,10 @@ from megatron_completep.config.schema import Config, ModelConfig
 from megatron_completep.errors import CheckpointError, ConfigError
 from megatron_completep.model.gpt import GPT
 from megatron_completep.model.initialize import draw, initial_std
+from megatron_completep.optim.rules import MASTER, RULES
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.parameter import Site, Spec, specs_of
 from megatron_completep.run.state import RunState
-
-POWER = {"master": 1, "exp_avg": -1, "exp_avg_sq": -2}  # of the factor on a tensor, by state
 
 
 def adapt_checkpoint(
@@ -40,7 +40,7 @@ def adapt_checkpoint(
 ) -> tuple[Path, list[Difference]]:
     """Write the checkpoint as one that a run of `config` continues from; returns its folder and what changed.
 
-    start_anew: from step 0, with the weights alone: no moments, the data from its beginning. Needs memory for one of `files` files.
+    start_anew: from step 0, with the weights alone: no states, the data from its beginning. Needs memory for one of `files` files.
     Raises CheckpointError: damaged, of a model that differs in more than ADAPTABLE, or `checkpoints` holds some already.
     """
     stored = StoredCheckpoint.open(folder)
@@ -122,7 +122,7 @@ def _manifest(old: Manifest, config: Config, table: Table, parameters: dict[str,
         "elements": sum(int(np.prod(p.shape)) for p in parameters.values()),
     }
     if start_anew:
-        changed |= {"step": 0, "state": Progress(**vars(RunState())), "updates": 0.0}
+        changed |= {"step": 0, "state": Progress(**vars(RunState())), "updates": 0.0, "states": RULES[table.rule].all_powers()}
     return old.model_copy(update=changed)
 
 
@@ -155,7 +155,7 @@ class _Values:
     def rows(self, state: str, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of one state of one parameter."""
         spec = self._specs[name]
-        if self._anew and state != "master":
+        if self._anew and state != MASTER:
             return torch.zeros(stop - start, *spec.shape[1:], dtype=TORCH_DTYPES[self._type])
         if name not in self._stored.manifest.parameters:
             return self._new(state, name)[start:stop]
@@ -163,13 +163,13 @@ class _Values:
         factor = 1.0 if spec.site is None else self._factors[spec.site]
         if factor != 1.0:
             first, last = (0, spec.shape[0]) if spec.site_part is None else spec.part_range(spec.site_part)
-            values[max(0, first - start) : max(0, last - start)] *= factor ** POWER[state]
+            values[max(0, first - start) : max(0, last - start)] *= factor ** self._stored.manifest.states[state]
         return values
 
     def _new(self, state: str, name: str) -> Tensor:
         """Of a layer that the checkpoint lacks: silent at first, otherwise as in a fresh model."""
         spec, dtype = self._specs[name], TORCH_DTYPES[self._type]
-        if state != "master" or spec.writes_to_stream:
+        if state != MASTER or spec.writes_to_stream:
             return torch.zeros(spec.shape, dtype=dtype)
         if spec.constant is not None:
             return torch.full(spec.shape, spec.constant, dtype=dtype)

@@ -36,12 +36,12 @@ from megatron_completep.checkpoint.places import (
 from megatron_completep.checkpoint.retention import Removal
 from megatron_completep.checkpoint.run_number import Run, identify_run, renumber
 from megatron_completep.checkpoint.save import FailPoint, Staging, write_checkpoint
-from megatron_completep.checkpoint.shard import STATES, Shard, describe_parameters
+from megatron_completep.checkpoint.shard import Shard, describe_parameters
 from megatron_completep.completep import Table
 from megatron_completep.config.schema import Config
 from megatron_completep.errors import CheckpointError
 from megatron_completep.kernels.control import STEP
-from megatron_completep.optim.distributed_adamw import DistributedAdamW
+from megatron_completep.optim.optimizer import DistributedOptimizer
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.exchange import Exchange, LongWork, describe
 from megatron_completep.run.state import RunState
@@ -74,7 +74,7 @@ class Checkpointer:
         self,
         config: Config,
         context: ParallelContext,
-        optimizer: DistributedAdamW,
+        optimizer: DistributedOptimizer,
         table: Table,
         fingerprints: Mapping[str, Any] | None = None,
         report: Callable[[str], None] = print,
@@ -151,7 +151,7 @@ class Checkpointer:
         content = self._content(state)
         if place is not self._shared:
             content["run"] = self._run.writer.model_dump()
-        flats: Mapping[str, Tensor] = {name: getattr(self.optimizer, name) for name in STATES}
+        flats: Mapping[str, Tensor] = self.optimizer.states
         if self._background is not None:
             flats = self._staging.copy(flats)
             self._fail_point("save.staged")
@@ -267,6 +267,7 @@ class Checkpointer:
             "layout": describe_layout(self.config, self.context),
             "rng": random_state.capture(),
             "versions": versions(),
+            "states": self.optimizer.rule.all_powers(),
             "parameters": self._parameters,
         }
 
@@ -352,7 +353,7 @@ class Checkpointer:
         """
         started = time.perf_counter()
         optimizer, replica, manifest = self.optimizer, self.context.replica, source.manifest
-        flats: dict[str, Tensor] = {name: getattr(optimizer, name) for name in STATES}
+        flats = optimizer.states
         reader = JointReader(self._exchange, source, self._progress)
         state = self._exchange.together(lambda: progress_of(manifest))
         staged: dict[str, Tensor] = {}
@@ -366,7 +367,7 @@ class Checkpointer:
             if replica.group is not None:  # the copies of a shard receive it
                 dist.broadcast(flat, group=replica.group, group_src=0)
         optimizer.control[STEP] = manifest.updates
-        optimizer.adopt_masters()
+        optimizer.shards.adopt_masters()
         random_state.restore(manifest.rng)
         read = sum(self._exchange.all_gather(reader.bytes_read))
         if self.context.is_first:
@@ -380,6 +381,7 @@ class Checkpointer:
 
     def _compare(self, source: Source) -> None:
         """Refuse what was trained with other settings; say which ones were allowed to change. Every rank comes to the same result."""
+        self._compare_states(source)
         found = differences(identity_of(source.manifest), self._identity)
         allowed = self.config.checkpoint.allow_changed
         if bad := refused(found, allowed):
@@ -392,6 +394,15 @@ class Checkpointer:
             line = compare_order(source.folder, source.manifest, self._order, allowed)
             if line is not None:
                 self._report(line)
+
+    def _compare_states(self, source: Source) -> None:
+        """Refuse what another update rule wrote: what one keeps of a tensor means nothing to another."""
+        stored, kept = sorted(source.manifest.states), sorted(self.optimizer.states)
+        if stored != kept:
+            raise CheckpointError(
+                f"{source.folder} holds the states {', '.join(stored)}, but the update rule of this run keeps {', '.join(kept)}. "
+                "Continue with the rule that wrote it, or start from the weights alone: tools/checkpoint.py adapt --start-anew."
+            )
 
 
 def progress_of(manifest: Manifest) -> RunState:

@@ -25,7 +25,6 @@ from megatron_completep.checkpoint.manifest import (
     seal,
 )
 from megatron_completep.checkpoint.save import check_space
-from megatron_completep.checkpoint.shard import STATES
 from megatron_completep.errors import CheckpointError
 from megatron_completep.files import new_folder, write_whole
 
@@ -110,7 +109,9 @@ def compare_checkpoints(first: Path, second: Path) -> tuple[list[Difference], li
         if here is None or there is None or here.shape != there.shape:
             rows.append({"tensor": name, "largest_difference": None})
             continue
-        for state in STATES:
+        for state in left.manifest.states:
+            if state not in right.manifest.states:
+                continue  # the settings say so
             a, b = left.tensor(name, state), right.tensor(name, state)
             if not torch.equal(a, b):
                 rows.append({"tensor": f"{state}/{name}", "largest_difference": (a.double() - b.double()).abs().max().item()})
@@ -126,6 +127,7 @@ def _settings(manifest: Manifest) -> dict[str, Any]:
         "table": manifest.table,
         "fingerprints": manifest.fingerprints,
         "layout": manifest.layout,
+        "states": manifest.states,
         "parameters": {name: [p.role, p.width_ratio, p.shape] for name, p in manifest.parameters.items()},
     }
 
@@ -153,7 +155,7 @@ def rewrite_checkpoint(manifest: Manifest, output: Path, count: int, rows: Rows)
     sizes = (DTYPES[p.dtype].itemsize * math.prod(p.shape) for p in manifest.parameters.values())
     try:
         with new_folder(target) as temporary:
-            check_space(output, len(STATES) * sum(sizes))
+            check_space(output, len(manifest.states) * sum(sizes))
             files = []
             for part in range(count):
                 tensors = list(_share(manifest, rows, part, count))
@@ -173,7 +175,7 @@ def rewrite_checkpoint(manifest: Manifest, output: Path, count: int, rows: Rows)
 
 def _share(manifest: Manifest, rows: Rows, part: int, count: int) -> Iterator[tuple[str, tuple[int, ...], np.ndarray]]:
     """The tensors of one file: rows [part, part + 1) / count of every one."""
-    for state in STATES:
+    for state in manifest.states:
         for name, parameter in manifest.parameters.items():
             start, stop = parameter.shape[0] * part // count, parameter.shape[0] * (part + 1) // count
             if start < stop:

@@ -1,6 +1,6 @@
 """Tensor files: safetensors, written from memory in one pass with hashes, read back with every byte checked.
 
-A tensor's key is STATE/NAME@OFFSETS, such as `exp_avg/layers.0.mlp.down.weight@0,64`: a box of the logical tensor. Any
+A tensor's key is STATE/NAME@OFFSETS, such as `master/layers.0.mlp.down.weight@0,64`: a box of the logical tensor. Any
 safetensors reader opens the files; nothing in them can execute.
 """
 

@@ -14,7 +14,6 @@ from megatron_completep.checkpoint.boxes import Box, OwnedBox, strides_of
 from megatron_completep.checkpoint.files import CheckedFile, StoredBox
 from megatron_completep.checkpoint.manifest import Manifest, read_manifest
 from megatron_completep.checkpoint.parts import TORCH_DTYPES, Part, Parts, Wanted, parts_by_block
-from megatron_completep.checkpoint.shard import STATES
 from megatron_completep.errors import CheckpointError
 
 
@@ -48,7 +47,7 @@ class StoredCheckpoint:
     def tensor(self, name: str, state: str = "master") -> Tensor:
         """One logical tensor, whole."""
         stored = self.manifest.parameters.get(name)
-        if stored is None or state not in STATES:
+        if stored is None or state not in self.manifest.states:
             known = ", ".join(sorted(self.manifest.parameters)[:8])
             raise CheckpointError(f"{self.folder}: no tensor {state}/{name}. Its parameters: {known}, ...")
         return self.rows(state, name, 0, stored.shape[0])
@@ -85,7 +84,7 @@ class StoredCheckpoint:
         problems = []
         for name, parameter in self.manifest.parameters.items():
             whole = Box((0,) * len(parameter.shape), tuple(parameter.shape))
-            for state in STATES:
+            for state in self.manifest.states:
                 boxes = self._by_name[state, name]
                 if any(not b.box.within(whole) or b.dtype != parameter.dtype for b in boxes):
                     problems.append(f"{state}/{name}: a part lies outside of {list(whole.sizes)}, or is not {parameter.dtype}")
@@ -95,6 +94,7 @@ class StoredCheckpoint:
         if elements != self.manifest.elements:
             problems.append(f"the manifest counts {self.manifest.elements} elements, its parameters have {elements}")
         unknown = sorted({name for _, name in self._by_name} - self.manifest.parameters.keys())
+        unknown += sorted({f"state {state}" for state, _ in self._by_name if state not in self.manifest.states})
         problems += [f"{name}: stored, but not listed in the manifest" for name in unknown]
         if problems:
             raise CheckpointError("\n  ".join([f"{self.folder}: tensors are not whole", *problems[:20]]))

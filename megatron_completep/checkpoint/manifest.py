@@ -18,14 +18,17 @@ from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from megatron_completep.config.schema import NonNegativeInt, PositiveInt, Section
 from megatron_completep.errors import CheckpointError
+from megatron_completep.optim.rules import MASTER, RULES
 
 MANIFEST = "manifest.json"
 STEP_FOLDER = re.compile(r"step_(\d{8,})")
 MAX_BYTES = 1 << 29
+STATES_OF_EARLIER_VERSIONS = RULES["adamw"].all_powers()  # they had this rule alone, and did not list its states
 _SEAL = re.compile(rb',\n "xxh3": "([0-9a-f]{32})"\n}\n\Z')
 
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_]+\.safetensors$")]
 Hash = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16}$")]
+StateName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_]{1,60}$")]
 ParameterName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.]{1,200}$")]
 Shape = Annotated[list[NonNegativeInt], Field(max_length=8)]
 
@@ -73,7 +76,11 @@ class StoredOrder(Section):
 
 
 class Manifest(Section):
-    """All of a checkpoint except the tensors' values."""
+    """All of a checkpoint except the tensors' values.
+
+    states: what is stored of every parameter, in order: the masters and the states of the update rule. The number is the
+        power in which a factor on a tensor goes into its state (optim/rules/rule.py), for whoever rewrites checkpoints.
+    """
 
     format: Literal["megatron-completep"] = "megatron-completep"
     version: Literal[1] = 1
@@ -88,6 +95,7 @@ class Manifest(Section):
     layout: dict[str, int]  # ranks along each axis when it was written, for the reader's information
     rng: dict[str, Any]
     versions: dict[str, str]
+    states: Annotated[dict[StateName, int], Field(max_length=16)] = STATES_OF_EARLIER_VERSIONS
     parameters: dict[ParameterName, StoredParameter]
     block_size: Annotated[int, Field(ge=4096, le=1 << 26, multiple_of=64)]
     files: list[StoredFile]
@@ -100,6 +108,8 @@ class Manifest(Section):
             raise ValueError(f"state.step = {self.state.step}, but step = {self.step}")
         if self.updates > self.step or not self.updates.is_integer():
             raise ValueError(f"updates = {self.updates}: a whole number of at most step = {self.step} was possible")
+        if MASTER not in self.states:
+            raise ValueError(f"states = {list(self.states)}: without {MASTER} there are no weights")
         return self
 
     @property

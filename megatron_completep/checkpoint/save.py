@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_completep.checkpoint.files import BLOCK_SIZE, key_of, write_tensor_file
 from megatron_completep.checkpoint.manifest import MANIFEST, Manifest, StoredFile, folder_name, read_manifest, seal
-from megatron_completep.checkpoint.shard import STATES, Shard, view_of
+from megatron_completep.checkpoint.shard import Shard, view_of
 from megatron_completep.errors import CheckpointError, size_text
 from megatron_completep.files import is_being_filled, sync_folder
 from megatron_completep.parallel.exchange import Exchange, LongWork, describe, join_problems
@@ -100,7 +100,11 @@ def _write_part(
         return {}
     path = folder / f"rank_{exchange.rank:05d}_of_{exchange.size:05d}.safetensors"
     try:
-        tensors = [(key_of(s, o.name, o.box), o.box.sizes, _values(view_of(flats[s], o))) for s in STATES for o in shard.written]
+        tensors = []
+        for state in shard.states:
+            for held in shard.written:
+                values = _values(view_of(flats[state], held))
+                tensors.append((key_of(state, held.name, held.box), held.box.sizes, values))
         metadata = {"format": "pt", "step": str(content["step"]), "attempt": content["attempt"]}
         stored = write_tensor_file(path, tensors, shard.dtype, metadata, fail_point, progress)
         return {"file": stored.model_dump(), "elements": sum(o.box.numel for o in shard.written)}

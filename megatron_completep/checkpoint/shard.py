@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from megatron_completep.checkpoint.boxes import Box, OwnedBox, owned_boxes
-from megatron_completep.optim.distributed_adamw import DistributedAdamW
+from megatron_completep.optim.optimizer import DistributedOptimizer
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.parameter import Spec
-
-STATES = ("master", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -21,28 +19,31 @@ class Shard:
     """The boxes that this rank's optimizer shard holds, under their stored names.
 
     `written` are those that this rank writes: a parameter that every tensor rank holds is the first one's, a tied copy is
-    nobody's. Weights in bf16 are not stored: they are the rounded masters.
+    nobody's. `states` are stored of each, in this order. Weights in bf16 are not stored: they are the rounded masters.
     """
 
     owned: tuple[OwnedBox, ...]
     written: tuple[OwnedBox, ...]
+    states: tuple[str, ...]
     dtype: str
 
     @classmethod
-    def of(cls, optimizer: DistributedAdamW, context: ParallelContext) -> Shard:
+    def of(cls, optimizer: DistributedOptimizer, context: ParallelContext) -> Shard:
         owned, written = [], []
-        for held in owned_boxes(optimizer.segments, optimizer.specs):
-            spec = optimizer.specs[held.name]
+        shards = optimizer.shards
+        for held in owned_boxes(shards.segments, shards.specs):
+            spec = shards.specs[held.name]
             box = replace(held, name=spec.stored_name(held.name))
             owned.append(box)
             if spec.counts_on(held.name, context):
                 written.append(box)
-        return cls(tuple(owned), tuple(written), "F64" if optimizer.master.dtype == torch.float64 else "F32")
+        dtype = "F64" if shards.master.dtype == torch.float64 else "F32"
+        return cls(tuple(owned), tuple(written), tuple(optimizer.states), dtype)
 
     @property
     def written_bytes(self) -> int:
         """Bytes of values that this rank writes, all states together."""
-        return sum(owned.box.numel for owned in self.written) * len(STATES) * (8 if self.dtype == "F64" else 4)
+        return sum(owned.box.numel for owned in self.written) * len(self.states) * (8 if self.dtype == "F64" else 4)
 
 
 def view_of(flat: Tensor, owned: OwnedBox, part: Box | None = None) -> Tensor:
@@ -51,10 +52,10 @@ def view_of(flat: Tensor, owned: OwnedBox, part: Box | None = None) -> Tensor:
     return torch.as_strided(flat, sizes, strides, flat.storage_offset() + start)
 
 
-def describe_parameters(optimizer: DistributedAdamW, dtype: str) -> dict[str, dict[str, Any]]:
+def describe_parameters(optimizer: DistributedOptimizer, dtype: str) -> dict[str, dict[str, Any]]:
     """Role and logical shape of every parameter of this rank's stages, tied copies left out."""
     described = {}
-    for name, spec in optimizer.specs.items():
+    for name, spec in optimizer.shards.specs.items():
         if not spec.is_copy(name):
             described[name] = describe(spec, dtype)
     return described

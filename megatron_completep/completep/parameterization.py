@@ -43,6 +43,7 @@ class Table:
     attention_scale: float = 1.0  # of the attention logits
     base_residual_multiplier: float = 1.0  # a tunable factor on every branch, beside the table's
     base_logit_multiplier: float = 1.0  # a tunable factor on the logits, beside the table's
+    rule: str = "adamw"  # the update rule whose columns `factors` takes
     scale_width: bool = True  # False under SP, where a matrix's own ratio does not count either
     batch: BatchScaling = field(default_factory=BatchScaling)
     own_factors: Mapping[Role, RoleFactors] = field(default_factory=lambda: MappingProxyType({}))
@@ -63,7 +64,8 @@ class Table:
         width_ratio: fan_in / base_fan_in of the logical matrix; 1 for vectors and the vocabulary's tables.
         """
         ratio = width_ratio if self.scale_width else 1.0
-        row = table_1.adamw(self.width_multiplier, self.depth_multiplier, self.alpha, ratio)[role]
+        rows = table_1.RULES[self.rule]
+        row = rows(self.width_multiplier, self.depth_multiplier, self.alpha, ratio)[role]
         own = self.own_factors.get(role, RoleFactors())
         scale = self.batch.scale
         return Factors(

@@ -10,7 +10,7 @@ muP is the page at m_L = 1, SP at m_N = m_L = r = 1. An entry multiplies the val
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from megatron_completep.roles import Role
@@ -26,7 +26,7 @@ class Forward:
 
 @dataclass(frozen=True)
 class Row:
-    """What the values of one role are multiplied with, under AdamW."""
+    """What the values of one role are multiplied with. A rule reads the columns that it has a use for."""
 
     variance: float  # of the initial weights; 0: a gain that starts at 1 or a bias that starts at 0
     lr: float
@@ -56,3 +56,7 @@ def adamw(m_N: float, m_L: float, alpha: float, r: float) -> Mapping[Role, Row]:
         Role.QK_NORM:       Row(0.0,      m_L ** (alpha - 1),        0.0,          m_L**-alpha),
     }
     # fmt: on
+
+
+# One table an update rule, under the rule's name in `optim/rules`.
+RULES: dict[str, Callable[[float, float, float, float], Mapping[Role, Row]]] = {"adamw": adamw}

@@ -15,7 +15,7 @@ from megatron_completep.guards.replicas import replica_hashes, who_differs
 from megatron_completep.guards.rollback import Rollbacks
 from megatron_completep.guards.spikes import LossSpikes
 from megatron_completep.guards.watchdog import Watchdog
-from megatron_completep.optim.distributed_adamw import DistributedAdamW
+from megatron_completep.optim.optimizer import DistributedOptimizer
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.exchange import Exchange
 from megatron_completep.parallel.gradients import main_grad_of
@@ -72,7 +72,7 @@ class SkippedSteps(Hook):
     stage = Stage.GUARD
 
     def __init__(
-        self, optimizer: DistributedAdamW, context: ParallelContext, training: TrainingConfig, exchange: Exchange, limit: int, say: Say
+        self, optimizer: DistributedOptimizer, context: ParallelContext, training: TrainingConfig, exchange: Exchange, limit: int, say: Say
     ):
         self._optimizer, self._context, self._training = optimizer, context, training
         self._exchange, self._limit, self._say = exchange, limit, say
@@ -113,10 +113,10 @@ class SkippedSteps(Hook):
         return ", ".join(f"{first + part.start}-{first + part.stop - 1}" for part in layout.micro_batches(record.samples))
 
 
-def not_finite(optimizer: DistributedAdamW) -> list[str]:
+def not_finite(optimizer: DistributedOptimizer) -> list[str]:
     """Parameters whose gradient on this rank, before any sum over ranks, is not finite; in the order of the forward pass."""
-    names = reversed(optimizer.parameters)
-    return [name for name in names if not math.isfinite(main_grad_of(optimizer.parameters[name]).double().sum().item())]
+    names = reversed(optimizer.shards.parameters)
+    return [name for name in names if not math.isfinite(main_grad_of(optimizer.shards.parameters[name]).double().sum().item())]
 
 
 def nobody(replaced: bool, samples: str) -> str:
@@ -134,7 +134,7 @@ class Replicas(Hook):
 
     stage = Stage.GUARD
 
-    def __init__(self, optimizer: DistributedAdamW, context: ParallelContext, exchange: Exchange, interval: int):
+    def __init__(self, optimizer: DistributedOptimizer, context: ParallelContext, exchange: Exchange, interval: int):
         self._optimizer, self._context, self._exchange, self._interval = optimizer, context, exchange, interval
 
     def due(self, step: int) -> bool:
@@ -186,7 +186,7 @@ class Stragglers(Hook):
 def guard_hooks(
     config: Config,
     context: ParallelContext,
-    optimizer: DistributedAdamW,
+    optimizer: DistributedOptimizer,
     state: RunState,
     watchdog: Watchdog,
     rollbacks: Rollbacks,

@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 import torch
 from torch import Tensor
 
-from megatron_completep.optim.distributed_adamw import DistributedAdamW
+from megatron_completep.optim.optimizer import DistributedOptimizer
 from megatron_completep.parallel.context import ParallelContext
 
 CHUNK = 1 << 22
@@ -29,25 +29,25 @@ def bit_sum(values: Tensor) -> list[int]:
     return sums.tolist()
 
 
-def replica_hashes(optimizer: DistributedAdamW, context: ParallelContext) -> dict[str, list[int]]:
+def replica_hashes(optimizer: DistributedOptimizer, context: ParallelContext) -> dict[str, list[int]]:
     """Named hashes of this rank; those under one name must be equal on all ranks. Names that start with `owner` say what is right."""
     optimizer.wait_for_parameters()
-    layout, shard = optimizer.layout, context.shard
+    shards, shard = optimizer.shards, context.shard
     here = f"stage {context.pipeline.rank}, tensor {context.tensor.rank}"
     hashes: dict[str, list[int]] = {}
     for owner in range(shard.size):
-        slices = [optimizer.flat[slice(*layout.bucket_slice(b, owner))] for b in range(len(layout.buckets))]
+        slices = [shards.flat[start:stop] for start, stop in shards.layout.slices({"data": owner})]
         hashes[f"weights of {here}, slice {owner}"] = bit_sum(torch.cat(slices)) if slices else [0, 0]
-    if optimizer.master.data_ptr() != optimizer.flat.data_ptr():
-        hashes[f"owner: weights of {here}, slice {shard.rank}"] = bit_sum(optimizer.master.to(optimizer.flat.dtype))
-    hashes[f"masters of {here}, slice {shard.rank}"] = bit_sum(optimizer.master)
-    whole = [s for s in optimizer.segments if optimizer.specs[s.name].replicated]
+    if shards.master.data_ptr() != shards.flat.data_ptr():
+        hashes[f"owner: weights of {here}, slice {shard.rank}"] = bit_sum(shards.master.to(shards.flat.dtype))
+    hashes[f"masters of {here}, slice {shard.rank}"] = bit_sum(shards.master)
+    whole = [s for s in shards.segments if shards.specs[s.name].replicated]
     if whole:
-        views = [optimizer.master[s.shard_start : s.shard_start + s.size] for s in whole]
+        views = [shards.master[s.shard_start : s.shard_start + s.size] for s in whole]
         hashes[f"norms and biases of stage {context.pipeline.rank}, data {context.data.rank}"] = bit_sum(torch.cat(views))
-    tied = [s for s in optimizer.segments if optimizer.specs[s.name].tied_to is not None]
+    tied = [s for s in shards.segments if shards.specs[s.name].tied_to is not None]
     if tied:  # in a bucket of their own, so that both ends of the pipeline cut them alike
-        views = [optimizer.master[s.shard_start : s.shard_start + s.size] for s in tied]
+        views = [shards.master[s.shard_start : s.shard_start + s.size] for s in tied]
         hashes[f"tied embedding of tensor {context.tensor.rank}, slice {shard.rank}"] = bit_sum(torch.cat(views))
     return hashes
 

@@ -92,13 +92,14 @@ def measure(trial: Trial, training: Sequence[Sequence[Batch]], probe: Sequence[B
         sizes.append((streams[last], changes[last], logits, logits_change))
         if number == len(training):
             break
-        before = optimizer.master.clone()
+        before = optimizer.shards.master.clone()
         figures = trial.step.run(training[number], number + 1).read()
         losses.append(figures.loss)
         if number == 0:
-            gradients = {str(role): value / figures.counted_tokens for role, value in role_rms(optimizer, optimizer.grad_shard).items()}
-        updates.append(role_rms(optimizer, optimizer.master - before, by_learning_rate=True))
-        moved.append(role_rms(optimizer, optimizer.master - before))
+            by_role = role_rms(optimizer, optimizer.shards.grad_shard)
+            gradients = {str(role): size / figures.counted_tokens for role, size in by_role.items()}
+        updates.append(role_rms(optimizer, optimizer.shards.master - before, by_learning_rate=True))
+        moved.append(role_rms(optimizer, optimizer.shards.master - before))
     rate = trial.config.optimizer.base_lr
     by_own, by_base = _mean_by_role(updates, rate), _mean_by_role(moved, rate)
     stream, changed = [row[0] for row in sizes], [row[1] for row in sizes]

@@ -53,12 +53,12 @@ def block_laziness(trial: Trial) -> list[float]:
         model(batches[0].tokens)
         streams = [taps.streams[name][0] for name in layer_entries(model)]
     inputs = model._attention_inputs(streams[0], batches[0].tokens, None, None, None)
-    before = optimizer.flat.clone()
+    before = optimizer.shards.flat.clone()
     trial.step.run(batches, 1).read()
-    step = optimizer.flat - before
+    step = optimizer.shards.flat - before
 
     def outputs(along: float) -> list[Tensor]:
-        optimizer.flat.copy_(before + along * step)
+        optimizer.shards.flat.copy_(before + along * step)
         return [block_output(model, block, x, inputs) for (_, block), x in zip(model.blocks(), streams, strict=True)]
 
     start, end = outputs(0.0), outputs(1.0)

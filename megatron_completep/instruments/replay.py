@@ -209,7 +209,7 @@ def replay(
             parameter.data.copy_(spec.cut(trace.initial(spec.stored_name(name), dtype)))
     assembly = assemble(config, context, table, chunks)
     optimizer, run = assembly.optimizer, assembly.step.passes
-    optimizer.group_table[:, 2] = trace.single_eps
+    optimizer.rule.column("eps").fill_(trace.single_eps)
     losses, norms = [], []
     for inputs, targets in zip(trace.arrays["inputs"], trace.arrays["targets"], strict=True):
         tokens, labels = (torch.from_numpy(x).chunk(context.data.size)[context.data.rank] for x in (inputs, targets))
@@ -221,8 +221,8 @@ def replay(
         norms.append(result.grad_norm.item())
     optimizer.wait_for_parameters()
     weights = {
-        reference_name(name): _counted_weight(spec, spec.join(optimizer.parameters[name].detach(), context), precision)
-        for name, spec in optimizer.specs.items()
+        reference_name(name): _counted_weight(spec, spec.join(optimizer.shards.parameters[name].detach(), context), precision)
+        for name, spec in optimizer.shards.specs.items()
         if not spec.is_copy(name)
     }
     return compare(trace, losses, norms, weights, precision)

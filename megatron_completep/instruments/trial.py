@@ -16,7 +16,7 @@ from megatron_completep.config.schema import Config, OverrideConfig
 from megatron_completep.data.loader import Batch
 from megatron_completep.errors import ConfigError
 from megatron_completep.optim.check import check_parameters
-from megatron_completep.optim.distributed_adamw import DistributedAdamW
+from megatron_completep.optim.optimizer import DistributedOptimizer
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.run.assemble import assemble
 from megatron_completep.run.step import TrainingStep
@@ -135,7 +135,7 @@ class Trial:
     context: ParallelContext
     table: Table
     chunks: Sequence[nn.Module]
-    optimizer: DistributedAdamW
+    optimizer: DistributedOptimizer
     step: TrainingStep
     taps: StreamTaps
 

@@ -36,7 +36,7 @@ from megatron_completep.checkpoint.manifest import (
     seal,
 )
 from megatron_completep.checkpoint.save import check_space
-from megatron_completep.checkpoint.shard import STATES, describe
+from megatron_completep.checkpoint.shard import describe
 from megatron_completep.completep import Table, table_of
 from megatron_completep.config import Config, config_from_mapping, save_config
 from megatron_completep.config.schema import ModelConfig, TokenizerConfig
@@ -49,6 +49,7 @@ from megatron_completep.interop.hf_tokenizer import COMPANIONS
 from megatron_completep.interop.model_folder import ModelFolder
 from megatron_completep.interop.tensor_files import TensorFolder
 from megatron_completep.model.gpt import GPT
+from megatron_completep.optim.rules import MASTER, RULES
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.parameter import specs_of
 from megatron_completep.run.state import RunState
@@ -98,7 +99,7 @@ def import_model(folder: str | Path, output: str | Path, overrides: Sequence[str
     count = sum(int(np.prod(p.shape)) for p in parameters.values())
     try:
         with _nothing_left_on_failure(output, copies):
-            check_space(output, 4 * len(STATES) * count)
+            check_space(output, 4 * len(RULES[table.rule].all_powers()) * count)
             for origin, copy in copies.items():
                 copy.parent.mkdir(exist_ok=True)
                 shutil.copyfile(origin, copy)
@@ -246,14 +247,15 @@ def _write_checkpoint(
 ) -> Path:
     """Step 0 with these weights and an optimizer that has seen nothing; it appears by one rename."""
     attempt, target = secrets.token_hex(4), checkpoints / folder_name(0)
+    states = RULES[table.rule].all_powers()
     with new_folder(target) as temporary:
         files = []
         for number, names in enumerate(_groups(parameters)):
             arrays = dict(_assemble(source, wanted, {name: parameters[name] for name in names}))
             tensors = []
-            for state in STATES:
+            for state in states:
                 for name, array in arrays.items():
-                    values = array if state == "master" else np.zeros(array.shape, np.float32)
+                    values = array if state == MASTER else np.zeros(array.shape, np.float32)
                     tensors.append((key_of(state, name, Box((0,) * array.ndim, array.shape)), array.shape, values))
             metadata = {"format": "pt", "step": "0", "attempt": attempt}
             files.append(write_tensor_file(temporary / f"part_{number:05d}.safetensors", tensors, "F32", metadata))
@@ -273,6 +275,7 @@ def _manifest(files: list[StoredFile], parameters: dict[str, StoredParameter], c
         layout={"tensor": 1, "pipeline": 1, "data": 1, "world": 1, "virtual": 1},
         rng=random_state.capture(),
         versions=versions(),
+        states=RULES[table.rule].all_powers(),
         parameters=parameters,
         block_size=BLOCK_SIZE,
         files=files,

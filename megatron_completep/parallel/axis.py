@@ -29,3 +29,15 @@ class Share(NamedTuple):
     axis: str
     rank: int
     size: int
+
+
+class Reduction(NamedTuple):
+    """How an axis over which gradients are summed is divided: its ranks are those of `shard` times those of `replica`."""
+
+    shard: Axis  # ranks that share one copy of the optimizer's state, an equal part each
+    replica: Axis  # ranks that hold the same part of it
+
+    @property
+    def size(self) -> int:
+        """Ranks over which a gradient is summed."""
+        return self.shard.size * self.replica.size

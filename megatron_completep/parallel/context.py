@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from megatron_completep.config.schema import ParallelConfig
 from megatron_completep.errors import ConfigError
 from megatron_completep.launch import Launch
-from megatron_completep.parallel.axis import Axis
+from megatron_completep.parallel.axis import Axis, Reduction
 from megatron_completep.parallel.rendezvous import meet
 from megatron_completep.parallel.sequence import SequencePart
 
@@ -107,6 +107,11 @@ class ParallelContext:
     def model_axes(self) -> tuple[Axis, ...]:
         """The axes whose ranks share the parameters of a stage."""
         return (self.tensor,)
+
+    @property
+    def reductions(self) -> dict[str, Reduction]:
+        """The axes over which gradients are summed, by the name that a parameter's spec gives in `summed_over`."""
+        return {"data": Reduction(self.shard, self.replica)}
 
     @property
     def sequence(self) -> SequencePart:

@@ -45,6 +45,8 @@ class Spec:
         by itself.
     multiple: a split dimension is padded so that every rank holds a multiple of this; padding belongs to nothing.
     partial_over: the name of the axis over whose ranks the gradient of a replicated parameter is a sum of shares.
+    summed_over: the name of the axis whose ranks hold the same parameter and read other samples: gradients are summed over it,
+        and the optimizer's state is sharded along it.
     uses: gradient contributions a micro-batch.
     tied_to: the name under which the two ends of a pipeline are one.
     constant: what every element starts at; None: drawn.
@@ -60,6 +62,7 @@ class Spec:
     split: Mapping[int, Share] = field(default_factory=dict)
     multiple: int = 1
     partial_over: str | None = None
+    summed_over: str = "data"
     uses: int = 1
     tied_to: str | None = None
     constant: float | None = None

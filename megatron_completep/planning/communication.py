@@ -132,7 +132,7 @@ def _losses(config: Config, micro_batches: int) -> Iterator[Collective]:
 
 
 def _partial_gradients(config: Config, specs: dict[str, Spec], data_size: int, shard_rank: int) -> Iterator[Collective]:
-    segments = rank_layout(config, specs, data_size).segments(shard_rank)
+    segments = rank_layout(config, specs, data_size).segments({"data": shard_rank})
     elements = sum(s.size for s in segments if specs[s.name].partial_gradient)
     if elements:
         yield Collective("tensor", ALL_REDUCE, elements * wide_bytes(config), 1, "gradients of norms and biases in the shard")
@@ -152,8 +152,8 @@ def _pipeline(config: Config, specs: dict[str, Spec], pipeline_rank: int, micro_
     layout = rank_layout(config, specs, data_size)
     for piece in layout.pieces:
         if specs[piece.name].tied_to is not None:
-            start, stop = layout.buckets[piece.bucket]
-            payload = (stop - start) // layout.shards * wide_bytes(config)
+            bucket = layout.buckets[piece.bucket]
+            payload = bucket.size // bucket.shards * wide_bytes(config)
             yield Collective("pipeline", SEND, payload, 1, "gradient of the tied embedding to the other end")
 
 
@@ -163,8 +163,8 @@ def _data(config: Config, specs: dict[str, Spec], data_size: int) -> Iterator[Co
         return
     shards = shard_count(config, data_size)
     gradient = 2 if config.parallel.gradient_dtype == "bf16" else wide_bytes(config)
-    for start, stop in rank_layout(config, specs, data_size).buckets:
-        size = stop - start
+    for bucket in rank_layout(config, specs, data_size).buckets:
+        size = bucket.size
         if shards > 1:
             yield Collective("shard", REDUCE_SCATTER, size * gradient, 1, "gradients of a bucket, during backward")
             yield Collective("shard", ALL_GATHER, size * element_bytes(config), 1, "parameters of a bucket, during the next forward")

@@ -19,7 +19,7 @@ from megatron_completep.errors import ConfigError
 from megatron_completep.kernels.ahead_of_time import Launch, compile_launch, record
 from megatron_completep.kernels.library import LAUNCHERS
 from megatron_completep.model.gpt import GPT, Stage
-from megatron_completep.optim.distributed_adamw import DistributedAdamW
+from megatron_completep.optim.optimizer import DistributedOptimizer
 from megatron_completep.parallel.axis import Axis
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.cross_entropy import LossConfig
@@ -66,7 +66,7 @@ def _step_without_data(config: Config) -> None:
     stages = [Stage(0, min(2, config.model.num_layers))] if whole else [Stage(0, 1, last=False), Stage(1, 2, first=False)]
     with context.device:
         chunks = [GPT(config.model, table, context, stage, loss) for stage in stages]
-    optimizers = [DistributedAdamW([chunk], table, config.optimizer, context, parallel, DTYPES[training.precision]) for chunk in chunks]
+    optimizers = [DistributedOptimizer([chunk], table, config.optimizer, context, parallel, DTYPES[training.precision]) for chunk in chunks]
     tokens = torch.zeros(training.micro_batch_size, config.model.seq_length, dtype=torch.int64, device=context.device)
     seed = torch.zeros(1, dtype=torch.int64, device=context.device) if config.model.dropout else None
     with _LaunchInstead():

@@ -22,6 +22,7 @@ from megatron_completep.planning.sizes import (
     rank_specs,
     rank_stages,
     shard_count,
+    state_count,
     stored_elements,
     wide_bytes,
 )
@@ -126,7 +127,7 @@ def scaling_plan(config: Config, world_size: int, gpu_name: str = "h100") -> Sca
         step_seconds=step_seconds,
         tokens_per_second=tokens / step_seconds,
         model_flops_utilisation=flops * tokens / step_seconds / world_size / gpu.peak_flops,
-        checkpoint_bytes=12 * stored_elements(config),
+        checkpoint_bytes=4 * state_count(config) * stored_elements(config),
         warnings=_warnings(config, gpu, memory, bubble, traffic[2], compute),
     )
 
@@ -144,7 +145,7 @@ def rank_memory(config: Config, pipeline_rank: int, data_size: int, micro_batche
     return RankMemory(
         parameters=layout.size * (narrow or wide),
         gradients=layout.size * wide,
-        optimizer=layout.shard_size * wide * (2 if shares_master else 3),
+        optimizer=layout.shard_size * wide * (state_count(config) - shares_master),
         activations=int(sum(held) / len(stages)),
         communication=layout.shard_size * (wide + narrow) if shards > 1 else 0,
     )

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from math import prod
-
 import torch
 
 from megatron_completep.completep import table_of
 from megatron_completep.config.schema import Config, ParallelConfig
 from megatron_completep.model.gpt import GPT, Stage
 from megatron_completep.model.stages import split_stages
-from megatron_completep.optim.layout import Layout, lay_out
+from megatron_completep.optim.layout import Layout, entry_of, lay_out
+from megatron_completep.optim.rules import RULES
 from megatron_completep.parallel.axis import Axis
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.parameter import Spec, specs_of
@@ -63,10 +62,14 @@ def shard_count(config: Config, data_size: int) -> int:
 
 def rank_layout(config: Config, specs: dict[str, Spec], data_size: int) -> Layout:
     """The optimizer's layout of one pipeline rank's parameters (`rank_specs`)."""
-    sizes = [(name, prod(spec.local_shape)) for name, spec in specs.items()]
-    alone = frozenset(name for name, spec in specs.items() if spec.tied_to is not None)
+    entries = [entry_of(name, spec) for name, spec in specs.items()]
     bucket_elements = int(config.parallel.bucket_megabytes * 2**20 / 4)
-    return lay_out(sizes, shard_count(config, data_size), bucket_elements, alone)
+    return lay_out(entries, {"data": shard_count(config, data_size)}, bucket_elements)
+
+
+def state_count(config: Config) -> int:
+    """How many numbers the optimizer keeps of every element: the master and the update rule's states."""
+    return len(RULES[table_of(config).rule].all_powers())
 
 
 def stored_elements(config: Config) -> int:

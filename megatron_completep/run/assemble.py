@@ -14,7 +14,7 @@ from megatron_completep.model.flash import require_flash_attention
 from megatron_completep.model.gpt import GPT
 from megatron_completep.model.initialize import initialize
 from megatron_completep.model.stages import build_chunks
-from megatron_completep.optim.distributed_adamw import DistributedAdamW
+from megatron_completep.optim.optimizer import DistributedOptimizer
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.cross_entropy import LossConfig
 from megatron_completep.parallel.products import choose_products
@@ -28,7 +28,7 @@ class Assembly:
 
     table: Table
     chunks: Sequence[GPT]  # this rank's part of the model
-    optimizer: DistributedAdamW
+    optimizer: DistributedOptimizer
     step: TrainingStep
     precision: torch.dtype  # in which the model computes
 
@@ -49,7 +49,7 @@ def assemble(
         table = table_of(config)
     if chunks is None:
         chunks = build_model(config, table, context, precision)
-    optimizer = DistributedAdamW(chunks, table, config.optimizer, context, config.parallel, precision)
+    optimizer = DistributedOptimizer(chunks, table, config.optimizer, context, config.parallel, precision)
     step = TrainingStep(config, context, chunks, optimizer)
     return Assembly(table, chunks, optimizer, step, precision)
 

@@ -16,7 +16,7 @@ from megatron_completep.config.derived import micro_batches_per_step
 from megatron_completep.config.schema import Config
 from megatron_completep.data.loader import Batch
 from megatron_completep.model.gpt import GPT
-from megatron_completep.optim.distributed_adamw import DistributedAdamW
+from megatron_completep.optim.optimizer import DistributedOptimizer
 from megatron_completep.optim.schedule import learning_rate
 from megatron_completep.parallel.collectives import all_reduce
 from megatron_completep.parallel.context import ParallelContext
@@ -91,7 +91,7 @@ class PendingFigures:
 class TrainingStep:
     """Forward and backward over a step's micro-batches, then the update."""
 
-    def __init__(self, config: Config, context: ParallelContext, chunks: Sequence[GPT], optimizer: DistributedAdamW):
+    def __init__(self, config: Config, context: ParallelContext, chunks: Sequence[GPT], optimizer: DistributedOptimizer):
         self.config, self.context, self.chunks, self.optimizer = config, context, chunks, optimizer
         loss = LossConfig.of(config.training)
         self.passes = ForwardBackward(chunks, config.model, config.parallel, context, config.training.micro_batch_size, loss)
@@ -105,7 +105,7 @@ class TrainingStep:
     def run(self, batches: Sequence[Batch], step: int, stop: bool = False) -> PendingFigures:
         """Step number `step` (from 1). `stop`: this rank was asked to stop; the figures say whether any rank was.
 
-        Communicates over all axes (see `DistributedAdamW.step`) and, to agree on stopping, over the whole mesh.
+        Communicates over all axes (see `DistributedOptimizer.step`) and, to agree on stopping, over the whole mesh.
         """
         own = Stopwatch(self.context.device)
         optimizer, device = self.optimizer, self.context.device

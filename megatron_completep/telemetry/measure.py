@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from megatron_completep.model.gpt import GPT
 from megatron_completep.model.stream import Stream
-from megatron_completep.optim.distributed_adamw import DistributedAdamW
+from megatron_completep.optim.optimizer import DistributedOptimizer
 from megatron_completep.parallel.collectives import all_reduce
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.parameter import Spec
@@ -112,7 +112,7 @@ def reduce_stream_sums(sums: dict[str, SumOfSquares], context: ParallelContext) 
     return {name: value for stage in stages for name, value in stage.items()}
 
 
-def role_rms(optimizer: DistributedAdamW, flat_shard: Tensor, by_learning_rate: bool = False) -> dict[Role, float]:
+def role_rms(optimizer: DistributedOptimizer, flat_shard: Tensor, by_learning_rate: bool = False) -> dict[Role, float]:
     """RMS over each role's elements of something laid out like the optimizer's shard (gradients, masters, their changes).
 
     by_learning_rate: each parameter divided by its own learning-rate factor first. Communicates over the whole mesh; a role's
@@ -121,7 +121,7 @@ def role_rms(optimizer: DistributedAdamW, flat_shard: Tensor, by_learning_rate: 
     groups = list(optimizer.groups.values())
     roles = list(Role)
     sums = torch.zeros(len(roles), 2, dtype=torch.float64, device=flat_shard.device)
-    for start, size, index in optimizer.counted_table.tolist():
+    for start, size, index in optimizer.shards.counted_table.tolist():
         group = groups[index]
         piece = flat_shard[start : start + size]
         scale = 1 / group.lr_factor if by_learning_rate else 1.0

@@ -25,7 +25,7 @@ from megatron_completep.data.loader import Batch
 from megatron_completep.errors import DataError
 from megatron_completep.kernels import read_control
 from megatron_completep.model.attention import Attention, AttentionInputs
-from megatron_completep.optim.distributed_adamw import DistributedAdamW
+from megatron_completep.optim.optimizer import DistributedOptimizer
 from megatron_completep.parallel.collectives import all_reduce
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.roles import Role
@@ -119,21 +119,19 @@ def largest(values: Sequence[Tensor], context: ParallelContext) -> float:
     return float(all_reduce(own.double().to(context.device), context.world, dist.ReduceOp.MAX))
 
 
-def update_ratios(optimizer: DistributedAdamW) -> dict[str, float]:
+def update_ratios(optimizer: DistributedOptimizer) -> dict[str, float]:
     """By role: RMS of the last update over RMS of the weights, with the table's factors of both divided out.
 
-    The update is taken from the moments, so that nothing has to be kept from before the step. Communicates over the whole mesh.
+    The rule says what its last update was, without the groups' own learning-rate factors. Communicates over the whole mesh.
     """
     groups, roles = list(optimizer.groups.values()), list(Role)
     step = read_control(optimizer.control)
     sums = torch.zeros(len(roles), 2, dtype=torch.float64, device=optimizer.context.device)
-    for start, size, index in optimizer.counted_table.tolist():
+    for start, size, index in optimizer.shards.counted_table.tolist():
         group, part = groups[index], slice(start, start + size)
-        weight = optimizer.master[part]
-        root = (optimizer.exp_avg_sq[part] / step.correction2).sqrt()
-        adam = (optimizer.exp_avg[part] / step.correction1) / (root + group.eps)
+        weight = optimizer.shards.master[part]
+        update = optimizer.rule.last_update(weight, part, group, step)
         spread = group.init_std / optimizer.config.base_init_std or 1.0  # constant roles start at 1 or 0 whatever the shape
-        update = step.learning_rate * (adam + group.weight_decay * weight)  # without the group's own lr factor: that is divided out
         row = sums[roles.index(group.role)]
         row[0] += torch.linalg.vector_norm(update, dtype=torch.float64).square()
         row[1] += (torch.linalg.vector_norm(weight, dtype=torch.float64) / spread).square()

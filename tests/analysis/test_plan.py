@@ -16,7 +16,7 @@ from megatron_completep.config.schema import Config
 from megatron_completep.errors import ConfigError, exit_on_user_error
 from megatron_completep.model.gpt import GPT
 from megatron_completep.model.initialize import initialize
-from megatron_completep.optim.distributed_adamw import DistributedAdamW
+from megatron_completep.optim.optimizer import DistributedOptimizer
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.planning.plan import describe, make_plan
 from megatron_completep.roles import Role
@@ -76,8 +76,8 @@ def test_the_plan_is_what_the_optimizer_uses_and_the_weights_start_from(paramete
     named = dict(gpt.named_parameters())
     stds = {name: p.detach().std().item() for name, p in named.items()}
     sizes = {name: p.numel() for name, p in named.items()}
-    optimizer = DistributedAdamW([gpt], plan.table, config.optimizer, context)
-    rows = dict(zip(optimizer.groups, optimizer.group_table.tolist(), strict=True))
+    optimizer = DistributedOptimizer([gpt], plan.table, config.optimizer, context)
+    rows = dict(zip(optimizer.groups, optimizer.rule.group_table.tolist(), strict=True))
     assert [p.name for p in plan.parameters] == list(named)
     for parameter in plan.parameters:
         factor, decay, eps = rows[parameter.name]

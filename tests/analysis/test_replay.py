@@ -51,7 +51,7 @@ def first_steps(trace: Trace, steps: int) -> Trace:
 
 def with_cell(role: Role, cell: str, change: Callable[[float, float, float, float], float]) -> Callable[[pytest.MonkeyPatch], None]:
     """A table with one wrong factor: times change(m_N, m_L, alpha, ratio)."""
-    original = page.adamw
+    original = page.RULES["adamw"]
 
     def apply(monkeypatch: pytest.MonkeyPatch) -> None:
         def wrong(*arguments: float) -> dict[Role, page.Row]:
@@ -59,7 +59,7 @@ def with_cell(role: Role, cell: str, change: Callable[[float, float, float, floa
             value = getattr(rows[role], cell) * change(*arguments)
             return {**rows, role: dataclasses.replace(rows[role], **{cell: value})}
 
-        monkeypatch.setattr(page, "adamw", wrong)
+        monkeypatch.setitem(page.RULES, "adamw", wrong)
 
     return apply
 

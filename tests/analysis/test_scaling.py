@@ -17,7 +17,7 @@ from megatron_completep.config.derived import micro_batches_per_step
 from megatron_completep.config.schema import Config
 from megatron_completep.errors import ConfigError
 from megatron_completep.model.stages import build_chunks
-from megatron_completep.optim.distributed_adamw import DistributedAdamW
+from megatron_completep.optim.optimizer import DistributedOptimizer
 from megatron_completep.parallel.context import ParallelContext, data_parallel_size_for
 from megatron_completep.planning.scaling import GPUS, bubble_share, rank_memory, scaling_plan, stage_activations
 from megatron_completep.planning.sizes import rank_stages
@@ -72,7 +72,7 @@ def fake_world() -> Iterator[Any]:
     dist.destroy_process_group()
 
 
-def construct(config: Config, rank: int, world_size: int) -> tuple[list[Any], DistributedAdamW]:
+def construct(config: Config, rank: int, world_size: int) -> tuple[list[Any], DistributedOptimizer]:
     """The real construction code; call it under FakeTensorMode, with a mesh made outside of it."""
     with unset_fake_temporarily():
         data_size = data_parallel_size_for(config.parallel, world_size)
@@ -80,7 +80,7 @@ def construct(config: Config, rank: int, world_size: int) -> tuple[list[Any], Di
     table = table_of(config)
     chunks = build_chunks(config.model, table, config.parallel, context, recompute=config.training.recompute)
     precision = {"float32": torch.float32, "float64": torch.float64}.get(config.training.precision, torch.bfloat16)
-    return chunks, DistributedAdamW(chunks, table, config.optimizer, context, config.parallel, precision)
+    return chunks, DistributedOptimizer(chunks, table, config.optimizer, context, config.parallel, precision)
 
 
 def storage_bytes(*tensors: torch.Tensor | None) -> int:
@@ -88,10 +88,10 @@ def storage_bytes(*tensors: torch.Tensor | None) -> int:
     return sum(storages.values())
 
 
-def saved_bytes(chunk: Any, config: Config, optimizer: DistributedAdamW) -> int:
+def saved_bytes(chunk: Any, config: Config, optimizer: DistributedOptimizer) -> int:
     """Bytes that the forward pass of one micro-batch keeps for backward, parameters apart."""
     kept: dict[int, torch.UntypedStorage] = {}
-    own = {p.untyped_storage()._cdata for p in optimizer.parameters.values()}
+    own = {p.untyped_storage()._cdata for p in optimizer.shards.parameters.values()}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -118,13 +118,13 @@ def test_parameters_gradients_and_optimizer_match_the_real_construction(fake_wor
     fake_world(rank, world_size)
     with FakeTensorMode():
         _, optimizer = construct(config, rank, world_size)
-        optimizer.hold_grad_shard()
+        optimizer.shards.hold_grad_shard()
     data_size = data_parallel_size_for(parallel, world_size)
     plan = rank_memory(config, parallel.pipeline_parallel_size - 1, data_size, micro_batches_per_step(config, world_size))
-    o = optimizer
+    o = optimizer.shards
     assert plan.parameters == pytest.approx(storage_bytes(o.flat), rel=0.02)
     assert plan.gradients == pytest.approx(storage_bytes(o.grad), rel=0.02)
-    state = storage_bytes(o.master, o.exp_avg, o.exp_avg_sq)
+    state = storage_bytes(*optimizer.states.values())
     state -= storage_bytes(o.flat) if o.master is o.flat else 0
     assert plan.optimizer == pytest.approx(state, rel=0.02)
     buffers = storage_bytes(o.flat, o.grad, o.grad_shard, o.flat_shard) - storage_bytes(o.flat, o.grad)

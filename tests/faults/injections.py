@@ -136,7 +136,7 @@ def _poison_gradient(fault: Fault) -> None:
     active: list[Any] = []
 
     def run(self: TrainingStep, batches: Any, step: int, *rest: Any) -> Any:
-        active[:] = [self.optimizer.parameters[poisoned]] if step in fault.steps else []
+        active[:] = [self.optimizer.shards.parameters[poisoned]] if step in fault.steps else []
         return original_run(self, batches, step, *rest)
 
     def push(self: GradientQueue, parameter: Any, accumulate: Any) -> None:
@@ -155,7 +155,7 @@ def _flip_bit(fault: Fault) -> None:
 
     def flipped(optimizer: Any, context: Any) -> Any:
         optimizer.wait_for_parameters()
-        words = optimizer.flat.view(torch.int32)
+        words = optimizer.shards.flat.view(torch.int32)
         words[11] ^= 1 << 20
         return original(optimizer, context)
 
@@ -183,8 +183,8 @@ def _scale_weights(fault: Fault, every_time: bool = True) -> None:
 
     def scale(step: TrainingStep) -> None:
         step.optimizer.wait_for_parameters()
-        step.optimizer.master.mul_(30.0)
-        step.optimizer.adopt_masters()
+        step.optimizer.shards.master.mul_(30.0)
+        step.optimizer.shards.adopt_masters()
 
     original = TrainingStep.run
 

@@ -43,7 +43,7 @@ def save_checkpoint(config: Config, context: ParallelContext | None = None) -> s
     run = TinyRun(config, context)
     if context is None:
         generator = torch.Generator().manual_seed(1)
-        run.optimizer.master += 0.2 * torch.randn(run.optimizer.master.shape, generator=generator)
+        run.optimizer.shards.master += 0.2 * torch.randn(run.optimizer.shards.master.shape, generator=generator)
     run.save()
     run.checkpointer.close()
     return config.training.output_dir

@@ -25,7 +25,7 @@ from megatron_completep.interop.export_model import ExportSettings, export_model
 from megatron_completep.interop.hf_config import from_hf
 from megatron_completep.interop.import_model import import_model
 from megatron_completep.model.stages import build_chunks
-from megatron_completep.optim.distributed_adamw import DistributedAdamW
+from megatron_completep.optim.optimizer import DistributedOptimizer
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.parameter import spec_of
 from megatron_completep.pretrain import pretrain
@@ -143,7 +143,7 @@ def loss_at_layout(rank: int, path: str, parallel: list[str], world: int, tokens
     context = ParallelContext.over_world(config.parallel, torch.device("cpu"), rank, world, 1)
     table = table_of(config)
     (chunk,) = build_chunks(config.model, table, config.parallel, context)
-    optimizer = DistributedAdamW([chunk], table, config.optimizer, context, config.parallel, torch.float32)
+    optimizer = DistributedOptimizer([chunk], table, config.optimizer, context, config.parallel, torch.float32)
     Checkpointer(config, context, optimizer, table, report=lambda text: None).load_latest()
     optimizer.wait_for_parameters()
     with torch.no_grad():
@@ -156,14 +156,14 @@ def parameters_at_layout(rank: int, path: str, parallel: list[str]) -> list[str]
     context = ParallelContext.over_world(config.parallel, torch.device("cpu"), rank, 2, 1)
     table = table_of(config)
     chunks = build_chunks(config.model, table, config.parallel, context)
-    optimizer = DistributedAdamW(chunks, table, config.optimizer, context, config.parallel, torch.float32)
+    optimizer = DistributedOptimizer(chunks, table, config.optimizer, context, config.parallel, torch.float32)
     Checkpointer(config, context, optimizer, table, report=lambda text: None).load_latest()
     optimizer.wait_for_parameters()
     stored = StoredCheckpoint.open(Path(path).parent / "checkpoints" / "step_00000000")
-    for name, parameter in optimizer.parameters.items():
+    for name, parameter in optimizer.shards.parameters.items():
         whole = stored.tensor(spec_of(parameter).stored_name(name))
         assert torch.equal(parameter.detach()[: whole.shape[0]], whole), name
-    return list(optimizer.parameters)
+    return list(optimizer.shards.parameters)
 
 
 def test_pipeline_stages_load_an_import_tied_embeddings_included(tmp_path: Path, pool: WorkerPool) -> None:

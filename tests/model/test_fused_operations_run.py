@@ -8,7 +8,7 @@ import pytest
 import torch
 from small_models import build_model, completep_config, model_config, optimizer_config, table_for
 
-from megatron_completep.optim.distributed_adamw import DistributedAdamW
+from megatron_completep.optim.optimizer import DistributedOptimizer
 from megatron_completep.parallel.context import ParallelContext
 
 LAYERS = 3
@@ -20,7 +20,7 @@ def operations_of_one_step(**changes) -> Counter[str]:
     config = model_config(num_layers=LAYERS, **changes)
     table = table_for(config, completep_config())
     model = build_model(config, table, torch.float32)
-    optimizer = DistributedAdamW([model], table, optimizer_config(), ParallelContext.single(), precision=torch.float32)
+    optimizer = DistributedOptimizer([model], table, optimizer_config(), ParallelContext.single(), precision=torch.float32)
     tokens = torch.randint(config.vocab_size, (2, config.seq_length))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         optimizer.begin_step(1)

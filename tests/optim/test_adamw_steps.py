@@ -23,7 +23,7 @@ from megatron_completep.completep import table as page
 from megatron_completep.config.schema import RoleFactors
 from megatron_completep.kernels.control import STEP
 from megatron_completep.model.gpt import GPT
-from megatron_completep.optim.distributed_adamw import DistributedAdamW
+from megatron_completep.optim.optimizer import DistributedOptimizer
 from megatron_completep.optim.schedule import learning_rate
 from megatron_completep.roles import Role
 
@@ -31,9 +31,9 @@ BIASED = {"bias": True, "norm": "layernorm", "activation": "gelu", "qk_norm": Tr
 ROUNDING = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-24}  # of the masters
 
 
-def masters(optimizer: DistributedAdamW) -> dict[str, Tensor]:
+def masters(optimizer: DistributedOptimizer) -> dict[str, Tensor]:
     """The master weights by name, copied."""
-    return {p.name: optimizer.master[p.start : p.start + p.size].clone() for p in optimizer.layout.pieces}
+    return {p.name: optimizer.shards.master[p.start : p.start + p.size].clone() for p in optimizer.shards.layout.pieces}
 
 
 # --- E3: the first step ---------------------------------------------------------------------------------------------------------------
@@ -65,13 +65,13 @@ def test_the_first_step_moves_every_tensor_by_its_learning_rate(dtype: torch.dty
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_a_wrong_learning_rate_factor_shows_in_the_first_step(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The table with the depth factor of the final norm where it does not belong."""
-    original = page.adamw
+    original = page.RULES["adamw"]
 
     def wrong(m_N: float, m_L: float, alpha: float, ratio: float) -> dict:
         rows = original(m_N, m_L, alpha, ratio)
         return {**rows, Role.FINAL_NORM: rows[Role.PRE_NORM]}
 
-    monkeypatch.setattr(page, "adamw", wrong)
+    monkeypatch.setitem(page.RULES, "adamw", wrong)
     errors = displacement_errors(dtype, 0.5)
     assert {name for name, value in errors.items() if value >= 1} == {"final_norm.weight", "final_norm.bias"}
 
@@ -83,10 +83,10 @@ def test_a_large_epsilon_acts_as_each_group_s_own() -> None:
     train_step(gpt, optimizer, 1e-2, batch)
     counted = (batch[1] != -100).sum()
     mismatch_with_one_eps = 0.0
-    for piece in optimizer.layout.pieces:
+    for piece in optimizer.shards.layout.pieces:
         group = optimizer.groups[piece.name]
-        g = optimizer.grad[piece.start : piece.start + piece.size] / counted
-        moved = before[piece.name] - optimizer.master[piece.start : piece.start + piece.size]
+        g = optimizer.shards.grad[piece.start : piece.start + piece.size] / counted
+        moved = before[piece.name] - optimizer.shards.master[piece.start : piece.start + piece.size]
         torch.testing.assert_close(moved, 1e-2 * group.lr_factor * g / (g.abs() + group.eps), rtol=1e-9, atol=1e-15)
         single = 1e-2 * group.lr_factor * g / (g.abs() + 0.02)
         mismatch_with_one_eps = max(mismatch_with_one_eps, ((moved - single).abs().max() / moved.abs().max()).item())
@@ -165,7 +165,7 @@ def test_an_absorbed_factor_with_one_wrong_cell_is_told_apart(cell: str) -> None
 # --- torch's own AdamW and clipping -----------------------------------------------------------------------------------------------------
 
 
-def torch_twin(gpt: GPT, optimizer: DistributedAdamW, eta: float) -> tuple[dict[str, torch.nn.Parameter], torch.optim.AdamW]:
+def torch_twin(gpt: GPT, optimizer: DistributedOptimizer, eta: float) -> tuple[dict[str, torch.nn.Parameter], torch.optim.AdamW]:
     """torch.optim.AdamW over copies of the masters, one group a parameter."""
     copies = {name: torch.nn.Parameter(weight.clone()) for name, weight in masters(optimizer).items()}
     groups = [
@@ -187,8 +187,8 @@ def test_adamw_and_clipping_match_torch_over_a_whole_model_and_schedule(grad_cli
         batch = batch_of(gpt.config, step)
         result = train_step(gpt, optimizer, lr, batch)
         counted = (batch[1] != -100).sum()
-        for piece in optimizer.layout.pieces:
-            copies[piece.name].grad = optimizer.grad[piece.start : piece.start + piece.size] / counted
+        for piece in optimizer.shards.layout.pieces:
+            copies[piece.name].grad = optimizer.shards.grad[piece.start : piece.start + piece.size] / counted
         norm = torch.nn.utils.clip_grad_norm_(copies.values(), grad_clip or float("inf"))
         torch.testing.assert_close(result.grad_norm, norm.double(), rtol=tolerance, atol=0)
         clipped.append(bool(grad_clip) and norm.item() > grad_clip)
@@ -203,11 +203,11 @@ def test_adamw_and_clipping_match_torch_over_a_whole_model_and_schedule(grad_cli
 def test_the_comparison_with_torch_sees_a_wrong_group() -> None:
     gpt, optimizer, _ = small_setup(BIASED, {}, {"base_eps": 1e-5})
     copies, reference = torch_twin(gpt, optimizer, 1e-2)
-    optimizer.group_table[0, 1] *= 1.01  # weight decay of one parameter
+    optimizer.rule.group_table[0, 1] *= 1.01  # weight decay of one parameter
     batch = batch_of(gpt.config)
     train_step(gpt, optimizer, 1e-2, batch)
-    for piece in optimizer.layout.pieces:
-        copies[piece.name].grad = optimizer.grad[piece.start : piece.start + piece.size] / (batch[1] != -100).sum()
+    for piece in optimizer.shards.layout.pieces:
+        copies[piece.name].grad = optimizer.shards.grad[piece.start : piece.start + piece.size] / (batch[1] != -100).sum()
     torch.nn.utils.clip_grad_norm_(copies.values(), 1.0)
     reference.step()
     wrong = [n for n, w in masters(optimizer).items() if not torch.allclose(w, copies[n], rtol=1e-11, atol=1e-12)]
@@ -218,7 +218,9 @@ def test_the_comparison_with_torch_sees_a_wrong_group() -> None:
 def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(bad: float) -> None:
     gpt, optimizer, _ = small_setup(dtype=torch.float32)
     train_step(gpt, optimizer, 1e-2, batch_of(gpt.config))
-    state = [t.clone() for t in (optimizer.master, optimizer.exp_avg, optimizer.exp_avg_sq, optimizer.control[STEP])]
+    state = [
+        t.clone() for t in (optimizer.shards.master, optimizer.states["exp_avg"], optimizer.states["exp_avg_sq"], optimizer.control[STEP])
+    ]
     optimizer.begin_step(1)
     tokens, labels = batch_of(gpt.config, 1)
     loss = gpt(tokens, labels=labels)
@@ -226,20 +228,20 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(bad: float) -
     gpt.final_norm.weight.main_grad[3] = bad
     result = optimizer.step(1e-2, loss, torch.tensor(5))
     assert result.skipped.item() == 1.0 and not torch.isfinite(result.grad_norm)
-    after = (optimizer.master, optimizer.exp_avg, optimizer.exp_avg_sq, optimizer.control[STEP])
+    after = (optimizer.shards.master, optimizer.states["exp_avg"], optimizer.states["exp_avg_sq"], optimizer.control[STEP])
     assert all(torch.equal(a, b) for a, b in zip(state, after, strict=True))
     result = train_step(gpt, optimizer, 1e-2, batch_of(gpt.config, 2))
     assert result.skipped.item() == 0.0 and optimizer.control[STEP].item() == 2.0
-    assert not torch.equal(optimizer.master, state[0]) and torch.isfinite(optimizer.master).all()
+    assert not torch.equal(optimizer.shards.master, state[0]) and torch.isfinite(optimizer.shards.master).all()
 
 
 def test_padding_of_the_buffer_and_of_the_vocabulary_stays_zero() -> None:
     gpt, optimizer, _ = small_setup()
     for step in range(3):
         train_step(gpt, optimizer, 1e-2, batch_of(gpt.config, step))
-    used = torch.zeros(optimizer.layout.size, dtype=torch.bool)
-    for piece in optimizer.layout.pieces:
+    used = torch.zeros(optimizer.shards.layout.size, dtype=torch.bool)
+    for piece in optimizer.shards.layout.pieces:
         used[piece.start : piece.start + piece.size] = True
-    assert not optimizer.master[~used].any() and not used.all()
+    assert not optimizer.shards.master[~used].any() and not used.all()
     for table in (gpt.embedding.weight, gpt.unembedding.weight):
         assert not table[gpt.config.vocab_size :].any() and table.shape[0] > gpt.config.vocab_size

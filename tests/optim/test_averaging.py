@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from small_models import batch_of, build_optimizer, model_config, optimizer_config, plain_table, small_setup, train_step
 from torch import Tensor, nn
 
-from megatron_completep.optim.distributed_adamw import DistributedAdamW, StepResult
+from megatron_completep.optim.optimizer import DistributedOptimizer, StepResult
 from megatron_completep.parallel.parameter import declare
 from megatron_completep.roles import Role
 
@@ -30,7 +30,7 @@ def run(batches: list[Batch], dtype: torch.dtype = torch.float64, steps: int = 3
     gpt, optimizer, _ = small_setup({"tied_embeddings": True}, optimizer={"base_eps": 1e-4}, dtype=dtype)
     for _ in range(steps):
         result = train_step(gpt, optimizer, 1e-2, *batches)
-    return optimizer.master.clone(), result
+    return optimizer.shards.master.clone(), result
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-11), (torch.float32, 1e-4)])
@@ -76,19 +76,19 @@ def test_the_reported_loss_and_norm_are_those_of_the_token_average() -> None:
         expected = F.cross_entropy(gpt(tokens).flatten(0, 1), labels.flatten(), ignore_index=-100)
     result = train_step(gpt, optimizer, 1e-2, (tokens, labels))
     torch.testing.assert_close(result.loss, expected, rtol=1e-12, atol=0)
-    norm = optimizer.grad.norm() / (labels != -100).sum()
+    norm = optimizer.shards.grad.norm() / (labels != -100).sum()
     torch.testing.assert_close(result.grad_norm, norm, rtol=1e-12, atol=0)
 
 
 def test_a_gradient_of_the_step_before_is_overwritten_and_an_unused_one_is_zero() -> None:
     gpt, optimizer, _ = small_setup()
     train_step(gpt, optimizer, 0.0, batch_of(gpt.config, 0))
-    first = optimizer.grad.clone()
+    first = optimizer.shards.grad.clone()
     train_step(gpt, optimizer, 0.0, batch_of(gpt.config, 0))
-    assert torch.equal(optimizer.grad, first)
+    assert torch.equal(optimizer.shards.grad, first)
     optimizer.begin_step(1)
     optimizer.step(0.0, torch.zeros(()), torch.tensor(1))
-    assert not optimizer.grad.any()
+    assert not optimizer.shards.grad.any()
 
 
 # --- modules that know no queue --------------------------------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ def batches_of(step: int, count: int) -> list[Tensor]:
     return [torch.randn(5, 6, generator=torch.Generator().manual_seed(10 * step + i), dtype=torch.float64) for i in range(count)]
 
 
-def plain_pair(dtype: torch.dtype) -> tuple[PlainModel, DistributedAdamW, PlainModel, torch.optim.AdamW]:
+def plain_pair(dtype: torch.dtype) -> tuple[PlainModel, DistributedOptimizer, PlainModel, torch.optim.AdamW]:
     ours, theirs = PlainModel(), PlainModel().to(dtype)
     table = plain_table(width_multiplier=2.0, depth_multiplier=4.0)
     optimizer = build_optimizer(ours.to(dtype), table, optimizer_config(grad_clip=0.05, base_eps=1e-3), dtype)
@@ -154,4 +154,4 @@ def test_plain_modules_train_under_bf16_with_float32_masters() -> None:
         loss.backward()
         losses.append(optimizer.step(3e-3, loss, torch.tensor(5)).loss.item())
     assert losses[-1] < 0.3 * losses[0]
-    assert model.first.weight.dtype == torch.bfloat16 and optimizer.master.dtype == torch.float32
+    assert model.first.weight.dtype == torch.bfloat16 and optimizer.shards.master.dtype == torch.float32

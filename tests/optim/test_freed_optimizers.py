@@ -8,7 +8,7 @@ import weakref
 import torch
 from small_models import build_model, completep_config, model_config, optimizer_config, table_for
 
-from megatron_completep.optim.distributed_adamw import DistributedAdamW
+from megatron_completep.optim.optimizer import DistributedOptimizer
 from megatron_completep.parallel.context import ParallelContext
 
 
@@ -16,7 +16,7 @@ def buffers_after_a_step(keep: list[object]) -> weakref.ref[torch.Tensor]:
     config = model_config()
     table = table_for(config, completep_config())
     model = build_model(config, table, torch.float32)
-    optimizer = DistributedAdamW([model], table, optimizer_config(), ParallelContext.single(), precision=torch.float32)
+    optimizer = DistributedOptimizer([model], table, optimizer_config(), ParallelContext.single(), precision=torch.float32)
     tokens = torch.randint(config.vocab_size, (2, config.seq_length))
     optimizer.begin_step(1)
     loss = model(tokens, labels=tokens)
@@ -24,7 +24,7 @@ def buffers_after_a_step(keep: list[object]) -> weakref.ref[torch.Tensor]:
     optimizer.step(1e-3, loss, torch.tensor(tokens.numel()))
     if keep:
         keep.append(optimizer)
-    return weakref.ref(optimizer.exp_avg)
+    return weakref.ref(optimizer.states["exp_avg"])
 
 
 def test_an_optimizer_that_nobody_holds_is_freed():

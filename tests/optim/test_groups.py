@@ -96,13 +96,13 @@ def test_every_parameter_has_the_values_of_the_paper_on_the_whole_grid() -> None
 @pytest.mark.parametrize("role", list(Role))
 @pytest.mark.parametrize("cell", ["lr", "eps"])
 def test_a_wrong_table_is_found(role: Role, cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = page.adamw
+    original = page.RULES["adamw"]
 
     def wrong(m_N: float, m_L: float, *rest: float) -> dict[Role, page.Row]:
         rows = original(m_N, m_L, *rest)
         return {**rows, role: dataclasses.replace(rows[role], **{cell: getattr(rows[role], cell) * m_L**-0.25})}
 
-    monkeypatch.setattr(page, "adamw", wrong)
+    monkeypatch.setitem(page.RULES, "adamw", wrong)
     found = differences(SMALL_GRID)
     assert found and all(line.startswith(f"{role} ") for line in found)
 
@@ -119,10 +119,10 @@ def test_every_element_is_in_exactly_one_group_of_the_optimizer() -> None:
     optimizer = build_optimizer(gpt, table)
     sizes: Counter[str] = Counter()
     names = list(optimizer.groups)
-    for _, length, group in optimizer.segment_table.tolist():
+    for _, length, group in optimizer.shards.segment_table.tolist():
         sizes[names[group]] += length
     assert sizes == {name: p.numel() for name, p in gpt.named_parameters()}
-    for name, (lr, decay, eps) in zip(names, optimizer.group_table.tolist(), strict=True):
+    for name, (lr, decay, eps) in zip(names, optimizer.rule.group_table.tolist(), strict=True):
         group = optimizer.groups[name]
         assert (lr, decay, eps) == (group.lr_factor, group.weight_decay, group.eps)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -11,119 +12,148 @@ from hypothesis import strategies as st
 from small_models import completep_config, model_config, small_setup, table_for
 
 from megatron_completep.model.gpt import GPT
-from megatron_completep.optim.layout import ALIGNMENT, Layout, Segment, lay_out
+from megatron_completep.optim.layout import ALIGNMENT, Entry, Layout, Segment, lay_out
 from megatron_completep.parallel.context import ParallelContext
 
-Sizes = list[tuple[str, int]]
-sizes = st.lists(st.integers(1, 700), min_size=1, max_size=12).map(lambda numbers: [(f"p{i}", n) for i, n in enumerate(numbers)])
+sizes = st.lists(st.integers(1, 700), min_size=1, max_size=12).map(lambda numbers: [Entry(f"p{i}", n) for i, n in enumerate(numbers)])
 shard_counts = st.integers(1, 6)
 bucket_sizes = st.integers(1, 3000)
+
+
+def laid_out(parameters: list[Entry], shards: int, bucket_elements: int) -> Layout:
+    return lay_out(parameters, {"data": shards}, bucket_elements)
+
+
+def shard_count(layout: Layout) -> int:
+    return layout.buckets[0].shards
 
 
 def owners(layout: Layout) -> dict[str, Counter[int]]:
     """How often each element of each parameter is in some shard."""
     counts: dict[str, Counter[int]] = {}
-    for shard in range(layout.shards):
-        for segment in layout.segments(shard):
+    for shard in range(shard_count(layout)):
+        for segment in layout.segments({"data": shard}):
             elements = range(segment.parameter_start, segment.parameter_start + segment.size)
             counts.setdefault(segment.name, Counter()).update(elements)
     return counts
 
 
 @given(sizes, shard_counts, bucket_sizes)
-def test_every_element_is_owned_exactly_once(parameters: Sizes, shards: int, bucket: int) -> None:
-    counts = owners(lay_out(parameters, shards, bucket))
-    assert counts == {name: Counter(range(size)) for name, size in parameters}
+def test_every_element_is_owned_exactly_once(parameters: list[Entry], shards: int, bucket: int) -> None:
+    counts = owners(laid_out(parameters, shards, bucket))
+    assert counts == {entry.name: Counter(range(entry.size)) for entry in parameters}
 
 
 @given(sizes, shard_counts, bucket_sizes)
-def test_pieces_are_aligned_in_order_and_apart(parameters: Sizes, shards: int, bucket: int) -> None:
-    layout = lay_out(parameters, shards, bucket)
-    assert [(piece.name, piece.size) for piece in layout.pieces] == parameters
+def test_pieces_are_aligned_in_order_and_apart(parameters: list[Entry], shards: int, bucket: int) -> None:
+    layout = laid_out(parameters, shards, bucket)
+    assert [Entry(piece.name, piece.size) for piece in layout.pieces] == parameters
     end = 0
     for piece in layout.pieces:
         assert piece.start % ALIGNMENT == 0 and piece.start >= end
         end = piece.start + piece.size
-        start, stop = layout.buckets[piece.bucket]
-        assert start <= piece.start and end <= stop
+        bucket_of_piece = layout.buckets[piece.bucket]
+        assert bucket_of_piece.start <= piece.start and end <= bucket_of_piece.stop
     assert layout.size >= end
 
 
 @given(sizes, shard_counts, bucket_sizes)
-def test_buckets_follow_each_other_and_split_evenly_and_aligned(parameters: Sizes, shards: int, bucket: int) -> None:
-    layout = lay_out(parameters, shards, bucket)
+def test_buckets_follow_each_other_and_split_evenly_and_aligned(parameters: list[Entry], shards: int, bucket: int) -> None:
+    layout = laid_out(parameters, shards, bucket)
     position = 0
-    for number, (start, stop) in enumerate(layout.buckets):
-        assert start == position and (stop - start) % (ALIGNMENT * shards) == 0
-        slices = [layout.bucket_slice(number, shard) for shard in range(shards)]
-        assert [a for a, _ in slices] == [start, *(b for _, b in slices[:-1])] and slices[-1][1] == stop
+    for place in layout.buckets:
+        assert place.start == position and place.size % (ALIGNMENT * shards) == 0
+        slices = [place.slice_of(shard) for shard in range(shards)]
+        assert [a for a, _ in slices] == [place.start, *(b for _, b in slices[:-1])] and slices[-1][1] == place.stop
         assert len({b - a for a, b in slices}) == 1
-        position = stop
+        position = place.stop
     assert layout.size == position and layout.shard_size * shards == layout.size
 
 
 @given(sizes, shard_counts, bucket_sizes)
-def test_a_shard_cut_from_the_flat_buffer_holds_the_elements_its_segments_name(parameters: Sizes, shards: int, bucket: int) -> None:
-    layout = lay_out(parameters, shards, bucket)
-    number = {name: index for index, (name, _) in enumerate(parameters)}
+def test_a_shard_cut_from_the_flat_buffer_holds_the_elements_its_segments_name(parameters: list[Entry], shards: int, bucket: int) -> None:
+    layout = laid_out(parameters, shards, bucket)
+    number = {entry.name: index for index, entry in enumerate(parameters)}
     flat = torch.full((layout.size,), -1, dtype=torch.int64)
     for piece in layout.pieces:
         flat[piece.start : piece.start + piece.size] = number[piece.name] * 1000 + torch.arange(piece.size)
     for shard in range(shards):
-        own = torch.cat([flat[slice(*layout.bucket_slice(b, shard))] for b in range(len(layout.buckets))])
+        own = torch.cat([flat[start:stop] for start, stop in layout.slices({"data": shard})])
         found = torch.full_like(own, -1)
-        for s in layout.segments(shard):
+        for s in layout.segments({"data": shard}):
             found[s.shard_start : s.shard_start + s.size] = number[s.name] * 1000 + s.parameter_start + torch.arange(s.size)
         assert torch.equal(own, found)
 
 
 @given(sizes, shard_counts, bucket_sizes, st.data())
-def test_parameters_asked_to_be_alone_have_a_bucket_of_their_own(parameters: Sizes, shards: int, bucket: int, data: st.DataObject) -> None:
-    alone = frozenset(data.draw(st.sets(st.sampled_from([name for name, _ in parameters]))))
-    layout = lay_out(parameters, shards, bucket, alone)
+def test_parameters_asked_to_be_alone_have_a_bucket_of_their_own(
+    parameters: list[Entry], shards: int, bucket: int, data: st.DataObject
+) -> None:
+    alone = frozenset(data.draw(st.sets(st.sampled_from([entry.name for entry in parameters]))))
+    layout = laid_out([entry._replace(alone=entry.name in alone) for entry in parameters], shards, bucket)
     tenants = Counter(piece.bucket for piece in layout.pieces)
     assert all(tenants[piece.bucket] == 1 for piece in layout.pieces if piece.name in alone)
-    assert owners(layout) == {name: Counter(range(size)) for name, size in parameters}
+    assert owners(layout) == {entry.name: Counter(range(entry.size)) for entry in parameters}
 
 
 @given(sizes, shard_counts, bucket_sizes)
-def test_a_bucket_is_closed_once_it_is_full(parameters: Sizes, shards: int, bucket: int) -> None:
-    layout = lay_out(parameters, shards, bucket)
-    for number, (start, _) in enumerate(layout.buckets):
+def test_a_bucket_is_closed_once_it_is_full(parameters: list[Entry], shards: int, bucket: int) -> None:
+    layout = laid_out(parameters, shards, bucket)
+    for number, place in enumerate(layout.buckets):
         last = [piece for piece in layout.pieces if piece.bucket == number][-1]
-        assert last.start - start < bucket  # before its last piece it had room
-    full = [stop - start for start, stop in layout.buckets[:-1]]
-    assert all(size >= bucket for size in full)
+        assert last.start - place.start < bucket  # before its last piece it had room
+    assert all(place.size >= bucket for place in layout.buckets[:-1])
+
+
+@given(sizes, st.data())
+def test_parameters_of_two_axes_share_no_bucket_and_each_is_cut_over_its_own_ranks(parameters: list[Entry], data: st.DataObject) -> None:
+    """As with experts that a part of the data ranks holds: their state is divided over fewer ranks."""
+    shards = {"data": 6, "few": 2}
+    axes = data.draw(st.lists(st.sampled_from(list(shards)), min_size=len(parameters), max_size=len(parameters)))
+    mixed = [entry._replace(axis=axis) for entry, axis in zip(parameters, axes, strict=True)]
+    layout = lay_out(mixed, shards, 1000)
+    for entry, piece in zip(mixed, layout.pieces, strict=True):
+        assert layout.buckets[piece.bucket].axis == entry.axis
+    counts: dict[str, Counter[int]] = {}
+    for rank in range(6):
+        ranks = {"data": rank, "few": rank % 2}
+        segments = layout.segments(ranks)
+        assert all(s.shard_start >= 0 and s.shard_start + s.size <= layout.shard_size for s in segments)
+        assert sum(stop - start for start, stop in layout.slices(ranks)) == layout.shard_size
+        for segment in segments:
+            counts.setdefault(segment.name, Counter()).update(range(segment.parameter_start, segment.parameter_start + segment.size))
+    for entry in mixed:
+        assert counts[entry.name] == dict.fromkeys(range(entry.size), 6 // shards[entry.axis])
 
 
 def test_shard_boundaries_cut_parameters_of_different_groups() -> None:
     """What the segment table is for: here shard 0 ends inside b and shard 1 begins there."""
-    layout = lay_out([("a", 100), ("b", 300), ("c", 20)], shards=2, bucket_elements=10_000)
-    first, second = layout.segments(0), layout.segments(1)
+    layout = laid_out([Entry("a", 100), Entry("b", 300), Entry("c", 20)], shards=2, bucket_elements=10_000)
+    first, second = (layout.segments({"data": shard}) for shard in range(2))
     assert first == (Segment("a", 0, 0, 100), Segment("b", 128, 0, 128))
     assert second == (Segment("b", 0, 128, 172), Segment("c", 192, 0, 20))
 
 
 def test_a_shard_that_owns_only_padding_has_no_segments() -> None:
-    layout = lay_out([("a", 3)], shards=4, bucket_elements=1)
-    assert [len(layout.segments(shard)) for shard in range(4)] == [1, 0, 0, 0]
+    layout = laid_out([Entry("a", 3)], shards=4, bucket_elements=1)
+    assert [len(layout.segments({"data": shard})) for shard in range(4)] == [1, 0, 0, 0]
 
 
 def test_the_check_of_ownership_finds_a_lost_element() -> None:
     class Careless(Layout):
-        def segments(self, shard: int) -> tuple[Segment, ...]:
-            return tuple(Segment(s.name, s.shard_start, s.parameter_start, max(1, s.size - 1)) for s in super().segments(shard))
+        def segments(self, ranks: Mapping[str, int]) -> tuple[Segment, ...]:
+            return tuple(Segment(s.name, s.shard_start, s.parameter_start, max(1, s.size - 1)) for s in super().segments(ranks))
 
-    layout = lay_out([("a", 100), ("b", 300)], 2, 10_000)
-    assert owners(Careless(layout.pieces, layout.buckets, layout.shards)) != {"a": Counter(range(100)), "b": Counter(range(300))}
+    layout = laid_out([Entry("a", 100), Entry("b", 300)], 2, 10_000)
+    assert owners(Careless(layout.pieces, layout.buckets)) != {"a": Counter(range(100)), "b": Counter(range(300))}
 
 
 @pytest.mark.parametrize("shards", [1, 3])
 def test_the_model_s_parameters_lie_in_backward_order(shards: int) -> None:
     model = model_config(num_layers=3, bias=True, norm="layernorm")
     gpt = GPT(model, table_for(model, completep_config()), ParallelContext.single("meta"))
-    named = [(name, p.numel()) for name, p in reversed(list(gpt.named_parameters()))]
-    layout = lay_out(named, shards, 1 << 12)
+    named = [Entry(name, p.numel()) for name, p in reversed(list(gpt.named_parameters()))]
+    layout = laid_out(named, shards, 1 << 12)
     names = [piece.name for piece in layout.pieces]
     assert names[0] == "unembedding.weight" and names[-1] == "embedding.weight"
     layers = [int(name.split(".")[1]) for name in names if name.startswith("layers.")]
@@ -132,10 +162,10 @@ def test_the_model_s_parameters_lie_in_backward_order(shards: int) -> None:
 
 def test_parameters_are_views_of_one_buffer_at_their_pieces() -> None:
     gpt, optimizer, _ = small_setup(dtype=torch.bfloat16)
-    for piece in optimizer.layout.pieces:
+    for piece in optimizer.shards.layout.pieces:
         parameter = dict(gpt.named_parameters())[piece.name]
         assert parameter.dtype == torch.bfloat16 and parameter.main_grad.dtype == torch.float32
-        assert parameter.data_ptr() == optimizer.flat.data_ptr() + 2 * piece.start
-        assert parameter.main_grad.data_ptr() == optimizer.grad.data_ptr() + 4 * piece.start
-        own = optimizer.master[piece.start : piece.start + piece.size]
+        assert parameter.data_ptr() == optimizer.shards.flat.data_ptr() + 2 * piece.start
+        assert parameter.main_grad.data_ptr() == optimizer.shards.grad.data_ptr() + 4 * piece.start
+        own = optimizer.shards.master[piece.start : piece.start + piece.size]
         assert torch.equal(own.to(torch.bfloat16), parameter.flatten())

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_completep.config import derived
 from megatron_completep.config.schema import OptimizerConfig
-from megatron_completep.optim.distributed_adamw import DistributedAdamW
+from megatron_completep.optim.optimizer import DistributedOptimizer
 from megatron_completep.optim.schedule import learning_rate, schedule
 
 STEPS = 100
@@ -101,14 +101,14 @@ SETTINGS = {"base_weight_decay": 0.0, "base_eps": 1e-30, "schedule": "linear", "
 TOTAL = 12
 
 
-def push_constant_gradients(gpt: torch.nn.Module, optimizer: DistributedAdamW) -> None:
+def push_constant_gradients(gpt: torch.nn.Module, optimizer: DistributedOptimizer) -> None:
     """Adam then moves every element by exactly its learning rate, at every step."""
     optimizer.begin_step(1)
     for parameter in gpt.parameters():
         gpt.queue.push(parameter, lambda main_grad, first: main_grad.fill_(0.5))
 
 
-def group_rates(gpt: torch.nn.Module, optimizer: DistributedAdamW, lr: float) -> dict[str, float]:
+def group_rates(gpt: torch.nn.Module, optimizer: DistributedOptimizer, lr: float) -> dict[str, float]:
     """The learning rate of each parameter, seen in what one step does to it."""
     before = {name: p.detach().clone() for name, p in gpt.named_parameters()}
     push_constant_gradients(gpt, optimizer)
@@ -118,12 +118,19 @@ def group_rates(gpt: torch.nn.Module, optimizer: DistributedAdamW, lr: float) ->
     return {name: change.mean().item() for name, change in moved.items()}
 
 
-def reloaded(optimizer: DistributedAdamW, changes: dict[str, Any]) -> tuple[torch.nn.Module, DistributedAdamW]:
+def reloaded(optimizer: DistributedOptimizer, changes: dict[str, Any]) -> tuple[torch.nn.Module, DistributedOptimizer]:
     """A new model and optimizer, as a resumed run builds them, with the state of the old ones."""
     gpt, fresh, _ = small_setup(completep={"alpha": 0.5}, optimizer=changes)
-    for name in ("flat", "master", "exp_avg", "exp_avg_sq", "control"):
-        getattr(fresh, name).copy_(getattr(optimizer, name))
+    copy_state(optimizer, fresh)
     return gpt, fresh
+
+
+def copy_state(source: DistributedOptimizer, target: DistributedOptimizer) -> None:
+    """All that training depends on."""
+    for name, state in source.states.items():
+        target.states[name].copy_(state)
+    target.shards.flat.copy_(source.shards.flat)
+    target.control.copy_(source.control)
 
 
 def test_the_learning_rate_of_a_group_is_schedule_times_factor_at_warm_up_peak_minimum_and_after_reload() -> None:
@@ -151,9 +158,8 @@ def test_training_goes_on_bitwise_after_a_reload(dtype: torch.dtype) -> None:
             if step == reload_after:
                 old = optimizer
                 gpt, optimizer, _ = small_setup(optimizer={**settings, **(changes or {})}, dtype=dtype)
-                for name in ("flat", "master", "exp_avg", "exp_avg_sq", "control"):
-                    getattr(optimizer, name).copy_(getattr(old, name))
-        return optimizer.master.clone()
+                copy_state(old, optimizer)
+        return optimizer.shards.master.clone()
 
     whole = run(None)
     assert torch.equal(run(3), whole)

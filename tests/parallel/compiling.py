@@ -34,4 +34,4 @@ def train(rank: int, sections: dict[str, dict[str, Any]], backend: str | None) -
             compile_regions(chunk, backend)
     losses = [step.run(batches, number).read().loss for number in (1, 2, 3)]
     step.optimizer.wait_for_parameters()
-    return losses, {name: p.detach().clone() for name, p in step.optimizer.parameters.items()}
+    return losses, {name: p.detach().clone() for name, p in step.optimizer.shards.parameters.items()}

@@ -14,7 +14,7 @@ from megatron_completep.completep import table_of
 from megatron_completep.config import config_from_mapping
 from megatron_completep.config.derived import micro_batches_per_step
 from megatron_completep.config.schema import Config
-from megatron_completep.optim.distributed_adamw import DistributedAdamW
+from megatron_completep.optim.optimizer import DistributedOptimizer
 from megatron_completep.parallel.context import ParallelContext, data_parallel_size_for
 from megatron_completep.planning.communication import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, SEND, collectives_per_step
 from megatron_completep.run.assemble import build_model
@@ -91,7 +91,7 @@ def build_step(rank: int, config: Config) -> tuple[TrainingStep, list[Any], Para
     table = table_of(config)
     precision = DTYPES[config.training.precision]
     chunks = build_model(config, table, context, precision)
-    optimizer = DistributedAdamW(chunks, table, config.optimizer, context, config.parallel, precision)
+    optimizer = DistributedOptimizer(chunks, table, config.optimizer, context, config.parallel, precision)
     batch = random_batch(BenchmarkSettings(config.model, config.training.micro_batch_size))
     return TrainingStep(config, context, chunks, optimizer), [batch] * micro_batches_per_step(config, world_size), context
 

@@ -20,8 +20,8 @@ from megatron_completep.data.loader import Batch, Layout, Loader, ValidationBatc
 from megatron_completep.data.samples import Sample
 from megatron_completep.guards.replicas import replica_hashes, who_differs
 from megatron_completep.optim.check import check_parameters
-from megatron_completep.optim.distributed_adamw import DistributedAdamW
 from megatron_completep.optim.groups import Group
+from megatron_completep.optim.optimizer import DistributedOptimizer
 from megatron_completep.parallel.context import ParallelContext, data_parallel_size_for
 from megatron_completep.parallel.parameter import Spec
 from megatron_completep.run.assemble import build_model
@@ -255,11 +255,11 @@ def run_row(rank: int, config: Config, mutation: str = "") -> Trained:
     settings = config.optimizer
     if mutation == OVERRIDES_ON_FIRST_STAGE and context.pipeline.rank > 0:
         settings = settings.model_copy(update={"overrides": []})
-    optimizer = DistributedAdamW(chunks, table, settings, context, config.parallel, torch.float64)
+    optimizer = DistributedOptimizer(chunks, table, settings, context, config.parallel, torch.float64)
     if mutation == FORGOTTEN_SUM:
-        optimizer._partial = []
+        optimizer.shards.partial_segments = []
     if mutation == ENDS_ALONE:
-        optimizer._tied_buckets = []
+        optimizer.shards.tied_buckets = []
     step = TrainingStep(config, context, chunks, optimizer)
     layout = Layout(config.training.micro_batch_size, context.data.rank, context.data.size)
     corpus: Any = Documents(config.model.vocab_size)
@@ -275,8 +275,8 @@ def run_row(rank: int, config: Config, mutation: str = "") -> Trained:
         (context.tensor.rank, context.data.rank, context.pipeline.rank),
         figures,
         validation,
-        {name: p.detach().clone() for name, p in optimizer.parameters.items()},
-        optimizer.specs,
+        {name: p.detach().clone() for name, p in optimizer.shards.parameters.items()},
+        optimizer.shards.specs,
         optimizer.groups,
         replica_hashes(optimizer, context),
     )

@@ -15,8 +15,8 @@ from megatron_completep.config.schema import CompletePConfig, ModelConfig, Optim
 from megatron_completep.instruments.replay import Replay, Trace, replay
 from megatron_completep.model.initialize import initialize
 from megatron_completep.model.stages import build_chunks
-from megatron_completep.optim.distributed_adamw import DistributedAdamW
 from megatron_completep.optim.groups import Group
+from megatron_completep.optim.optimizer import DistributedOptimizer
 from megatron_completep.parallel.context import ParallelContext, data_parallel_size_for
 from megatron_completep.parallel.parameter import Spec
 from megatron_completep.run.forward_backward import ForwardBackward, MicroBatch
@@ -102,7 +102,7 @@ def train(rank: int, case: Case) -> Outcome:
     for chunk in chunks:
         initialize(chunk, table, settings, seed=7)
         chunk.to(dtype)
-    optimizer = DistributedAdamW(chunks, table, settings, context, parallel, dtype)
+    optimizer = DistributedOptimizer(chunks, table, settings, context, parallel, dtype)
     MUTATIONS.get(case.mutation, lambda _: None)(optimizer)
     run = ForwardBackward(chunks, model, parallel, context, GLOBAL_BATCH // context.data.size // case.micro_batches)
     initial = copies(optimizer)
@@ -113,8 +113,8 @@ def train(rank: int, case: Case) -> Outcome:
         optimizer.begin_step(case.micro_batches)
         total = run([MicroBatch(t, y) for t, y in parts])
         if step == 0:
-            gradients = {name: p.main_grad.clone() for name, p in optimizer.parameters.items()}
-            runs = sum(queue.runs for queue in optimizer.queues)
+            gradients = {name: p.main_grad.clone() for name, p in optimizer.shards.parameters.items()}
+            runs = sum(queue.runs for queue in optimizer.shards.queues)
         counted = (labels != -100).sum() * (context.pipeline.rank == 0)
         result = optimizer.step(settings.base_lr, total, counted)
         losses.append(result.loss.item())
@@ -124,12 +124,12 @@ def train(rank: int, case: Case) -> Outcome:
             moved = {name: (value - initial[name]).abs().max().item() for name, value in copies(optimizer).items()}
     optimizer.wait_for_parameters()
     where = context.tensor.rank, context.data.rank, context.pipeline.rank
-    placements = optimizer.specs
+    placements = optimizer.shards.specs
     return Outcome(where, losses, norms, initial, gradients, moved, copies(optimizer), placements, optimizer.groups, runs)
 
 
-def copies(optimizer: DistributedAdamW) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in optimizer.parameters.items()}
+def copies(optimizer: DistributedOptimizer) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in optimizer.shards.parameters.items()}
 
 
 def replay_trace(rank: int, stem: str, precision: str, layout: dict[str, Any]) -> Replay:
@@ -140,15 +140,15 @@ def replay_trace(rank: int, stem: str, precision: str, layout: dict[str, Any]) -
 # --- mistakes that the tests must catch ---------------------------------------------------------------------------------------
 
 
-def _forget_partial_sums(optimizer: DistributedAdamW) -> None:
-    optimizer._partial = []
+def _forget_partial_sums(optimizer: DistributedOptimizer) -> None:
+    optimizer.shards.partial_segments = []
 
 
-def _count_replicated_twice(optimizer: DistributedAdamW) -> None:
-    optimizer.counted_table = optimizer.segment_table
+def _count_replicated_twice(optimizer: DistributedOptimizer) -> None:
+    optimizer.shards.counted_table = optimizer.shards.segment_table
 
 
-MUTATIONS: dict[str, Callable[[DistributedAdamW], None]] = {
+MUTATIONS: dict[str, Callable[[DistributedOptimizer], None]] = {
     "forget the tensor-parallel sum of norm gradients": _forget_partial_sums,
     "count replicated parameters on every rank": _count_replicated_twice,
 }

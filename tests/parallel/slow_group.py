@@ -11,7 +11,7 @@ from torch import nn
 
 from megatron_completep.model.initialize import initialize
 from megatron_completep.model.stages import build_chunks
-from megatron_completep.optim.distributed_adamw import DistributedAdamW
+from megatron_completep.optim.optimizer import DistributedOptimizer
 from megatron_completep.parallel import collectives
 from megatron_completep.run.forward_backward import ForwardBackward, MicroBatch
 
@@ -75,7 +75,7 @@ def exposed_communication(rank: int, layer_ticks: int, delay: int, wait_early: b
     table = table_for(model, BASE)
     chunks = build_chunks(model, table, parallel, context)
     initialize(chunks[0], table, settings, seed=7)
-    optimizer = DistributedAdamW(chunks, table, settings, context, parallel)
+    optimizer = DistributedOptimizer(chunks, table, settings, context, parallel)
     timeline = Timeline(delay)
     for _, block in chunks[0].blocks():
         occupy(block, timeline, layer_ticks)
@@ -96,8 +96,8 @@ def exposed_communication(rank: int, layer_ticks: int, delay: int, wait_early: b
     finally:
         collectives._all_gather, collectives._reduce_scatter = originals
     # The gathers of step 2 are waited for after it; those of step 1 were waited for inside its forward.
-    gathers = exposed["_all_gather"][: len(optimizer.layout.buckets)]
-    return {"buckets": len(optimizer.layout.buckets), "gradients": sum(exposed["_reduce_scatter"]), "parameters": sum(gathers)}
+    gathers = exposed["_all_gather"][: len(optimizer.shards.layout.buckets)]
+    return {"buckets": len(optimizer.shards.layout.buckets), "gradients": sum(exposed["_reduce_scatter"]), "parameters": sum(gathers)}
 
 
 def shard_sizes(rank: int, layout: dict[str, Any]) -> tuple[int, int]:
@@ -105,5 +105,5 @@ def shard_sizes(rank: int, layout: dict[str, Any]) -> tuple[int, int]:
     context, parallel = context_for(rank, layout)
     model = model_config({})
     table = table_for(model, BASE)
-    optimizer = DistributedAdamW(build_chunks(model, table, parallel, context), table, optimizer_config({}), context, parallel)
-    return optimizer.flat.numel(), optimizer.exp_avg.numel()
+    optimizer = DistributedOptimizer(build_chunks(model, table, parallel, context), table, optimizer_config({}), context, parallel)
+    return optimizer.shards.flat.numel(), optimizer.states["exp_avg"].numel()

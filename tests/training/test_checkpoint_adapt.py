@@ -59,9 +59,9 @@ def gradients(run: TinyRun) -> dict[str, torch.Tensor]:
     """Of the loss of fixed tokens, by parameter."""
     run.optimizer.begin_step(1)
     run.model(TOKENS[:, :-1], labels=TOKENS[:, 1:]).backward()
-    for queue in run.optimizer.queues:
+    for queue in run.optimizer.shards.queues:
         queue.finish_step()
-    return {name: main_grad_of(parameter).clone() for name, parameter in run.optimizer.parameters.items()}
+    return {name: main_grad_of(parameter).clone() for name, parameter in run.optimizer.shards.parameters.items()}
 
 
 @pytest.mark.parametrize("model", [{}, GPT2, QK], ids=["llama", "gpt2", "qk"])
@@ -76,7 +76,7 @@ def test_the_adapted_model_computes_the_same_function_and_goes_on(tmp_path, mode
         assert torch.allclose(found, expected, rtol=1e-12, atol=1e-12)
         if change != "more layers":  # the control: without the rescaling it is another function
             for name, parameter in again.model.named_parameters():
-                parameter.copy_(run.optimizer.parameters[name])
+                parameter.copy_(run.optimizer.shards.parameters[name])
             assert not torch.allclose(again.model(TOKENS[:, :-1]), expected, rtol=1e-6)
             again.resume()
     assert again.state == run.state and again.optimizer.control[STEP] == 3
@@ -118,8 +118,8 @@ def test_new_layers_are_silent_and_otherwise_as_in_a_fresh_model(tmp_path):
 def test_starting_anew_takes_the_weights_alone(tmp_path):
     run = trained(tmp_path / "old", {})
     again = adapted(run, tmp_path / "new", {}, {}, start_anew=True, files=3)
-    assert again.state.step == 0 and again.optimizer.control[STEP] == 0 and not again.optimizer.exp_avg.any()
-    assert torch.equal(again.optimizer.master, run.optimizer.master)
+    assert again.state.step == 0 and again.optimizer.control[STEP] == 0 and not again.optimizer.states["exp_avg"].any()
+    assert torch.equal(again.optimizer.shards.master, run.optimizer.shards.master)
 
 
 @pytest.mark.parametrize(

@@ -125,14 +125,14 @@ def test_a_damaged_checkpoint_of_the_shared_disk_changes_nothing_in_the_run_that
 def load_damaged(rank: int, folder: str, model: str, layout: dict) -> tuple[str, bool]:
     """What was said of the damage, and whether this rank's numbers are those from before."""
     optimizer, checkpointer = build(rank, folder, model, layout)
-    names = ("flat", "master", "exp_avg", "exp_avg_sq", "control")
-    for number, name in enumerate(names):
-        getattr(optimizer, name).fill_(number + 0.5)
-    before = {name: getattr(optimizer, name).clone() for name in names}
+    tensors = (optimizer.shards.flat, *optimizer.states.values(), optimizer.control)
+    for number, tensor in enumerate(tensors):
+        tensor.fill_(number + 0.5)
+    before = [tensor.clone() for tensor in tensors]
     try:
         checkpointer.load(6)
     except CheckpointError as error:
-        return str(error), all(torch.equal(getattr(optimizer, name), value) for name, value in before.items())
+        return str(error), all(map(torch.equal, tensors, before))
     return "", False
 
 
@@ -180,7 +180,7 @@ def test_tensors_of_another_shape_are_refused_whatever_is_allowed(tmp_path):
         wider.resume()
     assert wider.bits() == before
     stored = StoredCheckpoint.open(tmp_path / "checkpoints" / "step_00000001")
-    wanted = [(box, "master", wider.optimizer.master) for box in wider.checkpointer._shard.owned]
+    wanted = [(box, "master", wider.optimizer.shards.master) for box in wider.checkpointer._shard.owned]
     with pytest.raises(CheckpointError, match="holds no tensors of this model's shapes for layers"):
         stored.parts_of(wanted)
 

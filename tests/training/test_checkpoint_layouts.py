@@ -16,7 +16,7 @@ from megatron_completep.checkpoint import Checkpointer, StoredCheckpoint
 from megatron_completep.completep import table_of
 from megatron_completep.kernels.control import STEP
 from megatron_completep.model.stages import build_chunks
-from megatron_completep.optim.distributed_adamw import DistributedAdamW
+from megatron_completep.optim.optimizer import DistributedOptimizer
 from megatron_completep.parallel.context import ParallelContext, data_parallel_size_for
 from megatron_completep.run.state import RunState
 
@@ -50,7 +50,7 @@ def logical(name: str, state: str, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) + 3.0  # never 0, which is what padding holds
 
 
-def build(rank: int, folder: str, model: str, layout: dict[str, Any]) -> tuple[DistributedAdamW, Checkpointer]:
+def build(rank: int, folder: str, model: str, layout: dict[str, Any]) -> tuple[DistributedOptimizer, Checkpointer]:
     parallel = {key: value for key, value in layout.items() if key not in ("world", "micro_batch_size")}
     training = {"micro_batch_size": layout.get("micro_batch_size", 2)}
     config = tiny_config(folder, model=MODELS[model], parallel=parallel, training=training)
@@ -62,15 +62,15 @@ def build(rank: int, folder: str, model: str, layout: dict[str, Any]) -> tuple[D
     chunks = build_chunks(config.model, table, config.parallel, context)
     for parameter in (p for chunk in chunks for p in chunk.parameters()):
         parameter.data.zero_()
-    optimizer = DistributedAdamW(chunks, table, config.optimizer, context, config.parallel, torch.float32)
+    optimizer = DistributedOptimizer(chunks, table, config.optimizer, context, config.parallel, torch.float32)
     return optimizer, Checkpointer(config, context, optimizer, table, report=lambda text: None)
 
 
-def expected_flat(optimizer: DistributedAdamW, state: str) -> torch.Tensor:
+def expected_flat(optimizer: DistributedOptimizer, state: str) -> torch.Tensor:
     """The whole flat buffer of a rank, by another way than boxes: cut from the logical tensors, piece by piece."""
-    flat = torch.zeros(optimizer.layout.size)
-    for piece in optimizer.layout.pieces:
-        spec = optimizer.specs[piece.name]
+    flat = torch.zeros(optimizer.shards.layout.size)
+    for piece in optimizer.shards.layout.pieces:
+        spec = optimizer.shards.specs[piece.name]
         whole = logical(spec.stored_name(piece.name), state, spec.shape)
         flat[piece.start : piece.start + piece.size] = spec.cut(whole).flatten()
     return flat
@@ -78,8 +78,8 @@ def expected_flat(optimizer: DistributedAdamW, state: str) -> torch.Tensor:
 
 def save(rank: int, folder: str, model: str, layout: dict[str, Any]) -> None:
     optimizer, checkpointer = build(rank, folder, model, layout)
-    for state in ("master", "exp_avg", "exp_avg_sq"):
-        getattr(optimizer, state).copy_(optimizer._own_shard(expected_flat(optimizer, state)))
+    for state in optimizer.states:
+        optimizer.states[state].copy_(optimizer.shards.own_shard(expected_flat(optimizer, state)))
     optimizer.control[STEP] = 5.0
     checkpointer.save(RunState(step=6, consumed_samples=24, tokens=192))
     checkpointer.close()
@@ -90,14 +90,14 @@ def load(rank: int, folder: str, model: str, layout: dict[str, Any], save_to: st
     optimizer, checkpointer = build(rank, folder, model, layout)
     state = checkpointer.load_latest()
     wrong = [] if state == RunState(6, 24, 192) and optimizer.control[STEP] == 5.0 else ["state"]
-    wrong += [] if torch.equal(optimizer.flat, expected_flat(optimizer, "master")) else ["parameters"]
-    for name in ("master", "exp_avg", "exp_avg_sq"):
-        if not torch.equal(getattr(optimizer, name), optimizer._own_shard(expected_flat(optimizer, name))):
+    wrong += [] if torch.equal(optimizer.shards.flat, expected_flat(optimizer, "master")) else ["parameters"]
+    for name in optimizer.states:
+        if not torch.equal(optimizer.states[name], optimizer.shards.own_shard(expected_flat(optimizer, name))):
             wrong.append(name)
     if save_to is not None:
         build_again, other = build(rank, save_to, model, layout)
-        for name in ("master", "exp_avg", "exp_avg_sq"):
-            getattr(build_again, name).copy_(getattr(optimizer, name))
+        for name in optimizer.states:
+            build_again.states[name].copy_(optimizer.states[name])
         build_again.control.copy_(optimizer.control)
         other.save(state or RunState())
         other.close()

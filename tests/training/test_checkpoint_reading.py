@@ -86,8 +86,7 @@ def read_one(rank: int, folder: str, model: str, layout: dict, damage: bool) -> 
         data = bytearray(path.read_bytes())
         data[-1] ^= 1
         path.write_bytes(data)
-    flats = {name: getattr(optimizer, name) for name in ("master", "exp_avg", "exp_avg_sq")}
-    reader.fill([(box, name, flat) for name, flat in flats.items() for box in checkpointer._shard.owned])
+    reader.fill([(box, name, flat) for name, flat in optimizer.states.items() for box in checkpointer._shard.owned])
     return reader.bytes_read
 
 

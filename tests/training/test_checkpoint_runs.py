@@ -40,7 +40,7 @@ def test_a_copied_run_goes_on_from_its_own_checkpoint_and_leaves_the_originals_s
     assert copy.resume() and copy.state.step == 2  # and not 4, which the original's snapshots have
     assert any(f"{b} is a copy of the run in {a}" in line for line in copy.said)
     assert number_of(a) != number_of(b)
-    copy.optimizer.master.mul_(2.0)  # from here on they are different runs
+    copy.optimizer.shards.master.mul_(2.0)  # from here on they are different runs
     for _ in range(3):
         copy.train(1)
         copy.checkpointer.save(copy.state, local=True)
@@ -79,7 +79,7 @@ def test_of_two_copies_of_a_run_that_is_gone_the_second_takes_another_number(tmp
     shutil.rmtree(tmp_path / "a")
     first = TinyRun(config_of(tmp_path / "b" / "run", node))
     assert first.resume()
-    first.optimizer.master.mul_(2.0)
+    first.optimizer.shards.master.mul_(2.0)
     first.train(1)
     first.checkpointer.save(first.state, local=True)
     shutil.rmtree(tmp_path / "b" / "run" / "checkpoints")  # even if it cannot be asked

@@ -15,7 +15,7 @@ from megatron_completep.completep import table_of
 from megatron_completep.config.schema import Config, ParallelConfig
 from megatron_completep.data.loader import Batch
 from megatron_completep.errors import DataError
-from megatron_completep.optim.distributed_adamw import DistributedAdamW
+from megatron_completep.optim.optimizer import DistributedOptimizer
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.pretrain import pretrain
 from megatron_completep.roles import Role
@@ -57,7 +57,7 @@ def telemetry_of(config: Config, context: ParallelContext, steps: int) -> tuple[
     """After `steps` steps. The data rank reads its own half of the micro-batches where there are two ranks."""
     table = table_of(config)
     chunks = build_model(config, table, context, torch.float64)
-    optimizer = DistributedAdamW(chunks, table, config.optimizer, context, config.parallel, torch.float64)
+    optimizer = DistributedOptimizer(chunks, table, config.optimizer, context, config.parallel, torch.float64)
     step = TrainingStep(config, context, chunks, optimizer)
     for number in range(1, steps + 1):
         own = range(context.data.rank, 2, context.data.size)
@@ -97,14 +97,16 @@ def test_the_update_ratio_is_the_last_update_over_the_weights_with_the_tables_fa
     config = config_of()
     telemetry, step = telemetry_of(config, ParallelContext.single(), 2)
     optimizer = step.optimizer
-    before = optimizer.master.clone()
+    before = optimizer.shards.master.clone()
     step.run([batch(config, 50), batch(config, 51)], 3).read()
-    moved = role_rms(optimizer, optimizer.master - before, by_learning_rate=True)
+    moved = role_rms(optimizer, optimizer.shards.master - before, by_learning_rate=True)
     figures = telemetry.figures()
     group = next(g for g in optimizer.groups.values() if g.role == Role.HIDDEN_WEIGHT)
     held = {name: g for name, g in optimizer.groups.items() if g.role == Role.HIDDEN_WEIGHT}
-    weights = sum((optimizer.parameters[n] / (g.init_std / config.optimizer.base_init_std)).square().sum().item() for n, g in held.items())
-    weight_rms = (weights / sum(optimizer.parameters[n].numel() for n in held)) ** 0.5
+    weights = sum(
+        (optimizer.shards.parameters[n] / (g.init_std / config.optimizer.base_init_std)).square().sum().item() for n, g in held.items()
+    )
+    weight_rms = (weights / sum(optimizer.shards.parameters[n].numel() for n in held)) ** 0.5
     # weight decay acts on the weights before the step, the figure on those after it
     assert figures["update_ratio/hidden_weight"] == pytest.approx(moved[Role.HIDDEN_WEIGHT] / weight_rms, rel=0.02)
     assert group.lr_factor != 1.0

@@ -1,0 +1,12 @@
+"""Update rules by name. The table of a run says which one its columns belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from megatron_completep.optim.rules.adamw import AdamW
+from megatron_completep.optim.rules.rule import MASTER, Rule
+
+RULES: Mapping[str, type[Rule]] = {"adamw": AdamW}
+
+__all__ = ["MASTER", "RULES", "Rule"]

@@ -139,7 +139,7 @@ def test_fault_8_a_checkpoint_that_will_not_fit_is_announced_at_the_start(monkey
     usage = save.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(save.shutil, "disk_usage", lambda folder: usage._replace(free=1000))
     tiny = TinyRun(tiny_config(tmp_path, checkpoint={"async_save": False, "on_failure": "stop"}))
-    assert re.search(r"warning: .*checkpoints: a checkpoint needs [\d.]+ \wB, 1\.0 kB are free", tiny.said[0])
+    assert re.search(r"warning: .*checkpoints: a checkpoint needs [\d.]+ \wB \(16.8 MB of it a reserve\), 1\.0 kB are free", tiny.said[0])
     with pytest.raises(save.CheckpointError, match="needs"):
         tiny.save()
     assert list((tmp_path / "checkpoints").iterdir()) == []

@@ -19,6 +19,7 @@ ROOMS = {
     "errors": "What a user can cause, and how a program ends.",
     "files": "Files and folders that appear whole or not at all.",
     "command_line": "How every program reads its command line.",
+    "launch": "What the launcher told this process, and leaving with it.",
     "outputs": "What a program will write, checked before its work.",
     "config": "The schema, loading, and rules between settings. No torch.",
     "kernels": "Fused operations and their plain twins. Knows nothing of models.",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_runs import tiny_config
+from tiny_runs import launched_as, tiny_config
 
 from megatron_completep.config import Config
 from megatron_completep.errors import UserError
@@ -22,8 +22,8 @@ from megatron_completep.training.state import ExitCode
 
 def end_of_rank(rank: int, world_size: int, config: Config, restart: int = 0) -> tuple[int, str]:
     """The exit code, and what is said; any other error than the user's fails the test."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size))
-    os.environ.update(MASTER_ADDR="not.used", MASTER_PORT="1", TORCHELASTIC_RESTART_COUNT=str(restart))
+    launched_as(rank, world_size)
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(restart)
     try:
         return int(pretrain(config)), ""
     except UserError as error:

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import select
 import sys
 import time
@@ -19,6 +20,8 @@ INTERRUPTED = 128 + 2  # as a shell reports SIGINT
 BROKEN_PIPE = 128 + 13  # and SIGPIPE
 # What a machine refuses whatever the program does: no traceback helps against it.
 REFUSED_BY_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+
+_ESCAPED_BYTE = re.compile("[\\udc80-\\udcff]")  # how Python holds a byte of a file's name that is not UTF-8
 
 
 class UserError(Exception):
@@ -85,7 +88,8 @@ def exit_on_user_error(main: Callable[[], int | None]) -> None:
     _print_any_text()
     try:
         code = main()
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by who started the program (>&-)
+            sys.stdout.flush()
     except UserError as error:
         say_once(f"error: {error}")
         code = error.exit_code
@@ -97,9 +101,12 @@ def exit_on_user_error(main: Callable[[], int | None]) -> None:
             raise
         code = BROKEN_PIPE
     except OSError as error:
-        if error.errno not in REFUSED_BY_THE_MACHINE or error.filename is None:
+        name = error.filename
+        if name is None and _stdout_is_full(error):
+            name = "standard output"
+        if error.errno not in REFUSED_BY_THE_MACHINE or name is None:
             raise
-        say_once(f"error: {error.filename}: {error.strerror}. Free some space or permit it, or choose another place.")
+        say_once(f"error: {name}: {error.strerror}. Free some space or permit it, or choose another place.")
         code = UserError.exit_code
     sys.exit(code or 0)
 
@@ -109,7 +116,8 @@ def say_once(message: str) -> None:
 
     The message goes into torchrun's error file too, so that its own report ends with it instead of a pointer to torch's documentation.
     """
-    message = message.encode(errors="backslashreplace").decode()  # names of files need not be UTF-8
+    message = _ESCAPED_BYTE.sub(lambda byte: f"\\x{ord(byte[0]) - 0xDC00:02x}", message)  # names of files need not be UTF-8
+    message = message.encode(errors="backslashreplace").decode()
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # .../attempt_0/LOCAL_RANK/error.json
     if not error_file:
         _print_on_stderr(message)
@@ -143,6 +151,22 @@ def _print_any_text() -> None:
     """Names of files need not be UTF-8, and a terminal need not know every letter: print an escape instead of failing."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _stdout_is_full(error: OSError) -> bool:
+    """Whether it is stdout that takes no more (a full disk, a quota): asked with a line end. Then nothing more is written to it."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or sys.stdout is None:
+        return False
+    try:
+        stdout = sys.stdout.fileno()
+    except OSError:  # a stand-in without a file
+        return False
+    try:
+        os.write(stdout, b"\n")
+        return False
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
+        return True
 
 
 def _reader_left() -> bool:

@@ -19,6 +19,7 @@ from multiprocessing import resource_tracker
 from megatron_completep.errors import ConfigError
 
 PR_SET_PDEATHSIG = 1
+MAX_DIGITS = 18  # of a number in the environment; Python refuses to read some thousands
 INTERRUPTED = "interrupted before the first step: nothing was trained, nothing is lost"
 
 
@@ -75,8 +76,8 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
         text = text_of(name, meaning, needed=default is None)
         if text is None:
             return None if name in environment else default
-        if not (text.isascii() and text.strip().isdigit() and int(text) >= least):
-            problems.append(f"{name} = {text!r} is not a whole number of at least {least}. It is {meaning}.")
+        if not (text.isascii() and text.strip().isdigit() and len(text) <= MAX_DIGITS and int(text) >= least):
+            problems.append(f"{name} = {text[:40]!r} is not a whole number of at least {least}. It is {meaning}.")
             return None
         return int(text)
 

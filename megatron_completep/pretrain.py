@@ -75,7 +75,7 @@ def train_one_model(
     watchdog.enter("joining the process group")
     context = ParallelContext.create(config.parallel, config.training.device, f"{config.training.output_dir}/nccl_timeout_rank_", store)
     guard = Guard(config, context, launch, watchdog, say)
-    build.prepare_output(config, context)
+    guard.on_first(lambda: build.prepare_output(config))
     for warning in warnings:
         say(f"warning: {warning}")
     for line in node_lines(guard.exchange, launch, context.device):
@@ -90,7 +90,7 @@ def train_one_model(
     watchdog.enter("opening the data")
     loader = build.build_training_loader(config, context)
     validation = build.build_validation(config, context)
-    build.keep_run_tokenizer(config, context, say)
+    guard.on_first(lambda: build.keep_run_tokenizer(config, say))
     clock.done("data")
     watchdog.enter("loading the checkpoint", at_least_seconds=0.9 * 60 * config.checkpoint.timeout_minutes)
     checkpointer = Checkpointer(
@@ -106,7 +106,7 @@ def train_one_model(
     )
     state = checkpointer.load_latest() or RunState()
     guard.note_start(state.step)
-    build.record_start(config, context, state)
+    guard.on_first(lambda: build.record_start(config, state))
     clock.done("checkpoint")
     watchdog.enter("preparing the first step")
     rollbacks = guard.rollbacks(checkpointer)

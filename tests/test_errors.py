@@ -50,6 +50,34 @@ def test_the_programs_own_faults_keep_their_traceback(error: Exception) -> None:
         exit_on_user_error(raising(error))
 
 
+ENDING = """
+import sys
+from megatron_completep.errors import exit_on_user_error
+
+def main():
+    print("an answer" * int(sys.argv[1]))
+
+exit_on_user_error(main)
+"""
+
+
+@pytest.mark.parametrize("length", [1, 100_000])  # written at the end, or in the middle of the work
+@pytest.mark.parametrize(
+    ("stdout", "code", "message"),
+    [(">&-", 0, ""), (">/dev/full", 2, "error: standard output: No space left on device. Free some space"), (">/dev/null", 0, "")],
+)
+def test_a_standard_output_that_takes_nothing_is_no_traceback(stdout: str, code: int, message: str, length: int) -> None:
+    words = ["sh", "-c", f'exec "$@" {stdout}', "sh", sys.executable, "-c", ENDING, str(length)]
+    run = subprocess.run(words, cwd=ROOT, stderr=subprocess.PIPE, text=True, check=False)
+    assert run.returncode == code and run.stderr.startswith(message) and run.stderr.count("\n") == (1 if message else 0)
+
+
+def test_bytes_of_names_that_are_not_utf_8_are_shown_as_such(capsys: pytest.CaptureFixture[str]) -> None:
+    say_once("error: caf\udce9 \u00e9 \udc80.")
+    say_once("error: \ud800")  # of no file's name
+    assert capsys.readouterr().err == "error: caf\\xe9 \u00e9 \\x80.\nerror: \\ud800\n"
+
+
 def test_the_innermost_sentence_of_an_interruption_counts() -> None:
     with pytest.raises(KeyboardInterrupt, match="inner"), when_interrupted("outer"), when_interrupted("inner"):
         raise KeyboardInterrupt
@@ -88,7 +116,7 @@ def test_an_error_file_that_cannot_be_written_silences_nobody(
 ) -> None:
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "gone/0/error.json"))
     say_once("error: caf\udce9")
-    assert capsys.readouterr().err == "error: caf\\udce9\n"
+    assert capsys.readouterr().err == "error: caf\\xe9\n"
 
 
 @pytest.mark.slow

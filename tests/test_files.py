@@ -127,7 +127,7 @@ def test_what_was_written_before_the_disk_was_full_reads_back(tmp_path):
 
 def test_a_sweep_whose_file_is_damaged_is_refused_and_not_replaced(tmp_path):
     (tmp_path / "sweep.json").write_text('{"grids": [')
-    with pytest.raises(DataError, match=r"sweep\.json: not a sweep"):
+    with pytest.raises(DataError, match=r"sweep\.json: not JSON .* Restore the file, or sweep into another folder"):
         sweep.save_grid(_grid(1), tiny_config(tmp_path), tmp_path)
     assert (tmp_path / "sweep.json").read_text() == '{"grids": ['
 

@@ -161,7 +161,7 @@ def test_a_wrong_import_is_found(module, source, words):
         ("training.loop", "from megatron_completep.optim.schedule import Schedule\nimport torch"),
         ("kernels.norm", "from . import reference\nfrom .reference import norm\nimport torch"),
         ("data.tokenizer", "def f():\n    import tiktoken"),
-        ("tools.show_plan", "from megatron_completep.analysis import plan"),
+        ("tools.show_plan", "from megatron_completep.planning import plan"),
     ],
 )
 def test_a_right_import_is_accepted(module, source):

@@ -54,6 +54,7 @@ def test_what_torchrun_a_person_or_nobody_tells_is_read() -> None:
         ({"RANK": MISSING}, ["RANK is not set"]),
         ({"RANK": "x"}, ["rank x: ", "RANK = 'x' is not a whole number of at least 0"]),
         ({"RANK": "-1"}, ["RANK = '-1' is not a whole number of at least 0"]),
+        ({"RANK": "1" * 5000}, ["is not a whole number of at least 0"]),  # more digits than Python reads
         ({"RANK": "1.0"}, ["RANK = '1.0' is not a whole number"]),
         ({"RANK": "²"}, ["RANK = '²' is not a whole number"]),
         ({"WORLD_SIZE": "2"}, ["rank 3: ", "RANK = 3 is not below WORLD_SIZE = 2: 2 processes are numbered 0 to 1"]),

@@ -193,9 +193,9 @@ def test_the_bare_package_loads_no_other_library(installed: Path) -> None:
 def test_the_kernels_need_torch_and_triton_only(installed: Path) -> None:
     program = """
 import torch
-from megatron_completep.kernels import scaled_residual_norm, swiglu, unembedding_cross_entropy
+from megatron_completep.kernels import Join, Norm, scaled_residual_norm, swiglu, unembedding_cross_entropy
 x = torch.randn(2, 3, 8)
-y, out = scaled_residual_norm(x, x, None, torch.ones(8), scale=0.5, eps=1e-5, rms=True)
+y, out = scaled_residual_norm(x, x, None, torch.ones(8), None, Join(0.5), Norm("rmsnorm"))
 print(float((y - 1.5 * x).abs().max()), "megatron_completep.config" in sys.modules)
 """
     assert outside(installed, WITHOUT, ",".join(OWN), program).stdout.split() == ["0.0", "False"]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_completep.command_line import Parser, file_to_read, real, whole
 from megatron_completep.config import load_config
-from megatron_completep.errors import exit_on_user_error
+from megatron_completep.errors import UserError, exit_on_user_error
 from megatron_completep.outputs import Output, check_outputs
 from megatron_completep.planning.sizes import rank_layout, rank_specs
 from megatron_completep.planning.step_picture import bubble, draw, overlap, schedule_actions, simulate
@@ -50,6 +50,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     arguments = parse_arguments(argv)
+    if arguments.micro_batches < arguments.ranks:
+        raise UserError(
+            f"--micro-batches = {arguments.micro_batches}: fewer than --ranks = {arguments.ranks}. Each schedule needs at least a "
+            f"micro-batch for every rank: give --micro-batches {arguments.ranks} or fewer ranks."
+        )
     ours = arguments.output == Path(DEFAULT)  # a name of the project's own
     check_outputs([Output("--output", arguments.output, renewed=True)], [arguments.config], arguments.overwrite or ours)
     panels = []

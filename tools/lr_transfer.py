@@ -22,6 +22,7 @@ from megatron_completep.command_line import Parser, file_to_read, folder_to_read
 from megatron_completep.config import load_config
 from megatron_completep.errors import ConfigError, exit_on_user_error, when_interrupted
 from megatron_completep.instruments import sweep
+from megatron_completep.instruments.lr_transfer_answer import PROXY
 from megatron_completep.instruments.lr_transfer_plan import plan as make_plan
 from megatron_completep.instruments.lr_transfer_report import report as make_report
 from megatron_completep.instruments.trial import PARAMETERIZATIONS
@@ -136,7 +137,11 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     elif arguments.command == "report":
         result = make_report(arguments.folder, arguments.baseline, say)
     else:
-        check_outputs([Output("--to", arguments.to)], [arguments.target, arguments.folder / "sweep.json"], arguments.overwrite)
+        check_outputs(
+            [Output("--to", arguments.to)],
+            [arguments.target, arguments.folder / "sweep.json", arguments.folder / PROXY],
+            arguments.overwrite,
+        )
         result = make_plan(arguments.folder, load_config(arguments.target, arguments.overrides), arguments.to, arguments.scale_batch, say)
     if arguments.json:
         print(json.dumps(result))

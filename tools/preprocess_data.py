@@ -80,7 +80,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     quality.add_argument(
         "--max-document-megabytes",
-        type=real(above=0),
+        type=real(above=0, at_most=2**30),
         default=LARGEST_DOCUMENT >> 20,
         metavar="MB",
         help="a line, file or row larger than this (in 2**20 bytes) is a bad document (default: 256)",
@@ -107,6 +107,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     arguments = parse_arguments(argv)
+    check_together(arguments)
     check_outputs([Output("--output-prefix", path) for path in written_for(arguments)], arguments.input, overwrite=True)
     settings = PreprocessSettings(
         inputs=tuple(arguments.input),
@@ -132,6 +133,25 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         )
     print(json.dumps(report) if arguments.json else describe(report))
     return 0
+
+
+def check_together(arguments: argparse.Namespace) -> None:
+    """Refuse what cannot be meant: limits that no document keeps, a model that is not read, an output without a name."""
+    problems = []
+    for unit in ("characters", "tokens"):
+        low, high = getattr(arguments, f"min_{unit}"), getattr(arguments, f"max_{unit}")
+        if low is not None and high is not None and low > high:
+            problems.append(f"--min-{unit} = {low}: above --max-{unit} = {high}, so every document would be dropped. Swap them.")
+    if arguments.tokenizer_type == "bytes" and arguments.tokenizer_model is not None:
+        problems.append(
+            f"--tokenizer-model = {arguments.tokenizer_model}: --tokenizer-type bytes reads no model. Leave it out, or name its type."
+        )
+    if not arguments.output_prefix:
+        problems.append("--output-prefix is empty. Give the beginning of the files' names, such as data/corpus.")
+    if len(problems) > 1:
+        raise DataError("\n".join([f"{len(problems)} problems", *(f"  {problem}" for problem in problems)]))
+    if problems:
+        raise DataError(problems[0])
 
 
 def written_for(arguments: argparse.Namespace) -> list[Path]:

@@ -60,6 +60,23 @@ def differences(stored: Mapping[str, Any], present: Mapping[str, Any]) -> list[D
     return [Difference(p, left.get(p), right.get(p)) for p in paths if left.get(p) != right.get(p)]
 
 
+def _by_setting(stored: Any, present: Any, path: str = "") -> list[Difference]:
+    """As `differences`, but a list of sections that grew or shrank is one setting: its elements have no counterparts."""
+    if (isinstance(stored, Mapping) and present is None) or (stored is None and isinstance(present, Mapping)):
+        stored, present = stored or {}, present or {}  # a section that is there in one of the two
+    if isinstance(stored, Mapping) and isinstance(present, Mapping):
+        inner = {str(key): (stored.get(key), present.get(key)) for key in stored.keys() | present.keys()}
+    elif isinstance(stored, list) and isinstance(present, list) and len(stored) == len(present) and _of_sections(stored + present):
+        inner = {str(i): pair for i, pair in enumerate(zip(stored, present, strict=True))}
+    else:
+        return [Difference(path, stored, present)] if stored != present else []
+    return [d for key in sorted(inner) for d in _by_setting(*inner[key], f"{path}.{key}" if path else key)]
+
+
+def _of_sections(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, Mapping) for value in values)
+
+
 def refused(found: Iterable[Difference], allowed: Iterable[str]) -> list[Difference]:
     """Those that must agree and are not allowed by name or pattern."""
     free = (*FREE, *allowed)
@@ -71,7 +88,7 @@ def changed_settings(stored: Mapping[str, Any], config: Config) -> list[Differen
     with suppress(ValidationError):
         stored = Config.model_validate(stored).model_dump(mode="json")
     present = config.model_dump(mode="json")
-    return differences({name: stored.get(name, {}) for name in COMPUTED}, {name: present[name] for name in COMPUTED})
+    return _by_setting({name: stored.get(name, {}) for name in COMPUTED}, {name: present[name] for name in COMPUTED})
 
 
 def show(value: Any) -> str:

@@ -103,6 +103,8 @@ def _read(folder: Path) -> Run | None:
     path = folder / RUN_ID
     if not os.path.lexists(path):
         return None
+    if path.is_symlink() or not path.is_file():
+        raise CheckpointError(f"{path}: not a plain file. Remove it; snapshots on local disks are then not found again.")
     data = read_regular_file(path, MAX_BYTES).strip()
     if not data:
         return None

@@ -52,7 +52,8 @@ def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed + MARGIN_BYTES > free:
         raise CheckpointError(
-            f"{folder}: a checkpoint needs {size_text(needed)}, {size_text(free)} are free. "
+            f"{folder}: a checkpoint needs {size_text(needed + MARGIN_BYTES)} ({size_text(MARGIN_BYTES)} of it a reserve), "
+            f"{size_text(free)} are free. "
             "Free some, lower checkpoint.keep, or use another training.output_dir."
         )
 

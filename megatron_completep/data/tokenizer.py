@@ -239,8 +239,8 @@ class TiktokenTokenizer(Tokenizer):
                 self._encoding = tiktoken.get_encoding(model)
             except Exception as error:  # ValueError for a name, whatever the network raises for a download
                 raise DataError(
-                    f"tiktoken encoding {model!r} cannot be had ({error}). "
-                    f"Give the path of its .tiktoken file, or one of {tiktoken.list_encoding_names()}."
+                    f"tiktoken encoding {model} cannot be had ({str(error).splitlines()[0]}). "
+                    f"Give the path of its .tiktoken file, or one of {', '.join(tiktoken.list_encoding_names())}."
                 ) from error
         self.model_name = self._encoding.name
         self.vocab_size = self._encoding.n_vocab
@@ -259,7 +259,8 @@ class TiktokenTokenizer(Tokenizer):
 
         if name not in _TIKTOKEN_ENCODINGS:
             raise DataError(
-                f"{path}: a .tiktoken file does not hold its splitting pattern, and {name!r} is none of {sorted(_TIKTOKEN_ENCODINGS)}. "
+                f"{path}: a .tiktoken file does not hold its splitting pattern, and {name} is none of "
+                f"{', '.join(sorted(_TIKTOKEN_ENCODINGS))}. "
                 f"Write ENCODING:{path} to say which pattern applies."
             )
         pattern, published_ranks, eod_id = _TIKTOKEN_ENCODINGS[name]
@@ -333,7 +334,7 @@ def guess_type(model: str) -> str:
         return "huggingface"
     if path.suffix == ".model":
         return "sentencepiece"
-    return "huggingface" if _read(model, "")[:1].lstrip() == b"{" else "sentencepiece"
+    return "huggingface" if _read(model, "named")[:1].lstrip() == b"{" else "sentencepiece"
 
 
 def _read(path: str, family: str) -> bytes:
@@ -341,7 +342,7 @@ def _read(path: str, family: str) -> bytes:
         require_regular(path)
         return Path(path).read_bytes()
     except OSError as error:
-        raise DataError(f"{printable(path)}: the {family} tokenizer's model cannot be read ({error.strerror}).") from error
+        raise DataError(f"{printable(path)}: the {family} tokenizer's model cannot be read ({error.strerror}). Give its file.") from error
 
 
 def _configured_end_of_document(path: Path) -> tuple[str, ...]:

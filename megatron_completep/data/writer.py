@@ -246,8 +246,11 @@ def merge(prefixes: Sequence[str | Path], output: str | Path) -> dict[str, Any]:
 def split(prefix: str | Path, shares: Sequence[float], outputs: Sequence[str | Path]) -> list[dict[str, Any]]:
     """Cut token files into consecutive runs of whole documents with the given shares; returns the new PREFIX.json contents."""
     dataset = IndexedDataset(prefix)
+    given = ", ".join(f"{share:g}" for share in shares)
     if len(shares) != len(outputs) or not shares or min(shares) < 0 or sum(shares) <= 0:
-        raise DataError(f"split: {len(outputs)} outputs for shares {list(shares)}; give one share >= 0 an output, not all of them 0.")
+        raise DataError(
+            f"split: {len(outputs)} outputs for the shares {given}. Give one share of at least 0 for each output, not all of them 0."
+        )
     _refuse_overwrite([dataset], outputs)
     bounds = [round(float(edge) * dataset.num_documents) for edge in np.cumsum([0.0, *shares]) / sum(shares)]
     contents = []

@@ -20,19 +20,33 @@ from megatron_completep.run.step import TrainingStep
 
 
 class Guard:
-    """Takes the output folder's lock at once, before anything is written there. Raises ConfigError when another run has it."""
+    """Takes the output folder's lock at once, before anything is written there. Raises ConfigError when another run has it.
+
+    What only rank 0 does in that folder, and may not be able to do, goes through `on_first`: every rank leaves with the same message.
+    """
 
     def __init__(self, config: Config, context: ParallelContext, launch: Launch, watchdog: Watchdog, say: Callable[[str], None]):
         self.config, self.context, self.launch, self._watchdog, self._say = config, context, launch, watchdog, say
         self.folder = Path(config.training.output_dir)
-        self._lock = OutputLock(self.folder, config.guards.lock_wait_seconds) if context.is_first else None
         self.exchange = Exchange(context, config.parallel.timeout_minutes)
+        self._lock: OutputLock | None = None
+        self.on_first(self._take_lock)
+
+    def _take_lock(self) -> None:
+        self._lock = OutputLock(self.folder, self.config.guards.lock_wait_seconds)
+
+    def on_first(self, action: Callable[[], object]) -> None:
+        """Do something on rank 0 alone. A mistake of the user's that it finds is raised on every rank."""
+
+        def act() -> None:
+            action()
+
+        self.exchange.on_first(act)
 
     def note_start(self, step: int) -> None:
-        """The run resumed at `step`. Raises RunStopped (on rank 0: the launcher ends the others) when restarts get nowhere."""
+        """The run resumed at `step`. Every rank leaves with the code of RunStopped when restarts get nowhere."""
         limit = self.config.guards.max_restarts_without_progress
-        if self.context.is_first:
-            note_start(self.folder, self.launch.restart_count, step, limit)
+        self.on_first(lambda: note_start(self.folder, self.launch.restart_count, step, limit))
 
     def rollbacks(self, checkpointer: Checkpointer) -> Rollbacks:
         """Returns to checkpoints, those of earlier starts in this folder included."""

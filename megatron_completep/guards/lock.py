@@ -26,8 +26,10 @@ class OutputLock:
             folder.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         except OSError as error:
+            lock = f"{LOCK}: " if error.filename == str(folder / LOCK) else ""
             raise ConfigError(
-                f"training.output_dir = {folder} cannot be written: {error.strerror}. Choose another folder or change its permissions."
+                f"training.output_dir = {folder} cannot be written: {lock}{error.strerror}. "
+                "Choose another folder or change its permissions."
             ) from None
         deadline = time.monotonic() + wait_seconds
         while not self._try():

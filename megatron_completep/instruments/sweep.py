@@ -254,7 +254,10 @@ def save_grid(grid: Grid, config: Config, folder: Path) -> None:
 
 def _grids(path: Path) -> list[dict[str, Any]]:
     """The grids of a sweep.json. Raises DataError."""
-    grids = read_json_object(path).get("grids")
+    try:
+        grids = read_json_object(path).get("grids")
+    except DataError as error:
+        raise DataError(f"{error} Restore the file, or sweep into another folder.") from None
     if not isinstance(grids, list) or not all(isinstance(entry, dict) for entry in grids):
         raise DataError(f"{path}: holds no list of grids. Restore the file, or sweep into another folder.")
     return grids

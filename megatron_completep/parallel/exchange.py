@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from megatron_completep.errors import CheckpointError
+from megatron_completep.errors import CheckpointError, UserError
 from megatron_completep.parallel.context import ParallelContext
 
 T = TypeVar("T")
@@ -77,17 +77,25 @@ class Exchange:
         return result  # type: ignore[return-value]
 
     def on_first(self, action: Callable[[], Any]) -> Any:
-        """Run `action` on rank 0 and give its result, or its CheckpointError, to every rank."""
+        """Run `action` on rank 0 and give its result to every rank, or its CheckpointError, or another mistake of the user's.
+
+        Of another mistake the other ranks raise the text with its exit code: no rank goes on alone, to meet the end of rank 0 later.
+        """
         value: Any = None
         problem: str | None = None
+        mistake: UserError | None = None
         if self.rank == 0:
             try:
                 value = action()
             except (CheckpointError, OSError) as error:
                 problem = describe(error)
-        value, problem = self.broadcast((value, problem))
+            except UserError as error:
+                mistake = error
+        value, problem, told = self.broadcast((value, problem, mistake and (str(mistake), mistake.exit_code)))
         if problem is not None:
             raise CheckpointError(problem)
+        if told is not None:
+            raise mistake or _of_first_rank(*told)
         return value
 
 
@@ -124,6 +132,12 @@ def describe(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error) or type(error).__name__
+
+
+def _of_first_rank(text: str, exit_code: int) -> UserError:
+    mistake = UserError(text)
+    mistake.exit_code = exit_code
+    return mistake
 
 
 def join_problems(problems: dict[int, str], size: int) -> str:

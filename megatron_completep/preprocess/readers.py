@@ -102,13 +102,31 @@ def line_number(block: Block, place: int) -> int:
     return count + (2 if block.start else 1) + place
 
 
+# Values of JSON, by the names that JSON gives them.
+_KIND: dict[type, str] = {
+    dict: "an object",
+    list: "an array",
+    str: "a string",
+    int: "a number",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+}
+_MOST_NAMES = 12
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The first names with commas between them, for a message."""
+    return (", ".join(names[:_MOST_NAMES]) or "none") + (" ..." if len(names) > _MOST_NAMES else "")
+
+
 def _json_texts(line: bytes, keys: Sequence[str], unicode: str) -> tuple[str, ...]:
     try:
         record = orjson.loads(line)
     except orjson.JSONDecodeError as error:
         record = _parse_again(line, unicode, error)
     if not isinstance(record, dict):
-        raise TextError(f"expected a JSON object, found {type(record).__name__}")
+        raise TextError(f"expected a JSON object, found {_KIND[type(record)]}")
     return tuple(_text_of(record, key, unicode) for key in keys)
 
 
@@ -127,10 +145,10 @@ def _parse_again(line: bytes, unicode: str, error: ValueError) -> Any:
 
 def _text_of(record: dict[str, Any], key: str, unicode: str) -> str:
     if key not in record:
-        raise TextError(f"key {key!r} is missing; the keys are {sorted(record)[:12]}")
+        raise TextError(f"key {key} is missing; the keys are {_listed(sorted(record))}")
     text = record[key]
     if not isinstance(text, str):
-        raise TextError(f"key {key!r} holds {type(text).__name__}, expected a string")
+        raise TextError(f"key {key} holds {_KIND[type(text)]}, expected a string")
     return clean_text(text, unicode)
 
 
@@ -160,7 +178,7 @@ def _parquet_documents(block: Block, keys: Sequence[str], unicode: str, largest_
     names = file.schema_arrow.names
     missing = [key for key in keys if key not in names]
     if missing:
-        raise DataError(f"{printable(block.path)}: no column {missing[0]!r}; the columns are {names}. Choose with --json-keys.")
+        raise DataError(f"{printable(block.path)}: no column {missing[0]}; the columns are {_listed(names)}. Choose with --json-keys.")
     place = 0
     try:
         for batch in file.iter_batches(batch_size=_PARQUET_ROWS, row_groups=[block.start], columns=list(keys)):

@@ -70,10 +70,10 @@ def _checked_tokenizer(settings: PreprocessSettings, sources: list[Source]) -> T
     if settings.append_eod and tokenizer.eod_id is None:
         raise DataError(f"{settings.tokenizer.model}: the tokenizer has no end-of-document token, so --append-eod cannot be done.")
     if len(set(settings.json_keys)) != len(settings.json_keys) or not settings.json_keys:
-        raise DataError(f"json keys = {list(settings.json_keys)}: give each key once.")
+        raise DataError(f"--json-keys {' '.join(settings.json_keys)}: give each key once.")
     plain = [printable(source.path) for source in sources if source.format in ("text", "lines")]
     if plain and len(settings.json_keys) > 1:
-        raise DataError(f"{plain[0]}: plain text has no keys, but --json-keys names {list(settings.json_keys)}. Process it on its own.")
+        raise DataError(f"{plain[0]}: plain text has no keys, but --json-keys names {' '.join(settings.json_keys)}. Process it on its own.")
     return tokenizer
 
 
@@ -164,6 +164,7 @@ def _finish(work: WorkFolder, tokenizer: Tokenizer, units: list[Unit], fingerpri
     if empty := _without_documents(units, records):
         display.say(f"{len(empty)} input files hold no document: {', '.join(empty[:10])}{' ...' if len(empty) > 10 else ''}")
     if not any(record["documents"] for record in records):
+        work.delete()  # else a corrected command would be refused as another run
         raise DataError(
             f"no document is left of {len(sources)} input files (empty files, or all documents dropped or bad). Nothing was written."
         )

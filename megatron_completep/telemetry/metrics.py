@@ -35,11 +35,25 @@ class MetricsFile:
             raise ConfigError(
                 f"{path} cannot be written: {error.strerror}. Choose another training.output_dir, or mend the file."
             ) from None
-        self._say, self._waiting, self._warned = say, b"", False
+        self._path, self._say, self._waiting, self._warned = path, say, b"", False
 
     def write(self, row: Row) -> None:
+        self._follow_path()
         self._waiting += json.dumps({name: _finite(value) for name, value in row.items()}, allow_nan=False).encode() + b"\n"
         self._write()
+
+    def _follow_path(self) -> None:
+        """Rows written to a file that has lost its name would be lost with it, without a word."""
+        if os.path.lexists(self._path):
+            return
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            again = self._path.open("ab", buffering=0)
+        except OSError:
+            return  # said by whoever needs the folder next
+        self._file.close()
+        self._file = again
+        self._say(f"warning: {self._path} was removed under the run; a new one begins with the next row")
 
     def _write(self) -> None:
         try:

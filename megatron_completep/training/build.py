@@ -23,52 +23,58 @@ from megatron_completep.run.hook import Hook
 from megatron_completep.run.starts import STARTS, append_start
 from megatron_completep.run.state import Checkpointer, RunState
 from megatron_completep.run.step import TrainingStep
-from megatron_completep.telemetry.metrics import open_sinks
+from megatron_completep.telemetry.metrics import METRICS, open_sinks
 from megatron_completep.telemetry.profiling import Profiler
 from megatron_completep.telemetry.telemetry import Telemetry, read_reference
 from megatron_completep.telemetry.trackers import Sink
 from megatron_completep.training.hooks import CheckpointFigures, Checkpoints, Metrics, Validation
 
 Say = Callable[[str], None]
+CONFIG = "config.yaml"
 
 
-def prepare_output(config: Config, context: ParallelContext) -> Path:
-    """Make the run's folder. ConfigError when it cannot be written to."""
+def prepare_output(config: Config) -> None:
+    """Make the run's folder. On rank 0. ConfigError when it cannot be written to, or one of the run's own files cannot be one."""
     folder = Path(config.training.output_dir)
-    if context.is_first:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"training.output_dir = {folder} cannot be made: {error.strerror}. Choose a folder that can.") from None
-        if not os.access(folder, os.W_OK):
-            raise ConfigError(f"training.output_dir = {folder} cannot be written to. Choose another folder or change its permissions.")
-    return folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"training.output_dir = {folder} cannot be made: {error.strerror}. Choose a folder that can.") from None
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"training.output_dir = {folder} cannot be written to. Choose another folder or change its permissions.")
+    for path in (folder / CONFIG, folder / STARTS, folder / METRICS):
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ConfigError(
+                f"{path} is no regular file, and the run keeps one there. Move it away, or choose another training.output_dir."
+            )
 
 
-def keep_run_tokenizer(config: Config, context: ParallelContext, say: Say) -> None:
-    """Keep a copy of the tokenizer in the run's folder, after the data were compared with it."""
+def keep_run_tokenizer(config: Config, say: Say) -> None:
+    """Keep a copy of the tokenizer in the run's folder, after the data were compared with it. On rank 0."""
     folder = Path(config.training.output_dir)
-    if context.is_first and (line := keep_tokenizer(with_readable_tokenizer(config.data, folder).tokenizer, folder)):
+    if line := keep_tokenizer(with_readable_tokenizer(config.data, folder).tokenizer, folder):
         say(line)
 
 
-def record_start(config: Config, context: ParallelContext, state: RunState) -> None:
-    """Keep the resolved configuration in the run's folder, and add this start to the run's record. A start that is refused (another
-    model's checkpoint) does not come here, and replaces nothing. Raises ConfigError when they cannot be written, DataError."""
+def record_start(config: Config, state: RunState) -> None:
+    """Keep the resolved configuration in the run's folder, and add this start to the run's record. On rank 0.
+
+    A start that is refused (another model's checkpoint) does not come here, and replaces nothing. Raises ConfigError when they cannot be
+    written, DataError.
+    """
     folder = Path(config.training.output_dir)
-    if context.is_first:
-        save_config(config, folder / "config.yaml")
-        try:
-            append_start(folder, config, state)
-        except OSError as error:
-            raise ConfigError(f"{folder / STARTS} cannot be written: {error.strerror}. Choose another folder or free some space.") from None
+    save_config(config, folder / CONFIG)
+    try:
+        append_start(folder, config, state)
+    except OSError as error:
+        raise ConfigError(f"{folder / STARTS} cannot be written: {error.strerror}. Choose another folder or free some space.") from None
 
 
 def nothing_left(config: Config, state: RunState) -> str | None:
     """What to say where the run is at its end already."""
     training = config.training
     if state.step >= training.train_steps:
-        return f"nothing to do: step {state.step} of {training.train_steps}. A larger training.train_steps goes on."
+        return f"nothing to do: step {state.step} of {training.train_steps}. A training.train_steps of more than {state.step} goes on."
     if training.stop_at_step is not None and state.step >= training.stop_at_step:
         return f"nothing to do: step {state.step}, and training.stop_at_step = {training.stop_at_step}. Without it the run goes on."
     return None

@@ -200,6 +200,15 @@ def test_inputs_without_a_document_are_said_on_the_console(tmp_path: Path, capsy
     assert any("1 input files are empty" in line and "empty.jsonl" in line for line in said)
 
 
+def test_a_run_that_leaves_no_document_writes_nothing_and_a_corrected_one_goes_through(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines_of("a"))
+    for limits in (Limits(min_tokens=9), Limits(max_characters=0)):
+        with pytest.raises(DataError, match=r"no document is left of 1 input files .* Nothing was written"):
+            run(tmp_path, tmp_path / "a.jsonl", limits=limits)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl"]
+    assert run(tmp_path, tmp_path / "a.jsonl")["documents"] == 1
+
+
 def test_an_input_that_shrinks_while_it_is_read_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines_of(*"abcdef"))
@@ -296,7 +305,7 @@ def test_names_that_are_not_utf_8_work_in_files_reports_and_messages(tmp_path: P
     output = f"out{LATIN_1}"
     with pytest.raises(DataError) as refused:
         run(tmp_path, folder, name=output, keywords={"workers": workers})
-    assert "caf\\xe9.jsonl, line 2: key 'text' is missing" in str(refused.value)
+    assert "caf\\xe9.jsonl, line 2: key text is missing" in str(refused.value)
     summary = run(tmp_path, folder, name=output, keywords={"workers": workers, "max_bad_documents": 1})
     assert texts_of(tmp_path / f"{output}_text_document") == ["a", "row", "text"]
     assert summary["outputs"][0]["prefix"] == f"{tmp_path}/outcaf\\xe9_text_document"

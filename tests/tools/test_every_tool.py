@@ -22,6 +22,7 @@ import triton
 
 from megatron_completep.command_line import Parser, file_or_folder, file_to_read, folder_to_read, token_files, tokenizer_model
 from megatron_completep.config.load import config_from_mapping, save_config
+from megatron_completep.data.files import printable
 from megatron_completep.data.writer import IndexedWriter
 from megatron_completep.errors import INTERRUPTED, exit_on_user_error
 
@@ -64,9 +65,9 @@ USAGES = [
     Usage("tools.dataset", "split {prefix} --shares 1 --output-prefix {out}", "split", "file"),
     Usage("tools.dataset", "sample {config} --step 1", "describe_step"),
     Usage("tools.draw_step", "--config {config} --output {out}.png", "schedule_actions", "file"),
-    Usage("tools.evaluate_model", "{folder} --token-file {prefix} --device cpu", "load_model"),
+    Usage("tools.evaluate_model", "{folder} --token-file {prefix} --device cpu", "run_config"),
     Usage("tools.export_hf", "{folder} {out}", "export_model", "folder"),
-    Usage("tools.generate", "{folder} --device cpu", "load_model"),
+    Usage("tools.generate", "{folder} --device cpu", "run_config"),
     Usage("tools.gpu_report", "", "describe_device"),
     Usage("tools.import_hf", "{folder} {out}", "import_model", "folder"),
     Usage("tools.laziness", "{config} --out {out}", "laziness.collect", "folder"),
@@ -344,7 +345,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(
             words = "not allowed"  # YAML holds no such text
         with break_in(usage, AssertionError):
             code, text = call(usage, fill(usage, place, out))
-        assert code == 2 and words in text and (str(out) in text or ascii(str(out))[1:-1] in text)
+        assert code == 2 and words in text and (str(out) in text or printable(out) in text or ascii(str(out))[1:-1] in text)
 
 
 # What would be lost: the words, and the file that must be as it was.
@@ -355,6 +356,7 @@ REPLACED = [
     ("tools.dataset", "split {prefix} --shares 50,50 --output-prefix {new} {prefix}", "an input"),
     ("tools.lr_transfer", "plan {folder} {config} --to {config}", "an input"),
     ("tools.lr_transfer", "plan {folder} {config} --to {link}.yaml", "an input"),
+    ("tools.lr_transfer", "plan {folder} {config} --to {folder}/proxy.yaml", "an input"),
     ("tools.draw_step", "--config {config}.png --output {config}.png", "an input"),
     ("tools.train_tokenizer", "--input {text} --output {text} --vocab-size 300", "an input"),
     ("tools.preprocess_data", "--input {prefix}_text_document.json --output-prefix {prefix} --tokenizer-type bytes", "an input"),
@@ -382,7 +384,8 @@ def test_no_input_and_nothing_else_is_replaced_unasked(
         (tmp_path / name).write_bytes(place["config"].read_bytes())
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
-    (tmp_path / "folder/config.yaml").write_bytes(place["config"].read_bytes())
+    for name in ("config.yaml", "proxy.yaml"):
+        (tmp_path / "folder" / name).write_bytes(place["config"].read_bytes())
     names = {name: tmp_path / place[name].name for name in ("config", "prefix", "text", "folder")}
     names |= {"link": tmp_path / "link", "new": tmp_path / "new", "other": tmp_path / "other", "report": tmp_path / "report"}
     if "config.png" in words or words.endswith("{config}.png"):
@@ -409,6 +412,7 @@ NUMBERS = [
     ("tools.show_plan", "{config} --world-size 0", "--world-size = 0: give a whole number from 1 to"),
     ("tools.show_plan", "{config} --world-size 99999999999999999999", "--world-size = 99999999999999999999: give a whole number from 1 to"),
     ("tools.show_plan", "{config} --world-size 8 --gpu h10", "--gpu = h10: not known. Did you mean h100? Use one of: a100, h100, "),
+    ("tools.show_plan", "{config} --gpu h100", "--gpu = h100: says nothing without a number of GPUs. Add --world-size N"),
     ("tools.lr_transfer", "sweep {config} --out x --lr=-8", "--lr = -8: -8: give a finite number above 0 and of at most 1024."),
     ("tools.lr_transfer", "sweep {config} --out x --lr -8:-7:0", "--lr = -8:-7:0: give a whole number from 1 to 100."),
     ("tools.lr_transfer", "sweep {config} --out x --lr -7:-8", "LOW = -7 is above HIGH = -8"),
@@ -423,6 +427,8 @@ NUMBERS = [
     ("tools.laziness", "{config} --seeds 0", "--seeds = 0: give a whole number from 1 to"),
     ("tools.draw_step", "--ranks 0", "--ranks = 0: give a whole number from 1 to 256."),
     ("tools.draw_step", "--ranks 1000000000", "--ranks = 1000000000: give a whole number from 1 to 256."),
+    ("tools.draw_step", "--ranks 5 --micro-batches 4", "--micro-batches = 4: fewer than --ranks = 5."),
+    ("tools.draw_step", "--micro-batches 3", "--micro-batches = 3: fewer than --ranks = 4."),
     ("tools.draw_step", "--micro-batches 0 --bucket-megabytes inf", "2 problems in this command line"),
     ("tools.generate", "{folder} --temperature -1", "--temperature = -1: give a finite number of at least 0."),
     ("tools.generate", "{folder} --top-p 1.5", "--top-p = 1.5: give a finite number above 0 and of at most 1."),
@@ -430,6 +436,11 @@ NUMBERS = [
     ("tools.dataset", "split {prefix} --shares 50,nan --output-prefix a b", "--shares = 50,nan: nan: give a finite number of at least 0."),
     ("tools.train_tokenizer", "--input {text} --output x --vocab-size -1", "--vocab-size = -1: give a whole number from 1 to"),
     ("tools.preprocess_data", "--input {text} --output-prefix x --tokenizer-type bytes --workers 0", "--workers = 0: give a whole number"),
+    (
+        "tools.preprocess_data",
+        "--input {text} --output-prefix x --tokenizer-type bytes --max-document-megabytes 1e300",
+        "--max-document-megabytes = 1e300: give a finite number above 0 and of at most",
+    ),
     ("tools.benchmark_training", "--layers 0", "--layers = 0: give a whole number from 1 to"),
     ("tools.benchmark_kernels", "--device cpu --rows 0 5", "--rows = 0: give a whole number from 1 to"),
     ("tools.tune_kernels", "--dry-run --arch sm_9000", "--arch = sm_9000: not known. Did you mean sm_90?"),

@@ -57,6 +57,11 @@ def test_from_raw_text_to_token_files(run_tool: RunTool, tmp_path: Path) -> None
         (["--shard", "3/3"], "--shard 3/3: give I/N"),
         (["--shard", "x"], "--shard x: give I/N"),
         (["--tokenizer-type", "sentencepiece"], "needs a model"),
+        (["--tokenizer-model", "x.model"], "--tokenizer-model = x.model: --tokenizer-type bytes reads no model."),
+        (["--min-tokens", "3", "--max-tokens", "2"], "--min-tokens = 3: above --max-tokens = 2, so every document would be dropped."),
+        (["--min-characters", "1", "--max-characters", "0"], "--min-characters = 1: above --max-characters = 0"),
+        (["--output-prefix", ""], "--output-prefix is empty."),
+        (["--json-keys", "a", "a"], "--json-keys a a: give each key once."),
     ],
 )
 def test_a_wrong_option_is_one_clear_error(run_tool: RunTool, tmp_path: Path, words: list[str], message: str) -> None:

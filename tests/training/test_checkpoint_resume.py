@@ -134,6 +134,31 @@ def test_a_resume_says_every_setting_that_changed_old_and_new(tmp_path):
     assert len(said) == len([line for line in other.said if line.startswith("resuming with")])  # each once
 
 
+def test_a_list_of_sections_that_grew_is_one_changed_setting(tmp_path):
+    """By element, a first override would read `optimizer.overrides = null, the checkpoint has []`."""
+    run = TinyRun(tiny_config(tmp_path))
+    run.train(1)
+    run.save()
+    one, other = {"pattern": "layers.0.*", "lr": 2.0}, {"pattern": "layers.1.*", "lr": 3.0}
+    changed = TinyRun(tiny_config(tmp_path, optimizer={"overrides": [one]}, training={"skip_steps": [{"first": 5}]}))
+    assert changed.resume()
+    said = [line.removeprefix("resuming with ") for line in changed.said if line.startswith("resuming with")]
+    assert [line for line in said if "overrides" in line] == [
+        'optimizer.overrides = [{"pattern": "layers.0.*", "lr": 2.0, "init_std": 1.0, "weight_decay": 1.0, "eps": 1.0}], '
+        "the checkpoint has []"
+    ]
+    assert [line for line in said if "skip_steps" in line] == ['training.skip_steps = [{"first": 5, "last": null}], the checkpoint has []']
+    changed.train(1)
+    changed.save()
+    grown = TinyRun(tiny_config(tmp_path, optimizer={"overrides": [one, other]}))
+    assert grown.resume()
+    said = [line for line in grown.said if "overrides" in line]
+    assert len(said) == 1 and said[0].count("layers.0") == 2 and said[0].count("layers.1") == 1
+    moved = TinyRun(tiny_config(tmp_path, optimizer={"overrides": [{**one, "lr": 5.0}]}))  # the control: same length, by element
+    assert moved.resume()
+    assert "resuming with optimizer.overrides.0.lr = 5.0, the checkpoint has 2.0" in moved.said
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -124,7 +124,7 @@ def test_numbers_below_one_are_refused(monkeypatch, capsys, arguments):
 def test_reshard_needs_room_and_leaves_nothing_when_there_is_none(run, tmp_path, monkeypatch, capsys):
     usage = save.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(save.shutil, "disk_usage", lambda folder: usage._replace(free=1000))
-    with pytest.raises(CheckpointError, match=r"a checkpoint needs [\d.]+ \wB, 1\.0 kB are free"):
+    with pytest.raises(CheckpointError, match=r"a checkpoint needs [\d.]+ \wB \(16.8 MB of it a reserve\), 1\.0 kB are free"):
         call(monkeypatch, capsys, "reshard", run, "--output", tmp_path / "again")
     assert not list((tmp_path / "again").iterdir())
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from tiny_runs import tiny_config
 
-from megatron_completep.telemetry.metrics import ConsoleLines, MetricsFile, describe, open_sinks, read_metrics
+from megatron_completep.telemetry.metrics import METRICS, ConsoleLines, MetricsFile, describe, open_sinks, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -157,3 +157,21 @@ exit_on_user_error(lambda: 75)
         stopped = subprocess.run([*run, plain], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert (given_up.returncode, given_up.stderr) == (75, "")
     assert stopped.returncode != 75  # print alone loses the exit code
+
+
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_a_metrics_file_that_is_removed_under_the_run_is_begun_anew_with_a_line(tmp_path, what):
+    said: list[str] = []
+    path = tmp_path / "run" / METRICS
+    path.parent.mkdir()
+    metrics = MetricsFile(path, 0, said.append)
+    metrics.write({"step": 1})
+    assert said == []  # the control
+    path.unlink()
+    if what == "folder":
+        path.parent.rmdir()
+    for step in (2, 3):
+        metrics.write({"step": step})
+    metrics.close()
+    assert [row["step"] for row in read_metrics(path)] == [2, 3]
+    assert said == [f"warning: {path} was removed under the run; a new one begins with the next row"]

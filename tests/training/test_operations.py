@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import rows_of, tiny_config
+from tiny_runs import launched_as, rows_of, tiny_config
 
 from megatron_completep.checkpoint import Checkpointer
 from megatron_completep.config import Config
@@ -84,8 +84,7 @@ def test_a_run_stopped_inside_the_ramp_goes_on_bit_for_bit(folder: Path, ramp: C
 
 
 def train_as_rank(rank: int, world_size: int, config: Config) -> int:
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size))
-    os.environ.update(MASTER_ADDR="not.used", MASTER_PORT="1")  # the pool has joined its process group already
+    launched_as(rank, world_size)
     return int(pretrain(config))
 
 

@@ -175,12 +175,12 @@ def test_a_finished_run_says_that_nothing_is_left(folder: Path, capsys) -> None:
     checkpoints = sorted((folder / "done" / "checkpoints").rglob("*"))
     times = [path.stat().st_mtime_ns for path in checkpoints]
     assert pretrain(config) == ExitCode.DONE
-    assert "nothing to do: step 4 of 4. A larger training.train_steps goes on." in capsys.readouterr().out
+    assert "nothing to do: step 4 of 4. A training.train_steps of more than 4 goes on." in capsys.readouterr().out
     assert [path.stat().st_mtime_ns for path in checkpoints] == times and sorted(
         (folder / "done" / "checkpoints").rglob("*")
     ) == checkpoints
     assert pretrain(tiny_config(folder, "training.train_steps=3", output="done", **SETTINGS)) == ExitCode.DONE
-    assert "nothing to do: step 4 of 3." in capsys.readouterr().out
+    assert "nothing to do: step 4 of 3. A training.train_steps of more than 4 goes on." in capsys.readouterr().out
     stopped = ("training.train_steps=8", "training.stop_at_step=4")
     assert pretrain(tiny_config(folder, *stopped, output="done", **SETTINGS)) == ExitCode.DONE
     assert "nothing to do: step 4, and training.stop_at_step = 4." in capsys.readouterr().out

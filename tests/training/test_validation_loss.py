@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_runs import rows_of, tiny_config
+from tiny_runs import launched_as, rows_of, tiny_config
 
 from megatron_completep.config import Config
 from megatron_completep.data.loader import validation_batches
@@ -67,7 +66,7 @@ def test_a_term_that_is_not_configured_has_no_field(folder: Path, word: str) -> 
 
 
 def as_rank(rank: int, world_size: int, config: Config) -> int:
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size))
+    launched_as(rank, world_size)
     return int(pretrain(config))
 
 

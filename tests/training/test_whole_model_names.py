@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_runs import rows_of, tiny_config
+from tiny_runs import launched_as, rows_of, tiny_config
 
 from megatron_completep.config import Config
 from megatron_completep.errors import ConfigError, UserError
@@ -25,7 +24,7 @@ TIED = ("model.tied_embeddings=true",)
 
 def as_rank(rank: int, world_size: int, config: Config, broken: str = "") -> int | str:
     """A run's exit code, or what it is refused with."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size))
+    launched_as(rank, world_size)
     if broken and rank == world_size - 1:
         hooks.replica_hashes = with_a_moved_end
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -65,3 +66,9 @@ def rows_of(config: Config) -> list[dict[str, Any]]:
     """What a run wrote of every step, without times."""
     rows = read_metrics(Path(config.training.output_dir) / "metrics.jsonl")
     return [{name: value for name, value in row.items() if name not in TIMES and not name.endswith("_seconds")} for row in rows]
+
+
+def launched_as(rank: int, world_size: int) -> None:
+    """Set what a launcher tells a process of a pool, which has joined its process group already: nothing listens at the address."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")

@@ -56,8 +56,8 @@ class Trace:
             record = read_json(stem + ".json", finite=False)
             with np.load(stem + ".npz", allow_pickle=False) as archive:
                 arrays = {name: archive[name] for name in archive.files}
-        except (OSError, ValueError, BadZipFile) as error:
-            reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+        except (OSError, ValueError, BadZipFile, DataError) as error:
+            reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error).rstrip(".")
             raise DataError(f"{path}: not a trace: {reason}. Give NAME, NAME.json or NAME.npz; both files must be there.") from error
         trace = cls(record, arrays)
         if problems := trace._problems():

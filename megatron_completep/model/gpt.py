@@ -20,7 +20,7 @@ from megatron_completep.model.attention import AttentionInputs, KeyValueCache, c
 from megatron_completep.model.block import BRANCHES, Block, BranchMaker
 from megatron_completep.model.norm import StreamNorm, join_of
 from megatron_completep.model.rotary import alibi_slopes, rotary_table
-from megatron_completep.model.stream import Stream
+from megatron_completep.model.stream import Branch, Stream
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.cross_entropy import LossConfig, Unembedding
 from megatron_completep.parallel.embedding import PositionEmbedding, VocabParallelEmbedding
@@ -106,13 +106,26 @@ class GPT(nn.Module):
         stream = Stream(residual, self.first_site, dropout_seed)
         for _, block in self.blocks():
             if self.recompute == "full" and torch.is_grad_enabled():
-                stream = checkpoint(block, stream, inputs, use_reentrant=False, preserve_rng_state=False)
+                stream = self._recomputed(block, stream, inputs)
             else:
                 stream = block(stream, inputs)
         if not self.stage.last:
             return stream.settle(self.join, self.queue)
         _, x = self.final_norm(stream)
         return self.unembedding(x, labels)
+
+    @staticmethod
+    def _recomputed(block: Block, stream: Stream, inputs: AttentionInputs) -> Stream:
+        """What the block makes of the stream, of which backward keeps only what entered."""
+
+        # The tensors are arguments of their own: hooks on saved tensors (counting, moving them elsewhere) see those alone.
+        def run(residual: Tensor, out: Tensor | None, bias: Tensor | None) -> Stream:
+            pending = None if out is None else Branch(out, bias)
+            return block(stream._replace(residual=residual, pending=pending), inputs)
+
+        out, bias = (None, None) if stream.pending is None else stream.pending
+        recomputed: Stream = checkpoint(run, stream.residual, out, bias, use_reentrant=False, preserve_rng_state=False)
+        return recomputed
 
     def blocks(self) -> list[tuple[int, Block]]:
         """(global layer number, block) of this stage, in order."""

@@ -15,6 +15,7 @@ from megatron_completep.checkpoint import files
 from megatron_completep.config.schema import ParallelConfig
 from megatron_completep.guards import watchdog
 from megatron_completep.guards.watchdog import Watchdog
+from megatron_completep.launch import Launch
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.exchange import Exchange, LongWork
 
@@ -132,9 +133,9 @@ def test_the_watchdog_counts_from_the_last_progress_and_ends_what_makes_none(tmp
         left.append(code)
         gone.set()
 
-    dog = Watchdog(ParallelContext.single("cpu"), tmp_path, 0.2, lambda text: None, leave)
-    dog.stay()
-    clock.now += 10.0  # before the first step nothing is watched, and a load then does not begin the watch
+    dog = Watchdog(Launch(), tmp_path, 0.2, None, lambda text: None, leave)
+    dog.enter("reading", at_least_seconds=20.0)
+    clock.now += 10.0  # a phase of the start has the time that it asked for
     wait_for_looks(clock, 3)
     assert not left
     dog.beat(6)

@@ -150,7 +150,7 @@ def test_any_cut_of_a_file_puts_every_element_where_it_belongs(seed):
     c, d = sorted(generator.sample(range(columns + 1), 2)) if seed % 2 else (0, columns)
     wanted = Box((top + a, left + c), (b - a, d - c))
     flat, stride = torch.zeros(1000), d - c + seed % 3
-    part = Part(stored, wanted, OwnedBox("w", wanted, 7, stride), flat)
+    part = Part(stored, wanted, OwnedBox("w", wanted, 7, (stride, 1)), flat)
     data = torch.cat([torch.zeros(128, dtype=torch.uint8), values.view(torch.uint8).flatten()])
     cut = 4 * generator.randint(1, 60)
     for begin in range(0, len(data), cut):

@@ -128,8 +128,8 @@ def _is_number(value: Any) -> bool:
 def _suggestion(path: Path, beside: Mapping[str, Any]) -> str:
     key, parent = str(path[-1]), path[:-1]
     section = _section(parent)
-    # Where keys are not a section's fields, they are a Literal's names: completep.factors by role.
-    known = list(section.model_fields) if section else [str(name) for name in get_args(get_args(_annotation(parent))[0])]
+    # Where keys are not a section's fields, they are an enumeration's names: completep.factors by role.
+    known = list(section.model_fields) if section else [str(name) for name in get_args(get_args(_annotation(parent))[0])[0]]
     homes = [name for name in Config.model_fields if name != dotted(parent) and key in getattr(_section((name,)), "model_fields", {})]
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     if meant := close + [f"{home}.{key}" for home in homes]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -67,14 +68,14 @@ def mutant(module: str, old: str, new: str) -> ModuleType:
     name = f"{origin.__package__}.mutant_{abs(hash((module, old, new)))}"
     path = Path(str(origin.__file__)).parent / "__pycache__" / f"{name}.py"  # Triton reads the source of a kernel from its file
     path.parent.mkdir(exist_ok=True)
-    source = source.replace("from ..library import register", "register = lambda *_, **__: None")
     path.write_text(source.replace(old, new))
     try:
         spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None and spec.loader is not None
         copy = importlib.util.module_from_spec(spec)
         sys.modules[name] = copy
-        spec.loader.exec_module(copy)
+        with mock.patch.object(importlib.import_module(f"{PACKAGE}.library"), "register", lambda *_, **__: None):
+            spec.loader.exec_module(copy)
     finally:
         path.unlink()
     return copy

@@ -22,6 +22,7 @@ from megatron_completep.instruments.check_report import describe_check, draw_che
 from megatron_completep.instruments.coordinate_check import Measurement, Plan, Sample, collect, in_turn, in_workers, jobs_of, measure, train
 from megatron_completep.instruments.coordinate_verdict import Verdict, exponent, judge
 from megatron_completep.instruments.trial import Design, Trial, for_short_runs, read_batches, reshape, with_seed
+from megatron_completep.model.stream import Stream
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.roles import Role
 from megatron_completep.tools.coordinate_check import main
@@ -96,7 +97,14 @@ def test_what_follows_the_stream_at_the_start_proves_nothing_and_all_else_does(s
 
 def spread(rule: str, exponents: list[float], axis: str = "depth") -> list[Sample]:
     """Seeds whose change grows with these exponents."""
-    return [replace(made_up(rule, d, s, lambda d, p=p: d**p), axis=axis) for s, p in enumerate(exponents) for d in DEPTHS]
+    samples = [made_up(rule, d, s, lambda d, p=p: d**p) for s, p in enumerate(exponents) for d in DEPTHS]
+    return samples if axis == "depth" else [over_width(sample) for sample in samples]
+
+
+def over_width(sample: Sample) -> Sample:
+    """The same of models of one depth; their logits at the start fall with the square root of the width, as they must."""
+    measured = replace(sample.measured, logits=[sample.size**-0.5, 1.0])
+    return replace(sample, axis="width", hidden_size=sample.size, num_layers=4, measured=measured)
 
 
 def test_an_interval_wider_than_the_band_cannot_tell():
@@ -109,8 +117,8 @@ def test_an_interval_wider_than_the_band_cannot_tell():
     assert finding.mark == "too wide" and "too wide" in describe_check(result)
     narrow = judge(spread("model", [0.08, 0.10]) + spread("control", [1.0, 1.01]))
     assert narrow.verdict == Verdict.RIGHT, narrow.reason
-    over_width = judge(spread("model", [-0.08, 0.26], "width") + spread("control", [1.0, 1.01], "width"))
-    assert over_width.verdict == Verdict.CANNOT_TELL
+    wide = judge(spread("model", [-0.08, 0.26], "width") + spread("control", [1.0, 1.01], "width"))
+    assert wide.verdict == Verdict.CANNOT_TELL and "stream change over width" in wide.reason
 
 
 @pytest.mark.parametrize("rule", ["model", "control"])
@@ -182,12 +190,13 @@ def test_the_measured_stream_and_logits_are_those_of_the_model(folder: Path, arc
     batches = read_batches(config, SINGLE, 2)
     with torch.no_grad():
         tokens = batches[1][0].tokens
-        stream, pending, bias = model._embed(tokens, None, None), None, None
-        inputs = model._attention_inputs(stream, tokens, None, None, None)
-        for index, block in model.blocks():
-            stream, pending = block(stream, pending, bias, inputs, index)
-            bias = block.mlp.down.bias
-        stream = stream + trial.table.residual_multiplier * (pending if bias is None else pending + bias)
+        embedded = model._embed(tokens, None, None)
+        inputs = model._attention_inputs(embedded, tokens, None, None, None)
+        handed_on = Stream(embedded, 0)
+        for _, block in model.blocks():
+            handed_on = block(handed_on, inputs)
+        out, bias = handed_on.pending
+        stream = handed_on.residual + trial.table.residual_multiplier * (out if bias is None else out + bias)
         logits = model(tokens)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     measured = measure(trial, batches[:1], batches[1])

@@ -7,10 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import batch_of, build_model, build_optimizer, completep_config, model_config, optimizer_config, table_for, train_step
+from small_models import (
+    batch_of,
+    build_model,
+    build_optimizer,
+    completep_config,
+    model_config,
+    optimizer_config,
+    plain_table,
+    table_for,
+    train_step,
+)
 from torch import nn
 
-from megatron_completep.completep import Table, table_of
+from megatron_completep.completep import table_of
 from megatron_completep.config import Config, config_from_mapping
 from megatron_completep.errors import ConfigError
 from megatron_completep.instruments.trial import Trial
@@ -116,7 +126,7 @@ def test_a_factor_that_reaches_no_parameter_of_this_model_is_a_warning_in_every_
 
 
 def test_a_callers_own_model_is_checked_by_its_own_names():
-    config, table = config_with(override("mine.*", lr=2.0)), Table()
+    config, table = config_with(override("mine.*", lr=2.0)), plain_table()
     named = [("mine.weight", declare(nn.Parameter(torch.ones(2, 2)), Role.HIDDEN_WEIGHT, 2, 2))]
     assert check_parameters(config, table, named) == []
     with pytest.raises(ConfigError, match=r"'mine\.\*' matches no parameter"):

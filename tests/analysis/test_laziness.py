@@ -100,7 +100,7 @@ def test_the_measure_equals_one_with_an_exact_directional_derivative(tmp_path: P
     start, along = jvp(function, (before,), ({n: after[n] - before[n] for n in before},))
     expected = ((function(after) - start - along).norm() / along.norm()).item()
     assert measured[1] == pytest.approx(expected, rel=1e-5)
-    torch.testing.assert_close(block_output(model.blocks()[1][1], x, inputs, 1), function(after), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(block_output(model, model.blocks()[1][1], x, inputs), function(after), rtol=1e-10, atol=1e-12)
 
 
 class PlainBlock:

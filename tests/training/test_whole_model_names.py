@@ -38,7 +38,7 @@ def as_rank(rank: int, world_size: int, config: Config, broken: str = "") -> int
 def with_a_moved_end(optimizer: Any, context: Any) -> Any:
     """One bit of this end's tied embedding is another, in masters and weights alike: nothing but the other end can tell."""
     optimizer.wait_for_parameters()
-    words = optimizer.parameters["unembedding.weight"].detach().view(torch.int64)
+    words = optimizer.shards.parameters["unembedding.weight"].detach().view(torch.int64)
     words.view(-1)[3] ^= 1
     return replica_hashes(optimizer, context)
 

@@ -96,7 +96,14 @@ def test_what_follows_the_stream_at_the_start_proves_nothing_and_all_else_does(s
 
 def spread(rule: str, exponents: list[float], axis: str = "depth") -> list[Sample]:
     """Seeds whose change grows with these exponents."""
-    return [replace(made_up(rule, d, s, lambda d, p=p: d**p), axis=axis) for s, p in enumerate(exponents) for d in DEPTHS]
+    samples = [made_up(rule, d, s, lambda d, p=p: d**p) for s, p in enumerate(exponents) for d in DEPTHS]
+    return samples if axis == "depth" else [over_width(sample) for sample in samples]
+
+
+def over_width(sample: Sample) -> Sample:
+    """The same of models of one depth; their logits at the start fall with the square root of the width, as they must."""
+    measured = replace(sample.measured, logits=[sample.size**-0.5, 1.0])
+    return replace(sample, axis="width", hidden_size=sample.size, num_layers=4, measured=measured)
 
 
 def test_an_interval_wider_than_the_band_cannot_tell():
@@ -109,8 +116,8 @@ def test_an_interval_wider_than_the_band_cannot_tell():
     assert finding.mark == "too wide" and "too wide" in describe_check(result)
     narrow = judge(spread("model", [0.08, 0.10]) + spread("control", [1.0, 1.01]))
     assert narrow.verdict == Verdict.RIGHT, narrow.reason
-    over_width = judge(spread("model", [-0.08, 0.26], "width") + spread("control", [1.0, 1.01], "width"))
-    assert over_width.verdict == Verdict.CANNOT_TELL
+    wide = judge(spread("model", [-0.08, 0.26], "width") + spread("control", [1.0, 1.01], "width"))
+    assert wide.verdict == Verdict.CANNOT_TELL and "stream change over width" in wide.reason
 
 
 @pytest.mark.parametrize("rule", ["model", "control"])

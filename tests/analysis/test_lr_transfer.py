@@ -235,7 +235,7 @@ def test_a_report_is_written_from_a_finished_sweep(tmp_path: Path):
 def test_the_report_says_the_best_learning_rate_its_neighbours_and_a_next_command_that_works(
     run_tool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    monkeypatch.setattr(sweep, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(1))
+    monkeypatch.setattr(sweep, "processes", lambda workers: ThreadPoolExecutor(1))
     folder = tmp_path / "sweep"
     points = written_sweep(folder, tmp_path)
     write_tokens(tmp_path, 8_000)
@@ -384,7 +384,7 @@ def run_tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 
 
 def test_the_program_sweeps_reports_and_plans(run_tool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setattr(sweep, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(1))
+    monkeypatch.setattr(sweep, "processes", lambda workers: ThreadPoolExecutor(1))
     write_tokens(tmp_path, 8_000)
     proxy, target, folder = tmp_path / "proxy.yaml", tmp_path / "target.yaml", tmp_path / "sweep"
     save_config(small_config(tmp_path, training={"train_steps": 2}), proxy)

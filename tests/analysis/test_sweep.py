@@ -64,7 +64,7 @@ def test_a_points_key_changes_with_every_setting_that_changes_its_result_and_no_
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers are threads: what a worker process does, without its start."""
-    monkeypatch.setattr(sweep, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(1))
+    monkeypatch.setattr(sweep, "processes", lambda workers: ThreadPoolExecutor(1))
 
 
 @pytest.mark.usefixtures("in_this_process")
@@ -127,7 +127,7 @@ class Recorder(ThreadPoolExecutor):
     workers = 0
     places: list[str] = []  # noqa: RUF012
 
-    def __init__(self, workers: int, mp_context: object):
+    def __init__(self, workers: int):
         super().__init__(1)
         Recorder.workers, Recorder.places = workers, []
 
@@ -137,7 +137,7 @@ class Recorder(ThreadPoolExecutor):
 
 
 def test_on_gpus_several_small_runs_share_each_device(small_sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sweep, "ProcessPoolExecutor", Recorder)
+    monkeypatch.setattr(sweep, "processes", Recorder)
     monkeypatch.setattr(sweep.torch.cuda, "device_count", lambda: 2)
     points = sweep.Grid([2**-9, 2**-8, 2**-7], seeds=2).points(small_config(tmp_path))
     sweep.run_local(points, tmp_path / "gpus", sweep.default_workers("cuda"), "cuda", lambda text: None)

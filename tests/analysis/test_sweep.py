@@ -139,16 +139,16 @@ class Recorder(ThreadPoolExecutor):
 def test_on_gpus_several_small_runs_share_each_device(small_sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sweep, "processes", Recorder)
     monkeypatch.setattr(sweep.torch.cuda, "device_count", lambda: 2)
-    points = sweep.Grid([2**-9, 2**-8, 2**-7], seeds=2).points(small_config(tmp_path))
+    points = sweep.Grid([2**-9, 2**-8, 2**-7], seeds=4).points(small_config(tmp_path))
     sweep.run_local(points, tmp_path / "gpus", sweep.default_workers("cuda"), "cuda", lambda text: None)
     assert Recorder.workers == 2 * sweep.WORKERS_PER_GPU > 2
-    assert Recorder.places == ["cuda:0", "cuda:1"] * 3
+    assert Recorder.places == ["cuda:0", "cuda:1"] * 6
     assert sweep.default_workers("cpu") == len(os.sched_getaffinity(0))
 
 
 def test_a_run_whose_loss_is_not_finite_counts_as_diverged(tmp_path: Path):
     write_tokens(tmp_path, 8_000)
-    config = small_config(tmp_path, training={"train_steps": 3}, optimizer={"base_init_std": 1e39})
+    config = small_config(tmp_path, training={"train_steps": 3}, model={"logit_multiplier": 1e38})
     result = sweep.run_point(sweep.Grid([0.01], seeds=1).points(config)[0].config)
     assert result["diverged"]
     assert sweep.loss_of(result) == float("inf")

@@ -52,7 +52,7 @@ def truncated_archive() -> bytes:
 
 CORRUPTED = {
     "invalid UTF-8": ("bad.jsonl", GOOD * 2 + b'{"text": "a\xff"}\n', "bad.jsonl, line 3: "),
-    "a missing key": ("bad.jsonl", GOOD + b'{"words": "a"}\n', "bad.jsonl, line 2: key 'text' is missing"),
+    "a missing key": ("bad.jsonl", GOOD + b'{"words": "a"}\n', "bad.jsonl, line 2: key text is missing"),
     "broken JSON": ("bad.jsonl", GOOD * 3 + b'{"text": "a\n', "bad.jsonl, line 4: "),
     "a truncated archive": ("bad.jsonl.gz", truncated_archive(), "bad.jsonl.gz"),
 }

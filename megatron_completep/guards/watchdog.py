@@ -26,6 +26,7 @@ from megatron_completep.run.state import ExitCode
 
 WAITING = ("/torch/distributed/", "/parallel/collectives.py", "/parallel/rendezvous.py")  # files whose functions wait for other ranks
 ANSWER_SECONDS = 3.0
+RECORDER_SECONDS = 15.0  # it answers at once but for a machine that is overloaded, and its file is what explains a hang
 ASKED = "watchdog/asked"  # set by the first rank that expires: all others say where they are
 
 Answer = TypeVar("Answer")
@@ -102,7 +103,7 @@ class Watchdog:
         while not self._stopped.wait(self._look_seconds()):
             if time.monotonic() - self._beat_at > self._bound:
                 self._leaving.set()
-                bound = 2 * ANSWER_SECONDS + 2 * self._patience()
+                bound = RECORDER_SECONDS + 2 * ANSWER_SECONDS + 2 * self._patience()
                 in_time(self._expire, bound)  # even a terminal may hang that takes no text
                 self._leave(int(ExitCode.HUNG))
                 return
@@ -115,7 +116,7 @@ class Watchdog:
         place = f"{answer['stage']}, in {answer['place']} ({how})"
         self._report(f"rank {rank}: no step for {self._bound:g} s, {place}. Stacks: {self._stack_file(rank)}")
         if self._store is not None:
-            collectives = in_time(lambda: write_collectives(self._collectives_file(rank)), ANSWER_SECONDS)
+            collectives = in_time(lambda: write_collectives(self._collectives_file(rank)), RECORDER_SECONDS)
             self._report(f"rank {rank}: its {collectives or 'flight recorder does not answer'}")
             self._report(self._verdict(self._store, answer))
         return True

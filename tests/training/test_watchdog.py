@@ -42,6 +42,7 @@ class Watched:
 @pytest.fixture(autouse=True)
 def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "ANSWER_SECONDS", 0.3)
+    monkeypatch.setattr(module, "RECORDER_SECONDS", 0.3)
 
 
 class Silent:

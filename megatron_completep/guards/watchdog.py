@@ -26,7 +26,6 @@ from megatron_completep.run.state import ExitCode
 
 WAITING = ("/torch/distributed/", "/parallel/collectives.py", "/parallel/rendezvous.py")  # files whose functions wait for other ranks
 ANSWER_SECONDS = 3.0
-RECORDER_SECONDS = 15.0  # it answers at once but for a machine that is overloaded, and its file is what explains a hang
 ASKED = "watchdog/asked"  # set by the first rank that expires: all others say where they are
 
 Answer = TypeVar("Answer")
@@ -53,6 +52,7 @@ class Watchdog:
         self._step, self._phase, self._stepping, self._doing = 0, 0, False, ""
         self._beat_at, self._bound = time.monotonic(), self.timeout
         self._stopped, self._leaving = threading.Event(), threading.Event()
+        self._collectives_kept = threading.Lock()  # held for good by the thread that writes them down
         self._store = store
         self._threads: list[threading.Thread] = []
         if timeout_seconds is not None:
@@ -103,7 +103,7 @@ class Watchdog:
         while not self._stopped.wait(self._look_seconds()):
             if time.monotonic() - self._beat_at > self._bound:
                 self._leaving.set()
-                bound = RECORDER_SECONDS + 2 * ANSWER_SECONDS + 2 * self._patience()
+                bound = 2 * ANSWER_SECONDS + 2 * self._patience()
                 in_time(self._expire, bound)  # even a terminal may hang that takes no text
                 self._leave(int(ExitCode.HUNG))
                 return
@@ -116,8 +116,7 @@ class Watchdog:
         place = f"{answer['stage']}, in {answer['place']} ({how})"
         self._report(f"rank {rank}: no step for {self._bound:g} s, {place}. Stacks: {self._stack_file(rank)}")
         if self._store is not None:
-            collectives = in_time(lambda: write_collectives(self._collectives_file(rank)), RECORDER_SECONDS)
-            self._report(f"rank {rank}: its {collectives or 'flight recorder does not answer'}")
+            self._keep_collectives(rank)
             self._report(self._verdict(self._store, answer))
         return True
 
@@ -153,9 +152,16 @@ class Watchdog:
                     self._leaving.set()
                     publish(store, self.launch.rank, self._answer())
                     self._dump_stacks(self.launch.rank)
+                    self._keep_collectives(self.launch.rank)
                     time.sleep(self._patience() + ANSWER_SECONDS)  # the store may be held here
                     self._leave(int(ExitCode.HUNG))
                     return
+
+    def _keep_collectives(self, rank: int) -> None:
+        """Once a rank, whether its own time was up first or another rank asked: both may come at the same moment."""
+        if self._collectives_kept.acquire(blocking=False):
+            collectives = in_time(lambda: write_collectives(self._collectives_file(rank)), ANSWER_SECONDS)
+            self._report(f"rank {rank}: its {collectives or 'flight recorder does not answer'}")
 
     def _collectives_file(self, rank: int) -> Path:
         return self.folder / f"hang_rank_{rank:05d}.collectives.json"

@@ -42,7 +42,6 @@ class Watched:
 @pytest.fixture(autouse=True)
 def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "ANSWER_SECONDS", 0.3)
-    monkeypatch.setattr(module, "RECORDER_SECONDS", 0.3)
 
 
 class Silent:
@@ -103,8 +102,12 @@ def test_a_rank_that_was_asked_leaves_as_well(tmp_path: Path) -> None:
     store.set(module.ASKED, "1")
     with watched.dog:
         assert watched.dog._leaving.wait(60)  # and the exception that follows a lost peer does not come first
-    watched.wait()
+    said = watched.wait()
     assert module.ask(store, 0, 1.0) is not None and (tmp_path / "hang_rank_00000.txt").exists()
+    # Its collectives explain the hang as much as those of the rank that asked: they are written down, once.
+    assert said.count("rank 0: its ") == 1 and (tmp_path / "hang_rank_00000.collectives.json").exists()
+    watched.dog._keep_collectives(0)
+    assert "\n".join(watched.said) == said
 
 
 def test_signs_of_life_keep_the_watchdog_quiet_and_the_last_one_is_said(tmp_path: Path) -> None:

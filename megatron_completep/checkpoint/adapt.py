@@ -29,7 +29,8 @@ from megatron_completep.config.schema import Config, ModelConfig
 from megatron_completep.errors import CheckpointError, ConfigError
 from megatron_completep.model.gpt import GPT
 from megatron_completep.model.initialize import draw, initial_std
-from megatron_completep.optim.rules import MASTER, RULES
+from megatron_completep.optim.rule import MASTER
+from megatron_completep.optim.rules import RULES
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.parameter import Site, Spec, specs_of
 from megatron_completep.run.state import RunState

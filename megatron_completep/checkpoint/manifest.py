@@ -18,7 +18,8 @@ from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from megatron_completep.config.schema import NonNegativeInt, PositiveInt, Section
 from megatron_completep.errors import CheckpointError
-from megatron_completep.optim.rules import MASTER, RULES
+from megatron_completep.optim.rule import MASTER
+from megatron_completep.optim.rules import RULES
 
 MANIFEST = "manifest.json"
 STEP_FOLDER = re.compile(r"step_(\d{8,})")
@@ -79,7 +80,7 @@ class Manifest(Section):
     """All of a checkpoint except the tensors' values.
 
     states: what is stored of every parameter, in order: the masters and the states of the update rule. The number is the
-        power in which a factor on a tensor goes into its state (optim/rules/rule.py), for whoever rewrites checkpoints.
+        power in which a factor on a tensor goes into its state (optim/rule.py), for whoever rewrites checkpoints.
     """
 
     format: Literal["megatron-completep"] = "megatron-completep"

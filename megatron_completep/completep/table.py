@@ -58,5 +58,5 @@ def adamw(m_N: float, m_L: float, alpha: float, r: float) -> Mapping[Role, Row]:
     # fmt: on
 
 
-# One table an update rule, under the rule's name in `optim/rules`.
+# One table an update rule, under the rule's name in `optim/rules.py`.
 RULES: dict[str, Callable[[float, float, float, float], Mapping[Role, Row]]] = {"adamw": adamw}

@@ -49,7 +49,8 @@ from megatron_completep.interop.hf_tokenizer import COMPANIONS
 from megatron_completep.interop.model_folder import ModelFolder
 from megatron_completep.interop.tensor_files import TensorFolder
 from megatron_completep.model.gpt import GPT
-from megatron_completep.optim.rules import MASTER, RULES
+from megatron_completep.optim.rule import MASTER
+from megatron_completep.optim.rules import RULES
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.parameter import specs_of
 from megatron_completep.run.state import RunState

@@ -13,7 +13,8 @@ from megatron_completep.completep import Table
 from megatron_completep.config.schema import OptimizerConfig, ParallelConfig
 from megatron_completep.kernels.control import CLIP, GRAD_NORM, LEARNING_RATE, SKIP
 from megatron_completep.optim.groups import Group, build_groups
-from megatron_completep.optim.rules import MASTER, RULES, Rule
+from megatron_completep.optim.rule import MASTER, Rule
+from megatron_completep.optim.rules import RULES
 from megatron_completep.optim.shards import Shards
 from megatron_completep.parallel.collectives import all_reduce
 from megatron_completep.parallel.context import ParallelContext

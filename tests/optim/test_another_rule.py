@@ -32,7 +32,8 @@ from megatron_completep.errors import CheckpointError
 from megatron_completep.kernels import Control, read_control
 from megatron_completep.optim.groups import Group
 from megatron_completep.optim.optimizer import DistributedOptimizer
-from megatron_completep.optim.rules import RULES, Rule
+from megatron_completep.optim.rule import Rule
+from megatron_completep.optim.rules import RULES
 from megatron_completep.optim.shards import Shards
 from megatron_completep.parallel.context import ParallelContext, data_parallel_size_for
 from megatron_completep.telemetry.telemetry import update_ratios

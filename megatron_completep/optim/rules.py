@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from megatron_completep.optim.rules.adamw import AdamW
-from megatron_completep.optim.rules.rule import MASTER, Rule
+from megatron_completep.optim.adamw import AdamW
+from megatron_completep.optim.rule import Rule
 
 RULES: Mapping[str, type[Rule]] = {"adamw": AdamW}
-
-__all__ = ["MASTER", "RULES", "Rule"]

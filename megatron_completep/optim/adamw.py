@@ -12,7 +12,7 @@ from megatron_completep.completep import Table
 from megatron_completep.config.schema import OptimizerConfig
 from megatron_completep.kernels import Control
 from megatron_completep.optim.groups import Group
-from megatron_completep.optim.rules.rule import Rule
+from megatron_completep.optim.rule import Rule
 from megatron_completep.optim.shards import Shards
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,7 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def _cannot_be_written(output: Output) -> str | None:
-    """Why, from what stands at the path and above it. Nothing is made."""
+    """Why, from what stands at the path and above it. Nothing stays there."""
     path, wanted = output.path, "a folder" if output.folder else "a file"
     try:
         str(path).encode()
@@ -101,4 +102,8 @@ def _cannot_be_written(output: Output) -> str | None:
         return f"cannot be written: {above} is no folder. Choose another one."
     if not os.access(above, os.W_OK | os.X_OK) or (mode is not None and not os.access(path, os.W_OK)):
         return f"cannot be written: you may not write into {above}. Choose another folder."
-    return None
+    try:
+        with tempfile.NamedTemporaryFile(dir=above):  # only trying tells of file systems that take no files, such as /proc
+            return None
+    except OSError as error:
+        return f"cannot be written: {above} takes no file ({error.strerror}). Choose another folder."

@@ -50,6 +50,13 @@ def test_a_folder_without_permission_is_refused(tmp_path: Path, monkeypatch: pyt
         check_outputs([Output("--out", tmp_path / "a/b")])
 
 
+@pytest.mark.skipif(not os.access("/proc", os.W_OK), reason="only root is told that /proc may be written into")
+@pytest.mark.parametrize("output", [Output("--out", Path("/proc/x.png")), Output("--out", Path("/proc/a/b"), folder=True)])
+def test_a_file_system_that_takes_no_files_is_refused_though_permissions_allow_it(output: Output) -> None:
+    with pytest.raises(UserError, match=r"--out = /proc/.*: cannot be written: /proc takes no file"):
+        check_outputs([output])
+
+
 def test_reports_and_pictures_of_the_project_are_renewed_and_those_of_others_are_not(tmp_path: Path) -> None:
     Report("Title " + "x" * 300).write_html(tmp_path / "report.html")
     (tmp_path / "picture.png").write_bytes(png_of(new_figure()))

@@ -42,7 +42,7 @@ class ModelConfig(Section):
         "swiglu", description="MLP non-linearity (gelu: erf; gelu_tanh: GPT-2's approximation)."
     )
     position: Literal["rope", "learned", "alibi"] = Field("rope", description="How positions enter.")
-    rope_base: PositiveFloat = Field(10000.0, description="Base of the rotary frequencies.")
+    rope_base: float = Field(10000.0, ge=1.0, description="Base of the rotary frequencies.")
     bias: bool = Field(False, description="Biases on linear layers and layernorms.")
     qk_norm: bool = Field(False, description="RMSNorm over head_dim on queries and keys, one gain shared by all heads.")
     tied_embeddings: bool = Field(False, description="Unembedding shares the embedding's weight.")

@@ -113,7 +113,8 @@ class _Reader:
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= most or (kind is int and value != int(value)):
             expected = f"a whole number from 1 to {most}" if kind is int else "a number above 0"
-            self.problems.append(f"{name} = {shown(value)}: expected {expected}")
+            what = f"{name} is missing" if value is None else f"{name} = {shown(value)}"
+            self.problems.append(f"{what}: expected {expected}")
             return kind(1)
         return kind(value)
 
@@ -137,7 +138,9 @@ def _from_llama(read: _Reader, architecture: str) -> dict[str, Any]:
     read.require("hidden_act", "silu", lambda name: name in ("silu", "swish"), "only silu is known")
     attention_bias, mlp_bias = read.flag("attention_bias", False), read.flag("mlp_bias", False)
     if attention_bias != mlp_bias:
-        read.problems.append(f"attention_bias = {attention_bias}, MLP biases {mlp_bias}: our linear layers have biases all or none")
+        read.problems.append(
+            f"attention_bias = {shown(attention_bias)}, mlp_bias = {shown(mlp_bias)}: our linear layers have biases all or none"
+        )
     if values.get("use_sliding_window"):
         read.problems.append("use_sliding_window = true: our attention sees the whole sequence")
     model = {
@@ -181,7 +184,9 @@ def _rope_base(read: _Reader) -> float:
 
 
 def shown(value: Any) -> str:
-    """A value of a stranger's file in a message, shortened."""
+    """A value of a stranger's JSON in a message, as JSON says it, shortened."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
     return reprlib.repr(value)
 
 

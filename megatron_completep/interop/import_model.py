@@ -44,7 +44,7 @@ from megatron_completep.data.tokenizer import build_tokenizer
 from megatron_completep.errors import ConfigError, DataError
 from megatron_completep.files import new_folder, write_whole
 from megatron_completep.interop.architectures import Folding, Piece, pieces
-from megatron_completep.interop.hf_config import from_hf
+from megatron_completep.interop.hf_config import from_hf, shown
 from megatron_completep.interop.hf_tokenizer import COMPANIONS
 from megatron_completep.interop.model_folder import ModelFolder
 from megatron_completep.interop.tensor_files import TensorFolder
@@ -116,7 +116,7 @@ def _model_config(model: dict[str, Any], where: Path) -> ModelConfig:
     try:
         return ModelConfig.model_validate(model)
     except ValidationError as error:
-        problems = [f"{'.'.join(map(str, finding['loc']))} = {finding['input']!r}: {finding['msg']}" for finding in error.errors()]
+        problems = [f"{'.'.join(map(str, finding['loc']))} = {shown(finding['input'])}: {finding['msg']}" for finding in error.errors()]
         raise ConfigError("\n  ".join([f"{where}: this model cannot be imported", *problems])) from None
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context
 from fnmatch import fnmatchcase
 
@@ -128,6 +128,7 @@ class Value:
     example: str
     base: float
     factor: float
+    without_own: float = 0.0  # `factor` without what completep.factors and optimizer.overrides say
 
     @property
     def product(self) -> float:
@@ -142,9 +143,11 @@ def optimizer_dtype(config: Config) -> torch.dtype:
 def _parameter_values(config: Config, table: Table, declared: Mapping[str, Spec]) -> Iterator[str]:
     optimizer, wide = config.optimizer, optimizer_dtype(config)
     factors = {name: _all_factors(name, spec, table, optimizer) for name, spec in declared.items()}
+    without_own = replace(table, own_factors={})
+    plain = {name: without_own.factors(spec.role, spec.width_ratio) for name, spec in declared.items()}
 
     def values(base: float, factor: Callable[[Factors], float], names: Iterable[str] = declared) -> list[Value]:
-        return [Value(str(declared[name].role), name, base, factor(factors[name])) for name in names]
+        return [Value(str(declared[name].role), name, base, factor(factors[name]), factor(plain[name])) for name in names]
 
     drawn = [name for name, spec in declared.items() if spec.role not in CONSTANT_ROLES]
     in_float32 = Bounds(torch.float32, 1 / DRAWN_SIGMAS)  # weights are drawn in float32 whatever the precision
@@ -226,7 +229,7 @@ def _problems(setting: str, meaning: str, values: Sequence[Value], bounds: Bound
     factor = "" if all(value.factor == 1 for value in failing) else "with the factors that follow from other settings "
     yield (
         f"{setting} = {base:g}: {factor}the {meaning} is {', '.join(parts)}, but {bounds} holds {bounds.smallest:.3g} to "
-        f"{bounds.largest:.3g} here. {_remedy(setting, base, [*values, *also], bounds)}"
+        f"{bounds.largest:.3g} here. {_remedy(setting, base, [*values, *also], failing, bounds)}"
     )
 
 
@@ -235,11 +238,13 @@ def _members(values: Sequence[Value]) -> str:
     return f" for {values[0].owner} ({values[0].example}{more})" if values[0].owner else ""
 
 
-def _remedy(setting: str, base: float, values: Sequence[Value], bounds: Bounds) -> str:
+def _remedy(setting: str, base: float, values: Sequence[Value], failing: Sequence[Value], bounds: Bounds) -> str:
     lowest = max(bounds.smallest / value.factor if value.factor else math.inf for value in values)
     highest = min(bounds.largest / value.factor if value.factor else math.inf for value in values)
     if lowest > highest or lowest == math.inf:
         return "No base value serves all of them: bring completep.factors, optimizer.overrides and multipliers nearer to 1."
+    if all(bounds.hold(base * value.without_own) for value in failing):
+        return "It would hold the table's own values: bring the factors in completep.factors and optimizer.overrides nearer to 1."
     if base < lowest:
         return f"Use {setting} of at least {_three_digits(lowest, ROUND_CEILING)}."
     return f"Use {setting} of at most {_three_digits(highest, ROUND_FLOOR)}."

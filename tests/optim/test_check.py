@@ -184,8 +184,16 @@ def test_factors_that_leave_the_range_of_numbers_are_refused_without_a_traceback
     assert "the AdamW epsilon is 0 for hidden_weight (layers.0.mlp.up.weight and 3 more)" in refusal(twice)
     assert "No base value serves" in refusal(twice)
     assert "the peak learning rate is inf" in refusal(twice.replace("eps: 1e-300", "lr: 1e300"))
-    factor = "completep.factors.hidden_weight.eps=1e-40"
-    assert "Use optimizer.base_eps of at least 471." in refusal(factor)
+
+
+@pytest.mark.parametrize("word", ["completep.factors.hidden_weight.eps=1e-40", override("*.up.weight", eps=1e-40)])
+def test_what_ones_own_factor_makes_too_small_is_not_blamed_on_the_base_value(word):
+    """A base epsilon of 471 would keep the values, and nothing would train."""
+    message = refusal(word)
+    assert "bring the factors in completep.factors and optimizer.overrides nearer to 1" in message and "at least" not in message
+    assert check(word.replace("1e-40", "0.5")) == []
+    # Where the base value is too small by itself, it is what has to change.
+    assert "Use optimizer.base_eps of at least" in refusal(word.replace("1e-40", "0.5"), "optimizer.base_eps=1e-46")
 
 
 @pytest.mark.parametrize("word", ["optimizer.base_weight_decay=0.0", "training.z_loss=0.0", "optimizer.grad_clip=0.0"])

@@ -98,6 +98,8 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a width of lists": (change_config(hidden_size=[8]), "hidden_size = [8]: expected a whole number"),
     "a type of lists": (change_config(model_type=["llama"]), "model_type = ['llama']"),
     "an activation of lists": (change_config(hidden_act=[[]]), "hidden_act = [[]]"),
+    "a width that is not there": (change_config(hidden_size=None), "hidden_size is missing: expected a whole number"),
+    "biases of attention alone": (change_config(rope_scaling=None, attention_bias=True), "attention_bias = true, mlp_bias = false: our"),
     "a flag of text": (change_config(tie_word_embeddings="false"), "tie_word_embeddings = 'false': expected true or false"),
     "rope of numbers": (change_config(rope_scaling=[1]), "rope_scaling of type [1]"),
     "heads that do not divide": (change_config(num_attention_heads=3), "not those of its config.json"),

@@ -6,19 +6,31 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "megatron_completep/__init__.py").read_text(), re.MULTILINE)
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (HERE / "megatron_completep/__init__.py").read_text(), re.MULTILINE
+)
 assert VERSION is not None
 
 # Ranges: the lower end and the newest version were installed and tested, for torch 2.13, triton 3.9, ruff, mypy, docs, lm-eval and
 # submitit only the newest. Versions beyond the upper end did not exist.
-DATA = ["tokenizers>=0.21,<0.24", "tiktoken>=0.12,<0.15", "pyarrow>=18,<27", "zstandard>=0.23,<0.26"]
+DATA = [
+    "tokenizers>=0.21,<0.24",
+    "tiktoken>=0.12,<0.15",
+    "pyarrow>=18,<27",
+    "zstandard>=0.23,<0.26",
+]
 DOCS = ["mkdocs-material>=9.8.1,<10", "mkdocstrings[python]>=1.0.8,<2"]
 TRACKING = ["wandb>=0.21,<0.32", "trackio>=0.40,<0.44"]
 HF = ["transformers>=4.51.3,<6"]
 SLURM = ["submitit>=1.5.4,<2"]
 EVAL = ["lm-eval>=0.4.13,<0.5", *HF]
 DEV = [
-    *("pytest>=8.3,<10", "pytest-timeout>=2.3.1,<3", "pytest-xdist>=3.6.1,<4", "hypothesis>=6.112,<7"),
+    *(
+        "pytest>=8.3,<10",
+        "pytest-timeout>=2.3.1,<3",
+        "pytest-xdist>=3.6.1,<4",
+        "hypothesis>=6.112,<7",
+    ),
     *("ruff>=0.17.6,<0.18", "mypy>=2.4.1,<3", "types-PyYAML>=6.0.12,<7"),
     # Its token files and samples are compared with ours. Wheels exist for these versions of Python only.
     "megatron-core==0.16.1; platform_system == 'Linux' and platform_machine == 'x86_64' and python_version < '3.14'",

@@ -47,7 +47,9 @@ ROOMS = {
 
 def on_config(config: Any) -> Any:
     """List the API pages in the navigation."""
-    (reference,) = (part["Reference"] for part in config.nav if isinstance(part, dict) and "Reference" in part)
+    (reference,) = (
+        part["Reference"] for part in config.nav if isinstance(part, dict) and "Reference" in part
+    )
     reference.append({"API": ["api.md", *({room: f"api/{room}.md"} for room in ROOMS)]})
     return config
 
@@ -55,7 +57,11 @@ def on_config(config: Any) -> Any:
 def on_files(files: Files, config: Any) -> Files:
     """Replace and add the generated pages."""
     pages = {"configuration.md": configuration_reference(), "tools.md": tools_page()}
-    pages |= {"files.md": files_page(), "api.md": api_index(), **{f"api/{room}.md": api_page(room) for room in ROOMS}}
+    pages |= {
+        "files.md": files_page(),
+        "api.md": api_index(),
+        **{f"api/{room}.md": api_page(room) for room in ROOMS},
+    }
     for path, text in pages.items():
         known = files.get_file_from_path(path)
         if known is not None:
@@ -75,12 +81,21 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         words = match[1].strip("`")
         return f"`{path}`" if words in str(path) else f"{match[1]} (`{path}`)"
 
-    return re.sub(r"(?<!!)\[([^\]]+)\]\(((?:\.\./)+(?!docs/)[^)]*)\)", lambda m: plain(m) if leaves(m[2], page, config) else m[0], markdown)
+    return re.sub(
+        r"(?<!!)\[([^\]]+)\]\(((?:\.\./)+(?!docs/)[^)]*)\)",
+        lambda m: plain(m) if leaves(m[2], page, config) else m[0],
+        markdown,
+    )
 
 
 def leaves(link: str, page: Any, config: Any) -> bool:
     docs = Path(config.docs_dir)
-    return not (docs / page.file.src_uri).parent.joinpath(link.split("#")[0]).resolve().is_relative_to(docs)
+    return (
+        not (docs / page.file.src_uri)
+        .parent.joinpath(link.split("#")[0])
+        .resolve()
+        .is_relative_to(docs)
+    )
 
 
 def tools_page() -> str:
@@ -104,10 +119,18 @@ def files_page() -> str:
     """Every file of the code with the sentence that its docstring begins with, folder by folder."""
     parts = ["# Files", "Every file of the code, in the words of its own first line."]
     for folder in ("megatron_completep", "kernels", "tools"):
-        for path in sorted({file.parent for file in (ROOT / folder).rglob("*.py") if not _is_linked(file)}):
-            rows = [_file_row(file) for file in sorted(path.glob("*.py")) if file.name != "__init__.py"]
+        for path in sorted(
+            {file.parent for file in (ROOT / folder).rglob("*.py") if not _is_linked(file)}
+        ):
+            rows = [
+                _file_row(file) for file in sorted(path.glob("*.py")) if file.name != "__init__.py"
+            ]
             if rows:
-                parts.append("\n".join([f"## {path.relative_to(ROOT)}", "", "| file | |", "|---|---|", *rows]))
+                parts.append(
+                    "\n".join(
+                        [f"## {path.relative_to(ROOT)}", "", "| file | |", "|---|---|", *rows]
+                    )
+                )
     return "\n\n".join(parts) + "\n"
 
 
@@ -124,8 +147,20 @@ def _file_row(file: Path) -> str:
 
 
 def api_index() -> str:
-    lines = ["# API", "", "From the docstrings, a page a package. Names that begin with an underscore are left out.", ""]
-    lines += ["| | |", "|---|---|", *(f"| [`megatron_completep.{room}`](api/{room}.md) | {text} |" for room, text in ROOMS.items())]
+    lines = [
+        "# API",
+        "",
+        "From the docstrings, a page a package. Names that begin with an underscore are left out.",
+        "",
+    ]
+    lines += [
+        "| | |",
+        "|---|---|",
+        *(
+            f"| [`megatron_completep.{room}`](api/{room}.md) | {text} |"
+            for room, text in ROOMS.items()
+        ),
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -137,5 +172,8 @@ def api_page(room: str) -> str:
         paths = sorted(path.relative_to(PACKAGE).with_suffix("") for path in place.rglob("*.py"))
         names = [".".join(path.parts) for path in paths if path.name != "__init__"]
     parts = [f"# megatron_completep.{room}", ROOMS[room]]
-    parts += [f"## {name} {{ #module-{name.replace('.', '-')} }}\n\n::: megatron_completep.{name}\n" for name in names]
+    parts += [
+        f"## {name} {{ #module-{name.replace('.', '-')} }}\n\n::: megatron_completep.{name}\n"
+        for name in names
+    ]
     return "\n\n".join(parts) + "\n"

@@ -22,7 +22,17 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from . import launch
 
-ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950")
+ARCHITECTURES = (
+    "sm_80",
+    "sm_86",
+    "sm_89",
+    "sm_90",
+    "sm_100",
+    "sm_120",
+    "gfx90a",
+    "gfx942",
+    "gfx950",
+)
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,9 @@ def target(architecture: str) -> GPUTarget:
 def _intercepted(architecture: str, launches: list[Launch]) -> Iterator[None]:
     """Every launch of a Triton kernel goes to `launches`, and the launch table answers for `architecture`."""
 
-    def capture(kernel: JITFunction, *arguments: Any, grid: tuple[int, ...], warmup: bool, **parameters: Any) -> None:
+    def capture(
+        kernel: JITFunction, *arguments: Any, grid: tuple[int, ...], warmup: bool, **parameters: Any
+    ) -> None:
         launches.append(Launch(kernel, grid, arguments, parameters))
 
     true_run, true_architecture = JITFunction.run, launch.architecture
@@ -88,7 +100,9 @@ def compile_launch(recorded: Launch, architecture: str) -> Any:
     options.setdefault("debug", False)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, extra = bind(*recorded.arguments, **options)
-    parsed, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, extra)
+    parsed, signature, constants, attributes = kernel._pack_args(
+        backend, options, bound, specialization, extra
+    )
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=target(architecture), options=parsed.__dict__)
 
@@ -113,13 +127,17 @@ def _nvidia_resources(compiled: Any) -> Resources:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = subprocess.check_output([binaries / "cuobjdump", "--dump-resource-usage", file.name], text=True)
+        usage = subprocess.check_output(
+            [binaries / "cuobjdump", "--dump-resource-usage", file.name], text=True
+        )
         code = subprocess.check_output([binaries / "nvdisasm", file.name], text=True)
     return Resources(
         registers=int(re.findall(r"REG:(\d+)", usage)[-1]),
         spills=len(re.findall(r"\b(?:STL|LDL)\b", code)),
         shared_bytes=compiled.metadata.shared,
-        loads_128_bit=len(re.findall(r"\bLDG\.E(?:\.\w+)*\.128\b|\bLDGSTS\.E(?:\.\w+)*\.128\b", code)),
+        loads_128_bit=len(
+            re.findall(r"\bLDG\.E(?:\.\w+)*\.128\b|\bLDGSTS\.E(?:\.\w+)*\.128\b", code)
+        ),
         loads=len(re.findall(r"\b(?:LDG|LDGSTS)\b", code)),
         prefetches=len(re.findall(r"\bLDGSTS\b", code)),
     )

@@ -32,7 +32,9 @@ class Control(NamedTuple):
     unused: float = 0.0  # 64 bytes in all
 
 
-LEARNING_RATE, STEP, CLIP, SKIP, CORRECTION1, CORRECTION2, GRAD_NORM, _ = range(len(Control._fields))
+LEARNING_RATE, STEP, CLIP, SKIP, CORRECTION1, CORRECTION2, GRAD_NORM, _ = range(
+    len(Control._fields)
+)
 
 # The same positions for kernels, which can read a module's name only where it is a `tl.constexpr`.
 AT_LEARNING_RATE = tl.constexpr(LEARNING_RATE)

@@ -44,13 +44,19 @@ def warps(threads: int, architecture: str) -> int:
     return max(1, threads // lanes(architecture))
 
 
-def tuned_or(default: tuple[int, ...], architecture: str, operation: str, bucket: int, itemsize: int) -> tuple[int, ...]:
+def tuned_or(
+    default: tuple[int, ...], architecture: str, operation: str, bucket: int, itemsize: int
+) -> tuple[int, ...]:
     return TUNED.get(architecture, {}).get((operation, bucket, itemsize), default)
 
 
 def options(num_warps: int, maxnreg: int = 0) -> dict[str, int]:
     """Triton's options; 0: as many registers as the compiler likes. The default of fusion depends on the version of Triton."""
-    return {"num_warps": num_warps, "enable_fp_fusion": True, **({"maxnreg": maxnreg} if maxnreg else {})}
+    return {
+        "num_warps": num_warps,
+        "enable_fp_fusion": True,
+        **({"maxnreg": maxnreg} if maxnreg else {}),
+    }
 
 
 _caches: list[Any] = []
@@ -85,7 +91,9 @@ class RowShape(NamedTuple):
 WIDEST_IN_REGISTERS = 8192  # elements of a row whose vector gradients a program can hold
 
 
-def forward_shape(operation: str, hidden: int, dtype: torch.dtype, device: torch.device) -> RowShape:
+def forward_shape(
+    operation: str, hidden: int, dtype: torch.dtype, device: torch.device
+) -> RowShape:
     return _forward_shape(operation, hidden, dtype.itemsize, architecture(device))
 
 
@@ -96,12 +104,17 @@ def _forward_shape(operation: str, hidden: int, itemsize: int, architecture: str
     if sum(widths) <= 1024:
         default = (max(1, 1024 // sum(widths), 8 * lanes(architecture) // widths[0]), 1)
     else:
-        default = (1, warps(min(512, max(128, 32 * (next_power_of_two(sum(widths)) // 512))), architecture))
+        default = (
+            1,
+            warps(min(512, max(128, 32 * (next_power_of_two(sum(widths)) // 512))), architecture),
+        )
     rows, num_warps = tuned_or(default, architecture, operation, row_bucket(hidden), itemsize)
     return RowShape(widths, rows, 1, 0, options(num_warps))
 
 
-def backward_shape(operation: str, hidden: int, dtype: torch.dtype, device: torch.device) -> RowShape:
+def backward_shape(
+    operation: str, hidden: int, dtype: torch.dtype, device: torch.device
+) -> RowShape:
     return _backward_shape(operation, hidden, dtype.itemsize, architecture(device))
 
 
@@ -119,12 +132,28 @@ def _backward_shape(operation: str, hidden: int, itemsize: int, architecture: st
     if width > WIDEST_IN_REGISTERS:
         default = (1, warps(512, architecture), 1, 1, 0)
     elif len(widths) == 3:
-        default = (8 * lanes(architecture) // widths[0], 1, 2 if architecture.startswith("gfx") else 3, 4, 0)
+        default = (
+            8 * lanes(architecture) // widths[0],
+            1,
+            2 if architecture.startswith("gfx") else 3,
+            4,
+            0,
+        )
     else:
         threads = max(128, width // 16)
-        default = (max(1, 2048 // width), warps(threads, architecture), 2, 3 if width <= 1024 else 512 // threads, cap)
-    rows, num_warps, stages, programs_each, maxnreg = tuned_or(default, architecture, operation, row_bucket(hidden), itemsize)
-    return RowShape(widths, rows, stages, programs_each * processors(architecture), options(num_warps, maxnreg))
+        default = (
+            max(1, 2048 // width),
+            warps(threads, architecture),
+            2,
+            3 if width <= 1024 else 512 // threads,
+            cap,
+        )
+    rows, num_warps, stages, programs_each, maxnreg = tuned_or(
+        default, architecture, operation, row_bucket(hidden), itemsize
+    )
+    return RowShape(
+        widths, rows, stages, programs_each * processors(architecture), options(num_warps, maxnreg)
+    )
 
 
 def partial_rows(operation: str, device: torch.device, dtype: torch.dtype, hidden: int) -> int:
@@ -166,7 +195,9 @@ def column_bucket(columns: int) -> int:
     return min(16384, max(16, next_power_of_two(columns)))
 
 
-def pointwise_shape(operation: str, columns: int, dtype: torch.dtype, device: torch.device) -> TileShape:
+def pointwise_shape(
+    operation: str, columns: int, dtype: torch.dtype, device: torch.device
+) -> TileShape:
     return _pointwise_shape(operation, columns, dtype.itemsize, architecture(device))
 
 
@@ -174,7 +205,9 @@ def pointwise_shape(operation: str, columns: int, dtype: torch.dtype, device: to
 def _pointwise_shape(operation: str, columns: int, itemsize: int, architecture: str) -> TileShape:
     """A tile of 2048 elements, one row high where rows are long: two 128-bit loads of bf16 a thread."""
     bucket = column_bucket(columns)
-    elements, num_warps = tuned_or((2048, warps(128, architecture)), architecture, operation, bucket, itemsize)
+    elements, num_warps = tuned_or(
+        (2048, warps(128, architecture)), architecture, operation, bucket, itemsize
+    )
     width = min(elements, bucket)
     return TileShape(elements // width, width, options(num_warps))
 
@@ -215,4 +248,8 @@ def block_shape(operation: str, dtype: torch.dtype, device: torch.device) -> Blo
 @_cached
 def _block_shape(operation: str, itemsize: int, architecture: str) -> BlockShape:
     block, threads, stages = _BLOCKS.get(operation, _ELEMENTWISE)
-    return BlockShape(*tuned_or((block, warps(threads, architecture), stages), architecture, operation, 0, itemsize))
+    return BlockShape(
+        *tuned_or(
+            (block, warps(threads, architecture), stages), architecture, operation, 0, itemsize
+        )
+    )

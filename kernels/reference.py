@@ -17,7 +17,11 @@ from .control import read_control
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """The dtype arithmetic runs in: float64 when any given tensor is float64, else float32."""
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+    return (
+        torch.float64
+        if any(t is not None and t.dtype == torch.float64 for t in tensors)
+        else torch.float32
+    )
 
 
 # --- scaled residual norm ---------------------------------------------------------------------------------------------------------
@@ -41,7 +45,9 @@ class Join:
         if self.dropout_p == 0.0:
             return None
         if self.seed is None:
-            raise ValueError(f"dropout_p = {self.dropout_p} needs a seed: pass an int64 tensor with one element on the same device.")
+            raise ValueError(
+                f"dropout_p = {self.dropout_p} needs a seed: pass an int64 tensor with one element on the same device."
+            )
         return self.seed
 
 
@@ -211,11 +217,16 @@ def sum_of_squares(flat: Tensor, segments: Tensor | None = None) -> Tensor:
     """Sum of the squares of `flat` [n], or of the pieces that `segments` [k, 3] names, as a float64 scalar."""
     if segments is None:
         return flat.double().square().sum()
-    pieces = [flat[start : start + length].double().square().sum() for start, length, _ in segments.tolist()]
+    pieces = [
+        flat[start : start + length].double().square().sum()
+        for start, length, _ in segments.tolist()
+    ]
     return torch.stack([flat.new_zeros((), dtype=torch.float64), *pieces]).sum()
 
 
-def begin_step_(control: Tensor, sum_sq: Tensor, max_norm: float, beta1: float, beta2: float) -> None:
+def begin_step_(
+    control: Tensor, sum_sq: Tensor, max_norm: float, beta1: float, beta2: float
+) -> None:
     """From the summed squares of all gradients: norm, clip coefficient, skip flag, step and bias corrections."""
     norm = math.sqrt(float(sum_sq))
     finite = math.isfinite(norm)
@@ -242,7 +253,12 @@ def _valid_logits(logits: Tensor, vocab_start: int, vocab_size: int, logit_scale
 
 
 def cross_entropy_forward(
-    logits: Tensor, labels: Tensor, vocab_start: int, valid_vocab: int, logit_scale: float = 1.0, with_sum: bool = False
+    logits: Tensor,
+    labels: Tensor,
+    vocab_start: int,
+    valid_vocab: int,
+    logit_scale: float = 1.0,
+    with_sum: bool = False,
 ) -> Tensor:
     """Row statistics of one vocabulary shard; see `ops.cross_entropy.cross_entropy_forward`."""
     scaled = _valid_logits(logits, vocab_start, valid_vocab, logit_scale)
@@ -278,7 +294,9 @@ def cross_entropy_backward_(
     is_target, is_valid = (column == labels[:, None]).double(), (column < vocab_size).double()
     wanted = (1 - label_smoothing) * is_target + label_smoothing / vocab_size * is_valid
     gradient = factor[:, None] * ((1 + 2 * z_loss * lse)[:, None] * softmax - wanted)
-    logits.copy_(gradient.masked_fill((labels == ignore_index)[:, None] | (column >= vocab_size), 0.0))
+    logits.copy_(
+        gradient.masked_fill((labels == ignore_index)[:, None] | (column >= vocab_size), 0.0)
+    )
 
 
 def unembedding_cross_entropy(
@@ -295,7 +313,13 @@ def unembedding_cross_entropy(
     """The loss of `ops.cross_entropy.unembedding_cross_entropy`, in float64 and differentiable by autograd."""
     logits = logit_scale * (x.double() @ weight[:vocab_size].double().T).flatten(0, -2)
     cross_entropy = torch.nn.functional.cross_entropy
-    loss = cross_entropy(logits, labels.flatten(), reduction="sum", ignore_index=ignore_index, label_smoothing=label_smoothing)
+    loss = cross_entropy(
+        logits,
+        labels.flatten(),
+        reduction="sum",
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+    )
     kept = labels.flatten() != ignore_index
     loss = loss + z_loss * (torch.logsumexp(logits, 1).square() * kept).sum()
     return loss / kept.sum().clamp(min=1) if reduction == "mean" else loss

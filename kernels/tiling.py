@@ -59,30 +59,44 @@ def zero_tile(ROWS: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def load_vector(vector, ROWS: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr):
+def load_vector(
+    vector, ROWS: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr
+):
     """One segment of `vector` [H] for every row of a tile: in the tile's own layout, it needs no exchange through shared memory."""
     column = START + tl.arange(0, WIDTH)[None, :] + tl.zeros((ROWS, 1), tl.int32)
     return tl.load(vector + column, mask=column < HIDDEN, other=0.0)
 
 
 @triton.jit
-def load_tile(tensor, row, in_rows, stride, START: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr):
+def load_tile(
+    tensor, row, in_rows, stride, START: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr
+):
     """One segment of the rows of `tensor`, `stride` elements apart, in float32; 0 outside."""
     column = START + tl.arange(0, WIDTH)[None, :]
-    return tl.load(tensor + row * stride + column, mask=in_rows & (column < HIDDEN), other=0.0).to(tl.float32)
+    return tl.load(tensor + row * stride + column, mask=in_rows & (column < HIDDEN), other=0.0).to(
+        tl.float32
+    )
 
 
 @triton.jit
-def store_tile(tensor, tile, row, in_rows, START: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr):
+def store_tile(
+    tensor, tile, row, in_rows, START: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr
+):
     """One segment of contiguous rows, rounded to the tensor's dtype."""
     column = START + tl.arange(0, WIDTH)[None, :]
-    tl.store(tensor + row * HIDDEN + column, tile.to(tensor.dtype.element_ty), mask=in_rows & (column < HIDDEN))
+    tl.store(
+        tensor + row * HIDDEN + column,
+        tile.to(tensor.dtype.element_ty),
+        mask=in_rows & (column < HIDDEN),
+    )
 
 
 @triton.jit
 def row_sum(tiles):
     """Sum along the rows of all segments [ROWS, 1]."""
-    if tiles[len(tiles) - 1].shape[1] == tiles[0].shape[1]:  # alike: added up first, they need one exchange between the warps
+    if (
+        tiles[len(tiles) - 1].shape[1] == tiles[0].shape[1]
+    ):  # alike: added up first, they need one exchange between the warps
         total = tiles[0]
         for k in tl.static_range(1, len(tiles)):
             total += tiles[k]
@@ -93,7 +107,9 @@ def row_sum(tiles):
 
 
 @triton.jit
-def dropout_factor(seed, dropout_p, row, START: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr):
+def dropout_factor(
+    seed, dropout_p, row, START: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr
+):
     """0 or 1 / (1 - p), a function of the seed and the position alone; one Philox counter serves four columns."""
     # Loaded at every use: a key known outside a loop would be spread over its ten rounds there, and hold twenty registers.
     key = tl.load(seed)
@@ -123,7 +139,16 @@ def add_branch(
 
 @triton.jit
 def store_branch_gradient(
-    gradient, d_branch, seed, row, in_rows, scale, dropout_p, START: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr
+    gradient,
+    d_branch,
+    seed,
+    row,
+    in_rows,
+    scale,
+    dropout_p,
+    START: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HIDDEN: tl.constexpr,
 ):
     """One segment of the branch's gradient from that of the stream: stored, and returned in float32."""
     gradient *= scale
@@ -134,7 +159,15 @@ def store_branch_gradient(
 
 
 @triton.jit
-def store_partial(partials, k: tl.constexpr, K: tl.constexpr, tile, START: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr):
+def store_partial(
+    partials,
+    k: tl.constexpr,
+    K: tl.constexpr,
+    tile,
+    START: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HIDDEN: tl.constexpr,
+):
     """The column sums of one segment, to this program's row of `partials` [P, K, H]."""
     column = START + tl.arange(0, WIDTH)
     offset = tl.program_id(0).to(tl.int64) * K * HIDDEN + k * HIDDEN

@@ -19,7 +19,9 @@ Value = TypeVar("Value")
 
 _OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)*=")
 _NEGATIVE = re.compile(r"-[\d.]")
-_WRONG = object()  # stands for a value that was refused, so that the rest of the command line is still read
+_WRONG = (
+    object()
+)  # stands for a value that was refused, so that the rest of the command line is still read
 LARGEST = 2**31 - 1
 
 
@@ -38,7 +40,14 @@ class Parser(argparse.ArgumentParser):
 
     def add_overrides(self, help: str = "settings that replace the file's") -> None:
         """Take words `section.key=value` into `overrides`, in their order, wherever they stand."""
-        self.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", type=_override, help=help)
+        self.add_argument(
+            "overrides",
+            nargs="*",
+            default=[],
+            metavar="section.key=value",
+            type=_override,
+            help=help,
+        )
 
     def add_subparsers(self, **settings: Any) -> Any:
         """As argparse; the help of a command ends with its lines of the description's examples."""
@@ -46,15 +55,21 @@ class Parser(argparse.ArgumentParser):
 
     def _command(self, **settings: Any) -> Parser:
         name = settings["prog"].rpartition(" ")[2]
-        examples = [line for line in (self.description or "").splitlines() if f".py {name} " in line]
-        return Parser(**{"epilog": "\n".join(["Example:", "", *examples]) if examples else None, **settings})
+        examples = [
+            line for line in (self.description or "").splitlines() if f".py {name} " in line
+        ]
+        return Parser(
+            **{"epilog": "\n".join(["Example:", "", *examples]) if examples else None, **settings}
+        )
 
     def parse_known_args(  # type: ignore[override]  # one signature for typeshed's overloads
         self, args: Any = None, namespace: Any = None
     ) -> tuple[argparse.Namespace, list[str]]:
         """As argparse, for subcommands too; what is not understood is a problem here already, so nothing is ever left over."""
         self._problems = []
-        words, overrides = self._sort_out(sys.argv[1:] if args is None else [str(word) for word in args])
+        words, overrides = self._sort_out(
+            sys.argv[1:] if args is None else [str(word) for word in args]
+        )
         values, rest = super().parse_known_args(words, namespace)
         self._problems += [self._not_understood(word) for word in rest]
         if self._problems:
@@ -69,12 +84,17 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Never:
         """Refuse the command line for this reason, and for those that were found before."""
-        self._problems.append(re.sub(r"^the following arguments are required: (.*)$", r"missing: \1.", message))
+        self._problems.append(
+            re.sub(r"^the following arguments are required: (.*)$", r"missing: \1.", message)
+        )
         self._refuse()
 
     def _refuse(self) -> Never:
         problems = list(dict.fromkeys(self._problems))
-        several = [f"{len(problems)} problems in this command line", *(f"  {problem}" for problem in problems)]
+        several = [
+            f"{len(problems)} problems in this command line",
+            *(f"  {problem}" for problem in problems),
+        ]
         message = "\n".join(several) if len(problems) > 1 else problems[0]
         say_once(f"error: {message}\n{self.prog} --help shows every option and an example.")
         sys.exit(UserError.exit_code)
@@ -87,9 +107,16 @@ class Parser(argparse.ArgumentParser):
         kept: list[str] = []
         overrides: list[str] = []
         remaining = iter(words)
-        has_commands = any(isinstance(action, argparse._SubParsersAction) for action in self._actions)
+        has_commands = any(
+            isinstance(action, argparse._SubParsersAction) for action in self._actions
+        )
         for word in remaining:
-            is_option = word.startswith("-") and word != "-" and not _NEGATIVE.match(word) and " " not in word
+            is_option = (
+                word.startswith("-")
+                and word != "-"
+                and not _NEGATIVE.match(word)
+                and " " not in word
+            )
             if has_commands and not is_option:
                 return [*kept, word, *remaining], overrides
             if word == "--":
@@ -125,7 +152,11 @@ class Parser(argparse.ArgumentParser):
             return super()._get_value(action, arg_string)  # private, the same since Python 2.7
         except argparse.ArgumentError as error:
             is_override = action.dest == "overrides"
-            self._problems.append(error.message if is_override else f"{name_of(action)} = {arg_string}: {error.message}")
+            self._problems.append(
+                error.message
+                if is_override
+                else f"{name_of(action)} = {arg_string}: {error.message}"
+            )
             return _WRONG
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
@@ -179,9 +210,17 @@ def whole(at_least: int = 1, at_most: int = LARGEST) -> Callable[[str], int]:
     return convert
 
 
-def real(at_least: float = -math.inf, at_most: float = math.inf, above: float | None = None) -> Callable[[str], float]:
+def real(
+    at_least: float = -math.inf, at_most: float = math.inf, above: float | None = None
+) -> Callable[[str], float]:
     """A finite number within bounds; `above` is a bound that is not taken itself."""
-    bounds = [f"above {above:g}"] if above is not None else [f"of at least {at_least:g}"] if at_least > -math.inf else []
+    bounds = (
+        [f"above {above:g}"]
+        if above is not None
+        else [f"of at least {at_least:g}"]
+        if at_least > -math.inf
+        else []
+    )
     bounds += [f"of at most {at_most:g}"] if at_most < math.inf else []
     rule = f"give a finite number {' and '.join(bounds)}".rstrip() + "."
 
@@ -190,7 +229,9 @@ def real(at_least: float = -math.inf, at_most: float = math.inf, above: float | 
             value = float(text)
         except ValueError:
             raise argparse.ArgumentTypeError(rule) from None
-        if not (math.isfinite(value) and at_least <= value <= at_most) or (above is not None and value <= above):
+        if not (math.isfinite(value) and at_least <= value <= at_most) or (
+            above is not None and value <= above
+        ):
             raise argparse.ArgumentTypeError(rule)
         return value
 
@@ -203,7 +244,9 @@ def list_of(item: Callable[[str], Value]) -> Callable[[str], list[Value]]:
     def convert(text: str) -> list[Value]:
         parts = [part.strip() for part in text.strip().removesuffix(",").split(",")]
         if not all(parts):
-            raise argparse.ArgumentTypeError("a value is missing. Put one comma between two values.")
+            raise argparse.ArgumentTypeError(
+                "a value is missing. Put one comma between two values."
+            )
         values: list[Value] = []
         problems: dict[str, list[str]] = {}
         for part in parts:
@@ -212,7 +255,9 @@ def list_of(item: Callable[[str], Value]) -> Callable[[str], list[Value]]:
             except argparse.ArgumentTypeError as error:
                 problems.setdefault(str(error), []).append(part)
         if problems:
-            raise argparse.ArgumentTypeError("; ".join(f"{', '.join(wrong)}: {rule}" for rule, wrong in problems.items()))
+            raise argparse.ArgumentTypeError(
+                "; ".join(f"{', '.join(wrong)}: {rule}" for rule, wrong in problems.items())
+            )
         return values
 
     return convert
@@ -224,7 +269,9 @@ def one_of(choices: Iterable[str]) -> Callable[[str], str]:
 
     def convert(text: str) -> str:
         if text not in known:
-            raise argparse.ArgumentTypeError(f"not known.{did_you_mean(text, known)} Use some of: {', '.join(known)}.")
+            raise argparse.ArgumentTypeError(
+                f"not known.{did_you_mean(text, known)} Use some of: {', '.join(known)}."
+            )
         return text
 
     return convert
@@ -265,7 +312,9 @@ def names_of_token_files(prefix: str | Path) -> list[Path]:
 
 def _path(text: str, files: bool, folders: bool, show: str = "") -> Path:
     """Refuses what would block or give its bytes only once: pipes, devices, sockets."""
-    wanted = " or ".join(kind for kind, asked in (("a file", files), ("a folder", folders)) if asked)
+    wanted = " or ".join(
+        kind for kind, asked in (("a file", files), ("a folder", folders)) if asked
+    )
     subject = f"{show} " if show else ""
     try:
         mode = os.stat(text).st_mode
@@ -273,11 +322,19 @@ def _path(text: str, files: bool, folders: bool, show: str = "") -> Path:
         return Path(text)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise argparse.ArgumentTypeError(f"{subject}cannot be read: {reason}. Give {wanted}.") from None
+        raise argparse.ArgumentTypeError(
+            f"{subject}cannot be read: {reason}. Give {wanted}."
+        ) from None
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise argparse.ArgumentTypeError(f"{subject}is no regular file (a pipe or a device). Save its content, and give {wanted}.")
+        raise argparse.ArgumentTypeError(
+            f"{subject}is no regular file (a pipe or a device). Save its content, and give {wanted}."
+        )
     if (stat.S_ISREG(mode) and not files) or (stat.S_ISDIR(mode) and not folders):
-        raise argparse.ArgumentTypeError(f"{subject}is {'a folder' if stat.S_ISDIR(mode) else 'a file'}. Give {wanted}.")
+        raise argparse.ArgumentTypeError(
+            f"{subject}is {'a folder' if stat.S_ISDIR(mode) else 'a file'}. Give {wanted}."
+        )
     if not os.access(text, os.R_OK):
-        raise argparse.ArgumentTypeError(f"{subject}cannot be read: you have no permission to. Give {wanted} that you can read.")
+        raise argparse.ArgumentTypeError(
+            f"{subject}cannot be read: you have no permission to. Give {wanted} that you can read."
+        )
     return Path(text)

@@ -71,17 +71,30 @@ class Table:
         assert not wrong, f"{len(self.headers)} headers, but a row of {len(wrong[0])}: {wrong[0]}"
 
     def as_html(self) -> str:
-        right = [bool(self.rows) and all(is_number(row[column]) for row in self.rows) for column in range(len(self.headers))]
-        head = "".join(f"<th{' class=n' * n}>{html.escape(header)}</th>" for header, n in zip(self.headers, right, strict=True))
+        right = [
+            bool(self.rows) and all(is_number(row[column]) for row in self.rows)
+            for column in range(len(self.headers))
+        ]
+        head = "".join(
+            f"<th{' class=n' * n}>{html.escape(header)}</th>"
+            for header, n in zip(self.headers, right, strict=True)
+        )
         rows = "\n".join("<tr>" + "".join(map(_html_cell, row)) + "</tr>" for row in self.rows)
         caption = f"<caption>{html.escape(self.caption)}</caption>" if self.caption else ""
         return f'<div class="wide"><table>{caption}<thead><tr>{head}</tr></thead><tbody>\n{rows}\n</tbody></table></div>'
 
     def as_markdown(self) -> str:
-        right = [all(is_number(row[column]) for row in self.rows) for column in range(len(self.headers))]
+        right = [
+            all(is_number(row[column]) for row in self.rows) for column in range(len(self.headers))
+        ]
         lines = [list(self.headers), ["---:" if column else "---" for column in right]]
         lines += [[show(cell) for cell in row] for row in self.rows]
-        table = "\n".join("| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines)
+        table = "\n".join(
+            "| "
+            + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in line)
+            + " |"
+            for line in lines
+        )
         return f"{table}\n\n{self.caption}" if self.caption else table
 
 
@@ -137,12 +150,16 @@ class Section:
     def code(self, text: str) -> None:
         self.blocks.append(Code(text))
 
-    def table(self, headers: Sequence[str], rows: Sequence[Sequence[Any]], caption: str = "") -> None:
+    def table(
+        self, headers: Sequence[str], rows: Sequence[Sequence[Any]], caption: str = ""
+    ) -> None:
         self.blocks.append(Table(headers, rows, caption))
 
     def picture(self, name: str, figure: Any, caption: str = "") -> None:
         """`figure`: a matplotlib Figure, or the bytes of a PNG."""
-        self.blocks.append(Picture(name, figure if isinstance(figure, bytes) else png_of(figure), caption))
+        self.blocks.append(
+            Picture(name, figure if isinstance(figure, bytes) else png_of(figure), caption)
+        )
 
     def pictures(self, pictures: Sequence[Picture], labels: Sequence[str] = ()) -> None:
         """At most 8; with `labels` (one each) the reader chooses which is seen."""
@@ -169,11 +186,21 @@ class Report:
         title, links, body = html.escape(self.title), [], []
         for number, section in enumerate(self.sections):
             links.append(f'<a href="#s{number}">{html.escape(section.title)}</a>')
-            parts = [f"<h2>{html.escape(section.title)}</h2>", *(block.as_html() for block in section.blocks)]
+            parts = [
+                f"<h2>{html.escape(section.title)}</h2>",
+                *(block.as_html() for block in section.blocks),
+            ]
             body.append(f'<section id="s{number}">' + "\n".join(parts) + "</section>")
         navigation = f"<nav>{' '.join(links)}</nav>" if len(links) > 1 else ""
         summary = Text(self.summary).as_html() if self.summary else ""
-        return _PAGE.format(mark=MARK, title=title, style=_STYLE, summary=summary, navigation=navigation, body="\n".join(body))
+        return _PAGE.format(
+            mark=MARK,
+            title=title,
+            style=_STYLE,
+            summary=summary,
+            navigation=navigation,
+            body="\n".join(body),
+        )
 
     def as_markdown(self) -> str:
         """Markdown that points to its pictures as NAME.png."""
@@ -194,7 +221,16 @@ class Report:
         write_whole(Path(path), self.as_markdown().encode())
 
 
-PALETTE = ("#3b6fb6", "#d1495b", "#2e9c82", "#e0a030", "#7b5ea7", "#8a6d4f", "#4aa3c7", "#c774a8")  # of lines, in order
+PALETTE = (
+    "#3b6fb6",
+    "#d1495b",
+    "#2e9c82",
+    "#e0a030",
+    "#7b5ea7",
+    "#8a6d4f",
+    "#4aa3c7",
+    "#c774a8",
+)  # of lines, in order
 INK, FAINT = "#3d4450", "#c9ced6"
 
 
@@ -287,7 +323,10 @@ figcaption { color: var(--soft); font-size: 0.88rem; margin-top: 0.4rem; }
 .choice > input:checked + label { color: var(--card); background: var(--accent); border-color: var(--accent); }
 .choice > input:focus-visible + label { outline: 2px solid var(--accent); outline-offset: 2px; }
 .panes > * { display: none; }
-""" + "".join(f".choice > input:nth-of-type({n}):checked ~ .panes > :nth-child({n}) {{ display: block; }}\n" for n in range(1, 9))
+""" + "".join(
+    f".choice > input:nth-of-type({n}):checked ~ .panes > :nth-child({n}) {{ display: block; }}\n"
+    for n in range(1, 9)
+)
 
 _PAGE = """<!doctype html>
 <html lang="en">

@@ -19,9 +19,18 @@ Result = TypeVar("Result")
 INTERRUPTED = 128 + 2  # as a shell reports SIGINT
 BROKEN_PIPE = 128 + 13  # and SIGPIPE
 # What a machine refuses whatever the program does: no traceback helps against it.
-REFUSED_BY_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+REFUSED_BY_THE_MACHINE = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+}
 
-_ESCAPED_BYTE = re.compile("[\\udc80-\\udcff]")  # how Python holds a byte of a file's name that is not UTF-8
+_ESCAPED_BYTE = re.compile(
+    "[\\udc80-\\udcff]"
+)  # how Python holds a byte of a file's name that is not UTF-8
 
 
 class UserError(Exception):
@@ -52,7 +61,10 @@ def size_text(number: int) -> str:
 
 def pairs_text(values: Mapping[str, object]) -> str:
     """A mapping for people: tensor 2, data 4."""
-    return ", ".join(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in values.items())
+    return ", ".join(
+        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in values.items()
+    )
 
 
 def for_all(things: Iterable[Thing], use: Callable[[Thing], Result]) -> list[Result]:
@@ -64,7 +76,9 @@ def for_all(things: Iterable[Thing], use: Callable[[Thing], Result]) -> list[Res
         except UserError as problem:
             problems.append(problem)
     if len(problems) > 1:
-        raise type(problems[0])("\n".join([f"{len(problems)} problems", *(f"  {problem}" for problem in problems)]))
+        raise type(problems[0])(
+            "\n".join([f"{len(problems)} problems", *(f"  {problem}" for problem in problems)])
+        )
     if problems:
         raise problems[0]
     return results
@@ -106,7 +120,9 @@ def exit_on_user_error(main: Callable[[], int | None]) -> None:
             name = "standard output"
         if error.errno not in REFUSED_BY_THE_MACHINE or name is None:
             raise
-        say_once(f"error: {name}: {error.strerror}. Free some space or permit it, or choose another place.")
+        say_once(
+            f"error: {name}: {error.strerror}. Free some space or permit it, or choose another place."
+        )
         code = UserError.exit_code
     sys.exit(code or 0)
 
@@ -116,14 +132,18 @@ def say_once(message: str) -> None:
 
     The message goes into torchrun's error file too, so that its own report ends with it instead of a pointer to torch's documentation.
     """
-    message = _ESCAPED_BYTE.sub(lambda byte: f"\\x{ord(byte[0]) - 0xDC00:02x}", message)  # names of files need not be UTF-8
+    message = _ESCAPED_BYTE.sub(
+        lambda byte: f"\\x{ord(byte[0]) - 0xDC00:02x}", message
+    )  # names of files need not be UTF-8
     message = message.encode(errors="backslashreplace").decode()
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # .../attempt_0/LOCAL_RANK/error.json
     if not error_file:
         _print_on_stderr(message)
         return
     path = Path(error_file)
-    claim = path.parent.parent / f"said_{hashlib.blake2b(message.encode(), digest_size=12).hexdigest()}"
+    claim = (
+        path.parent.parent / f"said_{hashlib.blake2b(message.encode(), digest_size=12).hexdigest()}"
+    )
     try:
         os.close(os.open(claim, os.O_CREAT | os.O_EXCL))
         first = True
@@ -134,7 +154,10 @@ def say_once(message: str) -> None:
     if first:
         _print_on_stderr(message)
     # torchrun reports the earliest as the cause: that shall be the rank that spoke.
-    record = {"message": message if first else "as another rank of this node says", "timestamp": int(time.time()) + (not first)}
+    record = {
+        "message": message if first else "as another rank of this node says",
+        "timestamp": int(time.time()) + (not first),
+    }
     try:
         path.write_text(json.dumps(record), encoding="utf-8")
     except OSError:

@@ -28,7 +28,9 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
         with suppress(OSError):
             temporary.unlink()
         if isinstance(error, OSError):
-            raise OSError(error.errno, error.strerror, str(target)) from None  # that of a write names no file
+            raise OSError(
+                error.errno, error.strerror, str(target)
+            ) from None  # that of a write names no file
         raise
     sync_folder(target.parent)
 
@@ -66,7 +68,9 @@ def new_folder(target: Path) -> Iterator[Path]:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     for entry in target.parent.iterdir():
-        remainder = entry.name.startswith(f".{target.name}.") and entry.is_dir() and not entry.is_symlink()
+        remainder = (
+            entry.name.startswith(f".{target.name}.") and entry.is_dir() and not entry.is_symlink()
+        )
         if remainder and not is_being_filled(entry):
             shutil.rmtree(entry, ignore_errors=True)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")

@@ -76,36 +76,73 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
         text = text_of(name, meaning, needed=default is None)
         if text is None:
             return None if name in environment else default
-        if not (text.isascii() and text.strip().isdigit() and len(text) <= MAX_DIGITS and int(text) >= least):
-            problems.append(f"{name} = {text[:40]!r} is not a whole number of at least {least}. It is {meaning}.")
+        if not (
+            text.isascii()
+            and text.strip().isdigit()
+            and len(text) <= MAX_DIGITS
+            and int(text) >= least
+        ):
+            problems.append(
+                f"{name} = {text[:40]!r} is not a whole number of at least {least}. It is {meaning}."
+            )
             return None
         return int(text)
 
     rank = number_of("RANK", "this process's number among all, from 0", 0)
     world = number_of("WORLD_SIZE", "the number of processes", 1)
     several = world is not None and world > 1
-    local = number_of("LOCAL_RANK", "this process's number on its node, from 0, and chooses its GPU", 0, None if several else 0)
+    local = number_of(
+        "LOCAL_RANK",
+        "this process's number on its node, from 0, and chooses its GPU",
+        0,
+        None if several else 0,
+    )
     local_world = number_of("LOCAL_WORLD_SIZE", "the number of processes on this node", 1, 1)
-    restarts = number_of("TORCHELASTIC_RESTART_COUNT", "how often torchrun has started the job anew", 0, 0)
+    restarts = number_of(
+        "TORCHELASTIC_RESTART_COUNT", "how often torchrun has started the job anew", 0, 0
+    )
     host = text_of("MASTER_ADDR", "the host of rank 0, where the ranks meet", needed=several)
-    port = number_of("MASTER_PORT", "a free port of that host, the same for all ranks", 1, None if several else 0)
+    port = number_of(
+        "MASTER_PORT", "a free port of that host, the same for all ranks", 1, None if several else 0
+    )
 
     if rank is not None and world is not None and rank >= world:
         problems.append(
             f"RANK = {rank} is not below WORLD_SIZE = {world}: {world} processes are numbered 0 to {world - 1}. "
             f"Set WORLD_SIZE to the number of processes that you start."
         )
-    if local is not None and local_world is not None and "LOCAL_WORLD_SIZE" in environment and local >= local_world:
-        problems.append(f"LOCAL_RANK = {local} is not below LOCAL_WORLD_SIZE = {local_world}, the number of processes on this node.")
+    if (
+        local is not None
+        and local_world is not None
+        and "LOCAL_WORLD_SIZE" in environment
+        and local >= local_world
+    ):
+        problems.append(
+            f"LOCAL_RANK = {local} is not below LOCAL_WORLD_SIZE = {local_world}, the number of processes on this node."
+        )
     if world is not None and local_world is not None and local_world > world:
-        problems.append(f"LOCAL_WORLD_SIZE = {local_world} is more than WORLD_SIZE = {world}, the processes on all nodes.")
+        problems.append(
+            f"LOCAL_WORLD_SIZE = {local_world} is more than WORLD_SIZE = {world}, the processes on all nodes."
+        )
     if port is not None and port > 65535:
         problems.append(f"MASTER_PORT = {port} is no port. Ports go up to 65535.")
     if problems:
-        who = f"rank {environment['RANK'].strip()}" if environment.get("RANK", "").strip() else "a process without RANK"
+        who = (
+            f"rank {environment['RANK'].strip()}"
+            if environment.get("RANK", "").strip()
+            else "a process without RANK"
+        )
         advice = "torchrun and the templates in configs/launch set them all; unset RANK, WORLD_SIZE and LOCAL_RANK to train in one process."
-        raise ConfigError("\n  ".join([f"{who}: the launcher's variables cannot be used", *problems, advice]))
-    assert rank is not None and world is not None and local is not None and local_world is not None and restarts is not None
+        raise ConfigError(
+            "\n  ".join([f"{who}: the launcher's variables cannot be used", *problems, advice])
+        )
+    assert (
+        rank is not None
+        and world is not None
+        and local is not None
+        and local_world is not None
+        and restarts is not None
+    )
     return Launch(
         rank=rank,
         world_size=world,
@@ -145,18 +182,24 @@ def leave_with_launcher() -> None:
     """
     if not is_launched(os.environ):
         return
-    of_a_shell = not is_by_torchrun(os.environ) and (_has_terminal() or signal.getsignal(signal.SIGHUP) == signal.SIG_IGN)
+    of_a_shell = not is_by_torchrun(os.environ) and (
+        _has_terminal() or signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    )
     leave_with_parent(os.getppid(), signal.SIGHUP if of_a_shell else signal.SIGKILL)
 
 
-def leave_with_parent(parent: int, number: int = signal.SIGKILL, interval_seconds: float = 0.5) -> None:
+def leave_with_parent(
+    parent: int, number: int = signal.SIGKILL, interval_seconds: float = 0.5
+) -> None:
     """Get the signal `number` when process `parent` dies, or has died.
 
     The kernel is asked for it; a thread looks as well: the parent may have died before, or the kernel may be another.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
-    threading.Thread(target=_watch, args=(parent, number, interval_seconds), name="parent", daemon=True).start()
+    threading.Thread(
+        target=_watch, args=(parent, number, interval_seconds), name="parent", daemon=True
+    ).start()
 
 
 @contextmanager

@@ -29,7 +29,9 @@ class Output:
     renewed: bool = False
 
 
-def check_outputs(outputs: Sequence[Output], inputs: Iterable[str | Path] = (), overwrite: bool = False) -> None:
+def check_outputs(
+    outputs: Sequence[Output], inputs: Iterable[str | Path] = (), overwrite: bool = False
+) -> None:
     """UserError, with all problems, where an output cannot be written, is an input or another output, or would replace something.
 
     inputs: files and folders that the program reads; those that do not exist count for nothing. overwrite: replace what is there.
@@ -42,18 +44,26 @@ def check_outputs(outputs: Sequence[Output], inputs: Iterable[str | Path] = (), 
         problem = _cannot_be_written(output)
         identity: object = _identity(output.path) or os.path.realpath(output.path)
         if problem is None and identity in read:
-            problem = f"is an input as well ({read[identity]}): it would be lost. Choose another name."
+            problem = (
+                f"is an input as well ({read[identity]}): it would be lost. Choose another name."
+            )
         elif problem is None and not output.folder:
             if identity in seen:
                 problem = f"is named twice, the second time as {seen[identity].path}. Give every output a name of its own."
-            elif output.path.exists() and not overwrite and not (output.renewed and is_ours(output.path)):
+            elif (
+                output.path.exists()
+                and not overwrite
+                and not (output.renewed and is_ours(output.path))
+            ):
                 problem = "exists. Choose another name, or replace it with --overwrite."
         seen[identity] = output
         if problem is not None:
             problems.append(f"{output.option} = {output.path}: {problem}")
     problems = list(dict.fromkeys(problems))
     if len(problems) > 1:
-        raise UserError("\n".join([f"{len(problems)} problems", *(f"  {problem}" for problem in problems)]))
+        raise UserError(
+            "\n".join([f"{len(problems)} problems", *(f"  {problem}" for problem in problems)])
+        )
     if problems:
         raise UserError(problems[0])
 
@@ -100,10 +110,16 @@ def _cannot_be_written(output: Output) -> str | None:
         above = above.parent
     if not above.is_dir():
         return f"cannot be written: {above} is no folder. Choose another one."
-    if not os.access(above, os.W_OK | os.X_OK) or (mode is not None and not os.access(path, os.W_OK)):
+    if not os.access(above, os.W_OK | os.X_OK) or (
+        mode is not None and not os.access(path, os.W_OK)
+    ):
         return f"cannot be written: you may not write into {above}. Choose another folder."
     try:
-        with tempfile.NamedTemporaryFile(dir=above):  # only trying tells of file systems that take no files, such as /proc
+        with tempfile.NamedTemporaryFile(
+            dir=above
+        ):  # only trying tells of file systems that take no files, such as /proc
             return None
     except OSError as error:
-        return f"cannot be written: {above} takes no file ({error.strerror}). Choose another folder."
+        return (
+            f"cannot be written: {above} takes no file ({error.strerror}). Choose another folder."
+        )

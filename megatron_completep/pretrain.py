@@ -38,7 +38,9 @@ from megatron_completep.training import build
 from megatron_completep.training.loop import train
 
 
-def pretrain(config: Config, fail_point: FailPoint = no_fail_point, clock: StartupClock | None = None) -> ExitCode:
+def pretrain(
+    config: Config, fail_point: FailPoint = no_fail_point, clock: StartupClock | None = None
+) -> ExitCode:
     """Train one model, watched from the beginning: signals are heard, the ranks meet, a hang has an end.
 
     fail_point: called at named places of a save; the tests of faults pass one that breaks something there. clock: has run since
@@ -50,13 +52,21 @@ def pretrain(config: Config, fail_point: FailPoint = no_fail_point, clock: Start
     check_world(config, launch.world_size)
     table = table_of(config)
     warnings = check_parameters(config, table)
-    choose_device(config.training.device, launch.local_rank)  # refused before the others wait for this rank
+    choose_device(
+        config.training.device, launch.local_rank
+    )  # refused before the others wait for this rank
     say = say_on_stdout if launch.rank == 0 else nobody_hears
     hang_minutes, folder = config.guards.hang_timeout_minutes, Path(config.training.output_dir)
-    with StopSignals(say, config.training.exit_after_minutes, clock.elapsed, launch.by_torchrun) as signals:
+    with StopSignals(
+        say, config.training.exit_after_minutes, clock.elapsed, launch.by_torchrun
+    ) as signals:
         store = meet(launch, 60 * config.parallel.timeout_minutes, say)
-        with Watchdog(launch, folder, 60 * hang_minutes if hang_minutes else None, store, say_on_stderr) as watchdog:
-            return train_one_model(config, launch, store, signals, watchdog, say, fail_point, clock, table, warnings)
+        with Watchdog(
+            launch, folder, 60 * hang_minutes if hang_minutes else None, store, say_on_stderr
+        ) as watchdog:
+            return train_one_model(
+                config, launch, store, signals, watchdog, say, fail_point, clock, table, warnings
+            )
 
 
 def train_one_model(
@@ -73,7 +83,12 @@ def train_one_model(
 ) -> ExitCode:
     """Read this function first: it visits every room once, in order."""
     watchdog.enter("joining the process group")
-    context = ParallelContext.create(config.parallel, config.training.device, f"{config.training.output_dir}/nccl_timeout_rank_", store)
+    context = ParallelContext.create(
+        config.parallel,
+        config.training.device,
+        f"{config.training.output_dir}/nccl_timeout_rank_",
+        store,
+    )
     guard = Guard(config, context, launch, watchdog, say)
     guard.on_first(lambda: build.prepare_output(config))
     for warning in warnings:
@@ -92,7 +107,9 @@ def train_one_model(
     validation = build.build_validation(config, context)
     guard.on_first(lambda: build.keep_run_tokenizer(config, say))
     clock.done("data")
-    watchdog.enter("loading the checkpoint", at_least_seconds=0.9 * 60 * config.checkpoint.timeout_minutes)
+    watchdog.enter(
+        "loading the checkpoint", at_least_seconds=0.9 * 60 * config.checkpoint.timeout_minutes
+    )
     checkpointer = Checkpointer(
         config,
         context,
@@ -117,7 +134,9 @@ def train_one_model(
     if (done := build.nothing_left(config, state)) is not None:
         say(done)
     hooks = [*guard.hooks(step, state, rollbacks), StartupReport(clock, say)]
-    hooks += build.default_hooks(config, context, step, validation, checkpointer, state, precision, say)
+    hooks += build.default_hooks(
+        config, context, step, validation, checkpointer, state, precision, say
+    )
     code = train(config, context, step, loader, state, hooks, signals, rollbacks)
     guard.close()
     context.close()
@@ -128,7 +147,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     """Read the command line, train, and return the process's exit code."""
     clock = StartupClock.from_process_start()
     parser = Parser(__doc__)
-    parser.add_argument("config", type=file_to_read, metavar="CONFIG", help="the YAML file of the run")
+    parser.add_argument(
+        "config", type=file_to_read, metavar="CONFIG", help="the YAML file of the run"
+    )
     parser.add_overrides()
     arguments = parser.parse_args(argv)
     return pretrain(load_config(arguments.config, arguments.overrides), clock=clock)

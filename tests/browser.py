@@ -17,8 +17,21 @@ from typing import Any
 import pytest
 
 FLAGS = (
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
-    *("--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--hide-scrollbars", "--remote-debugging-pipe"),
+    *(
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+    ),
+    *(
+        "--disable-component-update",
+        "--disable-sync",
+        "--disable-dev-shm-usage",
+        "--hide-scrollbars",
+        "--remote-debugging-pipe",
+    ),
 )
 
 
@@ -28,7 +41,9 @@ class Browser:
     def __init__(self, executable: str, profile: str):
         to_browser, self._to = os.pipe()
         self._from, from_browser = os.pipe()
-        far = [fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (to_browser, from_browser)]  # out of the way of 3 and 4
+        far = [
+            fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (to_browser, from_browser)
+        ]  # out of the way of 3 and 4
         self._process = subprocess.Popen(
             [executable, *FLAGS, f"--user-data-dir={profile}"],
             close_fds=False,
@@ -44,7 +59,9 @@ class Browser:
         self._events: list[dict[str, Any]] = []
         self.problems: list[str] = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)[
+            "sessionId"
+        ]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
 
@@ -76,9 +93,13 @@ class Browser:
             case "Runtime.exceptionThrown":
                 self.problems.append(f"exception: {details['exceptionDetails']}")
             case "Runtime.consoleAPICalled" if details["type"] in ("error", "warning", "assert"):
-                self.problems.append(f"console {details['type']}: {[a.get('value', a.get('description')) for a in details['args']]}")
+                self.problems.append(
+                    f"console {details['type']}: {[a.get('value', a.get('description')) for a in details['args']]}"
+                )
             case "Log.entryAdded" if details["entry"]["level"] in ("error", "warning"):
-                self.problems.append(f"{details['entry']['level']}: {details['entry']['text']} {details['entry'].get('url', '')}")
+                self.problems.append(
+                    f"{details['entry']['level']}: {details['entry']['text']} {details['entry'].get('url', '')}"
+                )
             case "Network.loadingFailed" if not details.get("canceled"):
                 self.problems.append(f"not loaded: {details.get('errorText')}")
         self._events.append(event)
@@ -87,11 +108,19 @@ class Browser:
         """Load a page to its end, pictures included, and forget the complaints about the page before."""
         self._go("about:blank")  # what the page before still has to say comes now
         self.problems.clear()
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=False,
+        )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self._go(url)
-        self.evaluate("Promise.all([...document.images].map(image => image.decode().catch(() => 0)))")
+        self.evaluate(
+            "Promise.all([...document.images].map(image => image.decode().catch(() => 0)))"
+        )
 
     def _go(self, url: str) -> None:
         self._events.clear()
@@ -103,12 +132,16 @@ class Browser:
     @property
     def requests(self) -> list[str]:
         """Addresses that the page asked for."""
-        sent = (event for event in self._events if event.get("method") == "Network.requestWillBeSent")
+        sent = (
+            event for event in self._events if event.get("method") == "Network.requestWillBeSent"
+        )
         return [event["params"]["request"]["url"] for event in sent]
 
     def evaluate(self, expression: str) -> Any:
         """The value of a JavaScript expression; promises are waited for."""
-        answer = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+        answer = self.call(
+            "Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True
+        )
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
@@ -117,13 +150,25 @@ class Browser:
         picture = self.call("Page.captureScreenshot", captureBeyondViewport=whole)["data"]
         if whole:
             size = self.call("Page.getLayoutMetrics")["cssContentSize"]
-            clip = {"x": 0, "y": 0, "width": size["width"], "height": min(size["height"], 12000), "scale": 1}
-            picture = self.call("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)["data"]
+            clip = {
+                "x": 0,
+                "y": 0,
+                "width": size["width"],
+                "height": min(size["height"], 12000),
+                "scale": 1,
+            }
+            picture = self.call("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)[
+                "data"
+            ]
         path.write_bytes(base64.b64decode(picture))
 
     def broken_pictures(self) -> list[str]:
         """Pictures of the page that show nothing."""
-        return list(self.evaluate("[...document.images].filter(i => !(i.complete && i.naturalWidth > 0)).map(i => i.src.slice(0, 80))"))
+        return list(
+            self.evaluate(
+                "[...document.images].filter(i => !(i.complete && i.naturalWidth > 0)).map(i => i.src.slice(0, 80))"
+            )
+        )
 
     def close(self) -> None:
         self._process.kill()
@@ -135,7 +180,9 @@ class Browser:
 @contextmanager
 def chromium() -> Iterator[Browser]:
     """A browser for a test, which is skipped where there is none."""
-    executable = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    executable = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
     if executable is None:
         pytest.skip("no Chromium here (`apt-get install chromium`)")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:

@@ -54,18 +54,31 @@ def tiny_config(folder: Path | str, **overrides: dict[str, Any]) -> Config:
 class TinyRun:
     """Model, optimizer and checkpointer of one rank; `train` makes steps whose data depends on the step alone."""
 
-    def __init__(self, config: Config, context: ParallelContext | None = None, fail_point=no_fail_point, rule=None, **options: Any):
+    def __init__(
+        self,
+        config: Config,
+        context: ParallelContext | None = None,
+        fail_point=no_fail_point,
+        rule=None,
+        **options: Any,
+    ):
         self.config, self.context = config, context or ParallelContext.single("cpu")
-        precision = {"float32": torch.float32, "bf16": torch.bfloat16, "float64": torch.float64}[config.training.precision]
+        precision = {"float32": torch.float32, "bf16": torch.bfloat16, "float64": torch.float64}[
+            config.training.precision
+        ]
         table = table_of(config)
         self.model = GPT(config.model, table, self.context)
         initialize(self.model, table, config.optimizer, config.training.seed)
         if precision == torch.float64:
             self.model.double()
-        self.optimizer = DistributedOptimizer([self.model], table, config.optimizer, self.context, config.parallel, precision, rule)
+        self.optimizer = DistributedOptimizer(
+            [self.model], table, config.optimizer, self.context, config.parallel, precision, rule
+        )
         self.said: list[str] = []
         options.setdefault("report", self.said.append)
-        self.checkpointer = Checkpointer(config, self.context, self.optimizer, table, fail_point=fail_point, **options)
+        self.checkpointer = Checkpointer(
+            config, self.context, self.optimizer, table, fail_point=fail_point, **options
+        )
         self.state = RunState()
 
     def train(self, steps: int) -> list[float]:
@@ -74,14 +87,18 @@ class TinyRun:
         for _ in range(steps):
             step = self.state.step + 1
             generator = torch.Generator().manual_seed(step)
-            tokens = torch.randint(0, self.config.model.vocab_size, (BATCH, SEQ + 1), generator=generator)
+            tokens = torch.randint(
+                0, self.config.model.vocab_size, (BATCH, SEQ + 1), generator=generator
+            )
             rows = tokens.chunk(self.context.data.size)[self.context.data.rank]
             self.optimizer.begin_step(1)
             self.optimizer.wait_for_parameters()
             loss = self.model(rows[:, :-1], labels=rows[:, 1:])
             loss.backward()
             rate = learning_rate(step, self.config.optimizer, self.config.training.train_steps)
-            losses.append(self.optimizer.step(rate, loss, torch.tensor(rows[:, 1:].numel())).loss.item())
+            losses.append(
+                self.optimizer.step(rate, loss, torch.tensor(rows[:, 1:].numel())).loss.item()
+            )
             self.state = self.state.after_step(BATCH, SEQ)
         self.optimizer.wait_for_parameters()
         return losses
@@ -97,6 +114,7 @@ class TinyRun:
     def bits(self) -> dict[str, bytes]:
         """Every number that training depends on."""
         flats = {"flat": self.optimizer.shards.flat, **self.optimizer.states}
-        return {name: flat.contiguous().view(torch.uint8).numpy().tobytes() for name, flat in flats.items()} | {
-            "updates": repr(read_control(self.optimizer.control).step).encode()
-        }
+        return {
+            name: flat.contiguous().view(torch.uint8).numpy().tobytes()
+            for name, flat in flats.items()
+        } | {"updates": repr(read_control(self.optimizer.control).step).encode()}

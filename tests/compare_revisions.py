@@ -83,7 +83,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, dict[str, object]]]] = {
     "data 2 x tensor 2, bf16": (
         4,
         {
-            "parallel": {"tensor_parallel_size": 2, "gradient_dtype": "bf16", "bucket_megabytes": 0.02},
+            "parallel": {
+                "tensor_parallel_size": 2,
+                "gradient_dtype": "bf16",
+                "bucket_megabytes": 0.02,
+            },
             "training": {"precision": "bf16", "recompute": "selective", "z_loss": 1e-3},
         },
     ),
@@ -140,7 +144,8 @@ class Tree:
         """Train the small model with these changes; returns the run's folder."""
         folder = self.scratch / name.replace(" ", "_").replace(",", "")
         values: dict[str, dict[str, object]] = {
-            section: {**BASE.get(section, {}), **changes.get(section, {})} for section in {*BASE, *changes}
+            section: {**BASE.get(section, {}), **changes.get(section, {})}
+            for section in {*BASE, *changes}
         }
         values["data"] = {
             "train": [{"prefix": str(corpus)}],
@@ -192,7 +197,10 @@ def initial(tree: Tree, corpus: Path) -> dict[str, str]:
     """Weights before the first update: a run whose only step is passed over."""
     results = {}
     for name, model in (("rmsnorm", {"qk_norm": True}), ("layernorm", GPT2)):
-        changes = {"model": model, "training": {**BASE["training"], "skip_steps": [{"first": 1, "last": 5}]}}
+        changes = {
+            "model": model,
+            "training": {**BASE["training"], "skip_steps": [{"first": 1, "last": 5}]},
+        }
         run = tree.train(f"initial {name}", corpus, changes, 1)
         results |= {f"{name} {tensor}": value for tensor, value in tensors_of(run).items()}
     return results
@@ -249,7 +257,9 @@ CASES: dict[str, Callable[[Tree, Path], dict[str, str]]] = {
 def write_corpus(tree: Tree, folder: Path) -> Path:
     """Token files of this program's own documents, made by the older tree."""
     text = folder / "documents.jsonl"
-    lines = [json.dumps({"text": page.read_text()[:4000]}) for page in sorted(ROOT.glob("docs/*.md"))]
+    lines = [
+        json.dumps({"text": page.read_text()[:4000]}) for page in sorted(ROOT.glob("docs/*.md"))
+    ]
     text.write_text("\n".join(lines))
     tree.run(
         "tools/preprocess_data.py",
@@ -269,9 +279,13 @@ def differences(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("revision", help="the older revision, as git names it")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="default: all")
+    parser.add_argument(
+        "--cases", nargs="+", choices=CASES, default=list(CASES), help="default: all"
+    )
     arguments = parser.parse_args(argv)
     differing = 0
     with tempfile.TemporaryDirectory() as name:
@@ -289,7 +303,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"{case}: {len(before)} values, {len(lines)} differ", flush=True)
                 print("\n".join(lines[:20]), end="\n" if lines else "", flush=True)
         finally:
-            remove = ["git", "-C", str(ROOT), "worktree", "remove", "--force", str(folder / "source")]
+            remove = [
+                "git",
+                "-C",
+                str(ROOT),
+                "worktree",
+                "remove",
+                "--force",
+                str(folder / "source"),
+            ]
             subprocess.run(remove, check=False, capture_output=True)
     return 1 if differing else 0
 

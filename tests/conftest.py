@@ -16,7 +16,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 from worker_pool import WorkerPool
 
-settings.register_profile("project", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "project", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("project")
 
 
@@ -42,7 +44,9 @@ def pool() -> Iterator[WorkerPool]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--pairs-seed", type=int, help="which rows tests/parallel/test_feature_pairs.py takes; a random seed where none is given"
+        "--pairs-seed",
+        type=int,
+        help="which rows tests/parallel/test_feature_pairs.py takes; a random seed where none is given",
     )
 
 

@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 Row = dict[str, str]  # factor -> level
 Pair = frozenset[tuple[str, str]]  # of two (factor, level)
-Forbidden = Callable[[tuple[str, str], tuple[str, str]], bool]  # whether two (factor, level) cannot stand in one row; symmetric
+Forbidden = Callable[
+    [tuple[str, str], tuple[str, str]], bool
+]  # whether two (factor, level) cannot stand in one row; symmetric
 
 
 def all_pairs(factors: Mapping[str, Sequence[str]], forbidden: Forbidden) -> list[Pair]:
@@ -16,7 +18,9 @@ def all_pairs(factors: Mapping[str, Sequence[str]], forbidden: Forbidden) -> lis
     return [
         frozenset((a, b))
         for (one, ones), (other, others) in itertools.combinations(factors.items(), 2)
-        for a, b in itertools.product([(one, level) for level in ones], [(other, level) for level in others])
+        for a, b in itertools.product(
+            [(one, level) for level in ones], [(other, level) for level in others]
+        )
         if not forbidden(a, b)
     ]
 
@@ -39,7 +43,11 @@ def covering_array(factors: Mapping[str, Sequence[str]], forbidden: Forbidden) -
         for factor in sorted(factors, key=lambda name: -len(factors[name])):
             if factor in row:
                 continue
-            allowed = [level for level in factors[factor] if not any(forbidden((factor, level), held) for held in row.items())]
+            allowed = [
+                level
+                for level in factors[factor]
+                if not any(forbidden((factor, level), held) for held in row.items())
+            ]
             assert allowed, f"no level of {factor} goes with {row}"
 
             def gain(level: str, factor: str = factor, row: Row = row) -> tuple[int, int]:

@@ -37,13 +37,24 @@ class PlainTwin:
     def logit_multiplier(self) -> float:
         if self.completep.parameterization == "sp":
             return self.model.logit_multiplier
-        return self.model.logit_multiplier * (self.completep.base_hidden_size or self.model.hidden_size) / self.model.hidden_size
+        return (
+            self.model.logit_multiplier
+            * (self.completep.base_hidden_size or self.model.hidden_size)
+            / self.model.hidden_size
+        )
 
     def attention_scale(self) -> float:
         d, factor = self.head_dim, self.model.attention_multiplier
-        if self.completep.parameterization == "sp" or self.model.attention_scale == "1/sqrt(head_dim)":
+        if (
+            self.completep.parameterization == "sp"
+            or self.model.attention_scale == "1/sqrt(head_dim)"
+        ):
             return factor * d**-0.5
-        return factor / d if self.model.attention_scale == "1/head_dim" else factor * (self.completep.base_head_dim or d) ** 0.5 / d
+        return (
+            factor / d
+            if self.model.attention_scale == "1/head_dim"
+            else factor * (self.completep.base_head_dim or d) ** 0.5 / d
+        )
 
     def logits(
         self,
@@ -54,7 +65,10 @@ class PlainTwin:
         branch_factors: list[Tensor] | None = None,
     ) -> Tensor:
         """tokens [B, S] -> logits [B, S, V]. `branch_factors`: a dropout mask [B, S, H] for each branch in order."""
-        w, s = self.weights, self.residual_multiplier() if residual_multiplier is None else residual_multiplier
+        w, s = (
+            self.weights,
+            self.residual_multiplier() if residual_multiplier is None else residual_multiplier,
+        )
         batch, length = tokens.shape
         where = torch.arange(length).expand(batch, length) if positions is None else positions
         documents = torch.zeros_like(tokens) if document_ids is None else document_ids
@@ -100,7 +114,10 @@ class PlainTwin:
         q, k, v = self.linear(x, f"{prefix}.qkv").split((heads * d, groups * d, groups * d), dim=-1)
         q, k, v = (t.unflatten(-1, (-1, d)).transpose(1, 2) for t in (q, k, v))  # [B, heads, S, D]
         if self.model.qk_norm:
-            q, k = self.norm(q, f"{prefix}.q_norm", "rmsnorm"), self.norm(k, f"{prefix}.k_norm", "rmsnorm")
+            q, k = (
+                self.norm(q, f"{prefix}.q_norm", "rmsnorm"),
+                self.norm(k, f"{prefix}.k_norm", "rmsnorm"),
+            )
         if self.model.position == "rope":
             q, k = self.rotate(q, where), self.rotate(k, where)
         k, v = (t.repeat_interleave(heads // groups, dim=1) for t in (k, v))
@@ -108,16 +125,23 @@ class PlainTwin:
         order = torch.arange(x.shape[1])
         if self.model.position == "alibi":
             scores = scores - slopes(heads)[:, None, None] * (order[:, None] - order[None, :])
-        hidden = (order[:, None] < order[None, :]) | (documents[:, :, None] != documents[:, None, :])
+        hidden = (order[:, None] < order[None, :]) | (
+            documents[:, :, None] != documents[:, None, :]
+        )
         mixed = torch.softmax(scores.masked_fill(hidden[:, None], -math.inf), dim=-1) @ v
         return self.linear(mixed.transpose(1, 2).flatten(2), f"{prefix}.output")
 
     def rotate(self, x: Tensor, where: Tensor) -> Tensor:
         """Pairs (i, i + D/2) as complex numbers, times exp(i * position * base^(-2i/D))."""
         half = self.head_dim // 2
-        speeds = torch.tensor([self.model.rope_base ** (-2 * i / self.head_dim) for i in range(half)], dtype=torch.float64)
+        speeds = torch.tensor(
+            [self.model.rope_base ** (-2 * i / self.head_dim) for i in range(half)],
+            dtype=torch.float64,
+        )
         angle = where[:, None, :, None] * speeds
-        turned = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angle), angle)
+        turned = torch.complex(x[..., :half], x[..., half:]) * torch.polar(
+            torch.ones_like(angle), angle
+        )
         return torch.cat((turned.real, turned.imag), dim=-1)
 
 
@@ -129,7 +153,15 @@ def slopes(heads: int) -> Tensor:
     return torch.tensor((own + between)[:heads], dtype=torch.float64)
 
 
-def cross_entropy_sum(logits: Tensor, labels: Tensor, z_loss: float = 0.0, label_smoothing: float = 0.0) -> Tensor:
+def cross_entropy_sum(
+    logits: Tensor, labels: Tensor, z_loss: float = 0.0, label_smoothing: float = 0.0
+) -> Tensor:
     """Sum over the labels that are not -100."""
-    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum", label_smoothing=label_smoothing)
+    loss = F.cross_entropy(
+        logits.flatten(0, 1),
+        labels.flatten(),
+        ignore_index=-100,
+        reduction="sum",
+        label_smoothing=label_smoothing,
+    )
     return loss + z_loss * (torch.logsumexp(logits, -1).square() * (labels != -100)).sum()

@@ -9,7 +9,12 @@ from torch import Tensor
 
 from megatron_completep.completep import Table, table_of
 from megatron_completep.config.bare import bare_config
-from megatron_completep.config.schema import CompletePConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_completep.config.schema import (
+    CompletePConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+)
 from megatron_completep.model.gpt import GPT
 from megatron_completep.model.initialize import initialize
 from megatron_completep.optim.optimizer import DistributedOptimizer, StepResult
@@ -32,11 +37,15 @@ def model_config(**changes: Any) -> ModelConfig:
 
 
 def completep_config(**changes: Any) -> CompletePConfig:
-    return CompletePConfig(**{"base_hidden_size": 16, "base_num_layers": 2, "base_head_dim": 4, **changes})
+    return CompletePConfig(
+        **{"base_hidden_size": 16, "base_num_layers": 2, "base_head_dim": 4, **changes}
+    )
 
 
 def optimizer_config(**changes: Any) -> OptimizerConfig:
-    return OptimizerConfig(**{"base_lr": 1e-2, "base_init_std": 0.2, "schedule": "constant", **changes})
+    return OptimizerConfig(
+        **{"base_lr": 1e-2, "base_init_std": 0.2, "schedule": "constant", **changes}
+    )
 
 
 def table_for(model: ModelConfig, completep: CompletePConfig) -> Table:
@@ -67,7 +76,9 @@ def build_model(
         generator = torch.Generator().manual_seed(seed)
         for parameter in gpt.parameters():
             if parameter.dim() == 1:
-                parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(dtype)
+                parameter.data += 0.3 * torch.randn(
+                    parameter.shape, generator=generator, dtype=torch.float64
+                ).to(dtype)
     return gpt
 
 
@@ -78,11 +89,17 @@ def build_optimizer(
     precision: torch.dtype = torch.float64,
     parallel: ParallelConfig | None = None,
 ) -> DistributedOptimizer:
-    return DistributedOptimizer([gpt], table, optimizer or optimizer_config(), ParallelContext.single(), parallel, precision)
+    return DistributedOptimizer(
+        [gpt], table, optimizer or optimizer_config(), ParallelContext.single(), parallel, precision
+    )
 
 
 def batch_of(
-    model: ModelConfig, seed: int = 0, batch: int = 3, seq_length: int | None = None, ignored: float = 0.2
+    model: ModelConfig,
+    seed: int = 0,
+    batch: int = 3,
+    seq_length: int | None = None,
+    ignored: float = 0.2,
 ) -> tuple[Tensor, Tensor]:
     """Tokens and labels [B, S]; about `ignored` of the labels do not count."""
     generator = torch.Generator().manual_seed(seed)
@@ -93,7 +110,9 @@ def batch_of(
     return tokens[:, :-1].contiguous(), labels
 
 
-def train_step(gpt: GPT, optimizer: DistributedOptimizer, lr: float, *batches: tuple[Tensor, Tensor]) -> StepResult:
+def train_step(
+    gpt: GPT, optimizer: DistributedOptimizer, lr: float, *batches: tuple[Tensor, Tensor]
+) -> StepResult:
     """One step over micro-batches of (tokens, labels)."""
     optimizer.begin_step(len(batches))
     loss_sum, counted = torch.zeros((), dtype=torch.float64), 0
@@ -115,5 +134,7 @@ def small_setup(
     """A model with its optimizer, ready to train."""
     shape, settings = model_config(**(model or {})), optimizer_config(**(optimizer or {}))
     table = table_for(shape, completep_config(**(completep or {})))
-    gpt = build_model(shape, table, torch.float64 if dtype == torch.float64 else torch.float32, optimizer=settings)
+    gpt = build_model(
+        shape, table, torch.float64 if dtype == torch.float64 else torch.float32, optimizer=settings
+    )
     return gpt, build_optimizer(gpt, table, settings, dtype), table

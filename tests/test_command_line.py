@@ -37,8 +37,15 @@ def test_overrides_of_a_command_keep_their_order_wherever_they_stand(words: str)
 
 
 def test_the_value_of_an_option_is_no_override_and_a_path_is_none() -> None:
-    values = two_commands().parse_args(["first", "./a.b=c/x.yaml", "--title", "lr=1", "--lr", "a.b=2"])
-    assert (values.config, values.title, values.lr, values.overrides) == ("./a.b=c/x.yaml", "lr=1", "a.b=2", [])
+    values = two_commands().parse_args(
+        ["first", "./a.b=c/x.yaml", "--title", "lr=1", "--lr", "a.b=2"]
+    )
+    assert (values.config, values.title, values.lr, values.overrides) == (
+        "./a.b=c/x.yaml",
+        "lr=1",
+        "a.b=2",
+        [],
+    )
 
 
 def test_a_command_without_overrides_takes_such_words_as_they_are() -> None:
@@ -51,15 +58,21 @@ def test_a_value_may_begin_with_a_minus(value: str) -> None:
     assert two_commands().parse_args(["first", "x.yaml", f"--lr={value}"]).lr == value
 
 
-def test_an_option_is_not_taken_for_the_value_of_another(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_option_is_not_taken_for_the_value_of_another(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with pytest.raises(SystemExit):
         two_commands().parse_args(["first", "x.yaml", "--lr", "--title", "a"])
     assert "--lr: expected one argument" in capsys.readouterr().err
 
 
-def test_all_problems_of_a_command_line_are_said_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_problems_of_a_command_line_are_said_at_once(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with pytest.raises(SystemExit) as ended:
-        two_commands().parse_args(["first", "--steps", "10", "--sizes", "1,0,x", "--titel", "--step", "a.b"])
+        two_commands().parse_args(
+            ["first", "--steps", "10", "--sizes", "1,0,x", "--titel", "--step", "a.b"]
+        )
     assert ended.value.code == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "error: 4 problems in this command line"
@@ -78,7 +91,10 @@ def test_an_abbreviation_is_an_unknown_option(capsys: pytest.CaptureFixture[str]
     assert "--tit: no such option. Did you mean --title?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("words", "message"), [([], "missing: COMMAND"), (["thrid"], "not known. Use one of: first, second.")])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [([], "missing: COMMAND"), (["thrid"], "not known. Use one of: first, second.")],
+)
 def test_a_command_that_is_missing_or_unknown_is_answered_with_the_commands(
     words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,7 +19,8 @@ def uncovered(rows: list[Row], factors: dict[str, list[str]], forbidden=nothing)
         (one, level, other, second)
         for one, other in itertools.combinations(factors, 2)
         for level, second in itertools.product(factors[one], factors[other])
-        if not forbidden((one, level), (other, second)) and not any(r[one] == level and r[other] == second for r in rows)
+        if not forbidden((one, level), (other, second))
+        and not any(r[one] == level and r[other] == second for r in rows)
     ]
 
 
@@ -33,8 +34,12 @@ def test_three_switches_need_four_rows_instead_of_eight():
 @pytest.mark.parametrize("seed", range(5))
 def test_every_pair_that_is_allowed_stands_in_a_row_and_no_other(seed):
     random_source = random.Random(seed)
-    factors = {f"f{n}": [str(level) for level in range(random_source.randint(2, 6))] for n in range(9)}
-    levels = [(name, level) for name, values in factors.items() for level in values if level != "0"]  # level 0 goes with everything
+    factors = {
+        f"f{n}": [str(level) for level in range(random_source.randint(2, 6))] for n in range(9)
+    }
+    levels = [
+        (name, level) for name, values in factors.items() for level in values if level != "0"
+    ]  # level 0 goes with everything
     refused = {frozenset(random_source.sample(levels, 2)) for _ in range(20)}
 
     def forbidden(a, b):
@@ -43,7 +48,9 @@ def test_every_pair_that_is_allowed_stands_in_a_row_and_no_other(seed):
     rows = covering_array(factors, forbidden)
     assert rows == covering_array(factors, forbidden)
     assert uncovered(rows, factors, forbidden) == []
-    assert not [row for row in rows for a, b in itertools.combinations(row.items(), 2) if forbidden(a, b)]
+    assert not [
+        row for row in rows for a, b in itertools.combinations(row.items(), 2) if forbidden(a, b)
+    ]
     assert all(row.keys() == factors.keys() for row in rows)
     assert len(rows) < 60  # the largest two factors alone need up to 36
 

@@ -31,8 +31,16 @@ def raising(error: BaseException) -> Callable[[], int]:
         (ConfigError("a.yaml: wrong."), 2, "error: a.yaml: wrong.\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
         (KeyboardInterrupt("all is kept."), 130, "interrupted: all is kept.\n"),
-        (OSError(errno.ENOSPC, "No space left on device", "x/y"), 2, "error: x/y: No space left on device. Free some space"),
-        (PermissionError(errno.EACCES, "Permission denied", "x/y"), 2, "error: x/y: Permission denied."),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "x/y"),
+            2,
+            "error: x/y: No space left on device. Free some space",
+        ),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "x/y"),
+            2,
+            "error: x/y: Permission denied.",
+        ),
     ],
 )
 def test_what_is_not_the_programs_fault_is_one_message(
@@ -44,7 +52,14 @@ def test_what_is_not_the_programs_fault_is_one_message(
     assert (ended.value.code, captured.out) == (code, "") and captured.err.startswith(message)
 
 
-@pytest.mark.parametrize("error", [ValueError("a"), OSError(errno.ENOENT, "No such file", "x"), OSError(errno.ENOSPC, "No space left")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("a"),
+        OSError(errno.ENOENT, "No such file", "x"),
+        OSError(errno.ENOSPC, "No space left"),
+    ],
+)
 def test_the_programs_own_faults_keep_their_traceback(error: Exception) -> None:
     with pytest.raises(type(error)):
         exit_on_user_error(raising(error))
@@ -64,22 +79,38 @@ exit_on_user_error(main)
 @pytest.mark.parametrize("length", [1, 100_000])  # written at the end, or in the middle of the work
 @pytest.mark.parametrize(
     ("stdout", "code", "message"),
-    [(">&-", 0, ""), (">/dev/full", 2, "error: standard output: No space left on device. Free some space"), (">/dev/null", 0, "")],
+    [
+        (">&-", 0, ""),
+        (">/dev/full", 2, "error: standard output: No space left on device. Free some space"),
+        (">/dev/null", 0, ""),
+    ],
 )
-def test_a_standard_output_that_takes_nothing_is_no_traceback(stdout: str, code: int, message: str, length: int) -> None:
+def test_a_standard_output_that_takes_nothing_is_no_traceback(
+    stdout: str, code: int, message: str, length: int
+) -> None:
     words = ["sh", "-c", f'exec "$@" {stdout}', "sh", sys.executable, "-c", ENDING, str(length)]
     run = subprocess.run(words, cwd=ROOT, stderr=subprocess.PIPE, text=True, check=False)
-    assert run.returncode == code and run.stderr.startswith(message) and run.stderr.count("\n") == (1 if message else 0)
+    assert (
+        run.returncode == code
+        and run.stderr.startswith(message)
+        and run.stderr.count("\n") == (1 if message else 0)
+    )
 
 
-def test_bytes_of_names_that_are_not_utf_8_are_shown_as_such(capsys: pytest.CaptureFixture[str]) -> None:
+def test_bytes_of_names_that_are_not_utf_8_are_shown_as_such(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     say_once("error: caf\udce9 \u00e9 \udc80.")
     say_once("error: \ud800")  # of no file's name
     assert capsys.readouterr().err == "error: caf\\xe9 \u00e9 \\x80.\nerror: \\ud800\n"
 
 
 def test_the_innermost_sentence_of_an_interruption_counts() -> None:
-    with pytest.raises(KeyboardInterrupt, match="inner"), when_interrupted("outer"), when_interrupted("inner"):
+    with (
+        pytest.raises(KeyboardInterrupt, match="inner"),
+        when_interrupted("outer"),
+        when_interrupted("inner"),
+    ):
         raise KeyboardInterrupt
     with pytest.raises(ValueError), when_interrupted("a"):
         raise ValueError
@@ -98,16 +129,24 @@ def rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Pat
     return become
 
 
-def test_one_rank_speaks_for_all_that_say_the_same(rank: Callable[[int], Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_rank_speaks_for_all_that_say_the_same(
+    rank: Callable[[int], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     files = []
     for local_rank in (2, 0, 1):
         files.append(rank(local_rank))
         say_once("error: the same for all")
     rank(3)
     say_once("error: rank 3 alone has this")  # a mistake of one rank is never lost
-    assert capsys.readouterr().err.splitlines() == ["error: the same for all", "error: rank 3 alone has this"]
+    assert capsys.readouterr().err.splitlines() == [
+        "error: the same for all",
+        "error: rank 3 alone has this",
+    ]
     records = [json.loads(path.read_text()) for path in files]
-    assert [record["message"] for record in records] == ["error: the same for all", *["as another rank of this node says"] * 2]
+    assert [record["message"] for record in records] == [
+        "error: the same for all",
+        *["as another rank of this node says"] * 2,
+    ]
     assert all(record["timestamp"] > records[0]["timestamp"] for record in records[1:])
 
 
@@ -121,12 +160,24 @@ def test_an_error_file_that_cannot_be_written_silences_nobody(
 
 @pytest.mark.slow
 def test_torchrun_ends_with_the_message_once() -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+    ]
     words = ["megatron_completep.pretrain", "configs/quickstart.yaml", "model.num_leyers=2"]
     run = subprocess.run([*launcher, *words], cwd=ROOT, capture_output=True, text=True, check=False)
-    printed, _, report = run.stderr.partition("Traceback")  # of torchrun itself, which ends with its report
+    printed, _, report = run.stderr.partition(
+        "Traceback"
+    )  # of torchrun itself, which ends with its report
     assert run.returncode != 0 and printed.count("model.num_leyers: unknown key") == 1
-    assert report.count("model.num_leyers: unknown key") == 1 and "megatron_completep/" not in report
+    assert (
+        report.count("model.num_leyers: unknown key") == 1 and "megatron_completep/" not in report
+    )
 
 
 WORKERS = """
@@ -149,14 +200,23 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("whole_group", [True, False])  # from a terminal, or from `kill -INT`
-def test_ctrl_c_ends_a_program_and_its_workers_with_one_sentence(tmp_path: Path, whole_group: bool) -> None:
+def test_ctrl_c_ends_a_program_and_its_workers_with_one_sentence(
+    tmp_path: Path, whole_group: bool
+) -> None:
     script = tmp_path / "program.py"
     script.write_text(WORKERS)
     program = subprocess.Popen(
-        [sys.executable, str(script)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, str(script)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     assert program.stdout is not None
     assert [program.stdout.readline() for _ in range(2)] == ["working\n"] * 2
     os.killpg(program.pid, signal.SIGINT) if whole_group else program.send_signal(signal.SIGINT)
-    _, errors = program.communicate(timeout=120)  # returns when the workers, which hold the pipes too, have left
+    _, errors = program.communicate(
+        timeout=120
+    )  # returns when the workers, which hold the pipes too, have left
     assert (program.returncode, errors) == (130, "interrupted: all is kept.\n")

@@ -49,18 +49,26 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-@pytest.mark.parametrize("write", [write_whole, append_line, lambda path, data: path.write_bytes(data)], ids=["whole", "line", "control"])
+@pytest.mark.parametrize(
+    "write",
+    [write_whole, append_line, lambda path, data: path.write_bytes(data)],
+    ids=["whole", "line", "control"],
+)
 def test_what_a_full_disk_refuses_leaves_the_file_as_it_was(tmp_path, write):
     path = tmp_path / "file"
     path.write_bytes(b"before\n")
     with full_disk(), pytest.raises(OSError, match="File too large") as refused:
         write(path, b"after")
     if "control" in os.environ["PYTEST_CURRENT_TEST"]:
-        assert contents(tmp_path) == {"file": b""}  # so the disk really is full, and a plain write really loses the file
+        assert contents(tmp_path) == {
+            "file": b""
+        }  # so the disk really is full, and a plain write really loses the file
         return
     assert contents(tmp_path) == {"file": b"before\n"} and refused.value.filename == str(path)
     write(path, b"after")
-    assert contents(tmp_path) == {"file": {write_whole: b"after", append_line: b"before\nafter\n"}[write]}
+    assert contents(tmp_path) == {
+        "file": {write_whole: b"after", append_line: b"before\nafter\n"}[write]
+    }
 
 
 def test_a_line_that_a_kill_left_torn_goes_when_the_next_one_comes(tmp_path):
@@ -74,14 +82,28 @@ def test_a_line_that_a_kill_left_torn_goes_when_the_next_one_comes(tmp_path):
 # What a run or a sweep writes first. Each is called twice: on an empty disk, then on a full one, then again.
 FIRST_WRITES: dict[str, tuple[Callable[[Path, int], object], type[Exception]]] = {
     "config.yaml": (
-        lambda folder, i: save_config(tiny_config(folder, training={"train_steps": 20 + i}), folder / "config.yaml"),
+        lambda folder, i: save_config(
+            tiny_config(folder, training={"train_steps": 20 + i}), folder / "config.yaml"
+        ),
         ConfigError,
     ),
-    "rollbacks.json": (lambda folder, i: write_left_out(folder, [LeftOut(6, 48, 56 + i, 7)]), OSError),
+    "rollbacks.json": (
+        lambda folder, i: write_left_out(folder, [LeftOut(6, 48, 56 + i, 7)]),
+        OSError,
+    ),
     ".starts.json": (lambda folder, i: note_start(folder, 1, i, 3), ConfigError),
-    ".run_id": (lambda folder, i: identify_run(folder) if i == 1 else renumber(folder), CheckpointError),
-    "starts.jsonl": (lambda folder, i: append_start(folder, tiny_config(folder), RunState(i, 8 * i, 0)), OSError),
-    "sweep.json": (lambda folder, i: sweep.save_grid(_grid(i), tiny_config(folder), folder), DataError),
+    ".run_id": (
+        lambda folder, i: identify_run(folder) if i == 1 else renumber(folder),
+        CheckpointError,
+    ),
+    "starts.jsonl": (
+        lambda folder, i: append_start(folder, tiny_config(folder), RunState(i, 8 * i, 0)),
+        OSError,
+    ),
+    "sweep.json": (
+        lambda folder, i: sweep.save_grid(_grid(i), tiny_config(folder), folder),
+        DataError,
+    ),
 }
 
 
@@ -95,7 +117,9 @@ def test_a_full_disk_at_a_first_write_tears_nothing_and_a_later_start_goes_on(tm
     with full_disk(), pytest.raises(error, match=r"File too large") as refused:
         write(tmp_path, 1)
     assert name in str(refused.value)
-    assert all(path.name == name and not path.read_bytes() for path in tmp_path.iterdir())  # at most an empty one
+    assert all(
+        path.name == name and not path.read_bytes() for path in tmp_path.iterdir()
+    )  # at most an empty one
     write(tmp_path, 1)  # as if nothing had been
     before = contents(tmp_path)
     with full_disk(), pytest.raises(error):
@@ -112,7 +136,9 @@ def test_what_was_written_before_the_disk_was_full_reads_back(tmp_path):
     sweep.save_grid(_grid(1), tiny_config(tmp_path), tmp_path)
     with full_disk():
         for write in (
-            lambda: save_config(tiny_config(tmp_path, training={"train_steps": 11}), tmp_path / "config.yaml"),
+            lambda: save_config(
+                tiny_config(tmp_path, training={"train_steps": 11}), tmp_path / "config.yaml"
+            ),
             lambda: write_left_out(tmp_path, []),
             lambda: append_start(tmp_path, tiny_config(tmp_path), RunState(3, 24, 0)),
             lambda: sweep.save_grid(_grid(2), tiny_config(tmp_path), tmp_path),
@@ -127,7 +153,9 @@ def test_what_was_written_before_the_disk_was_full_reads_back(tmp_path):
 
 def test_a_sweep_whose_file_is_damaged_is_refused_and_not_replaced(tmp_path):
     (tmp_path / "sweep.json").write_text('{"grids": [')
-    with pytest.raises(DataError, match=r"sweep\.json: not JSON .* Restore the file, or sweep into another folder"):
+    with pytest.raises(
+        DataError, match=r"sweep\.json: not JSON .* Restore the file, or sweep into another folder"
+    ):
         sweep.save_grid(_grid(1), tiny_config(tmp_path), tmp_path)
     assert (tmp_path / "sweep.json").read_text() == '{"grids": ['
 
@@ -153,14 +181,25 @@ def test_a_lock_whose_holder_a_full_disk_does_not_take_still_holds(tmp_path):
 
 def test_metrics_are_cut_without_room_for_a_copy(tmp_path):
     path, said = tmp_path / "metrics.jsonl", list[str]()
-    path.write_text("".join(json.dumps({"step": step, "loss": 4.0}) + "\n" for step in range(1, 6)) + '{"step": 6, "lo')
+    path.write_text(
+        "".join(json.dumps({"step": step, "loss": 4.0}) + "\n" for step in range(1, 6))
+        + '{"step": 6, "lo'
+    )
     with full_disk():
         file = MetricsFile(path, 3, said.append)
         file.write({"step": 4, "loss": 7.0})
-    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3] and "cannot be written" in said[0]
+    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3] and "cannot be written" in said[
+        0
+    ]
     file.write({"step": 5, "loss": 6.0})
     file.close()
-    assert [(row["step"], row["loss"]) for row in read_metrics(path)] == [(1, 4.0), (2, 4.0), (3, 4.0), (4, 7.0), (5, 6.0)]
+    assert [(row["step"], row["loss"]) for row in read_metrics(path)] == [
+        (1, 4.0),
+        (2, 4.0),
+        (3, 4.0),
+        (4, 7.0),
+        (5, 6.0),
+    ]
     assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
@@ -174,7 +213,11 @@ def filling(tmp_path) -> Iterator[tuple[subprocess.Popen, Path]]:
         "import sys, time; from pathlib import Path; from megatron_completep.files import new_folder\n"
         "with new_folder(Path(sys.argv[1])) as folder:\n    print(folder, flush=True)\n    time.sleep(3600)"
     )
-    process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "step_00000001")], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path / "step_00000001")],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdout is not None
     folder = Path(process.stdout.readline().strip())
     yield process, folder
@@ -182,7 +225,9 @@ def filling(tmp_path) -> Iterator[tuple[subprocess.Popen, Path]]:
     process.wait()
 
 
-def test_what_a_killed_process_left_goes_with_the_next_attempt_and_what_a_living_one_fills_stays(tmp_path, filling):
+def test_what_a_killed_process_left_goes_with_the_next_attempt_and_what_a_living_one_fills_stays(
+    tmp_path, filling
+):
     process, folder = filling
     other = tmp_path / ".step_00000010.beef"  # of another target, whose name begins alike
     other.mkdir()
@@ -204,7 +249,10 @@ def test_a_folder_whose_block_fails_or_whose_target_came_meanwhile_is_removed(tm
     with pytest.raises(FileExistsError), new_folder(tmp_path / "a") as folder:
         (tmp_path / "a").mkdir()
         (tmp_path / "a" / "precious").touch()
-    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["a", "a/precious"]
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == [
+        "a",
+        "a/precious",
+    ]
 
 
 @pytest.fixture
@@ -250,4 +298,6 @@ def test_a_run_that_starts_where_a_tool_is_writing_leaves_it_alone(tmp_path, fil
     process.kill()
     process.wait()
     after = TinyRun(tiny_config(tmp_path / "run"))
-    assert not (checkpoints / folder.name).exists() and any(f"removed {folder.name}" in line for line in after.said)
+    assert not (checkpoints / folder.name).exists() and any(
+        f"removed {folder.name}" in line for line in after.said
+    )

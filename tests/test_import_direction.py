@@ -27,10 +27,31 @@ LEVELS = [
     "pretrain tools",
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms.split()}
-WITHOUT_TORCH = {"config", "completep", "errors", "roles", "files", "command_line", "outputs", "launch"}
+WITHOUT_TORCH = {
+    "config",
+    "completep",
+    "errors",
+    "roles",
+    "files",
+    "command_line",
+    "outputs",
+    "launch",
+}
 # Optional or slow to import: these alone may be imported inside a function.
 OPTIONAL = {
-    *("apex", "flash_attn", "lm_eval", "matplotlib", "pyarrow", "ray", "rich", "sentencepiece", "submitit", "tensorboard", "tiktoken"),
+    *(
+        "apex",
+        "flash_attn",
+        "lm_eval",
+        "matplotlib",
+        "pyarrow",
+        "ray",
+        "rich",
+        "sentencepiece",
+        "submitit",
+        "tensorboard",
+        "tiktoken",
+    ),
     *("tokenizers", "trackio", "transformers", "triton", "wandb", "zstandard"),
 }
 
@@ -38,13 +59,21 @@ OPTIONAL = {
 def imports_of(source: str, module: str) -> Iterator[tuple[str, int, bool]]:
     """Yields (absolute dotted name, line, whether inside a function) for every import in `source`."""
     tree = ast.parse(source)
-    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)]
+    functions = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+    ]
     inside = {id(node) for function in functions for node in ast.walk(function)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join(module.split(".")[: -node.level] + ([node.module] if node.module else [])) if node.level else node.module or ""
+            base = (
+                ".".join(module.split(".")[: -node.level] + ([node.module] if node.module else []))
+                if node.level
+                else node.module or ""
+            )
             names = [f"{base}.{alias.name}" for alias in node.names]
         else:
             continue
@@ -59,11 +88,17 @@ def problems_of(source: str, module: str) -> list[str]:
         top, *rest = name.split(".")
         target = rest[0] if top == PACKAGE and rest else None
         if room == "kernels" and target not in (None, "kernels"):
-            found.append(f"{module}:{line} kernels import nothing else of the project, found {name}")
+            found.append(
+                f"{module}:{line} kernels import nothing else of the project, found {name}"
+            )
         elif target in LEVEL and room in LEVEL and LEVEL[target] > LEVEL[room]:
-            found.append(f"{module}:{line} {room} (level {LEVEL[room]}) imports {name} (level {LEVEL[target]})")
+            found.append(
+                f"{module}:{line} {room} (level {LEVEL[room]}) imports {name} (level {LEVEL[target]})"
+            )
         if top in ("kernels", "tools", "tests"):
-            found.append(f"{module}:{line} top-level {top} is not a package to import from, found {name}")
+            found.append(
+                f"{module}:{line} top-level {top} is not a package to import from, found {name}"
+            )
         if room in WITHOUT_TORCH and top == "torch":
             found.append(f"{module}:{line} {room} imports torch")
         if inside and top not in OPTIONAL:
@@ -82,7 +117,11 @@ def modules() -> dict[str, str]:
 
 
 def test_imports_go_from_higher_rooms_to_lower_ones():
-    assert [problem for name, source in sorted(modules().items()) for problem in problems_of(source, name)] == []
+    assert [
+        problem
+        for name, source in sorted(modules().items())
+        for problem in problems_of(source, name)
+    ] == []
 
 
 def graph_of(sources: dict[str, str], depth: int) -> dict[str, set[str]]:
@@ -125,7 +164,12 @@ def circles(graph: dict[str, set[str]]) -> list[tuple[str, str]]:
             reached.add(folder)
         return False
 
-    return [(folder, target) for folder, targets in graph.items() for target in sorted(targets) if reaches(target, folder)]
+    return [
+        (folder, target)
+        for folder, targets in graph.items()
+        for target in sorted(targets)
+        if reaches(target, folder)
+    ]
 
 
 def test_no_way_of_imports_leads_back_to_its_room():
@@ -143,7 +187,12 @@ def test_every_room_has_a_level():
 def test_no_two_folders_import_each_other_at_any_depth():
     sources = modules()
     graph = graph_of(sources, depth=9)
-    assert [(folder, target) for folder, targets in graph.items() for target in targets if folder in graph.get(target, ())] == []
+    assert [
+        (folder, target)
+        for folder, targets in graph.items()
+        for target in targets
+        if folder in graph.get(target, ())
+    ] == []
     # The control: a folder inside a room that uses the room's own files, which use it.
     sources[f"{PACKAGE}.optim.rules.__init__"] = ""
     sources[f"{PACKAGE}.optim.rules.muon"] = f"from {PACKAGE}.optim.shards import Shards"
@@ -156,15 +205,31 @@ def test_no_two_folders_import_each_other_at_any_depth():
     ("module", "source", "words"),
     [
         ("model.block", "from megatron_completep.optim import schedule", "model (level 3) imports"),
-        ("model.block", "from megatron_completep import training", "imports megatron_completep.training"),
-        ("model.block", "from ..optim import schedule", "imports megatron_completep.optim.schedule"),
-        ("model.__init__", "from ..training.loop import train", "imports megatron_completep.training.loop"),
+        (
+            "model.block",
+            "from megatron_completep import training",
+            "imports megatron_completep.training",
+        ),
+        (
+            "model.block",
+            "from ..optim import schedule",
+            "imports megatron_completep.optim.schedule",
+        ),
+        (
+            "model.__init__",
+            "from ..training.loop import train",
+            "imports megatron_completep.training.loop",
+        ),
         ("kernels.norm", "import megatron_completep.errors", "kernels import nothing else"),
         ("kernels.norm", "from ..errors import UserError", "kernels import nothing else"),
         ("config.load", "import torch.nn as nn", "config imports torch"),
         ("completep", "from torch import Tensor", "completep imports torch"),
         ("optim.schedule", "def f():\n    import json", "imports json inside a function"),
-        ("optim.schedule", "class A:\n    def f(self):\n        from . import groups", "inside a function"),
+        (
+            "optim.schedule",
+            "class A:\n    def f(self):\n        from . import groups",
+            "inside a function",
+        ),
         ("training.loop", "import kernels", "top-level kernels"),
     ],
 )
@@ -190,5 +255,7 @@ def test_a_configuration_is_checked_without_loading_torch():
     modules = ("config", "completep", "errors", "command_line", "outputs")
     imports = "; ".join(f"import megatron_completep.{module}" for module in modules)
     program = f"import sys; {imports}; print('torch' in sys.modules)"
-    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert run.stdout == "False\n"

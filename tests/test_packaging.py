@@ -21,7 +21,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def committed_files() -> list[Path]:
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     if listed.returncode:
         pytest.skip("not a git checkout")
     return [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
@@ -29,7 +31,9 @@ def committed_files() -> list[Path]:
 
 def test_the_version_is_known_without_loading_anything():
     program = "import sys, megatron_completep; print(megatron_completep.__version__, {'torch', 'pydantic', 'numpy'} & set(sys.modules))"
-    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert run.stdout.split(maxsplit=1) == [megatron_completep.__version__, "set()\n"]
 
 
@@ -53,7 +57,16 @@ MACHINE = rf"{re.escape(str(ROOT))}/|/root/|/home/\w+/|/Users/\w+/"
 FOREIGN = re.compile(f"{INDEX}|{MACHINE}")
 
 
-@pytest.mark.parametrize("text", ["https://pypi.org/simple", "pip install --index-url x", "/root/x", "/home/me/x", f"see {ROOT}/x"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "https://pypi.org/simple",
+        "pip install --index-url x",
+        "/root/x",
+        "/home/me/x",
+        f"see {ROOT}/x",
+    ],
+)
 def test_a_machine_path_or_index_host_would_be_found(text):
     assert FOREIGN.search(text)
 
@@ -76,10 +89,15 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what is committed, without git."""
     pytest.importorskip("setuptools")
     folder = tmp_path_factory.mktemp("packaging") / "source"
-    for path in [*committed_files(), *(ROOT / "megatron_completep" / name for name in ("kernels", "tools"))]:
+    for path in [
+        *committed_files(),
+        *(ROOT / "megatron_completep" / name for name in ("kernels", "tools")),
+    ]:
         target = folder / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.symlink_to(path.readlink()) if path.is_symlink() else target.write_bytes(path.read_bytes())
+        target.symlink_to(path.readlink()) if path.is_symlink() else target.write_bytes(
+            path.read_bytes()
+        )
     return folder
 
 
@@ -87,7 +105,13 @@ def build(kind: str, source: Path, out: Path) -> Path:
     """Build a `wheel` or an `sdist` of a source tree as pip does, without the network; the file."""
     out.mkdir()
     program = f"import sys; from setuptools import build_meta; build_meta.build_{kind}(sys.argv[1])"
-    run = subprocess.run([sys.executable, "-c", program, str(out)], cwd=source, capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, "-c", program, str(out)],
+        cwd=source,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert run.returncode == 0, run.stderr
     (built,) = out.iterdir()
     return built
@@ -102,7 +126,17 @@ def wheel(source: Path) -> Path:
 def installed(wheel: Path) -> Path:
     """An empty folder into which pip put the wheel."""
     target = wheel.parent.with_name("installed")
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-compile", "--target"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--no-compile",
+        "--target",
+    ]
     subprocess.run([*pip, str(target), str(wheel)], check=True, capture_output=True)
     return target
 
@@ -112,7 +146,9 @@ def contents(wheel: Path) -> dict[str, bytes]:
         return {name: archive.read(name) for name in archive.namelist()}
 
 
-def test_the_wheel_holds_kernels_and_tools_and_nothing_from_outside_the_package(wheel: Path) -> None:
+def test_the_wheel_holds_kernels_and_tools_and_nothing_from_outside_the_package(
+    wheel: Path,
+) -> None:
     names = set(contents(wheel))
     for folder in ("kernels", "tools"):
         for path in (ROOT / folder).rglob("*.py"):
@@ -120,25 +156,46 @@ def test_the_wheel_holds_kernels_and_tools_and_nothing_from_outside_the_package(
                 assert f"megatron_completep/{path.relative_to(ROOT)}" in names
     assert {"megatron_completep/py.typed", "megatron_completep/config/schema.py"} <= names
     tops = {name.split("/")[0] for name in names}
-    assert tops == {"megatron_completep", f"megatron_completep-{megatron_completep.__version__}.dist-info"}
+    assert tops == {
+        "megatron_completep",
+        f"megatron_completep-{megatron_completep.__version__}.dist-info",
+    }
     assert any(name.endswith("LICENSE") for name in names)
 
 
-def test_the_source_distribution_builds_the_same_wheel(source: Path, wheel: Path, tmp_path: Path) -> None:
+def test_the_source_distribution_builds_the_same_wheel(
+    source: Path, wheel: Path, tmp_path: Path
+) -> None:
     archive = build("sdist", source, tmp_path / "sdist")
     with tarfile.open(archive) as opened:
-        opened.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.3 and before have none
+        opened.extraction_filter = getattr(
+            tarfile, "data_filter", None
+        )  # Python 3.11.3 and before have none
         opened.extractall(tmp_path)
     again = build("wheel", tmp_path / archive.name.removesuffix(".tar.gz"), tmp_path / "wheel")
-    ours, theirs = ({n: data for n, data in contents(built).items() if not n.endswith("RECORD")} for built in (wheel, again))
-    assert sorted(ours) == sorted(theirs) and [name for name in ours if ours[name] != theirs[name]] == []
+    ours, theirs = (
+        {n: data for n, data in contents(built).items() if not n.endswith("RECORD")}
+        for built in (wheel, again)
+    )
+    assert (
+        sorted(ours) == sorted(theirs)
+        and [name for name in ours if ours[name] != theirs[name]] == []
+    )
 
 
 def outside(installed: Path, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a program that can see the installed package, the libraries, and nothing of the source tree."""
     environment = {**os.environ, "PYTHONPATH": str(installed)}
     command = [sys.executable, "-c", program, *arguments]
-    return subprocess.run(command, cwd=installed.parent, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    return subprocess.run(
+        command,
+        cwd=installed.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
 
 
 # argv: modules that are not there, a program, its arguments.
@@ -148,8 +205,30 @@ sys.modules.update(dict.fromkeys(sys.argv[1].split(",")))
 before = set(sys.modules)
 exec(sys.argv[2])
 """
-EXTRAS = ("tokenizers", "tiktoken", "pyarrow", "zstandard", "transformers", "lm_eval", "ray", "wandb", "trackio", "submitit", "megatron")
-OWN = ("pydantic", "yaml", "sentencepiece", "safetensors", "xxhash", "psutil", "rich", "matplotlib", "tensorboard")
+EXTRAS = (
+    "tokenizers",
+    "tiktoken",
+    "pyarrow",
+    "zstandard",
+    "transformers",
+    "lm_eval",
+    "ray",
+    "wandb",
+    "trackio",
+    "submitit",
+    "megatron",
+)
+OWN = (
+    "pydantic",
+    "yaml",
+    "sentencepiece",
+    "safetensors",
+    "xxhash",
+    "psutil",
+    "rich",
+    "matplotlib",
+    "tensorboard",
+)
 
 
 HELP = """
@@ -174,14 +253,26 @@ print(json.dumps([found, elsewhere]))
 
 def test_every_tool_of_the_installed_wheel_says_how_it_is_used(installed: Path) -> None:
     # One process for all, so that torch is loaded once; the modules run as `python -m` runs them. What extras bring is not there.
-    tools = [path.stem for path in sorted((ROOT / "tools").glob("*.py")) if path in committed_files() and path.stem != "__init__"]
+    tools = [
+        path.stem
+        for path in sorted((ROOT / "tools").glob("*.py"))
+        if path in committed_files() and path.stem != "__init__"
+    ]
     assert len(tools) > 15
-    run = outside(installed, WITHOUT, ",".join(EXTRAS), HELP, *(f"tools.{name}" for name in tools), "pretrain")
+    run = outside(
+        installed, WITHOUT, ",".join(EXTRAS), HELP, *(f"tools.{name}" for name in tools), "pretrain"
+    )
     assert run.returncode == 0, run.stderr
     found, elsewhere = json.loads(run.stdout)
     assert elsewhere == []
-    assert {name: f"{code} {text[-300:]}" for name, (code, text) in found.items() if code not in (0, None) or "usage: " not in text} == {}
-    assert [name for name, (_, text) in found.items() if "xample" not in text and name != "pretrain"] == []
+    assert {
+        name: f"{code} {text[-300:]}"
+        for name, (code, text) in found.items()
+        if code not in (0, None) or "usage: " not in text
+    } == {}
+    assert [
+        name for name, (_, text) in found.items() if "xample" not in text and name != "pretrain"
+    ] == []
 
 
 def test_the_bare_package_loads_no_other_library(installed: Path) -> None:
@@ -200,7 +291,9 @@ print(float((y - 1.5 * x).abs().max()), "megatron_completep.config" in sys.modul
 """
     assert outside(installed, WITHOUT, ",".join(OWN), program).stdout.split() == ["0.0", "False"]
     refused = outside(installed, WITHOUT, ",".join(OWN), "import megatron_completep.config")
-    assert "None in sys.modules" in refused.stderr  # the same block is felt where a library is needed
+    assert (
+        "None in sys.modules" in refused.stderr
+    )  # the same block is felt where a library is needed
 
 
 def test_the_tools_that_need_no_torch_do_not_load_it(installed: Path) -> None:
@@ -208,14 +301,20 @@ def test_the_tools_that_need_no_torch_do_not_load_it(installed: Path) -> None:
     assert outside(installed, WITHOUT, "torch,triton", program).stdout == "None\n"
 
 
-def test_every_requirement_of_an_extra_has_both_bounds_and_what_is_installed_lies_within(wheel: Path) -> None:
+def test_every_requirement_of_an_extra_has_both_bounds_and_what_is_installed_lies_within(
+    wheel: Path,
+) -> None:
     (text,) = (data.decode() for name, data in contents(wheel).items() if name.endswith("METADATA"))
     metadata = email.message_from_string(text)
-    assert {"dev", "data", "eval", "tracking", "docs", "gpu", "hf", "ray"} <= set(metadata.get_all("Provides-Extra", []))
+    assert {"dev", "data", "eval", "tracking", "docs", "gpu", "hf", "ray"} <= set(
+        metadata.get_all("Provides-Extra", [])
+    )
     wrong = []
     for line in map(Requirement, metadata.get_all("Requires-Dist", [])):
         operators = {spec.operator for spec in line.specifier}
-        if "extra ==" in str(line.marker) and not ({"==", "<"} & operators and {"==", ">="} & operators):
+        if "extra ==" in str(line.marker) and not (
+            {"==", "<"} & operators and {"==", ">="} & operators
+        ):
             wrong.append(f"{line}: not bounded on both sides")
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             version = importlib.metadata.version(line.name)

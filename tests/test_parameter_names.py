@@ -22,7 +22,15 @@ ALLOWED = (
     "megatron_completep/config/schema.py",
 )
 # Words that are roles of the table, or plain English, too.
-ROLES_AND_WORDS = {"embedding", "unembedding", "final_norm", "positions", "attention", "mlp", "layers"}
+ROLES_AND_WORDS = {
+    "embedding",
+    "unembedding",
+    "final_norm",
+    "positions",
+    "attention",
+    "mlp",
+    "layers",
+}
 
 
 def module_words() -> set[str]:
@@ -40,7 +48,11 @@ def mentions(source: str) -> Iterator[tuple[int, str]]:
     """(line, text) of every string in a source, docstrings left out, that holds a part of a parameter's name."""
     tree = ast.parse(source)
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    docstrings = {id(node.body[0].value) for node in ast.walk(tree) if isinstance(node, documented) and isinstance(node.body[0], ast.Expr)}
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, documented) and isinstance(node.body[0], ast.Expr)
+    }
     dotted = r"(?:attention|mlp)\.(?:output|up|down)|(?:embedding|positions|norm)\.(?:weight|bias)"
     words = "|".join(sorted(module_words() - {"output", "up", "down"}))
     pattern = re.compile(rf"(?<!\w)(?:{words})(?!\w)|{dotted}")
@@ -54,15 +66,22 @@ def sources() -> Iterator[tuple[str, str]]:
     for folder in ("megatron_completep", "kernels", "tools"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             name = path.relative_to(ROOT).as_posix()
-            if not any(parent.is_symlink() for parent in path.parents) and not name.startswith(ALLOWED):
+            if not any(parent.is_symlink() for parent in path.parents) and not name.startswith(
+                ALLOWED
+            ):
                 yield name, path.read_text(encoding="utf-8")
 
 
 def test_no_name_of_a_parameter_stands_outside_the_model() -> None:
-    found = [f"{name}:{line}: {text!r}" for name, source in sources() for line, text in mentions(source)]
+    found = [
+        f"{name}:{line}: {text!r}" for name, source in sources() for line, text in mentions(source)
+    ]
     assert not found, "\n".join(found)
 
 
-@pytest.mark.parametrize("code", ['name.endswith("mlp_norm")', 'f"layers.{i}.attention.qkv.weight"', '{"attention.output": 1}'])
+@pytest.mark.parametrize(
+    "code",
+    ['name.endswith("mlp_norm")', 'f"layers.{i}.attention.qkv.weight"', '{"attention.output": 1}'],
+)
 def test_a_name_is_noticed(code: str) -> None:
     assert list(mentions(f"x = {code}"))

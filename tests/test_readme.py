@@ -15,7 +15,11 @@ def folders_named(readme: str) -> set[str]:
 
 
 def folders() -> set[str]:
-    found = (path for path in (ROOT / "megatron_completep").iterdir() if path.is_dir() and not path.is_symlink())
+    found = (
+        path
+        for path in (ROOT / "megatron_completep").iterdir()
+        if path.is_dir() and not path.is_symlink()
+    )
     return {path.name for path in found if (path / "__init__.py").exists()}
 
 
@@ -39,6 +43,10 @@ def test_the_page_of_files_has_each_file_once_in_its_own_words() -> None:
     page = hooks.files_page()
     assert page.count("| `linear.py` | Linear layers whose weight is split over tensor ranks.") == 1
     rows = re.findall(r"^\| `\w+\.py` \|", page, re.MULTILINE)
-    code = {path for folder in ("kernels", "tools", "megatron_completep") for path in (ROOT / folder).rglob("*.py")}
+    code = {
+        path
+        for folder in ("kernels", "tools", "megatron_completep")
+        for path in (ROOT / folder).rglob("*.py")
+    }
     own = {path.resolve() for path in code if path.name != "__init__.py"}
     assert len(rows) == len(own)

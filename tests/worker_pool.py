@@ -30,7 +30,13 @@ def _serve(connection: Connection, path: list[str]) -> None:
         rank, world_size, store, function, arguments = job
         try:
             init_method = f"file://{store}"
-            dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=world_size, timeout=GLOO_TIMEOUT)
+            dist.init_process_group(
+                "gloo",
+                init_method=init_method,
+                rank=rank,
+                world_size=world_size,
+                timeout=GLOO_TIMEOUT,
+            )
             connection.send((True, function(rank, *arguments)))
         except BaseException:
             connection.send((False, traceback.format_exc()))
@@ -45,7 +51,9 @@ class WorkerPool:
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["torch", "torch.distributed", "torch.distributed.pipelining"])
+        self._context.set_forkserver_preload(
+            ["torch", "torch.distributed", "torch.distributed.pipelining"]
+        )
         self._workers: list[tuple[Any, Connection]] = []
 
     def run(self, world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -58,7 +66,9 @@ class WorkerPool:
             for rank, (_, connection) in enumerate(chosen):
                 connection.send((rank, world_size, store, function, arguments))
             results = [connection.recv() for _, connection in chosen]
-        failures = [f"rank {rank}:\n{result}" for rank, (ok, result) in enumerate(results) if not ok]
+        failures = [
+            f"rank {rank}:\n{result}" for rank, (ok, result) in enumerate(results) if not ok
+        ]
         if failures:
             raise AssertionError("\n".join(failures))
         return [result for _, result in results]

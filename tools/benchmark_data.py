@@ -22,20 +22,39 @@ from megatron_completep.outputs import Output, check_outputs
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    reading = commands.add_parser("reading", help="open, seek, blend and load from a synthetic corpus")
-    reading.add_argument(
-        "--documents", type=whole(1, 10**9), default=1_000_000, help="documents of the synthetic index (default: 1,000,000)"
+    reading = commands.add_parser(
+        "reading", help="open, seek, blend and load from a synthetic corpus"
     )
-    reading.add_argument("--seq-length", type=whole(1, 10**7), default=4096, help="tokens a sample (default: 4096)")
-    reading.add_argument("--seeks", type=whole(1, 10**8), default=5000, help="random samples to time (default: 5000)")
-    reading.add_argument("--folder", type=Path, help="where the synthetic files go (default: the system's temporary folder)")
+    reading.add_argument(
+        "--documents",
+        type=whole(1, 10**9),
+        default=1_000_000,
+        help="documents of the synthetic index (default: 1,000,000)",
+    )
+    reading.add_argument(
+        "--seq-length", type=whole(1, 10**7), default=4096, help="tokens a sample (default: 4096)"
+    )
+    reading.add_argument(
+        "--seeks", type=whole(1, 10**8), default=5000, help="random samples to time (default: 5000)"
+    )
+    reading.add_argument(
+        "--folder",
+        type=Path,
+        help="where the synthetic files go (default: the system's temporary folder)",
+    )
     preprocessing = commands.add_parser(
-        "preprocessing", help="tokenize beside the tokenizer libraries and megatron-core, alternating, one process"
+        "preprocessing",
+        help="tokenize beside the tokenizer libraries and megatron-core, alternating, one process",
     )
     preprocessing.add_argument(
-        "--megabytes", type=real(above=0, at_most=10**6), default=24.0, help="text of the standard library to tokenize (default: 24)"
+        "--megabytes",
+        type=real(above=0, at_most=10**6),
+        default=24.0,
+        help="text of the standard library to tokenize (default: 24)",
     )
-    preprocessing.add_argument("--rounds", type=whole(1, 10**4), default=5, help="times each contestant runs (default: 5)")
+    preprocessing.add_argument(
+        "--rounds", type=whole(1, 10**4), default=5, help="times each contestant runs (default: 5)"
+    )
     for command in (reading, preprocessing):
         command.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     return parser.parse_args(argv)
@@ -53,7 +72,12 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     else:
         if arguments.folder is not None:
             check_outputs([Output("--folder", arguments.folder, folder=True)])
-        settings = ReadingSettings(arguments.documents, arguments.seq_length, arguments.seeks, arguments.folder and str(arguments.folder))
+        settings = ReadingSettings(
+            arguments.documents,
+            arguments.seq_length,
+            arguments.seeks,
+            arguments.folder and str(arguments.folder),
+        )
         figures = benchmark_reading(settings, say)
     if arguments.json:
         print(json.dumps(figures))

@@ -16,7 +16,11 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_completep.benchmarks.parallel_benchmark import OURS, ParallelComparison, compare_parallel
+from megatron_completep.benchmarks.parallel_benchmark import (
+    OURS,
+    ParallelComparison,
+    compare_parallel,
+)
 from megatron_completep.benchmarks.training_benchmark import BenchmarkSettings
 from megatron_completep.command_line import Parser, whole
 from megatron_completep.config.schema import ModelConfig
@@ -25,15 +29,24 @@ from megatron_completep.errors import exit_on_user_error
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--processes", type=whole(1, 1024), default=2, help="data-parallel ranks (default: 2)")
+    parser.add_argument(
+        "--processes", type=whole(1, 1024), default=2, help="data-parallel ranks (default: 2)"
+    )
     parser.add_argument("--layers", type=whole(1, 10**7), default=8)
     parser.add_argument("--hidden", type=whole(1, 10**7), default=256)
     parser.add_argument("--heads", type=whole(1, 10**7), default=4)
     parser.add_argument("--vocabulary", type=whole(1, 10**7), default=4096)
     parser.add_argument("--sequence", type=whole(1, 10**7), default=256, help="tokens a sequence")
-    parser.add_argument("--batch", type=whole(1, 10**7), default=8, help="sequences a rank and step (default: 8)")
+    parser.add_argument(
+        "--batch", type=whole(1, 10**7), default=8, help="sequences a rank and step (default: 8)"
+    )
     parser.add_argument("--precision", nargs="+", choices=("float32", "bf16"), default=["float32"])
-    parser.add_argument("--rounds", type=whole(1, 10**4), default=12, help="timed steps of each program (default: 12)")
+    parser.add_argument(
+        "--rounds",
+        type=whole(1, 10**4),
+        default=12,
+        help="timed steps of each program (default: 12)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     return parser.parse_args(argv)
 
@@ -53,10 +66,25 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         bias=True,
     )
     settings = BenchmarkSettings(model, arguments.batch, max(2, arguments.rounds), warmup=2)
-    print(f"{arguments.processes} ranks over gloo, {arguments.batch} x {arguments.sequence} tokens each", file=sys.stderr, flush=True)
-    results = [compare_parallel(settings, precision, arguments.processes) for precision in arguments.precision]
+    print(
+        f"{arguments.processes} ranks over gloo, {arguments.batch} x {arguments.sequence} tokens each",
+        file=sys.stderr,
+        flush=True,
+    )
+    results = [
+        compare_parallel(settings, precision, arguments.processes)
+        for precision in arguments.precision
+    ]
     if arguments.json:
-        print(json.dumps({"torch": torch.__version__, "model": model.model_dump(), "comparisons": [r.as_dict() for r in results]}))
+        print(
+            json.dumps(
+                {
+                    "torch": torch.__version__,
+                    "model": model.model_dump(),
+                    "comparisons": [r.as_dict() for r in results],
+                }
+            )
+        )
         return 0
     for result in results:
         print(describe(result))
@@ -71,7 +99,9 @@ def describe(result: ParallelComparison) -> str:
         versus = "" if name == OURS else f"   ours / this = {figures.ratio:.3f} ({sure})"
         quartiles = f"{1000 * figures.lower_quartile:.0f} to {1000 * figures.upper_quartile:.0f}"
         timing = f"{1000 * figures.seconds:8.0f} ms a step (quartiles {quartiles})"
-        lines.append(f"  {name:<30}{timing}   peak {figures.peak_bytes / 1e6:,.0f} MB a rank{versus}")
+        lines.append(
+            f"  {name:<30}{timing}   peak {figures.peak_bytes / 1e6:,.0f} MB a rank{versus}"
+        )
     return "\n".join(lines)
 
 

@@ -31,8 +31,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("config", type=file_to_read, metavar="CONFIG", help="a run's YAML file")
     parser.add_overrides()
-    parser.add_argument("--rounds", type=whole(1, 10**4), default=20, help="timed steps and looks (default: 20)")
-    parser.add_argument("--json", action="store_true", help="one object on stdout, the log on stderr")
+    parser.add_argument(
+        "--rounds", type=whole(1, 10**4), default=20, help="timed steps and looks (default: 20)"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="one object on stdout, the log on stderr"
+    )
     return parser.parse_args(argv)
 
 
@@ -42,9 +46,17 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     device = choose_device(config.training.device, 0)
     threads = use_threads(config.training.cpu_threads, 1)
     place = device_name(device) + (f", {threads} threads" if device.type == "cpu" else "")
-    print(f"{place}, torch {torch.__version__}; {arguments.rounds} rounds", file=sys.stderr, flush=True)
+    print(
+        f"{place}, torch {torch.__version__}; {arguments.rounds} rounds",
+        file=sys.stderr,
+        flush=True,
+    )
     cost = measure(config, device, max(2, arguments.rounds))
-    print(json.dumps({"device": place, "torch": torch.__version__, **asdict(cost)}) if arguments.json else str(cost))
+    print(
+        json.dumps({"device": place, "torch": torch.__version__, **asdict(cost)})
+        if arguments.json
+        else str(cost)
+    )
     return 0
 
 

@@ -16,7 +16,12 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_completep.benchmarks.training_benchmark import BenchmarkSettings, Comparison, Timing, compare
+from megatron_completep.benchmarks.training_benchmark import (
+    BenchmarkSettings,
+    Comparison,
+    Timing,
+    compare,
+)
 from megatron_completep.command_line import Parser, whole
 from megatron_completep.config.schema import ModelConfig
 from megatron_completep.errors import exit_on_user_error
@@ -31,17 +36,33 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     shape.add_argument("--layers", type=whole(1, 10**7), default=8)
     shape.add_argument("--hidden", type=whole(1, 10**7), default=256)
     shape.add_argument("--heads", type=whole(1, 10**7), default=4)
-    shape.add_argument("--ffn", type=whole(1, 10**7), help="inner width of the MLP (default: 4 times hidden)")
+    shape.add_argument(
+        "--ffn", type=whole(1, 10**7), help="inner width of the MLP (default: 4 times hidden)"
+    )
     shape.add_argument("--vocabulary", type=whole(1, 10**7), default=4096)
     shape.add_argument("--sequence", type=whole(1, 10**7), default=256, help="tokens a sequence")
     shape.add_argument("--norm", choices=("layernorm", "rmsnorm"), default="layernorm")
     shape.add_argument("--activation", choices=("gelu", "squared_relu", "swiglu"), default="gelu")
     shape.add_argument("--position", choices=("learned", "rope"), default="learned")
     shape.add_argument("--no-bias", action="store_true")
-    parser.add_argument("--batch", type=whole(1, 10**7), default=8, help="sequences a step (default: 8)")
-    parser.add_argument("--precision", nargs="+", choices=("float32", "bf16"), default=["float32", "bf16"])
-    parser.add_argument("--plain-bf16", choices=("autocast", "pure"), default="autocast", help="how the plain model computes in bf16")
-    parser.add_argument("--rounds", type=whole(1, 10**4), default=20, help="timed steps of each program (default: 20)")
+    parser.add_argument(
+        "--batch", type=whole(1, 10**7), default=8, help="sequences a step (default: 8)"
+    )
+    parser.add_argument(
+        "--precision", nargs="+", choices=("float32", "bf16"), default=["float32", "bf16"]
+    )
+    parser.add_argument(
+        "--plain-bf16",
+        choices=("autocast", "pure"),
+        default="autocast",
+        help="how the plain model computes in bf16",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=whole(1, 10**4),
+        default=20,
+        help="timed steps of each program (default: 20)",
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=whole(1, 4096), help="CPU threads (default: all cores)")
     parser.add_argument("--compile", action="store_true", help="torch.compile both")
@@ -66,15 +87,30 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     device = choose_device(arguments.device, 0)
     threads = use_threads(arguments.threads, 1)
     settings = BenchmarkSettings(
-        model, arguments.batch, max(2, arguments.rounds), compile=arguments.compile, plain_bf16=arguments.plain_bf16
+        model,
+        arguments.batch,
+        max(2, arguments.rounds),
+        compile=arguments.compile,
+        plain_bf16=arguments.plain_bf16,
     )
     place = device_name(device) + (f", {threads} threads" if device.type == "cpu" else "")
     say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
-    say(f"{place}, torch {torch.__version__}; batch {arguments.batch} x {arguments.sequence} tokens")
+    say(
+        f"{place}, torch {torch.__version__}; batch {arguments.batch} x {arguments.sequence} tokens"
+    )
     results = [compare(settings, precision, device, say) for precision in arguments.precision]
     if arguments.json:
         comparisons = [result.as_dict() for result in results]
-        print(json.dumps({"device": place, "torch": torch.__version__, "model": model.model_dump(), "comparisons": comparisons}))
+        print(
+            json.dumps(
+                {
+                    "device": place,
+                    "torch": torch.__version__,
+                    "model": model.model_dump(),
+                    "comparisons": comparisons,
+                }
+            )
+        )
         return 0
     for result in results:
         print(describe(result))
@@ -84,7 +120,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 def describe(result: Comparison) -> str:
     """A few lines for a person."""
     sure = f"95 % of {result.rounds} rounds: {result.ratio_low:.3f} to {result.ratio_high:.3f}"
-    cpu_time = "" if result.cpu_time_ratio is None else f"; in processor time {result.cpu_time_ratio:.3f}"
+    cpu_time = (
+        "" if result.cpu_time_ratio is None else f"; in processor time {result.cpu_time_ratio:.3f}"
+    )
     return "\n".join(
         [
             f"{result.precision}: ours / plain = {result.ratio:.3f}   ({sure}{cpu_time})",

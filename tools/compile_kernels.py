@@ -30,7 +30,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("config", type=file_to_read, help="the YAML file of the run")
     parser.add_overrides()
     parser.add_argument("--arch", required=True, choices=ARCHITECTURES, help="the GPUs of the run")
-    parser.add_argument("--cache-dir", type=Path, help="folder for the compiled kernels (default: Triton's own)")
+    parser.add_argument(
+        "--cache-dir", type=Path, help="folder for the compiled kernels (default: Triton's own)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     return parser.parse_args(argv)
 
@@ -49,9 +51,20 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     count = compile_run(config, arguments.arch, lambda line: print(line, file=log, flush=True))
     seconds = time.perf_counter() - start
     if arguments.json:
-        print(json.dumps({"architecture": arguments.arch, "kernels": count, "seconds": seconds, "cache": triton.knobs.cache.dir}))
+        print(
+            json.dumps(
+                {
+                    "architecture": arguments.arch,
+                    "kernels": count,
+                    "seconds": seconds,
+                    "cache": triton.knobs.cache.dir,
+                }
+            )
+        )
     else:
-        print(f"{count} kernels for {arguments.arch} in {seconds:.1f} s, in {triton.knobs.cache.dir}")
+        print(
+            f"{count} kernels for {arguments.arch} in {seconds:.1f} s, in {triton.knobs.cache.dir}"
+        )
     return 0
 
 

@@ -19,12 +19,18 @@ COMMITTED = Path(__file__).resolve().parents[1] / "docs/configuration.md"
 def main(argv: Sequence[str] | None = None) -> int | None:
     """Parse the command line and print or write the reference."""
     parser = Parser(__doc__)
-    parser.add_argument("--write", action="store_true", help=f"write it to {COMMITTED.relative_to(COMMITTED.parents[1])}")
+    parser.add_argument(
+        "--write",
+        action="store_true",
+        help=f"write it to {COMMITTED.relative_to(COMMITTED.parents[1])}",
+    )
     if not parser.parse_args(argv).write:
         print(configuration_reference(), end="")
         return 0
     if not COMMITTED.parent.is_dir():
-        raise UserError(f"{COMMITTED.parent} does not exist: --write is for a checkout of the project. Leave it away to print.")
+        raise UserError(
+            f"{COMMITTED.parent} does not exist: --write is for a checkout of the project. Leave it away to print."
+        )
     check_outputs([Output("--write", COMMITTED)], overwrite=True)
     COMMITTED.write_text(configuration_reference(), encoding="utf-8")
     return 0

@@ -36,19 +36,42 @@ from megatron_completep.run.precision import use_threads
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("config", type=file_to_read, metavar="CONFIG", help="a run's YAML file; its data is read")
+    parser.add_argument(
+        "config", type=file_to_read, metavar="CONFIG", help="a run's YAML file; its data is read"
+    )
     parser.add_overrides()
     parser.add_argument(
-        "--depths", type=list_of(whole(1, 10**6)), default=[], metavar="L,L,...", help="numbers of layers, such as 2,4,8,16,32"
+        "--depths",
+        type=list_of(whole(1, 10**6)),
+        default=[],
+        metavar="L,L,...",
+        help="numbers of layers, such as 2,4,8,16,32",
     )
     parser.add_argument(
-        "--widths", type=list_of(whole(1, 10**6)), default=[], metavar="N,N,...", help="hidden sizes (default: the configuration's own)"
+        "--widths",
+        type=list_of(whole(1, 10**6)),
+        default=[],
+        metavar="N,N,...",
+        help="hidden sizes (default: the configuration's own)",
     )
-    parser.add_argument("--steps", type=whole(1, 10**6), default=10, help="optimizer steps of each model (default: 10)")
     parser.add_argument(
-        "--seeds", type=whole(1, 1000), default=3, help="repetitions with other weights and data; one gives no verdict (default: 3)"
+        "--steps",
+        type=whole(1, 10**6),
+        default=10,
+        help="optimizer steps of each model (default: 10)",
     )
-    parser.add_argument("--precision", choices=["float32", "float64", "bf16"], default="float32", help="default: float32")
+    parser.add_argument(
+        "--seeds",
+        type=whole(1, 1000),
+        default=3,
+        help="repetitions with other weights and data; one gives no verdict (default: 3)",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=["float32", "float64", "bf16"],
+        default="float32",
+        help="default: float32",
+    )
     parser.add_argument(
         "--beside",
         type=list_of(one_of(PARAMETERIZATIONS)),
@@ -57,12 +80,29 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="also measure and draw these, of completep,alpha_0.5,mup,sp",
     )
     parser.add_argument(
-        "--workers", type=whole(1, 1024), default=1, metavar="N", help="models at once, a process of one thread each (default: 1)"
+        "--workers",
+        type=whole(1, 1024),
+        default=1,
+        metavar="N",
+        help="models at once, a process of one thread each (default: 1)",
     )
-    parser.add_argument("--no-eps", action="store_true", help="leave out the runs with a large eps, which alone show a wrong eps")
-    parser.add_argument("--model", metavar="PACKAGE:FUNCTION", help="check this model instead of the project's")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write coordinate_check.json, .html and pictures there")
-    parser.add_argument("--json", action="store_true", help="one object on stdout, the log on stderr")
+    parser.add_argument(
+        "--no-eps",
+        action="store_true",
+        help="leave out the runs with a large eps, which alone show a wrong eps",
+    )
+    parser.add_argument(
+        "--model", metavar="PACKAGE:FUNCTION", help="check this model instead of the project's"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="write coordinate_check.json, .html and pictures there",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="one object on stdout, the log on stderr"
+    )
     return parser.parse_args(argv)
 
 
@@ -73,7 +113,9 @@ def load_function(name: str):
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"--model {name}: {error}. Write PACKAGE:FUNCTION, importable from here.") from error
+        raise ConfigError(
+            f"--model {name}: {error}. Write PACKAGE:FUNCTION, importable from here."
+        ) from error
     if not colon or not callable(function):
         raise ConfigError(f"--model {name}: not a function. Write PACKAGE:FUNCTION.")
     return function
@@ -87,10 +129,14 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     depths = arguments.depths or [config.model.num_layers]
     widths = arguments.widths or [config.model.hidden_size]
     if len(set(depths)) < 2 and len(set(widths)) < 2:
-        raise ConfigError("nothing to compare: give --depths or --widths with at least two values, such as --depths 2,4,8,16,32.")
+        raise ConfigError(
+            "nothing to compare: give --depths or --widths with at least two values, such as --depths 2,4,8,16,32."
+        )
     design = Design(make_model=load_function(arguments.model) if arguments.model else None)
     if arguments.workers > 1 and launch.world_size > 1:
-        raise ConfigError(f"--workers {arguments.workers} and torchrun exclude each other: every rank trains its part of each model.")
+        raise ConfigError(
+            f"--workers {arguments.workers} and torchrun exclude each other: every rank trains its part of each model."
+        )
     if arguments.out is not None:
         check_outputs([Output("--out", arguments.out, folder=True)])
     context = ParallelContext.create(config.parallel, config.training.device)
@@ -118,8 +164,15 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     result = judge(samples, config.completep.alpha)
     say(describe_check(result))
     if context.is_first and arguments.out is not None:
-        own = config.completep.parameterization + (f", alpha {config.completep.alpha:g}" if config.completep.alpha != 1 else "")
-        write_check(result, arguments.out, arguments.model or own, {"config": config.model_dump(mode="json"), "plan": vars(plan)})
+        own = config.completep.parameterization + (
+            f", alpha {config.completep.alpha:g}" if config.completep.alpha != 1 else ""
+        )
+        write_check(
+            result,
+            arguments.out,
+            arguments.model or own,
+            {"config": config.model_dump(mode="json"), "plan": vars(plan)},
+        )
         say(f"written: {arguments.out / 'coordinate_check.json'}, .html and pictures")
     if context.is_first and arguments.json:
         print(json.dumps(finite(result.to_json())))

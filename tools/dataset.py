@@ -17,12 +17,27 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_completep.command_line import Parser, file_to_read, list_of, names_of_token_files, real, token_files, tokenizer_model, whole
+from megatron_completep.command_line import (
+    Parser,
+    file_to_read,
+    list_of,
+    names_of_token_files,
+    real,
+    token_files,
+    tokenizer_model,
+    whole,
+)
 from megatron_completep.config.derived import total_samples
 from megatron_completep.config.load import load_config
 from megatron_completep.config.schema import Config
 from megatron_completep.data.corpus import has_validation, prebuild
-from megatron_completep.data.describe import choose_tokenizer, describe_files, describe_step, problems_of, tokenizer_for
+from megatron_completep.data.describe import (
+    choose_tokenizer,
+    describe_files,
+    describe_step,
+    problems_of,
+    tokenizer_for,
+)
 from megatron_completep.data.files import printable
 from megatron_completep.data.indexed import IndexedDataset
 from megatron_completep.data.left_out import read_left_out
@@ -38,47 +53,91 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     as_json = Parser(add_help=False)
     as_json.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
-    command = commands.add_parser("inspect", parents=[as_json], help="counts, lengths and the first documents")
-    command.add_argument("prefix", type=token_files, help="PREFIX of PREFIX.bin and PREFIX.idx")
-    command.add_argument("--documents", type=whole(0), default=3, help="documents to show (default: 3)")
-    command.add_argument("--characters", type=whole(0), default=400, help="characters of each (default: 400)")
-    command.add_argument(
-        "--tokenizer-type", choices=["sentencepiece", "huggingface", "tiktoken", "bytes"], help="default: PREFIX.json's, or the model's"
+    command = commands.add_parser(
+        "inspect", parents=[as_json], help="counts, lengths and the first documents"
     )
-    command.add_argument("--tokenizer-model", type=tokenizer_model, metavar="MODEL", help="model file, encoding's name, or RUN/tokenizer")
+    command.add_argument("prefix", type=token_files, help="PREFIX of PREFIX.bin and PREFIX.idx")
+    command.add_argument(
+        "--documents", type=whole(0), default=3, help="documents to show (default: 3)"
+    )
+    command.add_argument(
+        "--characters", type=whole(0), default=400, help="characters of each (default: 400)"
+    )
+    command.add_argument(
+        "--tokenizer-type",
+        choices=["sentencepiece", "huggingface", "tiktoken", "bytes"],
+        help="default: PREFIX.json's, or the model's",
+    )
+    command.add_argument(
+        "--tokenizer-model",
+        type=tokenizer_model,
+        metavar="MODEL",
+        help="model file, encoding's name, or RUN/tokenizer",
+    )
 
     command = commands.add_parser(
-        "verify", parents=[as_json], help="check the whole structure and the recorded hashes; exit code 1: a fault"
+        "verify",
+        parents=[as_json],
+        help="check the whole structure and the recorded hashes; exit code 1: a fault",
     )
     command.add_argument("prefix", type=token_files, nargs="+", metavar="PREFIX")
-    command.add_argument("--vocab-size", type=whole(), help="check too that every token id is below this")
+    command.add_argument(
+        "--vocab-size", type=whole(), help="check too that every token id is below this"
+    )
 
     replacing = Parser(add_help=False)
-    replacing.add_argument("--overwrite", action="store_true", help="replace token files that are there")
-    command = commands.add_parser("merge", parents=[as_json, replacing], help="concatenate token files")
+    replacing.add_argument(
+        "--overwrite", action="store_true", help="replace token files that are there"
+    )
+    command = commands.add_parser(
+        "merge", parents=[as_json, replacing], help="concatenate token files"
+    )
     command.add_argument("--input", nargs="+", type=token_files, required=True, metavar="PREFIX")
     command.add_argument("--output-prefix", required=True, metavar="PREFIX")
 
-    command = commands.add_parser("split", parents=[as_json, replacing], help="cut token files into runs of whole documents")
+    command = commands.add_parser(
+        "split", parents=[as_json, replacing], help="cut token files into runs of whole documents"
+    )
     command.add_argument("prefix", type=token_files, metavar="PREFIX")
-    command.add_argument("--shares", type=list_of(real(at_least=0)), required=True, metavar="SHARE,SHARE", help="such as 969,30,1")
-    command.add_argument("--output-prefix", nargs="+", required=True, metavar="PREFIX", help="one for each share")
+    command.add_argument(
+        "--shares",
+        type=list_of(real(at_least=0)),
+        required=True,
+        metavar="SHARE,SHARE",
+        help="such as 969,30,1",
+    )
+    command.add_argument(
+        "--output-prefix", nargs="+", required=True, metavar="PREFIX", help="one for each share"
+    )
 
     run = Parser(add_help=False, parents=[as_json])
-    run.add_argument("config", type=file_to_read, help="the run's YAML file, such as output_dir/config.yaml")
+    run.add_argument(
+        "config", type=file_to_read, help="the run's YAML file, such as output_dir/config.yaml"
+    )
     run.add_overrides()
-    command = commands.add_parser("sample", parents=[run], help="the exact samples of a training step, decoded")
+    command = commands.add_parser(
+        "sample", parents=[run], help="the exact samples of a training step, decoded"
+    )
     which = command.add_mutually_exclusive_group(required=True)
     which.add_argument("--step", type=whole(), help="optimizer step, from 1 as in metrics.jsonl")
     which.add_argument("--validation", action="store_true", help="the validation samples")
-    command.add_argument("--characters", type=whole(0), default=200, help="characters of each document (default: 200; 0: all)")
-    commands.add_parser("prebuild", parents=[run], help="build the tables of order: megatron beside the token files")
+    command.add_argument(
+        "--characters",
+        type=whole(0),
+        default=200,
+        help="characters of each document (default: 200; 0: all)",
+    )
+    commands.add_parser(
+        "prebuild", parents=[run], help="build the tables of order: megatron beside the token files"
+    )
     return parser.parse_args(argv)
 
 
 def run_inspect(arguments: argparse.Namespace) -> int:
     dataset = IndexedDataset(arguments.prefix)
-    tokenizer = tokenizer_for(dataset, choose_tokenizer(dataset, arguments.tokenizer_type, arguments.tokenizer_model))
+    tokenizer = tokenizer_for(
+        dataset, choose_tokenizer(dataset, arguments.tokenizer_type, arguments.tokenizer_model)
+    )
     content = describe_files(dataset, tokenizer, arguments.documents, arguments.characters)
     if arguments.json:
         print(json.dumps(content))
@@ -106,8 +165,15 @@ def run_verify(arguments: argparse.Namespace) -> int:
             faults[prefix] = problems_of(IndexedDataset(prefix), arguments.vocab_size)
         except DataError as error:
             faults[prefix] = [str(error)]
-        hashed = "" if faults[prefix] or IndexedDataset(prefix).sidecar else " (no PREFIX.json: structure only)"
-        print(f"{printable(prefix)}: {'faulty' if faults[prefix] else 'good'}{hashed}", file=sys.stderr)
+        hashed = (
+            ""
+            if faults[prefix] or IndexedDataset(prefix).sidecar
+            else " (no PREFIX.json: structure only)"
+        )
+        print(
+            f"{printable(prefix)}: {'faulty' if faults[prefix] else 'good'}{hashed}",
+            file=sys.stderr,
+        )
         for fault in faults[prefix]:
             print(f"  {fault}", file=sys.stderr)
     good = not any(faults.values())
@@ -118,14 +184,22 @@ def run_verify(arguments: argparse.Namespace) -> int:
 
 def run_merge(arguments: argparse.Namespace) -> int:
     check_written(arguments.input, [arguments.output_prefix], arguments.overwrite)
-    report_written({arguments.output_prefix: merge(arguments.input, arguments.output_prefix)}, arguments.json)
+    report_written(
+        {arguments.output_prefix: merge(arguments.input, arguments.output_prefix)}, arguments.json
+    )
     return 0
 
 
 def check_written(prefixes: Sequence[str], outputs: Sequence[str], overwrite: bool) -> None:
     """Refuse output prefixes that are inputs, the same, there already, or not writable."""
-    written = [Output("--output-prefix", path) for prefix in outputs for path in names_of_token_files(prefix)]
-    check_outputs(written, [path for prefix in prefixes for path in names_of_token_files(prefix)], overwrite)
+    written = [
+        Output("--output-prefix", path)
+        for prefix in outputs
+        for path in names_of_token_files(prefix)
+    ]
+    check_outputs(
+        written, [path for prefix in prefixes for path in names_of_token_files(prefix)], overwrite
+    )
 
 
 def run_split(arguments: argparse.Namespace) -> int:
@@ -140,7 +214,9 @@ def report_written(contents: dict[str, dict[str, Any]], as_json: bool) -> None:
         print(json.dumps(contents))
         return
     for prefix, content in contents.items():
-        print(f"{printable(prefix)}: {content['documents']:,} documents, {content['tokens']:,} tokens")
+        print(
+            f"{printable(prefix)}: {content['documents']:,} documents, {content['tokens']:,} tokens"
+        )
 
 
 def run_sample(arguments: argparse.Namespace) -> int:
@@ -153,9 +229,13 @@ def run_sample(arguments: argparse.Namespace) -> int:
         print(json.dumps({"step": arguments.step, "samples": list(samples)}))
         return 0
     for sample in samples:
-        print(f"sample {sample['sample']}: {sample['prefix']}, epoch {sample['epoch']}, number {sample['number']}")
+        print(
+            f"sample {sample['sample']}: {sample['prefix']}, epoch {sample['epoch']}, number {sample['number']}"
+        )
         for document in sample["documents"]:
-            print(f"  document {document['document']} from token {document['position']}, {len(document['tokens'])} tokens")
+            print(
+                f"  document {document['document']} from token {document['position']}, {len(document['tokens'])} tokens"
+            )
             print(f"    {shown(document, arguments.characters)}")
     return 0
 
@@ -163,11 +243,18 @@ def run_sample(arguments: argparse.Namespace) -> int:
 def describe_step_of_run(config: Config, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The samples that a step of the run read, by the run's own record; what the configuration would read where that says nothing."""
     beside, step = Path(arguments.config).parent, arguments.step
-    folder = beside if (beside / STARTS).exists() else Path(config.training.output_dir)  # a run may have been moved
+    folder = (
+        beside if (beside / STARTS).exists() else Path(config.training.output_dir)
+    )  # a run may have been moved
     left_out = read_left_out(folder)
-    start = start_of(read_starts(folder), step) if not arguments.overrides else None  # who overrides settings asks what they would do
+    start = (
+        start_of(read_starts(folder), step) if not arguments.overrides else None
+    )  # who overrides settings asks what they would do
     if start is None:
-        print(f"step {step} as this configuration has it; it is not taken from a run's record", file=sys.stderr)
+        print(
+            f"step {step} as this configuration has it; it is not taken from a run's record",
+            file=sys.stderr,
+        )
         return describe_step(config, step, "train", left_out)
     print(f"step {step} from {folder / STARTS}: the start after step {start.step}", file=sys.stderr)
     config, numbers = samples_read(start, left_out, step, str(folder / STARTS))
@@ -188,10 +275,16 @@ def run_prebuild(arguments: argparse.Namespace) -> int:
     folders: Sequence[tuple[Any, bool]] = [
         folder
         for part, count in samples.items()
-        for folder in prebuild(config.data, seq_length=config.model.seq_length, total_samples=count, split=part)
+        for folder in prebuild(
+            config.data, seq_length=config.model.seq_length, total_samples=count, split=part
+        )
     ]
     if arguments.json:
-        print(json.dumps({"folders": [{"path": str(path), "built": built} for path, built in folders]}))
+        print(
+            json.dumps(
+                {"folders": [{"path": str(path), "built": built} for path, built in folders]}
+            )
+        )
         return 0
     if not folders:
         print("data.order = permutation needs no tables: there is nothing to prebuild.")

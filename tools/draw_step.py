@@ -16,9 +16,21 @@ from megatron_completep.config import load_config
 from megatron_completep.errors import UserError, exit_on_user_error
 from megatron_completep.outputs import Output, check_outputs
 from megatron_completep.planning.sizes import rank_layout, rank_specs
-from megatron_completep.planning.step_picture import bubble, draw, overlap, schedule_actions, simulate
+from megatron_completep.planning.step_picture import (
+    bubble,
+    draw,
+    overlap,
+    schedule_actions,
+    simulate,
+)
 
-SCHEDULES = (("gpipe", 1), ("1f1b", 1), ("interleaved_1f1b", 2), ("zero_bubble", 1), ("zero_bubble", 2))
+SCHEDULES = (
+    ("gpipe", 1),
+    ("1f1b", 1),
+    ("interleaved_1f1b", 2),
+    ("zero_bubble", 1),
+    ("zero_bubble", 2),
+)
 
 
 DEFAULT = "docs/images/step.png"
@@ -32,10 +44,21 @@ def _picture(text: str) -> Path:
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--output", type=_picture, default=Path(DEFAULT), help=".svg or .png (default: docs/images/step.png)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a file that is no picture of this project")
-    parser.add_argument("--ranks", type=whole(1, 256), default=4, help="pipeline ranks (default: 4)")
-    parser.add_argument("--micro-batches", type=whole(1, 4096), default=8, help="a step (default: 8)")
+    parser.add_argument(
+        "--output",
+        type=_picture,
+        default=Path(DEFAULT),
+        help=".svg or .png (default: docs/images/step.png)",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a file that is no picture of this project"
+    )
+    parser.add_argument(
+        "--ranks", type=whole(1, 256), default=4, help="pipeline ranks (default: 4)"
+    )
+    parser.add_argument(
+        "--micro-batches", type=whole(1, 4096), default=8, help="a step (default: 8)"
+    )
     parser.add_argument(
         "--config",
         type=file_to_read,
@@ -43,7 +66,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="whose buckets to draw (default: configs/completep_1b.yaml)",
     )
     parser.add_argument(
-        "--bucket-megabytes", type=real(above=0, at_most=10**9), default=320, help="parallel.bucket_megabytes (default: 320, to see few)"
+        "--bucket-megabytes",
+        type=real(above=0, at_most=10**9),
+        default=320,
+        help="parallel.bucket_megabytes (default: 320, to see few)",
     )
     return parser.parse_args(argv)
 
@@ -56,13 +82,27 @@ def main(argv: Sequence[str] | None = None) -> int | None:
             f"micro-batch for every rank: give --micro-batches {arguments.ranks} or fewer ranks."
         )
     ours = arguments.output == Path(DEFAULT)  # a name of the project's own
-    check_outputs([Output("--output", arguments.output, renewed=True)], [arguments.config], arguments.overwrite or ours)
+    check_outputs(
+        [Output("--output", arguments.output, renewed=True)],
+        [arguments.config],
+        arguments.overwrite or ours,
+    )
     panels = []
     for name, virtual in SCHEDULES:
-        spans = simulate(schedule_actions(name, arguments.ranks, virtual, arguments.micro_batches), virtual)
+        spans = simulate(
+            schedule_actions(name, arguments.ranks, virtual, arguments.micro_batches), virtual
+        )
         chunks = f", {virtual} chunks a rank (the second lighter)" if virtual > 1 else ""
-        panels.append((f"{name}{chunks}: bubble {bubble(spans):.0%}", spans, [f"rank {rank}" for rank in range(arguments.ranks)]))
-    config = load_config(arguments.config, [f"parallel.bucket_megabytes={arguments.bucket_megabytes}"])
+        panels.append(
+            (
+                f"{name}{chunks}: bubble {bubble(spans):.0%}",
+                spans,
+                [f"rank {rank}" for rank in range(arguments.ranks)],
+            )
+        )
+    config = load_config(
+        arguments.config, [f"parallel.bucket_megabytes={arguments.bucket_megabytes}"]
+    )
     buckets = [bucket.size for bucket in rank_layout(config, rank_specs(config, 0), 8).buckets]
     panels.append(
         (

@@ -16,7 +16,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_completep.command_line import Parser, folder_to_read, token_files, tokenizer_model, whole
+from megatron_completep.command_line import (
+    Parser,
+    folder_to_read,
+    token_files,
+    tokenizer_model,
+    whole,
+)
 from megatron_completep.config.schema import ParallelConfig
 from megatron_completep.data.indexed import IndexedDataset
 from megatron_completep.data.tokenizer import build_tokenizer
@@ -31,20 +37,61 @@ from megatron_completep.run.precision import name_of, precision_of_run, use_thre
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("checkpoint", type=folder_to_read, metavar="CHECKPOINT", help="a run's folder, or one checkpoint's")
-    parser.add_argument("--tasks", default="", metavar="NAME,NAME", help="lm-eval's, or yours")
-    parser.add_argument("--include-path", type=folder_to_read, metavar="FOLDER", help="of your own tasks' .yaml files")
-    parser.add_argument("--num-fewshot", type=whole(0, 10**4), metavar="N", help="examples in the context (default: the task's own number)")
-    parser.add_argument("--limit", type=whole(), metavar="N", help="documents a task, or of a token file")
     parser.add_argument(
-        "--token-file", type=token_files, action="append", default=[], metavar="PREFIX", help="of PREFIX.bin and PREFIX.idx; repeatable"
+        "checkpoint",
+        type=folder_to_read,
+        metavar="CHECKPOINT",
+        help="a run's folder, or one checkpoint's",
     )
-    parser.add_argument("--batch-size", type=whole(1, 10**6), default=16, metavar="N", help="sequences at once (default: 16)")
-    parser.add_argument("--max-length", type=whole(1, 10**8), metavar="N", help="tokens the model sees at once (default: model.seq_length)")
-    parser.add_argument("--tokenizer-model", type=tokenizer_model, metavar="FILE", help="instead of the run's own copy of its tokenizer")
+    parser.add_argument("--tasks", default="", metavar="NAME,NAME", help="lm-eval's, or yours")
+    parser.add_argument(
+        "--include-path",
+        type=folder_to_read,
+        metavar="FOLDER",
+        help="of your own tasks' .yaml files",
+    )
+    parser.add_argument(
+        "--num-fewshot",
+        type=whole(0, 10**4),
+        metavar="N",
+        help="examples in the context (default: the task's own number)",
+    )
+    parser.add_argument(
+        "--limit", type=whole(), metavar="N", help="documents a task, or of a token file"
+    )
+    parser.add_argument(
+        "--token-file",
+        type=token_files,
+        action="append",
+        default=[],
+        metavar="PREFIX",
+        help="of PREFIX.bin and PREFIX.idx; repeatable",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=whole(1, 10**6),
+        default=16,
+        metavar="N",
+        help="sequences at once (default: 16)",
+    )
+    parser.add_argument(
+        "--max-length",
+        type=whole(1, 10**8),
+        metavar="N",
+        help="tokens the model sees at once (default: model.seq_length)",
+    )
+    parser.add_argument(
+        "--tokenizer-model",
+        type=tokenizer_model,
+        metavar="FILE",
+        help="instead of the run's own copy of its tokenizer",
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument(
-        "--precision", choices=("auto", "float32", "bf16", "float64"), default="auto", help="auto: that of the run, where the device can"
+        "--precision",
+        choices=("auto", "float32", "bf16", "float64"),
+        default="auto",
+        help="auto: that of the run, where the device can",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     arguments = parser.parse_args(argv)
@@ -64,14 +111,29 @@ def evaluate(arguments: argparse.Namespace, context: ParallelContext) -> dict[st
     precision = precision_of_run(arguments.precision, trained, context.device, say)
     config, model = load_model(arguments.checkpoint, context.device, precision)
     settings = run_tokenizer(arguments.checkpoint, config, arguments.tokenizer_model)
-    scorer = Scorer(model, build_tokenizer(settings), context.world, arguments.batch_size, arguments.max_length)
-    results: dict[str, Any] = {"checkpoint": str(arguments.checkpoint), "precision": name_of(precision), "token_files": {}, "tasks": {}}
+    scorer = Scorer(
+        model, build_tokenizer(settings), context.world, arguments.batch_size, arguments.max_length
+    )
+    results: dict[str, Any] = {
+        "checkpoint": str(arguments.checkpoint),
+        "precision": name_of(precision),
+        "token_files": {},
+        "tasks": {},
+    }
     for prefix in arguments.token_file:
-        results["token_files"][prefix] = score_token_file(scorer, IndexedDataset(prefix), arguments.limit).to_json()
+        results["token_files"][prefix] = score_token_file(
+            scorer, IndexedDataset(prefix), arguments.limit
+        ).to_json()
     if arguments.tasks:
         tasks = tuple(name.strip() for name in arguments.tasks.split(",") if name.strip())
         results["tasks"] = evaluate_tasks(
-            scorer, TaskSettings(tasks, arguments.include_path and str(arguments.include_path), arguments.num_fewshot, arguments.limit)
+            scorer,
+            TaskSettings(
+                tasks,
+                arguments.include_path and str(arguments.include_path),
+                arguments.num_fewshot,
+                arguments.limit,
+            ),
         )
     return results
 
@@ -79,11 +141,19 @@ def evaluate(arguments: argparse.Namespace, context: ParallelContext) -> dict[st
 def show(results: dict[str, Any]) -> str:
     lines = []
     for prefix, score in results["token_files"].items():
-        lines.append(f"{prefix}: {score['bits_per_byte']:.6f} bits per byte, {score['loss']:.6f} nats per token")
-        lines.append(f"  {score['documents']:,} documents, {score['tokens']:,} tokens, {score['bytes']:,} bytes")
+        lines.append(
+            f"{prefix}: {score['bits_per_byte']:.6f} bits per byte, {score['loss']:.6f} nats per token"
+        )
+        lines.append(
+            f"  {score['documents']:,} documents, {score['tokens']:,} tokens, {score['bytes']:,} bytes"
+        )
     for task, metrics in results["tasks"].items():
         lines.append(task)
-        lines += [f"  {name:<32} {value:.6f}" for name, value in metrics.items() if isinstance(value, float)]
+        lines += [
+            f"  {name:<32} {value:.6f}"
+            for name, value in metrics.items()
+            if isinstance(value, float)
+        ]
     return "\n".join(lines)
 
 

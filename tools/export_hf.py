@@ -18,7 +18,12 @@ from megatron_completep.command_line import Parser, folder_to_read, tokenizer_mo
 from megatron_completep.errors import UserError, exit_on_user_error
 from megatron_completep.interop.architectures import ARCHITECTURES
 from megatron_completep.interop.check_export import check_export
-from megatron_completep.interop.export_model import ALIASES, ExportSettings, export_model, parse_size
+from megatron_completep.interop.export_model import (
+    ALIASES,
+    ExportSettings,
+    export_model,
+    parse_size,
+)
 from megatron_completep.interop.tensor_files import DTYPES
 from megatron_completep.outputs import Output, check_outputs
 from megatron_completep.run.precision import use_threads
@@ -26,15 +31,34 @@ from megatron_completep.run.precision import use_threads
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("checkpoint", type=folder_to_read, metavar="CHECKPOINT", help="a run's folder, or one checkpoint's")
+    parser.add_argument(
+        "checkpoint",
+        type=folder_to_read,
+        metavar="CHECKPOINT",
+        help="a run's folder, or one checkpoint's",
+    )
     parser.add_argument("output", type=Path, metavar="OUT", help="folder to write; must not exist")
     parser.add_argument("--architecture", choices=("auto", *ARCHITECTURES), default="auto")
-    parser.add_argument("--dtype", choices=("auto", *DTYPES, *ALIASES), default="auto", help="auto: that of the run's precision")
-    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one tensor file (default: 5GB)")
     parser.add_argument(
-        "--tokenizer-model", type=tokenizer_model, metavar="FILE", help="where the tokenizer lies now; none: export without one"
+        "--dtype",
+        choices=("auto", *DTYPES, *ALIASES),
+        default="auto",
+        help="auto: that of the run's precision",
     )
-    parser.add_argument("--check", action="store_true", help="compare logits with transformers' own code (needs memory for the model)")
+    parser.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="of one tensor file (default: 5GB)"
+    )
+    parser.add_argument(
+        "--tokenizer-model",
+        type=tokenizer_model,
+        metavar="FILE",
+        help="where the tokenizer lies now; none: export without one",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="compare logits with transformers' own code (needs memory for the model)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     return parser.parse_args(argv)
 
@@ -49,7 +73,12 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         parse_size(arguments.max_shard_size),
     )
     check_outputs([Output("OUT", arguments.output, folder=True)])
-    report = export_model(arguments.checkpoint, arguments.output, settings, say=lambda text: print(text, file=sys.stderr))
+    report = export_model(
+        arguments.checkpoint,
+        arguments.output,
+        settings,
+        say=lambda text: print(text, file=sys.stderr),
+    )
     result = report.to_json()
     if arguments.check:
         comparison = check_export(report.checkpoint, report.folder, report.dtype)
@@ -61,9 +90,13 @@ def main(argv: Sequence[str] | None = None) -> int | None:
             f"wrote {report.folder}: {report.architecture}, {report.parameters:,} parameters in {report.dtype}, {len(report.files)} files"
         )
         if arguments.check:
-            print(f"largest difference of a logit to transformers': {comparison.relative_difference:.2e} of the largest logit")
+            print(
+                f"largest difference of a logit to transformers': {comparison.relative_difference:.2e} of the largest logit"
+            )
     if arguments.check and not comparison.equal:
-        raise UserError(f"{report.folder} does not compute what the checkpoint does: more than {comparison.tolerance:g}. Report this.")
+        raise UserError(
+            f"{report.folder} does not compute what the checkpoint does: more than {comparison.tolerance:g}. Report this."
+        )
     return 0
 
 

@@ -24,7 +24,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout: the folder and whether all parts passed")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object on stdout: the folder and whether all parts passed",
+    )
     return parser.parse_args(argv)
 
 
@@ -34,7 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         raise ConfigError("no GPU is visible to torch: this report is for a machine with one.")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     log = sys.stderr if arguments.json else sys.stdout
-    folder = make_report(ROOT, environment, describe_device(torch, triton.__version__), lambda line: print(line, file=log, flush=True))
+    folder = make_report(
+        ROOT,
+        environment,
+        describe_device(torch, triton.__version__),
+        lambda line: print(line, file=log, flush=True),
+    )
     if arguments.json:
         print(json.dumps({"folder": str(folder), "passed": passed(folder)}))
     else:

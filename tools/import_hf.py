@@ -22,10 +22,22 @@ from megatron_completep.outputs import Output, check_outputs
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("folder", type=folder_to_read, metavar="FOLDER", help="with config.json and .safetensors files")
-    parser.add_argument("output", type=Path, metavar="OUT", help="folder of the run to be; must not hold one")
+    parser.add_argument(
+        "folder",
+        type=folder_to_read,
+        metavar="FOLDER",
+        help="with config.json and .safetensors files",
+    )
+    parser.add_argument(
+        "output", type=Path, metavar="OUT", help="folder of the run to be; must not hold one"
+    )
     parser.add_overrides("settings of the configuration")
-    parser.add_argument("--seq-length", type=whole(1, 10**8), metavar="N", help="tokens a training sample (default: the model's longest)")
+    parser.add_argument(
+        "--seq-length",
+        type=whole(1, 10**8),
+        metavar="N",
+        help="tokens a training sample (default: the model's longest)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     return parser.parse_args(argv)
 
@@ -33,11 +45,15 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int | None:
     arguments = parse_arguments(argv)
     check_outputs([Output("OUT", arguments.output, folder=True)], [arguments.folder])
-    report = import_model(arguments.folder, arguments.output, arguments.overrides, arguments.seq_length)
+    report = import_model(
+        arguments.folder, arguments.output, arguments.overrides, arguments.seq_length
+    )
     if arguments.json:
         print(json.dumps(report.to_json()))
         return 0
-    print(f"{report.architecture}, {report.parameters:,} parameters, {report.dtype}: {report.checkpoint}")
+    print(
+        f"{report.architecture}, {report.parameters:,} parameters, {report.dtype}: {report.checkpoint}"
+    )
     print(f"Set data, learning rate and lengths in {report.config}, then train:")
     print(f"  python -m megatron_completep.pretrain {report.config}")
     return 0

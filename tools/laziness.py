@@ -28,16 +28,29 @@ from megatron_completep.run.precision import use_threads
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("config", type=file_to_read, metavar="CONFIG", help="a run's YAML file; its data is read")
+    parser.add_argument(
+        "config", type=file_to_read, metavar="CONFIG", help="a run's YAML file; its data is read"
+    )
     parser.add_overrides()
     parser.add_argument(
-        "--depths", type=list_of(whole(1, 10**5)), default=[2, 4, 8, 16, 32], metavar="L,L,...", help="default: 2,4,8,16,32"
+        "--depths",
+        type=list_of(whole(1, 10**5)),
+        default=[2, 4, 8, 16, 32],
+        metavar="L,L,...",
+        help="default: 2,4,8,16,32",
     )
     parser.add_argument(
-        "--seeds", type=whole(1, 1000), default=3, help="repetitions with other weights and data; one gives no verdict (default: 3)"
+        "--seeds",
+        type=whole(1, 1000),
+        default=3,
+        help="repetitions with other weights and data; one gives no verdict (default: 3)",
     )
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write laziness.json, .png and .html there")
-    parser.add_argument("--json", action="store_true", help="one object on stdout, the log on stderr")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="write laziness.json, .png and .html there"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="one object on stdout, the log on stderr"
+    )
     return parser.parse_args(argv)
 
 
@@ -55,12 +68,18 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
     if arguments.seeds == 1:
         say("one seed gives no interval, and so no verdict (exit code 3): --seeds 3 gives both")
-    with when_interrupted("a measurement is all or nothing, so nothing was written; start it again."):
+    with when_interrupted(
+        "a measurement is all or nothing, so nothing was written; start it again."
+    ):
         samples = laziness.collect(config, sorted(set(arguments.depths)), arguments.seeds, say=say)
     result = laziness.judge(samples, base)
     say(describe_laziness(result, base))
     if arguments.out is not None:
-        settings = {"config": config.model_dump(mode="json"), "depths": arguments.depths, "seeds": arguments.seeds}
+        settings = {
+            "config": config.model_dump(mode="json"),
+            "depths": arguments.depths,
+            "seeds": arguments.seeds,
+        }
         write_laziness(result, arguments.out, settings)
         say(f"written: {arguments.out / 'laziness.json'}, .png, .html")
     if arguments.json:

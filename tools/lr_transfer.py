@@ -18,7 +18,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_completep.command_line import Parser, file_to_read, folder_to_read, list_of, one_of, real, whole
+from megatron_completep.command_line import (
+    Parser,
+    file_to_read,
+    folder_to_read,
+    list_of,
+    one_of,
+    real,
+    whole,
+)
 from megatron_completep.config import load_config
 from megatron_completep.errors import ConfigError, exit_on_user_error, when_interrupted
 from megatron_completep.instruments import sweep
@@ -39,7 +47,9 @@ def rates(text: str) -> list[float]:
         return list_of(RATE)(text)
     low, high, *rest = text.split(":")
     if len(rest) > 1:
-        raise argparse.ArgumentTypeError("give LOW:HIGH:N, exponents of two and points an octave, such as -10:-5:2.")
+        raise argparse.ArgumentTypeError(
+            "give LOW:HIGH:N, exponents of two and points an octave, such as -10:-5:2."
+        )
     first, last, per_octave = EXPONENTS(low), EXPONENTS(high), whole(1, 100)(rest[0]) if rest else 2
     if first > last:
         raise argparse.ArgumentTypeError(f"LOW = {low} is above HIGH = {high}. Swap them.")
@@ -52,31 +62,69 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     run = commands.add_parser("sweep", help="train every point of a grid")
     run.add_argument("config", type=file_to_read, help="YAML file of the proxy")
     run.add_overrides()
-    run.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where points are kept; may hold a sweep already")
     run.add_argument(
-        "--lr", type=rates, required=True, metavar="LOW:HIGH:N", help="exponents of two and points an octave, or a list of values"
-    )
-    run.add_argument("--depths", type=list_of(whole(1, 10**5)), default=[], help="layers, such as 2,8,32 (default: the configuration's)")
-    run.add_argument("--widths", type=list_of(whole(1, 10**6)), default=[], help="hidden sizes (default: the configuration's)")
-    run.add_argument(
-        "--parameterizations", type=list_of(one_of(PARAMETERIZATIONS)), default=["completep"], help="of completep,alpha_0.5,mup,sp"
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="where points are kept; may hold a sweep already",
     )
     run.add_argument(
-        "--weight-decays", type=list_of(real(at_least=0)), default=[], help="base weight decays (default: the configuration's)"
+        "--lr",
+        type=rates,
+        required=True,
+        metavar="LOW:HIGH:N",
+        help="exponents of two and points an octave, or a list of values",
     )
     run.add_argument(
-        "--init-stds", type=list_of(real(above=0)), default=[], help="base initial standard deviations (default: the configuration's)"
+        "--depths",
+        type=list_of(whole(1, 10**5)),
+        default=[],
+        help="layers, such as 2,8,32 (default: the configuration's)",
     )
     run.add_argument(
-        "--train-steps", type=list_of(whole()), default=[], help="lengths of runs (default: the configuration's); savings need two"
+        "--widths",
+        type=list_of(whole(1, 10**6)),
+        default=[],
+        help="hidden sizes (default: the configuration's)",
+    )
+    run.add_argument(
+        "--parameterizations",
+        type=list_of(one_of(PARAMETERIZATIONS)),
+        default=["completep"],
+        help="of completep,alpha_0.5,mup,sp",
+    )
+    run.add_argument(
+        "--weight-decays",
+        type=list_of(real(at_least=0)),
+        default=[],
+        help="base weight decays (default: the configuration's)",
+    )
+    run.add_argument(
+        "--init-stds",
+        type=list_of(real(above=0)),
+        default=[],
+        help="base initial standard deviations (default: the configuration's)",
+    )
+    run.add_argument(
+        "--train-steps",
+        type=list_of(whole()),
+        default=[],
+        help="lengths of runs (default: the configuration's); savings need two",
     )
     run.add_argument("--seeds", type=whole(1, 1000), default=3, help="repetitions (default: 3)")
-    run.add_argument("--workers", type=whole(1, 1024), help="runs at once (default: one a core, or six a GPU)")
     run.add_argument(
-        "--slurm", metavar="KEY=VALUE,...", help="submit to Slurm with these options of submitit, such as timeout_min=60,gpus_per_node=1"
+        "--workers", type=whole(1, 1024), help="runs at once (default: one a core, or six a GPU)"
+    )
+    run.add_argument(
+        "--slurm",
+        metavar="KEY=VALUE,...",
+        help="submit to Slurm with these options of submitit, such as timeout_min=60,gpus_per_node=1",
     )
     run.add_argument("--json", action="store_true", help="one object on stdout, the log on stderr")
-    report = commands.add_parser("report", help="optima, drift, regret and savings of a sweep, as HTML, PNG and JSON")
+    report = commands.add_parser(
+        "report", help="optima, drift, regret and savings of a sweep, as HTML, PNG and JSON"
+    )
     report.add_argument("folder", type=folder_to_read, help="the sweep's folder")
     report.add_argument(
         "--baseline",
@@ -84,14 +132,24 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default="mup",
         help="parameterization that savings are counted against (default: mup)",
     )
-    report.add_argument("--json", action="store_true", help="one object on stdout, the log on stderr")
-    plan = commands.add_parser("plan", help="write the target's configuration with the sweep's best values")
+    report.add_argument(
+        "--json", action="store_true", help="one object on stdout, the log on stderr"
+    )
+    plan = commands.add_parser(
+        "plan", help="write the target's configuration with the sweep's best values"
+    )
     plan.add_argument("folder", type=folder_to_read, help="the sweep's folder")
     plan.add_argument("target", type=file_to_read, help="YAML file of the target")
     plan.add_overrides("settings that replace the target's")
-    plan.add_argument("--to", type=Path, required=True, metavar="FILE", help="the YAML file to write")
+    plan.add_argument(
+        "--to", type=Path, required=True, metavar="FILE", help="the YAML file to write"
+    )
     plan.add_argument("--overwrite", action="store_true", help="replace a file that is there")
-    plan.add_argument("--scale-batch", action="store_true", help="scale to the target's batch and duration as Complete(d)P does")
+    plan.add_argument(
+        "--scale-batch",
+        action="store_true",
+        help="scale to the target's batch and duration as Complete(d)P does",
+    )
     plan.add_argument("--json", action="store_true", help="one object on stdout, the log on stderr")
     return parser.parse_args(argv)
 
@@ -99,7 +157,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def slurm_options(text: str) -> dict[str, int | str]:
     pairs = [part.partition("=") for part in text.split(",") if part]
     if any(not equals for _, equals, _ in pairs):
-        raise ConfigError(f"--slurm {text}: write KEY=VALUE pairs, such as timeout_min=60,gpus_per_node=1.")
+        raise ConfigError(
+            f"--slurm {text}: write KEY=VALUE pairs, such as timeout_min=60,gpus_per_node=1."
+        )
     return {key: int(value) if value.isdigit() else value for key, _, value in pairs}
 
 
@@ -126,14 +186,30 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         points = grid.points(config)
         sweep.save_grid(grid, config, arguments.out)
         if arguments.slurm is not None:
-            jobs = sweep.run_slurm(points, arguments.out, slurm_options(arguments.slurm), config.training.device)
+            jobs = sweep.run_slurm(
+                points, arguments.out, slurm_options(arguments.slurm), config.training.device
+            )
             say(f"{len(jobs)} jobs submitted; report when they are done")
         else:
             device = choose_device(config.training.device, 0).type
-            with when_interrupted("finished points are kept; the same command goes on with the others."):
-                sweep.run_local(points, arguments.out, arguments.workers or sweep.default_workers(device), device, say)
-            say(f"next: {shlex.join(['python', 'tools/lr_transfer.py', 'report', str(arguments.out)])}")
-        result = {"points": len(points), "missing": len(sweep.missing(points, arguments.out)), "folder": str(arguments.out)}
+            with when_interrupted(
+                "finished points are kept; the same command goes on with the others."
+            ):
+                sweep.run_local(
+                    points,
+                    arguments.out,
+                    arguments.workers or sweep.default_workers(device),
+                    device,
+                    say,
+                )
+            say(
+                f"next: {shlex.join(['python', 'tools/lr_transfer.py', 'report', str(arguments.out)])}"
+            )
+        result = {
+            "points": len(points),
+            "missing": len(sweep.missing(points, arguments.out)),
+            "folder": str(arguments.out),
+        }
     elif arguments.command == "report":
         result = make_report(arguments.folder, arguments.baseline, say)
     else:
@@ -142,7 +218,13 @@ def main(argv: Sequence[str] | None = None) -> int | None:
             [arguments.target, arguments.folder / "sweep.json", arguments.folder / PROXY],
             arguments.overwrite,
         )
-        result = make_plan(arguments.folder, load_config(arguments.target, arguments.overrides), arguments.to, arguments.scale_batch, say)
+        result = make_plan(
+            arguments.folder,
+            load_config(arguments.target, arguments.overrides),
+            arguments.to,
+            arguments.scale_batch,
+            say,
+        )
     if arguments.json:
         print(json.dumps(result))
     return 0

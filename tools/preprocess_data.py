@@ -14,7 +14,13 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_completep.command_line import Parser, names_of_token_files, real, tokenizer_model, whole
+from megatron_completep.command_line import (
+    Parser,
+    names_of_token_files,
+    real,
+    tokenizer_model,
+    whole,
+)
 from megatron_completep.errors import DataError, exit_on_user_error, when_interrupted
 from megatron_completep.outputs import Output, check_outputs
 from megatron_completep.preprocess.engines import ENGINES
@@ -37,10 +43,18 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add_input = parser.add_argument_group("input")
     add_input.add_argument(
-        "--input", nargs="+", required=True, metavar="PATH", help="files, folders or quoted globs ('src/**/*.py'), .gz .zst .xz .bz2 too"
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="files, folders or quoted globs ('src/**/*.py'), .gz .zst .xz .bz2 too",
     )
     add_input.add_argument(
-        "--json-keys", nargs="+", default=["text"], metavar="KEY", help="JSON keys or parquet columns, one output each (default: text)"
+        "--json-keys",
+        nargs="+",
+        default=["text"],
+        metavar="KEY",
+        help="JSON keys or parquet columns, one output each (default: text)",
     )
     add_input.add_argument(
         "--input-format",
@@ -62,21 +76,43 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="MODEL",
         help=".model file, tokenizer.json or its folder, .tiktoken file or encoding's name",
     )
-    tokenizer.add_argument("--append-eod", action="store_true", help="end every document with the end-of-document token")
+    tokenizer.add_argument(
+        "--append-eod",
+        action="store_true",
+        help="end every document with the end-of-document token",
+    )
     output = parser.add_argument_group("output")
     output.add_argument(
-        "--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX_KEY_document.{bin,idx,json}; KEY is `text` for plain text"
+        "--output-prefix",
+        required=True,
+        metavar="PREFIX",
+        help="writes PREFIX_KEY_document.{bin,idx,json}; KEY is `text` for plain text",
     )
-    output.add_argument("--overwrite", action="store_true", help="replace an output made from other inputs or settings")
+    output.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace an output made from other inputs or settings",
+    )
     quality = parser.add_argument_group("quality")
     quality.add_argument(
-        "--unicode", choices=UNICODE_POLICIES, default="refuse", help="invalid UTF-8 and lone surrogates: a bad document, or U+FFFD"
+        "--unicode",
+        choices=UNICODE_POLICIES,
+        default="refuse",
+        help="invalid UTF-8 and lone surrogates: a bad document, or U+FFFD",
     )
-    quality.add_argument("--deduplicate", action="store_true", help="keep the first of documents with the same text")
-    for bound in ("min-characters", "max-characters", "min-tokens", "max-tokens"):
-        quality.add_argument(f"--{bound}", type=whole(0), metavar="N", help="drop documents outside this limit")
     quality.add_argument(
-        "--max-bad-documents", type=whole(0), default=0, metavar="N", help="stop when more documents cannot be read (default: 0)"
+        "--deduplicate", action="store_true", help="keep the first of documents with the same text"
+    )
+    for bound in ("min-characters", "max-characters", "min-tokens", "max-tokens"):
+        quality.add_argument(
+            f"--{bound}", type=whole(0), metavar="N", help="drop documents outside this limit"
+        )
+    quality.add_argument(
+        "--max-bad-documents",
+        type=whole(0),
+        default=0,
+        metavar="N",
+        help="stop when more documents cannot be read (default: 0)",
     )
     quality.add_argument(
         "--max-document-megabytes",
@@ -94,30 +130,56 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="processes (default: the cores of this process)",
     )
     work.add_argument(
-        "--shard", metavar="I/N", help="do part I (from 0) of N only, for job arrays; afterwards the same command without --shard merges"
+        "--shard",
+        metavar="I/N",
+        help="do part I (from 0) of N only, for job arrays; afterwards the same command without --shard merges",
     )
-    work.add_argument("--engine", choices=ENGINES, default="local", help="local processes, or Ray actors")
     work.add_argument(
-        "--log-interval", type=whole(), default=1000, metavar="N", help="documents between progress lines where stderr is no terminal"
+        "--engine", choices=ENGINES, default="local", help="local processes, or Ray actors"
     )
-    work.add_argument("--partitions", type=whole(), help="accepted as in Megatron; work is divided by size here, whatever it says")
-    work.add_argument("--json", action="store_true", help="print the report as one JSON object on stdout")
+    work.add_argument(
+        "--log-interval",
+        type=whole(),
+        default=1000,
+        metavar="N",
+        help="documents between progress lines where stderr is no terminal",
+    )
+    work.add_argument(
+        "--partitions",
+        type=whole(),
+        help="accepted as in Megatron; work is divided by size here, whatever it says",
+    )
+    work.add_argument(
+        "--json", action="store_true", help="print the report as one JSON object on stdout"
+    )
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     arguments = parse_arguments(argv)
     check_together(arguments)
-    check_outputs([Output("--output-prefix", path) for path in written_for(arguments)], arguments.input, overwrite=True)
+    check_outputs(
+        [Output("--output-prefix", path) for path in written_for(arguments)],
+        arguments.input,
+        overwrite=True,
+    )
     settings = PreprocessSettings(
         inputs=tuple(arguments.input),
         output_prefix=arguments.output_prefix,
-        tokenizer=TokenizerChoice(MEGATRON_NAMES.get(arguments.tokenizer_type, arguments.tokenizer_type), arguments.tokenizer_model),
+        tokenizer=TokenizerChoice(
+            MEGATRON_NAMES.get(arguments.tokenizer_type, arguments.tokenizer_type),
+            arguments.tokenizer_model,
+        ),
         json_keys=tuple(arguments.json_keys),
         append_eod=arguments.append_eod,
         input_format=arguments.input_format,
         unicode=arguments.unicode,
-        limits=Limits(arguments.min_characters, arguments.max_characters, arguments.min_tokens, arguments.max_tokens),
+        limits=Limits(
+            arguments.min_characters,
+            arguments.max_characters,
+            arguments.min_tokens,
+            arguments.max_tokens,
+        ),
         deduplicate=arguments.deduplicate,
         largest_document=max(1, round(arguments.max_document_megabytes * (1 << 20))),
     )
@@ -141,15 +203,21 @@ def check_together(arguments: argparse.Namespace) -> None:
     for unit in ("characters", "tokens"):
         low, high = getattr(arguments, f"min_{unit}"), getattr(arguments, f"max_{unit}")
         if low is not None and high is not None and low > high:
-            problems.append(f"--min-{unit} = {low}: above --max-{unit} = {high}, so every document would be dropped. Swap them.")
+            problems.append(
+                f"--min-{unit} = {low}: above --max-{unit} = {high}, so every document would be dropped. Swap them."
+            )
     if arguments.tokenizer_type == "bytes" and arguments.tokenizer_model is not None:
         problems.append(
             f"--tokenizer-model = {arguments.tokenizer_model}: --tokenizer-type bytes reads no model. Leave it out, or name its type."
         )
     if not arguments.output_prefix:
-        problems.append("--output-prefix is empty. Give the beginning of the files' names, such as data/corpus.")
+        problems.append(
+            "--output-prefix is empty. Give the beginning of the files' names, such as data/corpus."
+        )
     if len(problems) > 1:
-        raise DataError("\n".join([f"{len(problems)} problems", *(f"  {problem}" for problem in problems)]))
+        raise DataError(
+            "\n".join([f"{len(problems)} problems", *(f"  {problem}" for problem in problems)])
+        )
     if problems:
         raise DataError(problems[0])
 
@@ -159,7 +227,9 @@ def written_for(arguments: argparse.Namespace) -> list[Path]:
     prefix = arguments.output_prefix
     reports = [Path(f"{prefix}_report.{suffix}") for suffix in ("json", "png")]
     keys = {"text", *arguments.json_keys}
-    return reports + [path for key in sorted(keys) for path in names_of_token_files(f"{prefix}_{key}_document")]
+    return reports + [
+        path for key in sorted(keys) for path in names_of_token_files(f"{prefix}_{key}_document")
+    ]
 
 
 def parse_shard(text: str | None) -> tuple[int, int] | None:
@@ -186,8 +256,14 @@ def describe(report: dict) -> str:
         **{f"outside the limits of {k}": n for k, n in report["dropped"].items()},
     }
     if any(left_out.values()):
-        lines.append("left out: " + ", ".join(f"{number:,} {why}" for why, number in left_out.items() if number))
-    lines += [f"{output['prefix']}  {output['documents']:,} documents  {output['tokens']:,} tokens" for output in report["outputs"]]
+        lines.append(
+            "left out: "
+            + ", ".join(f"{number:,} {why}" for why, number in left_out.items() if number)
+        )
+    lines += [
+        f"{output['prefix']}  {output['documents']:,} documents  {output['tokens']:,} tokens"
+        for output in report["outputs"]
+    ]
     return "\n".join([*lines, report["status"]])
 
 

@@ -23,7 +23,12 @@ from megatron_completep.reports.quickstart import Quickstart
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_overrides()
-    parser.add_argument("--config", type=file_to_read, default="configs/quickstart.yaml", help="default: configs/quickstart.yaml")
+    parser.add_argument(
+        "--config",
+        type=file_to_read,
+        default="configs/quickstart.yaml",
+        help="default: configs/quickstart.yaml",
+    )
     parser.add_argument(
         "--goal",
         type=real(),
@@ -53,7 +58,12 @@ class Bars:
 def main(argv: Sequence[str] | None = None) -> int | None:
     arguments = parse_arguments(argv)
     console = Console(highlight=False, soft_wrap=True)
-    quickstart = Quickstart(str(arguments.config), arguments.overrides, lambda text: console.print(text, markup=False), Bars(console).show)
+    quickstart = Quickstart(
+        str(arguments.config),
+        arguments.overrides,
+        lambda text: console.print(text, markup=False),
+        Bars(console).show,
+    )
     with when_interrupted("what is done is kept, and the same command goes on."):
         below = quickstart.run()
     if below < arguments.goal:

@@ -25,8 +25,15 @@ def _trace(text: str) -> str:
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("trace", type=_trace, metavar="TRACE", help="path of the trace, with or without .json or .npz")
-    parser.add_argument("--precision", choices=tuple(TOLERANCES), default="float64", help="default: float64")
+    parser.add_argument(
+        "trace",
+        type=_trace,
+        metavar="TRACE",
+        help="path of the trace, with or without .json or .npz",
+    )
+    parser.add_argument(
+        "--precision", choices=tuple(TOLERANCES), default="float64", help="default: float64"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser.parse_args(argv)
 
@@ -41,13 +48,26 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 def describe(result: Replay, precision: str) -> str:
     """A line a step, then the largest differences beside what is allowed."""
     lines = [f"{'step':>4}  {'loss':>18}  {'recorded':>18}  {'difference':>10}"]
-    for step, (loss, recorded) in enumerate(zip(result.loss, result.recorded_loss, strict=False), start=1):
+    for step, (loss, recorded) in enumerate(
+        zip(result.loss, result.recorded_loss, strict=False), start=1
+    ):
         lines.append(f"{step:>4}  {loss:>18.15f}  {recorded:>18.15f}  {loss - recorded:>10.1e}")
     lines.append(f"{'largest relative difference':<32}{'found':>9}{'allowed':>10}")
     names = ("loss", "gradient norm", "final weight norms")
-    errors = (result.max_relative_loss_error, result.max_relative_grad_norm_error, result.max_relative_weight_norm_error)
-    lines += [f"  {name:<30}{e:>9.1e}{bound:>10.0e}" for name, e, bound in zip(names, errors, TOLERANCES[precision], strict=True)]
-    verdict = "pass: this installation computes what the authors' code computes" if result.passed else "fail"
+    errors = (
+        result.max_relative_loss_error,
+        result.max_relative_grad_norm_error,
+        result.max_relative_weight_norm_error,
+    )
+    lines += [
+        f"  {name:<30}{e:>9.1e}{bound:>10.0e}"
+        for name, e, bound in zip(names, errors, TOLERANCES[precision], strict=True)
+    ]
+    verdict = (
+        "pass: this installation computes what the authors' code computes"
+        if result.passed
+        else "fail"
+    )
     return "\n".join([*lines, f"{verdict} ({precision}, {len(result.loss)} steps)"])
 
 

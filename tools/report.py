@@ -26,11 +26,30 @@ from megatron_completep.reports.run_files import differences, read_runs
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("runs", nargs="+", type=file_or_folder, metavar="RUN", help="a run's folder, or its metrics.jsonl")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the HTML file (default: report.html in the first run's folder)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a file that is no report of this project")
-    parser.add_argument("--title", default="", help="the report's title (default: the names of the runs)")
-    parser.add_argument("--json", action="store_true", help="print the summary as one JSON object; the log goes to stderr")
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=file_or_folder,
+        metavar="RUN",
+        help="a run's folder, or its metrics.jsonl",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="the HTML file (default: report.html in the first run's folder)",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a file that is no report of this project"
+    )
+    parser.add_argument(
+        "--title", default="", help="the report's title (default: the names of the runs)"
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print the summary as one JSON object; the log goes to stderr",
+    )
     return parser.parse_args(argv)
 
 
@@ -47,13 +66,23 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         out.parent.mkdir(parents=True, exist_ok=True)
         compare(runs, arguments.title).write_html(out)
     except OSError as error:
-        raise UserError(f"--out = {out} cannot be written: {error.strerror}. Choose another folder or free some space.") from None
+        raise UserError(
+            f"--out = {out} cannot be written: {error.strerror}. Choose another folder or free some space."
+        ) from None
     for run in runs:
         for note in run.notes:
             print(f"{run.name}: {note}", file=sys.stderr)
     print(f"written: {out}", file=sys.stderr if arguments.json else sys.stdout)
     if arguments.json:
-        print(json.dumps({"report": str(out), "runs": [summarize(run) for run in runs], "differences": differences(runs)}))
+        print(
+            json.dumps(
+                {
+                    "report": str(out),
+                    "runs": [summarize(run) for run in runs],
+                    "differences": differences(runs),
+                }
+            )
+        )
     return 0
 
 

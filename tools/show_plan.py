@@ -30,7 +30,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("config", type=file_to_read, metavar="CONFIG", help="a run's YAML file")
     parser.add_overrides("settings to change, such as completep.alpha=0.5")
-    parser.add_argument("--world-size", type=whole(1, 2**24), metavar="N", help="plan memory, traffic and time on N GPUs, too")
+    parser.add_argument(
+        "--world-size",
+        type=whole(1, 2**24),
+        metavar="N",
+        help="plan memory, traffic and time on N GPUs, too",
+    )
     parser.add_argument("--gpu", choices=tuple(GPUS), help="which of those GPUs (default: h100)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser.parse_args(argv)
@@ -39,10 +44,16 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int | None:
     arguments = parse_arguments(argv)
     if arguments.gpu is not None and arguments.world_size is None:
-        raise UserError(f"--gpu = {arguments.gpu}: says nothing without a number of GPUs. Add --world-size N, or leave --gpu out.")
+        raise UserError(
+            f"--gpu = {arguments.gpu}: says nothing without a number of GPUs. Add --world-size N, or leave --gpu out."
+        )
     gpu = arguments.gpu or "h100"
     config = load_config(arguments.config, arguments.overrides)
-    scaling = scaling_plan(config, arguments.world_size, gpu) if arguments.world_size is not None else None
+    scaling = (
+        scaling_plan(config, arguments.world_size, gpu)
+        if arguments.world_size is not None
+        else None
+    )
     if arguments.json:
         extra = {"scaling": scaling_to_json(config, scaling, gpu)} if scaling is not None else {}
         print(json.dumps({**make_plan(config).to_json(), **extra}))

@@ -21,7 +21,11 @@ from megatron_completep.data.files import printable
 from megatron_completep.errors import exit_on_user_error
 from megatron_completep.outputs import Output, check_outputs
 from megatron_completep.preprocess.sources import INPUT_FORMATS
-from megatron_completep.preprocess.tokenizer_training import MODEL_TYPES, TrainingSettings, train_tokenizer
+from megatron_completep.preprocess.tokenizer_training import (
+    MODEL_TYPES,
+    TrainingSettings,
+    train_tokenizer,
+)
 
 
 def _input(text: str) -> Path | str:
@@ -39,15 +43,40 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="PATH",
         help="files, folders or quoted globs ('src/**/*.py'); -: standard input",
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the model file to write, such as tokenizer.model")
     parser.add_argument(
-        "--vocab-size", type=whole(1, 10**7), required=True, metavar="N", help="ids in all, bytes and special tokens included"
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="the model file to write, such as tokenizer.model",
     )
-    parser.add_argument("--model-type", choices=MODEL_TYPES, default="bpe", help="default: bpe; unigram takes about 15 times as long")
     parser.add_argument(
-        "--input-megabytes", type=real(above=0), default=50.0, metavar="MB", help="how much text to sample, over all files (default: 50)"
+        "--vocab-size",
+        type=whole(1, 10**7),
+        required=True,
+        metavar="N",
+        help="ids in all, bytes and special tokens included",
     )
-    parser.add_argument("--special-tokens", nargs="*", default=[], metavar="NAME", help="further special tokens; text never becomes one")
+    parser.add_argument(
+        "--model-type",
+        choices=MODEL_TYPES,
+        default="bpe",
+        help="default: bpe; unigram takes about 15 times as long",
+    )
+    parser.add_argument(
+        "--input-megabytes",
+        type=real(above=0),
+        default=50.0,
+        metavar="MB",
+        help="how much text to sample, over all files (default: 50)",
+    )
+    parser.add_argument(
+        "--special-tokens",
+        nargs="*",
+        default=[],
+        metavar="NAME",
+        help="further special tokens; text never becomes one",
+    )
     parser.add_argument(
         "--character-coverage",
         type=real(above=0, at_most=1),
@@ -56,11 +85,21 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="rarer characters become bytes (default: 0.9999)",
     )
     parser.add_argument(
-        "--json-keys", nargs="+", default=["text"], metavar="KEY", help="JSON keys or parquet columns to read (default: text)"
+        "--json-keys",
+        nargs="+",
+        default=["text"],
+        metavar="KEY",
+        help="JSON keys or parquet columns to read (default: text)",
     )
-    parser.add_argument("--input-format", choices=INPUT_FORMATS, default="auto", help="as in preprocess_data.py")
-    parser.add_argument("--overwrite", action="store_true", help="replace a tokenizer that is there")
-    parser.add_argument("--json", action="store_true", help="print the report as one JSON object on stdout")
+    parser.add_argument(
+        "--input-format", choices=INPUT_FORMATS, default="auto", help="as in preprocess_data.py"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a tokenizer that is there"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print the report as one JSON object on stdout"
+    )
     return parser.parse_args(argv)
 
 

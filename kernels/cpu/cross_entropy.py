@@ -15,11 +15,18 @@ LOGITS_BLOCK = 1 << 18  # elements of logits held in the cache at a time
 
 
 def cross_entropy_forward(
-    logits: Tensor, labels: Tensor, vocab_start: int, valid_vocab: int, logit_scale: float = 1.0, with_sum: bool = False
+    logits: Tensor,
+    labels: Tensor,
+    vocab_start: int,
+    valid_vocab: int,
+    logit_scale: float = 1.0,
+    with_sum: bool = False,
 ) -> Tensor:
     """Row statistics: the maximum, then exponentials and their sum."""
     if logits.dtype == torch.float64:
-        return reference.cross_entropy_forward(logits, labels, vocab_start, valid_vocab, logit_scale, with_sum)
+        return reference.cross_entropy_forward(
+            logits, labels, vocab_start, valid_vocab, logit_scale, with_sum
+        )
     tokens, columns = logits.shape
     valid = max(0, min(columns, valid_vocab - vocab_start))
     stats = torch.zeros(4 if with_sum else 3, tokens, dtype=torch.float32)
@@ -36,7 +43,9 @@ def cross_entropy_forward(
         if with_sum:
             stats[3, rows] = raw.sum(1) * logit_scale
         stats[0, rows] = raw.amax(1) * logit_scale
-        stats[1, rows] = torch.add(-stats[0, rows, None], raw, alpha=logit_scale, out=tile).exp_().sum(1)
+        stats[1, rows] = (
+            torch.add(-stats[0, rows, None], raw, alpha=logit_scale, out=tile).exp_().sum(1)
+        )
     local = labels - vocab_start
     here = (local >= 0) & (local < valid)
     target = logits.gather(1, torch.where(here, local, 0)[:, None])[:, 0].float() * logit_scale
@@ -59,7 +68,16 @@ def cross_entropy_backward_(
     """The gradient of the raw logits, written over them."""
     if logits.dtype == torch.float64:
         reference.cross_entropy_backward_(
-            logits, labels, vocab_start, lse, grad_scale, ignore_index, z_loss, label_smoothing, vocab_size, logit_scale
+            logits,
+            labels,
+            vocab_start,
+            lse,
+            grad_scale,
+            ignore_index,
+            z_loss,
+            label_smoothing,
+            vocab_size,
+            logit_scale,
         )
         return
     tokens, columns = logits.shape
@@ -67,7 +85,9 @@ def cross_entropy_backward_(
     logits[:, valid:] = 0
     if valid == 0 or tokens == 0:
         return
-    target_grad = (logit_scale * grad_scale.float()).expand(tokens).masked_fill(labels == ignore_index, 0.0)
+    target_grad = (
+        (logit_scale * grad_scale.float()).expand(tokens).masked_fill(labels == ignore_index, 0.0)
+    )
     softmax_grad = target_grad * (1 + 2 * z_loss * lse)
     local = labels - vocab_start
     here = (local >= 0) & (local < valid)
@@ -79,7 +99,9 @@ def cross_entropy_backward_(
         rows = slice(begin, begin + block)
         stored = logits[rows, :valid]
         tile = stored if scratch is None else scratch[: stored.shape[0]].copy_(stored)
-        torch.add(-lse[rows, None], tile, alpha=logit_scale, out=tile).exp_().mul_(softmax_grad[rows, None])
+        torch.add(-lse[rows, None], tile, alpha=logit_scale, out=tile).exp_().mul_(
+            softmax_grad[rows, None]
+        )
         if label_smoothing:
             tile.sub_((label_smoothing / vocab_size * target_grad[rows])[:, None])
         tile.scatter_add_(1, index[rows], at_target[rows])

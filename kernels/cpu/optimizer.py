@@ -36,7 +36,18 @@ def adamw_(
     The decay is taken beforehand: the kernel rounds 1 - lr*wd to float32, which is 3 percent of a decay of 1e-6, always the same way.
     """
     if master.dtype != torch.float32:
-        reference.adamw_(parameter_out, master, exp_avg, exp_avg_sq, grad, segments, groups, control, beta1, beta2)
+        reference.adamw_(
+            parameter_out,
+            master,
+            exp_avg,
+            exp_avg_sq,
+            grad,
+            segments,
+            groups,
+            control,
+            beta1,
+            beta2,
+        )
         return
     step = read_control(control)
     if step.skip:
@@ -83,5 +94,8 @@ def sum_of_squares(flat: Tensor, segments: Tensor | None = None) -> Tensor:
         whole = length - length % NORM_ROW
         rows = flat[start : start + whole].view(-1, NORM_ROW).to(reference.compute_dtype(flat))
         rest = flat[start + whole : start + length]
-        total += torch.linalg.vector_norm(rows, dim=1).double().square().sum() + rest.double().square().sum()
+        total += (
+            torch.linalg.vector_norm(rows, dim=1).double().square().sum()
+            + rest.double().square().sum()
+        )
     return total

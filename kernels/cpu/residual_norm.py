@@ -79,7 +79,13 @@ def norm_forward(
 def _rms_norm(x: Tensor, weight: Tensor, eps: float, wide: torch.dtype) -> tuple[Tensor, Tensor]:
     """In the wide dtype when x is narrow: rstd must not be rounded to bf16, and one wide temporary beats type promotion."""
     x_wide = x.to(wide)
-    rstd = torch.linalg.vector_norm(x_wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    rstd = (
+        torch.linalg.vector_norm(x_wide, dim=-1, keepdim=True)
+        .square_()
+        .div_(x.shape[-1])
+        .add_(eps)
+        .rsqrt_()
+    )
     normed = torch.mul(x_wide, rstd) if x_wide is x else x_wide.mul_(rstd)
     return normed.mul_(weight.to(wide)).to(x.dtype), rstd
 
@@ -151,7 +157,9 @@ def _norm_backward(
     hidden = y.shape[-1]
     rstd = rstd.view(-1, 1)
     mean = torch.zeros_like(rstd) if rms else mean.view(-1, 1)
-    d_y, d_weight, d_bias = _layer_norm_backward(d_out, y, (hidden,), mean, rstd, weight, weight, (True, True, has_bias))
+    d_y, d_weight, d_bias = _layer_norm_backward(
+        d_out, y, (hidden,), mean, rstd, weight, weight, (True, True, has_bias)
+    )
     if rms:
         correction = torch.mv(d_out, weight.to(d_out.dtype)).to(rstd.dtype).div_(hidden)
         d_y.add_(correction.view(-1, 1).mul_(rstd).to(d_y.dtype))

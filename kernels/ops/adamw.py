@@ -47,7 +47,12 @@ def adamw_kernel(
     decay, eps = (lr * tl.load(group + 1)).to(dtype), tl.load(group + 2).to(dtype)
     clip = tl.load(control + AT_CLIP).to(dtype)
     correction2 = tl.load(control + AT_CORRECTION2).to(dtype)
-    master, exp_avg, exp_avg_sq, grad = master + start, exp_avg + start, exp_avg_sq + start, grad + start
+    master, exp_avg, exp_avg_sq, grad = (
+        master + start,
+        exp_avg + start,
+        exp_avg_sq + start,
+        grad + start,
+    )
     for offset in range(0, padded, BLOCK):
         i = offset + tl.arange(0, BLOCK)
         mask = i < padded
@@ -58,7 +63,9 @@ def adamw_kernel(
         new_m = m + (1 - BETA1) * (g - m)
         new_v = v + (1 - BETA2) * (g * g - v)
         # The rounded square root: the fast one flushes subnormal variances to zero, and a gradient of 1e-20 would explode.
-        root = tl.sqrt(new_v / correction2) if dtype == tl.float64 else tl.sqrt_rn(new_v / correction2)
+        root = (
+            tl.sqrt(new_v / correction2) if dtype == tl.float64 else tl.sqrt_rn(new_v / correction2)
+        )
         new_p = p - (step_size * new_m / (root + eps) + decay * p)
         inside = i < length
         new_p = tl.where(inside, new_p, p)
@@ -127,7 +134,9 @@ def device_segments(segments: Tensor, device: torch.device | str) -> Tensor:
 def block_table(segments: Tensor, block: int) -> Tensor:
     """Cut `segments` into pieces of at most `block` elements: a segment table too, without empty segments."""
     if segments.dtype != torch.int64 or segments.dim() != 2 or segments.shape[1] != 3:
-        raise ValueError(f"a segment table is int64 [n, 3] (start, length, group), not {segments.dtype} {list(segments.shape)}.")
+        raise ValueError(
+            f"a segment table is int64 [n, 3] (start, length, group), not {segments.dtype} {list(segments.shape)}."
+        )
     if block <= 0 or block % ALIGNMENT:
         raise ValueError(f"block = {block} must be a positive multiple of {ALIGNMENT} elements.")
     start, length, group = segments.unbind(1)
@@ -142,7 +151,9 @@ def block_table(segments: Tensor, block: int) -> Tensor:
     pieces = (length + block - 1) // block
     owner = torch.repeat_interleave(torch.arange(len(segments)), pieces)
     offset = (torch.arange(len(owner)) - (torch.cumsum(pieces, 0) - pieces)[owner]) * block
-    return torch.stack([start[owner] + offset, torch.clamp(length[owner] - offset, max=block), group[owner]], dim=1)
+    return torch.stack(
+        [start[owner] + offset, torch.clamp(length[owner] - offset, max=block), group[owner]], dim=1
+    )
 
 
 def adamw_(
@@ -168,4 +179,6 @@ def adamw_(
     device, contiguous, and long enough for the padding of its last segment. No communication, no host synchronisation on a GPU.
     Source: Loshchilov and Hutter, Decoupled weight decay regularization (arXiv 1711.05101), in PyTorch's form (decay times lr).
     """
-    _adamw(parameter_out, master, exp_avg, exp_avg_sq, grad, segments, groups, control, beta1, beta2)
+    _adamw(
+        parameter_out, master, exp_avg, exp_avg_sq, grad, segments, groups, control, beta1, beta2
+    )

@@ -88,7 +88,10 @@ def cross_entropy_backward_kernel(
     pointer = logits + row * row_stride + column
     x = tl.load(pointer, mask=column < columns, other=0.0).to(tl.float32)
     softmax = tl.exp(x * logit_scale - row_lse)
-    wanted = tl.where(column == label - vocab_start, 1.0 - label_smoothing, 0.0) + label_smoothing / vocab_size
+    wanted = (
+        tl.where(column == label - vocab_start, 1.0 - label_smoothing, 0.0)
+        + label_smoothing / vocab_size
+    )
     gradient = factor * ((1.0 + 2.0 * z_loss * row_lse) * softmax - wanted)
     # An ignored row is 0 even where its softmax overflows; so is the padding of the vocabulary.
     gradient = tl.where((factor == 0.0) | (column >= vocab_size - vocab_start), 0.0, gradient)
@@ -96,10 +99,17 @@ def cross_entropy_backward_kernel(
 
 
 def launch_cross_entropy_forward(
-    logits: Tensor, labels: Tensor, vocab_start: int, valid_vocab: int, logit_scale: float, with_sum: bool
+    logits: Tensor,
+    labels: Tensor,
+    vocab_start: int,
+    valid_vocab: int,
+    logit_scale: float,
+    with_sum: bool,
 ) -> Tensor:
     if logits.dtype == torch.float64:
-        return reference.cross_entropy_forward(logits, labels, vocab_start, valid_vocab, logit_scale, with_sum)
+        return reference.cross_entropy_forward(
+            logits, labels, vocab_start, valid_vocab, logit_scale, with_sum
+        )
     tokens, columns = logits.shape
     stats = torch.empty(4 if with_sum else 3, tokens, dtype=torch.float32, device=logits.device)
     if tokens:
@@ -136,7 +146,16 @@ def launch_cross_entropy_backward_(
 ) -> None:
     if logits.dtype == torch.float64:
         reference.cross_entropy_backward_(
-            logits, labels, vocab_start, lse, grad_scale, ignore_index, z_loss, label_smoothing, vocab_size, logit_scale
+            logits,
+            labels,
+            vocab_start,
+            lse,
+            grad_scale,
+            ignore_index,
+            z_loss,
+            label_smoothing,
+            vocab_size,
+            logit_scale,
         )
         return
     tokens, columns = logits.shape
@@ -166,7 +185,9 @@ def launch_cross_entropy_backward_(
 
 
 def _fake_forward(logits, labels, vocab_start, valid_vocab, logit_scale, with_sum):
-    return logits.new_empty((4 if with_sum else 3, logits.shape[0]), dtype=reference.compute_dtype(logits))
+    return logits.new_empty(
+        (4 if with_sum else 3, logits.shape[0]), dtype=reference.compute_dtype(logits)
+    )
 
 
 _forward = register(
@@ -185,7 +206,12 @@ _backward = register(
 
 
 def cross_entropy_forward(
-    logits: Tensor, labels: Tensor, vocab_start: int, valid_vocab: int, logit_scale: float = 1.0, with_sum: bool = False
+    logits: Tensor,
+    labels: Tensor,
+    vocab_start: int,
+    valid_vocab: int,
+    logit_scale: float = 1.0,
+    with_sum: bool = False,
 ) -> Tensor:
     """What one vocabulary shard knows of its rows: stats [3, T], or [4, T] when `with_sum` (label smoothing needs it).
 
@@ -197,14 +223,23 @@ def cross_entropy_forward(
 
 
 def cross_entropy_loss(
-    stats: Tensor, labels: Tensor, ignore_index: int = -100, z_loss: float = 0.0, label_smoothing: float = 0.0, vocab_size: int = 0
+    stats: Tensor,
+    labels: Tensor,
+    ignore_index: int = -100,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    vocab_size: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """(loss [T], lse [T]) from the statistics of the whole vocabulary; ignored tokens have loss 0.
 
     loss = lse - (1 - label_smoothing) * z_label - label_smoothing * mean(z) + z_loss * lse^2
     """
     lse = stats[0] + torch.log(stats[1])
-    loss = lse - stats[2] if label_smoothing == 0 else lse - (1 - label_smoothing) * stats[2] - label_smoothing / vocab_size * stats[3]
+    loss = (
+        lse - stats[2]
+        if label_smoothing == 0
+        else lse - (1 - label_smoothing) * stats[2] - label_smoothing / vocab_size * stats[3]
+    )
     if z_loss:
         loss = loss + z_loss * lse.square()
     return loss.masked_fill(labels == ignore_index, 0.0), lse
@@ -228,7 +263,18 @@ def cross_entropy_backward_(
 
     `lse` [T] of the whole vocabulary; `grad_scale` [T] or [1]: the gradient of each token's loss; `vocab_size`: the true V.
     """
-    _backward(logits, labels, vocab_start, lse, grad_scale, ignore_index, z_loss, label_smoothing, vocab_size, logit_scale)
+    _backward(
+        logits,
+        labels,
+        vocab_start,
+        lse,
+        grad_scale,
+        ignore_index,
+        z_loss,
+        label_smoothing,
+        vocab_size,
+        logit_scale,
+    )
 
 
 # --- the whole loss on one process --------------------------------------------------------------------------------------------------
@@ -240,10 +286,24 @@ class _UnembeddingCrossEntropy(torch.autograd.Function):
     """The loss is a scalar, so its gradients are known in the forward: each chunk of logits is made, used and dropped once."""
 
     @staticmethod
-    def forward(ctx: Any, x, weight, labels, logit_scale, ignore_index, z_loss, label_smoothing, vocab_size, mean, chunk):
+    def forward(
+        ctx: Any,
+        x,
+        weight,
+        labels,
+        logit_scale,
+        ignore_index,
+        z_loss,
+        label_smoothing,
+        vocab_size,
+        mean,
+        chunk,
+    ):
         wide = reference.compute_dtype(x)
         kept = (labels != ignore_index).sum().clamp(min=1)
-        grad_scale = (1.0 / kept.to(wide) if mean else torch.ones((), dtype=wide, device=x.device)).reshape(1)
+        grad_scale = (
+            1.0 / kept.to(wide) if mean else torch.ones((), dtype=wide, device=x.device)
+        ).reshape(1)
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         d_x = torch.empty_like(x) if needs_x else None
         d_weight = torch.zeros(weight.shape, dtype=wide, device=x.device) if needs_weight else None
@@ -253,10 +313,23 @@ class _UnembeddingCrossEntropy(torch.autograd.Function):
             x_chunk, label_chunk = x[tokens], labels[tokens]
             logits = x_chunk @ weight.t()
             stats = _forward(logits, label_chunk, 0, vocab_size, logit_scale, label_smoothing > 0)
-            loss, lse = cross_entropy_loss(stats, label_chunk, ignore_index, z_loss, label_smoothing, vocab_size)
+            loss, lse = cross_entropy_loss(
+                stats, label_chunk, ignore_index, z_loss, label_smoothing, vocab_size
+            )
             total += loss.sum(dtype=torch.float64)
             if needs_x or needs_weight:
-                _backward(logits, label_chunk, 0, lse, grad_scale, ignore_index, z_loss, label_smoothing, vocab_size, logit_scale)
+                _backward(
+                    logits,
+                    label_chunk,
+                    0,
+                    lse,
+                    grad_scale,
+                    ignore_index,
+                    z_loss,
+                    label_smoothing,
+                    vocab_size,
+                    logit_scale,
+                )
             if d_x is not None:
                 torch.mm(logits, weight, out=d_x[tokens])
             if d_weight is not None:

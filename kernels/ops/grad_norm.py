@@ -46,10 +46,14 @@ def sum_of_squares_kernel(
             row = segments + r * 3
             start, length = tl.multiple_of(tl.load(row), 64), tl.load(row + 1).to(tl.int32)
         squares = tl.zeros([BLOCK], dtype=wide)
-        padded = tl.multiple_of((length + 63) // 64 * 64, 64)  # the padding is loaded too, or vectors of 128 bits would be split
+        padded = tl.multiple_of(
+            (length + 63) // 64 * 64, 64
+        )  # the padding is loaded too, or vectors of 128 bits would be split
         for offset in range(0, length, BLOCK):
             i = offset + tl.arange(0, BLOCK)
-            x = tl.load(flat + start + i, mask=(i < length) if WHOLE else (i < padded), other=0.0).to(wide)
+            x = tl.load(
+                flat + start + i, mask=(i < length) if WHOLE else (i < padded), other=0.0
+            ).to(wide)
             x = tl.where(i < length, x, 0.0)
             squares += x * x
         total += tl.sum(squares, 0).to(tl.float64)
@@ -83,7 +87,9 @@ def begin_step_kernel(
 def launch_sum_of_squares(flat: Tensor, segments: Tensor | None) -> Tensor:
     shape = block_shape("sum_of_squares", flat.dtype, flat.device)
     count = triton.cdiv(flat.numel(), shape.block) if segments is None else segments.shape[0]
-    programs = max(1, min(_PROGRAMS_A_PROCESSOR * launch.processors(launch.architecture(flat.device)), count))
+    programs = max(
+        1, min(_PROGRAMS_A_PROCESSOR * launch.processors(launch.architecture(flat.device)), count)
+    )
     partials = torch.empty(programs, dtype=torch.float64, device=flat.device)
     sum_of_squares_kernel[(programs,)](
         flat,
@@ -102,8 +108,17 @@ def _log(beta: float) -> float:
     return math.log(beta) if beta > 0 else -1e5  # exp(-1e5) is 0, and 0 * -1e5 still 0
 
 
-def launch_begin_step_(control: Tensor, sum_sq: Tensor, max_norm: float, beta1: float, beta2: float) -> None:
-    begin_step_kernel[(1,)](control, sum_sq, MAX_NORM=max_norm, LOG_BETA1=_log(beta1), LOG_BETA2=_log(beta2), **options(num_warps=1))
+def launch_begin_step_(
+    control: Tensor, sum_sq: Tensor, max_norm: float, beta1: float, beta2: float
+) -> None:
+    begin_step_kernel[(1,)](
+        control,
+        sum_sq,
+        MAX_NORM=max_norm,
+        LOG_BETA1=_log(beta1),
+        LOG_BETA2=_log(beta2),
+        **options(num_warps=1),
+    )
 
 
 _sum_of_squares = register(
@@ -129,7 +144,9 @@ def sum_of_squares(flat: Tensor, segments: Tensor | None = None) -> Tensor:
     return _sum_of_squares(flat, segments)
 
 
-def begin_step_(control: Tensor, sum_sq: Tensor, max_norm: float, beta1: float, beta2: float) -> None:
+def begin_step_(
+    control: Tensor, sum_sq: Tensor, max_norm: float, beta1: float, beta2: float
+) -> None:
     """Decide a step on the device, from the squares of all gradients summed over all ranks (float64 scalar).
 
     Writes into `control`: the norm; the clip coefficient min(1, max_norm / (norm + 1e-6)), or 1 when `max_norm` is 0; the skip flag,

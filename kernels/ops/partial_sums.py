@@ -18,14 +18,20 @@ from ..optional_triton import tl, triton
 
 
 @triton.jit
-def reduce_partials_kernel(partials, into, count, stride, HIDDEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def reduce_partials_kernel(
+    partials, into, count, stride, HIDDEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
     """into [H] += sum over `count` rows, `stride` apart, in a fixed order."""
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     in_row = column < HIDDEN
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, count, ROWS):
         row = start + tl.arange(0, ROWS)[:, None]
-        total += tl.load(partials + row * stride + column[None, :], mask=(row < count) & in_row[None, :], other=0.0)
+        total += tl.load(
+            partials + row * stride + column[None, :],
+            mask=(row < count) & in_row[None, :],
+            other=0.0,
+        )
     old = tl.load(into + column, mask=in_row, other=0.0)
     tl.store(into + column, old + tl.sum(total, axis=0), mask=in_row)
 
@@ -37,7 +43,14 @@ def launch_reduce_partials(partials: Tensor, k: int, into: Tensor) -> None:
     count, kinds, hidden = partials.shape
     shape = reduction_shape(into.device)
     reduce_partials_kernel[(triton.cdiv(hidden, shape.columns),)](
-        partials[:, k], into, count, kinds * hidden, HIDDEN=hidden, ROWS=shape.rows, BLOCK=shape.columns, **shape.options
+        partials[:, k],
+        into,
+        count,
+        kinds * hidden,
+        HIDDEN=hidden,
+        ROWS=shape.rows,
+        BLOCK=shape.columns,
+        **shape.options,
     )
 
 

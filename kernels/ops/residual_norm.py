@@ -113,7 +113,11 @@ def residual_norm_forward_kernel(
     row_rstd = tl.rsqrt(_row_dot(x, x) / HIDDEN + eps)
     tl.store(rstd + row, row_rstd, mask=in_rows)
     for k in tl.static_range(len(WIDTHS)):
-        normed = x[k] * row_rstd * load_vector(weight, ROWS, k * WIDTHS[0], WIDTHS[k], HIDDEN).to(tl.float32)
+        normed = (
+            x[k]
+            * row_rstd
+            * load_vector(weight, ROWS, k * WIDTHS[0], WIDTHS[k], HIDDEN).to(tl.float32)
+        )
         if bias is not None:
             normed += load_vector(bias, ROWS, k * WIDTHS[0], WIDTHS[k], HIDDEN).to(tl.float32)
         store_tile(out, normed, row, in_rows, k * WIDTHS[0], WIDTHS[k], HIDDEN)
@@ -136,15 +140,22 @@ def residual_norm_backward_kernel(
         bias_sum += (zero_tile(ROWS, WIDTHS[k]),)
         branch_sum += (zero_tile(ROWS, WIDTHS[k]),)
 
-    for tile in tl.range(tl.program_id(0).to(tl.int64), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
+    for tile in tl.range(
+        tl.program_id(0).to(tl.int64), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES
+    ):
         row = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)[:, None]
         in_rows = row < rows
         row_rstd = tl.load(rstd + row, mask=in_rows, other=0.0)
         row_mean = 0.0 if RMS else tl.load(mean + row, mask=in_rows, other=0.0)
         d_normed, x_hat, g = (), (), ()
         for k in tl.static_range(len(WIDTHS)):
-            d_normed += (load_tile(d_out, row, in_rows, d_out_stride, k * WIDTHS[0], WIDTHS[k], HIDDEN),)
-            x_hat += ((load_tile(y, row, in_rows, y_stride, k * WIDTHS[0], WIDTHS[k], HIDDEN) - row_mean) * row_rstd,)
+            d_normed += (
+                load_tile(d_out, row, in_rows, d_out_stride, k * WIDTHS[0], WIDTHS[k], HIDDEN),
+            )
+            x_hat += (
+                (load_tile(y, row, in_rows, y_stride, k * WIDTHS[0], WIDTHS[k], HIDDEN) - row_mean)
+                * row_rstd,
+            )
             g += (d_normed[k] * gain[k].to(tl.float32),)
         along = _row_dot(g, x_hat) / HIDDEN
         g_mean = 0.0 if RMS else row_sum(g) / HIDDEN
@@ -156,7 +167,9 @@ def residual_norm_backward_kernel(
         for k in tl.static_range(len(WIDTHS)):
             gradient = (g[k] - g_mean - x_hat[k] * along) * row_rstd
             if d_y is not None:
-                gradient += load_tile(d_y, row, in_rows, d_y_stride, k * WIDTHS[0], WIDTHS[k], HIDDEN)
+                gradient += load_tile(
+                    d_y, row, in_rows, d_y_stride, k * WIDTHS[0], WIDTHS[k], HIDDEN
+                )
             store_tile(d_residual, gradient, row, in_rows, k * WIDTHS[0], WIDTHS[k], HIDDEN)
             if d_branch is not None:
                 gradient = store_branch_gradient(gradient, d_branch, seed, row, in_rows, scale, dropout_p,
@@ -186,11 +199,15 @@ def residual_norm_vector_gradient_kernel(
     d_weight = tl.zeros((ROWS, BLOCK), tl.float32)
     d_bias = tl.zeros((ROWS, BLOCK), tl.float32)
     d_branch_bias = tl.zeros((ROWS, BLOCK), tl.float32)
-    for tile in tl.range(tl.program_id(0).to(tl.int64), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
+    for tile in tl.range(
+        tl.program_id(0).to(tl.int64), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES
+    ):
         row = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)[:, None]
         in_rows = row < rows
         mask = in_rows & in_row
-        d_normed = tl.load(d_out + row * d_out_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        d_normed = tl.load(d_out + row * d_out_stride + column[None, :], mask=mask, other=0.0).to(
+            tl.float32
+        )
         x = tl.load(y + row * y_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
         if not RMS:
             x -= tl.load(mean + row, mask=in_rows, other=0.0)
@@ -198,7 +215,9 @@ def residual_norm_vector_gradient_kernel(
         if HAS_BIAS:
             d_bias += d_normed
         if d_branch is not None:
-            d_branch_bias += tl.load(d_branch + row * HIDDEN + column[None, :], mask=mask, other=0.0).to(tl.float32)
+            d_branch_bias += tl.load(
+                d_branch + row * HIDDEN + column[None, :], mask=mask, other=0.0
+            ).to(tl.float32)
     first = partials + tl.program_id(0).to(tl.int64) * K * HIDDEN + column
     tl.store(first, tl.sum(d_weight, axis=0), mask=column < HIDDEN)
     if HAS_BIAS:

@@ -29,8 +29,12 @@ def rotary_kernel(
     s, b = token // batch, token % batch
     column = tl.arange(0, HALF)[None, :]
     in_half = column < half
-    cosine = tl.load(cos + s * cos_stride_s + b * cos_stride_b + column, mask=in_half, other=0.0).to(tl.float32)
-    sine = tl.load(sin + s * sin_stride_s + b * sin_stride_b + column, mask=in_half, other=0.0).to(tl.float32)
+    cosine = tl.load(
+        cos + s * cos_stride_s + b * cos_stride_b + column, mask=in_half, other=0.0
+    ).to(tl.float32)
+    sine = tl.load(sin + s * sin_stride_s + b * sin_stride_b + column, mask=in_half, other=0.0).to(
+        tl.float32
+    )
     if INVERSE:
         sine = -sine
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS).to(tl.int64)[:, None]
@@ -40,7 +44,9 @@ def rotary_kernel(
     second = tl.load(source + half, mask=mask, other=0.0).to(tl.float32)
     destination = out + s * out_stride_s + b * out_stride_b + head * out_stride_n + column
     tl.store(destination, (first * cosine - second * sine).to(out.dtype.element_ty), mask=mask)
-    tl.store(destination + half, (second * cosine + first * sine).to(out.dtype.element_ty), mask=mask)
+    tl.store(
+        destination + half, (second * cosine + first * sine).to(out.dtype.element_ty), mask=mask
+    )
 
 
 def _launch(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, inverse: bool) -> None:

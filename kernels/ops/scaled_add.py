@@ -51,7 +51,9 @@ def scaled_add_backward_kernel(
     bias_sum = ()
     for k in tl.static_range(len(WIDTHS)):
         bias_sum += (zero_tile(ROWS, WIDTHS[k]),)
-    for tile in tl.range(tl.program_id(0).to(tl.int64), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
+    for tile in tl.range(
+        tl.program_id(0).to(tl.int64), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES
+    ):
         row = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)[:, None]
         in_rows = row < rows
         added = ()

@@ -14,14 +14,18 @@ from ..optional_triton import tl, triton
 @triton.jit
 def squared_relu_forward_kernel(x, out, n, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    positive = tl.maximum(tl.load(x + i, mask=i < n, other=0.0).to(tl.float32), 0.0, propagate_nan=tl.PropagateNan.ALL)
+    positive = tl.maximum(
+        tl.load(x + i, mask=i < n, other=0.0).to(tl.float32), 0.0, propagate_nan=tl.PropagateNan.ALL
+    )
     tl.store(out + i, (positive * positive).to(out.dtype.element_ty), mask=i < n)
 
 
 @triton.jit
 def squared_relu_backward_kernel(d_out, x, d_x, n, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    positive = tl.maximum(tl.load(x + i, mask=i < n, other=0.0).to(tl.float32), 0.0, propagate_nan=tl.PropagateNan.ALL)
+    positive = tl.maximum(
+        tl.load(x + i, mask=i < n, other=0.0).to(tl.float32), 0.0, propagate_nan=tl.PropagateNan.ALL
+    )
     gradient = tl.load(d_out + i, mask=i < n, other=0.0).to(tl.float32)
     tl.store(d_x + i, (2.0 * positive * gradient).to(d_x.dtype.element_ty), mask=i < n)
 
@@ -33,7 +37,9 @@ def launch_squared_relu_forward(x: Tensor) -> Tensor:
     out = torch.empty_like(x)
     if x.numel() > 0:
         block, num_warps, _ = block_shape("squared_relu_forward", x.dtype, x.device)
-        squared_relu_forward_kernel[(triton.cdiv(x.numel(), block),)](x, out, x.numel(), BLOCK=block, **options(num_warps))
+        squared_relu_forward_kernel[(triton.cdiv(x.numel(), block),)](
+            x, out, x.numel(), BLOCK=block, **options(num_warps)
+        )
     return out
 
 
@@ -44,7 +50,9 @@ def launch_squared_relu_backward(d_out: Tensor, x: Tensor) -> Tensor:
     d_x = torch.empty_like(x)
     if x.numel() > 0:
         block, num_warps, _ = block_shape("squared_relu_backward", x.dtype, x.device)
-        squared_relu_backward_kernel[(triton.cdiv(x.numel(), block),)](d_out, x, d_x, x.numel(), BLOCK=block, **options(num_warps))
+        squared_relu_backward_kernel[(triton.cdiv(x.numel(), block),)](
+            d_out, x, d_x, x.numel(), BLOCK=block, **options(num_warps)
+        )
     return d_x
 
 

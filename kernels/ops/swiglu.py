@@ -25,11 +25,23 @@ def swiglu_forward_kernel(gate_up, out, rows, stride, F, ROWS: tl.constexpr, BLO
     mask = (row < rows) & (column < F)
     gate = tl.load(gate_up + row * stride + column, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * stride + F + column, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + row * F + column, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=mask)
+    tl.store(
+        out + row * F + column, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=mask
+    )
 
 
 @triton.jit
-def swiglu_backward_kernel(d_out, gate_up, d_gate_up, rows, d_out_stride, stride, F, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def swiglu_backward_kernel(
+    d_out,
+    gate_up,
+    d_gate_up,
+    rows,
+    d_out_stride,
+    stride,
+    F,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     mask = (row < rows) & (column < F)
@@ -54,7 +66,9 @@ def launch_swiglu_forward(gate_up: Tensor) -> Tensor:
         rows = out.numel() // half
         shape = pointwise_shape("swiglu_forward", half, out.dtype, out.device)
         grid = (triton.cdiv(rows, shape.rows), triton.cdiv(half, shape.columns))
-        swiglu_forward_kernel[grid](gate_up, out, rows, stride, half, ROWS=shape.rows, BLOCK=shape.columns, **shape.options)
+        swiglu_forward_kernel[grid](
+            gate_up, out, rows, stride, half, ROWS=shape.rows, BLOCK=shape.columns, **shape.options
+        )
     return out
 
 

@@ -13,7 +13,10 @@ def adds_exactly(device: torch.device, dtype: torch.dtype) -> bool:
     CUDA can since torch 2.10; other devices and builds refuse. Tried once a process, on a product that 16 bits cannot hold.
     """
     a = torch.full((16, 16), 1.0 + 2.0**-7, dtype=dtype, device=device)
-    ones, nothing = torch.ones(16, 16, device=device), torch.full((16, 16), torch.nan, device=device)
+    ones, nothing = (
+        torch.ones(16, 16, device=device),
+        torch.full((16, 16), torch.nan, device=device),
+    )
     product = 16.0 * (1.0 + 2.0**-7) ** 2
     try:
         torch.addmm(ones, a, a, out_dtype=torch.float32, out=ones)
@@ -35,5 +38,9 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, overwrite: bool = False) ->
         torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
     else:
         # torch.compile knows the product into another dtype, but not the sum (pytorch issue 163880).
-        product = torch.mm(a, b, out_dtype=total.dtype) if a.is_cuda and torch.compiler.is_compiling() else a @ b
+        product = (
+            torch.mm(a, b, out_dtype=total.dtype)
+            if a.is_cuda and torch.compiler.is_compiling()
+            else a @ b
+        )
         total.copy_(product) if overwrite else total.add_(product)

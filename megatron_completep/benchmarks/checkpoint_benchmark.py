@@ -66,7 +66,9 @@ def benchmark_checkpoints(folder: Path, megabytes: int, rounds: int) -> Checkpoi
         for _ in range(rounds):
             for name, seconds in run.measure().items():
                 found.setdefault(name, []).append(seconds)
-        return CheckpointSpeeds(run.bytes, {name: Speed(name, tuple(seconds)) for name, seconds in found.items()})
+        return CheckpointSpeeds(
+            run.bytes, {name: Speed(name, tuple(seconds)) for name, seconds in found.items()}
+        )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -77,7 +79,12 @@ class _Bench:
         hidden = 512
         layers = max(1, round(megabytes * 1e6 / 12 / (16 * hidden * hidden)))
         model = ModelConfig(
-            hidden_size=hidden, num_layers=layers, num_attention_heads=8, ffn_hidden_size=4 * hidden, vocab_size=512, seq_length=64
+            hidden_size=hidden,
+            num_layers=layers,
+            num_attention_heads=8,
+            ffn_hidden_size=4 * hidden,
+            vocab_size=512,
+            seq_length=64,
         )
         self.config = bare_config(
             model,
@@ -89,15 +96,20 @@ class _Bench:
         chunk = GPT(model, table, context)
         for parameter in chunk.parameters():
             parameter.data.normal_()
-        self.optimizer = DistributedOptimizer([chunk], table, self.config.optimizer, context, None, torch.float32)
+        self.optimizer = DistributedOptimizer(
+            [chunk], table, self.config.optimizer, context, None, torch.float32
+        )
         for state in self.optimizer.rule.states.values():
             state.normal_()
         self.flats: dict[str, Tensor] = dict(self.optimizer.states)
         self.copies = {name: torch.empty_like(flat) for name, flat in self.flats.items()}
         self.bytes = sum(flat.nbytes for flat in self.flats.values())
-        blocking = self.config.model_copy(update={"checkpoint": CheckpointConfig(keep=1, async_save=False)})
+        blocking = self.config.model_copy(
+            update={"checkpoint": CheckpointConfig(keep=1, async_save=False)}
+        )
         self.saver, self.blocking_saver = (
-            Checkpointer(config, context, self.optimizer, table, report=lambda text: None) for config in (self.config, blocking)
+            Checkpointer(config, context, self.optimizer, table, report=lambda text: None)
+            for config in (self.config, blocking)
         )
 
     def measure(self) -> dict[str, float]:
@@ -135,7 +147,11 @@ class _Bench:
         shutil.rmtree(target, ignore_errors=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            dcp.save(dict(self.flats), storage_writer=dcp.FileSystemWriter(target, sync_files=True), no_dist=True)
+            dcp.save(
+                dict(self.flats),
+                storage_writer=dcp.FileSystemWriter(target, sync_files=True),
+                no_dist=True,
+            )
 
     def _copy(self) -> None:
         for name, flat in self.flats.items():

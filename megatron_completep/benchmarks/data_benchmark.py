@@ -56,7 +56,9 @@ def benchmark_reading(settings: ReadingSettings, say: Callable[[str], None]) -> 
             str(settings.seq_length),
             str(settings.seeks),
         ]
-        figures |= json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+        figures |= json.loads(
+            subprocess.run(words, check=True, capture_output=True, text=True).stdout
+        )
         say("jumping in blends")
         figures |= measure_blend()
         say("loading batches")
@@ -72,7 +74,15 @@ def write_synthetic(prefix: str, documents: int) -> int:
         return np.random.default_rng(number).integers(1, 2 * MEAN_LENGTH, lengths_per_chunk[number])
 
     with open(prefix + ".idx", "wb") as file:
-        file.write(HEADER.pack(MAGIC, VERSION, next(c for c, d in DTYPES.items() if d == np.uint16), documents, documents + 1))
+        file.write(
+            HEADER.pack(
+                MAGIC,
+                VERSION,
+                next(c for c, d in DTYPES.items() if d == np.uint16),
+                documents,
+                documents + 1,
+            )
+        )
         for number in range(len(lengths_per_chunk)):
             file.write(lengths(number).astype("<i4").tobytes())
         total = 0
@@ -122,7 +132,10 @@ def measure_open_and_seek(prefix: str, seq_length: int, seeks: int) -> dict[str,
 def measure_blend() -> dict[str, float]:
     """A jump into a blend whose weights repeat (decimals) and into one whose weights do not."""
     figures = {}
-    for name, weights in {"decimal": [0.5, 0.3, 0.15, 0.05], "arbitrary": [0.512345678, 0.3, 0.137, 0.0517]}.items():
+    for name, weights in {
+        "decimal": [0.5, 0.3, 0.15, 0.05],
+        "arbitrary": [0.512345678, 0.3, 0.137, 0.0517],
+    }.items():
         blend = Blend(weights)
         started = time.perf_counter()
         blend[10**12 + 12345]

@@ -48,25 +48,75 @@ class Outcome:
 
 def parts(folder: Path, python: str = sys.executable) -> list[Part]:
     """The parts in their order; each gets what time the ones before have left."""
-    training = ("--device", "cuda", "--precision", "bf16", "--layers", "12", "--hidden", "1024", "--heads", "16", "--sequence", "1024")
+    training = (
+        "--device",
+        "cuda",
+        "--precision",
+        "bf16",
+        "--layers",
+        "12",
+        "--hidden",
+        "1024",
+        "--heads",
+        "16",
+        "--sequence",
+        "1024",
+    )
     return [
         Part(
             "kernel tests",
-            (python, "-m", "pytest", "-q", "--maxfail=20", "-p", "no:cacheprovider", "tests/kernels", "-m", "not slow"),
+            (
+                python,
+                "-m",
+                "pytest",
+                "-q",
+                "--maxfail=20",
+                "-p",
+                "no:cacheprovider",
+                "tests/kernels",
+                "-m",
+                "not slow",
+            ),
             0.45,
             False,
         ),
-        Part(KERNEL_BENCHMARK, (python, "tools/benchmark_kernels.py", "--out", str(folder), "--seconds", "190", "--json"), 0.8),
-        Part("training benchmark", (python, "tools/benchmark_training.py", "--json", *training, "--vocabulary", "50304"), 0.95),
+        Part(
+            KERNEL_BENCHMARK,
+            (
+                python,
+                "tools/benchmark_kernels.py",
+                "--out",
+                str(folder),
+                "--seconds",
+                "190",
+                "--json",
+            ),
+            0.8,
+        ),
+        Part(
+            "training benchmark",
+            (python, "tools/benchmark_training.py", "--json", *training, "--vocabulary", "50304"),
+            0.95,
+        ),
     ]
 
 
-def run_part(part: Part, root: Path, limit: float, environment: Mapping[str, str], say: Say) -> Outcome:
+def run_part(
+    part: Part, root: Path, limit: float, environment: Mapping[str, str], say: Say
+) -> Outcome:
     """Run one part with `root` as its folder, at most `limit` seconds."""
     say(f"{part.name}: {' '.join(part.command)} (at most {limit:.0f} s)")
     start = time.monotonic()
     try:
-        done = subprocess.run(part.command, cwd=root, env=dict(environment), capture_output=True, text=True, timeout=limit, check=False)
+        done = subprocess.run(
+            part.command,
+            cwd=root,
+            env=dict(environment),
+            capture_output=True,
+            text=True,
+            timeout=limit,
+            check=False,
+        )
         code, output, log = done.returncode, done.stdout, done.stderr
     except subprocess.TimeoutExpired as stopped:
         code, output, log = None, _text(stopped.stdout), _text(stopped.stderr)
@@ -88,21 +138,38 @@ def _last_object(output: str) -> dict[str, Any]:
     for line in reversed(output.strip().splitlines()):
         try:
             value = json.loads(line)
-        except (ValueError, RecursionError):  # without config/json_text.py: pydantic may be missing here
+        except (
+            ValueError,
+            RecursionError,
+        ):  # without config/json_text.py: pydantic may be missing here
             continue
         if isinstance(value, dict):
             return value
     return {}
 
 
-def make_report(root: Path, environment: Mapping[str, str], device: Mapping[str, Any], say: Say, run: Sequence[Part] | None = None) -> Path:
+def make_report(
+    root: Path,
+    environment: Mapping[str, str],
+    device: Mapping[str, Any],
+    say: Say,
+    run: Sequence[Part] | None = None,
+) -> Path:
     """Run every part and write report.json and report.md beside what the parts write themselves; returns the folder."""
     deadline = time.monotonic() + TOTAL_SECONDS
     folder = root / "docs" / "benchmarks" / folder_name(str(device["name"]))
     folder.mkdir(parents=True, exist_ok=True)
     outcomes = []
     for part in parts(folder) if run is None else run:
-        outcomes.append(run_part(part, root, max(LEAST_SECONDS, part.share * (deadline - time.monotonic())), environment, say))
+        outcomes.append(
+            run_part(
+                part,
+                root,
+                max(LEAST_SECONDS, part.share * (deadline - time.monotonic())),
+                environment,
+                say,
+            )
+        )
     report = {"device": dict(device), "parts": [asdict(outcome) for outcome in outcomes]}
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     (folder / "report.md").write_text(markdown(device, outcomes, (folder / "kernels.md").exists()))
@@ -135,23 +202,50 @@ def markdown(device: Mapping[str, Any], outcomes: Sequence[Outcome], has_kernels
     lines.append(
         f"{device['date']}; {memory}, {device['processors']} multiprocessors; torch {device['torch']}, triton {device['triton']}, "
     )
-    lines[-1] += f"CUDA {device['cuda']}, Python {device['python']}. Made by `make gpu-report`; every figure was measured in one run."
-    lines += ["", *_table([{"part": o.name, "passed": o.passed, "seconds": round(o.seconds), "summary": o.summary} for o in outcomes])]
+    lines[-1] += (
+        f"CUDA {device['cuda']}, Python {device['python']}. Made by `make gpu-report`; every figure was measured in one run."
+    )
+    lines += [
+        "",
+        *_table(
+            [
+                {
+                    "part": o.name,
+                    "passed": o.passed,
+                    "seconds": round(o.seconds),
+                    "summary": o.summary,
+                }
+                for o in outcomes
+            ]
+        ),
+    ]
     if has_kernels:
-        lines += ["", "Every kernel, with its baselines: [kernels.md](kernels.md), [kernels.png](kernels.png)."]
+        lines += [
+            "",
+            "Every kernel, with its baselines: [kernels.md](kernels.md), [kernels.png](kernels.png).",
+        ]
     for outcome in outcomes:
         if has_kernels and outcome.name == KERNEL_BENCHMARK:
             continue
         for key, rows in outcome.result.items():
             if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows):
-                lines += ["", f"## {outcome.name}: {key}", "", *_table([_flat(row) for row in rows])]
+                lines += [
+                    "",
+                    f"## {outcome.name}: {key}",
+                    "",
+                    *_table([_flat(row) for row in rows]),
+                ]
     return "\n".join(lines) + "\n"
 
 
 def _flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in row.items():
-        flat |= _flat(value, f"{prefix}{key} ") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        flat |= (
+            _flat(value, f"{prefix}{key} ")
+            if isinstance(value, Mapping)
+            else {f"{prefix}{key}": value}
+        )
     return flat
 
 

@@ -62,10 +62,20 @@ class Plan:
     with_compile: bool = True
 
 
-SMOKE = Plan(rows=(8,), hidden=(64,), vocabularies=(128,), parameters=4096, milliseconds=2, seconds=60.0, with_compile=False)
+SMOKE = Plan(
+    rows=(8,),
+    hidden=(64,),
+    vocabularies=(128,),
+    parameters=4096,
+    milliseconds=2,
+    seconds=60.0,
+    with_compile=False,
+)
 
 
-def _quantiles(work: Callable[[], Any], milliseconds: int, device: torch.device) -> tuple[float, float, float]:
+def _quantiles(
+    work: Callable[[], Any], milliseconds: int, device: torch.device
+) -> tuple[float, float, float]:
     """(p50, p20, p80) in microseconds; on a GPU with the cache cleared before each repetition."""
     if device.type == "cuda":
         from triton.testing import do_bench
@@ -82,7 +92,9 @@ def _quantiles(work: Callable[[], Any], milliseconds: int, device: torch.device)
     return times[len(times) // 2], times[len(times) // 5], times[len(times) * 4 // 5]
 
 
-def _host_microseconds(work: Callable[[], Any], device: torch.device, calls: int = 20) -> float | None:
+def _host_microseconds(
+    work: Callable[[], Any], device: torch.device, calls: int = 20
+) -> float | None:
     """What a call costs the host; so few calls that the device's queue never fills."""
     if device.type != "cuda":
         return None
@@ -95,7 +107,9 @@ def _host_microseconds(work: Callable[[], Any], device: torch.device, calls: int
     return 1e6 * taken / calls
 
 
-def _launches_and_peak(work: Callable[[], Any], device: torch.device) -> tuple[int | None, float | None]:
+def _launches_and_peak(
+    work: Callable[[], Any], device: torch.device
+) -> tuple[int | None, float | None]:
     if device.type != "cuda":
         return None, None
     torch.cuda.synchronize()
@@ -104,7 +118,11 @@ def _launches_and_peak(work: Callable[[], Any], device: torch.device) -> tuple[i
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
         work()
         torch.cuda.synchronize()
-    launches = sum(event.count for event in trace.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA)
+    launches = sum(
+        event.count
+        for event in trace.key_averages()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    )
     return launches, (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
@@ -116,7 +134,9 @@ def _max_error(case: Case) -> float | None:
     return max(float((f.detach().double() - e).abs().max() / e.abs().max()) for f, e in pairs)
 
 
-def measure(case: Case, plan: Plan, device: torch.device, log: Callable[[str], None]) -> Iterator[Measurement]:
+def measure(
+    case: Case, plan: Plan, device: torch.device, log: Callable[[str], None]
+) -> Iterator[Measurement]:
     """Every implementation of a case, after a copy of the same number of bytes. One that fails is reported and left out."""
     source = torch.randn(max(1, case.floor_bytes // 8), device=device)
     target = torch.empty_like(source)
@@ -134,7 +154,9 @@ def measure(case: Case, plan: Plan, device: torch.device, log: Callable[[str], N
         except Exception as error:  # a baseline's own trouble must not end the run
             if implementation == "ours":
                 raise
-            log(f"{case.kernel}, {implementation}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+            log(
+                f"{case.kernel}, {implementation}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            )
             continue
         rate = case.floor_bytes / p50 / 1e3
         yield Measurement(
@@ -162,7 +184,9 @@ def cases(plan: Plan, setting: Setting) -> Iterator[Case]:
         yield from rotary_cases(rows, 16, 128, setting)
 
 
-def run(plan: Plan, device: torch.device, log: Callable[[str], None]) -> tuple[list[Measurement], list[str]]:
+def run(
+    plan: Plan, device: torch.device, log: Callable[[str], None]
+) -> tuple[list[Measurement], list[str]]:
     """(measurements, what was left out for want of time)."""
     end = time.perf_counter() + plan.seconds
     found: list[Measurement] = []
@@ -190,9 +214,13 @@ def as_json(measurements: list[Measurement]) -> list[dict[str, Any]]:
     return [asdict(measurement) for measurement in measurements]
 
 
-def speedup(measurements: list[Measurement], kernel: str, baseline: str) -> tuple[float, float] | None:
+def speedup(
+    measurements: list[Measurement], kernel: str, baseline: str
+) -> tuple[float, float] | None:
     """(geometric mean, smallest) over the shapes of baseline time over our time; None when the baseline was not measured."""
-    times = {(m.rows, m.columns, m.implementation): m.p50 for m in measurements if m.kernel == kernel}
+    times = {
+        (m.rows, m.columns, m.implementation): m.p50 for m in measurements if m.kernel == kernel
+    }
     ratios = [
         times[rows, columns, baseline] / time_ours
         for (rows, columns, implementation), time_ours in times.items()

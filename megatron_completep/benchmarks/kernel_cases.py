@@ -54,9 +54,15 @@ class Setting:
     def vector(self, hidden: int) -> torch.nn.Parameter:
         return torch.nn.Parameter(self.random(hidden))
 
-    def with_compiled(self, programs: dict[str, Callable[..., Any]], plain: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    def with_compiled(
+        self, programs: dict[str, Callable[..., Any]], plain: Callable[..., Any]
+    ) -> dict[str, Callable[..., Any]]:
         """And `plain` under torch.compile: compiled when it is first called, once for all the cases that share it."""
-        return {**programs, "torch.compile": _compiled_at_first_call(plain)} if self.with_compile else programs
+        return (
+            {**programs, "torch.compile": _compiled_at_first_call(plain)}
+            if self.with_compile
+            else programs
+        )
 
 
 def _compiled_at_first_call(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -72,7 +78,12 @@ def _forward(program: Callable[..., Any], *inputs: Tensor) -> Prepare:
     return lambda: functools.partial(program, *inputs)
 
 
-def _backward(program: Callable[..., Any], inputs: tuple[Tensor, ...], leaves: list[Tensor], gradients: tuple[Tensor, ...]) -> Prepare:
+def _backward(
+    program: Callable[..., Any],
+    inputs: tuple[Tensor, ...],
+    leaves: list[Tensor],
+    gradients: tuple[Tensor, ...],
+) -> Prepare:
     def prepare() -> Work:
         outputs = program(*inputs)
         return lambda: torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)
@@ -80,7 +91,9 @@ def _backward(program: Callable[..., Any], inputs: tuple[Tensor, ...], leaves: l
     return prepare
 
 
-def _all(prepare: Callable[..., Prepare], programs: dict[str, Callable[..., Any]], *arguments: Any) -> dict[str, Prepare]:
+def _all(
+    prepare: Callable[..., Prepare], programs: dict[str, Callable[..., Any]], *arguments: Any
+) -> dict[str, Prepare]:
     return {name: prepare(program, *arguments) for name, program in programs.items()}
 
 
@@ -93,12 +106,20 @@ def residual_norm_cases(rows: int, hidden: int, rms: bool, setting: Setting) -> 
     residual, branch, d_y, d_out = (setting.random(rows, hidden) for _ in range(4))
     weight, bias = setting.vector(hidden), None if rms else setting.vector(hidden)
     norm = norm_of(rms)
-    leaves = [leaf.requires_grad_() for leaf in (residual, branch, weight, bias) if leaf is not None]
+    leaves = [
+        leaf.requires_grad_() for leaf in (residual, branch, weight, bias) if leaf is not None
+    ]
 
     def torch_norm(y: Tensor) -> Tensor:
-        return F.rms_norm(y, (hidden,), weight, EPS) if rms else F.layer_norm(y, (hidden,), weight, bias, EPS)
+        return (
+            F.rms_norm(y, (hidden,), weight, EPS)
+            if rms
+            else F.layer_norm(y, (hidden,), weight, bias, EPS)
+        )
 
-    def with_norm(library_norm: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    def with_norm(
+        library_norm: Callable[[Tensor], Tensor],
+    ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
         def chain(residual: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
             y = torch.add(residual, branch, alpha=SCALE)
             return y, library_norm(y)
@@ -113,7 +134,10 @@ def residual_norm_cases(rows: int, hidden: int, rms: bool, setting: Setting) -> 
         "ours": lambda r, b: kernels.scaled_residual_norm(r, b, None, weight, bias, JOIN, norm),
         "eager": plain,
         "torch.add + norm": with_norm(torch_norm),
-        **{f"add + {name}": with_norm(library_norm) for name, library_norm in library_baselines.norms(weight, bias, setting.say).items()},
+        **{
+            f"add + {name}": with_norm(library_norm)
+            for name, library_norm in library_baselines.norms(weight, bias, setting.say).items()
+        },
     }
     programs = setting.with_compiled(programs, plain)
     size, name = rows * hidden * residual.element_size(), norm.kind
@@ -121,9 +145,18 @@ def residual_norm_cases(rows: int, hidden: int, rms: bool, setting: Setting) -> 
     def answer() -> Any:
         exact = [leaf.detach().double() for leaf in leaves]
         y = (exact[0] + SCALE * exact[1]).to(setting.dtype).double()
-        return y, F.rms_norm(y, (hidden,), exact[2], EPS) if rms else F.layer_norm(y, (hidden,), exact[2], exact[3], EPS)
+        return y, F.rms_norm(y, (hidden,), exact[2], EPS) if rms else F.layer_norm(
+            y, (hidden,), exact[2], exact[3], EPS
+        )
 
-    yield Case(f"residual {name} forward", rows, hidden, 4 * size, _all(_forward, programs, residual, branch), answer)
+    yield Case(
+        f"residual {name} forward",
+        rows,
+        hidden,
+        4 * size,
+        _all(_forward, programs, residual, branch),
+        answer,
+    )
     yield Case(
         f"residual {name} backward", rows, hidden, 5 * size, _all(_backward, programs, (residual, branch), leaves, (d_y, d_out))
     )  # fmt: skip
@@ -138,7 +171,11 @@ def norm_and_add_cases(rows: int, hidden: int, rms: bool, setting: Setting) -> I
     size, name = rows * hidden * x.element_size(), norm.kind
 
     def plain(x: Tensor) -> Tensor:
-        return F.rms_norm(x, (hidden,), weight, EPS) if rms else F.layer_norm(x, (hidden,), weight, bias, EPS)
+        return (
+            F.rms_norm(x, (hidden,), weight, EPS)
+            if rms
+            else F.layer_norm(x, (hidden,), weight, bias, EPS)
+        )
 
     programs: dict[str, Callable[..., Any]] = {
         "ours": lambda x: kernels.norm(x, weight, bias, norm),
@@ -147,7 +184,13 @@ def norm_and_add_cases(rows: int, hidden: int, rms: bool, setting: Setting) -> I
     }
     programs = setting.with_compiled(programs, plain)
     yield Case(f"{name} forward", rows, hidden, 2 * size, _all(_forward, programs, x))
-    yield Case(f"{name} backward", rows, hidden, 3 * size, _all(_backward, programs, (x,), leaves, (d_out,)))
+    yield Case(
+        f"{name} backward",
+        rows,
+        hidden,
+        3 * size,
+        _all(_backward, programs, (x,), leaves, (d_out,)),
+    )
     if not rms:
         return
     branch.requires_grad_()
@@ -156,9 +199,21 @@ def norm_and_add_cases(rows: int, hidden: int, rms: bool, setting: Setting) -> I
         "torch.add": lambda x, branch: torch.add(x, branch, alpha=SCALE),
     }
     yield Case("scaled add forward", rows, hidden, 3 * size, _all(_forward, adds, x, branch))
-    yield Case("scaled add backward", rows, hidden, 2 * size, _all(_backward, adds, (x, branch), [branch], (d_out,)))
-    partials, total = torch.randn(512, 1, hidden, device=setting.device), torch.zeros(hidden, device=setting.device)
-    sums = {"ours": lambda: kernels.reduce_partials(partials, 0, total), "eager": lambda: total.add_(partials[:, 0].sum(0))}
+    yield Case(
+        "scaled add backward",
+        rows,
+        hidden,
+        2 * size,
+        _all(_backward, adds, (x, branch), [branch], (d_out,)),
+    )
+    partials, total = (
+        torch.randn(512, 1, hidden, device=setting.device),
+        torch.zeros(hidden, device=setting.device),
+    )
+    sums = {
+        "ours": lambda: kernels.reduce_partials(partials, 0, total),
+        "eager": lambda: total.add_(partials[:, 0].sum(0)),
+    }
     yield Case("reduce partials", 512, hidden, partials.numel() * 4, _all(_forward, sums))
 
 
@@ -181,8 +236,16 @@ def pointwise_cases(rows: int, ffn: int, setting: Setting) -> Iterator[Case]:
         d_out = setting.random(rows, ffn)
         programs = setting.with_compiled({"ours": ours, "eager": plain, **libraries}, plain)
         answer = functools.partial(plain, x.detach().double())
-        yield Case(f"{name} forward", rows, ffn, floors[0] * size, _all(_forward, programs, x), answer)
-        yield Case(f"{name} backward", rows, ffn, floors[1] * size, _all(_backward, programs, (x,), [x], (d_out,)))
+        yield Case(
+            f"{name} forward", rows, ffn, floors[0] * size, _all(_forward, programs, x), answer
+        )
+        yield Case(
+            f"{name} backward",
+            rows,
+            ffn,
+            floors[1] * size,
+            _all(_backward, programs, (x,), [x], (d_out,)),
+        )
 
 
 def rotary_cases(rows: int, heads: int, head_dim: int, setting: Setting) -> Iterator[Case]:
@@ -196,9 +259,14 @@ def rotary_cases(rows: int, heads: int, head_dim: int, setting: Setting) -> Iter
         c, s = cos.unsqueeze(2), sin.unsqueeze(2)
         return torch.cat((first * c - second * s, second * c + first * s), dim=-1).to(x.dtype)
 
-    programs = setting.with_compiled({"ours": lambda x: kernels.rotary(x, cos, sin), "eager": plain}, plain)
+    programs = setting.with_compiled(
+        {"ours": lambda x: kernels.rotary(x, cos, sin), "eager": plain}, plain
+    )
     implementations = _all(_forward, programs, x)
-    implementations |= {name: _forward(program) for name, program in library_baselines.rotaries(x, angle, setting.say).items()}
+    implementations |= {
+        name: _forward(program)
+        for name, program in library_baselines.rotaries(x, angle, setting.say).items()
+    }
     floor = 2 * x.numel() * x.element_size() + 2 * cos.numel() * cos.element_size()
     yield Case("rotary", rows, heads * head_dim, floor, implementations, lambda: plain(x.double()))
 
@@ -219,14 +287,18 @@ def cross_entropy_cases(rows: int, vocabulary: int, setting: Setting) -> Iterato
 
     def our_backward() -> Work:
         scratch, lse = logits.clone(), torch.logsumexp(logits.float(), 1)
-        return lambda: kernels.cross_entropy_backward_(scratch, labels, 0, lse, ones, -100, 0.0, 0.0, vocabulary)
+        return lambda: kernels.cross_entropy_backward_(
+            scratch, labels, 0, lse, ones, -100, 0.0, 0.0, vocabulary
+        )
 
     def our_both() -> Work:
         scratch = logits.clone()
 
         def both() -> None:
             stats = kernels.cross_entropy_forward(scratch, labels, 0, vocabulary)
-            kernels.cross_entropy_backward_(scratch, labels, 0, stats[0] + stats[1].log(), ones, -100, 0.0, 0.0, vocabulary)
+            kernels.cross_entropy_backward_(
+                scratch, labels, 0, stats[0] + stats[1].log(), ones, -100, 0.0, 0.0, vocabulary
+            )
 
         return both
 
@@ -241,7 +313,9 @@ def cross_entropy_cases(rows: int, vocabulary: int, setting: Setting) -> Iterato
         def prepare() -> Work:
             leaf = logits.clone().requires_grad_()
             losses = program(leaf, labels)
-            return lambda: torch.autograd.grad(losses, leaf, torch.ones_like(losses), retain_graph=True)
+            return lambda: torch.autograd.grad(
+                losses, leaf, torch.ones_like(losses), retain_graph=True
+            )
 
         return prepare
 
@@ -253,8 +327,20 @@ def cross_entropy_cases(rows: int, vocabulary: int, setting: Setting) -> Iterato
         f"{name} forward", rows, vocabulary, size, _all(_forward, {"ours": ours, **separate}, logits, labels),
         lambda: F.cross_entropy(logits.double(), labels, reduction="none"),
     )  # fmt: skip
-    yield Case(f"{name} backward", rows, vocabulary, 2 * size, {"ours": our_backward, **_all(backward, separate)})
-    yield Case(f"{name} forward + backward", rows, vocabulary, 3 * size, {"ours": our_both, **_all(both, others | libraries)})
+    yield Case(
+        f"{name} backward",
+        rows,
+        vocabulary,
+        2 * size,
+        {"ours": our_backward, **_all(backward, separate)},
+    )
+    yield Case(
+        f"{name} forward + backward",
+        rows,
+        vocabulary,
+        3 * size,
+        {"ours": our_both, **_all(both, others | libraries)},
+    )
 
 
 def optimizer_cases(parameters: int, setting: Setting) -> Iterator[Case]:
@@ -263,10 +349,20 @@ def optimizer_cases(parameters: int, setting: Setting) -> Iterator[Case]:
     master, grad = (torch.randn(parameters, device=device) for _ in range(2))
 
     def ours() -> Work:
-        state = (master.bfloat16(), master.clone(), torch.zeros_like(master), torch.zeros_like(master), grad)
+        state = (
+            master.bfloat16(),
+            master.clone(),
+            torch.zeros_like(master),
+            torch.zeros_like(master),
+            grad,
+        )
         pieces = torch.tensor([[0, parameters // 2, 0], [parameters // 2, parameters // 2, 1]])
         segments = kernels.device_segments(pieces, device)
-        groups = torch.tensor([[1.0, weight_decay, 1e-12], [0.5, weight_decay, 1e-12]], dtype=torch.float64, device=device)
+        groups = torch.tensor(
+            [[1.0, weight_decay, 1e-12], [0.5, weight_decay, 1e-12]],
+            dtype=torch.float64,
+            device=device,
+        )
         control = kernels.new_control(device)
         control[LEARNING_RATE] = lr
         kernels.begin_step_(control, kernels.sum_of_squares(grad), 1.0, 0.9, 0.95)
@@ -278,8 +374,13 @@ def optimizer_cases(parameters: int, setting: Setting) -> Iterator[Case]:
         def prepare() -> Work:
             parameter, half = torch.nn.Parameter(master.clone()), master.bfloat16()
             parameter.grad = grad
-            torch_fused = torch.optim.AdamW([parameter], lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True).step
-            step = {"torch fused": torch_fused, **library_baselines.adamws(parameter, lr, weight_decay, setting.say)}[name]
+            torch_fused = torch.optim.AdamW(
+                [parameter], lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True
+            ).step
+            step = {
+                "torch fused": torch_fused,
+                **library_baselines.adamws(parameter, lr, weight_decay, setting.say),
+            }[name]
 
             def work() -> None:
                 step()
@@ -289,8 +390,20 @@ def optimizer_cases(parameters: int, setting: Setting) -> Iterator[Case]:
 
         return prepare
 
-    installed = library_baselines.adamws(torch.nn.Parameter(grad[:64].clone()), lr, weight_decay, setting.say)
+    installed = library_baselines.adamws(
+        torch.nn.Parameter(grad[:64].clone()), lr, weight_decay, setting.say
+    )
     baselines = {f"{name} + copy": with_copy(name) for name in ("torch fused", *installed)}
     yield Case("adamw", parameters, 1, 30 * parameters, {"ours": ours, **baselines})
-    norms = {"ours": lambda: kernels.sum_of_squares(grad), "eager": lambda: torch.linalg.vector_norm(grad)}
-    yield Case("gradient norm", parameters, 1, 4 * parameters, _all(_forward, norms), lambda: grad.double().square().sum())
+    norms = {
+        "ours": lambda: kernels.sum_of_squares(grad),
+        "eager": lambda: torch.linalg.vector_norm(grad),
+    }
+    yield Case(
+        "gradient norm",
+        parameters,
+        1,
+        4 * parameters,
+        _all(_forward, norms),
+        lambda: grad.double().square().sum(),
+    )

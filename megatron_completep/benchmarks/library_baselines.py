@@ -20,15 +20,23 @@ Program = Callable[..., Any]
 Say = Callable[[str], None]
 
 
-def _available(operation: str, builders: dict[str, Callable[[], Program | None]], say: Say) -> dict[str, Program]:
+def _available(
+    operation: str, builders: dict[str, Callable[[], Program | None]], say: Say
+) -> dict[str, Program]:
     found = {}
     for library, build in builders.items():
         try:
             program = build()
         except ModuleNotFoundError:
             continue
-        except Exception as error:  # whatever a library does when it is imported must not end the run
-            say(f"{library} is installed, but its {operation} cannot be prepared: {type(error).__name__}: {error}".splitlines()[0])
+        except (
+            Exception
+        ) as error:  # whatever a library does when it is imported must not end the run
+            say(
+                f"{library} is installed, but its {operation} cannot be prepared: {type(error).__name__}: {error}".splitlines()[
+                    0
+                ]
+            )
             continue
         if program is not None:
             found[library] = program
@@ -50,7 +58,9 @@ def norms(weight: Parameter, bias: Parameter | None, say: Say) -> dict[str, Prog
 
     def liger() -> Program:
         functions = importlib.import_module("liger_kernel.transformers.functional")
-        if rms:  # in_place: its backward would write over the incoming gradient, which all of us share
+        if (
+            rms
+        ):  # in_place: its backward would write over the incoming gradient, which all of us share
             return lambda x: functions.liger_rms_norm(x, weight, EPS, in_place=False)
         return lambda x: functions.liger_layer_norm(x, weight, bias, EPS)
 
@@ -60,13 +70,21 @@ def norms(weight: Parameter, bias: Parameter | None, say: Say) -> dict[str, Prog
 
     def transformer_engine() -> Program:
         modules = importlib.import_module("transformer_engine.pytorch")
-        return _module_norm((modules.RMSNorm if rms else modules.LayerNorm)(hidden, eps=EPS), weight, bias)
+        return _module_norm(
+            (modules.RMSNorm if rms else modules.LayerNorm)(hidden, eps=EPS), weight, bias
+        )
 
     def apex() -> Program:
         modules = importlib.import_module("apex.normalization")
-        return _module_norm((modules.FusedRMSNorm if rms else modules.FusedLayerNorm)(hidden, eps=EPS), weight, bias)
+        return _module_norm(
+            (modules.FusedRMSNorm if rms else modules.FusedLayerNorm)(hidden, eps=EPS), weight, bias
+        )
 
-    return _available("norm", {"liger": liger, "quack": quack, "transformer engine": transformer_engine, "apex": apex}, say)
+    return _available(
+        "norm",
+        {"liger": liger, "quack": quack, "transformer engine": transformer_engine, "apex": apex},
+        say,
+    )
 
 
 def cross_entropies(say: Say) -> dict[str, Program]:
@@ -78,17 +96,27 @@ def cross_entropies(say: Say) -> dict[str, Program]:
 
     def quack() -> Program:
         cross_entropy = importlib.import_module("quack.cross_entropy").cross_entropy
-        return lambda logits, labels: cross_entropy(logits, labels, reduction="none", inplace_backward=True)
+        return lambda logits, labels: cross_entropy(
+            logits, labels, reduction="none", inplace_backward=True
+        )
 
     def transformer_engine() -> Program:
-        parallel = importlib.import_module("transformer_engine.pytorch.cross_entropy").parallel_cross_entropy
-        return lambda logits, labels: parallel(logits.unsqueeze(1), labels.unsqueeze(1), 0.0, False, None)
+        parallel = importlib.import_module(
+            "transformer_engine.pytorch.cross_entropy"
+        ).parallel_cross_entropy
+        return lambda logits, labels: parallel(
+            logits.unsqueeze(1), labels.unsqueeze(1), 0.0, False, None
+        )
 
     def apex() -> Program:
         loss = importlib.import_module("apex.contrib.xentropy").SoftmaxCrossEntropyLoss
         return lambda logits, labels: loss.apply(logits, labels, 0.0, -100, True)
 
-    return _available("cross-entropy", {"liger": liger, "quack": quack, "transformer engine": transformer_engine, "apex": apex}, say)
+    return _available(
+        "cross-entropy",
+        {"liger": liger, "quack": quack, "transformer engine": transformer_engine, "apex": apex},
+        say,
+    )
 
 
 class _TransformerEngineSwiGLU(torch.autograd.Function):
@@ -126,29 +154,49 @@ def rotaries(x: Tensor, angle: Tensor, say: Say) -> dict[str, Program]:
 
     def liger() -> Program:
         functions = importlib.import_module("liger_kernel.transformers.functional")
-        q, k = (half.permute(1, 0, 2, 3).contiguous().transpose(1, 2) for half in x.chunk(2, dim=2))  # [B, N/2, S, D] over [B, S, N/2, D]
+        q, k = (
+            half.permute(1, 0, 2, 3).contiguous().transpose(1, 2) for half in x.chunk(2, dim=2)
+        )  # [B, N/2, S, D] over [B, S, N/2, D]
         cos, sin = (t.transpose(0, 1).to(x.dtype).contiguous() for t in (whole.cos(), whole.sin()))
         return lambda: functions.liger_rope(q, k, cos, sin)
 
     def transformer_engine() -> Program:
-        apply = importlib.import_module("transformer_engine.pytorch.attention.rope").apply_rotary_pos_emb
+        apply = importlib.import_module(
+            "transformer_engine.pytorch.attention.rope"
+        ).apply_rotary_pos_emb
         freqs = whole.unsqueeze(1).float()
         return lambda: apply(x, freqs, tensor_format="sbhd", fused=True)
 
     def apex() -> Program:
-        apply = importlib.import_module("apex.transformer.functional").fused_apply_rotary_pos_emb_cached
+        apply = importlib.import_module(
+            "apex.transformer.functional"
+        ).fused_apply_rotary_pos_emb_cached
         cos, sin = whole.unsqueeze(1).cos(), whole.unsqueeze(1).sin()
         return lambda: apply(x, cos, sin)
 
-    return _available("rotary embedding", {"liger": liger, "transformer engine": transformer_engine, "apex": apex}, say)
+    return _available(
+        "rotary embedding",
+        {"liger": liger, "transformer engine": transformer_engine, "apex": apex},
+        say,
+    )
 
 
 def adamws(parameter: Parameter, lr: float, weight_decay: float, say: Say) -> dict[str, Program]:
     """step() of one parameter that has its gradient: the moments are float32, decoupled weight decay."""
-    settings = {"lr": lr, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": weight_decay, "adam_w_mode": True}
+    settings = {
+        "lr": lr,
+        "betas": (0.9, 0.95),
+        "eps": 1e-8,
+        "weight_decay": weight_decay,
+        "adam_w_mode": True,
+    }
 
     def transformer_engine() -> Program:
-        return importlib.import_module("transformer_engine.pytorch.optimizers").FusedAdam([parameter], **settings).step
+        return (
+            importlib.import_module("transformer_engine.pytorch.optimizers")
+            .FusedAdam([parameter], **settings)
+            .step
+        )
 
     def apex() -> Program:
         return importlib.import_module("apex.optimizers").FusedAdam([parameter], **settings).step

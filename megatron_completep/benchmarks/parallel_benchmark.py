@@ -24,7 +24,12 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from megatron_completep.benchmarks.plain_model import PlainGPT
-from megatron_completep.benchmarks.training_benchmark import BenchmarkSettings, bootstrap_ratio, random_batch, run_config
+from megatron_completep.benchmarks.training_benchmark import (
+    BenchmarkSettings,
+    bootstrap_ratio,
+    random_batch,
+    run_config,
+)
 from megatron_completep.completep import table_of
 from megatron_completep.data.loader import Batch
 from megatron_completep.parallel.context import ParallelContext
@@ -42,7 +47,9 @@ class ProgramFigures:
     seconds: float  # median of the step times
     lower_quartile: float
     upper_quartile: float
-    peak_bytes: int  # resident memory of a rank, above what the process had before the program was built
+    peak_bytes: (
+        int  # resident memory of a rank, above what the process had before the program was built
+    )
     ratio: float  # our median over this one's, with its 95 % bootstrap interval
     ratio_low: float
     ratio_high: float
@@ -62,7 +69,9 @@ class ParallelComparison:
         return asdict(self)
 
 
-def compare_parallel(settings: BenchmarkSettings, precision: str, processes: int) -> ParallelComparison:
+def compare_parallel(
+    settings: BenchmarkSettings, precision: str, processes: int
+) -> ParallelComparison:
     """Start `processes` ranks over gloo, measure the memory of each program alone, then time them in turn."""
     with tempfile.TemporaryDirectory() as folder:
         results = multiprocessing.get_context("spawn").SimpleQueue()
@@ -72,7 +81,9 @@ def compare_parallel(settings: BenchmarkSettings, precision: str, processes: int
         return summarize(results.get(), settings, precision, processes)
 
 
-def _rank(rank: int, processes: int, store: str, settings: BenchmarkSettings, precision: str, results: Any) -> None:
+def _rank(
+    rank: int, processes: int, store: str, settings: BenchmarkSettings, precision: str, results: Any
+) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=processes)
     peaks = peak_memories(settings, precision)
@@ -110,7 +121,9 @@ def summarize(
     """Medians over rounds of the slowest rank's time and of all ranks' processor time, and the fullest rank's memory."""
     slowest, used = {}, {}
     for name in PROGRAMS:
-        rounds = list(zip(*(seconds[name] for _, seconds in gathered), strict=True))  # a round's (clock, processor) by rank
+        rounds = list(
+            zip(*(seconds[name] for _, seconds in gathered), strict=True)
+        )  # a round's (clock, processor) by rank
         slowest[name] = [max(clock for clock, _ in ranks) for ranks in rounds]
         used[name] = statistics.median(sum(processor for _, processor in ranks) for ranks in rounds)
     programs = {}
@@ -118,7 +131,15 @@ def summarize(
         low, median, high = statistics.quantiles(times, n=4)
         peak = max(peaks[name] for peaks, _ in gathered)
         ratio = statistics.median(slowest[OURS]) / median
-        programs[name] = ProgramFigures(median, low, high, peak, ratio, *bootstrap_ratio(slowest[OURS], times), used[OURS] / used[name])
+        programs[name] = ProgramFigures(
+            median,
+            low,
+            high,
+            peak,
+            ratio,
+            *bootstrap_ratio(slowest[OURS], times),
+            used[OURS] / used[name],
+        )
     return ParallelComparison(processes, precision, settings.rounds, programs)
 
 
@@ -129,10 +150,16 @@ def our_program(settings: BenchmarkSettings, precision: str) -> Step:
     """The step of `pretrain` over data ranks."""
     config = run_config(settings, precision)
     config = config.model_copy(
-        update={"training": config.training.model_copy(update={"global_batch_size": settings.batch_size * dist.get_world_size()})}
+        update={
+            "training": config.training.model_copy(
+                update={"global_batch_size": settings.batch_size * dist.get_world_size()}
+            )
+        }
     )
     world_size = dist.get_world_size()
-    context = ParallelContext.over_world(config.parallel, torch.device("cpu"), dist.get_rank(), world_size, world_size)
+    context = ParallelContext.over_world(
+        config.parallel, torch.device("cpu"), dist.get_rank(), world_size, world_size
+    )
     assembly, batch = assemble(config, context), random_batch(settings)
     step, optimizer = assembly.step, assembly.optimizer
 
@@ -153,7 +180,11 @@ def ddp_program(settings: BenchmarkSettings, precision: str) -> Step:
 def fsdp_program(settings: BenchmarkSettings, precision: str) -> Step:
     """FSDP2: every block, then the whole; parameters, gradients and state are sharded."""
     model = _plain(settings, precision)
-    mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if precision == "bf16" else MixedPrecisionPolicy()
+    mixed = (
+        MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+        if precision == "bf16"
+        else MixedPrecisionPolicy()
+    )
     mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
     for block in model.layers:
         fully_shard(block, mesh=mesh, mp_policy=mixed)
@@ -174,7 +205,9 @@ def _plain(settings: BenchmarkSettings, precision: str) -> PlainGPT:
     return PlainGPT(settings.model, table_of(run_config(settings, precision)))
 
 
-def _plain_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, autocast: bool) -> Step:
+def _plain_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, autocast: bool
+) -> Step:
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = model(batch.tokens, batch.labels)
@@ -190,7 +223,11 @@ def _plain_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch
 # --- memory -------------------------------------------------------------------------------------------------------------------
 
 
-def peak_memory(build_program: Callable[[BenchmarkSettings, str], Step], settings: BenchmarkSettings, precision: str) -> int:
+def peak_memory(
+    build_program: Callable[[BenchmarkSettings, str], Step],
+    settings: BenchmarkSettings,
+    precision: str,
+) -> int:
     """Most resident bytes of this process while a program is built and makes two steps, above what was there before (Linux)."""
     give_back_freed_memory()
     before = resident("VmRSS")
@@ -206,8 +243,12 @@ def peak_memory(build_program: Callable[[BenchmarkSettings, str], Step], setting
 
 def peak_memories(settings: BenchmarkSettings, precision: str) -> dict[str, int]:
     """`peak_memory` of each program, one after the other."""
-    small = replace(settings, model=settings.model.model_copy(update={"num_layers": 1}), batch_size=1)
-    for program in PROGRAMS.values():  # what a process needs once, such as code and threads, is nobody's
+    small = replace(
+        settings, model=settings.model.model_copy(update={"num_layers": 1}), batch_size=1
+    )
+    for (
+        program
+    ) in PROGRAMS.values():  # what a process needs once, such as code and threads, is nobody's
         peak_memory(program, small, precision)
     return {name: peak_memory(program, settings, precision) for name, program in PROGRAMS.items()}
 

@@ -21,7 +21,11 @@ class PlainGPT(nn.Module):
         super().__init__()
         self.model, self.table = model, table
         self.embedding = nn.Embedding(model.vocab_size, model.hidden_size)
-        self.positions = nn.Embedding(model.seq_length, model.hidden_size) if model.position == "learned" else None
+        self.positions = (
+            nn.Embedding(model.seq_length, model.hidden_size)
+            if model.position == "learned"
+            else None
+        )
         self.layers = nn.ModuleList(PlainBlock(model, table) for _ in range(model.num_layers))
         self.final_norm = plain_norm(model)
         self.unembedding = nn.Linear(model.hidden_size, model.vocab_size, bias=False)
@@ -45,14 +49,25 @@ class PlainBlock(nn.Module):
 
     def __init__(self, model: ModelConfig, table: Table):
         super().__init__()
-        self.heads, self.groups, self.head_dim = model.num_attention_heads, num_query_groups(model), head_dim(model)
-        self.residual_multiplier, self.attention_scale = table.residual_multiplier, table.attention_scale
+        self.heads, self.groups, self.head_dim = (
+            model.num_attention_heads,
+            num_query_groups(model),
+            head_dim(model),
+        )
+        self.residual_multiplier, self.attention_scale = (
+            table.residual_multiplier,
+            table.attention_scale,
+        )
         width, inner = self.heads * self.head_dim, model.ffn_hidden_size
         self.activation = model.activation
         self.attention_norm, self.mlp_norm = plain_norm(model), plain_norm(model)
-        self.qkv = nn.Linear(model.hidden_size, width + 2 * self.groups * self.head_dim, bias=model.bias)
+        self.qkv = nn.Linear(
+            model.hidden_size, width + 2 * self.groups * self.head_dim, bias=model.bias
+        )
         self.output = nn.Linear(width, model.hidden_size, bias=model.bias)
-        self.up = nn.Linear(model.hidden_size, inner * (2 if self.activation == "swiglu" else 1), bias=model.bias)
+        self.up = nn.Linear(
+            model.hidden_size, inner * (2 if self.activation == "swiglu" else 1), bias=model.bias
+        )
         self.down = nn.Linear(inner, model.hidden_size, bias=model.bias)
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -60,12 +75,16 @@ class PlainBlock(nn.Module):
         return x + self.residual_multiplier * self.mlp(self.mlp_norm(x))
 
     def attention(self, x: Tensor, angles: tuple[Tensor, Tensor] | None) -> Tensor:
-        heads = self.qkv(x).unflatten(-1, (self.heads + 2 * self.groups, self.head_dim)).transpose(1, 2)
+        heads = (
+            self.qkv(x).unflatten(-1, (self.heads + 2 * self.groups, self.head_dim)).transpose(1, 2)
+        )
         q, k, v = heads.split((self.heads, self.groups, self.groups), dim=1)
         if angles is not None:
             q, k = rotate(q, *angles), rotate(k, *angles)
         grouped = self.heads != self.groups
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.attention_scale, enable_gqa=grouped)
+        mixed = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=self.attention_scale, enable_gqa=grouped
+        )
         return self.output(mixed.transpose(1, 2).flatten(2))
 
     def mlp(self, x: Tensor) -> Tensor:
@@ -75,7 +94,9 @@ class PlainBlock(nn.Module):
             return self.down(F.silu(gate) * up)
         if self.activation == "squared_relu":
             return self.down(F.relu(inner).square())
-        return self.down(F.gelu(inner, approximate="tanh" if self.activation == "gelu_tanh" else "none"))
+        return self.down(
+            F.gelu(inner, approximate="tanh" if self.activation == "gelu_tanh" else "none")
+        )
 
 
 def plain_norm(model: ModelConfig) -> nn.Module:
@@ -93,8 +114,12 @@ def init_weights(module: nn.Module) -> None:
 def rotary_angles(model: ModelConfig, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin [S, D/2] in float32."""
     size = head_dim(model)
-    frequencies = model.rope_base ** (-torch.arange(0, size, 2, device=tokens.device, dtype=torch.float32) / size)
-    angles = torch.outer(torch.arange(tokens.shape[1], device=tokens.device, dtype=torch.float32), frequencies)
+    frequencies = model.rope_base ** (
+        -torch.arange(0, size, 2, device=tokens.device, dtype=torch.float32) / size
+    )
+    angles = torch.outer(
+        torch.arange(tokens.shape[1], device=tokens.device, dtype=torch.float32), frequencies
+    )
     return angles.cos(), angles.sin()
 
 

@@ -26,7 +26,9 @@ _DOCUMENT_CHARACTERS = 4000
 _VOCABULARY = 4096
 
 
-def benchmark_preprocessing(megabytes: float, rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
+def benchmark_preprocessing(
+    megabytes: float, rounds: int, say: Callable[[str], None]
+) -> dict[str, Any]:
     """Figures a tokenizer type: MB of text per CPU second of each contestant, and ours over each other one (medians over rounds).
 
     The corpus is the source of Python's standard library as JSON lines; vocabularies of 4096 are trained on it first.
@@ -53,10 +55,15 @@ def benchmark_preprocessing(megabytes: float, rounds: int, say: Callable[[str], 
 
 
 def _summary(size: int, seconds: dict[str, list[float]]) -> dict[str, Any]:
-    result: dict[str, Any] = {f"{name}_mb_per_cpu_second": round(size / 1e6 / statistics.median(s), 3) for name, s in seconds.items()}
+    result: dict[str, Any] = {
+        f"{name}_mb_per_cpu_second": round(size / 1e6 / statistics.median(s), 3)
+        for name, s in seconds.items()
+    }
     for name in seconds:
         if name != "ours":
-            ratios = sorted(theirs / ours for theirs, ours in zip(seconds[name], seconds["ours"], strict=True))
+            ratios = sorted(
+                theirs / ours for theirs, ours in zip(seconds[name], seconds["ours"], strict=True)
+            )
             result[f"ours_over_{name}"] = {
                 "median": round(statistics.median(ratios), 3),
                 "low": round(ratios[0], 3),
@@ -65,9 +72,13 @@ def _summary(size: int, seconds: dict[str, list[float]]) -> dict[str, Any]:
     return result
 
 
-def _contestants(folder: Path, choice: TokenizerChoice, texts: list[str]) -> dict[str, Callable[[], Any]]:
+def _contestants(
+    folder: Path, choice: TokenizerChoice, texts: list[str]
+) -> dict[str, Callable[[], Any]]:
     tokenizer = build_tokenizer(choice)
-    settings = PreprocessSettings((str(folder / "corpus.jsonl"),), str(folder / "ours"), choice, append_eod=True)
+    settings = PreprocessSettings(
+        (str(folder / "corpus.jsonl"),), str(folder / "ours"), choice, append_eod=True
+    )
     batch, single = _library_calls(choice.type, tokenizer, texts)
 
     def ours() -> None:
@@ -80,10 +91,15 @@ def _contestants(folder: Path, choice: TokenizerChoice, texts: list[str]) -> dic
         indexed_dataset = importlib.import_module("megatron.core.datasets.indexed_dataset")
     except ImportError:
         return contestants  # a test-only dependency
-    return {**contestants, "megatron": lambda: _build_as_megatron(indexed_dataset, folder, tokenizer, single)}
+    return {
+        **contestants,
+        "megatron": lambda: _build_as_megatron(indexed_dataset, folder, tokenizer, single),
+    }
 
 
-def _library_calls(kind: str, tokenizer: Tokenizer, texts: list[str]) -> tuple[Callable[[], Any], Callable[[str], list[int]]]:
+def _library_calls(
+    kind: str, tokenizer: Tokenizer, texts: list[str]
+) -> tuple[Callable[[], Any], Callable[[str], list[int]]]:
     """The library's fastest call for all texts on one thread, and its call for one text; both give lists of ids."""
     library: Any = tokenizer
     if kind == "sentencepiece":
@@ -91,13 +107,20 @@ def _library_calls(kind: str, tokenizer: Tokenizer, texts: list[str]) -> tuple[C
     if kind == "huggingface":
         native = library._tokenizer
         return (
-            lambda: [encoding.ids for encoding in native.encode_batch_fast(texts, add_special_tokens=False)],
+            lambda: [
+                encoding.ids
+                for encoding in native.encode_batch_fast(texts, add_special_tokens=False)
+            ],
             lambda text: native.encode(text, add_special_tokens=False).ids,
         )
-    return lambda: library._encoding.encode_ordinary_batch(texts, num_threads=1), library._encoding.encode_ordinary
+    return lambda: library._encoding.encode_ordinary_batch(
+        texts, num_threads=1
+    ), library._encoding.encode_ordinary
 
 
-def _build_as_megatron(indexed_dataset: Any, folder: Path, tokenizer: Tokenizer, encode: Callable[[str], list[int]]) -> None:
+def _build_as_megatron(
+    indexed_dataset: Any, folder: Path, tokenizer: Tokenizer, encode: Callable[[str], list[int]]
+) -> None:
     """The loop of Megatron's tools/preprocess_data.py with one worker, over the public builder, without its process pool."""
     dtype = indexed_dataset.DType.optimal_dtype(tokenizer.vocab_size)
     builder = indexed_dataset.IndexedDatasetBuilder(str(folder / "theirs.bin"), dtype=dtype)
@@ -119,29 +142,47 @@ def _write_corpus(path: Path, megabytes: float) -> list[str]:
         if "site-packages" in name or left <= 0:
             continue
         text = Path(name).read_text("utf-8", errors="replace")
-        parts = [text[start : start + _DOCUMENT_CHARACTERS] for start in range(0, len(text), _DOCUMENT_CHARACTERS)]
+        parts = [
+            text[start : start + _DOCUMENT_CHARACTERS]
+            for start in range(0, len(text), _DOCUMENT_CHARACTERS)
+        ]
         texts += parts
         left -= len(text)
-    path.write_text("".join(json.dumps({"id": number, "text": text}) + "\n" for number, text in enumerate(texts)), "utf-8")
+    path.write_text(
+        "".join(
+            json.dumps({"id": number, "text": text}) + "\n" for number, text in enumerate(texts)
+        ),
+        "utf-8",
+    )
     return texts
 
 
 def _train_tokenizers(folder: Path, texts: list[str]) -> list[TokenizerChoice]:
     """One of each type; tiktoken gets the ranks of the Hugging Face one, so that nothing is downloaded."""
-    train_tokenizer(TrainingSettings((str(folder / "corpus.jsonl"),), _VOCABULARY, input_megabytes=8), str(folder / "t.model"))
+    train_tokenizer(
+        TrainingSettings((str(folder / "corpus.jsonl"),), _VOCABULARY, input_megabytes=8),
+        str(folder / "t.model"),
+    )
     tokenizers = importlib.import_module("tokenizers")
     library = tokenizers.Tokenizer(tokenizers.models.BPE())
     library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=_VOCABULARY, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"], show_progress=False
+        vocab_size=_VOCABULARY,
+        initial_alphabet=alphabet,
+        special_tokens=["<|endoftext|>"],
+        show_progress=False,
     )
     library.train_from_iterator(texts[:2000], trainer)
     library.save(str(folder / "tokenizer.json"))
     merges = json.loads(library.to_str())["model"]["merges"]
-    tokens = [bytes([byte]) for byte in range(256)] + [_byte_level_bytes("".join(merge)) for merge in merges]
+    tokens = [bytes([byte]) for byte in range(256)] + [
+        _byte_level_bytes("".join(merge)) for merge in merges
+    ]
     ranks = dict.fromkeys(tokens)  # two merges may make the same token; the first one counts
-    (folder / "mine.tiktoken").write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(ranks)))
+    (folder / "mine.tiktoken").write_bytes(
+        b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(ranks))
+    )
     return [
         TokenizerChoice("sentencepiece", str(folder / "t.model")),
         TokenizerChoice("huggingface", str(folder / "tokenizer.json")),
@@ -153,4 +194,7 @@ def _byte_level_bytes(token: str) -> bytes:
     """Byte-level BPE writes printable Latin-1 bytes as themselves and the others, in order, as the characters from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
-    return bytes(ord(character) if ord(character) in printable else others[ord(character) - 0x100] for character in token)
+    return bytes(
+        ord(character) if ord(character) in printable else others[ord(character) - 0x100]
+        for character in token
+    )

@@ -9,7 +9,12 @@ from typing import Any
 
 import torch
 
-from megatron_completep.benchmarks.training_benchmark import BenchmarkSettings, bootstrap_ratio, random_batch, time_once
+from megatron_completep.benchmarks.training_benchmark import (
+    BenchmarkSettings,
+    bootstrap_ratio,
+    random_batch,
+    time_once,
+)
 from megatron_completep.config.schema import Config
 from megatron_completep.errors import ConfigError
 from megatron_completep.parallel.context import ParallelContext
@@ -36,20 +41,29 @@ class TelemetryCost:
         )
 
 
-def measure(config: Config, device: torch.device, rounds: int = 20, warmup: int = 3) -> TelemetryCost:
+def measure(
+    config: Config, device: torch.device, rounds: int = 20, warmup: int = 3
+) -> TelemetryCost:
     """Time a configuration's step (all its micro-batches, on random tokens; no file is opened) and Telemetry.figures() in turn.
 
     One process. Raises ConfigError where the configuration switches telemetry off.
     """
     interval = config.logging.parameterization_interval
     if interval is None:
-        raise ConfigError("logging.parameterization_interval is null: there is no telemetry to measure. Give the interval in steps.")
+        raise ConfigError(
+            "logging.parameterization_interval is null: there is no telemetry to measure. Give the interval in steps."
+        )
     context = ParallelContext.single(device)
     step = assemble(config, context).step
     batch = random_batch(BenchmarkSettings(config.model, config.training.micro_batch_size))
     batches = [batch] * (config.training.global_batch_size // config.training.micro_batch_size)
-    telemetry = Telemetry(step, batches[:1], interval, config.training.train_steps, None, lambda text: None)
-    programs: list[tuple[str, Callable[[], Any]]] = [("step", lambda: step.run(batches, 1)), ("look", telemetry.figures)]
+    telemetry = Telemetry(
+        step, batches[:1], interval, config.training.train_steps, None, lambda text: None
+    )
+    programs: list[tuple[str, Callable[[], Any]]] = [
+        ("step", lambda: step.run(batches, 1)),
+        ("look", telemetry.figures),
+    ]
     seconds: dict[str, list[float]] = {name: [] for name, _ in programs}
     for number in range(warmup + rounds):
         for name, program in programs if number % 2 == 0 else reversed(programs):
@@ -60,4 +74,12 @@ def measure(config: Config, device: torch.device, rounds: int = 20, warmup: int 
     low, high = bootstrap_ratio(seconds["look"], seconds["step"])
     to_percent = 100 / interval
     share = to_percent * medians["look"] / medians["step"]
-    return TelemetryCost(medians["step"], medians["look"], interval, share, to_percent * low, to_percent * high, rounds)
+    return TelemetryCost(
+        medians["step"],
+        medians["look"],
+        interval,
+        share,
+        to_percent * low,
+        to_percent * high,
+        rounds,
+    )

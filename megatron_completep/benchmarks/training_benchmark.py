@@ -32,7 +32,9 @@ class BenchmarkSettings:
     warmup: int = 3
     compile: bool = False
     plain_bf16: str = "autocast"  # float32 parameters under autocast, or "pure": everything in bf16, AdamW's moments too
-    base: dict[str, int] = field(default_factory=lambda: {"base_hidden_size": 256, "base_num_layers": 2})
+    base: dict[str, int] = field(
+        default_factory=lambda: {"base_hidden_size": 256, "base_num_layers": 2}
+    )
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,10 @@ class Comparison:
 
 
 def compare(
-    settings: BenchmarkSettings, precision: str, device: torch.device, say: Callable[[str], None] = lambda text: None
+    settings: BenchmarkSettings,
+    precision: str,
+    device: torch.device,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Comparison:
     """Time both programs step by step in turn; which goes first changes every round."""
     table = table_of(run_config(settings, precision))
@@ -101,25 +106,34 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def our_step(settings: BenchmarkSettings, precision: str, device: torch.device, table: Table, batch: Batch) -> Callable[[], None]:
+def our_step(
+    settings: BenchmarkSettings, precision: str, device: torch.device, table: Table, batch: Batch
+) -> Callable[[], None]:
     """The step of `pretrain`: inputs to the device, forward, backward, clipping, update."""
     config, context = run_config(settings, precision), ParallelContext.single(device)
     step = assemble(config, context, table).step
     return lambda: (step.run([batch], 1), None)[1]
 
 
-def plain_step(settings: BenchmarkSettings, precision: str, device: torch.device, table: Table, batch: Batch) -> Callable[[], None]:
+def plain_step(
+    settings: BenchmarkSettings, precision: str, device: torch.device, table: Table, batch: Batch
+) -> Callable[[], None]:
     """The same with nn modules, clip_grad_norm_ and torch.optim.AdamW (fused where the device has it)."""
     model = PlainGPT(settings.model, table).to(device)
     pure = precision == "bf16" and settings.plain_bf16 == "pure"
     if pure:
         model = model.bfloat16()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-12, weight_decay=0.1, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-12, weight_decay=0.1, fused=True
+    )
     forward = torch.compile(model) if settings.compile else model
     autocast = precision == "bf16" and not pure
 
     def step() -> None:
-        tokens, labels = batch.tokens.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True)
+        tokens, labels = (
+            batch.tokens.to(device, non_blocking=True),
+            batch.labels.to(device, non_blocking=True),
+        )
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             loss = forward(tokens, labels)
         loss.backward()
@@ -154,14 +168,29 @@ def run_config(settings: BenchmarkSettings, precision: str) -> Config:
 def random_batch(settings: BenchmarkSettings) -> Batch:
     """Random tokens; timing does not depend on them."""
     shape = settings.batch_size, settings.model.seq_length
-    rows = torch.randint(settings.model.vocab_size, (shape[0], shape[1] + 1), generator=torch.Generator().manual_seed(1))
+    rows = torch.randint(
+        settings.model.vocab_size,
+        (shape[0], shape[1] + 1),
+        generator=torch.Generator().manual_seed(1),
+    )
     positions = torch.arange(shape[1]).expand(shape)
     documents = torch.zeros(shape, dtype=torch.int32)
-    return Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), torch.ones(shape), positions, documents, torch.arange(shape[0]))
+    return Batch(
+        rows[:, :-1].contiguous(),
+        rows[:, 1:].contiguous(),
+        torch.ones(shape),
+        positions,
+        documents,
+        torch.arange(shape[0]),
+    )
 
 
 def summarize(
-    settings: BenchmarkSettings, precision: str, device: torch.device, ours: list[tuple[float, float]], plain: list[tuple[float, float]]
+    settings: BenchmarkSettings,
+    precision: str,
+    device: torch.device,
+    ours: list[tuple[float, float]],
+    plain: list[tuple[float, float]],
 ) -> Comparison:
     """Medians, quartiles, and how sure the ratio of the medians is."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
@@ -171,9 +200,19 @@ def summarize(
 
     def timing(seconds: Sequence[float]) -> Timing:
         low, median, high = statistics.quantiles(seconds, n=4)
-        return Timing(median, low, high, tokens / median, flops / median, flops / median / peak if peak else None)
+        return Timing(
+            median,
+            low,
+            high,
+            tokens / median,
+            flops / median,
+            flops / median / peak if peak else None,
+        )
 
-    (our_clock, our_cpu), (plain_clock, plain_cpu) = zip(*ours, strict=True), zip(*plain, strict=True)
+    (our_clock, our_cpu), (plain_clock, plain_cpu) = (
+        zip(*ours, strict=True),
+        zip(*plain, strict=True),
+    )
     return Comparison(
         precision,
         timing(our_clock),
@@ -185,7 +224,9 @@ def summarize(
     )
 
 
-def bootstrap_ratio(ours: Sequence[float], plain: Sequence[float], draws: int = 2000) -> tuple[float, float]:
+def bootstrap_ratio(
+    ours: Sequence[float], plain: Sequence[float], draws: int = 2000
+) -> tuple[float, float]:
     """95 % interval of the ratio of medians, drawing rounds with replacement (a round's two times stay together)."""
     pairs = np.array([ours, plain])
     chosen = np.random.default_rng(0).integers(len(ours), size=(draws, len(ours)))

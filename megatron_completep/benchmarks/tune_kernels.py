@@ -28,7 +28,9 @@ class Choice:
 
 
 @contextmanager
-def launch_parameters(architecture: str, key: tuple[str, int, int], parameters: tuple[int, ...]) -> Iterator[None]:
+def launch_parameters(
+    architecture: str, key: tuple[str, int, int], parameters: tuple[int, ...]
+) -> Iterator[None]:
     """Let one entry of the table be `parameters` inside the block."""
     table = tuned.TUNED.setdefault(architecture, {})
     before = table.get(key)
@@ -54,11 +56,16 @@ def median_microseconds(work: Work) -> float:
 
 def launches_instead(architecture: str) -> Callable[[Work], float]:
     """A clock for a dry run on `meta` tensors: it launches nothing, and takes the number of programs for the time."""
-    return lambda work: float(sum(math.prod(launched.grid) for launched in record(work, architecture)))
+    return lambda work: float(
+        sum(math.prod(launched.grid) for launched in record(work, architecture))
+    )
 
 
 def tune(
-    architecture: str, tunables: Iterable[Tunable], time: Callable[[Work], float], say: Callable[[str], None]
+    architecture: str,
+    tunables: Iterable[Tunable],
+    time: Callable[[Work], float],
+    say: Callable[[str], None],
 ) -> dict[tuple[str, int, int], Choice]:
     """The best candidate of each tunable: the smallest geometric mean over its sizes. One that cannot run is reported and left out."""
     chosen = {}
@@ -67,14 +74,24 @@ def tune(
         for candidate in tunable.candidates:
             try:
                 with launch_parameters(architecture, tunable.key, candidate):
-                    times[candidate] = statistics.geometric_mean([time(prepare()) for prepare in tunable.sizes])
-            except Exception as error:  # too many registers or too much shared memory for this part, for instance
-                say(f"{tunable.name} {candidate}: left out: {type(error).__name__}: {error}".splitlines()[0])
+                    times[candidate] = statistics.geometric_mean(
+                        [time(prepare()) for prepare in tunable.sizes]
+                    )
+            except (
+                Exception
+            ) as error:  # too many registers or too much shared memory for this part, for instance
+                say(
+                    f"{tunable.name} {candidate}: left out: {type(error).__name__}: {error}".splitlines()[
+                        0
+                    ]
+                )
         if times:
             best = min(times, key=lambda candidate: times[candidate])
             before = statistics.geometric_mean([time(prepare()) for prepare in tunable.sizes])
             chosen[tunable.key] = Choice(best, times[best], before)
-            say(f"{tunable.name}: {best} {times[best]:.1f}, best of {len(times)}; so far {before:.1f}")
+            say(
+                f"{tunable.name}: {best} {times[best]:.1f}, best of {len(times)}; so far {before:.1f}"
+            )
     return chosen
 
 

@@ -82,7 +82,9 @@ def _forward_candidates(hidden: int, architecture: str) -> tuple[tuple[int, ...]
     found = {
         (rows, launch.warps(count, architecture))
         for rows, count in itertools.product((1, 2, 4, 8), threads)
-        if 8 <= rows * width / count <= 64 and (rows == 1 or width <= 1024) and count >= launch.lanes(architecture)
+        if 8 <= rows * width / count <= 64
+        and (rows == 1 or width <= 1024)
+        and count >= launch.lanes(architecture)
     }
     return tuple(sorted(found))
 
@@ -91,10 +93,18 @@ def _backward_candidates(hidden: int, architecture: str) -> tuple[tuple[int, ...
     """(rows, warps, stages, programs a processor, register cap): eight to 32 elements a thread, 128 to 1024 threads a processor."""
     width = row_bucket(hidden)
     found = set()
-    for rows, count, resident, stages in itertools.product((1, 2, 4), (32, 64, 128, 256, 512), (128, 256, 512, 1024), (1, 2, 3)):
-        if not 8 <= rows * width / count <= 32 or count > resident or count < launch.lanes(architecture):
+    for rows, count, resident, stages in itertools.product(
+        (1, 2, 4), (32, 64, 128, 256, 512), (128, 256, 512, 1024), (1, 2, 3)
+    ):
+        if (
+            not 8 <= rows * width / count <= 32
+            or count > resident
+            or count < launch.lanes(architecture)
+        ):
             continue
-        cap = min(255, 65536 // resident) if architecture.startswith("sm_") and resident >= 512 else 0
+        cap = (
+            min(255, 65536 // resident) if architecture.startswith("sm_") and resident >= 512 else 0
+        )
         found.add((rows, launch.warps(count, architecture), stages, resident // count, cap))
     return tuple(sorted(found))
 
@@ -113,7 +123,14 @@ def _rows(hidden: int, sweep: Sweep, device: torch.device, architecture: str) ->
         return partial(launch_residual_norm_forward, *given)
 
     def backward(rows: int) -> Callable[[], Any]:
-        saved = (stream(rows), stream(rows), stream(rows), torch.empty(0, device=device), torch.rand(rows, device=device), weight)
+        saved = (
+            stream(rows),
+            stream(rows),
+            stream(rows),
+            torch.empty(0, device=device),
+            torch.rand(rows, device=device),
+            weight,
+        )
         call = partial(launch_residual_norm_backward, *saved, True, False, False, join, norm)
         return partial(reduced, call)
 
@@ -121,35 +138,54 @@ def _rows(hidden: int, sweep: Sweep, device: torch.device, architecture: str) ->
         return partial(launch_scaled_add_forward, stream(rows), stream(rows), None, join)
 
     def add_backward(rows: int) -> Callable[[], Any]:
-        return partial(reduced, partial(launch_scaled_add_backward, stream(rows), True, join, dtype))
+        return partial(
+            reduced, partial(launch_scaled_add_backward, stream(rows), True, join, dtype)
+        )
 
     def reduced(work: Callable[[], Any]) -> None:
         """With the reduction, whose cost grows with the number of programs."""
         LAUNCHERS["reduce_partials_"](work()[-1], 0, d_weight)
 
     d_weight = torch.zeros(hidden, device=device)
-    forwards, backwards = _forward_candidates(hidden, architecture), _backward_candidates(hidden, architecture)
+    forwards, backwards = (
+        _forward_candidates(hidden, architecture),
+        _backward_candidates(hidden, architecture),
+    )
     for operation, candidates, prepare in (
         ("norm_forward", forwards, forward),
         ("norm_backward", backwards, backward),
         ("scaled_add_forward", forwards, add),
         ("scaled_add_backward", backwards, add_backward),
     ):
-        yield Tunable((operation, *bucket), candidates, tuple(partial(prepare, rows) for rows in sweep.rows))
+        yield Tunable(
+            (operation, *bucket), candidates, tuple(partial(prepare, rows) for rows in sweep.rows)
+        )
 
 
 def _tiles(architecture: str) -> tuple[tuple[int, ...], ...]:
     """(elements, warps): eight to 32 elements a thread."""
     pairs = itertools.product((1024, 2048, 4096, 8192), (128, 256, 512))
-    return tuple((elements, launch.warps(threads, architecture)) for elements, threads in pairs if 8 <= elements / threads <= 32)
+    return tuple(
+        (elements, launch.warps(threads, architecture))
+        for elements, threads in pairs
+        if 8 <= elements / threads <= 32
+    )
 
 
-def _pointwise(columns: int, sweep: Sweep, device: torch.device, architecture: str) -> Iterator[Tunable]:
+def _pointwise(
+    columns: int, sweep: Sweep, device: torch.device, architecture: str
+) -> Iterator[Tunable]:
     def forward(rows: int) -> Callable[[], Any]:
-        return partial(LAUNCHERS["swiglu_forward"], _random(rows, 2 * columns, dtype=sweep.dtype, device=device))
+        return partial(
+            LAUNCHERS["swiglu_forward"],
+            _random(rows, 2 * columns, dtype=sweep.dtype, device=device),
+        )
 
     def backward(rows: int) -> Callable[[], Any]:
-        d_out, gate_up = (_random(rows, width, dtype=sweep.dtype, device=device) for width in (columns, 2 * columns))
+        d_out, gate_up = (
+            _random(rows, width, dtype=sweep.dtype, device=device)
+            for width in (columns, 2 * columns)
+        )
         return partial(LAUNCHERS["swiglu_backward"], d_out, gate_up)
 
     for operation, prepare in (("swiglu_forward", forward), ("swiglu_backward", backward)):
@@ -161,12 +197,20 @@ def _squared_relu(sweep: Sweep, device: torch.device, architecture: str) -> Iter
     def prepare(operation: str, rows: int) -> Callable[[], Any]:
         tensors = 1 if operation.endswith("forward") else 2
         return partial(
-            LAUNCHERS[operation], *(_random(rows, 4 * sweep.hidden[0], dtype=sweep.dtype, device=device) for _ in range(tensors))
+            LAUNCHERS[operation],
+            *(
+                _random(rows, 4 * sweep.hidden[0], dtype=sweep.dtype, device=device)
+                for _ in range(tensors)
+            ),
         )
 
     for operation in ("squared_relu_forward", "squared_relu_backward"):
         sizes = tuple(partial(prepare, operation, rows) for rows in sweep.rows)
-        yield Tunable((operation, 0, sweep.dtype.itemsize), tuple((*tile, 1) for tile in _tiles(architecture)), sizes)
+        yield Tunable(
+            (operation, 0, sweep.dtype.itemsize),
+            tuple((*tile, 1) for tile in _tiles(architecture)),
+            sizes,
+        )
 
 
 def _rotary(head_dim: int, sweep: Sweep, device: torch.device) -> Tunable:
@@ -176,17 +220,29 @@ def _rotary(head_dim: int, sweep: Sweep, device: torch.device) -> Tunable:
         return partial(LAUNCHERS["rotary_"], x, angle.cos(), angle.sin(), False)
 
     key = ("rotary", launch.column_bucket(head_dim // 2), sweep.dtype.itemsize)
-    return Tunable(key, ((256,), (512,), (1024,), (2048,)), tuple(partial(prepare, rows) for rows in sweep.rows))
+    return Tunable(
+        key,
+        ((256,), (512,), (1024,), (2048,)),
+        tuple(partial(prepare, rows) for rows in sweep.rows),
+    )
 
 
 def _reduction(sweep: Sweep, device: torch.device, architecture: str) -> Tunable:
     def prepare(hidden: int) -> Callable[[], Any]:
         partials = torch.randn(launch.processors(architecture) * 4, 1, hidden, device=device)
-        return partial(LAUNCHERS["reduce_partials_"], partials, 0, torch.zeros(hidden, device=device))
+        return partial(
+            LAUNCHERS["reduce_partials_"], partials, 0, torch.zeros(hidden, device=device)
+        )
 
     shapes = ((32, 32, 128), (64, 32, 128), (128, 32, 256), (32, 128, 256), (64, 64, 256))
-    candidates = tuple((rows, columns, launch.warps(threads, architecture)) for rows, columns, threads in shapes)
-    return Tunable(("reduce_partials", 0, 4), candidates, tuple(partial(prepare, hidden) for hidden in sweep.hidden))
+    candidates = tuple(
+        (rows, columns, launch.warps(threads, architecture)) for rows, columns, threads in shapes
+    )
+    return Tunable(
+        ("reduce_partials", 0, 4),
+        candidates,
+        tuple(partial(prepare, hidden) for hidden in sweep.hidden),
+    )
 
 
 def _optimizer(sweep: Sweep, device: torch.device, architecture: str) -> Iterator[Tunable]:
@@ -195,8 +251,12 @@ def _optimizer(sweep: Sweep, device: torch.device, architecture: str) -> Iterato
         state = [torch.randn(parameters, device=device).abs() for _ in range(4)]
         half = torch.empty(parameters, dtype=torch.bfloat16, device=device)
         pieces = torch.tensor([[0, parameters // 2, 0], [parameters // 2, parameters // 2, 1]])
-        segments = block_table(pieces, launch.block_shape("adamw", torch.float32, device).block).to(device)
-        groups = torch.tensor([[1.0, 0.1, 1e-12], [0.5, 0.1, 1e-12]], dtype=torch.float64, device=device)
+        segments = block_table(pieces, launch.block_shape("adamw", torch.float32, device).block).to(
+            device
+        )
+        groups = torch.tensor(
+            [[1.0, 0.1, 1e-12], [0.5, 0.1, 1e-12]], dtype=torch.float64, device=device
+        )
         step = Control(1e-3, step=1, clip=1, correction1=0.1, correction2=0.05, grad_norm=1)
         control = new_control(device, step)
         return partial(LAUNCHERS["adamw_"], half, *state, segments, groups, control, 0.9, 0.95)
@@ -204,26 +264,61 @@ def _optimizer(sweep: Sweep, device: torch.device, architecture: str) -> Iterato
     def norm(parameters: int) -> Callable[[], Any]:
         return partial(LAUNCHERS["sum_of_squares"], torch.randn(parameters, device=device), None)
 
-    blocks = tuple((block, launch.warps(block // each, architecture), 1) for block in (512, 1024, 2048, 4096) for each in (4, 8))
-    yield Tunable(("adamw", 0, 4), blocks, tuple(partial(adamw, count) for count in sweep.parameters))
-    yield Tunable(("sum_of_squares", 0, 4), blocks, tuple(partial(norm, count) for count in sweep.parameters))
+    blocks = tuple(
+        (block, launch.warps(block // each, architecture), 1)
+        for block in (512, 1024, 2048, 4096)
+        for each in (4, 8)
+    )
+    yield Tunable(
+        ("adamw", 0, 4), blocks, tuple(partial(adamw, count) for count in sweep.parameters)
+    )
+    yield Tunable(
+        ("sum_of_squares", 0, 4), blocks, tuple(partial(norm, count) for count in sweep.parameters)
+    )
 
 
 def _cross_entropy(sweep: Sweep, device: torch.device, architecture: str) -> Iterator[Tunable]:
     def logits(vocabulary: int) -> tuple[Tensor, Tensor]:
         rows = sweep.rows[0]
-        return _random(rows, vocabulary, dtype=sweep.dtype, device=device), torch.zeros(rows, dtype=torch.int64, device=device)
+        return _random(rows, vocabulary, dtype=sweep.dtype, device=device), torch.zeros(
+            rows, dtype=torch.int64, device=device
+        )
 
     def forward(vocabulary: int) -> Callable[[], Any]:
-        return partial(LAUNCHERS["cross_entropy_forward"], *logits(vocabulary), 0, vocabulary, 0.5, False)
+        return partial(
+            LAUNCHERS["cross_entropy_forward"], *logits(vocabulary), 0, vocabulary, 0.5, False
+        )
 
     def backward(vocabulary: int) -> Callable[[], Any]:
         x, labels = logits(vocabulary)
         lse, one = torch.full((len(labels),), 20.0, device=device), torch.ones(1, device=device)
-        return partial(LAUNCHERS["cross_entropy_backward_"], x, labels, 0, lse, one, -100, 0.0, 0.0, vocabulary, 0.5)
+        return partial(
+            LAUNCHERS["cross_entropy_backward_"],
+            x,
+            labels,
+            0,
+            lse,
+            one,
+            -100,
+            0.0,
+            0.0,
+            vocabulary,
+            0.5,
+        )
 
     pairs = itertools.product((1024, 2048, 4096, 8192, 16384), (128, 256, 512))
-    blocks = tuple((block, launch.warps(threads, architecture)) for block, threads in pairs if 8 <= block / threads <= 64)
-    for operation, prepare, stages in (("cross_entropy_forward", forward, (1, 2, 3)), ("cross_entropy_backward", backward, (1,))):
+    blocks = tuple(
+        (block, launch.warps(threads, architecture))
+        for block, threads in pairs
+        if 8 <= block / threads <= 64
+    )
+    for operation, prepare, stages in (
+        ("cross_entropy_forward", forward, (1, 2, 3)),
+        ("cross_entropy_backward", backward, (1,)),
+    ):
         sizes = tuple(partial(prepare, vocabulary) for vocabulary in sweep.vocabularies)
-        yield Tunable((operation, 0, sweep.dtype.itemsize), tuple((*block, count) for block in blocks for count in stages), sizes)
+        yield Tunable(
+            (operation, 0, sweep.dtype.itemsize),
+            tuple((*block, count) for block in blocks for count in stages),
+            sizes,
+        )

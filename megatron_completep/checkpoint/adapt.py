@@ -15,11 +15,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from megatron_completep.checkpoint.compare import ADAPTABLE, Difference, differences, refused, side_by_side
+from megatron_completep.checkpoint.compare import (
+    ADAPTABLE,
+    Difference,
+    differences,
+    refused,
+    side_by_side,
+)
 from megatron_completep.checkpoint.examine import rewrite_checkpoint
 from megatron_completep.checkpoint.identity import describe_table
 from megatron_completep.checkpoint.load import StoredCheckpoint
-from megatron_completep.checkpoint.manifest import Manifest, Progress, StoredParameter, committed_steps
+from megatron_completep.checkpoint.manifest import (
+    Manifest,
+    Progress,
+    StoredParameter,
+    committed_steps,
+)
 from megatron_completep.checkpoint.parts import TORCH_DTYPES
 from megatron_completep.checkpoint.save import jsonable
 from megatron_completep.checkpoint.shard import describe
@@ -46,7 +57,9 @@ def adapt_checkpoint(
     """
     stored = StoredCheckpoint.open(folder)
     old = _old_config(stored)
-    found = differences({"model": stored.manifest.config["model"]}, {"model": config.model.model_dump(mode="json")})
+    found = differences(
+        {"model": stored.manifest.config["model"]}, {"model": config.model.model_dump(mode="json")}
+    )
     _refuse(folder, refused(found, ADAPTABLE), old.model, config.model, checkpoints)
     old_table, table = table_of(old), table_of(config)
     fresh = GPT(config.model, table, ParallelContext.single("meta"))
@@ -60,12 +73,16 @@ def adapt_checkpoint(
 
 def _old_config(stored: StoredCheckpoint) -> Config:
     try:
-        return config_from_mapping(stored.manifest.config, name=f"{stored.folder}: its configuration")
+        return config_from_mapping(
+            stored.manifest.config, name=f"{stored.folder}: its configuration"
+        )
     except ConfigError as error:
         raise CheckpointError(f"{error}\nThis version cannot adapt it.") from None
 
 
-def _refuse(folder: Path, bad: list[Difference], old: ModelConfig, new: ModelConfig, checkpoints: Path) -> None:
+def _refuse(
+    folder: Path, bad: list[Difference], old: ModelConfig, new: ModelConfig, checkpoints: Path
+) -> None:
     if bad:
         raise CheckpointError(
             f"{folder} cannot become a checkpoint of this model:\n{side_by_side(bad, 'checkpoint', 'new')}\n"
@@ -77,7 +94,9 @@ def _refuse(folder: Path, bad: list[Difference], old: ModelConfig, new: ModelCon
             f"Use at least {old.num_layers}."
         )
     if steps := committed_steps(checkpoints):
-        raise CheckpointError(f"{checkpoints} holds a checkpoint of step {max(steps)} already. Choose another training.output_dir.")
+        raise CheckpointError(
+            f"{checkpoints} holds a checkpoint of step {max(steps)} already. Choose another training.output_dir."
+        )
 
 
 def check_branches(model: GPT) -> None:
@@ -101,7 +120,9 @@ def check_branches(model: GPT) -> None:
         )
 
 
-def scale_factors(old: ModelConfig, old_table: Table, table: Table, new: ModelConfig) -> dict[Site, float]:
+def scale_factors(
+    old: ModelConfig, old_table: Table, table: Table, new: ModelConfig
+) -> dict[Site, float]:
     """What the values before each forward multiplier are multiplied with, so that its change does not show."""
     inputs = old.input_multiplier / new.input_multiplier
     logits = old_table.logit_multiplier / table.logit_multiplier
@@ -115,7 +136,13 @@ def scale_factors(old: ModelConfig, old_table: Table, table: Table, new: ModelCo
     }
 
 
-def _manifest(old: Manifest, config: Config, table: Table, parameters: dict[str, StoredParameter], start_anew: bool) -> Manifest:
+def _manifest(
+    old: Manifest,
+    config: Config,
+    table: Table,
+    parameters: dict[str, StoredParameter],
+    start_anew: bool,
+) -> Manifest:
     changed = {
         "config": config.model_dump(mode="json"),
         "table": jsonable(describe_table(table)),
@@ -123,7 +150,12 @@ def _manifest(old: Manifest, config: Config, table: Table, parameters: dict[str,
         "elements": sum(int(np.prod(p.shape)) for p in parameters.values()),
     }
     if start_anew:
-        changed |= {"step": 0, "state": Progress(**vars(RunState())), "updates": 0.0, "states": RULES[table.rule].all_powers()}
+        changed |= {
+            "step": 0,
+            "state": Progress(**vars(RunState())),
+            "updates": 0.0,
+            "states": RULES[table.rule].all_powers(),
+        }
     return old.model_copy(update=changed)
 
 
@@ -151,7 +183,10 @@ class _Values:
 
     @property
     def described(self) -> dict[str, StoredParameter]:
-        return {name: StoredParameter(**describe(spec, self._type)) for name, spec in self._specs.items()}
+        return {
+            name: StoredParameter(**describe(spec, self._type))
+            for name, spec in self._specs.items()
+        }
 
     def rows(self, state: str, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of one state of one parameter."""
@@ -163,8 +198,12 @@ class _Values:
         values = self._stored.rows(state, name, start, stop)
         factor = 1.0 if spec.site is None else self._factors[spec.site]
         if factor != 1.0:
-            first, last = (0, spec.shape[0]) if spec.site_part is None else spec.part_range(spec.site_part)
-            values[max(0, first - start) : max(0, last - start)] *= factor ** self._stored.manifest.states[state]
+            first, last = (
+                (0, spec.shape[0]) if spec.site_part is None else spec.part_range(spec.site_part)
+            )
+            values[max(0, first - start) : max(0, last - start)] *= (
+                factor ** self._stored.manifest.states[state]
+            )
         return values
 
     def _new(self, state: str, name: str) -> Tensor:

@@ -34,12 +34,17 @@ class Box:
 
     def within(self, other: Box) -> bool:
         """Whether it has as many dimensions and no element that `other` lacks."""
-        return len(self.sizes) == len(other.sizes) and (self.numel == 0 or self.intersect(other) == self)
+        return len(self.sizes) == len(other.sizes) and (
+            self.numel == 0 or self.intersect(other) == self
+        )
 
     def intersect(self, other: Box) -> Box | None:
         """What both hold, or None."""
         starts = tuple(map(max, self.offsets, other.offsets))
-        stops = tuple(min(a + m, b + n) for a, m, b, n in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True))
+        stops = tuple(
+            min(a + m, b + n)
+            for a, m, b, n in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
+        )
         if any(start >= stop for start, stop in zip(starts, stops, strict=True)):
             return None
         return Box(starts, tuple(stop - start for start, stop in zip(starts, stops, strict=True)))
@@ -132,11 +137,16 @@ def _logical(spec: Spec, local: Box) -> Iterator[tuple[tuple[int, ...], Box]]:
         yield offsets, Box(starts, tuple(size for _, _, size in pieces))
 
 
-def _ranges_within(ranges: Iterable[tuple[int, int]], first: int, count: int, limit: int) -> Iterator[tuple[int, int, int]]:
+def _ranges_within(
+    ranges: Iterable[tuple[int, int]], first: int, count: int, limit: int
+) -> Iterator[tuple[int, int, int]]:
     """(local position, logical position, size) of the parts of local [first, first + count); nothing past `limit`."""
     position = 0
     for start, stop in ranges:
-        begin, end = max(first, position), min(first + count, position + stop - start, position + limit - start)
+        begin, end = (
+            max(first, position),
+            min(first + count, position + stop - start, position + limit - start),
+        )
         if begin < end:
             yield begin, start + begin - position, end - begin
         position += stop - start

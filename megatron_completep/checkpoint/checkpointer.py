@@ -19,7 +19,13 @@ from megatron_completep.checkpoint import random_state
 from megatron_completep.checkpoint.background import Background
 from megatron_completep.checkpoint.compare import changed_settings, differences, refused, show
 from megatron_completep.checkpoint.data_order import DataOrder, compare_order, describe_order
-from megatron_completep.checkpoint.identity import describe_layout, identity_for, identity_of, refusal, versions
+from megatron_completep.checkpoint.identity import (
+    describe_layout,
+    identity_for,
+    identity_of,
+    refusal,
+    versions,
+)
 from megatron_completep.checkpoint.joint import JointReader, Source
 from megatron_completep.checkpoint.manifest import Manifest, committed_steps
 from megatron_completep.checkpoint.places import (
@@ -86,7 +92,9 @@ class Checkpointer:
         self.config, self.context, self.optimizer = config, context, optimizer
         self._report, self._fail_point, self._still_here = report, fail_point, still_here
         self._training_waits = False
-        patience = min(config.checkpoint.timeout_minutes, config.guards.hang_timeout_minutes or math.inf)  # of whoever waits for others
+        patience = min(
+            config.checkpoint.timeout_minutes, config.guards.hang_timeout_minutes or math.inf
+        )  # of whoever waits for others
         self._round_seconds = 60 * patience / 5
         self._exchange = exchange = Exchange(context, config.checkpoint.timeout_minutes)
         self._shard = Shard.of(optimizer, context)
@@ -133,7 +141,9 @@ class Checkpointer:
         for line in others:
             self._report(f"left out: {line}")
         self._run = Run.from_json(exchange.on_first(lambda: renumber(self.folder.parent).to_json()))
-        self._report(f"{self.folder.parent} and that run had one number; this one has {self._run.number} from now on")
+        self._report(
+            f"{self.folder.parent} and that run had one number; this one has {self._run.number} from now on"
+        )
         return local_place(local_dir, self._run, exchange, size, keep)
 
     # --- saving -----------------------------------------------------------------------------------------------------------
@@ -187,7 +197,16 @@ class Checkpointer:
             if remade is not None:
                 self._report(remade)
             work = LongWork(self._exchange, self._round_seconds, self._progress)
-            folder = write_checkpoint(place.folder, leads, self._exchange, self._shard, flats, content, self._fail_point, work)
+            folder = write_checkpoint(
+                place.folder,
+                leads,
+                self._exchange,
+                self._shard,
+                flats,
+                content,
+                self._fail_point,
+                work,
+            )
             self._remove_older(place, content["step"])
         except Exception as error:  # a peer that died ends the exchange with a RuntimeError; training itself will notice
             self._failure = f"checkpoint of step {content['step']} failed: {describe(error)}"
@@ -215,11 +234,17 @@ class Checkpointer:
             return problems
 
         try:
-            problems = [problem for found in self._exchange.all_gather(self._exchange.together(own)) for problem in found]
+            problems = [
+                problem
+                for found in self._exchange.all_gather(self._exchange.together(own))
+                for problem in found
+            ]
         except CheckpointError as error:
             problems = [str(error)]
         for problem in problems:
-            self._report(f"warning: the checkpoint of step {step} is saved, but an older one could not be removed: {problem}")
+            self._report(
+                f"warning: the checkpoint of step {step} is saved, but an older one could not be removed: {problem}"
+            )
 
     def _remove(self, place: Place | None, which: Callable[[int], bool]) -> list[str]:
         """Remove the checkpoints of these steps where this rank leads; returns what could not be removed, and why."""
@@ -253,7 +278,9 @@ class Checkpointer:
         """All ranks come here between the same two steps, so they act alike."""
         failure, self._failure = self._failure, None
         if failure is not None and self.config.checkpoint.on_failure == "stop":
-            raise CheckpointError(f"{failure}\nStopped, because checkpoint.on_failure = stop. Older checkpoints are intact.")
+            raise CheckpointError(
+                f"{failure}\nStopped, because checkpoint.on_failure = stop. Older checkpoints are intact."
+            )
 
     def _content(self, state: RunState) -> dict[str, Any]:
         return {
@@ -280,9 +307,15 @@ class Checkpointer:
         newest checkpoint on the shared disk is damaged (file and bytes named), or of another model, parameterization or data.
         """
         newest = self._exchange.on_first(lambda: max(committed_steps(self.folder), default=None))
-        snapshots = find_snapshots(self._local, self._exchange, self._report) if self._local is not None else []
+        snapshots = (
+            find_snapshots(self._local, self._exchange, self._report)
+            if self._local is not None
+            else []
+        )
         if not self.config.checkpoint.resume and (newest is not None or snapshots):
-            what, step = ("checkpoint", newest) if newest is not None else ("snapshot", snapshots[0].step)
+            what, step = (
+                ("checkpoint", newest) if newest is not None else ("snapshot", snapshots[0].step)
+            )
             raise CheckpointError(
                 f"{self.folder} holds a {what} of step {step}, but checkpoint.resume = false. "
                 "Use another training.output_dir, or move the folder away."
@@ -325,13 +358,22 @@ class Checkpointer:
     def _remove_later(self, place: Place, step: int) -> None:
         problems = self._remove(place, lambda found: found > step)
         if problems:
-            raise CheckpointError("\n".join(["a restart must not find these, which are of the path that is left:", *problems]))
+            raise CheckpointError(
+                "\n".join(
+                    [
+                        "a restart must not find these, which are of the path that is left:",
+                        *problems,
+                    ]
+                )
+            )
 
     def _load_snapshot(self, snapshot: Snapshot) -> RunState | None:
         """None, and a line that says why, when it cannot be used."""
         assert self._local is not None
         if snapshot.missing:
-            self._report(f"the snapshot of step {snapshot.step} is not used: no rank has {', '.join(snapshot.missing[:4])}")
+            self._report(
+                f"the snapshot of step {snapshot.step} is not used: no rank has {', '.join(snapshot.missing[:4])}"
+            )
             return None
         try:
             source = snapshot_source(self._local, snapshot, self._exchange)
@@ -359,8 +401,12 @@ class Checkpointer:
         staged: dict[str, Tensor] = {}
         if replica.rank == 0:
             staging = self._staging if self._background is not None else Staging()
-            staged = staging.copy(flats)  # what is not stored, such as the padding of the vocabulary, stays
-        reader.fill([(box, name, flat) for name, flat in staged.items() for box in self._shard.owned])
+            staged = staging.copy(
+                flats
+            )  # what is not stored, such as the padding of the vocabulary, stays
+        reader.fill(
+            [(box, name, flat) for name, flat in staged.items() for box in self._shard.owned]
+        )
         for name, flat in flats.items():
             if staged:
                 flat.copy_(staged[name])
@@ -372,7 +418,9 @@ class Checkpointer:
         read = sum(self._exchange.all_gather(reader.bytes_read))
         if self.context.is_first:
             share, seconds = read / manifest.total_size, time.perf_counter() - started
-            self._report(f"loaded {source.folder} ({manifest.total_size / 1e6:.1f} MB read {share:.2f} times in {seconds:.2f} s)")
+            self._report(
+                f"loaded {source.folder} ({manifest.total_size / 1e6:.1f} MB read {share:.2f} times in {seconds:.2f} s)"
+            )
         return state
 
     def _require(self, step: int) -> None:
@@ -387,10 +435,18 @@ class Checkpointer:
         if bad := refused(found, allowed):
             raise CheckpointError(refusal(source.folder, bad, allowed))
         settings = changed_settings(source.manifest.config, self.config)
-        settings += [d for d in found if d.path.startswith(("table.", "fingerprints.")) and "prefix" not in d.path]
+        settings += [
+            d
+            for d in found
+            if d.path.startswith(("table.", "fingerprints.")) and "prefix" not in d.path
+        ]
         for difference in settings:
-            self._report(f"resuming with {difference.path} = {show(difference.present)}, the checkpoint has {show(difference.stored)}")
-        if self._order is not None and not any(d.path.startswith(("data.", "fingerprints.")) for d in refused(found, allowed=())):
+            self._report(
+                f"resuming with {difference.path} = {show(difference.present)}, the checkpoint has {show(difference.stored)}"
+            )
+        if self._order is not None and not any(
+            d.path.startswith(("data.", "fingerprints.")) for d in refused(found, allowed=())
+        ):
             line = compare_order(source.folder, source.manifest, self._order, allowed)
             if line is not None:
                 self._report(line)
@@ -409,6 +465,16 @@ def progress_of(manifest: Manifest) -> RunState:
     """How far the run was, once its generator states prove readable. Raises CheckpointError when they are not."""
     try:
         random_state.check(manifest.rng)
-    except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError, OverflowError) as error:
-        raise CheckpointError(f"the manifest of step {manifest.step} holds no state that this version reads: {error!r}") from None
+    except (
+        TypeError,
+        ValueError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        RuntimeError,
+        OverflowError,
+    ) as error:
+        raise CheckpointError(
+            f"the manifest of step {manifest.step} holds no state that this version reads: {error!r}"
+        ) from None
     return RunState(**manifest.state.model_dump())

@@ -26,10 +26,15 @@ class DataOrder(Protocol):
 
 def describe_order(order: DataOrder, consumed_samples: int) -> dict[str, Any]:
     """What a checkpoint keeps of it: `manifest.StoredOrder`."""
-    return {"planned_samples": order.planned_samples, "digest": order.order_digest(consumed_samples)}
+    return {
+        "planned_samples": order.planned_samples,
+        "digest": order.order_digest(consumed_samples),
+    }
 
 
-def compare_order(folder: Path, manifest: Manifest, order: DataOrder, allow_changed: Iterable[str]) -> str | None:
+def compare_order(
+    folder: Path, manifest: Manifest, order: DataOrder, allow_changed: Iterable[str]
+) -> str | None:
     """A line for the user, or None where the present order begins with the samples that were consumed.
 
     For a run whose other settings of the data are the checkpoint's. Raises CheckpointError for another order, unless it is allowed

@@ -13,7 +13,13 @@ import torch
 
 from megatron_completep.checkpoint.boxes import Box
 from megatron_completep.checkpoint.compare import Difference, differences
-from megatron_completep.checkpoint.files import BLOCK_SIZE, DTYPES, CheckedFile, key_of, write_tensor_file
+from megatron_completep.checkpoint.files import (
+    BLOCK_SIZE,
+    DTYPES,
+    CheckedFile,
+    key_of,
+    write_tensor_file,
+)
 from megatron_completep.checkpoint.load import StoredCheckpoint
 from megatron_completep.checkpoint.manifest import (
     MANIFEST,
@@ -34,7 +40,9 @@ def checkpoints_of(run: Path) -> Path:
     for folder in (run / "checkpoints", run):
         if folder.is_dir() and (folder.name == "checkpoints" or committed_steps(folder)):
             return folder
-    raise CheckpointError(f"{run}: no checkpoints. Give a run's output_dir, which holds checkpoints/step_NNNNNNNN/.")
+    raise CheckpointError(
+        f"{run}: no checkpoints. Give a run's output_dir, which holds checkpoints/step_NNNNNNNN/."
+    )
 
 
 def checkpoint_at(path: Path) -> Path:
@@ -54,14 +62,25 @@ def list_checkpoints(run: Path) -> list[dict[str, Any]]:
     no_checkpoints = not_counted(checkpoints)
     for step in sorted({*committed_steps(checkpoints), *no_checkpoints}):
         folder = checkpoints / folder_name(step)
-        row: dict[str, Any] = {"step": step, "folder": str(folder), "bytes": None, "files": None, "layout": None, "tokens": None}
+        row: dict[str, Any] = {
+            "step": step,
+            "folder": str(folder),
+            "bytes": None,
+            "files": None,
+            "layout": None,
+            "tokens": None,
+        }
         rows.append(row)
         if step in no_checkpoints:
             row["problem"] = no_checkpoints[step]
             continue
         try:
             manifest = read_manifest(folder)
-            row |= {"bytes": manifest.total_size, "files": len(manifest.files), "layout": manifest.layout}
+            row |= {
+                "bytes": manifest.total_size,
+                "files": len(manifest.files),
+                "layout": manifest.layout,
+            }
             row |= {"tokens": manifest.state.tokens, "problem": None}
         except CheckpointError as error:
             row["problem"] = str(error)
@@ -90,7 +109,10 @@ def verify_checkpoint(folder: Path) -> list[str]:
         except CheckpointError as error:
             problems.append(str(error))
     known = {file.name for file in manifest.files} | {MANIFEST}
-    problems += [f"{folder / name}: does not belong to the checkpoint" for name in sorted(set(os.listdir(folder)) - known)]
+    problems += [
+        f"{folder / name}: does not belong to the checkpoint"
+        for name in sorted(set(os.listdir(folder)) - known)
+    ]
     if not problems:
         try:
             StoredCheckpoint.open(folder)
@@ -114,7 +136,12 @@ def compare_checkpoints(first: Path, second: Path) -> tuple[list[Difference], li
                 continue  # the settings say so
             a, b = left.tensor(name, state), right.tensor(name, state)
             if not torch.equal(a, b):
-                rows.append({"tensor": f"{state}/{name}", "largest_difference": (a.double() - b.double()).abs().max().item()})
+                rows.append(
+                    {
+                        "tensor": f"{state}/{name}",
+                        "largest_difference": (a.double() - b.double()).abs().max().item(),
+                    }
+                )
     return settings, rows
 
 
@@ -128,11 +155,15 @@ def _settings(manifest: Manifest) -> dict[str, Any]:
         "fingerprints": manifest.fingerprints,
         "layout": manifest.layout,
         "states": manifest.states,
-        "parameters": {name: [p.role, p.width_ratio, p.shape] for name, p in manifest.parameters.items()},
+        "parameters": {
+            name: [p.role, p.width_ratio, p.shape] for name, p in manifest.parameters.items()
+        },
     }
 
 
-Rows = Callable[[str, str, int, int], torch.Tensor]  # state, name, first row, row after the last -> values
+Rows = Callable[
+    [str, str, int, int], torch.Tensor
+]  # state, name, first row, row after the last -> values
 
 
 def reshard_checkpoint(folder: Path, output: Path, count: int) -> Path:
@@ -161,10 +192,16 @@ def rewrite_checkpoint(manifest: Manifest, output: Path, count: int, rows: Rows)
                 tensors = list(_share(manifest, rows, part, count))
                 if tensors:
                     dtype = next(iter(manifest.parameters.values())).dtype
-                    metadata = {"format": "pt", "step": str(manifest.step), "attempt": manifest.attempt}
+                    metadata = {
+                        "format": "pt",
+                        "step": str(manifest.step),
+                        "attempt": manifest.attempt,
+                    }
                     path = temporary / f"part_{part:05d}_of_{count:05d}.safetensors"
                     files.append(write_tensor_file(path, tensors, dtype, metadata))
-            rewritten = manifest.model_copy(update={"files": files, "block_size": BLOCK_SIZE, "run": None})
+            rewritten = manifest.model_copy(
+                update={"files": files, "block_size": BLOCK_SIZE, "run": None}
+            )
             write_whole(temporary / MANIFEST, seal(rewritten))
     except OSError as error:
         raise CheckpointError(
@@ -173,11 +210,16 @@ def rewrite_checkpoint(manifest: Manifest, output: Path, count: int, rows: Rows)
     return target
 
 
-def _share(manifest: Manifest, rows: Rows, part: int, count: int) -> Iterator[tuple[str, tuple[int, ...], np.ndarray]]:
+def _share(
+    manifest: Manifest, rows: Rows, part: int, count: int
+) -> Iterator[tuple[str, tuple[int, ...], np.ndarray]]:
     """The tensors of one file: rows [part, part + 1) / count of every one."""
     for state in manifest.states:
         for name, parameter in manifest.parameters.items():
-            start, stop = parameter.shape[0] * part // count, parameter.shape[0] * (part + 1) // count
+            start, stop = (
+                parameter.shape[0] * part // count,
+                parameter.shape[0] * (part + 1) // count,
+            )
             if start < stop:
                 values = rows(state, name, start, stop).contiguous()
                 box = Box((start, *[0] * (values.dim() - 1)), tuple(values.shape))

@@ -22,7 +22,9 @@ from megatron_completep.checkpoint.boxes import Box
 from megatron_completep.checkpoint.manifest import StoredFile, open_regular_file
 from megatron_completep.errors import CheckpointError
 
-BLOCK_SIZE = 4 << 20  # bytes; hashed one by one, so that a part of a file can be checked without reading the rest
+BLOCK_SIZE = (
+    4 << 20
+)  # bytes; hashed one by one, so that a part of a file can be checked without reading the rest
 SYNC_BYTES = 1 << 30
 MAX_HEADER_BYTES = 100 << 20
 DTYPES: dict[str, np.dtype] = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
@@ -43,7 +45,16 @@ class StoredBox:
 
     def to_json(self) -> list[Any]:
         """For another rank, which need not open the file."""
-        return [self.file, self.state, self.name, self.box.offsets, self.box.sizes, self.dtype, self.start, self.stop]
+        return [
+            self.file,
+            self.state,
+            self.name,
+            self.box.offsets,
+            self.box.sizes,
+            self.dtype,
+            self.start,
+            self.stop,
+        ]
 
     @classmethod
     def from_json(cls, value: list[Any]) -> StoredBox:
@@ -113,7 +124,9 @@ def write_tensor_file(
     return StoredFile(name=path.name, size=hasher.size, blocks=hasher.finish())
 
 
-def _write(file: BinaryIO, data: memoryview, hasher: BlockHasher, progress: Callable[[], None]) -> None:
+def _write(
+    file: BinaryIO, data: memoryview, hasher: BlockHasher, progress: Callable[[], None]
+) -> None:
     for start in range(0, len(data), BLOCK_SIZE):
         part = data[start : start + BLOCK_SIZE]
         file.write(part)
@@ -144,16 +157,24 @@ def _merge(arrays: Iterable[np.ndarray]) -> Iterator[memoryview]:
 def _span(arrays: list[np.ndarray], begin: int, end: int) -> memoryview:
     if len(arrays) == 1:
         return memoryview(arrays[0].reshape(-1).view(np.uint8))
-    base = np.lib.stride_tricks.as_strided(arrays[0].reshape(-1).view(np.uint8), shape=(end - begin,), strides=(1,))
+    base = np.lib.stride_tricks.as_strided(
+        arrays[0].reshape(-1).view(np.uint8), shape=(end - begin,), strides=(1,)
+    )
     return memoryview(base)
 
 
-def _header(tensors: Sequence[tuple[str, tuple[int, ...], np.ndarray]], dtype: str, metadata: dict[str, str]) -> bytes:
+def _header(
+    tensors: Sequence[tuple[str, tuple[int, ...], np.ndarray]], dtype: str, metadata: dict[str, str]
+) -> bytes:
     entries: dict[str, object] = {"__metadata__": metadata}
     position = 0
     for key, shape, values in tensors:
         assert key not in entries, key
-        entries[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + values.nbytes]}
+        entries[key] = {
+            "dtype": dtype,
+            "shape": list(shape),
+            "data_offsets": [position, position + values.nbytes],
+        }
         position += values.nbytes
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % _ALIGNMENT)
@@ -167,7 +188,9 @@ class CheckedFile:
         self.path, self.stored, self.block_size = folder / stored.name, stored, block_size
         self.file = open_regular_file(self.path)
         self.bytes_read = 0
-        os.posix_fadvise(self.file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)  # a larger read-ahead: the disk works while blocks are hashed
+        os.posix_fadvise(
+            self.file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL
+        )  # a larger read-ahead: the disk works while blocks are hashed
         size = os.fstat(self.file.fileno()).st_size
         if size != stored.size:
             self.file.close()
@@ -175,7 +198,9 @@ class CheckedFile:
                 f"{self.path}: {size} bytes, expected {stored.size}. The file is cut off, replaced or still being copied."
             )
         if len(stored.blocks) != -(-stored.size // block_size):
-            raise CheckpointError(f"{self.path}: the manifest has {len(stored.blocks)} hashes for {stored.size} bytes.")
+            raise CheckpointError(
+                f"{self.path}: the manifest has {len(stored.blocks)} hashes for {stored.size} bytes."
+            )
         self.kept: dict[int, np.ndarray] = {}
 
     def close(self) -> None:
@@ -236,9 +261,21 @@ class CheckedFile:
             boxes = [_entry(self.stored, 8 + length, key, value) for key, value in header.items()]
             _refuse_shared_bytes(boxes, 8 + length, self.stored.size)
             return boxes
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, struct.error) as error:
-            what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-            raise CheckpointError(f"{self.path}: not a tensor file of a checkpoint: {what}") from None
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            OverflowError,
+            RecursionError,
+            struct.error,
+        ) as error:
+            what = (
+                str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            )
+            raise CheckpointError(
+                f"{self.path}: not a tensor file of a checkpoint: {what}"
+            ) from None
 
 
 def _refuse_shared_bytes(boxes: Iterable[StoredBox], data_start: int, size: int) -> None:
@@ -246,8 +283,14 @@ def _refuse_shared_bytes(boxes: Iterable[StoredBox], data_start: int, size: int)
     position = data_start
     for box in sorted(boxes, key=lambda b: (b.start, b.stop)):
         if box.start != position:
-            what = "are also another tensor's" if box.start < position else f"follow {box.start - position} bytes that are no tensor's"
-            raise ValueError(f"{key_of(box.state, box.name, box.box)}: bytes {box.start} to {box.stop} {what}")
+            what = (
+                "are also another tensor's"
+                if box.start < position
+                else f"follow {box.start - position} bytes that are no tensor's"
+            )
+            raise ValueError(
+                f"{key_of(box.state, box.name, box.box)}: bytes {box.start} to {box.stop} {what}"
+            )
         position = box.stop
     if position != size:
         raise ValueError(f"bytes {position} to {size} are no tensor's")
@@ -262,7 +305,10 @@ def _entry(stored: StoredFile, data_start: int, key: str, value: dict) -> Stored
         raise ValueError(f"{key}: dtype {value['dtype']}")
     if min(*box.offsets, *box.sizes) < 0 or len(box.offsets) != len(box.sizes):
         raise ValueError(f"{key}: shape {box.sizes}")
-    if not data_start <= start <= stop <= stored.size or stop - start != box.numel * DTYPES[value["dtype"]].itemsize:
+    if (
+        not data_start <= start <= stop <= stored.size
+        or stop - start != box.numel * DTYPES[value["dtype"]].itemsize
+    ):
         raise ValueError(f"{key}: bytes {start} to {stop} of {stored.size} for shape {box.sizes}")
     if start % DTYPES[value["dtype"]].itemsize:
         raise ValueError(f"{key}: begins at byte {start}, which is no multiple of its type's size")

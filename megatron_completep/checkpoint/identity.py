@@ -19,14 +19,18 @@ from megatron_completep.config.schema import Config
 from megatron_completep.parallel.context import ParallelContext
 
 
-def identity_for(config: Config, table: Table, fingerprints: Mapping[str, Any], parameters: Mapping[str, Mapping]) -> dict[str, Any]:
+def identity_for(
+    config: Config, table: Table, fingerprints: Mapping[str, Any], parameters: Mapping[str, Mapping]
+) -> dict[str, Any]:
     """What is compared at resume, of the present run."""
     value = {
         "model": config.model.model_dump(mode="json"),
         "table": describe_table(table),
         "data": config.data.model_dump(mode="json"),
         "fingerprints": dict(fingerprints),
-        "parameters": {name: [p["role"], p["width_ratio"], p["shape"]] for name, p in parameters.items()},
+        "parameters": {
+            name: [p["role"], p["width_ratio"], p["shape"]] for name, p in parameters.items()
+        },
     }
     return jsonable(value)
 
@@ -38,7 +42,9 @@ def identity_of(manifest: Manifest) -> dict[str, Any]:
         "table": manifest.table,
         "data": manifest.config.get("data", {}),
         "fingerprints": manifest.fingerprints,
-        "parameters": {name: [p.role, p.width_ratio, p.shape] for name, p in manifest.parameters.items()},
+        "parameters": {
+            name: [p.role, p.width_ratio, p.shape] for name, p in manifest.parameters.items()
+        },
     }
 
 
@@ -87,17 +93,25 @@ def refusal(folder: Path, found: list[Difference], allowed: Sequence[str]) -> st
     more = f"\n  ... and {len(found) - len(shown)} more" if len(found) > len(shown) else ""
     remedies = ["Continue with the checkpoint's settings, or start in another training.output_dir."]
     if any(d.of_other_tensors for d in found):
-        remedies.append("The tensors are not this model's, so checkpoint.allow_changed does not help.")
+        remedies.append(
+            "The tensors are not this model's, so checkpoint.allow_changed does not help."
+        )
     else:
         words = ", ".join([*allowed, *_patterns(found)])
-        remedies.append(f"If the change is meant: {shlex.quote(f'checkpoint.allow_changed=[{words}]')}.")
+        remedies.append(
+            f"If the change is meant: {shlex.quote(f'checkpoint.allow_changed=[{words}]')}."
+        )
     of_model = [d for d in found if d.path.startswith("model.")]
     reshaped = of_model or any(d.path.startswith("table.") for d in found)
     layers = [(d.stored, d.present) for d in of_model if d.path == "model.num_layers"]
-    not_fewer = all(isinstance(old, int) and isinstance(new, int) and old <= new for old, new in layers)
+    not_fewer = all(
+        isinstance(old, int) and isinstance(new, int) and old <= new for old, new in layers
+    )
     if reshaped and not_fewer and all(matches(d.path, ADAPTABLE) for d in of_model):
         remedies.append("To keep the function under the new settings: tools/checkpoint.py adapt.")
-    return "\n".join([f"{folder} was trained with other settings:", f"{side_by_side(shown)}{more}", *remedies])
+    return "\n".join(
+        [f"{folder} was trained with other settings:", f"{side_by_side(shown)}{more}", *remedies]
+    )
 
 
 def _patterns(found: Sequence[Difference]) -> list[str]:
@@ -105,4 +119,8 @@ def _patterns(found: Sequence[Difference]) -> list[str]:
     by_section: dict[str, list[str]] = {}
     for difference in found:
         by_section.setdefault(difference.path.partition(".")[0], []).append(difference.path)
-    return [word for name, paths in by_section.items() for word in (paths if len(paths) <= 4 else [f"{name}.*"])]
+    return [
+        word
+        for name, paths in by_section.items()
+        for word in (paths if len(paths) <= 4 else [f"{name}.*"])
+    ]

@@ -24,7 +24,9 @@ from megatron_completep.errors import CheckpointError
 from megatron_completep.parallel.exchange import Exchange, describe
 
 LIMIT = 8  # blocks (of 4 MiB) that a rank reads or receives in a round
-KEPT_BYTES = 256 << 20  # of blocks that a rank read for a header and will not read again; what is more is read twice
+KEPT_BYTES = (
+    256 << 20
+)  # of blocks that a rank read for a header and will not read again; what is more is read twice
 RUN = 16  # blocks that one rank reads before another takes its turn: disks like sequences
 
 BlockName = tuple[str, int]  # file, block
@@ -55,7 +57,11 @@ class Source:
     def opened_by(self, rank: int) -> list[StoredFile]:
         """The files whose headers this rank reads."""
         shares = ((stored, self.holders[stored.name]) for stored in self.manifest.files)
-        return [stored for index, (stored, ranks) in enumerate(shares) if ranks[index % len(ranks)] == rank]
+        return [
+            stored
+            for index, (stored, ranks) in enumerate(shares)
+            if ranks[index % len(ranks)] == rank
+        ]
 
 
 class JointReader:
@@ -64,13 +70,19 @@ class JointReader:
     What was filled before such an error is part of a checkpoint, and good for nothing. progress: called after every round of blocks.
     """
 
-    def __init__(self, exchange: Exchange, source: Source, progress: Callable[[], None] = lambda: None):
+    def __init__(
+        self, exchange: Exchange, source: Source, progress: Callable[[], None] = lambda: None
+    ):
         self._exchange, self._source, self._progress = exchange, source, progress
         self._kept: dict[BlockName, np.ndarray] = {}  # blocks that were read for their header
         self.bytes_read = 0
         described = exchange.together(self._open_own)
-        boxes = [StoredBox.from_json(value) for part in exchange.all_gather(described) for value in part]
-        self.stored = exchange.together(lambda: StoredCheckpoint.checked(source.folder, source.manifest, boxes))
+        boxes = [
+            StoredBox.from_json(value) for part in exchange.all_gather(described) for value in part
+        ]
+        self.stored = exchange.together(
+            lambda: StoredCheckpoint.checked(source.folder, source.manifest, boxes)
+        )
         self._headers = exchange.all_gather([[file, block] for file, block in self._kept])
 
     def _open_own(self) -> list[list]:
@@ -93,7 +105,9 @@ class JointReader:
             for file, first, last in blocks:
                 for block in range(first, last + 1):
                     needs[file, block].append(rank)
-        fixed = {(file, block): rank for rank, found in enumerate(self._headers) for file, block in found}
+        fixed = {
+            (file, block): rank for rank, found in enumerate(self._headers) for file, block in found
+        }
         rounds = in_rounds(choose_readers(needs, self._source.holders, fixed))
         work = _Rounds(self._exchange, self._source, self._kept, parts)
         work.run(rounds, self._progress)
@@ -105,7 +119,9 @@ class JointReader:
 class _Rounds:
     """Carries out a plan on this rank."""
 
-    def __init__(self, exchange: Exchange, source: Source, kept: dict[BlockName, np.ndarray], parts: Parts):
+    def __init__(
+        self, exchange: Exchange, source: Source, kept: dict[BlockName, np.ndarray], parts: Parts
+    ):
         self._exchange, self._kept, self._parts = exchange, kept, parts
         self._reader = BlockReader(source.folder, source.manifest)
         self._block_size = source.manifest.block_size
@@ -162,7 +178,9 @@ class _Rounds:
             return data
         if self._problem is None:
             try:
-                return self._reader.read(read.file, read.block, self._parts.get((read.file, read.block), ()), buffer)
+                return self._reader.read(
+                    read.file, read.block, self._parts.get((read.file, read.block), ()), buffer
+                )
             except (CheckpointError, OSError) as error:
                 self._problem = describe(error)
         return buffer[: self._size(read)]
@@ -178,14 +196,18 @@ class _Rounds:
 def as_ranges(blocks: Mapping[BlockName, object]) -> list[tuple[str, int, int]]:
     """(file, first block, last block) of runs of blocks."""
     found = []
-    for (file, _), run in groupby(enumerate(sorted(blocks)), key=lambda item: (item[1][0], item[1][1] - item[0])):
+    for (file, _), run in groupby(
+        enumerate(sorted(blocks)), key=lambda item: (item[1][0], item[1][1] - item[0])
+    ):
         numbers = [block for _, (_, block) in run]
         found.append((file, numbers[0], numbers[-1]))
     return found
 
 
 def choose_readers(
-    needs: Mapping[BlockName, Sequence[int]], holders: Mapping[str, Sequence[int]], fixed: Mapping[BlockName, int]
+    needs: Mapping[BlockName, Sequence[int]],
+    holders: Mapping[str, Sequence[int]],
+    fixed: Mapping[BlockName, int],
 ) -> list[Read]:
     """One reader a block: who has it already; else one of those that need it and can read it; else any that can.
 

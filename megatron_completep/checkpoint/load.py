@@ -38,7 +38,9 @@ class StoredCheckpoint:
         return cls.checked(folder, manifest, boxes)
 
     @classmethod
-    def checked(cls, folder: Path, manifest: Manifest, boxes: Iterable[StoredBox]) -> StoredCheckpoint:
+    def checked(
+        cls, folder: Path, manifest: Manifest, boxes: Iterable[StoredBox]
+    ) -> StoredCheckpoint:
         """With the boxes of all its files. Raises CheckpointError where they are not all that the manifest promises."""
         checkpoint = cls(folder, manifest, boxes)
         checkpoint._check_coverage()
@@ -49,7 +51,9 @@ class StoredCheckpoint:
         stored = self.manifest.parameters.get(name)
         if stored is None or state not in self.manifest.states:
             known = ", ".join(sorted(self.manifest.parameters)[:8])
-            raise CheckpointError(f"{self.folder}: no tensor {state}/{name}. Its parameters: {known}, ...")
+            raise CheckpointError(
+                f"{self.folder}: no tensor {state}/{name}. Its parameters: {known}, ..."
+            )
         return self.rows(state, name, 0, stored.shape[0])
 
     def rows(self, state: str, name: str, start: int, stop: int) -> Tensor:
@@ -63,13 +67,24 @@ class StoredCheckpoint:
     def parts_of(self, wanted: Iterable[Wanted]) -> Parts:
         """The blocks that hold what is wanted, and where it goes. Raises CheckpointError for what the checkpoint does not hold."""
         wanted = list(wanted)
-        shapes = {name: tuple(parameter.shape) for name, parameter in self.manifest.parameters.items()}
+        shapes = {
+            name: tuple(parameter.shape) for name, parameter in self.manifest.parameters.items()
+        }
         missing = sorted(
-            {o.name for o, _, _ in wanted if o.name not in shapes or not o.box.within(Box((0,) * len(shapes[o.name]), shapes[o.name]))}
+            {
+                o.name
+                for o, _, _ in wanted
+                if o.name not in shapes
+                or not o.box.within(Box((0,) * len(shapes[o.name]), shapes[o.name]))
+            }
         )
         if missing:
-            names = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
-            raise CheckpointError(f"{self.folder}: holds no tensors of this model's shapes for {names}.")
+            names = ", ".join(missing[:8]) + (
+                f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+            )
+            raise CheckpointError(
+                f"{self.folder}: holds no tensors of this model's shapes for {names}."
+            )
         return parts_by_block(wanted, self._by_name, self.manifest.block_size)
 
     def read_into(self, wanted: Iterable[Wanted]) -> None:
@@ -87,17 +102,29 @@ class StoredCheckpoint:
             for state in self.manifest.states:
                 boxes = self._by_name[state, name]
                 if any(not b.box.within(whole) or b.dtype != parameter.dtype for b in boxes):
-                    problems.append(f"{state}/{name}: a part lies outside of {list(whole.sizes)}, or is not {parameter.dtype}")
+                    problems.append(
+                        f"{state}/{name}: a part lies outside of {list(whole.sizes)}, or is not {parameter.dtype}"
+                    )
                 elif sum(b.box.numel for b in boxes) != whole.numel or _overlap(boxes):
-                    problems.append(f"{state}/{name}: parts of {sum(b.box.numel for b in boxes)} of {whole.numel} elements")
-        elements = sum(math.prod(parameter.shape) for parameter in self.manifest.parameters.values())
+                    problems.append(
+                        f"{state}/{name}: parts of {sum(b.box.numel for b in boxes)} of {whole.numel} elements"
+                    )
+        elements = sum(
+            math.prod(parameter.shape) for parameter in self.manifest.parameters.values()
+        )
         if elements != self.manifest.elements:
-            problems.append(f"the manifest counts {self.manifest.elements} elements, its parameters have {elements}")
+            problems.append(
+                f"the manifest counts {self.manifest.elements} elements, its parameters have {elements}"
+            )
         unknown = sorted({name for _, name in self._by_name} - self.manifest.parameters.keys())
-        unknown += sorted({f"state {state}" for state, _ in self._by_name if state not in self.manifest.states})
+        unknown += sorted(
+            {f"state {state}" for state, _ in self._by_name if state not in self.manifest.states}
+        )
         problems += [f"{name}: stored, but not listed in the manifest" for name in unknown]
         if problems:
-            raise CheckpointError("\n  ".join([f"{self.folder}: tensors are not whole", *problems[:20]]))
+            raise CheckpointError(
+                "\n  ".join([f"{self.folder}: tensors are not whole", *problems[:20]])
+            )
 
 
 def _overlap(boxes: list[StoredBox]) -> bool:
@@ -134,7 +161,9 @@ class BlockReader:
             self._open.close()
             self._open = None
 
-    def read(self, name: str, block: int, parts: Sequence[Part], buffer: Tensor | None = None) -> Tensor:
+    def read(
+        self, name: str, block: int, parts: Sequence[Part], buffer: Tensor | None = None
+    ) -> Tensor:
         """Read one block and place its parts; returns its bytes, in `buffer` (uint8) when that is given. Raises CheckpointError."""
         file = self._file(name)
         begin, size = block * self._block_size, file.size_of(block)

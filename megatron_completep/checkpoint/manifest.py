@@ -24,7 +24,9 @@ from megatron_completep.optim.rules import RULES
 MANIFEST = "manifest.json"
 STEP_FOLDER = re.compile(r"step_(\d{8,})")
 MAX_BYTES = 1 << 29
-STATES_OF_EARLIER_VERSIONS = RULES["adamw"].all_powers()  # they had this rule alone, and did not list its states
+STATES_OF_EARLIER_VERSIONS = RULES[
+    "adamw"
+].all_powers()  # they had this rule alone, and did not list its states
 _SEAL = re.compile(rb',\n "xxh3": "([0-9a-f]{32})"\n}\n\Z')
 
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_]+\.safetensors$")]
@@ -34,7 +36,9 @@ ParameterName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.]{1,200}
 Shape = Annotated[list[NonNegativeInt], Field(max_length=8)]
 
 
-Count = Annotated[int, Field(ge=0, le=1 << 53)]  # steps, samples, tokens: what a JSON reader of any language holds exactly
+Count = Annotated[
+    int, Field(ge=0, le=1 << 53)
+]  # steps, samples, tokens: what a JSON reader of any language holds exactly
 
 
 class Progress(Section):
@@ -92,8 +96,12 @@ class Manifest(Section):
     config: dict[str, Any]
     table: dict[str, Any]
     fingerprints: dict[str, Any]  # of data and tokenizer, as their owners describe them
-    order: StoredOrder | None = None  # of the data that were consumed; earlier versions did not keep it
-    layout: dict[str, int]  # ranks along each axis when it was written, for the reader's information
+    order: StoredOrder | None = (
+        None  # of the data that were consumed; earlier versions did not keep it
+    )
+    layout: dict[
+        str, int
+    ]  # ranks along each axis when it was written, for the reader's information
     rng: dict[str, Any]
     versions: dict[str, str]
     states: Annotated[dict[StateName, int], Field(max_length=16)] = STATES_OF_EARLIER_VERSIONS
@@ -108,7 +116,9 @@ class Manifest(Section):
         if self.state.step != self.step:
             raise ValueError(f"state.step = {self.state.step}, but step = {self.step}")
         if self.updates > self.step or not self.updates.is_integer():
-            raise ValueError(f"updates = {self.updates}: a whole number of at most step = {self.step} was possible")
+            raise ValueError(
+                f"updates = {self.updates}: a whole number of at most step = {self.step} was possible"
+            )
         if MASTER not in self.states:
             raise ValueError(f"states = {list(self.states)}: without {MASTER} there are no weights")
         return self
@@ -163,7 +173,9 @@ def _why_not_counted(entry: os.DirEntry[str]) -> str | None:
     if not entry.is_dir():
         return "is not a folder: it does not count as a checkpoint."
     if not os.path.lexists(os.path.join(entry.path, MANIFEST)):
-        return f"holds no {MANIFEST}: it does not count as a checkpoint. Copy it again, or remove it."
+        return (
+            f"holds no {MANIFEST}: it does not count as a checkpoint. Copy it again, or remove it."
+        )
     return None
 
 
@@ -181,21 +193,29 @@ def read_manifest(folder: Path) -> Manifest:
     data = read_regular_file(path, MAX_BYTES)
     match = _SEAL.search(data)
     if match is None:
-        raise CheckpointError(f"{path}: does not end with its own hash, so it is cut off or not a manifest. {_REMEDY}")
+        raise CheckpointError(
+            f"{path}: does not end with its own hash, so it is cut off or not a manifest. {_REMEDY}"
+        )
     found = xxhash.xxh3_128_hexdigest(data[: match.start()] + b"\n}")
     if found != match[1].decode():
-        raise CheckpointError(f"{path}: changed since it was written: its hash is {found}, expected {match[1].decode()}. {_REMEDY}")
+        raise CheckpointError(
+            f"{path}: changed since it was written: its hash is {found}, expected {match[1].decode()}. {_REMEDY}"
+        )
     try:
         value = json.loads(data, parse_constant=_refuse_constant)
         value.pop("xxh3")
         manifest = Manifest.model_validate(value)
     except ValidationError as error:
-        raise CheckpointError(f"{path}: not a manifest that this version reads: {_in_words(error)}. {_REMEDY}") from None
+        raise CheckpointError(
+            f"{path}: not a manifest that this version reads: {_in_words(error)}. {_REMEDY}"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a manifest that this version reads: {error}") from None
     expected = STEP_FOLDER.fullmatch(folder.name)
     if expected and int(expected[1]) != manifest.step:
-        raise CheckpointError(f"{path}: holds step {manifest.step}, but the folder is {folder.name}. Rename it back.")
+        raise CheckpointError(
+            f"{path}: holds step {manifest.step}, but the folder is {folder.name}. Rename it back."
+        )
     return manifest
 
 
@@ -206,7 +226,12 @@ def _refuse_constant(name: str) -> float:
 def _in_words(error: ValidationError) -> str:
     """The first problems, each with its place and what stands there."""
     problems = error.errors(include_url=False, include_context=False)
-    said = [f"{'.'.join(map(str, p['loc']))}: {p['msg']}, found {str(p['input'])[:60]}" if p["loc"] else p["msg"] for p in problems[:5]]
+    said = [
+        f"{'.'.join(map(str, p['loc']))}: {p['msg']}, found {str(p['input'])[:60]}"
+        if p["loc"]
+        else p["msg"]
+        for p in problems[:5]
+    ]
     return "; ".join(said) + (f" and {len(problems) - 5} more" if len(problems) > 5 else "")
 
 
@@ -215,7 +240,9 @@ def read_regular_file(path: Path, limit: int) -> bytes:
     with open_regular_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > limit:
-            raise CheckpointError(f"{path}: {size} bytes, more than the {limit} that such a file may have.")
+            raise CheckpointError(
+                f"{path}: {size} bytes, more than the {limit} that such a file may have."
+            )
         return file.read()
 
 
@@ -224,7 +251,11 @@ def open_regular_file(path: Path) -> Any:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
-        reason = "is a symbolic link, which is not followed" if path.is_symlink() else (error.strerror or str(error))
+        reason = (
+            "is a symbolic link, which is not followed"
+            if path.is_symlink()
+            else (error.strerror or str(error))
+        )
         raise CheckpointError(f"{path}: {reason}. {_REMEDY}") from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)

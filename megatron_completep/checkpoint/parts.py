@@ -84,7 +84,9 @@ class Part:
 Parts = dict[tuple[str, int], list[Part]]  # by file and block
 
 
-def parts_by_block(wanted: Iterable[Wanted], stored: dict[tuple[str, str], list[StoredBox]], block_size: int) -> Parts:
+def parts_by_block(
+    wanted: Iterable[Wanted], stored: dict[tuple[str, str], list[StoredBox]], block_size: int
+) -> Parts:
     """Everything wanted, by the blocks that hold it. `stored`: the boxes by state and name."""
     found: Parts = defaultdict(list)
     for owned, state, flat in wanted:

@@ -13,7 +13,13 @@ from typing import Any
 import xxhash
 
 from megatron_completep.checkpoint.joint import Source
-from megatron_completep.checkpoint.manifest import Manifest, committed_steps, not_counted, read_manifest, seal
+from megatron_completep.checkpoint.manifest import (
+    Manifest,
+    committed_steps,
+    not_counted,
+    read_manifest,
+    seal,
+)
 from megatron_completep.checkpoint.retention import Removal, prune
 from megatron_completep.checkpoint.run_number import Run
 from megatron_completep.checkpoint.save import check_space, clean_up
@@ -41,13 +47,19 @@ class Place:
         if missing:
             self.folder.mkdir(parents=True, exist_ok=True)
         check_space(self.folder, self.bytes)
-        return f"warning: {self.folder} was removed under the run; it is made again" if missing else None
+        return (
+            f"warning: {self.folder} was removed under the run; it is made again"
+            if missing
+            else None
+        )
 
     def retire(self, progress: Callable[[], None]) -> Removal:
         return prune(self.folder, self.keep, self.keep_every, progress)
 
 
-def shared_place(folder: Path, exchange: Exchange, own_bytes: int, keep: int, keep_every: int | None) -> Place:
+def shared_place(
+    folder: Path, exchange: Exchange, own_bytes: int, keep: int, keep_every: int | None
+) -> Place:
     """The run's own folder, which rank 0 makes. Raises CheckpointError when it cannot, or when a rank sees another one."""
     probe = folder / f".probe.{exchange.broadcast(secrets.token_hex(4))}"
     exchange.on_first(lambda: _make(folder, probe, "Choose another training.output_dir."))
@@ -73,12 +85,21 @@ def local_place(local_dir: Path, run: Run, exchange: Exchange, own_bytes: int, k
     It is named after the run and its number, and found by the number, as the run may have been renamed since: what another run left
     there is never taken for this one's.
     """
-    folder = min(local_dir.glob(f"*.{run.number}"), default=local_dir / f"{Path(run.folder).name}.{run.number}")
+    folder = min(
+        local_dir.glob(f"*.{run.number}"),
+        default=local_dir / f"{Path(run.folder).name}.{run.number}",
+    )
     nonce = exchange.broadcast(secrets.token_hex(4))
     own = folder / f".probe.{nonce}.{exchange.rank}"
     try:
-        exchange.together(lambda: _make(folder, own, "Choose another checkpoint.local_dir, or null."))
-        leader = exchange.together(lambda: next(r for r in range(exchange.size) if (folder / f".probe.{nonce}.{r}").exists()))
+        exchange.together(
+            lambda: _make(folder, own, "Choose another checkpoint.local_dir, or null.")
+        )
+        leader = exchange.together(
+            lambda: next(
+                r for r in range(exchange.size) if (folder / f".probe.{nonce}.{r}").exists()
+            )
+        )
         parts = exchange.all_gather((leader, own_bytes))
     finally:
         with suppress(OSError):
@@ -99,7 +120,9 @@ def snapshots_of_others(place: Place, run: Run, exchange: Exchange) -> list[str]
 
     def own() -> list[str]:
         found = []
-        for folder in committed_steps(place.folder).values() if exchange.rank == place.leader else ():
+        for folder in (
+            committed_steps(place.folder).values() if exchange.rank == place.leader else ()
+        ):
             with suppress(CheckpointError):  # a damaged one is said when snapshots are looked for
                 writer = read_manifest(folder).run
                 if writer is not None and not run.wrote(writer):
@@ -115,7 +138,9 @@ def prepare(place: Place, exchange: Exchange, report: Callable[[str], None]) -> 
     def own() -> list[str]:
         if exchange.rank != place.leader:
             return []
-        said = clean_up(place.folder) + [f"warning: {text}" for text in not_counted(place.folder).values()]
+        said = clean_up(place.folder) + [
+            f"warning: {text}" for text in not_counted(place.folder).values()
+        ]
         try:
             place.make_room()
         except CheckpointError as error:
@@ -137,7 +162,9 @@ class Snapshot:
     known_by: list[int]
 
 
-def find_snapshots(place: Place, exchange: Exchange, report: Callable[[str], None]) -> list[Snapshot]:
+def find_snapshots(
+    place: Place, exchange: Exchange, report: Callable[[str], None]
+) -> list[Snapshot]:
     """What all nodes hold together, newest first; one whose every file some rank can read is as good as a checkpoint.
 
     report: told of those that cannot be read.
@@ -152,7 +179,11 @@ def find_snapshots(place: Place, exchange: Exchange, report: Callable[[str], Non
                 if exchange.rank == place.leader:
                     said.append(f"a snapshot is not used: {error}")
                 continue
-            files = [stored.name for stored in manifest.files if _size(folder / stored.name) == stored.size]
+            files = [
+                stored.name
+                for stored in manifest.files
+                if _size(folder / stored.name) == stored.size
+            ]
             names = [stored.name for stored in manifest.files]
             found.append([step, xxhash.xxh3_128_hexdigest(seal(manifest)), names, files])
         return found, said
@@ -166,7 +197,9 @@ def find_snapshots(place: Place, exchange: Exchange, report: Callable[[str], Non
     snapshots = []
     for (step, _), found in by_identity.items():
         names = next(iter(found.values()))[0]
-        holders = {name: [rank for rank, (_, files) in found.items() if name in files] for name in names}
+        holders = {
+            name: [rank for rank, (_, files) in found.items() if name in files] for name in names
+        }
         missing = tuple(name for name, ranks in holders.items() if not ranks)
         snapshots.append(Snapshot(step, missing, holders, sorted(found)))
     return sorted(snapshots, key=lambda snapshot: (-snapshot.step, len(snapshot.missing)))
@@ -183,7 +216,9 @@ def snapshot_source(place: Place, snapshot: Snapshot, exchange: Exchange) -> Sou
     """The manifest, from a rank that has it, and this rank's folder."""
     folder = place.folder / f"step_{snapshot.step:08d}"
     teller = snapshot.known_by[0]
-    told = exchange.all_gather(exchange.together(lambda: _manifest_json(folder) if exchange.rank == teller else None))
+    told = exchange.all_gather(
+        exchange.together(lambda: _manifest_json(folder) if exchange.rank == teller else None)
+    )
     return Source(folder, Manifest.model_validate(told[teller]), snapshot.holders)
 
 

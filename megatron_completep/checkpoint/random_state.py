@@ -16,7 +16,13 @@ def capture() -> dict[str, Any]:
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     state = {
         "python": [version, _text(np.array(words, np.uint64).tobytes()), gauss],
-        "numpy": [name, _text(np.asarray(keys, np.uint32).tobytes()), int(position), int(has_gauss), float(cached)],
+        "numpy": [
+            name,
+            _text(np.asarray(keys, np.uint32).tobytes()),
+            int(position),
+            int(has_gauss),
+            float(cached),
+        ],
         "torch": _text(torch.get_rng_state().numpy().tobytes()),
     }
     if _cuda_in_use():
@@ -32,7 +38,11 @@ def restore(state: dict[str, Any]) -> None:
 
 def check(state: dict[str, Any]) -> None:
     """Try it on generators that nobody uses. Raises what Python, numpy or torch raise for a state that is none."""
-    cuda = torch.Generator(torch.device("cuda", torch.cuda.current_device())) if _cuda_in_use() else None
+    cuda = (
+        torch.Generator(torch.device("cuda", torch.cuda.current_device()))
+        if _cuda_in_use()
+        else None
+    )
     _set(state, random.Random(), np.random.RandomState(), torch.Generator(), cuda)
 
 
@@ -40,9 +50,17 @@ def _cuda_in_use() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_initialized()
 
 
-def _set(state: dict[str, Any], python: Any, of_numpy: Any, of_torch: torch.Generator, cuda: torch.Generator | None) -> None:
+def _set(
+    state: dict[str, Any],
+    python: Any,
+    of_numpy: Any,
+    of_torch: torch.Generator,
+    cuda: torch.Generator | None,
+) -> None:
     version, words, gauss = state["python"]
-    python.setstate((version, tuple(int(w) for w in np.frombuffer(_bytes(words), np.uint64)), gauss))
+    python.setstate(
+        (version, tuple(int(w) for w in np.frombuffer(_bytes(words), np.uint64)), gauss)
+    )
     name, keys, position, has_gauss, cached = state["numpy"]
     of_numpy.set_state((name, np.frombuffer(_bytes(keys), np.uint32), position, has_gauss, cached))
     of_torch.set_state(torch.frombuffer(bytearray(_bytes(state["torch"])), dtype=torch.uint8))

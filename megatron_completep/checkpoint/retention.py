@@ -16,7 +16,11 @@ def superseded(steps: Iterable[int], keep: int, keep_every: int | None) -> list[
     """The steps to remove, lowest first."""
     ordered = sorted(steps)
     newest = set(ordered[-keep:])
-    return [step for step in ordered if step not in newest and not (keep_every and step % keep_every == 0)]
+    return [
+        step
+        for step in ordered
+        if step not in newest and not (keep_every and step % keep_every == 0)
+    ]
 
 
 @dataclass
@@ -37,10 +41,17 @@ class Removal:
         self.removed.append(folder)
         shutil.rmtree(leaving, ignore_errors=True)
         if leaving.exists():
-            self.problems.append(f"{folder} is no checkpoint any more, but files of it remain in {leaving}. Remove them by hand.")
+            self.problems.append(
+                f"{folder} is no checkpoint any more, but files of it remain in {leaving}. Remove them by hand."
+            )
 
 
-def prune(checkpoints: Path, keep: int, keep_every: int | None, progress: Callable[[], None] = lambda: None) -> Removal:
+def prune(
+    checkpoints: Path,
+    keep: int,
+    keep_every: int | None,
+    progress: Callable[[], None] = lambda: None,
+) -> Removal:
     """Remove superseded checkpoints. progress: called after each."""
     folders, removal = committed_steps(checkpoints), Removal()
     for step in superseded(folders, keep, keep_every):

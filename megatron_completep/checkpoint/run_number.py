@@ -35,7 +35,12 @@ class Run:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Run:
         """As another rank sent it, or a file holds it. Raises TypeError, ValueError, KeyError."""
-        number, folder, came_from, earlier = value["number"], value["folder"], tuple(value["came_from"]), tuple(value["earlier"])
+        number, folder, came_from, earlier = (
+            value["number"],
+            value["folder"],
+            tuple(value["came_from"]),
+            tuple(value["earlier"]),
+        )
         if len(number) != 16 or not set(number) <= set("0123456789abcdef"):
             raise ValueError(f"number {number}")
         if not all(isinstance(text, str) for text in (folder, *came_from, *earlier)):
@@ -47,7 +52,10 @@ class Run:
 
     def wrote(self, writer: Writer) -> bool:
         """Whether a snapshot is this run's, from here or from where it was before."""
-        return writer.number == self.number and writer.folder in (_as_text(self.folder), *map(_as_text, self.came_from))
+        return writer.number == self.number and writer.folder in (
+            _as_text(self.folder),
+            *map(_as_text, self.came_from),
+        )
 
     @property
     def writer(self) -> Writer:
@@ -63,11 +71,12 @@ def identify_run(folder: Path) -> tuple[Run, str | None]:
         run, said = recorded or _new(here), None
     elif _is_copy(recorded, folder):
         run = _new(here)
-        said = (
-            f"{folder} is a copy of the run in {recorded.folder}. It has a number of its own now, {run.number}; snapshots stay that run's."
-        )
+        said = f"{folder} is a copy of the run in {recorded.folder}. It has a number of its own now, {run.number}; snapshots stay that run's."
     else:
-        before = (*(f for f in recorded.came_from if f != here), *([recorded.folder] if recorded.folder else []))
+        before = (
+            *(f for f in recorded.came_from if f != here),
+            *([recorded.folder] if recorded.folder else []),
+        )
         run, said = replace(recorded, folder=here, came_from=before[-FOLDERS:]), None
     if run != recorded:
         _write(folder, run)
@@ -77,7 +86,10 @@ def identify_run(folder: Path) -> tuple[Run, str | None]:
 def renumber(folder: Path) -> Run:
     """Another number for the run in `folder`: the one it had is in use. Raises CheckpointError."""
     before = _read(folder)
-    run = replace(_new(str(folder.resolve())), earlier=(*before.earlier, before.number) if before is not None else ())
+    run = replace(
+        _new(str(folder.resolve())),
+        earlier=(*before.earlier, before.number) if before is not None else (),
+    )
     _write(folder, run)
     return run
 
@@ -104,16 +116,22 @@ def _read(folder: Path) -> Run | None:
     if not os.path.lexists(path):
         return None
     if path.is_symlink() or not path.is_file():
-        raise CheckpointError(f"{path}: not a plain file. Remove it; snapshots on local disks are then not found again.")
+        raise CheckpointError(
+            f"{path}: not a plain file. Remove it; snapshots on local disks are then not found again."
+        )
     data = read_regular_file(path, MAX_BYTES).strip()
     if not data:
         return None
     try:
         if not data.startswith(b"{"):  # the number alone, as runs of before have it
-            return Run.from_json({"number": data.decode("ascii"), "folder": "", "came_from": [], "earlier": []})
+            return Run.from_json(
+                {"number": data.decode("ascii"), "folder": "", "came_from": [], "earlier": []}
+            )
         return Run.from_json(json.loads(data))
     except (ValueError, TypeError, KeyError, RecursionError):
-        raise CheckpointError(f"{path}: not a run's number. Remove it; snapshots on local disks are then not found again.") from None
+        raise CheckpointError(
+            f"{path}: not a run's number. Remove it; snapshots on local disks are then not found again."
+        ) from None
 
 
 def _write(folder: Path, run: Run) -> None:

@@ -19,7 +19,14 @@ import torch
 from torch import Tensor
 
 from megatron_completep.checkpoint.files import BLOCK_SIZE, key_of, write_tensor_file
-from megatron_completep.checkpoint.manifest import MANIFEST, Manifest, StoredFile, folder_name, read_manifest, seal
+from megatron_completep.checkpoint.manifest import (
+    MANIFEST,
+    Manifest,
+    StoredFile,
+    folder_name,
+    read_manifest,
+    seal,
+)
 from megatron_completep.checkpoint.shard import Shard, view_of
 from megatron_completep.errors import CheckpointError, size_text
 from megatron_completep.files import is_being_filled, sync_folder
@@ -40,7 +47,9 @@ class Staging:
         """Copies in page-locked memory for a GPU, waiting for them."""
         for name, flat in flats.items():
             if name not in self._buffers:
-                self._buffers[name] = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=flat.is_cuda)
+                self._buffers[name] = torch.empty(
+                    flat.shape, dtype=flat.dtype, pin_memory=flat.is_cuda
+                )
             self._buffers[name].copy_(flat, non_blocking=True)
         if any(flat.is_cuda for flat in flats.values()):
             torch.cuda.current_stream().synchronize()
@@ -79,11 +88,15 @@ def write_checkpoint(
     try:
         exchange.together(lambda: folder.mkdir(parents=True) if leads else None)
         fail_point("save.folder_created")
-        records = work.done(_write_part(folder, exchange, shard, flats, content, fail_point, work.goes_on))
+        records = work.done(
+            _write_part(folder, exchange, shard, flats, content, fail_point, work.goes_on)
+        )
         fail_point("save.hashes_exchanged")
         problems = {rank: r["problem"] for rank, r in enumerate(records) if "problem" in r}
         if problems:
-            raise CheckpointError(f"step {content['step']} is not saved: {join_problems(problems, exchange.size)}")
+            raise CheckpointError(
+                f"step {content['step']} is not saved: {join_problems(problems, exchange.size)}"
+            )
         exchange.together(lambda: _commit(folder, records, content, fail_point) if leads else None)
         fail_point("save.committed")
         return checkpoints / folder_name(content["step"])
@@ -94,7 +107,13 @@ def write_checkpoint(
 
 
 def _write_part(
-    folder: Path, exchange: Exchange, shard: Shard, flats: Mapping[str, Tensor], content: dict, fail_point: FailPoint, progress: Callable
+    folder: Path,
+    exchange: Exchange,
+    shard: Shard,
+    flats: Mapping[str, Tensor],
+    content: dict,
+    fail_point: FailPoint,
+    progress: Callable,
 ) -> dict:
     """This rank's file. Returns its record, or what went wrong: the others must hear of it either way."""
     if not shard.written:
@@ -111,14 +130,18 @@ def _write_part(
         return {"file": stored.model_dump(), "elements": sum(o.box.numel for o in shard.written)}
     except (OSError, CheckpointError) as error:
         free = shutil.disk_usage(folder).free if folder.exists() else 0
-        return {"problem": f"{path}: {describe(error)} ({size_text(shard.written_bytes)} to write, {size_text(free)} free)"}
+        return {
+            "problem": f"{path}: {describe(error)} ({size_text(shard.written_bytes)} to write, {size_text(free)} free)"
+        }
 
 
 def _values(tensor: Tensor) -> np.ndarray:
     return tensor.detach().cpu().contiguous().numpy()
 
 
-def _commit(folder: Path, records: list[dict], content: dict[str, Any], fail_point: FailPoint) -> str:
+def _commit(
+    folder: Path, records: list[dict], content: dict[str, Any], fail_point: FailPoint
+) -> str:
     files = [StoredFile.model_validate(r["file"]) for r in records if "file" in r]
     elements = sum(r.get("elements", 0) for r in records)
     manifest = Manifest(**content, block_size=BLOCK_SIZE, files=files, elements=elements)
@@ -169,7 +192,11 @@ def clean_up(checkpoints: Path) -> list[str]:
         if remainder and entry.is_dir() and not entry.is_symlink() and not is_being_filled(entry):
             shutil.rmtree(entry, ignore_errors=True)
             gone = not entry.exists()
-            said.append(f"removed {entry.name}, left by an interrupted save" if gone else f"{entry} cannot be removed. Remove it by hand.")
+            said.append(
+                f"removed {entry.name}, left by an interrupted save"
+                if gone
+                else f"{entry} cannot be removed. Remove it by hand."
+            )
     return said
 
 

@@ -43,7 +43,11 @@ class Shard:
     @property
     def written_bytes(self) -> int:
         """Bytes of values that this rank writes, all states together."""
-        return sum(owned.box.numel for owned in self.written) * len(self.states) * (8 if self.dtype == "F64" else 4)
+        return (
+            sum(owned.box.numel for owned in self.written)
+            * len(self.states)
+            * (8 if self.dtype == "F64" else 4)
+        )
 
 
 def view_of(flat: Tensor, owned: OwnedBox, part: Box | None = None) -> Tensor:

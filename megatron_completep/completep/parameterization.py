@@ -106,7 +106,8 @@ def table_of(config: Config) -> Table:
         base_residual_multiplier=model.residual_multiplier,
         base_logit_multiplier=model.logit_multiplier,
         base_hidden_size=base_hidden_size,
-        base_ffn_hidden_size=base.base_ffn_hidden_size or _ffn_of_same_ratio(model, base_hidden_size),
+        base_ffn_hidden_size=base.base_ffn_hidden_size
+        or _ffn_of_same_ratio(model, base_hidden_size),
         scale_width=scale_width,
         batch=batch_scaling_of(config),
         own_factors=MappingProxyType(dict(base.factors)),
@@ -126,4 +127,6 @@ def _attention_scale(model: ModelConfig, base_head_dim: int | None, scale_width:
     if rule == "1/sqrt(head_dim)":
         return model.attention_multiplier * (1 / math.sqrt(size))
     # sqrt(base_head_dim) / head_dim, written so that at the base it is SP's scale to the last bit.
-    return model.attention_multiplier * (math.sqrt((base_head_dim or size) / size) / math.sqrt(size))
+    return model.attention_multiplier * (
+        math.sqrt((base_head_dim or size) / size) / math.sqrt(size)
+    )

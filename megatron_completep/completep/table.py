@@ -20,7 +20,9 @@ from megatron_completep.roles import Role
 class Forward:
     """What the activations are multiplied with."""
 
-    residual: float  # every branch, bias included, before it joins the stream: x + residual * f(norm(x))
+    residual: (
+        float  # every branch, bias included, before it joins the stream: x + residual * f(norm(x))
+    )
     unembedding: float  # the logits: unembedding * x W^T
 
 

@@ -4,4 +4,11 @@ from megatron_completep.config.check import check_config, check_world
 from megatron_completep.config.load import config_from_mapping, load_config, save_config
 from megatron_completep.config.schema import Config
 
-__all__ = ["Config", "check_config", "check_world", "config_from_mapping", "load_config", "save_config"]
+__all__ = [
+    "Config",
+    "check_config",
+    "check_world",
+    "config_from_mapping",
+    "load_config",
+    "save_config",
+]

@@ -51,7 +51,13 @@ def check_world(config: Config, world_size: int) -> None:
     Raises:
         ConfigError: with all problems, one a line.
     """
-    _raise_all(config, lambda changed: [problem for rule in RULES for problem in rule(changed)] + list(_world(changed, world_size)))
+    _raise_all(
+        config,
+        lambda changed: (
+            [problem for rule in RULES for problem in rule(changed)]
+            + list(_world(changed, world_size))
+        ),
+    )
 
 
 def _raise_all(config: Config, problems_of: Callable[[Config], list[Problem]]) -> None:
@@ -61,7 +67,9 @@ def _raise_all(config: Config, problems_of: Callable[[Config], list[Problem]]) -
     def fits(path: str, value: int) -> bool:
         return len(problems_of(_with(config, path.split("."), value))) < len(problems)
 
-    lines = [problem if isinstance(problem, str) else _with_values(problem, fits) for problem in problems]
+    lines = [
+        problem if isinstance(problem, str) else _with_values(problem, fits) for problem in problems
+    ]
     count = "1 setting does" if len(problems) == 1 else f"{len(problems)} settings do"
     raise ConfigError("\n  ".join([f"{count} not fit the others", *lines]))
 
@@ -69,7 +77,9 @@ def _raise_all(config: Config, problems_of: Callable[[Config], list[Problem]]) -
 def _with(section: Any, path: Sequence[str], value: int) -> Any:
     """A section with one setting replaced."""
     name, *rest = path
-    return section.model_copy(update={name: _with(getattr(section, name), rest, value) if rest else value})
+    return section.model_copy(
+        update={name: _with(getattr(section, name), rest, value) if rest else value}
+    )
 
 
 def _with_values(problem: Choice, fits: Callable[[str, int], bool]) -> str:
@@ -81,9 +91,15 @@ def _with_values(problem: Choice, fits: Callable[[str, int], bool]) -> str:
     tried = sorted(problem.values, key=distance)[:TRIED]
     fitting = [value for value in tried if fits(problem.path, value)]
     if problem.around:
-        below, above = ([v for v in fitting if (v < problem.near) == smaller] for smaller in (True, False))
+        below, above = (
+            [v for v in fitting if (v < problem.near) == smaller] for smaller in (True, False)
+        )
         fitting = below[:1] + above[:1]
-    offered = one_of(sorted(fitting[:SHOWN])) if fitting else "another value together with the settings that it must fit"
+    offered = (
+        one_of(sorted(fitting[:SHOWN]))
+        if fitting
+        else "another value together with the settings that it must fit"
+    )
     return problem.text.replace(VALUES, offered)
 
 
@@ -122,7 +138,10 @@ def _attention_backend(config: Config) -> Iterator[Problem]:
     model, training = config.model, config.training
     if model.attention_backend != "flash_attention":
         return
-    where, remedy = "model.attention_backend = flash_attention", "Use model.attention_backend = sdpa"
+    where, remedy = (
+        "model.attention_backend = flash_attention",
+        "Use model.attention_backend = sdpa",
+    )
     if model.position == "alibi":
         yield f"{where} takes no bias on the logits, which model.position = alibi needs. {remedy}."
     if training.precision in ("float32", "float64"):
@@ -157,7 +176,10 @@ def _completep(config: Config) -> Iterator[Problem]:
 def _tensor_parallel(config: Config) -> Iterator[Problem]:
     model, size = config.model, config.parallel.tensor_parallel_size
     where, groups = f"parallel.tensor_parallel_size = {size}", derived.num_query_groups(model)
-    divided = {"num_attention_heads": model.num_attention_heads, "ffn_hidden_size": model.ffn_hidden_size}
+    divided = {
+        "num_attention_heads": model.num_attention_heads,
+        "ffn_hidden_size": model.ffn_hidden_size,
+    }
     if model.num_attention_heads % groups == 0:
         divided["num_query_groups"] = groups
     if config.parallel.sequence_parallel:
@@ -168,7 +190,9 @@ def _tensor_parallel(config: Config) -> Iterator[Problem]:
     }
     fitting = _all_divisors(math.gcd(*divided.values()))
     for name, value in divided.items():
-        follows = name == "num_query_groups" and model.num_query_groups is None  # num_attention_heads says it already
+        follows = (
+            name == "num_query_groups" and model.num_query_groups is None
+        )  # num_attention_heads says it already
         if value % size and not follows:
             text = f"{where} does not divide model.{name} = {value}{reasons.get(name, '')}. Use {VALUES}."
             yield Choice(text, "parallel.tensor_parallel_size", fitting, near=size)
@@ -190,7 +214,11 @@ def _pipeline(config: Config) -> Iterator[Problem]:
     stages = ranks * virtual
     product = f"parallel.pipeline_parallel_size x virtual_pipeline_size = {ranks} x {virtual}"
     if ranks > 1 and virtual == 1 and parallel.schedule == "interleaved_1f1b":
-        raising = "Raise it, or use the schedule 1f1b." if layers >= 2 * ranks else "Use the schedule 1f1b."
+        raising = (
+            "Raise it, or use the schedule 1f1b."
+            if layers >= 2 * ranks
+            else "Use the schedule 1f1b."
+        )
         yield f"parallel.schedule = interleaved_1f1b needs virtual_pipeline_size of at least 2, found 1. {raising}"
     if virtual > 1 and ranks == 1:
         yield f"parallel.virtual_pipeline_size = {virtual} has no meaning at parallel.pipeline_parallel_size = 1. Set it to 1."
@@ -242,7 +270,10 @@ def _sources(config: Config) -> Iterator[Problem]:
         yield "data.validation = [] names no source. Use null for a run without validation."
     if data.split is not None and (problem := _split_problem(data.split)):
         yield f"data.split = '{data.split}' {problem}. Write the three parts training, validation and test, such as '969,30,1'."
-    blends: dict[str, list[SourceConfig]] = {"train": data.train, "validation": data.validation or []}
+    blends: dict[str, list[SourceConfig]] = {
+        "train": data.train,
+        "validation": data.validation or [],
+    }
     for name, blend in blends.items():
         for index, source in enumerate(blend):
             if source.weight is not None and source.epochs is not None:
@@ -285,7 +316,11 @@ def _batch_ramp(config: Config) -> Iterator[Problem]:
     ramp, training = config.training.batch_ramp, config.training
     if ramp is None:
         return
-    where, total, micro = "training.batch_ramp", training.global_batch_size, training.micro_batch_size
+    where, total, micro = (
+        "training.batch_ramp",
+        training.global_batch_size,
+        training.micro_batch_size,
+    )
     if ramp.start >= total:
         yield Choice(
             f"{where}.start = {ramp.start} is not less than training.global_batch_size = {total}. Use {VALUES}, or batch_ramp = null.",
@@ -304,7 +339,9 @@ def _batch_ramp(config: Config) -> Iterator[Problem]:
     for name, value in (("start", ramp.start), ("increment", ramp.increment)):
         if value % micro:
             text = f"{where}.{name} = {value} is not a multiple of training.micro_batch_size = {micro}. Use {VALUES}."
-            yield Choice(text, f"{where}.{name}", range(micro, total, micro), near=value, around=True)
+            yield Choice(
+                text, f"{where}.{name}", range(micro, total, micro), near=value, around=True
+            )
     if ramp.steps > training.train_steps:
         yield (
             f"{where}.steps = {ramp.steps} is more than training.train_steps = {training.train_steps}, "
@@ -318,7 +355,11 @@ def _step_numbers(config: Config) -> Iterator[Problem]:
     for index, part in enumerate(config.training.skip_steps):
         last = part.last or part.first
         if last < part.first:
-            remedy = "Exchange them." if part.first <= steps else f"Exchange them; none may be after training.train_steps = {steps}."
+            remedy = (
+                "Exchange them."
+                if part.first <= steps
+                else f"Exchange them; none may be after training.train_steps = {steps}."
+            )
             yield f"training.skip_steps.{index}: last = {last} is less than first = {part.first}. {remedy}"
         elif last > steps:
             yield f"training.skip_steps.{index}: step {last} is after training.train_steps = {steps}. Use at most {steps}."
@@ -330,7 +371,11 @@ def _step_numbers(config: Config) -> Iterator[Problem]:
 
 
 def _guards(config: Config) -> Iterator[Problem]:
-    guards, hang, bound = config.guards, config.guards.hang_timeout_minutes, config.parallel.timeout_minutes
+    guards, hang, bound = (
+        config.guards,
+        config.guards.hang_timeout_minutes,
+        config.parallel.timeout_minutes,
+    )
     if hang is not None and hang > bound:
         yield (
             f"guards.hang_timeout_minutes = {_plain(hang)} is more than parallel.timeout_minutes = {_plain(bound)}: the collective's "
@@ -346,7 +391,11 @@ def _guards(config: Config) -> Iterator[Problem]:
 def _checkpoint(config: Config) -> Iterator[Problem]:
     local_dir, local = config.checkpoint.local_dir, config.checkpoint.local_interval
     if (local_dir is None) != (local is None):
-        name, other = ("local_interval", "local_dir") if local_dir is None else ("local_dir", "local_interval")
+        name, other = (
+            ("local_interval", "local_dir")
+            if local_dir is None
+            else ("local_dir", "local_interval")
+        )
         yield f"checkpoint.{name} is set without checkpoint.{other}. Set both for snapshots on each node's own disk, or neither."
     interval, every = config.checkpoint.interval, config.checkpoint.keep_every
     if interval is not None and every is not None and every % interval:
@@ -393,7 +442,9 @@ def _world(config: Config, world_size: int) -> Iterator[Problem]:
     if fitting:
         for total in derived.batch_sizes(training):
             yield from _micro_batches(config, total, together)
-    if (outside := max(config.profiling.ranks)) >= world_size and config.profiling.first_step is not None:
+    if (
+        outside := max(config.profiling.ranks)
+    ) >= world_size and config.profiling.first_step is not None:
         yield f"profiling.ranks names rank {outside}, but the ranks go from 0 to {world_size - 1}. Leave it out."
 
 
@@ -417,7 +468,10 @@ def _micro_batches(config: Config, total: int, together: int) -> Iterator[Proble
     setting = "training.global_batch_size"
     values: Sequence[int] = _multiples(together, total)
     if ramps:
-        setting, values = "training.batch_ramp.start", range(together, config.training.global_batch_size, together)
+        setting, values = (
+            "training.batch_ramp.start",
+            range(together, config.training.global_batch_size, together),
+        )
     if parallel.schedule == "1f1b" and count < ranks:
         smaller = " a smaller micro_batch_size," if config.training.micro_batch_size > 1 else ""
         yield Choice(

@@ -5,7 +5,13 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from math import prod
 
-from megatron_completep.config.schema import Config, ModelConfig, OptimizerConfig, OverrideConfig, TrainingConfig
+from megatron_completep.config.schema import (
+    Config,
+    ModelConfig,
+    OptimizerConfig,
+    OverrideConfig,
+    TrainingConfig,
+)
 
 
 def head_dim(model: ModelConfig) -> int:
@@ -40,7 +46,10 @@ def own_factors(optimizer: OptimizerConfig, name: str) -> OverrideConfig:
     """What the user's overrides multiply one parameter's values with: the product of all that match its name (0 or infinite where it
     leaves the range of numbers, which is for `optim.check` to refuse)."""
     found = [override for override in optimizer.overrides if fnmatchcase(name, override.pattern)]
-    factors = {field: prod(getattr(override, field) for override in found) for field in ("lr", "init_std", "weight_decay", "eps")}
+    factors = {
+        field: prod(getattr(override, field) for override in found)
+        for field in ("lr", "init_std", "weight_decay", "eps")
+    }
     return OverrideConfig.model_construct(pattern=name, **factors)
 
 
@@ -56,7 +65,10 @@ def batch_size(training: TrainingConfig, step: int) -> int:
 def batch_sizes(training: TrainingConfig) -> list[int]:
     """Every batch size of the run, smallest first."""
     ramp = training.batch_ramp
-    return [*(range(ramp.start, training.global_batch_size, ramp.increment) if ramp else ()), training.global_batch_size]
+    return [
+        *(range(ramp.start, training.global_batch_size, ramp.increment) if ramp else ()),
+        training.global_batch_size,
+    ]
 
 
 def samples_before(training: TrainingConfig, step: int) -> int:
@@ -88,9 +100,13 @@ def total_tokens(config: Config) -> int:
 
 def data_parallel_size(config: Config, world_size: int) -> int:
     """Replicas of the model; `check.check_world` holds that the division leaves no rest."""
-    return world_size // (config.parallel.tensor_parallel_size * config.parallel.pipeline_parallel_size)
+    return world_size // (
+        config.parallel.tensor_parallel_size * config.parallel.pipeline_parallel_size
+    )
 
 
 def micro_batches_per_step(config: Config, world_size: int) -> int:
     """Micro-batches that each rank works through in an optimizer step (of the final batch size)."""
-    return config.training.global_batch_size // (config.training.micro_batch_size * data_parallel_size(config, world_size))
+    return config.training.global_batch_size // (
+        config.training.micro_batch_size * data_parallel_size(config, world_size)
+    )

@@ -42,8 +42,17 @@ def describe(error: ValidationError, origins: Mapping[Path, str], values: Any = 
     lines = []
     for finding in error.errors():
         path = tuple(part for part in finding["loc"] if part != "[key]")
-        origin = next((origins[path[:length]] for length in range(len(path), 0, -1) if path[:length] in origins), "")
-        lines.append(_describe_one(finding, path, _beside(values, path)) + (f" ({origin})" if origin else ""))
+        origin = next(
+            (
+                origins[path[:length]]
+                for length in range(len(path), 0, -1)
+                if path[:length] in origins
+            ),
+            "",
+        )
+        lines.append(
+            _describe_one(finding, path, _beside(values, path)) + (f" ({origin})" if origin else "")
+        )
     return lines
 
 
@@ -73,13 +82,19 @@ def _describe_one(finding: Any, path: Path, beside: Mapping[str, Any]) -> str:
     if kind in ("int_type", "int_from_float", "int_parsing"):
         return f"{where}: must be a whole number." + _whole(path, value)
     if kind in ("float_type", "float_parsing"):
-        return f"{where}: must be a number." + (" Remove the quotes." if _is_number(value) and _accepted(path, float(value)) else "")
+        return f"{where}: must be a number." + (
+            " Remove the quotes." if _is_number(value) and _accepted(path, float(value)) else ""
+        )
     if kind == "finite_number":
         return f"{where}: must be a finite number."
     if kind in ("bool_type", "bool_parsing"):
         return f"{where}: must be true or false."
     if kind == "string_type":
-        return f"{where}: must be text." + (" Put it in quotes." if _accepted(path, str(value)) and path != ("data", "split") else "")
+        return f"{where}: must be text." + (
+            " Put it in quotes."
+            if _accepted(path, str(value)) and path != ("data", "split")
+            else ""
+        )
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         return f"{where}: must be a section of keys. {_keys(_section(path))}"
     if kind in ("list_type", "tuple_type"):
@@ -107,11 +122,17 @@ def _accepted(path: Path, value: Any) -> bool:
     """Whether the setting itself takes a value: no remedy is offered that its own bounds refuse."""
     section, element = _section(path[:-1]), path[-1]
     if section is None or str(element) not in section.model_fields:
-        return not isinstance(value, (dict, list))  # an element of a list, whose bounds are not looked up
+        return not isinstance(
+            value, (dict, list)
+        )  # an element of a list, whose bounds are not looked up
     field = section.model_fields[str(element)]
-    annotation: Any = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
+    annotation: Any = (
+        Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
+    )
     try:
-        TypeAdapter(annotation, config=ConfigDict(strict=True, allow_inf_nan=False)).validate_python(value)
+        TypeAdapter(
+            annotation, config=ConfigDict(strict=True, allow_inf_nan=False)
+        ).validate_python(value)
     except ValidationError:
         return False
     return True
@@ -129,17 +150,31 @@ def _suggestion(path: Path, beside: Mapping[str, Any]) -> str:
     key, parent = str(path[-1]), path[:-1]
     section = _section(parent)
     # Where keys are not a section's fields, they are an enumeration's names: completep.factors by role.
-    known = list(section.model_fields) if section else [str(name) for name in get_args(get_args(_annotation(parent))[0])[0]]
-    homes = [name for name in Config.model_fields if name != dotted(parent) and key in getattr(_section((name,)), "model_fields", {})]
+    known = (
+        list(section.model_fields)
+        if section
+        else [str(name) for name in get_args(get_args(_annotation(parent))[0])[0]]
+    )
+    homes = [
+        name
+        for name in Config.model_fields
+        if name != dotted(parent) and key in getattr(_section((name,)), "model_fields", {})
+    ]
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     if meant := close + [f"{home}.{key}" for home in homes]:
-        twice = f" {close[0]} is set as well: keep one of the two." if close and close[0] in beside and not homes else ""
+        twice = (
+            f" {close[0]} is set as well: keep one of the two."
+            if close and close[0] in beside and not homes
+            else ""
+        )
         return f"Did you mean {one_of(meant)}?{twice}"
     return f"Known here: {', '.join(known)}."
 
 
 def _keys(section: type[BaseModel] | None) -> str:
-    return f"Its keys: {', '.join(section.model_fields)}." if section else "Write `key: value` lines."
+    return (
+        f"Its keys: {', '.join(section.model_fields)}." if section else "Write `key: value` lines."
+    )
 
 
 def _meaning(path: Path) -> str:
@@ -180,4 +215,6 @@ def _annotation(path: Path) -> Any:
 
 def _section(path: Path) -> type[BaseModel] | None:
     annotation = _strip(_annotation(path))
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    return (
+        annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    )

@@ -41,7 +41,9 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     return _validate(values, overrides, origins, str(path))
 
 
-def config_from_mapping(values: Mapping[str, Any], overrides: Sequence[str] = (), name: str = "configuration") -> Config:
+def config_from_mapping(
+    values: Mapping[str, Any], overrides: Sequence[str] = (), name: str = "configuration"
+) -> Config:
     """Check a configuration that is already a mapping of plain values, such as the one inside a checkpoint's manifest.
 
     Raises:
@@ -60,13 +62,17 @@ def save_config(config: Config, path: str | os.PathLike[str]) -> None:
     try:
         write_whole(path, dump_yaml(config.model_dump(mode="json")).encode())
     except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}. Choose another folder or free some space.") from None
+        raise ConfigError(
+            f"{path} cannot be written: {error.strerror}. Choose another folder or free some space."
+        ) from None
 
 
 def _read(path: str | os.PathLike[str]) -> str:
     try:
         if "\0" not in str(path) and not os.path.lexists(path):
-            raise ConfigError(f"{path} does not exist. Give the path of a configuration file, such as configs/quickstart.yaml.")
+            raise ConfigError(
+                f"{path} does not exist. Give the path of a configuration file, such as configs/quickstart.yaml."
+            )
         return read_bounded(path, MAX_BYTES, ConfigError).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
@@ -74,19 +80,30 @@ def _read(path: str | os.PathLike[str]) -> str:
             f"{path}, line {line}: byte {error.object[error.start]:#04x} is not UTF-8. Save the file as UTF-8 text."
         ) from None
     except ValueError as error:
-        raise ConfigError(f"{path!r} cannot be read: {error}. Give the path of a configuration file.") from None
+        raise ConfigError(
+            f"{path!r} cannot be read: {error}. Give the path of a configuration file."
+        ) from None
 
 
 def _require_mapping(values: Any, name: str) -> None:
     if values is None:
-        raise ConfigError(f"{name}, line 1: the file is empty. Start from a complete one, such as configs/quickstart.yaml.")
+        raise ConfigError(
+            f"{name}, line 1: the file is empty. Start from a complete one, such as configs/quickstart.yaml."
+        )
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{name}, line 1: {show(values)} is not a mapping of sections. Write `model:` and the keys below it, indented.")
+        raise ConfigError(
+            f"{name}, line 1: {show(values)} is not a mapping of sections. Write `model:` and the keys below it, indented."
+        )
 
 
-def _validate(values: dict[str, Any], overrides: Sequence[str], origins: dict[KeyPath, str], name: str) -> Config:
+def _validate(
+    values: dict[str, Any], overrides: Sequence[str], origins: dict[KeyPath, str], name: str
+) -> Config:
     # A section whose keys are all commented out reads as null; it means: the defaults.
-    values = {key: {} if value is None and key in Config.model_fields else value for key, value in values.items()}
+    values = {
+        key: {} if value is None and key in Config.model_fields else value
+        for key, value in values.items()
+    }
     problems = [problem for word in overrides if (problem := _override(values, word, origins))]
     try:
         config = Config.model_validate(values)

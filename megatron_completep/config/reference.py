@@ -44,7 +44,9 @@ def _section(title: str, section: type[BaseModel]) -> Iterator[str]:
     yield ""
     for name, field in section.model_fields.items():
         for inner in _sections_in(field.annotation):
-            yield from _section(f"### {title.removeprefix('## ')}.{name}{_suffix(field.annotation)}", inner)
+            yield from _section(
+                f"### {title.removeprefix('## ')}.{name}{_suffix(field.annotation)}", inner
+            )
 
 
 def _first_paragraph(section: type[BaseModel]) -> str:
@@ -64,7 +66,12 @@ def _type(annotation: Any, metadata: list[Any]) -> str:
         inner, *more = arguments
         return _type(inner, [item for info in more for item in getattr(info, "metadata", [info])])
     if origin in (Union, types.UnionType):
-        return " or ".join(_type(argument, metadata) for argument in arguments if argument is not type(None)) + ", or null"
+        return (
+            " or ".join(
+                _type(argument, metadata) for argument in arguments if argument is not type(None)
+            )
+            + ", or null"
+        )
     if origin is Literal:
         return one_of(f"`{choice}`" for choice in arguments)
     if origin is list:
@@ -75,16 +82,25 @@ def _type(annotation: Any, metadata: list[Any]) -> str:
         return f"mapping: role to {_type(arguments[1], [])}"
     if issubclass(annotation, BaseModel):
         return "section (below)"
-    return {int: "whole number", float: "number", bool: "true or false", str: "text"}[annotation] + _bounds(metadata)
+    return {int: "whole number", float: "number", bool: "true or false", str: "text"}[
+        annotation
+    ] + _bounds(metadata)
 
 
 def _plural(words: str) -> str:
-    return {"section (below)": "sections (below)", "text": "texts"}.get(words, words.replace("number", "numbers"))
+    return {"section (below)": "sections (below)", "text": "texts"}.get(
+        words, words.replace("number", "numbers")
+    )
 
 
 def _bounds(metadata: list[Any]) -> str:
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-    bounds = [f"{sign} {value:g}" for item in metadata for name, sign in signs.items() if (value := getattr(item, name, None)) is not None]
+    bounds = [
+        f"{sign} {value:g}"
+        for item in metadata
+        for name, sign in signs.items()
+        if (value := getattr(item, name, None)) is not None
+    ]
     return f" {' and '.join(bounds)}" if bounds else ""
 
 

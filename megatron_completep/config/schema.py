@@ -21,42 +21,79 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 class Section(BaseModel):
     """Frozen; unknown keys refused; integers strict, floats finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
 
 class ModelConfig(Section):
     """The shape of the decoder (global: before any parallel split)."""
 
     hidden_size: PositiveInt = Field(description="Width of the residual stream, N.")
-    num_layers: PositiveInt = Field(description="Decoder layers, L; one layer is one attention and one MLP branch.")
+    num_layers: PositiveInt = Field(
+        description="Decoder layers, L; one layer is one attention and one MLP branch."
+    )
     num_attention_heads: PositiveInt = Field(description="Query heads.")
-    num_query_groups: PositiveInt | None = Field(None, description="Key/value heads (GQA); null: num_attention_heads.")
-    head_dim: PositiveInt | None = Field(None, description="Size of a head; null: hidden_size / num_attention_heads.")
-    ffn_hidden_size: PositiveInt = Field(description="Inner width of the MLP (of one of gate and up for swiglu).")
+    num_query_groups: PositiveInt | None = Field(
+        None, description="Key/value heads (GQA); null: num_attention_heads."
+    )
+    head_dim: PositiveInt | None = Field(
+        None, description="Size of a head; null: hidden_size / num_attention_heads."
+    )
+    ffn_hidden_size: PositiveInt = Field(
+        description="Inner width of the MLP (of one of gate and up for swiglu)."
+    )
     vocab_size: PositiveInt = Field(description="Token ids run from 0 to vocab_size - 1.")
-    vocab_multiple: PositiveInt = Field(128, description="The embedding is padded to a multiple of this, per tensor rank.")
-    seq_length: PositiveInt = Field(description="Tokens a sample; also the number of learned positions.")
-    norm: Literal["layernorm", "rmsnorm"] = Field("rmsnorm", description="Norm before each branch and at the end.")
-    norm_eps: PositiveFloat = Field(1e-5, description="Added to the variance (or mean square) inside the norm.")
+    vocab_multiple: PositiveInt = Field(
+        128, description="The embedding is padded to a multiple of this, per tensor rank."
+    )
+    seq_length: PositiveInt = Field(
+        description="Tokens a sample; also the number of learned positions."
+    )
+    norm: Literal["layernorm", "rmsnorm"] = Field(
+        "rmsnorm", description="Norm before each branch and at the end."
+    )
+    norm_eps: PositiveFloat = Field(
+        1e-5, description="Added to the variance (or mean square) inside the norm."
+    )
     activation: Literal["gelu", "gelu_tanh", "squared_relu", "swiglu"] = Field(
         "swiglu", description="MLP non-linearity (gelu: erf; gelu_tanh: GPT-2's approximation)."
     )
-    position: Literal["rope", "learned", "alibi"] = Field("rope", description="How positions enter.")
+    position: Literal["rope", "learned", "alibi"] = Field(
+        "rope", description="How positions enter."
+    )
     rope_base: float = Field(10000.0, ge=1.0, description="Base of the rotary frequencies.")
     bias: bool = Field(False, description="Biases on linear layers and layernorms.")
-    qk_norm: bool = Field(False, description="RMSNorm over head_dim on queries and keys, one gain shared by all heads.")
+    qk_norm: bool = Field(
+        False,
+        description="RMSNorm over head_dim on queries and keys, one gain shared by all heads.",
+    )
     tied_embeddings: bool = Field(False, description="Unembedding shares the embedding's weight.")
     attention_scale: Literal["base_head_dim", "1/head_dim", "1/sqrt(head_dim)"] = Field(
         "base_head_dim",
         description="Scale of attention logits; base_head_dim: sqrt(base_head_dim) / head_dim. Under sp it is always 1/sqrt(head_dim).",
     )
-    input_multiplier: PositiveFloat = Field(1.0, description="Tunable base factor on the embedding output.")
-    residual_multiplier: PositiveFloat = Field(1.0, description="Tunable base factor on each branch's output, beside m_L^-alpha.")
-    attention_multiplier: PositiveFloat = Field(1.0, description="Tunable base factor on the attention logits, beside attention_scale.")
-    logit_multiplier: PositiveFloat = Field(1.0, description="Tunable base factor on the logits, beside 1/m_N.")
-    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Probability of dropping a branch output element.")
-    fp32_residual: bool = Field(False, description="Keep the residual stream in float32 under bf16.")
-    attention_backend: Literal["sdpa", "flash_attention"] = Field("sdpa", description="torch SDPA, or the flash-attn package.")
+    input_multiplier: PositiveFloat = Field(
+        1.0, description="Tunable base factor on the embedding output."
+    )
+    residual_multiplier: PositiveFloat = Field(
+        1.0, description="Tunable base factor on each branch's output, beside m_L^-alpha."
+    )
+    attention_multiplier: PositiveFloat = Field(
+        1.0, description="Tunable base factor on the attention logits, beside attention_scale."
+    )
+    logit_multiplier: PositiveFloat = Field(
+        1.0, description="Tunable base factor on the logits, beside 1/m_N."
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="Probability of dropping a branch output element."
+    )
+    fp32_residual: bool = Field(
+        False, description="Keep the residual stream in float32 under bf16."
+    )
+    attention_backend: Literal["sdpa", "flash_attention"] = Field(
+        "sdpa", description="torch SDPA, or the flash-attn package."
+    )
 
 
 class RoleFactors(Section):
@@ -77,15 +114,33 @@ class CompletePConfig(Section):
     parameterization: Literal["completep", "mup", "sp"] = Field(
         "completep", description="completep: width and depth; mup: width only; sp: none."
     )
-    alpha: Annotated[float, Field(ge=0.5, le=1)] = Field(1.0, description="Exponent of the residual multiplier m_L^-alpha; 1 is CompleteP.")
-    base_hidden_size: PositiveInt | None = Field(None, description="hidden_size of the proxy; null: this model's own.")
-    base_num_layers: PositiveInt | None = Field(None, description="num_layers of the proxy; null: this model's own.")
-    base_ffn_hidden_size: PositiveInt | None = Field(None, description="ffn_hidden_size of the proxy; null: this model's FFN ratio.")
-    base_head_dim: PositiveInt | None = Field(None, description="head_dim of the proxy; null: this model's own.")
-    base_batch_tokens: PositiveInt | None = Field(None, description="Tokens a step of the proxy run; null: no batch scaling.")
-    base_total_tokens: PositiveInt | None = Field(None, description="Total tokens of the proxy run; null: no duration scaling.")
-    batch_exponent: NonNegativeFloat = Field(0.5, description="S = (m_B / m_D)^exponent multiplies lr and weight decay, divides eps.")
-    factors: dict[RoleName, RoleFactors] = Field(default_factory=dict, description="Own factors by role, on top of the table.")
+    alpha: Annotated[float, Field(ge=0.5, le=1)] = Field(
+        1.0, description="Exponent of the residual multiplier m_L^-alpha; 1 is CompleteP."
+    )
+    base_hidden_size: PositiveInt | None = Field(
+        None, description="hidden_size of the proxy; null: this model's own."
+    )
+    base_num_layers: PositiveInt | None = Field(
+        None, description="num_layers of the proxy; null: this model's own."
+    )
+    base_ffn_hidden_size: PositiveInt | None = Field(
+        None, description="ffn_hidden_size of the proxy; null: this model's FFN ratio."
+    )
+    base_head_dim: PositiveInt | None = Field(
+        None, description="head_dim of the proxy; null: this model's own."
+    )
+    base_batch_tokens: PositiveInt | None = Field(
+        None, description="Tokens a step of the proxy run; null: no batch scaling."
+    )
+    base_total_tokens: PositiveInt | None = Field(
+        None, description="Total tokens of the proxy run; null: no duration scaling."
+    )
+    batch_exponent: NonNegativeFloat = Field(
+        0.5, description="S = (m_B / m_D)^exponent multiplies lr and weight decay, divides eps."
+    )
+    factors: dict[RoleName, RoleFactors] = Field(
+        default_factory=dict, description="Own factors by role, on top of the table."
+    )
 
 
 class ParallelConfig(Section):
@@ -93,19 +148,35 @@ class ParallelConfig(Section):
 
     tensor_parallel_size: PositiveInt = Field(1, description="Ranks that share each matrix.")
     pipeline_parallel_size: PositiveInt = Field(1, description="Ranks that share the depth.")
-    virtual_pipeline_size: PositiveInt = Field(1, description="Model chunks a pipeline rank (interleaved schedules).")
-    context_parallel_size: Literal[1] = Field(1, description="Ranks that share a sequence; 1 for now.")
-    schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "zero_bubble"] = Field("1f1b", description="Pipeline schedule.")
-    pipeline_split: list[NonNegativeInt] | None = Field(None, description="Layers of each stage in order; null: balanced, ends counted.")
-    sequence_parallel: bool = Field(False, description="Shard the residual stream along the sequence over tensor ranks.")
-    optimizer_shard_size: PositiveInt | None = Field(None, description="Data ranks that share the optimizer; null: all of them.")
-    gradient_dtype: Literal["float32", "bf16"] = Field("float32", description="Type in which gradients are communicated.")
+    virtual_pipeline_size: PositiveInt = Field(
+        1, description="Model chunks a pipeline rank (interleaved schedules)."
+    )
+    context_parallel_size: Literal[1] = Field(
+        1, description="Ranks that share a sequence; 1 for now."
+    )
+    schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "zero_bubble"] = Field(
+        "1f1b", description="Pipeline schedule."
+    )
+    pipeline_split: list[NonNegativeInt] | None = Field(
+        None, description="Layers of each stage in order; null: balanced, ends counted."
+    )
+    sequence_parallel: bool = Field(
+        False, description="Shard the residual stream along the sequence over tensor ranks."
+    )
+    optimizer_shard_size: PositiveInt | None = Field(
+        None, description="Data ranks that share the optimizer; null: all of them."
+    )
+    gradient_dtype: Literal["float32", "bf16"] = Field(
+        "float32", description="Type in which gradients are communicated."
+    )
     bucket_megabytes: PositiveFloat = Field(40.0, description="Size of a gradient bucket in MB.")
     timeout_minutes: PositiveFloat = Field(
-        20.0, description="Bound on one collective, in minutes; at least guards.hang_timeout_minutes, which can say who hangs."
+        20.0,
+        description="Bound on one collective, in minutes; at least guards.hang_timeout_minutes, which can say who hangs.",
     )
     flight_recorder_entries: NonNegativeInt = Field(
-        2000, description="Newest collectives that each rank remembers, for the watchdog to write down in a hang; 0: none."
+        2000,
+        description="Newest collectives that each rank remembers, for the watchdog to write down in a hang; 0: none.",
     )
 
 
@@ -125,43 +196,76 @@ class OptimizerConfig(Section):
     """AdamW with the proxy's base values; the table turns them into each parameter's own."""
 
     base_lr: PositiveFloat = Field(description="eta: peak learning rate at the proxy.")
-    base_init_std: PositiveFloat = Field(0.02, description="sigma: initial standard deviation at the proxy.")
-    base_weight_decay: NonNegativeFloat = Field(0.1, description="lambda: weight decay at the proxy, coupled to the learning rate.")
+    base_init_std: PositiveFloat = Field(
+        0.02, description="sigma: initial standard deviation at the proxy."
+    )
+    base_weight_decay: NonNegativeFloat = Field(
+        0.1, description="lambda: weight decay at the proxy, coupled to the learning rate."
+    )
     base_eps: PositiveFloat = Field(1e-12, description="AdamW epsilon at the proxy.")
-    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), strict=False, description="AdamW moment decay rates.")
-    grad_clip: NonNegativeFloat = Field(1.0, description="Bound on the global gradient norm; 0: no clipping.")
-    schedule: Literal["linear", "cosine", "warmup_stable_decay", "constant"] = Field("linear", description="Shape after the warm-up.")
-    warmup_fraction: Fraction | None = Field(None, description="Linear warm-up as a fraction of train_steps.")
-    warmup_steps: NonNegativeInt | None = Field(None, description="Linear warm-up in steps; give at most one of the two.")
-    decay_fraction: Fraction = Field(0.2, description="warmup_stable_decay: last part of train_steps, in which lr falls.")
-    min_lr_fraction: Fraction = Field(0.0, description="Final learning rate as a fraction of the peak.")
-    overrides: list[OverrideConfig] = Field(default_factory=list, description="Own factors by parameter name.")
+    betas: tuple[Fraction, Fraction] = Field(
+        (0.9, 0.95), strict=False, description="AdamW moment decay rates."
+    )
+    grad_clip: NonNegativeFloat = Field(
+        1.0, description="Bound on the global gradient norm; 0: no clipping."
+    )
+    schedule: Literal["linear", "cosine", "warmup_stable_decay", "constant"] = Field(
+        "linear", description="Shape after the warm-up."
+    )
+    warmup_fraction: Fraction | None = Field(
+        None, description="Linear warm-up as a fraction of train_steps."
+    )
+    warmup_steps: NonNegativeInt | None = Field(
+        None, description="Linear warm-up in steps; give at most one of the two."
+    )
+    decay_fraction: Fraction = Field(
+        0.2, description="warmup_stable_decay: last part of train_steps, in which lr falls."
+    )
+    min_lr_fraction: Fraction = Field(
+        0.0, description="Final learning rate as a fraction of the peak."
+    )
+    overrides: list[OverrideConfig] = Field(
+        default_factory=list, description="Own factors by parameter name."
+    )
 
 
 class TokenizerConfig(Section):
     """Turns text into token ids."""
 
-    type: Literal["sentencepiece", "huggingface", "tiktoken", "bytes"] = Field("sentencepiece", description="Tokenizer family.")
-    model: str | None = Field(None, description="Model file or, for tiktoken, the encoding's name; not used by bytes.")
+    type: Literal["sentencepiece", "huggingface", "tiktoken", "bytes"] = Field(
+        "sentencepiece", description="Tokenizer family."
+    )
+    model: str | None = Field(
+        None, description="Model file or, for tiktoken, the encoding's name; not used by bytes."
+    )
 
 
 class SourceConfig(Section):
     """One token file of a blend."""
 
     prefix: str = Field(description="Path of PREFIX.bin and PREFIX.idx, without the suffix.")
-    weight: PositiveFloat | None = Field(None, description="Share of the samples, relative to the other sources; null: 1.")
-    epochs: PositiveFloat | None = Field(None, description="Passes over this source in the whole run, instead of a weight.")
+    weight: PositiveFloat | None = Field(
+        None, description="Share of the samples, relative to the other sources; null: 1."
+    )
+    epochs: PositiveFloat | None = Field(
+        None, description="Passes over this source in the whole run, instead of a weight."
+    )
 
 
 class DataConfig(Section):
     """What the model reads."""
 
     train: list[SourceConfig] = Field(min_length=1, description="Sources of the training blend.")
-    validation: list[SourceConfig] | None = Field(None, description="Sources of the validation blend; null: no validation.")
-    split: str | None = Field(
-        None, description="'969,30,1': parts of the train sources for training, validation, test, when validation is null."
+    validation: list[SourceConfig] | None = Field(
+        None, description="Sources of the validation blend; null: no validation."
     )
-    tokenizer: TokenizerConfig | None = Field(None, description="Needed to decode text (generation, reports); training works without.")
+    split: str | None = Field(
+        None,
+        description="'969,30,1': parts of the train sources for training, validation, test, when validation is null.",
+    )
+    tokenizer: TokenizerConfig | None = Field(
+        None, description="Needed to decode text (generation, reports); training works without."
+    )
     seed: NonNegativeInt = Field(1234, description="Seed of the sample order.")
     order: Literal["permutation", "megatron"] = Field(
         "permutation", description="permutation: O(1) seek; megatron: Megatron-Core's samples."
@@ -171,93 +275,132 @@ class DataConfig(Section):
         description="Samples of training for which the order is planned (megatron; epochs beside weights); null: those of the run. "
         "Keeps the order of a run that is made longer.",
     )
-    reset_at_document_ends: bool = Field(False, description="Attention and positions start anew at document boundaries.")
-    prefetch: NonNegativeInt = Field(2, description="Steps of batches that a worker thread prepares ahead; 0: none.")
+    reset_at_document_ends: bool = Field(
+        False, description="Attention and positions start anew at document boundaries."
+    )
+    prefetch: NonNegativeInt = Field(
+        2, description="Steps of batches that a worker thread prepares ahead; 0: none."
+    )
 
 
 class BatchRampConfig(Section):
     """A smaller batch in the beginning: batch sizes start, start + increment, ... share the first steps equally."""
 
     start: PositiveInt = Field(description="Sequences of the first optimizer step, over all ranks.")
-    increment: PositiveInt = Field(description="Sequences by which the batch grows, up to global_batch_size.")
-    steps: PositiveInt = Field(description="Optimizer steps after which the batch is global_batch_size.")
+    increment: PositiveInt = Field(
+        description="Sequences by which the batch grows, up to global_batch_size."
+    )
+    steps: PositiveInt = Field(
+        description="Optimizer steps after which the batch is global_batch_size."
+    )
 
 
 class StepRangeConfig(Section):
     """Steps that follow one another."""
 
     first: PositiveInt = Field(description="Number of the first step, counted from 1.")
-    last: PositiveInt | None = Field(None, description="Number of the last step; null: the first alone.")
+    last: PositiveInt | None = Field(
+        None, description="Number of the last step; null: the first alone."
+    )
 
 
 class TrainingConfig(Section):
     """How long, how precise, and where to."""
 
     micro_batch_size: PositiveInt = Field(description="Sequences a rank processes at once.")
-    global_batch_size: PositiveInt = Field(description="Sequences an optimizer step, over all ranks.")
+    global_batch_size: PositiveInt = Field(
+        description="Sequences an optimizer step, over all ranks."
+    )
     train_steps: PositiveInt = Field(description="Optimizer steps of the whole run.")
     batch_ramp: BatchRampConfig | None = Field(
-        None, description="Batch sizes that grow to global_batch_size; the learning rate still goes by steps. null: none."
+        None,
+        description="Batch sizes that grow to global_batch_size; the learning rate still goes by steps. null: none.",
     )
     skip_steps: list[StepRangeConfig] = Field(
-        default_factory=list, description="Steps whose data are read past: no update, while step count and learning rate go on."
+        default_factory=list,
+        description="Steps whose data are read past: no update, while step count and learning rate go on.",
     )
     precision: Literal["float32", "bf16", "float64", "auto"] = Field(
-        "bf16", description="Compute type; master weights are float32 under bf16. auto: bf16 where the hardware has units for it."
+        "bf16",
+        description="Compute type; master weights are float32 under bf16. auto: bf16 where the hardware has units for it.",
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto: cuda where there is one."
+    )
     seed: NonNegativeInt = Field(1234, description="Seed of the initial weights and of dropout.")
-    output_dir: str = Field(description="Folder of the run: config.yaml, metrics.jsonl, tensorboard/, checkpoints/.")
+    output_dir: str = Field(
+        description="Folder of the run: config.yaml, metrics.jsonl, tensorboard/, checkpoints/."
+    )
     z_loss: NonNegativeFloat = Field(
-        0.0, description="Coefficient of logsumexp(logits)^2 added to the training loss (not to that of validation)."
+        0.0,
+        description="Coefficient of logsumexp(logits)^2 added to the training loss (not to that of validation).",
     )
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="Probability mass spread over all tokens, in training (not in validation)."
     )
     recompute: Literal["none", "selective", "full"] = Field(
-        "none", description="Activation recomputation: selective: attention proper and the MLP's activation; full: whole layers."
+        "none",
+        description="Activation recomputation: selective: attention proper and the MLP's activation; full: whole layers.",
     )
     cpu_threads: PositiveInt | None = Field(
-        None, description="Threads a process computes on; null: the node's cores divided by its processes."
+        None,
+        description="Threads a process computes on; null: the node's cores divided by its processes.",
     )
     stop_at_step: PositiveInt | None = Field(
-        None, description="Save and leave after this step, before train_steps; the same run goes on when started again. null: never."
+        None,
+        description="Save and leave after this step, before train_steps; the same run goes on when started again. null: never.",
     )
     exit_after_minutes: PositiveFloat | None = Field(
-        None, description="Save and leave, with the exit code that asks for a requeue, this long after the start; null: never."
+        None,
+        description="Save and leave, with the exit code that asks for a requeue, this long after the start; null: never.",
     )
     weight_gradient: Literal["auto", "torch", "apex"] = Field(
-        "auto", description="Accumulation of weight gradients: apex adds bf16 products straight into fp32; auto: apex where installed."
+        "auto",
+        description="Accumulation of weight gradients: apex adds bf16 products straight into fp32; auto: apex where installed.",
     )
     compile: bool = Field(False, description="torch.compile the regions between linears.")
-    validation_interval: PositiveInt | None = Field(None, description="Steps between validations; null: only at the end.")
+    validation_interval: PositiveInt | None = Field(
+        None, description="Steps between validations; null: only at the end."
+    )
     validation_samples: PositiveInt = Field(64, description="Sequences a validation.")
 
 
 class CheckpointConfig(Section):
     """When and how the state of a run is saved."""
 
-    interval: PositiveInt | None = Field(1000, description="Steps between checkpoints; null: only at the end.")
+    interval: PositiveInt | None = Field(
+        1000, description="Steps between checkpoints; null: only at the end."
+    )
     keep: PositiveInt = Field(3, description="Newest checkpoints that are kept.")
-    keep_every: PositiveInt | None = Field(None, description="Checkpoints whose step is a multiple are kept for good.")
+    keep_every: PositiveInt | None = Field(
+        None, description="Checkpoints whose step is a multiple are kept for good."
+    )
     async_save: bool = Field(True, description="Write while training goes on.")
     local_dir: str | None = Field(
-        None, description="Folder on each node's own disk for snapshots between two checkpoints; needs local_interval. null: none."
+        None,
+        description="Folder on each node's own disk for snapshots between two checkpoints; needs local_interval. null: none.",
     )
-    local_interval: PositiveInt | None = Field(None, description="Steps between snapshots in local_dir.")
+    local_interval: PositiveInt | None = Field(
+        None, description="Steps between snapshots in local_dir."
+    )
     local_keep: PositiveInt = Field(
-        2, description="Newest snapshots that are kept; a checkpoint on the shared disk removes those before it."
+        2,
+        description="Newest snapshots that are kept; a checkpoint on the shared disk removes those before it.",
     )
-    resume: bool = Field(True, description="Continue from the newest checkpoint in output_dir when there is one.")
+    resume: bool = Field(
+        True, description="Continue from the newest checkpoint in output_dir when there is one."
+    )
     allow_changed: list[str] = Field(
         default_factory=list,
         description="Paths or patterns (model.dropout, table.*, data.*, fingerprints.*) that may differ from the checkpoint's at resume.",
     )
     on_failure: Literal["continue", "stop"] = Field(
-        "continue", description="After a failed save: go on training (the older checkpoints are intact), or stop at the next save."
+        "continue",
+        description="After a failed save: go on training (the older checkpoints are intact), or stop at the next save.",
     )
     timeout_minutes: PositiveFloat = Field(
-        30.0, description="Longest wait of one rank for another to get on with its part of a checkpoint, in minutes."
+        30.0,
+        description="Longest wait of one rank for another to get on with its part of a checkpoint, in minutes.",
     )
 
 
@@ -265,60 +408,92 @@ class GuardsConfig(Section):
     """What a run watches for. docs/reliability.md says what happens then, and with which exit code."""
 
     max_skipped_steps: PositiveInt = Field(
-        10, description="Steps in a row skipped for a gradient that is not finite, after which the run stops."
+        10,
+        description="Steps in a row skipped for a gradient that is not finite, after which the run stops.",
     )
     spike_threshold: PositiveFloat | None = Field(
-        1.0, description="Nats above the median of the last 50 losses that are reported as a spike; null: none."
+        1.0,
+        description="Nats above the median of the last 50 losses that are reported as a spike; null: none.",
     )
     rollback_threshold: PositiveFloat | None = Field(
         None,
         description="Nats above that median at which the run goes back to the checkpoint before and leaves out the data since; null: never.",
     )
-    rollback_skip_steps: NonNegativeInt = Field(0, description="Steps of data that a rollback leaves out beyond those up to the spike.")
-    max_rollbacks: PositiveInt = Field(3, description="Rollbacks of a whole run; at the next one needed, the run stops.")
+    rollback_skip_steps: NonNegativeInt = Field(
+        0, description="Steps of data that a rollback leaves out beyond those up to the spike."
+    )
+    max_rollbacks: PositiveInt = Field(
+        3, description="Rollbacks of a whole run; at the next one needed, the run stops."
+    )
     replica_check_interval: PositiveInt | None = Field(
-        500, description="Steps between comparisons of what several ranks must hold alike; null: never."
+        500,
+        description="Steps between comparisons of what several ranks must hold alike; null: never.",
     )
     hang_timeout_minutes: PositiveFloat | None = Field(
         15.0,
         description="Minutes without a finished step after which the watchdog dumps stacks and leaves; longer than a validation and the first step; null: never.",
     )
-    straggler_interval: PositiveInt | None = Field(100, description="Steps between comparisons of the ranks' own times; null: never.")
-    straggler_ratio: Annotated[float, Field(gt=1)] = Field(1.5, description="Times the median rank's time from which a rank is reported.")
-    gc_interval: PositiveInt | None = Field(
-        100, description="Steps between Python's garbage collections, on all ranks after the same step; null: whenever Python likes."
+    straggler_interval: PositiveInt | None = Field(
+        100, description="Steps between comparisons of the ranks' own times; null: never."
     )
-    lock_wait_seconds: NonNegativeFloat = Field(30.0, description="How long a start waits for another run in the same output_dir to end.")
+    straggler_ratio: Annotated[float, Field(gt=1)] = Field(
+        1.5, description="Times the median rank's time from which a rank is reported."
+    )
+    gc_interval: PositiveInt | None = Field(
+        100,
+        description="Steps between Python's garbage collections, on all ranks after the same step; null: whenever Python likes.",
+    )
+    lock_wait_seconds: NonNegativeFloat = Field(
+        30.0, description="How long a start waits for another run in the same output_dir to end."
+    )
     max_restarts_without_progress: PositiveInt = Field(
-        3, description="Restarts by torchrun in a row that find the same step, after which the run stops."
+        3,
+        description="Restarts by torchrun in a row that find the same step, after which the run stops.",
     )
 
 
 class ProfilingConfig(Section):
     """A window of steps that chosen ranks record, written to output_dir/profile."""
 
-    first_step: PositiveInt | None = Field(None, description="Number of the first step that is recorded; null: no profiling.")
+    first_step: PositiveInt | None = Field(
+        None, description="Number of the first step that is recorded; null: no profiling."
+    )
     steps: PositiveInt = Field(3, description="Steps that are recorded.")
-    ranks: list[NonNegativeInt] = Field(default_factory=lambda: [0], min_length=1, description="Ranks that record.")
-    memory: bool = Field(False, description="Record every allocation, too: a memory snapshot of a GPU, sizes by operation elsewhere.")
+    ranks: list[NonNegativeInt] = Field(
+        default_factory=lambda: [0], min_length=1, description="Ranks that record."
+    )
+    memory: bool = Field(
+        False,
+        description="Record every allocation, too: a memory snapshot of a GPU, sizes by operation elsewhere.",
+    )
 
 
 class LoggingConfig(Section):
     """What is reported, and how often."""
 
     interval: PositiveInt = Field(10, description="Steps between console lines.")
-    tensorboard: bool = Field(True, description="Write TensorBoard events to output_dir/tensorboard.")
+    tensorboard: bool = Field(
+        True, description="Write TensorBoard events to output_dir/tensorboard."
+    )
     trackers: list[Literal["wandb", "trackio"]] = Field(
-        default_factory=list, description="Further trackers, from the extra `tracking`; one that fails is left out, and training goes on."
+        default_factory=list,
+        description="Further trackers, from the extra `tracking`; one that fails is left out, and training goes on.",
     )
     project: str = Field("megatron-completep", description="The trackers' project.")
-    run_name: str | None = Field(None, description="The trackers' name of this run; null: the last part of output_dir.")
-    offline: bool = Field(False, description="wandb writes to output_dir/wandb alone, for `wandb sync`; trackio is always on this machine.")
+    run_name: str | None = Field(
+        None, description="The trackers' name of this run; null: the last part of output_dir."
+    )
+    offline: bool = Field(
+        False,
+        description="wandb writes to output_dir/wandb alone, for `wandb sync`; trackio is always on this machine.",
+    )
     parameterization_interval: PositiveInt | None = Field(
-        100, description="Steps between rows with activation, update and attention-logit sizes; null: never."
+        100,
+        description="Steps between rows with activation, update and attention-logit sizes; null: never.",
     )
     parameterization_reference: str | None = Field(
-        None, description="output_dir of the proxy's run, whose sizes raise alarms; null: no comparison."
+        None,
+        description="output_dir of the proxy's run, whose sizes raise alarms; null: no comparison.",
     )
 
     @model_validator(mode="before")

@@ -23,9 +23,13 @@ class _Resolver(yaml.resolver.BaseResolver):
 
 
 _TAG = "tag:yaml.org,2002:"
-_BOOLEAN = re.compile(r"^(?:true|True|TRUE|false|False|FALSE|yes|Yes|YES|no|No|NO|on|On|ON|off|Off|OFF)$")
+_BOOLEAN = re.compile(
+    r"^(?:true|True|TRUE|false|False|FALSE|yes|Yes|YES|no|No|NO|on|On|ON|off|Off|OFF)$"
+)
 _INTEGER = re.compile(r"^[-+]?(?:0x[0-9a-fA-F]+|[0-9][0-9_]*)$")
-_FLOAT = re.compile(r"^[-+]?(?:(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF))$|^\.(?:nan|NaN|NAN)$")
+_FLOAT = re.compile(
+    r"^[-+]?(?:(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF))$|^\.(?:nan|NaN|NAN)$"
+)
 _NULL = re.compile(r"^(?:~|null|Null|NULL|)$")
 _Resolver.add_implicit_resolver(_TAG + "bool", _BOOLEAN, list("tTfFyYnNoO"))
 _Resolver.add_implicit_resolver(_TAG + "int", _INTEGER, list("-+0123456789"))
@@ -42,7 +46,9 @@ class _Loader(yaml.SafeLoader):
         first: dict[tuple[str, str], int] = {}
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "found a key that is not a word", key.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, "found a key that is not a word", key.start_mark
+                )
             line = key.start_mark.line + 1
             if (key.tag, key.value) in first:
                 problem = f"key {key.value} stands twice, first in line {first[key.tag, key.value]}"
@@ -64,13 +70,18 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-_Dumper.add_representer(_Block, lambda dumper, block: dumper.represent_mapping(_TAG + "map", block.items(), flow_style=False))
+_Dumper.add_representer(
+    _Block,
+    lambda dumper, block: dumper.represent_mapping(_TAG + "map", block.items(), flow_style=False),
+)
 
 
 def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
     digits = node.value.replace("_", "")
     if len(digits) > 100:
-        raise yaml.constructor.ConstructorError(None, None, f"found a number of {len(digits)} digits", node.start_mark)
+        raise yaml.constructor.ConstructorError(
+            None, None, f"found a number of {len(digits)} digits", node.start_mark
+        )
     return int(digits, 16 if "x" in digits else 10)
 
 
@@ -84,16 +95,28 @@ _Loader.add_constructor(_TAG + "float", _float)
 _REMEDIES = (
     ("'\\t'", "YAML does not take tabs: indent with spaces."),
     ("stands twice", "Keep one of the two."),
-    ("constructor for the tag", "Only plain values are read: remove the tag (the word that starts with !)."),
-    ("undefined alias", "Write the value out, or put it in quotes when it is meant to start with *."),
+    (
+        "constructor for the tag",
+        "Only plain values are read: remove the tag (the word that starts with !).",
+    ),
+    (
+        "undefined alias",
+        "Write the value out, or put it in quotes when it is meant to start with *.",
+    ),
     ("single document", "One file is one configuration: remove what follows the line ---."),
     ("digits", "No setting needs such a number."),
-    ("mapping values are not allowed", "Put one `key: value` on a line, and quotes around a text that holds a colon."),
+    (
+        "mapping values are not allowed",
+        "Put one `key: value` on a line, and quotes around a text that holds a colon.",
+    ),
     ("could not find expected ':'", "Write `key: value`, with a space after the colon."),
     ("special characters", "Save the file as plain UTF-8 text."),
     ("not a word", "Keys are plain words, such as hidden_size."),
     ("refers to itself", "Write the value out in place of the alias."),
-    ("values", "Write the values out in place of aliases (words that start with *); no configuration has so many."),
+    (
+        "values",
+        "Write the values out in place of aliases (words that start with *); no configuration has so many.",
+    ),
 )
 
 
@@ -120,9 +143,15 @@ def parse_yaml(text: str, name: str) -> tuple[Any, dict[Path, int]]:
         return loader.construct_document(node), _lines(node, ())
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        raise _syntax_error(name, mark.line + 1 if mark else 1, ", ".join(filter(None, (error.context, error.problem)))) from None
+        raise _syntax_error(
+            name,
+            mark.line + 1 if mark else 1,
+            ", ".join(filter(None, (error.context, error.problem))),
+        ) from None
     except yaml.reader.ReaderError as error:
-        raise _syntax_error(name, text.count("\n", 0, error.position) + 1, f"{error.reason}: {error.character!r}") from None
+        raise _syntax_error(
+            name, text.count("\n", 0, error.position) + 1, f"{error.reason}: {error.character!r}"
+        ) from None
     except RecursionError:
         raise _syntax_error(name, 1, "brackets are nested too deeply") from None
 
@@ -135,19 +164,24 @@ def dump_yaml(sections: dict[str, dict[str, Any]]) -> str:
 
 def dump_value(value: Any) -> str:
     """One plain value as it stands in a YAML file, on one line."""
-    return yaml.dump([value], Dumper=_Dumper, default_flow_style=True, width=float("inf")).strip()[1:-1]
+    return yaml.dump([value], Dumper=_Dumper, default_flow_style=True, width=float("inf")).strip()[
+        1:-1
+    ]
 
 
 def _syntax_error(name: str, line: int, problem: str) -> ConfigError:
     remedy = next(
-        (remedy for words, remedy in _REMEDIES if words in problem), "Check the indentation, the brackets and the quotes around here."
+        (remedy for words, remedy in _REMEDIES if words in problem),
+        "Check the indentation, the brackets and the quotes around here.",
     )
     return ConfigError(f"{name}, line {line}: {problem}. {remedy}")
 
 
 def _size_problem(root: yaml.Node) -> str | None:
     """Why a document is larger than it looks, if it is: each node is visited once, however many aliases stand for it."""
-    sizes: dict[int, int] = {}  # values that a node stands for, itself included; 0 while its children are counted
+    sizes: dict[
+        int, int
+    ] = {}  # values that a node stands for, itself included; 0 while its children are counted
 
     def size_of(node: yaml.Node) -> int:
         if id(node) in sizes:

@@ -40,7 +40,9 @@ class Blend:
     def __init__(self, weights: Sequence[float | Fraction]) -> None:
         if not weights or any(not weight > 0 for weight in weights):
             raise DataError(f"blend: the weights {list(weights)} must be positive, one a source.")
-        exact = [weight if isinstance(weight, Fraction) else Fraction(repr(weight)) for weight in weights]
+        exact = [
+            weight if isinstance(weight, Fraction) else Fraction(repr(weight)) for weight in weights
+        ]
         common = lcm(*(weight.denominator for weight in exact))
         integers = [int(weight * common) for weight in exact]
         shrink = gcd(*integers)
@@ -48,7 +50,9 @@ class Blend:
         self.total = sum(self.weights)
         self._walk = -(-self.total // min(self.weights))
         self._periodic = self.total <= WHOLE_PERIOD
-        self.block = self.total * -(-BLOCK // self.total) if self._periodic else max(BLOCK, self._walk)
+        self.block = (
+            self.total * -(-BLOCK // self.total) if self._periodic else max(BLOCK, self._walk)
+        )
         self._table = lru_cache(maxsize=2)(self._build_table)
         self._boundary = lru_cache(maxsize=4)(self._build_boundary)
 
@@ -59,7 +63,9 @@ class Blend:
         if self._periodic:  # every block repeats the first
             sources, numbers = self._table(0)
             source = int(sources[slot])
-            return source, int(numbers[slot]) + block * (self.block * self.weights[source] // self.total)
+            return source, int(numbers[slot]) + block * (
+                self.block * self.weights[source] // self.total
+            )
         sources, numbers = self._table(block)
         return int(sources[slot]), int(numbers[slot])
 
@@ -72,7 +78,9 @@ class Blend:
         block, slot = divmod(index, self.block)
         before = self._boundary(block)
         inside = (
-            np.bincount(self._table(0 if self._periodic else block)[0][:slot], minlength=len(before))
+            np.bincount(
+                self._table(0 if self._periodic else block)[0][:slot], minlength=len(before)
+            )
             if slot
             else np.zeros(len(before), np.int64)
         )
@@ -111,10 +119,16 @@ class Blend:
         """Last slot for the sample-th sample (from 1) of a source."""
         return -(-sample * self.total // self.weights[source]) - 1
 
-    def _walk_slots(self, counts: Sequence[int], start: int, stop: int, final: Sequence[int] | None) -> list[int]:
+    def _walk_slots(
+        self, counts: Sequence[int], start: int, stop: int, final: Sequence[int] | None
+    ) -> list[int]:
         """Earliest deadline first over slots start..stop-1 from the given counts; `final` counts must be met exactly at stop."""
         done = list(counts)
-        waiting = [(done[i] * self.total // self.weights[i], i) for i in range(len(done)) if final is None or done[i] < final[i]]
+        waiting = [
+            (done[i] * self.total // self.weights[i], i)
+            for i in range(len(done))
+            if final is None or done[i] < final[i]
+        ]
         heapq.heapify(waiting)  # (first slot of the next sample, source)
         ready: list[tuple[int, int]] = []  # (last slot, source)
         chosen = []
@@ -122,7 +136,9 @@ class Blend:
             while waiting and waiting[0][0] <= slot:
                 source = heapq.heappop(waiting)[1]
                 deadline = self._deadline(source, done[source] + 1)
-                heapq.heappush(ready, (deadline if final is None else min(deadline, stop - 1), source))
+                heapq.heappush(
+                    ready, (deadline if final is None else min(deadline, stop - 1), source)
+                )
             deadline, source = heapq.heappop(ready)
             assert deadline >= slot, f"blend: source {source} missed slot {deadline} at {slot}"
             chosen.append(source)

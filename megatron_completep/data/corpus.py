@@ -22,7 +22,9 @@ from megatron_completep.data.samples import PermutedSource, Sample, Source
 from megatron_completep.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_completep.errors import DataError, for_all
 
-VALIDATION_STREAM = 1 << 32  # sources of the validation blend draw their orders from stream numbers of their own
+VALIDATION_STREAM = (
+    1 << 32
+)  # sources of the validation blend draw their orders from stream numbers of their own
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,9 @@ class Corpus:
     that the order was planned for.
     """
 
-    def __init__(self, sources: Sequence[Source], blend: Any, vocab_size: int, planned_samples: int) -> None:
+    def __init__(
+        self, sources: Sequence[Source], blend: Any, vocab_size: int, planned_samples: int
+    ) -> None:
         self.sources, self.blend, self.vocab_size = list(sources), blend, vocab_size
         self.planned_samples = planned_samples
 
@@ -54,14 +58,23 @@ class Corpus:
         sample = self.sources[source][number]
         if sample.tokens.max() >= self.vocab_size or sample.tokens.min() < 0:
             position = int(np.argmax(outside(sample.tokens, self.vocab_size)))
-            raise self._unknown_token(self.sources[source].dataset, _file_position(sample, position))
+            raise self._unknown_token(
+                self.sources[source].dataset, _file_position(sample, position)
+            )
         return sample
 
     def origin(self, index: int) -> SampleOrigin:
         """Sample `index` with its source, epoch and place."""
         source, number = self.blend[index]
         epoch, place = self.sources[source].locate(number)
-        return SampleOrigin(index, source, self.sources[source].dataset.prefix, epoch, place, self.sources[source][number])
+        return SampleOrigin(
+            index,
+            source,
+            self.sources[source].dataset.prefix,
+            epoch,
+            place,
+            self.sources[source][number],
+        )
 
     @property
     def num_samples(self) -> int:
@@ -73,7 +86,10 @@ class Corpus:
 
         It is over what decides them (seeds, epochs, shares, counts of each source), so it costs the same at any length.
         """
-        described = [self.blend.order(consumed_samples), [source.order() for source in self.sources]]
+        described = [
+            self.blend.order(consumed_samples),
+            [source.order() for source in self.sources],
+        ]
         return xxhash.xxh3_64_hexdigest(json.dumps(described, sort_keys=True).encode())
 
     def fingerprint(self) -> list[dict[str, Any]]:
@@ -97,7 +113,11 @@ class Corpus:
 
     def check_tokenizer(self, chosen: TokenizerConfig | None) -> None:
         """Refuse files that were written with another tokenizer than `data.tokenizer`; files without a record are let pass."""
-        recorded = [source.dataset for source in self.sources if (source.dataset.sidecar or {}).get("tokenizer")]
+        recorded = [
+            source.dataset
+            for source in self.sources
+            if (source.dataset.sidecar or {}).get("tokenizer")
+        ]
         if chosen is None or not recorded:
             return
         tokenizer = build_tokenizer(chosen)
@@ -164,31 +184,45 @@ def parse_split(split: str) -> list[float]:
     except ValueError:
         shares = []
     if not 1 <= len(shares) <= 3 or min(shares) < 0 or not 0 < sum(shares) < float("inf"):
-        raise DataError(f"data.split = {split!r}: give up to three numbers >= 0 for training, validation and test, such as '969,30,1'.")
+        raise DataError(
+            f"data.split = {split!r}: give up to three numbers >= 0 for training, validation and test, such as '969,30,1'."
+        )
     return megatron_order.normalize(shares + [0.0] * (3 - len(shares)))
 
 
 def has_validation(data: DataConfig) -> bool:
     """Whether there is anything to validate on: sources of its own, or a part of the training sources above 0."""
-    return data.validation is not None or (data.split is not None and parse_split(data.split)[1] > 0)
+    return data.validation is not None or (
+        data.split is not None and parse_split(data.split)[1] > 0
+    )
 
 
-def sources_of(data: DataConfig, split: str) -> tuple[Sequence[SourceConfig], tuple[float, float] | None]:
+def sources_of(
+    data: DataConfig, split: str
+) -> tuple[Sequence[SourceConfig], tuple[float, float] | None]:
     """The configured sources of "train" or "validation", and which share of each (None: all of it)."""
     if split == "train":
-        shares = parse_split(data.split) if data.split is not None and data.validation is None else None
+        shares = (
+            parse_split(data.split) if data.split is not None and data.validation is None else None
+        )
         return data.train, None if shares is None else (0.0, shares[0])
     if data.validation is not None:
         return data.validation, None
     if data.split is None:
-        raise DataError("data.validation and data.split are both null: there is nothing to validate on. Set one of them.")
+        raise DataError(
+            "data.validation and data.split are both null: there is nothing to validate on. Set one of them."
+        )
     if not has_validation(data):
-        raise DataError(f"data.split = '{data.split}' leaves nothing to validate on. Give its second part a share, such as '969,30,1'.")
+        raise DataError(
+            f"data.split = '{data.split}' leaves nothing to validate on. Give its second part a share, such as '969,30,1'."
+        )
     shares = parse_split(data.split)
     return data.train, (shares[0], shares[0] + shares[1])
 
 
-def open_corpus(data: DataConfig, *, seq_length: int, total_samples: int, vocab_size: int, split: str = "train") -> Corpus:
+def open_corpus(
+    data: DataConfig, *, seq_length: int, total_samples: int, vocab_size: int, split: str = "train"
+) -> Corpus:
     """Open the sources of one split. total_samples: samples of the whole run, for which the order is planned (epochs beside weights, and
     the order megatron, depend on it) unless data.order_samples says another number.
 
@@ -198,20 +232,38 @@ def open_corpus(data: DataConfig, *, seq_length: int, total_samples: int, vocab_
     planned = planned_samples(data, total_samples, split)
     if data.order == "megatron":
         passes = -(-total_samples // planned)
-        tables, order = megatron_order.plan(configured, share, seq_length=seq_length, seed=data.seed, num_samples=planned, passes=passes)
+        tables, order = megatron_order.plan(
+            configured,
+            share,
+            seq_length=seq_length,
+            seed=data.seed,
+            num_samples=planned,
+            passes=passes,
+        )
         opened = [source.open() for source in tables]
         blend = order.open() if isinstance(order, MegatronBlend) else order
-        corpus = Corpus(opened, blend if passes == 1 else Repeated(blend, planned, opened), vocab_size, planned)
+        corpus = Corpus(
+            opened, blend if passes == 1 else Repeated(blend, planned, opened), vocab_size, planned
+        )
     else:
         first_stream = 0 if split == "train" else VALIDATION_STREAM
 
         def open_source(number: int) -> PermutedSource:
             dataset = IndexedDataset(configured[number].prefix)
-            documents = None if share is None else (round(share[0] * dataset.num_documents), round(share[1] * dataset.num_documents))
+            documents = (
+                None
+                if share is None
+                else (
+                    round(share[0] * dataset.num_documents),
+                    round(share[1] * dataset.num_documents),
+                )
+            )
             return PermutedSource(dataset, seq_length, data.seed, first_stream + number, documents)
 
         sources = for_all(range(len(configured)), open_source)
-        corpus = Corpus(sources, Blend(blend_weights(configured, sources, planned)), vocab_size, planned)
+        corpus = Corpus(
+            sources, Blend(blend_weights(configured, sources, planned)), vocab_size, planned
+        )
     corpus.check_vocabulary()
     corpus.check_tokenizer(data.tokenizer)
     return corpus
@@ -222,19 +274,33 @@ def planned_samples(data: DataConfig, total_samples: int, split: str) -> int:
     return data.order_samples or total_samples if split == "train" else total_samples
 
 
-def blend_weights(configured: Sequence[SourceConfig], sources: Sequence[PermutedSource], total_samples: int) -> list[Fraction]:
+def blend_weights(
+    configured: Sequence[SourceConfig], sources: Sequence[PermutedSource], total_samples: int
+) -> list[Fraction]:
     """Shares of the sources, exact.
 
     All by weight, or all by epochs (then in proportion to epochs * samples of an epoch): that ratio, whatever the run's length. Mixed:
     sources with epochs get exactly those in the whole run, the others share the rest by weight.
     """
     by_epochs = {
-        i: _decimal(source.epochs) * sources[i].samples_per_epoch for i, source in enumerate(configured) if source.epochs is not None
+        i: _decimal(source.epochs) * sources[i].samples_per_epoch
+        for i, source in enumerate(configured)
+        if source.epochs is not None
     }
-    by_weight = {i: _decimal(source.weight or 1.0) for i, source in enumerate(configured) if source.epochs is None}
-    both = [source.prefix for source in configured if source.epochs is not None and source.weight is not None]
+    by_weight = {
+        i: _decimal(source.weight or 1.0)
+        for i, source in enumerate(configured)
+        if source.epochs is None
+    }
+    both = [
+        source.prefix
+        for source in configured
+        if source.epochs is not None and source.weight is not None
+    ]
     if both:
-        raise DataError(f"data: {', '.join(both)}: both weight and epochs are given. Give one of the two a source.")
+        raise DataError(
+            f"data: {', '.join(both)}: both weight and epochs are given. Give one of the two a source."
+        )
     if not by_epochs or not by_weight:
         return [(by_epochs or by_weight)[i] for i in range(len(configured))]
     rest = total_samples - sum(by_epochs.values())
@@ -252,7 +318,9 @@ def _decimal(number: float) -> Fraction:
     return Fraction(repr(number))
 
 
-def prebuild(data: DataConfig, *, seq_length: int, total_samples: int, split: str = "train") -> list[tuple[Path, bool]]:
+def prebuild(
+    data: DataConfig, *, seq_length: int, total_samples: int, split: str = "train"
+) -> list[tuple[Path, bool]]:
     """Build the tables of `order: megatron` beside the token files, where every later run on this machine maps them.
 
     Returns each folder and whether it was built now. The order `permutation` has no tables: an empty list. Raises DataError.
@@ -262,10 +330,17 @@ def prebuild(data: DataConfig, *, seq_length: int, total_samples: int, split: st
     configured, share = sources_of(data, split)
     planned = planned_samples(data, total_samples, split)
     sources, order = megatron_order.plan(
-        configured, share, seq_length=seq_length, seed=data.seed, num_samples=planned, passes=-(-total_samples // planned)
+        configured,
+        share,
+        seq_length=seq_length,
+        seed=data.seed,
+        num_samples=planned,
+        passes=-(-total_samples // planned),
     )
     folders = [
-        megatron_order.save_prebuilt(source.dataset.prefix, source.description(number), partial(source.build, number))
+        megatron_order.save_prebuilt(
+            source.dataset.prefix, source.description(number), partial(source.build, number)
+        )
         for source in sources
         for number in range(source.passes)
     ]

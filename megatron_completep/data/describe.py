@@ -11,7 +11,13 @@ import numpy as np
 
 from megatron_completep.config.derived import batch_size, total_samples
 from megatron_completep.config.schema import Config, TokenizerConfig
-from megatron_completep.data.corpus import Corpus, SampleOrigin, first_outside, open_corpus, refuse_other_tokenizer
+from megatron_completep.data.corpus import (
+    Corpus,
+    SampleOrigin,
+    first_outside,
+    open_corpus,
+    refuse_other_tokenizer,
+)
 from megatron_completep.data.files import printable
 from megatron_completep.data.indexed import CHUNK, IndexedDataset
 from megatron_completep.data.left_out import LeftOut, first_sample_of
@@ -44,7 +50,9 @@ def tokenizer_for(dataset: IndexedDataset, chosen: TokenizerConfig | None) -> To
     return None
 
 
-def choose_tokenizer(dataset: IndexedDataset, type: str | None, model: str | None) -> TokenizerConfig | None:
+def choose_tokenizer(
+    dataset: IndexedDataset, type: str | None, model: str | None
+) -> TokenizerConfig | None:
     """What a user names by type, by model, or by both; None: neither. A model alone is of the recorded type, else of what it looks like.
 
     model: also a folder in which a run keeps its tokenizer. Raises DataError for a damaged one.
@@ -57,14 +65,18 @@ def choose_tokenizer(dataset: IndexedDataset, type: str | None, model: str | Non
     return None if type is None else TokenizerConfig.model_validate({"type": type, "model": model})
 
 
-def describe_files(dataset: IndexedDataset, tokenizer: Tokenizer | None, documents: int, characters: int = 400) -> dict[str, Any]:
+def describe_files(
+    dataset: IndexedDataset, tokenizer: Tokenizer | None, documents: int, characters: int = 400
+) -> dict[str, Any]:
     """Counts, lengths and the first documents (as text where a tokenizer is given), ready for JSON."""
     with dataset.reading_everything():
         lengths = document_lengths(dataset)
     first = []
     for number in range(min(documents, dataset.num_documents)):
         tokens = dataset.document(number)
-        head = tokens[: characters + 1].tolist()  # a token holds at least one byte, so these are enough
+        head = tokens[
+            : characters + 1
+        ].tolist()  # a token holds at least one byte, so these are enough
         text = None if tokenizer is None else tokenizer.decode(head)[:characters]
         first.append({"document": number, "tokens": len(tokens), "ids": head[:16], "text": text})
     return {
@@ -114,7 +126,11 @@ def problems_of(dataset: IndexedDataset, vocab_size: int | None) -> list[str]:
 
 
 def describe_step(
-    config: Config, step: int, split: str = "train", left_out: Sequence[LeftOut] = (), samples: range | None = None
+    config: Config,
+    step: int,
+    split: str = "train",
+    left_out: Sequence[LeftOut] = (),
+    samples: range | None = None,
 ) -> Iterator[dict[str, Any]]:
     """The samples of optimizer step `step` (from 1, as in metrics.jsonl), in order, each with its source, documents and text.
 
@@ -124,10 +140,18 @@ def describe_step(
     """
     training, steps = config.training, config.training.train_steps
     if split == "train" and not 1 <= step <= steps:
-        raise DataError(f"step {step} is outside this run, which has the steps 1 to {steps} (training.train_steps).")
+        raise DataError(
+            f"step {step} is outside this run, which has the steps 1 to {steps} (training.train_steps)."
+        )
     total = total_samples(training) if split == "train" else training.validation_samples
     data = with_readable_tokenizer(config.data, Path(training.output_dir))
-    corpus = open_corpus(data, seq_length=config.model.seq_length, total_samples=total, vocab_size=config.model.vocab_size, split=split)
+    corpus = open_corpus(
+        data,
+        seq_length=config.model.seq_length,
+        total_samples=total,
+        vocab_size=config.model.vocab_size,
+        split=split,
+    )
     if split != "train":
         samples = range(min(total, corpus.num_samples))
     elif samples is None:
@@ -139,7 +163,9 @@ def describe_step(
         yield describe_sample(corpus, origin, tokenizers[origin.source])
 
 
-def describe_sample(corpus: Corpus, origin: SampleOrigin, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def describe_sample(
+    corpus: Corpus, origin: SampleOrigin, tokenizer: Tokenizer | None
+) -> dict[str, Any]:
     """One sample, ready for JSON: where it comes from and its documents with their places in the file."""
     dataset, sample = corpus.sources[origin.source].dataset, origin.sample
     places = np.concatenate([np.arange(span.begin, span.end) for span in sample.spans])
@@ -153,7 +179,9 @@ def describe_sample(corpus: Corpus, origin: SampleOrigin, tokenizer: Tokenizer |
                 "document": number,
                 "position": int(places[begin]) - dataset.token_offset(number),
                 "tokens": tokens,
-                "text": tokenizer.decode(tokens) if tokenizer is not None and max(tokens) < tokenizer.vocab_size else None,
+                "text": tokenizer.decode(tokens)
+                if tokenizer is not None and max(tokens) < tokenizer.vocab_size
+                else None,
             }
         )
     return {

@@ -32,7 +32,9 @@ def require_regular(path: str | os.PathLike[str]) -> os.stat_result:
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         kind = next((name for test, name in _KINDS if test(status.st_mode)), "something else")
-        raise DataError(f"{printable(path)}: is {kind}, not a regular file. Write its content to a file and name that.")
+        raise DataError(
+            f"{printable(path)}: is {kind}, not a regular file. Write its content to a file and name that."
+        )
     return status
 
 

@@ -66,18 +66,26 @@ class Header(NamedTuple):
 def read_header(raw: bytes, path: str) -> Header:
     """Decode and check the first 34 bytes of an index; raises DataError naming the field."""
     if len(raw) < HEADER.size:
-        raise DataError(f"{path}: header: the file has {len(raw)} bytes, the header takes {HEADER.size}. It is truncated; build it again.")
+        raise DataError(
+            f"{path}: header: the file has {len(raw)} bytes, the header takes {HEADER.size}. It is truncated; build it again."
+        )
     magic, version, code, sequences, documents = HEADER.unpack_from(raw)
     if magic != MAGIC:
         raise DataError(f"{path}: magic: {magic!r} is not {MAGIC!r}. This is not a token index.")
     if version != VERSION:
-        raise DataError(f"{path}: version: {version} is not {VERSION}. Write it again with tools/preprocess_data.py.")
+        raise DataError(
+            f"{path}: version: {version} is not {VERSION}. Write it again with tools/preprocess_data.py."
+        )
     if code in FLOAT_CODES:
-        raise DataError(f"{path}: dtype code: {code} is a floating-point type; tokens are integers.")
+        raise DataError(
+            f"{path}: dtype code: {code} is a floating-point type; tokens are integers."
+        )
     if code not in DTYPES:
         raise DataError(f"{path}: dtype code: {code} is none of {sorted(DTYPES)}.")
     if documents < 1:
-        raise DataError(f"{path}: document_indices: the length is 0; it must be documents + 1, so at least 1.")
+        raise DataError(
+            f"{path}: document_indices: the length is 0; it must be documents + 1, so at least 1."
+        )
     return Header(DTYPES[code], sequences, documents)
 
 
@@ -180,7 +188,9 @@ class IndexedDataset:
         self._lengths: Array = np.frombuffer(self._index, "<i4", sequences, HEADER.size)
         self._pointers: Array = np.frombuffer(self._index, "<i8", sequences, pointers_at)
         self._document_indices: Array = np.frombuffer(self._index, "<i8", documents, documents_at)
-        self.modes: Array | None = np.frombuffer(self._index, "i1", sequences, modes_at) if size > modes_at else None
+        self.modes: Array | None = (
+            np.frombuffer(self._index, "i1", sequences, modes_at) if size > modes_at else None
+        )
 
     def _check_ends(self) -> None:
         """Both ends of each array, and the size of the .bin."""
@@ -206,7 +216,9 @@ class IndexedDataset:
         for begin in range(start, min(stop, self.num_sequences), CHUNK):
             end = min(begin + CHUNK, stop, self.num_sequences)
             lengths = self.lengths[begin:end].astype(np.int64)
-            pointers = np.append(self.pointers[begin:end], self.pointers[end] if end < self.num_sequences else total)
+            pointers = np.append(
+                self.pointers[begin:end], self.pointers[end] if end < self.num_sequences else total
+            )
             if (lengths < 0).any():
                 at = int(np.argmax(lengths < 0))
                 yield f"{self.idx_path}: lengths: sequence {begin + at} has the negative length {lengths[at]}."
@@ -227,7 +239,12 @@ class IndexedDataset:
                 yield f"{self.idx_path}: document_indices: entry {at + 1} is smaller than the entry before it."
 
     def _sidecar_problems(self, sidecar: dict[str, Any]) -> Iterator[str]:
-        counts = {"documents": self.num_documents, "sequences": self.num_sequences, "tokens": self.num_tokens, "dtype": self.dtype.name}
+        counts = {
+            "documents": self.num_documents,
+            "sequences": self.num_sequences,
+            "tokens": self.num_tokens,
+            "dtype": self.dtype.name,
+        }
         for field, value in counts.items():
             if sidecar.get(field) != value:
                 yield (
@@ -252,7 +269,9 @@ class IndexedDataset:
     def problems(self) -> list[str]:
         """Everything that is wrong with the files: the whole structure, and the content hashes where PREFIX.json has them."""
         with self.reading_everything():
-            found = list(self._structure_problems(0, max(self.num_sequences, self.num_documents + 1)))
+            found = list(
+                self._structure_problems(0, max(self.num_sequences, self.num_documents + 1))
+            )
         for suffix in ("bin", "idx"):
             found += self._content_problems(suffix)
         return found
@@ -266,7 +285,9 @@ class IndexedDataset:
         size = (end - begin) * self.dtype.itemsize
         raw = os.pread(self._descriptor, size, begin * self.dtype.itemsize)
         if len(raw) != size:
-            raise DataError(f"{self.bin_path}: tokens {begin} to {end - 1} cannot be read: the file was shortened while in use.")
+            raise DataError(
+                f"{self.bin_path}: tokens {begin} to {end - 1} cannot be read: the file was shortened while in use."
+            )
         return np.frombuffer(raw, self.dtype)
 
     def sequence(self, number: int) -> Array:
@@ -284,7 +305,11 @@ class IndexedDataset:
 
     def sequence_offset(self, sequence: int) -> int:
         """Where a sequence begins in `tokens`; `num_sequences` gives the end of the last one."""
-        return self.num_tokens if sequence == self.num_sequences else int(self.pointers[sequence]) // self.dtype.itemsize
+        return (
+            self.num_tokens
+            if sequence == self.num_sequences
+            else int(self.pointers[sequence]) // self.dtype.itemsize
+        )
 
     def sequence_offsets(self, sequences: Array) -> Array:
         """`sequence_offset` of many sequences, int64."""
@@ -296,7 +321,9 @@ class IndexedDataset:
     def document_at(self, token: int) -> int:
         """Number of the document that holds token `token` of the file. Two binary searches, no copy (the arrays are not aligned)."""
         sequence = bisect_right(self.pointers, token * self.dtype.itemsize) - 1
-        guess = min(sequence, self.num_documents - 1)  # right where every document has one sequence, as almost always
+        guess = min(
+            sequence, self.num_documents - 1
+        )  # right where every document has one sequence, as almost always
         if self.document_indices[guess] <= sequence < self.document_indices[guess + 1]:
             return guess
         return bisect_right(self.document_indices, sequence) - 1
@@ -373,4 +400,6 @@ def read_sidecar(prefix: str) -> dict[str, Any] | None:
         raise DataError(
             f"{path}: cannot be read as JSON ({error}). Remove it, or copy it again: the token files work without it."
         ) from error
-    return content if isinstance(content, dict) and content.get("format") == SIDECAR_FORMAT else None
+    return (
+        content if isinstance(content, dict) and content.get("format") == SIDECAR_FORMAT else None
+    )

@@ -40,13 +40,21 @@ def past(entries: Sequence[LeftOut], step: int, consumed_samples: int) -> int:
     return consumed_samples
 
 
-def first_sample_of(training: TrainingConfig, step: int, entries: Sequence[LeftOut], start_step: int = 0, start_samples: int = 0) -> int:
+def first_sample_of(
+    training: TrainingConfig,
+    step: int,
+    entries: Sequence[LeftOut],
+    start_step: int = 0,
+    start_samples: int = 0,
+) -> int:
     """Number within the run of the first sample of step `step` (from 1).
 
     training: in force since `start_step`, after which `start_samples` had been consumed.
     """
     jumped = start_samples - samples_before(training, start_step + 1)
-    for earlier in sorted({entry.after_step for entry in entries if start_step <= entry.after_step < step}):
+    for earlier in sorted(
+        {entry.after_step for entry in entries if start_step <= entry.after_step < step}
+    ):
         planned = samples_before(training, earlier + 1)
         jumped = past(entries, earlier, planned + jumped) - planned
     return samples_before(training, step) + jumped

@@ -34,14 +34,24 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         """The same batch on a device."""
-        return Batch(*(getattr(self, field.name).to(device, non_blocking=non_blocking) for field in fields(self)))
+        return Batch(
+            *(
+                getattr(self, field.name).to(device, non_blocking=non_blocking)
+                for field in fields(self)
+            )
+        )
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory, from which copies to a GPU overlap with its work."""
         return Batch(*(getattr(self, field.name).pin_memory() for field in fields(self)))
 
 
-def make_batch(samples: Sequence[Sample | None], sample_ids: Sequence[int], seq_length: int, reset_at_document_ends: bool) -> Batch:
+def make_batch(
+    samples: Sequence[Sample | None],
+    sample_ids: Sequence[int],
+    seq_length: int,
+    reset_at_document_ends: bool,
+) -> Batch:
     """Stack samples; None gives a padding row of zeros that the loss mask leaves out."""
     rows = np.zeros((len(samples), seq_length + 1), np.int64)
     mask = np.ones((len(samples), seq_length), np.float32)
@@ -61,7 +71,14 @@ def make_batch(samples: Sequence[Sample | None], sample_ids: Sequence[int], seq_
             positions[row] -= np.concatenate(([0], starts))[document_ids[row]]
     tokens, labels = torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(rows[:, 1:].copy())
     ids = torch.tensor(sample_ids, dtype=torch.int64)
-    return Batch(tokens, labels, torch.from_numpy(mask), torch.from_numpy(positions), torch.from_numpy(document_ids), ids)
+    return Batch(
+        tokens,
+        labels,
+        torch.from_numpy(mask),
+        torch.from_numpy(positions),
+        torch.from_numpy(document_ids),
+        ids,
+    )
 
 
 @dataclass(frozen=True)
@@ -84,7 +101,10 @@ class Layout:
                 f"{self.micro_batch_size} * {self.data_size}. Change one of them."
             )
         first = self.data_rank * self.micro_batch_size
-        return [range(start + first, start + first + self.micro_batch_size) for start in range(0, global_batch_size, row)]
+        return [
+            range(start + first, start + first + self.micro_batch_size)
+            for start in range(0, global_batch_size, row)
+        ]
 
 
 class Loader:
@@ -112,7 +132,9 @@ class Loader:
         self.consumed_samples = consumed_samples
         self._waited = 0.0
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="data") if prefetch else None
-        self._ahead: deque[tuple[int, int, Future[list[Batch]]]] = deque()  # (first sample, samples, batches)
+        self._ahead: deque[tuple[int, int, Future[list[Batch]]]] = (
+            deque()
+        )  # (first sample, samples, batches)
         self._look_ahead()
 
     def next_step(self, global_batch_size: int | None = None) -> list[Batch]:
@@ -163,7 +185,10 @@ class Loader:
         """Keep the next steps under way; what was prepared for another position or size is dropped."""
         if self._worker is None:
             return
-        wanted = [(self.consumed_samples + i * self.global_batch_size, self.global_batch_size) for i in range(self._prefetch)]
+        wanted = [
+            (self.consumed_samples + i * self.global_batch_size, self.global_batch_size)
+            for i in range(self._prefetch)
+        ]
         if any(held[:2] != want for held, want in zip(self._ahead, wanted, strict=False)):
             for _, _, future in self._ahead:
                 future.cancel()
@@ -200,7 +225,9 @@ def build_loader(
     total_samples: sequences of the whole run where its steps are not all of global_batch_size.
     """
     total = train_steps * global_batch_size if total_samples is None else total_samples
-    corpus = open_corpus(data, seq_length=seq_length, total_samples=total, vocab_size=vocab_size, split=split)
+    corpus = open_corpus(
+        data, seq_length=seq_length, total_samples=total, vocab_size=vocab_size, split=split
+    )
     return Loader(
         corpus,
         Layout(micro_batch_size, data_rank, data_size),
@@ -220,7 +247,14 @@ class ValidationBatches:
     sum of losses over all ranks is over exactly the same n samples at every layout.
     """
 
-    def __init__(self, corpus: Corpus, layout: Layout, samples: int, seq_length: int, reset_at_document_ends: bool) -> None:
+    def __init__(
+        self,
+        corpus: Corpus,
+        layout: Layout,
+        samples: int,
+        seq_length: int,
+        reset_at_document_ends: bool,
+    ) -> None:
         if samples <= 0:
             raise DataError(f"training.validation_samples = {samples}: at least one is needed.")
         self.corpus, self.num_samples = corpus, samples
@@ -234,13 +268,33 @@ class ValidationBatches:
     def __iter__(self) -> Iterator[Batch]:
         for numbers in self._rows:
             ids = [number if number < self.num_samples else PADDING for number in numbers]
-            yield make_batch([None if i == PADDING else self.corpus[i] for i in ids], ids, self._seq_length, self._reset)
+            yield make_batch(
+                [None if i == PADDING else self.corpus[i] for i in ids],
+                ids,
+                self._seq_length,
+                self._reset,
+            )
 
 
 def validation_batches(
-    data: DataConfig, *, samples: int, seq_length: int, micro_batch_size: int, vocab_size: int, data_rank: int, data_size: int
+    data: DataConfig,
+    *,
+    samples: int,
+    seq_length: int,
+    micro_batch_size: int,
+    vocab_size: int,
+    data_rank: int,
+    data_size: int,
 ) -> ValidationBatches:
     """A fixed set of validation samples, at most one epoch of all sources together. Raises DataError."""
-    corpus = open_corpus(data, seq_length=seq_length, total_samples=samples, vocab_size=vocab_size, split="validation")
+    corpus = open_corpus(
+        data,
+        seq_length=seq_length,
+        total_samples=samples,
+        vocab_size=vocab_size,
+        split="validation",
+    )
     layout = Layout(micro_batch_size, data_rank, data_size)
-    return ValidationBatches(corpus, layout, min(samples, corpus.num_samples), seq_length, data.reset_at_document_ends)
+    return ValidationBatches(
+        corpus, layout, min(samples, corpus.num_samples), seq_length, data.reset_at_document_ends
+    )

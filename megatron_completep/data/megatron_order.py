@@ -63,7 +63,11 @@ class MegatronSource:
 
     def description(self, number: int = 0) -> dict[str, Any]:
         """What the tables of pass `number` (from 0) are built from."""
-        file = {"sequences": self.dataset.num_sequences, "tokens": self.dataset.num_tokens, "index": _index_identity(self.dataset)}
+        file = {
+            "sequences": self.dataset.num_sequences,
+            "tokens": self.dataset.num_tokens,
+            "index": _index_identity(self.dataset),
+        }
         return {
             "sequences": list(self._sequences),
             "seq_length": self.seq_length,
@@ -113,7 +117,9 @@ class MegatronSource:
     def _find(self, index: int) -> tuple[int, int, Tables]:
         """(pass, number in the stream of its epochs, its tables)."""
         if not 0 <= index < len(self):
-            raise DataError(f"{self.dataset.prefix}: order megatron has {len(self)} samples for this run, sample {index} was asked for.")
+            raise DataError(
+                f"{self.dataset.prefix}: order megatron has {len(self)} samples for this run, sample {index} was asked for."
+            )
         wanted, within = divmod(index, self.samples_per_pass)
         number, tables = self._pass
         if number != wanted:
@@ -137,7 +143,9 @@ class MegatronSource:
         return Sample(tokens, tuple(spans), starts)
 
 
-def build_tables(lengths: Array, first: int, last: int, seq_length: int, num_samples: int | None, seed: int) -> Tables:
+def build_tables(
+    lengths: Array, first: int, last: int, seq_length: int, num_samples: int | None, seed: int
+) -> Tables:
     """document_index int32 [epochs * sequences], sample_index [n + 1, 2] (place in document_index, offset), shuffle_index [n]."""
     tokens = int(lengths[first:last].sum(dtype=np.int64))
     epochs, separate = epochs_for(num_samples, tokens, seq_length)
@@ -159,7 +167,11 @@ def build_tables(lengths: Array, first: int, last: int, seq_length: int, num_sam
     shuffled = [np.arange(low, high, dtype=dtype) for low, high in pairwise(bounds)]
     for part in shuffled:
         random.shuffle(part)
-    return {"document_index": document_index, "sample_index": sample_index, "shuffle_index": np.concatenate(shuffled)}
+    return {
+        "document_index": document_index,
+        "sample_index": sample_index,
+        "shuffle_index": np.concatenate(shuffled),
+    }
 
 
 def epochs_for(num_samples: int | None, tokens: int, seq_length: int) -> tuple[int, bool]:
@@ -168,7 +180,9 @@ def epochs_for(num_samples: int | None, tokens: int, seq_length: int) -> tuple[i
         return 1, False
     epochs = max(1, ceil_div(num_samples * seq_length + 1, tokens))
     whole_epochs = ((epochs - 1) * tokens - 1) // seq_length
-    return epochs, epochs > 1 and num_samples - whole_epochs < int(SEPARATE_BELOW * ((tokens - 1) // seq_length))
+    return epochs, epochs > 1 and num_samples - whole_epochs < int(
+        SEPARATE_BELOW * ((tokens - 1) // seq_length)
+    )
 
 
 def _sample_index(lengths: Array, seq_length: int, n: int) -> Array:
@@ -231,7 +245,9 @@ class MegatronBlend:
 
     def __getitem__(self, index: int) -> tuple[int, int]:
         require_whole_tables(self.prefix, self.tables)
-        return int(self.tables["dataset_index"][index]), int(self.tables["dataset_sample_index"][index])
+        return int(self.tables["dataset_index"][index]), int(
+            self.tables["dataset_sample_index"][index]
+        )
 
 
 class SingleSource:
@@ -248,7 +264,9 @@ class SingleSource:
 class Repeated:
     """A blend of `planned` samples, over and over: each time with the next pass of its sources."""
 
-    def __init__(self, blend: MegatronBlend | SingleSource, planned: int, sources: Sequence[MegatronSource]) -> None:
+    def __init__(
+        self, blend: MegatronBlend | SingleSource, planned: int, sources: Sequence[MegatronSource]
+    ) -> None:
         self._blend, self._planned, self._sources = blend, planned, sources
 
     def order(self, consumed_samples: int) -> dict[str, Any]:
@@ -279,11 +297,20 @@ def plan(
     Raises DataError for sources in epochs, which Megatron does not have.
     """
     if any(source.epochs is not None for source in configured):
-        raise DataError("data.order = megatron: a source is given in epochs. Give weights, or use data.order = permutation.")
+        raise DataError(
+            "data.order = megatron: a source is given in epochs. Give weights, or use data.order = permutation."
+        )
     datasets = [IndexedDataset(source.prefix) for source in configured]
-    sequences = [None if share is None else (round(share[0] * d.num_sequences), round(share[1] * d.num_sequences)) for d in datasets]
+    sequences = [
+        None
+        if share is None
+        else (round(share[0] * d.num_sequences), round(share[1] * d.num_sequences))
+        for d in datasets
+    ]
     if len(configured) == 1 and (share is None or configured[0].weight is None):
-        return [MegatronSource(datasets[0], seq_length, seed, num_samples, sequences[0], passes)], SingleSource()
+        return [
+            MegatronSource(datasets[0], seq_length, seed, num_samples, sequences[0], passes)
+        ], SingleSource()
     weights = normalize([1.0 if source.weight is None else source.weight for source in configured])
     targets = [ceil(num_samples * weight) for weight in weights]
     sources = [
@@ -308,7 +335,9 @@ def _index_identity(dataset: IndexedDataset) -> Any:
 
 
 def _prebuilt_folder(prefix: str, description: dict[str, Any]) -> Path:
-    return Path(f"{prefix}_indices") / xxhash.xxh3_64_hexdigest(json.dumps(description, sort_keys=True).encode())
+    return Path(f"{prefix}_indices") / xxhash.xxh3_64_hexdigest(
+        json.dumps(description, sort_keys=True).encode()
+    )
 
 
 def load_prebuilt(prefix: str, description: dict[str, Any]) -> Tables | None:
@@ -322,22 +351,35 @@ def load_prebuilt(prefix: str, description: dict[str, Any]) -> Tables | None:
     try:
         content = read_json(folder / "description.json")
         if content["description"] != description:
-            raise DataError(f"{printable(folder)}: the prebuilt index is not the one its name stands for. {_REMEDY}")
+            raise DataError(
+                f"{printable(folder)}: the prebuilt index is not the one its name stands for. {_REMEDY}"
+            )
         if "hashes" not in content:
-            raise DataError(f"{printable(folder)}: the prebuilt index is of an earlier version, which kept no hashes. {_REMEDY}")
-        return {name: _load_table(_table_file(folder, name), content["hashes"][name], shape) for name, shape in content["tables"].items()}
+            raise DataError(
+                f"{printable(folder)}: the prebuilt index is of an earlier version, which kept no hashes. {_REMEDY}"
+            )
+        return {
+            name: _load_table(_table_file(folder, name), content["hashes"][name], shape)
+            for name, shape in content["tables"].items()
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{printable(folder)}: the prebuilt index cannot be read ({error}). {_REMEDY}") from error
+        raise DataError(
+            f"{printable(folder)}: the prebuilt index cannot be read ({error}). {_REMEDY}"
+        ) from error
 
 
 def _load_table(path: Path, expected: str, shape: list[Any]) -> Array:
     """Map one table. shape: its [shape, dtype]. The hash comes first: numpy reads a header by parsing it as Python."""
     require_regular(path)
     if (actual := hash_file(path)) != expected:
-        raise DataError(f"{printable(path)}: content: xxh3_64 {actual}, but {expected} was written. {_REMEDY}")
+        raise DataError(
+            f"{printable(path)}: content: xxh3_64 {actual}, but {expected} was written. {_REMEDY}"
+        )
     table: Array = np.load(path, mmap_mode="r", allow_pickle=False)
     if [list(table.shape), table.dtype.name] != shape:
-        raise DataError(f"{printable(path)}: holds {list(table.shape)} {table.dtype.name}, expected {shape}. {_REMEDY}")
+        raise DataError(
+            f"{printable(path)}: holds {list(table.shape)} {table.dtype.name}, expected {shape}. {_REMEDY}"
+        )
     return table
 
 
@@ -355,7 +397,9 @@ def require_whole_tables(prefix: str, tables: Tables) -> None:
             require_whole(table.base, f"{prefix}_indices: {name}.npy")
 
 
-def save_prebuilt(prefix: str, description: dict[str, Any], build: Callable[[], Tables]) -> tuple[Path, bool]:
+def save_prebuilt(
+    prefix: str, description: dict[str, Any], build: Callable[[], Tables]
+) -> tuple[Path, bool]:
     """Build tables and put them beside the token files in one rename; returns the folder and whether it was built now.
 
     Tables that are there are kept where they are whole, else replaced.

@@ -14,7 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 MASK64 = (1 << 64) - 1
-ROUNDS, ROUNDS_WHEN_SMALL = 8, 24  # few bits in a part mix slowly: below 2**16 more rounds are cheap
+ROUNDS, ROUNDS_WHEN_SMALL = (
+    8,
+    24,
+)  # few bits in a part mix slowly: below 2**16 more rounds are cheap
 
 IntOrArray = TypeVar("IntOrArray", int, npt.NDArray[Any])  # a Python integer or a uint64 array
 

@@ -15,11 +15,20 @@ import xxhash
 from megatron_completep.config.schema import DataConfig, TokenizerConfig
 from megatron_completep.data.files import printable, read_json
 from megatron_completep.data.indexed import hash_file
-from megatron_completep.data.tokenizer import TiktokenTokenizer, Tokenizer, build_tokenizer, model_path
+from megatron_completep.data.tokenizer import (
+    TiktokenTokenizer,
+    Tokenizer,
+    build_tokenizer,
+    model_path,
+)
 from megatron_completep.errors import DataError
 
 FOLDER, RECORD = "tokenizer", "record.json"
-_COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")  # beside a tokenizer.json
+_COMPANIONS = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)  # beside a tokenizer.json
 
 
 def keep_tokenizer(settings: TokenizerConfig | None, run: Path) -> str | None:
@@ -35,7 +44,9 @@ def keep_tokenizer(settings: TokenizerConfig | None, run: Path) -> str | None:
         model, files = _files_of(tokenizer, settings)
         kept = _read_record(folder)
         if kept is None or kept["hash"] != tokenizer.hash:
-            _write(folder, files, {**tokenizer.identity(), "model": model}, replace=kept is not None)
+            _write(
+                folder, files, {**tokenizer.identity(), "model": model}, replace=kept is not None
+            )
         _check(folder)
     except (DataError, OSError) as error:
         return f"warning: no copy of the tokenizer is kept in {printable(folder)}: {error}"
@@ -54,12 +65,18 @@ def copy_in(folder: Path) -> TokenizerConfig | None:
         return None
     _check(folder)
     encoding, _, name = record["model"].rpartition(":")
-    return TokenizerConfig(type=record["type"], model=f"{encoding}:{folder / name}" if encoding else str(folder / name))
+    return TokenizerConfig(
+        type=record["type"], model=f"{encoding}:{folder / name}" if encoding else str(folder / name)
+    )
 
 
 def with_readable_tokenizer(data: DataConfig, run: Path) -> DataConfig:
     """The same settings; where the tokenizer's model is gone, with the run's copy of it."""
-    if data.tokenizer is None or data.tokenizer.model is None or os.path.exists(model_path(data.tokenizer)):
+    if (
+        data.tokenizer is None
+        or data.tokenizer.model is None
+        or os.path.exists(model_path(data.tokenizer))
+    ):
         return data
     return data.model_copy(update={"tokenizer": at_hand(data.tokenizer, run)})
 
@@ -74,7 +91,9 @@ def _files_of(tokenizer: Tokenizer, settings: TokenizerConfig) -> tuple[str, dic
         return path.name, {path.name: path.read_bytes()}
     path = path / "tokenizer.json" if path.is_dir() else path
     companions = [path.parent / name for name in _COMPANIONS]
-    beside = {companion.name: companion.read_bytes() for companion in companions if companion.is_file()}
+    beside = {
+        companion.name: companion.read_bytes() for companion in companions if companion.is_file()
+    }
     return "tokenizer.json", {"tokenizer.json": path.read_bytes(), **beside}
 
 
@@ -88,7 +107,9 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
         if digest != _hash(record):
             raise ValueError("its hash is not the one that it ends with")
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise DataError(f"{printable(path)}: is not what was written ({error}). {_REMEDY}") from None
+        raise DataError(
+            f"{printable(path)}: is not what was written ({error}). {_REMEDY}"
+        ) from None
     return dict(record)
 
 
@@ -102,16 +123,25 @@ def _check(folder: Path) -> None:
         except OSError as error:
             raise DataError(f"{printable(folder / name)}: {error.strerror}. {_REMEDY}") from None
         if found != expected:
-            raise DataError(f"{printable(folder / name)}: content: xxh3_64 {found}, but {expected} was written. {_REMEDY}")
+            raise DataError(
+                f"{printable(folder / name)}: content: xxh3_64 {found}, but {expected} was written. {_REMEDY}"
+            )
 
 
 def _write(folder: Path, files: dict[str, bytes], identity: dict[str, Any], replace: bool) -> None:
     """Files first, the record last. Without `replace`, a file that is there must have the same content."""
     folder.mkdir(exist_ok=True)
-    foreign = [name for name, content in files.items() if (folder / name).exists() and (folder / name).read_bytes() != content]
+    foreign = [
+        name
+        for name, content in files.items()
+        if (folder / name).exists() and (folder / name).read_bytes() != content
+    ]
     if foreign and not replace:
         raise DataError(f"{foreign[0]} there is another file. Move it away.")
-    record = {**identity, "files": {name: xxhash.xxh3_64_hexdigest(content) for name, content in files.items()}}
+    record = {
+        **identity,
+        "files": {name: xxhash.xxh3_64_hexdigest(content) for name, content in files.items()},
+    }
     content = json.dumps({**record, "xxh3_64": _hash(record)}, indent=1).encode()
     (folder / RECORD).unlink(missing_ok=True)
     for name, raw in {**files, RECORD: content}.items():

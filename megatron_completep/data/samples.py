@@ -32,7 +32,9 @@ class Sample:
 
     tokens: Array  # [seq_length + 1], the file's dtype
     spans: tuple[Span, ...]
-    starts: npt.NDArray[np.int64]  # positions in (0, seq_length] at which a new document begins, ascending
+    starts: npt.NDArray[
+        np.int64
+    ]  # positions in (0, seq_length] at which a new document begins, ascending
 
 
 class Source(Protocol):
@@ -59,14 +61,23 @@ class PermutedSource:
     """
 
     def __init__(
-        self, dataset: IndexedDataset, seq_length: int, seed: int, stream: int = 0, documents: tuple[int, int] | None = None
+        self,
+        dataset: IndexedDataset,
+        seq_length: int,
+        seed: int,
+        stream: int = 0,
+        documents: tuple[int, int] | None = None,
     ) -> None:
         first, last = documents or (0, dataset.num_documents)
         self.dataset, self.seq_length = dataset, seq_length
         self.begin, self.end = dataset.token_offset(first), dataset.token_offset(last)
         self.samples_per_epoch = max(0, self.end - self.begin - 1) // seq_length
         if self.samples_per_epoch == 0:
-            part = f"documents {first} to {last - 1} hold {self.end - self.begin} tokens" if last > first else "this part has no document"
+            part = (
+                f"documents {first} to {last - 1} hold {self.end - self.begin} tokens"
+                if last > first
+                else "this part has no document"
+            )
             raise DataError(
                 f"{dataset.bin_path}: {part}, one sample takes "
                 f"seq_length + 1 = {seq_length + 1}. Use a larger corpus, a larger split, or a smaller model.seq_length."
@@ -76,7 +87,12 @@ class PermutedSource:
 
     def order(self) -> dict[str, Any]:
         """What decides the order of the samples: nothing that depends on the run's length."""
-        return {"tokens": [self.begin, self.end], "seq_length": self.seq_length, "seed": self._seed, "stream": self._stream}
+        return {
+            "tokens": [self.begin, self.end],
+            "seq_length": self.seq_length,
+            "seed": self._seed,
+            "stream": self._stream,
+        }
 
     def _permutation_of(self, epoch: int) -> Permutation:
         return Permutation(self.samples_per_epoch, derive_key(self._seed, self._stream, epoch))
@@ -87,7 +103,10 @@ class PermutedSource:
         cached_epoch, permutation = self._permutation
         if cached_epoch != epoch:
             permutation = self._permutation_of(epoch)
-            self._permutation = (epoch, permutation)  # one tuple, so a second thread never sees half of it
+            self._permutation = (
+                epoch,
+                permutation,
+            )  # one tuple, so a second thread never sees half of it
         return epoch, permutation[within]
 
     def __getitem__(self, index: int) -> Sample:

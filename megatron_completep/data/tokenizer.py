@@ -18,9 +18,21 @@ from megatron_completep.data.files import printable, read_json, require_regular
 from megatron_completep.data.indexed import dtype_for_vocabulary
 from megatron_completep.errors import DataError
 
-MAX_VOCABULARY = 1 << 24  # ids; a larger one is a damaged file, and would ask for its size in memory
+MAX_VOCABULARY = (
+    1 << 24
+)  # ids; a larger one is a damaged file, and would ask for its size in memory
 SPACE_MARK = "\u2581"  # SentencePiece writes a space as this character and decodes both to a space
-_END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<eod>", "<EOD>", "</s>", "<eos>", "<|im_end|>", "[EOS]", "[SEP]")
+_END_OF_DOCUMENT_NAMES = (
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<eod>",
+    "<EOD>",
+    "</s>",
+    "<eos>",
+    "<|im_end|>",
+    "[EOS]",
+    "[SEP]",
+)
 
 
 class TokenizerSettings(Protocol):
@@ -72,12 +84,20 @@ class Tokenizer:
         listed = [int(i) for i in ids]
         for position, i in enumerate(listed):
             if not 0 <= i < self.vocab_size:
-                raise DataError(f"token id {i} at position {position} is outside the tokenizer's vocabulary of {self.vocab_size}.")
+                raise DataError(
+                    f"token id {i} at position {position} is outside the tokenizer's vocabulary of {self.vocab_size}."
+                )
         return self._decode(listed)
 
     def identity(self) -> dict[str, str | int | None]:
         """What is recorded beside token files: two tokenizers with equal identities give equal ids."""
-        return {"type": self.type, "model": self.model_name, "hash": self.hash, "vocab_size": self.vocab_size, "eod_id": self.eod_id}
+        return {
+            "type": self.type,
+            "model": self.model_name,
+            "hash": self.hash,
+            "vocab_size": self.vocab_size,
+            "eod_id": self.eod_id,
+        }
 
     def _encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         raise NotImplementedError
@@ -136,17 +156,29 @@ class SentencePieceTokenizer(Tokenizer):
     def _find_space_mark(self) -> list[int] | None:
         probe = "  a \n\tb "
         ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
-        lossless = self._processor.decode(self._processor.encode(probe)) == probe and all(self._processor.is_byte(i) for i in ids)
+        lossless = self._processor.decode(self._processor.encode(probe)) == probe and all(
+            self._processor.is_byte(i) for i in ids
+        )
         return ids if lossless else None
 
     def _encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         marked = [self._space_mark_ids is not None and SPACE_MARK in text for text in texts]
-        plain = iter(self._encode_plain([text for text, mark in zip(texts, marked, strict=True) if not mark]))
-        return [self._encode_marked(text) if mark else next(plain) for text, mark in zip(texts, marked, strict=True)]
+        plain = iter(
+            self._encode_plain([text for text, mark in zip(texts, marked, strict=True) if not mark])
+        )
+        return [
+            self._encode_marked(text) if mark else next(plain)
+            for text, mark in zip(texts, marked, strict=True)
+        ]
 
     def _encode_plain(self, texts: list[str]) -> list[np.ndarray]:
-        if hasattr(self._processor, "EncodeAsNumpy"):  # recent versions; without Python lists it is 8 % faster
-            return [ids.astype(self.dtype) for ids in self._processor.EncodeAsNumpy(texts, num_threads=1)]
+        if hasattr(
+            self._processor, "EncodeAsNumpy"
+        ):  # recent versions; without Python lists it is 8 % faster
+            return [
+                ids.astype(self.dtype)
+                for ids in self._processor.EncodeAsNumpy(texts, num_threads=1)
+            ]
         return [np.array(ids, self.dtype) for ids in self._processor.encode(texts, num_threads=1)]
 
     def _encode_marked(self, text: str) -> np.ndarray:
@@ -185,17 +217,29 @@ class HuggingFaceTokenizer(Tokenizer):
             raise DataError(f"{path}: its vocabulary is empty. Give a tokenizer that was trained.")
         self.vocab_size = max(vocabulary.values()) + 1  # ids may have holes
         if self.vocab_size > MAX_VOCABULARY:
-            raise DataError(f"{path}: holds the id {self.vocab_size - 1}; ids go up to {MAX_VOCABULARY - 1}.")
-        names = (*_configured_end_of_document(path.parent / "tokenizer_config.json"), *_END_OF_DOCUMENT_NAMES)
+            raise DataError(
+                f"{path}: holds the id {self.vocab_size - 1}; ids go up to {MAX_VOCABULARY - 1}."
+            )
+        names = (
+            *_configured_end_of_document(path.parent / "tokenizer_config.json"),
+            *_END_OF_DOCUMENT_NAMES,
+        )
         self.eod_id = next((vocabulary[name] for name in names if name in vocabulary), None)
 
     def _encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         # encode_batch_fast leaves out character offsets, which nobody here reads.
         try:
             encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        except Exception as error:  # the library raises bare Exception for text that the vocabulary cannot express
-            raise DataError(f"{self.model_name}: a text cannot be encoded ({error}). Use another tokenizer.") from error
-        return [np.fromiter(ids, self.dtype, len(ids)) for ids in (encoding.ids for encoding in encodings)]
+        except (
+            Exception
+        ) as error:  # the library raises bare Exception for text that the vocabulary cannot express
+            raise DataError(
+                f"{self.model_name}: a text cannot be encoded ({error}). Use another tokenizer."
+            ) from error
+        return [
+            np.fromiter(ids, self.dtype, len(ids))
+            for ids in (encoding.ids for encoding in encodings)
+        ]
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
@@ -237,7 +281,9 @@ class TiktokenTokenizer(Tokenizer):
         else:
             try:
                 self._encoding = tiktoken.get_encoding(model)
-            except Exception as error:  # ValueError for a name, whatever the network raises for a download
+            except (
+                Exception
+            ) as error:  # ValueError for a name, whatever the network raises for a download
                 raise DataError(
                     f"tiktoken encoding {model} cannot be had ({str(error).splitlines()[0]}). "
                     f"Give the path of its .tiktoken file, or one of {', '.join(tiktoken.list_encoding_names())}."
@@ -271,31 +317,50 @@ class TiktokenTokenizer(Tokenizer):
                 token, rank = line.split()
                 ranks[base64.b64decode(token, validate=True)] = int(rank)
             except ValueError as error:
-                raise DataError(f"{path}, line {number}: expected a base64 token and its rank, found {line[:40]!r}.") from error
+                raise DataError(
+                    f"{path}, line {number}: expected a base64 token and its rank, found {line[:40]!r}."
+                ) from error
             ranked[int(rank)].append(number)
         if {bytes([byte]) for byte in range(256)} - ranks.keys():
-            raise DataError(f"{path}: the ranks leave out some of the 256 single bytes, so some text could not be encoded.")
+            raise DataError(
+                f"{path}: the ranks leave out some of the 256 single bytes, so some text could not be encoded."
+            )
         highest = max(ranked)
         twice = next((lines for rank, lines in sorted(ranked.items()) if len(lines) > 1), None)
         if twice is not None:
-            raise DataError(f"{path}: lines {twice[0]} and {twice[1]} have the same rank; a rank is a token's id. Restore the file.")
+            raise DataError(
+                f"{path}: lines {twice[0]} and {twice[1]} have the same rank; a rank is a token's id. Restore the file."
+            )
         if len(ranks) != len(ranked):
-            raise DataError(f"{path}: {len(ranked)} ranks for {len(ranks)} tokens: a token stands there twice. Restore the file.")
+            raise DataError(
+                f"{path}: {len(ranked)} ranks for {len(ranks)} tokens: a token stands there twice. Restore the file."
+            )
         if min(ranked) < 0 or highest >= MAX_VOCABULARY:
-            raise DataError(f"{path}: ranks go from {min(ranked)} to {highest}; they are ids from 0 to {MAX_VOCABULARY - 1}.")
+            raise DataError(
+                f"{path}: ranks go from {min(ranked)} to {highest}; they are ids from 0 to {MAX_VOCABULARY - 1}."
+            )
         if len(ranks) != published_ranks or eod_id in ranked:
             eod_id = highest + 1
-        return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": eod_id})
+        return tiktoken.Encoding(
+            name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": eod_id}
+        )
 
     def _encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [self._encoding.encode_to_numpy(text, disallowed_special=()).astype(self.dtype) for text in texts]
+        return [
+            self._encoding.encode_to_numpy(text, disallowed_special=()).astype(self.dtype)
+            for text in texts
+        ]
 
     def _decode(self, ids: list[int]) -> str:
         special = set(self._encoding._special_tokens.values())
         return self._encoding.decode([i for i in ids if i not in special])
 
 
-_FAMILIES = {"sentencepiece": SentencePieceTokenizer, "huggingface": HuggingFaceTokenizer, "tiktoken": TiktokenTokenizer}
+_FAMILIES = {
+    "sentencepiece": SentencePieceTokenizer,
+    "huggingface": HuggingFaceTokenizer,
+    "tiktoken": TiktokenTokenizer,
+}
 
 
 def build_tokenizer(config: TokenizerSettings) -> Tokenizer:
@@ -303,7 +368,9 @@ def build_tokenizer(config: TokenizerSettings) -> Tokenizer:
     if config.type == "bytes":
         return BytesTokenizer()
     if config.type not in _FAMILIES:
-        raise DataError(f"tokenizer type = {config.type!r} is unknown. Use one of: {', '.join(sorted([*_FAMILIES, 'bytes']))}.")
+        raise DataError(
+            f"tokenizer type = {config.type!r} is unknown. Use one of: {', '.join(sorted([*_FAMILIES, 'bytes']))}."
+        )
     if config.model is None:
         raise DataError(
             f"tokenizer type {config.type} needs a model: its file, or for tiktoken the encoding's name "
@@ -314,7 +381,11 @@ def build_tokenizer(config: TokenizerSettings) -> Tokenizer:
 
 def model_path(settings: TokenizerSettings) -> str:
     """The path in a tokenizer's model: tiktoken's may have the encoding's name before it (or be nothing but that name)."""
-    return str(settings.model).rpartition(":")[2] if settings.type == "tiktoken" else str(settings.model)
+    return (
+        str(settings.model).rpartition(":")[2]
+        if settings.type == "tiktoken"
+        else str(settings.model)
+    )
 
 
 def lasting_model(settings: TokenizerSettings) -> str | None:
@@ -342,7 +413,9 @@ def _read(path: str, family: str) -> bytes:
         require_regular(path)
         return Path(path).read_bytes()
     except OSError as error:
-        raise DataError(f"{printable(path)}: the {family} tokenizer's model cannot be read ({error.strerror}). Give its file.") from error
+        raise DataError(
+            f"{printable(path)}: the {family} tokenizer's model cannot be read ({error.strerror}). Give its file."
+        ) from error
 
 
 def _configured_end_of_document(path: Path) -> tuple[str, ...]:

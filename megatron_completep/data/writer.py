@@ -44,13 +44,17 @@ class IndexedWriter:
         self.dtype = np.dtype(dtype).newbyteorder("<")
         codes = [code for code, known in DTYPES.items() if known == self.dtype]
         if not codes:
-            raise DataError(f"{self.prefix}: dtype {self.dtype} cannot be stored; use one of {[d.name for d in DTYPES.values()]}.")
+            raise DataError(
+                f"{self.prefix}: dtype {self.dtype} cannot be stored; use one of {[d.name for d in DTYPES.values()]}."
+            )
         self._code = codes[0]
         Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
         self._bin = open(self.prefix + ".bin.partial", "wb")  # noqa: SIM115 (held open until close)
         self._idx = open(self.prefix + ".idx.partial", "w+b")  # noqa: SIM115
         self._counts = open(self.prefix + ".documents.partial", "w+b")  # noqa: SIM115 (int64 sequences per document)
-        self._idx.write(bytes(HEADER.size))  # the header comes last: without it the file is no index
+        self._idx.write(
+            bytes(HEADER.size)
+        )  # the header comes last: without it the file is no index
         self._digest = xxhash.xxh3_64()
         self.num_documents = self.num_sequences = self.num_tokens = 0
         self.longest_document = 0
@@ -59,7 +63,12 @@ class IndexedWriter:
     def __enter__(self) -> IndexedWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if kind is None:
             self.close()
         else:
@@ -78,24 +87,33 @@ class IndexedWriter:
         if len(sizes) == 0:
             return
         if int(sizes.sum()) != len(flat) or int(sizes.min()) < 0:
-            raise DataError(f"{self.prefix}: {len(flat)} tokens were handed over, but the documents' lengths sum to {int(sizes.sum())}.")
+            raise DataError(
+                f"{self.prefix}: {len(flat)} tokens were handed over, but the documents' lengths sum to {int(sizes.sum())}."
+            )
         self._append([flat], sizes, np.ones(len(sizes), np.int64))
         self.longest_document = max(self.longest_document, int(sizes.max()))
 
-    def append(self, dataset: IndexedDataset, first_document: int = 0, last_document: int | None = None) -> None:
+    def append(
+        self, dataset: IndexedDataset, first_document: int = 0, last_document: int | None = None
+    ) -> None:
         """Copy documents first..last-1 of other token files block by block, without looking at single tokens."""
         if dataset.dtype != self.dtype:
             raise DataError(
                 f"{dataset.idx_path}: dtype code: {dataset.dtype.name} tokens cannot go into {self.prefix}, which has {self.dtype.name}."
             )
         if dataset.modes is not None:
-            raise DataError(f"{dataset.idx_path}: modes: multimodal token files cannot be merged or split.")
+            raise DataError(
+                f"{dataset.idx_path}: modes: multimodal token files cannot be merged or split."
+            )
         last_document = dataset.num_documents if last_document is None else last_document
         begin, end = dataset.token_offset(first_document), dataset.token_offset(last_document)
         step = BLOCK_BYTES // self.dtype.itemsize
         for start in range(begin, end, step):
             self._write_tokens(dataset.tokens[start : min(start + step, end)])
-        first, last = int(dataset.document_indices[first_document]), int(dataset.document_indices[last_document])
+        first, last = (
+            int(dataset.document_indices[first_document]),
+            int(dataset.document_indices[last_document]),
+        )
         with dataset.reading_everything():
             for start in range(first, last, CHUNK):
                 self._idx.write(dataset.lengths[start : min(start + CHUNK, last)].tobytes())
@@ -103,14 +121,18 @@ class IndexedWriter:
                 stop = min(start + CHUNK, last_document)
                 indices = dataset.document_indices[start : stop + 1]
                 self._counts.write(np.diff(indices).astype("<i8").tobytes())
-                self.longest_document = max(self.longest_document, int(np.diff(dataset.sequence_offsets(indices)).max()))
+                self.longest_document = max(
+                    self.longest_document, int(np.diff(dataset.sequence_offsets(indices)).max())
+                )
         self.num_sequences += last - first
         self.num_documents += last_document - first_document
 
     def _cast(self, tokens: Array) -> Array:
         """Tokens in the stored type; refuses what does not fit instead of wrapping it."""
         if tokens.ndim != 1:
-            raise DataError(f"{self.prefix}: document {self.num_documents}: a sequence must be 1-D token ids, found shape {tokens.shape}.")
+            raise DataError(
+                f"{self.prefix}: document {self.num_documents}: a sequence must be 1-D token ids, found shape {tokens.shape}."
+            )
         if tokens.dtype == self.dtype or len(tokens) == 0:
             return tokens.astype(self.dtype, copy=False)
         bounds = np.iinfo(self.dtype)
@@ -121,7 +143,9 @@ class IndexedWriter:
             )
         return tokens.astype(self.dtype)
 
-    def _append(self, parts: Sequence[Array], lengths: Array, sequences_per_document: Array) -> None:
+    def _append(
+        self, parts: Sequence[Array], lengths: Array, sequences_per_document: Array
+    ) -> None:
         if len(lengths) and int(lengths.max()) > INT32_MAX:
             raise DataError(
                 f"{self.prefix}: document {self.num_documents}: a sequence of {int(lengths.max())} tokens; at most {INT32_MAX} fit."
@@ -150,7 +174,9 @@ class IndexedWriter:
         self._write_pointers()
         self._write_document_indices()
         self._idx.seek(0)
-        self._idx.write(HEADER.pack(MAGIC, VERSION, self._code, self.num_sequences, self.num_documents + 1))
+        self._idx.write(
+            HEADER.pack(MAGIC, VERSION, self._code, self.num_sequences, self.num_documents + 1)
+        )
         for file in (self._bin, self._idx):
             file.flush()
             os.fsync(file.fileno())
@@ -166,8 +192,14 @@ class IndexedWriter:
             "longest_document": self.longest_document,
             "largest_id": self.largest_id,
             "dtype": self.dtype.name,
-            "bin": {"bytes": self.num_tokens * self.dtype.itemsize, "xxh3_64": self._digest.hexdigest()},
-            "idx": {"bytes": Path(self._idx.name).stat().st_size, "xxh3_64": hash_file(self._idx.name)},
+            "bin": {
+                "bytes": self.num_tokens * self.dtype.itemsize,
+                "xxh3_64": self._digest.hexdigest(),
+            },
+            "idx": {
+                "bytes": Path(self._idx.name).stat().st_size,
+                "xxh3_64": hash_file(self._idx.name),
+            },
             "tokenizer": tokenizer,
             **extra,
         }
@@ -184,7 +216,9 @@ class IndexedWriter:
     def _write_pointers(self) -> None:
         offset = 0
         for start in range(0, self.num_sequences, CHUNK):
-            lengths = np.fromfile(self._at(HEADER.size + 4 * start), "<i4", min(CHUNK, self.num_sequences - start)).astype(np.int64)
+            lengths = np.fromfile(
+                self._at(HEADER.size + 4 * start), "<i4", min(CHUNK, self.num_sequences - start)
+            ).astype(np.int64)
             ends = offset + np.cumsum(lengths * self.dtype.itemsize)
             self._idx.seek(0, os.SEEK_END)
             self._idx.write((ends - lengths * self.dtype.itemsize).astype("<i8").tobytes())
@@ -243,7 +277,9 @@ def merge(prefixes: Sequence[str | Path], output: str | Path) -> dict[str, Any]:
         raise
 
 
-def split(prefix: str | Path, shares: Sequence[float], outputs: Sequence[str | Path]) -> list[dict[str, Any]]:
+def split(
+    prefix: str | Path, shares: Sequence[float], outputs: Sequence[str | Path]
+) -> list[dict[str, Any]]:
     """Cut token files into consecutive runs of whole documents with the given shares; returns the new PREFIX.json contents."""
     dataset = IndexedDataset(prefix)
     given = ", ".join(f"{share:g}" for share in shares)
@@ -252,13 +288,18 @@ def split(prefix: str | Path, shares: Sequence[float], outputs: Sequence[str | P
             f"split: {len(outputs)} outputs for the shares {given}. Give one share of at least 0 for each output, not all of them 0."
         )
     _refuse_overwrite([dataset], outputs)
-    bounds = [round(float(edge) * dataset.num_documents) for edge in np.cumsum([0.0, *shares]) / sum(shares)]
+    bounds = [
+        round(float(edge) * dataset.num_documents)
+        for edge in np.cumsum([0.0, *shares]) / sum(shares)
+    ]
     contents = []
     for output, first, last in zip(outputs, bounds[:-1], bounds[1:], strict=True):
         writer = IndexedWriter(output, dataset.dtype)
         try:
             writer.append(dataset, first, last)
-            contents.append(writer.close(tokenizer=_common_tokenizer([dataset]), **_tokenizer_path([dataset])))
+            contents.append(
+                writer.close(tokenizer=_common_tokenizer([dataset]), **_tokenizer_path([dataset]))
+            )
         except BaseException:
             writer.abort()
             raise
@@ -269,13 +310,22 @@ def _refuse_overwrite(datasets: Sequence[IndexedDataset], outputs: Sequence[str 
     sources = {os.path.realpath(dataset.idx_path) for dataset in datasets}
     for output in outputs:
         if os.path.realpath(f"{output}.idx") in sources:
-            raise DataError(f"{output}: is an input as well as an output. Choose another output prefix.")
+            raise DataError(
+                f"{output}: is an input as well as an output. Choose another output prefix."
+            )
 
 
 def _common_tokenizer(datasets: Sequence[IndexedDataset]) -> dict[str, Any] | None:
-    recorded = [(d.prefix, d.sidecar["tokenizer"]) for d in datasets if d.sidecar and d.sidecar.get("tokenizer")]
+    recorded = [
+        (d.prefix, d.sidecar["tokenizer"])
+        for d in datasets
+        if d.sidecar and d.sidecar.get("tokenizer")
+    ]
     for prefix, tokenizer in recorded[1:]:
-        if {**tokenizer, "model": None} != {**recorded[0][1], "model": None}:  # the same tokenizer may lie at several paths
+        if {**tokenizer, "model": None} != {
+            **recorded[0][1],
+            "model": None,
+        }:  # the same tokenizer may lie at several paths
             raise DataError(
                 f"{prefix}.json: tokenizer: {tokenizer} differs from {recorded[0][1]} of {recorded[0][0]}. "
                 "Token ids of two tokenizers cannot be mixed."
@@ -285,5 +335,9 @@ def _common_tokenizer(datasets: Sequence[IndexedDataset]) -> dict[str, Any] | No
 
 def _tokenizer_path(datasets: Sequence[IndexedDataset]) -> dict[str, Any]:
     """Where the recorded tokenizer lay, as a field of PREFIX.json; nothing where that is not known."""
-    paths = [d.sidecar["tokenizer_path"] for d in datasets if d.sidecar and d.sidecar.get("tokenizer_path")]
+    paths = [
+        d.sidecar["tokenizer_path"]
+        for d in datasets
+        if d.sidecar and d.sidecar.get("tokenizer_path")
+    ]
     return {"tokenizer_path": paths[0]} if paths else {}

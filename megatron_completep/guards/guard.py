@@ -25,8 +25,21 @@ class Guard:
     What only rank 0 does in that folder, and may not be able to do, goes through `on_first`: every rank leaves with the same message.
     """
 
-    def __init__(self, config: Config, context: ParallelContext, launch: Launch, watchdog: Watchdog, say: Callable[[str], None]):
-        self.config, self.context, self.launch, self._watchdog, self._say = config, context, launch, watchdog, say
+    def __init__(
+        self,
+        config: Config,
+        context: ParallelContext,
+        launch: Launch,
+        watchdog: Watchdog,
+        say: Callable[[str], None],
+    ):
+        self.config, self.context, self.launch, self._watchdog, self._say = (
+            config,
+            context,
+            launch,
+            watchdog,
+            say,
+        )
         self.folder = Path(config.training.output_dir)
         self.exchange = Exchange(context, config.parallel.timeout_minutes)
         self._lock: OutputLock | None = None
@@ -54,7 +67,16 @@ class Guard:
 
     def hooks(self, step: TrainingStep, state: RunState, rollbacks: Rollbacks) -> list[Hook]:
         """The guards that watch every step after `state`."""
-        return guard_hooks(self.config, self.context, step.optimizer, state, self._watchdog, rollbacks, self.exchange, self._say)
+        return guard_hooks(
+            self.config,
+            self.context,
+            step.optimizer,
+            state,
+            self._watchdog,
+            rollbacks,
+            self.exchange,
+            self._say,
+        )
 
     def still_here(self) -> None:
         """What training waits for gets on: no hang, although no step comes."""

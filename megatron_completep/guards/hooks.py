@@ -72,7 +72,13 @@ class SkippedSteps(Hook):
     stage = Stage.GUARD
 
     def __init__(
-        self, optimizer: DistributedOptimizer, context: ParallelContext, training: TrainingConfig, exchange: Exchange, limit: int, say: Say
+        self,
+        optimizer: DistributedOptimizer,
+        context: ParallelContext,
+        training: TrainingConfig,
+        exchange: Exchange,
+        limit: int,
+        say: Say,
     ):
         self._optimizer, self._context, self._training = optimizer, context, training
         self._exchange, self._limit, self._say = exchange, limit, say
@@ -91,10 +97,17 @@ class SkippedSteps(Hook):
         self._in_a_row += 1
         found = self._exchange.all_gather((not_finite(self._optimizer), self.own_samples(record)))
         where = {rank: (names, samples) for rank, (names, samples) in enumerate(found) if names}
-        parts = [f"rank {rank}: {describe(names)}, samples {samples}" for rank, (names, samples) in where.items()]
-        text = "; ".join(parts[:4]) or nobody(self._context.device.type == "cuda" and self._in_a_row == 1, self.own_samples(record))
+        parts = [
+            f"rank {rank}: {describe(names)}, samples {samples}"
+            for rank, (names, samples) in where.items()
+        ]
+        text = "; ".join(parts[:4]) or nobody(
+            self._context.device.type == "cuda" and self._in_a_row == 1, self.own_samples(record)
+        )
         step = record.state.step
-        self._say(f"step {step}: a gradient was not finite, nothing was updated ({self._in_a_row} in a row). {text}")
+        self._say(
+            f"step {step}: a gradient was not finite, nothing was updated ({self._in_a_row} in a row). {text}"
+        )
         if self._in_a_row >= self._limit:
             raise RunStopped(
                 f"step {step}: {self._in_a_row} steps in a row without a finite gradient (guards.max_skipped_steps). {text}\n"
@@ -109,19 +122,32 @@ class SkippedSteps(Hook):
     def own_samples(self, record: StepRecord) -> str:
         """Numbers within the run of the samples that this data rank read in the step."""
         first = record.state.consumed_samples - record.samples
-        layout = Layout(self._training.micro_batch_size, self._context.data.rank, self._context.data.size)
-        return ", ".join(f"{first + part.start}-{first + part.stop - 1}" for part in layout.micro_batches(record.samples))
+        layout = Layout(
+            self._training.micro_batch_size, self._context.data.rank, self._context.data.size
+        )
+        return ", ".join(
+            f"{first + part.start}-{first + part.stop - 1}"
+            for part in layout.micro_batches(record.samples)
+        )
 
 
 def not_finite(optimizer: DistributedOptimizer) -> list[str]:
     """Parameters whose gradient on this rank, before any sum over ranks, is not finite; in the order of the forward pass."""
     names = reversed(optimizer.shards.parameters)
-    return [name for name in names if not math.isfinite(main_grad_of(optimizer.shards.parameters[name]).double().sum().item())]
+    return [
+        name
+        for name in names
+        if not math.isfinite(main_grad_of(optimizer.shards.parameters[name]).double().sum().item())
+    ]
 
 
 def nobody(replaced: bool, samples: str) -> str:
     """What to say when no rank's gradient shows it (any more)."""
-    why = "by now the next step's have replaced them" if replaced else "the sum over ranks or the loss was not finite"
+    why = (
+        "by now the next step's have replaced them"
+        if replaced
+        else "the sum over ranks or the loss was not finite"
+    )
     return f"No rank's own gradient shows it: {why}; samples {samples} on rank 0"
 
 
@@ -134,8 +160,19 @@ class Replicas(Hook):
 
     stage = Stage.GUARD
 
-    def __init__(self, optimizer: DistributedOptimizer, context: ParallelContext, exchange: Exchange, interval: int):
-        self._optimizer, self._context, self._exchange, self._interval = optimizer, context, exchange, interval
+    def __init__(
+        self,
+        optimizer: DistributedOptimizer,
+        context: ParallelContext,
+        exchange: Exchange,
+        interval: int,
+    ):
+        self._optimizer, self._context, self._exchange, self._interval = (
+            optimizer,
+            context,
+            exchange,
+            interval,
+        )
 
     def due(self, step: int) -> bool:
         return step % self._interval == 0
@@ -143,7 +180,9 @@ class Replicas(Hook):
     def after_step(self, record: StepRecord) -> None:
         if not self.due(record.state.step):
             return
-        found = who_differs(self._exchange.all_gather(replica_hashes(self._optimizer, self._context)))
+        found = who_differs(
+            self._exchange.all_gather(replica_hashes(self._optimizer, self._context))
+        )
         if found:
             raise RunStopped(
                 f"step {record.state.step}: replicas differ: {'; '.join(found)}. Memory or a link of that host is not sound. "
@@ -172,7 +211,10 @@ class Stragglers(Hook):
         found = self._exchange.all_gather((self._total / self._steps, platform.node()))
         self._total, self._steps = 0.0, 0
         times = [seconds for seconds, _ in found]
-        median, slowest = statistics.median_low(times), max(range(len(times)), key=times.__getitem__)
+        median, slowest = (
+            statistics.median_low(times),
+            max(range(len(times)), key=times.__getitem__),
+        )
         record.slowest_rank = slowest
         record.slowest_rank_ratio = times[slowest] / median if median else 1.0
         for rank, (seconds, host) in enumerate(found):
@@ -196,7 +238,9 @@ def guard_hooks(
     """The guards that the configuration asks for."""
     guards = config.guards
     hooks: list[Hook] = [Heartbeat(watchdog)]
-    hooks.append(SkippedSteps(optimizer, context, config.training, exchange, guards.max_skipped_steps, say))
+    hooks.append(
+        SkippedSteps(optimizer, context, config.training, exchange, guards.max_skipped_steps, say)
+    )
     if guards.gc_interval is not None:
         hooks.append(GarbageCollection(guards.gc_interval))
     if guards.spike_threshold is not None or guards.rollback_threshold is not None:

@@ -24,7 +24,9 @@ class OutputLock:
         """Wait for a run that is just ending, then raise ConfigError that names the holder. Makes the folder when it is missing."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+            self._descriptor = os.open(
+                folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644
+            )
         except OSError as error:
             lock = f"{LOCK}: " if error.filename == str(folder / LOCK) else ""
             raise ConfigError(
@@ -42,8 +44,14 @@ class OutputLock:
                     "Wait for it, stop it, or choose another folder."
                 )
             time.sleep(0.2)
-        holder = {"pid": os.getpid(), "host": platform.node(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
-        with suppress(OSError):  # the lock holds without a name in the file, which a full disk does not take
+        holder = {
+            "pid": os.getpid(),
+            "host": platform.node(),
+            "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        }
+        with suppress(
+            OSError
+        ):  # the lock holds without a name in the file, which a full disk does not take
             os.ftruncate(self._descriptor, 0)
             os.pwrite(self._descriptor, json.dumps(holder).encode(), 0)
 

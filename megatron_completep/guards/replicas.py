@@ -29,7 +29,9 @@ def bit_sum(values: Tensor) -> list[int]:
     return sums.tolist()
 
 
-def replica_hashes(optimizer: DistributedOptimizer, context: ParallelContext) -> dict[str, list[int]]:
+def replica_hashes(
+    optimizer: DistributedOptimizer, context: ParallelContext
+) -> dict[str, list[int]]:
     """Named hashes of this rank; those under one name must be equal on all ranks. Names that start with `owner` say what is right."""
     optimizer.wait_for_parameters()
     shards, shard = optimizer.shards, context.shard
@@ -37,18 +39,26 @@ def replica_hashes(optimizer: DistributedOptimizer, context: ParallelContext) ->
     hashes: dict[str, list[int]] = {}
     for owner in range(shard.size):
         slices = [shards.flat[start:stop] for start, stop in shards.layout.slices({"data": owner})]
-        hashes[f"weights of {here}, slice {owner}"] = bit_sum(torch.cat(slices)) if slices else [0, 0]
+        hashes[f"weights of {here}, slice {owner}"] = (
+            bit_sum(torch.cat(slices)) if slices else [0, 0]
+        )
     if shards.master.data_ptr() != shards.flat.data_ptr():
-        hashes[f"owner: weights of {here}, slice {shard.rank}"] = bit_sum(shards.master.to(shards.flat.dtype))
+        hashes[f"owner: weights of {here}, slice {shard.rank}"] = bit_sum(
+            shards.master.to(shards.flat.dtype)
+        )
     hashes[f"masters of {here}, slice {shard.rank}"] = bit_sum(shards.master)
     whole = [s for s in shards.segments if shards.specs[s.name].replicated]
     if whole:
         views = [shards.master[s.shard_start : s.shard_start + s.size] for s in whole]
-        hashes[f"norms and biases of stage {context.pipeline.rank}, data {context.data.rank}"] = bit_sum(torch.cat(views))
+        hashes[f"norms and biases of stage {context.pipeline.rank}, data {context.data.rank}"] = (
+            bit_sum(torch.cat(views))
+        )
     tied = [s for s in shards.segments if shards.specs[s.name].tied_to is not None]
     if tied:  # in a bucket of their own, so that both ends of the pipeline cut them alike
         views = [shards.master[s.shard_start : s.shard_start + s.size] for s in tied]
-        hashes[f"tied embedding of tensor {context.tensor.rank}, slice {shard.rank}"] = bit_sum(torch.cat(views))
+        hashes[f"tied embedding of tensor {context.tensor.rank}, slice {shard.rank}"] = bit_sum(
+            torch.cat(views)
+        )
     return hashes
 
 
@@ -62,10 +72,16 @@ def who_differs(reports: list[dict[str, list[int]]]) -> list[str]:
     for name, values in by_name.items():
         truth = by_name.get(f"owner: {name}")
         counts = Counter(values.values()).most_common()
-        if name.startswith("owner") or (len(counts) == 1 and (truth is None or set(truth.values()) == set(values.values()))):
+        if name.startswith("owner") or (
+            len(counts) == 1 and (truth is None or set(truth.values()) == set(values.values()))
+        ):
             continue
         right = next(iter(truth.values())) if truth else counts[0][0]
         tie = truth is None and len(counts) > 1 and counts[0][1] == counts[1][1]
-        wrong = sorted(values) if tie else [rank for rank, value in values.items() if value != right]
-        found.append(f"rank {', '.join(map(str, wrong))} in {name}" + (" (one of them)" if tie else ""))
+        wrong = (
+            sorted(values) if tie else [rank for rank, value in values.items() if value != right]
+        )
+        found.append(
+            f"rank {', '.join(map(str, wrong))} in {name}" + (" (one of them)" if tie else "")
+        )
     return found

@@ -24,7 +24,9 @@ def note_start(folder: Path, restart_count: int, step: int, limit: int) -> None:
     try:
         write_whole(path, json.dumps(steps).encode())
     except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}. Free some space, or choose another training.output_dir.") from None
+        raise ConfigError(
+            f"{path} cannot be written: {error.strerror}. Free some space, or choose another training.output_dir."
+        ) from None
     if len(steps) == limit + 1 and len(set(steps)) == 1:
         raise RunStopped(
             f"{limit} restarts in a row got no further than step {step}. Look at the first error above, "

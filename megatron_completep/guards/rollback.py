@@ -18,8 +18,19 @@ from megatron_completep.run.state import Checkpointer, RunState
 class Rollbacks:
     """Those of one run's folder; every rank knows the same. Raises CheckpointError when they cannot be read."""
 
-    def __init__(self, config: Config, exchange: Exchange, checkpointer: Checkpointer, say: Callable[[str], None]):
-        self._config, self._exchange, self._checkpointer, self._say = config, exchange, checkpointer, say
+    def __init__(
+        self,
+        config: Config,
+        exchange: Exchange,
+        checkpointer: Checkpointer,
+        say: Callable[[str], None],
+    ):
+        self._config, self._exchange, self._checkpointer, self._say = (
+            config,
+            exchange,
+            checkpointer,
+            say,
+        )
         self._folder = Path(config.training.output_dir)
         self._done = [LeftOut(**entry) for entry in exchange.on_first(self._read)]
 
@@ -49,8 +60,15 @@ class Rollbacks:
             return None
         state = self._checkpointer.go_back(max(good))
         training, after = self._config.training, spike.step + 1
-        beyond = samples_before(training, after + self._config.guards.rollback_skip_steps) - samples_before(training, after)
-        done = LeftOut(state.step, self.past(state).consumed_samples, spike.consumed_samples + beyond, spike.step)
+        beyond = samples_before(
+            training, after + self._config.guards.rollback_skip_steps
+        ) - samples_before(training, after)
+        done = LeftOut(
+            state.step,
+            self.past(state).consumed_samples,
+            spike.consumed_samples + beyond,
+            spike.step,
+        )
         self._done.append(done)
         self._exchange.on_first(lambda: write_left_out(self._folder, self._done))
         self._say(

@@ -36,18 +36,31 @@ class LossSpikes(Hook):
         state: RunState,
         say: Callable[[str], None],
     ):
-        self._guards, self._rollbacks, self._exchange, self._metrics, self._say = guards, rollbacks, exchange, metrics, say
+        self._guards, self._rollbacks, self._exchange, self._metrics, self._say = (
+            guards,
+            rollbacks,
+            exchange,
+            metrics,
+            say,
+        )
         self._recent: deque[float] = deque(maxlen=WINDOW)
         self.rewind(state)
 
     def rewind(self, state: RunState) -> None:
         self._recent.clear()
-        self._recent.extend(self._exchange.broadcast(recent_losses(self._metrics, state.step) if self._exchange.rank == 0 else None))
+        self._recent.extend(
+            self._exchange.broadcast(
+                recent_losses(self._metrics, state.step) if self._exchange.rank == 0 else None
+            )
+        )
 
     def after_step(self, record: StepRecord) -> None:
         loss = record.figures.loss
         above = loss - statistics.median(self._recent) if len(self._recent) >= ENOUGH else 0.0
-        report, undo = (bound or math.inf for bound in (self._guards.spike_threshold, self._guards.rollback_threshold))
+        report, undo = (
+            bound or math.inf
+            for bound in (self._guards.spike_threshold, self._guards.rollback_threshold)
+        )
         if above > min(report, undo):
             record.loss_spike = above  # and not into the window: a plateau of spikes must not become the norm unnoticed
             last = record.state.consumed_samples
@@ -72,11 +85,17 @@ class LossSpikes(Hook):
         state = self._rollbacks.go_back(record.state)
         if state is not None:
             raise GoBack(state)
-        self._say(f"step {record.state.step}: there is no checkpoint of two steps before or earlier; the run goes on")
+        self._say(
+            f"step {record.state.step}: there is no checkpoint of two steps before or earlier; the run goes on"
+        )
 
 
 def recent_losses(metrics: Path, step: int) -> list[float]:
     """The losses that a run which stands after `step` compares the next one with, oldest first, from its metrics.jsonl."""
     rows = read_metrics(metrics) if metrics.exists() else []
-    counted = [row["loss"] for row in rows if row["step"] <= step and row.get("loss") is not None and "loss_spike" not in row]
+    counted = [
+        row["loss"]
+        for row in rows
+        if row["step"] <= step and row.get("loss") is not None and "loss_spike" not in row
+    ]
     return counted[-WINDOW:]

@@ -24,7 +24,11 @@ from torch._C import _distributed_c10d
 from megatron_completep.launch import Launch
 from megatron_completep.run.state import ExitCode
 
-WAITING = ("/torch/distributed/", "/parallel/collectives.py", "/parallel/rendezvous.py")  # files whose functions wait for other ranks
+WAITING = (
+    "/torch/distributed/",
+    "/parallel/collectives.py",
+    "/parallel/rendezvous.py",
+)  # files whose functions wait for other ranks
 ANSWER_SECONDS = 3.0
 ASKED = "watchdog/asked"  # set by the first rank that expires: all others say where they are
 
@@ -52,14 +56,21 @@ class Watchdog:
         self._step, self._phase, self._stepping, self._doing = 0, 0, False, ""
         self._beat_at, self._bound = time.monotonic(), self.timeout
         self._stopped, self._leaving = threading.Event(), threading.Event()
-        self._collectives_kept = threading.Lock()  # held for good by the thread that writes them down
+        self._collectives_kept = (
+            threading.Lock()
+        )  # held for good by the thread that writes them down
         self._store = store
         self._threads: list[threading.Thread] = []
         if timeout_seconds is not None:
             self._threads.append(threading.Thread(target=self._watch, name="watchdog", daemon=True))
             if store is not None:
                 self._threads.append(
-                    threading.Thread(target=self._answer_peers, args=(own_connection(store),), name="watchdog answers", daemon=True)
+                    threading.Thread(
+                        target=self._answer_peers,
+                        args=(own_connection(store),),
+                        name="watchdog answers",
+                        daemon=True,
+                    )
                 )
         for thread in self._threads:
             thread.start()
@@ -114,7 +125,9 @@ class Watchdog:
         self._dump_stacks(rank)
         how = "waiting for other ranks" if answer["waiting"] else "not waiting for another rank"
         place = f"{answer['stage']}, in {answer['place']} ({how})"
-        self._report(f"rank {rank}: no step for {self._bound:g} s, {place}. Stacks: {self._stack_file(rank)}")
+        self._report(
+            f"rank {rank}: no step for {self._bound:g} s, {place}. Stacks: {self._stack_file(rank)}"
+        )
         if self._store is not None:
             self._keep_collectives(rank)
             self._report(self._verdict(self._store, answer))
@@ -126,23 +139,36 @@ class Watchdog:
 
     def _answer(self) -> dict[str, Any]:
         place, waiting = where(sys._current_frames().get(self._main))
-        return {"step": self._step + 1, "phase": self._phase, "stage": self._stage(), "place": place, "waiting": waiting}
+        return {
+            "step": self._step + 1,
+            "phase": self._phase,
+            "stage": self._stage(),
+            "place": place,
+            "waiting": waiting,
+        }
 
     def _patience(self) -> float:
         return ANSWER_SECONDS + self.timeout / 5
 
     def _verdict(self, store: dist.Store, answer: dict[str, Any]) -> str:
         """What the other ranks say. Every call to the store may itself never return, where the process that holds it is stopped."""
-        answers = in_time(lambda: self._ask_all(own_connection(store), answer), self._patience() + ANSWER_SECONDS)
+        answers = in_time(
+            lambda: self._ask_all(own_connection(store), answer), self._patience() + ANSWER_SECONDS
+        )
         if answers is None or answers[self.launch.rank] is None:
             return f"hung: {self.launch.store_holder}, which holds the store, does not answer (stopped, or its host is down)"
         return verdict(answers)
 
-    def _ask_all(self, store: dist.Store, answer: dict[str, Any]) -> dict[int, dict[str, Any] | None]:
+    def _ask_all(
+        self, store: dist.Store, answer: dict[str, Any]
+    ) -> dict[int, dict[str, Any] | None]:
         publish(store, self.launch.rank, answer)
         store.set(ASKED, str(self.launch.rank))
         deadline = time.monotonic() + self._patience()
-        return {peer: ask(store, peer, max(0.05, deadline - time.monotonic())) for peer in range(self.launch.world_size)}
+        return {
+            peer: ask(store, peer, max(0.05, deadline - time.monotonic()))
+            for peer in range(self.launch.world_size)
+        }
 
     def _answer_peers(self, store: dist.Store) -> None:
         """When another rank's watchdog has expired, say where this rank is, though its own time may not be up, and leave as well."""
@@ -160,7 +186,9 @@ class Watchdog:
     def _keep_collectives(self, rank: int) -> None:
         """Once a rank, whether its own time was up first or another rank asked: both may come at the same moment."""
         if self._collectives_kept.acquire(blocking=False):
-            collectives = in_time(lambda: write_collectives(self._collectives_file(rank)), ANSWER_SECONDS)
+            collectives = in_time(
+                lambda: write_collectives(self._collectives_file(rank)), ANSWER_SECONDS
+            )
             self._report(f"rank {rank}: its {collectives or 'flight recorder does not answer'}")
 
     def _collectives_file(self, rank: int) -> Path:
@@ -201,7 +229,9 @@ def in_time(call: Callable[[], Answer], seconds: float) -> Answer | None:
 
 def write_collectives(path: Path) -> str:
     """Write the newest collectives of this process as JSON; returns what the last one was, and where the file is."""
-    dump = getattr(_distributed_c10d, "_dump_nccl_trace_json", None) or getattr(_distributed_c10d, "_dump_fr_trace_json", None)
+    dump = getattr(_distributed_c10d, "_dump_nccl_trace_json", None) or getattr(
+        _distributed_c10d, "_dump_fr_trace_json", None
+    )
     try:
         text = dump() if dump is not None else b"{}"
         entries = json.loads(text).get("entries", [])
@@ -211,7 +241,11 @@ def write_collectives(path: Path) -> str:
     if not entries:
         return "collectives are not remembered (parallel.flight_recorder_entries)"
     last = entries[-1]
-    state = "finished" if last.get("retired") or last.get("state") == "completed" else str(last.get("state"))
+    state = (
+        "finished"
+        if last.get("retired") or last.get("state") == "completed"
+        else str(last.get("state"))
+    )
     group, name = last.get("process_group", ["?"])[0], last.get("profiling_name", "?")
     return f"last collective, {name} of {last.get('input_sizes')} in group {group}, {state}; the {len(entries)} newest: {path}"
 

@@ -40,15 +40,21 @@ class Sampling:
     def __post_init__(self) -> None:
         problems = []
         if not (self.temperature >= 0 and self.temperature < float("inf")):
-            problems.append(f"temperature = {self.temperature}: give a number >= 0; 0 takes the likeliest token.")
+            problems.append(
+                f"temperature = {self.temperature}: give a number >= 0; 0 takes the likeliest token."
+            )
         if not 0 < self.top_p <= 1:
             problems.append(f"top-p = {self.top_p}: give a number above 0 and up to 1.")
         if self.max_new_tokens < 1:
             problems.append(f"max new tokens = {self.max_new_tokens}: give at least 1.")
         if self.top_k < 0:
-            problems.append(f"top-k = {self.top_k}: give the number of tokens to draw from, or 0 for all.")
+            problems.append(
+                f"top-k = {self.top_k}: give the number of tokens to draw from, or 0 for all."
+            )
         if not 0 < self.repetition_penalty < float("inf"):
-            problems.append(f"repetition penalty = {self.repetition_penalty}: give a number above 0; 1 is none.")
+            problems.append(
+                f"repetition penalty = {self.repetition_penalty}: give a number above 0; 1 is none."
+            )
         if problems:
             raise DataError("\n".join(problems))
 
@@ -62,7 +68,9 @@ def find_checkpoint(path: str | Path) -> Path:
         return path
     steps = committed_steps(path) if path.is_dir() else {}
     if not steps:
-        raise CheckpointError(f"{path}: no checkpoint. Give a run's folder (runs/NAME) or one of its checkpoints/step_NNNNNNNN.")
+        raise CheckpointError(
+            f"{path}: no checkpoint. Give a run's folder (runs/NAME) or one of its checkpoints/step_NNNNNNNN."
+        )
     return steps[max(steps)]
 
 
@@ -73,7 +81,9 @@ def run_tokenizer(path: str | Path, config: Config, model: str | None = None) ->
     """
     settings = config.data.tokenizer
     if settings is None:
-        raise ConfigError("the run has no data.tokenizer, so text cannot be turned into its tokens, nor tokens into text.")
+        raise ConfigError(
+            "the run has no data.tokenizer, so text cannot be turned into its tokens, nor tokens into text."
+        )
     if model is not None:
         return TokenizerConfig(type=settings.type, model=model)
     return at_hand(settings, find_checkpoint(path).absolute().parent.parent)
@@ -86,7 +96,9 @@ def run_config(path: str | Path) -> Config:
 
 def _open_run(path: str | Path) -> tuple[StoredCheckpoint, Config]:
     stored = StoredCheckpoint.open(find_checkpoint(path))
-    return stored, config_from_mapping(stored.manifest.config, name=f"{stored.folder}: its configuration")
+    return stored, config_from_mapping(
+        stored.manifest.config, name=f"{stored.folder}: its configuration"
+    )
 
 
 def load_model(path: str | Path, device: torch.device, dtype: torch.dtype) -> tuple[Config, GPT]:
@@ -141,7 +153,11 @@ class Generation:
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         while self.rows:
             logits = self._feed()
-            due = [row for row, number in enumerate(self.rows) if len(self.sequences[number]) == self.fed]
+            due = [
+                row
+                for row, number in enumerate(self.rows)
+                if len(self.sequences[number]) == self.fed
+            ]
             drawn = self._draw(logits[due], [self.rows[row] for row in due])
             made = [(self.rows[row], token) for row, token in zip(due, drawn, strict=True)]
             self._stopped.update(number for number, token in made if token == self.end_of_document)
@@ -156,7 +172,9 @@ class Generation:
     def _feed(self) -> Tensor:
         """Take what is known of every row through the model; logits [rows, V] after it."""
         known = min(len(self.sequences[number]) for number in self.rows)
-        tokens = torch.tensor([self.sequences[number][self.fed : known] for number in self.rows], device=self.device)
+        tokens = torch.tensor(
+            [self.sequences[number][self.fed : known] for number in self.rows], device=self.device
+        )
         self.fed = known
         return self.model(tokens, caches=self.caches)[:, -1]
 
@@ -168,10 +186,14 @@ class Generation:
             logits = penalize(logits, seen, self.sampling.repetition_penalty)
         if self.sampling.temperature == 0:
             return logits.argmax(dim=-1).tolist()
-        return next_tokens(logits, self.sampling, [self.generators[number] for number in numbers]).tolist()
+        return next_tokens(
+            logits, self.sampling, [self.generators[number] for number in numbers]
+        ).tolist()
 
     def _drop_finished(self) -> None:
-        ended = {n for n in self.rows if n in self._stopped or len(self.sequences[n]) >= self.limits[n]}
+        ended = {
+            n for n in self.rows if n in self._stopped or len(self.sequences[n]) >= self.limits[n]
+        }
         if not ended:
             return
         keep = [row for row, number in enumerate(self.rows) if number not in ended]
@@ -184,10 +206,17 @@ def check_prompt(model: GPT, prompt: Sequence[int], max_new_tokens: int) -> None
     """Raises DataError as `Generation` says."""
     vocabulary = model.config.vocab_size
     if not prompt:
-        raise DataError("the prompt is empty and the tokenizer has no end-of-document token to begin with. Give some text.")
+        raise DataError(
+            "the prompt is empty and the tokenizer has no end-of-document token to begin with. Give some text."
+        )
     if not 0 <= min(prompt) <= max(prompt) < vocabulary:
-        raise DataError(f"the prompt holds token id {max(prompt)}, the model knows 0 to {vocabulary - 1}. Use the model's own tokenizer.")
-    if model.config.position == "learned" and len(prompt) + max_new_tokens > model.config.seq_length:
+        raise DataError(
+            f"the prompt holds token id {max(prompt)}, the model knows 0 to {vocabulary - 1}. Use the model's own tokenizer."
+        )
+    if (
+        model.config.position == "learned"
+        and len(prompt) + max_new_tokens > model.config.seq_length
+    ):
         raise DataError(
             f"{len(prompt)} tokens of prompt and {max_new_tokens} new ones are more than the model's {model.config.seq_length} "
             "learned positions. Shorten the prompt or ask for fewer."
@@ -195,7 +224,11 @@ def check_prompt(model: GPT, prompt: Sequence[int], max_new_tokens: int) -> None
 
 
 def generate(
-    model: GPT, prompt: Sequence[int], sampling: Sampling, end_of_document: int | None = None, generator: torch.Generator | None = None
+    model: GPT,
+    prompt: Sequence[int],
+    sampling: Sampling,
+    end_of_document: int | None = None,
+    generator: torch.Generator | None = None,
 ) -> Iterator[int]:
     """Token ids after one prompt, one at a time; as `Generation`."""
     for made in Generation(model, [prompt], sampling, end_of_document, [generator]):
@@ -207,12 +240,20 @@ def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def next_token(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
+def next_token(
+    logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None
+) -> Tensor:
     """One id drawn from logits [V]."""
-    return logits.argmax() if sampling.temperature == 0 else next_tokens(logits[None], sampling, [generator])[0]
+    return (
+        logits.argmax()
+        if sampling.temperature == 0
+        else next_tokens(logits[None], sampling, [generator])[0]
+    )
 
 
-def next_tokens(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator | None]) -> Tensor:
+def next_tokens(
+    logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator | None]
+) -> Tensor:
     """One id drawn from each row of logits [rows, V], each by its own generator; temperature above 0."""
     probabilities = torch.softmax(logits.double() / sampling.temperature, dim=-1)
     ordered, order = probabilities.sort(dim=-1, descending=True)
@@ -221,7 +262,9 @@ def next_tokens(logits: Tensor, sampling: Sampling, generators: Sequence[torch.G
     if sampling.top_k:
         dropped[:, sampling.top_k :] = True
     reached = ordered.masked_fill(dropped, 0.0).cumsum(-1)
-    uniform = torch.cat([torch.rand(1, dtype=torch.float64, device=logits.device, generator=g) for g in generators])
+    uniform = torch.cat(
+        [torch.rand(1, dtype=torch.float64, device=logits.device, generator=g) for g in generators]
+    )
     place = torch.searchsorted(reached, (uniform * reached[:, -1])[:, None], right=True)
     last = (~dropped).sum(-1, keepdim=True) - 1  # rounding must not draw a dropped token
     return order.gather(1, torch.minimum(place, last))[:, 0]
@@ -232,7 +275,10 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]):
         self.tokenizer, self.ids = tokenizer, list(prompt)
-        self._shown, self._start = len(prompt), max(0, len(prompt) - 1)  # some tokenizers decode a token differently at the beginning
+        self._shown, self._start = (
+            len(prompt),
+            max(0, len(prompt) - 1),
+        )  # some tokenizers decode a token differently at the beginning
 
     def push(self, token: int) -> str:
         """The text that this token completes, perhaps none."""
@@ -256,7 +302,11 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 
 def generate_text(
-    model: GPT, tokenizer: Tokenizer, prompt: str, sampling: Sampling, generator: torch.Generator | None = None
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompt: str,
+    sampling: Sampling,
+    generator: torch.Generator | None = None,
 ) -> Iterator[str]:
     """Pieces of text after the prompt as soon as they are whole characters; an empty prompt begins a document."""
     for _, piece in generate_texts(model, tokenizer, [prompt], sampling, [generator]):
@@ -272,7 +322,14 @@ def generate_texts(
     until: Sequence[Sequence[str]] | None = None,
 ) -> Iterator[tuple[int, str]]:
     """(prompt number, piece of text) of several prompts as they are made in one batch; an empty prompt begins a document."""
-    return stream_texts(model, tokenizer, [encode_prompt(tokenizer, prompt) for prompt in prompts], sampling, generators, until)
+    return stream_texts(
+        model,
+        tokenizer,
+        [encode_prompt(tokenizer, prompt) for prompt in prompts],
+        sampling,
+        generators,
+        until,
+    )
 
 
 def stream_texts(
@@ -294,7 +351,11 @@ def stream_texts(
         for number, token in made:
             piece = streams[number].push(token)
             whole = texts[number] + piece
-            ends = [whole.index(stop) + len(stop) for stop in (until[number] if until else ()) if stop in whole]
+            ends = [
+                whole.index(stop) + len(stop)
+                for stop in (until[number] if until else ())
+                if stop in whole
+            ]
             if ends:
                 generation.stop(number)
                 stopped.add(number)

@@ -40,7 +40,9 @@ def evaluate_tasks(scorer: Scorer, settings: TaskSettings) -> dict[str, Any]:
         from lm_eval.api.model import TemplateLM
         from lm_eval.tasks import TaskManager
     except ImportError:
-        raise ConfigError("lm-eval is not installed. pip install 'megatron-completep[eval]'.") from None
+        raise ConfigError(
+            "lm-eval is not installed. pip install 'megatron-completep[eval]'."
+        ) from None
     manager = _task_manager(TaskManager, settings)
     try:
         found = lm_eval.simple_evaluate(
@@ -58,14 +60,19 @@ def evaluate_tasks(scorer: Scorer, settings: TaskSettings) -> dict[str, Any]:
         ) from None
     if found is None:
         return {}
-    return {task: {name: value for name, value in row.items() if name != "alias"} for task, row in found["results"].items()}
+    return {
+        task: {name: value for name, value in row.items() if name != "alias"}
+        for task, row in found["results"].items()
+    }
 
 
 def _task_manager(kind: Any, settings: TaskSettings) -> Any:
     """Own tasks alone where they are all that is asked for: reading lm-eval's thousands takes a while."""
     if settings.include_path is not None:
         if not Path(settings.include_path).is_dir():
-            raise ConfigError(f"--include-path {settings.include_path} is not a folder. Give the one that holds the task's .yaml file.")
+            raise ConfigError(
+                f"--include-path {settings.include_path} is not a folder. Give the one that holds the task's .yaml file."
+            )
         own = kind(include_path=settings.include_path, include_defaults=False)
         if set(settings.tasks) <= set(own.all_tasks):
             return own
@@ -89,24 +96,36 @@ def native_model(scorer: Scorer, base: Any) -> Any:
         def eot_token_id(self) -> int:
             return scorer.beginning
 
-        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **rest: Any) -> list[int]:
+        def tok_encode(
+            self, string: str, add_special_tokens: bool | None = None, **rest: Any
+        ) -> list[int]:
             return scorer.tokenizer.encode(string)
 
-        def _loglikelihood_tokens(self, requests: Sequence[Any], **rest: Any) -> list[tuple[float, bool]]:
+        def _loglikelihood_tokens(
+            self, requests: Sequence[Any], **rest: Any
+        ) -> list[tuple[float, bool]]:
             """Requests are ((context, continuation), context ids, continuation ids)."""
             pairs = [(context or [scorer.beginning], target) for _, context, target in requests]
             return [(found.log_likelihood, found.is_greedy) for found in scorer.score(pairs)]
 
-        def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        def loglikelihood_rolling(
+            self, requests: Sequence[Any], disable_tqdm: bool = False
+        ) -> list[float]:
             texts = [scorer.tokenizer.encode(request.args[0]) for request in requests]
-            pairs = [(number, pair) for number, ids in enumerate(texts) for pair in scorer.windows(ids)]
+            pairs = [
+                (number, pair) for number, ids in enumerate(texts) for pair in scorer.windows(ids)
+            ]
             totals = [0.0] * len(texts)
-            for (number, _), found in zip(pairs, scorer.score([pair for _, pair in pairs]), strict=True):
+            for (number, _), found in zip(
+                pairs, scorer.score([pair for _, pair in pairs]), strict=True
+            ):
                 totals[number] += found.log_likelihood
             return totals
 
         def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-            return continue_until(scorer, [(request.args[0], request.args[1]) for request in requests])
+            return continue_until(
+                scorer, [(request.args[0], request.args[1]) for request in requests]
+            )
 
     return NativeModel()
 
@@ -114,11 +133,18 @@ def native_model(scorer: Scorer, base: Any) -> Any:
 def continue_until(scorer: Scorer, requests: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
     """Continuations of (text, options as lm-eval's tasks give them), each cut before the first of its stops."""
     lengths = [len(text) for text, _ in requests]
-    order = sorted(range(len(requests)), key=lambda i: (str(sorted(requests[i][1].items(), key=str)), -lengths[i]))
-    return scorer.shared(order, lambda mine: _continue(scorer, [requests[i] for i in mine], list(mine)))
+    order = sorted(
+        range(len(requests)),
+        key=lambda i: (str(sorted(requests[i][1].items(), key=str)), -lengths[i]),
+    )
+    return scorer.shared(
+        order, lambda mine: _continue(scorer, [requests[i] for i in mine], list(mine))
+    )
 
 
-def _continue(scorer: Scorer, requests: Sequence[tuple[str, dict[str, Any]]], numbers: Sequence[int]) -> list[str]:
+def _continue(
+    scorer: Scorer, requests: Sequence[tuple[str, dict[str, Any]]], numbers: Sequence[int]
+) -> list[str]:
     made: list[str] = []
     while len(made) < len(requests):
         options = requests[len(made)][1]
@@ -132,18 +158,26 @@ def _continue(scorer: Scorer, requests: Sequence[tuple[str, dict[str, Any]]], nu
     return made
 
 
-def _continue_batch(scorer: Scorer, texts: Sequence[str], options: dict[str, Any], seeds: Sequence[int]) -> list[str]:
+def _continue_batch(
+    scorer: Scorer, texts: Sequence[str], options: dict[str, Any], seeds: Sequence[int]
+) -> list[str]:
     until = options.get("until") or []
     stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
     new_tokens = min(int(options.get("max_gen_toks", DEFAULT_NEW_TOKENS)), scorer.max_length - 1)
     temperature = float(options.get("temperature", 0.0))
     if not options.get("do_sample", temperature > 0):
         temperature = 0.0
-    sampling = Sampling(temperature, float(options.get("top_p", 1.0)), new_tokens, int(options.get("top_k") or 0))
-    cut = [encode_prompt(scorer.tokenizer, text)[new_tokens - scorer.max_length :] for text in texts]
+    sampling = Sampling(
+        temperature, float(options.get("top_p", 1.0)), new_tokens, int(options.get("top_k") or 0)
+    )
+    cut = [
+        encode_prompt(scorer.tokenizer, text)[new_tokens - scorer.max_length :] for text in texts
+    ]
     generators = [torch.Generator(scorer.device).manual_seed(seed) for seed in seeds]
     made = [""] * len(texts)
-    for number, piece in stream_texts(scorer.model, scorer.tokenizer, cut, sampling, generators, [stops] * len(texts)):
+    for number, piece in stream_texts(
+        scorer.model, scorer.tokenizer, cut, sampling, generators, [stops] * len(texts)
+    ):
         made[number] += piece
     return [_before_stop(text, stops) for text in made]
 

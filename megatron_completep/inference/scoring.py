@@ -39,12 +39,21 @@ class Scorer:
     max_length: tokens the model sees at once; None: model.seq_length. Raises DataError when learned positions are fewer.
     """
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, ranks: Axis | None = None, batch_size: int = 16, max_length: int | None = None):
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        ranks: Axis | None = None,
+        batch_size: int = 16,
+        max_length: int | None = None,
+    ):
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.ranks = ranks or Axis("data")
         self.max_length = max_length or model.config.seq_length
         if model.config.position == "learned" and self.max_length > model.config.seq_length:
-            raise DataError(f"max length {self.max_length}: the model has {model.config.seq_length} learned positions. Use at most those.")
+            raise DataError(
+                f"max length {self.max_length}: the model has {model.config.seq_length} learned positions. Use at most those."
+            )
         if tokenizer.vocab_size > model.config.vocab_size:
             raise DataError(
                 f"the tokenizer has {tokenizer.vocab_size} ids, model.vocab_size = {model.config.vocab_size} has fewer. "
@@ -56,7 +65,9 @@ class Scorer:
     def beginning(self) -> int:
         """What stands in front of a text: the end of the document before. DataError where the tokenizer has none."""
         if self.tokenizer.eod_id is None:
-            raise DataError("the tokenizer has no end-of-document token, after which a text could begin. Use one that has.")
+            raise DataError(
+                "the tokenizer has no end-of-document token, after which a text could begin. Use one that has."
+            )
         return self.tokenizer.eod_id
 
     def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Likelihood]:
@@ -86,7 +97,9 @@ class Scorer:
         results: list[Likelihood] = []
         while len(results) < len(pairs):
             rest = pairs[len(results) :]
-            longest = max(1, min(self.max_length, len(rest[0][0]) + len(rest[0][1]) - 1))  # the longest comes first
+            longest = max(
+                1, min(self.max_length, len(rest[0][0]) + len(rest[0][1]) - 1)
+            )  # the longest comes first
             fitting = LOGIT_BYTES // (longest * self.model.config.vocab_size * 4)
             results += self._batch(rest[: max(1, min(self.batch_size, fitting))])
         return results
@@ -100,7 +113,10 @@ class Scorer:
             tokens[row, : len(ids)] = torch.tensor(ids)
         logits = self.model(tokens.to(self.device))
         rows = zip(logits, inputs, pairs, strict=True)
-        return [_likelihood(row[len(ids) - len(target) : len(ids)], target) for row, ids, (_, target) in rows]
+        return [
+            _likelihood(row[len(ids) - len(target) : len(ids)], target)
+            for row, ids, (_, target) in rows
+        ]
 
     def windows(self, tokens: Sequence[int]) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
         """(context, target) of a whole text: each token is a target once; the last window is filled up with context."""
@@ -143,7 +159,9 @@ class TokenFileScore:
         return {**asdict(self), "bits_per_byte": self.bits_per_byte, "loss": self.loss}
 
 
-def score_token_file(scorer: Scorer, dataset: IndexedDataset, documents: int | None = None) -> TokenFileScore:
+def score_token_file(
+    scorer: Scorer, dataset: IndexedDataset, documents: int | None = None
+) -> TokenFileScore:
     """Score the first `documents` (None: all) of a token file. Communicates over the scorer's ranks.
 
     Raises DataError: ids outside the model's vocabulary, or nothing to score.
@@ -154,7 +172,10 @@ def score_token_file(scorer: Scorer, dataset: IndexedDataset, documents: int | N
     number = tokens = size = 0
     nats: list[float] = []
     for group in _groups(texts, scorer):
-        pairs = sorted((pair for ids in group for pair in scorer.windows(ids)), key=lambda pair: -len(pair[0]) - len(pair[1]))
+        pairs = sorted(
+            (pair for ids in group for pair in scorer.windows(ids)),
+            key=lambda pair: -len(pair[0]) - len(pair[1]),
+        )
         nats += [-found.log_likelihood for found in scorer._score(pairs)]
         number += len(group)
         tokens += sum(map(len, group))
@@ -162,7 +183,9 @@ def score_token_file(scorer: Scorer, dataset: IndexedDataset, documents: int | N
     parts: list[Any] = [(number, tokens, size, math.fsum(nats))]
     if scorer.ranks.group is not None:
         parts = [None] * scorer.ranks.size
-        dist.all_gather_object(parts, (number, tokens, size, math.fsum(nats)), group=scorer.ranks.group)
+        dist.all_gather_object(
+            parts, (number, tokens, size, math.fsum(nats)), group=scorer.ranks.group
+        )
     number, tokens, size = (sum(part[i] for part in parts) for i in range(3))
     score = TokenFileScore(number, tokens, size, math.fsum(part[3] for part in parts))
     if not score.tokens or not score.bytes:

@@ -16,7 +16,15 @@ from torch import Tensor
 from megatron_completep.completep import table_of
 from megatron_completep.config.schema import Config
 from megatron_completep.data.loader import Batch
-from megatron_completep.instruments.trial import Design, Trial, for_short_runs, read_batches, reshape, under, with_seed
+from megatron_completep.instruments.trial import (
+    Design,
+    Trial,
+    for_short_runs,
+    read_batches,
+    reshape,
+    under,
+    with_seed,
+)
 from megatron_completep.instruments.workers import processes
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.roles import Role
@@ -34,11 +42,17 @@ class Measurement:
     stream_change: list[float]  # since step 0
     logits: list[float]
     logits_change: list[float]
-    blocks: list[dict[str, float]]  # the stream at every norm, by module name, in the order of the model
+    blocks: list[
+        dict[str, float]
+    ]  # the stream at every norm, by module name, in the order of the model
     gradients: dict[str, float]  # by role, at the first step
-    updates: dict[str, float]  # by role, over each parameter's own learning rate, mean over the steps
+    updates: dict[
+        str, float
+    ]  # by role, over each parameter's own learning rate, mean over the steps
     losses: list[float]  # of the training batches, before each step
-    moved: dict[str, float] = field(default_factory=dict)  # the same updates over the base learning rate
+    moved: dict[str, float] = field(
+        default_factory=dict
+    )  # the same updates over the base learning rate
 
 
 @dataclass(frozen=True)
@@ -65,16 +79,25 @@ def _sizes(trial: Trial, now: Probe, before: Probe | None) -> tuple[dict[str, fl
     """(RMS of every stream, RMS of the logits), or of their changes since `before`; the same on every rank."""
 
     def sums(tensors: list[Tensor], others: list[Tensor] | None) -> SumOfSquares:
-        return SumOfSquares.of(tensors if others is None else [a - b for a, b in zip(tensors, others, strict=True)])
+        return SumOfSquares.of(
+            tensors if others is None else [a - b for a, b in zip(tensors, others, strict=True)]
+        )
 
     # One stream's change at a time: all of them together would be as large as the probe.
-    streams = {name: sums(tensors, before.streams[name] if before else None) for name, tensors in now.streams.items()}
+    streams = {
+        name: sums(tensors, before.streams[name] if before else None)
+        for name, tensors in now.streams.items()
+    }
     logits = {"logits": sums(now.logits, before.logits if before else None)} if now.logits else {}
     unsharded = replace(trial.context, sequence_parallel=False)
-    return reduce_stream_sums(streams, trial.context), reduce_stream_sums(logits, unsharded)["logits"]
+    return reduce_stream_sums(streams, trial.context), reduce_stream_sums(logits, unsharded)[
+        "logits"
+    ]
 
 
-def measure(trial: Trial, training: Sequence[Sequence[Batch]], probe: Sequence[Batch]) -> Measurement:
+def measure(
+    trial: Trial, training: Sequence[Sequence[Batch]], probe: Sequence[Batch]
+) -> Measurement:
     """Train on the given steps of micro-batches and probe before, between and after."""
     start = run_probe(trial, probe)
     blocks, sizes = [], []
@@ -104,7 +127,9 @@ def measure(trial: Trial, training: Sequence[Sequence[Batch]], probe: Sequence[B
     by_own, by_base = _mean_by_role(updates, rate), _mean_by_role(moved, rate)
     stream, changed = [row[0] for row in sizes], [row[1] for row in sizes]
     outputs, outputs_changed = [row[2] for row in sizes], [row[3] for row in sizes]
-    return Measurement(stream, changed, outputs, outputs_changed, blocks, gradients, by_own, losses, by_base)
+    return Measurement(
+        stream, changed, outputs, outputs_changed, blocks, gradients, by_own, losses, by_base
+    )
 
 
 def _mean_by_role(steps: Sequence[dict[Role, float]], unit: float) -> dict[str, float]:
@@ -138,7 +163,9 @@ class Plan:
     seeds: int = 3
     precision: str = "float32"
     check_eps: bool = True
-    beside: Sequence[str] = ()  # further parameterizations, by their names in PARAMETERIZATIONS: measured and shown, not judged
+    beside: Sequence[
+        str
+    ] = ()  # further parameterizations, by their names in PARAMETERIZATIONS: measured and shown, not judged
 
     def shapes(self) -> Iterable[tuple[str, int, int]]:
         """(axis, hidden_size, num_layers) of every model."""
@@ -192,7 +219,9 @@ def train(job: Job, context: ParallelContext) -> Measurement:
     """One model from its initial weights on."""
     short = for_short_runs(job.config, job.steps + 1, job.precision, **job.optimizer)
     batches = read_batches(short, context, job.steps + 1)
-    return measure(Trial.build(short, context, job.design), batches[: job.steps], batches[job.steps])
+    return measure(
+        Trial.build(short, context, job.design), batches[: job.steps], batches[job.steps]
+    )
 
 
 def jobs_of(config: Config, plan: Plan, design: Design, axis: str) -> list[Job]:
@@ -202,21 +231,31 @@ def jobs_of(config: Config, plan: Plan, design: Design, axis: str) -> list[Job]:
     if plan.check_eps:
         jobs.append(Job("large eps", config, design, EPS_STEPS, plan.precision, EPS_SETTINGS))
     jobs.append(Job("control", under(config, CONTROLS[axis]), right, plan.steps, plan.precision))
-    return jobs + [Job(rule, under(config, rule), right, plan.steps, plan.precision) for rule in plan.beside]
+    return jobs + [
+        Job(rule, under(config, rule), right, plan.steps, plan.precision) for rule in plan.beside
+    ]
 
 
-def collect(config: Config, plan: Plan, run: Run, design: Design | None = None, say: Say = lambda text: None) -> list[Sample]:
+def collect(
+    config: Config, plan: Plan, run: Run, design: Design | None = None, say: Say = lambda text: None
+) -> list[Sample]:
     """Train and measure every model of the plan."""
     cases = []
     for axis, width, depth in plan.shapes():
         shaped = [with_seed(reshape(config, width, depth), seed) for seed in range(plan.seeds)]
-        cases += [(axis, width, depth, seed, jobs_of(shaped[seed], plan, design or Design(), axis)) for seed in range(plan.seeds)]
+        cases += [
+            (axis, width, depth, seed, jobs_of(shaped[seed], plan, design or Design(), axis))
+            for seed in range(plan.seeds)
+        ]
     measurements = run([job for *_, jobs in cases for job in jobs])
     samples = []
     for axis, width, depth, seed, jobs in cases:
         found = {job.rule: next(measurements) for job in jobs}
         eps = found.pop("large eps", None)
-        samples += [Sample(axis, rule, width, depth, seed, one, eps if rule == "model" else None) for rule, one in found.items()]
+        samples += [
+            Sample(axis, rule, width, depth, seed, one, eps if rule == "model" else None)
+            for rule, one in found.items()
+        ]
         own, other = found["model"], found["control"]
         changes = f"change {own.stream_change[-1]:.4g}, control {other.stream_change[-1]:.4g}"
         say(f"{axis}: {depth} layers x {width}, seed {seed}: stream {own.stream[0]:.4g}, {changes}")

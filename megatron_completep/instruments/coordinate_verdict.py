@@ -59,7 +59,9 @@ BANDS = (
     Band("width", "update with large eps, outside", -0.25, 0.25),
     Band("width", "update, hidden matrices", -1.25, -0.75),
     Band("width", "update, outside", -0.25, 0.25),
-    Band("width", "gradient, hidden matrices"),  # about -1.15, and outside about -1.1: the reason for eps / m_N
+    Band(
+        "width", "gradient, hidden matrices"
+    ),  # about -1.15, and outside about -1.1: the reason for eps / m_N
     Band("width", "gradient, outside"),
 )
 DECISIVE = "stream change"  # what the control must get wrong
@@ -71,9 +73,19 @@ def quantity(name: str, sample: Sample) -> float | None:
     measured = sample.measured
     if name.startswith(("update", "gradient")):
         with_eps = sample.with_large_eps.updates if sample.with_large_eps else {}
-        found = with_eps if "large eps" in name else measured.moved if name.startswith("update") else measured.gradients
+        found = (
+            with_eps
+            if "large eps" in name
+            else measured.moved
+            if name.startswith("update")
+            else measured.gradients
+        )
         # The roles with the most elements speak for their kind: hidden matrices, and the unembedding.
-        roles = (Role.UNEMBEDDING, Role.EMBEDDING) if name.endswith("outside") else (Role.HIDDEN_WEIGHT,)
+        roles = (
+            (Role.UNEMBEDDING, Role.EMBEDDING)
+            if name.endswith("outside")
+            else (Role.HIDDEN_WEIGHT,)
+        )
         return next((found[role] for role in roles if role in found), None)
     values = {
         "stream at init": measured.stream[0],
@@ -97,12 +109,17 @@ class Finding:
     @property
     def beyond(self) -> bool:
         """Beyond the band and its margin (an exponent that is no number is), whatever its interval."""
-        return self.passed is False and not self.band.low - MARGIN <= self.model.value <= self.band.high + MARGIN
+        return (
+            self.passed is False
+            and not self.band.low - MARGIN <= self.model.value <= self.band.high + MARGIN
+        )
 
     @property
     def wrong(self) -> bool:
         """Beyond the band and its margin, and the whole interval outside the band."""
-        return self.beyond and (not math.isfinite(self.model.value) or self.model.outside(self.band.low, self.band.high))
+        return self.beyond and (
+            not math.isfinite(self.model.value) or self.model.outside(self.band.low, self.band.high)
+        )
 
     @property
     def vague(self) -> bool:
@@ -129,13 +146,19 @@ class Result:
     samples: list[Sample] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "verdict": self.verdict.name.lower(), "exit_code": int(self.verdict)}
+        return {
+            **asdict(self),
+            "verdict": self.verdict.name.lower(),
+            "exit_code": int(self.verdict),
+        }
 
 
 def judge(samples: Sequence[Sample], alpha: float = 1.0) -> Result:
     """Fit exponents over each axis, seed by seed, and compare them with the bands; `alpha` is the model's."""
     findings = []
-    others = [rule for rule in dict.fromkeys(s.rule for s in samples) if rule not in ("model", "control")]
+    others = [
+        rule for rule in dict.fromkeys(s.rule for s in samples) if rule not in ("model", "control")
+    ]
     for band in (_shifted(band, alpha) for band in BANDS):
         model = exponent(samples, band, "model")
         if model is None:
@@ -164,17 +187,31 @@ def exponent(samples: Sequence[Sample], band: Band, rule: str) -> Estimate | Non
         pairs = [(s.size, quantity(band.quantity, s)) for s in chosen if s.seed == seed]
         if any(value is None for _, value in pairs):
             return None
-        slopes.append(log_log_slope([size for size, _ in pairs], [value for _, value in pairs if value is not None]))
+        slopes.append(
+            log_log_slope(
+                [size for size, _ in pairs], [value for _, value in pairs if value is not None]
+            )
+        )
     return mean_estimate(slopes) if slopes else None
 
 
 def _verdict(findings: Sequence[Finding]) -> tuple[Verdict, str]:
-    start = next((f.model for f in findings if (f.band.axis, f.band.quantity) == ("depth", "stream at init")), NO_START)
+    start = next(
+        (
+            f.model
+            for f in findings
+            if (f.band.axis, f.band.quantity) == ("depth", "stream at init")
+        ),
+        NO_START,
+    )
     wrong = [f for f in findings if f.wrong]
     if not all(_follows(f, start.low) for f in wrong):
         return Verdict.WRONG, "wrong: " + _outside(wrong)
     if single := [f for f in findings if f.passed is not None and not f.model.repeated]:
-        return Verdict.CANNOT_TELL, f"cannot tell: {_listed(single[:1])}, has no interval, for there is one seed. Use --seeds 3 or more."
+        return (
+            Verdict.CANNOT_TELL,
+            f"cannot tell: {_listed(single[:1])}, has no interval, for there is one seed. Use --seeds 3 or more.",
+        )
     if wrong:
         return Verdict.CANNOT_TELL, (
             f"cannot tell: {_outside(wrong)}, but the stream at the start falls as much ({start}): the blocks' random outputs "
@@ -187,7 +224,10 @@ def _verdict(findings: Sequence[Finding]) -> tuple[Verdict, str]:
         )
     if near := [f for f in findings if f.passed is False]:
         remedy = "Use more tokens a step, larger depths or widths, a smaller learning rate or smaller initial weights."
-        return Verdict.CANNOT_TELL, f"cannot tell: {_outside(near)}, which a right model may show too. {remedy}"
+        return (
+            Verdict.CANNOT_TELL,
+            f"cannot tell: {_outside(near)}, which a right model may show too. {remedy}",
+        )
     if not any(f.band.quantity == DECISIVE for f in findings):
         return Verdict.CANNOT_TELL, "cannot tell: give at least two depths or two widths"
     for finding in findings:
@@ -209,7 +249,9 @@ def _verdict(findings: Sequence[Finding]) -> tuple[Verdict, str]:
     return Verdict.RIGHT, "right: every exponent is in its band, and the control's is not"
 
 
-NO_START = Estimate(0.0, 0.0, 0.0)  # where no stream at the start was measured over depth: nothing follows it
+NO_START = Estimate(
+    0.0, 0.0, 0.0
+)  # where no stream at the start was measured over depth: nothing follows it
 
 
 def _follows(finding: Finding, start: float) -> bool:
@@ -228,10 +270,14 @@ def _follows(finding: Finding, start: float) -> bool:
 
 
 def _listed(findings: Sequence[Finding]) -> str:
-    return "; ".join(f"{f.band.quantity} over {f.band.axis} {f.model}, band {f.band.low:+.2f} to {f.band.high:+.2f}" for f in findings)
+    return "; ".join(
+        f"{f.band.quantity} over {f.band.axis} {f.model}, band {f.band.low:+.2f} to {f.band.high:+.2f}"
+        for f in findings
+    )
 
 
 def _outside(findings: Sequence[Finding]) -> str:
     return "; ".join(
-        f"{f.band.quantity} over {f.band.axis} {f.model.value:+.2f} outside [{f.band.low:+.2f}, {f.band.high:+.2f}]" for f in findings
+        f"{f.band.quantity} over {f.band.axis} {f.model.value:+.2f} outside [{f.band.low:+.2f}, {f.band.high:+.2f}]"
+        for f in findings
     )

@@ -111,9 +111,14 @@ class Optimum:
     loss: float
     grid_index: int  # the grid's best point
     at_edge: bool  # the grid's best point is its first or last: the optimum may lie beyond
-    fit: tuple[float, float, float] | None = None  # a, b, c of a x^2 + b x + c, x in octaves from the grid's best point
+    fit: tuple[float, float, float] | None = (
+        None  # a, b, c of a x^2 + b x + c, x in octaves from the grid's best point
+    )
     near: tuple[float, float] = (0.0, 0.0)  # the log2(lr) between which the parabola was fitted
-    between: tuple[float, float] = (-math.inf, math.inf)  # log2(lr): where the optimum may lie for all that this grid says
+    between: tuple[float, float] = (
+        -math.inf,
+        math.inf,
+    )  # log2(lr): where the optimum may lie for all that this grid says
 
     @property
     def located(self) -> Estimate:
@@ -121,7 +126,9 @@ class Optimum:
         return Estimate(self.log2_lr, *self.between)
 
 
-def parabola_optimum(log2_lr: Array, loss: Array, reach: float = 1.5, rise: float = 0.15) -> Optimum:
+def parabola_optimum(
+    log2_lr: Array, loss: Array, reach: float = 1.5, rise: float = 0.15
+) -> Optimum:
     """Least-squares parabola through the points within `reach` octaves and `rise` nats of the best one, its vertex held inside them.
 
     log2_lr [n] ascending, loss [n] with infinities where runs diverged. Farther than that, curves are not parabolas: they flatten
@@ -191,7 +198,11 @@ def resampled(losses: Array, generator: np.random.Generator, of_level: bool = Fa
 
 
 def bootstrap(
-    statistic: Callable[[list[Array]], float], curves: Sequence[Array], replicates: int = 1000, seed: int = 0, of_level: bool = False
+    statistic: Callable[[list[Array]], float],
+    curves: Sequence[Array],
+    replicates: int = 1000,
+    seed: int = 0,
+    of_level: bool = False,
 ) -> Estimate:
     """A statistic of several mean curves with its percentile interval; curves [n, seeds] each, resampled independently.
 
@@ -206,25 +217,40 @@ def bootstrap(
 
 
 def bootstrap_located(
-    statistic: Callable[[list[Array]], Estimate], curves: Sequence[Array], replicates: int = 1000, seed: int = 0, of_level: bool = False
+    statistic: Callable[[list[Array]], Estimate],
+    curves: Sequence[Array],
+    replicates: int = 1000,
+    seed: int = 0,
+    of_level: bool = False,
 ) -> Estimate:
     """As `bootstrap`, of a statistic that says itself between which values it may lie: the interval is never narrower than that."""
     point = statistic([mean_curve(curve) for curve in curves]).value
     if any(curve.shape[1] < 2 for curve in curves):
         return Estimate(point, -math.inf, math.inf)
     generator = np.random.default_rng(seed)
-    drawn = [statistic([resampled(curve, generator, of_level) for curve in curves]) for _ in range(replicates)]
+    drawn = [
+        statistic([resampled(curve, generator, of_level) for curve in curves])
+        for _ in range(replicates)
+    ]
     known = [one for one in drawn if math.isfinite(one.value)]
     if len(known) < replicates / 2:
         return Estimate(point, -math.inf, math.inf)
-    return Estimate(point, _quantile([one.low for one in known], 0.025), _quantile([one.high for one in known], 0.975))
+    return Estimate(
+        point,
+        _quantile([one.low for one in known], 0.025),
+        _quantile([one.high for one in known], 0.975),
+    )
 
 
 def _quantile(values: Sequence[float], share: float) -> float:
     """Outward to the next value where some are infinite, between which nothing can be interpolated."""
     if np.isfinite(values).all():
         return float(np.quantile(values, share))
-    return float(np.quantile(values, share, method="lower") if share < 0.5 else np.quantile(values, share, method="higher"))
+    return float(
+        np.quantile(values, share, method="lower")
+        if share < 0.5
+        else np.quantile(values, share, method="higher")
+    )
 
 
 def mean_curve(losses: Array) -> Array:

@@ -24,7 +24,15 @@ from megatron_completep.config.schema import Config
 from megatron_completep.errors import ConfigError
 from megatron_completep.instruments.coordinate_verdict import Verdict
 from megatron_completep.instruments.fits import Estimate, log_log_slope, mean_estimate
-from megatron_completep.instruments.trial import Design, Trial, for_short_runs, read_batches, reshape, under, with_seed
+from megatron_completep.instruments.trial import (
+    Design,
+    Trial,
+    for_short_runs,
+    read_batches,
+    reshape,
+    under,
+    with_seed,
+)
 from megatron_completep.model.attention import AttentionInputs
 from megatron_completep.model.block import Block
 from megatron_completep.model.gpt import GPT
@@ -59,10 +67,16 @@ def block_laziness(trial: Trial) -> list[float]:
 
     def outputs(along: float) -> list[Tensor]:
         optimizer.shards.flat.copy_(before + along * step)
-        return [block_output(model, block, x, inputs) for (_, block), x in zip(model.blocks(), streams, strict=True)]
+        return [
+            block_output(model, block, x, inputs)
+            for (_, block), x in zip(model.blocks(), streams, strict=True)
+        ]
 
     start, end = outputs(0.0), outputs(1.0)
-    linear = [(ahead - behind) / (2 * STEP) for ahead, behind in zip(outputs(STEP), outputs(-STEP), strict=True)]
+    linear = [
+        (ahead - behind) / (2 * STEP)
+        for ahead, behind in zip(outputs(STEP), outputs(-STEP), strict=True)
+    ]
     triples = zip(start, end, linear, strict=True)
     return [((f1 - f0 - jd).norm() / jd.norm()).item() for f0, f1, jd in triples]
 
@@ -89,7 +103,11 @@ class LazinessResult:
     samples: list[LazinessSample]
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "verdict": self.verdict.name.lower(), "exit_code": int(self.verdict)}
+        return {
+            **asdict(self),
+            "verdict": self.verdict.name.lower(),
+            "exit_code": int(self.verdict),
+        }
 
 
 def collect(
@@ -102,7 +120,9 @@ def collect(
 ) -> list[LazinessSample]:
     """Measure every depth under every rule ("own": as configured, with `design`; others by name, right). One process, CPU or GPU."""
     if config.parallel.tensor_parallel_size * config.parallel.pipeline_parallel_size > 1:
-        raise ConfigError("laziness is measured in one process: set parallel.tensor_parallel_size and pipeline_parallel_size to 1.")
+        raise ConfigError(
+            "laziness is measured in one process: set parallel.tensor_parallel_size and pipeline_parallel_size to 1."
+        )
     context = ParallelContext.create(config.parallel, config.training.device)
     samples = []
     for depth in depths:
@@ -113,7 +133,9 @@ def collect(
                 short = for_short_runs(shaped, 1, "float64", **settings)
                 trial = Trial.build(short, context, design if rule == "own" else None)
                 samples.append(LazinessSample(rule, depth, seed, block_laziness(trial)))
-            medians = ", ".join(f"{s.rule} {np.median(s.blocks):.4f}" for s in samples[-len(rules) :])
+            medians = ", ".join(
+                f"{s.rule} {np.median(s.blocks):.4f}" for s in samples[-len(rules) :]
+            )
             say(f"{depth} layers, seed {seed}: {medians}")
     return samples
 
@@ -125,7 +147,10 @@ def judge(samples: Sequence[LazinessSample], base_num_layers: int) -> LazinessRe
     slopes, first_depth = {}, FIRST_DEPTH * base_num_layers
     for rule in rules:
         own = [s for s in samples if s.rule == rule and s.num_layers >= first_depth]
-        by_seed = [median_by_depth([s for s in own if s.seed == seed]) for seed in sorted({s.seed for s in own})]
+        by_seed = [
+            median_by_depth([s for s in own if s.seed == seed])
+            for seed in sorted({s.seed for s in own})
+        ]
         fitted = [log_log_slope(list(m), list(m.values())) for m in by_seed if len(m) > 1]
         if fitted:
             slopes[rule] = mean_estimate(fitted)
@@ -136,18 +161,30 @@ def judge(samples: Sequence[LazinessSample], base_num_layers: int) -> LazinessRe
 def median_by_depth(samples: Sequence[LazinessSample]) -> dict[int, float]:
     """Median over all blocks of all seeds, by depth."""
     depths = sorted({s.num_layers for s in samples})
-    return {depth: float(np.median([r for s in samples if s.num_layers == depth for r in s.blocks])) for depth in depths}
+    return {
+        depth: float(np.median([r for s in samples if s.num_layers == depth for r in s.blocks]))
+        for depth in depths
+    }
 
 
 def _verdict(slopes: dict[str, Estimate]) -> tuple[Verdict, str]:
     if "own" not in slopes or "alpha_0.5" not in slopes:
-        return Verdict.CANNOT_TELL, f"cannot tell: give at least two depths of {FIRST_DEPTH} base depths and more"
+        return (
+            Verdict.CANNOT_TELL,
+            f"cannot tell: give at least two depths of {FIRST_DEPTH} base depths and more",
+        )
     model, lazy = slopes["own"], slopes["alpha_0.5"]
     own, control = model.value, lazy.value
     if not math.isfinite(own) or (own < CONTROL_BELOW and model.high < MODEL_ABOVE):
-        return Verdict.WRONG, f"wrong: blocks become lazy with depth, exponent {own:+.2f}; it must be above {MODEL_ABOVE}"
+        return (
+            Verdict.WRONG,
+            f"wrong: blocks become lazy with depth, exponent {own:+.2f}; it must be above {MODEL_ABOVE}",
+        )
     if not model.repeated:
-        return Verdict.CANNOT_TELL, f"cannot tell: exponent {own:+.2f} has no interval, for there is one seed. Use --seeds 3 or more."
+        return (
+            Verdict.CANNOT_TELL,
+            f"cannot tell: exponent {own:+.2f} has no interval, for there is one seed. Use --seeds 3 or more.",
+        )
     if own < CONTROL_BELOW or (own > MODEL_ABOVE and model.low <= CONTROL_BELOW):
         return Verdict.CANNOT_TELL, (
             f"cannot tell: the interval of the exponent, {model}, holds both what a complete model has (above {MODEL_ABOVE}) and what "
@@ -168,4 +205,7 @@ def _verdict(slopes: dict[str, Estimate]) -> tuple[Verdict, str]:
             f"cannot tell: the interval of the control's exponent, alpha 0.5, {lazy}, reaches above {MODEL_ABOVE}: "
             "it has not been seen to be lazy. Use more seeds or more depths."
         )
-    return Verdict.RIGHT, f"right: exponent {own:+.2f} above {MODEL_ABOVE}, and the control's {control:+.2f} below {CONTROL_BELOW}"
+    return (
+        Verdict.RIGHT,
+        f"right: exponent {own:+.2f} above {MODEL_ABOVE}, and the control's {control:+.2f} below {CONTROL_BELOW}",
+    )

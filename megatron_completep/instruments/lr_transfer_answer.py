@@ -19,7 +19,11 @@ DEEPER = 4  # times the proxy's depth: a target for the example of `plan`
 
 def best_rates(curves: Sequence[Curve], optima: Sequence[Optimum]) -> list[str]:
     """Two lines a shape: the best learning rate, and the losses round it."""
-    return [line for curve, optimum in zip(curves, optima, strict=True) for line in _best_rate(curve, optimum)]
+    return [
+        line
+        for curve, optimum in zip(curves, optima, strict=True)
+        for line in _best_rate(curve, optimum)
+    ]
 
 
 def _best_rate(curve: Curve, optimum: Optimum) -> list[str]:
@@ -29,18 +33,28 @@ def _best_rate(curve: Curve, optimum: Optimum) -> list[str]:
         f"{curve.train_steps} steps, {seeds} {'seed' if seeds == 1 else 'seeds'}"
     )
     if optimum.grid_step is None:
-        return [f"{name}: one learning rate was run, so there is no best one", f"    {_point(curve, 0)}"]
+        return [
+            f"{name}: one learning rate was run, so there is no best one",
+            f"    {_point(curve, 0)}",
+        ]
     best = curve.optimum().grid_index
     place = "bracketed by the grid"
     if optimum.at_edge:
         end = "lower" if best == 0 else "upper"
         place = f"at the {end} edge of the grid: it may lie {'lower' if best == 0 else 'higher'}"
     interval = (
-        f" [2^{optimum.log2_lr.low:.2f}, 2^{optimum.log2_lr.high:.2f}]" if optimum.log2_lr.repeated else ", one seed gives no interval"
+        f" [2^{optimum.log2_lr.low:.2f}, 2^{optimum.log2_lr.high:.2f}]"
+        if optimum.log2_lr.repeated
+        else ", one seed gives no interval"
     )
     rate = f"2^{optimum.log2_lr.value:.2f} = {2**optimum.log2_lr.value:.4g}{interval}"
-    near = [_point(curve, index) for index in range(max(0, best - 1), min(len(curve.log2_lr), best + 2))]
-    return [f"{name}: best learning rate {rate}, steps of {optimum.grid_step:g} octaves, {place}", f"    {'; '.join(near)}"]
+    near = [
+        _point(curve, index) for index in range(max(0, best - 1), min(len(curve.log2_lr), best + 2))
+    ]
+    return [
+        f"{name}: best learning rate {rate}, steps of {optimum.grid_step:g} octaves, {place}",
+        f"    {'; '.join(near)}",
+    ]
 
 
 def _point(curve: Curve, index: int) -> str:
@@ -64,7 +78,14 @@ def write_proxy(points: Sequence[sweep.Point], curve: Curve, folder: Path) -> Pa
 
 
 def _same_shape(point: sweep.Point, curve: Curve) -> bool:
-    names = ("parameterization", "hidden_size", "num_layers", "train_steps", "base_weight_decay", "base_init_std")
+    names = (
+        "parameterization",
+        "hidden_size",
+        "num_layers",
+        "train_steps",
+        "base_weight_decay",
+        "base_init_std",
+    )
     return all(getattr(point, name) == getattr(curve, name) for name in names)
 
 
@@ -74,7 +95,9 @@ def next_commands(folder: Path, curves: Sequence[Curve]) -> list[str]:
     proxy = proxy_of(curves)
     if not proxy.swept:
         rate = float(proxy.log2_lr[0])
-        return [f"next, to find the best learning rate: {_sweep(folder, proxy, rate - 1, rate + 1, 0.5)}"]
+        return [
+            f"next, to find the best learning rate: {_sweep(folder, proxy, rate - 1, rate + 1, 0.5)}"
+        ]
     if beyond:
         first = proxy if any(c is proxy for c in beyond) else base_curve(beyond[0], beyond)
         more = f" ({len(beyond)} curves end at an edge)" if len(beyond) > 1 else ""
@@ -84,15 +107,25 @@ def next_commands(folder: Path, curves: Sequence[Curve]) -> list[str]:
     between, step = optimum.between, _step(proxy)
     if between[1] > between[0]:
         middle = float(proxy.log2_lr[optimum.grid_index])
-        lines.append(f"to know it better, a finer grid: {_sweep(folder, proxy, middle - step, middle + step, step / 2)}")
+        lines.append(
+            f"to know it better, a finer grid: {_sweep(folder, proxy, middle - step, middle + step, step / 2)}"
+        )
     if proxy.losses.shape[1] < 2:
         low, high = float(proxy.log2_lr[0]), float(proxy.log2_lr[-1])
-        lines.append(f"for an interval, more seeds: {_sweep(folder, proxy, low, high, step, seeds=3)}")
-    return [f"next, your target's file in place of {folder / PROXY}: {_plan(folder, proxy)}", *lines]
+        lines.append(
+            f"for an interval, more seeds: {_sweep(folder, proxy, low, high, step, seeds=3)}"
+        )
+    return [
+        f"next, your target's file in place of {folder / PROXY}: {_plan(folder, proxy)}",
+        *lines,
+    ]
 
 
 def _step(curve: Curve) -> float:
-    return min(high - low for low, high in zip(curve.log2_lr.tolist(), curve.log2_lr.tolist()[1:], strict=False))
+    return min(
+        high - low
+        for low, high in zip(curve.log2_lr.tolist(), curve.log2_lr.tolist()[1:], strict=False)
+    )
 
 
 def _sweep_beyond(folder: Path, curve: Curve) -> str:
@@ -105,7 +138,9 @@ def _sweep_beyond(folder: Path, curve: Curve) -> str:
     return _sweep(folder, curve, high + step, high + reach, step)
 
 
-def _sweep(folder: Path, curve: Curve, low: float, high: float, step: float, seeds: int | None = None) -> str:
+def _sweep(
+    folder: Path, curve: Curve, low: float, high: float, step: float, seeds: int | None = None
+) -> str:
     """The command that runs one curve at further learning rates; `--lr` takes whole points an octave, else a list."""
     per_octave = 1 / step
     if abs(per_octave - round(per_octave)) < 1e-6:
@@ -113,15 +148,42 @@ def _sweep(folder: Path, curve: Curve, low: float, high: float, step: float, see
     else:
         count = round((high - low) / step)
         rates = ",".join(f"{2 ** (low + index * step):.10g}" for index in range(count + 1))
-    words = [*TOOL, "sweep", str(folder / PROXY), "--out", str(folder), f"--lr={rates}", "--parameterizations", curve.parameterization]
-    words += ["--depths", str(curve.num_layers), "--widths", str(curve.hidden_size), "--train-steps", str(curve.train_steps)]
-    words += ["--weight-decays", repr(curve.base_weight_decay), "--init-stds", repr(curve.base_init_std)]
+    words = [
+        *TOOL,
+        "sweep",
+        str(folder / PROXY),
+        "--out",
+        str(folder),
+        f"--lr={rates}",
+        "--parameterizations",
+        curve.parameterization,
+    ]
+    words += [
+        "--depths",
+        str(curve.num_layers),
+        "--widths",
+        str(curve.hidden_size),
+        "--train-steps",
+        str(curve.train_steps),
+    ]
+    words += [
+        "--weight-decays",
+        repr(curve.base_weight_decay),
+        "--init-stds",
+        repr(curve.base_init_std),
+    ]
     return shlex.join([*words, "--seeds", str(seeds or curve.losses.shape[1])])
 
 
 def _plan(folder: Path, proxy: Curve) -> str:
     rule = PARAMETERIZATIONS[proxy.parameterization]
-    words = [*TOOL, "plan", str(folder), str(folder / PROXY), f"model.num_layers={DEEPER * proxy.num_layers}"]
+    words = [
+        *TOOL,
+        "plan",
+        str(folder),
+        str(folder / PROXY),
+        f"model.num_layers={DEEPER * proxy.num_layers}",
+    ]
     if proxy.parameterization != "completep":
         words += [f"completep.{name}={value}" for name, value in rule.items()]
     return shlex.join([*words, "--to", str(folder / "target.yaml")])

@@ -20,10 +20,26 @@ from megatron_completep.instruments.trial import PARAMETERIZATIONS, change, stre
 from megatron_completep.planning.plan import describe
 
 Say = Callable[[str], None]
-ALIKE = ("norm", "activation", "position", "bias", "qk_norm", "tied_embeddings", "attention_scale", "vocab_size", "seq_length")
+ALIKE = (
+    "norm",
+    "activation",
+    "position",
+    "bias",
+    "qk_norm",
+    "tied_embeddings",
+    "attention_scale",
+    "vocab_size",
+    "seq_length",
+)
 
 
-def plan(folder: Path, target: Config, path: Path, scale_batch: bool = False, say: Say = lambda text: None) -> dict[str, Any]:
+def plan(
+    folder: Path,
+    target: Config,
+    path: Path,
+    scale_batch: bool = False,
+    say: Say = lambda text: None,
+) -> dict[str, Any]:
     """Write the target's YAML to `path`, the values of every role in a comment; returns what was chosen.
 
     The proxy is the smallest shape of the sweep under the target's parameterization. scale_batch: learning rate, weight decay, eps
@@ -33,29 +49,51 @@ def plan(folder: Path, target: Config, path: Path, scale_batch: bool = False, sa
     """
     points = sweep.load_points(folder)
     rule = rule_of(target)
-    curves = [c for c in curves_of(sweep.read_results(points, folder)) if c.parameterization == rule]
+    curves = [
+        c for c in curves_of(sweep.read_results(points, folder)) if c.parameterization == rule
+    ]
     if not curves:
         done = sorted({p.parameterization for p in points})
-        raise ConfigError(f"{folder}: no finished curve under {rule}, the target's parameterization; the sweep has {', '.join(done)}.")
+        raise ConfigError(
+            f"{folder}: no finished curve under {rule}, the target's parameterization; the sweep has {', '.join(done)}."
+        )
     smallest = min((c.num_layers, c.hidden_size) for c in curves)
-    curve = min((c for c in curves if (c.num_layers, c.hidden_size) == smallest), key=lambda c: float(np.min(c.mean)))
+    curve = min(
+        (c for c in curves if (c.num_layers, c.hidden_size) == smallest),
+        key=lambda c: float(np.min(c.mean)),
+    )
     optimum = parabola_optimum(curve.log2_lr, curve.mean)
     if optimum.at_edge:
-        say(f"warning: the best learning rate 2^{optimum.log2_lr:g} is at the edge of the grid; sweep further before you rely on it")
+        say(
+            f"warning: the best learning rate 2^{optimum.log2_lr:g} is at the edge of the grid; sweep further before you rely on it"
+        )
     proxy = next(p for p in points if p.parameterization == rule and _is_of(p, curve)).config
     unlike = [name for name in ALIKE if getattr(proxy.model, name) != getattr(target.model, name)]
     if unlike:
-        say(f"warning: proxy and target differ in model.{', model.'.join(unlike)}; hyperparameters transfer over width and depth alone")
+        say(
+            f"warning: proxy and target differ in model.{', model.'.join(unlike)}; hyperparameters transfer over width and depth alone"
+        )
     config = transferred(proxy, target, 2**optimum.log2_lr, curve, scale_batch)
-    header = "\n".join(f"# {line}".rstrip() for line in [*_origin(folder, curve, optimum.log2_lr), "", *describe(config).splitlines()])
+    header = "\n".join(
+        f"# {line}".rstrip()
+        for line in [*_origin(folder, curve, optimum.log2_lr), "", *describe(config).splitlines()]
+    )
     text = f"{header}\n{dump_yaml(config.model_dump(mode='json'))}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, text.encode())
     except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}. Choose another file with --to.") from None
-    say(f"{path}: base_lr {config.optimizer.base_lr:.4g}, from {curve.num_layers} x {curve.hidden_size} ({curve.losses.shape[1]} seeds)")
-    return {"config": str(path), **config.optimizer.model_dump(mode="json"), "proxy": [curve.num_layers, curve.hidden_size]}
+        raise ConfigError(
+            f"{path} cannot be written: {error.strerror}. Choose another file with --to."
+        ) from None
+    say(
+        f"{path}: base_lr {config.optimizer.base_lr:.4g}, from {curve.num_layers} x {curve.hidden_size} ({curve.losses.shape[1]} seeds)"
+    )
+    return {
+        "config": str(path),
+        **config.optimizer.model_dump(mode="json"),
+        "proxy": [curve.num_layers, curve.hidden_size],
+    }
 
 
 def rule_of(config: Config) -> str:
@@ -65,7 +103,9 @@ def rule_of(config: Config) -> str:
     for name, settings in PARAMETERIZATIONS.items():
         if settings == own:
             return name
-    raise ConfigError(f"completep.alpha = {completep.alpha} is not among those that sweeps know. Use 1.0 or 0.5.")
+    raise ConfigError(
+        f"completep.alpha = {completep.alpha} is not among those that sweeps know. Use 1.0 or 0.5."
+    )
 
 
 def _is_of(point: sweep.Point, curve: Curve) -> bool:
@@ -73,7 +113,9 @@ def _is_of(point: sweep.Point, curve: Curve) -> bool:
     return all(getattr(point, name) == getattr(curve, name) for name in names)
 
 
-def transferred(proxy: Config, target: Config, base_lr: float, curve: Curve, scale_batch: bool) -> Config:
+def transferred(
+    proxy: Config, target: Config, base_lr: float, curve: Curve, scale_batch: bool
+) -> Config:
     """The target with the proxy's shape as its base, the proxy's base values, and its own factors by role and name."""
     proxy = with_base(proxy)
     base = {
@@ -92,7 +134,9 @@ def transferred(proxy: Config, target: Config, base_lr: float, curve: Curve, sca
         "base_init_std": curve.base_init_std,
         "base_eps": proxy.optimizer.base_eps,
         "betas": proxy.optimizer.betas,
-        "overrides": stretch(proxy.optimizer.overrides, proxy.model.num_layers, target.model.num_layers),
+        "overrides": stretch(
+            proxy.optimizer.overrides, proxy.model.num_layers, target.model.num_layers
+        ),
     }
     return change(target, completep=base, optimizer=values)
 

@@ -19,7 +19,13 @@ from megatron_completep.completep import table_of
 from megatron_completep.config import Config
 from megatron_completep.config.bare import bare_config
 from megatron_completep.config.json_text import read_json
-from megatron_completep.config.schema import CompletePConfig, ModelConfig, OptimizerConfig, ParallelConfig, RoleFactors
+from megatron_completep.config.schema import (
+    CompletePConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RoleFactors,
+)
 from megatron_completep.errors import DataError
 from megatron_completep.interop.reference_names import reference_name
 from megatron_completep.model.gpt import GPT
@@ -31,10 +37,34 @@ from megatron_completep.run.assemble import assemble
 from megatron_completep.run.forward_backward import MicroBatch
 
 SETTINGS = (
-    *("num_layers", "hidden_size", "num_heads", "vocab_size", "seq_length", "base_hidden_size", "base_num_layers", "alpha"),
-    *("init_std", "lr", "weight_decay", "eps", "betas", "grad_clip", "loss", "grad_norm", "param_norm_final"),
+    *(
+        "num_layers",
+        "hidden_size",
+        "num_heads",
+        "vocab_size",
+        "seq_length",
+        "base_hidden_size",
+        "base_num_layers",
+        "alpha",
+    ),
+    *(
+        "init_std",
+        "lr",
+        "weight_decay",
+        "eps",
+        "betas",
+        "grad_clip",
+        "loss",
+        "grad_norm",
+        "param_norm_final",
+    ),
 )
-REPLAYED = {"position": "learned", "norm": "layernorm", "activation": "gelu", "lr_schedule": "constant"}  # what the reference knows
+REPLAYED = {
+    "position": "learned",
+    "norm": "layernorm",
+    "activation": "gelu",
+    "lr_schedule": "constant",
+}  # what the reference knows
 TOLERANCES = {  # largest relative error of loss, gradient norm, final weight norms
     "float64": (1e-12, 1e-12, 1e-12),
     "float32": (1e-5, 1e-3, 1e-5),
@@ -57,8 +87,14 @@ class Trace:
             with np.load(stem + ".npz", allow_pickle=False) as archive:
                 arrays = {name: archive[name] for name in archive.files}
         except (OSError, ValueError, BadZipFile, DataError) as error:
-            reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error).rstrip(".")
-            raise DataError(f"{path}: not a trace: {reason}. Give NAME, NAME.json or NAME.npz; both files must be there.") from error
+            reason = (
+                f"{error.filename}: {error.strerror}"
+                if isinstance(error, OSError) and error.filename
+                else str(error).rstrip(".")
+            )
+            raise DataError(
+                f"{path}: not a trace: {reason}. Give NAME, NAME.json or NAME.npz; both files must be there."
+            ) from error
         trace = cls(record, arrays)
         if problems := trace._problems():
             raise DataError("\n  ".join([f"{stem}: not a trace that can be replayed", *problems]))
@@ -126,7 +162,10 @@ class Trace:
     def _completep(self) -> CompletePConfig:
         r = self.record
         if r["alpha"] is not None:
-            base = {"base_hidden_size": r["base_hidden_size"], "base_num_layers": r["base_num_layers"]}
+            base = {
+                "base_hidden_size": r["base_hidden_size"],
+                "base_num_layers": r["base_num_layers"],
+            }
             return CompletePConfig(alpha=r["alpha"], **base)
         # The reference's plain muP does not scale the weight decay of hidden weights: our table's m_N is divided out again.
         unscaled = RoleFactors(weight_decay=r["base_hidden_size"] / r["hidden_size"])
@@ -164,13 +203,34 @@ def check_weights(trace: Trace, config: Config) -> None:
     """The trace has the weights of the model that its settings describe, each in its shape, and no others. Raises DataError."""
     specs = specs_of(GPT(config.model, table_of(config), ParallelContext.single("meta")))
     own = {reference_name(name): spec.shape for name, spec in specs.items()}
-    recorded = {key.removeprefix("init/"): array.shape for key, array in trace.arrays.items() if key.startswith("init/")}
+    recorded = {
+        key.removeprefix("init/"): array.shape
+        for key, array in trace.arrays.items()
+        if key.startswith("init/")
+    }
     problems = [f"{name}: not in the .npz" for name in own if name not in recorded]
-    problems += [f"{name}: no such weight in the model of the .json" for name in recorded if name not in own]
-    problems += [f"{n}: {recorded[n]} in the .npz, {own[n]} in the .json" for n in own if n in recorded and recorded[n] != own[n]]
-    problems += [f"{name}: no norm in param_norm_final" for name in own if name not in trace.record["param_norm_final"]]
+    problems += [
+        f"{name}: no such weight in the model of the .json" for name in recorded if name not in own
+    ]
+    problems += [
+        f"{n}: {recorded[n]} in the .npz, {own[n]} in the .json"
+        for n in own
+        if n in recorded and recorded[n] != own[n]
+    ]
+    problems += [
+        f"{name}: no norm in param_norm_final"
+        for name in own
+        if name not in trace.record["param_norm_final"]
+    ]
     if problems:
-        raise DataError("\n  ".join(["the trace's weights are not those of its settings (bias, tied_embeddings, sizes)", *problems[:20]]))
+        raise DataError(
+            "\n  ".join(
+                [
+                    "the trace's weights are not those of its settings (bias, tied_embeddings, sizes)",
+                    *problems[:20],
+                ]
+            )
+        )
 
 
 @dataclass(frozen=True)
@@ -186,12 +246,20 @@ class Replay:
 
     def to_json(self) -> dict[str, Any]:
         """The report's fields under their stable names; what is not finite becomes null."""
-        fields = {("pass" if key == "passed" else key): value for key, value in asdict(self).items()}
-        return {key: [_finite(v) for v in value] if isinstance(value, list) else _finite(value) for key, value in fields.items()}
+        fields = {
+            ("pass" if key == "passed" else key): value for key, value in asdict(self).items()
+        }
+        return {
+            key: [_finite(v) for v in value] if isinstance(value, list) else _finite(value)
+            for key, value in fields.items()
+        }
 
 
 def replay(
-    trace: Trace, precision: str = "float64", context: ParallelContext | None = None, parallel: ParallelConfig | None = None
+    trace: Trace,
+    precision: str = "float64",
+    context: ParallelContext | None = None,
+    parallel: ParallelConfig | None = None,
 ) -> Replay:
     """Train as the trace did, from its initial weights on its batches, with its single eps for every tensor."""
     context, parallel = context or ParallelContext.single(), parallel or ParallelConfig()
@@ -212,16 +280,26 @@ def replay(
     optimizer.rule.column("eps").fill_(trace.single_eps)
     losses, norms = [], []
     for inputs, targets in zip(trace.arrays["inputs"], trace.arrays["targets"], strict=True):
-        tokens, labels = (torch.from_numpy(x).chunk(context.data.size)[context.data.rank] for x in (inputs, targets))
+        tokens, labels = (
+            torch.from_numpy(x).chunk(context.data.size)[context.data.rank]
+            for x in (inputs, targets)
+        )
         optimizer.begin_step(pieces)
-        total = run([MicroBatch(t, y) for t, y in zip(tokens.chunk(pieces), labels.chunk(pieces), strict=True)])
+        total = run(
+            [
+                MicroBatch(t, y)
+                for t, y in zip(tokens.chunk(pieces), labels.chunk(pieces), strict=True)
+            ]
+        )
         counted = torch.tensor(labels.numel() if context.pipeline.rank == 0 else 0)
         result = optimizer.step(config.optimizer.base_lr, total, counted)
         losses.append(result.loss.item())
         norms.append(result.grad_norm.item())
     optimizer.wait_for_parameters()
     weights = {
-        reference_name(name): _counted_weight(spec, spec.join(optimizer.shards.parameters[name].detach(), context), precision)
+        reference_name(name): _counted_weight(
+            spec, spec.join(optimizer.shards.parameters[name].detach(), context), precision
+        )
         for name, spec in optimizer.shards.specs.items()
         if not spec.is_copy(name)
     }
@@ -236,14 +314,22 @@ def _counted_weight(spec: Spec, weight: Tensor, precision: str) -> Tensor:
     return weight.double()
 
 
-def compare(trace: Trace, losses: list[float], norms: list[float], weights: dict[str, Tensor], precision: str) -> Replay:
+def compare(
+    trace: Trace,
+    losses: list[float],
+    norms: list[float],
+    weights: dict[str, Tensor],
+    precision: str,
+) -> Replay:
     """Largest relative errors, and whether they are within the precision's tolerances."""
     record = trace.record
     expected = {name: _recorded_norm(trace, name, precision) for name in weights}
     errors = (
         relative_error(losses, record["loss"]),
         relative_error(norms, record["grad_norm"]),
-        relative_error([weight.norm().item() for weight in weights.values()], list(expected.values())),
+        relative_error(
+            [weight.norm().item() for weight in weights.values()], list(expected.values())
+        ),
     )
     passed = all(error <= bound for error, bound in zip(errors, TOLERANCES[precision], strict=True))
     return Replay(losses, list(record["loss"]), *errors, passed)
@@ -262,7 +348,9 @@ def relative_error(values: list[float], recorded: list[float]) -> float:
     """Largest |a - b| / |b| (|a| where b is 0); infinite when the lengths differ or a value is not finite."""
     if len(values) != len(recorded) or not all(map(math.isfinite, values)):
         return math.inf
-    return max((abs(a - b) / (abs(b) or 1.0) for a, b in zip(values, recorded, strict=True)), default=0.0)
+    return max(
+        (abs(a - b) / (abs(b) or 1.0) for a, b in zip(values, recorded, strict=True)), default=0.0
+    )
 
 
 def _finite(value: float) -> float | None:

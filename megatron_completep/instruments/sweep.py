@@ -22,7 +22,16 @@ from megatron_completep.config.json_text import read_json_object
 from megatron_completep.config.schema import Config
 from megatron_completep.errors import ConfigError, DataError, UserError
 from megatron_completep.files import write_whole
-from megatron_completep.instruments.trial import PARAMETERIZATIONS, Trial, change, read_batches, reshape, under, with_base, with_seed
+from megatron_completep.instruments.trial import (
+    PARAMETERIZATIONS,
+    Trial,
+    change,
+    read_batches,
+    reshape,
+    under,
+    with_base,
+    with_seed,
+)
 from megatron_completep.instruments.workers import processes
 from megatron_completep.model.flops import training_flops_per_token
 from megatron_completep.parallel.context import ParallelContext, choose_device
@@ -52,9 +61,15 @@ class Point:
     def key(self) -> str:
         """The hash of everything that the result depends on. Settings at their defaults are left out, so that a setting which a later
         version adds runs nothing anew."""
-        unrelated: Any = {"checkpoint": True, "logging": True, "training": {"output_dir", "cpu_threads"}}
+        unrelated: Any = {
+            "checkpoint": True,
+            "logging": True,
+            "training": {"output_dir", "cpu_threads"},
+        }
         kept = self.config.model_dump(mode="json", exclude=unrelated, exclude_defaults=True)
-        return hashlib.blake2b(json.dumps([FORMAT, kept], sort_keys=True).encode(), digest_size=12).hexdigest()
+        return hashlib.blake2b(
+            json.dumps([FORMAT, kept], sort_keys=True).encode(), digest_size=12
+        ).hexdigest()
 
     @property
     def tau(self) -> float:
@@ -84,7 +99,9 @@ class Grid:
         """All runs, a whole seed after the other, so that what is done early can already be reported."""
         unknown = [name for name in self.parameterizations if name not in PARAMETERIZATIONS]
         if unknown:
-            raise ConfigError(f"parameterization {', '.join(unknown)} is not known. Use some of: {', '.join(PARAMETERIZATIONS)}.")
+            raise ConfigError(
+                f"parameterization {', '.join(unknown)} is not known. Use some of: {', '.join(PARAMETERIZATIONS)}."
+            )
         config = with_base(config)
         axes = (
             range(self.seeds),
@@ -99,10 +116,22 @@ class Grid:
         return [_point(config, *values) for values in product(*axes)]
 
 
-def _point(config: Config, seed: int, depth: int, width: int, steps: int, decay: float, std: float, rule: str, rate: float) -> Point:
+def _point(
+    config: Config,
+    seed: int,
+    depth: int,
+    width: int,
+    steps: int,
+    decay: float,
+    std: float,
+    rule: str,
+    rate: float,
+) -> Point:
     shaped = under(with_seed(reshape(config, width, depth), seed), rule)
     if depth == shaped.completep.base_num_layers and rule != "sp":
-        shaped = under(shaped, "completep")  # at the base depth the depth rules coincide: run it once
+        shaped = under(
+            shaped, "completep"
+        )  # at the base depth the depth rules coincide: run it once
     changed = change(
         shaped,
         optimizer={"base_lr": rate, "base_weight_decay": decay, "base_init_std": std},
@@ -159,7 +188,9 @@ def run_and_keep(settings: dict[str, Any], values: dict[str, Any], path: str, de
 
 def loss_of(result: dict[str, Any]) -> float:
     """Held-out loss where there is one, else the training loss of the last steps; infinite for a run that diverged."""
-    loss = result["validation_loss"] if result["validation_loss"] is not None else result["train_loss"]
+    loss = (
+        result["validation_loss"] if result["validation_loss"] is not None else result["train_loss"]
+    )
     return math.inf if result["diverged"] or loss is None else float(loss)
 
 
@@ -193,14 +224,26 @@ def run_local(points: Sequence[Point], folder: Path, workers: int, device: str, 
         futures = {}
         for number, point in enumerate(left):
             where = f"cuda:{number % gpus}" if gpus else "cpu"
-            job = pool.submit(run_and_keep, point.settings(), point.config.model_dump(mode="json"), str(result_path(folder, point)), where)
+            job = pool.submit(
+                run_and_keep,
+                point.settings(),
+                point.config.model_dump(mode="json"),
+                str(result_path(folder, point)),
+                where,
+            )
             futures[job] = point
         for done, job in enumerate(as_completed(futures), 1):
             say(f"[{done}/{len(left)}] {describe(futures[job])}: loss {job.result():.4f}")
     say(f"{len(left)} points in {time.perf_counter() - started:.0f} s")
 
 
-def run_slurm(points: Sequence[Point], folder: Path, options: dict[str, Any], device: str, cluster: str = "slurm") -> list[Any]:
+def run_slurm(
+    points: Sequence[Point],
+    folder: Path,
+    options: dict[str, Any],
+    device: str,
+    cluster: str = "slurm",
+) -> list[Any]:
     """Hand what is missing to Slurm as one array job; returns submitit's jobs. The files appear as the jobs end."""
     try:
         import submitit
@@ -210,13 +253,18 @@ def run_slurm(points: Sequence[Point], folder: Path, options: dict[str, Any], de
     (folder / "points").mkdir(parents=True, exist_ok=True)
     executor = submitit.AutoExecutor(folder=str(folder / "slurm"), cluster=cluster)
     executor.update_parameters(name="lr_transfer", **options)
-    rows = [(p.settings(), p.config.model_dump(mode="json"), str(result_path(folder, p)), device) for p in left]
+    rows = [
+        (p.settings(), p.config.model_dump(mode="json"), str(result_path(folder, p)), device)
+        for p in left
+    ]
     return list(executor.map_array(run_and_keep, *zip(*rows, strict=True))) if rows else []
 
 
 def describe(point: Point) -> str:
     """One line of what a point is, with the time scale of its weight decay."""
-    decay = f", wd {point.base_weight_decay:g} (tau {point.tau:.3g})" if point.base_weight_decay else ""
+    decay = (
+        f", wd {point.base_weight_decay:g} (tau {point.tau:.3g})" if point.base_weight_decay else ""
+    )
     rate = f"lr 2^{math.log2(point.base_lr):.3g}"
     return f"{point.parameterization} {point.num_layers} x {point.hidden_size}, {rate}{decay}, {point.train_steps} steps, seed {point.seed}"
 
@@ -231,7 +279,9 @@ def read_results(points: Sequence[Point], folder: Path) -> Iterator[tuple[Point,
             result = read_json_object(path, finite=False)
             loss_of(result), float(result["flops"])
         except (DataError, KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{path}: not a result: {error}. Remove it; the next sweep runs the point again.") from None
+            raise DataError(
+                f"{path}: not a result: {error}. Remove it; the next sweep runs the point again."
+            ) from None
         yield point, result
 
 
@@ -249,7 +299,9 @@ def save_grid(grid: Grid, config: Config, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps({"grids": grids}, indent=1).encode())
     except OSError as error:
-        raise DataError(f"{path} cannot be written: {error.strerror}. Choose another folder, or free some space.") from None
+        raise DataError(
+            f"{path} cannot be written: {error.strerror}. Choose another folder, or free some space."
+        ) from None
 
 
 def _grids(path: Path) -> list[dict[str, Any]]:
@@ -259,7 +311,9 @@ def _grids(path: Path) -> list[dict[str, Any]]:
     except DataError as error:
         raise DataError(f"{error} Restore the file, or sweep into another folder.") from None
     if not isinstance(grids, list) or not all(isinstance(entry, dict) for entry in grids):
-        raise DataError(f"{path}: holds no list of grids. Restore the file, or sweep into another folder.")
+        raise DataError(
+            f"{path}: holds no list of grids. Restore the file, or sweep into another folder."
+        )
     return grids
 
 
@@ -272,5 +326,7 @@ def load_points(folder: Path) -> list[Point]:
             for point in Grid(**entry["grid"]).points(config_from_mapping(entry["config"])):
                 found[point.parameterization, point.key] = point
     except (DataError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: not a sweep ({error}). Make one with tools/lr_transfer.py sweep.") from None
+        raise DataError(
+            f"{path}: not a sweep ({error}). Make one with tools/lr_transfer.py sweep."
+        ) from None
     return list(found.values())

@@ -48,7 +48,9 @@ class Design:
 
 def change(config: Config, **sections: dict[str, Any]) -> Config:
     """The configuration with some settings of some sections replaced, checked anew."""
-    changed = {name: getattr(config, name).model_copy(update=values) for name, values in sections.items()}
+    changed = {
+        name: getattr(config, name).model_copy(update=values) for name, values in sections.items()
+    }
     changed_config = config.model_copy(update=changed)
     check_config(changed_config)
     return changed_config
@@ -61,13 +63,16 @@ def with_base(config: Config) -> Config:
     values = {
         "base_hidden_size": base_hidden,
         "base_num_layers": completep.base_num_layers or model.num_layers,
-        "base_ffn_hidden_size": completep.base_ffn_hidden_size or max(1, round(model.ffn_hidden_size * base_hidden / model.hidden_size)),
+        "base_ffn_hidden_size": completep.base_ffn_hidden_size
+        or max(1, round(model.ffn_hidden_size * base_hidden / model.hidden_size)),
         "base_head_dim": completep.base_head_dim or head_dim(model),
     }
     return change(config, completep=values)
 
 
-def stretch(overrides: Sequence[OverrideConfig], num_layers: int, target_layers: int) -> list[OverrideConfig]:
+def stretch(
+    overrides: Sequence[OverrideConfig], num_layers: int, target_layers: int
+) -> list[OverrideConfig]:
     """A user's own factors at another depth: what was found for layer k of L holds for the target's layers from k / L of its depth to
     (k + 1) / L; patterns that name no single layer stay as they are. Factors multiply the table, so they are the same at every size
     (Complete(d)P, arXiv 2512.22382, transfers its per-module and per-depth multipliers in this way)."""
@@ -78,12 +83,20 @@ def stretch(overrides: Sequence[OverrideConfig], num_layers: int, target_layers:
             found.append(override)
             continue
         rest = override.pattern[named.end() :]
-        layers = [layer for layer in range(target_layers) if layer * num_layers // target_layers == int(named[1])]
-        found += [override.model_copy(update={"pattern": f"layers.{layer}.{rest}"}) for layer in layers]
+        layers = [
+            layer
+            for layer in range(target_layers)
+            if layer * num_layers // target_layers == int(named[1])
+        ]
+        found += [
+            override.model_copy(update={"pattern": f"layers.{layer}.{rest}"}) for layer in layers
+        ]
     return found
 
 
-def reshape(config: Config, hidden_size: int | None = None, num_layers: int | None = None) -> Config:
+def reshape(
+    config: Config, hidden_size: int | None = None, num_layers: int | None = None
+) -> Config:
     """The same model at another width or depth: heads of the same size, the same ratio of ffn_hidden_size, the same base, and
     optimizer.overrides of single layers stretched over the depth.
 
@@ -110,12 +123,18 @@ def reshape(config: Config, hidden_size: int | None = None, num_layers: int | No
         "attention_backend": "sdpa",
     }
     overrides = stretch(config.optimizer.overrides, model.num_layers, shape["num_layers"])
-    return change(config, model=shape, parallel={"pipeline_split": None}, optimizer={"overrides": overrides})
+    return change(
+        config, model=shape, parallel={"pipeline_split": None}, optimizer={"overrides": overrides}
+    )
 
 
 def under(config: Config, parameterization: str) -> Config:
     """The same model under another parameterization, by its name in PARAMETERIZATIONS ("own": as configured)."""
-    return config if parameterization == "own" else change(config, completep=PARAMETERIZATIONS[parameterization])
+    return (
+        config
+        if parameterization == "own"
+        else change(config, completep=PARAMETERIZATIONS[parameterization])
+    )
 
 
 def with_seed(config: Config, number: int) -> Config:
@@ -158,12 +177,20 @@ class Trial:
 def read_batches(config: Config, context: ParallelContext, steps: int) -> list[list[Batch]]:
     """This data rank's micro-batches of the first `steps` steps. Raises DataError where the configuration's token files are missing."""
     config = config.model_copy(update={"data": config.data.model_copy(update={"prefetch": 0})})
-    config = config.model_copy(update={"training": config.training.model_copy(update={"train_steps": steps})})
+    config = config.model_copy(
+        update={"training": config.training.model_copy(update={"train_steps": steps})}
+    )
     with build_training_loader(config, context) as loader:
         return [loader.next_step() for _ in range(steps)]
 
 
-def for_short_runs(config: Config, steps: int, precision: str = "float32", **optimizer: Any) -> Config:
+def for_short_runs(
+    config: Config, steps: int, precision: str = "float32", **optimizer: Any
+) -> Config:
     """Settings of a run of a few steps: a constant learning rate from the first step on, nothing saved."""
     settings = {"schedule": "constant", "warmup_steps": None, "warmup_fraction": None, **optimizer}
-    return change(config, optimizer=settings, training={"train_steps": steps, "precision": precision, "recompute": "none"})
+    return change(
+        config,
+        optimizer=settings,
+        training={"train_steps": steps, "precision": precision, "recompute": "none"},
+    )

@@ -16,7 +16,9 @@ def processes(workers: int) -> Iterator[ProcessPoolExecutor]:
     """A pool that leaves with this process: when it is killed, and at once at Ctrl-C. After an error what is under way is finished."""
     before = set(multiprocessing.active_children())
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=work_for, initargs=(os.getpid(),)) as pool:
+    with ProcessPoolExecutor(
+        workers, context, initializer=work_for, initargs=(os.getpid(),)
+    ) as pool:
         with interrupts_held():
             pool.submit(os.getpid)  # starts them all
         try:

@@ -15,7 +15,12 @@ from megatron_completep.config.schema import ModelConfig
 from megatron_completep.errors import ConfigError
 
 ARCHITECTURES = ("granite", "llama", "qwen3", "gpt2")
-CLASSES = {"granite": "GraniteForCausalLM", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "gpt2": "GPT2LMHeadModel"}
+CLASSES = {
+    "granite": "GraniteForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+}
 
 Rows = tuple[tuple[int, int, float], ...]  # (start, stop, factor), in order
 
@@ -72,7 +77,9 @@ def blockers(architecture: str, model: ModelConfig) -> list[str]:
             f"heads of {head_dim(model)} x {model.num_attention_heads} = {width}, it needs model.hidden_size = {model.hidden_size}"
         )
     if architecture == "llama" and model.hidden_size % model.num_attention_heads:
-        found.append(f"model.num_attention_heads = {model.num_attention_heads} does not divide model.hidden_size = {model.hidden_size}")
+        found.append(
+            f"model.num_attention_heads = {model.num_attention_heads} does not divide model.hidden_size = {model.hidden_size}"
+        )
     return found
 
 
@@ -88,7 +95,9 @@ def choose_architecture(model: ModelConfig, table: Table, wanted: str = "auto") 
         return fitting[0]
     lines = [f"{name}: {'; '.join(found)}" for name, found in problems.items()]
     others = "" if wanted == "auto" else " Try --architecture auto."
-    raise ConfigError("\n  ".join([f"no stock architecture asked for can express this model.{others}", *lines]))
+    raise ConfigError(
+        "\n  ".join([f"no stock architecture asked for can express this model.{others}", *lines])
+    )
 
 
 def fold(architecture: str, model: ModelConfig, table: Table) -> Folding:
@@ -108,7 +117,9 @@ def fold(architecture: str, model: ModelConfig, table: Table) -> Folding:
     )
 
 
-def pieces(architecture: str, model: ModelConfig, folding: Folding, prefix: str | None = None) -> list[Piece]:
+def pieces(
+    architecture: str, model: ModelConfig, folding: Folding, prefix: str | None = None
+) -> list[Piece]:
     """Every tensor of the Hugging Face model; those of one parameter of ours side by side. `prefix` replaces 'transformer.'."""
     if architecture == "gpt2":
         return list(_gpt2_pieces(model, folding, "transformer." if prefix is None else prefix))
@@ -120,7 +131,9 @@ def _llama_pieces(model: ModelConfig, folding: Folding, qk_norm: bool) -> Iterat
     queries, keys = model.num_attention_heads * d, num_query_groups(model) * d
     in_q = 1.0 if qk_norm else folding.query
 
-    def linear(name: str, source: str, rows: tuple[int, int], columns: int, factor: float = 1.0) -> Iterator[Piece]:
+    def linear(
+        name: str, source: str, rows: tuple[int, int], columns: int, factor: float = 1.0
+    ) -> Iterator[Piece]:
         span = ((*rows, factor),)
         yield Piece(f"{name}.weight", f"{source}.weight", span, (rows[1] - rows[0], columns))
         if model.bias:
@@ -130,7 +143,12 @@ def _llama_pieces(model: ModelConfig, folding: Folding, qk_norm: bool) -> Iterat
         return Piece(name, source, ((0, size, factor),), (size,))
 
     vocabulary = (model.vocab_size, hidden)
-    yield Piece("model.embed_tokens.weight", "embedding.weight", ((0, model.vocab_size, folding.embedding),), vocabulary)
+    yield Piece(
+        "model.embed_tokens.weight",
+        "embedding.weight",
+        ((0, model.vocab_size, folding.embedding),),
+        vocabulary,
+    )
     for index in range(model.num_layers):
         theirs, ours = f"model.layers.{index}", f"layers.{index}"
         yield vector(f"{theirs}.input_layernorm.weight", f"{ours}.attention_norm.weight", hidden)
@@ -138,23 +156,43 @@ def _llama_pieces(model: ModelConfig, folding: Folding, qk_norm: bool) -> Iterat
         projections = [
             *linear(f"{theirs}.self_attn.q_proj", qkv, (0, queries), hidden, in_q),
             *linear(f"{theirs}.self_attn.k_proj", qkv, (queries, queries + keys), hidden),
-            *linear(f"{theirs}.self_attn.v_proj", qkv, (queries + keys, queries + 2 * keys), hidden),
+            *linear(
+                f"{theirs}.self_attn.v_proj", qkv, (queries + keys, queries + 2 * keys), hidden
+            ),
         ]
         yield from sorted(projections, key=lambda piece: piece.source or "")
         if qk_norm:
-            yield vector(f"{theirs}.self_attn.q_norm.weight", f"{ours}.attention.q_norm.weight", d, folding.query)
+            yield vector(
+                f"{theirs}.self_attn.q_norm.weight",
+                f"{ours}.attention.q_norm.weight",
+                d,
+                folding.query,
+            )
             yield vector(f"{theirs}.self_attn.k_norm.weight", f"{ours}.attention.k_norm.weight", d)
-        yield from linear(f"{theirs}.self_attn.o_proj", f"{ours}.attention.output", (0, hidden), queries, folding.branch)
+        yield from linear(
+            f"{theirs}.self_attn.o_proj",
+            f"{ours}.attention.output",
+            (0, hidden),
+            queries,
+            folding.branch,
+        )
         yield vector(f"{theirs}.post_attention_layernorm.weight", f"{ours}.mlp_norm.weight", hidden)
         halves = [
             *linear(f"{theirs}.mlp.gate_proj", f"{ours}.mlp.up", (0, ffn), hidden),
             *linear(f"{theirs}.mlp.up_proj", f"{ours}.mlp.up", (ffn, 2 * ffn), hidden),
         ]
         yield from sorted(halves, key=lambda piece: piece.source or "")
-        yield from linear(f"{theirs}.mlp.down_proj", f"{ours}.mlp.down", (0, hidden), ffn, folding.branch)
+        yield from linear(
+            f"{theirs}.mlp.down_proj", f"{ours}.mlp.down", (0, hidden), ffn, folding.branch
+        )
     yield vector("model.norm.weight", "final_norm.weight", hidden, folding.final_norm)
     if not model.tied_embeddings:
-        yield Piece("lm_head.weight", "unembedding.weight", ((0, model.vocab_size, folding.unembedding),), vocabulary)
+        yield Piece(
+            "lm_head.weight",
+            "unembedding.weight",
+            ((0, model.vocab_size, folding.unembedding),),
+            vocabulary,
+        )
 
 
 def _gpt2_pieces(model: ModelConfig, folding: Folding, prefix: str) -> Iterator[Piece]:
@@ -184,10 +222,17 @@ def _gpt2_pieces(model: ModelConfig, folding: Folding, prefix: str) -> Iterator[
         theirs, ours = f"{prefix}h.{index}", f"layers.{index}"
         yield from norm(f"{theirs}.ln_1", f"{ours}.attention_norm")
         yield from linear(f"{theirs}.attn.c_attn", f"{ours}.attention.qkv", heads, hidden)
-        yield from linear(f"{theirs}.attn.c_proj", f"{ours}.attention.output", ((0, hidden, folding.branch),), hidden)
+        yield from linear(
+            f"{theirs}.attn.c_proj",
+            f"{ours}.attention.output",
+            ((0, hidden, folding.branch),),
+            hidden,
+        )
         yield from norm(f"{theirs}.ln_2", f"{ours}.mlp_norm")
         yield from linear(f"{theirs}.mlp.c_fc", f"{ours}.mlp.up", ((0, ffn, 1.0),), hidden)
-        yield from linear(f"{theirs}.mlp.c_proj", f"{ours}.mlp.down", ((0, hidden, folding.branch),), ffn)
+        yield from linear(
+            f"{theirs}.mlp.c_proj", f"{ours}.mlp.down", ((0, hidden, folding.branch),), ffn
+        )
     yield from norm(f"{prefix}ln_f", "final_norm", folding.final_norm)
     if not model.tied_embeddings:
         yield table("lm_head.weight", "unembedding.weight", model.vocab_size, folding.unembedding)

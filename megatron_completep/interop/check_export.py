@@ -34,22 +34,39 @@ def load_with_transformers(folder: str | Path) -> Any:
     try:
         import transformers
     except ImportError:
-        raise ConfigError("transformers is not installed. pip install 'megatron-completep[hf]'.") from None
+        raise ConfigError(
+            "transformers is not installed. pip install 'megatron-completep[hf]'."
+        ) from None
     transformers.utils.logging.disable_progress_bar()
-    return transformers.AutoModelForCausalLM.from_pretrained(str(folder), attn_implementation="eager").float().eval()
+    return (
+        transformers.AutoModelForCausalLM.from_pretrained(str(folder), attn_implementation="eager")
+        .float()
+        .eval()
+    )
 
 
 @torch.no_grad()
-def check_export(checkpoint: str | Path, folder: str | Path, dtype: str, batch: int = 2, length: int = 64, seed: int = 0) -> Comparison:
+def check_export(
+    checkpoint: str | Path,
+    folder: str | Path,
+    dtype: str,
+    batch: int = 2,
+    length: int = 64,
+    seed: int = 0,
+) -> Comparison:
     """Compare both models on random tokens; they are in memory one after the other."""
     config, ours = load_model(checkpoint, torch.device("cpu"), torch.float32)
     length = min(length, config.model.seq_length)
-    tokens = torch.randint(config.model.vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
+    tokens = torch.randint(
+        config.model.vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed)
+    )
     expected = ours(tokens)
     del ours
     gc.collect()
     found = load_with_transformers(folder)(tokens).logits
     if found.shape != expected.shape:
-        raise ConfigError(f"{folder}: logits of shape {list(found.shape)}, the checkpoint's model gives {list(expected.shape)}.")
+        raise ConfigError(
+            f"{folder}: logits of shape {list(found.shape)}, the checkpoint's model gives {list(expected.shape)}."
+        )
     difference = ((found - expected).abs().max() / expected.abs().max()).item()
     return Comparison(difference, TOLERANCES[dtype], tokens.numel())

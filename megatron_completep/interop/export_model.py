@@ -63,7 +63,10 @@ class ExportReport:
 
 
 def export_model(
-    checkpoint: str | Path, output: str | Path, settings: ExportSettings | None = None, say: Callable[[str], None] = lambda text: None
+    checkpoint: str | Path,
+    output: str | Path,
+    settings: ExportSettings | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> ExportReport:
     """Write the folder; it appears whole or not at all.
 
@@ -79,13 +82,24 @@ def export_model(
     dtype = _dtype(settings.dtype, config, say)
     chosen = _tokenizer_settings(config, checkpoint, settings.tokenizer)
     tokenizer = _tokenizer(config, chosen)
-    say(f"{stored.folder}: {architecture}, {dtype}" + (f", folded: {pairs_text(folding.changed)}" if folding.changed else ""))
+    say(
+        f"{stored.folder}: {architecture}, {dtype}"
+        + (f", folded: {pairs_text(folding.changed)}" if folding.changed else "")
+    )
     temporary = _fresh_folder(output)
     try:
         written = pieces(architecture, config.model, folding)
-        files = write_tensors(temporary, [(p.name, p.shape) for p in written], dtype, Values(stored, written), settings.shard_bytes)
+        files = write_tensors(
+            temporary,
+            [(p.name, p.shape) for p in written],
+            dtype,
+            Values(stored, written),
+            settings.shard_bytes,
+        )
         end = tokenizer.eod_id if tokenizer is not None else None
-        values = to_hf(architecture, config.model, table, dtype, end, config.optimizer.base_init_std)
+        values = to_hf(
+            architecture, config.model, table, dtype, end, config.optimizer.base_init_std
+        )
         _write_json(temporary / "config.json", values)
         generation = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
         _write_json(temporary / "generation_config.json", generation)
@@ -98,17 +112,23 @@ def export_model(
             architecture=architecture,
             dtype=dtype,
             parameters=sum(math.prod(piece.shape) for piece in written),
-            files=sorted(path.name for path in {*temporary.iterdir(), *files, temporary / "README.md"}),
+            files=sorted(
+                path.name for path in {*temporary.iterdir(), *files, temporary / "README.md"}
+            ),
             kept={name: values[name] for name in _KEPT if name in values},
             folded=folding.changed,
             tokenizer=tokenizer.type if tokenizer is not None else None,
         )
-        (temporary / "README.md").write_text(model_card(config, stored.manifest, report.to_json()), encoding="utf-8")
+        (temporary / "README.md").write_text(
+            model_card(config, stored.manifest, report.to_json()), encoding="utf-8"
+        )
         temporary.rename(output)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError):
-            raise ConfigError(f"{output} cannot be written: {error.strerror or error}. Choose another folder or free some space.") from None
+            raise ConfigError(
+                f"{output} cannot be written: {error.strerror or error}. Choose another folder or free some space."
+            ) from None
         raise
     return report
 
@@ -136,7 +156,10 @@ class Values:
 
 def cut(piece: Piece, whole: Tensor) -> Tensor:
     """The tensor of a piece from our whole parameter."""
-    parts = [whole[start:stop] if factor == 1.0 else _scaled(whole[start:stop], factor) for start, stop, factor in piece.rows]
+    parts = [
+        whole[start:stop] if factor == 1.0 else _scaled(whole[start:stop], factor)
+        for start, stop, factor in piece.rows
+    ]
     rows = parts[0] if len(parts) == 1 else torch.cat(parts)
     return rows.t() if piece.transposed else rows
 
@@ -155,16 +178,22 @@ def _dtype(wanted: str, config: Config, say: Callable[[str], None]) -> str:
         return ALIASES.get(wanted, wanted)
     trained = config.training.precision
     if trained in ("auto", "float64"):
-        say(f"the run's training.precision is {trained}: its weights are written in float32; --dtype chooses another type.")
+        say(
+            f"the run's training.precision is {trained}: its weights are written in float32; --dtype chooses another type."
+        )
     return "bfloat16" if trained == "bf16" else "float32"
 
 
-def _tokenizer_settings(config: Config, checkpoint: str | Path, model: str | None) -> TokenizerConfig | None:
+def _tokenizer_settings(
+    config: Config, checkpoint: str | Path, model: str | None
+) -> TokenizerConfig | None:
     """The run's tokenizer, None: the export has none. `model` says where its file lies now."""
     if model == "none" or (config.data.tokenizer is None and model is None):
         return None
     if config.data.tokenizer is None:
-        raise ConfigError(f"--tokenizer-model {model}: the run has no data.tokenizer, so its family is unknown. Leave the option away.")
+        raise ConfigError(
+            f"--tokenizer-model {model}: the run has no data.tokenizer, so its family is unknown. Leave the option away."
+        )
     return run_tokenizer(checkpoint, config, model)
 
 
@@ -183,13 +212,17 @@ def _tokenizer(config: Config, chosen: TokenizerConfig | None) -> Tokenizer | No
 def _fresh_folder(output: Path) -> Path:
     """A folder beside the wished one, which must not exist or be empty."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(f"{output} exists and is not an empty folder. Choose another one, or remove it.")
+        raise ConfigError(
+            f"{output} exists and is not an empty folder. Choose another one, or remove it."
+        )
     temporary = output.with_name(f".{output.name}.partial")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     except OSError as error:
-        raise ConfigError(f"{temporary} cannot be made: {error.strerror}. Choose another folder.") from None
+        raise ConfigError(
+            f"{temporary} cannot be made: {error.strerror}. Choose another folder."
+        ) from None
     return temporary
 
 
@@ -200,7 +233,11 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 def parse_size(text: str) -> int:
     """'5GB', '500MB' or a number of bytes. Raises ConfigError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB)?", text.strip(), re.IGNORECASE)
-    size = int(float(match[1]) * {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9}[(match[2] or "B").upper()]) if match else 0
+    size = (
+        int(float(match[1]) * {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9}[(match[2] or "B").upper()])
+        if match
+        else 0
+    )
     if size < 1:
         raise ConfigError(f"size {text!r}: give a number with B, KB, MB or GB, such as 5GB.")
     return size

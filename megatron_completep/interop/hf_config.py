@@ -16,10 +16,22 @@ from megatron_completep.interop.architectures import ARCHITECTURES, CLASSES
 # Of a size; of layers and heads; of a number that is not whole. More is a mistake, which must not cost memory or overflow.
 MOST, MOST_PARTS, MOST_FACTOR = 2**31 - 1, 10_000, 1e30
 _GELU_NAMES = {"gelu": "gelu", "gelu_tanh": "gelu_new"}
-_GELUS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh"}
+_GELUS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+}
 
 
-def to_hf(architecture: str, model: ModelConfig, table: Table, dtype: str, end_of_document: int | None, init_std: float) -> dict[str, Any]:
+def to_hf(
+    architecture: str,
+    model: ModelConfig,
+    table: Table,
+    dtype: str,
+    end_of_document: int | None,
+    init_std: float,
+) -> dict[str, Any]:
     """config.json. `torch_dtype` and `rope_theta` are the names that every version of transformers and vLLM reads."""
     values: dict[str, Any] = {
         "architectures": [CLASSES[architecture]],
@@ -79,22 +91,30 @@ def _to_gpt2(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def from_hf(values: dict[str, Any], where: str, seq_length: int | None = None) -> tuple[str, dict[str, Any]]:
+def from_hf(
+    values: dict[str, Any], where: str, seq_length: int | None = None
+) -> tuple[str, dict[str, Any]]:
     """(architecture, settings of our `model` section) of a config.json; `seq_length` replaces its longest sequence.
 
     The parameterization that goes with them is `sp`, under which no tensor is scaled. Raises ConfigError naming all that we lack.
     """
     architecture = values.get("model_type")
     if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
-        raise ConfigError(f"{where}: model_type = {shown(architecture)} is none of {', '.join(ARCHITECTURES)}.")
+        raise ConfigError(
+            f"{where}: model_type = {shown(architecture)} is none of {', '.join(ARCHITECTURES)}."
+        )
     problems: list[str] = []
     read = _Reader(values, problems)
     model = _from_gpt2(read) if architecture == "gpt2" else _from_llama(read, architecture)
     if values.get("quantization_config"):
-        problems.append("quantization_config: its tensors are quantized. Use the model in bfloat16 or float32")
+        problems.append(
+            "quantization_config: its tensors are quantized. Use the model in bfloat16 or float32"
+        )
     if seq_length is not None:
         if architecture == "gpt2" and seq_length != model["seq_length"]:
-            problems.append(f"--seq-length {seq_length}: it has {model['seq_length']} learned positions, neither more nor fewer")
+            problems.append(
+                f"--seq-length {seq_length}: it has {model['seq_length']} learned positions, neither more nor fewer"
+            )
         model["seq_length"] = seq_length
     if problems:
         raise ConfigError("\n  ".join([f"{where}: this model cannot be imported", *problems]))
@@ -107,11 +127,18 @@ class _Reader:
     def __init__(self, values: dict[str, Any], problems: list[str]):
         self.values, self.problems = values, problems
 
-    def number(self, name: str, default: Any = None, kind: type = int, most: float | None = None) -> Any:
+    def number(
+        self, name: str, default: Any = None, kind: type = int, most: float | None = None
+    ) -> Any:
         most = most or (MOST if kind is int else MOST_FACTOR)
         value = self.values.get(name)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= most or (kind is int and value != int(value)):
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not 0 < value <= most
+            or (kind is int and value != int(value))
+        ):
             expected = f"a whole number from 1 to {most}" if kind is int else "a number above 0"
             what = f"{name} is missing" if value is None else f"{name} = {shown(value)}"
             self.problems.append(f"{what}: expected {expected}")
@@ -166,7 +193,9 @@ def _from_llama(read: _Reader, architecture: str) -> dict[str, Any]:
             "input_multiplier": read.number("embedding_multiplier", 1.0, float),
             "residual_multiplier": read.number("residual_multiplier", 1.0, float),
             "logit_multiplier": 1 / read.number("logits_scaling", 1.0, float),
-            "attention_multiplier": _beside(1 / math.sqrt(head_size), read.number("attention_multiplier", 1.0, float)),
+            "attention_multiplier": _beside(
+                1 / math.sqrt(head_size), read.number("attention_multiplier", 1.0, float)
+            ),
         }
     return model
 
@@ -176,9 +205,13 @@ def _rope_base(read: _Reader) -> float:
     rope = rope if isinstance(rope, dict) else {"rope_type": rope}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
-        read.problems.append(f"rope_scaling of type {shown(kind)}: our rotary frequencies are not rescaled")
+        read.problems.append(
+            f"rope_scaling of type {shown(kind)}: our rotary frequencies are not rescaled"
+        )
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        read.problems.append(f"partial_rotary_factor = {shown(rope['partial_rotary_factor'])}: ours turns whole heads")
+        read.problems.append(
+            f"partial_rotary_factor = {shown(rope['partial_rotary_factor'])}: ours turns whole heads"
+        )
     base = read.values.get("rope_theta", rope.get("rope_theta", 10000.0))
     return _Reader({"rope_theta": base}, read.problems).number("rope_theta", kind=float)
 
@@ -193,15 +226,34 @@ def shown(value: Any) -> str:
 def _beside(scale: float, product: float) -> float:
     """The factor that gives `product` when it multiplies `scale`, to the last bit where there is one."""
     factor = product / scale
-    return next((f for f in (factor, math.nextafter(factor, 0), math.nextafter(factor, math.inf)) if f * scale == product), factor)
+    return next(
+        (
+            f
+            for f in (factor, math.nextafter(factor, 0), math.nextafter(factor, math.inf))
+            if f * scale == product
+        ),
+        factor,
+    )
 
 
 def _from_gpt2(read: _Reader) -> dict[str, Any]:
     hidden = read.number("n_embd")
-    activation = read.require("activation_function", "gelu_new", lambda name: str(name) in _GELUS, f"only {', '.join(_GELUS)} are known")
+    activation = read.require(
+        "activation_function",
+        "gelu_new",
+        lambda name: str(name) in _GELUS,
+        f"only {', '.join(_GELUS)} are known",
+    )
     read.require("scale_attn_weights", True, bool, "our attention logits are always scaled")
-    read.require("scale_attn_by_inverse_layer_idx", False, lambda on: not on, "our attention scale is that of every layer")
-    read.require("add_cross_attention", False, lambda on: not on, "a decoder alone has no cross-attention")
+    read.require(
+        "scale_attn_by_inverse_layer_idx",
+        False,
+        lambda on: not on,
+        "our attention scale is that of every layer",
+    )
+    read.require(
+        "add_cross_attention", False, lambda on: not on, "a decoder alone has no cross-attention"
+    )
     return {
         "hidden_size": hidden,
         "num_layers": read.number("n_layer", most=MOST_PARTS),

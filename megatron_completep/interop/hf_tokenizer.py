@@ -14,12 +14,20 @@ from typing import Any
 
 from megatron_completep.config.json_text import MAX_BYTES, read_bounded
 from megatron_completep.config.schema import TokenizerConfig
-from megatron_completep.data.tokenizer import SPACE_MARK, SentencePieceTokenizer, TiktokenTokenizer, Tokenizer
+from megatron_completep.data.tokenizer import (
+    SPACE_MARK,
+    SentencePieceTokenizer,
+    TiktokenTokenizer,
+    Tokenizer,
+)
 from megatron_completep.errors import ConfigError, DataError
 from megatron_completep.interop.model_folder import ModelFolder
 
 END_OF_DOCUMENT = "<|endoftext|>"
-COMPANIONS = ("special_tokens_map.json", "chat_template.jinja")  # of tokenizer.json, in Hugging Face folders
+COMPANIONS = (
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)  # of tokenizer.json, in Hugging Face folders
 _REMEDY = "Export without a tokenizer (--tokenizer-model none), and encode with megatron-completep."
 
 # Scripts, combining marks, emoji sequences, whitespace of all kinds, code, and names of special tokens as text.
@@ -36,7 +44,9 @@ PROBES = (
 )  # fmt: skip
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: Path, seq_length: int, settings: TokenizerConfig) -> None:
+def write_tokenizer(
+    tokenizer: Tokenizer, folder: Path, seq_length: int, settings: TokenizerConfig
+) -> None:
     """Write tokenizer.json and tokenizer_config.json. Raises DataError where Hugging Face's format has no equal."""
     configuration: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -65,7 +75,9 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, seq_length: int, setting
         fast.save(str(folder / "tokenizer.json"))
         if end is not None:
             configuration |= {"bos_token": end, "eos_token": end, "pad_token": end}
-    (folder / "tokenizer_config.json").write_text(json.dumps(configuration, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(configuration, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
 
 
 def to_fast_tokenizer(tokenizer: Tokenizer) -> tuple[Any, str | None]:
@@ -76,7 +88,9 @@ def to_fast_tokenizer(tokenizer: Tokenizer) -> tuple[Any, str | None]:
         return _from_tiktoken(tokenizer)
     assert tokenizer.type == "bytes", tokenizer.type
     letters = _byte_letters()
-    return _byte_level({letters[byte]: byte for byte in range(256)}, [], {END_OF_DOCUMENT: 256}), END_OF_DOCUMENT
+    return _byte_level(
+        {letters[byte]: byte for byte in range(256)}, [], {END_OF_DOCUMENT: 256}
+    ), END_OF_DOCUMENT
 
 
 def verify(tokenizer: Tokenizer, fast: Any, texts: Iterable[str] = ()) -> None:
@@ -96,7 +110,9 @@ def _library() -> Any:
     try:
         import tokenizers
     except ImportError:
-        raise ConfigError("the package tokenizers is not installed. pip install 'megatron-completep[hf]'.") from None
+        raise ConfigError(
+            "the package tokenizers is not installed. pip install 'megatron-completep[hf]'."
+        ) from None
     return tokenizers
 
 
@@ -107,12 +123,18 @@ def _mixtures() -> list[str]:
     texts = []
     for length in (3, 7, 20, 60):
         for _ in range(40):
-            runs = [generator.choice(characters) * generator.choice((1, 1, 1, 2, 5)) for _ in range(length)]
+            runs = [
+                generator.choice(characters) * generator.choice((1, 1, 1, 2, 5))
+                for _ in range(length)
+            ]
             texts.append("".join(runs))
     words = " ".join(PROBES).split(" ")
     texts += [" ".join(generator.choice(words) for _ in range(30)) for _ in range(40)]
     for space in (" ", "\t", "-", "="):  # long texts: their sums round
-        texts += ["\n".join(space * n + generator.choice(words) for n in range(start, 64)) for start in range(4)]
+        texts += [
+            "\n".join(space * n + generator.choice(words) for n in range(start, 64))
+            for start in range(4)
+        ]
     return texts
 
 
@@ -128,14 +150,19 @@ def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> tuple[Any, str | N
     for index, piece in enumerate(proto.pieces):
         by_kind.setdefault(piece.type, []).append(index)
     problems = {
-        "its model is neither bpe nor unigram": trainer.model_type not in (trainer.BPE, trainer.UNIGRAM),
-        f"it normalizes text ({normalizer.name})": normalizer.name != "identity" or bool(normalizer.precompiled_charsmap),
+        "its model is neither bpe nor unigram": trainer.model_type
+        not in (trainer.BPE, trainer.UNIGRAM),
+        f"it normalizes text ({normalizer.name})": normalizer.name != "identity"
+        or bool(normalizer.precompiled_charsmap),
         "it puts a space in front (add_dummy_prefix)": normalizer.add_dummy_prefix,
         "it removes whitespace (remove_extra_whitespaces)": normalizer.remove_extra_whitespaces,
-        "it has no byte fallback": not trainer.byte_fallback or len(by_kind.get(kinds.BYTE, [])) != 256,
+        "it has no byte fallback": not trainer.byte_fallback
+        or len(by_kind.get(kinds.BYTE, [])) != 256,
         "it treats whitespace as a suffix": trainer.treat_whitespace_as_suffix,
         "it does not mark spaces": not normalizer.escape_whitespaces,
-        "it has symbols of the user's or unused ones": bool(by_kind.get(kinds.USER_DEFINED) or by_kind.get(kinds.UNUSED)),
+        "it has symbols of the user's or unused ones": bool(
+            by_kind.get(kinds.USER_DEFINED) or by_kind.get(kinds.UNUSED)
+        ),
     }
     found = [problem for problem, there in problems.items() if there]
     if found:
@@ -143,7 +170,10 @@ def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> tuple[Any, str | N
             f"the SentencePiece model {tokenizer.model_name} has no equal as tokenizer.json: {'; '.join(found)}. "
             f"tools/train_tokenizer.py makes models that have one. {_REMEDY}"
         )
-    names = [piece.piece.replace(SPACE_MARK, " ") if piece.type == kinds.NORMAL else piece.piece for piece in proto.pieces]
+    names = [
+        piece.piece.replace(SPACE_MARK, " ") if piece.type == kinds.NORMAL else piece.piece
+        for piece in proto.pieces
+    ]
     scores = [piece.score for piece in proto.pieces]
     normal = by_kind[kinds.NORMAL]
     if trainer.model_type == trainer.BPE:
@@ -151,9 +181,13 @@ def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> tuple[Any, str | N
     else:
         model = _unigram(names, scores, normal, by_kind[kinds.UNKNOWN][0])
     fast = tokenizers.Tokenizer(model)
-    fast.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
+    fast.decoder = tokenizers.decoders.Sequence(
+        [tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()]
+    )
     special = [names[i] for kind in (kinds.UNKNOWN, kinds.CONTROL) for i in by_kind.get(kind, [])]
-    fast.add_special_tokens([tokenizers.AddedToken(name, normalized=False, special=True) for name in special])
+    fast.add_special_tokens(
+        [tokenizers.AddedToken(name, normalized=False, special=True) for name in special]
+    )
     return fast, names[tokenizer.eod_id] if tokenizer.eod_id is not None else None
 
 
@@ -167,7 +201,9 @@ def _bpe(names: list[str], scores: list[float], normal: list[int]) -> Any:
         cuts = [(name[:at], name[at:]) for at in range(1, len(name))]
         merges += [(left, right) for left, right in cuts if left in known and right in known]
     vocabulary = {name: i for i, name in enumerate(names)}
-    return tokenizers.models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, fuse_unk=False)
+    return tokenizers.models.BPE(
+        vocab=vocabulary, merges=merges, byte_fallback=True, fuse_unk=False
+    )
 
 
 def _unigram(names: list[str], scores: list[float], normal: list[int], unknown: int) -> Any:
@@ -197,7 +233,9 @@ def _from_tiktoken(tokenizer: TiktokenTokenizer) -> tuple[Any, str | None]:
             if len(parts) == 2:  # others are whole-piece matches only, which ignore_merges finds
                 merges.append((spell(parts[0]), spell(parts[1])))
     special = dict(encoding._special_tokens)
-    fast = _byte_level({spell(token): rank for token, rank in ranks.items()}, merges, special, encoding._pat_str)
+    fast = _byte_level(
+        {spell(token): rank for token, rank in ranks.items()}, merges, special, encoding._pat_str
+    )
     return fast, next((name for name, i in special.items() if i == tokenizer.eod_id), None)
 
 
@@ -214,19 +252,30 @@ def _split_by_ranks(ranks: dict[bytes, int], token: bytes, below: int) -> list[b
     return parts
 
 
-def _byte_level(vocabulary: dict[str, int], merges: list[tuple[str, str]], special: dict[str, int], pattern: str | None = None) -> Any:
+def _byte_level(
+    vocabulary: dict[str, int],
+    merges: list[tuple[str, str]],
+    special: dict[str, int],
+    pattern: str | None = None,
+) -> Any:
     """Byte-level BPE; without a pattern the whole text is one piece."""
     tokenizers = _library()
-    model = tokenizers.models.BPE(vocab=vocabulary | special, merges=merges, ignore_merges=pattern is not None)
+    model = tokenizers.models.BPE(
+        vocab=vocabulary | special, merges=merges, ignore_merges=pattern is not None
+    )
     fast = tokenizers.Tokenizer(model)
     bytes_only = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     if pattern is None:
         fast.pre_tokenizer = bytes_only
     else:
-        split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated", invert=False)
+        split = tokenizers.pre_tokenizers.Split(
+            tokenizers.Regex(pattern), behavior="isolated", invert=False
+        )
         fast.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, bytes_only])
     fast.decoder = tokenizers.decoders.ByteLevel()
-    fast.add_special_tokens([tokenizers.AddedToken(name, normalized=False, special=True) for name in special])
+    fast.add_special_tokens(
+        [tokenizers.AddedToken(name, normalized=False, special=True) for name in special]
+    )
     return fast
 
 

@@ -55,7 +55,9 @@ from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.parameter import specs_of
 from megatron_completep.run.state import RunState
 
-FILE_BYTES = 1 << 28  # of weights held in memory and written as one file, with the optimizer's zeros beside them
+FILE_BYTES = (
+    1 << 28
+)  # of weights held in memory and written as one file, with the optimizer's zeros beside them
 PRECISIONS = {"F32": "float32", "BF16": "bf16", "F16": "bf16"}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", *COMPANIONS)
 # Buffers that older versions of transformers saved beside the weights.
@@ -77,7 +79,12 @@ class ImportReport:
         return asdict(self)
 
 
-def import_model(folder: str | Path, output: str | Path, overrides: Sequence[str] = (), seq_length: int | None = None) -> ImportReport:
+def import_model(
+    folder: str | Path,
+    output: str | Path,
+    overrides: Sequence[str] = (),
+    seq_length: int | None = None,
+) -> ImportReport:
     """Write `output`/config.yaml and `output`/checkpoints/step_00000000 from a folder of safetensors.
 
     overrides: `section.key=value` words on the configuration. seq_length: tokens a training sample; None: the model's longest.
@@ -85,7 +92,9 @@ def import_model(folder: str | Path, output: str | Path, overrides: Sequence[str
     """
     folder, output = Path(folder), Path(output)
     files = ModelFolder(folder)
-    architecture, model = from_hf(files.json_object("config.json"), str(folder / "config.json"), seq_length)
+    architecture, model = from_hf(
+        files.json_object("config.json"), str(folder / "config.json"), seq_length
+    )
     source = TensorFolder(folder)
     if (output / "config.yaml").exists() or named_like_checkpoints(output / "checkpoints"):
         raise ConfigError(f"{output} holds a run already. Choose another folder.")
@@ -104,20 +113,31 @@ def import_model(folder: str | Path, output: str | Path, overrides: Sequence[str
             for origin, copy in copies.items():
                 copy.parent.mkdir(exist_ok=True)
                 shutil.copyfile(origin, copy)
-            checkpoint = _write_checkpoint(output / "checkpoints", source, wanted, parameters, config, table)
+            checkpoint = _write_checkpoint(
+                output / "checkpoints", source, wanted, parameters, config, table
+            )
             save_config(config, output / "config.yaml")
     except OSError as error:
-        raise ConfigError(f"{output} cannot be written: {error.strerror or error}. Choose another folder or free some space.") from None
+        raise ConfigError(
+            f"{output} cannot be written: {error.strerror or error}. Choose another folder or free some space."
+        ) from None
     kind = None if tokenizer is None else tokenizer["type"]
-    return ImportReport(str(output / "config.yaml"), str(checkpoint), architecture, dtype, count, kind)
+    return ImportReport(
+        str(output / "config.yaml"), str(checkpoint), architecture, dtype, count, kind
+    )
 
 
 def _model_config(model: dict[str, Any], where: Path) -> ModelConfig:
     try:
         return ModelConfig.model_validate(model)
     except ValidationError as error:
-        problems = [f"{'.'.join(map(str, finding['loc']))} = {shown(finding['input'])}: {finding['msg']}" for finding in error.errors()]
-        raise ConfigError("\n  ".join([f"{where}: this model cannot be imported", *problems])) from None
+        problems = [
+            f"{'.'.join(map(str, finding['loc']))} = {shown(finding['input'])}: {finding['msg']}"
+            for finding in error.errors()
+        ]
+        raise ConfigError(
+            "\n  ".join([f"{where}: this model cannot be imported", *problems])
+        ) from None
 
 
 @contextmanager
@@ -141,7 +161,9 @@ def _nothing_left_on_failure(output: Path, copies: dict[Path, Path]) -> Iterator
 
 def _match(source: TensorFolder, architecture: str, model: ModelConfig) -> list[Piece]:
     """The pieces as the folder names them; DataError with everything that is missing, superfluous or of another shape or type."""
-    prefix = "" if architecture == "gpt2" and "wte.weight" in source.names else None  # the base model's own names
+    prefix = (
+        "" if architecture == "gpt2" and "wte.weight" in source.names else None
+    )  # the base model's own names
     wanted = pieces(architecture, model, Folding(), prefix)
     names = set(source.names)
     problems = []
@@ -151,14 +173,32 @@ def _match(source: TensorFolder, architecture: str, model: ModelConfig) -> list[
             continue
         shape, dtype = source.describe(piece.name)
         if shape != piece.shape:
-            problems.append(f"{piece.name}: shape {list(shape)}, config.json says {list(piece.shape)}")
+            problems.append(
+                f"{piece.name}: shape {list(shape)}, config.json says {list(piece.shape)}"
+            )
         elif dtype not in PRECISIONS:
             problems.append(f"{piece.name}: type {dtype}, only {', '.join(PRECISIONS)} are read")
-    spare = names - {piece.name for piece in wanted} - ({"lm_head.weight"} if model.tied_embeddings else set())
-    problems += [f"{name}: our model has no such tensor" for name in sorted(spare) if not _IGNORED.fullmatch(name)]
+    spare = (
+        names
+        - {piece.name for piece in wanted}
+        - ({"lm_head.weight"} if model.tied_embeddings else set())
+    )
+    problems += [
+        f"{name}: our model has no such tensor"
+        for name in sorted(spare)
+        if not _IGNORED.fullmatch(name)
+    ]
     if problems:
         more = [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []
-        raise DataError("\n  ".join([f"{source.folder}: its tensors are not those of its config.json", *problems[:20], *more]))
+        raise DataError(
+            "\n  ".join(
+                [
+                    f"{source.folder}: its tensors are not those of its config.json",
+                    *problems[:20],
+                    *more,
+                ]
+            )
+        )
     return wanted
 
 
@@ -169,17 +209,25 @@ def _check_tokenizer(files: ModelFolder) -> None:
     if name is None:
         return
     try:
-        build_tokenizer(TokenizerConfig.model_validate({"type": kinds[name], "model": str(files.path(name))}))
+        build_tokenizer(
+            TokenizerConfig.model_validate({"type": kinds[name], "model": str(files.path(name))})
+        )
     except ImportError:
         return
     except DataError as error:
-        raise DataError(f"{error} Repair it, or take it out of {files.folder} to import the weights alone.") from None
+        raise DataError(
+            f"{error} Repair it, or take it out of {files.folder} to import the weights alone."
+        ) from None
 
 
 def _tokenizer_copies(files: ModelFolder, output: Path) -> dict[Path, Path]:
     """The tokenizer's files, and where each goes beside the configuration; empty where there is none we read. Raises DataError."""
     if files.has("tokenizer.json"):
-        return {files.path(name): output / "tokenizer" / name for name in TOKENIZER_FILES if files.has(name)}
+        return {
+            files.path(name): output / "tokenizer" / name
+            for name in TOKENIZER_FILES
+            if files.has(name)
+        }
     if files.has("tokenizer.model"):
         return {files.path("tokenizer.model"): output / "tokenizer.model"}
     return {}
@@ -188,7 +236,10 @@ def _tokenizer_copies(files: ModelFolder, output: Path) -> dict[Path, Path]:
 def _tokenizer_setting(copies: dict[Path, Path]) -> dict[str, str] | None:
     """`data.tokenizer` of the copied files."""
     for copy in copies.values():
-        kinds = {"tokenizer.json": ("huggingface", copy.parent), "tokenizer.model": ("sentencepiece", copy)}
+        kinds = {
+            "tokenizer.json": ("huggingface", copy.parent),
+            "tokenizer.model": ("sentencepiece", copy),
+        }
         if copy.name in kinds:
             kind, model = kinds[copy.name]
             return {"type": kind, "model": str(model)}
@@ -196,13 +247,23 @@ def _tokenizer_setting(copies: dict[Path, Path]) -> dict[str, str] | None:
 
 
 def _configuration(
-    model: dict[str, Any], output: Path, tokenizer: dict[str, str] | None, precision: str, overrides: Sequence[str]
+    model: dict[str, Any],
+    output: Path,
+    tokenizer: dict[str, str] | None,
+    precision: str,
+    overrides: Sequence[str],
 ) -> Config:
     """A complete configuration; data, learning rate and lengths are the user's to set."""
     values = {
         "model": model,
         "completep": {"parameterization": "sp"},
-        "optimizer": {"base_lr": 2e-5, "base_eps": 1e-8, "schedule": "cosine", "warmup_fraction": 0.01, "min_lr_fraction": 0.1},
+        "optimizer": {
+            "base_lr": 2e-5,
+            "base_eps": 1e-8,
+            "schedule": "cosine",
+            "warmup_fraction": 0.01,
+            "min_lr_fraction": 0.1,
+        },
         "data": {"train": [{"prefix": "data/train_text_document"}], "tokenizer": tokenizer},
         "training": {
             "micro_batch_size": 1,
@@ -223,7 +284,11 @@ def _configuration(
     sp = config.completep.model_copy(update={"parameterization": "sp", "alpha": 1.0})
     plain = table_of(config.model_copy(update={"completep": sp}))
     table = table_of(config)
-    names = [n for n in ("residual_multiplier", "logit_multiplier", "attention_scale") if getattr(table, n) != getattr(plain, n)]
+    names = [
+        n
+        for n in ("residual_multiplier", "logit_multiplier", "attention_scale")
+        if getattr(table, n) != getattr(plain, n)
+    ]
     if names:
         raise ConfigError(
             f"completep.parameterization = {config.completep.parameterization} with this proxy gives another {' and '.join(names)}, so the "
@@ -257,14 +322,32 @@ def _write_checkpoint(
             for state in states:
                 for name, array in arrays.items():
                     values = array if state == MASTER else np.zeros(array.shape, np.float32)
-                    tensors.append((key_of(state, name, Box((0,) * array.ndim, array.shape)), array.shape, values))
+                    tensors.append(
+                        (
+                            key_of(state, name, Box((0,) * array.ndim, array.shape)),
+                            array.shape,
+                            values,
+                        )
+                    )
             metadata = {"format": "pt", "step": "0", "attempt": attempt}
-            files.append(write_tensor_file(temporary / f"part_{number:05d}.safetensors", tensors, "F32", metadata))
-        write_whole(temporary / MANIFEST, seal(_manifest(files, parameters, config, table, attempt)))
+            files.append(
+                write_tensor_file(
+                    temporary / f"part_{number:05d}.safetensors", tensors, "F32", metadata
+                )
+            )
+        write_whole(
+            temporary / MANIFEST, seal(_manifest(files, parameters, config, table, attempt))
+        )
     return target
 
 
-def _manifest(files: list[StoredFile], parameters: dict[str, StoredParameter], config: Config, table: Table, attempt: str) -> Manifest:
+def _manifest(
+    files: list[StoredFile],
+    parameters: dict[str, StoredParameter],
+    config: Config,
+    table: Table,
+    attempt: str,
+) -> Manifest:
     return Manifest(
         step=0,
         attempt=attempt,
@@ -298,7 +381,9 @@ def _groups(parameters: dict[str, StoredParameter]) -> Iterator[list[str]]:
         yield group
 
 
-def _assemble(source: TensorFolder, wanted: list[Piece], parameters: dict[str, StoredParameter]) -> Iterator[tuple[str, np.ndarray]]:
+def _assemble(
+    source: TensorFolder, wanted: list[Piece], parameters: dict[str, StoredParameter]
+) -> Iterator[tuple[str, np.ndarray]]:
     """Our parameters, in float32 (exact for every type that is read), from the pieces that they were cut into."""
     for name, parameter in parameters.items():
         whole = torch.empty(parameter.shape, dtype=torch.float32)

@@ -67,9 +67,13 @@ def _multipliers(report: dict[str, Any]) -> str:
         values = ", ".join(f"`{name}` = {value:.9g}" for name, value in report["kept"].items())
         return f"The forward multipliers are in config.json ({values}); the tensors are those that were trained."
     if report["folded"]:
-        values = "; ".join(f"{_MEANING[name]} times {value:.9g}" for name, value in report["folded"].items())
+        values = "; ".join(
+            f"{_MEANING[name]} times {value:.9g}" for name, value in report["folded"].items()
+        )
         return (
-            "This architecture has no forward multipliers, so they are folded into the tensors: " + values + ". "
+            "This architecture has no forward multipliers, so they are folded into the tensors: "
+            + values
+            + ". "
             "The function is the same; training that goes on from here, outside of megatron-completep, follows another parameterization."
         )
     return "All forward multipliers are 1; the tensors are those that were trained."

@@ -20,7 +20,9 @@ class ModelFolder:
 
     def has(self, name: str) -> bool:
         """Whether there is something of this name, a dangling link included: it must not pass for a missing file."""
-        return _is_plain(name) and ((self.folder / name).exists() or (self.folder / name).is_symlink())
+        return _is_plain(name) and (
+            (self.folder / name).exists() or (self.folder / name).is_symlink()
+        )
 
     def path(self, name: str) -> Path:
         """Where the file lies. Raises DataError."""
@@ -30,10 +32,16 @@ class ModelFolder:
         try:
             folder, real = self.folder.resolve(strict=True), path.resolve(strict=True)
         except (OSError, RuntimeError):  # a loop of links is a RuntimeError in some versions
-            raise DataError(f"{path}: there is no such file. Give the folder of a Hugging Face model; download it again.") from None
+            raise DataError(
+                f"{path}: there is no such file. Give the folder of a Hugging Face model; download it again."
+            ) from None
         blobs = folder.parent.parent / "blobs"
-        if real.parent != folder and not (folder.parent.name == "snapshots" and real.parent == blobs):
-            raise DataError(f"{path}: a symbolic link to {real}, outside of this folder. Copy the file here if you trust it.")
+        if real.parent != folder and not (
+            folder.parent.name == "snapshots" and real.parent == blobs
+        ):
+            raise DataError(
+                f"{path}: a symbolic link to {real}, outside of this folder. Copy the file here if you trust it."
+            )
         if not real.is_file():
             raise DataError(f"{path}: not a plain file.")
         return path

@@ -19,5 +19,9 @@ NAMES = {  # ours -> GPT-2's
 def reference_name(name: str) -> str:
     """Our parameter name -> the reference's."""
     parts = name.split(".")
-    prefix, inner = (f"transformer.h.{parts[1]}.", ".".join(parts[2:-1])) if parts[0] == "layers" else ("", ".".join(parts[:-1]))
+    prefix, inner = (
+        (f"transformer.h.{parts[1]}.", ".".join(parts[2:-1]))
+        if parts[0] == "layers"
+        else ("", ".".join(parts[:-1]))
+    )
     return f"{prefix}{NAMES[inner]}.{parts[-1]}"

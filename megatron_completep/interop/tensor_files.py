@@ -15,27 +15,42 @@ from torch import Tensor
 from megatron_completep.errors import DataError
 from megatron_completep.interop.model_folder import ModelFolder
 
-DTYPES = {"float32": ("F32", torch.float32), "bfloat16": ("BF16", torch.bfloat16), "float16": ("F16", torch.float16)}
+DTYPES = {
+    "float32": ("F32", torch.float32),
+    "bfloat16": ("BF16", torch.bfloat16),
+    "float16": ("F16", torch.float16),
+}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 Named = Sequence[tuple[str, tuple[int, ...]]]  # (name, shape)
 
 
-def write_tensors(folder: Path, tensors: Named, dtype: str, values: Callable[[str], Tensor], shard_bytes: int) -> list[Path]:
+def write_tensors(
+    folder: Path, tensors: Named, dtype: str, values: Callable[[str], Tensor], shard_bytes: int
+) -> list[Path]:
     """Write all tensors, in order, as one file or as shards of at most `shard_bytes` (a larger tensor is a file of its own).
 
     `values(name)` is asked once for each, so that memory holds one. Returns the files, the index with them. Raises OSError.
     """
     width = DTYPES[dtype][1].itemsize
     shards = _split(tensors, width, shard_bytes)
-    files = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    files = (
+        [SINGLE]
+        if len(shards) == 1
+        else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    )
     for file, shard in zip(files, shards, strict=True):
         _write_file(folder / file, shard, dtype, values)
     paths = [folder / file for file in files]
     if len(shards) > 1:
-        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name, _ in shard}
+        weight_map = {
+            name: file for file, shard in zip(files, shards, strict=True) for name, _ in shard
+        }
         total = sum(_numel(shape) for _, shape in tensors)
-        index = {"metadata": {"total_size": total * width, "total_parameters": total}, "weight_map": weight_map}
+        index = {
+            "metadata": {"total_size": total * width, "total_parameters": total},
+            "weight_map": weight_map,
+        }
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         paths.append(folder / INDEX)
     return paths
@@ -93,11 +108,17 @@ class TensorFolder:
         index = self.folder / INDEX
         if self._files.has(INDEX):
             weight_map = self._files.json_object(INDEX).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-                raise DataError(f"{index}: not an index of safetensors files: weight_map must name a file for every tensor.")
+            if not isinstance(weight_map, dict) or not all(
+                isinstance(file, str) for file in weight_map.values()
+            ):
+                raise DataError(
+                    f"{index}: not an index of safetensors files: weight_map must name a file for every tensor."
+                )
             for file in sorted(set(weight_map.values())):
                 if not self._files.has(file):
-                    raise DataError(f"{index}: names the file {file!r}, which is not in this folder. Download the model again.")
+                    raise DataError(
+                        f"{index}: names the file {file!r}, which is not in this folder. Download the model again."
+                    )
                 self._files.path(file)
             return weight_map
         if self._files.has(SINGLE):
@@ -108,14 +129,18 @@ class TensorFolder:
                 f"{self.folder}: its weights are in {pickled[0]}, a pickle, which can run any program when it is read. "
                 "Use a version of the model with .safetensors files, or convert it where you trust it (save_pretrained)."
             )
-        raise DataError(f"{self.folder}: no {SINGLE} and no {INDEX}. Give the folder of a Hugging Face model.")
+        raise DataError(
+            f"{self.folder}: no {SINGLE} and no {INDEX}. Give the folder of a Hugging Face model."
+        )
 
     def _file(self, name: str) -> Any:
         if name not in self._open:
             try:
                 self._open[name] = safetensors.safe_open(self._files.path(name), framework="pt")
             except (safetensors.SafetensorError, OSError) as error:
-                raise DataError(f"{self.folder / name}: not a safetensors file ({error}). Download it again.") from None
+                raise DataError(
+                    f"{self.folder / name}: not a safetensors file ({error}). Download it again."
+                ) from None
         return self._open[name]
 
     @property
@@ -135,4 +160,6 @@ class TensorFolder:
         try:
             return read(self._file(file))
         except safetensors.SafetensorError as error:
-            raise DataError(f"{self.folder / file}: tensor {name} cannot be read ({error}). Download the file again.") from None
+            raise DataError(
+                f"{self.folder / file}: tensor {name} cannot be read ({error}). Download the file again."
+            ) from None

@@ -47,8 +47,12 @@ class AttentionInputs:
 
     cos: Tensor | None = None  # [S, 1 or B, D/2]
     sin: Tensor | None = None
-    bias: Tensor | None = None  # added to the attention logits, [1 or B, 1 or N, S, S_keys]; None: plain causal
-    document_starts: Tensor | None = None  # [documents + 1] int32 over the B*S tokens: flash-attn's variable lengths
+    bias: Tensor | None = (
+        None  # added to the attention logits, [1 or B, 1 or N, S, S_keys]; None: plain causal
+    )
+    document_starts: Tensor | None = (
+        None  # [documents + 1] int32 over the B*S tokens: flash-attn's variable lengths
+    )
     caches: list[KeyValueCache] | None = None  # one a layer, for generation
 
 
@@ -116,7 +120,10 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
             if inputs.cos is not None and inputs.sin is not None:
-                q, k = kernels.rotary(q, inputs.cos, inputs.sin), kernels.rotary(k, inputs.cos, inputs.sin)
+                q, k = (
+                    kernels.rotary(q, inputs.cos, inputs.sin),
+                    kernels.rotary(k, inputs.cos, inputs.sin),
+                )
         return q.permute(1, 2, 0, 3), k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3)
 
 
@@ -135,13 +142,17 @@ def qk_norm(model: ModelConfig, context: LayerContext, site: Site | None = None)
     )
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs, scale: float, backend: str) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs, scale: float, backend: str
+) -> Tensor:
     """Attention proper: q [B, N, S, D], k and v [B, G, S_keys, D] -> [B, N, S, D]; causal unless the bias says more."""
     if backend == "flash_attention" and inputs.caches is None:
         return flash_attention(q, k, v, scale, inputs.document_starts)
     causal = inputs.bias is None and q.shape[2] > 1
     grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=inputs.bias, is_causal=causal, scale=scale, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=inputs.bias, is_causal=causal, scale=scale, enable_gqa=grouped
+    )
 
 
 class _SplitHeads(torch.autograd.Function):
@@ -166,7 +177,11 @@ class _SplitHeads(torch.autograd.Function):
 
 
 def causal_bias(
-    query_positions: Tensor, key_positions: Tensor, documents: Tensor | None, slopes: Tensor | None, dtype: torch.dtype
+    query_positions: Tensor,
+    key_positions: Tensor,
+    documents: Tensor | None,
+    slopes: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Additive attention bias [1 or B, 1 or N, Sq, Sk]: -inf on the future and on other documents, ALiBi's distance elsewhere.
 

@@ -26,7 +26,9 @@ class BranchModule(Protocol):
 class BranchMaker(Protocol):
     """Makes the branch of one layer, whose number counts over the whole model."""
 
-    def __call__(self, model: ModelConfig, table: Table, context: LayerContext, layer: int, recompute: bool) -> nn.Module: ...
+    def __call__(
+        self, model: ModelConfig, table: Table, context: LayerContext, layer: int, recompute: bool
+    ) -> nn.Module: ...
 
 
 # The branches of a layer, in order. A name is part of the names of parameters, which seed the initial weights.

@@ -17,7 +17,9 @@ from megatron_completep.model.mlp import ACTIVATIONS, MLP
 def compile_regions(chunk: GPT, backend: str = "inductor") -> None:
     """Compile the regions of every block of a chunk, in place. Static shapes: a micro-batch of another shape is compiled anew."""
     compiled_attend = torch.compile(attend, backend=backend, dynamic=False)
-    compiled_activation = torch.compile(ACTIVATIONS[chunk.config.activation], backend=backend, dynamic=False)
+    compiled_activation = torch.compile(
+        ACTIVATIONS[chunk.config.activation], backend=backend, dynamic=False
+    )
     for module in chunk.modules():
         if isinstance(module, Attention):
             module.attend = compiled_attend

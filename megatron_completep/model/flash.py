@@ -17,7 +17,9 @@ def require_flash_attention() -> None:
         )
 
 
-def flash_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, document_starts: Tensor | None) -> Tensor:
+def flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, document_starts: Tensor | None
+) -> Tensor:
     """Causal attention; q [B, N, S, D], k, v [B, G, S, D] -> [B, N, S, D]. With `document_starts` every document is its own sequence."""
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 

@@ -49,7 +49,11 @@ PEAK_FLOPS: dict[str, float] = {
 def forward_flops_per_token(model: ModelConfig, seq_length: int | None = None) -> float:
     """Matrix FLOPs of the forward pass, per token of a sequence of `seq_length` (default: the model's)."""
     length = seq_length or model.seq_length
-    hidden, width, groups = model.hidden_size, model.num_attention_heads * head_dim(model), num_query_groups(model)
+    hidden, width, groups = (
+        model.hidden_size,
+        model.num_attention_heads * head_dim(model),
+        num_query_groups(model),
+    )
     projections = 2 * hidden * (width + 2 * groups * head_dim(model)) + 2 * width * hidden
     attention = 2 * 2 * width * (length + 1) / 2
     matrices = 3 if model.activation == "swiglu" else 2
@@ -66,5 +70,9 @@ def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
     """The data sheet's dense bf16 FLOP/s of a GPU, by its name; None for another type, a CPU, or a device not in the table."""
     if dtype != torch.bfloat16:
         return None
-    found = (peak for words, peak in PEAK_FLOPS.items() if re.search(rf"\b{words}\b", device_name, re.IGNORECASE))
+    found = (
+        peak
+        for words, peak in PEAK_FLOPS.items()
+        if re.search(rf"\b{words}\b", device_name, re.IGNORECASE)
+    )
     return next(found, None)

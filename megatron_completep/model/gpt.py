@@ -67,9 +67,13 @@ class GPT(nn.Module):
         tied_here = model.tied_embeddings and stage.first and stage.last
         tied_to = "embedding.weight" if model.tied_embeddings and not tied_here else None
         if stage.first:
-            self.embedding = VocabParallelEmbedding(*vocabulary, layer_context, 2 if tied_here else 1, tied_to)
+            self.embedding = VocabParallelEmbedding(
+                *vocabulary, layer_context, 2 if tied_here else 1, tied_to
+            )
             if model.position == "learned":
-                self.positions = PositionEmbedding(model.seq_length, model.hidden_size, layer_context)
+                self.positions = PositionEmbedding(
+                    model.seq_length, model.hidden_size, layer_context
+                )
         self.layers = nn.ModuleDict()
         for layer in range(stage.start, stage.stop):
             self.layers[str(layer)] = Block(model, table, layer_context, layer, recompute, branches)
@@ -81,7 +85,9 @@ class GPT(nn.Module):
             role = Role.EMBEDDING if model.tied_embeddings else Role.UNEMBEDDING
             tied = self.embedding if tied_here else None
             multiplier = table.logit_multiplier
-            self.unembedding = Unembedding(*vocabulary, role, layer_context, multiplier, loss or LossConfig(), tied, tied_to)
+            self.unembedding = Unembedding(
+                *vocabulary, role, layer_context, multiplier, loss or LossConfig(), tied, tied_to
+            )
         self._rotary: tuple[Tensor, Tensor] | None = None
 
     def forward(
@@ -124,19 +130,25 @@ class GPT(nn.Module):
             return block(stream._replace(residual=residual, pending=pending), inputs)
 
         out, bias = (None, None) if stream.pending is None else stream.pending
-        recomputed: Stream = checkpoint(run, stream.residual, out, bias, use_reentrant=False, preserve_rng_state=False)
+        recomputed: Stream = checkpoint(
+            run, stream.residual, out, bias, use_reentrant=False, preserve_rng_state=False
+        )
         return recomputed
 
     def blocks(self) -> list[tuple[int, Block]]:
         """(global layer number, block) of this stage, in order."""
         return [(int(index), cast(Block, block)) for index, block in self.layers.items()]
 
-    def _embed(self, tokens: Tensor, positions: Tensor | None, caches: list[KeyValueCache] | None) -> Tensor:
+    def _embed(
+        self, tokens: Tensor, positions: Tensor | None, caches: list[KeyValueCache] | None
+    ) -> Tensor:
         hidden = self.embedding(tokens)
         if self.config.position == "learned":
             if positions is None:
                 past = caches[0].length if caches else 0
-                positions = torch.arange(past, past + tokens.shape[1], device=tokens.device).expand_as(tokens)
+                positions = torch.arange(
+                    past, past + tokens.shape[1], device=tokens.device
+                ).expand_as(tokens)
             hidden = hidden + self.positions(positions)
         if self.config.input_multiplier != 1.0:
             hidden = hidden * self.config.input_multiplier
@@ -145,7 +157,9 @@ class GPT(nn.Module):
     def _attention_inputs(self, residual, x, positions, document_ids, caches) -> AttentionInputs:
         """Angles, biases and document boundaries, once for all layers."""
         model, tensor = self.config, self.context.tensor
-        seq_length = x.shape[1] if self.stage.first else self.context.sequence.whole_length(x.shape[0])
+        seq_length = (
+            x.shape[1] if self.stage.first else self.context.sequence.whole_length(x.shape[0])
+        )
         past = caches[0].length if caches else 0
         cos = sin = bias = starts = None
         if model.position == "rope":
@@ -156,13 +170,17 @@ class GPT(nn.Module):
         elif document_ids is not None or model.position == "alibi" or (past and seq_length > 1):
             slopes = None
             if model.position == "alibi":
-                slopes = alibi_slopes(model.num_attention_heads, residual.device).chunk(tensor.size)[tensor.rank]
+                slopes = alibi_slopes(model.num_attention_heads, residual.device).chunk(
+                    tensor.size
+                )[tensor.rank]
             keys = torch.arange(past + seq_length, device=residual.device)
             dtype = next(iter(self.parameters())).dtype
             bias = causal_bias(keys[past:], keys, document_ids, slopes, dtype)
         return AttentionInputs(cos, sin, bias, starts, caches)
 
-    def _angles(self, residual: Tensor, positions: Tensor | None, past: int, seq_length: int) -> tuple[Tensor, Tensor]:
+    def _angles(
+        self, residual: Tensor, positions: Tensor | None, past: int, seq_length: int
+    ) -> tuple[Tensor, Tensor]:
         model, wide = self.config, residual.dtype == torch.float64
         kept = self._rotary
         if (
@@ -172,7 +190,9 @@ class GPT(nn.Module):
             or wide != (kept[0].dtype == torch.float64)
         ):
             length = max(model.seq_length, past + seq_length)
-            kept = self._rotary = rotary_table(length, head_dim(model), model.rope_base, residual.dtype, residual.device)
+            kept = self._rotary = rotary_table(
+                length, head_dim(model), model.rope_base, residual.dtype, residual.device
+            )
         cos, sin = kept
         if positions is not None:
             return cos[positions.t()], sin[positions.t()]
@@ -183,7 +203,9 @@ class GPT(nn.Module):
         attention = self.blocks()[0][1].attention
         weight = attention.qkv.weight
         shape = batch, attention.num_groups, capacity, attention.head_dim
-        return [KeyValueCache(weight.new_empty(shape), weight.new_empty(shape)) for _ in self.layers]
+        return [
+            KeyValueCache(weight.new_empty(shape), weight.new_empty(shape)) for _ in self.layers
+        ]
 
 
 def document_starts(document_ids: Tensor) -> Tensor:

@@ -6,9 +6,13 @@ import torch
 from torch import Tensor
 
 
-def rotary_table(seq_length: int, head_dim: int, base: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def rotary_table(
+    seq_length: int, head_dim: int, base: float, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """cos and sin, each [S, D/2], of position * base^(-2i/D); computed in float64, kept in float32 (float64 for float64)."""
-    frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
+    frequencies = base ** (
+        -torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim
+    )
     angles = torch.arange(seq_length, dtype=torch.float64, device=device)[:, None] * frequencies
     kept = torch.float64 if dtype == torch.float64 else torch.float32
     return angles.cos().to(kept), angles.sin().to(kept)

@@ -17,7 +17,9 @@ def layer_weights(model: ModelConfig) -> int:
     head_dim = model.head_dim or model.hidden_size // model.num_attention_heads
     groups = model.num_query_groups or model.num_attention_heads
     attention = model.hidden_size * head_dim * (2 * model.num_attention_heads + 2 * groups)
-    return attention + model.hidden_size * model.ffn_hidden_size * (3 if model.activation == "swiglu" else 2)
+    return attention + model.hidden_size * model.ffn_hidden_size * (
+        3 if model.activation == "swiglu" else 2
+    )
 
 
 def split_layers(model: ModelConfig, num_stages: int) -> list[int]:
@@ -26,7 +28,10 @@ def split_layers(model: ModelConfig, num_stages: int) -> list[int]:
     last_extra = model.vocab_size * model.hidden_size / layer_weights(model)
     counts = [1] * num_stages
     for _ in range(model.num_layers - num_stages):
-        loads = [count + (last_extra if stage == num_stages - 1 else 0.0) for stage, count in enumerate(counts)]
+        loads = [
+            count + (last_extra if stage == num_stages - 1 else 0.0)
+            for stage, count in enumerate(counts)
+        ]
         counts[min(range(num_stages), key=lambda stage: loads[stage])] += 1
     return counts
 
@@ -64,4 +69,7 @@ def build_chunks(
 ) -> list[GPT]:
     """This rank's part of the model: one chunk, or one a virtual stage; float32, not yet initialized."""
     stages = split_stages(model, parallel)
-    return [GPT(model, table, context, stages[index], loss, recompute, products) for index in stage_indices(parallel, context)]
+    return [
+        GPT(model, table, context, stages[index], loss, recompute, products)
+        for index in stage_indices(parallel, context)
+    ]

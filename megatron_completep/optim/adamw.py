@@ -22,7 +22,9 @@ class AdamW(Rule):
     powers: ClassVar[Mapping[str, int]] = {"exp_avg": -1, "exp_avg_sq": -2}
     columns: ClassVar[tuple[str, ...]] = ("lr_factor", "weight_decay", "eps")
 
-    def __init__(self, shards: Shards, groups: Sequence[Group], table: Table, optimizer: OptimizerConfig):
+    def __init__(
+        self, shards: Shards, groups: Sequence[Group], table: Table, optimizer: OptimizerConfig
+    ):
         super().__init__(shards, groups, table, optimizer)
         self.decay_rates = table.batch.betas(optimizer.betas)
 

@@ -24,10 +24,15 @@ from megatron_completep.parallel.parameter import Spec, spec_of
 from megatron_completep.roles import CONSTANT_ROLES, Role
 
 DRAWN_SIGMAS = 8.0  # initial weights are drawn within this many standard deviations
-NEEDED = {Role.QK_NORM: "model.qk_norm = true", Role.HIDDEN_BIAS: "model.bias = true"}  # what makes parameters of a role
+NEEDED = {
+    Role.QK_NORM: "model.qk_norm = true",
+    Role.HIDDEN_BIAS: "model.bias = true",
+}  # what makes parameters of a role
 
 
-def check_parameters(config: Config, table: Table, named: Iterable[tuple[str, Parameter]] | None = None) -> list[str]:
+def check_parameters(
+    config: Config, table: Table, named: Iterable[tuple[str, Parameter]] | None = None
+) -> list[str]:
     """Check `completep.factors`, `optimizer.overrides`, and what base values and factors come to, for every parameter.
 
     Args:
@@ -42,7 +47,9 @@ def check_parameters(config: Config, table: Table, named: Iterable[tuple[str, Pa
     """
     declared = {
         name: spec_of(parameter, name)
-        for name, parameter in (whole_model(config.model, table).named_parameters() if named is None else named)
+        for name, parameter in (
+            whole_model(config.model, table).named_parameters() if named is None else named
+        )
     }
     table.batch.betas(config.optimizer.betas)
     problems = [
@@ -61,7 +68,11 @@ def check_parameters(config: Config, table: Table, named: Iterable[tuple[str, Pa
 
 
 def _unmatched(optimizer: OptimizerConfig, declared: Mapping[str, Spec]) -> Iterator[str]:
-    unused = [o.pattern for o in optimizer.overrides if not any(fnmatchcase(name, o.pattern) for name in declared)]
+    unused = [
+        o.pattern
+        for o in optimizer.overrides
+        if not any(fnmatchcase(name, o.pattern) for name in declared)
+    ]
     if unused:
         known = "\n    ".join(list(declared)[:20])
         yield f"optimizer.overrides: {', '.join(map(repr, unused))} matches no parameter. Names look like:\n    {known}"
@@ -73,7 +84,9 @@ def _without_effect(config: Config, declared: Mapping[str, Spec]) -> Iterator[st
         if Role(name) in CONSTANT_ROLES:
             yield from _idle(f"completep.factors.{name}", factors)
     for index, override in enumerate(config.optimizer.overrides):
-        roles = {spec.role for name, spec in declared.items() if fnmatchcase(name, override.pattern)}
+        roles = {
+            spec.role for name, spec in declared.items() if fnmatchcase(name, override.pattern)
+        }
         if roles and roles <= set(CONSTANT_ROLES):
             yield from _idle(f"optimizer.overrides.{index} ({override.pattern!r})", override)
 
@@ -103,7 +116,9 @@ class Bounds:
     """What a type holds: from its smallest normal number (what is below loses digits, and is zero on some devices) to its largest."""
 
     dtype: torch.dtype
-    largest_share: float = 1.0  # of the largest number, where what is computed from the value grows beyond it
+    largest_share: float = (
+        1.0  # of the largest number, where what is computed from the value grows beyond it
+    )
 
     @property
     def smallest(self) -> float:
@@ -144,25 +159,45 @@ def _parameter_values(config: Config, table: Table, declared: Mapping[str, Spec]
     optimizer, wide = config.optimizer, optimizer_dtype(config)
     factors = {name: _all_factors(name, spec, table, optimizer) for name, spec in declared.items()}
     without_own = replace(table, own_factors={})
-    plain = {name: without_own.factors(spec.role, spec.width_ratio) for name, spec in declared.items()}
+    plain = {
+        name: without_own.factors(spec.role, spec.width_ratio) for name, spec in declared.items()
+    }
 
-    def values(base: float, factor: Callable[[Factors], float], names: Iterable[str] = declared) -> list[Value]:
-        return [Value(str(declared[name].role), name, base, factor(factors[name]), factor(plain[name])) for name in names]
+    def values(
+        base: float, factor: Callable[[Factors], float], names: Iterable[str] = declared
+    ) -> list[Value]:
+        return [
+            Value(str(declared[name].role), name, base, factor(factors[name]), factor(plain[name]))
+            for name in names
+        ]
 
     drawn = [name for name, spec in declared.items() if spec.role not in CONSTANT_ROLES]
-    in_float32 = Bounds(torch.float32, 1 / DRAWN_SIGMAS)  # weights are drawn in float32 whatever the precision
+    in_float32 = Bounds(
+        torch.float32, 1 / DRAWN_SIGMAS
+    )  # weights are drawn in float32 whatever the precision
     std = values(optimizer.base_init_std, lambda f: f.init_std, drawn)
     yield from _problems("optimizer.base_init_std", "initial standard deviation", std, in_float32)
 
     rate, decay = optimizer.base_lr, optimizer.base_weight_decay
     decayed = [name for name in drawn if decay and _is_decayed(config, name, declared[name].role)]
-    first_correction = max(1 - table.batch.betas(optimizer.betas)[0], torch.finfo(wide).eps)  # the first step's rate is divided by it
+    first_correction = max(
+        1 - table.batch.betas(optimizer.betas)[0], torch.finfo(wide).eps
+    )  # the first step's rate is divided by it
     rates = Bounds(wide, first_correction)
     decays = values(rate, lambda f: f.lr * f.weight_decay * decay, decayed)
-    yield from _problems("optimizer.base_lr", "peak learning rate", values(rate, lambda f: f.lr), rates, decays)
-    moved = [name for name in decayed if rates.hold(factors[name].lr * rate)]  # what is wrong with the others is said already
+    yield from _problems(
+        "optimizer.base_lr", "peak learning rate", values(rate, lambda f: f.lr), rates, decays
+    )
+    moved = [
+        name for name in decayed if rates.hold(factors[name].lr * rate)
+    ]  # what is wrong with the others is said already
     decays = values(decay, lambda f: f.weight_decay * f.lr * rate, moved)
-    yield from _problems("optimizer.base_weight_decay", "weight decay times the peak learning rate", decays, Bounds(wide))
+    yield from _problems(
+        "optimizer.base_weight_decay",
+        "weight decay times the peak learning rate",
+        decays,
+        Bounds(wide),
+    )
 
     eps = values(optimizer.base_eps, lambda f: f.eps)
     yield from _problems("optimizer.base_eps", "AdamW epsilon", eps, Bounds(wide))
@@ -181,24 +216,62 @@ def _all_factors(name: str, spec: Spec, table: Table, optimizer: OptimizerConfig
 
 def _is_decayed(config: Config, name: str, role: Role) -> bool:
     """Whether no factor of the user's switches the decay of a parameter off."""
-    by_role = (factors.weight_decay for named, factors in config.completep.factors.items() if named == role.value)
-    by_name = (override.weight_decay for override in config.optimizer.overrides if fnmatchcase(name, override.pattern))
+    by_role = (
+        factors.weight_decay
+        for named, factors in config.completep.factors.items()
+        if named == role.value
+    )
+    by_name = (
+        override.weight_decay
+        for override in config.optimizer.overrides
+        if fnmatchcase(name, override.pattern)
+    )
     return all(by_role) and all(by_name)
 
 
 def _single_values(config: Config, table: Table) -> Iterator[str]:
     """What multiplies activations, logits and losses of the whole model, and the moments' decay rates."""
-    model, training, optimizer, wide = config.model, config.training, config.optimizer, optimizer_dtype(config)
+    model, training, optimizer, wide = (
+        config.model,
+        config.training,
+        config.optimizer,
+        optimizer_dtype(config),
+    )
     attention = table.attention_scale / model.attention_multiplier
     single = [
         ("model.norm_eps", "epsilon of the norms", model.norm_eps, 1.0),
         ("model.input_multiplier", "factor on the embedding output", model.input_multiplier, 1.0),
-        ("model.residual_multiplier", "factor on a branch's output", model.residual_multiplier, table.depth_multiplier**-table.alpha),
-        ("model.attention_multiplier", "scale of the attention logits", model.attention_multiplier, attention),
-        ("model.logit_multiplier", "factor on the logits", model.logit_multiplier, 1 / table.width_multiplier),
+        (
+            "model.residual_multiplier",
+            "factor on a branch's output",
+            model.residual_multiplier,
+            table.depth_multiplier**-table.alpha,
+        ),
+        (
+            "model.attention_multiplier",
+            "scale of the attention logits",
+            model.attention_multiplier,
+            attention,
+        ),
+        (
+            "model.logit_multiplier",
+            "factor on the logits",
+            model.logit_multiplier,
+            1 / table.width_multiplier,
+        ),
         ("training.z_loss", "coefficient of the z-loss", training.z_loss, 1.0),
-        ("training.label_smoothing", "smoothed probability of a token", training.label_smoothing, 1 / model.vocab_size),
-        ("optimizer.grad_clip", "clipping bound a token", optimizer.grad_clip, 1 / tokens_per_step(config)),
+        (
+            "training.label_smoothing",
+            "smoothed probability of a token",
+            training.label_smoothing,
+            1 / model.vocab_size,
+        ),
+        (
+            "optimizer.grad_clip",
+            "clipping bound a token",
+            optimizer.grad_clip,
+            1 / tokens_per_step(config),
+        ),
     ]
     for setting, meaning, base, factor in single:
         if base:  # 0 switches off what may be switched off
@@ -209,11 +282,17 @@ def _single_values(config: Config, table: Table) -> Iterator[str]:
             yield (
                 f"optimizer.betas.{index} = {optimizer.betas[index]}: the moment takes in {1 - beta:.3g} of each gradient, less than "
                 f"{Bounds(wide)} resolves beside 1 ({resolution:.3g}), so it would not move. Use a smaller beta"
-                + (", or check completep.base_batch_tokens and base_total_tokens." if beta != optimizer.betas[index] else ".")
+                + (
+                    ", or check completep.base_batch_tokens and base_total_tokens."
+                    if beta != optimizer.betas[index]
+                    else "."
+                )
             )
 
 
-def _problems(setting: str, meaning: str, values: Sequence[Value], bounds: Bounds, also: Sequence[Value] = ()) -> Iterator[str]:
+def _problems(
+    setting: str, meaning: str, values: Sequence[Value], bounds: Bounds, also: Sequence[Value] = ()
+) -> Iterator[str]:
     """What of the values the type cannot hold, by role, and a base value with which it can hold all of them, where there is one.
 
     also: what else grows with the setting, so that the remedy of one problem is not the next one.
@@ -226,7 +305,11 @@ def _problems(setting: str, meaning: str, values: Sequence[Value], bounds: Bound
         by_owner.setdefault((value.owner, value.product), []).append(value)
     parts = [f"{product:.3g}{_members(members)}" for (_, product), members in by_owner.items()]
     base = failing[0].base
-    factor = "" if all(value.factor == 1 for value in failing) else "with the factors that follow from other settings "
+    factor = (
+        ""
+        if all(value.factor == 1 for value in failing)
+        else "with the factors that follow from other settings "
+    )
     yield (
         f"{setting} = {base:g}: {factor}the {meaning} is {', '.join(parts)}, but {bounds} holds {bounds.smallest:.3g} to "
         f"{bounds.largest:.3g} here. {_remedy(setting, base, [*values, *also], failing, bounds)}"
@@ -238,7 +321,9 @@ def _members(values: Sequence[Value]) -> str:
     return f" for {values[0].owner} ({values[0].example}{more})" if values[0].owner else ""
 
 
-def _remedy(setting: str, base: float, values: Sequence[Value], failing: Sequence[Value], bounds: Bounds) -> str:
+def _remedy(
+    setting: str, base: float, values: Sequence[Value], failing: Sequence[Value], bounds: Bounds
+) -> str:
     lowest = max(bounds.smallest / value.factor if value.factor else math.inf for value in values)
     highest = min(bounds.largest / value.factor if value.factor else math.inf for value in values)
     if lowest > highest or lowest == math.inf:

@@ -29,12 +29,17 @@ class Group:
     eps: float
 
 
-def build_groups(named_parameters: Iterable[tuple[str, Parameter]], table: Table, optimizer: OptimizerConfig) -> dict[str, Group]:
+def build_groups(
+    named_parameters: Iterable[tuple[str, Parameter]], table: Table, optimizer: OptimizerConfig
+) -> dict[str, Group]:
     """One group for every parameter, whether of the whole model or of a part of it.
 
     Whether every override names something is a question to the whole model: see `check.check_parameters`.
     """
-    return {name: _group(name, spec_of(parameter, name), table, optimizer) for name, parameter in named_parameters}
+    return {
+        name: _group(name, spec_of(parameter, name), table, optimizer)
+        for name, parameter in named_parameters
+    }
 
 
 def _group(name: str, spec: Spec, table: Table, optimizer: OptimizerConfig) -> Group:

@@ -94,17 +94,23 @@ class DistributedOptimizer:
             tokens.to(self.context.device).double() * speaks,
             *(() if term_sums is None else (term_sums.double() * speaks).unbind()),
         ]
-        sum_sq, loss_total, token_total, *term_totals = all_reduce(torch.stack(sums), self.context.world).unbind()
+        sum_sq, loss_total, token_total, *term_totals = all_reduce(
+            torch.stack(sums), self.context.world
+        ).unbind()
         # Gradients are sums over tokens: it is the norm of their average that is clipped, and
         # 1 / tokens joins the coefficient.
         control[LEARNING_RATE] = learning_rate
-        kernels.begin_step_(control, sum_sq / token_total.square(), self.config.grad_clip, *self.rule.decay_rates)
+        kernels.begin_step_(
+            control, sum_sq / token_total.square(), self.config.grad_clip, *self.rule.decay_rates
+        )
         control[CLIP] /= token_total
         self.rule.update(shards, control)
         shards.start_gathering()
         record = control.clone()
         terms = torch.stack(term_totals) / token_total if term_totals else loss_total.new_empty(0)
-        return StepResult(record[GRAD_NORM], loss_total / token_total, token_total, record[SKIP], terms)
+        return StepResult(
+            record[GRAD_NORM], loss_total / token_total, token_total, record[SKIP], terms
+        )
 
     def wait_for_parameters(self) -> None:
         """Every parameter is the new one from here on."""

@@ -72,7 +72,9 @@ class Shards:
         self.chunks = list(chunks)
         self.queues = [getattr(chunk, "queue", None) or GradientQueue() for chunk in chunks]
         self.parameters = _in_backward_order(chunks)
-        self.specs: dict[str, Spec] = {name: spec_of(p, name) for name, p in self.parameters.items()}
+        self.specs: dict[str, Spec] = {
+            name: spec_of(p, name) for name, p in self.parameters.items()
+        }
         self.reductions = context.reductions
         self.layout: Layout = lay_out(
             [entry_of(name, spec) for name, spec in self.specs.items()],
@@ -132,7 +134,9 @@ class Shards:
 
     def _table(self, segments: Sequence[Segment]) -> Tensor:
         index = {name: i for i, name in enumerate(self.parameters)}
-        rows = torch.tensor([(s.shard_start, s.size, index[s.name]) for s in segments], dtype=torch.int64)
+        rows = torch.tensor(
+            [(s.shard_start, s.size, index[s.name]) for s in segments], dtype=torch.int64
+        )
         return kernels.device_segments(rows.view(-1, 3), self.context.device)
 
     @cached_property
@@ -143,11 +147,17 @@ class Shards:
     @cached_property
     def tied_buckets(self) -> list[int]:
         """The buckets of parameters that both ends of the pipeline hold."""
-        return [piece.bucket for piece in self.layout.pieces if self.specs[piece.name].tied_to is not None]
+        return [
+            piece.bucket
+            for piece in self.layout.pieces
+            if self.specs[piece.name].tied_to is not None
+        ]
 
     def _attach(self) -> None:
         """Be called for every completed gradient, and for those that autograd makes itself."""
-        self._bucket_of = {self.parameters[piece.name]: piece.bucket for piece in self.layout.pieces}
+        self._bucket_of = {
+            self.parameters[piece.name]: piece.bucket for piece in self.layout.pieces
+        }
         self._bucket_sizes = Counter(self._bucket_of.values())
         self._missing: Counter[int] = Counter()
         self._order: list[int] = []
@@ -158,7 +168,9 @@ class Shards:
             for parameter in chunk.parameters():
                 # By weak reference: Python's collector cannot see through a tensor's hooks, and
                 # would keep all of this for ever.
-                parameter.register_post_accumulate_grad_hook(partial(adopt_grad, weakref.ref(queue)))
+                parameter.register_post_accumulate_grad_hook(
+                    partial(adopt_grad, weakref.ref(queue))
+                )
             if self._sharded:
                 self._wait_in_forward(chunk)
 
@@ -167,7 +179,9 @@ class Shards:
         for module in chunk.modules():
             buckets = sorted({self._bucket_of[p] for p in module.parameters(recurse=False)})
             if buckets:
-                module.register_forward_pre_hook(lambda _module, _args, buckets=tuple(buckets): self._await_buckets(buckets))
+                module.register_forward_pre_hook(
+                    lambda _module, _args, buckets=tuple(buckets): self._await_buckets(buckets)
+                )
 
     def _await_buckets(self, buckets: Iterable[int]) -> None:
         for bucket in buckets:
@@ -197,8 +211,12 @@ class Shards:
         trained, whose gradient is complete only after backward. (A tied parameter has its place
         among the others: what waits for the end is the sum with the other end of the pipeline.)
         """
-        not_trained = {bucket for parameter, bucket in self._bucket_of.items() if not parameter.requires_grad}
-        return sorted(range(len(self.layout.buckets)), key=lambda bucket: (bucket in not_trained, bucket))
+        not_trained = {
+            bucket for parameter, bucket in self._bucket_of.items() if not parameter.requires_grad
+        }
+        return sorted(
+            range(len(self.layout.buckets)), key=lambda bucket: (bucket in not_trained, bucket)
+        )
 
     def _on_complete(self, parameter: Parameter) -> None:
         """Called when the last gradient of a parameter has arrived: start what may start now."""
@@ -289,7 +307,9 @@ class Shards:
         updated = self.master if self.flat_shard is None else self.flat_shard
         for number, bucket in reversed(list(enumerate(self.layout.buckets))):
             own, whole = updated[slice(*bucket.in_shard)], self.flat[bucket.start : bucket.stop]
-            self._gathering[number] = start_all_gather(own, self.reductions[bucket.axis].shard, whole)
+            self._gathering[number] = start_all_gather(
+                own, self.reductions[bucket.axis].shard, whole
+            )
 
     def adopt_masters(self) -> None:
         """Let every parameter follow the masters, which were replaced by those of a checkpoint.
@@ -308,7 +328,11 @@ class Shards:
 
 def _in_backward_order(chunks: Sequence[nn.Module]) -> dict[str, Parameter]:
     """Name -> parameter, roughly in the order in which backward completes their gradients."""
-    return {name: p for chunk in reversed(chunks) for name, p in reversed(list(chunk.named_parameters()))}
+    return {
+        name: p
+        for chunk in reversed(chunks)
+        for name, p in reversed(list(chunk.named_parameters()))
+    }
 
 
 def adopt_grad(owner: weakref.ref[GradientQueue], parameter: Parameter) -> None:

@@ -32,7 +32,9 @@ class Pending:
         return self.result
 
 
-def start_all_reduce(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Pending:
+def start_all_reduce(
+    x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+) -> Pending:
     """Sum (or max) over the axis, in place."""
     if axis.group is None:
         return Pending(x)
@@ -72,7 +74,10 @@ def exchange(x: Tensor, axis: Axis, peer: int) -> Tensor:
     """Send x to rank `peer` of the axis and return what that one sends, of the same shape."""
     assert axis.group is not None
     received, other = torch.empty_like(x), dist.get_global_rank(axis.group, peer)
-    operations = [dist.P2POp(dist.isend, x.contiguous(), other, axis.group), dist.P2POp(dist.irecv, received, other, axis.group)]
+    operations = [
+        dist.P2POp(dist.isend, x.contiguous(), other, axis.group),
+        dist.P2POp(dist.irecv, received, other, axis.group),
+    ]
     for work in dist.batch_isend_irecv(operations):
         work.wait()
     return received

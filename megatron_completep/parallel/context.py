@@ -27,8 +27,12 @@ class ParallelContext:
     world_size: int = 1
     tensor: Axis = field(default_factory=lambda: Axis("tensor"))
     data: Axis = field(default_factory=lambda: Axis("data"))
-    shard: Axis = field(default_factory=lambda: Axis("shard"))  # data ranks that share one copy of the optimizer state
-    replica: Axis = field(default_factory=lambda: Axis("replica"))  # data ranks that hold the same part of it
+    shard: Axis = field(
+        default_factory=lambda: Axis("shard")
+    )  # data ranks that share one copy of the optimizer state
+    replica: Axis = field(
+        default_factory=lambda: Axis("replica")
+    )  # data ranks that hold the same part of it
     pipeline: Axis = field(default_factory=lambda: Axis("pipeline"))
     world: Axis = field(default_factory=lambda: Axis("world"))
     mesh: DeviceMesh | None = None
@@ -42,7 +46,11 @@ class ParallelContext:
 
     @classmethod
     def create(
-        cls, parallel: ParallelConfig, device: str = "auto", dumps: str | None = None, store: dist.Store | None = None
+        cls,
+        parallel: ParallelConfig,
+        device: str = "auto",
+        dumps: str | None = None,
+        store: dist.Store | None = None,
     ) -> ParallelContext:
         """Join the process group of the ranks that the launcher started (NCCL on GPU, gloo on CPU) and lay the mesh over it.
 
@@ -63,24 +71,50 @@ class ParallelContext:
                 os.environ.setdefault(name, value)
             store = store or meet(launch, timeout.total_seconds())
             backend = "nccl" if chosen.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
+            dist.init_process_group(
+                backend,
+                store=store,
+                rank=launch.rank,
+                world_size=launch.world_size,
+                timeout=timeout,
+            )
         return cls.over_world(parallel, chosen, launch.rank, launch.world_size, data_parallel_size)
 
     @classmethod
-    def over_world(cls, parallel: ParallelConfig, device: torch.device, rank: int, world_size: int, data_size: int) -> ParallelContext:
+    def over_world(
+        cls,
+        parallel: ParallelConfig,
+        device: torch.device,
+        rank: int,
+        world_size: int,
+        data_size: int,
+    ) -> ParallelContext:
         """Lay the mesh over an initialized process group."""
         shard = parallel.optimizer_shard_size or data_size
         if data_size % shard:
             raise ConfigError(
                 f"parallel.optimizer_shard_size = {shard} does not divide the data-parallel size {data_size}. Use a divisor of it, or null."
             )
-        shape = (parallel.pipeline_parallel_size, data_size // shard, shard, parallel.context_parallel_size, parallel.tensor_parallel_size)
-        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("pipeline", "replica", "shard", "context", "tensor"))
+        shape = (
+            parallel.pipeline_parallel_size,
+            data_size // shard,
+            shard,
+            parallel.context_parallel_size,
+            parallel.tensor_parallel_size,
+        )
+        mesh = init_device_mesh(
+            device.type, shape, mesh_dim_names=("pipeline", "replica", "shard", "context", "tensor")
+        )
         flattened = mesh["replica", "shard"]._flatten("data")
 
         def axis(name: str) -> Axis:
             along = flattened if name == "data" else mesh[name]
-            return Axis(name, along.get_local_rank(), along.size(), along.get_group() if along.size() > 1 else None)
+            return Axis(
+                name,
+                along.get_local_rank(),
+                along.size(),
+                along.get_group() if along.size() > 1 else None,
+            )
 
         return cls(
             device=device,
@@ -133,13 +167,20 @@ def flight_recorder(parallel: ParallelConfig, dumps: str | None) -> dict[str, st
     """Environment that makes process groups, when they are made, remember their newest collectives; a user's own values hold."""
     if parallel.flight_recorder_entries == 0:
         return {}
-    recorder = {"TORCH_FR_BUFFER_SIZE": str(parallel.flight_recorder_entries), "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
+    recorder = {
+        "TORCH_FR_BUFFER_SIZE": str(parallel.flight_recorder_entries),
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+    }
     return recorder if dumps is None else {**recorder, "TORCH_FR_DUMP_TEMP_FILE": dumps}
 
 
 def data_parallel_size_for(parallel: ParallelConfig, world_size: int) -> int:
     """world_size / (tensor * pipeline * context); ConfigError where it does not divide."""
-    model_size = parallel.tensor_parallel_size * parallel.pipeline_parallel_size * parallel.context_parallel_size
+    model_size = (
+        parallel.tensor_parallel_size
+        * parallel.pipeline_parallel_size
+        * parallel.context_parallel_size
+    )
     if world_size % model_size:
         raise ConfigError(
             f"world size {world_size} is not a multiple of parallel.tensor_parallel_size = {parallel.tensor_parallel_size} x "

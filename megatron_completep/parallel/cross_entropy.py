@@ -83,7 +83,9 @@ class Unembedding(VocabShard):
     def take_terms(self) -> Tensor:
         """Sums of `loss.terms` [n] over the tokens of all training passes since the last call."""
         sums, self._term_sums = self._term_sums, None
-        return torch.zeros(len(self.loss.terms), device=self.weight.device) if sums is None else sums
+        return (
+            torch.zeros(len(self.loss.terms), device=self.weight.device) if sums is None else sums
+        )
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         if labels is not None:
@@ -157,8 +159,13 @@ class _TokenLoss:
     def forward(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(sum of the losses, sums of their terms [n], logsumexp [T]); logits stay as they are."""
         smoothing, head = self.loss.label_smoothing, self.head
-        stats = kernels.cross_entropy_forward(logits, labels, head.start, head.vocab_size, self.multiplier, smoothing > 0)
-        maximum, sums = stats[0], stats[1:]  # sums: of exp(x - maximum), the target's logit, and with smoothing of the logits
+        stats = kernels.cross_entropy_forward(
+            logits, labels, head.start, head.vocab_size, self.multiplier, smoothing > 0
+        )
+        maximum, sums = (
+            stats[0],
+            stats[1:],
+        )  # sums: of exp(x - maximum), the target's logit, and with smoothing of the logits
         if self.axis.group is not None:
             whole = all_reduce(maximum.clone(), self.axis, dist.ReduceOp.MAX)
             sums[0] *= (maximum - whole).exp()
@@ -189,11 +196,16 @@ class _TokenLoss:
             self.multiplier,
         )
 
-    def chunked(self, products: Products, rows: Tensor, weight: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def chunked(
+        self, products: Products, rows: Tensor, weight: Tensor, labels: Tensor, step: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(sum of the losses, sums of their terms [n], d_rows [T, H], d_weight [V, H] in fp32 or fp64), holding the logits of `step`
         tokens at a time."""
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        d_rows, d_weight = torch.empty_like(rows), torch.zeros(weight.shape, dtype=wide, device=weight.device)
+        d_rows, d_weight = (
+            torch.empty_like(rows),
+            torch.zeros(weight.shape, dtype=wide, device=weight.device),
+        )
         one = torch.ones((), dtype=wide, device=weight.device)
         total, terms = torch.zeros_like(one), one.new_zeros(len(self.loss.terms))
         for start in range(0, rows.shape[0], step):

@@ -55,7 +55,9 @@ class VocabParallelEmbedding(VocabShard):
         uses: int = 1,
         tied_to: str | None = None,
     ):
-        super().__init__(vocab_size, multiple, hidden_size, Role.EMBEDDING, Site.INPUT, context, uses, tied_to)
+        super().__init__(
+            vocab_size, multiple, hidden_size, Role.EMBEDDING, Site.INPUT, context, uses, tied_to
+        )
 
     def forward(self, tokens: Tensor) -> Tensor:
         local = tokens.t() - self.start
@@ -112,7 +114,9 @@ def _accumulate_rows(ids: Tensor, d_rows: Tensor) -> Accumulate:
             main_grad.zero_()
         d_wide = d_rows.to(main_grad.dtype)
         if main_grad.is_cuda:
-            main_grad.index_put_((ids,), d_wide, accumulate=True)  # sorts first: repeatable, unlike index_add_ on CUDA
+            main_grad.index_put_(
+                (ids,), d_wide, accumulate=True
+            )  # sorts first: repeatable, unlike index_add_ on CUDA
         else:
             main_grad.index_add_(0, ids, d_wide)
 

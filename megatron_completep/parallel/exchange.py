@@ -71,7 +71,9 @@ class Exchange:
             result = action()
         except (CheckpointError, OSError, MemoryError) as error:
             problem = describe(error)
-        problems = {rank: text for rank, text in enumerate(self.all_gather(problem)) if text is not None}
+        problems = {
+            rank: text for rank, text in enumerate(self.all_gather(problem)) if text is not None
+        }
         if problems:
             raise CheckpointError(join_problems(problems, self.size))
         return result  # type: ignore[return-value]
@@ -91,7 +93,9 @@ class Exchange:
                 problem = describe(error)
             except UserError as error:
                 mistake = error
-        value, problem, told = self.broadcast((value, problem, mistake and (str(mistake), mistake.exit_code)))
+        value, problem, told = self.broadcast(
+            (value, problem, mistake and (str(mistake), mistake.exit_code))
+        )
         if problem is not None:
             raise CheckpointError(problem)
         if told is not None:

@@ -15,7 +15,9 @@ from torch.nn import Parameter
 
 from megatron_completep.parallel.parameter import spec_of
 
-Accumulate = Callable[[Tensor, bool], None]  # (main_grad, first): first means "write, what is there is stale"
+Accumulate = Callable[
+    [Tensor, bool], None
+]  # (main_grad, first): first means "write, what is there is stale"
 
 
 class GradientQueue:
@@ -36,7 +38,9 @@ class GradientQueue:
 
     def push(self, parameter: Parameter, accumulate: Accumulate) -> None:
         """Add one contribution, now or later."""
-        assert isinstance(parameter, Parameter), "gradients are kept by parameter, and a saved tensor is another object"
+        assert isinstance(parameter, Parameter), (
+            "gradients are kept by parameter, and a saved tensor is another object"
+        )
         if not parameter.requires_grad:
             return
         if self.deferred:

@@ -141,7 +141,11 @@ class _ColumnParallel(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_out):
         x, weight = ctx.saved_tensors
-        sequence, products, queue = ctx.context.ranks.sequence, ctx.context.products, ctx.context.queue
+        sequence, products, queue = (
+            ctx.context.ranks.sequence,
+            ctx.context.products,
+            ctx.context.queue,
+        )
         gathering = sequence.start_gather(x)
         d_x = products.input_gradient(d_out, weight)
         reducing = sequence.start_sum(d_x)

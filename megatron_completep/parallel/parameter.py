@@ -27,7 +27,9 @@ Range = tuple[int, int]  # [start, stop)
 class Site(StrEnum):
     """Which forward multiplier acts right behind a tensor, so that its values can take a change of it over."""
 
-    STREAM = "stream"  # the residual multiplier: the output of a branch, which joins the residual stream
+    STREAM = (
+        "stream"  # the residual multiplier: the output of a branch, which joins the residual stream
+    )
     QUERY = "query"  # the attention scale
     INPUT = "input"  # model.input_multiplier
     LOGITS = "logits"  # the logit multiplier
@@ -187,7 +189,9 @@ def attach(parameter: Any, spec: Spec) -> Any:
     return parameter
 
 
-def declare(parameter: Any, role: Role, fan_in: int | None = None, base_fan_in: int | None = None) -> Any:
+def declare(
+    parameter: Any, role: Role, fan_in: int | None = None, base_fan_in: int | None = None
+) -> Any:
     """Say what a parameter of a plain torch module is; returns the parameter.
 
     fan_in, base_fan_in: of a matrix of hidden weights, here and at the proxy. A parameter with the role of a gain or bias
@@ -198,14 +202,21 @@ def declare(parameter: Any, role: Role, fan_in: int | None = None, base_fan_in: 
     return attach(parameter, spec)
 
 
-CONSTANT = (Role.PRE_NORM, Role.HIDDEN_BIAS, Role.FINAL_NORM, Role.QK_NORM)  # in a module that only declares
+CONSTANT = (
+    Role.PRE_NORM,
+    Role.HIDDEN_BIAS,
+    Role.FINAL_NORM,
+    Role.QK_NORM,
+)  # in a module that only declares
 
 
 def spec_of(parameter: Any, name: str = "") -> Spec:
     """The spec of a parameter. One without is an error that gives its name, never a guess: raises ConfigError."""
     spec = getattr(parameter, "spec", None)
     if not isinstance(spec, Spec):
-        raise ConfigError(f"parameter {name} declares no CompleteP role. Call declare(parameter, role) with one of: {', '.join(Role)}.")
+        raise ConfigError(
+            f"parameter {name} declares no CompleteP role. Call declare(parameter, role) with one of: {', '.join(Role)}."
+        )
     return spec
 
 

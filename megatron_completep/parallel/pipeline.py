@@ -11,7 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B, ScheduleInterleavedZeroBubble
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+)
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
 
 from megatron_completep.parallel.context import ParallelContext
@@ -82,24 +88,35 @@ class Pipeline:
         """The same without gradients."""
         return self._run(micro_batches, tokens, side, evaluate=True)
 
-    def _run(self, micro_batches: int, tokens: Tensor, side: dict[str, Tensor], evaluate: bool) -> Tensor:
+    def _run(
+        self, micro_batches: int, tokens: Tensor, side: dict[str, Tensor], evaluate: bool
+    ) -> Tensor:
         schedule = self._schedule(micro_batches)
         losses: list[Tensor] | None = [] if self.holds_last else None
         run = schedule.eval if evaluate else schedule.step
         arguments = (tokens,) if self.holds_first else ()
         keywords: dict[str, Any] = {**side} if evaluate else {**side, "return_outputs": False}
-        run(*arguments, target=side["labels"] if self.holds_last else None, losses=losses, **keywords)
+        run(
+            *arguments,
+            target=side["labels"] if self.holds_last else None,
+            losses=losses,
+            **keywords,
+        )
         if losses is None:
             return torch.zeros((), device=self.context.device)
         return torch.stack([loss.detach() for loss in losses]).sum()
 
     def _schedule(self, micro_batches: int) -> PipelineScheduleSingle | PipelineScheduleMulti:
         if micro_batches not in self._schedules:
-            self._schedules[micro_batches] = make_schedule(self.schedule_name, self._stages, micro_batches)
+            self._schedules[micro_batches] = make_schedule(
+                self.schedule_name, self._stages, micro_batches
+            )
         return self._schedules[micro_batches]
 
 
-def make_schedule(name: str, stages: list[PipelineStage], micro_batches: int) -> PipelineScheduleSingle | PipelineScheduleMulti:
+def make_schedule(
+    name: str, stages: list[PipelineStage], micro_batches: int
+) -> PipelineScheduleSingle | PipelineScheduleMulti:
     """The library's schedule of that name; the last stage's output is the loss itself, a sum that nothing rescales."""
 
     def loss_of(output: Tensor, target: Tensor) -> Tensor:
@@ -113,4 +130,6 @@ def make_schedule(name: str, stages: list[PipelineStage], micro_batches: int) ->
         case "interleaved_1f1b":
             return ScheduleInterleaved1F1B(list(stages), micro_batches, loss_of, scale_grads=False)
         case _:
-            return ScheduleInterleavedZeroBubble(list(stages), micro_batches, loss_of, scale_grads=False)
+            return ScheduleInterleavedZeroBubble(
+                list(stages), micro_batches, loss_of, scale_grads=False
+            )

@@ -61,7 +61,9 @@ def choose_products(backend: str, device: torch.device, precision: torch.dtype) 
     installed = importlib.util.find_spec(APEX_EXTENSION) is not None
     if backend == "apex" and not serves:
         kind = str(precision).removeprefix("torch.")
-        raise ConfigError(f"training.weight_gradient = apex serves bf16 on a GPU; this run is {kind} on {device.type}. Use auto.")
+        raise ConfigError(
+            f"training.weight_gradient = apex serves bf16 on a GPU; this run is {kind} on {device.type}. Use auto."
+        )
     if backend == "apex" and not installed:
         raise ConfigError(
             f"training.weight_gradient = apex, but NVIDIA's extension {APEX_EXTENSION} is not installed. "

@@ -25,7 +25,9 @@ def nobody_hears(text: str) -> None:
     pass
 
 
-def meet(launch: Launch, patience_seconds: float, say: Callable[[str], None] = nobody_hears) -> dist.Store | None:
+def meet(
+    launch: Launch, patience_seconds: float, say: Callable[[str], None] = nobody_hears
+) -> dist.Store | None:
     """The store of this start, when every rank has come to it; None for one process. Of a group that exists already, its store.
 
     Raises ConfigError when an address or a port cannot be used, when two processes have one number or not one WORLD_SIZE, and, after
@@ -37,7 +39,9 @@ def meet(launch: Launch, patience_seconds: float, say: Callable[[str], None] = n
         return dist.distributed_c10d._get_default_store()
     deadline = time.monotonic() + patience_seconds
     # torchrun keeps its store over restarts: without a prefix a rank would find addresses of the processes that died.
-    store = dist.PrefixStore(f"start_{launch.restart_count}", _open_store(launch, deadline, patience_seconds))
+    store = dist.PrefixStore(
+        f"start_{launch.restart_count}", _open_store(launch, deadline, patience_seconds)
+    )
     Roll(store, launch, say).call(deadline, patience_seconds)
     store.set_timeout(timedelta(seconds=patience_seconds))
     return store
@@ -46,7 +50,9 @@ def meet(launch: Launch, patience_seconds: float, say: Callable[[str], None] = n
 class Roll:
     """Who has come: every rank writes its name into the store, and waits for the names of all others."""
 
-    def __init__(self, store: dist.Store, launch: Launch, say: Callable[[str], None] = nobody_hears):
+    def __init__(
+        self, store: dist.Store, launch: Launch, say: Callable[[str], None] = nobody_hears
+    ):
         self._store, self._launch, self._say = store, launch, say
         self._missing = set(range(launch.world_size))
 
@@ -60,7 +66,9 @@ class Roll:
                 if self._missing and time.monotonic() > deadline:
                     raise self._not_there(patience_seconds)
                 if self._missing and time.monotonic() > say_at:
-                    self._say(f"waiting for rank {_list(self._missing)} of {self._launch.world_size} to start")
+                    self._say(
+                        f"waiting for rank {_list(self._missing)} of {self._launch.world_size} to start"
+                    )
                     say_at = float("inf")
                 if self._missing:
                     time.sleep(LOOK_SECONDS)
@@ -141,7 +149,11 @@ def _wait_for_port(launch: Launch, deadline: float, patience_seconds: float) -> 
             socket.create_connection((launch.store_host, launch.store_port), timeout=1.0).close()
             return
         except OSError as error:
-            reason = "the host's name is not known" if isinstance(error, socket.gaierror) else error.strerror or str(error)
+            reason = (
+                "the host's name is not known"
+                if isinstance(error, socket.gaierror)
+                else error.strerror or str(error)
+            )
         if time.monotonic() > deadline:
             break
         time.sleep(0.2)
@@ -154,7 +166,9 @@ def _wait_for_port(launch: Launch, deadline: float, patience_seconds: float) -> 
 def _list(ranks: set[int]) -> str:
     """Numbers in order, at most eight of them."""
     numbers = sorted(ranks)
-    return ", ".join(map(str, numbers[:8])) + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
+    return ", ".join(map(str, numbers[:8])) + (
+        f" and {len(numbers) - 8} more" if len(numbers) > 8 else ""
+    )
 
 
 def _first_line(error: BaseException) -> str:

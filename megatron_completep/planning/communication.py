@@ -38,27 +38,45 @@ class Collective:
 
     def sent(self, ranks: int) -> float:
         """Bytes that one rank sends, with ring algorithms over `ranks` ranks."""
-        share = {ALL_REDUCE: 2 * (ranks - 1) / ranks, SEND: 1.0}.get(self.operation, (ranks - 1) / ranks)
+        share = {ALL_REDUCE: 2 * (ranks - 1) / ranks, SEND: 1.0}.get(
+            self.operation, (ranks - 1) / ranks
+        )
         return self.payload * self.count * share
 
 
-def collectives_per_step(config: Config, world_size: int, pipeline_rank: int = 0, shard_rank: int = 0) -> list[Collective]:
+def collectives_per_step(
+    config: Config, world_size: int, pipeline_rank: int = 0, shard_rank: int = 0
+) -> list[Collective]:
     """What a rank at these coordinates does in `TrainingStep.run`. Tensor and replica ranks are alike.
 
     shard_rank: the rank among those that share the optimizer; it matters for the small sum of partial gradients alone.
     """
-    data_size = world_size // (config.parallel.tensor_parallel_size * config.parallel.pipeline_parallel_size)
+    data_size = world_size // (
+        config.parallel.tensor_parallel_size * config.parallel.pipeline_parallel_size
+    )
     micro_batches = micro_batches_per_step(config, world_size)
     specs = rank_specs(config, pipeline_rank)
     found = [
-        *(c for stage in rank_stages(config, pipeline_rank) for c in _tensor(config, stage, micro_batches)),
+        *(
+            c
+            for stage in rank_stages(config, pipeline_rank)
+            for c in _tensor(config, stage, micro_batches)
+        ),
         *_partial_gradients(config, specs, data_size, shard_rank),
         *_pipeline(config, specs, pipeline_rank, micro_batches, data_size),
         *_data(config, specs, data_size),
     ]
     if world_size > 1:
         numbers = 3 + len(LossConfig.of(config.training).terms)
-        found.append(Collective("world", ALL_REDUCE, numbers * 8, 1, "squared gradient norm, loss, its terms, tokens"))
+        found.append(
+            Collective(
+                "world",
+                ALL_REDUCE,
+                numbers * 8,
+                1,
+                "squared gradient norm, loss, its terms, tokens",
+            )
+        )
         found.append(Collective("world", ALL_REDUCE, 4, 1, "whether a rank was asked to stop"))
     return [collective for collective in found if collective.count]
 
@@ -68,11 +86,21 @@ def sent_bytes(config: Config, world_size: int) -> tuple[float, float, float]:
     parallel = config.parallel
     data_size = world_size // (parallel.tensor_parallel_size * parallel.pipeline_parallel_size)
     shards = shard_count(config, data_size)
-    ranks = {"tensor": parallel.tensor_parallel_size, "pipeline": 2, "shard": shards, "replica": data_size // shards}
+    ranks = {
+        "tensor": parallel.tensor_parallel_size,
+        "pipeline": 2,
+        "shard": shards,
+        "replica": data_size // shards,
+    }
     totals = []
     for pipeline_rank in range(parallel.pipeline_parallel_size):
         planned = collectives_per_step(config, world_size, pipeline_rank)
-        totals.append({axis: sum(c.sent(size) for c in planned if c.axis == axis) for axis, size in ranks.items()})
+        totals.append(
+            {
+                axis: sum(c.sent(size) for c in planned if c.axis == axis)
+                for axis, size in ranks.items()
+            }
+        )
     return (
         max(t["tensor"] for t in totals),
         max(t["pipeline"] for t in totals),
@@ -100,19 +128,37 @@ def _tensor(config: Config, stage: Stage, micro_batches: int) -> Iterator[Collec
     yield call(REDUCE_SCATTER if split else ALL_REDUCE, ends[0], "embeddings, forward")
     if split:
         yield call(ALL_GATHER, 2 * layers, "inputs of attention and MLP, forward")
-    yield call(REDUCE_SCATTER if split else ALL_REDUCE, 2 * layers, "outputs of attention and MLP, forward")
+    yield call(
+        REDUCE_SCATTER if split else ALL_REDUCE, 2 * layers, "outputs of attention and MLP, forward"
+    )
     if split:
         yield call(ALL_GATHER, ends[1], "input of the unembedding, forward")
     yield from _losses(config, ends[1])
-    yield call(REDUCE_SCATTER if split else ALL_REDUCE, ends[1], "gradient of the unembedding's input, backward")
-    if config.training.recompute == "full":  # stops when all that backward needs is there: before the last sum
+    yield call(
+        REDUCE_SCATTER if split else ALL_REDUCE,
+        ends[1],
+        "gradient of the unembedding's input, backward",
+    )
+    if (
+        config.training.recompute == "full"
+    ):  # stops when all that backward needs is there: before the last sum
         if split:
             yield call(ALL_GATHER, 2 * layers, "inputs of attention and MLP, recomputed")
-        yield call(REDUCE_SCATTER if split else ALL_REDUCE, layers, "outputs of attention, recomputed")
+        yield call(
+            REDUCE_SCATTER if split else ALL_REDUCE, layers, "outputs of attention, recomputed"
+        )
     if split:
-        yield call(ALL_GATHER, 2 * layers, "gradients of the outputs of attention and MLP, backward")
-        yield call(ALL_GATHER, 2 * layers, "inputs of attention and MLP for the weight gradients, backward")
-    yield call(REDUCE_SCATTER if split else ALL_REDUCE, 2 * layers, "gradients of the inputs of attention and MLP, backward")
+        yield call(
+            ALL_GATHER, 2 * layers, "gradients of the outputs of attention and MLP, backward"
+        )
+        yield call(
+            ALL_GATHER, 2 * layers, "inputs of attention and MLP for the weight gradients, backward"
+        )
+    yield call(
+        REDUCE_SCATTER if split else ALL_REDUCE,
+        2 * layers,
+        "gradients of the inputs of attention and MLP, backward",
+    )
     if split:
         yield call(ALL_GATHER, ends[0], "gradient of the embeddings, backward")
 
@@ -127,34 +173,71 @@ def _losses(config: Config, micro_batches: int) -> Iterator[Collective]:
     whole, rest = divmod(tokens, at_once)
     for size, count in ((at_once, whole), (rest, 1 if rest else 0)):
         row = size * wide_bytes(config)
-        yield Collective("tensor", ALL_REDUCE, row, count * micro_batches, "largest logit of each token, forward")
-        yield Collective("tensor", ALL_REDUCE, sums * row, count * micro_batches, "sums of each token's cross-entropy, forward")
+        yield Collective(
+            "tensor", ALL_REDUCE, row, count * micro_batches, "largest logit of each token, forward"
+        )
+        yield Collective(
+            "tensor",
+            ALL_REDUCE,
+            sums * row,
+            count * micro_batches,
+            "sums of each token's cross-entropy, forward",
+        )
 
 
-def _partial_gradients(config: Config, specs: dict[str, Spec], data_size: int, shard_rank: int) -> Iterator[Collective]:
+def _partial_gradients(
+    config: Config, specs: dict[str, Spec], data_size: int, shard_rank: int
+) -> Iterator[Collective]:
     segments = rank_layout(config, specs, data_size).segments({"data": shard_rank})
     elements = sum(s.size for s in segments if specs[s.name].partial_gradient)
     if elements:
-        yield Collective("tensor", ALL_REDUCE, elements * wide_bytes(config), 1, "gradients of norms and biases in the shard")
+        yield Collective(
+            "tensor",
+            ALL_REDUCE,
+            elements * wide_bytes(config),
+            1,
+            "gradients of norms and biases in the shard",
+        )
 
 
-def _pipeline(config: Config, specs: dict[str, Spec], pipeline_rank: int, micro_batches: int, data_size: int) -> Iterator[Collective]:
+def _pipeline(
+    config: Config, specs: dict[str, Spec], pipeline_rank: int, micro_batches: int, data_size: int
+) -> Iterator[Collective]:
     model, parallel = config.model, config.parallel
     if parallel.pipeline_parallel_size == 1:
         return
     stages = rank_stages(config, pipeline_rank)
-    stream = activation_bytes(config) // (parallel.tensor_parallel_size if parallel.sequence_parallel else 1)
+    stream = activation_bytes(config) // (
+        parallel.tensor_parallel_size if parallel.sequence_parallel else 1
+    )
     if model.fp32_residual and element_bytes(config) == 2:
         stream *= 2
-    forward, backward = sum(not stage.last for stage in stages), sum(not stage.first for stage in stages)
-    yield Collective("pipeline", SEND, stream, forward * micro_batches, "residual stream to the next stage, forward")
-    yield Collective("pipeline", SEND, stream, backward * micro_batches, "its gradient to the stage before, backward")
+    forward, backward = (
+        sum(not stage.last for stage in stages),
+        sum(not stage.first for stage in stages),
+    )
+    yield Collective(
+        "pipeline",
+        SEND,
+        stream,
+        forward * micro_batches,
+        "residual stream to the next stage, forward",
+    )
+    yield Collective(
+        "pipeline",
+        SEND,
+        stream,
+        backward * micro_batches,
+        "its gradient to the stage before, backward",
+    )
     layout = rank_layout(config, specs, data_size)
     for piece in layout.pieces:
         if specs[piece.name].tied_to is not None:
             bucket = layout.buckets[piece.bucket]
             payload = bucket.size // bucket.shards * wide_bytes(config)
-            yield Collective("pipeline", SEND, payload, 1, "gradient of the tied embedding to the other end")
+            yield Collective(
+                "pipeline", SEND, payload, 1, "gradient of the tied embedding to the other end"
+            )
 
 
 def _data(config: Config, specs: dict[str, Spec], data_size: int) -> Iterator[Collective]:
@@ -166,7 +249,25 @@ def _data(config: Config, specs: dict[str, Spec], data_size: int) -> Iterator[Co
     for bucket in rank_layout(config, specs, data_size).buckets:
         size = bucket.size
         if shards > 1:
-            yield Collective("shard", REDUCE_SCATTER, size * gradient, 1, "gradients of a bucket, during backward")
-            yield Collective("shard", ALL_GATHER, size * element_bytes(config), 1, "parameters of a bucket, during the next forward")
+            yield Collective(
+                "shard",
+                REDUCE_SCATTER,
+                size * gradient,
+                1,
+                "gradients of a bucket, during backward",
+            )
+            yield Collective(
+                "shard",
+                ALL_GATHER,
+                size * element_bytes(config),
+                1,
+                "parameters of a bucket, during the next forward",
+            )
         if shards < data_size:
-            yield Collective("replica", ALL_REDUCE, size // shards * gradient, 1, "gradients of the shard, across replicas")
+            yield Collective(
+                "replica",
+                ALL_REDUCE,
+                size // shards * gradient,
+                1,
+                "gradients of the shard, across replicas",
+            )

@@ -52,11 +52,18 @@ class Plan:
     def multipliers(self) -> dict[str, float]:
         """residual: of each branch's output; logits: of the unembedding's output; attention: of the attention logits."""
         table = self.table
-        return {"residual": table.residual_multiplier, "logits": table.logit_multiplier, "attention": table.attention_scale}
+        return {
+            "residual": table.residual_multiplier,
+            "logits": table.logit_multiplier,
+            "attention": table.attention_scale,
+        }
 
     def to_json(self) -> dict[str, Any]:
         """{"multipliers": {...}, "parameters": [{"name", "shape", "role", "init_std", "lr", "weight_decay", "eps"}]}."""
-        return {"multipliers": self.multipliers, "parameters": [asdict(parameter) for parameter in self.parameters]}
+        return {
+            "multipliers": self.multipliers,
+            "parameters": [asdict(parameter) for parameter in self.parameters],
+        }
 
 
 def make_plan(config: Config, parameterization: str | None = None) -> Plan:
@@ -92,7 +99,9 @@ def make_plan(config: Config, parameterization: str | None = None) -> Plan:
 def describe(config: Config) -> str:
     """The plan for a reader: parameters with equal values together, this run's values beside those of muP and SP."""
     plans = [make_plan(config)]
-    plans += [make_plan(config, other) for other in ("mup", "sp") if other != plans[0].parameterization]
+    plans += [
+        make_plan(config, other) for other in ("mup", "sp") if other != plans[0].parameterization
+    ]
     table = plans[0].table
     elements = sum(_elements(parameter.shape) for parameter in plans[0].parameters)
     lines = [
@@ -102,14 +111,27 @@ def describe(config: Config) -> str:
         *(f"warning: {warning}" for warning in plans[0].warnings),
         "",
         f"{'forward multipliers':<24}" + "".join(f"{name:>14}" for name in plans[0].multipliers),
-        *(_row(plan, index == 0, tuple(plan.multipliers.values())) for index, plan in enumerate(plans)),
+        *(
+            _row(plan, index == 0, tuple(plan.multipliers.values()))
+            for index, plan in enumerate(plans)
+        ),
     ]
     for members in _alike(plans):
         first = plans[0].parameters[members[0]]
         names = _names([plans[0].parameters[index] for index in members])
-        lines += ["", f"{first.role}: {names[0]}", *(f"{'':{len(first.role) + 2}}{name}" for name in names[1:])]
-        lines.append(f"{'':<24}" + "".join(f"{name:>14}" for name in ("init std", "peak lr", "weight decay", "eps")))
-        lines += [_row(plan, index == 0, plan.parameters[members[0]].values) for index, plan in enumerate(plans)]
+        lines += [
+            "",
+            f"{first.role}: {names[0]}",
+            *(f"{'':{len(first.role) + 2}}{name}" for name in names[1:]),
+        ]
+        lines.append(
+            f"{'':<24}"
+            + "".join(f"{name:>14}" for name in ("init std", "peak lr", "weight decay", "eps"))
+        )
+        lines += [
+            _row(plan, index == 0, plan.parameters[members[0]].values)
+            for index, plan in enumerate(plans)
+        ]
     return "\n".join([*lines, "", "init std 0: gains start at 1, biases at 0"])
 
 
@@ -123,7 +145,9 @@ def _scaled_batch(config: Config, table: Table) -> list[str]:
     if batch.batch_ratio == batch.duration_ratio == 1.0:
         return []
     beta1, beta2 = batch.betas(config.optimizer.betas)
-    return [f"m_B = {batch.batch_ratio:g}, m_D = {batch.duration_ratio:g}: S = {batch.scale:.5g}, betas {beta1:.5g} and {beta2:.5g}"]
+    return [
+        f"m_B = {batch.batch_ratio:g}, m_D = {batch.duration_ratio:g}: S = {batch.scale:.5g}, betas {beta1:.5g} and {beta2:.5g}"
+    ]
 
 
 def _alike(plans: Sequence[Plan]) -> list[list[int]]:

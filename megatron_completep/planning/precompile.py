@@ -52,23 +52,40 @@ def compile_run(config: Config, architecture: str, say: Callable[[str], None]) -
     launches = launches_of_run(config, architecture)
     for launch in launches:
         compile_launch(launch, architecture)
-        say(f"{launch.kernel.fn.__module__.rpartition('.')[2]}.{launch.name}  grid {launch.grid}  {_describe(launch)}")
+        say(
+            f"{launch.kernel.fn.__module__.rpartition('.')[2]}.{launch.name}  grid {launch.grid}  {_describe(launch)}"
+        )
     return len(launches)
 
 
 def _step_without_data(config: Config) -> None:
     """Forward, backward and update of a shallow copy of the run: all layers are alike, and so are all ranks of an axis."""
     parallel, training = config.parallel, config.training
-    context = ParallelContext(torch.device("meta"), tensor=Axis("tensor", 0, parallel.tensor_parallel_size))
+    context = ParallelContext(
+        torch.device("meta"), tensor=Axis("tensor", 0, parallel.tensor_parallel_size)
+    )
     table = table_of(config)
     loss = LossConfig.of(training)
     whole = parallel.pipeline_parallel_size * parallel.virtual_pipeline_size == 1
-    stages = [Stage(0, min(2, config.model.num_layers))] if whole else [Stage(0, 1, last=False), Stage(1, 2, first=False)]
+    stages = (
+        [Stage(0, min(2, config.model.num_layers))]
+        if whole
+        else [Stage(0, 1, last=False), Stage(1, 2, first=False)]
+    )
     with context.device:
         chunks = [GPT(config.model, table, context, stage, loss) for stage in stages]
-    optimizers = [DistributedOptimizer([chunk], table, config.optimizer, context, parallel, DTYPES[training.precision]) for chunk in chunks]
-    tokens = torch.zeros(training.micro_batch_size, config.model.seq_length, dtype=torch.int64, device=context.device)
-    seed = torch.zeros(1, dtype=torch.int64, device=context.device) if config.model.dropout else None
+    optimizers = [
+        DistributedOptimizer(
+            [chunk], table, config.optimizer, context, parallel, DTYPES[training.precision]
+        )
+        for chunk in chunks
+    ]
+    tokens = torch.zeros(
+        training.micro_batch_size, config.model.seq_length, dtype=torch.int64, device=context.device
+    )
+    seed = (
+        torch.zeros(1, dtype=torch.int64, device=context.device) if config.model.dropout else None
+    )
     with _LaunchInstead():
         for optimizer in optimizers:
             optimizer.begin_step(1)
@@ -91,8 +108,16 @@ def _variant(launch: Launch) -> tuple[Any, ...]:
             return type(argument)
         return argument == 1, argument % 16 == 0, abs(argument) >= 2**31
 
-    return launch.kernel.fn, tuple(map(kind, launch.arguments)), tuple(sorted((k, str(v)) for k, v in launch.parameters.items()))
+    return (
+        launch.kernel.fn,
+        tuple(map(kind, launch.arguments)),
+        tuple(sorted((k, str(v)) for k, v in launch.parameters.items())),
+    )
 
 
 def _describe(launch: Launch) -> str:
-    return " ".join(f"{name}={value}" for name, value in launch.parameters.items() if name.isupper() or name == "num_warps")
+    return " ".join(
+        f"{name}={value}"
+        for name, value in launch.parameters.items()
+        if name.isupper() or name == "num_warps"
+    )

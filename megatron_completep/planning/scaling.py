@@ -9,7 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_completep.config.check import check_world
-from megatron_completep.config.derived import head_dim, micro_batches_per_step, num_query_groups, padded_vocab_size, tokens_per_step
+from megatron_completep.config.derived import (
+    head_dim,
+    micro_batches_per_step,
+    num_query_groups,
+    padded_vocab_size,
+    tokens_per_step,
+)
 from megatron_completep.config.schema import Config, ModelConfig, ParallelConfig
 from megatron_completep.errors import ConfigError
 from megatron_completep.model.flops import forward_flops_per_token, training_flops_per_token
@@ -69,7 +75,13 @@ class RankMemory:
 
     @property
     def total(self) -> int:
-        return self.parameters + self.gradients + self.optimizer + self.activations + self.communication
+        return (
+            self.parameters
+            + self.gradients
+            + self.optimizer
+            + self.activations
+            + self.communication
+        )
 
 
 @dataclass(frozen=True)
@@ -86,7 +98,9 @@ class ScalingPlan:
     bubble: float  # share of the step in which a pipeline rank waits
     flops_per_token: float
     compute_seconds: float
-    communication_seconds: float  # exposed: tensor collectives of the forward pass and of half the backward pass
+    communication_seconds: (
+        float  # exposed: tensor collectives of the forward pass and of half the backward pass
+    )
     step_seconds: float
     tokens_per_second: float
     model_flops_utilisation: float
@@ -102,14 +116,21 @@ def scaling_plan(config: Config, world_size: int, gpu_name: str = "h100") -> Sca
     gpu, model, parallel = GPUS[gpu_name], config.model, config.parallel
     data_size = world_size // (parallel.tensor_parallel_size * parallel.pipeline_parallel_size)
     micro_batches = micro_batches_per_step(config, world_size)
-    memory = tuple(rank_memory(config, rank, data_size, micro_batches) for rank in range(parallel.pipeline_parallel_size))
+    memory = tuple(
+        rank_memory(config, rank, data_size, micro_batches)
+        for rank in range(parallel.pipeline_parallel_size)
+    )
     traffic = sent_bytes(config, world_size)
     bubble = bubble_share(parallel, micro_batches)
     tokens = tokens_per_step(config)
     flops = training_flops_per_token(model)
     recomputed = forward_flops_per_token(model) if config.training.recompute == "full" else 0.0
     compute = (flops + recomputed) * tokens / world_size / (gpu.peak_flops * MATRIX_EFFICIENCY)
-    link = gpu.node_bandwidth if parallel.tensor_parallel_size <= gpu.per_node else gpu.network_bandwidth
+    link = (
+        gpu.node_bandwidth
+        if parallel.tensor_parallel_size <= gpu.per_node
+        else gpu.network_bandwidth
+    )
     exposed = 0.75 * traffic[0] / (link * NETWORK_EFFICIENCY)
     step_seconds = (compute + exposed) / (1 - bubble)
     return ScalingPlan(
@@ -132,7 +153,9 @@ def scaling_plan(config: Config, world_size: int, gpu_name: str = "h100") -> Sca
     )
 
 
-def rank_memory(config: Config, pipeline_rank: int, data_size: int, micro_batches: int) -> RankMemory:
+def rank_memory(
+    config: Config, pipeline_rank: int, data_size: int, micro_batches: int
+) -> RankMemory:
     """Bytes on a rank. Mixed precision: bf16 parameters, fp32 gradients, fp32 master and moments in the shard."""
     parallel, training = config.parallel, config.training
     mixed = training.precision in ("bf16", "auto")
@@ -141,7 +164,10 @@ def rank_memory(config: Config, pipeline_rank: int, data_size: int, micro_batche
     stages = rank_stages(config, pipeline_rank)
     layout = rank_layout(config, rank_specs(config, pipeline_rank), data_size)
     shares_master = shards == 1 and not mixed  # the master is the parameter itself
-    held = [in_flight(parallel, pipeline_rank, micro_batches) * stage_activations(config, stage) for stage in stages]
+    held = [
+        in_flight(parallel, pipeline_rank, micro_batches) * stage_activations(config, stage)
+        for stage in stages
+    ]
     return RankMemory(
         parameters=layout.size * (narrow or wide),
         gradients=layout.size * wide,
@@ -188,21 +214,36 @@ def stage_activations(config: Config, stage: Stage) -> int:
     return total
 
 
-def _layer_activations(model: ModelConfig, recompute: str, tokens: int, local: int, tp: int, element: int, wide: int) -> int:
+def _layer_activations(
+    model: ModelConfig, recompute: str, tokens: int, local: int, tp: int, element: int, wide: int
+) -> int:
     """What a layer's operations save: two stream states and two norm outputs, QKV, the attention's output and row statistics, and
     the inputs of the activation and of the down projection."""
     stream = local * model.hidden_size * (4 if model.fp32_residual else element)
     normed = local * model.hidden_size * element
-    heads, groups, dim = model.num_attention_heads // tp, num_query_groups(model) // tp, head_dim(model)
+    heads, groups, dim = (
+        model.num_attention_heads // tp,
+        num_query_groups(model) // tp,
+        head_dim(model),
+    )
     statistics = local * wide * (2 if model.norm == "layernorm" else 1)
     fused = 2 if model.activation == "swiglu" else 1
     qkv, mixed = tokens * (heads + 2 * groups) * dim * element, tokens * heads * dim * element
-    if model.qk_norm:  # the inputs of both norms are views of QKV; their outputs and the rotated ones are new
+    if (
+        model.qk_norm
+    ):  # the inputs of both norms are views of QKV; their outputs and the rotated ones are new
         qkv += tokens * (heads + groups) * (dim * element + wide)
     row_statistics = tokens * heads * 4 if recompute == "none" else 0
     inner = tokens * model.ffn_hidden_size // tp * element
     down_input = inner if recompute == "none" else 0
-    return 2 * (stream + normed + statistics) + qkv + mixed + row_statistics + fused * inner + down_input
+    return (
+        2 * (stream + normed + statistics)
+        + qkv
+        + mixed
+        + row_statistics
+        + fused * inner
+        + down_input
+    )
 
 
 def bubble_share(parallel: ParallelConfig, micro_batches: int) -> float:
@@ -215,7 +256,12 @@ def bubble_share(parallel: ParallelConfig, micro_batches: int) -> float:
 
 
 def _warnings(
-    config: Config, gpu: Gpu, memory: tuple[RankMemory, ...], bubble: float, data_bytes: float, compute: float
+    config: Config,
+    gpu: Gpu,
+    memory: tuple[RankMemory, ...],
+    bubble: float,
+    data_bytes: float,
+    compute: float,
 ) -> tuple[str, ...]:
     found = []
     worst = max(range(len(memory)), key=lambda rank: memory[rank].total)
@@ -225,7 +271,9 @@ def _warnings(
             "Raise the tensor- or pipeline-parallel size, recompute more, or take a smaller micro-batch."
         )
     if bubble > 0.15:
-        found.append(f"the pipeline bubble is {bubble:.0%}, above 15 %. More micro-batches, virtual stages, or schedule: zero_bubble.")
+        found.append(
+            f"the pipeline bubble is {bubble:.0%}, above 15 %. More micro-batches, virtual stages, or schedule: zero_bubble."
+        )
     if config.parallel.tensor_parallel_size > gpu.per_node:
         found.append(
             f"tensor_parallel_size = {config.parallel.tensor_parallel_size} crosses nodes of {gpu.per_node} GPUs: slow collectives."
@@ -235,8 +283,13 @@ def _warnings(
             "data-parallel traffic takes longer than the computation that hides it. A larger global batch, or gradient_dtype: bf16."
         )
     tp = config.parallel.tensor_parallel_size
-    sides = {"hidden_size": config.model.hidden_size, "ffn_hidden_size / tensor ranks": config.model.ffn_hidden_size // tp}
+    sides = {
+        "hidden_size": config.model.hidden_size,
+        "ffn_hidden_size / tensor ranks": config.model.ffn_hidden_size // tp,
+    }
     odd = [f"{name} = {side}" for name, side in sides.items() if side % 64]
     if odd:
-        found.append(f"{', '.join(odd)}: not a multiple of 64, so that tensor cores lose part of their speed.")
+        found.append(
+            f"{', '.join(odd)}: not a multiple of 64, so that tensor cores lose part of their speed."
+        )
     return tuple(found)

@@ -8,7 +8,13 @@ from typing import Any
 
 from megatron_completep.config.schema import Config
 from megatron_completep.planning.communication import Collective, collectives_per_step
-from megatron_completep.planning.scaling import GPUS, MATRIX_EFFICIENCY, NETWORK_EFFICIENCY, RankMemory, ScalingPlan
+from megatron_completep.planning.scaling import (
+    GPUS,
+    MATRIX_EFFICIENCY,
+    NETWORK_EFFICIENCY,
+    RankMemory,
+    ScalingPlan,
+)
 
 SHOWN_RANKS = 8  # pipeline ranks listed one by one; of more, the ends and the fullest
 
@@ -17,7 +23,13 @@ def scaling_to_json(config: Config, plan: ScalingPlan, gpu: str) -> dict[str, An
     """Every figure of the plan, the assumptions, and the collectives of the first pipeline rank."""
     memory = [{**asdict(rank), "total": rank.total} for rank in plan.memory]
     collectives = [asdict(c) for c in merged(collectives_per_step(config, plan.world_size))]
-    return {**asdict(plan), "memory": memory, "gpu": gpu, "assumptions": assumptions(gpu), "collectives": collectives}
+    return {
+        **asdict(plan),
+        "memory": memory,
+        "gpu": gpu,
+        "assumptions": assumptions(gpu),
+        "collectives": collectives,
+    }
 
 
 def describe_scaling(config: Config, plan: ScalingPlan, gpu: str) -> str:
@@ -58,23 +70,46 @@ def merged(collectives: Iterable[Collective]) -> list[Collective]:
     for c in collectives:
         count, total = found.get((c.axis, c.operation, c.what), (0, 0))
         found[c.axis, c.operation, c.what] = count + c.count, total + c.count * c.payload
-    return [Collective(axis, operation, total // count, count, what) for (axis, operation, what), (count, total) in found.items()]
+    return [
+        Collective(axis, operation, total // count, count, what)
+        for (axis, operation, what), (count, total) in found.items()
+    ]
 
 
 def _memory(plan: ScalingPlan) -> list[str]:
     kinds = [f.name for f in fields(RankMemory)]
     fullest = max(range(len(plan.memory)), key=lambda rank: plan.memory[rank].total)
-    ranks = range(len(plan.memory)) if len(plan.memory) <= SHOWN_RANKS else sorted({0, fullest, len(plan.memory) - 1})
-    rows = [[str(rank), *(gigabytes(getattr(plan.memory[rank], kind)) for kind in [*kinds, "total"])] for rank in ranks]
+    ranks = (
+        range(len(plan.memory))
+        if len(plan.memory) <= SHOWN_RANKS
+        else sorted({0, fullest, len(plan.memory) - 1})
+    )
+    rows = [
+        [str(rank), *(gigabytes(getattr(plan.memory[rank], kind)) for kind in [*kinds, "total"])]
+        for rank in ranks
+    ]
     return table(["GB a GPU, on pipeline rank", *kinds, "total"], rows)
 
 
 def _traffic(config: Config, plan: ScalingPlan) -> list[str]:
-    totals = [("tensor", plan.tensor_bytes), ("pipeline", plan.pipeline_bytes), ("data", plan.data_bytes)]
-    sent = table(["GB sent a step by the busiest rank, along", "GB"], [[axis, gigabytes(size)] for axis, size in totals])
+    totals = [
+        ("tensor", plan.tensor_bytes),
+        ("pipeline", plan.pipeline_bytes),
+        ("data", plan.data_bytes),
+    ]
+    sent = table(
+        ["GB sent a step by the busiest rank, along", "GB"],
+        [[axis, gigabytes(size)] for axis, size in totals],
+    )
     calls = merged(collectives_per_step(config, plan.world_size))
     rows = [[c.axis, c.operation, f"{c.count:,}", megabytes(c.payload), c.what] for c in calls]
-    return [*sent, "", *table(["collectives a step, pipeline rank 0", "operation", "calls", "MB each", "what"], rows)]
+    return [
+        *sent,
+        "",
+        *table(
+            ["collectives a step, pipeline rank 0", "operation", "calls", "MB each", "what"], rows
+        ),
+    ]
 
 
 def _time(config: Config, plan: ScalingPlan) -> list[str]:
@@ -92,10 +127,13 @@ def _time(config: Config, plan: ScalingPlan) -> list[str]:
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
     """Columns as wide as they must be: numbers to the right, words to the left."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    right = [bool(rows) and all(row[i][:1].isdigit() for row in rows) and i > 0 for i in range(len(head))]
+    right = [
+        bool(rows) and all(row[i][:1].isdigit() for row in rows) and i > 0 for i in range(len(head))
+    ]
     return [
         "  ".join(
-            cell.rjust(width) if to_right else cell.ljust(width) for cell, width, to_right in zip(row, widths, right, strict=True)
+            cell.rjust(width) if to_right else cell.ljust(width)
+            for cell, width, to_right in zip(row, widths, right, strict=True)
         ).rstrip()
         for row in [head, *rows]
     ]

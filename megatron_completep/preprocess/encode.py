@@ -19,7 +19,12 @@ from megatron_completep.data.tokenizer import build_tokenizer
 from megatron_completep.errors import DataError
 from megatron_completep.preprocess.journal import Record, journal_line
 from megatron_completep.preprocess.quality import content_hash
-from megatron_completep.preprocess.readers import BadDocument, Document, describe_place, read_documents
+from megatron_completep.preprocess.readers import (
+    BadDocument,
+    Document,
+    describe_place,
+    read_documents,
+)
 from megatron_completep.preprocess.settings import PreprocessSettings
 from megatron_completep.preprocess.sources import Block
 
@@ -65,10 +70,17 @@ class Encoder:
         self.settings = settings
         self.tokenizer = build_tokenizer(settings.tokenizer)
         self._name = shard.name
-        self._eod = np.array([self.tokenizer.eod_id] if settings.append_eod else [], self.tokenizer.dtype)
+        self._eod = np.array(
+            [self.tokenizer.eod_id] if settings.append_eod else [], self.tokenizer.dtype
+        )
         self._stack = ExitStack()
-        names = [f"{shard}.{number}.bin" for number in range(len(settings.json_keys))] + [f"{shard}.meta", f"{shard}.journal"]
-        *self._bins, self._meta, self._journal = [self._stack.enter_context(open(name, "xb")) for name in names]  # noqa: SIM115
+        names = [f"{shard}.{number}.bin" for number in range(len(settings.json_keys))] + [
+            f"{shard}.meta",
+            f"{shard}.journal",
+        ]
+        *self._bins, self._meta, self._journal = [
+            self._stack.enter_context(open(name, "xb")) for name in names
+        ]  # noqa: SIM115
 
     def close(self) -> None:
         self._stack.close()
@@ -82,13 +94,17 @@ class Encoder:
 
     def _good_documents(self, block: Block, result: _Result) -> Iterator[Document]:
         """Documents within the limits of length; counts the others."""
-        documents = read_documents(block, self.settings.json_keys, self.settings.unicode, self.settings.largest_document)
+        documents = read_documents(
+            block, self.settings.json_keys, self.settings.unicode, self.settings.largest_document
+        )
         try:
             for document in documents:
                 if isinstance(document, BadDocument):
                     result.bad_count += 1
                     if len(result.bad) < _BAD_EXAMPLES:
-                        result.bad.append(f"{describe_place(block, document.place)}: {document.reason}")
+                        result.bad.append(
+                            f"{describe_place(block, document.place)}: {document.reason}"
+                        )
                 elif self.settings.limits.refuses_text(document.texts):
                     result.dropped_characters += 1
                 else:
@@ -98,13 +114,18 @@ class Encoder:
             result.bad.append(str(error))
 
     def _encode_batch(self, batch: list[Document], result: _Result) -> None:
-        columns = [self.tokenizer.encode_batch([document.texts[key] for document in batch]) for key in range(len(self.settings.json_keys))]
+        columns = [
+            self.tokenizer.encode_batch([document.texts[key] for document in batch])
+            for key in range(len(self.settings.json_keys))
+        ]
         kept: list[list[np.ndarray]] = [[] for _ in columns]
         for document, ids in zip(batch, zip(*columns, strict=True), strict=True):
             if self.settings.limits.refuses_tokens([len(i) for i in ids]):
                 result.dropped_tokens += 1
                 continue
-            result.sizes.append(sum(len(text) if text.isascii() else len(text.encode()) for text in document.texts))
+            result.sizes.append(
+                sum(len(text) if text.isascii() else len(text.encode()) for text in document.texts)
+            )
             if self.settings.deduplicate:
                 result.hashes.append(content_hash(document.texts))
             for column, tokens in zip(kept, ids, strict=True):

@@ -20,7 +20,9 @@ ENGINES = ("local", "ray")
 Engine = Callable[[PreprocessSettings, Path, int, Iterator[Block]], Iterator[Record]]
 
 
-def encode_here(settings: PreprocessSettings, shard: Path, workers: int, blocks: Iterator[Block]) -> Iterator[Record]:
+def encode_here(
+    settings: PreprocessSettings, shard: Path, workers: int, blocks: Iterator[Block]
+) -> Iterator[Record]:
     """One worker: no other process."""
     one_thread_a_tokenizer()
     encoder = Encoder(settings, shard)
@@ -31,9 +33,13 @@ def encode_here(settings: PreprocessSettings, shard: Path, workers: int, blocks:
         encoder.close()
 
 
-def encode_in_processes(settings: PreprocessSettings, shard: Path, workers: int, blocks: Iterator[Block]) -> Iterator[Record]:
+def encode_in_processes(
+    settings: PreprocessSettings, shard: Path, workers: int, blocks: Iterator[Block]
+) -> Iterator[Record]:
     """A pool of processes, each with its own shard. A worker gets a block when it has none; the next block is read meanwhile."""
-    context = multiprocessing.get_context("spawn")  # fork would copy the threads' locks of the progress display
+    context = multiprocessing.get_context(
+        "spawn"
+    )  # fork would copy the threads' locks of the progress display
     pipes: list[Connection] = []
     processes: dict[Connection, Any] = {}
     try:
@@ -41,7 +47,9 @@ def encode_in_processes(settings: PreprocessSettings, shard: Path, workers: int,
             for number in range(workers):
                 ours, theirs = context.Pipe()
                 arguments = (theirs, settings, Path(f"{shard}.{number}"), os.getpid())
-                process = context.Process(target=_work, args=arguments, name=f"preprocess {number}", daemon=True)
+                process = context.Process(
+                    target=_work, args=arguments, name=f"preprocess {number}", daemon=True
+                )
                 process.start()
                 theirs.close()  # so that the worker's death closes the pipe
                 pipes.append(ours)
@@ -54,7 +62,9 @@ def encode_in_processes(settings: PreprocessSettings, shard: Path, workers: int,
             process.join()
 
 
-def _dispatch(blocks: Iterator[Block], pipes: list[Connection], processes: dict[Connection, Any]) -> Iterator[Record]:
+def _dispatch(
+    blocks: Iterator[Block], pipes: list[Connection], processes: dict[Connection, Any]
+) -> Iterator[Record]:
     busy: dict[Any, Block] = {}
     idle = list(pipes)
     block = next(blocks, None)
@@ -93,7 +103,11 @@ def _receive(pipe: Any, block: Block, processes: dict[Connection, Any]) -> Recor
 
 def _death(process: Any, block: Block) -> DataError:
     process.join()
-    how = f"was killed by signal {-process.exitcode}" if process.exitcode < 0 else f"left with code {process.exitcode}"
+    how = (
+        f"was killed by signal {-process.exitcode}"
+        if process.exitcode < 0
+        else f"left with code {process.exitcode}"
+    )
     return DataError(
         f"{block.path}: a worker {how} at work on this file (signal 9 often means that memory ran out: use fewer --workers). "
         "Finished blocks are kept; run the same command again to go on."
@@ -103,7 +117,9 @@ def _death(process: Any, block: Block) -> DataError:
 def _work(pipe: Connection, settings: PreprocessSettings, shard: Path, parent: int) -> None:
     """A worker process: blocks in, records out, until the pipe closes; in the midst of a block too, it leaves with process `parent`."""
     work_for(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the whole group; the parent decides
     one_thread_a_tokenizer()
     encoder = None
     try:
@@ -121,15 +137,21 @@ def _work(pipe: Connection, settings: PreprocessSettings, shard: Path, parent: i
         pass  # the parent is done, or gone
 
 
-def encode_on_ray(settings: PreprocessSettings, shard: Path, workers: int, blocks: Iterator[Block]) -> Iterator[Record]:
+def encode_on_ray(
+    settings: PreprocessSettings, shard: Path, workers: int, blocks: Iterator[Block]
+) -> Iterator[Record]:
     """Ray actors over a file system that all nodes share. Joins the running cluster, or starts a local one."""
     try:
         ray: Any = importlib.import_module("ray")
     except ImportError as error:
-        raise DataError("--engine ray needs the package ray (pip install 'megatron-completep[ray]'), or use --engine local.") from error
+        raise DataError(
+            "--engine ray needs the package ray (pip install 'megatron-completep[ray]'), or use --engine local."
+        ) from error
     if not ray.is_initialized():
         ray.init(log_to_driver=False)
-    actor = ray.remote(num_cpus=1, runtime_env={"env_vars": {"TOKENIZERS_PARALLELISM": "false"}})(Encoder)
+    actor = ray.remote(num_cpus=1, runtime_env={"env_vars": {"TOKENIZERS_PARALLELISM": "false"}})(
+        Encoder
+    )
     idle = [actor.remote(settings, Path(f"{shard}.{number}")) for number in range(workers)]
     busy: dict[Any, Any] = {}
     block = next(blocks, None)

@@ -19,7 +19,9 @@ Mask = npt.NDArray[np.bool_]
 OnBlock = Callable[[int], None]
 
 
-def merge(work: WorkFolder, tokenizer: Tokenizer, on_block: OnBlock) -> tuple[list[dict[str, Any]], LengthStatistics, int]:
+def merge(
+    work: WorkFolder, tokenizer: Tokenizer, on_block: OnBlock
+) -> tuple[list[dict[str, Any]], LengthStatistics, int]:
     """Write each key's token files. Returns their PREFIX.json contents, statistics of the kept documents, and the number of duplicates.
 
     on_block is told the number of tokens copied. Memory: one block, and while duplicates are looked for one byte a document.
@@ -38,7 +40,10 @@ def merge(work: WorkFolder, tokenizer: Tokenizer, on_block: OnBlock) -> tuple[li
                     statistics.add(meta.text_bytes[kept], meta.tokens[:, kept])
                 on_block(int(counts.sum()))
             settings = work.settings
-            more = {"tokenizer_path": lasting_model(settings.tokenizer), "append_eod": settings.append_eod}
+            more = {
+                "tokenizer_path": lasting_model(settings.tokenizer),
+                "append_eod": settings.append_eod,
+            }
             sidecars.append(writer.close(tokenizer=dict(tokenizer.identity()), **more))
         except BaseException:
             writer.abort()
@@ -63,16 +68,24 @@ def _kept(work: WorkFolder, keep: Mask | None) -> Iterator[tuple[Record, Meta, M
     start = 0
     for record in work.ordered():
         end = start + record["documents"]
-        yield record, work.read_meta(record), np.ones(end - start, bool) if keep is None else keep[start:end]
+        yield (
+            record,
+            work.read_meta(record),
+            np.ones(end - start, bool) if keep is None else keep[start:end],
+        )
         start = end
 
 
-def _copy(writer: IndexedWriter, tokens: npt.NDArray[Any], counts: npt.NDArray[np.int64], kept: Mask) -> None:
+def _copy(
+    writer: IndexedWriter, tokens: npt.NDArray[Any], counts: npt.NDArray[np.int64], kept: Mask
+) -> None:
     """Append the kept documents among these."""
     if not kept.all():
         tokens, counts = tokens[np.repeat(kept, counts)], counts[kept]
     if counts.all():
         writer.add_documents(tokens, counts)
         return
-    for count, end in zip(counts, np.cumsum(counts), strict=True):  # as in Megatron, an empty document has no sequence
+    for count, end in zip(
+        counts, np.cumsum(counts), strict=True
+    ):  # as in Megatron, an empty document has no sequence
         writer.add_document([tokens[end - count : end]] if count else [])

@@ -24,13 +24,20 @@ class Display:
         self._task = self._bar.add_task("tokenize", total=max(total_bytes, 1), rates="")
         self._total, self._interval = max(total_bytes, 1), log_interval
         self._start = time.monotonic()
-        self._at_start = self._disk = self._documents = self._text = self._tokens = self._next_line = 0
+        self._at_start = self._disk = self._documents = self._text = self._tokens = (
+            self._next_line
+        ) = 0
 
     def __enter__(self) -> "Display":
         self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._bar.stop()
 
     def say(self, text: str) -> None:
@@ -51,7 +58,9 @@ class Display:
             self._next_line = self._documents + self._interval
             done = self._disk - self._at_start
             left = self._seconds() * (self._total - self._disk) / done if done else 0.0
-            self.say(f"{100 * self._disk / self._total:5.1f} %  {self._rates()}  {_duration(left)} left")
+            self.say(
+                f"{100 * self._disk / self._total:5.1f} %  {self._rates()}  {_duration(left)} left"
+            )
 
     def stage(self, description: str, total: int) -> None:
         """A new bar, of `total` tokens to copy."""
@@ -66,9 +75,7 @@ class Display:
 
     def _rates(self) -> str:
         seconds = self._seconds()
-        return (
-            f"{self._documents / seconds:,.0f} documents/s  {self._text / seconds / 1e6:,.1f} MB/s  {self._tokens / seconds:,.0f} tokens/s"
-        )
+        return f"{self._documents / seconds:,.0f} documents/s  {self._text / seconds / 1e6:,.1f} MB/s  {self._tokens / seconds:,.0f} tokens/s"
 
 
 def _duration(seconds: float) -> str:

@@ -42,7 +42,9 @@ def decode_bytes(raw: bytes, policy: str) -> str:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"invalid UTF-8: byte 0x{raw[error.start]:02x} at offset {error.start} ({error.reason})") from error
+        raise ValueError(
+            f"invalid UTF-8: byte 0x{raw[error.start]:02x} at offset {error.start} ({error.reason})"
+        ) from error
 
 
 def clean_text(text: str, policy: str) -> str:
@@ -55,7 +57,9 @@ def clean_text(text: str, policy: str) -> str:
     except UnicodeEncodeError as error:
         if policy == "repair":
             return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        raise ValueError(f"lone surrogate U+{ord(text[error.start]):04X} at character {error.start}") from error
+        raise ValueError(
+            f"lone surrogate U+{ord(text[error.start]):04X} at character {error.start}"
+        ) from error
 
 
 def content_hash(texts: Sequence[str]) -> bytes:
@@ -68,7 +72,9 @@ def content_hash(texts: Sequence[str]) -> bytes:
     return digest.digest()
 
 
-def first_occurrences(hashes: npt.NDArray[Any], documents_a_pass: int = _DOCUMENTS_A_PASS) -> npt.NDArray[np.bool_]:
+def first_occurrences(
+    hashes: npt.NDArray[Any], documents_a_pass: int = _DOCUMENTS_A_PASS
+) -> npt.NDArray[np.bool_]:
     """Which documents are the first with their hash. hashes: uint64 [documents, 2], perhaps memory-mapped.
 
     Memory: one byte a document, plus the hashes of one pass; each pass looks at the documents whose hash falls into its share.
@@ -85,6 +91,11 @@ def first_occurrences(hashes: npt.NDArray[Any], documents_a_pass: int = _DOCUMEN
     return keep
 
 
-def _indices_in_share(hashes: npt.NDArray[Any], number: int, passes: int, step: int) -> npt.NDArray[np.int64]:
-    found = [start + np.flatnonzero(hashes[start : start + step, 0] % passes == number) for start in range(0, len(hashes), step)]
+def _indices_in_share(
+    hashes: npt.NDArray[Any], number: int, passes: int, step: int
+) -> npt.NDArray[np.int64]:
+    found = [
+        start + np.flatnonzero(hashes[start : start + step, 0] % passes == number)
+        for start in range(0, len(hashes), step)
+    ]
     return np.concatenate(found)

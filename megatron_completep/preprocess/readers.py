@@ -9,7 +9,14 @@ import orjson
 from megatron_completep.data.files import printable
 from megatron_completep.errors import DataError
 from megatron_completep.preprocess.quality import clean_text, decode_bytes
-from megatron_completep.preprocess.sources import LARGEST_DOCUMENT, Block, Source, decompress, open_input, parquet_file
+from megatron_completep.preprocess.sources import (
+    LARGEST_DOCUMENT,
+    Block,
+    Source,
+    decompress,
+    open_input,
+    parquet_file,
+)
 
 _PARQUET_ROWS = 1024
 
@@ -95,7 +102,9 @@ def line_number(block: Block, place: int) -> int:
         return block.first_line + place
     count = 0
     with open_input(block.path) as file:
-        left = block.start - 1  # a newline just before `start` makes the block begin with a line of its own
+        left = (
+            block.start - 1
+        )  # a newline just before `start` makes the block begin with a line of its own
         while left > 0 and (chunk := file.read(min(left, 1 << 20))):
             count += chunk.count(b"\n")
             left -= len(chunk)
@@ -152,7 +161,9 @@ def _text_of(record: dict[str, Any], key: str, unicode: str) -> str:
     return clean_text(text, unicode)
 
 
-def _text_documents(sources: Sequence[Source], unicode: str, largest_document: int) -> Iterator[Document | BadDocument]:
+def _text_documents(
+    sources: Sequence[Source], unicode: str, largest_document: int
+) -> Iterator[Document | BadDocument]:
     for number, source in enumerate(sources):
         try:
             yield Document(number, (decode_bytes(_content(source, largest_document), unicode),))
@@ -171,26 +182,38 @@ def _content(source: Source, largest_document: int) -> bytes:
     return bytes(content)
 
 
-def _parquet_documents(block: Block, keys: Sequence[str], unicode: str, largest_document: int) -> Iterator[Document | BadDocument]:
+def _parquet_documents(
+    block: Block, keys: Sequence[str], unicode: str, largest_document: int
+) -> Iterator[Document | BadDocument]:
     import pyarrow
 
     file = parquet_file(block.path)
     names = file.schema_arrow.names
     missing = [key for key in keys if key not in names]
     if missing:
-        raise DataError(f"{printable(block.path)}: no column {missing[0]}; the columns are {_listed(names)}. Choose with --json-keys.")
+        raise DataError(
+            f"{printable(block.path)}: no column {missing[0]}; the columns are {_listed(names)}. Choose with --json-keys."
+        )
     place = 0
     try:
-        for batch in file.iter_batches(batch_size=_PARQUET_ROWS, row_groups=[block.start], columns=list(keys)):
+        for batch in file.iter_batches(
+            batch_size=_PARQUET_ROWS, row_groups=[block.start], columns=list(keys)
+        ):
             columns = [batch.column(batch.schema.get_field_index(key)).to_pylist() for key in keys]
             for row in zip(*columns, strict=True):
-                yield _parquet_document(place, dict(zip(keys, row, strict=True)), unicode, largest_document)
+                yield _parquet_document(
+                    place, dict(zip(keys, row, strict=True)), unicode, largest_document
+                )
                 place += 1
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{printable(block.path)}: row group {block.start} cannot be read ({error}).") from error
+        raise DataError(
+            f"{printable(block.path)}: row group {block.start} cannot be read ({error})."
+        ) from error
 
 
-def _parquet_document(place: int, row: dict[str, Any], unicode: str, largest_document: int) -> Document | BadDocument:
+def _parquet_document(
+    place: int, row: dict[str, Any], unicode: str, largest_document: int
+) -> Document | BadDocument:
     try:
         if sum(len(text) for text in row.values() if isinstance(text, str)) > largest_document:
             raise TextError(f"the row is {_too_long(largest_document)}")

@@ -30,10 +30,14 @@ class Histogram:
             return
         bins = np.zeros(len(values), np.int64)
         positive = values > 0
-        bins[positive] = 1 + np.floor(np.log2(values[positive].astype(np.float64)) * BINS_AN_OCTAVE).astype(np.int64)
+        bins[positive] = 1 + np.floor(
+            np.log2(values[positive].astype(np.float64)) * BINS_AN_OCTAVE
+        ).astype(np.int64)
         self.counts += np.bincount(bins, minlength=len(self.counts))
         self.total += int(values.sum())
-        self.smallest = int(values.min()) if self.smallest is None else min(self.smallest, int(values.min()))
+        self.smallest = (
+            int(values.min()) if self.smallest is None else min(self.smallest, int(values.min()))
+        )
         self.largest = max(self.largest, int(values.max()))
 
     def percentile(self, q: float) -> int:
@@ -47,7 +51,13 @@ class Histogram:
         if not number:
             return {"total": 0}
         shares = {f"p{round(q * 100)}": self.percentile(q) for q in (0.1, 0.5, 0.9, 0.99)}
-        return {"total": self.total, "mean": self.total / number, "min": self.smallest, **shares, "max": self.largest}
+        return {
+            "total": self.total,
+            "mean": self.total / number,
+            "min": self.smallest,
+            **shares,
+            "max": self.largest,
+        }
 
 
 class LengthStatistics:
@@ -65,7 +75,9 @@ class LengthStatistics:
             histogram.add(row)
 
 
-def write_report(path: str, report: dict[str, Any], statistics: LengthStatistics, keys: tuple[str, ...]) -> None:
+def write_report(
+    path: str, report: dict[str, Any], statistics: LengthStatistics, keys: tuple[str, ...]
+) -> None:
     """PATH.png, then PATH.json, each at once."""
     _draw(f"{path}.png", statistics, keys)
     temporary = Path(f"{path}.json.partial")
@@ -96,7 +108,13 @@ def _bars(axes: Any, histogram: Histogram, label: str, unit: str) -> None:
     filled = np.flatnonzero(counts)
     last = int(filled[-1]) + 1 if len(filled) else 1
     first = int(filled[0]) if len(filled) else 0
-    axes.stairs(counts[first:last], edges[first : last + 1], fill=True, alpha=0.6, label=f"{label}, {histogram.counts[0]:,} empty")
+    axes.stairs(
+        counts[first:last],
+        edges[first : last + 1],
+        fill=True,
+        alpha=0.6,
+        label=f"{label}, {histogram.counts[0]:,} empty",
+    )
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: _plain_number(value))
     axes.set_xlabel(unit)

@@ -59,7 +59,10 @@ def preprocess(
             mine = units if shard is None else units[shard[0] :: shard[1]]
             _encode(work, mine, block_bytes, engine, workers, max_bad_documents, display)
             if shard is not None:
-                return {"status": f"shard {shard[0]}/{shard[1]} complete", "fingerprint": fingerprint}
+                return {
+                    "status": f"shard {shard[0]}/{shard[1]} complete",
+                    "fingerprint": fingerprint,
+                }
             return _finish(work, tokenizer, units, fingerprint, display)
     finally:
         work.close()
@@ -68,19 +71,32 @@ def preprocess(
 def _checked_tokenizer(settings: PreprocessSettings, sources: list[Source]) -> Tokenizer:
     tokenizer = build_tokenizer(settings.tokenizer)
     if settings.append_eod and tokenizer.eod_id is None:
-        raise DataError(f"{settings.tokenizer.model}: the tokenizer has no end-of-document token, so --append-eod cannot be done.")
+        raise DataError(
+            f"{settings.tokenizer.model}: the tokenizer has no end-of-document token, so --append-eod cannot be done."
+        )
     if len(set(settings.json_keys)) != len(settings.json_keys) or not settings.json_keys:
         raise DataError(f"--json-keys {' '.join(settings.json_keys)}: give each key once.")
     plain = [printable(source.path) for source in sources if source.format in ("text", "lines")]
     if plain and len(settings.json_keys) > 1:
-        raise DataError(f"{plain[0]}: plain text has no keys, but --json-keys names {' '.join(settings.json_keys)}. Process it on its own.")
+        raise DataError(
+            f"{plain[0]}: plain text has no keys, but --json-keys names {' '.join(settings.json_keys)}. Process it on its own."
+        )
     return tokenizer
 
 
-def _finished_report(settings: PreprocessSettings, fingerprint: str, overwrite: bool) -> dict[str, Any] | None:
+def _finished_report(
+    settings: PreprocessSettings, fingerprint: str, overwrite: bool
+) -> dict[str, Any] | None:
     """The report of an earlier run that did exactly this, when all its files are there and open."""
     path = Path(f"{settings.output_prefix}_report.json")
-    wanted = [path, *(Path(prefix + suffix) for prefix in settings.output_prefixes() for suffix in (".bin", ".idx", ".json"))]
+    wanted = [
+        path,
+        *(
+            Path(prefix + suffix)
+            for prefix in settings.output_prefixes()
+            for suffix in (".bin", ".idx", ".json")
+        ),
+    ]
     if not all(name.exists() for name in wanted):
         return None
     report = _load(path)
@@ -92,7 +108,9 @@ def _finished_report(settings: PreprocessSettings, fingerprint: str, overwrite: 
     except DataError as error:
         if overwrite:
             return None
-        raise DataError(f"{error}\nThis command has written it before; give --overwrite to write it again.") from None
+        raise DataError(
+            f"{error}\nThis command has written it before; give --overwrite to write it again."
+        ) from None
     return report
 
 
@@ -116,7 +134,13 @@ def _refuse_to_replace(settings: PreprocessSettings, overwrite: bool) -> None:
 
 
 def _encode(
-    work: WorkFolder, units: list[Unit], block_bytes: int, engine: str, workers: int, max_bad_documents: int, display: Display
+    work: WorkFolder,
+    units: list[Unit],
+    block_bytes: int,
+    engine: str,
+    workers: int,
+    max_bad_documents: int,
+    display: Display,
 ) -> None:
     """Do every block of the units that has no result yet."""
     run = choose_engine(engine, workers)
@@ -125,8 +149,12 @@ def _encode(
     if work.records:
         display.say(f"going on: {len(work.records)} blocks are finished")
     if work.damaged:
-        display.say(f"{len(work.damaged)} records of finished work are not what was written; that work is done again: {work.damaged[0]}")
-    for record in run(work.settings, work.shard, workers, work.unfinished_blocks(units, block_bytes)):
+        display.say(
+            f"{len(work.damaged)} records of finished work are not what was written; that work is done again: {work.damaged[0]}"
+        )
+    for record in run(
+        work.settings, work.shard, workers, work.unfinished_blocks(units, block_bytes)
+    ):
         work.add(record)
         display.add(record)
         bad += record["bad_count"]
@@ -155,14 +183,18 @@ def _bad_examples(records: Iterator[Record], number: int = 10) -> list[str]:
     return examples[:number]
 
 
-def _finish(work: WorkFolder, tokenizer: Tokenizer, units: list[Unit], fingerprint: str, display: Display) -> dict[str, Any]:
+def _finish(
+    work: WorkFolder, tokenizer: Tokenizer, units: list[Unit], fingerprint: str, display: Display
+) -> dict[str, Any]:
     """Merge, report, and remove the work folder."""
     records = list(work.ordered())
     sources = [source for unit in units for source in unit.sources]
     for line in _changes(sources):
         display.say(line)
     if empty := _without_documents(units, records):
-        display.say(f"{len(empty)} input files hold no document: {', '.join(empty[:10])}{' ...' if len(empty) > 10 else ''}")
+        display.say(
+            f"{len(empty)} input files hold no document: {', '.join(empty[:10])}{' ...' if len(empty) > 10 else ''}"
+        )
     if not any(record["documents"] for record in records):
         work.delete()  # else a corrected command would be refused as another run
         raise DataError(
@@ -170,8 +202,13 @@ def _finish(work: WorkFolder, tokenizer: Tokenizer, units: list[Unit], fingerpri
         )
     display.stage("merge", sum(record["tokens"] for record in records))
     sidecars, statistics, duplicates = merge(work, tokenizer, display.step)
-    report = _report(work, sidecars, statistics, sources, empty) | {"duplicates": duplicates, "fingerprint": fingerprint}
-    write_report(f"{work.settings.output_prefix}_report", report, statistics, work.settings.json_keys)
+    report = _report(work, sidecars, statistics, sources, empty) | {
+        "duplicates": duplicates,
+        "fingerprint": fingerprint,
+    }
+    write_report(
+        f"{work.settings.output_prefix}_report", report, statistics, work.settings.json_keys
+    )
     work.delete()
     return {**report, "status": "complete"}
 
@@ -190,7 +227,9 @@ def _changes(sources: list[Source]) -> list[str]:
                 f"missing, so nothing was written. Restore the file, delete the work folder and run again."
             )
         if (status.st_size, status.st_mtime_ns) != (source.size, source.modified_ns):
-            lines.append(f"warning: {printable(source.path)} changed while it was read; the output holds a mixture of the two states.")
+            lines.append(
+                f"warning: {printable(source.path)} changed while it was read; the output holds a mixture of the two states."
+            )
     return lines
 
 
@@ -209,7 +248,11 @@ def _without_documents(units: list[Unit], records: list[Record]) -> list[str]:
 
 
 def _report(
-    work: WorkFolder, sidecars: list[dict[str, Any]], statistics: LengthStatistics, sources: list[Source], empty: list[str]
+    work: WorkFolder,
+    sidecars: list[dict[str, Any]],
+    statistics: LengthStatistics,
+    sources: list[Source],
+    empty: list[str],
 ) -> dict[str, Any]:
     records = list(work.records.values())
     text_bytes = statistics.text_bytes.total
@@ -223,11 +266,19 @@ def _report(
             "tokens_a_document": histogram.summary(),
         }
         for key, prefix, sidecar, histogram in zip(
-            work.settings.json_keys, work.settings.output_prefixes(), sidecars, statistics.tokens, strict=True
+            work.settings.json_keys,
+            work.settings.output_prefixes(),
+            sidecars,
+            statistics.tokens,
+            strict=True,
         )
     ]
     return {
-        "inputs": {"files": len(sources), "bytes_on_disk": sum(source.size for source in sources), "empty_files": empty[:100]},
+        "inputs": {
+            "files": len(sources),
+            "bytes_on_disk": sum(source.size for source in sources),
+            "empty_files": empty[:100],
+        },
         "documents": statistics.documents,
         "dropped": {
             "characters": sum(record["dropped_characters"] for record in records),

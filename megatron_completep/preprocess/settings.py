@@ -44,7 +44,9 @@ class PreprocessSettings:
         """PREFIX of each key's token files."""
         return [f"{self.output_prefix}_{key}_document" for key in self.json_keys]
 
-    def fingerprint(self, sources: list[Source], tokenizer: dict[str, str | int | None], block_bytes: int) -> str:
+    def fingerprint(
+        self, sources: list[Source], tokenizer: dict[str, str | int | None], block_bytes: int
+    ) -> str:
         """Equal for two runs exactly when they cut the same inputs alike and give the same bytes."""
         decisive: list[object] = [
             WORK_VERSION,
@@ -57,6 +59,8 @@ class PreprocessSettings:
             self.deduplicate,
             [replace(source, path=printable(source.path)) for source in sources],
         ]
-        if self.largest_document != LARGEST_DOCUMENT:  # so that runs of before this setting are recognized
+        if (
+            self.largest_document != LARGEST_DOCUMENT
+        ):  # so that runs of before this setting are recognized
             decisive.append(self.largest_document)
         return xxhash.xxh3_64_hexdigest(orjson.dumps(decisive, option=orjson.OPT_SORT_KEYS))

@@ -29,8 +29,12 @@ _FORMAT_OF_SUFFIX: dict[str, Format] = {
 }
 _COMPRESSIONS = {".gz": "gz", ".zst": "zst", ".xz": "xz", ".bz2": "bz2"}
 _CHUNK = 1 << 20
-_ZSTD_INPUT = 1 << 9  # bytes unpacked at a time: they become 16 MB at most, a block of 128 KB for every 4 of them
-LARGEST_DOCUMENT = 1 << 28  # bytes of a line, or of a file that is one document, unless another bound is asked for
+_ZSTD_INPUT = (
+    1 << 9
+)  # bytes unpacked at a time: they become 16 MB at most, a block of 128 KB for every 4 of them
+LARGEST_DOCUMENT = (
+    1 << 28
+)  # bytes of a line, or of a file that is one document, unless another bound is asked for
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,9 @@ def find_sources(inputs: Sequence[str | Path], input_format: str = "auto") -> li
     """
     problems: list[str] = []
     sources: list[Source] = []
-    seen: dict[str, tuple[int, str]] = {}  # real path -> number of the input, and the name it was found by
+    seen: dict[
+        str, tuple[int, str]
+    ] = {}  # real path -> number of the input, and the name it was found by
     for number, given in enumerate(map(str, inputs)):
         try:
             paths = _expand(given, input_format)
@@ -100,9 +106,13 @@ def find_sources(inputs: Sequence[str | Path], input_format: str = "auto") -> li
             real = os.path.realpath(path)
             first = seen.setdefault(real, (number, path))
             if first != (number, path):
-                if first[0] != number:  # a folder or a pattern that holds a file and a link to it means it once
+                if (
+                    first[0] != number
+                ):  # a folder or a pattern that holds a file and a link to it means it once
                     by = f"{printable(inputs[first[0]])} and {printable(given)}"
-                    problems.append(f"{printable(path)}: named twice (by {by}). Its documents would count double; name it once.")
+                    problems.append(
+                        f"{printable(path)}: named twice (by {by}). Its documents would count double; name it once."
+                    )
                 continue
             try:
                 sources.append(_source(path, input_format))
@@ -113,7 +123,12 @@ def find_sources(inputs: Sequence[str | Path], input_format: str = "auto") -> li
     if not problems and not sources:
         problems.append("no input was given. Use --input FILE, FOLDER or GLOB.")
     if problems:
-        raise DataError("\n".join(problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])))
+        raise DataError(
+            "\n".join(
+                problems[:20]
+                + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
+            )
+        )
     return sources
 
 
@@ -125,7 +140,11 @@ def _expand(given: str, input_format: str) -> list[str]:
         )
     path = Path(given)
     if path.is_dir():
-        chosen = [name for name in _files_below(given) if input_format != "auto" or _split_name(name)[0] in _FORMAT_OF_SUFFIX]
+        chosen = [
+            name
+            for name in _files_below(given)
+            if input_format != "auto" or _split_name(name)[0] in _FORMAT_OF_SUFFIX
+        ]
         if not chosen:
             known = " ".join(sorted(_FORMAT_OF_SUFFIX))
             raise DataError(
@@ -137,7 +156,9 @@ def _expand(given: str, input_format: str) -> list[str]:
         return [given]
     matches = sorted(name for name in glob.glob(given, recursive=True) if not Path(name).is_dir())
     if not matches:
-        raise DataError(f"{printable(given)}: no such file or folder, and no file matches it as a glob.")
+        raise DataError(
+            f"{printable(given)}: no such file or folder, and no file matches it as a glob."
+        )
     return matches
 
 
@@ -145,11 +166,15 @@ def _files_below(folder: str) -> list[str]:
     """Everything in a folder and its folders that is no folder, sorted by path; names that begin with a dot are left out."""
 
     def refuse(error: OSError) -> None:
-        raise DataError(f"{printable(error.filename)}: the folder cannot be listed ({error.strerror}).")
+        raise DataError(
+            f"{printable(error.filename)}: the folder cannot be listed ({error.strerror})."
+        )
 
     files: list[str] = []
     for parent, folders, names in os.walk(folder, onerror=refuse):
-        linked = sorted(name for name in folders if not name.startswith(".") and Path(parent, name).is_symlink())
+        linked = sorted(
+            name for name in folders if not name.startswith(".") and Path(parent, name).is_symlink()
+        )
         if linked:
             raise DataError(
                 f"{printable(Path(parent, linked[0]))}: is a link to a folder, which is not followed. Name that folder as an input, "
@@ -171,7 +196,9 @@ def _source(path: str, input_format: str) -> Source:
     chosen = _FORMAT_OF_SUFFIX.get(suffix, "text") if input_format == "auto" else input_format
     status = require_regular(path)
     if chosen == "parquet" and compression:
-        raise DataError(f"{printable(path)}: parquet is compressed inside; unpack the {compression} file first.")
+        raise DataError(
+            f"{printable(path)}: parquet is compressed inside; unpack the {compression} file first."
+        )
     with open(path, "rb"):
         pass  # permission is checked before hours of work
     return Source(path, chosen, compression, status.st_size, status.st_mtime_ns)  # type: ignore[arg-type]
@@ -188,7 +215,9 @@ def make_units(sources: Iterable[Source], block_bytes: int) -> list[Unit]:
             group.clear()
 
     for source in sources:
-        if source.format != "text" or (group and sum(s.size for s in group) + source.size > block_bytes):
+        if source.format != "text" or (
+            group and sum(s.size for s in group) + source.size > block_bytes
+        ):
             close()
         group.append(source)
         if source.format != "text":
@@ -197,7 +226,9 @@ def make_units(sources: Iterable[Source], block_bytes: int) -> list[Unit]:
     return units
 
 
-def blocks_of(unit: Unit, block_bytes: int, largest_document: int = LARGEST_DOCUMENT) -> Iterator[Block]:
+def blocks_of(
+    unit: Unit, block_bytes: int, largest_document: int = LARGEST_DOCUMENT
+) -> Iterator[Block]:
     """The blocks of a unit in order. Compressed lines are decompressed here, once; everything else is left to the worker.
 
     largest_document: no more than this many bytes of one line are held.
@@ -209,10 +240,14 @@ def blocks_of(unit: Unit, block_bytes: int, largest_document: int = LARGEST_DOCU
         try:
             groups = parquet_file(source.path).num_row_groups
         except DataError as error:
-            yield Block(unit.index, 0, unit.sources, payload=b"", disk_bytes=source.size, fault=str(error))
+            yield Block(
+                unit.index, 0, unit.sources, payload=b"", disk_bytes=source.size, fault=str(error)
+            )
             return
         for part in range(groups):
-            yield Block(unit.index, part, unit.sources, start=part, disk_bytes=source.size // groups)
+            yield Block(
+                unit.index, part, unit.sources, start=part, disk_bytes=source.size // groups
+            )
     elif source.compression:
         yield from _stream_blocks(unit, block_bytes, largest_document)
     else:
@@ -235,7 +270,13 @@ def _stream_blocks(unit: Unit, block_bytes: int, largest_document: int) -> Itera
                 if lines.complete_bytes < block_bytes:
                     continue
                 payload, too_long = lines.take()
-                yield replace(block, payload=payload, first_line=line + 1, too_long=too_long, disk_bytes=file.tell() - disk)
+                yield replace(
+                    block,
+                    payload=payload,
+                    first_line=line + 1,
+                    too_long=too_long,
+                    disk_bytes=file.tell() - disk,
+                )
                 line, disk = line + payload.count(b"\n"), file.tell()
                 block = replace(block, part=block.part + 1)
     except DataError as error:
@@ -243,7 +284,14 @@ def _stream_blocks(unit: Unit, block_bytes: int, largest_document: int) -> Itera
     if fault is None:
         lines.end()
     payload, too_long = lines.take()
-    yield replace(block, payload=payload, first_line=line + 1, too_long=too_long, disk_bytes=source.size - disk, fault=fault)
+    yield replace(
+        block,
+        payload=payload,
+        first_line=line + 1,
+        too_long=too_long,
+        disk_bytes=source.size - disk,
+        fault=fault,
+    )
 
 
 def open_input(path: str) -> BinaryIO:
@@ -295,7 +343,9 @@ class _Lines:
         """The whole lines so far, and which of them were too long."""
         taken = b"".join(self._complete), tuple(self._too_long)
         self._complete, self.complete_bytes, self._too_long = [], 0, []
-        if self._passing_over:  # its newline is still to come, so it is the first line of what comes next
+        if (
+            self._passing_over
+        ):  # its newline is still to come, so it is the first line of what comes next
             taken, self._too_long = (taken[0], taken[1][:-1]), [0]
         return taken
 
@@ -306,14 +356,23 @@ def decompress(file: BinaryIO, path: str, compression: str) -> Iterator[bytes]:
         if compression == "zst":
             yield from _decompress_zstd(file)
             return
-        openers: dict[str, Any] = {"": lambda f: f, "gz": gzip.open, "xz": lzma.open, "bz2": bz2.open}
+        openers: dict[str, Any] = {
+            "": lambda f: f,
+            "gz": gzip.open,
+            "xz": lzma.open,
+            "bz2": bz2.open,
+        }
         stream = openers[compression](file)
         while chunk := stream.read(_CHUNK):
             yield chunk
     except EOFError as error:
-        raise DataError(f"{printable(path)}: the {compression} archive is truncated. Copy or download it again.") from error
+        raise DataError(
+            f"{printable(path)}: the {compression} archive is truncated. Copy or download it again."
+        ) from error
     except (gzip.BadGzipFile, zlib.error, lzma.LZMAError, OSError, ValueError) as error:
-        raise DataError(f"{printable(path)}: cannot be read as {compression or 'a file'} ({error}).") from error
+        raise DataError(
+            f"{printable(path)}: cannot be read as {compression or 'a file'} ({error})."
+        ) from error
 
 
 def _decompress_zstd(file: BinaryIO) -> Iterator[bytes]:
@@ -329,7 +388,9 @@ def _decompress_zstd(file: BinaryIO) -> Iterator[bytes]:
             except zstandard.ZstdError as error:
                 raise ValueError(error) from error
             started = True
-            for start in range(0, len(chunk), _CHUNK):  # what compresses very well comes in large pieces
+            for start in range(
+                0, len(chunk), _CHUNK
+            ):  # what compresses very well comes in large pieces
                 yield chunk[start : start + _CHUNK]
             raw = b""
             if frame.eof:
@@ -344,7 +405,9 @@ def parquet_file(path: str) -> Any:
     import pyarrow.parquet
 
     try:
-        named_in_utf8 = printable(path) == path  # the library takes no other name, but it takes an open file
+        named_in_utf8 = (
+            printable(path) == path
+        )  # the library takes no other name, but it takes an open file
         return pyarrow.parquet.ParquetFile(path if named_in_utf8 else open(path, "rb"))
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{printable(path)}: cannot be read as parquet ({error}).") from error

@@ -20,7 +20,14 @@ from megatron_completep.data.files import printable
 from megatron_completep.data.tokenizer import SPACE_MARK, SentencePieceTokenizer, Tokenizer
 from megatron_completep.errors import DataError
 from megatron_completep.preprocess.readers import Document, describe_place, read_documents
-from megatron_completep.preprocess.sources import STANDARD_INPUT, Block, Unit, blocks_of, find_sources, make_units
+from megatron_completep.preprocess.sources import (
+    STANDARD_INPUT,
+    Block,
+    Unit,
+    blocks_of,
+    find_sources,
+    make_units,
+)
 
 MODEL_TYPES = ("bpe", "unigram")
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -57,10 +64,14 @@ def train_tokenizer(
     the 256 bytes, and the learned pieces. Raises DataError for unusable inputs and for a vocabulary that the text cannot fill.
     """
     if settings.model_type not in MODEL_TYPES:
-        raise DataError(f"model type = {settings.model_type!r} is unknown. Use one of: {', '.join(MODEL_TYPES)}.")
+        raise DataError(
+            f"model type = {settings.model_type!r} is unknown. Use one of: {', '.join(MODEL_TYPES)}."
+        )
     fixed = 2 + len(settings.special_tokens) + 256
     if settings.vocab_size <= fixed:
-        raise DataError(f"vocab size = {settings.vocab_size}: {fixed} ids are taken by bytes and special tokens. Use more, such as 4096.")
+        raise DataError(
+            f"vocab size = {settings.vocab_size}: {fixed} ids are taken by bytes and special tokens. Use more, such as 4096."
+        )
     say(f"reading up to {settings.input_megabytes:g} MB of text")
     with _standard_input_as_file(settings, standard_input) as readable:
         training, held_out = _sample(readable, say)
@@ -92,26 +103,39 @@ def measure_bytes_a_token(tokenizer: Tokenizer, texts: Sequence[str]) -> float |
 
 
 @contextmanager
-def _standard_input_as_file(settings: TrainingSettings, standard_input: BinaryIO | None) -> Iterator[TrainingSettings]:
+def _standard_input_as_file(
+    settings: TrainingSettings, standard_input: BinaryIO | None
+) -> Iterator[TrainingSettings]:
     """The settings, with a file in place of standard input. Raises DataError where nothing says what format that has."""
     if STANDARD_INPUT not in settings.inputs or standard_input is None:
         yield settings
         return
     if settings.input_format == "auto":
-        raise DataError("--input -: standard input has no name that shows its format. Give --input-format jsonl, lines or text.")
+        raise DataError(
+            "--input -: standard input has no name that shows its format. Give --input-format jsonl, lines or text."
+        )
     with tempfile.NamedTemporaryFile(prefix="standard_input.") as file:
         shutil.copyfileobj(standard_input, file)
         file.flush()
-        yield replace(settings, inputs=tuple(file.name if name == STANDARD_INPUT else name for name in settings.inputs))
+        yield replace(
+            settings,
+            inputs=tuple(file.name if name == STANDARD_INPUT else name for name in settings.inputs),
+        )
 
 
-def _sample(settings: TrainingSettings, say: Callable[[str], None] = lambda text: None) -> tuple[list[str], list[str]]:
+def _sample(
+    settings: TrainingSettings, say: Callable[[str], None] = lambda text: None
+) -> tuple[list[str], list[str]]:
     """Chunks for training and chunks held out."""
     sources = find_sources(settings.inputs, settings.input_format)
     if empty := [printable(source.path) for source in sources if not source.size]:
-        say(f"{len(empty)} input files are empty: {', '.join(empty[:10])}{' ...' if len(empty) > 10 else ''}")
+        say(
+            f"{len(empty)} input files are empty: {', '.join(empty[:10])}{' ...' if len(empty) > 10 else ''}"
+        )
     units = make_units(sources, _SPREAD_BYTES)
-    share = min(1.0, settings.input_megabytes * 1e6 / max(sum(source.size for source in sources), 1))
+    share = min(
+        1.0, settings.input_megabytes * 1e6 / max(sum(source.size for source in sources), 1)
+    )
     training: list[str] = []
     held_out: list[str] = []
     bad: list[str] = []
@@ -119,12 +143,16 @@ def _sample(settings: TrainingSettings, say: Callable[[str], None] = lambda text
     for unit in units:
         budget = share * sum(source.size for source in unit.sources)
         for chunk in _chunks(_texts(unit, settings, budget, bad)):
-            (held_out if number % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1 else training).append(chunk)
+            (held_out if number % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1 else training).append(
+                chunk
+            )
             number += 1
     if bad:
         say(f"{len(bad)} documents could not be read and are left out, the first one: {bad[0]}")
     if not training:
-        raise DataError(f"no text in {len(sources)} input files. Name other files, or check --json-keys.")
+        raise DataError(
+            f"no text in {len(sources)} input files. Name other files, or check --json-keys."
+        )
     return training, held_out or training[:1]
 
 

@@ -48,7 +48,9 @@ class WorkFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock: IO[bytes] = open(self.path / "lock", "ab")  # noqa: SIM115 (held while the object lives)
         except OSError as error:
-            raise DataError(f"{self.path}: cannot be created ({error.strerror}). Choose another --output-prefix.") from error
+            raise DataError(
+                f"{self.path}: cannot be created ({error.strerror}). Choose another --output-prefix."
+            ) from error
         try:
             fcntl.flock(self._lock, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         except OSError as error:
@@ -80,7 +82,9 @@ class WorkFolder:
         try:
             recorded = orjson.loads(plan.read_bytes())["fingerprint"]
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{plan}: is not what was written ({error}). Delete {self.path} and run again.") from None
+            raise DataError(
+                f"{plan}: is not what was written ({error}). Delete {self.path} and run again."
+            ) from None
         if recorded != fingerprint:
             raise DataError(
                 f"{self.path}: holds the unfinished work of a run with other inputs, tokenizer or settings (an input counts as "
@@ -108,7 +112,9 @@ class WorkFolder:
 
     def _is_finished(self, unit: Unit) -> bool:
         parts = self.unit_parts.get(unit.index)
-        return parts is not None and all((unit.index, part) in self.records for part in range(parts))
+        return parts is not None and all(
+            (unit.index, part) in self.records for part in range(parts)
+        )
 
     def ordered(self) -> Iterator[Record]:
         """Records in document order."""
@@ -120,20 +126,34 @@ class WorkFolder:
         n, keys = record["documents"], len(self.settings.json_keys)
         sizes = np.frombuffer(raw, "<u8", n)
         tokens = np.frombuffer(raw, "<u4", n * keys, 8 * n).reshape(keys, n)
-        hashes = np.frombuffer(raw, "<u8", 2 * n, (8 + 4 * keys) * n).reshape(n, 2) if self.settings.deduplicate else None
+        hashes = (
+            np.frombuffer(raw, "<u8", 2 * n, (8 + 4 * keys) * n).reshape(n, 2)
+            if self.settings.deduplicate
+            else None
+        )
         return Meta(sizes, tokens, hashes)
 
     def read_tokens(
         self, record: Record, key: int, counts: npt.NDArray[np.int64], dtype: np.dtype[Any]
     ) -> Iterator[tuple[slice, npt.NDArray[Any]]]:
         """Tokens of a block's documents, which have `counts` each: some documents at a time, and which of the block's they are."""
-        cuts = [0, *(np.flatnonzero(np.diff(np.cumsum(counts) // _RUN_TOKENS)) + 1).tolist(), len(counts)]
+        cuts = [
+            0,
+            *(np.flatnonzero(np.diff(np.cumsum(counts) // _RUN_TOKENS)) + 1).tolist(),
+            len(counts),
+        ]
         runs = [slice(first, last) for first, last in pairwise(cuts)]
         sizes = [int(counts[run].sum()) * dtype.itemsize for run in runs]
-        for raw, run in zip(self._read(f"{record['shard']}.{key}.bin", record["bins"][key], sizes), runs, strict=True):
+        for raw, run in zip(
+            self._read(f"{record['shard']}.{key}.bin", record["bins"][key], sizes),
+            runs,
+            strict=True,
+        ):
             yield run, np.frombuffer(raw, dtype)
 
-    def _read(self, name: str, piece: tuple[int, int, str], sizes: Sequence[int] | None = None) -> Iterator[bytes]:
+    def _read(
+        self, name: str, piece: tuple[int, int, str], sizes: Sequence[int] | None = None
+    ) -> Iterator[bytes]:
         """A piece of a shard, cut into `sizes`; raises DataError at its end when it is not what was written."""
         offset, size, expected = piece
         digest = xxhash.xxh3_64()

@@ -50,15 +50,26 @@ class Quickstart:
     def run(self) -> float:
         """Do everything that is not done yet; returns how many nats the validation loss lies below a uniform guess."""
         processes = torch.cuda.device_count() or 1
-        self.overrides = [*layout_overrides(load_config(self.config_file, self.overrides), processes), *self.overrides]
+        self.overrides = [
+            *layout_overrides(load_config(self.config_file, self.overrides), processes),
+            *self.overrides,
+        ]
         config = load_config(self.config_file, self.overrides)
-        if config.data.tokenizer is None or config.data.tokenizer.model is None or config.data.validation is None:
-            raise ConfigError(f"{self.config_file}: the quickstart needs data.tokenizer.model and data.validation: it makes both.")
+        if (
+            config.data.tokenizer is None
+            or config.data.tokenizer.model is None
+            or config.data.validation is None
+        ):
+            raise ConfigError(
+                f"{self.config_file}: the quickstart needs data.tokenizer.model and data.validation: it makes both."
+            )
         folder = Path(config.data.tokenizer.model).parent
         folder.mkdir(parents=True, exist_ok=True)
         with self._stage("Gather the corpus: the source of Python's standard library"):
             corpus = gather_standard_library(folder, self.show)
-            self.say(f"{corpus['documents']:,} files, {corpus['bytes'] / 1e6:.1f} MB; every {HELD_OUT}th is held out")
+            self.say(
+                f"{corpus['documents']:,} files, {corpus['bytes'] / 1e6:.1f} MB; every {HELD_OUT}th is held out"
+            )
         with self._stage(f"Train a tokenizer of {config.model.vocab_size} pieces"):
             self._tokenizer(folder, config)
         with self._stage("Write token files"):
@@ -89,7 +100,9 @@ class Quickstart:
         if model.exists():
             self.say(f"{model} is there already")
             return
-        settings = TrainingSettings(inputs=(str(folder / "train.jsonl"),), vocab_size=config.model.vocab_size)
+        settings = TrainingSettings(
+            inputs=(str(folder / "train.jsonl"),), vocab_size=config.model.vocab_size
+        )
         report = train_tokenizer(settings, str(model), self.say)
         self.say(f"{report['held_out_bytes_a_token']:.2f} bytes a token")
 
@@ -99,7 +112,9 @@ class Quickstart:
         choice = TokenizerChoice(config.data.tokenizer.type, config.data.tokenizer.model)
         reports = {}
         for split in ("train", "validation"):
-            settings = PreprocessSettings((str(folder / f"{split}.jsonl"),), str(folder / split), choice, append_eod=True)
+            settings = PreprocessSettings(
+                (str(folder / f"{split}.jsonl"),), str(folder / split), choice, append_eod=True
+            )
             reports[split] = preprocess(settings, workers=torch.get_num_threads(), overwrite=True)
             output = reports[split]["outputs"][0]
             self.say(f"{split}: {output['documents']:,} documents, {output['tokens']:,} tokens")
@@ -107,8 +122,21 @@ class Quickstart:
 
     def _train(self, processes: int, overrides: list[str]) -> None:
         """One launch of torchrun; its lines go straight to the terminal."""
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        command += ["-m", "megatron_completep.pretrain", self.config_file, *self.overrides, *overrides]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(processes),
+        ]
+        command += [
+            "-m",
+            "megatron_completep.pretrain",
+            self.config_file,
+            *self.overrides,
+            *overrides,
+        ]
         self.say("torchrun " + " ".join(command[4:]))
         with subprocess.Popen(command) as process:
             try:
@@ -117,30 +145,49 @@ class Quickstart:
                 process.wait()  # it heard the same signal, and saves
                 raise
         if code:
-            raise UserError(f"training ended with exit code {code}; what it said stands above. The same command goes on where it stopped.")
+            raise UserError(
+                f"training ended with exit code {code}; what it said stands above. The same command goes on where it stopped."
+            )
 
-    def _report(self, config: Config, corpus: dict[str, Any], data: dict[str, Any], sample: str) -> float:
+    def _report(
+        self, config: Config, corpus: dict[str, Any], data: dict[str, Any], sample: str
+    ) -> float:
         folder = Path(config.training.output_dir)
         rows = read_metrics(folder / "metrics.jsonl")
-        loss = next(row["validation_loss"] for row in reversed(rows) if row.get("validation_loss") is not None)
+        loss = next(
+            row["validation_loss"]
+            for row in reversed(rows)
+            if row.get("validation_loss") is not None
+        )
         below = math.log(config.model.vocab_size) - loss
         report = run_report(config, rows, title="Quickstart")
         section = report.section("The text")
         section.table(
             ["", "documents", "tokens", "bytes a token"],
-            [[split, d["outputs"][0]["documents"], d["outputs"][0]["tokens"], d["bytes_a_token"]] for split, d in data.items()],
+            [
+                [split, d["outputs"][0]["documents"], d["outputs"][0]["tokens"], d["bytes_a_token"]]
+                for split, d in data.items()
+            ],
             f"Source files of Python {corpus['python']}'s standard library.",
         )
         bits = loss / math.log(2) / data["validation"]["bytes_a_token"]
         section.text(f"The validation loss of {loss:.4f} nats a token is {bits:.3f} bits a byte.")
-        report.section("A sample", f"After the prompt {PROMPT!r}, temperature {SAMPLING.temperature}, top-p {SAMPLING.top_p}:").code(sample)
-        report.section("Time").table(["stage", "seconds"], [[title, f"{seconds:.1f}"] for title, seconds in self.seconds.items()])
+        report.section(
+            "A sample",
+            f"After the prompt {PROMPT!r}, temperature {SAMPLING.temperature}, top-p {SAMPLING.top_p}:",
+        ).code(sample)
+        report.section("Time").table(
+            ["stage", "seconds"],
+            [[title, f"{seconds:.1f}"] for title, seconds in self.seconds.items()],
+        )
         report.write_markdown(folder / "report.md")
         report.write_html(folder / "report.html")
         self.say(
             f"\nvalidation loss {loss:.4f}: {below:.2f} nats below ln({config.model.vocab_size}) = {math.log(config.model.vocab_size):.3f}"
         )
-        self.say(f"{folder}/ holds report.html, report.md, loss.png, metrics.jsonl, tensorboard/ and checkpoints/")
+        self.say(
+            f"{folder}/ holds report.html, report.md, loss.png, metrics.jsonl, tensorboard/ and checkpoints/"
+        )
         return below
 
 
@@ -166,9 +213,15 @@ def gather_standard_library(folder: Path, show: Show) -> dict[str, Any]:
     known = read_json_object(record) if record.exists() else {}
     if {name: known.get(name) for name in identity} == identity:
         return known
-    paths = sorted(path for path in library.rglob("*.py") if "site-packages" not in path.parts and "dist-packages" not in path.parts)
+    paths = sorted(
+        path
+        for path in library.rglob("*.py")
+        if "site-packages" not in path.parts and "dist-packages" not in path.parts
+    )
     if not paths:
-        raise DataError(f"{library} holds no source files, so there is no corpus. Use a Python with its standard library as .py files.")
+        raise DataError(
+            f"{library} holds no source files, so there is no corpus. Use a Python with its standard library as .py files."
+        )
     lines: dict[str, list[bytes]] = {"train": [], "validation": []}
     size = left_out = 0
     for number, path in enumerate(paths):
@@ -180,7 +233,9 @@ def gather_standard_library(folder: Path, show: Show) -> dict[str, Any]:
             continue
         size += len(text.encode())
         split = "validation" if number % HELD_OUT == 0 else "train"
-        lines[split].append(json.dumps({"text": text, "path": str(path.relative_to(library))}).encode() + b"\n")
+        lines[split].append(
+            json.dumps({"text": text, "path": str(path.relative_to(library))}).encode() + b"\n"
+        )
     for split, documents in lines.items():
         write_whole(folder / f"{split}.jsonl", b"".join(documents))
     for stale in folder.glob("tokenizer.model*"):
@@ -194,6 +249,10 @@ def generate_sample(config: Config) -> str:
     """The prompt and what the newest checkpoint makes of it."""
     assert config.data.tokenizer is not None
     device = choose_device(config.training.device, 0)
-    _, model = load_model(config.training.output_dir, device, choose_precision(config.training.precision, device))
+    _, model = load_model(
+        config.training.output_dir, device, choose_precision(config.training.precision, device)
+    )
     generator = torch.Generator(device).manual_seed(config.training.seed)
-    return PROMPT + "".join(generate_text(model, build_tokenizer(config.data.tokenizer), PROMPT, SAMPLING, generator))
+    return PROMPT + "".join(
+        generate_text(model, build_tokenizer(config.data.tokenizer), PROMPT, SAMPLING, generator)
+    )

@@ -22,7 +22,10 @@ Across = Callable[[Run], "np.ndarray[Any, Any] | None"]
 def compare(runs: Sequence[Run], title: str = "") -> Report:
     """The report of one run or of several beside each other."""
     names = ", ".join(run.name for run in runs)
-    report = Report(title or (f"Run {names}" if len(runs) == 1 else f"{len(runs)} runs"), "" if title or len(runs) == 1 else names)
+    report = Report(
+        title or (f"Run {names}" if len(runs) == 1 else f"{len(runs)} runs"),
+        "" if title or len(runs) == 1 else names,
+    )
     _summary(report.section("Summary"), runs)
     _losses(report.section("Loss"), runs)
     panels = [
@@ -37,9 +40,17 @@ def compare(runs: Sequence[Run], title: str = "") -> Report:
         ("memory_bytes", "memory (bytes)", False),
     ]
     _gallery(report, "Speed", runs, panels)
-    found = sorted({key for run in runs for row in run.rows for key in row if key.startswith(TELEMETRY)})
+    found = sorted(
+        {key for run in runs for row in run.rows for key in row if key.startswith(TELEMETRY)}
+    )
     text = "What the table of the parameterization predicts to be the same at every size; it is divided out."
-    _gallery(report, "Parameterization", runs, [(key, key.replace("/", " of ").replace("_", " "), True) for key in found], text)
+    _gallery(
+        report,
+        "Parameterization",
+        runs,
+        [(key, key.replace("/", " of ").replace("_", " "), True) for key in found],
+        text,
+    )
     _settings(report, runs)
     return report
 
@@ -61,7 +72,9 @@ def summarize(run: Run) -> dict[str, Any]:
         "validation_loss": held_out[-1] if held_out else None,
         "best_validation_loss": None if best is None else held_out[best],
         "best_validation_step": None if best is None else steps[best],
-        "tokens_per_second": statistics.median(speed["tokens_per_second"]) if speed["tokens_per_second"] else None,
+        "tokens_per_second": statistics.median(speed["tokens_per_second"])
+        if speed["tokens_per_second"]
+        else None,
         "mfu": statistics.median(speed["mfu"]) if speed["mfu"] else None,
         "skipped_steps": sum(row.get("skipped") is True for row in run.rows),
         "notes": run.notes,
@@ -81,13 +94,21 @@ def tokens_at(run: Run) -> Any:
 def flops_at(run: Run) -> Any:
     """Model FLOPs up to each row; None where tokens or the configuration are not known."""
     tokens = tokens_at(run)
-    return None if tokens is None or run.model is None else tokens * training_flops_per_token(run.model)
+    return (
+        None
+        if tokens is None or run.model is None
+        else tokens * training_flops_per_token(run.model)
+    )
 
 
 def hours_at(run: Run) -> Any:
     """Hours of training up to each row, pauses between starts left out; None where a row does not say, or earlier rows are missing."""
     values = [row.get("step_seconds") for row in run.rows]
-    return np.cumsum(np.array(values, dtype=float)) / 3600 if all(map(is_figure, values)) and run.rows[0]["step"] == 1 else None
+    return (
+        np.cumsum(np.array(values, dtype=float)) / 3600
+        if all(map(is_figure, values)) and run.rows[0]["step"] == 1
+        else None
+    )
 
 
 AXES: list[tuple[str, str, Across]] = [
@@ -109,14 +130,25 @@ def _summary(section: Section, runs: Sequence[Run]) -> None:
         ("validation loss", lambda s: _nats(s["validation_loss"])),
         (
             "best, at step",
-            lambda s: None if s["best_validation_step"] is None else f"{_nats(s['best_validation_loss'])}, {s['best_validation_step']:,}",
+            lambda s: (
+                None
+                if s["best_validation_step"] is None
+                else f"{_nats(s['best_validation_loss'])}, {s['best_validation_step']:,}"
+            ),
         ),
-        ("tokens a second", lambda s: None if s["tokens_per_second"] is None else f"{s['tokens_per_second']:,.0f}"),
+        (
+            "tokens a second",
+            lambda s: None if s["tokens_per_second"] is None else f"{s['tokens_per_second']:,.0f}",
+        ),
         ("MFU", lambda s: None if s["mfu"] is None else f"{100 * s['mfu']:.1f} %"),
         ("skipped steps", lambda s: str(s["skipped_steps"]) if s["skipped_steps"] else None),
     ]
     cells = [[s["name"], *(show(s) for _, show in columns)] for s in found]
-    kept = [0] + [column for column in range(1, len(columns) + 1) if any(row[column] is not None for row in cells)]
+    kept = [0] + [
+        column
+        for column in range(1, len(columns) + 1)
+        if any(row[column] is not None for row in cells)
+    ]
     headers = ["run", *(name for name, _ in columns)]
     section.table(
         [headers[c] for c in kept],
@@ -131,11 +163,20 @@ def _summary(section: Section, runs: Sequence[Run]) -> None:
 def _losses(section: Section, runs: Sequence[Run]) -> None:
     pictures, labels = [], []
     for label, words, across in AXES:
-        figure = _draw(runs, "loss", "loss (nats a token)", across, words, size=(9.6, 5.0), points="validation_loss")
+        figure = _draw(
+            runs,
+            "loss",
+            "loss (nats a token)",
+            across,
+            words,
+            size=(9.6, 5.0),
+            points="validation_loss",
+        )
         if figure is not None:
             without = [run.name for run in runs if across(run) is None]
-            caption = f"Loss by {words}: lines for training, circles for validation; the first {START:.0%} may run out of the picture." + (
-                f" Not known of {', '.join(without)}." if without else ""
+            caption = (
+                f"Loss by {words}: lines for training, circles for validation; the first {START:.0%} may run out of the picture."
+                + (f" Not known of {', '.join(without)}." if without else "")
             )
             pictures.append(Picture(f"loss_by_{label.lower()}", png_of(figure), caption))
             labels.append(f"by {label}")
@@ -145,10 +186,23 @@ def _losses(section: Section, runs: Sequence[Run]) -> None:
         section.text("No run recorded a loss.")
 
 
-def _gallery(report: Report, title: str, runs: Sequence[Run], panels: Sequence[tuple[str, str, bool]], text: str = "") -> None:
+def _gallery(
+    report: Report,
+    title: str,
+    runs: Sequence[Run],
+    panels: Sequence[tuple[str, str, bool]],
+    text: str = "",
+) -> None:
     """A section with one small picture a figure that any run has; none where no run has any."""
-    drawn = [(key, words, _draw(runs, key, words, steps_at, "step", (5.2, 3.3), log=log)) for key, words, log in panels]
-    pictures = [Picture(key.replace("/", "_"), png_of(figure), f"{words[0].upper()}{words[1:]}.") for key, words, figure in drawn if figure]
+    drawn = [
+        (key, words, _draw(runs, key, words, steps_at, "step", (5.2, 3.3), log=log))
+        for key, words, log in panels
+    ]
+    pictures = [
+        Picture(key.replace("/", "_"), png_of(figure), f"{words[0].upper()}{words[1:]}.")
+        for key, words, figure in drawn
+        if figure
+    ]
     if not pictures:
         return
     section = report.section(title, text)
@@ -165,7 +219,8 @@ def _settings(report: Report, runs: Sequence[Run]) -> None:
         section.text("None." if all(run.settings for run in runs) else "None that is known.")
         return
     section.table(
-        ["setting", *(run.name for run in runs)], [[key, *(None if v is None else str(v) for v in row)] for key, row in found.items()]
+        ["setting", *(run.name for run in runs)],
+        [[key, *(None if v is None else str(v) for v in row)] for key, row in found.items()],
     )
 
 
@@ -195,7 +250,16 @@ def _draw(
         if points is not None:
             px, py = _known(run, points, at)
             if len(px):
-                axes.plot(px, py, "o", color=color, markersize=5, markeredgecolor="white", markeredgewidth=0.8, zorder=3)
+                axes.plot(
+                    px,
+                    py,
+                    "o",
+                    color=color,
+                    markersize=5,
+                    markeredgecolor="white",
+                    markeredgewidth=0.8,
+                    zorder=3,
+                )
     if not drawn:
         return None
     if log and positive:
@@ -231,7 +295,9 @@ def _label(axes: Any, below: str, words: str) -> None:
 
 
 def _known(run: Run, key: str, at: Any) -> tuple[Any, Any]:
-    values = np.array([row[key] if is_figure(row.get(key)) else np.nan for row in run.rows], dtype=float)
+    values = np.array(
+        [row[key] if is_figure(row.get(key)) else np.nan for row in run.rows], dtype=float
+    )
     kept = np.isfinite(values)
     return at[kept], values[kept]
 
@@ -244,8 +310,17 @@ def _curve(axes: Any, x: Any, y: Any, color: str, style: str, name: str) -> None
         return
     parts_x, parts_y = np.array_split(x, BINS), np.array_split(y, BINS)
     middle = [part.mean() for part in parts_x]
-    axes.fill_between(middle, [part.min() for part in parts_y], [part.max() for part in parts_y], color=color, alpha=0.15, linewidth=0)
-    axes.plot(middle, [part.mean() for part in parts_y], style, color=color, linewidth=1.6, label=name)
+    axes.fill_between(
+        middle,
+        [part.min() for part in parts_y],
+        [part.max() for part in parts_y],
+        color=color,
+        alpha=0.15,
+        linewidth=0,
+    )
+    axes.plot(
+        middle, [part.mean() for part in parts_y], style, color=color, linewidth=1.6, label=name
+    )
 
 
 def _nats(value: float | None) -> str | None:

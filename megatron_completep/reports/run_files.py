@@ -58,10 +58,14 @@ def read_run(place: Path, name: str) -> Run:
         data = file.read_bytes()
     except OSError as error:
         reason = error.strerror or str(error)
-        raise DataError(f"{file} cannot be read: {reason}. Give a run's folder (its training.output_dir) or its metrics.jsonl.") from None
+        raise DataError(
+            f"{file} cannot be read: {reason}. Give a run's folder (its training.output_dir) or its metrics.jsonl."
+        ) from None
     rows, notes = _rows(data)
     if not rows:
-        raise DataError(f"{file} holds no step yet. Wait for the run's first step, or leave it away.")
+        raise DataError(
+            f"{file} holds no step yet. Wait for the run's first step, or leave it away."
+        )
     settings, model = _configuration(file.with_name("config.yaml"), notes)
     return Run(name, rows, settings, model, notes)
 
@@ -82,12 +86,21 @@ def _rows(data: bytes) -> tuple[list[Row], list[str]]:
         by_step[row["step"]] = row
     steps = sorted(by_step)
     missing = steps[-1] - steps[0] + 1 - len(steps) if steps else 0
-    counts = {"not whole and left out": torn, "of a step that came again; the last one counts": again}
-    notes = [f"{count} {'line' if count == 1 else 'lines'} {words}" for words, count in counts.items() if count]
+    counts = {
+        "not whole and left out": torn,
+        "of a step that came again; the last one counts": again,
+    }
+    notes = [
+        f"{count} {'line' if count == 1 else 'lines'} {words}"
+        for words, count in counts.items()
+        if count
+    ]
     if steps and steps[0] > 1:
         notes.append(f"begins at step {steps[0]}")
     if missing:
-        notes.append(f"{missing} {'step is' if missing == 1 else 'steps are'} missing between step {steps[0]} and {steps[-1]}")
+        notes.append(
+            f"{missing} {'step is' if missing == 1 else 'steps are'} missing between step {steps[0]} and {steps[-1]}"
+        )
     return [by_step[step] for step in steps], notes
 
 
@@ -96,13 +109,17 @@ def _configuration(path: Path, notes: list[str]) -> tuple[dict[str, Any], ModelC
     try:
         values, _ = parse_yaml(read_bounded(path, MAX_BYTES).decode("utf-8-sig"), path.name)
     except (UserError, UnicodeDecodeError) as error:
-        notes.append(f"no readable {path.name} beside its metrics ({error}): FLOPs and settings are not known")
+        notes.append(
+            f"no readable {path.name} beside its metrics ({error}): FLOPs and settings are not known"
+        )
         return {}, None
     settings = flat(values) if isinstance(values, dict) else {}
     try:
         return settings, ModelConfig.model_validate(values["model"])
     except (ValidationError, KeyError, TypeError):
-        notes.append(f"the model in {path.name} is not one that this version knows: FLOPs are not known")
+        notes.append(
+            f"the model in {path.name} is not one that this version knows: FLOPs are not known"
+        )
         return settings, None
 
 
@@ -110,14 +127,21 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as `section.key`; lists stay values."""
     found: dict[str, Any] = {}
     for key, value in values.items():
-        inner = flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+        inner = (
+            flat(value, f"{prefix}{key}.")
+            if isinstance(value, dict) and value
+            else {f"{prefix}{key}": value}
+        )
         found.update(inner)
     return found
 
 
 def short_names(places: Sequence[Path]) -> list[str]:
     """The last parts of each path, as many as tell all of them apart; equal paths are numbered."""
-    parts = [(place.parent if place.name == "metrics.jsonl" else place).absolute().parts for place in places]
+    parts = [
+        (place.parent if place.name == "metrics.jsonl" else place).absolute().parts
+        for place in places
+    ]
     for length in range(1, max(map(len, parts), default=1) + 1):
         names = ["/".join(part[-length:]) for part in parts]
         if len(set(names)) == len(names):
@@ -128,6 +152,12 @@ def short_names(places: Sequence[Path]) -> list[str]:
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
     """Settings in which runs differ, by key: a value for each run, `None` where it has none. Without output folders."""
     known = [run for run in runs if run.settings]
-    keys = sorted({key for run in known for key in run.settings} - {"training.output_dir", "logging.run_name"})
+    keys = sorted(
+        {key for run in known for key in run.settings} - {"training.output_dir", "logging.run_name"}
+    )
     found = {key: [run.settings.get(key) for run in runs] for key in keys}
-    return {key: values for key, values in found.items() if len({json.dumps(run.settings.get(key)) for run in known}) > 1}
+    return {
+        key: values
+        for key, values in found.items()
+        if len({json.dumps(run.settings.get(key)) for run in known}) > 1
+    }

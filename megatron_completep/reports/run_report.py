@@ -23,27 +23,48 @@ def run_report(config: Config, rows: Sequence[Row], title: str) -> Report:
     model, last = config.model, rows[-1]
     validation = [row for row in rows if row.get("validation_loss") is not None]
     uniform = math.log(model.vocab_size)
-    loss = validation[-1]["validation_loss"] if validation else [math.nan, *(row["loss"] for row in rows if row["loss"] is not None)][-1]
+    loss = (
+        validation[-1]["validation_loss"]
+        if validation
+        else [math.nan, *(row["loss"] for row in rows if row["loss"] is not None)][-1]
+    )
     kind = "validation loss" if validation else "training loss"
     below = f"{uniform - loss:.2f} nats below ln({model.vocab_size}) = {uniform:.3f}"
     report = Report(title, f"{kind.capitalize()} {loss:.4f} after {last['step']} steps, {below}.")
     throughput = statistics.median(row["tokens_per_second"] for row in rows)
     facts: list[list[Any]] = [
-        ["model", f"{model.num_layers} layers x {model.hidden_size}, {model.norm}, {model.activation}, {model.position}"],
+        [
+            "model",
+            f"{model.num_layers} layers x {model.hidden_size}, {model.norm}, {model.activation}, {model.position}",
+        ],
         ["tokens", f"{last['tokens']:,}, {tokens_per_step(config):,} a step"],
         ["model FLOPs", f"{last['tokens'] * training_flops_per_token(model):.3g}"],
         ["tokens a second, median step", f"{throughput:,.0f}"],
     ]
     if last["mfu"] is not None:
-        facts.append(["model FLOPs utilisation, median step", f"{100 * statistics.median(row['mfu'] for row in rows):.1f} %"])
+        facts.append(
+            [
+                "model FLOPs utilisation, median step",
+                f"{100 * statistics.median(row['mfu'] for row in rows):.1f} %",
+            ]
+        )
     report.section("Result").table(["", ""], facts)
     section = report.section("Loss")
-    section.picture("loss", loss_figure({"training": rows}, uniform), "Training loss of every step and validation loss.")
+    section.picture(
+        "loss",
+        loss_figure({"training": rows}, uniform),
+        "Training loss of every step and validation loss.",
+    )
     if validation:
         section.table(
             ["step", "tokens", "validation loss", "nats below a uniform guess"],
             [
-                [row["step"], row["tokens"], f"{row['validation_loss']:.4f}", f"{uniform - row['validation_loss']:.3f}"]
+                [
+                    row["step"],
+                    row["tokens"],
+                    f"{row['validation_loss']:.4f}",
+                    f"{uniform - row['validation_loss']:.3f}",
+                ]
                 for row in validation
             ],
         )
@@ -61,11 +82,21 @@ def add_parameterization(report: Report, config: Config) -> None:
         f"{completep.parameterization}, alpha {completep.alpha:g}: width multiplier {table.width_multiplier:g}, depth multiplier "
         f"{table.depth_multiplier:g}; each branch is multiplied by {table.residual_multiplier:g}, the logits by {table.logit_multiplier:g}."
     )
-    base = ["tuned at the proxy", optimizer.base_init_std, optimizer.base_lr, optimizer.base_weight_decay, f"{optimizer.base_eps:.3g}"]
+    base = [
+        "tuned at the proxy",
+        optimizer.base_init_std,
+        optimizer.base_lr,
+        optimizer.base_weight_decay,
+        f"{optimizer.base_eps:.3g}",
+    ]
     rows: list[list[Any]] = [base]
     for role in roles_of(config.model):
-        values = table.values(role, table.width_multiplier if role == Role.HIDDEN_WEIGHT else 1.0, optimizer)
-        rows.append([role.value, values.init_std, values.lr, values.weight_decay, f"{values.eps:.3g}"])
+        values = table.values(
+            role, table.width_multiplier if role == Role.HIDDEN_WEIGHT else 1.0, optimizer
+        )
+        rows.append(
+            [role.value, values.init_std, values.lr, values.weight_decay, f"{values.eps:.3g}"]
+        )
     section.table(["role", "initial std", "peak learning rate", "weight decay", "eps"], rows)
 
 
@@ -85,14 +116,24 @@ def loss_figure(runs: dict[str, Sequence[Row]], uniform: float | None = None) ->
     axes = figure.subplots()
     for name, rows in runs.items():
         kept = [row for row in rows if row["loss"] is not None]
-        (line,) = axes.plot([row["step"] for row in kept], [row["loss"] for row in kept], linewidth=1.2, label=name)
+        (line,) = axes.plot(
+            [row["step"] for row in kept], [row["loss"] for row in kept], linewidth=1.2, label=name
+        )
         held_out = [row for row in rows if row.get("validation_loss") is not None]
         if held_out:
             label = "validation" if len(runs) == 1 else f"{name}, validation"
             points = [row["step"] for row in held_out], [row["validation_loss"] for row in held_out]
-            axes.plot(*points, "o--", color=line.get_color() if len(runs) > 1 else "C1", label=label)
+            axes.plot(
+                *points, "o--", color=line.get_color() if len(runs) > 1 else "C1", label=label
+            )
     if uniform is not None:
-        axes.axhline(uniform, color="gray", linestyle="--", linewidth=1, label=f"uniform guess, {uniform:.2f}")
+        axes.axhline(
+            uniform,
+            color="gray",
+            linestyle="--",
+            linewidth=1,
+            label=f"uniform guess, {uniform:.2f}",
+        )
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats a token)")
     axes.grid(alpha=0.3)

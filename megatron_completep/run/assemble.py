@@ -49,19 +49,25 @@ def assemble(
         table = table_of(config)
     if chunks is None:
         chunks = build_model(config, table, context, precision)
-    optimizer = DistributedOptimizer(chunks, table, config.optimizer, context, config.parallel, precision)
+    optimizer = DistributedOptimizer(
+        chunks, table, config.optimizer, context, config.parallel, precision
+    )
     step = TrainingStep(config, context, chunks, optimizer)
     return Assembly(table, chunks, optimizer, step, precision)
 
 
-def build_model(config: Config, table: Table, context: ParallelContext, precision: torch.dtype) -> list[GPT]:
+def build_model(
+    config: Config, table: Table, context: ParallelContext, precision: torch.dtype
+) -> list[GPT]:
     """This rank's chunks with their initial weights, in float32 (float64 for float64 runs)."""
     training = config.training
     loss = LossConfig.of(training)
     if config.model.attention_backend == "flash_attention":
         require_flash_attention()
     products = choose_products(training.weight_gradient, context.device, precision)
-    chunks = build_chunks(config.model, table, config.parallel, context, loss, training.recompute, products)
+    chunks = build_chunks(
+        config.model, table, config.parallel, context, loss, training.recompute, products
+    )
     for chunk in chunks:
         initialize(chunk, table, config.optimizer, training.seed)
         if precision == torch.float64:

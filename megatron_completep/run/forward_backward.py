@@ -58,8 +58,12 @@ class ForwardBackward:
                 parallel.pipeline_parallel_size * parallel.virtual_pipeline_size,
                 parallel.schedule,
                 context,
-                tokens=torch.empty(micro_batch_size, model.seq_length, dtype=torch.int64, device="meta"),
-                boundary=torch.empty(length, micro_batch_size, model.hidden_size, dtype=boundary_dtype, device="meta"),
+                tokens=torch.empty(
+                    micro_batch_size, model.seq_length, dtype=torch.int64, device="meta"
+                ),
+                boundary=torch.empty(
+                    length, micro_batch_size, model.hidden_size, dtype=boundary_dtype, device="meta"
+                ),
                 loss_dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32,
             )
 
@@ -87,10 +91,14 @@ class ForwardBackward:
         if self.pipeline is not None:
             tokens, side = stack(micro_batches)
             return self.pipeline.evaluate(len(micro_batches), tokens, **side)
-        return torch.stack([self.chunks[0](batch.tokens, **batch.side()) for batch in micro_batches]).sum()
+        return torch.stack(
+            [self.chunks[0](batch.tokens, **batch.side()) for batch in micro_batches]
+        ).sum()
 
 
 def stack(micro_batches: Sequence[MicroBatch]) -> tuple[Tensor, dict[str, Tensor]]:
     """All micro-batches along the first dimension, as the pipeline library cuts them."""
     sides = [batch.side() for batch in micro_batches]
-    return torch.cat([b.tokens for b in micro_batches]), {name: torch.cat([side[name] for side in sides]) for name in sides[0]}
+    return torch.cat([b.tokens for b in micro_batches]), {
+        name: torch.cat([side[name] for side in sides]) for name in sides[0]
+    }

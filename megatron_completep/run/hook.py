@@ -37,10 +37,16 @@ class StepRecord:
     loss_spike: float | None = None  # nats above the median of the last losses
     slowest_rank: int | None = None
     slowest_rank_ratio: float | None = None  # its own time over the median rank's
-    startup_seconds: Mapping[str, float] = field(default_factory=dict)  # by phase, with the first step
+    startup_seconds: Mapping[str, float] = field(
+        default_factory=dict
+    )  # by phase, with the first step
     validation_loss: float | None = None
-    parameterization: Mapping[str, float] = field(default_factory=dict)  # sizes of activations and updates
-    checkpoint: Mapping[str, float] = field(default_factory=dict)  # what saving cost since the last step
+    parameterization: Mapping[str, float] = field(
+        default_factory=dict
+    )  # sizes of activations and updates
+    checkpoint: Mapping[str, float] = field(
+        default_factory=dict
+    )  # what saving cost since the last step
 
     def found(self) -> Row:
         """What hooks found out, under the names of the metrics; nothing where they found nothing."""

@@ -17,7 +17,9 @@ def choose_precision(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bf16_units(device) else torch.float32
 
 
-def precision_of_run(wanted: str, trained: str, device: torch.device, say: Callable[[str], None]) -> torch.dtype:
+def precision_of_run(
+    wanted: str, trained: str, device: torch.device, say: Callable[[str], None]
+) -> torch.dtype:
     """The type in which a tool computes with a trained model. `auto`: that of the run, where the device has units for it.
 
     trained: the run's training.precision. What else is used, and why, is said.
@@ -26,10 +28,14 @@ def precision_of_run(wanted: str, trained: str, device: torch.device, say: Calla
         return DTYPES[wanted]
     if trained == "auto":
         chosen = choose_precision("auto", device)
-        say(f"the run's training.precision is auto, which is {name_of(chosen)} on this device; --precision chooses another.")
+        say(
+            f"the run's training.precision is auto, which is {name_of(chosen)} on this device; --precision chooses another."
+        )
         return chosen
     if trained == "bf16" and not has_bf16_units(device):
-        say("the run was trained in bf16, for which this device has no units: float32 is used. --precision bf16 emulates it.")
+        say(
+            "the run was trained in bf16, for which this device has no units: float32 is used. --precision bf16 emulates it."
+        )
         return torch.float32
     return DTYPES[trained]
 
@@ -43,7 +49,10 @@ def has_bf16_units(device: torch.device) -> bool:
     """CUDA from compute capability 8.0 on; CPUs with AMX or AVX512-BF16 (elsewhere bf16 is emulated, and slower than float32)."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    probes = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    probes = (
+        getattr(torch.cpu, name, None)
+        for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    )
     return any(probe is not None and probe() for probe in probes)
 
 

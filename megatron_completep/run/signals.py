@@ -45,7 +45,11 @@ class StopSignals:
         self._say, self._now, self._leave = say, now, leave
         self._asked_at: float | None = None
         self._begun, self._noted, self._time_is_up = False, False, False
-        self._leave_at = now() + 60 * exit_after_minutes - already_seconds if exit_after_minutes else float("inf")
+        self._leave_at = (
+            now() + 60 * exit_after_minutes - already_seconds
+            if exit_after_minutes
+            else float("inf")
+        )
         self._by_torchrun = by_torchrun
         self._ended = threading.Event()
         self._before: dict[int, Any] = {}
@@ -55,7 +59,9 @@ class StopSignals:
     def asked(self) -> bool:
         if not self._time_is_up and self._now() > self._leave_at:
             self._time_is_up = True
-            self._say("training.exit_after_minutes: the time is up; saving after this step, then leaving")
+            self._say(
+                "training.exit_after_minutes: the time is up; saving after this step, then leaving"
+            )
         return self._noted or self._asked_at is not None or self._time_is_up
 
     def __enter__(self) -> StopSignals:
@@ -63,7 +69,9 @@ class StopSignals:
             self._listens = True
             self._reading, self._writing = socket.socketpair()
             self._writing.setblocking(False)
-            threading.Thread(target=self._listen, args=(self._reading,), name="signals", daemon=True).start()
+            threading.Thread(
+                target=self._listen, args=(self._reading,), name="signals", daemon=True
+            ).start()
             signal.set_wakeup_fd(self._writing.fileno(), warn_on_full_buffer=False)
             for number in SIGNALS:
                 if number != signal.SIGINT and not self._is_ignored(number):
@@ -85,7 +93,11 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _is_ignored(self, number: signal.Signals) -> bool:
-        return number == signal.SIGHUP and not self._by_torchrun and signal.getsignal(number) == signal.SIG_IGN
+        return (
+            number == signal.SIGHUP
+            and not self._by_torchrun
+            and signal.getsignal(number) == signal.SIG_IGN
+        )
 
     def _note(self, *_: object) -> None:
         self._noted = self._begun
@@ -100,7 +112,9 @@ class StopSignals:
         now = self._now()
         if self._asked_at is None:
             self._asked_at = now
-            self._say(f"{number.name}: saving after this step, then leaving; once more leaves at once")
+            self._say(
+                f"{number.name}: saving after this step, then leaving; once more leaves at once"
+            )
         elif now - self._asked_at > self.GRACE and number != signal.SIGHUP:
             self._leave(128 + number)
 

@@ -41,12 +41,18 @@ def append_start(folder: Path, config: Config, state: RunState) -> None:
 def read_starts(folder: Path) -> list[Start]:
     """Oldest first; none where there is no record, as runs of before have none. Raises DataError for a line that is none."""
     path = folder / STARTS
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # what follows the last newline was cut off by a kill
+    lines = (
+        path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    )  # what follows the last newline was cut off by a kill
     starts = []
     for number, line in enumerate(lines, 1):
         try:
             start = Start(**json.loads(line))
-            if type(start.step) is not int or type(start.consumed_samples) is not int or min(start.step, start.consumed_samples) < 0:
+            if (
+                type(start.step) is not int
+                or type(start.consumed_samples) is not int
+                or min(start.step, start.consumed_samples) < 0
+            ):
                 raise ValueError(f"step {start.step}, consumed_samples {start.consumed_samples}")
         except (ValueError, TypeError, RecursionError) as error:
             raise DataError(
@@ -61,7 +67,9 @@ def start_of(starts: Sequence[Start], step: int) -> Start | None:
     return next((start for start in reversed(starts) if start.step < step), None)
 
 
-def samples_read(start: Start, left_out: Sequence[LeftOut], step: int, name: str = STARTS) -> tuple[Config, range]:
+def samples_read(
+    start: Start, left_out: Sequence[LeftOut], step: int, name: str = STARTS
+) -> tuple[Config, range]:
     """The configuration under which a start makes step `step`, and the numbers within the run of the samples that the step reads.
 
     left_out: what the run's rollbacks left out. Raises ConfigError: this version does not read the configuration.

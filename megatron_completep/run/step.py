@@ -35,7 +35,9 @@ class StepFigures:
     skipped: bool  # a gradient was not finite; nothing was updated
     stop: bool  # some rank was asked to stop
     passed_over: bool = False  # training.skip_steps: the data were read past, nothing was computed
-    terms: Mapping[str, float] = field(default_factory=dict)  # what the loss is the sum of, where that is more than cross-entropy
+    terms: Mapping[str, float] = field(
+        default_factory=dict
+    )  # what the loss is the sum of, where that is more than cross-entropy
     own_seconds: float = 0.0  # that this rank took for forward and backward
 
 
@@ -43,7 +45,11 @@ class Stopwatch:
     """Seconds from its making to `stop`: of the GPU's stream, where the work runs, or of the host. Nobody waits until `seconds`."""
 
     def __init__(self, device: torch.device):
-        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
+        self._events = (
+            [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            if device.type == "cuda"
+            else []
+        )
         self._times: list[float] = []
         self._note(0)
 
@@ -59,7 +65,11 @@ class Stopwatch:
     @property
     def seconds(self) -> float:
         """Once the work is known to be done."""
-        return self._events[0].elapsed_time(self._events[1]) / 1e3 if self._events else self._times[1] - self._times[0]
+        return (
+            self._events[0].elapsed_time(self._events[1]) / 1e3
+            if self._events
+            else self._times[1] - self._times[0]
+        )
 
 
 class PendingFigures:
@@ -85,16 +95,33 @@ class PendingFigures:
         loss, grad_norm, tokens, skipped, stop, *terms = self._host.tolist()
         own_seconds = 0.0 if self._own is None else self._own.seconds
         by_name = dict(zip(self._terms, terms, strict=True))
-        return StepFigures(loss, grad_norm, int(tokens), bool(skipped), bool(stop), self._own is None, by_name, own_seconds)
+        return StepFigures(
+            loss,
+            grad_norm,
+            int(tokens),
+            bool(skipped),
+            bool(stop),
+            self._own is None,
+            by_name,
+            own_seconds,
+        )
 
 
 class TrainingStep:
     """Forward and backward over a step's micro-batches, then the update."""
 
-    def __init__(self, config: Config, context: ParallelContext, chunks: Sequence[GPT], optimizer: DistributedOptimizer):
+    def __init__(
+        self,
+        config: Config,
+        context: ParallelContext,
+        chunks: Sequence[GPT],
+        optimizer: DistributedOptimizer,
+    ):
         self.config, self.context, self.chunks, self.optimizer = config, context, chunks, optimizer
         loss = LossConfig.of(config.training)
-        self.passes = ForwardBackward(chunks, config.model, config.parallel, context, config.training.micro_batch_size, loss)
+        self.passes = ForwardBackward(
+            chunks, config.model, config.parallel, context, config.training.micro_batch_size, loss
+        )
         self._micro_batches = micro_batches_per_step(config, context.world_size)
 
     @property
@@ -110,22 +137,38 @@ class TrainingStep:
         own = Stopwatch(self.context.device)
         optimizer, device = self.optimizer, self.context.device
         optimizer.begin_step(len(batches))
-        loss_sum = self.passes([self._micro_batch(batch, self._seed(step, number)) for number, batch in enumerate(batches)])
+        loss_sum = self.passes(
+            [
+                self._micro_batch(batch, self._seed(step, number))
+                for number, batch in enumerate(batches)
+            ]
+        )
         tokens = torch.full((), self._count(batches), dtype=torch.int64, device=device)
         rate = learning_rate(step, self.config.optimizer, self.config.training.train_steps)
         own.stop()
         result = optimizer.step(rate, loss_sum, tokens, self.passes.take_terms())
         asked = self._any_rank(stop)
-        figures = torch.stack([f.double() for f in (result.loss, result.grad_norm, result.tokens, result.skipped, asked)])
+        figures = torch.stack(
+            [
+                f.double()
+                for f in (result.loss, result.grad_norm, result.tokens, result.skipped, asked)
+            ]
+        )
         return PendingFigures(torch.cat([figures, result.terms]), own, self.passes.terms)
 
     def pass_over(self, stop: bool = False) -> PendingFigures:
         """A step of training.skip_steps: no loss, no update. Communicates over the whole mesh to agree on stopping, as `run`."""
-        nothing = torch.tensor([math.nan, math.nan, 0.0, 1.0], dtype=torch.float64, device=self.context.device)
+        nothing = torch.tensor(
+            [math.nan, math.nan, 0.0, 1.0], dtype=torch.float64, device=self.context.device
+        )
         return PendingFigures(torch.cat([nothing, self._any_rank(stop).double().view(1)]), own=None)
 
     def _any_rank(self, flag: bool) -> Tensor:
-        return all_reduce(torch.full((), float(flag), device=self.context.device), self.context.world, dist.ReduceOp.MAX)
+        return all_reduce(
+            torch.full((), float(flag), device=self.context.device),
+            self.context.world,
+            dist.ReduceOp.MAX,
+        )
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> float:
@@ -138,11 +181,17 @@ class TrainingStep:
         while group := list(islice(remaining, self._micro_batches)):
             sums[1] += self._count(group)
             micro_batches = [self._micro_batch(batch, None) for batch in group]
-            if self.pipeline is not None:  # schedules want the number of micro-batches that they were made for
-                nothing = replace(micro_batches[-1], labels=torch.full_like(micro_batches[-1].labels, IGNORED))
+            if (
+                self.pipeline is not None
+            ):  # schedules want the number of micro-batches that they were made for
+                nothing = replace(
+                    micro_batches[-1], labels=torch.full_like(micro_batches[-1].labels, IGNORED)
+                )
                 micro_batches += [nothing] * (self._micro_batches - len(micro_batches))
             sums[0] += self.passes.evaluate(micro_batches).double()
-        loss_sum, tokens = all_reduce(sums * (self.context.tensor.rank == 0), self.context.world).tolist()
+        loss_sum, tokens = all_reduce(
+            sums * (self.context.tensor.rank == 0), self.context.world
+        ).tolist()
         return loss_sum / tokens
 
     def _micro_batch(self, batch: Batch, dropout_seed: Tensor | None) -> MicroBatch:
@@ -152,7 +201,11 @@ class TrainingStep:
             labels = labels.masked_fill(self._place(batch.loss_mask) == 0, IGNORED)
         micro_batch = MicroBatch(self._place(batch.tokens), labels, dropout_seed=dropout_seed)
         if self.config.data.reset_at_document_ends:
-            micro_batch = replace(micro_batch, positions=self._place(batch.positions), document_ids=self._place(batch.document_ids))
+            micro_batch = replace(
+                micro_batch,
+                positions=self._place(batch.positions),
+                document_ids=self._place(batch.document_ids),
+            )
         return micro_batch
 
     def _place(self, tensor: Tensor) -> Tensor:

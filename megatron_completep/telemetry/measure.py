@@ -57,7 +57,9 @@ class StreamTaps:
                     self.final_site = name if role == Role.FINAL_NORM else self.final_site
 
     def _hook(self, name: str, final: bool):
-        def record(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | tuple[Stream, Tensor]) -> None:
+        def record(
+            _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | tuple[Stream, Tensor]
+        ) -> None:
             if not self._recording:
                 return
             if isinstance(output, tuple):
@@ -89,7 +91,9 @@ class SumOfSquares:
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> SumOfSquares:
-        return cls(sum(t.double().square().sum().item() for t in tensors), sum(t.numel() for t in tensors))
+        return cls(
+            sum(t.double().square().sum().item() for t in tensors), sum(t.numel() for t in tensors)
+        )
 
     @property
     def rms(self) -> float:
@@ -100,7 +104,9 @@ def reduce_stream_sums(sums: dict[str, SumOfSquares], context: ParallelContext) 
     """RMS by name, the same on every rank. Sums over data (each rank has its own samples), over tensor ranks under sequence
     parallelism (each has its part of the sequence), and gathers the stages over pipeline ranks."""
     device = context.device
-    values = torch.tensor([[s.total, s.count] for s in sums.values()], dtype=torch.float64, device=device).view(-1, 2)
+    values = torch.tensor(
+        [[s.total, s.count] for s in sums.values()], dtype=torch.float64, device=device
+    ).view(-1, 2)
     if context.sequence.split:
         values = all_reduce(values, context.tensor)
     values = all_reduce(values, context.data)
@@ -112,7 +118,9 @@ def reduce_stream_sums(sums: dict[str, SumOfSquares], context: ParallelContext) 
     return {name: value for stage in stages for name, value in stage.items()}
 
 
-def role_rms(optimizer: DistributedOptimizer, flat_shard: Tensor, by_learning_rate: bool = False) -> dict[Role, float]:
+def role_rms(
+    optimizer: DistributedOptimizer, flat_shard: Tensor, by_learning_rate: bool = False
+) -> dict[Role, float]:
     """RMS over each role's elements of something laid out like the optimizer's shard (gradients, masters, their changes).
 
     by_learning_rate: each parameter divided by its own learning-rate factor first. Communicates over the whole mesh; a role's
@@ -129,4 +137,8 @@ def role_rms(optimizer: DistributedOptimizer, flat_shard: Tensor, by_learning_ra
         row[0] += (torch.linalg.vector_norm(piece, dtype=torch.float64) * scale).square()
         row[1] += size
     sums = all_reduce(sums, optimizer.context.world)
-    return {role: SumOfSquares(*row).rms for role, row in zip(roles, sums.tolist(), strict=True) if row[1]}
+    return {
+        role: SumOfSquares(*row).rms
+        for role, row in zip(roles, sums.tolist(), strict=True)
+        if row[1]
+    }

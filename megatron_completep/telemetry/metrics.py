@@ -39,7 +39,12 @@ class MetricsFile:
 
     def write(self, row: Row) -> None:
         self._follow_path()
-        self._waiting += json.dumps({name: _finite(value) for name, value in row.items()}, allow_nan=False).encode() + b"\n"
+        self._waiting += (
+            json.dumps(
+                {name: _finite(value) for name, value in row.items()}, allow_nan=False
+            ).encode()
+            + b"\n"
+        )
         self._write()
 
     def _follow_path(self) -> None:
@@ -53,7 +58,9 @@ class MetricsFile:
             return  # said by whoever needs the folder next
         self._file.close()
         self._file = again
-        self._say(f"warning: {self._path} was removed under the run; a new one begins with the next row")
+        self._say(
+            f"warning: {self._path} was removed under the run; a new one begins with the next row"
+        )
 
     def _write(self) -> None:
         try:
@@ -62,7 +69,9 @@ class MetricsFile:
         except OSError as error:
             if not self._warned:
                 self._warned = True
-                self._say(f"warning: {self._file.name} cannot be written: {error.strerror}. Rows wait in memory; training goes on.")
+                self._say(
+                    f"warning: {self._file.name} cannot be written: {error.strerror}. Rows wait in memory; training goes on."
+                )
 
     def close(self) -> None:
         self._write()
@@ -149,7 +158,9 @@ def describe(rows: list[Row], train_steps: int) -> str:
         f"{throughput:,.0f} tokens/s",
     ]
     if last["mfu"] is not None:
-        parts.append(f"mfu {100 * sum(row['mfu'] * row['step_seconds'] for row in rows) / seconds:.1f} %")
+        parts.append(
+            f"mfu {100 * sum(row['mfu'] * row['step_seconds'] for row in rows) / seconds:.1f} %"
+        )
     parts.append(f"memory {last['memory_bytes'] / 2**30:.2f} GiB")
     waited = sum(row["data_wait_seconds"] for row in rows) / seconds
     if waited > 0.01:
@@ -176,4 +187,8 @@ def memory_bytes(device: torch.device) -> int:
 def open_sinks(config: Config, last_step: int, say: Callable[[str], None]) -> list[Sink]:
     """Everything that rows go to; `last_step` is the step that the run goes on from."""
     file = MetricsFile(Path(config.training.output_dir) / METRICS, last_step, say)
-    return [file, *open_trackers(config, last_step, say), ConsoleLines(config.logging.interval, config.training.train_steps, say)]
+    return [
+        file,
+        *open_trackers(config, last_step, say),
+        ConsoleLines(config.logging.interval, config.training.train_steps, say),
+    ]

@@ -28,7 +28,9 @@ def node_lines(exchange: Exchange, launch: Launch, device: torch.device) -> list
     return lines_of(exchange.all_gather((host, gpu, own)))
 
 
-def lines_of(ranks: Sequence[tuple[str, str | None, tuple[str, dict[str, str]] | None]]) -> list[str]:
+def lines_of(
+    ranks: Sequence[tuple[str, str | None, tuple[str, dict[str, str]] | None]],
+) -> list[str]:
     """From every rank: host, its GPU, and what the first rank of a node says of it."""
     gpus: dict[str, Counter[str]] = {}
     count = Counter(host for host, _, _ in ranks)
@@ -37,9 +39,15 @@ def lines_of(ranks: Sequence[tuple[str, str | None, tuple[str, dict[str, str]] |
     nodes = [(host, *said) for host, _, said in ranks if said is not None]
     lines = []
     for host, description, found in nodes:
-        on = f" on {', '.join(f'{number} x {name}' for name, number in gpus[host].items())}" if gpus[host] else ""
+        on = (
+            f" on {', '.join(f'{number} x {name}' for name, number in gpus[host].items())}"
+            if gpus[host]
+            else ""
+        )
         text = ", ".join(f"{name} {value}" for name, value in found.items())
-        lines.append(f"node {host}: {count[host]} rank{'s' if count[host] > 1 else ''}{on}; {description}; {text}")
+        lines.append(
+            f"node {host}: {count[host]} rank{'s' if count[host] > 1 else ''}{on}; {description}; {text}"
+        )
     return [*lines, *differing([(host, found) for host, _, found in nodes])]
 
 
@@ -50,7 +58,9 @@ def differing(nodes: list[tuple[str, dict[str, str]]]) -> Iterator[str]:
         for host, found in nodes:
             hosts.setdefault(found.get(name, "none"), []).append(host)
         if len(hosts) > 1:
-            yield f"warning: {name} differs between nodes: " + "; ".join(f"{value} on {', '.join(who[:4])}" for value, who in hosts.items())
+            yield f"warning: {name} differs between nodes: " + "; ".join(
+                f"{value} on {', '.join(who[:4])}" for value, who in hosts.items()
+            )
 
 
 def describe_node(device: torch.device) -> str:
@@ -60,7 +70,9 @@ def describe_node(device: torch.device) -> str:
     if device.type == "cuda":
         parts.append(reach(torch.cuda.device_count()))
         adapters = sorted(entry.name for entry in NETWORK.iterdir()) if NETWORK.is_dir() else []
-        parts.append(f"network {', '.join(adapters)}" if adapters else "no InfiniBand or RoCE adapter")
+        parts.append(
+            f"network {', '.join(adapters)}" if adapters else "no InfiniBand or RoCE adapter"
+        )
     return ", ".join(part for part in parts if part)
 
 

@@ -20,7 +20,13 @@ class Profiler(Hook):
     """Writes `trace_*.json.gz` (for chrome://tracing or ui.perfetto.dev) and, with profiling.memory, what was allocated:
     `memory_*.pickle` of a GPU (for pytorch.org/memory_viz), `memory_*.txt` by operation elsewhere."""
 
-    def __init__(self, settings: ProfilingConfig, context: ParallelContext, output_dir: Path, say: Callable[[str], None]):
+    def __init__(
+        self,
+        settings: ProfilingConfig,
+        context: ParallelContext,
+        output_dir: Path,
+        say: Callable[[str], None],
+    ):
         assert settings.first_step is not None
         self._first, self._last = settings.first_step, settings.first_step + settings.steps - 1
         self._on_gpu, self._memory, self._say = context.device.type == "cuda", settings.memory, say
@@ -38,7 +44,9 @@ class Profiler(Hook):
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._on_gpu else [])]
         if self._on_gpu and self._memory:
             torch.cuda.memory._record_memory_history(max_entries=ALLOCATIONS)
-        self._running = profile(activities=activities, record_shapes=True, profile_memory=self._memory)
+        self._running = profile(
+            activities=activities, record_shapes=True, profile_memory=self._memory
+        )
         self._running.start()
 
     def after_step(self, record: StepRecord) -> None:
@@ -58,6 +66,8 @@ class Profiler(Hook):
             torch.cuda.memory._dump_snapshot(str(self._folder / f"memory_{self._name}.pickle"))
             torch.cuda.memory._record_memory_history(enabled=None)
         elif self._memory:
-            table = recorded.key_averages(group_by_input_shape=True).table(sort_by="self_cpu_memory_usage", row_limit=200)
+            table = recorded.key_averages(group_by_input_shape=True).table(
+                sort_by="self_cpu_memory_usage", row_limit=200
+            )
             (self._folder / f"memory_{self._name}.txt").write_text(table)
         self._say(f"profile of steps {self._first} to {self._last}: {trace}")

@@ -60,5 +60,7 @@ class StartupReport(Hook):
         self._clock.done("first_step")
         seconds, self._clock = self._clock.seconds, None
         record.startup_seconds = seconds
-        phases = ", ".join(f"{phase.replace('_', ' ')} {value:.1f}" for phase, value in seconds.items())
+        phases = ", ".join(
+            f"{phase.replace('_', ' ')} {value:.1f}" for phase, value in seconds.items()
+        )
         self._say(f"first step {sum(seconds.values()):.1f} s after the start: {phases}")

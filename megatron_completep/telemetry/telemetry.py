@@ -31,11 +31,20 @@ from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.roles import Role
 from megatron_completep.run.hook import Hook, StepRecord
 from megatron_completep.run.step import TrainingStep
-from megatron_completep.telemetry.measure import StreamTaps, SumOfSquares, layer_entries, reduce_stream_sums
+from megatron_completep.telemetry.measure import (
+    StreamTaps,
+    SumOfSquares,
+    layer_entries,
+    reduce_stream_sums,
+)
 from megatron_completep.telemetry.metrics import read_metrics
 
 FINAL, LOGITS, UPDATE = "activation_rms/final", "attention_logit_max", "update_ratio/"
-BANDS = {FINAL: 2.0, LOGITS: 3.0, UPDATE: 2.0}  # largest factor, up or down, between target and proxy
+BANDS = {
+    FINAL: 2.0,
+    LOGITS: 3.0,
+    UPDATE: 2.0,
+}  # largest factor, up or down, between target and proxy
 Say = Callable[[str], None]
 
 
@@ -43,9 +52,20 @@ class Telemetry(Hook):
     """Adds sizes of activations and updates. `probe`: this data rank's micro-batches of the extra forward pass."""
 
     def __init__(
-        self, step: TrainingStep, probe: Sequence[Batch], interval: int, train_steps: int, reference: Mapping[float, Any] | None, say: Say
+        self,
+        step: TrainingStep,
+        probe: Sequence[Batch],
+        interval: int,
+        train_steps: int,
+        reference: Mapping[float, Any] | None,
+        say: Say,
     ):
-        self._step, self._probe, self._interval, self._train_steps = step, probe, interval, train_steps
+        self._step, self._probe, self._interval, self._train_steps = (
+            step,
+            probe,
+            interval,
+            train_steps,
+        )
         self._reference, self._say = reference, say
         chunks = step.passes.chunks
         self._streams, self._logits = StreamTaps(chunks), LogitTaps(chunks)
@@ -63,7 +83,9 @@ class Telemetry(Hook):
         figures = self.figures()
         record.parameterization = figures
         if self._reference:
-            for alarm in alarms(figures, nearest(self._reference, record.state.step / self._train_steps)):
+            for alarm in alarms(
+                figures, nearest(self._reference, record.state.step / self._train_steps)
+            ):
                 self._say(f"warning: step {record.state.step}: {alarm}")
 
     def figures(self) -> dict[str, float]:
@@ -72,10 +94,17 @@ class Telemetry(Hook):
         with self._streams.recording() as taps, self._logits.recording() as logits:
             self._step.evaluate(self._probe)
         told = {name: tensors for name, tensors in taps.streams.items() if name in self._told}
-        sizes = reduce_stream_sums({name: SumOfSquares.of(tensors) for name, tensors in told.items()}, context)
+        sizes = reduce_stream_sums(
+            {name: SumOfSquares.of(tensors) for name, tensors in told.items()}, context
+        )
         *layers, (_, final) = sizes.items()
         named = {f"activation_rms/{name}": value for name, value in layers}
-        return {**named, FINAL: final, LOGITS: largest(logits.values, context), **update_ratios(self._step.optimizer)}
+        return {
+            **named,
+            FINAL: final,
+            LOGITS: largest(logits.values, context),
+            **update_ratios(self._step.optimizer),
+        }
 
 
 class LogitTaps:
@@ -104,13 +133,18 @@ class LogitTaps:
             return
         assert isinstance(attention, Attention)
         x, inputs = arguments
-        first = AttentionInputs(*(part if part is None else part[:, :1] for part in (inputs.cos, inputs.sin)))
+        first = AttentionInputs(
+            *(part if part is None else part[:, :1] for part in (inputs.cos, inputs.sin))
+        )
         q, k, _ = attention._heads(attention.qkv(x[:, :1].contiguous()), first)
         shared = attention.num_heads // attention.num_groups
         length = q.shape[2]
         future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
         heads = (q[0, head] @ k[0, head // shared].t() for head in range(attention.num_heads))
-        self.values += [(scores.float() * attention.scale).masked_fill(future, -math.inf).max() for scores in heads]
+        self.values += [
+            (scores.float() * attention.scale).masked_fill(future, -math.inf).max()
+            for scores in heads
+        ]
 
 
 def largest(values: Sequence[Tensor], context: ParallelContext) -> float:
@@ -131,12 +165,18 @@ def update_ratios(optimizer: DistributedOptimizer) -> dict[str, float]:
         group, part = groups[index], slice(start, start + size)
         weight = optimizer.shards.master[part]
         update = optimizer.rule.last_update(weight, part, group, step)
-        spread = group.init_std / optimizer.config.base_init_std or 1.0  # constant roles start at 1 or 0 whatever the shape
+        spread = (
+            group.init_std / optimizer.config.base_init_std or 1.0
+        )  # constant roles start at 1 or 0 whatever the shape
         row = sums[roles.index(group.role)]
         row[0] += torch.linalg.vector_norm(update, dtype=torch.float64).square()
         row[1] += (torch.linalg.vector_norm(weight, dtype=torch.float64) / spread).square()
     sums = all_reduce(sums, optimizer.context.world)
-    return {f"{UPDATE}{role}": math.sqrt(u / w) for role, (u, w) in zip(roles, sums.tolist(), strict=True) if w}
+    return {
+        f"{UPDATE}{role}": math.sqrt(u / w)
+        for role, (u, w) in zip(roles, sums.tolist(), strict=True)
+        if w
+    }
 
 
 def read_reference(path: str | None) -> dict[float, Any] | None:

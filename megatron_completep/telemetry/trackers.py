@@ -39,7 +39,14 @@ class Sink(Protocol):
 class InBackground:
     """A tracker opened, fed and closed by a thread of its own. Its failure is said once; from then on it gets nothing."""
 
-    def __init__(self, name: str, start: Callable[[], Sink], say: Say, rows: int = WAITING_ROWS, patience: float | None = None):
+    def __init__(
+        self,
+        name: str,
+        start: Callable[[], Sink],
+        say: Say,
+        rows: int = WAITING_ROWS,
+        patience: float | None = None,
+    ):
         self._name, self._start, self._say = name, start, say
         self._patience = CLOSING_SECONDS if patience is None else patience
         self._rows: queue.Queue[Row | None] = queue.Queue(rows)
@@ -78,7 +85,9 @@ class InBackground:
         with self._leaving:
             if not self._left:
                 self._left = True
-                self._say(f"warning: {self._name} is left out from here on: {reason}. Training goes on; metrics.jsonl has every step.")
+                self._say(
+                    f"warning: {self._name} is left out from here on: {reason}. Training goes on; metrics.jsonl has every step."
+                )
 
 
 class TensorBoard:
@@ -99,7 +108,10 @@ class TensorBoard:
             self._add(step=last_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, row: Row) -> None:
-        values = [self._summary.Value(tag=name, simple_value=value) for name, value in figures(row).items()]
+        values = [
+            self._summary.Value(tag=name, simple_value=value)
+            for name, value in figures(row).items()
+        ]
         self._add(step=row["step"], summary=self._summary(value=values))
 
     def _add(self, **parts: Any) -> None:
@@ -167,16 +179,25 @@ def open_trackers(config: Config, last_step: int, say: Say) -> list[Sink]:
             f"logging.trackers names {' and '.join(missing)}, not installed here. pip install 'megatron-completep[tracking]', "
             "or take the name out."
         )
-    starts: dict[str, Callable[[], Sink]] = {"wandb": lambda: WeightsAndBiases(config), "trackio": lambda: Trackio(config)}
+    starts: dict[str, Callable[[], Sink]] = {
+        "wandb": lambda: WeightsAndBiases(config),
+        "trackio": lambda: Trackio(config),
+    }
     trackers: list[Sink] = [InBackground(name, starts[name], say) for name in logging.trackers]
     if logging.tensorboard:
-        trackers.append(InBackground("tensorboard", lambda: TensorBoard(folder / "tensorboard", last_step), say))
+        trackers.append(
+            InBackground("tensorboard", lambda: TensorBoard(folder / "tensorboard", last_step), say)
+        )
     return trackers
 
 
 def figures(row: Row) -> dict[str, float]:
     """What of a row is a number, without the step."""
-    return {name: value for name, value in row.items() if name != "step" and isinstance(value, int | float)}
+    return {
+        name: value
+        for name, value in row.items()
+        if name != "step" and isinstance(value, int | float)
+    }
 
 
 def run_name(config: Config) -> str:

@@ -13,7 +13,12 @@ from megatron_completep.config import save_config
 from megatron_completep.config.derived import total_samples
 from megatron_completep.config.schema import Config
 from megatron_completep.data.corpus import has_validation
-from megatron_completep.data.loader import Loader, ValidationBatches, build_loader, validation_batches
+from megatron_completep.data.loader import (
+    Loader,
+    ValidationBatches,
+    build_loader,
+    validation_batches,
+)
 from megatron_completep.data.run_tokenizer import keep_tokenizer, with_readable_tokenizer
 from megatron_completep.errors import ConfigError
 from megatron_completep.model.flops import training_flops_per_token
@@ -39,9 +44,13 @@ def prepare_output(config: Config) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"training.output_dir = {folder} cannot be made: {error.strerror}. Choose a folder that can.") from None
+        raise ConfigError(
+            f"training.output_dir = {folder} cannot be made: {error.strerror}. Choose a folder that can."
+        ) from None
     if not os.access(folder, os.W_OK):
-        raise ConfigError(f"training.output_dir = {folder} cannot be written to. Choose another folder or change its permissions.")
+        raise ConfigError(
+            f"training.output_dir = {folder} cannot be written to. Choose another folder or change its permissions."
+        )
     for path in (folder / CONFIG, folder / STARTS, folder / METRICS):
         if path.exists() and not path.is_file():  # a pipe would be waited for
             raise ConfigError(
@@ -67,7 +76,9 @@ def record_start(config: Config, state: RunState) -> None:
     try:
         append_start(folder, config, state)
     except OSError as error:
-        raise ConfigError(f"{folder / STARTS} cannot be written: {error.strerror}. Choose another folder or free some space.") from None
+        raise ConfigError(
+            f"{folder / STARTS} cannot be written: {error.strerror}. Choose another folder or free some space."
+        ) from None
 
 
 def nothing_left(config: Config, state: RunState) -> str | None:
@@ -127,22 +138,37 @@ def default_hooks(
     if config.profiling.first_step is not None and context.rank in config.profiling.ranks:
         hooks.append(Profiler(config.profiling, context, Path(training.output_dir), say))
     if validation is not None:
-        hooks.append(Validation(step, validation, training.validation_interval, training.train_steps, say))
+        hooks.append(
+            Validation(step, validation, training.validation_interval, training.train_steps, say)
+        )
     if config.logging.parameterization_interval is not None:
-        hooks.append(build_telemetry(config, context, step, config.logging.parameterization_interval, say))
+        hooks.append(
+            build_telemetry(config, context, step, config.logging.parameterization_interval, say)
+        )
 
     def open_at(step: int) -> list[Sink]:
         return open_sinks(config, step, say) if context.is_first else []
 
     hooks.append(CheckpointFigures(checkpointer))
-    hooks.append(Metrics(config, context, device_name(context.device), precision, open_at, state.step))
+    hooks.append(
+        Metrics(config, context, device_name(context.device), precision, open_at, state.step)
+    )
     saved_step = max(checkpointer.settled_steps(), default=0)
-    return [*hooks, Checkpoints(checkpointer, config.checkpoint.interval, saved_step, config.checkpoint.local_interval)]
+    return [
+        *hooks,
+        Checkpoints(
+            checkpointer, config.checkpoint.interval, saved_step, config.checkpoint.local_interval
+        ),
+    ]
 
 
-def build_telemetry(config: Config, context: ParallelContext, step: TrainingStep, interval: int, say: Say) -> Telemetry:
+def build_telemetry(
+    config: Config, context: ParallelContext, step: TrainingStep, interval: int, say: Say
+) -> Telemetry:
     """Watches the parameterization on the run's first micro-batch, which is the same whatever the step."""
-    with build_training_loader(config.model_copy(update={"data": config.data.model_copy(update={"prefetch": 0})}), context) as loader:
+    with build_training_loader(
+        config.model_copy(update={"data": config.data.model_copy(update={"prefetch": 0})}), context
+    ) as loader:
         probe = loader.next_step()[:1]
     reference = read_reference(config.logging.parameterization_reference)
     return Telemetry(step, probe, interval, config.training.train_steps, reference, say)
@@ -150,16 +176,34 @@ def build_telemetry(config: Config, context: ParallelContext, step: TrainingStep
 
 def device_name(device: torch.device) -> str:
     """The maker's name of a GPU, or the CPU's architecture."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+    return (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+    )
 
 
-def describe_run(config: Config, context: ParallelContext, precision: torch.dtype, threads: int, chunks: Sequence[GPT]) -> str:
+def describe_run(
+    config: Config,
+    context: ParallelContext,
+    precision: torch.dtype,
+    threads: int,
+    chunks: Sequence[GPT],
+) -> str:
     """Where and on what the run trains, in a few lines."""
     model, training, parallel = config.model, config.training, config.parallel
     parameters = sum(p.numel() for chunk in chunks for p in chunk.parameters())
-    held = "parameters" if parallel.tensor_parallel_size * parallel.pipeline_parallel_size == 1 else "parameters on this rank"
-    ramp = f" (from {training.batch_ramp.start} in the first {training.batch_ramp.steps})" if training.batch_ramp else ""
-    place = device_name(context.device) + (f", {threads} threads" if context.device.type == "cpu" else "")
+    held = (
+        "parameters"
+        if parallel.tensor_parallel_size * parallel.pipeline_parallel_size == 1
+        else "parameters on this rank"
+    )
+    ramp = (
+        f" (from {training.batch_ramp.start} in the first {training.batch_ramp.steps})"
+        if training.batch_ramp
+        else ""
+    )
+    place = device_name(context.device) + (
+        f", {threads} threads" if context.device.type == "cpu" else ""
+    )
     return (
         f"{model.num_layers} layers x {model.hidden_size}, {parameters:,} {held}, "
         f"{training_flops_per_token(model) / 1e6:,.1f} MFLOP a token\n"

@@ -20,11 +20,26 @@ from megatron_completep.telemetry.metrics import Row, Sink, memory_bytes
 class Validation(Hook):
     """Adds `validation_loss`, the pure cross-entropy, every so many steps and after the last one."""
 
-    def __init__(self, step: TrainingStep, batches: ValidationBatches, interval: int | None, train_steps: int, say: Callable[[str], None]):
-        self._step, self._batches, self._interval, self._train_steps, self._say = step, batches, interval, train_steps, say
+    def __init__(
+        self,
+        step: TrainingStep,
+        batches: ValidationBatches,
+        interval: int | None,
+        train_steps: int,
+        say: Callable[[str], None],
+    ):
+        self._step, self._batches, self._interval, self._train_steps, self._say = (
+            step,
+            batches,
+            interval,
+            train_steps,
+            say,
+        )
 
     def due(self, step: int) -> bool:
-        return step == self._train_steps or (self._interval is not None and step % self._interval == 0)
+        return step == self._train_steps or (
+            self._interval is not None and step % self._interval == 0
+        )
 
     def after_step(self, record: StepRecord) -> None:
         if not self.due(record.state.step):
@@ -32,7 +47,9 @@ class Validation(Hook):
         started = time.perf_counter()
         loss = record.validation_loss = self._step.evaluate(self._batches)
         seconds = time.perf_counter() - started
-        self._say(f"validation at step {record.state.step}: loss {loss:.4f} over {self._batches.num_samples} sequences ({seconds:.1f} s)")
+        self._say(
+            f"validation at step {record.state.step}: loss {loss:.4f} over {self._batches.num_samples} sequences ({seconds:.1f} s)"
+        )
 
 
 class Metrics(Hook):
@@ -41,10 +58,21 @@ class Metrics(Hook):
     stage = Stage.REPORT
 
     def __init__(
-        self, config: Config, context: ParallelContext, device_name: str, dtype: Any, open_at: Callable[[int], Sequence[Sink]], step: int
+        self,
+        config: Config,
+        context: ParallelContext,
+        device_name: str,
+        dtype: Any,
+        open_at: Callable[[int], Sequence[Sink]],
+        step: int,
     ):
         """open_at: opens the sinks for rows from the step after the one it is given, which is `step` now."""
-        self._config, self._context, self._open_at, self._sinks = config, context, open_at, open_at(step)
+        self._config, self._context, self._open_at, self._sinks = (
+            config,
+            context,
+            open_at,
+            open_at(step),
+        )
         self._flops_per_token = training_flops_per_token(config.model)
         peak = peak_flops(device_name, dtype)
         self._peak = peak * context.world_size if peak else None
@@ -64,7 +92,9 @@ class Metrics(Hook):
             **figures.terms,
             **record.found(),
             **({"passed_over": True} if figures.passed_over else {}),
-            "lr": learning_rate(state.step, self._config.optimizer, self._config.training.train_steps),
+            "lr": learning_rate(
+                state.step, self._config.optimizer, self._config.training.train_steps
+            ),
             "grad_norm": figures.grad_norm,
             "skipped": figures.skipped,
             "consumed_samples": state.consumed_samples,
@@ -104,12 +134,24 @@ class Checkpoints(Hook):
 
     stage = Stage.SAVE
 
-    def __init__(self, checkpointer: Checkpointer, interval: int | None, saved_step: int, local_interval: int | None = None):
-        self._checkpointer, self._interval, self._local_interval = checkpointer, interval, local_interval
+    def __init__(
+        self,
+        checkpointer: Checkpointer,
+        interval: int | None,
+        saved_step: int,
+        local_interval: int | None = None,
+    ):
+        self._checkpointer, self._interval, self._local_interval = (
+            checkpointer,
+            interval,
+            local_interval,
+        )
         self._saved_step = saved_step
 
     def due(self, step: int) -> bool:
-        return self._is_multiple(step, self._interval) or self._is_multiple(step, self._local_interval)
+        return self._is_multiple(step, self._interval) or self._is_multiple(
+            step, self._local_interval
+        )
 
     def after_step(self, record: StepRecord) -> None:
         step = record.state.step

@@ -46,7 +46,11 @@ class Readback:
             step = self._pending.popleft()
             figures, now = step.figures.read(), time.perf_counter()
             samples = step.after.consumed_samples - step.before.consumed_samples
-            records.append(StepRecord(step.after, figures, samples, now - self._finished_at, step.data_wait_seconds))
+            records.append(
+                StepRecord(
+                    step.after, figures, samples, now - self._finished_at, step.data_wait_seconds
+                )
+            )
             self._finished_at = now
         return records
 
@@ -74,7 +78,9 @@ def train(
 
     All ranks leave after the same step, with the run saved.
     """
-    last = min(config.training.train_steps, config.training.stop_at_step or config.training.train_steps)
+    last = min(
+        config.training.train_steps, config.training.stop_at_step or config.training.train_steps
+    )
     readback = Readback(depth=1 if context.device.type == "cuda" else 0)
     stop = False
     hooks = sorted(hooks, key=lambda hook: hook.stage)
@@ -105,7 +111,9 @@ def train(
     return ExitCode.DONE if state.step >= last else ExitCode.REQUEUE
 
 
-def launch(config: Config, step: TrainingStep, loader: Loader, state: RunState, signals: StopSignals) -> UnderWay:
+def launch(
+    config: Config, step: TrainingStep, loader: Loader, state: RunState, signals: StopSignals
+) -> UnderWay:
     """Start the step after `state`, on the data from there on."""
     number, training = state.step + 1, config.training
     samples = batch_size(training, number)
@@ -115,7 +123,9 @@ def launch(config: Config, step: TrainingStep, loader: Loader, state: RunState, 
         if loader.consumed_samples != state.consumed_samples:
             loader.seek(state.consumed_samples)
         figures = step.run(loader.next_step(samples), number, signals.asked)
-    return UnderWay(state, state.after_step(samples, config.model.seq_length), figures, loader.wait_seconds)
+    return UnderWay(
+        state, state.after_step(samples, config.model.seq_length), figures, loader.wait_seconds
+    )
 
 
 def tell(hooks: Sequence[Hook], readback: Readback, everything: bool) -> bool:

@@ -42,13 +42,21 @@ class WithoutDepthInLearningRate(Table):
     def factors(self, role: Role, width_ratio: float = 1.0) -> Factors:
         right = super().factors(role, width_ratio)
         in_block = role in (Role.PRE_NORM, Role.HIDDEN_WEIGHT, Role.HIDDEN_BIAS)
-        return replace(right, lr=right.lr * self.depth_multiplier ** (1 - self.alpha)) if in_block else right
+        return (
+            replace(right, lr=right.lr * self.depth_multiplier ** (1 - self.alpha))
+            if in_block
+            else right
+        )
 
 
 class ExtraDepthInLearningRate(Table):
     def factors(self, role: Role, width_ratio: float = 1.0) -> Factors:
         right = super().factors(role, width_ratio)
-        return replace(right, lr=right.lr / self.depth_multiplier) if role == Role.HIDDEN_WEIGHT else right
+        return (
+            replace(right, lr=right.lr / self.depth_multiplier)
+            if role == Role.HIDDEN_WEIGHT
+            else right
+        )
 
 
 class WithoutWidthInLearningRate(Table):
@@ -60,7 +68,11 @@ class WithoutWidthInLearningRate(Table):
 class WithoutWidthInInit(Table):
     def factors(self, role: Role, width_ratio: float = 1.0) -> Factors:
         right = super().factors(role, width_ratio)
-        return replace(right, init_std=right.init_std * width_ratio**0.5) if role == Role.HIDDEN_WEIGHT else right
+        return (
+            replace(right, init_std=right.init_std * width_ratio**0.5)
+            if role == Role.HIDDEN_WEIGHT
+            else right
+        )
 
 
 class NoLogitMultiplier(Table):
@@ -104,7 +116,9 @@ def multiplier_before_the_norm(config: Config, table: Table, context: ParallelCo
         factor = 1.0 if norm is model.final_norm else table.residual_multiplier
         return stream.joined(residual), Norm.forward(norm, residual * factor)
 
-    for norm in [norm for _, block in model.blocks() for norm in (block.attention_norm, block.mlp_norm)] + [model.final_norm]:
+    for norm in [
+        norm for _, block in model.blocks() for norm in (block.attention_norm, block.mlp_norm)
+    ] + [model.final_norm]:
         norm.forward = partial(scaled_input, norm)
     return model
 
@@ -133,10 +147,26 @@ class Mutation:
 
 MUTATIONS = [
     Mutation(
-        "multiplier missing on the MLP branch", "depth", Design(make_model=without_multiplier_on_mlp), "stream change", lambda s: s > 0.5
+        "multiplier missing on the MLP branch",
+        "depth",
+        Design(make_model=without_multiplier_on_mlp),
+        "stream change",
+        lambda s: s > 0.5,
     ),
-    Mutation("multiplier missing on both branches", "depth", with_table(NoResidualMultiplier), "stream change", lambda s: s > 0.5),
-    Mutation("multiplier before the norm", "depth", Design(make_model=multiplier_before_the_norm), "stream change", lambda s: s > 0.5),
+    Mutation(
+        "multiplier missing on both branches",
+        "depth",
+        with_table(NoResidualMultiplier),
+        "stream change",
+        lambda s: s > 0.5,
+    ),
+    Mutation(
+        "multiplier before the norm",
+        "depth",
+        Design(make_model=multiplier_before_the_norm),
+        "stream change",
+        lambda s: s > 0.5,
+    ),
     Mutation(
         "multiplier folded into the init only",
         "depth",
@@ -144,12 +174,61 @@ MUTATIONS = [
         "stream change",
         lambda s: s > 0.5,
     ),
-    Mutation("alpha 0.5 without its lr factor", "depth", with_table(WithoutDepthInLearningRate), "stream change", lambda s: s > 0.2, 0.5),
-    Mutation("extra 1/m_L on the hidden lr", "depth", with_table(ExtraDepthInLearningRate), "stream change", lambda s: s < -0.3),
-    Mutation("eps constant over depth", "depth", with_table(ConstantEps), "update with large eps, in blocks", lambda s: -1.2 < s < -0.4),
-    Mutation("hidden lr not divided by m_N", "width", with_table(WithoutWidthInLearningRate), "stream change", lambda s: s > 1.0),
-    Mutation("hidden init not divided by m_N", "width", with_table(WithoutWidthInInit), "stream at init", lambda s: s > 0.5),
-    Mutation("output multiplier missing", "width", with_table(NoLogitMultiplier), "logits at init", lambda s: s > 0.25),
-    Mutation("output multiplier twice", "width", with_table(LogitMultiplierTwice), "logits at init", lambda s: s < -1.2),
-    Mutation("eps constant over width", "width", with_table(ConstantEps), "update with large eps, in blocks", lambda s: -1.4 < s < -0.4),
+    Mutation(
+        "alpha 0.5 without its lr factor",
+        "depth",
+        with_table(WithoutDepthInLearningRate),
+        "stream change",
+        lambda s: s > 0.2,
+        0.5,
+    ),
+    Mutation(
+        "extra 1/m_L on the hidden lr",
+        "depth",
+        with_table(ExtraDepthInLearningRate),
+        "stream change",
+        lambda s: s < -0.3,
+    ),
+    Mutation(
+        "eps constant over depth",
+        "depth",
+        with_table(ConstantEps),
+        "update with large eps, in blocks",
+        lambda s: -1.2 < s < -0.4,
+    ),
+    Mutation(
+        "hidden lr not divided by m_N",
+        "width",
+        with_table(WithoutWidthInLearningRate),
+        "stream change",
+        lambda s: s > 1.0,
+    ),
+    Mutation(
+        "hidden init not divided by m_N",
+        "width",
+        with_table(WithoutWidthInInit),
+        "stream at init",
+        lambda s: s > 0.5,
+    ),
+    Mutation(
+        "output multiplier missing",
+        "width",
+        with_table(NoLogitMultiplier),
+        "logits at init",
+        lambda s: s > 0.25,
+    ),
+    Mutation(
+        "output multiplier twice",
+        "width",
+        with_table(LogitMultiplierTwice),
+        "logits at init",
+        lambda s: s < -1.2,
+    ),
+    Mutation(
+        "eps constant over width",
+        "width",
+        with_table(ConstantEps),
+        "update with large eps, in blocks",
+        lambda s: -1.4 < s < -0.4,
+    ),
 ]

@@ -25,7 +25,9 @@ class Decoder(nn.Module):
         self.embedding = nn.Embedding(model.vocab_size, width)
         declare(self.embedding.weight, Role.EMBEDDING)
         self.norms = nn.ModuleList(nn.RMSNorm(width) for _ in range(2 * model.num_layers))
-        self.linears = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(2 * model.num_layers))
+        self.linears = nn.ModuleList(
+            nn.Linear(width, width, bias=False) for _ in range(2 * model.num_layers)
+        )
         for norm, linear in zip(self.norms, self.linears, strict=True):
             declare(norm.weight, Role.PRE_NORM)
             declare(linear.weight, Role.HIDDEN_WEIGHT, width, base)
@@ -42,7 +44,11 @@ class Decoder(nn.Module):
             mixed = mixed.cumsum(1) / counts if index % 2 == 0 else F.gelu(mixed)
             x = x + self.multiplier * linear(mixed)
         logits = self.head(self.final(x)) * self.logit_multiplier
-        return logits if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        return (
+            logits
+            if labels is None
+            else F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        )
 
 
 def build(config: Config, table: Table, multiplier: float) -> nn.Module:

@@ -22,7 +22,9 @@ BLOCK_NAMES = {
 }
 
 
-def shapes(layers: int, hidden: int, vocab: int, length: int, bias: bool, tied: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
+def shapes(
+    layers: int, hidden: int, vocab: int, length: int, bias: bool, tied: bool
+) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Our name -> (GPT-2's name, shape)."""
     found = {
         "embedding.weight": ("transformer.wte.weight", (vocab, hidden)),
@@ -34,9 +36,15 @@ def shapes(layers: int, hidden: int, vocab: int, length: int, bias: bool, tied: 
     }  # fmt: skip
     for layer in range(layers):
         for ours, theirs in BLOCK_NAMES.items():
-            found[f"layers.{layer}.{ours}.weight"] = (f"transformer.h.{layer}.{theirs}.weight", sizes[ours])
+            found[f"layers.{layer}.{ours}.weight"] = (
+                f"transformer.h.{layer}.{theirs}.weight",
+                sizes[ours],
+            )
             if bias:
-                found[f"layers.{layer}.{ours}.bias"] = (f"transformer.h.{layer}.{theirs}.bias", sizes[ours][:1])
+                found[f"layers.{layer}.{ours}.bias"] = (
+                    f"transformer.h.{layer}.{theirs}.bias",
+                    sizes[ours][:1],
+                )
     found["final_norm.weight"] = ("transformer.ln_f.weight", (hidden,))
     if bias:
         found["final_norm.bias"] = ("transformer.ln_f.bias", (hidden,))
@@ -45,7 +53,9 @@ def shapes(layers: int, hidden: int, vocab: int, length: int, bias: bool, tied: 
     return found
 
 
-def record(stem: Path, alpha: float | None, bias: bool = True, tied: bool = True, steps: int = 6) -> None:
+def record(
+    stem: Path, alpha: float | None, bias: bool = True, tied: bool = True, steps: int = 6
+) -> None:
     """Write stem.json and stem.npz: 3 layers (base 1), 16 wide (base 8), 2 heads."""
     layers, hidden, vocab, length, m_N, m_L = 3, 16, 29, 10, 2.0, 3.0
     generator = torch.Generator().manual_seed(5)
@@ -62,11 +72,17 @@ def record(stem: Path, alpha: float | None, bias: bool = True, tied: bool = True
     )
     weights, groups, arrays = {}, [], {}
     depth = 1.0 if alpha is None else m_L ** (alpha - 1)
-    eps = 1e-12 / m_N * (1.0 if alpha is None else m_L**-alpha)  # one for all tensors, as in the reference
+    eps = (
+        1e-12 / m_N * (1.0 if alpha is None else m_L**-alpha)
+    )  # one for all tensors, as in the reference
     decay = 0.1 if alpha is None else 0.1 * m_N  # the reference's plain muP does not scale it
     for name, (theirs, shape) in names.items():
         matrix, inside = len(shape) == 2, name.startswith("layers.")
-        start = torch.randn(shape, generator=generator) * 0.1 if matrix else torch.full(shape, float(name.endswith("weight")))
+        start = (
+            torch.randn(shape, generator=generator) * 0.1
+            if matrix
+            else torch.full(shape, float(name.endswith("weight")))
+        )
         weights[name] = torch.nn.Parameter(start.double())
         arrays[f"init/{theirs}"] = start.numpy()
         lr = 1e-2 * (depth if inside else 1.0) / (m_N if inside and matrix else 1.0)
@@ -93,4 +109,9 @@ def record(stem: Path, alpha: float | None, bias: bool = True, tied: bool = True
         "groups": [{"eps": eps}],
     }  # fmt: skip
     stem.with_suffix(".json").write_text(json.dumps(settings))
-    np.savez(stem.with_suffix(".npz"), inputs=tokens[:, :, :-1].numpy(), targets=tokens[:, :, 1:].numpy(), **arrays)
+    np.savez(
+        stem.with_suffix(".npz"),
+        inputs=tokens[:, :, :-1].numpy(),
+        targets=tokens[:, :, 1:].numpy(),
+        **arrays,
+    )

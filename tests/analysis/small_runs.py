@@ -16,8 +16,20 @@ VOCABULARY = 32
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "modern": {"norm": "rmsnorm", "activation": "swiglu", "position": "rope"},
     "paper": {"norm": "layernorm", "activation": "squared_relu", "position": "alibi", "bias": True},
-    "gpt2": {"norm": "layernorm", "activation": "gelu", "position": "learned", "bias": True, "tied_embeddings": True},
-    "qk_norm": {"norm": "rmsnorm", "activation": "gelu", "position": "rope", "qk_norm": True, "num_query_groups": 1},
+    "gpt2": {
+        "norm": "layernorm",
+        "activation": "gelu",
+        "position": "learned",
+        "bias": True,
+        "tied_embeddings": True,
+    },
+    "qk_norm": {
+        "norm": "rmsnorm",
+        "activation": "gelu",
+        "position": "rope",
+        "qk_norm": True,
+        "num_query_groups": 1,
+    },
 }
 
 

@@ -19,9 +19,26 @@ from megatron_completep.config import save_config
 from megatron_completep.config.schema import Config
 from megatron_completep.errors import exit_on_user_error
 from megatron_completep.instruments.check_report import describe_check, draw_check, write_check
-from megatron_completep.instruments.coordinate_check import Measurement, Plan, Sample, collect, in_turn, in_workers, jobs_of, measure, train
+from megatron_completep.instruments.coordinate_check import (
+    Measurement,
+    Plan,
+    Sample,
+    collect,
+    in_turn,
+    in_workers,
+    jobs_of,
+    measure,
+    train,
+)
 from megatron_completep.instruments.coordinate_verdict import Verdict, exponent, judge
-from megatron_completep.instruments.trial import Design, Trial, for_short_runs, read_batches, reshape, with_seed
+from megatron_completep.instruments.trial import (
+    Design,
+    Trial,
+    for_short_runs,
+    read_batches,
+    reshape,
+    with_seed,
+)
 from megatron_completep.model.stream import Stream
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.roles import Role
@@ -41,9 +58,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- verdicts on made-up measurements ------------------------------------------------------------------------------------
 
 
-def made_up(rule: str, size: int, seed: int, change: Callable[[int], float], update: float = 1.0) -> Sample:
+def made_up(
+    rule: str, size: int, seed: int, change: Callable[[int], float], update: float = 1.0
+) -> Sample:
     measured = Measurement([1.0, 1.0], [0.0, change(size)], [1.0, 1.0], [0.0, 1.0], [], {}, {}, [])
-    large = Measurement([], [], [], [], [], {}, {Role.HIDDEN_WEIGHT: update, Role.UNEMBEDDING: 1.0}, []) if rule == "model" else None
+    large = (
+        Measurement([], [], [], [], [], {}, {Role.HIDDEN_WEIGHT: update, Role.UNEMBEDDING: 1.0}, [])
+        if rule == "model"
+        else None
+    )
     return Sample("depth", rule, 64, size, seed, measured, large)
 
 
@@ -70,7 +93,9 @@ def verdict_of(model: float, control: float, eps: float = 0.0) -> Verdict:
         (float("nan"), 0.97, 0.0, Verdict.WRONG),
     ],
 )
-def test_the_verdict_follows_from_the_exponents(model: float, control: float, eps: float, verdict: Verdict):
+def test_the_verdict_follows_from_the_exponents(
+    model: float, control: float, eps: float, verdict: Verdict
+):
     assert verdict_of(model, control, eps) == verdict
 
 
@@ -87,7 +112,9 @@ def test_the_verdict_follows_from_the_exponents(model: float, control: float, ep
         (0.5, 0.97, 0.0, Verdict.WRONG),
     ],
 )
-def test_what_follows_the_stream_at_the_start_proves_nothing_and_all_else_does(start: float, change: float, eps: float, verdict: Verdict):
+def test_what_follows_the_stream_at_the_start_proves_nothing_and_all_else_does(
+    start: float, change: float, eps: float, verdict: Verdict
+):
     """Over shallow models, while the blocks' random outputs outweigh the embedding."""
     own = [made_up("model", d, s, lambda d: d**change, d**eps) for d in DEPTHS for s in range(2)]
     own = [replace(s, measured=replace(s.measured, stream=[s.size**start] * 2)) for s in own]
@@ -97,7 +124,9 @@ def test_what_follows_the_stream_at_the_start_proves_nothing_and_all_else_does(s
 
 def spread(rule: str, exponents: list[float], axis: str = "depth") -> list[Sample]:
     """Seeds whose change grows with these exponents."""
-    samples = [made_up(rule, d, s, lambda d, p=p: d**p) for s, p in enumerate(exponents) for d in DEPTHS]
+    samples = [
+        made_up(rule, d, s, lambda d, p=p: d**p) for s, p in enumerate(exponents) for d in DEPTHS
+    ]
     return samples if axis == "depth" else [over_width(sample) for sample in samples]
 
 
@@ -113,7 +142,10 @@ def test_an_interval_wider_than_the_band_cannot_tell():
     (finding,) = [f for f in result.findings if f.band.quantity == "stream change"]
     assert finding.model.value == pytest.approx(0.09) and finding.model.high > 2.2
     assert result.verdict == Verdict.CANNOT_TELL
-    assert "stream change over depth +0.090 [-2.070, +2.250], band -0.20 to +0.20: with other seeds" in result.reason
+    assert (
+        "stream change over depth +0.090 [-2.070, +2.250], band -0.20 to +0.20: with other seeds"
+        in result.reason
+    )
     assert finding.mark == "too wide" and "too wide" in describe_check(result)
     narrow = judge(spread("model", [0.08, 0.10]) + spread("control", [1.0, 1.01]))
     assert narrow.verdict == Verdict.RIGHT, narrow.reason
@@ -128,7 +160,9 @@ def test_one_seed_has_no_interval_and_proves_nothing(rule: str):
     result = judge(spread("model", exponents["model"]) + spread("control", exponents["control"]))
     assert result.verdict == Verdict.CANNOT_TELL
     assert judge(spread("model", [0.9]) + spread("control", [1.0])).verdict == Verdict.CANNOT_TELL
-    assert judge(spread("model", [math.nan]) + spread("control", [1.0])).verdict == Verdict.WRONG  # no seed excuses what is no number
+    assert (
+        judge(spread("model", [math.nan]) + spread("control", [1.0])).verdict == Verdict.WRONG
+    )  # no seed excuses what is no number
 
 
 def test_an_exponent_beyond_the_band_is_wrong_only_where_its_whole_interval_is():
@@ -142,7 +176,10 @@ def test_an_exponent_beyond_the_band_is_wrong_only_where_its_whole_interval_is()
 def test_a_control_whose_interval_reaches_into_the_band_proves_nothing():
     result = judge(spread("model", [0.0, 0.01]) + spread("control", [0.8, 1.2]))
     assert result.verdict == Verdict.CANNOT_TELL
-    assert "the control's stream change over depth has the exponent +1.000 [-1.541, +3.541], whose interval reaches" in result.reason
+    assert (
+        "the control's stream change over depth has the exponent +1.000 [-1.541, +3.541], whose interval reaches"
+        in result.reason
+    )
 
 
 def test_an_update_whose_interval_is_wider_than_its_band_cannot_tell():
@@ -150,7 +187,16 @@ def test_an_update_whose_interval_is_wider_than_its_band_cannot_tell():
     updates = {0: -0.2, 1: 0.2}  # exponents of the update with a large eps, by seed
 
     def with_update(s: Sample) -> Sample:
-        large = Measurement([], [], [], [], [], {}, {Role.HIDDEN_WEIGHT: s.size ** updates[s.seed], Role.UNEMBEDDING: 1.0}, [])
+        large = Measurement(
+            [],
+            [],
+            [],
+            [],
+            [],
+            {},
+            {Role.HIDDEN_WEIGHT: s.size ** updates[s.seed], Role.UNEMBEDDING: 1.0},
+            [],
+        )
         return replace(s, with_large_eps=large) if s.rule == "model" else s
 
     assert judge([with_update(s) for s in samples]).verdict == Verdict.CANNOT_TELL
@@ -161,13 +207,22 @@ def test_an_update_whose_interval_is_wider_than_its_band_cannot_tell():
 @pytest.mark.parametrize("name", ["coordinate_check", "coordinate_check_width_128"])
 def test_the_published_checks_keep_their_verdict(name: str):
     """Their figures were written with the samples that they came from."""
-    published = json.loads((Path(__file__).parents[2] / "docs/results" / name / "coordinate_check.json").read_text())
+    published = json.loads(
+        (Path(__file__).parents[2] / "docs/results" / name / "coordinate_check.json").read_text()
+    )
 
     def measured(values: dict[str, Any] | None) -> Measurement | None:
         return None if values is None else Measurement(**values)
 
     samples = [
-        Sample(**{**s, "measured": measured(s["measured"]), "with_large_eps": measured(s["with_large_eps"])}) for s in published["samples"]
+        Sample(
+            **{
+                **s,
+                "measured": measured(s["measured"]),
+                "with_large_eps": measured(s["with_large_eps"]),
+            }
+        )
+        for s in published["samples"]
     ]
     result = judge(samples)
     assert result.verdict == Verdict.RIGHT, describe_check(result)
@@ -196,7 +251,9 @@ def test_the_measured_stream_and_logits_are_those_of_the_model(folder: Path, arc
         for _, block in model.blocks():
             handed_on = block(handed_on, inputs)
         out, bias = handed_on.pending
-        stream = handed_on.residual + trial.table.residual_multiplier * (out if bias is None else out + bias)
+        stream = handed_on.residual + trial.table.residual_multiplier * (
+            out if bias is None else out + bias
+        )
         logits = model(tokens)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     measured = measure(trial, batches[:1], batches[1])
@@ -209,13 +266,19 @@ def test_the_measured_stream_and_logits_are_those_of_the_model(folder: Path, arc
     assert len(measured.blocks[0]) == 9
     groups = trial.optimizer.groups
     moved = [
-        ((p.detach() - before[n]).square().sum().item() / (groups[n].lr_factor * config.optimizer.base_lr) ** 2, p.numel())
+        (
+            (p.detach() - before[n]).square().sum().item()
+            / (groups[n].lr_factor * config.optimizer.base_lr) ** 2,
+            p.numel(),
+        )
         for n, p in model.named_parameters()
         if groups[n].role == Role.HIDDEN_WEIGHT
     ]
     expected = (sum(total for total, _ in moved) / sum(count for _, count in moved)) ** 0.5
     assert measured.updates[Role.HIDDEN_WEIGHT] == pytest.approx(expected, rel=1e-9)
-    assert expected == pytest.approx(1.0, abs=0.05)  # the first Adam step moves everything by its learning rate
+    assert expected == pytest.approx(
+        1.0, abs=0.05
+    )  # the first Adam step moves everything by its learning rate
 
 
 def samples_of(
@@ -234,8 +297,20 @@ def samples_of(
     samples = []
     for _, width, depth in plan.shapes():
         shaped = reshape(config, width, depth)
-        own, large = (job for job in jobs_of(shaped, plan, design, axis) if job.rule in ("model", "large eps"))
-        samples.append(Sample(axis, "model", width, depth, seed, train(own, SINGLE), train(large, SINGLE) if eps else None))
+        own, large = (
+            job for job in jobs_of(shaped, plan, design, axis) if job.rule in ("model", "large eps")
+        )
+        samples.append(
+            Sample(
+                axis,
+                "model",
+                width,
+                depth,
+                seed,
+                train(own, SINGLE),
+                train(large, SINGLE) if eps else None,
+            )
+        )
     return samples
 
 
@@ -248,18 +323,28 @@ def control_of(samples: list[Sample], folder: Path, architecture: str = "gpt2") 
     plan = Plan(DEPTHS, WIDTHS)
     controls = []
     for s in samples:
-        shaped = with_seed(reshape(small_config(folder, architecture), s.hidden_size, s.num_layers), s.seed)
+        shaped = with_seed(
+            reshape(small_config(folder, architecture), s.hidden_size, s.num_layers), s.seed
+        )
         (job,) = (job for job in jobs_of(shaped, plan, Design(), s.axis) if job.rule == "control")
-        controls.append(Sample(s.axis, "control", s.hidden_size, s.num_layers, s.seed, train(job, SINGLE)))
+        controls.append(
+            Sample(s.axis, "control", s.hidden_size, s.num_layers, s.seed, train(job, SINGLE))
+        )
     return controls
 
 
 @pytest.mark.parametrize(("axis", "alpha"), [("depth", 1.0), ("depth", 0.5), ("width", 1.0)])
-def test_the_right_implementation_passes_and_the_control_does_not(folder: Path, axis: str, alpha: float):
+def test_the_right_implementation_passes_and_the_control_does_not(
+    folder: Path, axis: str, alpha: float
+):
     samples = samples_of(None, axis, folder, alpha=alpha)
     result = judge(over_seeds(samples + control_of(samples, folder)), alpha)
     assert result.verdict == Verdict.RIGHT, describe_check(result)
-    gradients = {f.band.quantity: f.model.value for f in result.findings if f.band.quantity.startswith("gradient")}
+    gradients = {
+        f.band.quantity: f.model.value
+        for f in result.findings
+        if f.band.quantity.startswith("gradient")
+    }
     expected = {"gradient, hidden matrices": -alpha, "gradient, outside": 0.0}
     if axis == "width":
         expected = {"gradient, hidden matrices": -1.15, "gradient, outside": -1.1}
@@ -277,7 +362,10 @@ FAST = (
 
 @pytest.mark.parametrize("mutation", [m for m in MUTATIONS if m.name in FAST], ids=lambda m: m.name)
 def test_a_wrong_implementation_is_called_wrong(folder: Path, mutation: Mutation):
-    result = judge(over_seeds(samples_of(mutation, mutation.axis, folder, alpha=mutation.alpha)), mutation.alpha)
+    result = judge(
+        over_seeds(samples_of(mutation, mutation.axis, folder, alpha=mutation.alpha)),
+        mutation.alpha,
+    )
     (finding,) = [f for f in result.findings if f.band.quantity == mutation.quantity]
     assert finding.wrong, describe_check(result)
     assert mutation.shows(finding.model.value), describe_check(result)
@@ -288,8 +376,14 @@ def test_a_wrong_implementation_is_called_wrong(folder: Path, mutation: Mutation
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("architecture", ["gpt2", "paper"])
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name)
-def test_every_wrong_implementation_is_called_wrong_on_two_architectures(folder: Path, mutation: Mutation, architecture: str):
-    samples = [s for seed in range(3) for s in samples_of(mutation, mutation.axis, folder, architecture, mutation.alpha, seed)]
+def test_every_wrong_implementation_is_called_wrong_on_two_architectures(
+    folder: Path, mutation: Mutation, architecture: str
+):
+    samples = [
+        s
+        for seed in range(3)
+        for s in samples_of(mutation, mutation.axis, folder, architecture, mutation.alpha, seed)
+    ]
     result = judge(samples, mutation.alpha)
     assert result.verdict == Verdict.WRONG, describe_check(result)
 
@@ -301,7 +395,9 @@ def test_no_seed_of_any_architecture_raises_an_alarm(folder: Path, architecture:
     for seed in range(20):
         for axis in ("depth", "width"):
             result = judge(samples_of(None, axis, folder, architecture, seed=seed))
-            assert not [f for f in result.findings if f.beyond], f"seed {seed}: {describe_check(result)}"
+            assert not [f for f in result.findings if f.beyond], (
+                f"seed {seed}: {describe_check(result)}"
+            )
 
 
 # --- the program ---------------------------------------------------------------------------------------------------------
@@ -315,13 +411,17 @@ class Ran:
 
 
 @pytest.fixture
-def run_tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., Ran]:
+def run_tool(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., Ran]:
     """Runs the program in this process, as its command line would."""
 
     def run(config: Config, *words: str) -> Ran:
         path = tmp_path / "config.yaml"
         save_config(config, path)
-        monkeypatch.setattr(sys, "argv", ["coordinate_check.py", str(path), "training.cpu_threads=1", *words])
+        monkeypatch.setattr(
+            sys, "argv", ["coordinate_check.py", str(path), "training.cpu_threads=1", *words]
+        )
         monkeypatch.setattr(sys, "path", list(sys.path))
         with pytest.raises(SystemExit) as left:
             exit_on_user_error(main)
@@ -331,43 +431,81 @@ def run_tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     return run
 
 
-@pytest.mark.parametrize(("function", "verdict"), [("right", Verdict.RIGHT), ("forgets_the_multiplier", Verdict.WRONG)])
-def test_the_program_checks_a_users_own_model_and_writes_its_files(run_tool, folder: Path, tmp_path: Path, function: str, verdict: Verdict):
+@pytest.mark.parametrize(
+    ("function", "verdict"), [("right", Verdict.RIGHT), ("forgets_the_multiplier", Verdict.WRONG)]
+)
+def test_the_program_checks_a_users_own_model_and_writes_its_files(
+    run_tool, folder: Path, tmp_path: Path, function: str, verdict: Verdict
+):
     out = tmp_path / "out"
-    words = ["--depths", "2,4,8", "--steps", "8", "--seeds", "2", "--no-eps", "--json", "--out", str(out)]
+    words = [
+        "--depths",
+        "2,4,8",
+        "--steps",
+        "8",
+        "--seeds",
+        "2",
+        "--no-eps",
+        "--json",
+        "--out",
+        str(out),
+    ]
     ran = run_tool(small_config(folder, "gpt2"), *words, "--model", f"own_model:{function}")
     assert ran.code == verdict, ran.err
     assert json.loads(ran.out)["verdict"] == verdict.name.lower()
-    assert json.loads((out / "coordinate_check.json").read_text())["verdict"] == verdict.name.lower()
+    assert (
+        json.loads((out / "coordinate_check.json").read_text())["verdict"] == verdict.name.lower()
+    )
     assert (out / "coordinate_check_depth.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "coordinate_check.html").exists()
 
 
 def test_a_check_that_shows_nothing_exits_with_3(run_tool, folder: Path):
     """The embedding moves so much more than the blocks that the control grows no more than the model does."""
-    words = ["--depths", "2,4", "--steps", "1", "--seeds", "2", "--no-eps", "completep.factors={embedding: {lr: 1000.0}}"]
+    words = [
+        "--depths",
+        "2,4",
+        "--steps",
+        "1",
+        "--seeds",
+        "2",
+        "--no-eps",
+        "completep.factors={embedding: {lr: 1000.0}}",
+    ]
     ran = run_tool(small_config(folder), *words)
     assert ran.code == Verdict.CANNOT_TELL == 3, ran.err
     assert "cannot tell: the control's stream change" in ran.out
     assert "depth: 2 layers x 32" in ran.out  # without --widths the configuration's own
 
 
-def test_missing_token_files_useless_axes_and_unknown_models_are_refused_clearly(run_tool, tmp_path: Path):
+def test_missing_token_files_useless_axes_and_unknown_models_are_refused_clearly(
+    run_tool, tmp_path: Path
+):
     config = small_config(tmp_path)
     ran = run_tool(config, "--depths", "2,4")
     assert ran.code == 2
     assert f"{tmp_path / 'text'}" in ran.err
     assert "nothing to compare" in run_tool(config, "--depths", "4").err
-    assert "--model own_model:nothing" in run_tool(config, "--depths", "2,4", "--model", "own_model:nothing").err
-    assert "--model no_such_module:f" in run_tool(config, "--depths", "2,4", "--model", "no_such_module:f").err
+    assert (
+        "--model own_model:nothing"
+        in run_tool(config, "--depths", "2,4", "--model", "own_model:nothing").err
+    )
+    assert (
+        "--model no_such_module:f"
+        in run_tool(config, "--depths", "2,4", "--model", "no_such_module:f").err
+    )
 
 
 def test_several_workers_measure_what_one_process_does(folder: Path):
     plan = Plan([2, 4], [32], steps=2, seeds=2)
     config = small_config(folder, training={"cpu_threads": 1})
-    alone, together = (collect(config, plan, run) for run in (in_turn(SINGLE), in_workers(2, "cpu")))
+    alone, together = (
+        collect(config, plan, run) for run in (in_turn(SINGLE), in_workers(2, "cpu"))
+    )
     assert alone == together
-    assert len({(s.rule, s.num_layers, s.seed, s.measured.stream_change[-1]) for s in alone}) == 8  # no two of them alike
+    assert (
+        len({(s.rule, s.num_layers, s.seed, s.measured.stream_change[-1]) for s in alone}) == 8
+    )  # no two of them alike
 
 
 def test_the_report_has_a_panel_a_parameterization_and_a_line_a_step(folder: Path, tmp_path: Path):
@@ -375,9 +513,13 @@ def test_the_report_has_a_panel_a_parameterization_and_a_line_a_step(folder: Pat
     result = judge(collect(small_config(folder), plan, in_turn(SINGLE)))
     assert exponent(result.samples, result.findings[0].band, "control") is not None
     update = next(f for f in result.findings if f.band.quantity == "update, hidden matrices")
-    assert update.beside["alpha_0.5"].value == pytest.approx(-0.5, abs=0.05)  # shown, and not judged: it is outside the model's band
+    assert update.beside["alpha_0.5"].value == pytest.approx(
+        -0.5, abs=0.05
+    )  # shown, and not judged: it is outside the model's band
     assert "alpha_0.5" in describe_check(result).splitlines()[0]
-    panels = draw_check(result, "depth", {"model": "completep", "alpha_0.5": "alpha 0.5", "control": "muP"}).axes
+    panels = draw_check(
+        result, "depth", {"model": "completep", "alpha_0.5": "alpha 0.5", "control": "muP"}
+    ).axes
     assert len(panels) == 6
     assert len(panels[0].lines) == 3  # steps 0, 1 and 2
     write_check(result, tmp_path, "completep", {})

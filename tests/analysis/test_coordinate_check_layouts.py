@@ -26,10 +26,17 @@ def on_rank(rank: int, folder: str, world_size: int, parallel: dict[str, Any]) -
     config = small_config(Path(folder), parallel=parallel)
     sizes = config.parallel
     data = world_size // (sizes.tensor_parallel_size * sizes.pipeline_parallel_size)
-    return measured(folder, parallel, ParallelContext.over_world(sizes, torch.device("cpu"), rank, world_size, data))
+    return measured(
+        folder,
+        parallel,
+        ParallelContext.over_world(sizes, torch.device("cpu"), rank, world_size, data),
+    )
 
 
-TENSOR, PIPELINE = {"tensor_parallel_size": 2, "sequence_parallel": True}, {"pipeline_parallel_size": 2}
+TENSOR, PIPELINE = (
+    {"tensor_parallel_size": 2, "sequence_parallel": True},
+    {"pipeline_parallel_size": 2},
+)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +50,9 @@ TENSOR, PIPELINE = {"tensor_parallel_size": 2, "sequence_parallel": True}, {"pip
     ],
     ids=["tensor", "pipeline", "data", "tensor x pipeline", "tensor x pipeline x data"],
 )
-def test_every_layout_measures_what_one_process_does(pool, tmp_path: Path, world_size: int, parallel: dict[str, Any]):
+def test_every_layout_measures_what_one_process_does(
+    pool, tmp_path: Path, world_size: int, parallel: dict[str, Any]
+):
     write_tokens(tmp_path, 8_000)
     expected = flat(measured(str(tmp_path), {}, ParallelContext.single()))
     for other in pool.run(world_size, on_rank, str(tmp_path), world_size, parallel):

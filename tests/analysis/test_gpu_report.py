@@ -23,7 +23,10 @@ DEVICE = {
     "python": "0",
     "date": "0",
 }
-ROWS = [{"precision": "bf16", "ours": {"median": 0.5}, "ratio": 0.75}, {"precision": "float32", "ours": {"median": 1.5}, "ratio": 0.875}]
+ROWS = [
+    {"precision": "bf16", "ours": {"median": 0.5}, "ratio": 0.75},
+    {"precision": "float32", "ours": {"median": 1.5}, "ratio": 0.875},
+]
 
 
 def part(name, program, json_output=True, share=0.5):
@@ -32,7 +35,11 @@ def part(name, program, json_output=True, share=0.5):
 
 def make(tmp_path, *run):
     folder = gpu_report.make_report(tmp_path, os.environ, DEVICE, lambda line: None, run)
-    return folder, json.loads((folder / "report.json").read_text()), (folder / "report.md").read_text()
+    return (
+        folder,
+        json.loads((folder / "report.json").read_text()),
+        (folder / "report.md").read_text(),
+    )
 
 
 def test_a_report_holds_every_part_and_its_figures(tmp_path):
@@ -42,7 +49,10 @@ def test_a_report_holds_every_part_and_its_figures(tmp_path):
         tmp_path,
         part("kernel tests", "print('3 passed')", json_output=False),
         part("kernel benchmark", benchmark),
-        part("training benchmark", f"print('log line'); print({json.dumps(json.dumps({'comparisons': ROWS}))})"),
+        part(
+            "training benchmark",
+            f"print('log line'); print({json.dumps(json.dumps({'comparisons': ROWS}))})",
+        ),
     )
     assert folder == tmp_path / "docs" / "benchmarks" / "test-gpu-1-none"
     assert gpu_report.passed(folder), report
@@ -60,10 +70,14 @@ def test_a_report_holds_every_part_and_its_figures(tmp_path):
         ("import time; time.sleep(600)", 0.002, "stopped after"),
     ],
 )
-def test_a_part_that_fails_is_reported_and_the_others_still_run(tmp_path, monkeypatch, program, share, summary):
+def test_a_part_that_fails_is_reported_and_the_others_still_run(
+    tmp_path, monkeypatch, program, share, summary
+):
     monkeypatch.setattr(gpu_report, "LEAST_SECONDS", 0.1)
     folder, report, page = make(
-        tmp_path, part("kernel benchmark", program, share=share), part("training benchmark", "print('{\"ratio\": 1.0}')")
+        tmp_path,
+        part("kernel benchmark", program, share=share),
+        part("training benchmark", "print('{\"ratio\": 1.0}')"),
     )
     assert not gpu_report.passed(folder)
     assert [p["passed"] for p in report["parts"]] == [False, True]
@@ -93,4 +107,7 @@ def test_without_a_gpu_the_tools_say_so_in_one_line(tool):
         check=False,
     )
     assert answer.returncode == 2
-    assert answer.stderr.startswith("error: no GPU is visible to torch") and answer.stderr.count("\n") == 1
+    assert (
+        answer.stderr.startswith("error: no GPU is visible to torch")
+        and answer.stderr.count("\n") == 1
+    )

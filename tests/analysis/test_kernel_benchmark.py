@@ -19,7 +19,23 @@ CPU = torch.device("cpu")
 
 
 def measurement(implementation, p50, columns=64):
-    return Measurement("norm", implementation, 8, columns, p50, p50, p50, 1000, 1.0, 50.0, None, None, None, None, None)
+    return Measurement(
+        "norm",
+        implementation,
+        8,
+        columns,
+        p50,
+        p50,
+        p50,
+        1000,
+        1.0,
+        50.0,
+        None,
+        None,
+        None,
+        None,
+        None,
+    )
 
 
 def prepared(work):
@@ -32,12 +48,19 @@ def test_a_trial_measures_every_kernel_and_ours_is_right(tmp_path):
     ours = [m for m in found if m.implementation == "ours"]
     assert len({m.kernel for m in ours}) == 21
     assert all(m.floor_bytes > 0 and m.percent_of_copy > 0 for m in ours)
-    assert all(len([m for m in found if m.kernel == one.kernel]) >= 2 for one in ours), "a kernel has no baseline"
+    assert all(len([m for m in found if m.kernel == one.kernel]) >= 2 for one in ours), (
+        "a kernel has no baseline"
+    )
     assert all(m.max_error is None or m.max_error < 1e-5 for m in ours)
     assert sum(m.max_error is not None for m in ours) >= 7
     paths = write_report(found, ["something"], {"device": "cpu"}, tmp_path)
-    assert json.loads(paths[0].read_text())["measurements"][0]["kernel"] == "residual rmsnorm forward"
-    assert "## residual rmsnorm backward" in paths[1].read_text() and "- something" in paths[1].read_text()
+    assert (
+        json.loads(paths[0].read_text())["measurements"][0]["kernel"] == "residual rmsnorm forward"
+    )
+    assert (
+        "## residual rmsnorm backward" in paths[1].read_text()
+        and "- something" in paths[1].read_text()
+    )
     assert paths[2].read_bytes().startswith(b"\x89PNG")
 
 
@@ -50,7 +73,9 @@ def test_rates_follow_from_the_floor_and_the_copy(monkeypatch):
     times = iter([2.0, 4.0])  # the copy, then ours
     monkeypatch.setattr(kernel_benchmark, "_quantiles", lambda *_: (next(times),) * 3)
     (row,) = measure(Case("x", 1, 1, 8000, {"ours": prepared(lambda: None)}), SMOKE, CPU, print)
-    assert row.gigabytes_per_second == pytest.approx(2.0) and row.percent_of_copy == pytest.approx(50.0)
+    assert row.gigabytes_per_second == pytest.approx(2.0) and row.percent_of_copy == pytest.approx(
+        50.0
+    )
 
 
 def test_a_failing_baseline_is_reported_and_ours_is_not_excused():
@@ -61,13 +86,21 @@ def test_a_failing_baseline_is_reported_and_ours_is_not_excused():
     broken = {"when prepared": fail, "when called": prepared(fail), "ours": prepared(lambda: None)}
     rows = list(measure(Case("x", 1, 1, 8, broken), SMOKE, CPU, lines.append))
     assert [row.implementation for row in rows] == ["ours"]
-    assert lines == ["x, when prepared: RuntimeError: no such kernel", "x, when called: RuntimeError: no such kernel"]
+    assert lines == [
+        "x, when prepared: RuntimeError: no such kernel",
+        "x, when called: RuntimeError: no such kernel",
+    ]
     with pytest.raises(RuntimeError):
         list(measure(Case("x", 1, 1, 8, {"ours": prepared(fail)}), SMOKE, CPU, lines.append))
 
 
 def test_speedup_is_the_geometric_mean_and_the_worst_shape():
-    rows = [measurement("ours", 1.0), measurement("eager", 2.0), measurement("ours", 1.0, 128), measurement("eager", 8.0, 128)]
+    rows = [
+        measurement("ours", 1.0),
+        measurement("eager", 2.0),
+        measurement("ours", 1.0, 128),
+        measurement("eager", 8.0, 128),
+    ]
     assert speedup(rows, "norm", "eager") == pytest.approx((4.0, 2.0))
     assert speedup(rows, "norm", "liger") is None
 
@@ -78,18 +111,39 @@ def test_folder_is_named_by_the_device():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_tool_says_so_and_exits_2():
-    answer = subprocess.run([sys.executable, TOOL], capture_output=True, text=True, check=False, cwd=TOOL.parents[1], env=None)
-    assert answer.returncode == 2 and "needs a GPU" in answer.stderr and "Traceback" not in answer.stderr
+    answer = subprocess.run(
+        [sys.executable, TOOL],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=TOOL.parents[1],
+        env=None,
+    )
+    assert (
+        answer.returncode == 2
+        and "needs a GPU" in answer.stderr
+        and "Traceback" not in answer.stderr
+    )
 
 
 def test_torch_compile_starts_afresh_for_every_shape_and_serves_both_directions(monkeypatch):
     """Eight shapes of one function exhaust its recompilations: from then on it would run without, and be timed as if with."""
     calls: list[str] = []
     monkeypatch.setattr(torch.compiler, "reset", lambda: calls.append("reset"))
-    monkeypatch.setattr(torch, "compile", lambda function, dynamic: calls.append("compile") or function)
+    monkeypatch.setattr(
+        torch, "compile", lambda function, dynamic: calls.append("compile") or function
+    )
     plan = dataclasses.replace(SMOKE, with_compile=True, dtype=torch.float32)
     found, _ = run(plan, CPU, lambda line: None)
     compiled = {m.kernel for m in found if m.implementation == "torch.compile"}
-    assert {"residual layernorm backward", "swiglu backward", "rotary", "cross-entropy backward", "rmsnorm forward"} <= compiled
+    assert {
+        "residual layernorm backward",
+        "swiglu backward",
+        "rotary",
+        "cross-entropy backward",
+        "rmsnorm forward",
+    } <= compiled
     assert calls == ["reset", "compile"] * (len(calls) // 2)
-    assert len(calls) // 2 == 2 + 1 + 2 + 2 + 1  # residual norms, cross-entropy, activations, norms, rotary
+    assert (
+        len(calls) // 2 == 2 + 1 + 2 + 2 + 1
+    )  # residual norms, cross-entropy, activations, norms, rotary

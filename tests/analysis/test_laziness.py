@@ -13,7 +13,13 @@ from torch.func import jvp
 from megatron_completep.errors import ConfigError
 from megatron_completep.instruments.check_report import describe_laziness, write_laziness
 from megatron_completep.instruments.coordinate_verdict import Verdict
-from megatron_completep.instruments.laziness import LazinessSample, block_laziness, block_output, collect, judge
+from megatron_completep.instruments.laziness import (
+    LazinessSample,
+    block_laziness,
+    block_output,
+    collect,
+    judge,
+)
 from megatron_completep.instruments.trial import Trial, for_short_runs, read_batches, reshape
 from megatron_completep.parallel.context import ParallelContext
 
@@ -22,7 +28,12 @@ SINGLE = ParallelContext.single()
 
 def made_up(exponents: dict[str, float]) -> list[LazinessSample]:
     depths = [2, 4, 8, 16, 32]
-    return [LazinessSample(rule, d, s, [0.1 * d**p] * d) for rule, p in exponents.items() for d in depths for s in range(2)]
+    return [
+        LazinessSample(rule, d, s, [0.1 * d**p] * d)
+        for rule, p in exponents.items()
+        for d in depths
+        for s in range(2)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -42,7 +53,11 @@ def test_the_verdict_follows_from_the_exponents(own: float, control: float, verd
 
 
 def seeds(rule: str, exponents: list[float]) -> list[LazinessSample]:
-    return [LazinessSample(rule, d, s, [0.1 * d**p] * d) for s, p in enumerate(exponents) for d in (8, 16, 32)]
+    return [
+        LazinessSample(rule, d, s, [0.1 * d**p] * d)
+        for s, p in enumerate(exponents)
+        for d in (8, 16, 32)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -56,14 +71,18 @@ def seeds(rule: str, exponents: list[float]) -> list[LazinessSample]:
         ([-0.1, -0.11], [-0.7], "reaches above -0.25"),
     ],
 )
-def test_an_interval_that_holds_both_answers_cannot_tell(own: list[float], control: list[float], words: str):
+def test_an_interval_that_holds_both_answers_cannot_tell(
+    own: list[float], control: list[float], words: str
+):
     result = judge(seeds("own", own) + seeds("alpha_0.5", control), base_num_layers=2)
     assert result.verdict == Verdict.CANNOT_TELL
     assert words in result.reason
 
 
 def test_the_published_laziness_keeps_its_verdict():
-    published = json.loads((Path(__file__).parents[2] / "docs/results/laziness/laziness.json").read_text())
+    published = json.loads(
+        (Path(__file__).parents[2] / "docs/results/laziness/laziness.json").read_text()
+    )
     result = judge([LazinessSample(**sample) for sample in published["samples"]], base_num_layers=2)
     assert result.verdict == Verdict.RIGHT, result.reason
 
@@ -88,9 +107,13 @@ def test_the_measure_equals_one_with_an_exact_directional_derivative(tmp_path: P
         model(batches[0].tokens)
         x = taps.streams["layers.1.attention_norm"][0]
     inputs = model._attention_inputs(x, batches[0].tokens, None, None, None)
-    before = {n: p.detach().clone() for n, p in model.named_parameters() if n.startswith("layers.1.")}
+    before = {
+        n: p.detach().clone() for n, p in model.named_parameters() if n.startswith("layers.1.")
+    }
     trial.step.run(batches, 1).read()
-    after = {n: p.detach().clone() for n, p in model.named_parameters() if n.startswith("layers.1.")}
+    after = {
+        n: p.detach().clone() for n, p in model.named_parameters() if n.startswith("layers.1.")
+    }
 
     block = PlainBlock(trial.table.residual_multiplier, trial.table.attention_scale, heads=2)
 
@@ -100,7 +123,12 @@ def test_the_measure_equals_one_with_an_exact_directional_derivative(tmp_path: P
     start, along = jvp(function, (before,), ({n: after[n] - before[n] for n in before},))
     expected = ((function(after) - start - along).norm() / along.norm()).item()
     assert measured[1] == pytest.approx(expected, rel=1e-5)
-    torch.testing.assert_close(block_output(model, model.blocks()[1][1], x, inputs), function(after), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        block_output(model, model.blocks()[1][1], x, inputs),
+        function(after),
+        rtol=1e-10,
+        atol=1e-12,
+    )
 
 
 class PlainBlock:
@@ -119,10 +147,16 @@ class PlainBlock:
 
     def norm(self, w: dict[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
         centred = x - x.mean(-1, keepdim=True)
-        return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w[f"{name}.weight"] + w[f"{name}.bias"]
+        return (
+            centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w[f"{name}.weight"]
+            + w[f"{name}.bias"]
+        )
 
     def attention(self, w: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).permute(1, 2, 0, 3) for part in self.linear(w, "attention.qkv", x).chunk(3, -1))
+        q, k, v = (
+            part.unflatten(-1, (self.heads, -1)).permute(1, 2, 0, 3)
+            for part in self.linear(w, "attention.qkv", x).chunk(3, -1)
+        )
         scores = self.scale * q @ k.transpose(-1, -2)
         future = torch.ones(x.shape[0], x.shape[0], dtype=torch.bool).triu(1)
         mixed = torch.softmax(scores.masked_fill(future, -torch.inf), -1) @ v
@@ -132,13 +166,18 @@ class PlainBlock:
 def test_a_smaller_step_is_lazier(tmp_path: Path):
     """The remainder is of second order: r falls with the learning rate, in proportion."""
     write_tokens(tmp_path, 8_000)
-    large, small = block_laziness(trial_of(tmp_path, base_lr=2**-8)), block_laziness(trial_of(tmp_path, base_lr=2**-11))
+    large, small = (
+        block_laziness(trial_of(tmp_path, base_lr=2**-8)),
+        block_laziness(trial_of(tmp_path, base_lr=2**-11)),
+    )
     assert all(b < a / 4 for a, b in zip(large, small, strict=True))
 
 
 def test_results_are_written_beside_each_other(tmp_path: Path):
     write_laziness(judge(made_up({"own": -0.1, "alpha_0.5": -0.7}), 2), tmp_path, {})
-    assert {"laziness.json", "laziness.png", "laziness.html"} <= {path.name for path in tmp_path.iterdir()}
+    assert {"laziness.json", "laziness.png", "laziness.html"} <= {
+        path.name for path in tmp_path.iterdir()
+    }
 
 
 def test_a_model_split_over_ranks_is_refused(tmp_path: Path):
@@ -160,4 +199,6 @@ def test_completep_stays_complete_and_alpha_half_becomes_lazy(tmp_path: Path):
 def test_alpha_half_checked_as_ones_own_is_called_lazy(tmp_path: Path):
     write_tokens(tmp_path)
     config = small_config(tmp_path, "gpt2", optimizer={"base_lr": 2**-8}, completep={"alpha": 0.5})
-    assert judge(collect(config, [2, 8, 16, 32], 2, ("own", "alpha_0.5")), 2).verdict == Verdict.WRONG
+    assert (
+        judge(collect(config, [2, 8, 16, 32], 2, ("own", "alpha_0.5")), 2).verdict == Verdict.WRONG
+    )

@@ -42,28 +42,70 @@ def rotate(x, cos, sin):
 def liger_rope(q, k, cos, sin, position_ids=None, unsqueeze_dim=1):
     """q, k [B, heads, S, D]; cos, sin [1, S, D]."""
     assert cos.shape == (1, q.shape[2], q.shape[3])
-    return rotate(q, cos.unsqueeze(1), sin.unsqueeze(1)), rotate(k, cos.unsqueeze(1), sin.unsqueeze(1))
+    return rotate(q, cos.unsqueeze(1), sin.unsqueeze(1)), rotate(
+        k, cos.unsqueeze(1), sin.unsqueeze(1)
+    )
 
 
-def quack_rmsnorm(x, weight=None, bias=None, residual=None, out_dtype=None, residual_dtype=None, eps=1e-6, prenorm=False):
+def quack_rmsnorm(
+    x,
+    weight=None,
+    bias=None,
+    residual=None,
+    out_dtype=None,
+    residual_dtype=None,
+    eps=1e-6,
+    prenorm=False,
+):
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
-def quack_cross_entropy(x, target, lse_partial=None, weight=None, ignore_index=-100, reduction="mean", inplace_backward=False):
+def quack_cross_entropy(
+    x,
+    target,
+    lse_partial=None,
+    weight=None,
+    ignore_index=-100,
+    reduction="mean",
+    inplace_backward=False,
+):
     return F.cross_entropy(x.float(), target, reduction=reduction)
 
 
 def parallel_cross_entropy(
-    inp, target, label_smoothing=0.0, reduce_loss=False, dist_process_group=None, ignore_idx=-100, is_cg_capturable=False, *, _input=None
+    inp,
+    target,
+    label_smoothing=0.0,
+    reduce_loss=False,
+    dist_process_group=None,
+    ignore_idx=-100,
+    is_cg_capturable=False,
+    *,
+    _input=None,
 ):
     assert inp.dim() == 3 and target.shape == inp.shape[:2]
-    return F.cross_entropy(inp.float().flatten(0, 1), target.flatten(), reduction="mean" if reduce_loss else "none").view(target.shape)
+    return F.cross_entropy(
+        inp.float().flatten(0, 1), target.flatten(), reduction="mean" if reduce_loss else "none"
+    ).view(target.shape)
 
 
 def apply_rotary_pos_emb(
-    t, freqs, tensor_format="sbhd", start_positions=None, interleaved=False, fused=False, cu_seqlens=None, cp_size=1, cp_rank=0
+    t,
+    freqs,
+    tensor_format="sbhd",
+    start_positions=None,
+    interleaved=False,
+    fused=False,
+    cu_seqlens=None,
+    cp_size=1,
+    cp_rank=0,
 ):
-    assert fused and tensor_format == "sbhd" and freqs.shape == (t.shape[0], 1, 1, t.shape[3]) and freqs.dtype == torch.float32
+    assert (
+        fused
+        and tensor_format == "sbhd"
+        and freqs.shape == (t.shape[0], 1, 1, t.shape[3])
+        and freqs.dtype == torch.float32
+    )
     return rotate(t, freqs.cos(), freqs.sin())
 
 
@@ -90,7 +132,16 @@ def fused_apply_rotary_pos_emb_cached(t, cos_, sin_, transpose_output_memory=Fal
 
 
 class FusedAdam(torch.optim.AdamW):
-    def __init__(self, params, lr=1e-3, bias_correction=True, betas=(0.9, 0.999), eps=1e-8, adam_w_mode=True, weight_decay=0.0):
+    def __init__(
+        self,
+        params,
+        lr=1e-3,
+        bias_correction=True,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        adam_w_mode=True,
+        weight_decay=0.0,
+    ):
         assert adam_w_mode and bias_correction
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
@@ -101,7 +152,13 @@ class Norm(torch.nn.RMSNorm):
 
 
 LIBRARIES = {  # every module that the adapters import
-    "liger_kernel.transformers.functional": [liger_rms_norm, liger_layer_norm, liger_cross_entropy, liger_swiglu, liger_rope],
+    "liger_kernel.transformers.functional": [
+        liger_rms_norm,
+        liger_layer_norm,
+        liger_cross_entropy,
+        liger_swiglu,
+        liger_rope,
+    ],
     "quack.rmsnorm": {"rmsnorm": quack_rmsnorm},
     "quack.cross_entropy": {"cross_entropy": quack_cross_entropy},
     "transformer_engine.pytorch": {"RMSNorm": Norm, "LayerNorm": torch.nn.LayerNorm},
@@ -125,7 +182,11 @@ def libraries(monkeypatch):
         for k in range(1, len(parts) + 1):
             path = ".".join(parts[:k])
             modules.setdefault(path, types.ModuleType(path))
-        given = members if isinstance(members, dict) else {member.__name__: member for member in members}
+        given = (
+            members
+            if isinstance(members, dict)
+            else {member.__name__: member for member in members}
+        )
         vars(modules[name]).update(given)
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
@@ -142,16 +203,23 @@ def close(found, expected):
 
 def test_no_library_is_needed():
     assert library_baselines.norms(torch.nn.Parameter(torch.ones(HIDDEN)), None, silent) == {}
-    assert library_baselines.cross_entropies(silent) == {} and library_baselines.swiglus(silent) == {}
+    assert (
+        library_baselines.cross_entropies(silent) == {} and library_baselines.swiglus(silent) == {}
+    )
 
 
 def test_norms_compute_what_torch_computes(libraries):
-    x, weight, bias = torch.randn(5, HIDDEN), *(torch.nn.Parameter(torch.randn(HIDDEN)) for _ in range(2))
+    x, weight, bias = (
+        torch.randn(5, HIDDEN),
+        *(torch.nn.Parameter(torch.randn(HIDDEN)) for _ in range(2)),
+    )
     found = library_baselines.norms(weight, None, silent)
     assert set(found) == {"liger", "quack", "transformer engine", "apex"}
     for norm in found.values():
         close(norm(x), F.rms_norm(x, (HIDDEN,), weight, library_baselines.EPS))
-        assert torch.autograd.grad(norm(x).sum(), weight)[0].shape == (HIDDEN,), "it differentiates a weight of its own"
+        assert torch.autograd.grad(norm(x).sum(), weight)[0].shape == (HIDDEN,), (
+            "it differentiates a weight of its own"
+        )
     found = library_baselines.norms(weight, bias, silent)
     assert set(found) == {"liger", "transformer engine", "apex"}
     for norm in found.values():
@@ -170,7 +238,12 @@ def test_losses_activations_and_rotations_compute_what_torch_computes(libraries)
     assert set(swiglus) == {"liger", "transformer engine"}
     for swiglu in swiglus.values():
         close(swiglu(gate_up), expected)
-        close(*(torch.autograd.grad(out.sum(), gate_up, retain_graph=True)[0] for out in (swiglu(gate_up), expected)))
+        close(
+            *(
+                torch.autograd.grad(out.sum(), gate_up, retain_graph=True)[0]
+                for out in (swiglu(gate_up), expected)
+            )
+        )
     x, angle = torch.randn(7, 1, 4, 8), torch.rand(7, 1, 4)
     whole = torch.cat((angle, angle), -1).unsqueeze(1)
     expected = rotate(x, whole.cos(), whole.sin())
@@ -191,14 +264,21 @@ def test_optimizers_take_the_step_that_torch_takes(libraries):
         make(parameter)()
         return parameter.detach()
 
-    expected = stepped(lambda p: torch.optim.AdamW([p], lr=0.1, betas=(0.9, 0.95), weight_decay=0.2).step)
+    expected = stepped(
+        lambda p: torch.optim.AdamW([p], lr=0.1, betas=(0.9, 0.95), weight_decay=0.2).step
+    )
     for name in ("transformer engine", "apex"):
-        close(stepped(lambda p, name=name: library_baselines.adamws(p, 0.1, 0.2, silent)[name]), expected)
+        close(
+            stepped(lambda p, name=name: library_baselines.adamws(p, 0.1, 0.2, silent)[name]),
+            expected,
+        )
 
 
 def test_the_benchmark_measures_every_library_where_it_has_something(libraries):
     lines: list[str] = []
-    found, left_out = run(dataclasses.replace(SMOKE, dtype=torch.float32), torch.device("cpu"), lines.append)
+    found, left_out = run(
+        dataclasses.replace(SMOKE, dtype=torch.float32), torch.device("cpu"), lines.append
+    )
     assert not left_out and not [line for line in lines if "Error" in line or "cannot" in line]
     measured = {(m.kernel, m.implementation) for m in found}
     everybody = {"liger", "transformer engine", "apex"}
@@ -220,15 +300,34 @@ def test_a_broken_library_is_reported_and_stops_nothing(libraries, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("built for another architecture")
 
-    monkeypatch.setattr(libraries["liger_kernel.transformers.functional"], "liger_rms_norm", broken)  # fails when called
-    monkeypatch.delattr(libraries["apex.transformer.functional"], "fused_apply_rotary_pos_emb_cached")  # another version
+    monkeypatch.setattr(
+        libraries["liger_kernel.transformers.functional"], "liger_rms_norm", broken
+    )  # fails when called
+    monkeypatch.delattr(
+        libraries["apex.transformer.functional"], "fused_apply_rotary_pos_emb_cached"
+    )  # another version
     monkeypatch.setattr(libraries["transformer_engine.pytorch.optimizers"], "FusedAdam", broken)
-    monkeypatch.setattr(libraries["quack.cross_entropy"], "cross_entropy", lambda logits: logits)  # another signature
+    monkeypatch.setattr(
+        libraries["quack.cross_entropy"], "cross_entropy", lambda logits: logits
+    )  # another signature
     lines: list[str] = []
-    found, _ = run(dataclasses.replace(SMOKE, dtype=torch.float32), torch.device("cpu"), lines.append)
+    found, _ = run(
+        dataclasses.replace(SMOKE, dtype=torch.float32), torch.device("cpu"), lines.append
+    )
     assert len({m.kernel for m in found if m.implementation == "ours"}) == 21
     said = "\n".join(lines)
-    assert "residual rmsnorm forward, add + liger: RuntimeError: built for another architecture" in said
-    assert said.count("apex is installed, but its rotary embedding cannot be prepared: AttributeError") == 1
-    assert said.count("transformer engine is installed, but its AdamW cannot be prepared: RuntimeError") == 1
+    assert (
+        "residual rmsnorm forward, add + liger: RuntimeError: built for another architecture"
+        in said
+    )
+    assert (
+        said.count("apex is installed, but its rotary embedding cannot be prepared: AttributeError")
+        == 1
+    )
+    assert (
+        said.count(
+            "transformer engine is installed, but its AdamW cannot be prepared: RuntimeError"
+        )
+        == 1
+    )
     assert "cross-entropy backward, quack: TypeError" in said

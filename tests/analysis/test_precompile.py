@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-CONFIG = [str(ROOT / "configs" / "quickstart.yaml"), "training.precision=bf16", "model.num_layers=2"]
+CONFIG = [
+    str(ROOT / "configs" / "quickstart.yaml"),
+    "training.precision=bf16",
+    "model.num_layers=2",
+]
 OPTIMIZER_AND_LOSS = {
     "adamw_kernel",
     "sum_of_squares_kernel",
@@ -23,7 +27,9 @@ def compile_kernels(*arguments):
     """A process of its own: one that has chosen Triton's interpreter cannot compile."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
     program = [sys.executable, str(ROOT / "tools" / "compile_kernels.py"), *arguments]
-    return subprocess.run(program, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
+    return subprocess.run(
+        program, env=environment, capture_output=True, text=True, check=False, cwd=ROOT
+    )
 
 
 def test_every_kernel_of_a_run_is_compiled_into_the_cache(tmp_path):
@@ -41,7 +47,10 @@ def test_every_kernel_of_a_run_is_compiled_into_the_cache(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([CONFIG[0], "training.precision=float64", "--arch", "sm_90"], "training.precision = float64"),
+        (
+            [CONFIG[0], "training.precision=float64", "--arch", "sm_90"],
+            "training.precision = float64",
+        ),
         (["no_such_file.yaml", "--arch", "sm_90"], "no_such_file.yaml"),
     ],
 )

@@ -25,7 +25,9 @@ def fake_library(folder: Path, files: int) -> Path:
     (library / "test").mkdir(parents=True)
     (library / "site-packages").mkdir()
     for number in range(files):
-        (library / ("test" if number % 2 else "") / f"m{number:03}.py").write_text(f"# ä {number}\n")
+        (library / ("test" if number % 2 else "") / f"m{number:03}.py").write_text(
+            f"# ä {number}\n"
+        )
     (library / "test" / "latin.py").write_bytes(b"# \xe4\n")
     (library / "site-packages" / "other.py").write_text("# not the standard library\n")
     return library
@@ -45,15 +47,24 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_documents_are_split_and_none_is_in_both(corpus: Path) -> None:
     found = gather_standard_library(corpus, lambda what, done, total: None)
-    train, validation = ({document["path"] for document in read(corpus / f"{split}.jsonl")} for split in ("train", "validation"))
+    train, validation = (
+        {document["path"] for document in read(corpus / f"{split}.jsonl")}
+        for split in ("train", "validation")
+    )
     assert len(train) + len(validation) == 120 == found["documents"] and not train & validation
     assert len(validation) == 3 and found["left_out"] == 1
-    texts = [document["text"] for split in ("train", "validation") for document in read(corpus / f"{split}.jsonl")]
+    texts = [
+        document["text"]
+        for split in ("train", "validation")
+        for document in read(corpus / f"{split}.jsonl")
+    ]
     assert sum(len(text.encode()) for text in texts) == found["bytes"]
     assert not any("not the standard library" in text for text in texts)
 
 
-def test_a_corpus_that_is_there_is_kept_and_another_pythons_takes_the_tokenizer_away(corpus: Path) -> None:
+def test_a_corpus_that_is_there_is_kept_and_another_pythons_takes_the_tokenizer_away(
+    corpus: Path,
+) -> None:
     found = gather_standard_library(corpus, lambda what, done, total: None)
     (corpus / "tokenizer.model").write_text("")
     (corpus / "train.jsonl").write_text("kept")
@@ -61,10 +72,14 @@ def test_a_corpus_that_is_there_is_kept_and_another_pythons_takes_the_tokenizer_
     assert (corpus / "train.jsonl").read_text() == "kept" and (corpus / "tokenizer.model").exists()
     (corpus / "corpus.json").write_text(json.dumps({**found, "python": "2.7"}))
     assert gather_standard_library(corpus, lambda what, done, total: None) == found
-    assert (corpus / "train.jsonl").read_text() != "kept" and not (corpus / "tokenizer.model").exists()
+    assert (corpus / "train.jsonl").read_text() != "kept" and not (
+        corpus / "tokenizer.model"
+    ).exists()
 
 
-def test_a_python_without_source_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_python_without_source_is_a_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     with pytest.raises(DataError, match="no source files"):
         gather_standard_library(tmp_path, lambda what, done, total: None)
@@ -72,7 +87,9 @@ def test_a_python_without_source_is_a_clear_error(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize(("processes", "expected"), [(1, 8), (2, 8), (4, 4), (8, 2), (16, 1)])
 def test_every_gpu_gets_a_share_of_the_batch(processes: int, expected: int) -> None:
-    assert layout_overrides(load_config(CONFIG), processes) == [f"training.micro_batch_size={expected}"]
+    assert layout_overrides(load_config(CONFIG), processes) == [
+        f"training.micro_batch_size={expected}"
+    ]
 
 
 @pytest.mark.parametrize("processes", [3, 32])
@@ -102,16 +119,34 @@ def test_the_whole_quickstart_leaves_what_it_promises(tmp_path: Path) -> None:
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "tools/quickstart.py", *arguments, *overrides]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=280)
+        return subprocess.run(
+            command,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            timeout=280,
+        )
 
     first = run("--goal", "0.5")
     assert first.returncode == 0, first.stdout + first.stderr
     assert "resumed after step 60" in first.stdout
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert {"report.html", "report.md", "loss.png", "metrics.jsonl", "tensorboard", "checkpoints", "config.yaml"} <= names
+    assert {
+        "report.html",
+        "report.md",
+        "loss.png",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints",
+        "config.yaml",
+    } <= names
     rows = read(tmp_path / "run" / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 121))
-    assert f"Validation loss {rows[-1]['validation_loss']:.4f}" in (tmp_path / "run" / "report.md").read_text()
+    assert (
+        f"Validation loss {rows[-1]['validation_loss']:.4f}"
+        in (tmp_path / "run" / "report.md").read_text()
+    )
     second = run("--goal", "8")  # nobody reaches that: the check can fail
     assert second.returncode == 1 and "this is less" in second.stdout
     assert read(tmp_path / "run" / "metrics.jsonl") == rows

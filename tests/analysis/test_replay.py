@@ -27,7 +27,10 @@ from megatron_completep.tools.replay_trace import main
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests/golden"
 NAMES = ["completep", "alpha_half", "mup", "completep_base"]
-TOLERANCES = {"float64": (1e-12, 1e-12, 1e-12), "float32": (1e-5, 1e-3, 1e-5)}  # from the traces' README
+TOLERANCES = {
+    "float64": (1e-12, 1e-12, 1e-12),
+    "float32": (1e-5, 1e-3, 1e-5),
+}  # from the traces' README
 
 
 @pytest.mark.parametrize("precision", ["float64", "float32"])
@@ -35,8 +38,14 @@ TOLERANCES = {"float64": (1e-12, 1e-12, 1e-12), "float32": (1e-5, 1e-3, 1e-5)}  
 def test_the_authors_recorded_runs_are_reproduced(name: str, precision: str) -> None:
     trace = Trace.load(str(GOLDEN / name))
     result = replay(trace, precision)
-    errors = result.max_relative_loss_error, result.max_relative_grad_norm_error, result.max_relative_weight_norm_error
-    assert all(error <= bound for error, bound in zip(errors, TOLERANCES[precision], strict=True)), errors
+    errors = (
+        result.max_relative_loss_error,
+        result.max_relative_grad_norm_error,
+        result.max_relative_weight_norm_error,
+    )
+    assert all(
+        error <= bound for error, bound in zip(errors, TOLERANCES[precision], strict=True)
+    ), errors
     assert result.passed
     assert len(result.loss) == trace.record["steps"] == 20
     recomputed = max(abs(a - b) / b for a, b in zip(result.loss, trace.record["loss"], strict=True))
@@ -46,10 +55,15 @@ def test_the_authors_recorded_runs_are_reproduced(name: str, precision: str) -> 
 def first_steps(trace: Trace, steps: int) -> Trace:
     """The trace cut after a few steps; the norms of its final weights no longer fit."""
     record = {**trace.record, **{key: trace.record[key][:steps] for key in ("loss", "grad_norm")}}
-    return Trace(record, {**trace.arrays, **{key: trace.arrays[key][:steps] for key in ("inputs", "targets")}})
+    return Trace(
+        record,
+        {**trace.arrays, **{key: trace.arrays[key][:steps] for key in ("inputs", "targets")}},
+    )
 
 
-def with_cell(role: Role, cell: str, change: Callable[[float, float, float, float], float]) -> Callable[[pytest.MonkeyPatch], None]:
+def with_cell(
+    role: Role, cell: str, change: Callable[[float, float, float, float], float]
+) -> Callable[[pytest.MonkeyPatch], None]:
     """A table with one wrong factor: times change(m_N, m_L, alpha, ratio)."""
     original = page.RULES["adamw"]
 
@@ -92,7 +106,9 @@ WRONG: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
 
 
 @pytest.mark.parametrize("mistake", list(WRONG))
-def test_a_wrong_implementation_fails_the_replay(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_implementation_fails_the_replay(
+    mistake: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     name, apply = WRONG[mistake]
     trace = first_steps(Trace.load(str(GOLDEN / name)), 3)
     assert replay(trace).max_relative_loss_error < 1e-14
@@ -131,7 +147,9 @@ def test_relative_error_of_figures_that_are_not_finite_or_too_few_is_infinite() 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("alpha", [1.0, 0.5, None])
-def test_traces_of_every_kind_are_reproduced(tmp_path: Path, alpha: float | None, bias: bool, tied: bool) -> None:
+def test_traces_of_every_kind_are_reproduced(
+    tmp_path: Path, alpha: float | None, bias: bool, tied: bool
+) -> None:
     """Recorded here by an independent implementation, with m_N = 2 and m_L = 3 (so that muP's unscaled decay shows)."""
     record(tmp_path / "trace", alpha, bias, tied)
     result = replay(Trace.load(str(tmp_path / "trace.npz")))
@@ -154,7 +172,9 @@ def test_traces_of_every_kind_are_reproduced(tmp_path: Path, alpha: float | None
     ],
     ids=str,
 )
-def test_a_trace_that_cannot_be_replayed_says_why(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_a_trace_that_cannot_be_replayed_says_why(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
     settings = json.loads((GOLDEN / "completep_base.json").read_text())
     (tmp_path / "trace.json").write_text(json.dumps({**settings, **change}))
     shutil.copy(GOLDEN / "completep_base.npz", tmp_path / "trace.npz")
@@ -173,7 +193,10 @@ def test_missing_and_broken_files_are_data_errors(tmp_path: Path) -> None:
         Trace.load(str(tmp_path / "half"))
     np.savez(tmp_path / "half.npz", inputs=np.zeros(1))
     (tmp_path / "half.json").write_text("{}")
-    with pytest.raises(DataError, match=r"(?s)keys missing in the \.json: num_layers.*arrays missing in the \.npz: targets"):
+    with pytest.raises(
+        DataError,
+        match=r"(?s)keys missing in the \.json: num_layers.*arrays missing in the \.npz: targets",
+    ):
         Trace.load(str(tmp_path / "half"))
     (tmp_path / "half.json").write_text("[1")
     with pytest.raises(DataError, match="not a trace"):
@@ -191,13 +214,22 @@ def run_tool(monkeypatch: pytest.MonkeyPatch, *words: str) -> int | None:
     return left.value.code
 
 
-def test_the_tool_prints_one_json_object_and_leaves_with_0(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_tool(monkeypatch, str(GOLDEN / "completep_base.npz"), "--json", "--precision", "float32") == 0
+def test_the_tool_prints_one_json_object_and_leaves_with_0(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        run_tool(
+            monkeypatch, str(GOLDEN / "completep_base.npz"), "--json", "--precision", "float32"
+        )
+        == 0
+    )
     report = json.loads(capsys.readouterr().out)
     wanted = "loss recorded_loss max_relative_loss_error max_relative_grad_norm_error max_relative_weight_norm_error pass"
     assert list(report) == wanted.split()
     assert report["pass"] is True and report["max_relative_loss_error"] <= 1e-5
-    assert report["recorded_loss"] == json.loads((GOLDEN / "completep_base.json").read_text())["loss"]
+    assert (
+        report["recorded_loss"] == json.loads((GOLDEN / "completep_base.json").read_text())["loss"]
+    )
 
 
 def test_the_tool_leaves_with_1_when_the_numbers_disagree(
@@ -217,4 +249,6 @@ def test_the_tool_leaves_with_2_and_one_message_when_the_trace_is_missing() -> N
     words = [sys.executable, str(ROOT / "tools/replay_trace.py"), "no/such/trace"]
     run = subprocess.run(words, capture_output=True, text=True, cwd=ROOT / "tests")
     assert run.returncode == 2 and not run.stdout
-    assert run.stderr.startswith("error: no/such/trace: not a trace") and "Traceback" not in run.stderr
+    assert (
+        run.stderr.startswith("error: no/such/trace: not a trace") and "Traceback" not in run.stderr
+    )

@@ -18,8 +18,16 @@ HOSTILE = '<script>alert("x")</script> & | `code`'
 def sample_report() -> Report:
     report = Report("Title & more", HOSTILE)
     section = report.section("First", "One.\n\nTwo.")
-    section.table(["name", "value"], [[HOSTILE, 1.23456789], ["b", 1234567], ["c", None]], "Caption.")
-    section.picture("curve", loss_figure({"run": [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0, "validation_loss": 1.5}]}, 3.0))
+    section.table(
+        ["name", "value"], [[HOSTILE, 1.23456789], ["b", 1234567], ["c", None]], "Caption."
+    )
+    section.picture(
+        "curve",
+        loss_figure(
+            {"run": [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0, "validation_loss": 1.5}]},
+            3.0,
+        ),
+    )
     report.section("Second").code("```\nfenced\n``` <b>")
     return report
 
@@ -52,7 +60,12 @@ def test_the_html_needs_no_other_file_and_runs_nothing() -> None:
     page = Page(sample_report().as_html())
     assert page.open == []  # every tag is closed
     assert "script" not in page.tags and HOSTILE in page.text
-    assert [link.split(",")[0] for link in page.links] == ["data:", "#s0", "#s1", "data:image/png;base64"]
+    assert [link.split(",")[0] for link in page.links] == [
+        "data:",
+        "#s0",
+        "#s1",
+        "data:image/png;base64",
+    ]
     assert Page("<script></script>").tags == ["script"]  # an unescaped one would be seen
 
 
@@ -65,7 +78,11 @@ def test_a_picture_is_embedded_as_it_is_and_lies_beside_the_markdown(tmp_path: P
     assert embedded is not None and base64.b64decode(embedded[1]) == png_of(figure)
     report.write_markdown(tmp_path / "report.md")
     report.write_html(tmp_path / "report.html")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["line.png", "report.html", "report.md"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "line.png",
+        "report.html",
+        "report.md",
+    ]
     assert (tmp_path / "line.png").read_bytes() == png_of(figure)
     assert "![A line.](line.png)" in (tmp_path / "report.md").read_text()
 
@@ -87,7 +104,15 @@ def test_a_row_of_another_length_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0.000123456, "0.0001235"), (1e6, "1e+06"), (12345, "12,345"), (None, ""), (True, "True"), ("a", "a")]
+    ("value", "text"),
+    [
+        (0.000123456, "0.0001235"),
+        (1e6, "1e+06"),
+        (12345, "12,345"),
+        (None, ""),
+        (True, "True"),
+        ("a", "a"),
+    ],
 )
 def test_cells_are_shown_as_a_reader_wants_them(value: object, text: str) -> None:
     assert show(value) == text

@@ -27,8 +27,23 @@ def browser() -> Iterator[Browser]:
 def rows(steps: int, offset: float = 0.0) -> list[dict[str, object]]:
     found = []
     for n in range(1, steps + 1):
-        row = {"step": n, "loss": 4 + offset - n / steps, "lr": 1e-3, "grad_norm": 0.5, "skipped": False, "tokens": 100 * n, "mfu": 0.4}
-        found.append({**row, "tokens_per_second": 1000.0, "step_seconds": 1.0, "validation_loss": None if n % 5 else 3.5})
+        row = {
+            "step": n,
+            "loss": 4 + offset - n / steps,
+            "lr": 1e-3,
+            "grad_norm": 0.5,
+            "skipped": False,
+            "tokens": 100 * n,
+            "mfu": 0.4,
+        }
+        found.append(
+            {
+                **row,
+                "tokens_per_second": 1000.0,
+                "step_seconds": 1.0,
+                "validation_loss": None if n % 5 else 3.5,
+            }
+        )
     return found
 
 
@@ -43,7 +58,17 @@ def of_one_run(tmp_path: Path) -> Report:
 def of_a_sweep() -> Report:
     grid = np.arange(-9.0, -4.0)
     curves = [
-        Curve(rule, 64, depth, 100, 0.0, 0.02, grid, np.outer((grid + 7) ** 2, [0.1, 0.11]) + 2.5, flops=1.0)
+        Curve(
+            rule,
+            64,
+            depth,
+            100,
+            0.0,
+            0.02,
+            grid,
+            np.outer((grid + 7) ** 2, [0.1, 0.11]) + 2.5,
+            flops=1.0,
+        )
         for rule in ("completep", "mup")
         for depth in (2, 8)
     ]
@@ -51,8 +76,14 @@ def of_a_sweep() -> Report:
     return lr_transfer_report.build(Analysis(curves, optima, drifts(curves), [], 20, 0))
 
 
-@pytest.mark.parametrize("make", [lambda folder: comparison(), of_one_run, lambda folder: of_a_sweep()], ids=["runs", "one run", "sweep"])
-def test_a_report_opens_without_complaint_and_shows_its_pictures(browser: Browser, tmp_path: Path, make) -> None:
+@pytest.mark.parametrize(
+    "make",
+    [lambda folder: comparison(), of_one_run, lambda folder: of_a_sweep()],
+    ids=["runs", "one run", "sweep"],
+)
+def test_a_report_opens_without_complaint_and_shows_its_pictures(
+    browser: Browser, tmp_path: Path, make
+) -> None:
     report = make(tmp_path)
     report.write_html(tmp_path / "report.html")
     browser.open((tmp_path / "report.html").as_uri())
@@ -70,7 +101,11 @@ def test_one_picture_of_a_choice_is_seen_at_a_time(browser: Browser, tmp_path: P
     comparison().write_html(tmp_path / "report.html")
     browser.open((tmp_path / "report.html").as_uri())
     seen = "[...document.querySelectorAll('.panes > figure')].map(f => f.offsetHeight > 0)"
-    assert browser.evaluate(seen) == [True, False, False]  # by step, tokens, time; no FLOPs without a configuration
+    assert browser.evaluate(seen) == [
+        True,
+        False,
+        False,
+    ]  # by step, tokens, time; no FLOPs without a configuration
     browser.evaluate("document.querySelectorAll('.choice > label')[2].click()")
     assert browser.evaluate(seen) == [False, False, True]
 

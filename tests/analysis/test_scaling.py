@@ -19,7 +19,13 @@ from megatron_completep.errors import ConfigError
 from megatron_completep.model.stages import build_chunks
 from megatron_completep.optim.optimizer import DistributedOptimizer
 from megatron_completep.parallel.context import ParallelContext, data_parallel_size_for
-from megatron_completep.planning.scaling import GPUS, bubble_share, rank_memory, scaling_plan, stage_activations
+from megatron_completep.planning.scaling import (
+    GPUS,
+    bubble_share,
+    rank_memory,
+    scaling_plan,
+    stage_activations,
+)
 from megatron_completep.planning.sizes import rank_stages
 
 BASE: dict[str, Any] = {
@@ -36,9 +42,21 @@ BASE: dict[str, Any] = {
     "parallel": {"tensor_parallel_size": 2, "pipeline_parallel_size": 4, "sequence_parallel": True},
     "optimizer": {"base_lr": 0.004},
     "data": {"train": [{"prefix": "unused"}]},
-    "training": {"micro_batch_size": 2, "global_batch_size": 8192, "train_steps": 10, "precision": "bf16", "output_dir": "unused"},
+    "training": {
+        "micro_batch_size": 2,
+        "global_batch_size": 8192,
+        "train_steps": 10,
+        "precision": "bf16",
+        "output_dir": "unused",
+    },
 }
-LAYERNORM = {"norm": "layernorm", "activation": "gelu", "position": "learned", "bias": True, "tied_embeddings": True}
+LAYERNORM = {
+    "norm": "layernorm",
+    "activation": "gelu",
+    "position": "learned",
+    "bias": True,
+    "tied_embeddings": True,
+}
 VARIANTS = {
     "rmsnorm, swiglu, rope": {},
     "layernorm, gelu, learned, tied": {"model": LAYERNORM},
@@ -50,7 +68,12 @@ VARIANTS = {
     "tensor 8": {"parallel": {"tensor_parallel_size": 8, "pipeline_parallel_size": 1}},
     "float32": {"training": {"precision": "float32"}},
     "optimizer over 4 ranks": {
-        "parallel": {"tensor_parallel_size": 1, "pipeline_parallel_size": 2, "optimizer_shard_size": 4, "sequence_parallel": False}
+        "parallel": {
+            "tensor_parallel_size": 1,
+            "pipeline_parallel_size": 2,
+            "optimizer_shard_size": 4,
+            "sequence_parallel": False,
+        }
     },
 }
 
@@ -76,15 +99,25 @@ def construct(config: Config, rank: int, world_size: int) -> tuple[list[Any], Di
     """The real construction code; call it under FakeTensorMode, with a mesh made outside of it."""
     with unset_fake_temporarily():
         data_size = data_parallel_size_for(config.parallel, world_size)
-        context = ParallelContext.over_world(config.parallel, torch.device("cpu"), rank, world_size, data_size)
+        context = ParallelContext.over_world(
+            config.parallel, torch.device("cpu"), rank, world_size, data_size
+        )
     table = table_of(config)
-    chunks = build_chunks(config.model, table, config.parallel, context, recompute=config.training.recompute)
-    precision = {"float32": torch.float32, "float64": torch.float64}.get(config.training.precision, torch.bfloat16)
-    return chunks, DistributedOptimizer(chunks, table, config.optimizer, context, config.parallel, precision)
+    chunks = build_chunks(
+        config.model, table, config.parallel, context, recompute=config.training.recompute
+    )
+    precision = {"float32": torch.float32, "float64": torch.float64}.get(
+        config.training.precision, torch.bfloat16
+    )
+    return chunks, DistributedOptimizer(
+        chunks, table, config.optimizer, context, config.parallel, precision
+    )
 
 
 def storage_bytes(*tensors: torch.Tensor | None) -> int:
-    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors if t is not None}
+    storages = {
+        t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors if t is not None
+    }
     return sum(storages.values())
 
 
@@ -101,9 +134,15 @@ def saved_bytes(chunk: Any, config: Config, optimizer: DistributedOptimizer) -> 
 
     model, batch = config.model, config.training.micro_batch_size
     tokens = torch.zeros(batch, model.seq_length, dtype=torch.int64)
-    length = model.seq_length // (config.parallel.tensor_parallel_size if config.parallel.sequence_parallel else 1)
+    length = model.seq_length // (
+        config.parallel.tensor_parallel_size if config.parallel.sequence_parallel else 1
+    )
     dtype = next(chunk.parameters()).dtype
-    entering = tokens if chunk.stage.first else torch.zeros(length, batch, model.hidden_size, dtype=dtype).requires_grad_()
+    entering = (
+        tokens
+        if chunk.stage.first
+        else torch.zeros(length, batch, model.hidden_size, dtype=dtype).requires_grad_()
+    )
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         chunk(entering, **({"labels": tokens.clone()} if chunk.stage.last else {}))
     return sum(storage.nbytes() for storage in kept.values())
@@ -111,7 +150,9 @@ def saved_bytes(chunk: Any, config: Config, optimizer: DistributedOptimizer) -> 
 
 @pytest.mark.parametrize("world_size", [8, 64, 4096])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_parameters_gradients_and_optimizer_match_the_real_construction(fake_world, variant, world_size):
+def test_parameters_gradients_and_optimizer_match_the_real_construction(
+    fake_world, variant, world_size
+):
     config = config_of(VARIANTS[variant])
     parallel = config.parallel
     rank = world_size - 1  # on the last pipeline rank
@@ -120,21 +161,30 @@ def test_parameters_gradients_and_optimizer_match_the_real_construction(fake_wor
         _, optimizer = construct(config, rank, world_size)
         optimizer.shards.hold_grad_shard()
     data_size = data_parallel_size_for(parallel, world_size)
-    plan = rank_memory(config, parallel.pipeline_parallel_size - 1, data_size, micro_batches_per_step(config, world_size))
+    plan = rank_memory(
+        config,
+        parallel.pipeline_parallel_size - 1,
+        data_size,
+        micro_batches_per_step(config, world_size),
+    )
     o = optimizer.shards
     assert plan.parameters == pytest.approx(storage_bytes(o.flat), rel=0.02)
     assert plan.gradients == pytest.approx(storage_bytes(o.grad), rel=0.02)
     state = storage_bytes(*optimizer.states.values())
     state -= storage_bytes(o.flat) if o.master is o.flat else 0
     assert plan.optimizer == pytest.approx(state, rel=0.02)
-    buffers = storage_bytes(o.flat, o.grad, o.grad_shard, o.flat_shard) - storage_bytes(o.flat, o.grad)
+    buffers = storage_bytes(o.flat, o.grad, o.grad_shard, o.flat_shard) - storage_bytes(
+        o.flat, o.grad
+    )
     assert plan.communication == pytest.approx(buffers, rel=0.02)
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("pipeline_rank", ["first", "last"])
-def test_activations_match_what_the_forward_pass_saves(fake_world, variant, recompute, pipeline_rank):
+def test_activations_match_what_the_forward_pass_saves(
+    fake_world, variant, recompute, pipeline_rank
+):
     config = config_of(VARIANTS[variant], recompute)
     world_size = 64
     rank = 0 if pipeline_rank == "first" else world_size - 1
@@ -142,7 +192,9 @@ def test_activations_match_what_the_forward_pass_saves(fake_world, variant, reco
     with FakeTensorMode():
         chunks, optimizer = construct(config, rank, world_size)
         found = saved_bytes(chunks[0], config, optimizer)
-    stage = rank_stages(config, 0 if pipeline_rank == "first" else config.parallel.pipeline_parallel_size - 1)[0]
+    stage = rank_stages(
+        config, 0 if pipeline_rank == "first" else config.parallel.pipeline_parallel_size - 1
+    )[0]
     assert stage_activations(config, stage) == pytest.approx(found, rel=0.02)
 
 
@@ -159,18 +211,36 @@ def test_a_plan_that_forgets_sequence_parallelism_would_be_caught(fake_world):
 def test_the_bubble_is_the_textbooks():
     parallel = config_of({}).parallel
     assert bubble_share(parallel, 8) == pytest.approx(3 / 11)
-    interleaved = parallel.model_copy(update={"schedule": "interleaved_1f1b", "virtual_pipeline_size": 3})
+    interleaved = parallel.model_copy(
+        update={"schedule": "interleaved_1f1b", "virtual_pipeline_size": 3}
+    )
     assert bubble_share(interleaved, 8) == pytest.approx(1 / 9)
-    assert bubble_share(parallel.model_copy(update={"schedule": "zero_bubble"}), 8) == pytest.approx(1 / 9)
+    assert bubble_share(
+        parallel.model_copy(update={"schedule": "zero_bubble"}), 8
+    ) == pytest.approx(1 / 9)
     assert bubble_share(parallel.model_copy(update={"pipeline_parallel_size": 1}), 8) == 0
 
 
 def test_warnings_name_what_does_not_fit_and_what_is_slow():
-    large = config_of({"model": {"hidden_size": 8192, "num_layers": 80, "num_attention_heads": 64, "ffn_hidden_size": 28672}})
+    large = config_of(
+        {
+            "model": {
+                "hidden_size": 8192,
+                "num_layers": 80,
+                "num_attention_heads": 64,
+                "ffn_hidden_size": 28672,
+            }
+        }
+    )
     assert any("does not fit" in warning for warning in scaling_plan(large, 64).warnings)
     few = config_of({"training": {"global_batch_size": 64}})
     assert any("bubble" in warning for warning in scaling_plan(few, 64).warnings)
-    across = config_of({"parallel": {"tensor_parallel_size": 16, "pipeline_parallel_size": 1}, "model": {"num_query_groups": 16}})
+    across = config_of(
+        {
+            "parallel": {"tensor_parallel_size": 16, "pipeline_parallel_size": 1},
+            "model": {"num_query_groups": 16},
+        }
+    )
     assert any("crosses nodes" in warning for warning in scaling_plan(across, 64).warnings)
     assert scaling_plan(config_of({}), 64).warnings == ()
 

@@ -25,9 +25,16 @@ def test_a_grid_is_the_product_of_its_axes(tmp_path: Path):
     points = grid.points(small_config(tmp_path))
     assert len(points) == 2 * 2 * 2 * 2 * 2 * 3
     point = points[-1]
-    assert (point.config.model.hidden_size, point.config.model.num_layers, point.config.optimizer.base_lr) == (64, 4, 0.02)
+    assert (
+        point.config.model.hidden_size,
+        point.config.model.num_layers,
+        point.config.optimizer.base_lr,
+    ) == (64, 4, 0.02)
     assert point.config.model.ffn_hidden_size == 256
-    assert (point.config.completep.base_hidden_size, point.config.completep.base_num_layers) == (32, 2)
+    assert (point.config.completep.base_hidden_size, point.config.completep.base_num_layers) == (
+        32,
+        2,
+    )
     assert point.config.completep.parameterization == "mup"
     assert point.tau == pytest.approx(1 / (0.02 * 0.1 * 10))
 
@@ -40,14 +47,26 @@ def test_at_the_base_depth_rules_that_coincide_share_one_run(tmp_path: Path):
     assert len({p.key for p in points if p.num_layers == 4}) == 3
 
 
-def test_a_points_key_changes_with_every_setting_that_changes_its_result_and_no_other(tmp_path: Path):
+def test_a_points_key_changes_with_every_setting_that_changes_its_result_and_no_other(
+    tmp_path: Path,
+):
     config = small_config(tmp_path)
 
     def key(changed):
         return sweep.Grid([0.01], seeds=1).points(changed)[0].key
 
     own = key(config)
-    assert key(change(config, training={"output_dir": "elsewhere"}, logging={"interval": 3}, checkpoint={"keep": 1})) == own
+    assert (
+        key(
+            change(
+                config,
+                training={"output_dir": "elsewhere"},
+                logging={"interval": 3},
+                checkpoint={"keep": 1},
+            )
+        )
+        == own
+    )
     different = [
         change(config, training={"seed": 5}),
         change(config, training={"train_steps": 11}),
@@ -95,7 +114,9 @@ def test_a_sweep_that_was_interrupted_runs_only_what_is_missing(tmp_path: Path):
 def small_sweep(tmp_path: Path) -> tuple[Path, list[sweep.Point]]:
     """Two points of two steps."""
     write_tokens(tmp_path, 8_000)
-    points = sweep.Grid([2**-9, 2**-7], seeds=1).points(small_config(tmp_path, training={"train_steps": 2}))
+    points = sweep.Grid([2**-9, 2**-7], seeds=1).points(
+        small_config(tmp_path, training={"train_steps": 2})
+    )
     return tmp_path / "sweep", points
 
 
@@ -115,7 +136,9 @@ def test_slurm_jobs_write_the_same_points_and_only_what_is_missing(small_sweep, 
     assert sweep.run_slurm(points, folder, {"timeout_min": 10}, "cpu", cluster) == []
 
 
-def test_without_submitit_slurm_jobs_are_refused_clearly(small_sweep, monkeypatch: pytest.MonkeyPatch):
+def test_without_submitit_slurm_jobs_are_refused_clearly(
+    small_sweep, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(UserError, match="pip install submitit"):
         sweep.run_slurm(small_sweep[1], small_sweep[0], {}, "cpu")
@@ -136,11 +159,15 @@ class Recorder(ThreadPoolExecutor):
         return super().submit(lambda: 2.5)
 
 
-def test_on_gpus_several_small_runs_share_each_device(small_sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_on_gpus_several_small_runs_share_each_device(
+    small_sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(sweep, "processes", Recorder)
     monkeypatch.setattr(sweep.torch.cuda, "device_count", lambda: 2)
     points = sweep.Grid([2**-9, 2**-8, 2**-7], seeds=4).points(small_config(tmp_path))
-    sweep.run_local(points, tmp_path / "gpus", sweep.default_workers("cuda"), "cuda", lambda text: None)
+    sweep.run_local(
+        points, tmp_path / "gpus", sweep.default_workers("cuda"), "cuda", lambda text: None
+    )
     assert Recorder.workers == 2 * sweep.WORKERS_PER_GPU > 2
     assert Recorder.places == ["cuda:0", "cuda:1"] * 6
     assert sweep.default_workers("cpu") == len(os.sched_getaffinity(0))

@@ -17,7 +17,9 @@ from megatron_completep.instruments.trial import change
 from megatron_completep.tools.benchmark_telemetry import main
 
 
-def test_the_share_is_a_look_over_the_steps_between_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_share_is_a_look_over_the_steps_between_two(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """A clock by which steps take 2 s and looks 1 s; the programs really run."""
     ran: list[str] = []
 
@@ -27,7 +29,10 @@ def test_the_share_is_a_look_over_the_steps_between_two(tmp_path: Path, monkeypa
         return (1.0, 1.0) if isinstance(found, dict) else (2.0, 2.0)
 
     monkeypatch.setattr(telemetry_benchmark, "time_once", timed)
-    config = change(small_config(tmp_path, training={"global_batch_size": 16}), logging={"parameterization_interval": 50})
+    config = change(
+        small_config(tmp_path, training={"global_batch_size": 16}),
+        logging={"parameterization_interval": 50},
+    )
     cost = telemetry_benchmark.measure(config, torch.device("cpu"), rounds=4, warmup=1)
     assert (cost.step_seconds, cost.look_seconds, cost.percent) == (2.0, 1.0, 1.0)
     assert cost.percent_low == cost.percent_high == 1.0

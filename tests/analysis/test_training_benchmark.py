@@ -9,14 +9,30 @@ import torch
 from small_models import batch_of, build_model, completep_config, model_config, table_for
 
 from megatron_completep.benchmarks.plain_model import PlainGPT
-from megatron_completep.benchmarks.training_benchmark import BenchmarkSettings, bootstrap_ratio, compare, random_batch
+from megatron_completep.benchmarks.training_benchmark import (
+    BenchmarkSettings,
+    bootstrap_ratio,
+    compare,
+    random_batch,
+)
 
 SHAPES: list[dict[str, Any]] = [
     {"norm": "layernorm", "activation": "gelu", "position": "learned", "bias": True},
     {"norm": "rmsnorm", "activation": "swiglu", "position": "rope", "num_query_groups": 2},
-    {"norm": "layernorm", "activation": "squared_relu", "position": "rope", "tied_embeddings": True},
+    {
+        "norm": "layernorm",
+        "activation": "squared_relu",
+        "position": "rope",
+        "tied_embeddings": True,
+    },
 ]
-PLAIN_NAMES = {"layers.": "layers.", "attention.qkv": "qkv", "attention.output": "output", "mlp.up": "up", "mlp.down": "down"}
+PLAIN_NAMES = {
+    "layers.": "layers.",
+    "attention.qkv": "qkv",
+    "attention.output": "output",
+    "mlp.up": "up",
+    "mlp.down": "down",
+}
 
 
 def plain_name(name: str) -> str:
@@ -26,7 +42,9 @@ def plain_name(name: str) -> str:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape["activation"])
-def test_the_plain_model_computes_the_same_loss_from_the_same_weights(shape: dict[str, Any]) -> None:
+def test_the_plain_model_computes_the_same_loss_from_the_same_weights(
+    shape: dict[str, Any],
+) -> None:
     model = model_config(**shape, vocab_multiple=37, attention_scale="1/sqrt(head_dim)")
     table = table_for(model, completep_config())
     gpt, plain = build_model(model, table), PlainGPT(model, table).double()
@@ -38,7 +56,9 @@ def test_the_plain_model_computes_the_same_loss_from_the_same_weights(shape: dic
     with torch.no_grad():
         loss = plain(tokens, labels).item()
         tolerance = 1e-6  # its loss and angles are float32
-        assert gpt(tokens, labels=labels).item() / labels.numel() == pytest.approx(loss, rel=tolerance)
+        assert gpt(tokens, labels=labels).item() / labels.numel() == pytest.approx(
+            loss, rel=tolerance
+        )
         plain.layers[0].residual_multiplier = 1.0
         assert plain(tokens, labels).item() != pytest.approx(loss, rel=100 * tolerance)
 

@@ -35,7 +35,9 @@ def main():
     entries = list(tunables(SWEEP, torch.device("meta"), ARCHITECTURE))
     wanted, before = {}, {entry.key: launched_now(entry) for entry in entries}
     for entry in entries:
-        with tune_kernels.launch_parameters(ARCHITECTURE, entry.key, entry.candidates[len(entry.candidates) // 2]):
+        with tune_kernels.launch_parameters(
+            ARCHITECTURE, entry.key, entry.candidates[len(entry.candidates) // 2]
+        ):
             wanted[entry.key] = launched_now(entry)
     asked: set[tuple[str, int, int]] = set()
     true_tuned_or = launch.tuned_or
@@ -53,7 +55,9 @@ def main():
     launch.tuned_or = true_tuned_or
     untouched = not tuned.TUNED.get(ARCHITECTURE)
 
-    tune_kernels.write_table(TABLE, ARCHITECTURE, {key: choice.parameters for key, choice in chosen.items()}, "a test")
+    tune_kernels.write_table(
+        TABLE, ARCHITECTURE, {key: choice.parameters for key, choice in chosen.items()}, "a test"
+    )
     spec = importlib.util.spec_from_file_location("written", TABLE)
     written = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(written)
@@ -62,9 +66,15 @@ def main():
     answer = {
         "entries": [list(entry.key) for entry in entries],
         "asked": sorted({operation for operation, _, _ in asked}),
-        "launched as wanted": [list(entry.key) for entry in entries if launched_now(entry) == wanted[entry.key]],
-        "launched as before": [list(entry.key) for entry in entries if launched_now(entry) == before[entry.key]],
-        "wanted what was launched before": [list(entry.key) for entry in entries if wanted[entry.key] == before[entry.key]],
+        "launched as wanted": [
+            list(entry.key) for entry in entries if launched_now(entry) == wanted[entry.key]
+        ],
+        "launched as before": [
+            list(entry.key) for entry in entries if launched_now(entry) == before[entry.key]
+        ],
+        "wanted what was launched before": [
+            list(entry.key) for entry in entries if wanted[entry.key] == before[entry.key]
+        ],
         "table restored": untouched,
         "left out": [line for line in lines if "left out" in line],
     }

@@ -63,18 +63,29 @@ def test_every_committed_configuration_loads_and_comes_back_equal(path, tmp_path
     config = load_config(path)
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config
-    assert "null" not in path.read_text()  # a reader's example says what it sets, not what it leaves
+    assert (
+        "null" not in path.read_text()
+    )  # a reader's example says what it sets, not what it leaves
 
 
 @pytest.mark.parametrize("name", ["quickstart", "completep_1b"])
 def test_a_committed_target_differs_from_its_proxy_in_size_alone(name):
-    target, proxy = load_config(ROOT / f"configs/{name}.yaml"), load_config(ROOT / f"configs/{name}_proxy.yaml")
+    target, proxy = (
+        load_config(ROOT / f"configs/{name}.yaml"),
+        load_config(ROOT / f"configs/{name}_proxy.yaml"),
+    )
     assert target.optimizer == proxy.optimizer
     assert target.completep == proxy.completep
     base = proxy.completep
     shape = (proxy.model.hidden_size, proxy.model.num_layers, proxy.model.ffn_hidden_size)
     assert shape == (base.base_hidden_size, base.base_num_layers, base.base_ffn_hidden_size)
-    sizes = {"hidden_size", "num_layers", "num_attention_heads", "num_query_groups", "ffn_hidden_size"}
+    sizes = {
+        "hidden_size",
+        "num_layers",
+        "num_attention_heads",
+        "num_query_groups",
+        "ffn_hidden_size",
+    }
     assert target.model.model_dump(exclude=sizes) == proxy.model.model_dump(exclude=sizes)
 
 
@@ -123,8 +134,14 @@ FILE_MISTAKES = [
     ("- a\n- b\n", ["line 1", "not a mapping"]),
     ("just words\n", ["line 1", "not a mapping"]),
     ("model:\n\thidden_size: 3\n", ["line 2", "indent with spaces"]),
-    (TEXT + "optimizer:\n  base_lr: 1\n", ["line 19", "optimizer stands twice", "line 9", "Keep one"]),
-    (TEXT.replace("  num_layers: 8\n", "  num_layers: 8\n  num_layers: 9\n"), ["line 4", "num_layers stands twice", "line 3"]),
+    (
+        TEXT + "optimizer:\n  base_lr: 1\n",
+        ["line 19", "optimizer stands twice", "line 9", "Keep one"],
+    ),
+    (
+        TEXT.replace("  num_layers: 8\n", "  num_layers: 8\n  num_layers: 9\n"),
+        ["line 4", "num_layers stands twice", "line 3"],
+    ),
     ("model: !!python/object/apply:os.system ['true']\n", ["line 1", "remove the tag"]),
     ("model: !Custom {}\n", ["line 1", "remove the tag"]),
     ("model: {a: 1\n", ["line 2", "Check the indentation, the brackets"]),
@@ -155,15 +172,20 @@ def test_tags_never_run_code(write, tmp_path):
 
 
 def test_a_self_referring_alias_is_refused_and_ends(write):
-    assert "a value refers to itself" in message_of(write(TEXT.replace("model:", "model: &m\n  model: *m")))
+    assert "a value refers to itself" in message_of(
+        write(TEXT.replace("model:", "model: &m\n  model: *m"))
+    )
 
 
 NESTED_ALIASES = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
-    f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n" for before, name in itertools.pairwise("abcdefghij")
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n"
+    for before, name in itertools.pairwise("abcdefghij")
 )
 
 
-def test_aliases_of_aliases_that_stand_for_billions_of_values_are_refused_and_plain_ones_are_read(write):
+def test_aliases_of_aliases_that_stand_for_billions_of_values_are_refused_and_plain_ones_are_read(
+    write,
+):
     message = message_of(write(NESTED_ALIASES))
     assert "it stands for 1" in message and "in place of aliases" in message
     values, _ = parse_yaml("a: &a [1, 2]\nb: [*a, *a]\n", "text")
@@ -171,7 +193,11 @@ def test_aliases_of_aliases_that_stand_for_billions_of_values_are_refused_and_pl
 
 
 def test_an_override_of_nested_aliases_is_refused_too(write):
-    wide = "[&a [1,1,1,1,1,1,1,1,1,1]" + "".join(f",&{n} [{','.join(['*' + b] * 10)}]" for b, n in itertools.pairwise("abcdefgh")) + "]"
+    wide = (
+        "[&a [1,1,1,1,1,1,1,1,1,1]"
+        + "".join(f",&{n} [{','.join(['*' + b] * 10)}]" for b, n in itertools.pairwise("abcdefgh"))
+        + "]"
+    )
     with pytest.raises(ConfigError, match="it stands for"):
         load_config(write(TEXT), [f"data.train={wide}"])
 
@@ -203,13 +229,18 @@ def test_paths_that_cannot_be_read_are_refused(tmp_path):
         ("optimizer.base_lr='nan'", None),
         ("training.output_dir=5", "Put it in quotes."),
         ("data.split=969", None),  # it wants three parts
-        ("model.hiden_size=5", "Did you mean hidden_size? hidden_size is set as well: keep one of the two."),
+        (
+            "model.hiden_size=5",
+            "Did you mean hidden_size? hidden_size is set as well: keep one of the two.",
+        ),
         ("model.drpout=0.5", "Did you mean dropout?"),
     ],
 )
 def test_a_remedy_is_offered_only_where_the_setting_takes_it(word, offered):
     with pytest.raises(ConfigError) as caught:
-        config_from_mapping(yaml.safe_load(TEXT.replace("completep:\n", "").replace("1e-3", "0.001")), [word])
+        config_from_mapping(
+            yaml.safe_load(TEXT.replace("completep:\n", "").replace("1e-3", "0.001")), [word]
+        )
     message = str(caught.value)
     remedies = ("Write ", "Remove the quotes", "Put it in quotes", "Did you mean")
     assert (offered in message) if offered else not any(remedy in message for remedy in remedies)
@@ -218,19 +249,37 @@ def test_a_remedy_is_offered_only_where_the_setting_takes_it(word, offered):
 FIELD_MISTAKES = [
     ("model.hiden_size=3", "model.hiden_size: unknown key. Did you mean hidden_size?"),
     ("train_steps=3", "train_steps: unknown key. Did you mean training or training.train_steps?"),
-    ("completep.hidden_size=3", "completep.hidden_size: unknown key. Did you mean base_hidden_size or model.hidden_size?"),
+    (
+        "completep.hidden_size=3",
+        "completep.hidden_size: unknown key. Did you mean base_hidden_size or model.hidden_size?",
+    ),
     ("zzz=1", "zzz: unknown key. Known here: model, completep,"),
-    ("completep.factors.hiden_weight.lr=2", "completep.factors.hiden_weight: unknown key. Did you mean hidden_weight?"),
+    (
+        "completep.factors.hiden_weight.lr=2",
+        "completep.factors.hiden_weight: unknown key. Did you mean hidden_weight?",
+    ),
     ("data.train.0.wait=2", "data.train.0.wait: unknown key. Did you mean weight?"),
-    ("data.train=[{weight: 1}]", "data.train.0.prefix is missing (Path of PREFIX.bin and PREFIX.idx, without the suffix). Add it."),
+    (
+        "data.train=[{weight: 1}]",
+        "data.train.0.prefix is missing (Path of PREFIX.bin and PREFIX.idx, without the suffix). Add it.",
+    ),
     ("model.hidden_size=0", "model.hidden_size = 0: must be greater than 0."),
     ("model.hidden_size=-1", "model.hidden_size = -1: must be greater than 0."),
     ("model.hidden_size=2.5", "model.hidden_size = 2.5: must be a whole number."),
-    ("training.train_steps=1e3", "training.train_steps = 1000.0: must be a whole number. Write 1000."),
-    ("training.train_steps='12'", "training.train_steps = '12': must be a whole number. Remove the quotes."),
+    (
+        "training.train_steps=1e3",
+        "training.train_steps = 1000.0: must be a whole number. Write 1000.",
+    ),
+    (
+        "training.train_steps='12'",
+        "training.train_steps = '12': must be a whole number. Remove the quotes.",
+    ),
     ("training.train_steps=true", "training.train_steps = true: must be a whole number."),
     ("training.train_steps=", "training.train_steps = null: must be a whole number."),
-    ("optimizer.base_lr='1e-3'", "optimizer.base_lr = '1e-3': must be a number. Remove the quotes."),
+    (
+        "optimizer.base_lr='1e-3'",
+        "optimizer.base_lr = '1e-3': must be a number. Remove the quotes.",
+    ),
     ("optimizer.base_lr=.nan", "optimizer.base_lr = nan: must be a finite number."),
     ("optimizer.base_lr=1e999", "optimizer.base_lr = inf: must be a finite number."),
     ("optimizer.base_lr=fast", "optimizer.base_lr = 'fast': must be a number."),
@@ -242,15 +291,27 @@ FIELD_MISTAKES = [
     ("training.precision=float16", "must be float32, bf16, float64 or auto."),
     ("parallel.context_parallel_size=2", "parallel.context_parallel_size = 2: must be 1."),
     ("training.output_dir=2026", "training.output_dir = 2026: must be text. Put it in quotes."),
-    ("logging=5", "logging = 5: must be a section of keys. Its keys: interval, tensorboard, trackers,"),
+    (
+        "logging=5",
+        "logging = 5: must be a section of keys. Its keys: interval, tensorboard, trackers,",
+    ),
     ("data.train=5", "data.train = 5: must be a list."),
     ("data.train=[]", "data.train = []: must have at least 1 element."),
     ("optimizer.betas=[0.9]", "optimizer.betas.1 is missing. Add it."),
-    ("optimizer.betas=[0.9, 0.9, 0.9]", "optimizer.betas = [0.9, 0.9, 0.9]: must have at most 2 elements."),
+    (
+        "optimizer.betas=[0.9, 0.9, 0.9]",
+        "optimizer.betas = [0.9, 0.9, 0.9]: must have at most 2 elements.",
+    ),
     ("optimizer.betas=0.9", "optimizer.betas = 0.9: must be a list."),
-    ("data.train.2.weight=3", "data.train has 2 elements, counted from 0. Give the whole list to add one."),
+    (
+        "data.train.2.weight=3",
+        "data.train has 2 elements, counted from 0. Give the whole list to add one.",
+    ),
     ("data.train.x.weight=3", "data.train has 2 elements, counted from 0."),
-    ("model.hidden_size.x=3", "model.hidden_size = 256 has no keys below it. Override model.hidden_size itself."),
+    (
+        "model.hidden_size.x=3",
+        "model.hidden_size = 256 has no keys below it. Override model.hidden_size itself.",
+    ),
     ("optimizer.overrides.0.lr=3", "optimizer.overrides is not in the file. Give the whole list"),
     ("model.hidden_size", "model.hidden_size: not an override. Write section.key=value"),
     ("--model.hidden_size=3", "--model.hidden_size=3: not an override."),
@@ -260,12 +321,18 @@ FIELD_MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("override", "expected"), FIELD_MISTAKES, ids=[override for override, _ in FIELD_MISTAKES])
+@pytest.mark.parametrize(
+    ("override", "expected"), FIELD_MISTAKES, ids=[override for override, _ in FIELD_MISTAKES]
+)
 def test_a_wrong_value_is_refused_with_path_value_rule_and_remedy(write, override, expected):
     assert expected in message_of(write(), [override])
 
 
-SETTINGS = [f"{name}.{key}" for name, field in Config.model_fields.items() for key in field.annotation.model_fields]
+SETTINGS = [
+    f"{name}.{key}"
+    for name, field in Config.model_fields.items()
+    for key in field.annotation.model_fields
+]
 STRANGE = [
     "null",
     "[]",
@@ -300,13 +367,20 @@ def test_no_strange_value_is_answered_by_anything_but_a_message(write, setting):
 
 
 def test_all_field_problems_are_reported_together_with_their_lines(write):
-    text = TEXT.replace("num_layers: 8", "num_layers: -8").replace("  base_lr: 1e-3\n", "").replace("seq_length", "seq_len")
+    text = (
+        TEXT.replace("num_layers: 8", "num_layers: -8")
+        .replace("  base_lr: 1e-3\n", "")
+        .replace("seq_length", "seq_len")
+    )
     message = message_of(write(text), ["data.seed=x"])
     assert message.splitlines()[0].endswith("run.yaml: 5 problems")
     assert "model.num_layers = -8: must be greater than 0. (line 3)" in message
     assert "model.seq_length is missing (Tokens a sample" in message
     assert "model.seq_len: unknown key. Did you mean seq_length? (line 7)" in message
-    assert "optimizer.base_lr is missing (eta: peak learning rate at the proxy). Add it. (line 9)" in message
+    assert (
+        "optimizer.base_lr is missing (eta: peak learning rate at the proxy). Add it. (line 9)"
+        in message
+    )
     assert "data.seed = 'x': must be a whole number. (command line)" in message
 
 
@@ -336,11 +410,15 @@ def test_a_later_override_wins(write):
 
 
 def test_a_value_may_hold_equal_signs(write):
-    assert load_config(write(), ["training.output_dir=runs/lr=3"]).training.output_dir == "runs/lr=3"
+    assert (
+        load_config(write(), ["training.output_dir=runs/lr=3"]).training.output_dir == "runs/lr=3"
+    )
 
 
 def test_a_section_without_keys_means_its_defaults(write):
-    assert load_config(write()).completep == Config.model_fields["completep"].get_default(call_default_factory=True)
+    assert load_config(write()).completep == Config.model_fields["completep"].get_default(
+        call_default_factory=True
+    )
 
 
 def test_a_configuration_is_frozen(write):
@@ -375,10 +453,30 @@ def test_any_numbers_and_texts_come_back_bit_equal(tmp_path_factory, lr, eps, se
 
 
 @pytest.mark.parametrize(
-    "text", ["1e5", "1:30", "null", "yes", "0x1", "~", "", "<<", "=", "2026-01-01", "- a", "a: b", "# a", "!x", "&a", "*a"]
+    "text",
+    [
+        "1e5",
+        "1:30",
+        "null",
+        "yes",
+        "0x1",
+        "~",
+        "",
+        "<<",
+        "=",
+        "2026-01-01",
+        "- a",
+        "a: b",
+        "# a",
+        "!x",
+        "&a",
+        "*a",
+    ],
 )
 def test_texts_that_look_like_something_else_come_back_as_texts(write, text, tmp_path):
-    config = config_from_mapping(load_config(write()).model_dump(mode="json") | {"logging": {"project": text}})
+    config = config_from_mapping(
+        load_config(write()).model_dump(mode="json") | {"logging": {"project": text}}
+    )
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml").logging.project == text
 
@@ -418,7 +516,12 @@ def test_a_mistake_exits_2_without_a_traceback(write, capsys):
         exit_on_user_error(lambda: load_config(path) and None)
     assert caught.value.code == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith("error: ") and "Traceback" not in err and len(err.splitlines()) == 1
+    assert (
+        out == ""
+        and err.startswith("error: ")
+        and "Traceback" not in err
+        and len(err.splitlines()) == 1
+    )
 
 
 def test_a_mistake_exits_2_in_a_process_of_its_own(write):
@@ -427,9 +530,15 @@ def test_a_mistake_exits_2_in_a_process_of_its_own(write):
     run = [sys.executable, "-c", program, str(write())]
     good = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (good.returncode, good.stderr) == (0, "")
-    bad = subprocess.run([*run, "model.hidden_size=0"], cwd=ROOT, capture_output=True, text=True, check=False)
+    bad = subprocess.run(
+        [*run, "model.hidden_size=0"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert bad.returncode == 2
-    assert bad.stdout == "" and "must be greater than 0" in bad.stderr and "Traceback" not in bad.stderr
+    assert (
+        bad.stdout == ""
+        and "must be greater than 0" in bad.stderr
+        and "Traceback" not in bad.stderr
+    )
 
 
 def test_the_saved_configuration_of_an_earlier_run_still_loads(write):

@@ -9,7 +9,9 @@ COMMITTED = Path(__file__).resolve().parents[2] / "docs/configuration.md"
 
 
 def test_the_committed_reference_is_current():
-    assert COMMITTED.read_text(encoding="utf-8") == configuration_reference(), "run: python tools/config_reference.py --write"
+    assert COMMITTED.read_text(encoding="utf-8") == configuration_reference(), (
+        "run: python tools/config_reference.py --write"
+    )
 
 
 def test_every_setting_is_documented():
@@ -30,4 +32,8 @@ def test_types_bounds_and_defaults_are_shown():
     assert "| `position` | `rope`, `learned` or `alibi` | `rope` |" in text
     assert "| `train` | list of sections (below) | required |" in text
     assert "| `tokenizer` | section (below), or null | `null` |" in text
-    assert "### completep.factors.ROLE" in text and "### data.train.0, .1, ..." in text and "### data.tokenizer\n" in text
+    assert (
+        "### completep.factors.ROLE" in text
+        and "### data.train.0, .1, ..." in text
+        and "### data.tokenizer\n" in text
+    )

@@ -9,7 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_completep.config.json_text import MAX_BYTES, MAX_DEPTH, parse_json, read_json, read_json_object
+from megatron_completep.config.json_text import (
+    MAX_BYTES,
+    MAX_DEPTH,
+    parse_json,
+    read_json,
+    read_json_object,
+)
 from megatron_completep.errors import CheckpointError, DataError
 
 
@@ -20,7 +26,9 @@ def nested(depth: int) -> str:
 @pytest.mark.parametrize("depth", [MAX_DEPTH + 1, 1024, 200_000])
 @pytest.mark.parametrize("text", ["{}", '{{"a": {}}}'], ids=["alone", "inside"])
 def test_brackets_in_brackets_without_end_are_refused(depth: int, text: str):
-    with pytest.raises(DataError, match=r"^file\.json: not usable JSON: brackets are nested more than 100 deep\.$"):
+    with pytest.raises(
+        DataError, match=r"^file\.json: not usable JSON: brackets are nested more than 100 deep\.$"
+    ):
         parse_json(text.format(nested(depth)), "file.json")
     objects = '{"a":' * depth + "1" + "}" * depth
     with pytest.raises(DataError, match="nested more than 100 deep"):

@@ -22,7 +22,9 @@ def worst_deviation(blend, counts, start, samples):
     return worst
 
 
-@pytest.mark.parametrize("weights", [[1.0], [0.3, 0.7], [0.5, 0.25, 0.25], [5.0, 3.0, 1.0, 0.01], [0.123456, 7.1, 3.3]])
+@pytest.mark.parametrize(
+    "weights", [[1.0], [0.3, 0.7], [0.5, 0.25, 0.25], [5.0, 3.0, 1.0, 0.01], [0.123456, 7.1, 3.3]]
+)
 def test_every_prefix_is_exact_to_one_sample(weights):
     blend = Blend(weights)
     assert worst_deviation(blend, [0] * len(weights), 0, 6000) < 1
@@ -49,7 +51,10 @@ def test_a_jump_gives_what_a_walk_gives():
     sequence = [walked[k] for k in range(10_000)]
     for k in (9_999, 5_000, 4_096, 4_095, 0):
         assert Blend(weights)[k] == sequence[k]
-        assert Blend(weights).counts(k) == np.bincount([s for s, _ in sequence[:k]], minlength=3).tolist()
+        assert (
+            Blend(weights).counts(k)
+            == np.bincount([s for s, _ in sequence[:k]], minlength=3).tolist()
+        )
 
 
 def test_decimal_weights_are_taken_as_written():
@@ -59,7 +64,18 @@ def test_decimal_weights_are_taken_as_written():
 
 
 def test_the_blend_is_frozen():
-    assert [Blend([0.3, 0.7])[k] for k in range(10)] == [(1, 0), (1, 1), (0, 0), (1, 2), (1, 3), (0, 1), (1, 4), (1, 5), (0, 2), (1, 6)]
+    assert [Blend([0.3, 0.7])[k] for k in range(10)] == [
+        (1, 0),
+        (1, 1),
+        (0, 0),
+        (1, 2),
+        (1, 3),
+        (0, 1),
+        (1, 4),
+        (1, 5),
+        (0, 2),
+        (1, 6),
+    ]
 
 
 def test_the_deviation_check_finds_a_random_blend():

@@ -43,12 +43,17 @@ def bits_of(path: Path, number: int, seed: int = 0) -> list[int]:
 
 
 def run(folder: Path, name: str, **keywords: Any) -> dict[str, Any]:
-    wanted = PreprocessSettings((str(folder / "in"),), str(folder / name), TokenizerChoice("bytes"), append_eod=True)
+    wanted = PreprocessSettings(
+        (str(folder / "in"),), str(folder / name), TokenizerChoice("bytes"), append_eod=True
+    )
     return preprocess(wanted, log_interval=10**9, block_bytes=200, **keywords)
 
 
 def output_bytes(folder: Path, name: str) -> list[bytes]:
-    return [(folder / f"{name}_text_document.{suffix}").read_bytes() for suffix in ("bin", "idx", "json")]
+    return [
+        (folder / f"{name}_text_document.{suffix}").read_bytes()
+        for suffix in ("bin", "idx", "json")
+    ]
 
 
 @pytest.fixture
@@ -56,7 +61,9 @@ def unfinished(tmp_path: Path) -> Path:
     """A folder with the work of every shard, `out.preprocess`, not merged yet, and the output `whole` that it must become."""
     (tmp_path / "in").mkdir()
     for name in "ab":
-        lines = [json.dumps({"text": f"{name} {number} " * (number % 5)}) + "\n" for number in range(20)]
+        lines = [
+            json.dumps({"text": f"{name} {number} " * (number % 5)}) + "\n" for number in range(20)
+        ]
         (tmp_path / "in" / f"{name}.jsonl").write_text("".join(lines))
     run(tmp_path, "whole")
     run(tmp_path, "out", shard=(0, 1))
@@ -86,16 +93,22 @@ def test_a_flipped_bit_in_a_journal_is_said_and_its_work_is_done_again(
     assert said >= 26  # all but a newline at the very end, which leaves a torn line
 
 
-def test_a_line_of_an_earlier_version_has_no_hash_and_is_done_again(unfinished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_line_of_an_earlier_version_has_no_hash_and_is_done_again(
+    unfinished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (journal,) = (unfinished / "out.preprocess").glob("*.journal")
     bare = [line.rpartition(b" ")[0] + b"\n" for line in journal.read_bytes().splitlines()]
     journal.write_bytes(b"".join(bare))
     run(unfinished, "out")
     assert output_bytes(unfinished, "out") == output_bytes(unfinished, "whole")
-    assert f"{len(bare)} records of finished work are not what was written" in capsys.readouterr().err
+    assert (
+        f"{len(bare)} records of finished work are not what was written" in capsys.readouterr().err
+    )
 
 
-def test_an_untouched_journal_says_nothing(unfinished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_untouched_journal_says_nothing(
+    unfinished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The control."""
     run(unfinished, "out")
     assert "done again" not in capsys.readouterr().err
@@ -104,7 +117,9 @@ def test_an_untouched_journal_says_nothing(unfinished: Path, capsys: pytest.Capt
 def test_a_finished_output_that_was_damaged_is_not_taken_for_complete(unfinished: Path) -> None:
     index = unfinished / "whole_text_document.idx"
     flip(index, 8 * 40)
-    with pytest.raises(DataError, match=r"(?s)whole_text_document\.idx: .*give --overwrite to write it again"):
+    with pytest.raises(
+        DataError, match=r"(?s)whole_text_document\.idx: .*give --overwrite to write it again"
+    ):
         run(unfinished, "whole")
     assert run(unfinished, "whole", overwrite=True)["status"] == "complete"
     assert not IndexedDataset(unfinished / "whole_text_document").problems()
@@ -124,7 +139,10 @@ def write(prefix: Path, lengths: list[int]) -> None:
 def data(tmp_path: Path) -> DataConfig:
     write(tmp_path / "a", [9] * 30)
     write(tmp_path / "b", [7] * 20)
-    sources = [{"prefix": str(tmp_path / "a"), "weight": 0.7}, {"prefix": str(tmp_path / "b"), "weight": 0.3}]
+    sources = [
+        {"prefix": str(tmp_path / "a"), "weight": 0.7},
+        {"prefix": str(tmp_path / "b"), "weight": 0.3},
+    ]
     return DataConfig.model_validate({"train": sources, "order": "megatron", "prefetch": 0})
 
 
@@ -137,11 +155,20 @@ def samples_of(data: DataConfig) -> list[list[int]]:
     return [corpus[i].tokens.tolist() for i in range(40)]
 
 
-FILES = ("document_index.npy", "sample_index.npy", "shuffle_index.npy", "dataset_index.npy", "dataset_sample_index.npy", "description.json")
+FILES = (
+    "document_index.npy",
+    "sample_index.npy",
+    "shuffle_index.npy",
+    "dataset_index.npy",
+    "dataset_sample_index.npy",
+    "description.json",
+)
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_flipped_bit_in_a_prebuilt_order_is_refused_by_name_and_prebuilding_mends_it(data: DataConfig, name: str) -> None:
+def test_a_flipped_bit_in_a_prebuilt_order_is_refused_by_name_and_prebuilding_mends_it(
+    data: DataConfig, name: str
+) -> None:
     expected = samples_of(data)
     folders = [path for path, _ in prebuild(data, seq_length=5, total_samples=40)]
     path = next(folder / name for folder in folders if (folder / name).exists())
@@ -154,7 +181,9 @@ def test_a_flipped_bit_in_a_prebuilt_order_is_refused_by_name_and_prebuilding_me
             refused += 1
             assert str(path.parent) in str(error) and "prebuild it again" in str(error)
         else:
-            assert name == "description.json" and found == expected  # a space that became another one
+            assert (
+                name == "description.json" and found == expected
+            )  # a space that became another one
         path.write_bytes(content)
     assert refused == 22 or (name == "description.json" and refused > 10)
     flip(path, 8 * (len(content) - 3))
@@ -191,7 +220,9 @@ def test_a_flipped_bit_in_the_list_of_rollbacks_is_refused(tmp_path: Path) -> No
             assert str(path) in str(error)
         path.write_bytes(content)
     assert refused > 0.8 * len(bits)
-    path.write_text(json.dumps([{"after_step": 12, "first_sample": 96, "next_sample": 112, "spike_step": 14}]))  # of an earlier version
+    path.write_text(
+        json.dumps([{"after_step": 12, "first_sample": 96, "next_sample": 112, "spike_step": 14}])
+    )  # of an earlier version
     assert read_left_out(tmp_path) == entries[:1]
 
 
@@ -209,7 +240,9 @@ USES: dict[str, Callable[[IndexedDataset, Path], Any]] = {
 
 @pytest.mark.parametrize("suffix", [".idx", ".bin"])
 @pytest.mark.parametrize("use", USES)
-def test_token_files_that_are_shortened_while_open_are_an_error_and_not_a_killed_process(tmp_path: Path, use: str, suffix: str) -> None:
+def test_token_files_that_are_shortened_while_open_are_an_error_and_not_a_killed_process(
+    tmp_path: Path, use: str, suffix: str
+) -> None:
     write(tmp_path / "a", [3000] * 8)
     dataset = IndexedDataset(tmp_path / "a")
     USES[use](dataset, tmp_path)  # the control: whole, it is read
@@ -224,9 +257,18 @@ def test_token_files_that_are_shortened_while_open_are_an_error_and_not_a_killed
 @pytest.mark.parametrize("order", ["permutation", "megatron"])
 @pytest.mark.parametrize("prefetch", [0, 2])
 @pytest.mark.parametrize("suffix", [".idx", ".bin"])
-def test_the_training_loop_hears_that_a_token_file_was_shortened(data: DataConfig, order: str, prefetch: int, suffix: str) -> None:
+def test_the_training_loop_hears_that_a_token_file_was_shortened(
+    data: DataConfig, order: str, prefetch: int, suffix: str
+) -> None:
     changed = DataConfig.model_validate({**data.model_dump(), "order": order, "prefetch": prefetch})
-    sizes = {"micro_batch_size": 2, "global_batch_size": 4, "train_steps": 10, "vocab_size": 1000, "data_rank": 0, "data_size": 1}
+    sizes = {
+        "micro_batch_size": 2,
+        "global_batch_size": 4,
+        "train_steps": 10,
+        "vocab_size": 1000,
+        "data_rank": 0,
+        "data_size": 1,
+    }
     with build_loader(changed, seq_length=5, **sizes) as loader:
         loader.next_step()
         os.truncate(f"{data.train[0].prefix}{suffix}", 10)
@@ -236,7 +278,9 @@ def test_the_training_loop_hears_that_a_token_file_was_shortened(data: DataConfi
 
 
 @pytest.mark.parametrize("name", FILES[:-1])
-def test_a_prebuilt_table_that_is_shortened_under_a_run_is_named(data: DataConfig, name: str) -> None:
+def test_a_prebuilt_table_that_is_shortened_under_a_run_is_named(
+    data: DataConfig, name: str
+) -> None:
     folders = [path for path, _ in prebuild(data, seq_length=5, total_samples=40)]
     corpus = corpus_of(data)
     corpus[0]
@@ -256,9 +300,13 @@ def test_a_file_that_is_replaced_by_another_one_is_no_matter(tmp_path: Path) -> 
     assert dataset.document(3).tolist() == expected
 
 
-def test_merging_a_source_that_shrinks_leaves_no_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_merging_a_source_that_shrinks_leaves_no_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(tmp_path / "a", [3000] * 8)
-    monkeypatch.setattr(IndexedWriter, "_write_tokens", lambda self, tokens: os.truncate(tmp_path / "a.idx", 0))
+    monkeypatch.setattr(
+        IndexedWriter, "_write_tokens", lambda self, tokens: os.truncate(tmp_path / "a.idx", 0)
+    )
     with pytest.raises(DataError, match=r"a\.idx: was shortened"):
         merge([tmp_path / "a"], tmp_path / "b")
     assert not list(tmp_path.glob("b*"))

@@ -22,7 +22,12 @@ from megatron_completep.data.tokenizer import build_tokenizer
 from megatron_completep.errors import DataError
 from megatron_completep.preprocess import report
 from megatron_completep.preprocess.quality import Limits
-from megatron_completep.preprocess.readers import BadDocument, Document, describe_place, read_documents
+from megatron_completep.preprocess.readers import (
+    BadDocument,
+    Document,
+    describe_place,
+    read_documents,
+)
 from megatron_completep.preprocess.run import preprocess
 from megatron_completep.preprocess.settings import PreprocessSettings, TokenizerChoice
 from megatron_completep.preprocess.sources import Source, blocks_of, find_sources, make_units
@@ -36,8 +41,16 @@ def _no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "_draw", lambda *_: None)
 
 
-def run(folder: Path, *inputs: Path | str, name: str = "out", keywords: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
-    wanted = PreprocessSettings(tuple(map(str, inputs)), str(folder / name), TokenizerChoice("bytes"), **options)
+def run(
+    folder: Path,
+    *inputs: Path | str,
+    name: str = "out",
+    keywords: dict[str, Any] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    wanted = PreprocessSettings(
+        tuple(map(str, inputs)), str(folder / name), TokenizerChoice("bytes"), **options
+    )
     return preprocess(wanted, **{"log_interval": 10**9, **(keywords or {})})
 
 
@@ -81,13 +94,19 @@ SPECIAL = {
 @pytest.mark.parametrize("input_format", ["auto", "jsonl"])
 @pytest.mark.parametrize("way", ["named", "in a folder", "by a glob"])
 @pytest.mark.parametrize("kind", SPECIAL)
-def test_what_is_no_regular_file_is_refused_by_name_however_it_is_met(tmp_path: Path, kind: str, way: str, input_format: str) -> None:
+def test_what_is_no_regular_file_is_refused_by_name_however_it_is_met(
+    tmp_path: Path, kind: str, way: str, input_format: str
+) -> None:
     make, reason = SPECIAL[kind]
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jsonl").write_bytes(lines_of("a"))
     special = tmp_path / "in" / "b.jsonl"
     make(special)
-    inputs = {"named": [tmp_path / "in" / "a.jsonl", special], "in a folder": [tmp_path / "in"], "by a glob": [f"{tmp_path}/in/*.jsonl"]}
+    inputs = {
+        "named": [tmp_path / "in" / "a.jsonl", special],
+        "in a folder": [tmp_path / "in"],
+        "by a glob": [f"{tmp_path}/in/*.jsonl"],
+    }
     with pytest.raises(DataError) as refused:
         run(tmp_path, *inputs[way], input_format=input_format)
     assert f"{special}: {reason}" in str(refused.value)
@@ -101,7 +120,10 @@ def test_a_pipe_of_the_shell_is_refused_and_nothing_is_lost(tmp_path: Path) -> N
     os.write(writing, lines_of("b", "c"))
     os.close(writing)
     try:
-        with pytest.raises(DataError, match=rf"/dev/fd/{reading}: is a pipe \(FIFO\), not a regular file. Write its content to a file"):
+        with pytest.raises(
+            DataError,
+            match=rf"/dev/fd/{reading}: is a pipe \(FIFO\), not a regular file. Write its content to a file",
+        ):
             run(tmp_path, tmp_path / "a.jsonl", f"/dev/fd/{reading}")
         assert os.read(reading, 1000) == lines_of("b", "c")
     finally:
@@ -123,7 +145,9 @@ def test_all_special_files_are_named_at_once(tmp_path: Path) -> None:
         find_sources([tmp_path])
 
 
-def test_a_linked_folder_and_one_that_cannot_be_listed_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_linked_folder_and_one_that_cannot_be_listed_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "in" / "a.txt").write_text("a")
@@ -142,12 +166,16 @@ def test_a_linked_folder_and_one_that_cannot_be_listed_are_refused(tmp_path: Pat
         return scan(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(DataError, match=r"in/closed: the folder cannot be listed \(Permission denied\)"):
+    with pytest.raises(
+        DataError, match=r"in/closed: the folder cannot be listed \(Permission denied\)"
+    ):
         find_sources([tmp_path / "in"])
 
 
 @pytest.mark.parametrize("suffix", [".idx", ".bin", ".json"])
-def test_pipes_in_place_of_token_files_are_refused_instead_of_waited_for(tmp_path: Path, suffix: str) -> None:
+def test_pipes_in_place_of_token_files_are_refused_instead_of_waited_for(
+    tmp_path: Path, suffix: str
+) -> None:
     (tmp_path / "a.txt").write_text("text")
     run(tmp_path, tmp_path / "a.txt")
     path = tmp_path / f"out_text_document{suffix}"
@@ -174,7 +202,9 @@ def test_training_a_tokenizer_refuses_pipes_and_reads_standard_input(tmp_path: P
     train_tokenizer(TrainingSettings((str(tmp_path / "a.txt"),), 300), output)
     expected = Path(output).read_bytes()
     lines = io.BytesIO(lines_of(text))
-    report = train_tokenizer(TrainingSettings(("-",), 300, input_format="jsonl"), output, standard_input=lines)
+    report = train_tokenizer(
+        TrainingSettings(("-",), 300, input_format="jsonl"), output, standard_input=lines
+    )
     assert Path(output).read_bytes() == expected
     assert report["settings"]["inputs"] == ["-"]
     with pytest.raises(DataError, match="standard input has no name that shows its format"):
@@ -182,17 +212,26 @@ def test_training_a_tokenizer_refuses_pipes_and_reads_standard_input(tmp_path: P
 
 
 def test_preprocessing_says_why_it_does_not_read_standard_input(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"-: standard input is not read here: .* again after an interruption"):
+    with pytest.raises(
+        DataError, match=r"-: standard input is not read here: .* again after an interruption"
+    ):
         run(tmp_path, "-")
 
 
-def test_inputs_without_a_document_are_said_on_the_console(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inputs_without_a_document_are_said_on_the_console(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "a.jsonl").write_bytes(lines_of("a"))
     (tmp_path / "empty.jsonl").write_bytes(b"")
     (tmp_path / "hollow.jsonl.gz").write_bytes(gzip.compress(b"\n\n"))
-    summary = run(tmp_path, *(tmp_path / name for name in ("a.jsonl", "empty.jsonl", "hollow.jsonl.gz")))
+    summary = run(
+        tmp_path, *(tmp_path / name for name in ("a.jsonl", "empty.jsonl", "hollow.jsonl.gz"))
+    )
     assert "2 input files hold no document: " in capsys.readouterr().err
-    assert [Path(name).name for name in summary["inputs"]["empty_files"]] == ["empty.jsonl", "hollow.jsonl.gz"]
+    assert [Path(name).name for name in summary["inputs"]["empty_files"]] == [
+        "empty.jsonl",
+        "hollow.jsonl.gz",
+    ]
     (tmp_path / "text.txt").write_text("some words to learn from. " * 200)
     said: list[str] = []
     inputs = (str(tmp_path / "empty.jsonl"), str(tmp_path / "text.txt"))
@@ -200,20 +239,31 @@ def test_inputs_without_a_document_are_said_on_the_console(tmp_path: Path, capsy
     assert any("1 input files are empty" in line and "empty.jsonl" in line for line in said)
 
 
-def test_a_run_that_leaves_no_document_writes_nothing_and_a_corrected_one_goes_through(tmp_path: Path) -> None:
+def test_a_run_that_leaves_no_document_writes_nothing_and_a_corrected_one_goes_through(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "a.jsonl").write_bytes(lines_of("a"))
     for limits in (Limits(min_tokens=9), Limits(max_characters=0)):
-        with pytest.raises(DataError, match=r"no document is left of 1 input files .* Nothing was written"):
+        with pytest.raises(
+            DataError, match=r"no document is left of 1 input files .* Nothing was written"
+        ):
             run(tmp_path, tmp_path / "a.jsonl", limits=limits)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl"]
     assert run(tmp_path, tmp_path / "a.jsonl")["documents"] == 1
 
 
-def test_an_input_that_shrinks_while_it_is_read_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_input_that_shrinks_while_it_is_read_stops_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines_of(*"abcdef"))
-    monkeypatch.setattr("megatron_completep.preprocess.run.make_units", after(lambda: path.write_bytes(lines_of("a")), make_units))
-    with pytest.raises(DataError, match=r"a\.jsonl: has 14 bytes, at the start of this run it had 84"):
+    monkeypatch.setattr(
+        "megatron_completep.preprocess.run.make_units",
+        after(lambda: path.write_bytes(lines_of("a")), make_units),
+    )
+    with pytest.raises(
+        DataError, match=r"a\.jsonl: has 14 bytes, at the start of this run it had 84"
+    ):
         run(tmp_path, path)
     assert not (tmp_path / "out_text_document.idx").exists()
 
@@ -227,12 +277,18 @@ def after(do: Callable[[], object], call: Callable[..., Any]) -> Callable[..., A
     return both
 
 
-def test_a_file_that_vanishes_is_a_bad_document_and_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_vanishes_is_a_bad_document_and_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for ending in ("txt", "jsonl", "jsonl.gz", "parquet"):
         path = tmp_path / f"a.{ending}"
         path.write_bytes(lines_of("a"))
-        monkeypatch.setattr("megatron_completep.preprocess.run.make_units", after(path.unlink, make_units))
-        with pytest.raises(DataError, match=rf"1 documents are bad.*\n.*a\.{ending}: cannot be read"):
+        monkeypatch.setattr(
+            "megatron_completep.preprocess.run.make_units", after(path.unlink, make_units)
+        )
+        with pytest.raises(
+            DataError, match=rf"1 documents are bad.*\n.*a\.{ending}: cannot be read"
+        ):
             run(tmp_path, path, name=ending)
 
 
@@ -242,14 +298,23 @@ def test_a_file_that_vanishes_is_a_bad_document_and_no_traceback(tmp_path: Path,
 @pytest.mark.parametrize("depth", [1024, 100_000])
 @pytest.mark.parametrize("closed", [True, False])
 @pytest.mark.parametrize("spoilt", ["", "\\ud800"], ids=["", "surrogate"])
-def test_a_document_nested_too_deeply_is_bad_and_the_others_are_read(tmp_path: Path, depth: int, closed: bool, spoilt: str) -> None:
+def test_a_document_nested_too_deeply_is_bad_and_the_others_are_read(
+    tmp_path: Path, depth: int, closed: bool, spoilt: str
+) -> None:
     nested = "[" * depth + ("]" * depth if closed else "")
-    line = f'{{"text": "x{spoilt}", "more": {nested}}}\n'.encode() if closed else nested.encode() + b"\n"
+    line = (
+        f'{{"text": "x{spoilt}", "more": {nested}}}\n'.encode()
+        if closed
+        else nested.encode() + b"\n"
+    )
     (tmp_path / "a.jsonl").write_bytes(lines_of("a") + line + lines_of("b"))
     options: dict[str, Any] = {"unicode": "repair", "keywords": {"max_bad_documents": 1}}
     summary = run(tmp_path, tmp_path / "a.jsonl", **options)
     assert texts_of(tmp_path / "out_text_document") == ["a", "b"]
-    assert summary["bad_documents"] == 1 and "a.jsonl, line 2: invalid JSON" in summary["bad_examples"][0]
+    assert (
+        summary["bad_documents"] == 1
+        and "a.jsonl, line 2: invalid JSON" in summary["bad_examples"][0]
+    )
 
 
 def test_a_document_nested_moderately_is_good(tmp_path: Path) -> None:
@@ -265,16 +330,22 @@ def test_nested_side_files_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.json: cannot be read as JSON \(nested too deeply\)"):
         read_sidecar(str(tmp_path / "a"))
     (tmp_path / "rollbacks.json").write_text(nested)
-    with pytest.raises(DataError, match=r"rollbacks\.json: not a list of rollbacks \(nested too deeply\)"):
+    with pytest.raises(
+        DataError, match=r"rollbacks\.json: not a list of rollbacks \(nested too deeply\)"
+    ):
         read_left_out(tmp_path)
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "tokenizer.json").write_text(nested)
     with pytest.raises(DataError, match=r"tokenizer\.json: not a Hugging Face tokenizer\.json"):
         build_tokenizer(TokenizerChoice("huggingface", str(tmp_path / "hf")))
     tokenizers = pytest.importorskip("tokenizers")
-    tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]")).save(str(tmp_path / "hf" / "tokenizer.json"))
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]")).save(
+        str(tmp_path / "hf" / "tokenizer.json")
+    )
     (tmp_path / "hf" / "tokenizer_config.json").write_text(nested)
-    with pytest.raises(DataError, match=r"tokenizer_config\.json: not a JSON object \(nested too deeply\)"):
+    with pytest.raises(
+        DataError, match=r"tokenizer_config\.json: not a JSON object \(nested too deeply\)"
+    ):
         build_tokenizer(TokenizerChoice("huggingface", str(tmp_path / "hf")))
 
 
@@ -294,7 +365,9 @@ def test_a_damaged_report_or_plan_is_no_traceback(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_names_that_are_not_utf_8_work_in_files_reports_and_messages(tmp_path: Path, workers: int) -> None:
+def test_names_that_are_not_utf_8_work_in_files_reports_and_messages(
+    tmp_path: Path, workers: int
+) -> None:
     folder = tmp_path / LATIN_1
     folder.mkdir()
     (folder / f"{LATIN_1}.jsonl").write_bytes(lines_of("a") + b"{}\n")
@@ -306,10 +379,14 @@ def test_names_that_are_not_utf_8_work_in_files_reports_and_messages(tmp_path: P
     with pytest.raises(DataError) as refused:
         run(tmp_path, folder, name=output, keywords={"workers": workers})
     assert "caf\\xe9.jsonl, line 2: key text is missing" in str(refused.value)
-    summary = run(tmp_path, folder, name=output, keywords={"workers": workers, "max_bad_documents": 1})
+    summary = run(
+        tmp_path, folder, name=output, keywords={"workers": workers, "max_bad_documents": 1}
+    )
     assert texts_of(tmp_path / f"{output}_text_document") == ["a", "row", "text"]
     assert summary["outputs"][0]["prefix"] == f"{tmp_path}/outcaf\\xe9_text_document"
-    assert [Path(name).name for name in summary["inputs"]["empty_files"]] == ["caf\\xe9.empty.jsonl"]
+    assert [Path(name).name for name in summary["inputs"]["empty_files"]] == [
+        "caf\\xe9.empty.jsonl"
+    ]
     for text in (json.dumps(summary), (tmp_path / f"{output}_report.json").read_text()):
         assert "\\ud" not in text  # a lone surrogate, which other readers of JSON refuse
     assert run(tmp_path, folder, name=output)["status"] == "already complete"
@@ -318,11 +395,17 @@ def test_names_that_are_not_utf_8_work_in_files_reports_and_messages(tmp_path: P
 def test_training_a_tokenizer_works_with_such_names(tmp_path: Path) -> None:
     (tmp_path / f"{LATIN_1}.txt").write_text("some words to learn from. " * 200)
     model = tmp_path / f"{LATIN_1}.model"
-    summary = train_tokenizer(TrainingSettings((str(tmp_path / f"{LATIN_1}.txt"),), 280), str(model))
+    summary = train_tokenizer(
+        TrainingSettings((str(tmp_path / f"{LATIN_1}.txt"),), 280), str(model)
+    )
     assert summary["tokenizer"]["model"] == "caf\\xe9.model"
     assert [Path(name).name for name in summary["settings"]["inputs"]] == ["caf\\xe9.txt"]
     (tmp_path / "a.txt").write_text("words")
-    wanted = PreprocessSettings((str(tmp_path / "a.txt"),), str(tmp_path / "out"), TokenizerChoice("sentencepiece", str(model)))
+    wanted = PreprocessSettings(
+        (str(tmp_path / "a.txt"),),
+        str(tmp_path / "out"),
+        TokenizerChoice("sentencepiece", str(model)),
+    )
     assert preprocess(wanted, log_interval=10**9)["tokenizer"]["model"] == "caf\\xe9.model"
 
 
@@ -333,7 +416,9 @@ def test_what_can_be_printed_is_left_as_it_is() -> None:
 # Documents without a bound
 
 
-def documents_of(path: Path, input_format: str, limit: int, block_bytes: int) -> list[tuple[str, str]]:
+def documents_of(
+    path: Path, input_format: str, limit: int, block_bytes: int
+) -> list[tuple[str, str]]:
     """(place, text, or a bad document's reason) of a file."""
     (unit,) = make_units(find_sources([path], input_format), block_bytes)
     found = []
@@ -355,26 +440,41 @@ def test_a_line_above_the_bound_is_bad_and_its_neighbours_are_read(
     lines = ["first", "x" * length] + ([] if last else ["after", "y" * length, "end"])
     raw = "\n".join(lines).encode()
     path = tmp_path / f"a.txt{ending}"
-    path.write_bytes({"": lambda r: r, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}[ending](raw))
+    path.write_bytes(
+        {"": lambda r: r, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}[
+            ending
+        ](raw)
+    )
     reason = "the line is longer than 9.536743164e-05 MB, the largest document (--max-document-megabytes)"
-    expected = [(f"line {number}", line if len(line) <= 100 else reason) for number, line in enumerate(lines, 1)]
+    expected = [
+        (f"line {number}", line if len(line) <= 100 else reason)
+        for number, line in enumerate(lines, 1)
+    ]
     assert documents_of(path, "lines", 100, block_bytes) == expected
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.txt.zst"])
 def test_a_file_and_a_row_above_the_bound_are_bad(tmp_path: Path, name: str) -> None:
-    pack = {"txt": lambda r: r, "gz": gzip.compress, "zst": zstandard.ZstdCompressor().compress}[name.rpartition(".")[2]]
+    pack = {"txt": lambda r: r, "gz": gzip.compress, "zst": zstandard.ZstdCompressor().compress}[
+        name.rpartition(".")[2]
+    ]
     for size in (100, 101):
         (tmp_path / name).write_bytes(pack(b"x" * size))
         found = documents_of(tmp_path / name, "text", 100, 1 << 20)
         assert found[0][1].startswith("x" * 100 if size == 100 else "the text is longer than")
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["x" * 100, "x" * 101]}), tmp_path / "a.parquet")
-    assert [text[:15] for _, text in documents_of(tmp_path / "a.parquet", "parquet", 100, 1 << 20)] == ["x" * 15, "the row is long"]
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": ["x" * 100, "x" * 101]}), tmp_path / "a.parquet"
+    )
+    assert [
+        text[:15] for _, text in documents_of(tmp_path / "a.parquet", "parquet", 100, 1 << 20)
+    ] == ["x" * 15, "the row is long"]
 
 
 @pytest.mark.parametrize("ending", ["zst", "gz"])
 @pytest.mark.parametrize("input_format", ["jsonl", "text"])
-def test_an_archive_that_unpacks_to_one_huge_line_needs_little_memory(tmp_path: Path, ending: str, input_format: str) -> None:
+def test_an_archive_that_unpacks_to_one_huge_line_needs_little_memory(
+    tmp_path: Path, ending: str, input_format: str
+) -> None:
     size = 300 << 20
     path = tmp_path / f"a.{'jsonl' if input_format == 'jsonl' else 'txt'}.{ending}"
     with open(path, "wb") as file:
@@ -404,7 +504,12 @@ def test_the_bound_decides_the_output(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="made from other inputs, tokenizer or settings"):
         run(tmp_path, tmp_path / "a.jsonl", largest_document=400)
     keywords = {"max_bad_documents": 1, "overwrite": True}
-    assert run(tmp_path, tmp_path / "a.jsonl", largest_document=400, keywords=keywords)["bad_documents"] == 1
+    assert (
+        run(tmp_path, tmp_path / "a.jsonl", largest_document=400, keywords=keywords)[
+            "bad_documents"
+        ]
+        == 1
+    )
     assert texts_of(tmp_path / "out_text_document") == ["a"]
 
 

@@ -50,7 +50,12 @@ def test_reader_reads_the_golden_bytes_without_a_sidecar(tmp_path):
     assert dataset.pointers.tolist() == [0, 6, 10, 12]
     assert dataset.document_indices.tolist() == [0, 2, 3, 3, 4]
     assert read(dataset) == flat(GOLDEN_DOCUMENTS)
-    assert [dataset.sequence(i).tolist() for i in range(4)] == [[1, 2, 3], [4, 5], [6], [7, 8, 9, 10]]
+    assert [dataset.sequence(i).tolist() for i in range(4)] == [
+        [1, 2, 3],
+        [4, 5],
+        [6],
+        [7, 8, 9, 10],
+    ]
     assert [dataset.document_at(t) for t in range(10)] == [0, 0, 0, 0, 0, 1, 3, 3, 3, 3]
     assert dataset.document_starts(0, 10).tolist() == [5, 6]
     assert dataset.problems() == []
@@ -66,11 +71,16 @@ def test_many_documents_at_once_equal_one_by_one(tmp_path):
         assert (tmp_path / f"a.{suffix}").read_bytes() == (tmp_path / f"b.{suffix}").read_bytes()
 
 
-documents_strategy = st.lists(st.lists(st.lists(st.integers(0, 255), max_size=5), max_size=3), max_size=12)
+documents_strategy = st.lists(
+    st.lists(st.lists(st.integers(0, 255), max_size=5), max_size=3), max_size=12
+)
 
 
 @settings(max_examples=60, deadline=None)
-@given(documents=documents_strategy, dtype=st.sampled_from(["uint8", "int16", "uint16", "int32", "int64"]))
+@given(
+    documents=documents_strategy,
+    dtype=st.sampled_from(["uint8", "int16", "uint16", "int32", "int64"]),
+)
 def test_what_is_written_is_read_back(tmp_path_factory, documents, dtype):
     documents = [[[t % 128 for t in s] if dtype == "int8" else s for s in d] for d in documents]
     dataset = write(tmp_path_factory.mktemp("round") / "a", documents, dtype)
@@ -80,7 +90,9 @@ def test_what_is_written_is_read_back(tmp_path_factory, documents, dtype):
     owner = [d for d, document in enumerate(flat(documents)) for _ in document]
     assert [dataset.document_at(t) for t in range(dataset.num_tokens)] == owner
     if owner:
-        assert dataset.document_starts(0, len(owner)).tolist() == [t for t in range(1, len(owner)) if owner[t] != owner[t - 1]]
+        assert dataset.document_starts(0, len(owner)).tolist() == [
+            t for t in range(1, len(owner)) if owner[t] != owner[t - 1]
+        ]
     assert dataset.problems() == []
 
 
@@ -93,7 +105,9 @@ def test_merge_equals_writing_everything_at_once(tmp_path_factory, corpora):
     merge([folder / str(number) for number in range(len(corpora))], folder / "merged")
     write(folder / "whole", [document for documents in corpora for document in documents])
     for suffix in ("bin", "idx", "json"):
-        assert (folder / f"merged.{suffix}").read_bytes() == (folder / f"whole.{suffix}").read_bytes()
+        assert (folder / f"merged.{suffix}").read_bytes() == (
+            folder / f"whole.{suffix}"
+        ).read_bytes()
 
 
 def test_split_parts_merge_back_into_the_whole(tmp_path):
@@ -125,7 +139,9 @@ def test_nothing_valid_exists_before_close_and_abort_leaves_nothing(tmp_path):
     writer.add_document([[1, 2, 3]])
     assert not (tmp_path / "a.idx").exists() and not (tmp_path / "a.bin").exists()
     writer._idx.flush()
-    (tmp_path / "a.idx.partial").rename(tmp_path / "b.idx")  # a partial index is no index even under its final name
+    (tmp_path / "a.idx.partial").rename(
+        tmp_path / "b.idx"
+    )  # a partial index is no index even under its final name
     (tmp_path / "b.bin").write_bytes(b"\1\0\2\0\3\0")
     with pytest.raises(DataError, match=r"b\.idx: magic"):
         IndexedDataset(tmp_path / "b")
@@ -212,7 +228,9 @@ def test_a_corrupted_index_names_file_and_field(tmp_path, offset, new, field):
         IndexedDataset(tmp_path / "a")
 
 
-@pytest.mark.parametrize(("suffix", "size"), [("idx", 0), ("idx", 20), ("idx", 80), ("bin", 0), ("bin", 19), ("bin", 18)])
+@pytest.mark.parametrize(
+    ("suffix", "size"), [("idx", 0), ("idx", 20), ("idx", 80), ("bin", 0), ("bin", 19), ("bin", 18)]
+)
 def test_a_truncated_file_is_refused(tmp_path, suffix, size):
     write(tmp_path / "a", GOLDEN_DOCUMENTS)
     os.truncate(tmp_path / f"a.{suffix}", size)
@@ -224,12 +242,17 @@ def test_a_file_that_shrinks_while_in_use_is_an_error_not_a_crash(tmp_path):
     dataset = write(tmp_path / "a", [[list(range(10_000))]])
     assert dataset.read(9_000, 9_003).tolist() == [9_000, 9_001, 9_002]
     os.truncate(tmp_path / "a.bin", 100)
-    with pytest.raises(DataError, match=r"a\.bin: tokens 9000 to 9002 cannot be read: the file was shortened while in use"):
+    with pytest.raises(
+        DataError,
+        match=r"a\.bin: tokens 9000 to 9002 cannot be read: the file was shortened while in use",
+    ):
         dataset.read(9_000, 9_003)
 
 
 def test_a_missing_file_is_refused_with_a_remedy(tmp_path):
-    with pytest.raises(DataError, match=r"nowhere\.idx: No such file or directory.*without the suffix"):
+    with pytest.raises(
+        DataError, match=r"nowhere\.idx: No such file or directory.*without the suffix"
+    ):
         IndexedDataset(tmp_path / "nowhere")
 
 
@@ -237,7 +260,9 @@ def test_the_sidecar_finds_a_changed_token_and_a_sidecar_of_other_files(tmp_path
     dataset = write(tmp_path / "a", GOLDEN_DOCUMENTS)
     assert dataset.problems() == []
     patch(tmp_path / "a.bin", 0, b"\2")
-    assert [problem.split(": ")[1] for problem in IndexedDataset(tmp_path / "a").problems()] == ["content"]
+    assert [problem.split(": ")[1] for problem in IndexedDataset(tmp_path / "a").problems()] == [
+        "content"
+    ]
     sidecar = json.loads((tmp_path / "a.json").read_text())
     (tmp_path / "a.json").write_text(json.dumps(sidecar | {"tokens": 11}))
     with pytest.raises(DataError, match=r"a\.json: tokens: 11, but the token files have 10"):
@@ -284,7 +309,9 @@ def mutated(original, random):
             raw[at] ^= 1 << int(random.integers(8))
         case 3:  # a whole field
             at = int(random.integers(len(raw) - 8))
-            raw[at : at + 8] = [0, 1, 2**31, 2**63 - 1, 2**63, 2**64 - 1][random.integers(6)].to_bytes(8, "little")
+            raw[at : at + 8] = [0, 1, 2**31, 2**63 - 1, 2**63, 2**64 - 1][
+                random.integers(6)
+            ].to_bytes(8, "little")
         case 4:
             for at in random.integers(len(raw), size=3):
                 raw[at] = int(random.integers(256))
@@ -298,7 +325,9 @@ def fuzz(folder, mutations, unchanged):
     opened = 0
     for _ in range(mutations):
         raw = mutated(original, random)
-        with open(folder / "a.idx", "r+b") as file:  # in place: ext4 flushes a file that was emptied and written again
+        with open(
+            folder / "a.idx", "r+b"
+        ) as file:  # in place: ext4 flushes a file that was emptied and written again
             file.write(raw)
             file.truncate()
         try:

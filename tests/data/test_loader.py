@@ -26,7 +26,10 @@ def data(tmp_path):
 
 
 def config_of(folder, **changes):
-    sources = [SourceConfig(prefix=str(folder / "a"), weight=0.7), SourceConfig(prefix=str(folder / "b"), weight=0.3)]
+    sources = [
+        SourceConfig(prefix=str(folder / "a"), weight=0.7),
+        SourceConfig(prefix=str(folder / "b"), weight=0.3),
+    ]
     return DataConfig.model_validate({"train": sources, "split": "8,1,1", "prefetch": 0} | changes)
 
 
@@ -52,7 +55,9 @@ def rows_of(batches):
     """sample id -> every field of its row, from micro-batches in any order."""
     fields = ("tokens", "labels", "loss_mask", "positions", "document_ids")
     return {
-        int(b.sample_ids[i]): tuple(tuple(getattr(b, f)[i].tolist()) for f in fields) for b in batches for i in range(len(b.sample_ids))
+        int(b.sample_ids[i]): tuple(tuple(getattr(b, f)[i].tolist()) for f in fields)
+        for b in batches
+        for i in range(len(b.sample_ids))
     }
 
 
@@ -68,10 +73,23 @@ def test_a_batch_has_the_promised_shapes_and_types(data):
     assert len(batches) == 4
     for batch in batches:
         assert (
-            batch.tokens.shape == batch.labels.shape == batch.loss_mask.shape == batch.positions.shape == batch.document_ids.shape == (2, S)
+            batch.tokens.shape
+            == batch.labels.shape
+            == batch.loss_mask.shape
+            == batch.positions.shape
+            == batch.document_ids.shape
+            == (2, S)
         )
-        assert (batch.tokens.dtype, batch.labels.dtype, batch.loss_mask.dtype) == (torch.int64, torch.int64, torch.float32)
-        assert (batch.positions.dtype, batch.document_ids.dtype, batch.sample_ids.dtype) == (torch.int64, torch.int32, torch.int64)
+        assert (batch.tokens.dtype, batch.labels.dtype, batch.loss_mask.dtype) == (
+            torch.int64,
+            torch.int64,
+            torch.float32,
+        )
+        assert (batch.positions.dtype, batch.document_ids.dtype, batch.sample_ids.dtype) == (
+            torch.int64,
+            torch.int32,
+            torch.int64,
+        )
         assert torch.equal(batch.tokens[:, 1:], batch.labels[:, :-1])
         assert batch.tokens.is_contiguous() and batch.labels.is_contiguous()
     assert [i for batch in batches for i in batch.sample_ids.tolist()] == list(range(8))
@@ -80,7 +98,10 @@ def test_a_batch_has_the_promised_shapes_and_types(data):
 @pytest.mark.parametrize(("data_size", "micro"), [(1, 1), (1, 8), (2, 2), (4, 1), (4, 2), (8, 1)])
 def test_a_step_holds_the_same_samples_at_every_data_parallel_size(data, data_size, micro):
     expected = [rows_of(step) for step in steps_of(loader_of(data), 4)]
-    ranks = [steps_of(loader_of(data, data_rank=r, data_size=data_size, micro_batch_size=micro), 4) for r in range(data_size)]
+    ranks = [
+        steps_of(loader_of(data, data_rank=r, data_size=data_size, micro_batch_size=micro), 4)
+        for r in range(data_size)
+    ]
     for step in range(4):
         batches = [batch for rank in ranks for batch in rank[step]]
         assert rows_of(batches) == expected[step]
@@ -107,14 +128,19 @@ def test_positions_and_documents_follow_the_files(data, reset):
 @pytest.mark.parametrize("resumed_at", [1, 3, 7])
 def test_a_resumed_loader_continues_the_same_order(data, resumed_at):
     whole = steps_of(loader_of(data), 8)
-    assert_same(steps_of(loader_of(data, consumed_samples=8 * resumed_at), 8 - resumed_at), whole[resumed_at:])
+    assert_same(
+        steps_of(loader_of(data, consumed_samples=8 * resumed_at), 8 - resumed_at),
+        whole[resumed_at:],
+    )
     loader = loader_of(data)
     loader.seek(8 * resumed_at)
     assert_same(steps_of(loader, 8 - resumed_at), whole[resumed_at:])
     assert loader.consumed_samples == 64
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     data_size=st.sampled_from([1, 2, 3, 4]),
     micro=st.integers(1, 3),
@@ -123,12 +149,19 @@ def test_a_resumed_loader_continues_the_same_order(data, resumed_at):
     prefetch=st.integers(0, 2),
     weight=st.floats(0.01, 1),
 )
-def test_the_order_depends_on_nothing_but_the_position(data, data_size, micro, rows, step, prefetch, weight):
+def test_the_order_depends_on_nothing_but_the_position(
+    data, data_size, micro, rows, step, prefetch, weight
+):
     """Every layout, resume point, prefetch depth and batch size reads the samples first .. first + batch - 1 of one sequence."""
     sources = [data.train[0].model_copy(update={"weight": weight}), data.train[1]]
     config = data.model_copy(update={"train": sources, "prefetch": prefetch})
     batch = micro * rows * data_size
-    common = {"micro_batch_size": micro, "global_batch_size": batch, "consumed_samples": step * batch, "data_size": data_size}
+    common = {
+        "micro_batch_size": micro,
+        "global_batch_size": batch,
+        "consumed_samples": step * batch,
+        "data_size": data_size,
+    }
     ranks = [steps_of(loader_of(config, data_rank=rank, **common), 2) for rank in range(data_size)]
     found = rows_of([micro_batch for rank in ranks for one in rank for micro_batch in one])
     corpus = loader_of(data.model_copy(update={"train": sources})).corpus
@@ -168,40 +201,65 @@ def test_a_token_outside_the_vocabulary_names_its_place(tmp_path, data, prefetch
     with IndexedWriter(tmp_path / "a", "uint16") as writer:
         writer.add_document([[1] * 30])
         writer.add_document([[1] * 17 + [777] + [1] * 40])
-    message = r"a\.bin: document 1, position 17: token id 777 is outside the model's vocabulary, 0 to 99"
-    with pytest.raises(DataError, match=message):  # the sidecar knows the largest id: refused before training
+    message = (
+        r"a\.bin: document 1, position 17: token id 777 is outside the model's vocabulary, 0 to 99"
+    )
+    with pytest.raises(
+        DataError, match=message
+    ):  # the sidecar knows the largest id: refused before training
         loader_of(config_of(tmp_path, prefetch=prefetch, split=None))
     (tmp_path / "a.json").unlink()
-    with loader_of(config_of(tmp_path, prefetch=prefetch, split=None)) as loader, pytest.raises(DataError, match=message):
+    with (
+        loader_of(config_of(tmp_path, prefetch=prefetch, split=None)) as loader,
+        pytest.raises(DataError, match=message),
+    ):
         for _ in range(10):
             loader.next_step()
 
 
 def test_every_source_that_is_missing_is_named(tmp_path, data):
-    absent = [SourceConfig(prefix=str(tmp_path / name), weight=0.2) for name in ("nowhere", "nothing")]
+    absent = [
+        SourceConfig(prefix=str(tmp_path / name), weight=0.2) for name in ("nowhere", "nothing")
+    ]
     with pytest.raises(DataError) as raised:
         loader_of(data.model_copy(update={"train": [data.train[0], *absent]}))
     assert str(raised.value).startswith("2 problems\n")
-    assert "nowhere.idx" in str(raised.value) and "nothing.idx" in str(raised.value) and "a.idx" not in str(raised.value)
+    assert (
+        "nowhere.idx" in str(raised.value)
+        and "nothing.idx" in str(raised.value)
+        and "a.idx" not in str(raised.value)
+    )
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path, data):
     writer = IndexedWriter(tmp_path / "a", "uint16")
     writer.add_document([[1] * 100])
     writer.close(tokenizer={"type": "bytes", "vocab_size": 257})
-    with pytest.raises(DataError, match=r"a\.json: tokenizer: it has 257 ids, model\.vocab_size = 100"):
+    with pytest.raises(
+        DataError, match=r"a\.json: tokenizer: it has 257 ids, model\.vocab_size = 100"
+    ):
         loader_of(config_of(tmp_path))
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_its_numbers(data):
-    with pytest.raises(ConfigError, match=r"global_batch_size = 8 is not a multiple of .* = 3 \* 2"):
+    with pytest.raises(
+        ConfigError, match=r"global_batch_size = 8 is not a multiple of .* = 3 \* 2"
+    ):
         loader_of(data, micro_batch_size=3, data_size=2)
 
 
 @pytest.mark.parametrize(("data_size", "micro"), [(1, 1), (1, 4), (2, 3), (4, 2)])
 def test_validation_is_the_same_set_every_time_at_every_layout(data, data_size, micro):
     def batches(rank, size, micro):
-        return validation_batches(data, samples=10, seq_length=S, micro_batch_size=micro, vocab_size=100, data_rank=rank, data_size=size)
+        return validation_batches(
+            data,
+            samples=10,
+            seq_length=S,
+            micro_batch_size=micro,
+            vocab_size=100,
+            data_rank=rank,
+            data_size=size,
+        )
 
     expected = rows_of(batches(0, 1, 2))
     assert sorted(expected) == list(range(10))
@@ -229,7 +287,13 @@ def test_validation_needs_sources_or_a_split(data):
 
 
 def epochs_config(folder, epochs):
-    return DataConfig(train=[SourceConfig(prefix=str(folder / n), **given) for n, given in zip("ab", epochs, strict=True)], prefetch=0)
+    return DataConfig(
+        train=[
+            SourceConfig(prefix=str(folder / n), **given)
+            for n, given in zip("ab", epochs, strict=True)
+        ],
+        prefetch=0,
+    )
 
 
 def test_sources_by_epochs_get_their_epochs(tmp_path, data):
@@ -253,5 +317,10 @@ def test_the_order_is_frozen(tmp_path):
     with IndexedWriter(tmp_path / "a", "uint16") as writer:
         writer.add_document([np.arange(100)])
     config = DataConfig(train=[SourceConfig(prefix=str(tmp_path / "a"))], prefetch=0)
-    first_tokens = [token for step in steps_of(loader_of(config), 2) for batch in step for token in batch.tokens[:, 0].tolist()]
+    first_tokens = [
+        token
+        for step in steps_of(loader_of(config), 2)
+        for batch in step
+        for token in batch.tokens[:, 0].tolist()
+    ]
     assert first_tokens == [88, 40, 32, 80, 0, 8, 48, 16, 56, 72, 64, 24, 80, 88, 48, 24]

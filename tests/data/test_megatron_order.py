@@ -27,14 +27,52 @@ GOLDEN = {
     6: (DOC_1, SAMPLE_1, [5, 2, 3, 1, 0, 4]),
     8: (
         [4, 0, 1, 2, 3, 3, 2, 1, 0, 4],
-        [[0, 0], [0, 4], [1, 1], [2, 0], [3, 1], [3, 5], [4, 0], [5, 0], [6, 0], [6, 4], [6, 8], [8, 0], [8, 4], [9, 3]],
+        [
+            [0, 0],
+            [0, 4],
+            [1, 1],
+            [2, 0],
+            [3, 1],
+            [3, 5],
+            [4, 0],
+            [5, 0],
+            [6, 0],
+            [6, 4],
+            [6, 8],
+            [8, 0],
+            [8, 4],
+            [9, 3],
+        ],
         [0, 4, 3, 2, 5, 1, 7, 6, 9, 8, 11, 10, 12],
     ),
     15: (
         [2, 2, 4, 1, 0, 3, 4, 0, 1, 3, 0, 4, 3, 2, 1],
         [
-            *([0, 0], [0, 4], [0, 8], [1, 3], [1, 7], [2, 2], [2, 6], [4, 0], [4, 4], [5, 3], [6, 3]),
-            *([7, 0], [7, 4], [9, 0], [10, 0], [10, 4], [11, 3], [12, 0], [13, 0], [13, 4], [13, 8]),
+            *(
+                [0, 0],
+                [0, 4],
+                [0, 8],
+                [1, 3],
+                [1, 7],
+                [2, 2],
+                [2, 6],
+                [4, 0],
+                [4, 4],
+                [5, 3],
+                [6, 3],
+            ),
+            *(
+                [7, 0],
+                [7, 4],
+                [9, 0],
+                [10, 0],
+                [10, 4],
+                [11, 3],
+                [12, 0],
+                [13, 0],
+                [13, 4],
+                [13, 8],
+            ),
         ],
         [7, 11, 2, 3, 1, 9, 5, 4, 0, 8, 6, 10, 12, 19, 17, 14, 18, 16, 13, 15],
     ),
@@ -44,7 +82,10 @@ GOLDEN = {
 @pytest.mark.parametrize("num_samples", GOLDEN)
 def test_tables_equal_the_golden_vectors(num_samples):
     tables = build_tables(LENGTHS, 0, 5, 4, num_samples, 1234)
-    assert tuple(tables[name].tolist() for name in ("document_index", "sample_index", "shuffle_index")) == GOLDEN[num_samples]
+    assert (
+        tuple(tables[name].tolist() for name in ("document_index", "sample_index", "shuffle_index"))
+        == GOLDEN[num_samples]
+    )
 
 
 @pytest.mark.parametrize(
@@ -68,7 +109,9 @@ def megatron():
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         try:
-            blended, gpt, indexed = (importlib.import_module(f"megatron.core.datasets.{name}") for name in MODULES)
+            blended, gpt, indexed = (
+                importlib.import_module(f"megatron.core.datasets.{name}") for name in MODULES
+            )
         except ImportError as error:
             pytest.skip(f"megatron-core 0.16.1 (test-only) is not installed: {error}")
 
@@ -118,17 +161,31 @@ def assert_same_samples(ours, their_dataset, samples):
         assert sample.tokens[1:].tolist() == expected["labels"].tolist()
 
 
-documents = st.lists(st.integers(0, 12), min_size=1, max_size=25).filter(lambda lengths: sum(lengths) >= 2)
+documents = st.lists(st.integers(0, 12), min_size=1, max_size=25).filter(
+    lambda lengths: sum(lengths) >= 2
+)
 
 
 @settings(max_examples=40, deadline=None)
-@given(lengths=documents, seq_length=st.integers(2, 9), seed=st.integers(0, 2**32 - 1), num_samples=st.integers(1, 60))
-def test_one_source_gives_exactly_the_samples_of_gpt_dataset(megatron, tmp_path_factory, lengths, seq_length, seed, num_samples):
+@given(
+    lengths=documents,
+    seq_length=st.integers(2, 9),
+    seed=st.integers(0, 2**32 - 1),
+    num_samples=st.integers(1, 60),
+)
+def test_one_source_gives_exactly_the_samples_of_gpt_dataset(
+    megatron, tmp_path_factory, lengths, seq_length, seed, num_samples
+):
     folder = tmp_path_factory.mktemp("gpt")
     dataset = write(folder / "a", lengths)
     prefix = str(folder / "a")
     expected = theirs(
-        megatron, folder, [num_samples, 0, 0], seq_length=seq_length, seed=seed, blend_per_split=[([prefix], None), None, None]
+        megatron,
+        folder,
+        [num_samples, 0, 0],
+        seq_length=seq_length,
+        seed=seed,
+        blend_per_split=[([prefix], None), None, None],
     )[0]
     source = MegatronSource(dataset, seq_length, seed, num_samples).open()
     assert len(source) == len(expected)
@@ -151,17 +208,33 @@ def test_blends_and_splits_give_exactly_the_samples_of_blended_dataset(
 ):
     folder = tmp_path_factory.mktemp("blend")
     weighted = weighted or len(sizes) > 1
-    weights = [data.draw(st.floats(0.05, 10).map(lambda w: round(w, 3))) for _ in sizes] if weighted else None
+    weights = (
+        [data.draw(st.floats(0.05, 10).map(lambda w: round(w, 3))) for _ in sizes]
+        if weighted
+        else None
+    )
     prefixes = []
     for number, documents in enumerate(sizes):
         random = np.random.default_rng([seed, number])
         write(folder / str(number), random.integers(3, 30, size=documents), seed=number)
         prefixes.append(str(folder / str(number)))
-    train, validation, _ = theirs(megatron, folder, [num_samples, 6, 0], seq_length=5, seed=seed, blend=(prefixes, weights), split="60,40")
-    sources = [SourceConfig(prefix=p, weight=w) for p, w in zip(prefixes, weights or [None], strict=True)]
+    train, validation, _ = theirs(
+        megatron,
+        folder,
+        [num_samples, 6, 0],
+        seq_length=5,
+        seed=seed,
+        blend=(prefixes, weights),
+        split="60,40",
+    )
+    sources = [
+        SourceConfig(prefix=p, weight=w) for p, w in zip(prefixes, weights or [None], strict=True)
+    ]
     config = DataConfig(train=sources, split="60,40", seed=seed, order="megatron")
     for split, expected, samples in (("train", train, num_samples), ("validation", validation, 6)):
-        ours = corpus_module.open_corpus(config, seq_length=5, total_samples=samples, vocab_size=1000, split=split)
+        ours = corpus_module.open_corpus(
+            config, seq_length=5, total_samples=samples, vocab_size=1000, split=split
+        )
         assert_same_samples(ours, expected, samples)
 
 
@@ -169,7 +242,9 @@ def test_another_seed_gives_other_samples(megatron, tmp_path):
     """Negative control of the comparison."""
     dataset = write(tmp_path / "a", [30] * 20)
     blend = [([str(tmp_path / "a")], None), None, None]
-    expected = theirs(megatron, tmp_path, [20, 0, 0], seq_length=5, seed=1, blend_per_split=blend)[0]
+    expected = theirs(megatron, tmp_path, [20, 0, 0], seq_length=5, seed=1, blend_per_split=blend)[
+        0
+    ]
     with pytest.raises(AssertionError):
         assert_same_samples(MegatronSource(dataset, 5, 2, 20).open(), expected, 20)
 
@@ -179,26 +254,35 @@ def test_another_seed_gives_other_samples(megatron, tmp_path):
     documents=st.lists(st.lists(st.lists(st.integers(0, 999), max_size=6), max_size=3), max_size=8),
     dtype=st.sampled_from([np.uint16, np.int32]),
 )
-def test_files_are_byte_identical_with_megatron_both_ways(megatron, tmp_path_factory, documents, dtype):
+def test_files_are_byte_identical_with_megatron_both_ways(
+    megatron, tmp_path_factory, documents, dtype
+):
     folder = tmp_path_factory.mktemp("files")
     writer = IndexedWriter(folder / "ours", dtype)
     builder = megatron.Builder(str(folder / "theirs.bin"), dtype=dtype)
     for document in documents:
         writer.add_document(document)
         if document:
-            builder.add_document([token for sequence in document for token in sequence], [len(sequence) for sequence in document])
+            builder.add_document(
+                [token for sequence in document for token in sequence],
+                [len(sequence) for sequence in document],
+            )
         else:
             builder.end_document()
     writer.close()
     builder.finalize(str(folder / "theirs.idx"))
     for suffix in ("bin", "idx"):
-        assert (folder / f"ours.{suffix}").read_bytes() == (folder / f"theirs.{suffix}").read_bytes()
+        assert (folder / f"ours.{suffix}").read_bytes() == (
+            folder / f"theirs.{suffix}"
+        ).read_bytes()
     tokens = [[token for sequence in document for token in sequence] for document in documents]
     dataset = IndexedDataset(folder / "theirs")
     assert [dataset.document(i).tolist() for i in range(len(dataset))] == tokens
     if any(tokens):  # Megatron cannot map an empty .bin
         read = megatron.IndexedDataset(str(folder / "ours"))
-        assert [read[i].tolist() for i in range(len(read))] == [sequence for document in documents for sequence in document]
+        assert [read[i].tolist() for i in range(len(read))] == [
+            sequence for document in documents for sequence in document
+        ]
         assert read.document_indices.tolist() == dataset.document_indices.tolist()
 
 
@@ -211,16 +295,23 @@ def test_merging_gives_the_bytes_that_megatron_merges_to(megatron, tmp_path):
         builder.add_index(str(tmp_path / name))
     builder.finalize(str(tmp_path / "theirs.idx"))
     for suffix in ("bin", "idx"):
-        assert (tmp_path / f"ours.{suffix}").read_bytes() == (tmp_path / f"theirs.{suffix}").read_bytes()
+        assert (tmp_path / f"ours.{suffix}").read_bytes() == (
+            tmp_path / f"theirs.{suffix}"
+        ).read_bytes()
 
 
 def config_of(folder, **changes):
-    sources = [SourceConfig(prefix=str(folder / "a"), weight=0.7), SourceConfig(prefix=str(folder / "b"), weight=0.3)]
+    sources = [
+        SourceConfig(prefix=str(folder / "a"), weight=0.7),
+        SourceConfig(prefix=str(folder / "b"), weight=0.3),
+    ]
     return DataConfig.model_validate({"train": sources, "order": "megatron"} | changes)
 
 
 def open_corpus(config, **changes):
-    return corpus_module.open_corpus(config, **({"seq_length": 5, "total_samples": 40, "vocab_size": 1000} | changes))
+    return corpus_module.open_corpus(
+        config, **({"seq_length": 5, "total_samples": 40, "vocab_size": 1000} | changes)
+    )
 
 
 def test_prebuilt_tables_are_used_and_change_nothing(tmp_path, monkeypatch):
@@ -230,16 +321,24 @@ def test_prebuilt_tables_are_used_and_change_nothing(tmp_path, monkeypatch):
     built = [open_corpus(config)[i].tokens.tolist() for i in range(40)]
     folders = corpus_module.prebuild(config, seq_length=5, total_samples=40)
     assert [new for _, new in folders] == [True] * 3
-    assert [new for _, new in corpus_module.prebuild(config, seq_length=5, total_samples=40)] == [False] * 3
-    monkeypatch.setattr("megatron_completep.data.megatron_order.build_tables", None)  # building again would fail
+    assert [new for _, new in corpus_module.prebuild(config, seq_length=5, total_samples=40)] == [
+        False
+    ] * 3
+    monkeypatch.setattr(
+        "megatron_completep.data.megatron_order.build_tables", None
+    )  # building again would fail
     assert [open_corpus(config)[i].tokens.tolist() for i in range(40)] == built
     with pytest.raises(TypeError):
         open_corpus(config, total_samples=41)  # another run has other tables
 
     np.save(folders[0][0] / "shuffle_index.npy", np.arange(3))
-    with pytest.raises(DataError, match=r"shuffle_index\.npy: content: .* Remove the folder, or prebuild it again"):
+    with pytest.raises(
+        DataError, match=r"shuffle_index\.npy: content: .* Remove the folder, or prebuild it again"
+    ):
         open_corpus(config)
-    (folders[0][0] / "description.json").write_bytes((folders[1][0] / "description.json").read_bytes())
+    (folders[0][0] / "description.json").write_bytes(
+        (folders[1][0] / "description.json").read_bytes()
+    )
     with pytest.raises(DataError, match="is not the one its name stands for"):
         open_corpus(config)
     (folders[0][0] / "description.json").write_bytes(b"garbage")
@@ -251,7 +350,9 @@ def test_sources_in_epochs_and_too_small_ones_are_refused(tmp_path):
     write(tmp_path / "a", [1])
     write(tmp_path / "b", [7] * 20)
     with pytest.raises(DataError, match="a source is given in epochs"):
-        open_corpus(config_of(tmp_path, train=[SourceConfig(prefix=str(tmp_path / "b"), epochs=1.0)]))
+        open_corpus(
+            config_of(tmp_path, train=[SourceConfig(prefix=str(tmp_path / "b"), epochs=1.0)])
+        )
     with pytest.raises(DataError, match=r"a\.bin: sequences 0 to 0 hold 1 tokens, too few"):
         open_corpus(config_of(tmp_path))
     with pytest.raises(DataError, match="sample 999 was asked for"):

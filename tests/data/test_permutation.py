@@ -29,7 +29,12 @@ def test_the_permutation_is_frozen():
     key = derive_key(1234, 0, 0)
     assert key == 5960182133528308962
     assert Permutation(10, key).take(np.arange(10)).tolist() == [3, 5, 4, 8, 0, 1, 6, 2, 7, 9]
-    assert Permutation(10**12, key).take(np.arange(4)).tolist() == [6704279792, 134133344928, 166179303959, 463348716050]
+    assert Permutation(10**12, key).take(np.arange(4)).tolist() == [
+        6704279792,
+        134133344928,
+        166179303959,
+        463348716050,
+    ]
 
 
 def test_indices_outside_are_refused():
@@ -45,11 +50,15 @@ def test_indices_outside_are_refused():
 def test_every_element_reaches_every_place_equally_often(n):
     """Chi-square over 2,000 keys, of the place of each element and of ordered pairs; a rotation (the control) fails the pairs."""
     keys = 2000
-    images = np.stack([Permutation(n, derive_key(7, key)).take(np.arange(n)) for key in range(keys)])
+    images = np.stack(
+        [Permutation(n, derive_key(7, key)).take(np.arange(n)) for key in range(keys)]
+    )
     places = np.stack([np.bincount(images[:, i], minlength=n) for i in range(n)])
     assert chi_square_sigmas(places, keys / n, (n - 1) * (n - 1)) < 4.5
 
-    rotations = (np.arange(n)[None, :] + np.random.default_rng(0).integers(n, size=keys)[:, None]) % n
+    rotations = (
+        np.arange(n)[None, :] + np.random.default_rng(0).integers(n, size=keys)[:, None]
+    ) % n
     for sample, limit in ((images, True), (rotations, False)):
         pairs = np.bincount(sample[:, 0] * n + sample[:, 1], minlength=n * n).reshape(n, n)
         off_diagonal = pairs[~np.eye(n, dtype=bool)]

@@ -38,12 +38,16 @@ DEPENDS_ON_THE_LENGTH = ("epochs beside weights", "megatron", "megatron, a blend
 
 def data_of(folder: Path, kind: str, **changes: Any) -> DataConfig:
     order, sources = KINDS[kind]
-    train = [{"prefix": str(folder / name), **given} for name, given in zip("ab", sources, strict=False)]
+    train = [
+        {"prefix": str(folder / name), **given} for name, given in zip("ab", sources, strict=False)
+    ]
     return DataConfig.model_validate({"train": train, "order": order, "prefetch": 0, **changes})
 
 
 def corpus_of(folder: Path, kind: str, total: int, **changes: Any) -> Corpus:
-    return open_corpus(data_of(folder, kind, **changes), seq_length=5, total_samples=total, vocab_size=1000)
+    return open_corpus(
+        data_of(folder, kind, **changes), seq_length=5, total_samples=total, vocab_size=1000
+    )
 
 
 def read(corpus: Corpus, samples: int) -> list[tuple[int, tuple[Any, ...]]]:
@@ -53,7 +57,11 @@ def read(corpus: Corpus, samples: int) -> list[tuple[int, tuple[Any, ...]]]:
 
 
 @settings(max_examples=70)
-@given(kind=st.sampled_from([*KINDS]), lengths=st.tuples(st.integers(40, 200), st.integers(40, 200)), share=st.floats(0, 1))
+@given(
+    kind=st.sampled_from([*KINDS]),
+    lengths=st.tuples(st.integers(40, 200), st.integers(40, 200)),
+    share=st.floats(0, 1),
+)
 def test_digests_are_equal_exactly_where_the_same_samples_were_read(
     folder: Path, kind: str, lengths: tuple[int, int], share: float
 ) -> None:
@@ -69,43 +77,66 @@ def test_digests_are_equal_exactly_where_the_same_samples_were_read(
 def test_lengthening_within_the_epochs_of_megatrons_order_keeps_it(folder: Path) -> None:
     """The smallest case of a prefix, and its counterpart: one epoch more is another order."""
     epoch = corpus_of(folder, "megatron", 1).num_samples
-    short, longer, beyond = (corpus_of(folder, "megatron", length) for length in (epoch // 2, epoch, epoch + 5))
+    short, longer, beyond = (
+        corpus_of(folder, "megatron", length) for length in (epoch // 2, epoch, epoch + 5)
+    )
     assert short.order_digest(10) == longer.order_digest(10) != beyond.order_digest(10)
     assert read(short, 10) == read(longer, 10) != read(beyond, 10)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("planned", [48, 96])
-def test_a_longer_run_that_keeps_the_planned_length_reads_the_same_samples_first(folder: Path, kind: str, planned: int) -> None:
-    short, longer = corpus_of(folder, kind, planned), corpus_of(folder, kind, 3 * planned - 7, order_samples=planned)
+def test_a_longer_run_that_keeps_the_planned_length_reads_the_same_samples_first(
+    folder: Path, kind: str, planned: int
+) -> None:
+    short, longer = (
+        corpus_of(folder, kind, planned),
+        corpus_of(folder, kind, 3 * planned - 7, order_samples=planned),
+    )
     assert read(longer, planned) == read(short, planned)
     assert longer.planned_samples == planned
-    assert all(short.order_digest(consumed) == longer.order_digest(consumed) for consumed in (1, planned // 2, planned))
+    assert all(
+        short.order_digest(consumed) == longer.order_digest(consumed)
+        for consumed in (1, planned // 2, planned)
+    )
     rest = [longer[i].tokens.tolist() for i in range(planned, 3 * planned - 7)]
     assert len(rest) == 2 * planned - 7
     if kind in DEPENDS_ON_THE_LENGTH:
         other = corpus_of(folder, kind, 3 * planned - 7)
-        assert other.order_digest(planned) != longer.order_digest(planned)  # the control: what it keeps is not there by itself
+        assert other.order_digest(planned) != longer.order_digest(
+            planned
+        )  # the control: what it keeps is not there by itself
 
 
 @pytest.mark.parametrize("kind", ["megatron", "megatron, a blend"])
-def test_beyond_the_planned_length_megatrons_order_goes_on_with_the_next_seed(folder: Path, kind: str) -> None:
+def test_beyond_the_planned_length_megatrons_order_goes_on_with_the_next_seed(
+    folder: Path, kind: str
+) -> None:
     longer = corpus_of(folder, kind, 150, order_samples=60, seed=11)
     for number in (0, 1, 2):
         expected = corpus_of(folder, kind, 60, seed=11 + number)
         count = min(60, 150 - 60 * number)
-        assert [longer[60 * number + i].tokens.tolist() for i in range(count)] == [expected[i].tokens.tolist() for i in range(count)]
+        assert [longer[60 * number + i].tokens.tolist() for i in range(count)] == [
+            expected[i].tokens.tolist() for i in range(count)
+        ]
     epochs = [longer.origin(i).epoch for i in (0, 59, 60, 149)]
     assert epochs == sorted(epochs)
-    with pytest.raises(DataError, match=r"order megatron has \d+ samples for this run, sample \d+ was asked for"):
+    with pytest.raises(
+        DataError, match=r"order megatron has \d+ samples for this run, sample \d+ was asked for"
+    ):
         corpus_of(folder, "megatron", 150, order_samples=60)[100_000]
 
 
 def test_each_pass_can_be_prebuilt(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = data_of(folder, "megatron, a blend", order_samples=60, seed=5)
-    expected = [open_corpus(data, seq_length=5, total_samples=150, vocab_size=1000)[i].tokens.tolist() for i in (0, 60, 149)]
+    expected = [
+        open_corpus(data, seq_length=5, total_samples=150, vocab_size=1000)[i].tokens.tolist()
+        for i in (0, 60, 149)
+    ]
     assert len(prebuild(data, seq_length=5, total_samples=150)) == 2 * 3 + 1
-    monkeypatch.setattr("megatron_completep.data.megatron_order.build_tables", None)  # building again would fail
+    monkeypatch.setattr(
+        "megatron_completep.data.megatron_order.build_tables", None
+    )  # building again would fail
     corpus = open_corpus(data, seq_length=5, total_samples=150, vocab_size=1000)
     assert [corpus[i].tokens.tolist() for i in (0, 60, 149)] == expected
 
@@ -121,14 +152,19 @@ def test_the_digest_costs_the_same_at_any_length(folder: Path) -> None:
 
 
 def test_a_split_without_validation_is_a_run_without_validation(folder: Path) -> None:
-    assert [has_validation(data_of(folder, "permutation", split=split)) for split in ("100,0,0", "99,1,0", "1,0,1", None)] == [
+    assert [
+        has_validation(data_of(folder, "permutation", split=split))
+        for split in ("100,0,0", "99,1,0", "1,0,1", None)
+    ] == [
         False,
         True,
         False,
         False,
     ]
     without = data_of(folder, "permutation", split="100,0,0")
-    assert read(open_corpus(without, seq_length=5, total_samples=40, vocab_size=1000), 40) == read(corpus_of(folder, "permutation", 40), 40)
+    assert read(open_corpus(without, seq_length=5, total_samples=40, vocab_size=1000), 40) == read(
+        corpus_of(folder, "permutation", 40), 40
+    )
     with pytest.raises(DataError, match=r"data\.split = '100,0,0' leaves nothing to validate on"):
         open_corpus(without, seq_length=5, total_samples=40, vocab_size=1000, split="validation")
     with pytest.raises(DataError, match="this part has no document, one sample takes"):

@@ -44,9 +44,17 @@ def _no_picture(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest)
         monkeypatch.setattr(report, "_draw", lambda *_: None)
 
 
-def run(folder: Path, *inputs: Path | str, name: str = "out", keywords: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
+def run(
+    folder: Path,
+    *inputs: Path | str,
+    name: str = "out",
+    keywords: dict[str, Any] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
     """Preprocess with the bytes tokenizer into folder/name."""
-    wanted = PreprocessSettings(tuple(map(str, inputs)), str(folder / name), TokenizerChoice("bytes"), **options)
+    wanted = PreprocessSettings(
+        tuple(map(str, inputs)), str(folder / name), TokenizerChoice("bytes"), **options
+    )
     return preprocess(wanted, **{"log_interval": 10**9, **(keywords or {})})
 
 
@@ -58,7 +66,9 @@ def texts_of(prefix: Path | str) -> list[str]:
 
 
 def lines_of(texts: list[str], key: str = "text") -> bytes:
-    return b"".join(json.dumps({"id": number, key: text}).encode() + b"\n" for number, text in enumerate(texts))
+    return b"".join(
+        json.dumps({"id": number, key: text}).encode() + b"\n" for number, text in enumerate(texts)
+    )
 
 
 TEXTS = ["first", "", "zwei\r\nZeilen", "三", "last \u2581"]
@@ -84,12 +94,20 @@ def test_parquet_columns_give_one_output_each(tmp_path: Path) -> None:
     assert [output["key"] for output in summary["outputs"]] == ["title", "text"]
 
 
-def test_the_order_is_that_of_the_inputs_and_sorted_within_folders_and_globs(tmp_path: Path) -> None:
+def test_the_order_is_that_of_the_inputs_and_sorted_within_folders_and_globs(
+    tmp_path: Path,
+) -> None:
     for name in ("z/b.txt", "z/a/x.md", "z/ignored.pyc", "z/.hidden.txt", "y/2.py", "y/deep/1.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     run(tmp_path, tmp_path / "z", f"{tmp_path}/y/**/*.py", tmp_path / "z/ignored.pyc")
-    assert texts_of(tmp_path / "out_text_document") == ["z/a/x.md", "z/b.txt", "y/2.py", "y/deep/1.py", "z/ignored.pyc"]
+    assert texts_of(tmp_path / "out_text_document") == [
+        "z/a/x.md",
+        "z/b.txt",
+        "y/2.py",
+        "y/deep/1.py",
+        "z/ignored.pyc",
+    ]
 
 
 def test_the_end_of_document_token_follows_every_document_that_has_tokens(tmp_path: Path) -> None:
@@ -109,10 +127,16 @@ def test_tokenizer_and_counts_are_recorded_beside_the_output(tmp_path: Path) -> 
     assert (sidecar["documents"], sidecar["append_eod"]) == (5, True)
     size = sum(len(text.encode()) for text in TEXTS)
     assert sidecar["tokens"] == size + 4
-    lengths = {name: value for name, value in summary["text_bytes_a_document"].items() if not name.startswith("p")}
+    lengths = {
+        name: value
+        for name, value in summary["text_bytes_a_document"].items()
+        if not name.startswith("p")
+    }
     assert lengths == {"total": size, "mean": size / 5, "min": 0, "max": 12}
     assert summary["text_bytes_a_document"]["p50"] == 5
-    assert json.loads((tmp_path / "out_report.json").read_text())["bytes_a_token"] == size / (size + 4)
+    assert json.loads((tmp_path / "out_report.json").read_text())["bytes_a_token"] == size / (
+        size + 4
+    )
     assert not (tmp_path / "out.preprocess").exists()
 
 
@@ -138,25 +162,38 @@ def test_percentiles_are_within_their_bin() -> None:
 def corpus(folder: Path, documents: int = 60) -> list[Path]:
     """Files of every kind with texts of very different lengths, some of them repeated."""
     generator = random.Random(5)
-    texts = ["é" * generator.choice([0, 1, 3, 40, 700]) + str(number % 23) for number in range(documents)]
+    texts = [
+        "é" * generator.choice([0, 1, 3, 40, 700]) + str(number % 23) for number in range(documents)
+    ]
     folder.mkdir(exist_ok=True)
     (folder / "a.jsonl").write_bytes(lines_of(texts))
     (folder / "b.jsonl.gz").write_bytes(gzip.compress(lines_of(texts[::-1])))
     for number in range(5):
         (folder / f"c{number}.txt").write_text(texts[number] * 3)
-    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), folder / "d.parquet", row_group_size=7)
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": texts}), folder / "d.parquet", row_group_size=7
+    )
     return sorted(folder.iterdir())
 
 
 def output_bytes(folder: Path, name: str) -> list[bytes]:
-    return [(folder / f"{name}_text_document.{suffix}").read_bytes() for suffix in ("bin", "idx", "json")]
+    return [
+        (folder / f"{name}_text_document.{suffix}").read_bytes()
+        for suffix in ("bin", "idx", "json")
+    ]
 
 
 def test_workers_and_blocks_do_not_change_a_byte(tmp_path: Path) -> None:
     files = corpus(tmp_path / "in")
     for number, (workers, block_bytes) in enumerate([(1, None), (1, 50), (2, 500), (3, 2000)]):
         options = {"append_eod": True, "deduplicate": True, "limits": Limits(min_characters=2)}
-        run(tmp_path, *files, name=str(number), keywords={"workers": workers, "block_bytes": block_bytes}, **options)
+        run(
+            tmp_path,
+            *files,
+            name=str(number),
+            keywords={"workers": workers, "block_bytes": block_bytes},
+            **options,
+        )
         assert output_bytes(tmp_path, str(number)) == output_bytes(tmp_path, "0")
     run(tmp_path, *files, name="other", append_eod=True)
     assert output_bytes(tmp_path, "other") != output_bytes(tmp_path, "0")
@@ -166,7 +203,9 @@ def test_shards_of_a_job_array_give_the_same_bytes(tmp_path: Path) -> None:
     files = corpus(tmp_path / "in")
     run(tmp_path, *files, name="whole")
     for index in (2, 0):  # the third shard never ran
-        summary = run(tmp_path, *files, name="parts", keywords={"shard": (index, 3), "block_bytes": 500})
+        summary = run(
+            tmp_path, *files, name="parts", keywords={"shard": (index, 3), "block_bytes": 500}
+        )
         assert summary["status"] == f"shard {index}/3 complete"
         assert not (tmp_path / "parts_text_document.idx").exists()
     run(tmp_path, *files, name="parts", keywords={"block_bytes": 500})
@@ -182,7 +221,9 @@ def test_ray_gives_the_same_bytes(tmp_path: Path) -> None:
     assert output_bytes(tmp_path, "ray") == output_bytes(tmp_path, "local")
 
 
-def test_ray_is_asked_for_when_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_is_asked_for_when_it_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(DataError, match="needs the package ray"):
         run(tmp_path, *corpus(tmp_path / "in"), keywords={"engine": "ray"})
@@ -194,7 +235,11 @@ LINE = st.binary(max_size=12).map(lambda raw: raw.replace(b"\n", b" "))
 @settings(max_examples=300)
 @given(st.lists(LINE, max_size=12), st.booleans(), st.integers(1, 40), st.sampled_from(["", ".gz"]))
 def test_cut_anywhere_every_line_is_read_once_with_its_number(
-    tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], final_newline: bool, block_bytes: int, ending: str
+    tmp_path_factory: pytest.TempPathFactory,
+    lines: list[bytes],
+    final_newline: bool,
+    block_bytes: int,
+    ending: str,
 ) -> None:
     raw = b"\n".join(lines) + (b"\n" if final_newline and lines else b"")
     path = tmp_path_factory.getbasetemp() / f"cut.txt{ending}"
@@ -233,20 +278,34 @@ def test_compressed_lines_are_cut_into_blocks(tmp_path: Path) -> None:
 def test_duplicates_leave_only_the_first(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(lines_of(["a", "b", "a", "ab", "b"]))
     (tmp_path / "b.jsonl").write_bytes(lines_of(["ab", "c", "a"]))
-    summary = run(tmp_path, tmp_path / "a.jsonl", tmp_path / "b.jsonl", deduplicate=True, keywords={"block_bytes": 10})
+    summary = run(
+        tmp_path,
+        tmp_path / "a.jsonl",
+        tmp_path / "b.jsonl",
+        deduplicate=True,
+        keywords={"block_bytes": 10},
+    )
     assert texts_of(tmp_path / "out_text_document") == ["a", "b", "ab", "c"]
     assert (summary["duplicates"], summary["documents"]) == (4, 4)
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 2)), max_size=60), st.integers(1, 20))
-def test_first_occurrences_are_found_in_any_number_of_passes(rows: list[tuple[int, int]], documents_a_pass: int) -> None:
+def test_first_occurrences_are_found_in_any_number_of_passes(
+    rows: list[tuple[int, int]], documents_a_pass: int
+) -> None:
     hashes = np.array(rows, np.uint64).reshape(-1, 2)
-    assert first_occurrences(hashes, documents_a_pass).tolist() == [row not in rows[:number] for number, row in enumerate(rows)]
+    assert first_occurrences(hashes, documents_a_pass).tolist() == [
+        row not in rows[:number] for number, row in enumerate(rows)
+    ]
 
 
 def test_length_limits_drop_and_count(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(lines_of(["", "é", "éé", "ééé", "abcd", "abcde"]))
-    summary = run(tmp_path, tmp_path / "a.jsonl", limits=Limits(min_characters=1, max_characters=4, min_tokens=3, max_tokens=5))
+    summary = run(
+        tmp_path,
+        tmp_path / "a.jsonl",
+        limits=Limits(min_characters=1, max_characters=4, min_tokens=3, max_tokens=5),
+    )
     assert texts_of(tmp_path / "out_text_document") == ["éé", "abcd"]
     assert summary["dropped"] == {"characters": 2, "tokens": 2}
 
@@ -263,7 +322,9 @@ BAD_LINES = {
 
 @pytest.mark.parametrize("reason", BAD_LINES)
 @pytest.mark.parametrize("ending", ["", ".gz"])
-def test_a_bad_document_stops_the_run_with_file_line_and_reason(tmp_path: Path, reason: str, ending: str) -> None:
+def test_a_bad_document_stops_the_run_with_file_line_and_reason(
+    tmp_path: Path, reason: str, ending: str
+) -> None:
     raw = lines_of(["good"] * 5) + b"\n" + BAD_LINES[reason] + b"\n" + lines_of(["good"])
     path = tmp_path / f"a.jsonl{ending}"
     path.write_bytes(COMPRESS[ending](raw))
@@ -278,15 +339,24 @@ def test_a_bad_document_stops_the_run_with_file_line_and_reason(tmp_path: Path, 
 
 
 def test_unicode_is_repaired_on_request(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a\xffb"}\n{"text": "a\\ud800b"}\n{"text": "\\ud83d\\ude00"}\n')
+    (tmp_path / "a.jsonl").write_bytes(
+        b'{"text": "a\xffb"}\n{"text": "a\\ud800b"}\n{"text": "\\ud83d\\ude00"}\n'
+    )
     (tmp_path / "b.txt").write_bytes(b"\xe9t\xe9")
     summary = run(tmp_path, tmp_path / "a.jsonl", tmp_path / "b.txt", unicode="repair")
-    assert texts_of(tmp_path / "out_text_document") == ["a\ufffdb", "a\ufffdb", "😀", "\ufffdt\ufffd"]
+    assert texts_of(tmp_path / "out_text_document") == [
+        "a\ufffdb",
+        "a\ufffdb",
+        "😀",
+        "\ufffdt\ufffd",
+    ]
     assert summary["bad_documents"] == 0
 
 
 @pytest.mark.parametrize("ending", [ending for ending in COMPRESS if ending])
-def test_a_truncated_archive_counts_as_bad_and_its_beginning_is_kept(tmp_path: Path, ending: str) -> None:
+def test_a_truncated_archive_counts_as_bad_and_its_beginning_is_kept(
+    tmp_path: Path, ending: str
+) -> None:
     texts = [random.Random(number).randbytes(5000).hex() for number in range(500)]
     path = tmp_path / f"a.jsonl{ending}"
     whole = COMPRESS[ending](lines_of(texts))
@@ -320,7 +390,9 @@ def test_damaged_or_wrong_parquet_names_the_file(tmp_path: Path) -> None:
         run(tmp_path, tmp_path / "b.parquet", name="cut")
 
 
-def test_a_link_beside_its_file_is_read_once_and_a_file_given_twice_is_refused(tmp_path: Path) -> None:
+def test_a_link_beside_its_file_is_read_once_and_a_file_given_twice_is_refused(
+    tmp_path: Path,
+) -> None:
     folder = tmp_path / "library"
     folder.mkdir()
     (folder / "b.txt").write_text("b\n")
@@ -337,8 +409,20 @@ def test_all_unusable_inputs_are_named_together(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "empty folder").mkdir()
     with pytest.raises(DataError) as caught:
-        run(tmp_path, tmp_path / "absent.txt", tmp_path / "a.txt", tmp_path, f"{tmp_path}/*.csv", tmp_path / "empty folder")
-    for part in ("absent.txt: no such file", "a.txt: named twice", "*.csv: no such file", "empty folder: the folder has no file"):
+        run(
+            tmp_path,
+            tmp_path / "absent.txt",
+            tmp_path / "a.txt",
+            tmp_path,
+            f"{tmp_path}/*.csv",
+            tmp_path / "empty folder",
+        )
+    for part in (
+        "absent.txt: no such file",
+        "a.txt: named twice",
+        "*.csv: no such file",
+        "empty folder: the folder has no file",
+    ):
         assert part in str(caught.value)
 
 
@@ -368,7 +452,10 @@ def test_the_same_run_again_does_nothing_and_another_one_is_refused(tmp_path: Pa
     assert (tmp_path / "out_text_document.idx").stat().st_mtime_ns == before
     with pytest.raises(DataError, match="--overwrite"):
         run(tmp_path, tmp_path / "a.txt", append_eod=True)
-    assert run(tmp_path, tmp_path / "a.txt", append_eod=True, keywords={"overwrite": True})["status"] == "complete"
+    assert (
+        run(tmp_path, tmp_path / "a.txt", append_eod=True, keywords={"overwrite": True})["status"]
+        == "complete"
+    )
     assert IndexedDataset(tmp_path / "out_text_document").num_tokens == 2
 
 
@@ -384,7 +471,9 @@ def test_unfinished_work_of_another_run_is_refused(tmp_path: Path) -> None:
 
 def test_two_runs_on_one_output_are_refused(tmp_path: Path) -> None:
     files = corpus(tmp_path / "in")
-    wanted = PreprocessSettings(tuple(map(str, files)), str(tmp_path / "out"), TokenizerChoice("bytes"))
+    wanted = PreprocessSettings(
+        tuple(map(str, files)), str(tmp_path / "out"), TokenizerChoice("bytes")
+    )
     held = work.WorkFolder(wanted, "fingerprint", exclusive=False)
     with pytest.raises(DataError, match="another process is at work"):
         run(tmp_path, *files)
@@ -404,7 +493,9 @@ def test_a_changed_shard_is_detected(tmp_path: Path) -> None:
     assert not (tmp_path / "out_text_document.idx").exists()
 
 
-def test_stopped_anywhere_in_the_merge_it_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopped_anywhere_in_the_merge_it_goes_on_to_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     files = corpus(tmp_path / "in", 6)
     run(tmp_path, *files, name="whole")
     calls = limit = 0
@@ -419,13 +510,18 @@ def test_stopped_anywhere_in_the_merge_it_goes_on_to_the_same_bytes(tmp_path: Pa
     while not (tmp_path / "stopped_report.json").exists():
         with suppress(KeyboardInterrupt):
             run(tmp_path, *files, name="stopped", keywords={"block_bytes": 500})
-        assert not list(tmp_path.glob("stopped_text_document.*")) or (tmp_path / "stopped_report.json").exists()
+        assert (
+            not list(tmp_path.glob("stopped_text_document.*"))
+            or (tmp_path / "stopped_report.json").exists()
+        )
         calls, limit = 0, limit + 1
     assert limit > 4
     assert output_bytes(tmp_path, "stopped") == output_bytes(tmp_path, "whole")
 
 
-def test_stopped_after_any_block_it_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopped_after_any_block_it_goes_on_to_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each round one more block is finished; of the next one the tokens are written, but its journal line is torn."""
     files = corpus(tmp_path / "in", 12)
     run(tmp_path, *files, name="whole", deduplicate=True)

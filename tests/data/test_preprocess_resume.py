@@ -40,15 +40,31 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "in").mkdir()
     (folder / "program.py").write_text(PROGRAM)
     for name in "abc":
-        lines = [f'{{"text": "{generator.randrange(600)} {"x" * generator.randrange(300)}"}}\n' for _ in range(700)]
+        lines = [
+            f'{{"text": "{generator.randrange(600)} {"x" * generator.randrange(300)}"}}\n'
+            for _ in range(700)
+        ]
         (folder / "in" / f"{name}.jsonl").write_text("".join(lines))
     return folder
 
 
 def start(folder: Path, workers: int, name: str) -> subprocess.Popen[str]:
-    command = [sys.executable, str(folder / "program.py"), str(workers), str(folder / "in"), str(folder / name)]
+    command = [
+        sys.executable,
+        str(folder / "program.py"),
+        str(workers),
+        str(folder / "in"),
+        str(folder / name),
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment, start_new_session=True)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
 
 
 def finished_blocks(work: Path) -> int:
@@ -59,7 +75,10 @@ def finished_blocks(work: Path) -> int:
 
 
 def output_bytes(folder: Path, name: str) -> list[bytes]:
-    return [(folder / f"{name}_text_document.{suffix}").read_bytes() for suffix in ("bin", "idx", "json")]
+    return [
+        (folder / f"{name}_text_document.{suffix}").read_bytes()
+        for suffix in ("bin", "idx", "json")
+    ]
 
 
 def test_killed_twenty_times_the_bytes_are_those_of_a_run_never_killed(folder: Path) -> None:
@@ -109,8 +128,19 @@ if __name__ == "__main__":
     exit_on_user_error(main)
 """
     (folder / "deadly.py").write_text(program)
-    command = [sys.executable, str(folder / "deadly.py"), str(folder / "in"), str(folder / "deadly")]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
+    command = [
+        sys.executable,
+        str(folder / "deadly.py"),
+        str(folder / "in"),
+        str(folder / "deadly"),
+    ]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
     assert done.returncode == 2
     assert "a worker was killed by signal 9 at work on this file" in done.stderr
     assert "a.jsonl" in done.stderr

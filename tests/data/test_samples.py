@@ -16,8 +16,14 @@ def corpus_of(folder, lengths):
 
 
 @settings(max_examples=60, deadline=None)
-@given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=30), seq_length=st.integers(1, 8), seed=st.integers(0, 2**32))
-def test_an_epoch_holds_every_sample_once_with_its_document_ends(tmp_path_factory, lengths, seq_length, seed):
+@given(
+    lengths=st.lists(st.integers(0, 9), min_size=1, max_size=30),
+    seq_length=st.integers(1, 8),
+    seed=st.integers(0, 2**32),
+)
+def test_an_epoch_holds_every_sample_once_with_its_document_ends(
+    tmp_path_factory, lengths, seq_length, seed
+):
     dataset = corpus_of(tmp_path_factory.mktemp("samples"), lengths)
     total = sum(lengths)
     if (total - 1) // seq_length < 1:
@@ -35,7 +41,9 @@ def test_an_epoch_holds_every_sample_once_with_its_document_ends(tmp_path_factor
             assert source.locate(index)[0] == epoch
             begin = int(sample.tokens[0])  # tokens are their own positions
             assert sample.tokens.tolist() == list(range(begin, begin + seq_length + 1))
-            assert sample.starts.tolist() == [p for p in range(1, seq_length + 1) if begin + p in boundaries]
+            assert sample.starts.tolist() == [
+                p for p in range(1, seq_length + 1) if begin + p in boundaries
+            ]
             seen.append(begin // seq_length)
         assert sorted(seen) == list(range(n))
 
@@ -61,9 +69,14 @@ def test_every_epoch_seed_and_stream_has_its_own_order(tmp_path):
 def test_a_range_of_documents_keeps_to_its_tokens(tmp_path):
     dataset = corpus_of(tmp_path, [7, 5, 6, 9])
     source = PermutedSource(dataset, 3, 0, documents=(1, 3))
-    assert sorted(token for i in range(source.samples_per_epoch) for token in source[i].tokens[:-1].tolist()) == list(range(7, 16))
+    assert sorted(
+        token for i in range(source.samples_per_epoch) for token in source[i].tokens[:-1].tolist()
+    ) == list(range(7, 16))
 
 
 def test_too_small_a_corpus_names_file_tokens_and_remedy(tmp_path):
-    with pytest.raises(DataError, match=r"a\.bin: documents 0 to 0 hold 10 tokens, one sample takes seq_length \+ 1 = 11"):
+    with pytest.raises(
+        DataError,
+        match=r"a\.bin: documents 0 to 0 hold 10 tokens, one sample takes seq_length \+ 1 = 11",
+    ):
         PermutedSource(corpus_of(tmp_path, [10]), 10, 0)

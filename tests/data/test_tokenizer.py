@@ -16,13 +16,32 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_completep.config.schema import TokenizerConfig
-from megatron_completep.data.tokenizer import _TIKTOKEN_ENCODINGS, SPACE_MARK, Tokenizer, build_tokenizer
+from megatron_completep.data.tokenizer import (
+    _TIKTOKEN_ENCODINGS,
+    SPACE_MARK,
+    Tokenizer,
+    build_tokenizer,
+)
 from megatron_completep.errors import DataError
 from megatron_completep.preprocess.tokenizer_training import TrainingSettings, train_tokenizer
 
 CODE = Path(__file__).read_text("utf-8")
 AWKWARD = [
-    *("", " ", "\0", "a\0b", "\t\tx", "\r\n", " \r", "\n\n\n", "  lead", "trail  ", "a   b", SPACE_MARK, f" {SPACE_MARK}a {SPACE_MARK}"),
+    *(
+        "",
+        " ",
+        "\0",
+        "a\0b",
+        "\t\tx",
+        "\r\n",
+        " \r",
+        "\n\n\n",
+        "  lead",
+        "trail  ",
+        "a   b",
+        SPACE_MARK,
+        f" {SPACE_MARK}a {SPACE_MARK}",
+    ),
     *(
         "\ufffd",
         "\u2585",
@@ -45,7 +64,8 @@ def sentencepiece_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     (folder / "code.txt").write_text(CODE * 3 + "\n".join(AWKWARD[3:5]), "utf-8")
     for kind in ("bpe", "unigram"):
         train_tokenizer(
-            TrainingSettings((str(folder / "code.txt"),), 600, kind, special_tokens=("<|pad|>",)), str(folder / f"{kind}.model")
+            TrainingSettings((str(folder / "code.txt"),), 600, kind, special_tokens=("<|pad|>",)),
+            str(folder / f"{kind}.model"),
         )
     return {kind: str(folder / f"{kind}.model") for kind in ("bpe", "unigram")}
 
@@ -59,18 +79,28 @@ def tokenizers_of_all_types(sentencepiece_models: dict[str, str]) -> dict[str, T
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     library.train_from_iterator(
         [CODE],
-        tokenizers.trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"], show_progress=False),
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=500,
+            initial_alphabet=alphabet,
+            special_tokens=["<|endoftext|>"],
+            show_progress=False,
+        ),
     )
     library.save(str(folder / "tokenizer.json"))
     ranks = [bytes([byte]) for byte in range(256)] + [b" t", b"th", b" th", b"he", b"    "]
-    (folder / "small.tiktoken").write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(ranks)))
+    (folder / "small.tiktoken").write_bytes(
+        b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(ranks))
+    )
     models = {
         "sentencepiece": sentencepiece_models["bpe"],
         "huggingface": str(folder / "tokenizer.json"),
         "tiktoken": f"cl100k_base:{folder / 'small.tiktoken'}",
         "bytes": None,
     }
-    return {name: build_tokenizer(TokenizerConfig(type=name, model=model)) for name, model in models.items()}  # type: ignore[arg-type]
+    return {
+        name: build_tokenizer(TokenizerConfig(type=name, model=model))
+        for name, model in models.items()
+    }  # type: ignore[arg-type]
 
 
 TYPES = ("sentencepiece", "huggingface", "tiktoken", "bytes")
@@ -78,7 +108,9 @@ TYPES = ("sentencepiece", "huggingface", "tiktoken", "bytes")
 
 @pytest.mark.parametrize("name", TYPES)
 @pytest.mark.parametrize("text", [*AWKWARD, CODE])
-def test_decoding_gives_the_text_back(tokenizers_of_all_types: dict[str, Tokenizer], name: str, text: str) -> None:
+def test_decoding_gives_the_text_back(
+    tokenizers_of_all_types: dict[str, Tokenizer], name: str, text: str
+) -> None:
     tokenizer = tokenizers_of_all_types[name]
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
@@ -87,12 +119,19 @@ def test_decoding_gives_the_text_back(tokenizers_of_all_types: dict[str, Tokeniz
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
-PIECES = st.lists(st.sampled_from([*AWKWARD, "def f(x):\n", "    return", "\r\n\t", "é", "x" * 20]) | TEXT, max_size=12).map("".join)
+PIECES = st.lists(
+    st.sampled_from([*AWKWARD, "def f(x):\n", "    return", "\r\n\t", "é", "x" * 20]) | TEXT,
+    max_size=12,
+).map("".join)
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_trained_sentencepiece_is_lossless_for_any_text(sentencepiece_models: dict[str, str], kind: str) -> None:
-    tokenizer = build_tokenizer(TokenizerConfig(type="sentencepiece", model=sentencepiece_models[kind]))
+def test_trained_sentencepiece_is_lossless_for_any_text(
+    sentencepiece_models: dict[str, str], kind: str
+) -> None:
+    tokenizer = build_tokenizer(
+        TokenizerConfig(type="sentencepiece", model=sentencepiece_models[kind])
+    )
 
     @settings(max_examples=400)
     @given(PIECES)
@@ -109,13 +148,20 @@ def test_sentencepiece_defaults_are_not_lossless(tmp_path: Path) -> None:
     import sentencepiece
 
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CODE.splitlines()), model_prefix=str(tmp_path / "default"), vocab_size=300, minloglevel=2
+        sentence_iterator=iter(CODE.splitlines()),
+        model_prefix=str(tmp_path / "default"),
+        vocab_size=300,
+        minloglevel=2,
     )
-    tokenizer = build_tokenizer(TokenizerConfig(type="sentencepiece", model=str(tmp_path / "default.model")))
+    tokenizer = build_tokenizer(
+        TokenizerConfig(type="sentencepiece", model=str(tmp_path / "default.model"))
+    )
     assert tokenizer.decode(tokenizer.encode("a  b\n")) != "a  b\n"
 
 
-def test_ids_are_the_librarys_own(tokenizers_of_all_types: dict[str, Tokenizer], sentencepiece_models: dict[str, str]) -> None:
+def test_ids_are_the_librarys_own(
+    tokenizers_of_all_types: dict[str, Tokenizer], sentencepiece_models: dict[str, str]
+) -> None:
     import sentencepiece
 
     texts = [CODE[i : i + 500] for i in range(0, 3000, 500)]
@@ -123,9 +169,9 @@ def test_ids_are_the_librarys_own(tokenizers_of_all_types: dict[str, Tokenizer],
     processor = sentencepiece.SentencePieceProcessor(model_file=sentencepiece_models["bpe"])
     library = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     clear = [text.replace(SPACE_MARK, "") for text in texts]
-    assert [ids.tolist() for ids in tokenizers_of_all_types["sentencepiece"].encode_batch(clear)] == [
-        processor.encode(text) for text in clear
-    ]
+    assert [
+        ids.tolist() for ids in tokenizers_of_all_types["sentencepiece"].encode_batch(clear)
+    ] == [processor.encode(text) for text in clear]
     clear = [text.replace("<|endoftext|>", "") for text in texts]
     assert [ids.tolist() for ids in tokenizers_of_all_types["huggingface"].encode_batch(clear)] == [
         library.encode(text).ids for text in clear
@@ -141,26 +187,41 @@ def test_published_patterns_split_as_tiktokens_own() -> None:
     splits = {}
     for name, (pattern, _, eod_id) in _TIKTOKEN_ENCODINGS.items():
         constructor = getattr(openai_public, name)
-        no_download: dict[str, Any] = {"load_tiktoken_bpe": lambda *_, **__: {}, "data_gym_to_mergeable_bpe_ranks": lambda *_, **__: {}}
-        theirs = types.FunctionType(constructor.__code__, {**constructor.__globals__, **no_download})()
+        no_download: dict[str, Any] = {
+            "load_tiktoken_bpe": lambda *_, **__: {},
+            "data_gym_to_mergeable_bpe_ranks": lambda *_, **__: {},
+        }
+        theirs = types.FunctionType(
+            constructor.__code__, {**constructor.__globals__, **no_download}
+        )()
         splits[name] = regex.findall(pattern, text)
         assert splits[name] == regex.findall(theirs["pat_str"], text), name
         assert theirs["special_tokens"]["<|endoftext|>"] == eod_id
-    assert len({len(split) for split in splits.values()}) == 3, "the text must tell the three patterns apart"
+    assert len({len(split) for split in splits.values()}) == 3, (
+        "the text must tell the three patterns apart"
+    )
 
 
 @pytest.mark.parametrize("name", TYPES)
-def test_batches_are_arrays_of_the_stored_type(tokenizers_of_all_types: dict[str, Tokenizer], name: str) -> None:
+def test_batches_are_arrays_of_the_stored_type(
+    tokenizers_of_all_types: dict[str, Tokenizer], name: str
+) -> None:
     tokenizer = tokenizers_of_all_types[name]
     batch = tokenizer.encode_batch(["", "a b", CODE])
     assert [ids.dtype for ids in batch] == [np.dtype("uint16")] * 3
     assert [ids.tolist() for ids in batch] == [tokenizer.encode(text) for text in ("", "a b", CODE)]
     expected = {"type": name, "model": tokenizer.model_name, "hash": tokenizer.hash}
-    assert tokenizer.identity() == {**expected, "vocab_size": tokenizer.vocab_size, "eod_id": tokenizer.eod_id}
+    assert tokenizer.identity() == {
+        **expected,
+        "vocab_size": tokenizer.vocab_size,
+        "eod_id": tokenizer.eod_id,
+    }
 
 
 @pytest.mark.parametrize("name", TYPES)
-def test_wrong_ids_and_lone_surrogates_are_named(tokenizers_of_all_types: dict[str, Tokenizer], name: str) -> None:
+def test_wrong_ids_and_lone_surrogates_are_named(
+    tokenizers_of_all_types: dict[str, Tokenizer], name: str
+) -> None:
     tokenizer = tokenizers_of_all_types[name]
     with pytest.raises(DataError, match=rf"token id {tokenizer.vocab_size} at position 1"):
         tokenizer.decode([0, tokenizer.vocab_size])
@@ -168,17 +229,23 @@ def test_wrong_ids_and_lone_surrogates_are_named(tokenizers_of_all_types: dict[s
         tokenizer.encode("ab\ud800")
 
 
-def test_end_of_document_is_found_where_each_library_keeps_it(tokenizers_of_all_types: dict[str, Tokenizer], tmp_path: Path) -> None:
+def test_end_of_document_is_found_where_each_library_keeps_it(
+    tokenizers_of_all_types: dict[str, Tokenizer], tmp_path: Path
+) -> None:
     assert {name: t.eod_id for name, t in tokenizers_of_all_types.items()} == {
         "sentencepiece": 1,
         "huggingface": 0,
         "tiktoken": 261,
         "bytes": 256,
     }
-    library = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "<stop>": 7, "</s>": 3}, unk_token="a"))
+    library = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"a": 0, "<stop>": 7, "</s>": 3}, unk_token="a")
+    )
     library.save(str(tmp_path / "tokenizer.json"))
     assert build_tokenizer(TokenizerConfig(type="huggingface", model=str(tmp_path))).eod_id == 3
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<stop>"}}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": {"content": "<stop>"}})
+    )
     tokenizer = build_tokenizer(TokenizerConfig(type="huggingface", model=str(tmp_path)))
     assert (tokenizer.eod_id, tokenizer.vocab_size) == (7, 8)
 
@@ -194,7 +261,9 @@ def test_end_of_document_is_found_where_each_library_keeps_it(tokenizers_of_all_
         ("tiktoken", "mine.tiktoken", b"YQ== 0\n", "Write ENCODING:"),
     ],
 )
-def test_an_unusable_model_is_one_clear_error(tmp_path: Path, name: str, file: str, content: bytes | None, message: str) -> None:
+def test_an_unusable_model_is_one_clear_error(
+    tmp_path: Path, name: str, file: str, content: bytes | None, message: str
+) -> None:
     if content is not None:
         (tmp_path / file).write_bytes(content)
     with pytest.raises(DataError, match=message) as caught:
@@ -207,15 +276,21 @@ def test_a_type_without_its_model_is_refused() -> None:
         build_tokenizer(TokenizerConfig(type="sentencepiece"))
 
 
-def test_training_is_deterministic_and_reports_held_out_text(sentencepiece_models: dict[str, str], tmp_path: Path) -> None:
+def test_training_is_deterministic_and_reports_held_out_text(
+    sentencepiece_models: dict[str, str], tmp_path: Path
+) -> None:
     folder = Path(sentencepiece_models["bpe"]).parent
     for kind, model in sentencepiece_models.items():
-        again = TrainingSettings((str(folder / "code.txt"),), 600, kind, special_tokens=("<|pad|>",))
+        again = TrainingSettings(
+            (str(folder / "code.txt"),), 600, kind, special_tokens=("<|pad|>",)
+        )
         report = train_tokenizer(again, str(tmp_path / "again.model"))
         assert (tmp_path / "again.model").read_bytes() == Path(model).read_bytes()
         assert report["held_out_bytes_a_token"] > 1.5
         assert report["tokenizer"]["vocab_size"] == 600
-        assert json.loads((tmp_path / "again.model.json").read_text()) == json.loads(json.dumps(report))
+        assert json.loads((tmp_path / "again.model.json").read_text()) == json.loads(
+            json.dumps(report)
+        )
 
 
 def test_the_sample_is_limited_and_spread_over_files(tmp_path: Path) -> None:
@@ -223,7 +298,10 @@ def test_the_sample_is_limited_and_spread_over_files(tmp_path: Path) -> None:
 
     for name in "abcd":
         (tmp_path / f"{name}.jsonl").write_text(
-            "".join(json.dumps({"text": f"{name} {CODE[i : i + 1000]}"}) + "\n" for i in range(0, 8000, 10))
+            "".join(
+                json.dumps({"text": f"{name} {CODE[i : i + 1000]}"}) + "\n"
+                for i in range(0, 8000, 10)
+            )
         )
     training, held_out = _sample(TrainingSettings((str(tmp_path),), 600, input_megabytes=0.2))
     assert 0.15e6 < sum(map(len, training + held_out)) < 0.25e6
@@ -235,15 +313,33 @@ def test_the_sample_is_limited_and_spread_over_files(tmp_path: Path) -> None:
 def test_a_vocabulary_the_text_cannot_fill_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("few words")
     with pytest.raises(DataError, match="vocabulary of 5000"):
-        train_tokenizer(TrainingSettings((str(tmp_path / "a.txt"),), 5000), str(tmp_path / "x.model"))
+        train_tokenizer(
+            TrainingSettings((str(tmp_path / "a.txt"),), 5000), str(tmp_path / "x.model")
+        )
     with pytest.raises(DataError, match="258 ids are taken"):
-        train_tokenizer(TrainingSettings((str(tmp_path / "a.txt"),), 200), str(tmp_path / "x.model"))
+        train_tokenizer(
+            TrainingSettings((str(tmp_path / "a.txt"),), 200), str(tmp_path / "x.model")
+        )
     assert not list(tmp_path.glob("x.model*"))
 
 
 def test_tokenizing_imports_no_gpu_library() -> None:
-    heavy = {"torch", "triton", "sentencepiece", "tokenizers", "tiktoken", "pyarrow", "matplotlib", "ray"}
+    heavy = {
+        "torch",
+        "triton",
+        "sentencepiece",
+        "tokenizers",
+        "tiktoken",
+        "pyarrow",
+        "matplotlib",
+        "ray",
+    }
     tools = "megatron_completep.tools.preprocess_data, megatron_completep.tools.train_tokenizer"
     program = f"import sys, {tools}; print({heavy} & sys.modules.keys())"
     root = Path(__file__).parents[2]
-    assert subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True).stdout.strip() == "set()"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "set()"
+    )

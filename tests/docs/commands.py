@@ -31,7 +31,9 @@ class Command:
     def words(self) -> list[str]:
         """As a shell would part them; optional parts in brackets are given, a letter that stands for a number is one."""
         plain = re.sub(r"\[(-[^\]]*|[\w.]+=\w+)(?: \.\.\.)?\]", r"\1", self.text)
-        return [STAND_INS.get(word, word) for word in shlex.split(plain, comments=True) if word != "..."]
+        return [
+            STAND_INS.get(word, word) for word in shlex.split(plain, comments=True) if word != "..."
+        ]
 
 
 def commands() -> list[Command]:
@@ -42,7 +44,10 @@ def commands() -> list[Command]:
         for language, block in FENCE.findall(text):
             if language in ("", "bash"):
                 found.update({Command(page, line): None for line in shell_lines(block)})
-        for inline in re.findall(r"`((?:python tools/|python -m |make |OMP_NUM_THREADS=1 python )[^`\n]+)`", FENCE.sub("", text)):
+        for inline in re.findall(
+            r"`((?:python tools/|python -m |make |OMP_NUM_THREADS=1 python )[^`\n]+)`",
+            FENCE.sub("", text),
+        ):
             found[Command(page, inline)] = None
     return list(found)
 
@@ -82,7 +87,9 @@ def parse(module: str, arguments: list[str]) -> argparse.Namespace:
 
 def program_of(words: list[str]) -> tuple[str, list[str]] | None:
     """Module and arguments, where a command runs a program of the project."""
-    words = [word for word in words if not re.fullmatch(r"\w+=\S*", word)] if "=" in words[0] else words
+    words = (
+        [word for word in words if not re.fullmatch(r"\w+=\S*", word)] if "=" in words[0] else words
+    )
     for number, word in enumerate(words):
         if re.fullmatch(r"tools/\w+\.py", word):
             return f"megatron_completep.tools.{word[6:-3]}", words[number + 1 :]

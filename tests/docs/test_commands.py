@@ -27,7 +27,9 @@ def test_the_program_understands_the_command(command: Command) -> None:
     values = parse(module, arguments)
     config = str(getattr(values, "config", ""))
     if (ROOT / config).is_file() and config:
-        overrides = [word for word in getattr(values, "overrides", []) if word != "section.key=value"]
+        overrides = [
+            word for word in getattr(values, "overrides", []) if word != "section.key=value"
+        ]
         loaded = load_config(ROOT / config, overrides)
         if getattr(values, "world_size", None):
             check_world(loaded, values.world_size)
@@ -47,18 +49,32 @@ def test_commands_of_other_programs_name_files_and_targets_that_exist() -> None:
         if words[0] == "make":
             assert set(words[1:2]) <= targets, command
         if words[0] in ("sbatch", "kubectl"):
-            assert all((ROOT / word).is_file() for word in words if word.startswith("configs/")), command
+            assert all((ROOT / word).is_file() for word in words if word.startswith("configs/")), (
+                command
+            )
 
 
 # Commands that no test runs as they stand, and why; the first pattern that is found in `page: command` counts.
 NOT_RUN = [
-    (r": (sbatch|kubectl) ", "cluster; tests/tools/test_launch_templates.py runs the script with stand-ins"),
+    (
+        r": (sbatch|kubectl) ",
+        "cluster; tests/tools/test_launch_templates.py runs the script with stand-ins",
+    ),
     (r": torchrun .*completep_1b", "GPUs"),
     (r": make gpu-report|gpu_report", "GPUs"),
-    (r": (make|pip) ", "builds environments; make lint and make test are what runs this, tests/analysis/test_quickstart.py the quickstart"),
+    (
+        r": (make|pip) ",
+        "builds environments; make lint and make test are what runs this, tests/analysis/test_quickstart.py the quickstart",
+    ),
     (r"docs/results/", "hours; the same programs are run from docs/instruments.md"),
-    (r"tools/benchmark_(training|parallel|checkpoint|kernels|telemetry)", "measures; tests/analysis runs the library on tiny shapes"),
-    (r"config_reference.py --write", "writes into the checkout; tests/config/test_config_reference.py compares"),
+    (
+        r"tools/benchmark_(training|parallel|checkpoint|kernels|telemetry)",
+        "measures; tests/analysis runs the library on tiny shapes",
+    ),
+    (
+        r"config_reference.py --write",
+        "writes into the checkout; tests/config/test_config_reference.py compares",
+    ),
     (r"pretrain configs/quickstart.yaml", "minutes; tests/analysis/test_quickstart.py"),
     (r"draw_step.py", "writes into the checkout; tests/analysis/test_step_picture.py"),
     (r"http.server", "serves until it is ended; tests/docs/test_site.py"),
@@ -71,7 +87,10 @@ SHORT = "training.train_steps=2 training.micro_batch_size=4 training.validation_
 SUBSTITUTES = [
     (r"\[(-[^\]]*)\]", r"\1"),
     (r" \.\.\.(?= |$)", ""),
-    (r"torchrun --nproc-per-node 8", f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2"),
+    (
+        r"torchrun --nproc-per-node 8",
+        f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2",
+    ),
     (
         r"configs/NAME.yaml",
         f"docs/tutorial/proxy.yaml {SHORT}",
@@ -79,16 +98,31 @@ SUBSTITUTES = [
     (r"(train_tokenizer.py .*)", r"\1 --overwrite"),  # several pages make the same file
     (r"vocab(-|_)size([ =])32000", r"vocab\1size\g<2>400"),
     (r"--documents 100000000", "--documents 2000"),
-    (r"configs/(quickstart|completep_1b)_proxy.yaml|docs/tutorial/proxy.yaml(?= --depths)", "docs/tutorial/proxy.yaml"),
-    (r"(coordinate_check.py \S+) .*", r"\1 --depths 2,4 --widths 64,128 --steps 2 --seeds 1 --out runs/check"),
+    (
+        r"configs/(quickstart|completep_1b)_proxy.yaml|docs/tutorial/proxy.yaml(?= --depths)",
+        "docs/tutorial/proxy.yaml",
+    ),
+    (
+        r"(coordinate_check.py \S+) .*",
+        r"\1 --depths 2,4 --widths 64,128 --steps 2 --seeds 1 --out runs/check",
+    ),
     (r"(laziness.py \S+) .*", r"\1 --depths 2,4 --seeds 1 --out runs/laziness"),
-    (r"(lr_transfer.py sweep \S+) .*", r"\1 training.train_steps=3 --depths 2,4 --lr=-8:-7:1 --seeds 1 --out runs/transfer"),
+    (
+        r"(lr_transfer.py sweep \S+) .*",
+        r"\1 training.train_steps=3 --depths 2,4 --lr=-8:-7:1 --seeds 1 --out runs/transfer",
+    ),
     (
         r"plan runs/transfer configs/quickstart.yaml --to configs/tuned.yaml",
         "plan runs/transfer docs/tutorial/target.yaml --to runs/tuned.yaml --overwrite",
     ),
-    (r"\b(inspect|verify|reshard|adapt) CHECKPOINT", r"\1 runs/tutorial/target/checkpoints/step_00000150"),
-    (r"diff A B", "diff runs/tutorial/target/checkpoints/step_00000075 runs/tutorial/target/checkpoints/step_00000150"),
+    (
+        r"\b(inspect|verify|reshard|adapt) CHECKPOINT",
+        r"\1 runs/tutorial/target/checkpoints/step_00000150",
+    ),
+    (
+        r"diff A B",
+        "diff runs/tutorial/target/checkpoints/step_00000075 runs/tutorial/target/checkpoints/step_00000150",
+    ),
     (r"--output FOLDER", "--output runs/resharded"),
     (r"NEW.yaml.*", "docs/tutorial/target.yaml training.output_dir=runs/adapted"),
     (r"--files N", "--files 2"),
@@ -105,13 +139,26 @@ RIGHT_CODES = {"coordinate_check": {0, 1, 3}, "laziness": {0, 1, 3}, "checkpoint
 
 
 def reason_not_to_run(command: Command) -> str | None:
-    return next((reason for pattern, reason in NOT_RUN if re.search(pattern, f"{command.page}: {command.text}")), None)
+    return next(
+        (
+            reason
+            for pattern, reason in NOT_RUN
+            if re.search(pattern, f"{command.page}: {command.text}")
+        ),
+        None,
+    )
 
 
 def test_every_reason_not_to_run_a_command_is_needed() -> None:
     texts = [f"{command.page}: {command.text}" for command in COMMANDS]
-    optional = {r"--engine ray|--shard", r"wandb |trackio ", r"export_hf|import_hf|evaluate_model|vllm|runs/granite"}
-    assert [p for p, _ in NOT_RUN if p not in optional and not any(re.search(p, text) for text in texts)] == []
+    optional = {
+        r"--engine ray|--shard",
+        r"wandb |trackio ",
+        r"export_hf|import_hf|evaluate_model|vllm|runs/granite",
+    }
+    assert [
+        p for p, _ in NOT_RUN if p not in optional and not any(re.search(p, text) for text in texts)
+    ] == []
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +167,13 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("workplace")
     for part in ("tools", "docs", "configs", "tests", "megatron_completep"):
         (folder / part).symlink_to(ROOT / part)
-    blocks = [block for language, block in FENCE.findall((ROOT / "docs/tutorial.md").read_text(encoding="utf-8")) if language == "bash"]
+    blocks = [
+        block
+        for language, block in FENCE.findall(
+            (ROOT / "docs/tutorial.md").read_text(encoding="utf-8")
+        )
+        if language == "bash"
+    ]
     assert len(blocks) > 5
     finished = shell("set -e\n" + "\n".join(blocks), folder)
     assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
@@ -139,14 +192,28 @@ def shell(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
         (programs / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
         (programs / "python").chmod(0o755)
     environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(["bash", "-c", script], cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        ["bash", "-c", script],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_tutorial_does_what_it_says(workplace: Path) -> None:
     tutorial = workplace / "runs/tutorial"
-    made = ("tokenizer.model", "corpus_text_document.bin", "sweep/report.html", "target.yaml", "report.html", "target/metrics.jsonl")
+    made = (
+        "tokenizer.model",
+        "corpus_text_document.bin",
+        "sweep/report.html",
+        "target.yaml",
+        "report.html",
+        "target/metrics.jsonl",
+    )
     assert [name for name in made if not (tutorial / name).exists()] == []
 
 
@@ -164,6 +231,8 @@ def test_every_other_command_that_a_cpu_can_run_runs(workplace: Path) -> None:
         codes = next((codes for words, codes in RIGHT_CODES.items() if words in text), {0})
         ran += 1
         if finished.returncode not in codes or "Traceback" in finished.stderr:
-            failed.append(f"{command.page}: {text}\n  {finished.returncode}: {finished.stderr[-400:]}")
+            failed.append(
+                f"{command.page}: {text}\n  {finished.returncode}: {finished.stderr[-400:]}"
+            )
     assert not failed, "\n".join(failed)
     assert ran > 20

@@ -28,8 +28,24 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("mkdocs")
     pytest.importorskip("mkdocstrings")
     target = tmp_path_factory.mktemp("site")
-    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(target)]
-    run = subprocess.run(build, cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, check=False)
+    build = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "--quiet",
+        "--site-dir",
+        str(target),
+    ]
+    run = subprocess.run(
+        build,
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert run.returncode == 0, run.stdout + run.stderr
     return target
 
@@ -42,7 +58,9 @@ def address(site: Path) -> Iterator[str]:
         def log_message(self, *_: object) -> None:
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(site))) as server:
+    with http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Quiet, directory=str(site))
+    ) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
@@ -70,13 +88,17 @@ def dead_links(site: Path) -> list[str]:
     for path, page in pages.items():
         for link in page.links:
             parts = urlsplit(link)
-            if parts.scheme or parts.netloc or path.name == "404.html":  # served from anywhere, so its links are absolute
+            if (
+                parts.scheme or parts.netloc or path.name == "404.html"
+            ):  # served from anywhere, so its links are absolute
                 continue
             target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
             target = target / "index.html" if target.is_dir() else target
             anchor = unquote(parts.fragment)
             known = pages[target].anchors if target in pages else set()
-            if not target.is_file() or (anchor and anchor not in known and not anchor.startswith("__")):
+            if not target.is_file() or (
+                anchor and anchor not in known and not anchor.startswith("__")
+            ):
                 found.append(f"{path.relative_to(site)} -> {link}")
     return found
 
@@ -87,30 +109,55 @@ def test_no_link_of_the_site_is_dead(site: Path) -> None:
 
 
 def test_a_dead_link_and_a_dead_anchor_would_be_found(tmp_path: Path) -> None:
-    (tmp_path / "a.html").write_text('<a href="b.html#no">x</a> <a href="c.html">x</a> <a href="b.html#yes">x</a> <img src="p.png">')
+    (tmp_path / "a.html").write_text(
+        '<a href="b.html#no">x</a> <a href="c.html">x</a> <a href="b.html#yes">x</a> <img src="p.png">'
+    )
     (tmp_path / "b.html").write_text('<h1 id="yes">b</h1>')
     assert dead_links(tmp_path) == ["a.html -> b.html#no", "a.html -> c.html", "a.html -> p.png"]
 
 
 def test_every_setting_and_every_public_room_of_the_code_has_its_place(site: Path) -> None:
     configuration = (site / "configuration.html").read_text(encoding="utf-8")
-    settings = [key for section in Config.model_fields.values() for key in getattr(section.annotation, "model_fields", {})]
-    assert len(settings) > 80 and [key for key in settings if f"<code>{key}</code>" not in configuration] == []
+    settings = [
+        key
+        for section in Config.model_fields.values()
+        for key in getattr(section.annotation, "model_fields", {})
+    ]
+    assert (
+        len(settings) > 80
+        and [key for key in settings if f"<code>{key}</code>" not in configuration] == []
+    )
     assert "load_config" in (site / "api/config.html").read_text(encoding="utf-8")
-    rooms = {path.stem for path in (ROOT / "megatron_completep").iterdir() if (path.suffix == ".py" or path.is_dir())}
-    missing = {room for room in rooms - {"__init__", "__pycache__", "tools"} if not (site / f"api/{room}.html").exists()}
+    rooms = {
+        path.stem
+        for path in (ROOT / "megatron_completep").iterdir()
+        if (path.suffix == ".py" or path.is_dir())
+    }
+    missing = {
+        room
+        for room in rooms - {"__init__", "__pycache__", "tools"}
+        if not (site / f"api/{room}.html").exists()
+    }
     assert missing == set()
     tools = (site / "tools.html").read_text(encoding="utf-8")
-    assert [path.stem for path in (ROOT / "tools").glob("[a-z]*.py") if f'id="{path.stem}"' not in tools] == []
+    assert [
+        path.stem for path in (ROOT / "tools").glob("[a-z]*.py") if f'id="{path.stem}"' not in tools
+    ] == []
 
 
-def test_every_page_opens_without_complaint_and_asks_nothing_of_other_machines(site: Path, address: str) -> None:
+def test_every_page_opens_without_complaint_and_asks_nothing_of_other_machines(
+    site: Path, address: str
+) -> None:
     with chromium() as browser:
         for path in sorted(site.rglob("*.html")):
             browser.open(f"{address}/{path.relative_to(site)}")
-            problems = [problem for problem in browser.problems if "/favicon.ico" not in problem]  # of a report as it was committed
+            problems = [
+                problem for problem in browser.problems if "/favicon.ico" not in problem
+            ]  # of a report as it was committed
             assert (path, problems, browser.broken_pictures()) == (path, [], [])
-            assert {urlsplit(url).netloc for url in browser.requests if not url.startswith("data:")} == {urlsplit(address).netloc}
+            assert {
+                urlsplit(url).netloc for url in browser.requests if not url.startswith("data:")
+            } == {urlsplit(address).netloc}
         check_search(browser, address)
         browser.open(f"{address}/index.html", width=380)  # a phone
         assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth")

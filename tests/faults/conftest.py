@@ -84,7 +84,11 @@ def saved_run(saved, tmp_path) -> Path:
 
 
 def pytest_addoption(parser):
-    parser.addoption("--fault-table", action="store_true", help="print a table of faults: injections, survived, silent, hung")
+    parser.addoption(
+        "--fault-table",
+        action="store_true",
+        help="print a table of faults: injections, survived, silent, hung",
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -100,8 +104,18 @@ def pytest_terminal_summary(terminalreporter, config):
     if not config.getoption("--fault-table", default=False):
         return
     rows = defaultdict(lambda: [0, 0, 0, 0])
-    outcomes = {r.nodeid: r.outcome for kind in ("passed", "failed") for r in terminalreporter.stats.get(kind, []) if r.when == "call"}
-    for report in (r for reports in terminalreporter.stats.values() for r in reports if getattr(r, "when", "") == "teardown"):
+    outcomes = {
+        r.nodeid: r.outcome
+        for kind in ("passed", "failed")
+        for r in terminalreporter.stats.get(kind, [])
+        if r.when == "call"
+    }
+    for report in (
+        r
+        for reports in terminalreporter.stats.values()
+        for r in reports
+        if getattr(r, "when", "") == "teardown"
+    ):
         found = re.search(r"test_faults?_(\d+)(?:_and_(\d+))?_", report.nodeid)
         counts = dict(report.user_properties).get("counts")
         if not found or counts is None:
@@ -114,7 +128,9 @@ def pytest_terminal_summary(terminalreporter, config):
             row[1] += injections if survived else 0
             row[2] += 0 if survived or hung else injections
             row[3] += 0 if survived or not hung else injections
-    terminalreporter.write_line("\n| # | fault | injections | survived | silent | hung |\n|---|---|---|---|---|---|")
+    terminalreporter.write_line(
+        "\n| # | fault | injections | survived | silent | hung |\n|---|---|---|---|---|---|"
+    )
     for number, name in FAULTS.items():
         row = " | ".join(map(str, rows[number])) if number in rows else "not run | | | "
         terminalreporter.write_line(f"| {number} | {name} | {row} |")

@@ -22,7 +22,11 @@ from harness import Fault, Ranks, start, write_corpus
 
 from megatron_completep.telemetry.metrics import read_metrics
 
-COMMON = ["guards.replica_check_interval=null", "logging.parameterization_interval=null", "logging.interval=1000"]
+COMMON = [
+    "guards.replica_check_interval=null",
+    "logging.parameterization_interval=null",
+    "logging.interval=1000",
+]
 SAVING = ["checkpoint.interval=1000", "checkpoint.local_interval=400", "checkpoint.async_save=true"]
 
 
@@ -46,7 +50,9 @@ class Effect:
 
     @property
     def without_restarts(self) -> float:
-        return self.ideal_seconds / (self.wall_seconds - self.first_start_seconds - self.restart_seconds)
+        return self.ideal_seconds / (
+            self.wall_seconds - self.first_start_seconds - self.restart_seconds
+        )
 
 
 def measure(folder: Path, kill_every: float, kills: int, seed: int = 0) -> Effect:
@@ -54,7 +60,12 @@ def measure(folder: Path, kill_every: float, kills: int, seed: int = 0) -> Effec
     before = seconds_a_step(folder / "before", kill_every / 4)
     steps = round((kills + 0.5) * kill_every / before)
     config = new_run(folder / "killed")
-    overrides = [*COMMON, *SAVING, f"training.train_steps={steps}", f"checkpoint.local_dir={folder}/node_RANK"]
+    overrides = [
+        *COMMON,
+        *SAVING,
+        f"training.train_steps={steps}",
+        f"checkpoint.local_dir={folder}/node_RANK",
+    ]
     random_times, restarts, again, reached, killed = random.Random(seed), [], 0, 0, 0
     began = time.monotonic()
     while reached < steps:
@@ -81,7 +92,9 @@ def seconds_a_step(folder: Path, seconds: float) -> float:
     steps, mean = 100, 0.0
     for name in ("short", "long"):  # the short run says how long the long one is
         config = new_run(folder / name)
-        ranks = start(config, overrides=[*COMMON, "checkpoint.interval=null", f"training.train_steps={steps}"])
+        ranks = start(
+            config, overrides=[*COMMON, "checkpoint.interval=null", f"training.train_steps={steps}"]
+        )
         wait_for_first_step(config, ranks)
         began = time.monotonic()
         outcome = ranks.wait(600)
@@ -118,15 +131,27 @@ def wait_for_first_step(config: Path, ranks: Ranks) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kill-every", type=float, default=120.0, help="mean seconds between kills (default: 120)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--kill-every", type=float, default=120.0, help="mean seconds between kills (default: 120)"
+    )
     parser.add_argument("--kills", type=int, default=2, help="how many (default: 2)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         effect = measure(Path(folder), arguments.kill_every, arguments.kills)
     if arguments.json:
-        print(json.dumps({**asdict(effect), "with_restarts": effect.with_restarts, "without_restarts": effect.without_restarts}))
+        print(
+            json.dumps(
+                {
+                    **asdict(effect),
+                    "with_restarts": effect.with_restarts,
+                    "without_restarts": effect.without_restarts,
+                }
+            )
+        )
         return
     print(
         f"effective training time with a kill -9 every {effect.seconds_between_kills:g} s ({effect.kills} kills, {effect.steps} steps, "

@@ -31,7 +31,9 @@ from megatron_completep.data.writer import IndexedWriter
 from megatron_completep.errors import exit_on_user_error
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["torch", "torch.distributed", "megatron_completep.pretrain", "megatron_completep.data.writer"])
+SERVER.set_forkserver_preload(
+    ["torch", "torch.distributed", "megatron_completep.pretrain", "megatron_completep.data.writer"]
+)
 
 PR_SET_CHILD_SUBREAPER = 36
 PEER_SECONDS = 30.0
@@ -111,7 +113,9 @@ def write_corpus(folder: Path) -> Path:
         writer.add_document([generator.integers(0, 60, int(generator.integers(20, 60)))])
     writer.close()
     path = folder / "run.yaml"
-    path.write_text(CONFIG.replace("PREFIX", str(folder / "corpus")).replace("OUTPUT", str(folder / "run")))
+    path.write_text(
+        CONFIG.replace("PREFIX", str(folder / "corpus")).replace("OUTPUT", str(folder / "run"))
+    )
     return path
 
 
@@ -136,13 +140,26 @@ def start(
     if fault is not None:
         count_injection()
     port = free_port()
-    told = environments or [environment_of(rank, world, port, restart_count) for rank in range(world)]
-    logs = [config.parent / f"{config.stem}.{time.monotonic_ns()}.rank_{rank}.log" for rank in range(len(told))]
+    told = environments or [
+        environment_of(rank, world, port, restart_count) for rank in range(world)
+    ]
+    logs = [
+        config.parent / f"{config.stem}.{time.monotonic_ns()}.rank_{rank}.log"
+        for rank in range(len(told))
+    ]
     for log in logs:
         log.touch()  # a rank may be killed before it opens its own
     processes = []
     for rank, environment in enumerate(told):
-        arguments = (rank, environment, str(logs[rank]), str(config), tuple(overrides), fault or Fault(), list(sys.path))
+        arguments = (
+            rank,
+            environment,
+            str(logs[rank]),
+            str(config),
+            tuple(overrides),
+            fault or Fault(),
+            list(sys.path),
+        )
         process = SERVER.Process(target=_rank, args=arguments)
         process.start()
         processes.append(process)
@@ -151,7 +168,13 @@ def start(
 
 def environment_of(rank: int, world: int, port: int, restart_count: int = 0) -> dict[str, str]:
     """What torchrun sets."""
-    values = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
+    values = {
+        "RANK": rank,
+        "WORLD_SIZE": world,
+        "LOCAL_RANK": rank,
+        "LOCAL_WORLD_SIZE": world,
+        "MASTER_PORT": port,
+    }
     return {name: str(value) for name, value in values.items()} | {
         "MASTER_ADDR": "127.0.0.1",
         "TORCHELASTIC_RESTART_COUNT": str(restart_count),
@@ -170,22 +193,37 @@ def run(
     return start(config, fault, world, overrides, restart_count).wait(seconds)
 
 
-def start_under_launcher(config: Path, world: int = 2, overrides: Sequence[str] = (), of_them: int | None = None) -> tuple[Any, Path]:
+def start_under_launcher(
+    config: Path, world: int = 2, overrides: Sequence[str] = (), of_them: int | None = None
+) -> tuple[Any, Path]:
     """A launcher that forks the ranks itself, `of_them` if not all, and the file in which it writes their process ids."""
     pids = config.parent / "pids"
-    launcher = SERVER.Process(target=_launcher, args=(world, of_them or world, str(config), tuple(overrides), str(pids), list(sys.path)))
+    launcher = SERVER.Process(
+        target=_launcher,
+        args=(world, of_them or world, str(config), tuple(overrides), str(pids), list(sys.path)),
+    )
     launcher.start()
     return launcher, pids
 
 
-def _launcher(world: int, of_them: int, config: str, overrides: tuple[str, ...], pids: str, path: list[str]) -> None:
+def _launcher(
+    world: int, of_them: int, config: str, overrides: tuple[str, ...], pids: str, path: list[str]
+) -> None:
     os.setsid()  # away from the terminal of whoever runs the tests
     port = free_port()
     children = []
     for rank in range(of_them):
         child = os.fork()
         if child == 0:
-            _rank(rank, environment_of(rank, world, port), f"{config}.rank_{rank}.log", config, overrides, Fault(), path)
+            _rank(
+                rank,
+                environment_of(rank, world, port),
+                f"{config}.rank_{rank}.log",
+                config,
+                overrides,
+                Fault(),
+                path,
+            )
             os._exit(0)
         children.append(child)
     Path(f"{pids}.tmp").write_text(json.dumps(children))
@@ -193,11 +231,20 @@ def _launcher(world: int, of_them: int, config: str, overrides: tuple[str, ...],
     time.sleep(3600)
 
 
-def run_in_terminal(config: Path, fault: Fault, steps: int, world: int = 2, nohup: bool = False, seconds: float = 240.0) -> list[int]:
+def run_in_terminal(
+    config: Path,
+    fault: Fault,
+    steps: int,
+    world: int = 2,
+    nohup: bool = False,
+    seconds: float = 240.0,
+) -> list[int]:
     """Exit codes of ranks that a shell started in a terminal, which is closed when `steps` are done. world 1: without a launcher."""
     count_injection()
     codes = config.parent / "codes"
-    process = SERVER.Process(target=_terminal, args=(str(config), fault, steps, world, nohup, str(codes), list(sys.path)))
+    process = SERVER.Process(
+        target=_terminal, args=(str(config), fault, steps, world, nohup, str(codes), list(sys.path))
+    )
     process.start()
     process.join(seconds)
     COUNTS["hung"] += process.is_alive()
@@ -205,7 +252,9 @@ def run_in_terminal(config: Path, fault: Fault, steps: int, world: int = 2, nohu
     return list(json.loads(codes.read_text())) if codes.exists() else []
 
 
-def _terminal(config: str, fault: Fault, steps: int, world: int, nohup: bool, codes: str, path: list[str]) -> None:
+def _terminal(
+    config: str, fault: Fault, steps: int, world: int, nohup: bool, codes: str, path: list[str]
+) -> None:
     """Holds the other end of the terminal, and adopts what the shell leaves behind."""
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     pids = Path(f"{codes}.pids")
@@ -221,7 +270,9 @@ def _terminal(config: str, fault: Fault, steps: int, world: int, nohup: bool, co
     os.close(terminal)
     Path(fault.point).touch() if fault.kind == "wait" else None
     os.waitpid(shell, 0)
-    found = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in json.loads(pids.read_text())]
+    found = [
+        os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in json.loads(pids.read_text())
+    ]
     Path(f"{codes}.tmp").write_text(json.dumps(found))
     os.rename(f"{codes}.tmp", codes)
 
@@ -248,7 +299,13 @@ def _shell(config: str, fault: Fault, world: int, nohup: bool, pids: Path, path:
 
 
 def _rank(
-    rank: int, environment: dict[str, str], log: str | None, config: str, overrides: tuple[str, ...], fault: Fault, path: list[str]
+    rank: int,
+    environment: dict[str, str],
+    log: str | None,
+    config: str,
+    overrides: tuple[str, ...],
+    fault: Fault,
+    path: list[str],
 ) -> None:
     """A rank whose output goes to a file, or stays in the terminal."""
     sys.path[:] = path
@@ -264,7 +321,12 @@ def _rank(
 
     def main() -> int:
         own = [override.replace("RANK", str(rank)) for override in overrides]
-        return int(pretrain(load_config(config, own), inject(fault) if fault.rank in (rank, -1) else no_fail_point))
+        return int(
+            pretrain(
+                load_config(config, own),
+                inject(fault) if fault.rank in (rank, -1) else no_fail_point,
+            )
+        )
 
     exit_on_user_error(main)
 
@@ -278,7 +340,10 @@ def no_fail_point(name: str) -> None:
 
 def losses(config: Path) -> dict[int, float]:
     """Loss by step, as metrics.jsonl has it at full precision."""
-    rows = [json.loads(line) for line in (config.parent / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (config.parent / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     return {row["step"]: row["loss"] for row in rows}
 
 

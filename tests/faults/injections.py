@@ -144,7 +144,9 @@ def _poison_gradient(fault: Fault) -> None:
             accumulate(main_grad, first)
             main_grad.view(-1)[3] = float(fault.kind)
 
-        original_push(self, parameter, poison if any(parameter is p for p in active) else accumulate)
+        original_push(
+            self, parameter, poison if any(parameter is p for p in active) else accumulate
+        )
 
     TrainingStep.run, GradientQueue.push = run, push  # type: ignore[method-assign]
 
@@ -168,7 +170,10 @@ def _spike_at_samples(fault: Fault) -> None:
 
     def run(self: TrainingStep, batches: Any, step: int, *rest: Any) -> Any:
         time.sleep(fault.seconds)
-        pending, first = original(self, batches, step, *rest), int(batches[0].sample_ids[0]) // 4 * 4  # of the step's 4 samples
+        pending, first = (
+            original(self, batches, step, *rest),
+            int(batches[0].sample_ids[0]) // 4 * 4,
+        )  # of the step's 4 samples
         if any(first <= sample < first + 4 for sample in fault.steps):
             read = pending.read
             pending.read = lambda: dataclasses.replace(read(), loss=read().loss + 5.0)

@@ -15,7 +15,12 @@ def fail_point(name: str) -> None:
     if sys.argv[2] == "none" and name == "save.folder_created" and rank == 1:
         print("killed before the first save", flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
-    if sys.argv[2] == "progress" and name == "save.older_ones_removed" and rank == 0 and restarts < 3:
+    if (
+        sys.argv[2] == "progress"
+        and name == "save.older_ones_removed"
+        and rank == 0
+        and restarts < 3
+    ):
         os.kill(os.getpid(), signal.SIGKILL)
 
 

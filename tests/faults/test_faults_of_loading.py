@@ -41,7 +41,9 @@ def test_fault_5_a_file_of_another_size_is_refused_before_the_model_is_touched(s
             os.truncate(path, size + 64)
         case "missing":
             path.unlink()
-    expected = "No such file" if damage == "missing" else f"{path.stat().st_size} bytes, expected {size}"
+    expected = (
+        "No such file" if damage == "missing" else f"{path.stat().st_size} bytes, expected {size}"
+    )
     with pytest.raises(CheckpointError, match=f"rank_00001_of_00002.safetensors: {expected}"):
         StoredCheckpoint.open(path.parent)
 
@@ -58,7 +60,9 @@ def test_fault_6_one_flipped_bit_anywhere_is_detected(saved_run):
     whole(folder)  # the control: as it is, it is fine
     for path in sorted(folder.iterdir()):
         data = path.read_bytes()
-        places = {0, 7, 8, 9, 100, len(data) - 40, len(data) - 1} | set(range(0, len(data), len(data) // 40))
+        places = {0, 7, 8, 9, 100, len(data) - 40, len(data) - 1} | set(
+            range(0, len(data), len(data) // 40)
+        )
         for place in sorted(places):
             changed = bytearray(data)
             changed[place] ^= 1 << (place % 8)
@@ -76,13 +80,18 @@ def test_fault_6_the_run_that_reads_the_flipped_bit_stops_on_all_ranks(saved_run
     data[-1000] ^= 4
     path.write_bytes(data)
     outcome = run(saved_run)
-    assert outcome.exit_codes == [2, 2] and "rank_00001_of_00002.safetensors: damaged between bytes" in outcome.output
+    assert (
+        outcome.exit_codes == [2, 2]
+        and "rank_00001_of_00002.safetensors: damaged between bytes" in outcome.output
+    )
 
 
 def test_fault_7_a_shard_of_another_step_is_detected(saved_run):
     name = "rank_00001_of_00002.safetensors"
     older = newest(saved_run).with_name("step_00000003") / name
-    assert older.stat().st_size == (newest(saved_run) / name).stat().st_size  # the size tells nothing
+    assert (
+        older.stat().st_size == (newest(saved_run) / name).stat().st_size
+    )  # the size tells nothing
     shutil.copy(older, newest(saved_run) / name)
     with pytest.raises(CheckpointError, match=f"{name}: damaged"):
         whole(newest(saved_run))
@@ -101,7 +110,11 @@ def test_fault_7_a_folder_under_another_steps_name_is_detected(saved_run):
         (1, ["training.micro_batch_size=1"]),
         pytest.param(2, ["parallel.tensor_parallel_size=2"], marks=pytest.mark.slow),
         pytest.param(2, ["parallel.pipeline_parallel_size=2"], marks=pytest.mark.slow),
-        pytest.param(2, ["parallel.optimizer_shard_size=1", "training.micro_batch_size=1"], marks=pytest.mark.slow),
+        pytest.param(
+            2,
+            ["parallel.optimizer_shard_size=1", "training.micro_batch_size=1"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_fault_10_another_layout_goes_on_with_the_same_data(saved_run, oracle, world, overrides):
@@ -118,21 +131,42 @@ def test_fault_10_another_layout_goes_on_with_the_same_data(saved_run, oracle, w
     [
         ("completep.alpha=0.5", "table.alpha", "'checkpoint.allow_changed=["),
         ("completep.base_hidden_size=8", "table.width_multiplier", "'checkpoint.allow_changed=["),
-        ("model.activation=gelu", "model.activation", "checkpoint.allow_changed does not help"),  # other tensors
+        (
+            "model.activation=gelu",
+            "model.activation",
+            "checkpoint.allow_changed does not help",
+        ),  # other tensors
         ("data.seed=5", "data.seed", "checkpoint.allow_changed=[data.seed]"),
     ],
 )
-def test_fault_11_a_changed_run_is_refused_with_a_table_of_differences(saved_run, override, shown, remedy):
+def test_fault_11_a_changed_run_is_refused_with_a_table_of_differences(
+    saved_run, override, shown, remedy
+):
     refused = run(saved_run, world=1, overrides=[override])
-    assert refused.exit_codes == [2] and "setting" in refused.output and shown in refused.output and "Traceback" not in refused.output
+    assert (
+        refused.exit_codes == [2]
+        and "setting" in refused.output
+        and shown in refused.output
+        and "Traceback" not in refused.output
+    )
     assert remedy in refused.output
 
 
 def test_fault_11_what_is_allowed_by_name_goes_on_and_says_so(saved_run):
-    outcome = run(saved_run, world=1, overrides=["data.seed=5", "checkpoint.allow_changed=[data.seed]", "optimizer.base_lr=2.0e-2"])
+    outcome = run(
+        saved_run,
+        world=1,
+        overrides=[
+            "data.seed=5",
+            "checkpoint.allow_changed=[data.seed]",
+            "optimizer.base_lr=2.0e-2",
+        ],
+    )
     assert outcome.exit_codes == [0], outcome.output
     assert "resuming with data.seed = 5, the checkpoint has 1234" in outcome.output
-    assert "lr 1.00e-02" in outcome.output  # step 7 of 12, half way down from the present configuration's peak
+    assert (
+        "lr 1.00e-02" in outcome.output
+    )  # step 7 of 12, half way down from the present configuration's peak
 
 
 def test_fault_11_other_tokens_under_the_same_name_are_refused(saved_run):
@@ -174,10 +208,20 @@ def reseal(folder: Path, old: str, new: str) -> None:
     end = data.rindex(b',\n "xxh3": "')
     body = data[:end].replace(old.encode(), new.encode()) + b"\n}"
     assert old.encode() in data
-    (folder / "manifest.json").write_bytes(body[:-2] + f',\n "xxh3": "{xxhash.xxh3_128_hexdigest(body)}"\n}}\n'.encode())
+    (folder / "manifest.json").write_bytes(
+        body[:-2] + f',\n "xxh3": "{xxhash.xxh3_128_hexdigest(body)}"\n}}\n'.encode()
+    )
 
 
-@pytest.mark.parametrize("name", ["../step_00000003/rank_00001_of_00002.safetensors", "/etc/passwd", "a/b.safetensors", "..safetensors"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../step_00000003/rank_00001_of_00002.safetensors",
+        "/etc/passwd",
+        "a/b.safetensors",
+        "..safetensors",
+    ],
+)
 def test_fault_22_a_path_that_leaves_the_folder_is_refused(saved_run, name):
     reseal(newest(saved_run), "rank_00001_of_00002.safetensors", name)
     with pytest.raises(CheckpointError, match=r"manifest\.json: not a manifest"):

@@ -57,7 +57,14 @@ def wait_for_step(config: Path, step: int, seconds: float = 240.0) -> None:
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGTERM, *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGUSR1, signal.SIGHUP))]
+    "number",
+    [
+        signal.SIGTERM,
+        *(
+            pytest.param(number, marks=pytest.mark.slow)
+            for number in (signal.SIGUSR1, signal.SIGHUP)
+        ),
+    ],
 )
 def test_fault_4_a_signal_to_one_worker_saves_on_all_and_asks_for_a_requeue(config, oracle, number):
     outcome = run(config, Fault("signal", 1, steps=(5,), seconds=number))
@@ -82,7 +89,11 @@ def test_ranks_leave_together_when_their_time_is_up_and_a_node_is_described_once
     outcome = run(config, overrides=["training.exit_after_minutes=0.000001"])
     assert outcome.exit_codes == [75, 75] and steps_on_disk(config) == ["step_00000001"]
     (line,) = re.findall("^node .*", outcome.output, re.MULTILINE)
-    assert f"torch {torch.__version__}" in line and f"{os.cpu_count()} cores" in line and platform.node() in line
+    assert (
+        f"torch {torch.__version__}" in line
+        and f"{os.cpu_count()} cores" in line
+        and platform.node() in line
+    )
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -107,8 +118,20 @@ def test_fault_34_under_nohup_a_closed_terminal_changes_nothing(config, oracle):
 def test_fault_34_a_closed_terminal_under_the_real_programs(config, launcher):
     count_injection()
     command = {
-        "none": [sys.executable, "-m", "megatron_completep.pretrain", str(config), "training.train_steps=100000"],
-        "torchrun": [*TORCHRUN, "-m", "megatron_completep.pretrain", str(config), "training.train_steps=100000"],
+        "none": [
+            sys.executable,
+            "-m",
+            "megatron_completep.pretrain",
+            str(config),
+            "training.train_steps=100000",
+        ],
+        "torchrun": [
+            *TORCHRUN,
+            "-m",
+            "megatron_completep.pretrain",
+            str(config),
+            "training.train_steps=100000",
+        ],
     }[launcher]
     terminal, side_of_the_program = pty.openpty()
     process = subprocess.Popen(
@@ -121,7 +144,11 @@ def test_fault_34_a_closed_terminal_under_the_real_programs(config, launcher):
         preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
     )
     os.close(side_of_the_program)
-    threading.Thread(target=read_until_closed, args=(terminal, config.parent / "run" / "metrics.jsonl"), daemon=True).start()
+    threading.Thread(
+        target=read_until_closed,
+        args=(terminal, config.parent / "run" / "metrics.jsonl"),
+        daemon=True,
+    ).start()
     code = process.wait(timeout=120)
     assert code == (75 if launcher == "none" else 1)  # torchrun's own for whatever its workers said
     assert int(steps_on_disk(config)[-1].removeprefix("step_")) == max(losses(config)) >= 5
@@ -142,7 +169,11 @@ def test_fault_37_a_clock_that_is_set_during_the_start_changes_no_time_limit(con
     for seconds in (86400.0, -86400.0):
         outcome = run(config, Fault("clock", -1, seconds=seconds), overrides=overrides)
         assert outcome.exit_codes == [0, 0], outcome.output
-        (row,) = [row for row in read_metrics(config.parent / "run" / "metrics.jsonl") if "startup_seconds" in row]
+        (row,) = [
+            row
+            for row in read_metrics(config.parent / "run" / "metrics.jsonl")
+            if "startup_seconds" in row
+        ]
         assert 0 <= row["startup_model_seconds"] <= row["startup_seconds"] < 3600
         shutil.rmtree(config.parent / "run")
 
@@ -155,12 +186,20 @@ def test_fault_12_a_corrupted_token_file_is_named_at_open(config, suffix):
     path = config.parent / f"corpus{suffix}"
     os.truncate(path, path.stat().st_size // 2)
     outcome = run(config, world=1)
-    assert outcome.exit_codes == [2] and str(path) in outcome.output and "Traceback" not in outcome.output
+    assert (
+        outcome.exit_codes == [2]
+        and str(path) in outcome.output
+        and "Traceback" not in outcome.output
+    )
 
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_fault_13_a_token_out_of_range_is_the_same_error_at_every_tensor_size(config, world):
-    outcome = run(config, world=world, overrides=["model.vocab_size=40", f"parallel.tensor_parallel_size={world}"])
+    outcome = run(
+        config,
+        world=world,
+        overrides=["model.vocab_size=40", f"parallel.tensor_parallel_size={world}"],
+    )
     assert outcome.exit_codes == [2] * world and "Traceback" not in outcome.output
     message = r"corpus\.bin: document 0, position 1: token id 41 is outside the model's vocabulary, 0 to 39"
     assert len(re.findall(message, outcome.output)) == world
@@ -182,20 +221,37 @@ def test_fault_20_a_malformed_file_gives_one_message_and_exit_code_2(tmp_path, t
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     outcome = run(path, world=1)
-    assert outcome.exit_codes == [2] and said in outcome.output and "bad.yaml" in outcome.output and "Traceback" not in outcome.output
+    assert (
+        outcome.exit_codes == [2]
+        and said in outcome.output
+        and "bad.yaml" in outcome.output
+        and "Traceback" not in outcome.output
+    )
 
 
 # --- numbers --------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["nan", pytest.param("inf", marks=pytest.mark.slow)])
-def test_fault_14_a_gradient_that_is_not_finite_on_one_rank_is_named_and_the_update_skipped(config, oracle, kind):
-    outcome = run(config, Fault(kind, 1, steps=(5,)), overrides=["checkpoint.interval=1", "checkpoint.keep=20"])
+def test_fault_14_a_gradient_that_is_not_finite_on_one_rank_is_named_and_the_update_skipped(
+    config, oracle, kind
+):
+    outcome = run(
+        config,
+        Fault(kind, 1, steps=(5,)),
+        overrides=["checkpoint.interval=1", "checkpoint.keep=20"],
+    )
     assert outcome.exit_codes == [0, 0], outcome.output
     found = re.search(r"step 5: a gradient was not finite, nothing was updated.*", outcome.output)
-    assert found and "rank 1: layers.1.mlp.down.weight, samples 18-19" in found[0] and "rank 0" not in found[0]
+    assert (
+        found
+        and "rank 1: layers.1.mlp.down.weight, samples 18-19" in found[0]
+        and "rank 0" not in found[0]
+    )
     folders = [config.parent / "run" / "checkpoints" / f"step_{step:08d}" for step in (4, 5)]
-    before, after = (sorted(p.read_bytes()[-9000:] for p in folder.glob("*.safetensors")) for folder in folders)
+    before, after = (
+        sorted(p.read_bytes()[-9000:] for p in folder.glob("*.safetensors")) for folder in folders
+    )
     assert before == after  # weights and moments unchanged
     assert losses(config)[5] == oracle[0][5] and losses(config)[6] != oracle[0][6]
 
@@ -203,18 +259,26 @@ def test_fault_14_a_gradient_that_is_not_finite_on_one_rank_is_named_and_the_upd
 def test_fault_15_nan_at_every_step_stops_and_keeps_the_last_good_checkpoint(config):
     fault = Fault("nan", 0, steps=tuple(range(5, 13)))
     outcome = run(config, fault, overrides=["guards.max_skipped_steps=3", "checkpoint.interval=4"])
-    assert outcome.exit_codes == [76, 76] and "3 steps in a row without a finite gradient" in outcome.output
+    assert (
+        outcome.exit_codes == [76, 76]
+        and "3 steps in a row without a finite gradient" in outcome.output
+    )
     assert "Traceback" not in outcome.output and steps_on_disk(config) == ["step_00000004"]
 
 
 def test_fault_16_a_flipped_bit_in_one_replica_is_found_and_the_rank_named(config):
     outcome = run(config, Fault("flip", 1), overrides=["guards.replica_check_interval=4"])
     assert outcome.exit_codes == [79, 79]
-    assert "step 4: replicas differ: rank 1 in weights of stage 0, tensor 0" in outcome.output and "rank 0 in" not in outcome.output
+    assert (
+        "step 4: replicas differ: rank 1 in weights of stage 0, tensor 0" in outcome.output
+        and "rank 0 in" not in outcome.output
+    )
 
 
 def test_fault_16_healthy_replicas_pass(config):
-    assert run(config, overrides=["guards.replica_check_interval=1", "training.train_steps=4"]).exit_codes == [0, 0]
+    assert run(
+        config, overrides=["guards.replica_check_interval=1", "training.train_steps=4"]
+    ).exit_codes == [0, 0]
 
 
 def test_any_single_flipped_bit_changes_the_hash():
@@ -223,7 +287,9 @@ def test_any_single_flipped_bit_changes_the_hash():
     for bit in range(32):
         changed = values.clone()
         changed.view(torch.int32)[bit * 31] ^= (
-            torch.tensor(1 << bit).to(torch.int32) if bit < 31 else torch.tensor(-(1 << 31)).to(torch.int32)
+            torch.tensor(1 << bit).to(torch.int32)
+            if bit < 31
+            else torch.tensor(-(1 << 31)).to(torch.int32)
         )
         assert bit_sum(changed) != expected
 
@@ -235,24 +301,41 @@ def test_without_an_owner_the_majority_decides_and_a_tie_names_both():
 
 
 def test_fault_17_a_loss_spike_is_reported_with_its_samples(config):
-    outcome = run(config, Fault("spike", -1, steps=(11,)), overrides=["guards.straggler_interval=null"])
-    assert re.search(r"step 11: loss [\d.]+ is [\d.]+ above the median of the last 10 steps; samples 40-43", outcome.output)
+    outcome = run(
+        config, Fault("spike", -1, steps=(11,)), overrides=["guards.straggler_interval=null"]
+    )
+    assert re.search(
+        r"step 11: loss [\d.]+ is [\d.]+ above the median of the last 10 steps; samples 40-43",
+        outcome.output,
+    )
     assert "loss_spike" in (config.parent / "run" / "metrics.jsonl").read_text()
 
 
 def test_fault_17_after_a_loss_spike_all_ranks_go_back_and_leave_the_data_out(config, oracle):
     overrides = ["guards.rollback_threshold=1"]
     outcome = run(config, Fault("spike_once", -1, steps=(11,)), overrides=overrides)
-    assert outcome.exit_codes == [0, 0] and "went back from step 11 to step 9; samples 36-43 are left out" in outcome.output
+    assert (
+        outcome.exit_codes == [0, 0]
+        and "went back from step 11 to step 9; samples 36-43 are left out" in outcome.output
+    )
     after, undisturbed = losses(config), oracle[0]
-    assert [after[step] for step in range(1, 10)] == [undisturbed[step] for step in range(1, 10)] and after[10] != undisturbed[10]
+    assert [after[step] for step in range(1, 10)] == [
+        undisturbed[step] for step in range(1, 10)
+    ] and after[10] != undisturbed[10]
     assert max(after.values()) < undisturbed[1] + 1  # the weights of before the spike
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
-def test_fault_17_killed_at_random_times_the_run_leaves_out_the_same_data(config, tmp_path_factory, seed):
-    settings = ["guards.rollback_threshold=2", "training.train_steps=18", "checkpoint.interval=2", "checkpoint.keep=9"]
+def test_fault_17_killed_at_random_times_the_run_leaves_out_the_same_data(
+    config, tmp_path_factory, seed
+):
+    settings = [
+        "guards.rollback_threshold=2",
+        "training.train_steps=18",
+        "checkpoint.interval=2",
+        "checkpoint.keep=9",
+    ]
     fault = Fault("bad_samples", -1, steps=(44, 58), seconds=0.05)
     undisturbed = write_corpus(tmp_path_factory.mktemp("undisturbed"))
     outcome = run(undisturbed, fault, overrides=settings)
@@ -270,7 +353,11 @@ def test_fault_17_killed_at_random_times_the_run_leaves_out_the_same_data(config
 def test_fault_17_a_spike_that_comes_again_and_again_stops_the_run(config):
     overrides = ["guards.rollback_threshold=1", "guards.max_rollbacks=2"]
     outcome = run(config, Fault("spike", -1, steps=(11,)), overrides=overrides)
-    assert outcome.exit_codes == [80, 80] and "went back 2 times already" in outcome.output and "Traceback" not in outcome.output
+    assert (
+        outcome.exit_codes == [80, 80]
+        and "went back 2 times already" in outcome.output
+        and "Traceback" not in outcome.output
+    )
     assert steps_on_disk(config) == ["step_00000006", "step_00000009"]
 
 
@@ -278,20 +365,40 @@ def test_fault_17_a_spike_that_comes_again_and_again_stops_the_run(config):
 
 
 @pytest.mark.parametrize(
-    ("kind", "step"), [("hang", 5), pytest.param("hang", 1, marks=pytest.mark.slow), pytest.param("stop", 5, marks=pytest.mark.slow)]
+    ("kind", "step"),
+    [
+        ("hang", 5),
+        pytest.param("hang", 1, marks=pytest.mark.slow),
+        pytest.param("stop", 5, marks=pytest.mark.slow),
+    ],
 )
 def test_fault_18_a_hung_rank_is_named_and_the_run_ends_within_the_bound(config, kind, step):
-    outcome = run(config, Fault(kind, 1, steps=(step,)), overrides=["guards.hang_timeout_minutes=0.1"])
+    outcome = run(
+        config, Fault(kind, 1, steps=(step,)), overrides=["guards.hang_timeout_minutes=0.1"]
+    )
     assert outcome.exit_codes[0] == 77 and not outcome.timed_out
     if kind == "hang":
         assert outcome.exit_codes[1] == 77
-        assert f"hung at step {step}: rank 1 holds the others up: rank 1 in injections.py" in outcome.output
+        assert (
+            f"hung at step {step}: rank 1 holds the others up: rank 1 in injections.py"
+            in outcome.output
+        )
         assert "injections.py" in (config.parent / "run" / "hang_rank_00001.txt").read_text()
-        waiting, hung = (json.loads((config.parent / "run" / f"hang_rank_0000{rank}.collectives.json").read_text()) for rank in (0, 1))
-        assert len(waiting["entries"]) > len(hung["entries"]) > 0  # the flight recorder is on: one rank got further than the other
-        assert re.search(r"rank 0: its last collective, gloo:\w+ of \[.*\] in group 0, scheduled", outcome.output)
+        waiting, hung = (
+            json.loads(
+                (config.parent / "run" / f"hang_rank_0000{rank}.collectives.json").read_text()
+            )
+            for rank in (0, 1)
+        )
+        assert (
+            len(waiting["entries"]) > len(hung["entries"]) > 0
+        )  # the flight recorder is on: one rank got further than the other
         assert re.search(
-            r"rank 1: its last collective, gloo:\w+ of \[.*\] in group \d+, finished; .*hang_rank_00001.collectives.json", outcome.output
+            r"rank 0: its last collective, gloo:\w+ of \[.*\] in group 0, scheduled", outcome.output
+        )
+        assert re.search(
+            r"rank 1: its last collective, gloo:\w+ of \[.*\] in group \d+, finished; .*hang_rank_00001.collectives.json",
+            outcome.output,
         )
     else:
         assert "rank 1 does not answer" in outcome.output
@@ -299,38 +406,75 @@ def test_fault_18_a_hung_rank_is_named_and_the_run_ends_within_the_bound(config,
 
 @pytest.mark.slow
 def test_fault_35_a_stopped_rank_0_that_holds_the_store_is_named_with_the_code_of_a_hang(config):
-    outcome = run(config, Fault("stop", 0, steps=(5,)), overrides=["guards.hang_timeout_minutes=0.1"])
+    outcome = run(
+        config, Fault("stop", 0, steps=(5,)), overrides=["guards.hang_timeout_minutes=0.1"]
+    )
     assert outcome.exit_codes[1] == 77 and not outcome.timed_out, outcome.output
-    assert "hung: rank 0, which holds the store, does not answer (stopped, or its host is down)" in outcome.output
+    assert (
+        "hung: rank 0, which holds the store, does not answer (stopped, or its host is down)"
+        in outcome.output
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["hang_early", "stop_early"])
 def test_fault_35_a_hang_before_the_first_step_is_named(config, kind):
-    outcome = run(config, Fault(kind, 1), overrides=["guards.hang_timeout_minutes=0.1", "checkpoint.timeout_minutes=0.2"])
+    outcome = run(
+        config,
+        Fault(kind, 1),
+        overrides=["guards.hang_timeout_minutes=0.1", "checkpoint.timeout_minutes=0.2"],
+    )
     assert outcome.exit_codes[0] == 77 and not outcome.timed_out, outcome.output
     if kind == "hang_early":
         assert outcome.exit_codes[1] == 77
-        assert "hung before the first step, opening the data: rank 1 holds the others up: rank 1 in injections.py" in outcome.output
+        assert (
+            "hung before the first step, opening the data: rank 1 holds the others up: rank 1 in injections.py"
+            in outcome.output
+        )
     else:
         assert "hung: rank 1 does not answer" in outcome.output
 
 
 def test_the_rank_that_waits_for_nobody_is_to_blame():
-    waiting = {"step": 7, "phase": 5, "stage": "at step 7", "place": "collectives.py:30 wait", "waiting": True}
+    waiting = {
+        "step": 7,
+        "phase": 5,
+        "stage": "at step 7",
+        "place": "collectives.py:30 wait",
+        "waiting": True,
+    }
     assert "rank 2 holds" in verdict({0: waiting, 1: waiting, 2: {**waiting, "waiting": False}})
-    assert "at step 6: rank 1 holds" in verdict({0: waiting, 1: {**waiting, "step": 6, "stage": "at step 6"}, 2: waiting})
+    assert "at step 6: rank 1 holds" in verdict(
+        {0: waiting, 1: {**waiting, "step": 6, "stage": "at step 6"}, 2: waiting}
+    )
     assert "rank 1 does not answer" in verdict({0: waiting, 1: None, 2: waiting})
     early = {**waiting, "step": 1, "phase": 3, "stage": "before the first step, opening the data"}
     behind = {**early, "phase": 2, "stage": "before the first step, building the model"}
-    assert "hung before the first step, building the model: rank 1 holds" in verdict({0: early, 1: behind, 2: early})
+    assert "hung before the first step, building the model: rank 1 holds" in verdict(
+        {0: early, 1: behind, 2: early}
+    )
 
 
 def test_fault_19_a_straggler_is_named_with_its_ratio(config):
     fault = Fault("slow", 1, steps=tuple(range(1, 13)), seconds=2.0)
-    outcome = run(config, fault, overrides=["guards.straggler_interval=2", "guards.straggler_ratio=1.5", "training.train_steps=2"])
-    assert re.search(r"step 2: rank 1 on \S+ is a straggler: [\d.]+ s .* [\d.]+ times the median rank's", outcome.output), outcome.output
-    (row,) = [row for row in read_metrics(config.parent / "run" / "metrics.jsonl") if "slowest_rank" in row]
+    outcome = run(
+        config,
+        fault,
+        overrides=[
+            "guards.straggler_interval=2",
+            "guards.straggler_ratio=1.5",
+            "training.train_steps=2",
+        ],
+    )
+    assert re.search(
+        r"step 2: rank 1 on \S+ is a straggler: [\d.]+ s .* [\d.]+ times the median rank's",
+        outcome.output,
+    ), outcome.output
+    (row,) = [
+        row
+        for row in read_metrics(config.parent / "run" / "metrics.jsonl")
+        if "slowest_rank" in row
+    ]
     assert row["step"] == 2 and row["slowest_rank"] == 1 and row["slowest_rank_ratio"] > 1.5
 
 
@@ -341,7 +485,10 @@ def test_fault_23_a_second_trainer_is_refused_naming_the_first(config, oracle):
     first = start(config, Fault("wait", 0, str(config.parent / "refused"), steps=(5,)))
     wait_for_step(config, 1)
     second = run(config, world=1, overrides=["guards.lock_wait_seconds=0.2"])
-    assert second.exit_codes == [2] and f"is in use by process {first.processes[0].pid} on " in second.output
+    assert (
+        second.exit_codes == [2]
+        and f"is in use by process {first.processes[0].pid} on " in second.output
+    )
     (config.parent / "refused").touch()
     assert first.wait().exit_codes == [0, 0]
     assert (losses(config), final_state(config)) == oracle
@@ -359,11 +506,19 @@ def test_fault_24_restarts_resume_by_themselves(config, oracle):
 
 def test_fault_24_restarts_that_get_nowhere_stop(config):
     codes = [
-        run(config, Fault("kill", 1, "save.folder_created"), overrides=["guards.max_restarts_without_progress=2"], restart_count=n)
+        run(
+            config,
+            Fault("kill", 1, "save.folder_created"),
+            overrides=["guards.max_restarts_without_progress=2"],
+            restart_count=n,
+        )
         for n in range(3)
     ]
     assert [-signal.SIGKILL in outcome.exit_codes for outcome in codes] == [True, True, False]
-    assert 78 in codes[2].exit_codes and "2 restarts in a row got no further than step 0" in codes[2].output
+    assert (
+        78 in codes[2].exit_codes
+        and "2 restarts in a row got no further than step 0" in codes[2].output
+    )
     assert run(config).exit_codes == [0, 0]  # a start by hand counts anew
 
 
@@ -373,8 +528,14 @@ def test_fault_26_workers_of_a_killed_launcher_leave(config):
     workers = [psutil.Process(pid) for pid in json.loads(pids.read_text())]
     launcher.kill()
     _, alive = psutil.wait_procs(workers, timeout=60.0)
-    assert all(worker.status() == psutil.STATUS_ZOMBIE for worker in alive)  # gone, where nobody adopts orphans
-    overrides = ["training.train_steps=100000", "training.stop_at_step=3", "guards.lock_wait_seconds=0"]
+    assert all(
+        worker.status() == psutil.STATUS_ZOMBIE for worker in alive
+    )  # gone, where nobody adopts orphans
+    overrides = [
+        "training.train_steps=100000",
+        "training.stop_at_step=3",
+        "guards.lock_wait_seconds=0",
+    ]
     assert run(config, world=1, overrides=overrides).exit_codes == [0]  # and the lock is free
 
 
@@ -385,7 +546,10 @@ def test_fault_36_workers_of_a_launcher_killed_during_the_rendezvous_leave(confi
     while not pids.exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     (worker,) = [psutil.Process(pid) for pid in json.loads(pids.read_text())]
-    while not any(connection.status == psutil.CONN_LISTEN for connection in worker.net_connections()) and time.monotonic() < deadline:
+    while (
+        not any(connection.status == psutil.CONN_LISTEN for connection in worker.net_connections())
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.01)  # until rank 0 holds the store
     assert worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE
     count_injection()
@@ -399,20 +563,38 @@ def test_fault_36_workers_of_a_launcher_killed_during_the_rendezvous_leave(confi
 
 def test_fault_38_a_broken_launch_environment_is_one_message_of_the_rank(config):
     """tests/test_launch.py has the table."""
-    for changes in ({"RANK": ""}, {"MASTER_ADDR": ""}, {"RANK": "3"}, {"LOCAL_RANK": "7"}, {"WORLD_SIZE": "0", "RANK": "x"}):
+    for changes in (
+        {"RANK": ""},
+        {"MASTER_ADDR": ""},
+        {"RANK": "3"},
+        {"LOCAL_RANK": "7"},
+        {"WORLD_SIZE": "0", "RANK": "x"},
+    ):
         count_injection()
         environment = {**environment_of(0, 2, free_port()), **changes}
         outcome = start(config, environments=[environment]).wait()
-        assert outcome.exit_codes == [2] and "Traceback" not in outcome.output and not outcome.timed_out
-        (said,) = re.findall(r"^error: .*: the launcher's variables cannot be used$", outcome.output, re.MULTILINE)
-        assert ("a process without RANK" if changes.get("RANK") == "" else f"rank {environment['RANK']}") in said
+        assert (
+            outcome.exit_codes == [2]
+            and "Traceback" not in outcome.output
+            and not outcome.timed_out
+        )
+        (said,) = re.findall(
+            r"^error: .*: the launcher's variables cannot be used$", outcome.output, re.MULTILINE
+        )
+        assert (
+            "a process without RANK" if changes.get("RANK") == "" else f"rank {environment['RANK']}"
+        ) in said
 
 
 def test_fault_38_ranks_that_do_not_fit_together_are_refused_on_both(config):
     count_injection()
     port = free_port()
     told_of_four = {**environment_of(1, 4, port), "LOCAL_WORLD_SIZE": "2"}
-    outcome = start(config, environments=[environment_of(0, 2, port), told_of_four], overrides=["training.micro_batch_size=1"]).wait()
+    outcome = start(
+        config,
+        environments=[environment_of(0, 2, port), told_of_four],
+        overrides=["training.micro_batch_size=1"],
+    ).wait()
     assert outcome.exit_codes == [2, 2] and "Traceback" not in outcome.output
     assert "was told WORLD_SIZE = 4" in outcome.output or "was told 4" in outcome.output
 
@@ -422,9 +604,15 @@ def test_fault_38_a_rank_that_never_comes_is_named_after_a_bounded_wait(config):
     count_injection()
     port = free_port()
     three = [environment_of(rank, 3, port) for rank in (0, 2)]
-    bounds = ["parallel.timeout_minutes=0.1", "guards.hang_timeout_minutes=0.1", "training.global_batch_size=6"]
+    bounds = [
+        "parallel.timeout_minutes=0.1",
+        "guards.hang_timeout_minutes=0.1",
+        "training.global_batch_size=6",
+    ]
     outcome = start(config, environments=three, overrides=bounds).wait()
-    assert outcome.exit_codes == [2, 2] and "Traceback" not in outcome.output and not outcome.timed_out
+    assert (
+        outcome.exit_codes == [2, 2] and "Traceback" not in outcome.output and not outcome.timed_out
+    )
     assert "rank 1 of 3 did not start within 6 s" in outcome.output
 
 
@@ -436,12 +624,20 @@ def torchrun(config: Path, *more: str, arguments: tuple[str, ...]) -> subprocess
     command = [*TORCHRUN, *more, program, str(config)]
     path = os.pathsep.join([str(REPOSITORY), str(Path(__file__).parent)])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    return subprocess.Popen(
+        [*command, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+    )
 
 
 @pytest.mark.slow
 def test_faults_24_and_4_under_the_real_torchrun(config, oracle):
-    process = torchrun(config, "--max-restarts", "4", "--monitor-interval", "0.1", arguments=("progress",))
+    process = torchrun(
+        config, "--max-restarts", "4", "--monitor-interval", "0.1", arguments=("progress",)
+    )
     output, _ = process.communicate(timeout=280)
     assert process.returncode == 0, output
     assert output.count("resumed after step") == 3
@@ -450,6 +646,8 @@ def test_faults_24_and_4_under_the_real_torchrun(config, oracle):
 
 @pytest.mark.slow
 def test_fault_24_torchrun_stops_when_there_is_no_progress(config):
-    process = torchrun(config, "--max-restarts", "10", "--monitor-interval", "0.1", arguments=("none",))
+    process = torchrun(
+        config, "--max-restarts", "10", "--monitor-interval", "0.1", arguments=("none",)
+    )
     output, _ = process.communicate(timeout=280)
     assert process.returncode != 0 and "3 restarts in a row got no further than step 0" in output

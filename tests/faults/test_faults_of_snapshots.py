@@ -14,7 +14,10 @@ from pathlib import Path
 import pytest
 from harness import COUNTS, Fault, count_injection, final_state, losses, run, start, steps_on_disk
 
-SNAPSHOTS = ("checkpoint.interval=6", "checkpoint.local_interval=2")  # shared: 6, 12; local: 2, 4, 8, 10
+SNAPSHOTS = (
+    "checkpoint.interval=6",
+    "checkpoint.local_interval=2",
+)  # shared: 6, 12; local: 2, 4, 8, 10
 TO_STEP_11 = Fault("kill", 1, steps=(11,))
 
 
@@ -34,7 +37,10 @@ def killed(config: Path) -> Path:
     outcome = run(config, TO_STEP_11, overrides=nodes(config))
     assert outcome.exit_codes[1] == -9 and steps_on_disk(config)[-1] == "step_00000006"
     for rank in range(2):
-        assert sorted(snapshots(config, rank)) == ["step_00000008", "step_00000010"]  # those before 6 went when it was saved
+        assert sorted(snapshots(config, rank)) == [
+            "step_00000008",
+            "step_00000010",
+        ]  # those before 6 went when it was saved
         names = sorted(os.listdir(snapshots(config, rank)["step_00000010"]))
         assert names == ["manifest.json", f"rank_0000{rank}_of_00002.safetensors"]
     COUNTS["injections"] = 0  # this kill is not what the tests count
@@ -44,9 +50,15 @@ def killed(config: Path) -> Path:
 def resumes_from(config: Path, oracle: object, step: int, said: str = "") -> None:
     outcome = run(config, overrides=nodes(config))
     assert outcome.exit_codes == [0, 0], outcome.output
-    assert f"resumed after step {step}" in outcome.output and said in outcome.output and "Traceback" not in outcome.output
+    assert (
+        f"resumed after step {step}" in outcome.output
+        and said in outcome.output
+        and "Traceback" not in outcome.output
+    )
     assert (losses(config), final_state(config)) == oracle
-    assert all(not snapshots(config, rank) for rank in range(2))  # the checkpoint of step 12 replaced them
+    assert all(
+        not snapshots(config, rank) for rank in range(2)
+    )  # the checkpoint of step 12 replaced them
 
 
 def test_snapshots_are_the_newest_that_all_ranks_can_read(killed, oracle):
@@ -57,13 +69,25 @@ def test_snapshots_are_the_newest_that_all_ranks_can_read(killed, oracle):
 def test_fault_5_a_node_replaced_by_an_empty_one_falls_back_to_the_shared_disk(killed, oracle):
     shutil.rmtree(killed.parent / "node_1")
     count_injection()
-    resumes_from(killed, oracle, 6, "the snapshot of step 10 is not used: no rank has rank_00001_of_00002.safetensors")
+    resumes_from(
+        killed,
+        oracle,
+        6,
+        "the snapshot of step 10 is not used: no rank has rank_00001_of_00002.safetensors",
+    )
 
 
 @pytest.mark.parametrize(
-    "damage", [pytest.param("missing", marks=pytest.mark.slow), pytest.param("truncated", marks=pytest.mark.slow), "manifest"]
+    "damage",
+    [
+        pytest.param("missing", marks=pytest.mark.slow),
+        pytest.param("truncated", marks=pytest.mark.slow),
+        "manifest",
+    ],
 )
-def test_fault_5_a_snapshot_that_one_rank_cannot_read_falls_back_to_the_one_before(killed, oracle, damage):
+def test_fault_5_a_snapshot_that_one_rank_cannot_read_falls_back_to_the_one_before(
+    killed, oracle, damage
+):
     folder = snapshots(killed, 1)["step_00000010"]
     path = folder / "rank_00001_of_00002.safetensors"
     count_injection()
@@ -86,9 +110,15 @@ def test_fault_6_a_flipped_bit_on_one_node_falls_back_to_the_one_before(killed, 
     resumes_from(killed, oracle, 8, "the snapshot of step 10 is not used: rank 1: ")
 
 
-def test_fault_27_a_damaged_snapshot_with_nothing_else_to_load_starts_from_the_beginning_bit_equal(config, oracle):
+def test_fault_27_a_damaged_snapshot_with_nothing_else_to_load_starts_from_the_beginning_bit_equal(
+    config, oracle
+):
     """One node's part is whole, and would be in place before the other's proves damaged."""
-    overrides = (f"checkpoint.local_dir={config.parent}/node_RANK", "checkpoint.local_interval=4", "checkpoint.interval=12")
+    overrides = (
+        f"checkpoint.local_dir={config.parent}/node_RANK",
+        "checkpoint.local_interval=4",
+        "checkpoint.interval=12",
+    )
     assert run(config, Fault("kill", 1, steps=(7,)), overrides=overrides).exit_codes[1] == -9
     path = snapshots(config, 1)["step_00000004"] / "rank_00001_of_00002.safetensors"
     data = bytearray(path.read_bytes())
@@ -96,12 +126,17 @@ def test_fault_27_a_damaged_snapshot_with_nothing_else_to_load_starts_from_the_b
     path.write_bytes(data)
     COUNTS["injections"] = 1
     outcome = run(config, overrides=overrides)
-    assert outcome.exit_codes == [0, 0] and "the snapshot of step 4 is not used: rank 1: " in outcome.output, outcome.output
+    assert (
+        outcome.exit_codes == [0, 0]
+        and "the snapshot of step 4 is not used: rank 1: " in outcome.output
+    ), outcome.output
     assert "resumed" not in outcome.output
     assert (losses(config), final_state(config)) == oracle
 
 
-def test_fault_28_a_copied_run_and_its_original_both_go_on_bit_equal(killed, oracle, tmp_path_factory):
+def test_fault_28_a_copied_run_and_its_original_both_go_on_bit_equal(
+    killed, oracle, tmp_path_factory
+):
     """With one local_dir. The copy has the checkpoint of step 6; the snapshots after it are the original's."""
     copy = tmp_path_factory.mktemp("copy")
     shutil.copytree(killed.parent / "run", copy / "run")
@@ -112,12 +147,16 @@ def test_fault_28_a_copied_run_and_its_original_both_go_on_bit_equal(killed, ora
     assert outcome.exit_codes == [0, 0], outcome.output
     assert "resumed after step 6" in outcome.output and "is a copy of the run in " in outcome.output
     assert (losses(config), final_state(config)) == oracle
-    assert all(sorted(snapshots(killed, rank)) == ["step_00000008", "step_00000010"] for rank in range(2))  # the original's are there
+    assert all(
+        sorted(snapshots(killed, rank)) == ["step_00000008", "step_00000010"] for rank in range(2)
+    )  # the original's are there
     resumes_from(killed, oracle, 10)
 
 
 def test_fault_1_killed_when_one_node_has_committed_and_the_other_has_not(config, oracle):
-    fault = Fault("kill", 1, "save.before_rename", nth=4)  # the snapshots of 2 and 4, then those of 8 and 10
+    fault = Fault(
+        "kill", 1, "save.before_rename", nth=4
+    )  # the snapshots of 2 and 4, then those of 8 and 10
     outcome = run(config, fault, overrides=nodes(config))
     assert outcome.exit_codes[1] == -9
     assert "step_00000010" in snapshots(config, 0) and "step_00000010" not in snapshots(config, 1)
@@ -129,17 +168,28 @@ def test_fault_10_snapshots_of_two_nodes_load_where_one_process_reaches_both(kil
     """Files may have moved: what counts is that some rank can read each."""
     first, second = (snapshots(killed, rank)["step_00000010"] for rank in range(2))
     shutil.copy(second / "rank_00001_of_00002.safetensors", first)
-    outcome = run(killed, world=1, overrides=[*SNAPSHOTS, f"checkpoint.local_dir={killed.parent}/node_0"])
+    outcome = run(
+        killed, world=1, overrides=[*SNAPSHOTS, f"checkpoint.local_dir={killed.parent}/node_0"]
+    )
     assert outcome.exit_codes == [0] and "resumed after step 10" in outcome.output
     assert all(abs(losses(killed)[step] - loss) < 1e-5 for step, loss in oracle[0].items())
 
 
 @pytest.mark.slow
-def test_fault_3_killed_at_random_times_with_snapshots_at_every_step_resumes_every_time(config, oracle):
+def test_fault_3_killed_at_random_times_with_snapshots_at_every_step_resumes_every_time(
+    config, oracle
+):
     random_times = random.Random(11)
-    overrides = [f"checkpoint.local_dir={config.parent}/node_RANK", "checkpoint.local_interval=1", "checkpoint.interval=4"]
+    overrides = [
+        f"checkpoint.local_dir={config.parent}/node_RANK",
+        "checkpoint.local_interval=1",
+        "checkpoint.interval=4",
+    ]
     for kill in range(6):
-        ranks = start(config, overrides=[*overrides, f"checkpoint.async_save={'true' if kill % 2 else 'false'}"])
+        ranks = start(
+            config,
+            overrides=[*overrides, f"checkpoint.async_save={'true' if kill % 2 else 'false'}"],
+        )
         time.sleep(random_times.uniform(0.4, 2.0))
         ranks.processes[random_times.randrange(2)].kill()
         count_injection()
@@ -158,7 +208,9 @@ def test_what_a_lost_node_held_twice_is_not_lost(config, oracle):
     shutil.rmtree(config.parent / "node_1")
     count_injection()
     outcome = run(config, overrides=overrides)
-    assert outcome.exit_codes == [0, 0] and "resumed after step 10" in outcome.output, outcome.output
+    assert outcome.exit_codes == [0, 0] and "resumed after step 10" in outcome.output, (
+        outcome.output
+    )
     assert all(abs(losses(config)[step] - loss) < 1e-5 for step, loss in oracle[0].items())
 
 
@@ -167,15 +219,30 @@ def test_fault_9_a_local_folder_that_one_node_cannot_write_is_an_error_at_the_st
     count_injection()
     outcome = run(config, overrides=nodes(config))
     assert outcome.exit_codes == [2, 2] and "Traceback" not in outcome.output
-    assert "rank 1: " in outcome.output and "node_1" in outcome.output and "Choose another checkpoint.local_dir, or null." in outcome.output
-    assert not [path for path in (config.parent / "node_0").rglob("*") if path.is_file()]  # nothing is left behind
+    assert (
+        "rank 1: " in outcome.output
+        and "node_1" in outcome.output
+        and "Choose another checkpoint.local_dir, or null." in outcome.output
+    )
+    assert not [
+        path for path in (config.parent / "node_0").rglob("*") if path.is_file()
+    ]  # nothing is left behind
 
 
 @pytest.mark.slow
 def test_fault_8_a_full_disk_of_one_node_fails_the_snapshot_on_all(config, oracle):
-    fault = Fault("disk_full", 1, "save.values_half_written", nth=5)  # 2, 4, 6 on the shared disk, 8, 10
-    outcome = run(config, fault, overrides=[*nodes(config), "training.stop_at_step=11", "checkpoint.interval=6"])
-    assert outcome.exit_codes == [0, 0] and "checkpoint of step 10 failed: step 10 is not saved: rank 1: " in outcome.output
+    fault = Fault(
+        "disk_full", 1, "save.values_half_written", nth=5
+    )  # 2, 4, 6 on the shared disk, 8, 10
+    outcome = run(
+        config,
+        fault,
+        overrides=[*nodes(config), "training.stop_at_step=11", "checkpoint.interval=6"],
+    )
+    assert (
+        outcome.exit_codes == [0, 0]
+        and "checkpoint of step 10 failed: step 10 is not saved: rank 1: " in outcome.output
+    )
     assert run(config, overrides=nodes(config)).exit_codes == [0, 0]
     assert (losses(config), final_state(config)) == oracle
 
@@ -193,7 +260,10 @@ def test_a_run_that_must_not_resume_is_refused_by_its_snapshots_too(config):
     run(config, Fault("kill", 1, steps=(4,)), overrides=nodes(config))
     assert steps_on_disk(config) == [] and snapshots(config, 0)
     outcome = run(config, overrides=[*nodes(config), "checkpoint.resume=false"])
-    assert outcome.exit_codes == [2, 2] and "holds a snapshot of step 2, but checkpoint.resume = false" in outcome.output
+    assert (
+        outcome.exit_codes == [2, 2]
+        and "holds a snapshot of step 2, but checkpoint.resume = false" in outcome.output
+    )
 
 
 def test_ranks_that_share_a_disk_share_a_folder(config, oracle):

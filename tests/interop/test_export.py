@@ -11,7 +11,16 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from small_exports import FACTORS, GPT2, LLAMA, QWEN3, TIED_LLAMA, checkpoint, export_config, save_checkpoint
+from small_exports import (
+    FACTORS,
+    GPT2,
+    LLAMA,
+    QWEN3,
+    TIED_LLAMA,
+    checkpoint,
+    export_config,
+    save_checkpoint,
+)
 from small_models import table_for
 from worker_pool import WorkerPool
 
@@ -37,7 +46,11 @@ CASES: dict[str, tuple[str, float, dict[str, Any]]] = {
     "qwen3_tied": ("qwen3", 0.5, TIED_QWEN3),
     "gpt2": ("gpt2", 0.5, GPT2),
     "gpt2_tied": ("gpt2", 1.0, TIED_GPT2),
-    "gpt2_grouped_without_biases": ("gpt2", 1.0, {**GPT2, "num_query_groups": 2, "activation": "gelu_tanh", "bias": False}),
+    "gpt2_grouped_without_biases": (
+        "gpt2",
+        1.0,
+        {**GPT2, "num_query_groups": 2, "activation": "gelu_tanh", "bias": False},
+    ),
 }
 
 
@@ -60,9 +73,9 @@ def test_logits_of_the_exported_model_equal_ours(name: str, run_of, tmp_path: Pa
     report = export_model(run_of(name), tmp_path / "out", ExportSettings(CASES[name][0]))
     comparison = check_export(run_of(name), tmp_path / "out", report.dtype)
     assert comparison.relative_difference <= 1e-5 < comparison.tolerance
-    assert (set(report.kept) if name.startswith("granite") else set(report.folded)) >= {"granite": {"residual_multiplier"}}.get(
-        name.split("_")[0], {"branch", "query", "embedding"}
-    )
+    assert (set(report.kept) if name.startswith("granite") else set(report.folded)) >= {
+        "granite": {"residual_multiplier"}
+    }.get(name.split("_")[0], {"branch", "query", "embedding"})
 
 
 @pytest.mark.parametrize("name", ["granite", "llama_tied", "qwen3", "gpt2_tied"])
@@ -73,7 +86,9 @@ def test_greedy_generation_of_64_tokens_is_equal(name: str, run_of, tmp_path: Pa
     expected = list(generate(ours, prompt, Sampling(temperature=0.0, max_new_tokens=64)))
     theirs = load_with_transformers(tmp_path / "out")
     tokens = torch.tensor([prompt])
-    found = theirs.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=64, do_sample=False)[0, 4:].tolist()
+    found = theirs.generate(
+        tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=64, do_sample=False
+    )[0, 4:].tolist()
     assert found == expected
     assert len(set(found)) > 1  # tied models like to repeat themselves
 
@@ -86,22 +101,32 @@ def test_greedy_generation_of_64_tokens_is_equal(name: str, run_of, tmp_path: Pa
         ("qwen3", "query"),
     ],
 )
-def test_an_export_that_leaves_one_folded_multiplier_out_is_caught(name: str, factor: str, run_of, tmp_path: Path, monkeypatch) -> None:
+def test_an_export_that_leaves_one_folded_multiplier_out_is_caught(
+    name: str, factor: str, run_of, tmp_path: Path, monkeypatch
+) -> None:
     right = exporting.fold
-    monkeypatch.setattr(exporting, "fold", lambda *a: dataclasses.replace(right(*a), **{factor: 1.0}))
+    monkeypatch.setattr(
+        exporting, "fold", lambda *a: dataclasses.replace(right(*a), **{factor: 1.0})
+    )
     report = export_model(run_of(name), tmp_path / "out", ExportSettings(CASES[name][0]))
     assert check_export(run_of(name), tmp_path / "out", report.dtype).relative_difference > 1e-3
 
 
-@pytest.mark.parametrize("key", ["embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"])
-def test_an_export_that_leaves_one_kept_multiplier_out_is_caught(key: str, run_of, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "key", ["embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"]
+)
+def test_an_export_that_leaves_one_kept_multiplier_out_is_caught(
+    key: str, run_of, tmp_path: Path
+) -> None:
     report = export_model(run_of("granite"), tmp_path / "out")
     assert report.architecture == "granite"  # auto: multipliers are there to be kept
     path = tmp_path / "out" / "config.json"
     values = json.loads(path.read_text())
     del values[key]
     path.write_text(json.dumps(values))
-    assert check_export(run_of("granite"), tmp_path / "out", report.dtype).relative_difference > 1e-3
+    assert (
+        check_export(run_of("granite"), tmp_path / "out", report.dtype).relative_difference > 1e-3
+    )
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -112,24 +137,36 @@ def test_sixteen_bit_exports_hold_the_rounded_weights(dtype: str, run_of, tmp_pa
     tensors = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {getattr(torch, dtype)}
     stored = StoredCheckpoint.open(Path(run_of("llama")) / "checkpoints" / "step_00000000")
-    assert torch.equal(tensors["model.norm.weight"], stored.tensor("final_norm.weight").to(getattr(torch, dtype)))
+    assert torch.equal(
+        tensors["model.norm.weight"], stored.tensor("final_norm.weight").to(getattr(torch, dtype))
+    )
 
 
 def save_in_parallel(rank: int, folder: str, parallel: dict[str, Any], world: int) -> None:
     config = export_config(folder, parallel=parallel, **LLAMA)
-    save_checkpoint(config, ParallelContext.over_world(config.parallel, torch.device("cpu"), rank, world, world // 2))
+    save_checkpoint(
+        config,
+        ParallelContext.over_world(config.parallel, torch.device("cpu"), rank, world, world // 2),
+    )
 
 
-def test_the_layout_that_wrote_a_checkpoint_leaves_no_trace_in_the_export(tmp_path: Path, pool: WorkerPool) -> None:
+def test_the_layout_that_wrote_a_checkpoint_leaves_no_trace_in_the_export(
+    tmp_path: Path, pool: WorkerPool
+) -> None:
     pool.run(4, save_in_parallel, str(tmp_path / "four"), {"tensor_parallel_size": 2}, 4)
     config = export_config(tmp_path / "one", **LLAMA)
     save_checkpoint(config, ParallelContext.single())
-    files = [export_model(tmp_path / n, tmp_path / f"{n}_out", ExportSettings("llama")).folder for n in ("one", "four")]
+    files = [
+        export_model(tmp_path / n, tmp_path / f"{n}_out", ExportSettings("llama")).folder
+        for n in ("one", "four")
+    ]
     one, four = (Path(folder, "model.safetensors").read_bytes() for folder in files)
     assert one == four
 
 
-def test_shards_are_bounded_indexed_and_read_with_one_parameter_in_memory(run_of, tmp_path: Path, monkeypatch) -> None:
+def test_shards_are_bounded_indexed_and_read_with_one_parameter_in_memory(
+    run_of, tmp_path: Path, monkeypatch
+) -> None:
     alive: list[weakref.ref] = []
     most = 0
     right = StoredCheckpoint.tensor
@@ -143,14 +180,18 @@ def test_shards_are_bounded_indexed_and_read_with_one_parameter_in_memory(run_of
 
     monkeypatch.setattr(StoredCheckpoint, "tensor", counted)
     export_model(run_of("llama"), tmp_path / "out", ExportSettings("llama", shard_bytes=20_000))
-    assert most == 1 and len(alive) == len(set(load_names(run_of("llama"))))  # each parameter is read once
+    assert most == 1 and len(alive) == len(
+        set(load_names(run_of("llama")))
+    )  # each parameter is read once
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     files = sorted(set(index["weight_map"].values()))
     assert len(files) > 2
     for file in files:
         tensors = safetensors.torch.load_file(tmp_path / "out" / file)
         assert sum(t.nbytes for t in tensors.values()) <= 20_000
-        assert sorted(tensors) == sorted(name for name, where in index["weight_map"].items() if where == file)
+        assert sorted(tensors) == sorted(
+            name for name, where in index["weight_map"].items() if where == file
+        )
     export_model(run_of("llama"), tmp_path / "whole", ExportSettings("llama"))
     whole = safetensors.torch.load_file(tmp_path / "whole" / "model.safetensors")
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in whole.values())
@@ -158,18 +199,39 @@ def test_shards_are_bounded_indexed_and_read_with_one_parameter_in_memory(run_of
 
 
 def load_names(run: str) -> list[str]:
-    return list(StoredCheckpoint.open(Path(run) / "checkpoints" / "step_00000000").manifest.parameters)
+    return list(
+        StoredCheckpoint.open(Path(run) / "checkpoints" / "step_00000000").manifest.parameters
+    )
 
 
-def test_a_model_that_no_architecture_expresses_is_refused_with_every_reason(tmp_path: Path) -> None:
-    model = export_config(tmp_path, norm="layernorm", activation="squared_relu", position="alibi", bias=True, qk_norm=True).model
+def test_a_model_that_no_architecture_expresses_is_refused_with_every_reason(
+    tmp_path: Path,
+) -> None:
+    model = export_config(
+        tmp_path,
+        norm="layernorm",
+        activation="squared_relu",
+        position="alibi",
+        bias=True,
+        qk_norm=True,
+    ).model
     with pytest.raises(ConfigError) as error:
         choose_architecture(model, table_for(model, export_config(tmp_path).completep))
     lines = str(error.value).splitlines()[1:]
     assert [line.strip().split(":")[0] for line in lines] == ["granite", "llama", "qwen3", "gpt2"]
     llama = lines[1]
-    assert all(word in llama for word in ("norm = layernorm", "activation = squared_relu", "position = alibi", "qk_norm = true"))
-    assert "norm" not in lines[3].split("gpt2:")[1].split(";")[0]  # GPT-2 has layernorm: only what is in the way is named
+    assert all(
+        word in llama
+        for word in (
+            "norm = layernorm",
+            "activation = squared_relu",
+            "position = alibi",
+            "qk_norm = true",
+        )
+    )
+    assert (
+        "norm" not in lines[3].split("gpt2:")[1].split(";")[0]
+    )  # GPT-2 has layernorm: only what is in the way is named
     for name in ("granite", "llama", "qwen3", "gpt2"):
         assert blockers(name, model)
 
@@ -178,10 +240,18 @@ def test_a_model_that_no_architecture_expresses_is_refused_with_every_reason(tmp
     ("changes", "expected"),
     [(LLAMA, "granite"), ({**LLAMA, "plain": True}, "llama"), (QWEN3, "qwen3"), (GPT2, "gpt2")],
 )
-def test_auto_keeps_multipliers_where_it_can_and_is_plain_where_there_are_none(changes: dict, expected: str, tmp_path: Path) -> None:
+def test_auto_keeps_multipliers_where_it_can_and_is_plain_where_there_are_none(
+    changes: dict, expected: str, tmp_path: Path
+) -> None:
     plain = changes.get("plain", False)
-    config = export_config(tmp_path, factors=not plain, **{k: v for k, v in changes.items() if k != "plain"})
-    completep = config.completep.model_copy(update={"parameterization": "sp"}) if plain else config.completep
+    config = export_config(
+        tmp_path, factors=not plain, **{k: v for k, v in changes.items() if k != "plain"}
+    )
+    completep = (
+        config.completep.model_copy(update={"parameterization": "sp"})
+        if plain
+        else config.completep
+    )
     assert choose_architecture(config.model, table_for(config.model, completep)) == expected
 
 
@@ -192,7 +262,9 @@ def test_heads_that_stock_configurations_refuse_are_refused_here(tmp_path: Path)
     assert "model.hidden_size = 32" in blockers("gpt2", wide)[0]
 
 
-def test_an_existing_folder_is_left_alone_and_a_failed_export_leaves_nothing(run_of, tmp_path: Path, monkeypatch) -> None:
+def test_an_existing_folder_is_left_alone_and_a_failed_export_leaves_nothing(
+    run_of, tmp_path: Path, monkeypatch
+) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("kept")
     with pytest.raises(ConfigError, match="not an empty folder"):
@@ -206,11 +278,15 @@ def test_an_existing_folder_is_left_alone_and_a_failed_export_leaves_nothing(run
 def test_the_card_holds_configuration_table_and_multipliers(run_of, tmp_path: Path) -> None:
     export_model(run_of("llama"), tmp_path / "out", ExportSettings("llama"))
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "base_num_layers: 1" in card and "hidden_weight: layers.0-2" in card and "m_N = 4" in card
+    assert (
+        "base_num_layers: 1" in card and "hidden_weight: layers.0-2" in card and "m_N = 4" in card
+    )
     assert f"embeddings times {FACTORS['input_multiplier']:g}" in card
 
 
-@pytest.mark.parametrize(("text", "size"), [("5GB", 5_000_000_000), ("1.5 mb", 1_500_000), ("77", 77)])
+@pytest.mark.parametrize(
+    ("text", "size"), [("5GB", 5_000_000_000), ("1.5 mb", 1_500_000), ("77", 77)]
+)
 def test_sizes_are_read(text: str, size: int) -> None:
     assert parse_size(text) == size
 

@@ -21,12 +21,20 @@ from megatron_completep.inference.lm_eval_tasks import TaskSettings, evaluate_ta
 from megatron_completep.interop import hf_tokenizer
 from megatron_completep.interop.check_export import load_with_transformers
 from megatron_completep.interop.export_model import ExportSettings, export_model
-from megatron_completep.interop.hf_tokenizer import PROBES, to_fast_tokenizer, verify, write_tokenizer
+from megatron_completep.interop.hf_tokenizer import (
+    PROBES,
+    to_fast_tokenizer,
+    verify,
+    write_tokenizer,
+)
 from megatron_completep.preprocess.tokenizer_training import TrainingSettings, train_tokenizer
 
 transformers = pytest.importorskip("transformers")
 
-CORPUS = Path(__file__).read_text("utf-8") + "\n".join(PROBES).replace("\0", "").replace(SPACE_MARK, "") * 3
+CORPUS = (
+    Path(__file__).read_text("utf-8")
+    + "\n".join(PROBES).replace("\0", "").replace(SPACE_MARK, "") * 3
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,16 +43,31 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TokenizerConfi
     (folder / "corpus.txt").write_text(CORPUS, "utf-8")
     for kind in ("bpe", "unigram"):
         train_tokenizer(
-            TrainingSettings((str(folder / "corpus.txt"),), 900, kind, special_tokens=("<|pad|>",)), str(folder / f"{kind}.model")
+            TrainingSettings((str(folder / "corpus.txt"),), 900, kind, special_tokens=("<|pad|>",)),
+            str(folder / f"{kind}.model"),
         )
-    ranks = [bytes([byte]) for byte in range(256)] + [b" t", b"th", b" th", b"he", b" the", b"    ", "ü".encode(), b" whole-piece"]
-    (folder / "small.tiktoken").write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(ranks)))
+    ranks = [bytes([byte]) for byte in range(256)] + [
+        b" t",
+        b"th",
+        b" th",
+        b"he",
+        b" the",
+        b"    ",
+        "ü".encode(),
+        b" whole-piece",
+    ]
+    (folder / "small.tiktoken").write_bytes(
+        b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(ranks))
+    )
     library = tokenizers.Tokenizer(tokenizers.models.BPE())
     library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=500, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"], show_progress=False
+        vocab_size=500,
+        initial_alphabet=alphabet,
+        special_tokens=["<|endoftext|>"],
+        show_progress=False,
     )
     library.train_from_iterator([CORPUS], trainer)
     library.save(str(folder / "tokenizer.json"))
@@ -52,8 +75,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TokenizerConfi
         "sentencepiece": TokenizerConfig(type="sentencepiece", model=str(folder / "bpe.model")),
         "unigram": TokenizerConfig(type="sentencepiece", model=str(folder / "unigram.model")),
         "gpt2_pattern": TokenizerConfig(type="tiktoken", model=f"gpt2:{folder / 'small.tiktoken'}"),
-        "cl100k_pattern": TokenizerConfig(type="tiktoken", model=f"cl100k_base:{folder / 'small.tiktoken'}"),
-        "o200k_pattern": TokenizerConfig(type="tiktoken", model=f"o200k_base:{folder / 'small.tiktoken'}"),
+        "cl100k_pattern": TokenizerConfig(
+            type="tiktoken", model=f"cl100k_base:{folder / 'small.tiktoken'}"
+        ),
+        "o200k_pattern": TokenizerConfig(
+            type="tiktoken", model=f"o200k_base:{folder / 'small.tiktoken'}"
+        ),
         "huggingface": TokenizerConfig(type="huggingface", model=str(folder / "tokenizer.json")),
         "bytes": TokenizerConfig(type="bytes", model=None),
     }
@@ -71,7 +98,9 @@ def opened(config: TokenizerConfig, folder: Path) -> tuple[Tokenizer, Any]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_transformers_encodes_and_decodes_multilingual_text_as_training_did(name: str, models: dict, tmp_path: Path) -> None:
+def test_transformers_encodes_and_decodes_multilingual_text_as_training_did(
+    name: str, models: dict, tmp_path: Path
+) -> None:
     ours, theirs = opened(models[name], tmp_path)
     for text in (*PROBES, CORPUS):
         if name == "huggingface" and "<|endoftext|>" in text:
@@ -92,11 +121,18 @@ def bpe_pair(models: dict[str, TokenizerConfig]) -> tuple[Tokenizer, Any]:
     return ours, fast
 
 
-@given(st.text(st.one_of(st.sampled_from(sorted(set(CORPUS))), st.characters(exclude_categories=["Cs"])), max_size=60))
+@given(
+    st.text(
+        st.one_of(st.sampled_from(sorted(set(CORPUS))), st.characters(exclude_categories=["Cs"])),
+        max_size=60,
+    )
+)
 @settings(max_examples=300)
 @example("aaaa    aaa\t\t\t\n\n\n")
 @example(f"{SPACE_MARK}a{SPACE_MARK}{SPACE_MARK} \0")
-def test_sentencepiece_and_its_fast_twin_agree_on_any_text(bpe_pair: tuple[Tokenizer, Any], text: str) -> None:
+def test_sentencepiece_and_its_fast_twin_agree_on_any_text(
+    bpe_pair: tuple[Tokenizer, Any], text: str
+) -> None:
     ours, fast = bpe_pair
     ids = ours.encode(text)
     assert fast.encode(text).ids == ids
@@ -119,11 +155,17 @@ def test_a_unigram_model_agrees_or_is_refused(models: dict[str, TokenizerConfig]
         assert fast.encode(text).ids == ours.encode(text), text
 
 
-def test_a_conversion_that_encodes_otherwise_is_refused(models: dict[str, TokenizerConfig], tmp_path: Path, monkeypatch) -> None:
+def test_a_conversion_that_encodes_otherwise_is_refused(
+    models: dict[str, TokenizerConfig], tmp_path: Path, monkeypatch
+) -> None:
     """Negative controls: merges in the wrong order, and U+2581 taken for a space."""
     ours = build_tokenizer(models["sentencepiece"])
     right = hf_tokenizer._bpe
-    monkeypatch.setattr(hf_tokenizer, "_bpe", lambda names, scores, normal: right(names, [-s for s in scores], normal))
+    monkeypatch.setattr(
+        hf_tokenizer,
+        "_bpe",
+        lambda names, scores, normal: right(names, [-s for s in scores], normal),
+    )
     with pytest.raises(DataError, match="does not encode"):
         write_tokenizer(ours, tmp_path, 96, models["sentencepiece"])
     monkeypatch.undo()
@@ -138,17 +180,30 @@ def test_sentencepiece_models_that_change_text_are_refused_with_all_reasons(tmp_
 
     (tmp_path / "corpus.txt").write_text(CORPUS, "utf-8")
     sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "corpus.txt"), model_prefix=str(tmp_path / "stock"), vocab_size=300, model_type="bpe", minloglevel=2
+        input=str(tmp_path / "corpus.txt"),
+        model_prefix=str(tmp_path / "stock"),
+        vocab_size=300,
+        model_type="bpe",
+        minloglevel=2,
     )
-    ours = build_tokenizer(TokenizerConfig(type="sentencepiece", model=str(tmp_path / "stock.model")))
+    ours = build_tokenizer(
+        TokenizerConfig(type="sentencepiece", model=str(tmp_path / "stock.model"))
+    )
     with pytest.raises(DataError) as error:
         to_fast_tokenizer(ours)
-    assert all(words in str(error.value) for words in ("nmt_nfkc", "space in front", "removes whitespace", "byte fallback"))
+    assert all(
+        words in str(error.value)
+        for words in ("nmt_nfkc", "space in front", "removes whitespace", "byte fallback")
+    )
 
 
-def test_an_exported_folder_holds_the_tokenizer_and_its_end_of_document(models: dict[str, TokenizerConfig], tmp_path: Path) -> None:
+def test_an_exported_folder_holds_the_tokenizer_and_its_end_of_document(
+    models: dict[str, TokenizerConfig], tmp_path: Path
+) -> None:
     run = checkpoint(
-        tmp_path / "run", data={"train": [{"prefix": "none"}], "tokenizer": models["bytes"].model_dump()}, **{**LLAMA, "vocab_size": 260}
+        tmp_path / "run",
+        data={"train": [{"prefix": "none"}], "tokenizer": models["bytes"].model_dump()},
+        **{**LLAMA, "vocab_size": 260},
     )
     report = export_model(run, tmp_path / "out")
     assert report.tokenizer == "bytes"
@@ -161,7 +216,9 @@ def test_an_exported_folder_holds_the_tokenizer_and_its_end_of_document(models: 
     assert without.tokenizer is None and not (tmp_path / "without" / "tokenizer.json").exists()
 
 
-def test_a_tokenizer_larger_than_the_model_is_refused(models: dict[str, TokenizerConfig], tmp_path: Path) -> None:
+def test_a_tokenizer_larger_than_the_model_is_refused(
+    models: dict[str, TokenizerConfig], tmp_path: Path
+) -> None:
     data = {"train": [{"prefix": "none"}], "tokenizer": models["bytes"].model_dump()}
     run = checkpoint(tmp_path / "run", data=data, **LLAMA)
     with pytest.raises(DataError, match=r"257 ids, model\.vocab_size = 93"):
@@ -174,12 +231,19 @@ def test_a_tokenizer_larger_than_the_model_is_refused(models: dict[str, Tokenize
 @pytest.mark.parametrize(
     ("package", "action"),
     [
-        ("tokenizers", lambda: to_fast_tokenizer(build_tokenizer(TokenizerConfig(type="bytes", model=None)))),
+        (
+            "tokenizers",
+            lambda: to_fast_tokenizer(build_tokenizer(TokenizerConfig(type="bytes", model=None))),
+        ),
         ("transformers", lambda: load_with_transformers("nowhere")),
         ("lm_eval", lambda: evaluate_tasks(None, TaskSettings(("any",)))),  # type: ignore[arg-type]
     ],
 )
-def test_a_package_that_is_not_installed_is_named_with_the_extra_that_brings_it(package: str, action, monkeypatch) -> None:
+def test_a_package_that_is_not_installed_is_named_with_the_extra_that_brings_it(
+    package: str, action, monkeypatch
+) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ConfigError, match=r"is not installed. pip install 'megatron-completep\[(hf|eval)\]'"):
+    with pytest.raises(
+        ConfigError, match=r"is not installed. pip install 'megatron-completep\[(hf|eval)\]'"
+    ):
         action()

@@ -39,9 +39,13 @@ def write_folder(folder: Path) -> Path:
     (folder / "config.json").write_text(json.dumps(CONFIG))
     _, model = from_hf(CONFIG, "config.json")
     wanted = pieces("llama", ModelConfig.model_validate(model), Folding())
-    safetensors.torch.save_file({piece.name: torch.zeros(piece.shape) for piece in wanted}, folder / "model.safetensors")
+    safetensors.torch.save_file(
+        {piece.name: torch.zeros(piece.shape) for piece in wanted}, folder / "model.safetensors"
+    )
     vocabulary = {chr(0x100 + number): number for number in range(20)}
-    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": {"type": "BPE", "vocab": vocabulary, "merges": []}}))
+    (folder / "tokenizer.json").write_text(
+        json.dumps({"version": "1.0", "model": {"type": "BPE", "vocab": vocabulary, "merges": []}})
+    )
     return folder
 
 
@@ -50,7 +54,9 @@ def change_config(**changes: Any) -> Callable[[Path], object]:
 
 
 def write(name: str, text: str | bytes) -> Callable[[Path], object]:
-    return lambda folder: (folder / name).write_bytes(text.encode() if isinstance(text, str) else text)
+    return lambda folder: (folder / name).write_bytes(
+        text.encode() if isinstance(text, str) else text
+    )
 
 
 def shard(weight_map: Any) -> Callable[[Path], object]:
@@ -85,49 +91,122 @@ def lying_header(folder: Path) -> None:
 
 
 HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "nested config": (write("config.json", '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"), "nested more than 100 deep"),
-    "nested config, less": (write("config.json", '{"a": ' + "[" * 500 + "]" * 500 + "}"), "nested more than 100 deep"),
-    "NaN": (write("config.json", json.dumps({**CONFIG, "rms_norm_eps": float("nan")})), "NaN is no number of JSON"),
-    "Infinity": (write("config.json", json.dumps({**CONFIG, "rope_theta": float("inf")})), "Infinity is no number of JSON"),
-    "larger than float64": (write("config.json", json.dumps(CONFIG)[:-1] + ', "rope_theta": 1e999}'), "larger than any float64"),
-    "digits": (write("config.json", json.dumps(CONFIG)[:-1] + f', "rope_theta": {"9" * 5000}}}'), "not JSON"),
+    "nested config": (
+        write("config.json", '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"),
+        "nested more than 100 deep",
+    ),
+    "nested config, less": (
+        write("config.json", '{"a": ' + "[" * 500 + "]" * 500 + "}"),
+        "nested more than 100 deep",
+    ),
+    "NaN": (
+        write("config.json", json.dumps({**CONFIG, "rms_norm_eps": float("nan")})),
+        "NaN is no number of JSON",
+    ),
+    "Infinity": (
+        write("config.json", json.dumps({**CONFIG, "rope_theta": float("inf")})),
+        "Infinity is no number of JSON",
+    ),
+    "larger than float64": (
+        write("config.json", json.dumps(CONFIG)[:-1] + ', "rope_theta": 1e999}'),
+        "larger than any float64",
+    ),
+    "digits": (
+        write("config.json", json.dumps(CONFIG)[:-1] + f', "rope_theta": {"9" * 5000}}}'),
+        "not JSON",
+    ),
     "a huge integer": (change_config(rope_theta=10**400), "rope_theta = 1000"),
-    "layers without end": (change_config(num_hidden_layers=10**12), "num_hidden_layers = 1000000000000: expected a whole number"),
-    "a huge width": (change_config(hidden_size=1e300), "hidden_size = 1e+300: expected a whole number"),
-    "a width of text": (change_config(hidden_size="8"), "hidden_size = '8': expected a whole number"),
-    "a width of lists": (change_config(hidden_size=[8]), "hidden_size = [8]: expected a whole number"),
+    "layers without end": (
+        change_config(num_hidden_layers=10**12),
+        "num_hidden_layers = 1000000000000: expected a whole number",
+    ),
+    "a huge width": (
+        change_config(hidden_size=1e300),
+        "hidden_size = 1e+300: expected a whole number",
+    ),
+    "a width of text": (
+        change_config(hidden_size="8"),
+        "hidden_size = '8': expected a whole number",
+    ),
+    "a width of lists": (
+        change_config(hidden_size=[8]),
+        "hidden_size = [8]: expected a whole number",
+    ),
     "a type of lists": (change_config(model_type=["llama"]), "model_type = ['llama']"),
     "an activation of lists": (change_config(hidden_act=[[]]), "hidden_act = [[]]"),
-    "a width that is not there": (change_config(hidden_size=None), "hidden_size is missing: expected a whole number"),
-    "biases of attention alone": (change_config(rope_scaling=None, attention_bias=True), "attention_bias = true, mlp_bias = false: our"),
-    "a flag of text": (change_config(tie_word_embeddings="false"), "tie_word_embeddings = 'false': expected true or false"),
+    "a width that is not there": (
+        change_config(hidden_size=None),
+        "hidden_size is missing: expected a whole number",
+    ),
+    "biases of attention alone": (
+        change_config(rope_scaling=None, attention_bias=True),
+        "attention_bias = true, mlp_bias = false: our",
+    ),
+    "a flag of text": (
+        change_config(tie_word_embeddings="false"),
+        "tie_word_embeddings = 'false': expected true or false",
+    ),
     "rope of numbers": (change_config(rope_scaling=[1]), "rope_scaling of type [1]"),
-    "heads that do not divide": (change_config(num_attention_heads=3), "not those of its config.json"),
+    "heads that do not divide": (
+        change_config(num_attention_heads=3),
+        "not those of its config.json",
+    ),
     "a list": (write("config.json", "[]"), "not a JSON object"),
     "not UTF-8": (write("config.json", b'{"a": "\xff"}'), "not JSON"),
     "a linked config": (link_out("config.json"), "a symbolic link to"),
     "linked weights": (link_out("model.safetensors"), "a symbolic link to"),
     "a linked tokenizer": (link_out("tokenizer.json"), "a symbolic link to"),
     "a linked companion": (link_out("tokenizer_config.json"), "a symbolic link to"),
-    "a link to nothing": (lambda folder: (folder / "model.safetensors.index.json").symlink_to("none"), "there is no such file"),
-    "a shard above": (shard(lambda names: dict.fromkeys(names, "../a.safetensors")), "'../a.safetensors', which is not in this folder"),
-    "a shard of the system": (shard(lambda names: dict.fromkeys(names, "/etc/passwd")), "'/etc/passwd', which is not in this folder"),
-    "a missing shard": (shard(lambda names: dict.fromkeys(names, "b.safetensors")), "'b.safetensors', which is not in this folder"),
-    "a folder as a shard": (shard(lambda names: dict.fromkeys(names, "..")), "'..', which is not in this folder"),
+    "a link to nothing": (
+        lambda folder: (folder / "model.safetensors.index.json").symlink_to("none"),
+        "there is no such file",
+    ),
+    "a shard above": (
+        shard(lambda names: dict.fromkeys(names, "../a.safetensors")),
+        "'../a.safetensors', which is not in this folder",
+    ),
+    "a shard of the system": (
+        shard(lambda names: dict.fromkeys(names, "/etc/passwd")),
+        "'/etc/passwd', which is not in this folder",
+    ),
+    "a missing shard": (
+        shard(lambda names: dict.fromkeys(names, "b.safetensors")),
+        "'b.safetensors', which is not in this folder",
+    ),
+    "a folder as a shard": (
+        shard(lambda names: dict.fromkeys(names, "..")),
+        "'..', which is not in this folder",
+    ),
     "a shard that is a number": (shard({"a": 5}), "not an index of safetensors files"),
     "an index of lists": (shard([["a", "b"]]), "not an index of safetensors files"),
-    "a tensor that its shard does not hold": (shard(lambda names: dict.fromkeys([*names, "more"], "a.safetensors")), "no such tensor"),
+    "a tensor that its shard does not hold": (
+        shard(lambda names: dict.fromkeys([*names, "more"], "a.safetensors")),
+        "no such tensor",
+    ),
     "an index that invents a tensor": (
-        shard(lambda names: dict.fromkeys([*names[:-1], "lm_head.weight", "x.rotary_emb.inv_freq"], "a.safetensors")),
+        shard(
+            lambda names: dict.fromkeys(
+                [*names[:-1], "lm_head.weight", "x.rotary_emb.inv_freq"], "a.safetensors"
+            )
+        ),
         "not those of its config.json",
     ),
     "a nested index": (
-        lambda folder: (shard({})(folder), write("model.safetensors.index.json", "[" * 3000 + "]" * 3000)(folder)),
+        lambda folder: (
+            shard({})(folder),
+            write("model.safetensors.index.json", "[" * 3000 + "]" * 3000)(folder),
+        ),
         "nested more than 100 deep",
     ),
     "a header that lies": (lying_header, "not a safetensors file"),
-    "an empty vocabulary": (write("tokenizer.json", '{"model": {"type": "BPE", "vocab": {}, "merges": []}}'), "vocabulary is empty"),
-    "an unknown tokenizer": (write("tokenizer.json", '{"model": {"type": "Magic", "vocab": {"a": 0}}}'), "not a Hugging Face tokenizer"),
+    "an empty vocabulary": (
+        write("tokenizer.json", '{"model": {"type": "BPE", "vocab": {}, "merges": []}}'),
+        "vocabulary is empty",
+    ),
+    "an unknown tokenizer": (
+        write("tokenizer.json", '{"model": {"type": "Magic", "vocab": {"a": 0}}}'),
+        "not a Hugging Face tokenizer",
+    ),
     "a nested tokenizer": (write("tokenizer.json", "[" * 100_000), "not a Hugging Face tokenizer"),
     "an id of four thousand millions": (
         write(
@@ -167,7 +246,9 @@ def test_the_folder_is_imported_where_nothing_is_wrong_with_it(tmp_path: Path) -
     assert (tmp_path / "runs" / "new" / "tokenizer" / "tokenizer.json").is_file()
 
 
-def test_a_failure_after_the_first_byte_takes_away_what_was_written_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_after_the_first_byte_takes_away_what_was_written_and_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, output = write_folder(tmp_path / "model"), tmp_path / "run"
     output.mkdir()
     (output / "notes.txt").write_text("mine")
@@ -214,7 +295,9 @@ BYTES = [(bytes([byte]), byte) for byte in range(256)]
         ([*BYTES, (b"ab", 10**12)], "ranks go from 0 to 1000000000000"),
     ],
 )
-def test_ranks_that_are_no_ids_are_refused(tokens: list[tuple[bytes, int]], words: str, tmp_path: Path) -> None:
+def test_ranks_that_are_no_ids_are_refused(
+    tokens: list[tuple[bytes, int]], words: str, tmp_path: Path
+) -> None:
     (tmp_path / "gpt2.tiktoken").write_bytes(ranks_of(tokens))
     with pytest.raises(DataError, match=words):
         build_tokenizer(TokenizerConfig(type="tiktoken", model=str(tmp_path / "gpt2.tiktoken")))
@@ -222,12 +305,20 @@ def test_ranks_that_are_no_ids_are_refused(tokens: list[tuple[bytes, int]], word
 
 def test_ranks_with_holes_are_read(tmp_path: Path) -> None:
     (tmp_path / "gpt2.tiktoken").write_bytes(ranks_of([*BYTES, (b"ab", 300)]))
-    tokenizer = build_tokenizer(TokenizerConfig(type="tiktoken", model=str(tmp_path / "gpt2.tiktoken")))
+    tokenizer = build_tokenizer(
+        TokenizerConfig(type="tiktoken", model=str(tmp_path / "gpt2.tiktoken"))
+    )
     assert tokenizer.encode("ab") == [300] and tokenizer.eod_id == 301
 
 
-def test_a_character_that_a_vocabulary_cannot_express_is_said_without_a_traceback(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "Unigram", "vocab": [["a", 0.0]]}}))
-    tokenizer = build_tokenizer(TokenizerConfig(type="huggingface", model=str(tmp_path / "tokenizer.json")))
+def test_a_character_that_a_vocabulary_cannot_express_is_said_without_a_traceback(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "tokenizer.json").write_text(
+        json.dumps({"model": {"type": "Unigram", "vocab": [["a", 0.0]]}})
+    )
+    tokenizer = build_tokenizer(
+        TokenizerConfig(type="huggingface", model=str(tmp_path / "tokenizer.json"))
+    )
     with pytest.raises(DataError, match="a text cannot be encoded"):
         tokenizer.encode("b")

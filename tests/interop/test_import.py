@@ -33,18 +33,55 @@ from megatron_completep.telemetry.metrics import read_metrics
 
 transformers = pytest.importorskip("transformers")
 
-SHAPE = {"vocab_size": 93, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
+SHAPE = {
+    "vocab_size": 93,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 40,
+}
 LLAMA = {**SHAPE, "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-6}
 FOLDERS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", LLAMA),
-    "llama_tied_with_biases": ("Llama", {**LLAMA, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True, "head_dim": 12}),
-    "qwen3": ("Qwen3", {**LLAMA, "head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
+    "llama_tied_with_biases": (
+        "Llama",
+        {
+            **LLAMA,
+            "tie_word_embeddings": True,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "head_dim": 12,
+        },
+    ),
+    "qwen3": (
+        "Qwen3",
+        {**LLAMA, "head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+    ),
     "granite": (
         "Granite",
-        {**LLAMA, "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.0078125, "logits_scaling": 8.0},
+        {
+            **LLAMA,
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.0078125,
+            "logits_scaling": 8.0,
+        },
     ),
-    "gpt2": ("GPT2", {"vocab_size": 93, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
-    "gpt2_untied": ("GPT2", {"vocab_size": 93, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "tie_word_embeddings": False}),
+    "gpt2": (
+        "GPT2",
+        {"vocab_size": 93, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    ),
+    "gpt2_untied": (
+        "GPT2",
+        {
+            "vocab_size": 93,
+            "n_embd": 32,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": 64,
+            "tie_word_embeddings": False,
+        },
+    ),
 }
 
 
@@ -62,23 +99,42 @@ def make_folder(folder: Path, name: str, dtype: torch.dtype = torch.float32) -> 
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_an_imported_model_computes_what_transformers_computes_and_its_export_is_bit_equal(name: str, tmp_path: Path) -> None:
+def test_an_imported_model_computes_what_transformers_computes_and_its_export_is_bit_equal(
+    name: str, tmp_path: Path
+) -> None:
     original = make_folder(tmp_path, name)
     report = import_model(original, tmp_path / "run")
     comparison = check_export(report.checkpoint, original, "float32")
     assert comparison.relative_difference <= 1e-5
     exported = export_model(tmp_path / "run", tmp_path / "out", ExportSettings(report.architecture))
     assert not exported.folded
-    before, after = (safetensors.torch.load_file(folder / "model.safetensors") for folder in (original, tmp_path / "out"))
+    before, after = (
+        safetensors.torch.load_file(folder / "model.safetensors")
+        for folder in (original, tmp_path / "out")
+    )
     assert before.keys() == after.keys()
-    assert all(torch.equal(before[key].view(torch.uint8), after[key].view(torch.uint8)) for key in before)
-    config, again = (json.loads((folder / "config.json").read_text()) for folder in (original, tmp_path / "out"))
-    multipliers = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
+    assert all(
+        torch.equal(before[key].view(torch.uint8), after[key].view(torch.uint8)) for key in before
+    )
+    config, again = (
+        json.loads((folder / "config.json").read_text()) for folder in (original, tmp_path / "out")
+    )
+    multipliers = (
+        "embedding_multiplier",
+        "residual_multiplier",
+        "attention_multiplier",
+        "logits_scaling",
+    )
     assert [config.get(key) for key in multipliers] == [again.get(key) for key in multipliers]
 
 
-@pytest.mark.parametrize("factor", ["input_multiplier", "residual_multiplier", "attention_multiplier", "logit_multiplier"])
-def test_an_import_that_forgets_one_of_granites_multipliers_is_caught(factor: str, tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    "factor",
+    ["input_multiplier", "residual_multiplier", "attention_multiplier", "logit_multiplier"],
+)
+def test_an_import_that_forgets_one_of_granites_multipliers_is_caught(
+    factor: str, tmp_path: Path, monkeypatch
+) -> None:
     original = make_folder(tmp_path, "granite")
 
     def forgetful(*arguments: Any) -> tuple[str, dict[str, Any]]:
@@ -96,8 +152,13 @@ def test_sixteen_bit_tensors_come_back_bit_equal(dtype: str, tmp_path: Path) -> 
     report = import_model(original, tmp_path / "run")
     assert report.dtype == {"bfloat16": "BF16", "float16": "F16"}[dtype]
     export_model(tmp_path / "run", tmp_path / "out", ExportSettings("llama", dtype))
-    before, after = (safetensors.torch.load_file(folder / "model.safetensors") for folder in (original, tmp_path / "out"))
-    assert all(torch.equal(before[key].view(torch.uint8), after[key].view(torch.uint8)) for key in before)
+    before, after = (
+        safetensors.torch.load_file(folder / "model.safetensors")
+        for folder in (original, tmp_path / "out")
+    )
+    assert all(
+        torch.equal(before[key].view(torch.uint8), after[key].view(torch.uint8)) for key in before
+    )
 
 
 def test_sharded_folders_and_the_base_models_own_names_are_read(tmp_path: Path) -> None:
@@ -111,11 +172,15 @@ def test_sharded_folders_and_the_base_models_own_names_are_read(tmp_path: Path) 
     for number, half in enumerate(halves):
         safetensors.torch.save_file(half, original / f"model-{number}.safetensors")
         weight_map |= dict.fromkeys(half, f"model-{number}.safetensors")
-    (original / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (original / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     import_model(original, tmp_path / "run")
     export_model(tmp_path / "run", tmp_path / "out", ExportSettings("gpt2"))
     after = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
-    assert whole.keys() == after.keys() and all(torch.equal(whole[key], after[key]) for key in whole)
+    assert whole.keys() == after.keys() and all(
+        torch.equal(whole[key], after[key]) for key in whole
+    )
     weight_map["wte.weight"] = "../elsewhere.safetensors"
     (original / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(DataError, match="not in this folder"):
@@ -137,13 +202,17 @@ def reference_loss(original: Path, tokens: torch.Tensor) -> float:
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
 
 
-def loss_at_layout(rank: int, path: str, parallel: list[str], world: int, tokens: torch.Tensor) -> float | None:
+def loss_at_layout(
+    rank: int, path: str, parallel: list[str], world: int, tokens: torch.Tensor
+) -> float | None:
     """The loss of the imported model as this layout loads it; on the last pipeline stage."""
     config = load_config(path, parallel)
     context = ParallelContext.over_world(config.parallel, torch.device("cpu"), rank, world, 1)
     table = table_of(config)
     (chunk,) = build_chunks(config.model, table, config.parallel, context)
-    optimizer = DistributedOptimizer([chunk], table, config.optimizer, context, config.parallel, torch.float32)
+    optimizer = DistributedOptimizer(
+        [chunk], table, config.optimizer, context, config.parallel, torch.float32
+    )
     Checkpointer(config, context, optimizer, table, report=lambda text: None).load_latest()
     optimizer.wait_for_parameters()
     with torch.no_grad():
@@ -156,7 +225,9 @@ def parameters_at_layout(rank: int, path: str, parallel: list[str]) -> list[str]
     context = ParallelContext.over_world(config.parallel, torch.device("cpu"), rank, 2, 1)
     table = table_of(config)
     chunks = build_chunks(config.model, table, config.parallel, context)
-    optimizer = DistributedOptimizer(chunks, table, config.optimizer, context, config.parallel, torch.float32)
+    optimizer = DistributedOptimizer(
+        chunks, table, config.optimizer, context, config.parallel, torch.float32
+    )
     Checkpointer(config, context, optimizer, table, report=lambda text: None).load_latest()
     optimizer.wait_for_parameters()
     stored = StoredCheckpoint.open(Path(path).parent / "checkpoints" / "step_00000000")
@@ -166,23 +237,47 @@ def parameters_at_layout(rank: int, path: str, parallel: list[str]) -> list[str]
     return list(optimizer.shards.parameters)
 
 
-def test_pipeline_stages_load_an_import_tied_embeddings_included(tmp_path: Path, pool: WorkerPool) -> None:
-    report = import_model(make_folder(tmp_path, "gpt2"), tmp_path / "run", ["training.global_batch_size=4", "training.device=cpu"])
-    first, last = pool.run(2, parameters_at_layout, report.config, ["parallel.pipeline_parallel_size=2"])
-    assert "embedding.weight" in first and "unembedding.weight" in last and "layers.1.mlp.down.bias" in last
+def test_pipeline_stages_load_an_import_tied_embeddings_included(
+    tmp_path: Path, pool: WorkerPool
+) -> None:
+    report = import_model(
+        make_folder(tmp_path, "gpt2"),
+        tmp_path / "run",
+        ["training.global_batch_size=4", "training.device=cpu"],
+    )
+    first, last = pool.run(
+        2, parameters_at_layout, report.config, ["parallel.pipeline_parallel_size=2"]
+    )
+    assert (
+        "embedding.weight" in first
+        and "unembedding.weight" in last
+        and "layers.1.mlp.down.bias" in last
+    )
 
 
 @pytest.mark.parametrize("name", ["granite", "gpt2"])
 def test_training_goes_on_from_an_import(name: str, tmp_path: Path, pool: WorkerPool) -> None:
     """One process trains; two tensor ranks start from the same loss, which is that of transformers."""
     original = make_folder(tmp_path, name)
-    words = ["training.precision=float32", "training.device=cpu", "training.train_steps=6", "training.global_batch_size=4"]
-    words += ["optimizer.base_lr=3e-3", "optimizer.warmup_fraction=0", "logging.tensorboard=false", "checkpoint.async_save=false"]
+    words = [
+        "training.precision=float32",
+        "training.device=cpu",
+        "training.train_steps=6",
+        "training.global_batch_size=4",
+    ]
+    words += [
+        "optimizer.base_lr=3e-3",
+        "optimizer.warmup_fraction=0",
+        "logging.tensorboard=false",
+        "checkpoint.async_save=false",
+    ]
     words += [f"data.train=[{{prefix: {token_file(tmp_path)}}}]", "model.vocab_multiple=8"]
     report = import_model(original, tmp_path / "run", words)
     tokens = torch.randint(93, (2, 33), generator=torch.Generator().manual_seed(3))
     expected = reference_loss(original, tokens)
-    losses = pool.run(2, loss_at_layout, report.config, ["parallel.tensor_parallel_size=2"], 2, tokens)
+    losses = pool.run(
+        2, loss_at_layout, report.config, ["parallel.tensor_parallel_size=2"], 2, tokens
+    )
     assert losses == pytest.approx([expected] * 2, rel=1e-5)
     pretrain(load_config(report.config))
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
@@ -190,17 +285,39 @@ def test_training_goes_on_from_an_import(name: str, tmp_path: Path, pool: Worker
 
 
 def test_a_model_that_is_not_expressible_is_refused_with_every_reason(tmp_path: Path) -> None:
-    values = {**LLAMA, "model_type": "llama", "hidden_act": "gelu", "attention_bias": True, "quantization_config": {"bits": 4}}
+    values = {
+        **LLAMA,
+        "model_type": "llama",
+        "hidden_act": "gelu",
+        "attention_bias": True,
+        "quantization_config": {"bits": 4},
+    }
     values["rope_scaling"] = {"rope_type": "llama3", "factor": 8.0}
     values["num_hidden_layers"] = "two"
     with pytest.raises(ConfigError) as error:
         from_hf(values, "config.json")
     text = str(error.value)
     assert len(text.splitlines()) == 6
-    assert all(word in text for word in ("hidden_act", "attention_bias", "quantization_config", "llama3", "num_hidden_layers"))
+    assert all(
+        word in text
+        for word in (
+            "hidden_act",
+            "attention_bias",
+            "quantization_config",
+            "llama3",
+            "num_hidden_layers",
+        )
+    )
     with pytest.raises(ConfigError, match="mamba"):
         from_hf({"model_type": "mamba"}, "config.json")
-    gpt2 = {"model_type": "gpt2", "vocab_size": 9, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 16}
+    gpt2 = {
+        "model_type": "gpt2",
+        "vocab_size": 9,
+        "n_embd": 8,
+        "n_layer": 1,
+        "n_head": 2,
+        "n_positions": 16,
+    }
     assert from_hf(gpt2, "config.json")[1]["activation"] == "gelu_tanh"
     with pytest.raises(ConfigError, match="16 learned positions"):
         from_hf(gpt2, "config.json", seq_length=8)
@@ -233,18 +350,31 @@ def test_tensors_that_do_not_fit_the_configuration_are_all_named(tmp_path: Path)
     lines = str(error.value).splitlines()[1:]
     assert len(lines) == 4
     text = "\n".join(lines)
-    assert all(word in text for word in ("norm.weight: missing", "[3, 32]", "F64", "q_proj.bias: our model has no such tensor"))
+    assert all(
+        word in text
+        for word in (
+            "norm.weight: missing",
+            "[3, 32]",
+            "F64",
+            "q_proj.bias: our model has no such tensor",
+        )
+    )
 
 
 @pytest.mark.parametrize(
     ("word", "message"),
     [
         ("model.rope_base=5", "model.rope_base"),
-        ("completep={parameterization: completep, base_hidden_size: 8, base_num_layers: 1}", "another residual_multiplier"),
+        (
+            "completep={parameterization: completep, base_hidden_size: 8, base_num_layers: 1}",
+            "another residual_multiplier",
+        ),
         ("model.hidden_sizes=5", "hidden_sizes"),
     ],
 )
-def test_overrides_that_would_change_the_function_are_refused(word: str, message: str, tmp_path: Path) -> None:
+def test_overrides_that_would_change_the_function_are_refused(
+    word: str, message: str, tmp_path: Path
+) -> None:
     original = make_folder(tmp_path, "llama")
     with pytest.raises(ConfigError, match=message):
         import_model(original, tmp_path / "run", [word])
@@ -274,5 +404,11 @@ def test_what_a_killed_import_left_goes_with_the_next(tmp_path: Path) -> None:
 def test_the_folder_kernels_of_a_checkout_answers_transformers_probe_with_nothing() -> None:
     """transformers imports a package of this name where it finds one, and would take an error for its own."""
     program = "import kernels, sys; print(hasattr(kernels, '__version__'), any(name.startswith('kernels.') for name in sys.modules))"
-    run = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert run.stdout.split() == ["False", "False"]

@@ -15,7 +15,14 @@ from step_kernels import launchers
 
 from megatron_completep.kernels import Join, Norm, launch
 from megatron_completep.kernels.ahead_of_time import Launch, compile_launch, record, resources
-from megatron_completep.kernels.ops import partial_sums, residual_norm, rotary, scaled_add, squared_relu, swiglu
+from megatron_completep.kernels.ops import (
+    partial_sums,
+    residual_norm,
+    rotary,
+    scaled_add,
+    squared_relu,
+    swiglu,
+)
 
 ROWS = 8192
 norms = launchers(residual_norm, scaled_add, partial_sums)
@@ -41,7 +48,10 @@ def calls(hidden, dtype, rms, dropout, norms=norms):
     yield "reduce", lambda: norms.reduce_partials(meta(264, 3, hidden), 1, meta(hidden))
     wide = meta(ROWS, 8 * hidden, dtype=dtype)
     yield "swiglu", lambda: swiglu.launch_swiglu_forward(wide)
-    yield "swiglu backward", lambda: swiglu.launch_swiglu_backward(meta(ROWS, 4 * hidden, dtype=dtype), wide)
+    yield (
+        "swiglu backward",
+        lambda: swiglu.launch_swiglu_backward(meta(ROWS, 4 * hidden, dtype=dtype), wide),
+    )
     yield "squared relu", lambda: squared_relu.launch_squared_relu_forward(wide)
     yield "squared relu backward", lambda: squared_relu.launch_squared_relu_backward(wide, wide)
     heads, angle = meta(2048, 4, hidden // 64, 64, dtype=dtype), meta(2048, 1, 32)
@@ -56,7 +66,9 @@ def report(recorded, architecture):
         **dataclasses.asdict(used),
         "threads": launch.lanes(architecture) * parameters["num_warps"],
         "programs_per_processor": recorded.grid[0] / launch.processors(architecture),
-        "copies": parameters.get("STAGES", 1),  # of a load inside a loop: those before it, and the one in it
+        "copies": parameters.get(
+            "STAGES", 1
+        ),  # of a load inside a loop: those before it, and the one in it
         "rows": parameters.get("ROWS", 1),
         "segments": len(parameters.get("WIDTHS", "1")),
     }
@@ -66,10 +78,18 @@ def controls(found, architecture, hidden, dtype, rms, dropout):
     """What the machine code looks like without the things that the checks ask for."""
 
     def backward_of(norms, **changes):
-        (call,) = (call for name, call in calls(hidden, dtype, rms, dropout, norms) if name == "backward")
+        (call,) = (
+            call for name, call in calls(hidden, dtype, rms, dropout, norms) if name == "backward"
+        )
         (recorded,) = record(call, architecture)
-        parameters = {name: value for name, value in {**recorded.parameters, **changes}.items() if value is not None}
-        return report(Launch(recorded.kernel, recorded.grid, recorded.arguments, parameters), architecture)
+        parameters = {
+            name: value
+            for name, value in {**recorded.parameters, **changes}.items()
+            if value is not None
+        }
+        return report(
+            Launch(recorded.kernel, recorded.grid, recorded.arguments, parameters), architecture
+        )
 
     found["backward without stages"] = backward_of(norms, STAGES=1)
     found["backward without register cap"] = backward_of(norms, WIDTHS=(hidden,), maxnreg=None)
@@ -90,9 +110,11 @@ def main():
             if "all" not in rest and name not in ("forward", "backward"):
                 continue  # the code of the others hardly depends on the width
             for recorded in record(call, architecture):
-                kernels[name if recorded.name != "residual_norm_vector_gradient_kernel" else "vector gradients"] = report(
-                    recorded, architecture
-                )
+                kernels[
+                    name
+                    if recorded.name != "residual_norm_vector_gradient_kernel"
+                    else "vector gradients"
+                ] = report(recorded, architecture)
         if "controls" in rest:
             controls(kernels, architecture, *shape)
     print(json.dumps(found))

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    assert "triton" not in sys.modules or os.environ.get("TRITON_INTERPRET") == "1", "Triton was imported before its interpreter was chosen"
+    assert "triton" not in sys.modules or os.environ.get("TRITON_INTERPRET") == "1", (
+        "Triton was imported before its interpreter was chosen"
+    )
     os.environ["TRITON_INTERPRET"] = "1"
 
     from triton_interpreter_bf16 import install
@@ -26,10 +28,20 @@ def far_away(monkeypatch):
 
     def zeros(self, pointers, mask, other, *_):
         dtype = pointers.get_element_ty()
-        return interpreter.TensorHandle(torch.zeros(pointers.data.shape).numpy().astype(interpreter._get_np_dtype(dtype)), dtype)
+        return interpreter.TensorHandle(
+            torch.zeros(pointers.data.shape).numpy().astype(interpreter._get_np_dtype(dtype)), dtype
+        )
 
-    monkeypatch.setattr(type(builder), "set_grid_idx", lambda self, x, y, z: setattr(self, "grid_idx", (x + first, y, z)))
-    monkeypatch.setattr(type(builder), "create_get_num_programs", lambda self, axis: self.get_int32(2**24))
+    monkeypatch.setattr(
+        type(builder),
+        "set_grid_idx",
+        lambda self, x, y, z: setattr(self, "grid_idx", (x + first, y, z)),
+    )
+    monkeypatch.setattr(
+        type(builder), "create_get_num_programs", lambda self, axis: self.get_int32(2**24)
+    )
     monkeypatch.setattr(type(builder), "create_masked_load", zeros)
-    monkeypatch.setattr(type(builder), "create_masked_store", lambda self, pointers, value, mask, *_: None)
+    monkeypatch.setattr(
+        type(builder), "create_masked_store", lambda self, pointers, value, mask, *_: None
+    )
     monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, debug=True))

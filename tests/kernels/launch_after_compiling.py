@@ -33,13 +33,18 @@ class Driver:
 
 
 def calls():
-    x, vector = torch.empty(512, 768, dtype=torch.bfloat16, device="meta"), torch.empty(768, dtype=torch.bfloat16, device="meta")
+    x, vector = (
+        torch.empty(512, 768, dtype=torch.bfloat16, device="meta"),
+        torch.empty(768, dtype=torch.bfloat16, device="meta"),
+    )
     statistics = torch.empty(512, device="meta")
     how = Join(0.3), Norm("rmsnorm")
     yield lambda: residual_norm.launch_residual_norm_forward(x, x, vector, vector, None, *how)
     saved = (x, x, x, statistics, statistics, vector)
     yield lambda: residual_norm.launch_residual_norm_backward(*saved, True, False, True, *how)
-    yield lambda: swiglu.launch_swiglu_forward(torch.empty(512, 3072, dtype=torch.bfloat16, device="meta"))
+    yield lambda: swiglu.launch_swiglu_forward(
+        torch.empty(512, 3072, dtype=torch.bfloat16, device="meta")
+    )
 
 
 def compiled():
@@ -47,7 +52,9 @@ def compiled():
 
 
 def launch(recorded, **changes):
-    recorded.kernel.run(*recorded.arguments, grid=recorded.grid, warmup=True, **{**recorded.parameters, **changes})
+    recorded.kernel.run(
+        *recorded.arguments, grid=recorded.grid, warmup=True, **{**recorded.parameters, **changes}
+    )
 
 
 def main():

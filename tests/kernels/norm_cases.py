@@ -23,9 +23,13 @@ def relative_error(found, expected):
 
 
 def assert_close(found, expected, tolerance, what):
-    assert found.shape == expected.shape, f"{what}: shape {tuple(found.shape)}, not {tuple(expected.shape)}"
+    assert found.shape == expected.shape, (
+        f"{what}: shape {tuple(found.shape)}, not {tuple(expected.shape)}"
+    )
     error = relative_error(found, expected)
-    assert error <= tolerance, f"{what}: relative error {error:.2e} is over {tolerance:.2e}"  # NaN fails too
+    assert error <= tolerance, (
+        f"{what}: relative error {error:.2e} is over {tolerance:.2e}"
+    )  # NaN fails too
 
 
 def vector_tolerance(dtype, rows):
@@ -59,7 +63,9 @@ class Case:
         generator = torch.Generator().manual_seed(self.rows * 100_003 + self.hidden)
 
         def rows(dtype):
-            wide = torch.randn(self.rows, self.hidden + self.stride, generator=generator, dtype=torch.float64)
+            wide = torch.randn(
+                self.rows, self.hidden + self.stride, generator=generator, dtype=torch.float64
+            )
             return wide.to(dtype).to(DEVICE)[:, : self.hidden]
 
         def vector(present, offset=0.0):
@@ -85,7 +91,9 @@ def forward(implementation, case, given):
         alone = (given["residual"], given["weight"], given["bias"], case.norm, case.dtype)
         return given["residual"], *implementation.norm_forward(*alone)
     vectors = (given["branch_bias"], given["weight"], given["bias"])
-    return implementation.residual_norm_forward(given["residual"], given["branch"], *vectors, case.join(given), case.norm)
+    return implementation.residual_norm_forward(
+        given["residual"], given["branch"], *vectors, case.join(given), case.norm
+    )
 
 
 def backward(implementation, case, given, y, mean, rstd):
@@ -116,11 +124,17 @@ def check_forward(implementation, case, allocations=contextlib.nullcontext()):  
         assert y.dtype == given["residual"].dtype
         assert_close(y, added, TOLERANCE[y.dtype], "y")
     stored = wide(y)
-    assert out.dtype == case.dtype and rstd.shape == (case.rows,) and mean.shape == (0 if case.rms else case.rows,)
+    assert (
+        out.dtype == case.dtype
+        and rstd.shape == (case.rows,)
+        and mean.shape == (0 if case.rms else case.rows,)
+    )
     normed = reference.norm(stored, wide(given["weight"]), wide(given["bias"]), case.norm)
     assert_close(out, normed, TOLERANCE[case.dtype], "out")
     if not case.rms:
-        assert_close(mean, stored.mean(-1), 1e-6 * max(1.0, math.sqrt(case.hidden)), "mean of the stored y")
+        assert_close(
+            mean, stored.mean(-1), 1e-6 * max(1.0, math.sqrt(case.hidden)), "mean of the stored y"
+        )
     centred = stored if case.rms else stored - stored.mean(-1, keepdim=True)
     variance = centred.square().mean(-1)
     assert_close(rstd, (variance + EPS).rsqrt(), 2e-6, "rstd")
@@ -163,8 +177,15 @@ def check_backward(implementation, case, allocations=contextlib.nullcontext()): 
     assert len(vectors) == len(expected_vectors)
     # Beyond the registers the branch bias sums the stored branch gradient, rounded to its dtype.
     rounded = case.branch_bias and case.hidden > 8192
-    for name, found, expected in zip(("d_weight", "d_bias", "d_branch_bias"), vectors, expected_vectors, strict=False):
-        assert_close(found, expected, TOLERANCE[case.dtype] if rounded else 2 * vector_tolerance(case.dtype, case.rows), name)
+    for name, found, expected in zip(
+        ("d_weight", "d_bias", "d_branch_bias"), vectors, expected_vectors, strict=False
+    ):
+        assert_close(
+            found,
+            expected,
+            TOLERANCE[case.dtype] if rounded else 2 * vector_tolerance(case.dtype, case.rows),
+            name,
+        )
 
 
 GUARD = 256  # elements on either side of every buffer, so that 128-bit alignment stays
@@ -180,7 +201,9 @@ def poisoned_allocations(monkeypatch) -> Iterator[None]:
         calls.append(size)
         if size.numel() == 0 or (dtype is not None and not dtype.is_floating_point):
             return true_empty(size, dtype=dtype, device=device)
-        buffer = true_empty(size.numel() + 2 * GUARD, dtype=dtype or torch.float32, device=device).fill_(math.nan)
+        buffer = true_empty(
+            size.numel() + 2 * GUARD, dtype=dtype or torch.float32, device=device
+        ).fill_(math.nan)
         buffers.append(buffer)
         return buffer[GUARD : GUARD + size.numel()].view(size)
 
@@ -194,4 +217,6 @@ def poisoned_allocations(monkeypatch) -> Iterator[None]:
         yield
     assert calls, "nothing was allocated through the patched functions"
     for buffer in buffers:
-        assert buffer[:GUARD].isnan().all() and buffer[-GUARD:].isnan().all(), "a kernel wrote outside its output"
+        assert buffer[:GUARD].isnan().all() and buffer[-GUARD:].isnan().all(), (
+            "a kernel wrote outside its output"
+        )

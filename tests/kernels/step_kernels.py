@@ -35,13 +35,23 @@ class Implementation:
 
 def launchers(*modules: ModuleType) -> SimpleNamespace:
     """The Triton launchers of kernel modules, by the names of their operations."""
-    found = {name: value for module in modules for name, value in vars(module).items() if name.startswith("launch_")}
+    found = {
+        name: value
+        for module in modules
+        for name, value in vars(module).items()
+        if name.startswith("launch_")
+    }
     return SimpleNamespace(**{name.removeprefix("launch_"): value for name, value in found.items()})
 
 
 def _triton() -> Implementation:
     names = [field.name for field in dataclasses.fields(Implementation)]
-    found = launchers(*(importlib.import_module(f"{PACKAGE}.ops.{name}") for name in ("adamw", "grad_norm", "cross_entropy")))
+    found = launchers(
+        *(
+            importlib.import_module(f"{PACKAGE}.ops.{name}")
+            for name in ("adamw", "grad_norm", "cross_entropy")
+        )
+    )
     return Implementation(**{name: getattr(found, name) for name in names})
 
 
@@ -66,7 +76,9 @@ def mutant(module: str, old: str, new: str) -> ModuleType:
     source = Path(str(origin.__file__)).read_text()
     assert old in source, f"{module} no longer contains {old!r}: change the mutation with it"
     name = f"{origin.__package__}.mutant_{abs(hash((module, old, new)))}"
-    path = Path(str(origin.__file__)).parent / "__pycache__" / f"{name}.py"  # Triton reads the source of a kernel from its file
+    path = (
+        Path(str(origin.__file__)).parent / "__pycache__" / f"{name}.py"
+    )  # Triton reads the source of a kernel from its file
     path.parent.mkdir(exist_ok=True)
     path.write_text(source.replace(old, new))
     try:
@@ -74,7 +86,9 @@ def mutant(module: str, old: str, new: str) -> ModuleType:
         assert spec is not None and spec.loader is not None
         copy = importlib.util.module_from_spec(spec)
         sys.modules[name] = copy
-        with mock.patch.object(importlib.import_module(f"{PACKAGE}.library"), "register", lambda *_, **__: None):
+        with mock.patch.object(
+            importlib.import_module(f"{PACKAGE}.library"), "register", lambda *_, **__: None
+        ):
             spec.loader.exec_module(copy)
     finally:
         path.unlink()

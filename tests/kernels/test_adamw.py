@@ -21,9 +21,18 @@ SIZE = 2624  # the last segment's padding, and 64 elements that belong to nobody
 
 # One row a group: learning-rate factor, weight decay, eps. In each table the groups differ in one column only.
 GROUPS = {
-    "eps": torch.tensor([[1.0, 0.1, 1e-12], [1.0, 0.1, 1e-3], [1.0, 0.1, 1e-1], [1.0, 0.1, 1.0]], dtype=torch.float64),
-    "learning rate": torch.tensor([[1.0, 0.1, 1e-8], [0.5, 0.1, 1e-8], [0.25, 0.1, 1e-8], [2.0, 0.1, 1e-8]], dtype=torch.float64),
-    "weight decay": torch.tensor([[1.0, 0.0, 1e-8], [1.0, 0.1, 1e-8], [1.0, 1.0, 1e-8], [1.0, 4.0, 1e-8]], dtype=torch.float64),
+    "eps": torch.tensor(
+        [[1.0, 0.1, 1e-12], [1.0, 0.1, 1e-3], [1.0, 0.1, 1e-1], [1.0, 0.1, 1.0]],
+        dtype=torch.float64,
+    ),
+    "learning rate": torch.tensor(
+        [[1.0, 0.1, 1e-8], [0.5, 0.1, 1e-8], [0.25, 0.1, 1e-8], [2.0, 0.1, 1e-8]],
+        dtype=torch.float64,
+    ),
+    "weight decay": torch.tensor(
+        [[1.0, 0.0, 1e-8], [1.0, 0.1, 1e-8], [1.0, 1.0, 1e-8], [1.0, 4.0, 1e-8]],
+        dtype=torch.float64,
+    ),
 }
 
 
@@ -43,7 +52,13 @@ class Shard:
         control = new_control("cpu", Control(learning_rate))
         state = torch.zeros(2, size, dtype=dtype)
         master = torch.randn(size, generator=generator).to(dtype)
-        return cls(master, state[0], state[1], torch.full((size,), math.nan, dtype=torch.bfloat16) if bf16_out else None, control)
+        return cls(
+            master,
+            state[0],
+            state[1],
+            torch.full((size,), math.nan, dtype=torch.bfloat16) if bf16_out else None,
+            control,
+        )
 
     def to(self, device, dtype=None):
         move = {"device": device} if dtype is None else {"device": device, "dtype": dtype}
@@ -53,9 +68,13 @@ class Shard:
 
     def step(self, implementation, grad, groups, segments=SEGMENTS, max_norm=1.0):
         device = self.master.device
-        implementation.begin_step_(self.control, implementation.sum_of_squares(grad, None), max_norm, BETA1, BETA2)
+        implementation.begin_step_(
+            self.control, implementation.sum_of_squares(grad, None), max_norm, BETA1, BETA2
+        )
         state = (self.out, self.master, self.exp_avg, self.exp_avg_sq, grad)
-        implementation.adamw_(*state, segments.to(device), groups.to(device), self.control, BETA1, BETA2)
+        implementation.adamw_(
+            *state, segments.to(device), groups.to(device), self.control, BETA1, BETA2
+        )
 
 
 def gradients(steps, dtype=torch.float32, size=SIZE, seed=1):
@@ -86,10 +105,17 @@ def distance_from_definition(implementation, groups, steps=5, used_groups=None, 
     start = Shard.create()
     actual, expected = start.to(DEVICE), start.to("cpu", torch.float64)
     for grad in gradients(steps):
-        actual.step(implementation, grad.to(DEVICE), groups if used_groups is None else used_groups, max_norm=max_norm)
+        actual.step(
+            implementation,
+            grad.to(DEVICE),
+            groups if used_groups is None else used_groups,
+            max_norm=max_norm,
+        )
         expected.step(reference, grad.double(), groups, max_norm=max_norm)
     pieces = [slice(s, s + n) for s, n, _ in SEGMENTS.tolist() if n > 1]
-    return max(relative_error(actual.master[p], expected.master[p], start.master[p]) for p in pieces)
+    return max(
+        relative_error(actual.master[p], expected.master[p], start.master[p]) for p in pieces
+    )
 
 
 def test_the_definition_matches_torch_in_float64():
@@ -97,7 +123,10 @@ def test_the_definition_matches_torch_in_float64():
     parameters = [shard.master[s : s + n].clone().requires_grad_() for s, n, _ in SEGMENTS.tolist()]
     rules = [groups[g].tolist() for _, _, g in SEGMENTS.tolist()]
     optimizer = torch.optim.AdamW(
-        [{"params": [p], "lr": 1e-2 * lr, "weight_decay": wd, "eps": eps} for p, (lr, wd, eps) in zip(parameters, rules, strict=True)],
+        [
+            {"params": [p], "lr": 1e-2 * lr, "weight_decay": wd, "eps": eps}
+            for p, (lr, wd, eps) in zip(parameters, rules, strict=True)
+        ],
         betas=(BETA1, BETA2),
         foreach=False,
     )
@@ -109,7 +138,9 @@ def test_the_definition_matches_torch_in_float64():
         shard.step(reference, grad, groups)
         assert read_control(shard.control).grad_norm == pytest.approx(norm.item(), rel=1e-12)
     for parameter, (start, length, _) in zip(parameters, SEGMENTS.tolist(), strict=True):
-        torch.testing.assert_close(shard.master[start : start + length], parameter.detach(), rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(
+            shard.master[start : start + length], parameter.detach(), rtol=1e-12, atol=1e-13
+        )
 
 
 @pytest.mark.parametrize("column", GROUPS)
@@ -122,7 +153,9 @@ def test_fifty_steps_match_float64(name, column):
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_a_wrong_group_table_is_caught(name, column):
     swapped = GROUPS[column].flip(0)
-    assert distance_from_definition(IMPLEMENTATIONS[name], GROUPS[column], used_groups=swapped) > 1e-4
+    assert (
+        distance_from_definition(IMPLEMENTATIONS[name], GROUPS[column], used_groups=swapped) > 1e-4
+    )
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
@@ -143,7 +176,11 @@ def test_padding_is_never_touched(name):
     before, shard = shard.to("cpu"), shard.to(DEVICE)
     for grad in gradients(2):
         shard.step(IMPLEMENTATIONS[name], grad.to(DEVICE), GROUPS["eps"])
-    for after, old in zip((shard.master, shard.exp_avg, shard.exp_avg_sq), (before.master, before.exp_avg, before.exp_avg_sq), strict=True):
+    for after, old in zip(
+        (shard.master, shard.exp_avg, shard.exp_avg_sq),
+        (before.master, before.exp_avg, before.exp_avg_sq),
+        strict=True,
+    ):
         assert torch.equal(after.cpu()[~owner].view(torch.int32), old[~owner].view(torch.int32))
         assert after.cpu()[owner].isfinite().all()
         assert (after.cpu()[owner] != old[owner]).any()
@@ -162,7 +199,9 @@ def test_a_gradient_that_is_not_finite_skips_the_step(name, bad):
         shard.step(IMPLEMENTATIONS[name], grad.to(DEVICE), GROUPS["eps"])
         if grad is broken:
             assert shard.control[SKIP] == 1 and shard.control[STEP] == 1
-            assert torch.equal(shard.master, twin.master) and torch.equal(shard.exp_avg_sq, twin.exp_avg_sq)
+            assert torch.equal(shard.master, twin.master) and torch.equal(
+                shard.exp_avg_sq, twin.exp_avg_sq
+            )
         else:
             twin.step(IMPLEMENTATIONS[name], grad.to(DEVICE), GROUPS["eps"])
     assert torch.equal(shard.master, twin.master) and torch.equal(shard.exp_avg, twin.exp_avg)
@@ -173,7 +212,17 @@ def test_a_gradient_that_is_not_finite_skips_the_step(name, bad):
 def test_the_same_bits_however_the_shard_is_cut(name):
     """Two runs, a table cut into blocks, and two shards cut at a multiple of 64 give one result."""
     results = []
-    cut = torch.tensor([[0, 100, 0], [128, 1, 1], [192, 448, 2], [640, 552, 2], [1216, 64, 3], [1280, 1024, 1], [2304, 253, 1]])
+    cut = torch.tensor(
+        [
+            [0, 100, 0],
+            [128, 1, 1],
+            [192, 448, 2],
+            [640, 552, 2],
+            [1216, 64, 3],
+            [1280, 1024, 1],
+            [2304, 253, 1],
+        ]
+    )
     for segments in (SEGMENTS, SEGMENTS, block_table(SEGMENTS, 128), cut):
         shard = Shard.create(bf16_out=True).to(DEVICE)
         for grad in gradients(3):
@@ -188,9 +237,13 @@ def test_the_same_bits_however_the_shard_is_cut(name):
 def test_a_bf16_gradient_and_a_tiny_one_are_used_as_they_are(name):
     start = Shard.create()
     shard, expected = start.to(DEVICE), start.to("cpu", torch.float64)
-    groups = GROUPS["eps"] * torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64) + torch.tensor([0.0, 0.0, 1e-30], dtype=torch.float64)
+    groups = GROUPS["eps"] * torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64) + torch.tensor(
+        [0.0, 0.0, 1e-30], dtype=torch.float64
+    )
     for grad in gradients(3, torch.bfloat16):
-        grad = grad * 1e-20  # squares are subnormal in float32: a square root that flushes them would divide by eps = 1e-30
+        grad = (
+            grad * 1e-20
+        )  # squares are subnormal in float32: a square root that flushes them would divide by eps = 1e-30
         grad = torch.where(grad.abs() < 1e-21, torch.zeros_like(grad), grad)
         shard.step(IMPLEMENTATIONS[name], grad.to(DEVICE), groups, max_norm=0.0)
         expected.step(reference, grad.double(), groups, max_norm=0.0)
@@ -205,13 +258,33 @@ def test_a_tiny_decay_keeps_its_size_on_average(name):
     decay = {}
     for key in ("ours", "torch"):
         master, state = start.clone().to(DEVICE), torch.zeros(3, 4096, device=DEVICE)
-        control = new_control(DEVICE, Control(1.5e-6, step=1, clip=1, correction1=0.1, correction2=0.05))
-        tables = (torch.tensor([[0, 4096, 0]], device=DEVICE), torch.tensor([[1.0, 0.1, 1e-8]], dtype=torch.float64, device=DEVICE))
+        control = new_control(
+            DEVICE, Control(1.5e-6, step=1, clip=1, correction1=0.1, correction2=0.05)
+        )
+        tables = (
+            torch.tensor([[0, 4096, 0]], device=DEVICE),
+            torch.tensor([[1.0, 0.1, 1e-8]], dtype=torch.float64, device=DEVICE),
+        )
         if key == "ours":
             IMPLEMENTATIONS[name].adamw_(None, master, *state, *tables, control, BETA1, BETA2)
         else:
-            options = {"lr": 1.5e-6, "beta1": BETA1, "beta2": BETA2, "weight_decay": 0.1, "eps": 1e-8, "amsgrad": False, "maximize": False}
-            lists = ([master], [state[2]], [state[0]], [state[1]], [], [torch.ones((), device=DEVICE)])
+            options = {
+                "lr": 1.5e-6,
+                "beta1": BETA1,
+                "beta2": BETA2,
+                "weight_decay": 0.1,
+                "eps": 1e-8,
+                "amsgrad": False,
+                "maximize": False,
+            }
+            lists = (
+                [master],
+                [state[2]],
+                [state[0]],
+                [state[1]],
+                [],
+                [torch.ones((), device=DEVICE)],
+            )
             torch._fused_adamw_(*lists, **options)
         decay[key] = ((start - master.cpu()).double().sum() / start.double().sum()).item()
     assert decay["ours"] == pytest.approx(1.5e-7, rel=0.05)
@@ -243,7 +316,9 @@ MUTATIONS = {
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_a_broken_kernel_is_caught(mutation):
     """Each change to the kernel's source would fail `test_fifty_steps_match_float64`."""
-    broken = dataclasses.replace(IMPLEMENTATIONS["triton"], adamw_=mutant("ops.adamw", *MUTATIONS[mutation]).launch_adamw_)
+    broken = dataclasses.replace(
+        IMPLEMENTATIONS["triton"], adamw_=mutant("ops.adamw", *MUTATIONS[mutation]).launch_adamw_
+    )
     groups = GROUPS["eps"] * torch.tensor([1.0, 3.0, 1.0], dtype=torch.float64)
     groups[:, 0] = torch.tensor([1.0, 0.5, 0.7, 2.0])
     assert distance_from_definition(IMPLEMENTATIONS["triton"], groups, steps=3) < 1e-5
@@ -252,10 +327,15 @@ def test_a_broken_kernel_is_caught(mutation):
 
 def test_a_kernel_that_writes_padding_or_ignores_the_skip_flag_is_caught(monkeypatch):
     for replacement, check in (
-        (("tl.where(inside, new_p, p)", "tl.where(inside, new_p, 0.0)"), lambda: test_padding_is_never_touched("triton")),
+        (
+            ("tl.where(inside, new_p, p)", "tl.where(inside, new_p, 0.0)"),
+            lambda: test_padding_is_never_touched("triton"),
+        ),
         (("skip == 0.0", "skip == skip"), skip_check),
     ):
-        broken = dataclasses.replace(IMPLEMENTATIONS["triton"], adamw_=mutant("ops.adamw", *replacement).launch_adamw_)
+        broken = dataclasses.replace(
+            IMPLEMENTATIONS["triton"], adamw_=mutant("ops.adamw", *replacement).launch_adamw_
+        )
         monkeypatch.setitem(IMPLEMENTATIONS, "triton", broken)
         with pytest.raises(AssertionError):
             check()
@@ -268,7 +348,10 @@ def skip_check():
 # --- the segment table ----------------------------------------------------------------------------------------------------------------
 
 
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 700)), max_size=6), st.sampled_from([64, 128, 1024]))
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 700)), max_size=6),
+    st.sampled_from([64, 128, 1024]),
+)
 def test_a_block_table_covers_every_element_once(gaps_and_lengths, block):
     rows, start = [], 0
     for group, (gap, length) in enumerate(gaps_and_lengths):
@@ -317,7 +400,16 @@ def test_the_operator_passes_opcheck(dtype, with_out):
     if shard.out is not None:
         shard.out.zero_()
     tables = (kernels.device_segments(SEGMENTS, DEVICE), GROUPS["eps"].to(DEVICE), shard.control)
-    arguments = (shard.out, shard.master, shard.exp_avg, shard.exp_avg_sq, grad.to(DEVICE), *tables, BETA1, BETA2)
+    arguments = (
+        shard.out,
+        shard.master,
+        shard.exp_avg,
+        shard.exp_avg_sq,
+        grad.to(DEVICE),
+        *tables,
+        BETA1,
+        BETA2,
+    )
     torch.library.opcheck(torch.ops.completep.adamw_.default, arguments)
 
 
@@ -337,25 +429,50 @@ class Recorder:
 def step_without_data(adamw, grad_norm, monkeypatch):
     """The launchers of one step on `meta` tensors, whose values nobody can read; the kernels' launches."""
     recorded = {}
-    for module, kernels_of in ((grad_norm, ("sum_of_squares_kernel", "begin_step_kernel")), (adamw, ("adamw_kernel",))):
+    for module, kernels_of in (
+        (grad_norm, ("sum_of_squares_kernel", "begin_step_kernel")),
+        (adamw, ("adamw_kernel",)),
+    ):
         for name in kernels_of:
             recorded[name] = Recorder()
             monkeypatch.setattr(module, name, recorded[name])
     state = Shard.create(bf16_out=True).to("meta")
-    segments, groups, grad = SEGMENTS.to("meta"), GROUPS["eps"].to("meta"), torch.empty(SIZE, device="meta")
+    segments, groups, grad = (
+        SEGMENTS.to("meta"),
+        GROUPS["eps"].to("meta"),
+        torch.empty(SIZE, device="meta"),
+    )
     sum_sq = grad_norm.launch_sum_of_squares(grad, segments)
     grad_norm.launch_begin_step_(state.control, sum_sq, 1.0, BETA1, BETA2)
-    adamw.launch_adamw_(state.out, state.master, state.exp_avg, state.exp_avg_sq, grad, segments, groups, state.control, BETA1, BETA2)
+    adamw.launch_adamw_(
+        state.out,
+        state.master,
+        state.exp_avg,
+        state.exp_avg_sq,
+        grad,
+        segments,
+        groups,
+        state.control,
+        BETA1,
+        BETA2,
+    )
     return {name: recorder.launches for name, recorder in recorded.items()}
 
 
 def test_a_step_is_three_launches_that_read_no_value_on_the_host(monkeypatch):
     """What a CUDA graph needs: no synchronization, the same launches whatever the numbers are. Shown without a GPU."""
-    adamw, grad_norm = (importlib.import_module(f"megatron_completep.kernels.ops.{name}") for name in ("adamw", "grad_norm"))
+    adamw, grad_norm = (
+        importlib.import_module(f"megatron_completep.kernels.ops.{name}")
+        for name in ("adamw", "grad_norm")
+    )
     launches = step_without_data(adamw, grad_norm, monkeypatch)
     assert [len(found) for found in launches.values()] == [1, 1, 1]
     assert launches["adamw_kernel"][0][0] == (len(SEGMENTS),)
-    nosy = mutant("ops.adamw", "if segments.shape[0] == 0:", "if segments.shape[0] == 0 or control.sum().item():")
+    nosy = mutant(
+        "ops.adamw",
+        "if segments.shape[0] == 0:",
+        "if segments.shape[0] == 0 or control.sum().item():",
+    )
     with pytest.raises(RuntimeError, match="meta"):
         step_without_data(nosy, grad_norm, monkeypatch)
 
@@ -365,11 +482,16 @@ def test_a_step_is_three_launches_that_read_no_value_on_the_host(monkeypatch):
 
 @pytest.mark.gpu
 def test_a_step_never_waits_for_the_host_and_is_one_launch():
-    shard, segments = Shard.create(bf16_out=True).to("cuda"), kernels.device_segments(SEGMENTS, "cuda")
+    shard, segments = (
+        Shard.create(bf16_out=True).to("cuda"),
+        kernels.device_segments(SEGMENTS, "cuda"),
+    )
     groups, (grad,) = GROUPS["eps"].cuda(), (g.cuda() for g in gradients(1))
 
     def step():
-        kernels.begin_step_(shard.control, kernels.sum_of_squares(grad, segments), 1.0, BETA1, BETA2)
+        kernels.begin_step_(
+            shard.control, kernels.sum_of_squares(grad, segments), 1.0, BETA1, BETA2
+        )
         state = (shard.out, shard.master, shard.exp_avg, shard.exp_avg_sq, grad)
         kernels.adamw_(*state, segments, groups, shard.control, BETA1, BETA2)
 

@@ -26,7 +26,9 @@ def test_host_and_kernels_mean_the_same_number_by_a_name(field):
 def test_a_new_record_is_eight_zeros_in_float64_or_what_it_is_given():
     record = new_control("cpu")
     assert record.dtype == torch.float64 and record.tolist() == [0.0] * 8
-    given = Control(1e-3, step=7, clip=0.5, skip=1, correction1=0.1, correction2=0.2, grad_norm=3, unused=4)
+    given = Control(
+        1e-3, step=7, clip=0.5, skip=1, correction1=0.1, correction2=0.2, grad_norm=3, unused=4
+    )
     assert read_control(new_control("cpu", given)) == given
 
 
@@ -37,7 +39,15 @@ def test_a_step_writes_every_field_but_the_learning_rate(name):
     total = torch.tensor(16.0, dtype=torch.float64, device=DEVICE)
     IMPLEMENTATIONS[name].begin_step_(record, total, 1.0, 0.5, 0.75)
     after = read_control(record)
-    expected = Control(0.25, step=3, clip=1 / (4 + 1e-6), correction1=1 - 0.5**3, correction2=1 - 0.75**3, grad_norm=4, unused=9)
+    expected = Control(
+        0.25,
+        step=3,
+        clip=1 / (4 + 1e-6),
+        correction1=1 - 0.5**3,
+        correction2=1 - 0.75**3,
+        grad_norm=4,
+        unused=9,
+    )
     assert after == pytest.approx(expected, rel=1e-12)
 
 
@@ -52,7 +62,11 @@ def numbered_reads(source: str) -> list[str]:
         else:
             continue
         name = ast.unparse(record).rpartition(".")[2]
-        numbers = [part for part in ast.walk(place) if isinstance(part, ast.Constant) and isinstance(part.value, int)]
+        numbers = [
+            part
+            for part in ast.walk(place)
+            if isinstance(part, ast.Constant) and isinstance(part.value, int)
+        ]
         if name == "control" and numbers:
             found.append(ast.unparse(node))
     return found
@@ -65,6 +79,14 @@ def test_nobody_reads_the_record_by_number():
                 assert numbered_reads(path.read_text()) == [], path
 
 
-@pytest.mark.parametrize("line", ["optimizer.control[1:2].item()", "control[0] = 1", "tl.load(control + 3)", "x = run.control[[0, 4]]"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "optimizer.control[1:2].item()",
+        "control[0] = 1",
+        "tl.load(control + 3)",
+        "x = run.control[[0, 4]]",
+    ],
+)
 def test_a_read_by_number_is_noticed(line):
     assert numbered_reads(line)

@@ -14,7 +14,14 @@ from megatron_completep.kernels import reference
 IGNORED = -100
 TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float64: 1e-13}
 # tokens, columns, vocab_start, vocab_size: a whole padded vocabulary, a first, a middle and a last shard, one that is all padding
-SHAPES = [(3, 64, 0, 64), (17, 1000, 0, 990), (2, 4160, 0, 9000), (3, 100, 100, 1000), (2, 128, 128, 200), (2, 64, 128, 100)]
+SHAPES = [
+    (3, 64, 0, 64),
+    (17, 1000, 0, 990),
+    (2, 4160, 0, 9000),
+    (3, 100, 100, 1000),
+    (2, 128, 128, 200),
+    (2, 64, 128, 100),
+]
 
 
 @dataclasses.dataclass
@@ -32,7 +39,9 @@ class Case:
         generator = torch.Generator().manual_seed(seed)
         logits = (8 * torch.randn(tokens, columns, generator=generator)).to(dtype)
         labels = torch.randint(0, vocab_size, (tokens,), generator=generator)
-        labels[0] = min(vocab_start, vocab_size - 1)  # one label in this shard, if the shard has any
+        labels[0] = min(
+            vocab_start, vocab_size - 1
+        )  # one label in this shard, if the shard has any
         labels[-1] = IGNORED
         return cls(logits, labels, vocab_start, vocab_size)
 
@@ -42,7 +51,13 @@ class Case:
 
     def statistics(self, implementation, logits=None):
         logits = self.logits if logits is None else logits
-        arguments = (self.labels.to(logits.device), self.vocab_start, self.vocab_size, self.logit_scale, True)
+        arguments = (
+            self.labels.to(logits.device),
+            self.vocab_start,
+            self.vocab_size,
+            self.logit_scale,
+            True,
+        )
         return implementation.cross_entropy_forward(logits, *arguments)
 
     def gradient(self, implementation, logits, lse, grad_scale):
@@ -50,14 +65,23 @@ class Case:
         device = logits.device
         scalars = (IGNORED, self.z_loss, self.label_smoothing, self.vocab_size, self.logit_scale)
         implementation.cross_entropy_backward_(
-            logits, self.labels.to(device), self.vocab_start, lse.to(device), grad_scale.to(device), *scalars
+            logits,
+            self.labels.to(device),
+            self.vocab_start,
+            lse.to(device),
+            grad_scale.to(device),
+            *scalars,
         )
         return logits
 
     def lse(self):
         """As if the rest of the vocabulary added as much again; a constant for a shard that is all padding."""
         stats = self.statistics(reference, self.logits.double())
-        return stats[0] + torch.log(2 * stats[1]) if self.valid else torch.ones(len(self.labels), dtype=torch.float64)
+        return (
+            stats[0] + torch.log(2 * stats[1])
+            if self.valid
+            else torch.ones(len(self.labels), dtype=torch.float64)
+        )
 
 
 def error(actual, expected):
@@ -68,18 +92,29 @@ def error(actual, expected):
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
 def test_the_definition_matches_torch_in_float64(z_loss, label_smoothing):
-    case = dataclasses.replace(Case.create(17, 1000, 0, 990, torch.float64), z_loss=z_loss, label_smoothing=label_smoothing)
+    case = dataclasses.replace(
+        Case.create(17, 1000, 0, 990, torch.float64), z_loss=z_loss, label_smoothing=label_smoothing
+    )
     raw = case.logits.clone().requires_grad_()
     z = case.logit_scale * raw[:, : case.vocab_size]
     kept = case.labels != IGNORED
-    expected = F.cross_entropy(z, case.labels, reduction="none", ignore_index=IGNORED, label_smoothing=label_smoothing)
+    expected = F.cross_entropy(
+        z, case.labels, reduction="none", ignore_index=IGNORED, label_smoothing=label_smoothing
+    )
     expected = expected + z_loss * torch.logsumexp(z, 1).square() * kept
     grad_scale = torch.rand(17, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     (expected * grad_scale).sum().backward()
     stats = case.statistics(reference)
-    loss, lse = kernels.cross_entropy_loss(stats, case.labels, IGNORED, z_loss, label_smoothing, case.vocab_size)
+    loss, lse = kernels.cross_entropy_loss(
+        stats, case.labels, IGNORED, z_loss, label_smoothing, case.vocab_size
+    )
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(case.gradient(reference, case.logits.clone(), lse, grad_scale), raw.grad, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(
+        case.gradient(reference, case.logits.clone(), lse, grad_scale),
+        raw.grad,
+        rtol=1e-12,
+        atol=1e-14,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -102,13 +137,20 @@ def test_the_gradient_matches_float64_and_stays_inside_its_logits(name, shape, d
     case = Case.create(*shape, dtype)
     tokens, columns = case.logits.shape
     grad_scale = torch.rand(tokens, generator=torch.Generator().manual_seed(1)) + 0.1
-    guarded = torch.full((tokens + 2, columns + 16), math.nan, dtype=dtype)  # rows longer than the logits: strided, with guard bands
+    guarded = torch.full(
+        (tokens + 2, columns + 16), math.nan, dtype=dtype
+    )  # rows longer than the logits: strided, with guard bands
     inner = guarded[1:-1, 8:-8] if dtype == torch.float32 else guarded[1:-1, :columns]
     inner.copy_(case.logits)
     inner_before = guarded.isnan()
     guarded = guarded.to(DEVICE)
     inner = guarded[1:-1, 8:-8] if dtype == torch.float32 else guarded[1:-1, :columns]
-    case.gradient(IMPLEMENTATIONS[name], inner, case.lse().to(torch.float64 if dtype == torch.float64 else torch.float32), grad_scale)
+    case.gradient(
+        IMPLEMENTATIONS[name],
+        inner,
+        case.lse().to(torch.float64 if dtype == torch.float64 else torch.float32),
+        grad_scale,
+    )
     expected = case.gradient(reference, case.logits.double(), case.lse(), grad_scale.double())
     assert error(inner, expected) < TOLERANCES[dtype]
     assert torch.equal(guarded.isnan().cpu(), inner_before)
@@ -120,7 +162,9 @@ def test_the_gradient_matches_float64_and_stays_inside_its_logits(name, shape, d
 def test_one_grad_scale_serves_all_tokens(name):
     case = Case.create(5, 1000, 0, 990)
     gradients = [
-        case.gradient(IMPLEMENTATIONS[name], case.logits.clone().to(DEVICE), case.lse().float(), grad_scale)
+        case.gradient(
+            IMPLEMENTATIONS[name], case.logits.clone().to(DEVICE), case.lse().float(), grad_scale
+        )
         for grad_scale in (torch.full((1,), 0.25), torch.full((5,), 0.25))
     ]
     assert torch.equal(*gradients)
@@ -132,18 +176,41 @@ def test_shards_of_the_vocabulary_add_up_to_the_whole(name):
     whole = Case.create(9, 512, 0, 370)
     implementation = IMPLEMENTATIONS[name]
     expected, expected_lse = kernels.cross_entropy_loss(
-        whole.statistics(reference, whole.logits.double()), whole.labels, IGNORED, whole.z_loss, whole.label_smoothing, whole.vocab_size
+        whole.statistics(reference, whole.logits.double()),
+        whole.labels,
+        IGNORED,
+        whole.z_loss,
+        whole.label_smoothing,
+        whole.vocab_size,
     )
-    shards = [dataclasses.replace(whole, logits=whole.logits[:, s : s + 128].contiguous(), vocab_start=s) for s in range(0, 512, 128)]
-    stats = torch.stack([shard.statistics(implementation, shard.logits.to(DEVICE)).cpu() for shard in shards])
+    shards = [
+        dataclasses.replace(whole, logits=whole.logits[:, s : s + 128].contiguous(), vocab_start=s)
+        for s in range(0, 512, 128)
+    ]
+    stats = torch.stack(
+        [shard.statistics(implementation, shard.logits.to(DEVICE)).cpu() for shard in shards]
+    )
     maximum = stats[:, 0].amax(0)
-    sums = torch.stack([stats[:, 1] * torch.exp(stats[:, 0] - maximum), stats[:, 2], stats[:, 3]]).sum(1)
+    sums = torch.stack(
+        [stats[:, 1] * torch.exp(stats[:, 0] - maximum), stats[:, 2], stats[:, 3]]
+    ).sum(1)
     combined = torch.cat([maximum[None], sums])
-    loss, lse = kernels.cross_entropy_loss(combined, whole.labels, IGNORED, whole.z_loss, whole.label_smoothing, whole.vocab_size)
+    loss, lse = kernels.cross_entropy_loss(
+        combined, whole.labels, IGNORED, whole.z_loss, whole.label_smoothing, whole.vocab_size
+    )
     assert error(loss, expected) < 1e-6
     grad_scale = torch.ones(1)
-    gradient = torch.cat([shard.gradient(implementation, shard.logits.to(DEVICE), lse, grad_scale).cpu() for shard in shards], 1)
-    assert error(gradient, whole.gradient(reference, whole.logits.double(), expected_lse, grad_scale)) < 1e-6
+    gradient = torch.cat(
+        [
+            shard.gradient(implementation, shard.logits.to(DEVICE), lse, grad_scale).cpu()
+            for shard in shards
+        ],
+        1,
+    )
+    assert (
+        error(gradient, whole.gradient(reference, whole.logits.double(), expected_lse, grad_scale))
+        < 1e-6
+    )
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
@@ -160,8 +227,14 @@ def test_no_tokens_and_huge_logits_are_no_special_case(name):
 
 MUTATIONS = {
     "forgets the logit scale in the exponent": ("x * logit_scale - row_lse", "x - row_lse"),
-    "forgets the chain rule of the logit scale": (".to(tl.float32) * logit_scale\n    factor", ".to(tl.float32)\n    factor"),
-    "forgets the slope of the z-loss": ("(1.0 + 2.0 * z_loss * row_lse)", "(1.0 + z_loss * row_lse)"),
+    "forgets the chain rule of the logit scale": (
+        ".to(tl.float32) * logit_scale\n    factor",
+        ".to(tl.float32)\n    factor",
+    ),
+    "forgets the slope of the z-loss": (
+        "(1.0 + 2.0 * z_loss * row_lse)",
+        "(1.0 + z_loss * row_lse)",
+    ),
     "smooths without taking from the target": ("1.0 - label_smoothing, 0.0", "1.0, 0.0"),
     "trains on ignored tokens": ("tl.where(label == ignore_index, 0.0, factor)", "factor"),
     "gives padding a gradient": (" | (column >= vocab_size - vocab_start)", ""),
@@ -175,15 +248,24 @@ def test_a_broken_backward_is_caught(mutation):
     case = Case.create(3, 100, 64, 130)
     grad_scale = torch.ones(3)
     expected = case.gradient(reference, case.logits.double(), case.lse(), grad_scale)
-    actual = [case.gradient(i, case.logits.clone().to(DEVICE), case.lse().float(), grad_scale) for i in (IMPLEMENTATIONS["triton"], broken)]
+    actual = [
+        case.gradient(i, case.logits.clone().to(DEVICE), case.lse().float(), grad_scale)
+        for i in (IMPLEMENTATIONS["triton"], broken)
+    ]
     assert error(actual[0], expected) < 1e-6
     assert error(actual[1], expected) > 1e-4
 
 
 FORWARD_MUTATIONS = {
-    "counts padding": ('tl.where(column < valid, x, -float("inf"))', 'tl.where(column < columns, x, -float("inf"))'),
+    "counts padding": (
+        'tl.where(column < valid, x, -float("inf"))',
+        'tl.where(column < columns, x, -float("inf"))',
+    ),
     "forgets to rescale the sum": ("sum_exp * tl.exp(maximum - new_maximum)", "sum_exp"),
-    "looks for the label in the wrong shard": ("tl.load(labels + row) - vocab_start", "tl.load(labels + row)"),
+    "looks for the label in the wrong shard": (
+        "tl.load(labels + row) - vocab_start",
+        "tl.load(labels + row)",
+    ),
 }
 
 
@@ -191,9 +273,14 @@ FORWARD_MUTATIONS = {
 def test_a_broken_forward_is_caught(mutation):
     broken = launchers(mutant("ops.cross_entropy", *FORWARD_MUTATIONS[mutation]))
     case = Case.create(2, 8256, 64, 64 + 8200)
-    case.logits[:, 5000], case.logits[:, 8250] = 60.0, 70.0  # the maximum is not in the first block, and padding holds a larger one
+    case.logits[:, 5000], case.logits[:, 8250] = (
+        60.0,
+        70.0,
+    )  # the maximum is not in the first block, and padding holds a larger one
     expected = case.statistics(reference, case.logits.double())
-    actual = [case.statistics(i, case.logits.to(DEVICE)) for i in (IMPLEMENTATIONS["triton"], broken)]
+    actual = [
+        case.statistics(i, case.logits.to(DEVICE)) for i in (IMPLEMENTATIONS["triton"], broken)
+    ]
     assert error(actual[0], expected) < 1e-6
     assert max(error(actual[1][row], expected[row]) for row in range(3)) > 1e-4
 
@@ -204,16 +291,22 @@ def test_more_than_two_to_the_31_logits_do_not_overflow(breaks, monkeypatch):
     """Rows 2^30 elements apart, of a shard that is all padding: the addresses are computed, nothing is read."""
     from triton.runtime.interpreter import interpreter_builder
 
-    monkeypatch.setattr(interpreter_builder, "options", dataclasses.replace(interpreter_builder.options, debug=True))
+    monkeypatch.setattr(
+        interpreter_builder, "options", dataclasses.replace(interpreter_builder.options, debug=True)
+    )
     module = mutant(
-        "ops.cross_entropy", "tl.program_id(0).to(tl.int64)", "tl.program_id(0)" if breaks else "tl.program_id(0).to(tl.int64) "
+        "ops.cross_entropy",
+        "tl.program_id(0).to(tl.int64)",
+        "tl.program_id(0)" if breaks else "tl.program_id(0).to(tl.int64) ",
     )
     logits = torch.zeros(64)
     labels, stats = torch.zeros(4, dtype=torch.int64), torch.zeros(3, 4)
 
     def launch():
         grid = (4,)
-        module.cross_entropy_forward_kernel[grid](logits, labels, stats, 4, 64, 2**30, 64, 64, 1.0, WITH_SUM=False, BLOCK=64, STAGES=1)
+        module.cross_entropy_forward_kernel[grid](
+            logits, labels, stats, 4, 64, 2**30, 64, 64, 1.0, WITH_SUM=False, BLOCK=64, STAGES=1
+        )
 
     if breaks:
         with pytest.raises(Exception, match="overflow"):
@@ -242,9 +335,14 @@ OPTIONS = {"logit_scale": 0.5, "z_loss": 1e-2, "label_smoothing": 0.1, "vocab_si
 @pytest.mark.parametrize("chunk_tokens", [None, 8, 1])
 def test_the_whole_loss_and_its_gradients_match_float64(dtype, options, chunk_tokens):
     x, weight, labels = whole_loss(dtype)
-    loss = kernels.unembedding_cross_entropy(x, weight, labels, chunk_tokens=chunk_tokens, **options)
+    loss = kernels.unembedding_cross_entropy(
+        x, weight, labels, chunk_tokens=chunk_tokens, **options
+    )
     (3.0 * loss).backward()
-    exact_x, exact_weight = x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    exact_x, exact_weight = (
+        x.detach().double().requires_grad_(),
+        weight.detach().double().requires_grad_(),
+    )
     expected = reference.unembedding_cross_entropy(exact_x, exact_weight, labels, **options)
     (3.0 * expected).backward()
     tolerance = 10 * TOLERANCES[dtype]  # bf16 logits are rounded before the loss sees them
@@ -256,7 +354,10 @@ def test_the_whole_loss_and_its_gradients_match_float64(dtype, options, chunk_to
 
 def test_gradcheck_of_the_whole_loss():
     x, weight, labels = whole_loss(torch.float64, tokens=(2, 2), hidden=3, columns=55)
-    assert torch.autograd.gradcheck(lambda a, b: kernels.unembedding_cross_entropy(a, b, labels, chunk_tokens=3, **OPTIONS), (x, weight))
+    assert torch.autograd.gradcheck(
+        lambda a, b: kernels.unembedding_cross_entropy(a, b, labels, chunk_tokens=3, **OPTIONS),
+        (x, weight),
+    )
 
 
 def test_the_mean_over_no_token_is_zero():
@@ -271,7 +372,9 @@ def test_the_loss_without_gradients_leaves_nothing_behind():
     with torch.no_grad():
         loss = kernels.unembedding_cross_entropy(x, weight, labels)
     assert not loss.requires_grad
-    assert loss.item() == pytest.approx(kernels.unembedding_cross_entropy(x, weight, labels).item(), rel=1e-7)
+    assert loss.item() == pytest.approx(
+        kernels.unembedding_cross_entropy(x, weight, labels).item(), rel=1e-7
+    )
 
 
 @pytest.mark.parametrize("options", [{"reduction": "none"}, {"logit_scale": 0.0}])
@@ -282,7 +385,11 @@ def test_a_setting_the_loss_cannot_follow_is_refused(options):
 
 def test_the_whole_loss_works_under_compilation():
     x, weight, labels = whole_loss(torch.float32)
-    compiled = torch.compile(lambda a, b: kernels.unembedding_cross_entropy(a, b, labels, **OPTIONS), backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(
+        lambda a, b: kernels.unembedding_cross_entropy(a, b, labels, **OPTIONS),
+        backend="aot_eager",
+        fullgraph=True,
+    )
     compiled(x, weight).backward()
     gradients = x.grad.clone(), weight.grad.clone()
     x.grad = weight.grad = None
@@ -295,7 +402,20 @@ def test_the_whole_loss_works_under_compilation():
 def test_the_operators_pass_opcheck(dtype, with_sum):
     case = Case.create(3, 64, 0, 60, dtype)
     logits, labels = case.logits.to(DEVICE), case.labels.to(DEVICE)
-    torch.library.opcheck(torch.ops.completep.cross_entropy_forward.default, (logits, labels, 0, 60, 0.5, with_sum))
+    torch.library.opcheck(
+        torch.ops.completep.cross_entropy_forward.default, (logits, labels, 0, 60, 0.5, with_sum)
+    )
     lse = case.lse().to(torch.float64 if dtype == torch.float64 else torch.float32).to(DEVICE)
-    arguments = (logits, labels, 0, lse, torch.ones(3, device=DEVICE), IGNORED, 0.0, 0.1 * with_sum, 60, 0.5)
+    arguments = (
+        logits,
+        labels,
+        0,
+        lse,
+        torch.ones(3, device=DEVICE),
+        IGNORED,
+        0.0,
+        0.1 * with_sum,
+        60,
+        0.5,
+    )
     torch.library.opcheck(torch.ops.completep.cross_entropy_backward_.default, arguments)

@@ -19,9 +19,14 @@ def launched_kernels(source: str) -> list[str]:
     compiled = {
         node.name
         for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef) and any("triton.jit" in ast.unparse(each) for each in node.decorator_list)
+        if isinstance(node, ast.FunctionDef)
+        and any("triton.jit" in ast.unparse(each) for each in node.decorator_list)
     }
-    calls = [node.func.value for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)]
+    calls = [
+        node.func.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)
+    ]
     return sorted(compiled & {call.id for call in calls if isinstance(call, ast.Name)})
 
 
@@ -36,7 +41,9 @@ def problems(sources: dict[str, str]) -> list[str]:
                 lines.append(f"{file}: {name} does not end in _kernel")
             if not name.startswith((file, *OPERATORS)):
                 lines.append(f"{file}: {name} names neither the file nor one of its operators")
-    return lines + [f"{name} stands in {count} files" for name, count in counts.items() if count > 1]
+    return lines + [
+        f"{name} stands in {count} files" for name, count in counts.items() if count > 1
+    ]
 
 
 def sources() -> dict[str, str]:
@@ -45,7 +52,9 @@ def sources() -> dict[str, str]:
 
 def test_a_profile_tells_every_kernel_apart():
     assert problems(sources()) == []
-    assert sum(len(launched_kernels(source)) for source in sources().values()) >= 15, "the search finds no kernels any more"
+    assert sum(len(launched_kernels(source)) for source in sources().values()) >= 15, (
+        "the search finds no kernels any more"
+    )
 
 
 @pytest.mark.parametrize(

@@ -18,18 +18,34 @@ WIDTHS = (768, 1024, 2048, 4096, 8192)
 OLDER = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
 ONE_REGISTER = 2  # instructions: stored once, loaded once. What triton 3.6 leaves in the backward with dropout, on sm_90
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
-WHOLE = ("norm", "forward", "add", "swiglu", "swiglu backward", "squared relu", "squared relu backward", "rotary", "rotary in place")
+WHOLE = (
+    "norm",
+    "forward",
+    "add",
+    "swiglu",
+    "swiglu backward",
+    "squared relu",
+    "squared relu backward",
+    "rotary",
+    "rotary in place",
+)
 
 # Everything on one architecture (4096 with the kernels beside the norm, and with the negative controls), two widths on the others.
 CONTROLLED = "sm_90:4096:bfloat16:dropout:controls"
 FAST = [f"sm_90:{hidden}:bfloat16:dropout" for hidden in WIDTHS if hidden != 4096]
 FAST += [CONTROLLED, "sm_90:768:bfloat16", "sm_90:4096:bfloat16:all"]
-FAST += [f"{architecture}:{hidden}:bfloat16" for architecture in ("sm_80", "sm_100", "gfx942") for hidden in (768, 4096)]
+FAST += [
+    f"{architecture}:{hidden}:bfloat16"
+    for architecture in ("sm_80", "sm_100", "gfx942")
+    for hidden in (768, 4096)
+]
 SLOW = [
     [
         f"{architecture}:{hidden}:{dtype}{kind}"
         for hidden in (*WIDTHS, 384, 640, 5120, 12288, 16384)
-        for dtype, kind in itertools.product(("bfloat16", "float32"), ("", ":rms", ":dropout", ":dropout:rms"))
+        for dtype, kind in itertools.product(
+            ("bfloat16", "float32"), ("", ":rms", ":dropout", ":dropout:rms")
+        )
         if dtype == "bfloat16" or kind in ("", ":dropout:rms")
     ]
     for architecture in ARCHITECTURES
@@ -73,7 +89,9 @@ def check_case(case, kernels):
         if "without" in name or "unaligned" in name:
             continue  # the negative controls
         where = f"{case} {name}: {used}"
-        assert used["spills"] <= (ONE_REGISTER if OLDER and dropout and name == "backward" else 0), where
+        assert used["spills"] <= (
+            ONE_REGISTER if OLDER and dropout and name == "backward" else 0
+        ), where
         if hidden not in WIDTHS:
             continue
         assert used["registers"] <= ceiling(architecture, hidden, name), where
@@ -82,7 +100,9 @@ def check_case(case, kernels):
             assert narrow <= dropout * used["segments"] and used["loads_128_bit"] > 0, where
         if name in ("backward", "add backward"):
             assert narrow <= narrow_loads(used, rms, dropout), where
-            assert used["loads_128_bit"] > 0 and used["programs_per_processor"] <= resident(architecture, used), where
+            assert used["loads_128_bit"] > 0 and used["programs_per_processor"] <= resident(
+                architecture, used
+            ), where
             assert used["prefetches"] > 0 or not architecture.startswith("sm_"), where
 
 
@@ -96,7 +116,10 @@ def test_kernels_spill_nothing_load_whole_vectors_prefetch_and_fit(compiled):
 def test_machine_code_shows_what_was_left_out(compiled):
     """Negative controls: the properties above come from the stages, the register cap, the segments and the alignment."""
     kernels = compiled[CONTROLLED]
-    assert kernels["backward"]["prefetches"] > 0 and kernels["backward without stages"]["prefetches"] == 0
+    assert (
+        kernels["backward"]["prefetches"] > 0
+        and kernels["backward without stages"]["prefetches"] == 0
+    )
     assert kernels["backward without register cap"]["registers"] > 128
     assert kernels["backward without segments"]["spills"] > 0
     assert kernels["swiglu of unaligned rows"]["loads_128_bit"] == 0

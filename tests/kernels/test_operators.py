@@ -22,7 +22,9 @@ OPERATORS = torch.ops.completep
 
 
 def random(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        *shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64
+    ).to(dtype)
 
 
 KINDS = ("layernorm", "rmsnorm")
@@ -39,11 +41,20 @@ def samples():
     for kind in KINDS:
         norm = (kind, 1e-5)
         mean, rstd = saved_statistics(kind == "rmsnorm")
-        yield "norm_forward", (x, vector, None if kind == "rmsnorm" else vector, *norm, torch.bfloat16)
+        yield (
+            "norm_forward",
+            (x, vector, None if kind == "rmsnorm" else vector, *norm, torch.bfloat16),
+        )
         yield "residual_norm_forward", (x, x, vector, vector, vector, *dropping, *norm)
         yield "residual_norm_forward", (x, x.bfloat16(), None, vector, None, *plain, *norm)
-        yield "residual_norm_backward", (x, x, x, mean, rstd, vector, True, True, True, *dropping, *norm)
-        yield "residual_norm_backward", (None, x, x, mean, rstd, vector, False, False, False, *plain, *norm)
+        yield (
+            "residual_norm_backward",
+            (x, x, x, mean, rstd, vector, True, True, True, *dropping, *norm),
+        )
+        yield (
+            "residual_norm_backward",
+            (None, x, x, mean, rstd, vector, False, False, False, *plain, *norm),
+        )
     yield "scaled_add_forward", (x, x, vector, *dropping)
     yield "scaled_add_forward", (x, x, None, *plain)
     yield "scaled_add_backward", (x, True, *dropping, torch.bfloat16)
@@ -67,13 +78,20 @@ def test_opcheck_passes(index):
     torch.library.opcheck(getattr(OPERATORS, name).default, arguments)
 
 
-OF_THE_OPTIMIZER_AND_THE_LOSS = {"adamw_", "sum_of_squares", "begin_step_", "cross_entropy_forward", "cross_entropy_backward_"}
+OF_THE_OPTIMIZER_AND_THE_LOSS = {
+    "adamw_",
+    "sum_of_squares",
+    "begin_step_",
+    "cross_entropy_forward",
+    "cross_entropy_backward_",
+}
 
 
 def test_every_operator_is_sampled_here_or_beside_its_own_tests():
     assert set(LAUNCHERS) == {name for name, _ in SAMPLES} | OF_THE_OPTIMIZER_AND_THE_LOSS
     checked = "".join(
-        (Path(__file__).parent / name).read_text() for name in ("test_adamw.py", "test_grad_norm.py", "test_cross_entropy.py")
+        (Path(__file__).parent / name).read_text()
+        for name in ("test_adamw.py", "test_grad_norm.py", "test_cross_entropy.py")
     )
     for name in OF_THE_OPTIMIZER_AND_THE_LOSS:
         assert f"opcheck(torch.ops.completep.{name}.default" in checked
@@ -84,7 +102,10 @@ def test_every_operator_is_sampled_here_or_beside_its_own_tests():
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 def test_gradients_of_the_residual_norm_are_right_in_float64(kind, optional, dropout_p):
     names = ("residual", "branch", "branch_bias", "weight", "bias")
-    given = {name: random(*((2, 6) if k < 2 else (6,)), dtype=torch.float64, seed=k) for k, name in enumerate(names)}
+    given = {
+        name: random(*((2, 6) if k < 2 else (6,)), dtype=torch.float64, seed=k)
+        for k, name in enumerate(names)
+    }
     if not optional:
         given["branch_bias"] = given["bias"] = None
     join = Join(0.3, dropout_p, torch.tensor(11) if dropout_p else None)
@@ -99,26 +120,48 @@ def test_gradients_of_the_residual_norm_are_right_in_float64(kind, optional, dro
 
 
 def test_gradients_of_the_other_operations_are_right_in_float64():
-    x, vector = random(2, 3, H, dtype=torch.float64).requires_grad_(), random(H, dtype=torch.float64, seed=1).requires_grad_()
+    x, vector = (
+        random(2, 3, H, dtype=torch.float64).requires_grad_(),
+        random(H, dtype=torch.float64, seed=1).requires_grad_(),
+    )
     bias = random(H, dtype=torch.float64, seed=2).requires_grad_()
-    heads, angle = random(2, 3, 2, 8, dtype=torch.float64).requires_grad_(), random(2, 1, 4, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x, w, b: kernels.norm(x, w, b, Norm()), (x, vector, bias))
-    assert torch.autograd.gradcheck(lambda x, w: kernels.norm(x, w, None, Norm("rmsnorm")), (x, vector))
+    heads, angle = (
+        random(2, 3, 2, 8, dtype=torch.float64).requires_grad_(),
+        random(2, 1, 4, dtype=torch.float64),
+    )
+    assert torch.autograd.gradcheck(
+        lambda x, w, b: kernels.norm(x, w, b, Norm()), (x, vector, bias)
+    )
+    assert torch.autograd.gradcheck(
+        lambda x, w: kernels.norm(x, w, None, Norm("rmsnorm")), (x, vector)
+    )
     branch = random(2, 3, H, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x, y, b: kernels.scaled_add(x, y, b, Join(0.3)), (x, branch, bias))
+    assert torch.autograd.gradcheck(
+        lambda x, y, b: kernels.scaled_add(x, y, b, Join(0.3)), (x, branch, bias)
+    )
     assert torch.autograd.gradcheck(kernels.swiglu, x)
     assert torch.autograd.gradcheck(kernels.squared_relu, x)
     assert torch.autograd.gradcheck(lambda q: kernels.rotary(q, angle.cos(), angle.sin()), heads)
 
 
 def test_gradcheck_notices_a_wrong_gradient(monkeypatch):
-    monkeypatch.setattr(squared_relu, "_squared_relu_backward", lambda d_out, x: 1.01 * pointwise.squared_relu_backward(d_out, x))
+    monkeypatch.setattr(
+        squared_relu,
+        "_squared_relu_backward",
+        lambda d_out, x: 1.01 * pointwise.squared_relu_backward(d_out, x),
+    )
     with pytest.raises(RuntimeError, match="Jacobian mismatch"):
-        torch.autograd.gradcheck(kernels.squared_relu, random(2, 3, dtype=torch.float64).abs().requires_grad_())
+        torch.autograd.gradcheck(
+            kernels.squared_relu, random(2, 3, dtype=torch.float64).abs().requires_grad_()
+        )
 
 
 def test_an_unused_output_of_the_residual_norm_costs_no_gradient():
-    residual, branch, weight = random(4, H).requires_grad_(), random(4, H, seed=1), random(H, seed=2)
+    residual, branch, weight = (
+        random(4, H).requires_grad_(),
+        random(4, H, seed=1),
+        random(H, seed=2),
+    )
     y, _ = kernels.scaled_residual_norm(residual, branch, None, weight, None, Join(0.5), Norm())
     (gradient,) = torch.autograd.grad(y.sum(), residual)
     assert torch.equal(gradient, torch.ones_like(residual))
@@ -134,7 +177,13 @@ def block(residual, branch, weight, bias, gate_up_weight, cos, sin, seed):
 
 
 def block_inputs():
-    leaves = [random(2, 3, H), random(2, 3, H, seed=1), random(H, seed=2), random(H, seed=4), random(H, 2 * H, seed=3)]
+    leaves = [
+        random(2, 3, H),
+        random(2, 3, H, seed=1),
+        random(H, seed=2),
+        random(H, seed=4),
+        random(H, 2 * H, seed=3),
+    ]
     fixed = random(2, 1, 4).cos(), random(2, 1, 4).sin(), torch.tensor(5)
     return [leaf.requires_grad_() for leaf in leaves], fixed
 
@@ -158,7 +207,11 @@ def test_the_profiler_sees_the_fused_operations_forward_and_backward():
         block(*leaves, *fixed).backward()
     seen = {event.key for event in trace.key_averages()}
     pairs = ("residual_norm", "swiglu", "squared_relu", "scaled_add")
-    expected = {f"{name}_{way}" for name in pairs for way in ("forward", "backward")} | {"norm_forward", "rotary", "reduce_partials_"}
+    expected = {f"{name}_{way}" for name in pairs for way in ("forward", "backward")} | {
+        "norm_forward",
+        "rotary",
+        "reduce_partials_",
+    }
     assert {f"completep::{name}" for name in expected} <= seen
 
 
@@ -167,7 +220,9 @@ def test_dropout_without_a_seed_is_refused():
     with pytest.raises(ValueError, match=r"dropout_p = 0\.5 needs a seed"):
         kernels.scaled_add(x, x, None, Join(1.0, 0.5))
     with pytest.raises(ValueError, match="needs a seed"):  # where no value is read, as on a GPU
-        kernels.scaled_residual_norm(x.to("meta"), x.to("meta"), None, x[0].to("meta"), None, Join(1.0, 0.5), Norm())
+        kernels.scaled_residual_norm(
+            x.to("meta"), x.to("meta"), None, x[0].to("meta"), None, Join(1.0, 0.5), Norm()
+        )
 
 
 def test_a_kind_of_norm_that_is_not_defined_is_refused():
@@ -183,7 +238,9 @@ def test_importing_every_module_leaves_the_public_functions_in_place():
     assert not names & set(kernels.__all__)
     for module in pkgutil.walk_packages(kernels.__path__, f"{kernels.__name__}."):
         importlib.import_module(module.name)
-    assert not [name for name in kernels.__all__ if isinstance(getattr(kernels, name), types.ModuleType)]
+    assert not [
+        name for name in kernels.__all__ if isinstance(getattr(kernels, name), types.ModuleType)
+    ]
 
 
 def test_cpu_tensors_need_no_triton():
@@ -201,7 +258,9 @@ kernels.swiglu(kernels.norm(x, torch.ones(8), None, kernels.Norm())).sum().backw
 def test_the_folder_imported_as_a_package_of_its_own_is_empty():
     """Libraries probe for a package called kernels; a second registration of the operators would fail."""
     probed = importlib.import_module("kernels")
-    assert not hasattr(probed, "norm") and not [name for name in sys.modules if name.startswith("kernels.")]
+    assert not hasattr(probed, "norm") and not [
+        name for name in sys.modules if name.startswith("kernels.")
+    ]
 
 
 def test_operations_agree_with_their_definition_across_dtypes():

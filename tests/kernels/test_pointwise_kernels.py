@@ -33,10 +33,17 @@ def check_swiglu(module, tolerance, shape, dtype, stride=0):
     *leading, half = shape
     gate_up = random(*leading, 2 * half + stride, dtype=dtype)[..., : 2 * half]
     d_out = random(*shape, dtype=dtype, seed=1)
-    assert_close(module.swiglu_forward(gate_up), reference.swiglu(gate_up.double().cpu()), tolerance[dtype], "out")
+    assert_close(
+        module.swiglu_forward(gate_up),
+        reference.swiglu(gate_up.double().cpu()),
+        tolerance[dtype],
+        "out",
+    )
     gradient = module.swiglu_backward(d_out, gate_up)
     assert gradient.is_contiguous() and gradient.dtype == dtype
-    assert_close(gradient, expected_gradient(reference.swiglu, gate_up, d_out), tolerance[dtype], "d_gate_up")
+    assert_close(
+        gradient, expected_gradient(reference.swiglu, gate_up, d_out), tolerance[dtype], "d_gate_up"
+    )
 
 
 @pytest.mark.parametrize("name", SWIGLU)
@@ -62,7 +69,9 @@ def test_squared_relu_matches_float64(name, dtype, shape, monkeypatch):
     with poisoned_allocations(monkeypatch) if name == "triton" else monkeypatch.context():
         out, gradient = module.squared_relu_forward(x), module.squared_relu_backward(d_out, x)
     assert_close(out, reference.squared_relu(x.double().cpu()), tolerance[dtype], "out")
-    assert_close(gradient, expected_gradient(reference.squared_relu, x, d_out), tolerance[dtype], "d_x")
+    assert_close(
+        gradient, expected_gradient(reference.squared_relu, x, d_out), tolerance[dtype], "d_x"
+    )
 
 
 @pytest.mark.parametrize("name", SQUARED_RELU)
@@ -81,7 +90,9 @@ def angles(sequence, batch, half):
 def check_rotary(module, tolerance, shape, dtype, batch_angles=1, inverse=False):
     sequence, batch, heads, head_dim = shape
     cos, sin = angles(sequence, batch_angles, head_dim // 2)
-    fused = random(sequence, batch, heads, 3 * head_dim, dtype=dtype)  # q of a fused projection: only the last dimension is dense
+    fused = random(
+        sequence, batch, heads, 3 * head_dim, dtype=dtype
+    )  # q of a fused projection: only the last dimension is dense
     x = fused[..., :head_dim]
     expected = reference.rotary(x.double().cpu(), cos.double().cpu(), sin.double().cpu(), inverse)
     out = module.rotary(x, cos, sin, inverse)
@@ -96,7 +107,10 @@ def check_rotary(module, tolerance, shape, dtype, batch_angles=1, inverse=False)
 @pytest.mark.parametrize("name", ROTARY)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("inverse", [False, True])
-@pytest.mark.parametrize("shape, batch_angles", [((5, 2, 3, 64), 1), ((3, 2, 1, 20), 2), ((1, 3, 17, 2), 3), ((2, 1, 20, 128), 1)])
+@pytest.mark.parametrize(
+    "shape, batch_angles",
+    [((5, 2, 3, 64), 1), ((3, 2, 1, 20), 2), ((1, 3, 17, 2), 3), ((2, 1, 20, 128), 1)],
+)
 def test_rotary_matches_float64_in_place_and_not(name, dtype, inverse, shape, batch_angles):
     check_rotary(*ROTARY[name], shape, dtype, batch_angles, inverse)
 
@@ -106,7 +120,12 @@ def test_rotary_inverse_undoes_it(name):
     module, _ = ROTARY[name]
     x = random(4, 2, 3, 32)
     cos, sin = angles(4, 1, 16)
-    assert_close(module.rotary(module.rotary(x, cos, sin, False), cos, sin, True), x.double(), 1e-6, "there and back")
+    assert_close(
+        module.rotary(module.rotary(x, cos, sin, False), cos, sin, True),
+        x.double(),
+        1e-6,
+        "there and back",
+    )
 
 
 def swiglu_far_away(module):
@@ -121,10 +140,16 @@ def squared_relu_far_away(module):
 
 
 def rotary_far_away(module):
-    module.launch_rotary_(torch.zeros(1, 1, 32, 128), torch.zeros(1, 1, 64), torch.zeros(1, 1, 64), False)
+    module.launch_rotary_(
+        torch.zeros(1, 1, 32, 128), torch.zeros(1, 1, 64), torch.zeros(1, 1, 64), False
+    )
 
 
-FAR = {"ops.swiglu": swiglu_far_away, "ops.squared_relu": squared_relu_far_away, "ops.rotary": rotary_far_away}
+FAR = {
+    "ops.swiglu": swiglu_far_away,
+    "ops.squared_relu": squared_relu_far_away,
+    "ops.rotary": rotary_far_away,
+}
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter's overflow check")

@@ -6,7 +6,17 @@ import importlib
 import norm_cases
 import pytest
 import torch
-from norm_cases import EPS, SEED, Case, backward, check_backward, check_forward, forward, poisoned_allocations, relative_error
+from norm_cases import (
+    EPS,
+    SEED,
+    Case,
+    backward,
+    check_backward,
+    check_forward,
+    forward,
+    poisoned_allocations,
+    relative_error,
+)
 from step_kernels import DEVICE, launchers, mutant
 
 from megatron_completep import kernels
@@ -44,7 +54,9 @@ LAYERNORM = Norm("layernorm", EPS)
 
 
 def identity(case):
-    return "-".join(str(getattr(case, field.name)).removeprefix("torch.") for field in dataclasses.fields(case))
+    return "-".join(
+        str(getattr(case, field.name)).removeprefix("torch.") for field in dataclasses.fields(case)
+    )
 
 
 @pytest.mark.parametrize("case", CASES, ids=identity)
@@ -55,14 +67,22 @@ def test_kernels_match_float64_and_write_every_element_of_their_outputs_only(cas
 
 @pytest.mark.parametrize("case", [c for c in CASES if 1 < c.hidden < 5000], ids=identity)
 def test_cpu_path_matches_float64(case, monkeypatch):
-    monkeypatch.setattr(norm_cases, "TOLERANCE", {**norm_cases.TOLERANCE, BF16: 5e-3, torch.float16: 8e-4, torch.float32: 2e-6})
-    monkeypatch.setattr(norm_cases, "vector_tolerance", lambda dtype, rows: 1e-5 if dtype == torch.float32 else 5e-3)
+    monkeypatch.setattr(
+        norm_cases,
+        "TOLERANCE",
+        {**norm_cases.TOLERANCE, BF16: 5e-3, torch.float16: 8e-4, torch.float32: 2e-6},
+    )
+    monkeypatch.setattr(
+        norm_cases, "vector_tolerance", lambda dtype, rows: 1e-5 if dtype == torch.float32 else 5e-3
+    )
     check_forward(cpu, case)
     check_backward(cpu, case)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("hidden", [1, 3, 64, 100, 500, 640, 768, 1000, 1024, 1100, 3072, 5120, 8192, 12288, 16384])
+@pytest.mark.parametrize(
+    "hidden", [1, 3, 64, 100, 500, 640, 768, 1000, 1024, 1100, 3072, 5120, 8192, 12288, 16384]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 @pytest.mark.parametrize("rms", [False, True])
 def test_kernels_match_float64_on_the_wide_sweep(hidden, dtype, rms):
@@ -70,7 +90,15 @@ def test_kernels_match_float64_on_the_wide_sweep(hidden, dtype, rms):
     for rows in (1, 2, 3, 17, programs - 1, programs, programs + 1):
         for optional in (False, True):
             for dropout_p in (0.0, 0.2):
-                case = Case(rows, hidden, dtype, rms=rms, bias=optional, branch_bias=optional, dropout_p=dropout_p)
+                case = Case(
+                    rows,
+                    hidden,
+                    dtype,
+                    rms=rms,
+                    bias=optional,
+                    branch_bias=optional,
+                    dropout_p=dropout_p,
+                )
                 check_forward(residual_norm, case)
                 check_backward(residual_norm, case)
 
@@ -90,7 +118,12 @@ def test_branch_gradient_is_linear_in_the_scale_and_the_stream_gradient_ignores_
     case = Case(5, 100, bias=True)
     given = case.inputs()
     y, _, mean, rstd = forward(IMPLEMENTATIONS[name], case, given)
-    half, quarter = (backward(IMPLEMENTATIONS[name], dataclasses.replace(case, scale=scale), given, y, mean, rstd) for scale in (0.5, 0.25))
+    half, quarter = (
+        backward(
+            IMPLEMENTATIONS[name], dataclasses.replace(case, scale=scale), given, y, mean, rstd
+        )
+        for scale in (0.5, 0.25)
+    )
     assert torch.equal(half[0], quarter[0])
     assert torch.equal(half[1], 2 * quarter[1])
 
@@ -110,7 +143,11 @@ def test_variance_survives_a_mean_a_thousand_times_larger_than_the_deviation():
     assert relative_error(out, reference.norm(x.double(), weight.double(), None, LAYERNORM)) < 1e-4
 
 
-@pytest.mark.parametrize("case", [Case(17, 768, BF16, bias=True, branch_bias=True, dropout_p=0.1), Case(5, 9000)], ids=identity)
+@pytest.mark.parametrize(
+    "case",
+    [Case(17, 768, BF16, bias=True, branch_bias=True, dropout_p=0.1), Case(5, 9000)],
+    ids=identity,
+)
 def test_two_runs_agree_bitwise(case):
     given = case.inputs()
     y, out, mean, rstd = forward(residual_norm, case, given)
@@ -126,7 +163,9 @@ def test_add_alone_matches_float64_both_ways(branch_bias, dtype):
     case = Case(7, 768, dtype, branch_bias=branch_bias, dropout_p=0.2)
     given = case.inputs()
     join = Join(0.3, 0.2, given["seed"])
-    y = residual_norm.scaled_add_forward(given["residual"], given["branch"], given["branch_bias"], join)
+    y = residual_norm.scaled_add_forward(
+        given["residual"], given["branch"], given["branch_bias"], join
+    )
     assert torch.equal(y, forward(residual_norm, case, given)[0])
     d_branch, partials = residual_norm.scaled_add_backward(given["d_y"], branch_bias, join, dtype)
     factor = reference.dropout_factor(y.shape, norm_cases.on_cpu(join))
@@ -146,7 +185,9 @@ def factor_of(seed):
 
 def test_dropout_drops_the_asked_share_and_keeps_the_mean():
     factor = factor_of(SEED)
-    assert abs(float((factor == 0).float().mean()) - 0.3) < 0.01  # five standard deviations of 50,500 draws
+    assert (
+        abs(float((factor == 0).float().mean()) - 0.3) < 0.01
+    )  # five standard deviations of 50,500 draws
     assert factor.unique().tolist() == [0.0, pytest.approx(1 / 0.7)]
     other = factor_of(SEED + 1)
     assert 0.5 < float((factor == other).float().mean()) < 0.65  # 0.58 for independent masks
@@ -157,7 +198,12 @@ def test_dropout_drops_the_asked_share_and_keeps_the_mean():
 def test_philox_matches_published_vectors():
     """Known-answer tests of Random123 (philox4x32, 10 rounds) with the two counter words that are used here."""
     words = reference.philox_4x32(torch.tensor(0), torch.tensor([0]))
-    assert [hex(word) for word in words[0].tolist()] == ["0x6627e8d5", "0xe169c58d", "0xbc57ac4c", "0x9b00dbd8"]
+    assert [hex(word) for word in words[0].tolist()] == [
+        "0x6627e8d5",
+        "0xe169c58d",
+        "0xbc57ac4c",
+        "0x9b00dbd8",
+    ]
 
 
 def test_a_shape_only_pass_draws_nothing_and_changes_no_mask():
@@ -166,7 +212,10 @@ def test_a_shape_only_pass_draws_nothing_and_changes_no_mask():
     given = {key: None if value is None else value.cpu() for key, value in case.inputs().items()}
     arguments = [given[key] for key in ("residual", "branch", "branch_bias", "weight", "bias")]
     join = Join(0.3, 0.4, given["seed"])
-    before, state = kernels.scaled_residual_norm(*arguments, join, LAYERNORM)[0], torch.get_rng_state()
+    before, state = (
+        kernels.scaled_residual_norm(*arguments, join, LAYERNORM)[0],
+        torch.get_rng_state(),
+    )
     shapes = [None if tensor is None else tensor.to("meta") for tensor in arguments]
     y, out = kernels.scaled_residual_norm(*shapes, join.under(given["seed"].to("meta")), LAYERNORM)
     assert y.shape == before.shape and out.is_meta
@@ -178,14 +227,21 @@ def test_a_recomputed_forward_draws_the_same_mask():
     case = Case(6, 100, dropout_p=0.4, branch_bias=True)
     given = case.inputs()
     leaf = given["branch"].cpu().requires_grad_()
-    fixed = [None if given[k] is None else given[k].cpu() for k in ("residual", "branch_bias", "weight", "bias", "seed")]
+    fixed = [
+        None if given[k] is None else given[k].cpu()
+        for k in ("residual", "branch_bias", "weight", "bias", "seed")
+    ]
 
     def block(branch):
-        y, out = kernels.scaled_residual_norm(fixed[0], branch, *fixed[1:4], Join(0.3, 0.4, fixed[4]), LAYERNORM)
+        y, out = kernels.scaled_residual_norm(
+            fixed[0], branch, *fixed[1:4], Join(0.3, 0.4, fixed[4]), LAYERNORM
+        )
         return (y * out).sum()
 
     (plain,) = torch.autograd.grad(block(leaf), leaf)
-    (recomputed,) = torch.autograd.grad(torch.utils.checkpoint.checkpoint(block, leaf, use_reentrant=False), leaf)
+    (recomputed,) = torch.autograd.grad(
+        torch.utils.checkpoint.checkpoint(block, leaf, use_reentrant=False), leaf
+    )
     assert torch.equal(plain, recomputed)
 
 
@@ -217,7 +273,18 @@ def add_far_away(module):
     x = torch.zeros(64, 1024)
     module.launch_scaled_add_forward(x, x, None, Join(0.5))
     module.scaled_add_backward_kernel[(1,)](
-        x, None, x, torch.zeros(1, 1, 1024), FAR_ROWS, 1024, 0.5, 0.0, HIDDEN=1024, WIDTHS=(1024,), ROWS=2, STAGES=1
+        x,
+        None,
+        x,
+        torch.zeros(1, 1, 1024),
+        FAR_ROWS,
+        1024,
+        0.5,
+        0.0,
+        HIDDEN=1024,
+        WIDTHS=(1024,),
+        ROWS=2,
+        STAGES=1,
     )
 
 
@@ -271,7 +338,9 @@ def with_slip(module, old, new):
     changed = {"ops.residual_norm": residual_norm_module, "ops.partial_sums": partial_sums}
     if module == "tiling":
         name = broken.__name__.rpartition(".")[2]
-        changed["ops.residual_norm"] = mutant("ops.residual_norm", "from ..tiling", f"from ..{name}")
+        changed["ops.residual_norm"] = mutant(
+            "ops.residual_norm", "from ..tiling", f"from ..{name}"
+        )
     else:
         changed[module] = broken
     return launchers(*changed.values())

@@ -22,7 +22,9 @@ class Recorder:
 
 
 def random(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
 def leaves(dtype):
@@ -43,10 +45,24 @@ def residual_norm(kind):
 OPERATIONS = {
     "layernorm": (residual_norm("layernorm"), (1, 2, 0)),
     "rmsnorm": (residual_norm("rmsnorm"), (1, 2, 0)),
-    "norm alone": (lambda rows, vectors, sink: kernels.norm(rows[0], *vectors[1:], Norm(), sink=sink), (1, 2)),
-    "norm without a bias": (lambda rows, vectors, sink: kernels.norm(rows[0], vectors[1], None, Norm("rmsnorm"), sink=sink), (1,)),
-    "add alone": (lambda rows, vectors, sink: kernels.scaled_add(*rows, vectors[0], JOIN, sink), (0,)),
-    "add without a bias": (lambda rows, vectors, sink: kernels.scaled_add(*rows, None, JOIN, sink), ()),
+    "norm alone": (
+        lambda rows, vectors, sink: kernels.norm(rows[0], *vectors[1:], Norm(), sink=sink),
+        (1, 2),
+    ),
+    "norm without a bias": (
+        lambda rows, vectors, sink: kernels.norm(
+            rows[0], vectors[1], None, Norm("rmsnorm"), sink=sink
+        ),
+        (1,),
+    ),
+    "add alone": (
+        lambda rows, vectors, sink: kernels.scaled_add(*rows, vectors[0], JOIN, sink),
+        (0,),
+    ),
+    "add without a bias": (
+        lambda rows, vectors, sink: kernels.scaled_add(*rows, None, JOIN, sink),
+        (),
+    ),
 }
 
 
@@ -57,9 +73,13 @@ def test_a_sink_gets_once_and_alone_what_autograd_would_have_returned(name, dtyp
     rows, vectors = leaves(dtype)
     weights = random(5, H, seed=9, dtype=dtype)
     asked = [leaf for leaf in [*rows, *vectors] if leaf is not None]
-    plain = torch.autograd.grad((operation(rows, vectors, None) * weights).sum(), asked, allow_unused=True)
+    plain = torch.autograd.grad(
+        (operation(rows, vectors, None) * weights).sum(), asked, allow_unused=True
+    )
     sink = Recorder()
-    pushing = torch.autograd.grad((operation(rows, vectors, sink) * weights).sum(), asked, allow_unused=True)
+    pushing = torch.autograd.grad(
+        (operation(rows, vectors, sink) * weights).sum(), asked, allow_unused=True
+    )
     for ours, theirs in zip(pushing[:2], plain[:2], strict=True):
         assert (ours is theirs is None) or torch.equal(ours, theirs)
     assert pushing[2:] == (None, None, None)
@@ -68,7 +88,9 @@ def test_a_sink_gets_once_and_alone_what_autograd_would_have_returned(name, dtyp
     for k, (_, accumulate) in zip(order, sink.pushed, strict=True):
         main_grad = torch.full((H,), torch.nan, dtype=wide)
         accumulate(main_grad, True)
-        assert torch.equal(main_grad.to(dtype), plain[2 + k]), "the first contribution is written over what is there"
+        assert torch.equal(main_grad.to(dtype), plain[2 + k]), (
+            "the first contribution is written over what is there"
+        )
         before = main_grad.clone()
         accumulate(main_grad, False)
         torch.testing.assert_close(main_grad, 2 * before)

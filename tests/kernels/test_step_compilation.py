@@ -23,7 +23,12 @@ VECTOR_LOADS = {
 
 @pytest.mark.parametrize(
     "architecture",
-    ["sm_90", pytest.param("sm_80", marks=pytest.mark.slow), pytest.param("sm_100", marks=pytest.mark.slow), "gfx942"],
+    [
+        "sm_90",
+        pytest.param("sm_80", marks=pytest.mark.slow),
+        pytest.param("sm_100", marks=pytest.mark.slow),
+        "gfx942",
+    ],
 )
 def test_kernels_load_whole_vectors_and_spill_nothing(architecture):
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(HERE.parents[1])}
@@ -37,4 +42,8 @@ def test_kernels_load_whole_vectors_and_spill_nothing(architecture):
         assert found[name]["loads_128_bit"] >= loads, name
     assert found["adamw without its hint"]["loads_128_bit"] == 0
     if architecture.startswith("sm_"):
-        assert found["cross_entropy_forward"]["prefetches"] > 0 == found["cross_entropy_backward"]["prefetches"]
+        assert (
+            found["cross_entropy_forward"]["prefetches"]
+            > 0
+            == found["cross_entropy_backward"]["prefetches"]
+        )

@@ -27,8 +27,14 @@ def reading_what_it_overwrites(total, a, b, *, beta=1.0, out_dtype=None, out=Non
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_product_is_added_or_written(dtype, overwrite):
     generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(*shape, generator=generator).to(dtype).to(DEVICE) for shape in ((5, 7), (7, 3)))
-    total = torch.full((5, 3), float("nan") if overwrite else 2.0, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    a, b = (
+        torch.randn(*shape, generator=generator).to(dtype).to(DEVICE) for shape in ((5, 7), (7, 3))
+    )
+    total = torch.full(
+        (5, 3),
+        float("nan") if overwrite else 2.0,
+        dtype=torch.float64 if dtype == torch.float64 else torch.float32,
+    )
     total = total.to(DEVICE)
     kernels.add_product(total, a, b, overwrite)
     expected = a.double() @ b.double() + (0.0 if overwrite else 2.0)
@@ -37,7 +43,13 @@ def test_a_product_is_added_or_written(dtype, overwrite):
 
 
 @pytest.mark.parametrize(
-    ("addmm", "trusted"), [(exact, True), (rounding, False), (reading_what_it_overwrites, False), (true_addmm, torch.cuda.is_available())]
+    ("addmm", "trusted"),
+    [
+        (exact, True),
+        (rounding, False),
+        (reading_what_it_overwrites, False),
+        (true_addmm, torch.cuda.is_available()),
+    ],
 )
 def test_only_a_gemm_that_rounds_nothing_is_trusted(addmm, trusted, monkeypatch):
     """CPU builds refuse the combination, which is one way to say no."""

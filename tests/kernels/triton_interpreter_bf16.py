@@ -14,12 +14,18 @@ def float32_to_bf16(values):
     """Round to nearest even, as the hardware does; returns the uint16 bit patterns."""
     values = np.ascontiguousarray(values, dtype=np.float32)
     bits = values.view(np.uint32)
-    rounded = ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
+    rounded = (
+        (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    ).astype(np.uint16)
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
 
 
 def bf16_to_float32(bits):
-    return (np.ascontiguousarray(bits).astype(np.uint32) << np.uint32(16)).view(np.float32).reshape(bits.shape)
+    return (
+        (np.ascontiguousarray(bits).astype(np.uint32) << np.uint32(16))
+        .view(np.float32)
+        .reshape(bits.shape)
+    )
 
 
 def install():
@@ -27,7 +33,11 @@ def install():
     if getattr(builder, "_bf16_fixed", False):
         return
     old_cast, old_binary, old_unary = builder.cast_impl, builder.binary_op, builder.unary_op
-    old_dot, old_fp_to_fp, old_splat = builder.create_dot, builder.create_fp_to_fp, builder.create_splat
+    old_dot, old_fp_to_fp, old_splat = (
+        builder.create_dot,
+        builder.create_fp_to_fp,
+        builder.create_splat,
+    )
 
     def is_bf16(handle):
         return handle.dtype.scalar == tl.bfloat16
@@ -50,10 +60,18 @@ def install():
         if not (is_bf16(left) and is_bf16(right)):
             return old_binary(self, left, right, op)
         out = op(bf16_to_float32(left.data), bf16_to_float32(right.data))
-        return Handle(out, tl.int1) if out.dtype == np.bool_ else Handle(float32_to_bf16(out), tl.bfloat16)
+        return (
+            Handle(out, tl.int1)
+            if out.dtype == np.bool_
+            else Handle(float32_to_bf16(out), tl.bfloat16)
+        )
 
     def unary(self, x, op):
-        return Handle(float32_to_bf16(op(bf16_to_float32(x.data))), tl.bfloat16) if is_bf16(x) else old_unary(self, x, op)
+        return (
+            Handle(float32_to_bf16(op(bf16_to_float32(x.data))), tl.bfloat16)
+            if is_bf16(x)
+            else old_unary(self, x, op)
+        )
 
     def dot(self, a, b, accumulator, *rest):
         def widen(handle):
@@ -64,7 +82,9 @@ def install():
     def splat(self, shape_type, value):
         # 3.9.0: a scalar comparison keeps its operand's dtype, and load/store refuse such a mask.
         if value.data.dtype == np.bool_:
-            return Handle(np.full(shape_type.shape, value.data.reshape(-1)[0], dtype=np.bool_), tl.int1)
+            return Handle(
+                np.full(shape_type.shape, value.data.reshape(-1)[0], dtype=np.bool_), tl.int1
+            )
         return old_splat(self, shape_type, value)
 
     builder.cast_impl, builder.create_fp_to_fp = cast, fp_to_fp

@@ -20,17 +20,24 @@ def factors(model: ModelConfig, shape: tuple[int, int]) -> list[Tensor]:
     batch, length = shape
     size = torch.Size((length, batch, model.hidden_size))
     sites = range(1, 2 * model.num_layers + 1)
-    factors = [reference.dropout_factor(size, Join(1.0, model.dropout, SEED + site)) for site in sites]
+    factors = [
+        reference.dropout_factor(size, Join(1.0, model.dropout, SEED + site)) for site in sites
+    ]
     return [factor.double().transpose(0, 1) for factor in factors]
 
 
-def gradients_of(gpt: GPT, tokens: Tensor, labels: Tensor, seed: Tensor | None = SEED) -> dict[str, Tensor]:
+def gradients_of(
+    gpt: GPT, tokens: Tensor, labels: Tensor, seed: Tensor | None = SEED
+) -> dict[str, Tensor]:
     """The loss and every gradient."""
     loss = gpt(tokens, labels=labels, dropout_seed=seed)
     gpt.queue.begin_step(gpt.parameters(), 1)
     loss.backward()
     gpt.queue.finish_step()
-    return {"loss": loss.detach(), **{name: p.main_grad.clone() for name, p in gpt.named_parameters()}}
+    return {
+        "loss": loss.detach(),
+        **{name: p.main_grad.clone() for name, p in gpt.named_parameters()},
+    }
 
 
 def test_dropout_matches_the_plain_twin_given_the_same_masks() -> None:
@@ -41,7 +48,9 @@ def test_dropout_matches_the_plain_twin_given_the_same_masks() -> None:
     found = gradients_of(gpt, tokens, labels)
     weights = {name: p.detach().clone().requires_grad_() for name, p in gpt.named_parameters()}
     twin = PlainTwin(weights, model, completep)
-    loss = cross_entropy_sum(twin.logits(tokens, branch_factors=factors(model, tuple(tokens.shape))), labels)
+    loss = cross_entropy_sum(
+        twin.logits(tokens, branch_factors=factors(model, tuple(tokens.shape))), labels
+    )
     loss.backward()
     torch.testing.assert_close(found["loss"], loss.detach(), rtol=1e-12, atol=0)
     for name, weight in weights.items():
@@ -55,8 +64,13 @@ def test_dropout_keeps_the_right_share_and_the_mean_and_differs_by_site() -> Non
     model = model_config(dropout=0.25)
     masks = factors(model, (64, model.seq_length))
     for mask in masks:
-        assert set(mask.unique().tolist()) == {0.0, float(torch.tensor(1 / 0.75, dtype=torch.float32))}
-        assert abs((mask == 0).double().mean() - 0.25) < 0.01  # 24576 draws: standard deviation 0.003
+        assert set(mask.unique().tolist()) == {
+            0.0,
+            float(torch.tensor(1 / 0.75, dtype=torch.float32)),
+        }
+        assert (
+            abs((mask == 0).double().mean() - 0.25) < 0.01
+        )  # 24576 draws: standard deviation 0.003
         assert abs(mask.mean() - 1.0) < 0.015
     kept = torch.stack([mask.flatten() > 0 for mask in masks]).double()
     correlation = torch.corrcoef(kept) - torch.eye(len(masks), dtype=torch.float64)
@@ -66,19 +80,31 @@ def test_dropout_keeps_the_right_share_and_the_mean_and_differs_by_site() -> Non
 def test_without_a_seed_nothing_is_dropped() -> None:
     model, tokens = model_config(dropout=0.5), batch_of(model_config())[0]
     table = table_for(model, completep_config())
-    dropping, plain = build_model(model, table), build_model(model.model_copy(update={"dropout": 0.0}), table)
+    dropping, plain = (
+        build_model(model, table),
+        build_model(model.model_copy(update={"dropout": 0.0}), table),
+    )
     with torch.no_grad():
         assert torch.equal(dropping(tokens), plain(tokens))
         assert not torch.equal(dropping(tokens, dropout_seed=SEED), plain(tokens))
         assert torch.equal(dropping(tokens, dropout_seed=SEED), dropping(tokens, dropout_seed=SEED))
-        assert not torch.equal(dropping(tokens, dropout_seed=SEED), dropping(tokens, dropout_seed=SEED + 1000))
+        assert not torch.equal(
+            dropping(tokens, dropout_seed=SEED), dropping(tokens, dropout_seed=SEED + 1000)
+        )
 
 
 @pytest.mark.parametrize("recompute", ["full", "selective"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("position", ["rope", "alibi"])
 def test_recomputation_changes_no_bit(recompute: str, dtype: torch.dtype, position: str) -> None:
-    model = model_config(dropout=0.1, bias=True, norm="layernorm", qk_norm=True, num_query_groups=2, position=position)
+    model = model_config(
+        dropout=0.1,
+        bias=True,
+        norm="layernorm",
+        qk_norm=True,
+        num_query_groups=2,
+        position=position,
+    )
     table = table_for(model, completep_config())
     tokens, labels = batch_of(model)
     kept = gradients_of(build_model(model, table, dtype), tokens, labels)
@@ -109,7 +135,9 @@ def test_recomputation_keeps_fewer_activations(recompute: str) -> None:
         gpt, kept = build_model(model, table_for(model, completep_config()), recompute=mode), {}
 
         def pack(tensor: Tensor) -> Tensor:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()  # held, so that no address is used twice
+            kept[tensor.untyped_storage().data_ptr()] = (
+                tensor.untyped_storage()
+            )  # held, so that no address is used twice
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

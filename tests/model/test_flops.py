@@ -11,7 +11,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_completep.benchmarks.plain_model import PlainGPT
-from megatron_completep.model.flops import forward_flops_per_token, peak_flops, training_flops_per_token
+from megatron_completep.model.flops import (
+    forward_flops_per_token,
+    peak_flops,
+    training_flops_per_token,
+)
 
 SHAPES: list[dict[str, Any]] = [
     {},
@@ -31,8 +35,12 @@ def test_flops_equal_those_that_torch_counts(shape: dict[str, Any]) -> None:
             loss = plain(tokens, tokens)
         with FlopCounterMode(display=False) as backward:
             loss.backward()
-    width = model.num_attention_heads * (model.head_dim or model.hidden_size // model.num_attention_heads)
-    future = model.num_layers * 2 * 2 * width * (model.seq_length - (model.seq_length + 1) / 2)  # a token, above the diagonal
+    width = model.num_attention_heads * (
+        model.head_dim or model.hidden_size // model.num_attention_heads
+    )
+    future = (
+        model.num_layers * 2 * 2 * width * (model.seq_length - (model.seq_length + 1) / 2)
+    )  # a token, above the diagonal
     counted = forward.get_total_flops() / tokens.numel()
     assert forward_flops_per_token(model) == pytest.approx(counted - future, rel=1e-12)
     whole = (forward.get_total_flops() + backward.get_total_flops()) / tokens.numel()
@@ -40,7 +48,14 @@ def test_flops_equal_those_that_torch_counts(shape: dict[str, Any]) -> None:
 
 
 def test_flops_come_close_to_six_times_the_parameters_of_the_layers() -> None:
-    model = model_config(hidden_size=2048, num_layers=24, num_attention_heads=16, ffn_hidden_size=8192, activation="gelu", seq_length=128)
+    model = model_config(
+        hidden_size=2048,
+        num_layers=24,
+        num_attention_heads=16,
+        ffn_hidden_size=8192,
+        activation="gelu",
+        seq_length=128,
+    )
     layers = 24 * 12 * 2048**2
     assert training_flops_per_token(model) == pytest.approx(6 * layers, rel=0.02)
     assert training_flops_per_token(model, 4096) > 6 * layers * 1.1  # attention counts

@@ -20,7 +20,9 @@ def operations_of_one_step(**changes) -> Counter[str]:
     config = model_config(num_layers=LAYERS, **changes)
     table = table_for(config, completep_config())
     model = build_model(config, table, torch.float32)
-    optimizer = DistributedOptimizer([model], table, optimizer_config(), ParallelContext.single(), precision=torch.float32)
+    optimizer = DistributedOptimizer(
+        [model], table, optimizer_config(), ParallelContext.single(), precision=torch.float32
+    )
     tokens = torch.randint(config.vocab_size, (2, config.seq_length))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         optimizer.begin_step(1)
@@ -28,7 +30,11 @@ def operations_of_one_step(**changes) -> Counter[str]:
         loss.backward()
         optimizer.step(1e-3, loss, torch.tensor(tokens.numel()))
     return Counter(
-        {event.key.removeprefix("completep::"): event.count for event in profiler.key_averages() if event.key.startswith("completep::")}
+        {
+            event.key.removeprefix("completep::"): event.count
+            for event in profiler.key_averages()
+            if event.key.startswith("completep::")
+        }
     )
 
 
@@ -48,7 +54,15 @@ def test_the_optimizer_is_one_launch_and_the_loss_owns_its_logits():
 
 def test_the_activation_and_the_rotation_are_fused_where_the_model_has_them():
     ran = operations_of_one_step(activation="swiglu", position="rope")
-    assert (ran["swiglu_forward"], ran["swiglu_backward"], ran["rotary_"]) == (LAYERS, LAYERS, 2 * LAYERS)
+    assert (ran["swiglu_forward"], ran["swiglu_backward"], ran["rotary_"]) == (
+        LAYERS,
+        LAYERS,
+        2 * LAYERS,
+    )
     other = operations_of_one_step(activation="squared_relu", position="learned")
-    assert (other["squared_relu_forward"], other["squared_relu_backward"], other["rotary_"]) == (LAYERS, LAYERS, 0)
+    assert (other["squared_relu_forward"], other["squared_relu_backward"], other["rotary_"]) == (
+        LAYERS,
+        LAYERS,
+        0,
+    )
     assert "swiglu_forward" not in other  # negative control: the count follows the model

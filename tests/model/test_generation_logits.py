@@ -19,20 +19,30 @@ CASES: list[dict[str, Any]] = [
 ]
 
 
-def incremental_logits(gpt: torch.nn.Module, tokens: torch.Tensor, pieces: list[int]) -> torch.Tensor:
+def incremental_logits(
+    gpt: torch.nn.Module, tokens: torch.Tensor, pieces: list[int]
+) -> torch.Tensor:
     """Logits of the whole sequence, fed in pieces of the given lengths over one cache."""
     caches = gpt.new_caches(tokens.shape[0], tokens.shape[1])
     return torch.cat([gpt(piece, caches=caches) for piece in tokens.split(pieces, dim=1)], dim=1)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("pieces", [[1] * 12, [5, 1, 1, 1, 1, 1, 1, 1], [4, 3, 5]], ids=["tokens", "prompt_then_tokens", "pieces"])
-def test_logits_of_the_generation_path_equal_those_of_the_training_path(case: dict[str, Any], pieces: list[int]) -> None:
+@pytest.mark.parametrize(
+    "pieces",
+    [[1] * 12, [5, 1, 1, 1, 1, 1, 1, 1], [4, 3, 5]],
+    ids=["tokens", "prompt_then_tokens", "pieces"],
+)
+def test_logits_of_the_generation_path_equal_those_of_the_training_path(
+    case: dict[str, Any], pieces: list[int]
+) -> None:
     model = model_config(**case, logit_multiplier=1.5, input_multiplier=2.0)
     gpt = build_model(model, table_for(model, completep_config()))
     tokens, _ = batch_of(model)
     with torch.no_grad():
-        torch.testing.assert_close(incremental_logits(gpt, tokens, pieces), gpt(tokens), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            incremental_logits(gpt, tokens, pieces), gpt(tokens), rtol=1e-12, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -44,7 +54,9 @@ def test_training_loss_is_the_cross_entropy_of_the_generation_logits(case: dict[
     with torch.no_grad():
         logits = incremental_logits(gpt, tokens, [1] * tokens.shape[1])
         assert logits.shape[-1] == model.vocab_size
-        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+        expected = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
+        )
         torch.testing.assert_close(gpt(tokens, labels=labels), expected, rtol=1e-12, atol=0)
 
 
@@ -66,4 +78,6 @@ def test_a_sequence_can_grow_beyond_the_training_length_with_rope() -> None:
     gpt = build_model(model, table_for(model, completep_config()))
     tokens, _ = batch_of(model, seq_length=2 * model.seq_length)
     with torch.no_grad():
-        torch.testing.assert_close(incremental_logits(gpt, tokens, [20, 1, 1, 1, 1]), gpt(tokens), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            incremental_logits(gpt, tokens, [20, 1, 1, 1, 1]), gpt(tokens), rtol=1e-12, atol=1e-12
+        )

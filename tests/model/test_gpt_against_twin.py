@@ -39,12 +39,23 @@ OPTIONS: dict[str, list[Any]] = {
 def pairwise_cases() -> list[dict[str, Any]]:
     """A few dozen of the product's combinations in which every pair of values of any two options occurs."""
     names = list(OPTIONS)
-    missing = {(a, i, b, j) for a, b in itertools.combinations(names, 2) for i in range(len(OPTIONS[a])) for j in range(len(OPTIONS[b]))}
+    missing = {
+        (a, i, b, j)
+        for a, b in itertools.combinations(names, 2)
+        for i in range(len(OPTIONS[a]))
+        for j in range(len(OPTIONS[b]))
+    }
     generator = torch.Generator().manual_seed(0)
     cases = []
     while missing:
-        candidates = [{n: int(torch.randint(len(OPTIONS[n]), (), generator=generator)) for n in names} for _ in range(30)]
-        pairs = [{(a, c[a], b, c[b]) for a, b in itertools.combinations(names, 2)} & missing for c in candidates]
+        candidates = [
+            {n: int(torch.randint(len(OPTIONS[n]), (), generator=generator)) for n in names}
+            for _ in range(30)
+        ]
+        pairs = [
+            {(a, c[a], b, c[b]) for a, b in itertools.combinations(names, 2)} & missing
+            for c in candidates
+        ]
         best = max(range(len(candidates)), key=lambda index: len(pairs[index]))
         if pairs[best]:
             missing -= pairs[best]
@@ -53,7 +64,9 @@ def pairwise_cases() -> list[dict[str, Any]]:
 
 
 def all_cases() -> list[dict[str, Any]]:
-    return [dict(zip(OPTIONS, values, strict=True)) for values in itertools.product(*OPTIONS.values())]
+    return [
+        dict(zip(OPTIONS, values, strict=True)) for values in itertools.product(*OPTIONS.values())
+    ]
 
 
 def configs(case: dict[str, Any], **changes: Any) -> tuple[ModelConfig, CompletePConfig]:
@@ -65,7 +78,13 @@ def configs(case: dict[str, Any], **changes: Any) -> tuple[ModelConfig, Complete
     return model, completep_config(parameterization=parameterization, alpha=alpha)
 
 
-def compare(gpt: GPT, model: ModelConfig, completep: CompletePConfig, loss: LossConfig | None = None, **inputs: Tensor) -> dict[str, float]:
+def compare(
+    gpt: GPT,
+    model: ModelConfig,
+    completep: CompletePConfig,
+    loss: LossConfig | None = None,
+    **inputs: Tensor,
+) -> dict[str, float]:
     """Errors of logits, loss and every gradient against the twin, relative to the largest entry of each."""
     tokens, labels = batch_of(model)
     weights = {name: p.detach().clone().requires_grad_() for name, p in gpt.named_parameters()}
@@ -94,10 +113,16 @@ def check(case: dict[str, Any], **changes: Any) -> None:
     model, completep = configs(case, **changes)
     gpt = build_model(model, table_for(model, completep))
     errors = compare(gpt, model, completep)
-    assert max(errors.values()) < TOLERANCE, {name: value for name, value in errors.items() if value >= TOLERANCE}
+    assert max(errors.values()) < TOLERANCE, {
+        name: value for name, value in errors.items() if value >= TOLERANCE
+    }
 
 
-@pytest.mark.parametrize("case", pairwise_cases(), ids=lambda case: "-".join(str(value) for value in case.values()).replace(" ", ""))
+@pytest.mark.parametrize(
+    "case",
+    pairwise_cases(),
+    ids=lambda case: "-".join(str(value) for value in case.values()).replace(" ", ""),
+)
 def test_loss_and_every_gradient_match_the_plain_twin(case: dict[str, Any]) -> None:
     check(case)
 
@@ -137,12 +162,18 @@ def test_unusual_shapes_match_the_plain_twin(changes: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("chunk_bytes", [1 << 28, 37 * 8 * 5, 1])
-@pytest.mark.parametrize("z_loss, label_smoothing", [(0.0, 0.0), (0.02, 0.0), (0.0, 0.15), (0.03, 0.1)])
-def test_loss_options_match_the_plain_twin_chunked_or_not(chunk_bytes: int, z_loss: float, label_smoothing: float) -> None:
+@pytest.mark.parametrize(
+    "z_loss, label_smoothing", [(0.0, 0.0), (0.02, 0.0), (0.0, 0.15), (0.03, 0.1)]
+)
+def test_loss_options_match_the_plain_twin_chunked_or_not(
+    chunk_bytes: int, z_loss: float, label_smoothing: float
+) -> None:
     """chunk_bytes holds all tokens at once, a few at a time with a rest, and one at a time."""
     model, completep = configs({"multipliers": (1.0, 0.7, 1.0, 1.0)}, num_layers=1)
     loss = LossConfig(z_loss, label_smoothing, chunk_bytes)
-    errors = compare(build_model(model, table_for(model, completep), loss=loss), model, completep, loss)
+    errors = compare(
+        build_model(model, table_for(model, completep), loss=loss), model, completep, loss
+    )
     assert max(errors.values()) < TOLERANCE, errors
 
 
@@ -152,9 +183,13 @@ def test_chunked_loss_equals_the_unchunked_one(dtype: torch.dtype) -> None:
     tokens, labels = batch_of(model)
     results = []
     for chunk_bytes in (1 << 28, 40 * 8 * 7):
-        gpt = build_model(model, table_for(model, completep), dtype, loss=LossConfig(chunk_bytes=chunk_bytes))
+        gpt = build_model(
+            model, table_for(model, completep), dtype, loss=LossConfig(chunk_bytes=chunk_bytes)
+        )
         loss = gpt(tokens, labels=labels)
-        (2.0 * loss).backward()  # the factor of the backward pass must reach gradients made in forward
+        (
+            2.0 * loss
+        ).backward()  # the factor of the backward pass must reach gradients made in forward
         results.append((loss.detach(), *(p.main_grad for p in gpt.parameters())))
         with torch.no_grad():
             torch.testing.assert_close(gpt(tokens, labels=labels), loss.detach(), rtol=1e-6, atol=0)
@@ -166,7 +201,9 @@ def test_chunked_loss_equals_the_unchunked_one(dtype: torch.dtype) -> None:
 def test_all_labels_ignored_give_zero_loss_and_zero_gradients() -> None:
     model, completep = configs({})
     for chunk_bytes in (1 << 28, 1):
-        gpt = build_model(model, table_for(model, completep), loss=LossConfig(chunk_bytes=chunk_bytes))
+        gpt = build_model(
+            model, table_for(model, completep), loss=LossConfig(chunk_bytes=chunk_bytes)
+        )
         tokens, _ = batch_of(model)
         loss = gpt(tokens, labels=torch.full_like(tokens, -100))
         loss.backward()
@@ -199,7 +236,9 @@ def test_documents_in_one_sample_equal_documents_run_alone(position: str) -> Non
         alone = torch.cat((gpt(tokens[:, :5]), gpt(tokens[:, 5:])), dim=1)
         mixed = gpt(tokens)
     torch.testing.assert_close(together, alone, rtol=1e-12, atol=1e-12)
-    assert (mixed - alone)[:, 5:].abs().max() > 1e-3  # without document_ids the second document sees the first
+    assert (mixed - alone)[
+        :, 5:
+    ].abs().max() > 1e-3  # without document_ids the second document sees the first
 
 
 def test_documents_that_differ_between_samples_are_kept_apart() -> None:
@@ -213,8 +252,14 @@ def test_documents_that_differ_between_samples_are_kept_apart() -> None:
     with torch.no_grad():
         together = gpt(tokens, positions=positions, document_ids=document_ids)
         for row, cut in enumerate(cuts):
-            parts = [gpt(part) for part in (tokens[row : row + 1, :cut], tokens[row : row + 1, cut:]) if part.numel()]
-            torch.testing.assert_close(together[row], torch.cat(parts, dim=1)[0], rtol=1e-12, atol=1e-12)
+            parts = [
+                gpt(part)
+                for part in (tokens[row : row + 1, :cut], tokens[row : row + 1, cut:])
+                if part.numel()
+            ]
+            torch.testing.assert_close(
+                together[row], torch.cat(parts, dim=1)[0], rtol=1e-12, atol=1e-12
+            )
 
 
 def test_rotary_angles_follow_a_change_of_precision() -> None:
@@ -264,10 +309,17 @@ def with_unscaled_branch_bias(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "mutate",
-    [without_final_multiplier, without_logit_multiplier, without_residual_multiplier, with_unscaled_branch_bias],
+    [
+        without_final_multiplier,
+        without_logit_multiplier,
+        without_residual_multiplier,
+        with_unscaled_branch_bias,
+    ],
     ids=lambda mutate: mutate.__name__,
 )
-def test_a_wrong_model_is_told_from_the_plain_twin(mutate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_model_is_told_from_the_plain_twin(
+    mutate: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = {"bias": True, "norm": "layernorm"}
     check(case)
     mutate(monkeypatch)

@@ -24,14 +24,18 @@ def weights(names: list[str], seed: int = 3, width_ratio: int = 4) -> dict[str, 
     """A bare module whose parameters are created in the given order."""
     module = nn.Module()
     for name in names:
-        module.register_parameter(name, declare(nn.Parameter(torch.empty(8, 16)), Role.HIDDEN_WEIGHT, 4 * width_ratio, 4))
+        module.register_parameter(
+            name, declare(nn.Parameter(torch.empty(8, 16)), Role.HIDDEN_WEIGHT, 4 * width_ratio, 4)
+        )
     initialize(module, plain_table(width_multiplier=4.0), optimizer_config(), seed)
     return {name: p.detach() for name, p in module.named_parameters()}
 
 
 def test_the_same_weights_whatever_the_creation_order() -> None:
     forward, backward, alone = weights(["a", "b", "c"]), weights(["c", "b", "a"]), weights(["b"])
-    assert {name: fingerprint(w) for name, w in forward.items()} == {name: fingerprint(w) for name, w in backward.items()}
+    assert {name: fingerprint(w) for name, w in forward.items()} == {
+        name: fingerprint(w) for name, w in backward.items()
+    }
     assert torch.equal(forward["b"], alone["b"])
 
 
@@ -56,7 +60,10 @@ def test_random_state_elsewhere_does_not_matter() -> None:
 def test_a_pipeline_stage_and_a_deeper_model_start_from_the_same_bits() -> None:
     model = model_config(num_layers=4)
     table, context = table_for(model, completep_config()), ParallelContext.single()
-    whole, stage = GPT(model, table, context), GPT(model, table, context, Stage(2, 4, first=False, last=True))
+    whole, stage = (
+        GPT(model, table, context),
+        GPT(model, table, context, Stage(2, 4, first=False, last=True)),
+    )
     for gpt in (whole, stage):
         initialize(gpt, table, optimizer_config(), 7)
     names = dict(whole.named_parameters())
@@ -115,7 +122,9 @@ def test_standard_deviation_of_every_role() -> None:
         hidden_size=64, num_layers=2, ffn_hidden_size=256, vocab_size=512, seq_length=256, num_query_groups=2, qk_norm=True,
         bias=True, norm="layernorm", position="learned",
     )  # fmt: skip
-    completep = completep_config(base_hidden_size=16, base_ffn_hidden_size=32)  # m_N = 4, the FFN's ratio is 8
+    completep = completep_config(
+        base_hidden_size=16, base_ffn_hidden_size=32
+    )  # m_N = 4, the FFN's ratio is 8
     table, optimizer = table_for(model, completep), optimizer_config(base_init_std=0.2)
     gpt = GPT(model, table, ParallelContext.single())
     initialize(gpt, table, optimizer, 1)
@@ -136,11 +145,30 @@ def test_own_factors_scale_the_draws_of_what_they_name_and_nothing_else() -> Non
     plain, own = (GPT(model_config(), table, ParallelContext.single()) for _ in range(2))
     initialize(plain, table, optimizer_config(), 1)
     pattern = "layers.0.mlp.*"
-    initialize(own, table, optimizer_config(overrides=[{"pattern": pattern, "init_std": 4.0}, {"pattern": "*.down.*", "init_std": 0.5}]), 1)
-    expected = {"layers.0.mlp.up.weight": 4.0, "layers.0.mlp.down.weight": 2.0, "layers.1.mlp.down.weight": 0.5}
-    factors = {name: (q / p).nanmedian().item() for (name, p), q in zip(plain.named_parameters(), own.parameters(), strict=True)}
+    initialize(
+        own,
+        table,
+        optimizer_config(
+            overrides=[
+                {"pattern": pattern, "init_std": 4.0},
+                {"pattern": "*.down.*", "init_std": 0.5},
+            ]
+        ),
+        1,
+    )
+    expected = {
+        "layers.0.mlp.up.weight": 4.0,
+        "layers.0.mlp.down.weight": 2.0,
+        "layers.1.mlp.down.weight": 0.5,
+    }
+    factors = {
+        name: (q / p).nanmedian().item()
+        for (name, p), q in zip(plain.named_parameters(), own.parameters(), strict=True)
+    }
     assert {name: factors[name] for name in expected} == expected
-    assert {name for name, factor in factors.items() if factor != 1.0 and ".down." not in name} == {"layers.0.mlp.up.weight"}
+    assert {name for name, factor in factors.items() if factor != 1.0 and ".down." not in name} == {
+        "layers.0.mlp.up.weight"
+    }
 
 
 def test_a_parameter_without_a_role_is_an_error_that_names_it() -> None:

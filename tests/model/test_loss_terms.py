@@ -22,12 +22,17 @@ def model_with(loss: LossConfig) -> tuple[GPT, Tensor, Tensor]:
     return build_model(model, table_for(model, completep_config()), loss=loss), *batch_of(model)
 
 
-def parts(gpt: GPT, tokens: Tensor, labels: Tensor, z_loss: float, smoothing: float) -> dict[str, float]:
+def parts(
+    gpt: GPT, tokens: Tensor, labels: Tensor, z_loss: float, smoothing: float
+) -> dict[str, float]:
     """Cross-entropy and what is added to it, from the logits, with torch alone."""
     with torch.no_grad():
         logits, targets = gpt(tokens).flatten(0, 1), labels.flatten()
     pure, smoothed = (
-        F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum", label_smoothing=mass).item() for mass in (0.0, smoothing)
+        F.cross_entropy(
+            logits, targets, ignore_index=IGNORED, reduction="sum", label_smoothing=mass
+        ).item()
+        for mass in (0.0, smoothing)
     )
     squares = (torch.logsumexp(logits, -1).square() * (targets != IGNORED)).sum().item()
     named = {"cross_entropy": pure, "z_loss": z_loss * squares, "label_smoothing": smoothed - pure}
@@ -36,10 +41,14 @@ def parts(gpt: GPT, tokens: Tensor, labels: Tensor, z_loss: float, smoothing: fl
 
 @pytest.mark.parametrize("chunk_bytes", CHUNKS)
 @pytest.mark.parametrize(("z_loss", "smoothing"), OPTIONS)
-def test_the_terms_are_those_of_torch_and_add_up_to_the_objective(z_loss: float, smoothing: float, chunk_bytes: int) -> None:
+def test_the_terms_are_those_of_torch_and_add_up_to_the_objective(
+    z_loss: float, smoothing: float, chunk_bytes: int
+) -> None:
     gpt, tokens, labels = model_with(LossConfig(z_loss, smoothing, chunk_bytes))
     head = gpt.unembedding
-    objective = sum(gpt(t, labels=y).item() for t, y in zip(tokens.split(1), labels.split(1), strict=True))
+    objective = sum(
+        gpt(t, labels=y).item() for t, y in zip(tokens.split(1), labels.split(1), strict=True)
+    )
     terms = dict(zip(head.loss.terms, head.take_terms().tolist(), strict=True))
     expected = parts(gpt, tokens, labels, z_loss, smoothing)
     assert terms == pytest.approx(expected, rel=1e-12)
@@ -49,12 +58,18 @@ def test_the_terms_are_those_of_torch_and_add_up_to_the_objective(z_loss: float,
 
 @pytest.mark.parametrize("chunk_bytes", CHUNKS)
 @pytest.mark.parametrize(("z_loss", "smoothing"), OPTIONS)
-def test_without_gradients_the_loss_is_the_pure_cross_entropy(z_loss: float, smoothing: float, chunk_bytes: int) -> None:
+def test_without_gradients_the_loss_is_the_pure_cross_entropy(
+    z_loss: float, smoothing: float, chunk_bytes: int
+) -> None:
     gpt, tokens, labels = model_with(LossConfig(z_loss, smoothing, chunk_bytes))
     expected = parts(gpt, tokens, labels, z_loss, smoothing)
     with torch.no_grad():
-        assert gpt(tokens, labels=labels).item() == pytest.approx(expected["cross_entropy"], rel=1e-12)
-    assert abs(gpt(tokens, labels=labels).item() - expected["cross_entropy"]) > 0.1  # with gradients it is more
+        assert gpt(tokens, labels=labels).item() == pytest.approx(
+            expected["cross_entropy"], rel=1e-12
+        )
+    assert (
+        abs(gpt(tokens, labels=labels).item() - expected["cross_entropy"]) > 0.1
+    )  # with gradients it is more
 
 
 def test_a_plain_objective_has_no_terms_to_report() -> None:

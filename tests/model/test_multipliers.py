@@ -7,7 +7,16 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import batch_of, build_model, completep_config, model_config, optimizer_config, small_setup, table_for, train_step
+from small_models import (
+    batch_of,
+    build_model,
+    completep_config,
+    model_config,
+    optimizer_config,
+    small_setup,
+    table_for,
+    train_step,
+)
 from torch import Tensor
 
 from megatron_completep import kernels
@@ -45,12 +54,18 @@ def plain_logits(gpt: GPT, tokens: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_at_the_base_shape_the_forward_is_bitwise_that_of_a_model_without_multipliers(shape: dict, dtype: torch.dtype) -> None:
+def test_at_the_base_shape_the_forward_is_bitwise_that_of_a_model_without_multipliers(
+    shape: dict, dtype: torch.dtype
+) -> None:
     model = model_config(**shape)
     tokens, _ = batch_of(model)
     gpt = build_model(model, table_for(model, completep_config(**BASE)), dtype)
-    deeper = build_model(model, table_for(model, completep_config(**{**BASE, "base_num_layers": 2})), dtype)
-    wider = build_model(model, table_for(model, completep_config(**{**BASE, "base_hidden_size": 16})), dtype)
+    deeper = build_model(
+        model, table_for(model, completep_config(**{**BASE, "base_num_layers": 2})), dtype
+    )
+    wider = build_model(
+        model, table_for(model, completep_config(**{**BASE, "base_hidden_size": 16})), dtype
+    )
     with torch.no_grad():
         assert torch.equal(gpt(tokens), plain_logits(gpt, tokens))
         assert not torch.equal(deeper(tokens), plain_logits(deeper, tokens))
@@ -60,7 +75,12 @@ def test_at_the_base_shape_the_forward_is_bitwise_that_of_a_model_without_multip
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_at_the_base_shape_all_parameterizations_train_bitwise_alike(dtype: torch.dtype) -> None:
     finals = []
-    for rules in ({"alpha": 1.0}, {"alpha": 0.5}, {"parameterization": "mup"}, {"parameterization": "sp"}):
+    for rules in (
+        {"alpha": 1.0},
+        {"alpha": 0.5},
+        {"parameterization": "mup"},
+        {"parameterization": "sp"},
+    ):
         gpt, optimizer, _ = small_setup(completep={**BASE, **rules}, dtype=dtype)
         for step in range(3):
             train_step(gpt, optimizer, 1e-2, batch_of(gpt.config, step))
@@ -76,8 +96,12 @@ def is_branch_output(name: str) -> bool:
     return name.rsplit(".", 1)[0].endswith(("attention.output", "mlp.down"))
 
 
-@pytest.mark.parametrize("base_num_layers, exact", [(2, True), (3, False)], ids=["power_of_two", "third"])
-def test_the_multiplier_equals_branch_outputs_scaled_by_it_in_values_and_gradients(base_num_layers: int, exact: bool) -> None:
+@pytest.mark.parametrize(
+    "base_num_layers, exact", [(2, True), (3, False)], ids=["power_of_two", "third"]
+)
+def test_the_multiplier_equals_branch_outputs_scaled_by_it_in_values_and_gradients(
+    base_num_layers: int, exact: bool
+) -> None:
     """s * (x W_o + b_o) = x (s W_o) + s b_o, and then the gradients of W_o and b_o differ by s and no other does."""
     model = model_config(bias=True, norm="layernorm", activation="gelu")
     tokens, labels = batch_of(model)
@@ -97,7 +121,9 @@ def test_the_multiplier_equals_branch_outputs_scaled_by_it_in_values_and_gradien
     others = dict(folded.named_parameters())
     for name, parameter in multiplied.named_parameters():
         expected = others[name].main_grad * (s if is_branch_output(name) else 1.0)
-        torch.testing.assert_close(parameter.main_grad, expected, rtol=tolerance * 100, atol=tolerance)
+        torch.testing.assert_close(
+            parameter.main_grad, expected, rtol=tolerance * 100, atol=tolerance
+        )
 
 
 @pytest.mark.parametrize("branch", ["attention.output", "mlp.down"])
@@ -119,7 +145,9 @@ def test_the_residual_stream_gradient_is_not_scaled() -> None:
     tokens, labels = batch_of(model)
     gradients = []
     for base_num_layers in (1, 4):
-        gpt = build_model(model, table_for(model, completep_config(base_num_layers=base_num_layers)))
+        gpt = build_model(
+            model, table_for(model, completep_config(base_num_layers=base_num_layers))
+        )
         for name, parameter in gpt.named_parameters():
             if is_branch_output(name):
                 parameter.data.zero_()
@@ -149,6 +177,8 @@ def test_no_initial_weight_depends_on_the_depth() -> None:
         table: Table = table_for(model, completep_config())
         gpt = build_model(model, table, optimizer=optimizer)
         block = gpt.blocks()[0][1]
-        stds.append([block.attention.output.weight.std().item(), block.mlp.down.weight.std().item()])
+        stds.append(
+            [block.attention.output.weight.std().item(), block.mlp.down.weight.std().item()]
+        )
         assert stds[-1] == pytest.approx([0.2 / 4**0.5] * 2, rel=0.05)
     assert stds[0] == stds[1]

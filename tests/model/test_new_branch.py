@@ -44,11 +44,15 @@ class GatedBranch(nn.Module):
     Its own loss is 0.1 * sum |gate|.
     """
 
-    def __init__(self, model: ModelConfig, table: Table, context: LayerContext, layer: int, recompute: bool):
+    def __init__(
+        self, model: ModelConfig, table: Table, context: LayerContext, layer: int, recompute: bool
+    ):
         super().__init__()
         inner, base_inner = 24, 8
         parts = {"gate": inner, "value": inner}
-        self.gate_and_value = ColumnParallelLinear(model.hidden_size, parts, table.base_hidden_size, True, context)
+        self.gate_and_value = ColumnParallelLinear(
+            model.hidden_size, parts, table.base_hidden_size, True, context
+        )
         self.level = declare(nn.Parameter(torch.ones(inner)), Role.HIDDEN_BIAS)
         self.down = RowParallelLinear(inner, model.hidden_size, base_inner, True, context)
         self.own_losses = context.own_losses
@@ -62,8 +66,17 @@ class GatedBranch(nn.Module):
 BRANCHES_AND_GATED = {**BRANCHES, "gated": GatedBranch}
 
 
-def gated_gpt(table: Table, model: ModelConfig, recompute: str = "none", stage: Stage | None = None) -> GPT:
-    gpt = GPT(model, table, ParallelContext.single(), stage, recompute=recompute, branches=BRANCHES_AND_GATED)
+def gated_gpt(
+    table: Table, model: ModelConfig, recompute: str = "none", stage: Stage | None = None
+) -> GPT:
+    gpt = GPT(
+        model,
+        table,
+        ParallelContext.single(),
+        stage,
+        recompute=recompute,
+        branches=BRANCHES_AND_GATED,
+    )
     initialize(gpt, table, optimizer_config(), 1)
     return gpt.double()
 
@@ -83,8 +96,12 @@ def gradients_of(*gpts: GPT) -> dict[str, Tensor]:
     return found
 
 
-def test_a_new_gated_branch_is_initialized_grouped_and_trained_without_editing_completep(gated_model) -> None:
-    gpt, table = gated_model  # m_N = 2, m_L = 2, alpha = 1; the branch's inner width is 3 times its base
+def test_a_new_gated_branch_is_initialized_grouped_and_trained_without_editing_completep(
+    gated_model,
+) -> None:
+    gpt, table = (
+        gated_model  # m_N = 2, m_L = 2, alpha = 1; the branch's inner width is 3 times its base
+    )
     assert gpt.layers["1"].gated.down.weight.std().item() == pytest.approx(0.2 / 3**0.5, rel=0.1)
     optimizer = build_optimizer(gpt, table)
     group = optimizer.groups["layers.1.gated.down.weight"]
@@ -92,7 +109,10 @@ def test_a_new_gated_branch_is_initialized_grouped_and_trained_without_editing_c
     assert group.weight_decay == pytest.approx(0.1 * 3, rel=1e-12)
     assert group.eps == pytest.approx(1e-12 / 4, rel=1e-12)
     assert optimizer.groups["layers.1.gated.gate_and_value.weight"].lr_factor == 0.5
-    assert (optimizer.groups["layers.1.gated.level"].lr_factor, optimizer.groups["layers.1.gated.level"].weight_decay) == (1.0, 0.0)
+    assert (
+        optimizer.groups["layers.1.gated.level"].lr_factor,
+        optimizer.groups["layers.1.gated.level"].weight_decay,
+    ) == (1.0, 0.0)
     before = {name: p.detach().clone() for name, p in gpt.named_parameters()}
     losses = [train_step(gpt, optimizer, 1e-2, batch_of(gpt.config)).loss.item() for _ in range(15)]
     assert losses[-1] < losses[0] - 0.8
@@ -122,14 +142,18 @@ def test_gradients_of_the_new_branch_and_of_its_own_loss_are_right(gated_model) 
     gradients = gradients_of(gpt)
     for name, parameter in gpt.named_parameters():
         if ".gated" in name or name in ("embedding.weight", "layers.0.mlp.down.bias"):
-            direction = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+            direction = torch.randn(
+                parameter.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+            )
             values = []
             for step in (1e-6, -1e-6):
                 parameter.data.add_(direction, alpha=step)
                 values.append(objective(gpt, tokens, labels))
                 parameter.data.add_(direction, alpha=-step)
             expected = (values[0] - values[1]) / 2e-6
-            assert (gradients[name] * direction).sum().item() == pytest.approx(expected, rel=1e-5, abs=1e-7), name
+            assert (gradients[name] * direction).sum().item() == pytest.approx(
+                expected, rel=1e-5, abs=1e-7
+            ), name
 
 
 def test_an_own_loss_counts_once_a_backward_pass_and_not_without_gradients(gated_model) -> None:
@@ -146,7 +170,9 @@ def test_an_own_loss_counts_once_a_backward_pass_and_not_without_gradients(gated
     recomputed = gated_gpt(table, gpt.config, "full")
     recomputed(tokens, labels=labels).backward()
     assert recomputed.own_losses.take()["gates"].item() == pytest.approx(expected, rel=1e-12)
-    assert all(torch.equal(gradient, plain[name]) for name, gradient in gradients_of(recomputed).items())
+    assert all(
+        torch.equal(gradient, plain[name]) for name, gradient in gradients_of(recomputed).items()
+    )
 
 
 def test_an_own_loss_of_an_early_stage_needs_no_sum_on_the_last(gated_model) -> None:
@@ -171,13 +197,17 @@ def test_an_own_loss_of_an_early_stage_needs_no_sum_on_the_last(gated_model) -> 
     assert sum(sums).item() == pytest.approx(gpt.own_losses.take()["gates"].item(), rel=1e-12)
 
 
-def test_the_new_branch_goes_through_the_fused_join(gated_model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_new_branch_goes_through_the_fused_join(
+    gated_model, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every branch but the stream's first joins in one call with the norm behind it: none is added by itself."""
     gpt, _ = gated_model
     calls: list[str] = []
     for name in ("scaled_residual_norm", "scaled_add", "norm"):
         original = getattr(kernels, name)
-        monkeypatch.setattr(kernels, name, lambda *a, n=name, f=original, **k: (calls.append(n), f(*a, **k))[1])
+        monkeypatch.setattr(
+            kernels, name, lambda *a, n=name, f=original, **k: (calls.append(n), f(*a, **k))[1]
+        )
     gpt(batch_of(gpt.config)[0])
     assert Counter(calls) == {"norm": 1, "scaled_residual_norm": 3 * gpt.config.num_layers}
 
@@ -194,6 +224,9 @@ def test_a_branch_that_declares_no_role_is_refused_by_name() -> None:
     model = model_config()
     table = table_for(model, completep_config())
     gpt = GPT(model, table, ParallelContext.single(), branches={**BRANCHES, "careless": Careless})
-    for attempt in (lambda: initialize(gpt, table, optimizer_config(), 1), lambda: build_optimizer(gpt, table)):
+    for attempt in (
+        lambda: initialize(gpt, table, optimizer_config(), 1),
+        lambda: build_optimizer(gpt, table),
+    ):
         with pytest.raises(ConfigError, match=r"layers\.\d\.careless\.extra\.(weight|bias)"):
             attempt()

@@ -24,6 +24,9 @@ def logits_and_loss(dtype: torch.dtype, fp32_residual: bool) -> tuple[torch.Tens
 
 def test_a_float32_stream_is_nearer_to_float64_than_a_bf16_stream():
     expected = logits_and_loss(torch.float64, False)
-    with_stream, without = logits_and_loss(torch.bfloat16, True), logits_and_loss(torch.bfloat16, False)
+    with_stream, without = (
+        logits_and_loss(torch.bfloat16, True),
+        logits_and_loss(torch.bfloat16, False),
+    )
     for exact, wide, narrow in zip(expected, with_stream, without, strict=True):
         assert (wide - exact).norm() < 0.8 * (narrow - exact).norm()

@@ -27,13 +27,26 @@ from megatron_completep.optim.optimizer import DistributedOptimizer
 from megatron_completep.optim.schedule import learning_rate
 from megatron_completep.roles import Role
 
-BIASED = {"bias": True, "norm": "layernorm", "activation": "gelu", "qk_norm": True, "position": "learned"}
-ROUNDING = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-24}  # of the masters
+BIASED = {
+    "bias": True,
+    "norm": "layernorm",
+    "activation": "gelu",
+    "qk_norm": True,
+    "position": "learned",
+}
+ROUNDING = {
+    torch.float64: 2.0**-53,
+    torch.float32: 2.0**-24,
+    torch.bfloat16: 2.0**-24,
+}  # of the masters
 
 
 def masters(optimizer: DistributedOptimizer) -> dict[str, Tensor]:
     """The master weights by name, copied."""
-    return {p.name: optimizer.shards.master[p.start : p.start + p.size].clone() for p in optimizer.shards.layout.pieces}
+    return {
+        p.name: optimizer.shards.master[p.start : p.start + p.size].clone()
+        for p in optimizer.shards.layout.pieces
+    }
 
 
 # --- E3: the first step ---------------------------------------------------------------------------------------------------------------
@@ -42,28 +55,42 @@ def masters(optimizer: DistributedOptimizer) -> dict[str, Tensor]:
 def displacement_errors(dtype: torch.dtype, alpha: float) -> dict[str, float]:
     """|largest change of a tensor in the first step - its learning rate|, in units of what rounding allows."""
     eta, m_N, m_L = 2e-3, 2, 2
-    gpt, optimizer, _ = small_setup(BIASED, {"alpha": alpha}, {"base_weight_decay": 0.0, "base_eps": 1e-30}, dtype)
+    gpt, optimizer, _ = small_setup(
+        BIASED, {"alpha": alpha}, {"base_weight_decay": 0.0, "base_eps": 1e-30}, dtype
+    )
     before = masters(optimizer)
     train_step(gpt, optimizer, eta, batch_of(gpt.config))
     errors = {}
     for name, after in masters(optimizer).items():
         hidden = name.startswith("layers.") and "norm" not in name and name.endswith("weight")
-        expected = eta * (m_L ** (alpha - 1) if name.startswith("layers.") else 1.0) / (m_N if hidden else 1)
+        expected = (
+            eta
+            * (m_L ** (alpha - 1) if name.startswith("layers.") else 1.0)
+            / (m_N if hidden else 1)
+        )
         moved = (after - before[name]).double().abs().max().item()
-        allowed = 1e-9 * expected if dtype == torch.float64 else 4 * ROUNDING[dtype] * max(1e-2, after.abs().max().item())
+        allowed = (
+            1e-9 * expected
+            if dtype == torch.float64
+            else 4 * ROUNDING[dtype] * max(1e-2, after.abs().max().item())
+        )
         errors[name] = abs(moved - expected) / allowed
     return errors
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_the_first_step_moves_every_tensor_by_its_learning_rate(dtype: torch.dtype, alpha: float) -> None:
+def test_the_first_step_moves_every_tensor_by_its_learning_rate(
+    dtype: torch.dtype, alpha: float
+) -> None:
     errors = displacement_errors(dtype, alpha)
     assert max(errors.values()) < 1, {name: value for name, value in errors.items() if value >= 1}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_a_wrong_learning_rate_factor_shows_in_the_first_step(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_learning_rate_factor_shows_in_the_first_step(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The table with the depth factor of the final norm where it does not belong."""
     original = page.RULES["adamw"]
 
@@ -73,12 +100,17 @@ def test_a_wrong_learning_rate_factor_shows_in_the_first_step(dtype: torch.dtype
 
     monkeypatch.setitem(page.RULES, "adamw", wrong)
     errors = displacement_errors(dtype, 0.5)
-    assert {name for name, value in errors.items() if value >= 1} == {"final_norm.weight", "final_norm.bias"}
+    assert {name for name, value in errors.items() if value >= 1} == {
+        "final_norm.weight",
+        "final_norm.bias",
+    }
 
 
 def test_a_large_epsilon_acts_as_each_group_s_own() -> None:
     """First step: lr * g / (|g| + eps) with the group's eps. A single eps for all would not fit."""
-    gpt, optimizer, _ = small_setup(BIASED, {}, {"base_weight_decay": 0.0, "base_eps": 0.02, "grad_clip": 0.0})
+    gpt, optimizer, _ = small_setup(
+        BIASED, {}, {"base_weight_decay": 0.0, "base_eps": 0.02, "grad_clip": 0.0}
+    )
     before, batch = masters(optimizer), batch_of(gpt.config)
     train_step(gpt, optimizer, 1e-2, batch)
     counted = (batch[1] != -100).sum()
@@ -87,9 +119,13 @@ def test_a_large_epsilon_acts_as_each_group_s_own() -> None:
         group = optimizer.groups[piece.name]
         g = optimizer.shards.grad[piece.start : piece.start + piece.size] / counted
         moved = before[piece.name] - optimizer.shards.master[piece.start : piece.start + piece.size]
-        torch.testing.assert_close(moved, 1e-2 * group.lr_factor * g / (g.abs() + group.eps), rtol=1e-9, atol=1e-15)
+        torch.testing.assert_close(
+            moved, 1e-2 * group.lr_factor * g / (g.abs() + group.eps), rtol=1e-9, atol=1e-15
+        )
         single = 1e-2 * group.lr_factor * g / (g.abs() + 0.02)
-        mismatch_with_one_eps = max(mismatch_with_one_eps, ((moved - single).abs().max() / moved.abs().max()).item())
+        mismatch_with_one_eps = max(
+            mismatch_with_one_eps, ((moved - single).abs().max() / moved.abs().max()).item()
+        )
     assert mismatch_with_one_eps > 0.1
 
 
@@ -101,14 +137,18 @@ def test_zero_gradients_shrink_every_decayed_tensor_by_eta_lambda(dtype: torch.d
     """At alpha = 1 the factor is the same whatever the width and depth; gains and biases stay."""
     eta, lam = 0.5, 0.125
     for completep_changes in ({}, {"base_hidden_size": 8, "base_num_layers": 1}):
-        gpt, optimizer, _ = small_setup(BIASED, completep_changes, {"base_weight_decay": lam}, dtype)
+        gpt, optimizer, _ = small_setup(
+            BIASED, completep_changes, {"base_weight_decay": lam}, dtype
+        )
         before = masters(optimizer)
         optimizer.begin_step(1)
         optimizer.step(eta, torch.zeros(()), torch.tensor(7))
         shapes = {name: p.dim() for name, p in gpt.named_parameters()}
         for name, after in masters(optimizer).items():
             factor = 1 - eta * lam if shapes[name] == 2 else 1.0
-            torch.testing.assert_close(after, before[name] * factor, rtol=4 * ROUNDING[dtype], atol=0)
+            torch.testing.assert_close(
+                after, before[name] * factor, rtol=4 * ROUNDING[dtype], atol=0
+            )
 
 
 def test_decay_at_alpha_one_half_follows_the_table() -> None:
@@ -118,14 +158,22 @@ def test_decay_at_alpha_one_half_follows_the_table() -> None:
     optimizer.begin_step(1)
     optimizer.step(0.5, torch.zeros(()), torch.tensor(7))
     after = masters(optimizer)
-    for name, depth in (("layers.0.mlp.up.weight", 2**-0.5), ("embedding.weight", 1.0), ("unembedding.weight", 1.0)):
-        torch.testing.assert_close(after[name], before[name] * (1 - 0.5 * 0.125 * depth), rtol=1e-15, atol=0)
+    for name, depth in (
+        ("layers.0.mlp.up.weight", 2**-0.5),
+        ("embedding.weight", 1.0),
+        ("unembedding.weight", 1.0),
+    ):
+        torch.testing.assert_close(
+            after[name], before[name] * (1 - 0.5 * 0.125 * depth), rtol=1e-15, atol=0
+        )
 
 
 # --- E5: two ways to write the logit factor ---------------------------------------------------------------------------------------------
 
 
-def trajectories(base_hidden_size: int, unembedding: RoleFactors | None = None) -> tuple[list[float], list[float]]:
+def trajectories(
+    base_hidden_size: int, unembedding: RoleFactors | None = None
+) -> tuple[list[float], list[float]]:
     """Losses of 15 steps with 1/m_N in the forward pass, and with it absorbed by the unembedding's own factors."""
     model = model_config(hidden_size=32)
     m_N = 32 / base_hidden_size
@@ -140,16 +188,24 @@ def trajectories(base_hidden_size: int, unembedding: RoleFactors | None = None) 
         gpt = build_model(shape, table, optimizer=optimizer_settings)
         if change:  # exactly the other model's draw over m_N: the initial standard deviation is rounded to float32
             reference = build_model(
-                model, table_for(model, completep_config(base_hidden_size=base_hidden_size)), optimizer=optimizer_settings
+                model,
+                table_for(model, completep_config(base_hidden_size=base_hidden_size)),
+                optimizer=optimizer_settings,
             )
             gpt.unembedding.weight.data.copy_(reference.unembedding.weight / m_N)
         optimizer = build_optimizer(gpt, table, optimizer_settings)
-        runs.append([train_step(gpt, optimizer, 1e-2, batch_of(model)).loss.item() for _ in range(15)])
+        runs.append(
+            [train_step(gpt, optimizer, 1e-2, batch_of(model)).loss.item() for _ in range(15)]
+        )
     return runs[0], runs[1]
 
 
-@pytest.mark.parametrize("base_hidden_size, bound", [(8, 0.0), (16, 0.0), (12, 1e-14)], ids=["4", "2", "8_thirds"])
-def test_a_logit_factor_in_the_forward_pass_equals_one_absorbed_by_the_unembedding(base_hidden_size: int, bound: float) -> None:
+@pytest.mark.parametrize(
+    "base_hidden_size, bound", [(8, 0.0), (16, 0.0), (12, 1e-14)], ids=["4", "2", "8_thirds"]
+)
+def test_a_logit_factor_in_the_forward_pass_equals_one_absorbed_by_the_unembedding(
+    base_hidden_size: int, bound: float
+) -> None:
     forward, absorbed = trajectories(base_hidden_size)
     assert forward[-1] < forward[0] - 0.5
     assert max(abs(a - b) for a, b in zip(forward, absorbed, strict=True)) <= bound
@@ -165,19 +221,33 @@ def test_an_absorbed_factor_with_one_wrong_cell_is_told_apart(cell: str) -> None
 # --- torch's own AdamW and clipping -----------------------------------------------------------------------------------------------------
 
 
-def torch_twin(gpt: GPT, optimizer: DistributedOptimizer, eta: float) -> tuple[dict[str, torch.nn.Parameter], torch.optim.AdamW]:
+def torch_twin(
+    gpt: GPT, optimizer: DistributedOptimizer, eta: float
+) -> tuple[dict[str, torch.nn.Parameter], torch.optim.AdamW]:
     """torch.optim.AdamW over copies of the masters, one group a parameter."""
-    copies = {name: torch.nn.Parameter(weight.clone()) for name, weight in masters(optimizer).items()}
+    copies = {
+        name: torch.nn.Parameter(weight.clone()) for name, weight in masters(optimizer).items()
+    }
     groups = [
-        {"params": [copies[g.name]], "lr": eta * g.lr_factor, "weight_decay": g.weight_decay, "eps": g.eps, "factor": g.lr_factor}
+        {
+            "params": [copies[g.name]],
+            "lr": eta * g.lr_factor,
+            "weight_decay": g.weight_decay,
+            "eps": g.eps,
+            "factor": g.lr_factor,
+        }
         for g in optimizer.groups.values()
     ]
     return copies, torch.optim.AdamW(groups, betas=optimizer.config.betas, foreach=False)
 
 
 @pytest.mark.parametrize("grad_clip", [0.0, 0.3, 100.0])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-11), (torch.float32, 2e-6), (torch.bfloat16, 2e-6)])
-def test_adamw_and_clipping_match_torch_over_a_whole_model_and_schedule(grad_clip: float, dtype: torch.dtype, tolerance: float) -> None:
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float64, 1e-11), (torch.float32, 2e-6), (torch.bfloat16, 2e-6)]
+)
+def test_adamw_and_clipping_match_torch_over_a_whole_model_and_schedule(
+    grad_clip: float, dtype: torch.dtype, tolerance: float
+) -> None:
     settings = {"grad_clip": grad_clip, "base_eps": 1e-5, "schedule": "cosine", "warmup_steps": 3}
     gpt, optimizer, _ = small_setup(BIASED, {}, settings, dtype)
     copies, reference = torch_twin(gpt, optimizer, optimizer.config.base_lr)
@@ -188,7 +258,9 @@ def test_adamw_and_clipping_match_torch_over_a_whole_model_and_schedule(grad_cli
         result = train_step(gpt, optimizer, lr, batch)
         counted = (batch[1] != -100).sum()
         for piece in optimizer.shards.layout.pieces:
-            copies[piece.name].grad = optimizer.shards.grad[piece.start : piece.start + piece.size] / counted
+            copies[piece.name].grad = (
+                optimizer.shards.grad[piece.start : piece.start + piece.size] / counted
+            )
         norm = torch.nn.utils.clip_grad_norm_(copies.values(), grad_clip or float("inf"))
         torch.testing.assert_close(result.grad_norm, norm.double(), rtol=tolerance, atol=0)
         clipped.append(bool(grad_clip) and norm.item() > grad_clip)
@@ -196,7 +268,9 @@ def test_adamw_and_clipping_match_torch_over_a_whole_model_and_schedule(grad_cli
             group["lr"] = lr * group["factor"]
         reference.step()
         for name, weight in masters(optimizer).items():
-            torch.testing.assert_close(weight, copies[name].detach(), rtol=tolerance, atol=tolerance * 0.1)
+            torch.testing.assert_close(
+                weight, copies[name].detach(), rtol=tolerance, atol=tolerance * 0.1
+            )
     assert all(clipped) if grad_clip == 0.3 else not any(clipped)
 
 
@@ -207,10 +281,16 @@ def test_the_comparison_with_torch_sees_a_wrong_group() -> None:
     batch = batch_of(gpt.config)
     train_step(gpt, optimizer, 1e-2, batch)
     for piece in optimizer.shards.layout.pieces:
-        copies[piece.name].grad = optimizer.shards.grad[piece.start : piece.start + piece.size] / (batch[1] != -100).sum()
+        copies[piece.name].grad = (
+            optimizer.shards.grad[piece.start : piece.start + piece.size] / (batch[1] != -100).sum()
+        )
     torch.nn.utils.clip_grad_norm_(copies.values(), 1.0)
     reference.step()
-    wrong = [n for n, w in masters(optimizer).items() if not torch.allclose(w, copies[n], rtol=1e-11, atol=1e-12)]
+    wrong = [
+        n
+        for n, w in masters(optimizer).items()
+        if not torch.allclose(w, copies[n], rtol=1e-11, atol=1e-12)
+    ]
     assert wrong == [next(iter(optimizer.groups))]
 
 
@@ -219,7 +299,13 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(bad: float) -
     gpt, optimizer, _ = small_setup(dtype=torch.float32)
     train_step(gpt, optimizer, 1e-2, batch_of(gpt.config))
     state = [
-        t.clone() for t in (optimizer.shards.master, optimizer.states["exp_avg"], optimizer.states["exp_avg_sq"], optimizer.control[STEP])
+        t.clone()
+        for t in (
+            optimizer.shards.master,
+            optimizer.states["exp_avg"],
+            optimizer.states["exp_avg_sq"],
+            optimizer.control[STEP],
+        )
     ]
     optimizer.begin_step(1)
     tokens, labels = batch_of(gpt.config, 1)
@@ -228,11 +314,19 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(bad: float) -
     gpt.final_norm.weight.main_grad[3] = bad
     result = optimizer.step(1e-2, loss, torch.tensor(5))
     assert result.skipped.item() == 1.0 and not torch.isfinite(result.grad_norm)
-    after = (optimizer.shards.master, optimizer.states["exp_avg"], optimizer.states["exp_avg_sq"], optimizer.control[STEP])
+    after = (
+        optimizer.shards.master,
+        optimizer.states["exp_avg"],
+        optimizer.states["exp_avg_sq"],
+        optimizer.control[STEP],
+    )
     assert all(torch.equal(a, b) for a, b in zip(state, after, strict=True))
     result = train_step(gpt, optimizer, 1e-2, batch_of(gpt.config, 2))
     assert result.skipped.item() == 0.0 and optimizer.control[STEP].item() == 2.0
-    assert not torch.equal(optimizer.shards.master, state[0]) and torch.isfinite(optimizer.shards.master).all()
+    assert (
+        not torch.equal(optimizer.shards.master, state[0])
+        and torch.isfinite(optimizer.shards.master).all()
+    )
 
 
 def test_padding_of_the_buffer_and_of_the_vocabulary_stays_zero() -> None:

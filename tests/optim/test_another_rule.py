@@ -64,7 +64,9 @@ class Momentum(Rule):
         return control.learning_rate * (self.states["momentum"][part] + group.weight_decay * weight)
 
 
-def momentum_run(folder: Path | str, context: ParallelContext | None = None, **changes: Any) -> TinyRun:
+def momentum_run(
+    folder: Path | str, context: ParallelContext | None = None, **changes: Any
+) -> TinyRun:
     return TinyRun(tiny_config(folder, **changes), context, rule=Momentum)
 
 
@@ -82,8 +84,14 @@ def test_it_updates_as_torch_s_own_and_keeps_its_state_alone() -> None:
     )
     assert list(optimizer.states) == ["master", "momentum"]
     pieces = optimizer.shards.layout.pieces
-    copies = {p.name: torch.nn.Parameter(optimizer.shards.parameters[p.name].detach().clone()) for p in pieces}
-    groups = [{"params": [copies[name]], "lr": 0.1 * group.lr_factor} for name, group in optimizer.groups.items()]
+    copies = {
+        p.name: torch.nn.Parameter(optimizer.shards.parameters[p.name].detach().clone())
+        for p in pieces
+    }
+    groups = [
+        {"params": [copies[name]], "lr": 0.1 * group.lr_factor}
+        for name, group in optimizer.groups.items()
+    ]
     twin = torch.optim.SGD(groups, lr=0.1, momentum=MU)
     for step in range(4):
         batch = batch_of(model, step)
@@ -92,7 +100,9 @@ def test_it_updates_as_torch_s_own_and_keeps_its_state_alone() -> None:
             copy.grad = optimizer.shards.parameters[name].main_grad / (batch[1] != -100).sum()
         twin.step()
     for name, copy in copies.items():
-        torch.testing.assert_close(optimizer.shards.parameters[name].detach(), copy.detach(), rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(
+            optimizer.shards.parameters[name].detach(), copy.detach(), rtol=1e-12, atol=1e-14
+        )
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
@@ -118,10 +128,14 @@ def test_its_checkpoint_is_verified_rewritten_and_adapted_by_tools_that_have_no_
     run.save()
     folder = tmp_path / "run" / "checkpoints" / "step_00000002"
     stored = StoredCheckpoint.open(folder)
-    assert stored.manifest.states == {"master": 1, "momentum": -1} and verify_checkpoint(folder) == []
+    assert (
+        stored.manifest.states == {"master": 1, "momentum": -1} and verify_checkpoint(folder) == []
+    )
     assert compare_checkpoints(folder, reshard_checkpoint(folder, tmp_path / "again", 3))[1] == []
     config = tiny_config(tmp_path / "adapted", model={"input_multiplier": 2.0})
-    adapted = StoredCheckpoint.open(adapt_checkpoint(folder, config, tmp_path / "adapted" / "checkpoints")[0])
+    adapted = StoredCheckpoint.open(
+        adapt_checkpoint(folder, config, tmp_path / "adapted" / "checkpoints")[0]
+    )
     for state, factor in (("master", 0.5), ("momentum", 2.0)):
         assert torch.equal(
             adapted.tensor("embedding.weight", state),
@@ -188,4 +202,6 @@ def test_its_checkpoints_move_between_layouts(pool: Any, tmp_path: Path) -> None
     for here, there in zip(seen, expected, strict=True):
         assert here == pytest.approx(there, rel=1e-5)
     for name, parameter in last.model.named_parameters():
-        torch.testing.assert_close(parameter, dict(alone.model.named_parameters())[name], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            parameter, dict(alone.model.named_parameters())[name], rtol=1e-4, atol=1e-6
+        )

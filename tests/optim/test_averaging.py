@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import batch_of, build_optimizer, model_config, optimizer_config, plain_table, small_setup, train_step
+from small_models import (
+    batch_of,
+    build_optimizer,
+    model_config,
+    optimizer_config,
+    plain_table,
+    small_setup,
+    train_step,
+)
 from torch import Tensor, nn
 
 from megatron_completep.optim.optimizer import DistributedOptimizer, StepResult
@@ -18,7 +26,10 @@ Batch = tuple[Tensor, Tensor]
 def uneven_batches() -> list[Batch]:
     """Three micro-batches of 2 sequences in which very different shares of the labels count."""
     model = model_config()
-    return [batch_of(model, seed, batch=2, ignored=share) for seed, share in ((0, 0.0), (1, 0.5), (2, 0.75))]
+    return [
+        batch_of(model, seed, batch=2, ignored=share)
+        for seed, share in ((0, 0.0), (1, 0.5), (2, 0.75))
+    ]
 
 
 def joined(batches: list[Batch]) -> Batch:
@@ -26,8 +37,12 @@ def joined(batches: list[Batch]) -> Batch:
     return torch.cat(tokens), torch.cat(labels)
 
 
-def run(batches: list[Batch], dtype: torch.dtype = torch.float64, steps: int = 3) -> tuple[Tensor, StepResult]:
-    gpt, optimizer, _ = small_setup({"tied_embeddings": True}, optimizer={"base_eps": 1e-4}, dtype=dtype)
+def run(
+    batches: list[Batch], dtype: torch.dtype = torch.float64, steps: int = 3
+) -> tuple[Tensor, StepResult]:
+    gpt, optimizer, _ = small_setup(
+        {"tied_embeddings": True}, optimizer={"base_eps": 1e-4}, dtype=dtype
+    )
     for _ in range(steps):
         result = train_step(gpt, optimizer, 1e-2, *batches)
     return optimizer.shards.master.clone(), result
@@ -41,7 +56,9 @@ def test_gradient_accumulation_equals_one_big_batch(dtype: torch.dtype, toleranc
     torch.testing.assert_close(small, big, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(small_result.loss, big_result.loss, rtol=tolerance, atol=0)
     torch.testing.assert_close(small_result.grad_norm, big_result.grad_norm, rtol=tolerance, atol=0)
-    assert small_result.tokens.item() == big_result.tokens.item() == (joined(batches)[1] != -100).sum()
+    assert (
+        small_result.tokens.item() == big_result.tokens.item() == (joined(batches)[1] != -100).sum()
+    )
 
 
 def test_the_order_of_micro_batches_does_not_matter() -> None:
@@ -102,7 +119,9 @@ class PlainModel(nn.Module):
         generator = torch.Generator().manual_seed(0)
         self.first, self.second, self.spare = nn.Linear(6, 6), nn.Linear(6, 3), nn.Linear(6, 3)
         for name, parameter in self.named_parameters():
-            parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.5
+            parameter.data = (
+                torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.5
+            )
             role = Role.HIDDEN_BIAS if name.endswith("bias") else Role.HIDDEN_WEIGHT
             declare(parameter, role, 6, 3 if role == Role.HIDDEN_WEIGHT else 6)
 
@@ -112,21 +131,37 @@ class PlainModel(nn.Module):
 
 
 def batches_of(step: int, count: int) -> list[Tensor]:
-    return [torch.randn(5, 6, generator=torch.Generator().manual_seed(10 * step + i), dtype=torch.float64) for i in range(count)]
+    return [
+        torch.randn(
+            5, 6, generator=torch.Generator().manual_seed(10 * step + i), dtype=torch.float64
+        )
+        for i in range(count)
+    ]
 
 
-def plain_pair(dtype: torch.dtype) -> tuple[PlainModel, DistributedOptimizer, PlainModel, torch.optim.AdamW]:
+def plain_pair(
+    dtype: torch.dtype,
+) -> tuple[PlainModel, DistributedOptimizer, PlainModel, torch.optim.AdamW]:
     ours, theirs = PlainModel(), PlainModel().to(dtype)
     table = plain_table(width_multiplier=2.0, depth_multiplier=4.0)
-    optimizer = build_optimizer(ours.to(dtype), table, optimizer_config(grad_clip=0.05, base_eps=1e-3), dtype)
-    values = {name: (1e-2 * g.lr_factor, g.weight_decay, g.eps) for name, g in optimizer.groups.items()}
-    groups = [{"params": [p], "lr": values[n][0], "weight_decay": values[n][1], "eps": values[n][2]} for n, p in theirs.named_parameters()]
+    optimizer = build_optimizer(
+        ours.to(dtype), table, optimizer_config(grad_clip=0.05, base_eps=1e-3), dtype
+    )
+    values = {
+        name: (1e-2 * g.lr_factor, g.weight_decay, g.eps) for name, g in optimizer.groups.items()
+    }
+    groups = [
+        {"params": [p], "lr": values[n][0], "weight_decay": values[n][1], "eps": values[n][2]}
+        for n, p in theirs.named_parameters()
+    ]
     return ours, optimizer, theirs, torch.optim.AdamW(groups, betas=(0.9, 0.95))
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("micro_batches", [1, 3])
-def test_plain_autograd_modules_train_as_under_torch(dtype: torch.dtype, tolerance: float, micro_batches: int) -> None:
+def test_plain_autograd_modules_train_as_under_torch(
+    dtype: torch.dtype, tolerance: float, micro_batches: int
+) -> None:
     ours, optimizer, theirs, reference = plain_pair(dtype)
     for step in range(5):
         optimizer.begin_step(micro_batches)
@@ -135,18 +170,26 @@ def test_plain_autograd_modules_train_as_under_torch(dtype: torch.dtype, toleran
             for model in (ours, theirs):
                 model(x.to(dtype), spare=step == 3).square().sum().backward()
         for parameter in theirs.parameters():
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad / (5 * micro_batches)
+            parameter.grad = (
+                torch.zeros_like(parameter)
+                if parameter.grad is None
+                else parameter.grad / (5 * micro_batches)
+            )
         nn.utils.clip_grad_norm_(theirs.parameters(), 0.05)
         reference.step()
         optimizer.step(1e-2, torch.zeros(()), torch.tensor(5 * micro_batches))
         assert all(parameter.grad is None for parameter in ours.parameters())
         for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                a, b, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
+            )
 
 
 def test_plain_modules_train_under_bf16_with_float32_masters() -> None:
     model = PlainModel().float()
-    optimizer = build_optimizer(model, plain_table(), optimizer_config(base_weight_decay=0.0), torch.bfloat16)
+    optimizer = build_optimizer(
+        model, plain_table(), optimizer_config(base_weight_decay=0.0), torch.bfloat16
+    )
     losses = []
     for _ in range(40):
         optimizer.begin_step(1)
@@ -154,4 +197,7 @@ def test_plain_modules_train_under_bf16_with_float32_masters() -> None:
         loss.backward()
         losses.append(optimizer.step(3e-3, loss, torch.tensor(5)).loss.item())
     assert losses[-1] < 0.3 * losses[0]
-    assert model.first.weight.dtype == torch.bfloat16 and optimizer.shards.master.dtype == torch.float32
+    assert (
+        model.first.weight.dtype == torch.bfloat16
+        and optimizer.shards.master.dtype == torch.float32
+    )

@@ -42,7 +42,13 @@ BASE: dict[str, Any] = {
     "completep": {"base_hidden_size": 16, "base_num_layers": 2},
     "optimizer": {"base_lr": 1e-2},
     "data": {"train": [{"prefix": "none"}]},
-    "training": {"micro_batch_size": 4, "global_batch_size": 8, "train_steps": 10, "precision": "float32", "output_dir": "none"},
+    "training": {
+        "micro_batch_size": 4,
+        "global_batch_size": 8,
+        "train_steps": 10,
+        "precision": "float32",
+        "output_dir": "none",
+    },
 }
 PIPELINE = ["parallel.pipeline_parallel_size=2", "parallel.tensor_parallel_size=2"]
 
@@ -68,7 +74,14 @@ def override(pattern: str, **factors: float) -> str:
 
 def test_a_run_as_it_should_be_passes_without_a_word():
     assert check() == []
-    assert check(override("layers.0.*", lr=0.5, init_std=2.0), "completep.factors.pre_norm.lr=2.0", *PIPELINE) == []
+    assert (
+        check(
+            override("layers.0.*", lr=0.5, init_std=2.0),
+            "completep.factors.pre_norm.lr=2.0",
+            *PIPELINE,
+        )
+        == []
+    )
 
 
 # --- what names nothing, or never acts ----------------------------------------------------------------------------------------
@@ -77,21 +90,49 @@ def test_a_run_as_it_should_be_passes_without_a_word():
 @pytest.mark.parametrize("layout", [[], PIPELINE])
 @pytest.mark.parametrize(
     ("pattern", "more"),
-    [("layer.0.*", []), ("Embedding.*", []), ("layers.4.*", []), ("unembedding.*", ["model.tied_embeddings=true"])],
+    [
+        ("layer.0.*", []),
+        ("Embedding.*", []),
+        ("layers.4.*", []),
+        ("unembedding.*", ["model.tied_embeddings=true"]),
+    ],
 )
-def test_an_override_that_matches_nothing_is_refused_with_the_names_there_are(pattern, more, layout):
+def test_an_override_that_matches_nothing_is_refused_with_the_names_there_are(
+    pattern, more, layout
+):
     message = refusal(override(pattern, lr=2.0), *more, *layout)
-    assert f"optimizer.overrides: {pattern!r} matches no parameter" in message and "embedding.weight" in message
+    assert (
+        f"optimizer.overrides: {pattern!r} matches no parameter" in message
+        and "embedding.weight" in message
+    )
     assert message == refusal(override(pattern, lr=2.0), *more)  # the layout has no say
 
 
 NEVER_ACT = [
-    ("completep.factors.pre_norm.init_std=2.0", "completep.factors.pre_norm: init_std = 2 can never act"),
-    ("completep.factors.final_norm.weight_decay=3.0", "completep.factors.final_norm: weight_decay = 3 can never act"),
-    ("completep.factors.qk_norm.init_std=0.5", "completep.factors.qk_norm: init_std = 0.5 can never act"),
-    ("completep.factors.hidden_bias.init_std=0.5", "completep.factors.hidden_bias: init_std = 0.5 can never act"),
-    (override("*_norm.weight", init_std=2.0), "optimizer.overrides.0 ('*_norm.weight'): init_std = 2 can never act"),
-    (override("final_norm.*", weight_decay=2.0), "optimizer.overrides.0 ('final_norm.*'): weight_decay = 2 can never act"),
+    (
+        "completep.factors.pre_norm.init_std=2.0",
+        "completep.factors.pre_norm: init_std = 2 can never act",
+    ),
+    (
+        "completep.factors.final_norm.weight_decay=3.0",
+        "completep.factors.final_norm: weight_decay = 3 can never act",
+    ),
+    (
+        "completep.factors.qk_norm.init_std=0.5",
+        "completep.factors.qk_norm: init_std = 0.5 can never act",
+    ),
+    (
+        "completep.factors.hidden_bias.init_std=0.5",
+        "completep.factors.hidden_bias: init_std = 0.5 can never act",
+    ),
+    (
+        override("*_norm.weight", init_std=2.0),
+        "optimizer.overrides.0 ('*_norm.weight'): init_std = 2 can never act",
+    ),
+    (
+        override("final_norm.*", weight_decay=2.0),
+        "optimizer.overrides.0 ('final_norm.*'): weight_decay = 2 can never act",
+    ),
 ]
 
 
@@ -138,7 +179,10 @@ def test_a_callers_own_model_is_checked_by_its_own_names():
 # setting -> (a value that its type cannot hold, part of the message)
 LOST = {
     "optimizer.base_eps": ("1e-46", "the AdamW epsilon is 5e-47 for embedding (embedding.weight)"),
-    "optimizer.base_init_std": ("1e-40", "7.07e-41 for hidden_weight (layers.0.attention.qkv.weight and 15 more)"),
+    "optimizer.base_init_std": (
+        "1e-40",
+        "7.07e-41 for hidden_weight (layers.0.attention.qkv.weight and 15 more)",
+    ),
     "optimizer.base_lr": ("1e-44", "the peak learning rate is 1e-44 for embedding"),
     "optimizer.base_weight_decay": ("1e-37", "weight decay times the peak learning rate is 1e-39"),
     "model.norm_eps": ("1e-46", "the epsilon of the norms is 1e-46"),
@@ -153,13 +197,20 @@ LOST = {
 TOO_LARGE = {
     "optimizer.base_eps": ("1e39", "the AdamW epsilon is 5e+38 for embedding"),
     "optimizer.base_init_std": ("1e38", "the initial standard deviation is 1e+38"),
-    "optimizer.base_lr": ("1e38", "the peak learning rate is 1e+38"),  # over 1 - beta1 at the first step
+    "optimizer.base_lr": (
+        "1e38",
+        "the peak learning rate is 1e+38",
+    ),  # over 1 - beta1 at the first step
     "model.logit_multiplier": ("1e39", "the factor on the logits is 5e+38"),
 }
 
 
-@pytest.mark.parametrize(("setting", "direction"), [(s, "least") for s in LOST] + [(s, "most") for s in TOO_LARGE])
-def test_a_value_that_its_type_cannot_hold_is_refused_with_the_nearest_that_it_can(setting, direction):
+@pytest.mark.parametrize(
+    ("setting", "direction"), [(s, "least") for s in LOST] + [(s, "most") for s in TOO_LARGE]
+)
+def test_a_value_that_its_type_cannot_hold_is_refused_with_the_nearest_that_it_can(
+    setting, direction
+):
     value, part = (LOST if direction == "least" else TOO_LARGE)[setting]
     message = refusal(f"{setting}={value}")
     assert message.startswith("1 setting cannot") and part in message, message
@@ -172,46 +223,71 @@ def test_a_value_that_its_type_cannot_hold_is_refused_with_the_nearest_that_it_c
 
 
 def test_float64_holds_what_float32_does_not():
-    assert check("training.precision=float64", "optimizer.base_eps=1e-46", "model.norm_eps=1e-46") == []
+    assert (
+        check("training.precision=float64", "optimizer.base_eps=1e-46", "model.norm_eps=1e-46")
+        == []
+    )
     assert "float64 holds" in refusal("training.precision=float64", "optimizer.base_eps=1e-308")
-    assert "float32 holds" in refusal("training.precision=bf16", "optimizer.base_eps=1e-46")  # masters are float32
+    assert "float32 holds" in refusal(
+        "training.precision=bf16", "optimizer.base_eps=1e-46"
+    )  # masters are float32
     # Initial weights are drawn in float32 whatever the precision.
     assert "base_init_std" in refusal("training.precision=float64", "optimizer.base_init_std=1e-40")
 
 
 def test_factors_that_leave_the_range_of_numbers_are_refused_without_a_traceback():
     twice = "optimizer.overrides=[{pattern: '*.up.*', eps: 1e-300}, {pattern: '*.up.weight', eps: 1e-300}]"
-    assert "the AdamW epsilon is 0 for hidden_weight (layers.0.mlp.up.weight and 3 more)" in refusal(twice)
+    assert (
+        "the AdamW epsilon is 0 for hidden_weight (layers.0.mlp.up.weight and 3 more)"
+        in refusal(twice)
+    )
     assert "No base value serves" in refusal(twice)
     assert "the peak learning rate is inf" in refusal(twice.replace("eps: 1e-300", "lr: 1e300"))
 
 
-@pytest.mark.parametrize("word", ["completep.factors.hidden_weight.eps=1e-40", override("*.up.weight", eps=1e-40)])
+@pytest.mark.parametrize(
+    "word", ["completep.factors.hidden_weight.eps=1e-40", override("*.up.weight", eps=1e-40)]
+)
 def test_what_ones_own_factor_makes_too_small_is_not_blamed_on_the_base_value(word):
     """A base epsilon of 471 would keep the values, and nothing would train."""
     message = refusal(word)
-    assert "bring the factors in completep.factors and optimizer.overrides nearer to 1" in message and "at least" not in message
+    assert (
+        "bring the factors in completep.factors and optimizer.overrides nearer to 1" in message
+        and "at least" not in message
+    )
     assert check(word.replace("1e-40", "0.5")) == []
     # Where the base value is too small by itself, it is what has to change.
-    assert "Use optimizer.base_eps of at least" in refusal(word.replace("1e-40", "0.5"), "optimizer.base_eps=1e-46")
+    assert "Use optimizer.base_eps of at least" in refusal(
+        word.replace("1e-40", "0.5"), "optimizer.base_eps=1e-46"
+    )
 
 
-@pytest.mark.parametrize("word", ["optimizer.base_weight_decay=0.0", "training.z_loss=0.0", "optimizer.grad_clip=0.0"])
+@pytest.mark.parametrize(
+    "word", ["optimizer.base_weight_decay=0.0", "training.z_loss=0.0", "optimizer.grad_clip=0.0"]
+)
 def test_what_is_switched_off_does_not_underflow(word):
     assert check(word) == []
     assert check(override("*", weight_decay=0.0)) == []
 
 
 def test_betas_that_would_not_move_their_moments_are_refused():
-    assert "optimizer.betas.1 = 0.99999999: the moment takes in 1e-08" in refusal("optimizer.betas=[0.9, 0.99999999]")
+    assert "optimizer.betas.1 = 0.99999999: the moment takes in 1e-08" in refusal(
+        "optimizer.betas=[0.9, 0.99999999]"
+    )
     assert check("optimizer.betas=[0.9, 0.99999999]", "training.precision=float64") == []
-    scaled = refusal("completep.base_batch_tokens=1000000000000000000")  # 1 - beta scales with m_B: to less than a rounding of 1
+    scaled = refusal(
+        "completep.base_batch_tokens=1000000000000000000"
+    )  # 1 - beta scales with m_B: to less than a rounding of 1
     assert "optimizer.betas.0 = 0.9" in scaled and "completep.base_batch_tokens" in scaled
 
 
 def test_a_batch_scale_that_is_no_number_is_refused():
-    assert "completep.batch_exponent = 100000" in refusal("completep.base_batch_tokens=127", "completep.batch_exponent=100000.0")
-    assert "completep.batch_exponent = 100000" in refusal("completep.base_batch_tokens=129", "completep.batch_exponent=100000.0")
+    assert "completep.batch_exponent = 100000" in refusal(
+        "completep.base_batch_tokens=127", "completep.batch_exponent=100000.0"
+    )
+    assert "completep.batch_exponent = 100000" in refusal(
+        "completep.base_batch_tokens=129", "completep.batch_exponent=100000.0"
+    )
 
 
 def test_an_epsilon_below_the_bound_makes_weights_that_are_no_numbers_and_one_above_does_not():

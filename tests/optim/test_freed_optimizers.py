@@ -16,7 +16,9 @@ def buffers_after_a_step(keep: list[object]) -> weakref.ref[torch.Tensor]:
     config = model_config()
     table = table_for(config, completep_config())
     model = build_model(config, table, torch.float32)
-    optimizer = DistributedOptimizer([model], table, optimizer_config(), ParallelContext.single(), precision=torch.float32)
+    optimizer = DistributedOptimizer(
+        [model], table, optimizer_config(), ParallelContext.single(), precision=torch.float32
+    )
     tokens = torch.randint(config.vocab_size, (2, config.seq_length))
     optimizer.begin_step(1)
     loss = model(tokens, labels=tokens)

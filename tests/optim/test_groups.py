@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import build_model, build_optimizer, completep_config, model_config, optimizer_config, plain_table, table_for
+from small_models import (
+    build_model,
+    build_optimizer,
+    completep_config,
+    model_config,
+    optimizer_config,
+    plain_table,
+    table_for,
+)
 from torch import nn
 
 from megatron_completep.completep import table as page
@@ -25,7 +33,13 @@ SIGMA, ETA, LAMBDA, EPS = 0.02, 0.004, 0.1, 1e-12
 GRID = list(itertools.product((1, 2, 4), (1, 2, 8), (0.5, 1.0)))
 SMALL_GRID = [(2, 2, 0.5)]  # enough for the negative controls
 MODELS: list[dict[str, Any]] = [
-    {"bias": True, "norm": "layernorm", "activation": "gelu", "position": "learned", "qk_norm": True},
+    {
+        "bias": True,
+        "norm": "layernorm",
+        "activation": "gelu",
+        "position": "learned",
+        "qk_norm": True,
+    },
     {"num_query_groups": 2, "activation": "swiglu", "tied_embeddings": True},
     {"activation": "squared_relu", "position": "alibi", "bias": True, "norm": "layernorm"},
 ]
@@ -46,7 +60,9 @@ def role_of(name: str) -> str:
     return "hidden_bias" if name.endswith(".bias") else "hidden_weight"
 
 
-def expected(name: str, m_N: float, m_L: float, alpha: float, ffn_ratio: float) -> tuple[float, float, float, float]:
+def expected(
+    name: str, m_N: float, m_L: float, alpha: float, ffn_ratio: float
+) -> tuple[float, float, float, float]:
     """(init std, lr, weight decay, eps) as section 1 of the parameterization writes them."""
     own = ffn_ratio if "mlp.down" in name else m_N
     depth = m_L ** (alpha - 1)
@@ -62,12 +78,18 @@ def expected(name: str, m_N: float, m_L: float, alpha: float, ffn_ratio: float) 
     return SIGMA / own**0.5, ETA / own * depth, LAMBDA * own, EPS / m_N / m_L**alpha
 
 
-def groups_of(m_N: int, m_L: int, alpha: float, changes: dict[str, Any]) -> tuple[GPT, dict[str, Group]]:
+def groups_of(
+    m_N: int, m_L: int, alpha: float, changes: dict[str, Any]
+) -> tuple[GPT, dict[str, Group]]:
     """A model m_N times as wide and m_L times as deep as its base; its MLP is 3 times as wide as the base's. No memory is touched."""
-    model = model_config(**{"hidden_size": 16 * m_N, "num_layers": 2 * m_L, "ffn_hidden_size": 96, **changes})
+    model = model_config(
+        **{"hidden_size": 16 * m_N, "num_layers": 2 * m_L, "ffn_hidden_size": 96, **changes}
+    )
     table = table_for(model, completep_config(alpha=alpha, base_ffn_hidden_size=32))
     gpt = GPT(model, table, ParallelContext.single("meta"))
-    optimizer = optimizer_config(base_lr=ETA, base_init_std=SIGMA, base_weight_decay=LAMBDA, base_eps=EPS)
+    optimizer = optimizer_config(
+        base_lr=ETA, base_init_std=SIGMA, base_weight_decay=LAMBDA, base_eps=EPS
+    )
     return gpt, build_groups(gpt.named_parameters(), table, optimizer)
 
 
@@ -82,14 +104,20 @@ def differences(grid: list[tuple[int, int, float]]) -> list[str]:
         for name, group in groups.items():
             values = group.init_std, ETA * group.lr_factor, group.weight_decay, group.eps
             wanted = expected(name, m_N, m_L, alpha, 3.0)
-            if group.role != role_of(name) or any(abs(a - b) > 1e-12 * abs(b) for a, b in zip(values, wanted, strict=True)):
+            if group.role != role_of(name) or any(
+                abs(a - b) > 1e-12 * abs(b) for a, b in zip(values, wanted, strict=True)
+            ):
                 found.append(f"{group.role} {name} at {m_N, m_L, alpha}: {values} is not {wanted}")
     return found
 
 
 def test_every_parameter_has_the_values_of_the_paper_on_the_whole_grid() -> None:
     assert differences(GRID) == []
-    seen = {role_of(name) for changes in MODELS for name, _ in groups_of(1, 1, 1.0, changes)[0].named_parameters()}
+    seen = {
+        role_of(name)
+        for changes in MODELS
+        for name, _ in groups_of(1, 1, 1.0, changes)[0].named_parameters()
+    }
     assert seen == {role.value for role in Role}
 
 
@@ -100,7 +128,10 @@ def test_a_wrong_table_is_found(role: Role, cell: str, monkeypatch: pytest.Monke
 
     def wrong(m_N: float, m_L: float, *rest: float) -> dict[Role, page.Row]:
         rows = original(m_N, m_L, *rest)
-        return {**rows, role: dataclasses.replace(rows[role], **{cell: getattr(rows[role], cell) * m_L**-0.25})}
+        return {
+            **rows,
+            role: dataclasses.replace(rows[role], **{cell: getattr(rows[role], cell) * m_L**-0.25}),
+        }
 
     monkeypatch.setitem(page.RULES, "adamw", wrong)
     found = differences(SMALL_GRID)
@@ -115,7 +146,10 @@ def test_a_wrongly_declared_fan_in_is_found(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_every_element_is_in_exactly_one_group_of_the_optimizer() -> None:
-    gpt = build_model(model := model_config(bias=True, norm="layernorm"), table := table_for(model, completep_config()))
+    gpt = build_model(
+        model := model_config(bias=True, norm="layernorm"),
+        table := table_for(model, completep_config()),
+    )
     optimizer = build_optimizer(gpt, table)
     sizes: Counter[str] = Counter()
     names = list(optimizer.groups)
@@ -134,7 +168,9 @@ def test_groups_that_differ_in_eps_alone_stay_apart() -> None:
     assert (embedding.lr_factor, embedding.weight_decay) == (hidden.lr_factor, hidden.weight_decay)
     assert embedding.eps == pytest.approx(8 * hidden.eps, rel=1e-12)
     merged = {(group.lr_factor, group.weight_decay): group for group in groups.values()}
-    assert len(merged) < len({(g.lr_factor, g.weight_decay, g.eps) for g in groups.values()})  # what a key of (lr, wd) would lose
+    assert len(merged) < len(
+        {(g.lr_factor, g.weight_decay, g.eps) for g in groups.values()}
+    )  # what a key of (lr, wd) would lose
 
 
 def test_a_parameter_without_a_role_raises_and_is_named() -> None:
@@ -159,12 +195,18 @@ def test_overrides_multiply_what_their_pattern_matches_and_nothing_else() -> Non
     plain = groups_with()
     changed = groups_with(
         OverrideConfig(pattern="layers.1.*", lr=0.5),
-        OverrideConfig(pattern="*.mlp.down.weight", lr=4.0, weight_decay=0.0, eps=100.0, init_std=3.0),
+        OverrideConfig(
+            pattern="*.mlp.down.weight", lr=4.0, weight_decay=0.0, eps=100.0, init_std=3.0
+        ),
     )
     for name, group in plain.items():
         first, second = name.startswith("layers.1."), name.endswith(".mlp.down.weight")
-        assert changed[name].lr_factor == group.lr_factor * (0.5 if first else 1) * (4.0 if second else 1), name
+        assert changed[name].lr_factor == group.lr_factor * (0.5 if first else 1) * (
+            4.0 if second else 1
+        ), name
         assert changed[name].weight_decay == group.weight_decay * (0.0 if second else 1), name
         assert changed[name].eps == group.eps * (100.0 if second else 1), name
         assert changed[name].init_std == group.init_std * (3.0 if second else 1), name
-    assert plain["layers.11.mlp.up.weight"] == changed["layers.11.mlp.up.weight"]  # layers.1.* is not layers.11
+    assert (
+        plain["layers.11.mlp.up.weight"] == changed["layers.11.mlp.up.weight"]
+    )  # layers.1.* is not layers.11

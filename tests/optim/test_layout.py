@@ -15,7 +15,9 @@ from megatron_completep.model.gpt import GPT
 from megatron_completep.optim.layout import ALIGNMENT, Entry, Layout, Segment, lay_out
 from megatron_completep.parallel.context import ParallelContext
 
-sizes = st.lists(st.integers(1, 700), min_size=1, max_size=12).map(lambda numbers: [Entry(f"p{i}", n) for i, n in enumerate(numbers)])
+sizes = st.lists(st.integers(1, 700), min_size=1, max_size=12).map(
+    lambda numbers: [Entry(f"p{i}", n) for i, n in enumerate(numbers)]
+)
 shard_counts = st.integers(1, 6)
 bucket_sizes = st.integers(1, 3000)
 
@@ -39,13 +41,17 @@ def owners(layout: Layout) -> dict[str, Counter[int]]:
 
 
 @given(sizes, shard_counts, bucket_sizes)
-def test_every_element_is_owned_exactly_once(parameters: list[Entry], shards: int, bucket: int) -> None:
+def test_every_element_is_owned_exactly_once(
+    parameters: list[Entry], shards: int, bucket: int
+) -> None:
     counts = owners(laid_out(parameters, shards, bucket))
     assert counts == {entry.name: Counter(range(entry.size)) for entry in parameters}
 
 
 @given(sizes, shard_counts, bucket_sizes)
-def test_pieces_are_aligned_in_order_and_apart(parameters: list[Entry], shards: int, bucket: int) -> None:
+def test_pieces_are_aligned_in_order_and_apart(
+    parameters: list[Entry], shards: int, bucket: int
+) -> None:
     layout = laid_out(parameters, shards, bucket)
     assert [Entry(piece.name, piece.size) for piece in layout.pieces] == parameters
     end = 0
@@ -58,30 +64,40 @@ def test_pieces_are_aligned_in_order_and_apart(parameters: list[Entry], shards: 
 
 
 @given(sizes, shard_counts, bucket_sizes)
-def test_buckets_follow_each_other_and_split_evenly_and_aligned(parameters: list[Entry], shards: int, bucket: int) -> None:
+def test_buckets_follow_each_other_and_split_evenly_and_aligned(
+    parameters: list[Entry], shards: int, bucket: int
+) -> None:
     layout = laid_out(parameters, shards, bucket)
     position = 0
     for place in layout.buckets:
         assert place.start == position and place.size % (ALIGNMENT * shards) == 0
         slices = [place.slice_of(shard) for shard in range(shards)]
-        assert [a for a, _ in slices] == [place.start, *(b for _, b in slices[:-1])] and slices[-1][1] == place.stop
+        assert [a for a, _ in slices] == [place.start, *(b for _, b in slices[:-1])] and slices[-1][
+            1
+        ] == place.stop
         assert len({b - a for a, b in slices}) == 1
         position = place.stop
     assert layout.size == position and layout.shard_size * shards == layout.size
 
 
 @given(sizes, shard_counts, bucket_sizes)
-def test_a_shard_cut_from_the_flat_buffer_holds_the_elements_its_segments_name(parameters: list[Entry], shards: int, bucket: int) -> None:
+def test_a_shard_cut_from_the_flat_buffer_holds_the_elements_its_segments_name(
+    parameters: list[Entry], shards: int, bucket: int
+) -> None:
     layout = laid_out(parameters, shards, bucket)
     number = {entry.name: index for index, entry in enumerate(parameters)}
     flat = torch.full((layout.size,), -1, dtype=torch.int64)
     for piece in layout.pieces:
-        flat[piece.start : piece.start + piece.size] = number[piece.name] * 1000 + torch.arange(piece.size)
+        flat[piece.start : piece.start + piece.size] = number[piece.name] * 1000 + torch.arange(
+            piece.size
+        )
     for shard in range(shards):
         own = torch.cat([flat[start:stop] for start, stop in layout.slices({"data": shard})])
         found = torch.full_like(own, -1)
         for s in layout.segments({"data": shard}):
-            found[s.shard_start : s.shard_start + s.size] = number[s.name] * 1000 + s.parameter_start + torch.arange(s.size)
+            found[s.shard_start : s.shard_start + s.size] = (
+                number[s.name] * 1000 + s.parameter_start + torch.arange(s.size)
+            )
         assert torch.equal(own, found)
 
 
@@ -90,14 +106,18 @@ def test_parameters_asked_to_be_alone_have_a_bucket_of_their_own(
     parameters: list[Entry], shards: int, bucket: int, data: st.DataObject
 ) -> None:
     alone = frozenset(data.draw(st.sets(st.sampled_from([entry.name for entry in parameters]))))
-    layout = laid_out([entry._replace(alone=entry.name in alone) for entry in parameters], shards, bucket)
+    layout = laid_out(
+        [entry._replace(alone=entry.name in alone) for entry in parameters], shards, bucket
+    )
     tenants = Counter(piece.bucket for piece in layout.pieces)
     assert all(tenants[piece.bucket] == 1 for piece in layout.pieces if piece.name in alone)
     assert owners(layout) == {entry.name: Counter(range(entry.size)) for entry in parameters}
 
 
 @given(sizes, shard_counts, bucket_sizes)
-def test_a_bucket_is_closed_once_it_is_full(parameters: list[Entry], shards: int, bucket: int) -> None:
+def test_a_bucket_is_closed_once_it_is_full(
+    parameters: list[Entry], shards: int, bucket: int
+) -> None:
     layout = laid_out(parameters, shards, bucket)
     for number, place in enumerate(layout.buckets):
         last = [piece for piece in layout.pieces if piece.bucket == number][-1]
@@ -106,10 +126,14 @@ def test_a_bucket_is_closed_once_it_is_full(parameters: list[Entry], shards: int
 
 
 @given(sizes, st.data())
-def test_parameters_of_two_axes_share_no_bucket_and_each_is_cut_over_its_own_ranks(parameters: list[Entry], data: st.DataObject) -> None:
+def test_parameters_of_two_axes_share_no_bucket_and_each_is_cut_over_its_own_ranks(
+    parameters: list[Entry], data: st.DataObject
+) -> None:
     """As with experts that a part of the data ranks holds: their state is divided over fewer ranks."""
     shards = {"data": 6, "few": 2}
-    axes = data.draw(st.lists(st.sampled_from(list(shards)), min_size=len(parameters), max_size=len(parameters)))
+    axes = data.draw(
+        st.lists(st.sampled_from(list(shards)), min_size=len(parameters), max_size=len(parameters))
+    )
     mixed = [entry._replace(axis=axis) for entry, axis in zip(parameters, axes, strict=True)]
     layout = lay_out(mixed, shards, 1000)
     for entry, piece in zip(mixed, layout.pieces, strict=True):
@@ -118,17 +142,23 @@ def test_parameters_of_two_axes_share_no_bucket_and_each_is_cut_over_its_own_ran
     for rank in range(6):
         ranks = {"data": rank, "few": rank % 2}
         segments = layout.segments(ranks)
-        assert all(s.shard_start >= 0 and s.shard_start + s.size <= layout.shard_size for s in segments)
+        assert all(
+            s.shard_start >= 0 and s.shard_start + s.size <= layout.shard_size for s in segments
+        )
         assert sum(stop - start for start, stop in layout.slices(ranks)) == layout.shard_size
         for segment in segments:
-            counts.setdefault(segment.name, Counter()).update(range(segment.parameter_start, segment.parameter_start + segment.size))
+            counts.setdefault(segment.name, Counter()).update(
+                range(segment.parameter_start, segment.parameter_start + segment.size)
+            )
     for entry in mixed:
         assert counts[entry.name] == dict.fromkeys(range(entry.size), 6 // shards[entry.axis])
 
 
 def test_shard_boundaries_cut_parameters_of_different_groups() -> None:
     """What the segment table is for: here shard 0 ends inside b and shard 1 begins there."""
-    layout = laid_out([Entry("a", 100), Entry("b", 300), Entry("c", 20)], shards=2, bucket_elements=10_000)
+    layout = laid_out(
+        [Entry("a", 100), Entry("b", 300), Entry("c", 20)], shards=2, bucket_elements=10_000
+    )
     first, second = (layout.segments({"data": shard}) for shard in range(2))
     assert first == (Segment("a", 0, 0, 100), Segment("b", 128, 0, 128))
     assert second == (Segment("b", 0, 128, 172), Segment("c", 192, 0, 20))
@@ -142,10 +172,16 @@ def test_a_shard_that_owns_only_padding_has_no_segments() -> None:
 def test_the_check_of_ownership_finds_a_lost_element() -> None:
     class Careless(Layout):
         def segments(self, ranks: Mapping[str, int]) -> tuple[Segment, ...]:
-            return tuple(Segment(s.name, s.shard_start, s.parameter_start, max(1, s.size - 1)) for s in super().segments(ranks))
+            return tuple(
+                Segment(s.name, s.shard_start, s.parameter_start, max(1, s.size - 1))
+                for s in super().segments(ranks)
+            )
 
     layout = laid_out([Entry("a", 100), Entry("b", 300)], 2, 10_000)
-    assert owners(Careless(layout.pieces, layout.buckets)) != {"a": Counter(range(100)), "b": Counter(range(300))}
+    assert owners(Careless(layout.pieces, layout.buckets)) != {
+        "a": Counter(range(100)),
+        "b": Counter(range(300)),
+    }
 
 
 @pytest.mark.parametrize("shards", [1, 3])

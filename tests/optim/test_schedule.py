@@ -34,7 +34,11 @@ AXIS = np.arange(1, STEPS + 1)
 @pytest.mark.parametrize("warmup", [0, 10, 33])
 def test_linear_is_two_straight_lines(warmup: int, minimum: float) -> None:
     found = curve(schedule="linear", warmup_steps=warmup, min_lr_fraction=minimum)
-    wanted = np.interp(AXIS, [0, warmup, STEPS], [0.0, 1.0, minimum]) if warmup else np.interp(AXIS, [0, STEPS], [1.0, minimum])
+    wanted = (
+        np.interp(AXIS, [0, warmup, STEPS], [0.0, 1.0, minimum])
+        if warmup
+        else np.interp(AXIS, [0, STEPS], [1.0, minimum])
+    )
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-15)
 
 
@@ -48,17 +52,30 @@ def test_cosine_is_half_a_wave_from_peak_to_minimum(minimum: float) -> None:
 
 @pytest.mark.parametrize("minimum", [0.0, 0.2])
 def test_warmup_stable_decay_is_three_straight_lines(minimum: float) -> None:
-    found = curve(schedule="warmup_stable_decay", warmup_steps=10, decay_fraction=0.25, min_lr_fraction=minimum)
-    np.testing.assert_allclose(found, np.interp(AXIS, [0, 10, 75, 100], [0, 1, 1, minimum]), rtol=0, atol=1e-15)
+    found = curve(
+        schedule="warmup_stable_decay",
+        warmup_steps=10,
+        decay_fraction=0.25,
+        min_lr_fraction=minimum,
+    )
+    np.testing.assert_allclose(
+        found, np.interp(AXIS, [0, 10, 75, 100], [0, 1, 1, minimum]), rtol=0, atol=1e-15
+    )
 
 
 def test_constant_stays_at_the_peak_after_the_warm_up() -> None:
-    np.testing.assert_allclose(curve(schedule="constant", warmup_steps=4), np.minimum(AXIS / 4, 1), rtol=0, atol=1e-15)
+    np.testing.assert_allclose(
+        curve(schedule="constant", warmup_steps=4), np.minimum(AXIS / 4, 1), rtol=0, atol=1e-15
+    )
 
 
 def test_warm_up_as_a_fraction_equals_warm_up_in_steps() -> None:
-    assert curve(schedule="linear", warmup_fraction=0.1) == curve(schedule="linear", warmup_steps=10)
-    assert curve(schedule="linear", warmup_fraction=0.1) != curve(schedule="linear", warmup_steps=11)
+    assert curve(schedule="linear", warmup_fraction=0.1) == curve(
+        schedule="linear", warmup_steps=10
+    )
+    assert curve(schedule="linear", warmup_fraction=0.1) != curve(
+        schedule="linear", warmup_steps=11
+    )
     assert curve(schedule="linear") == curve(schedule="linear", warmup_steps=0)
     assert derived.warmup_steps(optimizer_config(warmup_fraction=0.1), 114) == 11
 
@@ -73,10 +90,14 @@ def test_warm_up_as_a_fraction_equals_warm_up_in_steps() -> None:
 def test_every_schedule_rises_to_one_peak_and_falls_to_its_minimum(
     shape: str, steps: int, warmup: float, decay: float, minimum: float
 ) -> None:
-    config = optimizer_config(schedule=shape, warmup_fraction=warmup, decay_fraction=decay, min_lr_fraction=minimum)
+    config = optimizer_config(
+        schedule=shape, warmup_fraction=warmup, decay_fraction=decay, min_lr_fraction=minimum
+    )
     values = [schedule(step, config, steps) for step in range(1, steps + 1)]
     ramp = derived.warmup_steps(config, steps)
-    assume(shape != "warmup_stable_decay" or ramp + derived.decay_steps(config, steps) <= steps)  # the configuration's check holds this
+    assume(
+        shape != "warmup_stable_decay" or ramp + derived.decay_steps(config, steps) <= steps
+    )  # the configuration's check holds this
     assert all(0 <= value <= 1 for value in values)
     assert all(a < b for a, b in itertools.pairwise(values[:ramp]))
     after = values[max(0, ramp - 1) :]
@@ -84,7 +105,11 @@ def test_every_schedule_rises_to_one_peak_and_falls_to_its_minimum(
     assert all(value >= minimum - 1e-12 for value in after)
     if ramp:
         assert values[ramp - 1] == 1.0
-    falls = derived.decay_steps(config, steps) > 0 if shape == "warmup_stable_decay" else shape != "constant"
+    falls = (
+        derived.decay_steps(config, steps) > 0
+        if shape == "warmup_stable_decay"
+        else shape != "constant"
+    )
     if falls and ramp < steps:
         assert values[-1] == pytest.approx(minimum, abs=1e-12)
 
@@ -97,7 +122,13 @@ def test_a_step_beyond_the_last_stays_at_the_minimum() -> None:
 
 # --- E9 -------------------------------------------------------------------------------------------------------------------------------
 
-SETTINGS = {"base_weight_decay": 0.0, "base_eps": 1e-30, "schedule": "linear", "warmup_steps": 4, "min_lr_fraction": 0.25}
+SETTINGS = {
+    "base_weight_decay": 0.0,
+    "base_eps": 1e-30,
+    "schedule": "linear",
+    "warmup_steps": 4,
+    "min_lr_fraction": 0.25,
+}
 TOTAL = 12
 
 
@@ -108,7 +139,9 @@ def push_constant_gradients(gpt: torch.nn.Module, optimizer: DistributedOptimize
         gpt.queue.push(parameter, lambda main_grad, first: main_grad.fill_(0.5))
 
 
-def group_rates(gpt: torch.nn.Module, optimizer: DistributedOptimizer, lr: float) -> dict[str, float]:
+def group_rates(
+    gpt: torch.nn.Module, optimizer: DistributedOptimizer, lr: float
+) -> dict[str, float]:
     """The learning rate of each parameter, seen in what one step does to it."""
     before = {name: p.detach().clone() for name, p in gpt.named_parameters()}
     push_constant_gradients(gpt, optimizer)
@@ -118,7 +151,9 @@ def group_rates(gpt: torch.nn.Module, optimizer: DistributedOptimizer, lr: float
     return {name: change.mean().item() for name, change in moved.items()}
 
 
-def reloaded(optimizer: DistributedOptimizer, changes: dict[str, Any]) -> tuple[torch.nn.Module, DistributedOptimizer]:
+def reloaded(
+    optimizer: DistributedOptimizer, changes: dict[str, Any]
+) -> tuple[torch.nn.Module, DistributedOptimizer]:
     """A new model and optimizer, as a resumed run builds them, with the state of the old ones."""
     gpt, fresh, _ = small_setup(completep={"alpha": 0.5}, optimizer=changes)
     copy_state(optimizer, fresh)
@@ -133,17 +168,24 @@ def copy_state(source: DistributedOptimizer, target: DistributedOptimizer) -> No
     target.control.copy_(source.control)
 
 
-def test_the_learning_rate_of_a_group_is_schedule_times_factor_at_warm_up_peak_minimum_and_after_reload() -> None:
+def test_the_learning_rate_of_a_group_is_schedule_times_factor_at_warm_up_peak_minimum_and_after_reload() -> (
+    None
+):
     gpt, optimizer, _ = small_setup(completep={"alpha": 0.5}, optimizer=SETTINGS)
     factors = {name: group.lr_factor for name, group in optimizer.groups.items()}
-    assert len(set(factors.values())) == 3  # outside the blocks, vectors in blocks, matrices in blocks
+    assert (
+        len(set(factors.values())) == 3
+    )  # outside the blocks, vectors in blocks, matrices in blocks
     shape = np.interp(np.arange(1, TOTAL + 1), [0, 4, TOTAL], [0, 1, 0.25])
     for step in range(1, TOTAL + 1):
         if step in (2, 4, 9):  # in the warm-up, at its end, on the way down
             gpt, optimizer = reloaded(optimizer, SETTINGS)
         rates = group_rates(gpt, optimizer, learning_rate(step, optimizer.config, TOTAL))
         for name, rate in rates.items():
-            assert rate == pytest.approx(1e-2 * shape[step - 1] * factors[name], rel=1e-9), (step, name)
+            assert rate == pytest.approx(1e-2 * shape[step - 1] * factors[name], rel=1e-9), (
+                step,
+                name,
+            )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -154,10 +196,14 @@ def test_training_goes_on_bitwise_after_a_reload(dtype: torch.dtype) -> None:
     def run(reload_after: int | None, changes: dict[str, Any] | None = None) -> Tensor:
         gpt, optimizer, _ = small_setup(optimizer=settings, dtype=dtype)
         for step in range(1, 7):
-            train_step(gpt, optimizer, learning_rate(step, optimizer.config, 6), batch_of(gpt.config, step))
+            train_step(
+                gpt, optimizer, learning_rate(step, optimizer.config, 6), batch_of(gpt.config, step)
+            )
             if step == reload_after:
                 old = optimizer
-                gpt, optimizer, _ = small_setup(optimizer={**settings, **(changes or {})}, dtype=dtype)
+                gpt, optimizer, _ = small_setup(
+                    optimizer={**settings, **(changes or {})}, dtype=dtype
+                )
                 copy_state(old, optimizer)
         return optimizer.shards.master.clone()
 

@@ -23,15 +23,21 @@ def test_buckets_start_as_they_lie_whichever_gradient_comes_last(seed: int) -> N
     model = model_config()
     table = table_for(model, completep_config())
     gpt = build_model(model, table)
-    optimizer = build_optimizer(gpt, table, optimizer_config(), parallel=ParallelConfig(bucket_megabytes=0.02))
+    optimizer = build_optimizer(
+        gpt, table, optimizer_config(), parallel=ParallelConfig(bucket_megabytes=0.02)
+    )
     shards = optimizer.shards
     buckets = list(range(len(shards.layout.buckets)))
     assert len(buckets) > 5
     optimizer.begin_step(1)
     parameters = list(gpt.parameters())
     random.Random(seed).shuffle(parameters)
-    held = parameters.pop()  # nothing of its bucket and of later ones may start before its gradient is there
-    (bucket,) = (piece.bucket for piece in shards.layout.pieces if shards.parameters[piece.name] is held)
+    held = (
+        parameters.pop()
+    )  # nothing of its bucket and of later ones may start before its gradient is there
+    (bucket,) = (
+        piece.bucket for piece in shards.layout.pieces if shards.parameters[piece.name] is held
+    )
     for parameter in parameters:
         gpt.queue.push(parameter, lambda main_grad, first: main_grad.fill_(0.5))
     assert shards.started == buckets[:bucket]
@@ -44,7 +50,9 @@ def test_a_parameter_without_a_contribution_is_reduced_when_the_step_ends() -> N
     model = model_config()
     table = table_for(model, completep_config())
     gpt = build_model(model, table)
-    optimizer = build_optimizer(gpt, table, optimizer_config(), parallel=ParallelConfig(bucket_megabytes=0.02))
+    optimizer = build_optimizer(
+        gpt, table, optimizer_config(), parallel=ParallelConfig(bucket_megabytes=0.02)
+    )
     optimizer.begin_step(1)
     for parameter in gpt.parameters():
         if parameter is not gpt.final_norm.weight:

@@ -50,7 +50,9 @@ def watch(shards: Shards) -> list[tuple[int, int]]:
     return counts
 
 
-def reductions(rank: int, layout: dict[str, Any], model_changes: dict[str, Any], frozen: str = "") -> Seen:
+def reductions(
+    rank: int, layout: dict[str, Any], model_changes: dict[str, Any], frozen: str = ""
+) -> Seen:
     """One step of a small model; what contains `frozen` in its name is not trained."""
     context, parallel = context_for(rank, layout)
     model, settings = model_config(model_changes), optimizer_config({})
@@ -61,7 +63,9 @@ def reductions(rank: int, layout: dict[str, Any], model_changes: dict[str, Any],
     optimizer = DistributedOptimizer(chunks, table, settings, context, parallel)
     for name, parameter in optimizer.shards.parameters.items():
         parameter.requires_grad_(not frozen or frozen not in name)
-    run = ForwardBackward(chunks, model, parallel, context, GLOBAL_BATCH // context.data.size // MICRO_BATCHES)
+    run = ForwardBackward(
+        chunks, model, parallel, context, GLOBAL_BATCH // context.data.size // MICRO_BATCHES
+    )
     tokens, labels = (x.chunk(context.data.size)[context.data.rank] for x in batch_of(0, model))
     parts = zip(tokens.chunk(MICRO_BATCHES), labels.chunk(MICRO_BATCHES), strict=True)
     seen = Seen(len(optimizer.shards.layout.buckets))

@@ -13,12 +13,16 @@ from megatron_completep.model.compile import compile_regions
 Result = tuple[list[float], dict[str, Tensor]]
 
 
-def train_twice(rank: int, sections: dict[str, dict[str, Any]], backend: str) -> tuple[Result, Result, int]:
+def train_twice(
+    rank: int, sections: dict[str, dict[str, Any]], backend: str
+) -> tuple[Result, Result, int]:
     """Losses and final parameters without and with compiled regions, and how many graphs were compiled."""
     return train(rank, sections, None), *train_compiled(rank, sections, backend)
 
 
-def train_compiled(rank: int, sections: dict[str, dict[str, Any]], backend: str) -> tuple[Result, int]:
+def train_compiled(
+    rank: int, sections: dict[str, dict[str, Any]], backend: str
+) -> tuple[Result, int]:
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
@@ -34,4 +38,6 @@ def train(rank: int, sections: dict[str, dict[str, Any]], backend: str | None) -
             compile_regions(chunk, backend)
     losses = [step.run(batches, number).read().loss for number in (1, 2, 3)]
     step.optimizer.wait_for_parameters()
-    return losses, {name: p.detach().clone() for name, p in step.optimizer.shards.parameters.items()}
+    return losses, {
+        name: p.detach().clone() for name, p in step.optimizer.shards.parameters.items()
+    }

@@ -16,12 +16,20 @@ from megatron_completep.config.derived import micro_batches_per_step
 from megatron_completep.config.schema import Config
 from megatron_completep.optim.optimizer import DistributedOptimizer
 from megatron_completep.parallel.context import ParallelContext, data_parallel_size_for
-from megatron_completep.planning.communication import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, SEND, collectives_per_step
+from megatron_completep.planning.communication import (
+    ALL_GATHER,
+    ALL_REDUCE,
+    REDUCE_SCATTER,
+    SEND,
+    collectives_per_step,
+)
 from megatron_completep.run.assemble import build_model
 from megatron_completep.run.precision import DTYPES
 from megatron_completep.run.step import TrainingStep
 
-Calls = Counter[tuple[str, str, int]]  # (process group, operation, bytes of the whole tensor) -> calls
+Calls = Counter[
+    tuple[str, str, int]
+]  # (process group, operation, bytes of the whole tensor) -> calls
 
 # What torch.distributed dispatches to -> the operation, and which argument holds the whole tensor.
 OPERATIONS = {
@@ -41,7 +49,9 @@ class CountCollectives(TorchDispatchMode):
         super().__init__()
         self.calls: Calls = Counter()
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if function.namespace == "c10d":
             self._count(function._schema.name.removeprefix("c10d::"), args)
         return function(*args, **(kwargs or {}))
@@ -51,8 +61,14 @@ class CountCollectives(TorchDispatchMode):
             return
         operation, position = OPERATIONS[name]
         tensors = args[position] if isinstance(args[position], list | tuple) else [args[position]]
-        group = next(dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type()))
-        self.calls[group.group_name, operation, sum(t.numel() * t.element_size() for t in tensors)] += 1
+        group = next(
+            dist.ProcessGroup.unbox(a)
+            for a in args
+            if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type())
+        )
+        self.calls[
+            group.group_name, operation, sum(t.numel() * t.element_size() for t in tensors)
+        ] += 1
 
 
 def run_config(sections: dict[str, dict[str, Any]]) -> Config:
@@ -80,23 +96,37 @@ def run_config(sections: dict[str, dict[str, Any]]) -> Config:
             "output_dir": "none",
         },
     }
-    return config_from_mapping({name: {**values, **sections.get(name, {})} for name, values in settings.items()}, [], "test")
+    return config_from_mapping(
+        {name: {**values, **sections.get(name, {})} for name, values in settings.items()},
+        [],
+        "test",
+    )
 
 
 def build_step(rank: int, config: Config) -> tuple[TrainingStep, list[Any], ParallelContext]:
     """The training step of `pretrain` in the process group at hand, and this rank's batches."""
     world_size = dist.get_world_size()
     data_size = data_parallel_size_for(config.parallel, world_size)
-    context = ParallelContext.over_world(config.parallel, torch.device("cpu"), rank, world_size, data_size)
+    context = ParallelContext.over_world(
+        config.parallel, torch.device("cpu"), rank, world_size, data_size
+    )
     table = table_of(config)
     precision = DTYPES[config.training.precision]
     chunks = build_model(config, table, context, precision)
-    optimizer = DistributedOptimizer(chunks, table, config.optimizer, context, config.parallel, precision)
+    optimizer = DistributedOptimizer(
+        chunks, table, config.optimizer, context, config.parallel, precision
+    )
     batch = random_batch(BenchmarkSettings(config.model, config.training.micro_batch_size))
-    return TrainingStep(config, context, chunks, optimizer), [batch] * micro_batches_per_step(config, world_size), context
+    return (
+        TrainingStep(config, context, chunks, optimizer),
+        [batch] * micro_batches_per_step(config, world_size),
+        context,
+    )
 
 
-def planned_and_counted(rank: int, sections: dict[str, dict[str, Any]], forgotten: str = "") -> tuple[dict[Any, int], dict[Any, int]]:
+def planned_and_counted(
+    rank: int, sections: dict[str, dict[str, Any]], forgotten: str = ""
+) -> tuple[dict[Any, int], dict[Any, int]]:
     """What the plan says of this rank's second step, and what happened. `forgotten`: calls that the plan leaves out, for controls."""
     config = run_config(sections)
     step, batches, context = build_step(rank, config)
@@ -107,7 +137,9 @@ def planned_and_counted(rank: int, sections: dict[str, dict[str, Any]], forgotte
     step.optimizer.wait_for_parameters()
     axes = {name: getattr(context, name) for name in AXES}
     planned: Calls = Counter()
-    for c in collectives_per_step(config, context.world_size, context.pipeline.rank, context.shard.rank):
+    for c in collectives_per_step(
+        config, context.world_size, context.pipeline.rank, context.shard.rank
+    ):
         if c.what != forgotten:
             group = axes[c.axis].group
             assert group is not None, c
@@ -121,4 +153,7 @@ def named(calls: Calls, axes: dict[str, Any]) -> dict[Any, int]:
     for name, axis in axes.items():
         if axis.group is not None:
             groups.setdefault(axis.group.group_name, []).append(name)
-    return {("/".join(groups[group]), operation, size): count for (group, operation, size), count in calls.items()}
+    return {
+        ("/".join(groups[group]), operation, size): count
+        for (group, operation, size), count in calls.items()
+    }

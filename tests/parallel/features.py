@@ -33,7 +33,10 @@ STEPS = 3
 SEQ_LENGTH = 16
 Settings = dict[str, dict[str, Any]]  # section -> key -> value
 
-TENSOR, SEQUENCE = {"tensor_parallel_size": 2}, {"tensor_parallel_size": 2, "sequence_parallel": True}
+TENSOR, SEQUENCE = (
+    {"tensor_parallel_size": 2},
+    {"tensor_parallel_size": 2, "sequence_parallel": True},
+)
 PIPELINE = {"pipeline_parallel_size": 2}
 VIRTUAL = {**PIPELINE, "virtual_pipeline_size": 2}
 BUCKETS = {"bucket_megabytes": 0.03}  # several of them
@@ -48,7 +51,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pipeline 2, 1f1b, split 3 and 1": (2, {**PIPELINE, "pipeline_split": [3, 1]}),
     "pipeline 2, zero-bubble": (2, {**PIPELINE, "schedule": "zero_bubble"}),
     "pipeline 2 x 2, interleaved": (2, {**VIRTUAL, "schedule": "interleaved_1f1b"}),
-    "pipeline 2 x 2, zero-bubble, empty ends": (2, {**VIRTUAL, "schedule": "zero_bubble", "pipeline_split": [0, 1, 3, 0]}),
+    "pipeline 2 x 2, zero-bubble, empty ends": (
+        2,
+        {**VIRTUAL, "schedule": "zero_bubble", "pipeline_split": [0, 1, 3, 0]},
+    ),
     "pipeline 3, 1f1b": (3, {"pipeline_parallel_size": 3}),
     "pipeline 4, 1f1b": (4, {"pipeline_parallel_size": 4}),
     "data 2": (2, BUCKETS),
@@ -64,7 +70,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
         {**PIPELINE, **BUCKETS, "schedule": "zero_bubble", "optimizer_shard_size": 1},
     ),
     "tensor 2, sequence, pipeline 2, 1f1b, data 2": (8, {**SEQUENCE, **PIPELINE, **BUCKETS}),
-    "tensor 2, pipeline 2 x 2, interleaved, data 2": (8, {**TENSOR, **VIRTUAL, **BUCKETS, "schedule": "interleaved_1f1b"}),
+    "tensor 2, pipeline 2 x 2, interleaved, data 2": (
+        8,
+        {**TENSOR, **VIRTUAL, **BUCKETS, "schedule": "interleaved_1f1b"},
+    ),
 }
 
 OWN_FACTORS = {
@@ -74,13 +83,21 @@ OWN_FACTORS = {
     "pre_norm": {"lr": 0.25, "eps": 0.5},
 }
 EVERYWHERE = {"lr": 3.0, "init_std": 0.5, "weight_decay": 2.0, "eps": 2.0}
-MULTIPLIERS = {"input_multiplier": 1.5, "residual_multiplier": 0.75, "attention_multiplier": 1.25, "logit_multiplier": 2.0}
+MULTIPLIERS = {
+    "input_multiplier": 1.5,
+    "residual_multiplier": 0.75,
+    "attention_multiplier": 1.25,
+    "logit_multiplier": 2.0,
+}
 
 # factor -> level -> settings that differ from the base. The first level of each goes with everything.
 FEATURES: dict[str, dict[str, Settings]] = {
     "layout": {name: {} for name in LAYOUTS},
     "norm": {"rmsnorm": {}, "layernorm": {"model": {"norm": "layernorm"}}},
-    "activation": {name: {"model": {"activation": name}} for name in ("swiglu", "gelu", "gelu_tanh", "squared_relu")},
+    "activation": {
+        name: {"model": {"activation": name}}
+        for name in ("swiglu", "gelu", "gelu_tanh", "squared_relu")
+    },
     "position": {name: {"model": {"position": name}} for name in ("rope", "learned", "alibi")},
     "biases": {"none": {}, "all": {"model": {"bias": True}}},
     "qk-norm": {"off": {}, "on": {"model": {"qk_norm": True}}},
@@ -89,7 +106,9 @@ FEATURES: dict[str, dict[str, Settings]] = {
         "4": {},
         "4 in 2 groups": {"model": {"num_query_groups": 2}},
         "4 in 1 group": {"model": {"num_query_groups": 1}},
-        "6 of 10 in 2 groups": {"model": {"num_attention_heads": 6, "num_query_groups": 2, "head_dim": 10}},
+        "6 of 10 in 2 groups": {
+            "model": {"num_attention_heads": 6, "num_query_groups": 2, "head_dim": 10}
+        },
         "4 of 12": {"model": {"head_dim": 12}},
     },
     "vocabulary": {
@@ -101,7 +120,14 @@ FEATURES: dict[str, dict[str, Settings]] = {
     "overrides": {
         "none": {},
         "first layer": {"optimizer": {"overrides": [{"pattern": "layers.0.*", **EVERYWHERE}]}},
-        "last layer": {"optimizer": {"overrides": [{"pattern": "layers.3.*.weight", "lr": 0.5}, {"pattern": "*.3.mlp.up.*", "eps": 4.0}]}},
+        "last layer": {
+            "optimizer": {
+                "overrides": [
+                    {"pattern": "layers.3.*.weight", "lr": 0.5},
+                    {"pattern": "*.3.mlp.up.*", "eps": 4.0},
+                ]
+            }
+        },
         "ends": {"optimizer": {"overrides": [{"pattern": "[ef]*", **EVERYWHERE}]}},
     },
     "factors": {"none": {}, "own": {"completep": {"factors": OWN_FACTORS}}},
@@ -113,21 +139,32 @@ FEATURES: dict[str, dict[str, Settings]] = {
         "sp": {"completep": {"parameterization": "sp"}},
         "batch and duration": {"completep": {"base_batch_tokens": 128, "base_total_tokens": 512}},
     },
-    "attention scale": {name: {"model": {"attention_scale": name}} for name in ("base_head_dim", "1/head_dim", "1/sqrt(head_dim)")},
+    "attention scale": {
+        name: {"model": {"attention_scale": name}}
+        for name in ("base_head_dim", "1/head_dim", "1/sqrt(head_dim)")
+    },
     "loss": {
         "plain": {},
         "z-loss": {"training": {"z_loss": 0.01}},
         "label smoothing": {"training": {"label_smoothing": 0.2}},
         "both": {"training": {"z_loss": 0.01, "label_smoothing": 0.2}},
     },
-    "recomputation": {name: {"training": {"recompute": name}} for name in ("none", "selective", "full")},
+    "recomputation": {
+        name: {"training": {"recompute": name}} for name in ("none", "selective", "full")
+    },
     "micro-batch": {"1": {}, "2": {"training": {"micro_batch_size": 2}}},
-    "batch ramp": {"none": {}, "from 8": {"training": {"batch_ramp": {"start": 8, "increment": 8, "steps": 2}}}},
+    "batch ramp": {
+        "none": {},
+        "from 8": {"training": {"batch_ramp": {"start": 8, "increment": 8, "steps": 2}}},
+    },
     "skipped steps": {"none": {}, "the second": {"training": {"skip_steps": [{"first": 2}]}}},
     "gradient type": {"float32": {}, "bf16": {"parallel": {"gradient_dtype": "bf16"}}},
     "dropout": {"none": {}, "0.2": {"model": {"dropout": 0.2}}},
     "documents": {"joined": {}, "apart": {"data": {"reset_at_document_ends": True}}},
-    "schedule": {name: {"optimizer": {"schedule": name}} for name in ("constant", "linear", "cosine", "warmup_stable_decay")},
+    "schedule": {
+        name: {"optimizer": {"schedule": name}}
+        for name in ("constant", "linear", "cosine", "warmup_stable_decay")
+    },
     "clipping": {"on": {}, "off": {"optimizer": {"grad_clip": 0.0}}},
 }
 FACTORS = {factor: list(levels) for factor, levels in FEATURES.items()}
@@ -143,7 +180,11 @@ def parallel_of(layout: str) -> dict[str, Any]:
 
 def data_size(layout: str) -> int:
     ranks, parallel = LAYOUTS[layout]
-    return ranks // parallel.get("tensor_parallel_size", 1) // parallel.get("pipeline_parallel_size", 1)
+    return (
+        ranks
+        // parallel.get("tensor_parallel_size", 1)
+        // parallel.get("pipeline_parallel_size", 1)
+    )
 
 
 def forbidden(a: tuple[str, str], b: tuple[str, str]) -> bool:
@@ -155,7 +196,10 @@ def forbidden(a: tuple[str, str], b: tuple[str, str]) -> bool:
     tensor = parallel.get("tensor_parallel_size", 1)
     if "heads" in levels:
         shape = FEATURES["heads"][levels["heads"]].get("model", {})
-        return (shape.get("num_query_groups", 4) % tensor or shape.get("num_attention_heads", 4) % tensor) > 0
+        return (
+            shape.get("num_query_groups", 4) % tensor
+            or shape.get("num_attention_heads", 4) % tensor
+        ) > 0
     if levels.get("dropout", "none") != "none":
         return data_size(levels["layout"]) > 1 or parallel.get("sequence_parallel", False)
     return False
@@ -181,7 +225,13 @@ def config_of(row: Row, one_process: bool = False) -> Config:
         "completep": {"base_hidden_size": 16, "base_num_layers": 2},
         "parallel": {},
         # A large epsilon: Adam would otherwise make a step of rounding noise, where the true gradient is zero.
-        "optimizer": {"base_lr": 1e-2, "base_eps": 1e-3, "base_init_std": 0.2, "warmup_steps": 1, "grad_clip": 0.1},
+        "optimizer": {
+            "base_lr": 1e-2,
+            "base_eps": 1e-3,
+            "base_init_std": 0.2,
+            "warmup_steps": 1,
+            "grad_clip": 0.1,
+        },
         "data": {"train": [{"prefix": "none"}]},
         "training": {
             "micro_batch_size": 1,
@@ -215,7 +265,10 @@ class SyntheticLoader(Loader):
     """Leaves out some labels, unevenly over samples: data ranks count different numbers of tokens."""
 
     def next_step(self, global_batch_size: int | None = None) -> list[Batch]:
-        return [replace(batch, loss_mask=partly(batch)) for batch in super().next_step(global_batch_size)]
+        return [
+            replace(batch, loss_mask=partly(batch))
+            for batch in super().next_step(global_batch_size)
+        ]
 
 
 def partly(batch: Batch) -> Tensor:
@@ -248,14 +301,18 @@ def run_row(rank: int, config: Config, mutation: str = "") -> Trained:
     context = ParallelContext.single()
     if world_size > 1:
         data = data_parallel_size_for(config.parallel, world_size)
-        context = ParallelContext.over_world(config.parallel, torch.device("cpu"), rank, world_size, data)
+        context = ParallelContext.over_world(
+            config.parallel, torch.device("cpu"), rank, world_size, data
+        )
     table = table_of(config)
     check_parameters(config, table)
     chunks = build_model(config, table, context, torch.float64)
     settings = config.optimizer
     if mutation == OVERRIDES_ON_FIRST_STAGE and context.pipeline.rank > 0:
         settings = settings.model_copy(update={"overrides": []})
-    optimizer = DistributedOptimizer(chunks, table, settings, context, config.parallel, torch.float64)
+    optimizer = DistributedOptimizer(
+        chunks, table, settings, context, config.parallel, torch.float64
+    )
     if mutation == FORGOTTEN_SUM:
         optimizer.shards.partial_segments = []
     if mutation == ENDS_ALONE:
@@ -263,8 +320,17 @@ def run_row(rank: int, config: Config, mutation: str = "") -> Trained:
     step = TrainingStep(config, context, chunks, optimizer)
     layout = Layout(config.training.micro_batch_size, context.data.rank, context.data.size)
     corpus: Any = Documents(config.model.vocab_size)
-    settings_of_data = {"seq_length": SEQ_LENGTH, "reset_at_document_ends": config.data.reset_at_document_ends}
-    loader = SyntheticLoader(corpus, layout, global_batch_size=config.training.global_batch_size, prefetch=0, **settings_of_data)
+    settings_of_data = {
+        "seq_length": SEQ_LENGTH,
+        "reset_at_document_ends": config.data.reset_at_document_ends,
+    }
+    loader = SyntheticLoader(
+        corpus,
+        layout,
+        global_batch_size=config.training.global_batch_size,
+        prefetch=0,
+        **settings_of_data,
+    )
     state, figures, nobody_asks = RunState(), [], SimpleNamespace(asked=False)
     for _ in range(config.training.train_steps):
         launched = launch(config, step, loader, state, nobody_asks)
@@ -291,25 +357,40 @@ class Tolerance:
 
 
 EXACT = Tolerance(1e-11, 1e-9)
-ROUNDED = Tolerance(2e-2, 3.0)  # gradients travelled in bf16; three steps of Adam move an element by up to 18
+ROUNDED = Tolerance(
+    2e-2, 3.0
+)  # gradients travelled in bf16; three steps of Adam move an element by up to 18
 
 
-def differences(ranks: list[Trained], truth: Trained, base_lr: float, tolerance: Tolerance) -> list[str]:
+def differences(
+    ranks: list[Trained], truth: Trained, base_lr: float, tolerance: Tolerance
+) -> list[str]:
     """What is not as in one process, in words."""
     found = []
     for rank, trained in enumerate(ranks):
         for number, (own, true) in enumerate(zip(trained.figures, truth.figures, strict=True), 1):
-            named = {"loss": (own.loss, true.loss, true.loss), "gradient norm": (own.grad_norm, true.grad_norm, true.grad_norm)}
-            named |= {name: (own.terms[name], value, true.loss) for name, value in true.terms.items()}
+            named = {
+                "loss": (own.loss, true.loss, true.loss),
+                "gradient norm": (own.grad_norm, true.grad_norm, true.grad_norm),
+            }
+            named |= {
+                name: (own.terms[name], value, true.loss) for name, value in true.terms.items()
+            }
             found += [
                 f"rank {rank}, step {number}: {name} {a!r} is not {b!r}"
                 for name, (a, b, size) in named.items()
                 if not close(a, b, tolerance.figures * size)
             ]
-            if (own.counted_tokens, own.passed_over, set(own.terms)) != (true.counted_tokens, true.passed_over, set(true.terms)):
+            if (own.counted_tokens, own.passed_over, set(own.terms)) != (
+                true.counted_tokens,
+                true.passed_over,
+                set(true.terms),
+            ):
                 found.append(f"rank {rank}, step {number}: {own} is not {true}")
         if not close(trained.validation, truth.validation, tolerance.figures * truth.validation):
-            found.append(f"rank {rank}: validation {trained.validation!r} is not {truth.validation!r}")
+            found.append(
+                f"rank {rank}: validation {trained.validation!r} is not {truth.validation!r}"
+            )
         for name, group in trained.groups.items():
             if group != truth.groups[group.name]:
                 found.append(f"rank {rank}: {name} {group} is not {truth.groups[group.name]}")
@@ -319,8 +400,14 @@ def differences(ranks: list[Trained], truth: Trained, base_lr: float, tolerance:
         error = (assemble(ranks, "parameters", name) - expected).abs().max().item() / base_lr
         if not error <= tolerance.parameters:
             found.append(f"{name} is off by {error:.2g} learning rates")
-    missing = set(truth.parameters) - {group.name for trained in ranks for group in trained.groups.values()}
-    return [*found, *(f"{name} is on no rank" for name in missing), *who_differs([trained.hashes for trained in ranks])]
+    missing = set(truth.parameters) - {
+        group.name for trained in ranks for group in trained.groups.values()
+    }
+    return [
+        *found,
+        *(f"{name} is on no rank" for name in missing),
+        *who_differs([trained.hashes for trained in ranks]),
+    ]
 
 
 def close(a: float, b: float, tolerance: float) -> bool:

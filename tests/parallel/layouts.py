@@ -11,7 +11,12 @@ from small_models import table_for
 from torch import Tensor
 
 from megatron_completep.completep import Table
-from megatron_completep.config.schema import CompletePConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_completep.config.schema import (
+    CompletePConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+)
 from megatron_completep.instruments.replay import Replay, Trace, replay
 from megatron_completep.model.initialize import initialize
 from megatron_completep.model.stages import build_chunks
@@ -69,14 +74,21 @@ def model_config(changes: dict[str, Any]) -> ModelConfig:
 
 
 def optimizer_config(changes: dict[str, Any]) -> OptimizerConfig:
-    settings: dict[str, Any] = {"base_lr": 1e-2, "base_eps": 1e-8, "base_init_std": 0.2, "schedule": "constant"}
+    settings: dict[str, Any] = {
+        "base_lr": 1e-2,
+        "base_eps": 1e-8,
+        "base_init_std": 0.2,
+        "schedule": "constant",
+    }
     return OptimizerConfig(**{**settings, **changes})
 
 
 def batch_of(step: int, model: ModelConfig) -> tuple[Tensor, Tensor]:
     """Tokens and labels [GLOBAL_BATCH, S]; some labels do not count, unevenly over the batch."""
     generator = torch.Generator().manual_seed(step)
-    tokens = torch.randint(model.vocab_size, (GLOBAL_BATCH, model.seq_length + 1), generator=generator)
+    tokens = torch.randint(
+        model.vocab_size, (GLOBAL_BATCH, model.seq_length + 1), generator=generator
+    )
     labels = tokens[:, 1:].clone()
     labels[torch.rand(labels.shape, generator=generator) < 0.2] = -100
     labels[0, : model.seq_length // 2] = -100
@@ -85,11 +97,15 @@ def batch_of(step: int, model: ModelConfig) -> tuple[Tensor, Tensor]:
 
 def context_for(rank: int, layout: dict[str, Any]) -> tuple[ParallelContext, ParallelConfig]:
     world_size = layout.get("world_size", 1)
-    parallel = ParallelConfig(**{key: value for key, value in layout.items() if key != "world_size"})
+    parallel = ParallelConfig(
+        **{key: value for key, value in layout.items() if key != "world_size"}
+    )
     if world_size == 1:
         return ParallelContext.single(), parallel
     data_size = data_parallel_size_for(parallel, world_size)
-    return ParallelContext.over_world(parallel, torch.device("cpu"), rank, world_size, data_size), parallel
+    return ParallelContext.over_world(
+        parallel, torch.device("cpu"), rank, world_size, data_size
+    ), parallel
 
 
 def train(rank: int, case: Case) -> Outcome:
@@ -98,22 +114,30 @@ def train(rank: int, case: Case) -> Outcome:
     model, settings = model_config(case.model), optimizer_config(case.optimizer)
     table = table_for(model, BASE)
     dtype = torch.float64 if case.precision == "float64" else torch.float32
-    chunks = build_chunks(model, mutated_table(table, case), parallel, context, recompute=case.recompute)
+    chunks = build_chunks(
+        model, mutated_table(table, case), parallel, context, recompute=case.recompute
+    )
     for chunk in chunks:
         initialize(chunk, table, settings, seed=7)
         chunk.to(dtype)
     optimizer = DistributedOptimizer(chunks, table, settings, context, parallel, dtype)
     MUTATIONS.get(case.mutation, lambda _: None)(optimizer)
-    run = ForwardBackward(chunks, model, parallel, context, GLOBAL_BATCH // context.data.size // case.micro_batches)
+    run = ForwardBackward(
+        chunks, model, parallel, context, GLOBAL_BATCH // context.data.size // case.micro_batches
+    )
     initial = copies(optimizer)
     losses, norms, gradients, moved, runs = [], [], {}, {}, 0
     for step in range(case.steps):
-        tokens, labels = (x.chunk(context.data.size)[context.data.rank] for x in batch_of(step, model))
+        tokens, labels = (
+            x.chunk(context.data.size)[context.data.rank] for x in batch_of(step, model)
+        )
         parts = zip(tokens.chunk(case.micro_batches), labels.chunk(case.micro_batches), strict=True)
         optimizer.begin_step(case.micro_batches)
         total = run([MicroBatch(t, y) for t, y in parts])
         if step == 0:
-            gradients = {name: p.main_grad.clone() for name, p in optimizer.shards.parameters.items()}
+            gradients = {
+                name: p.main_grad.clone() for name, p in optimizer.shards.parameters.items()
+            }
             runs = sum(queue.runs for queue in optimizer.shards.queues)
         counted = (labels != -100).sum() * (context.pipeline.rank == 0)
         result = optimizer.step(settings.base_lr, total, counted)
@@ -121,11 +145,25 @@ def train(rank: int, case: Case) -> Outcome:
         norms.append(result.grad_norm.item())
         if step == 0:
             optimizer.wait_for_parameters()
-            moved = {name: (value - initial[name]).abs().max().item() for name, value in copies(optimizer).items()}
+            moved = {
+                name: (value - initial[name]).abs().max().item()
+                for name, value in copies(optimizer).items()
+            }
     optimizer.wait_for_parameters()
     where = context.tensor.rank, context.data.rank, context.pipeline.rank
     placements = optimizer.shards.specs
-    return Outcome(where, losses, norms, initial, gradients, moved, copies(optimizer), placements, optimizer.groups, runs)
+    return Outcome(
+        where,
+        losses,
+        norms,
+        initial,
+        gradients,
+        moved,
+        copies(optimizer),
+        placements,
+        optimizer.groups,
+        runs,
+    )
 
 
 def copies(optimizer: DistributedOptimizer) -> dict[str, Tensor]:
@@ -172,12 +210,20 @@ def assemble(outcomes: list[Outcome], what: str, name: str) -> Tensor:
         by_tensor.setdefault(outcome.where[0], []).append(outcome)
     summed = what == "gradients"
     local = {
-        t: (torch.stack([getattr(o, what)[name] for o in os]).sum(0) if summed else getattr(os[0], what)[name])
+        t: (
+            torch.stack([getattr(o, what)[name] for o in os]).sum(0)
+            if summed
+            else getattr(os[0], what)[name]
+        )
         for t, os in by_tensor.items()
     }
     placement = holders[0].placements[name]
     if placement.replicated:
-        return torch.stack(list(local.values())).sum(0) if summed and placement.partial_gradient else local[0]
+        return (
+            torch.stack(list(local.values())).sum(0)
+            if summed and placement.partial_gradient
+            else local[0]
+        )
     whole = torch.zeros(placement.shape, dtype=local[0].dtype)
     ((dim, _),) = placement.split.items()
     for tensor_rank, part in local.items():

@@ -67,7 +67,9 @@ def occupy(layer: nn.Module, timeline: Timeline, ticks: int) -> None:
     layer.register_full_backward_pre_hook(lambda *_: timeline.compute(ticks))
 
 
-def exposed_communication(rank: int, layer_ticks: int, delay: int, wait_early: bool) -> dict[str, Any]:
+def exposed_communication(
+    rank: int, layer_ticks: int, delay: int, wait_early: bool
+) -> dict[str, Any]:
     """Ticks that one step waited for gradients, and the next forward for parameters, with slow collectives."""
     layout = {"world_size": 2, "bucket_megabytes": 0.04}
     context, parallel = context_for(rank, layout)
@@ -97,7 +99,11 @@ def exposed_communication(rank: int, layer_ticks: int, delay: int, wait_early: b
         collectives._all_gather, collectives._reduce_scatter = originals
     # The gathers of step 2 are waited for after it; those of step 1 were waited for inside its forward.
     gathers = exposed["_all_gather"][: len(optimizer.shards.layout.buckets)]
-    return {"buckets": len(optimizer.shards.layout.buckets), "gradients": sum(exposed["_reduce_scatter"]), "parameters": sum(gathers)}
+    return {
+        "buckets": len(optimizer.shards.layout.buckets),
+        "gradients": sum(exposed["_reduce_scatter"]),
+        "parameters": sum(gathers),
+    }
 
 
 def shard_sizes(rank: int, layout: dict[str, Any]) -> tuple[int, int]:
@@ -105,5 +111,11 @@ def shard_sizes(rank: int, layout: dict[str, Any]) -> tuple[int, int]:
     context, parallel = context_for(rank, layout)
     model = model_config({})
     table = table_for(model, BASE)
-    optimizer = DistributedOptimizer(build_chunks(model, table, parallel, context), table, optimizer_config({}), context, parallel)
+    optimizer = DistributedOptimizer(
+        build_chunks(model, table, parallel, context),
+        table,
+        optimizer_config({}),
+        context,
+        parallel,
+    )
     return optimizer.shards.flat.numel(), optimizer.states["exp_avg"].numel()

@@ -29,7 +29,9 @@ def check_order(ranks: list[Seen], last: int = 0) -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_every_bucket_is_reduced_as_soon_as_it_is_complete(pool: Any, name: str, tied: bool) -> None:
+def test_every_bucket_is_reduced_as_soon_as_it_is_complete(
+    pool: Any, name: str, tied: bool
+) -> None:
     """To start each at once, in whatever order, could not start more before backward ends."""
     ranks = pool.run(
         LAYOUTS[name]["world_size"],

@@ -7,35 +7,73 @@ from typing import Any
 import pytest
 from counting import planned_and_counted
 
-TIED = {"norm": "layernorm", "activation": "gelu", "position": "learned", "bias": True, "tied_embeddings": True, "qk_norm": True}
+TIED = {
+    "norm": "layernorm",
+    "activation": "gelu",
+    "position": "learned",
+    "bias": True,
+    "tied_embeddings": True,
+    "qk_norm": True,
+}
 GROUPED = {"num_query_groups": 2, "bias": True, "norm": "layernorm"}
 SEQUENCE = {"tensor_parallel_size": 2, "sequence_parallel": True}
 
 # name -> (processes, settings that differ)
 RUNS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     "data 2": (2, {}),
-    "data 2, gradients in bf16": (2, {"parallel": {"gradient_dtype": "bf16"}, "training": {"precision": "bf16"}}),
+    "data 2, gradients in bf16": (
+        2,
+        {"parallel": {"gradient_dtype": "bf16"}, "training": {"precision": "bf16"}},
+    ),
     "data 4, optimizer over 2": (4, {"parallel": {"optimizer_shard_size": 2}, "model": TIED}),
     "tensor 2": (2, {"parallel": {"tensor_parallel_size": 2}, "model": TIED}),
-    "tensor 2, recomputed": (2, {"parallel": {"tensor_parallel_size": 2}, "training": {"recompute": "full"}}),
+    "tensor 2, recomputed": (
+        2,
+        {"parallel": {"tensor_parallel_size": 2}, "training": {"recompute": "full"}},
+    ),
     "tensor 2 with sequence": (2, {"parallel": SEQUENCE, "model": TIED}),
-    "tensor 2 with sequence, selectively recomputed": (2, {"parallel": SEQUENCE, "training": {"recompute": "selective"}}),
+    "tensor 2 with sequence, selectively recomputed": (
+        2,
+        {"parallel": SEQUENCE, "training": {"recompute": "selective"}},
+    ),
     "tensor 2 with sequence, recomputed, float64": (
         2,
-        {"parallel": SEQUENCE, "training": {"recompute": "full", "precision": "float64", "label_smoothing": 0.1}},
+        {
+            "parallel": SEQUENCE,
+            "training": {"recompute": "full", "precision": "float64", "label_smoothing": 0.1},
+        },
     ),
-    "pipeline 2, gpipe, tied": (2, {"parallel": {"pipeline_parallel_size": 2, "schedule": "gpipe"}, "model": TIED}),
+    "pipeline 2, gpipe, tied": (
+        2,
+        {"parallel": {"pipeline_parallel_size": 2, "schedule": "gpipe"}, "model": TIED},
+    ),
     "pipeline 2, 1f1b": (2, {"parallel": {"pipeline_parallel_size": 2}}),
     "pipeline 2, float32 residual stream": (
         2,
-        {"parallel": {"pipeline_parallel_size": 2}, "model": {"fp32_residual": True}, "training": {"precision": "bf16"}},
+        {
+            "parallel": {"pipeline_parallel_size": 2},
+            "model": {"fp32_residual": True},
+            "training": {"precision": "bf16"},
+        },
     ),
     "pipeline 2, virtual 2": (
         2,
-        {"parallel": {"pipeline_parallel_size": 2, "virtual_pipeline_size": 2, "schedule": "interleaved_1f1b"}},
+        {
+            "parallel": {
+                "pipeline_parallel_size": 2,
+                "virtual_pipeline_size": 2,
+                "schedule": "interleaved_1f1b",
+            }
+        },
     ),
-    "pipeline 2, zero-bubble": (2, {"parallel": {"pipeline_parallel_size": 2, "schedule": "zero_bubble"}, "model": GROUPED}),
-    "tensor 2, pipeline 2, data 2": (8, {"parallel": {**SEQUENCE, "pipeline_parallel_size": 2}, "model": TIED}),
+    "pipeline 2, zero-bubble": (
+        2,
+        {"parallel": {"pipeline_parallel_size": 2, "schedule": "zero_bubble"}, "model": GROUPED},
+    ),
+    "tensor 2, pipeline 2, data 2": (
+        8,
+        {"parallel": {**SEQUENCE, "pipeline_parallel_size": 2}, "model": TIED},
+    ),
 }
 
 
@@ -49,7 +87,10 @@ def test_collectives_of_a_step_are_what_the_plan_says(pool, name):
 @pytest.mark.parametrize(
     ("name", "forgotten"),
     [
-        ("tensor 2 with sequence", "inputs of attention and MLP for the weight gradients, backward"),
+        (
+            "tensor 2 with sequence",
+            "inputs of attention and MLP for the weight gradients, backward",
+        ),
         ("tensor 2 with sequence", "gradients of norms and biases in the shard"),
         ("pipeline 2, 1f1b", "its gradient to the stage before, backward"),
         ("data 2", "whether a rank was asked to stop"),

@@ -9,25 +9,48 @@ from counting import build_step, run_config
 
 from megatron_completep.model.attention import attend
 
-GELU = {"norm": "layernorm", "activation": "gelu", "position": "alibi", "bias": True, "tied_embeddings": True}
+GELU = {
+    "norm": "layernorm",
+    "activation": "gelu",
+    "position": "alibi",
+    "bias": True,
+    "tied_embeddings": True,
+}
 SEQUENCE = {"tensor_parallel_size": 2, "sequence_parallel": True}
 RUNS = {
     "one process's layout": (1, {}),
     "selective recomputation": (1, {"training": {"recompute": "selective"}, "model": GELU}),
-    "full recomputation, grouped queries": (1, {"training": {"recompute": "full"}, "model": {"num_query_groups": 2}}),
+    "full recomputation, grouped queries": (
+        1,
+        {"training": {"recompute": "full"}, "model": {"num_query_groups": 2}},
+    ),
     "tensor 2": (2, {"parallel": {"tensor_parallel_size": 2}}),
     "tensor 2 with sequence": (2, {"parallel": SEQUENCE, "model": GELU}),
-    "pipeline 2, zero-bubble": (2, {"parallel": {"pipeline_parallel_size": 2, "schedule": "zero_bubble"}, "model": {"activation": "gelu"}}),
-    "pipeline 2, empty last stage": (2, {"parallel": {"pipeline_parallel_size": 2, "pipeline_split": [4, 0]}}),
+    "pipeline 2, zero-bubble": (
+        2,
+        {
+            "parallel": {"pipeline_parallel_size": 2, "schedule": "zero_bubble"},
+            "model": {"activation": "gelu"},
+        },
+    ),
+    "pipeline 2, empty last stage": (
+        2,
+        {"parallel": {"pipeline_parallel_size": 2, "pipeline_split": [4, 0]}},
+    ),
     "data 2": (2, {"model": {"activation": "squared_relu"}}),
 }
 
 
 def compare(pool, name: str, backend: str, tolerance: float) -> None:
     processes, sections = RUNS[name]
-    sections = {**sections, "optimizer": {"base_eps": 1e-3}}  # the key biases' gradient is rounding noise, which Adam would amplify
+    sections = {
+        **sections,
+        "optimizer": {"base_eps": 1e-3},
+    }  # the key biases' gradient is rounding noise, which Adam would amplify
     graphs = 0
-    for (losses, parameters), (compiled_losses, compiled), count in pool.run(processes, train_twice, sections, backend):
+    for (losses, parameters), (compiled_losses, compiled), count in pool.run(
+        processes, train_twice, sections, backend
+    ):
         assert compiled_losses == pytest.approx(losses, rel=tolerance)
         for key, value in parameters.items():
             assert (compiled[key] - value).norm() <= tolerance * value.norm().clamp_min(1e-3), key
@@ -42,7 +65,9 @@ def test_compiled_regions_give_equal_losses_and_parameters(pool, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["one process's layout", "tensor 2 with sequence", "pipeline 2, zero-bubble"])
+@pytest.mark.parametrize(
+    "name", ["one process's layout", "tensor 2 with sequence", "pipeline 2, zero-bubble"]
+)
 def test_inductor_gives_equal_losses_and_parameters(pool, name):
     compare(pool, name, "inductor", 1e-4)
 

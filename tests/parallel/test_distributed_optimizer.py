@@ -6,7 +6,10 @@ import pytest
 from layouts import Case, relative_error, train
 from slow_group import exposed_communication, shard_sizes
 
-LAYER, DELAY = 8, 5  # ticks: a layer's forward (and backward), and one collective on the slow network
+LAYER, DELAY = (
+    8,
+    5,
+)  # ticks: a layer's forward (and backward), and one collective on the slow network
 
 
 def test_exposed_communication_is_at_most_the_last_gradient_and_the_first_parameter_bucket(pool):
@@ -23,15 +26,23 @@ def test_waiting_for_all_parameters_before_the_forward_would_be_seen(pool):
 
 
 def test_shards_that_cut_parameters_keep_groups_apart_that_differ_in_eps_alone(pool):
-    overrides = [{"pattern": "layers.*.mlp.up.weight", "eps": 1e3}, {"pattern": "layers.1.*", "eps": 10.0}]
+    overrides = [
+        {"pattern": "layers.*.mlp.up.weight", "eps": 1e3},
+        {"pattern": "layers.1.*", "eps": 10.0},
+    ]
     settings = {"base_eps": 1e-4, "overrides": overrides}
-    case = Case({"world_size": 4, "bucket_megabytes": 0.05}, {}, settings, steps=3, precision="float64")
+    case = Case(
+        {"world_size": 4, "bucket_megabytes": 0.05}, {}, settings, steps=3, precision="float64"
+    )
     outcomes = pool.run(4, train, case)
     expected = train(0, Case({}, {}, settings, steps=3, precision="float64"))
     assert max(relative_error(outcomes, expected, "parameters").values()) <= 1e-11
     groups = outcomes[0].groups
     first, second = groups["layers.0.mlp.up.weight"], groups["layers.0.attention.qkv.weight"]
-    assert (first.lr_factor, first.weight_decay) == (second.lr_factor, second.weight_decay) and first.eps != second.eps
+    assert (first.lr_factor, first.weight_decay) == (
+        second.lr_factor,
+        second.weight_decay,
+    ) and first.eps != second.eps
     without = train(0, Case({}, {}, {"base_eps": 1e-4}, steps=3, precision="float64"))
     assert max(relative_error([without], expected, "parameters").values()) > 1e-3
 

@@ -40,8 +40,17 @@ def rows() -> list[Row]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "number" in metafunc.fixturenames:
-        count, every = len(rows()), metafunc.function.__name__ == test_every_row_equals_one_process.__name__
-        chosen = range(count) if every else sorted(random.Random(metafunc.config.getoption("--pairs-seed")).sample(range(count), SLICE))
+        count, every = (
+            len(rows()),
+            metafunc.function.__name__ == test_every_row_equals_one_process.__name__,
+        )
+        chosen = (
+            range(count)
+            if every
+            else sorted(
+                random.Random(metafunc.config.getoption("--pairs-seed")).sample(range(count), SLICE)
+            )
+        )
         metafunc.parametrize("number", chosen)
 
 
@@ -50,7 +59,12 @@ def problems(pool, row: Row, mutation: str = "") -> list[str]:
     config, alone = config_of(row), config_of(row, one_process=True)
     check_world(config, ranks_of(row))
     tolerance = ROUNDED if is_rounded(row) else EXACT
-    found = differences(pool.run(ranks_of(row), run_row, config, mutation), run_row(0, alone), config.optimizer.base_lr, tolerance)
+    found = differences(
+        pool.run(ranks_of(row), run_row, config, mutation),
+        run_row(0, alone),
+        config.optimizer.base_lr,
+        tolerance,
+    )
     if is_rounded(row):  # the row's other pairs are to be seen at full precision
         found += problems(pool, row | {"gradient type": "float32"}, mutation)
     return found
@@ -66,7 +80,9 @@ def test_every_row_equals_one_process(pool, number):
 
 
 def test_every_pair_that_is_not_refused_stands_in_a_row_that_the_configuration_allows():
-    missing = set(all_pairs(FACTORS, forbidden)) - {pair for row in rows() for pair in pairs_of(row)}
+    missing = set(all_pairs(FACTORS, forbidden)) - {
+        pair for row in rows() for pair in pairs_of(row)
+    }
     assert missing == set()
     for row in rows():
         check_world(config_of(row), ranks_of(row))
@@ -97,7 +113,10 @@ def test_a_forgotten_sum_of_gradients_is_caught(pool):
 
 @pytest.mark.parametrize("embeddings", ["tied", "untied"])
 def test_overrides_that_the_first_stage_alone_sees_are_caught(pool, embeddings):
-    row = row_with(overrides="ends", embeddings=embeddings) | {"layout": "pipeline 2, 1f1b, split 3 and 1", "dropout": "none"}
+    row = row_with(overrides="ends", embeddings=embeddings) | {
+        "layout": "pipeline 2, 1f1b, split 3 and 1",
+        "dropout": "none",
+    }
     found = problems(pool, row, OVERRIDES_ON_FIRST_STAGE)
     assert any("final_norm.weight" in line and "is not Group" in line for line in found), found
     ends_differ = any("in tied embedding of tensor 0, slice 0" in line for line in found)
@@ -105,7 +124,11 @@ def test_overrides_that_the_first_stage_alone_sees_are_caught(pool, embeddings):
 
 
 def test_ends_of_a_tied_embedding_that_go_their_own_ways_are_caught(pool):
-    row = row_with(embeddings="tied") | {"layout": "pipeline 2, 1f1b, data 2", "dropout": "none", "heads": "4"}
+    row = row_with(embeddings="tied") | {
+        "layout": "pipeline 2, 1f1b, data 2",
+        "dropout": "none",
+        "heads": "4",
+    }
     assert any("in tied embedding of tensor 0" in line for line in problems(pool, row, ENDS_ALONE))
 
 

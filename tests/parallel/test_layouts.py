@@ -6,7 +6,16 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from layouts import GLOBAL_BATCH, Case, Outcome, assemble, optimizer_config, relative_error, replay_trace, train
+from layouts import (
+    GLOBAL_BATCH,
+    Case,
+    Outcome,
+    assemble,
+    optimizer_config,
+    relative_error,
+    replay_trace,
+    train,
+)
 
 from megatron_completep.model.initialize import fingerprint
 
@@ -15,14 +24,26 @@ GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 LAYOUTS = {
     "tensor 2": {"world_size": 2, "tensor_parallel_size": 2},
     "tensor 4": {"world_size": 4, "tensor_parallel_size": 4},
-    "tensor 2 with sequence": {"world_size": 2, "tensor_parallel_size": 2, "sequence_parallel": True},
+    "tensor 2 with sequence": {
+        "world_size": 2,
+        "tensor_parallel_size": 2,
+        "sequence_parallel": True,
+    },
     "pipeline 2, gpipe": {"world_size": 2, "pipeline_parallel_size": 2, "schedule": "gpipe"},
     "pipeline 2, 1f1b": {"world_size": 2, "pipeline_parallel_size": 2, "schedule": "1f1b"},
-    "pipeline 2, zero-bubble": {"world_size": 2, "pipeline_parallel_size": 2, "schedule": "zero_bubble"},
+    "pipeline 2, zero-bubble": {
+        "world_size": 2,
+        "pipeline_parallel_size": 2,
+        "schedule": "zero_bubble",
+    },
     "pipeline 2, uneven": {"world_size": 2, "pipeline_parallel_size": 2, "pipeline_split": [3, 1]},
     "pipeline 4, gpipe": {"world_size": 4, "pipeline_parallel_size": 4, "schedule": "gpipe"},
     "pipeline 4, 1f1b": {"world_size": 4, "pipeline_parallel_size": 4, "schedule": "1f1b"},
-    "pipeline 4, zero-bubble": {"world_size": 4, "pipeline_parallel_size": 4, "schedule": "zero_bubble"},
+    "pipeline 4, zero-bubble": {
+        "world_size": 4,
+        "pipeline_parallel_size": 4,
+        "schedule": "zero_bubble",
+    },
     "pipeline 2, virtual 2": {
         "world_size": 2,
         "pipeline_parallel_size": 2,
@@ -37,7 +58,11 @@ LAYOUTS = {
     },
     "data 2": {"world_size": 2, "bucket_megabytes": 0.03},
     "data 4": {"world_size": 4, "bucket_megabytes": 0.03},
-    "data 4, optimizer shared by 2": {"world_size": 4, "optimizer_shard_size": 2, "bucket_megabytes": 0.03},
+    "data 4, optimizer shared by 2": {
+        "world_size": 4,
+        "optimizer_shard_size": 2,
+        "bucket_megabytes": 0.03,
+    },
     "tensor 2, pipeline 2, data 2": {
         "world_size": 8,
         "tensor_parallel_size": 2,
@@ -57,7 +82,13 @@ MODELS = {
         "qk_norm": True,
     },
 }
-GROUPED = {"num_query_groups": 2, "activation": "squared_relu", "position": "alibi", "bias": True, "norm": "layernorm"}
+GROUPED = {
+    "num_query_groups": 2,
+    "activation": "squared_relu",
+    "position": "alibi",
+    "bias": True,
+    "norm": "layernorm",
+}
 # The key biases' true gradient is zero: what is there is rounding noise, which Adam amplifies.
 NOISE = "qkv.bias"
 
@@ -68,19 +99,38 @@ def world_size(layout: dict) -> int:
 
 def micro_batches(layout: dict) -> int:
     """4 a step, so that accumulation and every pipeline schedule are exercised; as many as there are samples on each data rank."""
-    data = world_size(layout) // layout.get("tensor_parallel_size", 1) // layout.get("pipeline_parallel_size", 1)
+    data = (
+        world_size(layout)
+        // layout.get("tensor_parallel_size", 1)
+        // layout.get("pipeline_parallel_size", 1)
+    )
     return min(4, GLOBAL_BATCH // data)
 
 
 @cache
 def truth(case_key: tuple) -> Outcome:
-    return train(0, Case(**{name: dict(value) if isinstance(value, tuple) else value for name, value in case_key}))
+    return train(
+        0,
+        Case(
+            **{name: dict(value) if isinstance(value, tuple) else value for name, value in case_key}
+        ),
+    )
 
 
 def truth_for(case: Case) -> Outcome:
     """The same case in one process, with the whole batch at once."""
-    settings = {"model": case.model, "optimizer": case.optimizer, "steps": case.steps, "precision": case.precision}
-    return truth(tuple((name, tuple(value.items()) if isinstance(value, dict) else value) for name, value in settings.items()))
+    settings = {
+        "model": case.model,
+        "optimizer": case.optimizer,
+        "steps": case.steps,
+        "precision": case.precision,
+    }
+    return truth(
+        tuple(
+            (name, tuple(value.items()) if isinstance(value, dict) else value)
+            for name, value in settings.items()
+        )
+    )
 
 
 def spread(pool, case: Case) -> list[Outcome]:
@@ -96,14 +146,20 @@ def last_losses(outcomes: list[Outcome]) -> list[float]:
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_equals_one_process_in_float32(pool, layout, model):
-    case = Case(LAYOUTS[layout], MODELS[model], steps=10, micro_batches=micro_batches(LAYOUTS[layout]))
+    case = Case(
+        LAYOUTS[layout], MODELS[model], steps=10, micro_batches=micro_batches(LAYOUTS[layout])
+    )
     outcomes, expected = spread(pool, case), truth_for(case)
     gradients = relative_error(outcomes, expected, "gradients")
-    assert {name: error for name, error in gradients.items() if error > 1e-5 and NOISE not in name} == {}
+    assert {
+        name: error for name, error in gradients.items() if error > 1e-5 and NOISE not in name
+    } == {}
     assert last_losses(outcomes) == pytest.approx(expected.losses, rel=1e-5)
     assert outcomes[-1].grad_norms[0] == pytest.approx(expected.grad_norms[0], rel=1e-5)
     hashes = {name: fingerprint(assemble([expected], "initial", name)) for name in expected.initial}
-    assert {name: fingerprint(assemble(outcomes, "initial", name)) for name in expected.initial} == hashes
+    assert {
+        name: fingerprint(assemble(outcomes, "initial", name)) for name in expected.initial
+    } == hashes
 
 
 def accumulations(layout: str) -> list[int]:
@@ -112,28 +168,57 @@ def accumulations(layout: str) -> list[int]:
     return [several] if "pipeline" in layout and "gpipe" not in layout else [1, several]
 
 
-@pytest.mark.parametrize(("layout", "accumulation"), [(layout, count) for layout in LAYOUTS for count in accumulations(layout)])
-def test_every_layout_equals_one_process_in_float64_with_a_large_epsilon(pool, layout, accumulation):
+@pytest.mark.parametrize(
+    ("layout", "accumulation"),
+    [(layout, count) for layout in LAYOUTS for count in accumulations(layout)],
+)
+def test_every_layout_equals_one_process_in_float64_with_a_large_epsilon(
+    pool, layout, accumulation
+):
     model = {**MODELS["layernorm, gelu, learned, biases, tied, qk-norm"], "num_query_groups": 4}
-    case = Case(LAYOUTS[layout], model, {"base_eps": 1e-3}, accumulation, steps=3, precision="float64")
+    case = Case(
+        LAYOUTS[layout], model, {"base_eps": 1e-3}, accumulation, steps=3, precision="float64"
+    )
     outcomes, expected = spread(pool, case), truth_for(case)
-    errors = relative_error(outcomes, expected, "parameters") | relative_error(outcomes, expected, "gradients")
-    assert {name: error for name, error in errors.items() if error > 1e-11 and NOISE not in name} == {}
+    errors = relative_error(outcomes, expected, "parameters") | relative_error(
+        outcomes, expected, "gradients"
+    )
+    assert {
+        name: error for name, error in errors.items() if error > 1e-11 and NOISE not in name
+    } == {}
     assert last_losses(outcomes) == pytest.approx(expected.losses, rel=1e-11)
 
 
-@pytest.mark.parametrize("layout", ["tensor 2", "tensor 2 with sequence", "pipeline 2, 1f1b", "tensor 2, pipeline 2, data 2"])
+@pytest.mark.parametrize(
+    "layout",
+    ["tensor 2", "tensor 2 with sequence", "pipeline 2, 1f1b", "tensor 2, pipeline 2, data 2"],
+)
 def test_grouped_queries_alibi_and_biases_equal_one_process(pool, layout):
-    case = Case(LAYOUTS[layout], GROUPED, {"base_eps": 1e-3}, micro_batches(LAYOUTS[layout]), steps=2, precision="float64")
+    case = Case(
+        LAYOUTS[layout],
+        GROUPED,
+        {"base_eps": 1e-3},
+        micro_batches(LAYOUTS[layout]),
+        steps=2,
+        precision="float64",
+    )
     errors = relative_error(spread(pool, case), truth_for(case), "parameters")
-    assert {name: error for name, error in errors.items() if error > 1e-11 and NOISE not in name} == {}
+    assert {
+        name: error for name, error in errors.items() if error > 1e-11 and NOISE not in name
+    } == {}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_each_tensor_moves_by_its_groups_learning_rate_in_every_layout(pool, layout):
     """E3 and E8: weight decay 0 and eps next to 0 make the first AdamW step a sign step. Rows that no token hit do not move."""
     settings = {"base_weight_decay": 0.0, "base_eps": 1e-30, "grad_clip": 0.0}
-    case = Case(LAYOUTS[layout], {"vocab_size": 16}, settings, micro_batches(LAYOUTS[layout]), precision="float64")
+    case = Case(
+        LAYOUTS[layout],
+        {"vocab_size": 16},
+        settings,
+        micro_batches(LAYOUTS[layout]),
+        precision="float64",
+    )
     base_lr = optimizer_config(settings).base_lr
     expected = truth_for(case).groups
     seen = set()
@@ -148,7 +233,9 @@ def test_each_tensor_moves_by_its_groups_learning_rate_in_every_layout(pool, lay
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_step_with_zero_gradients_shrinks_every_decayed_tensor_by_the_base_rates(pool, layout):
     """E4: at alpha 1 lr * wd is eta * lambda for every decayed tensor. All labels ignored but one, whose loss is scaled away."""
-    case = Case(LAYOUTS[layout], {}, {"base_eps": 1e30}, micro_batches(LAYOUTS[layout]), precision="float64")
+    case = Case(
+        LAYOUTS[layout], {}, {"base_eps": 1e30}, micro_batches(LAYOUTS[layout]), precision="float64"
+    )
     outcomes = spread(pool, case)
     groups = {name: group for outcome in outcomes for name, group in outcome.groups.items()}
     for name in truth_for(case).parameters:
@@ -158,12 +245,21 @@ def test_a_step_with_zero_gradients_shrinks_every_decayed_tensor_by_the_base_rat
         assert (after - before * shrink).abs().max().item() <= 1e-12
 
 
-TRACED = ["tensor 2", "tensor 2 with sequence", "pipeline 2, 1f1b", "pipeline 2, zero-bubble", "data 2"]
+TRACED = [
+    "tensor 2",
+    "tensor 2 with sequence",
+    "pipeline 2, 1f1b",
+    "pipeline 2, zero-bubble",
+    "data 2",
+]
 TRACES = ["completep", "alpha_half", "mup", "completep_base"]
 
 
 # The base model has one head, which tensor ranks cannot share.
-@pytest.mark.parametrize(("trace", "layout"), [(t, n) for t in TRACES for n in TRACED if t != "completep_base" or "tensor" not in n])
+@pytest.mark.parametrize(
+    ("trace", "layout"),
+    [(t, n) for t in TRACES for n in TRACED if t != "completep_base" or "tensor" not in n],
+)
 def test_golden_traces_pass_in_every_layout(pool, layout, trace):
     results = pool.run(2, replay_trace, str(GOLDEN / trace), "float64", LAYOUTS[layout])
     assert [r.passed for r in results] == [True, True], results[0]
@@ -177,9 +273,15 @@ def test_every_schedule_runs_each_weight_gradient_once_a_micro_batch(pool, layou
 
 
 def test_full_and_selective_recomputation_change_no_bit():
-    runs = [train(0, Case(steps=2, recompute=recompute)) for recompute in ("none", "selective", "full")]
+    runs = [
+        train(0, Case(steps=2, recompute=recompute)) for recompute in ("none", "selective", "full")
+    ]
     assert runs[0].losses == runs[1].losses == runs[2].losses
-    assert all(fingerprint(runs[0].parameters[name]) == fingerprint(run.parameters[name]) for run in runs for name in run.parameters)
+    assert all(
+        fingerprint(runs[0].parameters[name]) == fingerprint(run.parameters[name])
+        for run in runs
+        for name in run.parameters
+    )
 
 
 # --- negative controls --------------------------------------------------------------------------------------------------------
@@ -188,7 +290,15 @@ def test_full_and_selective_recomputation_change_no_bit():
 def test_a_forgotten_sum_of_norm_gradients_is_caught(pool):
     layout = LAYOUTS["tensor 2 with sequence"]
     mutation = "forget the tensor-parallel sum of norm gradients"
-    case = Case(layout, {}, {"base_eps": 1e-3}, micro_batches=4, steps=3, precision="float64", mutation=mutation)
+    case = Case(
+        layout,
+        {},
+        {"base_eps": 1e-3},
+        micro_batches=4,
+        steps=3,
+        precision="float64",
+        mutation=mutation,
+    )
     errors = relative_error(spread(pool, case), truth_for(case), "parameters")
     assert errors["layers.0.mlp_norm.weight"] > 1e-4
 

@@ -7,7 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from megatron_completep.benchmarks.parallel_benchmark import OURS, our_program, peak_memories, peak_memory
+from megatron_completep.benchmarks.parallel_benchmark import (
+    OURS,
+    our_program,
+    peak_memories,
+    peak_memory,
+)
 from megatron_completep.benchmarks.training_benchmark import BenchmarkSettings
 from megatron_completep.config.schema import ModelConfig
 

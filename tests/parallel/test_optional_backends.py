@@ -22,7 +22,9 @@ def pretend_installed(monkeypatch: pytest.MonkeyPatch, name: str, **functions) -
     for key, value in functions.items():
         setattr(module, key, value)
     monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr("importlib.util.find_spec", lambda wanted: object() if wanted == name else None)
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda wanted: object() if wanted == name else None
+    )
 
 
 def test_apex_asked_for_and_missing_is_refused_with_the_remedy():
@@ -36,7 +38,9 @@ def test_apex_is_used_where_it_is_installed_unless_told_otherwise(monkeypatch):
     def accumulate(x, d_out, main_grad):
         main_grad.add_(d_out.float().t() @ x.float())
 
-    pretend_installed(monkeypatch, "fused_weight_gradient_mlp_cuda", wgrad_gemm_accum_fp32=accumulate)
+    pretend_installed(
+        monkeypatch, "fused_weight_gradient_mlp_cuda", wgrad_gemm_accum_fp32=accumulate
+    )
     assert type(choose_products("auto", GPU, torch.bfloat16)) is ApexProducts
     assert type(choose_products("apex", GPU, torch.bfloat16)) is ApexProducts
     assert type(choose_products("torch", GPU, torch.bfloat16)) is Products
@@ -47,7 +51,9 @@ def test_the_fused_accumulation_adds_to_what_is_there_and_overwrites_what_is_sta
     def accumulate(x, d_out, main_grad):
         main_grad.add_(d_out.t() @ x)
 
-    pretend_installed(monkeypatch, "fused_weight_gradient_mlp_cuda", wgrad_gemm_accum_fp32=accumulate)
+    pretend_installed(
+        monkeypatch, "fused_weight_gradient_mlp_cuda", wgrad_gemm_accum_fp32=accumulate
+    )
     generator = torch.Generator().manual_seed(0)
     d_out, x = torch.randn(7, 3, generator=generator), torch.randn(7, 5, generator=generator)
     for first in (True, False):
@@ -64,7 +70,9 @@ def test_flash_attention_asked_for_and_missing_is_refused_with_the_remedy():
 
 
 @pytest.mark.parametrize("documents", [False, True])
-def test_flash_attention_gets_its_own_layout_the_scale_and_the_document_boundaries(monkeypatch, documents):
+def test_flash_attention_gets_its_own_layout_the_scale_and_the_document_boundaries(
+    monkeypatch, documents
+):
     """A stand-in with flash-attn's interface, made of SDPA: the shapes and the scale that reach it are the right ones."""
     sdpa = torch.nn.functional.scaled_dot_product_attention
 
@@ -73,16 +81,26 @@ def test_flash_attention_gets_its_own_layout_the_scale_and_the_document_boundari
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return sdpa(q, k, v, is_causal=True, scale=softmax_scale, enable_gqa=True).transpose(1, 2)
 
-    def by_document(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal):
+    def by_document(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal
+    ):
         assert cu_seqlens_q is cu_seqlens_k and max_seqlen_q == max_seqlen_k
         bounds = cu_seqlens_q.tolist()
-        parts = [plain(*(x[None, a:b] for x in (q, k, v)), softmax_scale, causal)[0] for a, b in itertools.pairwise(bounds)]
+        parts = [
+            plain(*(x[None, a:b] for x in (q, k, v)), softmax_scale, causal)[0]
+            for a, b in itertools.pairwise(bounds)
+        ]
         return torch.cat(parts)
 
-    pretend_installed(monkeypatch, "flash_attn", flash_attn_func=plain, flash_attn_varlen_func=by_document)
+    pretend_installed(
+        monkeypatch, "flash_attn", flash_attn_func=plain, flash_attn_varlen_func=by_document
+    )
     flash.require_flash_attention()
     generator = torch.Generator().manual_seed(1)
-    q, k, v = torch.randn(2, 4, 6, 8, generator=generator), *torch.randn(2, 2, 2, 6, 8, generator=generator)
+    q, k, v = (
+        torch.randn(2, 4, 6, 8, generator=generator),
+        *torch.randn(2, 2, 2, 6, 8, generator=generator),
+    )
     starts = torch.tensor([0, 2, 6, 9, 12], dtype=torch.int32) if documents else None
     ids = torch.tensor([[0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1]])
     allowed = torch.ones(6, 6, dtype=torch.bool).tril()[None, None]

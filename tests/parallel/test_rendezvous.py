@@ -44,7 +44,9 @@ def outcome(call: Callable[[], object]) -> str:
 def test_ranks_that_all_come_meet_in_one_store(port: int) -> None:
     stores: dict[int, dist.Store | None] = {}
     with ThreadPoolExecutor(3) as pool:
-        list(pool.map(lambda rank: stores.update({rank: meet(rank_of(rank, 3, port), 60)}), range(3)))
+        list(
+            pool.map(lambda rank: stores.update({rank: meet(rank_of(rank, 3, port), 60)}), range(3))
+        )
     stores[1].set("said", "hello")  # type: ignore[union-attr]
     assert stores[0].get("said") == stores[2].get("said") == b"hello"  # type: ignore[union-attr]
     assert meet(Launch(), 0) is None
@@ -56,12 +58,16 @@ def test_ranks_that_do_not_come_are_named_by_those_that_did(came: list[int], mis
     for rank in came[1:]:
         Roll(store, rank_of(rank, 3, 1))._sign()
     said = outcome(lambda: Roll(store, rank_of(0, 3, 1)).call(time_is_up, 90))
-    assert said.startswith(f"rank {missing} of 3 did not start within 90 s (parallel.timeout_minutes), {len(came)} did. Look at the log")
+    assert said.startswith(
+        f"rank {missing} of 3 did not start within 90 s (parallel.timeout_minutes), {len(came)} did. Look at the log"
+    )
 
 
 def test_a_rank_0_that_does_not_come_is_named_with_its_address(port: int) -> None:
     said = outcome(lambda: meet(rank_of(1, 2, port), 0.0))
-    assert said.startswith(f"rank 1: rank 0 did not answer at 127.0.0.1:{port} (MASTER_ADDR, MASTER_PORT) within 0 s: ")
+    assert said.startswith(
+        f"rank 1: rank 0 did not answer at 127.0.0.1:{port} (MASTER_ADDR, MASTER_PORT) within 0 s: "
+    )
     unknown = replace(rank_of(1, 2, port), store_host="no-such-host.invalid")
     assert "the host's name is not known" in outcome(lambda: meet(unknown, 0.0))
 
@@ -83,10 +89,15 @@ def test_who_is_missing_is_said_while_they_are_waited_for(monkeypatch: pytest.Mo
 def test_a_port_in_use_is_named_by_the_rank_that_wants_it(port: int) -> None:
     with socket.create_server(("", port)):
         said = outcome(lambda: meet(rank_of(0, 2, port), 5))
-    assert said.startswith(f"rank 0: MASTER_PORT = {port} is in use on ") and "Choose a free port" in said
+    assert (
+        said.startswith(f"rank 0: MASTER_PORT = {port} is in use on ")
+        and "Choose a free port" in said
+    )
 
 
-def test_what_is_no_store_at_the_address_is_said(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
+def test_what_is_no_store_at_the_address_is_said(
+    monkeypatch: pytest.MonkeyPatch, port: int
+) -> None:
     monkeypatch.setattr(rendezvous, "CONNECT_SECONDS", 0.5)
 
     def answer_as_a_web_server(server: socket.socket) -> None:
@@ -102,7 +113,10 @@ def test_what_is_no_store_at_the_address_is_said(monkeypatch: pytest.MonkeyPatch
         threading.Thread(target=answer_as_a_web_server, args=(server,), daemon=True).start()
         said = outcome(lambda: meet(rank_of(1, 2, port), 5))
         server.shutdown(socket.SHUT_RDWR)
-    assert re.match(rf"rank 1: what answers at 127.0.0.1:{port} \(MASTER_ADDR, MASTER_PORT\) is no store: ", said)
+    assert re.match(
+        rf"rank 1: what answers at 127.0.0.1:{port} \(MASTER_ADDR, MASTER_PORT\) is no store: ",
+        said,
+    )
 
 
 def test_two_processes_with_one_rank_and_ranks_told_of_other_worlds_are_refused() -> None:
@@ -120,5 +134,8 @@ def test_the_holder_of_the_store_that_leaves_is_named() -> None:
         def check(self, keys: list[str]) -> bool:
             raise RuntimeError("Connection reset by peer. This may indicate\na crash")
 
-    with pytest.raises(ConfigError, match=r"rank 1: rank 0, which holds the store, left while waiting for rank 0, 1: Connection reset"):
+    with pytest.raises(
+        ConfigError,
+        match=r"rank 1: rank 0, which holds the store, left while waiting for rank 0, 1: Connection reset",
+    ):
         Roll(Gone(), rank_of(1, 2, 1)).call(time.monotonic() + 60, 60)

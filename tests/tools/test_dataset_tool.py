@@ -40,10 +40,23 @@ def run_tool(monkeypatch, capsys):
 def config(tmp_path):
     write(tmp_path / "a")
     values = {
-        "model": {"hidden_size": 8, "num_layers": 1, "num_attention_heads": 1, "ffn_hidden_size": 8, "vocab_size": 512, "seq_length": 16},
+        "model": {
+            "hidden_size": 8,
+            "num_layers": 1,
+            "num_attention_heads": 1,
+            "ffn_hidden_size": 8,
+            "vocab_size": 512,
+            "seq_length": 16,
+        },
         "optimizer": {"base_lr": 1e-3},
         "data": {"train": [{"prefix": str(tmp_path / "a")}], "split": "9,1,0", "prefetch": 0},
-        "training": {"micro_batch_size": 2, "global_batch_size": 4, "train_steps": 6, "output_dir": str(tmp_path), "validation_samples": 5},
+        "training": {
+            "micro_batch_size": 2,
+            "global_batch_size": 4,
+            "train_steps": 6,
+            "output_dir": str(tmp_path),
+            "validation_samples": 5,
+        },
     }
     config = config_from_mapping(values)
     save_config(config, tmp_path / "run.yaml")
@@ -56,7 +69,11 @@ def test_inspect_counts_and_decodes_with_the_recorded_tokenizer(tmp_path, run_to
     content = json.loads(output.out)
     assert code == 0
     assert (content["documents"], content["tokens"], content["empty_documents"]) == (3, 154, 1)
-    assert (content["longest_document"], content["longest_document_number"], content["shortest_document"]) == (150, 2, 0)
+    assert (
+        content["longest_document"],
+        content["longest_document_number"],
+        content["shortest_document"],
+    ) == (150, 2, 0)
     assert [document["text"] for document in content["first_documents"]] == ["häl", "", "xyz" * 50]
     code, output = run_tool("inspect", tmp_path / "a", "--documents", 1)
     assert "häl" in output.out and "xyz" not in output.out
@@ -64,7 +81,9 @@ def test_inspect_counts_and_decodes_with_the_recorded_tokenizer(tmp_path, run_to
 
 def write_ranks(path):
     """A .tiktoken file of single bytes: ids are bytes."""
-    path.write_bytes(b"".join(base64.b64encode(bytes([byte])) + b" %d\n" % byte for byte in range(256)))
+    path.write_bytes(
+        b"".join(base64.b64encode(bytes([byte])) + b" %d\n" % byte for byte in range(256))
+    )
 
 
 @pytest.fixture
@@ -73,22 +92,39 @@ def ranked(tmp_path, run_tool, monkeypatch):
     monkeypatch.setattr(report, "_draw", lambda *_: None)
     write_ranks(tmp_path / "gpt2.tiktoken")
     (tmp_path / "a.txt").write_text("Some text.")
-    words = ("--input", tmp_path / "a.txt", "--output-prefix", tmp_path / "corpus", "--workers", 1, "--tokenizer-type", "tiktoken")
+    words = (
+        "--input",
+        tmp_path / "a.txt",
+        "--output-prefix",
+        tmp_path / "corpus",
+        "--workers",
+        1,
+        "--tokenizer-type",
+        "tiktoken",
+    )
     run_tool(*words, "--tokenizer-model", tmp_path / "gpt2.tiktoken", tool=preprocess_data)
     return tmp_path / "corpus_text_document"
 
 
-def test_inspect_finds_the_tokenizer_where_it_lay_and_says_when_it_is_gone(tmp_path, ranked, run_tool, monkeypatch):
+def test_inspect_finds_the_tokenizer_where_it_lay_and_says_when_it_is_gone(
+    tmp_path, ranked, run_tool, monkeypatch
+):
     monkeypatch.chdir("/")
     assert "Some text." in run_tool("inspect", ranked)[1].out
     (tmp_path / "gpt2.tiktoken").rename(tmp_path / "elsewhere.tiktoken")
     out = run_tool("inspect", ranked)[1].out
     assert "Some text." not in out and "name its file with --tokenizer-model" in out
     named = f"gpt2:{tmp_path / 'elsewhere.tiktoken'}"
-    assert "Some text." in run_tool("inspect", ranked, "--tokenizer-model", named)[1].out  # its type is recorded
+    assert (
+        "Some text." in run_tool("inspect", ranked, "--tokenizer-model", named)[1].out
+    )  # its type is recorded
     (tmp_path / "corpus_text_document.json").unlink()
-    assert "Some text." in run_tool("inspect", ranked, "--tokenizer-model", named)[1].out  # its type shows
-    with pytest.raises(DataError, match=r"absent: the named tokenizer's model cannot be read .*\. Give its file\."):
+    assert (
+        "Some text." in run_tool("inspect", ranked, "--tokenizer-model", named)[1].out
+    )  # its type shows
+    with pytest.raises(
+        DataError, match=r"absent: the named tokenizer's model cannot be read .*\. Give its file\."
+    ):
         run_tool("inspect", ranked, "--tokenizer-model", tmp_path / "absent")
 
 
@@ -101,13 +137,19 @@ def test_merged_and_split_files_know_where_the_tokenizer_lies(tmp_path, ranked, 
 def test_another_tokenizer_than_the_recorded_one_is_refused_by_inspect(tmp_path, ranked, run_tool):
     ranks = (tmp_path / "gpt2.tiktoken").read_bytes()
     (tmp_path / "gpt2.tiktoken").write_bytes(ranks + base64.b64encode(b"So") + b" 256\n")
-    with pytest.raises(DataError, match=r"the files were written with tiktoken gpt2 \(hash .*Use the tokenizer of the corpus"):
+    with pytest.raises(
+        DataError,
+        match=r"the files were written with tiktoken gpt2 \(hash .*Use the tokenizer of the corpus",
+    ):
         run_tool("inspect", ranked, "--tokenizer-model", tmp_path / "gpt2.tiktoken")
     assert "Some text." not in run_tool("inspect", ranked)[1].out  # by itself it is not used
 
 
 def test_a_prefix_without_its_key_is_met_with_the_one_that_was_meant(tmp_path, ranked, run_tool):
-    with pytest.raises(DataError, match=r"corpus\.idx: No such file or directory\. Did you mean .*/corpus_text_document\?"):
+    with pytest.raises(
+        DataError,
+        match=r"corpus\.idx: No such file or directory\. Did you mean .*/corpus_text_document\?",
+    ):
         run_tool("inspect", tmp_path / "corpus")
     for suffix in (".idx", ".bin"):
         with pytest.raises(DataError, match=r"Did you mean .*/corpus_text_document\?"):
@@ -117,7 +159,13 @@ def test_a_prefix_without_its_key_is_met_with_the_one_that_was_meant(tmp_path, r
 
 
 def test_a_split_without_validation_prebuilds_training_alone(tmp_path, config, run_tool):
-    words = ("prebuild", tmp_path / "run.yaml", "data.order=megatron", "data.split='100,0,0'", "--json")
+    words = (
+        "prebuild",
+        tmp_path / "run.yaml",
+        "data.order=megatron",
+        "data.split='100,0,0'",
+        "--json",
+    )
     assert len(json.loads(run_tool(*words)[1].out)["folders"]) == 1
     with pytest.raises(DataError, match=r"data\.split = '100,0,0' leaves nothing to validate on"):
         run_tool("sample", tmp_path / "run.yaml", "--validation", "data.split='100,0,0'")
@@ -142,32 +190,64 @@ def test_verify_passes_good_files_and_names_every_fault(tmp_path, run_tool):
     code, output = run_tool("verify", tmp_path / "a", tmp_path / "b", "--json", "--vocab-size", 256)
     problems = json.loads(output.out)["problems"]
     assert code == 1 and problems[str(tmp_path / "a")] == []
-    assert [fault.split(": ", 1)[1].split(",")[0] for fault in problems[str(tmp_path / "b")]][1] == "document 1"
+    assert [fault.split(": ", 1)[1].split(",")[0] for fault in problems[str(tmp_path / "b")]][
+        1
+    ] == "document 1"
     assert "b.bin: content" in problems[str(tmp_path / "b")][0]
 
 
 def test_merge_and_split_write_what_they_say(tmp_path, run_tool):
     write(tmp_path / "a")
     write(tmp_path / "b", TEXTS[:10])
-    code, output = run_tool("merge", "--input", tmp_path / "a", tmp_path / "b", "--output-prefix", tmp_path / "ab")
+    code, output = run_tool(
+        "merge", "--input", tmp_path / "a", tmp_path / "b", "--output-prefix", tmp_path / "ab"
+    )
     assert code == 0 and "70 documents" in output.out
-    code, output = run_tool("split", tmp_path / "ab", "--shares", "6,1", "--output-prefix", tmp_path / "c", tmp_path / "d", "--json")
-    assert code == 0 and [content["documents"] for content in json.loads(output.out).values()] == [60, 10]
+    code, output = run_tool(
+        "split",
+        tmp_path / "ab",
+        "--shares",
+        "6,1",
+        "--output-prefix",
+        tmp_path / "c",
+        tmp_path / "d",
+        "--json",
+    )
+    assert code == 0 and [content["documents"] for content in json.loads(output.out).values()] == [
+        60,
+        10,
+    ]
     for left, right in (("a", "c"), ("b", "d")):
         for suffix in ("bin", "idx", "json"):
-            assert (tmp_path / f"{left}.{suffix}").read_bytes() == (tmp_path / f"{right}.{suffix}").read_bytes()
+            assert (tmp_path / f"{left}.{suffix}").read_bytes() == (
+                tmp_path / f"{right}.{suffix}"
+            ).read_bytes()
     contents = {path: path.read_bytes() for path in tmp_path.iterdir()}
     for words in (["--shares", "6,1"], ["--shares", "1,1", "--overwrite"]):
-        with pytest.raises(DataError if "--overwrite" in words else UserError, match=r"exists|1 outputs for the shares 1, 1\. Give"):
+        with pytest.raises(
+            DataError if "--overwrite" in words else UserError,
+            match=r"exists|1 outputs for the shares 1, 1\. Give",
+        ):
             run_tool("split", tmp_path / "ab", *words, "--output-prefix", tmp_path / "c")
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == contents
-    code, output = run_tool("split", tmp_path / "ab", "--shares", "1,0", "--overwrite", "--output-prefix", tmp_path / "c", tmp_path / "d")
+    code, output = run_tool(
+        "split",
+        tmp_path / "ab",
+        "--shares",
+        "1,0",
+        "--overwrite",
+        "--output-prefix",
+        tmp_path / "c",
+        tmp_path / "d",
+    )
     assert code == 0 and "70 documents" in output.out
 
 
 @pytest.mark.parametrize("order", ["permutation", "megatron"])
 def test_sample_shows_exactly_what_the_step_trains_on(tmp_path, config, run_tool, order):
-    code, output = run_tool("sample", tmp_path / "run.yaml", "--step", 3, "--json", f"data.order={order}")
+    code, output = run_tool(
+        "sample", tmp_path / "run.yaml", "--step", 3, "--json", f"data.order={order}"
+    )
     samples = json.loads(output.out)["samples"]
     loader = build_loader(
         config.data.model_copy(update={"order": order}),
@@ -180,13 +260,23 @@ def test_sample_shows_exactly_what_the_step_trains_on(tmp_path, config, run_tool
         data_size=1,
         consumed_samples=8,
     )
-    rows = [row for batch in loader.next_step() for row in zip(batch.sample_ids.tolist(), batch.tokens.tolist(), strict=True)]
+    rows = [
+        row
+        for batch in loader.next_step()
+        for row in zip(batch.sample_ids.tolist(), batch.tokens.tolist(), strict=True)
+    ]
     assert code == 0
-    found = [(s["sample"], [token for d in s["documents"] for token in d["tokens"]][:-1]) for s in samples]
+    found = [
+        (s["sample"], [token for d in s["documents"] for token in d["tokens"]][:-1])
+        for s in samples
+    ]
     assert found == rows
     for document in (document for sample in samples for document in sample["documents"]):
         encoded = TEXTS[document["document"]].encode()
-        assert bytes(document["tokens"]) == encoded[document["position"] : document["position"] + len(document["tokens"])]
+        assert (
+            bytes(document["tokens"])
+            == encoded[document["position"] : document["position"] + len(document["tokens"])]
+        )
         assert document["text"] == bytes(document["tokens"]).decode(errors="replace")
 
 
@@ -209,7 +299,9 @@ def test_a_run_with_another_tokenizer_than_the_corpus_is_refused(tmp_path, confi
     sidecar = json.loads((tmp_path / "a.json").read_text())
     sidecar["tokenizer"] |= {"hash": "0123", "type": "tiktoken", "model": "gpt2"}
     (tmp_path / "a.json").write_text(json.dumps(sidecar))
-    with pytest.raises(DataError, match=r"written with tiktoken gpt2 .*hash 0123.*, not with bytes"):
+    with pytest.raises(
+        DataError, match=r"written with tiktoken gpt2 .*hash 0123.*, not with bytes"
+    ):
         run_tool("sample", tmp_path / "run.yaml", "--step", 1, "data.tokenizer={type: bytes}")
     with pytest.raises(DataError, match="written with tiktoken gpt2"):
         run_tool("inspect", tmp_path / "a", "--tokenizer-type", "bytes")
@@ -218,10 +310,28 @@ def test_a_run_with_another_tokenizer_than_the_corpus_is_refused(tmp_path, confi
 
 
 def test_the_reading_benchmark_gives_every_figure(tmp_path, run_tool):
-    code, output = run_tool("reading", "--documents", 2000, "--seeks", 20, "--folder", tmp_path, "--json", tool=benchmark_data)
+    code, output = run_tool(
+        "reading",
+        "--documents",
+        2000,
+        "--seeks",
+        20,
+        "--folder",
+        tmp_path,
+        "--json",
+        tool=benchmark_data,
+    )
     figures = json.loads(output.out)
-    assert code == 0 and figures["documents"] == 2000 and figures["index_bytes"] == 34 + 20 * 2000 + 8
+    assert (
+        code == 0 and figures["documents"] == 2000 and figures["index_bytes"] == 34 + 20 * 2000 + 8
+    )
     assert all(
-        figures[name] > 0 for name in ("open_seconds", "seek_us_median", "blend_arbitrary_first_jump_ms", "loader_tokens_per_second")
+        figures[name] > 0
+        for name in (
+            "open_seconds",
+            "seek_us_median",
+            "blend_arbitrary_first_jump_ms",
+            "loader_tokens_per_second",
+        )
     )
     assert list(tmp_path.iterdir()) == []

@@ -18,7 +18,11 @@ from megatron_completep.errors import exit_on_user_error
 from megatron_completep.tools import evaluate_model, export_hf, generate, import_hf
 
 Call = Callable[..., tuple[int, str, str]]
-TEXTS = ["Zwölf Boxkämpfer jagen Viktor quer über den Deich.", "the quick brown fox", "敏捷的棕色狐狸"]
+TEXTS = [
+    "Zwölf Boxkämpfer jagen Viktor quer über den Deich.",
+    "the quick brown fox",
+    "敏捷的棕色狐狸",
+]
 
 
 @pytest.fixture
@@ -40,9 +44,23 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 @pytest.fixture
 def trained(tmp_path: Path) -> Path:
     """A run over bytes with multipliers, and a token file beside it."""
-    model = {"hidden_size": 32, "num_layers": 2, "num_attention_heads": 4, "ffn_hidden_size": 40, "vocab_size": 260, "seq_length": 48}
+    model = {
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_attention_heads": 4,
+        "ffn_hidden_size": 40,
+        "vocab_size": 260,
+        "seq_length": 48,
+    }
     data = {"train": [{"prefix": "none"}], "tokenizer": {"type": "bytes"}}
-    run = TinyRun(tiny_config(tmp_path / "run", model=model, data=data, optimizer={"base_lr": 1e-2, "base_init_std": 0.3}))
+    run = TinyRun(
+        tiny_config(
+            tmp_path / "run",
+            model=model,
+            data=data,
+            optimizer={"base_lr": 1e-2, "base_init_std": 0.3},
+        )
+    )
     run.save()
     run.checkpointer.close()
     with IndexedWriter(str(tmp_path / "texts"), np.uint16) as writer:
@@ -51,60 +69,126 @@ def trained(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_a_model_exported_and_imported_again_is_the_same_model(trained: Path, tmp_path: Path, call: Call) -> None:
+def test_a_model_exported_and_imported_again_is_the_same_model(
+    trained: Path, tmp_path: Path, call: Call
+) -> None:
     pytest.importorskip("transformers")
     code, out, err = call(export_hf, trained, tmp_path / "hf", "--check", "--json")
     report = json.loads(out)
-    assert code == 0 and report["check"]["equal"] and report["architecture"] == "granite" and report["tokenizer"] == "bytes"
+    assert (
+        code == 0
+        and report["check"]["equal"]
+        and report["architecture"] == "granite"
+        and report["tokenizer"] == "bytes"
+    )
     assert "granite" in err
-    code, out, _ = call(import_hf, tmp_path / "hf", tmp_path / "again", "training.train_steps=7", "--json")
+    code, out, _ = call(
+        import_hf, tmp_path / "hf", tmp_path / "again", "training.train_steps=7", "--json"
+    )
     imported = json.loads(out)
-    assert code == 0 and imported["tokenizer"] == "huggingface" and Path(imported["config"]).is_file()
+    assert (
+        code == 0 and imported["tokenizer"] == "huggingface" and Path(imported["config"]).is_file()
+    )
     options = ("--token-file", tmp_path / "texts", "--precision", "float64", "--device", "cpu")
-    scores = [json.loads(call(evaluate_model, run, *options, "--json")[1])["token_files"] for run in (trained, tmp_path / "again")]
+    scores = [
+        json.loads(call(evaluate_model, run, *options, "--json")[1])["token_files"]
+        for run in (trained, tmp_path / "again")
+    ]
     first, second = (score[str(tmp_path / "texts")] for score in scores)
     assert first["bytes"] == second["bytes"] == sum(len(text.encode()) for text in TEXTS)
     assert first["bits_per_byte"] == pytest.approx(second["bits_per_byte"], rel=1e-6)
-    greedy = ("--prompt", "the ", "--temperature", 0, "--max-new-tokens", 20, "--precision", "float64")
+    greedy = (
+        "--prompt",
+        "the ",
+        "--temperature",
+        0,
+        "--max-new-tokens",
+        20,
+        "--precision",
+        "float64",
+    )
     assert call(generate, trained, *greedy)[1] == call(generate, tmp_path / "again", *greedy)[1]
 
 
-def test_evaluation_prints_bits_per_byte_and_limits_documents(trained: Path, tmp_path: Path, call: Call) -> None:
+def test_evaluation_prints_bits_per_byte_and_limits_documents(
+    trained: Path, tmp_path: Path, call: Call
+) -> None:
     code, out, _ = call(evaluate_model, trained, "--token-file", tmp_path / "texts", "--limit", 2)
     assert code == 0 and "bits per byte" in out and "2 documents" in out
 
 
-def test_prompts_from_files_give_the_same_texts_in_any_batch(trained: Path, tmp_path: Path, call: Call) -> None:
+def test_prompts_from_files_give_the_same_texts_in_any_batch(
+    trained: Path, tmp_path: Path, call: Call
+) -> None:
     prompts = ["ab", "a longer prompt", "", "x"]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n", "utf-8")
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
-    options = ("--json", "--max-new-tokens", 8, "--samples", 2, "--top-k", 40, "--precision", "float64")
+    (tmp_path / "prompts.jsonl").write_text(
+        "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
+    )
+    options = (
+        "--json",
+        "--max-new-tokens",
+        8,
+        "--samples",
+        2,
+        "--top-k",
+        40,
+        "--precision",
+        "float64",
+    )
     found = []
     for file, size in (("prompts.txt", 1), ("prompts.jsonl", 3), ("prompts.txt", 8)):
-        code, out, _ = call(generate, trained, "--prompts", tmp_path / file, "--batch-size", size, *options)
+        code, out, _ = call(
+            generate, trained, "--prompts", tmp_path / file, "--batch-size", size, *options
+        )
         assert code == 0
         found.append(json.loads(out)["results"])
     assert found[0] == found[1] == found[2]
-    assert [result["prompt"] for result in found[0]] == prompts and all(len(result["texts"]) == 2 for result in found[0])
+    assert [result["prompt"] for result in found[0]] == prompts and all(
+        len(result["texts"]) == 2 for result in found[0]
+    )
     assert found[0][0]["texts"][0] != found[0][0]["texts"][1]  # samples have seeds of their own
 
 
-def test_the_tools_compute_in_the_runs_own_type_and_say_which(trained: Path, tmp_path: Path, call: Call) -> None:
-    code, out, err = call(generate, trained, "--prompt", "ab", "--max-new-tokens", 2, "--json", "--device", "cpu")
+def test_the_tools_compute_in_the_runs_own_type_and_say_which(
+    trained: Path, tmp_path: Path, call: Call
+) -> None:
+    code, out, err = call(
+        generate, trained, "--prompt", "ab", "--max-new-tokens", 2, "--json", "--device", "cpu"
+    )
     assert (code, json.loads(out)["precision"]) == (0, "float32")
-    code, out, err = call(generate, trained, "--samples", 2, "--max-new-tokens", 2, "--json", "--device", "cpu", "--precision", "bf16")
-    assert (code, json.loads(out)["precision"]) == (0, "bf16") and "in bf16 the texts of a seed depend on --batch-size" in err
+    code, out, err = call(
+        generate,
+        trained,
+        "--samples",
+        2,
+        "--max-new-tokens",
+        2,
+        "--json",
+        "--device",
+        "cpu",
+        "--precision",
+        "bf16",
+    )
+    assert (code, json.loads(out)["precision"]) == (
+        0,
+        "bf16",
+    ) and "in bf16 the texts of a seed depend on --batch-size" in err
     words = ("--token-file", tmp_path / "texts", "--limit", 1, "--json", "--device", "cpu")
     assert json.loads(call(evaluate_model, trained, *words)[1])["precision"] == "float32"
 
 
-def test_a_prompts_file_with_a_nested_line_names_the_line(trained: Path, tmp_path: Path, call: Call) -> None:
+def test_a_prompts_file_with_a_nested_line_names_the_line(
+    trained: Path, tmp_path: Path, call: Call
+) -> None:
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n' + "[" * 5000 + "]" * 5000 + "\n")
     code, out, err = call(generate, trained, "--prompts", tmp_path / "prompts.jsonl")
     assert (code, out) == (2, "") and "line 2: not usable JSON" in err
 
 
-def test_mistakes_are_one_message_and_exit_code_2(trained: Path, tmp_path: Path, call: Call) -> None:
+def test_mistakes_are_one_message_and_exit_code_2(
+    trained: Path, tmp_path: Path, call: Call
+) -> None:
     nowhere = tmp_path / "nowhere"
     (tmp_path / "prompts.jsonl").write_text('{"text": "x"}\n')
     for tool, words, message in (
@@ -117,7 +201,11 @@ def test_mistakes_are_one_message_and_exit_code_2(trained: Path, tmp_path: Path,
         (evaluate_model, (trained,), "nothing to evaluate"),
         (generate, (trained, "--prompts", nowhere), "cannot be read"),
         (generate, (trained, "--prompts", tmp_path / "prompts.jsonl"), "line 1"),
-        (generate, (trained, "--temperature", -1), "--temperature = -1: give a finite number of at least 0"),
+        (
+            generate,
+            (trained, "--temperature", -1),
+            "--temperature = -1: give a finite number of at least 0",
+        ),
     ):
         code, out, err = call(tool, *words)
         assert (code, out) == (2, "") and message in err and "Traceback" not in err

@@ -27,7 +27,16 @@ def run_tool(monkeypatch, capsys):
 
 def test_the_text_has_memory_traffic_time_assumptions_and_warnings(run_tool):
     text = run_tool("--world-size", "4096", "--gpu", "h100", LARGE)
-    for part in ("optimizer", "activations", "communication", "pipeline bubble", "GFLOP a token", "Assumed", "a checkpoint is", "Warning"):
+    for part in (
+        "optimizer",
+        "activations",
+        "communication",
+        "pipeline bubble",
+        "GFLOP a token",
+        "Assumed",
+        "a checkpoint is",
+        "Warning",
+    ):
         assert part in text
     assert "4096 h100: tensor 2 x pipeline 1 x data 2048" in text
 
@@ -35,8 +44,12 @@ def test_the_text_has_memory_traffic_time_assumptions_and_warnings(run_tool):
 def test_the_object_says_what_the_library_says(run_tool):
     printed = json.loads(run_tool("--world-size", "64", "--gpu", "b200", "--json"))
     scaling = printed["scaling"]
-    assert printed["parameters"] and scaling["gpu"] == "b200" and scaling["data_parallel_size"] == 32
-    assert [m["total"] for m in scaling["memory"]] == [sum(v for k, v in m.items() if k != "total") for m in scaling["memory"]]
+    assert (
+        printed["parameters"] and scaling["gpu"] == "b200" and scaling["data_parallel_size"] == 32
+    )
+    assert [m["total"] for m in scaling["memory"]] == [
+        sum(v for k, v in m.items() if k != "total") for m in scaling["memory"]
+    ]
     planned = collectives_per_step(load_config(CONFIG), 64)
     assert sum(c["count"] for c in scaling["collectives"]) == sum(c.count for c in planned)
 

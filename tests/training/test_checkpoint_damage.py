@@ -21,7 +21,9 @@ from megatron_completep.config.schema import Config
 from megatron_completep.errors import CheckpointError
 from megatron_completep.inference.generation import load_model
 
-MANY = {"vocab_size": 12_000}  # 384,000 parameters of the ends alone: a file of 4.7 MB, more than one block of hashes
+MANY = {
+    "vocab_size": 12_000
+}  # 384,000 parameters of the ends alone: a file of 4.7 MB, more than one block of hashes
 
 
 def with_snapshots(folder: Path, async_save: bool = False, **model: int) -> Config:
@@ -49,7 +51,11 @@ def flip_near_the_end(folder: Path) -> None:
 
 
 def generator_states() -> tuple[object, ...]:
-    return random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state().numpy().tobytes()
+    return (
+        random.getstate(),
+        np.random.get_state()[1].tobytes(),
+        torch.get_rng_state().numpy().tobytes(),
+    )
 
 
 def snapshots(folder: Path) -> list[Path]:
@@ -65,7 +71,9 @@ def test_a_damaged_snapshot_leaves_nothing_behind(tmp_path, monkeypatch, async_s
     config = with_snapshots(tmp_path, async_save, **model)
     trained = snapshot_of(config, 1)
     (folder,) = snapshots(tmp_path)
-    assert next(folder.glob("*.safetensors")).stat().st_size > block_size  # so that whole blocks come before the damaged one
+    assert (
+        next(folder.glob("*.safetensors")).stat().st_size > block_size
+    )  # so that whole blocks come before the damaged one
     whole = TinyRun(config)
     assert whole.resume() and whole.bits() == trained.bits()  # the control: undamaged, it arrives
     flip_near_the_end(folder)
@@ -73,7 +81,10 @@ def test_a_damaged_snapshot_leaves_nothing_behind(tmp_path, monkeypatch, async_s
     before = generator_states()
     assert not damaged.resume()
     assert damaged.bits() == fresh.bits() and generator_states() == before
-    assert any("the snapshot of step 1 is not used: " in line and "damaged between bytes" in line for line in damaged.said)
+    assert any(
+        "the snapshot of step 1 is not used: " in line and "damaged between bytes" in line
+        for line in damaged.said
+    )
     assert damaged.train(2) == fresh.train(2) and damaged.bits() == fresh.bits()
     damaged.save()  # what the load left in the buffers of asynchronous saves is not what is saved
     damaged.checkpointer.close()
@@ -86,12 +97,17 @@ def test_generator_states_that_are_none_leave_nothing_behind(tmp_path):
     snapshot_of(config, 1)
     (folder,) = snapshots(tmp_path)
     rng = manifest_of(folder)["rng"]
-    change_manifest(folder, {"rng": {**rng, "torch": rng["torch"][:400]}})  # Python's and numpy's are whole, torch's comes last
+    change_manifest(
+        folder, {"rng": {**rng, "torch": rng["torch"][:400]}}
+    )  # Python's and numpy's are whole, torch's comes last
     fresh, damaged = TinyRun(tiny_config(tmp_path / "other")), TinyRun(config)
     before = generator_states()
     assert not damaged.resume()
     assert damaged.bits() == fresh.bits() and generator_states() == before
-    assert any("the manifest of step 1 holds no state that this version reads" in line for line in damaged.said)
+    assert any(
+        "the manifest of step 1 holds no state that this version reads" in line
+        for line in damaged.said
+    )
 
 
 def test_behind_a_damaged_snapshot_the_one_before_arrives_whole(tmp_path, monkeypatch):
@@ -108,7 +124,9 @@ def test_behind_a_damaged_snapshot_the_one_before_arrives_whole(tmp_path, monkey
     assert again.resume() and again.state.step == 1 and again.bits() == expected[0] != expected[1]
 
 
-def test_a_damaged_checkpoint_of_the_shared_disk_changes_nothing_in_the_run_that_goes_back_to_it(tmp_path, monkeypatch):
+def test_a_damaged_checkpoint_of_the_shared_disk_changes_nothing_in_the_run_that_goes_back_to_it(
+    tmp_path, monkeypatch
+):
     use_small_blocks(monkeypatch)
     tiny = TinyRun(tiny_config(tmp_path))
     for _ in range(2):
@@ -119,7 +137,9 @@ def test_a_damaged_checkpoint_of_the_shared_disk_changes_nothing_in_the_run_that
     with pytest.raises(CheckpointError, match="damaged between bytes"):
         tiny.checkpointer.go_back(1)
     assert tiny.bits() == before and generator_states() == generators
-    assert (tmp_path / "checkpoints" / "step_00000002").exists()  # nothing was removed for it either
+    assert (
+        tmp_path / "checkpoints" / "step_00000002"
+    ).exists()  # nothing was removed for it either
 
 
 def load_damaged(rank: int, folder: str, model: str, layout: dict) -> tuple[str, bool]:
@@ -149,7 +169,9 @@ def test_damage_that_one_rank_sees_leaves_the_numbers_of_all_ranks(pool, tmp_pat
     data[-1000] ^= 4
     path.write_bytes(data)
     results = run(pool, load_damaged, tmp_path, "tied_gpt", layouts[layout])
-    assert all("damaged between bytes" in said and untouched for said, untouched in results), results
+    assert all("damaged between bytes" in said and untouched for said, untouched in results), (
+        results
+    )
 
 
 def test_what_is_rewritten_or_evaluated_from_a_damaged_checkpoint_appears_nowhere(tmp_path):
@@ -174,13 +196,17 @@ def test_tensors_of_another_shape_are_refused_whatever_is_allowed(tmp_path):
     tiny = TinyRun(tiny_config(tmp_path))
     tiny.train(1)
     tiny.save()
-    wider = TinyRun(tiny_config(tmp_path, model={"ffn_hidden_size": 32}, checkpoint={"allow_changed": ["*"]}))
+    wider = TinyRun(
+        tiny_config(tmp_path, model={"ffn_hidden_size": 32}, checkpoint={"allow_changed": ["*"]})
+    )
     before = wider.bits()
     with pytest.raises(CheckpointError, match=r"parameters\.layers\.0\.mlp"):
         wider.resume()
     assert wider.bits() == before
     stored = StoredCheckpoint.open(tmp_path / "checkpoints" / "step_00000001")
-    wanted = [(box, "master", wider.optimizer.shards.master) for box in wider.checkpointer._shard.owned]
+    wanted = [
+        (box, "master", wider.optimizer.shards.master) for box in wider.checkpointer._shard.owned
+    ]
     with pytest.raises(CheckpointError, match="holds no tensors of this model's shapes for layers"):
         stored.parts_of(wanted)
 
@@ -192,5 +218,8 @@ def test_a_snapshot_whose_manifest_is_damaged_is_said(tmp_path):
     path.write_bytes(path.read_bytes().replace(b'"step": 2', b'"step": 3', 1))
     again = TinyRun(config)
     assert again.resume() and again.state.step == 1
-    assert any("a snapshot is not used: " in line and "changed since it was written" in line for line in again.said)
+    assert any(
+        "a snapshot is not used: " in line and "changed since it was written" in line
+        for line in again.said
+    )
     shutil.rmtree(tmp_path / "node")

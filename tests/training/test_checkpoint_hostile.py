@@ -38,7 +38,9 @@ def write_manifest(folder: Path, text: bytes) -> None:
     """With a right hash at its end. `text` is a JSON object."""
     body = text.rstrip()
     assert body.endswith(b"\n}")
-    (folder / MANIFEST).write_bytes(body[:-2] + f',\n "xxh3": "{xxhash.xxh3_128_hexdigest(body)}"\n}}\n'.encode())
+    (folder / MANIFEST).write_bytes(
+        body[:-2] + f',\n "xxh3": "{xxhash.xxh3_128_hexdigest(body)}"\n}}\n'.encode()
+    )
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:
@@ -56,9 +58,17 @@ def write_header(folder: Path, header: bytes, length: int | None = None, more: b
     data = (folder / NAME).read_bytes()
     (old,) = struct.unpack("<Q", data[:8])
     header += b" " * (-(len(header) + 8) % 64)
-    data = struct.pack("<Q", len(header) if length is None else length) + header + data[8 + old :] + more
+    data = (
+        struct.pack("<Q", len(header) if length is None else length)
+        + header
+        + data[8 + old :]
+        + more
+    )
     (folder / NAME).write_bytes(data)
-    blocks = [xxhash.xxh3_64_hexdigest(data[i : i + files.BLOCK_SIZE]) for i in range(0, len(data), files.BLOCK_SIZE)]
+    blocks = [
+        xxhash.xxh3_64_hexdigest(data[i : i + files.BLOCK_SIZE])
+        for i in range(0, len(data), files.BLOCK_SIZE)
+    ]
     change_manifest(folder, {"files": [{"name": NAME, "size": len(data), "blocks": blocks}]})
 
 
@@ -117,10 +127,31 @@ def test_the_changes_themselves_are_not_what_is_refused(saved):
         {"updates": float("inf")},
         {"table": {"alpha": float("nan")}},
         {"elements": 0},
-        {"parameters": {"\x1b[2Jgone": {"role": "embedding", "width_ratio": 1.0, "shape": [1], "dtype": "F32"}}},
-        {"parameters": {"w": {"role": "embedding", "width_ratio": 1.0, "shape": [-4], "dtype": "F32"}}},
-        {"parameters": {"w": {"role": "embedding", "width_ratio": 1.0, "shape": [1] * 50, "dtype": "F32"}}},
-        {"parameters": {"w": {"role": "embedding", "width_ratio": 1.0, "shape": [1], "dtype": "O"}}},
+        {
+            "parameters": {
+                "\x1b[2Jgone": {
+                    "role": "embedding",
+                    "width_ratio": 1.0,
+                    "shape": [1],
+                    "dtype": "F32",
+                }
+            }
+        },
+        {
+            "parameters": {
+                "w": {"role": "embedding", "width_ratio": 1.0, "shape": [-4], "dtype": "F32"}
+            }
+        },
+        {
+            "parameters": {
+                "w": {"role": "embedding", "width_ratio": 1.0, "shape": [1] * 50, "dtype": "F32"}
+            }
+        },
+        {
+            "parameters": {
+                "w": {"role": "embedding", "width_ratio": 1.0, "shape": [1], "dtype": "O"}
+            }
+        },
         {"unknown": 1},
     ],
     ids=lambda change: "-".join(map(str, next(iter(change.items()))))[:60],
@@ -135,12 +166,18 @@ def test_a_folder_that_is_named_for_another_step_is_refused(saved):
     run, folder = saved
     other = folder.with_name("step_00000007")
     folder.rename(other)
-    with pytest.raises(CheckpointError, match=r"holds step 1, but the folder is step_00000007\. Rename it back"):
+    with pytest.raises(
+        CheckpointError, match=r"holds step 1, but the folder is step_00000007\. Rename it back"
+    ):
         TinyRun(run.config).resume()
     huge = folder.with_name(f"step_{10**30}")
     other.rename(huge)
-    change_manifest(huge, {"step": 10**30, "state": {"step": 10**30, "consumed_samples": 4, "tokens": 32}})
-    refused((run, huge), r"step: Input should be less than or equal to 9007199254740992, found 1000000")
+    change_manifest(
+        huge, {"step": 10**30, "state": {"step": 10**30, "consumed_samples": 4, "tokens": 32}}
+    )
+    refused(
+        (run, huge), r"step: Input should be less than or equal to 9007199254740992, found 1000000"
+    )
 
 
 def test_a_count_of_elements_that_is_not_the_parameters_is_refused(saved):
@@ -151,8 +188,21 @@ def test_a_count_of_elements_that_is_not_the_parameters_is_refused(saved):
 @pytest.mark.parametrize(
     "change",
     [
-        {"parameters": {"w": {"role": "embedding", "width_ratio": 1.0, "shape": [1 << 60, 1 << 60], "dtype": "F32"}}},
-        {"parameters": {"w": {"role": "embedding", "width_ratio": 1.0, "shape": [], "dtype": "F32"}}},
+        {
+            "parameters": {
+                "w": {
+                    "role": "embedding",
+                    "width_ratio": 1.0,
+                    "shape": [1 << 60, 1 << 60],
+                    "dtype": "F32",
+                }
+            }
+        },
+        {
+            "parameters": {
+                "w": {"role": "embedding", "width_ratio": 1.0, "shape": [], "dtype": "F32"}
+            }
+        },
     ],
     ids=["enormous", "no dimensions"],
 )
@@ -165,7 +215,9 @@ def test_shapes_that_no_file_holds_are_refused_before_memory_is_asked_for(saved,
 @pytest.mark.parametrize("change", [{"rng": {}}, {"rng": {"python": [3, "AAAA", None]}}])
 def test_generators_that_are_none_are_refused(saved, change):
     change_manifest(saved[1], change)
-    with pytest.raises(CheckpointError, match="the manifest of step 1 holds no state that this version reads"):
+    with pytest.raises(
+        CheckpointError, match="the manifest of step 1 holds no state that this version reads"
+    ):
         TinyRun(saved[0].config).resume()
 
 
@@ -176,8 +228,13 @@ def test_a_manifest_that_is_too_deep_too_long_or_no_text_is_refused(saved):
     write_manifest(folder, b'{"state": "\xff\xfe"\n}')
     refused(saved, r"manifest\.json: not a manifest")
     with open(folder / MANIFEST, "wb") as file:
-        file.truncate(manifest.MAX_BYTES + 1)  # takes no room on the disk, and would take a lot of memory
-    refused(saved, rf"{manifest.MAX_BYTES + 1} bytes, more than the {manifest.MAX_BYTES} that such a file may have")
+        file.truncate(
+            manifest.MAX_BYTES + 1
+        )  # takes no room on the disk, and would take a lot of memory
+    refused(
+        saved,
+        rf"{manifest.MAX_BYTES + 1} bytes, more than the {manifest.MAX_BYTES} that such a file may have",
+    )
 
 
 @pytest.mark.parametrize(
@@ -196,12 +253,20 @@ def test_a_manifest_that_is_too_deep_too_long_or_no_text_is_refused(saved):
         (b'{"master/w@-1": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}', None),
         (b'{"master/w@0": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}', None),
         (b'{"master/w@0": {"dtype": "F32", "shape": [1], "data_offsets": [2, 6]}}', None),
-        (b'{"master/w@0": {"dtype": "F32", "shape": [4611686018427387904], "data_offsets": [0, 18446744073709551616]}}', None),
+        (
+            b'{"master/w@0": {"dtype": "F32", "shape": [4611686018427387904], "data_offsets": [0, 18446744073709551616]}}',
+            None,
+        ),
         (b'{"master/w@0,0": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}', None),
         (b'{"no key": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}', None),
         (b'{"master/w@0": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}', None),
         (b"\xff" * 100, None),
-        (b'{"master/w@' + b"9" * 5000 + b'": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}', None),
+        (
+            b'{"master/w@'
+            + b"9" * 5000
+            + b'": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}',
+            None,
+        ),
     ],
 )
 def test_a_header_that_does_not_add_up_is_refused(saved, header, length):
@@ -209,7 +274,9 @@ def test_a_header_that_does_not_add_up_is_refused(saved, header, length):
     refused(saved, rf"{NAME}: not a tensor file of a checkpoint")
 
 
-@pytest.mark.parametrize("damage", ["twice", "overlapping", "of another shape", "unlisted", "of more dimensions"])
+@pytest.mark.parametrize(
+    "damage", ["twice", "overlapping", "of another shape", "unlisted", "of more dimensions"]
+)
 def test_boxes_that_do_not_make_up_the_tensors_are_refused(saved, damage):
     _, folder = saved
     header = header_of(folder)
@@ -238,7 +305,10 @@ def test_bytes_that_belong_to_two_tensors_or_to_none_are_refused(saved, damage):
     """Keys, shapes and sizes are right in each: only where the values lie is not."""
     _, folder = saved
     header, more = header_of(folder), b""
-    first, second = (header[f"{state}/layers.0.mlp.down.weight@0,0"]["data_offsets"] for state in ("master", "exp_avg_sq"))
+    first, second = (
+        header[f"{state}/layers.0.mlp.down.weight@0,0"]["data_offsets"]
+        for state in ("master", "exp_avg_sq")
+    )
     match damage:
         case "shared":
             second[:] = first
@@ -248,7 +318,9 @@ def test_bytes_that_belong_to_two_tensors_or_to_none_are_refused(saved, damage):
             first[:] = [first[0] + 64, first[1] + 64]
         case "gap":
             more = bytes(second[1] - second[0])
-            last = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+            last = max(
+                entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"
+            )
             second[:] = [last, last + len(more)]
         case "behind the last":
             more = bytes(64)
@@ -285,7 +357,9 @@ def test_links_lead_nowhere(saved, tmp_path):
     ],
 )
 def test_a_runs_number_cannot_lead_snapshots_elsewhere(tmp_path, content):
-    config = tiny_config(tmp_path / "run", checkpoint={"local_dir": str(tmp_path / "node"), "local_interval": 1})
+    config = tiny_config(
+        tmp_path / "run", checkpoint={"local_dir": str(tmp_path / "node"), "local_interval": 1}
+    )
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".run_id").write_text(content)
     with pytest.raises(CheckpointError, match=r"\.run_id: "):
@@ -303,10 +377,20 @@ def test_nothing_in_the_package_can_execute_what_it_reads():
         r"\b(import|from) (pickle|cPickle|dill|cloudpickle|joblib|marshal|shelve)\b|torch\.load\(|allow_pickle=True|"
         r"yaml\.(load|unsafe_load|full_load)\(|trust_remote_code=True|FileSystemReader|weights_only=False"
     )
-    assert forbidden.search("import pickle") and forbidden.search("x = torch.load(path)")  # the control
+    assert forbidden.search("import pickle") and forbidden.search(
+        "x = torch.load(path)"
+    )  # the control
     root = Path(megatron_completep.__file__).parent
-    for path in [*root.rglob("*.py"), *(root / "kernels").rglob("*.py"), *(root / "tools").rglob("*.py")]:
+    for path in [
+        *root.rglob("*.py"),
+        *(root / "kernels").rglob("*.py"),
+        *(root / "tools").rglob("*.py"),
+    ]:
         text = path.read_text()
         assert not forbidden.search(text), f"{path}: {forbidden.search(text)}"
-        calls = {node.func.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+        calls = {
+            node.func.id
+            for node in ast.walk(ast.parse(text))
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        }
         assert not calls & {"eval", "exec", "compile", "__import__"}, path

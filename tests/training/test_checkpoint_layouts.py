@@ -32,7 +32,12 @@ MODELS: dict[str, dict[str, Any]] = {
         "tied_embeddings": True,
     },
 }
-TP2_PP2_DP2 = {"world": 8, "tensor_parallel_size": 2, "pipeline_parallel_size": 2, "sequence_parallel": True}
+TP2_PP2_DP2 = {
+    "world": 8,
+    "tensor_parallel_size": 2,
+    "pipeline_parallel_size": 2,
+    "sequence_parallel": True,
+}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one": {"world": 1},
     "tp4": {"world": 4, "tensor_parallel_size": 4},
@@ -40,29 +45,44 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "dp4": {"world": 4, "bucket_megabytes": 0.002, "micro_batch_size": 1},
     "dp4_shard2": {"world": 4, "optimizer_shard_size": 2},
     "tp2_dp2": {"world": 4, "tensor_parallel_size": 2},
-    "virtual": {"world": 2, "pipeline_parallel_size": 2, "virtual_pipeline_size": 2, "schedule": "interleaved_1f1b"},
+    "virtual": {
+        "world": 2,
+        "pipeline_parallel_size": 2,
+        "virtual_pipeline_size": 2,
+        "schedule": "interleaved_1f1b",
+    },
 }
 
 
 def logical(name: str, state: str, shape: tuple[int, ...]) -> torch.Tensor:
     """What a state of a parameter holds in these tests: a function of its name."""
     seed = int.from_bytes(hashlib.sha256(f"{state}/{name}".encode()).digest()[:4], "little")
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) + 3.0  # never 0, which is what padding holds
+    return (
+        torch.randn(shape, generator=torch.Generator().manual_seed(seed)) + 3.0
+    )  # never 0, which is what padding holds
 
 
-def build(rank: int, folder: str, model: str, layout: dict[str, Any]) -> tuple[DistributedOptimizer, Checkpointer]:
-    parallel = {key: value for key, value in layout.items() if key not in ("world", "micro_batch_size")}
+def build(
+    rank: int, folder: str, model: str, layout: dict[str, Any]
+) -> tuple[DistributedOptimizer, Checkpointer]:
+    parallel = {
+        key: value for key, value in layout.items() if key not in ("world", "micro_batch_size")
+    }
     training = {"micro_batch_size": layout.get("micro_batch_size", 2)}
     config = tiny_config(folder, model=MODELS[model], parallel=parallel, training=training)
     context = ParallelContext.single("cpu")
     if layout["world"] > 1:
         data_size = data_parallel_size_for(config.parallel, layout["world"])
-        context = ParallelContext.over_world(config.parallel, torch.device("cpu"), rank, layout["world"], data_size)
+        context = ParallelContext.over_world(
+            config.parallel, torch.device("cpu"), rank, layout["world"], data_size
+        )
     table = table_of(config)
     chunks = build_chunks(config.model, table, config.parallel, context)
     for parameter in (p for chunk in chunks for p in chunk.parameters()):
         parameter.data.zero_()
-    optimizer = DistributedOptimizer(chunks, table, config.optimizer, context, config.parallel, torch.float32)
+    optimizer = DistributedOptimizer(
+        chunks, table, config.optimizer, context, config.parallel, torch.float32
+    )
     return optimizer, Checkpointer(config, context, optimizer, table, report=lambda text: None)
 
 
@@ -85,14 +105,22 @@ def save(rank: int, folder: str, model: str, layout: dict[str, Any]) -> None:
     checkpointer.close()
 
 
-def load(rank: int, folder: str, model: str, layout: dict[str, Any], save_to: str | None = None) -> list[str]:
+def load(
+    rank: int, folder: str, model: str, layout: dict[str, Any], save_to: str | None = None
+) -> list[str]:
     """Names of what did not arrive as it was saved."""
     optimizer, checkpointer = build(rank, folder, model, layout)
     state = checkpointer.load_latest()
     wrong = [] if state == RunState(6, 24, 192) and optimizer.control[STEP] == 5.0 else ["state"]
-    wrong += [] if torch.equal(optimizer.shards.flat, expected_flat(optimizer, "master")) else ["parameters"]
+    wrong += (
+        []
+        if torch.equal(optimizer.shards.flat, expected_flat(optimizer, "master"))
+        else ["parameters"]
+    )
     for name in optimizer.states:
-        if not torch.equal(optimizer.states[name], optimizer.shards.own_shard(expected_flat(optimizer, name))):
+        if not torch.equal(
+            optimizer.states[name], optimizer.shards.own_shard(expected_flat(optimizer, name))
+        ):
             wrong.append(name)
     if save_to is not None:
         build_again, other = build(rank, save_to, model, layout)
@@ -104,7 +132,9 @@ def load(rank: int, folder: str, model: str, layout: dict[str, Any], save_to: st
     return wrong
 
 
-def run(pool: WorkerPool, function, folder: Path, model: str, layout: dict[str, Any], *more: Any) -> list[Any]:
+def run(
+    pool: WorkerPool, function, folder: Path, model: str, layout: dict[str, Any], *more: Any
+) -> list[Any]:
     if layout["world"] == 1:
         return [function(0, str(folder), model, layout, *more)]
     return pool.run(layout["world"], function, str(folder), model, layout, *more)
@@ -115,9 +145,17 @@ def test_a_checkpoint_of_tp2_pp2_dp2_is_read_by_every_layout_and_back(pool, tmp_
     run(pool, save, tmp_path / "first", model, TP2_PP2_DP2)
     for name, layout in LAYOUTS.items():
         save_to = str(tmp_path / name)  # and from there back
-        assert not [wrong for rank in run(pool, load, tmp_path / "first", model, layout, save_to) for wrong in rank], name
-    for name in LAYOUTS if model == "llama" else ("one", "pp4_uneven"):  # all of them in the slow suite
-        assert not [wrong for rank in run(pool, load, tmp_path / name, model, TP2_PP2_DP2) for wrong in rank], name
+        assert not [
+            wrong
+            for rank in run(pool, load, tmp_path / "first", model, layout, save_to)
+            for wrong in rank
+        ], name
+    for name in (
+        LAYOUTS if model == "llama" else ("one", "pp4_uneven")
+    ):  # all of them in the slow suite
+        assert not [
+            wrong for rank in run(pool, load, tmp_path / name, model, TP2_PP2_DP2) for wrong in rank
+        ], name
 
 
 def test_every_layout_stores_the_same_tensors_each_element_once(pool, tmp_path):
@@ -125,10 +163,15 @@ def test_every_layout_stores_the_same_tensors_each_element_once(pool, tmp_path):
     for name in ("one", "tp2_dp2", "pp4_uneven"):
         run(pool, save, tmp_path / name, "tied_gpt", LAYOUTS[name])
         checkpoint = StoredCheckpoint.open(tmp_path / name / "checkpoints" / "step_00000006")
-        stored[name] = {parameter: checkpoint.tensor(parameter, "exp_avg") for parameter in checkpoint.manifest.parameters}
+        stored[name] = {
+            parameter: checkpoint.tensor(parameter, "exp_avg")
+            for parameter in checkpoint.manifest.parameters
+        }
         assert checkpoint.manifest.elements == sum(t.numel() for t in stored[name].values())
     for name in stored:
-        assert stored[name].keys() == stored["one"].keys() and "unembedding.weight" not in stored[name]
+        assert (
+            stored[name].keys() == stored["one"].keys() and "unembedding.weight" not in stored[name]
+        )
         assert all(torch.equal(stored[name][p], stored["one"][p]) for p in stored["one"])
 
 
@@ -138,5 +181,8 @@ def test_a_missing_part_is_noticed_by_every_rank(pool, tmp_path):
     run(pool, save, tmp_path, "llama", layout)
     folder = tmp_path / "checkpoints" / "step_00000006"
     shutil.move(folder / "rank_00002_of_00004.safetensors", tmp_path / "elsewhere")
-    with pytest.raises(AssertionError, match=r"(?s)rank 3:.*CheckpointError.*rank_00002_of_00004.safetensors: No such file"):
+    with pytest.raises(
+        AssertionError,
+        match=r"(?s)rank 3:.*CheckpointError.*rank_00002_of_00004.safetensors: No such file",
+    ):
         run(pool, load, tmp_path, "llama", layout)

@@ -43,7 +43,9 @@ def test_every_block_of_a_save_that_training_waits_for_is_heard_of(tmp_path, sma
     assert len(heard) == before
 
 
-def test_a_save_in_the_background_is_heard_of_only_while_training_waits_for_it(tmp_path, small_blocks):
+def test_a_save_in_the_background_is_heard_of_only_while_training_waits_for_it(
+    tmp_path, small_blocks
+):
     """Else it would hide a hang of training itself."""
     heard: list[str] = []
     half_way, go_on, on_disk = threading.Event(), threading.Event(), threading.Event()
@@ -84,12 +86,16 @@ def test_a_load_in_the_middle_of_a_run_is_heard_of(tmp_path, small_blocks):
         tiny.save()
     heard.clear()
     tiny.checkpointer.go_back(1)
-    assert len(heard) >= blocks_of(tmp_path / "checkpoints" / "step_00000001") / 8 > 1  # once a round of at most 8 blocks
+    assert (
+        len(heard) >= blocks_of(tmp_path / "checkpoints" / "step_00000001") / 8 > 1
+    )  # once a round of at most 8 blocks
 
 
 def unequal_work(rank: int, pieces: tuple[int, ...]) -> tuple[list[str], int]:
     heard: list[int] = []
-    context = ParallelContext.over_world(ParallelConfig(), torch.device("cpu"), rank, len(pieces), len(pieces))
+    context = ParallelContext.over_world(
+        ParallelConfig(), torch.device("cpu"), rank, len(pieces), len(pieces)
+    )
     work = LongWork(Exchange(context, 1.0), 0.0, lambda: heard.append(1))
     for _ in range(pieces[rank]):
         work.goes_on()
@@ -101,7 +107,10 @@ def test_a_rank_that_is_done_hears_that_the_others_get_on(pool):
     results = pool.run(2, unequal_work, (7, 0))
     assert [told for told, _ in results] == [["rank 0", "rank 1"]] * 2
     assert [heard for _, heard in results] == [8, 8]
-    assert [heard for _, heard in pool.run(2, unequal_work, (0, 0))] == [1, 1]  # the control: nobody worked
+    assert [heard for _, heard in pool.run(2, unequal_work, (0, 0))] == [
+        1,
+        1,
+    ]  # the control: nobody worked
 
 
 @pytest.fixture

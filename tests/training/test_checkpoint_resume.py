@@ -17,7 +17,9 @@ from megatron_completep.errors import CheckpointError
 @pytest.mark.parametrize("precision", ["float32", "bf16", "float64"])
 @pytest.mark.parametrize("async_save", [False, True])
 def test_resumed_run_continues_bit_for_bit(tmp_path, precision, async_save):
-    config = tiny_config(tmp_path, training={"precision": precision}, checkpoint={"async_save": async_save})
+    config = tiny_config(
+        tmp_path, training={"precision": precision}, checkpoint={"async_save": async_save}
+    )
     whole = TinyRun(config)
     expected = whole.train(3)
     whole.save()
@@ -48,7 +50,10 @@ def test_files_are_ordinary_safetensors_of_logical_tensors(tmp_path):
     run.train(1)
     run.save()
     folder = tmp_path / "checkpoints" / "step_00000001"
-    assert sorted(p.name for p in folder.iterdir()) == ["manifest.json", "rank_00000_of_00001.safetensors"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "manifest.json",
+        "rank_00000_of_00001.safetensors",
+    ]
     with safe_open(folder / "rank_00000_of_00001.safetensors", "pt") as file:
         embedding = file.get_tensor("master/embedding.weight@0,0")
         gain = file.get_tensor("exp_avg/final_norm.weight@0")
@@ -59,7 +64,9 @@ def test_files_are_ordinary_safetensors_of_logical_tensors(tmp_path):
 
 
 def test_newest_is_the_highest_step_and_retention_keeps_what_it_should(tmp_path):
-    config = tiny_config(tmp_path, checkpoint={"async_save": False, "interval": 1, "keep": 2, "keep_every": 3})
+    config = tiny_config(
+        tmp_path, checkpoint={"async_save": False, "interval": 1, "keep": 2, "keep_every": 3}
+    )
     run = TinyRun(config)
     for _ in range(7):
         run.train(1)
@@ -104,9 +111,16 @@ def test_a_resume_says_every_setting_that_changed_old_and_new(tmp_path):
     run.train(1)
     run.save()
     same = TinyRun(tiny_config(tmp_path, logging={"interval": 3}))
-    assert same.resume() and not [line for line in same.said if line.startswith("resuming with")]  # the control
+    assert same.resume() and not [
+        line for line in same.said if line.startswith("resuming with")
+    ]  # the control
     changes = {
-        "optimizer": {"base_lr": 0.02, "schedule": "cosine", "warmup_steps": None, "warmup_fraction": 0.1},
+        "optimizer": {
+            "base_lr": 0.02,
+            "schedule": "cosine",
+            "warmup_steps": None,
+            "warmup_fraction": 0.1,
+        },
         "training": {
             "global_batch_size": 8,
             "precision": "bf16",
@@ -131,7 +145,9 @@ def test_a_resume_says_every_setting_that_changed_old_and_new(tmp_path):
         "resuming with training.batch_ramp.steps = 4, the checkpoint has null",
         "resuming with data.seed = 5, the checkpoint has 1234",
     }
-    assert len(said) == len([line for line in other.said if line.startswith("resuming with")])  # each once
+    assert len(said) == len(
+        [line for line in other.said if line.startswith("resuming with")]
+    )  # each once
 
 
 def test_a_list_of_sections_that_grew_is_one_changed_setting(tmp_path):
@@ -140,21 +156,33 @@ def test_a_list_of_sections_that_grew_is_one_changed_setting(tmp_path):
     run.train(1)
     run.save()
     one, other = {"pattern": "layers.0.*", "lr": 2.0}, {"pattern": "layers.1.*", "lr": 3.0}
-    changed = TinyRun(tiny_config(tmp_path, optimizer={"overrides": [one]}, training={"skip_steps": [{"first": 5}]}))
+    changed = TinyRun(
+        tiny_config(
+            tmp_path, optimizer={"overrides": [one]}, training={"skip_steps": [{"first": 5}]}
+        )
+    )
     assert changed.resume()
-    said = [line.removeprefix("resuming with ") for line in changed.said if line.startswith("resuming with")]
+    said = [
+        line.removeprefix("resuming with ")
+        for line in changed.said
+        if line.startswith("resuming with")
+    ]
     assert [line for line in said if "overrides" in line] == [
         'optimizer.overrides = [{"pattern": "layers.0.*", "lr": 2.0, "init_std": 1.0, "weight_decay": 1.0, "eps": 1.0}], '
         "the checkpoint has []"
     ]
-    assert [line for line in said if "skip_steps" in line] == ['training.skip_steps = [{"first": 5, "last": null}], the checkpoint has []']
+    assert [line for line in said if "skip_steps" in line] == [
+        'training.skip_steps = [{"first": 5, "last": null}], the checkpoint has []'
+    ]
     changed.train(1)
     changed.save()
     grown = TinyRun(tiny_config(tmp_path, optimizer={"overrides": [one, other]}))
     assert grown.resume()
     said = [line for line in grown.said if "overrides" in line]
     assert len(said) == 1 and said[0].count("layers.0") == 2 and said[0].count("layers.1") == 1
-    moved = TinyRun(tiny_config(tmp_path, optimizer={"overrides": [{**one, "lr": 5.0}]}))  # the control: same length, by element
+    moved = TinyRun(
+        tiny_config(tmp_path, optimizer={"overrides": [{**one, "lr": 5.0}]})
+    )  # the control: same length, by element
     assert moved.resume()
     assert "resuming with optimizer.overrides.0.lr = 5.0, the checkpoint has 2.0" in moved.said
 
@@ -163,9 +191,24 @@ def test_a_list_of_sections_that_grew_is_one_changed_setting(tmp_path):
     "changes",
     [
         {"model": {"dropout": 0.1, "rope_base": 500.0}, "data": {"seed": 5}},
-        {"completep": {"alpha": 0.5, "base_hidden_size": 16, "base_num_layers": 2}, "data": {"order": "megatron"}},
-        {"data": {"seed": 5}, "model": {"dropout": 0.1}, "checkpoint": {"allow_changed": ["model.dropout"]}},
-        {"model": {"num_attention_heads": 2, "norm_eps": 1e-3, "input_multiplier": 2.0, "logit_multiplier": 2.0, "dropout": 0.2}},
+        {
+            "completep": {"alpha": 0.5, "base_hidden_size": 16, "base_num_layers": 2},
+            "data": {"order": "megatron"},
+        },
+        {
+            "data": {"seed": 5},
+            "model": {"dropout": 0.1},
+            "checkpoint": {"allow_changed": ["model.dropout"]},
+        },
+        {
+            "model": {
+                "num_attention_heads": 2,
+                "norm_eps": 1e-3,
+                "input_multiplier": 2.0,
+                "logit_multiplier": 2.0,
+                "dropout": 0.2,
+            }
+        },
     ],
     ids=["few", "table", "added to what is allowed", "many"],
 )
@@ -175,7 +218,11 @@ def test_what_a_refusal_offers_is_not_refused_next(tmp_path, changes):
     run.save()
     with pytest.raises(CheckpointError) as refusal:
         TinyRun(tiny_config(tmp_path, **changes)).resume()
-    (line,) = [line for line in str(refusal.value).splitlines() if line.startswith("If the change is meant: ")]
+    (line,) = [
+        line
+        for line in str(refusal.value).splitlines()
+        if line.startswith("If the change is meant: ")
+    ]
     word = shlex.split(line)[-1]  # as a shell takes it
     assert word.startswith("checkpoint.allow_changed=")
     allowed = yaml.safe_load(word.rstrip(".").partition("=")[2])
@@ -200,6 +247,10 @@ def test_a_refusal_offers_no_remedy_where_the_tensors_are_others(tmp_path, model
     run.save()
     for allowed in ([], ["*"]):
         with pytest.raises(CheckpointError) as refusal:
-            TinyRun(tiny_config(tmp_path, model=model, checkpoint={"allow_changed": allowed})).resume()
-        assert "allow_changed=" not in str(refusal.value) and "allow_changed does not help" in str(refusal.value)
+            TinyRun(
+                tiny_config(tmp_path, model=model, checkpoint={"allow_changed": allowed})
+            ).resume()
+        assert "allow_changed=" not in str(refusal.value) and "allow_changed does not help" in str(
+            refusal.value
+        )
         assert ("tools/checkpoint.py adapt" in str(refusal.value)) == (adapt and not allowed)

@@ -34,7 +34,9 @@ def stuck(monkeypatch):
     rename = os.rename
 
     def refuse(source, target):
-        if Path(source).name in {f"step_{step:08d}" for step in steps} and Path(target).name.startswith(".removing"):
+        if Path(source).name in {f"step_{step:08d}" for step in steps} and Path(
+            target
+        ).name.startswith(".removing"):
             raise PermissionError(13, "Permission denied", str(source))
         rename(source, target)
 
@@ -56,11 +58,16 @@ def test_one_checkpoint_that_cannot_be_removed_does_not_keep_the_others(tmp_path
 
 def test_files_that_remain_of_a_removed_checkpoint_are_said(tmp_path, monkeypatch):
     tiny = saved(tmp_path, 2, keep=2)
-    monkeypatch.setattr(retention.shutil, "rmtree", lambda folder, ignore_errors: None)  # an immutable file inside
+    monkeypatch.setattr(
+        retention.shutil, "rmtree", lambda folder, ignore_errors: None
+    )  # an immutable file inside
     tiny.train(1)
     tiny.save()
     assert steps_in(tmp_path) == [2, 3]
-    assert any("step_00000001 is no checkpoint any more, but files of it remain in " in line for line in tiny.said)
+    assert any(
+        "step_00000001 is no checkpoint any more, but files of it remain in " in line
+        for line in tiny.said
+    )
     monkeypatch.undo()
     again = TinyRun(tiny.config)
     assert any("removed .removing.step_00000001." in line for line in again.said)
@@ -69,7 +76,9 @@ def test_files_that_remain_of_a_removed_checkpoint_are_said(tmp_path, monkeypatc
 def test_a_remainder_that_stays_is_not_called_removed(tmp_path, monkeypatch):
     saved(tmp_path, 1)
     (tmp_path / "checkpoints" / ".step_00000009.deadbeef").mkdir()
-    monkeypatch.setattr("megatron_completep.checkpoint.save.shutil.rmtree", lambda folder, ignore_errors: None)
+    monkeypatch.setattr(
+        "megatron_completep.checkpoint.save.shutil.rmtree", lambda folder, ignore_errors: None
+    )
     again = TinyRun(tiny_config(tmp_path))
     assert any(".step_00000009.deadbeef cannot be removed" in line for line in again.said)
 
@@ -100,7 +109,9 @@ def test_a_folder_of_checkpoints_that_is_removed_under_the_run_is_made_again(tmp
     assert again.resume() and again.state.step == 2 and again.bits() == tiny.bits()
 
 
-def test_a_link_a_file_and_an_incomplete_folder_named_like_checkpoints_are_said(tmp_path, monkeypatch, capsys):
+def test_a_link_a_file_and_an_incomplete_folder_named_like_checkpoints_are_said(
+    tmp_path, monkeypatch, capsys
+):
     tiny = saved(tmp_path / "run", 1)
     checkpoints = tmp_path / "run" / "checkpoints"
     shutil.copytree(checkpoints / "step_00000001", tmp_path / "elsewhere")
@@ -117,4 +128,8 @@ def test_a_link_a_file_and_an_incomplete_folder_named_like_checkpoints_are_said(
     assert all(any(text in line for line in again.said) for text in expected.values())
     code, text = call(monkeypatch, capsys, "list", tmp_path / "run", "--json")
     rows = {row["step"]: row["problem"] for row in json.loads(text)["checkpoints"]}
-    assert code == 0 and rows[1] is None and all(words in rows[step] for step, words in expected.items())
+    assert (
+        code == 0
+        and rows[1] is None
+        and all(words in rows[step] for step, words in expected.items())
+    )

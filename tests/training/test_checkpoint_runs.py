@@ -14,7 +14,15 @@ from megatron_completep.config.schema import Config
 
 
 def config_of(folder: Path, node: Path) -> Config:
-    return tiny_config(folder, checkpoint={"async_save": False, "local_dir": str(node), "local_interval": 1, "local_keep": 3})
+    return tiny_config(
+        folder,
+        checkpoint={
+            "async_save": False,
+            "local_dir": str(node),
+            "local_interval": 1,
+            "local_keep": 3,
+        },
+    )
 
 
 def a_run(folder: Path, node: Path, shared: int = 2, local: int = 2) -> TinyRun:
@@ -32,7 +40,9 @@ def number_of(folder: Path) -> str:
     return json.loads((folder / ".run_id").read_text())["number"]
 
 
-def test_a_copied_run_goes_on_from_its_own_checkpoint_and_leaves_the_originals_snapshots_alone(tmp_path):
+def test_a_copied_run_goes_on_from_its_own_checkpoint_and_leaves_the_originals_snapshots_alone(
+    tmp_path,
+):
     a, b, node = tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "node"
     original = a_run(a, node)
     shutil.copytree(a, b)
@@ -86,7 +96,10 @@ def test_of_two_copies_of_a_run_that_is_gone_the_second_takes_another_number(tmp
     (tmp_path / "b" / "run" / ".run_id").rename(tmp_path / "b_run_id")
     second = TinyRun(config_of(tmp_path / "c" / "run", node))
     assert second.resume() and second.state.step == 2
-    assert any("left out: " in line and f"is a snapshot of the run in {tmp_path}/b/run" in line for line in second.said)
+    assert any(
+        "left out: " in line and f"is a snapshot of the run in {tmp_path}/b/run" in line
+        for line in second.said
+    )
     (tmp_path / "b_run_id").rename(tmp_path / "b" / "run" / ".run_id")
     assert number_of(tmp_path / "b" / "run") != number_of(tmp_path / "c" / "run")
     again = TinyRun(config_of(tmp_path / "b" / "run", node))
@@ -109,7 +122,11 @@ def test_a_copy_of_a_run_that_took_another_number_since_is_still_a_copy(tmp_path
     shutil.copytree(a, b)
     renumber(a)
     copy = TinyRun(config_of(b, node))
-    assert copy.resume() and copy.state.step == 2 and any("is a copy of the run in" in line for line in copy.said)
+    assert (
+        copy.resume()
+        and copy.state.step == 2
+        and any("is a copy of the run in" in line for line in copy.said)
+    )
 
 
 def test_a_link_to_the_folder_is_the_folder(tmp_path):

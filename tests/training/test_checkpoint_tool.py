@@ -36,8 +36,12 @@ def test_list_and_inspect(run, monkeypatch, capsys):
     code, text = call(monkeypatch, capsys, "inspect", run, "--json")
     value = json.loads(text)
     assert code == 0 and value["step"] == 3 and value["state"]["consumed_samples"] == 12
-    assert value["table"]["width_multiplier"] == 2.0 and value["parameters"]["embedding.weight"]["shape"] == [61, 16]
-    assert value["elements"] == sum(torch.Size(p["shape"]).numel() for p in value["parameters"].values())
+    assert value["table"]["width_multiplier"] == 2.0 and value["parameters"]["embedding.weight"][
+        "shape"
+    ] == [61, 16]
+    assert value["elements"] == sum(
+        torch.Size(p["shape"]).numel() for p in value["parameters"].values()
+    )
     assert "layers.1.mlp.down.weight" in call(monkeypatch, capsys, "inspect", run)[1]
 
 
@@ -62,7 +66,10 @@ def test_diff_shows_settings_and_tensors(run, monkeypatch, capsys):
     assert code == 1 and {"path": "state.step", "stored": 2, "present": 3} in value["settings"]
     largest = {row["tensor"]: row["largest_difference"] for row in value["tensors"]}
     name = "master/embedding.weight"
-    stored = [StoredCheckpoint.open(checkpoints / f"step_0000000{step}").tensor("embedding.weight") for step in (2, 3)]
+    stored = [
+        StoredCheckpoint.open(checkpoints / f"step_0000000{step}").tensor("embedding.weight")
+        for step in (2, 3)
+    ]
     assert largest[name] == (stored[0].double() - stored[1].double()).abs().max().item() > 0
 
 
@@ -108,11 +115,19 @@ def test_every_command_prints_one_json_object(run, monkeypatch, capsys, command)
 
 def test_prune_keeps_every_mth(run, monkeypatch, capsys):
     call(monkeypatch, capsys, "prune", run, "--keep", 1, "--keep-every", 2)
-    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step_00000002", "step_00000003"]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
+        "step_00000002",
+        "step_00000003",
+    ]
 
 
 @pytest.mark.parametrize(
-    "arguments", [["prune", "x", "--keep", "0"], ["prune", "x", "--keep", "two"], ["reshard", "x", "--files", "0", "--output", "y"]]
+    "arguments",
+    [
+        ["prune", "x", "--keep", "0"],
+        ["prune", "x", "--keep", "two"],
+        ["reshard", "x", "--files", "0", "--output", "y"],
+    ],
 )
 def test_numbers_below_one_are_refused(monkeypatch, capsys, arguments):
     monkeypatch.setattr(sys, "argv", ["checkpoint.py", *arguments])
@@ -121,10 +136,15 @@ def test_numbers_below_one_are_refused(monkeypatch, capsys, arguments):
     assert left.value.code == 2 and "give a whole number from 1 to" in capsys.readouterr().err
 
 
-def test_reshard_needs_room_and_leaves_nothing_when_there_is_none(run, tmp_path, monkeypatch, capsys):
+def test_reshard_needs_room_and_leaves_nothing_when_there_is_none(
+    run, tmp_path, monkeypatch, capsys
+):
     usage = save.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(save.shutil, "disk_usage", lambda folder: usage._replace(free=1000))
-    with pytest.raises(CheckpointError, match=r"a checkpoint needs [\d.]+ \wB \(16.8 MB of it a reserve\), 1\.0 kB are free"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"a checkpoint needs [\d.]+ \wB \(16.8 MB of it a reserve\), 1\.0 kB are free",
+    ):
         call(monkeypatch, capsys, "reshard", run, "--output", tmp_path / "again")
     assert not list((tmp_path / "again").iterdir())
 

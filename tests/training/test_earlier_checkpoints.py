@@ -83,7 +83,10 @@ def test_the_next_checkpoint_lists_its_states_and_holds_the_same_values(tmp_path
     shutil.rmtree(tmp_path / "old" / "checkpoints" / EARLIER.name)
     run.save()
     written = tmp_path / "old" / "checkpoints" / EARLIER.name
-    assert '"states"' in (written / MANIFEST).read_text() and read_manifest(written).states == WEIGHTS_AND_ADAMW
+    assert (
+        '"states"' in (written / MANIFEST).read_text()
+        and read_manifest(written).states == WEIGHTS_AND_ADAMW
+    )
     assert compare_checkpoints(EARLIER, written)[1] == []
 
 
@@ -108,6 +111,8 @@ def test_a_manifest_with_states_that_no_file_holds_is_refused(tmp_path: Path) ->
         (folder / MANIFEST).write_bytes(seal(changed))
         with pytest.raises(CheckpointError, match=said):
             StoredCheckpoint.open(folder)
-    (folder / MANIFEST).write_bytes(seal(read_manifest(EARLIER).model_copy(update={"states": {"exp_avg": -1}})))
+    (folder / MANIFEST).write_bytes(
+        seal(read_manifest(EARLIER).model_copy(update={"states": {"exp_avg": -1}}))
+    )
     with pytest.raises(CheckpointError, match="without master there are no weights"):
         read_manifest(folder)

@@ -33,7 +33,13 @@ def end_of_rank(rank: int, world_size: int, config: Config, restart: int = 0) ->
 
 
 def tiny(folder: Path, *overrides: str) -> Config:
-    return tiny_config(folder, "training.train_steps=2", "guards.hang_timeout_minutes=null", "guards.lock_wait_seconds=0", *overrides)
+    return tiny_config(
+        folder,
+        "training.train_steps=2",
+        "guards.hang_timeout_minutes=null",
+        "guards.lock_wait_seconds=0",
+        *overrides,
+    )
 
 
 def a_file_for_the_folder(run: Path) -> None:
@@ -58,7 +64,9 @@ OBSTACLES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("name", OBSTACLES)
-def test_what_rank_0_cannot_do_ends_every_rank_with_its_message(tmp_path: Path, pool: Any, name: str) -> None:
+def test_what_rank_0_cannot_do_ends_every_rank_with_its_message(
+    tmp_path: Path, pool: Any, name: str
+) -> None:
     place, said = OBSTACLES[name]
     config = tiny(tmp_path)
     run = Path(config.training.output_dir)
@@ -76,11 +84,15 @@ def test_a_folder_in_use_ends_every_rank(tmp_path: Path, pool: Any) -> None:
     with (run / LOCK).open("w") as held:
         fcntl.lockf(held, fcntl.LOCK_EX)
         ends = pool.run(2, end_of_rank, 2, config)
-    assert [code for code, _ in ends] == [2, 2] and all("is in use by process" in text for _, text in ends)
+    assert [code for code, _ in ends] == [2, 2] and all(
+        "is in use by process" in text for _, text in ends
+    )
     assert pool.run(2, end_of_rank, 2, config) == [(0, ""), (0, "")]  # the control
 
 
-def test_restarts_without_progress_end_every_rank_with_their_code(tmp_path: Path, pool: Any) -> None:
+def test_restarts_without_progress_end_every_rank_with_their_code(
+    tmp_path: Path, pool: Any
+) -> None:
     config = tiny(tmp_path, "guards.max_restarts_without_progress=1")
     assert [code for code, _ in pool.run(2, end_of_rank, 2, config)] == [0, 0]
     assert [code for code, _ in pool.run(2, end_of_rank, 2, config)] == [0, 0]

@@ -51,33 +51,61 @@ def test_a_checkpoints_model_has_the_validation_loss_that_the_run_reported(folde
     loaded, gpt = load_model(config.training.output_dir, torch.device("cpu"), torch.float64)
     assert loaded == config
     batches = validation_batches(
-        config.data, samples=10, seq_length=16, micro_batch_size=5, vocab_size=config.model.vocab_size, data_rank=0, data_size=1
+        config.data,
+        samples=10,
+        seq_length=16,
+        micro_batch_size=5,
+        vocab_size=config.model.vocab_size,
+        data_rank=0,
+        data_size=1,
     )
     with torch.no_grad():
-        losses = [torch.nn.functional.cross_entropy(gpt(b.tokens).flatten(0, 1), b.labels.flatten()).item() for b in batches]
+        losses = [
+            torch.nn.functional.cross_entropy(
+                gpt(b.tokens).flatten(0, 1), b.labels.flatten()
+            ).item()
+            for b in batches
+        ]
     reported = rows_of(config)[-1]["validation_loss"]
     assert math.fsum(losses) / len(losses) == pytest.approx(reported, rel=1e-12)
     _, older = load_model(config.training.output_dir, torch.device("cpu"), torch.float32)
     with torch.no_grad():
         older.layers["0"].mlp.down.weight.mul_(1.1)  # another model has another loss
-        loss = sum(torch.nn.functional.cross_entropy(older(b.tokens).flatten(0, 1), b.labels.flatten()).item() for b in batches) / len(
-            losses
-        )
+        loss = sum(
+            torch.nn.functional.cross_entropy(
+                older(b.tokens).flatten(0, 1), b.labels.flatten()
+            ).item()
+            for b in batches
+        ) / len(losses)
     assert abs(loss - reported) > 1e-6
 
 
 def test_tokens_are_drawn_with_the_probabilities_of_the_temperature() -> None:
     logits, generator = torch.tensor([0.0, 1.0, 2.0, -1.0]), torch.Generator().manual_seed(1)
-    drawn = [int(next_token(logits, Sampling(temperature=0.5, top_p=1.0), generator)) for _ in range(20_000)]
+    drawn = [
+        int(next_token(logits, Sampling(temperature=0.5, top_p=1.0), generator))
+        for _ in range(20_000)
+    ]
     frequencies = torch.bincount(torch.tensor(drawn), minlength=4).double() / len(drawn)
-    torch.testing.assert_close(frequencies, torch.softmax(logits.double() / 0.5, 0), atol=0.01, rtol=0)
-    assert (frequencies - torch.softmax(logits.double(), 0)).abs().max() > 0.1  # a forgotten temperature would be seen
+    torch.testing.assert_close(
+        frequencies, torch.softmax(logits.double() / 0.5, 0), atol=0.01, rtol=0
+    )
+    assert (
+        frequencies - torch.softmax(logits.double(), 0)
+    ).abs().max() > 0.1  # a forgotten temperature would be seen
 
 
-@pytest.mark.parametrize(("top_p", "expected"), [(1.0, {0, 1, 2, 3}), (0.85, {0, 1, 2}), (0.8, {0, 1}), (0.5, {0}), (1e-9, {0})])
-def test_top_p_keeps_the_fewest_tokens_with_that_probability(top_p: float, expected: set[int]) -> None:
+@pytest.mark.parametrize(
+    ("top_p", "expected"),
+    [(1.0, {0, 1, 2, 3}), (0.85, {0, 1, 2}), (0.8, {0, 1}), (0.5, {0}), (1e-9, {0})],
+)
+def test_top_p_keeps_the_fewest_tokens_with_that_probability(
+    top_p: float, expected: set[int]
+) -> None:
     logits, generator = torch.tensor([0.5, 0.3, 0.15, 0.05]).log(), torch.Generator().manual_seed(1)
-    assert {int(next_token(logits, Sampling(1.0, top_p), generator)) for _ in range(500)} == expected
+    assert {
+        int(next_token(logits, Sampling(1.0, top_p), generator)) for _ in range(500)
+    } == expected
 
 
 def test_generation_ends_at_the_end_of_a_document() -> None:
@@ -98,7 +126,9 @@ def test_streamed_pieces_are_the_text_of_all_tokens_and_whole_characters() -> No
         return logits
 
     gpt.forward = forward  # type: ignore[method-assign, assignment]
-    pieces = list(generate_text(gpt, tokenizer, "prompt", Sampling(temperature=0.0, max_new_tokens=50)))
+    pieces = list(
+        generate_text(gpt, tokenizer, "prompt", Sampling(temperature=0.0, max_new_tokens=50))
+    )
     assert "".join(pieces) == text.decode()
     assert [piece for piece in pieces if piece] == list(text.decode())
 
@@ -118,13 +148,18 @@ PROMPTS = [[5, 9, 200], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9], [40, 41, 42, 43, 44, 4
 
 @pytest.mark.parametrize("position", ["rope", "learned", "alibi"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_batch_of_prompts_of_any_lengths_gives_what_each_gives_alone(position: str, temperature: float) -> None:
+def test_a_batch_of_prompts_of_any_lengths_gives_what_each_gives_alone(
+    position: str, temperature: float
+) -> None:
     gpt, sampling = small_model(position=position), Sampling(temperature, 1.0, 12)
 
     def seeded() -> list[torch.Generator]:
         return [torch.Generator().manual_seed(100 + number) for number in range(len(PROMPTS))]
 
-    alone = [list(generate(gpt, prompt, sampling, None, generator)) for prompt, generator in zip(PROMPTS, seeded(), strict=True)]
+    alone = [
+        list(generate(gpt, prompt, sampling, None, generator))
+        for prompt, generator in zip(PROMPTS, seeded(), strict=True)
+    ]
     end = alone[0][4]  # one row ends early, and others where they happen to draw it
     together: list[list[int]] = [[] for _ in PROMPTS]
     for made in Generation(gpt, PROMPTS, sampling, end, seeded()):
@@ -136,7 +171,9 @@ def test_a_batch_of_prompts_of_any_lengths_gives_what_each_gives_alone(position:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_equal_seeds_give_equal_texts_in_batches_of_other_sizes_in_float32_and_in_the_same_batch_in_bf16(dtype: torch.dtype) -> None:
+def test_equal_seeds_give_equal_texts_in_batches_of_other_sizes_in_float32_and_in_the_same_batch_in_bf16(
+    dtype: torch.dtype,
+) -> None:
     gpt, sampling = small_model().to(dtype), Sampling(1.0, 1.0, 12)
 
     def texts(prompts: list[list[int]], first: int = 0) -> list[list[int]]:
@@ -175,7 +212,9 @@ def test_work_grows_linearly_in_new_tokens(monkeypatch: pytest.MonkeyPatch) -> N
         assert shapes == [(1, 9)] + [(1, 1)] * (length - 1)
 
 
-def test_a_batch_feeds_what_all_rows_know_at_once_and_drops_rows_that_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_feeds_what_all_rows_know_at_once_and_drops_rows_that_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     gpt = small_model()
     shapes = count_tokens(gpt, monkeypatch)
     generation = Generation(gpt, [[1, 2, 3], [1, 2, 3, 4, 5, 6, 7]], Sampling(0.0, 1.0, 3))
@@ -190,7 +229,9 @@ def test_a_batch_feeds_what_all_rows_know_at_once_and_drops_rows_that_end(monkey
 def test_top_k_keeps_the_likeliest_tokens() -> None:
     logits, generator = torch.tensor([0.1, 3.0, 2.9, -1.0, 3.1]), torch.Generator().manual_seed(1)
     for top_k, expected in ((1, {4}), (2, {4, 1}), (3, {4, 1, 2}), (0, {0, 1, 2, 3, 4})):
-        drawn = {int(next_token(logits, Sampling(2.0, 1.0, top_k=top_k), generator)) for _ in range(800)}
+        drawn = {
+            int(next_token(logits, Sampling(2.0, 1.0, top_k=top_k), generator)) for _ in range(800)
+        }
         assert drawn == expected
 
 
@@ -202,7 +243,9 @@ def test_the_repetition_penalty_is_transformers_own() -> None:
     expected = processors.RepetitionPenaltyLogitsProcessor(1.7)(ids, logits)
     torch.testing.assert_close(penalize(logits, seen, 1.7), expected, rtol=0, atol=0)
     gpt = small_model(tied_embeddings=True)  # which likes to repeat itself
-    repeated, varied = (list(generate(gpt, [5, 9], Sampling(0.0, 1.0, 20, 0, penalty))) for penalty in (1.0, 5.0))
+    repeated, varied = (
+        list(generate(gpt, [5, 9], Sampling(0.0, 1.0, 20, 0, penalty))) for penalty in (1.0, 5.0)
+    )
     assert len(set(varied)) > len(set(repeated))
 
 
@@ -213,7 +256,9 @@ def test_texts_end_with_the_first_stop_in_them() -> None:
         texts[number] += piece
     stop = texts[0][5:7]
     stopped = ["", ""]
-    for number, piece in generate_texts(gpt, tokenizer, ["ab", "x"], Sampling(0.0, 1.0, 20), until=[[stop, "never"], []]):
+    for number, piece in generate_texts(
+        gpt, tokenizer, ["ab", "x"], Sampling(0.0, 1.0, 20), until=[[stop, "never"], []]
+    ):
         stopped[number] += piece
     assert stopped == [texts[0][: texts[0].index(stop) + len(stop)], texts[1]]
 
@@ -226,7 +271,9 @@ def test_texts_end_with_the_first_stop_in_them() -> None:
         ([1] * 30, {"position": "learned"}, "learned positions"),
     ],
 )
-def test_a_prompt_that_cannot_be_continued_is_refused(prompt: list[int], changes: dict[str, str], words: str) -> None:
+def test_a_prompt_that_cannot_be_continued_is_refused(
+    prompt: list[int], changes: dict[str, str], words: str
+) -> None:
     with pytest.raises(DataError, match=words):
         list(generate(small_model(**changes), prompt, GREEDY))
 

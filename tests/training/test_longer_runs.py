@@ -24,17 +24,27 @@ def config_of(folder: Path, kind: str, output: str, steps: int, *overrides: str)
             write_tokens(folder / name, 10, seed=len(name))
     sources: dict[str, list[dict[str, Any]]] = {
         "megatron": [{"prefix": str(folder / "few")}],
-        "epochs beside weights": [{"prefix": str(folder / "few"), "epochs": 0.5}, {"prefix": str(folder / "more"), "weight": 1.0}],
+        "epochs beside weights": [
+            {"prefix": str(folder / "few"), "epochs": 0.5},
+            {"prefix": str(folder / "more"), "weight": 1.0},
+        ],
         "permutation": [{"prefix": str(folder / "few")}],
     }
-    data = {"train": sources[kind], "validation": None, "order": "megatron" if kind == "megatron" else "permutation", "prefetch": 0}
+    data = {
+        "train": sources[kind],
+        "validation": None,
+        "order": "megatron" if kind == "megatron" else "permutation",
+        "prefetch": 0,
+    }
     optimizer = {"base_lr": 0.03, "warmup_fraction": None, "schedule": "constant"}
     words = ("checkpoint.interval=2", f"training.train_steps={steps}", *overrides)
     return tiny_config(folder, *words, output=output, data=data, optimizer=optimizer)
 
 
 @pytest.mark.parametrize("kind", ["megatron", "epochs beside weights"])
-def test_a_run_whose_order_would_change_is_refused_and_keeps_it_on_request(folder: Path, kind: str) -> None:
+def test_a_run_whose_order_would_change_is_refused_and_keeps_it_on_request(
+    folder: Path, kind: str
+) -> None:
     name = f"longer {kind}"
     assert pretrain(config_of(folder, kind, name, 4, "training.stop_at_step=2")) == ExitCode.DONE
     for steps in (12, 3) if kind == "megatron" else (12,):
@@ -42,8 +52,14 @@ def test_a_run_whose_order_would_change_is_refused_and_keeps_it_on_request(folde
             pretrain(config_of(folder, kind, name, steps))
         said = str(refused.value)
         if steps == 12:
-            assert "has read 16 samples in an order that was planned for 32; planned for 96, as now" in said
-            assert "data.order_samples=32" in said and "checkpoint.allow_changed=[data.order_samples]" in said
+            assert (
+                "has read 16 samples in an order that was planned for 32; planned for 96, as now"
+                in said
+            )
+            assert (
+                "data.order_samples=32" in said
+                and "checkpoint.allow_changed=[data.order_samples]" in said
+            )
     kept = config_of(folder, kind, name, 12, "data.order_samples=32")
     assert pretrain(kept) == ExitCode.DONE
     short = config_of(folder, kind, f"short {kind}", 4)
@@ -54,7 +70,9 @@ def test_a_run_whose_order_would_change_is_refused_and_keeps_it_on_request(folde
     assert [row["loss"] for row in rows_of(kept)][:4] == [row["loss"] for row in rows_of(short)]
 
 
-def test_a_run_whose_order_does_not_depend_on_its_length_is_just_made_longer(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_whose_order_does_not_depend_on_its_length_is_just_made_longer(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pretrain(config_of(folder, "permutation", "free", 4))
     longer = config_of(folder, "permutation", "free", 6)
     capsys.readouterr()
@@ -64,11 +82,23 @@ def test_a_run_whose_order_does_not_depend_on_its_length_is_just_made_longer(fol
     assert manifest.order is not None and manifest.order.planned_samples == 48
 
 
-def test_what_is_meant_is_allowed_by_name_and_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_meant_is_allowed_by_name_and_said(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pretrain(config_of(folder, "megatron", "meant", 4, "training.stop_at_step=2"))
     capsys.readouterr()
-    assert pretrain(config_of(folder, "megatron", "meant", 6, "checkpoint.allow_changed=[data.order_samples]")) == ExitCode.DONE
-    assert "the order begins with other samples: some are read twice, others never" in capsys.readouterr().out
+    assert (
+        pretrain(
+            config_of(
+                folder, "megatron", "meant", 6, "checkpoint.allow_changed=[data.order_samples]"
+            )
+        )
+        == ExitCode.DONE
+    )
+    assert (
+        "the order begins with other samples: some are read twice, others never"
+        in capsys.readouterr().out
+    )
 
 
 def test_another_seed_of_the_data_that_is_allowed_is_not_refused_again(folder: Path) -> None:
@@ -78,7 +108,9 @@ def test_another_seed_of_the_data_that_is_allowed_is_not_refused_again(folder: P
     assert pretrain(config_of(folder, "megatron", "reseeded", 6, *words)) == ExitCode.DONE
 
 
-def test_a_checkpoint_of_before_the_digest_loads_with_a_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_of_before_the_digest_loads_with_a_line(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     first = config_of(folder, "permutation", "older", 4, "training.stop_at_step=2")
     pretrain(first)
     checkpoint = Path(first.training.output_dir) / "checkpoints/step_00000002"
@@ -93,6 +125,10 @@ def sealed_without_order(manifest: Any) -> bytes:
 
     class Earlier:
         def model_dump(self, mode: str) -> dict[str, Any]:
-            return {name: value for name, value in manifest.model_dump(mode=mode).items() if name != "order"}
+            return {
+                name: value
+                for name, value in manifest.model_dump(mode=mode).items()
+                if name != "order"
+            }
 
     return seal(Earlier())  # type: ignore[arg-type]

@@ -12,7 +12,14 @@ from typing import Any
 import pytest
 from tiny_runs import tiny_config
 
-from megatron_completep.telemetry.metrics import METRICS, ConsoleLines, MetricsFile, describe, open_sinks, read_metrics
+from megatron_completep.telemetry.metrics import (
+    METRICS,
+    ConsoleLines,
+    MetricsFile,
+    describe,
+    open_sinks,
+    read_metrics,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -61,7 +68,9 @@ def test_floats_read_back_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_a_value_that_is_not_finite_is_null(tmp_path: Path) -> None:
-    MetricsFile(tmp_path / "metrics.jsonl", 0, print).write(row(1, loss=math.nan, grad_norm=math.inf))
+    MetricsFile(tmp_path / "metrics.jsonl", 0, print).write(
+        row(1, loss=math.nan, grad_norm=math.inf)
+    )
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert '"loss": null' in line and '"grad_norm": null' in line
     json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
@@ -73,14 +82,28 @@ def test_a_resumed_run_cuts_the_file_at_its_step_and_drops_a_torn_line(tmp_path:
     with path.open("a") as file:
         file.write('{"step": 6, "lo')
     assert len(path.read_bytes().splitlines()) == 6  # the torn line is there before
-    assert [r["step"] for r in read_metrics(path)] == [1, 2, 3, 4, 5]  # a reader meanwhile is not disturbed by it
+    assert [r["step"] for r in read_metrics(path)] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+    ]  # a reader meanwhile is not disturbed by it
     file = MetricsFile(path, 3, print)
     file.write(row(4, loss=7.0))
-    assert [(r["step"], r["loss"]) for r in read_metrics(path)] == [(1, 4.0), (2, 4.0), (3, 4.0), (4, 7.0)]
+    assert [(r["step"], r["loss"]) for r in read_metrics(path)] == [
+        (1, 4.0),
+        (2, 4.0),
+        (3, 4.0),
+        (4, 7.0),
+    ]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl"]
 
 
-@pytest.mark.parametrize("torn", ['{"step": 4, "loss": 4.0}', '{"step": 4', "null\n", "[4]\n", '{"step": "4"}\n', "\x00\x00\n"])
+@pytest.mark.parametrize(
+    "torn",
+    ['{"step": 4, "loss": 4.0}', '{"step": 4', "null\n", "[4]\n", '{"step": "4"}\n', "\x00\x00\n"],
+)
 def test_a_line_that_is_no_whole_row_is_dropped(tmp_path: Path, torn: str) -> None:
     path = tmp_path / "metrics.jsonl"
     write_steps(path, 3)
@@ -104,7 +127,9 @@ def test_rows_that_a_full_disk_refuses_wait_and_are_written_later(tmp_path: Path
     file.write(row(4))
     file.close()
     assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
-    assert said == ["warning: /dev/full cannot be written: No space left on device. Rows wait in memory; training goes on."]
+    assert said == [
+        "warning: /dev/full cannot be written: No space left on device. Rows wait in memory; training goes on."
+    ]
 
 
 def test_the_console_gets_the_first_step_and_a_line_an_interval_and_one_at_the_end() -> None:
@@ -112,13 +137,20 @@ def test_the_console_gets_the_first_step_and_a_line_an_interval_and_one_at_the_e
     lines = ConsoleLines(4, 10, said.append)
     for step in range(1, 11):
         lines.write(row(step))
-    assert [line.split("  loss")[0].split()[-1] for line in said] == ["1/10", "4/10", "8/10", "10/10"]
+    assert [line.split("  loss")[0].split()[-1] for line in said] == [
+        "1/10",
+        "4/10",
+        "8/10",
+        "10/10",
+    ]
 
 
 def test_a_console_line_averages_its_interval() -> None:
     rows = [
         row(1, loss=2.0, tokens_per_second=1000.0, step_seconds=1.0, mfu=0.25),
-        row(2, loss=4.0, tokens_per_second=500.0, step_seconds=2.0, mfu=0.125, data_wait_seconds=0.6),
+        row(
+            2, loss=4.0, tokens_per_second=500.0, step_seconds=2.0, mfu=0.125, data_wait_seconds=0.6
+        ),
         row(3, loss=math.nan, skipped=True, tokens_per_second=1000.0, step_seconds=1.0, mfu=0.25),
     ]
     line = describe(rows, 63)
@@ -152,9 +184,15 @@ exit_on_user_error(lambda: 75)
 """
     with open("/dev/full", "w") as full:
         run = [sys.executable, "-c"]
-        given_up = subprocess.run([*run, program], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-        plain = program.replace("from megatron_completep.run.console import say_on_stdout", "say_on_stdout = print")
-        stopped = subprocess.run([*run, plain], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        given_up = subprocess.run(
+            [*run, program], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+        plain = program.replace(
+            "from megatron_completep.run.console import say_on_stdout", "say_on_stdout = print"
+        )
+        stopped = subprocess.run(
+            [*run, plain], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
     assert (given_up.returncode, given_up.stderr) == (75, "")
     assert stopped.returncode != 75  # print alone loses the exit code
 
@@ -174,4 +212,6 @@ def test_a_metrics_file_that_is_removed_under_the_run_is_begun_anew_with_a_line(
         metrics.write({"step": step})
     metrics.close()
     assert [row["step"] for row in read_metrics(path)] == [2, 3]
-    assert said == [f"warning: {path} was removed under the run; a new one begins with the next row"]
+    assert said == [
+        f"warning: {path} was removed under the run; a new one begins with the next row"
+    ]

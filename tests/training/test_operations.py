@@ -31,13 +31,23 @@ from megatron_completep.telemetry.node import differing, driver_version, lines_o
 from megatron_completep.telemetry.profiling import ALLOCATIONS, Profiler
 from megatron_completep.telemetry.startup import StartupClock
 
-BARE = ("data.validation=null", "training.validation_interval=null", "logging.parameterization_interval=null")
-RAMP = (*BARE, "training.global_batch_size=16", "training.batch_ramp={start: 8, increment: 4, steps: 6}")
+BARE = (
+    "data.validation=null",
+    "training.validation_interval=null",
+    "logging.parameterization_interval=null",
+)
+RAMP = (
+    *BARE,
+    "training.global_batch_size=16",
+    "training.batch_ramp={start: 8, increment: 4, steps: 6}",
+)
 SIZES = [8, 8, 8, 12, 12, 12, 16, 16, 16, 16, 16, 16]
 
 
 def record(step: int) -> StepRecord:
-    return StepRecord(RunState(step, 8 * step, 128 * step), StepFigures(4.0, 1.0, 128, False, False), 8, 0.1, 0.0)
+    return StepRecord(
+        RunState(step, 8 * step, 128 * step), StepFigures(4.0, 1.0, 128, False, False), 8, 0.1, 0.0
+    )
 
 
 # --- a batch that grows ---------------------------------------------------------------------------------------------------------
@@ -50,7 +60,9 @@ def ramp(folder: Path) -> Config:
     return config
 
 
-def test_a_growing_batch_reads_the_same_data_in_the_same_order(folder: Path, ramp: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_growing_batch_reads_the_same_data_in_the_same_order(
+    folder: Path, ramp: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     original, read = TrainingStep.run, []
 
     def run(self: TrainingStep, batches: Any, step: int, stop: bool = False) -> Any:
@@ -63,15 +75,21 @@ def test_a_growing_batch_reads_the_same_data_in_the_same_order(folder: Path, ram
     assert [len(numbers) for numbers in read] == SIZES
     assert [number for numbers in read for number in numbers] == list(range(sum(SIZES)))
     assert rows_of(config) == rows_of(ramp)
-    assert [row["tokens"] for row in rows_of(ramp)] == [16 * sum(SIZES[:step]) for step in range(1, 13)]
+    assert [row["tokens"] for row in rows_of(ramp)] == [
+        16 * sum(SIZES[:step]) for step in range(1, 13)
+    ]
 
 
 def test_the_learning_rate_goes_by_steps_whatever_the_batch(folder: Path, ramp: Config) -> None:
     config = tiny_config(folder, *BARE, output="level")
     pretrain(config)
     assert [row["lr"] for row in rows_of(ramp)] == [row["lr"] for row in rows_of(config)]
-    assert [row["loss"] for row in rows_of(ramp)][:3] == [row["loss"] for row in rows_of(config)][:3]  # batches of 8 each
-    assert [row["loss"] for row in rows_of(ramp)][3:] != [row["loss"] for row in rows_of(config)][3:]
+    assert [row["loss"] for row in rows_of(ramp)][:3] == [row["loss"] for row in rows_of(config)][
+        :3
+    ]  # batches of 8 each
+    assert [row["loss"] for row in rows_of(ramp)][3:] != [row["loss"] for row in rows_of(config)][
+        3:
+    ]
 
 
 def test_a_run_stopped_inside_the_ramp_goes_on_bit_for_bit(folder: Path, ramp: Config) -> None:
@@ -89,13 +107,31 @@ def train_as_rank(rank: int, world_size: int, config: Config) -> int:
 
 
 @pytest.mark.parametrize("layout", ["data", "pipeline"])
-def test_a_growing_batch_trains_alike_in_every_layout(folder: Path, ramp: Config, pool: Any, layout: str) -> None:
-    changes = {"data": ("training.micro_batch_size=2",), "pipeline": ("parallel.pipeline_parallel_size=2",)}[layout]
-    profile = ("profiling.first_step=3", "profiling.steps=1", "profiling.ranks=[1]") if layout == "data" else ()
-    config = tiny_config(folder, *RAMP, *changes, *profile, "guards.hang_timeout_minutes=null", output=f"ramp_{layout}")
+def test_a_growing_batch_trains_alike_in_every_layout(
+    folder: Path, ramp: Config, pool: Any, layout: str
+) -> None:
+    changes = {
+        "data": ("training.micro_batch_size=2",),
+        "pipeline": ("parallel.pipeline_parallel_size=2",),
+    }[layout]
+    profile = (
+        ("profiling.first_step=3", "profiling.steps=1", "profiling.ranks=[1]")
+        if layout == "data"
+        else ()
+    )
+    config = tiny_config(
+        folder,
+        *RAMP,
+        *changes,
+        *profile,
+        "guards.hang_timeout_minutes=null",
+        output=f"ramp_{layout}",
+    )
     assert pool.run(2, train_as_rank, 2, config) == [0, 0]
     written = [path.name for path in Path(config.training.output_dir).glob("profile/*")]
-    assert written == (["trace_rank_00001_steps_3_3.json.gz"] if profile else [])  # by the ranks that were named
+    assert written == (
+        ["trace_rank_00001_steps_3_3.json.gz"] if profile else []
+    )  # by the ranks that were named
     losses, expected = ([row["loss"] for row in rows_of(run)] for run in (config, ramp))
     torch.testing.assert_close(losses, expected, rtol=1e-10, atol=0)
 
@@ -106,29 +142,52 @@ def test_completep_scales_from_the_final_batch_and_all_tokens(folder: Path) -> N
     assert [p.lr for p in level.parameters] == [p.lr for p in ramped.parameters]
     durations = (*scaled, "completep.base_total_tokens=1024")
     level, ramped = (make_plan(tiny_config(folder, *durations, *more)) for more in ((), RAMP[-1:]))
-    assert [p.lr for p in level.parameters] != [p.lr for p in ramped.parameters]  # fewer tokens in the whole run
+    assert [p.lr for p in level.parameters] != [
+        p.lr for p in ramped.parameters
+    ]  # fewer tokens in the whole run
 
 
 # --- steps to skip --------------------------------------------------------------------------------------------------------------
 
 
-def test_skipped_steps_read_their_data_and_change_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_skipped_steps_read_their_data_and_change_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     changes = (*BARE, "checkpoint.interval=2", "checkpoint.keep=9")
-    config = tiny_config(folder, *changes, "training.skip_steps=[{first: 3, last: 5}, {first: 12}]", output="skips")
+    config = tiny_config(
+        folder, *changes, "training.skip_steps=[{first: 3, last: 5}, {first: 12}]", output="skips"
+    )
     assert pretrain(config) == ExitCode.DONE
     rows = rows_of(config)
-    assert [row["step"] for row in rows if row.get("passed_over")] == [3, 4, 5, 12] == [row["step"] for row in rows if row["skipped"]]
+    assert (
+        [row["step"] for row in rows if row.get("passed_over")]
+        == [3, 4, 5, 12]
+        == [row["step"] for row in rows if row["skipped"]]
+    )
     assert [row["consumed_samples"] for row in rows] == [8 * step for step in range(1, 13)]
-    assert all(row["loss"] is None and row["lr"] > 0 for row in rows if row["skipped"] and row["step"] < 12)
+    assert all(
+        row["loss"] is None and row["lr"] > 0 for row in rows if row["skipped"] and row["step"] < 12
+    )
 
-    first = tiny_config(folder, *changes, "training.stop_at_step=2", output="by_hand")  # the same by hand: after step 2 comes step 6
+    first = tiny_config(
+        folder, *changes, "training.stop_at_step=2", output="by_hand"
+    )  # the same by hand: after step 2 comes step 6
     pretrain(first)
     original = Checkpointer.load_latest
-    monkeypatch.setattr(Checkpointer, "load_latest", lambda self: replace(original(self), step=5, consumed_samples=40))
+    monkeypatch.setattr(
+        Checkpointer,
+        "load_latest",
+        lambda self: replace(original(self), step=5, consumed_samples=40),
+    )
     by_hand = tiny_config(folder, *changes, output="by_hand")
     pretrain(by_hand)
-    figures = [{row["step"]: (row["loss"], row["grad_norm"]) for row in rows_of(run)} for run in (config, by_hand)]
-    assert [figures[0][step] for step in range(6, 12)] == [figures[1][step] for step in range(6, 12)]
+    figures = [
+        {row["step"]: (row["loss"], row["grad_norm"]) for row in rows_of(run)}
+        for run in (config, by_hand)
+    ]
+    assert [figures[0][step] for step in range(6, 12)] == [
+        figures[1][step] for step in range(6, 12)
+    ]
     monkeypatch.undo()
     plain = tiny_config(folder, *changes, output="none_skipped")
     pretrain(plain)
@@ -151,7 +210,10 @@ def test_a_run_whose_time_is_up_saves_and_asks_for_a_requeue(folder: Path) -> No
 
 def test_the_time_to_leave_counts_from_the_start_of_the_process() -> None:
     said: list[str] = []
-    assert not StopSignals(said.append, 600.0, already_seconds=30.0).asked and not StopSignals(said.append, None, 1e9).asked
+    assert (
+        not StopSignals(said.append, 600.0, already_seconds=30.0).asked
+        and not StopSignals(said.append, None, 1e9).asked
+    )
     late = StopSignals(said.append, 1.0, already_seconds=61.0)
     assert late.asked and late.asked and len(said) == 1 and "the time is up" in said[0]
     assert StartupClock.from_process_start().elapsed > StartupClock().elapsed >= 0
@@ -160,7 +222,9 @@ def test_the_time_to_leave_counts_from_the_start_of_the_process() -> None:
 # --- garbage --------------------------------------------------------------------------------------------------------------------
 
 
-def test_garbage_is_collected_after_the_same_steps_and_never_in_between(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_garbage_is_collected_after_the_same_steps_and_never_in_between(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     collected: list[int] = []
     steps = range(1, 11)
     hook = GarbageCollection(4)
@@ -178,7 +242,9 @@ def test_garbage_is_collected_after_the_same_steps_and_never_in_between(monkeypa
 # --- profiles -------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_window_of_steps_is_profiled(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_window_of_steps_is_profiled(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     original = TrainingStep.run
 
     def run(self: TrainingStep, batches: Any, step: int, stop: bool = False) -> Any:
@@ -186,21 +252,40 @@ def test_a_window_of_steps_is_profiled(folder: Path, monkeypatch: pytest.MonkeyP
             return original(self, batches, step, stop)
 
     monkeypatch.setattr(TrainingStep, "run", run)
-    changes = (*BARE, "training.train_steps=6", "profiling.first_step=3", "profiling.steps=2", "profiling.memory=true")
+    changes = (
+        *BARE,
+        "training.train_steps=6",
+        "profiling.first_step=3",
+        "profiling.steps=2",
+        "profiling.memory=true",
+    )
     config = tiny_config(folder, *changes, output="profiled")
     pretrain(config)
     profile = Path(config.training.output_dir) / "profile"
-    assert sorted(path.name for path in profile.iterdir()) == ["memory_rank_00000_steps_3_4.txt", "trace_rank_00000_steps_3_4.json.gz"]
-    events = json.loads(gzip.decompress((profile / "trace_rank_00000_steps_3_4.json.gz").read_bytes()))["traceEvents"]
+    assert sorted(path.name for path in profile.iterdir()) == [
+        "memory_rank_00000_steps_3_4.txt",
+        "trace_rank_00000_steps_3_4.json.gz",
+    ]
+    events = json.loads(
+        gzip.decompress((profile / "trace_rank_00000_steps_3_4.json.gz").read_bytes())
+    )["traceEvents"]
     names = {event.get("name") for event in events}
-    assert {name for name in names if str(name).startswith("marked_step")} == {"marked_step_3", "marked_step_4"}
-    assert "aten::mm" in names and "aten::mm" in (profile / "memory_rank_00000_steps_3_4.txt").read_text()
+    assert {name for name in names if str(name).startswith("marked_step")} == {
+        "marked_step_3",
+        "marked_step_4",
+    }
+    assert (
+        "aten::mm" in names
+        and "aten::mm" in (profile / "memory_rank_00000_steps_3_4.txt").read_text()
+    )
     assert "profile of steps 3 to 4" in capsys.readouterr().out
 
 
 def test_other_ranks_and_a_run_that_ends_early(tmp_path: Path) -> None:
     said: list[str] = []
-    profiler = Profiler(ProfilingConfig(first_step=3, steps=5), ParallelContext.single(), tmp_path, said.append)
+    profiler = Profiler(
+        ProfilingConfig(first_step=3, steps=5), ParallelContext.single(), tmp_path, said.append
+    )
     for step in (1, 2, 3):
         profiler.before_step(step)
         torch.ones(2) + 1
@@ -212,19 +297,42 @@ def test_other_ranks_and_a_run_that_ends_early(tmp_path: Path) -> None:
     assert [step for step in range(1, 10) if profiler.due(step)] == [2, 7]
 
 
-def test_on_a_gpu_the_memory_snapshot_and_the_streams_time_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_the_memory_snapshot_and_the_streams_time_are_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With stand-ins for the GPU: what is called, and in which order."""
     calls: list[Any] = []
-    window = {name: lambda *a, name=name, **k: calls.append(name) for name in ("start", "stop", "export_chrome_trace")}
-    monkeypatch.setattr(profiling, "profile", lambda activities, **_: calls.append(len(activities)) or SimpleNamespace(**window))
-    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **options: calls.append(options))
-    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda path: calls.append(Path(path).name))
+    window = {
+        name: lambda *a, name=name, **k: calls.append(name)
+        for name in ("start", "stop", "export_chrome_trace")
+    }
+    monkeypatch.setattr(
+        profiling,
+        "profile",
+        lambda activities, **_: calls.append(len(activities)) or SimpleNamespace(**window),
+    )
+    monkeypatch.setattr(
+        torch.cuda.memory, "_record_memory_history", lambda **options: calls.append(options)
+    )
+    monkeypatch.setattr(
+        torch.cuda.memory, "_dump_snapshot", lambda path: calls.append(Path(path).name)
+    )
     gpu = ParallelContext.single("cuda")
-    profiler = Profiler(ProfilingConfig(first_step=3, steps=1, memory=True), gpu, tmp_path, lambda text: None)
+    profiler = Profiler(
+        ProfilingConfig(first_step=3, steps=1, memory=True), gpu, tmp_path, lambda text: None
+    )
     profiler.before_step(3)
     profiler.after_step(record(3))
     snapshot = "memory_rank_00000_steps_3_3.pickle"
-    assert calls == [{"max_entries": ALLOCATIONS}, 2, "start", "stop", "export_chrome_trace", snapshot, {"enabled": None}]
+    assert calls == [
+        {"max_entries": ALLOCATIONS},
+        2,
+        "start",
+        "stop",
+        "export_chrome_trace",
+        snapshot,
+        {"enabled": None},
+    ]
 
     events: list[int] = []
 
@@ -247,24 +355,44 @@ def test_on_a_gpu_the_memory_snapshot_and_the_streams_time_are_taken(tmp_path: P
 # --- what is said and handed over at the start ----------------------------------------------------------------------------------
 
 
-def test_the_flight_recorder_is_on_by_default_and_its_environment_is_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1", "TORCH_FR_DUMP_TEMP_FILE": "runs/x/nccl_"}
+def test_the_flight_recorder_is_on_by_default_and_its_environment_is_handed_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected = {
+        "TORCH_FR_BUFFER_SIZE": "2000",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_FR_DUMP_TEMP_FILE": "runs/x/nccl_",
+    }
     assert flight_recorder(ParallelConfig(), "runs/x/nccl_") == expected
     assert flight_recorder(ParallelConfig(flight_recorder_entries=0), "runs/x/nccl_") == {}
     for name in expected:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "7")  # a user's own
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "not.used", "MASTER_PORT": "1"}.items():
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "not.used",
+        "MASTER_PORT": "1",
+    }.items():
         monkeypatch.setenv(name, value)
     seen: dict[str, Any] = {}
 
     def init(backend: str, **options: Any) -> None:
-        seen.update({name: os.environ.get(name) for name in expected}, timeout=options["timeout"].total_seconds())
+        seen.update(
+            {name: os.environ.get(name) for name in expected},
+            timeout=options["timeout"].total_seconds(),
+        )
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch.distributed, "init_process_group", init)
     with pytest.raises(KeyboardInterrupt):
-        ParallelContext.create(ParallelConfig(timeout_minutes=0.5), "cpu", "runs/x/nccl_", torch.distributed.HashStore())
+        ParallelContext.create(
+            ParallelConfig(timeout_minutes=0.5),
+            "cpu",
+            "runs/x/nccl_",
+            torch.distributed.HashStore(),
+        )
     assert seen == {**expected, "TORCH_FR_BUFFER_SIZE": "7", "timeout": 30.0}
     for name in expected:  # monkeypatch did not set all of them
         os.environ.pop(name, None)
@@ -272,15 +400,26 @@ def test_the_flight_recorder_is_on_by_default_and_its_environment_is_handed_over
 
 def test_every_node_is_described_once_with_the_gpus_of_its_ranks() -> None:
     gpu, found = "NVIDIA H100 80GB HBM3", {"torch": "2.13.0"}
-    ranks = [("a", gpu, ("x86_64, 96 cores", found)), ("a", gpu, None), ("b", gpu, ("x86_64, 90 cores", found)), ("b", gpu, None)]
-    assert lines_of(ranks) == [
-        f"node {host}: 2 ranks on 2 x {gpu}; x86_64, {cores} cores; torch 2.13.0" for host, cores in (("a", 96), ("b", 90))
+    ranks = [
+        ("a", gpu, ("x86_64, 96 cores", found)),
+        ("a", gpu, None),
+        ("b", gpu, ("x86_64, 90 cores", found)),
+        ("b", gpu, None),
     ]
-    assert lines_of([("a", None, ("x86_64, 2 cores", found))]) == ["node a: 1 rank; x86_64, 2 cores; torch 2.13.0"]
+    assert lines_of(ranks) == [
+        f"node {host}: 2 ranks on 2 x {gpu}; x86_64, {cores} cores; torch 2.13.0"
+        for host, cores in (("a", 96), ("b", 90))
+    ]
+    assert lines_of([("a", None, ("x86_64, 2 cores", found))]) == [
+        "node a: 1 rank; x86_64, 2 cores; torch 2.13.0"
+    ]
 
 
 def test_a_version_that_differs_between_nodes_is_said() -> None:
-    same, other = {"torch": "2.13.0", "driver": "550.54.15"}, {"torch": "2.13.0", "driver": "570.1.2"}
+    same, other = (
+        {"torch": "2.13.0", "driver": "550.54.15"},
+        {"torch": "2.13.0", "driver": "570.1.2"},
+    )
     assert list(differing([("a", same), ("b", same)])) == []
     (line,) = differing([("a", same), ("b", other), ("c", same)])
     assert line == "warning: driver differs between nodes: 550.54.15 on a, c; 570.1.2 on b"
@@ -289,4 +428,8 @@ def test_a_version_that_differs_between_nodes_is_said() -> None:
 def test_the_driver_version_is_read_off_the_kernel_module() -> None:
     classic = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\nGCC version: gcc 11.4.0\n"
     opened = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.124.06  Release Build  (dvs-builder)\n"
-    assert [driver_version(text) for text in (classic, opened, "")] == ["550.54.15", "570.124.06", "unknown"]
+    assert [driver_version(text) for text in (classic, opened, "")] == [
+        "550.54.15",
+        "570.124.06",
+        "unknown",
+    ]

@@ -27,7 +27,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def weights_of(config: Config, step: int) -> dict[str, torch.Tensor]:
-    stored = StoredCheckpoint.open(Path(config.training.output_dir) / f"checkpoints/step_{step:08d}")
+    stored = StoredCheckpoint.open(
+        Path(config.training.output_dir) / f"checkpoints/step_{step:08d}"
+    )
     return {name: stored.tensor(name) for name in stored.manifest.parameters}
 
 
@@ -50,7 +52,12 @@ def test_a_run_writes_one_row_a_step_and_learns(whole: Config) -> None:
     assert [row["tokens"] for row in rows] == [128 * step for step in range(1, 13)]
     assert [row["step"] for row in rows if "validation_loss" in row] == [6, 12]
     for row in rows:
-        assert row["tokens_per_second"] > 0 and row["memory_bytes"] > 0 and row["grad_norm"] > 0 and row["data_wait_seconds"] >= 0
+        assert (
+            row["tokens_per_second"] > 0
+            and row["memory_bytes"] > 0
+            and row["grad_norm"] > 0
+            and row["data_wait_seconds"] >= 0
+        )
         assert row["mfu"] is None and row["skipped"] is False  # the table of peaks knows no CPU
 
 
@@ -69,7 +76,9 @@ def test_half_a_run_resumed_equals_the_whole_run_bit_for_bit(folder: Path, whole
         assert torch.equal(weights_of(second, 12)[name], weight), name
 
 
-def test_a_resumed_run_that_forgets_its_place_in_the_data_is_caught(folder: Path, whole: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_that_forgets_its_place_in_the_data_is_caught(
+    folder: Path, whole: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pretrain(tiny_config(folder, "training.stop_at_step=6", output="forgets"))
     monkeypatch.setattr(Loader, "seek", lambda self, consumed_samples: None)
     config = tiny_config(folder, output="forgets")
@@ -78,7 +87,11 @@ def test_a_resumed_run_that_forgets_its_place_in_the_data_is_caught(folder: Path
     assert losses_of(config)[6:] != losses_of(whole)[6:]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP],
+    ids=lambda number: number.name,
+)
 def test_a_signal_saves_between_steps_and_the_run_goes_on(
     folder: Path,
     whole: Config,
@@ -111,7 +124,10 @@ def test_accumulated_micro_batches_equal_one_large_batch(folder: Path, whole: Co
     assert micro_batches_per_step(config, 1) == 8
     pretrain(config)
     torch.testing.assert_close(losses_of(config), losses_of(whole), rtol=1e-11, atol=0)
-    validation = [[row.get("validation_loss") for row in rows_of(run) if "validation_loss" in row] for run in (config, whole)]
+    validation = [
+        [row.get("validation_loss") for row in rows_of(run) if "validation_loss" in row]
+        for run in (config, whole)
+    ]
     torch.testing.assert_close(*validation, rtol=1e-11, atol=0)
 
 
@@ -122,7 +138,13 @@ def test_another_seed_of_the_data_gives_other_losses(folder: Path, whole: Config
 
 
 def test_validation_and_tokenizer_are_optional(folder: Path) -> None:
-    config = tiny_config(folder, "data.validation=null", "training.train_steps=2", "checkpoint.interval=null", output="plain")
+    config = tiny_config(
+        folder,
+        "data.validation=null",
+        "training.train_steps=2",
+        "checkpoint.interval=null",
+        output="plain",
+    )
     assert pretrain(config) == ExitCode.DONE
     assert not any("validation_loss" in row for row in rows_of(config))
     assert weights_of(config, 2)  # saved at the end without an interval
@@ -130,15 +152,30 @@ def test_validation_and_tokenizer_are_optional(folder: Path) -> None:
 
 def test_dropout_trains_and_validation_has_none(folder: Path) -> None:
     def run(output: str, *overrides: str) -> list[dict[str, Any]]:
-        config = tiny_config(folder, *overrides, "training.validation_interval=1", "training.train_steps=2", output=output)
+        config = tiny_config(
+            folder,
+            *overrides,
+            "training.validation_interval=1",
+            "training.train_steps=2",
+            output=output,
+        )
         pretrain(config)
         return rows_of(config)
 
-    with_dropout, again, without = run("a", "model.dropout=0.5"), run("b", "model.dropout=0.5"), run("c")
+    with_dropout, again, without = (
+        run("a", "model.dropout=0.5"),
+        run("b", "model.dropout=0.5"),
+        run("c"),
+    )
     assert with_dropout == again  # its seed is a function of the run and the step
     assert with_dropout[0]["loss"] != without[0]["loss"]
-    frozen = [run(name, dropout, "optimizer.base_lr=1e-30") for name, dropout in (("d", "model.dropout=0.5"), ("e", "model.dropout=0"))]
-    assert frozen[0][0]["validation_loss"] == pytest.approx(frozen[1][0]["validation_loss"], rel=1e-12)
+    frozen = [
+        run(name, dropout, "optimizer.base_lr=1e-30")
+        for name, dropout in (("d", "model.dropout=0.5"), ("e", "model.dropout=0"))
+    ]
+    assert frozen[0][0]["validation_loss"] == pytest.approx(
+        frozen[1][0]["validation_loss"], rel=1e-12
+    )
 
 
 def test_an_output_folder_that_cannot_be_made_is_a_clear_error(folder: Path) -> None:
@@ -149,12 +186,21 @@ def test_an_output_folder_that_cannot_be_made_is_a_clear_error(folder: Path) -> 
 
 def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    return subprocess.run(
+        [sys.executable, "-m", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
 
 
 def test_a_users_mistake_gives_one_message_and_exit_code_2(folder: Path) -> None:
     save_config(tiny_config(folder), folder / "run.yaml")
-    result = launch("megatron_completep.pretrain", str(folder / "run.yaml"), "parallel.tensor_parallel_size=2")
+    result = launch(
+        "megatron_completep.pretrain", str(folder / "run.yaml"), "parallel.tensor_parallel_size=2"
+    )
     assert result.returncode == 2
     assert result.stderr.startswith("error: ") and "world size 1" in result.stderr
     assert "Traceback" not in result.stderr + result.stdout
@@ -164,9 +210,17 @@ def test_two_processes_under_torchrun_equal_one(folder: Path, whole: Config) -> 
     config = tiny_config(folder, output="two")
     save_config(config, folder / "two.yaml")
     result = launch(
-        "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "megatron_completep.pretrain", str(folder / "two.yaml")
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "megatron_completep.pretrain",
+        str(folder / "two.yaml"),
     )
     assert result.returncode == 0, result.stderr
     assert "tensor 1 x pipeline 1 x data 2" in result.stdout
     torch.testing.assert_close(losses_of(config), losses_of(whole), rtol=1e-10, atol=0)
-    assert rows_of(config)[-1]["validation_loss"] == pytest.approx(rows_of(whole)[-1]["validation_loss"], rel=1e-10)
+    assert rows_of(config)[-1]["validation_loss"] == pytest.approx(
+        rows_of(whole)[-1]["validation_loss"], rel=1e-10
+    )

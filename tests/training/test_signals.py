@@ -48,13 +48,17 @@ ALL = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP]
 
 
 @pytest.mark.parametrize("number", ALL)
-def test_in_training_a_signal_asks_for_a_stop_and_a_later_second_one_leaves(number: signal.Signals) -> None:
+def test_in_training_a_signal_asks_for_a_stop_and_a_later_second_one_leaves(
+    number: signal.Signals,
+) -> None:
     listener = Listener()
     with listener.signals as signals:
         signals.begin()
         assert not signals.asked
         listener.send(number)
-        assert signals.asked and listener.said == [f"{number.name}: saving after this step, then leaving; once more leaves at once"]
+        assert signals.asked and listener.said == [
+            f"{number.name}: saving after this step, then leaving; once more leaves at once"
+        ]
         listener.time += 1.9  # an echo
         signals._hear(number)
         assert listener.codes == []
@@ -76,12 +80,16 @@ def test_a_terminal_that_closes_while_the_run_saves_does_not_end_it() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
-def test_before_training_there_is_nothing_to_save_and_a_signal_leaves_with_the_code_of_a_requeue(number: signal.Signals) -> None:
+def test_before_training_there_is_nothing_to_save_and_a_signal_leaves_with_the_code_of_a_requeue(
+    number: signal.Signals,
+) -> None:
     listener = Listener()
     with listener.signals as signals:
         listener.send(number, answers=2)
         assert not signals.asked  # it is not a stop after a step
-    assert listener.codes == [75] and listener.said == [f"{number.name} before the first step: there is nothing new to save; leaving"]
+    assert listener.codes == [75] and listener.said == [
+        f"{number.name} before the first step: there is nothing new to save; leaving"
+    ]
 
 
 def test_before_training_ctrl_c_is_an_exception_as_ever() -> None:
@@ -92,16 +100,22 @@ def test_before_training_ctrl_c_is_an_exception_as_ever() -> None:
     assert listener.codes == []
 
 
-def test_before_training_ctrl_c_ends_a_process_that_cannot_hear_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_before_training_ctrl_c_ends_a_process_that_cannot_hear_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(StopSignals, "GRACE", 0.01)
-    before = signal.signal(signal.SIGINT, lambda *_: None)  # as where the main thread waits inside a collective
+    before = signal.signal(
+        signal.SIGINT, lambda *_: None
+    )  # as where the main thread waits inside a collective
     listener = Listener()
     try:
         with listener.signals:
             listener.send(signal.SIGINT, answers=2)
     finally:
         signal.signal(signal.SIGINT, before)
-    assert listener.codes == [130] and listener.said == ["interrupted before the first step: nothing was trained, nothing is lost"]
+    assert listener.codes == [130] and listener.said == [
+        "interrupted before the first step: nothing was trained, nothing is lost"
+    ]
 
 
 @pytest.mark.parametrize("by_torchrun", [False, True])
@@ -133,4 +147,6 @@ def test_the_time_to_leave_goes_by_the_clock_that_is_handed_in() -> None:
     assert not listener.signals.asked
     listener.time += 0.2
     assert listener.signals.asked and listener.signals.asked
-    assert listener.said == ["training.exit_after_minutes: the time is up; saving after this step, then leaving"]
+    assert listener.said == [
+        "training.exit_after_minutes: the time is up; saving after this step, then leaving"
+    ]

@@ -41,15 +41,36 @@ def test_metrics_say_what_starting_and_saving_cost(folder, capsys, monkeypatch, 
 
     monkeypatch.setattr(save, "write_tensor_file", slow)
     monkeypatch.setattr(TrainingStep, "run", run)
-    config = tiny_config(folder, output=f"costs_{async_save}", checkpoint={"interval": 2, "async_save": async_save})
+    config = tiny_config(
+        folder, output=f"costs_{async_save}", checkpoint={"interval": 2, "async_save": async_save}
+    )
     pretrain(config)
     assert order[0] == ("step 3" if async_save else "write")
-    rows = {row["step"]: row for row in read_metrics(Path(config.training.output_dir) / "metrics.jsonl")}
-    assert sum(rows[1][f"startup_{phase}_seconds"] for phase in PHASES) == pytest.approx(rows[1]["startup_seconds"])
-    assert rows[1]["startup_seconds"] > 0 and not any(name.startswith("startup") for name in rows[2])
-    assert f"first step {rows[1]['startup_seconds']:.1f} s after the start: process groups " in capsys.readouterr().out
-    blocked = {step: row["checkpoint_blocked_seconds"] for step, row in rows.items() if "checkpoint_blocked_seconds" in row}
-    assert sorted(blocked) == [3, 5, 7, 9, 11]  # the steps after saves; the last save is after the last row
+    rows = {
+        row["step"]: row for row in read_metrics(Path(config.training.output_dir) / "metrics.jsonl")
+    }
+    assert sum(rows[1][f"startup_{phase}_seconds"] for phase in PHASES) == pytest.approx(
+        rows[1]["startup_seconds"]
+    )
+    assert rows[1]["startup_seconds"] > 0 and not any(
+        name.startswith("startup") for name in rows[2]
+    )
+    assert (
+        f"first step {rows[1]['startup_seconds']:.1f} s after the start: process groups "
+        in capsys.readouterr().out
+    )
+    blocked = {
+        step: row["checkpoint_blocked_seconds"]
+        for step, row in rows.items()
+        if "checkpoint_blocked_seconds" in row
+    }
+    assert sorted(blocked) == [
+        3,
+        5,
+        7,
+        9,
+        11,
+    ]  # the steps after saves; the last save is after the last row
     written = [row["checkpoint_seconds"] for row in rows.values() if "checkpoint_seconds" in row]
     assert written and min(written) >= 0.05
     assert async_save or min(blocked.values()) >= 0.05
@@ -83,4 +104,7 @@ def test_where_the_system_does_not_tell_its_start_the_clock_of_the_day_has_to_do
     stat.write_text(f"4711 (a (strange) name) {' '.join(fields)}\n")
     assert 39.9 < seconds_since_process_start(stat) < 640
     stat.write_text("not what Linux writes")
-    assert seconds_since_process_start(stat) > 0 and seconds_since_process_start(tmp_path / "missing") > 0
+    assert (
+        seconds_since_process_start(stat) > 0
+        and seconds_since_process_start(tmp_path / "missing") > 0
+    )

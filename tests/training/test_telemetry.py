@@ -23,16 +23,31 @@ from megatron_completep.run.assemble import build_model
 from megatron_completep.run.step import TrainingStep
 from megatron_completep.telemetry.measure import role_rms
 from megatron_completep.telemetry.metrics import read_metrics
-from megatron_completep.telemetry.telemetry import FINAL, LOGITS, Telemetry, alarms, nearest, read_reference
+from megatron_completep.telemetry.telemetry import (
+    FINAL,
+    LOGITS,
+    Telemetry,
+    alarms,
+    nearest,
+    read_reference,
+)
 
 
-def config_of(layers: int = 4, parameterization: str = "completep", parallel: dict[str, Any] | None = None, **model: Any) -> Config:
+def config_of(
+    layers: int = 4,
+    parameterization: str = "completep",
+    parallel: dict[str, Any] | None = None,
+    **model: Any,
+) -> Config:
     return Config.model_validate(
         {
             "model": model_config(num_layers=layers, **model).model_dump(),
             "completep": completep_config(parameterization=parameterization).model_dump(),
             "parallel": parallel or {},
-            "optimizer": {**optimizer_config(base_lr=2**-8, base_init_std=0.02).model_dump(), "schedule": "constant"},
+            "optimizer": {
+                **optimizer_config(base_lr=2**-8, base_init_std=0.02).model_dump(),
+                "schedule": "constant",
+            },
             "data": {"train": [{"prefix": "unused"}]},
             "training": {
                 "micro_batch_size": 2,
@@ -48,16 +63,29 @@ def config_of(layers: int = 4, parameterization: str = "completep", parallel: di
 
 def batch(config: Config, seed: int) -> Batch:
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(config.model.vocab_size, (2, config.model.seq_length + 1), generator=generator)
+    tokens = torch.randint(
+        config.model.vocab_size, (2, config.model.seq_length + 1), generator=generator
+    )
     ones = torch.ones(2, config.model.seq_length)
-    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), ones, ones.long(), ones.int(), torch.arange(2))
+    return Batch(
+        tokens[:, :-1].contiguous(),
+        tokens[:, 1:].contiguous(),
+        ones,
+        ones.long(),
+        ones.int(),
+        torch.arange(2),
+    )
 
 
-def telemetry_of(config: Config, context: ParallelContext, steps: int) -> tuple[Telemetry, TrainingStep]:
+def telemetry_of(
+    config: Config, context: ParallelContext, steps: int
+) -> tuple[Telemetry, TrainingStep]:
     """After `steps` steps. The data rank reads its own half of the micro-batches where there are two ranks."""
     table = table_of(config)
     chunks = build_model(config, table, context, torch.float64)
-    optimizer = DistributedOptimizer(chunks, table, config.optimizer, context, config.parallel, torch.float64)
+    optimizer = DistributedOptimizer(
+        chunks, table, config.optimizer, context, config.parallel, torch.float64
+    )
     step = TrainingStep(config, context, chunks, optimizer)
     for number in range(1, steps + 1):
         own = range(context.data.rank, 2, context.data.size)
@@ -65,8 +93,12 @@ def telemetry_of(config: Config, context: ParallelContext, steps: int) -> tuple[
     return Telemetry(step, [batch(config, 1000)], 1, 8, None, lambda text: None), step
 
 
-@pytest.mark.parametrize("shape", [{}, {"qk_norm": True, "num_query_groups": 2}, {"position": "alibi"}], ids=str)
-def test_every_figure_is_what_the_model_really_computes(monkeypatch: pytest.MonkeyPatch, shape: dict[str, Any]):
+@pytest.mark.parametrize(
+    "shape", [{}, {"qk_norm": True, "num_query_groups": 2}, {"position": "alibi"}], ids=str
+)
+def test_every_figure_is_what_the_model_really_computes(
+    monkeypatch: pytest.MonkeyPatch, shape: dict[str, Any]
+):
     config = config_of(**shape)
     telemetry, step = telemetry_of(config, ParallelContext.single(), 2)
     figures = telemetry.figures()
@@ -77,12 +109,18 @@ def test_every_figure_is_what_the_model_really_computes(monkeypatch: pytest.Monk
     def look(q, k, v, *arguments, scale, **options):
         grouped = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
         scores = scale * q[:1] @ grouped[:1].transpose(-1, -2)
-        seen.append(scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -torch.inf).max())
+        seen.append(
+            scores.masked_fill(
+                torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -torch.inf
+            ).max()
+        )
         return plain(q, k, v, *arguments, scale=scale, **options)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", look)
     streams: list[torch.Tensor] = []
-    model.final_norm.register_forward_hook(lambda module, inputs, output: streams.append(output[0].residual))
+    model.final_norm.register_forward_hook(
+        lambda module, inputs, output: streams.append(output[0].residual)
+    )
     with torch.no_grad():
         model(tokens)
     assert figures[LOGITS] == pytest.approx(torch.stack(seen).max().item(), rel=1e-6)
@@ -104,11 +142,17 @@ def test_the_update_ratio_is_the_last_update_over_the_weights_with_the_tables_fa
     group = next(g for g in optimizer.groups.values() if g.role == Role.HIDDEN_WEIGHT)
     held = {name: g for name, g in optimizer.groups.items() if g.role == Role.HIDDEN_WEIGHT}
     weights = sum(
-        (optimizer.shards.parameters[n] / (g.init_std / config.optimizer.base_init_std)).square().sum().item() for n, g in held.items()
+        (optimizer.shards.parameters[n] / (g.init_std / config.optimizer.base_init_std))
+        .square()
+        .sum()
+        .item()
+        for n, g in held.items()
     )
     weight_rms = (weights / sum(optimizer.shards.parameters[n].numel() for n in held)) ** 0.5
     # weight decay acts on the weights before the step, the figure on those after it
-    assert figures["update_ratio/hidden_weight"] == pytest.approx(moved[Role.HIDDEN_WEIGHT] / weight_rms, rel=0.02)
+    assert figures["update_ratio/hidden_weight"] == pytest.approx(
+        moved[Role.HIDDEN_WEIGHT] / weight_rms, rel=0.02
+    )
     assert group.lr_factor != 1.0
 
 
@@ -128,7 +172,9 @@ def layout_figures(rank: int, world_size: int, parallel: dict[str, Any]) -> dict
     config = config_of(parallel=parallel)
     sizes = ParallelConfig(**parallel)
     data = world_size // (sizes.tensor_parallel_size * sizes.pipeline_parallel_size)
-    context = ParallelContext.over_world(config.parallel, torch.device("cpu"), rank, world_size, data)
+    context = ParallelContext.over_world(
+        config.parallel, torch.device("cpu"), rank, world_size, data
+    )
     return telemetry_of(config, context, 2)[0].figures()
 
 
@@ -141,14 +187,18 @@ def layout_figures(rank: int, world_size: int, parallel: dict[str, Any]) -> dict
     ],
     ids=["tensor", "pipeline", "data"],
 )
-def test_the_figures_are_those_of_one_process_in_every_layout(pool, world_size: int, parallel: dict[str, Any]):
+def test_the_figures_are_those_of_one_process_in_every_layout(
+    pool, world_size: int, parallel: dict[str, Any]
+):
     expected = telemetry_of(config_of(), ParallelContext.single(), 2)[0].figures()
     for figures in pool.run(world_size, layout_figures, world_size, parallel):
         assert list(figures) == list(expected)
         assert figures == pytest.approx(expected, rel=1e-8)
 
 
-def trained(folder: Path, name: str, layers: int, rule: str, reference: str | None = None) -> list[dict[str, Any]]:
+def trained(
+    folder: Path, name: str, layers: int, rule: str, reference: str | None = None
+) -> list[dict[str, Any]]:
     """The rows with telemetry of a whole run of 12 steps."""
     config = tiny_config(
         folder,
@@ -156,16 +206,29 @@ def trained(folder: Path, name: str, layers: int, rule: str, reference: str | No
         output=name,
         model={"num_layers": layers},
         completep={"base_hidden_size": 16, "base_num_layers": 2, "parameterization": rule},
-        logging={"interval": 6, "tensorboard": False, "parameterization_interval": 5, "parameterization_reference": reference},
+        logging={
+            "interval": 6,
+            "tensorboard": False,
+            "parameterization_interval": 5,
+            "parameterization_reference": reference,
+        },
     )
     pretrain(config)
-    return [row for row in read_metrics(Path(config.training.output_dir) / "metrics.jsonl") if FINAL in row]
+    return [
+        row
+        for row in read_metrics(Path(config.training.output_dir) / "metrics.jsonl")
+        if FINAL in row
+    ]
 
 
-def test_a_run_writes_its_telemetry_and_warns_where_it_leaves_the_proxys(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_run_writes_its_telemetry_and_warns_where_it_leaves_the_proxys(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     proxy = trained(tmp_path, "proxy", 2, "completep")
     assert [row["step"] for row in proxy] == [5, 10, 12]  # every 5 steps, and the last
-    assert {"activation_rms/layers.1.attention_norm", LOGITS, "update_ratio/hidden_weight"} <= set(proxy[0])
+    assert {"activation_rms/layers.1.attention_norm", LOGITS, "update_ratio/hidden_weight"} <= set(
+        proxy[0]
+    )
     capsys.readouterr()
     deep = trained(tmp_path, "deep", 16, "completep", str(tmp_path / "proxy"))
     assert deep[-1][FINAL] == pytest.approx(proxy[-1][FINAL], rel=0.5)
@@ -176,7 +239,10 @@ def test_a_run_writes_its_telemetry_and_warns_where_it_leaves_the_proxys(tmp_pat
 
 def test_the_proxys_row_is_the_one_of_the_same_part_of_its_run(tmp_path: Path):
     (tmp_path / "metrics.jsonl").write_text(
-        "".join(f'{{"step": {s}, "loss": 1.0' + (f', "{FINAL}": {s}.0' if s % 10 == 0 else "") + "}\n" for s in range(1, 41))
+        "".join(
+            f'{{"step": {s}, "loss": 1.0' + (f', "{FINAL}": {s}.0' if s % 10 == 0 else "") + "}\n"
+            for s in range(1, 41)
+        )
     )
     reference = read_reference(str(tmp_path))
     assert reference is not None
@@ -195,4 +261,6 @@ def test_a_reference_without_telemetry_is_refused(tmp_path: Path):
 
 def test_an_alarm_names_figure_factor_and_band():
     said = alarms({FINAL: 5.0, LOGITS: 2.0, "loss": 9.0}, {FINAL: 1.0, LOGITS: 1.0, "loss": 1.0})
-    assert said == [f"{FINAL} = 5 is 5.00 times the proxy's 1; the table predicts 1, alarm beyond 2"]
+    assert said == [
+        f"{FINAL} = 5 is 5.00 times the proxy's 1; the table predicts 1, alarm beyond 2"
+    ]

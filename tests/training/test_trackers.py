@@ -67,7 +67,11 @@ def test_a_working_tracker_gets_every_row_in_order_and_is_closed() -> None:
     assert recorder.rows == ROWS and recorder.closed
 
 
-@pytest.mark.parametrize("start", [fail, lambda: Recorder(fail), lambda: Recorder(sys.exit)], ids=["at the start", "at a row", "exits"])
+@pytest.mark.parametrize(
+    "start",
+    [fail, lambda: Recorder(fail), lambda: Recorder(sys.exit)],
+    ids=["at the start", "at a row", "exits"],
+)
 def test_a_tracker_that_raises_is_said_once_on_one_line(start: Callable[[], Any]) -> None:
     (line,) = feed(start)
     assert line.startswith("warning: it is left out from here on: ") and "\n" not in line
@@ -78,7 +82,9 @@ def test_a_tracker_that_raises_is_said_once_on_one_line(start: Callable[[], Any]
 def test_a_tracker_that_hangs_costs_no_more_than_its_patience() -> None:
     never = threading.Event()
     said = feed(lambda: Recorder(never.wait), patience=0.2)  # otherwise it would wait for ever
-    assert said == ["warning: it is left out from here on: it did not finish within 0.2 s. Training goes on; metrics.jsonl has every step."]
+    assert said == [
+        "warning: it is left out from here on: it did not finish within 0.2 s. Training goes on; metrics.jsonl has every step."
+    ]
     never.set()
 
 
@@ -89,7 +95,9 @@ def test_a_tracker_that_falls_too_far_behind_is_left_out_without_waiting() -> No
     never.set()
 
 
-def test_a_full_disk_stops_the_event_file_with_one_line_and_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_stops_the_event_file_with_one_line_and_no_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def start() -> TensorBoard:
         board = TensorBoard(tmp_path, 0)
         board._writer._writer = open("/dev/full", "wb")  # noqa: SIM115
@@ -108,9 +116,16 @@ def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
     board.close()
     (file,) = tmp_path.iterdir()
     events = list(EventFileLoader(str(file)).Load())
-    values = {value.tag: value.tensor.float_val[0] for event in events if event.step == 5 for value in event.summary.value}
+    values = {
+        value.tag: value.tensor.float_val[0]
+        for event in events
+        if event.step == 5
+        for value in event.summary.value
+    }
     assert values == {"loss": 1.25, "validation_loss": 2.5}
-    assert any(event.HasField("session_log") and event.step == 5 for event in events)  # hides steps from 5 on of the earlier files
+    assert any(
+        event.HasField("session_log") and event.step == 5 for event in events
+    )  # hides steps from 5 on of the earlier files
 
 
 def test_a_run_with_a_tracker_that_raises_and_one_that_hangs_trains_as_without(
@@ -121,22 +136,35 @@ def test_a_run_with_a_tracker_that_raises_and_one_that_hangs_trains_as_without(
     monkeypatch.setattr(trackers, "WeightsAndBiases", lambda config: Recorder(fail))
     monkeypatch.setattr(trackers, "Trackio", lambda config: never.wait())
     monkeypatch.setattr(InBackground.__init__, "__defaults__", (trackers.WAITING_ROWS, 0.5))
-    plain, tracked = tiny_config(tmp_path, output="plain"), tiny_config(tmp_path, "logging.trackers=[wandb, trackio]", output="tracked")
+    plain, tracked = (
+        tiny_config(tmp_path, output="plain"),
+        tiny_config(tmp_path, "logging.trackers=[wandb, trackio]", output="tracked"),
+    )
     assert pretrain(plain) == pretrain(tracked) == ExitCode.DONE
     never.set()
     assert rows_of(plain) == rows_of(tracked)
-    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    warnings = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")
+    ]
     assert sorted(line.split()[1] for line in warnings) == ["trackio", "wandb"]
 
 
-def test_a_tracker_that_is_not_installed_is_refused_before_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_that_is_not_installed_is_refused_before_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"logging.trackers names wandb and trackio, not installed here. pip install"):
+    with pytest.raises(
+        ConfigError,
+        match=r"logging.trackers names wandb and trackio, not installed here. pip install",
+    ):
         trackers.open_trackers(tiny_config(tmp_path, "logging.trackers=[wandb, trackio]"), 0, print)
 
 
 def test_runs_of_the_same_name_in_other_folders_have_other_ids(tmp_path: Path) -> None:
-    one, two = tiny_config(tmp_path, "training.output_dir=a/run"), tiny_config(tmp_path, "training.output_dir=b/run")
+    one, two = (
+        tiny_config(tmp_path, "training.output_dir=a/run"),
+        tiny_config(tmp_path, "training.output_dir=b/run"),
+    )
     assert run_id(one) == run_id(one) != run_id(two)
     assert run_id(tiny_config(tmp_path, "logging.run_name='a b/c#é'")).startswith("a-b-c---")
 
@@ -161,11 +189,15 @@ class Interface(types.SimpleNamespace):
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_configuration_figures_and_steps_reach_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_configuration_figures_and_steps_reach_the_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     library = Interface()
     monkeypatch.setitem(sys.modules, name, library)
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: object())
-    config = tiny_config(tmp_path, f"logging.trackers=[{name}]", "logging.project=proxy", "logging.offline=true")
+    config = tiny_config(
+        tmp_path, f"logging.trackers=[{name}]", "logging.project=proxy", "logging.offline=true"
+    )
     (tracker,) = trackers.open_trackers(config, 0, print)
     for row in ROWS:
         tracker.write(row)
@@ -192,12 +224,27 @@ for steps in ("stop_at_step=6", "stop_at_step=null"):  # the second start resume
 """
 
 
-@pytest.mark.skipif(len(HERE) < 2, reason="wandb and trackio are not both installed (extra `tracking`)")
+@pytest.mark.skipif(
+    len(HERE) < 2, reason="wandb and trackio are not both installed (extra `tracking`)"
+)
 def test_the_libraries_themselves_keep_a_run_and_its_resumption_offline(tmp_path: Path) -> None:
-    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "TRACKIO_DIR": str(tmp_path / "trackio"), "OMP_NUM_THREADS": "1"}
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "HOME": str(tmp_path),
+        "TRACKIO_DIR": str(tmp_path / "trackio"),
+        "OMP_NUM_THREADS": "1",
+    }
     environment |= {"PYTHONPATH": ":".join(path for path in sys.path if path)}
     program = [sys.executable, "-c", REAL_RUN, str(Path(__file__).parent), str(tmp_path)]
-    run = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    run = subprocess.run(
+        program,
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
     assert run.returncode == 0, run.stderr
     assert "warning" not in run.stdout
     losses = {row["step"]: row["loss"] for row in rows_of(tiny_config(tmp_path))}
@@ -210,7 +257,10 @@ def losses_in_trackio(folder: Path) -> dict[int, float]:
     """Loss by step in trackio's database."""
     (database,) = folder.glob("*.db")
     with sqlite3.connect(database) as connection:
-        return {step: json.loads(values)["loss"] for step, values in connection.execute("select step, metrics from metrics")}
+        return {
+            step: json.loads(values)["loss"]
+            for step, values in connection.execute("select step, metrics from metrics")
+        }
 
 
 def losses_in_wandb(folder: Path) -> dict[int, float]:
@@ -222,7 +272,10 @@ def losses_in_wandb(folder: Path) -> dict[int, float]:
         for data in leveldb_records(file.read_bytes()[7:]):
             record = Record()
             record.ParseFromString(data)
-            items = {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+            items = {
+                ".".join(item.nested_key) or item.key: json.loads(item.value_json)
+                for item in record.history.item
+            }
             if "loss" in items:
                 losses[items["_step"]] = items["loss"]
     return losses

@@ -23,7 +23,13 @@ class Watched:
     """One rank's watchdog, and what came of it."""
 
     def __init__(
-        self, folder: Path, rank: int = 0, store: Any = None, timeout: float | None = 0.2, report: Any = None, **launch: Any
+        self,
+        folder: Path,
+        rank: int = 0,
+        store: Any = None,
+        timeout: float | None = 0.2,
+        report: Any = None,
+        **launch: Any,
     ) -> None:
         self.said, self.codes, self.left = list[str](), list[int](), threading.Event()
         told = Launch(rank, 2, rank, launched=True, **launch) if store is not None else Launch()
@@ -54,14 +60,24 @@ class Silent:
         return lambda *_: NEVER.wait()  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize(("launcher_holds_store", "who"), [(False, "rank 0"), (True, "the launcher")])
-def test_a_store_that_never_answers_is_named_and_not_waited_for(tmp_path: Path, launcher_holds_store: bool, who: str) -> None:
+@pytest.mark.parametrize(
+    ("launcher_holds_store", "who"), [(False, "rank 0"), (True, "the launcher")]
+)
+def test_a_store_that_never_answers_is_named_and_not_waited_for(
+    tmp_path: Path, launcher_holds_store: bool, who: str
+) -> None:
     watched = Watched(tmp_path, 1, Silent(), launcher_holds_store=launcher_holds_store)
     watched.dog.beat(4)
     said = watched.wait()
     assert "rank 1: no step for 0.2 s, at step 5, in " in said
-    assert f"hung: {who}, which holds the store, does not answer (stopped, or its host is down)" in said
-    assert "hang_rank_00001.txt" in said and "test_watchdog.py" in (tmp_path / "hang_rank_00001.txt").read_text()
+    assert (
+        f"hung: {who}, which holds the store, does not answer (stopped, or its host is down)"
+        in said
+    )
+    assert (
+        "hang_rank_00001.txt" in said
+        and "test_watchdog.py" in (tmp_path / "hang_rank_00001.txt").read_text()
+    )
 
 
 def test_a_store_that_is_gone_is_named(tmp_path: Path) -> None:
@@ -70,19 +86,28 @@ def test_a_store_that_is_gone_is_named(tmp_path: Path) -> None:
 
     store = SimpleNamespace(set=gone, wait=gone, get=gone, check=gone)
     store.clone = lambda: store
-    assert "hung: rank 0, which holds the store, does not answer" in Watched(tmp_path, 1, store).wait()
+    assert (
+        "hung: rank 0, which holds the store, does not answer" in Watched(tmp_path, 1, store).wait()
+    )
 
 
 def test_a_hang_before_the_first_step_is_named_with_its_phase(tmp_path: Path) -> None:
     watched = Watched(tmp_path)
     watched.dog.enter("building the model")
-    assert "rank 0: no step for 0.2 s, before the first step, building the model, in threading.py" in watched.wait()
+    assert (
+        "rank 0: no step for 0.2 s, before the first step, building the model, in threading.py"
+        in watched.wait()
+    )
 
 
-def test_a_rank_whose_time_is_not_up_says_where_it_is_when_another_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_whose_time_is_not_up_says_where_it_is_when_another_asks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rank 1 hangs in an earlier phase than rank 0, which has waited for less long, and for rank 1."""
     monkeypatch.setattr(module, "ANSWER_SECONDS", 60.0)
-    monkeypatch.setattr(Watchdog, "_patience", lambda self: 60.0)  # within which the one that was asked does not leave
+    monkeypatch.setattr(
+        Watchdog, "_patience", lambda self: 60.0
+    )  # within which the one that was asked does not leave
     store = dist.HashStore()
     patient = Watched(tmp_path, 0, store, timeout=600.0)
     patient.dog._look_seconds = lambda: 0.01  # type: ignore[method-assign]
@@ -91,7 +116,10 @@ def test_a_rank_whose_time_is_not_up_says_where_it_is_when_another_asks(tmp_path
         patient.dog.enter(phase)
     hung.dog.enter("building the model")
     said = hung.wait()
-    assert "hung before the first step, building the model: rank 1 holds the others up: rank 1 in " in said
+    assert (
+        "hung before the first step, building the model: rank 1 holds the others up: rank 1 in "
+        in said
+    )
     assert patient.codes == []
 
 
@@ -101,11 +129,15 @@ def test_a_rank_that_was_asked_leaves_as_well(tmp_path: Path) -> None:
     watched.dog._patience = lambda: 0.0  # type: ignore[method-assign]
     store.set(module.ASKED, "1")
     with watched.dog:
-        assert watched.dog._leaving.wait(60)  # and the exception that follows a lost peer does not come first
+        assert watched.dog._leaving.wait(
+            60
+        )  # and the exception that follows a lost peer does not come first
     said = watched.wait()
     assert module.ask(store, 0, 1.0) is not None and (tmp_path / "hang_rank_00000.txt").exists()
     # Its collectives explain the hang as much as those of the rank that asked: they are written down, once.
-    assert said.count("rank 0: its ") == 1 and (tmp_path / "hang_rank_00000.collectives.json").exists()
+    assert (
+        said.count("rank 0: its ") == 1 and (tmp_path / "hang_rank_00000.collectives.json").exists()
+    )
     watched.dog._keep_collectives(0)
     assert "\n".join(watched.said) == said
 
@@ -115,7 +147,9 @@ def test_signs_of_life_keep_the_watchdog_quiet_and_the_last_one_is_said(tmp_path
     watched.dog.beat(8)
     watched.dog._beat_at = 0.0
     watched.dog.progress("saving step 8")
-    assert watched.dog._beat_at > 0.0 and watched.dog._answer()["stage"] == "at step 9, saving step 8"
+    assert (
+        watched.dog._beat_at > 0.0 and watched.dog._answer()["stage"] == "at step 9, saving step 8"
+    )
     watched.dog.beat(9)
     assert watched.dog._answer()["stage"] == "at step 10"
     watched.dog.stop()

@@ -16,9 +16,19 @@ from megatron_completep.guards.replicas import replica_hashes
 from megatron_completep.pretrain import pretrain
 from megatron_completep.run.state import ExitCode
 
-SHORT = ("training.train_steps=4", "training.validation_interval=null", "checkpoint.interval=null", "guards.hang_timeout_minutes=null")
+SHORT = (
+    "training.train_steps=4",
+    "training.validation_interval=null",
+    "checkpoint.interval=null",
+    "guards.hang_timeout_minutes=null",
+)
 PIPELINE = ("parallel.pipeline_parallel_size=2",)
-VIRTUAL = (*PIPELINE, "parallel.virtual_pipeline_size=2", "parallel.schedule=interleaved_1f1b", "model.num_layers=4")
+VIRTUAL = (
+    *PIPELINE,
+    "parallel.virtual_pipeline_size=2",
+    "parallel.schedule=interleaved_1f1b",
+    "model.num_layers=4",
+)
 TIED = ("model.tied_embeddings=true",)
 
 
@@ -49,20 +59,39 @@ def overrides(*entries: str) -> str:
 
 CASES = {
     "a layer of the first stage": ((*PIPELINE,), overrides("pattern: 'layers.0.*', lr: 0.5")),
-    "a layer of the last stage": ((*PIPELINE,), overrides("pattern: 'layers.1.mlp.*', lr: 0.5, weight_decay: 3.0, eps: 2.0")),
-    "the unembedding": ((*PIPELINE,), overrides("pattern: 'unembedding.*', lr: 2.0, init_std: 0.5")),
-    "a tied embedding and the final norm": ((*PIPELINE, *TIED), overrides("pattern: '[ef]*', lr: 3.0")),
-    "a tied embedding alone": ((*PIPELINE, *TIED), overrides("pattern: 'embedding.weight', lr: 3.0, weight_decay: 0.0, init_std: 2.0")),
-    "one of four virtual stages": ((*VIRTUAL, *TIED), overrides("pattern: 'layers.2.*', lr: 0.25", "pattern: 'e*', eps: 4.0")),
+    "a layer of the last stage": (
+        (*PIPELINE,),
+        overrides("pattern: 'layers.1.mlp.*', lr: 0.5, weight_decay: 3.0, eps: 2.0"),
+    ),
+    "the unembedding": (
+        (*PIPELINE,),
+        overrides("pattern: 'unembedding.*', lr: 2.0, init_std: 0.5"),
+    ),
+    "a tied embedding and the final norm": (
+        (*PIPELINE, *TIED),
+        overrides("pattern: '[ef]*', lr: 3.0"),
+    ),
+    "a tied embedding alone": (
+        (*PIPELINE, *TIED),
+        overrides("pattern: 'embedding.weight', lr: 3.0, weight_decay: 0.0, init_std: 2.0"),
+    ),
+    "one of four virtual stages": (
+        (*VIRTUAL, *TIED),
+        overrides("pattern: 'layers.2.*', lr: 0.25", "pattern: 'e*', eps: 4.0"),
+    ),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_overrides_of_what_one_stage_holds_train_as_in_one_process(tmp_path: Path, pool: Any, case: str) -> None:
+def test_overrides_of_what_one_stage_holds_train_as_in_one_process(
+    tmp_path: Path, pool: Any, case: str
+) -> None:
     layout, named = CASES[case]
     shape = tuple(word for word in layout if word.startswith("model."))
     runs = {
-        "stages": tiny_config(tmp_path, *SHORT, *layout, named, "guards.replica_check_interval=1", output="stages"),
+        "stages": tiny_config(
+            tmp_path, *SHORT, *layout, named, "guards.replica_check_interval=1", output="stages"
+        ),
         "alone": tiny_config(tmp_path, *SHORT, *shape, named, output="alone"),
         "plain": tiny_config(tmp_path, *SHORT, *shape, output="plain"),
     }
@@ -70,7 +99,9 @@ def test_overrides_of_what_one_stage_holds_train_as_in_one_process(tmp_path: Pat
     assert [pretrain(runs[name]) for name in ("alone", "plain")] == [ExitCode.DONE] * 2
     losses = {name: [row["loss"] for row in rows_of(config)] for name, config in runs.items()}
     torch.testing.assert_close(losses["stages"], losses["alone"], rtol=1e-10, atol=0)
-    assert max(abs(a - b) for a, b in zip(losses["alone"], losses["plain"], strict=True)) > 1e-6  # the override does something
+    assert (
+        max(abs(a - b) for a, b in zip(losses["alone"], losses["plain"], strict=True)) > 1e-6
+    )  # the override does something
 
 
 @pytest.mark.parametrize(
@@ -81,7 +112,9 @@ def test_overrides_of_what_one_stage_holds_train_as_in_one_process(tmp_path: Pat
         "completep.factors.final_norm.init_std=2.0",  # of the last stage alone
     ],
 )
-def test_every_rank_refuses_alike_and_as_one_process_does(tmp_path: Path, pool: Any, word: str) -> None:
+def test_every_rank_refuses_alike_and_as_one_process_does(
+    tmp_path: Path, pool: Any, word: str
+) -> None:
     config = tiny_config(tmp_path, *SHORT, *PIPELINE, word)
     with pytest.raises(ConfigError) as alone:
         pretrain(tiny_config(tmp_path, *SHORT, word))
@@ -89,13 +122,21 @@ def test_every_rank_refuses_alike_and_as_one_process_does(tmp_path: Path, pool: 
     assert not Path(config.training.output_dir).exists()  # before anything is made
 
 
-def test_a_factor_that_reaches_nothing_is_said_at_the_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_factor_that_reaches_nothing_is_said_at_the_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pretrain(tiny_config(tmp_path, *SHORT, "completep.factors.qk_norm.lr=2.0"))
-    assert "warning: completep.factors.qk_norm reaches no parameter of this model" in capsys.readouterr().out
+    assert (
+        "warning: completep.factors.qk_norm reaches no parameter of this model"
+        in capsys.readouterr().out
+    )
 
 
 def test_ends_of_a_tied_embedding_that_differ_end_the_run(tmp_path: Path, pool: Any) -> None:
     config = tiny_config(tmp_path, *SHORT, *PIPELINE, *TIED, "guards.replica_check_interval=2")
     said = pool.run(2, as_rank, 2, config, "moved")
     assert said[0] == said[1]
-    assert "step 2: replicas differ: rank 0, 1 in tied embedding of tensor 0, slice 0 (one of them)" in str(said[0])
+    assert (
+        "step 2: replicas differ: rank 0, 1 in tied embedding of tensor 0, slice 0 (one of them)"
+        in str(said[0])
+    )

@@ -13,7 +13,13 @@ from megatron_completep.data.writer import IndexedWriter
 from megatron_completep.telemetry.metrics import read_metrics
 
 VOCABULARY = 64
-TIMES = ("tokens_per_second", "step_seconds", "data_wait_seconds", "memory_bytes", "mfu")  # what two equal runs do not share
+TIMES = (
+    "tokens_per_second",
+    "step_seconds",
+    "data_wait_seconds",
+    "memory_bytes",
+    "mfu",
+)  # what two equal runs do not share
 
 
 def write_tokens(prefix: Path, documents: int, seed: int) -> None:
@@ -25,7 +31,9 @@ def write_tokens(prefix: Path, documents: int, seed: int) -> None:
             writer.add_document([(ramp + generator.integers(0, VOCABULARY)) % VOCABULARY])
 
 
-def tiny_config(folder: Path, *overrides: str, output: str = "run", **sections: dict[str, Any]) -> Config:
+def tiny_config(
+    folder: Path, *overrides: str, output: str = "run", **sections: dict[str, Any]
+) -> Config:
     """A run of 12 steps in float64 on one thread, over token files in `folder` that are written when missing."""
     for name, documents in (("train", 120), ("validation", 20)):
         if not (folder / f"{name}.idx").exists():
@@ -42,7 +50,10 @@ def tiny_config(folder: Path, *overrides: str, output: str = "run", **sections: 
         },
         "completep": {"base_hidden_size": 8, "base_num_layers": 1},
         "optimizer": {"base_lr": 0.03, "warmup_fraction": 0.2},
-        "data": {"train": [{"prefix": str(folder / "train")}], "validation": [{"prefix": str(folder / "validation")}]},
+        "data": {
+            "train": [{"prefix": str(folder / "train")}],
+            "validation": [{"prefix": str(folder / "validation")}],
+        },
         "training": {
             "micro_batch_size": 4,
             "global_batch_size": 8,
@@ -65,10 +76,22 @@ def tiny_config(folder: Path, *overrides: str, output: str = "run", **sections: 
 def rows_of(config: Config) -> list[dict[str, Any]]:
     """What a run wrote of every step, without times."""
     rows = read_metrics(Path(config.training.output_dir) / "metrics.jsonl")
-    return [{name: value for name, value in row.items() if name not in TIMES and not name.endswith("_seconds")} for row in rows]
+    return [
+        {
+            name: value
+            for name, value in row.items()
+            if name not in TIMES and not name.endswith("_seconds")
+        }
+        for row in rows
+    ]
 
 
 def launched_as(rank: int, world_size: int) -> None:
     """Set what a launcher tells a process of a pool, which has joined its process group already: nothing listens at the address."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size))
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_RANK=str(rank),
+        LOCAL_WORLD_SIZE=str(world_size),
+    )
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")

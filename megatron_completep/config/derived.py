@@ -10,6 +10,7 @@ from megatron_completep.config.schema import (
     ModelConfig,
     OptimizerConfig,
     OverrideConfig,
+    ParallelConfig,
     TrainingConfig,
 )
 
@@ -98,11 +99,24 @@ def total_tokens(config: Config) -> int:
     return total_samples(config.training) * config.model.seq_length
 
 
-def data_parallel_size(config: Config, world_size: int) -> int:
-    """Replicas of the model; `check.check_world` holds that the division leaves no rest."""
-    return world_size // (
-        config.parallel.tensor_parallel_size * config.parallel.pipeline_parallel_size
+def model_parallel_size(parallel: ParallelConfig) -> int:
+    """Ranks that one sequence of a micro-batch occupies: tensor x pipeline x context."""
+    return (
+        parallel.tensor_parallel_size
+        * parallel.pipeline_parallel_size
+        * parallel.context_parallel_size
     )
+
+
+def data_parallel_size(config: Config, world_size: int) -> int:
+    """Ranks that read different sequences; `check.check_world` holds that the division is exact."""
+    return world_size // model_parallel_size(config.parallel)
+
+
+def gradient_parallel_size(config: Config, world_size: int) -> int:
+    """Ranks over which a gradient is summed and optimizer state can be sharded: data x context."""
+    data_size = data_parallel_size(config, world_size)
+    return data_size * config.parallel.context_parallel_size
 
 
 def micro_batches_per_step(config: Config, world_size: int) -> int:

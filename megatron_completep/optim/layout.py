@@ -108,7 +108,7 @@ class Entry(NamedTuple):
 
     name: str
     size: int  # elements that this rank holds
-    axis: str = "data"  # over whose ranks its gradient is summed
+    axis: str = "gradient"  # over whose ranks its gradient is summed
     alone: bool = False  # in a bucket of its own
 
 

@@ -78,7 +78,7 @@ class DistributedOptimizer:
         """Update the parameters.
 
         loss_sum, tokens: this data rank's sums over the step (zero where this rank has no loss).
-        term_sums [n]: of terms of the loss that are reported apart.
+        term_sums [n]: this rank's shares of further sums over tokens, which are reported as means.
 
         Communicates over data (gradients, parameters), tensor (partial gradients) and the whole
         mesh (norm, loss, tokens). Nothing here waits for the device.
@@ -92,7 +92,7 @@ class DistributedOptimizer:
             shards.sum_of_squares(),
             loss_sum.detach().double() * speaks,
             tokens.to(self.context.device).double() * speaks,
-            *(() if term_sums is None else (term_sums.double() * speaks).unbind()),
+            *(() if term_sums is None else term_sums.double().unbind()),
         ]
         sum_sq, loss_total, token_total, *term_totals = all_reduce(
             torch.stack(sums), self.context.world

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from megatron_completep.config.derived import model_parallel_size
 from megatron_completep.config.schema import ParallelConfig
 from megatron_completep.errors import ConfigError
 from megatron_completep.launch import Launch
@@ -20,22 +21,24 @@ from megatron_completep.parallel.sequence import SequencePart
 
 @dataclass(frozen=True)
 class ParallelContext:
-    """Where this rank stands. Axes, slowest first: pipeline, data (= replica x shard), context (size 1 for now), tensor."""
+    """Where this rank stands in the mesh.
+
+    The mesh is pipeline x gradient x tensor, slowest first. The gradient axis holds the ranks that
+    have the same parameters and see other tokens, and it is divided in two ways: into data x context
+    by which tokens a rank reads, and into replica x shard by which optimizer state it keeps.
+    """
 
     device: torch.device
     rank: int = 0
     world_size: int = 1
     tensor: Axis = field(default_factory=lambda: Axis("tensor"))
-    data: Axis = field(default_factory=lambda: Axis("data"))
-    shard: Axis = field(
-        default_factory=lambda: Axis("shard")
-    )  # data ranks that share one copy of the optimizer state
-    replica: Axis = field(
-        default_factory=lambda: Axis("replica")
-    )  # data ranks that hold the same part of it
     pipeline: Axis = field(default_factory=lambda: Axis("pipeline"))
+    gradient: Axis = field(default_factory=lambda: Axis("gradient"))  # gradients are summed over it
+    data: Axis = field(default_factory=lambda: Axis("data"))  # ranks that read other sequences
+    context: Axis = field(default_factory=lambda: Axis("context"))  # ranks that share a sequence
+    shard: Axis = field(default_factory=lambda: Axis("shard"))  # ranks that share optimizer state
+    replica: Axis = field(default_factory=lambda: Axis("replica"))  # ranks with the same state
     world: Axis = field(default_factory=lambda: Axis("world"))
-    mesh: DeviceMesh | None = None
     sequence_parallel: bool = False
     launched: bool = False  # under a launcher, even with one process
 
@@ -89,45 +92,41 @@ class ParallelContext:
         world_size: int,
         data_size: int,
     ) -> ParallelContext:
-        """Lay the mesh over an initialized process group."""
-        shard = parallel.optimizer_shard_size or data_size
-        if data_size % shard:
+        """Lay the mesh over an initialized process group.
+
+        Raises ConfigError when the optimizer's shards do not divide the gradient axis.
+        """
+        context_size = parallel.context_parallel_size
+        gradient_size = data_size * context_size
+        shard_size = parallel.optimizer_shard_size or gradient_size
+        if gradient_size % shard_size:
             raise ConfigError(
-                f"parallel.optimizer_shard_size = {shard} does not divide the data-parallel size {data_size}. Use a divisor of it, or null."
+                f"parallel.optimizer_shard_size = {shard_size} does not divide the data-parallel "
+                f"size {gradient_size}. Use a divisor of it, or null."
             )
-        shape = (
-            parallel.pipeline_parallel_size,
-            data_size // shard,
-            shard,
-            parallel.context_parallel_size,
-            parallel.tensor_parallel_size,
-        )
+        pipeline_size = parallel.pipeline_parallel_size
+        tensor_size = parallel.tensor_parallel_size
         mesh = init_device_mesh(
-            device.type, shape, mesh_dim_names=("pipeline", "replica", "shard", "context", "tensor")
+            device.type,
+            (pipeline_size, gradient_size, tensor_size),
+            mesh_dim_names=("pipeline", "gradient", "tensor"),
         )
-        flattened = mesh["replica", "shard"]._flatten("data")
-
-        def axis(name: str) -> Axis:
-            along = flattened if name == "data" else mesh[name]
-            return Axis(
-                name,
-                along.get_local_rank(),
-                along.size(),
-                along.get_group() if along.size() > 1 else None,
-            )
-
+        gradient = _axis_of(mesh, "gradient")
+        data, context = _divide(mesh, gradient, ("data", "context"), context_size)
+        replica, shard = _divide(mesh, gradient, ("replica", "shard"), shard_size)
         return cls(
             device=device,
             rank=rank,
             world_size=world_size,
-            tensor=axis("tensor"),
-            data=axis("data"),
-            shard=axis("shard"),
-            replica=axis("replica"),
-            pipeline=axis("pipeline"),
+            tensor=_axis_of(mesh, "tensor"),
+            pipeline=_axis_of(mesh, "pipeline"),
+            gradient=gradient,
+            data=data,
+            context=context,
+            shard=shard,
+            replica=replica,
             world=Axis("world", rank, world_size, dist.group.WORLD if world_size > 1 else None),
-            mesh=mesh,
-            sequence_parallel=parallel.sequence_parallel and parallel.tensor_parallel_size > 1,
+            sequence_parallel=parallel.sequence_parallel and tensor_size > 1,
             launched=True,
         )
 
@@ -145,7 +144,7 @@ class ParallelContext:
     @property
     def reductions(self) -> dict[str, Reduction]:
         """The axes over which gradients are summed, by the name that a parameter's spec gives in `summed_over`."""
-        return {"data": Reduction(self.shard, self.replica)}
+        return {self.gradient.name: Reduction(self.shard, self.replica)}
 
     @property
     def sequence(self) -> SequencePart:
@@ -163,6 +162,29 @@ class ParallelContext:
             dist.destroy_process_group()
 
 
+def _axis_of(mesh: DeviceMesh, name: str) -> Axis:
+    """One dimension of a mesh as this rank sees it."""
+    line = mesh[name]
+    group = line.get_group() if line.size() > 1 else None
+    return Axis(name, line.get_local_rank(), line.size(), group)
+
+
+def _divide(
+    mesh: DeviceMesh, axis: Axis, names: tuple[str, str], inner_size: int
+) -> tuple[Axis, Axis]:
+    """Two axes (outer, inner) in place of one dimension of a mesh; inner ranks are neighbours."""
+    outer_name, inner_name = names
+    # Where one of the two has a single rank, the other one is the axis itself, with its group:
+    # every process group costs connections.
+    if inner_size == 1:
+        return replace(axis, name=outer_name), Axis(inner_name)
+    if inner_size == axis.size:
+        return Axis(outer_name), replace(axis, name=inner_name)
+    sizes = axis.size // inner_size, inner_size
+    divided = mesh._unflatten(axis.name, sizes, names)
+    return _axis_of(divided, outer_name), _axis_of(divided, inner_name)
+
+
 def flight_recorder(parallel: ParallelConfig, dumps: str | None) -> dict[str, str]:
     """Environment that makes process groups, when they are made, remember their newest collectives; a user's own values hold."""
     if parallel.flight_recorder_entries == 0:
@@ -176,11 +198,7 @@ def flight_recorder(parallel: ParallelConfig, dumps: str | None) -> dict[str, st
 
 def data_parallel_size_for(parallel: ParallelConfig, world_size: int) -> int:
     """world_size / (tensor * pipeline * context); ConfigError where it does not divide."""
-    model_size = (
-        parallel.tensor_parallel_size
-        * parallel.pipeline_parallel_size
-        * parallel.context_parallel_size
-    )
+    model_size = model_parallel_size(parallel)
     if world_size % model_size:
         raise ConfigError(
             f"world size {world_size} is not a multiple of parallel.tensor_parallel_size = {parallel.tensor_parallel_size} x "

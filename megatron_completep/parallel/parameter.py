@@ -64,7 +64,7 @@ class Spec:
     split: Mapping[int, Share] = field(default_factory=dict)
     multiple: int = 1
     partial_over: str | None = None
-    summed_over: str = "data"
+    summed_over: str = "gradient"
     uses: int = 1
     tied_to: str | None = None
     constant: float | None = None

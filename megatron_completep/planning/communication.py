@@ -188,7 +188,7 @@ def _losses(config: Config, micro_batches: int) -> Iterator[Collective]:
 def _partial_gradients(
     config: Config, specs: dict[str, Spec], data_size: int, shard_rank: int
 ) -> Iterator[Collective]:
-    segments = rank_layout(config, specs, data_size).segments({"data": shard_rank})
+    segments = rank_layout(config, specs, data_size).segments({"gradient": shard_rank})
     elements = sum(s.size for s in segments if specs[s.name].partial_gradient)
     if elements:
         yield Collective(

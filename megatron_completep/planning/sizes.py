@@ -64,7 +64,7 @@ def rank_layout(config: Config, specs: dict[str, Spec], data_size: int) -> Layou
     """The optimizer's layout of one pipeline rank's parameters (`rank_specs`)."""
     entries = [entry_of(name, spec) for name, spec in specs.items()]
     bucket_elements = int(config.parallel.bucket_megabytes * 2**20 / 4)
-    return lay_out(entries, {"data": shard_count(config, data_size)}, bucket_elements)
+    return lay_out(entries, {"gradient": shard_count(config, data_size)}, bucket_elements)
 
 
 def state_count(config: Config) -> int:

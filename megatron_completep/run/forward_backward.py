@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_completep.config.schema import ModelConfig, ParallelConfig
@@ -33,7 +34,12 @@ class MicroBatch:
 
 
 class ForwardBackward:
-    """Runs the micro-batches of one step over this rank's chunks. loss: the objective, whose terms are reported apart."""
+    """Runs the micro-batches of one step over this rank's chunks.
+
+    Attributes:
+        terms: names of what `take_terms` returns: the terms of the objective where it is more than
+            the cross-entropy, then the own losses of layers. The same on every rank.
+    """
 
     def __init__(
         self,
@@ -44,9 +50,14 @@ class ForwardBackward:
         micro_batch_size: int,
         loss: LossConfig | None = None,
     ):
-        self.chunks, self.context = chunks, context
-        # A caller's own module keeps no terms.
-        self.terms = (loss or LossConfig()).terms if isinstance(chunks[-1], GPT) else ()
+        """loss: the objective. Communicates over the pipeline, to learn of other stages' losses."""
+        self.chunks = chunks
+        self.context = context
+        # A chunk may be a caller's own module, which reports neither terms nor own losses.
+        is_gpt = isinstance(chunks[-1], GPT)
+        self._loss_terms = (loss or LossConfig()).terms if is_gpt else ()
+        self._own_losses = _names_of_own_losses(chunks, context) if is_gpt else ()
+        self.terms = (*self._loss_terms, *self._own_losses)
         self.pipeline = None
         if context.pipeline.size > 1:
             weight = next(chunks[0].parameters())
@@ -80,10 +91,28 @@ class ForwardBackward:
         return total
 
     def take_terms(self) -> Tensor:
-        """Sums of the objective's terms [n] over the tokens since the last call (0 on pipeline ranks without the last stage)."""
-        if self.terms and self.chunks[-1].stage.last:
-            return self.chunks[-1].unembedding.take_terms()
-        return torch.zeros(len(self.terms), device=self.context.device)
+        """This rank's share [n] of the sums of `terms` over the tokens since the last call.
+
+        The shares of all ranks of the mesh add up to the sums: 0 where another rank counts a value.
+        """
+        device = self.context.device
+        shares = torch.zeros(len(self._loss_terms), dtype=torch.float64, device=device)
+        if self._loss_terms and self.chunks[-1].stage.last:
+            sums = self.chunks[-1].unembedding.take_terms().double()
+            # Every tensor rank has the whole of these sums; the first one counts them.
+            shares = sums * (self.context.tensor.rank == 0)
+        if not self._own_losses:
+            return shares
+        return torch.cat([shares, self._take_own_losses()])
+
+    def _take_own_losses(self) -> Tensor:
+        totals = dict.fromkeys(
+            self._own_losses, torch.zeros((), dtype=torch.float64, device=self.context.device)
+        )
+        for chunk in self.chunks:
+            for name, value in chunk.own_losses.take().items():
+                totals[name] = totals[name] + value
+        return torch.stack(list(totals.values()))
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
@@ -94,6 +123,16 @@ class ForwardBackward:
         return torch.stack(
             [self.chunks[0](batch.tokens, **batch.side()) for batch in micro_batches]
         ).sum()
+
+
+def _names_of_own_losses(chunks: Sequence[GPT], context: ParallelContext) -> tuple[str, ...]:
+    """The names that layers of any stage declared, sorted alike on every rank of the pipeline."""
+    names = {name for chunk in chunks for name in chunk.own_losses.names}
+    if context.pipeline.group is not None:
+        names_of_stages: list[set[str]] = [set() for _ in range(context.pipeline.size)]
+        dist.all_gather_object(names_of_stages, names, group=context.pipeline.group)
+        names = set().union(*names_of_stages)
+    return tuple(sorted(names))
 
 
 def stack(micro_batches: Sequence[MicroBatch]) -> tuple[Tensor, dict[str, Tensor]]:

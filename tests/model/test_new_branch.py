@@ -56,6 +56,7 @@ class GatedBranch(nn.Module):
         self.level = declare(nn.Parameter(torch.ones(inner)), Role.HIDDEN_BIAS)
         self.down = RowParallelLinear(inner, model.hidden_size, base_inner, True, context)
         self.own_losses = context.own_losses
+        self.own_losses.declare("gates")
 
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Branch:
         gate, value = self.gate_and_value(x).chunk(2, dim=-1)

@@ -23,7 +23,7 @@ bucket_sizes = st.integers(1, 3000)
 
 
 def laid_out(parameters: list[Entry], shards: int, bucket_elements: int) -> Layout:
-    return lay_out(parameters, {"data": shards}, bucket_elements)
+    return lay_out(parameters, {"gradient": shards}, bucket_elements)
 
 
 def shard_count(layout: Layout) -> int:
@@ -34,7 +34,7 @@ def owners(layout: Layout) -> dict[str, Counter[int]]:
     """How often each element of each parameter is in some shard."""
     counts: dict[str, Counter[int]] = {}
     for shard in range(shard_count(layout)):
-        for segment in layout.segments({"data": shard}):
+        for segment in layout.segments({"gradient": shard}):
             elements = range(segment.parameter_start, segment.parameter_start + segment.size)
             counts.setdefault(segment.name, Counter()).update(elements)
     return counts
@@ -92,9 +92,9 @@ def test_a_shard_cut_from_the_flat_buffer_holds_the_elements_its_segments_name(
             piece.size
         )
     for shard in range(shards):
-        own = torch.cat([flat[start:stop] for start, stop in layout.slices({"data": shard})])
+        own = torch.cat([flat[start:stop] for start, stop in layout.slices({"gradient": shard})])
         found = torch.full_like(own, -1)
-        for s in layout.segments({"data": shard}):
+        for s in layout.segments({"gradient": shard}):
             found[s.shard_start : s.shard_start + s.size] = (
                 number[s.name] * 1000 + s.parameter_start + torch.arange(s.size)
             )
@@ -130,7 +130,7 @@ def test_parameters_of_two_axes_share_no_bucket_and_each_is_cut_over_its_own_ran
     parameters: list[Entry], data: st.DataObject
 ) -> None:
     """As with experts that a part of the data ranks holds: their state is divided over fewer ranks."""
-    shards = {"data": 6, "few": 2}
+    shards = {"gradient": 6, "few": 2}
     axes = data.draw(
         st.lists(st.sampled_from(list(shards)), min_size=len(parameters), max_size=len(parameters))
     )
@@ -140,7 +140,7 @@ def test_parameters_of_two_axes_share_no_bucket_and_each_is_cut_over_its_own_ran
         assert layout.buckets[piece.bucket].axis == entry.axis
     counts: dict[str, Counter[int]] = {}
     for rank in range(6):
-        ranks = {"data": rank, "few": rank % 2}
+        ranks = {"gradient": rank, "few": rank % 2}
         segments = layout.segments(ranks)
         assert all(
             s.shard_start >= 0 and s.shard_start + s.size <= layout.shard_size for s in segments
@@ -159,14 +159,14 @@ def test_shard_boundaries_cut_parameters_of_different_groups() -> None:
     layout = laid_out(
         [Entry("a", 100), Entry("b", 300), Entry("c", 20)], shards=2, bucket_elements=10_000
     )
-    first, second = (layout.segments({"data": shard}) for shard in range(2))
+    first, second = (layout.segments({"gradient": shard}) for shard in range(2))
     assert first == (Segment("a", 0, 0, 100), Segment("b", 128, 0, 128))
     assert second == (Segment("b", 0, 128, 172), Segment("c", 192, 0, 20))
 
 
 def test_a_shard_that_owns_only_padding_has_no_segments() -> None:
     layout = laid_out([Entry("a", 3)], shards=4, bucket_elements=1)
-    assert [len(layout.segments({"data": shard})) for shard in range(4)] == [1, 0, 0, 0]
+    assert [len(layout.segments({"gradient": shard})) for shard in range(4)] == [1, 0, 0, 0]
 
 
 def test_the_check_of_ownership_finds_a_lost_element() -> None:

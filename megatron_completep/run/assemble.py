@@ -1,4 +1,7 @@
-"""What trains: the table, this rank's part of the model, the optimizer and the step, put together in the one right order."""
+"""What trains, put together in the one right order.
+
+That is the table, this rank's part of the model, the optimizer and the step.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ from megatron_completep.run.step import TrainingStep
 
 @dataclass(frozen=True)
 class Assembly:
-    """Before the first step, with initial weights."""
+    """What trains, before the first step, with initial weights."""
 
     table: Table
     chunks: Sequence[GPT]  # this rank's part of the model
@@ -41,8 +44,11 @@ def assemble(
 ) -> Assembly:
     """Put together what a configuration trains, on this rank. Opens no file.
 
-    table, chunks: in place of those that follow from the configuration; chunks are initialized already. Raises ConfigError where a
-    parameter declares no role, or where what is asked for is not installed.
+    table, chunks: used in place of those that follow from the configuration. Chunks that are given
+        must have their initial weights.
+
+    Communicates over the mesh. Raises ConfigError where a parameter declares no role, or where a
+    package that the configuration asks for is not installed.
     """
     precision = choose_precision(config.training.precision, context.device)
     if table is None:

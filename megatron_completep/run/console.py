@@ -1,4 +1,8 @@
-"""Lines for the person watching. A console that takes no more stops nothing: a closed terminal, a reader that left, a full disk."""
+"""Lines for the person who watches a run.
+
+A console that can no longer be written to does not stop the run: the terminal may be closed, the
+reader of a pipe may have left, a disk may be full.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +13,20 @@ from typing import TextIO
 
 
 def say_on_stdout(text: str) -> None:
-    """At once, even through a pipe."""
+    """Print a line and flush it, so that it arrives through a pipe at once."""
     _say(text, sys.stdout)
 
 
 def say_on_stderr(text: str) -> None:
-    """From any rank, at any time: what a guard has to say last."""
+    """Print a line on stderr. Any rank may do so at any time, a guard before it ends the run."""
     _say(text, sys.stderr)
 
 
 def _say(text: str, stream: TextIO | None) -> None:
-    """What cannot be written is given up, and so is the stream: what other code writes there must not fail either."""
+    """Print a line; after a failure the stream is led to /dev/null.
+
+    Otherwise other code that prints there would fail, too.
+    """
     if stream is None:  # closed before the process began
         return
     try:

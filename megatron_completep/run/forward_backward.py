@@ -1,4 +1,7 @@
-"""Micro-batches through the model and back, with or without a pipeline; gradients land in the queues."""
+"""The forward and backward passes of a step's micro-batches, with or without a pipeline.
+
+Gradients of the weights go to the queues of the chunks.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from megatron_completep.parallel.pipeline import Pipeline
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What the model reads, on its device; labels -100 do not count."""
+    """What the model reads, on its device. Labels of -100 do not count."""
 
     tokens: Tensor  # [B, S]
     labels: Tensor  # [B, S]
@@ -27,10 +30,13 @@ class MicroBatch:
     document_ids: Tensor | None = None  # [B, S]; None: one document a sample
     dropout_seed: Tensor | None = None  # [1]
 
-    def side(self) -> dict[str, Tensor]:
-        """Everything but the tokens, as far as it is there."""
-        named = ((f.name, getattr(self, f.name)) for f in fields(self) if f.name != "tokens")
-        return {name: value for name, value in named if value is not None}
+    def keywords(self) -> dict[str, Tensor]:
+        """What a chunk takes besides the tokens, without what is None."""
+        tensors: dict[str, Tensor | None] = {
+            field.name: getattr(self, field.name) for field in fields(self)
+        }
+        del tensors["tokens"]
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 class ForwardBackward:
@@ -58,34 +64,21 @@ class ForwardBackward:
         self._loss_terms = (loss or LossConfig()).terms if is_gpt else ()
         self._own_losses = _names_of_own_losses(chunks, context) if is_gpt else ()
         self.terms = (*self._loss_terms, *self._own_losses)
-        self.pipeline = None
+        self.pipeline: Pipeline | None = None
         if context.pipeline.size > 1:
-            weight = next(chunks[0].parameters())
-            length = context.sequence.length(model.seq_length)
-            boundary_dtype = torch.float32 if model.fp32_residual else weight.dtype
-            self.pipeline = Pipeline(
-                chunks,
-                stage_indices(parallel, context),
-                parallel.pipeline_parallel_size * parallel.virtual_pipeline_size,
-                parallel.schedule,
-                context,
-                tokens=torch.empty(
-                    micro_batch_size, model.seq_length, dtype=torch.int64, device="meta"
-                ),
-                boundary=torch.empty(
-                    length, micro_batch_size, model.hidden_size, dtype=boundary_dtype, device="meta"
-                ),
-                loss_dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32,
-            )
+            self.pipeline = _pipeline(chunks, model, parallel, context, micro_batch_size)
 
     def __call__(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        """Sum of the token losses of this data rank (0 on pipeline ranks without the last stage)."""
+        """Run forward and backward; return the sum [] of the token losses of this data rank.
+
+        It is 0 on pipeline ranks that do not hold the last stage.
+        """
         if self.pipeline is not None:
-            tokens, side = stack(micro_batches)
-            return self.pipeline.forward_backward(len(micro_batches), tokens, **side)
+            tokens, keywords = stack(micro_batches)
+            return self.pipeline.forward_backward(len(micro_batches), tokens, **keywords)
         total = torch.zeros((), device=self.context.device)
         for batch in micro_batches:
-            loss = self.chunks[0](batch.tokens, **batch.side())
+            loss = self.chunks[0](batch.tokens, **batch.keywords())
             loss.backward()
             total = total + loss.detach()
         return total
@@ -116,13 +109,51 @@ class ForwardBackward:
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        """Sum of the tokens' pure cross-entropies, without gradients."""
+        """Sum [] of the tokens' cross-entropies alone, without gradients."""
         if self.pipeline is not None:
-            tokens, side = stack(micro_batches)
-            return self.pipeline.evaluate(len(micro_batches), tokens, **side)
-        return torch.stack(
-            [self.chunks[0](batch.tokens, **batch.side()) for batch in micro_batches]
-        ).sum()
+            tokens, keywords = stack(micro_batches)
+            return self.pipeline.evaluate(len(micro_batches), tokens, **keywords)
+        losses = [self.chunks[0](batch.tokens, **batch.keywords()) for batch in micro_batches]
+        return torch.stack(losses).sum()
+
+
+def stack(micro_batches: Sequence[MicroBatch]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The tokens and the keywords of all micro-batches along the first dimension.
+
+    The pipeline library cuts them into micro-batches again.
+    """
+    tokens = torch.cat([batch.tokens for batch in micro_batches])
+    keywords_of_all = [batch.keywords() for batch in micro_batches]
+    stacked: dict[str, Tensor] = {}
+    # All micro-batches of a step have the same keywords.
+    for name in keywords_of_all[0]:
+        stacked[name] = torch.cat([keywords[name] for keywords in keywords_of_all])
+    return tokens, stacked
+
+
+def _pipeline(
+    chunks: Sequence[GPT],
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    context: ParallelContext,
+    micro_batch_size: int,
+) -> Pipeline:
+    """What runs this rank's stages; meta tensors tell it the shapes that stages exchange."""
+    weight = next(chunks[0].parameters())
+    length = context.sequence.length(model.seq_length)
+    boundary_dtype = torch.float32 if model.fp32_residual else weight.dtype
+    return Pipeline(
+        chunks,
+        stage_indices(parallel, context),
+        parallel.pipeline_parallel_size * parallel.virtual_pipeline_size,
+        parallel.schedule,
+        context,
+        tokens=torch.empty(micro_batch_size, model.seq_length, dtype=torch.int64, device="meta"),
+        boundary=torch.empty(
+            length, micro_batch_size, model.hidden_size, dtype=boundary_dtype, device="meta"
+        ),
+        loss_dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32,
+    )
 
 
 def _names_of_own_losses(chunks: Sequence[GPT], context: ParallelContext) -> tuple[str, ...]:
@@ -133,11 +164,3 @@ def _names_of_own_losses(chunks: Sequence[GPT], context: ParallelContext) -> tup
         dist.all_gather_object(names_of_stages, names, group=context.pipeline.group)
         names = set().union(*names_of_stages)
     return tuple(sorted(names))
-
-
-def stack(micro_batches: Sequence[MicroBatch]) -> tuple[Tensor, dict[str, Tensor]]:
-    """All micro-batches along the first dimension, as the pipeline library cuts them."""
-    sides = [batch.side() for batch in micro_batches]
-    return torch.cat([b.tokens for b in micro_batches]), {
-        name: torch.cat([side[name] for side in sides]) for name in sides[0]
-    }

@@ -1,6 +1,7 @@
-"""What happens around the steps of a run: the contract between the loop and whatever listens to it.
+"""What happens around the steps of a run: the contract between the loop and its hooks.
 
-A hook hears of every step, in the order of the stages; the loop knows none by name.
+Every hook is called after every step, in the order of the stages. The loop knows none of them by
+name.
 """
 
 from __future__ import annotations
@@ -14,49 +15,45 @@ from megatron_completep.run.state import RunState
 from megatron_completep.run.step import StepFigures
 
 Row = Mapping[str, Any]  # the figures of one step, by name
+Figures = Mapping[str, float]
 
 
 class Stage(IntEnum):
-    """When a hook hears of a step. Within a stage the order is that of the list."""
+    """When a hook is called after a step; within a stage the order is that of the list of hooks."""
 
-    GUARD = 0  # may end the run, or take it back: what follows a bad step must not happen
+    GUARD = 0  # may end the run or take it back: what follows a bad step must not happen
     MEASURE = 1  # adds figures to the record
-    REPORT = 2  # tells the record to people
-    SAVE = 3  # keeps the state, once its figures are told
+    REPORT = 2  # writes the record where people read it
+    SAVE = 3  # saves the state, after its figures were reported
 
 
 @dataclass
 class StepRecord:
-    """One finished step, and what hooks found out about it."""
+    """One finished step, and the figures that hooks have added."""
 
     state: RunState  # after the step
     figures: StepFigures
     samples: int  # sequences of the step
-    seconds: float  # since the step before finished; without what hooks did in between
+    seconds: float  # since the step before finished, without the time spent in hooks
     data_wait_seconds: float
     loss_spike: float | None = None  # nats above the median of the last losses
     slowest_rank: int | None = None
-    slowest_rank_ratio: float | None = None  # its own time over the median rank's
-    startup_seconds: Mapping[str, float] = field(
-        default_factory=dict
-    )  # by phase, with the first step
+    slowest_rank_ratio: float | None = None  # time of the slowest rank over the median rank's
+    startup_seconds: Figures = field(default_factory=dict)  # by phase, in the first step's record
     validation_loss: float | None = None
-    parameterization: Mapping[str, float] = field(
-        default_factory=dict
-    )  # sizes of activations and updates
-    checkpoint: Mapping[str, float] = field(
-        default_factory=dict
-    )  # what saving cost since the last step
+    parameterization: Figures = field(default_factory=dict)  # sizes of activations and updates
+    checkpoint: Figures = field(default_factory=dict)  # cost of saving since the last step
 
-    def found(self) -> Row:
-        """What hooks found out, under the names of the metrics; nothing where they found nothing."""
-        single = {
+    def added_figures(self) -> Row:
+        """The figures that hooks have added, under the names of the metrics; no others."""
+        optional = {
             "loss_spike": self.loss_spike,
             "slowest_rank": self.slowest_rank,
             "slowest_rank_ratio": self.slowest_rank_ratio,
         }
-        row: dict[str, Any] = {name: value for name, value in single.items() if value is not None}
-        row |= {f"startup_{phase}_seconds": value for phase, value in self.startup_seconds.items()}
+        row: dict[str, Any] = {name: value for name, value in optional.items() if value is not None}
+        for phase, seconds in self.startup_seconds.items():
+            row[f"startup_{phase}_seconds"] = seconds
         if self.startup_seconds:
             row["startup_seconds"] = sum(self.startup_seconds.values())
         if self.validation_loss is not None:
@@ -65,25 +62,31 @@ class StepRecord:
 
 
 class Hook:
-    """Does nothing; subclasses say what they do, and when."""
+    """A hook that does nothing; subclasses override what they need."""
 
     stage = Stage.MEASURE
 
     def due(self, step: int) -> bool:
-        """Whether this hook must see the step before the next one starts (the loop then waits for the device)."""
+        """Whether this hook must be called before the next step starts.
+
+        The loop then waits for the device after `step`.
+        """
         return False
 
     def before_step(self, step: int) -> None:
         """Called before step number `step` is launched."""
 
     def after_step(self, record: StepRecord) -> None:
-        """Called once for every step, in order. May raise `GoBack`, on all ranks after the same step."""
+        """Called once for every step, in order.
+
+        May raise `GoBack`, on all ranks after the same step.
+        """
 
     def rewind(self, state: RunState) -> None:
-        """The run went back to `state`; what was heard of later steps does not count."""
+        """Called when the run went back to `state`: figures of later steps no longer count."""
 
     def finish(self, state: RunState) -> None:
-        """The run ends as it should: done, or asked to stop."""
+        """Called when the run ends as it should: all steps are done, or it was asked to stop."""
 
     def close(self) -> None:
-        """The run ends, whatever the reason."""
+        """Called when the run ends, whatever the reason."""

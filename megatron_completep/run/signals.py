@@ -1,4 +1,4 @@
-"""How a run is asked to stop: signals, and the time that it may take."""
+"""How a run is asked to stop: by signals, or by the time that it may take."""
 
 from __future__ import annotations
 
@@ -17,18 +17,26 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class StopSignals:
-    """SIGTERM, SIGINT, SIGUSR1 and SIGHUP ask for a stop between two steps; a second one ends the process at once, with 128 + its number.
+    """SIGTERM, SIGINT, SIGUSR1 and SIGHUP ask for a stop between two steps.
 
-    torchrun forwards the signal that a terminal has already sent to the whole process group: what follows within GRACE seconds of
-    the first is taken for its echo. A hang-up never ends the process at once: a terminal that is closed while the run saves is no haste.
-    Where SIGHUP was ignored at the start (nohup) it stays so, but under torchrun, which hands it on when it has resolved to end itself.
+    A second signal ends the process at once, with 128 + its number. torchrun forwards the signal
+    that a terminal has already sent to the whole process group, so that whatever follows within
+    GRACE seconds of the first one is taken for its echo. SIGHUP never ends the process at once: a
+    terminal that is closed while the run saves is no reason for haste. Where SIGHUP was ignored at
+    the start (nohup) it stays ignored, except under torchrun, which forwards it when it has decided
+    to end itself.
 
-    Until `begin`, the run has nothing to save: SIGINT raises KeyboardInterrupt as ever, and where that is not heard within GRACE seconds
-    the process ends as if it had been; the others leave at once, with the code that asks for a requeue.
+    Until `begin` is called there is nothing to save. SIGINT then raises KeyboardInterrupt as usual;
+    where the main thread does not notice it within GRACE seconds, the process ends as if it had.
+    The other signals end the process at once, with the code that asks for a requeue.
 
-    `exit_after_minutes` asks for a stop by itself, that long after the start, which was `already_seconds` ago. A thread hears the
-    signals: while the main thread waits for another rank inside a collective, Python calls no handler. Outside of one the handler is
-    first: the thread has to wait for the interpreter, and short steps do not.
+    `exit_after_minutes` asks for a stop by itself, that long after the start, which was
+    `already_seconds` ago.
+
+    Signals are noticed in two ways, because neither always works. While the main thread waits for
+    another rank inside a collective, Python calls no handler: a thread reads the signal's number
+    from a socket. Between short steps that thread may wait long for the interpreter: the handler is
+    first.
     """
 
     GRACE = 2.0
@@ -42,71 +50,82 @@ class StopSignals:
         now: Callable[[], float] = time.monotonic,
         leave: Callable[[int], Any] = os._exit,
     ):
-        self._say, self._now, self._leave = say, now, leave
-        self._asked_at: float | None = None
-        self._begun, self._noted, self._time_is_up = False, False, False
-        self._leave_at = (
-            now() + 60 * exit_after_minutes - already_seconds
-            if exit_after_minutes
-            else float("inf")
-        )
+        self._say = say
+        self._now = now
+        self._leave = leave
         self._by_torchrun = by_torchrun
+        self._leave_at = float("inf")
+        if exit_after_minutes:
+            self._leave_at = now() + 60 * exit_after_minutes - already_seconds
+        self._time_is_up = False
+        self._begun = False
+        self._handler_called = False
+        self._asked_at: float | None = None  # when the thread read the first signal
         self._ended = threading.Event()
-        self._before: dict[int, Any] = {}
+        self._previous_handlers: dict[int, Any] = {}
         self._listens = False
 
     @property
     def asked(self) -> bool:
+        """Whether the run shall stop after its step."""
         if not self._time_is_up and self._now() > self._leave_at:
             self._time_is_up = True
             self._say(
                 "training.exit_after_minutes: the time is up; saving after this step, then leaving"
             )
-        return self._noted or self._asked_at is not None or self._time_is_up
+        return self._handler_called or self._asked_at is not None or self._time_is_up
 
     def __enter__(self) -> StopSignals:
+        # Python allows signal handlers in the main thread only; elsewhere nothing listens.
         if threading.current_thread() is threading.main_thread():
             self._listens = True
             self._reading, self._writing = socket.socketpair()
             self._writing.setblocking(False)
-            threading.Thread(
+            listener = threading.Thread(
                 target=self._listen, args=(self._reading,), name="signals", daemon=True
-            ).start()
+            )
+            listener.start()
             signal.set_wakeup_fd(self._writing.fileno(), warn_on_full_buffer=False)
             for number in SIGNALS:
+                # SIGINT keeps Python's handler until `begin`.
                 if number != signal.SIGINT and not self._is_ignored(number):
-                    self._before[number] = signal.signal(number, self._note)
+                    self._previous_handlers[number] = signal.signal(number, self._handle)
         return self
 
     def begin(self) -> None:
-        """Training begins: from here on a signal asks for a stop between two steps."""
+        """Say that training begins: from here on a signal asks for a stop between two steps."""
         self._begun = True
         if self._listens:
-            self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._note)
+            self._previous_handlers[signal.SIGINT] = signal.signal(signal.SIGINT, self._handle)
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
         if self._listens:
             signal.set_wakeup_fd(-1)
             self._writing.close()  # ends the thread
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 
     def _is_ignored(self, number: signal.Signals) -> bool:
-        return (
-            number == signal.SIGHUP
-            and not self._by_torchrun
-            and signal.getsignal(number) == signal.SIG_IGN
-        )
+        if number != signal.SIGHUP or self._by_torchrun:
+            return False
+        return signal.getsignal(number) == signal.SIG_IGN
 
-    def _note(self, *_: object) -> None:
-        self._noted = self._begun
+    def _handle(self, *_: object) -> None:
+        """Run by the interpreter in the main thread, between two of its instructions."""
+        self._handler_called = self._begun
 
     def _listen(self, reading: socket.socket) -> None:
+        """Run by the listening thread: one byte arrives for each signal, its number."""
         with reading:
             while received := reading.recv(1):
-                if received[0] in SIGNALS:
-                    (self._hear if self._begun else self._hear_early)(signal.Signals(received[0]))
+                if received[0] not in SIGNALS:
+                    continue
+                number = signal.Signals(received[0])
+                if self._begun:
+                    self._hear(number)
+                else:
+                    self._hear_early(number)
 
     def _hear(self, number: signal.Signals) -> None:
         now = self._now()
@@ -122,6 +141,7 @@ class StopSignals:
         if number != signal.SIGINT:
             self._say(f"{number.name} before the first step: there is nothing new to save; leaving")
             self._leave(int(ExitCode.REQUEUE))
-        elif not self._ended.wait(self.GRACE):  # the main thread waits for another rank
+        # KeyboardInterrupt does not reach a main thread that waits for another rank.
+        elif not self._ended.wait(self.GRACE):
             self._say(INTERRUPTED)
             self._leave(128 + number)

@@ -27,88 +27,93 @@ from megatron_completep.run.forward_backward import ForwardBackward, MicroBatch
 
 @dataclass(frozen=True)
 class StepFigures:
-    """What one step came to, as numbers of the host; all but the last equal on every rank."""
+    """What one step came to, as numbers on the host. All but the last are equal on every rank."""
 
     loss: float  # the objective: mean over the tokens that count, before the update
-    grad_norm: float  # of the token average over the whole model, before clipping
+    grad_norm: float  # of the mean gradient a token over the whole model, before clipping
     counted_tokens: int  # tokens whose loss counted
-    skipped: bool  # a gradient was not finite; nothing was updated
+    skipped: bool  # a gradient was not finite, so that nothing was updated
     stop: bool  # some rank was asked to stop
-    passed_over: bool = False  # training.skip_steps: the data were read past, nothing was computed
-    terms: Mapping[str, float] = field(
-        default_factory=dict
-    )  # what the loss is the sum of, where that is more than cross-entropy
-    own_seconds: float = 0.0  # that this rank took for forward and backward
+    passed_over: bool = False  # training.skip_steps: the data were read, nothing was computed
+    terms: Mapping[str, float] = field(default_factory=dict)  # see `ForwardBackward.terms`
+    own_seconds: float = 0.0  # that this rank took for its forward and backward passes
 
 
 class Stopwatch:
-    """Seconds from its making to `stop`: of the GPU's stream, where the work runs, or of the host. Nobody waits until `seconds`."""
+    """Seconds from its creation to `stop`, without waiting for the device.
+
+    On a GPU these are seconds of the stream that does the work, elsewhere of the host.
+    """
 
     def __init__(self, device: torch.device):
-        self._events = (
-            [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-            if device.type == "cuda"
-            else []
-        )
-        self._times: list[float] = []
+        self._events: list[torch.cuda.Event] = []
+        if device.type == "cuda":
+            self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        self._host_times: list[float] = []
         self._note(0)
 
     def stop(self) -> None:
+        """End the interval."""
         self._note(1)
 
     def _note(self, index: int) -> None:
         if self._events:
             self._events[index].record()
         else:
-            self._times.append(time.perf_counter())
+            self._host_times.append(time.perf_counter())
 
     @property
     def seconds(self) -> float:
-        """Once the work is known to be done."""
-        return (
-            self._events[0].elapsed_time(self._events[1]) / 1e3
-            if self._events
-            else self._times[1] - self._times[0]
-        )
+        """The interval. To be read when the work is known to be done."""
+        if self._events:
+            start, stop = self._events
+            return start.elapsed_time(stop) / 1e3
+        return self._host_times[1] - self._host_times[0]
 
 
 class PendingFigures:
-    """The figures of a step under way. On a GPU they travel to page-locked memory behind the step's work; nobody waits until `read`.
+    """The figures of a step under way.
 
-    own: this rank's own part of the step, before it waits for others in the update; None for a step of training.skip_steps. terms:
-    names of the figures after the first five.
+    On a GPU they are copied to page-locked memory behind the step's work, so that the host waits in
+    `read` only.
     """
 
     def __init__(self, figures: Tensor, own: Stopwatch | None, terms: Sequence[str] = ()):
-        self._event: torch.cuda.Event | None = None
-        self._host, self._own, self._terms = figures, own, terms
+        """Start the copy.
+
+        figures [5 + n]: loss, gradient norm, tokens, skipped, stop, then one for each of `terms`.
+        own: time of this rank's own part of the step, before it waits for others in the update;
+            None for a step of training.skip_steps.
+        """
+        self._host_figures = figures
+        self._own = own
+        self._terms = terms
+        self._copied: torch.cuda.Event | None = None
         if figures.is_cuda:
-            self._host = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=True)
-            self._host.copy_(figures, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
+            self._host_figures = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=True)
+            self._host_figures.copy_(figures, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
 
     def read(self) -> StepFigures:
         """Wait for the step and return its figures."""
-        if self._event is not None:
-            self._event.synchronize()
-        loss, grad_norm, tokens, skipped, stop, *terms = self._host.tolist()
-        own_seconds = 0.0 if self._own is None else self._own.seconds
-        by_name = dict(zip(self._terms, terms, strict=True))
+        if self._copied is not None:
+            self._copied.synchronize()
+        loss, grad_norm, tokens, skipped, stop, *term_means = self._host_figures.tolist()
         return StepFigures(
-            loss,
-            grad_norm,
-            int(tokens),
-            bool(skipped),
-            bool(stop),
-            self._own is None,
-            by_name,
-            own_seconds,
+            loss=loss,
+            grad_norm=grad_norm,
+            counted_tokens=int(tokens),
+            skipped=bool(skipped),
+            stop=bool(stop),
+            passed_over=self._own is None,
+            terms=dict(zip(self._terms, term_means, strict=True)),
+            own_seconds=0.0 if self._own is None else self._own.seconds,
         )
 
 
 class TrainingStep:
-    """Forward and backward over a step's micro-batches, then the update."""
+    """Forward and backward over the micro-batches of a step, then the update."""
 
     def __init__(
         self,
@@ -117,10 +122,17 @@ class TrainingStep:
         chunks: Sequence[GPT],
         optimizer: DistributedOptimizer,
     ):
-        self.config, self.context, self.chunks, self.optimizer = config, context, chunks, optimizer
-        loss = LossConfig.of(config.training)
+        self.config = config
+        self.context = context
+        self.chunks = chunks
+        self.optimizer = optimizer
         self.passes = ForwardBackward(
-            chunks, config.model, config.parallel, context, config.training.micro_batch_size, loss
+            chunks,
+            config.model,
+            config.parallel,
+            context,
+            config.training.micro_batch_size,
+            LossConfig.of(config.training),
         )
         self._micro_batches = micro_batches_per_step(config, context.world_size)
 
@@ -130,74 +142,79 @@ class TrainingStep:
         return self.passes.pipeline
 
     def run(self, batches: Sequence[Batch], step: int, stop: bool = False) -> PendingFigures:
-        """Step number `step` (from 1). `stop`: this rank was asked to stop; the figures say whether any rank was.
+        """Train on the micro-batches of one step. Nothing here waits for the device.
 
-        Communicates over all axes (see `DistributedOptimizer.step`) and, to agree on stopping, over the whole mesh.
+        batches: this data rank's micro-batches.
+        step: its number, from 1.
+        stop: whether this rank was asked to stop; the figures say whether any rank was.
+
+        Communicates over all axes (see `DistributedOptimizer.step`) and, to agree on stopping, over
+        the whole mesh.
         """
         own = Stopwatch(self.context.device)
-        optimizer, device = self.optimizer, self.context.device
-        optimizer.begin_step(len(batches))
-        loss_sum = self.passes(
-            [
-                self._micro_batch(batch, self._seed(step, number))
-                for number, batch in enumerate(batches)
-            ]
-        )
-        tokens = torch.full((), self._count(batches), dtype=torch.int64, device=device)
+        self.optimizer.begin_step(len(batches))
+        micro_batches = [
+            self._micro_batch(batch, self._dropout_seed(step, number))
+            for number, batch in enumerate(batches)
+        ]
+        loss_sum = self.passes(micro_batches)
+        tokens = torch.full((), self._count(batches), dtype=torch.int64, device=self.context.device)
         rate = learning_rate(step, self.config.optimizer, self.config.training.train_steps)
+        # What follows waits for other ranks: their time is not this rank's own.
         own.stop()
-        result = optimizer.step(rate, loss_sum, tokens, self.passes.take_terms())
-        asked = self._any_rank(stop)
-        figures = torch.stack(
-            [
-                f.double()
-                for f in (result.loss, result.grad_norm, result.tokens, result.skipped, asked)
-            ]
-        )
-        return PendingFigures(torch.cat([figures, result.terms]), own, self.passes.terms)
+
+        result = self.optimizer.step(rate, loss_sum, tokens, self.passes.take_terms())
+        asked = self._on_any_rank(stop)
+        figures = [result.loss, result.grad_norm, result.tokens, result.skipped, asked]
+        figures_and_terms = torch.cat([torch.stack([f.double() for f in figures]), result.terms])
+        return PendingFigures(figures_and_terms, own, self.passes.terms)
 
     def pass_over(self, stop: bool = False) -> PendingFigures:
-        """A step of training.skip_steps: no loss, no update. Communicates over the whole mesh to agree on stopping, as `run`."""
+        """A step of training.skip_steps: no loss and no update.
+
+        Communicates over the whole mesh to agree on stopping, as `run` does.
+        """
         nothing = torch.tensor(
             [math.nan, math.nan, 0.0, 1.0], dtype=torch.float64, device=self.context.device
         )
-        return PendingFigures(torch.cat([nothing, self._any_rank(stop).double().view(1)]), own=None)
+        asked = self._on_any_rank(stop).double().view(1)
+        return PendingFigures(torch.cat([nothing, asked]), own=None)
 
-    def _any_rank(self, flag: bool) -> Tensor:
-        return all_reduce(
-            torch.full((), float(flag), device=self.context.device),
-            self.context.world,
-            dist.ReduceOp.MAX,
-        )
+    def _on_any_rank(self, flag: bool) -> Tensor:
+        """1 where the flag is set on some rank, else 0. Communicates over the whole mesh."""
+        flags = torch.full((), float(flag), device=self.context.device)
+        return all_reduce(flags, self.context.world, dist.ReduceOp.MAX)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> float:
-        """Mean cross-entropy (whatever the objective adds to it) over the tokens that count, the same on every rank.
+        """Mean cross-entropy over the tokens that count, the same on every rank.
 
-        Communicates over the whole mesh."""
+        It is the cross-entropy alone, whatever the objective adds to it. Communicates over the
+        whole mesh.
+        """
         self.optimizer.wait_for_parameters()
         sums = torch.zeros(2, dtype=torch.float64, device=self.context.device)
         remaining = iter(batches)
         while group := list(islice(remaining, self._micro_batches)):
-            sums[1] += self._count(group)
             micro_batches = [self._micro_batch(batch, None) for batch in group]
-            if (
-                self.pipeline is not None
-            ):  # schedules want the number of micro-batches that they were made for
-                nothing = replace(
-                    micro_batches[-1], labels=torch.full_like(micro_batches[-1].labels, IGNORED)
-                )
-                micro_batches += [nothing] * (self._micro_batches - len(micro_batches))
+            if self.pipeline is not None:
+                # A schedule runs the number of micro-batches that it was made for: the missing
+                # ones repeat the last, with no label that counts.
+                no_labels = torch.full_like(micro_batches[-1].labels, IGNORED)
+                filler = replace(micro_batches[-1], labels=no_labels)
+                micro_batches += [filler] * (self._micro_batches - len(micro_batches))
             sums[0] += self.passes.evaluate(micro_batches).double()
-        loss_sum, tokens = all_reduce(
-            sums * (self.context.tensor.rank == 0), self.context.world
-        ).tolist()
+            sums[1] += self._count(group)
+        # Every tensor rank has the same sums: the first one counts them.
+        counted_once = sums * (self.context.tensor.rank == 0)
+        loss_sum, tokens = all_reduce(counted_once, self.context.world).tolist()
         return loss_sum / tokens
 
     def _micro_batch(self, batch: Batch, dropout_seed: Tensor | None) -> MicroBatch:
-        """What the model takes of a batch, on the device."""
+        """What the model reads of a batch, on the device."""
         labels = self._place(batch.labels)
-        if not bool((batch.loss_mask != 0).all()):  # asked on the host, where the mask still is
+        # Asked on the host, where the mask still is: asking the device would wait for it.
+        if not bool((batch.loss_mask != 0).all()):
             labels = labels.masked_fill(self._place(batch.loss_mask) == 0, IGNORED)
         micro_batch = MicroBatch(self._place(batch.tokens), labels, dropout_seed=dropout_seed)
         if self.config.data.reset_at_document_ends:
@@ -209,23 +226,31 @@ class TrainingStep:
         return micro_batch
 
     def _place(self, tensor: Tensor) -> Tensor:
-        """On the device. From the page-locked memory of a loader's batches this copies behind the work under way."""
+        """The tensor on the device.
+
+        A loader's batches are in page-locked memory, from which the copy overlaps the work under
+        way.
+        """
         return tensor.to(self.context.device, non_blocking=True)
 
     def _count(self, batches: Sequence[Batch]) -> int:
-        """Tokens that count in this rank's loss."""
+        """Tokens whose loss this rank computes."""
         if self.pipeline is not None and not self.pipeline.holds_last:
             return 0
         return sum(int((batch.loss_mask != 0).sum()) for batch in batches)
 
-    def _seed(self, step: int, micro_batch: int) -> Tensor | None:
-        """The dropout seed [1] of one micro-batch: a pure function of the run's seed and of which rows of which micro-batch these are."""
+    def _dropout_seed(self, step: int, micro_batch: int) -> Tensor | None:
+        """The dropout seed [1] of one micro-batch; None without dropout.
+
+        It is a pure function of the run's seed and of which rows of which micro-batch these are.
+        """
         if self.config.model.dropout == 0.0:
             return None
-        mixed = self.config.training.seed
+        seed = self.config.training.seed
         for number in (step, micro_batch, self.context.data.rank, self.context.sequence.index):
-            mixed = mix(mixed ^ number)
-        return torch.full((1,), mixed >> 1, dtype=torch.int64, device=self.context.device)
+            seed = mix(seed ^ number)
+        # A seed is a signed number of 64 bits.
+        return torch.full((1,), seed >> 1, dtype=torch.int64, device=self.context.device)
 
 
 def mix(value: int) -> int:

@@ -90,7 +90,7 @@ class Metrics(Hook):
             "step": state.step,
             "loss": figures.loss,
             **figures.terms,
-            **record.found(),
+            **record.added_figures(),
             **({"passed_over": True} if figures.passed_over else {}),
             "lr": learning_rate(
                 state.step, self._config.optimizer, self._config.training.train_steps

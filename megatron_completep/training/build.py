@@ -1,4 +1,4 @@
-"""Builds the parts of a run from its configuration, in the order of `pretrain`."""
+"""The parts of a run, built from its configuration, in the order in which `pretrain` needs them."""
 
 from __future__ import annotations
 
@@ -39,37 +39,50 @@ CONFIG = "config.yaml"
 
 
 def prepare_output(config: Config) -> None:
-    """Make the run's folder. On rank 0. ConfigError when it cannot be written to, or one of the run's own files cannot be one."""
+    """Make the run's folder. Called on rank 0 only.
+
+    Raises ConfigError when the folder cannot be written to, or when something that is not a regular
+    file stands in the place of one of the run's files.
+    """
     folder = Path(config.training.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"training.output_dir = {folder} cannot be made: {error.strerror}. Choose a folder that can."
+            f"training.output_dir = {folder} cannot be made: {error.strerror}. "
+            "Choose a folder that can."
         ) from None
     if not os.access(folder, os.W_OK):
         raise ConfigError(
-            f"training.output_dir = {folder} cannot be written to. Choose another folder or change its permissions."
+            f"training.output_dir = {folder} cannot be written to. "
+            "Choose another folder or change its permissions."
         )
     for path in (folder / CONFIG, folder / STARTS, folder / METRICS):
-        if path.exists() and not path.is_file():  # a pipe would be waited for
+        # Opening a pipe would wait for somebody at its other end.
+        if path.exists() and not path.is_file():
             raise ConfigError(
-                f"{path} is no regular file, and the run keeps one there. Move it away, or choose another training.output_dir."
+                f"{path} is no regular file, and the run keeps one there. "
+                "Move it away, or choose another training.output_dir."
             )
 
 
 def keep_run_tokenizer(config: Config, say: Say) -> None:
-    """Keep a copy of the tokenizer in the run's folder, after the data were compared with it. On rank 0."""
+    """Copy the tokenizer to the run's folder, after the data were compared with it.
+
+    Called on rank 0 only.
+    """
     folder = Path(config.training.output_dir)
-    if line := keep_tokenizer(with_readable_tokenizer(config.data, folder).tokenizer, folder):
-        say(line)
+    tokenizer = with_readable_tokenizer(config.data, folder).tokenizer
+    message = keep_tokenizer(tokenizer, folder)
+    if message:
+        say(message)
 
 
 def record_start(config: Config, state: RunState) -> None:
-    """Keep the resolved configuration in the run's folder, and add this start to the run's record. On rank 0.
+    """Save the resolved configuration in the run's folder, and add this start to its record.
 
-    A start that is refused (another model's checkpoint) does not come here, and replaces nothing. Raises ConfigError when they cannot be
-    written, DataError.
+    Called on rank 0 only, and not for a start that was refused (another model's checkpoint), which
+    must replace nothing. Raises ConfigError when the files cannot be written, and DataError.
     """
     folder = Path(config.training.output_dir)
     save_config(config, folder / CONFIG)
@@ -77,17 +90,24 @@ def record_start(config: Config, state: RunState) -> None:
         append_start(folder, config, state)
     except OSError as error:
         raise ConfigError(
-            f"{folder / STARTS} cannot be written: {error.strerror}. Choose another folder or free some space."
+            f"{folder / STARTS} cannot be written: {error.strerror}. "
+            "Choose another folder or free some space."
         ) from None
 
 
 def nothing_left(config: Config, state: RunState) -> str | None:
-    """What to say where the run is at its end already."""
+    """The message for a run that has reached its last step already; None where steps are left."""
     training = config.training
     if state.step >= training.train_steps:
-        return f"nothing to do: step {state.step} of {training.train_steps}. A training.train_steps of more than {state.step} goes on."
+        return (
+            f"nothing to do: step {state.step} of {training.train_steps}. "
+            f"A training.train_steps of more than {state.step} goes on."
+        )
     if training.stop_at_step is not None and state.step >= training.stop_at_step:
-        return f"nothing to do: step {state.step}, and training.stop_at_step = {training.stop_at_step}. Without it the run goes on."
+        return (
+            f"nothing to do: step {state.step}, and training.stop_at_step = "
+            f"{training.stop_at_step}. Without it the run goes on."
+        )
     return None
 
 
@@ -132,7 +152,7 @@ def default_hooks(
     precision: torch.dtype,
     say: Say,
 ) -> list[Hook]:
-    """Profiler, validation, telemetry, metrics and checkpoints, as far as the configuration asks for them."""
+    """Profiler, validation, telemetry, metrics and checkpoints, as the configuration asks."""
     training = config.training
     hooks: list[Hook] = []
     if config.profiling.first_step is not None and context.rank in config.profiling.ranks:
@@ -149,26 +169,24 @@ def default_hooks(
     def open_at(step: int) -> list[Sink]:
         return open_sinks(config, step, say) if context.is_first else []
 
-    hooks.append(CheckpointFigures(checkpointer))
-    hooks.append(
-        Metrics(config, context, device_name(context.device), precision, open_at, state.step)
-    )
+    name = device_name(context.device)
     saved_step = max(checkpointer.settled_steps(), default=0)
-    return [
-        *hooks,
-        Checkpoints(
-            checkpointer, config.checkpoint.interval, saved_step, config.checkpoint.local_interval
-        ),
-    ]
+    checkpoint = config.checkpoint
+    hooks.append(CheckpointFigures(checkpointer))
+    hooks.append(Metrics(config, context, name, precision, open_at, state.step))
+    hooks.append(
+        Checkpoints(checkpointer, checkpoint.interval, saved_step, checkpoint.local_interval)
+    )
+    return hooks
 
 
 def build_telemetry(
     config: Config, context: ParallelContext, step: TrainingStep, interval: int, say: Say
 ) -> Telemetry:
-    """Watches the parameterization on the run's first micro-batch, which is the same whatever the step."""
-    with build_training_loader(
-        config.model_copy(update={"data": config.data.model_copy(update={"prefetch": 0})}), context
-    ) as loader:
+    """Watches the parameterization on the run's first micro-batch, the same one at every step."""
+    data_without_prefetch = config.data.model_copy(update={"prefetch": 0})
+    config_of_probe = config.model_copy(update={"data": data_without_prefetch})
+    with build_training_loader(config_of_probe, context) as loader:
         probe = loader.next_step()[:1]
     reference = read_reference(config.logging.parameterization_reference)
     return Telemetry(step, probe, interval, config.training.train_steps, reference, say)
@@ -176,9 +194,9 @@ def build_telemetry(
 
 def device_name(device: torch.device) -> str:
     """The maker's name of a GPU, or the CPU's architecture."""
-    return (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
-    )
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU"
 
 
 def describe_run(
@@ -189,25 +207,28 @@ def describe_run(
     chunks: Sequence[GPT],
 ) -> str:
     """Where and on what the run trains, in a few lines."""
-    model, training, parallel = config.model, config.training, config.parallel
-    parameters = sum(p.numel() for chunk in chunks for p in chunk.parameters())
-    held = (
-        "parameters"
-        if parallel.tensor_parallel_size * parallel.pipeline_parallel_size == 1
-        else "parameters on this rank"
-    )
-    ramp = (
-        f" (from {training.batch_ramp.start} in the first {training.batch_ramp.steps})"
-        if training.batch_ramp
-        else ""
-    )
-    place = device_name(context.device) + (
-        f", {threads} threads" if context.device.type == "cpu" else ""
-    )
+    model = config.model
+    training = config.training
+    parameters = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
+    model_is_split = context.tensor.size * context.pipeline.size > 1
+    where = "parameters on this rank" if model_is_split else "parameters"
+    flops = training_flops_per_token(model) / 1e6
+
+    place = device_name(context.device)
+    if context.device.type == "cpu":
+        place += f", {threads} threads"
+    processes = "process" if context.world_size == 1 else "processes"
+    dtype = str(precision).removeprefix("torch.")
+
+    ramp = ""
+    if training.batch_ramp:
+        ramp = f" (from {training.batch_ramp.start} in the first {training.batch_ramp.steps})"
     return (
-        f"{model.num_layers} layers x {model.hidden_size}, {parameters:,} {held}, "
-        f"{training_flops_per_token(model) / 1e6:,.1f} MFLOP a token\n"
-        f"{context.world_size} process{'es' if context.world_size > 1 else ''} on {place}, {str(precision).removeprefix('torch.')}; "
-        f"tensor {context.tensor.size} x pipeline {context.pipeline.size} x data {context.data.size}\n"
-        f"{training.train_steps} steps of {training.global_batch_size}{ramp} x {model.seq_length} tokens -> {training.output_dir}"
+        f"{model.num_layers} layers x {model.hidden_size}, {parameters:,} {where}, "
+        f"{flops:,.1f} MFLOP a token\n"
+        f"{context.world_size} {processes} on {place}, {dtype}; "
+        f"tensor {context.tensor.size} x pipeline {context.pipeline.size} "
+        f"x data {context.data.size}\n"
+        f"{training.train_steps} steps of {training.global_batch_size}{ramp} "
+        f"x {model.seq_length} tokens -> {training.output_dir}"
     )

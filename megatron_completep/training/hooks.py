@@ -1,10 +1,11 @@
-"""What a training run does around its steps: validation, metrics, checkpoints."""
+"""The hooks of every training run: validation, metrics and checkpoints."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+
+import torch
 
 from megatron_completep.config.schema import Config
 from megatron_completep.data.loader import ValidationBatches
@@ -18,7 +19,7 @@ from megatron_completep.telemetry.metrics import Row, Sink, memory_bytes
 
 
 class Validation(Hook):
-    """Adds `validation_loss`, the pure cross-entropy, every so many steps and after the last one."""
+    """Adds `validation_loss`, the cross-entropy alone, at an interval and after the last step."""
 
     def __init__(
         self,
@@ -28,32 +29,29 @@ class Validation(Hook):
         train_steps: int,
         say: Callable[[str], None],
     ):
-        self._step, self._batches, self._interval, self._train_steps, self._say = (
-            step,
-            batches,
-            interval,
-            train_steps,
-            say,
-        )
+        self._step = step
+        self._batches = batches
+        self._interval = interval
+        self._train_steps = train_steps
+        self._say = say
 
     def due(self, step: int) -> bool:
-        return step == self._train_steps or (
-            self._interval is not None and step % self._interval == 0
-        )
+        return step == self._train_steps or _is_multiple(step, self._interval)
 
     def after_step(self, record: StepRecord) -> None:
         if not self.due(record.state.step):
             return
         started = time.perf_counter()
-        loss = record.validation_loss = self._step.evaluate(self._batches)
+        record.validation_loss = self._step.evaluate(self._batches)
         seconds = time.perf_counter() - started
         self._say(
-            f"validation at step {record.state.step}: loss {loss:.4f} over {self._batches.num_samples} sequences ({seconds:.1f} s)"
+            f"validation at step {record.state.step}: loss {record.validation_loss:.4f} "
+            f"over {self._batches.num_samples} sequences ({seconds:.1f} s)"
         )
 
 
 class Metrics(Hook):
-    """Turns records into rows and hands them to the sinks (on the rank that speaks; the others have none)."""
+    """Turns records into rows and hands them to the sinks, which only the first rank has."""
 
     stage = Stage.REPORT
 
@@ -62,20 +60,19 @@ class Metrics(Hook):
         config: Config,
         context: ParallelContext,
         device_name: str,
-        dtype: Any,
+        dtype: torch.dtype,
         open_at: Callable[[int], Sequence[Sink]],
         step: int,
     ):
-        """open_at: opens the sinks for rows from the step after the one it is given, which is `step` now."""
-        self._config, self._context, self._open_at, self._sinks = (
-            config,
-            context,
-            open_at,
-            open_at(step),
-        )
+        """open_at: opens the sinks for the rows after a step; the run stands at `step` now."""
+        self._config = config
+        self._context = context
+        self._open_at = open_at
+        self._sinks = open_at(step)
         self._flops_per_token = training_flops_per_token(config.model)
-        peak = peak_flops(device_name, dtype)
-        self._peak = peak * context.world_size if peak else None
+        peak_of_device = peak_flops(device_name, dtype)
+        # None: the device's peak is not known, so that no utilisation can be told.
+        self._peak = peak_of_device * context.world_size if peak_of_device else None
 
     def after_step(self, record: StepRecord) -> None:
         row = self._row(record) if self._sinks else {}
@@ -83,30 +80,32 @@ class Metrics(Hook):
             sink.write(row)
 
     def _row(self, record: StepRecord) -> Row:
-        state, figures = record.state, record.figures
-        computed = 0 if figures.passed_over else record.samples
-        tokens_per_second = computed * self._config.model.seq_length / record.seconds
+        state = record.state
+        figures = record.figures
+        computed_samples = 0 if figures.passed_over else record.samples
+        tokens_per_second = computed_samples * self._config.model.seq_length / record.seconds
+        mfu = tokens_per_second * self._flops_per_token / self._peak if self._peak else None
+        train_steps = self._config.training.train_steps
         return {
             "step": state.step,
             "loss": figures.loss,
             **figures.terms,
             **record.added_figures(),
             **({"passed_over": True} if figures.passed_over else {}),
-            "lr": learning_rate(
-                state.step, self._config.optimizer, self._config.training.train_steps
-            ),
+            "lr": learning_rate(state.step, self._config.optimizer, train_steps),
             "grad_norm": figures.grad_norm,
             "skipped": figures.skipped,
             "consumed_samples": state.consumed_samples,
             "tokens": state.tokens,
             "tokens_per_second": tokens_per_second,
-            "mfu": tokens_per_second * self._flops_per_token / self._peak if self._peak else None,
+            "mfu": mfu,
             "step_seconds": record.seconds,
             "data_wait_seconds": record.data_wait_seconds,
             "memory_bytes": memory_bytes(self._context.device),
         }
 
     def rewind(self, state: RunState) -> None:
+        # Opening them again cuts off the rows of the steps that no longer count.
         self.close()
         self._sinks = self._open_at(state.step)
 
@@ -116,8 +115,11 @@ class Metrics(Hook):
 
 
 class CheckpointFigures(Hook):
-    """Adds what saving cost since the last step: `checkpoint_blocked_seconds` in the record of the step after a save, and
-    `checkpoint_seconds` in that of the step during which it was on disk."""
+    """Adds what saving cost since the last step.
+
+    `checkpoint_blocked_seconds` stands in the record of the step after a save, and
+    `checkpoint_seconds` in that of the step during which it was complete on disk.
+    """
 
     def __init__(self, checkpointer: Checkpointer):
         self._checkpointer = checkpointer
@@ -127,9 +129,9 @@ class CheckpointFigures(Hook):
 
 
 class Checkpoints(Hook):
-    """Saves every `interval` steps and when the run ends, and snapshots on the nodes' own disks every `local_interval` between.
+    """Saves every `interval` steps and when the run ends.
 
-    saved_step: the newest that the shared disk has.
+    Between them, every `local_interval` steps, it takes snapshots on the nodes' own disks.
     """
 
     stage = Stage.SAVE
@@ -141,32 +143,25 @@ class Checkpoints(Hook):
         saved_step: int,
         local_interval: int | None = None,
     ):
-        self._checkpointer, self._interval, self._local_interval = (
-            checkpointer,
-            interval,
-            local_interval,
-        )
+        """saved_step: the step of the newest checkpoint on the shared disk."""
+        self._checkpointer = checkpointer
+        self._interval = interval
+        self._local_interval = local_interval
         self._saved_step = saved_step
 
     def due(self, step: int) -> bool:
-        return self._is_multiple(step, self._interval) or self._is_multiple(
-            step, self._local_interval
-        )
+        return _is_multiple(step, self._interval) or _is_multiple(step, self._local_interval)
 
     def after_step(self, record: StepRecord) -> None:
         step = record.state.step
-        if self._is_multiple(step, self._interval):
+        if _is_multiple(step, self._interval):
             self._save(record.state)
-        elif self._is_multiple(step, self._local_interval):
+        elif _is_multiple(step, self._local_interval):
             self._checkpointer.save(record.state, local=True)
 
     def _save(self, state: RunState) -> None:
         self._checkpointer.save(state)
         self._saved_step = state.step
-
-    @staticmethod
-    def _is_multiple(step: int, interval: int | None) -> bool:
-        return interval is not None and step % interval == 0
 
     def rewind(self, state: RunState) -> None:
         self._saved_step = state.step
@@ -177,3 +172,7 @@ class Checkpoints(Hook):
 
     def close(self) -> None:
         self._checkpointer.close()
+
+
+def _is_multiple(step: int, interval: int | None) -> bool:
+    return interval is not None and step % interval == 0

@@ -1,4 +1,7 @@
-"""The training loop: batches -> step -> hooks, until the last step or until some rank is asked to stop."""
+"""The training loop: batches -> step -> hooks.
+
+It runs until the last step, or until some rank is asked to stop.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +25,18 @@ from megatron_completep.run.step import PendingFigures, TrainingStep
 class UnderWay:
     """A step that the device may still be working on."""
 
-    before: RunState  # before the step; where its data began
+    before: RunState  # before the step: its data begin here
     after: RunState
     figures: PendingFigures
     data_wait_seconds: float
 
 
 class Readback:
-    """Steps under way. On a GPU a step is read while the next one runs, so that the device never waits for the host."""
+    """Steps under way, read in order.
+
+    On a GPU the figures of a step are read while the next one runs (depth 1), so that the device
+    never waits for the host.
+    """
 
     def __init__(self, depth: int):
         self._depth = depth
@@ -37,30 +44,38 @@ class Readback:
         self._finished_at = time.perf_counter()
 
     def push(self, step: UnderWay) -> None:
+        """Add the step that was just launched."""
         self._pending.append(step)
 
     def take(self, everything: bool) -> list[StepRecord]:
-        """The records of the steps that are done: all but the newest, or all of them, waiting for the device."""
+        """The records of the steps that are done, waiting for the device where necessary.
+
+        everything: of all steps, including the newest `depth`.
+        """
         records = []
-        while len(self._pending) > (0 if everything else self._depth):
+        steps_to_leave = 0 if everything else self._depth
+        while len(self._pending) > steps_to_leave:
             step = self._pending.popleft()
-            figures, now = step.figures.read(), time.perf_counter()
-            samples = step.after.consumed_samples - step.before.consumed_samples
-            records.append(
-                StepRecord(
-                    step.after, figures, samples, now - self._finished_at, step.data_wait_seconds
-                )
+            figures = step.figures.read()
+            now = time.perf_counter()
+            record = StepRecord(
+                state=step.after,
+                figures=figures,
+                samples=step.after.consumed_samples - step.before.consumed_samples,
+                seconds=now - self._finished_at,
+                data_wait_seconds=step.data_wait_seconds,
             )
+            records.append(record)
             self._finished_at = now
         return records
 
     def forget(self) -> None:
-        """What is under way does not count."""
+        """Drop the steps under way: the run went back to before them."""
         self._pending.clear()
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Leave out of the next step's time what happened since the last one."""
+        """Leave what happened since the last step out of the next step's time."""
         self._finished_at = time.perf_counter()
 
 
@@ -74,27 +89,30 @@ def train(
     signals: StopSignals,
     rollbacks: Rollbacks,
 ) -> ExitCode:
-    """Run from `state` to the last step, or to `training.stop_at_step`; REQUEUE when asked to stop before it.
+    """Run from `state` to the last step, or to `training.stop_at_step`.
 
-    All ranks leave after the same step, with the run saved.
+    All ranks leave after the same step, with the run saved. Returns REQUEUE when the run was asked
+    to stop before that step.
     """
-    last = min(
-        config.training.train_steps, config.training.stop_at_step or config.training.train_steps
-    )
+    training = config.training
+    last_step = min(training.train_steps, training.stop_at_step or training.train_steps)
     readback = Readback(depth=1 if context.device.type == "cuda" else 0)
-    stop = False
     hooks = sorted(hooks, key=lambda hook: hook.stage)
+    stop = False
     try:
         signals.begin()
-        while state.step < last and not stop:
+        while state.step < last_step and not stop:
             for hook in hooks:
                 hook.before_step(state.step + 1)
-            launched = launch(config, step, loader, rollbacks.past(state), signals)
+            launched = launch_step(config, step, loader, rollbacks.past(state), signals)
             readback.push(launched)
             state = launched.after
-            due = state.step == last or any(hook.due(state.step) for hook in hooks)
+
+            # A hook that validates or saves needs the weights of this very step: the next one must
+            # not be launched before it is done.
+            due = state.step == last_step or any(hook.due(state.step) for hook in hooks)
             try:
-                stop = tell(hooks, readback, everything=due)
+                stop = report(hooks, readback, everything=due)
             except GoBack as back:
                 state = back.state
                 readback.forget()
@@ -108,28 +126,32 @@ def train(
         for hook in hooks:
             hook.close()
         loader.close()
-    return ExitCode.DONE if state.step >= last else ExitCode.REQUEUE
+    return ExitCode.DONE if state.step >= last_step else ExitCode.REQUEUE
 
 
-def launch(
+def launch_step(
     config: Config, step: TrainingStep, loader: Loader, state: RunState, signals: StopSignals
 ) -> UnderWay:
     """Start the step after `state`, on the data from there on."""
-    number, training = state.step + 1, config.training
+    training = config.training
+    number = state.step + 1
     samples = batch_size(training, number)
     if is_skipped(training, number):
         figures = step.pass_over(signals.asked)
     else:
+        # After a rollback or a skipped step the loader stands elsewhere.
         if loader.consumed_samples != state.consumed_samples:
             loader.seek(state.consumed_samples)
         figures = step.run(loader.next_step(samples), number, signals.asked)
-    return UnderWay(
-        state, state.after_step(samples, config.model.seq_length), figures, loader.wait_seconds
-    )
+    state_after = state.after_step(samples, config.model.seq_length)
+    return UnderWay(state, state_after, figures, loader.wait_seconds)
 
 
-def tell(hooks: Sequence[Hook], readback: Readback, everything: bool) -> bool:
-    """Let the hooks hear of the steps that are done; of all of them where some rank was asked to stop, which is returned."""
+def report(hooks: Sequence[Hook], readback: Readback, everything: bool) -> bool:
+    """Call the hooks with the steps that are done; return whether some rank was asked to stop.
+
+    If so, they are called with the steps under way, too.
+    """
     records = readback.take(everything)
     stop = any(record.figures.stop for record in records)
     if stop:

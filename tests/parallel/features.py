@@ -27,7 +27,7 @@ from megatron_completep.parallel.parameter import Spec
 from megatron_completep.run.assemble import build_model
 from megatron_completep.run.state import RunState
 from megatron_completep.run.step import StepFigures, TrainingStep
-from megatron_completep.training.loop import launch
+from megatron_completep.training.loop import launch_step
 
 STEPS = 3
 SEQ_LENGTH = 16
@@ -333,7 +333,7 @@ def run_row(rank: int, config: Config, mutation: str = "") -> Trained:
     )
     state, figures, nobody_asks = RunState(), [], SimpleNamespace(asked=False)
     for _ in range(config.training.train_steps):
-        launched = launch(config, step, loader, state, nobody_asks)
+        launched = launch_step(config, step, loader, state, nobody_asks)
         figures.append(launched.figures.read())
         state = launched.after
     validation = step.evaluate(ValidationBatches(corpus, layout, 7, **settings_of_data))

@@ -26,7 +26,7 @@ from megatron_completep.errors import exit_on_user_error
 from megatron_completep.guards import Guard, Watchdog
 from megatron_completep.optim.check import check_parameters
 from megatron_completep.parallel.context import ParallelContext, choose_device
-from megatron_completep.parallel.rendezvous import meet, nobody_hears
+from megatron_completep.parallel.rendezvous import ignore, meet
 from megatron_completep.run.assemble import assemble
 from megatron_completep.run.console import say_on_stderr, say_on_stdout
 from megatron_completep.run.precision import use_threads
@@ -55,7 +55,7 @@ def pretrain(
     choose_device(
         config.training.device, launch.local_rank
     )  # refused before the others wait for this rank
-    say = say_on_stdout if launch.rank == 0 else nobody_hears
+    say = say_on_stdout if launch.rank == 0 else ignore
     hang_minutes, folder = config.guards.hang_timeout_minutes, Path(config.training.output_dir)
     with StopSignals(
         say, config.training.exit_after_minutes, clock.elapsed, launch.by_torchrun

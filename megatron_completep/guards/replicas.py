@@ -38,7 +38,9 @@ def replica_hashes(
     here = f"stage {context.pipeline.rank}, tensor {context.tensor.rank}"
     hashes: dict[str, list[int]] = {}
     for owner in range(shard.size):
-        slices = [shards.flat[start:stop] for start, stop in shards.layout.slices({"gradient": owner})]
+        slices = [
+            shards.flat[start:stop] for start, stop in shards.layout.slices({"gradient": owner})
+        ]
         hashes[f"weights of {here}, slice {owner}"] = (
             bit_sum(torch.cat(slices)) if slices else [0, 0]
         )

@@ -1,1 +1,1 @@
-"""How tensors are laid over ranks: the mesh, collectives with their gradients, and the layers that use them."""
+"""How tensors are laid over ranks: the mesh, collectives with gradients, and parallel layers."""

@@ -10,7 +10,10 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of the mesh as this rank sees it; `group` is None where the axis has one rank and nothing is to be sent."""
+    """One axis of the mesh as this rank sees it.
+
+    `group` is None where the axis has one rank, so that there is nothing to communicate.
+    """
 
     name: str
     rank: int = 0
@@ -24,7 +27,10 @@ class Axis:
 
 
 class Share(NamedTuple):
-    """Part number `rank` of `size` along a named axis: plain data, for what outlives the process groups."""
+    """Part number `rank` of `size` along a named axis.
+
+    It is plain data, and so it can outlive the process groups.
+    """
 
     axis: str
     rank: int
@@ -32,7 +38,7 @@ class Share(NamedTuple):
 
 
 class Reduction(NamedTuple):
-    """How an axis over which gradients are summed is divided: its ranks are those of `shard` times those of `replica`."""
+    """How an axis over which gradients are summed is divided into `replica` x `shard`."""
 
     shard: Axis  # ranks that share one copy of the optimizer's state, an equal part each
     replica: Axis  # ranks that hold the same part of it

@@ -1,11 +1,12 @@
 """Collectives over one axis of the mesh. Each is the identity where the axis has one rank.
 
-`start_*` return a `Pending` whose `wait()` gives the result, so that a caller can compute meanwhile.
+`start_*` return a `Pending`, whose `wait()` gives the result: a caller can compute meanwhile.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,7 @@ class Pending:
     work: dist.Work | None = None
 
     def wait(self) -> Tensor:
+        """Wait for the collective and return its result; later calls return it again."""
         if self.work is not None:
             self.work.wait()
             self.work = None
@@ -59,24 +61,29 @@ def start_reduce_scatter(x: Tensor, axis: Axis, out: Tensor | None = None) -> Pe
 
 
 def all_reduce(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+    """The sum (or maximum) over the axis, in place where x is contiguous."""
     return start_all_reduce(x, axis, op).wait()
 
 
 def all_gather(x: Tensor, axis: Axis) -> Tensor:
+    """[s, ...] on each rank -> [size * s, ...], in rank order."""
     return start_all_gather(x, axis).wait()
 
 
 def reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
+    """[size * s, ...] -> [s, ...]: this rank's part of the sum over the axis."""
     return start_reduce_scatter(x, axis).wait()
 
 
 def exchange(x: Tensor, axis: Axis, peer: int) -> Tensor:
-    """Send x to rank `peer` of the axis and return what that one sends, of the same shape."""
+    """Send x to rank `peer` of the axis and return what that rank sends, of the same shape."""
     assert axis.group is not None
-    received, other = torch.empty_like(x), dist.get_global_rank(axis.group, peer)
+    received = torch.empty_like(x)
+    peer_in_world = dist.get_global_rank(axis.group, peer)
+    # Both at once: two ranks that send first and receive then could wait for each other.
     operations = [
-        dist.P2POp(dist.isend, x.contiguous(), other, axis.group),
-        dist.P2POp(dist.irecv, received, other, axis.group),
+        dist.P2POp(dist.isend, x.contiguous(), peer_in_world, axis.group),
+        dist.P2POp(dist.irecv, received, peer_in_world, axis.group),
     ]
     for work in dist.batch_isend_irecv(operations):
         work.wait()
@@ -84,18 +91,26 @@ def exchange(x: Tensor, axis: Axis, peer: int) -> Tensor:
 
 
 class _SumForward(torch.autograd.Function):
-    """Forward: sum over the axis (reduce-scatter along S under sequence parallelism). Backward: the gradient as it is (all-gather)."""
+    """Sums partial results in forward; the gradient of each of them is the gradient of the sum."""
 
     @staticmethod
-    def forward(ctx, x, axis: Axis, scatter: bool):
-        ctx.axis, ctx.scatter = axis, scatter
+    def forward(ctx: Any, x: Tensor, axis: Axis, scatter: bool) -> Tensor:
+        ctx.axis = axis
+        ctx.scatter = scatter
         return reduce_scatter(x, axis) if scatter else all_reduce(x, axis)
 
     @staticmethod
-    def backward(ctx, d_out):
-        return (all_gather(d_out, ctx.axis) if ctx.scatter else d_out), None, None
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None, None]:
+        d_x = all_gather(d_out, ctx.axis) if ctx.scatter else d_out
+        return d_x, None, None
 
 
 def sum_over(x: Tensor, axis: Axis, scatter: bool = False) -> Tensor:
-    """Sum partial activations over the axis, differentiably; with `scatter` each rank keeps its part of the first dimension."""
-    return x if axis.group is None else _SumForward.apply(x, axis, scatter)
+    """Sum partial activations over the axis, differentiably.
+
+    scatter: each rank keeps its part of the first dimension of the sum (sequence parallelism).
+    """
+    if axis.group is None:
+        return x
+    total: Tensor = _SumForward.apply(x, axis, scatter)  # type: ignore[no-untyped-call]
+    return total

@@ -1,4 +1,4 @@
-"""The mesh of ranks. Everything that has to know where a rank stands is handed a `ParallelContext`."""
+"""The mesh of ranks. Whatever has to know where a rank stands is handed a `ParallelContext`."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from megatron_completep.parallel.sequence import SequencePart
 class ParallelContext:
     """Where this rank stands in the mesh.
 
-    The mesh is pipeline x gradient x tensor, slowest first. The gradient axis holds the ranks that
-    have the same parameters and see other tokens, and it is divided in two ways: into data x context
-    by which tokens a rank reads, and into replica x shard by which optimizer state it keeps.
+    The mesh is pipeline x gradient x tensor, slowest first. The ranks of the gradient axis have the
+    same parameters and see different tokens. The axis is divided in two ways: into data x context,
+    which says what tokens a rank reads, and into replica x shard, which says what part of the
+    optimizer's state it keeps.
     """
 
     device: torch.device
@@ -55,11 +56,16 @@ class ParallelContext:
         dumps: str | None = None,
         store: dist.Store | None = None,
     ) -> ParallelContext:
-        """Join the process group of the ranks that the launcher started (NCCL on GPU, gloo on CPU) and lay the mesh over it.
+        """Join the process group of the ranks that the launcher started, and lay the mesh over it.
 
-        dumps: path to which NCCL's own watchdog appends a rank and writes the newest collectives after a time-out. store: where the ranks
-        have met already (rendezvous.py); otherwise they meet now.
-        Raises ConfigError with the numbers when the world size does not fit the layout, before any device is touched, and as `meet` does.
+        The group uses NCCL on GPUs and gloo on CPUs.
+
+        dumps: path to which NCCL's own watchdog appends a rank and writes the newest collectives
+            after a time-out.
+        store: where the ranks have met already (rendezvous.py); otherwise they meet now.
+
+        Raises ConfigError, with the numbers, when the world size does not fit the layout, before
+        any device is touched; and as `meet` does.
         """
         launch = Launch.from_environment()
         data_parallel_size = data_parallel_size_for(parallel, launch.world_size)
@@ -143,7 +149,7 @@ class ParallelContext:
 
     @property
     def reductions(self) -> dict[str, Reduction]:
-        """The axes over which gradients are summed, by the name that a parameter's spec gives in `summed_over`."""
+        """The axes over which gradients are summed, by the name in `Spec.summed_over`."""
         return {self.gradient.name: Reduction(self.shard, self.replica)}
 
     @property
@@ -186,7 +192,10 @@ def _divide(
 
 
 def flight_recorder(parallel: ParallelConfig, dumps: str | None) -> dict[str, str]:
-    """Environment that makes process groups, when they are made, remember their newest collectives; a user's own values hold."""
+    """Environment variables that make process groups remember their newest collectives.
+
+    They are read when a group is made. A variable that the user has set keeps its value.
+    """
     if parallel.flight_recorder_entries == 0:
         return {}
     recorder = {
@@ -200,10 +209,12 @@ def data_parallel_size_for(parallel: ParallelConfig, world_size: int) -> int:
     """world_size / (tensor * pipeline * context); ConfigError where it does not divide."""
     model_size = model_parallel_size(parallel)
     if world_size % model_size:
+        fitting_size = max(1, world_size // model_size) * model_size
         raise ConfigError(
-            f"world size {world_size} is not a multiple of parallel.tensor_parallel_size = {parallel.tensor_parallel_size} x "
-            f"pipeline_parallel_size = {parallel.pipeline_parallel_size} = {model_size}. "
-            f"Launch {max(1, world_size // model_size) * model_size} processes, or change the layout."
+            f"world size {world_size} is not a multiple of parallel.tensor_parallel_size = "
+            f"{parallel.tensor_parallel_size} x pipeline_parallel_size = "
+            f"{parallel.pipeline_parallel_size} = {model_size}. "
+            f"Launch {fitting_size} processes, or change the layout."
         )
     return world_size // model_size
 
@@ -215,7 +226,8 @@ def choose_device(device: str, local_rank: int) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if local_rank >= count:
         raise ConfigError(
-            f"training.device = {device}: local rank {local_rank} has no GPU, this node shows {count}. "
+            f"training.device = {device}: local rank {local_rank} has no GPU, "
+            f"this node shows {count}. "
             "Start at most as many processes a node as it has GPUs, or use cpu."
         )
     return torch.device("cuda", local_rank)

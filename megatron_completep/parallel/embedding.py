@@ -1,19 +1,24 @@
-"""Token and position embeddings. The token table is split by vocabulary rows over tensor ranks."""
+"""Token and position embeddings. The rows of the vocabulary are split over tensor ranks."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_completep.parallel.gradients import Accumulate
+from megatron_completep.parallel.gradients import Accumulate, GradientQueue
 from megatron_completep.parallel.layer_context import LayerContext
 from megatron_completep.parallel.parameter import Site, Spec, make_parameter
 from megatron_completep.roles import Role
 
 
 class VocabShard(nn.Module):
-    """The rows of a [vocabulary, H] table that this tensor rank holds: the embedding, the unembedding, or both when tied."""
+    """The rows of a [vocabulary, H] matrix that this tensor rank holds.
+
+    The matrix is the embedding, the unembedding, or both when they are tied.
+    """
 
     def __init__(
         self,
@@ -44,7 +49,10 @@ class VocabShard(nn.Module):
 
 
 class VocabParallelEmbedding(VocabShard):
-    """tokens [B, S] -> [s, B, H]: each rank looks up its own rows, the sum over ranks is the whole."""
+    """tokens [B, S] -> [s, B, H].
+
+    Each tensor rank looks up the tokens whose rows it holds; the results are summed over the ranks.
+    """
 
     def __init__(
         self,
@@ -60,17 +68,22 @@ class VocabParallelEmbedding(VocabShard):
         )
 
     def forward(self, tokens: Tensor) -> Tensor:
-        local = tokens.t() - self.start
-        ranks, queue = self.context.ranks, self.context.queue
+        ranks = self.context.ranks
+        queue = self.context.queue
+        local_ids = tokens.t() - self.start
         if ranks.tensor.size == 1:
-            return _Lookup.apply(local, self.weight, None, queue)
-        here = (local >= 0) & (local < self.local_size)
-        partial = _Lookup.apply(local.clamp(0, self.local_size - 1), self.weight, here, queue)
-        return ranks.sequence.sum_with_gradient(partial)
+            return look_up(local_ids, self.weight, None, queue)
+        is_local = (local_ids >= 0) & (local_ids < self.local_size)
+        ids_in_range = local_ids.clamp(0, self.local_size - 1)
+        partial_sum = look_up(ids_in_range, self.weight, is_local, queue)
+        return ranks.sequence.sum_with_gradient(partial_sum)
 
 
 class PositionEmbedding(nn.Module):
-    """positions [B, S] -> [s, B, H]; every rank holds the whole table and, under sequence parallelism, looks up its part of S."""
+    """positions [B, S] -> [s, B, H].
+
+    Every rank holds the whole matrix; under sequence parallelism it looks up its part of S.
+    """
 
     def __init__(self, seq_length: int, hidden_size: int, context: LayerContext):
         super().__init__()
@@ -84,40 +97,54 @@ class PositionEmbedding(nn.Module):
         self.weight = make_parameter(spec, context.ranks)
 
     def forward(self, positions: Tensor) -> Tensor:
-        ids = positions.t()
-        ids = self.context.ranks.sequence.cut(ids)
-        return _Lookup.apply(ids, self.weight, None, self.context.queue)
+        ids = self.context.ranks.sequence.cut(positions.t())
+        return look_up(ids, self.weight, None, self.context.queue)
+
+
+def look_up(
+    ids: Tensor, weight: nn.Parameter, is_local: Tensor | None, queue: GradientQueue
+) -> Tensor:
+    """Rows [s, B, H] of `weight` by ids [s, B], zero where `is_local` [s, B] is False.
+
+    The gradient of the weight goes to the queue.
+    """
+    rows: Tensor = _Lookup.apply(ids, weight, is_local, queue)  # type: ignore[no-untyped-call]
+    return rows
 
 
 class _Lookup(torch.autograd.Function):
-    """Rows of weight by id, zero where `here` is False; the gradient is added row by row into main_grad, in a fixed order."""
-
     @staticmethod
-    def forward(ctx, ids, weight, here, queue):
-        ctx.save_for_backward(ids, here)
-        ctx.weight, ctx.queue = weight, queue
+    def forward(
+        ctx: Any, ids: Tensor, weight: Tensor, is_local: Tensor | None, queue: GradientQueue
+    ) -> Tensor:
+        ctx.save_for_backward(ids, is_local)
+        ctx.weight = weight
+        ctx.queue = queue
         rows = F.embedding(ids, weight)
-        return rows if here is None else rows.masked_fill_(~here.unsqueeze(-1), 0.0)
+        if is_local is None:
+            return rows
+        return rows.masked_fill_(~is_local.unsqueeze(-1), 0.0)
 
     @staticmethod
-    def backward(ctx, d_out):
-        ids, here = ctx.saved_tensors
-        if here is not None:
-            d_out = d_out.masked_fill(~here.unsqueeze(-1), 0.0)
+    def backward(ctx: Any, d_out: Tensor) -> tuple[None, None, None, None]:
+        ids, is_local = ctx.saved_tensors
+        if is_local is not None:
+            d_out = d_out.masked_fill(~is_local.unsqueeze(-1), 0.0)
         ctx.queue.push(ctx.weight, _accumulate_rows(ids.flatten(), d_out.flatten(0, 1)))
         return None, None, None, None
 
 
 def _accumulate_rows(ids: Tensor, d_rows: Tensor) -> Accumulate:
+    """main_grad[ids] (+)= d_rows [T, H], in a fixed order, so that a repeated step is bit-equal."""
+
     def accumulate(main_grad: Tensor, first: bool) -> None:
         if first:
             main_grad.zero_()
-        d_wide = d_rows.to(main_grad.dtype)
+        d_rows_accumulated = d_rows.to(main_grad.dtype)
         if main_grad.is_cuda:
-            main_grad.index_put_(
-                (ids,), d_wide, accumulate=True
-            )  # sorts first: repeatable, unlike index_add_ on CUDA
+            # On CUDA index_add_ adds in any order; this sorts the ids first.
+            main_grad.index_put_((ids,), d_rows_accumulated, accumulate=True)
         else:
-            main_grad.index_add_(0, ids, d_wide)
+            main_grad.index_add_(0, ids, d_rows_accumulated)
 
     return accumulate

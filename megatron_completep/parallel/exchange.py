@@ -1,4 +1,7 @@
-"""Small JSON values between ranks, on a process group of its own. JSON and not pickle: what a rank receives is data."""
+"""Small JSON values between ranks, over a process group of its own.
+
+JSON and not pickle, so that what a rank receives is data and never code.
+"""
 
 from __future__ import annotations
 
@@ -18,29 +21,34 @@ T = TypeVar("T")
 
 
 class Exchange:
-    """Collective over all ranks. Its gloo group is its own, so that a thread may use it while training communicates."""
+    """Exchanges values between all ranks; unless it says otherwise, a method is collective.
+
+    It has a gloo group of its own, so that a thread may use it while training communicates.
+    """
 
     def __init__(self, context: ParallelContext, timeout_minutes: float):
-        self.rank, self.size = context.rank, context.world_size
+        self.rank = context.rank
+        self.size = context.world_size
         timeout = timedelta(minutes=timeout_minutes)
         self._group = dist.new_group(backend="gloo", timeout=timeout) if self.size > 1 else None
 
     def all_gather(self, value: Any) -> list[Any]:
-        """Every rank's value, by rank."""
+        """The values of all ranks, by rank."""
         if self._group is None:
             return [value]
         data = _encode(value)
         lengths = [torch.empty(1, dtype=torch.int64) for _ in range(self.size)]
         dist.all_gather(lengths, torch.tensor([data.numel()]), group=self._group)
         sizes = [int(length) for length in lengths]
+        # A gather needs equal lengths: values are padded to the longest.
         padded = torch.zeros(max(sizes), dtype=torch.uint8)
         padded[: data.numel()] = data
         gathered = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(gathered, padded, group=self._group)
-        return [_decode(part[:size]) for part, size in zip(gathered, sizes, strict=True)]
+        return [_decode(padded[:size]) for padded, size in zip(gathered, sizes, strict=True)]
 
     def broadcast(self, value: Any = None) -> Any:
-        """Rank 0's value."""
+        """The value of rank 0, on every rank."""
         if self._group is None:
             return value
         data = _encode(value) if self.rank == 0 else torch.empty(0, dtype=torch.uint8)
@@ -64,67 +72,79 @@ class Exchange:
         return work
 
     def together(self, action: Callable[[], T]) -> T:
-        """Run `action` on every rank; where it fails on one, raise the same CheckpointError, naming the ranks, on all of them."""
+        """Run `action` on every rank.
+
+        Where it fails on one, all ranks raise the same CheckpointError, which names the ranks.
+        """
         result: T | None = None
         problem: str | None = None
         try:
             result = action()
         except (CheckpointError, OSError, MemoryError) as error:
             problem = describe(error)
-        problems = {
-            rank: text for rank, text in enumerate(self.all_gather(problem)) if text is not None
-        }
+        problem_of_ranks = self.all_gather(problem)
+        problems = {rank: text for rank, text in enumerate(problem_of_ranks) if text is not None}
         if problems:
             raise CheckpointError(join_problems(problems, self.size))
         return result  # type: ignore[return-value]
 
     def on_first(self, action: Callable[[], Any]) -> Any:
-        """Run `action` on rank 0 and give its result to every rank, or its CheckpointError, or another mistake of the user's.
+        """Run `action` on rank 0 and return its result on every rank.
 
-        Of another mistake the other ranks raise the text with its exit code: no rank goes on alone, to meet the end of rank 0 later.
+        Where it fails, all ranks raise: a CheckpointError as it is; of another error of the user's
+        the other ranks raise the text with its exit code. So no rank continues alone, only to be
+        surprised later by the end of rank 0.
         """
         value: Any = None
         problem: str | None = None
-        mistake: UserError | None = None
+        user_error: UserError | None = None
         if self.rank == 0:
             try:
                 value = action()
             except (CheckpointError, OSError) as error:
                 problem = describe(error)
             except UserError as error:
-                mistake = error
-        value, problem, told = self.broadcast(
-            (value, problem, mistake and (str(mistake), mistake.exit_code))
-        )
+                user_error = error
+        text_and_code = user_error and (str(user_error), user_error.exit_code)
+        value, problem, text_and_code = self.broadcast((value, problem, text_and_code))
         if problem is not None:
             raise CheckpointError(problem)
-        if told is not None:
-            raise mistake or _of_first_rank(*told)
+        if text_and_code is not None:
+            raise user_error or _of_first_rank(*text_and_code)
         return value
 
 
 class LongWork:
-    """A part of a job that takes ranks unequally long. All of them hear, every so many seconds, that it still goes on somewhere.
+    """A part of a job that takes some ranks longer than others.
 
-    Each exchange is a round of all ranks: one that works joins it between two pieces of its work, one that is done waits in it.
-    So nobody takes a slow rank for a dead one, and nobody waits in one exchange for longer than a piece of work takes.
+    Every so many seconds all ranks learn that it still goes on somewhere. Each exchange is a round
+    of all ranks: a rank that works joins it between two pieces of its work, and a rank that is done
+    waits in it. So no slow rank is taken for a dead one, and no rank waits in one exchange for
+    longer than a piece of work takes.
     """
 
     def __init__(self, exchange: Exchange, every_seconds: float, progress: Callable[[], None]):
-        self._exchange, self._every, self._progress = exchange, every_seconds, progress
+        """progress: called whenever this rank learns that the job makes progress."""
+        self._exchange = exchange
+        self._every = every_seconds
+        self._progress = progress
         self._next_round = time.monotonic() + every_seconds
 
     def goes_on(self) -> None:
-        """A piece of this rank's work is done, and others follow."""
+        """Called when a piece of this rank's work is done and others follow."""
         self._progress()
         if time.monotonic() >= self._next_round:
             self._exchange.all_gather(None)
             self._next_round = time.monotonic() + self._every
 
     def done(self, result: Any) -> list[Any]:
-        """This rank's work is done. Returns every rank's result (never null), by rank, once all are done."""
+        """Called when this rank's work is done; returns when all ranks are done.
+
+        result: never None. Returns the results of all ranks, by rank.
+        """
         results = self._exchange.all_gather(result)
-        while any(other is None for other in results):
+        # None comes from a rank that is between two pieces of its work.
+        while any(result_of_rank is None for result_of_rank in results):
             self._progress()
             results = self._exchange.all_gather(result)
         self._progress()
@@ -139,19 +159,19 @@ def describe(error: BaseException) -> str:
 
 
 def _of_first_rank(text: str, exit_code: int) -> UserError:
-    mistake = UserError(text)
-    mistake.exit_code = exit_code
-    return mistake
+    error = UserError(text)
+    error.exit_code = exit_code
+    return error
 
 
 def join_problems(problems: dict[int, str], size: int) -> str:
-    """One problem as it is; equal ones once, with their ranks."""
+    """The problems as lines, each text once, with the ranks that it comes from."""
     if size == 1:
         return next(iter(problems.values()))
     ranks: dict[str, list[str]] = {}
     for rank, text in problems.items():
         ranks.setdefault(text, []).append(str(rank))
-    return "\n".join(f"rank {', '.join(who)}: {text}" for text, who in ranks.items())
+    return "\n".join(f"rank {', '.join(numbers)}: {text}" for text, numbers in ranks.items())
 
 
 def _encode(value: Any) -> torch.Tensor:

@@ -1,8 +1,10 @@
-"""Where parameter gradients go: a queue of accumulations into `parameter.main_grad`, run at once or when a schedule says so.
+"""Where gradients of parameters go: a queue of accumulations into `parameter.main_grad`.
 
-Pipeline schedules split backward into input gradients and weight gradients, and some run autograd hooks several times; so no
-parameter gradient travels through autograd. A module's backward pushes a closure here; the queue runs it exactly once, in
-fp32 (fp64 for float64 parameters), counts it, and reports a parameter whose last contribution of the step has arrived.
+No gradient of a parameter travels through autograd, because pipeline schedules split the backward
+pass into input gradients and weight gradients, and some run autograd's hooks several times. The
+backward pass of a module pushes a closure into the queue of its chunk instead. The queue runs every
+closure exactly once, at once or when the schedule says so, in fp32 (fp64 for float64 parameters).
+It counts the contributions and reports a parameter when the last one of the step has arrived.
 """
 
 from __future__ import annotations
@@ -15,13 +17,18 @@ from torch.nn import Parameter
 
 from megatron_completep.parallel.parameter import spec_of
 
-Accumulate = Callable[
-    [Tensor, bool], None
-]  # (main_grad, first): first means "write, what is there is stale"
+# Called with (main_grad, first). first: what main_grad holds is stale, overwrite it.
+Accumulate = Callable[[Tensor, bool], None]
 
 
 class GradientQueue:
-    """One a model chunk. `deferred`: hold the work until `take()` hands it to the pipeline schedule."""
+    """The gradient contributions of one model chunk.
+
+    Attributes:
+        deferred: whether contributions wait until `take()` hands them to the pipeline schedule.
+        on_complete: called with a parameter when its last contribution of the step has arrived.
+        runs: contributions that were accumulated since the queue was made.
+    """
 
     def __init__(self) -> None:
         self.deferred = False
@@ -32,12 +39,17 @@ class GradientQueue:
         self._stale: set[Parameter] = set()
 
     def begin_step(self, parameters: Iterable[Parameter], micro_batches: int) -> None:
-        """Expect `micro_batches` contributions of every parameter (times its uses); the first one overwrites."""
-        self._remaining = {p: micro_batches * spec_of(p).uses for p in parameters}
+        """Expect `micro_batches` contributions of every parameter, times its uses.
+
+        The first contribution overwrites the gradient of the step before.
+        """
+        self._remaining = {
+            parameter: micro_batches * spec_of(parameter).uses for parameter in parameters
+        }
         self._stale = set(self._remaining)
 
     def push(self, parameter: Parameter, accumulate: Accumulate) -> None:
-        """Add one contribution, now or later."""
+        """Add one contribution, now or when the schedule asks for it."""
         assert isinstance(parameter, Parameter), (
             "gradients are kept by parameter, and a saved tensor is another object"
         )
@@ -49,18 +61,23 @@ class GradientQueue:
             self._run(parameter, accumulate)
 
     def take(self) -> Callable[[], None]:
-        """Hand over what is held: the `dw_builder` of a pipeline stage."""
-        held, self._pending = self._pending, []
+        """Hand over the pending contributions as one function: `dw_builder` of a pipeline stage."""
+        contributions = self._pending
+        self._pending = []
 
         def run() -> None:
-            for parameter, accumulate in held:
+            for parameter, accumulate in contributions:
                 self._run(parameter, accumulate)
 
         return run
 
     def finish_step(self) -> None:
-        """Zero the gradients that nothing contributed to, and complete them."""
-        for parameter in [p for p, count in self._remaining.items() if count > 0]:
+        """Complete the parameters that fewer contributions came to than were expected.
+
+        The gradient of one that none came to is zero.
+        """
+        incomplete = [parameter for parameter, count in self._remaining.items() if count > 0]
+        for parameter in incomplete:
             if parameter in self._stale:
                 main_grad_of(parameter).zero_()
             self._complete(parameter)
@@ -72,6 +89,7 @@ class GradientQueue:
         first = parameter in self._stale
         self._stale.discard(parameter)
         accumulate(main_grad_of(parameter), first)
+        # Outside of a step (tests, instruments) nothing is counted.
         if parameter in self._remaining:
             self._remaining[parameter] -= 1
             if self._remaining[parameter] == 0:
@@ -84,8 +102,11 @@ class GradientQueue:
 
 
 def main_grad_of(parameter: Parameter) -> Tensor:
-    """The fp32 (float64 for float64 parameters) gradient buffer; the optimizer provides it, otherwise it is made here."""
-    main_grad = getattr(parameter, "main_grad", None)
+    """The gradient buffer of a parameter, float32 (float64 for float64 parameters).
+
+    The optimizer provides it; without one it is made here.
+    """
+    main_grad: Tensor | None = getattr(parameter, "main_grad", None)
     if main_grad is None:
         dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
         main_grad = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
@@ -94,7 +115,7 @@ def main_grad_of(parameter: Parameter) -> Tensor:
 
 
 def accumulate_tensor(gradient: Tensor, scale: Tensor | None = None) -> Accumulate:
-    """main_grad (+)= gradient (times scale)."""
+    """main_grad (+)= gradient, times `scale` [] where one is given."""
 
     def accumulate(main_grad: Tensor, first: bool) -> None:
         scaled = gradient if scale is None else gradient * scale
@@ -104,7 +125,7 @@ def accumulate_tensor(gradient: Tensor, scale: Tensor | None = None) -> Accumula
 
 
 def accumulate_sum(d_out: Tensor) -> Accumulate:
-    """main_grad (+)= column sums of d_out [T, out], summed in main_grad's type."""
+    """main_grad (+)= column sums of d_out [T, out], summed in the type of main_grad."""
 
     def accumulate(main_grad: Tensor, first: bool) -> None:
         column_sums = d_out.sum(0, dtype=main_grad.dtype)

@@ -12,7 +12,7 @@ from megatron_completep.parallel.products import Products
 
 @dataclass(frozen=True)
 class LayerContext:
-    """Where a layer stands, where its gradients and own losses go, and what multiplies its matrices."""
+    """The ranks of a layer, where its gradients and own losses go, and its matrix products."""
 
     ranks: ParallelContext
     queue: GradientQueue = field(default_factory=GradientQueue)  # one a chunk

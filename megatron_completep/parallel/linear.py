@@ -1,13 +1,17 @@
 """Linear layers whose weight is split over tensor ranks.
 
-Column-parallel: each rank holds rows of the weight (output features); the input is whole (or gathered along the sequence).
-Row-parallel: each rank holds columns (input features); the outputs are partial sums, summed (or reduce-scattered) over ranks.
-Shapes: S sequence, B micro-batch; `s` is S, or S / tensor ranks under sequence parallelism.
+Column-parallel: each rank holds rows of the weight (output features). The input is whole, or it is
+gathered along the sequence.
+Row-parallel: each rank holds columns (input features). The outputs are partial sums, which are
+summed (or reduce-scattered) over the ranks.
+
+S sequence, B micro-batch; s is S, or S / tensor ranks under sequence parallelism.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +26,9 @@ from megatron_completep.roles import Role
 class ColumnParallelLinear(nn.Module):
     """[s, B, in] -> [S, B, local out].
 
-    parts: name -> features of the stacked logical outputs (q, k, v or gate, up), each split evenly over tensor ranks.
-    query_part: the one behind which the attention scale acts, where no norm stands between.
+    parts: name -> features of the logical matrices that are stacked (q, k, v or gate, up); each is
+        split evenly over tensor ranks.
+    query_part: the part behind which the attention scale acts, where no norm stands between.
     """
 
     def __init__(
@@ -65,7 +70,10 @@ class ColumnParallelLinear(nn.Module):
             self.bias = make_parameter(vector, ranks)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _ColumnParallel.apply(x, self.weight, self.bias, self.context)
+        out: Tensor = _ColumnParallel.apply(  # type: ignore[no-untyped-call]
+            x, self.weight, self.bias, self.context
+        )
+        return out
 
 
 class RowParallelLinear(nn.Module):
@@ -106,55 +114,64 @@ class RowParallelLinear(nn.Module):
             self.bias = make_parameter(vector, ranks)
 
     def forward(self, x: Tensor) -> Tensor:
-        partial = _Linear.apply(x, self.weight, self.context)
-        return self.context.ranks.sequence.sum_with_gradient(partial)
+        partial_sum: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
+            x, self.weight, self.context
+        )
+        return self.context.ranks.sequence.sum_with_gradient(partial_sum)
 
 
 class _Linear(torch.autograd.Function):
-    """x W^T on what this rank holds; the weight gradient goes to the queue."""
+    """x W^T of what this rank holds; the weight gradient goes to the queue."""
 
     @staticmethod
-    def forward(ctx, x, weight, context: LayerContext):
+    def forward(ctx: Any, x: Tensor, weight: Tensor, context: LayerContext) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.weight = weight  # the parameter itself: what is saved may come back as another object
+        # The queue wants the parameter itself: what is saved may come back as another object.
+        ctx.weight = weight
         ctx.context = context
         return context.products.forward(x, weight)
 
     @staticmethod
-    def backward(ctx, d_out):
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
-        products, queue = ctx.context.products, ctx.context.queue
+        products: Products = ctx.context.products
         d_x = products.input_gradient(d_out, weight) if ctx.needs_input_grad[0] else None
-        queue.push(ctx.weight, accumulate_matrix(products, d_out.flatten(0, -2), x.flatten(0, -2)))
+        contribution = accumulate_matrix(products, d_out.flatten(0, -2), x.flatten(0, -2))
+        ctx.context.queue.push(ctx.weight, contribution)
         return d_x, None, None
 
 
 class _ColumnParallel(torch.autograd.Function):
-    """Gathers its input along the sequence where that is split; in backward the reduction of d_x overlaps the weight gradient."""
+    """Gathers its input along the sequence where that is split, then computes x W^T + b.
+
+    In the backward pass the reduction of d_x overlaps the weight gradient.
+    """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, context: LayerContext):
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, context: LayerContext
+    ) -> Tensor:
+        # Only this rank's part of the input is saved; backward gathers it again.
         ctx.save_for_backward(x, weight)
-        ctx.weight, ctx.bias, ctx.context = weight, bias, context
+        ctx.weight = weight
+        ctx.bias = bias
+        ctx.context = context
         return context.products.forward(context.ranks.sequence.gather(x), weight, bias)
 
     @staticmethod
-    def backward(ctx, d_out):
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None, None, None]:
         x, weight = ctx.saved_tensors
-        sequence, products, queue = (
-            ctx.context.ranks.sequence,
-            ctx.context.products,
-            ctx.context.queue,
-        )
+        context: LayerContext = ctx.context
+        sequence = context.ranks.sequence
         gathering = sequence.start_gather(x)
-        d_x = products.input_gradient(d_out, weight)
+        d_x = context.products.input_gradient(d_out, weight)
         reducing = sequence.start_sum(d_x)
         # The weight gradient runs while d_x is under way.
         rows = d_out.flatten(0, -2)
         inputs = gathering.wait().flatten(0, -2)
-        queue.push(ctx.weight, accumulate_matrix(products, rows, inputs))
+        context.queue.push(ctx.weight, accumulate_matrix(context.products, rows, inputs))
         if ctx.bias is not None:
-            queue.push(ctx.bias, accumulate_sum(rows))
+            context.queue.push(ctx.bias, accumulate_sum(rows))
         return reducing.wait(), None, None, None
 
 

@@ -64,7 +64,9 @@ def with_own_loss(
     counts: whether this rank's value enters the metrics. Tensor ranks that compute the same value
         from the same tokens pass True on one of them only.
     """
-    return _OwnLoss.apply(x, loss, name, ledger if counts else None)
+    counting_ledger = ledger if counts else None
+    out: Tensor = _OwnLoss.apply(x, loss, name, counting_ledger)  # type: ignore[no-untyped-call]
+    return out
 
 
 class _OwnLoss(torch.autograd.Function):

@@ -1,7 +1,7 @@
-"""A parameter says everything once: its `Spec` is made where the parameter is, and everybody else reads it there.
+"""A parameter says everything about itself once: its `Spec` is made where the parameter is made.
 
-Initial weights, learning-rate groups, the optimizer, checkpoints, replayed traces and plans ask the spec. None of them knows a
-module or a parameter's name.
+Initial weights, learning-rate groups, the optimizer, checkpoints, replayed traces and plans ask the
+spec. None of them knows a module or the name of a parameter.
 """
 
 from __future__ import annotations
@@ -25,33 +25,37 @@ Range = tuple[int, int]  # [start, stop)
 
 
 class Site(StrEnum):
-    """Which forward multiplier acts right behind a tensor, so that its values can take a change of it over."""
+    """Which forward multiplier acts right behind a tensor.
 
-    STREAM = (
-        "stream"  # the residual multiplier: the output of a branch, which joins the residual stream
-    )
+    Where the multiplier changes, the values of the tensor can be changed in its place.
+    """
+
+    STREAM = "stream"  # the residual multiplier, on the output of a branch
     QUERY = "query"  # the attention scale
     INPUT = "input"  # model.input_multiplier
     LOGITS = "logits"  # the logit multiplier
-    TIED_LOGITS = "tied logits"  # the same before a tied unembedding, which has taken the input multiplier over
+    TIED_LOGITS = "tied logits"  # before a tied unembedding, which has the input multiplier, too
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What is said of one parameter.
+    """What is to be known of one parameter.
 
     shape: of the logical tensor, before any split and without padding.
-    fan_in, base_fan_in: of the logical matrix, or of one part of a fused one; here and at the proxy.
+    fan_in, base_fan_in: of the logical matrix, or of one part of a fused one; here and at the
+        proxy.
     parts: name -> size of each logical matrix that a fused one stacks along `part_dim`, in order.
-    split: dimension -> this rank's share along the axis of the mesh that divides it; on `part_dim` every part is divided
-        by itself.
-    multiple: a split dimension is padded so that every rank holds a multiple of this; padding belongs to nothing.
-    partial_over: the name of the axis over whose ranks the gradient of a replicated parameter is a sum of shares.
-    summed_over: the name of the axis whose ranks hold the same parameter and read other samples: gradients are summed over it,
-        and the optimizer's state is sharded along it.
+    split: dimension -> this rank's share along the mesh axis that divides it; along `part_dim`
+        every part is divided by itself.
+    multiple: a split dimension is padded so that every rank holds a multiple of this; padding
+        belongs to no parameter.
+    partial_over: the axis over whose ranks the gradient of a replicated parameter is a sum of
+        shares.
+    summed_over: the axis whose ranks hold the same parameter and see other tokens: gradients are
+        summed over it, and the optimizer's state is sharded along it.
     uses: gradient contributions a micro-batch.
-    tied_to: the name under which the two ends of a pipeline are one.
-    constant: what every element starts at; None: drawn.
+    tied_to: the name under which the two ends of a pipeline are one parameter.
+    constant: the initial value of every element; None: drawn at random.
     site: which forward multiplier acts behind it, on the part `site_part` alone where one is named.
     """
 
@@ -71,18 +75,18 @@ class Spec:
     site: Site | None = None
     site_part: str | None = None
 
-    # --- the table ---------------------------------------------------------------------------------
+    # --- the table --------------------------------------------------------------------------------
 
     @property
     def width_ratio(self) -> float:
-        """fan_in / base_fan_in; 1 for vectors and the vocabulary's tables."""
+        """fan_in / base_fan_in; 1 for vectors, the embedding and the unembedding."""
         if self.fan_in is None or self.base_fan_in is None:
             return 1.0
         return self.fan_in / self.base_fan_in
 
     @property
     def writes_to_stream(self) -> bool:
-        """Whether it makes the output of a branch."""
+        """Whether this parameter makes the output of a branch."""
         return self.site is Site.STREAM
 
     @property
@@ -90,7 +94,7 @@ class Spec:
         """Whether the gradient on this rank is a share of a sum."""
         return self.partial_over is not None
 
-    # --- names -------------------------------------------------------------------------------------
+    # --- names ------------------------------------------------------------------------------------
 
     def stored_name(self, name: str) -> str:
         """The name under which a parameter called `name` here is drawn, grouped and stored."""
@@ -100,7 +104,7 @@ class Spec:
         """Whether another parameter of the model, of the name `tied_to`, stands for this one."""
         return self.tied_to not in (None, name)
 
-    # --- geometry ----------------------------------------------------------------------------------
+    # --- geometry ---------------------------------------------------------------------------------
 
     @property
     def replicated(self) -> bool:
@@ -108,9 +112,9 @@ class Spec:
         return not self.split
 
     def local_ranges(self, dim: int) -> tuple[Range, ...]:
-        """The logical [start, stop) that lie one after the other along `dim` of the local tensor.
+        """The logical ranges that follow one another along `dim` of the local tensor.
 
-        The last ones may reach past the logical size: that is padding.
+        What reaches past the logical size is padding.
         """
         share = self.split.get(dim)
         if share is None:
@@ -135,8 +139,8 @@ class Spec:
     def part_range(self, name: str) -> Range:
         """[start, stop) of a part along `part_dim` of the logical tensor."""
         start = 0
-        for part, size in self.parts.items():
-            if part == name:
+        for part_name, size in self.parts.items():
+            if part_name == name:
                 return start, start + size
             start += size
         raise KeyError(name)
@@ -149,7 +153,7 @@ class Spec:
         return local
 
     def spread(self, local: Tensor) -> Tensor:
-        """The logical tensor with what this rank holds in its place, and 0 where other ranks' parts go."""
+        """The logical tensor with this rank's elements in their place, and 0 everywhere else."""
         logical = local
         for dim in self.split:
             logical = _spread(logical, dim, self.local_ranges(dim), self.shape[dim])
@@ -163,28 +167,32 @@ class Spec:
         return logical
 
     def counts_on(self, name: str, context: ParallelContext) -> bool:
-        """Whether this rank is the one of those that hold the same elements whose copy counts.
+        """Whether this rank's copy of the parameter counts.
 
-        Asked of a parameter called `name` here, for what is summed or stored once: norms and checkpoints.
+        Of the ranks that hold the same elements one counts them, in what is summed or stored once:
+        norms and checkpoints. `name` is the parameter's name here.
         """
         split_over = {share.axis for share in self.split.values()}
         repeated = (axis for axis in context.model_axes if axis.name not in split_over)
-        first = all(axis.rank == 0 for axis in repeated) and context.replica.rank == 0
-        return first and not self.is_copy(name)
+        is_first = all(axis.rank == 0 for axis in repeated) and context.replica.rank == 0
+        return is_first and not self.is_copy(name)
 
 
 def make_parameter(spec: Spec, context: ParallelContext) -> nn.Parameter:
-    """A parameter of this rank's shape, float32; a constant one is filled, the others wait for `initialize`."""
-    shape, device = spec.local_shape, context.device
+    """A float32 parameter of this rank's shape.
+
+    A constant one is filled here; the others are filled by `initialize`.
+    """
     if spec.constant is None:
-        values = torch.empty(shape, device=device)
+        tensor = torch.empty(spec.local_shape, device=context.device)
     else:
-        values = torch.full(shape, spec.constant, device=device)
-    return attach(nn.Parameter(values), spec)
+        tensor = torch.full(spec.local_shape, spec.constant, device=context.device)
+    parameter: nn.Parameter = attach(nn.Parameter(tensor), spec)
+    return parameter
 
 
 def attach(parameter: Any, spec: Spec) -> Any:
-    """Let a parameter carry its spec; returns the parameter."""
+    """Attach its spec to a parameter; returns the parameter."""
     parameter.spec = spec
     return parameter
 
@@ -192,30 +200,30 @@ def attach(parameter: Any, spec: Spec) -> Any:
 def declare(
     parameter: Any, role: Role, fan_in: int | None = None, base_fan_in: int | None = None
 ) -> Any:
-    """Say what a parameter of a plain torch module is; returns the parameter.
+    """Declare what a parameter of a plain torch module is; returns the parameter.
 
-    fan_in, base_fan_in: of a matrix of hidden weights, here and at the proxy. A parameter with the role of a gain or bias
-    keeps what its module filled it with.
+    fan_in, base_fan_in: of a matrix of hidden weights, here and at the proxy. A parameter with the
+        role of a gain or bias keeps the value with which its module filled it.
     """
     constant = float(role is not Role.HIDDEN_BIAS) if role in CONSTANT else None
     spec = Spec(role, tuple(parameter.shape), fan_in, base_fan_in, constant=constant)
     return attach(parameter, spec)
 
 
-CONSTANT = (
-    Role.PRE_NORM,
-    Role.HIDDEN_BIAS,
-    Role.FINAL_NORM,
-    Role.QK_NORM,
-)  # in a module that only declares
+# Roles that keep the value of a module that only declares them.
+CONSTANT = (Role.PRE_NORM, Role.HIDDEN_BIAS, Role.FINAL_NORM, Role.QK_NORM)
 
 
 def spec_of(parameter: Any, name: str = "") -> Spec:
-    """The spec of a parameter. One without is an error that gives its name, never a guess: raises ConfigError."""
+    """The spec of a parameter.
+
+    Raises ConfigError, with the name, for a parameter without one: its role is never guessed.
+    """
     spec = getattr(parameter, "spec", None)
     if not isinstance(spec, Spec):
         raise ConfigError(
-            f"parameter {name} declares no CompleteP role. Call declare(parameter, role) with one of: {', '.join(Role)}."
+            f"parameter {name} declares no CompleteP role. "
+            f"Call declare(parameter, role) with one of: {', '.join(Role)}."
         )
     return spec
 
@@ -238,26 +246,29 @@ def _share_of_each(parts: tuple[int, ...], share: Share) -> tuple[Range, ...]:
 
 
 def _cut(tensor: Tensor, dim: int, ranges: tuple[Range, ...]) -> Tensor:
+    """The ranges of a logical tensor along `dim`, one after the other; padding is 0."""
     shape = list(tensor.shape)
     shape[dim] = sum(stop - start for start, stop in ranges)
     local = tensor.new_zeros(shape)
     position = 0
     for start, stop in ranges:
-        held = max(0, min(stop, tensor.shape[dim]) - start)
-        if held:
-            local.narrow(dim, position, held).copy_(tensor.narrow(dim, start, held))
+        # A range may reach into the padding, or lie in it as a whole.
+        length = max(0, min(stop, tensor.shape[dim]) - start)
+        if length:
+            local.narrow(dim, position, length).copy_(tensor.narrow(dim, start, length))
         position += stop - start
     return local
 
 
 def _spread(tensor: Tensor, dim: int, ranges: tuple[Range, ...], size: int) -> Tensor:
+    """The inverse of `_cut`: `size` elements along `dim`, 0 where the ranges do not reach."""
     shape = list(tensor.shape)
     shape[dim] = size
     logical = tensor.new_zeros(shape)
     position = 0
     for start, stop in ranges:
-        held = max(0, min(stop, size) - start)
-        if held:
-            logical.narrow(dim, start, held).copy_(tensor.narrow(dim, position, held))
+        length = max(0, min(stop, size) - start)
+        if length:
+            logical.narrow(dim, start, length).copy_(tensor.narrow(dim, position, length))
         position += stop - start
     return logical

@@ -1,12 +1,13 @@
 """Pipeline schedules of torch.distributed.pipelining over this rank's chunks.
 
-Static shapes, no gradient scaling, and weight gradients held in each chunk's queue until the schedule runs them through
-`dw_builder`: with anything less, zero-bubble schedules run weight-gradient code more than once.
+Shapes are static and gradients are not scaled. Weight gradients wait in the queue of each chunk
+until the schedule runs them through `dw_builder`: otherwise zero-bubble schedules would run the
+code of weight gradients more than once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,23 +26,20 @@ from megatron_completep.parallel.gradients import GradientQueue
 
 
 class _StageModule(nn.Module):
-    """A chunk as the library wants it: the last one's loss has one element along the first dimension."""
+    """A chunk as the library expects it: the loss of the last one has a first dimension."""
 
-    def __init__(self, chunk: nn.Module, last: bool):
+    def __init__(self, chunk: nn.Module, is_last: bool):
         super().__init__()
-        self.chunk, self.last = chunk, last
+        self.chunk = chunk
+        self.is_last = is_last
 
-    def forward(self, x: Tensor, **side: Tensor) -> Tensor:
-        out = self.chunk(x, **side)
-        return out.view(1) if self.last else out
+    def forward(self, x: Tensor, **keywords: Tensor) -> Tensor:
+        out: Tensor = self.chunk(x, **keywords)
+        return out.view(1) if self.is_last else out
 
 
 class Pipeline:
-    """Runs micro-batches through the stages that this rank holds.
-
-    chunks: this rank's modules, each with a `queue`; stages: their global indices of `num_stages`.
-    boundary: an example of what crosses a boundary, [s, B, H] (meta device); tokens: of what enters, [B, S] (meta device).
-    """
+    """Runs micro-batches through the stages that this rank holds."""
 
     def __init__(
         self,
@@ -54,70 +52,85 @@ class Pipeline:
         boundary: Tensor,
         loss_dtype: torch.dtype,
     ):
-        self.context, self.schedule_name, self.num_stages = context, schedule, num_stages
-        self.holds_first, self.holds_last = 0 in stages, num_stages - 1 in stages
+        """chunks: this rank's modules, each with a `queue`.
+
+        stages: their numbers among the `num_stages` of the model.
+        tokens: an example [B, S] of what enters the first stage, on the meta device.
+        boundary: an example [s, B, H] of what one stage sends to the next, on the meta device.
+        """
+        self.context = context
+        self.schedule_name = schedule
+        self.num_stages = num_stages
+        self.holds_first = 0 in stages
+        self.holds_last = num_stages - 1 in stages
         loss = torch.empty(1, dtype=loss_dtype, device="meta")
         self._stages = []
         for chunk, index in zip(chunks, stages, strict=True):
             queue = chunk.queue
             assert isinstance(queue, GradientQueue)
             queue.deferred = True
-            last = index == num_stages - 1
+            is_last = index == num_stages - 1
             stage = PipelineStage(
-                _StageModule(chunk, last),
+                _StageModule(chunk, is_last),
                 index,
                 num_stages,
                 context.device,
                 input_args=tokens if index == 0 else boundary.clone().requires_grad_(),
-                output_args=(loss if last else boundary.clone()).requires_grad_(),
+                output_args=(loss if is_last else boundary.clone()).requires_grad_(),
                 group=context.pipeline.group,
                 dw_builder=queue.take,
             )
             self._stages.append(stage)
         self._schedules: dict[int, PipelineScheduleSingle | PipelineScheduleMulti] = {}
 
-    def forward_backward(self, micro_batches: int, tokens: Tensor, **side: Tensor) -> Tensor:
-        """Sum of the losses of all micro-batches (0 on ranks without the last stage); gradients go through the queues.
+    def forward_backward(self, micro_batches: int, tokens: Tensor, **keywords: Tensor) -> Tensor:
+        """Sum [] of the losses of all micro-batches; gradients of weights go through the queues.
 
-        tokens [micro_batches * B, S] and `side` tensors (labels, positions, ...) are cut along their first dimension.
+        It is 0 on ranks without the last stage. `tokens` [micro_batches * B, S] and the keywords of
+        the chunks (labels, positions, ...) are cut along their first dimension. Communicates over
+        the pipeline.
         """
-        return self._run(micro_batches, tokens, side, evaluate=False)
+        return self._run(micro_batches, tokens, keywords, evaluate=False)
 
     @torch.no_grad()
-    def evaluate(self, micro_batches: int, tokens: Tensor, **side: Tensor) -> Tensor:
+    def evaluate(self, micro_batches: int, tokens: Tensor, **keywords: Tensor) -> Tensor:
         """The same without gradients."""
-        return self._run(micro_batches, tokens, side, evaluate=True)
+        return self._run(micro_batches, tokens, keywords, evaluate=True)
 
     def _run(
-        self, micro_batches: int, tokens: Tensor, side: dict[str, Tensor], evaluate: bool
+        self, micro_batches: int, tokens: Tensor, keywords: dict[str, Tensor], evaluate: bool
     ) -> Tensor:
         schedule = self._schedule(micro_batches)
+        run: Callable[..., Any] = schedule.eval if evaluate else schedule.step
+        # Evaluation does not know the option.
+        options: dict[str, Any] = {} if evaluate else {"return_outputs": False}
         losses: list[Tensor] | None = [] if self.holds_last else None
-        run = schedule.eval if evaluate else schedule.step
-        arguments = (tokens,) if self.holds_first else ()
-        keywords: dict[str, Any] = {**side} if evaluate else {**side, "return_outputs": False}
         run(
-            *arguments,
-            target=side["labels"] if self.holds_last else None,
+            *((tokens,) if self.holds_first else ()),
+            target=keywords["labels"] if self.holds_last else None,
             losses=losses,
             **keywords,
+            **options,
         )
         if losses is None:
             return torch.zeros((), device=self.context.device)
         return torch.stack([loss.detach() for loss in losses]).sum()
 
     def _schedule(self, micro_batches: int) -> PipelineScheduleSingle | PipelineScheduleMulti:
+        """The schedule for so many micro-batches; a batch ramp uses several."""
         if micro_batches not in self._schedules:
-            self._schedules[micro_batches] = make_schedule(
-                self.schedule_name, self._stages, micro_batches
-            )
+            schedule = make_schedule(self.schedule_name, self._stages, micro_batches)
+            self._schedules[micro_batches] = schedule
         return self._schedules[micro_batches]
 
 
 def make_schedule(
     name: str, stages: list[PipelineStage], micro_batches: int
 ) -> PipelineScheduleSingle | PipelineScheduleMulti:
-    """The library's schedule of that name; the last stage's output is the loss itself, a sum that nothing rescales."""
+    """The library's schedule of that name.
+
+    The output of the last stage is the loss itself, a sum over tokens that must not be rescaled.
+    """
 
     def loss_of(output: Tensor, target: Tensor) -> Tensor:
         return output[0]

@@ -1,6 +1,7 @@
-"""Which part of the sequence a rank holds of the residual stream, and how the whole comes about.
+"""Which part of the sequence a rank holds of the residual stream, and how parts are combined.
 
-S sequence, s this rank's part of it: S itself, or S / ranks where the ranks that share the matrices share the sequence, too.
+S sequence, s this rank's part of it: S itself, or S / ranks under sequence parallelism, where the
+ranks that share the matrices divide the sequence, too.
 """
 
 from __future__ import annotations
@@ -21,24 +22,31 @@ from megatron_completep.parallel.collectives import (
 
 @dataclass(frozen=True)
 class SequencePart:
-    """A rank's part. axis: the ranks that share the matrices; split: whether they share the sequence between them."""
+    """A rank's part of the sequence.
+
+    axis: the ranks that share the matrices.
+    split: whether they divide the sequence between them.
+    """
 
     axis: Axis
     split: bool = False
 
     @property
     def parts(self) -> int:
-        """Into how many parts the sequence is cut."""
+        """The number of parts that the sequence is divided into."""
         return self.axis.size if self.split else 1
 
     @property
     def index(self) -> int:
-        """Which of them is this rank's."""
+        """The number of this rank's part."""
         return self.axis.rank if self.split else 0
 
     @property
     def partial_over(self) -> str | None:
-        """The axis over whose ranks the gradients of what sees the stream alone are sums of shares."""
+        """The axis whose ranks hold shares of a gradient, for parameters that see only the stream.
+
+        None where every rank sees the whole sequence.
+        """
         return self.axis.name if self.split else None
 
     def length(self, seq_length: int) -> int:
@@ -54,22 +62,25 @@ class SequencePart:
         return x.chunk(self.parts)[self.index]
 
     def gather(self, x: Tensor) -> Tensor:
-        """[s, ...] -> [S, ...], from all ranks."""
+        """[s, ...] -> [S, ...]. Communicates over the axis."""
         return self.start_gather(x).wait()
 
     def start_gather(self, x: Tensor) -> Pending:
-        """The same, under way while the caller computes."""
+        """Start the same; the caller computes meanwhile."""
         return start_all_gather(x, self.axis) if self.split else Pending(x)
 
     def sum(self, x: Tensor) -> Tensor:
-        """This rank's part [s, ...] of the sum of partial results [S, ...] over the ranks. No gradient passes."""
+        """This rank's part [s, ...] of the sum of partial results [S, ...], without gradient.
+
+        Communicates over the axis.
+        """
         return self.start_sum(x).wait()
 
     def start_sum(self, x: Tensor) -> Pending:
-        """The same, under way while the caller computes."""
+        """Start the same; the caller computes meanwhile."""
         start = start_reduce_scatter if self.split else start_all_reduce
         return start(x, self.axis)
 
     def sum_with_gradient(self, x: Tensor) -> Tensor:
-        """The same sum, differentiably: the gradient of every partial result is that of the sum."""
+        """The same sum, differentiable: the gradient of a partial result is that of the sum."""
         return sum_over(x, self.axis, scatter=self.split)

@@ -67,7 +67,7 @@ class Stopwatch:
         """The interval. To be read when the work is known to be done."""
         if self._events:
             start, stop = self._events
-            return start.elapsed_time(stop) / 1e3
+            return float(start.elapsed_time(stop)) / 1e3
         return self._host_times[1] - self._host_times[0]
 
 
@@ -208,7 +208,7 @@ class TrainingStep:
         # Every tensor rank has the same sums: the first one counts them.
         counted_once = sums * (self.context.tensor.rank == 0)
         loss_sum, tokens = all_reduce(counted_once, self.context.world).tolist()
-        return loss_sum / tokens
+        return float(loss_sum / tokens)
 
     def _micro_batch(self, batch: Batch, dropout_seed: Tensor | None) -> MicroBatch:
         """What the model reads of a batch, on the device."""

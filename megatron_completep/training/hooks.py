@@ -12,10 +12,11 @@ from megatron_completep.data.loader import ValidationBatches
 from megatron_completep.model.flops import peak_flops, training_flops_per_token
 from megatron_completep.optim.schedule import learning_rate
 from megatron_completep.parallel.context import ParallelContext
-from megatron_completep.run.hook import Hook, Stage, StepRecord
+from megatron_completep.run.hook import Hook, Row, Stage, StepRecord
 from megatron_completep.run.state import Checkpointer, RunState
 from megatron_completep.run.step import TrainingStep
-from megatron_completep.telemetry.metrics import Row, Sink, memory_bytes
+from megatron_completep.telemetry.metrics import memory_bytes
+from megatron_completep.telemetry.trackers import Sink
 
 
 class Validation(Hook):

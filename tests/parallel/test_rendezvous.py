@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron_completep.errors import ConfigError
 from megatron_completep.launch import Launch
 from megatron_completep.parallel import rendezvous
-from megatron_completep.parallel.rendezvous import Roll, meet
+from megatron_completep.parallel.rendezvous import RollCall, meet
 
 
 @pytest.fixture
@@ -56,8 +56,8 @@ def test_ranks_that_all_come_meet_in_one_store(port: int) -> None:
 def test_ranks_that_do_not_come_are_named_by_those_that_did(came: list[int], missing: str) -> None:
     store, time_is_up = dist.HashStore(), 0.0
     for rank in came[1:]:
-        Roll(store, rank_of(rank, 3, 1))._sign()
-    said = outcome(lambda: Roll(store, rank_of(0, 3, 1)).call(time_is_up, 90))
+        RollCall(store, rank_of(rank, 3, 1))._sign()
+    said = outcome(lambda: RollCall(store, rank_of(0, 3, 1)).run(time_is_up, 90))
     assert said.startswith(
         f"rank {missing} of 3 did not start within 90 s (parallel.timeout_minutes), {len(came)} did. Look at the log"
     )
@@ -75,14 +75,14 @@ def test_a_rank_0_that_does_not_come_is_named_with_its_address(port: int) -> Non
 def test_who_is_missing_is_said_while_they_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rendezvous, "SAY_SECONDS", 0.0)
     store, said = dist.HashStore(), []
-    late = Roll(store, rank_of(1, 3, 1))
+    late = RollCall(store, rank_of(1, 3, 1))
 
     def say(text: str) -> None:
         said.append(text)
-        Roll(store, rank_of(2, 3, 1))._sign()
+        RollCall(store, rank_of(2, 3, 1))._sign()
         late._sign()
 
-    Roll(store, rank_of(0, 3, 1), say).call(time.monotonic() + 60, 60)
+    RollCall(store, rank_of(0, 3, 1), say).run(time.monotonic() + 60, 60)
     assert said == ["waiting for rank 1, 2 of 3 to start"]
 
 
@@ -121,12 +121,14 @@ def test_what_is_no_store_at_the_address_is_said(
 
 def test_two_processes_with_one_rank_and_ranks_told_of_other_worlds_are_refused() -> None:
     store = dist.HashStore()
-    Roll(store, rank_of(1, 2, 1))._sign()
+    RollCall(store, rank_of(1, 2, 1))._sign()
     with pytest.raises(ConfigError, match="rank 1: 2 processes have RANK = 1"):
-        Roll(store, rank_of(1, 2, 1))._sign()
-    Roll(store, replace(rank_of(1, 2, 1), by_torchrun=True))._sign()  # which gives the ranks itself
+        RollCall(store, rank_of(1, 2, 1))._sign()
+    RollCall(
+        store, replace(rank_of(1, 2, 1), by_torchrun=True)
+    )._sign()  # which gives the ranks itself
     with pytest.raises(ConfigError, match="rank 0 was told WORLD_SIZE = 4, rank 1 was told 2"):
-        Roll(store, rank_of(0, 4, 1)).call(time.monotonic() + 60, 60)
+        RollCall(store, rank_of(0, 4, 1)).run(time.monotonic() + 60, 60)
 
 
 def test_the_holder_of_the_store_that_leaves_is_named() -> None:
@@ -138,4 +140,4 @@ def test_the_holder_of_the_store_that_leaves_is_named() -> None:
         ConfigError,
         match=r"rank 1: rank 0, which holds the store, left while waiting for rank 0, 1: Connection reset",
     ):
-        Roll(Gone(), rank_of(1, 2, 1)).call(time.monotonic() + 60, 60)
+        RollCall(Gone(), rank_of(1, 2, 1)).run(time.monotonic() + 60, 60)

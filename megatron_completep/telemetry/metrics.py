@@ -1,4 +1,4 @@
-"""What a run reports: `metrics.jsonl` (one object a step), a console line an interval, and the trackers (trackers.py)."""
+"""What a run reports: `metrics.jsonl`, a console line an interval, and the trackers."""
 
 from __future__ import annotations
 
@@ -15,16 +15,19 @@ import torch
 from megatron_completep.config.json_text import parse_json
 from megatron_completep.config.schema import Config
 from megatron_completep.errors import ConfigError, DataError
-from megatron_completep.telemetry.trackers import Row, Sink, open_trackers
+from megatron_completep.run.hook import Row
+from megatron_completep.telemetry.trackers import Sink, open_trackers
 
 METRICS = "metrics.jsonl"
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one object a step, floats at full precision (they read back bit for bit), not-finite ones as null.
+    """`metrics.jsonl`: one object a step.
 
-    Opening it cuts off the steps after `last_step`, which a resumed run does again, and a last line that a kill left torn. While the
-    disk is full, what cannot be written waits in memory; that is said once, and training goes on.
+    Floats have full precision (they read back bit for bit); those that are not finite are null.
+    Opening the file cuts off the steps after `last_step`, which a resumed run does again, and an
+    incomplete last line that a kill left. While the disk is full, rows wait in memory; that is
+    reported once, and training goes on.
     """
 
     def __init__(self, path: Path, last_step: int, say: Callable[[str], None]):
@@ -33,61 +36,73 @@ class MetricsFile:
             self._file = path.open("ab", buffering=0)
         except OSError as error:
             raise ConfigError(
-                f"{path} cannot be written: {error.strerror}. Choose another training.output_dir, or mend the file."
+                f"{path} cannot be written: {error.strerror}. "
+                "Choose another training.output_dir, or mend the file."
             ) from None
-        self._path, self._say, self._waiting, self._warned = path, say, b"", False
+        self._path = path
+        self._say = say
+        self._waiting = b""
+        self._has_warned = False
 
     def write(self, row: Row) -> None:
         self._follow_path()
-        self._waiting += (
-            json.dumps(
-                {name: _finite(value) for name, value in row.items()}, allow_nan=False
-            ).encode()
-            + b"\n"
-        )
+        finite_row = {name: _finite(figure) for name, figure in row.items()}
+        self._waiting += json.dumps(finite_row, allow_nan=False).encode() + b"\n"
         self._write()
 
     def _follow_path(self) -> None:
-        """Rows written to a file that has lost its name would be lost with it, without a word."""
+        """Open a new file where the old one was removed.
+
+        Rows written to a file without a name would be lost without a word.
+        """
         if os.path.lexists(self._path):
             return
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            again = self._path.open("ab", buffering=0)
+            new_file = self._path.open("ab", buffering=0)
         except OSError:
-            return  # said by whoever needs the folder next
+            return  # reported by whatever needs the folder next
         self._file.close()
-        self._file = again
+        self._file = new_file
         self._say(
             f"warning: {self._path} was removed under the run; a new one begins with the next row"
         )
 
     def _write(self) -> None:
         try:
+            # A write may take only a part of the bytes.
             while self._waiting:
-                self._waiting = self._waiting[self._file.write(self._waiting) :]
+                written = self._file.write(self._waiting)
+                self._waiting = self._waiting[written:]
         except OSError as error:
-            if not self._warned:
-                self._warned = True
-                self._say(
-                    f"warning: {self._file.name} cannot be written: {error.strerror}. Rows wait in memory; training goes on."
-                )
+            if self._has_warned:
+                return
+            self._has_warned = True
+            self._say(
+                f"warning: {self._file.name} cannot be written: {error.strerror}. "
+                "Rows wait in memory; training goes on."
+            )
 
     def close(self) -> None:
         self._write()
         self._file.close()
 
 
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _finite(figure: Any) -> Any:
+    """The figure, or None for a float that JSON cannot hold."""
+    return None if isinstance(figure, float) and not math.isfinite(figure) else figure
 
 
 def cut_metrics(path: Path, last_step: int) -> None:
-    """Cut the file after the last whole line of a step up to `last_step`. Its end moves in one call and nothing is copied: a kill
-    leaves one of the two files, and a full disk is no obstacle."""
+    """Cut the file after the last complete line of a step up to `last_step`.
+
+    The end of the file moves in one call and nothing is copied: after a kill the file is either the
+    old one or the new one, and a full disk is no obstacle.
+    """
     if not path.exists():
         return
-    end = position = 0
+    end = 0
+    position = 0
     with path.open("rb") as file:
         for line in file:
             position += len(line)
@@ -101,13 +116,13 @@ def cut_metrics(path: Path, last_step: int) -> None:
 
 
 def _step_of(line: bytes) -> int:
-    """The step of a line, -1 for a line that is none."""
+    """The step of a line; -1 where the line is not a row."""
     row = _row_of(line)
-    return -1 if row is None else row["step"]
+    return -1 if row is None else int(row["step"])
 
 
 def _row_of(line: bytes) -> dict[str, Any] | None:
-    """The row of a line; None for a line that is none. Losses may be NaN."""
+    """The row of a line; None where the line is not a row. Losses may be NaN."""
     try:
         row = parse_json(line, "a line of metrics", finite=False)
     except DataError:
@@ -116,76 +131,95 @@ def _row_of(line: bytes) -> dict[str, Any] | None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole rows of a `metrics.jsonl`; a torn last line is left out."""
-    lines = path.read_bytes().splitlines(keepends=True)
-    rows = [row for line in lines if line.endswith(b"\n") and (row := _row_of(line)) is not None]
-    return [row for row in rows if row["step"] >= 0]
+    """All complete rows of a `metrics.jsonl`; an incomplete last line is left out."""
+    rows = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        row = _row_of(line) if line.endswith(b"\n") else None
+        if row is not None and row["step"] >= 0:
+            rows.append(row)
+    return rows
 
 
 class ConsoleLines:
-    """One line an interval: averages over its steps. The first step is said at once, so that a slow start is seen."""
+    """One console line an interval, with averages over its steps.
+
+    The first step is printed at once, so that a slow start can be seen.
+    """
 
     def __init__(self, interval: int, train_steps: int, say: Callable[[str], None]):
-        self._interval, self._train_steps, self._say = interval, train_steps, say
+        self._interval = interval
+        self._train_steps = train_steps
+        self._say = say
         self._rows: list[Row] = []
-        self._begun = False
+        self._has_begun = False
 
     def write(self, row: Row) -> None:
         self._rows.append(row)
-        ends = row["step"] % self._interval == 0 or row["step"] == self._train_steps
-        if ends or not self._begun:
+        ends_interval = row["step"] % self._interval == 0 or row["step"] == self._train_steps
+        if ends_interval or not self._has_begun:
             self._say(describe(self._rows, self._train_steps))
-            self._begun = True
-        if ends:
+            self._has_begun = True
+        if ends_interval:
             self._rows.clear()
 
     def close(self) -> None:
-        pass
+        """Nothing waits."""
 
 
 def describe(rows: list[Row], train_steps: int) -> str:
-    """Steps in words: mean loss, last learning rate and gradient norm, throughput, the share of time spent waiting for data."""
-    last, seconds = rows[-1], sum(row["step_seconds"] for row in rows)
-    done = [row["loss"] for row in rows if not row["skipped"]]
-    loss = sum(done) / len(done) if done else math.nan
-    throughput = sum(row["tokens_per_second"] * row["step_seconds"] for row in rows) / seconds
-    width = len(str(train_steps))
-    parts = [
-        f"step {last['step']:>{width}}/{train_steps}",
-        f"loss {loss:7.4f}",
-        f"lr {last['lr']:.2e}",
-        f"grad norm {last['grad_norm']:.3f}",
-        f"{throughput:,.0f} tokens/s",
+    """Some steps in one line.
+
+    It holds the mean loss, the last learning rate and gradient norm, throughput, memory, the share
+    of time spent waiting for data where it matters, and the time that is left.
+    """
+    last_row = rows[-1]
+    seconds = sum(row["step_seconds"] for row in rows)
+    losses = [row["loss"] for row in rows if not row["skipped"]]
+    mean_loss = sum(losses) / len(losses) if losses else math.nan
+    # Averages over time: each step counts as long as it took.
+    tokens = sum(row["tokens_per_second"] * row["step_seconds"] for row in rows)
+    waiting_share = sum(row["data_wait_seconds"] for row in rows) / seconds
+    digits = len(str(train_steps))
+
+    phrases = [
+        f"step {last_row['step']:>{digits}}/{train_steps}",
+        f"loss {mean_loss:7.4f}",
+        f"lr {last_row['lr']:.2e}",
+        f"grad norm {last_row['grad_norm']:.3f}",
+        f"{tokens / seconds:,.0f} tokens/s",
     ]
-    if last["mfu"] is not None:
-        parts.append(
-            f"mfu {100 * sum(row['mfu'] * row['step_seconds'] for row in rows) / seconds:.1f} %"
-        )
-    parts.append(f"memory {last['memory_bytes'] / 2**30:.2f} GiB")
-    waited = sum(row["data_wait_seconds"] for row in rows) / seconds
-    if waited > 0.01:
-        parts.append(f"waiting for data {100 * waited:.0f} %")
-    if len(done) < len(rows):
-        parts.append(f"{len(rows) - len(done)} skipped")
-    parts.append(f"left {_duration((train_steps - last['step']) * seconds / len(rows))}")
-    return "  ".join(parts)
+    if last_row["mfu"] is not None:
+        mfu = sum(row["mfu"] * row["step_seconds"] for row in rows) / seconds
+        phrases.append(f"mfu {100 * mfu:.1f} %")
+    phrases.append(f"memory {last_row['memory_bytes'] / 2**30:.2f} GiB")
+    if waiting_share > 0.01:
+        phrases.append(f"waiting for data {100 * waiting_share:.0f} %")
+    skipped = len(rows) - len(losses)
+    if skipped:
+        phrases.append(f"{skipped} skipped")
+    seconds_left = (train_steps - last_row["step"]) * seconds / len(rows)
+    phrases.append(f"left {_duration(seconds_left)}")
+    return "  ".join(phrases)
 
 
 def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
+    """Hours, minutes and seconds, such as 1:02:03, or 2:03 without hours."""
+    minutes, full_seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+    if hours:
+        return f"{hours}:{minutes:02}:{full_seconds:02}"
+    return f"{minutes}:{full_seconds:02}"
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Peak allocated memory of the GPU so far, or this process's resident memory."""
+    """Peak allocated memory of the GPU so far, or the resident memory of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return int(psutil.Process().memory_info().rss)
 
 
 def open_sinks(config: Config, last_step: int, say: Callable[[str], None]) -> list[Sink]:
-    """Everything that rows go to; `last_step` is the step that the run goes on from."""
+    """The sinks that the configuration asks for. The run continues after `last_step`."""
     file = MetricsFile(Path(config.training.output_dir) / METRICS, last_step, say)
     return [
         file,

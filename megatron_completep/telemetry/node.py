@@ -1,4 +1,4 @@
-"""What the run stands on, a line for each node: host, GPUs and how they reach each other, driver, NCCL, torch."""
+"""One line for each node of a run: its host, its GPUs and how they are connected, its versions."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import platform
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import permutations
 from pathlib import Path
 
@@ -20,86 +21,110 @@ DRIVER = Path("/proc/driver/nvidia/version")
 NETWORK = Path("/sys/class/infiniband")
 
 
+@dataclass(frozen=True)
+class RankReport:
+    """What one rank says of where it runs. The first rank of a node also describes the node."""
+
+    host: str
+    gpu: str | None
+    description: str | None = None
+    versions: dict[str, str] | None = None
+
+
 def node_lines(exchange: Exchange, launch: Launch, device: torch.device) -> list[str]:
-    """One line for each node, and one for whatever differs between them; on every rank. Communicates over all ranks."""
-    host = platform.node()
+    """One line for each node, and one for whatever differs between them; the same on every rank.
+
+    Communicates over all ranks.
+    """
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    own = (describe_node(device), versions(device)) if launch.local_rank == 0 else None
-    return lines_of(exchange.all_gather((host, gpu, own)))
+    report = RankReport(platform.node(), gpu)
+    if launch.local_rank == 0:
+        report = replace(report, description=describe_node(device), versions=versions(device))
+    return lines_of([RankReport(**fields) for fields in exchange.all_gather(asdict(report))])
 
 
-def lines_of(
-    ranks: Sequence[tuple[str, str | None, tuple[str, dict[str, str]] | None]],
-) -> list[str]:
-    """From every rank: host, its GPU, and what the first rank of a node says of it."""
-    gpus: dict[str, Counter[str]] = {}
-    count = Counter(host for host, _, _ in ranks)
-    for host, gpu, _ in ranks:
-        gpus.setdefault(host, Counter()).update([gpu] if gpu else [])
-    nodes = [(host, *said) for host, _, said in ranks if said is not None]
+def lines_of(reports: Sequence[RankReport]) -> list[str]:
+    """The lines for the reports of all ranks."""
+    ranks = Counter(report.host for report in reports)
+    gpus: dict[str, Counter[str]] = {host: Counter() for host in ranks}
+    for report in reports:
+        if report.gpu is not None:
+            gpus[report.host][report.gpu] += 1
+
     lines = []
-    for host, description, found in nodes:
-        on = (
-            f" on {', '.join(f'{number} x {name}' for name, number in gpus[host].items())}"
-            if gpus[host]
-            else ""
+    versions_of: list[tuple[str, dict[str, str]]] = []
+    for report in reports:
+        if report.versions is None:
+            continue
+        host = report.host
+        versions_of.append((host, report.versions))
+        ranks_here = f"{ranks[host]} rank" if ranks[host] == 1 else f"{ranks[host]} ranks"
+        if gpus[host]:
+            counted_gpus = [f"{number} x {name}" for name, number in gpus[host].items()]
+            ranks_here += f" on {', '.join(counted_gpus)}"
+        listed_versions = ", ".join(
+            f"{name} {version}" for name, version in report.versions.items()
         )
-        text = ", ".join(f"{name} {value}" for name, value in found.items())
-        lines.append(
-            f"node {host}: {count[host]} rank{'s' if count[host] > 1 else ''}{on}; {description}; {text}"
-        )
-    return [*lines, *differing([(host, found) for host, _, found in nodes])]
+        lines.append(f"node {host}: {ranks_here}; {report.description}; {listed_versions}")
+    return [*lines, *differing(versions_of)]
 
 
 def differing(nodes: list[tuple[str, dict[str, str]]]) -> Iterator[str]:
-    """A warning for each version that is not the same on all nodes."""
-    for name in nodes[0][1] if nodes else ():
+    """A warning for each version that is not the same on all nodes.
+
+    nodes: host and name -> version, by node.
+    """
+    if not nodes:
+        return
+    _, versions_of_first = nodes[0]
+    for name in versions_of_first:
         hosts: dict[str, list[str]] = {}
-        for host, found in nodes:
-            hosts.setdefault(found.get(name, "none"), []).append(host)
+        for host, versions_of_host in nodes:
+            hosts.setdefault(versions_of_host.get(name, "none"), []).append(host)
         if len(hosts) > 1:
-            yield f"warning: {name} differs between nodes: " + "; ".join(
-                f"{value} on {', '.join(who[:4])}" for value, who in hosts.items()
-            )
+            groups = [f"{version} on {', '.join(names[:4])}" for version, names in hosts.items()]
+            yield f"warning: {name} differs between nodes: " + "; ".join(groups)
 
 
 def describe_node(device: torch.device) -> str:
     """Processors, memory, and what connects the GPUs."""
-    cores, memory = os.cpu_count(), psutil.virtual_memory().total / 2**30
-    parts = [f"{platform.machine()}, {cores} cores, {memory:.0f} GiB"]
+    memory = psutil.virtual_memory().total / 2**30
+    phrases = [f"{platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GiB"]
     if device.type == "cuda":
-        parts.append(reach(torch.cuda.device_count()))
+        phrases.append(reach(torch.cuda.device_count()))
         adapters = sorted(entry.name for entry in NETWORK.iterdir()) if NETWORK.is_dir() else []
-        parts.append(
-            f"network {', '.join(adapters)}" if adapters else "no InfiniBand or RoCE adapter"
-        )
-    return ", ".join(part for part in parts if part)
+        if adapters:
+            phrases.append(f"network {', '.join(adapters)}")
+        else:
+            phrases.append("no InfiniBand or RoCE adapter")
+    return ", ".join(phrase for phrase in phrases if phrase)
 
 
 def reach(gpus: int) -> str:
-    """Which GPUs of the node reach each other's memory directly."""
+    """Which GPUs of the node can access each other's memory; empty for one GPU."""
     pairs = list(permutations(range(gpus), 2))
-    direct = sum(torch.cuda.can_device_access_peer(a, b) for a, b in pairs)
     if not pairs:
         return ""
-    return (
-        "all GPUs reach each other directly"
-        if direct == len(pairs)
-        else f"{direct} of {len(pairs)} pairs of GPUs reach each other directly"
-    )
+    direct = sum(torch.cuda.can_device_access_peer(a, b) for a, b in pairs)
+    if direct == len(pairs):
+        return "all GPUs reach each other directly"
+    return f"{direct} of {len(pairs)} pairs of GPUs reach each other directly"
 
 
 def versions(device: torch.device) -> dict[str, str]:
-    """What must be the same on all nodes."""
-    found = {"torch": str(torch.__version__), "python": platform.python_version()}
+    """Name -> version of what must be the same on all nodes."""
+    names = {"torch": str(torch.__version__), "python": platform.python_version()}
     if device.type == "cuda":
-        found["driver"] = driver_version(DRIVER.read_text() if DRIVER.exists() else "")
-        found["CUDA"] = str(torch.version.cuda)
-        found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
-    return found
+        names["driver"] = driver_version(DRIVER.read_text() if DRIVER.exists() else "")
+        names["CUDA"] = str(torch.version.cuda)
+        names["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+    return names
 
 
 def driver_version(text: str) -> str:
-    """Of the kernel module's own description, such as `NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  ...`."""
+    """The version in the kernel module's description of itself.
+
+    Such as `NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  ...`.
+    """
     match = re.search(r"Kernel Module(?: for \S+)?\s+(\d+\.[\d.]+)", text)
     return match[1] if match else "unknown"

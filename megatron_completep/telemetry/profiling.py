@@ -17,8 +17,12 @@ ALLOCATIONS = 200_000  # newest allocations and frees that a memory snapshot hol
 
 
 class Profiler(Hook):
-    """Writes `trace_*.json.gz` (for chrome://tracing or ui.perfetto.dev) and, with profiling.memory, what was allocated:
-    `memory_*.pickle` of a GPU (for pytorch.org/memory_viz), `memory_*.txt` by operation elsewhere."""
+    """Writes what the profiler recorded to the folder `profile` of the run.
+
+    `trace_*.json.gz` is for chrome://tracing or ui.perfetto.dev. With profiling.memory, allocations
+    are in `memory_*.pickle` of a GPU (for pytorch.org/memory_viz), or in `memory_*.txt`, by
+    operation, elsewhere.
+    """
 
     def __init__(
         self,
@@ -28,20 +32,25 @@ class Profiler(Hook):
         say: Callable[[str], None],
     ):
         assert settings.first_step is not None
-        self._first, self._last = settings.first_step, settings.first_step + settings.steps - 1
-        self._on_gpu, self._memory, self._say = context.device.type == "cuda", settings.memory, say
+        self._first_step = settings.first_step
+        self._last_step = settings.first_step + settings.steps - 1
+        self._on_gpu = context.device.type == "cuda"
+        self._memory = settings.memory
+        self._say = say
         self._folder = output_dir / FOLDER
-        self._name = f"rank_{context.rank:05d}_steps_{self._first}_{self._last}"
+        self._name = f"rank_{context.rank:05d}_steps_{self._first_step}_{self._last_step}"
         self._running: profile | None = None
 
     def due(self, step: int) -> bool:
-        """The window holds whole steps: the device has nothing to do when it begins and when it ends."""
-        return step in (self._first - 1, self._last)
+        """True before the window and at its end: it must hold complete steps of the device."""
+        return step in (self._first_step - 1, self._last_step)
 
     def before_step(self, step: int) -> None:
-        if step != self._first or self._running is not None:
+        if step != self._first_step or self._running is not None:
             return
-        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._on_gpu else [])]
+        activities = [ProfilerActivity.CPU]
+        if self._on_gpu:
+            activities.append(ProfilerActivity.CUDA)
         if self._on_gpu and self._memory:
             torch.cuda.memory._record_memory_history(max_entries=ALLOCATIONS)
         self._running = profile(
@@ -50,14 +59,15 @@ class Profiler(Hook):
         self._running.start()
 
     def after_step(self, record: StepRecord) -> None:
-        if record.state.step == self._last:
+        if record.state.step == self._last_step:
             self.close()
 
     def close(self) -> None:
-        """Write what was recorded; the run may end within the window."""
+        """Write what was recorded. The run may end within the window."""
         if self._running is None:
             return
-        recorded, self._running = self._running, None
+        recorded = self._running
+        self._running = None
         recorded.stop()
         self._folder.mkdir(parents=True, exist_ok=True)
         trace = self._folder / f"trace_{self._name}.json.gz"
@@ -70,4 +80,4 @@ class Profiler(Hook):
                 sort_by="self_cpu_memory_usage", row_limit=200
             )
             (self._folder / f"memory_{self._name}.txt").write_text(table)
-        self._say(f"profile of steps {self._first} to {self._last}: {trace}")
+        self._say(f"profile of steps {self._first_step} to {self._last_step}: {trace}")

@@ -1,4 +1,4 @@
-"""Where the time goes between the start of a process and its first step: what a restart costs."""
+"""Where the time goes between the start of a process and its first step: the cost of a restart."""
 
 from __future__ import annotations
 
@@ -13,15 +13,19 @@ from megatron_completep.run.hook import Hook, StepRecord
 
 
 class StartupClock:
-    """Seconds by phase; each `done` ends the phase that began with the one before. By a clock that nobody sets, unlike that of the day."""
+    """Seconds by phase. Each `done` ends a phase, and the next one begins.
+
+    The clock is monotonic: the time of day may be set while a run starts.
+    """
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self.seconds: dict[str, float] = {}
-        self._now, self._since = now, now()
+        self._now = now
+        self._since = now()
 
     @classmethod
     def from_process_start(cls) -> StartupClock:
-        """With a first phase, `imports`, from the start of the process until now."""
+        """A clock whose first phase, `imports`, began with the process and ends now."""
         clock = cls()
         clock.seconds["imports"] = seconds_since_process_start()
         return clock
@@ -32,13 +36,17 @@ class StartupClock:
         return sum(self.seconds.values()) + self._now() - self._since
 
     def done(self, phase: str) -> None:
+        """End a phase, which began when the one before it ended."""
         now = self._now()
         self.seconds[phase] = now - self._since
         self._since = now
 
 
 def seconds_since_process_start(stat: Path = Path("/proc/self/stat")) -> float:
-    """Age of this process. Linux tells its start in the time since boot; elsewhere the clock of the day has to do."""
+    """Age of this process.
+
+    Linux tells when it started, in ticks since boot. Elsewhere the time of day has to serve.
+    """
     try:
         fields_after_name = stat.read_text().rpartition(")")[2].split()
         started = int(fields_after_name[19]) / os.sysconf("SC_CLK_TCK")
@@ -48,7 +56,7 @@ def seconds_since_process_start(stat: Path = Path("/proc/self/stat")) -> float:
 
 
 class StartupReport(Hook):
-    """With the first step: one line, and the seconds of each phase in its record."""
+    """Prints one line with the first step, and adds the seconds of each phase to its record."""
 
     def __init__(self, clock: StartupClock, say: Callable[[str], None]):
         self._clock: StartupClock | None = clock
@@ -58,9 +66,9 @@ class StartupReport(Hook):
         if self._clock is None:
             return
         self._clock.done("first_step")
-        seconds, self._clock = self._clock.seconds, None
+        seconds = self._clock.seconds
+        self._clock = None  # later steps have no start-up
         record.startup_seconds = seconds
-        phases = ", ".join(
-            f"{phase.replace('_', ' ')} {value:.1f}" for phase, value in seconds.items()
-        )
-        self._say(f"first step {sum(seconds.values()):.1f} s after the start: {phases}")
+        phases = [f"{phase.replace('_', ' ')} {spent:.1f}" for phase, spent in seconds.items()]
+        total = sum(seconds.values())
+        self._say(f"first step {total:.1f} s after the start: {', '.join(phases)}")

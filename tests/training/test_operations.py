@@ -27,7 +27,12 @@ from megatron_completep.run.signals import StopSignals
 from megatron_completep.run.state import ExitCode, RunState
 from megatron_completep.run.step import StepFigures, Stopwatch, TrainingStep
 from megatron_completep.telemetry import profiling
-from megatron_completep.telemetry.node import differing, driver_version, lines_of
+from megatron_completep.telemetry.node import (
+    RankReport,
+    differing,
+    driver_version,
+    lines_of,
+)
 from megatron_completep.telemetry.profiling import ALLOCATIONS, Profiler
 from megatron_completep.telemetry.startup import StartupClock
 
@@ -399,18 +404,19 @@ def test_the_flight_recorder_is_on_by_default_and_its_environment_is_handed_over
 
 
 def test_every_node_is_described_once_with_the_gpus_of_its_ranks() -> None:
-    gpu, found = "NVIDIA H100 80GB HBM3", {"torch": "2.13.0"}
-    ranks = [
-        ("a", gpu, ("x86_64, 96 cores", found)),
-        ("a", gpu, None),
-        ("b", gpu, ("x86_64, 90 cores", found)),
-        ("b", gpu, None),
+    gpu = "NVIDIA H100 80GB HBM3"
+    versions = {"torch": "2.13.0"}
+    reports = [
+        RankReport("a", gpu, "x86_64, 96 cores", versions),
+        RankReport("a", gpu),
+        RankReport("b", gpu, "x86_64, 90 cores", versions),
+        RankReport("b", gpu),
     ]
-    assert lines_of(ranks) == [
+    assert lines_of(reports) == [
         f"node {host}: 2 ranks on 2 x {gpu}; x86_64, {cores} cores; torch 2.13.0"
         for host, cores in (("a", 96), ("b", 90))
     ]
-    assert lines_of([("a", None, ("x86_64, 2 cores", found))]) == [
+    assert lines_of([RankReport("a", None, "x86_64, 2 cores", versions)]) == [
         "node a: 1 rank; x86_64, 2 cores; torch 2.13.0"
     ]
 

@@ -197,7 +197,8 @@ class Generation:
         unfed = [self.sequences[number][self.fed : length] for number in self.rows]
         self.fed = length
         tokens = torch.tensor(unfed, device=self.device)
-        return self.model(tokens, caches=self.caches)[:, -1]
+        logits: Tensor = self.model(tokens, caches=self.caches)
+        return logits[:, -1]
 
     def _draw(self, logits: Tensor, numbers: list[int]) -> list[int]:
         """One token for each prompt of `numbers`, from logits [len(numbers), V]."""

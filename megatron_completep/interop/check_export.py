@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def load_with_transformers(folder: str | Path) -> Any:
     Raises ConfigError where transformers is not installed.
     """
     try:
-        import transformers
+        transformers: Any = importlib.import_module("transformers")
     except ImportError:
         raise ConfigError(
             "transformers is not installed. pip install 'megatron-completep[hf]'."

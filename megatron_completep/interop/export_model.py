@@ -229,8 +229,8 @@ def _scaled(rows: Tensor, factor: float) -> Tensor:
     Few rows are converted at a time, so that no float64 copy of a large table exists.
     """
     scaled = torch.empty_like(rows)
-    sources = rows.split(_ROWS_AT_ONCE)
-    targets = scaled.split(_ROWS_AT_ONCE)
+    sources = torch.split(rows, _ROWS_AT_ONCE)
+    targets = torch.split(scaled, _ROWS_AT_ONCE)
     for source, target in zip(sources, targets, strict=True):
         target.copy_(source.double() * factor)
     return scaled

@@ -67,7 +67,7 @@ def clean_text(text: str, policy: str) -> str:
         text.encode()
         return text
     except UnicodeEncodeError as error:
-        # UTF-16 is made of surrogates, so a pair of them decodes to its character.
+        # In UTF-16 a pair of surrogates is one character, so decoding joins it.
         if policy == "repair":
             return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         raise ValueError(

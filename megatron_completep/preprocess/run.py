@@ -179,7 +179,7 @@ def _encode(
 
 def _count_bad(work: WorkFolder, limit: int) -> int:
     """Bad documents of the blocks so far. Raises DataError with examples above the limit."""
-    bad = sum(record["bad_count"] for record in work.records.values())
+    bad: int = sum(record["bad_count"] for record in work.records.values())
     if bad > limit:
         examples = "\n".join(_bad_examples(work.ordered()))
         raise DataError(

@@ -7,6 +7,7 @@ normalizer is needed then, and the character U+2581 in a text falls back to its 
 
 from __future__ import annotations
 
+import importlib
 import json
 import random
 from collections.abc import Iterable
@@ -175,10 +176,10 @@ def _mixtures() -> list[str]:
 def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> tuple[Any, str | None]:
     """As `to_fast_tokenizer`. Raises DataError with every setting that has no equal."""
     tokenizers = _library()
-    from sentencepiece import sentencepiece_model_pb2
-
-    # The processor does not tell all settings of its model; the stored message does.
-    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made when imported
+    # The processor does not tell all settings of its model; the stored message does. The module
+    # makes its classes when it is imported, so that they have no types.
+    messages: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
+    proto = messages.ModelProto()
     proto.ParseFromString(tokenizer._processor.serialized_model_proto())
     kinds = type(proto).SentencePiece
     ids_by_kind: dict[int, list[int]] = {}
@@ -217,23 +218,20 @@ def _sentencepiece_blockers(proto: Any, ids_by_kind: dict[int, list[int]]) -> li
     normalizer = proto.normalizer_spec
     kinds = type(proto).SentencePiece
     byte_ids = ids_by_kind.get(kinds.BYTE, [])
-    identity = normalizer.name == "identity" and not normalizer.precompiled_charsmap
+    is_supported = trainer.model_type in (trainer.BPE, trainer.UNIGRAM)
+    is_identity = normalizer.name == "identity" and not normalizer.precompiled_charsmap
+    removes_whitespace = normalizer.remove_extra_whitespaces
+    has_every_byte = trainer.byte_fallback and len(byte_ids) == 256
     other_symbols = ids_by_kind.get(kinds.USER_DEFINED) or ids_by_kind.get(kinds.UNUSED)
 
     # Conversion leaves out what a normalizer would do, so a model must not need one. The byte
     # fallback of `tokenizers` needs a piece for every byte, or text would become unknown.
     checks = (
-        (
-            trainer.model_type not in (trainer.BPE, trainer.UNIGRAM),
-            "its model is neither bpe nor unigram",
-        ),
-        (not identity, f"it normalizes text ({normalizer.name})"),
+        (not is_supported, "its model is neither bpe nor unigram"),
+        (not is_identity, f"it normalizes text ({normalizer.name})"),
         (normalizer.add_dummy_prefix, "it puts a space in front (add_dummy_prefix)"),
-        (
-            normalizer.remove_extra_whitespaces,
-            "it removes whitespace (remove_extra_whitespaces)",
-        ),
-        (not trainer.byte_fallback or len(byte_ids) != 256, "it has no byte fallback"),
+        (removes_whitespace, "it removes whitespace (remove_extra_whitespaces)"),
+        (not has_every_byte, "it has no byte fallback"),
         (trainer.treat_whitespace_as_suffix, "it treats whitespace as a suffix"),
         (not normalizer.escape_whitespaces, "it does not mark spaces"),
         (bool(other_symbols), "it has symbols of the user's or unused ones"),

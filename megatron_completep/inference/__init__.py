@@ -1,1 +1,1 @@
-"""Text from a model, and how likely it finds texts."""
+"""What is done with a trained model: generating text, scoring text, and evaluation tasks."""

@@ -1,7 +1,8 @@
-"""Text from a trained model: one token after the other over a key/value cache, for one prompt or a batch of them."""
+"""Text from a trained model, token by token over a key/value cache, for one or several prompts."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +26,12 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what an unfinished UTF-8 sequence d
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn; temperature 0 takes the likeliest. top_p keeps the fewest tokens with at least that probability.
+    """How the next token is drawn; temperature 0 takes the likeliest.
 
-    top_k: only so many of the likeliest (0: all). repetition_penalty: logits of tokens that occurred are divided by it where
-    positive, multiplied where negative (arXiv 1909.05858); 1: none.
+    top_p: draw from the fewest tokens that have at least this probability together. top_k: draw
+    from only so many of the likeliest (0: all). repetition_penalty: logits of tokens that occurred
+    are divided by it where positive, multiplied where negative (arXiv 1909.05858); 1: none. Raises
+    DataError naming every number that is out of range.
     """
 
     temperature: float = 0.8
@@ -38,10 +41,12 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
+        # A comparison with NaN is false, so that `not 0 <= ...` refuses it as well.
         problems = []
-        if not (self.temperature >= 0 and self.temperature < float("inf")):
+        if not 0 <= self.temperature < math.inf:
             problems.append(
-                f"temperature = {self.temperature}: give a number >= 0; 0 takes the likeliest token."
+                f"temperature = {self.temperature}: give a number >= 0; 0 takes the likeliest "
+                "token."
             )
         if not 0 < self.top_p <= 1:
             problems.append(f"top-p = {self.top_p}: give a number above 0 and up to 1.")
@@ -51,7 +56,7 @@ class Sampling:
             problems.append(
                 f"top-k = {self.top_k}: give the number of tokens to draw from, or 0 for all."
             )
-        if not 0 < self.repetition_penalty < float("inf"):
+        if not 0 < self.repetition_penalty < math.inf:
             problems.append(
                 f"repetition penalty = {self.repetition_penalty}: give a number above 0; 1 is none."
             )
@@ -60,7 +65,10 @@ class Sampling:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """A checkpoint's folder, or the newest one of a run's folder. CheckpointError when there is none."""
+    """A checkpoint's folder, or the newest one of a run's folder.
+
+    Raises CheckpointError where there is none.
+    """
     path = Path(path)
     if (path / "checkpoints").is_dir():
         path = path / "checkpoints"
@@ -69,24 +77,29 @@ def find_checkpoint(path: str | Path) -> Path:
     steps = committed_steps(path) if path.is_dir() else {}
     if not steps:
         raise CheckpointError(
-            f"{path}: no checkpoint. Give a run's folder (runs/NAME) or one of its checkpoints/step_NNNNNNNN."
+            f"{path}: no checkpoint. Give a run's folder (runs/NAME) or one of its "
+            "checkpoints/step_NNNNNNNN."
         )
     return steps[max(steps)]
 
 
 def run_tokenizer(path: str | Path, config: Config, model: str | None = None) -> TokenizerConfig:
-    """The tokenizer of a checkpoint's run: of the file `model`, else the run's own copy, else where the run found it.
+    """The tokenizer of a checkpoint's run.
 
-    Raises ConfigError for a run without one, DataError for a damaged copy.
+    It is that of the file `model` where one is given, else the run's own copy, else what the run's
+    configuration names. Raises ConfigError for a run without one, DataError for a damaged copy.
     """
     settings = config.data.tokenizer
     if settings is None:
         raise ConfigError(
-            "the run has no data.tokenizer, so text cannot be turned into its tokens, nor tokens into text."
+            "the run has no data.tokenizer, so text cannot be turned into its tokens, nor tokens "
+            "into text."
         )
     if model is not None:
         return TokenizerConfig(type=settings.type, model=model)
-    return at_hand(settings, find_checkpoint(path).absolute().parent.parent)
+    # RUN/checkpoints/step_NNNNNNNN: the copy lies in RUN.
+    run_folder = find_checkpoint(path).absolute().parent.parent
+    return at_hand(settings, run_folder)
 
 
 def run_config(path: str | Path) -> Config:
@@ -96,33 +109,36 @@ def run_config(path: str | Path) -> Config:
 
 def _open_run(path: str | Path) -> tuple[StoredCheckpoint, Config]:
     stored = StoredCheckpoint.open(find_checkpoint(path))
-    return stored, config_from_mapping(
-        stored.manifest.config, name=f"{stored.folder}: its configuration"
-    )
+    name = f"{stored.folder}: its configuration"
+    return stored, config_from_mapping(stored.manifest.config, name=name)
 
 
 def load_model(path: str | Path, device: torch.device, dtype: torch.dtype) -> tuple[Config, GPT]:
-    """The whole model of a checkpoint, of any layout, on one device; parameters in `dtype`."""
+    """The whole model of a checkpoint of any layout, on one device, with parameters in `dtype`."""
     stored, config = _open_run(path)
     model = GPT(config.model, table_of(config), ParallelContext.single(device)).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            whole = stored.tensor(name)
+            logical_tensor = stored.tensor(name)
             parameter.zero_()  # rows that pad the vocabulary are not stored
-            parameter[: whole.shape[0]].copy_(whole)
+            parameter[: logical_tensor.shape[0]].copy_(logical_tensor)
     return config, model.eval()
 
 
 class Generation:
-    """Continuations of several prompts at once, over one key/value cache; iterate for lists of (prompt number, new token).
+    """Continuations of several prompts at once, over one key/value cache.
 
-    Every row of the batch holds as many tokens in the cache as every other, so nothing is padded or masked: where a prompt is longer
-    than the shortest, its own tokens are fed in place of drawn ones. After the prompts, each step takes one token of each
-    unfinished row through the model. A row ends after max_new_tokens, at (and without) the end-of-document token, or by `stop`.
+    Iteration gives, for each step, a list of (prompt number, new token).
 
-    generators: one a prompt, so that a text does not depend on the batch it is made in, as far as the logits do not. Matrix products
-    of another number of rows round differently: by 1e-6 of a logit in float32, which turns about one draw in a million, but by
-    1e-2 in bf16, where a text is the same only in the same batch.
+    Every row of the batch holds as many tokens in the cache as every other, so nothing is padded or
+    masked: where a prompt is longer than the shortest, its own tokens are fed in place of drawn
+    ones. After the prompts, each step takes one token of each unfinished row through the model. A
+    row ends after max_new_tokens, at (and without) the end-of-document token, or by `stop`.
+
+    generators: one a prompt, so that a text does not depend on the batch it is made in, as far as
+    the logits do not. Matrix products of another number of rows round differently: by 1e-6 of a
+    logit in float32, which turns about one draw in a million, but by 1e-2 in bf16, where a text is
+    the same only in the same batch.
     """
 
     def __init__(
@@ -133,10 +149,12 @@ class Generation:
         end_of_document: int | None = None,
         generators: Sequence[torch.Generator | None] | None = None,
     ):
-        """DataError for an empty prompt, ids outside the vocabulary, and more positions than a model with learned ones has."""
+        """Raises DataError as `check_prompt` does."""
         for prompt in prompts:
             check_prompt(model, prompt, sampling.max_new_tokens)
-        self.model, self.sampling, self.end_of_document = model, sampling, end_of_document
+        self.model = model
+        self.sampling = sampling
+        self.end_of_document = end_of_document
         self.device = next(model.parameters()).device
         self.generators = list(generators or [None] * len(prompts))
         self.sequences = [list(prompt) for prompt in prompts]
@@ -147,79 +165,94 @@ class Generation:
         self._stopped: set[int] = set()
 
     def stop(self, number: int) -> None:
-        """The continuation of this prompt is long enough."""
+        """End the continuation of prompt `number`."""
         self._stopped.add(number)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         while self.rows:
             logits = self._feed()
-            due = [
-                row
-                for row, number in enumerate(self.rows)
-                if len(self.sequences[number]) == self.fed
-            ]
-            drawn = self._draw(logits[due], [self.rows[row] for row in due])
-            made = [(self.rows[row], token) for row, token in zip(due, drawn, strict=True)]
-            self._stopped.update(number for number, token in made if token == self.end_of_document)
-            made = [(number, token) for number, token in made if number not in self._stopped]
-            for number, token in made:
-                self.sequences[number].append(token)
-            if made:
-                yield made
+            # A row whose prompt goes on takes its own next token, and its logits are not used.
+            drawn_rows = []
+            for row, number in enumerate(self.rows):
+                if len(self.sequences[number]) == self.fed:
+                    drawn_rows.append(row)
+            numbers = [self.rows[row] for row in drawn_rows]
+            tokens = self._draw(logits[drawn_rows], numbers)
+
+            new_tokens = []
+            for number, token in zip(numbers, tokens, strict=True):
+                if token == self.end_of_document:
+                    self._stopped.add(number)
+                if number not in self._stopped:
+                    self.sequences[number].append(token)
+                    new_tokens.append((number, token))
+            if new_tokens:
+                yield new_tokens
             self._drop_finished()
 
     @torch.no_grad()
     def _feed(self) -> Tensor:
-        """Take what is known of every row through the model; logits [rows, V] after it."""
-        known = min(len(self.sequences[number]) for number in self.rows)
-        tokens = torch.tensor(
-            [self.sequences[number][self.fed : known] for number in self.rows], device=self.device
-        )
-        self.fed = known
-        return self.model(tokens, caches=self.caches)[:, -1]
+        """Take the tokens that all rows have through the model; logits [rows, V] after them."""
+        length = min(len(self.sequences[number]) for number in self.rows)
+        unfed = [self.sequences[number][self.fed : length] for number in self.rows]
+        self.fed = length
+        tokens = torch.tensor(unfed, device=self.device)
+        logits: Tensor = self.model(tokens, caches=self.caches)
+        return logits[:, -1]
 
     def _draw(self, logits: Tensor, numbers: list[int]) -> list[int]:
+        """One token for each prompt of `numbers`, from logits [len(numbers), V]."""
         if self.sampling.repetition_penalty != 1.0:
             seen = torch.zeros_like(logits, dtype=torch.bool)
             for row, number in enumerate(numbers):
                 seen[row, self.sequences[number]] = True
             logits = penalize(logits, seen, self.sampling.repetition_penalty)
         if self.sampling.temperature == 0:
-            return logits.argmax(dim=-1).tolist()
-        return next_tokens(
-            logits, self.sampling, [self.generators[number] for number in numbers]
-        ).tolist()
+            tokens = logits.argmax(dim=-1)
+        else:
+            generators = [self.generators[number] for number in numbers]
+            tokens = next_tokens(logits, self.sampling, generators)
+        return [int(token) for token in tokens.tolist()]
 
     def _drop_finished(self) -> None:
-        ended = {
-            n for n in self.rows if n in self._stopped or len(self.sequences[n]) >= self.limits[n]
-        }
-        if not ended:
+        """Take rows that have ended out of the batch and out of the caches."""
+        kept_rows = []
+        for row, number in enumerate(self.rows):
+            is_full = len(self.sequences[number]) >= self.limits[number]
+            if number not in self._stopped and not is_full:
+                kept_rows.append(row)
+        # Indexing copies the caches: only where a row has ended.
+        if len(kept_rows) == len(self.rows):
             return
-        keep = [row for row, number in enumerate(self.rows) if number not in ended]
-        self.rows = [self.rows[row] for row in keep]
+        self.rows = [self.rows[row] for row in kept_rows]
         for cache in self.caches:
-            cache.keys, cache.values = cache.keys[keep], cache.values[keep]
+            cache.keys = cache.keys[kept_rows]
+            cache.values = cache.values[kept_rows]
 
 
 def check_prompt(model: GPT, prompt: Sequence[int], max_new_tokens: int) -> None:
-    """Raises DataError as `Generation` says."""
-    vocabulary = model.config.vocab_size
+    """Raises DataError for a prompt that cannot be continued.
+
+    That is an empty one, one with ids outside the vocabulary, and one that needs more positions
+    than a model with learned ones has.
+    """
+    vocab_size = model.config.vocab_size
+    seq_length = model.config.seq_length
     if not prompt:
         raise DataError(
-            "the prompt is empty and the tokenizer has no end-of-document token to begin with. Give some text."
+            "the prompt is empty and the tokenizer has no end-of-document token to begin with. "
+            "Give some text."
         )
-    if not 0 <= min(prompt) <= max(prompt) < vocabulary:
+    if not 0 <= min(prompt) <= max(prompt) < vocab_size:
         raise DataError(
-            f"the prompt holds token id {max(prompt)}, the model knows 0 to {vocabulary - 1}. Use the model's own tokenizer."
+            f"the prompt holds token id {max(prompt)}, the model knows 0 to {vocab_size - 1}. Use "
+            "the model's own tokenizer."
         )
-    if (
-        model.config.position == "learned"
-        and len(prompt) + max_new_tokens > model.config.seq_length
-    ):
+    # Rotary positions go on beyond the training length; a table of learned ones ends there.
+    if model.config.position == "learned" and len(prompt) + max_new_tokens > seq_length:
         raise DataError(
-            f"{len(prompt)} tokens of prompt and {max_new_tokens} new ones are more than the model's {model.config.seq_length} "
-            "learned positions. Shorten the prompt or ask for fewer."
+            f"{len(prompt)} tokens of prompt and {max_new_tokens} new ones are more than the "
+            f"model's {seq_length} learned positions. Shorten the prompt or ask for fewer."
         )
 
 
@@ -231,68 +264,85 @@ def generate(
     generator: torch.Generator | None = None,
 ) -> Iterator[int]:
     """Token ids after one prompt, one at a time; as `Generation`."""
-    for made in Generation(model, [prompt], sampling, end_of_document, [generator]):
-        yield made[0][1]
+    for new_tokens in Generation(model, [prompt], sampling, end_of_document, [generator]):
+        yield new_tokens[0][1]
 
 
 def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Logits [rows, V] with those of the tokens that occurred made less likely."""
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    """Logits [rows, V] with those of the tokens that occurred made less likely.
+
+    seen: bool [rows, V], the tokens that occurred.
+    """
+    # Dividing a negative logit would make its token likelier.
+    penalized = torch.where(logits > 0, logits / penalty, logits * penalty)
+    return torch.where(seen, penalized, logits)
 
 
 def next_token(
     logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None
 ) -> Tensor:
     """One id drawn from logits [V]."""
-    return (
-        logits.argmax()
-        if sampling.temperature == 0
-        else next_tokens(logits[None], sampling, [generator])[0]
-    )
+    if sampling.temperature == 0:
+        return logits.argmax()
+    return next_tokens(logits[None], sampling, [generator])[0]
 
 
 def next_tokens(
     logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator | None]
 ) -> Tensor:
-    """One id drawn from each row of logits [rows, V], each by its own generator; temperature above 0."""
+    """One id drawn from each row of logits [rows, V], each by its own generator.
+
+    The temperature must be above 0.
+    """
     probabilities = torch.softmax(logits.double() / sampling.temperature, dim=-1)
     ordered, order = probabilities.sort(dim=-1, descending=True)
-    before = ordered.cumsum(-1) - ordered  # the likeliest token always stays
-    dropped = before >= sampling.top_p
+    likelier = ordered.cumsum(-1) - ordered  # probability of all likelier tokens together
+    dropped = likelier >= sampling.top_p  # never the likeliest, whose sum is 0
     if sampling.top_k:
         dropped[:, sampling.top_k :] = True
-    reached = ordered.masked_fill(dropped, 0.0).cumsum(-1)
-    uniform = torch.cat(
-        [torch.rand(1, dtype=torch.float64, device=logits.device, generator=g) for g in generators]
-    )
-    place = torch.searchsorted(reached, (uniform * reached[:, -1])[:, None], right=True)
-    last = (~dropped).sum(-1, keepdim=True) - 1  # rounding must not draw a dropped token
-    return order.gather(1, torch.minimum(place, last))[:, 0]
+
+    # The inverse of the cumulative distribution at a uniform number, one number a row.
+    cumulative = ordered.masked_fill(dropped, 0.0).cumsum(-1)
+    draws = [
+        torch.rand(1, dtype=torch.float64, device=logits.device, generator=generator)
+        for generator in generators
+    ]
+    thresholds = torch.cat(draws) * cumulative[:, -1]
+    places = torch.searchsorted(cumulative, thresholds[:, None], right=True)
+    # Rounding must not draw a dropped token.
+    last_places = (~dropped).sum(-1, keepdim=True) - 1
+    return order.gather(1, torch.minimum(places, last_places))[:, 0]
 
 
 class TextStream:
     """Turns tokens into text as soon as whole characters are there."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]):
-        self.tokenizer, self.ids = tokenizer, list(prompt)
-        self._shown, self._start = (
-            len(prompt),
-            max(0, len(prompt) - 1),
-        )  # some tokenizers decode a token differently at the beginning
+        self.tokenizer = tokenizer
+        self.ids = list(prompt)
+        self._shown = len(prompt)  # ids whose text was returned
+        # Some tokenizers decode a token differently at the beginning, so one token of context
+        # stays.
+        self._start = max(0, len(prompt) - 1)
 
     def push(self, token: int) -> str:
         """The text that this token completes, perhaps none."""
         self.ids.append(token)
-        piece = self.rest()
-        if piece.endswith(REPLACEMENT):
+        new_text = self.rest()
+        # A character of several bytes may be spread over several tokens.
+        if new_text.endswith(REPLACEMENT):
             return ""
-        self._start, self._shown = self._shown, len(self.ids)
-        return piece
+        self._start = self._shown
+        self._shown = len(self.ids)
+        return new_text
 
     def rest(self) -> str:
-        """What was pushed and not yet returned, whole or not: the text of ids[shown:], decoded behind ids[start:shown]."""
-        behind = self.tokenizer.decode(self.ids[self._start : self._shown])
-        return self.tokenizer.decode(self.ids[self._start :])[len(behind) :]
+        """What was pushed and not yet returned, as whole characters or not.
+
+        It is the text of ids[shown:], decoded behind ids[start:shown].
+        """
+        context = self.tokenizer.decode(self.ids[self._start : self._shown])
+        return self.tokenizer.decode(self.ids[self._start :])[len(context) :]
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -308,9 +358,12 @@ def generate_text(
     sampling: Sampling,
     generator: torch.Generator | None = None,
 ) -> Iterator[str]:
-    """Pieces of text after the prompt as soon as they are whole characters; an empty prompt begins a document."""
-    for _, piece in generate_texts(model, tokenizer, [prompt], sampling, [generator]):
-        yield piece
+    """Text after the prompt, piece by piece as soon as a piece is whole characters.
+
+    An empty prompt begins a document.
+    """
+    for _, new_text in generate_texts(model, tokenizer, [prompt], sampling, [generator]):
+        yield new_text
 
 
 def generate_texts(
@@ -321,15 +374,12 @@ def generate_texts(
     generators: Sequence[torch.Generator | None] | None = None,
     until: Sequence[Sequence[str]] | None = None,
 ) -> Iterator[tuple[int, str]]:
-    """(prompt number, piece of text) of several prompts as they are made in one batch; an empty prompt begins a document."""
-    return stream_texts(
-        model,
-        tokenizer,
-        [encode_prompt(tokenizer, prompt) for prompt in prompts],
-        sampling,
-        generators,
-        until,
-    )
+    """(prompt number, piece of text) of several prompts, as they are generated in one batch.
+
+    An empty prompt begins a document. generators, until: as `stream_texts`.
+    """
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    return stream_texts(model, tokenizer, encoded, sampling, generators, until)
 
 
 def stream_texts(
@@ -346,22 +396,29 @@ def stream_texts(
     """
     generation = Generation(model, encoded, sampling, tokenizer.eod_id, generators)
     streams = [TextStream(tokenizer, ids) for ids in encoded]
-    texts, stopped = [""] * len(encoded), set[int]()
-    for made in generation:
-        for number, token in made:
-            piece = streams[number].push(token)
-            whole = texts[number] + piece
-            ends = [
-                whole.index(stop) + len(stop)
-                for stop in (until[number] if until else ())
-                if stop in whole
-            ]
-            if ends:
+    texts = [""] * len(encoded)
+    stopped = set[int]()
+    for new_tokens in generation:
+        for number, token in new_tokens:
+            new_text = streams[number].push(token)
+            # A stop may be spread over several tokens, so it is looked for in the whole text.
+            continuation = texts[number] + new_text
+            stops = until[number] if until else ()
+            end = _end_of_stop(continuation, stops)
+            if end is not None:
                 generation.stop(number)
                 stopped.add(number)
-                piece = whole[len(texts[number]) : min(ends)]
-            texts[number] += piece
-            yield number, piece
+                new_text = continuation[len(texts[number]) : end]
+            texts[number] += new_text
+            yield number, new_text
+
+    # The last character of a text that ended by itself may be unfinished.
     for number, stream in enumerate(streams):
         if number not in stopped:
             yield number, stream.rest()
+
+
+def _end_of_stop(text: str, stops: Sequence[str]) -> int | None:
+    """Where the stop that ends first ends in a text; None where no stop occurs."""
+    ends = [text.index(stop) + len(stop) for stop in stops if stop in text]
+    return min(ends, default=None)

@@ -1,10 +1,12 @@
 """EleutherAI's lm-eval with our model as a native back end.
 
-To lm-eval each process looks alone: all of them build the same requests, the scorer shares them out and gathers the results.
+To lm-eval each process looks alone: all of them build the same requests, and the scorer shares them
+out and gathers the results.
 """
 
 from __future__ import annotations
 
+import types
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +16,18 @@ import torch
 
 from megatron_completep.errors import ConfigError, DataError
 from megatron_completep.inference.generation import Sampling, encode_prompt, stream_texts
-from megatron_completep.inference.scoring import Scorer
+from megatron_completep.inference.scoring import Pair, Scorer
 
 DEFAULT_NEW_TOKENS = 256
 
 
 @dataclass(frozen=True)
 class TaskSettings:
-    """include_path: folder of own task files (.yaml). limit: documents a task. fewshot: None takes the task's own number."""
+    """What is evaluated.
+
+    include_path: folder of the user's own task files (.yaml). limit: documents a task. fewshot:
+    None takes the task's own number. bootstrap_iters: resamplings for standard errors.
+    """
 
     tasks: tuple[str, ...]
     include_path: str | None = None
@@ -31,9 +37,11 @@ class TaskSettings:
 
 
 def evaluate_tasks(scorer: Scorer, settings: TaskSettings) -> dict[str, Any]:
-    """Results by task, as lm-eval reports them: {task: {"metric,filter": value, ...}}; empty on all processes but each node's first.
+    """Results by task, as lm-eval reports them: {task: {"metric,filter": number, ...}}.
 
-    Raises ConfigError: lm-eval is not installed, or a task is unknown; DataError: a task's data cannot be had (offline, say).
+    Communicates over the scorer's ranks. lm-eval gives results on each node's first process; on the
+    others the dictionary is empty. Raises ConfigError: lm-eval is not installed, or a task is
+    unknown; DataError: a task's data cannot be had (offline, say).
     """
     try:
         import lm_eval
@@ -45,7 +53,7 @@ def evaluate_tasks(scorer: Scorer, settings: TaskSettings) -> dict[str, Any]:
         ) from None
     manager = _task_manager(TaskManager, settings)
     try:
-        found = lm_eval.simple_evaluate(
+        evaluation = lm_eval.simple_evaluate(
             model=native_model(scorer, TemplateLM),
             tasks=list(settings.tasks),
             num_fewshot=settings.fewshot,
@@ -54,133 +62,179 @@ def evaluate_tasks(scorer: Scorer, settings: TaskSettings) -> dict[str, Any]:
             bootstrap_iters=settings.bootstrap_iters,
             log_samples=False,
         )
+    # What the package `datasets` raises without a network or a file.
     except OSError as error:
         raise DataError(
-            f"the data of {', '.join(settings.tasks)} cannot be had ({error}). Offline, use tasks over local files (--include-path)."
+            f"the data of {', '.join(settings.tasks)} cannot be had ({error}). Offline, use tasks "
+            "over local files (--include-path)."
         ) from None
-    if found is None:
+    if evaluation is None:
         return {}
-    return {
-        task: {name: value for name, value in row.items() if name != "alias"}
-        for task, row in found["results"].items()
-    }
+
+    # The alias repeats the task's name, with an indentation for lm-eval's own table.
+    results = {}
+    for task, metrics in evaluation["results"].items():
+        results[task] = {name: number for name, number in metrics.items() if name != "alias"}
+    return results
 
 
-def _task_manager(kind: Any, settings: TaskSettings) -> Any:
-    """Own tasks alone where they are all that is asked for: reading lm-eval's thousands takes a while."""
+def _task_manager(manager_class: Any, settings: TaskSettings) -> Any:
+    """lm-eval's manager of the tasks. Raises ConfigError for a task that it does not know."""
     if settings.include_path is not None:
         if not Path(settings.include_path).is_dir():
             raise ConfigError(
-                f"--include-path {settings.include_path} is not a folder. Give the one that holds the task's .yaml file."
+                f"--include-path {settings.include_path} is not a folder. Give the one that holds "
+                "the task's .yaml file."
             )
-        own = kind(include_path=settings.include_path, include_defaults=False)
-        if set(settings.tasks) <= set(own.all_tasks):
-            return own
-    manager = kind(include_path=settings.include_path)
-    unknown = [task for task in settings.tasks if task not in manager.all_tasks]
-    if unknown:
+        # Reading lm-eval's thousands of tasks takes a while: not done where the user's own suffice.
+        user_manager = manager_class(include_path=settings.include_path, include_defaults=False)
+        if set(settings.tasks) <= set(user_manager.all_tasks):
+            return user_manager
+    manager = manager_class(include_path=settings.include_path)
+    unknown_tasks = [task for task in settings.tasks if task not in manager.all_tasks]
+    if unknown_tasks:
         raise ConfigError(
-            f"lm-eval knows no task {', '.join(unknown)}. `lm-eval ls tasks` lists them; --include-path adds a folder of yours."
+            f"lm-eval knows no task {', '.join(unknown_tasks)}. `lm-eval ls tasks` lists them; "
+            "--include-path adds a folder of yours."
         )
     return manager
 
 
+class _NativeMethods:
+    """What lm-eval's `TemplateLM` leaves to a back end."""
+
+    backend = "causal"
+
+    def __init__(self, scorer: Scorer):
+        super().__init__()
+        self._scorer = scorer
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Part of the key of lm-eval's cache of requests."""
+        tokenizer = self._scorer.tokenizer
+        return f"{tokenizer.type}:{tokenizer.hash}"
+
+    @property
+    def eot_token_id(self) -> int:
+        return self._scorer.beginning
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **options: Any
+    ) -> list[int]:
+        return self._scorer.tokenizer.encode(string)
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Any], **options: Any
+    ) -> list[tuple[float, bool]]:
+        """Requests are ((context, continuation), context ids, continuation ids)."""
+        # An empty context stands for the beginning of a document.
+        beginning = [self._scorer.beginning]
+        pairs = [(context or beginning, target) for _, context, target in requests]
+        likelihoods = self._scorer.score(pairs)
+        return [(scored.log_likelihood, scored.is_greedy) for scored in likelihoods]
+
+    def loglikelihood_rolling(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Requests are (text,); the whole text is scored, window by window."""
+        numbers = []
+        pairs: list[Pair] = []
+        for number, request in enumerate(requests):
+            ids = self._scorer.tokenizer.encode(request.args[0])
+            for pair in self._scorer.windows(ids):
+                numbers.append(number)
+                pairs.append(pair)
+
+        # All windows are scored together, so that batches are full.
+        totals = [0.0] * len(requests)
+        for number, scored in zip(numbers, self._scorer.score(pairs), strict=True):
+            totals[number] += scored.log_likelihood
+        return totals
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Requests are (text, options)."""
+        prompts = [(request.args[0], request.args[1]) for request in requests]
+        return continue_until(self._scorer, prompts)
+
+
 def native_model(scorer: Scorer, base: Any) -> Any:
-    """An lm-eval model over a scorer; `base` is its `TemplateLM`, which splits requests into token ids."""
+    """An lm-eval model over a scorer.
 
-    class NativeModel(base):
-        backend = "causal"
-        tokenizer_name = f"{scorer.tokenizer.type}:{scorer.tokenizer.hash}"
-
-        @property
-        def eot_token_id(self) -> int:
-            return scorer.beginning
-
-        def tok_encode(
-            self, string: str, add_special_tokens: bool | None = None, **rest: Any
-        ) -> list[int]:
-            return scorer.tokenizer.encode(string)
-
-        def _loglikelihood_tokens(
-            self, requests: Sequence[Any], **rest: Any
-        ) -> list[tuple[float, bool]]:
-            """Requests are ((context, continuation), context ids, continuation ids)."""
-            pairs = [(context or [scorer.beginning], target) for _, context, target in requests]
-            return [(found.log_likelihood, found.is_greedy) for found in scorer.score(pairs)]
-
-        def loglikelihood_rolling(
-            self, requests: Sequence[Any], disable_tqdm: bool = False
-        ) -> list[float]:
-            texts = [scorer.tokenizer.encode(request.args[0]) for request in requests]
-            pairs = [
-                (number, pair) for number, ids in enumerate(texts) for pair in scorer.windows(ids)
-            ]
-            totals = [0.0] * len(texts)
-            for (number, _), found in zip(
-                pairs, scorer.score([pair for _, pair in pairs]), strict=True
-            ):
-                totals[number] += found.log_likelihood
-            return totals
-
-        def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-            return continue_until(
-                scorer, [(request.args[0], request.args[1]) for request in requests]
-            )
-
-    return NativeModel()
+    `base` is lm-eval's `TemplateLM`, which splits requests into token ids.
+    """
+    # Made here, since the base class is known only where lm-eval is installed.
+    model_class: Any = types.new_class("NativeModel", (_NativeMethods, base))
+    return model_class(scorer)
 
 
 def continue_until(scorer: Scorer, requests: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
-    """Continuations of (text, options as lm-eval's tasks give them), each cut before the first of its stops."""
-    lengths = [len(text) for text, _ in requests]
-    order = sorted(
-        range(len(requests)),
-        key=lambda i: (str(sorted(requests[i][1].items(), key=str)), -lengths[i]),
-    )
-    return scorer.shared(
-        order, lambda mine: _continue(scorer, [requests[i] for i in mine], list(mine))
-    )
+    """Continuations of (text, options as lm-eval's tasks give them).
+
+    Each is cut before the first of its stops. Communicates over the scorer's ranks.
+    """
+
+    def batching_key(number: int) -> tuple[str, int]:
+        # Requests with equal options share batches, the longest of them first.
+        prompt, options = requests[number]
+        return str(sorted(options.items(), key=str)), -len(prompt)
+
+    def continue_share(numbers: Sequence[int]) -> list[str]:
+        return _continue(scorer, [requests[number] for number in numbers], list(numbers))
+
+    order = sorted(range(len(requests)), key=batching_key)
+    return scorer.shared(order, continue_share)
 
 
 def _continue(
     scorer: Scorer, requests: Sequence[tuple[str, dict[str, Any]]], numbers: Sequence[int]
 ) -> list[str]:
-    made: list[str] = []
-    while len(made) < len(requests):
-        options = requests[len(made)][1]
+    """Continuations of this rank's requests, batch by batch; `numbers` seed their draws."""
+    continuations: list[str] = []
+    while len(continuations) < len(requests):
+        start = len(continuations)
+        options = requests[start][1]
+        # A batch ends where the options change, since it has one way of sampling.
         batch = []
-        for request in requests[len(made) : len(made) + scorer.batch_size]:
-            if request[1] != options:
+        for prompt, prompt_options in requests[start : start + scorer.batch_size]:
+            if prompt_options != options:
                 break
-            batch.append(request[0])
-        seeds = numbers[len(made) : len(made) + len(batch)]
-        made += _continue_batch(scorer, batch, options, seeds)
-    return made
+            batch.append(prompt)
+        seeds = numbers[start : start + len(batch)]
+        continuations += _continue_batch(scorer, batch, options, seeds)
+    return continuations
 
 
 def _continue_batch(
-    scorer: Scorer, texts: Sequence[str], options: dict[str, Any], seeds: Sequence[int]
+    scorer: Scorer, prompts: Sequence[str], options: dict[str, Any], seeds: Sequence[int]
 ) -> list[str]:
+    """Continuations of one batch, under options of lm-eval."""
     until = options.get("until") or []
-    stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
+    if isinstance(until, str):
+        until = [until]
+    stops = [stop for stop in until if stop]
     new_tokens = min(int(options.get("max_gen_toks", DEFAULT_NEW_TOKENS)), scorer.max_length - 1)
     temperature = float(options.get("temperature", 0.0))
+    # As in Hugging Face's generate: without do_sample the likeliest token is taken.
     if not options.get("do_sample", temperature > 0):
         temperature = 0.0
-    sampling = Sampling(
-        temperature, float(options.get("top_p", 1.0)), new_tokens, int(options.get("top_k") or 0)
-    )
-    cut = [
-        encode_prompt(scorer.tokenizer, text)[new_tokens - scorer.max_length :] for text in texts
-    ]
+    top_p = float(options.get("top_p", 1.0))
+    sampling = Sampling(temperature, top_p, new_tokens, int(options.get("top_k") or 0))
+
+    # A prompt is cut on its left, so that it and what follows fit the model.
+    first_token = new_tokens - scorer.max_length
+    encoded = [encode_prompt(scorer.tokenizer, prompt)[first_token:] for prompt in prompts]
     generators = [torch.Generator(scorer.device).manual_seed(seed) for seed in seeds]
-    made = [""] * len(texts)
-    for number, piece in stream_texts(
-        scorer.model, scorer.tokenizer, cut, sampling, generators, [stops] * len(texts)
+    stops_of_each = [stops] * len(prompts)
+    continuations = [""] * len(prompts)
+    for number, new_text in stream_texts(
+        scorer.model, scorer.tokenizer, encoded, sampling, generators, stops_of_each
     ):
-        made[number] += piece
-    return [_before_stop(text, stops) for text in made]
+        continuations[number] += new_text
+    return [_before_stop(continuation, stops) for continuation in continuations]
 
 
 def _before_stop(text: str, stops: Sequence[str]) -> str:
-    return text[: min((text.index(stop) for stop in stops if stop in text), default=len(text))]
+    """A text up to the stop that begins first."""
+    starts = [text.index(stop) for stop in stops if stop in text]
+    return text[: min(starts, default=len(text))]

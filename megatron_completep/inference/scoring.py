@@ -1,4 +1,4 @@
-"""How likely a model finds texts: log-likelihoods of token sequences in batches, and bits per byte of a token file.
+"""The likelihood of texts: of token sequences in batches, and bits per byte of a token file.
 
 With several processes each scores its share and all get every result; each holds the whole model.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,7 @@ from megatron_completep.model.gpt import GPT
 from megatron_completep.parallel.axis import Axis
 
 T = TypeVar("T")
+Pair = tuple[Sequence[int], Sequence[int]]  # (context, target), token ids
 LOGIT_BYTES = 1 << 29  # of the logits of one batch
 WINDOWS_AT_ONCE = 2048  # of a token file: sorted by length together, so that little is padded
 
@@ -34,9 +35,11 @@ class Likelihood:
 
 
 class Scorer:
-    """A whole model on one device, for scoring. ranks: processes that share the work (each with its own Scorer).
+    """A whole model on one device, for scoring.
 
-    max_length: tokens the model sees at once; None: model.seq_length. Raises DataError when learned positions are fewer.
+    ranks: processes that share the work (each with its own Scorer). max_length: tokens the model
+    sees at once; None: model.seq_length. Raises DataError when learned positions are fewer, or the
+    tokenizer has more ids than the model.
     """
 
     def __init__(
@@ -47,79 +50,109 @@ class Scorer:
         batch_size: int = 16,
         max_length: int | None = None,
     ):
-        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        self.model = model
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
         self.ranks = ranks or Axis("data")
         self.max_length = max_length or model.config.seq_length
         if model.config.position == "learned" and self.max_length > model.config.seq_length:
             raise DataError(
-                f"max length {self.max_length}: the model has {model.config.seq_length} learned positions. Use at most those."
+                f"max length {self.max_length}: the model has {model.config.seq_length} learned "
+                "positions. Use at most those."
             )
         if tokenizer.vocab_size > model.config.vocab_size:
             raise DataError(
-                f"the tokenizer has {tokenizer.vocab_size} ids, model.vocab_size = {model.config.vocab_size} has fewer. "
-                "Give the tokenizer that the model was trained with."
+                f"the tokenizer has {tokenizer.vocab_size} ids, model.vocab_size = "
+                f"{model.config.vocab_size} has fewer. Give the tokenizer that the model was "
+                "trained with."
             )
         self.device = next(model.parameters()).device
 
     @property
     def beginning(self) -> int:
-        """What stands in front of a text: the end of the document before. DataError where the tokenizer has none."""
+        """The token in front of a text: the end of the document before.
+
+        Raises DataError where the tokenizer has none.
+        """
         if self.tokenizer.eod_id is None:
             raise DataError(
-                "the tokenizer has no end-of-document token, after which a text could begin. Use one that has."
+                "the tokenizer has no end-of-document token, after which a text could begin. Use "
+                "one that has."
             )
         return self.tokenizer.eod_id
 
-    def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Likelihood]:
-        """Likelihood of each (context, target) of token ids; a context is cut on its left to fit. Communicates over `ranks`.
+    def score(self, pairs: Sequence[Pair]) -> list[Likelihood]:
+        """Likelihood of each (context, target) of token ids; a context is cut on its left to fit.
 
-        Raises DataError for an empty context or a target longer than max_length.
+        Communicates over `ranks`. Raises DataError for an empty context or a target longer than
+        max_length.
         """
         for context, target in pairs:
             if not context or len(target) > self.max_length:
                 raise DataError(
-                    f"a target of {len(target)} tokens after {len(context)}: 1 to {self.max_length} after at least 1 are scored."
+                    f"a target of {len(target)} tokens after {len(context)}: 1 to "
+                    f"{self.max_length} after at least 1 are scored."
                 )
-        order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
-        return self.shared(order, lambda mine: self._score([pairs[i] for i in mine]))
+
+        def score_share(numbers: Sequence[int]) -> list[Likelihood]:
+            return self._score([pairs[number] for number in numbers])
+
+        order = sorted(range(len(pairs)), key=lambda number: -_length(pairs[number]))
+        return self.shared(order, score_share)
 
     def shared(self, order: Sequence[int], work: Callable[[Sequence[int]], list[T]]) -> list[T]:
-        """Results of `work` on the numbers in `order`, every ranks.size-th done here; by number, on every rank."""
-        mine = order[self.ranks.rank :: self.ranks.size]
-        done = dict(zip(mine, work(mine), strict=True))
-        if self.ranks.group is not None:
-            parts: list[dict[int, T]] = [{} for _ in range(self.ranks.size)]
-            dist.all_gather_object(parts, done, group=self.ranks.group)
-            done = {number: result for part in parts for number, result in part.items()}
-        return [done[number] for number in sorted(done)]
+        """Results of `work` on the numbers in `order`, sorted by number, on every rank.
 
-    def _score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Likelihood]:
+        This rank does every ranks.size-th of them. Communicates over `ranks`.
+        """
+        numbers = order[self.ranks.rank :: self.ranks.size]
+        results = dict(zip(numbers, work(numbers), strict=True))
+        if self.ranks.group is not None:
+            results_of_ranks: list[dict[int, T]] = [{} for _ in range(self.ranks.size)]
+            dist.all_gather_object(results_of_ranks, results, group=self.ranks.group)
+            for results_of_rank in results_of_ranks:
+                results.update(results_of_rank)
+        return [results[number] for number in sorted(results)]
+
+    def _score(self, pairs: Sequence[Pair]) -> list[Likelihood]:
+        """Likelihoods of pairs that are sorted, the longest first; on this rank alone."""
+        vocab_size = self.model.config.vocab_size
         results: list[Likelihood] = []
         while len(results) < len(pairs):
-            rest = pairs[len(results) :]
-            longest = max(
-                1, min(self.max_length, len(rest[0][0]) + len(rest[0][1]) - 1)
-            )  # the longest comes first
-            fitting = LOGIT_BYTES // (longest * self.model.config.vocab_size * 4)
-            results += self._batch(rest[: max(1, min(self.batch_size, fitting))])
+            start = len(results)
+            # The longest comes first, so its logits bound those of the whole batch. The last
+            # token of a target is not fed.
+            length = max(1, min(self.max_length, _length(pairs[start]) - 1))
+            bytes_a_row = length * vocab_size * 4  # float32
+            count = max(1, min(self.batch_size, LOGIT_BYTES // bytes_a_row))
+            results += self._batch(pairs[start : start + count])
         return results
 
     @torch.no_grad()
-    def _batch(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Likelihood]:
+    def _batch(self, pairs: Sequence[Pair]) -> list[Likelihood]:
         """One pass; rows are padded on the right, where causal attention does not look."""
-        inputs = [[*context, *target][-self.max_length - 1 :][:-1] for context, target in pairs]
-        tokens = torch.zeros(len(inputs), max(1, *map(len, inputs)), dtype=torch.int64)
+        inputs = []
+        for context, target in pairs:
+            ids = [*context, *target][-self.max_length - 1 :]
+            inputs.append(ids[:-1])  # nothing follows the last token
+        longest = max(1, *map(len, inputs))
+        tokens = torch.zeros(len(inputs), longest, dtype=torch.int64)
         for row, ids in enumerate(inputs):
             tokens[row, : len(ids)] = torch.tensor(ids)
-        logits = self.model(tokens.to(self.device))
-        rows = zip(logits, inputs, pairs, strict=True)
-        return [
-            _likelihood(row[len(ids) - len(target) : len(ids)], target)
-            for row, ids, (_, target) in rows
-        ]
 
-    def windows(self, tokens: Sequence[int]) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
-        """(context, target) of a whole text: each token is a target once; the last window is filled up with context."""
+        logits = self.model(tokens.to(self.device))
+        likelihoods = []
+        for row_logits, ids, (_, target) in zip(logits, inputs, pairs, strict=True):
+            # The logits of a position are those of the token after it.
+            target_logits = row_logits[len(ids) - len(target) : len(ids)]
+            likelihoods.append(_likelihood(target_logits, target))
+        return likelihoods
+
+    def windows(self, tokens: Sequence[int]) -> Iterator[Pair]:
+        """(context, target) of a whole text, in which each token is a target once.
+
+        The last window is filled up with context.
+        """
         length = self.max_length
         if len(tokens):
             yield [self.beginning], tokens[:length]
@@ -128,18 +161,28 @@ class Scorer:
             yield tokens[stop - length - 1 : start], tokens[start:stop]
 
 
+def _length(pair: Pair) -> int:
+    """Tokens of context and target together."""
+    return len(pair[0]) + len(pair[1])
+
+
 def _likelihood(logits: Tensor, target: Sequence[int]) -> Likelihood:
-    """logits [tokens, V] of the positions before each target token."""
-    wide = logits if logits.dtype == torch.float64 else logits.float()
+    """The likelihood of a target from logits [tokens, V] of the positions before each token."""
+    # 16-bit logits are too coarse for a sum over the vocabulary.
+    logits = logits if logits.dtype == torch.float64 else logits.float()
     ids = torch.tensor(list(target), dtype=torch.int64, device=logits.device)
-    chosen = wide.gather(1, ids[:, None])[:, 0]
-    total = (chosen - wide.logsumexp(dim=-1)).double().sum()
-    return Likelihood(total.item(), bool((wide.argmax(dim=-1) == ids).all()))
+    target_logits = logits.gather(1, ids[:, None])[:, 0]
+    total = (target_logits - logits.logsumexp(dim=-1)).double().sum()
+    is_greedy = (logits.argmax(dim=-1) == ids).all()
+    return Likelihood(total.item(), bool(is_greedy))
 
 
 @dataclass(frozen=True)
 class TokenFileScore:
-    """Of the documents of a token file, each scored alone from its beginning; the end-of-document token is not scored."""
+    """The score of a token file's documents, each scored alone from its beginning.
+
+    The end-of-document token is not scored.
+    """
 
     documents: int
     tokens: int
@@ -148,6 +191,7 @@ class TokenFileScore:
 
     @property
     def bits_per_byte(self) -> float:
+        """Bits for each byte of text, which tokenizers do not change."""
         return self.nats / math.log(2) / self.bytes
 
     @property
@@ -156,66 +200,90 @@ class TokenFileScore:
         return self.nats / self.tokens
 
     def to_json(self) -> dict[str, Any]:
+        """The score as plain values, the derived ones included."""
         return {**asdict(self), "bits_per_byte": self.bits_per_byte, "loss": self.loss}
+
+
+class _Totals(NamedTuple):
+    """Sums over the documents that one rank has scored."""
+
+    documents: int
+    tokens: int
+    bytes: int
+    nats: float
 
 
 def score_token_file(
     scorer: Scorer, dataset: IndexedDataset, documents: int | None = None
 ) -> TokenFileScore:
-    """Score the first `documents` (None: all) of a token file. Communicates over the scorer's ranks.
+    """Score the first `documents` (None: all) of a token file.
 
-    Raises DataError: ids outside the model's vocabulary, or nothing to score.
+    Communicates over the scorer's ranks. Raises DataError: ids outside the model's vocabulary, or
+    nothing to score.
     """
+    ranks = scorer.ranks
     count = dataset.num_documents if documents is None else min(documents, dataset.num_documents)
-    mine = range(count)[scorer.ranks.rank :: scorer.ranks.size]
-    texts = _texts(scorer, dataset, mine)
-    number = tokens = size = 0
-    nats: list[float] = []
-    for group in _groups(texts, scorer):
-        pairs = sorted(
-            (pair for ids in group for pair in scorer.windows(ids)),
-            key=lambda pair: -len(pair[0]) - len(pair[1]),
-        )
-        nats += [-found.log_likelihood for found in scorer._score(pairs)]
-        number += len(group)
-        tokens += sum(map(len, group))
-        size += sum(len(scorer.tokenizer.decode(ids).encode()) for ids in group)
-    parts: list[Any] = [(number, tokens, size, math.fsum(nats))]
-    if scorer.ranks.group is not None:
-        parts = [None] * scorer.ranks.size
-        dist.all_gather_object(
-            parts, (number, tokens, size, math.fsum(nats)), group=scorer.ranks.group
-        )
-    number, tokens, size = (sum(part[i] for part in parts) for i in range(3))
-    score = TokenFileScore(number, tokens, size, math.fsum(part[3] for part in parts))
+    totals = _score_documents(scorer, dataset, range(count)[ranks.rank :: ranks.size])
+    totals_of_ranks = [totals] * ranks.size
+    if ranks.group is not None:
+        dist.all_gather_object(totals_of_ranks, totals, group=ranks.group)
+
+    number = sum(totals.documents for totals in totals_of_ranks)
+    tokens = sum(totals.tokens for totals in totals_of_ranks)
+    size = sum(totals.bytes for totals in totals_of_ranks)
+    # fsum rounds once, whatever the number of ranks.
+    nats = math.fsum(totals.nats for totals in totals_of_ranks)
+    score = TokenFileScore(number, tokens, size, nats)
     if not score.tokens or not score.bytes:
         raise DataError(f"{dataset.prefix}: the first {count} documents hold no text to score.")
     return score
 
 
+def _score_documents(scorer: Scorer, dataset: IndexedDataset, numbers: Sequence[int]) -> _Totals:
+    """Score the documents with these numbers, on this rank alone."""
+    documents = 0
+    tokens = 0
+    size = 0
+    nats: list[float] = []
+    for batch in _batches(_texts(scorer, dataset, numbers), scorer):
+        pairs: list[Pair] = []
+        for ids in batch:
+            pairs += scorer.windows(ids)
+            tokens += len(ids)
+            size += len(scorer.tokenizer.decode(ids).encode())
+        documents += len(batch)
+        # Sorted by length, so that little is padded.
+        pairs.sort(key=lambda pair: -_length(pair))
+        nats += [-scored.log_likelihood for scored in scorer._score(pairs)]
+    return _Totals(documents, tokens, size, math.fsum(nats))
+
+
 def _texts(scorer: Scorer, dataset: IndexedDataset, numbers: Iterable[int]) -> Iterator[list[int]]:
     """Documents as ids, without the end-of-document token at their end."""
-    end, limit = scorer.beginning, scorer.tokenizer.vocab_size
+    end = scorer.beginning
+    vocab_size = scorer.tokenizer.vocab_size
     for number in numbers:
         ids = dataset.document(number).tolist()
         if ids and ids[-1] == end:
             ids.pop()
-        if ids and not 0 <= min(ids) <= max(ids) < limit:
+        if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
             raise DataError(
-                f"{dataset.prefix}: document {number} holds id {max(ids)}, the tokenizer has 0 to {limit - 1}. Use the corpus's own."
+                f"{dataset.prefix}: document {number} holds id {max(ids)}, the tokenizer has 0 to "
+                f"{vocab_size - 1}. Use the corpus's own."
             )
         yield ids
 
 
-def _groups(texts: Iterable[list[int]], scorer: Scorer) -> Iterator[list[list[int]]]:
+def _batches(texts: Iterable[list[int]], scorer: Scorer) -> Iterator[list[list[int]]]:
     """Documents that together make about WINDOWS_AT_ONCE windows."""
-    group: list[list[int]] = []
+    batch: list[list[int]] = []
     windows = 0
     for ids in texts:
-        group.append(ids)
+        batch.append(ids)
         windows += 1 + len(ids) // scorer.max_length
         if windows >= WINDOWS_AT_ONCE:
-            yield group
-            group, windows = [], 0
-    if group:
-        yield group
+            yield batch
+            batch = []
+            windows = 0
+    if batch:
+        yield batch

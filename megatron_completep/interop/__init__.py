@@ -1,1 +1,1 @@
-"""Between this project and the others: Hugging Face folders out and in, tokenizers, evaluation with lm-eval."""
+"""Exchange with other projects: Hugging Face folders out and in, tokenizers, checks of exports."""

@@ -1,6 +1,7 @@
-"""The stock Hugging Face architectures that a model can become: what each can express, and which of its tensors are which of ours.
+"""Stock Hugging Face architectures: what each can express, and which tensors correspond to ours.
 
-The list of pieces is the whole mapping. Export reads it from left to right, import from right to left.
+The list of pieces is the whole mapping. Export reads it from left to right, import from right to
+left.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ Rows = tuple[tuple[int, int, float], ...]  # (start, stop, factor), in order
 
 @dataclass(frozen=True)
 class Folding:
-    """What stored tensors are multiplied by, so that a model without multipliers computes the same. All 1: nothing is folded."""
+    """The factors of stored tensors with which a model without multipliers computes the same.
+
+    All factors are 1 where nothing is folded.
+    """
 
     embedding: float = 1.0  # token and learned position embeddings
     query: float = 1.0  # q projection and its bias, or the q-norm's gain
@@ -38,14 +42,16 @@ class Folding:
     @property
     def changed(self) -> dict[str, float]:
         """The factors that are not 1."""
-        return {name: value for name, value in vars(self).items() if value != 1.0}
+        return {name: factor for name, factor in vars(self).items() if factor != 1.0}
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One tensor of theirs: `rows` of our parameter `source`, each range times a factor, one below the other, then transposed.
+    """One tensor of the Hugging Face model, cut from our parameter `source`.
 
-    source None: zeros, for a bias that our model leaves out. shape: theirs.
+    Each range of `rows` is multiplied by its factor, the ranges are stacked in order, and the
+    result is transposed where `transposed` is set. `source` None stands for zeros: a bias that our
+    model does not have. `shape` is that of the Hugging Face tensor.
     """
 
     name: str
@@ -57,196 +63,300 @@ class Piece:
 
 def blockers(architecture: str, model: ModelConfig) -> list[str]:
     """Every reason why an architecture cannot express a model; empty where it can."""
-    gpt2, qk_norm = architecture == "gpt2", architecture == "qwen3"
-    wanted = {
-        "norm": ("layernorm",) if gpt2 else ("rmsnorm",),
-        "activation": ("gelu", "gelu_tanh") if gpt2 else ("swiglu",),
-        "position": ("learned",) if gpt2 else ("rope",),
-        "qk_norm": (qk_norm,),
+    is_gpt2 = architecture == "gpt2"
+    has_qk_norm = architecture == "qwen3"
+    # What the architecture's own code computes; a setting outside cannot be expressed.
+    choices_of: dict[str, tuple[object, ...]] = {
+        "norm": ("layernorm",) if is_gpt2 else ("rmsnorm",),
+        "activation": ("gelu", "gelu_tanh") if is_gpt2 else ("swiglu",),
+        "position": ("learned",) if is_gpt2 else ("rope",),
+        "qk_norm": (has_qk_norm,),
     }
-    found = [
-        f"model.{name} = {_show(getattr(model, name))}, it has {' or '.join(map(_show, values))}"
-        for name, values in wanted.items()
-        if getattr(model, name) not in values
-    ]
+    reasons = []
+    for name, choices in choices_of.items():
+        setting = getattr(model, name)
+        if setting not in choices:
+            alternatives = " or ".join(map(_show, choices))
+            reasons.append(f"model.{name} = {_show(setting)}, it has {alternatives}")
+
+    if has_qk_norm and model.bias:
+        reasons.append("model.bias = true, its MLP has no biases")
+    # GPT-2 has no setting for the size of a head: it is hidden size / heads.
     width = model.num_attention_heads * head_dim(model)
-    if qk_norm and model.bias:
-        found.append("model.bias = true, its MLP has no biases")
-    if gpt2 and width != model.hidden_size:
-        found.append(
-            f"heads of {head_dim(model)} x {model.num_attention_heads} = {width}, it needs model.hidden_size = {model.hidden_size}"
+    if is_gpt2 and width != model.hidden_size:
+        reasons.append(
+            f"heads of {head_dim(model)} x {model.num_attention_heads} = {width}, "
+            f"it needs model.hidden_size = {model.hidden_size}"
         )
+    # transformers refuses such a Llama even where config.json gives head_dim.
     if architecture == "llama" and model.hidden_size % model.num_attention_heads:
-        found.append(
-            f"model.num_attention_heads = {model.num_attention_heads} does not divide model.hidden_size = {model.hidden_size}"
+        reasons.append(
+            f"model.num_attention_heads = {model.num_attention_heads} does not divide "
+            f"model.hidden_size = {model.hidden_size}"
         )
-    return found
+    return reasons
 
 
-def choose_architecture(model: ModelConfig, table: Table, wanted: str = "auto") -> str:
-    """`wanted` if it can express the model. auto: plain Llama where nothing must be multiplied, else the first that can, Granite
-    first because it keeps the multipliers. ConfigError names everything in the way."""
-    asked = ARCHITECTURES if wanted == "auto" else (wanted,)
-    problems = {name: blockers(name, model) for name in asked}
-    fitting = [name for name, found in problems.items() if not found]
-    if wanted == "auto" and "llama" in fitting and not fold("llama", model, table).changed:
-        return "llama"
+def choose_architecture(model: ModelConfig, table: Table, architecture: str = "auto") -> str:
+    """`architecture` if it can express the model.
+
+    auto: plain Llama where nothing must be multiplied, else the first architecture that can express
+    the model; Granite comes first because it keeps the multipliers. Raises ConfigError naming
+    everything in the way.
+    """
+    candidates = ARCHITECTURES if architecture == "auto" else (architecture,)
+    reasons_against = {name: blockers(name, model) for name in candidates}
+    fitting = [name for name, reasons in reasons_against.items() if not reasons]
+
+    # Llama is what most programs load, so it wins where no multiplier would be lost.
+    if architecture == "auto" and "llama" in fitting:
+        folding = fold("llama", model, table)
+        if not folding.changed:
+            return "llama"
     if fitting:
         return fitting[0]
-    lines = [f"{name}: {'; '.join(found)}" for name, found in problems.items()]
-    others = "" if wanted == "auto" else " Try --architecture auto."
-    raise ConfigError(
-        "\n  ".join([f"no stock architecture asked for can express this model.{others}", *lines])
-    )
+
+    hint = "" if architecture == "auto" else " Try --architecture auto."
+    lines = [f"no stock architecture asked for can express this model.{hint}"]
+    for name, reasons in reasons_against.items():
+        lines.append(f"{name}: {'; '.join(reasons)}")
+    raise ConfigError("\n  ".join(lines))
 
 
 def fold(architecture: str, model: ModelConfig, table: Table) -> Folding:
-    """What must be folded: nothing for Granite, whose configuration has all four multipliers.
+    """The factors to fold: none for Granite, whose configuration has all four multipliers.
 
-    Tied embeddings: logits = norm(x) (m W)^T / (m m_N), so the final norm takes 1/m_N and undoes the input multiplier m.
+    Tied embeddings: logits = norm(x) (m W)^T / (m m_N), so the final norm takes 1/m_N and undoes
+    the input multiplier m.
     """
     if architecture == "granite":
         return Folding()
-    tied, entering = model.tied_embeddings, model.input_multiplier
+    input_multiplier = model.input_multiplier
+    if model.tied_embeddings:
+        final_norm = table.logit_multiplier / input_multiplier
+        unembedding = 1.0
+    else:
+        final_norm = 1.0
+        unembedding = table.logit_multiplier
+    # These architectures scale attention logits by 1/sqrt(head_dim); the queries take the quotient.
+    stock_attention_scale = 1 / math.sqrt(head_dim(model))
     return Folding(
-        embedding=entering,
-        query=table.attention_scale / (1 / math.sqrt(head_dim(model))),
+        embedding=input_multiplier,
+        query=table.attention_scale / stock_attention_scale,
         branch=table.residual_multiplier,
-        final_norm=table.logit_multiplier / entering if tied else 1.0,
-        unembedding=1.0 if tied else table.logit_multiplier,
+        final_norm=final_norm,
+        unembedding=unembedding,
     )
 
 
 def pieces(
     architecture: str, model: ModelConfig, folding: Folding, prefix: str | None = None
 ) -> list[Piece]:
-    """Every tensor of the Hugging Face model; those of one parameter of ours side by side. `prefix` replaces 'transformer.'."""
+    """Every tensor of the Hugging Face model; those of one parameter of ours are neighbours.
+
+    `prefix` replaces GPT-2's 'transformer.'.
+    """
     if architecture == "gpt2":
         return list(_gpt2_pieces(model, folding, "transformer." if prefix is None else prefix))
     return list(_llama_pieces(model, folding, qk_norm=architecture == "qwen3"))
 
 
 def _llama_pieces(model: ModelConfig, folding: Folding, qk_norm: bool) -> Iterator[Piece]:
-    hidden, ffn, d = model.hidden_size, model.ffn_hidden_size, head_dim(model)
-    queries, keys = model.num_attention_heads * d, num_query_groups(model) * d
-    in_q = 1.0 if qk_norm else folding.query
-
-    def linear(
-        name: str, source: str, rows: tuple[int, int], columns: int, factor: float = 1.0
-    ) -> Iterator[Piece]:
-        span = ((*rows, factor),)
-        yield Piece(f"{name}.weight", f"{source}.weight", span, (rows[1] - rows[0], columns))
-        if model.bias:
-            yield Piece(f"{name}.bias", f"{source}.bias", span, (rows[1] - rows[0],))
-
-    def vector(name: str, source: str, size: int, factor: float = 1.0) -> Piece:
-        return Piece(name, source, ((0, size, factor),), (size,))
-
-    vocabulary = (model.vocab_size, hidden)
-    yield Piece(
+    """The tensors of Llama, Granite and Qwen3, which share their names."""
+    vocab_size = model.vocab_size
+    yield _matrix(
         "model.embed_tokens.weight",
         "embedding.weight",
-        ((0, model.vocab_size, folding.embedding),),
-        vocabulary,
+        (vocab_size, model.hidden_size),
+        folding.embedding,
     )
     for index in range(model.num_layers):
-        theirs, ours = f"model.layers.{index}", f"layers.{index}"
-        yield vector(f"{theirs}.input_layernorm.weight", f"{ours}.attention_norm.weight", hidden)
-        qkv = f"{ours}.attention.qkv"
-        projections = [
-            *linear(f"{theirs}.self_attn.q_proj", qkv, (0, queries), hidden, in_q),
-            *linear(f"{theirs}.self_attn.k_proj", qkv, (queries, queries + keys), hidden),
-            *linear(
-                f"{theirs}.self_attn.v_proj", qkv, (queries + keys, queries + 2 * keys), hidden
-            ),
-        ]
-        yield from sorted(projections, key=lambda piece: piece.source or "")
-        if qk_norm:
-            yield vector(
-                f"{theirs}.self_attn.q_norm.weight",
-                f"{ours}.attention.q_norm.weight",
-                d,
-                folding.query,
-            )
-            yield vector(f"{theirs}.self_attn.k_norm.weight", f"{ours}.attention.k_norm.weight", d)
-        yield from linear(
-            f"{theirs}.self_attn.o_proj",
-            f"{ours}.attention.output",
-            (0, hidden),
-            queries,
-            folding.branch,
-        )
-        yield vector(f"{theirs}.post_attention_layernorm.weight", f"{ours}.mlp_norm.weight", hidden)
-        halves = [
-            *linear(f"{theirs}.mlp.gate_proj", f"{ours}.mlp.up", (0, ffn), hidden),
-            *linear(f"{theirs}.mlp.up_proj", f"{ours}.mlp.up", (ffn, 2 * ffn), hidden),
-        ]
-        yield from sorted(halves, key=lambda piece: piece.source or "")
-        yield from linear(
-            f"{theirs}.mlp.down_proj", f"{ours}.mlp.down", (0, hidden), ffn, folding.branch
-        )
-    yield vector("model.norm.weight", "final_norm.weight", hidden, folding.final_norm)
+        yield from _llama_attention(model, folding, qk_norm, index)
+        yield from _llama_mlp(model, folding, index)
+    yield _vector("model.norm.weight", "final_norm.weight", model.hidden_size, folding.final_norm)
+    # A tied model stores one table; both programs know from config.json that it is used twice.
     if not model.tied_embeddings:
-        yield Piece(
+        yield _matrix(
             "lm_head.weight",
             "unembedding.weight",
-            ((0, model.vocab_size, folding.unembedding),),
-            vocabulary,
+            (vocab_size, model.hidden_size),
+            folding.unembedding,
         )
+
+
+def _llama_attention(
+    model: ModelConfig, folding: Folding, qk_norm: bool, index: int
+) -> Iterator[Piece]:
+    """The attention branch of block `index`, with its norm."""
+    hidden = model.hidden_size
+    head_size = head_dim(model)
+    query_rows = model.num_attention_heads * head_size
+    key_rows = num_query_groups(model) * head_size
+    # Rows of our qkv: queries, keys, values. There are as many of values as of keys.
+    key_end = query_rows + key_rows
+    query_range = (0, query_rows)
+    key_range = (query_rows, key_end)
+    value_range = (key_end, key_end + key_rows)
+
+    hf_block = f"model.layers.{index}"
+    hf_attention = f"{hf_block}.self_attn"
+    attention = f"layers.{index}.attention"
+    qkv = f"{attention}.qkv"
+    yield _vector(f"{hf_block}.input_layernorm.weight", f"{attention}_norm.weight", hidden)
+
+    # A norm on queries would undo a factor of the projection, so its gain takes the factor.
+    projection_factor = 1.0 if qk_norm else folding.query
+    projections = [
+        *_linear(f"{hf_attention}.q_proj", qkv, query_range, hidden, model.bias, projection_factor),
+        *_linear(f"{hf_attention}.k_proj", qkv, key_range, hidden, model.bias),
+        *_linear(f"{hf_attention}.v_proj", qkv, value_range, hidden, model.bias),
+    ]
+    yield from sorted(projections, key=_source_name)
+    if qk_norm:
+        q_norm = f"{attention}.q_norm.weight"
+        yield _vector(f"{hf_attention}.q_norm.weight", q_norm, head_size, folding.query)
+        yield _vector(f"{hf_attention}.k_norm.weight", f"{attention}.k_norm.weight", head_size)
+    yield from _linear(
+        f"{hf_attention}.o_proj",
+        f"{attention}.output",
+        (0, hidden),
+        query_rows,
+        model.bias,
+        folding.branch,
+    )
+
+
+def _llama_mlp(model: ModelConfig, folding: Folding, index: int) -> Iterator[Piece]:
+    """The MLP branch of block `index`, with its norm."""
+    hidden = model.hidden_size
+    ffn = model.ffn_hidden_size
+    hf_block = f"model.layers.{index}"
+    mlp = f"layers.{index}.mlp"
+    up = f"{mlp}.up"
+    yield _vector(f"{hf_block}.post_attention_layernorm.weight", f"{mlp}_norm.weight", hidden)
+    # Our up projection holds the gate's rows above those that the gate multiplies.
+    halves = [
+        *_linear(f"{hf_block}.mlp.gate_proj", up, (0, ffn), hidden, model.bias),
+        *_linear(f"{hf_block}.mlp.up_proj", up, (ffn, 2 * ffn), hidden, model.bias),
+    ]
+    yield from sorted(halves, key=_source_name)
+    yield from _linear(
+        f"{hf_block}.mlp.down_proj", f"{mlp}.down", (0, hidden), ffn, model.bias, folding.branch
+    )
+
+
+def _linear(
+    name: str,
+    source: str,
+    rows: tuple[int, int],
+    columns: int,
+    bias: bool,
+    factor: float = 1.0,
+) -> Iterator[Piece]:
+    """Weight [rows, columns], and bias, of a linear layer that is `rows` of ours."""
+    start, stop = rows
+    scaled_rows = ((start, stop, factor),)
+    size = stop - start
+    yield Piece(f"{name}.weight", f"{source}.weight", scaled_rows, (size, columns))
+    if bias:
+        yield Piece(f"{name}.bias", f"{source}.bias", scaled_rows, (size,))
+
+
+def _matrix(name: str, source: str, shape: tuple[int, int], factor: float = 1.0) -> Piece:
+    """A whole matrix of ours, times a factor."""
+    return Piece(name, source, ((0, shape[0], factor),), shape)
+
+
+def _vector(name: str, source: str, size: int, factor: float = 1.0) -> Piece:
+    """A whole vector of ours, times a factor."""
+    return Piece(name, source, ((0, size, factor),), (size,))
+
+
+def _source_name(piece: Piece) -> str:
+    """Sorting key: pieces of one parameter become neighbours, so that it is read once."""
+    return piece.source or ""
 
 
 def _gpt2_pieces(model: ModelConfig, folding: Folding, prefix: str) -> Iterator[Piece]:
-    hidden, ffn, d = model.hidden_size, model.ffn_hidden_size, head_dim(model)
-    groups = num_query_groups(model)
-
-    def bias(name: str, source: str, rows: Rows) -> Piece:
-        size = sum(stop - start for start, stop, _ in rows)
-        return Piece(f"{name}.bias", f"{source}.bias" if model.bias else None, rows, (size,))
-
-    def linear(name: str, source: str, rows: Rows, columns: int) -> Iterator[Piece]:
-        size = sum(stop - start for start, stop, _ in rows)
-        yield Piece(f"{name}.weight", f"{source}.weight", rows, (columns, size), transposed=True)
-        yield bias(name, source, rows)
-
-    def norm(name: str, source: str, factor: float = 1.0) -> Iterator[Piece]:
-        yield Piece(f"{name}.weight", f"{source}.weight", ((0, hidden, factor),), (hidden,))
-        yield bias(name, source, ((0, hidden, factor),))
-
-    def table(name: str, source: str, rows: int, factor: float) -> Piece:
-        return Piece(name, source, ((0, rows, factor),), (rows, hidden))
-
-    yield table(f"{prefix}wte.weight", "embedding.weight", model.vocab_size, folding.embedding)
-    yield table(f"{prefix}wpe.weight", "positions.weight", model.seq_length, folding.embedding)
-    heads = ((0, hidden, folding.query), *_repeated(hidden, model.num_attention_heads, groups, d))
+    """The tensors of GPT-2, whose linear layers store the transposed weight."""
+    hidden = model.hidden_size
+    embedding_shape = (model.vocab_size, hidden)
+    position_shape = (model.seq_length, hidden)
+    factor = folding.embedding
+    yield _matrix(f"{prefix}wte.weight", "embedding.weight", embedding_shape, factor)
+    yield _matrix(f"{prefix}wpe.weight", "positions.weight", position_shape, factor)
     for index in range(model.num_layers):
-        theirs, ours = f"{prefix}h.{index}", f"layers.{index}"
-        yield from norm(f"{theirs}.ln_1", f"{ours}.attention_norm")
-        yield from linear(f"{theirs}.attn.c_attn", f"{ours}.attention.qkv", heads, hidden)
-        yield from linear(
-            f"{theirs}.attn.c_proj",
-            f"{ours}.attention.output",
-            ((0, hidden, folding.branch),),
-            hidden,
-        )
-        yield from norm(f"{theirs}.ln_2", f"{ours}.mlp_norm")
-        yield from linear(f"{theirs}.mlp.c_fc", f"{ours}.mlp.up", ((0, ffn, 1.0),), hidden)
-        yield from linear(
-            f"{theirs}.mlp.c_proj", f"{ours}.mlp.down", ((0, hidden, folding.branch),), ffn
-        )
-    yield from norm(f"{prefix}ln_f", "final_norm", folding.final_norm)
+        yield from _gpt2_block(model, folding, f"{prefix}h.{index}", f"layers.{index}")
+    yield from _gpt2_norm(model, f"{prefix}ln_f", "final_norm", folding.final_norm)
+    # The head stands beside the base model, so its name has no prefix.
     if not model.tied_embeddings:
-        yield table("lm_head.weight", "unembedding.weight", model.vocab_size, folding.unembedding)
+        factor = folding.unembedding
+        yield _matrix("lm_head.weight", "unembedding.weight", embedding_shape, factor)
 
 
-def _repeated(start: int, heads: int, groups: int, d: int) -> Rows:
-    """Keys, then values: GPT-2 has as many heads of them as of queries, so a group's are written once for each of its heads."""
-    return tuple(
-        (start + (part * groups + group) * d, start + (part * groups + group + 1) * d, 1.0)
-        for part in range(2)
-        for group in range(groups)
-        for _ in range(heads // groups)
-    )
+def _gpt2_block(model: ModelConfig, folding: Folding, hf_block: str, block: str) -> Iterator[Piece]:
+    """One block of GPT-2; the names of both sides begin with `hf_block` and `block`."""
+    hidden = model.hidden_size
+    ffn = model.ffn_hidden_size
+    query_rows = (0, hidden, folding.query)
+    qkv_rows = (query_rows, *_repeated_keys_and_values(model))
+    output_rows = ((0, hidden, folding.branch),)
+    up_rows = ((0, ffn, 1.0),)
+    qkv = f"{block}.attention.qkv"
+    output = f"{block}.attention.output"
+
+    yield from _gpt2_norm(model, f"{hf_block}.ln_1", f"{block}.attention_norm")
+    yield from _gpt2_linear(model, f"{hf_block}.attn.c_attn", qkv, qkv_rows, hidden)
+    yield from _gpt2_linear(model, f"{hf_block}.attn.c_proj", output, output_rows, hidden)
+    yield from _gpt2_norm(model, f"{hf_block}.ln_2", f"{block}.mlp_norm")
+    yield from _gpt2_linear(model, f"{hf_block}.mlp.c_fc", f"{block}.mlp.up", up_rows, hidden)
+    yield from _gpt2_linear(model, f"{hf_block}.mlp.c_proj", f"{block}.mlp.down", output_rows, ffn)
 
 
-def _show(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def _gpt2_linear(
+    model: ModelConfig, name: str, source: str, rows: Rows, columns: int
+) -> Iterator[Piece]:
+    """Weight [columns, rows] and bias of a linear layer."""
+    shape = (columns, _number_of_rows(rows))
+    yield Piece(f"{name}.weight", f"{source}.weight", rows, shape, transposed=True)
+    yield _gpt2_bias(model, name, source, rows)
+
+
+def _gpt2_norm(model: ModelConfig, name: str, source: str, factor: float = 1.0) -> Iterator[Piece]:
+    """Gain and bias of a norm."""
+    hidden = model.hidden_size
+    yield _vector(f"{name}.weight", f"{source}.weight", hidden, factor)
+    yield _gpt2_bias(model, name, source, ((0, hidden, factor),))
+
+
+def _gpt2_bias(model: ModelConfig, name: str, source: str, rows: Rows) -> Piece:
+    """A bias, which GPT-2 always has: zeros for a model of ours without biases."""
+    bias_source = f"{source}.bias" if model.bias else None
+    return Piece(f"{name}.bias", bias_source, rows, (_number_of_rows(rows),))
+
+
+def _number_of_rows(rows: Rows) -> int:
+    return sum(stop - start for start, stop, _ in rows)
+
+
+def _repeated_keys_and_values(model: ModelConfig) -> Rows:
+    """The rows of keys, then of values, behind the queries.
+
+    GPT-2 has as many heads of keys as of queries, so the head of a query group is written once for
+    each query head of that group.
+    """
+    groups = num_query_groups(model)
+    head_size = head_dim(model)
+    repetitions = model.num_attention_heads // groups
+    begin = model.hidden_size
+    end = begin + 2 * groups * head_size
+    rows: list[tuple[int, int, float]] = []
+    for start in range(begin, end, head_size):
+        head = (start, start + head_size, 1.0)
+        rows += [head] * repetitions
+    return tuple(rows)
+
+
+def _show(setting: object) -> str:
+    """A setting as YAML writes it."""
+    return str(setting).lower() if isinstance(setting, bool) else str(setting)

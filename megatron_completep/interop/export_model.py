@@ -1,6 +1,6 @@
-"""A checkpoint of any layout as a folder that stock transformers and vLLM load: what tools/export_hf.py does.
+"""A checkpoint of any layout as a folder for stock transformers and vLLM (tools/export_hf.py).
 
-One process, one tensor in memory at a time; the model is never built.
+The export runs in one process and holds one tensor in memory at a time; the model is never built.
 """
 
 from __future__ import annotations
@@ -18,24 +18,42 @@ import torch
 from torch import Tensor
 
 from megatron_completep.checkpoint import StoredCheckpoint
-from megatron_completep.completep import table_of
+from megatron_completep.completep import Table, table_of
 from megatron_completep.config import Config, config_from_mapping
 from megatron_completep.config.schema import TokenizerConfig
 from megatron_completep.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_completep.errors import ConfigError, DataError, pairs_text
 from megatron_completep.inference.generation import find_checkpoint, run_tokenizer
-from megatron_completep.interop.architectures import Piece, choose_architecture, fold, pieces
+from megatron_completep.interop.architectures import (
+    Folding,
+    Piece,
+    choose_architecture,
+    fold,
+    pieces,
+)
 from megatron_completep.interop.hf_config import to_hf
 from megatron_completep.interop.hf_tokenizer import write_tokenizer
 from megatron_completep.interop.model_card import model_card
 from megatron_completep.interop.tensor_files import write_tensors
 
 ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+_MULTIPLIER_KEYS = (  # of config.json
+    "embedding_multiplier",
+    "residual_multiplier",
+    "attention_multiplier",
+    "logits_scaling",
+)
+_BYTES_OF_UNIT = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9}
+_ROWS_AT_ONCE = 1024  # rows of a tensor that are converted to float64 together
 
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """dtype auto: bfloat16 where training.precision is bf16, else float32. tokenizer: None takes the run's, "none" leaves it out."""
+    """What a user may choose about an export.
+
+    dtype auto: bfloat16 where training.precision is bf16, else float32. tokenizer: None takes the
+    run's, "none" leaves it out, anything else is the path of the run's tokenizer.
+    """
 
     architecture: str = "auto"
     dtype: str = "auto"
@@ -59,6 +77,7 @@ class ExportReport:
     tokenizer: str | None  # family, or None where the folder has none
 
     def to_json(self) -> dict[str, Any]:
+        """The report as plain values."""
         return asdict(self)
 
 
@@ -70,154 +89,210 @@ def export_model(
 ) -> ExportReport:
     """Write the folder; it appears whole or not at all.
 
-    Raises ConfigError: no architecture expresses the model, or the folder exists; DataError: the tokenizer has no equal in
-    Hugging Face's format; CheckpointError: damaged checkpoint.
+    Raises ConfigError: no architecture expresses the model, or the folder exists; DataError: the
+    tokenizer has no equal in Hugging Face's format; CheckpointError: damaged checkpoint.
     """
-    settings, output = settings or ExportSettings(), Path(output)
+    settings = settings or ExportSettings()
+    output = Path(output)
     stored = StoredCheckpoint.open(find_checkpoint(checkpoint))
     config = config_from_mapping(stored.manifest.config, name=f"{stored.folder}: its configuration")
     table = table_of(config)
     architecture = choose_architecture(config.model, table, settings.architecture)
     folding = fold(architecture, config.model, table)
     dtype = _dtype(settings.dtype, config, say)
-    chosen = _tokenizer_settings(config, checkpoint, settings.tokenizer)
-    tokenizer = _tokenizer(config, chosen)
-    say(
-        f"{stored.folder}: {architecture}, {dtype}"
-        + (f", folded: {pairs_text(folding.changed)}" if folding.changed else "")
+    tokenizer_settings = _tokenizer_settings(config, checkpoint, settings.tokenizer)
+    tokenizer = _tokenizer(config, tokenizer_settings)
+    folded = f", folded: {pairs_text(folding.changed)}" if folding.changed else ""
+    say(f"{stored.folder}: {architecture}, {dtype}{folded}")
+
+    export = _Export(
+        stored, config, table, architecture, folding, dtype, tokenizer, tokenizer_settings
     )
+    # Everything is written beside the output, which one rename then makes visible.
     temporary = _fresh_folder(output)
     try:
-        written = pieces(architecture, config.model, folding)
-        files = write_tensors(
-            temporary,
-            [(p.name, p.shape) for p in written],
-            dtype,
-            Values(stored, written),
-            settings.shard_bytes,
-        )
-        end = tokenizer.eod_id if tokenizer is not None else None
-        values = to_hf(
-            architecture, config.model, table, dtype, end, config.optimizer.base_init_std
-        )
-        _write_json(temporary / "config.json", values)
-        generation = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
-        _write_json(temporary / "generation_config.json", generation)
-        if tokenizer is not None and chosen is not None:
-            write_tokenizer(tokenizer, temporary, config.model.seq_length, chosen)
-        report = ExportReport(
-            folder=str(output),
-            checkpoint=str(stored.folder),
-            step=stored.manifest.step,
-            architecture=architecture,
-            dtype=dtype,
-            parameters=sum(math.prod(piece.shape) for piece in written),
-            files=sorted(
-                path.name for path in {*temporary.iterdir(), *files, temporary / "README.md"}
-            ),
-            kept={name: values[name] for name in _KEPT if name in values},
-            folded=folding.changed,
-            tokenizer=tokenizer.type if tokenizer is not None else None,
-        )
-        (temporary / "README.md").write_text(
-            model_card(config, stored.manifest, report.to_json()), encoding="utf-8"
-        )
+        report = export.write(temporary, output, settings.shard_bytes)
         temporary.rename(output)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError):
             raise ConfigError(
-                f"{output} cannot be written: {error.strerror or error}. Choose another folder or free some space."
+                f"{output} cannot be written: {error.strerror or error}. Choose another folder or "
+                "free some space."
             ) from None
         raise
     return report
 
 
-_KEPT = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
+@dataclass(frozen=True)
+class _Export:
+    """Everything that decides the content of the folder."""
+
+    stored: StoredCheckpoint
+    config: Config
+    table: Table
+    architecture: str
+    folding: Folding
+    dtype: str
+    tokenizer: Tokenizer | None
+    tokenizer_settings: TokenizerConfig | None  # None exactly where `tokenizer` is
+
+    def write(self, folder: Path, output: Path, shard_bytes: int) -> ExportReport:
+        """Write all files into `folder`, which will be renamed to `output`. Raises OSError."""
+        model = self.config.model
+        # Tensors come first: a damaged checkpoint or a full disk shows there.
+        tensors = pieces(self.architecture, model, self.folding)
+        shapes = [(piece.name, piece.shape) for piece in tensors]
+        tensor_files = write_tensors(
+            folder, shapes, self.dtype, Values(self.stored, tensors), shard_bytes
+        )
+        config_json = self._write_configuration(folder)
+        if self.tokenizer is not None and self.tokenizer_settings is not None:
+            write_tokenizer(self.tokenizer, folder, model.seq_length, self.tokenizer_settings)
+
+        # The card is written last, from the report that lists it.
+        files = {*folder.iterdir(), *tensor_files, folder / "README.md"}
+        kept_multipliers = {}
+        for name in _MULTIPLIER_KEYS:
+            if name in config_json:
+                kept_multipliers[name] = config_json[name]
+        report = ExportReport(
+            folder=str(output),
+            checkpoint=str(self.stored.folder),
+            step=self.stored.manifest.step,
+            architecture=self.architecture,
+            dtype=self.dtype,
+            parameters=sum(math.prod(shape) for _, shape in shapes),
+            files=sorted(path.name for path in files),
+            kept=kept_multipliers,
+            folded=self.folding.changed,
+            tokenizer=self.tokenizer.type if self.tokenizer is not None else None,
+        )
+        card = model_card(self.config, self.stored.manifest, report.to_json())
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        return report
+
+    def _write_configuration(self, folder: Path) -> dict[str, Any]:
+        """Write config.json and generation_config.json; returns the content of the first."""
+        # Without a tokenizer there is no end of document to stop at.
+        end = self.tokenizer.eod_id if self.tokenizer is not None else None
+        config_json = to_hf(
+            self.architecture,
+            self.config.model,
+            self.table,
+            self.dtype,
+            end,
+            self.config.optimizer.base_init_std,
+        )
+        _write_json(folder / "config.json", config_json)
+        generation_config = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+        _write_json(folder / "generation_config.json", generation_config)
+        return config_json
 
 
 class Values:
-    """name -> tensor of the export, read from a checkpoint; keeps the parameter read last, of which several tensors are cut."""
+    """Reads the tensors of an export from a checkpoint: name -> tensor.
 
-    def __init__(self, stored: StoredCheckpoint, written: list[Piece]):
+    The parameter read last is remembered, since several tensors may be cut from one parameter.
+    """
+
+    def __init__(self, stored: StoredCheckpoint, tensors: list[Piece]):
         self._stored = stored
-        self._pieces = {piece.name: piece for piece in written}
-        self._last: tuple[str, Tensor] | None = None
+        self._pieces = {piece.name: piece for piece in tensors}
+        self._recent: tuple[str, Tensor] | None = None  # name and tensor of a parameter
 
     def __call__(self, name: str) -> Tensor:
         piece = self._pieces[name]
         if piece.source is None:
             return torch.zeros(piece.shape)
-        if self._last is None or self._last[0] != piece.source:
-            self._last = None  # before the next one is read
-            self._last = piece.source, self._stored.tensor(piece.source)
-        return cut(piece, self._last[1])
+        if self._recent is None or self._recent[0] != piece.source:
+            # The old tensor is freed before the new one is read.
+            self._recent = None
+            self._recent = (piece.source, self._stored.tensor(piece.source))
+        return cut(piece, self._recent[1])
 
 
-def cut(piece: Piece, whole: Tensor) -> Tensor:
-    """The tensor of a piece from our whole parameter."""
-    parts = [
-        whole[start:stop] if factor == 1.0 else _scaled(whole[start:stop], factor)
-        for start, stop, factor in piece.rows
-    ]
-    rows = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return rows.t() if piece.transposed else rows
+def cut(piece: Piece, parameter: Tensor) -> Tensor:
+    """The Hugging Face tensor of a piece, from our whole parameter."""
+    ranges = []
+    for start, stop, factor in piece.rows:
+        rows = parameter[start:stop]
+        ranges.append(rows if factor == 1.0 else _scaled(rows, factor))
+    # One range is not copied.
+    stacked = ranges[0] if len(ranges) == 1 else torch.cat(ranges)
+    return stacked.t() if piece.transposed else stacked
 
 
 def _scaled(rows: Tensor, factor: float) -> Tensor:
-    """rows * factor, the factor in float64; a few rows at a time, so that no wide copy of a large table exists."""
-    out = torch.empty_like(rows)
-    for source, target in zip(rows.split(1024), out.split(1024), strict=True):
+    """rows * factor, with the factor in float64.
+
+    Few rows are converted at a time, so that no float64 copy of a large table exists.
+    """
+    scaled = torch.empty_like(rows)
+    sources = torch.split(rows, _ROWS_AT_ONCE)
+    targets = torch.split(scaled, _ROWS_AT_ONCE)
+    for source, target in zip(sources, targets, strict=True):
         target.copy_(source.double() * factor)
-    return out
+    return scaled
 
 
-def _dtype(wanted: str, config: Config, say: Callable[[str], None]) -> str:
-    """auto: the type of the run; float32 where that says auto itself, and for float64, which such folders do not have."""
-    if wanted != "auto":
-        return ALIASES.get(wanted, wanted)
-    trained = config.training.precision
-    if trained in ("auto", "float64"):
+def _dtype(requested: str, config: Config, say: Callable[[str], None]) -> str:
+    """The type of the written tensors.
+
+    auto: the type of the run. It is float32 where the run says auto itself, and for float64, which
+    such folders do not have.
+    """
+    if requested != "auto":
+        return ALIASES.get(requested, requested)
+    precision = config.training.precision
+    if precision in ("auto", "float64"):
         say(
-            f"the run's training.precision is {trained}: its weights are written in float32; --dtype chooses another type."
+            f"the run's training.precision is {precision}: its weights are written in float32; "
+            "--dtype chooses another type."
         )
-    return "bfloat16" if trained == "bf16" else "float32"
+    return "bfloat16" if precision == "bf16" else "float32"
 
 
 def _tokenizer_settings(
     config: Config, checkpoint: str | Path, model: str | None
 ) -> TokenizerConfig | None:
-    """The run's tokenizer, None: the export has none. `model` says where its file lies now."""
+    """The run's tokenizer, or None where the export has none.
+
+    `model` says where the tokenizer's file lies now. Raises ConfigError.
+    """
     if model == "none" or (config.data.tokenizer is None and model is None):
         return None
     if config.data.tokenizer is None:
         raise ConfigError(
-            f"--tokenizer-model {model}: the run has no data.tokenizer, so its family is unknown. Leave the option away."
+            f"--tokenizer-model {model}: the run has no data.tokenizer, so its family is unknown. "
+            "Leave the option away."
         )
     return run_tokenizer(checkpoint, config, model)
 
 
-def _tokenizer(config: Config, chosen: TokenizerConfig | None) -> Tokenizer | None:
-    if chosen is None:
+def _tokenizer(config: Config, settings: TokenizerConfig | None) -> Tokenizer | None:
+    """The tokenizer of these settings. Raises DataError where it has more ids than the model."""
+    if settings is None:
         return None
-    tokenizer = build_tokenizer(chosen)
+    tokenizer = build_tokenizer(settings)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise DataError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, model.vocab_size = {config.model.vocab_size} has fewer. "
-            "Give the tokenizer that the model was trained with (--tokenizer-model)."
+            f"the tokenizer has {tokenizer.vocab_size} ids, model.vocab_size = "
+            f"{config.model.vocab_size} has fewer. Give the tokenizer that the model was trained "
+            "with (--tokenizer-model)."
         )
     return tokenizer
 
 
 def _fresh_folder(output: Path) -> Path:
-    """A folder beside the wished one, which must not exist or be empty."""
+    """An empty folder beside `output`, which must not exist or be empty itself."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(
             f"{output} exists and is not an empty folder. Choose another one, or remove it."
         )
     temporary = output.with_name(f".{output.name}.partial")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
         temporary.mkdir(parents=True)
     except OSError as error:
         raise ConfigError(
@@ -226,18 +301,17 @@ def _fresh_folder(output: Path) -> Path:
     return temporary
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def parse_size(text: str) -> int:
     """'5GB', '500MB' or a number of bytes. Raises ConfigError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB)?", text.strip(), re.IGNORECASE)
-    size = (
-        int(float(match[1]) * {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9}[(match[2] or "B").upper()])
-        if match
-        else 0
-    )
+    size = 0
+    if match:
+        unit = (match[2] or "B").upper()
+        size = int(float(match[1]) * _BYTES_OF_UNIT[unit])
     if size < 1:
         raise ConfigError(f"size {text!r}: give a number with B, KB, MB or GB, such as 5GB.")
     return size

@@ -1,14 +1,17 @@
 """Any of our tokenizers as Hugging Face's tokenizer.json, which encodes identically or is refused.
 
-SentencePiece: pieces are stored with a real space where SentencePiece writes U+2581. No normalizer is needed then, and that character
-in a text falls back to its bytes, as in `data.tokenizer`.
+SentencePiece writes a space as U+2581. tokenizer.json gets the pieces with a real space instead: no
+normalizer is needed then, and the character U+2581 in a text falls back to its bytes, as in
+`data.tokenizer`.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import random
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,30 +27,35 @@ from megatron_completep.errors import ConfigError, DataError
 from megatron_completep.interop.model_folder import ModelFolder
 
 END_OF_DOCUMENT = "<|endoftext|>"
-COMPANIONS = (
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)  # of tokenizer.json, in Hugging Face folders
+# Files that lie beside tokenizer.json in Hugging Face folders.
+COMPANIONS = ("special_tokens_map.json", "chat_template.jinja")
 _REMEDY = "Export without a tokenizer (--tokenizer-model none), and encode with megatron-completep."
 
-# Scripts, combining marks, emoji sequences, whitespace of all kinds, code, and names of special tokens as text.
+# Scripts, combining marks, emoji sequences, whitespace of all kinds, code, and names of special
+# tokens as text.
 PROBES = (
     "The quick brown fox jumps over the lazy dog. It's 3,141,592 o'clock; we'll see!",
     "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich. ÄÖÜ ß € — „Anführung“",
     "Съешь же ещё этих мягких французских булок, да выпей чаю. Ελληνικά: ξεσκεπάζω την ψυχοφθόρα.",
     "敏捷的棕色狐狸跳过了懒狗。いろはにほへと ちりぬるを。키스의 고유조건은 입술끼리 만나야 하고",
     "نص حكيم له سر قاطع وذو شأن عظيم  דג סקרן שט בים מאוכזב  ऋषियों को सताने वाले दुष्ट राक्षसों",
-    "e\u0301 \u00e9 a\u0308 \ufb01 \u212b \u1e9b\u0323 👩‍👩‍👧‍👦 🇩🇪 👍🏽 \U0001f600\ufe0f \u200b\u200d\ufeff",
+    "e\u0301 \u00e9 a\u0308 \ufb01 \u212b \u1e9b\u0323 👩‍👩‍👧‍👦 🇩🇪 👍🏽 "
+    "\U0001f600\ufe0f \u200b\u200d\ufeff",
     "def f(x):\n\tif x:\n        return {'a': [1, 2], \"b\": None}  # ▁ and ▁▁\r\n\n\n    \t \n",
-    " leading", "trailing ", "  two  ", "\n", "", " ", "        ", "\t\t\t", "a" * 50, " " * 33 + "x", "\u00a0\u3000\u2003 x",
-    "<|endoftext|> <s></s> <unk> <0x0A> <0x41> [EOS] <|im_start|>", "\0 \x07 \x1b[0m \x7f", SPACE_MARK, f"a{SPACE_MARK}b {SPACE_MARK}",
+    " leading", "trailing ", "  two  ", "\n", "", " ", "        ", "\t\t\t", "a" * 50,
+    " " * 33 + "x", "\u00a0\u3000\u2003 x",
+    "<|endoftext|> <s></s> <unk> <0x0A> <0x41> [EOS] <|im_start|>",
+    "\0 \x07 \x1b[0m \x7f", SPACE_MARK, f"a{SPACE_MARK}b {SPACE_MARK}",
 )  # fmt: skip
 
 
 def write_tokenizer(
     tokenizer: Tokenizer, folder: Path, seq_length: int, settings: TokenizerConfig
 ) -> None:
-    """Write tokenizer.json and tokenizer_config.json. Raises DataError where Hugging Face's format has no equal."""
+    """Write tokenizer.json and tokenizer_config.json into `folder`.
+
+    Raises DataError where Hugging Face's format has no equal.
+    """
     configuration: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": seq_length,
@@ -55,29 +63,50 @@ def write_tokenizer(
         "split_special_tokens": True,  # their names in a text stay text, as in training
     }
     if tokenizer.type == "huggingface":
-        source = Path(str(settings.model))
-        path = source / "tokenizer.json" if source.is_dir() else source
-        files = ModelFolder(path.parent)
-        (folder / "tokenizer.json").write_bytes(path.read_bytes())
-        if files.has("tokenizer_config.json"):
-            configuration = files.json_object("tokenizer_config.json")
-        if configuration.pop("auto_map", None):  # no code comes along
-            configuration["tokenizer_class"] = "PreTrainedTokenizerFast"
-        for name in COMPANIONS:
-            if files.has(name):
-                (folder / name).write_bytes(read_bounded(files.path(name), MAX_BYTES))
-        end = next((n for n, i in _vocabulary(path).items() if i == tokenizer.eod_id), None)
-        if end is not None and not configuration.get("eos_token"):
-            configuration |= {"bos_token": end, "eos_token": end, "pad_token": end}
+        model = Path(str(settings.model))
+        source = model / "tokenizer.json" if model.is_dir() else model
+        configuration = _copy_files(source, folder, configuration)
+        end = _name_of(source, tokenizer.eod_id)
+        # The original's own choice is kept.
+        if configuration.get("eos_token"):
+            end = None
     else:
         fast, end = to_fast_tokenizer(tokenizer)
         verify(tokenizer, fast)
         fast.save(str(folder / "tokenizer.json"))
-        if end is not None:
-            configuration |= {"bos_token": end, "eos_token": end, "pad_token": end}
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(configuration, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+
+    if end is not None:
+        # In training a document begins after the end of the one before.
+        configuration |= {"bos_token": end, "eos_token": end, "pad_token": end}
+    encoded = json.dumps(configuration, indent=2, ensure_ascii=False) + "\n"
+    (folder / "tokenizer_config.json").write_text(encoded, encoding="utf-8")
+
+
+def _copy_files(source: Path, folder: Path, default: dict[str, Any]) -> dict[str, Any]:
+    """Copy a Hugging Face tokenizer.json and its companions; returns its tokenizer_config.json.
+
+    `default` stands in for a tokenizer_config.json that does not exist.
+    """
+    files = ModelFolder(source.parent)
+    (folder / "tokenizer.json").write_bytes(source.read_bytes())
+    configuration = default
+    if files.has("tokenizer_config.json"):
+        configuration = files.json_object("tokenizer_config.json")
+    # auto_map names Python code of the original's folder, which is not copied.
+    if configuration.pop("auto_map", None):
+        configuration["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for name in COMPANIONS:
+        if files.has(name):
+            (folder / name).write_bytes(read_bounded(files.path(name), MAX_BYTES))
+    return configuration
+
+
+def _name_of(path: Path, token_id: int | None) -> str | None:
+    """The token of an id in a tokenizer.json, added tokens included."""
+    tokenizers = _library()
+    fast = tokenizers.Tokenizer.from_file(str(path))
+    vocabulary: dict[str, int] = fast.get_vocab(with_added_tokens=True)
+    return next((name for name, i in vocabulary.items() if i == token_id), None)
 
 
 def to_fast_tokenizer(tokenizer: Tokenizer) -> tuple[Any, str | None]:
@@ -87,26 +116,27 @@ def to_fast_tokenizer(tokenizer: Tokenizer) -> tuple[Any, str | None]:
     if isinstance(tokenizer, TiktokenTokenizer):
         return _from_tiktoken(tokenizer)
     assert tokenizer.type == "bytes", tokenizer.type
-    letters = _byte_letters()
-    return _byte_level(
-        {letters[byte]: byte for byte in range(256)}, [], {END_OF_DOCUMENT: 256}
-    ), END_OF_DOCUMENT
+    # The family of bytes: id = byte, no merges, and one special token.
+    vocabulary = {letter: byte for byte, letter in enumerate(_byte_letters())}
+    return _byte_level(vocabulary, [], {END_OF_DOCUMENT: 256}), END_OF_DOCUMENT
 
 
 def verify(tokenizer: Tokenizer, fast: Any, texts: Iterable[str] = ()) -> None:
-    """Encode many texts with both; DataError with the first that differs."""
-    fast.encode_special_tokens = True
-    for text in (*PROBES, *_mixtures(), *texts):
-        expected, found = tokenizer.encode(text), fast.encode(text, add_special_tokens=False).ids
-        if expected != found:
+    """Encode many texts, and `texts`, with both. Raises DataError with the first that differs."""
+    fast.encode_special_tokens = True  # their names in a text are text
+    for probe in (*PROBES, *_mixtures(), *texts):
+        expected = tokenizer.encode(probe)
+        ids = fast.encode(probe, add_special_tokens=False).ids
+        if ids != expected:
             raise DataError(
-                f"the tokenizer turned into tokenizer.json does not encode {text[:60]!r} alike: {found[:12]} instead of {expected[:12]}. "
-                f"{_REMEDY}"
+                f"the tokenizer turned into tokenizer.json does not encode {probe[:60]!r} alike: "
+                f"{ids[:12]} instead of {expected[:12]}. {_REMEDY}"
             )
     fast.encode_special_tokens = False
 
 
 def _library() -> Any:
+    """The package `tokenizers`. Raises ConfigError where it is not installed."""
     try:
         import tokenizers
     except ImportError:
@@ -117,108 +147,138 @@ def _library() -> Any:
 
 
 def _mixtures() -> list[str]:
-    """Random mixtures of the probes' characters, runs of one character among them: where ties between segmentations show."""
+    """Random mixtures of the probes' characters and words.
+
+    Runs of one character are among them: there, ties between segmentations show.
+    """
     generator = random.Random(0)
     characters = sorted(set("".join(PROBES)))
     texts = []
     for length in (3, 7, 20, 60):
         for _ in range(40):
-            runs = [
-                generator.choice(characters) * generator.choice((1, 1, 1, 2, 5))
-                for _ in range(length)
-            ]
-            texts.append("".join(runs))
+            mixture = ""
+            for _ in range(length):
+                mixture += generator.choice(characters) * generator.choice((1, 1, 1, 2, 5))
+            texts.append(mixture)
+
     words = " ".join(PROBES).split(" ")
-    texts += [" ".join(generator.choice(words) for _ in range(30)) for _ in range(40)]
-    for space in (" ", "\t", "-", "="):  # long texts: their sums round
-        texts += [
-            "\n".join(space * n + generator.choice(words) for n in range(start, 64))
-            for start in range(4)
-        ]
+    for _ in range(40):
+        texts.append(" ".join(generator.choice(words) for _ in range(30)))
+
+    # Long texts of growing runs: here the sums of scores round.
+    for space in (" ", "\t", "-", "="):
+        for start in range(4):
+            lines = [space * n + generator.choice(words) for n in range(start, 64)]
+            texts.append("\n".join(lines))
     return texts
 
 
 def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> tuple[Any, str | None]:
+    """As `to_fast_tokenizer`. Raises DataError with every setting that has no equal."""
     tokenizers = _library()
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made when imported
+    # The processor does not tell all settings of its model; the stored message does. The module
+    # makes its classes when it is imported, so that they have no types.
+    messages: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
+    proto = messages.ModelProto()
     proto.ParseFromString(tokenizer._processor.serialized_model_proto())
-    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     kinds = type(proto).SentencePiece
-    by_kind: dict[int, list[int]] = {}
-    for index, piece in enumerate(proto.pieces):
-        by_kind.setdefault(piece.type, []).append(index)
-    problems = {
-        "its model is neither bpe nor unigram": trainer.model_type
-        not in (trainer.BPE, trainer.UNIGRAM),
-        f"it normalizes text ({normalizer.name})": normalizer.name != "identity"
-        or bool(normalizer.precompiled_charsmap),
-        "it puts a space in front (add_dummy_prefix)": normalizer.add_dummy_prefix,
-        "it removes whitespace (remove_extra_whitespaces)": normalizer.remove_extra_whitespaces,
-        "it has no byte fallback": not trainer.byte_fallback
-        or len(by_kind.get(kinds.BYTE, [])) != 256,
-        "it treats whitespace as a suffix": trainer.treat_whitespace_as_suffix,
-        "it does not mark spaces": not normalizer.escape_whitespaces,
-        "it has symbols of the user's or unused ones": bool(
-            by_kind.get(kinds.USER_DEFINED) or by_kind.get(kinds.UNUSED)
-        ),
-    }
-    found = [problem for problem, there in problems.items() if there]
-    if found:
+    ids_by_kind: dict[int, list[int]] = {}
+    names = []
+    for token_id, entry in enumerate(proto.pieces):
+        ids_by_kind.setdefault(entry.type, []).append(token_id)
+        is_text = entry.type == kinds.NORMAL
+        names.append(entry.piece.replace(SPACE_MARK, " ") if is_text else entry.piece)
+
+    reasons = _sentencepiece_blockers(proto, ids_by_kind)
+    if reasons:
         raise DataError(
-            f"the SentencePiece model {tokenizer.model_name} has no equal as tokenizer.json: {'; '.join(found)}. "
-            f"tools/train_tokenizer.py makes models that have one. {_REMEDY}"
+            f"the SentencePiece model {tokenizer.model_name} has no equal as tokenizer.json: "
+            f"{'; '.join(reasons)}. tools/train_tokenizer.py makes models that have one. {_REMEDY}"
         )
-    names = [
-        piece.piece.replace(SPACE_MARK, " ") if piece.type == kinds.NORMAL else piece.piece
-        for piece in proto.pieces
-    ]
-    scores = [piece.score for piece in proto.pieces]
-    normal = by_kind[kinds.NORMAL]
-    if trainer.model_type == trainer.BPE:
-        model = _bpe(names, scores, normal)
+    scores = [entry.score for entry in proto.pieces]
+    normal_ids = ids_by_kind[kinds.NORMAL]
+    if proto.trainer_spec.model_type == proto.trainer_spec.BPE:
+        model = _bpe(names, scores, normal_ids)
     else:
-        model = _unigram(names, scores, normal, by_kind[kinds.UNKNOWN][0])
+        model = _unigram(names, scores, normal_ids, ids_by_kind[kinds.UNKNOWN][0])
+
+    # Bytes become characters first, then the pieces are joined as they are.
     fast = tokenizers.Tokenizer(model)
-    fast.decoder = tokenizers.decoders.Sequence(
-        [tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()]
-    )
-    special = [names[i] for kind in (kinds.UNKNOWN, kinds.CONTROL) for i in by_kind.get(kind, [])]
-    fast.add_special_tokens(
-        [tokenizers.AddedToken(name, normalized=False, special=True) for name in special]
-    )
-    return fast, names[tokenizer.eod_id] if tokenizer.eod_id is not None else None
+    decoders = tokenizers.decoders
+    fast.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    special_ids = ids_by_kind.get(kinds.UNKNOWN, []) + ids_by_kind.get(kinds.CONTROL, [])
+    _add_special_tokens(fast, [names[token_id] for token_id in special_ids])
+    end = names[tokenizer.eod_id] if tokenizer.eod_id is not None else None
+    return fast, end
 
 
-def _bpe(names: list[str], scores: list[float], normal: list[int]) -> Any:
-    """SentencePiece joins the neighbours whose union has the best score; every way to cut a piece in two is such a join."""
+def _sentencepiece_blockers(proto: Any, ids_by_kind: dict[int, list[int]]) -> list[str]:
+    """Every reason why a model has no equal as tokenizer.json; empty where it has one."""
+    trainer = proto.trainer_spec
+    normalizer = proto.normalizer_spec
+    kinds = type(proto).SentencePiece
+    byte_ids = ids_by_kind.get(kinds.BYTE, [])
+    is_supported = trainer.model_type in (trainer.BPE, trainer.UNIGRAM)
+    is_identity = normalizer.name == "identity" and not normalizer.precompiled_charsmap
+    removes_whitespace = normalizer.remove_extra_whitespaces
+    has_every_byte = trainer.byte_fallback and len(byte_ids) == 256
+    other_symbols = ids_by_kind.get(kinds.USER_DEFINED) or ids_by_kind.get(kinds.UNUSED)
+
+    # Conversion leaves out what a normalizer would do, so a model must not need one. The byte
+    # fallback of `tokenizers` needs a piece for every byte, or text would become unknown.
+    checks = (
+        (not is_supported, "its model is neither bpe nor unigram"),
+        (not is_identity, f"it normalizes text ({normalizer.name})"),
+        (normalizer.add_dummy_prefix, "it puts a space in front (add_dummy_prefix)"),
+        (removes_whitespace, "it removes whitespace (remove_extra_whitespaces)"),
+        (not has_every_byte, "it has no byte fallback"),
+        (trainer.treat_whitespace_as_suffix, "it treats whitespace as a suffix"),
+        (not normalizer.escape_whitespaces, "it does not mark spaces"),
+        (bool(other_symbols), "it has symbols of the user's or unused ones"),
+    )
+    return [reason for applies, reason in checks if applies]
+
+
+def _bpe(names: list[str], scores: list[float], normal_ids: list[int]) -> Any:
+    """A BPE model with the merges that SentencePiece makes.
+
+    SentencePiece joins the neighbours whose union has the best score, so every way to cut a piece
+    in two pieces is a merge, with the rank of the union's score.
+    """
     tokenizers = _library()
-    known = {names[i] for i in normal}
+    normal_names = {names[token_id] for token_id in normal_ids}
     merges = []
-    for i in sorted(normal, key=lambda i: -scores[i]):
-        name = names[i]
-        cuts = [(name[:at], name[at:]) for at in range(1, len(name))]
-        merges += [(left, right) for left, right in cuts if left in known and right in known]
-    vocabulary = {name: i for i, name in enumerate(names)}
+    for token_id in sorted(normal_ids, key=lambda token_id: -scores[token_id]):
+        name = names[token_id]
+        for position in range(1, len(name)):
+            head = name[:position]
+            tail = name[position:]
+            if head in normal_names and tail in normal_names:
+                merges.append((head, tail))
+    vocabulary = {name: token_id for token_id, name in enumerate(names)}
     return tokenizers.models.BPE(
         vocab=vocabulary, merges=merges, byte_fallback=True, fuse_unk=False
     )
 
 
-def _unigram(names: list[str], scores: list[float], normal: list[int], unknown: int) -> Any:
-    """Text that spells a byte piece or a special token must not match it: these get scores below any other way through."""
+def _unigram(names: list[str], scores: list[float], normal_ids: list[int], unknown_id: int) -> Any:
+    """A unigram model in which text that spells a byte piece or a special token does not match it.
+
+    Such pieces get scores below those of any other segmentation.
+    """
     tokenizers = _library()
-    lowest = min(scores[i] for i in normal)
-    inside = set(normal)
-    rows = [
-        (name, score if i in inside else (len(name) + 1) * (lowest - 20.0))
-        for i, (name, score) in enumerate(zip(names, scores, strict=True))
-    ]
-    return tokenizers.models.Unigram(rows, unk_id=unknown, byte_fallback=True)
+    lowest = min(scores[token_id] for token_id in normal_ids)
+    is_normal = set(normal_ids)
+    rows = []
+    for token_id, (name, score) in enumerate(zip(names, scores, strict=True)):
+        # Below the sum of one worst piece a character, with a margin for unknown characters.
+        out_of_reach = (len(name) + 1) * (lowest - 20.0)
+        rows.append((name, score if token_id in is_normal else out_of_reach))
+    return tokenizers.models.Unigram(rows, unk_id=unknown_id, byte_fallback=True)
 
 
 def _from_tiktoken(tokenizer: TiktokenTokenizer) -> tuple[Any, str | None]:
+    """As `to_fast_tokenizer`: tiktoken's ranks of tokens become merges of two tokens."""
     encoding = tokenizer._encoding
     letters = _byte_letters()
 
@@ -228,28 +288,33 @@ def _from_tiktoken(tokenizer: TiktokenTokenizer) -> tuple[Any, str | None]:
     ranks: dict[bytes, int] = encoding._mergeable_ranks
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        if len(token) > 1:
-            parts = _split_by_ranks(ranks, token, rank)
-            if len(parts) == 2:  # others are whole-piece matches only, which ignore_merges finds
-                merges.append((spell(parts[0]), spell(parts[1])))
+        if len(token) == 1:
+            continue
+        subtokens = _split_by_ranks(ranks, token, rank)
+        # No merge leads to other tokens: only a whole word matches them, which ignore_merges finds.
+        if len(subtokens) == 2:
+            merges.append((spell(subtokens[0]), spell(subtokens[1])))
+
+    vocabulary = {spell(token): rank for token, rank in ranks.items()}
     special = dict(encoding._special_tokens)
-    fast = _byte_level(
-        {spell(token): rank for token, rank in ranks.items()}, merges, special, encoding._pat_str
-    )
-    return fast, next((name for name, i in special.items() if i == tokenizer.eod_id), None)
+    fast = _byte_level(vocabulary, merges, special, encoding._pat_str)
+    end = next((name for name, i in special.items() if i == tokenizer.eod_id), None)
+    return fast, end
 
 
 def _split_by_ranks(ranks: dict[bytes, int], token: bytes, below: int) -> list[bytes]:
-    """The parts of a token just before the merge that makes it."""
-    parts = [token[i : i + 1] for i in range(len(token))]
-    while len(parts) > 1:
-        pairs = [ranks.get(parts[i] + parts[i + 1], below) for i in range(len(parts) - 1)]
-        best = min(pairs)
+    """The subtokens of a token just before the merge that makes it, whose rank is `below`."""
+    subtokens = [token[i : i + 1] for i in range(len(token))]
+    while len(subtokens) > 1:
+        pair_ranks = [ranks.get(head + tail, below) for head, tail in pairwise(subtokens)]
+        best = min(pair_ranks)
         if best >= below:
             break
-        at = pairs.index(best)
-        parts[at : at + 2] = [parts[at] + parts[at + 1]]
-    return parts
+        # Of equal pairs the leftmost is merged, as in tiktoken.
+        position = pair_ranks.index(best)
+        merged = subtokens[position] + subtokens[position + 1]
+        subtokens[position : position + 2] = [merged]
+    return subtokens
 
 
 def _byte_level(
@@ -258,34 +323,38 @@ def _byte_level(
     special: dict[str, int],
     pattern: str | None = None,
 ) -> Any:
-    """Byte-level BPE; without a pattern the whole text is one piece."""
+    """Byte-level BPE; without a pattern a text is not split into words."""
     tokenizers = _library()
     model = tokenizers.models.BPE(
         vocab=vocabulary | special, merges=merges, ignore_merges=pattern is not None
     )
     fast = tokenizers.Tokenizer(model)
-    bytes_only = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    pre_tokenizers = tokenizers.pre_tokenizers
+    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     if pattern is None:
         fast.pre_tokenizer = bytes_only
     else:
-        split = tokenizers.pre_tokenizers.Split(
-            tokenizers.Regex(pattern), behavior="isolated", invert=False
-        )
-        fast.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, bytes_only])
+        regex = tokenizers.Regex(pattern)
+        split = pre_tokenizers.Split(regex, behavior="isolated", invert=False)
+        fast.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_only])
     fast.decoder = tokenizers.decoders.ByteLevel()
-    fast.add_special_tokens(
-        [tokenizers.AddedToken(name, normalized=False, special=True) for name in special]
-    )
+    _add_special_tokens(fast, special)
     return fast
 
 
-def _byte_letters() -> list[str]:
-    """The printable letter that byte-level BPE writes for each byte (GPT-2's choice): Latin-1's own, else from U+0100 on."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
-
-
-def _vocabulary(path: Path) -> dict[str, int]:
+def _add_special_tokens(fast: Any, names: Iterable[str]) -> None:
+    """Mark tokens of the vocabulary as special: text never produces them."""
     tokenizers = _library()
-    return tokenizers.Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
+    added = [tokenizers.AddedToken(name, normalized=False, special=True) for name in names]
+    fast.add_special_tokens(added)
+
+
+def _byte_letters() -> list[str]:
+    """The printable letter that byte-level BPE writes for each byte (GPT-2's choice).
+
+    Printable characters of Latin-1 stand for themselves, the other bytes take letters from U+0100
+    on.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    substitutes = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(substitutes)) for byte in range(256)]

@@ -1,16 +1,18 @@
-"""A Hugging Face folder as a checkpoint of ours, for continued training at any layout: what tools/import_hf.py does.
+"""A Hugging Face folder as a checkpoint of ours, for training at any layout (tools/import_hf.py).
 
-The parameterization is `sp`, under which nothing is scaled: every tensor is taken as it is, and its export is the original, bit for
-bit. Granite's multipliers become the tunable base factors of `model`.
+The parameterization is `sp`, under which nothing is scaled: every tensor is taken as it is, and its
+export is the original, bit for bit. Granite's multipliers become the tunable base factors of
+`model`.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -55,13 +57,16 @@ from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.parameter import specs_of
 from megatron_completep.run.state import RunState
 
-FILE_BYTES = (
-    1 << 28
-)  # of weights held in memory and written as one file, with the optimizer's zeros beside them
+# Bytes of weights that are held in memory and written as one file, beside the optimizer's zeros.
+FILE_BYTES = 1 << 28
 PRECISIONS = {"F32": "float32", "BF16": "bf16", "F16": "bf16"}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", *COMPANIONS)
 # Buffers that older versions of transformers saved beside the weights.
 _IGNORED = re.compile(r".*(rotary_emb\.inv_freq|attn\.(bias|masked_bias))")
+_MOST_PROBLEMS = 20  # that one message lists
+
+# (key, shape, array) of a state's box, as `write_tensor_file` takes it.
+_StoredArray = tuple[str, tuple[int, ...], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,7 @@ class ImportReport:
     tokenizer: str | None
 
     def to_json(self) -> dict[str, Any]:
+        """The report as plain values."""
         return asdict(self)
 
 
@@ -85,90 +91,110 @@ def import_model(
     overrides: Sequence[str] = (),
     seq_length: int | None = None,
 ) -> ImportReport:
-    """Write `output`/config.yaml and `output`/checkpoints/step_00000000 from a folder of safetensors.
+    """Write `output`/config.yaml and `output`/checkpoints/step_00000000 from a Hugging Face folder.
 
-    overrides: `section.key=value` words on the configuration. seq_length: tokens a training sample; None: the model's longest.
-    Raises ConfigError: the model or a setting is not expressible; DataError: the folder is damaged or holds pickles.
+    overrides: `section.key=value` words on the configuration. seq_length: tokens a training sample;
+    None: the model's longest. Raises ConfigError: the model or a setting is not expressible;
+    DataError: the folder is damaged or holds pickles.
     """
-    folder, output = Path(folder), Path(output)
+    folder = Path(folder)
+    output = Path(output)
     files = ModelFolder(folder)
-    architecture, model = from_hf(
-        files.json_object("config.json"), str(folder / "config.json"), seq_length
-    )
+    config_json = files.json_object("config.json")
+    architecture, model = from_hf(config_json, str(folder / "config.json"), seq_length)
     source = TensorFolder(folder)
     if (output / "config.yaml").exists() or named_like_checkpoints(output / "checkpoints"):
         raise ConfigError(f"{output} holds a run already. Choose another folder.")
-    wanted = _match(source, architecture, _model_config(model, folder / "config.json"))
-    dtype = source.describe(wanted[0].name)[1]
+
+    # Everything that can be refused is refused before the first byte is written.
+    model_config = _model_config(model, folder / "config.json")
+    tensors = _match(source, architecture, model_config)
+    dtype = source.describe(tensors[0].name)[1]
     _check_tokenizer(files)
     copies = _tokenizer_copies(files, output)
     tokenizer = _tokenizer_setting(copies)
     config = _configuration(model, output, tokenizer, PRECISIONS[dtype], overrides)
     table = table_of(config)
     parameters = _parameters(config.model, table)
-    count = sum(int(np.prod(p.shape)) for p in parameters.values())
+    elements = _number_of_elements(parameters)
+
+    states = RULES[table.rule].all_powers()
+    float32_bytes = 4
     try:
         with _nothing_left_on_failure(output, copies):
-            check_space(output, 4 * len(RULES[table.rule].all_powers()) * count)
+            check_space(output, float32_bytes * len(states) * elements)
             for origin, copy in copies.items():
                 copy.parent.mkdir(exist_ok=True)
                 shutil.copyfile(origin, copy)
             checkpoint = _write_checkpoint(
-                output / "checkpoints", source, wanted, parameters, config, table
+                output / "checkpoints", source, tensors, parameters, config, table
             )
             save_config(config, output / "config.yaml")
     except OSError as error:
         raise ConfigError(
-            f"{output} cannot be written: {error.strerror or error}. Choose another folder or free some space."
+            f"{output} cannot be written: {error.strerror or error}. Choose another folder or free "
+            "some space."
         ) from None
-    kind = None if tokenizer is None else tokenizer["type"]
     return ImportReport(
-        str(output / "config.yaml"), str(checkpoint), architecture, dtype, count, kind
+        config=str(output / "config.yaml"),
+        checkpoint=str(checkpoint),
+        architecture=architecture,
+        dtype=dtype,
+        parameters=elements,
+        tokenizer=None if tokenizer is None else tokenizer["type"],
     )
 
 
 def _model_config(model: dict[str, Any], where: Path) -> ModelConfig:
+    """Our settings of the model, checked. `where` is their origin, for the message."""
     try:
         return ModelConfig.model_validate(model)
     except ValidationError as error:
-        problems = [
-            f"{'.'.join(map(str, finding['loc']))} = {shown(finding['input'])}: {finding['msg']}"
-            for finding in error.errors()
-        ]
-        raise ConfigError(
-            "\n  ".join([f"{where}: this model cannot be imported", *problems])
-        ) from None
+        lines = [f"{where}: this model cannot be imported"]
+        for problem in error.errors():
+            setting = ".".join(map(str, problem["loc"]))
+            lines.append(f"{setting} = {shown(problem['input'])}: {problem['msg']}")
+        raise ConfigError("\n  ".join(lines)) from None
 
 
 @contextmanager
 def _nothing_left_on_failure(output: Path, copies: dict[Path, Path]) -> Iterator[None]:
-    """A failed import takes away what it made in `output`, and `output` where that was not there before."""
-    made = [path for path in (output, *output.parents) if not path.exists()]
-    there = {path for path in (*copies.values(), output / "tokenizer") if path.exists()}
+    """Make `output` for an import, and take away what a failed one made in it.
+
+    `output`, and folders above it, are taken away where they were not there before.
+    """
+    new_folders = [path for path in (output, *output.parents) if not path.exists()]
+    tokenizer_folder = output / "tokenizer"
+    existing = {path for path in (*copies.values(), tokenizer_folder) if path.exists()}
     try:
         output.mkdir(parents=True, exist_ok=True)
         yield
     except BaseException:
         shutil.rmtree(output / "checkpoints", ignore_errors=True)  # there was none
         for path in copies.values():
-            if path not in there:
+            if path not in existing:
                 path.unlink(missing_ok=True)
-        for path in [*({output / "tokenizer"} - there), *made]:
+        # The innermost folder goes first.
+        if tokenizer_folder not in existing:
+            new_folders.insert(0, tokenizer_folder)
+        for path in new_folders:
             with suppress(OSError):  # what somebody else put there stays
                 path.rmdir()
         raise
 
 
 def _match(source: TensorFolder, architecture: str, model: ModelConfig) -> list[Piece]:
-    """The pieces as the folder names them; DataError with everything that is missing, superfluous or of another shape or type."""
-    prefix = (
-        "" if architecture == "gpt2" and "wte.weight" in source.names else None
-    )  # the base model's own names
-    wanted = pieces(architecture, model, Folding(), prefix)
-    names = set(source.names)
+    """The pieces of the model, under the names that the folder has.
+
+    Raises DataError with everything that is missing, superfluous or of another shape or type.
+    """
+    # GPT-2's base model, without the language model's head, has names without 'transformer.'.
+    is_base_model = architecture == "gpt2" and "wte.weight" in source.names
+    tensors = pieces(architecture, model, Folding(), "" if is_base_model else None)
+    stored_names = set(source.names)
     problems = []
-    for piece in wanted:
-        if piece.name not in names:
+    for piece in tensors:
+        if piece.name not in stored_names:
             problems.append(f"{piece.name}: missing")
             continue
         shape, dtype = source.describe(piece.name)
@@ -178,40 +204,36 @@ def _match(source: TensorFolder, architecture: str, model: ModelConfig) -> list[
             )
         elif dtype not in PRECISIONS:
             problems.append(f"{piece.name}: type {dtype}, only {', '.join(PRECISIONS)} are read")
-    spare = (
-        names
-        - {piece.name for piece in wanted}
-        - ({"lm_head.weight"} if model.tied_embeddings else set())
-    )
-    problems += [
-        f"{name}: our model has no such tensor"
-        for name in sorted(spare)
-        if not _IGNORED.fullmatch(name)
-    ]
+
+    # Some programs store the tied table a second time, as the head.
+    expected_names = {piece.name for piece in tensors}
+    if model.tied_embeddings:
+        expected_names.add("lm_head.weight")
+    for name in sorted(stored_names - expected_names):
+        if not _IGNORED.fullmatch(name):
+            problems.append(f"{name}: our model has no such tensor")
+
     if problems:
-        more = [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []
-        raise DataError(
-            "\n  ".join(
-                [
-                    f"{source.folder}: its tensors are not those of its config.json",
-                    *problems[:20],
-                    *more,
-                ]
-            )
-        )
-    return wanted
+        lines = [f"{source.folder}: its tensors are not those of its config.json"]
+        lines += problems[:_MOST_PROBLEMS]
+        if len(problems) > _MOST_PROBLEMS:
+            lines.append(f"... and {len(problems) - _MOST_PROBLEMS} more")
+        raise DataError("\n  ".join(lines))
+    return tensors
 
 
 def _check_tokenizer(files: ModelFolder) -> None:
-    """Raises DataError for a tokenizer that cannot be read. Without its package installed nothing is said."""
+    """Raises DataError for a tokenizer that cannot be read.
+
+    Where the tokenizer's package is not installed, nothing is checked.
+    """
     kinds = {"tokenizer.json": "huggingface", "tokenizer.model": "sentencepiece"}
     name = next((name for name in kinds if files.has(name)), None)
     if name is None:
         return
+    mapping = {"type": kinds[name], "model": str(files.path(name))}
     try:
-        build_tokenizer(
-            TokenizerConfig.model_validate({"type": kinds[name], "model": str(files.path(name))})
-        )
+        build_tokenizer(TokenizerConfig.model_validate(mapping))
     except ImportError:
         return
     except DataError as error:
@@ -221,13 +243,13 @@ def _check_tokenizer(files: ModelFolder) -> None:
 
 
 def _tokenizer_copies(files: ModelFolder, output: Path) -> dict[Path, Path]:
-    """The tokenizer's files, and where each goes beside the configuration; empty where there is none we read. Raises DataError."""
+    """The tokenizer's files, and where each goes beside the configuration.
+
+    Empty where there is no tokenizer that we read. Raises DataError.
+    """
     if files.has("tokenizer.json"):
-        return {
-            files.path(name): output / "tokenizer" / name
-            for name in TOKENIZER_FILES
-            if files.has(name)
-        }
+        names = [name for name in TOKENIZER_FILES if files.has(name)]
+        return {files.path(name): output / "tokenizer" / name for name in names}
     if files.has("tokenizer.model"):
         return {files.path("tokenizer.model"): output / "tokenizer.model"}
     return {}
@@ -236,13 +258,10 @@ def _tokenizer_copies(files: ModelFolder, output: Path) -> dict[Path, Path]:
 def _tokenizer_setting(copies: dict[Path, Path]) -> dict[str, str] | None:
     """`data.tokenizer` of the copied files."""
     for copy in copies.values():
-        kinds = {
-            "tokenizer.json": ("huggingface", copy.parent),
-            "tokenizer.model": ("sentencepiece", copy),
-        }
-        if copy.name in kinds:
-            kind, model = kinds[copy.name]
-            return {"type": kind, "model": str(model)}
+        if copy.name == "tokenizer.json":
+            return {"type": "huggingface", "model": str(copy.parent)}
+        if copy.name == "tokenizer.model":
+            return {"type": "sentencepiece", "model": str(copy)}
     return None
 
 
@@ -253,8 +272,11 @@ def _configuration(
     precision: str,
     overrides: Sequence[str],
 ) -> Config:
-    """A complete configuration; data, learning rate and lengths are the user's to set."""
-    values = {
+    """A complete configuration; data, learning rate and lengths are the user's to set.
+
+    Raises ConfigError where an override would make the model another function.
+    """
+    mapping = {
         "model": model,
         "completep": {"parameterization": "sp"},
         "optimizer": {
@@ -275,26 +297,36 @@ def _configuration(
         # The original training's data are not known, so there is nothing to compare with.
         "checkpoint": {"interval": 100, "allow_changed": ["data.*", "fingerprints.*"]},
     }
-    config = config_from_mapping(values, overrides, name="configuration of the import")
-    changed = {name: value for name, value in model.items() if getattr(config.model, name) != value}
+    config = config_from_mapping(mapping, overrides, name="configuration of the import")
+    # The imported tensors fit the imported settings alone.
+    changed = []
+    for name, setting in model.items():
+        if getattr(config.model, name) != setting:
+            changed.append(f"model.{name}")
     if changed:
         raise ConfigError(
-            f"overrides of {', '.join(f'model.{name}' for name in changed)}: these are the imported model's own. Remove them."
+            f"overrides of {', '.join(changed)}: these are the imported model's own. Remove them."
         )
-    sp = config.completep.model_copy(update={"parameterization": "sp", "alpha": 1.0})
-    plain = table_of(config.model_copy(update={"completep": sp}))
-    table = table_of(config)
-    names = [
-        n
-        for n in ("residual_multiplier", "logit_multiplier", "attention_scale")
-        if getattr(table, n) != getattr(plain, n)
-    ]
-    if names:
-        raise ConfigError(
-            f"completep.parameterization = {config.completep.parameterization} with this proxy gives another {' and '.join(names)}, so the "
-            "imported weights would be another function. Use sp, or leave the base shape null."
-        )
+    _check_forward_multipliers(config)
     return config
+
+
+def _check_forward_multipliers(config: Config) -> None:
+    """Raises ConfigError where the parameterization multiplies otherwise than `sp`.
+
+    The imported weights belong to the multipliers of `sp`: with others they are another function.
+    """
+    sp = config.completep.model_copy(update={"parameterization": "sp", "alpha": 1.0})
+    sp_table = table_of(config.model_copy(update={"completep": sp}))
+    table = table_of(config)
+    names = ("residual_multiplier", "logit_multiplier", "attention_scale")
+    changed = [name for name in names if getattr(table, name) != getattr(sp_table, name)]
+    if changed:
+        raise ConfigError(
+            f"completep.parameterization = {config.completep.parameterization} with this proxy "
+            f"gives another {' and '.join(changed)}, so the imported weights would be another "
+            "function. Use sp, or leave the base shape null."
+        )
 
 
 def _parameters(model: ModelConfig, table: Table) -> dict[str, StoredParameter]:
@@ -303,42 +335,53 @@ def _parameters(model: ModelConfig, table: Table) -> dict[str, StoredParameter]:
     return {name: StoredParameter(**describe(spec, "F32")) for name, spec in specs.items()}
 
 
+def _number_of_elements(parameters: Mapping[str, StoredParameter]) -> int:
+    """Elements of all parameters together."""
+    return sum(math.prod(parameter.shape) for parameter in parameters.values())
+
+
 def _write_checkpoint(
     checkpoints: Path,
     source: TensorFolder,
-    wanted: list[Piece],
+    tensors: list[Piece],
     parameters: dict[str, StoredParameter],
     config: Config,
     table: Table,
 ) -> Path:
-    """Step 0 with these weights and an optimizer that has seen nothing; it appears by one rename."""
-    attempt, target = secrets.token_hex(4), checkpoints / folder_name(0)
+    """Write step 0, with an optimizer that has seen no gradient; returns the checkpoint's folder.
+
+    The folder appears by one rename. Memory holds the weights of one file, and zeros of the same
+    size.
+    """
+    attempt = secrets.token_hex(4)
+    target = checkpoints / folder_name(0)
     states = RULES[table.rule].all_powers()
+    metadata = {"format": "pt", "step": "0", "attempt": attempt}
     with new_folder(target) as temporary:
         files = []
-        for number, names in enumerate(_groups(parameters)):
-            arrays = dict(_assemble(source, wanted, {name: parameters[name] for name in names}))
-            tensors = []
-            for state in states:
-                for name, array in arrays.items():
-                    values = array if state == MASTER else np.zeros(array.shape, np.float32)
-                    tensors.append(
-                        (
-                            key_of(state, name, Box((0,) * array.ndim, array.shape)),
-                            array.shape,
-                            values,
-                        )
-                    )
-            metadata = {"format": "pt", "step": "0", "attempt": attempt}
-            files.append(
-                write_tensor_file(
-                    temporary / f"part_{number:05d}.safetensors", tensors, "F32", metadata
-                )
-            )
-        write_whole(
-            temporary / MANIFEST, seal(_manifest(files, parameters, config, table, attempt))
-        )
+        for number, names in enumerate(_names_by_file(parameters)):
+            weights = {name: _assemble(source, tensors, name, parameters[name]) for name in names}
+            path = temporary / f"part_{number:05d}.safetensors"
+            arrays = _stored_arrays(weights, states)
+            files.append(write_tensor_file(path, arrays, "F32", metadata))
+        # The manifest is written last: it names every file with its hashes.
+        manifest = _manifest(files, parameters, config, table, attempt)
+        write_whole(temporary / MANIFEST, seal(manifest))
     return target
+
+
+def _stored_arrays(
+    weights: Mapping[str, np.ndarray], states: Mapping[str, object]
+) -> list[_StoredArray]:
+    """Each state of each weight as one box that is the whole tensor."""
+    arrays: list[_StoredArray] = []
+    for state in states:
+        for name, weight in weights.items():
+            # The moments of an optimizer that has seen no gradient are zero.
+            array = weight if state == MASTER else np.zeros(weight.shape, np.float32)
+            box = Box((0,) * array.ndim, array.shape)
+            arrays.append((key_of(state, name, box), array.shape, array))
+    return arrays
 
 
 def _manifest(
@@ -348,13 +391,16 @@ def _manifest(
     table: Table,
     attempt: str,
 ) -> Manifest:
+    """The manifest of a run that has not begun, written by one process."""
+    # Through JSON, so that it equals the table that a resumed run reads from a manifest.
+    described_table = json.loads(json.dumps(describe_table(table), default=str))
     return Manifest(
         step=0,
         attempt=attempt,
         state=Progress(**vars(RunState())),
         updates=0.0,
         config=config.model_dump(mode="json"),
-        table=json.loads(json.dumps(describe_table(table), default=str)),
+        table=described_table,
         fingerprints={},
         layout={"tensor": 1, "pipeline": 1, "data": 1, "world": 1, "virtual": 1},
         rng=random_state.capture(),
@@ -363,38 +409,44 @@ def _manifest(
         parameters=parameters,
         block_size=BLOCK_SIZE,
         files=files,
-        elements=sum(int(np.prod(p.shape)) for p in parameters.values()),
+        elements=_number_of_elements(parameters),
     )
 
 
-def _groups(parameters: dict[str, StoredParameter]) -> Iterator[list[str]]:
-    """Names whose weights together fill a file."""
-    group: list[str] = []
+def _names_by_file(parameters: dict[str, StoredParameter]) -> Iterator[list[str]]:
+    """Names of parameters whose weights together fill a file."""
+    names: list[str] = []
     size = 0
     for name, parameter in parameters.items():
-        group.append(name)
-        size += 4 * int(np.prod(parameter.shape))
+        names.append(name)
+        size += 4 * math.prod(parameter.shape)  # bytes in float32
         if size >= FILE_BYTES:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
+            yield names
+            names = []
+            size = 0
+    if names:
+        yield names
 
 
 def _assemble(
-    source: TensorFolder, wanted: list[Piece], parameters: dict[str, StoredParameter]
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Our parameters, in float32 (exact for every type that is read), from the pieces that they were cut into."""
-    for name, parameter in parameters.items():
-        whole = torch.empty(parameter.shape, dtype=torch.float32)
-        for piece in (p for p in wanted if p.source == name):
-            _put(piece, source.value(piece.name), whole)
-        yield name, whole.numpy()
+    source: TensorFolder, tensors: list[Piece], name: str, parameter: StoredParameter
+) -> np.ndarray:
+    """Our parameter `name` in float32, from the pieces that it was cut into.
+
+    float32 is exact for every type that is read.
+    """
+    assembled = torch.empty(parameter.shape, dtype=torch.float32)
+    for piece in tensors:
+        if piece.source == name:
+            _put(piece, source.value(piece.name), assembled)
+    return assembled.numpy()
 
 
-def _put(piece: Piece, value: Tensor, whole: Tensor) -> None:
-    rows = value.t() if piece.transposed else value
+def _put(piece: Piece, tensor: Tensor, parameter: Tensor) -> None:
+    """Copy a Hugging Face tensor into the rows of our parameter that it holds."""
+    rows = tensor.t() if piece.transposed else tensor
     position = 0
     for start, stop, _ in piece.rows:
-        whole[start:stop].copy_(rows[position : position + stop - start])
-        position += stop - start
+        count = stop - start
+        parameter[start:stop].copy_(rows[position : position + count])
+        position += count

@@ -1,4 +1,4 @@
-"""The files of a Hugging Face folder, which a stranger made: each lies in the folder, JSON is bounded."""
+"""Files of an untrusted Hugging Face folder: each lies in the folder, and JSON is bounded."""
 
 from __future__ import annotations
 
@@ -10,19 +10,25 @@ from megatron_completep.errors import DataError
 
 
 class ModelFolder:
-    """A folder whose files are opened by name. A name that leads out of it, as a path or as a symbolic link, is refused.
+    """A folder whose files are opened by name.
 
-    In Hugging Face's own cache, snapshots/REVISION holds links into the blobs/ of the same model; those are followed.
+    A name that leads out of the folder, as a path or as a symbolic link, is refused. In Hugging
+    Face's own cache, snapshots/REVISION holds links into the blobs/ of the same model; those are
+    followed.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
 
     def has(self, name: str) -> bool:
-        """Whether there is something of this name, a dangling link included: it must not pass for a missing file."""
-        return _is_plain(name) and (
-            (self.folder / name).exists() or (self.folder / name).is_symlink()
-        )
+        """Whether the folder has an entry of this name.
+
+        A dangling link counts: it must not pass for a missing file.
+        """
+        if not _is_plain(name):
+            return False
+        path = self.folder / name
+        return path.exists() or path.is_symlink()
 
     def path(self, name: str) -> Path:
         """Where the file lies. Raises DataError."""
@@ -30,19 +36,25 @@ class ModelFolder:
         if not _is_plain(name):
             raise DataError(f"{self.folder}: {name!r} is no name of a file in this folder.")
         try:
-            folder, real = self.folder.resolve(strict=True), path.resolve(strict=True)
+            folder = self.folder.resolve(strict=True)
+            target = path.resolve(strict=True)
         except (OSError, RuntimeError):  # a loop of links is a RuntimeError in some versions
             raise DataError(
-                f"{path}: there is no such file. Give the folder of a Hugging Face model; download it again."
+                f"{path}: there is no such file. Give the folder of a Hugging Face model; "
+                "download it again."
             ) from None
+
+        # The layout of the cache: MODEL/snapshots/REVISION/NAME is a link to MODEL/blobs/HASH.
+        in_cache = folder.parent.name == "snapshots"
         blobs = folder.parent.parent / "blobs"
-        if real.parent != folder and not (
-            folder.parent.name == "snapshots" and real.parent == blobs
-        ):
+        allowed_folders = (folder, blobs) if in_cache else (folder,)
+        if target.parent not in allowed_folders:
             raise DataError(
-                f"{path}: a symbolic link to {real}, outside of this folder. Copy the file here if you trust it."
+                f"{path}: a symbolic link to {target}, outside of this folder. "
+                "Copy the file here if you trust it."
             )
-        if not real.is_file():
+        # Reading a named pipe or a device could wait for ever.
+        if not target.is_file():
             raise DataError(f"{path}: not a plain file.")
         return path
 
@@ -52,4 +64,7 @@ class ModelFolder:
 
 
 def _is_plain(name: str) -> bool:
-    return name not in ("", ".", "..") and "\0" not in name and Path(name).name == name
+    """Whether a name has no folder in it and can name a file."""
+    if name in ("", ".", "..") or "\0" in name:
+        return False
+    return Path(name).name == name

@@ -1,8 +1,8 @@
-"""Our parameter names as the paper's authors' implementation has them: GPT-2's."""
+"""Our parameter names as the implementation of the paper's authors has them: GPT-2's."""
 
 from __future__ import annotations
 
-NAMES = {  # ours -> GPT-2's
+NAMES = {  # our modules -> GPT-2's
     "embedding": "transformer.wte",
     "positions": "transformer.wpe",
     "unembedding": "lm_head",
@@ -17,11 +17,9 @@ NAMES = {  # ours -> GPT-2's
 
 
 def reference_name(name: str) -> str:
-    """Our parameter name -> the reference's."""
-    parts = name.split(".")
-    prefix, inner = (
-        (f"transformer.h.{parts[1]}.", ".".join(parts[2:-1]))
-        if parts[0] == "layers"
-        else ("", ".".join(parts[:-1]))
-    )
-    return f"{prefix}{NAMES[inner]}.{parts[-1]}"
+    """The name that the reference implementation gives to our parameter `name`."""
+    module, _, kind = name.rpartition(".")  # kind: weight or bias
+    if not module.startswith("layers."):
+        return f"{NAMES[module]}.{kind}"
+    _, block, inner = module.split(".", 2)
+    return f"transformer.h.{block}.{NAMES[inner]}.{kind}"

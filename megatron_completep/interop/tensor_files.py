@@ -1,13 +1,18 @@
-"""Hugging Face safetensors folders, one tensor in memory at a time: sharded files with their index, out and in. No pickle is read."""
+"""Hugging Face safetensors folders, read and written with one tensor in memory at a time.
+
+A folder holds one file, or several with an index. No pickle is read.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import torch
 from torch import Tensor
@@ -20,82 +25,96 @@ DTYPES = {
     "bfloat16": ("BF16", torch.bfloat16),
     "float16": ("F16", torch.float16),
 }
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 
 Named = Sequence[tuple[str, tuple[int, ...]]]  # (name, shape)
 
 
 def write_tensors(
-    folder: Path, tensors: Named, dtype: str, values: Callable[[str], Tensor], shard_bytes: int
+    folder: Path,
+    tensors: Named,
+    dtype: str,
+    tensor_of: Callable[[str], Tensor],
+    shard_bytes: int,
 ) -> list[Path]:
-    """Write all tensors, in order, as one file or as shards of at most `shard_bytes` (a larger tensor is a file of its own).
+    """Write all tensors, in order, as one file or as several of at most `shard_bytes`.
 
-    `values(name)` is asked once for each, so that memory holds one. Returns the files, the index with them. Raises OSError.
+    A larger tensor gets a file of its own. `tensor_of(name)` is called once for each tensor, so
+    that memory holds one. Returns the paths of the files, the index included. Raises OSError.
     """
     width = DTYPES[dtype][1].itemsize
-    shards = _split(tensors, width, shard_bytes)
-    files = (
-        [SINGLE]
-        if len(shards) == 1
-        else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    )
-    for file, shard in zip(files, shards, strict=True):
-        _write_file(folder / file, shard, dtype, values)
-    paths = [folder / file for file in files]
-    if len(shards) > 1:
-        weight_map = {
-            name: file for file, shard in zip(files, shards, strict=True) for name, _ in shard
-        }
-        total = sum(_numel(shape) for _, shape in tensors)
-        index = {
-            "metadata": {"total_size": total * width, "total_parameters": total},
-            "weight_map": weight_map,
-        }
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        paths.append(folder / INDEX)
-    return paths
+    contents = _split(tensors, width, shard_bytes)
+    count = len(contents)
+    # One file needs no index.
+    if count == 1:
+        _write_file(folder / SINGLE, contents[0], dtype, tensor_of)
+        return [folder / SINGLE]
+
+    paths = []
+    weight_map = {}
+    for number, content in enumerate(contents, start=1):
+        path = folder / f"model-{number:05d}-of-{count:05d}.safetensors"
+        _write_file(path, content, dtype, tensor_of)
+        paths.append(path)
+        weight_map.update({name: path.name for name, _ in content})
+
+    # transformers finds a tensor's file by the index alone.
+    elements = sum(math.prod(shape) for _, shape in tensors)
+    metadata = {"total_size": elements * width, "total_parameters": elements}
+    index = {"metadata": metadata, "weight_map": weight_map}
+    index_path = folder / INDEX
+    index_path.write_text(json.dumps(index, indent=2) + "\n")
+    return [*paths, index_path]
 
 
 def _split(tensors: Named, width: int, shard_bytes: int) -> list[list[tuple[str, tuple[int, ...]]]]:
-    shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
+    """The tensors of each file; `width` is the number of bytes of an element."""
+    contents: list[list[tuple[str, tuple[int, ...]]]] = [[]]
     filled = 0
     for name, shape in tensors:
-        size = _numel(shape) * width
-        if shards[-1] and filled + size > shard_bytes:
-            shards.append([])
+        size = math.prod(shape) * width
+        # A file takes at least one tensor, however large.
+        if contents[-1] and filled + size > shard_bytes:
+            contents.append([])
             filled = 0
-        shards[-1].append((name, shape))
+        contents[-1].append((name, shape))
         filled += size
-    return shards
+    return contents
 
 
-def _write_file(path: Path, tensors: Named, dtype: str, values: Callable[[str], Tensor]) -> None:
+def _write_file(path: Path, tensors: Named, dtype: str, tensor_of: Callable[[str], Tensor]) -> None:
+    """Write one file: the header's length (uint64), the header as JSON, then the tensors' bytes."""
     label, torch_dtype = DTYPES[dtype]
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name, shape in tensors:
-        end = position + _numel(shape) * torch_dtype.itemsize
+        end = position + math.prod(shape) * torch_dtype.itemsize
         header[name] = {"dtype": label, "shape": list(shape), "data_offsets": [position, end]}
         position = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    encoded_header = json.dumps(header, separators=(",", ":")).encode()
+    # Spaces behind the JSON align the tensors to 8 bytes.
+    encoded_header += b" " * (-len(encoded_header) % 8)
+
     with open(path, "xb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(struct.pack("<Q", len(encoded_header)) + encoded_header)
         for name, shape in tensors:
-            value = values(name)
-            assert tuple(value.shape) == shape, (name, value.shape, shape)
-            file.write(value.to(torch_dtype).contiguous().flatten().view(torch.uint8).numpy())
+            tensor = tensor_of(name)
+            assert tuple(tensor.shape) == shape, (name, tensor.shape, shape)
+            file.write(_raw_bytes(tensor, torch_dtype))
 
 
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
+def _raw_bytes(tensor: Tensor, dtype: torch.dtype) -> np.ndarray:
+    """The elements as uint8 [bytes], since numpy has no bfloat16."""
+    flat = tensor.to(dtype).contiguous().flatten()
+    return flat.view(torch.uint8).numpy()
 
 
 class TensorFolder:
-    """The tensors of a Hugging Face folder: names, shapes and types at once, values one by one. Raises DataError."""
+    """The tensors of a Hugging Face folder. Names are read at once, tensors one by one.
+
+    Raises DataError.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -105,35 +124,45 @@ class TensorFolder:
 
     def _locate(self) -> dict[str, str]:
         """File by tensor name, from the index or from the single file."""
-        index = self.folder / INDEX
         if self._files.has(INDEX):
-            weight_map = self._files.json_object(INDEX).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(
-                isinstance(file, str) for file in weight_map.values()
-            ):
-                raise DataError(
-                    f"{index}: not an index of safetensors files: weight_map must name a file for every tensor."
-                )
-            for file in sorted(set(weight_map.values())):
-                if not self._files.has(file):
-                    raise DataError(
-                        f"{index}: names the file {file!r}, which is not in this folder. Download the model again."
-                    )
-                self._files.path(file)
-            return weight_map
+            return self._read_index()
         if self._files.has(SINGLE):
             return dict.fromkeys(self._file(SINGLE).keys(), SINGLE)
+        # An older model may have pickled weights alone: say why they are not read.
         pickled = sorted(path.name for path in self.folder.glob("*.bin"))
         if pickled:
             raise DataError(
-                f"{self.folder}: its weights are in {pickled[0]}, a pickle, which can run any program when it is read. "
-                "Use a version of the model with .safetensors files, or convert it where you trust it (save_pretrained)."
+                f"{self.folder}: its weights are in {pickled[0]}, a pickle, which can run any "
+                "program when it is read. Use a version of the model with .safetensors files, or "
+                "convert it where you trust it (save_pretrained)."
             )
         raise DataError(
             f"{self.folder}: no {SINGLE} and no {INDEX}. Give the folder of a Hugging Face model."
         )
 
+    def _read_index(self) -> dict[str, str]:
+        """File by tensor name, from the index; every file of it lies in this folder."""
+        path = self.folder / INDEX
+        weight_map = self._files.json_object(INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(file, str) for file in weight_map.values()
+        ):
+            raise DataError(
+                f"{path}: not an index of safetensors files: weight_map must name a file for every "
+                "tensor."
+            )
+        for file in sorted(set(weight_map.values())):
+            if not self._files.has(file):
+                raise DataError(
+                    f"{path}: names the file {file!r}, which is not in this folder. Download the "
+                    "model again."
+                )
+            self._files.path(file)  # refuses links out of the folder before any tensor is read
+        return weight_map
+
     def _file(self, name: str) -> Any:
+        """The open safetensors file of this name; each is opened once."""
+        # Opening maps the file into memory; no tensor is read by it.
         if name not in self._open:
             try:
                 self._open[name] = safetensors.safe_open(self._files.path(name), framework="pt")
@@ -145,21 +174,26 @@ class TensorFolder:
 
     @property
     def names(self) -> list[str]:
+        """Names of all tensors."""
         return list(self._file_of)
 
     def describe(self, name: str) -> tuple[tuple[int, ...], str]:
         """(shape, type such as 'BF16') of a tensor."""
-        part = self._read(name, lambda file: file.get_slice(name))
-        return tuple(part.get_shape()), part.get_dtype()
+        unread = self._read(name, lambda file: file.get_slice(name))
+        return tuple(unread.get_shape()), unread.get_dtype()
 
     def value(self, name: str) -> Tensor:
-        return self._read(name, lambda file: file.get_tensor(name))
+        """The tensor of this name, on the CPU and in its stored type."""
+        tensor: Tensor = self._read(name, lambda file: file.get_tensor(name))
+        return tensor
 
     def _read(self, name: str, read: Callable[[Any], Any]) -> Any:
+        # A damaged file may open, and fail only when a tensor is read.
         file = self._file_of[name]
         try:
             return read(self._file(file))
         except safetensors.SafetensorError as error:
             raise DataError(
-                f"{self.folder / file}: tensor {name} cannot be read ({error}). Download the file again."
+                f"{self.folder / file}: tensor {name} cannot be read ({error}). Download the file "
+                "again."
             ) from None

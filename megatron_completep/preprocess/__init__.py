@@ -1,1 +1,4 @@
-"""From raw text to token files. `run.preprocess` is the entrance; `sources` says what is read, `encode` what a worker does with it."""
+"""From raw text to token files.
+
+`run.preprocess` is the entrance, `sources` finds the inputs, and `encode` is a worker's task.
+"""

@@ -1,9 +1,10 @@
-"""What a worker does with a block: read, clean, tokenize, and append the result to its own shard.
+"""A worker's task: read, clean and tokenize a block, and append it to the worker's own shard.
 
-A shard is three kinds of append-only files in the work folder. `NAME.KEY.bin`: tokens. `NAME.meta`: per block, for its documents,
-text sizes (uint64 bytes), token counts (uint32 a key), and hashes (16 bytes) when documents are de-duplicated. `NAME.journal`: one line
-a finished block, written last, that says where the block's pieces lie and their checksums (see journal.py). A block without a
-whole journal line does not exist, so a killed worker leaves nothing that could be taken for a result.
+A shard is three kinds of append-only files in the work folder. `NAME.KEY.bin`: tokens. `NAME.meta`:
+per block, for its documents, text sizes (uint64 bytes), token counts (uint32 a key), and hashes (16
+bytes) when documents are de-duplicated. `NAME.journal`: one line a finished block, written last,
+that says where the block's bytes lie and their checksums (see journal.py). A block without a whole
+journal line does not exist, so a killed worker leaves nothing that could be taken for a result.
 """
 
 from collections.abc import Iterable, Iterator
@@ -28,12 +29,14 @@ from megatron_completep.preprocess.readers import (
 from megatron_completep.preprocess.settings import PreprocessSettings
 from megatron_completep.preprocess.sources import Block
 
+__all__ = ["Encoder", "Record"]
+
 _BATCH_CHARACTERS = 1 << 20
 _BAD_EXAMPLES = 10  # described a block; all are counted
 
 
-class _Piece:
-    """What one block appends to one file: written as it comes, described by offset, size and xxh3 at the end."""
+class _Extent:
+    """The bytes that one block appends to one file: written, then described by offset and hash."""
 
     def __init__(self, file: BinaryIO):
         self._file = file
@@ -45,15 +48,18 @@ class _Piece:
         self._digest.update(raw)
 
     def finish(self) -> tuple[int, int, str]:
-        self._file.flush()  # in the kernel's hands before the journal names it: kill -9 cannot take it back
-        return self._offset, self._file.tell() - self._offset, self._digest.hexdigest()
+        """(offset, size, xxh3 as 16 hexadecimal digits)."""
+        # The kernel has the bytes before the journal names them: kill -9 cannot take them back.
+        self._file.flush()
+        size = self._file.tell() - self._offset
+        return self._offset, size, self._digest.hexdigest()
 
 
 @dataclass
 class _Result:
-    """What is known of a block's documents so far; tokens are on disk already."""
+    """What a block's documents have given so far; tokens are on disk already."""
 
-    bins: list[_Piece]
+    bins: list[_Extent]
     counts: list[list[int]]  # tokens [key][document]
     sizes: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
@@ -70,75 +76,90 @@ class Encoder:
         self.settings = settings
         self.tokenizer = build_tokenizer(settings.tokenizer)
         self._name = shard.name
-        self._eod = np.array(
-            [self.tokenizer.eod_id] if settings.append_eod else [], self.tokenizer.dtype
-        )
+        eod_ids = [self.tokenizer.eod_id] if settings.append_eod else []
+        self._eod = np.array(eod_ids, self.tokenizer.dtype)
         self._stack = ExitStack()
-        names = [f"{shard}.{number}.bin" for number in range(len(settings.json_keys))] + [
-            f"{shard}.meta",
-            f"{shard}.journal",
+        self._bins = [
+            self._create(f"{shard}.{number}.bin") for number in range(len(settings.json_keys))
         ]
-        *self._bins, self._meta, self._journal = [
-            self._stack.enter_context(open(name, "xb"))
-            for name in names
-        ]
+        self._meta = self._create(f"{shard}.meta")
+        self._journal = self._create(f"{shard}.journal")
+
+    def _create(self, path: str) -> BinaryIO:
+        """A new file that is open until `close`; one that exists is another worker's."""
+        return self._stack.enter_context(open(path, "xb"))
 
     def close(self) -> None:
+        """Close the shard's files."""
         self._stack.close()
 
     def encode(self, block: Block) -> Record:
-        """Tokenize a block, append it to the shard, and return its journal line. Memory: one batch of about a megabyte of text."""
-        result = _Result([_Piece(file) for file in self._bins], [[] for _ in self._bins])
+        """Tokenize a block, append it to the shard, and return its journal line.
+
+        Memory: one batch of about a megabyte of text.
+        """
+        extents = [_Extent(file) for file in self._bins]
+        result = _Result(extents, counts=[[] for _ in extents])
         for batch in _batches(self._good_documents(block, result)):
             self._encode_batch(batch, result)
         return self._finish(block, result)
 
     def _good_documents(self, block: Block, result: _Result) -> Iterator[Document]:
-        """Documents within the limits of length; counts the others."""
+        """Documents within the limits of length; the others are counted in `result`."""
+        settings = self.settings
         documents = read_documents(
-            block, self.settings.json_keys, self.settings.unicode, self.settings.largest_document
+            block, settings.json_keys, settings.unicode, settings.largest_document
         )
         try:
             for document in documents:
                 if isinstance(document, BadDocument):
                     result.bad_count += 1
                     if len(result.bad) < _BAD_EXAMPLES:
-                        result.bad.append(
-                            f"{describe_place(block, document.place)}: {document.reason}"
-                        )
-                elif self.settings.limits.refuses_text(document.texts):
+                        place = describe_place(block, document.place)
+                        result.bad.append(f"{place}: {document.reason}")
+                elif settings.limits.refuses_text(document.texts):
                     result.dropped_characters += 1
                 else:
                     yield document
-        except DataError as error:  # the rest of the file is lost: counts as one
+        # What follows in the file is lost, and counts as one document.
+        except DataError as error:
             result.bad_count += 1
             result.bad.append(str(error))
 
     def _encode_batch(self, batch: list[Document], result: _Result) -> None:
-        columns = [
-            self.tokenizer.encode_batch([document.texts[key] for document in batch])
-            for key in range(len(self.settings.json_keys))
-        ]
-        kept: list[list[np.ndarray]] = [[] for _ in columns]
-        for document, ids in zip(batch, zip(*columns, strict=True), strict=True):
-            if self.settings.limits.refuses_tokens([len(i) for i in ids]):
+        """Tokenize documents together, and write the tokens of those within the limits."""
+        ids_by_key = []
+        for key in range(len(self.settings.json_keys)):
+            texts = [document.texts[key] for document in batch]
+            ids_by_key.append(self.tokenizer.encode_batch(texts))
+
+        # A document that is dropped is missing under all keys, so that they stay aligned.
+        accepted: list[list[np.ndarray]] = [[] for _ in ids_by_key]  # ids [key][document]
+        for row, document in enumerate(batch):
+            document_ids = [ids[row] for ids in ids_by_key]
+            if self.settings.limits.refuses_tokens([len(ids) for ids in document_ids]):
                 result.dropped_tokens += 1
                 continue
-            result.sizes.append(
-                sum(len(text) if text.isascii() else len(text.encode()) for text in document.texts)
-            )
+            result.sizes.append(sum(map(_utf8_size, document.texts)))
             if self.settings.deduplicate:
                 result.hashes.append(content_hash(document.texts))
-            for column, tokens in zip(kept, ids, strict=True):
-                column.append(tokens)
-        for piece, counts, column in zip(result.bins, result.counts, kept, strict=True):
-            # As in Megatron, an empty document stays empty: it gets no end-of-document token.
-            counts += [len(tokens) + len(self._eod) if len(tokens) else 0 for tokens in column]
-            parts = [part for tokens in column if len(tokens) for part in (tokens, self._eod)]
-            piece.write(np.concatenate(parts).tobytes() if parts else b"")
+            for column, ids in zip(accepted, document_ids, strict=True):
+                column.append(ids)
+
+        for extent, counts, column in zip(result.bins, result.counts, accepted, strict=True):
+            arrays = []
+            for ids in column:
+                # As in Megatron, an empty document stays empty: it gets no end-of-document token.
+                if len(ids):
+                    arrays += [ids, self._eod]
+                    counts.append(len(ids) + len(self._eod))
+                else:
+                    counts.append(0)
+            extent.write(np.concatenate(arrays).tobytes() if arrays else b"")
 
     def _finish(self, block: Block, result: _Result) -> Record:
-        meta = _Piece(self._meta)
+        """Write the block's meta data, then its journal line; returns the line."""
+        meta = _Extent(self._meta)
         meta.write(np.array(result.sizes, "<u8").tobytes())
         for counts in result.counts:
             meta.write(np.array(counts, "<u4").tobytes())
@@ -156,14 +177,22 @@ class Encoder:
             "dropped_characters": result.dropped_characters,
             "dropped_tokens": result.dropped_tokens,
             "meta": meta.finish(),
-            "bins": [piece.finish() for piece in result.bins],
+            "bins": [extent.finish() for extent in result.bins],
         }
+        # The line makes the block exist, so everything that it names is flushed by now.
         self._journal.write(journal_line(record))
         self._journal.flush()
         return record
 
 
+def _utf8_size(text: str) -> int:
+    """Bytes of a text in UTF-8."""
+    # An ASCII text need not be encoded to be measured.
+    return len(text) if text.isascii() else len(text.encode())
+
+
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Documents that together have about _BATCH_CHARACTERS characters."""
     batch: list[Document] = []
     size = 0
     for document in documents:
@@ -171,6 +200,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         size += sum(map(len, document.texts))
         if size >= _BATCH_CHARACTERS:
             yield batch
-            batch, size = [], 0
+            batch = []
+            size = 0
     if batch:
         yield batch

@@ -1,4 +1,4 @@
-"""Lines of JSON that end with their own hash: what a preprocessing run knows of its finished work."""
+"""Lines of JSON that end with their own hash: the record of a preprocessing run's finished work."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import orjson
 import xxhash
 
-Record = dict[str, Any]  # what one line says
+Record = dict[str, Any]  # the content of one line
 
 
 def journal_line(record: Record) -> bytes:
@@ -16,10 +16,12 @@ def journal_line(record: Record) -> bytes:
 
 
 def read_journal(path: Path) -> tuple[list[Record], list[str]]:
-    """The records of the lines that are what was written, and where others are; a last line that was torn off counts as neither."""
-    records, damaged = [], []
+    """(records of the undamaged lines, places of the damaged ones as `FILE, line N`)."""
+    records = []
+    damaged = []
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
+            # The last line of a killed process may be torn off, which is no damage.
             if not line.endswith(b"\n"):
                 continue
             body, _, digest = line[:-1].rpartition(b" ")

@@ -18,11 +18,26 @@ from megatron_completep.preprocess.sources import (
     parquet_file,
 )
 
-_PARQUET_ROWS = 1024
+_PARQUET_ROWS = 1024  # decoded at a time
+_CHUNK = 1 << 20  # bytes read at a time to count lines
+_MOST_NAMES = 12  # of keys or columns, in a message
+# JSON's own names for its types.
+_KIND: dict[type, str] = {
+    dict: "an object",
+    list: "an array",
+    str: "a string",
+    int: "a number",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+}
 
 
 class Document(NamedTuple):
-    """The texts of one document, one a key. `place` is its line in the block (from 0), its row in the row group, or its file's number."""
+    """The texts of one document, one a key.
+
+    `place` is its line in the block (from 0), its row in the row group, or its file's number.
+    """
 
     place: int
     texts: tuple[str, ...]
@@ -42,94 +57,109 @@ class TextError(ValueError):
 def read_documents(
     block: Block, keys: Sequence[str], unicode: str, largest_document: int = LARGEST_DOCUMENT
 ) -> Iterator[Document | BadDocument]:
-    """Documents of a block in order; a blank line is none. Raises DataError where the file itself cannot be read (further).
+    """Documents of a block in order; a blank line is none.
 
-    largest_document: bytes of a line, of a file that is one document, or of a row's texts; a larger one is bad.
+    largest_document: bytes of a line, of a file that is one document, or of a row's texts; a larger
+    one is bad. Raises DataError where the file itself cannot be read (further).
     """
     if block.format == "parquet" and not block.fault:
         yield from _parquet_documents(block, keys, unicode, largest_document)
     elif block.format == "text":
         yield from _text_documents(block.sources, unicode, largest_document)
     else:
-        for place, line in enumerate(block_lines(block, largest_document)):
-            if place in block.too_long or len(line) > largest_document:
-                yield BadDocument(place, f"the line is {_too_long(largest_document)}")
-                continue
-            if not line.strip():
-                continue
-            try:
-                if block.format == "jsonl":
-                    yield Document(place, _json_texts(line, keys, unicode))
-                else:
-                    yield Document(place, (decode_bytes(line.removesuffix(b"\r"), unicode),))
-            except ValueError as error:
-                yield BadDocument(place, str(error))
+        yield from _line_documents(block, keys, unicode, largest_document)
+    # What precedes the fault of a damaged file was read.
     if block.fault:
         raise DataError(block.fault)
 
 
+def _line_documents(
+    block: Block, keys: Sequence[str], unicode: str, largest_document: int
+) -> Iterator[Document | BadDocument]:
+    """Documents of a jsonl or lines block."""
+    for place, line in enumerate(block_lines(block, largest_document)):
+        if place in block.too_long or len(line) > largest_document:
+            yield BadDocument(place, f"the line is {_too_long(largest_document)}")
+            continue
+        if not line.strip():
+            continue
+        try:
+            if block.format == "jsonl":
+                texts = _json_texts(line, keys, unicode)
+            else:
+                texts = (decode_bytes(line.removesuffix(b"\r"), unicode),)
+        except ValueError as error:
+            yield BadDocument(place, str(error))
+        else:
+            yield Document(place, texts)
+
+
 def _too_long(largest_document: int) -> str:
-    return f"longer than {largest_document / (1 << 20):,.10g} MB, the largest document (--max-document-megabytes)"
+    megabytes = largest_document / (1 << 20)
+    return f"longer than {megabytes:,.10g} MB, the largest document (--max-document-megabytes)"
 
 
 def block_lines(block: Block, largest_document: int) -> list[bytes]:
-    """The lines of a jsonl or lines block, without their newlines; the last one may be cut where it is longer than is allowed."""
+    """The lines of a jsonl or lines block, without their newlines.
+
+    The last one may be cut where it is longer than is allowed.
+    """
     raw = block.payload if block.payload is not None else _read_range(block, largest_document)
     lines = raw.split(b"\n")
+    # Behind the last newline there is no line.
     if not lines[-1]:
         lines.pop()
     return lines
 
 
 def _read_range(block: Block, largest_document: int) -> bytes:
-    """The lines that begin in [start, end): a line belongs to the block that holds its first byte."""
+    """The lines that begin in [start, end) of the file.
+
+    A line belongs to the block that holds its first byte.
+    """
     with open_input(block.path) as file:
         if block.start:
             file.seek(block.start - 1)
-            # No newline in the whole range: a line of another block goes through it, and none begins here.
-            if not file.readline(block.end - block.start + 1).endswith(b"\n"):
+            # No newline in the whole range: a line of another block goes through it, and none
+            # begins here.
+            begun_line = file.readline(block.end - block.start + 1)
+            if not begun_line.endswith(b"\n"):
                 return b""
         begin = file.tell()
         if begin >= block.end:
             return b""
         raw = file.read(block.end - begin)
+        # The last line may go on into the next block's range.
         return raw if raw.endswith(b"\n") else raw + file.readline(largest_document + 1)
 
 
 def line_number(block: Block, place: int) -> int:
-    """Line of the file, from 1, of line `place` of the block. Counts the newlines before the block when it must."""
+    """Line of the file, from 1, of line `place` of the block.
+
+    Counts the newlines before the block where it must.
+    """
     if block.first_line is not None:
         return block.first_line + place
-    count = 0
+    newlines = 0
     with open_input(block.path) as file:
-        left = (
-            block.start - 1
-        )  # a newline just before `start` makes the block begin with a line of its own
-        while left > 0 and (chunk := file.read(min(left, 1 << 20))):
-            count += chunk.count(b"\n")
-            left -= len(chunk)
-    return count + (2 if block.start else 1) + place
-
-
-# Values of JSON, by the names that JSON gives them.
-_KIND: dict[type, str] = {
-    dict: "an object",
-    list: "an array",
-    str: "a string",
-    int: "a number",
-    float: "a number",
-    bool: "true or false",
-    type(None): "null",
-}
-_MOST_NAMES = 12
+        # A newline just before `start` makes the block begin with a line of its own; any other
+        # newline before `start` ends a line before the block.
+        remaining = block.start - 1
+        while remaining > 0 and (chunk := file.read(min(remaining, _CHUNK))):
+            newlines += chunk.count(b"\n")
+            remaining -= len(chunk)
+    first_line = newlines + (2 if block.start else 1)
+    return first_line + place
 
 
 def _listed(names: Sequence[str]) -> str:
-    """The first names with commas between them, for a message."""
-    return (", ".join(names[:_MOST_NAMES]) or "none") + (" ..." if len(names) > _MOST_NAMES else "")
+    """The first of the names with commas between them, for a message."""
+    listed = ", ".join(names[:_MOST_NAMES]) or "none"
+    return f"{listed} ..." if len(names) > _MOST_NAMES else listed
 
 
 def _json_texts(line: bytes, keys: Sequence[str], unicode: str) -> tuple[str, ...]:
+    """The texts of a JSON object, one a key. Raises ValueError with the reason."""
     try:
         record = orjson.loads(line)
     except orjson.JSONDecodeError as error:
@@ -140,8 +170,13 @@ def _json_texts(line: bytes, keys: Sequence[str], unicode: str) -> tuple[str, ..
 
 
 def _parse_again(line: bytes, unicode: str, error: ValueError) -> Any:
-    """orjson refuses invalid UTF-8 and lone surrogates; find out which it was, and repair it when that is wished."""
-    if "limit" in str(error):  # of depth: Python's own parser has another one in every version
+    """Parse a line that orjson refuses, with `error`.
+
+    orjson refuses invalid UTF-8 and lone surrogates; decoding says which it is, or repairs it under
+    that policy.
+    """
+    # Of depth: Python's own parser has another limit in every version.
+    if "limit" in str(error):
         raise TextError("invalid JSON (nested too deeply)") from None
     text = decode_bytes(line, unicode)
     try:
@@ -153,6 +188,7 @@ def _parse_again(line: bytes, unicode: str, error: ValueError) -> Any:
 
 
 def _text_of(record: dict[str, Any], key: str, unicode: str) -> str:
+    """The text under a key. Raises ValueError with the reason."""
     if key not in record:
         raise TextError(f"key {key} is missing; the keys are {_listed(sorted(record))}")
     text = record[key]
@@ -164,11 +200,15 @@ def _text_of(record: dict[str, Any], key: str, unicode: str) -> str:
 def _text_documents(
     sources: Sequence[Source], unicode: str, largest_document: int
 ) -> Iterator[Document | BadDocument]:
+    """Files that are one document each."""
     for number, source in enumerate(sources):
         try:
-            yield Document(number, (decode_bytes(_content(source, largest_document), unicode),))
+            content = _content(source, largest_document)
+            document = Document(number, (decode_bytes(content, unicode),))
         except (ValueError, DataError) as error:
             yield BadDocument(number, str(error))
+        else:
+            yield document
 
 
 def _content(source: Source, largest_document: int) -> bytes:
@@ -185,25 +225,31 @@ def _content(source: Source, largest_document: int) -> bytes:
 def _parquet_documents(
     block: Block, keys: Sequence[str], unicode: str, largest_document: int
 ) -> Iterator[Document | BadDocument]:
+    """Documents of a row group. Raises DataError where it has no column of a key, or is damaged."""
     import pyarrow
 
     file = parquet_file(block.path)
     names = file.schema_arrow.names
-    missing = [key for key in keys if key not in names]
-    if missing:
+    missing_keys = [key for key in keys if key not in names]
+    if missing_keys:
         raise DataError(
-            f"{printable(block.path)}: no column {missing[0]}; the columns are {_listed(names)}. Choose with --json-keys."
+            f"{printable(block.path)}: no column {missing_keys[0]}; the columns are "
+            f"{_listed(names)}. Choose with --json-keys."
         )
     place = 0
     try:
-        for batch in file.iter_batches(
+        # Memory holds some rows at a time, since a row group may be a whole file.
+        batches = file.iter_batches(
             batch_size=_PARQUET_ROWS, row_groups=[block.start], columns=list(keys)
-        ):
-            columns = [batch.column(batch.schema.get_field_index(key)).to_pylist() for key in keys]
-            for row in zip(*columns, strict=True):
-                yield _parquet_document(
-                    place, dict(zip(keys, row, strict=True)), unicode, largest_document
-                )
+        )
+        for batch in batches:
+            columns = []
+            for key in keys:
+                column = batch.column(batch.schema.get_field_index(key))
+                columns.append(column.to_pylist())
+            for cells in zip(*columns, strict=True):
+                row = dict(zip(keys, cells, strict=True))
+                yield _parquet_document(place, row, unicode, largest_document)
                 place += 1
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(
@@ -214,9 +260,11 @@ def _parquet_documents(
 def _parquet_document(
     place: int, row: dict[str, Any], unicode: str, largest_document: int
 ) -> Document | BadDocument:
+    """One row, whose cells are named by the keys."""
+    size = sum(len(cell) for cell in row.values() if isinstance(cell, str))
+    if size > largest_document:
+        return BadDocument(place, f"the row is {_too_long(largest_document)}")
     try:
-        if sum(len(text) for text in row.values() if isinstance(text, str)) > largest_document:
-            raise TextError(f"the row is {_too_long(largest_document)}")
         return Document(place, tuple(_text_of(row, key, unicode) for key in row))
     except ValueError as error:
         return BadDocument(place, str(error))

@@ -1,4 +1,4 @@
-"""How long the documents are: statistics, a JSON report and a picture."""
+"""Lengths of the documents: statistics, a JSON report and a picture."""
 
 import json
 import os
@@ -10,11 +10,16 @@ import numpy as np
 import numpy.typing as npt
 
 BINS_AN_OCTAVE = 32  # percentiles are exact to 1/32 of an octave: 2.2 %
+_PERCENTILES = (10, 50, 90, 99)
+_BARS_AN_OCTAVE = 4  # of the picture
 
 
 @dataclass
 class Histogram:
-    """Counts of whole numbers >= 0 in logarithmic bins; zero has a bin of its own. Memory does not depend on how many are added."""
+    """Counts of whole numbers >= 0 in logarithmic bins; zero has a bin of its own.
+
+    Memory does not depend on how many numbers are added.
+    """
 
     counts: npt.NDArray[np.int64]
     total: int = 0
@@ -23,45 +28,53 @@ class Histogram:
 
     @classmethod
     def empty(cls) -> "Histogram":
+        """A histogram of numbers below 2^64."""
         return cls(np.zeros(1 + 64 * BINS_AN_OCTAVE, np.int64))
 
-    def add(self, values: npt.NDArray[Any]) -> None:
-        if not len(values):
+    def add(self, numbers: npt.NDArray[Any]) -> None:
+        """Count numbers [n]."""
+        if not len(numbers):
             return
-        bins = np.zeros(len(values), np.int64)
-        positive = values > 0
-        bins[positive] = 1 + np.floor(
-            np.log2(values[positive].astype(np.float64)) * BINS_AN_OCTAVE
-        ).astype(np.int64)
+        # Bin 0 is zero, and bin 1 begins at 1.
+        bins = np.zeros(len(numbers), np.int64)
+        positive = numbers > 0
+        octaves = np.log2(numbers[positive].astype(np.float64))
+        bins[positive] = 1 + np.floor(octaves * BINS_AN_OCTAVE).astype(np.int64)
         self.counts += np.bincount(bins, minlength=len(self.counts))
-        self.total += int(values.sum())
-        self.smallest = (
-            int(values.min()) if self.smallest is None else min(self.smallest, int(values.min()))
-        )
-        self.largest = max(self.largest, int(values.max()))
+        self.total += int(numbers.sum())
+        smallest = int(numbers.min())
+        self.smallest = smallest if self.smallest is None else min(self.smallest, smallest)
+        self.largest = max(self.largest, int(numbers.max()))
 
     def percentile(self, q: float) -> int:
-        """The value below which a share q of the numbers lies, to 2.2 %."""
-        index = int(np.searchsorted(np.cumsum(self.counts), q * self.counts.sum(), side="left"))
-        value = 0 if index == 0 else round(2 ** ((index - 0.5) / BINS_AN_OCTAVE))
-        return min(max(value, self.smallest or 0), self.largest)
+        """The number below which a share q of the numbers lies, to 2.2 %."""
+        rank = q * self.counts.sum()
+        index = int(np.searchsorted(np.cumsum(self.counts), rank, side="left"))
+        # The middle of bin `index`, on the logarithmic scale.
+        middle = 0 if index == 0 else round(2 ** ((index - 0.5) / BINS_AN_OCTAVE))
+        return min(max(middle, self.smallest or 0), self.largest)
 
     def summary(self) -> dict[str, Any]:
+        """Sum, mean, extremes and percentiles, for JSON."""
         number = int(self.counts.sum())
         if not number:
             return {"total": 0}
-        shares = {f"p{round(q * 100)}": self.percentile(q) for q in (0.1, 0.5, 0.9, 0.99)}
+        percentiles = {f"p{percent}": self.percentile(percent / 100) for percent in _PERCENTILES}
         return {
             "total": self.total,
             "mean": self.total / number,
             "min": self.smallest,
-            **shares,
+            **percentiles,
             "max": self.largest,
         }
 
 
 class LengthStatistics:
-    """Lengths of documents: UTF-8 bytes of all keys' texts together, and tokens a key (end-of-document tokens included)."""
+    """Lengths of documents.
+
+    text_bytes: UTF-8 bytes of all keys' texts together. tokens: a histogram a key, end-of-document
+    tokens included.
+    """
 
     def __init__(self, keys: int):
         self.documents = 0
@@ -69,16 +82,17 @@ class LengthStatistics:
         self.tokens = [Histogram.empty() for _ in range(keys)]
 
     def add(self, text_bytes: npt.NDArray[Any], tokens: npt.NDArray[Any]) -> None:
+        """Count documents. text_bytes: [documents]; tokens: [keys, documents]."""
         self.documents += len(text_bytes)
         self.text_bytes.add(text_bytes)
-        for histogram, row in zip(self.tokens, tokens, strict=True):
-            histogram.add(row)
+        for histogram, counts in zip(self.tokens, tokens, strict=True):
+            histogram.add(counts)
 
 
 def write_report(
     path: str, report: dict[str, Any], statistics: LengthStatistics, keys: tuple[str, ...]
 ) -> None:
-    """PATH.png, then PATH.json, each at once."""
+    """Write PATH.png, then PATH.json, each by one rename."""
     _draw(f"{path}.png", statistics, keys)
     temporary = Path(f"{path}.json.partial")
     temporary.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
@@ -86,6 +100,8 @@ def write_report(
 
 
 def _draw(path: str, statistics: LengthStatistics, keys: tuple[str, ...]) -> None:
+    """Draw both histograms into a PNG file."""
+    # Without pyplot, which would choose a back end and may open a window.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -102,30 +118,32 @@ def _draw(path: str, statistics: LengthStatistics, keys: tuple[str, ...]) -> Non
 
 
 def _bars(axes: Any, histogram: Histogram, label: str, unit: str) -> None:
-    step = BINS_AN_OCTAVE // 4
-    counts = histogram.counts[1:].reshape(-1, step).sum(axis=1)
-    edges = 2.0 ** (np.arange(len(counts) + 1) / 4)
+    """Draw one histogram, from its first to its last filled bar."""
+    bins_a_bar = BINS_AN_OCTAVE // _BARS_AN_OCTAVE
+    counts = histogram.counts[1:].reshape(-1, bins_a_bar).sum(axis=1)
+    edges = 2.0 ** (np.arange(len(counts) + 1) / _BARS_AN_OCTAVE)
     filled = np.flatnonzero(counts)
-    last = int(filled[-1]) + 1 if len(filled) else 1
-    first = int(filled[0]) if len(filled) else 0
+    begin = int(filled[0]) if len(filled) else 0
+    end = int(filled[-1]) + 1 if len(filled) else 1
     axes.stairs(
-        counts[first:last],
-        edges[first : last + 1],
+        counts[begin:end],
+        edges[begin : end + 1],
         fill=True,
         alpha=0.6,
+        # A logarithmic axis has no place for zero.
         label=f"{label}, {histogram.counts[0]:,} empty",
     )
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(lambda value, _: _plain_number(value))
+    axes.xaxis.set_major_formatter(lambda number, _: _plain_number(number))
     axes.set_xlabel(unit)
     axes.set_ylabel("documents")
     axes.legend()
 
 
-def _plain_number(value: float) -> str:
+def _plain_number(number: float) -> str:
     """64, 2 Ki, 1 Mi."""
     for unit in ("", " Ki", " Mi", " Gi"):
-        if value < 1024:
-            return f"{value:g}{unit}"
-        value /= 1024
-    return f"{value:g} Ti"
+        if number < 1024:
+            return f"{number:g}{unit}"
+        number /= 1024
+    return f"{number:g} Ti"

@@ -1,4 +1,4 @@
-"""What a preprocessing run is asked to do."""
+"""The settings of a preprocessing run."""
 
 from dataclasses import dataclass, field, replace
 
@@ -24,9 +24,10 @@ class TokenizerChoice:
 class PreprocessSettings:
     """Everything that decides the bytes of the output, except the contents of the inputs.
 
-    json_keys: one output a key, `{output_prefix}_{key}_document`. unicode: refuse | repair. deduplicate: keep the first of documents
-    with equal texts. input_format: auto | jsonl | text (a file is a document) | lines (a line is a document) | parquet.
-    largest_document: bytes of a line, or of a file or row that is one document; a larger one is bad.
+    json_keys: one output a key, `{output_prefix}_{key}_document`. input_format: auto | jsonl | text
+    (a file is a document) | lines (a line is a document) | parquet. unicode: refuse | repair.
+    deduplicate: keep the first of documents with equal texts. largest_document: bytes of a line, or
+    of a file or row that is one document; a larger one is bad.
     """
 
     inputs: tuple[str, ...]
@@ -47,7 +48,9 @@ class PreprocessSettings:
     def fingerprint(
         self, sources: list[Source], tokenizer: dict[str, str | int | None], block_bytes: int
     ) -> str:
-        """Equal for two runs exactly when they cut the same inputs alike and give the same bytes."""
+        """Equal for two runs exactly when they cut the same inputs alike and give equal bytes."""
+        # A name that is not UTF-8 cannot be part of JSON.
+        printable_sources = [replace(source, path=printable(source.path)) for source in sources]
         decisive: list[object] = [
             WORK_VERSION,
             block_bytes,
@@ -57,10 +60,10 @@ class PreprocessSettings:
             self.unicode,
             self.limits,
             self.deduplicate,
-            [replace(source, path=printable(source.path)) for source in sources],
+            printable_sources,
         ]
-        if (
-            self.largest_document != LARGEST_DOCUMENT
-        ):  # so that runs of before this setting are recognized
+        # Left out at its default, so that runs of before this setting are recognized.
+        if self.largest_document != LARGEST_DOCUMENT:
             decisive.append(self.largest_document)
-        return xxhash.xxh3_64_hexdigest(orjson.dumps(decisive, option=orjson.OPT_SORT_KEYS))
+        encoded = orjson.dumps(decisive, option=orjson.OPT_SORT_KEYS)
+        return xxhash.xxh3_64_hexdigest(encoded)

@@ -142,6 +142,7 @@ def write_check(result: Result, folder: Path, name: str, settings: dict[str, Any
     made.
     """
     make_folder(folder)
+    # With the settings beside the figures, the check can be repeated from the file alone.
     content = dump({**result.to_json(), "settings": settings})
     write_whole(folder / "coordinate_check.json", content)
 

@@ -56,7 +56,8 @@ Say = Callable[[str], None]
 @torch.no_grad()
 def block_output(model: GPT, block: Block, x: Tensor, inputs: AttentionInputs) -> Tensor:
     """The stream [S, B, H] after a block whose input is the stream x [S, B, H]."""
-    return block(Stream(x, site=0), inputs).settle(model.join, model.queue)
+    stream: Tensor = block(Stream(x, site=0), inputs).settle(model.join, model.queue)
+    return stream
 
 
 def block_laziness(trial: Trial) -> list[float]:

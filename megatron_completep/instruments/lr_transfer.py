@@ -36,15 +36,9 @@ AT_EDGE = "unresolved: an optimum lies at the edge of the grid"
 Say = Callable[[str], None]
 # parameterization, train_steps, base_weight_decay, base_init_std
 Family = tuple[str, int, float, float]
-# What tells curves apart: the fields with which Curve and Optimum begin, and Point has them too.
-SHAPE_FIELDS = (
-    "parameterization",
-    "hidden_size",
-    "num_layers",
-    "train_steps",
-    "base_weight_decay",
-    "base_init_std",
-)
+# What tells curves apart: parameterization, hidden_size, num_layers, train_steps,
+# base_weight_decay, base_init_std.
+Shape = tuple[str, int, int, int, float, float]
 
 
 @dataclass(frozen=True)
@@ -145,14 +139,21 @@ class Saving:
     verdict: str  # saves | costs | unresolved
 
 
-def shape_of(record: Curve | sweep.Point) -> tuple[Any, ...]:
-    """The values of SHAPE_FIELDS."""
-    return tuple(getattr(record, name) for name in SHAPE_FIELDS)
+def shape_of(record: Curve | sweep.Point) -> Shape:
+    """What tells the curve, or the curve of the point, apart from others."""
+    return (
+        record.parameterization,
+        record.hidden_size,
+        record.num_layers,
+        record.train_steps,
+        record.base_weight_decay,
+        record.base_init_std,
+    )
 
 
 def curves_of(results: Iterable[tuple[sweep.Point, dict[str, Any]]]) -> list[Curve]:
     """Gather points into curves; a seed counts where every learning rate of its curve is done."""
-    runs_by_shape: dict[tuple[Any, ...], dict[tuple[float, int], dict[str, Any]]] = {}
+    runs_by_shape: dict[Shape, dict[tuple[float, int], dict[str, Any]]] = {}
     for point, result in results:
         runs = runs_by_shape.setdefault(shape_of(point), {})
         runs[point.base_lr, point.seed] = result

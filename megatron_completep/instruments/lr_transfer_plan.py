@@ -84,6 +84,7 @@ def _proxy_curve(points: Sequence[sweep.Point], folder: Path, rule: str) -> Curv
 
     Raises ConfigError where no curve is finished under the rule.
     """
+    # Only seeds with every learning rate count, so a sweep that is under way may have no curve yet.
     all_curves = curves_of(sweep.read_results(points, folder))
     curves = [curve for curve in all_curves if curve.parameterization == rule]
     if not curves:
@@ -146,6 +147,7 @@ def transferred(
         "base_head_dim": completep.base_head_dim or head_dim(proxy.model),
         "factors": completep.factors,
     }
+    # The table scales with the target's tokens over these, a step and in all.
     if scale_batch:
         tokens = tokens_per_step(proxy)
         base["base_batch_tokens"] = tokens

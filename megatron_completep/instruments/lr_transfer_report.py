@@ -158,6 +158,7 @@ def _add_savings(document: Report, analysis: Analysis) -> None:
         "FLOPs that reach the loss of another rule or shape in its longest runs, "
         "as a saving in percent.",
     )
+    # The picture below shows the curves that the savings are read off.
     rows = [saving_row(saving) for saving in analysis.savings]
     section.table(_SAVING_HEADERS, rows, "Shapes are layers x width.")
     figure = draw_lengths(analysis.curves)
@@ -223,6 +224,7 @@ def regret_text(regret: Estimate) -> str:
     """Nats with three decimals, and the interval where it is finite."""
     if math.isnan(regret.value):
         return "not on the grid"
+    # Of one seed, or of an optimum at the edge of the grid, the interval is unbounded.
     if not math.isfinite(regret.high - regret.low):
         return f"{regret.value:.3f}"
     return f"{regret.value:.3f} [{regret.low:.3f}, {regret.high:.3f}]"
@@ -270,6 +272,7 @@ def _draw_curve(panel: Any, curve: Curve, color: tuple[float, float, float]) -> 
 
 def _loss_limits(curves: Sequence[Curve]) -> tuple[float, float]:
     """The limits of the loss axis: at most one nat, beyond which curves that diverge run out."""
+    # A mean is infinite where a seed diverged.
     mean_losses = np.concatenate([curve.mean for curve in curves])
     finite_losses = mean_losses[np.isfinite(mean_losses)]
     lowest = float(finite_losses.min())

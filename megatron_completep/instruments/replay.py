@@ -211,7 +211,8 @@ class Trace:
     def single_eps(self) -> float:
         """The reference's epsilon, which is the same for every tensor."""
         groups = self.record.get("groups") or [{}]
-        return groups[0].get("eps", self.record["eps"])
+        eps: float = groups[0].get("eps", self.record["eps"])
+        return eps
 
     def initial(self, name: str, dtype: torch.dtype) -> Tensor:
         """An initial weight, by this project's name of the parameter."""
@@ -295,6 +296,7 @@ def replay(
 
     table = table_of(config)
     chunks = build_chunks(config.model, table, parallel, context)
+    # Before the optimizer is made, which copies the weights into its masters.
     dtype = torch.float64 if precision == "float64" else torch.float32
     _load_initial_weights(chunks, trace, dtype)
     assembly = assemble(config, context, table, chunks)

@@ -111,6 +111,7 @@ class Grid:
                 f"Use some of: {', '.join(PARAMETERIZATIONS)}."
             )
         config = with_base(config)
+        # The last axis varies fastest: the learning rates of a shape are run in sequence.
         axes = (
             range(self.seeds),
             self.depths or (config.model.num_layers,),
@@ -283,6 +284,7 @@ def run_slurm(
 
     The points' files appear as the jobs end. Raises UserError where submitit is not installed.
     """
+    # The package is optional, so it is imported only here.
     try:
         import submitit
     except ImportError as error:

@@ -142,6 +142,7 @@ def reshape(
         "num_query_groups": groups,
         "head_dim": head_size,
         "ffn_hidden_size": ffn_hidden_size,
+        # A backend that runs on every device and in float64.
         "attention_backend": "sdpa",
     }
     overrides = stretch(config.optimizer.overrides, model.num_layers, depth)

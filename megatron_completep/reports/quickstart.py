@@ -61,6 +61,7 @@ class Quickstart:
         ConfigError for a configuration that the quickstart cannot use, UserError where training
         fails.
         """
+        # One process a GPU, and one where there is none.
         processes = torch.cuda.device_count() or 1
         unsplit = load_config(self.config_file, self.overrides)
         # The user's overrides come last, so that they replace the layout's.
@@ -208,7 +209,7 @@ class Quickstart:
 
 
 def _last_validation_loss(rows: Sequence[dict[str, Any]]) -> float:
-    losses = [row.get("validation_loss") for row in rows]
+    losses: list[float | None] = [row.get("validation_loss") for row in rows]
     return next(loss for loss in reversed(losses) if loss is not None)
 
 

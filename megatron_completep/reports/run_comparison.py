@@ -44,11 +44,11 @@ def compare(runs: Sequence[Run], title: str = "") -> Report:
     _losses(report.section("Loss"), runs)
     _gallery(report, "Optimizer", runs, OPTIMIZER_PANELS)
     _gallery(report, "Speed", runs, SPEED_PANELS)
-    text = (
+    explanation = (
         "What the table of the parameterization predicts to be the same at every size; "
         "it is divided out."
     )
-    _gallery(report, "Parameterization", runs, _telemetry_panels(runs), text)
+    _gallery(report, "Parameterization", runs, _telemetry_panels(runs), explanation)
     _settings(report, runs)
     return report
 

@@ -50,6 +50,7 @@ def read_runs(places: Sequence[Path]) -> list[Run]:
     """
     runs = []
     problems = []
+    # All runs are tried, so that the user can correct every path at once.
     for place, name in zip(places, short_names(places), strict=True):
         try:
             runs.append(read_run(place, name))
@@ -143,6 +144,7 @@ def _configuration(path: Path, notes: list[str]) -> tuple[dict[str, Any], ModelC
 
     No rule between settings is checked, for the run is over.
     """
+    # An editor may have put a byte-order mark before the text.
     try:
         sections, _ = parse_yaml(read_bounded(path, MAX_BYTES).decode("utf-8-sig"), path.name)
     except (UserError, UnicodeDecodeError) as error:
@@ -152,6 +154,7 @@ def _configuration(path: Path, notes: list[str]) -> tuple[dict[str, Any], ModelC
         )
         return {}, None
     settings = flat(sections) if isinstance(sections, dict) else {}
+    # Settings are shown as they stand; only FLOPs need a model that this version can compute.
     try:
         return settings, ModelConfig.model_validate(sections["model"])
     except (ValidationError, KeyError, TypeError):
@@ -176,6 +179,7 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def short_names(places: Sequence[Path]) -> list[str]:
     """As many of each path's last names as tell all paths apart; equal paths are numbered."""
+    # A metrics file is named by its folder, for all of them have the same name.
     folders = [place.parent if place.name == "metrics.jsonl" else place for place in places]
     split_paths = [folder.absolute().parts for folder in folders]
     longest = max(map(len, split_paths), default=1)

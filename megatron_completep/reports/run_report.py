@@ -24,6 +24,7 @@ def run_report(config: Config, rows: Sequence[Row], title: str) -> Report:
     `rows` are those of metrics.jsonl, at least one.
     """
     validation = [row for row in rows if row.get("validation_loss") is not None]
+    # The loss of a model that has learned nothing, against which all others are read.
     uniform = math.log(config.model.vocab_size)
     report = Report(title, _result_sentence(config, rows, validation))
     report.section("Result").table(["", ""], _facts(config, rows))

@@ -29,13 +29,11 @@ NO_SLOPE = Estimate(math.nan, math.nan, math.nan)  # of a rule with fewer than t
 
 
 def describe_check(result: Result) -> str:
-    """The table of exponents as text, one line a finding, followed by the verdict's reason."""
+    """The exponents as text, one line a finding under a header, and the verdict's reason."""
     rules = rules_beside(result)
     rule_headers = "".join(f"{rule:<26} " for rule in rules)
-    header = (
-        f"{'axis':<6} {'quantity':<32} {'band':>16}  {'model':<26} {rule_headers}{'control':<26}"
-    )
-    lines = [header.rstrip()]
+    columns = f"{'axis':<6} {'quantity':<32} {'band':>16}  {'model':<26}"
+    lines = [f"{columns} {rule_headers}{'control':<26}".rstrip()]
     lines += [_finding_line(finding, rules) for finding in result.findings]
     return "\n".join([*lines, result.reason])
 
@@ -223,10 +221,10 @@ def draw_laziness(result: LazinessResult) -> Any:
     fitted_depths = [depth for depth in medians if depth >= result.first_depth]
     bounds = ((MODEL_ABOVE, "--", "complete: above"), (CONTROL_BELOW, ":", "lazy: below"))
     for bound, style, meaning in bounds:
-        line = [
-            medians[fitted_depths[0]] * (depth / fitted_depths[0]) ** bound
-            for depth in fitted_depths
-        ]
+        line = []
+        for depth in fitted_depths:
+            start = fitted_depths[0]
+            line.append(medians[start] * (depth / start) ** bound)
         label = f"{meaning} {bound}"
         axis.plot(fitted_depths, line, style, color="gray", linewidth=1.0, label=label)
 

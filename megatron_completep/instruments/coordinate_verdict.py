@@ -106,7 +106,7 @@ def _quantity_of_role(name: str, sample: Sample) -> float | None:
 
 @dataclass(frozen=True)
 class Finding:
-    """One row of the table: the exponents of one quantity over one axis."""
+    """The exponents of one quantity over one axis."""
 
     band: Band
     model: Estimate
@@ -142,7 +142,7 @@ class Finding:
 
     @property
     def mark(self) -> str:
-        """The last column of the table."""
+        """What the report shows of the finding in its last column."""
         if self.passed is None:
             return ""
         if not self.model.repeated:
@@ -180,6 +180,7 @@ def judge(samples: Sequence[Sample], alpha: float = 1.0) -> Result:
     for alpha_one_band in BANDS:
         band = _shifted(alpha_one_band, alpha)
         model = exponent(samples, band, "model")
+        # Over an axis with one size, and without the runs with a large eps, there is no figure.
         if model is None:
             continue
         control = exponent(samples, band, "control")

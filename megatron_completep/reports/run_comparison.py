@@ -140,7 +140,7 @@ AXES: list[tuple[str, str, Across]] = [
 
 
 def _summary(section: Section, runs: Sequence[Run]) -> None:
-    """Add the table of figures, and one of what the runs' files lack."""
+    """Add the figures of the runs, one row a run, and what their files lack."""
     rows = [_summary_row(summarize(run)) for run in runs]
     # A column that no run has a figure for is left out; every run has a name.
     headers = []
@@ -237,7 +237,7 @@ def _gallery(
     if not pictures:
         return
     section = report.section(title, text)
-    # A block holds at most 8 pictures.
+    # Section.pictures takes at most 8.
     for start in range(0, len(pictures), 8):
         section.pictures(pictures[start : start + 8])
 

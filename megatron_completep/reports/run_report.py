@@ -60,7 +60,7 @@ def _result_sentence(config: Config, rows: Sequence[Row], validation: Sequence[R
 
 
 def _facts(config: Config, rows: Sequence[Row]) -> list[list[str]]:
-    """The rows of the table of results: a name and a text each."""
+    """What the run came to in figures: rows of a name and a text."""
     model = config.model
     tokens = rows[-1]["tokens"]
     shape = f"{model.num_layers} layers x {model.hidden_size}"

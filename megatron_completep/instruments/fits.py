@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
 
-# Two-sided 95 % quantiles of Student's t by degrees of freedom; beyond the table the normal one.
+# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom.
 _T_95 = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
     2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093,
@@ -25,7 +25,10 @@ def t_95(degrees: int) -> float:
     """The factor of the 95 % interval of a mean, by degrees of freedom; infinite for one value."""
     if degrees < 1:
         return math.inf
-    return _T_95[degrees - 1] if degrees <= len(_T_95) else 1.96 + 2.6 / degrees
+    if degrees <= len(_T_95):
+        return _T_95[degrees - 1]
+    # The normal quantile, with the first term of its correction for finite degrees.
+    return 1.96 + 2.6 / degrees
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Does the parameterization hold? Checks, sweeps, replayed traces."""
+"""Tests of the parameterization: coordinate check, laziness, sweeps, replayed traces."""

@@ -1,14 +1,16 @@
-"""The coordinate check: train models of growing depth or width for a few steps, and see what stays the same size.
+"""The coordinate check: train models of growing depth or width and see what keeps its size.
 
-Under a right parameterization the residual stream's change on a fixed probe batch does not depend on depth or width. Here models
-are trained and measured; coordinate_verdict.py fits exponents and judges them.
+Under a right parameterization the change of the residual stream on a fixed probe batch depends
+neither on depth nor on width. Here models are trained for a few steps and measured;
+coordinate_verdict.py fits exponents and judges them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from itertools import chain
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -26,114 +28,169 @@ from megatron_completep.instruments.trial import (
     with_seed,
 )
 from megatron_completep.instruments.workers import processes
+from megatron_completep.model.gpt import GPT
+from megatron_completep.optim.optimizer import DistributedOptimizer
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.roles import Role
 from megatron_completep.telemetry.measure import SumOfSquares, reduce_stream_sums, role_rms
 
 Say = Callable[[str], None]
-EPS_STEPS, LARGE_EPS = 3, 1e-2  # a wrong eps shows only when eps is as large as the gradients
+# A wrong eps shows only when eps is as large as the gradients.
+EPS_STEPS = 3
+LARGE_EPS = 1e-2
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One model: figures by step, from 0 (initial weights) to the last. All are root mean squares over elements."""
+    """Figures of one model, root mean squares over elements except for the losses.
+
+    Lists are by step, from step 0 (the initial weights) to the last.
+    """
 
     stream: list[float]  # before the final norm, on the probe batch
     stream_change: list[float]  # since step 0
     logits: list[float]
     logits_change: list[float]
-    blocks: list[
-        dict[str, float]
-    ]  # the stream at every norm, by module name, in the order of the model
+    # The stream at every norm by module name, in the order of the model.
+    blocks: list[dict[str, float]]
     gradients: dict[str, float]  # by role, at the first step
-    updates: dict[
-        str, float
-    ]  # by role, over each parameter's own learning rate, mean over the steps
+    # By role: the update over each parameter's own learning rate, mean over the steps.
+    updates: dict[str, float]
     losses: list[float]  # of the training batches, before each step
-    moved: dict[str, float] = field(
-        default_factory=dict
-    )  # the same updates over the base learning rate
+    # The same updates over the base learning rate.
+    moved: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What a model computes on the probe batch: tensors of this rank."""
+    """What a model computes on the probe batch: the tensors that this rank has."""
 
     streams: dict[str, list[Tensor]]
-    logits: list[Tensor]
+    logits: list[Tensor]  # empty on all pipeline stages but the last one
 
 
 def run_probe(trial: Trial, batches: Sequence[Batch]) -> Probe:
-    """One forward pass without gradients. Communicates as the model does."""
+    """One forward pass without gradients. Communicates as the model's forward pass does."""
     trial.optimizer.wait_for_parameters()
     with trial.taps.recording() as taps, torch.no_grad():
         if trial.step.pipeline is not None:
+            # The schedule returns the loss alone, so logits are made of what the final norm gave.
+            # Only the last stage has that norm, and an unembedding.
             trial.step.evaluate(batches)
-            logits = [trial.chunks[-1].unembedding(normed) for normed in taps.normed]  # type: ignore[operator]
+            last_chunk = cast(GPT, trial.chunks[-1])
+            logits = [last_chunk.unembedding(normed) for normed in taps.normed]
         else:
-            logits = [trial.chunks[0](batch.tokens.to(trial.context.device)) for batch in batches]
+            model = trial.chunks[0]
+            logits = [model(batch.tokens.to(trial.context.device)) for batch in batches]
     return Probe(taps.streams, logits)
 
 
-def _sizes(trial: Trial, now: Probe, before: Probe | None) -> tuple[dict[str, float], float]:
-    """(RMS of every stream, RMS of the logits), or of their changes since `before`; the same on every rank."""
+def _sum_of_squares(tensors: list[Tensor], start: list[Tensor] | None) -> SumOfSquares:
+    """The sum over the tensors, or over their differences from `start`."""
+    if start is None:
+        return SumOfSquares.of(tensors)
+    return SumOfSquares.of([a - b for a, b in zip(tensors, start, strict=True)])
 
-    def sums(tensors: list[Tensor], others: list[Tensor] | None) -> SumOfSquares:
-        return SumOfSquares.of(
-            tensors if others is None else [a - b for a, b in zip(tensors, others, strict=True)]
-        )
 
+def _probe_rms(trial: Trial, now: Probe, start: Probe | None) -> tuple[dict[str, float], float]:
+    """(RMS of the stream by site, RMS of the logits), or of their changes since `start`.
+
+    Communicates over all ranks of the layout, and gives the same on every rank.
+    """
     # One stream's change at a time: all of them together would be as large as the probe.
-    streams = {
-        name: sums(tensors, before.streams[name] if before else None)
-        for name, tensors in now.streams.items()
-    }
-    logits = {"logits": sums(now.logits, before.logits if before else None)} if now.logits else {}
+    stream_sums = {}
+    for site, tensors in now.streams.items():
+        stream_sums[site] = _sum_of_squares(tensors, start.streams[site] if start else None)
+    logits_sums = {}
+    if now.logits:
+        logits_sums["logits"] = _sum_of_squares(now.logits, start.logits if start else None)
+
+    # Every tensor rank has the logits of the whole sequence: adding them up would count them twice.
     unsharded = replace(trial.context, sequence_parallel=False)
-    return reduce_stream_sums(streams, trial.context), reduce_stream_sums(logits, unsharded)[
-        "logits"
-    ]
+    stream_rms = reduce_stream_sums(stream_sums, trial.context)
+    logits_rms = reduce_stream_sums(logits_sums, unsharded)
+    return stream_rms, logits_rms["logits"]
+
+
+@dataclass
+class _ProbeSeries:
+    """RMS of what the probe computes, by step; the fields are those of Measurement."""
+
+    stream: list[float] = field(default_factory=list)
+    stream_change: list[float] = field(default_factory=list)
+    logits: list[float] = field(default_factory=list)
+    logits_change: list[float] = field(default_factory=list)
+    blocks: list[dict[str, float]] = field(default_factory=list)
+
+    def append(self, trial: Trial, now: Probe, start: Probe) -> None:
+        """Add one step. Communicates over all ranks of the layout."""
+        streams, logits = _probe_rms(trial, now, None)
+        changes, logits_change = _probe_rms(trial, now, start)
+        # Sites are in the order of the model, so the last one is the input of the final norm.
+        final_site = list(streams)[-1]
+        self.stream.append(streams[final_site])
+        self.stream_change.append(changes[final_site])
+        self.logits.append(logits)
+        self.logits_change.append(logits_change)
+        self.blocks.append(streams)
 
 
 def measure(
     trial: Trial, training: Sequence[Sequence[Batch]], probe: Sequence[Batch]
 ) -> Measurement:
-    """Train on the given steps of micro-batches and probe before, between and after."""
+    """Train one step on each list of micro-batches, and run the probe before, between and after.
+
+    Communicates over all ranks of the layout, and gives the same on every rank.
+    """
+    optimizer = trial.optimizer
     start = run_probe(trial, probe)
-    blocks, sizes = [], []
+    series = _ProbeSeries()
     gradients: dict[str, float] = {}
     updates: list[dict[Role, float]] = []
     moved: list[dict[Role, float]] = []
     losses: list[float] = []
-    optimizer = trial.optimizer
-    for number in range(len(training) + 1):
-        now = run_probe(trial, probe)
-        streams, logits = _sizes(trial, now, None)
-        changes, logits_change = _sizes(trial, now, start)
-        last = list(streams)[-1]
-        blocks.append(streams)
-        sizes.append((streams[last], changes[last], logits, logits_change))
-        if number == len(training):
-            break
-        before = optimizer.shards.master.clone()
-        figures = trial.step.run(training[number], number + 1).read()
+
+    for step, micro_batches in enumerate(training, start=1):
+        series.append(trial, run_probe(trial, probe), start)
+        master_before = optimizer.shards.master.clone()
+        figures = trial.step.run(micro_batches, step).read()
         losses.append(figures.loss)
-        if number == 0:
-            by_role = role_rms(optimizer, optimizer.shards.grad_shard)
-            gradients = {str(role): size / figures.counted_tokens for role, size in by_role.items()}
-        updates.append(role_rms(optimizer, optimizer.shards.master - before, by_learning_rate=True))
-        moved.append(role_rms(optimizer, optimizer.shards.master - before))
-    rate = trial.config.optimizer.base_lr
-    by_own, by_base = _mean_by_role(updates, rate), _mean_by_role(moved, rate)
-    stream, changed = [row[0] for row in sizes], [row[1] for row in sizes]
-    outputs, outputs_changed = [row[2] for row in sizes], [row[3] for row in sizes]
+        if step == 1:
+            gradients = _gradient_rms(optimizer, figures.counted_tokens)
+        # Updates are read off the master weights: weights in bf16 round small ones away.
+        change = optimizer.shards.master - master_before
+        updates.append(role_rms(optimizer, change, by_learning_rate=True))
+        moved.append(role_rms(optimizer, change))
+    series.append(trial, run_probe(trial, probe), start)
+
+    base_lr = trial.config.optimizer.base_lr
     return Measurement(
-        stream, changed, outputs, outputs_changed, blocks, gradients, by_own, losses, by_base
+        series.stream,
+        series.stream_change,
+        series.logits,
+        series.logits_change,
+        series.blocks,
+        gradients,
+        _mean_by_role(updates, base_lr),
+        losses,
+        _mean_by_role(moved, base_lr),
     )
 
 
+def _gradient_rms(optimizer: DistributedOptimizer, counted_tokens: int) -> dict[str, float]:
+    """By role: RMS of the gradient of the loss a token."""
+    # What was accumulated is the gradient of the sum over tokens.
+    rms_by_role = role_rms(optimizer, optimizer.shards.grad_shard)
+    return {str(role): rms / counted_tokens for role, rms in rms_by_role.items()}
+
+
 def _mean_by_role(steps: Sequence[dict[Role, float]], unit: float) -> dict[str, float]:
-    return {str(role): sum(step[role] for step in steps) / len(steps) / unit for role in steps[0]}
+    """By role: the mean over the steps, in multiples of `unit`."""
+    means = {}
+    for role in steps[0]:
+        total = sum(by_role[role] for by_role in steps)
+        means[str(role)] = total / len(steps) / unit
+    return means
 
 
 @dataclass(frozen=True)
@@ -141,7 +198,7 @@ class Sample:
     """One trained model of the check."""
 
     axis: str  # depth | width
-    rule: str  # model | control, or the name of another parameterization that is shown beside them
+    rule: str  # model | control, or the name of a parameterization that is shown beside them
     hidden_size: int
     num_layers: int
     seed: int
@@ -150,12 +207,17 @@ class Sample:
 
     @property
     def size(self) -> int:
+        """The number of layers, or the hidden size: what varies along the axis."""
         return self.num_layers if self.axis == "depth" else self.hidden_size
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to train: the depth axis at the smallest width, the width axis at the smallest depth."""
+    """What to train: the depth axis at the smallest width, the width axis at the smallest depth.
+
+    beside: further parameterizations, by their names in PARAMETERIZATIONS, that are measured and
+    shown but not judged.
+    """
 
     depths: Sequence[int]
     widths: Sequence[int]
@@ -163,16 +225,16 @@ class Plan:
     seeds: int = 3
     precision: str = "float32"
     check_eps: bool = True
-    beside: Sequence[
-        str
-    ] = ()  # further parameterizations, by their names in PARAMETERIZATIONS: measured and shown, not judged
+    beside: Sequence[str] = ()
 
     def shapes(self) -> Iterable[tuple[str, int, int]]:
         """(axis, hidden_size, num_layers) of every model."""
         if len(self.depths) > 1:
-            yield from (("depth", min(self.widths), depth) for depth in self.depths)
+            for depth in self.depths:
+                yield "depth", min(self.widths), depth
         if len(self.widths) > 1:
-            yield from (("width", width, min(self.depths)) for width in self.widths)
+            for width in self.widths:
+                yield "width", width, min(self.depths)
 
 
 CONTROLS = {"depth": "mup", "width": "sp"}
@@ -182,7 +244,7 @@ EPS_SETTINGS = {"base_eps": LARGE_EPS, "base_weight_decay": 0.0, "grad_clip": 0.
 
 @dataclass(frozen=True)
 class Job:
-    """One model to train: `steps` steps, and the step after them is the probe. Travels between processes."""
+    """One model to train for `steps` steps; one more batch is the probe. Is sent to processes."""
 
     rule: str  # as in Sample, and "large eps": the model under check once more
     config: Config
@@ -196,12 +258,12 @@ Run = Callable[[Sequence[Job]], Iterator[Measurement]]  # in the order of the jo
 
 
 def in_turn(context: ParallelContext) -> Run:
-    """One model after the other, on all ranks of the layout."""
+    """Train one model after the other, on all ranks of the layout."""
     return lambda jobs: (train(job, context) for job in jobs)
 
 
 def in_workers(workers: int, device: str) -> Run:
-    """Several models at once, in processes of one thread each."""
+    """Train several models at once, each in a process of one thread."""
 
     def run(jobs: Sequence[Job]) -> Iterator[Measurement]:
         with processes(workers) as pool:
@@ -216,47 +278,82 @@ def _train_alone(job: Job, device: str) -> Measurement:
 
 
 def train(job: Job, context: ParallelContext) -> Measurement:
-    """One model from its initial weights on."""
-    short = for_short_runs(job.config, job.steps + 1, job.precision, **job.optimizer)
-    batches = read_batches(short, context, job.steps + 1)
-    return measure(
-        Trial.build(short, context, job.design), batches[: job.steps], batches[job.steps]
-    )
+    """Train and measure one model from its initial weights on.
+
+    Communicates over all ranks of the layout. Raises ConfigError for a model with a parameter that
+    declares no role, DataError where token files are missing.
+    """
+    batch_count = job.steps + 1
+    config = for_short_runs(job.config, batch_count, job.precision, **job.optimizer)
+    batches = read_batches(config, context, batch_count)
+    trial = Trial.build(config, context, job.design)
+    return measure(trial, batches[: job.steps], batches[job.steps])
 
 
 def jobs_of(config: Config, plan: Plan, design: Design, axis: str) -> list[Job]:
-    """The model of one shape and seed in all the rules that are wanted. `design` is the model under check; others take the right table."""
+    """One shape and seed in all the rules that the plan names.
+
+    `design` is the model under check; the control and the rules beside it take the right table.
+    """
     right = replace(design, make_table=table_of)
     jobs = [Job("model", config, design, plan.steps, plan.precision)]
     if plan.check_eps:
         jobs.append(Job("large eps", config, design, EPS_STEPS, plan.precision, EPS_SETTINGS))
-    jobs.append(Job("control", under(config, CONTROLS[axis]), right, plan.steps, plan.precision))
-    return jobs + [
-        Job(rule, under(config, rule), right, plan.steps, plan.precision) for rule in plan.beside
-    ]
+    control = under(config, CONTROLS[axis])
+    jobs.append(Job("control", control, right, plan.steps, plan.precision))
+    for rule in plan.beside:
+        jobs.append(Job(rule, under(config, rule), right, plan.steps, plan.precision))
+    return jobs
+
+
+@dataclass(frozen=True)
+class _Case:
+    """One shape and seed, with its jobs in all rules."""
+
+    axis: str
+    width: int
+    depth: int
+    seed: int
+    jobs: list[Job]
+
+
+def _cases_of(config: Config, plan: Plan, design: Design) -> list[_Case]:
+    cases = []
+    for axis, width, depth in plan.shapes():
+        shaped = reshape(config, width, depth)
+        for seed in range(plan.seeds):
+            jobs = jobs_of(with_seed(shaped, seed), plan, design, axis)
+            cases.append(_Case(axis, width, depth, seed, jobs))
+    return cases
 
 
 def collect(
     config: Config, plan: Plan, run: Run, design: Design | None = None, say: Say = lambda text: None
 ) -> list[Sample]:
-    """Train and measure every model of the plan."""
-    cases = []
-    for axis, width, depth in plan.shapes():
-        shaped = [with_seed(reshape(config, width, depth), seed) for seed in range(plan.seeds)]
-        cases += [
-            (axis, width, depth, seed, jobs_of(shaped[seed], plan, design or Design(), axis))
-            for seed in range(plan.seeds)
-        ]
-    measurements = run([job for *_, jobs in cases for job in jobs])
+    """Train and measure every model of the plan; `say` gets one line a shape and seed.
+
+    Communicates over all ranks of the layout that `run` trains on. Raises ConfigError for a shape
+    that the configuration does not allow, before anything is trained.
+    """
+    cases = _cases_of(config, plan, design or Design())
+    # All jobs at once, so that workers never wait for the end of a case.
+    measurements = run(list(chain.from_iterable(case.jobs for case in cases)))
+
     samples = []
-    for axis, width, depth, seed, jobs in cases:
-        found = {job.rule: next(measurements) for job in jobs}
-        eps = found.pop("large eps", None)
-        samples += [
-            Sample(axis, rule, width, depth, seed, one, eps if rule == "model" else None)
-            for rule, one in found.items()
-        ]
-        own, other = found["model"], found["control"]
-        changes = f"change {own.stream_change[-1]:.4g}, control {other.stream_change[-1]:.4g}"
-        say(f"{axis}: {depth} layers x {width}, seed {seed}: stream {own.stream[0]:.4g}, {changes}")
+    for case in cases:
+        measured = {job.rule: next(measurements) for job in case.jobs}
+        # The runs with a large eps are no rule of their own but further figures of the model.
+        large_eps = measured.pop("large eps", None)
+        shape = (case.width, case.depth)
+        for rule, measurement in measured.items():
+            with_large_eps = large_eps if rule == "model" else None
+            sample = Sample(case.axis, rule, *shape, case.seed, measurement, with_large_eps)
+            samples.append(sample)
+        say(_progress_line(case, measured["model"], measured["control"]))
     return samples
+
+
+def _progress_line(case: _Case, model: Measurement, control: Measurement) -> str:
+    shape = f"{case.axis}: {case.depth} layers x {case.width}, seed {case.seed}"
+    changes = f"change {model.stream_change[-1]:.4g}, control {control.stream_change[-1]:.4g}"
+    return f"{shape}: stream {model.stream[0]:.4g}, {changes}"

@@ -1,8 +1,9 @@
-"""What the coordinate check's measurements say: exponents over depth and width, their bands, and the verdict.
+"""The verdict of the coordinate check: exponents over depth and width, compared with bands.
 
-Each quantity is fitted with a power of the depth (or width) and its exponent compared with a band; a model that is known to be wrong
-(muP over depth, SP over width) runs beside it and must leave the band, or the check cannot tell. Nor can it where the interval over
-seeds leaves both open. Bands: docs/instruments.md.
+Each quantity is fitted with a power of the depth (or width), and its exponent is compared with a
+band. A model that is known to be wrong (muP over depth, SP over width) is measured beside it and
+must leave the band, or the check cannot tell. It cannot tell either where the interval over seeds
+holds both answers. Bands: docs/instruments.md.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ class Verdict(IntEnum):
 
 @dataclass(frozen=True)
 class Band:
-    """A quantity's exponent and where a right model's lies. Without bounds it is only reported.
+    """The limits of a quantity's exponent in a right model; without them it is only reported.
 
-    Small widths, large initial weights and few depths bend a right model's curve by up to MARGIN: so far beyond the band nothing is said.
+    Small widths, large initial weights and few depths bend a right model's curve by up to MARGIN:
+    an exponent that is no farther beyond the band decides nothing.
     """
 
     axis: str
@@ -59,46 +61,52 @@ BANDS = (
     Band("width", "update with large eps, outside", -0.25, 0.25),
     Band("width", "update, hidden matrices", -1.25, -0.75),
     Band("width", "update, outside", -0.25, 0.25),
-    Band(
-        "width", "gradient, hidden matrices"
-    ),  # about -1.15, and outside about -1.1: the reason for eps / m_N
-    Band("width", "gradient, outside"),
+    Band("width", "gradient, hidden matrices"),  # about -1.15, the reason for eps / m_N
+    Band("width", "gradient, outside"),  # about -1.1
 )
 DECISIVE = "stream change"  # what the control must get wrong
-CONTROL_AT_LEAST, CONTROL_GAP = 0.5, 0.4
+CONTROL_AT_LEAST = 0.5  # the exponent that a wrong model must show at least
+CONTROL_GAP = 0.4  # and its distance from the model's
+# Where no stream at the start was measured over depth: nothing is excused by it.
+NO_START = Estimate(0.0, 0.0, 0.0)
 
 
 def quantity(name: str, sample: Sample) -> float | None:
-    """A figure of one model; None where it was not measured."""
+    """The figure that a band names, of one model; None where it was not measured."""
     measured = sample.measured
     if name.startswith(("update", "gradient")):
-        with_eps = sample.with_large_eps.updates if sample.with_large_eps else {}
-        found = (
-            with_eps
-            if "large eps" in name
-            else measured.moved
-            if name.startswith("update")
-            else measured.gradients
-        )
-        # The roles with the most elements speak for their kind: hidden matrices, and the unembedding.
-        roles = (
-            (Role.UNEMBEDDING, Role.EMBEDDING)
-            if name.endswith("outside")
-            else (Role.HIDDEN_WEIGHT,)
-        )
-        return next((found[role] for role in roles if role in found), None)
-    values = {
+        return _quantity_of_role(name, sample)
+    figures = {
         "stream at init": measured.stream[0],
         "stream change": measured.stream_change[-1],
         "logits at init": measured.logits[0],
         "logits change": measured.logits_change[-1],
     }
-    return values[name]
+    return figures[name]
+
+
+def _quantity_of_role(name: str, sample: Sample) -> float | None:
+    rms_by_role: dict[str, float] = {}
+    if "large eps" not in name:
+        measured = sample.measured
+        rms_by_role = measured.moved if name.startswith("update") else measured.gradients
+    elif sample.with_large_eps is not None:
+        rms_by_role = sample.with_large_eps.updates
+
+    # The role with the most elements represents its kind: hidden matrices, and the unembedding,
+    # which is the embedding where the two are tied.
+    roles: tuple[Role, ...] = (Role.HIDDEN_WEIGHT,)
+    if name.endswith("outside"):
+        roles = (Role.UNEMBEDDING, Role.EMBEDDING)
+    for role in roles:
+        if role in rms_by_role:
+            return rms_by_role[role]
+    return None
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One row of the table."""
+    """The exponents of one quantity over one axis."""
 
     band: Band
     model: Estimate
@@ -108,37 +116,45 @@ class Finding:
 
     @property
     def beyond(self) -> bool:
-        """Beyond the band and its margin (an exponent that is no number is), whatever its interval."""
-        return (
-            self.passed is False
-            and not self.band.low - MARGIN <= self.model.value <= self.band.high + MARGIN
-        )
+        """Whether the exponent is beyond the band and its margin, whatever its interval."""
+        low = self.band.low - MARGIN
+        high = self.band.high + MARGIN
+        # Written so that an exponent that is no number is beyond.
+        return self.passed is False and not low <= self.model.value <= high
 
     @property
     def wrong(self) -> bool:
-        """Beyond the band and its margin, and the whole interval outside the band."""
-        return self.beyond and (
-            not math.isfinite(self.model.value) or self.model.outside(self.band.low, self.band.high)
-        )
+        """Whether it is beyond the band and its margin, and its whole interval outside the band."""
+        if not self.beyond:
+            return False
+        # No interval excuses an exponent that is no number: a run diverged, or nothing moved.
+        if not math.isfinite(self.model.value):
+            return True
+        return self.model.outside(self.band.low, self.band.high)
 
     @property
     def vague(self) -> bool:
-        """In the band, with an interval wider than it: with other seeds the exponent may as well be on either side."""
+        """Whether the exponent is in the band with an interval that is wider than the band.
+
+        With other seeds it may then lie on either side.
+        """
         return self.passed is True and self.model.wider_than(self.band.high - self.band.low)
 
     @property
     def mark(self) -> str:
-        """What the table says of it."""
+        """What the report shows of the finding in its last column."""
         if self.passed is None:
             return ""
         if not self.model.repeated:
             return "no interval"
-        return "too wide" if self.vague else "pass" if self.passed else "FAIL"
+        if self.vague:
+            return "too wide"
+        return "pass" if self.passed else "FAIL"
 
 
 @dataclass(frozen=True)
 class Result:
-    """The whole check."""
+    """The verdict with its reason, the findings that it follows from, and the measurements."""
 
     verdict: Verdict
     reason: str
@@ -146,34 +162,42 @@ class Result:
     samples: list[Sample] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            **asdict(self),
-            "verdict": self.verdict.name.lower(),
-            "exit_code": int(self.verdict),
-        }
+        """Plain data, with the verdict's name and exit code."""
+        fields = asdict(self)
+        fields["verdict"] = self.verdict.name.lower()
+        fields["exit_code"] = int(self.verdict)
+        return fields
 
 
 def judge(samples: Sequence[Sample], alpha: float = 1.0) -> Result:
-    """Fit exponents over each axis, seed by seed, and compare them with the bands; `alpha` is the model's."""
+    """Fit exponents over each axis, seed by seed, and compare them with the bands.
+
+    `alpha` is that of the model under check.
+    """
+    rules = dict.fromkeys(sample.rule for sample in samples)
+    rules_beside = [rule for rule in rules if rule not in ("model", "control")]
     findings = []
-    others = [
-        rule for rule in dict.fromkeys(s.rule for s in samples) if rule not in ("model", "control")
-    ]
-    for band in (_shifted(band, alpha) for band in BANDS):
+    for alpha_one_band in BANDS:
+        band = _shifted(alpha_one_band, alpha)
         model = exponent(samples, band, "model")
+        # Over an axis with one size, and without the runs with a large eps, there is no figure.
         if model is None:
             continue
+        control = exponent(samples, band, "control")
         bounded = math.isfinite(band.low)
         passed = band.low <= model.value <= band.high if bounded else None
-        found = {rule: exponent(samples, band, rule) for rule in others}
-        beside = {rule: estimate for rule, estimate in found.items() if estimate is not None}
-        findings.append(Finding(band, model, exponent(samples, band, "control"), passed, beside))
+        beside = {}
+        for rule in rules_beside:
+            estimate = exponent(samples, band, rule)
+            if estimate is not None:
+                beside[rule] = estimate
+        findings.append(Finding(band, model, control, passed, beside))
     verdict, reason = _verdict(findings)
     return Result(verdict, reason, findings, list(samples))
 
 
 def _shifted(band: Band, alpha: float) -> Band:
-    """Hidden matrices learn with m_L^(alpha - 1)."""
+    """The band for another alpha: the learning rate of hidden matrices is m_L^(alpha - 1)."""
     if (band.axis, band.quantity) != ("depth", "update, hidden matrices"):
         return band
     return replace(band, low=band.low + alpha - 1, high=band.high + alpha - 1)
@@ -181,103 +205,142 @@ def _shifted(band: Band, alpha: float) -> Band:
 
 def exponent(samples: Sequence[Sample], band: Band, rule: str) -> Estimate | None:
     """The exponent of one quantity, mean over seeds; None where it was not measured."""
-    chosen = [s for s in samples if s.axis == band.axis and s.rule == rule]
+    rule_samples = [s for s in samples if s.axis == band.axis and s.rule == rule]
     slopes = []
-    for seed in sorted({s.seed for s in chosen}):
-        pairs = [(s.size, quantity(band.quantity, s)) for s in chosen if s.seed == seed]
-        if any(value is None for _, value in pairs):
-            return None
-        slopes.append(
-            log_log_slope(
-                [size for size, _ in pairs], [value for _, value in pairs if value is not None]
-            )
-        )
+    for seed in sorted({sample.seed for sample in rule_samples}):
+        sizes: list[float] = []
+        figures: list[float] = []
+        for sample in rule_samples:
+            if sample.seed != seed:
+                continue
+            figure = quantity(band.quantity, sample)
+            if figure is None:
+                return None
+            sizes.append(sample.size)
+            figures.append(figure)
+        slopes.append(log_log_slope(sizes, figures))
     return mean_estimate(slopes) if slopes else None
 
 
 def _verdict(findings: Sequence[Finding]) -> tuple[Verdict, str]:
-    start = next(
-        (
-            f.model
-            for f in findings
-            if (f.band.axis, f.band.quantity) == ("depth", "stream at init")
-        ),
-        NO_START,
-    )
-    wrong = [f for f in findings if f.wrong]
-    if not all(_follows(f, start.low) for f in wrong):
+    start = _start_exponent(findings)
+    wrong = [finding for finding in findings if finding.wrong]
+    # One wrong exponent that nothing excuses decides, however uncertain the others are.
+    if not all(_follows(finding, start.low) for finding in wrong):
         return Verdict.WRONG, "wrong: " + _outside(wrong)
-    if single := [f for f in findings if f.passed is not None and not f.model.repeated]:
-        return (
-            Verdict.CANNOT_TELL,
-            f"cannot tell: {_listed(single[:1])}, has no interval, for there is one seed. Use --seeds 3 or more.",
-        )
-    if wrong:
-        return Verdict.CANNOT_TELL, (
-            f"cannot tell: {_outside(wrong)}, but the stream at the start falls as much ({start}): the blocks' random outputs "
-            "outweigh the embedding, and what depends on them follows. Use deeper models or smaller optimizer.base_init_std."
-        )
-    if vague := [f for f in findings if f.beyond or f.vague]:
-        return Verdict.CANNOT_TELL, (
-            f"cannot tell: {_listed(vague)}: with other seeds it may be in its band or outside. "
-            "Use more seeds, more depths or widths, or more tokens a step."
-        )
-    if near := [f for f in findings if f.passed is False]:
-        remedy = "Use more tokens a step, larger depths or widths, a smaller learning rate or smaller initial weights."
-        return (
-            Verdict.CANNOT_TELL,
-            f"cannot tell: {_outside(near)}, which a right model may show too. {remedy}",
-        )
-    if not any(f.band.quantity == DECISIVE for f in findings):
-        return Verdict.CANNOT_TELL, "cannot tell: give at least two depths or two widths"
-    for finding in findings:
-        if finding.band.quantity != DECISIVE or finding.control is None:
-            continue
-        control, gap = finding.control, finding.control.value - finding.model.value
-        if not (control.value >= CONTROL_AT_LEAST and gap >= CONTROL_GAP):
-            return Verdict.CANNOT_TELL, (
-                f"cannot tell: the control's {DECISIVE} over {finding.band.axis} has the exponent {control.value:+.2f}, {gap:+.2f} from "
-                f"the model's; a wrong model must show at least +{CONTROL_AT_LEAST} and +{CONTROL_GAP} more. "
-                "Use more depths or widths, or a larger learning rate."
-            )
-        if not control.low > finding.band.high:
-            return Verdict.CANNOT_TELL, (
-                f"cannot tell: the control's {DECISIVE} over {finding.band.axis} has the exponent {control}, whose interval reaches into "
-                f"the model's band (up to {finding.band.high:+.2f}): the check might not have seen a wrong model. "
-                "Use more seeds, or more depths or widths."
-            )
+
+    doubt = _doubt_about_model(findings, wrong, start) or _doubt_about_control(findings)
+    if doubt is not None:
+        return Verdict.CANNOT_TELL, f"cannot tell: {doubt}"
     return Verdict.RIGHT, "right: every exponent is in its band, and the control's is not"
 
 
-NO_START = Estimate(
-    0.0, 0.0, 0.0
-)  # where no stream at the start was measured over depth: nothing follows it
+def _start_exponent(findings: Sequence[Finding]) -> Estimate:
+    """The exponent over depth of the stream at the initial weights."""
+    for finding in findings:
+        if (finding.band.axis, finding.band.quantity) == ("depth", "stream at init"):
+            return finding.model
+    return NO_START
+
+
+def _doubt_about_model(
+    findings: Sequence[Finding], wrong: Sequence[Finding], start: Estimate
+) -> str | None:
+    """Why the model's exponents leave the verdict open; None where they do not.
+
+    `wrong`: the findings that are wrong, all of which follow the stream at the start.
+    """
+    # Without an interval nothing is known of what another seed would show.
+    judged = [finding for finding in findings if finding.passed is not None]
+    single = [finding for finding in judged if not finding.model.repeated]
+    if single:
+        return (
+            f"{_listed(single[:1])}, has no interval, for there is one seed. Use --seeds 3 or more."
+        )
+    if wrong:
+        return (
+            f"{_outside(wrong)}, but the stream at the start falls as much ({start}): "
+            "the blocks' random outputs outweigh the embedding, and what depends on them follows. "
+            "Use deeper models or smaller optimizer.base_init_std."
+        )
+
+    vague = [finding for finding in findings if finding.beyond or finding.vague]
+    if vague:
+        return (
+            f"{_listed(vague)}: with other seeds it may be in its band or outside. "
+            "Use more seeds, more depths or widths, or more tokens a step."
+        )
+    # What is left is within the margin of its band, where a right model's curve may bend.
+    near = [finding for finding in findings if finding.passed is False]
+    if near:
+        return (
+            f"{_outside(near)}, which a right model may show too. "
+            "Use more tokens a step, larger depths or widths, a smaller learning rate "
+            "or smaller initial weights."
+        )
+    if not any(finding.band.quantity == DECISIVE for finding in findings):
+        return "give at least two depths or two widths"
+    return None
+
+
+def _doubt_about_control(findings: Sequence[Finding]) -> str | None:
+    """Why the control leaves the verdict open: it does not show that it is wrong."""
+    for finding in findings:
+        control = finding.control
+        if finding.band.quantity != DECISIVE or control is None:
+            continue
+        name = f"the control's {DECISIVE} over {finding.band.axis}"
+        gap = control.value - finding.model.value
+        # Written so that an exponent that is no number shows nothing.
+        if not (control.value >= CONTROL_AT_LEAST and gap >= CONTROL_GAP):
+            return (
+                f"{name} has the exponent {control.value:+.2f}, {gap:+.2f} from the model's; "
+                f"a wrong model must show at least +{CONTROL_AT_LEAST} and +{CONTROL_GAP} more. "
+                "Use more depths or widths, or a larger learning rate."
+            )
+        if not control.low > finding.band.high:
+            return (
+                f"{name} has the exponent {control}, whose interval reaches into the model's band "
+                f"(up to {finding.band.high:+.2f}): the check might not have seen a wrong model. "
+                "Use more seeds, or more depths or widths."
+            )
+    return None
 
 
 def _follows(finding: Finding, start: float) -> bool:
-    """Whether a right model may show this because its stream at the start falls with depth, with an exponent down to `start`.
+    """Whether the stream at the start explains a wrong exponent, so that a right model may show it.
 
-    The blocks' random outputs add up to m_L^-1 L^1/2, so the stream falls while they outweigh the embedding. What passes through them
-    may change less by as much, and gradients, which the final norm divides by the stream, be larger by as much. No other exponent and
-    no other direction is excused: a stream that grows, or an update of the wrong size, is wrong.
+    `start` is the lower end of that stream's exponent over depth. The blocks' random outputs add up
+    to m_L^-1 L^1/2, so the stream falls with depth while they outweigh the embedding. What passes
+    through the blocks may then change less by as much, and gradients, which the final norm divides
+    by the stream, be larger by as much. No other exponent and no other direction is excused: a
+    stream that grows, or an update of the wrong size, is wrong.
     """
-    band, value = finding.band, finding.model.value
+    band = finding.band
+    model = finding.model.value
     if (band.axis, band.quantity) == ("depth", DECISIVE):
-        return start - MARGIN <= value < band.low
+        return start - MARGIN <= model < band.low
     if (band.axis, band.quantity) == ("depth", "update with large eps, in blocks"):
-        return band.high < value <= MARGIN - start
+        return band.high < model <= MARGIN - start
     return False
 
 
 def _listed(findings: Sequence[Finding]) -> str:
-    return "; ".join(
-        f"{f.band.quantity} over {f.band.axis} {f.model}, band {f.band.low:+.2f} to {f.band.high:+.2f}"
-        for f in findings
-    )
+    """Each exponent with its interval and its band."""
+    texts = []
+    for finding in findings:
+        band = finding.band
+        limits = f"band {band.low:+.2f} to {band.high:+.2f}"
+        texts.append(f"{band.quantity} over {band.axis} {finding.model}, {limits}")
+    return "; ".join(texts)
 
 
 def _outside(findings: Sequence[Finding]) -> str:
-    return "; ".join(
-        f"{f.band.quantity} over {f.band.axis} {f.model.value:+.2f} outside [{f.band.low:+.2f}, {f.band.high:+.2f}]"
-        for f in findings
-    )
+    """Each exponent without its interval, and the band that it is outside of."""
+    texts = []
+    for finding in findings:
+        band = finding.band
+        limits = f"[{band.low:+.2f}, {band.high:+.2f}]"
+        figure = f"{band.quantity} over {band.axis} {finding.model.value:+.2f}"
+        texts.append(f"{figure} outside {limits}")
+    return "; ".join(texts)

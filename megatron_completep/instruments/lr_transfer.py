@@ -1,13 +1,14 @@
-"""Learning-rate transfer: from the points of a sweep to optima, drift, regret, savings, a report, and the target's configuration.
+"""Learning-rate transfer: from the points of a sweep to optima, drift, regret and savings.
 
-Optima are compared, not losses: per shape a parabola in log2(lr) gives the best learning rate, a bootstrap over seeds its interval,
-which is never narrower than the grid allows. What an interval cannot tell is called unresolved.
+Optima are compared, not losses. A parabola in log2(lr) gives the best learning rate of each shape,
+and a bootstrap over seeds its interval, which is never narrower than the grid allows. What an
+interval cannot tell is called unresolved.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,14 +34,16 @@ REGRET_BAND = 0.02  # nats
 REPLICATES = 1000
 AT_EDGE = "unresolved: an optimum lies at the edge of the grid"
 Say = Callable[[str], None]
-Family = tuple[
-    str, int, float, float
-]  # parameterization, train_steps, base_weight_decay, base_init_std
+# parameterization, train_steps, base_weight_decay, base_init_std
+Family = tuple[str, int, float, float]
+# What tells curves apart: parameterization, hidden_size, num_layers, train_steps,
+# base_weight_decay, base_init_std.
+Shape = tuple[str, int, int, int, float, float]
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Losses of one shape over the learning rates, seeds that are complete only."""
+    """Losses of one shape over the learning rates, of the seeds that have all of them."""
 
     parameterization: str
     hidden_size: int
@@ -54,10 +57,12 @@ class Curve:
 
     @property
     def family(self) -> Family:
+        """What all shapes that are compared with one base shape share."""
         return self.parameterization, self.train_steps, self.base_weight_decay, self.base_init_std
 
     @property
     def mean(self) -> Array:
+        """The mean over seeds [n], infinite where one diverged."""
         return mean_curve(self.losses)
 
     @property
@@ -66,17 +71,13 @@ class Curve:
         return len(self.log2_lr) > 1
 
     def optimum(self, mean: Array | None = None) -> fits.Optimum:
-        """The best learning rate of the mean curve, or of one that stands for it."""
+        """The best learning rate of the mean curve, or of a replicate of it (`mean`)."""
         return parabola_optimum(self.log2_lr, self.mean if mean is None else mean)
 
     def same_runs(self, other: Curve) -> bool:
-        """Whether the other's runs are these: at the base depth rules coincide, and share them."""
-        shapes = [
-            (c.hidden_size, c.num_layers, c.train_steps, c.base_weight_decay, c.base_init_std)
-            for c in (self, other)
-        ]
+        """Whether both are of the same runs, as under two rules that coincide at the base depth."""
         return (
-            shapes[0] == shapes[1]
+            shape_of(self)[1:] == shape_of(other)[1:]
             and np.array_equal(self.log2_lr, other.log2_lr)
             and np.array_equal(self.losses, other.losses)
         )
@@ -84,7 +85,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Optimum:
-    """What one shape came to."""
+    """The figures of one shape."""
 
     parameterization: str
     hidden_size: int
@@ -95,24 +96,22 @@ class Optimum:
     seeds: int
     log2_lr: Estimate
     grid_log2_lr: float  # the grid's best point
-    grid_step: (
-        float | None
-    )  # octaves from there to the nearer neighbour; None where one learning rate was run
+    # Octaves from there to the nearer neighbour; None where one learning rate was run.
+    grid_step: float | None
     loss: Estimate
     at_edge: bool
     drift: Estimate | None  # octaves from the base shape's optimum; None for the base shape itself
     regret: Estimate | None  # nats lost at the base shape's optimum; None for the base shape itself
     regret_verdict: str  # small | large | unresolved | not on the grid | base shape
-    divergence_log2_lr: (
-        float | None
-    )  # the smallest learning rate above the optimum that is over the edge
+    # The smallest learning rate above the optimum that is over the divergence edge.
+    divergence_log2_lr: float | None
     flops: float
     tau: float | None  # 1 / (lr * wd * steps) at the optimum
 
 
 @dataclass(frozen=True)
 class Drift:
-    """Drift of the optimum over depth under one rule, and what it says."""
+    """Drift of the optimum over depth under one rule, with its verdict."""
 
     parameterization: str
     hidden_size: int
@@ -125,7 +124,10 @@ class Drift:
 
 @dataclass(frozen=True)
 class Saving:
-    """FLOPs to the loss of another rule, or of another shape: 1 - (ours / theirs), in percent."""
+    """The part of another's FLOPs that is not needed to reach its loss, in percent.
+
+    The other is the same shape under another rule, or another shape under the same rule.
+    """
 
     parameterization: str
     num_layers: int
@@ -137,46 +139,66 @@ class Saving:
     verdict: str  # saves | costs | unresolved
 
 
+def shape_of(record: Curve | sweep.Point) -> Shape:
+    """What tells the curve, or the curve of the point, apart from others."""
+    return (
+        record.parameterization,
+        record.hidden_size,
+        record.num_layers,
+        record.train_steps,
+        record.base_weight_decay,
+        record.base_init_std,
+    )
+
+
 def curves_of(results: Iterable[tuple[sweep.Point, dict[str, Any]]]) -> list[Curve]:
-    """Gather points into curves. Only seeds for which every learning rate of the curve is done count."""
-    gathered: dict[tuple[Any, ...], dict[tuple[float, int], dict[str, Any]]] = {}
-    for p, result in results:
-        shape = (
-            p.parameterization,
-            p.hidden_size,
-            p.num_layers,
-            p.train_steps,
-            p.base_weight_decay,
-            p.base_init_std,
-        )
-        gathered.setdefault(shape, {})[p.base_lr, p.seed] = result
+    """Gather points into curves; a seed counts where every learning rate of its curve is done."""
+    runs_by_shape: dict[Shape, dict[tuple[float, int], dict[str, Any]]] = {}
+    for point, result in results:
+        runs = runs_by_shape.setdefault(shape_of(point), {})
+        runs[point.base_lr, point.seed] = result
+
     curves = []
-    for shape, runs in gathered.items():
+    for shape, runs in runs_by_shape.items():
         rates = sorted({rate for rate, _ in runs})
-        seeds = [
-            s
-            for s in sorted({seed for _, seed in runs})
-            if all((rate, s) in runs for rate in rates)
-        ]
+        # A mean over other seeds at some learning rates would bend the curve.
+        seeds = [seed for seed in _seeds_of(runs) if _is_complete(runs, rates, seed)]
         if not seeds:
             continue
-        losses = np.array([[sweep.loss_of(runs[rate, seed]) for seed in seeds] for rate in rates])
+        losses = np.empty((len(rates), len(seeds)))
+        for row, rate in enumerate(rates):
+            losses[row] = [sweep.loss_of(runs[rate, seed]) for seed in seeds]
+        # A run that diverged ended early and has fewer FLOPs than the others.
         flops = max(result["flops"] for result in runs.values())
         curves.append(Curve(*shape, np.log2(rates), losses, flops))
     return curves
 
 
+def _seeds_of(runs: Iterable[tuple[float, int]]) -> list[int]:
+    return sorted({seed for _, seed in runs})
+
+
+def _is_complete(runs: Container[tuple[float, int]], rates: Sequence[float], seed: int) -> bool:
+    return all((rate, seed) in runs for rate in rates)
+
+
 def base_curve(curve: Curve, curves: Sequence[Curve]) -> Curve:
-    """The smallest shape of the same family: least depth, then least width."""
-    return min(
-        (c for c in curves if c.family == curve.family), key=lambda c: (c.num_layers, c.hidden_size)
-    )
+    """The smallest shape of the same family: the least depth, then the least width."""
+    members = [member for member in curves if member.family == curve.family]
+    return min(members, key=lambda member: (member.num_layers, member.hidden_size))
 
 
-def regret(own: Curve, base: Curve, own_mean: Array, base_mean: Array) -> float:
-    """Loss at the base's optimum minus the loss at one's own, both on one's own curve; nan where its grid does not reach that far."""
-    chosen, best = base.optimum(base_mean), own.optimum(own_mean)
-    return float(np.maximum(loss_at(own.log2_lr, own_mean, best, chosen.log2_lr) - best.loss, 0.0))
+def regret(curve: Curve, base: Curve, mean: Array, base_mean: Array) -> float:
+    """The loss at the base's optimum minus the loss at the curve's own, both on its own curve.
+
+    mean, base_mean: the mean curves, or replicates of them. NaN where the curve's grid does not
+    reach as far as the base's optimum.
+    """
+    optimum = curve.optimum(mean)
+    base_optimum = base.optimum(base_mean)
+    loss_at_base = loss_at(curve.log2_lr, mean, optimum, base_optimum.log2_lr)
+    # np.maximum keeps NaN; with max() that would depend on the order of the arguments.
+    return float(np.maximum(loss_at_base - optimum.loss, 0.0))
 
 
 def regret_verdict(estimate: Estimate) -> str:
@@ -189,65 +211,82 @@ def regret_verdict(estimate: Estimate) -> str:
 
 
 def best_loss(curve: Curve) -> Estimate:
-    """The loss at the optimum, with what seeds do to the whole curve in its interval."""
-    return bootstrap(lambda m: curve.optimum(m[0]).loss, [curve.losses], REPLICATES, of_level=True)
+    """The loss at the optimum; its interval includes what a seed does to the whole curve."""
+
+    def loss_of_replicate(means: list[Array]) -> float:
+        return curve.optimum(means[0]).loss
+
+    return bootstrap(loss_of_replicate, [curve.losses], REPLICATES, of_level=True)
 
 
 def divergence(curve: Curve) -> float | None:
-    """The smallest log2(lr) above the optimum whose mean loss is EDGE_NATS over the best, or not finite."""
+    """The smallest log2(lr) above the optimum that is over the divergence edge.
+
+    There the mean loss is EDGE_NATS over the best, or not finite.
+    """
     mean = curve.mean
     best = int(np.argmin(mean))
-    over = [
-        rate
-        for rate, loss in zip(curve.log2_lr[best:], mean[best:], strict=True)
-        if not loss <= mean[best] + EDGE_NATS
-    ]
-    return float(over[0]) if over else None
+    edge = mean[best] + EDGE_NATS
+    for rate, loss in zip(curve.log2_lr[best:], mean[best:], strict=True):
+        # Written so that a loss that is no number is over the edge.
+        if not loss <= edge:
+            return float(rate)
+    return None
 
 
 def optimum_of(curve: Curve, base: Curve) -> Optimum:
-    """Everything of one shape, with intervals."""
-    x, point = curve.log2_lr, curve.optimum()
-    shape = (
-        curve.parameterization,
-        curve.hidden_size,
-        curve.num_layers,
-        curve.train_steps,
-        curve.base_weight_decay,
-        curve.base_init_std,
-    )
-    drift = lost = None
-    says = "base shape"
+    """The figures of one shape, with intervals; drift and regret against the base shape."""
+    optimum = curve.optimum()
+
+    def located(means: list[Array]) -> Estimate:
+        return curve.optimum(means[0]).located
+
+    drift: Estimate | None = None
+    lost_nats: Estimate | None = None
+    verdict = "base shape"
     if curve is not base:
-        pair = [curve.losses, base.losses]
-        drift = bootstrap_located(
-            lambda m: _weighted([curve, base], m, [1.0, -1.0]), pair, REPLICATES
-        )
-        lost = bootstrap(lambda m: regret(curve, base, m[0], m[1]), pair, REPLICATES)
-        clipped = any(c.swept and c.optimum().at_edge for c in (curve, base))
-        says = AT_EDGE if clipped and not math.isnan(lost.value) else regret_verdict(lost)
-    decay = 2**point.log2_lr * curve.base_weight_decay * curve.train_steps
+        drift, lost_nats = _against_base(curve, base)
+        at_edge = any(c.swept and c.optimum().at_edge for c in (curve, base))
+        # An optimum that may lie beyond the grid makes every regret uncertain.
+        clipped = at_edge and not math.isnan(lost_nats.value)
+        verdict = AT_EDGE if clipped else regret_verdict(lost_nats)
+
+    decay = 2**optimum.log2_lr * curve.base_weight_decay * curve.train_steps
     return Optimum(
-        *shape,
+        *shape_of(curve),
         seeds=curve.losses.shape[1],
-        log2_lr=bootstrap_located(
-            lambda m: curve.optimum(m[0]).located, [curve.losses], REPLICATES
-        ),
-        grid_log2_lr=float(x[point.grid_index]),
-        grid_step=grid_step(x, point.grid_index),
+        log2_lr=bootstrap_located(located, [curve.losses], REPLICATES),
+        grid_log2_lr=float(curve.log2_lr[optimum.grid_index]),
+        grid_step=grid_step(curve.log2_lr, optimum.grid_index),
         loss=best_loss(curve),
-        at_edge=point.at_edge,
+        at_edge=optimum.at_edge,
         drift=drift,
-        regret=lost,
-        regret_verdict=says,
+        regret=lost_nats,
+        regret_verdict=verdict,
         divergence_log2_lr=divergence(curve),
         flops=curve.flops,
         tau=1 / decay if decay else None,
     )
 
 
+def _against_base(curve: Curve, base: Curve) -> tuple[Estimate, Estimate]:
+    """(drift in octaves, regret in nats) of a curve against its base shape."""
+    losses = [curve.losses, base.losses]
+
+    def drift(means: list[Array]) -> Estimate:
+        return _weighted([curve, base], means, [1.0, -1.0])
+
+    def lost_nats(means: list[Array]) -> float:
+        return regret(curve, base, means[0], means[1])
+
+    return (
+        bootstrap_located(drift, losses, REPLICATES),
+        bootstrap(lost_nats, losses, REPLICATES),
+    )
+
+
 def grid_step(log2_lr: Array, index: int) -> float | None:
-    """Octaves from a point of the grid to its nearer neighbour."""
+    """Octaves from a point of the grid to its nearer neighbour; None where it has none."""
     steps = np.diff(log2_lr)[max(0, index - 1) : index + 1]
     return float(steps.min()) if len(steps) else None
 
@@ -255,40 +294,54 @@ def grid_step(log2_lr: Array, index: int) -> float | None:
 def _weighted(
     curves: Sequence[Curve], means: Sequence[Array], weights: Sequence[float]
 ) -> Estimate:
-    """The weighted sum of the optima of mean curves, and between what values it may lie, each optimum being where its grid allows."""
-    optima = [curve.optimum(mean).located for curve, mean in zip(curves, means, strict=True)]
-    used = [(weight, optimum) for weight, optimum in zip(weights, optima, strict=True) if weight]
-    return Estimate(
-        sum(weight * optimum.value for weight, optimum in used),
-        sum(min(weight * optimum.low, weight * optimum.high) for weight, optimum in used),
-        sum(max(weight * optimum.low, weight * optimum.high) for weight, optimum in used),
-    )
+    """The weighted sum of the optima of mean curves, each within the range that its grid allows."""
+    terms = []
+    for curve, mean, weight in zip(curves, means, weights, strict=True):
+        # Zero times an end that is infinite, of an optimum at the edge, would be NaN.
+        if weight == 0:
+            continue
+        optimum = curve.optimum(mean).located
+        # A negative weight swaps the ends of the range.
+        ends = (weight * optimum.low, weight * optimum.high)
+        terms.append(Estimate(weight * optimum.value, min(ends), max(ends)))
+    total = sum(term.value for term in terms)
+    low = sum(term.low for term in terms)
+    high = sum(term.high for term in terms)
+    return Estimate(total, low, high)
 
 
 def drift_over_depth(curves: Sequence[Curve]) -> Drift:
-    """Slope of the optimum's log2(lr) over log2(depth), octaves per doubling. curves: one family, one width, several depths."""
-    depths = [math.log2(c.num_layers) for c in curves]
-    # The least-squares slope is a weighted sum of the optima; its weights are the slopes over unit vectors.
-    weights = [
-        slope(depths, [float(i == j) for j in range(len(curves))]) for i in range(len(curves))
-    ]
-    estimate = bootstrap_located(
-        lambda means: _weighted(curves, means, weights), [c.losses for c in curves], REPLICATES
+    """The slope of the optimum's log2(lr) over log2(depth), in octaves per doubling.
+
+    curves: of one family and one width, over several depths.
+    """
+    depths = [math.log2(curve.num_layers) for curve in curves]
+    # The least-squares slope is a weighted sum of the optima; its weights are the slopes over unit
+    # vectors.
+    weights = [slope(depths, unit) for unit in np.eye(len(curves)).tolist()]
+
+    def per_doubling(means: list[Array]) -> Estimate:
+        return _weighted(curves, means, weights)
+
+    estimate = bootstrap_located(per_doubling, [curve.losses for curve in curves], REPLICATES)
+    at_edge = any(curve.optimum().at_edge for curve in curves)
+    shallowest = curves[0]
+    return Drift(
+        shallowest.parameterization,
+        shallowest.hidden_size,
+        shallowest.train_steps,
+        shallowest.base_weight_decay,
+        shallowest.base_init_std,
+        estimate,
+        drift_verdict(estimate, at_edge),
     )
-    clipped = any(c.optimum().at_edge for c in curves)
-    first = curves[0]
-    shape = (
-        first.parameterization,
-        first.hidden_size,
-        first.train_steps,
-        first.base_weight_decay,
-        first.base_init_std,
-    )
-    return Drift(*shape, estimate, drift_verdict(estimate, clipped))
 
 
 def drift_verdict(estimate: Estimate, at_edge: bool) -> str:
-    """Only an interval wholly inside, or wholly outside, the band decides; an optimum at the edge of the grid never does."""
+    """Only an interval wholly inside, or wholly outside, DRIFT_BAND decides.
+
+    With an optimum at the edge of the grid none does.
+    """
     if at_edge:
         return AT_EDGE
     if estimate.inside(-DRIFT_BAND, DRIFT_BAND):
@@ -297,80 +350,124 @@ def drift_verdict(estimate: Estimate, at_edge: bool) -> str:
 
 
 def drifts(curves: Sequence[Curve]) -> list[Drift]:
-    """One a rule, width and setting that has at least two depths."""
-    groups: dict[tuple[Any, ...], list[Curve]] = {}
+    """One drift for every family and width that was swept at two depths or more."""
+    swept_curves: dict[tuple[Any, ...], list[Curve]] = {}
     for curve in curves:
-        groups.setdefault((*curve.family, curve.hidden_size), []).append(curve)
-    swept = [[c for c in group if c.swept] for group in groups.values()]
-    return [
-        drift_over_depth(sorted(group, key=lambda c: c.num_layers))
-        for group in swept
-        if len(group) > 1
-    ]
+        same_width = swept_curves.setdefault((*curve.family, curve.hidden_size), [])
+        if curve.swept:
+            same_width.append(curve)
+    results = []
+    for same_width in swept_curves.values():
+        if len(same_width) > 1:
+            results.append(drift_over_depth(sorted(same_width, key=lambda c: c.num_layers)))
+    return results
 
 
 def flops_to_reach(target: float, flops: Sequence[float], losses: Sequence[float]) -> float:
-    """FLOPs at which a loss falls to `target`: linear in log(FLOPs) between measured lengths, and along the last two beyond them."""
+    """FLOPs at which a loss falls to `target`.
+
+    Linear in log(FLOPs) between measured lengths of training, and along the last two beyond them.
+    NaN where the loss does not fall between the two points that are used.
+    """
     order = np.argsort(flops)
-    x, y = (
-        np.log(np.asarray(flops, dtype=np.float64)[order]),
-        np.minimum.accumulate(np.asarray(losses, dtype=np.float64)[order]),
-    )
-    below = np.flatnonzero(y <= target)
-    right = max(1, int(below[0])) if len(below) else len(x) - 1
-    left = right - 1
-    if y[left] == y[right]:
+    x = np.log(np.asarray(flops, dtype=np.float64)[order])
+    # The lowest loss so far: what was reached stays reached if a longer run ends higher.
+    y = np.minimum.accumulate(np.asarray(losses, dtype=np.float64)[order])
+    reached = np.flatnonzero(y <= target)
+    after = max(1, int(reached[0])) if len(reached) else len(x) - 1
+    before = after - 1
+    if y[before] == y[after]:
         return math.nan
-    return float(np.exp(x[left] + (y[left] - target) / (y[left] - y[right]) * (x[right] - x[left])))
+    fraction = (y[before] - target) / (y[before] - y[after])
+    return float(np.exp(x[before] + fraction * (x[after] - x[before])))
+
+
+RunKey = tuple[str, int, int]  # parameterization, num_layers, hidden_size
 
 
 def savings(curves: Sequence[Curve], baseline: str) -> list[Saving]:
-    """FLOPs to the loss that another reached in its longest runs: for every shape under both rules against the baseline, and under every
-    rule for every shape against the shallowest one. Only of what was trained to at least two lengths."""
-    found = []
+    """The savings of every shape that was trained to two lengths at least.
+
+    Each is compared with the same shape under the baseline, and with the shallowest shape under its
+    own rule, by the FLOPs to the loss that the other reached in its longest runs.
+    """
+    results = []
     for setting in sorted({(c.base_weight_decay, c.base_init_std) for c in curves}):
-        runs: dict[tuple[str, int, int], list[Curve]] = {}
-        for c in sorted(curves, key=lambda c: (c.num_layers, c.hidden_size, c.train_steps)):
-            if (c.base_weight_decay, c.base_init_std) == setting:
-                runs.setdefault((c.parameterization, c.num_layers, c.hidden_size), []).append(c)
-        for (rule, *shape), own in runs.items():
-            shallowest = min(key for key in runs if key[0] == rule)
-            others = [(baseline, *shape)] if rule != baseline else []
-            others += [shallowest] if shallowest != (rule, *shape) else []
-            against = [runs[other][-1] for other in others if other in runs and len(own) > 1]
-            found += [
-                _saving(own, longest)
-                for longest in against
-                if not any(longest.same_runs(c) for c in own)
-            ]
-    return found
+        runs = _runs_by_key(curves, setting)
+        for key, lengths in runs.items():
+            # One length gives no curve of the loss over FLOPs.
+            if len(lengths) < 2:
+                continue
+            for other_key in _compared_with(key, runs, baseline):
+                longest = runs[other_key][-1]
+                # Rules that coincide at the base depth share their runs: nothing to compare.
+                if not any(longest.same_runs(curve) for curve in lengths):
+                    results.append(_saving(lengths, longest))
+    return results
 
 
-def _saving(own: Sequence[Curve], longest: Curve) -> Saving:
+def _runs_by_key(
+    curves: Sequence[Curve], setting: tuple[float, float]
+) -> dict[RunKey, list[Curve]]:
+    """The curves of one base weight decay and initial std by key, each list by ascending length."""
+    runs: dict[RunKey, list[Curve]] = {}
+    for curve in sorted(curves, key=lambda c: (c.num_layers, c.hidden_size, c.train_steps)):
+        if (curve.base_weight_decay, curve.base_init_std) == setting:
+            key = (curve.parameterization, curve.num_layers, curve.hidden_size)
+            runs.setdefault(key, []).append(curve)
+    return runs
+
+
+def _compared_with(key: RunKey, runs: Iterable[RunKey], baseline: str) -> list[RunKey]:
+    """The keys of the runs with which those of `key` are compared."""
+    keys = list(runs)
+    rule, num_layers, hidden_size = key
+    compared: list[RunKey] = []
+    at_baseline = (baseline, num_layers, hidden_size)
+    if rule != baseline and at_baseline in keys:
+        compared.append(at_baseline)
+    shallowest = min(run_key for run_key in keys if run_key[0] == rule)
+    if shallowest != key:
+        compared.append(shallowest)
+    return compared
+
+
+def _saving(lengths: Sequence[Curve], longest: Curve) -> Saving:
+    """lengths: one shape's curves by length; longest: the other's curve of its longest runs."""
+    curves = [*lengths, longest]
+    flops = [curve.flops for curve in lengths]
+
     def percent(means: list[Array]) -> float:
-        best = [c.optimum(m).loss for c, m in zip([*own, longest], means, strict=True)]
-        return 100 * (
-            1 - flops_to_reach(best[-1], [c.flops for c in own], best[:-1]) / longest.flops
-        )
+        best_losses = [curve.optimum(mean).loss for curve, mean in zip(curves, means, strict=True)]
+        needed = flops_to_reach(best_losses[-1], flops, best_losses[:-1])
+        return 100 * (1 - needed / longest.flops)
 
-    estimate = bootstrap(percent, [c.losses for c in [*own, longest]], REPLICATES, of_level=True)
-    verdict = "saves" if estimate.low > 0 else "costs" if estimate.high < 0 else "unresolved"
-    if any(c.swept and c.optimum().at_edge for c in [*own, longest]):
-        verdict = AT_EDGE
-    one, other = own[0], longest
-    shapes = (
-        one.num_layers,
-        one.hidden_size,
-        other.parameterization,
-        other.num_layers,
-        other.hidden_size,
+    estimate = bootstrap(percent, [curve.losses for curve in curves], REPLICATES, of_level=True)
+    # The optimum's loss is not known where the optimum may lie beyond the grid.
+    at_edge = any(curve.swept and curve.optimum().at_edge for curve in curves)
+    shape = lengths[0]
+    return Saving(
+        shape.parameterization,
+        shape.num_layers,
+        shape.hidden_size,
+        longest.parameterization,
+        longest.num_layers,
+        longest.hidden_size,
+        estimate,
+        AT_EDGE if at_edge else _saving_verdict(estimate),
     )
-    return Saving(one.parameterization, *shapes, estimate, verdict)
+
+
+def _saving_verdict(estimate: Estimate) -> str:
+    """Only an interval wholly above, or wholly below, zero decides."""
+    if estimate.low > 0:
+        return "saves"
+    return "costs" if estimate.high < 0 else "unresolved"
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """Everything a sweep says."""
+    """The curves of a sweep and all figures that follow from them."""
 
     curves: list[Curve]
     optima: list[Optimum]
@@ -381,36 +478,37 @@ class Analysis:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; learning rates as exponents of two, losses in nats."""
-        plain = asdict(self)
-        for curve in plain["curves"]:
-            curve["log2_lr"], curve["losses"] = curve["log2_lr"].tolist(), curve["losses"].tolist()
-        return plain
+        fields = asdict(self)
+        for curve in fields["curves"]:
+            curve["log2_lr"] = curve["log2_lr"].tolist()
+            curve["losses"] = curve["losses"].tolist()
+        return fields
 
 
 def analyse(folder: Path, baseline: str = "mup") -> Analysis:
-    """Read a sweep's folder. DataError where no curve is complete."""
+    """Read and analyse a sweep's folder; `baseline` is the rule that savings are counted against.
+
+    Raises DataError where the folder holds no sweep or no curve is complete.
+    """
     points = sweep.load_points(folder)
     results = list(sweep.read_results(points, folder))
-    curves = sorted(
-        curves_of(results),
-        key=lambda c: (
-            c.base_weight_decay,
-            c.parameterization,
-            c.hidden_size,
-            c.num_layers,
-            c.train_steps,
-        ),
-    )
+    curves = sorted(curves_of(results), key=_report_order)
     if not curves:
         raise DataError(
-            f"{folder}: no curve is complete for any seed; {len(results)} of {len(points)} points are done. Finish the sweep."
+            f"{folder}: no curve is complete for any seed; "
+            f"{len(results)} of {len(points)} points are done. Finish the sweep."
         )
     optima = [optimum_of(curve, base_curve(curve, curves)) for curve in curves]
-    return Analysis(
-        curves,
-        optima,
-        drifts(curves),
-        savings(curves, baseline),
-        len(results),
-        len(points) - len(results),
+    missing = len(points) - len(results)
+    all_savings = savings(curves, baseline)
+    return Analysis(curves, optima, drifts(curves), all_savings, len(results), missing)
+
+
+def _report_order(curve: Curve) -> tuple[float, str, int, int, int]:
+    return (
+        curve.base_weight_decay,
+        curve.parameterization,
+        curve.hidden_size,
+        curve.num_layers,
+        curve.train_steps,
     )

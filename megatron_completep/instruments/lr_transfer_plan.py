@@ -1,8 +1,8 @@
-"""From the winning point of a proxy's sweep to the target's configuration."""
+"""The target's configuration, from the best point of a proxy's sweep."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,12 @@ from megatron_completep.errors import ConfigError
 from megatron_completep.files import write_whole
 from megatron_completep.instruments import sweep
 from megatron_completep.instruments.fits import parabola_optimum
-from megatron_completep.instruments.lr_transfer import Curve, curves_of
+from megatron_completep.instruments.lr_transfer import Curve, curves_of, shape_of
 from megatron_completep.instruments.trial import PARAMETERIZATIONS, change, stretch, with_base
 from megatron_completep.planning.plan import describe
 
 Say = Callable[[str], None]
+# What hyperparameters do not transfer over: these settings must agree in proxy and target.
 ALIKE = (
     "norm",
     "activation",
@@ -40,55 +41,37 @@ def plan(
     scale_batch: bool = False,
     say: Say = lambda text: None,
 ) -> dict[str, Any]:
-    """Write the target's YAML to `path`, the values of every role in a comment; returns what was chosen.
+    """Write the target's YAML to `path`, with the values of every role in a comment.
 
-    The proxy is the smallest shape of the sweep under the target's parameterization. scale_batch: learning rate, weight decay, eps
-    and betas follow the target's tokens a step and in all (Complete(d)P); without it they stay.
+    The proxy is the smallest shape of the sweep under the target's parameterization. scale_batch:
+    learning rate, weight decay, eps and betas follow the target's tokens a step and in all
+    (Complete(d)P); without it they stay.
 
-    Raises ConfigError where the sweep has no curve under the target's parameterization, or the shapes cannot be scaled.
+    Returns the path, the optimizer's settings and the proxy's shape. Raises DataError where the
+    folder holds no sweep, and ConfigError where the sweep has no curve under the target's
+    parameterization, the shapes cannot be scaled, or the file cannot be written.
     """
     points = sweep.load_points(folder)
-    rule = rule_of(target)
-    curves = [
-        c for c in curves_of(sweep.read_results(points, folder)) if c.parameterization == rule
-    ]
-    if not curves:
-        done = sorted({p.parameterization for p in points})
-        raise ConfigError(
-            f"{folder}: no finished curve under {rule}, the target's parameterization; the sweep has {', '.join(done)}."
-        )
-    smallest = min((c.num_layers, c.hidden_size) for c in curves)
-    curve = min(
-        (c for c in curves if (c.num_layers, c.hidden_size) == smallest),
-        key=lambda c: float(np.min(c.mean)),
-    )
+    curve = _proxy_curve(points, folder, rule_of(target))
     optimum = parabola_optimum(curve.log2_lr, curve.mean)
+    # Only a warning: the value at the edge is still the best one that was run.
     if optimum.at_edge:
         say(
-            f"warning: the best learning rate 2^{optimum.log2_lr:g} is at the edge of the grid; sweep further before you rely on it"
+            f"warning: the best learning rate 2^{optimum.log2_lr:g} is at the edge of the grid; "
+            "sweep further before you rely on it"
         )
-    proxy = next(p for p in points if p.parameterization == rule and _is_of(p, curve)).config
-    unlike = [name for name in ALIKE if getattr(proxy.model, name) != getattr(target.model, name)]
-    if unlike:
-        say(
-            f"warning: proxy and target differ in model.{', model.'.join(unlike)}; hyperparameters transfer over width and depth alone"
-        )
+    proxy = next(point for point in points if shape_of(point) == shape_of(curve)).config
+    _warn_of_differences(proxy, target, say)
+
     config = transferred(proxy, target, 2**optimum.log2_lr, curve, scale_batch)
-    header = "\n".join(
-        f"# {line}".rstrip()
-        for line in [*_origin(folder, curve, optimum.log2_lr), "", *describe(config).splitlines()]
-    )
-    text = f"{header}\n{dump_yaml(config.model_dump(mode='json'))}"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, text.encode())
-    except OSError as error:
-        raise ConfigError(
-            f"{path} cannot be written: {error.strerror}. Choose another file with --to."
-        ) from None
-    say(
-        f"{path}: base_lr {config.optimizer.base_lr:.4g}, from {curve.num_layers} x {curve.hidden_size} ({curve.losses.shape[1]} seeds)"
-    )
+    # The values of every role do not stand in the settings; the comment shows what they come to.
+    origin = _origin(folder, curve, optimum.log2_lr)
+    header = [f"# {line}".rstrip() for line in [*origin, "", *describe(config).splitlines()]]
+    yaml_text = dump_yaml(config.model_dump(mode="json"))
+    _write(path, "\n".join([*header, yaml_text]))
+
+    shape = f"{curve.num_layers} x {curve.hidden_size} ({curve.losses.shape[1]} seeds)"
+    say(f"{path}: base_lr {config.optimizer.base_lr:.4g}, from {shape}")
     return {
         "config": str(path),
         **config.optimizer.model_dump(mode="json"),
@@ -96,54 +79,100 @@ def plan(
     }
 
 
+def _proxy_curve(points: Sequence[sweep.Point], folder: Path, rule: str) -> Curve:
+    """The curve of the smallest shape under a rule, and of its curves the one of the lowest loss.
+
+    Raises ConfigError where no curve is finished under the rule.
+    """
+    # Only seeds with every learning rate count, so a sweep that is under way may have no curve yet.
+    all_curves = curves_of(sweep.read_results(points, folder))
+    curves = [curve for curve in all_curves if curve.parameterization == rule]
+    if not curves:
+        rules = sorted({point.parameterization for point in points})
+        raise ConfigError(
+            f"{folder}: no finished curve under {rule}, the target's parameterization; "
+            f"the sweep has {', '.join(rules)}."
+        )
+    # Curves of one shape differ in length, weight decay and initial std, which the loss decides.
+    return min(curves, key=lambda c: (c.num_layers, c.hidden_size, float(np.min(c.mean))))
+
+
+def _warn_of_differences(proxy: Config, target: Config, say: Say) -> None:
+    """Name the settings of the model that differ although nothing transfers over them."""
+    names = [name for name in ALIKE if getattr(proxy.model, name) != getattr(target.model, name)]
+    if names:
+        say(
+            f"warning: proxy and target differ in model.{', model.'.join(names)}; "
+            "hyperparameters transfer over width and depth alone"
+        )
+
+
+def _write(path: Path, content: str) -> None:
+    """Raises ConfigError where the file cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, content.encode())
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written: {error.strerror}. Choose another file with --to."
+        ) from None
+
+
 def rule_of(config: Config) -> str:
-    """The name, in PARAMETERIZATIONS, of a configuration's rule."""
+    """The name, in PARAMETERIZATIONS, of a configuration's rule. Raises ConfigError without one."""
     completep = config.completep
-    own = {"parameterization": completep.parameterization, "alpha": completep.alpha}
-    for name, settings in PARAMETERIZATIONS.items():
-        if settings == own:
+    settings = {"parameterization": completep.parameterization, "alpha": completep.alpha}
+    for name, rule_settings in PARAMETERIZATIONS.items():
+        if rule_settings == settings:
             return name
     raise ConfigError(
         f"completep.alpha = {completep.alpha} is not among those that sweeps know. Use 1.0 or 0.5."
     )
 
 
-def _is_of(point: sweep.Point, curve: Curve) -> bool:
-    names = ("hidden_size", "num_layers", "train_steps", "base_weight_decay", "base_init_std")
-    return all(getattr(point, name) == getattr(curve, name) for name in names)
-
-
 def transferred(
     proxy: Config, target: Config, base_lr: float, curve: Curve, scale_batch: bool
 ) -> Config:
-    """The target with the proxy's shape as its base, the proxy's base values, and its own factors by role and name."""
+    """The target with the proxy's shape as its base and the proxy's base values.
+
+    The proxy's own factors by role and by name go with them. Raises ConfigError where the shapes
+    cannot be scaled.
+    """
     proxy = with_base(proxy)
+    completep = proxy.completep
     base = {
-        "base_hidden_size": proxy.completep.base_hidden_size,
-        "base_num_layers": proxy.completep.base_num_layers,
-        "base_ffn_hidden_size": proxy.completep.base_ffn_hidden_size,
-        "base_head_dim": proxy.completep.base_head_dim or head_dim(proxy.model),
-        "factors": proxy.completep.factors,
+        "base_hidden_size": completep.base_hidden_size,
+        "base_num_layers": completep.base_num_layers,
+        "base_ffn_hidden_size": completep.base_ffn_hidden_size,
+        "base_head_dim": completep.base_head_dim or head_dim(proxy.model),
+        "factors": completep.factors,
     }
+    # The table scales with the target's tokens over these, a step and in all.
     if scale_batch:
         tokens = tokens_per_step(proxy)
-        base |= {"base_batch_tokens": tokens, "base_total_tokens": tokens * curve.train_steps}
-    values = {
+        base["base_batch_tokens"] = tokens
+        base["base_total_tokens"] = tokens * curve.train_steps
+
+    # An override of a single layer goes to the target's layers at the same part of the depth.
+    optimizer = proxy.optimizer
+    overrides = stretch(optimizer.overrides, proxy.model.num_layers, target.model.num_layers)
+    settings = {
+        # More digits than the sweep can tell would make the file hard to read.
         "base_lr": float(f"{base_lr:.6g}"),
         "base_weight_decay": curve.base_weight_decay,
         "base_init_std": curve.base_init_std,
-        "base_eps": proxy.optimizer.base_eps,
-        "betas": proxy.optimizer.betas,
-        "overrides": stretch(
-            proxy.optimizer.overrides, proxy.model.num_layers, target.model.num_layers
-        ),
+        "base_eps": optimizer.base_eps,
+        "betas": optimizer.betas,
+        "overrides": overrides,
     }
-    return change(target, completep=base, optimizer=values)
+    return change(target, completep=base, optimizer=settings)
 
 
 def _origin(folder: Path, curve: Curve, log2_lr: float) -> list[str]:
+    """The header's lines on where the values are from."""
     seeds = curve.losses.shape[1]
+    shape = f"{curve.num_layers} layers x {curve.hidden_size}"
     return [
-        f"Found on {curve.num_layers} layers x {curve.hidden_size} in {curve.train_steps} steps, {seeds} seed(s): {folder}",
+        f"Found on {shape} in {curve.train_steps} steps, {seeds} seed(s): {folder}",
         f"best learning rate 2^{log2_lr:.3f}, loss {float(np.min(curve.mean)):.4f}",
     ]

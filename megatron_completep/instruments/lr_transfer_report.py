@@ -1,4 +1,4 @@
-"""What a sweep says, for people: report.html (self-contained), report.md with pictures, report.json."""
+"""The report of a sweep: report.html (self-contained), report.md with pictures, report.json."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from megatron_completep.document import PALETTE, Report, new_figure
 from megatron_completep.files import write_whole
@@ -18,6 +20,7 @@ from megatron_completep.instruments.lr_transfer import (
     REGRET_BAND,
     Analysis,
     Curve,
+    Drift,
     Optimum,
     Saving,
 )
@@ -29,111 +32,6 @@ from megatron_completep.instruments.lr_transfer_answer import (
 )
 
 Say = Callable[[str], None]
-
-
-def report(folder: Path, baseline: str = "mup", say: Say = lambda text: None) -> dict[str, Any]:
-    """Analyse a sweep's folder and write report.html, report.md, the pictures and report.json into it; returns what the last one holds."""
-    analysis = lr_transfer.analyse(folder, baseline)
-    document = build(analysis)
-    document.write_html(folder / "report.html")
-    document.write_markdown(folder / "report.md")
-    write_proxy(sweep.load_points(folder), proxy_of(analysis.curves), folder)
-    following = next_commands(folder, analysis.curves)
-    plain: dict[str, Any] = finite({**analysis.to_json(), "next": following})
-    write_whole(folder / "report.json", dump(plain))
-    say(summary(analysis))
-    say(f"written: {folder / 'report.html'}, report.md, report.json")
-    say("\n".join(following))
-    return plain
-
-
-def summary(analysis: Analysis) -> str:
-    """The findings in a few lines."""
-    lines = [
-        f"{analysis.points_done} points done, {analysis.points_missing} missing",
-        *best_rates(analysis.curves, analysis.optima),
-    ]
-    for drift in analysis.drifts:
-        decay = f"wd {drift.base_weight_decay:g}"
-        lines.append(
-            f"{drift.parameterization:<11} {decay}, {drift.train_steps} steps: {drift.per_doubling} octaves per doubling: {drift.verdict}"
-        )
-    for o in analysis.optima:
-        if o.regret is not None:
-            name = f"{o.parameterization:<11} wd {o.base_weight_decay:g}, {o.num_layers} x {o.hidden_size}"
-            lines.append(f"{name}: regret {regret_text(o.regret)} nats: {o.regret_verdict}")
-    for saving in analysis.savings:
-        one = f"{saving.parameterization} {saving.num_layers} x {saving.hidden_size}"
-        other = f"{saving.against} {saving.against_num_layers} x {saving.against_hidden_size}"
-        lines.append(f"{one} against {other}: {saving.percent} % FLOPs: {saving.verdict}")
-    return "\n".join(lines)
-
-
-def build(analysis: Analysis) -> Report:
-    """The document: drift first, then every shape, then the curves."""
-    document = Report("Learning-rate transfer", summary(analysis))
-    if analysis.drifts:
-        section = document.section(
-            "Drift over depth",
-            f"Slope of the best log2(learning rate) over log2(depth), with its 95 % interval. Within ±{DRIFT_BAND} octaves per doubling "
-            "the learning rate transfers; an interval that crosses that border leaves it unresolved.",
-        )
-        headers = [
-            "parameterization",
-            "width",
-            "steps",
-            "weight decay",
-            "octaves per doubling",
-            "verdict",
-        ]
-        rows = [
-            [
-                d.parameterization,
-                d.hidden_size,
-                d.train_steps,
-                d.base_weight_decay,
-                str(d.per_doubling),
-                d.verdict,
-            ]
-            for d in analysis.drifts
-        ]
-        section.table(headers, rows)
-    section = document.section(
-        "Optima",
-        "Learning rates as exponents of two; intervals are 95 %, by bootstrap over seeds, and never narrower than the grid allows. "
-        f"Regret: nats lost at the smallest shape's optimum; up to {REGRET_BAND} is small.",
-    )
-    section.table(
-        _OPTIMUM_HEADERS,
-        [optimum_row(o) for o in analysis.optima],
-        f"Edge: the mean loss is more than {EDGE_NATS} nats over the best.",
-    )
-    if analysis.savings:
-        section = document.section(
-            "Compute saved",
-            "FLOPs that reach the loss of another rule or shape in its longest runs, as a saving in percent.",
-        )
-        headers = ["parameterization", "shape", "against", "its shape", "saving, %", "verdict"]
-        section.table(
-            headers,
-            [saving_row(saving) for saving in analysis.savings],
-            "Shapes are layers x width.",
-        )
-        section.picture(
-            "savings",
-            draw_lengths(analysis.curves),
-            "Loss at the optimum over FLOPs; the same seeds everywhere.",
-        )
-    swept = [c for c in analysis.curves if len(c.log2_lr) > 1]
-    for decay in sorted({c.base_weight_decay for c in swept}):
-        section = document.section(f"Curves, weight decay {decay:g}")
-        curves = [c for c in swept if c.base_weight_decay == decay]
-        section.picture(
-            f"curves_wd_{decay:g}",
-            draw_curves(curves),
-            f"Held-out loss over the learning rate, weight decay {decay:g}.",
-        )
-    return document
 
 
 _OPTIMUM_HEADERS = [
@@ -153,126 +51,272 @@ _OPTIMUM_HEADERS = [
     "edge",
     "tau",
 ]
+_DRIFT_HEADERS = [
+    "parameterization",
+    "width",
+    "steps",
+    "weight decay",
+    "octaves per doubling",
+    "verdict",
+]
+_SAVING_HEADERS = ["parameterization", "shape", "against", "its shape", "saving, %", "verdict"]
 
 
-def optimum_row(o: Optimum) -> list[Any]:
-    edge = None if o.divergence_log2_lr is None else f"2^{o.divergence_log2_lr:g}"
-    best = f"{o.log2_lr}" + (" (edge of the grid)" if o.at_edge else "")
-    values = [
-        o.parameterization,
-        o.num_layers,
-        o.hidden_size,
-        o.train_steps,
-        o.base_weight_decay,
-        o.base_init_std,
-        o.seeds,
-    ]
-    drift, regret = (
-        ("", "") if o.drift is None or o.regret is None else (str(o.drift), regret_text(o.regret))
+def report(folder: Path, baseline: str = "mup", say: Say = lambda text: None) -> dict[str, Any]:
+    """Analyse a sweep's folder and write its report, and the proxy's configuration, into it.
+
+    Writes report.html, report.md, its pictures and report.json, and returns what the last one
+    holds. Raises DataError where the folder holds no sweep or no curve is complete.
+    """
+    analysis = lr_transfer.analyse(folder, baseline)
+    document = build(analysis)
+    document.write_html(folder / "report.html")
+    document.write_markdown(folder / "report.md")
+    # The commands below read this file, so it is there before they are printed.
+    write_proxy(sweep.load_points(folder), proxy_of(analysis.curves), folder)
+
+    commands = next_commands(folder, analysis.curves)
+    plain: dict[str, Any] = finite({**analysis.to_json(), "next": commands})
+    write_whole(folder / "report.json", dump(plain))
+    say(summary(analysis))
+    say(f"written: {folder / 'report.html'}, report.md, report.json")
+    say("\n".join(commands))
+    return plain
+
+
+def summary(analysis: Analysis) -> str:
+    """The findings as text, one a line: best learning rates, drifts, regrets, savings."""
+    lines = [f"{analysis.points_done} points done, {analysis.points_missing} missing"]
+    lines += best_rates(analysis.curves, analysis.optima)
+    lines += [_drift_line(drift) for drift in analysis.drifts]
+    for optimum in analysis.optima:
+        # The base shape is not compared with itself.
+        if optimum.regret is not None:
+            lines.append(_regret_line(optimum, optimum.regret))
+    lines += [_saving_line(saving) for saving in analysis.savings]
+    return "\n".join(lines)
+
+
+def _drift_line(drift: Drift) -> str:
+    setting = f"wd {drift.base_weight_decay:g}, {drift.train_steps} steps"
+    slope = f"{drift.per_doubling} octaves per doubling"
+    return f"{drift.parameterization:<11} {setting}: {slope}: {drift.verdict}"
+
+
+def _regret_line(optimum: Optimum, regret: Estimate) -> str:
+    shape = f"{optimum.num_layers} x {optimum.hidden_size}"
+    name = f"{optimum.parameterization:<11} wd {optimum.base_weight_decay:g}, {shape}"
+    return f"{name}: regret {regret_text(regret)} nats: {optimum.regret_verdict}"
+
+
+def _saving_line(saving: Saving) -> str:
+    rule, shape, against, against_shape, percent, verdict = saving_row(saving)
+    return f"{rule} {shape} against {against} {against_shape}: {percent} % FLOPs: {verdict}"
+
+
+def build(analysis: Analysis) -> Report:
+    """The document: drift, the optima of all shapes, compute saved, and the curves."""
+    document = Report("Learning-rate transfer", summary(analysis))
+    # A sweep over one depth has no drift, and one of a single length of training no savings.
+    if analysis.drifts:
+        _add_drifts(document, analysis.drifts)
+    _add_optima(document, analysis.optima)
+    if analysis.savings:
+        _add_savings(document, analysis)
+    _add_curves(document, analysis.curves)
+    return document
+
+
+def _add_drifts(document: Report, drifts: Sequence[Drift]) -> None:
+    section = document.section(
+        "Drift over depth",
+        "Slope of the best log2(learning rate) over log2(depth), with its 95 % interval. "
+        f"Within ±{DRIFT_BAND} octaves per doubling the learning rate transfers; "
+        "an interval that crosses that border leaves it unresolved.",
     )
+    rows: list[list[Any]] = []
+    for drift in drifts:
+        setting = [drift.hidden_size, drift.train_steps, drift.base_weight_decay]
+        rows.append([drift.parameterization, *setting, str(drift.per_doubling), drift.verdict])
+    section.table(_DRIFT_HEADERS, rows)
+
+
+def _add_optima(document: Report, optima: Sequence[Optimum]) -> None:
+    section = document.section(
+        "Optima",
+        "Learning rates as exponents of two; intervals are 95 %, by bootstrap over seeds, "
+        "and never narrower than the grid allows. "
+        f"Regret: nats lost at the smallest shape's optimum; up to {REGRET_BAND} is small.",
+    )
+    caption = f"Edge: the mean loss is more than {EDGE_NATS} nats over the best."
+    section.table(_OPTIMUM_HEADERS, [optimum_row(optimum) for optimum in optima], caption)
+
+
+def _add_savings(document: Report, analysis: Analysis) -> None:
+    section = document.section(
+        "Compute saved",
+        "FLOPs that reach the loss of another rule or shape in its longest runs, "
+        "as a saving in percent.",
+    )
+    # The picture below shows the curves that the savings are read off.
+    rows = [saving_row(saving) for saving in analysis.savings]
+    section.table(_SAVING_HEADERS, rows, "Shapes are layers x width.")
+    figure = draw_lengths(analysis.curves)
+    caption = "Loss at the optimum over FLOPs; the same seeds everywhere."
+    section.picture("savings", figure, caption)
+
+
+def _add_curves(document: Report, curves: Sequence[Curve]) -> None:
+    """One section a weight decay, with all its curves in one picture."""
+    # A single learning rate is no curve.
+    swept = [curve for curve in curves if curve.swept]
+    for decay in sorted({curve.base_weight_decay for curve in swept}):
+        section = document.section(f"Curves, weight decay {decay:g}")
+        figure = draw_curves([curve for curve in swept if curve.base_weight_decay == decay])
+        caption = f"Held-out loss over the learning rate, weight decay {decay:g}."
+        section.picture(f"curves_wd_{decay:g}", figure, caption)
+
+
+def optimum_row(optimum: Optimum) -> list[Any]:
+    """The cells under _OPTIMUM_HEADERS; None is an empty cell."""
+    edge = None
+    if optimum.divergence_log2_lr is not None:
+        edge = f"2^{optimum.divergence_log2_lr:g}"
+    best = f"{optimum.log2_lr}" + (" (edge of the grid)" if optimum.at_edge else "")
+    # Both are None for the base shape.
+    drift = ""
+    regret = ""
+    if optimum.drift is not None and optimum.regret is not None:
+        drift = str(optimum.drift)
+        regret = regret_text(optimum.regret)
     return [
-        *values,
+        optimum.parameterization,
+        optimum.num_layers,
+        optimum.hidden_size,
+        optimum.train_steps,
+        optimum.base_weight_decay,
+        optimum.base_init_std,
+        optimum.seeds,
         best,
-        o.grid_step,
-        f"{o.loss.value:.3f}",
+        optimum.grid_step,
+        f"{optimum.loss.value:.3f}",
         drift,
         regret,
-        o.regret_verdict,
+        optimum.regret_verdict,
         edge,
-        o.tau,
+        optimum.tau,
     ]
 
 
-def saving_row(s: Saving) -> list[str]:
-    shapes = (
-        f"{s.num_layers} x {s.hidden_size}",
-        f"{s.against_num_layers} x {s.against_hidden_size}",
-    )
-    return [s.parameterization, shapes[0], s.against, shapes[1], str(s.percent), s.verdict]
+def saving_row(saving: Saving) -> list[str]:
+    """The cells under _SAVING_HEADERS."""
+    return [
+        saving.parameterization,
+        f"{saving.num_layers} x {saving.hidden_size}",
+        saving.against,
+        f"{saving.against_num_layers} x {saving.against_hidden_size}",
+        str(saving.percent),
+        saving.verdict,
+    ]
 
 
 def regret_text(regret: Estimate) -> str:
+    """Nats with three decimals, and the interval where it is finite."""
     if math.isnan(regret.value):
         return "not on the grid"
+    # Of one seed, or of an optimum at the edge of the grid, the interval is unbounded.
     if not math.isfinite(regret.high - regret.low):
         return f"{regret.value:.3f}"
     return f"{regret.value:.3f} [{regret.low:.3f}, {regret.high:.3f}]"
 
 
 def draw_curves(curves: Sequence[Curve]) -> Any:
-    """One panel a parameterization, one line a shape; the band is the spread over seeds."""
-    rules = list(dict.fromkeys(c.parameterization for c in curves))
+    """A figure of the loss over the learning rate, one panel a parameterization, one line a shape.
+
+    Bands are the range over seeds, stars the best points of the grid.
+    """
+    rules = list(dict.fromkeys(curve.parameterization for curve in curves))
     figure = new_figure(4.2 * len(rules), 4.0)
-    axes = figure.subplots(1, len(rules), sharey=True, squeeze=False)[0]
+    panels = figure.subplots(1, len(rules), sharey=True, squeeze=False)[0]
     sizes = sorted({(c.num_layers, c.hidden_size, c.train_steps) for c in curves})
-    for axis, rule in zip(axes, rules, strict=True):
-        for curve in (c for c in curves if c.parameterization == rule):
-            place = sizes.index((curve.num_layers, curve.hidden_size, curve.train_steps)) / max(
-                1, len(sizes) - 1
-            )
-            color = (0.15 + 0.75 * place, 0.25, 0.85 - 0.7 * place)
-            label = f"{curve.num_layers} x {curve.hidden_size}, {curve.train_steps} steps"
-            axis.plot(curve.log2_lr, curve.mean, marker="o", color=color, label=label)
-            axis.fill_between(
-                curve.log2_lr,
-                curve.losses.min(axis=1),
-                curve.losses.max(axis=1),
-                color=color,
-                alpha=0.15,
-            )
-            best = int(curve.mean.argmin())
-            axis.plot(curve.log2_lr[best], curve.mean[best], marker="*", markersize=14, color=color)
-        axis.set_title(rule)
-        axis.set_xlabel("log2 learning rate")
-        axis.grid(alpha=0.3)
-    finite_losses = [loss for c in curves for loss in c.mean.tolist() if math.isfinite(loss)]
-    lowest, highest = (
-        min(finite_losses),
-        min(max(finite_losses), min(finite_losses) + 1.0),
-    )  # what diverges runs out of the picture
-    margin = 0.05 * (highest - lowest) + 0.01
-    axes[0].set_ylim(lowest - margin, highest + margin)
-    axes[0].set_ylabel("loss, nats a token")
-    max(axes, key=lambda axis: len(axis.get_legend_handles_labels()[0])).legend(
-        fontsize=8
-    )  # a rule may lack some shapes
+    for panel, rule in zip(panels, rules, strict=True):
+        for curve in curves:
+            if curve.parameterization == rule:
+                size = (curve.num_layers, curve.hidden_size, curve.train_steps)
+                # Larger shapes are redder, in all panels alike.
+                rank = sizes.index(size) / max(1, len(sizes) - 1)
+                _draw_curve(panel, curve, (0.15 + 0.75 * rank, 0.25, 0.85 - 0.7 * rank))
+        panel.set_title(rule)
+        panel.set_xlabel("log2 learning rate")
+        panel.grid(alpha=0.3)
+
+    panels[0].set_ylim(*_loss_limits(curves))
+    panels[0].set_ylabel("loss, nats a token")
+    # A rule may lack some shapes, so the legend is that of the panel with the most lines.
+    fullest = max(panels, key=lambda panel: len(panel.get_legend_handles_labels()[0]))
+    fullest.legend(fontsize=8)
     return figure
+
+
+def _draw_curve(panel: Any, curve: Curve, color: tuple[float, float, float]) -> None:
+    mean = curve.mean
+    label = f"{curve.num_layers} x {curve.hidden_size}, {curve.train_steps} steps"
+    panel.plot(curve.log2_lr, mean, marker="o", color=color, label=label)
+    # The range over seeds shows what of a curve's shape is noise.
+    lowest = curve.losses.min(axis=1)
+    highest = curve.losses.max(axis=1)
+    panel.fill_between(curve.log2_lr, lowest, highest, color=color, alpha=0.15)
+    best = int(mean.argmin())
+    panel.plot(curve.log2_lr[best], mean[best], marker="*", markersize=14, color=color)
+
+
+def _loss_limits(curves: Sequence[Curve]) -> tuple[float, float]:
+    """The limits of the loss axis: at most one nat, beyond which curves that diverge run out."""
+    # A mean is infinite where a seed diverged.
+    mean_losses = np.concatenate([curve.mean for curve in curves])
+    finite_losses = mean_losses[np.isfinite(mean_losses)]
+    lowest = float(finite_losses.min())
+    highest = min(float(finite_losses.max()), lowest + 1.0)
+    margin = 0.05 * (highest - lowest) + 0.01
+    return lowest - margin, highest + margin
 
 
 def draw_lengths(curves: Sequence[Curve]) -> Any:
-    """One panel a parameterization, one line a shape: the loss at the optimum over the FLOPs of a run; bars are 95 % intervals."""
-    rules = list(dict.fromkeys(c.parameterization for c in curves))
-    shapes = sorted({(c.num_layers, c.hidden_size) for c in curves})
+    """A figure of the loss at the optimum over the FLOPs of a run.
+
+    One panel a parameterization, one line a shape; bars are 95 % intervals.
+    """
+    rules = list(dict.fromkeys(curve.parameterization for curve in curves))
+    shapes = sorted({(curve.num_layers, curve.hidden_size) for curve in curves})
     figure = new_figure(4.2 * len(rules), 4.0)
-    axes = figure.subplots(1, len(rules), sharey=True, squeeze=False)[0]
-    for axis, rule in zip(axes, rules, strict=True):
-        for number, shape in enumerate(shapes):
-            runs = sorted(
-                (
-                    c
-                    for c in curves
-                    if (c.parameterization, c.num_layers, c.hidden_size) == (rule, *shape)
-                ),
-                key=lambda c: c.flops,
-            )
-            losses = [lr_transfer.best_loss(c) for c in runs]
-            reach = [
-                [loss.value - loss.low for loss in losses],
-                [loss.high - loss.value for loss in losses],
+    panels = figure.subplots(1, len(rules), sharey=True, squeeze=False)[0]
+    for panel, rule in zip(panels, rules, strict=True):
+        rule_curves = [curve for curve in curves if curve.parameterization == rule]
+        for number, (num_layers, hidden_size) in enumerate(shapes):
+            runs = [
+                curve
+                for curve in rule_curves
+                if (curve.num_layers, curve.hidden_size) == (num_layers, hidden_size)
             ]
-            label = f"{shape[0]} x {shape[1]}"
-            axis.errorbar(
-                [c.flops for c in runs],
-                [loss.value for loss in losses],
-                reach,
-                marker="o",
-                capsize=3,
-                color=PALETTE[number % 8],
-                label=label,
-            )
-        axis.set_title(rule)
-        axis.set_xlabel("FLOPs of a run")
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("loss, nats a token")
-    axes[-1].legend(fontsize=8)
+            # A colour is a shape's in all panels, and a shape without runs keeps its label.
+            label = f"{num_layers} x {hidden_size}"
+            _draw_length(panel, runs, PALETTE[number % 8], label)
+        panel.set_title(rule)
+        panel.set_xlabel("FLOPs of a run")
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("loss, nats a token")
+    panels[-1].legend(fontsize=8)
     return figure
+
+
+def _draw_length(panel: Any, runs: Sequence[Curve], color: str, label: str) -> None:
+    """Draw the losses of one shape by the FLOPs of its runs, with intervals."""
+    by_length = sorted(runs, key=lambda curve: curve.flops)
+    flops = [curve.flops for curve in by_length]
+    estimates = [lr_transfer.best_loss(curve) for curve in by_length]
+    losses = [estimate.value for estimate in estimates]
+    # Matplotlib takes distances from the point, below it and above it.
+    below = [estimate.value - estimate.low for estimate in estimates]
+    above = [estimate.high - estimate.value for estimate in estimates]
+    bars = [below, above]
+    panel.errorbar(flops, losses, bars, marker="o", capsize=3, color=color, label=label)

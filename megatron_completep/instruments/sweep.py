@@ -1,4 +1,8 @@
-"""Many small runs over a grid of learning rates, shapes and parameterizations; each is kept in a file of its own and never run twice."""
+"""Many small runs over a grid of learning rates, shapes and parameterizations.
+
+Each run's result is kept in a file of its own, named by a hash of the configuration, so that no run
+is repeated.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +49,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Point:
-    """One run: what was varied, and the whole configuration that follows."""
+    """One run: what is varied, and the whole configuration that follows."""
 
     parameterization: str
     hidden_size: int
@@ -59,32 +63,32 @@ class Point:
 
     @property
     def key(self) -> str:
-        """The hash of everything that the result depends on. Settings at their defaults are left out, so that a setting which a later
-        version adds runs nothing anew."""
+        """The hash of everything that the result depends on."""
         unrelated: Any = {
             "checkpoint": True,
             "logging": True,
             "training": {"output_dir", "cpu_threads"},
         }
-        kept = self.config.model_dump(mode="json", exclude=unrelated, exclude_defaults=True)
-        return hashlib.blake2b(
-            json.dumps([FORMAT, kept], sort_keys=True).encode(), digest_size=12
-        ).hexdigest()
+        # Settings at their defaults are left out, so that points stay done when a later version
+        # adds a setting.
+        settings = self.config.model_dump(mode="json", exclude=unrelated, exclude_defaults=True)
+        content = json.dumps([FORMAT, settings], sort_keys=True)
+        return hashlib.blake2b(content.encode(), digest_size=12).hexdigest()
 
     @property
     def tau(self) -> float:
-        """Time scale of weight decay in runs: 1 / (lr * wd * steps); infinite without decay."""
+        """The time scale of weight decay in runs, 1 / (lr * wd * steps); infinite without decay."""
         decay = self.base_lr * self.base_weight_decay * self.train_steps
         return 1 / decay if decay else math.inf
 
     def settings(self) -> dict[str, Any]:
-        """What was varied, for tables."""
-        return {name: value for name, value in vars(self).items() if name != "config"}
+        """What is varied, for tables."""
+        return {name: setting for name, setting in vars(self).items() if name != "config"}
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The product of all of these is run; an empty list means the configuration's own value."""
+    """The lists whose product is run; an empty one means the configuration's own value."""
 
     learning_rates: Sequence[float]
     depths: Sequence[int] = ()
@@ -96,13 +100,18 @@ class Grid:
     seeds: int = 3
 
     def points(self, config: Config) -> list[Point]:
-        """All runs, a whole seed after the other, so that what is done early can already be reported."""
+        """All runs, one seed after the other, so that a sweep that is under way can be reported.
+
+        Raises ConfigError for an unknown parameterization or a shape that is not allowed.
+        """
         unknown = [name for name in self.parameterizations if name not in PARAMETERIZATIONS]
         if unknown:
             raise ConfigError(
-                f"parameterization {', '.join(unknown)} is not known. Use some of: {', '.join(PARAMETERIZATIONS)}."
+                f"parameterization {', '.join(unknown)} is not known. "
+                f"Use some of: {', '.join(PARAMETERIZATIONS)}."
             )
         config = with_base(config)
+        # The last axis varies fastest: the learning rates of a shape are run in sequence.
         axes = (
             range(self.seeds),
             self.depths or (config.model.num_layers,),
@@ -113,7 +122,7 @@ class Grid:
             self.parameterizations,
             sorted(self.learning_rates),
         )
-        return [_point(config, *values) for values in product(*axes)]
+        return [_point(config, *coordinates) for coordinates in product(*axes)]
 
 
 def _point(
@@ -127,45 +136,56 @@ def _point(
     rule: str,
     rate: float,
 ) -> Point:
+    """One point; the arguments after `config` are in the order of the grid's axes."""
     shaped = under(with_seed(reshape(config, width, depth), seed), rule)
+    # At the base depth the depth rules coincide: with one configuration they share one run.
     if depth == shaped.completep.base_num_layers and rule != "sp":
-        shaped = under(
-            shaped, "completep"
-        )  # at the base depth the depth rules coincide: run it once
-    changed = change(
+        shaped = under(shaped, "completep")
+    point_config = change(
         shaped,
         optimizer={"base_lr": rate, "base_weight_decay": decay, "base_init_std": std},
         training={"train_steps": steps, "validation_interval": None, "stop_at_step": None},
     )
-    return Point(rule, width, depth, steps, decay, std, rate, seed, changed)
+    return Point(rule, width, depth, steps, decay, std, rate, seed, point_config)
 
 
 def octaves(low: float, high: float, per_octave: int = 2) -> list[float]:
-    """Powers of two from low to high, `per_octave` of them an octave. low and high are exponents: -10, -5."""
+    """Powers of two from 2^low to 2^high, `per_octave` of them an octave."""
     count = round((high - low) * per_octave)
     return [2.0 ** (low + index / per_octave) for index in range(count + 1)]
 
 
 def run_point(config: Config, device: str = "cpu") -> dict[str, Any]:
-    """Train one model from the beginning to the end of its schedule and evaluate it; nothing is written.
+    """Train one model to the end of its schedule and evaluate it; nothing is written.
 
-    Returns validation_loss (null without held-out data), train_loss (mean over the last steps), diverged, steps, tokens, flops, seconds.
+    Returns validation_loss (None without held-out data), train_loss (mean over the last steps),
+    diverged, steps, tokens, flops and seconds.
     """
     started = time.perf_counter()
     context = ParallelContext.single(device)
     trial = Trial.build(config, context)
-    steps, losses = config.training.train_steps, []
-    for number, batches in enumerate(read_batches(config, context, steps), 1):
-        losses.append(trial.step.run(batches, number).read().loss)
+    train_steps = config.training.train_steps
+    losses: list[float] = []
+    for step, micro_batches in enumerate(read_batches(config, context, train_steps), start=1):
+        losses.append(trial.step.run(micro_batches, step).read().loss)
+        # Nothing that follows a loss without a number could be compared.
         if not math.isfinite(losses[-1]):
             break
+
     diverged = not math.isfinite(losses[-1])
-    validation = None if diverged else build_validation(config, context)
+    validation_loss: float | None = None
+    train_loss: float | None = None
+    if not diverged:
+        validation = build_validation(config, context)
+        if validation is not None:
+            validation_loss = trial.step.evaluate(validation)
+        # The loss of single batches is noisy, so the figure is the mean of several.
+        final_losses = losses[-max(1, round(LAST_PART * train_steps)) :]
+        train_loss = sum(final_losses) / len(final_losses)
     tokens = len(losses) * tokens_per_step(config)
-    last = losses[-max(1, round(LAST_PART * steps)) :]
     return {
-        "validation_loss": None if validation is None else trial.step.evaluate(validation),
-        "train_loss": None if diverged else sum(last) / len(last),
+        "validation_loss": validation_loss,
+        "train_loss": train_loss,
         "diverged": diverged,
         "steps": len(losses),
         "tokens": tokens,
@@ -174,67 +194,83 @@ def run_point(config: Config, device: str = "cpu") -> dict[str, Any]:
     }
 
 
-def run_and_keep(settings: dict[str, Any], values: dict[str, Any], path: str, device: str) -> float:
-    """Run one point and write its file in one move; returns its loss. Arguments are plain, so that they travel between processes.
+def run_and_keep(
+    settings: dict[str, Any], config_values: dict[str, Any], path: str, device: str
+) -> float:
+    """Run one point and write its file in one move; returns its loss.
 
-    device: one device, or `auto` and `cuda`, which are looked up here: a Slurm job sees other devices than the machine that submits it.
+    settings: what is varied, for the file. config_values: the configuration as plain data, so that
+    all arguments can be sent to another process. device: one device, or `auto` and `cuda`, which
+    are looked up here, since a Slurm job sees other devices than the machine that submits it.
     """
+    # There are as many workers as cores, and more threads would fight over them.
     torch.set_num_threads(1)
-    here = device if ":" in device else str(choose_device(device, 0))
-    result = run_point(config_from_mapping(values), here)
-    write_whole(path, json.dumps({**settings, **result, "config": values}).encode())
+    one_device = device if ":" in device else str(choose_device(device, 0))
+    result = run_point(config_from_mapping(config_values), one_device)
+    content = json.dumps({**settings, **result, "config": config_values})
+    write_whole(path, content.encode())
     return loss_of(result)
 
 
 def loss_of(result: dict[str, Any]) -> float:
-    """Held-out loss where there is one, else the training loss of the last steps; infinite for a run that diverged."""
-    loss = (
-        result["validation_loss"] if result["validation_loss"] is not None else result["train_loss"]
-    )
+    """The loss by which points are compared; infinite for a run that diverged.
+
+    It is the held-out loss where there is one, else the training loss of the last steps.
+    """
+    loss = result["validation_loss"]
+    if loss is None:
+        loss = result["train_loss"]
     return math.inf if result["diverged"] or loss is None else float(loss)
 
 
 def result_path(folder: Path, point: Point) -> Path:
+    """The file of a point's result in a sweep's folder."""
     return folder / "points" / f"{point.key}.json"
 
 
 def missing(points: Sequence[Point], folder: Path) -> list[Point]:
-    """Points without a file, each configuration once."""
-    left = {point.key: point for point in points if not result_path(folder, point).exists()}
-    return list(left.values())
+    """The points without a file, each configuration once."""
+    by_key = {point.key: point for point in points if not result_path(folder, point).exists()}
+    return list(by_key.values())
 
 
 def default_workers(device: str) -> int:
-    """As many as fit: one a core, or several a GPU."""
+    """One worker a core, or WORKERS_PER_GPU a GPU."""
     if device.startswith("cuda"):
         return WORKERS_PER_GPU * max(1, torch.cuda.device_count())
     return max(1, len(os.sched_getaffinity(0)))
 
 
 def run_local(points: Sequence[Point], folder: Path, workers: int, device: str, say: Say) -> None:
-    """Run what is missing in `workers` processes of one thread each; on GPUs they are dealt out in turn."""
-    left = missing(points, folder)
+    """Run the missing points in `workers` processes of one thread each.
+
+    On GPUs the points are dealt out in turn. `say` gets one line a finished point.
+    """
+    missing_points = missing(points, folder)
+    count = len(missing_points)
     (folder / "points").mkdir(parents=True, exist_ok=True)
-    say(f"{len(points)} points, {len(left)} to run, {workers} at a time")
-    if not left:
+    say(f"{len(points)} points, {count} to run, {workers} at a time")
+    if not missing_points:
         return
+
+    # Each worker trains on one device: small models gain nothing from several.
     gpus = torch.cuda.device_count() if device.startswith("cuda") else 0
     started = time.perf_counter()
-    with processes(min(workers, len(left))) as pool:
-        futures = {}
-        for number, point in enumerate(left):
-            where = f"cuda:{number % gpus}" if gpus else "cpu"
-            job = pool.submit(
-                run_and_keep,
-                point.settings(),
-                point.config.model_dump(mode="json"),
-                str(result_path(folder, point)),
-                where,
-            )
-            futures[job] = point
-        for done, job in enumerate(as_completed(futures), 1):
-            say(f"[{done}/{len(left)}] {describe(futures[job])}: loss {job.result():.4f}")
-    say(f"{len(left)} points in {time.perf_counter() - started:.0f} s")
+    with processes(min(workers, count)) as pool:
+        jobs = {}
+        for number, point in enumerate(missing_points):
+            one_device = f"cuda:{number % gpus}" if gpus else "cpu"
+            job = pool.submit(run_and_keep, *_job_arguments(point, folder), one_device)
+            jobs[job] = point
+        for done, job in enumerate(as_completed(jobs), 1):
+            say(f"[{done}/{count}] {describe(jobs[job])}: loss {job.result():.4f}")
+    say(f"{count} points in {time.perf_counter() - started:.0f} s")
+
+
+def _job_arguments(point: Point, folder: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """The arguments of run_and_keep before the device, as plain data."""
+    config_values = point.config.model_dump(mode="json")
+    return point.settings(), config_values, str(result_path(folder, point))
 
 
 def run_slurm(
@@ -244,40 +280,47 @@ def run_slurm(
     device: str,
     cluster: str = "slurm",
 ) -> list[Any]:
-    """Hand what is missing to Slurm as one array job; returns submitit's jobs. The files appear as the jobs end."""
+    """Submit the missing points to Slurm as one array job; returns submitit's jobs.
+
+    The points' files appear as the jobs end. Raises UserError where submitit is not installed.
+    """
+    # The package is optional, so it is imported only here.
     try:
         import submitit
     except ImportError as error:
         raise UserError("Slurm jobs need the package submitit: pip install submitit.") from error
-    left = missing(points, folder)
+    rows = [(*_job_arguments(point, folder), device) for point in missing(points, folder)]
     (folder / "points").mkdir(parents=True, exist_ok=True)
     executor = submitit.AutoExecutor(folder=str(folder / "slurm"), cluster=cluster)
     executor.update_parameters(name="lr_transfer", **options)
-    rows = [
-        (p.settings(), p.config.model_dump(mode="json"), str(result_path(folder, p)), device)
-        for p in left
-    ]
-    return list(executor.map_array(run_and_keep, *zip(*rows, strict=True))) if rows else []
+    if not rows:
+        return []
+    # map_array takes one sequence an argument of the function, as map does.
+    columns = zip(*rows, strict=True)
+    return list(executor.map_array(run_and_keep, *columns))
 
 
 def describe(point: Point) -> str:
-    """One line of what a point is, with the time scale of its weight decay."""
-    decay = (
-        f", wd {point.base_weight_decay:g} (tau {point.tau:.3g})" if point.base_weight_decay else ""
-    )
+    """One line on a point, with the time scale of its weight decay."""
+    shape = f"{point.parameterization} {point.num_layers} x {point.hidden_size}"
     rate = f"lr 2^{math.log2(point.base_lr):.3g}"
-    return f"{point.parameterization} {point.num_layers} x {point.hidden_size}, {rate}{decay}, {point.train_steps} steps, seed {point.seed}"
+    decay = ""
+    if point.base_weight_decay:
+        decay = f", wd {point.base_weight_decay:g} (tau {point.tau:.3g})"
+    return f"{shape}, {rate}{decay}, {point.train_steps} steps, seed {point.seed}"
 
 
 def read_results(points: Sequence[Point], folder: Path) -> Iterator[tuple[Point, dict[str, Any]]]:
-    """Points that are done, with their results; DataError for a file that is no result."""
+    """The points that are done, with their results. Raises DataError for a file that is none."""
     for point in points:
         path = result_path(folder, point)
         if not path.exists():
             continue
         try:
             result = read_json_object(path, finite=False)
-            loss_of(result), float(result["flops"])
+            # A file without the figures of the analysis is refused here, where its path is known.
+            loss_of(result)
+            float(result["flops"])
         except (DataError, KeyError, TypeError, ValueError) as error:
             raise DataError(
                 f"{path}: not a result: {error}. Remove it; the next sweep runs the point again."
@@ -286,13 +329,15 @@ def read_results(points: Sequence[Point], folder: Path) -> Iterator[tuple[Point,
 
 
 def save_grid(grid: Grid, config: Config, folder: Path) -> None:
-    """What `report` needs to find the points again; another grid in the same folder is added to the first.
+    """Write what `report` needs to find the points; a further grid is added to those there are.
 
-    Raises DataError: the file that is there is no sweep, or cannot be replaced. It stays as it is then.
+    Raises DataError where the file that is there is no sweep, or cannot be replaced; it then stays
+    as it is.
     """
     path = folder / "sweep.json"
     grids = _grids(path) if path.exists() else []
     entry = {"grid": asdict(grid), "config": config.model_dump(mode="json")}
+    # The same sweep started again adds nothing; lists in place of tuples are what JSON has.
     if entry not in grids:
         grids.append(json.loads(json.dumps(entry)))
     try:
@@ -300,12 +345,13 @@ def save_grid(grid: Grid, config: Config, folder: Path) -> None:
         write_whole(path, json.dumps({"grids": grids}, indent=1).encode())
     except OSError as error:
         raise DataError(
-            f"{path} cannot be written: {error.strerror}. Choose another folder, or free some space."
+            f"{path} cannot be written: {error.strerror}. "
+            "Choose another folder, or free some space."
         ) from None
 
 
 def _grids(path: Path) -> list[dict[str, Any]]:
-    """The grids of a sweep.json. Raises DataError."""
+    """The grids of a sweep.json. Raises DataError for any other file."""
     try:
         grids = read_json_object(path).get("grids")
     except DataError as error:
@@ -318,15 +364,17 @@ def _grids(path: Path) -> list[dict[str, Any]]:
 
 
 def load_points(folder: Path) -> list[Point]:
-    """All points of all grids of a folder, each once. DataError where there is no sweep."""
+    """All points of all grids of a folder, each once. Raises DataError where there is no sweep."""
     path = folder / "sweep.json"
-    found: dict[tuple[str, str], Point] = {}
+    points: dict[tuple[str, str], Point] = {}
     try:
         for entry in _grids(path):
-            for point in Grid(**entry["grid"]).points(config_from_mapping(entry["config"])):
-                found[point.parameterization, point.key] = point
+            grid = Grid(**entry["grid"])
+            for point in grid.points(config_from_mapping(entry["config"])):
+                # The key alone would merge the rules that share a run at the base depth.
+                points[point.parameterization, point.key] = point
     except (DataError, KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"{path}: not a sweep ({error}). Make one with tools/lr_transfer.py sweep."
         ) from None
-    return list(found.values())
+    return list(points.values())

@@ -1,4 +1,7 @@
-"""A small model of a given shape and parameterization, trained for some steps: what every instrument is made of."""
+"""A small model of a given shape and parameterization, with its optimizer and batches.
+
+All instruments train such models for some steps.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,7 @@ from megatron_completep.training.build import build_training_loader
 TableMaker = Callable[[Config], Table]
 ModelMaker = Callable[[Config, Table, ParallelContext], nn.Module]
 
+# The settings of the completep section, by the names that sweeps and checks use.
 PARAMETERIZATIONS: dict[str, dict[str, Any]] = {
     "completep": {"parameterization": "completep", "alpha": 1.0},
     "alpha_0.5": {"parameterization": "completep", "alpha": 0.5},
@@ -36,10 +40,11 @@ PARAMETERIZATIONS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Design:
-    """How models come about: the table of a shape, and optionally a user's own model in place of the project's.
+    """How models are made: the table of a shape, and optionally a model of the user's own.
 
-    make_model(config, table, context) returns an initialized module that declares its roles, whose call (tokens [B, S], labels=[B, S])
-    gives the sum of the token losses and whose call without labels gives the logits [B, S, V].
+    make_model(config, table, context) returns an initialized module that declares the roles of its
+    parameters. Called with (tokens [B, S], labels=[B, S]) it gives the sum of the token losses, and
+    without labels the logits [B, S, V].
     """
 
     make_table: TableMaker = table_of
@@ -47,108 +52,129 @@ class Design:
 
 
 def change(config: Config, **sections: dict[str, Any]) -> Config:
-    """The configuration with some settings of some sections replaced, checked anew."""
-    changed = {
-        name: getattr(config, name).model_copy(update=values) for name, values in sections.items()
-    }
-    changed_config = config.model_copy(update=changed)
-    check_config(changed_config)
-    return changed_config
+    """The configuration with some settings of some sections replaced, and checked again.
+
+    Raises ConfigError where the new settings are not allowed.
+    """
+    changed_sections = {}
+    for name, settings in sections.items():
+        changed_sections[name] = getattr(config, name).model_copy(update=settings)
+    changed = config.model_copy(update=changed_sections)
+    check_config(changed)
+    return changed
 
 
 def with_base(config: Config) -> Config:
-    """The proxy's shape written out: where the configuration names none, it is itself the proxy."""
-    model, completep = config.model, config.completep
+    """The configuration with its base shape written out: its own shape where it names none."""
+    model = config.model
+    completep = config.completep
+    # Where it names only a width, the base MLP has the model's ratio of ffn_hidden_size.
     base_hidden = completep.base_hidden_size or model.hidden_size
-    values = {
+    base_ffn = completep.base_ffn_hidden_size
+    if not base_ffn:
+        base_ffn = max(1, round(model.ffn_hidden_size * base_hidden / model.hidden_size))
+    base = {
         "base_hidden_size": base_hidden,
         "base_num_layers": completep.base_num_layers or model.num_layers,
-        "base_ffn_hidden_size": completep.base_ffn_hidden_size
-        or max(1, round(model.ffn_hidden_size * base_hidden / model.hidden_size)),
+        "base_ffn_hidden_size": base_ffn,
         "base_head_dim": completep.base_head_dim or head_dim(model),
     }
-    return change(config, completep=values)
+    return change(config, completep=base)
 
 
 def stretch(
     overrides: Sequence[OverrideConfig], num_layers: int, target_layers: int
 ) -> list[OverrideConfig]:
-    """A user's own factors at another depth: what was found for layer k of L holds for the target's layers from k / L of its depth to
-    (k + 1) / L; patterns that name no single layer stay as they are. Factors multiply the table, so they are the same at every size
-    (Complete(d)P, arXiv 2512.22382, transfers its per-module and per-depth multipliers in this way)."""
-    found = []
+    """A user's own factors at another depth.
+
+    Factors of layer k of `num_layers` go to the target's layers from k / L to (k + 1) / L of its
+    depth; patterns that name no single layer stay as they are. Factors multiply the table, so they
+    are the same at every size (Complete(d)P, arXiv 2512.22382, transfers its per-module and
+    per-depth multipliers in this way).
+    """
+    stretched = []
     for override in overrides:
-        named = re.match(r"layers\.(\d+)\.", override.pattern)
-        if named is None or num_layers == target_layers:
-            found.append(override)
+        layer_prefix = re.match(r"layers\.(\d+)\.", override.pattern)
+        if layer_prefix is None or num_layers == target_layers:
+            stretched.append(override)
             continue
-        rest = override.pattern[named.end() :]
-        layers = [
-            layer
-            for layer in range(target_layers)
-            if layer * num_layers // target_layers == int(named[1])
-        ]
-        found += [
-            override.model_copy(update={"pattern": f"layers.{layer}.{rest}"}) for layer in layers
-        ]
-    return found
+        inner_pattern = override.pattern[layer_prefix.end() :]
+        source_layer = int(layer_prefix[1])
+        for layer in range(target_layers):
+            # Integer division gives every target layer exactly one source layer.
+            if layer * num_layers // target_layers == source_layer:
+                pattern = f"layers.{layer}.{inner_pattern}"
+                stretched.append(override.model_copy(update={"pattern": pattern}))
+    return stretched
 
 
 def reshape(
     config: Config, hidden_size: int | None = None, num_layers: int | None = None
 ) -> Config:
-    """The same model at another width or depth: heads of the same size, the same ratio of ffn_hidden_size, the same base, and
-    optimizer.overrides of single layers stretched over the depth.
+    """The same model at another width or depth.
 
-    Raises ConfigError for a width that does not divide into whole heads.
+    Heads keep their size, ffn_hidden_size its ratio, and the base its shape; optimizer.overrides of
+    single layers are stretched over the depth. Raises ConfigError for a width that does not divide
+    into whole heads.
     """
     config = with_base(config)
-    model, size = config.model, head_dim(config.model)
+    model = config.model
+    head_size = head_dim(model)
     width = hidden_size or model.hidden_size
-    if width % size:
+    depth = num_layers or model.num_layers
+    if width % head_size:
+        below = max(1, width // head_size) * head_size
         raise ConfigError(
-            f"hidden_size {width} is not a multiple of the head size {size}. Use {max(1, width // size) * size}, or set model.head_dim."
+            f"hidden_size {width} is not a multiple of the head size {head_size}. "
+            f"Use {below}, or set model.head_dim."
         )
+
+    # Query groups shrink with the width, but every group needs as many heads as the others.
     heads = max(1, round(model.num_attention_heads * width / model.hidden_size))
     groups = max(1, round(num_query_groups(model) * width / model.hidden_size))
     while heads % groups:
         groups -= 1
-    shape: dict[str, Any] = {
+    ffn_hidden_size = max(1, round(model.ffn_hidden_size * width / model.hidden_size))
+    shape = {
         "hidden_size": width,
-        "num_layers": num_layers or model.num_layers,
+        "num_layers": depth,
         "num_attention_heads": heads,
         "num_query_groups": groups,
-        "head_dim": size,
-        "ffn_hidden_size": max(1, round(model.ffn_hidden_size * width / model.hidden_size)),
+        "head_dim": head_size,
+        "ffn_hidden_size": ffn_hidden_size,
+        # A backend that runs on every device and in float64.
         "attention_backend": "sdpa",
     }
-    overrides = stretch(config.optimizer.overrides, model.num_layers, shape["num_layers"])
-    return change(
-        config, model=shape, parallel={"pipeline_split": None}, optimizer={"overrides": overrides}
-    )
+    overrides = stretch(config.optimizer.overrides, model.num_layers, depth)
+    # A split of the layers over stages that the user wrote out fits no other depth.
+    parallel = {"pipeline_split": None}
+    return change(config, model=shape, parallel=parallel, optimizer={"overrides": overrides})
 
 
 def under(config: Config, parameterization: str) -> Config:
-    """The same model under another parameterization, by its name in PARAMETERIZATIONS ("own": as configured)."""
-    return (
-        config
-        if parameterization == "own"
-        else change(config, completep=PARAMETERIZATIONS[parameterization])
-    )
+    """The same model under another parameterization, by its name in PARAMETERIZATIONS.
+
+    "own" leaves the configuration as it is.
+    """
+    if parameterization == "own":
+        return config
+    return change(config, completep=PARAMETERIZATIONS[parameterization])
 
 
 def with_seed(config: Config, number: int) -> Config:
-    """Other initial weights and another order of the data."""
-    return change(
-        config,
-        training={"seed": config.training.seed + 7919 * number},
-        data={"seed": config.data.seed + 104729 * number},
-    )
+    """The configuration with other initial weights and another order of the data.
+
+    The seeds of number 0 are the configuration's own.
+    """
+    # Two different primes, so that the two seeds do not move in step.
+    training_seed = config.training.seed + 7919 * number
+    data_seed = config.data.seed + 104729 * number
+    return change(config, training={"seed": training_seed}, data={"seed": data_seed})
 
 
 @dataclass
 class Trial:
-    """A model with its optimizer and its batches, before the first step."""
+    """A model with its optimizer and its training step, before the first step."""
 
     config: Config
     context: ParallelContext
@@ -160,26 +186,33 @@ class Trial:
 
     @classmethod
     def build(cls, config: Config, context: ParallelContext, design: Design | None = None) -> Trial:
-        """Raises ConfigError for a model with a parameter that declares no role."""
+        """Make the model and all that trains it. Communicates as the start of a training run does.
+
+        Raises ConfigError for a model with a parameter that declares no role.
+        """
         design = design or Design()
         table = design.make_table(config)
         chunks: Sequence[Any] | None = None
         if design.make_model is None:
             check_parameters(config, table)
         else:
+            # A user's model has parameters that the configuration does not tell of.
             chunks = [design.make_model(config, table, context)]
             check_parameters(config, table, chunks[0].named_parameters())
-        parts = assemble(config, context, table, chunks)
-        taps = StreamTaps(parts.chunks)
-        return cls(config, context, table, parts.chunks, parts.optimizer, parts.step, taps)
+        assembly = assemble(config, context, table, chunks)
+        taps = StreamTaps(assembly.chunks)
+        return cls(config, context, table, assembly.chunks, assembly.optimizer, assembly.step, taps)
 
 
 def read_batches(config: Config, context: ParallelContext, steps: int) -> list[list[Batch]]:
-    """This data rank's micro-batches of the first `steps` steps. Raises DataError where the configuration's token files are missing."""
-    config = config.model_copy(update={"data": config.data.model_copy(update={"prefetch": 0})})
-    config = config.model_copy(
-        update={"training": config.training.model_copy(update={"train_steps": steps})}
-    )
+    """This data rank's micro-batches of the first `steps` steps, one list a step.
+
+    Raises DataError where the configuration's token files are missing.
+    """
+    # All batches are read at once, so a thread that reads ahead would only cost its start.
+    data = config.data.model_copy(update={"prefetch": 0})
+    training = config.training.model_copy(update={"train_steps": steps})
+    config = config.model_copy(update={"data": data, "training": training})
     with build_training_loader(config, context) as loader:
         return [loader.next_step() for _ in range(steps)]
 
@@ -187,10 +220,11 @@ def read_batches(config: Config, context: ParallelContext, steps: int) -> list[l
 def for_short_runs(
     config: Config, steps: int, precision: str = "float32", **optimizer: Any
 ) -> Config:
-    """Settings of a run of a few steps: a constant learning rate from the first step on, nothing saved."""
-    settings = {"schedule": "constant", "warmup_steps": None, "warmup_fraction": None, **optimizer}
-    return change(
-        config,
-        optimizer=settings,
-        training={"train_steps": steps, "precision": precision, "recompute": "none"},
-    )
+    """The settings of a run of a few steps, at a constant learning rate from the first step on.
+
+    optimizer: further settings of that section.
+    """
+    # A warm-up would take up all of the few steps.
+    schedule = {"schedule": "constant", "warmup_steps": None, "warmup_fraction": None}
+    training = {"train_steps": steps, "precision": precision, "recompute": "none"}
+    return change(config, optimizer={**schedule, **optimizer}, training=training)

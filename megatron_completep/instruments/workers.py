@@ -1,4 +1,4 @@
-"""A pool of processes of one thread each, for many small models at once."""
+"""A pool of processes that trains many small models at once."""
 
 from __future__ import annotations
 
@@ -13,19 +13,27 @@ from megatron_completep.launch import interrupts_held, work_for
 
 @contextmanager
 def processes(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """A pool that leaves with this process: when it is killed, and at once at Ctrl-C. After an error what is under way is finished."""
-    before = set(multiprocessing.active_children())
+    """A pool of `workers` processes, which end with this process even where it is killed.
+
+    At Ctrl-C they end at once. After an error the calls that are running are finished, and those
+    that wait are dropped.
+    """
+    children_before = set(multiprocessing.active_children())
+    # A forked process would inherit the locks of torch's threads, and cannot use CUDA.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(
         workers, context, initializer=work_for, initargs=(os.getpid(),)
     ) as pool:
+        # The first call starts all workers. Ctrl-C is held meanwhile, for a worker that is still
+        # importing would answer it with a traceback.
         with interrupts_held():
-            pool.submit(os.getpid)  # starts them all
+            pool.submit(os.getpid)
         try:
             yield pool
         except BaseException as reason:
             pool.shutdown(wait=False, cancel_futures=True)
+            # Results are written in one move, so a worker that is ended leaves no torn file.
             if not isinstance(reason, Exception):
-                for worker in set(multiprocessing.active_children()) - before:
-                    worker.terminate()  # what it has not finished it has not written
+                for worker in set(multiprocessing.active_children()) - children_before:
+                    worker.terminate()
             raise

@@ -1,1 +1,1 @@
-"""What runs left behind, for people."""
+"""Reports on training runs, and the quickstart, which makes a run and reports on it."""

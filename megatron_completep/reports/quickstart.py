@@ -1,4 +1,8 @@
-"""The main job from nothing: corpus -> tokenizer -> token files -> training, stopped and resumed -> a sample and a report."""
+"""The quickstart: a training run from nothing, with a sample and a report.
+
+Its stages are the corpus, a tokenizer, token files, training that is stopped and resumed, a sample
+of generated text, and the report.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,12 +38,15 @@ HELD_OUT = 50  # every 50th document is for validation
 PROMPT = "class "
 SAMPLING = Sampling(temperature=0.8, top_p=0.95, max_new_tokens=150)
 Say = Callable[[str], None]
-Show = Callable[[str, int, int], None]  # what, how far, of how much
+Show = Callable[[str, int, int], None]  # (activity, number done, number in all)
 
 
 @dataclass
 class Quickstart:
-    """One quickstart: the configuration of its run, the words that override it, and what has been done so far."""
+    """One quickstart: its run's configuration file with overrides, and the time of each stage.
+
+    say: prints a line. show: shows the progress of an activity. seconds: by the stage's title.
+    """
 
     config_file: str
     overrides: list[str]
@@ -48,46 +55,59 @@ class Quickstart:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def run(self) -> float:
-        """Do everything that is not done yet; returns how many nats the validation loss lies below a uniform guess."""
+        """Run every stage that is not done yet.
+
+        Returns by how many nats the validation loss is below that of a uniform guess. Raises
+        ConfigError for a configuration that the quickstart cannot use, UserError where training
+        fails.
+        """
+        # One process a GPU, and one where there is none.
         processes = torch.cuda.device_count() or 1
-        self.overrides = [
-            *layout_overrides(load_config(self.config_file, self.overrides), processes),
-            *self.overrides,
-        ]
+        unsplit = load_config(self.config_file, self.overrides)
+        # The user's overrides come last, so that they replace the layout's.
+        self.overrides = [*layout_overrides(unsplit, processes), *self.overrides]
         config = load_config(self.config_file, self.overrides)
-        if (
-            config.data.tokenizer is None
-            or config.data.tokenizer.model is None
-            or config.data.validation is None
-        ):
-            raise ConfigError(
-                f"{self.config_file}: the quickstart needs data.tokenizer.model and data.validation: it makes both."
-            )
-        folder = Path(config.data.tokenizer.model).parent
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = self._data_folder(config)
+
         with self._stage("Gather the corpus: the source of Python's standard library"):
             corpus = gather_standard_library(folder, self.show)
-            self.say(
-                f"{corpus['documents']:,} files, {corpus['bytes'] / 1e6:.1f} MB; every {HELD_OUT}th is held out"
-            )
+            size = f"{corpus['documents']:,} files, {corpus['bytes'] / 1e6:.1f} MB"
+            self.say(f"{size}; every {HELD_OUT}th is held out")
         with self._stage(f"Train a tokenizer of {config.model.vocab_size} pieces"):
             self._tokenizer(folder, config)
         with self._stage("Write token files"):
-            data = self._token_files(folder, config)
+            reports = self._token_files(folder, config)
+
+        # Training is stopped half-way so that the quickstart also shows how a run is resumed.
+        layers = config.model.num_layers
+        base_layers = config.completep.base_num_layers
+        proxy = f"the hyperparameters of the {base_layers}-layer proxy"
         middle = config.checkpoint.interval or config.training.train_steps // 2
-        with self._stage(
-            f"Train {config.model.num_layers} layers with the hyperparameters of the {config.completep.base_num_layers}-layer proxy"
-        ):
+        with self._stage(f"Train {layers} layers with {proxy}"):
             self._train(processes, [f"training.stop_at_step={middle}"])
         with self._stage(f"Start again: go on from the checkpoint of step {middle}"):
             self._train(processes, [])
+
         with self._stage("Generate a sample"):
             sample = generate_sample(config)
             self.say(sample)
-        return self._report(config, corpus, data, sample)
+        return self._report(config, corpus, reports, sample)
+
+    def _data_folder(self, config: Config) -> Path:
+        """The tokenizer's folder, which is made. Raises ConfigError where the config names none."""
+        data = config.data
+        if data.tokenizer is None or data.tokenizer.model is None or data.validation is None:
+            raise ConfigError(
+                f"{self.config_file}: the quickstart needs data.tokenizer.model "
+                "and data.validation: it makes both."
+            )
+        folder = Path(data.tokenizer.model).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
     @contextmanager
     def _stage(self, title: str) -> Iterator[None]:
+        """Announce a stage and record its time."""
         self.say(f"\n== {title}")
         started = time.perf_counter()
         yield
@@ -95,164 +115,184 @@ class Quickstart:
         self.say(f"   {self.seconds[title]:.1f} s")
 
     def _tokenizer(self, folder: Path, config: Config) -> None:
+        """Train the tokenizer on the training split, unless it is there."""
         assert config.data.tokenizer is not None
         model = Path(str(config.data.tokenizer.model))
         if model.exists():
             self.say(f"{model} is there already")
             return
-        settings = TrainingSettings(
-            inputs=(str(folder / "train.jsonl"),), vocab_size=config.model.vocab_size
-        )
+        corpus_file = str(folder / "train.jsonl")
+        settings = TrainingSettings(inputs=(corpus_file,), vocab_size=config.model.vocab_size)
         report = train_tokenizer(settings, str(model), self.say)
         self.say(f"{report['held_out_bytes_a_token']:.2f} bytes a token")
 
     def _token_files(self, folder: Path, config: Config) -> dict[str, Any]:
-        """Reports of both splits."""
+        """Write the token files of both splits; returns the preprocessing reports by split."""
         assert config.data.tokenizer is not None
         choice = TokenizerChoice(config.data.tokenizer.type, config.data.tokenizer.model)
         reports = {}
         for split in ("train", "validation"):
-            settings = PreprocessSettings(
-                (str(folder / f"{split}.jsonl"),), str(folder / split), choice, append_eod=True
-            )
-            reports[split] = preprocess(settings, workers=torch.get_num_threads(), overwrite=True)
-            output = reports[split]["outputs"][0]
+            corpus_file = str(folder / f"{split}.jsonl")
+            prefix = str(folder / split)
+            settings = PreprocessSettings((corpus_file,), prefix, choice, append_eod=True)
+            report = preprocess(settings, workers=torch.get_num_threads(), overwrite=True)
+            output = report["outputs"][0]
             self.say(f"{split}: {output['documents']:,} documents, {output['tokens']:,} tokens")
+            reports[split] = report
         return reports
 
     def _train(self, processes: int, overrides: list[str]) -> None:
-        """One launch of torchrun; its lines go straight to the terminal."""
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            str(processes),
-        ]
-        command += [
-            "-m",
-            "megatron_completep.pretrain",
-            self.config_file,
-            *self.overrides,
-            *overrides,
-        ]
-        self.say("torchrun " + " ".join(command[4:]))
-        with subprocess.Popen(command) as process:
+        """One launch of torchrun, which prints straight to the terminal. UserError if it fails."""
+        launcher = ["-m", "torch.distributed.run"]
+        launcher += ["--standalone", "--nproc-per-node", str(processes)]
+        program = ["-m", "megatron_completep.pretrain", self.config_file]
+        arguments = [*launcher, *program, *self.overrides, *overrides]
+        # Shown as the user would type it: torchrun in place of the interpreter and its module, and
+        # without --standalone.
+        self.say("torchrun " + " ".join(arguments[3:]))
+        with subprocess.Popen([sys.executable, *arguments]) as process:
             try:
                 code = process.wait()
             except KeyboardInterrupt:
-                process.wait()  # it heard the same signal, and saves
+                # The launch received the same signal, and saves a checkpoint before it ends.
+                process.wait()
                 raise
         if code:
             raise UserError(
-                f"training ended with exit code {code}; what it said stands above. The same command goes on where it stopped."
+                f"training ended with exit code {code}; what it said stands above. "
+                "The same command goes on where it stopped."
             )
 
     def _report(
-        self, config: Config, corpus: dict[str, Any], data: dict[str, Any], sample: str
+        self, config: Config, corpus: dict[str, Any], reports: dict[str, Any], sample: str
     ) -> float:
+        """Write the run's report; returns nats below a uniform guess.
+
+        reports: of preprocessing, by split.
+        """
         folder = Path(config.training.output_dir)
         rows = read_metrics(folder / "metrics.jsonl")
-        loss = next(
-            row["validation_loss"]
-            for row in reversed(rows)
-            if row.get("validation_loss") is not None
-        )
-        below = math.log(config.model.vocab_size) - loss
+        loss = _last_validation_loss(rows)
+        vocab_size = config.model.vocab_size
+        uniform = math.log(vocab_size)
+        below = uniform - loss
+
         report = run_report(config, rows, title="Quickstart")
         section = report.section("The text")
-        section.table(
-            ["", "documents", "tokens", "bytes a token"],
-            [
-                [split, d["outputs"][0]["documents"], d["outputs"][0]["tokens"], d["bytes_a_token"]]
-                for split, d in data.items()
-            ],
-            f"Source files of Python {corpus['python']}'s standard library.",
-        )
-        bits = loss / math.log(2) / data["validation"]["bytes_a_token"]
+        split_rows: list[list[Any]] = []
+        for split, split_report in reports.items():
+            output = split_report["outputs"][0]
+            counts = [output["documents"], output["tokens"]]
+            split_rows.append([split, *counts, split_report["bytes_a_token"]])
+        headers = ["", "documents", "tokens", "bytes a token"]
+        caption = f"Source files of Python {corpus['python']}'s standard library."
+        section.table(headers, split_rows, caption)
+        # Nats a token depend on the tokenizer; bits a byte compare models of any tokenizer.
+        bits = loss / math.log(2) / reports["validation"]["bytes_a_token"]
         section.text(f"The validation loss of {loss:.4f} nats a token is {bits:.3f} bits a byte.")
-        report.section(
-            "A sample",
-            f"After the prompt {PROMPT!r}, temperature {SAMPLING.temperature}, top-p {SAMPLING.top_p}:",
-        ).code(sample)
-        report.section("Time").table(
-            ["stage", "seconds"],
-            [[title, f"{seconds:.1f}"] for title, seconds in self.seconds.items()],
-        )
+
+        sampling = f"temperature {SAMPLING.temperature}, top-p {SAMPLING.top_p}"
+        section = report.section("A sample", f"After the prompt {PROMPT!r}, {sampling}:")
+        section.code(sample)
+        time_rows = [[title, f"{seconds:.1f}"] for title, seconds in self.seconds.items()]
+        report.section("Time").table(["stage", "seconds"], time_rows)
         report.write_markdown(folder / "report.md")
         report.write_html(folder / "report.html")
+
+        distance = f"{below:.2f} nats below ln({vocab_size}) = {uniform:.3f}"
+        self.say(f"\nvalidation loss {loss:.4f}: {distance}")
         self.say(
-            f"\nvalidation loss {loss:.4f}: {below:.2f} nats below ln({config.model.vocab_size}) = {math.log(config.model.vocab_size):.3f}"
-        )
-        self.say(
-            f"{folder}/ holds report.html, report.md, loss.png, metrics.jsonl, tensorboard/ and checkpoints/"
+            f"{folder}/ holds report.html, report.md, loss.png, metrics.jsonl, "
+            "tensorboard/ and checkpoints/"
         )
         return below
 
 
+def _last_validation_loss(rows: Sequence[dict[str, Any]]) -> float:
+    losses: list[float | None] = [row.get("validation_loss") for row in rows]
+    return next(loss for loss in reversed(losses) if loss is not None)
+
+
 def layout_overrides(config: Config, processes: int) -> list[str]:
-    """Micro-batches small enough that every process has some of the global batch."""
-    share = config.training.global_batch_size // processes
-    if share == 0 or config.training.global_batch_size % processes:
+    """Micro-batches small enough that every process has a share of the global batch.
+
+    Raises ConfigError where the global batch cannot be shared equally.
+    """
+    training = config.training
+    share = training.global_batch_size // processes
+    if share == 0 or training.global_batch_size % processes:
         raise ConfigError(
-            f"training.global_batch_size = {config.training.global_batch_size} cannot be shared by {processes} GPUs. "
-            "Show fewer of them (CUDA_VISIBLE_DEVICES), or set training.global_batch_size to a multiple."
+            f"training.global_batch_size = {training.global_batch_size} "
+            f"cannot be shared by {processes} GPUs. "
+            "Show fewer of them (CUDA_VISIBLE_DEVICES), "
+            "or set training.global_batch_size to a multiple."
         )
-    return [f"training.micro_batch_size={math.gcd(share, config.training.micro_batch_size)}"]
+    return [f"training.micro_batch_size={math.gcd(share, training.micro_batch_size)}"]
 
 
 def gather_standard_library(folder: Path, show: Show) -> dict[str, Any]:
-    """Write the standard library's source as train.jsonl and validation.jsonl, split by document; returns what was found.
+    """Write the standard library's source as train.jsonl and validation.jsonl, split by document.
 
-    Files that are there already for this Python are kept. A new corpus takes the old tokenizer away.
+    Returns the Python version, the library's path, and the numbers of documents, bytes and files
+    that are not UTF-8. Files that are there already for this Python are kept. A new corpus removes
+    the old tokenizer. Raises DataError where the library has no source files.
     """
     library = Path(sysconfig.get_paths()["stdlib"])
-    record = folder / "corpus.json"
+    record_path = folder / "corpus.json"
     identity = {"python": sys.version.split()[0], "library": str(library)}
-    known = read_json_object(record) if record.exists() else {}
-    if {name: known.get(name) for name in identity} == identity:
-        return known
-    paths = sorted(
-        path
-        for path in library.rglob("*.py")
-        if "site-packages" not in path.parts and "dist-packages" not in path.parts
-    )
-    if not paths:
-        raise DataError(
-            f"{library} holds no source files, so there is no corpus. Use a Python with its standard library as .py files."
-        )
+    record = read_json_object(record_path) if record_path.exists() else {}
+    if {name: record.get(name) for name in identity} == identity:
+        return record
+
     lines: dict[str, list[bytes]] = {"train": [], "validation": []}
-    size = left_out = 0
+    size = 0
+    left_out = 0
+    paths = _source_files(library)
     for number, path in enumerate(paths):
         show("reading", number + 1, len(paths))
         try:
-            text = path.read_bytes().decode()
+            source = path.read_bytes().decode()
         except UnicodeDecodeError:
+            # A few of the library's tests hold other encodings on purpose.
             left_out += 1
             continue
-        size += len(text.encode())
+        size += len(source.encode())
+        document = {"text": source, "path": str(path.relative_to(library))}
         split = "validation" if number % HELD_OUT == 0 else "train"
-        lines[split].append(
-            json.dumps({"text": text, "path": str(path.relative_to(library))}).encode() + b"\n"
-        )
+        lines[split].append(json.dumps(document).encode() + b"\n")
     for split, documents in lines.items():
         write_whole(folder / f"{split}.jsonl", b"".join(documents))
+
+    # A tokenizer of another corpus would be kept by the next stage, for it is there already.
     for stale in folder.glob("tokenizer.model*"):
         stale.unlink()
-    found = {**identity, "documents": len(paths) - left_out, "bytes": size, "left_out": left_out}
-    write_whole(record, json.dumps(found).encode())
-    return found
+    # The record is written last: without it an interrupted corpus is gathered again.
+    counts = {"documents": len(paths) - left_out, "bytes": size, "left_out": left_out}
+    record = {**identity, **counts}
+    write_whole(record_path, json.dumps(record).encode())
+    return record
+
+
+def _source_files(library: Path) -> list[Path]:
+    """The library's own .py files, sorted. Raises DataError where there are none."""
+    paths = []
+    for path in library.rglob("*.py"):
+        if "site-packages" not in path.parts and "dist-packages" not in path.parts:
+            paths.append(path)
+    if not paths:
+        raise DataError(
+            f"{library} holds no source files, so there is no corpus. "
+            "Use a Python with its standard library as .py files."
+        )
+    return sorted(paths)
 
 
 def generate_sample(config: Config) -> str:
-    """The prompt and what the newest checkpoint makes of it."""
+    """The prompt, continued by the model of the newest checkpoint."""
     assert config.data.tokenizer is not None
     device = choose_device(config.training.device, 0)
-    _, model = load_model(
-        config.training.output_dir, device, choose_precision(config.training.precision, device)
-    )
+    precision = choose_precision(config.training.precision, device)
+    _, model = load_model(config.training.output_dir, device, precision)
+    tokenizer = build_tokenizer(config.data.tokenizer)
     generator = torch.Generator(device).manual_seed(config.training.seed)
-    return PROMPT + "".join(
-        generate_text(model, build_tokenizer(config.data.tokenizer), PROMPT, SAMPLING, generator)
-    )
+    return PROMPT + "".join(generate_text(model, tokenizer, PROMPT, SAMPLING, generator))

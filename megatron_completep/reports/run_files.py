@@ -1,4 +1,4 @@
-"""What a run left behind, read leniently: torn lines, missing fields and old configurations are noted, not fatal."""
+"""Reads the files of a run leniently: torn lines and missing fields become notes, not errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """One run: `rows` by ascending step, each step once; `settings` is its configuration as `section.key` to value."""
+    """One run: `rows` by ascending step, each step once.
+
+    settings: its configuration as `section.key` to value. notes: what its files lack.
+    """
 
     name: str
     rows: list[Row]
@@ -29,18 +32,25 @@ class Run:
     notes: list[str] = field(default_factory=list)
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
-        """Steps and values of one figure, where the run has it."""
-        found = [(row["step"], row[key]) for row in self.rows if is_figure(row.get(key))]
-        return [step for step, _ in found], [value for _, value in found]
+        """The steps and values of one figure, at the steps at which the run has it."""
+        rows = [row for row in self.rows if is_figure(row.get(key))]
+        steps = [row["step"] for row in rows]
+        return steps, [row[key] for row in rows]
 
 
 def is_figure(value: Any) -> bool:
+    """Whether a value of a row is a number; JSON's true and false are none."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def read_runs(places: Sequence[Path]) -> list[Run]:
-    """Runs from output folders or metrics files, under the shortest names that tell them apart. UserError lists every one that fails."""
-    runs, problems = [], []
+    """Runs from output folders or metrics files, under the shortest names that tell them apart.
+
+    Raises DataError that lists every run that cannot be read.
+    """
+    runs = []
+    problems = []
+    # All runs are tried, so that the user can correct every path at once.
     for place, name in zip(places, short_names(places), strict=True):
         try:
             runs.append(read_run(place, name))
@@ -52,14 +62,18 @@ def read_runs(places: Sequence[Path]) -> list[Run]:
 
 
 def read_run(place: Path, name: str) -> Run:
-    """One run, from its output_dir or its metrics.jsonl."""
+    """One run, from its output_dir or its metrics.jsonl.
+
+    Raises DataError where the metrics cannot be read or hold no step.
+    """
     file = place / "metrics.jsonl" if place.is_dir() else place
     try:
         data = file.read_bytes()
     except OSError as error:
         reason = error.strerror or str(error)
         raise DataError(
-            f"{file} cannot be read: {reason}. Give a run's folder (its training.output_dir) or its metrics.jsonl."
+            f"{file} cannot be read: {reason}. "
+            "Give a run's folder (its training.output_dir) or its metrics.jsonl."
         ) from None
     rows, notes = _rows(data)
     if not rows:
@@ -71,51 +85,78 @@ def read_run(place: Path, name: str) -> Run:
 
 
 def _rows(data: bytes) -> tuple[list[Row], list[str]]:
-    """Rows by step (the last one of a step counts) and what had to be said of them."""
+    """The rows by ascending step, and notes on what is wrong with the file."""
     by_step: dict[int, Row] = {}
-    torn = again = 0
+    torn = 0
+    repeated = 0
     for line in data.splitlines():
-        try:
-            row = parse_json(line, "a line", finite=False)
-        except UserError:
-            row = None
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        row = _row(line)
+        if row is None:
+            # A line is torn where the process was killed while it wrote; empty ones lose nothing.
             torn += bool(line.strip())
             continue
-        again += row["step"] in by_step
+        # A run that was resumed from an older checkpoint wrote some steps again.
+        repeated += row["step"] in by_step
         by_step[row["step"]] = row
+
+    notes = []
+    if torn:
+        notes.append(f"{_lines(torn)} not whole and left out")
+    if repeated:
+        notes.append(f"{_lines(repeated)} of a step that came again; the last one counts")
     steps = sorted(by_step)
-    missing = steps[-1] - steps[0] + 1 - len(steps) if steps else 0
-    counts = {
-        "not whole and left out": torn,
-        "of a step that came again; the last one counts": again,
-    }
-    notes = [
-        f"{count} {'line' if count == 1 else 'lines'} {words}"
-        for words, count in counts.items()
-        if count
-    ]
-    if steps and steps[0] > 1:
-        notes.append(f"begins at step {steps[0]}")
-    if missing:
-        notes.append(
-            f"{missing} {'step is' if missing == 1 else 'steps are'} missing between step {steps[0]} and {steps[-1]}"
-        )
+    if steps:
+        notes += _notes_on_steps(steps)
     return [by_step[step] for step in steps], notes
 
 
-def _configuration(path: Path, notes: list[str]) -> tuple[dict[str, Any], ModelConfig | None]:
-    """Settings, and the model where it is one that this version knows. No other rule is asked: the run is over."""
+def _row(line: bytes) -> Row | None:
+    """A line's object; None where it is none or has no step."""
     try:
-        values, _ = parse_yaml(read_bounded(path, MAX_BYTES).decode("utf-8-sig"), path.name)
+        row = parse_json(line, "a line", finite=False)
+    except UserError:
+        return None
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        return None
+    return row
+
+
+def _lines(count: int) -> str:
+    return f"{count} {'line' if count == 1 else 'lines'}"
+
+
+def _notes_on_steps(steps: Sequence[int]) -> list[str]:
+    """Notes on steps that the file lacks; `steps` are those it has, ascending."""
+    start = steps[0]
+    end = steps[-1]
+    notes = []
+    if start > 1:
+        notes.append(f"begins at step {start}")
+    missing = end - start + 1 - len(steps)
+    if missing:
+        subject = "1 step is" if missing == 1 else f"{missing} steps are"
+        notes.append(f"{subject} missing between step {start} and {end}")
+    return notes
+
+
+def _configuration(path: Path, notes: list[str]) -> tuple[dict[str, Any], ModelConfig | None]:
+    """The settings, and the model where this version can validate it; adds to `notes` if it cannot.
+
+    No rule between settings is checked, for the run is over.
+    """
+    # An editor may have put a byte-order mark before the text.
+    try:
+        sections, _ = parse_yaml(read_bounded(path, MAX_BYTES).decode("utf-8-sig"), path.name)
     except (UserError, UnicodeDecodeError) as error:
         notes.append(
-            f"no readable {path.name} beside its metrics ({error}): FLOPs and settings are not known"
+            f"no readable {path.name} beside its metrics ({error}): "
+            "FLOPs and settings are not known"
         )
         return {}, None
-    settings = flat(values) if isinstance(values, dict) else {}
+    settings = flat(sections) if isinstance(sections, dict) else {}
+    # Settings are shown as they stand; only FLOPs need a model that this version can compute.
     try:
-        return settings, ModelConfig.model_validate(values["model"])
+        return settings, ModelConfig.model_validate(sections["model"])
     except (ValidationError, KeyError, TypeError):
         notes.append(
             f"the model in {path.name} is not one that this version knows: FLOPs are not known"
@@ -125,39 +166,46 @@ def _configuration(path: Path, notes: list[str]) -> tuple[dict[str, Any], ModelC
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as `section.key`; lists stay values."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        inner = (
-            flat(value, f"{prefix}{key}.")
-            if isinstance(value, dict) and value
-            else {f"{prefix}{key}": value}
-        )
-        found.update(inner)
-    return found
+    settings: dict[str, Any] = {}
+    for key, setting in values.items():
+        name = f"{prefix}{key}"
+        # An empty mapping is a value: flattened, it would leave no trace.
+        if isinstance(setting, dict) and setting:
+            settings.update(flat(setting, f"{name}."))
+        else:
+            settings[name] = setting
+    return settings
 
 
 def short_names(places: Sequence[Path]) -> list[str]:
-    """The last parts of each path, as many as tell all of them apart; equal paths are numbered."""
-    parts = [
-        (place.parent if place.name == "metrics.jsonl" else place).absolute().parts
-        for place in places
-    ]
-    for length in range(1, max(map(len, parts), default=1) + 1):
-        names = ["/".join(part[-length:]) for part in parts]
+    """As many of each path's last names as tell all paths apart; equal paths are numbered."""
+    # A metrics file is named by its folder, for all of them have the same name.
+    folders = [place.parent if place.name == "metrics.jsonl" else place for place in places]
+    split_paths = [folder.absolute().parts for folder in folders]
+    longest = max(map(len, split_paths), default=1)
+    for length in range(1, longest + 1):
+        names = ["/".join(names_of_path[-length:]) for names_of_path in split_paths]
         if len(set(names)) == len(names):
             return names
     return [f"{name} ({number})" for number, name in enumerate(names, start=1)]
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """Settings in which runs differ, by key: a value for each run, `None` where it has none. Without output folders."""
-    known = [run for run in runs if run.settings]
-    keys = sorted(
-        {key for run in known for key in run.settings} - {"training.output_dir", "logging.run_name"}
-    )
-    found = {key: [run.settings.get(key) for run in runs] for key in keys}
-    return {
-        key: values
-        for key, values in found.items()
-        if len({json.dumps(run.settings.get(key)) for run in known}) > 1
-    }
+    """The settings in which runs differ, by key: a value for each run, None where it has none.
+
+    Without the names of runs and their folders, which always differ.
+    """
+    # A run without a readable configuration would differ in everything.
+    configured = [run for run in runs if run.settings]
+    keys: set[str] = set()
+    for run in configured:
+        keys.update(run.settings)
+    keys -= {"training.output_dir", "logging.run_name"}
+
+    differing = {}
+    for key in sorted(keys):
+        # As text, for lists cannot be members of a set.
+        texts = {json.dumps(run.settings.get(key)) for run in configured}
+        if len(texts) > 1:
+            differing[key] = [run.settings.get(key) for run in runs]
+    return differing

@@ -1,4 +1,4 @@
-"""The report of one training run: what it came to, its curves, and what the parameterization made of the proxy's values."""
+"""The report of one training run: its result, its losses, and the hyperparameters of each role."""
 
 from __future__ import annotations
 
@@ -19,84 +19,99 @@ Row = dict[str, Any]
 
 
 def run_report(config: Config, rows: Sequence[Row], title: str) -> Report:
-    """Sections: result, loss, parameterization. `rows` are those of metrics.jsonl."""
-    model, last = config.model, rows[-1]
+    """The report of a run: its result, its losses, and its hyperparameters.
+
+    `rows` are those of metrics.jsonl, at least one.
+    """
     validation = [row for row in rows if row.get("validation_loss") is not None]
-    uniform = math.log(model.vocab_size)
-    loss = (
-        validation[-1]["validation_loss"]
-        if validation
-        else [math.nan, *(row["loss"] for row in rows if row["loss"] is not None)][-1]
-    )
-    kind = "validation loss" if validation else "training loss"
-    below = f"{uniform - loss:.2f} nats below ln({model.vocab_size}) = {uniform:.3f}"
-    report = Report(title, f"{kind.capitalize()} {loss:.4f} after {last['step']} steps, {below}.")
-    throughput = statistics.median(row["tokens_per_second"] for row in rows)
-    facts: list[list[Any]] = [
-        [
-            "model",
-            f"{model.num_layers} layers x {model.hidden_size}, {model.norm}, {model.activation}, {model.position}",
-        ],
-        ["tokens", f"{last['tokens']:,}, {tokens_per_step(config):,} a step"],
-        ["model FLOPs", f"{last['tokens'] * training_flops_per_token(model):.3g}"],
-        ["tokens a second, median step", f"{throughput:,.0f}"],
-    ]
-    if last["mfu"] is not None:
-        facts.append(
-            [
-                "model FLOPs utilisation, median step",
-                f"{100 * statistics.median(row['mfu'] for row in rows):.1f} %",
-            ]
-        )
-    report.section("Result").table(["", ""], facts)
+    # The loss of a model that has learned nothing, against which all others are read.
+    uniform = math.log(config.model.vocab_size)
+    report = Report(title, _result_sentence(config, rows, validation))
+    report.section("Result").table(["", ""], _facts(config, rows))
+
     section = report.section("Loss")
-    section.picture(
-        "loss",
-        loss_figure({"training": rows}, uniform),
-        "Training loss of every step and validation loss.",
-    )
+    figure = loss_figure({"training": rows}, uniform)
+    section.picture("loss", figure, "Training loss of every step and validation loss.")
     if validation:
-        section.table(
-            ["step", "tokens", "validation loss", "nats below a uniform guess"],
-            [
-                [
-                    row["step"],
-                    row["tokens"],
-                    f"{row['validation_loss']:.4f}",
-                    f"{uniform - row['validation_loss']:.3f}",
-                ]
-                for row in validation
-            ],
-        )
+        table_rows = [_validation_row(row, uniform) for row in validation]
+        headers = ["step", "tokens", "validation loss", "nats below a uniform guess"]
+        section.table(headers, table_rows)
     add_parameterization(report, config)
     return report
 
 
+def _result_sentence(config: Config, rows: Sequence[Row], validation: Sequence[Row]) -> str:
+    """The final loss and its distance from a uniform guess.
+
+    validation: the rows with a validation loss.
+    """
+    if validation:
+        kind = "Validation loss"
+        loss = validation[-1]["validation_loss"]
+    else:
+        # A step that was skipped has no loss; NaN where no step has one.
+        kind = "Training loss"
+        losses = [row["loss"] for row in rows if row["loss"] is not None]
+        loss = losses[-1] if losses else math.nan
+    vocab_size = config.model.vocab_size
+    uniform = math.log(vocab_size)
+    below = f"{uniform - loss:.2f} nats below ln({vocab_size}) = {uniform:.3f}"
+    return f"{kind} {loss:.4f} after {rows[-1]['step']} steps, {below}."
+
+
+def _facts(config: Config, rows: Sequence[Row]) -> list[list[str]]:
+    """What the run came to in figures: rows of a name and a text."""
+    model = config.model
+    tokens = rows[-1]["tokens"]
+    shape = f"{model.num_layers} layers x {model.hidden_size}"
+    flops = tokens * training_flops_per_token(model)
+    # The median leaves out the slow steps: the first ones, and those that saved a checkpoint.
+    throughput = statistics.median(row["tokens_per_second"] for row in rows)
+    facts = [
+        ["model", f"{shape}, {model.norm}, {model.activation}, {model.position}"],
+        ["tokens", f"{tokens:,}, {tokens_per_step(config):,} a step"],
+        ["model FLOPs", f"{flops:.3g}"],
+        ["tokens a second, median step", f"{throughput:,.0f}"],
+    ]
+    # Known only of devices whose peak throughput is known.
+    if rows[-1]["mfu"] is not None:
+        utilisation = statistics.median(row["mfu"] for row in rows)
+        facts.append(["model FLOPs utilisation, median step", f"{100 * utilisation:.1f} %"])
+    return facts
+
+
+def _validation_row(row: Row, uniform: float) -> list[Any]:
+    loss = row["validation_loss"]
+    return [row["step"], row["tokens"], f"{loss:.4f}", f"{uniform - loss:.3f}"]
+
+
 def add_parameterization(report: Report, config: Config) -> None:
-    """The proxy's base values beside what each role gets at this shape."""
+    """Add a section with the proxy's base values and what each role gets at this shape."""
     optimizer = config.optimizer
     completep = config.completep
     table = table_of(config)
     section = report.section("Hyperparameters")
     section.text(
-        f"{completep.parameterization}, alpha {completep.alpha:g}: width multiplier {table.width_multiplier:g}, depth multiplier "
-        f"{table.depth_multiplier:g}; each branch is multiplied by {table.residual_multiplier:g}, the logits by {table.logit_multiplier:g}."
+        f"{completep.parameterization}, alpha {completep.alpha:g}: "
+        f"width multiplier {table.width_multiplier:g}, "
+        f"depth multiplier {table.depth_multiplier:g}; "
+        f"each branch is multiplied by {table.residual_multiplier:g}, "
+        f"the logits by {table.logit_multiplier:g}."
     )
-    base = [
+    base_row = [
         "tuned at the proxy",
         optimizer.base_init_std,
         optimizer.base_lr,
         optimizer.base_weight_decay,
         f"{optimizer.base_eps:.3g}",
     ]
-    rows: list[list[Any]] = [base]
+    rows: list[list[Any]] = [base_row]
     for role in roles_of(config.model):
-        values = table.values(
-            role, table.width_multiplier if role == Role.HIDDEN_WEIGHT else 1.0, optimizer
-        )
-        rows.append(
-            [role.value, values.init_std, values.lr, values.weight_decay, f"{values.eps:.3g}"]
-        )
+        # Of the roles only hidden weights scale with their own fan-in; the model's width stands
+        # for all of them.
+        width_ratio = table.width_multiplier if role == Role.HIDDEN_WEIGHT else 1.0
+        row = table.values(role, width_ratio, optimizer)
+        rows.append([role.value, row.init_std, row.lr, row.weight_decay, f"{row.eps:.3g}"])
     section.table(["role", "initial std", "peak learning rate", "weight decay", "eps"], rows)
 
 
@@ -111,31 +126,36 @@ def roles_of(model: ModelConfig) -> list[Role]:
 
 
 def loss_figure(runs: dict[str, Sequence[Row]], uniform: float | None = None) -> Any:
-    """Loss by step of several runs; validation as points, `uniform` (the loss of a uniform guess) as a dashed line."""
+    """A figure of the loss by step of several runs.
+
+    Validation losses are points; `uniform`, the loss of a uniform guess, is a dashed line.
+    """
     figure = new_figure()
     axes = figure.subplots()
     for name, rows in runs.items():
-        kept = [row for row in rows if row["loss"] is not None]
-        (line,) = axes.plot(
-            [row["step"] for row in kept], [row["loss"] for row in kept], linewidth=1.2, label=name
-        )
-        held_out = [row for row in rows if row.get("validation_loss") is not None]
-        if held_out:
-            label = "validation" if len(runs) == 1 else f"{name}, validation"
-            points = [row["step"] for row in held_out], [row["validation_loss"] for row in held_out]
-            axes.plot(
-                *points, "o--", color=line.get_color() if len(runs) > 1 else "C1", label=label
-            )
+        color = _draw_series(axes, rows, "loss", linewidth=1.2, label=name)
+        validation = [row for row in rows if row.get("validation_loss") is not None]
+        if not validation:
+            continue
+        # Of one run the two series have colours of their own; of several, one colour is a run's.
+        alone = len(runs) == 1
+        label = "validation" if alone else f"{name}, validation"
+        points_color = "C1" if alone else color
+        _draw_series(axes, validation, "validation_loss", "o--", color=points_color, label=label)
     if uniform is not None:
-        axes.axhline(
-            uniform,
-            color="gray",
-            linestyle="--",
-            linewidth=1,
-            label=f"uniform guess, {uniform:.2f}",
-        )
+        label = f"uniform guess, {uniform:.2f}"
+        axes.axhline(uniform, color="gray", linestyle="--", linewidth=1, label=label)
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats a token)")
     axes.grid(alpha=0.3)
     axes.legend()
     return figure
+
+
+def _draw_series(axes: Any, rows: Sequence[Row], key: str, *style: str, **settings: Any) -> Any:
+    """Draw one figure by step, where the rows have it; returns the line's colour."""
+    drawn_rows = [row for row in rows if row[key] is not None]
+    steps = [row["step"] for row in drawn_rows]
+    figures = [row[key] for row in drawn_rows]
+    (line,) = axes.plot(steps, figures, *style, **settings)
+    return line.get_color()

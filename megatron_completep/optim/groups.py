@@ -51,6 +51,7 @@ def _group(name: str, spec: Spec, table: Table, optimizer: OptimizerConfig) -> G
     factors = table.factors(spec.role, spec.width_ratio)
     base_values = table.values(spec.role, spec.width_ratio, optimizer)
     logical_name = spec.stored_name(name)
+    # What the user's overrides multiply, on top of the table, which knows roles and no names.
     override = own_factors(optimizer, logical_name)
     return Group(
         logical_name,

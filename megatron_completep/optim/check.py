@@ -275,7 +275,7 @@ def _scale(
 
 def _is_decayed(config: Config, name: str, role: Role) -> bool:
     """Whether no factor of the user's switches the decay of a parameter off."""
-    role_factors = config.completep.factors.get(role.value)
+    role_factors = config.completep.factors.get(role)
     if role_factors is not None and not role_factors.weight_decay:
         return False
     for override in config.optimizer.overrides:

@@ -78,11 +78,11 @@ class GarbageCollection(Hook):
 
 
 class SkippedSteps(Hook):
-    """Reports where a gradient was not finite, and stops the run after too many such steps in a row.
+    """Reports where a gradient was not finite, and stops the run after too many such steps.
 
     Args:
         exchange: for the report, which all ranks contribute to.
-        limit: guards.max_skipped_steps.
+        limit: guards.max_skipped_steps, of steps in a row.
     """
 
     stage = Stage.GUARD

@@ -36,6 +36,7 @@ class OutputLock:
                 message names it.
         """
         path = folder / LOCK
+        # Never through a symbolic link, which would create a file elsewhere.
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
             folder.mkdir(parents=True, exist_ok=True)

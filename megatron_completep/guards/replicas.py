@@ -30,7 +30,7 @@ def bit_sum(tensor: Tensor) -> list[int]:
     for start in range(0, words.numel(), CHUNK):
         chunk = words[start : start + CHUNK].to(torch.int64)
         position = torch.arange(start, start + chunk.numel(), device=tensor.device)
-        # Odd weights, as a product with an even one loses the highest bit; integers wrap around.
+        # The weights are odd, as an even one would drop the highest bit of a word.
         weighted = chunk * (2 * position + 1)
         sums += torch.stack((chunk.sum(), weighted.sum()))
     return sums.tolist()

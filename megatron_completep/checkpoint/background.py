@@ -17,7 +17,7 @@ class Background:
         threading.Thread(target=self._run, name="checkpoint", daemon=True).start()
 
     def start(self, job: Callable[[], None]) -> None:
-        """Hand over a job, which must not raise. Call `wait` before, for the job that came first."""
+        """Hand over a job, which must not raise. Call `wait` first, for the job before it."""
         assert self._idle.is_set()
         self._idle.clear()
         self._jobs.put(job)

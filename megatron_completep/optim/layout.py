@@ -134,9 +134,10 @@ def lay_out(entries: Sequence[Entry], shards: Mapping[str, int], bucket_elements
             placements.append(Piece(entry.name, position, entry.size, len(buckets)))
             position += _align(entry.size, ALIGNMENT)
 
-        # Padding at the end gives every rank of the axis a slice of the same, aligned size.
+        # Padding at the end gives every rank of the axis a slice of the same, aligned size. It
+        # counts from the start of the bucket, which the axis of the one before has aligned.
         axis = members[0].axis
-        position = _align(position, ALIGNMENT * shards[axis])
+        position = start + _align(position - start, ALIGNMENT * shards[axis])
         if position > start:
             bucket = Bucket(start, position, axis, shards[axis], shard_position)
             buckets.append(bucket)

@@ -77,6 +77,7 @@ def adapt_checkpoint(
     changes = differences(stored_model, {"model": config.model.model_dump(mode="json")})
     _refuse(folder, refused(changes, ADAPTABLE), old.model, config.model, checkpoints)
 
+    # A model on the meta device has all specs and takes no memory.
     old_table = table_of(old)
     table = table_of(config)
     fresh = GPT(config.model, table, ParallelContext.single("meta"))
@@ -84,6 +85,7 @@ def adapt_checkpoint(
     factors = scale_factors(old.model, old_table, table, config.model)
     tensors = _Tensors(stored, config, table, specs_of(fresh), factors, start_anew)
     manifest = _manifest(stored.manifest, config, table, tensors.described, start_anew)
+    # The user is told what follows for the forward pass as well.
     changes += differences({"table": stored.manifest.table}, {"table": manifest.table})
     return rewrite_checkpoint(manifest, checkpoints, files, tensors.rows), changes
 
@@ -116,7 +118,7 @@ def _refuse(
             f"{folder} has {old.num_layers} layers, model.num_layers = {new.num_layers}: "
             f"layers can be added, not taken away. Use at least {old.num_layers}."
         )
-    # A run would continue from the newest one there, which need not be the one made here.
+    # Here a run would continue from the newest one there, which need not be the one made here.
     if steps := committed_steps(checkpoints):
         raise CheckpointError(
             f"{checkpoints} holds a checkpoint of step {max(steps)} already. "

@@ -43,6 +43,7 @@ class Box:
         """Whether it has as many dimensions as `outer`, and no element that `outer` lacks."""
         if len(self.sizes) != len(outer.sizes):
             return False
+        # An empty box has no intersection with anything, and lies in everything.
         return self.numel == 0 or self.intersect(outer) == self
 
     def intersect(self, box: Box) -> Box | None:
@@ -114,7 +115,7 @@ def cut_run(start: int, size: int, shape: tuple[int, ...]) -> Iterator[Box]:
         yield Box((start,), (size,))
         return
 
-    row_size = prod(shape[1:])
+    row_size = prod(shape[1:])  # a row is all that one index of the first dimension selects
     stop = start + size
     # The end of a row, where the run begins inside of one or is shorter than one.
     if start % row_size or size < row_size:
@@ -151,6 +152,7 @@ def _logical(spec: Spec, local: Box) -> Iterator[tuple[tuple[int, ...], Box]]:
     for dim, (offset, size) in enumerate(zip(local.offsets, local.sizes, strict=True)):
         ranges = _ranges_within(spec.local_ranges(dim), offset, size, spec.shape[dim])
         ranges_by_dim.append(list(ranges))
+    # One logical box for each combination of a range of every dimension.
     for ranges_of_box in product(*ranges_by_dim):
         local_offsets, logical_offsets, sizes = zip(*ranges_of_box, strict=True)
         yield local_offsets, Box(logical_offsets, sizes)

@@ -148,7 +148,7 @@ class Checkpointer:
 
         def identify() -> list[Any]:
             run, line = identify_run(self.folder.parent)
-            return [run.to_json(), line]
+            return [run.to_json(), line]  # the exchange sends JSON
 
         run_fields, line = self._exchange.on_first(identify)
         if line is not None:
@@ -191,6 +191,7 @@ class Checkpointer:
         started = time.perf_counter()
         self._wait()
         self._raise_failure()
+        # Without a place for snapshots, every save goes to the shared disk.
         place = self._local if local and self._local is not None else self._shared
         content = self._content(state)
         if place is not self._shared:
@@ -281,6 +282,7 @@ class Checkpointer:
                 problems += place.retire(self._progress).problems
                 self._fail_point("save.older_ones_removed")
             if place is self._shared:
+                # A checkpoint that every rank can read supersedes a snapshot of the same step too.
                 problems += self._remove(self._local, lambda snapshot_step: snapshot_step <= step)
             return problems
 
@@ -288,7 +290,7 @@ class Checkpointer:
         try:
             for own_problems in self._exchange.all_gather(self._exchange.together(remove_own)):
                 problems += own_problems
-        except CheckpointError as error:
+        except CheckpointError as error:  # the same on every rank
             problems = [str(error)]
         for problem in problems:
             self._report(
@@ -406,6 +408,7 @@ class Checkpointer:
         self._wait()
         self._exchange.on_first(lambda: self._require(step))
         source = shared_source(self._shared, step, self._exchange)
+        # Before any tensor is read, as a large checkpoint takes minutes.
         self._resume_check.compare(source.folder, source.manifest)
         return self._read(source)
 
@@ -455,6 +458,7 @@ class Checkpointer:
         except CheckpointError as error:
             self._report(f"{prefix}: {error}")
             return None
+        # Outside of the try: the user's mistake must not look like a snapshot that is not there.
         self._resume_check.compare(source.folder, source.manifest)
         try:
             return self._read(source)

@@ -45,11 +45,13 @@ def compare_order(
     consumed = manifest.state.consumed_samples
     if consumed == 0:
         return None
+    # Earlier versions stored none.
     if stored is None:
         return (
             f"{folder} does not say in which order its data were read: "
             "that this run begins with the same samples is not checked"
         )
+    # The order may well go on differently after these, as another planned length asks for.
     if stored.digest == order.order_digest(consumed):
         return None
 

@@ -44,6 +44,7 @@ def checkpoints_of(run: Path) -> Path:
 
     run: the run's output_dir, or that folder itself.
     """
+    # An empty folder of this name is one as well: a run that has not saved yet.
     for folder in (run / "checkpoints", run):
         if folder.is_dir() and (folder.name == "checkpoints" or committed_steps(folder)):
             return folder
@@ -154,9 +155,11 @@ def compare_checkpoints(
     for name in sorted(parameters_a.keys() | parameters_b.keys()):
         parameter_a = parameters_a.get(name)
         parameter_b = parameters_b.get(name)
+        # Whatever the roles: those are among the settings.
         if parameter_a is None or parameter_b is None or parameter_a.shape != parameter_b.shape:
             rows.append({"tensor": name, "largest_difference": None})
             continue
+        # One pair of tensors is in memory at a time.
         for state in stored_a.manifest.states:
             # States that only one of them has are among the settings that differ.
             if state not in stored_b.manifest.states:
@@ -250,6 +253,7 @@ def _share(manifest: Manifest, rows: Rows, number: int, count: int) -> Iterator[
             row_count = parameter.shape[0]
             start = row_count * number // count
             stop = row_count * (number + 1) // count
+            # Fewer rows than files.
             if start == stop:
                 continue
             tensor = rows(state, name, start, stop).contiguous()

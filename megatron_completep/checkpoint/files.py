@@ -121,6 +121,7 @@ def write_tensor_file(
     header = _header(tensors, dtype, metadata)
     hasher = BlockHasher()
     with open(path, "xb", buffering=1 << 20) as file:
+        # Everything is hashed on its way to the disk, and never read back.
         write = partial(_write, file, hasher=hasher, progress=progress)
         write(memoryview(header))
         fail_point("save.header_written")
@@ -130,6 +131,7 @@ def write_tensor_file(
             if number == 0:
                 fail_point("save.values_half_written")
         fail_point("save.values_written")
+        # The checkpoint is committed by a rename, which must not reach the disk before the bytes.
         file.flush()
         os.fsync(file.fileno())
         progress()
@@ -159,7 +161,7 @@ def _merge(arrays: Iterable[np.ndarray]) -> Iterator[memoryview]:
     begin = end = 0
     pending: list[np.ndarray] = []
     for array in arrays:
-        address = array.__array_interface__["data"][0]
+        address, _ = array.__array_interface__["data"]
         if pending and address != end:
             yield _span(pending, begin, end)
             pending = []
@@ -191,6 +193,7 @@ def _header(tensors: Sequence[NamedArray], dtype: str, metadata: dict[str, str])
         entries[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, stop]}
         position = stop
     encoded = json.dumps(entries, separators=(",", ":")).encode()
+    # safetensors allows spaces at the end of the JSON.
     encoded += b" " * (-(len(encoded) + 8) % _ALIGNMENT)
     return struct.pack("<Q", len(encoded)) + encoded
 
@@ -311,6 +314,7 @@ class CheckedFile:
         (length,) = struct.unpack("<Q", self.read_header(min(8, self.stored.size)))
         if not 2 <= length <= min(MAX_HEADER_BYTES, self.stored.size - 8):
             raise ValueError(f"header of {length} bytes in a file of {self.stored.size}")
+        # The length is checked before it is believed: it says how much memory the header takes.
         header = json.loads(self.read_header(8 + length)[8:])
         header.pop("__metadata__", None)
 

@@ -111,14 +111,17 @@ def refusal(folder: Path, bad: list[Difference], allowed: Sequence[str]) -> str:
 
     allowed: what checkpoint.allow_changed has already.
     """
+    # A model of another width differs in every parameter.
     shown = bad[:SHOWN]
     more = f"\n  ... and {len(bad) - len(shown)} more" if len(bad) > len(shown) else ""
     remedies = ["Continue with the checkpoint's settings, or start in another training.output_dir."]
+    # What cannot be allowed at all must not be offered.
     if any(difference.of_other_tensors for difference in bad):
         remedies.append(
             "The tensors are not this model's, so checkpoint.allow_changed does not help."
         )
     else:
+        # With what is allowed already, as the new setting replaces the old one.
         patterns = ", ".join([*allowed, *_patterns(bad)])
         override = shlex.quote(f"checkpoint.allow_changed=[{patterns}]")
         remedies.append(f"If the change is meant: {override}.")
@@ -131,6 +134,7 @@ def refusal(folder: Path, bad: list[Difference], allowed: Sequence[str]) -> str:
 def _can_adapt(bad: Sequence[Difference]) -> bool:
     """Whether tools/checkpoint.py adapt can make a checkpoint of the present model."""
     of_model = [difference for difference in bad if difference.path.startswith("model.")]
+    # A change of the base shape shows in the table alone.
     of_table = any(difference.path.startswith("table.") for difference in bad)
     if not of_model and not of_table:
         return False

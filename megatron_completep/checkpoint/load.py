@@ -45,6 +45,7 @@ class StoredCheckpoint:
         """
         folder = Path(folder)
         manifest = read_manifest(folder)
+        # The headers alone, which tell what is missing before any tensor is read.
         boxes = []
         for stored in manifest.files:
             with CheckedFile(folder, stored, manifest.block_size) as file:
@@ -79,6 +80,7 @@ class StoredCheckpoint:
         row_shape = parameter.shape[1:]
         box = Box((start, *[0] * len(row_shape)), (stop - start, *row_shape))
         flat = torch.empty(box.numel, dtype=TORCH_DTYPES[parameter.dtype])
+        # A shard that consists of this box alone.
         owned = OwnedBox(name, box, 0, strides_of(box.sizes))
         self.read_into([(owned, state, flat)])
         return flat.view(box.sizes)
@@ -94,6 +96,7 @@ class StoredCheckpoint:
             parameter = self.manifest.parameters.get(owned.name)
             if parameter is None or not owned.box.within(_whole_box(parameter)):
                 missing_names.add(owned.name)
+        # All names at once, as a model that differs differs in many.
         if missing_names:
             names = ", ".join(sorted(missing_names)[:SHOWN_NAMES])
             if len(missing_names) > SHOWN_NAMES:
@@ -109,6 +112,7 @@ class StoredCheckpoint:
         Raises CheckpointError.
         """
         overlaps = self.parts_of(targets)
+        # Sorted, so that each file is opened once and read from the front.
         with BlockReader(self.folder, self.manifest) as reader:
             for file, block in sorted(overlaps):
                 reader.read(file, block, overlaps[file, block])
@@ -228,6 +232,7 @@ class BlockReader:
             file.read_block(block, direct.numpy())
             return direct
 
+        # All others are cut up in memory, after the whole block has passed its check.
         if buffer is None:
             if self._scratch is None:
                 self._scratch = torch.empty(self._block_size, dtype=torch.uint8)

@@ -72,9 +72,9 @@ class Part:
         if not target.is_contiguous():
             return None
         start, _ = self.bytes_range
-        first = (low - start) // self._item_size
-        stop = (high - start) // self._item_size
-        return target.reshape(-1)[first:stop]
+        run_start = (low - start) // self._item_size
+        run_stop = (high - start) // self._item_size
+        return target.reshape(-1)[run_start:run_stop]
 
     def direct(self, begin: int, size: int) -> Tensor | None:
         """The target as bytes, where the block [begin, begin + size) of the file goes there as is.

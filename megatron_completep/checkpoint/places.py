@@ -51,6 +51,7 @@ class Place:
 
         Raises CheckpointError when there is no space for a checkpoint.
         """
+        # Made again, as a save that fails would cost more than a folder that nobody wanted.
         missing = not self.folder.is_dir()
         if missing:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -72,6 +73,7 @@ def shared_place(
     own_bytes: what this rank writes of a checkpoint. Collective. Raises CheckpointError when the
     folder cannot be made, or when a rank sees another one.
     """
+    # A name that no other run and no earlier start can have left there.
     probe = folder / f".probe.{exchange.broadcast(secrets.token_hex(4))}"
     exchange.on_first(lambda: _make(folder, probe, "Choose another training.output_dir."))
 
@@ -83,6 +85,7 @@ def shared_place(
                 "for snapshots on each node's own disk there is checkpoint.local_dir."
             )
 
+    # One rank that does not see the file is enough to refuse the folder on all.
     try:
         exchange.together(look)
     finally:
@@ -119,6 +122,7 @@ def local_place(local_dir: Path, run: Run, exchange: Exchange, own_bytes: int, k
     finally:
         with suppress(OSError):
             own_probe.unlink()
+    # The disk of a node takes what all ranks that see this folder write.
     place_bytes = sum(size for rank_leader, size in reports if rank_leader == leader)
     return Place(folder, leader, place_bytes, keep)
 
@@ -262,6 +266,7 @@ def _own_snapshots(place: Place, reports: bool) -> tuple[list[_SeenSnapshot], li
 def _joined(seen_by_rank: dict[int, _SeenSnapshot]) -> Snapshot:
     """What ranks hold together of one snapshot."""
     any_seen = next(iter(seen_by_rank.values()))
+    # A file counts where it has its full size; its bytes are checked when they are read.
     holders: dict[str, list[int]] = {}
     for file in any_seen.files:
         holders[file] = [rank for rank, seen in seen_by_rank.items() if file in seen.readable_files]
@@ -279,6 +284,7 @@ def _size(path: Path) -> int | None:
 def snapshot_source(place: Place, snapshot: Snapshot, exchange: Exchange) -> Source:
     """A snapshot for reading, with the manifest from a rank that has it. Collective."""
     folder = place.folder / folder_name(snapshot.step)
+    # A node that replaced another one has no manifest; any rank that has one will do.
     sender = snapshot.known_by[0]
 
     def own_manifest() -> dict[str, Any] | None:

@@ -52,12 +52,14 @@ class ResumeCheck:
 
         folder: of the checkpoint, for the messages.
         """
+        # States come first: under another update rule no other difference matters.
         self._compare_states(folder, manifest)
         identity_differences = differences(identity_of(manifest), self._identity)
         allowed = self._config.checkpoint.allow_changed
         if bad := refused(identity_differences, allowed):
             raise CheckpointError(refusal(folder, bad, allowed))
 
+        # What may change is not refused, but a user who did not mean it must see it.
         settings = changed_settings(manifest.config, self._config)
         settings += [d for d in identity_differences if _is_reported(d)]
         for difference in settings:
@@ -116,4 +118,5 @@ def progress_of(manifest: Manifest) -> RunState:
             f"the manifest of step {manifest.step} holds no state that this version reads: "
             f"{error!r}"
         ) from None
+    # They are set only when all tensors are in place; here it is known that they can be.
     return RunState(**manifest.state.model_dump())

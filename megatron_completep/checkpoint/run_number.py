@@ -46,6 +46,7 @@ class Run:
         folder = fields["folder"]
         came_from = tuple(fields["came_from"])
         earlier = tuple(fields["earlier"])
+        # The number becomes part of a folder's name, so a file must not smuggle a path into it.
         if len(number) != 16 or not set(number) <= set("0123456789abcdef"):
             raise ValueError(f"number {number}")
         if not all(isinstance(entry, str) for entry in (folder, *came_from, *earlier)):
@@ -57,6 +58,7 @@ class Run:
 
     def wrote(self, writer: Writer) -> bool:
         """Whether a snapshot is this run's, from its folder or from an earlier one."""
+        # The folder tells this run from a copy that has taken its snapshots along.
         folders = (self.folder, *self.came_from)
         return writer.number == self.number and writer.folder in map(_as_text, folders)
 
@@ -90,6 +92,7 @@ def identify_run(folder: Path) -> tuple[Run, str | None]:
         if recorded.folder:
             came_from.append(recorded.folder)
         run = replace(recorded, folder=resolved, came_from=tuple(came_from[-FOLDERS:]))
+    # At the first start, and after the folder was moved or copied.
     if run != recorded:
         _write(folder, run)
     return run, line
@@ -100,6 +103,7 @@ def renumber(folder: Path) -> Run:
 
     Raises CheckpointError when `.run_id` cannot be read or written.
     """
+    # The old number stays known, so that a copy of this folder is still recognized as one.
     before = _read(folder)
     earlier = (*before.earlier, before.number) if before is not None else ()
     run = replace(_new(str(folder.resolve())), earlier=earlier)

@@ -122,6 +122,7 @@ def write_checkpoint(
         fail_point("save.committed")
         return checkpoints / folder_name(step)
     except CheckpointError:
+        # Every rank is here, as the error is the same on all: nobody writes to the folder any more.
         if leads:
             shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -144,6 +145,8 @@ def _write_part(
         return {}
     path = folder / f"rank_{exchange.rank:05d}_of_{exchange.size:05d}.safetensors"
     try:
+        # State by state, in the order in which the boxes lie in memory: neighbours are then written
+        # at once.
         tensors = []
         for state in shard.states:
             for owned in shard.written:
@@ -186,6 +189,7 @@ def _commit(
     # The entries of the folder must be on disk before its name promises them.
     sync_folder(folder)
     fail_point("save.before_rename")
+    # The one moment at which the checkpoint comes into being.
     target = folder.with_name(folder_name(manifest.step))
     replaced = _make_way(target)
     fail_point("save.older_one_moved")

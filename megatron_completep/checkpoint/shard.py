@@ -43,6 +43,7 @@ class Shard:
             spec = shards.specs[local_name]
             box = replace(local_box, name=spec.stored_name(local_name))
             owned.append(box)
+            # A load fills all of them; of a save, each element is one rank's.
             if spec.counts_on(local_name, context):
                 written.append(box)
         dtype = "F64" if shards.master.dtype == torch.float64 else "F32"
@@ -59,6 +60,7 @@ class Shard:
 def view_of(flat: Tensor, owned: OwnedBox, inner: Box | None = None) -> Tensor:
     """A box (or a box inside of it) as a view of the flat shard."""
     start, sizes, strides = owned.locate(inner or owned.box)
+    # as_strided counts from the start of the storage, of which `flat` may be a part.
     return torch.as_strided(flat, sizes, strides, flat.storage_offset() + start)
 
 

@@ -47,6 +47,7 @@ class Guard:
         self._watchdog = watchdog
         self._say = say
         self.folder = Path(config.training.output_dir)
+        # A process group of its own, so that guards never mix with what training communicates.
         self.exchange = Exchange(context, config.parallel.timeout_minutes)
         self._lock: OutputLock | None = None
         self.on_first(self._take_lock)
@@ -67,6 +68,7 @@ class Guard:
 
         Raises RunStopped, on every rank, when several restarts have got no further than this step.
         """
+        # The launcher counts within one launch: a start by hand begins anew.
         limit = self.config.guards.max_restarts_without_progress
         self.on_first(lambda: note_start(self.folder, self.launch.restart_count, step, limit))
 

@@ -146,6 +146,7 @@ class SkippedSteps(Hook):
         for rank, (names, samples) in enumerate(reports):
             if names:
                 origins.append(f"rank {rank}: {summary(names)}, samples {samples}")
+        # A few are enough: activations and their gradients carry it from the first rank to others.
         if origins:
             return "; ".join(origins[:4])
         # On a GPU the host comes here when the next step has been launched, except where `due`
@@ -260,6 +261,7 @@ class Stragglers(Hook):
         if record.state.step % self._interval:
             return
 
+        # The mean of the interval, as one slow step alone makes no straggler.
         mean_seconds = self._total_seconds / self._steps
         reports = self._exchange.all_gather((mean_seconds, platform.node()))
         self._total_seconds = 0.0

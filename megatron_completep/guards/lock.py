@@ -56,6 +56,7 @@ class OutputLock:
                 os.close(self._descriptor)
                 raise ConfigError(message)
             time.sleep(0.2)
+        # For whoever finds the folder in use.
         self._write_holder()
 
     def release(self) -> None:
@@ -68,7 +69,7 @@ class OutputLock:
         """Take the lock unless another process has it."""
         try:
             fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
+        except (BlockingIOError, PermissionError):  # systems differ in which of the two it is
             return False
         return True
 

@@ -26,6 +26,7 @@ def note_start(folder: Path, restart_count: int, step: int, limit: int) -> None:
             whatever ended them will do so again.
         ConfigError: the steps cannot be written.
     """
+    # The first start of a launch is no restart: whoever launched it may have mended the cause.
     path = folder / STARTS
     steps = _read(path) if restart_count > 0 else []
     # `limit` restarts follow one start, so that many steps plus one are compared.

@@ -135,7 +135,7 @@ def lay_out(entries: Sequence[Entry], shards: Mapping[str, int], bucket_elements
             position += _align(entry.size, ALIGNMENT)
 
         # Padding at the end gives every rank of the axis a slice of the same, aligned size. It
-        # counts from the start of the bucket, which the axis of the one before has aligned.
+        # counts from the start of the bucket, which may follow a bucket of another axis.
         axis = members[0].axis
         position = start + _align(position - start, ALIGNMENT * shards[axis])
         if position > start:

@@ -28,6 +28,7 @@ def schedule(step: int, optimizer: OptimizerConfig, train_steps: int) -> float:
     progress = (step - decay_start) / decay_length
     progress = min(1.0, max(0.0, progress))
 
+    # The last update reaches the minimum itself, as progress is 1 there.
     minimum = optimizer.min_lr_fraction
     match optimizer.schedule:
         case "constant":

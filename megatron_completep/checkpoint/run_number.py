@@ -58,7 +58,7 @@ class Run:
 
     def wrote(self, writer: Writer) -> bool:
         """Whether a snapshot is this run's, from its folder or from an earlier one."""
-        # The folder tells this run from a copy that has taken its snapshots along.
+        # A copy of the run's folder may still have its number; the folder tells the two apart.
         folders = (self.folder, *self.came_from)
         return writer.number == self.number and writer.folder in map(_as_text, folders)
 

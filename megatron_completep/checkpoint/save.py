@@ -139,7 +139,7 @@ def _write_part(
 ) -> dict[str, Any]:
     """Write the file of this rank. Returns its record, or what went wrong.
 
-    It does not raise, as the other ranks wait for either.
+    A disk that fails makes it return too, as the other ranks wait for either.
     """
     if not shard.written:
         return {}

@@ -173,7 +173,7 @@ class Watchdog:
             f"rank {rank}: no step for {self._bound:g} s, {place}. Stacks: {self._stack_file(rank)}"
         )
         if self._store is not None:
-            self._write_collectives(rank)
+            self._keep_collectives(rank)
             self._report(self._verdict(self._store, answer))
         return True
 
@@ -231,13 +231,13 @@ class Watchdog:
                     self._leaving.set()
                     publish(store, rank, self._answer())
                     self._dump_stacks(rank)
-                    self._write_collectives(rank)
+                    self._keep_collectives(rank)
                     # This process may hold the store, which the one that asked still needs.
                     time.sleep(self._patience() + ANSWER_SECONDS)
                     self._leave(int(ExitCode.HUNG))
                     return
 
-    def _write_collectives(self, rank: int) -> None:
+    def _keep_collectives(self, rank: int) -> None:
         """Write this rank's newest collectives, once.
 
         Both threads may come here at the same moment: this rank's time is up, and another asks.

@@ -73,7 +73,7 @@ def flatten(tree: Any, path: str = "") -> dict[str, Any]:
         tree = dict(enumerate(tree))
     if not isinstance(tree, Mapping):
         return {path: tree}
-    leaves = {}
+    leaves: dict[str, Any] = {}
     for key, branch in tree.items():
         leaves |= flatten(branch, _joined(path, str(key)))
     return leaves

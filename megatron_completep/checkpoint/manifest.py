@@ -12,6 +12,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -269,7 +270,7 @@ def read_regular_file(path: Path, limit: int) -> bytes:
         return file.read()
 
 
-def open_regular_file(path: Path) -> Any:
+def open_regular_file(path: Path) -> FileIO:
     """Open a plain file for reading, unbuffered.
 
     Raises CheckpointError for a symbolic link, a device or a pipe, and where it cannot be opened.

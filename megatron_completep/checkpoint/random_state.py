@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,9 @@ def check(state: dict[str, Any]) -> None:
 
 
 def _cuda_in_use() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_initialized()
+    # torch gives this function no types.
+    is_initialized: Callable[[], bool] = torch.cuda.is_initialized
+    return torch.cuda.is_available() and is_initialized()
 
 
 def _set(

@@ -20,8 +20,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
-import torch.distributed as dist
 from torch._C import _distributed_c10d
+from torch._C._distributed_c10d import Store
 
 from megatron_completep.launch import Launch
 from megatron_completep.run.state import ExitCode
@@ -57,7 +57,7 @@ class Watchdog:
         launch: Launch,
         folder: Path,
         timeout_seconds: float | None,
-        store: dist.Store | None,
+        store: Store | None,
         report: Callable[[str], None],
         leave: Callable[[int], Any] = os._exit,
     ):
@@ -193,7 +193,7 @@ class Watchdog:
             "waiting": waiting,
         }
 
-    def _verdict(self, store: dist.Store, answer: dict[str, Any]) -> str:
+    def _verdict(self, store: Store, answer: dict[str, Any]) -> str:
         """Who is to blame, from what all ranks answer."""
 
         def ask_all() -> dict[int, Answer]:
@@ -208,7 +208,7 @@ class Watchdog:
             )
         return verdict(answers)
 
-    def _ask_all(self, store: dist.Store, answer: dict[str, Any]) -> dict[int, Answer]:
+    def _ask_all(self, store: Store, answer: dict[str, Any]) -> dict[int, Answer]:
         """The answer of every rank by rank, that of this rank included."""
         publish(store, self.launch.rank, answer)
         store.set(ASKED, str(self.launch.rank))
@@ -219,7 +219,7 @@ class Watchdog:
             answers[peer] = ask(store, peer, max(0.05, deadline - time.monotonic()))
         return answers
 
-    def _answer_peers(self, store: dist.Store) -> None:
+    def _answer_peers(self, store: Store) -> None:
         """The thread that answers when another rank's time is up, and then leaves as well.
 
         The time of this rank need not be up.
@@ -263,10 +263,10 @@ class Watchdog:
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
 
 
-def own_connection(store: Any) -> dist.Store:
+def own_connection(store: Any) -> Store:
     """The same store by another connection; the first may be in a call that never returns."""
     # torch's stubs lack `clone`, hence the annotations.
-    connection: dist.Store = store.clone()
+    connection: Store = store.clone()
     return connection
 
 

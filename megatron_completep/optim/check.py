@@ -91,14 +91,11 @@ def _unmatched(optimizer: OptimizerConfig, declared: Mapping[str, Spec]) -> Iter
 
 def _without_effect(config: Config, declared: Mapping[str, Spec]) -> Iterator[str]:
     """Factors on what gains and biases do not have: a drawn start, a decay."""
-    for name, factors in config.completep.factors.items():
-        if Role(name) in CONSTANT_ROLES:
-            yield from _idle(f"completep.factors.{name}", factors)
+    for role, factors in config.completep.factors.items():
+        if role in CONSTANT_ROLES:
+            yield from _idle(f"completep.factors.{role}", factors)
     for index, override in enumerate(config.optimizer.overrides):
-        roles = set()
-        for name, spec in declared.items():
-            if fnmatchcase(name, override.pattern):
-                roles.add(spec.role)
+        roles = {s.role for name, s in declared.items() if fnmatchcase(name, override.pattern)}
         if roles and roles <= set(CONSTANT_ROLES):
             yield from _idle(f"optimizer.overrides.{index} ({override.pattern!r})", override)
 
@@ -121,12 +118,11 @@ def _warnings(config: Config, declared: Mapping[str, Spec]) -> list[str]:
     """One line for each factor on a role that no parameter of this model has."""
     present_roles = {spec.role for spec in declared.values()}
     warnings = []
-    for name, factors in config.completep.factors.items():
-        role = Role(name)
+    for role, factors in config.completep.factors.items():
         if role in present_roles or factors == RoleFactors():
             continue
         remedy = f"; it acts where {NEEDED[role]}." if role in NEEDED else "."
-        warnings.append(f"completep.factors.{name} reaches no parameter of this model{remedy}")
+        warnings.append(f"completep.factors.{role} reaches no parameter of this model{remedy}")
     return warnings
 
 

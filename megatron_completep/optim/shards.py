@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
 from typing import NamedTuple
 
@@ -48,6 +48,8 @@ from megatron_completep.parallel.collectives import (
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.gradients import GradientQueue, accumulate_tensor
 from megatron_completep.parallel.parameter import Spec, spec_of
+
+Hook = Callable[[Parameter], None]
 
 
 class _RunningReduction(NamedTuple):
@@ -209,8 +211,9 @@ class Shards:
             for parameter in chunk.parameters():
                 # A weak reference, as the garbage collector cannot see a cycle that runs through
                 # the hooks of a tensor, and would never free the optimizer.
-                adopt = partial(adopt_grad, weakref.ref(queue))
-                parameter.register_post_accumulate_grad_hook(adopt)
+                adopt: Hook = partial(adopt_grad, weakref.ref(queue))
+                register: Callable[[Hook], object] = parameter.register_post_accumulate_grad_hook
+                register(adopt)
             if self._sharded:
                 self._wait_in_forward(chunk)
 
@@ -333,7 +336,7 @@ class Shards:
         # One all-reduce for all of them, as most are single vectors.
         summed = all_reduce(torch.cat(views), self.context.tensor)
         sizes = [segment.size for segment in segments]
-        for view, total in zip(views, summed.split(sizes), strict=True):
+        for view, total in zip(views, torch.split(summed, sizes), strict=True):
             view.copy_(total)
 
     def sum_of_squares(self) -> Tensor:

@@ -139,7 +139,7 @@ class Shards:
         self.grad = torch.zeros(self.layout.size, dtype=master_dtype, device=device)
         rounded = precision != master_dtype
         self.flat = masters.to(precision) if rounded else masters
-        # Without shards there is nothing to communicate, so the buffers serve as their own shards.
+        # Where nothing is sharded, the buffers serve as their own shards.
         self.master = self.own_shard(masters) if self._sharded else masters
         self.grad_shard = self.grad.new_empty(0) if self._sharded else self.grad
         self.flat_shard: Tensor | None = None

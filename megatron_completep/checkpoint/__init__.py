@@ -1,4 +1,4 @@
-"""Checkpoints that any layout reads, committed by one rename, every byte hashed."""
+"""Checkpoints that any layout can read: every byte is hashed, and one rename commits them."""
 
 from megatron_completep.checkpoint.checkpointer import Checkpointer, SaveReport, no_fail_point
 from megatron_completep.checkpoint.load import StoredCheckpoint

@@ -1,15 +1,19 @@
-"""A checkpoint for another configuration, on purpose: more layers, another base shape, alpha or multipliers. The function stays.
+"""A checkpoint rewritten for another configuration, so that the model computes the same function.
 
-Where a forward multiplier changes, the weights before it take the ratio, so that the model computes what it computed: a tensor
-multiplied by c has its gradients divided by c, and the update rule's states follow with the powers that the checkpoint lists (of
-AdamW's, the first moments are divided by c and the second ones by c^2). New layers come last; the
-matrices that write into the residual stream are zero in them, all else is as in a fresh model, and their states are zero.
+It may have more layers, another base shape, alpha or multipliers. Where a forward multiplier
+changes, the weights before it take over the ratio. A tensor that is multiplied by c has its
+gradients divided by c, and the states of the update rule follow with the powers that the checkpoint
+lists: of AdamW's, the first moment is divided by c and the second by c^2.
+
+New layers come last. The matrices that write into the residual stream are zero in them, all other
+weights are as in a fresh model, and their states are zero.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -50,32 +54,47 @@ from megatron_completep.run.state import RunState
 def adapt_checkpoint(
     folder: Path, config: Config, checkpoints: Path, files: int = 1, start_anew: bool = False
 ) -> tuple[Path, list[Difference]]:
-    """Write the checkpoint as one that a run of `config` continues from; returns its folder and what changed.
+    """Write the checkpoint as one that a run of `config` continues from.
 
-    start_anew: from step 0, with the weights alone: no states, the data from its beginning. Needs memory for one of `files` files.
-    Raises CheckpointError: damaged, of a model that differs in more than ADAPTABLE, or `checkpoints` holds some already.
+    Needs memory for one file, and for one logical tensor.
+
+    Args:
+        folder: the checkpoint.
+        checkpoints: the folder in which the new one is made.
+        files: how many files it has.
+        start_anew: from step 0 with the weights alone: states are zero, and the data begin anew.
+
+    Returns:
+        The folder of the new checkpoint, and what changed.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or of a model that differs in more than
+            ADAPTABLE, or `checkpoints` holds one already.
     """
     stored = StoredCheckpoint.open(folder)
     old = _old_config(stored)
-    found = differences(
-        {"model": stored.manifest.config["model"]}, {"model": config.model.model_dump(mode="json")}
-    )
-    _refuse(folder, refused(found, ADAPTABLE), old.model, config.model, checkpoints)
-    old_table, table = table_of(old), table_of(config)
+    stored_model = {"model": stored.manifest.config["model"]}
+    changes = differences(stored_model, {"model": config.model.model_dump(mode="json")})
+    _refuse(folder, refused(changes, ADAPTABLE), old.model, config.model, checkpoints)
+
+    # A model on the meta device has all specs and takes no memory.
+    old_table = table_of(old)
+    table = table_of(config)
     fresh = GPT(config.model, table, ParallelContext.single("meta"))
     check_branches(fresh)
     factors = scale_factors(old.model, old_table, table, config.model)
-    values = _Values(stored, config, table, specs_of(fresh), factors, start_anew)
-    manifest = _manifest(stored.manifest, config, table, values.described, start_anew)
-    found += differences({"table": stored.manifest.table}, {"table": manifest.table})
-    return rewrite_checkpoint(manifest, checkpoints, files, values.rows), found
+    tensors = _Tensors(stored, config, table, specs_of(fresh), factors, start_anew)
+    manifest = _manifest(stored.manifest, config, table, tensors.described, start_anew)
+    # The user is told what follows for the forward pass as well.
+    changes += differences({"table": stored.manifest.table}, {"table": manifest.table})
+    return rewrite_checkpoint(manifest, checkpoints, files, tensors.rows), changes
 
 
 def _old_config(stored: StoredCheckpoint) -> Config:
+    """The configuration of the checkpoint, as this version reads it."""
+    name = f"{stored.folder}: its configuration"
     try:
-        return config_from_mapping(
-            stored.manifest.config, name=f"{stored.folder}: its configuration"
-        )
+        return config_from_mapping(stored.manifest.config, name=name)
     except ConfigError as error:
         raise CheckpointError(f"{error}\nThis version cannot adapt it.") from None
 
@@ -83,47 +102,55 @@ def _old_config(stored: StoredCheckpoint) -> Config:
 def _refuse(
     folder: Path, bad: list[Difference], old: ModelConfig, new: ModelConfig, checkpoints: Path
 ) -> None:
+    """Raise CheckpointError where the checkpoint cannot become one of the new model.
+
+    bad: differences of the models that the weights cannot take over.
+    """
     if bad:
         raise CheckpointError(
-            f"{folder} cannot become a checkpoint of this model:\n{side_by_side(bad, 'checkpoint', 'new')}\n"
-            "Layers can be added, and base shape, alpha and multipliers changed; all else must be the checkpoint's."
+            f"{folder} cannot become a checkpoint of this model:\n"
+            f"{side_by_side(bad, 'checkpoint', 'new')}\n"
+            "Layers can be added, and base shape, alpha and multipliers changed; "
+            "all else must be the checkpoint's."
         )
     if new.num_layers < old.num_layers:
         raise CheckpointError(
-            f"{folder} has {old.num_layers} layers, model.num_layers = {new.num_layers}: layers can be added, not taken away. "
-            f"Use at least {old.num_layers}."
+            f"{folder} has {old.num_layers} layers, model.num_layers = {new.num_layers}: "
+            f"layers can be added, not taken away. Use at least {old.num_layers}."
         )
+    # Here a run would continue from the newest one there, which need not be the one made here.
     if steps := committed_steps(checkpoints):
         raise CheckpointError(
-            f"{checkpoints} holds a checkpoint of step {max(steps)} already. Choose another training.output_dir."
+            f"{checkpoints} holds a checkpoint of step {max(steps)} already. "
+            "Choose another training.output_dir."
         )
 
 
 def check_branches(model: GPT) -> None:
-    """Whether every branch says which of its parameters make its output.
+    """Raise CheckpointError unless every branch declares which parameters make its output.
 
-    They take a change of the residual multiplier over, and are zero in a new layer, which is silent at first by that. Raises
-    CheckpointError naming the branches that declare none.
+    They take over a change of the residual multiplier, and are zero in a new layer, which is silent
+    at first by that. The error names the branches that declare none.
     """
-    unknown = []
+    undeclared = []
     for layer, block in model.blocks():
         names = {module: name for name, module in block.named_children()}
         for _, branch in block.branches:
             module = cast(nn.Module, branch)
             if not any(spec.writes_to_stream for spec in specs_of(module).values()):
-                unknown.append(f"layer {layer}, {names[module]}")
-    if unknown:
+                undeclared.append(f"layer {layer}, {names[module]}")
+    if undeclared:
         raise CheckpointError(
-            f"{'; '.join(unknown)}: no parameter declares that it makes the branch's output, so neither a new layer "
-            "nor another residual multiplier can keep the function. Make the output with RowParallelLinear, or give "
-            "its Spec the site STREAM."
+            f"{'; '.join(undeclared)}: no parameter declares that it makes the branch's output, "
+            "so neither a new layer nor another residual multiplier can keep the function. "
+            "Make the output with RowParallelLinear, or give its Spec the site STREAM."
         )
 
 
 def scale_factors(
     old: ModelConfig, old_table: Table, table: Table, new: ModelConfig
 ) -> dict[Site, float]:
-    """What the values before each forward multiplier are multiplied with, so that its change does not show."""
+    """What the tensors before each forward multiplier are multiplied by to hide its change."""
     inputs = old.input_multiplier / new.input_multiplier
     logits = old_table.logit_multiplier / table.logit_multiplier
     return {
@@ -143,24 +170,34 @@ def _manifest(
     parameters: dict[str, StoredParameter],
     start_anew: bool,
 ) -> Manifest:
-    changed = {
+    """The manifest of the new checkpoint, except what `rewrite_checkpoint` fills in."""
+    elements = 0
+    for parameter in parameters.values():
+        elements += math.prod(parameter.shape)
+    changed: dict[str, Any] = {
         "config": config.model_dump(mode="json"),
         "table": jsonable(describe_table(table)),
         "parameters": parameters,
-        "elements": sum(int(np.prod(p.shape)) for p in parameters.values()),
+        "elements": elements,
     }
     if start_anew:
-        changed |= {
-            "step": 0,
-            "state": Progress(**vars(RunState())),
-            "updates": 0.0,
-            "states": RULES[table.rule].all_powers(),
-        }
+        changed["step"] = 0
+        changed["state"] = Progress(**vars(RunState()))
+        changed["updates"] = 0.0
+        # The new run may have another update rule: the states of the old one are not taken over.
+        changed["states"] = RULES[table.rule].all_powers()
     return old.model_copy(update=changed)
 
 
-class _Values:
-    """Rows of the new checkpoint's tensors."""
+class _Tensors:
+    """The tensors of the new checkpoint, computed row by row when they are written.
+
+    Args:
+        stored: the old checkpoint.
+        specs: of the parameters of the new model.
+        factors: of `scale_factors`.
+        start_anew: whether the states are zero.
+    """
 
     def __init__(
         self,
@@ -175,44 +212,55 @@ class _Values:
         self._config = config
         self._table = table
         self._factors = factors
-        self._anew = start_anew
+        self._start_anew = start_anew
         self._type = next(iter(stored.manifest.parameters.values())).dtype
+        self._dtype = TORCH_DTYPES[self._type]
         self._specs = {name: spec for name, spec in specs.items() if not spec.is_copy(name)}
         missing = sorted(stored.manifest.parameters.keys() - self._specs.keys())
         assert not missing, missing  # more layers of the same model have all of its parameters
 
     @property
     def described(self) -> dict[str, StoredParameter]:
-        return {
-            name: StoredParameter(**describe(spec, self._type))
-            for name, spec in self._specs.items()
-        }
+        """What the manifest says of each parameter."""
+        parameters = {}
+        for name, spec in self._specs.items():
+            parameters[name] = StoredParameter(**describe(spec, self._type))
+        return parameters
 
     def rows(self, state: str, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of one state of one parameter."""
         spec = self._specs[name]
-        if self._anew and state != MASTER:
-            return torch.zeros(stop - start, *spec.shape[1:], dtype=TORCH_DTYPES[self._type])
+        if self._start_anew and state != MASTER:
+            return torch.zeros(stop - start, *spec.shape[1:], dtype=self._dtype)
         if name not in self._stored.manifest.parameters:
             return self._new(state, name)[start:stop]
-        values = self._stored.rows(state, name, start, stop)
+
+        tensor = self._stored.rows(state, name, start, stop)
         factor = 1.0 if spec.site is None else self._factors[spec.site]
-        if factor != 1.0:
-            first, last = (
-                (0, spec.shape[0]) if spec.site_part is None else spec.part_range(spec.site_part)
-            )
-            values[max(0, first - start) : max(0, last - start)] *= (
-                factor ** self._stored.manifest.states[state]
-            )
-        return values
+        if factor == 1.0:
+            return tensor
+        # Of a fused matrix, such as query, key and value, one part alone may stand before the
+        # multiplier.
+        scaled_start = 0
+        scaled_stop = spec.shape[0]
+        if spec.site_part is not None:
+            scaled_start, scaled_stop = spec.part_range(spec.site_part)
+        power = self._stored.manifest.states[state]
+        scaled_rows = slice(max(0, scaled_start - start), max(0, scaled_stop - start))
+        tensor[scaled_rows] *= factor**power
+        return tensor
 
     def _new(self, state: str, name: str) -> Tensor:
-        """Of a layer that the checkpoint lacks: silent at first, otherwise as in a fresh model."""
-        spec, dtype = self._specs[name], TORCH_DTYPES[self._type]
+        """A tensor of a layer that the checkpoint lacks.
+
+        The layer adds nothing to the residual stream at first, and is otherwise as in a fresh
+        model.
+        """
+        spec = self._specs[name]
         if state != MASTER or spec.writes_to_stream:
-            return torch.zeros(spec.shape, dtype=dtype)
+            return torch.zeros(spec.shape, dtype=self._dtype)
         if spec.constant is not None:
-            return torch.full(spec.shape, spec.constant, dtype=dtype)
+            return torch.full(spec.shape, spec.constant, dtype=self._dtype)
         std = initial_std(name, spec, self._table, self._config.optimizer)
-        drawn = draw(spec, self._config.training.seed, name)[: spec.shape[0]]
-        return torch.from_numpy(drawn * np.float32(std)).to(dtype)
+        drawn = draw(spec, self._config.training.seed, name)[: spec.shape[0]]  # without padding
+        return torch.from_numpy(drawn * np.float32(std)).to(self._dtype)

@@ -8,7 +8,7 @@ from queue import SimpleQueue
 
 
 class Background:
-    """The thread waits for jobs from the beginning, so that handing one over costs microseconds; it never keeps a process alive."""
+    """A daemon thread, started at once, so that handing a job over costs microseconds."""
 
     def __init__(self) -> None:
         self._jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
@@ -17,13 +17,13 @@ class Background:
         threading.Thread(target=self._run, name="checkpoint", daemon=True).start()
 
     def start(self, job: Callable[[], None]) -> None:
-        """Hand over a job that raises nothing. The one before must have been waited for."""
+        """Hand over a job, which must not raise. Call `wait` first, for the job before it."""
         assert self._idle.is_set()
         self._idle.clear()
         self._jobs.put(job)
 
     def wait(self) -> None:
-        """Until there is nothing to do."""
+        """Return when the job at hand is done."""
         self._idle.wait()
 
     def _run(self) -> None:
@@ -32,4 +32,5 @@ class Background:
             try:
                 job()
             finally:
+                # Whatever happened, the training thread must not wait for ever.
                 self._idle.set()

@@ -1,4 +1,9 @@
-"""Saves and resumes one run. All ranks make every call."""
+"""Saves and resumes one run. Every call is collective: all ranks make it.
+
+A save writes the optimizer's states, each rank its own part, to the shared disk or as a snapshot to
+the disks of the nodes. It may go on in the background while training continues. A load reads each
+byte once per job, checks all of it, and puts it in place only when every rank has its part.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +22,14 @@ from torch import Tensor
 
 from megatron_completep.checkpoint import random_state
 from megatron_completep.checkpoint.background import Background
-from megatron_completep.checkpoint.compare import changed_settings, differences, refused, show
-from megatron_completep.checkpoint.data_order import DataOrder, compare_order, describe_order
+from megatron_completep.checkpoint.data_order import DataOrder, describe_order
 from megatron_completep.checkpoint.identity import (
     describe_layout,
     identity_for,
-    identity_of,
-    refusal,
     versions,
 )
 from megatron_completep.checkpoint.joint import JointReader, Source
-from megatron_completep.checkpoint.manifest import Manifest, committed_steps
+from megatron_completep.checkpoint.manifest import committed_steps
 from megatron_completep.checkpoint.places import (
     Place,
     Snapshot,
@@ -39,6 +41,7 @@ from megatron_completep.checkpoint.places import (
     snapshot_source,
     snapshots_of_others,
 )
+from megatron_completep.checkpoint.resume_check import ResumeCheck, progress_of
 from megatron_completep.checkpoint.retention import Removal
 from megatron_completep.checkpoint.run_number import Run, identify_run, renumber
 from megatron_completep.checkpoint.save import FailPoint, Staging, write_checkpoint
@@ -56,7 +59,7 @@ CHECKPOINTS = "checkpoints"
 
 
 def no_fail_point(name: str) -> None:
-    """What production passes: nothing happens at a named place."""
+    """The fail point that production passes: nothing happens."""
 
 
 @dataclass(frozen=True)
@@ -68,12 +71,18 @@ class SaveReport:
 
 
 class Checkpointer:
-    """Over one run's optimizer (which owns the parameters) and configuration. Weights are not stored beside the masters they are
-    rounded from.
+    """Saves and loads the state of one run, which the optimizer holds.
 
-    fingerprints: what identifies data and tokenizer; must agree at resume. report: told what happens, on every rank.
-    fail_point: called at named places; tests break them. order: of the training samples, kept with each checkpoint and compared.
-    still_here: called while training waits for a save or a load that gets on.
+    Weights are not stored beside the masters that they are rounded from. Construction is
+    collective.
+
+    Args:
+        optimizer: owns the parameters, the masters and the states of the update rule.
+        fingerprints: what identifies data and tokenizer; it must agree at resume.
+        report: told what happens, on every rank.
+        fail_point: called at named places; only tests pass one that does something.
+        order: of the training samples, which is stored with each checkpoint and compared at resume.
+        still_here: called while training waits for a save or a load that makes progress.
     """
 
     def __init__(
@@ -88,81 +97,109 @@ class Checkpointer:
         order: DataOrder | None = None,
         still_here: Callable[[], None] = lambda: None,
     ):
+        self.config = config
+        self.context = context
+        self.optimizer = optimizer
+        self._report = report
+        self._fail_point = fail_point
         self._order = order
-        self.config, self.context, self.optimizer = config, context, optimizer
-        self._report, self._fail_point, self._still_here = report, fail_point, still_here
-        self._training_waits = False
-        patience = min(
-            config.checkpoint.timeout_minutes, config.guards.hang_timeout_minutes or math.inf
-        )  # of whoever waits for others
-        self._round_seconds = 60 * patience / 5
-        self._exchange = exchange = Exchange(context, config.checkpoint.timeout_minutes)
+        self._still_here = still_here
+
+        settings = config.checkpoint
+        self._exchange = Exchange(context, settings.timeout_minutes)
+        # Ranks that write for long tell each other so, well before one takes another for dead.
+        hang_minutes = config.guards.hang_timeout_minutes or math.inf
+        self._round_seconds = 60 * min(settings.timeout_minutes, hang_minutes) / 5
+
         self._shard = Shard.of(optimizer, context)
         self._staging = Staging()
-        self._background = Background() if config.checkpoint.async_save else None
+        self._background = Background() if settings.async_save else None
+        # What the save in the background leaves for the training thread.
         self._failure: str | None = None
         self._figures: dict[str, float] = {}
-        described = exchange.all_gather(describe_parameters(optimizer, self._shard.dtype))
-        self._parameters = {name: value for part in described for name, value in part.items()}
+        self._training_waits = False
+
+        # Together the ranks know all parameters of the model.
+        own_parameters = describe_parameters(optimizer, self._shard.dtype)
+        self._parameters: dict[str, dict[str, Any]] = {}
+        for described in self._exchange.all_gather(own_parameters):
+            self._parameters |= described
         self._identity = identity_for(config, table, fingerprints or {}, self._parameters)
-        settings, size = config.checkpoint, self._shard.written_bytes
+        self._resume_check = ResumeCheck(config, self._identity, optimizer.states, order, report)
+
         self.folder = Path(config.training.output_dir) / CHECKPOINTS
-        self._shared = shared_place(self.folder, exchange, size, settings.keep, settings.keep_every)
+        own_bytes = self._shard.written_bytes
+        self._shared = shared_place(
+            self.folder, self._exchange, own_bytes, settings.keep, settings.keep_every
+        )
         self._run = self._identify()
         self._local: Place | None = None
         if settings.local_dir is not None:
-            self._local = self._local_place(Path(settings.local_dir), size)
+            self._local = self._local_place(Path(settings.local_dir), own_bytes)
         for place in self._places:
-            prepare(place, exchange, report)
+            prepare(place, self._exchange, report)
 
     @property
     def _places(self) -> list[Place]:
-        return [self._shared, *([self._local] if self._local is not None else [])]
+        return [self._shared] if self._local is None else [self._shared, self._local]
 
     def _identify(self) -> Run:
-        """Which run this is, the same on every rank; a copy of another one gets a number of its own."""
+        """Which run this is, the same on every rank; a copy of another one gets a new number."""
 
-        def on_first() -> list[Any]:
-            run, said = identify_run(self.folder.parent)
-            return [run.to_json(), said]
+        def identify() -> list[Any]:
+            run, line = identify_run(self.folder.parent)
+            return [run.to_json(), line]  # the exchange sends JSON
 
-        run, said = self._exchange.on_first(on_first)
-        if said is not None:
-            self._report(said)
-        return Run.from_json(run)
+        run_fields, line = self._exchange.on_first(identify)
+        if line is not None:
+            self._report(line)
+        return Run.from_json(run_fields)
 
-    def _local_place(self, local_dir: Path, size: int) -> Place:
-        """The place of this run's snapshots. Where another run's lie in it, this run takes another number, and with it another place."""
-        exchange, keep = self._exchange, self.config.checkpoint.local_keep
-        place = local_place(local_dir, self._run, exchange, size, keep)
-        others = snapshots_of_others(place, self._run, exchange)
-        if not others:
+    def _local_place(self, local_dir: Path, own_bytes: int) -> Place:
+        """The place of this run's snapshots.
+
+        Where another run's snapshots lie in it, this run takes another number, and with it another
+        place.
+        """
+        exchange = self._exchange
+        keep = self.config.checkpoint.local_keep
+        place = local_place(local_dir, self._run, exchange, own_bytes, keep)
+        foreign_snapshots = snapshots_of_others(place, self._run, exchange)
+        if not foreign_snapshots:
             return place
-        for line in others:
+        for line in foreign_snapshots:
             self._report(f"left out: {line}")
-        self._run = Run.from_json(exchange.on_first(lambda: renumber(self.folder.parent).to_json()))
+        run_fields = exchange.on_first(lambda: renumber(self.folder.parent).to_json())
+        self._run = Run.from_json(run_fields)
         self._report(
-            f"{self.folder.parent} and that run had one number; this one has {self._run.number} from now on"
+            f"{self.folder.parent} and that run had one number; "
+            f"this one has {self._run.number} from now on"
         )
-        return local_place(local_dir, self._run, exchange, size, keep)
+        return local_place(local_dir, self._run, exchange, own_bytes, keep)
 
-    # --- saving -----------------------------------------------------------------------------------------------------------
+    # --- saving --------------------------------------------------------------------------------
 
     def save(self, state: RunState, local: bool = False) -> SaveReport:
-        """Save the run as it stands; with checkpoint.async_save the files are written while training goes on.
+        """Save the run as it stands. Waits for the save before it.
 
-        local: as a snapshot in checkpoint.local_dir. Waits for the save before it. Raises CheckpointError, on every rank, when
-        that one failed (or this one, without async_save) and checkpoint.on_failure is `stop`.
+        With checkpoint.async_save the files are written while training goes on. Raises
+        CheckpointError, on every rank, when the save before failed (or this one, without
+        async_save) and checkpoint.on_failure is `stop`.
+
+        local: save a snapshot in checkpoint.local_dir.
         """
         started = time.perf_counter()
         self._wait()
         self._raise_failure()
+        # Without a place for snapshots, every save goes to the shared disk.
         place = self._local if local and self._local is not None else self._shared
         content = self._content(state)
         if place is not self._shared:
             content["run"] = self._run.writer.model_dump()
+
         flats: Mapping[str, Tensor] = self.optimizer.states
         if self._background is not None:
+            # Training changes the states when this call returns, so a copy of them is written.
             flats = self._staging.copy(flats)
             self._fail_point("save.staged")
             self._background.start(lambda: self._write(place, flats, content))
@@ -170,32 +207,44 @@ class Checkpointer:
             with self._waiting():
                 self._write(place, flats, content)
             self._raise_failure()
+
         blocked = time.perf_counter() - started
         self._figures["checkpoint_blocked_seconds"] = blocked
         return SaveReport(blocked, self._shard.written_bytes)
 
     def take_figures(self) -> dict[str, float]:
-        """For metrics, of this rank, what ended since the last call: seconds that `save` blocked and that writing took, failure."""
-        figures, self._figures = self._figures, {}
+        """Figures for the metrics, of this rank, of what ended since the last call. Not collective.
+
+        They are the seconds that `save` blocked and that writing took, and whether a save failed.
+        """
+        figures = self._figures
+        self._figures = {}
         return figures
 
     def close(self) -> None:
-        """Wait until what was handed to `save` is on disk. Raises CheckpointError when it is not, unless another error is under way."""
+        """Wait until what was handed to `save` is on disk.
+
+        Raises CheckpointError when it is not, unless another error is on its way already.
+        """
         self._wait()
         if self._failure is not None and sys.exc_info()[0] is None:
-            failure, self._failure = self._failure, None
+            failure = self._failure
+            self._failure = None
             raise CheckpointError(failure)
 
     finish = close
 
     def _write(self, place: Place, flats: Mapping[str, Tensor], content: dict[str, Any]) -> None:
-        """One save, in the training thread or in its own; what goes wrong is kept for the training thread to act on."""
+        """One save, in the training thread or in the background.
+
+        It raises nothing: a failure is kept for the training thread to act on.
+        """
         started = time.perf_counter()
         leads = self._exchange.rank == place.leader
         try:
-            remade = self._exchange.together(lambda: place.make_room() if leads else None)
-            if remade is not None:
-                self._report(remade)
+            warning = self._exchange.together(lambda: place.make_room() if leads else None)
+            if warning is not None:
+                self._report(warning)
             work = LongWork(self._exchange, self._round_seconds, self._progress)
             folder = write_checkpoint(
                 place.folder,
@@ -208,7 +257,8 @@ class Checkpointer:
                 work,
             )
             self._remove_older(place, content["step"])
-        except Exception as error:  # a peer that died ends the exchange with a RuntimeError; training itself will notice
+        # A rank that died ends the exchange with a RuntimeError, which training itself will meet.
+        except Exception as error:
             self._failure = f"checkpoint of step {content['step']} failed: {describe(error)}"
             self._figures["checkpoint_failed"] = 1.0
             self._report(self._failure)
@@ -219,70 +269,86 @@ class Checkpointer:
             self._report(f"saved {folder} ({place.bytes / 1e6:.1f} MB in {seconds:.2f} s)")
 
     def _remove_older(self, place: Place, step: int) -> None:
-        """What is superseded: by the place's own retention, and snapshots by a checkpoint on the shared disk.
+        """Remove what the new checkpoint of `step` supersedes.
 
-        The new checkpoint is none the worse for what stays: that is said, after every save.
+        That is what the retention of its place does not keep, and where it lies on the shared disk,
+        the snapshots up to its step. What cannot be removed does no harm to the new checkpoint: it
+        is reported after every save.
         """
 
-        def own() -> list[str]:
+        def remove_own() -> list[str]:
             problems = []
             if self._exchange.rank == place.leader:
                 problems += place.retire(self._progress).problems
                 self._fail_point("save.older_ones_removed")
             if place is self._shared:
-                problems += self._remove(self._local, lambda found: found <= step)
+                # A checkpoint that every rank can read supersedes a snapshot of the same step too.
+                problems += self._remove(self._local, lambda snapshot_step: snapshot_step <= step)
             return problems
 
+        problems = []
         try:
-            problems = [
-                problem
-                for found in self._exchange.all_gather(self._exchange.together(own))
-                for problem in found
-            ]
-        except CheckpointError as error:
+            for own_problems in self._exchange.all_gather(self._exchange.together(remove_own)):
+                problems += own_problems
+        except CheckpointError as error:  # the same on every rank
             problems = [str(error)]
         for problem in problems:
             self._report(
-                f"warning: the checkpoint of step {step} is saved, but an older one could not be removed: {problem}"
+                f"warning: the checkpoint of step {step} is saved, "
+                f"but an older one could not be removed: {problem}"
             )
 
-    def _remove(self, place: Place | None, which: Callable[[int], bool]) -> list[str]:
-        """Remove the checkpoints of these steps where this rank leads; returns what could not be removed, and why."""
+    def _remove(self, place: Place | None, doomed: Callable[[int], bool]) -> list[str]:
+        """Remove checkpoints where this rank leads; returns what could not be removed, and why.
+
+        doomed: whether the checkpoint of a step goes.
+        """
         removal = Removal()
         if place is not None and self._exchange.rank == place.leader:
             for step, folder in committed_steps(place.folder).items():
-                if which(step):
+                if doomed(step):
                     removal.remove(folder)
         return removal.problems
 
     def _wait(self) -> None:
+        """Wait for the save in the background."""
         if self._background is not None:
             with self._waiting():
                 self._background.wait()
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:
-        """While training waits here no step comes, and whoever watches the steps is told of the progress made here instead."""
-        before, self._training_waits = self._training_waits, True
+        """While training waits here no step comes: `still_here` is told of the progress instead."""
+        before = self._training_waits
+        self._training_waits = True
         try:
             yield
         finally:
             self._training_waits = before
 
     def _progress(self) -> None:
-        """A piece of a save or a load is done. Called by the thread that does it."""
+        """Called after each block of a save or a load, by the thread that does the work."""
         if self._training_waits:
             self._still_here()
 
     def _raise_failure(self) -> None:
-        """All ranks come here between the same two steps, so they act alike."""
-        failure, self._failure = self._failure, None
+        """Act on the failure of the last save, if any.
+
+        All ranks come here between the same two steps, so they act alike.
+        """
+        failure = self._failure
+        self._failure = None
         if failure is not None and self.config.checkpoint.on_failure == "stop":
             raise CheckpointError(
-                f"{failure}\nStopped, because checkpoint.on_failure = stop. Older checkpoints are intact."
+                f"{failure}\nStopped, because checkpoint.on_failure = stop. "
+                "Older checkpoints are intact."
             )
 
     def _content(self, state: RunState) -> dict[str, Any]:
+        """The fields of the manifest that are known before anything is written."""
+        order = None
+        if self._order is not None:
+            order = describe_order(self._order, state.consumed_samples)
         return {
             "step": state.step,
             "state": asdict(state),
@@ -290,7 +356,7 @@ class Checkpointer:
             "config": self.config.model_dump(mode="json"),
             "table": self._identity["table"],
             "fingerprints": self._identity["fingerprints"],
-            "order": self._order and describe_order(self._order, state.consumed_samples),
+            "order": order,
             "layout": describe_layout(self.config, self.context),
             "rng": random_state.capture(),
             "versions": versions(),
@@ -298,28 +364,24 @@ class Checkpointer:
             "parameters": self._parameters,
         }
 
-    # --- loading ----------------------------------------------------------------------------------------------------------
+    # --- loading -------------------------------------------------------------------------------
 
     def load_latest(self) -> RunState | None:
-        """Put the newest state that all ranks can read into optimizer and parameters; None where there is none.
+        """Load the newest state that all ranks can read; None where there is none.
 
-        A snapshot that is not whole, or whose bytes are damaged, is said and left out. Raises CheckpointError on every rank: the
-        newest checkpoint on the shared disk is damaged (file and bytes named), or of another model, parameterization or data.
+        A snapshot that is not complete, or whose bytes are damaged, is reported and left out.
+        Raises CheckpointError, on every rank, when the newest checkpoint on the shared disk is
+        damaged (the error names the file and the bytes), or of another model, parameterization or
+        data.
         """
         newest = self._exchange.on_first(lambda: max(committed_steps(self.folder), default=None))
-        snapshots = (
-            find_snapshots(self._local, self._exchange, self._report)
-            if self._local is not None
-            else []
-        )
-        if not self.config.checkpoint.resume and (newest is not None or snapshots):
-            what, step = (
-                ("checkpoint", newest) if newest is not None else ("snapshot", snapshots[0].step)
-            )
-            raise CheckpointError(
-                f"{self.folder} holds a {what} of step {step}, but checkpoint.resume = false. "
-                "Use another training.output_dir, or move the folder away."
-            )
+        snapshots = []
+        if self._local is not None:
+            snapshots = find_snapshots(self._local, self._exchange, self._report)
+        if not self.config.checkpoint.resume:
+            self._refuse_existing(newest, snapshots)
+
+        # A snapshot that is no newer than the checkpoint has nothing to offer.
         for snapshot in snapshots:
             if newest is not None and snapshot.step <= newest:
                 break
@@ -328,153 +390,128 @@ class Checkpointer:
                 return state
         return None if newest is None else self.load(newest)
 
+    def _refuse_existing(self, newest: int | None, snapshots: list[Snapshot]) -> None:
+        """Raise CheckpointError where the folder of a run that must not resume holds a state."""
+        if newest is not None:
+            existing = f"checkpoint of step {newest}"
+        elif snapshots:
+            existing = f"snapshot of step {snapshots[0].step}"
+        else:
+            return
+        raise CheckpointError(
+            f"{self.folder} holds a {existing}, but checkpoint.resume = false. "
+            "Use another training.output_dir, or move the folder away."
+        )
+
     def load(self, step: int) -> RunState:
-        """Put one checkpoint of the shared disk into optimizer and parameters. Raises CheckpointError as `load_latest`."""
+        """Load one checkpoint of the shared disk. Raises CheckpointError as `load_latest` does."""
         self._wait()
         self._exchange.on_first(lambda: self._require(step))
         source = shared_source(self._shared, step, self._exchange)
-        self._compare(source)
+        # Before any tensor is read, as a large checkpoint takes minutes.
+        self._resume_check.compare(source.folder, source.manifest)
         return self._read(source)
 
     def settled_steps(self) -> list[int]:
-        """Wait for the save under way; the steps of the checkpoints on the shared disk, lowest first, the same on every rank."""
+        """The steps of the checkpoints on the shared disk, lowest first, the same on every rank.
+
+        Waits for the save that is under way.
+        """
         self._wait()
-        return self._exchange.on_first(lambda: list(committed_steps(self.folder)))
+        steps: list[int] = self._exchange.on_first(lambda: list(committed_steps(self.folder)))
+        return steps
 
     def go_back(self, step: int) -> RunState:
-        """Put the checkpoint of `step` into optimizer and parameters, and remove later ones at every place.
+        """Load the checkpoint of `step`, and remove later ones at every place.
 
-        They are of the path that is left, and a restart must not find them.
+        Those belong to the trajectory that is abandoned, and a restart must not find them.
         """
         self._wait()
         self._exchange.on_first(lambda: self._require(step))
-        self.optimizer.wait_for_parameters()  # what is still on its way belongs to the step that is undone
+        # Parameters that are still on their way belong to the step that is undone.
+        self.optimizer.wait_for_parameters()
+        # The load comes before anything is removed, as the checkpoint may be damaged.
         with self._waiting():
-            state = self.load(step)  # before anything is removed: it may be damaged
+            state = self.load(step)
         for place in self._places:
             self._exchange.together(partial(self._remove_later, place, step))
         return state
 
     def _remove_later(self, place: Place, step: int) -> None:
-        problems = self._remove(place, lambda found: found > step)
+        problems = self._remove(place, lambda later_step: later_step > step)
         if problems:
-            raise CheckpointError(
-                "\n".join(
-                    [
-                        "a restart must not find these, which are of the path that is left:",
-                        *problems,
-                    ]
-                )
-            )
+            title = "a restart must not find these, which are of the path that is left:"
+            raise CheckpointError("\n".join([title, *problems]))
 
     def _load_snapshot(self, snapshot: Snapshot) -> RunState | None:
-        """None, and a line that says why, when it cannot be used."""
+        """Load a snapshot; None, and a line that says why, where its bytes cannot be read.
+
+        Raises CheckpointError where it can be read, but is of another model or other data.
+        """
         assert self._local is not None
+        prefix = f"the snapshot of step {snapshot.step} is not used"
         if snapshot.missing:
-            self._report(
-                f"the snapshot of step {snapshot.step} is not used: no rank has {', '.join(snapshot.missing[:4])}"
-            )
+            self._report(f"{prefix}: no rank has {', '.join(snapshot.missing[:4])}")
             return None
         try:
             source = snapshot_source(self._local, snapshot, self._exchange)
         except CheckpointError as error:
-            self._report(f"the snapshot of step {snapshot.step} is not used: {error}")
+            self._report(f"{prefix}: {error}")
             return None
-        self._compare(source)
+        # Outside of the try: the user's mistake must not look like a snapshot that is not there.
+        self._resume_check.compare(source.folder, source.manifest)
         try:
             return self._read(source)
         except CheckpointError as error:
-            self._report(f"the snapshot of step {snapshot.step} is not used: {error}")
+            self._report(f"{prefix}: {error}")
             return None
 
     def _read(self, source: Source) -> RunState:
         """Read everything, each byte once per job, and check it; only then put it in place.
 
-        Tensors are read into host memory, which a save that goes on in the background takes anyway, and move from there when every
-        rank has all of its own: a CheckpointError leaves weights, moments and generators as they were, on every rank.
+        A CheckpointError leaves weights, states and generators as they were, on every rank.
         """
         started = time.perf_counter()
-        optimizer, replica, manifest = self.optimizer, self.context.replica, source.manifest
-        flats = optimizer.states
+        optimizer = self.optimizer
+        replica = self.context.replica
+        manifest = source.manifest
         reader = JointReader(self._exchange, source, self._progress)
         state = self._exchange.together(lambda: progress_of(manifest))
+
+        # Tensors are read into host memory. With saves in the background that memory is there
+        # anyway. The copies start from the states at hand, as not all of these is stored: the
+        # padding of the vocabulary stays.
         staged: dict[str, Tensor] = {}
         if replica.rank == 0:
             staging = self._staging if self._background is not None else Staging()
-            staged = staging.copy(
-                flats
-            )  # what is not stored, such as the padding of the vocabulary, stays
-        reader.fill(
-            [(box, name, flat) for name, flat in staged.items() for box in self._shard.owned]
-        )
-        for name, flat in flats.items():
+            staged = staging.copy(optimizer.states)
+        targets = []
+        for name, flat in staged.items():
+            targets += [(box, name, flat) for box in self._shard.owned]
+        reader.fill(targets)
+
+        # `fill` has raised on every rank or on none, so from here on nothing can be refused.
+        for name, flat in optimizer.states.items():
             if staged:
                 flat.copy_(staged[name])
-            if replica.group is not None:  # the copies of a shard receive it
+            # The other replicas of a shard read nothing, and receive it.
+            if replica.group is not None:
                 dist.broadcast(flat, group=replica.group, group_src=0)
         optimizer.control[STEP] = manifest.updates
         optimizer.shards.adopt_masters()
         random_state.restore(manifest.rng)
-        read = sum(self._exchange.all_gather(reader.bytes_read))
+
+        bytes_read = sum(self._exchange.all_gather(reader.bytes_read))
         if self.context.is_first:
-            share, seconds = read / manifest.total_size, time.perf_counter() - started
+            share = bytes_read / manifest.total_size
+            seconds = time.perf_counter() - started
             self._report(
-                f"loaded {source.folder} ({manifest.total_size / 1e6:.1f} MB read {share:.2f} times in {seconds:.2f} s)"
+                f"loaded {source.folder} ({manifest.total_size / 1e6:.1f} MB "
+                f"read {share:.2f} times in {seconds:.2f} s)"
             )
         return state
 
     def _require(self, step: int) -> None:
+        """Raise CheckpointError where there is no checkpoint of this step."""
         if step not in committed_steps(self.folder):
             raise CheckpointError(f"{self.folder}: no checkpoint of step {step}.")
-
-    def _compare(self, source: Source) -> None:
-        """Refuse what was trained with other settings; say which ones were allowed to change. Every rank comes to the same result."""
-        self._compare_states(source)
-        found = differences(identity_of(source.manifest), self._identity)
-        allowed = self.config.checkpoint.allow_changed
-        if bad := refused(found, allowed):
-            raise CheckpointError(refusal(source.folder, bad, allowed))
-        settings = changed_settings(source.manifest.config, self.config)
-        settings += [
-            d
-            for d in found
-            if d.path.startswith(("table.", "fingerprints.")) and "prefix" not in d.path
-        ]
-        for difference in settings:
-            self._report(
-                f"resuming with {difference.path} = {show(difference.present)}, the checkpoint has {show(difference.stored)}"
-            )
-        if self._order is not None and not any(
-            d.path.startswith(("data.", "fingerprints.")) for d in refused(found, allowed=())
-        ):
-            line = compare_order(source.folder, source.manifest, self._order, allowed)
-            if line is not None:
-                self._report(line)
-
-    def _compare_states(self, source: Source) -> None:
-        """Refuse what another update rule wrote: what one keeps of a tensor means nothing to another."""
-        stored, kept = sorted(source.manifest.states), sorted(self.optimizer.states)
-        if stored != kept:
-            raise CheckpointError(
-                f"{source.folder} holds the states {', '.join(stored)}, but the update rule of this run keeps {', '.join(kept)}. "
-                "Continue with the rule that wrote it, or start from the weights alone: tools/checkpoint.py adapt --start-anew."
-            )
-
-
-def progress_of(manifest: Manifest) -> RunState:
-    """How far the run was, once its generator states prove readable. Raises CheckpointError when they are not."""
-    try:
-        random_state.check(manifest.rng)
-    except (
-        TypeError,
-        ValueError,
-        KeyError,
-        IndexError,
-        AttributeError,
-        RuntimeError,
-        OverflowError,
-    ) as error:
-        raise CheckpointError(
-            f"the manifest of step {manifest.step} holds no state that this version reads: {error!r}"
-        ) from None
-    return RunState(**manifest.state.model_dump())

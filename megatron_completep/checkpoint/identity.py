@@ -1,4 +1,4 @@
-"""What a checkpoint says of the run that wrote it, and whether the present run may go on from there."""
+"""What a checkpoint says of the run that wrote it, for the comparison with the run that resumes."""
 
 from __future__ import annotations
 
@@ -18,38 +18,58 @@ from megatron_completep.completep import Table
 from megatron_completep.config.schema import Config
 from megatron_completep.parallel.context import ParallelContext
 
+SHOWN = 40  # differences in a message
+
 
 def identity_for(
-    config: Config, table: Table, fingerprints: Mapping[str, Any], parameters: Mapping[str, Mapping]
+    config: Config,
+    table: Table,
+    fingerprints: Mapping[str, Any],
+    parameters: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """What is compared at resume, of the present run."""
-    value = {
+    """The identity of the present run, which is compared at resume.
+
+    Args:
+        fingerprints: of data and tokenizer.
+        parameters: name -> what `shard.describe` says of it.
+    """
+    described = {}
+    for name, parameter in parameters.items():
+        described[name] = [parameter["role"], parameter["width_ratio"], parameter["shape"]]
+    identity = {
         "model": config.model.model_dump(mode="json"),
         "table": describe_table(table),
         "data": config.data.model_dump(mode="json"),
         "fingerprints": dict(fingerprints),
-        "parameters": {
-            name: [p["role"], p["width_ratio"], p["shape"]] for name, p in parameters.items()
-        },
+        "parameters": described,
     }
-    return jsonable(value)
+    # As JSON would bring it back, or a tuple would differ from the list that was stored.
+    readable: dict[str, Any] = jsonable(identity)
+    return readable
 
 
 def identity_of(manifest: Manifest) -> dict[str, Any]:
-    """The same, as a checkpoint holds it."""
+    """The identity of the run that wrote a checkpoint."""
+    described = {}
+    for name, parameter in manifest.parameters.items():
+        described[name] = [parameter.role, parameter.width_ratio, parameter.shape]
     return {
         "model": manifest.config.get("model", {}),
         "table": manifest.table,
         "data": manifest.config.get("data", {}),
         "fingerprints": manifest.fingerprints,
-        "parameters": {
-            name: [p.role, p.width_ratio, p.shape] for name, p in manifest.parameters.items()
-        },
+        "parameters": described,
     }
 
 
 def describe_table(table: Table) -> dict[str, Any]:
-    """The parameterization as plain values: what was configured, and what follows from it for the forward pass."""
+    """The parameterization as plain values.
+
+    Both what was configured, and what follows from it for the forward pass.
+    """
+    role_factors = {}
+    for role, factors in table.own_factors.items():
+        role_factors[str(role)] = factors.model_dump()
     return {
         "width_multiplier": table.width_multiplier,
         "depth_multiplier": table.depth_multiplier,
@@ -65,18 +85,18 @@ def describe_table(table: Table) -> dict[str, Any]:
         "batch_exponent": table.batch.exponent,
         "residual_multiplier": table.residual_multiplier,
         "logit_multiplier": table.logit_multiplier,
-        "own_factors": {str(role): own.model_dump() for role, own in table.own_factors.items()},
+        "own_factors": role_factors,
     }
 
 
 def describe_layout(config: Config, context: ParallelContext) -> dict[str, int]:
-    """Ranks along each axis, for whoever looks at the checkpoint; nothing that reads it needs them."""
+    """Ranks along each axis, for people; nothing that reads a checkpoint needs them."""
     axes = {axis.name: axis.size for axis in (context.tensor, context.pipeline, context.data)}
     return {**axes, "world": context.world_size, "virtual": config.parallel.virtual_pipeline_size}
 
 
 def versions() -> dict[str, str]:
-    """Of what wrote the checkpoint."""
+    """The versions of what writes the checkpoint."""
     return {
         "megatron_completep": megatron_completep.__version__,
         "torch": str(torch.__version__),
@@ -84,43 +104,59 @@ def versions() -> dict[str, str]:
     }
 
 
-def refusal(folder: Path, found: list[Difference], allowed: Sequence[str]) -> str:
-    """The message for a run whose settings are not the checkpoint's: what differs, and only remedies that are not refused next.
+def refusal(folder: Path, bad: list[Difference], allowed: Sequence[str]) -> str:
+    """The message for a run whose settings are not the checkpoint's: what differs, and remedies.
+
+    None of the remedies is refused in its turn.
 
     allowed: what checkpoint.allow_changed has already.
     """
-    shown = found[:40]
-    more = f"\n  ... and {len(found) - len(shown)} more" if len(found) > len(shown) else ""
+    # A model of another width differs in every parameter.
+    shown = bad[:SHOWN]
+    more = f"\n  ... and {len(bad) - len(shown)} more" if len(bad) > len(shown) else ""
     remedies = ["Continue with the checkpoint's settings, or start in another training.output_dir."]
-    if any(d.of_other_tensors for d in found):
+    # What cannot be allowed at all must not be offered.
+    if any(difference.of_other_tensors for difference in bad):
         remedies.append(
             "The tensors are not this model's, so checkpoint.allow_changed does not help."
         )
     else:
-        words = ", ".join([*allowed, *_patterns(found)])
-        remedies.append(
-            f"If the change is meant: {shlex.quote(f'checkpoint.allow_changed=[{words}]')}."
-        )
-    of_model = [d for d in found if d.path.startswith("model.")]
-    reshaped = of_model or any(d.path.startswith("table.") for d in found)
-    layers = [(d.stored, d.present) for d in of_model if d.path == "model.num_layers"]
-    not_fewer = all(
-        isinstance(old, int) and isinstance(new, int) and old <= new for old, new in layers
-    )
-    if reshaped and not_fewer and all(matches(d.path, ADAPTABLE) for d in of_model):
+        # With what is allowed already, as the new setting replaces the old one.
+        patterns = ", ".join([*allowed, *_patterns(bad)])
+        override = shlex.quote(f"checkpoint.allow_changed=[{patterns}]")
+        remedies.append(f"If the change is meant: {override}.")
+    if _can_adapt(bad):
         remedies.append("To keep the function under the new settings: tools/checkpoint.py adapt.")
-    return "\n".join(
-        [f"{folder} was trained with other settings:", f"{side_by_side(shown)}{more}", *remedies]
-    )
+    title = f"{folder} was trained with other settings:"
+    return "\n".join([title, f"{side_by_side(shown)}{more}", *remedies])
 
 
-def _patterns(found: Sequence[Difference]) -> list[str]:
+def _can_adapt(bad: Sequence[Difference]) -> bool:
+    """Whether tools/checkpoint.py adapt can make a checkpoint of the present model."""
+    of_model = [difference for difference in bad if difference.path.startswith("model.")]
+    # A change of the base shape shows in the table alone.
+    of_table = any(difference.path.startswith("table.") for difference in bad)
+    if not of_model and not of_table:
+        return False
+    for difference in of_model:
+        if not matches(difference.path, ADAPTABLE):
+            return False
+        # Layers can be added, but not taken away.
+        if difference.path == "model.num_layers":
+            old = difference.stored
+            new = difference.present
+            if not (isinstance(old, int) and isinstance(new, int) and old <= new):
+                return False
+    return True
+
+
+def _patterns(bad: Sequence[Difference]) -> list[str]:
     """What allows these differences: their paths, or one pattern for a section with many."""
     by_section: dict[str, list[str]] = {}
-    for difference in found:
-        by_section.setdefault(difference.path.partition(".")[0], []).append(difference.path)
-    return [
-        word
-        for name, paths in by_section.items()
-        for word in (paths if len(paths) <= 4 else [f"{name}.*"])
-    ]
+    for difference in bad:
+        section = difference.path.partition(".")[0]
+        by_section.setdefault(section, []).append(difference.path)
+    patterns = []
+    for section, paths in by_section.items():
+        patterns += paths if len(paths) <= 4 else [f"{section}.*"]
+    return patterns

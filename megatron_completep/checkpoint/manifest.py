@@ -1,6 +1,8 @@
-"""The manifest: one JSON file that makes a folder a checkpoint. A folder without a valid one does not exist.
+"""The manifest: one JSON file that makes a folder a checkpoint.
 
-It ends with the hash of all that stands before, so that any changed byte is seen; the tensor files are hashed block by block.
+A folder without a manifest is no checkpoint. The manifest ends with the hash of all that stands
+before it, so that any changed byte is noticed, and holds the hashes of the tensor files, block by
+block.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,9 +27,9 @@ from megatron_completep.optim.rules import RULES
 MANIFEST = "manifest.json"
 STEP_FOLDER = re.compile(r"step_(\d{8,})")
 MAX_BYTES = 1 << 29
-STATES_OF_EARLIER_VERSIONS = RULES[
-    "adamw"
-].all_powers()  # they had this rule alone, and did not list its states
+# Versions that did not list the states of their checkpoints had this rule alone.
+STATES_OF_EARLIER_VERSIONS = RULES["adamw"].all_powers()
+_REMEDY = "Restore the file, or move the checkpoint's folder away to continue from an older one."
 _SEAL = re.compile(rb',\n "xxh3": "([0-9a-f]{32})"\n}\n\Z')
 
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_]+\.safetensors$")]
@@ -34,15 +37,12 @@ Hash = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16}$")]
 StateName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_]{1,60}$")]
 ParameterName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.]{1,200}$")]
 Shape = Annotated[list[NonNegativeInt], Field(max_length=8)]
-
-
-Count = Annotated[
-    int, Field(ge=0, le=1 << 53)
-]  # steps, samples, tokens: what a JSON reader of any language holds exactly
+# Steps, samples or tokens. JSON readers of any language hold numbers up to 2^53 exactly.
+Count = Annotated[int, Field(ge=0, le=1 << 53)]
 
 
 class Progress(Section):
-    """How far the run was: the training loop's RunState."""
+    """How far the run was: the fields of the training loop's RunState."""
 
     step: Count
     consumed_samples: Count
@@ -50,7 +50,7 @@ class Progress(Section):
 
 
 class Writer(Section):
-    """The run that a snapshot belongs to: its number, and the folder in which it was then."""
+    """The run that a snapshot belongs to: its number, and the folder that it had then."""
 
     number: str
     folder: str
@@ -74,17 +74,18 @@ class StoredFile(Section):
 
 
 class StoredOrder(Section):
-    """The order of the data: for how many samples it was planned, and a digest of those that were consumed (data_order.py)."""
+    """The order of the training data, see data_order.py."""
 
-    planned_samples: PositiveInt
-    digest: Hash
+    planned_samples: PositiveInt  # for how many samples the order was planned
+    digest: Hash  # of the samples that were consumed, in order
 
 
 class Manifest(Section):
-    """All of a checkpoint except the tensors' values.
+    """All of a checkpoint except the tensors themselves.
 
-    states: what is stored of every parameter, in order: the masters and the states of the update rule. The number is the
-        power in which a factor on a tensor goes into its state (optim/rule.py), for whoever rewrites checkpoints.
+    states: what is stored of every parameter, in order: the masters and the states of the update
+        rule. The number is the power with which a factor on a tensor multiplies its state
+        (optim/rule.py), for tools that rewrite checkpoints.
     """
 
     format: Literal["megatron-completep"] = "megatron-completep"
@@ -92,16 +93,12 @@ class Manifest(Section):
     step: Count
     attempt: str
     state: Progress
-    updates: Annotated[float, Field(ge=0)]  # optimizer steps really made
+    updates: Annotated[float, Field(ge=0)]  # optimizer steps that were not skipped
     config: dict[str, Any]
     table: dict[str, Any]
     fingerprints: dict[str, Any]  # of data and tokenizer, as their owners describe them
-    order: StoredOrder | None = (
-        None  # of the data that were consumed; earlier versions did not keep it
-    )
-    layout: dict[
-        str, int
-    ]  # ranks along each axis when it was written, for the reader's information
+    order: StoredOrder | None = None  # earlier versions did not store it
+    layout: dict[str, int]  # ranks along each axis when it was written, for information only
     rng: dict[str, Any]
     versions: dict[str, str]
     states: Annotated[dict[StateName, int], Field(max_length=16)] = STATES_OF_EARLIER_VERSIONS
@@ -109,7 +106,7 @@ class Manifest(Section):
     block_size: Annotated[int, Field(ge=4096, le=1 << 26, multiple_of=64)]
     files: list[StoredFile]
     elements: PositiveInt  # of one state, for the check that nothing is missing
-    run: Writer | None = None  # in snapshots, which several runs keep in one place
+    run: Writer | None = None  # in snapshots, as several runs may store them in one place
 
     @model_validator(mode="after")
     def _counts_agree(self) -> Manifest:
@@ -117,7 +114,8 @@ class Manifest(Section):
             raise ValueError(f"state.step = {self.state.step}, but step = {self.step}")
         if self.updates > self.step or not self.updates.is_integer():
             raise ValueError(
-                f"updates = {self.updates}: a whole number of at most step = {self.step} was possible"
+                f"updates = {self.updates}: a whole number of at most step = {self.step} "
+                "was possible"
             )
         if MASTER not in self.states:
             raise ValueError(f"states = {list(self.states)}: without {MASTER} there are no weights")
@@ -130,26 +128,33 @@ class Manifest(Section):
 
 
 def folder_name(step: int) -> str:
+    """The name of the folder of a checkpoint."""
     return f"step_{step:08d}"
 
 
 def committed_steps(checkpoints: Path) -> dict[int, Path]:
-    """The folders named like a checkpoint that hold a manifest, by step, lowest first. Names decide, never times."""
-    found = {}
+    """The folders named like a checkpoint that hold a manifest, by step, lowest first.
+
+    The order is that of the names, never of modification times.
+    """
+    folders = {}
     for entry, step in _named_like_checkpoints(checkpoints):
         if _why_not_counted(entry) is None:
-            found[step] = Path(entry.path)
-    return dict(sorted(found.items()))
+            folders[step] = Path(entry.path)
+    return dict(sorted(folders.items()))
 
 
 def not_counted(checkpoints: Path) -> dict[int, str]:
-    """What is named like a checkpoint and is none, by step: which entry, and why. For people, who would otherwise miss it."""
-    found = {}
+    """The entries named like a checkpoint that are none, by step: a text with entry and reason.
+
+    It is for users, who may count on them.
+    """
+    reasons = {}
     for entry, step in _named_like_checkpoints(checkpoints):
         reason = _why_not_counted(entry)
         if reason is not None:
-            found[step] = f"{entry.path} {reason}"
-    return dict(sorted(found.items()))
+            reasons[step] = f"{entry.path} {reason}"
+    return dict(sorted(reasons.items()))
 
 
 def named_like_checkpoints(checkpoints: Path) -> list[Path]:
@@ -169,7 +174,10 @@ def _named_like_checkpoints(checkpoints: Path) -> Iterator[tuple[os.DirEntry[str
 
 def _why_not_counted(entry: os.DirEntry[str]) -> str | None:
     if entry.is_symlink():
-        return "is a symbolic link, which is not followed: it does not count as a checkpoint. Put the folder itself there."
+        return (
+            "is a symbolic link, which is not followed: it does not count as a checkpoint. "
+            "Put the folder itself there."
+        )
     if not entry.is_dir():
         return "is not a folder: it does not count as a checkpoint."
     if not os.path.lexists(os.path.join(entry.path, MANIFEST)):
@@ -180,7 +188,7 @@ def _why_not_counted(entry: os.DirEntry[str]) -> str | None:
 
 
 def seal(manifest: Manifest) -> bytes:
-    """The manifest as it is written: JSON that ends with its own hash."""
+    """The manifest as it is written: JSON whose last entry is the hash of the JSON without it."""
     body = json.dumps(manifest.model_dump(mode="json"), indent=1, allow_nan=False).encode()
     assert body.endswith(b"\n}")
     digest = xxhash.xxh3_128_hexdigest(body)
@@ -188,7 +196,10 @@ def seal(manifest: Manifest) -> bytes:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read and check the manifest of a checkpoint. Raises CheckpointError that names the file and what is wrong with it."""
+    """Read and check the manifest of a checkpoint.
+
+    Raises CheckpointError that names the file and what is wrong with it.
+    """
     path = folder / MANIFEST
     data = read_regular_file(path, MAX_BYTES)
     match = _SEAL.search(data)
@@ -196,23 +207,28 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(
             f"{path}: does not end with its own hash, so it is cut off or not a manifest. {_REMEDY}"
         )
-    found = xxhash.xxh3_128_hexdigest(data[: match.start()] + b"\n}")
-    if found != match[1].decode():
+    # The hash is of the JSON as `seal` had it, before the hash joined it.
+    digest = xxhash.xxh3_128_hexdigest(data[: match.start()] + b"\n}")
+    expected_digest = match[1].decode()
+    if digest != expected_digest:
         raise CheckpointError(
-            f"{path}: changed since it was written: its hash is {found}, expected {match[1].decode()}. {_REMEDY}"
+            f"{path}: changed since it was written: its hash is {digest}, "
+            f"expected {expected_digest}. {_REMEDY}"
         )
+
     try:
-        value = json.loads(data, parse_constant=_refuse_constant)
-        value.pop("xxh3")
-        manifest = Manifest.model_validate(value)
+        fields = json.loads(data, parse_constant=_refuse_constant)
+        fields.pop("xxh3")
+        manifest = Manifest.model_validate(fields)
     except ValidationError as error:
         raise CheckpointError(
             f"{path}: not a manifest that this version reads: {_in_words(error)}. {_REMEDY}"
         ) from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a manifest that this version reads: {error}") from None
-    expected = STEP_FOLDER.fullmatch(folder.name)
-    if expected and int(expected[1]) != manifest.step:
+    # A folder of another name may be a copy, and is read; one that was renumbered is not.
+    name_match = STEP_FOLDER.fullmatch(folder.name)
+    if name_match and int(name_match[1]) != manifest.step:
         raise CheckpointError(
             f"{path}: holds step {manifest.step}, but the folder is {folder.name}. Rename it back."
         )
@@ -220,23 +236,31 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _refuse_constant(name: str) -> float:
+    """For NaN and the infinities, which Python's parser takes although they are not JSON."""
     raise ValueError(f"{name} is not a number")
 
 
 def _in_words(error: ValidationError) -> str:
-    """The first problems, each with its place and what stands there."""
+    """The first problems, each with its place in the manifest and what stands there."""
     problems = error.errors(include_url=False, include_context=False)
-    said = [
-        f"{'.'.join(map(str, p['loc']))}: {p['msg']}, found {str(p['input'])[:60]}"
-        if p["loc"]
-        else p["msg"]
-        for p in problems[:5]
-    ]
-    return "; ".join(said) + (f" and {len(problems) - 5} more" if len(problems) > 5 else "")
+    descriptions = []
+    for problem in problems[:5]:
+        description = problem["msg"]
+        # A validator of the whole manifest names no place.
+        if problem["loc"]:
+            place = ".".join(map(str, problem["loc"]))
+            content = str(problem["input"])[:60]
+            description = f"{place}: {description}, found {content}"
+        descriptions.append(description)
+    more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+    return "; ".join(descriptions) + more
 
 
 def read_regular_file(path: Path, limit: int) -> bytes:
-    """A whole file of bounded size; symbolic links and anything but plain files are refused."""
+    """The content of a plain file of at most `limit` bytes.
+
+    Raises CheckpointError for a larger one, and as `open_regular_file` does.
+    """
     with open_regular_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > limit:
@@ -246,21 +270,20 @@ def read_regular_file(path: Path, limit: int) -> bytes:
         return file.read()
 
 
-def open_regular_file(path: Path) -> Any:
-    """Open a plain file for reading, unbuffered; a symbolic link, device or pipe is refused. Raises CheckpointError."""
+def open_regular_file(path: Path) -> FileIO:
+    """Open a plain file for reading, unbuffered.
+
+    Raises CheckpointError for a symbolic link, a device or a pipe, and where it cannot be opened.
+    """
     try:
+        # O_NONBLOCK, as opening a pipe would wait for a writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
-        reason = (
-            "is a symbolic link, which is not followed"
-            if path.is_symlink()
-            else (error.strerror or str(error))
-        )
+        reason = error.strerror or str(error)
+        if path.is_symlink():
+            reason = "is a symbolic link, which is not followed"
         raise CheckpointError(f"{path}: {reason}. {_REMEDY}") from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise CheckpointError(f"{path}: not a plain file. {_REMEDY}")
     return os.fdopen(descriptor, "rb", buffering=0)
-
-
-_REMEDY = "Restore the file, or move the checkpoint's folder away to continue from an older one."

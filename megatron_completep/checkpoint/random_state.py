@@ -1,9 +1,13 @@
-"""Generator states as JSON. Data order and dropout do not depend on them; what a user adds to the loop may."""
+"""States of random generators as JSON.
+
+Data order and dropout do not depend on them, but what a user adds to the training loop may.
+"""
 
 from __future__ import annotations
 
 import base64
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,66 +15,77 @@ import torch
 
 
 def capture() -> dict[str, Any]:
-    """States of Python's, numpy's and torch's generators (of this rank, and of its GPU)."""
+    """States of the generators of Python, numpy and torch, on this rank and on its GPU."""
     version, words, gauss = random.getstate()
+    word_bytes = np.array(words, np.uint64).tobytes()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    key_bytes = np.asarray(keys, np.uint32).tobytes()
     state = {
-        "python": [version, _text(np.array(words, np.uint64).tobytes()), gauss],
-        "numpy": [
-            name,
-            _text(np.asarray(keys, np.uint32).tobytes()),
-            int(position),
-            int(has_gauss),
-            float(cached),
-        ],
-        "torch": _text(torch.get_rng_state().numpy().tobytes()),
+        "python": [version, _encode(word_bytes), gauss],
+        # JSON takes Python's numbers, not numpy's.
+        "numpy": [name, _encode(key_bytes), int(position), int(has_gauss), float(cached)],
+        "torch": _encode(torch.get_rng_state().numpy().tobytes()),
     }
     if _cuda_in_use():
-        state["cuda"] = _text(torch.cuda.get_rng_state().numpy().tobytes())
+        state["cuda"] = _encode(torch.cuda.get_rng_state().numpy().tobytes())
     return state
 
 
 def restore(state: dict[str, Any]) -> None:
     """Put back what `capture` returned."""
-    cuda = torch.cuda.default_generators[torch.cuda.current_device()] if _cuda_in_use() else None
+    cuda = None
+    if _cuda_in_use():
+        cuda = torch.cuda.default_generators[torch.cuda.current_device()]
     _set(state, random, np.random, torch.default_generator, cuda)
 
 
 def check(state: dict[str, Any]) -> None:
-    """Try it on generators that nobody uses. Raises what Python, numpy or torch raise for a state that is none."""
-    cuda = (
-        torch.Generator(torch.device("cuda", torch.cuda.current_device()))
-        if _cuda_in_use()
-        else None
-    )
+    """Set the state on generators that nobody uses.
+
+    Raises what Python, numpy or torch raise where it is none.
+    """
+    cuda = None
+    if _cuda_in_use():
+        cuda = torch.Generator(torch.device("cuda", torch.cuda.current_device()))
     _set(state, random.Random(), np.random.RandomState(), torch.Generator(), cuda)
 
 
 def _cuda_in_use() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_initialized()
+    # torch gives this function no types.
+    is_initialized: Callable[[], bool] = torch.cuda.is_initialized
+    return torch.cuda.is_available() and is_initialized()
 
 
 def _set(
     state: dict[str, Any],
-    python: Any,
+    of_python: Any,
     of_numpy: Any,
     of_torch: torch.Generator,
-    cuda: torch.Generator | None,
+    of_cuda: torch.Generator | None,
 ) -> None:
-    version, words, gauss = state["python"]
-    python.setstate(
-        (version, tuple(int(w) for w in np.frombuffer(_bytes(words), np.uint64)), gauss)
-    )
-    name, keys, position, has_gauss, cached = state["numpy"]
-    of_numpy.set_state((name, np.frombuffer(_bytes(keys), np.uint32), position, has_gauss, cached))
-    of_torch.set_state(torch.frombuffer(bytearray(_bytes(state["torch"])), dtype=torch.uint8))
-    if cuda is not None and "cuda" in state:
-        cuda.set_state(torch.frombuffer(bytearray(_bytes(state["cuda"])), dtype=torch.uint8))
+    """Set the state of each generator. The modules `random` and `np.random` serve as generators."""
+    version, encoded_words, gauss = state["python"]
+    words = np.frombuffer(_decode(encoded_words), np.uint64)
+    of_python.setstate((version, tuple(int(word) for word in words), gauss))
+
+    name, encoded_keys, position, has_gauss, cached = state["numpy"]
+    keys = np.frombuffer(_decode(encoded_keys), np.uint32)
+    of_numpy.set_state((name, keys, position, has_gauss, cached))
+
+    of_torch.set_state(_byte_tensor(state["torch"]))
+    # A checkpoint that was written without a GPU has no state for one, and the reverse.
+    if of_cuda is not None and "cuda" in state:
+        of_cuda.set_state(_byte_tensor(state["cuda"]))
 
 
-def _text(data: bytes) -> str:
+def _byte_tensor(encoded: str) -> torch.Tensor:
+    # A bytearray, as torch warns of memory that cannot be written.
+    return torch.frombuffer(bytearray(_decode(encoded)), dtype=torch.uint8)
+
+
+def _encode(data: bytes) -> str:
     return base64.b64encode(data).decode()
 
 
-def _bytes(text: str) -> bytes:
-    return base64.b64decode(text, validate=True)
+def _decode(encoded: str) -> bytes:
+    return base64.b64decode(encoded, validate=True)

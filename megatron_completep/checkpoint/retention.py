@@ -1,4 +1,4 @@
-"""Which checkpoints stay: the newest few, and every one whose step is a multiple."""
+"""Which checkpoints are kept: the newest few, and every one whose step is a given multiple."""
 
 from __future__ import annotations
 
@@ -13,25 +13,31 @@ from megatron_completep.checkpoint.manifest import committed_steps
 
 
 def superseded(steps: Iterable[int], keep: int, keep_every: int | None) -> list[int]:
-    """The steps to remove, lowest first."""
+    """The steps to remove, lowest first.
+
+    keep: of the newest. keep_every: steps that are a multiple of it stay; None: no others.
+    """
     ordered = sorted(steps)
-    newest = set(ordered[-keep:])
-    return [
-        step
-        for step in ordered
-        if step not in newest and not (keep_every and step % keep_every == 0)
-    ]
+    kept_steps = set(ordered[-keep:])
+    if keep_every:
+        kept_steps |= {step for step in ordered if step % keep_every == 0}
+    return [step for step in ordered if step not in kept_steps]
 
 
 @dataclass
 class Removal:
-    """What was removed, and what could not be, with the reason. One that stays does not keep the others."""
+    """What was removed, and what could not be, with the reason.
+
+    One that stays does not keep the others.
+    """
 
     removed: list[Path] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
     def remove(self, folder: Path) -> None:
-        """It stops being a checkpoint before its first file goes."""
+        """Remove a checkpoint, or note why it stays."""
+        # It stops being a checkpoint by one rename, before its first file goes: whatever interrupts
+        # the removal, no reader meets half of one.
         leaving = folder.with_name(f".removing.{folder.name}.{secrets.token_hex(4)}")
         try:
             os.rename(folder, leaving)
@@ -42,7 +48,8 @@ class Removal:
         shutil.rmtree(leaving, ignore_errors=True)
         if leaving.exists():
             self.problems.append(
-                f"{folder} is no checkpoint any more, but files of it remain in {leaving}. Remove them by hand."
+                f"{folder} is no checkpoint any more, but files of it remain in {leaving}. "
+                "Remove them by hand."
             )
 
 
@@ -52,8 +59,9 @@ def prune(
     keep_every: int | None,
     progress: Callable[[], None] = lambda: None,
 ) -> Removal:
-    """Remove superseded checkpoints. progress: called after each."""
-    folders, removal = committed_steps(checkpoints), Removal()
+    """Remove superseded checkpoints. `progress` is called after each."""
+    folders = committed_steps(checkpoints)
+    removal = Removal()
     for step in superseded(folders, keep, keep_every):
         removal.remove(folders[step])
         progress()

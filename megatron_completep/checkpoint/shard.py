@@ -18,8 +18,14 @@ from megatron_completep.parallel.parameter import Spec
 class Shard:
     """The boxes that this rank's optimizer shard holds, under their stored names.
 
-    `written` are those that this rank writes: a parameter that every tensor rank holds is the first one's, a tied copy is
-    nobody's. `states` are stored of each, in this order. Weights in bf16 are not stored: they are the rounded masters.
+    Weights in bf16 are not stored: they are the rounded masters.
+
+    Attributes:
+        owned: all of them, in shard order.
+        written: those that this rank writes. Of a parameter that every tensor rank holds, the first
+            rank writes it, and nobody writes the copy of a tied one.
+        states: what is stored of each box, in this order.
+        dtype: F32 or F64, as safetensors calls it.
     """
 
     owned: tuple[OwnedBox, ...]
@@ -29,30 +35,32 @@ class Shard:
 
     @classmethod
     def of(cls, optimizer: DistributedOptimizer, context: ParallelContext) -> Shard:
-        owned, written = [], []
         shards = optimizer.shards
-        for held in owned_boxes(shards.segments, shards.specs):
-            spec = shards.specs[held.name]
-            box = replace(held, name=spec.stored_name(held.name))
+        owned = []
+        written = []
+        for local_box in owned_boxes(shards.segments, shards.specs):
+            local_name = local_box.name
+            spec = shards.specs[local_name]
+            box = replace(local_box, name=spec.stored_name(local_name))
             owned.append(box)
-            if spec.counts_on(held.name, context):
+            # A load fills all of them; of a save, each element is one rank's.
+            if spec.counts_on(local_name, context):
                 written.append(box)
         dtype = "F64" if shards.master.dtype == torch.float64 else "F32"
         return cls(tuple(owned), tuple(written), tuple(optimizer.states), dtype)
 
     @property
     def written_bytes(self) -> int:
-        """Bytes of values that this rank writes, all states together."""
-        return (
-            sum(owned.box.numel for owned in self.written)
-            * len(self.states)
-            * (8 if self.dtype == "F64" else 4)
-        )
+        """Bytes of the tensors that this rank writes, all states together."""
+        elements = sum(owned.box.numel for owned in self.written)
+        item_size = 8 if self.dtype == "F64" else 4
+        return elements * len(self.states) * item_size
 
 
-def view_of(flat: Tensor, owned: OwnedBox, part: Box | None = None) -> Tensor:
-    """A box (or a part of it) as a view of the flat shard."""
-    start, sizes, strides = owned.locate(part or owned.box)
+def view_of(flat: Tensor, owned: OwnedBox, inner: Box | None = None) -> Tensor:
+    """A box (or a box inside of it) as a view of the flat shard."""
+    start, sizes, strides = owned.locate(inner or owned.box)
+    # as_strided counts from the start of the storage, of which `flat` may be a part.
     return torch.as_strided(flat, sizes, strides, flat.storage_offset() + start)
 
 
@@ -66,7 +74,7 @@ def describe_parameters(optimizer: DistributedOptimizer, dtype: str) -> dict[str
 
 
 def describe(spec: Spec, dtype: str) -> dict[str, Any]:
-    """What a checkpoint says of one parameter."""
+    """What a checkpoint says of one parameter, see `manifest.StoredParameter`."""
     return {
         "role": spec.role.value,
         "width_ratio": spec.width_ratio,

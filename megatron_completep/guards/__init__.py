@@ -1,4 +1,4 @@
-"""What stands around a run: one trainer a folder, no orphans, no hang without a name, no step on bad numbers."""
+"""What protects a run: one trainer per folder, hangs that are named, no steps on bad numbers."""
 
 from megatron_completep.guards.guard import Guard
 from megatron_completep.guards.watchdog import Watchdog

@@ -20,9 +20,17 @@ from megatron_completep.run.step import TrainingStep
 
 
 class Guard:
-    """Takes the output folder's lock at once, before anything is written there. Raises ConfigError when another run has it.
+    """Makes the guards of one run, and holds the lock on its output folder from construction on.
 
-    What only rank 0 does in that folder, and may not be able to do, goes through `on_first`: every rank leaves with the same message.
+    The lock is taken before anything is written to the folder. What rank 0 alone does there goes
+    through `on_first`, so that every rank leaves with the same message where it fails.
+
+    Args:
+        watchdog: already counting; the guards report progress to it.
+        say: prints a line for the user.
+
+    Raises:
+        ConfigError: another run has the folder, or it cannot be written.
     """
 
     def __init__(
@@ -33,14 +41,13 @@ class Guard:
         watchdog: Watchdog,
         say: Callable[[str], None],
     ):
-        self.config, self.context, self.launch, self._watchdog, self._say = (
-            config,
-            context,
-            launch,
-            watchdog,
-            say,
-        )
+        self.config = config
+        self.context = context
+        self.launch = launch
+        self._watchdog = watchdog
+        self._say = say
         self.folder = Path(config.training.output_dir)
+        # A process group of its own, so that guards never mix with what training communicates.
         self.exchange = Exchange(context, config.parallel.timeout_minutes)
         self._lock: OutputLock | None = None
         self.on_first(self._take_lock)
@@ -49,24 +56,28 @@ class Guard:
         self._lock = OutputLock(self.folder, self.config.guards.lock_wait_seconds)
 
     def on_first(self, action: Callable[[], object]) -> None:
-        """Do something on rank 0 alone. A mistake of the user's that it finds is raised on every rank."""
+        """Run `action` on rank 0 alone. A user error that it raises is raised on every rank."""
 
         def act() -> None:
-            action()
+            action()  # without its result, which need not be JSON as what the exchange sends
 
         self.exchange.on_first(act)
 
     def note_start(self, step: int) -> None:
-        """The run resumed at `step`. Every rank leaves with the code of RunStopped when restarts get nowhere."""
+        """Record that the run resumed at `step`.
+
+        Raises RunStopped, on every rank, when several restarts have got no further than this step.
+        """
+        # The launcher counts within one launch: a start by hand begins anew.
         limit = self.config.guards.max_restarts_without_progress
         self.on_first(lambda: note_start(self.folder, self.launch.restart_count, step, limit))
 
     def rollbacks(self, checkpointer: Checkpointer) -> Rollbacks:
-        """Returns to checkpoints, those of earlier starts in this folder included."""
+        """What the run can do to go back; it counts the rollbacks of earlier launches as well."""
         return Rollbacks(self.config, self.exchange, checkpointer, self._say)
 
     def hooks(self, step: TrainingStep, state: RunState, rollbacks: Rollbacks) -> list[Hook]:
-        """The guards that watch every step after `state`."""
+        """The hooks that watch every step after `state`."""
         return guard_hooks(
             self.config,
             self.context,
@@ -79,10 +90,10 @@ class Guard:
         )
 
     def still_here(self) -> None:
-        """What training waits for gets on: no hang, although no step comes."""
+        """Tell the watchdog that what training waits for makes progress, though no step comes."""
         self._watchdog.stay()
 
     def close(self) -> None:
-        """The run is over: another may have the folder."""
+        """Release the folder: the run is over, and another may have it."""
         if self._lock is not None:
             self._lock.release()

@@ -1,4 +1,8 @@
-"""Guards that look at every finished step. They talk over a group of their own, and all ranks decide alike."""
+"""Guards that look at every finished step.
+
+They communicate over a process group of their own (`Exchange`), and all ranks come to the same
+decision.
+"""
 
 from __future__ import annotations
 
@@ -27,14 +31,17 @@ Say = Callable[[str], None]
 
 
 class Heartbeat(Hook):
-    """Tells the watchdog that steps come."""
+    """Tells the watchdog of every finished step."""
 
     stage = Stage.GUARD
 
     def __init__(self, watchdog: Watchdog):
-        self._watchdog, self._begun = watchdog, False
+        self._watchdog = watchdog
+        self._begun = False
 
     def before_step(self, step: int) -> None:
+        # The first step ends the phases of the start. From then on only finished steps are signs of
+        # life: the host may launch a step while the device hangs in the one before.
         if not self._begun:
             self._watchdog.beat(step - 1)
         self._begun = True
@@ -50,7 +57,11 @@ class Heartbeat(Hook):
 
 
 class GarbageCollection(Hook):
-    """Python collects its garbage after the same step on all ranks, instead of whenever one rank happens to reach a threshold."""
+    """Lets Python collect its garbage after the same step on all ranks.
+
+    Otherwise each rank would collect when it happens to reach a threshold, and the others would
+    wait for it each time.
+    """
 
     stage = Stage.GUARD
 
@@ -67,7 +78,12 @@ class GarbageCollection(Hook):
 
 
 class SkippedSteps(Hook):
-    """Says where a gradient was not finite, and stops the run after too many such steps in a row."""
+    """Reports where a gradient was not finite, and stops the run after too many such steps.
+
+    Args:
+        exchange: for the report, which all ranks contribute to.
+        limit: guards.max_skipped_steps, of steps in a row.
+    """
 
     stage = Stage.GUARD
 
@@ -80,83 +96,114 @@ class SkippedSteps(Hook):
         limit: int,
         say: Say,
     ):
-        self._optimizer, self._context, self._training = optimizer, context, training
-        self._exchange, self._limit, self._say = exchange, limit, say
+        self._optimizer = optimizer
+        self._context = context
+        self._training = training
+        self._exchange = exchange
+        self._limit = limit
+        self._say = say
         self._in_a_row = 0
 
     def due(self, step: int) -> bool:
-        """After a first such step each is looked at before the next one's gradients come, which would hide who began."""
+        """After a skipped step, each step is looked at before the next one's gradients arrive.
+
+        Those would replace the gradients that show which rank was the first.
+        """
         return self._in_a_row > 0
 
     def after_step(self, record: StepRecord) -> None:
+        # A step that was read past computed nothing, and says nothing about the run.
         if record.figures.passed_over:
             return
         if not record.figures.skipped:
             self._in_a_row = 0
             return
+
         self._in_a_row += 1
-        found = self._exchange.all_gather((not_finite(self._optimizer), self.own_samples(record)))
-        where = {rank: (names, samples) for rank, (names, samples) in enumerate(found) if names}
-        parts = [
-            f"rank {rank}: {describe(names)}, samples {samples}"
-            for rank, (names, samples) in where.items()
-        ]
-        text = "; ".join(parts[:4]) or nobody(
-            self._context.device.type == "cuda" and self._in_a_row == 1, self.own_samples(record)
-        )
+        origin = self._origin(record)
         step = record.state.step
         self._say(
-            f"step {step}: a gradient was not finite, nothing was updated ({self._in_a_row} in a row). {text}"
+            f"step {step}: a gradient was not finite, nothing was updated "
+            f"({self._in_a_row} in a row). {origin}"
         )
         if self._in_a_row >= self._limit:
             raise RunStopped(
-                f"step {step}: {self._in_a_row} steps in a row without a finite gradient (guards.max_skipped_steps). {text}\n"
-                "The weights are those before the first of them. Go back to an older checkpoint, lower optimizer.base_lr, "
-                "or look at the data.",
+                f"step {step}: {self._in_a_row} steps in a row without a finite gradient "
+                f"(guards.max_skipped_steps). {origin}\n"
+                "The weights are those before the first of them. Go back to an older checkpoint, "
+                "lower optimizer.base_lr, or look at the data.",
                 ExitCode.NOT_FINITE,
             )
 
     def rewind(self, state: RunState) -> None:
         self._in_a_row = 0
 
-    def own_samples(self, record: StepRecord) -> str:
+    def _origin(self, record: StepRecord) -> str:
+        """The ranks, parameters and samples whose gradient is not finite. Collective."""
+        own_samples = self._own_samples(record)
+        reports = self._exchange.all_gather((not_finite(self._optimizer), own_samples))
+        origins = []
+        for rank, (names, samples) in enumerate(reports):
+            if names:
+                origins.append(f"rank {rank}: {summary(names)}, samples {samples}")
+        # A few are enough: activations and their gradients carry it from the first rank to others.
+        if origins:
+            return "; ".join(origins[:4])
+        # On a GPU the host comes here when the next step has been launched, except where `due`
+        # made it wait.
+        replaced = self._context.device.type == "cuda" and self._in_a_row == 1
+        return unknown_origin(replaced, own_samples)
+
+    def _own_samples(self, record: StepRecord) -> str:
         """Numbers within the run of the samples that this data rank read in the step."""
-        first = record.state.consumed_samples - record.samples
-        layout = Layout(
-            self._training.micro_batch_size, self._context.data.rank, self._context.data.size
-        )
-        return ", ".join(
-            f"{first + part.start}-{first + part.stop - 1}"
-            for part in layout.micro_batches(record.samples)
-        )
+        data = self._context.data
+        layout = Layout(self._training.micro_batch_size, data.rank, data.size)
+        step_start = record.state.consumed_samples - record.samples
+        ranges = []
+        for micro_batch in layout.micro_batches(record.samples):
+            start = step_start + micro_batch.start
+            stop = step_start + micro_batch.stop
+            ranges.append(f"{start}-{stop - 1}")
+        return ", ".join(ranges)
 
 
 def not_finite(optimizer: DistributedOptimizer) -> list[str]:
-    """Parameters whose gradient on this rank, before any sum over ranks, is not finite; in the order of the forward pass."""
-    names = reversed(optimizer.shards.parameters)
-    return [
-        name
-        for name in names
-        if not math.isfinite(main_grad_of(optimizer.shards.parameters[name]).double().sum().item())
-    ]
+    """Names of parameters whose gradient is not finite on this rank, in the order of forward.
+
+    These are the gradients before any sum over ranks. Waits for the device.
+    """
+    parameters = optimizer.shards.parameters  # in backward order
+    names = []
+    for name in reversed(parameters):
+        # The sum is not finite where an element is not, and float32 elements that are finite do not
+        # overflow in float64.
+        total = main_grad_of(parameters[name]).double().sum().item()
+        if not math.isfinite(total):
+            names.append(name)
+    return names
 
 
-def nobody(replaced: bool, samples: str) -> str:
-    """What to say when no rank's gradient shows it (any more)."""
-    why = (
-        "by now the next step's have replaced them"
-        if replaced
-        else "the sum over ranks or the loss was not finite"
-    )
-    return f"No rank's own gradient shows it: {why}; samples {samples} on rank 0"
+def unknown_origin(replaced: bool, samples: str) -> str:
+    """What to say when no rank's own gradient shows where it was not finite.
+
+    replaced: the gradients may be those of the next step already. samples: those of rank 0.
+    """
+    reason = "the sum over ranks or the loss was not finite"
+    if replaced:
+        reason = "by now the next step's have replaced them"
+    return f"No rank's own gradient shows it: {reason}; samples {samples} on rank 0"
 
 
-def describe(names: list[str]) -> str:
+def summary(names: list[str]) -> str:
+    """The first name, and how many more there are."""
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more parameters"
 
 
 class Replicas(Hook):
-    """Compares hashes of what several ranks must hold alike, and stops the run naming the rank that differs."""
+    """Compares hashes of what several ranks must hold alike, and stops the run where they differ.
+
+    The message names the ranks that are wrong. Collective every `interval` steps.
+    """
 
     stage = Stage.GUARD
 
@@ -167,12 +214,10 @@ class Replicas(Hook):
         exchange: Exchange,
         interval: int,
     ):
-        self._optimizer, self._context, self._exchange, self._interval = (
-            optimizer,
-            context,
-            exchange,
-            interval,
-        )
+        self._optimizer = optimizer
+        self._context = context
+        self._exchange = exchange
+        self._interval = interval
 
     def due(self, step: int) -> bool:
         return step % self._interval == 0
@@ -180,48 +225,60 @@ class Replicas(Hook):
     def after_step(self, record: StepRecord) -> None:
         if not self.due(record.state.step):
             return
-        found = who_differs(
-            self._exchange.all_gather(replica_hashes(self._optimizer, self._context))
-        )
-        if found:
+        hashes = replica_hashes(self._optimizer, self._context)
+        differences = who_differs(self._exchange.all_gather(hashes))
+        if differences:
             raise RunStopped(
-                f"step {record.state.step}: replicas differ: {'; '.join(found)}. Memory or a link of that host is not sound. "
-                "Nothing was saved; take it out and continue from the last checkpoint.",
+                f"step {record.state.step}: replicas differ: {'; '.join(differences)}. "
+                "Memory or a link of that host is not sound. Nothing was saved; take it out and "
+                "continue from the last checkpoint.",
                 ExitCode.REPLICAS_DIFFER,
             )
 
 
 class Stragglers(Hook):
-    """Compares the time that each rank takes for its own part of a step: reading data, forward and backward.
+    """Compares the time that each rank takes for its own work: reading data, forward and backward.
 
-    Adds the slowest rank, and its time over the median rank's, to the step's record.
+    Adds the slowest rank, and its time over the median rank's, to the step's record. Collective
+    every `interval` steps.
+
+    ratio: of a rank's time to the median rank's; a rank that takes longer is reported.
     """
 
     stage = Stage.GUARD
 
     def __init__(self, exchange: Exchange, interval: int, ratio: float, say: Say):
-        self._exchange, self._interval, self._ratio, self._say = exchange, interval, ratio, say
-        self._total, self._steps = 0.0, 0
+        self._exchange = exchange
+        self._interval = interval
+        self._ratio = ratio
+        self._say = say
+        self._total_seconds = 0.0
+        self._steps = 0
 
     def after_step(self, record: StepRecord) -> None:
-        self._total += record.figures.own_seconds + record.data_wait_seconds
+        self._total_seconds += record.figures.own_seconds + record.data_wait_seconds
         self._steps += 1
         if record.state.step % self._interval:
             return
-        found = self._exchange.all_gather((self._total / self._steps, platform.node()))
-        self._total, self._steps = 0.0, 0
-        times = [seconds for seconds, _ in found]
-        median, slowest = (
-            statistics.median_low(times),
-            max(range(len(times)), key=times.__getitem__),
-        )
-        record.slowest_rank = slowest
-        record.slowest_rank_ratio = times[slowest] / median if median else 1.0
-        for rank, (seconds, host) in enumerate(found):
+
+        # The mean of the interval, as one slow step alone makes no straggler.
+        mean_seconds = self._total_seconds / self._steps
+        reports = self._exchange.all_gather((mean_seconds, platform.node()))
+        self._total_seconds = 0.0
+        self._steps = 0
+
+        times = [seconds for seconds, _ in reports]
+        median = statistics.median_low(times)
+        slowest_rank = times.index(max(times))
+        record.slowest_rank = slowest_rank
+        # A clock that is too coarse may read 0 on the median rank.
+        record.slowest_rank_ratio = times[slowest_rank] / median if median else 1.0
+        for rank, (seconds, host) in enumerate(reports):
             if seconds > self._ratio * median:
                 self._say(
-                    f"step {record.state.step}: rank {rank} on {host} is a straggler: {seconds:.3f} s for its part of a step, "
-                    f"{seconds / median:.1f} times the median rank's {median:.3f} s"
+                    f"step {record.state.step}: rank {rank} on {host} is a straggler: "
+                    f"{seconds:.3f} s for its part of a step, {seconds / median:.1f} times the "
+                    f"median rank's {median:.3f} s"
                 )
 
 
@@ -235,7 +292,7 @@ def guard_hooks(
     exchange: Exchange,
     say: Say,
 ) -> list[Hook]:
-    """The guards that the configuration asks for."""
+    """The guards that the configuration asks for, in the order in which they see a step."""
     guards = config.guards
     hooks: list[Hook] = [Heartbeat(watchdog)]
     hooks.append(
@@ -246,6 +303,7 @@ def guard_hooks(
     if guards.spike_threshold is not None or guards.rollback_threshold is not None:
         metrics = Path(config.training.output_dir) / METRICS
         hooks.append(LossSpikes(guards, rollbacks, exchange, metrics, state, say))
+    # These compare ranks, so a single process has no use for them.
     if context.world_size > 1 and guards.replica_check_interval is not None:
         hooks.append(Replicas(optimizer, context, exchange, guards.replica_check_interval))
     if context.world_size > 1 and guards.straggler_interval is not None:

@@ -1,4 +1,7 @@
-"""Back to a checkpoint after a loss spike, and past the data that led there (see data/left_out.py)."""
+"""Rollbacks: back to a checkpoint after a loss spike, and past the data that led to it.
+
+What a rollback leaves out of the data is recorded in the run's folder, see data/left_out.py.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,10 @@ from megatron_completep.run.state import Checkpointer, RunState
 
 
 class Rollbacks:
-    """Those of one run's folder; every rank knows the same. Raises CheckpointError when they cannot be read."""
+    """The rollbacks of one run, those of earlier launches included; every rank knows the same.
+
+    Construction is collective. Raises CheckpointError when the record of them cannot be read.
+    """
 
     def __init__(
         self,
@@ -25,54 +31,61 @@ class Rollbacks:
         checkpointer: Checkpointer,
         say: Callable[[str], None],
     ):
-        self._config, self._exchange, self._checkpointer, self._say = (
-            config,
-            exchange,
-            checkpointer,
-            say,
-        )
+        self._config = config
+        self._exchange = exchange
+        self._checkpointer = checkpointer
+        self._say = say
         self._folder = Path(config.training.output_dir)
         self._done = [LeftOut(**entry) for entry in exchange.on_first(self._read)]
 
     def _read(self) -> list[dict[str, Any]]:
         try:
             return [asdict(entry) for entry in read_left_out(self._folder)]
-        except DataError as error:  # of the kind that every rank hears of
+        except DataError as error:
+            # `on_first` raises a CheckpointError with this text on every rank.
             raise CheckpointError(str(error)) from None
 
     @property
-    def left(self) -> int:
-        """How many more guards.max_rollbacks allows."""
+    def remaining(self) -> int:
+        """How many more rollbacks guards.max_rollbacks allows."""
         return self._config.guards.max_rollbacks - len(self._done)
 
     def past(self, state: RunState) -> RunState:
-        """The state from which the next step starts: with the data behind it that rollbacks to this step left out."""
-        return replace(state, consumed_samples=past(self._done, state.step, state.consumed_samples))
+        """The state from which the next step starts: past the data that is left out after it."""
+        next_sample = past(self._done, state.step, state.consumed_samples)
+        return replace(state, consumed_samples=next_sample)
 
     def go_back(self, spike: RunState) -> RunState | None:
-        """After the step with a spike: load a checkpoint from before it; None, and nothing done, where there is none.
+        """Load a checkpoint from before the step with the spike, and return its state.
 
-        A checkpoint of the step just before may hold the weights that made the spike: the newest one whose next loss was seen counts.
-        Left out are the data from there up to the spike, and guards.rollback_skip_steps more. Communicates over all ranks.
+        The data from there up to the spike are left out, and those of guards.rollback_skip_steps
+        more steps. Communicates over all ranks. Returns None, with nothing changed, where there is
+        no such checkpoint.
+
+        spike: the state after the step with the spike.
         """
-        good = [step for step in self._checkpointer.settled_steps() if step <= spike.step - 2]
-        if not good:
+        # The weights saved just before that step may be what caused the spike. Those of a
+        # checkpoint whose next loss was seen are sound.
+        steps = [step for step in self._checkpointer.settled_steps() if step <= spike.step - 2]
+        if not steps:
             return None
-        state = self._checkpointer.go_back(max(good))
-        training, after = self._config.training, spike.step + 1
-        beyond = samples_before(
-            training, after + self._config.guards.rollback_skip_steps
-        ) - samples_before(training, after)
-        done = LeftOut(
-            state.step,
-            self.past(state).consumed_samples,
-            spike.consumed_samples + beyond,
-            spike.step,
-        )
-        self._done.append(done)
+        state = self._checkpointer.go_back(max(steps))
+
+        # Counted from the planned start of the next step, as batch_ramp changes the batch size.
+        training = self._config.training
+        next_step = spike.step + 1
+        resumed_step = next_step + self._config.guards.rollback_skip_steps
+        skipped = samples_before(training, resumed_step) - samples_before(training, next_step)
+
+        # The checkpoint may lie where an earlier rollback leaves data out already: this one begins
+        # behind them.
+        first_sample = self.past(state).consumed_samples
+        next_sample = spike.consumed_samples + skipped
+        self._done.append(LeftOut(state.step, first_sample, next_sample, spike.step))
         self._exchange.on_first(lambda: write_left_out(self._folder, self._done))
         self._say(
-            f"went back from step {spike.step} to step {state.step}; samples {done.first_sample}-{done.next_sample - 1} are left out "
-            f"({self.left} more rollbacks allowed)"
+            f"went back from step {spike.step} to step {state.step}; "
+            f"samples {first_sample}-{next_sample - 1} are left out "
+            f"({self.remaining} more rollbacks allowed)"
         )
         return state

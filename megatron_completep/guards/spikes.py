@@ -1,4 +1,4 @@
-"""Loss spikes: said, and, where the configuration asks for it, undone by a rollback."""
+"""Loss spikes: reported and, where the configuration asks for it, undone by a rollback."""
 
 from __future__ import annotations
 
@@ -15,14 +15,20 @@ from megatron_completep.run.hook import Hook, Stage, StepRecord
 from megatron_completep.run.state import ExitCode, GoBack, RunState, RunStopped
 from megatron_completep.telemetry.metrics import read_metrics
 
-WINDOW, ENOUGH = 50, 10
+WINDOW = 50  # steps whose losses the next one is compared with
+ENOUGH = 10  # losses from which on their median means something
 
 
 class LossSpikes(Hook):
-    """Says when the loss jumps above the median of the last steps, with the samples that were read, and may take the run back.
+    """Reports a loss far above the median of the last steps, and may take the run back.
 
-    Every rank has the same losses (they come out of a sum over all ranks) and the same window of them, which a resumed run reads from
-    the folder's metrics: all decide alike, and alike whether or not the run was interrupted.
+    Every rank has the same losses, which come out of a sum over all ranks, and the same window of
+    them. A resumed run reads the window from the metrics in its folder. So all ranks decide alike,
+    and alike whether or not the run was interrupted.
+
+    Args:
+        metrics: path of the run's metrics.jsonl.
+        state: where the run starts.
     """
 
     stage = Stage.GUARD
@@ -36,66 +42,77 @@ class LossSpikes(Hook):
         state: RunState,
         say: Callable[[str], None],
     ):
-        self._guards, self._rollbacks, self._exchange, self._metrics, self._say = (
-            guards,
-            rollbacks,
-            exchange,
-            metrics,
-            say,
-        )
+        self._guards = guards
+        self._rollbacks = rollbacks
+        self._exchange = exchange
+        self._metrics = metrics
+        self._say = say
         self._recent: deque[float] = deque(maxlen=WINDOW)
         self.rewind(state)
 
     def rewind(self, state: RunState) -> None:
+        # Rank 0 alone writes the file, and other nodes may see it late.
+        losses = None
+        if self._exchange.rank == 0:
+            losses = recent_losses(self._metrics, state.step)
         self._recent.clear()
-        self._recent.extend(
-            self._exchange.broadcast(
-                recent_losses(self._metrics, state.step) if self._exchange.rank == 0 else None
-            )
-        )
+        self._recent.extend(self._exchange.broadcast(losses))
 
     def after_step(self, record: StepRecord) -> None:
         loss = record.figures.loss
-        above = loss - statistics.median(self._recent) if len(self._recent) >= ENOUGH else 0.0
-        report, undo = (
-            bound or math.inf
-            for bound in (self._guards.spike_threshold, self._guards.rollback_threshold)
-        )
-        if above > min(report, undo):
-            record.loss_spike = above  # and not into the window: a plateau of spikes must not become the norm unnoticed
-            last = record.state.consumed_samples
-            text = (
-                f"step {record.state.step}: loss {loss:.4f} is {above:.2f} above the median of the last "
-                f"{len(self._recent)} steps; samples {last - record.samples}-{last - 1}"
+        above = 0.0
+        if len(self._recent) >= ENOUGH:
+            above = loss - statistics.median(self._recent)
+
+        report_threshold = self._guards.spike_threshold or math.inf
+        rollback_threshold = self._guards.rollback_threshold or math.inf
+        if above > min(report_threshold, rollback_threshold):
+            # The loss of a spike stays out of the window, or a plateau of spikes would become the
+            # norm unnoticed.
+            record.loss_spike = above
+            next_sample = record.state.consumed_samples
+            first_sample = next_sample - record.samples
+            description = (
+                f"step {record.state.step}: loss {loss:.4f} is {above:.2f} above the median of the "
+                f"last {len(self._recent)} steps; samples {first_sample}-{next_sample - 1}"
             )
-            self._say(text)
-            if above > undo:
-                self._undo(record, text)
+            self._say(description)
+            if above > rollback_threshold:
+                self._undo(record, description)
         elif math.isfinite(loss):
             self._recent.append(loss)
 
-    def _undo(self, record: StepRecord, text: str) -> None:
-        """Go back, or raise RunStopped when that was done often enough. All ranks come here after the same step."""
-        if self._rollbacks.left <= 0:
+    def _undo(self, record: StepRecord, description: str) -> None:
+        """Go back, which raises GoBack, on all ranks after the same step.
+
+        Where there is no checkpoint to go back to, the run goes on. Raises RunStopped when no
+        rollback remains.
+        """
+        if self._rollbacks.remaining <= 0:
             raise RunStopped(
-                f"{text}\nThe run went back {self._guards.max_rollbacks} times already (guards.max_rollbacks). "
-                "Look at the samples and at optimizer.base_lr, or remove newer checkpoints to start from an older one.",
+                f"{description}\nThe run went back {self._guards.max_rollbacks} times already "
+                "(guards.max_rollbacks). Look at the samples and at optimizer.base_lr, or remove "
+                "newer checkpoints to start from an older one.",
                 ExitCode.SPIKES,
             )
         state = self._rollbacks.go_back(record.state)
         if state is not None:
             raise GoBack(state)
         self._say(
-            f"step {record.state.step}: there is no checkpoint of two steps before or earlier; the run goes on"
+            f"step {record.state.step}: there is no checkpoint of two steps before or earlier; "
+            "the run goes on"
         )
 
 
 def recent_losses(metrics: Path, step: int) -> list[float]:
-    """The losses that a run which stands after `step` compares the next one with, oldest first, from its metrics.jsonl."""
+    """The losses that the step after `step` is compared with, oldest first.
+
+    metrics: path of the run's metrics.jsonl.
+    """
     rows = read_metrics(metrics) if metrics.exists() else []
-    counted = [
-        row["loss"]
-        for row in rows
-        if row["step"] <= step and row.get("loss") is not None and "loss_spike" not in row
-    ]
-    return counted[-WINDOW:]
+    losses = []
+    for row in rows:
+        # A loss that was not finite is written as null, and spikes stay out as they did in the run.
+        if row["step"] <= step and row.get("loss") is not None and "loss_spike" not in row:
+            losses.append(row["loss"])
+    return losses[-WINDOW:]

@@ -1,1 +1,1 @@
-"""From named parameters and a table to AdamW over one flat, sharded buffer."""
+"""From named parameters and a table to an update rule over one flat, sharded buffer."""

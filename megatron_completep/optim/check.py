@@ -1,7 +1,8 @@
-"""What a run's own factors name, and whether every value survives in the type it is used in. Asked once, before anything is built.
+"""Whether a run's own factors reach a parameter, and whether every value fits its type.
 
-All of it follows from the configuration, and the parameters are those of the whole model, whatever part of it a rank will hold: every
-rank of every layout comes to the same answer, and to that of one process.
+This is asked once, before anything is built. All of it follows from the configuration, and the
+parameters are those of the whole model, whatever a rank will hold of it: every rank of every layout
+comes to the same answer as a single process.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 import torch
 from torch.nn import Parameter
@@ -24,101 +26,120 @@ from megatron_completep.parallel.parameter import Spec, spec_of
 from megatron_completep.roles import CONSTANT_ROLES, Role
 
 DRAWN_SIGMAS = 8.0  # initial weights are drawn within this many standard deviations
+# The setting that a model needs, to have parameters of a role.
 NEEDED = {
     Role.QK_NORM: "model.qk_norm = true",
     Role.HIDDEN_BIAS: "model.bias = true",
-}  # what makes parameters of a role
+}
+SHOWN_NAMES = 20  # in a message, of a model that may have hundreds of parameters
 
 
 def check_parameters(
     config: Config, table: Table, named: Iterable[tuple[str, Parameter]] | None = None
 ) -> list[str]:
-    """Check `completep.factors`, `optimizer.overrides`, and what base values and factors come to, for every parameter.
+    """Check the user's own factors, and what base values times factors come to for each parameter.
+
+    The user's own factors are `completep.factors` and `optimizer.overrides`.
 
     Args:
-        named: the parameters of a whole model that is not built from `config.model`; None: those of one that is.
+        named: the parameters of a whole model that is not built from `config.model`; None: those of
+            one that is.
 
     Returns:
-        One line for each factor that reaches no parameter of this model. A proxy and its target may share a file, so that is no error.
+        One line for each factor that reaches no parameter of this model. A proxy and its target may
+        share a file, so that is no error.
 
     Raises:
-        ConfigError: with all problems, one a line: an override that matches no parameter, a factor that can never act, a value that the
-            type it is used in cannot hold.
+        ConfigError: with all problems, one a line: an override that matches no parameter, a factor
+            that can never act, a value that the type it is used in cannot hold.
     """
-    declared = {
-        name: spec_of(parameter, name)
-        for name, parameter in (
-            whole_model(config.model, table).named_parameters() if named is None else named
-        )
-    }
-    table.batch.betas(config.optimizer.betas)
+    if named is None:
+        named = whole_model(config.model, table).named_parameters()
+    declared = {name: spec_of(parameter, name) for name, parameter in named}
+    table.batch.betas(config.optimizer.betas)  # raises where the batch scaling leaves no beta
+
     problems = [
         *_unmatched(config.optimizer, declared),
         *_without_effect(config, declared),
-        *_parameter_values(config, table, declared),
-        *_single_values(config, table),
+        *_parameter_problems(config, table, declared),
+        *_single_problems(config, table),
+        *_beta_problems(config, table),
     ]
+    # All at once, so that a user does not mend one and meet the next.
     if problems:
         count = "1 setting" if len(problems) == 1 else f"{len(problems)} settings"
         raise ConfigError("\n  ".join([f"{count} cannot have the effect asked for", *problems]))
     return _warnings(config, declared)
 
 
-# --- what the user's own factors name -----------------------------------------------------------------------------------------
+# --- what the user's own factors name -----------------------------------------------------------
 
 
 def _unmatched(optimizer: OptimizerConfig, declared: Mapping[str, Spec]) -> Iterator[str]:
-    unused = [
-        o.pattern
-        for o in optimizer.overrides
-        if not any(fnmatchcase(name, o.pattern) for name in declared)
-    ]
+    """The overrides whose pattern matches no parameter."""
+    unused = []
+    for override in optimizer.overrides:
+        if not any(fnmatchcase(name, override.pattern) for name in declared):
+            unused.append(repr(override.pattern))
     if unused:
-        known = "\n    ".join(list(declared)[:20])
-        yield f"optimizer.overrides: {', '.join(map(repr, unused))} matches no parameter. Names look like:\n    {known}"
+        examples = "\n    ".join(list(declared)[:SHOWN_NAMES])
+        yield (
+            f"optimizer.overrides: {', '.join(unused)} matches no parameter. "
+            f"Names look like:\n    {examples}"
+        )
 
 
 def _without_effect(config: Config, declared: Mapping[str, Spec]) -> Iterator[str]:
     """Factors on what gains and biases do not have: a drawn start, a decay."""
-    for name, factors in config.completep.factors.items():
-        if Role(name) in CONSTANT_ROLES:
-            yield from _idle(f"completep.factors.{name}", factors)
+    for role, factors in config.completep.factors.items():
+        if role in CONSTANT_ROLES:
+            yield from _idle(f"completep.factors.{role}", factors)
     for index, override in enumerate(config.optimizer.overrides):
-        roles = {
-            spec.role for name, spec in declared.items() if fnmatchcase(name, override.pattern)
-        }
+        roles = {s.role for name, s in declared.items() if fnmatchcase(name, override.pattern)}
         if roles and roles <= set(CONSTANT_ROLES):
             yield from _idle(f"optimizer.overrides.{index} ({override.pattern!r})", override)
 
 
 def _idle(where: str, factors: RoleFactors | OverrideConfig) -> Iterator[str]:
+    """The factors at one place of the configuration that cannot act on gains and biases."""
     if factors.init_std != 1:
-        yield f"{where}: init_std = {factors.init_std:g} can never act: gains start at 1 and biases at 0. Remove it."
+        yield (
+            f"{where}: init_std = {factors.init_std:g} can never act: "
+            "gains start at 1 and biases at 0. Remove it."
+        )
     if factors.weight_decay not in (0, 1):  # 0 asks for what is so already
-        yield f"{where}: weight_decay = {factors.weight_decay:g} can never act: gains and biases are not decayed. Remove it."
+        yield (
+            f"{where}: weight_decay = {factors.weight_decay:g} can never act: "
+            "gains and biases are not decayed. Remove it."
+        )
 
 
 def _warnings(config: Config, declared: Mapping[str, Spec]) -> list[str]:
-    present = {spec.role for spec in declared.values()}
-    return [
-        f"completep.factors.{name} reaches no parameter of this model"
-        + (f"; it acts where {NEEDED[Role(name)]}." if Role(name) in NEEDED else ".")
-        for name, factors in config.completep.factors.items()
-        if Role(name) not in present and factors != RoleFactors()
-    ]
+    """One line for each factor on a role that no parameter of this model has."""
+    present_roles = {spec.role for spec in declared.values()}
+    warnings = []
+    for role, factors in config.completep.factors.items():
+        if role in present_roles or factors == RoleFactors():
+            continue
+        remedy = f"; it acts where {NEEDED[role]}." if role in NEEDED else "."
+        warnings.append(f"completep.factors.{role} reaches no parameter of this model{remedy}")
+    return warnings
 
 
-# --- whether values survive ---------------------------------------------------------------------------------------------------
+# --- whether values fit their types -------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a type holds: from its smallest normal number (what is below loses digits, and is zero on some devices) to its largest."""
+    """The range of a type, from its smallest normal number to its largest.
+
+    Numbers below the smallest normal one lose digits, and are zero on some devices.
+
+    largest_share: of the largest number, where what is computed from the value grows beyond it.
+    """
 
     dtype: torch.dtype
-    largest_share: float = (
-        1.0  # of the largest number, where what is computed from the value grows beyond it
-    )
+    largest_share: float = 1.0
 
     @property
     def smallest(self) -> float:
@@ -128,212 +149,252 @@ class Bounds:
     def largest(self) -> float:
         return torch.finfo(self.dtype).max * self.largest_share
 
-    def hold(self, value: float) -> bool:
-        return self.smallest <= abs(value) <= self.largest
+    def hold(self, number: float) -> bool:
+        """Whether the number lies within the range."""
+        return self.smallest <= abs(number) <= self.largest
 
     def __str__(self) -> str:
         return str(self.dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
-class Value:
-    """`base` (a setting) times `factor` (all that follows from other settings), where it is used."""
+class ScaledValue:
+    """A setting times all that follows from other settings, where it is used.
 
-    owner: str  # the role, or nothing where the value is the model's
-    example: str
+    base: the setting. factor: all that multiplies it.
+    """
+
+    owner: str  # the role, or empty where the number is the model's
+    example: str  # name of a parameter
     base: float
     factor: float
-    without_own: float = 0.0  # `factor` without what completep.factors and optimizer.overrides say
+    without_own: float = 0.0  # `factor` without the user's own factors
 
     @property
     def product(self) -> float:
         return self.base * self.factor
 
 
+class ParameterFactors(NamedTuple):
+    """What multiplies the base values of one parameter, with and without the user's own factors."""
+
+    name: str
+    role: Role
+    factors: Factors
+    without_own: Factors
+
+
 def optimizer_dtype(config: Config) -> torch.dtype:
-    """In which masters and moments are kept, whatever the device: it follows from training.precision alone."""
+    """The type of masters and moments on every device; it follows from training.precision alone."""
     return torch.float64 if config.training.precision == "float64" else torch.float32
 
 
-def _parameter_values(config: Config, table: Table, declared: Mapping[str, Spec]) -> Iterator[str]:
-    optimizer, wide = config.optimizer, optimizer_dtype(config)
-    factors = {name: _all_factors(name, spec, table, optimizer) for name, spec in declared.items()}
-    without_own = replace(table, own_factors={})
-    plain = {
-        name: without_own.factors(spec.role, spec.width_ratio) for name, spec in declared.items()
-    }
+def _parameter_problems(
+    config: Config, table: Table, declared: Mapping[str, Spec]
+) -> Iterator[str]:
+    """What is out of range of initial standard deviation, learning rate, decay and epsilon."""
+    optimizer = config.optimizer
+    state_dtype = optimizer_dtype(config)
+    state_bounds = Bounds(state_dtype)
+    parameters = _parameter_factors(table, optimizer, declared)
+    drawn = [p for p in parameters if p.role not in CONSTANT_ROLES]
 
-    def values(
-        base: float, factor: Callable[[Factors], float], names: Iterable[str] = declared
-    ) -> list[Value]:
-        return [
-            Value(str(declared[name].role), name, base, factor(factors[name]), factor(plain[name]))
-            for name in names
-        ]
-
-    drawn = [name for name, spec in declared.items() if spec.role not in CONSTANT_ROLES]
-    in_float32 = Bounds(
-        torch.float32, 1 / DRAWN_SIGMAS
-    )  # weights are drawn in float32 whatever the precision
-    std = values(optimizer.base_init_std, lambda f: f.init_std, drawn)
-    yield from _problems("optimizer.base_init_std", "initial standard deviation", std, in_float32)
-
-    rate, decay = optimizer.base_lr, optimizer.base_weight_decay
-    decayed = [name for name in drawn if decay and _is_decayed(config, name, declared[name].role)]
-    first_correction = max(
-        1 - table.batch.betas(optimizer.betas)[0], torch.finfo(wide).eps
-    )  # the first step's rate is divided by it
-    rates = Bounds(wide, first_correction)
-    decays = values(rate, lambda f: f.lr * f.weight_decay * decay, decayed)
-    yield from _problems(
-        "optimizer.base_lr", "peak learning rate", values(rate, lambda f: f.lr), rates, decays
+    # Weights are drawn in float32 whatever the precision, and a draw may be DRAWN_SIGMAS large.
+    draw_bounds = Bounds(torch.float32, 1 / DRAWN_SIGMAS)
+    deviations = _scale(optimizer.base_init_std, lambda f: f.init_std, drawn)
+    yield from _out_of_range(
+        "optimizer.base_init_std", "initial standard deviation", deviations, draw_bounds
     )
-    moved = [
-        name for name in decayed if rates.hold(factors[name].lr * rate)
-    ]  # what is wrong with the others is said already
-    decays = values(decay, lambda f: f.weight_decay * f.lr * rate, moved)
-    yield from _problems(
+
+    # AdamW divides the rate of the first step by 1 - beta1, so the rate must stay that much below
+    # the largest number.
+    rate = optimizer.base_lr
+    decay = optimizer.base_weight_decay
+    beta1, _ = table.batch.betas(optimizer.betas)
+    first_correction = max(1 - beta1, torch.finfo(state_dtype).eps)
+    rate_bounds = Bounds(state_dtype, first_correction)
+    rates = _scale(rate, lambda f: f.lr, parameters)
+    decayed = [p for p in drawn if decay and _is_decayed(config, p.name, p.role)]
+    # The product of rate and decay grows with either setting.
+    decays = _scale(rate, lambda f: f.lr * f.weight_decay * decay, decayed)
+    yield from _out_of_range(
+        "optimizer.base_lr", "peak learning rate", rates, rate_bounds, also=decays
+    )
+
+    # Where the rate itself is out of range, that is said above, and the product follows from it.
+    moved = [p for p in decayed if rate_bounds.hold(p.factors.lr * rate)]
+    decays = _scale(decay, lambda f: f.weight_decay * f.lr * rate, moved)
+    yield from _out_of_range(
         "optimizer.base_weight_decay",
         "weight decay times the peak learning rate",
         decays,
-        Bounds(wide),
+        state_bounds,
     )
 
-    eps = values(optimizer.base_eps, lambda f: f.eps)
-    yield from _problems("optimizer.base_eps", "AdamW epsilon", eps, Bounds(wide))
+    epsilons = _scale(optimizer.base_eps, lambda f: f.eps, parameters)
+    yield from _out_of_range("optimizer.base_eps", "AdamW epsilon", epsilons, state_bounds)
+
+
+def _parameter_factors(
+    table: Table, optimizer: OptimizerConfig, declared: Mapping[str, Spec]
+) -> list[ParameterFactors]:
+    table_alone = replace(table, own_factors={})
+    parameters = []
+    for name, spec in declared.items():
+        factors = _all_factors(name, spec, table, optimizer)
+        without_own = table_alone.factors(spec.role, spec.width_ratio)
+        parameters.append(ParameterFactors(name, spec.role, factors, without_own))
+    return parameters
 
 
 def _all_factors(name: str, spec: Spec, table: Table, optimizer: OptimizerConfig) -> Factors:
-    """What multiplies the base values for one parameter: the table's, the role's and the name's factors."""
-    row, own = table.factors(spec.role, spec.width_ratio), own_factors(optimizer, name)
+    """What multiplies one parameter's base values: factors of the table, the role and the name."""
+    by_role = table.factors(spec.role, spec.width_ratio)
+    by_name = own_factors(optimizer, name)
     return Factors(
-        init_std=row.init_std * own.init_std,
-        lr=row.lr * own.lr,
-        weight_decay=row.weight_decay * own.weight_decay,
-        eps=row.eps * own.eps,
+        init_std=by_role.init_std * by_name.init_std,
+        lr=by_role.lr * by_name.lr,
+        weight_decay=by_role.weight_decay * by_name.weight_decay,
+        eps=by_role.eps * by_name.eps,
     )
+
+
+def _scale(
+    base: float, factor: Callable[[Factors], float], parameters: Iterable[ParameterFactors]
+) -> list[ScaledValue]:
+    """A base value times one factor of each parameter."""
+    scaled = []
+    for name, role, factors, without_own in parameters:
+        scaled.append(ScaledValue(role, name, base, factor(factors), factor(without_own)))
+    return scaled
 
 
 def _is_decayed(config: Config, name: str, role: Role) -> bool:
     """Whether no factor of the user's switches the decay of a parameter off."""
-    by_role = (
-        factors.weight_decay
-        for named, factors in config.completep.factors.items()
-        if named == role.value
-    )
-    by_name = (
-        override.weight_decay
-        for override in config.optimizer.overrides
-        if fnmatchcase(name, override.pattern)
-    )
-    return all(by_role) and all(by_name)
+    role_factors = config.completep.factors.get(role)
+    if role_factors is not None and not role_factors.weight_decay:
+        return False
+    for override in config.optimizer.overrides:
+        if fnmatchcase(name, override.pattern) and not override.weight_decay:
+            return False
+    return True
 
 
-def _single_values(config: Config, table: Table) -> Iterator[str]:
-    """What multiplies activations, logits and losses of the whole model, and the moments' decay rates."""
-    model, training, optimizer, wide = (
-        config.model,
-        config.training,
-        config.optimizer,
-        optimizer_dtype(config),
-    )
+def _single_problems(config: Config, table: Table) -> Iterator[str]:
+    """What is out of range of the numbers that act on activations, logits and losses."""
+    model = config.model
+    bounds = Bounds(optimizer_dtype(config))
+    by_depth = table.depth_multiplier**-table.alpha
     attention = table.attention_scale / model.attention_multiplier
+    # A setting, what it is, and the factor on it that follows from other settings.
     single = [
-        ("model.norm_eps", "epsilon of the norms", model.norm_eps, 1.0),
-        ("model.input_multiplier", "factor on the embedding output", model.input_multiplier, 1.0),
-        (
-            "model.residual_multiplier",
-            "factor on a branch's output",
-            model.residual_multiplier,
-            table.depth_multiplier**-table.alpha,
-        ),
-        (
-            "model.attention_multiplier",
-            "scale of the attention logits",
-            model.attention_multiplier,
-            attention,
-        ),
-        (
-            "model.logit_multiplier",
-            "factor on the logits",
-            model.logit_multiplier,
-            1 / table.width_multiplier,
-        ),
-        ("training.z_loss", "coefficient of the z-loss", training.z_loss, 1.0),
-        (
-            "training.label_smoothing",
-            "smoothed probability of a token",
-            training.label_smoothing,
-            1 / model.vocab_size,
-        ),
-        (
-            "optimizer.grad_clip",
-            "clipping bound a token",
-            optimizer.grad_clip,
-            1 / tokens_per_step(config),
-        ),
+        ("model.norm_eps", "epsilon of the norms", 1.0),
+        ("model.input_multiplier", "factor on the embedding output", 1.0),
+        ("model.residual_multiplier", "factor on a branch's output", by_depth),
+        ("model.attention_multiplier", "scale of the attention logits", attention),
+        ("model.logit_multiplier", "factor on the logits", 1 / table.width_multiplier),
+        ("training.z_loss", "coefficient of the z-loss", 1.0),
+        ("training.label_smoothing", "smoothed probability of a token", 1 / model.vocab_size),
+        ("optimizer.grad_clip", "clipping bound a token", 1 / tokens_per_step(config)),
     ]
-    for setting, meaning, base, factor in single:
+    for setting, meaning, factor in single:
+        section, _, field = setting.partition(".")
+        base = getattr(getattr(config, section), field)
         if base:  # 0 switches off what may be switched off
-            yield from _problems(setting, meaning, [Value("", "", base, factor)], Bounds(wide))
-    resolution = torch.finfo(wide).eps
-    for index, beta in enumerate(table.batch.betas(optimizer.betas)):
-        if optimizer.betas[index] < 1 and 1 - beta < resolution:
-            yield (
-                f"optimizer.betas.{index} = {optimizer.betas[index]}: the moment takes in {1 - beta:.3g} of each gradient, less than "
-                f"{Bounds(wide)} resolves beside 1 ({resolution:.3g}), so it would not move. Use a smaller beta"
-                + (
-                    ", or check completep.base_batch_tokens and base_total_tokens."
-                    if beta != optimizer.betas[index]
-                    else "."
-                )
-            )
+            yield from _out_of_range(setting, meaning, [ScaledValue("", "", base, factor)], bounds)
 
 
-def _problems(
-    setting: str, meaning: str, values: Sequence[Value], bounds: Bounds, also: Sequence[Value] = ()
+def _beta_problems(config: Config, table: Table) -> Iterator[str]:
+    """The decay rates of moments that would never move."""
+    configured = config.optimizer.betas
+    bounds = Bounds(optimizer_dtype(config))
+    resolution = torch.finfo(bounds.dtype).eps
+    for index, beta in enumerate(table.batch.betas(configured)):
+        # A configured beta of 1 asks for a moment that stands still.
+        if configured[index] >= 1 or 1 - beta >= resolution:
+            continue
+        remedy = "Use a smaller beta"
+        if beta != configured[index]:
+            remedy += ", or check completep.base_batch_tokens and base_total_tokens"
+        yield (
+            f"optimizer.betas.{index} = {configured[index]}: the moment takes in {1 - beta:.3g} of "
+            f"each gradient, less than {bounds} resolves beside 1 ({resolution:.3g}), so it would "
+            f"not move. {remedy}."
+        )
+
+
+def _out_of_range(
+    setting: str,
+    meaning: str,
+    scaled: Sequence[ScaledValue],
+    bounds: Bounds,
+    also: Sequence[ScaledValue] = (),
 ) -> Iterator[str]:
-    """What of the values the type cannot hold, by role, and a base value with which it can hold all of them, where there is one.
+    """One line for all products that the type cannot hold, by role, with a remedy.
 
     also: what else grows with the setting, so that the remedy of one problem is not the next one.
     """
-    failing = [value for value in values if not bounds.hold(value.product)]
+    failing = [number for number in scaled if not bounds.hold(number.product)]
     if not failing:
         return
-    by_owner: dict[tuple[str, float], list[Value]] = {}
-    for value in failing:
-        by_owner.setdefault((value.owner, value.product), []).append(value)
-    parts = [f"{product:.3g}{_members(members)}" for (_, product), members in by_owner.items()]
+    # All parameters of a role have the same factors, unless an override names one of them.
+    by_owner: dict[tuple[str, float], list[ScaledValue]] = {}
+    for number in failing:
+        by_owner.setdefault((number.owner, number.product), []).append(number)
+    products = []
+    for (_, product), members in by_owner.items():
+        products.append(f"{product:.3g}{_members(members)}")
+
     base = failing[0].base
-    factor = (
-        ""
-        if all(value.factor == 1 for value in failing)
-        else "with the factors that follow from other settings "
-    )
+    factors = "with the factors that follow from other settings "
+    if all(number.factor == 1 for number in failing):
+        factors = ""
+    remedy = _remedy(setting, base, [*scaled, *also], failing, bounds)
     yield (
-        f"{setting} = {base:g}: {factor}the {meaning} is {', '.join(parts)}, but {bounds} holds {bounds.smallest:.3g} to "
-        f"{bounds.largest:.3g} here. {_remedy(setting, base, [*values, *also], failing, bounds)}"
+        f"{setting} = {base:g}: {factors}the {meaning} is {', '.join(products)}, "
+        f"but {bounds} holds {bounds.smallest:.3g} to {bounds.largest:.3g} here. {remedy}"
     )
 
 
-def _members(values: Sequence[Value]) -> str:
-    more = f" and {len(values) - 1} more" if len(values) > 1 else ""
-    return f" for {values[0].owner} ({values[0].example}{more})" if values[0].owner else ""
+def _members(scaled: Sequence[ScaledValue]) -> str:
+    """Whose numbers these are: a role, one of its parameters, and how many more there are."""
+    first_member = scaled[0]
+    if not first_member.owner:
+        return ""
+    more = f" and {len(scaled) - 1} more" if len(scaled) > 1 else ""
+    return f" for {first_member.owner} ({first_member.example}{more})"
 
 
 def _remedy(
-    setting: str, base: float, values: Sequence[Value], failing: Sequence[Value], bounds: Bounds
+    setting: str,
+    base: float,
+    scaled: Sequence[ScaledValue],
+    failing: Sequence[ScaledValue],
+    bounds: Bounds,
 ) -> str:
-    lowest = max(bounds.smallest / value.factor if value.factor else math.inf for value in values)
-    highest = min(bounds.largest / value.factor if value.factor else math.inf for value in values)
+    """A base value with which the type can hold everything, where there is one."""
+    # A factor that fell to 0 can be brought into the range by no base value.
+    lowest_bases = [bounds.smallest / n.factor if n.factor else math.inf for n in scaled]
+    highest_bases = [bounds.largest / n.factor if n.factor else math.inf for n in scaled]
+    lowest = max(lowest_bases)
+    highest = min(highest_bases)
     if lowest > highest or lowest == math.inf:
-        return "No base value serves all of them: bring completep.factors, optimizer.overrides and multipliers nearer to 1."
-    if all(bounds.hold(base * value.without_own) for value in failing):
-        return "It would hold the table's own values: bring the factors in completep.factors and optimizer.overrides nearer to 1."
+        return (
+            "No base value serves all of them: bring completep.factors, optimizer.overrides and "
+            "multipliers nearer to 1."
+        )
+    # The base value is sound where the user's own factors alone are to blame.
+    if all(bounds.hold(base * number.without_own) for number in failing):
+        return (
+            "It would hold the table's own values: bring the factors in completep.factors and "
+            "optimizer.overrides nearer to 1."
+        )
     if base < lowest:
         return f"Use {setting} of at least {_three_digits(lowest, ROUND_CEILING)}."
     return f"Use {setting} of at most {_three_digits(highest, ROUND_FLOOR)}."
 
 
-def _three_digits(value: float, rounding: str) -> str:
-    return f"{float(Context(prec=3, rounding=rounding).create_decimal_from_float(value)):.3g}"
+def _three_digits(number: float, rounding: str) -> str:
+    """The number with three digits, rounded up or down, so that the advice lies in the range."""
+    rounded = Context(prec=3, rounding=rounding).create_decimal_from_float(number)
+    return f"{float(rounded):.3g}"

@@ -1,6 +1,7 @@
-"""Named parameters and a Table -> optimizer groups, one a parameter, identified by name.
+"""From named parameters and a Table to the optimizer's groups, one for each parameter.
 
-Never by hyperparameter values: at alpha = 1 hidden weights and embeddings can differ in eps alone, and would be merged.
+Groups are identified by the parameter's name and never by their hyperparameter values: at alpha = 1
+hidden weights and embeddings can differ in eps alone, and would be merged.
 """
 
 from __future__ import annotations
@@ -19,9 +20,12 @@ from megatron_completep.roles import Role
 
 @dataclass(frozen=True)
 class Group:
-    """What AdamW needs to know of one parameter. The learning rate is schedule(step) * base_lr * lr_factor."""
+    """What an update rule can know of one parameter; it reads the fields that it has a use for.
 
-    name: str  # as the whole model calls it: both ends of a tied embedding are embedding.weight
+    The learning rate of the parameter at a step is schedule(step) * base_lr * lr_factor.
+    """
+
+    name: str  # in the whole model: both ends of a tied embedding are embedding.weight
     role: Role
     init_std: float
     lr_factor: float
@@ -32,26 +36,28 @@ class Group:
 def build_groups(
     named_parameters: Iterable[tuple[str, Parameter]], table: Table, optimizer: OptimizerConfig
 ) -> dict[str, Group]:
-    """One group for every parameter, whether of the whole model or of a part of it.
+    """One group for every parameter, whether of the whole model or of one rank's chunks of it.
 
-    Whether every override names something is a question to the whole model: see `check.check_parameters`.
+    Overrides that match no parameter are no error here, as the chunk at hand may lack what they
+    name; `check.check_parameters` asks the whole model.
     """
-    return {
-        name: _group(name, spec_of(parameter, name), table, optimizer)
-        for name, parameter in named_parameters
-    }
+    groups = {}
+    for name, parameter in named_parameters:
+        groups[name] = _group(name, spec_of(parameter, name), table, optimizer)
+    return groups
 
 
 def _group(name: str, spec: Spec, table: Table, optimizer: OptimizerConfig) -> Group:
     factors = table.factors(spec.role, spec.width_ratio)
-    values = table.values(spec.role, spec.width_ratio, optimizer)
-    logical = spec.stored_name(name)
-    own = own_factors(optimizer, logical)
+    base_values = table.values(spec.role, spec.width_ratio, optimizer)
+    logical_name = spec.stored_name(name)
+    # What the user's overrides multiply, on top of the table, which knows roles and no names.
+    override = own_factors(optimizer, logical_name)
     return Group(
-        logical,
+        logical_name,
         spec.role,
-        init_std=values.init_std * own.init_std,
-        lr_factor=factors.lr * own.lr,
-        weight_decay=values.weight_decay * own.weight_decay,
-        eps=values.eps * own.eps,
+        init_std=base_values.init_std * override.init_std,
+        lr_factor=factors.lr * override.lr,
+        weight_decay=base_values.weight_decay * override.weight_decay,
+        eps=base_values.eps * override.eps,
     )

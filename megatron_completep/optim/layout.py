@@ -1,14 +1,15 @@
 """Where every parameter lies in the flat buffers, and which part of them a rank updates.
 
-Parameters lie in backward order (gradients complete from the front), each piece padded to ALIGNMENT
-elements. Buckets are runs of pieces whose gradients are summed over one axis of the mesh, padded so
-that every rank along it owns an equal, aligned slice of each; a rank's shard is its slices, one
-after the other. All of this is arithmetic, without a tensor.
+Parameters lie in backward order, so that gradients complete from the front of the buffer, and each
+is padded to ALIGNMENT elements. A bucket is a run of parameters whose gradients are summed over one
+axis of the mesh; it is padded so that every rank along that axis owns an equal, aligned slice. The
+shard of a rank is its slices of all buckets, one after the other. All of this is arithmetic and
+needs no tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
@@ -22,7 +23,7 @@ Run = tuple[int, int]  # [start, stop)
 
 @dataclass(frozen=True)
 class Piece:
-    """One parameter in the flat buffer: elements [start, start + size), then padding."""
+    """Where one parameter lies in the flat buffer: [start, start + size), and then padding."""
 
     name: str
     start: int
@@ -32,82 +33,87 @@ class Piece:
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of one parameter inside this rank's shard."""
+    """The part of one parameter that lies inside this rank's shard."""
 
     name: str
-    shard_start: int
+    shard_start: int  # offset inside the shard
     parameter_start: int  # offset inside the flattened local parameter
     size: int
 
 
 class Bucket(NamedTuple):
-    """What is reduced and gathered at once: elements [start, stop) of the flat buffer."""
+    """What one collective reduces, or gathers: elements [start, stop) of the flat buffer."""
 
     start: int
     stop: int
     axis: str  # over whose ranks the gradients are summed
-    shards: int  # how many of them share one copy of the state, an equal slice each
-    shard_start: int  # where the slice begins inside any rank's shard
+    shards: int  # ranks of the axis that share one copy of the state, with an equal slice each
+    shard_start: int  # where the slice begins inside the shard of any rank
 
     @property
     def size(self) -> int:
-        """Elements, padding included."""
+        """Number of elements, padding included."""
         return self.stop - self.start
 
     @property
     def in_shard(self) -> Run:
-        """The bucket's slice inside any rank's shard."""
+        """Where the slice of the bucket lies inside the shard of any rank."""
         return self.shard_start, self.shard_start + self.size // self.shards
 
     def slice_of(self, shard: int) -> Run:
-        """What rank `shard` owns of the bucket, in the flat buffer."""
-        share = self.size // self.shards
-        return self.start + shard * share, self.start + (shard + 1) * share
+        """The slice of the flat buffer that rank `shard` owns of the bucket."""
+        slice_size = self.size // self.shards
+        start = self.start + shard * slice_size
+        return start, start + slice_size
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Pieces and buckets of one rank's parameters."""
+    """Where one rank's parameters lie, and how they are divided into buckets."""
 
     pieces: tuple[Piece, ...]
     buckets: tuple[Bucket, ...]
 
     @property
     def size(self) -> int:
-        """Elements of the flat buffer."""
+        """Number of elements of the flat buffer."""
         return self.buckets[-1].stop if self.buckets else 0
 
     @property
     def shard_size(self) -> int:
-        """Elements of any rank's shard."""
+        """Number of elements of a shard, the same on every rank."""
         return self.buckets[-1].in_shard[1] if self.buckets else 0
 
     def slices(self, ranks: Mapping[str, int]) -> list[Run]:
-        """What a rank owns of every bucket, in the flat buffer.
+        """The slice of the flat buffer that a rank owns of every bucket, in order.
 
-        ranks: axis -> which of the shards along it the rank holds.
+        ranks: axis -> number of the shard along it that the rank holds.
         """
         return [bucket.slice_of(ranks[bucket.axis]) for bucket in self.buckets]
 
     def segments(self, ranks: Mapping[str, int]) -> tuple[Segment, ...]:
-        """The runs of parameters in a rank's shard, in order; boundaries may cut any parameter."""
+        """The segments of a rank's shard, in order. `ranks` is as in `slices`."""
         slices = self.slices(ranks)
         segments = []
-        for piece in self.pieces:
-            owned_start, owned_stop = slices[piece.bucket]
-            start = max(piece.start, owned_start)
-            stop = min(piece.start + piece.size, owned_stop)
-            if start < stop:
-                shard_start = self.buckets[piece.bucket].shard_start + start - owned_start
-                segments.append(Segment(piece.name, shard_start, start - piece.start, stop - start))
+        for placement in self.pieces:
+            # The boundary between two ranks may cut any parameter.
+            owned_start, owned_stop = slices[placement.bucket]
+            start = max(placement.start, owned_start)
+            stop = min(placement.start + placement.size, owned_stop)
+            if start >= stop:
+                continue
+            bucket = self.buckets[placement.bucket]
+            shard_start = bucket.shard_start + start - owned_start
+            parameter_start = start - placement.start
+            segments.append(Segment(placement.name, shard_start, parameter_start, stop - start))
         return tuple(segments)
 
 
 class Entry(NamedTuple):
-    """A parameter that is to be laid out."""
+    """A parameter that is to be laid out; `name` is the one that it has on this rank."""
 
     name: str
-    size: int  # elements that this rank holds
+    size: int  # number of elements that this rank holds
     axis: str = "gradient"  # over whose ranks its gradient is summed
     alone: bool = False  # in a bucket of its own
 
@@ -115,43 +121,58 @@ class Entry(NamedTuple):
 def lay_out(entries: Sequence[Entry], shards: Mapping[str, int], bucket_elements: int) -> Layout:
     """Lay parameters, given in backward order, into buckets of about `bucket_elements`.
 
-    shards: axis -> how many of its ranks share one copy of the state. A bucket holds parameters of
-    one axis.
+    shards: axis -> number of its ranks that share one copy of the state.
     """
-    pieces: list[Piece] = []
+    placements: list[Piece] = []
     buckets: list[Bucket] = []
-    start = position = shard_start = 0
+    position = 0  # in the flat buffer
+    shard_position = 0
 
-    def close(axis: str) -> None:
-        nonlocal start, position, shard_start
-        position = _align(position, ALIGNMENT * shards[axis])
+    for members in _divide(entries, bucket_elements):
+        start = position
+        for entry in members:
+            placements.append(Piece(entry.name, position, entry.size, len(buckets)))
+            position += _align(entry.size, ALIGNMENT)
+
+        # Padding at the end gives every rank of the axis a slice of the same, aligned size. It
+        # counts from the start of the bucket, which may follow a bucket of another axis.
+        axis = members[0].axis
+        position = start + _align(position - start, ALIGNMENT * shards[axis])
         if position > start:
-            bucket = Bucket(start, position, axis, shards[axis], shard_start)
+            bucket = Bucket(start, position, axis, shards[axis], shard_position)
             buckets.append(bucket)
-            start = position
-            shard_start = bucket.in_shard[1]
+            _, shard_position = bucket.in_shard
+    return Layout(tuple(placements), tuple(buckets))
 
-    open_axis = entries[0].axis if entries else ""
+
+def _divide(entries: Sequence[Entry], bucket_elements: int) -> Iterator[list[Entry]]:
+    """The entries of each bucket in turn: of one axis, and about `bucket_elements` together."""
+    members: list[Entry] = []
+    elements = 0
     for entry in entries:
-        if entry.alone or entry.axis != open_axis:
-            close(open_axis)
-            open_axis = entry.axis
-        pieces.append(Piece(entry.name, position, entry.size, len(buckets)))
-        position += _align(entry.size, ALIGNMENT)
-        if entry.alone or position - start >= bucket_elements:
-            close(open_axis)
-    if entries:
-        close(open_axis)
-    return Layout(tuple(pieces), tuple(buckets))
+        if members and (entry.alone or entry.axis != members[0].axis):
+            yield members
+            members = []
+            elements = 0
+        members.append(entry)
+        elements += _align(entry.size, ALIGNMENT)
+        if entry.alone or elements >= bucket_elements:
+            yield members
+            members = []
+            elements = 0
+    if members:
+        yield members
 
 
 def entry_of(name: str, spec: Spec) -> Entry:
     """What the layout has to know of a parameter.
 
-    The two ends of a tied one lie alone, so that both are cut alike.
+    A parameter tied across the pipeline lies in a bucket of its own, so that both ends cut it
+    alike.
     """
     return Entry(name, prod(spec.local_shape), spec.summed_over, alone=spec.tied_to is not None)
 
 
-def _align(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
+def _align(size: int, multiple: int) -> int:
+    """`size` rounded up to a multiple of `multiple`."""
+    return -(-size // multiple) * multiple

@@ -22,26 +22,34 @@ from megatron_completep.parallel.context import ParallelContext
 
 @dataclass(frozen=True)
 class StepResult:
-    """Device tensors of one step; reading one waits for the device."""
+    """Device tensors of one step. Reading one on the host waits for the device."""
 
-    grad_norm: Tensor  # before clipping, of the token average, over the whole model
+    grad_norm: Tensor  # of the average over tokens, before clipping, over the whole model
     loss: Tensor  # mean over the tokens that count, over all data ranks
-    tokens: Tensor  # tokens that counted
+    tokens: Tensor  # number of tokens that count
     skipped: Tensor  # 1.0 when a gradient was not finite and nothing was updated
-    terms: Tensor  # float64 [n]: means of what was handed in as terms of the loss
+    terms: Tensor  # float64 [n]: means of the terms of the loss that were handed in
 
 
 class DistributedOptimizer:
     """Updates the parameters of this rank's chunks, whose buffers it takes over (see `Shards`).
 
-    rule: how masters are updated; None: the rule that the table's columns belong to.
+    Args:
+        chunks: this rank's model chunks, initialized.
+        table: the parameterization; it names the update rule.
+        optimizer: base values, clipping and overrides.
+        context: the mesh of ranks.
+        parallel: bucket size and type of the communicated gradients; None: the defaults.
+        precision: what parameters are stored and computed in.
+        rule: how masters are updated; None: the rule that the table names.
 
     Attributes:
-        shards: the buffers, and what is sent of them.
-        rule: the update rule, with its states.
-        groups: parameter -> what the rule needs to know of it, in the order of the shards.
-        states: all that training goes on from, each a flat shard: the masters and the rule's own.
-        control: the record of a step on the device (kernels/control.py).
+        shards: the flat buffers and their communication.
+        rule: the update rule with its states.
+        groups: name of a parameter -> its group, in the order of the shards.
+        states: all that training continues from, each a flat shard: the masters and the states of
+            the rule.
+        control: the step's record on the device (kernels/control.py).
     """
 
     def __init__(
@@ -57,15 +65,15 @@ class DistributedOptimizer:
         self.context = context
         self.config = optimizer
         self.shards = Shards(chunks, context, parallel or ParallelConfig(), precision)
-        named = self.shards.parameters.items()
-        self.groups: dict[str, Group] = build_groups(named, table, optimizer)
+        named_parameters = self.shards.parameters.items()
+        self.groups: dict[str, Group] = build_groups(named_parameters, table, optimizer)
         make_rule = rule or RULES[table.rule]
         self.rule = make_rule(self.shards, list(self.groups.values()), table, optimizer)
         self.states: dict[str, Tensor] = {MASTER: self.shards.master, **self.rule.states}
         self.control = kernels.new_control(context.device)
 
     def begin_step(self, micro_batches: int) -> None:
-        """Before the first forward of a step of `micro_batches` forward-backward passes."""
+        """Call before the first forward of a step of `micro_batches` forward-backward passes."""
         self.shards.begin_step(micro_batches)
 
     def step(
@@ -75,43 +83,63 @@ class DistributedOptimizer:
         tokens: Tensor,
         term_sums: Tensor | None = None,
     ) -> StepResult:
-        """Update the parameters.
+        """Update the parameters from the gradients of this step.
 
-        loss_sum, tokens: this data rank's sums over the step (zero where this rank has no loss).
-        term_sums [n]: this rank's shares of further sums over tokens, which are reported as means.
+        Communicates over data (gradients, parameters), tensor (partial gradients), pipeline (tied
+        embedding) and the whole mesh (norm, loss, tokens). The host never waits for the device.
 
-        Communicates over data (gradients, parameters), tensor (partial gradients) and the whole
-        mesh (norm, loss, tokens). Nothing here waits for the device.
+        Args:
+            learning_rate: of this step, before the factors of the groups.
+            loss_sum: sum over the tokens of this data rank; zero where this rank has no loss.
+            tokens: number of tokens that `loss_sum` is over.
+            term_sums: [n], this rank's shares of further sums over tokens, reported as means.
         """
-        shards, control = self.shards, self.control
-        # Whatever no forward waited for: the buffers that parameters are sent from change below.
+        shards = self.shards
+        control = self.control
+        # A parameter that no forward used may still be on its way, and the update below writes to
+        # the buffer that it is sent from.
         shards.wait_for_parameters()
         shards.finish_gradients()
-        speaks = self.context.tensor.rank == 0
-        sums = [
-            shards.sum_of_squares(),
-            loss_sum.detach().double() * speaks,
-            tokens.to(self.context.device).double() * speaks,
-            *(() if term_sums is None else term_sums.double().unbind()),
-        ]
-        sum_sq, loss_total, token_total, *term_totals = all_reduce(
-            torch.stack(sums), self.context.world
-        ).unbind()
-        # Gradients are sums over tokens: it is the norm of their average that is clipped, and
-        # 1 / tokens joins the coefficient.
+
+        sums = self._sum_over_mesh(loss_sum, tokens, term_sums)
+        sum_of_squares, loss_total, token_total, *term_totals = sums.unbind()
+
+        # Gradients are sums over tokens. What is clipped is the norm of their average, and the
+        # update multiplies gradients by the clip coefficient, so 1 / tokens joins it.
         control[LEARNING_RATE] = learning_rate
-        kernels.begin_step_(
-            control, sum_sq / token_total.square(), self.config.grad_clip, *self.rule.decay_rates
-        )
+        mean_square = sum_of_squares / token_total.square()
+        beta1, beta2 = self.rule.decay_rates
+        kernels.begin_step_(control, mean_square, self.config.grad_clip, beta1, beta2)
         control[CLIP] /= token_total
+
         self.rule.update(shards, control)
         shards.start_gathering()
+
+        # The next step overwrites the record, perhaps before the host has read this result.
         record = control.clone()
-        terms = torch.stack(term_totals) / token_total if term_totals else loss_total.new_empty(0)
-        return StepResult(
-            record[GRAD_NORM], loss_total / token_total, token_total, record[SKIP], terms
-        )
+        terms = loss_total.new_empty(0)
+        if term_totals:
+            terms = torch.stack(term_totals) / token_total
+        mean_loss = loss_total / token_total
+        return StepResult(record[GRAD_NORM], mean_loss, token_total, record[SKIP], terms)
+
+    def _sum_over_mesh(self, loss_sum: Tensor, tokens: Tensor, term_sums: Tensor | None) -> Tensor:
+        """Sums over all ranks, float64 [3 + n]: squares of gradients, loss, tokens and terms.
+
+        One all-reduce over the whole mesh carries all of them.
+        """
+        # All tensor ranks have the same loss and the same tokens, which count once.
+        counts = self.context.tensor.rank == 0
+        sums = [
+            self.shards.sum_of_squares(),
+            loss_sum.detach().double() * counts,
+            tokens.to(self.context.device).double() * counts,
+        ]
+        if term_sums is not None:
+            # Shares already: a rank whose value another rank counts passes 0.
+            sums += term_sums.double().unbind()
+        return all_reduce(torch.stack(sums), self.context.world)
 
     def wait_for_parameters(self) -> None:
-        """Every parameter is the new one from here on."""
+        """Return when every parameter has the value of the last step."""
         self.shards.wait_for_parameters()

@@ -1,8 +1,8 @@
-"""What an update rule is: the states that it keeps, the columns that it reads, and its launch.
+"""What an update rule is: the states that it keeps, the columns that it reads, and its update.
 
-A new rule is one file beside this one, registered in `RULES`, and a table of its own in
-`completep/table.py`. Checkpoints, telemetry and plans ask the rule; none of them knows a state by
-name.
+A new rule is one file beside this one, registered in `RULES` (rules.py), and a table of its own in
+`completep/table.py`. Checkpoints, telemetry and plans ask the rule for its states; none of them
+knows a state by its name. `adamw.py` is the example to start from.
 """
 
 from __future__ import annotations
@@ -20,26 +20,33 @@ from megatron_completep.kernels import Control
 from megatron_completep.optim.groups import Group
 from megatron_completep.optim.shards import Shards
 
-MASTER = "master"  # what every rule updates; its name beside the rule's own states
+MASTER = "master"  # the name of the parameters themselves, beside the names of a rule's states
 
 
 class Rule(ABC):
     """An update rule over one rank's shard, with the states that it keeps for it.
 
-    groups: one for each of the shards' parameters, in their order.
+    A subclass sets `powers` and `columns`, and defines `update` and `last_update`. Where it needs
+    hyperparameters, its constructor reads them from the table and the configuration.
+
+    Args:
+        shards: the buffers that the rule updates.
+        groups: one for each parameter of the shards, in their order.
+        table: the parameterization of the run, which adapts the betas to batch size and duration.
+        optimizer: the configuration's base values.
 
     Attributes:
-        states: name -> what the rule keeps of every element, laid out like the masters and zero at
-            first.
+        states: name -> flat tensor with one element for each of `shards.master`, zero at first.
         group_table: float64 [groups, columns], what the rule reads of each group.
     """
 
-    # Name of a state -> power: where a tensor is multiplied by c, and its gradient so by 1 / c, the
-    # state is multiplied by c to this power.
+    # Name of a state -> power. Where a tensor is multiplied by c, its gradient is multiplied by
+    # 1 / c, and this state by c to this power; tools that rewrite checkpoints apply it.
     powers: ClassVar[Mapping[str, int]]
-    # Fields of a group, in the order in which they stand in `group_table`.
+    # Names of the fields of a group, in the order of the columns of `group_table`.
     columns: ClassVar[tuple[str, ...]]
-    # Of running means that start at 0, which the record of a step corrects; 0: no such mean.
+    # Decay rates of two running means that start at 0: the step's record holds the corrections of
+    # their bias as `correction1` and `correction2`. 0 means that there is no such mean.
     decay_rates: tuple[float, float] = (0.0, 0.0)
 
     def __init__(
@@ -52,33 +59,44 @@ class Rule(ABC):
         self.states: dict[str, Tensor] = {}
         for name in self.powers:
             self.states[name] = torch.zeros_like(shards.master)
-        rows = [[getattr(group, column) for column in self.columns] for group in groups]
-        values = torch.tensor(rows, dtype=torch.float64).view(-1, len(self.columns))
-        self.group_table = values.to(shards.context.device)
+
+        rows = []
+        for group in groups:
+            rows.append([getattr(group, column) for column in self.columns])
+        # The shape is given, as no row says how many columns there are where a rank has no group.
+        host_table = torch.tensor(rows, dtype=torch.float64).view(-1, len(self.columns))
+        self.group_table = host_table.to(shards.context.device)
 
     def column(self, name: str) -> Tensor:
-        """One column of `group_table`, as a view."""
+        """One column of `group_table`, as a view of it, float64 [groups]."""
         return self.group_table[:, self.columns.index(name)]
 
     @abstractmethod
     def update(self, shards: Shards, control: Tensor) -> None:
-        """Change `shards.master` by one step.
+        """Change `shards.master` by one step, and the states with it.
 
-        The gradients are `shards.grad_shard` times the clip coefficient of `control`. The new
-        values go to `shards.flat_shard` too, rounded, where there is one. Nothing changes where
-        `control` says that the step is skipped. Communicates nothing, and does not wait for the
-        device.
+        The gradients are `shards.grad_shard` times the clip coefficient in `control`, and
+        `shards.segment_table` says which group each element belongs to. Where `shards.flat_shard`
+        is a tensor, the new parameters are written there too, rounded to its type. Nothing may
+        change where `control` says that the step is skipped. An update communicates nothing and
+        does not wait for the device.
+
+        control: the step's record on the device, see `kernels/control.py`.
         """
 
     @abstractmethod
-    def last_update(self, weight: Tensor, part: slice, group: Group, control: Control) -> Tensor:
-        """What the last step took from a part of the masters, without the group's `lr_factor`.
+    def last_update(self, weight: Tensor, segment: slice, group: Group, control: Control) -> Tensor:
+        """What the last step subtracted from a segment of the masters, divided by `lr_factor`.
 
-        It follows from the states, so that nothing has to be kept from before the step. weight: the
-        part of the masters as it is now, all of it in `group`.
+        It is computed from the states, so that nothing has to be kept from before the step.
+
+        Args:
+            weight: the segment of the masters as it is now.
+            segment: where it lies in the shard; all of it belongs to `group`.
+            control: the record of the last step, on the host.
         """
 
     @classmethod
     def all_powers(cls) -> dict[str, int]:
-        """`powers` with the masters: what a checkpoint holds, in the order of its files."""
+        """`powers` and the masters' own, in the order in which a checkpoint stores the states."""
         return {MASTER: 1, **cls.powers}

@@ -1,4 +1,4 @@
-"""Update rules by name. The table of a run says which one its columns belong to."""
+"""The update rules by name. The table of a run names the rule that its columns belong to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Learning-rate schedules as closed forms. Every group's factor multiplies the whole of it: warm-up, peak and minimum."""
+"""Learning-rate schedules as closed forms.
+
+The factor of a group multiplies the whole schedule: the warm-up, the peak and the minimum.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +12,30 @@ from megatron_completep.config.schema import OptimizerConfig
 
 
 def schedule(step: int, optimizer: OptimizerConfig, train_steps: int) -> float:
-    """Fraction of the peak at update `step` = 1 .. train_steps: 1 at the end of the warm-up, the minimum at the last."""
+    """The fraction of the peak learning rate at update `step`, which is 1 .. train_steps.
+
+    It is 1 at the end of the warm-up, and the minimum at the last update.
+    """
     warmup = warmup_steps(optimizer, train_steps)
     if step < warmup:
         return step / warmup
-    start = warmup
+
+    decay_start = warmup
     if optimizer.schedule == "warmup_stable_decay":
-        start = max(warmup, train_steps - decay_steps(optimizer, train_steps))
-    progress = min(1.0, max(0.0, (step - start) / max(1, train_steps - start)))
+        decay_start = max(warmup, train_steps - decay_steps(optimizer, train_steps))
+    # A run that only warms up has no step of decay, and must not divide by zero.
+    decay_length = max(1, train_steps - decay_start)
+    progress = (step - decay_start) / decay_length
+    progress = min(1.0, max(0.0, progress))
+
+    # The last update reaches the minimum itself, as progress is 1 there.
     minimum = optimizer.min_lr_fraction
     match optimizer.schedule:
         case "constant":
             return 1.0
         case "cosine":
-            return minimum + (1 - minimum) * 0.5 * (1 + math.cos(math.pi * progress))
+            cosine = 0.5 * (1 + math.cos(math.pi * progress))
+            return minimum + (1 - minimum) * cosine
         case _:
             return 1.0 - (1 - minimum) * progress
 

@@ -1,16 +1,31 @@
-"""Flat buffers of parameters, gradients and masters, sharded over the ranks of a copy (ZeRO-1).
+"""Flat buffers of parameters, gradients and masters, sharded over data-parallel ranks (ZeRO-1).
 
-Gradients of a bucket are reduce-scattered while backward goes on; an update rule, of which nothing
-here knows, changes this rank's shard of the masters; the new parameters are all-gathered bucket by
-bucket while the next forward runs. Gradients are sums over the tokens that count: the average is a
-factor in the update.
+The buffers are divided into buckets (layout.py); one collective reduces, or gathers, one bucket. A
+step goes through the following stages. Nothing here knows the update rule.
+
+1. `begin_step` fixes the order in which the reductions of the buckets will start. It is the same on
+   all ranks that reduce together.
+2. During backward, `_on_complete` is called when the last gradient of a parameter has arrived. The
+   reduce-scatter of a bucket starts when all of its gradients have arrived and the reductions of
+   all buckets before it in the order have started. Nobody waits for a reduction here.
+3. After backward, `finish_gradients` completes the parameters that got no gradient, which starts
+   the reductions that are left. It waits for every reduction, in the order in which they started,
+   and adds what other ranks hold of shared parameters.
+4. The update rule changes this rank's shard of the masters.
+5. `start_gathering` starts the all-gathers of the new parameters, in the order in which forward
+   needs them. A module waits, before it runs, for the buckets of its own parameters alone.
+
+To wait means that what is launched next on the current stream of a GPU waits; the host goes on. On
+a CPU the host waits.
+
+Gradients are sums over the tokens that count. The update divides by the number of tokens.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
 from typing import NamedTuple
 
@@ -20,7 +35,7 @@ from torch.nn import Parameter
 
 from megatron_completep import kernels
 from megatron_completep.config.schema import ParallelConfig
-from megatron_completep.optim.layout import Layout, Segment, entry_of, lay_out
+from megatron_completep.optim.layout import Bucket, Layout, Piece, Segment, entry_of, lay_out
 from megatron_completep.parallel.axis import Axis
 from megatron_completep.parallel.collectives import (
     Pending,
@@ -34,31 +49,38 @@ from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.gradients import GradientQueue, accumulate_tensor
 from megatron_completep.parallel.parameter import Spec, spec_of
 
+Hook = Callable[[Parameter], None]
 
-class _Reducing(NamedTuple):
-    """A reduction under way, over whose ranks its result is summed next, and where that goes."""
 
-    pending: Pending
-    replica: Axis
-    own: Tensor
+class _RunningReduction(NamedTuple):
+    """The reduction of one bucket, from its start until its sum lies in `grad_shard`."""
+
+    pending: Pending  # first the reduce-scatter over the shard axis, then the sum over replicas
+    replica: Axis  # the ranks that hold the same shard
+    target: Tensor  # the bucket's slice of `grad_shard`
 
 
 class Shards:
     """Owns the flat buffers that the chunks' parameters become views of.
 
-    chunks: this rank's model chunks, float32 or float64, already initialized; each has a `queue`.
-    precision: what the parameters are stored and computed in; float32 masters are kept in the shard
-    under bf16.
+    Args:
+        chunks: this rank's model chunks, float32 or float64, initialized. A chunk that has a
+            `queue` hands its gradients to it; for one that has none, a queue is made.
+        context: the mesh of ranks.
+        parallel: the size of a bucket and the type in which gradients are communicated.
+        precision: what parameters are stored and computed in. Under bf16 the shard keeps masters in
+            float32.
 
     Attributes:
         flat: the parameters of this rank, in `precision`.
-        grad: the gradients of this rank, float32 or float64, laid out alike.
-        master: this rank's shard of the parameters, float32 or float64; where nothing divides it,
-            and nothing is rounded, it is `flat` itself.
-        grad_shard: this rank's shard of the summed gradients; empty while nothing needs it.
-        flat_shard: what a rule writes the rounded masters to; None where the masters themselves
-            are gathered.
-        started: buckets whose reduction has started in this step, in order.
+        grad: the gradients of this rank, float32 or float64, laid out as `flat`.
+        master: this rank's shard of the parameters, float32 or float64. It is `flat` itself where
+            nothing is sharded and nothing is rounded.
+        grad_shard: this rank's shard of the summed gradients; empty until the first reduction of a
+            step starts.
+        flat_shard: where a rule writes the rounded masters, from which they are gathered; None
+            where the masters themselves are gathered.
+        started: the buckets whose reductions have started in this step, in order.
     """
 
     def __init__(
@@ -70,74 +92,101 @@ class Shards:
     ):
         self.context = context
         self.chunks = list(chunks)
-        self.queues = [getattr(chunk, "queue", None) or GradientQueue() for chunk in chunks]
+        self.queues: list[GradientQueue] = []
+        for chunk in chunks:
+            self.queues.append(getattr(chunk, "queue", None) or GradientQueue())
         self.parameters = _in_backward_order(chunks)
-        self.specs: dict[str, Spec] = {
-            name: spec_of(p, name) for name, p in self.parameters.items()
-        }
+        self.specs: dict[str, Spec] = {}
+        for name, parameter in self.parameters.items():
+            self.specs[name] = spec_of(parameter, name)
+
         self.reductions = context.reductions
-        self.layout: Layout = lay_out(
-            [entry_of(name, spec) for name, spec in self.specs.items()],
-            {name: reduction.shard.size for name, reduction in self.reductions.items()},
-            int(parallel.bucket_megabytes * 2**20 / 4),
-        )
-        self._own = {name: reduction.shard.rank for name, reduction in self.reductions.items()}
-        self.segments: tuple[Segment, ...] = self.layout.segments(self._own)
-        self.started: list[int] = []
-        self._communication_dtype = torch.bfloat16 if parallel.gradient_dtype == "bf16" else None
+        self.layout = self._lay_out(parallel.bucket_megabytes)
+        self._shard_ranks = {axis: r.shard.rank for axis, r in self.reductions.items()}
+        self.segments: tuple[Segment, ...] = self.layout.segments(self._shard_ranks)
+
+        # An axis that no parameter is summed over does not count.
         axes = {bucket.axis for bucket in self.layout.buckets}
         self._sharded = any(self.reductions[axis].shard.size > 1 for axis in axes)
         self._reduces = any(self.reductions[axis].size > 1 for axis in axes)
+        self._communication_dtype = torch.bfloat16 if parallel.gradient_dtype == "bf16" else None
         self._make_buffers(precision)
+
+        self.started: list[int] = []
+        self._start_order: list[int] = []
+        self._missing: Counter[int] = Counter()  # bucket -> parameters without their last gradient
+        self._running: list[_RunningReduction] = []
+        self._gathers: dict[int, Pending] = {}  # bucket -> the all-gather of its new parameters
         self._attach()
 
     # --- construction --------------------------------------------------------------------------
 
+    def _lay_out(self, bucket_megabytes: float) -> Layout:
+        entries = [entry_of(name, spec) for name, spec in self.specs.items()]
+        shards = {axis: reduction.shard.size for axis, reduction in self.reductions.items()}
+        bucket_elements = int(bucket_megabytes * 2**20 / 4)  # 4 bytes a float32 gradient
+        return lay_out(entries, shards, bucket_elements)
+
     def _make_buffers(self, precision: torch.dtype) -> None:
         """Move the parameters into one buffer, and keep this rank's shard of the masters."""
-        layout, device = self.layout, self.context.device
-        wide = torch.float64 if precision == torch.float64 else torch.float32
-        whole = torch.zeros(layout.size, dtype=wide, device=device)
-        self.grad = torch.zeros(layout.size, dtype=wide, device=device)
-        for piece in layout.pieces:
-            parameter = self.parameters[piece.name]
-            whole[piece.start : piece.start + piece.size] = parameter.detach().flatten()
-        self.flat = whole if precision == wide else whole.to(precision)
-        self.master = self.own_shard(whole) if self._sharded else whole
+        device = self.context.device
+        master_dtype = torch.float64 if precision == torch.float64 else torch.float32
+        masters = torch.zeros(self.layout.size, dtype=master_dtype, device=device)
+        for placement in self.layout.pieces:
+            parameter = self.parameters[placement.name]
+            _view(masters, placement, parameter.shape).copy_(parameter.detach())
+
+        self.grad = torch.zeros(self.layout.size, dtype=master_dtype, device=device)
+        rounded = precision != master_dtype
+        self.flat = masters.to(precision) if rounded else masters
+        # Where nothing is sharded, the buffers serve as their own shards.
+        self.master = self.own_shard(masters) if self._sharded else masters
         self.grad_shard = self.grad.new_empty(0) if self._sharded else self.grad
-        if precision == wide:
-            self.flat_shard: Tensor | None = None
-        else:
+        self.flat_shard: Tensor | None = None
+        if rounded:
             self.flat_shard = self.own_shard(self.flat) if self._sharded else self.flat
-        for piece in layout.pieces:
-            parameter, end = self.parameters[piece.name], piece.start + piece.size
-            parameter.data = self.flat[piece.start : end].view(parameter.shape)
-            parameter.main_grad = self.grad[piece.start : end].view(parameter.shape)  # type: ignore[attr-defined]
+
+        for placement in self.layout.pieces:
+            parameter = self.parameters[placement.name]
+            parameter.data = _view(self.flat, placement, parameter.shape)
+            main_grad = _view(self.grad, placement, parameter.shape)
+            parameter.main_grad = main_grad  # type: ignore[attr-defined]
 
     def own_shard(self, flat: Tensor) -> Tensor:
-        """A copy of what this rank owns of a buffer that is laid out like `flat`."""
-        slices = self.layout.slices(self._own)
-        return torch.cat([flat[start:stop] for start, stop in slices]) if slices else flat.clone()
+        """A copy of this rank's shard of a buffer that is laid out as `flat`."""
+        slices = self.layout.slices(self._shard_ranks)
+        if not slices:  # a rank without parameters
+            return flat.clone()
+        return torch.cat([flat[start:stop] for start, stop in slices])
 
-    # Tables are made at the first step: construction never reads a tensor's value, and so runs on
-    # fake tensors too.
+    # The tables are made at the first step: construction never reads the value of a tensor, so that
+    # it runs on fake tensors too.
     @cached_property
     def segment_table(self) -> Tensor:
-        """int64 [n, 3]: start in the shard, length, and number of the parameter in `parameters`."""
+        """int64 [n, 3]: start in the shard, length, and number of the parameter in `parameters`.
+
+        On a GPU long segments are cut, so that every program of a kernel has about the same work.
+        """
         return self._table(self.segments)
 
     @cached_property
     def counted_table(self) -> Tensor:
-        """The same for what counts on this rank: each element of the model counts once."""
-        specs, context = self.specs, self.context
-        return self._table([s for s in self.segments if specs[s.name].counts_on(s.name, context)])
+        """The same of the segments that count on this rank.
+
+        Over the whole mesh each element of the model counts once, although several ranks may hold
+        it.
+        """
+        counted = []
+        for segment in self.segments:
+            if self.specs[segment.name].counts_on(segment.name, self.context):
+                counted.append(segment)
+        return self._table(counted)
 
     def _table(self, segments: Sequence[Segment]) -> Tensor:
-        index = {name: i for i, name in enumerate(self.parameters)}
-        rows = torch.tensor(
-            [(s.shard_start, s.size, index[s.name]) for s in segments], dtype=torch.int64
-        )
-        return kernels.device_segments(rows.view(-1, 3), self.context.device)
+        numbers = {name: number for number, name in enumerate(self.parameters)}
+        rows = [(s.shard_start, s.size, numbers[s.name]) for s in segments]
+        table = torch.tensor(rows, dtype=torch.int64).view(-1, 3)
+        return kernels.device_segments(table, self.context.device)
 
     @cached_property
     def partial_segments(self) -> list[Segment]:
@@ -147,35 +196,29 @@ class Shards:
     @cached_property
     def tied_buckets(self) -> list[int]:
         """The buckets of parameters that both ends of the pipeline hold."""
-        return [
-            piece.bucket
-            for piece in self.layout.pieces
-            if self.specs[piece.name].tied_to is not None
-        ]
+        tied = [p for p in self.layout.pieces if self.specs[p.name].tied_to is not None]
+        return [placement.bucket for placement in tied]
 
     def _attach(self) -> None:
-        """Be called for every completed gradient, and for those that autograd makes itself."""
-        self._bucket_of = {
-            self.parameters[piece.name]: piece.bucket for piece in self.layout.pieces
-        }
-        self._bucket_sizes = Counter(self._bucket_of.values())
-        self._missing: Counter[int] = Counter()
-        self._order: list[int] = []
-        self._reducing: list[_Reducing] = []
-        self._gathering: dict[int, Pending] = {}
+        """Register what is called for complete gradients, and before a module runs."""
+        self._bucket_of: dict[Parameter, int] = {}
+        for placement in self.layout.pieces:
+            self._bucket_of[self.parameters[placement.name]] = placement.bucket
+        self._bucket_sizes = Counter(self._bucket_of.values())  # in parameters
+
         for chunk, queue in zip(self.chunks, self.queues, strict=True):
             queue.on_complete = self._on_complete
             for parameter in chunk.parameters():
-                # By weak reference: Python's collector cannot see through a tensor's hooks, and
-                # would keep all of this for ever.
-                parameter.register_post_accumulate_grad_hook(
-                    partial(adopt_grad, weakref.ref(queue))
-                )
+                # A weak reference, as the garbage collector cannot see a cycle that runs through
+                # the hooks of a tensor, and would never free the optimizer.
+                adopt: Hook = partial(adopt_grad, weakref.ref(queue))
+                register: Callable[[Hook], object] = parameter.register_post_accumulate_grad_hook
+                register(adopt)
             if self._sharded:
                 self._wait_in_forward(chunk)
 
     def _wait_in_forward(self, chunk: nn.Module) -> None:
-        """Let each module wait, before it runs, for the buckets that bring its new parameters."""
+        """Let each module wait, before it runs, for the buckets of its own parameters."""
         for module in chunk.modules():
             buckets = sorted({self._bucket_of[p] for p in module.parameters(recurse=False)})
             if buckets:
@@ -183,89 +226,93 @@ class Shards:
                     lambda _module, _args, buckets=tuple(buckets): self._await_buckets(buckets)
                 )
 
-    def _await_buckets(self, buckets: Iterable[int]) -> None:
-        for bucket in buckets:
-            pending = self._gathering.pop(bucket, None)
-            if pending is not None:
-                pending.wait()
-
     # --- gradients -----------------------------------------------------------------------------
 
     def begin_step(self, micro_batches: int) -> None:
         """Expect the gradients of `micro_batches` forward-backward passes."""
         self._missing = Counter(self._bucket_sizes)
-        self._order = self._starting_order()
+        self._start_order = self._starting_order()
         self.started = []
         if self._sharded:
-            # Activations may have the memory until the first bucket is complete.
+            # Activations may use this memory until the first reduction starts.
             self.grad_shard = self.grad.new_empty(0)
         for chunk, queue in zip(self.chunks, self.queues, strict=True):
             queue.begin_step(chunk.parameters(), micro_batches)
 
     def _starting_order(self) -> list[int]:
-        """All buckets, in the order in which their reductions start.
+        """The numbers of all buckets, in the order in which their reductions start.
 
-        It does not depend on which contribution comes last: ranks that reduce together must start
-        alike, and which gradient a rank completes first may depend on its data. First come the
-        buckets that backward completes, as they lie; then those that hold a parameter that is not
-        trained, whose gradient is complete only after backward. (A tied parameter has its place
-        among the others: what waits for the end is the sum with the other end of the pipeline.)
+        Ranks that reduce together must start their collectives in the same order, or they hang.
+        Which gradient a rank completes first may depend on its data, so the order must not. The
+        buckets that backward completes come first, as they lie in the buffer. Those with a
+        parameter that is not trained come last, as its gradient is complete only after backward.
+
+        A tied parameter needs no place at the end: what is added after backward is the gradient of
+        the other end of the pipeline, see `_add_other_end`.
         """
-        not_trained = {
-            bucket for parameter, bucket in self._bucket_of.items() if not parameter.requires_grad
-        }
-        return sorted(
-            range(len(self.layout.buckets)), key=lambda bucket: (bucket in not_trained, bucket)
-        )
+        completed_late = set()
+        for parameter, bucket in self._bucket_of.items():
+            if not parameter.requires_grad:
+                completed_late.add(bucket)
+        numbers = range(len(self.layout.buckets))
+        completed_by_backward = [bucket for bucket in numbers if bucket not in completed_late]
+        return completed_by_backward + sorted(completed_late)
 
     def _on_complete(self, parameter: Parameter) -> None:
         """Called when the last gradient of a parameter has arrived: start what may start now."""
         self._missing[self._bucket_of[parameter]] -= 1
-        for bucket in self._order[len(self.started) :]:
+        not_started = self._start_order[len(self.started) :]
+        # Several may start at once, where this gradient was the one that complete buckets behind
+        # it waited for.
+        for bucket in not_started:
             if self._missing[bucket]:
-                break  # later ones wait for their turn, complete or not
+                break
             self.started.append(bucket)
-            self._reduce(bucket)
+            self._start_reduction(bucket)
 
-    def _reduce(self, bucket: int) -> None:
+    def _start_reduction(self, number: int) -> None:
         """Start the reduce-scatter of a complete bucket into this rank's shard."""
         if not self._reduces:
             return
         self.hold_grad_shard()
-        place = self.layout.buckets[bucket]
-        shard, replica = self.reductions[place.axis]
-        gradients, own = (
-            self.grad[place.start : place.stop],
-            self.grad_shard[slice(*place.in_shard)],
-        )
+        bucket = self.layout.buckets[number]
+        shard, replica = self.reductions[bucket.axis]
+        gradients = self.grad[bucket.start : bucket.stop]
+        target = _slice(self.grad_shard, bucket)
         if self._communication_dtype is None:
-            pending = start_reduce_scatter(gradients, shard, own)
+            pending = start_reduce_scatter(gradients, shard, target)
         else:
+            # The sum arrives in the type that is sent; `finish_gradients` copies it to `target`.
             pending = start_reduce_scatter(gradients.to(self._communication_dtype), shard)
-        self._reducing.append(_Reducing(pending, replica, own))
+        self._running.append(_RunningReduction(pending, replica, target))
 
     def hold_grad_shard(self) -> None:
-        """Make the buffer of reduced gradients where there is none yet in this step."""
+        """Allocate the buffer of reduced gradients where this step has none yet."""
         if self.grad_shard.numel() == 0:
             self.grad_shard = torch.zeros_like(self.master)
 
     def finish_gradients(self) -> None:
-        """Wait until `grad_shard` holds this rank's part of the whole gradient.
+        """Wait until `grad_shard` holds this rank's shard of the summed gradients.
 
-        That is the sum over data ranks, and over tensor ranks and pipeline ends where it is due.
+        The sum is over data ranks, and for some parameters over tensor ranks or both ends of the
+        pipeline. Communicates over the shard, replica, tensor and pipeline axes.
         """
+        # Completes parameters without a gradient: after this every reduction has started.
         for queue in self.queues:
             queue.finish_step()
-        # All sums across replicas start before the first is waited for.
-        across = []
-        for scattered in self._reducing:
-            pending = start_all_reduce(scattered.pending.wait(), scattered.replica)
-            across.append(scattered._replace(pending=pending))
-        for summed in across:
-            reduced = summed.pending.wait()
-            if reduced.data_ptr() != summed.own.data_ptr():
-                summed.own.copy_(reduced)
-        self._reducing.clear()
+
+        # Every sum over replicas starts before the first of them is waited for.
+        replica_sums = []
+        for reduction in self._running:
+            pending = start_all_reduce(reduction.pending.wait(), reduction.replica)
+            replica_sums.append(reduction._replace(pending=pending))
+        for reduction in replica_sums:
+            gradients = reduction.pending.wait()
+            # The sum lies elsewhere where it was sent in another type, or nothing was scattered.
+            if gradients.data_ptr() != reduction.target.data_ptr():
+                reduction.target.copy_(gradients)
+        self._running.clear()
+
         for bucket in self.tied_buckets:
             self._add_other_end(bucket)
         if self.partial_segments:
@@ -274,45 +321,57 @@ class Shards:
     def _add_other_end(self, bucket: int) -> None:
         """Exchange the gradient of a tied embedding, so that first and last stage hold the sum.
 
-        This is the last of all sums: a + b is b + a, so both ends hold the same bits, whatever
-        order each end's data ranks are summed in.
+        This is the last of all sums: a + b is b + a, so both ends hold the same bits, in whatever
+        order the data ranks of each end were summed.
         """
-        pipeline, own = (
-            self.context.pipeline,
-            self.grad_shard[slice(*self.layout.buckets[bucket].in_shard)],
-        )
-        own.add_(exchange(own, pipeline, pipeline.size - 1 - pipeline.rank))
+        pipeline = self.context.pipeline
+        other_end = pipeline.size - 1 - pipeline.rank
+        gradients = _slice(self.grad_shard, self.layout.buckets[bucket])
+        gradients.add_(exchange(gradients, pipeline, other_end))
 
     def _sum_partial_gradients(self) -> None:
         """Sum what tensor ranks hold shares of, such as norms under sequence parallelism."""
         segments = self.partial_segments
         views = [self.grad_shard[s.shard_start : s.shard_start + s.size] for s in segments]
+        # One all-reduce for all of them, as most are single vectors.
         summed = all_reduce(torch.cat(views), self.context.tensor)
-        for view, total in zip(views, summed.split([s.size for s in segments]), strict=True):
+        sizes = [segment.size for segment in segments]
+        for view, total in zip(views, torch.split(summed, sizes), strict=True):
             view.copy_(total)
 
     def sum_of_squares(self) -> Tensor:
-        """Of the gradients that count on this rank, a float64 scalar.
+        """The squares of the gradients that count on this rank, summed: a float64 scalar.
 
-        Over the whole mesh these add up to the squared norm.
+        Over the whole mesh these add up to the square of the gradient's norm.
         """
         return kernels.sum_of_squares(self.grad_shard, self.counted_table)
 
     # --- parameters ----------------------------------------------------------------------------
 
     def start_gathering(self) -> None:
-        """Send the new parameters round in the order in which the next forward needs them."""
+        """Start all-gathers of the new parameters, in the order in which forward needs them.
+
+        Communicates over the shard axis of each bucket.
+        """
         if not self._sharded:
             return
         updated = self.master if self.flat_shard is None else self.flat_shard
-        for number, bucket in reversed(list(enumerate(self.layout.buckets))):
-            own, whole = updated[slice(*bucket.in_shard)], self.flat[bucket.start : bucket.stop]
-            self._gathering[number] = start_all_gather(
-                own, self.reductions[bucket.axis].shard, whole
-            )
+        # Buckets lie in backward order, so the last one holds what forward needs first.
+        for number in reversed(range(len(self.layout.buckets))):
+            bucket = self.layout.buckets[number]
+            shard = self.reductions[bucket.axis].shard
+            parameters = self.flat[bucket.start : bucket.stop]
+            self._gathers[number] = start_all_gather(_slice(updated, bucket), shard, parameters)
+
+    def _await_buckets(self, buckets: Iterable[int]) -> None:
+        """Wait for the all-gathers of these buckets, where they have not been waited for yet."""
+        for bucket in buckets:
+            pending = self._gathers.pop(bucket, None)
+            if pending is not None:
+                pending.wait()
 
     def adopt_masters(self) -> None:
-        """Let every parameter follow the masters, which were replaced by those of a checkpoint.
+        """Set all parameters from the masters, which were replaced by those of a checkpoint.
 
         Communicates over the shard axis.
         """
@@ -322,26 +381,38 @@ class Shards:
         self.wait_for_parameters()
 
     def wait_for_parameters(self) -> None:
-        """Every parameter is the new one from here on."""
-        self._await_buckets(list(self._gathering))
+        """Wait for the all-gathers of all buckets that no module has waited for."""
+        self._await_buckets(list(self._gathers))
+
+
+def _view(flat: Tensor, placement: Piece, shape: torch.Size) -> Tensor:
+    """One parameter's elements of a buffer that is laid out as `Shards.flat`."""
+    return flat[placement.start : placement.start + placement.size].view(shape)
+
+
+def _slice(shard: Tensor, bucket: Bucket) -> Tensor:
+    """One bucket's elements of a shard."""
+    start, stop = bucket.in_shard
+    return shard[start:stop]
 
 
 def _in_backward_order(chunks: Sequence[nn.Module]) -> dict[str, Parameter]:
     """Name -> parameter, roughly in the order in which backward completes their gradients."""
-    return {
-        name: p
-        for chunk in reversed(chunks)
-        for name, p in reversed(list(chunk.named_parameters()))
-    }
+    parameters = {}
+    for chunk in reversed(chunks):
+        for name, parameter in reversed(list(chunk.named_parameters())):
+            parameters[name] = parameter
+    return parameters
 
 
 def adopt_grad(owner: weakref.ref[GradientQueue], parameter: Parameter) -> None:
-    """Hand a gradient that autograd made itself, for a module that knows no queue, to the queue.
+    """Push a gradient that autograd made itself, for a module that knows no queue, to the queue.
 
-    The owner is held weakly: the garbage collector cannot see a cycle that runs through a tensor's
-    hooks, and would never free the optimizer.
+    Called after autograd has accumulated into `parameter.grad`. The queue is held weakly, see
+    `Shards._attach`.
     """
-    gradient, parameter.grad = parameter.grad, None
+    gradient = parameter.grad
+    parameter.grad = None
     queue = owner()
     if gradient is not None and queue is not None:
         queue.push(parameter, accumulate_tensor(gradient))

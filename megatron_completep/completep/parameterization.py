@@ -108,7 +108,7 @@ def table_of(config: Config) -> Table:
     scale_width = completep.parameterization != "sp"
     scale_depth = completep.parameterization == "completep"
 
-    # Without the proxy's sizes the model is its own proxy, and every multiplier is 1.
+    # Without the proxy's sizes the model is its own proxy: m_N = m_L = 1.
     base_hidden_size = completep.base_hidden_size or model.hidden_size
     base_num_layers = completep.base_num_layers or model.num_layers
     same_ratio = _ffn_of_same_ratio(model, base_hidden_size)

@@ -64,6 +64,7 @@ def _model(config: Config) -> Iterator[Problem]:
             all_divisors(model.hidden_size),
             near=heads,
         )
+    # Without a whole head size there is no number of elements to be even.
     elif model.position == "rope" and derived.head_dim(model) % 2:
         yield (
             "model.position = rope turns pairs of elements, but a head has "
@@ -109,6 +110,7 @@ def _attention_backend(config: Config) -> Iterator[Problem]:
         )
     if config.training.device == "cpu":
         yield f"{where} runs on GPUs only, but training.device = cpu. {remedy}."
+    # The kernels of the package are compiled for heads up to this size.
     if derived.head_dim(model) > 256:
         yield (
             f"{where} takes heads of at most 256 elements, "
@@ -299,6 +301,7 @@ def _sources(config: Config) -> Iterator[Problem]:
             f"data.split = '{data.split}' and data.validation are both given. "
             "Set one of the two to null."
         )
+    # An empty list is not the same as null: there would be nothing to validate on.
     if data.validation == []:
         yield "data.validation = [] names no source. Use null for a run without validation."
     split_problem = None if data.split is None else _split_problem(data.split)
@@ -469,6 +472,7 @@ def _checkpoint(config: Config) -> Iterator[Problem]:
             f"checkpoint.{present} is set without checkpoint.{missing}. "
             "Set both for snapshots on each node's own disk, or neither."
         )
+    # Kept for good are the checkpoints whose step is a multiple of both.
     interval = checkpoint.interval
     keep_every = checkpoint.keep_every
     if interval is not None and keep_every is not None and keep_every % interval:

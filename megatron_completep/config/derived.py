@@ -38,6 +38,7 @@ def padded_vocab_size(model: ModelConfig, tensor_parallel_size: int) -> int:
 
 def warmup_steps(optimizer: OptimizerConfig, train_steps: int) -> int:
     """Steps of linear warm-up."""
+    # At most one of the two is set (`check.py`).
     if optimizer.warmup_steps is not None:
         return optimizer.warmup_steps
     return round((optimizer.warmup_fraction or 0.0) * train_steps)

@@ -71,6 +71,7 @@ def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     default = field.get_default(call_default_factory=True)
+    # Shown as a file writes it: YAML has no tuples.
     if isinstance(default, tuple):
         default = list(default)
     return f"`{dump_value(default)}`"

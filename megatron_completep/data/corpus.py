@@ -70,6 +70,7 @@ class Corpus:
         source_number, number = self.blend[index]
         source = self.sources[source_number]
         sample = source[number]
+        # PREFIX.json may be absent, so that nothing was known of the ids when the run began.
         if sample.tokens.max() >= self.vocab_size or sample.tokens.min() < 0:
             position = int(np.argmax(outside(sample.tokens, self.vocab_size)))
             raise self._unknown_token(source.dataset, _file_position(sample, position))
@@ -121,6 +122,7 @@ class Corpus:
         sidecar = dataset.sidecar or {}
         if sidecar.get("largest_id", -1) >= self.vocab_size:
             raise self._unknown_token(dataset, first_outside(dataset, self.vocab_size))
+        # Ids that do not occur in this corpus may occur in what its tokenizer encodes later.
         tokenizer = sidecar.get("tokenizer") or {}
         size = tokenizer.get("vocab_size") or 0
         if size > self.vocab_size:
@@ -199,6 +201,7 @@ def _file_position(sample: Sample, position: int) -> int:
 
 
 def _identity(dataset: IndexedDataset) -> dict[str, Any]:
+    # Without PREFIX.json there is no hash, and only the counts can tell two corpora apart.
     sidecar = dataset.sidecar or {}
     return {
         "prefix": dataset.prefix,
@@ -291,6 +294,7 @@ def open_corpus(
 def _open_permuted(
     data: DataConfig, split: str, seq_length: int, planned: int
 ) -> tuple[list[PermutedSource], Blend]:
+    # Each source draws its order from a stream of its own, even where two are the same file.
     configured, share = sources_of(data, split)
     first_stream = 0 if split == "train" else VALIDATION_STREAM
 

@@ -65,6 +65,7 @@ def choose_tokenizer(
         run_copy = copy_in(Path(model))
         if run_copy is not None:
             return run_copy
+        # The type bytes has no model: a model that is named is of another type.
         recorded = ((dataset.sidecar or {}).get("tokenizer") or {}).get("type")
         type = recorded if recorded not in (None, "bytes") else guess_type(model)
     return None if type is None else TokenizerConfig.model_validate({"type": type, "model": model})

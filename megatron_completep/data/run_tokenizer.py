@@ -72,6 +72,7 @@ def copy_in(folder: Path) -> TokenizerConfig | None:
     record = _read_record(folder)
     if record is None:
         return None
+    # A damaged model may load all the same, and decode to another text.
     _check(folder)
     # The record names the file within the folder, after tiktoken's encoding where there is one.
     encoding, _, name = record["model"].rpartition(":")
@@ -130,6 +131,7 @@ def _check(folder: Path) -> None:
     """Raise DataError where a file is not what was written."""
     record = _read_record(folder)
     assert record is not None
+    # Other files in the folder are the user's.
     for name, expected in record["files"].items():
         try:
             actual = hash_file(folder / name)

@@ -16,7 +16,7 @@ if __name__ == "__main__":
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
 
 from megatron_completep.checkpoint import Checkpointer, FailPoint, no_fail_point
 from megatron_completep.command_line import Parser, file_to_read
@@ -74,7 +74,7 @@ def pretrain(
 def train_one_model(
     config: Config,
     launch: Launch,
-    store: dist.Store | None,
+    store: Store | None,
     signals: StopSignals,
     watchdog: Watchdog,
     say: Callable[[str], None],

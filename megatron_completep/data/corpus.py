@@ -69,7 +69,7 @@ class Corpus:
         """
         source_number, number = self.blend[index]
         source = self.sources[source_number]
-        sample = source[number]
+        sample: Sample = source[number]
         # PREFIX.json may be absent, so that nothing was known of the ids when the run began.
         if sample.tokens.max() >= self.vocab_size or sample.tokens.min() < 0:
             position = int(np.argmax(outside(sample.tokens, self.vocab_size)))

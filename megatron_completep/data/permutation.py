@@ -25,9 +25,10 @@ IntOrArray = TypeVar("IntOrArray", int, npt.NDArray[Any])  # a Python integer or
 def mix(value: IntOrArray) -> IntOrArray:
     """A bijective 64-bit hash (the finalizer of splitmix64), of an integer or a uint64 array."""
     # The mask cuts a Python integer down to 64 bits; an array overflows to the same bits.
-    mixed = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
+    mixed: IntOrArray = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
     mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & MASK64
-    return mixed ^ (mixed >> 31)
+    mixed = mixed ^ (mixed >> 31)
+    return mixed
 
 
 def derive_key(*parts: int) -> int:

@@ -27,7 +27,7 @@ def mix(value: IntOrArray) -> IntOrArray:
     # The mask cuts a Python integer down to 64 bits; an array overflows to the same bits.
     mixed: IntOrArray = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
     mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & MASK64
-    mixed = mixed ^ (mixed >> 31)
+    mixed ^= mixed >> 31
     return mixed
 
 

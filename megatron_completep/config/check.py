@@ -53,6 +53,7 @@ def _config_problems(config: Config) -> list[Problem]:
 
 
 def _model(config: Config) -> Iterator[Problem]:
+    """The heads of the model, and settings that nothing of it uses."""
     model = config.model
     heads = model.num_attention_heads
     groups = derived.num_query_groups(model)
@@ -95,6 +96,7 @@ def _model(config: Config) -> Iterator[Problem]:
 
 
 def _attention_backend(config: Config) -> Iterator[Problem]:
+    """What the flash-attn package cannot do."""
     model = config.model
     precision = config.training.precision
     if model.attention_backend != "flash_attention":
@@ -119,6 +121,7 @@ def _attention_backend(config: Config) -> Iterator[Problem]:
 
 
 def _completep(config: Config) -> Iterator[Problem]:
+    """The proxy's shape, and alpha where there is no depth rule."""
     completep = config.completep
     shape = {
         "base_hidden_size": completep.base_hidden_size,
@@ -152,6 +155,7 @@ def _completep(config: Config) -> Iterator[Problem]:
 
 
 def _tensor_parallel(config: Config) -> Iterator[Problem]:
+    """The dimensions that tensor ranks divide among themselves."""
     model = config.model
     size = config.parallel.tensor_parallel_size
     groups = derived.num_query_groups(model)
@@ -183,6 +187,7 @@ def _tensor_parallel(config: Config) -> Iterator[Problem]:
 
 
 def _compile(config: Config) -> Iterator[Problem]:
+    """What torch.compile would compile again and again."""
     flash = config.model.attention_backend == "flash_attention"
     if config.training.compile and flash and config.data.reset_at_document_ends:
         yield (
@@ -194,6 +199,7 @@ def _compile(config: Config) -> Iterator[Problem]:
 
 
 def _pipeline(config: Config) -> Iterator[Problem]:
+    """The pipeline's schedule and chunks, and the stages."""
     parallel = config.parallel
     layers = config.model.num_layers
     ranks = parallel.pipeline_parallel_size
@@ -257,6 +263,7 @@ def _stages(config: Config) -> Iterator[Problem]:
 
 
 def _schedule(config: Config) -> Iterator[Problem]:
+    """The moments, and the learning rate over the steps."""
     optimizer = config.optimizer
     steps = config.training.train_steps
     for index, beta in enumerate(optimizer.betas):
@@ -295,6 +302,7 @@ def _schedule(config: Config) -> Iterator[Problem]:
 
 
 def _sources(config: Config) -> Iterator[Problem]:
+    """The sources of training and validation, and the split."""
     data = config.data
     if data.validation is not None and data.split is not None:
         yield (
@@ -321,6 +329,7 @@ def _sources(config: Config) -> Iterator[Problem]:
 
 
 def _split_problem(split: str) -> str | None:
+    """What is wrong with a split, as the words that follow it; None: nothing."""
     try:
         shares = [float(share) for share in split.split(",")]
     except ValueError:
@@ -333,6 +342,7 @@ def _split_problem(split: str) -> str | None:
 
 
 def _tokenizer(config: Config) -> Iterator[Problem]:
+    """The tokenizer's model."""
     tokenizer = config.data.tokenizer
     if tokenizer is None:
         return
@@ -349,6 +359,7 @@ def _tokenizer(config: Config) -> Iterator[Problem]:
 
 
 def _training(config: Config) -> Iterator[Problem]:
+    """The batch, in whole micro-batches."""
     micro = config.training.micro_batch_size
     samples = config.training.global_batch_size
     if samples % micro:
@@ -362,6 +373,7 @@ def _training(config: Config) -> Iterator[Problem]:
 
 
 def _batch_ramp(config: Config) -> Iterator[Problem]:
+    """The batch sizes on the way to the final one."""
     training = config.training
     ramp = training.batch_ramp
     if ramp is None:
@@ -441,6 +453,7 @@ def _step_numbers(config: Config) -> Iterator[Problem]:
 
 
 def _guards(config: Config) -> Iterator[Problem]:
+    """What the guards need of the time-outs and of the data's order."""
     guards = config.guards
     hang_minutes = guards.hang_timeout_minutes
     collective_minutes = config.parallel.timeout_minutes
@@ -462,6 +475,7 @@ def _guards(config: Config) -> Iterator[Problem]:
 
 
 def _checkpoint(config: Config) -> Iterator[Problem]:
+    """The snapshots on local disks, and the checkpoints that are kept for good."""
     checkpoint = config.checkpoint
     has_folder = checkpoint.local_dir is not None
     has_interval = checkpoint.local_interval is not None

@@ -97,6 +97,7 @@ class Blend:
         return counts
 
     def _floors(self, slot: int) -> list[int]:
+        """The least number of samples that each source has given before a slot."""
         return [weight * slot // self.total for weight in self.weights]
 
     def _build_boundary(self, block: int) -> tuple[int, ...]:

@@ -201,6 +201,7 @@ def _file_position(sample: Sample, position: int) -> int:
 
 
 def _identity(dataset: IndexedDataset) -> dict[str, Any]:
+    """What tells the files of one source from others, ready for JSON."""
     # Without PREFIX.json there is no hash, and only the counts can tell two corpora apart.
     sidecar = dataset.sidecar or {}
     return {
@@ -294,6 +295,7 @@ def open_corpus(
 def _open_permuted(
     data: DataConfig, split: str, seq_length: int, planned: int
 ) -> tuple[list[PermutedSource], Blend]:
+    """The sources in this project's own order, and their blend."""
     # Each source draws its order from a stream of its own, even where two are the same file.
     configured, share = sources_of(data, split)
     first_stream = 0 if split == "train" else VALIDATION_STREAM
@@ -310,6 +312,7 @@ def _open_permuted(
 def _open_megatron(
     data: DataConfig, split: str, seq_length: int, total_samples: int, planned: int
 ) -> tuple[list[MegatronSource], MegatronBlend | SingleSource | Repeated]:
+    """The sources in Megatron's order with their tables, and their blend."""
     configured, share = sources_of(data, split)
     passes = megatron_order.ceil_div(total_samples, planned)
     closed_sources, order = megatron_order.plan(

@@ -62,8 +62,8 @@ def pretrain(
     folder = Path(training.output_dir)
     hang_minutes = config.guards.hang_timeout_minutes
     hang_seconds = 60 * hang_minutes if hang_minutes else None
-    minutes = training.exit_after_minutes
-    with StopSignals(say, minutes, clock.elapsed, launch.by_torchrun) as signals:
+    exit_after_minutes = training.exit_after_minutes
+    with StopSignals(say, exit_after_minutes, clock.elapsed, launch.by_torchrun) as signals:
         store = meet(launch, 60 * config.parallel.timeout_minutes, say)
         with Watchdog(launch, folder, hang_seconds, store, say_on_stderr) as watchdog:
             return train_one_model(

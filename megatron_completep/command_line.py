@@ -1,4 +1,7 @@
-"""How a program of the project reads its command line: overrides anywhere, typed values, all problems at once."""
+"""How a program of the project reads its command line.
+
+Overrides may stand anywhere, values have types, and all problems are reported at once.
+"""
 
 from __future__ import annotations
 
@@ -19,18 +22,21 @@ Value = TypeVar("Value")
 
 _OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)*=")
 _NEGATIVE = re.compile(r"-[\d.]")
-_WRONG = (
-    object()
-)  # stands for a value that was refused, so that the rest of the command line is still read
+_MISSING = re.compile(r"^the following arguments are required: (.*)$")
+# Stands for a value that was refused, so that argparse goes on to read the remaining words.
+_REFUSED = object()
 LARGEST = 2**31 - 1
+
+_Subcommands = argparse._SubParsersAction  # private, and the only way to know such an argument
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser for everybody: its description is the tool's docstring, which holds an example.
+    """An argument parser for everybody: its description is the tool's docstring, with an example.
 
-    With `add_overrides`, words `section.key=value` may stand anywhere, between options and in subcommands too. A value may begin
-    with a minus and a digit (`--lr -10:-5:1`). A wrong command line prints every problem that is found and leaves with code 2.
-    Options are written in full: an abbreviation would change its meaning when an option is added.
+    With `add_overrides`, words `section.key=value` may stand anywhere, between options and in
+    subcommands too. A value may begin with a minus and a digit (`--lr -10:-5:1`). A wrong command
+    line prints every problem that is found and exits with code 2. Options are written in full: an
+    abbreviation would change its meaning when an option is added.
     """
 
     def __init__(self, description: str | None = None, **settings: Any):
@@ -54,29 +60,30 @@ class Parser(argparse.ArgumentParser):
         return super().add_subparsers(**{"parser_class": self._command, **settings})
 
     def _command(self, **settings: Any) -> Parser:
+        # The description's examples stand one a line; this command's help shows those that call it.
         name = settings["prog"].rpartition(" ")[2]
-        examples = [
-            line for line in (self.description or "").splitlines() if f".py {name} " in line
-        ]
-        return Parser(
-            **{"epilog": "\n".join(["Example:", "", *examples]) if examples else None, **settings}
-        )
+        lines = (self.description or "").splitlines()
+        examples = [line for line in lines if f".py {name} " in line]
+        epilog = "\n".join(["Example:", "", *examples]) if examples else None
+        return Parser(**{"epilog": epilog, **settings})
 
     def parse_known_args(  # type: ignore[override]  # one signature for typeshed's overloads
         self, args: Any = None, namespace: Any = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        """As argparse, for subcommands too; what is not understood is a problem here already, so nothing is ever left over."""
+        """As argparse, for subcommands too.
+
+        What is not understood counts as a problem here already, so no word is ever left over.
+        """
         self._problems = []
-        words, overrides = self._sort_out(
-            sys.argv[1:] if args is None else [str(word) for word in args]
-        )
-        values, rest = super().parse_known_args(words, namespace)
-        self._problems += [self._not_understood(word) for word in rest]
+        arguments = sys.argv[1:] if args is None else [str(word) for word in args]
+        words, overrides = self._separate_overrides(arguments)
+        namespace, unknown_words = super().parse_known_args(words, namespace)
+        self._problems += [self._not_understood(word) for word in unknown_words]
         if self._problems:
             self._refuse()
         if self._takes_overrides:
-            values.overrides = overrides + values.overrides
-        return values, []
+            namespace.overrides = overrides + namespace.overrides
+        return namespace, []
 
     @property
     def _takes_overrides(self) -> bool:
@@ -84,91 +91,104 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Never:
         """Refuse the command line for this reason, and for those that were found before."""
-        self._problems.append(
-            re.sub(r"^the following arguments are required: (.*)$", r"missing: \1.", message)
-        )
+        # argparse stops at its first problem, so this is the last one that can be found.
+        self._problems.append(_MISSING.sub(r"missing: \1.", message))
         self._refuse()
 
     def _refuse(self) -> Never:
+        # Several values of one option may break the same rule.
         problems = list(dict.fromkeys(self._problems))
-        several = [
-            f"{len(problems)} problems in this command line",
-            *(f"  {problem}" for problem in problems),
-        ]
-        message = "\n".join(several) if len(problems) > 1 else problems[0]
+        message = problems[0]
+        if len(problems) > 1:
+            headline = f"{len(problems)} problems in this command line"
+            message = "\n".join([headline, *(f"  {problem}" for problem in problems)])
         say_once(f"error: {message}\n{self.prog} --help shows every option and an example.")
         sys.exit(UserError.exit_code)
 
-    def _sort_out(self, words: Sequence[str]) -> tuple[list[str], list[str]]:
-        """(words that argparse reads as they are meant, overrides); unknown options are noted as problems and left out.
+    def _separate_overrides(self, words: Sequence[str]) -> tuple[list[str], list[str]]:
+        """(words that argparse understands as they are meant, overrides).
 
-        The value of an option is never an override. What follows the name of a subcommand is that one's matter.
+        Unknown options are noted as problems and left out. The value of an option is never an
+        override. The parser of a subcommand reads what follows the subcommand's name.
         """
-        kept: list[str] = []
+        argparse_words: list[str] = []
         overrides: list[str] = []
         remaining = iter(words)
-        has_commands = any(
-            isinstance(action, argparse._SubParsersAction) for action in self._actions
-        )
+        has_commands = any(isinstance(action, _Subcommands) for action in self._actions)
         for word in remaining:
-            is_option = (
-                word.startswith("-")
-                and word != "-"
-                and not _NEGATIVE.match(word)
-                and " " not in word
-            )
+            is_option = _looks_like_option(word)
             if has_commands and not is_option:
-                return [*kept, word, *remaining], overrides
+                return [*argparse_words, word, *remaining], overrides
+            # After "--" every word is positional, so argparse would take an override for a value.
             if word == "--":
-                later = list(remaining)
-                lifted = [word for word in later if self._takes_overrides and _OVERRIDE.match(word)]
-                positional = [word for word in later if word not in lifted]
-                return kept + ([word, *positional] if positional else []), overrides + lifted
+                later_overrides, positional = self._after_dashes(list(remaining))
+                argparse_words += [word, *positional] if positional else []
+                return argparse_words, overrides + later_overrides
+
             action = self._option_string_actions.get(word)
             if action is not None and action.nargs is None:
-                value = next(remaining, None)
-                if value is not None and _NEGATIVE.match(value):
-                    kept.append(f"{word}={value}")
-                else:
-                    kept += [word] if value is None else [word, value]
+                argparse_words += _option_with_value(word, next(remaining, None))
             elif is_option and word.partition("=")[0] not in self._option_string_actions:
                 self._problems.append(self._not_understood(word))
             elif self._takes_overrides and _OVERRIDE.match(word):
                 overrides.append(word)
             else:
-                kept.append(word)
-        return kept, overrides
+                argparse_words.append(word)
+        return argparse_words, overrides
+
+    def _after_dashes(self, words: Sequence[str]) -> tuple[list[str], list[str]]:
+        """(overrides, positional words) of what stands after `--`."""
+        overrides: list[str] = []
+        positional: list[str] = []
+        for word in words:
+            is_override = self._takes_overrides and _OVERRIDE.match(word)
+            (overrides if is_override else positional).append(word)
+        return overrides, positional
 
     def _not_understood(self, word: str) -> str:
         if word.startswith("-"):
-            return f"{word}: no such option.{did_you_mean(word.partition('=')[0], self._option_string_actions)}"
+            suggestion = did_you_mean(word.partition("=")[0], self._option_string_actions)
+            return f"{word}: no such option.{suggestion}"
         if self._takes_overrides:
             return _not_an_override(word)
         return f"{word}: one word too many. Quote a value that holds spaces."
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
-        """A value that its type refuses is noted, and the next word is read."""
+        """A value that its type refuses is noted as a problem, and the next word is read."""
         try:
             return super()._get_value(action, arg_string)  # private, the same since Python 2.7
         except argparse.ArgumentError as error:
-            is_override = action.dest == "overrides"
-            self._problems.append(
-                error.message
-                if is_override
-                else f"{name_of(action)} = {arg_string}: {error.message}"
-            )
-            return _WRONG
+            # The message about an override names it already.
+            where = "" if action.dest == "overrides" else f"{name_of(action)} = {arg_string}: "
+            self._problems.append(f"{where}{error.message}")
+            return _REFUSED
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         """Choices are listed as they are written, with the nearest one."""
-        if value is _WRONG or action.choices is None or value in action.choices:
+        if value is _REFUSED or action.choices is None or value in action.choices:
             return
         choices = [str(choice) for choice in action.choices]
         near = did_you_mean(str(value), choices)
         problem = f"{name_of(action)} = {value}: not known.{near} Use one of: {', '.join(choices)}."
-        if isinstance(action, argparse._SubParsersAction):
+        # Without a command there is no parser for the words that follow: nothing more can be read.
+        if isinstance(action, _Subcommands):
             self.error(problem)
         self._problems.append(problem)
+
+
+def _looks_like_option(word: str) -> bool:
+    """Whether a word is an option, known or not: no negative number, `-` or text with spaces."""
+    if not word.startswith("-") or word == "-" or " " in word:
+        return False
+    return not _NEGATIVE.match(word)
+
+
+def _option_with_value(option: str, value: str | None) -> list[str]:
+    """An option and the word after it, so that argparse takes the word for the option's value."""
+    if value is None:
+        return [option]
+    # argparse takes a separate word such as -10:-5:1 for an unknown option.
+    return [f"{option}={value}"] if _NEGATIVE.match(value) else [option, value]
 
 
 def name_of(action: argparse.Action) -> str:
@@ -179,7 +199,7 @@ def name_of(action: argparse.Action) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """' Did you mean X?', or nothing."""
+    """' Did you mean X?', or nothing where no known word is close."""
     near = difflib.get_close_matches(word, list(known), n=1)
     return f" Did you mean {near[0]}?" if near else ""
 
@@ -195,17 +215,17 @@ def _not_an_override(word: str) -> str:
 
 
 def whole(at_least: int = 1, at_most: int = LARGEST) -> Callable[[str], int]:
-    """A whole number from `at_least` to `at_most`."""
+    """The type of a whole number from `at_least` to `at_most`."""
     rule = f"give a whole number from {at_least} to {at_most}."
 
-    def convert(text: str) -> int:
+    def convert(word: str) -> int:
         try:
-            value = int(text)
+            number = int(word)
         except ValueError:
             raise argparse.ArgumentTypeError(rule) from None
-        if not at_least <= value <= at_most:
+        if not at_least <= number <= at_most:
             raise argparse.ArgumentTypeError(rule)
-        return value
+        return number
 
     return convert
 
@@ -213,95 +233,103 @@ def whole(at_least: int = 1, at_most: int = LARGEST) -> Callable[[str], int]:
 def real(
     at_least: float = -math.inf, at_most: float = math.inf, above: float | None = None
 ) -> Callable[[str], float]:
-    """A finite number within bounds; `above` is a bound that is not taken itself."""
-    bounds = (
-        [f"above {above:g}"]
-        if above is not None
-        else [f"of at least {at_least:g}"]
-        if at_least > -math.inf
-        else []
-    )
-    bounds += [f"of at most {at_most:g}"] if at_most < math.inf else []
+    """The type of a finite number within bounds; `above` is a bound that is not allowed itself."""
+    bounds = []
+    if above is not None:
+        bounds.append(f"above {above:g}")
+    elif at_least > -math.inf:
+        bounds.append(f"of at least {at_least:g}")
+    if at_most < math.inf:
+        bounds.append(f"of at most {at_most:g}")
     rule = f"give a finite number {' and '.join(bounds)}".rstrip() + "."
 
-    def convert(text: str) -> float:
+    def convert(word: str) -> float:
         try:
-            value = float(text)
+            number = float(word)
         except ValueError:
             raise argparse.ArgumentTypeError(rule) from None
-        if not (math.isfinite(value) and at_least <= value <= at_most) or (
-            above is not None and value <= above
-        ):
+        # Not a number compares as false with every bound; infinity may be within open ones.
+        is_within = math.isfinite(number) and at_least <= number <= at_most
+        is_above = above is None or number > above
+        if not (is_within and is_above):
             raise argparse.ArgumentTypeError(rule)
-        return value
+        return number
 
     return convert
 
 
 def list_of(item: Callable[[str], Value]) -> Callable[[str], list[Value]]:
-    """Values with commas between them, at least one; a comma may end them. What is wrong with each is said."""
+    """The type of a list of at least one `item`, with commas between; a comma may end it.
+
+    A refusal names every item that is wrong.
+    """
 
     def convert(text: str) -> list[Value]:
-        parts = [part.strip() for part in text.strip().removesuffix(",").split(",")]
-        if not all(parts):
+        words = [word.strip() for word in text.strip().removesuffix(",").split(",")]
+        if not all(words):
             raise argparse.ArgumentTypeError(
                 "a value is missing. Put one comma between two values."
             )
-        values: list[Value] = []
-        problems: dict[str, list[str]] = {}
-        for part in parts:
+        items: list[Value] = []
+        wrong_words: dict[str, list[str]] = {}  # by the rule that they break
+        for word in words:
             try:
-                values.append(item(part))
+                items.append(item(word))
             except argparse.ArgumentTypeError as error:
-                problems.setdefault(str(error), []).append(part)
-        if problems:
-            raise argparse.ArgumentTypeError(
-                "; ".join(f"{', '.join(wrong)}: {rule}" for rule, wrong in problems.items())
-            )
-        return values
+                wrong_words.setdefault(str(error), []).append(word)
+        if wrong_words:
+            problems = [f"{', '.join(wrong)}: {rule}" for rule, wrong in wrong_words.items()]
+            raise argparse.ArgumentTypeError("; ".join(problems))
+        return items
 
     return convert
 
 
 def one_of(choices: Iterable[str]) -> Callable[[str], str]:
-    """One of these words; for lists, where argparse's own `choices` would compare the whole list."""
-    known = list(choices)
+    """The type of one of these words.
 
-    def convert(text: str) -> str:
-        if text not in known:
+    It is for the items of a list: argparse's own `choices` would compare the whole list.
+    """
+    allowed = list(choices)
+
+    def convert(word: str) -> str:
+        if word not in allowed:
             raise argparse.ArgumentTypeError(
-                f"not known.{did_you_mean(text, known)} Use some of: {', '.join(known)}."
+                f"not known.{did_you_mean(word, allowed)} Use some of: {', '.join(allowed)}."
             )
-        return text
+        return word
 
     return convert
 
 
 def file_to_read(text: str) -> Path:
-    """A regular file. One that does not exist is left to the reader of the file, whose message says what it is for."""
+    """The type of a regular file.
+
+    One that does not exist is left to the reader of the file, whose message says what it is for.
+    """
     return _path(text, files=True, folders=False)
 
 
 def folder_to_read(text: str) -> Path:
-    """A folder, or nothing yet."""
+    """The type of a folder that exists, or does not exist yet."""
     return _path(text, files=False, folders=True)
 
 
 def file_or_folder(text: str) -> Path:
-    """A regular file, a folder, or nothing yet."""
+    """The type of a regular file or a folder that exists, or does not exist yet."""
     return _path(text, files=True, folders=True)
 
 
 def tokenizer_model(text: str) -> str:
-    """A tokenizer's file or folder, or the name of an encoding."""
+    """The type of a tokenizer's file or folder, or the name of an encoding."""
     _path(text, files=True, folders=True)
     return text
 
 
 def token_files(text: str) -> str:
-    """PREFIX of PREFIX.bin, PREFIX.idx and PREFIX.json."""
-    for name in names_of_token_files(text):
-        _path(str(name), files=True, folders=False, show=str(name))
+    """The type of the PREFIX of PREFIX.bin, PREFIX.idx and PREFIX.json."""
+    for path in names_of_token_files(text):
+        _path(str(path), files=True, folders=False, show=str(path))
     return text
 
 
@@ -311,10 +339,13 @@ def names_of_token_files(prefix: str | Path) -> list[Path]:
 
 
 def _path(text: str, files: bool, folders: bool, show: str = "") -> Path:
-    """Refuses what would block or give its bytes only once: pipes, devices, sockets."""
-    wanted = " or ".join(
-        kind for kind, asked in (("a file", files), ("a folder", folders)) if asked
-    )
+    """A path, which may not exist. Refuses pipes, devices and sockets, and the kind not asked for.
+
+    files, folders: whether the kind is asked for. show: the path as messages name it, where the
+    argument itself is another text.
+    """
+    kinds = (["a file"] if files else []) + (["a folder"] if folders else [])
+    kind = " or ".join(kinds)
     subject = f"{show} " if show else ""
     try:
         mode = os.stat(text).st_mode
@@ -323,18 +354,21 @@ def _path(text: str, files: bool, folders: bool, show: str = "") -> Path:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise argparse.ArgumentTypeError(
-            f"{subject}cannot be read: {reason}. Give {wanted}."
+            f"{subject}cannot be read: {reason}. Give {kind}."
         ) from None
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+
+    # To open a pipe would wait for its writer, and it gives its content only once.
+    is_file = stat.S_ISREG(mode)
+    is_folder = stat.S_ISDIR(mode)
+    if not (is_file or is_folder):
         raise argparse.ArgumentTypeError(
-            f"{subject}is no regular file (a pipe or a device). Save its content, and give {wanted}."
+            f"{subject}is no regular file (a pipe or a device). Save its content, and give {kind}."
         )
-    if (stat.S_ISREG(mode) and not files) or (stat.S_ISDIR(mode) and not folders):
-        raise argparse.ArgumentTypeError(
-            f"{subject}is {'a folder' if stat.S_ISDIR(mode) else 'a file'}. Give {wanted}."
-        )
+    if (is_file and not files) or (is_folder and not folders):
+        present_kind = "a folder" if is_folder else "a file"
+        raise argparse.ArgumentTypeError(f"{subject}is {present_kind}. Give {kind}.")
     if not os.access(text, os.R_OK):
         raise argparse.ArgumentTypeError(
-            f"{subject}cannot be read: you have no permission to. Give {wanted} that you can read."
+            f"{subject}cannot be read: you have no permission to. Give {kind} that you can read."
         )
     return Path(text)

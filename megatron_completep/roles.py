@@ -1,4 +1,4 @@
-"""What a parameter is, in the order of the paper's Table 1. The schema and the table both speak of roles."""
+"""The roles of parameters, in the order of the paper's Table 1. Schema and table both use them."""
 
 from enum import StrEnum
 
@@ -15,5 +15,5 @@ class Role(StrEnum):
     QK_NORM = "qk_norm"
 
 
-# Gains start at 1 and biases at 0, where the module that owns them creates them; neither is drawn.
+# Gains start at 1 and biases at 0, set by the module that creates them; neither is drawn at random.
 CONSTANT_ROLES = (Role.PRE_NORM, Role.HIDDEN_BIAS, Role.FINAL_NORM, Role.QK_NORM)

@@ -4,8 +4,9 @@
     m_D = tokens of the run / those of the proxy's run
     S = (m_B / m_D)^exponent, at the default of 1/2 their square root
 
-Every learning rate and weight decay is multiplied by S, every epsilon divided by it, and 1 - beta scales with m_B / m_D. All of
-it depends on the number of steps alone. Without the proxy's token counts both ratios are 1 and nothing is scaled.
+Every learning rate and weight decay is multiplied by S, every epsilon is divided by it, and
+1 - beta scales with m_B / m_D. All of these depend on the number of steps alone. Without the
+proxy's token counts both ratios are 1 and nothing is scaled.
 """
 
 from __future__ import annotations
@@ -28,7 +29,11 @@ class BatchScaling:
 
     @property
     def scale(self) -> float:
-        """S: multiplies learning rates and weight decays, divides epsilons. ConfigError where it is no positive number."""
+        """S, which multiplies learning rates and weight decays and divides epsilons.
+
+        Raises ConfigError where S is not a positive number.
+        """
+        # An extreme exponent overflows, or the power of a ratio that rounds to 0 is infinite.
         try:
             scale = float((self.batch_ratio / self.duration_ratio) ** self.exponent)
         except (OverflowError, ZeroDivisionError):
@@ -36,37 +41,40 @@ class BatchScaling:
         if not 0 < scale < math.inf:
             raise ConfigError(
                 f"completep.batch_exponent = {self.exponent:g}: S = (m_B / m_D)^exponent with "
-                f"m_B = {self.batch_ratio:g} and m_D = {self.duration_ratio:g} is no positive number. "
-                "Use an exponent such as 0.5, or check completep.base_batch_tokens and base_total_tokens "
-                "(in tokens)."
+                f"m_B = {self.batch_ratio:g} and m_D = {self.duration_ratio:g} is no positive "
+                "number. Use an exponent such as 0.5, or check completep.base_batch_tokens and "
+                "base_total_tokens (in tokens)."
             )
         return scale
 
     def betas(self, base: tuple[float, float]) -> tuple[float, float]:
-        """The decay rates of the moments, so that they average over as many tokens as the proxy's did.
+        """The decay rates of the moments, so that they average over as many tokens as the proxy's.
 
         Raises ConfigError where a rate would fall below 0.
         """
         ratio = self.batch_ratio / self.duration_ratio
+        # 1 - (1 - beta) rounds: an unscaled run keeps the configured numbers to the last bit.
         if ratio == 1.0:
             return base
-        scaled = 1 - (1 - base[0]) * ratio, 1 - (1 - base[1]) * ratio
-        if min(scaled) < 0:
+
+        beta1 = 1 - (1 - base[0]) * ratio
+        beta2 = 1 - (1 - base[1]) * ratio
+        if min(beta1, beta2) < 0:
             raise ConfigError(
                 f"optimizer.betas = {list(base)}: scaled by m_B / m_D = {ratio:g} they become "
-                f"{scaled[0]:g} and {scaled[1]:g}, below 0. Train longer or with a smaller batch, or "
-                "check completep.base_batch_tokens and base_total_tokens (in tokens)."
+                f"{beta1:g} and {beta2:g}, below 0. Train longer or with a smaller batch, or check "
+                "completep.base_batch_tokens and base_total_tokens (in tokens)."
             )
-        return scaled
+        return beta1, beta2
 
 
 def batch_scaling_of(config: Config) -> BatchScaling:
     """The ratios of a run; 1 where the proxy's token counts are not configured."""
-    base = config.completep
+    completep = config.completep
     return BatchScaling(
-        batch_ratio=_ratio(tokens_per_step(config), base.base_batch_tokens),
-        duration_ratio=_ratio(total_tokens(config), base.base_total_tokens),
-        exponent=base.batch_exponent,
+        batch_ratio=_ratio(tokens_per_step(config), completep.base_batch_tokens),
+        duration_ratio=_ratio(total_tokens(config), completep.base_total_tokens),
+        exponent=completep.batch_exponent,
     )
 
 

@@ -4,7 +4,7 @@
     table.values(Role.HIDDEN_WEIGHT, width_ratio=4.0, optimizer=config.optimizer)
     table.residual_multiplier
 
-Nothing here knows a module or a parameter's name, and nothing needs torch.
+Nothing here knows a module or the name of a parameter, and nothing needs torch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megatron_completep.roles import Role
 
 @dataclass(frozen=True)
 class Factors:
-    """What multiplies the proxy's base values; also used for the final values themselves."""
+    """The factors on the proxy's base values; also the type of the final values themselves."""
 
     init_std: float
     lr: float
@@ -33,9 +33,9 @@ class Factors:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Forward multipliers, and factors by role. Frozen; made once, from the global shape, by `table_of`."""
+    """Forward multipliers, and factors by role. Made once, from the global shape, by `table_of`."""
 
-    base_hidden_size: int  # of the proxy: what modules take their base fan-ins from
+    base_hidden_size: int  # of the proxy: modules take their base fan-ins from these two sizes
     base_ffn_hidden_size: int
     width_multiplier: float = 1.0  # m_N; 1 under SP
     depth_multiplier: float = 1.0  # m_L; 1 under muP and SP
@@ -50,33 +50,40 @@ class Table:
 
     @property
     def residual_multiplier(self) -> float:
-        """What multiplies each branch's output, bias included, before it joins the stream."""
+        """The factor on a branch's output, bias included, before it joins the residual stream."""
         return self._forward.residual
 
     @property
     def logit_multiplier(self) -> float:
-        """What multiplies the logits in training, evaluation and generation."""
+        """The factor on the logits in training, evaluation and generation."""
         return self._forward.unembedding
 
     def factors(self, role: Role, width_ratio: float = 1.0) -> Factors:
-        """Factors of one parameter.
+        """Factors of one parameter: those of the table, of the user and of the batch.
 
-        width_ratio: fan_in / base_fan_in of the logical matrix; 1 for vectors and the vocabulary's tables.
+        width_ratio: fan_in / base_fan_in of the logical matrix; 1 for vectors, the embedding and
+        the unembedding. Raises ConfigError where the batch scaling is not a positive number.
         """
         ratio = width_ratio if self.scale_width else 1.0
-        rows = table_1.RULES[self.rule]
-        row = rows(self.width_multiplier, self.depth_multiplier, self.alpha, ratio)[role]
-        own = self.own_factors.get(role, RoleFactors())
+        rows_of = table_1.RULES[self.rule]
+        rows = rows_of(self.width_multiplier, self.depth_multiplier, self.alpha, ratio)
+        row = rows[role]
+        user_factors = self.own_factors.get(role, RoleFactors())
+
+        # S scales what acts at every step (arXiv 2512.22382), which the initial weights do not.
         scale = self.batch.scale
         return Factors(
-            init_std=math.sqrt(row.variance) * own.init_std,
-            lr=row.lr * own.lr * scale,
-            weight_decay=row.weight_decay * own.weight_decay * scale,
-            eps=row.eps * own.eps / scale,
+            init_std=math.sqrt(row.variance) * user_factors.init_std,
+            lr=row.lr * user_factors.lr * scale,
+            weight_decay=row.weight_decay * user_factors.weight_decay * scale,
+            eps=row.eps * user_factors.eps / scale,
         )
 
     def values(self, role: Role, width_ratio: float, optimizer: OptimizerConfig) -> Factors:
-        """Final initial standard deviation, peak learning rate, weight decay and epsilon of one parameter."""
+        """Initial standard deviation, peak learning rate, weight decay and epsilon of a parameter.
+
+        width_ratio: as of `factors`. optimizer: the section that holds the proxy's base values.
+        """
         factors = self.factors(role, width_ratio)
         return Factors(
             init_std=factors.init_std * optimizer.base_init_std,
@@ -92,41 +99,51 @@ class Table:
 
 
 def table_of(config: Config) -> Table:
-    """The table of a run, from the **global** model shape: a shard or a stage never sees another m_N or m_L."""
-    model, base = config.model, config.completep
-    scale_width = base.parameterization != "sp"
-    scale_depth = base.parameterization == "completep"
-    base_hidden_size = base.base_hidden_size or model.hidden_size
-    base_num_layers = base.base_num_layers or model.num_layers
+    """The table of a run, from the **global** model shape.
+
+    A tensor shard or a pipeline stage never sees another m_N or m_L than the whole model.
+    """
+    model = config.model
+    completep = config.completep
+    scale_width = completep.parameterization != "sp"
+    scale_depth = completep.parameterization == "completep"
+
+    # Without the proxy's sizes the model is its own proxy: m_N = m_L = 1.
+    base_hidden_size = completep.base_hidden_size or model.hidden_size
+    base_num_layers = completep.base_num_layers or model.num_layers
+    same_ratio = _ffn_of_same_ratio(model, base_hidden_size)
     return Table(
         width_multiplier=model.hidden_size / base_hidden_size if scale_width else 1.0,
         depth_multiplier=model.num_layers / base_num_layers if scale_depth else 1.0,
-        alpha=base.alpha if scale_depth else 1.0,
-        attention_scale=_attention_scale(model, base.base_head_dim, scale_width),
+        alpha=completep.alpha if scale_depth else 1.0,
+        attention_scale=_attention_scale(model, completep.base_head_dim, scale_width),
         base_residual_multiplier=model.residual_multiplier,
         base_logit_multiplier=model.logit_multiplier,
         base_hidden_size=base_hidden_size,
-        base_ffn_hidden_size=base.base_ffn_hidden_size
-        or _ffn_of_same_ratio(model, base_hidden_size),
+        base_ffn_hidden_size=completep.base_ffn_hidden_size or same_ratio,
         scale_width=scale_width,
         batch=batch_scaling_of(config),
-        own_factors=MappingProxyType(dict(base.factors)),
+        own_factors=MappingProxyType(dict(completep.factors)),
     )
 
 
 def _ffn_of_same_ratio(model: ModelConfig, base_hidden_size: int) -> int:
+    """The proxy's inner width of the MLP, where it is the same multiple of its hidden size."""
     return max(1, round(model.ffn_hidden_size * base_hidden_size / model.hidden_size))
 
 
 def _attention_scale(model: ModelConfig, base_head_dim: int | None, scale_width: bool) -> float:
-    """The model's own factor times the rule of `model.attention_scale`; SP knows one rule."""
+    """The factor on the attention logits: the model's own times that of `model.attention_scale`.
+
+    Under SP the second is 1/sqrt(head_dim), whatever is configured.
+    """
     rule = model.attention_scale if scale_width else "1/sqrt(head_dim)"
     size = head_dim(model)
     if rule == "1/head_dim":
         return model.attention_multiplier * (1 / size)
     if rule == "1/sqrt(head_dim)":
         return model.attention_multiplier * (1 / math.sqrt(size))
+
     # sqrt(base_head_dim) / head_dim, written so that at the base it is SP's scale to the last bit.
-    return model.attention_multiplier * (
-        math.sqrt((base_head_dim or size) / size) / math.sqrt(size)
-    )
+    growth = math.sqrt((base_head_dim or size) / size)
+    return model.attention_multiplier * (growth / math.sqrt(size))

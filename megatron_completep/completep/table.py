@@ -2,10 +2,11 @@
 
     m_N = N / N_base     width multiplier, of the residual stream
     m_L = L / L_base     depth multiplier
-    r                    fan_in / base_fan_in of the matrix at hand: m_N wherever the FFN ratio is the base's
+    r                    fan_in / base_fan_in of a matrix: m_N where the FFN ratio is the base's
     alpha                exponent of the residual multiplier, 0.5 to 1; CompleteP is 1
 
-muP is the page at m_L = 1, SP at m_N = m_L = r = 1. An entry multiplies the value that was tuned at the proxy.
+muP is the page at m_L = 1, SP at m_N = m_L = r = 1. An entry multiplies the value that was tuned at
+the proxy.
 """
 
 from __future__ import annotations
@@ -18,17 +19,15 @@ from megatron_completep.roles import Role
 
 @dataclass(frozen=True)
 class Forward:
-    """What the activations are multiplied with."""
+    """The factors of the forward pass."""
 
-    residual: (
-        float  # every branch, bias included, before it joins the stream: x + residual * f(norm(x))
-    )
-    unembedding: float  # the logits: unembedding * x W^T
+    residual: float  # on a branch's output, bias included: x + residual * f(norm(x))
+    unembedding: float  # on the logits: unembedding * x W^T
 
 
 @dataclass(frozen=True)
 class Row:
-    """What the values of one role are multiplied with. A rule reads the columns that it has a use for."""
+    """The factors of one role. An update rule reads the columns that it has a use for."""
 
     variance: float  # of the initial weights; 0: a gain that starts at 1 or a bias that starts at 0
     lr: float
@@ -37,7 +36,7 @@ class Row:
 
 
 def forward(m_N: float, m_L: float, alpha: float, base: Forward) -> Forward:
-    """The two rows of the table that act in the forward pass, on the proxy's own factors."""
+    """The two rows of the table that act in the forward pass, times the proxy's own factors."""
     return Forward(
         residual=base.residual * m_L**-alpha,
         unembedding=base.unembedding / m_N,
@@ -48,17 +47,17 @@ def adamw(m_N: float, m_L: float, alpha: float, r: float) -> Mapping[Role, Row]:
     """The rows of the table that belong to AdamW. Neither gains nor biases are decayed."""
     # fmt: off
     return {
-        #                       variance  lr                         weight_decay  eps
-        Role.EMBEDDING:     Row(1.0,      1.0,                       1.0,          1 / m_N),
-        Role.PRE_NORM:      Row(0.0,      m_L ** (alpha - 1),        0.0,          m_L**-alpha / m_N),
-        Role.HIDDEN_WEIGHT: Row(1 / r,    m_L ** (alpha - 1) / r,    r,            m_L**-alpha / m_N),
-        Role.HIDDEN_BIAS:   Row(0.0,      m_L ** (alpha - 1),        0.0,          m_L**-alpha / m_N),
-        Role.FINAL_NORM:    Row(0.0,      1.0,                       0.0,          1 / m_N),
-        Role.UNEMBEDDING:   Row(1.0,      1.0,                       1.0,          1 / m_N),
-        Role.QK_NORM:       Row(0.0,      m_L ** (alpha - 1),        0.0,          m_L**-alpha),
+        #                       variance  lr                       weight_decay  eps
+        Role.EMBEDDING:     Row(1.0,      1.0,                     1.0,          1 / m_N),
+        Role.PRE_NORM:      Row(0.0,      m_L ** (alpha - 1),      0.0,          m_L**-alpha / m_N),
+        Role.HIDDEN_WEIGHT: Row(1 / r,    m_L ** (alpha - 1) / r,  r,            m_L**-alpha / m_N),
+        Role.HIDDEN_BIAS:   Row(0.0,      m_L ** (alpha - 1),      0.0,          m_L**-alpha / m_N),
+        Role.FINAL_NORM:    Row(0.0,      1.0,                     0.0,          1 / m_N),
+        Role.UNEMBEDDING:   Row(1.0,      1.0,                     1.0,          1 / m_N),
+        Role.QK_NORM:       Row(0.0,      m_L ** (alpha - 1),      0.0,          m_L**-alpha),
     }
     # fmt: on
 
 
-# One table an update rule, under the rule's name in `optim/rules.py`.
+# One function an update rule, under the rule's name in `optim/rules.py`.
 RULES: dict[str, Callable[[float, float, float, float], Mapping[Role, Row]]] = {"adamw": adamw}

@@ -1,4 +1,8 @@
-"""The configuration of a run: `schema` (fields), `load` (YAML and overrides), `check` (rules between fields), `derived` values."""
+"""The configuration of a run.
+
+`schema` holds the fields, `load` reads YAML and overrides, `check` holds the rules between fields,
+and `derived` the values that follow from several of them.
+"""
 
 from megatron_completep.config.check import check_config, check_world
 from megatron_completep.config.load import config_from_mapping, load_config, save_config

@@ -10,8 +10,8 @@ from megatron_completep.config.schema import Config, ModelConfig, OptimizerConfi
 def bare_config(model: ModelConfig, **sections: Any) -> Config:
     """The configuration of a run of this model that opens no file and writes none.
 
-    sections: further sections of `Config`, as models or mappings; of `training` the fields that differ. Fields are checked, the
-    rules between them are not: those are for what a user wrote.
+    sections: further sections of `Config`, as models or mappings; of `training` the fields that
+    differ. Fields are checked; the rules between them are not, as those are for what users write.
     """
     training = {
         "micro_batch_size": 1,
@@ -20,8 +20,10 @@ def bare_config(model: ModelConfig, **sections: Any) -> Config:
         "output_dir": "none",
         **sections.pop("training", {}),
     }
-    defaults = {
+    required = {
         "optimizer": OptimizerConfig(base_lr=1e-3),
         "data": {"train": [{"prefix": "none"}]},
     }
-    return Config(model=model, **{**defaults, "training": training, **sections})
+    # The later of two equal keys counts: a section that was handed in replaces the required one.
+    settings = {**required, "training": training, **sections}
+    return Config(model=model, **settings)

@@ -1,36 +1,23 @@
-"""The rules that concern several settings. They hold before any device is touched; every message gives numbers and a remedy."""
+"""The rules between several settings, which hold before any device is touched.
+
+Every message gives numbers and a remedy.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator
 
 from megatron_completep.config import derived
-from megatron_completep.config.field_errors import one_of
-from megatron_completep.config.schema import Config, SourceConfig
-from megatron_completep.errors import ConfigError
-
-VALUES = "<values>"  # in a problem's text: those that fit
-TRIED, SHOWN = 64, 8  # values of a setting that are tried as remedies, and shown
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A problem that another value of one setting mends. Only values that no other rule refuses are offered.
-
-    around: offer the nearest that fits on either side, and no more.
-    """
-
-    text: str  # with VALUES in their place
-    path: str
-    values: Iterable[int]
-    near: int
-    around: bool = False
-
-
-Problem = str | Choice
+from megatron_completep.config.remedies import (
+    VALUES,
+    Choice,
+    Problem,
+    all_divisors,
+    raise_problems,
+)
+from megatron_completep.config.schema import Config
+from megatron_completep.config.world_rules import world_problems
 
 
 def check_config(config: Config) -> None:
@@ -39,11 +26,11 @@ def check_config(config: Config) -> None:
     Raises:
         ConfigError: with all problems, one a line.
     """
-    _raise_all(config, lambda changed: [problem for rule in RULES for problem in rule(changed)])
+    raise_problems(config, _config_problems)
 
 
 def check_world(config: Config, world_size: int) -> None:
-    """Check what depends on the number of processes, known only at launch.
+    """Check everything, including what depends on the number of processes, known only at launch.
 
     Args:
         world_size: all processes of the run.
@@ -51,135 +38,132 @@ def check_world(config: Config, world_size: int) -> None:
     Raises:
         ConfigError: with all problems, one a line.
     """
-    _raise_all(
-        config,
-        lambda changed: (
-            [problem for rule in RULES for problem in rule(changed)]
-            + list(_world(changed, world_size))
-        ),
-    )
+
+    def problems_of(changed: Config) -> list[Problem]:
+        return [*_config_problems(changed), *world_problems(changed, world_size)]
+
+    raise_problems(config, problems_of)
 
 
-def _raise_all(config: Config, problems_of: Callable[[Config], list[Problem]]) -> None:
-    if not (problems := problems_of(config)):
-        return
-
-    def fits(path: str, value: int) -> bool:
-        return len(problems_of(_with(config, path.split("."), value))) < len(problems)
-
-    lines = [
-        problem if isinstance(problem, str) else _with_values(problem, fits) for problem in problems
-    ]
-    count = "1 setting does" if len(problems) == 1 else f"{len(problems)} settings do"
-    raise ConfigError("\n  ".join([f"{count} not fit the others", *lines]))
-
-
-def _with(section: Any, path: Sequence[str], value: int) -> Any:
-    """A section with one setting replaced."""
-    name, *rest = path
-    return section.model_copy(
-        update={name: _with(getattr(section, name), rest, value) if rest else value}
-    )
-
-
-def _with_values(problem: Choice, fits: Callable[[str, int], bool]) -> str:
-    """The text of a problem, with the values closest by ratio of those that fit."""
-
-    def distance(value: int) -> float:
-        return max(value / problem.near, problem.near / value)
-
-    tried = sorted(problem.values, key=distance)[:TRIED]
-    fitting = [value for value in tried if fits(problem.path, value)]
-    if problem.around:
-        below, above = (
-            [v for v in fitting if (v < problem.near) == smaller] for smaller in (True, False)
-        )
-        fitting = below[:1] + above[:1]
-    offered = (
-        one_of(sorted(fitting[:SHOWN]))
-        if fitting
-        else "another value together with the settings that it must fit"
-    )
-    return problem.text.replace(VALUES, offered)
+def _config_problems(config: Config) -> list[Problem]:
+    problems: list[Problem] = []
+    for rule in RULES:
+        problems += rule(config)
+    return problems
 
 
 def _model(config: Config) -> Iterator[Problem]:
-    model, heads = config.model, config.model.num_attention_heads
+    """The heads of the model, and settings that nothing of it uses."""
+    model = config.model
+    heads = model.num_attention_heads
+    groups = derived.num_query_groups(model)
     if model.head_dim is None and model.hidden_size % heads:
         yield Choice(
-            f"model.num_attention_heads = {heads} does not divide model.hidden_size = {model.hidden_size}. "
-            f"Use {VALUES}, or set model.head_dim.",
+            f"model.num_attention_heads = {heads} does not divide "
+            f"model.hidden_size = {model.hidden_size}. Use {VALUES}, or set model.head_dim.",
             "model.num_attention_heads",
-            _all_divisors(model.hidden_size),
+            all_divisors(model.hidden_size),
             near=heads,
         )
+    # Without a whole head size there is no number of elements to be even.
     elif model.position == "rope" and derived.head_dim(model) % 2:
-        yield f"model.position = rope turns pairs of elements, but a head has {derived.head_dim(model)}. Use an even model.head_dim."
-    if heads % derived.num_query_groups(model):
-        yield Choice(
-            f"model.num_query_groups = {model.num_query_groups} does not divide model.num_attention_heads = {heads}. Use {VALUES}.",
-            "model.num_query_groups",
-            _all_divisors(heads),
-            near=derived.num_query_groups(model),
+        yield (
+            "model.position = rope turns pairs of elements, but a head has "
+            f"{derived.head_dim(model)}. Use an even model.head_dim."
         )
+    if heads % groups:
+        yield Choice(
+            f"model.num_query_groups = {model.num_query_groups} does not divide "
+            f"model.num_attention_heads = {heads}. Use {VALUES}.",
+            "model.num_query_groups",
+            all_divisors(heads),
+            near=groups,
+        )
+
+    # Settings that would be read but have nothing to act on.
     if model.tied_embeddings and "unembedding" in config.completep.factors:
         yield (
-            "completep.factors.unembedding has no parameter: model.tied_embeddings = true shares the embedding's weight. "
-            "Move the factors to completep.factors.embedding, or untie."
+            "completep.factors.unembedding has no parameter: model.tied_embeddings = true shares "
+            "the embedding's weight. Move the factors to completep.factors.embedding, or untie."
         )
-    if model.fp32_residual and config.training.precision not in ("bf16", "auto"):
+    precision = config.training.precision
+    if model.fp32_residual and precision not in ("bf16", "auto"):
         yield (
-            f"model.fp32_residual = true has no meaning under training.precision = {config.training.precision}: "
-            "the residual stream is in that type already. Set it to false, or the precision to bf16."
+            f"model.fp32_residual = true has no meaning under training.precision = {precision}: "
+            "the residual stream is in that type already. "
+            "Set it to false, or the precision to bf16."
         )
 
 
 def _attention_backend(config: Config) -> Iterator[Problem]:
-    model, training = config.model, config.training
+    """What the flash-attn package cannot do."""
+    model = config.model
+    precision = config.training.precision
     if model.attention_backend != "flash_attention":
         return
-    where, remedy = (
-        "model.attention_backend = flash_attention",
-        "Use model.attention_backend = sdpa",
-    )
+    where = "model.attention_backend = flash_attention"
+    remedy = "Use model.attention_backend = sdpa"
     if model.position == "alibi":
         yield f"{where} takes no bias on the logits, which model.position = alibi needs. {remedy}."
-    if training.precision in ("float32", "float64"):
-        yield f"{where} computes in bf16 only, but training.precision = {training.precision}. {remedy}, or training.precision = bf16."
-    if training.device == "cpu":
+    if precision in ("float32", "float64"):
+        yield (
+            f"{where} computes in bf16 only, but training.precision = {precision}. "
+            f"{remedy}, or training.precision = bf16."
+        )
+    if config.training.device == "cpu":
         yield f"{where} runs on GPUs only, but training.device = cpu. {remedy}."
+    # The kernels of the package are compiled for heads up to this size.
     if derived.head_dim(model) > 256:
-        yield f"{where} takes heads of at most 256 elements, but these have {derived.head_dim(model)}. {remedy}."
+        yield (
+            f"{where} takes heads of at most 256 elements, "
+            f"but these have {derived.head_dim(model)}. {remedy}."
+        )
 
 
 def _completep(config: Config) -> Iterator[Problem]:
+    """The proxy's shape, and alpha where there is no depth rule."""
     completep = config.completep
-    shape = {name: getattr(completep, name) for name in ("base_hidden_size", "base_num_layers")}
-    if len(missing := [name for name, value in shape.items() if value is None]) == 1:
-        given = next(name for name in shape if name not in missing)
-        own = getattr(config.model, missing[0].removeprefix("base_"))
+    shape = {
+        "base_hidden_size": completep.base_hidden_size,
+        "base_num_layers": completep.base_num_layers,
+    }
+    missing_keys = [name for name, size in shape.items() if size is None]
+    if len(missing_keys) == 1:
+        missing = missing_keys[0]
+        present = next(name for name in shape if name != missing)
+        model_key = missing.removeprefix("base_")
         yield (
-            f"completep.{given} = {shape[given]} is given and completep.{missing[0]} is null. "
-            f"Give the proxy's whole shape (this model's own {missing[0].removeprefix('base_')} is {own}), or neither."
+            f"completep.{present} = {shape[present]} is given and completep.{missing} is null. "
+            f"Give the proxy's whole shape (this model's own {model_key} is "
+            f"{getattr(config.model, model_key)}), or neither."
         )
+
+    # Without the proxy's shape the model is its own proxy, which these two would contradict.
     for name in ("base_ffn_hidden_size", "base_head_dim"):
-        value = getattr(completep, name)
-        if value is not None and len(missing) == 2:
-            yield f"completep.{name} = {value} is given without the proxy's shape. Give completep.base_hidden_size and base_num_layers too."
+        size = getattr(completep, name)
+        if size is not None and len(missing_keys) == 2:
+            yield (
+                f"completep.{name} = {size} is given without the proxy's shape. "
+                "Give completep.base_hidden_size and base_num_layers too."
+            )
     if completep.parameterization != "completep" and completep.alpha != 1.0:
         yield (
-            f"completep.alpha = {completep.alpha} has no effect under completep.parameterization = {completep.parameterization}, "
+            f"completep.alpha = {completep.alpha} has no effect under "
+            f"completep.parameterization = {completep.parameterization}, "
             "which has no depth rule. Remove it, or use completep."
         )
 
 
 def _tensor_parallel(config: Config) -> Iterator[Problem]:
-    model, size = config.model, config.parallel.tensor_parallel_size
-    where, groups = f"parallel.tensor_parallel_size = {size}", derived.num_query_groups(model)
+    """The dimensions that tensor ranks divide among themselves."""
+    model = config.model
+    size = config.parallel.tensor_parallel_size
+    groups = derived.num_query_groups(model)
     divided = {
         "num_attention_heads": model.num_attention_heads,
         "ffn_hidden_size": model.ffn_hidden_size,
     }
+    # Groups that do not divide the heads are a problem of their own (`_model`).
     if model.num_attention_heads % groups == 0:
         divided["num_query_groups"] = groups
     if config.parallel.sequence_parallel:
@@ -188,338 +172,338 @@ def _tensor_parallel(config: Config) -> Iterator[Problem]:
         "num_query_groups": " (each rank holds whole groups of keys and values)",
         "seq_length": " (parallel.sequence_parallel is on)",
     }
-    fitting = _all_divisors(math.gcd(*divided.values()))
-    for name, value in divided.items():
-        follows = (
-            name == "num_query_groups" and model.num_query_groups is None
-        )  # num_attention_heads says it already
-        if value % size and not follows:
-            text = f"{where} does not divide model.{name} = {value}{reasons.get(name, '')}. Use {VALUES}."
-            yield Choice(text, "parallel.tensor_parallel_size", fitting, near=size)
+    sizes_that_fit = all_divisors(math.gcd(*divided.values()))
+    for name, dimension in divided.items():
+        # Groups that follow from num_attention_heads would repeat what is said of that.
+        repeats = name == "num_query_groups" and model.num_query_groups is None
+        if dimension % size and not repeats:
+            yield Choice(
+                f"parallel.tensor_parallel_size = {size} does not divide "
+                f"model.{name} = {dimension}{reasons.get(name, '')}. Use {VALUES}.",
+                "parallel.tensor_parallel_size",
+                sizes_that_fit,
+                near=size,
+            )
 
 
 def _compile(config: Config) -> Iterator[Problem]:
+    """What torch.compile would compile again and again."""
     flash = config.model.attention_backend == "flash_attention"
     if config.training.compile and flash and config.data.reset_at_document_ends:
         yield (
-            "training.compile = true does not go with model.attention_backend = flash_attention and data.reset_at_document_ends = true: "
-            "the number of documents, a shape, changes with every micro-batch, and each new one would be compiled anew. "
+            "training.compile = true does not go with model.attention_backend = flash_attention "
+            "and data.reset_at_document_ends = true: the number of documents, a shape, changes "
+            "with every micro-batch, and each new one would be compiled anew. "
             "Use model.attention_backend = sdpa, or training.compile = false."
         )
 
 
 def _pipeline(config: Config) -> Iterator[Problem]:
-    parallel, layers = config.parallel, config.model.num_layers
-    ranks, virtual = parallel.pipeline_parallel_size, parallel.virtual_pipeline_size
-    stages = ranks * virtual
-    product = f"parallel.pipeline_parallel_size x virtual_pipeline_size = {ranks} x {virtual}"
-    if ranks > 1 and virtual == 1 and parallel.schedule == "interleaved_1f1b":
-        raising = (
-            "Raise it, or use the schedule 1f1b."
-            if layers >= 2 * ranks
-            else "Use the schedule 1f1b."
-        )
-        yield f"parallel.schedule = interleaved_1f1b needs virtual_pipeline_size of at least 2, found 1. {raising}"
-    if virtual > 1 and ranks == 1:
-        yield f"parallel.virtual_pipeline_size = {virtual} has no meaning at parallel.pipeline_parallel_size = 1. Set it to 1."
-    elif virtual > 1 and parallel.schedule not in ("interleaved_1f1b", "zero_bubble"):
+    """The pipeline's schedule and chunks, and the stages."""
+    parallel = config.parallel
+    layers = config.model.num_layers
+    ranks = parallel.pipeline_parallel_size
+    virtual = parallel.virtual_pipeline_size
+    schedule = parallel.schedule
+    # The interleaved schedules alternate between a rank's chunks, of which the others have one.
+    if ranks > 1 and virtual == 1 and schedule == "interleaved_1f1b":
+        remedy = "Use the schedule 1f1b."
+        if layers >= 2 * ranks:
+            remedy = "Raise it, or use the schedule 1f1b."
         yield (
-            f"parallel.virtual_pipeline_size = {virtual} does not go with parallel.schedule = {parallel.schedule}. "
+            "parallel.schedule = interleaved_1f1b needs virtual_pipeline_size of at least 2, "
+            f"found 1. {remedy}"
+        )
+    if virtual > 1 and ranks == 1:
+        yield (
+            f"parallel.virtual_pipeline_size = {virtual} has no meaning at "
+            "parallel.pipeline_parallel_size = 1. Set it to 1."
+        )
+    elif virtual > 1 and schedule not in ("interleaved_1f1b", "zero_bubble"):
+        yield (
+            f"parallel.virtual_pipeline_size = {virtual} does not go with "
+            f"parallel.schedule = {schedule}. "
             "Use the schedule interleaved_1f1b or zero_bubble, or the size 1."
         )
+    yield from _stages(config)
+
+
+def _stages(config: Config) -> Iterator[Problem]:
+    """The division of the layers over the stages of the pipeline."""
+    parallel = config.parallel
+    layers = config.model.num_layers
+    ranks = parallel.pipeline_parallel_size
+    virtual = parallel.virtual_pipeline_size
+    stages = ranks * virtual
+    product = f"parallel.pipeline_parallel_size x virtual_pipeline_size = {ranks} x {virtual}"
     split = parallel.pipeline_split
-    if split is None and layers < stages:
-        yield f"{product} makes {stages} stages of model.num_layers = {layers} layers. Use at most {layers} stages."
     if split is None:
+        if layers < stages:
+            yield (
+                f"{product} makes {stages} stages of model.num_layers = {layers} layers. "
+                f"Use at most {layers} stages."
+            )
         return
     if len(split) != stages:
-        yield f"parallel.pipeline_split has {len(split)} stages, but {product} makes {stages}. Give one number a stage."
+        yield (
+            f"parallel.pipeline_split has {len(split)} stages, but {product} makes {stages}. "
+            "Give one number a stage."
+        )
     if sum(split) != layers:
-        yield f"parallel.pipeline_split = {split} adds up to {sum(split)}, but model.num_layers = {layers}. Make the two equal."
+        yield (
+            f"parallel.pipeline_split = {split} adds up to {sum(split)}, "
+            f"but model.num_layers = {layers}. Make the two equal."
+        )
+    # The ends have work without a layer: the embedding, and the loss.
     if 0 in split[1:-1]:
-        yield f"parallel.pipeline_split = {split} leaves a stage in the middle empty. Only the first and the last may have 0 layers."
+        yield (
+            f"parallel.pipeline_split = {split} leaves a stage in the middle empty. "
+            "Only the first and the last may have 0 layers."
+        )
 
 
 def _schedule(config: Config) -> Iterator[Problem]:
-    optimizer, steps = config.optimizer, config.training.train_steps
+    """The moments, and the learning rate over the steps."""
+    optimizer = config.optimizer
+    steps = config.training.train_steps
     for index, beta in enumerate(optimizer.betas):
         if beta >= 1:
-            yield f"optimizer.betas.{index} = {beta} is not less than 1, so the moment would never move. Use a value such as 0.9 or 0.95."
+            yield (
+                f"optimizer.betas.{index} = {beta} is not less than 1, "
+                "so the moment would never move. Use a value such as 0.9 or 0.95."
+            )
     if optimizer.warmup_fraction is not None and optimizer.warmup_steps is not None:
         yield (
-            f"optimizer.warmup_fraction = {optimizer.warmup_fraction} and optimizer.warmup_steps = {optimizer.warmup_steps} "
+            f"optimizer.warmup_fraction = {optimizer.warmup_fraction} and "
+            f"optimizer.warmup_steps = {optimizer.warmup_steps} "
             "are both given. Set one of the two to null."
         )
+        # Which of the two is meant is not known, so there is nothing to compare with the steps.
         return
-    warmup, decay = derived.warmup_steps(optimizer, steps), derived.decay_steps(optimizer, steps)
+
+    warmup = derived.warmup_steps(optimizer, steps)
+    decay = derived.decay_steps(optimizer, steps)
+    decays_at_end = optimizer.schedule == "warmup_stable_decay"
     if warmup > steps:
-        most = steps - decay if optimizer.schedule == "warmup_stable_decay" else steps
-        yield f"optimizer.warmup_steps = {warmup} is more than training.train_steps = {steps}. Use at most {most}."
-    if optimizer.schedule == "warmup_stable_decay" and warmup <= steps < warmup + decay:
+        most = steps - decay if decays_at_end else steps
         yield (
-            f"optimizer: {warmup} steps of warm-up and {decay} of decay (decay_fraction = {optimizer.decay_fraction}) "
-            f"are more than training.train_steps = {steps}. Use a decay_fraction of at most {_rounded_down((steps - warmup) / steps)}."
+            f"optimizer.warmup_steps = {warmup} is more than training.train_steps = {steps}. "
+            f"Use at most {most}."
+        )
+    elif decays_at_end and warmup + decay > steps:
+        # Rounded down, so that the number shown is one that fits.
+        most_decay = math.floor((steps - warmup) / steps * 1000) / 1000
+        yield (
+            f"optimizer: {warmup} steps of warm-up and {decay} of decay "
+            f"(decay_fraction = {optimizer.decay_fraction}) "
+            f"are more than training.train_steps = {steps}. "
+            f"Use a decay_fraction of at most {most_decay}."
         )
 
 
 def _sources(config: Config) -> Iterator[Problem]:
+    """The sources of training and validation, and the split."""
     data = config.data
     if data.validation is not None and data.split is not None:
-        yield f"data.split = '{data.split}' and data.validation are both given. Set one of the two to null."
+        yield (
+            f"data.split = '{data.split}' and data.validation are both given. "
+            "Set one of the two to null."
+        )
+    # An empty list is not the same as null: there would be nothing to validate on.
     if data.validation == []:
         yield "data.validation = [] names no source. Use null for a run without validation."
-    if data.split is not None and (problem := _split_problem(data.split)):
-        yield f"data.split = '{data.split}' {problem}. Write the three parts training, validation and test, such as '969,30,1'."
-    blends: dict[str, list[SourceConfig]] = {
-        "train": data.train,
-        "validation": data.validation or [],
-    }
-    for name, blend in blends.items():
-        for index, source in enumerate(blend):
+    split_problem = None if data.split is None else _split_problem(data.split)
+    if split_problem is not None:
+        yield (
+            f"data.split = '{data.split}' {split_problem}. "
+            "Write the three parts training, validation and test, such as '969,30,1'."
+        )
+    blends = {"train": data.train, "validation": data.validation or []}
+    for name, sources in blends.items():
+        for index, source in enumerate(sources):
             if source.weight is not None and source.epochs is not None:
                 yield (
-                    f"data.{name}.{index}: weight = {source.weight} and epochs = {source.epochs} are both given for {source.prefix}. "
-                    "Keep one of the two."
+                    f"data.{name}.{index}: weight = {source.weight} and epochs = {source.epochs} "
+                    f"are both given for {source.prefix}. Keep one of the two."
                 )
 
 
 def _split_problem(split: str) -> str | None:
+    """What is wrong with a split, as the words that follow it; None: nothing."""
     try:
-        parts = [float(part) for part in split.split(",")]
+        shares = [float(share) for share in split.split(",")]
     except ValueError:
         return "is not a list of numbers"
-    if len(parts) != 3:
-        return f"has {len(parts)} parts"
-    if not all(0 <= part < float("inf") for part in parts):
+    if len(shares) != 3:
+        return f"has {len(shares)} parts"
+    if not all(0 <= share < math.inf for share in shares):
         return "has a part below zero or without bound"
-    return None if parts[0] > 0 else "leaves nothing for training"
+    return None if shares[0] > 0 else "leaves nothing for training"
 
 
 def _tokenizer(config: Config) -> Iterator[Problem]:
+    """The tokenizer's model."""
     tokenizer = config.data.tokenizer
     if tokenizer is None:
         return
     if tokenizer.type == "bytes" and tokenizer.model is not None:
-        yield f"data.tokenizer.model = '{tokenizer.model}' is not used by data.tokenizer.type = bytes. Remove it."
+        yield (
+            f"data.tokenizer.model = '{tokenizer.model}' is not used by "
+            "data.tokenizer.type = bytes. Remove it."
+        )
     if tokenizer.type != "bytes" and tokenizer.model is None:
-        yield f"data.tokenizer.model is null, but data.tokenizer.type = {tokenizer.type} needs one. Give its model, or use the type bytes."
+        yield (
+            f"data.tokenizer.model is null, but data.tokenizer.type = {tokenizer.type} needs one. "
+            "Give its model, or use the type bytes."
+        )
 
 
 def _training(config: Config) -> Iterator[Problem]:
-    micro, total = config.training.micro_batch_size, config.training.global_batch_size
-    if total % micro:
-        text = f"training.micro_batch_size = {micro} does not divide training.global_batch_size = {total}. Use {VALUES}."
-        yield Choice(text, "training.micro_batch_size", _all_divisors(total), near=micro)
+    """The batch, in whole micro-batches."""
+    micro = config.training.micro_batch_size
+    samples = config.training.global_batch_size
+    if samples % micro:
+        yield Choice(
+            f"training.micro_batch_size = {micro} does not divide "
+            f"training.global_batch_size = {samples}. Use {VALUES}.",
+            "training.micro_batch_size",
+            all_divisors(samples),
+            near=micro,
+        )
 
 
 def _batch_ramp(config: Config) -> Iterator[Problem]:
-    ramp, training = config.training.batch_ramp, config.training
+    """The batch sizes on the way to the final one."""
+    training = config.training
+    ramp = training.batch_ramp
     if ramp is None:
         return
-    where, total, micro = (
-        "training.batch_ramp",
-        training.global_batch_size,
-        training.micro_batch_size,
-    )
-    if ramp.start >= total:
+    final = training.global_batch_size
+    micro = training.micro_batch_size
+    multiples_of_micro = range(micro, final, micro)
+    if ramp.start >= final:
         yield Choice(
-            f"{where}.start = {ramp.start} is not less than training.global_batch_size = {total}. Use {VALUES}, or batch_ramp = null.",
-            f"{where}.start",
-            range(micro, total, micro),
+            f"training.batch_ramp.start = {ramp.start} is not less than "
+            f"training.global_batch_size = {final}. Use {VALUES}, or batch_ramp = null.",
+            "training.batch_ramp.start",
+            multiples_of_micro,
             near=ramp.start,
         )
-    elif (total - ramp.start) % ramp.increment:
+    elif (final - ramp.start) % ramp.increment:
         yield Choice(
-            f"{where}.increment = {ramp.increment} does not lead from start = {ramp.start} to training.global_batch_size = {total}. "
-            f"Use {VALUES}.",
-            f"{where}.increment",
-            _all_divisors(total - ramp.start),
+            f"training.batch_ramp.increment = {ramp.increment} does not lead from "
+            f"start = {ramp.start} to training.global_batch_size = {final}. Use {VALUES}.",
+            "training.batch_ramp.increment",
+            all_divisors(final - ramp.start),
             near=ramp.increment,
         )
-    for name, value in (("start", ramp.start), ("increment", ramp.increment)):
-        if value % micro:
-            text = f"{where}.{name} = {value} is not a multiple of training.micro_batch_size = {micro}. Use {VALUES}."
+
+    # Every size of the ramp is then a whole number of micro-batches.
+    for name, samples in (("start", ramp.start), ("increment", ramp.increment)):
+        if samples % micro:
+            path = f"training.batch_ramp.{name}"
             yield Choice(
-                text, f"{where}.{name}", range(micro, total, micro), near=value, around=True
+                f"{path} = {samples} is not a multiple of training.micro_batch_size = {micro}. "
+                f"Use {VALUES}.",
+                path,
+                multiples_of_micro,
+                near=samples,
+                around=True,
             )
     if ramp.steps > training.train_steps:
         yield (
-            f"{where}.steps = {ramp.steps} is more than training.train_steps = {training.train_steps}, "
-            f"so training.global_batch_size, from which CompleteP scales, is never reached. Use at most {training.train_steps}."
+            f"training.batch_ramp.steps = {ramp.steps} is more than "
+            f"training.train_steps = {training.train_steps}, so training.global_batch_size, "
+            "from which CompleteP scales, is never reached. "
+            f"Use at most {training.train_steps}."
         )
 
 
 def _step_numbers(config: Config) -> Iterator[Problem]:
     """Settings that name steps name steps of the run."""
-    steps, first = config.training.train_steps, config.profiling.first_step
-    for index, part in enumerate(config.training.skip_steps):
-        last = part.last or part.first
-        if last < part.first:
-            remedy = (
-                "Exchange them."
-                if part.first <= steps
-                else f"Exchange them; none may be after training.train_steps = {steps}."
+    steps = config.training.train_steps
+    for index, skipped in enumerate(config.training.skip_steps):
+        first_step = skipped.first
+        last_step = skipped.last or skipped.first
+        # A reversed range would skip nothing, without a word.
+        if last_step < first_step:
+            remedy = "Exchange them."
+            if first_step > steps:
+                remedy = f"Exchange them; none may be after training.train_steps = {steps}."
+            yield (
+                f"training.skip_steps.{index}: last = {last_step} is less than "
+                f"first = {first_step}. {remedy}"
             )
-            yield f"training.skip_steps.{index}: last = {last} is less than first = {part.first}. {remedy}"
-        elif last > steps:
-            yield f"training.skip_steps.{index}: step {last} is after training.train_steps = {steps}. Use at most {steps}."
-    if first is not None and first + config.profiling.steps - 1 > steps:
+        elif last_step > steps:
+            yield (
+                f"training.skip_steps.{index}: step {last_step} is after "
+                f"training.train_steps = {steps}. Use at most {steps}."
+            )
+
+    # A window that ends after the run would never be written.
+    profiling = config.profiling
+    first_profiled = profiling.first_step
+    if first_profiled is not None and first_profiled + profiling.steps - 1 > steps:
+        latest_begin = max(1, steps - profiling.steps + 1)
         yield (
-            f"profiling.first_step = {first} and profiling.steps = {config.profiling.steps} end after training.train_steps = {steps}. "
-            f"Begin at {max(1, steps - config.profiling.steps + 1)} or earlier, and record at most {steps} steps."
+            f"profiling.first_step = {first_profiled} and profiling.steps = {profiling.steps} "
+            f"end after training.train_steps = {steps}. "
+            f"Begin at {latest_begin} or earlier, and record at most {steps} steps."
         )
 
 
 def _guards(config: Config) -> Iterator[Problem]:
-    guards, hang, bound = (
-        config.guards,
-        config.guards.hang_timeout_minutes,
-        config.parallel.timeout_minutes,
-    )
-    if hang is not None and hang > bound:
+    """What the guards need of the time-outs and of the data's order."""
+    guards = config.guards
+    hang_minutes = guards.hang_timeout_minutes
+    collective_minutes = config.parallel.timeout_minutes
+    # Both count while a collective does not end; only the watchdog can say which rank is missing.
+    if hang_minutes is not None and hang_minutes > collective_minutes:
+        least = _plain(hang_minutes)
         yield (
-            f"guards.hang_timeout_minutes = {_plain(hang)} is more than parallel.timeout_minutes = {_plain(bound)}: the collective's "
-            f"time-out would end a hang first, and name no rank. Use a timeout_minutes of at least {_plain(hang)}."
+            f"guards.hang_timeout_minutes = {least} is more than "
+            f"parallel.timeout_minutes = {_plain(collective_minutes)}: the collective's "
+            "time-out would end a hang first, and name no rank. "
+            f"Use a timeout_minutes of at least {least}."
         )
     if guards.rollback_threshold is not None and config.data.order == "megatron":
         yield (
-            f"guards.rollback_threshold = {guards.rollback_threshold:g} does not go with data.order = megatron, whose tables hold the "
-            "run's samples and none in place of those left out. Use data.order = permutation, or rollback_threshold = null."
+            f"guards.rollback_threshold = {guards.rollback_threshold:g} does not go with "
+            "data.order = megatron, whose tables hold the run's samples and none in place of "
+            "those left out. Use data.order = permutation, or rollback_threshold = null."
         )
 
 
 def _checkpoint(config: Config) -> Iterator[Problem]:
-    local_dir, local = config.checkpoint.local_dir, config.checkpoint.local_interval
-    if (local_dir is None) != (local is None):
-        name, other = (
-            ("local_interval", "local_dir")
-            if local_dir is None
-            else ("local_dir", "local_interval")
-        )
-        yield f"checkpoint.{name} is set without checkpoint.{other}. Set both for snapshots on each node's own disk, or neither."
-    interval, every = config.checkpoint.interval, config.checkpoint.keep_every
-    if interval is not None and every is not None and every % interval:
+    """The snapshots on local disks, and the checkpoints that are kept for good."""
+    checkpoint = config.checkpoint
+    has_folder = checkpoint.local_dir is not None
+    has_interval = checkpoint.local_interval is not None
+    if has_folder != has_interval:
+        present = "local_dir" if has_folder else "local_interval"
+        missing = "local_interval" if has_folder else "local_dir"
         yield (
-            f"checkpoint.keep_every = {every} is not a multiple of checkpoint.interval = {interval}, so it would keep almost none. "
-            f"Use {max(1, every // interval) * interval} or another multiple."
+            f"checkpoint.{present} is set without checkpoint.{missing}. "
+            "Set both for snapshots on each node's own disk, or neither."
         )
-
-
-def _world(config: Config, world_size: int) -> Iterator[Problem]:
-    parallel, training = config.parallel, config.training
-    model_ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
-    product = f"{parallel.tensor_parallel_size} x {parallel.pipeline_parallel_size} = {model_ranks}"
-    if world_size % model_ranks:
-        products = _closest(_all_divisors(world_size), model_ranks)
+    # Kept for good are the checkpoints whose step is a multiple of both.
+    interval = checkpoint.interval
+    keep_every = checkpoint.keep_every
+    if interval is not None and keep_every is not None and keep_every % interval:
+        multiple = max(1, keep_every // interval) * interval
         yield (
-            f"parallel.tensor_parallel_size x pipeline_parallel_size = {product} does not divide the world size {world_size}. "
-            f"Start a multiple of {model_ranks} processes, or use sizes whose product is {products}."
-        )
-        return
-    replicas = derived.data_parallel_size(config, world_size)
-    shard = parallel.optimizer_shard_size
-    if shard is not None and replicas % shard:
-        yield Choice(
-            f"parallel.optimizer_shard_size = {shard} does not divide the data-parallel size {replicas} "
-            f"(world size {world_size} / {model_ranks}). Use {VALUES}, or null.",
-            "parallel.optimizer_shard_size",
-            _all_divisors(replicas),
-            near=shard,
-        )
-    together = training.micro_batch_size * replicas
-    fitting = True
-    for where, total in _batches(config):
-        if total % together:
-            fitting = False
-            yield Choice(
-                f"{where} = {total} is not a multiple of micro_batch_size x data-parallel size = "
-                f"{training.micro_batch_size} x {replicas} = {together}. Use {VALUES}, or another micro_batch_size.",
-                where,
-                _multiples(together, total),
-                near=total,
-                around=True,
-            )
-    if fitting:
-        for total in derived.batch_sizes(training):
-            yield from _micro_batches(config, total, together)
-    if (
-        outside := max(config.profiling.ranks)
-    ) >= world_size and config.profiling.first_step is not None:
-        yield f"profiling.ranks names rank {outside}, but the ranks go from 0 to {world_size - 1}. Leave it out."
-
-
-def _batches(config: Config) -> Iterator[tuple[str, int]]:
-    """What must be dealt out evenly to micro-batches and data ranks."""
-    yield "training.global_batch_size", config.training.global_batch_size
-    if ramp := config.training.batch_ramp:
-        yield "training.batch_ramp.start", ramp.start
-        yield "training.batch_ramp.increment", ramp.increment
-
-
-def _micro_batches(config: Config, total: int, together: int) -> Iterator[Problem]:
-    """What the pipeline schedules demand of the number of micro-batches (torch.distributed.pipelining)."""
-    parallel, count = config.parallel, total // together
-    ranks = parallel.pipeline_parallel_size
-    if ranks == 1:
-        return
-    ramps = total != config.training.global_batch_size
-    name = "training.batch_ramp: the batch size" if ramps else "training.global_batch_size"
-    where = f"{name} = {total} makes {count} micro-batches"
-    setting = "training.global_batch_size"
-    values: Sequence[int] = _multiples(together, total)
-    if ramps:
-        setting, values = (
-            "training.batch_ramp.start",
-            range(together, config.training.global_batch_size, together),
-        )
-    if parallel.schedule == "1f1b" and count < ranks:
-        smaller = " a smaller micro_batch_size," if config.training.micro_batch_size > 1 else ""
-        yield Choice(
-            f"{where}, fewer than parallel.pipeline_parallel_size = {ranks}, which the schedule 1f1b needs. "
-            f"Use {setting} = {VALUES},{smaller} or the schedule gpipe.",
-            setting,
-            [value for value in values if value >= ranks * together],
-            near=total,
-        )
-    rounds = max(1, count // ranks)
-    if parallel.schedule in ("interleaved_1f1b", "zero_bubble") and count % rounds:
-        yield Choice(
-            f"{where}, which parallel.schedule = {parallel.schedule} cannot deal out in {rounds} equal rounds over {ranks} stages. "
-            f"Use {VALUES}.",
-            setting,
-            [value for value in values if value % (ranks * together) == 0],
-            near=total,
-            around=True,
+            f"checkpoint.keep_every = {keep_every} is not a multiple of "
+            f"checkpoint.interval = {interval}, so it would keep almost none. "
+            f"Use {multiple} or another multiple."
         )
 
 
-def _multiples(step: int, value: int) -> list[int]:
-    """The positive multiples of `step` round a value, as many as are tried, and more above where few are below."""
-    middle = max(1, value // step)
-    return [step * factor for factor in range(max(1, middle - TRIED), middle + TRIED + 1)]
-
-
-def _rounded_down(fraction: float) -> float:
-    """To three decimals, so that the number shown is one that fits."""
-    return math.floor(fraction * 1000) / 1000
-
-
-def _plain(value: float) -> str:
+def _plain(number: float) -> str:
     """A number as it stands in a file, every digit of it."""
-    return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    return f"{number:g}" if float(f"{number:g}") == number else repr(number)
 
 
-def _all_divisors(value: int) -> list[int]:
-    # The bound keeps a mistyped number of thirty digits from costing more than a message.
-    small = [n for n in range(1, min(math.isqrt(value), 100_000) + 1) if value % n == 0]
-    return sorted({*small, *(value // n for n in small)})
-
-
-def _closest(values: Iterable[int], near: int) -> str:
-    """The values closest to `near` by ratio, in order, as '1, 2 or 4'."""
-    return one_of(sorted(sorted(values, key=lambda value: max(value / near, near / value))[:SHOWN]))
-
-
+# In the order in which their problems are listed.
 RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _model,
     _attention_backend,

@@ -1,4 +1,7 @@
-"""Values that follow from a configuration: computed here once, so that a configuration stays as its user wrote it."""
+"""Values that follow from a configuration.
+
+They are computed here only, so that a configuration stays as its user wrote it.
+"""
 
 from __future__ import annotations
 
@@ -21,62 +24,74 @@ def head_dim(model: ModelConfig) -> int:
 
 
 def num_query_groups(model: ModelConfig) -> int:
-    """Key/value heads, G."""
+    """Number of key/value heads, G."""
     return model.num_query_groups or model.num_attention_heads
 
 
 def padded_vocab_size(model: ModelConfig, tensor_parallel_size: int) -> int:
-    """Rows of the embedding: vocab_size rounded up so that every tensor rank holds a multiple of vocab_multiple."""
+    """Rows of the embedding: vocab_size rounded up.
+
+    Every tensor rank then holds a multiple of vocab_multiple.
+    """
     multiple = model.vocab_multiple * tensor_parallel_size
     return -(-model.vocab_size // multiple) * multiple
 
 
 def warmup_steps(optimizer: OptimizerConfig, train_steps: int) -> int:
     """Steps of linear warm-up."""
+    # At most one of the two is set (`check.py`).
     if optimizer.warmup_steps is not None:
         return optimizer.warmup_steps
     return round((optimizer.warmup_fraction or 0.0) * train_steps)
 
 
 def decay_steps(optimizer: OptimizerConfig, train_steps: int) -> int:
-    """Steps of the last part of warmup_stable_decay, in which the learning rate falls."""
+    """Steps at the end of warmup_stable_decay, in which the learning rate falls."""
     return round(optimizer.decay_fraction * train_steps)
 
 
 def own_factors(optimizer: OptimizerConfig, name: str) -> OverrideConfig:
-    """What the user's overrides multiply one parameter's values with: the product of all that match its name (0 or infinite where it
-    leaves the range of numbers, which is for `optim.check` to refuse)."""
-    found = [override for override in optimizer.overrides if fnmatchcase(name, override.pattern)]
-    factors = {
-        field: prod(getattr(override, field) for override in found)
-        for field in ("lr", "init_std", "weight_decay", "eps")
-    }
+    """The factors of the user's overrides on one parameter's values.
+
+    They are the products over all overrides whose pattern matches its name. A product that leaves
+    the range of numbers is 0 or infinite; `optim.check` refuses it.
+    """
+    matching = [override for override in optimizer.overrides if fnmatchcase(name, override.pattern)]
+    factors = {}
+    for field in ("lr", "init_std", "weight_decay", "eps"):
+        factors[field] = prod(getattr(override, field) for override in matching)
+    # Not validated: the product of valid factors may be 0, which no single factor may be.
     return OverrideConfig.model_construct(pattern=name, **factors)
 
 
 def batch_size(training: TrainingConfig, step: int) -> int:
-    """Sequences of optimizer step `step` (from 1), over all ranks: global_batch_size, or less while training.batch_ramp lasts."""
+    """Sequences of optimizer step `step` (from 1), over all ranks.
+
+    It is global_batch_size, or less while training.batch_ramp lasts.
+    """
     ramp = training.batch_ramp
     if ramp is None or step > ramp.steps:
         return training.global_batch_size
+    # The sizes below the final one share the ramp's steps equally, as far as whole steps allow.
     increments = (training.global_batch_size - ramp.start) // ramp.increment
     return ramp.start + ramp.increment * ((step - 1) * increments // ramp.steps)
 
 
 def batch_sizes(training: TrainingConfig) -> list[int]:
-    """Every batch size of the run, smallest first."""
+    """Every batch size of the run, in sequences, smallest first."""
+    sizes: list[int] = []
     ramp = training.batch_ramp
-    return [
-        *(range(ramp.start, training.global_batch_size, ramp.increment) if ramp else ()),
-        training.global_batch_size,
-    ]
+    if ramp is not None:
+        sizes += range(ramp.start, training.global_batch_size, ramp.increment)
+    return [*sizes, training.global_batch_size]
 
 
 def samples_before(training: TrainingConfig, step: int) -> int:
     """Sequences of the steps before step `step` (from 1), in a run that never went back."""
     ramp_steps = min(training.batch_ramp.steps, step - 1) if training.batch_ramp else 0
-    in_ramp = sum(batch_size(training, earlier) for earlier in range(1, ramp_steps + 1))
-    return in_ramp + training.global_batch_size * (step - 1 - ramp_steps)
+    ramp_samples = sum(batch_size(training, earlier) for earlier in range(1, ramp_steps + 1))
+    full_steps = step - 1 - ramp_steps
+    return ramp_samples + training.global_batch_size * full_steps
 
 
 def total_samples(training: TrainingConfig) -> int:
@@ -85,12 +100,19 @@ def total_samples(training: TrainingConfig) -> int:
 
 
 def is_skipped(training: TrainingConfig, step: int) -> bool:
-    """Whether the data of optimizer step `step` (from 1) are read past without an update (training.skip_steps)."""
-    return any(part.first <= step <= (part.last or part.first) for part in training.skip_steps)
+    """Whether the data of optimizer step `step` (from 1) are read past without an update.
+
+    training.skip_steps lists such steps.
+    """
+    ranges = training.skip_steps
+    return any(steps.first <= step <= (steps.last or steps.first) for steps in ranges)
 
 
 def tokens_per_step(config: Config) -> int:
-    """Tokens an optimizer step, over all ranks; where the batch grows (training.batch_ramp), of its final size."""
+    """Tokens an optimizer step, over all ranks.
+
+    Where the batch grows (training.batch_ramp), those of its final size.
+    """
     return config.training.global_batch_size * config.model.seq_length
 
 
@@ -120,7 +142,6 @@ def gradient_parallel_size(config: Config, world_size: int) -> int:
 
 
 def micro_batches_per_step(config: Config, world_size: int) -> int:
-    """Micro-batches that each rank works through in an optimizer step (of the final batch size)."""
-    return config.training.global_batch_size // (
-        config.training.micro_batch_size * data_parallel_size(config, world_size)
-    )
+    """Micro-batches of each rank in an optimizer step (of the final batch size)."""
+    replicas = data_parallel_size(config, world_size)
+    return config.training.global_batch_size // (config.training.micro_batch_size * replicas)

@@ -7,23 +7,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+# Written `X as X` where other rooms take the name from here.
+from megatron_completep.config.section import Fraction, NonNegativeFloat, PositiveFloat, Probability
+from megatron_completep.config.section import NonNegativeInt as NonNegativeInt
+from megatron_completep.config.section import PositiveInt as PositiveInt
+from megatron_completep.config.section import Section as Section
 from megatron_completep.roles import Role
-
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-class Section(BaseModel):
-    """Frozen; unknown keys refused; integers strict, floats finite."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=()
-    )
 
 
 class ModelConfig(Section):
@@ -71,7 +62,8 @@ class ModelConfig(Section):
     tied_embeddings: bool = Field(False, description="Unembedding shares the embedding's weight.")
     attention_scale: Literal["base_head_dim", "1/head_dim", "1/sqrt(head_dim)"] = Field(
         "base_head_dim",
-        description="Scale of attention logits; base_head_dim: sqrt(base_head_dim) / head_dim. Under sp it is always 1/sqrt(head_dim).",
+        description="Scale of attention logits; base_head_dim: sqrt(base_head_dim) / head_dim. "
+        "Under sp it is always 1/sqrt(head_dim).",
     )
     input_multiplier: PositiveFloat = Field(
         1.0, description="Tunable base factor on the embedding output."
@@ -85,7 +77,7 @@ class ModelConfig(Section):
     logit_multiplier: PositiveFloat = Field(
         1.0, description="Tunable base factor on the logits, beside 1/m_N."
     )
-    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+    dropout: Probability = Field(
         0.0, description="Probability of dropping a branch output element."
     )
     fp32_residual: bool = Field(
@@ -97,7 +89,9 @@ class ModelConfig(Section):
 
 
 class RoleFactors(Section):
-    """A user's own factors for one role, on top of Table 1; found at the proxy, they hold at the target."""
+    """A user's own factors for one role, on top of Table 1; found at the proxy,
+    they hold at the target.
+    """
 
     lr: PositiveFloat = Field(1.0, description="Multiplies the learning rate.")
     init_std: PositiveFloat = Field(1.0, description="Multiplies the initial standard deviation.")
@@ -105,7 +99,7 @@ class RoleFactors(Section):
     eps: PositiveFloat = Field(1.0, description="Multiplies the AdamW epsilon.")
 
 
-RoleName = Annotated[Role, Field(strict=False)]  # a file says it as a string
+RoleName = Annotated[Role, Field(strict=False)]  # not strict: a file holds it as a string
 
 
 class CompletePConfig(Section):
@@ -172,11 +166,13 @@ class ParallelConfig(Section):
     bucket_megabytes: PositiveFloat = Field(40.0, description="Size of a gradient bucket in MB.")
     timeout_minutes: PositiveFloat = Field(
         20.0,
-        description="Bound on one collective, in minutes; at least guards.hang_timeout_minutes, which can say who hangs.",
+        description="Bound on one collective, in minutes; at least guards.hang_timeout_minutes, "
+        "which can say who hangs.",
     )
     flight_recorder_entries: NonNegativeInt = Field(
         2000,
-        description="Newest collectives that each rank remembers, for the watchdog to write down in a hang; 0: none.",
+        description="Newest collectives that each rank remembers, for the watchdog to write down "
+        "in a hang; 0: none.",
     )
 
 
@@ -184,7 +180,8 @@ class OverrideConfig(Section):
     """Own factors for the parameters whose name matches a pattern."""
 
     pattern: str = Field(
-        description="Shell-style pattern on the parameter name in the whole model, such as layers.0.*; must match something."
+        description="Shell-style pattern on the parameter name in the whole model, "
+        "such as layers.0.*; must match something."
     )
     lr: PositiveFloat = Field(1.0, description="Multiplies the learning rate.")
     init_std: PositiveFloat = Field(1.0, description="Multiplies the initial standard deviation.")
@@ -261,7 +258,8 @@ class DataConfig(Section):
     )
     split: str | None = Field(
         None,
-        description="'969,30,1': parts of the train sources for training, validation, test, when validation is null.",
+        description="'969,30,1': parts of the train sources for training, validation, test, "
+        "when validation is null.",
     )
     tokenizer: TokenizerConfig | None = Field(
         None, description="Needed to decode text (generation, reports); training works without."
@@ -272,8 +270,8 @@ class DataConfig(Section):
     )
     order_samples: PositiveInt | None = Field(
         None,
-        description="Samples of training for which the order is planned (megatron; epochs beside weights); null: those of the run. "
-        "Keeps the order of a run that is made longer.",
+        description="Samples of training for which the order is planned (megatron; epochs beside "
+        "weights); null: those of the run. Keeps the order of a run that is made longer.",
     )
     reset_at_document_ends: bool = Field(
         False, description="Attention and positions start anew at document boundaries."
@@ -284,7 +282,9 @@ class DataConfig(Section):
 
 
 class BatchRampConfig(Section):
-    """A smaller batch in the beginning: batch sizes start, start + increment, ... share the first steps equally."""
+    """A smaller batch in the beginning: batch sizes start, start + increment, ...
+    share the first steps equally.
+    """
 
     start: PositiveInt = Field(description="Sequences of the first optimizer step, over all ranks.")
     increment: PositiveInt = Field(
@@ -314,15 +314,18 @@ class TrainingConfig(Section):
     train_steps: PositiveInt = Field(description="Optimizer steps of the whole run.")
     batch_ramp: BatchRampConfig | None = Field(
         None,
-        description="Batch sizes that grow to global_batch_size; the learning rate still goes by steps. null: none.",
+        description="Batch sizes that grow to global_batch_size; "
+        "the learning rate still goes by steps. null: none.",
     )
     skip_steps: list[StepRangeConfig] = Field(
         default_factory=list,
-        description="Steps whose data are read past: no update, while step count and learning rate go on.",
+        description="Steps whose data are read past: no update, while step count and learning rate "
+        "go on.",
     )
     precision: Literal["float32", "bf16", "float64", "auto"] = Field(
         "bf16",
-        description="Compute type; master weights are float32 under bf16. auto: bf16 where the hardware has units for it.",
+        description="Compute type; master weights are float32 under bf16. "
+        "auto: bf16 where the hardware has units for it.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto: cuda where there is one."
@@ -333,30 +336,36 @@ class TrainingConfig(Section):
     )
     z_loss: NonNegativeFloat = Field(
         0.0,
-        description="Coefficient of logsumexp(logits)^2 added to the training loss (not to that of validation).",
+        description="Coefficient of logsumexp(logits)^2 added to the training loss (not to that of "
+        "validation).",
     )
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
+    label_smoothing: Probability = Field(
         0.0, description="Probability mass spread over all tokens, in training (not in validation)."
     )
     recompute: Literal["none", "selective", "full"] = Field(
         "none",
-        description="Activation recomputation: selective: attention proper and the MLP's activation; full: whole layers.",
+        description="Activation recomputation: selective: attention proper and the MLP's "
+        "activation; full: whole layers.",
     )
     cpu_threads: PositiveInt | None = Field(
         None,
-        description="Threads a process computes on; null: the node's cores divided by its processes.",
+        description="Threads a process computes on; "
+        "null: the node's cores divided by its processes.",
     )
     stop_at_step: PositiveInt | None = Field(
         None,
-        description="Save and leave after this step, before train_steps; the same run goes on when started again. null: never.",
+        description="Save and leave after this step, before train_steps; "
+        "the same run goes on when started again. null: never.",
     )
     exit_after_minutes: PositiveFloat | None = Field(
         None,
-        description="Save and leave, with the exit code that asks for a requeue, this long after the start; null: never.",
+        description="Save and leave, with the exit code that asks for a requeue, "
+        "this long after the start; null: never.",
     )
     weight_gradient: Literal["auto", "torch", "apex"] = Field(
         "auto",
-        description="Accumulation of weight gradients: apex adds bf16 products straight into fp32; auto: apex where installed.",
+        description="Accumulation of weight gradients: apex adds bf16 products straight into fp32; "
+        "auto: apex where installed.",
     )
     compile: bool = Field(False, description="torch.compile the regions between linears.")
     validation_interval: PositiveInt | None = Field(
@@ -378,46 +387,56 @@ class CheckpointConfig(Section):
     async_save: bool = Field(True, description="Write while training goes on.")
     local_dir: str | None = Field(
         None,
-        description="Folder on each node's own disk for snapshots between two checkpoints; needs local_interval. null: none.",
+        description="Folder on each node's own disk for snapshots between two checkpoints; "
+        "needs local_interval. null: none.",
     )
     local_interval: PositiveInt | None = Field(
         None, description="Steps between snapshots in local_dir."
     )
     local_keep: PositiveInt = Field(
         2,
-        description="Newest snapshots that are kept; a checkpoint on the shared disk removes those before it.",
+        description="Newest snapshots that are kept; a checkpoint on the shared disk removes those "
+        "before it.",
     )
     resume: bool = Field(
         True, description="Continue from the newest checkpoint in output_dir when there is one."
     )
     allow_changed: list[str] = Field(
         default_factory=list,
-        description="Paths or patterns (model.dropout, table.*, data.*, fingerprints.*) that may differ from the checkpoint's at resume.",
+        description="Paths or patterns (model.dropout, table.*, data.*, fingerprints.*) that may "
+        "differ from the checkpoint's at resume.",
     )
     on_failure: Literal["continue", "stop"] = Field(
         "continue",
-        description="After a failed save: go on training (the older checkpoints are intact), or stop at the next save.",
+        description="After a failed save: go on training (the older checkpoints are intact), "
+        "or stop at the next save.",
     )
     timeout_minutes: PositiveFloat = Field(
         30.0,
-        description="Longest wait of one rank for another to get on with its part of a checkpoint, in minutes.",
+        description="Longest wait of one rank for another to get on with its part of a checkpoint, "
+        "in minutes.",
     )
 
 
 class GuardsConfig(Section):
-    """What a run watches for. docs/reliability.md says what happens then, and with which exit code."""
+    """What a run watches for.
+    docs/reliability.md says what happens then, and with which exit code.
+    """
 
     max_skipped_steps: PositiveInt = Field(
         10,
-        description="Steps in a row skipped for a gradient that is not finite, after which the run stops.",
+        description="Steps in a row skipped for a gradient that is not finite, after which the run "
+        "stops.",
     )
     spike_threshold: PositiveFloat | None = Field(
         1.0,
-        description="Nats above the median of the last 50 losses that are reported as a spike; null: none.",
+        description="Nats above the median of the last 50 losses that are reported as a spike; "
+        "null: none.",
     )
     rollback_threshold: PositiveFloat | None = Field(
         None,
-        description="Nats above that median at which the run goes back to the checkpoint before and leaves out the data since; null: never.",
+        description="Nats above that median at which the run goes back to the checkpoint before "
+        "and leaves out the data since; null: never.",
     )
     rollback_skip_steps: NonNegativeInt = Field(
         0, description="Steps of data that a rollback leaves out beyond those up to the spike."
@@ -431,7 +450,8 @@ class GuardsConfig(Section):
     )
     hang_timeout_minutes: PositiveFloat | None = Field(
         15.0,
-        description="Minutes without a finished step after which the watchdog dumps stacks and leaves; longer than a validation and the first step; null: never.",
+        description="Minutes without a finished step after which the watchdog dumps stacks and "
+        "leaves; longer than a validation and the first step; null: never.",
     )
     straggler_interval: PositiveInt | None = Field(
         100, description="Steps between comparisons of the ranks' own times; null: never."
@@ -441,14 +461,16 @@ class GuardsConfig(Section):
     )
     gc_interval: PositiveInt | None = Field(
         100,
-        description="Steps between Python's garbage collections, on all ranks after the same step; null: whenever Python likes.",
+        description="Steps between Python's garbage collections, on all ranks after the same step; "
+        "null: whenever Python likes.",
     )
     lock_wait_seconds: NonNegativeFloat = Field(
         30.0, description="How long a start waits for another run in the same output_dir to end."
     )
     max_restarts_without_progress: PositiveInt = Field(
         3,
-        description="Restarts by torchrun in a row that find the same step, after which the run stops.",
+        description="Restarts by torchrun in a row that find the same step, after which the run "
+        "stops.",
     )
 
 
@@ -464,7 +486,8 @@ class ProfilingConfig(Section):
     )
     memory: bool = Field(
         False,
-        description="Record every allocation, too: a memory snapshot of a GPU, sizes by operation elsewhere.",
+        description="Record every allocation, too: a memory snapshot of a GPU, "
+        "sizes by operation elsewhere.",
     )
 
 
@@ -477,7 +500,8 @@ class LoggingConfig(Section):
     )
     trackers: list[Literal["wandb", "trackio"]] = Field(
         default_factory=list,
-        description="Further trackers, from the extra `tracking`; one that fails is left out, and training goes on.",
+        description="Further trackers, from the extra `tracking`; one that fails is left out, "
+        "and training goes on.",
     )
     project: str = Field("megatron-completep", description="The trackers' project.")
     run_name: str | None = Field(
@@ -485,11 +509,13 @@ class LoggingConfig(Section):
     )
     offline: bool = Field(
         False,
-        description="wandb writes to output_dir/wandb alone, for `wandb sync`; trackio is always on this machine.",
+        description="wandb writes to output_dir/wandb alone, for `wandb sync`; "
+        "trackio is always on this machine.",
     )
     parameterization_interval: PositiveInt | None = Field(
         100,
-        description="Steps between rows with activation, update and attention-logit sizes; null: never.",
+        description="Steps between rows with activation, update and attention-logit sizes; "
+        "null: never.",
     )
     parameterization_reference: str | None = Field(
         None,
@@ -501,7 +527,7 @@ class LoggingConfig(Section):
     def _without_former_keys(cls, values: Any) -> Any:
         """Files of earlier runs hold `wandb_project: null`."""
         if isinstance(values, dict) and values.get("wandb_project", "") is None:
-            return {name: value for name, value in values.items() if name != "wandb_project"}
+            return {key: setting for key, setting in values.items() if key != "wandb_project"}
         return values
 
 

@@ -1,1 +1,1 @@
-"""Token files, the order of samples, and batches. `loader.build_loader` is the entrance for training."""
+"""Token files, the order of samples, and batches. Training begins at `loader.build_loader`."""

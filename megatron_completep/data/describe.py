@@ -1,4 +1,4 @@
-"""What a person wants to know of token files and of the samples of a step: the library behind tools/dataset.py."""
+"""What people want to know of token files and of the samples of a step, for tools/dataset.py."""
 
 from __future__ import annotations
 
@@ -27,16 +27,19 @@ from megatron_completep.errors import DataError
 
 
 def tokenizer_for(dataset: IndexedDataset, chosen: TokenizerConfig | None) -> Tokenizer | None:
-    """The chosen tokenizer, else the one recorded in PREFIX.json where its model is still the same; None: no way to decode.
+    """The chosen tokenizer, else the one recorded in PREFIX.json where its model is still the same.
 
-    The recorded one is looked for where it lay when the files were written, beside them, and in the present folder. Raises DataError
-    when a chosen tokenizer is not the one the files were written with.
+    The recorded one is looked for where it lay when the files were written, beside them, and in the
+    present folder. None: there is no way to decode. Raises DataError when a chosen tokenizer is not
+    the one that the files were written with.
     """
-    sidecar = dataset.sidecar or {}
     if chosen is not None:
         tokenizer = build_tokenizer(chosen)
         refuse_other_tokenizer(dataset, tokenizer)
         return tokenizer
+
+    # A model at the recorded place may be another one by now: only its hash decides.
+    sidecar = dataset.sidecar or {}
     recorded = sidecar.get("tokenizer") or {}
     name = recorded.get("model")
     beside = None if name is None else str(Path(dataset.prefix).parent / name)
@@ -53,13 +56,16 @@ def tokenizer_for(dataset: IndexedDataset, chosen: TokenizerConfig | None) -> To
 def choose_tokenizer(
     dataset: IndexedDataset, type: str | None, model: str | None
 ) -> TokenizerConfig | None:
-    """What a user names by type, by model, or by both; None: neither. A model alone is of the recorded type, else of what it looks like.
+    """The tokenizer that a user names by type, by model, or by both; None: by neither.
 
-    model: also a folder in which a run keeps its tokenizer. Raises DataError for a damaged one.
+    A model alone is of the recorded type, else of the type that it looks like. It may also be a
+    folder in which a run keeps its tokenizer. Raises DataError for a damaged one.
     """
     if type is None and model is not None:
-        if (kept := copy_in(Path(model))) is not None:
-            return kept
+        run_copy = copy_in(Path(model))
+        if run_copy is not None:
+            return run_copy
+        # The type bytes has no model: a model that is named is of another type.
         recorded = ((dataset.sidecar or {}).get("tokenizer") or {}).get("type")
         type = recorded if recorded not in (None, "bytes") else guess_type(model)
     return None if type is None else TokenizerConfig.model_validate({"type": type, "model": model})
@@ -68,17 +74,21 @@ def choose_tokenizer(
 def describe_files(
     dataset: IndexedDataset, tokenizer: Tokenizer | None, documents: int, characters: int = 400
 ) -> dict[str, Any]:
-    """Counts, lengths and the first documents (as text where a tokenizer is given), ready for JSON."""
+    """Counts, lengths and the first documents, ready for JSON.
+
+    documents: how many are shown. characters: of the text of each, where a tokenizer is given.
+    """
     with dataset.reading_everything():
         lengths = document_lengths(dataset)
-    first = []
+    first_documents = []
     for number in range(min(documents, dataset.num_documents)):
         tokens = dataset.document(number)
-        head = tokens[
-            : characters + 1
-        ].tolist()  # a token holds at least one byte, so these are enough
-        text = None if tokenizer is None else tokenizer.decode(head)[:characters]
-        first.append({"document": number, "tokens": len(tokens), "ids": head[:16], "text": text})
+        # A token holds at least one byte, so these are enough.
+        ids = tokens[: characters + 1].tolist()
+        decoded = None if tokenizer is None else tokenizer.decode(ids)[:characters]
+        first_documents.append(
+            {"document": number, "tokens": len(tokens), "ids": ids[:16], "text": decoded}
+        )
     return {
         "prefix": printable(dataset.prefix),
         "dtype": dataset.dtype.name,
@@ -89,20 +99,28 @@ def describe_files(
         **lengths,
         "multimodal": dataset.modes is not None,
         "sidecar": dataset.sidecar,
-        "first_documents": first,
+        "first_documents": first_documents,
     }
 
 
 def document_lengths(dataset: IndexedDataset) -> dict[str, Any]:
-    """Longest, shortest, mean and empty documents, in tokens; chunk by chunk."""
-    longest, longest_at, shortest, empty = 0, None, None, 0
+    """Longest, shortest, mean and empty documents, in tokens."""
+    longest = 0
+    longest_at = None
+    shortest = None
+    empty = 0
+    # Chunk by chunk, so that memory does not grow with the corpus.
     for start in range(0, dataset.num_documents, CHUNK):
         stop = min(start + CHUNK, dataset.num_documents)
-        lengths = np.diff(dataset.sequence_offsets(dataset.document_indices[start : stop + 1]))
+        offsets = dataset.sequence_offsets(dataset.document_indices[start : stop + 1])
+        lengths = np.diff(offsets)
         empty += int((lengths == 0).sum())
-        shortest = int(lengths.min()) if shortest is None else min(shortest, int(lengths.min()))
-        if int(lengths.max()) > longest:
-            longest, longest_at = int(lengths.max()), start + int(lengths.argmax())
+        chunk_shortest = int(lengths.min())
+        shortest = chunk_shortest if shortest is None else min(shortest, chunk_shortest)
+        chunk_longest = int(lengths.max())
+        if chunk_longest > longest:
+            longest = chunk_longest
+            longest_at = start + int(lengths.argmax())
     mean = dataset.num_tokens / dataset.num_documents if dataset.num_documents else 0.0
     return {
         "longest_document": longest,
@@ -114,15 +132,16 @@ def document_lengths(dataset: IndexedDataset) -> dict[str, Any]:
 
 
 def problems_of(dataset: IndexedDataset, vocab_size: int | None) -> list[str]:
-    """`IndexedDataset.problems`, and the first token id outside the vocabulary when one is given."""
-    found = dataset.problems()
+    """`IndexedDataset.problems`, and the first token id outside the vocabulary if one is given."""
+    problems = dataset.problems()
     if vocab_size is not None and (at := first_outside(dataset, vocab_size)) >= 0:
         document = dataset.document_at(at)
-        found.append(
-            f"{dataset.bin_path}: document {document}, position {at - dataset.token_offset(document)}: token id {dataset.tokens[at]} is "
-            f"outside a vocabulary of {vocab_size}."
+        position = at - dataset.token_offset(document)
+        problems.append(
+            f"{dataset.bin_path}: document {document}, position {position}: "
+            f"token id {dataset.tokens[at]} is outside a vocabulary of {vocab_size}."
         )
-    return found
+    return problems
 
 
 def describe_step(
@@ -132,18 +151,23 @@ def describe_step(
     left_out: Sequence[LeftOut] = (),
     samples: range | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """The samples of optimizer step `step` (from 1, as in metrics.jsonl), in order, each with its source, documents and text.
+    """The samples of optimizer step `step` (from 1, as in metrics.jsonl), in order.
 
-    split "validation": the fixed validation samples, whatever the step. left_out: what the run's rollbacks left out. samples: their
-    numbers within the run, where they are known; else they follow from the configuration. Text is null without a tokenizer.
-    Raises DataError.
+    Each comes with its source, documents and text; text is null without a tokenizer. split
+    "validation": the fixed validation samples, whatever the step. left_out: what the run's
+    rollbacks left out. samples: their numbers within the run, where they are known; else they
+    follow from the configuration. Raises DataError.
     """
-    training, steps = config.training, config.training.train_steps
-    if split == "train" and not 1 <= step <= steps:
+    training = config.training
+    steps = training.train_steps
+    is_training = split == "train"
+    if is_training and not 1 <= step <= steps:
         raise DataError(
-            f"step {step} is outside this run, which has the steps 1 to {steps} (training.train_steps)."
+            f"step {step} is outside this run, which has the steps 1 to {steps} "
+            "(training.train_steps)."
         )
-    total = total_samples(training) if split == "train" else training.validation_samples
+    total = total_samples(training) if is_training else training.validation_samples
+    # The original tokenizer may be gone; the run has kept a copy.
     data = with_readable_tokenizer(config.data, Path(training.output_dir))
     corpus = open_corpus(
         data,
@@ -152,11 +176,11 @@ def describe_step(
         vocab_size=config.model.vocab_size,
         split=split,
     )
-    if split != "train":
+    if not is_training:
         samples = range(min(total, corpus.num_samples))
     elif samples is None:
-        first = first_sample_of(training, step, left_out)
-        samples = range(first, first + batch_size(training, step))
+        first_sample = first_sample_of(training, step, left_out)
+        samples = range(first_sample, first_sample + batch_size(training, step))
     tokenizers = [tokenizer_for(source.dataset, data.tokenizer) for source in corpus.sources]
     for index in samples:
         origin = corpus.origin(index)
@@ -166,23 +190,24 @@ def describe_step(
 def describe_sample(
     corpus: Corpus, origin: SampleOrigin, tokenizer: Tokenizer | None
 ) -> dict[str, Any]:
-    """One sample, ready for JSON: where it comes from and its documents with their places in the file."""
-    dataset, sample = corpus.sources[origin.source].dataset, origin.sample
+    """One sample, ready for JSON: where it comes from, and its documents with their places."""
+    dataset = corpus.sources[origin.source].dataset
+    sample = origin.sample
+    # The place in the file of every token of the sample, and the documents' bounds within it.
     places = np.concatenate([np.arange(span.begin, span.end) for span in sample.spans])
     bounds = [0, *sample.starts.tolist(), len(sample.tokens)]
     documents = []
     for begin, end in pairwise(bounds):
-        number = dataset.document_at(int(places[begin]))
+        place = int(places[begin])
+        number = dataset.document_at(place)
         tokens = sample.tokens[begin:end].tolist()
+        # Ids beyond the tokenizer's are those of another one: no text is better than a wrong one.
+        decoded = None
+        if tokenizer is not None and max(tokens) < tokenizer.vocab_size:
+            decoded = tokenizer.decode(tokens)
+        position = place - dataset.token_offset(number)
         documents.append(
-            {
-                "document": number,
-                "position": int(places[begin]) - dataset.token_offset(number),
-                "tokens": tokens,
-                "text": tokenizer.decode(tokens)
-                if tokenizer is not None and max(tokens) < tokenizer.vocab_size
-                else None,
-            }
+            {"document": number, "position": position, "tokens": tokens, "text": decoded}
         )
     return {
         "sample": origin.index,

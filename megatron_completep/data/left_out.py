@@ -1,15 +1,18 @@
-"""Data that a run left out when it went back after a loss spike: `rollbacks.json` in its folder, a part of its data order.
+"""Data that a run left out when it went back after a loss spike.
 
-An entry says: after step s, where sample a would come next, sample b comes. Whoever passes that place jumps, at the first time and at
-any other, so that the order of the data is a function of the run's folder and never of when the run was interrupted.
+`rollbacks.json` in the run's folder lists them, and so is a part of its data order. An entry says:
+after step s, where sample a would come next, sample b comes. A run that passes that place skips to
+b, at the first time and at any other. So the order of the data is a function of the run's folder,
+and never of when the run was interrupted.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -33,7 +36,11 @@ class LeftOut:
 
 
 def past(entries: Sequence[LeftOut], step: int, consumed_samples: int) -> int:
-    """The sample that comes after step `step`, where `consumed_samples` would come if nothing were left out just there."""
+    """The sample that comes after step `step`.
+
+    consumed_samples: the one that would come if nothing were left out at exactly this place.
+    """
+    # Several entries may follow one another at the same step: a later one begins where this ends.
     for entry in entries:
         if (step, consumed_samples) == (entry.after_step, entry.first_sample):
             consumed_samples = entry.next_sample
@@ -51,35 +58,44 @@ def first_sample_of(
 
     training: in force since `start_step`, after which `start_samples` had been consumed.
     """
-    jumped = start_samples - samples_before(training, start_step + 1)
-    for earlier in sorted(
-        {entry.after_step for entry in entries if start_step <= entry.after_step < step}
-    ):
-        planned = samples_before(training, earlier + 1)
-        jumped = past(entries, earlier, planned + jumped) - planned
-    return samples_before(training, step) + jumped
+    rollback_steps = {entry.after_step for entry in entries}
+    # Samples by which the run is ahead of its plan: the configuration's batches from the first on.
+    ahead = start_samples - samples_before(training, start_step + 1)
+    for rollback_step in sorted(rollback_steps):
+        if start_step <= rollback_step < step:
+            planned = samples_before(training, rollback_step + 1)
+            ahead = past(entries, rollback_step, planned + ahead) - planned
+    return samples_before(training, step) + ahead
 
 
 def read_left_out(output_dir: Path) -> list[LeftOut]:
-    """In the order in which it happened; nothing where there is no file. Raises DataError for a file that was changed.
+    """The entries of a run's folder in the order in which they came; none where there is no file.
 
-    Files of earlier versions are the bare list, without a hash.
+    Files of earlier versions are the bare list, without a hash. Raises DataError for a file that
+    was changed.
     """
     path = output_dir / ROLLBACKS
     try:
-        content = read_json(path) if path.exists() else []
+        if not path.exists():
+            return []
+        content = read_json(path)
         entries = content if isinstance(content, list) else content["left_out"]
         if isinstance(content, dict) and content["xxh3_64"] != _hash(entries):
             raise ValueError(f"its hash is {_hash(entries)}, expected {content['xxh3_64']}")
-        return [LeftOut(**{name: int(value) for name, value in entry.items()}) for entry in entries]
+        return [_entry(fields) for fields in entries]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(
-            f"{path}: not a list of rollbacks ({error}). It says which data the run leaves out: restore it, or remove it to leave out none."
+            f"{path}: not a list of rollbacks ({error}). It says which data the run leaves out: "
+            "restore it, or remove it to leave out none."
         ) from None
 
 
+def _entry(fields: Mapping[str, Any]) -> LeftOut:
+    return LeftOut(**{name: int(number) for name, number in fields.items()})
+
+
 def write_left_out(output_dir: Path, entries: Sequence[LeftOut]) -> None:
-    """Replace the file in one move, on disk before this returns."""
+    """Replace the file in one move; it is on the disk before this returns. Raises OSError."""
     listed = [asdict(entry) for entry in entries]
     content = {"left_out": listed, "xxh3_64": _hash(listed)}
     write_whole(output_dir / ROLLBACKS, json.dumps(content, indent=1).encode())

@@ -1,9 +1,11 @@
-"""A seeded bijection of [0, n) in O(1) memory and time: random access into a shuffle that is never built.
+"""A seeded bijection of [0, n) in O(1) memory and time: random access into a shuffle.
 
-A Feistel network over the smallest power of two >= n: a number is cut into a left and a right part of bits, and in turn each part is xor-ed
-with a hash of the other one. Every such step is its own inverse, so the whole is a bijection of [0, 2**bits), whatever the hash. A value
-that lands at n or above is put through again until it falls below n (cycle walking); following the cycle keeps it a bijection of [0, n),
-and since 2**bits < 2n the expected number of passes is below two.
+The shuffle itself is never built. A Feistel network over the smallest power of two >= n does it: a
+number is cut into its upper and its lower bits, and in turn each half is xor-ed with a hash of the
+other one. Every such round is its own inverse, so the network is a bijection of [0, 2**bits),
+whatever the hash. A result at n or above goes through the network again until it falls below n
+(cycle walking). Following the cycle keeps this a bijection of [0, n), and since 2**bits < 2n, the
+expected number of passes is below two.
 """
 
 from __future__ import annotations
@@ -14,40 +16,43 @@ import numpy as np
 import numpy.typing as npt
 
 MASK64 = (1 << 64) - 1
-ROUNDS, ROUNDS_WHEN_SMALL = (
-    8,
-    24,
-)  # few bits in a part mix slowly: below 2**16 more rounds are cheap
+ROUNDS = 8
+ROUNDS_WHEN_SMALL = 24  # few bits in a half mix slowly: up to 2**16 more rounds are cheap
 
 IntOrArray = TypeVar("IntOrArray", int, npt.NDArray[Any])  # a Python integer or a uint64 array
 
 
 def mix(value: IntOrArray) -> IntOrArray:
-    """A bijective 64-bit hash (the finalizer of splitmix64), of a Python integer or a uint64 array."""
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & MASK64
-    return value ^ (value >> 31)
+    """A bijective 64-bit hash (the finalizer of splitmix64), of an integer or a uint64 array."""
+    # The mask cuts a Python integer down to 64 bits; an array overflows to the same bits.
+    mixed: IntOrArray = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
+    mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & MASK64
+    mixed ^= mixed >> 31
+    return mixed
 
 
 def derive_key(*parts: int) -> int:
-    """A 64-bit key from integers such as (seed, source, epoch); order matters."""
+    """A 64-bit key from integers such as (seed, source, epoch); their order matters."""
     key = 0
-    for part in parts:
-        key = mix((key + part + 0x9E3779B97F4A7C15) & MASK64)
+    for number in parts:
+        key = mix((key + number + 0x9E3779B97F4A7C15) & MASK64)
     return key
 
 
 class Permutation:
-    """A bijection of [0, n) that depends on n and key only. `permutation[i]` for one index, `permutation.take(array)` for many."""
+    """A bijection of [0, n) that depends on n and key only.
+
+    `permutation[i]` is the image of one index, `permutation.take(array)` those of many.
+    """
 
     def __init__(self, n: int, key: int) -> None:
         if n < 0:
             raise ValueError(f"a permutation needs n >= 0, found {n}")
         self.n = n
         bits = max(n - 1, 0).bit_length()
-        self._right_bits = (bits + 1) // 2
-        self._right_mask = (1 << self._right_bits) - 1
-        self._left_mask = (1 << (bits // 2)) - 1
+        self._low_bits = (bits + 1) // 2
+        self._low_mask = (1 << self._low_bits) - 1
+        self._high_mask = (1 << (bits // 2)) - 1
         rounds = ROUNDS if bits > 16 else ROUNDS_WHEN_SMALL
         self._keys = [derive_key(key, number) for number in range(rounds)]
 
@@ -57,26 +62,29 @@ class Permutation:
     def __getitem__(self, index: int) -> int:
         if not 0 <= index < self.n:
             raise IndexError(f"index {index} is outside [0, {self.n})")
-        value = self._network(int(index))
-        while value >= self.n:
-            value = self._network(value)
-        return value
+        # int(): a numpy integer would overflow in the hash.
+        image = self._network(int(index))
+        while image >= self.n:
+            image = self._network(image)
+        return image
 
     def take(self, indices: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """The images of many indices, int64, of the same shape."""
-        values = np.asarray(indices)
-        if values.size and not (values.min() >= 0 and values.max() < self.n):
+        index_array = np.asarray(indices)
+        if index_array.size and not (index_array.min() >= 0 and index_array.max() < self.n):
             raise IndexError(f"indices are outside [0, {self.n})")
-        values = self._network(values.astype(np.uint64))
-        while (outside := values >= self.n).any():
-            values[outside] = self._network(values[outside])
-        return values.astype(np.int64)
+        images = self._network(index_array.astype(np.uint64))
+        while (outside := images >= self.n).any():
+            images[outside] = self._network(images[outside])
+        return images.astype(np.int64)
 
-    def _network(self, value: IntOrArray) -> IntOrArray:
-        left, right = value >> self._right_bits, value & self._right_mask
-        for number, key in enumerate(self._keys):
-            if number % 2:
-                right = right ^ (mix(left ^ key) & self._right_mask)
+    def _network(self, number: IntOrArray) -> IntOrArray:
+        """One pass: a bijection of [0, 2**bits)."""
+        high = number >> self._low_bits
+        low = number & self._low_mask
+        for round_number, key in enumerate(self._keys):
+            if round_number % 2:
+                low = low ^ (mix(high ^ key) & self._low_mask)
             else:
-                left = left ^ (mix(right ^ key) & self._left_mask)
-        return (left << self._right_bits) | right
+                high = high ^ (mix(low ^ key) & self._high_mask)
+        return (high << self._low_bits) | low

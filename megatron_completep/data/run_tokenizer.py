@@ -1,6 +1,8 @@
-"""A run's own copy of its tokenizer, RUN/tokenizer: so that its texts can be read when the original is gone, or the run has moved.
+"""A run's own copy of its tokenizer, RUN/tokenizer.
 
-record.json there says the family, the model's file and the tokenizer's hash, and the hash of every file; it is written last.
+With it the run's texts can be read when the original is gone, or the run has moved. record.json
+there holds the family, the model's file, the tokenizer's hash, and the hash of every file; it is
+written last.
 """
 
 from __future__ import annotations
@@ -23,18 +25,20 @@ from megatron_completep.data.tokenizer import (
 )
 from megatron_completep.errors import DataError
 
-FOLDER, RECORD = "tokenizer", "record.json"
-_COMPANIONS = (
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)  # beside a tokenizer.json
+FOLDER = "tokenizer"
+RECORD = "record.json"
+# Files that may lie beside a tokenizer.json and belong to it.
+_COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+_REMEDY = "Restore it, or remove the folder to use data.tokenizer again."
 
 
 def keep_tokenizer(settings: TokenizerConfig | None, run: Path) -> str | None:
-    """Copy the tokenizer's files into the run's folder unless they are there. A sentence for the user where it cannot be, else None.
+    """Copy the tokenizer's files into the run's folder unless they are there.
 
-    A run without a copy trains all the same, so nothing is raised. Files that are there and are not such a copy stay as they are.
+    Returns a sentence for the user where it cannot be done, else None. Nothing is raised, since a
+    run without a copy trains all the same. Files that are there and are not such a copy stay as
+    they are.
     """
     if settings is None or settings.type == "bytes":
         return None
@@ -42,11 +46,10 @@ def keep_tokenizer(settings: TokenizerConfig | None, run: Path) -> str | None:
     try:
         tokenizer = build_tokenizer(settings)
         model, files = _files_of(tokenizer, settings)
-        kept = _read_record(folder)
-        if kept is None or kept["hash"] != tokenizer.hash:
-            _write(
-                folder, files, {**tokenizer.identity(), "model": model}, replace=kept is not None
-            )
+        record = _read_record(folder)
+        if record is None or record["hash"] != tokenizer.hash:
+            identity = {**tokenizer.identity(), "model": model}
+            _write(folder, files, identity, replace=record is not None)
         _check(folder)
     except (DataError, OSError) as error:
         return f"warning: no copy of the tokenizer is kept in {printable(folder)}: {error}"
@@ -54,50 +57,61 @@ def keep_tokenizer(settings: TokenizerConfig | None, run: Path) -> str | None:
 
 
 def at_hand(settings: TokenizerConfig, run: Path) -> TokenizerConfig:
-    """The run's own copy where it has one, else the tokenizer as it was configured. Raises DataError for a damaged copy."""
+    """The run's own copy where it has one, else the tokenizer as it was configured.
+
+    Raises DataError for a damaged copy.
+    """
     return copy_in(run / FOLDER) or settings
 
 
 def copy_in(folder: Path) -> TokenizerConfig | None:
-    """The copy that a run keeps in this folder; None where it holds none. Raises DataError for a damaged one."""
+    """The copy that a run keeps in this folder; None where there is none.
+
+    Raises DataError for a damaged one.
+    """
     record = _read_record(folder)
     if record is None:
         return None
+    # A damaged model may load all the same, and decode to another text.
     _check(folder)
+    # The record names the file within the folder, after tiktoken's encoding where there is one.
     encoding, _, name = record["model"].rpartition(":")
-    return TokenizerConfig(
-        type=record["type"], model=f"{encoding}:{folder / name}" if encoding else str(folder / name)
-    )
+    path = str(folder / name)
+    model = f"{encoding}:{path}" if encoding else path
+    return TokenizerConfig(type=record["type"], model=model)
 
 
 def with_readable_tokenizer(data: DataConfig, run: Path) -> DataConfig:
     """The same settings; where the tokenizer's model is gone, with the run's copy of it."""
-    if (
-        data.tokenizer is None
-        or data.tokenizer.model is None
-        or os.path.exists(model_path(data.tokenizer))
-    ):
+    tokenizer = data.tokenizer
+    if tokenizer is None or tokenizer.model is None:
         return data
-    return data.model_copy(update={"tokenizer": at_hand(data.tokenizer, run)})
+    if os.path.exists(model_path(tokenizer)):
+        return data
+    return data.model_copy(update={"tokenizer": at_hand(tokenizer, run)})
 
 
 def _files_of(tokenizer: Tokenizer, settings: TokenizerConfig) -> tuple[str, dict[str, bytes]]:
     """(how `data.tokenizer.model` would name the copy within its folder, name -> content)."""
+    # tiktoken may have downloaded the encoding: its ranks are written anew.
     if isinstance(tokenizer, TiktokenTokenizer):
         name = f"{tokenizer.model_name}.tiktoken"
         return f"{tokenizer.model_name}:{name}", {name: tokenizer.ranks_file()}
     path = Path(model_path(settings))
     if tokenizer.type != "huggingface":
         return path.name, {path.name: path.read_bytes()}
-    path = path / "tokenizer.json" if path.is_dir() else path
-    companions = [path.parent / name for name in _COMPANIONS]
-    beside = {
-        companion.name: companion.read_bytes() for companion in companions if companion.is_file()
-    }
-    return "tokenizer.json", {"tokenizer.json": path.read_bytes(), **beside}
+    if path.is_dir():
+        path = path / "tokenizer.json"
+    files = {"tokenizer.json": path.read_bytes()}
+    for name in _COMPANIONS:
+        companion = path.parent / name
+        if companion.is_file():
+            files[name] = companion.read_bytes()
+    return "tokenizer.json", files
 
 
 def _read_record(folder: Path) -> dict[str, Any] | None:
+    """The content of record.json without its own hash; None where there is none."""
     path = folder / RECORD
     if not path.exists():
         return None
@@ -114,45 +128,49 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def _check(folder: Path) -> None:
-    """Raises DataError where a file is not what was written."""
+    """Raise DataError where a file is not what was written."""
     record = _read_record(folder)
     assert record is not None
+    # Other files in the folder are the user's.
     for name, expected in record["files"].items():
         try:
-            found = hash_file(folder / name)
+            actual = hash_file(folder / name)
         except OSError as error:
             raise DataError(f"{printable(folder / name)}: {error.strerror}. {_REMEDY}") from None
-        if found != expected:
+        if actual != expected:
             raise DataError(
-                f"{printable(folder / name)}: content: xxh3_64 {found}, but {expected} was written. {_REMEDY}"
+                f"{printable(folder / name)}: content: xxh3_64 {actual}, "
+                f"but {expected} was written. {_REMEDY}"
             )
 
 
 def _write(folder: Path, files: dict[str, bytes], identity: dict[str, Any], replace: bool) -> None:
-    """Files first, the record last. Without `replace`, a file that is there must have the same content."""
+    """Write the files, and the record last.
+
+    Without `replace`, a file that is there must have the same content. Raises DataError, OSError.
+    """
     folder.mkdir(exist_ok=True)
-    foreign = [
-        name
-        for name, content in files.items()
-        if (folder / name).exists() and (folder / name).read_bytes() != content
-    ]
-    if foreign and not replace:
-        raise DataError(f"{foreign[0]} there is another file. Move it away.")
-    record = {
-        **identity,
-        "files": {name: xxhash.xxh3_64_hexdigest(content) for name, content in files.items()},
-    }
-    content = json.dumps({**record, "xxh3_64": _hash(record)}, indent=1).encode()
+    foreign_files = [name for name in files if _differs(folder / name, files[name])]
+    if foreign_files and not replace:
+        raise DataError(f"{foreign_files[0]} there is another file. Move it away.")
+
+    hashes = {name: xxhash.xxh3_64_hexdigest(content) for name, content in files.items()}
+    record = {**identity, "files": hashes}
+    record_content = json.dumps({**record, "xxh3_64": _hash(record)}, indent=1).encode()
+    # Without its record a folder counts as no copy, while its files are being replaced.
     (folder / RECORD).unlink(missing_ok=True)
-    for name, raw in {**files, RECORD: content}.items():
-        if not (folder / name).exists() or (folder / name).read_bytes() != raw:
+    for name, content in {**files, RECORD: record_content}.items():
+        path = folder / name
+        if not path.exists() or _differs(path, content):
             partial = folder / f"{name}.partial"
-            partial.write_bytes(raw)
-            partial.replace(folder / name)
+            partial.write_bytes(content)
+            partial.replace(path)
+
+
+def _differs(path: Path, content: bytes) -> bool:
+    """Whether a file exists and holds anything else."""
+    return path.exists() and path.read_bytes() != content
 
 
 def _hash(record: dict[str, Any]) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(record, sort_keys=True).encode())
-
-
-_REMEDY = "Restore it, or remove the folder to use data.tokenizer again."

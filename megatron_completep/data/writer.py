@@ -1,4 +1,4 @@
-"""Writes, merges and splits token files. Nothing that looks valid exists before the last rename."""
+"""Writes, merges and splits token files; nothing that looks valid exists before the last rename."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,31 +33,37 @@ INT32_MAX = np.iinfo(np.int32).max
 
 
 class IndexedWriter:
-    """Streams documents into PREFIX.bin, PREFIX.idx and PREFIX.json; memory does not grow with the corpus.
+    """Streams documents into PREFIX.bin, PREFIX.idx and PREFIX.json.
 
-    Everything goes to `*.partial` files. `close` completes and renames them, the index last: a reader sees all or nothing. As a context
-    manager it closes at the end of the block and removes the partial files when the block raises. Raises DataError for a token that the
-    dtype cannot hold and for a sequence longer than int32 counts.
+    Memory does not grow with the corpus. Everything goes to `*.partial` files. `close` completes
+    and renames them, the index last: a reader sees all or nothing. As a context manager it closes
+    at the end of the block and removes the partial files when the block raises. Raises DataError
+    for a token that the dtype cannot hold and for a sequence longer than int32 counts.
     """
 
     def __init__(self, prefix: str | Path, dtype: npt.DTypeLike) -> None:
         self.prefix = str(prefix)
         self.dtype = np.dtype(dtype).newbyteorder("<")
-        codes = [code for code, known in DTYPES.items() if known == self.dtype]
+        codes = [code for code, storable in DTYPES.items() if storable == self.dtype]
         if not codes:
+            names = [storable.name for storable in DTYPES.values()]
             raise DataError(
-                f"{self.prefix}: dtype {self.dtype} cannot be stored; use one of {[d.name for d in DTYPES.values()]}."
+                f"{self.prefix}: dtype {self.dtype} cannot be stored; use one of {names}."
             )
         self._code = codes[0]
+
+        # All three stay open until `close` or `abort`. The third counts the sequences of each
+        # document, int64: the index needs them after the lengths and pointers of all sequences.
         Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
-        self._bin = open(self.prefix + ".bin.partial", "wb")  # noqa: SIM115 (held open until close)
+        self._bin = open(self.prefix + ".bin.partial", "wb")  # noqa: SIM115
         self._idx = open(self.prefix + ".idx.partial", "w+b")  # noqa: SIM115
-        self._counts = open(self.prefix + ".documents.partial", "w+b")  # noqa: SIM115 (int64 sequences per document)
-        self._idx.write(
-            bytes(HEADER.size)
-        )  # the header comes last: without it the file is no index
+        self._counts = open(self.prefix + ".documents.partial", "w+b")  # noqa: SIM115
+        # The header comes last: without it the file is no index.
+        self._idx.write(bytes(HEADER.size))
         self._digest = xxhash.xxh3_64()
-        self.num_documents = self.num_sequences = self.num_tokens = 0
+        self.num_documents = 0
+        self.num_sequences = 0
+        self.num_tokens = 0
         self.longest_document = 0
         self.largest_id = -1
 
@@ -75,20 +82,29 @@ class IndexedWriter:
             self.abort()
 
     def add_document(self, sequences: Iterable[npt.ArrayLike]) -> None:
-        """Append one document: a list of sequences, each 1-D token ids; no sequence at all is an empty document."""
-        parts = [self._cast(np.asarray(sequence)) for sequence in sequences]
-        lengths = np.fromiter((len(part) for part in parts), np.int64, len(parts))
-        self._append(parts, lengths, np.array([len(parts)], np.int64))
+        """Append one document: a list of sequences, each 1-D token ids.
+
+        No sequence at all is an empty document.
+        """
+        arrays = [self._cast(np.asarray(sequence)) for sequence in sequences]
+        lengths = np.fromiter((len(array) for array in arrays), np.int64, len(arrays))
+        self._append(arrays, lengths, np.array([len(arrays)], np.int64))
         self.longest_document = max(self.longest_document, int(lengths.sum()))
 
     def add_documents(self, tokens: npt.ArrayLike, lengths: npt.ArrayLike) -> None:
-        """Append many documents of one sequence each: their tokens one after another, and the length of each."""
-        flat, sizes = self._cast(np.asarray(tokens)), np.asarray(lengths, dtype=np.int64)
+        """Append many documents of one sequence each.
+
+        tokens: of all documents, one after another. lengths: of each, in tokens.
+        """
+        flat = self._cast(np.asarray(tokens))
+        sizes = np.asarray(lengths, dtype=np.int64)
         if len(sizes) == 0:
             return
-        if int(sizes.sum()) != len(flat) or int(sizes.min()) < 0:
+        total = int(sizes.sum())
+        if total != len(flat) or int(sizes.min()) < 0:
             raise DataError(
-                f"{self.prefix}: {len(flat)} tokens were handed over, but the documents' lengths sum to {int(sizes.sum())}."
+                f"{self.prefix}: {len(flat)} tokens were handed over, "
+                f"but the documents' lengths sum to {total}."
             )
         self._append([flat], sizes, np.ones(len(sizes), np.int64))
         self.longest_document = max(self.longest_document, int(sizes.max()))
@@ -96,62 +112,72 @@ class IndexedWriter:
     def append(
         self, dataset: IndexedDataset, first_document: int = 0, last_document: int | None = None
     ) -> None:
-        """Copy documents first..last-1 of other token files block by block, without looking at single tokens."""
+        """Copy documents first..last-1 of other token files, without looking at single tokens."""
         if dataset.dtype != self.dtype:
             raise DataError(
-                f"{dataset.idx_path}: dtype code: {dataset.dtype.name} tokens cannot go into {self.prefix}, which has {self.dtype.name}."
+                f"{dataset.idx_path}: dtype code: {dataset.dtype.name} tokens cannot go into "
+                f"{self.prefix}, which has {self.dtype.name}."
             )
         if dataset.modes is not None:
             raise DataError(
                 f"{dataset.idx_path}: modes: multimodal token files cannot be merged or split."
             )
-        last_document = dataset.num_documents if last_document is None else last_document
-        begin, end = dataset.token_offset(first_document), dataset.token_offset(last_document)
-        step = BLOCK_BYTES // self.dtype.itemsize
-        for start in range(begin, end, step):
-            self._write_tokens(dataset.tokens[start : min(start + step, end)])
-        first, last = (
-            int(dataset.document_indices[first_document]),
-            int(dataset.document_indices[last_document]),
-        )
+        if last_document is None:
+            last_document = dataset.num_documents
+
+        # Block by block, so that memory does not grow with the corpus.
+        begin = dataset.token_offset(first_document)
+        end = dataset.token_offset(last_document)
+        block_tokens = BLOCK_BYTES // self.dtype.itemsize
+        for start in range(begin, end, block_tokens):
+            self._write_tokens(dataset.tokens[start : min(start + block_tokens, end)])
+
+        first_sequence = int(dataset.document_indices[first_document])
+        end_sequence = int(dataset.document_indices[last_document])
         with dataset.reading_everything():
-            for start in range(first, last, CHUNK):
-                self._idx.write(dataset.lengths[start : min(start + CHUNK, last)].tobytes())
+            for start in range(first_sequence, end_sequence, CHUNK):
+                stop = min(start + CHUNK, end_sequence)
+                self._idx.write(dataset.lengths[start:stop].tobytes())
             for start in range(first_document, last_document, CHUNK):
                 stop = min(start + CHUNK, last_document)
                 indices = dataset.document_indices[start : stop + 1]
                 self._counts.write(np.diff(indices).astype("<i8").tobytes())
-                self.longest_document = max(
-                    self.longest_document, int(np.diff(dataset.sequence_offsets(indices)).max())
-                )
-        self.num_sequences += last - first
+                document_lengths = np.diff(dataset.sequence_offsets(indices))
+                self.longest_document = max(self.longest_document, int(document_lengths.max()))
+        self.num_sequences += end_sequence - first_sequence
         self.num_documents += last_document - first_document
 
     def _cast(self, tokens: Array) -> Array:
         """Tokens in the stored type; refuses what does not fit instead of wrapping it."""
         if tokens.ndim != 1:
             raise DataError(
-                f"{self.prefix}: document {self.num_documents}: a sequence must be 1-D token ids, found shape {tokens.shape}."
+                f"{self.prefix}: document {self.num_documents}: "
+                f"a sequence must be 1-D token ids, found shape {tokens.shape}."
             )
         if tokens.dtype == self.dtype or len(tokens) == 0:
             return tokens.astype(self.dtype, copy=False)
         bounds = np.iinfo(self.dtype)
-        worst = int(tokens.max()) if int(tokens.max()) > bounds.max else int(tokens.min())
+        # The cast would wrap around without a word, so the extremes are compared first.
+        largest = int(tokens.max())
+        worst = largest if largest > bounds.max else int(tokens.min())
         if not bounds.min <= worst <= bounds.max:
             raise DataError(
-                f"{self.prefix}: document {self.num_documents}: token id {worst} does not fit {self.dtype.name}. Choose a wider dtype."
+                f"{self.prefix}: document {self.num_documents}: "
+                f"token id {worst} does not fit {self.dtype.name}. Choose a wider dtype."
             )
         return tokens.astype(self.dtype)
 
     def _append(
-        self, parts: Sequence[Array], lengths: Array, sequences_per_document: Array
+        self, arrays: Sequence[Array], lengths: Array, sequences_per_document: Array
     ) -> None:
+        """Write documents; lengths: of every sequence, in tokens."""
         if len(lengths) and int(lengths.max()) > INT32_MAX:
             raise DataError(
-                f"{self.prefix}: document {self.num_documents}: a sequence of {int(lengths.max())} tokens; at most {INT32_MAX} fit."
+                f"{self.prefix}: document {self.num_documents}: "
+                f"a sequence of {int(lengths.max())} tokens; at most {INT32_MAX} fit."
             )
-        for part in parts:
-            self._write_tokens(part)
+        for tokens in arrays:
+            self._write_tokens(tokens)
         self._idx.write(lengths.astype("<i4").tobytes())
         self._counts.write(sequences_per_document.astype("<i8").tobytes())
         self.num_sequences += len(lengths)
@@ -169,20 +195,31 @@ class IndexedWriter:
     def close(self, tokenizer: dict[str, Any] | None = None, **extra: Any) -> dict[str, Any]:
         """Complete the files and rename them into place; returns the content of PREFIX.json.
 
-        tokenizer: what describes the tokenizer (type, model, hash, vocab_size, ...); extra: further JSON fields.
+        tokenizer: what describes the tokenizer (type, model, hash, vocab_size, ...). extra: further
+        JSON fields.
         """
         self._write_pointers()
         self._write_document_indices()
+        entries = self.num_documents + 1
+        header = HEADER.pack(MAGIC, VERSION, self._code, self.num_sequences, entries)
         self._idx.seek(0)
-        self._idx.write(
-            HEADER.pack(MAGIC, VERSION, self._code, self.num_sequences, self.num_documents + 1)
-        )
+        self._idx.write(header)
+        # On the disk before they are renamed: a power cut must not leave names without content.
         for file in (self._bin, self._idx):
             file.flush()
             os.fsync(file.fileno())
             file.close()
         self._counts.close()
         Path(self._counts.name).unlink()
+
+        bin_record = {
+            "bytes": self.num_tokens * self.dtype.itemsize,
+            "xxh3_64": self._digest.hexdigest(),
+        }
+        idx_record = {
+            "bytes": Path(self._idx.name).stat().st_size,
+            "xxh3_64": hash_file(self._idx.name),
+        }
         sidecar = {
             "format": SIDECAR_FORMAT,
             "version": 1,
@@ -192,14 +229,8 @@ class IndexedWriter:
             "longest_document": self.longest_document,
             "largest_id": self.largest_id,
             "dtype": self.dtype.name,
-            "bin": {
-                "bytes": self.num_tokens * self.dtype.itemsize,
-                "xxh3_64": self._digest.hexdigest(),
-            },
-            "idx": {
-                "bytes": Path(self._idx.name).stat().st_size,
-                "xxh3_64": hash_file(self._idx.name),
-            },
+            "bin": bin_record,
+            "idx": idx_record,
             "tokenizer": tokenizer,
             **extra,
         }
@@ -214,22 +245,27 @@ class IndexedWriter:
                 Path(file.name).unlink()
 
     def _write_pointers(self) -> None:
+        """Append the byte at which each sequence begins, from the lengths that are written."""
+        itemsize = self.dtype.itemsize
         offset = 0
         for start in range(0, self.num_sequences, CHUNK):
-            lengths = np.fromfile(
-                self._at(HEADER.size + 4 * start), "<i4", min(CHUNK, self.num_sequences - start)
-            ).astype(np.int64)
-            ends = offset + np.cumsum(lengths * self.dtype.itemsize)
+            count = min(CHUNK, self.num_sequences - start)
+            lengths = np.fromfile(self._at(HEADER.size + 4 * start), "<i4", count)
+            sizes = lengths.astype(np.int64) * itemsize
+            ends = offset + np.cumsum(sizes)
+            # Reading and writing share one position in the file.
             self._idx.seek(0, os.SEEK_END)
-            self._idx.write((ends - lengths * self.dtype.itemsize).astype("<i8").tobytes())
+            self._idx.write((ends - sizes).astype("<i8").tobytes())
             offset = int(ends[-1])
 
     def _at(self, position: int) -> Any:
+        """The index, flushed and ready to be read at a position."""
         self._idx.flush()
         self._idx.seek(position)
         return self._idx
 
     def _write_document_indices(self) -> None:
+        """Append the first sequence of each document, and the end of the last one."""
         self._counts.seek(0)
         self._idx.seek(0, os.SEEK_END)
         self._idx.write(np.zeros(1, "<i8").tobytes())
@@ -240,19 +276,24 @@ class IndexedWriter:
             total = int(indices[-1])
 
     def _publish(self, sidecar: dict[str, Any]) -> None:
-        """Rename into place. The old index goes first and the new one comes last, so no moment shows a mixed pair."""
+        """Rename into place, so that no moment shows a pair of old and new files.
+
+        The old index goes first and the new one comes last.
+        """
         json_path = self.prefix + ".json"
         with open(json_path + ".partial", "w", encoding="utf-8") as file:
             json.dump(sidecar, file, indent=1, sort_keys=False)
             file.write("\n")
             file.flush()
             os.fsync(file.fileno())
+        # From here to the last rename there is no index, so a reader finds no corpus.
         for stale in (self.prefix + ".idx", json_path):
             with suppress(FileNotFoundError):
                 Path(stale).unlink()
         Path(self._bin.name).replace(self.prefix + ".bin")
         Path(json_path + ".partial").replace(json_path)
         Path(self._idx.name).replace(self.prefix + ".idx")
+        # The folder holds the names: only with it on the disk do the renames survive a power cut.
         folder = os.open(Path(self.prefix).parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
@@ -261,12 +302,14 @@ class IndexedWriter:
 def merge(prefixes: Sequence[str | Path], output: str | Path) -> dict[str, Any]:
     """Concatenate token files in the given order; returns the new PREFIX.json.
 
-    Raises DataError where types differ, where recorded tokenizers differ, and where the output is one of the inputs.
+    Raises DataError where types differ, where recorded tokenizers differ, and where the output is
+    one of the inputs.
     """
     datasets = [IndexedDataset(prefix) for prefix in prefixes]
     if not datasets:
         raise DataError("merge: no input prefix was given.")
     _refuse_overwrite(datasets, [output])
+    # `close` needs the sidecar's fields, so the writer is no context manager here.
     writer = IndexedWriter(output, datasets[0].dtype)
     try:
         for dataset in datasets:
@@ -280,26 +323,31 @@ def merge(prefixes: Sequence[str | Path], output: str | Path) -> dict[str, Any]:
 def split(
     prefix: str | Path, shares: Sequence[float], outputs: Sequence[str | Path]
 ) -> list[dict[str, Any]]:
-    """Cut token files into consecutive runs of whole documents with the given shares; returns the new PREFIX.json contents."""
+    """Cut token files into consecutive runs of whole documents with the given shares.
+
+    Returns the new PREFIX.json contents. Raises DataError where shares and outputs do not fit each
+    other, and where an output is the input.
+    """
     dataset = IndexedDataset(prefix)
-    given = ", ".join(f"{share:g}" for share in shares)
     if len(shares) != len(outputs) or not shares or min(shares) < 0 or sum(shares) <= 0:
+        shares_text = ", ".join(f"{share:g}" for share in shares)
         raise DataError(
-            f"split: {len(outputs)} outputs for the shares {given}. Give one share of at least 0 for each output, not all of them 0."
+            f"split: {len(outputs)} outputs for the shares {shares_text}. "
+            "Give one share of at least 0 for each output, not all of them 0."
         )
     _refuse_overwrite([dataset], outputs)
-    bounds = [
-        round(float(edge) * dataset.num_documents)
-        for edge in np.cumsum([0.0, *shares]) / sum(shares)
-    ]
+
+    # Cumulative shares are rounded, not single ones: together the outputs hold every document once.
+    edges = np.cumsum([0.0, *shares]) / sum(shares)
+    bounds = [round(float(edge) * dataset.num_documents) for edge in edges]
+    tokenizer = _common_tokenizer([dataset])
+    tokenizer_path = _tokenizer_path([dataset])
     contents = []
-    for output, first, last in zip(outputs, bounds[:-1], bounds[1:], strict=True):
+    for output, (begin, end) in zip(outputs, pairwise(bounds), strict=True):
         writer = IndexedWriter(output, dataset.dtype)
         try:
-            writer.append(dataset, first, last)
-            contents.append(
-                writer.close(tokenizer=_common_tokenizer([dataset]), **_tokenizer_path([dataset]))
-            )
+            writer.append(dataset, begin, end)
+            contents.append(writer.close(tokenizer=tokenizer, **tokenizer_path))
         except BaseException:
             writer.abort()
             raise
@@ -316,28 +364,33 @@ def _refuse_overwrite(datasets: Sequence[IndexedDataset], outputs: Sequence[str 
 
 
 def _common_tokenizer(datasets: Sequence[IndexedDataset]) -> dict[str, Any] | None:
-    recorded = [
-        (d.prefix, d.sidecar["tokenizer"])
-        for d in datasets
-        if d.sidecar and d.sidecar.get("tokenizer")
-    ]
+    """The tokenizer that all files record; None where one of them records none.
+
+    Raises DataError where two record different ones.
+    """
+    recorded = []
+    for dataset in datasets:
+        tokenizer = (dataset.sidecar or {}).get("tokenizer")
+        if tokenizer:
+            recorded.append((dataset.prefix, tokenizer))
+    if not recorded:
+        return None
+
+    first_prefix, first_tokenizer = recorded[0]
     for prefix, tokenizer in recorded[1:]:
-        if {**tokenizer, "model": None} != {
-            **recorded[0][1],
-            "model": None,
-        }:  # the same tokenizer may lie at several paths
+        # The same tokenizer may lie at several paths.
+        if {**tokenizer, "model": None} != {**first_tokenizer, "model": None}:
             raise DataError(
-                f"{prefix}.json: tokenizer: {tokenizer} differs from {recorded[0][1]} of {recorded[0][0]}. "
-                "Token ids of two tokenizers cannot be mixed."
+                f"{prefix}.json: tokenizer: {tokenizer} differs from {first_tokenizer} "
+                f"of {first_prefix}. Token ids of two tokenizers cannot be mixed."
             )
-    return recorded[0][1] if len(recorded) == len(datasets) else None
+    return first_tokenizer if len(recorded) == len(datasets) else None
 
 
 def _tokenizer_path(datasets: Sequence[IndexedDataset]) -> dict[str, Any]:
-    """Where the recorded tokenizer lay, as a field of PREFIX.json; nothing where that is not known."""
-    paths = [
-        d.sidecar["tokenizer_path"]
-        for d in datasets
-        if d.sidecar and d.sidecar.get("tokenizer_path")
-    ]
-    return {"tokenizer_path": paths[0]} if paths else {}
+    """Where the recorded tokenizer lay, as a field of PREFIX.json; empty where it is not known."""
+    for dataset in datasets:
+        path = (dataset.sidecar or {}).get("tokenizer_path")
+        if path:
+            return {"tokenizer_path": path}
+    return {}

@@ -1,8 +1,8 @@
 """The last step of a vector's gradient: the partial sums of a backward become one sum.
 
 The partial sums are [P, K, H], and the sum over P has a fixed order. It is an operation of its own,
-so that whoever schedules weight gradients (a `Sink`) decides when it runs. It adds straight into the
-main gradient.
+so that whoever schedules weight gradients (a `Sink`) decides when it runs. It adds straight into
+the main gradient.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,34 +19,39 @@ from ..optional_triton import tl, triton
 
 @triton.jit
 def reduce_partials_kernel(
-    partials, into, count, stride, HIDDEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
+    partials: tl.tensor,
+    into: tl.tensor,
+    count: tl.tensor,
+    stride: tl.tensor,
+    HIDDEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
     """into [H] += sum over `count` rows, `stride` apart, in a fixed order."""
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     in_row = column < HIDDEN
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, count, ROWS):
         row = start + tl.arange(0, ROWS)[:, None]
-        total += tl.load(
-            partials + row * stride + column[None, :],
-            mask=(row < count) & in_row[None, :],
-            other=0.0,
-        )
+        address = partials + row * stride + column[None, :]
+        total += tl.load(address, mask=(row < count) & in_row[None, :], other=0.0)
     old = tl.load(into + column, mask=in_row, other=0.0)
     tl.store(into + column, old + tl.sum(total, axis=0), mask=in_row)
 
 
 def launch_reduce_partials(partials: Tensor, k: int, into: Tensor) -> None:
+    """Add the sum over P of `partials[:, k]` to `into` [H]; a program sums a block of columns."""
     if into.dtype == torch.float64:
         cpu.reduce_partials(partials, k, into)
         return
-    count, kinds, hidden = partials.shape
+    count, vectors, hidden = partials.shape
     shape = reduction_shape(into.device)
-    reduce_partials_kernel[(triton.cdiv(hidden, shape.columns),)](
+    grid = (triton.cdiv(hidden, shape.columns),)
+    reduce_partials_kernel[grid](
         partials[:, k],
         into,
         count,
-        kinds * hidden,
+        vectors * hidden,
         HIDDEN=hidden,
         ROWS=shape.rows,
         BLOCK=shape.columns,
@@ -66,7 +71,7 @@ class Sink(Protocol):
     """Takes the gradients of parameters in place of autograd, as a trainer's queue does."""
 
     def push(self, parameter: Any, accumulate: Callable[[Tensor, bool], None]) -> None:
-        """One contribution to the gradient of `parameter`, to be added now or later.
+        """Take one contribution to the gradient of `parameter`, to be added now or later.
 
         `accumulate(main_grad, first)` adds it to `main_grad` [H], float32 or float64. Where `first`
         is true it is written over what is there.
@@ -74,13 +79,16 @@ class Sink(Protocol):
 
 
 def receivers(vectors: Sequence[Tensor | None], sink: Sink | None) -> tuple[Any, ...]:
-    """What a forward remembers of its vectors: a sink knows them as objects, autograd wants a dtype.
+    """What a forward remembers of its vectors: the parameters for a sink, dtypes for autograd.
 
     None stands for a vector that the operation was not given.
     """
     if sink is not None:
         return tuple(vectors)
-    return tuple([None if vector is None else vector.dtype for vector in vectors])
+    dtypes = []
+    for vector in vectors:
+        dtypes.append(None if vector is None else vector.dtype)
+    return tuple(dtypes)
 
 
 def vector_gradients(
@@ -109,7 +117,10 @@ def vector_gradients(
 
 
 def reduce_partials(partials: Tensor, k: int, into: Tensor) -> None:
-    """Add the sum over P of `partials[:, k]` ([P, K, H]) to `into` [H], in a fixed order (bitwise repeatable)."""
+    """Add the sum over P of `partials[:, k]` ([P, K, H]) to `into` [H].
+
+    The order is fixed, so the sum is bitwise repeatable.
+    """
     _reduce_partials(partials, k, into)
 
 

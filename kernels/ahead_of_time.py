@@ -146,10 +146,10 @@ def _nvidia_resources(compiled: Any) -> Resources:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = subprocess.check_output(
-            [binaries / "cuobjdump", "--dump-resource-usage", file.name], text=True
-        )
-        code = subprocess.check_output([binaries / "nvdisasm", file.name], text=True)
+        dump = [binaries / "cuobjdump", "--dump-resource-usage", file.name]
+        usage = subprocess.check_output(dump, text=True)
+        disassemble = [binaries / "nvdisasm", file.name]
+        code = subprocess.check_output(disassemble, text=True)
     wide_load = r"\bLDG\.E(?:\.\w+)*\.128\b|\bLDGSTS\.E(?:\.\w+)*\.128\b"
     return Resources(
         registers=int(re.findall(r"REG:(\d+)", usage)[-1]),

@@ -68,10 +68,10 @@ def tuned_or(
 def options(num_warps: int, maxnreg: int = 0) -> dict[str, int]:
     """Triton's options. `maxnreg` 0 leaves the number of registers to the compiler."""
     # Whether multiplications and additions are fused by default depends on the version of Triton.
-    chosen = {"num_warps": num_warps, "enable_fp_fusion": True}
+    launch_options = {"num_warps": num_warps, "enable_fp_fusion": True}
     if maxnreg:
-        chosen["maxnreg"] = maxnreg
-    return chosen
+        launch_options["maxnreg"] = maxnreg
+    return launch_options
 
 
 _caches: list["functools._lru_cache_wrapper[Any]"] = []

@@ -69,8 +69,8 @@ def register(
     """
     name, _, signature = schema.partition("(")
     parameters = signature[: signature.index(") ->")].split(", ")
-    for declaration, value in _VALUES.items():
-        schema = schema.replace(declaration, value.fields)
+    for declaration, entry in _VALUES.items():
+        schema = schema.replace(declaration, entry.fields)
 
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LAUNCHERS[name] = _of_fields(cuda, parameters)
@@ -118,12 +118,12 @@ def _of_fields(function: Callable[..., Any], parameters: Sequence[str]) -> Calla
     spans = []
     start = 0
     for declaration in parameters:
-        value = _VALUES.get(declaration)
-        if value is None:
+        entry = _VALUES.get(declaration)
+        if entry is None:
             start += 1
             continue
-        stop = start + value.fields.count(",") + 1
-        spans.append((slice(start, stop), value.make))
+        stop = start + entry.fields.count(",") + 1
+        spans.append((slice(start, stop), entry.make))
         start = stop
     if not spans:
         return function

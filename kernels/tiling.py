@@ -65,9 +65,12 @@ def new_like(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @triton.jit
-def zero_tile(ROWS: tl.constexpr, WIDTH: tl.constexpr) -> tl.tensor:
-    """Zeros for one segment of a tile."""
-    return tl.zeros((ROWS, WIDTH), tl.float32)
+def zero_tiles(ROWS: tl.constexpr, WIDTHS: tl.constexpr) -> tl.tuple:
+    """Zeros for the segments of a tile, in float32."""
+    tiles = ()
+    for k in tl.static_range(len(WIDTHS)):
+        tiles += (tl.zeros((ROWS, WIDTHS[k]), tl.float32),)
+    return tiles
 
 
 @triton.jit
@@ -83,8 +86,9 @@ def load_vector(
     It is loaded in the tile's own layout, so that it needs no exchange through shared memory.
     """
     column = SEGMENT * WIDTHS[0] + tl.arange(0, WIDTHS[SEGMENT])[None, :]
-    column = column + tl.zeros((ROWS, 1), tl.int32)
-    return tl.load(vector + column, mask=column < HIDDEN, other=0.0)
+    column += tl.zeros((ROWS, 1), tl.int32)
+    in_row = column < HIDDEN
+    return tl.load(vector + column, mask=in_row, other=0.0)
 
 
 @triton.jit
@@ -99,8 +103,9 @@ def load_tile(
 ) -> tl.tensor:
     """One segment of the rows of `tensor`, `stride` elements apart, in float32; 0 outside."""
     column = SEGMENT * WIDTHS[0] + tl.arange(0, WIDTHS[SEGMENT])[None, :]
+    mask = in_rows & (column < HIDDEN)
     address = tensor + row * stride + column
-    return tl.load(address, mask=in_rows & (column < HIDDEN), other=0.0).to(tl.float32)
+    return tl.load(address, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -115,9 +120,9 @@ def store_tile(
 ) -> None:
     """One segment of contiguous rows, rounded to the tensor's dtype."""
     column = SEGMENT * WIDTHS[0] + tl.arange(0, WIDTHS[SEGMENT])[None, :]
+    mask = in_rows & (column < HIDDEN)
     address = tensor + row * HIDDEN + column
-    rounded = tile.to(tensor.dtype.element_ty)
-    tl.store(address, rounded, mask=in_rows & (column < HIDDEN))
+    tl.store(address, tile.to(tensor.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -177,13 +182,16 @@ def dropout_factor(
     # The key is loaded at every use. A key known outside a loop would be spread over its ten rounds
     # there, and hold twenty registers.
     key = tl.load(seed)
-    row_counter = SEGMENT * WIDTHS[0] // 4 + tl.arange(0, WIDTHS[SEGMENT] // 4)
-    counter = row * ((HIDDEN + 3) // 4) + row_counter[None, :]
+    row_counter = row * ((HIDDEN + 3) // 4)
+    column_counter = SEGMENT * WIDTHS[0] // 4 + tl.arange(0, WIDTHS[SEGMENT] // 4)
+    counter = row_counter + column_counter[None, :]
     word_0, word_1, word_2, word_3 = tl.randint4x(key, counter)
 
     # This order of the joins leaves word c % 4 at column c.
-    words = tl.join(tl.join(word_0, word_2), tl.join(word_1, word_3))
-    words = tl.reshape(words, (row.shape[0], WIDTHS[SEGMENT])).to(tl.uint32, bitcast=True)
+    even = tl.join(word_0, word_2)
+    odd = tl.join(word_1, word_3)
+    words = tl.reshape(tl.join(even, odd), (row.shape[0], WIDTHS[SEGMENT]))
+    words = words.to(tl.uint32, bitcast=True)
     threshold = tl.ceil(dropout_p * 16777216.0).to(tl.uint32) << 8  # the upper 24 bits decide
     return tl.where(words >= threshold, 1.0 / (1.0 - dropout_p), 0.0)
 
@@ -255,5 +263,8 @@ def store_partial(
 ) -> None:
     """The column sums of one segment, to this program's row of `partials` [P, K, H]."""
     column = SEGMENT * WIDTHS[0] + tl.arange(0, WIDTHS[SEGMENT])
-    offset = tl.program_id(0).to(tl.int64) * K * HIDDEN + k * HIDDEN
-    tl.store(partials + offset + column, tl.sum(tile, axis=0), mask=column < HIDDEN)
+    program = tl.program_id(0).to(tl.int64)
+    offset = program * K * HIDDEN + k * HIDDEN
+    in_row = column < HIDDEN
+    address = partials + offset + column
+    tl.store(address, tl.sum(tile, axis=0), mask=in_row)

@@ -78,18 +78,8 @@ def cross_entropy_backward_(
     See `ops.cross_entropy.cross_entropy_backward_`.
     """
     if logits.dtype == torch.float64:
-        reference.cross_entropy_backward_(
-            logits,
-            labels,
-            vocab_start,
-            lse,
-            grad_scale,
-            ignore_index,
-            z_loss,
-            label_smoothing,
-            vocab_size,
-            logit_scale,
-        )
+        terms = (ignore_index, z_loss, label_smoothing, vocab_size, logit_scale)
+        reference.cross_entropy_backward_(logits, labels, vocab_start, lse, grad_scale, *terms)
         return
     tokens, columns = logits.shape
     valid = max(0, min(columns, vocab_size - vocab_start))  # columns that are no padding

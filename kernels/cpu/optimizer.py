@@ -38,18 +38,8 @@ def adamw_(
     a decay of 1e-6, always the same way.
     """
     if master.dtype != torch.float32:
-        reference.adamw_(
-            parameter_out,
-            master,
-            exp_avg,
-            exp_avg_sq,
-            grad,
-            segments,
-            groups,
-            control,
-            beta1,
-            beta2,
-        )
+        shard = (parameter_out, master, exp_avg, exp_avg_sq, grad)
+        reference.adamw_(*shard, segments, groups, control, beta1, beta2)
         return
     step = read_control(control)
     if step.skip:

@@ -71,7 +71,10 @@ def adamw_kernel(
         # of 1e-20 would explode.
         corrected_v = new_v / correction2
         root = tl.sqrt(corrected_v) if dtype == tl.float64 else tl.sqrt_rn(corrected_v)
-        new_p = p - (step_size * new_m / (root + eps) + decay * p)
+        update = step_size * new_m / (root + eps) + decay * p
+        new_p = p - update
+
+        # What is loaded of the padding is stored back.
         inside = i < length
         new_p = tl.where(inside, new_p, p)
         tl.store(exp_avg + i, tl.where(inside, new_m, m), mask=mask)
@@ -156,8 +159,9 @@ def block_table(segments: Tensor, block: int) -> Tensor:
     if block <= 0 or block % ALIGNMENT:
         raise ValueError(f"block = {block} must be a positive multiple of {ALIGNMENT} elements.")
     start, length, group = segments.unbind(1)
+    stop = start + length
     wrong = (start % ALIGNMENT != 0) | (start < 0) | (length < 0)
-    wrong[1:] |= start[1:] < (start + length)[:-1]
+    wrong[1:] |= start[1:] < stop[:-1]
     if wrong.any():
         row = int(wrong.nonzero()[0])
         raise ValueError(
@@ -170,9 +174,11 @@ def block_table(segments: Tensor, block: int) -> Tensor:
     blocks = (length + block - 1) // block
     segment = torch.repeat_interleave(torch.arange(len(segments)), blocks)
     first_block = torch.cumsum(blocks, 0) - blocks
-    offset = (torch.arange(len(segment)) - first_block[segment]) * block
+    place = torch.arange(len(segment)) - first_block[segment]
+    offset = place * block
+    block_start = start[segment] + offset
     block_length = torch.clamp(length[segment] - offset, max=block)
-    return torch.stack([start[segment] + offset, block_length, group[segment]], dim=1)
+    return torch.stack([block_start, block_length, group[segment]], dim=1)
 
 
 def adamw_(

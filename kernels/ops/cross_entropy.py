@@ -98,10 +98,12 @@ def cross_entropy_backward_kernel(
     softmax = tl.exp(x * logit_scale - row_lse)
     smoothed_target = tl.where(column == label - vocab_start, 1.0 - label_smoothing, 0.0)
     smoothed_target += label_smoothing / vocab_size
-    gradient = factor * ((1.0 + 2.0 * z_loss * row_lse) * softmax - smoothed_target)
+    difference = (1.0 + 2.0 * z_loss * row_lse) * softmax - smoothed_target
+    gradient = factor * difference
 
     # An ignored row is 0 even where its softmax overflows; so is the padding of the vocabulary.
-    gradient = tl.where((factor == 0.0) | (column >= vocab_size - vocab_start), 0.0, gradient)
+    is_zero = (factor == 0.0) | (column >= vocab_size - vocab_start)
+    gradient = tl.where(is_zero, 0.0, gradient)
     tl.store(pointer, gradient.to(logits.dtype.element_ty), mask=column < columns)
 
 
@@ -155,18 +157,8 @@ def launch_cross_entropy_backward_(
 ) -> None:
     """The gradient, written over the logits; one program a block of columns of a row."""
     if logits.dtype == torch.float64:
-        reference.cross_entropy_backward_(
-            logits,
-            labels,
-            vocab_start,
-            lse,
-            grad_scale,
-            ignore_index,
-            z_loss,
-            label_smoothing,
-            vocab_size,
-            logit_scale,
-        )
+        terms = (ignore_index, z_loss, label_smoothing, vocab_size, logit_scale)
+        reference.cross_entropy_backward_(logits, labels, vocab_start, lse, grad_scale, *terms)
         return
     tokens, columns = logits.shape
     if tokens == 0 or columns == 0:

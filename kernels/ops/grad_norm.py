@@ -54,9 +54,8 @@ def sum_of_squares_kernel(
         padded = tl.multiple_of((length + 63) // 64 * 64, 64)
         for offset in range(0, length, BLOCK):
             i = offset + tl.arange(0, BLOCK)
-            address = flat + start + i
             mask = (i < length) if WHOLE else (i < padded)
-            x = tl.load(address, mask=mask, other=0.0).to(dtype)
+            x = tl.load(flat + start + i, mask=mask, other=0.0).to(dtype)
             x = tl.where(i < length, x, 0.0)
             squares += x * x
         total += tl.sum(squares, 0).to(tl.float64)

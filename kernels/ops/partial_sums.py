@@ -33,8 +33,8 @@ def reduce_partials_kernel(
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, count, ROWS):
         row = start + tl.arange(0, ROWS)[:, None]
-        address = partials + row * stride + column[None, :]
-        total += tl.load(address, mask=(row < count) & in_row[None, :], other=0.0)
+        mask = (row < count) & in_row[None, :]
+        total += tl.load(partials + row * stride + column[None, :], mask=mask, other=0.0)
     old = tl.load(into + column, mask=in_row, other=0.0)
     tl.store(into + column, old + tl.sum(total, axis=0), mask=in_row)
 

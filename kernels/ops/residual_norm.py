@@ -50,7 +50,7 @@ from ..tiling import (
     store_branch_gradient,
     store_partial,
     store_tile,
-    zero_tile,
+    zero_tiles,
 )
 from .partial_sums import Sink, receivers, vector_gradients
 
@@ -88,7 +88,8 @@ def residual_norm_forward_kernel(
     HIDDEN: tl.constexpr, WIDTHS: tl.constexpr, ROWS: tl.constexpr, RMS: tl.constexpr,
 ) -> None:  # fmt: skip
     """A tile of rows. `branch` None: the norm alone. `branch_bias`, `bias`, `seed` may be None."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS).to(tl.int64)[:, None]
+    first_row = tl.program_id(0).to(tl.int64) * ROWS
+    row = first_row + tl.arange(0, ROWS).to(tl.int64)[:, None]
     in_rows = row < rows
     x = ()
     for k in tl.static_range(len(WIDTHS)):
@@ -132,16 +133,12 @@ def residual_norm_backward_kernel(
     kernel below.
     """
     # The gain is loaded outside the loop: inside, it would be prefetched again for every tile.
-    K: tl.constexpr = 1 + HAS_BIAS + HAS_BRANCH_BIAS
     gain = ()
-    weight_sum = ()
-    bias_sum = ()
-    branch_sum = ()
     for k in tl.static_range(len(WIDTHS)):
         gain += (load_vector(weight, ROWS, k, WIDTHS, HIDDEN),)
-        weight_sum += (zero_tile(ROWS, WIDTHS[k]),)
-        bias_sum += (zero_tile(ROWS, WIDTHS[k]),)
-        branch_sum += (zero_tile(ROWS, WIDTHS[k]),)
+    weight_sum = zero_tiles(ROWS, WIDTHS)
+    bias_sum = zero_tiles(ROWS, WIDTHS)
+    branch_sum = zero_tiles(ROWS, WIDTHS)
 
     first_tile = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(rows, ROWS)
@@ -182,6 +179,7 @@ def residual_norm_backward_kernel(
             branch_sum = add_tiles(branch_sum, d_branch_tiles)
 
     if partials is not None:
+        K: tl.constexpr = 1 + HAS_BIAS + HAS_BRANCH_BIAS
         for k in tl.static_range(len(WIDTHS)):
             store_partial(partials, 0, K, weight_sum[k], k, WIDTHS, HIDDEN)
             if HAS_BIAS:
@@ -201,7 +199,6 @@ def residual_norm_vector_gradient_kernel(
 
     Program (p, c) sums its rows of one block of columns. `d_branch` None: there is no branch bias.
     """
-    K: tl.constexpr = 1 + HAS_BIAS + (d_branch is not None)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     in_row = (column < HIDDEN)[None, :]
     d_weight = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -220,7 +217,8 @@ def residual_norm_vector_gradient_kernel(
         x = tl.load(y_address, mask=mask, other=0.0).to(tl.float32)
         if not RMS:
             x -= tl.load(mean + row, mask=in_rows, other=0.0)
-        d_weight += d_normed * (x * tl.load(rstd + row, mask=in_rows, other=0.0))
+        x *= tl.load(rstd + row, mask=in_rows, other=0.0)
+        d_weight += d_normed * x
         if HAS_BIAS:
             d_bias += d_normed
         if d_branch is not None:
@@ -228,12 +226,14 @@ def residual_norm_vector_gradient_kernel(
             d_branch_bias += tl.load(d_branch_address, mask=mask, other=0.0).to(tl.float32)
 
     # One row of partials a program; the order of its vectors is that of the backward kernel.
+    K: tl.constexpr = 1 + HAS_BIAS + (d_branch is not None)
     address = partials + tl.program_id(0).to(tl.int64) * K * HIDDEN + column
-    tl.store(address, tl.sum(d_weight, axis=0), mask=column < HIDDEN)
+    mask = column < HIDDEN
+    tl.store(address, tl.sum(d_weight, axis=0), mask=mask)
     if HAS_BIAS:
-        tl.store(address + HIDDEN, tl.sum(d_bias, axis=0), mask=column < HIDDEN)
+        tl.store(address + HIDDEN, tl.sum(d_bias, axis=0), mask=mask)
     if d_branch is not None:
-        tl.store(address + (K - 1) * HIDDEN, tl.sum(d_branch_bias, axis=0), mask=column < HIDDEN)
+        tl.store(address + (K - 1) * HIDDEN, tl.sum(d_branch_bias, axis=0), mask=mask)
 
 
 def _launch_forward(

@@ -36,6 +36,7 @@ def rotary_kernel(
     b = token % batch
     column = tl.arange(0, HALF)[None, :]
     in_half = column < half
+
     cos_address = cos + s * cos_stride_s + b * cos_stride_b + column
     cosine = tl.load(cos_address, mask=in_half, other=0.0).to(tl.float32)
     sin_address = sin + s * sin_stride_s + b * sin_stride_b + column
@@ -51,11 +52,12 @@ def rotary_kernel(
 
     # Both halves are in registers before either is written, so `out` may be `x`.
     destination = out + s * out_stride_s + b * out_stride_b + head * out_stride_n + column
+    dtype = out.dtype.element_ty
     out_low = low * cosine - high * sine
-    tl.store(destination, out_low.to(out.dtype.element_ty), mask=mask)
+    tl.store(destination, out_low.to(dtype), mask=mask)
     destination += half
     out_high = high * cosine + low * sine
-    tl.store(destination, out_high.to(out.dtype.element_ty), mask=mask)
+    tl.store(destination, out_high.to(dtype), mask=mask)
 
 
 def _launch(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, inverse: bool) -> None:
@@ -73,8 +75,8 @@ def _launch(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, inverse: bool) -> 
     rotary_kernel[grid](
         x, cos, sin, out,
         batch, heads, half,
-        x.stride(0), x.stride(1), x.stride(2),
-        out.stride(0), out.stride(1), out.stride(2),
+        *x.stride()[:3],
+        *out.stride()[:3],
         cos.stride(0), cos_stride_b,
         sin.stride(0), sin_stride_b,
         INVERSE=inverse, HEADS=shape.rows, HALF=shape.columns, **shape.options,

@@ -27,7 +27,7 @@ from ..tiling import (
     rows_of,
     store_branch_gradient,
     store_partial,
-    zero_tile,
+    zero_tiles,
 )
 from .partial_sums import Sink, receivers, vector_gradients
 
@@ -40,7 +40,8 @@ def scaled_add_forward_kernel(
     HIDDEN: tl.constexpr, WIDTHS: tl.constexpr, ROWS: tl.constexpr,
 ) -> None:  # fmt: skip
     """A tile of rows. `branch_bias` and `seed` may be None."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS).to(tl.int64)[:, None]
+    first_row = tl.program_id(0).to(tl.int64) * ROWS
+    row = first_row + tl.arange(0, ROWS).to(tl.int64)[:, None]
     in_rows = row < rows
     for k in tl.static_range(len(WIDTHS)):
         total = load_tile(residual, row, in_rows, residual_stride, k, WIDTHS, HIDDEN)
@@ -57,10 +58,7 @@ def scaled_add_backward_kernel(
     HIDDEN: tl.constexpr, WIDTHS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ) -> None:  # fmt: skip
     """Every so many tiles of rows. `partials` None: there is no branch bias."""
-    bias_sum = ()
-    for k in tl.static_range(len(WIDTHS)):
-        bias_sum += (zero_tile(ROWS, WIDTHS[k]),)
-
+    bias_sum = zero_tiles(ROWS, WIDTHS)
     # The first tile is int64, and so are the row numbers: an offset in elements may pass 2^31.
     first_tile = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(rows, ROWS)

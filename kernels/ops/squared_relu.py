@@ -17,10 +17,13 @@ def squared_relu_forward_kernel(
     x: tl.tensor, out: tl.tensor, n: tl.tensor, BLOCK: tl.constexpr
 ) -> None:
     """One block of the n elements."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    loaded = tl.load(x + i, mask=i < n, other=0.0).to(tl.float32)
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    i = start + tl.arange(0, BLOCK)
+    inside = i < n
+    loaded = tl.load(x + i, mask=inside, other=0.0).to(tl.float32)
     positive = tl.maximum(loaded, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(out + i, (positive * positive).to(out.dtype.element_ty), mask=i < n)
+    square = positive * positive
+    tl.store(out + i, square.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -28,11 +31,15 @@ def squared_relu_backward_kernel(
     d_out: tl.tensor, x: tl.tensor, d_x: tl.tensor, n: tl.tensor, BLOCK: tl.constexpr
 ) -> None:
     """One block of the n elements."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    loaded = tl.load(x + i, mask=i < n, other=0.0).to(tl.float32)
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    i = start + tl.arange(0, BLOCK)
+    inside = i < n
+    loaded = tl.load(x + i, mask=inside, other=0.0).to(tl.float32)
+    # NaN stays NaN, as in torch.
     positive = tl.maximum(loaded, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    gradient = tl.load(d_out + i, mask=i < n, other=0.0).to(tl.float32)
-    tl.store(d_x + i, (2.0 * positive * gradient).to(d_x.dtype.element_ty), mask=i < n)
+    gradient = tl.load(d_out + i, mask=inside, other=0.0).to(tl.float32)
+    product = 2.0 * positive * gradient
+    tl.store(d_x + i, product.to(d_x.dtype.element_ty), mask=inside)
 
 
 def launch_squared_relu_forward(x: Tensor) -> Tensor:

@@ -31,11 +31,15 @@ def swiglu_forward_kernel(
     BLOCK: tl.constexpr,
 ) -> None:
     """A tile of [rows, F]; `stride` is the distance between the rows of `gate_up`."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    first_row = tl.program_id(0).to(tl.int64) * ROWS
+    row = first_row + tl.arange(0, ROWS)[:, None]
+    first_column = tl.program_id(1) * BLOCK
+    column = first_column + tl.arange(0, BLOCK)[None, :]
     mask = (row < rows) & (column < F)
-    gate = tl.load(gate_up + row * stride + column, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + row * stride + F + column, mask=mask, other=0.0).to(tl.float32)
+    gate_address = gate_up + row * stride + column
+    gate = tl.load(gate_address, mask=mask, other=0.0).to(tl.float32)
+    up_address = gate_up + row * stride + F + column
+    up = tl.load(up_address, mask=mask, other=0.0).to(tl.float32)
 
     address = out + row * F + column
     product = gate * tl.sigmoid(gate) * up
@@ -55,20 +59,26 @@ def swiglu_backward_kernel(
     BLOCK: tl.constexpr,
 ) -> None:
     """The gradients of gate and up for a tile of [rows, F]; `d_gate_up` is contiguous."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    first_row = tl.program_id(0).to(tl.int64) * ROWS
+    row = first_row + tl.arange(0, ROWS)[:, None]
+    first_column = tl.program_id(1) * BLOCK
+    column = first_column + tl.arange(0, BLOCK)[None, :]
     mask = (row < rows) & (column < F)
-    gate = tl.load(gate_up + row * stride + column, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + row * stride + F + column, mask=mask, other=0.0).to(tl.float32)
-    gradient = tl.load(d_out + row * d_out_stride + column, mask=mask, other=0.0).to(tl.float32)
+    gate_address = gate_up + row * stride + column
+    gate = tl.load(gate_address, mask=mask, other=0.0).to(tl.float32)
+    up_address = gate_up + row * stride + F + column
+    up = tl.load(up_address, mask=mask, other=0.0).to(tl.float32)
+    d_out_address = d_out + row * d_out_stride + column
+    gradient = tl.load(d_out_address, mask=mask, other=0.0).to(tl.float32)
 
     # The sigmoid is computed again: nothing but the input is kept between forward and backward.
     sigmoid = tl.sigmoid(gate)
     d_gate = gradient * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
     d_up = gradient * gate * sigmoid
+    dtype = d_gate_up.dtype.element_ty
     address = d_gate_up + row * (2 * F) + column
-    tl.store(address, d_gate.to(d_gate_up.dtype.element_ty), mask=mask)
-    tl.store(address + F, d_up.to(d_gate_up.dtype.element_ty), mask=mask)
+    tl.store(address, d_gate.to(dtype), mask=mask)
+    tl.store(address + F, d_up.to(dtype), mask=mask)
 
 
 def launch_swiglu_forward(gate_up: Tensor) -> Tensor:

@@ -131,12 +131,14 @@ def _amd_resources(compiled: Any) -> Resources:
     assembly = compiled.asm["amdgcn"]
     registers, *_ = re.findall(r"\.vgpr_count:\s+(\d+)", assembly)
     spills, *_ = re.findall(r"\.vgpr_spill_count:\s+(\d+)", assembly)
+    loads_128_bit = re.findall(r"\b(?:global|buffer)_load_dwordx4\b", assembly)
+    loads = re.findall(r"\b(?:global|buffer)_load_", assembly)
     return Resources(
         registers=int(registers),
         spills=int(spills),
         shared_bytes=compiled.metadata.shared,
-        loads_128_bit=len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", assembly)),
-        loads=len(re.findall(r"\b(?:global|buffer)_load_", assembly)),
+        loads_128_bit=len(loads_128_bit),
+        loads=len(loads),
         prefetches=0,  # counted on NVIDIA only
     )
 
@@ -150,12 +152,14 @@ def _nvidia_resources(compiled: Any) -> Resources:
         usage = subprocess.check_output(dump, text=True)
         disassemble = [binaries / "nvdisasm", file.name]
         code = subprocess.check_output(disassemble, text=True)
-    wide_load = r"\bLDG\.E(?:\.\w+)*\.128\b|\bLDGSTS\.E(?:\.\w+)*\.128\b"
+    # A plain load, or one of the asynchronous copies into shared memory that prefetch.
+    load_128_bit = r"\bLDG\.E(?:\.\w+)*\.128\b|\bLDGSTS\.E(?:\.\w+)*\.128\b"
+    *_, registers = re.findall(r"REG:(\d+)", usage)
     return Resources(
-        registers=int(re.findall(r"REG:(\d+)", usage)[-1]),
+        registers=int(registers),
         spills=len(re.findall(r"\b(?:STL|LDL)\b", code)),
         shared_bytes=compiled.metadata.shared,
-        loads_128_bit=len(re.findall(wide_load, code)),
+        loads_128_bit=len(re.findall(load_128_bit, code)),
         loads=len(re.findall(r"\b(?:LDG|LDGSTS)\b", code)),
         prefetches=len(re.findall(r"\bLDGSTS\b", code)),
     )

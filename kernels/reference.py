@@ -343,7 +343,8 @@ def cross_entropy_backward_(
     column = vocab_start + torch.arange(logits.shape[1], device=logits.device)
     is_target = (column == labels[:, None]).double()
     is_valid = (column < vocab_size).double()
-    smoothed_target = (1 - label_smoothing) * is_target + label_smoothing / vocab_size * is_valid
+    uniform = label_smoothing / vocab_size * is_valid
+    smoothed_target = (1 - label_smoothing) * is_target + uniform
 
     # The z-loss adds d(z_loss * lse^2)/dz = 2 * z_loss * lse * softmax.
     factor = logit_scale * grad_scale.double().expand(labels.shape)

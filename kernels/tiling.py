@@ -192,7 +192,8 @@ def dropout_factor(
     odd = tl.join(word_1, word_3)
     words = tl.reshape(tl.join(even, odd), (row.shape[0], WIDTHS[SEGMENT]))
     words = words.to(tl.uint32, bitcast=True)
-    threshold = tl.ceil(dropout_p * 16777216.0).to(tl.uint32) << 8  # the upper 24 bits decide
+    # The upper 24 bits decide.
+    threshold = tl.ceil(dropout_p * 16777216.0).to(tl.uint32) << 8
     return tl.where(words >= threshold, 1.0 / (1.0 - dropout_p), 0.0)
 
 

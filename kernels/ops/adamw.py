@@ -36,18 +36,21 @@ def adamw_kernel(
 ) -> None:
     """One row of `segments`. Without HAS_OUT `parameter_out` is not used."""
     dtype = master.dtype.element_ty
-    row = segments + tl.program_id(0).to(tl.int64) * 3
+    program = tl.program_id(0).to(tl.int64)
+    row = segments + program * 3
     # Vectors of 128 bits need a start and an end that are known multiples: the padding is loaded,
     # and stored back as it was.
     start = tl.multiple_of(tl.load(row), 64)
     length = tl.load(row + 1).to(tl.int32)
     padded = (length + 63) // 64 * 64
     skip = tl.load(control + AT_SKIP)
-    padded = tl.multiple_of(tl.where(skip == 0.0, padded, 0), 64)  # a skipped step touches nothing
+    padded = tl.where(skip == 0.0, padded, 0)  # a skipped step touches nothing
+    padded = tl.multiple_of(padded, 64)
     unpadded = tl.multiple_of(length // 64 * 64, 64)  # the elements of vectors without padding
 
     group = groups + tl.load(row + 2) * 3
-    lr = tl.load(control + AT_LEARNING_RATE) * tl.load(group)
+    learning_rate = tl.load(control + AT_LEARNING_RATE)
+    lr = learning_rate * tl.load(group)
     step_size = (lr / tl.load(control + AT_CORRECTION1)).to(dtype)
     decay = (lr * tl.load(group + 1)).to(dtype)
     eps = tl.load(group + 2).to(dtype)
@@ -71,8 +74,8 @@ def adamw_kernel(
         # of 1e-20 would explode.
         corrected_v = new_v / correction2
         root = tl.sqrt(corrected_v) if dtype == tl.float64 else tl.sqrt_rn(corrected_v)
-        update = step_size * new_m / (root + eps) + decay * p
-        new_p = p - update
+        update = step_size * new_m / (root + eps)
+        new_p = p - (update + decay * p)
 
         # What is loaded of the padding is stored back.
         inside = i < length
@@ -151,7 +154,8 @@ def block_table(segments: Tensor, block: int) -> Tensor:
     not int64 [n, 3], where a segment does not start at a multiple of 64 elements or reaches into
     the next, and for a `block` that is not a positive multiple of 64.
     """
-    if segments.dtype != torch.int64 or segments.dim() != 2 or segments.shape[1] != 3:
+    is_table = segments.dim() == 2 and segments.shape[1] == 3
+    if segments.dtype != torch.int64 or not is_table:
         raise ValueError(
             "a segment table is int64 [n, 3] (start, length, group), "
             f"not {segments.dtype} {list(segments.shape)}."

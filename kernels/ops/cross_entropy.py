@@ -50,23 +50,28 @@ def cross_entropy_forward_kernel(
         column = start + tl.arange(0, BLOCK)
         # Two masks: `columns` is a known multiple of 16, so that the loads are full vectors, and
         # `valid` may be any number.
-        x = tl.load(base + column, mask=column < columns, other=0.0).to(tl.float32) * logit_scale
+        loaded = tl.load(base + column, mask=column < columns, other=0.0)
+        x = loaded.to(tl.float32) * logit_scale
         z = tl.where(column < valid, x, -float("inf"))
-        # The sum so far is rescaled to the new maximum, one number a column of the block.
+        # The sum so far is rescaled to the new maximum. It stays one number a column of the block
+        # until the end, where they are added up once.
         new_maximum = tl.maximum(maximum, tl.max(z, 0))
-        sum_exp = sum_exp * tl.exp(maximum - new_maximum) + tl.exp(z - new_maximum)
+        rescaled = sum_exp * tl.exp(maximum - new_maximum)
+        sum_exp = rescaled + tl.exp(z - new_maximum)
         maximum = new_maximum
         if WITH_SUM:
             sum_z += tl.where(column < valid, x, 0.0)
 
-    tl.store(stats + row, maximum)
-    tl.store(stats + row + tokens, tl.sum(sum_exp, 0))
+    address = stats + row
+    tl.store(address, maximum)
+    tl.store(address + tokens, tl.sum(sum_exp, 0))
     target = tl.load(labels + row) - vocab_start
     in_shard = (target >= 0) & (target < valid)
-    z_target = tl.load(base + target, mask=in_shard, other=0.0).to(tl.float32) * logit_scale
-    tl.store(stats + row + tokens + tokens, z_target)
+    loaded_target = tl.load(base + target, mask=in_shard, other=0.0)
+    z_target = loaded_target.to(tl.float32) * logit_scale
+    tl.store(address + tokens + tokens, z_target)
     if WITH_SUM:
-        tl.store(stats + row + tokens + tokens + tokens, tl.sum(sum_z, 0))
+        tl.store(address + tokens + tokens + tokens, tl.sum(sum_z, 0))
 
 
 @triton.jit
@@ -88,13 +93,15 @@ def cross_entropy_backward_kernel(
 ) -> None:
     """One block of columns of one row."""
     row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    first_column = tl.program_id(1) * BLOCK
+    column = first_column + tl.arange(0, BLOCK)
     label = tl.load(labels + row)
     row_lse = tl.load(lse + row)
     factor = tl.load(grad_scale + (row if PER_TOKEN else 0)).to(tl.float32) * logit_scale
     factor = tl.where(label == ignore_index, 0.0, factor)
     pointer = logits + row * row_stride + column
-    x = tl.load(pointer, mask=column < columns, other=0.0).to(tl.float32)
+    in_row = column < columns
+    x = tl.load(pointer, mask=in_row, other=0.0).to(tl.float32)
     softmax = tl.exp(x * logit_scale - row_lse)
     smoothed_target = tl.where(column == label - vocab_start, 1.0 - label_smoothing, 0.0)
     smoothed_target += label_smoothing / vocab_size
@@ -104,7 +111,7 @@ def cross_entropy_backward_kernel(
     # An ignored row is 0 even where its softmax overflows; so is the padding of the vocabulary.
     is_zero = (factor == 0.0) | (column >= vocab_size - vocab_start)
     gradient = tl.where(is_zero, 0.0, gradient)
-    tl.store(pointer, gradient.to(logits.dtype.element_ty), mask=column < columns)
+    tl.store(pointer, gradient.to(logits.dtype.element_ty), mask=in_row)
 
 
 def launch_cross_entropy_forward(
@@ -392,7 +399,8 @@ def unembedding_cross_entropy(
     if not logit_scale > 0:
         raise ValueError(f"logit_scale = {logit_scale} must be positive.")
     columns, hidden = weight.shape
-    chunk = chunk_tokens or max(1, _CHUNK_ELEMENTS.get(x.device.type, 1 << 27) // columns)
+    elements = _CHUNK_ELEMENTS.get(x.device.type, 1 << 27)
+    chunk = chunk_tokens or max(1, elements // columns)
     return _unembedding_cross_entropy(
         x.reshape(-1, hidden),
         weight,

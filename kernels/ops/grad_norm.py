@@ -74,7 +74,8 @@ def begin_step_kernel(
     squares = tl.load(sum_sq)
     norm = tl.sqrt(squares)
     finite = (squares >= 0.0) & (squares < float("inf"))  # false for NaN
-    step = tl.load(control + AT_STEP) + tl.where(finite, 1.0, 0.0)
+    previous_step = tl.load(control + AT_STEP)
+    step = previous_step + tl.where(finite, 1.0, 0.0)
     tl.store(control + AT_STEP, step)
 
     # Where the norm is not finite the coefficient would be 0 or NaN: the record says 1.
@@ -94,7 +95,8 @@ def begin_step_kernel(
 def launch_sum_of_squares(flat: Tensor, segments: Tensor | None) -> Tensor:
     """A float64 scalar on the device of `flat`."""
     shape = block_shape("sum_of_squares", flat.dtype, flat.device)
-    count = triton.cdiv(flat.numel(), shape.block) if segments is None else segments.shape[0]
+    size = flat.numel()
+    count = triton.cdiv(size, shape.block) if segments is None else segments.shape[0]
     processors = launch.processors(launch.architecture(flat.device))
     programs = max(1, min(_PROGRAMS_A_PROCESSOR * processors, count))
     partials = torch.empty(programs, dtype=torch.float64, device=flat.device)
@@ -104,7 +106,7 @@ def launch_sum_of_squares(flat: Tensor, segments: Tensor | None) -> Tensor:
         flat if segments is None else segments,
         partials,
         count,
-        flat.numel(),
+        size,
         WHOLE=segments is None,
         BLOCK=shape.block,
         **options(shape.num_warps),

@@ -28,13 +28,17 @@ def reduce_partials_kernel(
     BLOCK: tl.constexpr,
 ) -> None:
     """into [H] += sum over `count` rows, `stride` apart, in a fixed order."""
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    first_column = tl.program_id(0) * BLOCK
+    column = first_column + tl.arange(0, BLOCK)
     in_row = column < HIDDEN
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, count, ROWS):
         row = start + tl.arange(0, ROWS)[:, None]
         mask = (row < count) & in_row[None, :]
-        total += tl.load(partials + row * stride + column[None, :], mask=mask, other=0.0)
+        address = partials + row * stride + column[None, :]
+        total += tl.load(address, mask=mask, other=0.0)
+
+    # One more reduction, over the rows of the tile; then the main gradient is read and written.
     old = tl.load(into + column, mask=in_row, other=0.0)
     tl.store(into + column, old + tl.sum(total, axis=0), mask=in_row)
 

@@ -199,7 +199,8 @@ def residual_norm_vector_gradient_kernel(
 
     Program (p, c) sums its rows of one block of columns. `d_branch` None: there is no branch bias.
     """
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    first_column = tl.program_id(1) * BLOCK
+    column = first_column + tl.arange(0, BLOCK)
     in_row = (column < HIDDEN)[None, :]
     d_weight = tl.zeros((ROWS, BLOCK), tl.float32)
     d_bias = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -227,7 +228,8 @@ def residual_norm_vector_gradient_kernel(
 
     # One row of partials a program; the order of its vectors is that of the backward kernel.
     K: tl.constexpr = 1 + HAS_BIAS + (d_branch is not None)
-    address = partials + tl.program_id(0).to(tl.int64) * K * HIDDEN + column
+    program = tl.program_id(0).to(tl.int64)
+    address = partials + program * K * HIDDEN + column
     mask = column < HIDDEN
     tl.store(address, tl.sum(d_weight, axis=0), mask=mask)
     if HAS_BIAS:
@@ -339,7 +341,9 @@ def launch_residual_norm_backward(
 
     # Programs that hold no vector gradients have one tile each: nothing is kept from tile to tile.
     holds_vectors = hidden <= WIDEST_IN_REGISTERS
-    programs = shape.programs if holds_vectors else max(1, triton.cdiv(rows, shape.rows))
+    programs = shape.programs
+    if not holds_vectors:
+        programs = max(1, triton.cdiv(rows, shape.rows))
     grid = (programs,)
     residual_norm_backward_kernel[grid](
         d_y, d_out, y, mean, rstd, weight, join.dropout_seed,

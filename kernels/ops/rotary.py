@@ -37,21 +37,24 @@ def rotary_kernel(
     column = tl.arange(0, HALF)[None, :]
     in_half = column < half
 
-    cos_address = cos + s * cos_stride_s + b * cos_stride_b + column
-    cosine = tl.load(cos_address, mask=in_half, other=0.0).to(tl.float32)
-    sin_address = sin + s * sin_stride_s + b * sin_stride_b + column
-    sine = tl.load(sin_address, mask=in_half, other=0.0).to(tl.float32)
+    cos_row = cos + s * cos_stride_s + b * cos_stride_b
+    cosine = tl.load(cos_row + column, mask=in_half, other=0.0).to(tl.float32)
+    sin_row = sin + s * sin_stride_s + b * sin_stride_b
+    sine = tl.load(sin_row + column, mask=in_half, other=0.0).to(tl.float32)
     if INVERSE:
         sine = -sine
 
-    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS).to(tl.int64)[:, None]
+    first_head = tl.program_id(1) * HEADS
+    head = first_head + tl.arange(0, HEADS).to(tl.int64)[:, None]
     mask = (head < heads) & in_half
-    source = x + s * x_stride_s + b * x_stride_b + head * x_stride_n + column
+    source_token = x + s * x_stride_s + b * x_stride_b
+    source = source_token + head * x_stride_n + column
     low = tl.load(source, mask=mask, other=0.0).to(tl.float32)
     high = tl.load(source + half, mask=mask, other=0.0).to(tl.float32)
 
     # Both halves are in registers before either is written, so `out` may be `x`.
-    destination = out + s * out_stride_s + b * out_stride_b + head * out_stride_n + column
+    out_token = out + s * out_stride_s + b * out_stride_b
+    destination = out_token + head * out_stride_n + column
     dtype = out.dtype.element_ty
     out_low = low * cosine - high * sine
     tl.store(destination, out_low.to(dtype), mask=mask)

@@ -82,6 +82,7 @@ def _intercepted(architecture: str, launches: list[Launch]) -> Iterator[None]:
     ) -> None:
         launches.append(Launch(kernel, grid, arguments, parameters))
 
+    # The method itself is replaced: after one of Triton's hooks the kernel would be launched.
     true_run = JITFunction.run
     true_architecture = launch.architecture
     JITFunction.run = capture

@@ -45,6 +45,7 @@ def adamw_(
     if step.skip:
         return
 
+    # Read once: every number that is taken from a tensor costs host time.
     root = math.sqrt(step.correction2)
     group_values = groups.tolist()
     infinite_step = [torch.full((), math.inf)]
@@ -55,6 +56,7 @@ def adamw_(
         decay = lr * weight_decay
         for begin in range(start, start + length, ADAMW_CHUNK):
             chunk = slice(begin, min(begin + ADAMW_CHUNK, start + length))
+            # `grad` is not changed: a clipped chunk goes into a buffer that stays in the cache.
             gradient = grad[chunk]
             if step.clip != 1.0 or gradient.dtype != torch.float32:
                 gradient = torch.mul(gradient, step.clip, out=scaled[: gradient.numel()])

@@ -56,7 +56,7 @@ def norm_forward(
     """(out [..., H], mean [rows] (empty for RMSNorm), rstd [rows])."""
     hidden = x.shape[-1]
     math_dtype = compute_dtype(x, weight)
-    # The output must not be rounded to a narrower dtype than it is stored in.
+    # torch's operators return the dtype of their input: it must not be narrower than the result's.
     matrix = x.to(out_dtype) if x.dtype.itemsize < out_dtype.itemsize else x
     matrix = matrix.reshape(-1, hidden)
     if norm.rms:
@@ -153,6 +153,8 @@ def _norm_backward(
     rstd * mean(d_out * weight): that is added back.
     """
     hidden = y.shape[-1]
+    # torch's operator takes statistics that broadcast. It does not read the values of the bias, so
+    # the weight stands there.
     rstd = rstd.view(-1, 1)
     mean = torch.zeros_like(rstd) if rms else mean.view(-1, 1)
     d_y, d_weight, d_bias = _layer_norm_backward(

@@ -34,7 +34,7 @@ def adamw_kernel(
     HAS_OUT: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One row of `segments`. Without HAS_OUT `parameter_out` is not used."""
+    """Each program updates one row of `segments`; `parameter_out` is used with HAS_OUT only."""
     dtype = master.dtype.element_ty
     program = tl.program_id(0).to(tl.int64)
     row = segments + program * 3

@@ -33,13 +33,13 @@ def cross_entropy_forward_kernel(
     columns: tl.tensor,
     row_stride: tl.tensor,
     vocab_start: tl.tensor,
-    valid_vocab: tl.tensor,
+    valid_vocab: tl.tensor,  # the true vocabulary size
     logit_scale: tl.tensor,
     WITH_SUM: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> None:
-    """One row, a block of columns at a time."""
+    """Each program reads one row, a block of columns at a time."""
     row = tl.program_id(0).to(tl.int64)
     base = logits + row * row_stride
     valid = tl.minimum(valid_vocab - vocab_start, columns)
@@ -91,7 +91,7 @@ def cross_entropy_backward_kernel(
     PER_TOKEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One block of columns of one row."""
+    """Each program computes one block of columns of one row."""
     row = tl.program_id(0).to(tl.int64)
     first_column = tl.program_id(1) * BLOCK
     column = first_column + tl.arange(0, BLOCK)
@@ -102,9 +102,11 @@ def cross_entropy_backward_kernel(
     pointer = logits + row * row_stride + column
     in_row = column < columns
     x = tl.load(pointer, mask=in_row, other=0.0).to(tl.float32)
+    # The lse is that of the whole vocabulary, so the shards do not communicate again.
     softmax = tl.exp(x * logit_scale - row_lse)
     smoothed_target = tl.where(column == label - vocab_start, 1.0 - label_smoothing, 0.0)
     smoothed_target += label_smoothing / vocab_size
+    # The z-loss z_loss * lse^2 adds 2 * z_loss * lse * softmax.
     difference = (1.0 + 2.0 * z_loss * row_lse) * softmax - smoothed_target
     gradient = factor * difference
 

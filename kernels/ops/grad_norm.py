@@ -37,7 +37,7 @@ def sum_of_squares_kernel(
     WHOLE: tl.constexpr,  # every element of the buffer counts
     BLOCK: tl.constexpr,
 ) -> None:
-    """Every so many segments or blocks; one partial sum a program."""
+    """Program p sums segments (or blocks) p, p + P, p + 2P, ... into one partial sum."""
     dtype: tl.constexpr = tl.float64 if flat.dtype.element_ty == tl.float64 else tl.float32
     total = tl.zeros([1], dtype=tl.float64)
     for r in range(tl.program_id(0).to(tl.int64), count, tl.num_programs(0)):

@@ -19,15 +19,15 @@ from ..optional_triton import tl, triton
 
 @triton.jit
 def reduce_partials_kernel(
-    partials: tl.tensor,
-    into: tl.tensor,
+    partials: tl.tensor,  # float32, from the first row on
+    into: tl.tensor,  # float32 [H]
     count: tl.tensor,
     stride: tl.tensor,
     HIDDEN: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """into [H] += sum over `count` rows, `stride` apart, in a fixed order."""
+    """into [H] += sum over `count` rows, `stride` elements apart, in a fixed order."""
     first_column = tl.program_id(0) * BLOCK
     column = first_column + tl.arange(0, BLOCK)
     in_row = column < HIDDEN
@@ -48,6 +48,7 @@ def launch_reduce_partials(partials: Tensor, k: int, into: Tensor) -> None:
     if into.dtype == torch.float64:
         cpu.reduce_partials(partials, k, into)
         return
+    # The rows of vector k lie K * H elements apart: a stride, not a copy.
     count, vectors, hidden = partials.shape
     shape = reduction_shape(into.device)
     grid = (triton.cdiv(hidden, shape.columns),)
@@ -111,6 +112,7 @@ def vector_gradients(
         if receiver is None:
             gradients.append(None)
             continue
+        # Without a sink the sum is taken now; a sink decides when its `accumulate` is called.
         if sink is None:
             gradients.append(_column_sums(partials, row, receiver))
         else:
@@ -129,12 +131,15 @@ def reduce_partials(partials: Tensor, k: int, into: Tensor) -> None:
 
 
 def _column_sums(partials: Tensor, k: int, dtype: torch.dtype) -> Tensor:
+    """The gradient [H] of vector `k`, summed in the dtype of the partial sums and rounded once."""
     total = partials.new_zeros(partials.shape[-1])
     _reduce_partials(partials, k, total)
     return total.to(dtype)
 
 
 def _accumulation(partials: Tensor, k: int) -> Callable[[Tensor, bool], None]:
+    """What a sink gets for vector `k`; it keeps `partials` alive until it is dropped."""
+
     def accumulate(main_grad: Tensor, first: bool) -> None:
         if first:
             main_grad.zero_()

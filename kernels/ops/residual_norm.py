@@ -68,12 +68,9 @@ def _centred(x: tl.tuple, mean: tl.tensor, WIDTHS: tl.constexpr, HIDDEN: tl.cons
 
 @triton.jit
 def _centred_segment(
-    x: tl.tensor,
-    mean: tl.tensor,
-    SEGMENT: tl.constexpr,
-    WIDTHS: tl.constexpr,
-    HIDDEN: tl.constexpr,
-) -> tl.tensor:
+    x: tl.tensor, mean: tl.tensor,
+    SEGMENT: tl.constexpr, WIDTHS: tl.constexpr, HIDDEN: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     column = SEGMENT * WIDTHS[0] + tl.arange(0, WIDTHS[SEGMENT])[None, :]
     return tl.where(column < HIDDEN, x - mean, 0.0)
 
@@ -87,7 +84,11 @@ def residual_norm_forward_kernel(
     scale: tl.tensor, eps: tl.tensor, dropout_p: tl.tensor,
     HIDDEN: tl.constexpr, WIDTHS: tl.constexpr, ROWS: tl.constexpr, RMS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """A tile of rows. `branch` None: the norm alone. `branch_bias`, `bias`, `seed` may be None."""
+    """Each program computes one tile of rows.
+
+    Without `branch` it is the norm alone; `branch_bias`, `bias` and `seed` may be None too.
+    """
+    # The tile stays in registers from the sum to the norm: y is stored and not read again.
     first_row = tl.program_id(0).to(tl.int64) * ROWS
     row = first_row + tl.arange(0, ROWS).to(tl.int64)[:, None]
     in_rows = row < rows
@@ -127,10 +128,10 @@ def residual_norm_backward_kernel(
     HIDDEN: tl.constexpr, WIDTHS: tl.constexpr, ROWS: tl.constexpr, RMS: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_BRANCH_BIAS: tl.constexpr, STAGES: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Every so many tiles of rows. STAGES 2 prefetches the next tile.
+    """Program p takes tiles p, p + P, p + 2P, ...; STAGES 2 prefetches the next one.
 
-    `d_y`, `d_branch` and `seed` may be None. `partials` None: the vector gradients are left to the
-    kernel below.
+    `d_y`, `d_branch` and `seed` may be None. Without `partials` the vector gradients are left to
+    the kernel below.
     """
     # The gain is loaded outside the loop: inside, it would be prefetched again for every tile.
     gain = ()
@@ -156,7 +157,8 @@ def residual_norm_backward_kernel(
             x_hat += ((stored - row_mean) * row_rstd,)
             g += (d_normed[k] * gain[k].to(tl.float32),)
 
-        # Lanes past the end of a row have a d_out and a gain of 0, so they count in neither mean.
+        # The stream's gradient is g less its mean and less its component along x_hat. Lanes past
+        # the end of a row have a d_out and a gain of 0, so they count in neither mean.
         along = row_dot(g, x_hat) / HIDDEN
         g_mean = 0.0 if RMS else row_sum(g) / HIDDEN
         if partials is not None:
@@ -164,6 +166,7 @@ def residual_norm_backward_kernel(
             if HAS_BIAS:
                 bias_sum = add_tiles(bias_sum, d_normed)
 
+        # The branch bias sums float32 gradients, before they are rounded to be stored.
         d_branch_tiles = ()
         for k in tl.static_range(len(WIDTHS)):
             gradient = (g[k] - g_mean - x_hat[k] * along) * row_rstd
@@ -197,7 +200,7 @@ def residual_norm_vector_gradient_kernel(
 ) -> None:  # fmt: skip
     """Partial sums for rows too wide for the backward kernel.
 
-    Program (p, c) sums its rows of one block of columns. `d_branch` None: there is no branch bias.
+    Program (p, c) sums its rows of one block of columns. Without a branch bias `d_branch` is None.
     """
     first_column = tl.program_id(1) * BLOCK
     column = first_column + tl.arange(0, BLOCK)
@@ -206,6 +209,7 @@ def residual_norm_vector_gradient_kernel(
     d_bias = tl.zeros((ROWS, BLOCK), tl.float32)
     d_branch_bias = tl.zeros((ROWS, BLOCK), tl.float32)
 
+    # x_hat is computed again from the stored y and the statistics of its row.
     first_tile = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(rows, ROWS)
     for tile in tl.range(first_tile, tiles, tl.num_programs(0), num_stages=STAGES):
@@ -276,11 +280,7 @@ def _new_statistics(x: Tensor, norm: Norm, dtype: torch.dtype) -> tuple[Tensor, 
 
 
 def launch_norm_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm: Norm,
-    out_dtype: torch.dtype,
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, mean, rstd)."""
     if x.dtype == torch.float64:
@@ -335,6 +335,7 @@ def launch_residual_norm_backward(
     d_branch = new_like(d_out, d_out.dtype) if has_branch else None
     vectors = 1 + has_bias + has_branch_bias
     partials = y.new_empty((shape.programs, vectors, hidden), dtype=torch.float32)
+    # Rows may be strided, so that a slice of a wider tensor is not copied.
     d_out, d_out_stride = rows_of(d_out)
     y, y_stride = rows_of(y)
     d_y, d_y_stride = (None, 0) if d_y is None else rows_of(d_y)
@@ -356,6 +357,7 @@ def launch_residual_norm_backward(
     if not holds_vectors:
         bias_rows = d_branch if has_branch_bias else None
         _launch_vector_gradients(d_out, y, mean, rstd, bias_rows, partials, has_bias, norm)
+    # An operator of torch returns a tensor in every place.
     if d_branch is None:
         d_branch = partials.new_empty(0, dtype=d_out.dtype)
     return d_residual, d_branch, partials
@@ -394,32 +396,18 @@ def _fake_norm_forward(
 
 
 def _fake_residual_norm_forward(
-    residual: Tensor,
-    branch: Tensor,
-    branch_bias: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    join: Join,
-    norm: Norm,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    residual: Tensor, branch: Tensor, branch_bias: Tensor | None,
+    weight: Tensor, bias: Tensor | None, join: Join, norm: Norm,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     y = residual.new_empty(residual.shape)
     out = branch.new_empty(branch.shape)
     return y, out, *_new_statistics(residual, norm, compute_dtype(residual, weight))
 
 
 def _fake_residual_norm_backward(
-    d_y: Tensor | None,
-    d_out: Tensor,
-    y: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor,
-    has_branch: bool,
-    has_bias: bool,
-    has_branch_bias: bool,
-    join: Join,
-    norm: Norm,
-) -> tuple[Tensor, Tensor, Tensor]:
+    d_y: Tensor | None, d_out: Tensor, y: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor,
+    has_branch: bool, has_bias: bool, has_branch_bias: bool, join: Join, norm: Norm,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     hidden = y.shape[-1]
     programs = partial_rows("norm_backward", y.device, y.dtype, hidden)
     partials = (programs, 1 + has_bias + has_branch_bias, hidden)
@@ -474,6 +462,7 @@ class _ResidualNorm(torch.autograd.Function):
             y, out, mean, rstd = _residual_norm_forward(
                 residual, branch, branch_bias, weight, bias, join, norm
             )
+        # x_hat is not saved: the backward computes it again from y.
         ctx.save_for_backward(y, mean, rstd, weight)
         # An output that nobody used has the gradient None, not a tensor of zeros.
         ctx.set_materialize_grads(False)

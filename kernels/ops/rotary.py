@@ -30,7 +30,10 @@ def rotary_kernel(
     sin_stride_s: tl.tensor, sin_stride_b: tl.tensor,
     INVERSE: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
 ) -> None:  # fmt: skip
-    """HEADS heads of one token; strides of the sequence (s), batch (b) and head (n) dimensions."""
+    """Each program rotates HEADS heads of one token.
+
+    Strides are of the sequence (s), batch (b) and head (n) dimensions, in elements.
+    """
     token = tl.program_id(0).to(tl.int64)
     s = token // batch
     b = token % batch
@@ -90,6 +93,7 @@ def launch_rotary(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     """`x` rotated, contiguous."""
     if x.dtype == torch.float64:
         return cpu.rotary(x, cos, sin, inverse)
+    # Heads may be strided: q and k are views of the fused QKV projection.
     x = x if x.stride(-1) == 1 else x.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _launch(x, cos, sin, out, inverse)
@@ -101,6 +105,7 @@ def launch_rotary_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> None:
     if x.dtype == torch.float64:
         cpu.rotary_(x, cos, sin, inverse)
     elif x.stride(-1) != 1:
+        # The kernel reads pairs of contiguous halves: such a tensor goes through a copy.
         x.copy_(launch_rotary(x, cos, sin, inverse))
     else:
         _launch(x, cos, sin, x, inverse)

@@ -39,7 +39,7 @@ def scaled_add_forward_kernel(
     scale: tl.tensor, dropout_p: tl.tensor,
     HIDDEN: tl.constexpr, WIDTHS: tl.constexpr, ROWS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """A tile of rows. `branch_bias` and `seed` may be None."""
+    """Each program computes one tile of rows. `branch_bias` and `seed` may be None."""
     first_row = tl.program_id(0).to(tl.int64) * ROWS
     row = first_row + tl.arange(0, ROWS).to(tl.int64)[:, None]
     in_rows = row < rows
@@ -57,7 +57,7 @@ def scaled_add_backward_kernel(
     rows: tl.tensor, d_y_stride: tl.tensor, scale: tl.tensor, dropout_p: tl.tensor,
     HIDDEN: tl.constexpr, WIDTHS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Every so many tiles of rows. `partials` None: there is no branch bias."""
+    """Program p takes tiles p, p + P, p + 2P, ...; `partials` is None without a branch bias."""
     bias_sum = zero_tiles(ROWS, WIDTHS)
     # The first tile is int64, and so are the row numbers: an offset in elements may pass 2^31.
     first_tile = tl.program_id(0).to(tl.int64)
@@ -72,6 +72,7 @@ def scaled_add_backward_kernel(
                 gradient, d_branch, seed, row, in_rows, scale, dropout_p, k, WIDTHS, HIDDEN
             )
             added += (bias_sum[k] + gradient,)
+        # Without partials nothing is kept, and the compiler drops the additions.
         if partials is not None:
             bias_sum = added
 
@@ -89,6 +90,7 @@ def launch_scaled_add_forward(
     """y [..., H], contiguous, in the residual's dtype."""
     if residual.dtype == torch.float64:
         return cpu.scaled_add_forward(residual, branch, branch_bias, join)
+    # One launch whatever the leading shape is: it is flattened to rows.
     y = new_like(residual, residual.dtype)
     hidden = residual.shape[-1]
     rows = residual.numel() // hidden
@@ -122,6 +124,7 @@ def launch_scaled_add_backward(
     d_branch = new_like(d_y, branch_dtype)
     size = (shape.programs, int(has_branch_bias), hidden)
     partials = d_y.new_empty(size, dtype=torch.float32)
+    # Rows may be strided, so that a slice of a wider tensor is not copied.
     d_y, d_y_stride = rows_of(d_y)
     grid = (shape.programs,)
     scaled_add_backward_kernel[grid](
@@ -178,6 +181,7 @@ class _ScaledAdd(torch.autograd.Function):
     @staticmethod
     @first_derivative
     def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
+        # The gradient of the residual is `d_y` itself, neither copied nor changed.
         (branch_bias,) = ctx.receivers
         has_bias = branch_bias is not None
         d_branch, partials = _scaled_add_backward(d_y, has_bias, ctx.join, ctx.branch_dtype)

@@ -16,11 +16,12 @@ from ..optional_triton import tl, triton
 def squared_relu_forward_kernel(
     x: tl.tensor, out: tl.tensor, n: tl.tensor, BLOCK: tl.constexpr
 ) -> None:
-    """One block of the n elements."""
+    """Each program computes one block of the n elements."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     i = start + tl.arange(0, BLOCK)
     inside = i < n
     loaded = tl.load(x + i, mask=inside, other=0.0).to(tl.float32)
+    # NaN stays NaN, as in torch, so that a failing run is noticed.
     positive = tl.maximum(loaded, 0.0, propagate_nan=tl.PropagateNan.ALL)
     square = positive * positive
     tl.store(out + i, square.to(out.dtype.element_ty), mask=inside)
@@ -30,12 +31,12 @@ def squared_relu_forward_kernel(
 def squared_relu_backward_kernel(
     d_out: tl.tensor, x: tl.tensor, d_x: tl.tensor, n: tl.tensor, BLOCK: tl.constexpr
 ) -> None:
-    """One block of the n elements."""
+    """Each program computes one block of the n elements."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     i = start + tl.arange(0, BLOCK)
     inside = i < n
     loaded = tl.load(x + i, mask=inside, other=0.0).to(tl.float32)
-    # NaN stays NaN, as in torch.
+    # NaN stays NaN, as in the forward.
     positive = tl.maximum(loaded, 0.0, propagate_nan=tl.PropagateNan.ALL)
     gradient = tl.load(d_out + i, mask=inside, other=0.0).to(tl.float32)
     product = 2.0 * positive * gradient

@@ -22,15 +22,15 @@ from ..tiling import rows_of
 
 @triton.jit
 def swiglu_forward_kernel(
-    gate_up: tl.tensor,
-    out: tl.tensor,
+    gate_up: tl.tensor,  # [rows, 2F]
+    out: tl.tensor,  # [rows, F], contiguous
     rows: tl.tensor,
-    stride: tl.tensor,
+    stride: tl.tensor,  # between the rows of gate_up, in elements
     F: tl.tensor,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """A tile of [rows, F]; `stride` is the distance between the rows of `gate_up`."""
+    """Each program computes one tile of [rows, F]."""
     first_row = tl.program_id(0).to(tl.int64) * ROWS
     row = first_row + tl.arange(0, ROWS)[:, None]
     first_column = tl.program_id(1) * BLOCK
@@ -48,17 +48,17 @@ def swiglu_forward_kernel(
 
 @triton.jit
 def swiglu_backward_kernel(
-    d_out: tl.tensor,
-    gate_up: tl.tensor,
-    d_gate_up: tl.tensor,
+    d_out: tl.tensor,  # [rows, F]
+    gate_up: tl.tensor,  # [rows, 2F]
+    d_gate_up: tl.tensor,  # [rows, 2F], contiguous
     rows: tl.tensor,
-    d_out_stride: tl.tensor,
-    stride: tl.tensor,
+    d_out_stride: tl.tensor,  # between rows, in elements
+    stride: tl.tensor,  # the same of gate_up
     F: tl.tensor,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """The gradients of gate and up for a tile of [rows, F]; `d_gate_up` is contiguous."""
+    """Each program computes the gradients of gate and up for one tile of [rows, F]."""
     first_row = tl.program_id(0).to(tl.int64) * ROWS
     row = first_row + tl.arange(0, ROWS)[:, None]
     first_column = tl.program_id(1) * BLOCK

@@ -149,9 +149,9 @@ def _nvidia_resources(compiled: Any) -> Resources:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        dump = [binaries / "cuobjdump", "--dump-resource-usage", file.name]
+        dump = [str(binaries / "cuobjdump"), "--dump-resource-usage", file.name]
         usage = subprocess.check_output(dump, text=True)
-        disassemble = [binaries / "nvdisasm", file.name]
+        disassemble = [str(binaries / "nvdisasm"), file.name]
         code = subprocess.check_output(disassemble, text=True)
     # A plain load, or one of the asynchronous copies into shared memory that prefetch.
     load_128_bit = r"\bLDG\.E(?:\.\w+)*\.128\b|\bLDGSTS\.E(?:\.\w+)*\.128\b"

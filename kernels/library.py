@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from operator import attrgetter
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -37,18 +36,18 @@ class _Value(NamedTuple):
     fields_of: Callable[[Any], tuple[Any, ...]]
 
 
-# `attrgetter` and the cache cost no Python call each time. A Join may hold a tensor, which a cache
-# would keep alive.
+# A Norm is made once for each of its fields' values. A Join may hold a tensor, which a cache would
+# keep alive.
 _VALUES = {
     "Join join": _Value(
         "float scale, float dropout_p, Tensor? seed",
         Join,
-        attrgetter("scale", "dropout_p", "dropout_seed"),
+        lambda join: (join.scale, join.dropout_p, join.dropout_seed),
     ),
     "Norm norm": _Value(
         "str kind, float eps",
         functools.cache(Norm),
-        attrgetter("kind", "eps"),
+        lambda norm: (norm.kind, norm.eps),
     ),
 }
 

@@ -10,8 +10,6 @@ from typing import Any, Protocol, overload
 class _Triton(Protocol):
     """The part of `triton` that is used here. Triton has no types of its own."""
 
-    def cdiv(self, x: int, y: int) -> int: ...
-
     @overload
     def jit(self, fn: Callable[..., Any]) -> Any: ...
 

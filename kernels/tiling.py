@@ -21,6 +21,14 @@ def next_power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def ceil_div(count: int, size: int) -> int:
+    """How many blocks of `size` cover `count`.
+
+    `triton.cdiv` is made for kernels too, and costs six Python calls on the host.
+    """
+    return -(-count // size)
+
+
 def segments(hidden: int) -> tuple[int, ...]:
     """Powers of two that cover `hidden` columns with few idle lanes.
 

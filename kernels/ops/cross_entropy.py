@@ -21,6 +21,7 @@ from ..cpu import cross_entropy as cpu
 from ..launch import block_shape, options
 from ..library import first_derivative, register
 from ..optional_triton import tl, triton
+from ..tiling import ceil_div
 from .wide_product import add_product
 
 
@@ -173,7 +174,7 @@ def launch_cross_entropy_backward_(
     if tokens == 0 or columns == 0:
         return
     shape = block_shape("cross_entropy_backward", logits.dtype, logits.device)
-    grid = (tokens, triton.cdiv(columns, shape.block))
+    grid = (tokens, ceil_div(columns, shape.block))
     cross_entropy_backward_kernel[grid](
         logits,
         labels,

@@ -23,6 +23,7 @@ from ..cpu import optimizer as cpu
 from ..launch import block_shape, options
 from ..library import register
 from ..optional_triton import tl, triton
+from ..tiling import ceil_div
 
 _PROGRAMS_A_PROCESSOR = 8
 
@@ -96,7 +97,7 @@ def launch_sum_of_squares(flat: Tensor, segments: Tensor | None) -> Tensor:
     """A float64 scalar on the device of `flat`."""
     shape = block_shape("sum_of_squares", flat.dtype, flat.device)
     size = flat.numel()
-    count = triton.cdiv(size, shape.block) if segments is None else segments.shape[0]
+    count = ceil_div(size, shape.block) if segments is None else segments.shape[0]
     processors = launch.processors(launch.architecture(flat.device))
     programs = max(1, min(_PROGRAMS_A_PROCESSOR * processors, count))
     partials = torch.empty(programs, dtype=torch.float64, device=flat.device)

@@ -15,6 +15,7 @@ from ..cpu import residual_norm as cpu
 from ..launch import reduction_shape
 from ..library import register
 from ..optional_triton import tl, triton
+from ..tiling import ceil_div
 
 
 @triton.jit
@@ -51,7 +52,7 @@ def launch_reduce_partials(partials: Tensor, k: int, into: Tensor) -> None:
     # The rows of vector k lie K * H elements apart: a stride, not a copy.
     count, vectors, hidden = partials.shape
     shape = reduction_shape(into.device)
-    grid = (triton.cdiv(hidden, shape.columns),)
+    grid = (ceil_div(hidden, shape.columns),)
     reduce_partials_kernel[grid](
         partials[:, k],
         into,

@@ -41,6 +41,7 @@ from ..tiling import (
     add_branch,
     add_tile_products,
     add_tiles,
+    ceil_div,
     load_tile,
     load_vector,
     new_like,
@@ -262,7 +263,7 @@ def _launch_forward(
     shape = forward_shape("norm_forward", hidden, residual.dtype, residual.device)
     residual, residual_stride = rows_of(residual)
     branch, branch_stride = (None, 0) if branch is None else rows_of(branch)
-    grid = (triton.cdiv(rows, shape.rows),)
+    grid = (ceil_div(rows, shape.rows),)
     residual_norm_forward_kernel[grid](
         residual, branch, branch_bias, weight, bias, join.dropout_seed,
         y, out, mean, rstd,
@@ -344,7 +345,7 @@ def launch_residual_norm_backward(
     holds_vectors = hidden <= WIDEST_IN_REGISTERS
     programs = shape.programs
     if not holds_vectors:
-        programs = max(1, triton.cdiv(rows, shape.rows))
+        programs = max(1, ceil_div(rows, shape.rows))
     grid = (programs,)
     residual_norm_backward_kernel[grid](
         d_y, d_out, y, mean, rstd, weight, join.dropout_seed,
@@ -379,7 +380,7 @@ def _launch_vector_gradients(
     d_out, d_out_stride = rows_of(d_out)
     y, y_stride = rows_of(y)
     block = vector_gradient_shape(y.device)
-    grid = (programs, triton.cdiv(hidden, block.columns))
+    grid = (programs, ceil_div(hidden, block.columns))
     residual_norm_vector_gradient_kernel[grid](
         d_out, y, mean, rstd, d_branch, partials,
         rows, d_out_stride, y_stride,

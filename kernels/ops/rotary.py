@@ -18,6 +18,7 @@ from ..cpu import pointwise as cpu
 from ..launch import rotary_shape
 from ..library import first_derivative, register
 from ..optional_triton import tl, triton
+from ..tiling import ceil_div
 
 
 @triton.jit
@@ -77,7 +78,7 @@ def _launch(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, inverse: bool) -> 
     cos_stride_b = 0 if cos.shape[1] == 1 else cos.stride(1)
     sin_stride_b = 0 if sin.shape[1] == 1 else sin.stride(1)
     shape = rotary_shape(heads, half, x.dtype, x.device)
-    grid = (sequence * batch, triton.cdiv(heads, shape.rows))
+    grid = (sequence * batch, ceil_div(heads, shape.rows))
     rotary_kernel[grid](
         x, cos, sin, out,
         batch, heads, half,

@@ -22,6 +22,7 @@ from ..optional_triton import tl, triton
 from ..reference import Join, compute_dtype
 from ..tiling import (
     add_branch,
+    ceil_div,
     load_tile,
     new_like,
     rows_of,
@@ -99,7 +100,7 @@ def launch_scaled_add_forward(
     shape = forward_shape("scaled_add_forward", hidden, residual.dtype, residual.device)
     residual, residual_stride = rows_of(residual)
     branch, branch_stride = rows_of(branch)
-    grid = (triton.cdiv(rows, shape.rows),)
+    grid = (ceil_div(rows, shape.rows),)
     scaled_add_forward_kernel[grid](
         residual, branch, branch_bias, join.dropout_seed, y,
         rows, residual_stride, branch_stride,

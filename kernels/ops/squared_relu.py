@@ -10,6 +10,7 @@ from ..cpu import pointwise as cpu
 from ..launch import block_shape, options
 from ..library import first_derivative, register
 from ..optional_triton import tl, triton
+from ..tiling import ceil_div
 
 
 @triton.jit
@@ -52,7 +53,7 @@ def launch_squared_relu_forward(x: Tensor) -> Tensor:
     size = x.numel()
     if size > 0:
         block, num_warps, _ = block_shape("squared_relu_forward", x.dtype, x.device)
-        grid = (triton.cdiv(size, block),)
+        grid = (ceil_div(size, block),)
         squared_relu_forward_kernel[grid](x, out, size, BLOCK=block, **options(num_warps))
     return out
 
@@ -67,7 +68,7 @@ def launch_squared_relu_backward(d_out: Tensor, x: Tensor) -> Tensor:
     size = x.numel()
     if size > 0:
         block, num_warps, _ = block_shape("squared_relu_backward", x.dtype, x.device)
-        grid = (triton.cdiv(size, block),)
+        grid = (ceil_div(size, block),)
         squared_relu_backward_kernel[grid](d_out, x, d_x, size, BLOCK=block, **options(num_warps))
     return d_x
 

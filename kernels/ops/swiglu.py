@@ -17,7 +17,7 @@ from ..cpu import pointwise as cpu
 from ..launch import pointwise_shape
 from ..library import first_derivative, register
 from ..optional_triton import tl, triton
-from ..tiling import rows_of
+from ..tiling import ceil_div, rows_of
 
 
 @triton.jit
@@ -91,7 +91,7 @@ def launch_swiglu_forward(gate_up: Tensor) -> Tensor:
         gate_up, stride = rows_of(gate_up)
         rows = out.numel() // half
         shape = pointwise_shape("swiglu_forward", half, out.dtype, out.device)
-        grid = (triton.cdiv(rows, shape.rows), triton.cdiv(half, shape.columns))
+        grid = (ceil_div(rows, shape.rows), ceil_div(half, shape.columns))
         swiglu_forward_kernel[grid](
             gate_up,
             out,
@@ -116,7 +116,7 @@ def launch_swiglu_backward(d_out: Tensor, gate_up: Tensor) -> Tensor:
         d_out, d_out_stride = rows_of(d_out)
         gate_up, stride = rows_of(gate_up)
         shape = pointwise_shape("swiglu_backward", half, d_out.dtype, d_out.device)
-        grid = (triton.cdiv(rows, shape.rows), triton.cdiv(half, shape.columns))
+        grid = (ceil_div(rows, shape.rows), ceil_div(half, shape.columns))
         swiglu_backward_kernel[grid](
             d_out,
             gate_up,

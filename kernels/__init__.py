@@ -1,11 +1,14 @@
-"""Fused operations for transformers trained under CompleteP: Triton on GPU tensors, plain torch on CPU tensors.
+"""Fused operations for transformers trained under CompleteP.
 
-Needs torch, and Triton once a GPU tensor arrives; knows nothing of models. `reference.py` defines every operation; `ops/` holds
-one a file; `cpu/` what CPU tensors run; `control.py` the record that the optimizer's operations share.
+GPU tensors run Triton kernels, CPU tensors plain torch. The package needs torch, and Triton once a
+GPU tensor arrives; it knows nothing of models. `reference.py` defines every operation; `ops/` holds
+one a file, and `cpu/` what CPU tensors run; `control.py` is the record that the optimizer's
+operations share.
 """
 
-# transformers imports whatever is called `kernels`, to ask for its version. In a checkout that is this folder, and it must answer
-# with nothing, not with an error: a second registration of the operations would fail. tests/interop/test_import.py needs this.
+# transformers imports whatever is called `kernels`, to ask for its version. In a checkout that is
+# this folder, and it must answer with nothing, not with an error: a second registration of the
+# operations would fail. tests/interop/test_import.py needs this.
 if __name__ != "kernels":
     from .control import Control, new_control, read_control
     from .ops.adamw import adamw_, device_segments

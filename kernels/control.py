@@ -1,8 +1,8 @@
 """The record of an optimizer step: what the host, the gradient norm and AdamW tell each other.
 
 A float64 tensor [8] on the device, whose numbers have names. The optimizer writes the learning rate
-before a step and `begin_step_` the rest, so nothing waits for the host, and a captured CUDA graph
-stays right.
+before a step and `begin_step_` writes the others, so nothing waits for the host, and a captured
+CUDA graph stays right.
 
     record = new_control(device)
     record[LEARNING_RATE] = 1e-3          one number, on the device
@@ -32,9 +32,8 @@ class Control(NamedTuple):
     unused: float = 0.0  # 64 bytes in all
 
 
-LEARNING_RATE, STEP, CLIP, SKIP, CORRECTION1, CORRECTION2, GRAD_NORM, _ = range(
-    len(Control._fields)
-)
+_positions = range(len(Control._fields))
+LEARNING_RATE, STEP, CLIP, SKIP, CORRECTION1, CORRECTION2, GRAD_NORM, _ = _positions
 
 # The same positions for kernels, which can read a module's name only where it is a `tl.constexpr`.
 AT_LEARNING_RATE = tl.constexpr(LEARNING_RATE)
@@ -47,7 +46,7 @@ AT_GRAD_NORM = tl.constexpr(GRAD_NORM)
 
 
 def new_control(device: torch.device | str, control: Control | None = None) -> Tensor:
-    """A record on `device` that holds `control`, or zeros."""
+    """A record (float64 [8]) on `device` that holds `control`, or zeros."""
     return torch.tensor(control or Control(), dtype=torch.float64).to(device)
 
 

@@ -11,27 +11,33 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from .reference import Join, Norm
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
 _NAMESPACE = "completep"
-_library = torch.library.Library(_NAMESPACE, "DEF")
+_torch_library: Any = torch.library  # its classes have no types
+_library = _torch_library.Library(_NAMESPACE, "DEF")
 # What each operator runs on CUDA tensors, by the operator's name.
 LAUNCHERS: dict[str, Callable[..., Any]] = {}
 
 
 class _Value(NamedTuple):
-    """A parameter of a schema that torch's operators, which take numbers and tensors, get in pieces."""
+    """A parameter that torch's operators, which take numbers and tensors, get as its fields."""
 
-    fields: str  # its pieces, as torch's schema names them
-    make: Callable[..., Any]  # of its pieces
-    take_apart: Callable[[Any], tuple[Any, ...]]
+    fields: str  # as torch's schema names them
+    make: Callable[..., Any]  # the value, from its fields
+    fields_of: Callable[[Any], tuple[Any, ...]]
 
 
+# A Norm is made once for each of its fields' values. A Join may hold a tensor, which a cache would
+# keep alive.
 _VALUES = {
     "Join join": _Value(
         "float scale, float dropout_p, Tensor? seed",
@@ -49,10 +55,10 @@ _VALUES = {
 def register(
     schema: str,
     *,
-    cpu: Callable[..., Any],
-    cuda: Callable[..., Any],
+    cpu: Callable[_P, _R],
+    cuda: Callable[..., _R],
     fake: Callable[..., Any],
-) -> Any:
+) -> Callable[_P, _R]:
     """Define `completep::<schema>` and return it as a callable.
 
     `cpu` and `cuda` receive every argument of the schema by position; `fake` makes the outputs of
@@ -60,15 +66,16 @@ def register(
     functions and the callable that is returned take these values, while torch's operator, and the
     launcher in `LAUNCHERS`, take the values' fields in their places.
     """
-    name, _, rest = schema.partition("(")
-    parameters = rest[: rest.index(") ->")].split(", ")
-    for value, (fields, _, _) in _VALUES.items():
-        schema = schema.replace(value, fields)
+    name, _, signature = schema.partition("(")
+    parameters = signature[: signature.index(") ->")].split(", ")
+    for declaration, entry in _VALUES.items():
+        schema = schema.replace(declaration, entry.fields)
+
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LAUNCHERS[name] = _of_pieces(cuda, parameters)
-    _library.impl(name, _of_pieces(cpu, parameters), "CPU")
+    LAUNCHERS[name] = _of_fields(cuda, parameters)
+    _library.impl(name, _of_fields(cpu, parameters), "CPU")
     _library.impl(name, LAUNCHERS[name], "CUDA")
-    torch.library.register_fake(f"{_NAMESPACE}::{name}", _of_pieces(fake, parameters), lib=_library)
+    torch.library.register_fake(f"{_NAMESPACE}::{name}", _of_fields(fake, parameters), lib=_library)
     return _of_values(getattr(getattr(torch.ops, _NAMESPACE), name).default, parameters)
 
 
@@ -87,39 +94,44 @@ def first_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _of_values(operator: Callable[..., Any], parameters: Sequence[str]) -> Callable[..., Any]:
-    """`operator`, which takes the pieces of values, as a function of the values."""
-    places = [(k, _VALUES[name]) for k, name in enumerate(parameters) if name in _VALUES]
+    """`operator`, which takes the fields of values, as a function of the values."""
+    places = []
+    for place, declaration in enumerate(parameters):
+        if declaration in _VALUES:
+            places.append((place, _VALUES[declaration].fields_of))
     if not places:
         return operator
     places.reverse()  # from the end, so that the places before keep their numbers
 
     def call(*arguments: Any) -> Any:
         flat = list(arguments)
-        for place, value in places:
-            flat[place : place + 1] = value.take_apart(flat[place])
+        for place, fields_of in places:
+            flat[place : place + 1] = fields_of(flat[place])
         return operator(*flat)
 
     return call
 
 
-def _of_pieces(function: Callable[..., Any], parameters: Sequence[str]) -> Callable[..., Any]:
-    """`function`, which takes values, as a function of their pieces: the other way round."""
+def _of_fields(function: Callable[..., Any], parameters: Sequence[str]) -> Callable[..., Any]:
+    """`function`, which takes values, as a function of their fields: the other way round."""
     spans = []
     start = 0
-    for name in parameters:
-        value = _VALUES.get(name)
-        stop = start + (1 if value is None else value.fields.count(",") + 1)
-        if value is not None:
-            spans.append((start, stop, value))
+    for declaration in parameters:
+        entry = _VALUES.get(declaration)
+        if entry is None:
+            start += 1
+            continue
+        stop = start + entry.fields.count(",") + 1
+        spans.append((slice(start, stop), entry.make))
         start = stop
     if not spans:
         return function
-    spans.reverse()
+    spans.reverse()  # from the end, as above
 
     def call(*flat: Any) -> Any:
         arguments = list(flat)
-        for first, end, value in spans:
-            arguments[first:end] = [value.make(*arguments[first:end])]
+        for span, make in spans:
+            arguments[span] = (make(*arguments[span]),)
         return function(*arguments)
 
     return call

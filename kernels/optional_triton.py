@@ -1,6 +1,20 @@
-"""Triton, or a stand-in where it is not installed: the kernels' files can then be imported, and CPU tensors need no more."""
+"""Triton, or a stand-in where it is not installed.
 
-from typing import Any
+With the stand-in the kernels' files can be imported all the same, and CPU tensors need no more.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, overload
+
+
+class _Triton(Protocol):
+    """The part of `triton` that is used here. Triton has no types of its own."""
+
+    @overload
+    def jit(self, fn: Callable[..., Any]) -> Any: ...
+
+    @overload
+    def jit(self, *, do_not_specialize: Sequence[str]) -> Callable[[Callable[..., Any]], Any]: ...
 
 
 class _Missing:
@@ -13,12 +27,16 @@ class _Missing:
         return self if function is None else function
 
 
-triton: Any
+triton: _Triton
+# In a kernel `tl.tensor` is anything but a constant: a pointer, a number or a block. A pointer may
+# also be None, which Triton compiles in.
 tl: Any
 try:
     import triton as _triton
     import triton.language as _language
 except ImportError:
-    triton = tl = _Missing()
+    triton = _Missing()
+    tl = _Missing()
 else:
-    triton, tl = _triton, _language
+    triton = _triton
+    tl = _language

@@ -1,7 +1,10 @@
-"""What the kernels that walk over rows have in common: a tile of ROWS rows, each covered by power-of-two segments of columns.
+"""What the kernels that walk over rows share: how rows are cut into tiles and segments.
 
-Segment k is WIDTHS[k] wide and starts at column k * WIDTHS[0]; all are alike, or there are two (`segments` chooses them).
-Lanes past column HIDDEN are masked. Arithmetic is float32; row numbers are int64.
+A tile is ROWS rows. Each row is covered by power-of-two segments of columns: segment k is WIDTHS[k]
+wide and starts at column k * WIDTHS[0]. All segments are alike, or there are two (`segments`
+chooses them). Lanes past column HIDDEN are masked. Arithmetic is float32; row numbers are int64.
+
+In kernels `row` is the tile's row numbers [ROWS, 1], and `in_rows` says which of them exist.
 """
 
 # mypy: disable-error-code=assignment
@@ -14,31 +17,47 @@ from .optional_triton import tl, triton
 
 
 def next_power_of_two(n: int) -> int:
+    """The smallest power of two that is not below `n`, for n >= 1."""
     return 1 << (n - 1).bit_length()
 
 
-def segments(hidden: int) -> tuple[int, ...]:
-    """Powers of two that cover `hidden` with few idle lanes: 768 = 3 x 256, 5120 = 4096 + 1024, 1000 -> 1024, 4096 = 2 x 2048.
+def ceil_div(count: int, size: int) -> int:
+    """How many blocks of `size` cover `count`.
 
-    Three alike keep a row inside a warp. Two halves make wide rows cheaper in registers: one half is finished before the other.
+    `triton.cdiv` is made for kernels too, and costs six Python calls on the host.
     """
-    whole = max(16, next_power_of_two(hidden))
-    first = whole // 2
-    second = max(128, next_power_of_two(hidden - first)) if hidden > first else whole
+    return -(-count // size)
+
+
+def segments(hidden: int) -> tuple[int, ...]:
+    """Powers of two that cover `hidden` columns with few idle lanes.
+
+    768 = 3 x 256, 5120 = 4096 + 1024, 1000 -> 1024, 4096 = 2 x 2048. Three alike keep a row inside
+    a warp. Two halves make wide rows cheaper in registers: one is finished before the other begins.
+    """
     if hidden in (384, 768):
         return (hidden // 3,) * 3
-    if hidden > 512 and second < first:
-        return first, second
-    return (first, first) if whole >= 2048 else (whole,)
+
+    covering = max(16, next_power_of_two(hidden))
+    half = covering // 2
+    if hidden > 512:
+        # The columns after the first half may need less than another half.
+        remainder = max(128, next_power_of_two(hidden - half))
+        if remainder < half:
+            return half, remainder
+    return (half, half) if covering >= 2048 else (covering,)
 
 
 def row_bucket(hidden: int) -> int:
-    """Hidden sizes that are launched alike share the elements their segments cover."""
+    """Hidden sizes that are launched alike share the elements that their segments cover."""
     return sum(segments(hidden))
 
 
 def rows_of(x: Tensor) -> tuple[Tensor, int]:
-    """`x` and the distance between its rows [..., H], in elements; copied only when its rows are not evenly spaced."""
+    """`x` and the distance between its rows [..., H], in elements.
+
+    It is copied only when its rows are not evenly spaced.
+    """
     hidden = x.shape[-1]
     if x.is_contiguous():
         return x, hidden
@@ -49,54 +68,76 @@ def rows_of(x: Tensor) -> tuple[Tensor, int]:
 
 
 def new_like(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Without data, contiguous, of the shape of `x`."""
+    """A contiguous tensor of the shape of `x`, not initialized."""
     return torch.empty(x.shape, dtype=dtype, device=x.device)
 
 
 @triton.jit
-def zero_tile(ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    return tl.zeros((ROWS, WIDTH), tl.float32)
+def zero_tiles(ROWS: tl.constexpr, WIDTHS: tl.constexpr) -> tl.tuple:
+    """Zeros for the segments of a tile, in float32."""
+    tiles = ()
+    for k in tl.static_range(len(WIDTHS)):
+        tiles += (tl.zeros((ROWS, WIDTHS[k]), tl.float32),)
+    return tiles
 
 
 @triton.jit
 def load_vector(
-    vector, ROWS: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr
-):
-    """One segment of `vector` [H] for every row of a tile: in the tile's own layout, it needs no exchange through shared memory."""
-    column = START + tl.arange(0, WIDTH)[None, :] + tl.zeros((ROWS, 1), tl.int32)
-    return tl.load(vector + column, mask=column < HIDDEN, other=0.0)
+    vector: tl.tensor,
+    ROWS: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+) -> tl.tensor:
+    """One segment of `vector` [H], once for every row of a tile.
+
+    It is loaded in the tile's own layout, so that it needs no exchange through shared memory.
+    """
+    column = SEGMENT * WIDTHS[0] + tl.arange(0, WIDTHS[SEGMENT])[None, :]
+    column += tl.zeros((ROWS, 1), tl.int32)
+    in_row = column < HIDDEN
+    return tl.load(vector + column, mask=in_row, other=0.0)
 
 
 @triton.jit
 def load_tile(
-    tensor, row, in_rows, stride, START: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr
-):
+    tensor: tl.tensor,
+    row: tl.tensor,
+    in_rows: tl.tensor,
+    stride: tl.tensor,
+    SEGMENT: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+) -> tl.tensor:
     """One segment of the rows of `tensor`, `stride` elements apart, in float32; 0 outside."""
-    column = START + tl.arange(0, WIDTH)[None, :]
-    return tl.load(tensor + row * stride + column, mask=in_rows & (column < HIDDEN), other=0.0).to(
-        tl.float32
-    )
+    column = SEGMENT * WIDTHS[0] + tl.arange(0, WIDTHS[SEGMENT])[None, :]
+    mask = in_rows & (column < HIDDEN)
+    address = tensor + row * stride + column
+    return tl.load(address, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def store_tile(
-    tensor, tile, row, in_rows, START: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr
-):
+    tensor: tl.tensor,
+    tile: tl.tensor,
+    row: tl.tensor,
+    in_rows: tl.tensor,
+    SEGMENT: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+) -> None:
     """One segment of contiguous rows, rounded to the tensor's dtype."""
-    column = START + tl.arange(0, WIDTH)[None, :]
-    tl.store(
-        tensor + row * HIDDEN + column,
-        tile.to(tensor.dtype.element_ty),
-        mask=in_rows & (column < HIDDEN),
-    )
+    column = SEGMENT * WIDTHS[0] + tl.arange(0, WIDTHS[SEGMENT])[None, :]
+    mask = in_rows & (column < HIDDEN)
+    address = tensor + row * HIDDEN + column
+    tl.store(address, tile.to(tensor.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def row_sum(tiles):
+def row_sum(tiles: tl.tuple) -> tl.tensor:
     """Sum along the rows of all segments [ROWS, 1]."""
-    if (
-        tiles[len(tiles) - 1].shape[1] == tiles[0].shape[1]
-    ):  # alike: added up first, they need one exchange between the warps
+    if tiles[len(tiles) - 1].shape[1] == tiles[0].shape[1]:
+        # Segments alike are added up first: then one exchange between the warps is enough.
         total = tiles[0]
         for k in tl.static_range(1, len(tiles)):
             total += tiles[k]
@@ -107,68 +148,132 @@ def row_sum(tiles):
 
 
 @triton.jit
+def row_dot(a: tl.tuple, b: tl.tuple) -> tl.tensor:
+    """Sum along the rows of the products of all segments [ROWS, 1]."""
+    products = ()
+    for k in tl.static_range(len(a)):
+        products += (a[k] * b[k],)
+    return row_sum(products)
+
+
+@triton.jit
+def add_tiles(total: tl.tuple, tiles: tl.tuple) -> tl.tuple:
+    """total + tiles, segment by segment."""
+    added = ()
+    for k in tl.static_range(len(tiles)):
+        added += (total[k] + tiles[k],)
+    return added
+
+
+@triton.jit
+def add_tile_products(total: tl.tuple, a: tl.tuple, b: tl.tuple) -> tl.tuple:
+    """total + a * b, segment by segment."""
+    added = ()
+    for k in tl.static_range(len(a)):
+        added += (total[k] + a[k] * b[k],)
+    return added
+
+
+@triton.jit
 def dropout_factor(
-    seed, dropout_p, row, START: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr
-):
-    """0 or 1 / (1 - p), a function of the seed and the position alone; one Philox counter serves four columns."""
-    # Loaded at every use: a key known outside a loop would be spread over its ten rounds there, and hold twenty registers.
+    seed: tl.tensor,
+    dropout_p: tl.tensor,
+    row: tl.tensor,
+    SEGMENT: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+) -> tl.tensor:
+    """0 or 1 / (1 - p), a function of the seed and the position alone.
+
+    One Philox counter serves four columns, as in `reference.dropout_factor`.
+    """
+    # The key is loaded at every use. A key known outside a loop would be spread over its ten rounds
+    # there, and hold twenty registers.
     key = tl.load(seed)
-    counter = row * ((HIDDEN + 3) // 4) + (START // 4 + tl.arange(0, WIDTH // 4))[None, :]
+    row_counter = row * ((HIDDEN + 3) // 4)
+    column_counter = SEGMENT * WIDTHS[0] // 4 + tl.arange(0, WIDTHS[SEGMENT] // 4)
+    counter = row_counter + column_counter[None, :]
     word_0, word_1, word_2, word_3 = tl.randint4x(key, counter)
-    words = tl.join(tl.join(word_0, word_2), tl.join(word_1, word_3))
-    words = tl.reshape(words, (row.shape[0], WIDTH)).to(tl.uint32, bitcast=True)
-    threshold = tl.ceil(dropout_p * 16777216.0).to(tl.uint32) << 8  # the upper 24 bits decide
+
+    # This order of the joins leaves word c % 4 at column c.
+    even = tl.join(word_0, word_2)
+    odd = tl.join(word_1, word_3)
+    words = tl.reshape(tl.join(even, odd), (row.shape[0], WIDTHS[SEGMENT]))
+    words = words.to(tl.uint32, bitcast=True)
+    # The upper 24 bits decide.
+    threshold = tl.ceil(dropout_p * 16777216.0).to(tl.uint32) << 8
     return tl.where(words >= threshold, 1.0 / (1.0 - dropout_p), 0.0)
 
 
 @triton.jit
 def add_branch(
-    total, branch, branch_bias, seed, y, row, in_rows, branch_stride, scale, dropout_p,
-    START: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr,
-):  # fmt: skip
-    """One segment of the new residual stream: `total` plus the scaled branch, rounded as it is stored, and stored."""
-    update = load_tile(branch, row, in_rows, branch_stride, START, WIDTH, HIDDEN)
+    total: tl.tensor,
+    branch: tl.tensor,
+    branch_bias: tl.tensor,
+    seed: tl.tensor,
+    y: tl.tensor,
+    row: tl.tensor,
+    in_rows: tl.tensor,
+    branch_stride: tl.tensor,
+    scale: tl.tensor,
+    dropout_p: tl.tensor,
+    SEGMENT: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+) -> tl.tensor:
+    """One segment of the new residual stream: `total` plus the scaled branch.
+
+    It is rounded and stored to `y`; what is returned is the rounded segment in float32.
+    """
+    update = load_tile(branch, row, in_rows, branch_stride, SEGMENT, WIDTHS, HIDDEN)
     if branch_bias is not None:
-        update += load_vector(branch_bias, row.shape[0], START, WIDTH, HIDDEN).to(tl.float32)
+        bias = load_vector(branch_bias, row.shape[0], SEGMENT, WIDTHS, HIDDEN)
+        update += bias.to(tl.float32)
     if seed is not None:
-        update *= dropout_factor(seed, dropout_p, row, START, WIDTH, HIDDEN)
+        update *= dropout_factor(seed, dropout_p, row, SEGMENT, WIDTHS, HIDDEN)
     stored = (total + scale * update).to(y.dtype.element_ty)
-    store_tile(y, stored, row, in_rows, START, WIDTH, HIDDEN)
+    store_tile(y, stored, row, in_rows, SEGMENT, WIDTHS, HIDDEN)
     return stored.to(tl.float32)
 
 
 @triton.jit
 def store_branch_gradient(
-    gradient,
-    d_branch,
-    seed,
-    row,
-    in_rows,
-    scale,
-    dropout_p,
-    START: tl.constexpr,
-    WIDTH: tl.constexpr,
+    gradient: tl.tensor,
+    d_branch: tl.tensor,
+    seed: tl.tensor,
+    row: tl.tensor,
+    in_rows: tl.tensor,
+    scale: tl.tensor,
+    dropout_p: tl.tensor,
+    SEGMENT: tl.constexpr,
+    WIDTHS: tl.constexpr,
     HIDDEN: tl.constexpr,
-):
-    """One segment of the branch's gradient from that of the stream: stored, and returned in float32."""
+) -> tl.tensor:
+    """One segment of the branch's gradient from that of the stream.
+
+    It is stored to `d_branch`, and returned in float32.
+    """
     gradient *= scale
     if seed is not None:
-        gradient *= dropout_factor(seed, dropout_p, row, START, WIDTH, HIDDEN)
-    store_tile(d_branch, gradient, row, in_rows, START, WIDTH, HIDDEN)
+        gradient *= dropout_factor(seed, dropout_p, row, SEGMENT, WIDTHS, HIDDEN)
+    store_tile(d_branch, gradient, row, in_rows, SEGMENT, WIDTHS, HIDDEN)
     return gradient
 
 
 @triton.jit
 def store_partial(
-    partials,
+    partials: tl.tensor,
     k: tl.constexpr,
     K: tl.constexpr,
-    tile,
-    START: tl.constexpr,
-    WIDTH: tl.constexpr,
+    tile: tl.tensor,
+    SEGMENT: tl.constexpr,
+    WIDTHS: tl.constexpr,
     HIDDEN: tl.constexpr,
-):
+) -> None:
     """The column sums of one segment, to this program's row of `partials` [P, K, H]."""
-    column = START + tl.arange(0, WIDTH)
-    offset = tl.program_id(0).to(tl.int64) * K * HIDDEN + k * HIDDEN
-    tl.store(partials + offset + column, tl.sum(tile, axis=0), mask=column < HIDDEN)
+    column = SEGMENT * WIDTHS[0] + tl.arange(0, WIDTHS[SEGMENT])
+    program = tl.program_id(0).to(tl.int64)
+    offset = program * K * HIDDEN + k * HIDDEN
+    in_row = column < HIDDEN
+    address = partials + offset + column
+    tl.store(address, tl.sum(tile, axis=0), mask=in_row)

@@ -1,7 +1,7 @@
-"""Cross-entropy pieces on CPU tensors: the same functions as in `reference`, a block of rows at a time.
+"""Cross-entropy on CPU tensors: the same functions as in `reference`, a block of rows at a time.
 
-A block of logits stays in the cache through all its passes, so main memory is crossed once forward and once backward.
-float64 takes the definition itself: tests compare it to the last digits.
+A block of logits stays in the cache through all its passes, so main memory is crossed once forward
+and once backward. float64 takes the definition itself: tests compare it to the last digits.
 """
 
 import math
@@ -22,17 +22,18 @@ def cross_entropy_forward(
     logit_scale: float = 1.0,
     with_sum: bool = False,
 ) -> Tensor:
-    """Row statistics: the maximum, then exponentials and their sum."""
+    """Row statistics of one vocabulary shard: see `ops.cross_entropy.cross_entropy_forward`."""
     if logits.dtype == torch.float64:
         return reference.cross_entropy_forward(
             logits, labels, vocab_start, valid_vocab, logit_scale, with_sum
         )
     tokens, columns = logits.shape
-    valid = max(0, min(columns, valid_vocab - vocab_start))
+    valid = max(0, min(columns, valid_vocab - vocab_start))  # columns that are no padding
     stats = torch.zeros(4 if with_sum else 3, tokens, dtype=torch.float32)
     stats[0] = -math.inf
     if valid == 0 or tokens == 0:
         return stats
+
     block = max(8, LOGITS_BLOCK // columns)
     scratch = torch.empty(min(block, tokens), valid, dtype=torch.float32)
     for begin in range(0, tokens, block):
@@ -43,14 +44,21 @@ def cross_entropy_forward(
         if with_sum:
             stats[3, rows] = raw.sum(1) * logit_scale
         stats[0, rows] = raw.amax(1) * logit_scale
-        stats[1, rows] = (
-            torch.add(-stats[0, rows, None], raw, alpha=logit_scale, out=tile).exp_().sum(1)
-        )
-    local = labels - vocab_start
-    here = (local >= 0) & (local < valid)
-    target = logits.gather(1, torch.where(here, local, 0)[:, None])[:, 0].float() * logit_scale
-    stats[2] = torch.where(here, target, 0.0)
+        # Written into the scratch tile: the logits are read again by the backward.
+        exponent = torch.add(-stats[0, rows, None], raw, alpha=logit_scale, out=tile)
+        stats[1, rows] = exponent.exp_().sum(1)
+
+    index, in_shard = _label_columns(labels, vocab_start, valid)
+    target = logits.gather(1, index)[:, 0].float() * logit_scale
+    stats[2] = torch.where(in_shard, target, 0.0)
     return stats
+
+
+def _label_columns(labels: Tensor, vocab_start: int, valid: int) -> tuple[Tensor, Tensor]:
+    """(index [T, 1], in_shard [T]): the column of each label, 0 where it is not in this shard."""
+    column = labels - vocab_start
+    in_shard = (column >= 0) & (column < valid)
+    return torch.where(in_shard, column, 0)[:, None], in_shard
 
 
 def cross_entropy_backward_(
@@ -65,45 +73,38 @@ def cross_entropy_backward_(
     vocab_size: int,
     logit_scale: float = 1.0,
 ) -> None:
-    """The gradient of the raw logits, written over them."""
+    """Write the gradient of the raw logits over them.
+
+    See `ops.cross_entropy.cross_entropy_backward_`.
+    """
     if logits.dtype == torch.float64:
-        reference.cross_entropy_backward_(
-            logits,
-            labels,
-            vocab_start,
-            lse,
-            grad_scale,
-            ignore_index,
-            z_loss,
-            label_smoothing,
-            vocab_size,
-            logit_scale,
-        )
+        terms = (ignore_index, z_loss, label_smoothing, vocab_size, logit_scale)
+        reference.cross_entropy_backward_(logits, labels, vocab_start, lse, grad_scale, *terms)
         return
     tokens, columns = logits.shape
-    valid = max(0, min(columns, vocab_size - vocab_start))
+    valid = max(0, min(columns, vocab_size - vocab_start))  # columns that are no padding
     logits[:, valid:] = 0
     if valid == 0 or tokens == 0:
         return
-    target_grad = (
-        (logit_scale * grad_scale.float()).expand(tokens).masked_fill(labels == ignore_index, 0.0)
-    )
-    softmax_grad = target_grad * (1 + 2 * z_loss * lse)
-    local = labels - vocab_start
-    here = (local >= 0) & (local < valid)
-    index = torch.where(here, local, 0)[:, None]
-    at_target = torch.where(here, -(1 - label_smoothing) * target_grad, 0.0)[:, None]
+
+    # One number a row multiplies the softmax, and one is added at the label. A label of another
+    # shard adds 0 to column 0.
+    row_scale = (logit_scale * grad_scale.float()).expand(tokens)
+    row_scale = row_scale.masked_fill(labels == ignore_index, 0.0)
+    softmax_scale = row_scale * (1 + 2 * z_loss * lse)
+    index, in_shard = _label_columns(labels, vocab_start, valid)
+    at_label = torch.where(in_shard, -(1 - label_smoothing) * row_scale, 0.0)[:, None]
+
     block = max(8, LOGITS_BLOCK // columns)
     scratch = None if logits.dtype == torch.float32 else torch.empty(min(block, tokens), valid)
     for begin in range(0, tokens, block):
         rows = slice(begin, begin + block)
         stored = logits[rows, :valid]
         tile = stored if scratch is None else scratch[: stored.shape[0]].copy_(stored)
-        torch.add(-lse[rows, None], tile, alpha=logit_scale, out=tile).exp_().mul_(
-            softmax_grad[rows, None]
-        )
+        exponent = torch.add(-lse[rows, None], tile, alpha=logit_scale, out=tile)
+        exponent.exp_().mul_(softmax_scale[rows, None])
         if label_smoothing:
-            tile.sub_((label_smoothing / vocab_size * target_grad[rows])[:, None])
-        tile.scatter_add_(1, index[rows], at_target[rows])
+            tile.sub_((label_smoothing / vocab_size * row_scale[rows])[:, None])
+        tile.scatter_add_(1, index[rows], at_label[rows])
         if scratch is not None:
             stored.copy_(tile)

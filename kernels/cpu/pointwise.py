@@ -1,4 +1,7 @@
-"""Activations and rotary embedding on CPU tensors (and on float64 tensors of any device), by torch's own operators."""
+"""Activations and rotary embedding by torch's own operators.
+
+For CPU tensors, and for float64 tensors of any device. The formulas are in ops/.
+"""
 
 import torch
 from torch import Tensor
@@ -10,14 +13,17 @@ _silu_backward = torch.ops.aten.silu_backward.grad_input
 
 
 def swiglu_forward(gate_up: Tensor) -> Tensor:
+    """[..., 2F] -> [..., F]."""
     gate, up = gate_up.chunk(2, dim=-1)
     return torch.nn.functional.silu(gate).mul_(up)
 
 
 def swiglu_backward(d_out: Tensor, gate_up: Tensor) -> Tensor:
+    """The gradient [..., 2F] of `gate_up`."""
     gate, up = gate_up.chunk(2, dim=-1)
     d_gate_up = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
     d_gate, d_up = d_gate_up.chunk(2, dim=-1)
+    # Each half is computed in its own place, without a temporary tensor.
     torch.mul(d_out, up, out=d_gate)
     _silu_backward(d_gate, gate, grad_input=d_gate)
     _silu(gate, out=d_up).mul_(d_out)
@@ -25,24 +31,30 @@ def swiglu_backward(d_out: Tensor, gate_up: Tensor) -> Tensor:
 
 
 def squared_relu_forward(x: Tensor) -> Tensor:
+    """`max(x, 0)^2`."""
     return torch.relu(x).square_()
 
 
 def squared_relu_backward(d_out: Tensor, x: Tensor) -> Tensor:
+    """`2 * max(x, 0) * d_out`."""
     return torch.relu(x).mul_(d_out).mul_(2.0)
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
-    wide = compute_dtype(x)
-    cos, sin = cos.to(wide).unsqueeze(2), sin.to(wide).unsqueeze(2)
-    out = x.to(wide, copy=True, memory_format=torch.contiguous_format)
-    first, second = out.chunk(2, dim=-1)
+    """`x` [S, B, N, D] rotated; see `ops.rotary.rotary`."""
+    math_dtype = compute_dtype(x)
+    cos = cos.to(math_dtype).unsqueeze(2)
+    sin = sin.to(math_dtype).unsqueeze(2)
+    out = x.to(math_dtype, copy=True, memory_format=torch.contiguous_format)
+    low, high = out.chunk(2, dim=-1)
     sign = -1.0 if inverse else 1.0
-    turned = first * sin
-    first.mul_(cos).addcmul_(second, sin, value=-sign)
-    second.mul_(cos).add_(turned, alpha=sign)
+    # The low half is overwritten before the high half reads it.
+    low_sin = low * sin
+    low.mul_(cos).addcmul_(high, sin, value=-sign)
+    high.mul_(cos).add_(low_sin, alpha=sign)
     return out.to(x.dtype)
 
 
 def rotary_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> None:
+    """`rotary`, written over `x`."""
     x.copy_(rotary(x, cos, sin, inverse))

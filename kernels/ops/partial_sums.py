@@ -1,8 +1,8 @@
 """The last step of a vector's gradient: the partial sums of a backward become one sum.
 
 The partial sums are [P, K, H], and the sum over P has a fixed order. It is an operation of its own,
-so that whoever schedules weight gradients (a `Sink`) decides when it runs. It adds straight into the
-main gradient.
+so that whoever schedules weight gradients (a `Sink`) decides when it runs. It adds straight into
+the main gradient.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,38 +15,49 @@ from ..cpu import residual_norm as cpu
 from ..launch import reduction_shape
 from ..library import register
 from ..optional_triton import tl, triton
+from ..tiling import ceil_div
 
 
 @triton.jit
 def reduce_partials_kernel(
-    partials, into, count, stride, HIDDEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """into [H] += sum over `count` rows, `stride` apart, in a fixed order."""
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    partials: tl.tensor,  # float32, from the first row on
+    into: tl.tensor,  # float32 [H]
+    count: tl.tensor,
+    stride: tl.tensor,
+    HIDDEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """into [H] += sum over `count` rows, `stride` elements apart, in a fixed order."""
+    first_column = tl.program_id(0) * BLOCK
+    column = first_column + tl.arange(0, BLOCK)
     in_row = column < HIDDEN
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, count, ROWS):
         row = start + tl.arange(0, ROWS)[:, None]
-        total += tl.load(
-            partials + row * stride + column[None, :],
-            mask=(row < count) & in_row[None, :],
-            other=0.0,
-        )
+        mask = (row < count) & in_row[None, :]
+        address = partials + row * stride + column[None, :]
+        total += tl.load(address, mask=mask, other=0.0)
+
+    # One more reduction, over the rows of the tile; then the main gradient is read and written.
     old = tl.load(into + column, mask=in_row, other=0.0)
     tl.store(into + column, old + tl.sum(total, axis=0), mask=in_row)
 
 
 def launch_reduce_partials(partials: Tensor, k: int, into: Tensor) -> None:
+    """Add the sum over P of `partials[:, k]` to `into` [H]; a program sums a block of columns."""
     if into.dtype == torch.float64:
         cpu.reduce_partials(partials, k, into)
         return
-    count, kinds, hidden = partials.shape
+    # The rows of vector k lie K * H elements apart: a stride, not a copy.
+    count, vectors, hidden = partials.shape
     shape = reduction_shape(into.device)
-    reduce_partials_kernel[(triton.cdiv(hidden, shape.columns),)](
+    grid = (ceil_div(hidden, shape.columns),)
+    reduce_partials_kernel[grid](
         partials[:, k],
         into,
         count,
-        kinds * hidden,
+        vectors * hidden,
         HIDDEN=hidden,
         ROWS=shape.rows,
         BLOCK=shape.columns,
@@ -66,7 +77,7 @@ class Sink(Protocol):
     """Takes the gradients of parameters in place of autograd, as a trainer's queue does."""
 
     def push(self, parameter: Any, accumulate: Callable[[Tensor, bool], None]) -> None:
-        """One contribution to the gradient of `parameter`, to be added now or later.
+        """Take one contribution to the gradient of `parameter`, to be added now or later.
 
         `accumulate(main_grad, first)` adds it to `main_grad` [H], float32 or float64. Where `first`
         is true it is written over what is there.
@@ -74,13 +85,16 @@ class Sink(Protocol):
 
 
 def receivers(vectors: Sequence[Tensor | None], sink: Sink | None) -> tuple[Any, ...]:
-    """What a forward remembers of its vectors: a sink knows them as objects, autograd wants a dtype.
+    """What a forward remembers of its vectors: the parameters for a sink, dtypes for autograd.
 
     None stands for a vector that the operation was not given.
     """
     if sink is not None:
         return tuple(vectors)
-    return tuple([None if vector is None else vector.dtype for vector in vectors])
+    dtypes = []
+    for vector in vectors:
+        dtypes.append(None if vector is None else vector.dtype)
+    return tuple(dtypes)
 
 
 def vector_gradients(
@@ -99,6 +113,7 @@ def vector_gradients(
         if receiver is None:
             gradients.append(None)
             continue
+        # Without a sink the sum is taken now; a sink decides when its `accumulate` is called.
         if sink is None:
             gradients.append(_column_sums(partials, row, receiver))
         else:
@@ -109,17 +124,23 @@ def vector_gradients(
 
 
 def reduce_partials(partials: Tensor, k: int, into: Tensor) -> None:
-    """Add the sum over P of `partials[:, k]` ([P, K, H]) to `into` [H], in a fixed order (bitwise repeatable)."""
+    """Add the sum over P of `partials[:, k]` ([P, K, H]) to `into` [H].
+
+    The order is fixed, so the sum is bitwise repeatable.
+    """
     _reduce_partials(partials, k, into)
 
 
 def _column_sums(partials: Tensor, k: int, dtype: torch.dtype) -> Tensor:
+    """The gradient [H] of vector `k`, summed in the dtype of the partial sums and rounded once."""
     total = partials.new_zeros(partials.shape[-1])
     _reduce_partials(partials, k, total)
     return total.to(dtype)
 
 
 def _accumulation(partials: Tensor, k: int) -> Callable[[Tensor, bool], None]:
+    """What a sink gets for vector `k`; it keeps `partials` alive until it is dropped."""
+
     def accumulate(main_grad: Tensor, first: bool) -> None:
         if first:
             main_grad.zero_()

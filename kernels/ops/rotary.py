@@ -1,12 +1,14 @@
-"""Rotary position embedding: the pair (i, i + D/2) of every head is rotated by the angle of its position.
+"""Rotary position embedding: the pair (i, i + D/2) of a head is rotated by its position's angle.
 
     out[i]       = x[i] * cos - x[i + D/2] * sin
     out[i + D/2] = x[i + D/2] * cos + x[i] * sin          inverse, and gradient: -sin
 
-A program rotates a tile of heads of one token, so cos and sin [S, 1 or B, D/2] are read once for them all. In place or not:
-each element is read before it is written, by the program that writes it. Only the last dimension must be contiguous.
+A program rotates a tile of heads of one token, so cos and sin [S, 1 or B, D/2] are read once for
+them all. It works in place or not: each element is read before it is written, by the program that
+writes it. Only the last dimension must be contiguous.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,57 +18,83 @@ from ..cpu import pointwise as cpu
 from ..launch import rotary_shape
 from ..library import first_derivative, register
 from ..optional_triton import tl, triton
+from ..tiling import ceil_div
 
 
 @triton.jit
 def rotary_kernel(
-    x, cos, sin, out, batch, heads, half,
-    x_stride_s, x_stride_b, x_stride_n, out_stride_s, out_stride_b, out_stride_n,
-    cos_stride_s, cos_stride_b, sin_stride_s, sin_stride_b,
+    x: tl.tensor, cos: tl.tensor, sin: tl.tensor, out: tl.tensor,
+    batch: tl.tensor, heads: tl.tensor, half: tl.tensor,
+    x_stride_s: tl.tensor, x_stride_b: tl.tensor, x_stride_n: tl.tensor,
+    out_stride_s: tl.tensor, out_stride_b: tl.tensor, out_stride_n: tl.tensor,
+    cos_stride_s: tl.tensor, cos_stride_b: tl.tensor,
+    sin_stride_s: tl.tensor, sin_stride_b: tl.tensor,
     INVERSE: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
+    """Each program rotates HEADS heads of one token.
+
+    Strides are of the sequence (s), batch (b) and head (n) dimensions, in elements.
+    """
     token = tl.program_id(0).to(tl.int64)
-    s, b = token // batch, token % batch
+    s = token // batch
+    b = token % batch
     column = tl.arange(0, HALF)[None, :]
     in_half = column < half
-    cosine = tl.load(
-        cos + s * cos_stride_s + b * cos_stride_b + column, mask=in_half, other=0.0
-    ).to(tl.float32)
-    sine = tl.load(sin + s * sin_stride_s + b * sin_stride_b + column, mask=in_half, other=0.0).to(
-        tl.float32
-    )
+
+    cos_row = cos + s * cos_stride_s + b * cos_stride_b
+    cosine = tl.load(cos_row + column, mask=in_half, other=0.0).to(tl.float32)
+    sin_row = sin + s * sin_stride_s + b * sin_stride_b
+    sine = tl.load(sin_row + column, mask=in_half, other=0.0).to(tl.float32)
     if INVERSE:
         sine = -sine
-    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS).to(tl.int64)[:, None]
+
+    first_head = tl.program_id(1) * HEADS
+    head = first_head + tl.arange(0, HEADS).to(tl.int64)[:, None]
     mask = (head < heads) & in_half
-    source = x + s * x_stride_s + b * x_stride_b + head * x_stride_n + column
-    first = tl.load(source, mask=mask, other=0.0).to(tl.float32)
-    second = tl.load(source + half, mask=mask, other=0.0).to(tl.float32)
-    destination = out + s * out_stride_s + b * out_stride_b + head * out_stride_n + column
-    tl.store(destination, (first * cosine - second * sine).to(out.dtype.element_ty), mask=mask)
-    tl.store(
-        destination + half, (second * cosine + first * sine).to(out.dtype.element_ty), mask=mask
-    )
+    source_token = x + s * x_stride_s + b * x_stride_b
+    source = source_token + head * x_stride_n + column
+    low = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+    high = tl.load(source + half, mask=mask, other=0.0).to(tl.float32)
+
+    # Both halves are in registers before either is written, so `out` may be `x`.
+    out_token = out + s * out_stride_s + b * out_stride_b
+    destination = out_token + head * out_stride_n + column
+    dtype = out.dtype.element_ty
+    out_low = low * cosine - high * sine
+    tl.store(destination, out_low.to(dtype), mask=mask)
+    destination += half
+    out_high = high * cosine + low * sine
+    tl.store(destination, out_high.to(dtype), mask=mask)
 
 
 def _launch(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, inverse: bool) -> None:
     if x.numel() == 0:
         return
     sequence, batch, heads, head_dim = x.shape
-    cos, sin = (t.contiguous() for t in (cos, sin))
+    half = head_dim // 2
+    cos = cos.contiguous()
+    sin = sin.contiguous()
+    # One row of angles may serve every sequence of the batch.
     cos_stride_b = 0 if cos.shape[1] == 1 else cos.stride(1)
-    shape = rotary_shape(heads, head_dim // 2, x.dtype, x.device)
-    rotary_kernel[(sequence * batch, triton.cdiv(heads, shape.rows))](
-        x, cos, sin, out, batch, heads, head_dim // 2,
-        x.stride(0), x.stride(1), x.stride(2), out.stride(0), out.stride(1), out.stride(2),
-        cos.stride(0), cos_stride_b, sin.stride(0), 0 if sin.shape[1] == 1 else sin.stride(1),
+    sin_stride_b = 0 if sin.shape[1] == 1 else sin.stride(1)
+    shape = rotary_shape(heads, half, x.dtype, x.device)
+    grid = (sequence * batch, ceil_div(heads, shape.rows))
+    rotary_kernel[grid](
+        x, cos, sin, out,
+        batch, heads, half,
+        *x.stride()[:3],
+        *out.stride()[:3],
+        cos.stride(0), cos_stride_b,
+        sin.stride(0), sin_stride_b,
         INVERSE=inverse, HEADS=shape.rows, HALF=shape.columns, **shape.options,
     )  # fmt: skip
 
 
 def launch_rotary(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+    """`x` rotated, contiguous."""
     if x.dtype == torch.float64:
         return cpu.rotary(x, cos, sin, inverse)
+    # Heads may be strided: q and k are views of the fused QKV projection.
     x = x if x.stride(-1) == 1 else x.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _launch(x, cos, sin, out, inverse)
@@ -74,9 +102,11 @@ def launch_rotary(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
 
 
 def launch_rotary_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> None:
+    """`x` rotated in place."""
     if x.dtype == torch.float64:
         cpu.rotary_(x, cos, sin, inverse)
     elif x.stride(-1) != 1:
+        # The kernel reads pairs of contiguous halves: such a tensor goes through a copy.
         x.copy_(launch_rotary(x, cos, sin, inverse))
     else:
         _launch(x, cos, sin, x, inverse)
@@ -97,27 +127,36 @@ _rotary_in_place = register(
 
 
 class _Rotary(torch.autograd.Function):
+    """The gradient is the inverse rotation of the result's."""
+
     @staticmethod
-    def forward(ctx: Any, x, cos, sin, inverse):
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.inverse = inverse
         return _rotary(x, cos, sin, inverse)
 
     @staticmethod
     @first_derivative
-    def backward(ctx: Any, d_out):
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None, None, None]:
         cos, sin = ctx.saved_tensors
         return _rotary(d_out, cos, sin, not ctx.inverse), None, None, None
 
 
-def rotary(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
-    """Rotate the pairs (i, i + D/2) of `x` [S, B, N, D] by angles whose `cos`, `sin` are float32 [S, 1 or B, D/2].
+_differentiable_rotary: Callable[[Tensor, Tensor, Tensor, bool], Tensor] = _Rotary.apply
 
-    `inverse` rotates back (it is also the gradient). Only the last dimension of `x` must be contiguous; the result is.
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
+    """Rotate the pairs (i, i + D/2) of `x` [S, B, N, D]; `inverse` rotates back.
+
+    `cos` and `sin` of the angles are float32 [S, 1 or B, D/2]. Only the last dimension of `x` must
+    be contiguous; the result is contiguous. The gradient goes to `x` alone.
     """
-    return _Rotary.apply(x, cos, sin, inverse)
+    return _differentiable_rotary(x, cos, sin, inverse)
 
 
 def rotary_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> None:
-    """`rotary` in place, without autograd: for a tensor that nobody saved, such as a view of the fused QKV projection."""
+    """`rotary` in place, without autograd.
+
+    It is for a tensor that no backward has saved, such as a view of the fused QKV projection.
+    """
     _rotary_in_place(x, cos, sin, inverse)

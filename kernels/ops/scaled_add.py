@@ -1,12 +1,15 @@
 """The scaled residual add alone, where no norm follows: the end of a pipeline stage.
 
 forward    y = residual + scale * dropout(branch + branch_bias)
-backward   d_residual = d_y;  d_branch = scale * dropout factor * d_y;  d_branch_bias = sum over rows of d_branch
+backward   d_residual = d_y
+           d_branch = scale * dropout factor * d_y
+           d_branch_bias = sum over rows of d_branch
 """
 
 # mypy: disable-error-code=assignment
 # (A kernel's tuples of segments grow as they are unrolled.)
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,53 +22,64 @@ from ..optional_triton import tl, triton
 from ..reference import Join, compute_dtype
 from ..tiling import (
     add_branch,
+    ceil_div,
     load_tile,
     new_like,
     rows_of,
     store_branch_gradient,
     store_partial,
-    zero_tile,
+    zero_tiles,
 )
 from .partial_sums import Sink, receivers, vector_gradients
 
 
 @triton.jit(do_not_specialize=["rows"])
 def scaled_add_forward_kernel(
-    residual, branch, branch_bias, seed, y, rows, residual_stride, branch_stride, scale, dropout_p,
+    residual: tl.tensor, branch: tl.tensor, branch_bias: tl.tensor, seed: tl.tensor, y: tl.tensor,
+    rows: tl.tensor, residual_stride: tl.tensor, branch_stride: tl.tensor,
+    scale: tl.tensor, dropout_p: tl.tensor,
     HIDDEN: tl.constexpr, WIDTHS: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS).to(tl.int64)[:, None]
+) -> None:  # fmt: skip
+    """Each program computes one tile of rows. `branch_bias` and `seed` may be None."""
+    first_row = tl.program_id(0).to(tl.int64) * ROWS
+    row = first_row + tl.arange(0, ROWS).to(tl.int64)[:, None]
     in_rows = row < rows
     for k in tl.static_range(len(WIDTHS)):
-        total = load_tile(residual, row, in_rows, residual_stride, k * WIDTHS[0], WIDTHS[k], HIDDEN)
-        add_branch(total, branch, branch_bias, seed, y, row, in_rows, branch_stride, scale, dropout_p,
-                   k * WIDTHS[0], WIDTHS[k], HIDDEN)  # fmt: skip
+        total = load_tile(residual, row, in_rows, residual_stride, k, WIDTHS, HIDDEN)
+        add_branch(
+            total, branch, branch_bias, seed, y, row, in_rows, branch_stride, scale, dropout_p,
+            k, WIDTHS, HIDDEN,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows"])
 def scaled_add_backward_kernel(
-    d_y, seed, d_branch, partials, rows, d_y_stride, scale, dropout_p,
+    d_y: tl.tensor, seed: tl.tensor, d_branch: tl.tensor, partials: tl.tensor,
+    rows: tl.tensor, d_y_stride: tl.tensor, scale: tl.tensor, dropout_p: tl.tensor,
     HIDDEN: tl.constexpr, WIDTHS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """`partials` None: there is no branch bias."""
-    bias_sum = ()
-    for k in tl.static_range(len(WIDTHS)):
-        bias_sum += (zero_tile(ROWS, WIDTHS[k]),)
-    for tile in tl.range(
-        tl.program_id(0).to(tl.int64), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES
-    ):
+) -> None:  # fmt: skip
+    """Program p takes tiles p, p + P, p + 2P, ...; `partials` is None without a branch bias."""
+    bias_sum = zero_tiles(ROWS, WIDTHS)
+    # The first tile is int64, and so are the row numbers: an offset in elements may pass 2^31.
+    first_tile = tl.program_id(0).to(tl.int64)
+    tiles = tl.cdiv(rows, ROWS)
+    for tile in tl.range(first_tile, tiles, tl.num_programs(0), num_stages=STAGES):
         row = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)[:, None]
         in_rows = row < rows
         added = ()
         for k in tl.static_range(len(WIDTHS)):
-            gradient = load_tile(d_y, row, in_rows, d_y_stride, k * WIDTHS[0], WIDTHS[k], HIDDEN)
-            added += (bias_sum[k] + store_branch_gradient(gradient, d_branch, seed, row, in_rows, scale, dropout_p,
-                                                          k * WIDTHS[0], WIDTHS[k], HIDDEN),)  # fmt: skip
+            gradient = load_tile(d_y, row, in_rows, d_y_stride, k, WIDTHS, HIDDEN)
+            gradient = store_branch_gradient(
+                gradient, d_branch, seed, row, in_rows, scale, dropout_p, k, WIDTHS, HIDDEN
+            )
+            added += (bias_sum[k] + gradient,)
+        # Without partials nothing is kept, and the compiler drops the additions.
         if partials is not None:
             bias_sum = added
+
     if partials is not None:
         for k in tl.static_range(len(WIDTHS)):
-            store_partial(partials, 0, 1, bias_sum[k], k * WIDTHS[0], WIDTHS[k], HIDDEN)
+            store_partial(partials, 0, 1, bias_sum[k], k, WIDTHS, HIDDEN)
 
 
 def launch_scaled_add_forward(
@@ -74,8 +88,10 @@ def launch_scaled_add_forward(
     branch_bias: Tensor | None,
     join: Join,
 ) -> Tensor:
+    """y [..., H], contiguous, in the residual's dtype."""
     if residual.dtype == torch.float64:
         return cpu.scaled_add_forward(residual, branch, branch_bias, join)
+    # One launch whatever the leading shape is: it is flattened to rows.
     y = new_like(residual, residual.dtype)
     hidden = residual.shape[-1]
     rows = residual.numel() // hidden
@@ -84,22 +100,13 @@ def launch_scaled_add_forward(
     shape = forward_shape("scaled_add_forward", hidden, residual.dtype, residual.device)
     residual, residual_stride = rows_of(residual)
     branch, branch_stride = rows_of(branch)
-    scaled_add_forward_kernel[(triton.cdiv(rows, shape.rows),)](
-        residual,
-        branch,
-        branch_bias,
-        join.dropout_seed,
-        y,
-        rows,
-        residual_stride,
-        branch_stride,
-        join.scale,
-        join.dropout_p,
-        HIDDEN=hidden,
-        WIDTHS=shape.widths,
-        ROWS=shape.rows,
-        **shape.options,
-    )
+    grid = (ceil_div(rows, shape.rows),)
+    scaled_add_forward_kernel[grid](
+        residual, branch, branch_bias, join.dropout_seed, y,
+        rows, residual_stride, branch_stride,
+        join.scale, join.dropout_p,
+        HIDDEN=hidden, WIDTHS=shape.widths, ROWS=shape.rows, **shape.options,
+    )  # fmt: skip
     return y
 
 
@@ -118,26 +125,20 @@ def launch_scaled_add_backward(
     d_branch = new_like(d_y, branch_dtype)
     size = (shape.programs, int(has_branch_bias), hidden)
     partials = d_y.new_empty(size, dtype=torch.float32)
+    # Rows may be strided, so that a slice of a wider tensor is not copied.
     d_y, d_y_stride = rows_of(d_y)
-    scaled_add_backward_kernel[(shape.programs,)](
-        d_y,
-        join.dropout_seed,
-        d_branch,
-        partials if has_branch_bias else None,
-        rows,
-        d_y_stride,
-        join.scale,
-        join.dropout_p,
-        HIDDEN=hidden,
-        WIDTHS=shape.widths,
-        ROWS=shape.rows,
-        STAGES=shape.stages,
-        **shape.options,
-    )
+    grid = (shape.programs,)
+    scaled_add_backward_kernel[grid](
+        d_y, join.dropout_seed, d_branch, partials if has_branch_bias else None,
+        rows, d_y_stride, join.scale, join.dropout_p,
+        HIDDEN=hidden, WIDTHS=shape.widths, ROWS=shape.rows, STAGES=shape.stages, **shape.options,
+    )  # fmt: skip
     return d_branch, partials
 
 
-def _fake_backward(d_y, has_branch_bias, join, branch_dtype):
+def _fake_backward(
+    d_y: Tensor, has_branch_bias: bool, join: Join, branch_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     hidden = d_y.shape[-1]
     programs = partial_rows("scaled_add_backward", d_y.device, d_y.dtype, hidden)
     size = (programs, int(has_branch_bias), hidden)
@@ -152,7 +153,8 @@ _scaled_add_forward = register(
     fake=lambda residual, *_: residual.new_empty(residual.shape),
 )
 _scaled_add_backward = register(
-    "scaled_add_backward(Tensor d_y, bool has_branch_bias, Join join, ScalarType branch_dtype) -> (Tensor, Tensor)",
+    "scaled_add_backward(Tensor d_y, bool has_branch_bias, Join join, ScalarType branch_dtype) "
+    "-> (Tensor, Tensor)",
     cpu=cpu.scaled_add_backward,
     cuda=launch_scaled_add_backward,
     fake=_fake_backward,
@@ -163,7 +165,14 @@ class _ScaledAdd(torch.autograd.Function):
     """The bias's gradient goes through autograd as the others do, or to the sink."""
 
     @staticmethod
-    def forward(ctx: Any, residual, branch, branch_bias, join: Join, sink: Sink | None):
+    def forward(
+        ctx: Any,
+        residual: Tensor,
+        branch: Tensor,
+        branch_bias: Tensor | None,
+        join: Join,
+        sink: Sink | None,
+    ) -> Tensor:
         ctx.join = join
         ctx.branch_dtype = branch.dtype
         ctx.sink = sink
@@ -172,12 +181,16 @@ class _ScaledAdd(torch.autograd.Function):
 
     @staticmethod
     @first_derivative
-    def backward(ctx: Any, d_y):
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
+        # The gradient of the residual is `d_y` itself, neither copied nor changed.
         (branch_bias,) = ctx.receivers
         has_bias = branch_bias is not None
         d_branch, partials = _scaled_add_backward(d_y, has_bias, ctx.join, ctx.branch_dtype)
         (d_bias,) = vector_gradients(partials, ctx.receivers, ctx.sink)
         return d_y, d_branch, d_bias, None, None
+
+
+_scaled_add: Callable[..., Tensor] = _ScaledAdd.apply
 
 
 def scaled_add(
@@ -187,9 +200,11 @@ def scaled_add(
     join: Join,
     sink: Sink | None = None,
 ) -> Tensor:
-    """`residual + scale * dropout(branch + branch_bias)` [..., H], in the residual's dtype, rounded once.
+    """`residual + scale * dropout(branch + branch_bias)` [..., H].
+
+    The result is rounded once, to the residual's dtype.
 
     With a `sink` the gradient of `branch_bias` [H], which is then a parameter, goes there and not
     through autograd. Raises ValueError where dropout has no seed.
     """
-    return _ScaledAdd.apply(residual, branch, branch_bias, join, sink)
+    return _scaled_add(residual, branch, branch_bias, join, sink)

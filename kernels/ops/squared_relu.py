@@ -1,5 +1,6 @@
 """Squared ReLU: max(x, 0)^2, gradient 2 * max(x, 0) * d_out; float32 arithmetic, rounded once."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,50 +10,66 @@ from ..cpu import pointwise as cpu
 from ..launch import block_shape, options
 from ..library import first_derivative, register
 from ..optional_triton import tl, triton
+from ..tiling import ceil_div
 
 
 @triton.jit
-def squared_relu_forward_kernel(x, out, n, BLOCK: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    positive = tl.maximum(
-        tl.load(x + i, mask=i < n, other=0.0).to(tl.float32), 0.0, propagate_nan=tl.PropagateNan.ALL
-    )
-    tl.store(out + i, (positive * positive).to(out.dtype.element_ty), mask=i < n)
+def squared_relu_forward_kernel(
+    x: tl.tensor, out: tl.tensor, n: tl.tensor, BLOCK: tl.constexpr
+) -> None:
+    """Each program computes one block of the n elements."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    i = start + tl.arange(0, BLOCK)
+    inside = i < n
+    loaded = tl.load(x + i, mask=inside, other=0.0).to(tl.float32)
+    # NaN stays NaN, as in torch, so that a failing run is noticed.
+    positive = tl.maximum(loaded, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    square = positive * positive
+    tl.store(out + i, square.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def squared_relu_backward_kernel(d_out, x, d_x, n, BLOCK: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    positive = tl.maximum(
-        tl.load(x + i, mask=i < n, other=0.0).to(tl.float32), 0.0, propagate_nan=tl.PropagateNan.ALL
-    )
-    gradient = tl.load(d_out + i, mask=i < n, other=0.0).to(tl.float32)
-    tl.store(d_x + i, (2.0 * positive * gradient).to(d_x.dtype.element_ty), mask=i < n)
+def squared_relu_backward_kernel(
+    d_out: tl.tensor, x: tl.tensor, d_x: tl.tensor, n: tl.tensor, BLOCK: tl.constexpr
+) -> None:
+    """Each program computes one block of the n elements."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    i = start + tl.arange(0, BLOCK)
+    inside = i < n
+    loaded = tl.load(x + i, mask=inside, other=0.0).to(tl.float32)
+    # NaN stays NaN, as in the forward.
+    positive = tl.maximum(loaded, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    gradient = tl.load(d_out + i, mask=inside, other=0.0).to(tl.float32)
+    product = 2.0 * positive * gradient
+    tl.store(d_x + i, product.to(d_x.dtype.element_ty), mask=inside)
 
 
 def launch_squared_relu_forward(x: Tensor) -> Tensor:
+    """The result has the shape of `x` and is contiguous."""
     if x.dtype == torch.float64:
         return cpu.squared_relu_forward(x)
     x = x.contiguous()
     out = torch.empty_like(x)
-    if x.numel() > 0:
+    size = x.numel()
+    if size > 0:
         block, num_warps, _ = block_shape("squared_relu_forward", x.dtype, x.device)
-        squared_relu_forward_kernel[(triton.cdiv(x.numel(), block),)](
-            x, out, x.numel(), BLOCK=block, **options(num_warps)
-        )
+        grid = (ceil_div(size, block),)
+        squared_relu_forward_kernel[grid](x, out, size, BLOCK=block, **options(num_warps))
     return out
 
 
 def launch_squared_relu_backward(d_out: Tensor, x: Tensor) -> Tensor:
+    """The gradient has the shape of `x` and is contiguous."""
     if x.dtype == torch.float64:
         return cpu.squared_relu_backward(d_out, x)
-    d_out, x = d_out.contiguous(), x.contiguous()
+    d_out = d_out.contiguous()
+    x = x.contiguous()
     d_x = torch.empty_like(x)
-    if x.numel() > 0:
+    size = x.numel()
+    if size > 0:
         block, num_warps, _ = block_shape("squared_relu_backward", x.dtype, x.device)
-        squared_relu_backward_kernel[(triton.cdiv(x.numel(), block),)](
-            d_out, x, d_x, x.numel(), BLOCK=block, **options(num_warps)
-        )
+        grid = (ceil_div(size, block),)
+        squared_relu_backward_kernel[grid](d_out, x, d_x, size, BLOCK=block, **options(num_warps))
     return d_x
 
 
@@ -72,16 +89,19 @@ _squared_relu_backward = register(
 
 class _SquaredReLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x):
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         return _squared_relu_forward(x)
 
     @staticmethod
     @first_derivative
-    def backward(ctx: Any, d_out):
+    def backward(ctx: Any, d_out: Tensor) -> Tensor:
         return _squared_relu_backward(d_out, ctx.saved_tensors[0])
+
+
+_squared_relu: Callable[[Tensor], Tensor] = _SquaredReLU.apply
 
 
 def squared_relu(x: Tensor) -> Tensor:
     """`max(x, 0)^2`, any shape; saves its input."""
-    return _SquaredReLU.apply(x)
+    return _squared_relu(x)

@@ -57,7 +57,7 @@ class CheckpointSpeeds:
         seconds = self.speeds[name].seconds
         baseline_seconds = self.speeds[baseline].seconds
         rounds = zip(seconds, baseline_seconds, strict=True)
-        return statistics.median(time / baseline_time for time, baseline_time in rounds)
+        return statistics.median(action / action_baseline for action, action_baseline in rounds)
 
 
 def benchmark_checkpoints(folder: Path, megabytes: int, rounds: int) -> CheckpointSpeeds:

@@ -223,6 +223,7 @@ def markdown(device: Mapping[str, Any], outcomes: Sequence[Outcome], has_kernels
         if has_kernels and outcome.name == KERNEL_BENCHMARK:
             continue
         for key, rows in _tables_of(outcome.result):
+            # Nested figures, such as those of both programs of a comparison, become columns.
             flat_rows = [_flat(row) for row in rows]
             lines += ["", f"## {outcome.name}: {key}", "", *_table(flat_rows)]
     return "\n".join(lines) + "\n"

@@ -69,6 +69,7 @@ def markdown(measurements: list[Measurement], left_out: list[str], setting: dict
         of_kernel = [m for m in measurements if m.kernel == kernel]
         lines += [f"## {kernel}", ""]
         for baseline in _implementations(of_kernel):
+            # None where the baseline and ours have no shape in common.
             ratio = speedup(measurements, kernel, baseline) if baseline != "ours" else None
             if ratio is not None:
                 mean, worst = ratio
@@ -132,6 +133,7 @@ def _draw_implementation(axes: Any, implementation: str, points: list[Measuremen
     hidden_sizes = [m.columns for m in points]
     rates = [m.gigabytes_per_second for m in points]
     axes.plot(hidden_sizes, rates, marker="o", label=implementation)
+    # A measurement holds its share of the copy's rate, from which that rate follows.
     if implementation == "ours":
         copy_rates = [100 * m.gigabytes_per_second / m.percent_of_copy for m in points]
         axes.plot(hidden_sizes, copy_rates, color="black", linestyle="--", label="copy")

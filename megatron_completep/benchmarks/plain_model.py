@@ -35,6 +35,7 @@ class PlainGPT(nn.Module):
         self.layers = nn.ModuleList(PlainBlock(model, table) for _ in range(model.num_layers))
         self.final_norm = plain_norm(model)
         self.unembedding = nn.Linear(model.hidden_size, model.vocab_size, bias=False)
+        # Before the initialization, which would otherwise draw the shared weight's values twice.
         if model.tied_embeddings:
             self.unembedding.weight = self.embedding.weight
         self.apply(init_weights)
@@ -82,6 +83,7 @@ class PlainBlock(nn.Module):
 
     def attention(self, x: Tensor, angles: Angles | None) -> Tensor:
         """Causal self-attention of x [B, S, H]."""
+        # One product; its heads are those of the queries, then of the keys and the values.
         qkv = self.qkv(x).unflatten(-1, (self.heads + 2 * self.groups, self.head_dim))
         q, k, v = qkv.transpose(1, 2).split((self.heads, self.groups, self.groups), dim=1)
         if angles is not None:

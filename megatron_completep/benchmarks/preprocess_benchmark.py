@@ -55,7 +55,8 @@ def benchmark_preprocessing(
 
 
 def _cpu_seconds(contestants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """CPU seconds of each contestant in each round; within a round they run one after the other."""
+    """CPU seconds of each contestant in each round."""
+    # One after the other within a round, so that a slow phase of the machine slows all of them.
     seconds: dict[str, list[float]] = {contestant: [] for contestant in contestants}
     for _ in range(rounds):
         for contestant, work in contestants.items():
@@ -154,6 +155,7 @@ def _build_as_megatron(
     with open(folder / "corpus.jsonl", encoding="utf-8") as file:
         for line in file:
             ids = encode(json.loads(line)["text"])
+            # An empty document gets no end of document, and has no sequence.
             if ids:
                 ids.append(tokenizer.eod_id or 0)
             builder.add_document(ids, [len(ids)] if ids else [])
@@ -200,6 +202,7 @@ def _train_tokenizers(folder: Path, documents: list[str]) -> list[TokenizerChoic
 def _train_huggingface(path: Path, documents: list[str]) -> list[list[str]]:
     """Train and save a byte-level BPE; returns its merges, pairs of tokens."""
     tokenizers = importlib.import_module("tokenizers")
+    # A byte-level alphabet writes every document without an unknown token.
     byte_level = tokenizers.pre_tokenizers.ByteLevel
     library = tokenizers.Tokenizer(tokenizers.models.BPE())
     library.pre_tokenizer = byte_level(add_prefix_space=False)
@@ -217,6 +220,7 @@ def _train_huggingface(path: Path, documents: list[str]) -> list[list[str]]:
 
 def _write_tiktoken_ranks(path: Path, merges: list[list[str]]) -> None:
     """Write the merges of a byte-level BPE as a file of ranks."""
+    # Ranks decide which merge comes first; the single bytes come before all merges.
     tokens = [bytes([byte]) for byte in range(256)]
     for merge in merges:
         tokens.append(_byte_level_bytes("".join(merge)))

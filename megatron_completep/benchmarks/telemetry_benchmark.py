@@ -69,6 +69,7 @@ def measure(
     training = config.training
     step = assemble(config, ParallelContext.single(device)).step
     batch = random_batch(BenchmarkSettings(config.model, training.micro_batch_size))
+    # Only the shape of a micro-batch costs time, so one stands for all.
     batches = [batch] * (training.global_batch_size // training.micro_batch_size)
     telemetry = Telemetry(
         step, batches[:1], interval, training.train_steps, None, lambda text: None

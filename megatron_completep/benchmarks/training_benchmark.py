@@ -159,6 +159,7 @@ def plain_step(
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             loss = forward(tokens, labels)
         loss.backward()
+        # As ours: clipping reads the norm on the device, so that nothing waits for the host.
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -168,6 +169,7 @@ def plain_step(
 
 def run_config(settings: BenchmarkSettings, precision: str) -> Config:
     """The configuration of a run of this shape; no file of it is opened."""
+    # The schema wants a corpus and a folder, which a benchmark does not have.
     training = {
         "micro_batch_size": settings.batch_size,
         "global_batch_size": settings.batch_size,

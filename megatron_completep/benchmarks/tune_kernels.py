@@ -113,6 +113,7 @@ def tune(
         if not times:
             continue
         best = min(times, key=lambda candidate: times[candidate])
+        # Today's parameters are timed under the same conditions as the candidates.
         time_before = _mean_time(tunable, time)
         choices[tunable.key] = Choice(best, times[best], time_before)
         say(

@@ -259,9 +259,9 @@ def run_prune(arguments: argparse.Namespace) -> int:
 
 def run_adapt(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
+    # Where a run of this configuration looks for the checkpoint to go on from.
     checkpoints = Path(config.training.output_dir) / "checkpoints"
     check_outputs([Output("training.output_dir", checkpoints, folder=True)])
-    # Checked before the source is opened: a run of this configuration has to find the result there.
     source = checkpoint_at(arguments.checkpoint)
     folder, differences = adapt_checkpoint(
         source, config, checkpoints, arguments.files, arguments.start_anew

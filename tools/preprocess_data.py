@@ -216,7 +216,7 @@ def settings_of(arguments: argparse.Namespace) -> PreprocessSettings:
         unicode=arguments.unicode,
         limits=limits,
         deduplicate=arguments.deduplicate,
-        largest_document=max(1, round(document_bytes)),  # a tiny limit must not become 0, none
+        largest_document=max(1, round(document_bytes)),  # 0 would refuse every document
     )
 
 

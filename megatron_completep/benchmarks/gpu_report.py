@@ -82,6 +82,7 @@ def run_part(
     say(f"{part.name}: {' '.join(part.command)} (at most {limit:.0f} s)")
     start = time.monotonic()
     exit_code: int | None
+    # A part that fails or is stopped is a result of the report, so neither raises.
     try:
         finished = subprocess.run(
             part.command,

@@ -112,6 +112,7 @@ def picture(measurements: list[Measurement], path: Path) -> bool:
     for position, kernel in enumerate(kernels, start=1):
         axes = figure.add_subplot(lines_of_axes, 2, position)
         of_kernel = [m for m in measurements if m.kernel == kernel]
+        # The largest number of rows keeps the whole GPU busy at every hidden size.
         rows = max(m.rows for m in of_kernel)
         for implementation in _implementations(of_kernel):
             points = [m for m in of_kernel if (m.implementation, m.rows) == (implementation, rows)]

@@ -193,11 +193,12 @@ def rotaries(x: Tensor, angle: Tensor, say: Say) -> dict[str, Program]:
 
     def transformer_engine() -> Program:
         rope = _member("transformer_engine.pytorch.attention.rope", "apply_rotary_pos_emb")
-        freqs = full_angle.unsqueeze(1).float()
+        freqs = full_angle.unsqueeze(1).float()  # [S, 1, 1, D], for x [S, B, N, D]
         return lambda: rope(x, freqs, tensor_format="sbhd", fused=True)
 
     def apex() -> Program:
         rope = _member("apex.transformer.functional", "fused_apply_rotary_pos_emb_cached")
+        # The cached variant takes [S, 1, 1, D] of cos and sin in place of the angles.
         cos = full_angle.unsqueeze(1).cos()
         sin = full_angle.unsqueeze(1).sin()
         return lambda: rope(x, cos, sin)

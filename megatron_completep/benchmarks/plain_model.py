@@ -35,7 +35,6 @@ class PlainGPT(nn.Module):
         self.layers = nn.ModuleList(PlainBlock(model, table) for _ in range(model.num_layers))
         self.final_norm = plain_norm(model)
         self.unembedding = nn.Linear(model.hidden_size, model.vocab_size, bias=False)
-        # Before the initialization, which would otherwise draw the shared weight's values twice.
         if model.tied_embeddings:
             self.unembedding.weight = self.embedding.weight
         self.apply(init_weights)
@@ -89,6 +88,7 @@ class PlainBlock(nn.Module):
         if angles is not None:
             q = rotate(q, *angles)
             k = rotate(k, *angles)
+        # With fewer groups than heads, torch has to repeat each key and value for its heads.
         grouped = self.heads != self.groups
         mixed = F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=self.attention_scale, enable_gqa=grouped

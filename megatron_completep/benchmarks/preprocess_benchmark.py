@@ -102,6 +102,7 @@ def _contestants(
         # Finished work is kept and reused, so what the last round left has to go.
         for path in folder.glob("ours*"):
             path.unlink()
+        # A single worker works in this process, whose CPU time is measured.
         preprocess(settings, workers=1, log_interval=10**12)
 
     contestants: dict[str, Callable[[], Any]] = {"library": encode_all, "ours": ours}

@@ -94,6 +94,7 @@ def compare(
     ]
     times: dict[str, list[Times]] = {"ours": [], "plain": []}
     for number in range(settings.warmup + settings.rounds):
+        # The second program may find warmer caches, so the two change places every round.
         for name, step in programs if number % 2 == 0 else reversed(programs):
             step_times = time_once(step, device)
             if number >= settings.warmup:
@@ -111,6 +112,7 @@ def time_once(step: Callable[[], Any], device: torch.device) -> Times:
 
     The device is idle at the beginning and at the end.
     """
+    # A GPU runs behind the host: without waiting for it, the clock would measure launches only.
     synchronize(device)
     clock_start = time.perf_counter()
     processor_start = time.process_time()

@@ -57,6 +57,7 @@ def launch_parameters(architecture: str, key: Key, parameters: Parameters) -> It
 
 
 def median_microseconds(work: Work) -> float:
+    """Median time of a call on the GPU, its cache cleared before each repetition."""
     from triton.testing import do_bench
 
     milliseconds: float = do_bench(work, warmup=10, rep=40, quantiles=[0.5])

@@ -116,7 +116,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
 def _target(link: str, page: Any, config: Any) -> Path:
     """The file that a page links to, without the anchor."""
-    folder = (Path(config.docs_dir) / page.file.src_uri).parent
+    source: str = page.file.src_uri
+    folder = Path(config.docs_dir, source).parent
     return folder / link.split("#")[0]
 
 

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint import state_dict_saver
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from megatron_completep.checkpoint import Checkpointer
 from megatron_completep.completep import Table, table_of
@@ -140,10 +141,10 @@ class _CheckpointBench:
     def _library_save(self) -> None:
         target = self.folder / "library"
         shutil.rmtree(target, ignore_errors=True)
-        writer = dcp.FileSystemWriter(target, sync_files=True)
+        writer = FileSystemWriter(target, sync_files=True)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # dcp notes that only this process saves
-            dcp.save(dict(self.flats), storage_writer=writer, no_dist=True)
+            warnings.simplefilter("ignore")  # torch notes that only this process saves
+            state_dict_saver.save(dict(self.flats), storage_writer=writer, no_dist=True)
 
     def _copy(self) -> None:
         for name, flat in self.flats.items():

@@ -152,7 +152,7 @@ def _launches_and_peak(
 
     launches = 0
     for event in trace.key_averages():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+        if event.device_type.name == "CUDA":
             launches += event.count
     peak_bytes = torch.cuda.max_memory_allocated() - allocated_before
     return launches, peak_bytes / 1e6

@@ -9,7 +9,7 @@ libraries' main branches; none of them knows our `scale`.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ Say = Callable[[str], None]
 
 
 def _available(
-    operation: str, builders: dict[str, Callable[[], Program | None]], say: Say
+    operation: str, builders: Mapping[str, Callable[[], Program | None]], say: Say
 ) -> dict[str, Program]:
     programs = {}
     for library, build in builders.items():
@@ -162,7 +162,8 @@ def swiglus(say: Say) -> dict[str, Program]:
         # Importing the package loads the extension module with the kernels.
         importlib.import_module("transformer_engine.pytorch")
         kernels = importlib.import_module("transformer_engine_torch")
-        return lambda gate_up: _TransformerEngineSwiGLU.apply(kernels, gate_up)
+        swiglu: Program = _TransformerEngineSwiGLU.apply
+        return lambda gate_up: swiglu(kernels, gate_up)
 
     return _available("SwiGLU", {"liger": liger, "transformer engine": transformer_engine}, say)
 

@@ -19,10 +19,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.multiprocessing import get_context
+from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from megatron_completep.benchmarks.plain_model import PlainGPT
@@ -81,10 +83,11 @@ def compare_parallel(
 ) -> ParallelComparison:
     """Start `processes` ranks over gloo; measure each program's memory, then time them in turn."""
     with tempfile.TemporaryDirectory() as folder:
-        results = multiprocessing.get_context("spawn").SimpleQueue()
+        results = get_context("spawn").SimpleQueue()
         store = str(Path(folder) / "store")
         arguments = (processes, store, settings, precision, results)
-        context = multiprocessing.spawn(_rank, arguments, nprocs=processes, join=False)
+        start: Callable[..., Any] = spawn  # torch gives it no types
+        context = start(_rank, arguments, nprocs=processes, join=False)
         context.join()
         return summarize(results.get(), settings, precision, processes)
 
@@ -211,7 +214,7 @@ def fsdp_program(settings: BenchmarkSettings, precision: str) -> Step:
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
     else:
         policy = MixedPrecisionPolicy()
-    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for block in model.layers:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)

@@ -1,4 +1,8 @@
-"""Packaging. `kernels/` and `tools/` are parts of the package through symlinks of these names in `megatron_completep/`."""
+"""Packaging.
+
+`kernels/` and `tools/` are parts of the package through symlinks of these names in
+`megatron_completep/`.
+"""
 
 import re
 from pathlib import Path
@@ -6,13 +10,14 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-VERSION = re.search(
-    r'^__version__ = "(.+)"$', (HERE / "megatron_completep/__init__.py").read_text(), re.MULTILINE
-)
+# Read, not imported: importing the package would need what this file is about to install.
+SOURCE = (HERE / "megatron_completep/__init__.py").read_text()
+VERSION = re.search(r'^__version__ = "(.+)"$', SOURCE, re.MULTILINE)
 assert VERSION is not None
 
-# Ranges: the lower end and the newest version were installed and tested, for torch 2.13, triton 3.9, ruff, mypy, docs, lm-eval and
-# submitit only the newest. Versions beyond the upper end did not exist.
+# Ranges: the lower end and the newest version were installed and tested; of torch 2.13, triton 3.9,
+# ruff, mypy, docs, lm-eval and submitit only the newest. Versions beyond the upper end did not
+# exist.
 DATA = [
     "tokenizers>=0.21,<0.24",
     "tiktoken>=0.12,<0.15",
@@ -25,21 +30,27 @@ HF = ["transformers>=4.51.3,<6"]
 SLURM = ["submitit>=1.5.4,<2"]
 EVAL = ["lm-eval>=0.4.13,<0.5", *HF]
 DEV = [
-    *(
-        "pytest>=8.3,<10",
-        "pytest-timeout>=2.3.1,<3",
-        "pytest-xdist>=3.6.1,<4",
-        "hypothesis>=6.112,<7",
-    ),
-    *("ruff>=0.17.6,<0.18", "mypy>=2.4.1,<3", "types-PyYAML>=6.0.12,<7"),
-    # Its token files and samples are compared with ours. Wheels exist for these versions of Python only.
-    "megatron-core==0.16.1; platform_system == 'Linux' and platform_machine == 'x86_64' and python_version < '3.14'",
+    "pytest>=8.3,<10",
+    "pytest-timeout>=2.3.1,<3",
+    "pytest-xdist>=3.6.1,<4",
+    "hypothesis>=6.112,<7",
+    "ruff>=0.17.6,<0.18",
+    "mypy>=2.4.1,<3",
+    "types-PyYAML>=6.0.12,<7",
+    # Its token files and samples are compared with ours. Wheels exist for these versions of Python
+    # only.
+    "megatron-core==0.16.1; platform_system == 'Linux' and platform_machine == 'x86_64' "
+    "and python_version < '3.14'",
 ]
+DESCRIPTION = (
+    "Train CompleteP transformers: "
+    "hyperparameters tuned on a small proxy hold at any width and depth"
+)
 
 setup(
     name="megatron-completep",
     version=VERSION[1],
-    description="Train CompleteP transformers: hyperparameters tuned on a small proxy hold at any width and depth",
+    description=DESCRIPTION,
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -48,7 +59,8 @@ setup(
     package_data={"megatron_completep": ["py.typed"]},
     install_requires=[
         "torch>=2.11",
-        "triton>=3.6; platform_system == 'Linux'",  # comes with torch's GPU build; the CPU build needs it for the kernel tests
+        # It comes with torch's GPU build; beside the CPU build the kernel tests need it.
+        "triton>=3.6; platform_system == 'Linux'",
         "numpy",
         "pydantic>=2.11",
         "pyyaml",

@@ -1,4 +1,4 @@
-"""What mkdocs does beside its own work: pages generated from the code, and links that leave the site."""
+"""Hooks of mkdocs: pages that are generated from the code, and links that leave the site."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from megatron_completep.config.reference import configuration_reference
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "megatron_completep"
+# The modules of the package with a page in the API reference, and what each is about.
 ROOMS = {
     "roles": "What a parameter is.",
     "completep": "The table: which value each role of parameter trains with.",
@@ -25,10 +26,12 @@ ROOMS = {
     "launch": "How the process was started, and that it leaves with its launcher.",
     "config": "The schema, loading, and rules between settings. No torch.",
     "kernels": "Fused operations and their plain twins. Knows nothing of models.",
-    "parallel": "Mesh, collectives, parameters and their specs, tensor-parallel layers, the queue of weight gradients.",
+    "parallel": "Mesh, collectives, parameters and their specs, tensor-parallel layers, "
+    "the queue of weight gradients.",
     "model": "The decoder.",
     "data": "Token files, tokenizers, the order of samples, the loader.",
-    "optim": "Groups by name, the flat layout, shards of the masters, and the rules that update them.",
+    "optim": "Groups by name, the flat layout, shards of the masters, "
+    "and the rules that update them.",
     "run": "The contract between loop, guards and checkpoint: state, step, hooks, assembly.",
     "telemetry": "What a run tells of itself: metrics, trackers, sizes, time.",
     "checkpoint": "Saving and resuming: committed whole, hashed, read into any layout.",
@@ -44,94 +47,110 @@ ROOMS = {
     "pretrain": "The program.",
 }
 
+TOOLS_INTRODUCTION = (
+    "`python tools/NAME.py` in a checkout, `python -m megatron_completep.tools.NAME` where the "
+    "package is installed. `--help` lists every option. Words `section.key=value` set a run's "
+    "configuration and may stand anywhere, before, between and after options. All mistakes of a "
+    "command line are said at once, and what will be written is checked before the work: exit "
+    "code 2. An output is never an input; corpora, tokenizers, checkpoints and YAML files are "
+    "replaced only with `--overwrite`, reports and pictures that the project made are renewed. "
+    "Ctrl-C ends with one sentence and exit code 130."
+)
+# A Markdown link, but no picture, whose address climbs a folder and does not enter docs/ again.
+LINK_UPWARDS = re.compile(r"(?<!!)\[([^\]]+)\]\(((?:\.\./)+(?!docs/)[^)]*)\)")
+
 
 def on_config(config: Any) -> Any:
     """List the API pages in the navigation."""
-    (reference,) = (
-        part["Reference"] for part in config.nav if isinstance(part, dict) and "Reference" in part
-    )
-    reference.append({"API": ["api.md", *({room: f"api/{room}.md"} for room in ROOMS)]})
+    api_pages: list[Any] = ["api.md"]
+    for room in ROOMS:
+        api_pages.append({room: f"api/{room}.md"})
+    sections = [entry for entry in config.nav if isinstance(entry, dict) and "Reference" in entry]
+    (section,) = sections  # mkdocs.yml has one of this name
+    section["Reference"].append({"API": api_pages})
     return config
 
 
 def on_files(files: Files, config: Any) -> Files:
     """Replace and add the generated pages."""
-    pages = {"configuration.md": configuration_reference(), "tools.md": tools_page()}
-    pages |= {
+    pages = {
+        "configuration.md": configuration_reference(),
+        "tools.md": tools_page(),
         "files.md": files_page(),
         "api.md": api_index(),
-        **{f"api/{room}.md": api_page(room) for room in ROOMS},
     }
-    for path, text in pages.items():
-        known = files.get_file_from_path(path)
-        if known is not None:
-            files.remove(known)
-        files.append(File.generated(config, path, content=text))
+    for room in ROOMS:
+        pages[f"api/{room}.md"] = api_page(room)
+
+    for path, content in pages.items():
+        # docs/configuration.md is committed for readers of the repository; the site takes the
+        # generated one, which is never older than the code.
+        committed = files.get_file_from_path(path)
+        if committed is not None:
+            files.remove(committed)
+        files.append(File.generated(config, path, content=content))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """A link to a file of the repository outside docs/ becomes its path in the text: the site has no place to send it to."""
+    """Replace links to files of the repository outside docs/ by the files' paths.
 
-    def plain(match: re.Match[str]) -> str:
-        target = (Path(config.docs_dir) / page.file.src_uri).parent / match[2].split("#")[0]
+    The site has no page for them. Raises PluginError for a link to a file that does not exist.
+    """
+
+    def replace(match: re.Match[str]) -> str:
+        words, link = match.groups()
+        if not leaves(link, page, config):
+            return match[0]
+        target = _target(link, page, config)
         if not target.exists():
-            raise PluginError(f"{page.file.src_uri} links to {match[2]}, which does not exist.")
+            raise PluginError(f"{page.file.src_uri} links to {link}, which does not exist.")
         path = target.resolve().relative_to(ROOT)
-        words = match[1].strip("`")
-        return f"`{path}`" if words in str(path) else f"{match[1]} (`{path}`)"
+        # A link whose words are the name of the file needs no second mention of it.
+        if words.strip("`") in str(path):
+            return f"`{path}`"
+        return f"{words} (`{path}`)"
 
-    return re.sub(
-        r"(?<!!)\[([^\]]+)\]\(((?:\.\./)+(?!docs/)[^)]*)\)",
-        lambda m: plain(m) if leaves(m[2], page, config) else m[0],
-        markdown,
-    )
+    return LINK_UPWARDS.sub(replace, markdown)
+
+
+def _target(link: str, page: Any, config: Any) -> Path:
+    """The file that a page links to, without the anchor."""
+    source: str = page.file.src_uri
+    folder = Path(config.docs_dir, source).parent
+    return folder / link.split("#")[0]
 
 
 def leaves(link: str, page: Any, config: Any) -> bool:
-    docs = Path(config.docs_dir)
-    return (
-        not (docs / page.file.src_uri)
-        .parent.joinpath(link.split("#")[0])
-        .resolve()
-        .is_relative_to(docs)
-    )
+    """Whether a page's link points out of docs/."""
+    target = _target(link, page, config).resolve()
+    return not target.is_relative_to(Path(config.docs_dir))
 
 
 def tools_page() -> str:
     """Every tool with the text that its --help begins with."""
-    parts = [
-        "# Tools",
-        "`python tools/NAME.py` in a checkout, `python -m megatron_completep.tools.NAME` where the package is installed. `--help` lists "
-        "every option. Words `section.key=value` set a run's configuration and may stand anywhere, before, between and after options. "
-        "All mistakes of a command line are said at once, and what will be written is checked before the work: exit code 2. An output "
-        "is never an input; corpora, tokenizers, checkpoints and YAML files are replaced only with `--overwrite`, reports and pictures "
-        "that the project made are renewed. Ctrl-C ends with one sentence and exit code 130.",
-    ]
+    sections = ["# Tools", TOOLS_INTRODUCTION]
     for path in sorted((ROOT / "tools").glob("*.py")):
         if path.stem != "__init__":
-            text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-            parts.append(f"## {path.stem}\n\n```text\n{text}\n```")
-    return "\n\n".join(parts) + "\n"
+            sections.append(f"## {path.stem}\n\n```text\n{_docstring(path) or ''}\n```")
+    return "\n\n".join(sections) + "\n"
 
 
 def files_page() -> str:
-    """Every file of the code with the sentence that its docstring begins with, folder by folder."""
-    parts = ["# Files", "Every file of the code, in the words of its own first line."]
-    for folder in ("megatron_completep", "kernels", "tools"):
-        for path in sorted(
-            {file.parent for file in (ROOT / folder).rglob("*.py") if not _is_linked(file)}
-        ):
-            rows = [
-                _file_row(file) for file in sorted(path.glob("*.py")) if file.name != "__init__.py"
-            ]
+    """Every file of the code with the sentence that its docstring begins with, by folder."""
+    sections = ["# Files", "Every file of the code, in the words of its own first line."]
+    for name in ("megatron_completep", "kernels", "tools"):
+        files = [file for file in (ROOT / name).rglob("*.py") if not _is_linked(file)]
+        for folder in sorted({file.parent for file in files}):
+            rows = [_file_row(file) for file in sorted(folder.glob("*.py")) if not _is_init(file)]
             if rows:
-                parts.append(
-                    "\n".join(
-                        [f"## {path.relative_to(ROOT)}", "", "| file | |", "|---|---|", *rows]
-                    )
-                )
-    return "\n\n".join(parts) + "\n"
+                lines = [f"## {folder.relative_to(ROOT)}", "", "| file | |", "|---|---|", *rows]
+                sections.append("\n".join(lines))
+    return "\n\n".join(sections) + "\n"
+
+
+def _is_init(file: Path) -> bool:
+    return file.name == "__init__.py"
 
 
 def _is_linked(file: Path) -> bool:
@@ -139,41 +158,48 @@ def _is_linked(file: Path) -> bool:
     return any(parent.is_symlink() for parent in file.parents)
 
 
+def _docstring(file: Path) -> str | None:
+    """A module's docstring. It is parsed, not imported: some modules need a GPU's libraries."""
+    return ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
+
+
 def _file_row(file: Path) -> str:
-    text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
-    assert text, f"{file} has no docstring"
-    first = " ".join(text.split("\n\n")[0].split())
-    return f"| `{file.name}` | {first.replace('|', chr(92) + '|')} |"
+    docstring = _docstring(file)
+    assert docstring, f"{file} has no docstring"
+    first_paragraph = docstring.split("\n\n")[0]
+    sentence = " ".join(first_paragraph.split())
+    cell = sentence.replace("|", "\\|")  # a bar would begin another column
+    return f"| `{file.name}` | {cell} |"
 
 
 def api_index() -> str:
+    """The list of the API pages."""
     lines = [
         "# API",
         "",
         "From the docstrings, a page a package. Names that begin with an underscore are left out.",
         "",
-    ]
-    lines += [
         "| | |",
         "|---|---|",
-        *(
-            f"| [`megatron_completep.{room}`](api/{room}.md) | {text} |"
-            for room, text in ROOMS.items()
-        ),
     ]
+    for room, purpose in ROOMS.items():
+        lines.append(f"| [`megatron_completep.{room}`](api/{room}.md) | {purpose} |")
     return "\n".join(lines) + "\n"
 
 
 def api_page(room: str) -> str:
     """One page with every module of a package."""
-    place = PACKAGE / room
-    names = [room]
-    if place.is_dir():
-        paths = sorted(path.relative_to(PACKAGE).with_suffix("") for path in place.rglob("*.py"))
-        names = [".".join(path.parts) for path in paths if path.name != "__init__"]
-    parts = [f"# megatron_completep.{room}", ROOMS[room]]
-    parts += [
-        f"## {name} {{ #module-{name.replace('.', '-')} }}\n\n::: megatron_completep.{name}\n"
-        for name in names
-    ]
-    return "\n\n".join(parts) + "\n"
+    modules = [room]
+    folder = PACKAGE / room
+    if folder.is_dir():
+        files = [file for file in folder.rglob("*.py") if not _is_init(file)]
+        paths = [file.relative_to(PACKAGE).with_suffix("") for file in files]
+        modules = [".".join(path.parts) for path in sorted(paths)]
+
+    sections = [f"# megatron_completep.{room}", ROOMS[room]]
+    for module in modules:
+        # The anchor is given, because mkdocs would make one of the heading without its dots.
+        anchor = f"module-{module.replace('.', '-')}"
+        heading = f"## {module} {{ #{anchor} }}"
+        sections.append(f"{heading}\n\n::: megatron_completep.{module}\n")
+    return "\n\n".join(sections) + "\n"

@@ -1,1 +1,4 @@
-"""Command-line programs; `python tools/NAME.py` here, `python -m megatron_completep.tools.NAME` anywhere."""
+"""Command-line programs.
+
+`python tools/NAME.py` runs one in a checkout, `python -m megatron_completep.tools.NAME` anywhere.
+"""

@@ -1,6 +1,9 @@
-"""Measure the data path: opening a huge index, seeking to any sample, jumping in a blend, the speed of the loader, and preprocessing.
+"""Measure the data path: reading token files, and making them.
 
-Examples, the index of 100 million documents (2 GB of disk for the time of the run), and tokenizing beside the libraries' own speed:
+Reading: opening a huge index, seeking to any sample, jumping in a blend, the speed of the loader.
+
+Examples, the index of 100 million documents (2 GB of disk for the time of the run), and tokenizing
+beside the libraries' own speed:
 
     python tools/benchmark_data.py reading --documents 100000000
     python tools/benchmark_data.py preprocessing --megabytes 30
@@ -11,6 +14,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_completep.benchmarks.data_benchmark import ReadingSettings, benchmark_reading
 from megatron_completep.benchmarks.preprocess_benchmark import benchmark_preprocessing
@@ -25,6 +29,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     reading = commands.add_parser(
         "reading", help="open, seek, blend and load from a synthetic corpus"
     )
+    # The index takes 20 bytes a document; the zeros of the sparse .bin take nothing.
     reading.add_argument(
         "--documents",
         type=whole(1, 10**9),
@@ -42,6 +47,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         type=Path,
         help="where the synthetic files go (default: the system's temporary folder)",
     )
+
     preprocessing = commands.add_parser(
         "preprocessing",
         help="tokenize beside the tokenizer libraries and megatron-core, alternating, one process",
@@ -55,35 +61,42 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     preprocessing.add_argument(
         "--rounds", type=whole(1, 10**4), default=5, help="times each contestant runs (default: 5)"
     )
+
     for command in (reading, preprocessing):
         command.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> int | None:
-    """Parse, measure, print."""
-    arguments = parse_arguments(argv)
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The figures that the command asks for, by name."""
 
+    # Progress goes to stderr: with --json, stdout holds one object and nothing else.
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
     if arguments.command == "preprocessing":
-        figures = benchmark_preprocessing(arguments.megabytes, arguments.rounds, say)
-    else:
-        if arguments.folder is not None:
-            check_outputs([Output("--folder", arguments.folder, folder=True)])
-        settings = ReadingSettings(
-            arguments.documents,
-            arguments.seq_length,
-            arguments.seeks,
-            arguments.folder and str(arguments.folder),
-        )
-        figures = benchmark_reading(settings, say)
+        return benchmark_preprocessing(arguments.megabytes, arguments.rounds, say)
+
+    folder: Path | None = arguments.folder
+    if folder is not None:
+        check_outputs([Output("--folder", folder, folder=True)])
+    settings = ReadingSettings(
+        documents=arguments.documents,
+        seq_length=arguments.seq_length,
+        seeks=arguments.seeks,
+        folder=None if folder is None else str(folder),
+    )
+    return benchmark_reading(settings, say)
+
+
+def main(argv: Sequence[str] | None = None) -> int | None:
+    arguments = parse_arguments(argv)
+    figures = measure(arguments)
     if arguments.json:
         print(json.dumps(figures))
         return 0
-    for name, value in figures.items():
-        print(f"{name:32} {value}")
+    for name, figure in figures.items():
+        print(f"{name:32} {figure}")
     return 0
 
 

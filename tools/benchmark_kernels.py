@@ -1,12 +1,13 @@
-"""Measure every fused kernel on this machine's GPU, beside its byte floor, a copy, and every baseline there is.
+"""Measure every fused kernel on this machine's GPU, beside its byte floor, a copy and baselines.
 
-Example:
+Example, with the report in docs/benchmarks/<device>/kernels.{json,md,png}, then in another folder:
 
-    python tools/benchmark_kernels.py                                # docs/benchmarks/<device>/kernels.{json,md,png}
+    python tools/benchmark_kernels.py
     python tools/benchmark_kernels.py --rows 8192 --hidden 4096 --seconds 60 --out /tmp/report
 
-Baselines: eager torch, torch.compile, torch's fused AdamW; Liger, quack, Transformer Engine and apex where installed. With
-`--device cpu` tiny shapes run through the CPU path: that tests this program, and its times mean nothing.
+Baselines: eager torch, torch.compile, torch's fused AdamW; Liger, quack, Transformer Engine and
+apex where installed. With `--device cpu` tiny shapes run through the CPU path: that tests this
+program, and its times mean nothing.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,6 +25,8 @@ from megatron_completep.benchmarks.kernel_report import folder_name, versions, w
 from megatron_completep.command_line import Parser, real, whole
 from megatron_completep.errors import UserError, exit_on_user_error
 from megatron_completep.outputs import Output, check_outputs
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -33,6 +37,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default="cuda",
         help="cpu: a trial of the program on tiny shapes",
     )
+    # Without a value here, an option leaves what the device's plan says.
     parser.add_argument(
         "--rows", type=whole(1, 10**6), nargs="+", help="tokens (default: 2048 to 16384)"
     )
@@ -55,39 +60,47 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def chosen_plan(arguments: argparse.Namespace) -> Plan:
-    plan = SMOKE if arguments.device == "cpu" else Plan()
-    rows, hidden = tuple(arguments.rows or plan.rows), tuple(arguments.hidden or plan.hidden)
-    plan = dataclasses.replace(plan, rows=rows, hidden=hidden)
+    """The plan of the device, with the options that were given in place of its values."""
+    changes: dict[str, Any] = {}
+    if arguments.rows:
+        changes["rows"] = tuple(arguments.rows)
+    if arguments.hidden:
+        changes["hidden"] = tuple(arguments.hidden)
     if arguments.seconds is not None:
-        plan = dataclasses.replace(plan, seconds=arguments.seconds)
-    return dataclasses.replace(plan, with_compile=False) if arguments.no_compile else plan
+        changes["seconds"] = arguments.seconds
+    if arguments.no_compile:
+        changes["with_compile"] = False
+    plan = SMOKE if arguments.device == "cpu" else Plan()
+    return dataclasses.replace(plan, **changes)
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     arguments = parse_arguments(argv)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            "the kernel benchmark needs a GPU, and torch sees none. Run it on a machine with one, or try it with --device cpu."
+            "the kernel benchmark needs a GPU, and torch sees none. "
+            "Run it on a machine with one, or try it with --device cpu."
         )
     device = torch.device(arguments.device)
-    plan = chosen_plan(arguments)
-    name = (
-        torch.cuda.get_device_name()
-        if device.type == "cuda"
-        else "cpu (a trial, not a measurement)"
-    )
-    folder = arguments.out or Path(__file__).resolve().parents[
-        1
-    ] / "docs" / "benchmarks" / folder_name(name)
+    device_name = "cpu (a trial, not a measurement)"
+    if device.type == "cuda":
+        device_name = torch.cuda.get_device_name()
+    folder = arguments.out or BENCHMARKS / folder_name(device_name)
+    # Checked before the minutes of work whose result would be lost.
     check_outputs([Output("--out", folder, folder=True)])
-    found, left_out = run(plan, device, lambda line: print(line, file=sys.stderr, flush=True))
-    setting = {"device": name, "dtype": str(plan.dtype).removeprefix("torch."), **versions()}
-    paths = write_report(found, left_out, setting, folder)
-    print(f"wrote {', '.join(str(path) for path in paths)}", file=sys.stderr)
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    plan = chosen_plan(arguments)
+    measurements, left_out = run(plan, device, say)
+    dtype_name = str(plan.dtype).removeprefix("torch.")
+    setting = {"device": device_name, "dtype": dtype_name, **versions()}
+    paths = write_report(measurements, left_out, setting, folder)
+    say(f"wrote {', '.join(str(path) for path in paths)}")
     if arguments.json:
-        print(
-            json.dumps({"setting": setting, "measurements": as_json(found), "left_out": left_out})
-        )
+        rows = as_json(measurements)
+        print(json.dumps({"setting": setting, "measurements": rows, "left_out": left_out}))
     return 0
 
 

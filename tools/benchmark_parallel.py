@@ -1,12 +1,14 @@
-"""Time our data-parallel training step against torch's DDP + ZeroRedundancyOptimizer and FSDP2, in turn, in one process group.
+"""Time our data-parallel training step against torch's DDP + ZeroRedundancyOptimizer and FSDP2.
 
 Example:
 
     OMP_NUM_THREADS=1 python tools/benchmark_parallel.py --processes 2 --precision float32 bf16
 
-Processes talk over gloo on this machine's CPU, one thread each. Ratio: our median step time over theirs; below 1 ours is faster.
-Memory: the most resident memory of a rank while it builds and runs a program, above what the process had before. The plain model
-is made of nn.Linear, nn.LayerNorm and `x + s * f(norm(x))`, with clip_grad_norm_ and fused torch.optim.AdamW.
+The programs take turns in one process group, over gloo on this machine's CPU, one thread a process.
+Ratio: our median step time over theirs; below 1 ours is faster. Memory: the most resident memory of
+a rank while it builds and runs a program, above what the process had before. The plain model is
+made of nn.Linear, nn.LayerNorm and `x + s * f(norm(x))`, with clip_grad_norm_ and fused
+torch.optim.AdamW.
 """
 
 import argparse
@@ -19,6 +21,7 @@ import torch
 from megatron_completep.benchmarks.parallel_benchmark import (
     OURS,
     ParallelComparison,
+    ProgramFigures,
     compare_parallel,
 )
 from megatron_completep.benchmarks.training_benchmark import BenchmarkSettings
@@ -53,6 +56,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     arguments = parse_arguments(argv)
+    # GPT-2's architecture.
     model = ModelConfig(
         hidden_size=arguments.hidden,
         num_layers=arguments.layers,
@@ -65,9 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         position="learned",
         bias=True,
     )
+    # Quartiles need two rounds at least.
     settings = BenchmarkSettings(model, arguments.batch, max(2, arguments.rounds), warmup=2)
+    tokens = f"{arguments.batch} x {arguments.sequence} tokens"
     print(
-        f"{arguments.processes} ranks over gloo, {arguments.batch} x {arguments.sequence} tokens each",
+        f"{arguments.processes} ranks over gloo, {tokens} each",
         file=sys.stderr,
         flush=True,
     )
@@ -75,16 +81,11 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         compare_parallel(settings, precision, arguments.processes)
         for precision in arguments.precision
     ]
+
     if arguments.json:
-        print(
-            json.dumps(
-                {
-                    "torch": torch.__version__,
-                    "model": model.model_dump(),
-                    "comparisons": [r.as_dict() for r in results],
-                }
-            )
-        )
+        comparisons = [result.as_dict() for result in results]
+        setting = {"torch": torch.__version__, "model": model.model_dump()}
+        print(json.dumps({**setting, "comparisons": comparisons}))
         return 0
     for result in results:
         print(describe(result))
@@ -95,14 +96,22 @@ def describe(result: ParallelComparison) -> str:
     """A line for each program."""
     lines = [f"{result.precision}, {result.processes} ranks, {result.rounds} rounds"]
     for name, figures in result.programs.items():
-        sure = f"95 %: {figures.ratio_low:.3f} to {figures.ratio_high:.3f}; in processor time {figures.cpu_time_ratio:.3f}"
-        versus = "" if name == OURS else f"   ours / this = {figures.ratio:.3f} ({sure})"
-        quartiles = f"{1000 * figures.lower_quartile:.0f} to {1000 * figures.upper_quartile:.0f}"
-        timing = f"{1000 * figures.seconds:8.0f} ms a step (quartiles {quartiles})"
-        lines.append(
-            f"  {name:<30}{timing}   peak {figures.peak_bytes / 1e6:,.0f} MB a rank{versus}"
-        )
+        peak = f"peak {figures.peak_bytes / 1e6:,.0f} MB a rank"
+        versus = "" if name == OURS else f"   {describe_ratio(figures)}"
+        lines.append(f"  {name:<30}{describe_times(figures)}   {peak}{versus}")
     return "\n".join(lines)
+
+
+def describe_times(figures: ProgramFigures) -> str:
+    milliseconds = 1000 * figures.seconds
+    quartiles = f"{1000 * figures.lower_quartile:.0f} to {1000 * figures.upper_quartile:.0f}"
+    return f"{milliseconds:8.0f} ms a step (quartiles {quartiles})"
+
+
+def describe_ratio(figures: ProgramFigures) -> str:
+    interval = f"95 %: {figures.ratio_low:.3f} to {figures.ratio_high:.3f}"
+    processor = f"in processor time {figures.cpu_time_ratio:.3f}"
+    return f"ours / this = {figures.ratio:.3f} ({interval}; {processor})"
 
 
 if __name__ == "__main__":

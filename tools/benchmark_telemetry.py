@@ -1,11 +1,12 @@
-"""Time the parameterization telemetry of a configuration beside its training step, alternating the two in one run.
+"""Time the parameterization telemetry of a configuration beside its training step, in one run.
 
 Example:
 
     python tools/benchmark_telemetry.py configs/quickstart.yaml training.cpu_threads=2
 
-The model and the batch are the configuration's; tokens are random and no data file is opened. Printed: what one look at the
-parameterization costs, as a share of the training time at logging.parameterization_interval. One process.
+The model and the batch are the configuration's; tokens are random and no data file is opened. The
+two take turns in one process. Printed: what one look at the parameterization costs, as a share of
+the training time at logging.parameterization_interval.
 """
 
 from __future__ import annotations
@@ -45,18 +46,21 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     config = load_config(arguments.config, arguments.overrides)
     device = choose_device(config.training.device, 0)
     threads = use_threads(config.training.cpu_threads, 1)
-    place = device_name(device) + (f", {threads} threads" if device.type == "cpu" else "")
+    place = device_name(device)
+    if device.type == "cpu":
+        place += f", {threads} threads"
     print(
         f"{place}, torch {torch.__version__}; {arguments.rounds} rounds",
         file=sys.stderr,
         flush=True,
     )
+
+    # An interval over rounds needs two of them at least.
     cost = measure(config, device, max(2, arguments.rounds))
-    print(
-        json.dumps({"device": place, "torch": torch.__version__, **asdict(cost)})
-        if arguments.json
-        else str(cost)
-    )
+    if arguments.json:
+        print(json.dumps({"device": place, "torch": torch.__version__, **asdict(cost)}))
+    else:
+        print(cost)
     return 0
 
 

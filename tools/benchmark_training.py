@@ -1,12 +1,15 @@
-"""Time our training step against a plain torch model of the same shape, alternating the two in one run.
+"""Time our training step against a plain torch model of the same shape.
 
 Example:
 
     python tools/benchmark_training.py --precision float32 bf16
-    python tools/benchmark_training.py --layers 24 --hidden 2048 --heads 16 --sequence 2048 --batch 4 --vocabulary 50304 --device cuda
+    python tools/benchmark_training.py --layers 24 --hidden 2048 --heads 16 --sequence 2048 \\
+        --batch 4 --vocabulary 50304 --device cuda
 
-The plain model is made of nn.Linear, nn.LayerNorm and `x + s * f(norm(x))`, with clip_grad_norm_ and fused torch.optim.AdamW. Ratio:
-our median step time over the plain one's; below 1 ours is faster. Model FLOPs as stated in megatron_completep/model/flops.py.
+The two take turns in one run. The plain model is made of nn.Linear, nn.LayerNorm and
+`x + s * f(norm(x))`, with clip_grad_norm_ and fused torch.optim.AdamW. Ratio: our median step time
+over the plain one's; below 1 ours is faster. Model FLOPs as stated in
+megatron_completep/model/flops.py.
 """
 
 import argparse
@@ -70,9 +73,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> int | None:
-    arguments = parse_arguments(argv)
-    model = ModelConfig(
+def model_config(arguments: argparse.Namespace) -> ModelConfig:
+    return ModelConfig(
         hidden_size=arguments.hidden,
         num_layers=arguments.layers,
         num_attention_heads=arguments.heads,
@@ -84,33 +86,35 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         position=arguments.position,
         bias=not arguments.no_bias,
     )
+
+
+def main(argv: Sequence[str] | None = None) -> int | None:
+    arguments = parse_arguments(argv)
+    model = model_config(arguments)
     device = choose_device(arguments.device, 0)
     threads = use_threads(arguments.threads, 1)
     settings = BenchmarkSettings(
         model,
         arguments.batch,
-        max(2, arguments.rounds),
+        rounds=max(2, arguments.rounds),  # quartiles need two at least
         compile=arguments.compile,
         plain_bf16=arguments.plain_bf16,
     )
-    place = device_name(device) + (f", {threads} threads" if device.type == "cpu" else "")
-    say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
-    say(
-        f"{place}, torch {torch.__version__}; batch {arguments.batch} x {arguments.sequence} tokens"
-    )
+    place = device_name(device)
+    if device.type == "cpu":
+        place += f", {threads} threads"
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    tokens = f"{arguments.batch} x {arguments.sequence} tokens"
+    say(f"{place}, torch {torch.__version__}; batch {tokens}")
     results = [compare(settings, precision, device, say) for precision in arguments.precision]
+
     if arguments.json:
+        setting = {"device": place, "torch": torch.__version__, "model": model.model_dump()}
         comparisons = [result.as_dict() for result in results]
-        print(
-            json.dumps(
-                {
-                    "device": place,
-                    "torch": torch.__version__,
-                    "model": model.model_dump(),
-                    "comparisons": comparisons,
-                }
-            )
-        )
+        print(json.dumps({**setting, "comparisons": comparisons}))
         return 0
     for result in results:
         print(describe(result))
@@ -120,25 +124,28 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 def describe(result: Comparison) -> str:
     """A few lines for a person."""
     sure = f"95 % of {result.rounds} rounds: {result.ratio_low:.3f} to {result.ratio_high:.3f}"
-    cpu_time = (
-        "" if result.cpu_time_ratio is None else f"; in processor time {result.cpu_time_ratio:.3f}"
-    )
-    return "\n".join(
-        [
-            f"{result.precision}: ours / plain = {result.ratio:.3f}   ({sure}{cpu_time})",
-            f"  ours   {describe_timing(result.ours)}",
-            f"  plain  {describe_timing(result.plain)}",
-        ]
-    )
+    if result.cpu_time_ratio is not None:
+        sure += f"; in processor time {result.cpu_time_ratio:.3f}"
+    lines = [
+        f"{result.precision}: ours / plain = {result.ratio:.3f}   ({sure})",
+        f"  ours   {describe_timing(result.ours)}",
+        f"  plain  {describe_timing(result.plain)}",
+    ]
+    return "\n".join(lines)
 
 
 def describe_timing(timing: Timing) -> str:
+    milliseconds = 1000 * timing.median
     quartiles = f"{1000 * timing.lower_quartile:.1f} to {1000 * timing.upper_quartile:.1f}"
-    text = (
-        f"{1000 * timing.median:8.1f} ms a step (quartiles {quartiles})   {timing.tokens_per_second:,.0f} tokens/s   "
-        f"{timing.model_flops_per_second / 1e9:,.1f} model GFLOP/s"
-    )
-    return text if timing.mfu is None else f"{text}   mfu {100 * timing.mfu:.1f} %"
+    gigaflops = timing.model_flops_per_second / 1e9
+    figures = [
+        f"{milliseconds:8.1f} ms a step (quartiles {quartiles})",
+        f"{timing.tokens_per_second:,.0f} tokens/s",
+        f"{gigaflops:,.1f} model GFLOP/s",
+    ]
+    if timing.mfu is not None:
+        figures.append(f"mfu {100 * timing.mfu:.1f} %")
+    return "   ".join(figures)
 
 
 if __name__ == "__main__":

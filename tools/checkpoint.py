@@ -3,11 +3,11 @@
 Examples:
 
     python tools/checkpoint.py list runs/quickstart
-    python tools/checkpoint.py verify runs/quickstart                      # the newest one
-    python tools/checkpoint.py adapt runs/small configs/deeper.yaml        # on purpose: more layers, another base
+    python tools/checkpoint.py verify runs/quickstart                # the newest one
+    python tools/checkpoint.py adapt runs/small configs/deeper.yaml  # more layers, another base
 
-Each command has a --help with an example of its own. Any layout reads any checkpoint: `reshard` is only for a number of files that
-suits a disk or an upload.
+Each command has a --help with an example of its own. Any layout reads any checkpoint: `reshard` is
+only for a number of files that suits a disk or an upload.
 """
 
 import argparse
@@ -37,7 +37,8 @@ from megatron_completep.outputs import Output, check_outputs
 
 A_CHECKPOINT = "a checkpoint's folder, or a run's (its newest)"
 
-EXAMPLES = {  # command: what it does, an example
+# For each command what it does, and an example; both are shown by its --help.
+EXAMPLES = {
     "list": ("the checkpoints of a run", "list runs/quickstart --json"),
     "inspect": (
         "step, layout, parameterization, parameters, files",
@@ -60,8 +61,9 @@ EXAMPLES = {  # command: what it does, an example
         "prune runs/quickstart --keep 2 --keep-every 1000 --dry-run",
     ),
     "adapt": (
-        "write a checkpoint for another configuration that computes the same function:\nmore layers (at the end, silent at first), "
-        "another base shape, alpha or multiplier.\nTraining with that configuration goes on from it",
+        "write a checkpoint for another configuration that computes the same function:\n"
+        "more layers (at the end, silent at first), another base shape, alpha or multiplier.\n"
+        "Training with that configuration goes on from it",
         "adapt runs/small configs/deeper.yaml training.output_dir=runs/deeper",
     ),
 }
@@ -70,104 +72,129 @@ EXAMPLES = {  # command: what it does, an example
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    add = {name: _add(commands, name, text, example) for name, (text, example) in EXAMPLES.items()}
-    add["list"].add_argument(
+    parsers = {}
+    for name, (purpose, example) in EXAMPLES.items():
+        parsers[name] = _add_command(commands, name, purpose, example)
+
+    parsers["list"].add_argument(
         "run", type=folder_to_read, help="a run's output_dir, or a folder that holds step_NNNNNNNN"
     )
+
+    # Several commands read one checkpoint, and two of them write as many files as they are told.
     for name in ("inspect", "verify", "reshard", "adapt"):
-        add[name].add_argument("checkpoint", type=folder_to_read, help=A_CHECKPOINT)
-    add["diff"].add_argument("first", type=folder_to_read, help=A_CHECKPOINT)
-    add["diff"].add_argument("second", type=folder_to_read, help=A_CHECKPOINT)
+        parsers[name].add_argument("checkpoint", type=folder_to_read, help=A_CHECKPOINT)
+    for name in ("first", "second"):
+        parsers["diff"].add_argument(name, type=folder_to_read, help=A_CHECKPOINT)
     for name in ("reshard", "adapt"):
-        add[name].add_argument(
+        parsers[name].add_argument(
             "--files",
             type=whole(1, 10**5),
             default=1,
             metavar="N",
             help="how many files (default: 1)",
         )
-    add["reshard"].add_argument(
+    parsers["reshard"].add_argument(
         "--output", type=Path, required=True, metavar="FOLDER", help="where step_NNNNNNNN is made"
     )
-    add["adapt"].add_argument(
-        "config",
-        type=file_to_read,
-        help="YAML file of the run that shall go on from it; written into its output_dir/checkpoints",
-    )
-    add["adapt"].add_overrides()
-    add["adapt"].add_argument(
-        "--start-anew",
-        action="store_true",
-        help="take the weights alone: step 0, no moments, the data from the start",
-    )
-    add["prune"].add_argument("run", type=folder_to_read, help="a run's output_dir")
-    add["prune"].add_argument(
-        "--keep",
-        type=whole(),
-        required=True,
-        metavar="K",
-        help="newest checkpoints to keep (at least 1)",
-    )
-    add["prune"].add_argument(
-        "--keep-every", type=whole(), metavar="M", help="keep those whose step is a multiple"
-    )
-    add["prune"].add_argument("--dry-run", action="store_true", help="only say what would go")
+    _add_adapt_options(parsers["adapt"])
+    _add_prune_options(parsers["prune"])
     return parser.parse_args(argv)
 
 
-def _add(commands: Any, name: str, text: str, example: str) -> Parser:
-    parser = commands.add_parser(
+def _add_command(commands: Any, name: str, purpose: str, example: str) -> Parser:
+    first_letter = purpose[0].upper()
+    # The list of commands shows what stands before the colon, the command's own help all of it.
+    parser: Parser = commands.add_parser(
         name,
-        help=text.split(":")[0],
-        description=f"{text[0].upper()}{text[1:]}.",
+        help=purpose.split(":")[0],
+        description=f"{first_letter}{purpose[1:]}.",
         epilog=f"Example:\n\n    python tools/checkpoint.py {example}\n",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     return parser
 
 
-def show(value: Any, as_json: bool, text: str) -> None:
-    print(json.dumps(value, indent=1) if as_json else text)
+def _add_adapt_options(parser: Parser) -> None:
+    parser.add_argument(
+        "config",
+        type=file_to_read,
+        help="YAML file of the run that shall go on from it; "
+        "written into its output_dir/checkpoints",
+    )
+    parser.add_overrides()
+    parser.add_argument(
+        "--start-anew",
+        action="store_true",
+        help="take the weights alone: step 0, no moments, the data from the start",
+    )
+
+
+def _add_prune_options(parser: Parser) -> None:
+    parser.add_argument("run", type=folder_to_read, help="a run's output_dir")
+    parser.add_argument(
+        "--keep",
+        type=whole(),
+        required=True,
+        metavar="K",
+        help="newest checkpoints to keep (at least 1)",
+    )
+    parser.add_argument(
+        "--keep-every", type=whole(), metavar="M", help="keep those whose step is a multiple"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="only say what would go")
+
+
+def show(content: dict[str, Any], as_json: bool, lines: Sequence[str]) -> None:
+    """Print the result of a command: one JSON object, or lines for a person."""
+    print(json.dumps(content, indent=1) if as_json else "\n".join(lines))
 
 
 def run_list(arguments: argparse.Namespace) -> int:
     rows = list_checkpoints(arguments.run)
+    # A folder that cannot be read is listed too, with the reason.
     lines = [f"step {row['step']:>8}  {row['problem'] or describe_row(row)}" for row in rows]
-    show({"checkpoints": rows}, arguments.json, "\n".join(lines) or "no checkpoints")
+    show({"checkpoints": rows}, arguments.json, lines or ["no checkpoints"])
     return 0
 
 
 def describe_row(row: dict[str, Any]) -> str:
-    size = f"{row['bytes'] / 1e6:>10.1f} MB in {row['files']} files, {row['tokens']} tokens"
+    """A checkpoint of `list`, after its step."""
+    megabytes = row["bytes"] / 1e6
+    size = f"{megabytes:>10.1f} MB in {row['files']} files, {row['tokens']} tokens"
     return f"{size}, layout: {pairs_text(row['layout'])}"
 
 
 def run_inspect(arguments: argparse.Namespace) -> int:
-    value = inspect_checkpoint(checkpoint_at(arguments.checkpoint))
-    table, state = value["table"], value["state"]
-    lines = [
-        f"{value['folder']}: step {value['step']} ({value['updates']:.0f} updates), {size_text(value['bytes'])}; {pairs_text(state)}",
-        f"layout: {pairs_text(value['layout'])}; versions: {pairs_text(value['versions'])}",
-        f"m_N {table['width_multiplier']:g}, m_L {table['depth_multiplier']:g}, alpha {table['alpha']:g}",
-        f"{value['elements']:,} parameters:",
-        *(
-            f"  {name:<44} {p['role']:<14} {p['shape']} {p['dtype']}"
-            for name, p in value["parameters"].items()
-        ),
-        *(f"  {file['name']}: {file['bytes']:,} bytes" for file in value["files"]),
-    ]
-    show(value, arguments.json, "\n".join(lines))
+    content = inspect_checkpoint(checkpoint_at(arguments.checkpoint))
+    show(content, arguments.json, describe_checkpoint(content))
     return 0
+
+
+def describe_checkpoint(content: dict[str, Any]) -> list[str]:
+    """The lines of `inspect`."""
+    table = content["table"]
+    progress = f"step {content['step']} ({content['updates']:.0f} updates)"
+    size = size_text(content["bytes"])
+    multipliers = f"m_N {table['width_multiplier']:g}, m_L {table['depth_multiplier']:g}"
+    lines = [
+        f"{content['folder']}: {progress}, {size}; {pairs_text(content['state'])}",
+        f"layout: {pairs_text(content['layout'])}; versions: {pairs_text(content['versions'])}",
+        f"{multipliers}, alpha {table['alpha']:g}",
+        f"{content['elements']:,} parameters:",
+    ]
+    for name, parameter in content["parameters"].items():
+        shape = f"{parameter['shape']} {parameter['dtype']}"
+        lines.append(f"  {name:<44} {parameter['role']:<14} {shape}")
+    for file in content["files"]:
+        lines.append(f"  {file['name']}: {file['bytes']:,} bytes")
+    return lines
 
 
 def run_verify(arguments: argparse.Namespace) -> int:
     folder = checkpoint_at(arguments.checkpoint)
     problems = verify_checkpoint(folder)
-    show(
-        {"folder": str(folder), "problems": problems},
-        arguments.json,
-        "\n".join(problems) or f"{folder}: every byte is as it was written",
-    )
+    content = {"folder": str(folder), "problems": problems}
+    show(content, arguments.json, problems or [f"{folder}: every byte is as it was written"])
     return 1 if problems else 0
 
 
@@ -175,12 +202,18 @@ def run_diff(arguments: argparse.Namespace) -> int:
     settings, tensors = compare_checkpoints(
         checkpoint_at(arguments.first), checkpoint_at(arguments.second)
     )
-    lines = [side_by_side(settings, "first", "second")] if settings else ["settings are equal"]
-    lines += [f"  {row['tensor']:<52} {row['largest_difference']}" for row in tensors] or [
-        "tensors are equal bit for bit"
-    ]
-    value = {"settings": [vars(d) for d in settings], "tensors": tensors}
-    show(value, arguments.json, "\n".join(lines))
+    lines = []
+    if settings:
+        lines.append(side_by_side(settings, "first", "second"))
+    else:
+        lines.append("settings are equal")
+    for row in tensors:
+        lines.append(f"  {row['tensor']:<52} {row['largest_difference']}")
+    if not tensors:
+        lines.append("tensors are equal bit for bit")
+
+    content = {"settings": [vars(difference) for difference in settings], "tensors": tensors}
+    show(content, arguments.json, lines)
     return 1 if settings or tensors else 0
 
 
@@ -189,54 +222,56 @@ def run_reshard(arguments: argparse.Namespace) -> int:
     folder = reshard_checkpoint(
         checkpoint_at(arguments.checkpoint), arguments.output, arguments.files
     )
-    show({"folder": str(folder)}, arguments.json, f"wrote {folder}")
+    show({"folder": str(folder)}, arguments.json, [f"wrote {folder}"])
     return 0
 
 
 def run_prune(arguments: argparse.Namespace) -> int:
     checkpoints = checkpoints_of(arguments.run)
-    problems: list[str] = []
+    removed: Sequence[Path]
+    problems: Sequence[str] = []
     if arguments.dry_run:
+        # The same choice as that of `prune`.
         folders = committed_steps(checkpoints)
-        gone = [
-            str(folders[step]) for step in superseded(folders, arguments.keep, arguments.keep_every)
-        ]
+        steps = superseded(folders, arguments.keep, arguments.keep_every)
+        removed = [folders[step] for step in steps]
     else:
-        lock = OutputLock(checkpoints.parent, wait_seconds=0)  # not beside a trainer that is saving
+        # A trainer that is saving holds this lock and removes checkpoints itself.
+        lock = OutputLock(checkpoints.parent, wait_seconds=0)
         try:
             removal = prune(checkpoints, arguments.keep, arguments.keep_every)
         finally:
             lock.release()
-        gone, problems = [str(folder) for folder in removal.removed], removal.problems
+        removed = removal.removed
+        problems = removal.problems
+
     verb = "would remove" if arguments.dry_run else "removed"
-    show(
-        {"removed": gone, "problems": problems, "dry_run": arguments.dry_run},
-        arguments.json,
-        "\n".join(
-            [
-                *(f"{verb} {folder}" for folder in gone),
-                *(f"not removed: {problem}" for problem in problems),
-            ]
-        )
-        or "nothing to remove",
-    )
+    lines = [f"{verb} {folder}" for folder in removed]
+    lines += [f"not removed: {problem}" for problem in problems]
+    content = {
+        "removed": [str(folder) for folder in removed],
+        "problems": problems,
+        "dry_run": arguments.dry_run,
+    }
+    show(content, arguments.json, lines or ["nothing to remove"])
     return 1 if problems else 0
 
 
 def run_adapt(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
+    # Where a run of this configuration looks for the checkpoint to go on from.
     checkpoints = Path(config.training.output_dir) / "checkpoints"
     check_outputs([Output("training.output_dir", checkpoints, folder=True)])
     source = checkpoint_at(arguments.checkpoint)
-    folder, changed = adapt_checkpoint(
+    folder, differences = adapt_checkpoint(
         source, config, checkpoints, arguments.files, arguments.start_anew
     )
-    text = f"{side_by_side(changed, 'checkpoint', 'new')}\nwrote {folder}: the same function; train with {arguments.config} to go on from it"
-    show(
-        {"folder": str(folder), "changed": [vars(difference) for difference in changed]},
-        arguments.json,
-        text,
-    )
+    lines = [
+        side_by_side(differences, "checkpoint", "new"),
+        f"wrote {folder}: the same function; train with {arguments.config} to go on from it",
+    ]
+    content = {"folder": str(folder), "changed": [vars(entry) for entry in differences]}
+    show(content, arguments.json, lines)
     return 0
 
 

@@ -1,11 +1,14 @@
-"""Compile every kernel of a run before it starts, so that a thousand ranks do not compile at once. Needs no GPU.
+"""Compile every kernel of a run before it starts, so that its ranks need not. Needs no GPU.
 
 Example:
 
     python tools/compile_kernels.py configs/completep_1b.yaml --arch sm_90
-    python tools/compile_kernels.py configs/completep_1b.yaml training.micro_batch_size=4 --arch gfx942 --cache-dir /shared/triton
+    python tools/compile_kernels.py configs/completep_1b.yaml training.micro_batch_size=4 \\
+        --arch gfx942 --cache-dir /shared/triton
 
-The kernels land in Triton's cache (--cache-dir, else where Triton keeps it): let the run have the same folder as TRITON_CACHE_DIR.
+Without it, a thousand ranks would compile the same kernels at once. They are written into Triton's
+cache (--cache-dir, else where Triton keeps it): let the run have the same folder as
+TRITON_CACHE_DIR.
 """
 
 import argparse
@@ -41,30 +44,34 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     arguments = parse_arguments(argv)
     if triton.knobs.runtime.interpret:
         raise ConfigError("TRITON_INTERPRET is set: the interpreter compiles nothing. Unset it.")
-    if arguments.cache_dir is not None:
-        check_outputs([Output("--cache-dir", arguments.cache_dir, folder=True)])
-        arguments.cache_dir.mkdir(parents=True, exist_ok=True)
-        triton.knobs.cache.dir = str(arguments.cache_dir)
+    cache_dir: Path | None = arguments.cache_dir
+    if cache_dir is not None:
+        check_outputs([Output("--cache-dir", cache_dir, folder=True)])
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        triton.knobs.cache.dir = str(cache_dir)
+
     config = load_config(arguments.config, arguments.overrides)
+    # With --json, stdout holds one object and nothing else.
     log = sys.stderr if arguments.json else sys.stdout
+
+    def say(line: str) -> None:
+        print(line, file=log, flush=True)
+
     start = time.perf_counter()
-    count = compile_run(config, arguments.arch, lambda line: print(line, file=log, flush=True))
+    count = compile_run(config, arguments.arch, say)
     seconds = time.perf_counter() - start
-    if arguments.json:
-        print(
-            json.dumps(
-                {
-                    "architecture": arguments.arch,
-                    "kernels": count,
-                    "seconds": seconds,
-                    "cache": triton.knobs.cache.dir,
-                }
-            )
-        )
-    else:
-        print(
-            f"{count} kernels for {arguments.arch} in {seconds:.1f} s, in {triton.knobs.cache.dir}"
-        )
+
+    cache = triton.knobs.cache.dir
+    if not arguments.json:
+        print(f"{count} kernels for {arguments.arch} in {seconds:.1f} s, in {cache}")
+        return 0
+    result = {
+        "architecture": arguments.arch,
+        "kernels": count,
+        "seconds": seconds,
+        "cache": cache,
+    }
+    print(json.dumps(result))
     return 0
 
 

@@ -17,7 +17,6 @@ COMMITTED = Path(__file__).resolve().parents[1] / "docs/configuration.md"
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
-    """Parse the command line and print or write the reference."""
     parser = Parser(__doc__)
     parser.add_argument(
         "--write",
@@ -27,9 +26,12 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if not parser.parse_args(argv).write:
         print(configuration_reference(), end="")
         return 0
+
+    # Where the package is installed, this path lies beside it and holds no documentation.
     if not COMMITTED.parent.is_dir():
         raise UserError(
-            f"{COMMITTED.parent} does not exist: --write is for a checkout of the project. Leave it away to print."
+            f"{COMMITTED.parent} does not exist: --write is for a checkout of the project. "
+            "Leave it away to print."
         )
     check_outputs([Output("--write", COMMITTED)], overwrite=True)
     COMMITTED.write_text(configuration_reference(), encoding="utf-8")

@@ -1,15 +1,18 @@
-"""Check a parameterization: train models of growing depth and width for a few steps, and see what stays the same size.
+"""Check a parameterization: what stays the same size in models of growing depth and width.
 
 Example:
 
-    python tools/coordinate_check.py configs/quickstart_proxy.yaml --depths 2,4,8,16,32 --out runs/check
+    python tools/coordinate_check.py configs/quickstart_proxy.yaml --depths 2,4,8,16,32 \\
+        --out runs/check
 
-The depth axis is run at the smallest width, the width axis at the smallest depth; a control that is known to be wrong (muP over depth,
-SP over width) runs beside the model. A model of your own: --model package:function, where function(config, table, context) returns an
-initialized module that declares the roles of its parameters (docs/instruments.md). Runs under torchrun too, in any layout.
+Each model is trained for a few steps. The depth axis is run at the smallest width, the width axis
+at the smallest depth; a control that is known to be wrong (muP over depth, SP over width) runs
+beside the model. A model of your own: --model package:function, where function(config, table,
+context) returns an initialized module that declares the roles of its parameters
+(docs/instruments.md). Runs under torchrun too, in any layout.
 
-Exit code 0: right, and the control is not. 1: wrong. 2: bad input. 3: cannot tell: the intervals over seeds leave it open (few depths,
-seeds or steps do), or the control shows nothing.
+Exit code 0: right, and the control is not. 1: wrong. 2: bad input. 3: cannot tell: the intervals
+over seeds leave it open (few depths, seeds or steps do), or the control shows nothing.
 """
 
 from __future__ import annotations
@@ -22,12 +25,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_completep.command_line import Parser, file_to_read, list_of, one_of, whole
-from megatron_completep.config import check_world, load_config
+from megatron_completep.config import Config, check_world, load_config
 from megatron_completep.errors import ConfigError, exit_on_user_error, when_interrupted
 from megatron_completep.instruments import coordinate_check
 from megatron_completep.instruments.check_report import describe_check, finite, write_check
 from megatron_completep.instruments.coordinate_verdict import judge
-from megatron_completep.instruments.trial import PARAMETERIZATIONS, Design, with_base
+from megatron_completep.instruments.trial import (
+    PARAMETERIZATIONS,
+    Design,
+    ModelMaker,
+    with_base,
+)
 from megatron_completep.launch import Launch
 from megatron_completep.outputs import Output, check_outputs
 from megatron_completep.parallel.context import ParallelContext
@@ -40,6 +48,22 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "config", type=file_to_read, metavar="CONFIG", help="a run's YAML file; its data is read"
     )
     parser.add_overrides()
+    _add_models(parser)
+    _add_measurement(parser)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="write coordinate_check.json, .html and pictures there",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="one object on stdout, the log on stderr"
+    )
+    return parser.parse_args(argv)
+
+
+def _add_models(parser: Parser) -> None:
+    """Which models are trained, and how."""
     parser.add_argument(
         "--depths",
         type=list_of(whole(1, 10**6)),
@@ -72,6 +96,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default="float32",
         help="default: float32",
     )
+
+
+def _add_measurement(parser: Parser) -> None:
+    """What is measured, beside the model or in its place, and by how many processes."""
     parser.add_argument(
         "--beside",
         type=list_of(one_of(PARAMETERIZATIONS)),
@@ -94,85 +122,97 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--model", metavar="PACKAGE:FUNCTION", help="check this model instead of the project's"
     )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="FOLDER",
-        help="write coordinate_check.json, .html and pictures there",
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="one object on stdout, the log on stderr"
-    )
-    return parser.parse_args(argv)
 
 
-def load_function(name: str):
-    """package.module:function -> the function; the current folder is searched too."""
+def load_function(name: str) -> ModelMaker:
+    """package.module:function -> the function; the current folder is searched too.
+
+    Raises ConfigError where there is no such function.
+    """
     module_name, colon, function_name = name.partition(":")
-    sys.path.insert(0, "")
+    sys.path.insert(0, "")  # this program's own folder stands there, not the user's
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError, ValueError) as error:
+        # The cause stays attached: it may lie deep in the user's own modules.
         raise ConfigError(
             f"--model {name}: {error}. Write PACKAGE:FUNCTION, importable from here."
         ) from error
     if not colon or not callable(function):
         raise ConfigError(f"--model {name}: not a function. Write PACKAGE:FUNCTION.")
-    return function
+    make_model: ModelMaker = function
+    return make_model
+
+
+def make_plan(arguments: argparse.Namespace, config: Config) -> coordinate_check.Plan:
+    """The models to train. Raises ConfigError where neither depth nor width varies."""
+    depths = set(arguments.depths or [config.model.num_layers])
+    widths = set(arguments.widths or [config.model.hidden_size])
+    if len(depths) < 2 and len(widths) < 2:
+        raise ConfigError(
+            "nothing to compare: give --depths or --widths with at least two values, "
+            "such as --depths 2,4,8,16,32."
+        )
+    return coordinate_check.Plan(
+        sorted(depths),
+        sorted(widths),
+        steps=arguments.steps,
+        seeds=arguments.seeds,
+        precision=arguments.precision,
+        check_eps=not arguments.no_eps,
+        beside=arguments.beside,
+    )
+
+
+def name_of_model(arguments: argparse.Namespace, config: Config) -> str:
+    """What the report calls the model under check."""
+    if arguments.model:
+        return str(arguments.model)
+    name = str(config.completep.parameterization)
+    alpha = config.completep.alpha
+    return name if alpha == 1 else f"{name}, alpha {alpha:g}"
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     arguments = parse_arguments(argv)
     config = with_base(load_config(arguments.config, arguments.overrides))
+    # A layout that does not fit is refused before any process group exists.
     launch = Launch.from_environment()
     check_world(config, launch.world_size)
-    depths = arguments.depths or [config.model.num_layers]
-    widths = arguments.widths or [config.model.hidden_size]
-    if len(set(depths)) < 2 and len(set(widths)) < 2:
-        raise ConfigError(
-            "nothing to compare: give --depths or --widths with at least two values, such as --depths 2,4,8,16,32."
-        )
+
+    # Everything that can be refused is refused before the hours of work.
+    plan = make_plan(arguments, config)
     design = Design(make_model=load_function(arguments.model) if arguments.model else None)
     if arguments.workers > 1 and launch.world_size > 1:
         raise ConfigError(
-            f"--workers {arguments.workers} and torchrun exclude each other: every rank trains its part of each model."
+            f"--workers {arguments.workers} and torchrun exclude each other: "
+            "every rank trains its part of each model."
         )
     if arguments.out is not None:
         check_outputs([Output("--out", arguments.out, folder=True)])
+
     context = ParallelContext.create(config.parallel, config.training.device)
     use_threads(config.training.cpu_threads, launch.local_world_size)
-    workers = coordinate_check.in_workers(arguments.workers, str(context.device))
-    run = workers if arguments.workers > 1 else coordinate_check.in_turn(context)
+    if arguments.workers > 1:
+        run = coordinate_check.in_workers(arguments.workers, str(context.device))
+    else:
+        run = coordinate_check.in_turn(context)
 
-    def say(text: str) -> None:
+    # Under torchrun all ranks measure together, and the first one reports.
+    def say(line: str) -> None:
         if context.is_first:
-            print(text, file=sys.stderr if arguments.json else sys.stdout, flush=True)
+            print(line, file=sys.stderr if arguments.json else sys.stdout, flush=True)
 
     if arguments.seeds == 1:
         say("one seed gives no interval, and so no verdict (exit code 3): --seeds 3 gives both")
-    plan = coordinate_check.Plan(
-        sorted(set(depths)),
-        sorted(set(widths)),
-        arguments.steps,
-        arguments.seeds,
-        arguments.precision,
-        check_eps=not arguments.no_eps,
-        beside=arguments.beside,
-    )
     with when_interrupted("a check is all or nothing, so nothing was written; start it again."):
         samples = coordinate_check.collect(config, plan, run, design, say)
     result = judge(samples, config.completep.alpha)
+
     say(describe_check(result))
     if context.is_first and arguments.out is not None:
-        own = config.completep.parameterization + (
-            f", alpha {config.completep.alpha:g}" if config.completep.alpha != 1 else ""
-        )
-        write_check(
-            result,
-            arguments.out,
-            arguments.model or own,
-            {"config": config.model_dump(mode="json"), "plan": vars(plan)},
-        )
+        settings = {"config": config.model_dump(mode="json"), "plan": vars(plan)}
+        write_check(result, arguments.out, name_of_model(arguments, config), settings)
         say(f"written: {arguments.out / 'coordinate_check.json'}, .html and pictures")
     if context.is_first and arguments.json:
         print(json.dumps(finite(result.to_json())))

@@ -1,10 +1,11 @@
-"""Draw one optimizer step: the pipeline schedules, and how data-parallel traffic hides behind computation.
+"""Draw one optimizer step: pipeline schedules, and data-parallel traffic behind computation.
 
 Example:
 
     python tools/draw_step.py --output docs/images/step.png --ranks 4 --micro-batches 8
 
-The schedules come from the library that runs them, the buckets from the optimizer's layout of --config.
+The schedules come from the library that runs them, the buckets from the optimizer's layout of
+--config.
 """
 
 import argparse
@@ -12,11 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_completep.command_line import Parser, file_to_read, real, whole
-from megatron_completep.config import load_config
+from megatron_completep.config import Config, load_config
 from megatron_completep.errors import UserError, exit_on_user_error
 from megatron_completep.outputs import Output, check_outputs
 from megatron_completep.planning.sizes import rank_layout, rank_specs
 from megatron_completep.planning.step_picture import (
+    Span,
     bubble,
     draw,
     overlap,
@@ -24,22 +26,24 @@ from megatron_completep.planning.step_picture import (
     simulate,
 )
 
-SCHEDULES = (
+SCHEDULES = (  # name, chunks of the model on a rank
     ("gpipe", 1),
     ("1f1b", 1),
     ("interleaved_1f1b", 2),
     ("zero_bubble", 1),
     ("zero_bubble", 2),
 )
-
-
 DEFAULT = "docs/images/step.png"
+DATA_RANKS = 8
+
+Panel = tuple[str, list[Span], list[str]]  # title, boxes, names of the lanes
 
 
-def _picture(text: str) -> Path:
-    if Path(text).suffix not in (".png", ".svg"):
+def _picture(name: str) -> Path:
+    path = Path(name)
+    if path.suffix not in (".png", ".svg"):
         raise argparse.ArgumentTypeError("the ending says the format. Use .png or .svg.")
-    return Path(text)
+    return path
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -65,6 +69,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default="configs/completep_1b.yaml",
         help="whose buckets to draw (default: configs/completep_1b.yaml)",
     )
+    # The size of a run's buckets would make too many to see.
     parser.add_argument(
         "--bucket-megabytes",
         type=real(above=0, at_most=10**9),
@@ -78,42 +83,44 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     arguments = parse_arguments(argv)
     if arguments.micro_batches < arguments.ranks:
         raise UserError(
-            f"--micro-batches = {arguments.micro_batches}: fewer than --ranks = {arguments.ranks}. Each schedule needs at least a "
+            f"--micro-batches = {arguments.micro_batches}: "
+            f"fewer than --ranks = {arguments.ranks}. Each schedule needs at least a "
             f"micro-batch for every rank: give --micro-batches {arguments.ranks} or fewer ranks."
         )
-    ours = arguments.output == Path(DEFAULT)  # a name of the project's own
-    check_outputs(
-        [Output("--output", arguments.output, renewed=True)],
-        [arguments.config],
-        arguments.overwrite or ours,
-    )
-    panels = []
-    for name, virtual in SCHEDULES:
-        spans = simulate(
-            schedule_actions(name, arguments.ranks, virtual, arguments.micro_batches), virtual
-        )
-        chunks = f", {virtual} chunks a rank (the second lighter)" if virtual > 1 else ""
-        panels.append(
-            (
-                f"{name}{chunks}: bubble {bubble(spans):.0%}",
-                spans,
-                [f"rank {rank}" for rank in range(arguments.ranks)],
-            )
-        )
-    config = load_config(
-        arguments.config, [f"parallel.bucket_megabytes={arguments.bucket_megabytes}"]
-    )
-    buckets = [bucket.size for bucket in rank_layout(config, rank_specs(config, 0), 8).buckets]
-    panels.append(
-        (
-            f"data parallel, {len(buckets)} buckets: only the last bucket's gradients and the first parameters wait",
-            overlap(buckets),
-            ["compute", "network"],
-        )
-    )
+    # The default is the project's own picture, which is there to be replaced.
+    replace = arguments.overwrite or arguments.output == Path(DEFAULT)
+    output = Output("--output", arguments.output, renewed=True)
+    check_outputs([output], [arguments.config], replace)
+
+    panels = [
+        schedule_panel(name, chunks, arguments.ranks, arguments.micro_batches)
+        for name, chunks in SCHEDULES
+    ]
+    overrides = [f"parallel.bucket_megabytes={arguments.bucket_megabytes}"]
+    panels.append(data_parallel_panel(load_config(arguments.config, overrides)))
     draw(panels, arguments.output)
     print(f"wrote {arguments.output}")
     return 0
+
+
+def schedule_panel(name: str, chunks: int, ranks: int, micro_batches: int) -> Panel:
+    """A pipeline schedule with so many chunks of the model on each rank."""
+    spans = simulate(schedule_actions(name, ranks, chunks, micro_batches), chunks)
+    title = f"{name}: bubble {bubble(spans):.0%}"
+    if chunks > 1:
+        title = f"{name}, {chunks} chunks a rank (the second lighter): bubble {bubble(spans):.0%}"
+    return title, spans, [f"rank {rank}" for rank in range(ranks)]
+
+
+def data_parallel_panel(config: Config) -> Panel:
+    """The reduction of gradients, bucket by bucket, beside the backward pass."""
+    layout = rank_layout(config, rank_specs(config, 0), DATA_RANKS)
+    buckets = [bucket.size for bucket in layout.buckets]
+    title = (
+        f"data parallel, {len(buckets)} buckets: "
+        "only the last bucket's gradients and the first parameters wait"
+    )
+    return title, overlap(buckets), ["compute", "network"]
 
 
 if __name__ == "__main__":

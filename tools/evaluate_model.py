@@ -2,18 +2,22 @@
 
 Example:
 
-    python tools/evaluate_model.py runs/quickstart --token-file data/quickstart/validation_text_document
+    python tools/evaluate_model.py runs/quickstart \\
+        --token-file data/quickstart/validation_text_document
     python tools/evaluate_model.py runs/quickstart --tasks lambada_openai,arc_easy --limit 200
-    torchrun --nproc-per-node 8 -m megatron_completep.tools.evaluate_model runs/quickstart --tasks mine --include-path tasks/
+    torchrun --nproc-per-node 8 -m megatron_completep.tools.evaluate_model runs/quickstart \\
+        --tasks mine --include-path tasks/
 
-CHECKPOINT is a run's folder (its newest checkpoint) or one of its checkpoints/step_NNNNNNNN. Tasks need lm-eval (pip install
-'megatron-completep[eval]'); those over local files need no network. Under torchrun the processes share the work.
+CHECKPOINT is a run's folder (its newest checkpoint) or one of its checkpoints/step_NNNNNNNN. Tasks
+need lm-eval (pip install 'megatron-completep[eval]'); those over local files need no network. Under
+torchrun the processes share the work.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from megatron_completep.command_line import (
@@ -37,6 +41,17 @@ from megatron_completep.run.precision import name_of, precision_of_run, use_thre
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
+    _add_what_is_evaluated(parser)
+    _add_how_it_is_computed(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    arguments = parser.parse_args(argv)
+    # Either of the two is enough, which argparse cannot say of optional arguments.
+    if not arguments.tasks and not arguments.token_file:
+        parser.error("nothing to evaluate: give --tasks or --token-file.")
+    return arguments
+
+
+def _add_what_is_evaluated(parser: Parser) -> None:
     parser.add_argument(
         "checkpoint",
         type=folder_to_read,
@@ -67,6 +82,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="PREFIX",
         help="of PREFIX.bin and PREFIX.idx; repeatable",
     )
+
+
+def _add_how_it_is_computed(parser: Parser) -> None:
     parser.add_argument(
         "--batch-size",
         type=whole(1, 10**6),
@@ -93,27 +111,27 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default="auto",
         help="auto: that of the run, where the device can",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-    arguments = parser.parse_args(argv)
-    if not arguments.tasks and not arguments.token_file:
-        parser.error("nothing to evaluate: give --tasks or --token-file.")
-    return arguments
 
 
 def evaluate(arguments: argparse.Namespace, context: ParallelContext) -> dict[str, Any]:
-    """{"token_files": {prefix: scores}, "tasks": {task: metrics}}."""
+    """{"token_files": {prefix: scores}, "tasks": {task: metrics}}.
 
-    def say(text: str) -> None:
+    The documents are divided over all processes, and their sums reduced over the world.
+    """
+
+    def say(line: str) -> None:
         if context.is_first:
-            print(text, file=sys.stderr)
+            print(line, file=sys.stderr)
 
-    trained = run_config(arguments.checkpoint).training.precision
-    precision = precision_of_run(arguments.precision, trained, context.device, say)
+    # The configuration alone decides the precision, before the weights are read in it.
+    precision_of_training = run_config(arguments.checkpoint).training.precision
+    precision = precision_of_run(arguments.precision, precision_of_training, context.device, say)
     config, model = load_model(arguments.checkpoint, context.device, precision)
-    settings = run_tokenizer(arguments.checkpoint, config, arguments.tokenizer_model)
-    scorer = Scorer(
-        model, build_tokenizer(settings), context.world, arguments.batch_size, arguments.max_length
+    tokenizer = build_tokenizer(
+        run_tokenizer(arguments.checkpoint, config, arguments.tokenizer_model)
     )
+    scorer = Scorer(model, tokenizer, context.world, arguments.batch_size, arguments.max_length)
+
     results: dict[str, Any] = {
         "checkpoint": str(arguments.checkpoint),
         "precision": name_of(precision),
@@ -121,39 +139,38 @@ def evaluate(arguments: argparse.Namespace, context: ParallelContext) -> dict[st
         "tasks": {},
     }
     for prefix in arguments.token_file:
-        results["token_files"][prefix] = score_token_file(
-            scorer, IndexedDataset(prefix), arguments.limit
-        ).to_json()
+        score = score_token_file(scorer, IndexedDataset(prefix), arguments.limit)
+        results["token_files"][prefix] = score.to_json()
     if arguments.tasks:
-        tasks = tuple(name.strip() for name in arguments.tasks.split(",") if name.strip())
-        results["tasks"] = evaluate_tasks(
-            scorer,
-            TaskSettings(
-                tasks,
-                arguments.include_path and str(arguments.include_path),
-                arguments.num_fewshot,
-                arguments.limit,
-            ),
-        )
+        results["tasks"] = evaluate_tasks(scorer, task_settings(arguments))
     return results
 
 
+def task_settings(arguments: argparse.Namespace) -> TaskSettings:
+    names = (name.strip() for name in arguments.tasks.split(","))
+    folder: Path | None = arguments.include_path
+    return TaskSettings(
+        tuple(name for name in names if name),
+        None if folder is None else str(folder),
+        arguments.num_fewshot,
+        arguments.limit,
+    )
+
+
 def show(results: dict[str, Any]) -> str:
+    """A few lines for each token file and task."""
     lines = []
     for prefix, score in results["token_files"].items():
-        lines.append(
-            f"{prefix}: {score['bits_per_byte']:.6f} bits per byte, {score['loss']:.6f} nats per token"
-        )
-        lines.append(
-            f"  {score['documents']:,} documents, {score['tokens']:,} tokens, {score['bytes']:,} bytes"
-        )
+        bits = f"{score['bits_per_byte']:.6f} bits per byte"
+        lines.append(f"{prefix}: {bits}, {score['loss']:.6f} nats per token")
+        counts = f"{score['documents']:,} documents, {score['tokens']:,} tokens"
+        lines.append(f"  {counts}, {score['bytes']:,} bytes")
     for task, metrics in results["tasks"].items():
         lines.append(task)
-        lines += [
-            f"  {name:<32} {value:.6f}"
-            for name, value in metrics.items()
-            if isinstance(value, float)
-        ]
+        # Among the metrics lm-eval has texts, such as the task's alias.
+        for name, metric in metrics.items():
+            if isinstance(metric, float):
+                lines.append(f"  {name:<32} {metric:.6f}")
     return "\n".join(lines)
 
 
@@ -166,6 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     finally:
         context.close()
     if context.is_first:
+        # lm-eval may return values of types that json does not know.
         print(json.dumps(results, default=str) if arguments.json else show(results))
         sys.stdout.flush()
     return 0

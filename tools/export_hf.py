@@ -4,8 +4,9 @@ Example:
 
     python tools/export_hf.py runs/quickstart exported/quickstart --check
 
-CHECKPOINT is a run's folder (its newest checkpoint) or one of its checkpoints/step_NNNNNNNN, of any layout; one CPU process reads
-it tensor by tensor. The multipliers of CompleteP are kept where the architecture has them (Granite), else folded into the tensors.
+CHECKPOINT is a run's folder (its newest checkpoint) or one of its checkpoints/step_NNNNNNNN, of any
+layout; one CPU process reads it tensor by tensor. The multipliers of CompleteP are kept where the
+architecture has them (Granite), else folded into the tensors.
 """
 
 import argparse
@@ -66,6 +67,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int | None:
     arguments = parse_arguments(argv)
     use_threads(None, 1)
+    # A size that cannot be understood is refused here, before the checkpoint is read.
     settings = ExportSettings(
         arguments.architecture,
         arguments.dtype,
@@ -73,29 +75,33 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         parse_size(arguments.max_shard_size),
     )
     check_outputs([Output("OUT", arguments.output, folder=True)])
-    report = export_model(
-        arguments.checkpoint,
-        arguments.output,
-        settings,
-        say=lambda text: print(text, file=sys.stderr),
-    )
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    report = export_model(arguments.checkpoint, arguments.output, settings, say=say)
+    comparison = None
     result = report.to_json()
     if arguments.check:
         comparison = check_export(report.checkpoint, report.folder, report.dtype)
         result["check"] = {**vars(comparison), "equal": comparison.equal}
+
     if arguments.json:
         print(json.dumps(result))
     else:
-        print(
-            f"wrote {report.folder}: {report.architecture}, {report.parameters:,} parameters in {report.dtype}, {len(report.files)} files"
-        )
-        if arguments.check:
+        size = f"{report.parameters:,} parameters in {report.dtype}"
+        print(f"wrote {report.folder}: {report.architecture}, {size}, {len(report.files)} files")
+        if comparison is not None:
             print(
-                f"largest difference of a logit to transformers': {comparison.relative_difference:.2e} of the largest logit"
+                "largest difference of a logit to transformers': "
+                f"{comparison.relative_difference:.2e} of the largest logit"
             )
-    if arguments.check and not comparison.equal:
+
+    # Only now, so that the figures are printed in any case.
+    if comparison is not None and not comparison.equal:
         raise UserError(
-            f"{report.folder} does not compute what the checkpoint does: more than {comparison.tolerance:g}. Report this."
+            f"{report.folder} does not compute what the checkpoint does: "
+            f"more than {comparison.tolerance:g}. Report this."
         )
     return 0
 

@@ -2,15 +2,17 @@
 
 Example:
 
-    python tools/generate.py runs/quickstart --prompt "def main(" --max-new-tokens 200 --temperature 0.7
-    python tools/generate.py runs/quickstart --prompts prompts.txt --batch-size 16 --json > texts.json
+    python tools/generate.py runs/quickstart --prompt "def main(" --max-new-tokens 200 \\
+        --temperature 0.7
+    python tools/generate.py runs/quickstart --prompts prompts.txt --batch-size 16 \\
+        --json > texts.json
 
-CHECKPOINT is a run's folder (its newest checkpoint) or one of its checkpoints/step_NNNNNNNN. Text appears as it is made.
---prompts reads a prompt a line, or from a .jsonl file the key "prompt".
+CHECKPOINT is a run's folder (its newest checkpoint) or one of its checkpoints/step_NNNNNNNN. Text
+appears as it is made. --prompts reads a prompt a line, or from a .jsonl file the key "prompt".
 
-The same seed gives the same texts on the same device. In float32 and float64 the batch size does not matter (rounding turns one draw in
-a million at most); in bf16 it does, for another batch rounds logits differently: give the same --batch-size and prompts, or
---precision float32.
+The same seed gives the same texts on the same device. In float32 and float64 the batch size does
+not matter (rounding turns one draw in a million at most); in bf16 it does, for another batch rounds
+logits differently: give the same --batch-size and prompts, or --precision float32.
 """
 
 import argparse
@@ -47,6 +49,13 @@ from megatron_completep.run.precision import name_of, precision_of_run, use_thre
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
+    _add_inputs(parser)
+    _add_sampling(parser)
+    _add_computation(parser)
+    return parser.parse_args(argv)
+
+
+def _add_inputs(parser: Parser) -> None:
     parser.add_argument(
         "checkpoint",
         type=folder_to_read,
@@ -71,6 +80,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="texts made at once (default: 8)",
     )
+
+
+def _add_sampling(parser: Parser) -> None:
     parser.add_argument(
         "--max-new-tokens", type=whole(0, 10**7), default=100, metavar="N", help="default: 100"
     )
@@ -116,6 +128,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="texts to make of each prompt (default: 1)",
     )
+
+
+def _add_computation(parser: Parser) -> None:
     parser.add_argument(
         "--tokenizer-model",
         type=tokenizer_model,
@@ -132,7 +147,6 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object on stdout instead of streaming"
     )
-    return parser.parse_args(argv)
 
 
 def read_prompts(arguments: argparse.Namespace) -> list[str]:
@@ -140,12 +154,14 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
     if arguments.prompts is None:
         return [sys.stdin.read() if arguments.prompt == "-" else arguments.prompt]
     path: Path = arguments.prompts
+    # A text that is not UTF-8 would decode to other tokens than the user means.
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as UTF-8 text ({error}).") from None
     if path.suffix != ".jsonl":
         return lines
+
     prompts = []
     for number, line in enumerate(lines, start=1):
         row = parse_json(line, f"{path}, line {number}")
@@ -157,14 +173,41 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr)
+def say(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def make_texts(
     model: GPT, tokenizer: Tokenizer, prompts: Sequence[str], arguments: argparse.Namespace
 ) -> list[str]:
-    """A text for each prompt. One alone streams to the console; of several each is printed when its batch is done."""
+    """A text for each prompt, and on stdout prompts and texts, unless --json is given.
+
+    A prompt that is alone in its batch streams to the console; the texts of a larger batch are
+    printed when it is done.
+    """
+    texts: list[str] = []
+    for start in range(0, len(prompts), arguments.batch_size):
+        batch = prompts[start : start + arguments.batch_size]
+        # A prompt's draws depend on its number only, not on the batch that it falls into.
+        seeds = [arguments.seed + start + position for position in range(len(batch))]
+        streaming = len(batch) == 1 and not arguments.json
+        batch_texts = make_batch(model, tokenizer, batch, seeds, streaming, arguments)
+        if not streaming and not arguments.json:
+            continued = [prompt + added for prompt, added in zip(batch, batch_texts, strict=True)]
+            print("\n\n".join(continued), end="\n\n")
+        texts += batch_texts
+    return texts
+
+
+def make_batch(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    streaming: bool,
+    arguments: argparse.Namespace,
+) -> list[str]:
+    """A text for each of these prompts, made at once; with `streaming` printed as they grow."""
     sampling = Sampling(
         arguments.temperature,
         arguments.top_p,
@@ -172,32 +215,20 @@ def make_texts(
         arguments.top_k,
         arguments.repetition_penalty,
     )
+    # Draws are made where the logits are, each text's with a generator of its own.
     device = next(model.parameters()).device
-    texts: list[str] = []
-    for start in range(0, len(prompts), arguments.batch_size):
-        batch = prompts[start : start + arguments.batch_size]
-        generators = [
-            torch.Generator(device).manual_seed(arguments.seed + start + i)
-            for i in range(len(batch))
-        ]
-        made = [""] * len(batch)
-        streaming = len(batch) == 1 and not arguments.json
+    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    stops = [arguments.stop] * len(prompts)
+    if streaming:
+        print(prompts[0], end="", flush=True)
+
+    texts = [""] * len(prompts)
+    for number, new_text in generate_texts(model, tokenizer, prompts, sampling, generators, stops):
+        texts[number] += new_text
         if streaming:
-            print(batch[0], end="", flush=True)
-        for number, piece in generate_texts(
-            model, tokenizer, batch, sampling, generators, [arguments.stop] * len(batch)
-        ):
-            made[number] += piece
-            if streaming:
-                print(piece, end="", flush=True)
-        if streaming:
-            print()
-        elif not arguments.json:
-            print(
-                "\n\n".join(prompt + text for prompt, text in zip(batch, made, strict=True)),
-                end="\n\n",
-            )
-        texts += made
+            print(new_text, end="", flush=True)
+    if streaming:
+        print()
     return texts
 
 
@@ -206,36 +237,35 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     device = choose_device(arguments.device, 0)
     use_threads(None, 1)
     prompts = read_prompts(arguments)
-    trained = run_config(arguments.checkpoint).training.precision
-    precision = precision_of_run(arguments.precision, trained, device, say)
-    if (
-        precision == torch.bfloat16
-        and arguments.batch_size > 1
-        and len(prompts) * arguments.samples > 1
-    ):
+    precision_of_training = run_config(arguments.checkpoint).training.precision
+    precision = precision_of_run(arguments.precision, precision_of_training, device, say)
+
+    # Another batch makes other matrix products, which bf16 rounds coarsely enough to turn draws.
+    several_texts = len(prompts) * arguments.samples > 1
+    if precision == torch.bfloat16 and arguments.batch_size > 1 and several_texts:
         say(
-            "in bf16 the texts of a seed depend on --batch-size and on the prompts beside them; --precision float32 removes that."
+            "in bf16 the texts of a seed depend on --batch-size and on the prompts beside them; "
+            "--precision float32 removes that."
         )
+
     config, model = load_model(arguments.checkpoint, device, precision)
     settings = run_tokenizer(arguments.checkpoint, config, arguments.tokenizer_model)
     started = time.perf_counter()
-    wanted = [prompt for prompt in prompts for _ in range(arguments.samples)]
-    texts = make_texts(model, build_tokenizer(settings), wanted, arguments)
-    if arguments.json:
-        n = arguments.samples
-        results = [
-            {"prompt": prompt, "texts": texts[i * n : (i + 1) * n]}
-            for i, prompt in enumerate(prompts)
-        ]
-        print(
-            json.dumps(
-                {
-                    "results": results,
-                    "precision": name_of(precision),
-                    "seconds": time.perf_counter() - started,
-                }
-            )
-        )
+    samples = arguments.samples
+    repeated_prompts: list[str] = []
+    for prompt in prompts:
+        repeated_prompts += [prompt] * samples
+    texts = make_texts(model, build_tokenizer(settings), repeated_prompts, arguments)
+    if not arguments.json:
+        return 0
+
+    results = []
+    for number, prompt in enumerate(prompts):
+        prompt_texts = texts[number * samples : (number + 1) * samples]
+        results.append({"prompt": prompt, "texts": prompt_texts})
+    seconds = time.perf_counter() - started
+    answer = {"results": results, "precision": name_of(precision), "seconds": seconds}
+    print(json.dumps(answer))
     return 0
 
 

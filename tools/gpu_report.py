@@ -1,8 +1,11 @@
-"""Test and time the kernels and the training step on the GPU at hand: what `make gpu-report` runs. Less than nine minutes, no network.
+"""Test and time the kernels and the training step on the GPU at hand.
 
-Example:
+Example, what `make gpu-report` runs:
 
-    python tools/gpu_report.py                    # writes docs/benchmarks/<device>/report.json, report.md and kernels.png
+    python tools/gpu_report.py
+
+writes report.json, report.md and kernels.png under docs/benchmarks/<device>, in less than nine
+minutes and without a network.
 """
 
 import argparse
@@ -36,14 +39,16 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     arguments = parse_arguments(argv)
     if not torch.cuda.is_available():
         raise ConfigError("no GPU is visible to torch: this report is for a machine with one.")
+    # Its parts are programs of this checkout, which need not be installed. Unbuffered, the log of
+    # one that runs out of time is complete.
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     log = sys.stderr if arguments.json else sys.stdout
-    folder = make_report(
-        ROOT,
-        environment,
-        describe_device(torch, triton.__version__),
-        lambda line: print(line, file=log, flush=True),
-    )
+
+    def say(line: str) -> None:
+        print(line, file=log, flush=True)
+
+    device = describe_device(torch, triton.__version__)
+    folder = make_report(ROOT, environment, device, say)
     if arguments.json:
         print(json.dumps({"folder": str(folder), "passed": passed(folder)}))
     else:

@@ -1,12 +1,15 @@
-"""Turn a Hugging Face folder (Llama, Qwen3, Granite, GPT-2) into a checkpoint and a configuration, for continued training.
+"""Turn a Hugging Face folder (Llama, Qwen3, Granite, GPT-2) into a checkpoint and a configuration.
 
-Example:
+Example, continued training:
 
-    python tools/import_hf.py downloads/granite-3.3-2b-base runs/granite optimizer.base_lr=1e-5 training.train_steps=2000
-    python -m megatron_completep.pretrain runs/granite/config.yaml data.train='[{prefix: data/mine_text_document}]'
+    python tools/import_hf.py downloads/granite-3.3-2b-base runs/granite \\
+        optimizer.base_lr=1e-5 training.train_steps=2000
+    python -m megatron_completep.pretrain runs/granite/config.yaml \\
+        data.train='[{prefix: data/mine_text_document}]'
 
-OUT gets config.yaml, the tokenizer and checkpoints/step_00000000, which any layout loads. Words section.key=value set the
-configuration. Weights are read from safetensors only, never from pickles (.bin).
+OUT gets config.yaml, the tokenizer and checkpoints/step_00000000, which any layout loads. Words
+section.key=value set the configuration. Weights are read from safetensors only, never from pickles
+(.bin).
 """
 
 import argparse
@@ -44,6 +47,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     arguments = parse_arguments(argv)
+    # An OUT that is FOLDER itself would mix the files of both.
     check_outputs([Output("OUT", arguments.output, folder=True)], [arguments.folder])
     report = import_model(
         arguments.folder, arguments.output, arguments.overrides, arguments.seq_length
@@ -51,9 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if arguments.json:
         print(json.dumps(report.to_json()))
         return 0
-    print(
-        f"{report.architecture}, {report.parameters:,} parameters, {report.dtype}: {report.checkpoint}"
-    )
+    size = f"{report.parameters:,} parameters, {report.dtype}"
+    print(f"{report.architecture}, {size}: {report.checkpoint}")
     print(f"Set data, learning rate and lengths in {report.config}, then train:")
     print(f"  python -m megatron_completep.pretrain {report.config}")
     return 0

@@ -1,11 +1,12 @@
-"""Measure, block by block, how far the first update is from being linear in its parameters, over depth.
+"""Measure over depth how far the first update of each block is from linear in its parameters.
 
 Example:
 
     python tools/laziness.py configs/quickstart_proxy.yaml --depths 2,4,8,16,32 --out runs/laziness
 
-The configured parameterization ("own") is compared with alpha = 0.5, which becomes lazy with depth and must be seen to, and with muP.
-Exit code 0: not lazy, and the control is. 1: lazy. 2: bad input. 3: cannot tell.
+The configured parameterization ("own") is compared with alpha = 0.5, which becomes lazy with depth
+and must be seen to, and with muP. Exit code 0: not lazy, and the control is. 1: lazy. 2: bad input.
+3: cannot tell.
 """
 
 from __future__ import annotations
@@ -57,21 +58,24 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int | None:
     arguments = parse_arguments(argv)
     config = with_base(load_config(arguments.config, arguments.overrides))
+    # Exponents are fitted over depths beyond the proxy's; without a proxy the run is its own.
     base = config.completep.base_num_layers or config.model.num_layers
     use_threads(config.training.cpu_threads, 1)
-
+    # Checked before the work, whose result would otherwise be lost.
     if arguments.out is not None:
         check_outputs([Output("--out", arguments.out, folder=True)])
+    log = sys.stderr if arguments.json else sys.stdout
 
-    def say(text: str) -> None:
-        print(text, file=sys.stderr if arguments.json else sys.stdout, flush=True)
+    def say(line: str) -> None:
+        print(line, file=log, flush=True)
 
     if arguments.seeds == 1:
         say("one seed gives no interval, and so no verdict (exit code 3): --seeds 3 gives both")
+    depths = sorted(set(arguments.depths))
     with when_interrupted(
         "a measurement is all or nothing, so nothing was written; start it again."
     ):
-        samples = laziness.collect(config, sorted(set(arguments.depths)), arguments.seeds, say=say)
+        samples = laziness.collect(config, depths, arguments.seeds, say=say)
     result = laziness.judge(samples, base)
     say(describe_laziness(result, base))
     if arguments.out is not None:

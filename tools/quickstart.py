@@ -1,12 +1,13 @@
-"""The whole job on this machine: gather a corpus, train a tokenizer, train a model 4 times as deep as its proxy, report.
+"""The whole job here: corpus, tokenizer, a model 4 times as deep as its proxy, report.
 
 Example:
 
-    python tools/quickstart.py                                  # what `make quickstart` runs
+    python tools/quickstart.py                           # what `make quickstart` runs
     python tools/quickstart.py training.train_steps=400
 
-Nothing is asked and nothing is downloaded: the corpus is the source of Python's own standard library. What is done already is kept, so an
-interrupted quickstart goes on; remove runs/quickstart to train anew.
+Nothing is asked and nothing is downloaded: the corpus is the source of Python's own standard
+library. What is done already is kept, so an interrupted quickstart goes on; remove runs/quickstart
+to train anew.
 """
 
 import argparse
@@ -47,10 +48,12 @@ class Bars:
         self._tasks: dict[str, TaskID] = {}
 
     def show(self, what: str, done: int, total: int) -> None:
+        """Move the bar of a piece of work, which begins with its first call and ends at `total`."""
         if what not in self._tasks:
             self._tasks[what] = self._progress.add_task(what, total=total)
             self._progress.start()
         self._progress.update(self._tasks[what], completed=done)
+        # Between two bars the console belongs to the log.
         if done == total:
             self._progress.stop()
 
@@ -58,15 +61,16 @@ class Bars:
 def main(argv: Sequence[str] | None = None) -> int | None:
     arguments = parse_arguments(argv)
     console = Console(highlight=False, soft_wrap=True)
-    quickstart = Quickstart(
-        str(arguments.config),
-        arguments.overrides,
-        lambda text: console.print(text, markup=False),
-        Bars(console).show,
-    )
+
+    # Paths may hold brackets, which rich would read as markup.
+    def say(line: str) -> None:
+        console.print(line, markup=False)
+
+    bars = Bars(console)
+    quickstart = Quickstart(str(arguments.config), arguments.overrides, say, bars.show)
     with when_interrupted("what is done is kept, and the same command goes on."):
-        below = quickstart.run()
-    if below < arguments.goal:
+        nats_below_guess = quickstart.run()
+    if nats_below_guess < arguments.goal:
         console.print(f"The goal was {arguments.goal} nats below; this is less.", markup=False)
         return 1
     return 0

@@ -1,10 +1,11 @@
-"""Replay a recorded run of the CompleteP authors' implementation on this installation, and say whether the numbers agree.
+"""Replay a recorded run of the CompleteP authors' code, and say whether the numbers agree.
 
 Example:
 
     python tools/replay_trace.py tests/golden/completep --precision float64
 
-TRACE is a pair NAME.json and NAME.npz: the path without suffix, or either file. Exit code 1 when the replay does not agree.
+TRACE is a pair NAME.json and NAME.npz: the path without suffix, or either file. Exit code 1 when
+the replay does not agree.
 """
 
 import argparse
@@ -16,11 +17,12 @@ from megatron_completep.errors import exit_on_user_error
 from megatron_completep.instruments.replay import TOLERANCES, Replay, Trace, replay
 
 
-def _trace(text: str) -> str:
+def _trace(path: str) -> str:
     """The path without suffix, or either file; none of them a pipe."""
-    for name in (text, *(f"{text}{suffix}" for suffix in (".json", ".npz"))):
-        file_or_folder(name)
-    return text
+    # Which of the three exists is for the loader to find out.
+    for suffix in ("", ".json", ".npz"):
+        file_or_folder(f"{path}{suffix}")
+    return path
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -48,26 +50,24 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 def describe(result: Replay, precision: str) -> str:
     """A line a step, then the largest differences beside what is allowed."""
     lines = [f"{'step':>4}  {'loss':>18}  {'recorded':>18}  {'difference':>10}"]
-    for step, (loss, recorded) in enumerate(
-        zip(result.loss, result.recorded_loss, strict=False), start=1
-    ):
+    losses = zip(result.loss, result.recorded_loss, strict=False)
+    for step, (loss, recorded) in enumerate(losses, start=1):
         lines.append(f"{step:>4}  {loss:>18.15f}  {recorded:>18.15f}  {loss - recorded:>10.1e}")
+
     lines.append(f"{'largest relative difference':<32}{'found':>9}{'allowed':>10}")
-    names = ("loss", "gradient norm", "final weight norms")
-    errors = (
-        result.max_relative_loss_error,
-        result.max_relative_grad_norm_error,
-        result.max_relative_weight_norm_error,
-    )
-    lines += [
-        f"  {name:<30}{e:>9.1e}{bound:>10.0e}"
-        for name, e, bound in zip(names, errors, TOLERANCES[precision], strict=True)
-    ]
-    verdict = (
-        "pass: this installation computes what the authors' code computes"
-        if result.passed
-        else "fail"
-    )
+    errors = {
+        "loss": result.max_relative_loss_error,
+        "gradient norm": result.max_relative_grad_norm_error,
+        "final weight norms": result.max_relative_weight_norm_error,
+    }
+    bounds = TOLERANCES[precision]
+    # The tolerances stand in the order of these three errors.
+    for (name, error), bound in zip(errors.items(), bounds, strict=True):
+        lines.append(f"  {name:<30}{error:>9.1e}{bound:>10.0e}")
+
+    verdict = "fail"
+    if result.passed:
+        verdict = "pass: this installation computes what the authors' code computes"
     return "\n".join([*lines, f"{verdict} ({precision}, {len(result.loss)} steps)"])
 
 

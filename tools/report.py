@@ -4,9 +4,10 @@ Example:
 
     python tools/report.py runs/proxy runs/quickstart --out runs/comparison.html
 
-RUN is a run's folder (training.output_dir) or its metrics.jsonl. The report shows loss by step, tokens, FLOPs and hours, gradient norm,
-learning rate, throughput, MFU, parameterization telemetry, and the settings that differ. Lines that a kill left torn, steps that came
-again and figures that a run does not have are noted in it. Exit code 2: a run cannot be read.
+RUN is a run's folder (training.output_dir) or its metrics.jsonl. The report shows loss by step,
+tokens, FLOPs and hours, gradient norm, learning rate, throughput, MFU, parameterization telemetry,
+and the settings that differ. Lines that a kill left torn, steps that came again and figures that a
+run does not have are noted in it. Exit code 2: a run cannot be read.
 """
 
 from __future__ import annotations
@@ -55,34 +56,35 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     arguments = parse_arguments(argv)
-    first = arguments.runs[0]
-    out = arguments.out or (first if first.is_dir() else first.parent) / "report.html"
-    if arguments.out is not None:  # the default is a name of the project's own
-        read = [run / "metrics.jsonl" if run.is_dir() else run for run in arguments.runs]
-        read += [path.with_name("config.yaml") for path in read]
-        check_outputs([Output("--out", out, renewed=True)], read, arguments.overwrite)
+    # The default is the project's own name in a run's folder, which no input has.
+    out: Path | None = arguments.out
+    if out is None:
+        first_run: Path = arguments.runs[0]
+        folder = first_run if first_run.is_dir() else first_run.parent
+        out = folder / "report.html"
+    else:
+        inputs = [run / "metrics.jsonl" if run.is_dir() else run for run in arguments.runs]
+        inputs += [path.with_name("config.yaml") for path in inputs]
+        check_outputs([Output("--out", out, renewed=True)], inputs, arguments.overwrite)
+
     runs = read_runs(arguments.runs)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         compare(runs, arguments.title).write_html(out)
     except OSError as error:
         raise UserError(
-            f"--out = {out} cannot be written: {error.strerror}. Choose another folder or free some space."
+            f"--out = {out} cannot be written: {error.strerror}. "
+            "Choose another folder or free some space."
         ) from None
+
     for run in runs:
         for note in run.notes:
             print(f"{run.name}: {note}", file=sys.stderr)
     print(f"written: {out}", file=sys.stderr if arguments.json else sys.stdout)
     if arguments.json:
-        print(
-            json.dumps(
-                {
-                    "report": str(out),
-                    "runs": [summarize(run) for run in runs],
-                    "differences": differences(runs),
-                }
-            )
-        )
+        summaries = [summarize(run) for run in runs]
+        content = {"report": str(out), "runs": summaries, "differences": differences(runs)}
+        print(json.dumps(content))
     return 0
 
 

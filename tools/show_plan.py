@@ -1,17 +1,20 @@
-"""Show what a configuration means for every parameter, beside what muP and SP would give. Opens no data.
+"""Show what a configuration means for every parameter, beside muP and SP. Opens no data.
 
 Example:
 
     python tools/show_plan.py configs/quickstart.yaml model.num_layers=32
 
-prints the forward multipliers and, for parameters that share them, role, initial standard deviation, peak learning rate, weight
-decay and epsilon. --json prints {"multipliers": {"residual", "logits", "attention"}, "parameters": [{"name", "shape", "role",
-"init_std", "lr", "weight_decay", "eps"}]} with this run's values, one entry a parameter.
+prints the forward multipliers and, for parameters that share them, role, initial standard
+deviation, peak learning rate, weight decay and epsilon. --json prints {"multipliers": {"residual",
+"logits", "attention"}, "parameters": [{"name", "shape", "role", "init_std", "lr", "weight_decay",
+"eps"}]} with this run's values, one entry a parameter.
 
-    python tools/show_plan.py configs/completep_1b.yaml --world-size 4096 --gpu h100 training.global_batch_size=8192
+    python tools/show_plan.py configs/completep_1b.yaml --world-size 4096 --gpu h100 \\
+        training.global_batch_size=8192
 
-adds what the run asks of each GPU: memory by kind, bytes and collectives a step, pipeline bubble, predicted step time and what it
-rests on, checkpoint size, and warnings. With --json it stands under "scaling".
+adds what the run asks of each GPU: memory by kind, bytes and collectives a step, pipeline bubble,
+predicted step time and what it rests on, checkpoint size, and warnings. With --json it stands under
+"scaling".
 """
 
 import argparse
@@ -45,18 +48,21 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     arguments = parse_arguments(argv)
     if arguments.gpu is not None and arguments.world_size is None:
         raise UserError(
-            f"--gpu = {arguments.gpu}: says nothing without a number of GPUs. Add --world-size N, or leave --gpu out."
+            f"--gpu = {arguments.gpu}: says nothing without a number of GPUs. "
+            "Add --world-size N, or leave --gpu out."
         )
     gpu = arguments.gpu or "h100"
     config = load_config(arguments.config, arguments.overrides)
-    scaling = (
-        scaling_plan(config, arguments.world_size, gpu)
-        if arguments.world_size is not None
-        else None
-    )
+    # What a role trains with needs no number of GPUs; memory, traffic and time do.
+    scaling = None
+    if arguments.world_size is not None:
+        scaling = scaling_plan(config, arguments.world_size, gpu)
+
     if arguments.json:
-        extra = {"scaling": scaling_to_json(config, scaling, gpu)} if scaling is not None else {}
-        print(json.dumps({**make_plan(config).to_json(), **extra}))
+        content = make_plan(config).to_json()
+        if scaling is not None:
+            content["scaling"] = scaling_to_json(config, scaling, gpu)
+        print(json.dumps(content))
         return 0
     print(describe(config))
     if scaling is not None:

@@ -4,7 +4,8 @@ Example:
 
     python tools/train_tokenizer.py --input corpus/ --output tokenizer.model --vocab-size 32000
 
-writes tokenizer.model and tokenizer.model.json (settings, and bytes per token on text that was held out).
+writes tokenizer.model and tokenizer.model.json (settings, and bytes per token on text that was held
+out).
 """
 
 import argparse
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -28,13 +30,35 @@ from megatron_completep.preprocess.tokenizer_training import (
 )
 
 
-def _input(text: str) -> Path | str:
+def _input(name: str) -> Path | str:
     """A file, a folder, a glob, or - for standard input."""
-    return text if text == "-" else file_or_folder(text)
+    return name if name == "-" else file_or_folder(name)
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
+    _add_files(parser)
+    _add_vocabulary(parser)
+    parser.add_argument(
+        "--json-keys",
+        nargs="+",
+        default=["text"],
+        metavar="KEY",
+        help="JSON keys or parquet columns to read (default: text)",
+    )
+    parser.add_argument(
+        "--input-format", choices=INPUT_FORMATS, default="auto", help="as in preprocess_data.py"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a tokenizer that is there"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print the report as one JSON object on stdout"
+    )
+    return parser.parse_args(argv)
+
+
+def _add_files(parser: Parser) -> None:
     parser.add_argument(
         "--input",
         nargs="+",
@@ -50,6 +74,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="FILE",
         help="the model file to write, such as tokenizer.model",
     )
+
+
+def _add_vocabulary(parser: Parser) -> None:
+    """What is learned, and from how much text."""
     parser.add_argument(
         "--vocab-size",
         type=whole(1, 10**7),
@@ -84,28 +112,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="SHARE",
         help="rarer characters become bytes (default: 0.9999)",
     )
-    parser.add_argument(
-        "--json-keys",
-        nargs="+",
-        default=["text"],
-        metavar="KEY",
-        help="JSON keys or parquet columns to read (default: text)",
-    )
-    parser.add_argument(
-        "--input-format", choices=INPUT_FORMATS, default="auto", help="as in preprocess_data.py"
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace a tokenizer that is there"
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print the report as one JSON object on stdout"
-    )
-    return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> int | None:
-    arguments = parse_arguments(argv)
-    settings = TrainingSettings(
+def settings_of(arguments: argparse.Namespace) -> TrainingSettings:
+    return TrainingSettings(
         inputs=tuple(map(str, arguments.input)),
         vocab_size=arguments.vocab_size,
         model_type=arguments.model_type,
@@ -115,28 +125,37 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         json_keys=tuple(arguments.json_keys),
         input_format=arguments.input_format,
     )
+
+
+def main(argv: Sequence[str] | None = None) -> int | None:
+    arguments = parse_arguments(argv)
+    settings = settings_of(arguments)
     model: Path = arguments.output
-    outputs = [Output("--output", path) for path in (model, model.with_name(f"{model.name}.json"))]
+    report_path = model.with_name(f"{model.name}.json")
+    outputs = [Output("--output", path) for path in (model, report_path)]
     check_outputs(outputs, arguments.input, arguments.overwrite)
+
     console = Console(stderr=True, highlight=False)
     start = time.monotonic()
     with console.status("starting") as status:
+        # Every stage stays as a line of the log; the present one shows beside the spinner.
+        def say(line: str) -> None:
+            status.update(line)
+            console.print(line, markup=False)
 
-        def say(text: str) -> None:
-            status.update(text)
-            console.print(text, markup=False)
-
-        report = train_tokenizer(settings, str(model), say, sys.stdin.buffer if sys.stdin else None)
+        # A program that was started without standard input has None there (<&-).
+        standard_input = sys.stdin.buffer if sys.stdin else None
+        report = train_tokenizer(settings, str(model), say, standard_input)
     console.print(f"done in {time.monotonic() - start:.1f} s")
     print(json.dumps(report) if arguments.json else describe(model, report))
     return 0
 
 
-def describe(output: Path, report: dict) -> str:
+def describe(output: Path, report: dict[str, Any]) -> str:
     """One line for a person."""
     identity = report["tokenizer"]
-    rate = report["held_out_bytes_a_token"]
-    return f"{printable(output)}: {identity['vocab_size']} ids, {rate:.3f} bytes a token on held-out text, hash {identity['hash']}"
+    rate = f"{report['held_out_bytes_a_token']:.3f} bytes a token on held-out text"
+    return f"{printable(output)}: {identity['vocab_size']} ids, {rate}, hash {identity['hash']}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Measurements of reading behind tools/benchmark_data.py: each in a fresh process, on files made for it."""
+"""Measurements of reading behind tools/benchmark_data.py, on synthetic token files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -22,13 +22,20 @@ from megatron_completep.data.indexed import DTYPES, HEADER, MAGIC, VERSION, Inde
 from megatron_completep.data.loader import build_loader
 from megatron_completep.data.samples import PermutedSource
 
-CHUNK = 1 << 20
+CHUNK = 1 << 20  # documents that are generated at a time
 MEAN_LENGTH = 500  # tokens a document of the synthetic corpus
+TOKEN_BYTES = 2  # of uint16
+GLOBAL_BATCH = 16  # samples a step of the loader
+LOADER_STEPS = 20
+FAR_SAMPLE = 10**12 + 12345  # far enough into a blend that nothing can count up to it
 
 
 @dataclass(frozen=True)
 class ReadingSettings:
-    """What is measured: an index of that many documents, samples of seq_length tokens, that many random seeks."""
+    """What is measured: an index of so many documents, samples of seq_length tokens, so many seeks.
+
+    The synthetic files go into a new folder inside `folder`, by default the system's temporary one.
+    """
 
     documents: int = 1_000_000
     seq_length: int = 4096
@@ -47,18 +54,16 @@ def benchmark_reading(settings: ReadingSettings, say: Callable[[str], None]) -> 
             "tokens": tokens,
             "index_bytes": Path(prefix + ".idx").stat().st_size,
         }
+
+        # Resident memory and first touches mean something only in a process that has not yet
+        # mapped the files.
         say("opening it and seeking in a fresh process")
-        words = [
-            sys.executable,
-            "-m",
-            "megatron_completep.benchmarks.data_benchmark",
-            prefix,
-            str(settings.seq_length),
-            str(settings.seeks),
-        ]
-        figures |= json.loads(
-            subprocess.run(words, check=True, capture_output=True, text=True).stdout
-        )
+        module = "megatron_completep.benchmarks.data_benchmark"
+        sizes = [str(settings.seq_length), str(settings.seeks)]
+        command = [sys.executable, "-m", module, prefix, *sizes]
+        finished = subprocess.run(command, check=True, capture_output=True, text=True)
+        figures |= json.loads(finished.stdout)
+
         say("jumping in blends")
         figures |= measure_blend()
         say("loading batches")
@@ -66,107 +71,132 @@ def benchmark_reading(settings: ReadingSettings, say: Callable[[str], None]) -> 
     return figures
 
 
+def _document_lengths(documents: int) -> Iterator[np.ndarray]:
+    """Random lengths in tokens, a chunk of documents at a time; the same ones in every call."""
+    for number, start in enumerate(range(0, documents, CHUNK)):
+        generator = np.random.default_rng(number)
+        yield generator.integers(1, 2 * MEAN_LENGTH, min(CHUNK, documents - start))
+
+
 def write_synthetic(prefix: str, documents: int) -> int:
-    """An index of one-sequence documents of random length beside a sparse .bin of zeros; returns the number of tokens."""
-    lengths_per_chunk = [min(CHUNK, documents - start) for start in range(0, documents, CHUNK)]
+    """Write PREFIX.idx with one-sequence documents of random length and PREFIX.bin with zeros.
 
-    def lengths(number: int) -> np.ndarray:
-        return np.random.default_rng(number).integers(1, 2 * MEAN_LENGTH, lengths_per_chunk[number])
-
+    Returns the number of tokens. The .bin is sparse, so that it takes no space on the disk.
+    """
+    dtype_code = next(code for code, dtype in DTYPES.items() if dtype == np.uint16)
     with open(prefix + ".idx", "wb") as file:
-        file.write(
-            HEADER.pack(
-                MAGIC,
-                VERSION,
-                next(c for c, d in DTYPES.items() if d == np.uint16),
-                documents,
-                documents + 1,
-            )
-        )
-        for number in range(len(lengths_per_chunk)):
-            file.write(lengths(number).astype("<i4").tobytes())
+        file.write(HEADER.pack(MAGIC, VERSION, dtype_code, documents, documents + 1))
+
+        # The format stores all lengths, then all byte offsets, then the number of each document's
+        # first sequence. Lengths are drawn twice: those of 10^9 documents would not fit in memory.
+        for lengths in _document_lengths(documents):
+            file.write(lengths.astype("<i4").tobytes())
+
         total = 0
-        for number in range(len(lengths_per_chunk)):
-            ends = total + np.cumsum(lengths(number))
-            file.write((2 * (ends - lengths(number))).astype("<i8").tobytes())
+        for lengths in _document_lengths(documents):
+            ends = total + np.cumsum(lengths)
+            offsets = TOKEN_BYTES * (ends - lengths)
+            file.write(offsets.astype("<i8").tobytes())
             total = int(ends[-1])
+
         for start in range(0, documents + 1, CHUNK):
-            file.write(np.arange(start, min(start + CHUNK, documents + 1), dtype="<i8").tobytes())
+            end = min(start + CHUNK, documents + 1)
+            file.write(np.arange(start, end, dtype="<i8").tobytes())
+
     with open(prefix + ".bin", "wb") as file:
-        file.truncate(2 * total)
+        file.truncate(TOKEN_BYTES * total)
     return total
 
 
 def resident_bytes() -> int:
     """Resident memory of this process, mapped pages of files included."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    fields = Path("/proc/self/statm").read_text().split()
+    resident_pages = int(fields[1])
+    return resident_pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def measure_open_and_seek(prefix: str, seq_length: int, seeks: int) -> dict[str, float]:
-    """Time and resident memory of opening; time of single seeks, cold (first touch in this process) and again."""
-    before = resident_bytes()
+    """Time and resident memory of opening; time of single seeks, cold and warm.
+
+    Cold is the first touch of a sample in this process, warm the second.
+    """
+    resident_before = resident_bytes()
     started = time.perf_counter()
     dataset = IndexedDataset(prefix)
     source = PermutedSource(dataset, seq_length, seed=1)
-    opened = time.perf_counter() - started
-    resident = resident_bytes() - before
-    indices = np.random.default_rng(0).integers(source.samples_per_epoch, size=seeks).tolist()
-    rounds = []
-    for _ in range(2):
-        times = []
-        for index in indices:
-            started = time.perf_counter()
-            source[index]
-            times.append(time.perf_counter() - started)
-        rounds.append(sorted(times))
-    cold, warm = rounds
+    open_seconds = time.perf_counter() - started
+    resident = resident_bytes() - resident_before
+
+    generator = np.random.default_rng(0)
+    indices = generator.integers(source.samples_per_epoch, size=seeks).tolist()
+    cold_seconds = _seek_seconds(source, indices)
+    warm_seconds = _seek_seconds(source, indices)
+    slow_seek = warm_seconds[int(0.99 * len(warm_seconds))]
     return {
-        "open_seconds": round(opened, 4),
+        "open_seconds": round(open_seconds, 4),
         "open_resident_mb": round(resident / 1e6, 2),
-        "seek_first_touch_us_median": round(median(cold) * 1e6, 1),
-        "seek_us_median": round(median(warm) * 1e6, 1),
-        "seek_us_99th_percentile": round(warm[int(0.99 * len(warm))] * 1e6, 1),
+        "seek_first_touch_us_median": round(median(cold_seconds) * 1e6, 1),
+        "seek_us_median": round(median(warm_seconds) * 1e6, 1),
+        "seek_us_99th_percentile": round(slow_seek * 1e6, 1),
     }
+
+
+def _seek_seconds(source: PermutedSource, indices: list[int]) -> list[float]:
+    """Seconds that reading each of these samples takes, sorted."""
+    seconds = []
+    for index in indices:
+        started = time.perf_counter()
+        source[index]
+        seconds.append(time.perf_counter() - started)
+    return sorted(seconds)
 
 
 def measure_blend() -> dict[str, float]:
     """A jump into a blend whose weights repeat (decimals) and into one whose weights do not."""
-    figures = {}
-    for name, weights in {
+    weights_by_name = {
         "decimal": [0.5, 0.3, 0.15, 0.05],
         "arbitrary": [0.512345678, 0.3, 0.137, 0.0517],
-    }.items():
+    }
+    figures = {}
+    for name, weights in weights_by_name.items():
         blend = Blend(weights)
         started = time.perf_counter()
-        blend[10**12 + 12345]
-        figures[f"blend_{name}_first_jump_ms"] = round((time.perf_counter() - started) * 1e3, 2)
+        blend[FAR_SAMPLE]
+        jump_seconds = time.perf_counter() - started
+        figures[f"blend_{name}_first_jump_ms"] = round(jump_seconds * 1e3, 2)
+
         started = time.perf_counter()
-        for k in range(1000):
-            blend[10**12 + 12345 + k]
-        figures[f"blend_{name}_next_us"] = round((time.perf_counter() - started) * 1e3, 2)
+        for offset in range(1000):
+            blend[FAR_SAMPLE + offset]
+        thousand_seconds = time.perf_counter() - started
+        # Seconds of a thousand samples are milliseconds of one, and 1e3 makes them microseconds.
+        figures[f"blend_{name}_next_us"] = round(thousand_seconds * 1e3, 2)
     return figures
 
 
 def measure_loader(prefix: str, seq_length: int) -> dict[str, float]:
     """Tokens a second of one rank's loader without prefetching."""
+    # Prefetching would do the work in a thread beside the clock.
     data = DataConfig(train=[SourceConfig(prefix=prefix)], prefetch=0)
     loader = build_loader(
         data,
         seq_length=seq_length,
         micro_batch_size=4,
-        global_batch_size=16,
+        global_batch_size=GLOBAL_BATCH,
         train_steps=1000,
         vocab_size=65536,
         data_rank=0,
         data_size=1,
     )
-    times = []
-    for _ in range(20):
+    seconds = []
+    for _ in range(LOADER_STEPS):
         started = time.perf_counter()
         loader.next_step()
-        times.append(time.perf_counter() - started)
-    return {"loader_tokens_per_second": round(16 * seq_length / median(times))}
+        seconds.append(time.perf_counter() - started)
+    tokens = GLOBAL_BATCH * seq_length
+    return {"loader_tokens_per_second": round(tokens / median(seconds))}
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure_open_and_seek(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))))
+    _, prefix_word, seq_length_word, seeks_word = sys.argv
+    print(json.dumps(measure_open_and_seek(prefix_word, int(seq_length_word), int(seeks_word))))

@@ -1,4 +1,4 @@
-"""Time every kernel beside its baselines and a plain copy of as many bytes, in one run on one device."""
+"""Time every kernel beside its baselines and a plain copy of as many bytes, in one run."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from megatron_completep.benchmarks.kernel_cases import (
     Case,
+    Prepare,
     Setting,
     cross_entropy_cases,
     norm_and_add_cases,
@@ -20,16 +21,28 @@ from megatron_completep.benchmarks.kernel_cases import (
     rotary_cases,
 )
 
-# Memory bandwidth by the makers' data sheets, GB/s; the first name that the device's name contains counts.
+# Memory bandwidth in GB/s by the makers' data sheets. The first name counts that the name of the
+# device contains, so GH200 has to stand before H200.
 DATA_SHEET = {
-    "H100 80GB HBM3": 3352, "H100 PCIe": 2039, "H100 NVL": 3938, "H200": 4800, "GH200": 4000, "A100-SXM4-80GB": 2039,
-    "A100 80GB PCIe": 1935, "A100-SXM4-40GB": 1555, "B200": 8000, "MI300X": 5300,
-}  # fmt: skip
+    "H100 80GB HBM3": 3352,
+    "H100 PCIe": 2039,
+    "H100 NVL": 3938,
+    "GH200": 4000,
+    "H200": 4800,
+    "A100-SXM4-80GB": 2039,
+    "A100 80GB PCIe": 1935,
+    "A100-SXM4-40GB": 1555,
+    "B200": 8000,
+    "MI300X": 5300,
+}
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One implementation of one kernel at one shape. Times in microseconds, median and the 20th and 80th percentile."""
+    """One implementation of one kernel at one shape.
+
+    Times are in microseconds: the median and the 20th and 80th percentile.
+    """
 
     kernel: str
     implementation: str
@@ -45,7 +58,7 @@ class Measurement:
     launches: int | None  # on a GPU
     host_microseconds: float | None  # until the call returns, on a GPU
     peak_megabytes: float | None  # allocated beyond the inputs, on a GPU
-    max_error: float | None  # of ours, against float64, relative to the largest value
+    max_error: float | None  # of ours, against float64, relative to the largest entry
 
 
 @dataclass(frozen=True)
@@ -58,7 +71,7 @@ class Plan:
     parameters: int = 1 << 28
     dtype: torch.dtype = torch.bfloat16
     milliseconds: int = 40  # of repetitions of one implementation
-    seconds: float = 190.0  # for everything; what does not fit is left out and said so
+    seconds: float = 190.0  # for everything; what does not fit is left out and reported
     with_compile: bool = True
 
 
@@ -73,6 +86,18 @@ SMOKE = Plan(
 )
 
 
+@dataclass(frozen=True)
+class _Costs:
+    """What one implementation takes. The last three are None on a CPU."""
+
+    p50: float  # microseconds, as the two below
+    p20: float
+    p80: float
+    launches: int | None
+    host_microseconds: float | None
+    peak_megabytes: float | None
+
+
 def _quantiles(
     work: Callable[[], Any], milliseconds: int, device: torch.device
 ) -> tuple[float, float, float]:
@@ -82,6 +107,7 @@ def _quantiles(
 
         p50, p20, p80 = do_bench(work, warmup=10, rep=milliseconds, quantiles=[0.5, 0.2, 0.8])
         return 1e3 * p50, 1e3 * p20, 1e3 * p80
+
     times: list[float] = []
     end = time.perf_counter() + milliseconds / 1e3
     while not times or time.perf_counter() < end:
@@ -89,80 +115,132 @@ def _quantiles(
         work()
         times.append(1e6 * (time.perf_counter() - start))
     times.sort()
-    return times[len(times) // 2], times[len(times) // 5], times[len(times) * 4 // 5]
+    count = len(times)
+    return times[count // 2], times[count // 5], times[count * 4 // 5]
 
 
 def _host_microseconds(
     work: Callable[[], Any], device: torch.device, calls: int = 20
 ) -> float | None:
-    """What a call costs the host; so few calls that the device's queue never fills."""
+    """What a call costs the host; None on a CPU.
+
+    So few calls are made that the device's queue never fills: a full queue would block the host.
+    """
     if device.type != "cuda":
         return None
     torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(calls):
         work()
-    taken = time.perf_counter() - start
+    seconds = time.perf_counter() - start
     torch.cuda.synchronize()
-    return 1e6 * taken / calls
+    return 1e6 * seconds / calls
 
 
 def _launches_and_peak(
     work: Callable[[], Any], device: torch.device
 ) -> tuple[int | None, float | None]:
+    """(kernel launches of a call, MB that it allocates beyond its inputs); None on a CPU."""
     if device.type != "cuda":
         return None, None
     torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
+    allocated_before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
         work()
         torch.cuda.synchronize()
-    launches = sum(
-        event.count
-        for event in trace.key_averages()
-        if event.device_type == torch.autograd.DeviceType.CUDA
-    )
-    return launches, (torch.cuda.max_memory_allocated() - before) / 1e6
+
+    launches = 0
+    for event in trace.key_averages():
+        if event.device_type.name == "CUDA":
+            launches += event.count
+    peak_bytes = torch.cuda.max_memory_allocated() - allocated_before
+    return launches, peak_bytes / 1e6
 
 
 def _max_error(case: Case) -> float | None:
+    """Largest error of our outputs relative to each answer's largest entry; None without answer."""
     if case.answer is None:
         return None
-    found, expected = case.implementations["ours"]()(), case.answer()
-    pairs = zip(found, expected, strict=True) if isinstance(found, tuple) else [(found, expected)]
-    return max(float((f.detach().double() - e).abs().max() / e.abs().max()) for f, e in pairs)
+    outputs = case.implementations["ours"]()()
+    answers = case.answer()
+    if not isinstance(outputs, tuple):
+        outputs = (outputs,)
+        answers = (answers,)
+
+    errors = []
+    for output, answer in zip(outputs, answers, strict=True):
+        difference = output.detach().double() - answer
+        errors.append(float(difference.abs().max() / answer.abs().max()))
+    return max(errors)
+
+
+def _copy_rate(case: Case, plan: Plan, device: torch.device) -> float:
+    """GB/s of a device-to-device copy that reads and writes as many bytes as the case's floor."""
+    # A float32 entry is read and written once: 8 bytes.
+    source = torch.randn(max(1, case.floor_bytes // 8), device=device)
+    target = torch.empty_like(source)
+    microseconds, _, _ = _quantiles(lambda: target.copy_(source), plan.milliseconds, device)
+    return 8 * source.numel() / microseconds / 1e3
+
+
+def _data_sheet_rate(device: torch.device) -> float | None:
+    """GB/s by the maker's data sheet; None on a CPU or an unknown GPU."""
+    if device.type != "cuda":
+        return None
+    device_name = torch.cuda.get_device_name(device)
+    rates = (rate for name, rate in DATA_SHEET.items() if name in device_name)
+    return next(rates, None)
+
+
+def _costs(prepare: Prepare, plan: Plan, device: torch.device) -> _Costs:
+    """Prepare one implementation, run it once, then measure it."""
+    work = prepare()
+    work()  # compiles kernels and fills the allocator's cache
+    p50, p20, p80 = _quantiles(work, plan.milliseconds, device)
+    launches, peak_megabytes = _launches_and_peak(work, device)
+    host = _host_microseconds(work, device)
+    return _Costs(p50, p20, p80, launches, host, peak_megabytes)
 
 
 def measure(
     case: Case, plan: Plan, device: torch.device, log: Callable[[str], None]
 ) -> Iterator[Measurement]:
-    """Every implementation of a case, after a copy of the same number of bytes. One that fails is reported and left out."""
-    source = torch.randn(max(1, case.floor_bytes // 8), device=device)
-    target = torch.empty_like(source)
-    copy, _, _ = _quantiles(lambda: target.copy_(source), plan.milliseconds, device)
-    copy_rate = 8 * source.numel() / copy / 1e3
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    sheet = next((rate for part, rate in DATA_SHEET.items() if part in name), None)
+    """Every implementation of a case, after a copy of the same number of bytes.
+
+    A baseline that fails is reported and left out; an error of our own implementation is raised.
+    """
+    copy_rate = _copy_rate(case, plan, device)
+    data_sheet_rate = _data_sheet_rate(device)
     for implementation, prepare in case.implementations.items():
+        is_ours = implementation == "ours"
         try:
-            work = prepare()
-            work()
-            p50, p20, p80 = _quantiles(work, plan.milliseconds, device)
-            launches, peak = _launches_and_peak(work, device)
-            host = _host_microseconds(work, device)
-        except Exception as error:  # a baseline's own trouble must not end the run
-            if implementation == "ours":
+            costs = _costs(prepare, plan, device)
+        except Exception as error:  # whatever a library raises must not end the run
+            if is_ours:
                 raise
-            log(
-                f"{case.kernel}, {implementation}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            )
+            message = str(error).splitlines()[0] if str(error) else ""
+            log(f"{case.kernel}, {implementation}: {type(error).__name__}: {message}")
             continue
-        rate = case.floor_bytes / p50 / 1e3
+
+        rate = case.floor_bytes / costs.p50 / 1e3  # bytes a microsecond to GB/s
         yield Measurement(
-            case.kernel, implementation, case.rows, case.columns, p50, p20, p80, case.floor_bytes, rate, 100 * rate / copy_rate,
-            None if sheet is None else 100 * rate / sheet, launches, host, peak, _max_error(case) if implementation == "ours" else None,
-        )  # fmt: skip
+            kernel=case.kernel,
+            implementation=implementation,
+            rows=case.rows,
+            columns=case.columns,
+            p50=costs.p50,
+            p20=costs.p20,
+            p80=costs.p80,
+            floor_bytes=case.floor_bytes,
+            gigabytes_per_second=rate,
+            percent_of_copy=100 * rate / copy_rate,
+            percent_of_data_sheet=None if data_sheet_rate is None else 100 * rate / data_sheet_rate,
+            launches=costs.launches,
+            host_microseconds=costs.host_microseconds,
+            peak_megabytes=costs.peak_megabytes,
+            max_error=_max_error(case) if is_ours else None,
+        )
 
 
 def cases(plan: Plan, setting: Setting) -> Iterator[Case]:
@@ -172,6 +250,8 @@ def cases(plan: Plan, setting: Setting) -> Iterator[Case]:
         for hidden in plan.hidden:
             for rms in (True, False):
                 yield from residual_norm_cases(rows, hidden, rms, setting)
+
+        # Only the residual norms are swept over rows; everything else is measured at one number.
         if rows != by_interest[0]:
             continue
         yield from optimizer_cases(plan.parameters, setting)
@@ -187,27 +267,30 @@ def cases(plan: Plan, setting: Setting) -> Iterator[Case]:
 def run(
     plan: Plan, device: torch.device, log: Callable[[str], None]
 ) -> tuple[list[Measurement], list[str]]:
-    """(measurements, what was left out for want of time)."""
+    """(measurements, the cases that were left out because the time was up)."""
     end = time.perf_counter() + plan.seconds
-    found: list[Measurement] = []
-    left_out: list[str] = []
     torch.manual_seed(0)
-    said: dict[str, None] = {}  # a library's trouble, once
 
-    def say(line: str) -> None:
-        if line not in said:
-            said[line] = None
+    # A library that cannot be used says so for every case; the log shall say it once.
+    logged_lines: set[str] = set()
+
+    def log_once(line: str) -> None:
+        if line not in logged_lines:
+            logged_lines.add(line)
             log(line)
 
-    for case in cases(plan, Setting(plan.dtype, device, plan.with_compile, say)):
-        what = f"{case.kernel} {case.rows} x {case.columns}"
+    measurements: list[Measurement] = []
+    left_out: list[str] = []
+    for case in cases(plan, Setting(plan.dtype, device, plan.with_compile, log_once)):
+        title = f"{case.kernel} {case.rows} x {case.columns}"
         if time.perf_counter() > end:
-            left_out.append(what)
+            left_out.append(title)
             continue
-        rows = list(measure(case, plan, device, log))
-        found += rows
-        log(f"{what}: " + ", ".join(f"{row.implementation} {row.p50:.1f} us" for row in rows))
-    return found, left_out
+        case_measurements = list(measure(case, plan, device, log))
+        measurements += case_measurements
+        times = [f"{row.implementation} {row.p50:.1f} us" for row in case_measurements]
+        log(f"{title}: {', '.join(times)}")
+    return measurements, left_out
 
 
 def as_json(measurements: list[Measurement]) -> list[dict[str, Any]]:
@@ -217,15 +300,29 @@ def as_json(measurements: list[Measurement]) -> list[dict[str, Any]]:
 def speedup(
     measurements: list[Measurement], kernel: str, baseline: str
 ) -> tuple[float, float] | None:
-    """(geometric mean, smallest) over the shapes of baseline time over our time; None when the baseline was not measured."""
-    times = {
-        (m.rows, m.columns, m.implementation): m.p50 for m in measurements if m.kernel == kernel
-    }
+    """(geometric mean, smallest) over the shapes of baseline time over our time.
+
+    None when the baseline was not measured at any shape.
+    """
+    our_times = _times_by_shape(measurements, kernel, "ours")
+    baseline_times = _times_by_shape(measurements, kernel, baseline)
     ratios = [
-        times[rows, columns, baseline] / time_ours
-        for (rows, columns, implementation), time_ours in times.items()
-        if implementation == "ours" and (rows, columns, baseline) in times
+        baseline_times[shape] / our_time
+        for shape, our_time in our_times.items()
+        if shape in baseline_times
     ]
     if not ratios:
         return None
-    return float(Tensor(ratios).log().mean().exp()), min(ratios)
+    geometric_mean = Tensor(ratios).log().mean().exp()
+    return float(geometric_mean), min(ratios)
+
+
+def _times_by_shape(
+    measurements: list[Measurement], kernel: str, implementation: str
+) -> dict[tuple[int, int], float]:
+    """{(rows, columns): median microseconds} of one implementation of one kernel."""
+    times = {}
+    for measurement in measurements:
+        if (measurement.kernel, measurement.implementation) == (kernel, implementation):
+            times[measurement.rows, measurement.columns] = measurement.p50
+    return times

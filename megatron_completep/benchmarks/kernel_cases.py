@@ -1,8 +1,12 @@
-"""What the kernel benchmark measures: for each operation its byte floor, our implementation, and every baseline there is.
+"""What the kernel benchmark measures: operations with their byte floor, our kernel and baselines.
 
-A case is a dictionary {implementation: function that prepares the call to be timed}; all of them compute the same from the same random
-inputs. Preparing is part of the measurement's care: a baseline that cannot be built, compiled or run is reported and left out. Backward
-passes are timed alone, through autograd for everybody; where a library makes the gradient in its forward, both are timed together.
+A case is a dictionary {implementation: function that prepares the call to be timed}. All of them
+compute the same from the same random inputs. Whatever a baseline needs first happens while it is
+prepared; one that cannot be built, compiled or run is reported and left out. Backward passes are
+timed alone, through autograd for every implementation; where a library computes the gradient in its
+forward, forward and backward are timed together.
+
+The byte floor is what an implementation has to read and write at least, each tensor once.
 """
 
 from __future__ import annotations
@@ -15,13 +19,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Parameter
 
 from megatron_completep import kernels
 from megatron_completep.benchmarks import library_baselines
 from megatron_completep.kernels.control import LEARNING_RATE
 
-SCALE, EPS = 0.3, library_baselines.EPS
+SCALE = 0.3
+EPS = library_baselines.EPS
 JOIN = kernels.Join(SCALE)
+BETAS = (0.9, 0.95)
+LR = 1e-3
+WEIGHT_DECAY = 0.1
+IGNORE_INDEX = -100
+
+Program = Callable[..., Any]
 Work = Callable[[], Any]
 Prepare = Callable[[], Work]
 Say = Callable[[str], None]
@@ -29,7 +41,10 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Case:
-    """One operation at one shape. `answer`, in float64, is what the call of `implementations["ours"]` must return."""
+    """One operation at one shape.
+
+    answer: float64, what the call of `implementations["ours"]` must return.
+    """
 
     kernel: str
     rows: int
@@ -41,7 +56,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all cases share. `say` hears of libraries that are installed and cannot be used."""
+    """What all cases share. `say` is told of libraries that are installed and cannot be used."""
 
     dtype: torch.dtype
     device: torch.device
@@ -51,39 +66,41 @@ class Setting:
     def random(self, *shape: int) -> Tensor:
         return torch.randn(*shape, device=self.device).to(self.dtype)
 
-    def vector(self, hidden: int) -> torch.nn.Parameter:
-        return torch.nn.Parameter(self.random(hidden))
+    def vector(self, hidden: int) -> Parameter:
+        return Parameter(self.random(hidden))
 
-    def with_compiled(
-        self, programs: dict[str, Callable[..., Any]], plain: Callable[..., Any]
-    ) -> dict[str, Callable[..., Any]]:
-        """And `plain` under torch.compile: compiled when it is first called, once for all the cases that share it."""
-        return (
-            {**programs, "torch.compile": _compiled_at_first_call(plain)}
-            if self.with_compile
-            else programs
-        )
+    def with_compiled(self, programs: dict[str, Program], plain: Program) -> dict[str, Program]:
+        """`programs`, and `plain` under torch.compile.
+
+        It is compiled when it is first called, once for all the cases that share the result.
+        """
+        if not self.with_compile:
+            return programs
+        return {**programs, "torch.compile": _compiled_at_first_call(plain)}
 
 
-def _compiled_at_first_call(function: Callable[..., Any]) -> Callable[..., Any]:
+def _compiled_at_first_call(function: Program) -> Program:
     @functools.cache
-    def compiled() -> Callable[..., Any]:
-        torch.compiler.reset()  # after eight shapes of one function it would quietly run without compilation
+    def compiled() -> Program:
+        # After eight shapes of one function it would run without compilation and not say so.
+        torch.compiler.reset()
         return torch.compile(function, dynamic=False)
 
     return lambda *arguments: compiled()(*arguments)
 
 
-def _forward(program: Callable[..., Any], *inputs: Tensor) -> Prepare:
+def _forward(program: Program, *inputs: Tensor) -> Prepare:
     return lambda: functools.partial(program, *inputs)
 
 
 def _backward(
-    program: Callable[..., Any],
+    program: Program,
     inputs: tuple[Tensor, ...],
     leaves: list[Tensor],
     gradients: tuple[Tensor, ...],
 ) -> Prepare:
+    """The backward alone: the forward is run while the call is prepared, and its graph is kept."""
+
     def prepare() -> Work:
         outputs = program(*inputs)
         return lambda: torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)
@@ -92,7 +109,7 @@ def _backward(
 
 
 def _all(
-    prepare: Callable[..., Prepare], programs: dict[str, Callable[..., Any]], *arguments: Any
+    prepare: Callable[..., Prepare], programs: dict[str, Program], *arguments: Any
 ) -> dict[str, Prepare]:
     return {name: prepare(program, *arguments) for name, program in programs.items()}
 
@@ -101,309 +118,379 @@ def norm_of(rms: bool) -> kernels.Norm:
     return kernels.Norm("rmsnorm" if rms else "layernorm", EPS)
 
 
+def _torch_norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The norm over the last dimension in torch: RMSNorm when `bias` is None, else LayerNorm."""
+    if bias is None:
+        return F.rms_norm(x, weight.shape, weight, EPS)
+    return F.layer_norm(x, weight.shape, weight, bias, EPS)
+
+
 def residual_norm_cases(rows: int, hidden: int, rms: bool, setting: Setting) -> Iterator[Case]:
     """Forward, then backward alone, of `y = residual + s * branch; out = norm(y)`."""
-    residual, branch, d_y, d_out = (setting.random(rows, hidden) for _ in range(4))
-    weight, bias = setting.vector(hidden), None if rms else setting.vector(hidden)
-    norm = norm_of(rms)
-    leaves = [
-        leaf.requires_grad_() for leaf in (residual, branch, weight, bias) if leaf is not None
-    ]
+    residual = setting.random(rows, hidden).requires_grad_()
+    branch = setting.random(rows, hidden).requires_grad_()
+    d_y = setting.random(rows, hidden)
+    d_out = setting.random(rows, hidden)
+    weight = setting.vector(hidden)
+    bias = None if rms else setting.vector(hidden)
+    leaves = [leaf for leaf in (residual, branch, weight, bias) if leaf is not None]
+
+    programs, plain = _residual_norm_programs(weight, bias, setting)
+    programs = setting.with_compiled(programs, plain)
+
+    def answer() -> tuple[Tensor, Tensor]:
+        # Our kernel rounds the stream to the working precision before it takes the statistics.
+        exact = residual.detach().double() + SCALE * branch.detach().double()
+        y = exact.to(setting.dtype).double()
+        bias64 = None if bias is None else bias.detach().double()
+        return y, _torch_norm(y, weight.detach().double(), bias64)
+
+    name = norm_of(rms).kind
+    tensor_bytes = residual.numel() * residual.element_size()
+
+    # Reads residual and branch, writes y and out.
+    forward = _all(_forward, programs, residual, branch)
+    yield Case(f"residual {name} forward", rows, hidden, 4 * tensor_bytes, forward, answer)
+
+    # Reads y and the gradients of y and out, writes those of residual and branch.
+    backward = _all(_backward, programs, (residual, branch), leaves, (d_y, d_out))
+    yield Case(f"residual {name} backward", rows, hidden, 5 * tensor_bytes, backward)
+
+
+def _residual_norm_programs(
+    weight: Parameter, bias: Parameter | None, setting: Setting
+) -> tuple[dict[str, Program], Program]:
+    """({name: (residual, branch) -> (y, out)}, the plain one among them)."""
+    norm = norm_of(bias is None)
+
+    def ours(residual: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+        return kernels.scaled_residual_norm(residual, branch, None, weight, bias, JOIN, norm)
 
     def torch_norm(y: Tensor) -> Tensor:
-        return (
-            F.rms_norm(y, (hidden,), weight, EPS)
-            if rms
-            else F.layer_norm(y, (hidden,), weight, bias, EPS)
-        )
-
-    def with_norm(
-        library_norm: Callable[[Tensor], Tensor],
-    ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        def chain(residual: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
-            y = torch.add(residual, branch, alpha=SCALE)
-            return y, library_norm(y)
-
-        return chain
+        return _torch_norm(y, weight, bias)
 
     def plain(residual: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
         y = residual + SCALE * branch
         return y, torch_norm(y)
 
-    programs: dict[str, Callable[..., Any]] = {
-        "ours": lambda r, b: kernels.scaled_residual_norm(r, b, None, weight, bias, JOIN, norm),
+    programs: dict[str, Program] = {
+        "ours": ours,
         "eager": plain,
-        "torch.add + norm": with_norm(torch_norm),
-        **{
-            f"add + {name}": with_norm(library_norm)
-            for name, library_norm in library_baselines.norms(weight, bias, setting.say).items()
-        },
+        "torch.add + norm": _add_then(torch_norm),
     }
-    programs = setting.with_compiled(programs, plain)
-    size, name = rows * hidden * residual.element_size(), norm.kind
+    # The libraries have no scaled add in front of their norms, so torch's best one stands there.
+    library_norms = library_baselines.norms(weight, bias, setting.say)
+    for name, library_norm in library_norms.items():
+        programs[f"add + {name}"] = _add_then(library_norm)
+    return programs, plain
 
-    def answer() -> Any:
-        exact = [leaf.detach().double() for leaf in leaves]
-        y = (exact[0] + SCALE * exact[1]).to(setting.dtype).double()
-        return y, F.rms_norm(y, (hidden,), exact[2], EPS) if rms else F.layer_norm(
-            y, (hidden,), exact[2], exact[3], EPS
-        )
 
-    yield Case(
-        f"residual {name} forward",
-        rows,
-        hidden,
-        4 * size,
-        _all(_forward, programs, residual, branch),
-        answer,
-    )
-    yield Case(
-        f"residual {name} backward", rows, hidden, 5 * size, _all(_backward, programs, (residual, branch), leaves, (d_y, d_out))
-    )  # fmt: skip
+def _add_then(norm: Program) -> Program:
+    def chain(residual: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+        y = torch.add(residual, branch, alpha=SCALE)
+        return y, norm(y)
+
+    return chain
 
 
 def norm_and_add_cases(rows: int, hidden: int, rms: bool, setting: Setting) -> Iterator[Case]:
-    """The norm alone, the add alone, and the reduction of a vector's partial sums."""
-    x, branch, d_out = (setting.random(rows, hidden) for _ in range(3))
-    weight, bias = setting.vector(hidden), None if rms else setting.vector(hidden)
-    leaves = [leaf.requires_grad_() for leaf in (x, weight, bias) if leaf is not None]
+    """The norm alone; with `rms` also the add alone and the reduction of partial sums."""
+    x = setting.random(rows, hidden).requires_grad_()
+    branch = setting.random(rows, hidden)
+    d_out = setting.random(rows, hidden)
+    yield from _norm_cases(x, d_out, rms, setting)
+
+    # These do not depend on the norm, so they are measured beside one of the two only.
+    if rms:
+        yield from _add_cases(x, branch.requires_grad_(), d_out)
+        yield _reduction_case(hidden, setting)
+
+
+def _norm_cases(x: Tensor, d_out: Tensor, rms: bool, setting: Setting) -> Iterator[Case]:
+    """Forward and backward of out = norm(x) over x [rows, hidden]."""
+    rows, hidden = x.shape
+    weight = setting.vector(hidden)
+    bias = None if rms else setting.vector(hidden)
+    leaves = [leaf for leaf in (x, weight, bias) if leaf is not None]
     norm = norm_of(rms)
-    size, name = rows * hidden * x.element_size(), norm.kind
+
+    def ours(x: Tensor) -> Tensor:
+        return kernels.norm(x, weight, bias, norm)
 
     def plain(x: Tensor) -> Tensor:
-        return (
-            F.rms_norm(x, (hidden,), weight, EPS)
-            if rms
-            else F.layer_norm(x, (hidden,), weight, bias, EPS)
-        )
+        return _torch_norm(x, weight, bias)
 
-    programs: dict[str, Callable[..., Any]] = {
-        "ours": lambda x: kernels.norm(x, weight, bias, norm),
-        "eager": plain,
-        **library_baselines.norms(weight, bias, setting.say),
-    }
-    programs = setting.with_compiled(programs, plain)
-    yield Case(f"{name} forward", rows, hidden, 2 * size, _all(_forward, programs, x))
-    yield Case(
-        f"{name} backward",
-        rows,
-        hidden,
-        3 * size,
-        _all(_backward, programs, (x,), leaves, (d_out,)),
-    )
-    if not rms:
-        return
-    branch.requires_grad_()
-    adds = {
+    libraries = library_baselines.norms(weight, bias, setting.say)
+    programs = setting.with_compiled({"ours": ours, "eager": plain, **libraries}, plain)
+    tensor_bytes = x.numel() * x.element_size()
+
+    # Reads x, writes out; then reads x and the gradient of out, writes that of x.
+    forward = _all(_forward, programs, x)
+    yield Case(f"{norm.kind} forward", rows, hidden, 2 * tensor_bytes, forward)
+    backward = _all(_backward, programs, (x,), leaves, (d_out,))
+    yield Case(f"{norm.kind} backward", rows, hidden, 3 * tensor_bytes, backward)
+
+
+def _add_cases(x: Tensor, branch: Tensor, d_out: Tensor) -> Iterator[Case]:
+    """Forward and backward of out = x + s * branch, all [rows, hidden]."""
+    rows, hidden = x.shape
+    programs: dict[str, Program] = {
         "ours": lambda x, branch: kernels.scaled_add(x, branch, None, JOIN),
         "torch.add": lambda x, branch: torch.add(x, branch, alpha=SCALE),
     }
-    yield Case("scaled add forward", rows, hidden, 3 * size, _all(_forward, adds, x, branch))
-    yield Case(
-        "scaled add backward",
-        rows,
-        hidden,
-        2 * size,
-        _all(_backward, adds, (x, branch), [branch], (d_out,)),
-    )
-    partials, total = (
-        torch.randn(512, 1, hidden, device=setting.device),
-        torch.zeros(hidden, device=setting.device),
-    )
-    sums = {
+    tensor_bytes = x.numel() * x.element_size()
+    forward = _all(_forward, programs, x, branch)
+    yield Case("scaled add forward", rows, hidden, 3 * tensor_bytes, forward)
+
+    # The gradient of x is that of out: nothing is computed for it, and it is not asked for.
+    backward = _all(_backward, programs, (x, branch), [branch], (d_out,))
+    yield Case("scaled add backward", rows, hidden, 2 * tensor_bytes, backward)
+
+
+def _reduction_case(hidden: int, setting: Setting) -> Case:
+    """The sum of a vector's gradient over the partial sums of 512 programs."""
+    programs = 512
+    partials = torch.randn(programs, 1, hidden, device=setting.device)
+    total = torch.zeros(hidden, device=setting.device)
+    sums: dict[str, Program] = {
         "ours": lambda: kernels.reduce_partials(partials, 0, total),
         "eager": lambda: total.add_(partials[:, 0].sum(0)),
     }
-    yield Case("reduce partials", 512, hidden, partials.numel() * 4, _all(_forward, sums))
+    floor = partials.numel() * partials.element_size()
+    return Case("reduce partials", programs, hidden, floor, _all(_forward, sums))
+
+
+def _swiglu(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def _squared_relu(x: Tensor) -> Tensor:
+    return F.relu(x).square()
 
 
 def pointwise_cases(rows: int, ffn: int, setting: Setting) -> Iterator[Case]:
-    """SwiGLU and squared ReLU, forward and backward."""
-    size = rows * ffn * setting.dtype.itemsize
+    """SwiGLU and squared ReLU, forward and backward; the output is [rows, ffn]."""
+    swiglus = {"ours": kernels.swiglu, "eager": _swiglu, **library_baselines.swiglus(setting.say)}
+    yield from _activation_cases("swiglu", swiglus, (rows, 2 * ffn), ffn, setting)
+    squared_relus = {"ours": kernels.squared_relu, "eager": _squared_relu}
+    yield from _activation_cases("squared relu", squared_relus, (rows, ffn), ffn, setting)
 
-    def swiglu(x: Tensor) -> Tensor:
-        gate, up = x.chunk(2, dim=-1)
-        return F.silu(gate) * up
 
-    def squared_relu(x: Tensor) -> Tensor:
-        return F.relu(x).square()
+def _activation_cases(
+    name: str, programs: dict[str, Program], shape: tuple[int, int], ffn: int, setting: Setting
+) -> Iterator[Case]:
+    """Forward and backward of an activation of x with this shape."""
+    rows, _ = shape
+    x = setting.random(*shape).requires_grad_()
+    d_out = setting.random(rows, ffn)
+    plain = programs["eager"]
+    programs = setting.with_compiled(programs, plain)
+    answer = functools.partial(plain, x.detach().double())
+    x_bytes = x.numel() * x.element_size()
+    out_bytes = d_out.numel() * d_out.element_size()
 
-    for name, ours, plain, width, floors, libraries in (
-        ("swiglu", kernels.swiglu, swiglu, 2 * ffn, (3, 5), library_baselines.swiglus(setting.say)),
-        ("squared relu", kernels.squared_relu, squared_relu, ffn, (2, 3), {}),
-    ):
-        x = setting.random(rows, width).requires_grad_()
-        d_out = setting.random(rows, ffn)
-        programs = setting.with_compiled({"ours": ours, "eager": plain, **libraries}, plain)
-        answer = functools.partial(plain, x.detach().double())
-        yield Case(
-            f"{name} forward", rows, ffn, floors[0] * size, _all(_forward, programs, x), answer
-        )
-        yield Case(
-            f"{name} backward",
-            rows,
-            ffn,
-            floors[1] * size,
-            _all(_backward, programs, (x,), [x], (d_out,)),
-        )
+    forward = _all(_forward, programs, x)
+    yield Case(f"{name} forward", rows, ffn, x_bytes + out_bytes, forward, answer)
+
+    # Reads x and the gradient of the output, writes the gradient of x.
+    backward = _all(_backward, programs, (x,), [x], (d_out,))
+    yield Case(f"{name} backward", rows, ffn, 2 * x_bytes + out_bytes, backward)
 
 
 def rotary_cases(rows: int, heads: int, head_dim: int, setting: Setting) -> Iterator[Case]:
     """The rotation of [rows, 1, heads, head_dim]; its backward is the same kernel."""
     x = setting.random(rows, 1, heads, head_dim)
-    angle = torch.rand(rows, 1, head_dim // 2, device=setting.device) * 6.3
-    cos, sin = angle.cos(), angle.sin()
+    angle = torch.rand(rows, 1, head_dim // 2, device=setting.device) * 6.3  # about 2 pi
+    cos = angle.cos()
+    sin = angle.sin()
+
+    def ours(x: Tensor) -> Tensor:
+        return kernels.rotary(x, cos, sin)
 
     def plain(x: Tensor) -> Tensor:
-        first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
-        c, s = cos.unsqueeze(2), sin.unsqueeze(2)
-        return torch.cat((first * c - second * s, second * c + first * s), dim=-1).to(x.dtype)
+        # At least float32: torch multiplies in the precision of its operands.
+        x1, x2 = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
+        c = cos.unsqueeze(2)
+        s = sin.unsqueeze(2)
+        return torch.cat((x1 * c - x2 * s, x2 * c + x1 * s), dim=-1).to(x.dtype)
 
-    programs = setting.with_compiled(
-        {"ours": lambda x: kernels.rotary(x, cos, sin), "eager": plain}, plain
-    )
+    programs = setting.with_compiled({"ours": ours, "eager": plain}, plain)
     implementations = _all(_forward, programs, x)
-    implementations |= {
-        name: _forward(program)
-        for name, program in library_baselines.rotaries(x, angle, setting.say).items()
-    }
-    floor = 2 * x.numel() * x.element_size() + 2 * cos.numel() * cos.element_size()
+    for name, program in library_baselines.rotaries(x, angle, setting.say).items():
+        implementations[name] = _forward(program)  # x is bound already, in the library's layout
+
+    x_bytes = x.numel() * x.element_size()
+    cos_bytes = cos.numel() * cos.element_size()
+    floor = 2 * x_bytes + 2 * cos_bytes
     yield Case("rotary", rows, heads * head_dim, floor, implementations, lambda: plain(x.double()))
 
 
-def cross_entropy_cases(rows: int, vocabulary: int, setting: Setting) -> Iterator[Case]:
-    """Cross-entropy of given logits: forward and backward each alone, and both (ours writes the gradient over the logits)."""
-    logits = setting.random(rows, vocabulary)
-    labels = torch.randint(vocabulary, (rows,), device=setting.device)
-    ones = torch.ones(rows, device=setting.device)
-    size = logits.numel() * logits.element_size()
+def _plain_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), labels, reduction="none")
 
-    def plain(logits: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(logits.float(), labels, reduction="none")
 
-    def ours(logits: Tensor, labels: Tensor) -> Tensor:
-        stats = kernels.cross_entropy_forward(logits, labels, 0, vocabulary)
-        return stats[0] + stats[1].log() - stats[2]
+@dataclass(frozen=True)
+class _CrossEntropy:
+    """Programs of losses(logits [T, V], labels [T]) -> [T], ours and those of libraries.
 
-    def our_backward() -> Work:
-        scratch, lse = logits.clone(), torch.logsumexp(logits.float(), 1)
-        return lambda: kernels.cross_entropy_backward_(
-            scratch, labels, 0, lse, ones, -100, 0.0, 0.0, vocabulary
+    Several write over their logits, so each backward is prepared with a copy of them.
+    """
+
+    logits: Tensor
+    labels: Tensor
+    ones: Tensor  # float32 [T]: the gradient of each loss
+
+    @property
+    def vocabulary(self) -> int:
+        return self.logits.shape[1]
+
+    def _stats(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return kernels.cross_entropy_forward(logits, labels, 0, self.vocabulary)
+
+    def _write_gradient(self, logits: Tensor, lse: Tensor) -> None:
+        """Write the gradient of the logits over them, without label smoothing and z loss."""
+        kernels.cross_entropy_backward_(
+            logits, self.labels, 0, lse, self.ones, IGNORE_INDEX, 0.0, 0.0, self.vocabulary
         )
 
-    def our_both() -> Work:
-        scratch = logits.clone()
+    def our_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        maximum, sum_exp, label_logit = self._stats(logits, labels).unbind()
+        return maximum + sum_exp.log() - label_logit
 
-        def both() -> None:
-            stats = kernels.cross_entropy_forward(scratch, labels, 0, vocabulary)
-            kernels.cross_entropy_backward_(
-                scratch, labels, 0, stats[0] + stats[1].log(), ones, -100, 0.0, 0.0, vocabulary
-            )
+    def our_backward(self) -> Work:
+        scratch = self.logits.clone()
+        lse = torch.logsumexp(self.logits.float(), 1)
+        return lambda: self._write_gradient(scratch, lse)
 
-        return both
+    def our_forward_and_backward(self) -> Work:
+        scratch = self.logits.clone()
 
-    def both(program: Callable[..., Any]) -> Prepare:
+        def work() -> None:
+            maximum, sum_exp, _ = self._stats(scratch, self.labels).unbind()
+            self._write_gradient(scratch, maximum + sum_exp.log())
+
+        return work
+
+    def backward(self, program: Program) -> Prepare:
         def prepare() -> Work:
-            leaf = logits.clone().requires_grad_()  # of its own: some write over it
-            return lambda: torch.autograd.grad(program(leaf, labels).sum(), leaf)
+            leaf = self.logits.clone().requires_grad_()
+            losses = program(leaf, self.labels)
+            gradients = torch.ones_like(losses)
+            return lambda: torch.autograd.grad(losses, leaf, gradients, retain_graph=True)
 
         return prepare
 
-    def backward(program: Callable[..., Any]) -> Prepare:
+    def forward_and_backward(self, program: Program) -> Prepare:
         def prepare() -> Work:
-            leaf = logits.clone().requires_grad_()
-            losses = program(leaf, labels)
-            return lambda: torch.autograd.grad(
-                losses, leaf, torch.ones_like(losses), retain_graph=True
-            )
+            leaf = self.logits.clone().requires_grad_()
+            return lambda: torch.autograd.grad(program(leaf, self.labels).sum(), leaf)
 
         return prepare
 
+
+def cross_entropy_cases(rows: int, vocabulary: int, setting: Setting) -> Iterator[Case]:
+    """Cross-entropy of logits [rows, vocabulary]: forward alone, backward alone, and both.
+
+    Our backward writes the gradient over the logits.
+    """
+    logits = setting.random(rows, vocabulary)
+    labels = torch.randint(vocabulary, (rows,), device=setting.device)
+    operation = _CrossEntropy(logits, labels, torch.ones(rows, device=setting.device))
+    logit_bytes = logits.numel() * logits.element_size()
+
+    torch_programs = setting.with_compiled({"eager": _plain_losses}, _plain_losses)
     libraries = library_baselines.cross_entropies(setting.say)
-    others = setting.with_compiled({"eager": plain}, plain)
-    separate = others | {name: libraries[name] for name in ("quack", "apex") if name in libraries}
-    name = "cross-entropy"
-    yield Case(
-        f"{name} forward", rows, vocabulary, size, _all(_forward, {"ours": ours, **separate}, logits, labels),
-        lambda: F.cross_entropy(logits.double(), labels, reduction="none"),
-    )  # fmt: skip
-    yield Case(
-        f"{name} backward",
-        rows,
-        vocabulary,
-        2 * size,
-        {"ours": our_backward, **_all(backward, separate)},
-    )
-    yield Case(
-        f"{name} forward + backward",
-        rows,
-        vocabulary,
-        3 * size,
-        {"ours": our_both, **_all(both, others | libraries)},
-    )
+    # Liger and Transformer Engine compute the gradient in their forward, so that neither of their
+    # passes can be timed alone.
+    separate = dict(torch_programs)
+    for library in ("quack", "apex"):
+        if library in libraries:
+            separate[library] = libraries[library]
+
+    def answer() -> Tensor:
+        return F.cross_entropy(logits.double(), labels, reduction="none")
+
+    def case(name: str, floor: int, ours: Prepare, baselines: dict[str, Prepare]) -> Case:
+        implementations = {"ours": ours, **baselines}
+        checked = answer if name == "forward" else None
+        return Case(f"cross-entropy {name}", rows, vocabulary, floor, implementations, checked)
+
+    # Reads the logits; then reads them and writes their gradient.
+    our_forward = _forward(operation.our_losses, logits, labels)
+    yield case("forward", logit_bytes, our_forward, _all(_forward, separate, logits, labels))
+    backward = _all(operation.backward, separate)
+    yield case("backward", 2 * logit_bytes, operation.our_backward, backward)
+    both_passes = _all(operation.forward_and_backward, {**torch_programs, **libraries})
+    our_passes = operation.our_forward_and_backward
+    yield case("forward + backward", 3 * logit_bytes, our_passes, both_passes)
 
 
 def optimizer_cases(parameters: int, setting: Setting) -> Iterator[Case]:
-    """AdamW (float32 master, m, v, gradient; bf16 copy written) and the gradient norm of one flat buffer."""
-    device, lr, weight_decay = setting.device, 1e-3, 0.1
-    master, grad = (torch.randn(parameters, device=device) for _ in range(2))
+    """AdamW (float32 master, m, v, gradient; bf16 copy written) and the norm of a flat gradient."""
+    master = torch.randn(parameters, device=setting.device)
+    grad = torch.randn(parameters, device=setting.device)
 
-    def ours() -> Work:
-        state = (
-            master.bfloat16(),
-            master.clone(),
-            torch.zeros_like(master),
-            torch.zeros_like(master),
-            grad,
-        )
-        pieces = torch.tensor([[0, parameters // 2, 0], [parameters // 2, parameters // 2, 1]])
-        segments = kernels.device_segments(pieces, device)
-        groups = torch.tensor(
-            [[1.0, weight_decay, 1e-12], [0.5, weight_decay, 1e-12]],
-            dtype=torch.float64,
-            device=device,
-        )
-        control = kernels.new_control(device)
-        control[LEARNING_RATE] = lr
-        kernels.begin_step_(control, kernels.sum_of_squares(grad), 1.0, 0.9, 0.95)
-        return lambda: kernels.adamw_(*state, segments, groups, control, 0.9, 0.95)
+    # Which libraries have one is asked with a small parameter: each state is made when it is timed.
+    small_parameter = Parameter(grad[:64].clone())
+    libraries = library_baselines.adamws(small_parameter, LR, WEIGHT_DECAY, setting.say)
+    implementations: dict[str, Prepare] = {"ours": lambda: _our_adamw(master, grad)}
+    for name in ("torch fused", *libraries):
+        implementations[f"{name} + copy"] = _adamw_and_copy(name, master, grad, setting.say)
 
-    def with_copy(name: str) -> Prepare:
-        """A step of one float32 parameter, then the bf16 copy that the model computes with."""
+    # Reads master, m, v and gradient, writes master, m and v, all of 4 bytes, and 2 of the copy.
+    yield Case("adamw", parameters, 1, 30 * parameters, implementations)
 
-        def prepare() -> Work:
-            parameter, half = torch.nn.Parameter(master.clone()), master.bfloat16()
-            parameter.grad = grad
-            torch_fused = torch.optim.AdamW(
-                [parameter], lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True
-            ).step
-            step = {
-                "torch fused": torch_fused,
-                **library_baselines.adamws(parameter, lr, weight_decay, setting.say),
-            }[name]
-
-            def work() -> None:
-                step()
-                half.copy_(parameter.detach())
-
-            return work
-
-        return prepare
-
-    installed = library_baselines.adamws(
-        torch.nn.Parameter(grad[:64].clone()), lr, weight_decay, setting.say
-    )
-    baselines = {f"{name} + copy": with_copy(name) for name in ("torch fused", *installed)}
-    yield Case("adamw", parameters, 1, 30 * parameters, {"ours": ours, **baselines})
-    norms = {
+    norms: dict[str, Program] = {
         "ours": lambda: kernels.sum_of_squares(grad),
         "eager": lambda: torch.linalg.vector_norm(grad),
     }
-    yield Case(
-        "gradient norm",
-        parameters,
-        1,
-        4 * parameters,
-        _all(_forward, norms),
-        lambda: grad.double().square().sum(),
-    )
+
+    def answer() -> Tensor:
+        return grad.double().square().sum()
+
+    yield Case("gradient norm", parameters, 1, 4 * parameters, _all(_forward, norms), answer)
+
+
+def _our_adamw(master: Tensor, grad: Tensor) -> Work:
+    """A step over a shard of two segments, each with a group of its own."""
+    device = master.device
+    beta1, beta2 = BETAS
+    copy = master.bfloat16()
+    state = (copy, master.clone(), torch.zeros_like(master), torch.zeros_like(master), grad)
+    half = len(master) // 2
+    segment_table = torch.tensor([[0, half, 0], [half, half, 1]])  # start, length, group
+    segments = kernels.device_segments(segment_table, device)
+    rows = [[1.0, WEIGHT_DECAY, 1e-12], [0.5, WEIGHT_DECAY, 1e-12]]  # lr factor, decay, eps
+    groups = torch.tensor(rows, dtype=torch.float64, device=device)
+
+    # The record of the step is filled once, outside the timing, as in a run by `begin_step_`.
+    control = kernels.new_control(device)
+    control[LEARNING_RATE] = LR
+    kernels.begin_step_(control, kernels.sum_of_squares(grad), 1.0, beta1, beta2)
+    return lambda: kernels.adamw_(*state, segments, groups, control, beta1, beta2)
+
+
+def _adamw_and_copy(name: str, master: Tensor, grad: Tensor, say: Say) -> Prepare:
+    """A step of one float32 parameter, then the bf16 copy that the model computes with."""
+
+    def prepare() -> Work:
+        parameter = Parameter(master.clone())
+        parameter.grad = grad
+        copy = master.bfloat16()
+        step: Work
+        if name == "torch fused":
+            optimizer = torch.optim.AdamW(
+                [parameter], lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
+            )
+            step = optimizer.step
+        else:
+            step = library_baselines.adamws(parameter, LR, WEIGHT_DECAY, say)[name]
+
+        def work() -> None:
+            step()
+            copy.copy_(parameter.detach())
+
+        return work
+
+    return prepare

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,108 +17,108 @@ def folder_name(device_name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
 
 
-def _number(value: float | None, digits: int = 1) -> str:
-    return "" if value is None else f"{value:,.{digits}f}"
+def _number(figure: float | None, digits: int = 1) -> str:
+    return "" if figure is None else f"{figure:,.{digits}f}"
+
+
+def _times(m: Measurement) -> str:
+    return f"{m.p50:,.1f} [{m.p20:,.1f}, {m.p80:,.1f}]"
+
+
+def _error(m: Measurement) -> str:
+    return "" if m.max_error is None else f"{m.max_error:.1e}"
+
+
+# The columns of a kernel's table: title, and the cell of a measurement.
+COLUMNS: dict[str, Callable[[Measurement], object]] = {
+    "implementation": lambda m: m.implementation,
+    "rows": lambda m: m.rows,
+    "columns": lambda m: m.columns,
+    "us p50 [p20, p80]": _times,
+    "GB/s": lambda m: _number(m.gigabytes_per_second, 0),
+    "% of copy": lambda m: _number(m.percent_of_copy),
+    "% of data sheet": lambda m: _number(m.percent_of_data_sheet),
+    "launches": lambda m: _number(m.launches, 0),
+    "host us": lambda m: _number(m.host_microseconds),
+    "peak MB": lambda m: _number(m.peak_megabytes),
+    "max error": _error,
+}
 
 
 def _table(measurements: list[Measurement]) -> list[str]:
-    columns = [
-        "implementation",
-        "rows",
-        "columns",
-        "us p50 [p20, p80]",
-        "GB/s",
-        "% of copy",
-        "% of data sheet",
-        "launches",
-    ]
-    columns += ["host us", "peak MB", "max error"]
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for m in measurements:
-        error = "" if m.max_error is None else f"{m.max_error:.1e}"
-        cells = [
-            m.implementation,
-            m.rows,
-            m.columns,
-            f"{m.p50:,.1f} [{m.p20:,.1f}, {m.p80:,.1f}]",
-            _number(m.gigabytes_per_second, 0),
-        ]
-        cells += [
-            _number(m.percent_of_copy),
-            _number(m.percent_of_data_sheet),
-            _number(m.launches, 0),
-            _number(m.host_microseconds),
-        ]
-        cells += [_number(m.peak_megabytes), error]
-        lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    for measurement in measurements:
+        cells = [str(cell_of(measurement)) for cell_of in COLUMNS.values()]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
 def markdown(measurements: list[Measurement], left_out: list[str], setting: dict[str, Any]) -> str:
     """One section a kernel: the speed-up over each baseline, then every row."""
-    lines = [
-        f"# Kernel benchmark: {setting['device']}",
-        "",
-        *(f"- {key}: {value}" for key, value in setting.items()),
-        "",
-    ]
+    lines = [f"# Kernel benchmark: {setting['device']}", ""]
+    for key, entry in setting.items():
+        lines.append(f"- {key}: {entry}")
     lines += [
-        "GB/s counts the floor's bytes only; the copy is a device-to-device copy of as many bytes in the same run.",
+        "",
+        "GB/s counts the floor's bytes only; "
+        "the copy is a device-to-device copy of as many bytes in the same run.",
         "",
     ]
-    for kernel in dict.fromkeys(m.kernel for m in measurements):
-        mine = [m for m in measurements if m.kernel == kernel]
+
+    for kernel in _kernels(measurements):
+        of_kernel = [m for m in measurements if m.kernel == kernel]
         lines += [f"## {kernel}", ""]
-        for baseline in dict.fromkeys(m.implementation for m in mine if m.implementation != "ours"):
-            ratio = speedup(measurements, kernel, baseline)
+        for baseline in _implementations(of_kernel):
+            # None where the baseline and ours have no shape in common.
+            ratio = speedup(measurements, kernel, baseline) if baseline != "ours" else None
             if ratio is not None:
+                mean, worst = ratio
                 lines.append(
-                    f"- {ratio[0]:.2f}x as fast as {baseline} (geometric mean; worst shape {ratio[1]:.2f}x)"
+                    f"- {mean:.2f}x as fast as {baseline} "
+                    f"(geometric mean; worst shape {worst:.2f}x)"
                 )
-        lines += ["", *_table(mine), ""]
+        lines += ["", *_table(of_kernel), ""]
+
     if left_out:
-        lines += ["## Left out: the time was up", "", *(f"- {what}" for what in left_out), ""]
+        lines += ["## Left out: the time was up", "", *(f"- {case}" for case in left_out), ""]
     return "\n".join(lines)
 
 
+def _kernels(measurements: list[Measurement]) -> list[str]:
+    """Every kernel once, in the order in which they were measured."""
+    return list(dict.fromkeys(m.kernel for m in measurements))
+
+
+def _implementations(measurements: list[Measurement]) -> list[str]:
+    """Every implementation once, in the order in which they were measured."""
+    return list(dict.fromkeys(m.implementation for m in measurements))
+
+
 def picture(measurements: list[Measurement], path: Path) -> bool:
-    """GB/s over the hidden size at the largest number of rows, beside what a copy reaches; False without norms or matplotlib."""
-    names = [
-        name
-        for name in dict.fromkeys(m.kernel for m in measurements)
-        if name.startswith("residual")
-    ]
-    if not names or importlib.util.find_spec("matplotlib") is None:
+    """Draw GB/s over the hidden size at the largest number of rows, beside what a copy reaches.
+
+    Returns False, and draws nothing, without residual norms or without matplotlib.
+    """
+    kernels = [name for name in _kernels(measurements) if name.startswith("residual")]
+    if not kernels or importlib.util.find_spec("matplotlib") is None:
         return False
+    # The canvas for files: pyplot would look for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 3.6 * ((len(names) + 1) // 2)), layout="constrained")
+    lines_of_axes = (len(kernels) + 1) // 2
+    figure = Figure(figsize=(11, 3.6 * lines_of_axes), layout="constrained")
     FigureCanvasAgg(figure)
-    for position, name in enumerate(names, start=1):
-        axes = figure.add_subplot((len(names) + 1) // 2, 2, position)
-        rows = max(m.rows for m in measurements if m.kernel == name)
-        for implementation in dict.fromkeys(
-            m.implementation for m in measurements if m.kernel == name
-        ):
-            line = [
-                m
-                for m in measurements
-                if (m.kernel, m.implementation, m.rows) == (name, implementation, rows)
-            ]
-            axes.plot(
-                [m.columns for m in line],
-                [m.gigabytes_per_second for m in line],
-                marker="o",
-                label=implementation,
-            )
-            if implementation == "ours":
-                copy = [100 * m.gigabytes_per_second / m.percent_of_copy for m in line]
-                axes.plot(
-                    [m.columns for m in line], copy, color="black", linestyle="--", label="copy"
-                )
+    for position, kernel in enumerate(kernels, start=1):
+        axes = figure.add_subplot(lines_of_axes, 2, position)
+        of_kernel = [m for m in measurements if m.kernel == kernel]
+        # The largest number of rows keeps the whole GPU busy at every hidden size.
+        rows = max(m.rows for m in of_kernel)
+        for implementation in _implementations(of_kernel):
+            points = [m for m in of_kernel if (m.implementation, m.rows) == (implementation, rows)]
+            _draw_implementation(axes, implementation, points)
         axes.set(
-            title=f"{name}, {rows} rows",
+            title=f"{kernel}, {rows} rows",
             xlabel="hidden size",
             ylabel="GB/s of the floor's bytes",
             xscale="log",
@@ -128,16 +129,36 @@ def picture(measurements: list[Measurement], path: Path) -> bool:
     return True
 
 
+def _draw_implementation(axes: Any, implementation: str, points: list[Measurement]) -> None:
+    """The rates of one implementation; those of the copy are drawn once, together with ours."""
+    hidden_sizes = [m.columns for m in points]
+    rates = [m.gigabytes_per_second for m in points]
+    axes.plot(hidden_sizes, rates, marker="o", label=implementation)
+    # A measurement holds its share of the copy's rate, from which that rate follows.
+    if implementation == "ours":
+        copy_rates = [100 * m.gigabytes_per_second / m.percent_of_copy for m in points]
+        axes.plot(hidden_sizes, copy_rates, color="black", linestyle="--", label="copy")
+
+
 def write_report(
     measurements: list[Measurement], left_out: list[str], setting: dict[str, Any], folder: Path
 ) -> list[Path]:
-    """Write kernels.json, kernels.md and (where matplotlib is installed) kernels.png into `folder`; returns their paths."""
+    """Write kernels.json, kernels.md and (where matplotlib is installed) kernels.png.
+
+    They go into `folder`, which is created. Returns the paths of what was written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"kernels.{suffix}" for suffix in ("json", "md", "png")]
-    content = {"setting": setting, "measurements": as_json(measurements), "left_out": left_out}
-    paths[0].write_text(json.dumps(content, indent=1) + "\n")
-    paths[1].write_text(markdown(measurements, left_out, setting))
-    return paths if picture(measurements, paths[2]) else paths[:2]
+    json_path = folder / "kernels.json"
+    page_path = folder / "kernels.md"
+    picture_path = folder / "kernels.png"
+
+    rows = as_json(measurements)
+    content = {"setting": setting, "measurements": rows, "left_out": left_out}
+    json_path.write_text(json.dumps(content, indent=1) + "\n")
+    page_path.write_text(markdown(measurements, left_out, setting))
+    if not picture(measurements, picture_path):
+        return [json_path, page_path]
+    return [json_path, page_path, picture_path]
 
 
 def versions() -> dict[str, str]:

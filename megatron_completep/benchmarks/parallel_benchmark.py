@@ -1,6 +1,8 @@
-"""Our data-parallel step against torch's: DistributedDataParallel with ZeroRedundancyOptimizer, and FSDP2 (`fully_shard`).
+"""Our data-parallel step against torch's DistributedDataParallel with ZeRO-1, and FSDP2.
 
-The same shape of model, the same batch, one process group; the programs take turns step by step, so that all see the same machine.
+The baselines are DistributedDataParallel with ZeroRedundancyOptimizer, and `fully_shard`. All have
+the same shape of model, the same batch and one process group; the programs take turns step by step,
+so that all see the same machine.
 """
 
 from __future__ import annotations
@@ -17,10 +19,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.multiprocessing import get_context
+from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from megatron_completep.benchmarks.plain_model import PlainGPT
@@ -36,24 +40,29 @@ from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.run.assemble import assemble
 
 Step = Callable[[], None]
+Times = tuple[float, float]  # seconds on the clock, seconds of the rank's processor
+RankResult = tuple[dict[str, int], dict[str, list[Times]]]  # peak bytes and step times by program
 ADAMW: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-12, "weight_decay": 0.1}
 OURS = "ours"
 
 
 @dataclass(frozen=True)
 class ProgramFigures:
-    """One program on the slowest (time) and the fullest (memory) rank."""
+    """One program on the slowest (time) and the fullest (memory) rank.
+
+    peak_bytes: resident memory of a rank, above what the process had before the program was built.
+    ratio: our median over this one's, with its 95 % bootstrap interval. cpu_time_ratio: the same of
+    the processor time of all ranks together, which other work on the machine disturbs little.
+    """
 
     seconds: float  # median of the step times
     lower_quartile: float
     upper_quartile: float
-    peak_bytes: (
-        int  # resident memory of a rank, above what the process had before the program was built
-    )
-    ratio: float  # our median over this one's, with its 95 % bootstrap interval
+    peak_bytes: int
+    ratio: float
     ratio_low: float
     ratio_high: float
-    cpu_time_ratio: float  # the same of the processor time of all ranks together, which other work on the machine disturbs little
+    cpu_time_ratio: float
 
 
 @dataclass(frozen=True)
@@ -72,11 +81,13 @@ class ParallelComparison:
 def compare_parallel(
     settings: BenchmarkSettings, precision: str, processes: int
 ) -> ParallelComparison:
-    """Start `processes` ranks over gloo, measure the memory of each program alone, then time them in turn."""
+    """Start `processes` ranks over gloo; measure each program's memory, then time them in turn."""
     with tempfile.TemporaryDirectory() as folder:
-        results = multiprocessing.get_context("spawn").SimpleQueue()
-        arguments = processes, str(Path(folder) / "store"), settings, precision, results
-        context = multiprocessing.spawn(_rank, arguments, nprocs=processes, join=False)
+        results = get_context("spawn").SimpleQueue()
+        store = str(Path(folder) / "store")
+        arguments = (processes, store, settings, precision, results)
+        start: Callable[..., Any] = spawn  # torch gives it no types
+        context = start(_rank, arguments, nprocs=processes, join=False)
         context.join()
         return summarize(results.get(), settings, precision, processes)
 
@@ -84,86 +95,102 @@ def compare_parallel(
 def _rank(
     rank: int, processes: int, store: str, settings: BenchmarkSettings, precision: str, results: Any
 ) -> None:
-    torch.set_num_threads(1)
+    """One process of the comparison; rank 0 puts a list of every rank's RankResult in `results`."""
+    torch.set_num_threads(1)  # the ranks share the cores of one machine
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=processes)
     peaks = peak_memories(settings, precision)
-    seconds = alternate(settings, precision)
+    times = alternate(settings, precision)
     gathered: list[Any] = [None] * processes
-    dist.all_gather_object(gathered, (peaks, seconds))
+    dist.all_gather_object(gathered, (peaks, times))
     if rank == 0:
         results.put(gathered)
     dist.destroy_process_group()
 
 
-def alternate(settings: BenchmarkSettings, precision: str) -> dict[str, list[tuple[float, float]]]:
-    """Seconds of each step on the clock and of this rank's processor. Which program goes first changes every round; a step begins
-    when all ranks are there."""
+def alternate(settings: BenchmarkSettings, precision: str) -> dict[str, list[Times]]:
+    """Times of each step on this rank.
+
+    The program that goes first changes every round; a step begins when all ranks are there.
+    """
     steps = {name: build_program(settings, precision) for name, build_program in PROGRAMS.items()}
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
+    times_by_program: dict[str, list[Times]] = {name: [] for name in steps}
     names = list(steps)
     for number in range(settings.warmup + settings.rounds):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
-            dist.barrier()
-            started, used = time.perf_counter(), time.process_time()
-            steps[name]()
+            times = _time_step(steps[name])
             if number >= settings.warmup:
-                seconds[name].append((time.perf_counter() - started, time.process_time() - used))
-    return seconds
+                times_by_program[name].append(times)
+    return times_by_program
+
+
+def _time_step(step: Step) -> Times:
+    # Without the barrier a rank's time would hold the delay of the others' last step.
+    dist.barrier()
+    clock_start = time.perf_counter()
+    processor_start = time.process_time()
+    step()
+    return time.perf_counter() - clock_start, time.process_time() - processor_start
 
 
 def summarize(
-    gathered: Sequence[tuple[dict[str, int], dict[str, list[tuple[float, float]]]]],
+    gathered: Sequence[RankResult],
     settings: BenchmarkSettings,
     precision: str,
     processes: int,
 ) -> ParallelComparison:
-    """Medians over rounds of the slowest rank's time and of all ranks' processor time, and the fullest rank's memory."""
-    slowest, used = {}, {}
+    """Medians over rounds of the slowest rank's time and of all ranks' processor time.
+
+    Of the memory, the fullest rank's. `gathered` holds what every rank measured.
+    """
+    slowest_seconds = {}
+    processor_seconds = {}
     for name in PROGRAMS:
-        rounds = list(
-            zip(*(seconds[name] for _, seconds in gathered), strict=True)
-        )  # a round's (clock, processor) by rank
-        slowest[name] = [max(clock for clock, _ in ranks) for ranks in rounds]
-        used[name] = statistics.median(sum(processor for _, processor in ranks) for ranks in rounds)
+        slowest = []
+        processor_sums = []
+        # One element a round: the (clock, processor) of each rank.
+        for rank_times in zip(*(times[name] for _, times in gathered), strict=True):
+            slowest.append(max(clock for clock, _ in rank_times))
+            processor_sums.append(sum(processor for _, processor in rank_times))
+        slowest_seconds[name] = slowest
+        processor_seconds[name] = statistics.median(processor_sums)
+
     programs = {}
-    for name, times in slowest.items():
-        low, median, high = statistics.quantiles(times, n=4)
-        peak = max(peaks[name] for peaks, _ in gathered)
-        ratio = statistics.median(slowest[OURS]) / median
+    our_seconds = slowest_seconds[OURS]
+    for name, seconds in slowest_seconds.items():
+        lower_quartile, median, upper_quartile = statistics.quantiles(seconds, n=4)
+        ratio_low, ratio_high = bootstrap_ratio(our_seconds, seconds)
         programs[name] = ProgramFigures(
-            median,
-            low,
-            high,
-            peak,
-            ratio,
-            *bootstrap_ratio(slowest[OURS], times),
-            used[OURS] / used[name],
+            seconds=median,
+            lower_quartile=lower_quartile,
+            upper_quartile=upper_quartile,
+            peak_bytes=max(peaks[name] for peaks, _ in gathered),
+            ratio=statistics.median(our_seconds) / median,
+            ratio_low=ratio_low,
+            ratio_high=ratio_high,
+            cpu_time_ratio=processor_seconds[OURS] / processor_seconds[name],
         )
     return ParallelComparison(processes, precision, settings.rounds, programs)
 
 
-# --- the programs -------------------------------------------------------------------------------------------------------------
-
-
 def our_program(settings: BenchmarkSettings, precision: str) -> Step:
     """The step of `pretrain` over data ranks."""
-    config = run_config(settings, precision)
-    config = config.model_copy(
-        update={
-            "training": config.training.model_copy(
-                update={"global_batch_size": settings.batch_size * dist.get_world_size()}
-            )
-        }
-    )
     world_size = dist.get_world_size()
+    config = run_config(settings, precision)
+    global_batch = {"global_batch_size": settings.batch_size * world_size}
+    training = config.training.model_copy(update=global_batch)
+    config = config.model_copy(update={"training": training})
     context = ParallelContext.over_world(
         config.parallel, torch.device("cpu"), dist.get_rank(), world_size, world_size
     )
-    assembly, batch = assemble(config, context), random_batch(settings)
-    step, optimizer = assembly.step, assembly.optimizer
+    assembly = assemble(config, context)
+    step = assembly.step
+    optimizer = assembly.optimizer
+    batch = random_batch(settings)
 
     def run() -> None:
+        # The gathering of parameters runs on into the next step of a real run. It has to end
+        # inside the clock here, or another program's step would pay for it.
         step.run([batch], 1).read()
         optimizer.wait_for_parameters()
 
@@ -171,24 +198,26 @@ def our_program(settings: BenchmarkSettings, precision: str) -> Step:
 
 
 def ddp_program(settings: BenchmarkSettings, precision: str) -> Step:
-    """DistributedDataParallel, gradients as views of its buckets; AdamW's state shared by ZeroRedundancyOptimizer."""
+    """DistributedDataParallel with gradients as views of its buckets.
+
+    AdamW's state is divided over the ranks by ZeroRedundancyOptimizer.
+    """
     model = DistributedDataParallel(_plain(settings, precision), gradient_as_bucket_view=True)
     optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, fused=True, **ADAMW)
     return _plain_step(model, optimizer, random_batch(settings), autocast=precision == "bf16")
 
 
 def fsdp_program(settings: BenchmarkSettings, precision: str) -> Step:
-    """FSDP2: every block, then the whole; parameters, gradients and state are sharded."""
+    """FSDP2: every block, then the model; parameters, gradients and state are sharded."""
     model = _plain(settings, precision)
-    mixed = (
-        MixedPrecisionPolicy(torch.bfloat16, torch.float32)
-        if precision == "bf16"
-        else MixedPrecisionPolicy()
-    )
-    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    if precision == "bf16":
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    else:
+        policy = MixedPrecisionPolicy()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for block in model.layers:
-        fully_shard(block, mesh=mesh, mp_policy=mixed)
-    fully_shard(model, mesh=mesh, mp_policy=mixed)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True, **ADAMW)
     return _plain_step(model, optimizer, random_batch(settings), autocast=False)
 
@@ -201,7 +230,7 @@ PROGRAMS: dict[str, Callable[[BenchmarkSettings, str], Step]] = {
 
 
 def _plain(settings: BenchmarkSettings, precision: str) -> PlainGPT:
-    torch.manual_seed(1)
+    torch.manual_seed(1)  # the same parameters on every rank
     return PlainGPT(settings.model, table_of(run_config(settings, precision)))
 
 
@@ -220,22 +249,23 @@ def _plain_step(
     return step
 
 
-# --- memory -------------------------------------------------------------------------------------------------------------------
-
-
 def peak_memory(
     build_program: Callable[[BenchmarkSettings, str], Step],
     settings: BenchmarkSettings,
     precision: str,
 ) -> int:
-    """Most resident bytes of this process while a program is built and makes two steps, above what was there before (Linux)."""
+    """Most resident bytes of this process while a program is built and makes two steps (Linux).
+
+    What was resident before is subtracted.
+    """
     give_back_freed_memory()
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    resident_before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to the present size
     step = build_program(settings, precision)
+    # The optimizer's state is created in the first step, so only the second has all of it.
     step()
     step()
-    peak = resident("VmHWM") - before
+    peak = resident("VmHWM") - resident_before
     del step
     give_back_freed_memory()
     return peak
@@ -243,26 +273,36 @@ def peak_memory(
 
 def peak_memories(settings: BenchmarkSettings, precision: str) -> dict[str, int]:
     """`peak_memory` of each program, one after the other."""
-    small = replace(
-        settings, model=settings.model.model_copy(update={"num_layers": 1}), batch_size=1
-    )
-    for (
-        program
-    ) in PROGRAMS.values():  # what a process needs once, such as code and threads, is nobody's
-        peak_memory(program, small, precision)
-    return {name: peak_memory(program, settings, precision) for name, program in PROGRAMS.items()}
+    # What a process needs once, such as code and threads, must not count for the program that
+    # happens to come first: each runs once with a small model before it is measured.
+    small_model = settings.model.model_copy(update={"num_layers": 1})
+    small_settings = replace(settings, model=small_model, batch_size=1)
+    for build_program in PROGRAMS.values():
+        peak_memory(build_program, small_settings, precision)
+
+    peaks = {}
+    for name, build_program in PROGRAMS.items():
+        peaks[name] = peak_memory(build_program, settings, precision)
+    return peaks
 
 
 def resident(field: str) -> int:
     """VmRSS (now) or VmHWM (the most since the last reset) of this process, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            kibibytes = int(line.split()[1])
+            return kibibytes * 1024
+    raise RuntimeError(f"/proc/self/status has no field {field}")
 
 
 def give_back_freed_memory() -> None:
-    """Collect garbage, return free heap to the system, and have glibc map every larger tensor on its own from now on."""
+    """Collect garbage, return free heap to the system, and map every larger tensor on its own.
+
+    The last lasts: from the first call on, glibc maps allocations of 64 KiB and more separately, so
+    that freeing them lowers the resident memory.
+    """
     gc.collect()
     glibc = ctypes.CDLL(None)
-    mmap_threshold = -3
+    mmap_threshold = -3  # M_MMAP_THRESHOLD of malloc.h
     glibc.mallopt(mmap_threshold, 1 << 16)
     glibc.malloc_trim(0)

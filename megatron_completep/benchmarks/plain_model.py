@@ -1,4 +1,6 @@
-"""The decoder as one would write it in plain torch, without anything of this project: what the benchmark measures against.
+"""The decoder as one would write it in plain torch: what the training benchmark compares with.
+
+It uses nothing of this project but the configuration and the table.
 
 B batch, S sequence, H hidden, N heads, D head dim.
 """
@@ -13,19 +15,23 @@ from megatron_completep.completep import Table
 from megatron_completep.config.derived import head_dim, num_query_groups
 from megatron_completep.config.schema import ModelConfig
 
+Angles = tuple[Tensor, Tensor]  # cos and sin [S, D/2]
+
 
 class PlainGPT(nn.Module):
-    """Pre-norm decoder of nn.Linear, nn.LayerNorm (or nn.RMSNorm) and `x + s * f(norm(x))`; tokens [B, S] -> mean loss."""
+    """Pre-norm decoder of nn.Linear, nn.LayerNorm (or nn.RMSNorm) and `x + s * f(norm(x))`.
+
+    Maps tokens [B, S] and labels [B, S] to their mean loss.
+    """
 
     def __init__(self, model: ModelConfig, table: Table):
         super().__init__()
-        self.model, self.table = model, table
+        self.model = model
+        self.table = table
         self.embedding = nn.Embedding(model.vocab_size, model.hidden_size)
-        self.positions = (
-            nn.Embedding(model.seq_length, model.hidden_size)
-            if model.position == "learned"
-            else None
-        )
+        self.positions: nn.Embedding | None = None
+        if model.position == "learned":
+            self.positions = nn.Embedding(model.seq_length, model.hidden_size)
         self.layers = nn.ModuleList(PlainBlock(model, table) for _ in range(model.num_layers))
         self.final_norm = plain_norm(model)
         self.unembedding = nn.Linear(model.hidden_size, model.vocab_size, bias=False)
@@ -41,62 +47,67 @@ class PlainGPT(nn.Module):
         for block in self.layers:
             x = block(x, angles)
         logits = self.unembedding(self.final_norm(x)) * self.table.logit_multiplier
+        # The softmax over a large vocabulary needs float32, as it has in ours.
         return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
 
 
 class PlainBlock(nn.Module):
-    """One layer: attention and MLP, each with its norm in front and the residual multiplier behind."""
+    """Attention and MLP, each with its norm in front and the residual multiplier behind."""
 
     def __init__(self, model: ModelConfig, table: Table):
         super().__init__()
-        self.heads, self.groups, self.head_dim = (
-            model.num_attention_heads,
-            num_query_groups(model),
-            head_dim(model),
-        )
-        self.residual_multiplier, self.attention_scale = (
-            table.residual_multiplier,
-            table.attention_scale,
-        )
-        width, inner = self.heads * self.head_dim, model.ffn_hidden_size
+        self.heads = model.num_attention_heads
+        self.groups = num_query_groups(model)
+        self.head_dim = head_dim(model)
+        self.residual_multiplier = table.residual_multiplier
+        self.attention_scale = table.attention_scale
         self.activation = model.activation
-        self.attention_norm, self.mlp_norm = plain_norm(model), plain_norm(model)
-        self.qkv = nn.Linear(
-            model.hidden_size, width + 2 * self.groups * self.head_dim, bias=model.bias
-        )
-        self.output = nn.Linear(width, model.hidden_size, bias=model.bias)
-        self.up = nn.Linear(
-            model.hidden_size, inner * (2 if self.activation == "swiglu" else 1), bias=model.bias
-        )
-        self.down = nn.Linear(inner, model.hidden_size, bias=model.bias)
+        self.attention_norm = plain_norm(model)
+        self.mlp_norm = plain_norm(model)
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor] | None) -> Tensor:
+        hidden = model.hidden_size
+        query_width = self.heads * self.head_dim
+        key_width = self.groups * self.head_dim
+        self.qkv = nn.Linear(hidden, query_width + 2 * key_width, bias=model.bias)
+        self.output = nn.Linear(query_width, hidden, bias=model.bias)
+
+        ffn = model.ffn_hidden_size
+        up_width = 2 * ffn if self.activation == "swiglu" else ffn  # gate and up in one product
+        self.up = nn.Linear(hidden, up_width, bias=model.bias)
+        self.down = nn.Linear(ffn, hidden, bias=model.bias)
+
+    def forward(self, x: Tensor, angles: Angles | None) -> Tensor:
         x = x + self.residual_multiplier * self.attention(self.attention_norm(x), angles)
         return x + self.residual_multiplier * self.mlp(self.mlp_norm(x))
 
-    def attention(self, x: Tensor, angles: tuple[Tensor, Tensor] | None) -> Tensor:
-        heads = (
-            self.qkv(x).unflatten(-1, (self.heads + 2 * self.groups, self.head_dim)).transpose(1, 2)
-        )
-        q, k, v = heads.split((self.heads, self.groups, self.groups), dim=1)
+    def attention(self, x: Tensor, angles: Angles | None) -> Tensor:
+        """Causal self-attention of x [B, S, H]."""
+        # One product; its heads are those of the queries, then of the keys and the values.
+        qkv = self.qkv(x).unflatten(-1, (self.heads + 2 * self.groups, self.head_dim))
+        q, k, v = qkv.transpose(1, 2).split((self.heads, self.groups, self.groups), dim=1)
         if angles is not None:
-            q, k = rotate(q, *angles), rotate(k, *angles)
+            q = rotate(q, *angles)
+            k = rotate(k, *angles)
+        # With fewer groups than heads, torch has to repeat each key and value for its heads.
         grouped = self.heads != self.groups
         mixed = F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=self.attention_scale, enable_gqa=grouped
         )
-        return self.output(mixed.transpose(1, 2).flatten(2))
+        out: Tensor = self.output(mixed.transpose(1, 2).flatten(2))
+        return out
 
     def mlp(self, x: Tensor) -> Tensor:
-        inner = self.up(x)
+        out: Tensor = self.down(self._activate(self.up(x)))
+        return out
+
+    def _activate(self, inner: Tensor) -> Tensor:
         if self.activation == "swiglu":
             gate, up = inner.chunk(2, dim=-1)
-            return self.down(F.silu(gate) * up)
+            return F.silu(gate) * up
         if self.activation == "squared_relu":
-            return self.down(F.relu(inner).square())
-        return self.down(
-            F.gelu(inner, approximate="tanh" if self.activation == "gelu_tanh" else "none")
-        )
+            return F.relu(inner).square()
+        approximation = "tanh" if self.activation == "gelu_tanh" else "none"
+        return F.gelu(inner, approximate=approximation)
 
 
 def plain_norm(model: ModelConfig) -> nn.Module:
@@ -111,19 +122,20 @@ def init_weights(module: nn.Module) -> None:
         nn.init.normal_(module.weight, std=0.02)
 
 
-def rotary_angles(model: ModelConfig, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def rotary_angles(model: ModelConfig, tokens: Tensor) -> Angles:
     """cos and sin [S, D/2] in float32."""
     size = head_dim(model)
-    frequencies = model.rope_base ** (
-        -torch.arange(0, size, 2, device=tokens.device, dtype=torch.float32) / size
-    )
-    angles = torch.outer(
-        torch.arange(tokens.shape[1], device=tokens.device, dtype=torch.float32), frequencies
-    )
+    dims = torch.arange(0, size, 2, device=tokens.device, dtype=torch.float32)
+    frequencies = model.rope_base ** (-dims / size)
+    positions = torch.arange(tokens.shape[1], device=tokens.device, dtype=torch.float32)
+    angles = torch.outer(positions, frequencies)
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Pairs (i, i + D/2) of x [B, N, S, D] turned by their position's angle."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    # cos and sin are float32, so bf16 is rounded once, at the end.
+    x1, x2 = x.chunk(2, dim=-1)
+    rotated_x1 = x1 * cos - x2 * sin
+    rotated_x2 = x2 * cos + x1 * sin
+    return torch.cat((rotated_x1, rotated_x2), dim=-1).to(x.dtype)

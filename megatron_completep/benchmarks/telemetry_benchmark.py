@@ -1,4 +1,7 @@
-"""What telemetry costs: one look at the parameterization beside one training step, in turn, so that both see the same machine."""
+"""What telemetry costs: one look at the parameterization beside one training step.
+
+The two run in turn, so that both see the same machine.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,10 @@ from megatron_completep.telemetry.telemetry import Telemetry
 
 @dataclass(frozen=True)
 class TelemetryCost:
-    """Median seconds of a step and of a look, and the looks' share of the training time at an interval, with its 95 % interval."""
+    """Median seconds of a step and of a look, and what looks add to the training time.
+
+    percent: the looks' share of the training time at this interval, with its 95 % interval.
+    """
 
     step_seconds: float
     look_seconds: float
@@ -35,51 +41,62 @@ class TelemetryCost:
     rounds: int
 
     def __str__(self) -> str:
+        step_milliseconds = 1000 * self.step_seconds
+        look_milliseconds = 1000 * self.look_seconds
+        sure = f"{self.percent_low:.3f} to {self.percent_high:.3f}"
         return (
-            f"a step {1000 * self.step_seconds:.1f} ms, a look {1000 * self.look_seconds:.1f} ms; every {self.interval} steps "
-            f"{self.percent:.3f} % of the step time (95 % of {self.rounds} rounds: {self.percent_low:.3f} to {self.percent_high:.3f})"
+            f"a step {step_milliseconds:.1f} ms, a look {look_milliseconds:.1f} ms; "
+            f"every {self.interval} steps {self.percent:.3f} % of the step time "
+            f"(95 % of {self.rounds} rounds: {sure})"
         )
 
 
 def measure(
     config: Config, device: torch.device, rounds: int = 20, warmup: int = 3
 ) -> TelemetryCost:
-    """Time a configuration's step (all its micro-batches, on random tokens; no file is opened) and Telemetry.figures() in turn.
+    """Time a configuration's step and Telemetry.figures() in turn.
 
-    One process. Raises ConfigError where the configuration switches telemetry off.
+    A step has all its micro-batches, on random tokens; no file is opened. One process. Raises
+    ConfigError where the configuration switches telemetry off.
     """
     interval = config.logging.parameterization_interval
     if interval is None:
         raise ConfigError(
-            "logging.parameterization_interval is null: there is no telemetry to measure. Give the interval in steps."
+            "logging.parameterization_interval is null: there is no telemetry to measure. "
+            "Give the interval in steps."
         )
-    context = ParallelContext.single(device)
-    step = assemble(config, context).step
-    batch = random_batch(BenchmarkSettings(config.model, config.training.micro_batch_size))
-    batches = [batch] * (config.training.global_batch_size // config.training.micro_batch_size)
+
+    training = config.training
+    step = assemble(config, ParallelContext.single(device)).step
+    batch = random_batch(BenchmarkSettings(config.model, training.micro_batch_size))
+    # Only the shape of a micro-batch costs time, so one stands for all.
+    batches = [batch] * (training.global_batch_size // training.micro_batch_size)
     telemetry = Telemetry(
-        step, batches[:1], interval, config.training.train_steps, None, lambda text: None
+        step, batches[:1], interval, training.train_steps, None, lambda text: None
     )
     programs: list[tuple[str, Callable[[], Any]]] = [
         ("step", lambda: step.run(batches, 1)),
         ("look", telemetry.figures),
     ]
+
     seconds: dict[str, list[float]] = {name: [] for name, _ in programs}
     for number in range(warmup + rounds):
+        # The program that goes first changes, so that neither always finds warmer caches.
         for name, program in programs if number % 2 == 0 else reversed(programs):
-            taken, _ = time_once(program, device)
+            clock_seconds, _ = time_once(program, device)
             if number >= warmup:
-                seconds[name].append(taken)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    low, high = bootstrap_ratio(seconds["look"], seconds["step"])
-    to_percent = 100 / interval
-    share = to_percent * medians["look"] / medians["step"]
+                seconds[name].append(clock_seconds)
+
+    step_seconds = statistics.median(seconds["step"])
+    look_seconds = statistics.median(seconds["look"])
+    ratio_low, ratio_high = bootstrap_ratio(seconds["look"], seconds["step"])
+    to_percent = 100 / interval  # one look comes with `interval` steps
     return TelemetryCost(
-        medians["step"],
-        medians["look"],
-        interval,
-        share,
-        to_percent * low,
-        to_percent * high,
-        rounds,
+        step_seconds=step_seconds,
+        look_seconds=look_seconds,
+        interval=interval,
+        percent=to_percent * look_seconds / step_seconds,
+        percent_low=to_percent * ratio_low,
+        percent_high=to_percent * ratio_high,
+        rounds=rounds,
     )

@@ -1,4 +1,7 @@
-"""Our training step against a plain torch model of the same shape, alternating in one run, so that both see the same machine."""
+"""Our training step against a plain torch model of the same shape.
+
+The two run in turn in one process, so that both see the same machine.
+"""
 
 from __future__ import annotations
 
@@ -21,17 +24,23 @@ from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.run.assemble import assemble
 from megatron_completep.run.precision import DTYPES
 
+Times = tuple[float, float]  # seconds on the clock, seconds of this process's processors
+
 
 @dataclass(frozen=True)
 class BenchmarkSettings:
-    """What is timed: a model shape, a batch in sequences, and how often."""
+    """What is timed: a model shape, a batch in sequences, and how often.
+
+    plain_bf16: how the plain model computes in bf16. "autocast": float32 parameters under autocast;
+    "pure": everything in bf16, AdamW's moments too.
+    """
 
     model: ModelConfig
     batch_size: int = 8
     rounds: int = 20
     warmup: int = 3
     compile: bool = False
-    plain_bf16: str = "autocast"  # float32 parameters under autocast, or "pure": everything in bf16, AdamW's moments too
+    plain_bf16: str = "autocast"
     base: dict[str, int] = field(
         default_factory=lambda: {"base_hidden_size": 256, "base_num_layers": 2}
     )
@@ -51,9 +60,10 @@ class Timing:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Both programs in one precision; `ratio` is our median over the plain one's, with its 95 % bootstrap interval.
+    """Both programs in one precision.
 
-    `cpu_time_ratio` compares the processor time of the two instead, which other work on the machine disturbs little (CPU only).
+    ratio: our median over the plain one's, with its 95 % bootstrap interval. cpu_time_ratio: the
+    same of the processor time, which other work on the machine disturbs little (CPU only).
     """
 
     precision: str
@@ -73,32 +83,42 @@ def compare(
     settings: BenchmarkSettings,
     precision: str,
     device: torch.device,
-    say: Callable[[str], None] = lambda text: None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Comparison:
     """Time both programs step by step in turn; which goes first changes every round."""
     table = table_of(run_config(settings, precision))
     batch = random_batch(settings)
-    ours = our_step(settings, precision, device, table, batch)
-    plain = plain_step(settings, precision, device, table, batch)
-    seconds: dict[str, list[tuple[float, float]]] = {"ours": [], "plain": []}
-    programs = [("ours", ours), ("plain", plain)]
+    programs = [
+        ("ours", our_step(settings, precision, device, table, batch)),
+        ("plain", plain_step(settings, precision, device, table, batch)),
+    ]
+    times: dict[str, list[Times]] = {"ours": [], "plain": []}
     for number in range(settings.warmup + settings.rounds):
+        # The second program may find warmer caches, so the two change places every round.
         for name, step in programs if number % 2 == 0 else reversed(programs):
-            taken = time_once(step, device)
+            step_times = time_once(step, device)
             if number >= settings.warmup:
-                seconds[name].append(taken)
+                times[name].append(step_times)
+
+        # The last step of the warm-up is the first that tells how long the rounds will take.
         if number == settings.warmup - 1:
-            say(f"{precision}: {settings.rounds} rounds of about {taken[0] * 2:.2f} s")
-    return summarize(settings, precision, device, seconds["ours"], seconds["plain"])
+            clock_seconds, _ = step_times
+            say(f"{precision}: {settings.rounds} rounds of about {clock_seconds * 2:.2f} s")
+    return summarize(settings, precision, device, times["ours"], times["plain"])
 
 
-def time_once(step: Callable[[], None], device: torch.device) -> tuple[float, float]:
-    """Seconds on the clock and of this process's processors for one step, from an idle device to an idle device."""
+def time_once(step: Callable[[], Any], device: torch.device) -> Times:
+    """Seconds on the clock and of this process's processors for one step.
+
+    The device is idle at the beginning and at the end.
+    """
+    # A GPU runs behind the host: without waiting for it, the clock would measure launches only.
     synchronize(device)
-    started, used = time.perf_counter(), time.process_time()
+    clock_start = time.perf_counter()
+    processor_start = time.process_time()
     step()
     synchronize(device)
-    return time.perf_counter() - started, time.process_time() - used
+    return time.perf_counter() - clock_start, time.process_time() - processor_start
 
 
 def synchronize(device: torch.device) -> None:
@@ -110,33 +130,38 @@ def our_step(
     settings: BenchmarkSettings, precision: str, device: torch.device, table: Table, batch: Batch
 ) -> Callable[[], None]:
     """The step of `pretrain`: inputs to the device, forward, backward, clipping, update."""
-    config, context = run_config(settings, precision), ParallelContext.single(device)
+    config = run_config(settings, precision)
+    context = ParallelContext.single(device)
     step = assemble(config, context, table).step
-    return lambda: (step.run([batch], 1), None)[1]
+
+    def run() -> None:
+        step.run([batch], 1)
+
+    return run
 
 
 def plain_step(
     settings: BenchmarkSettings, precision: str, device: torch.device, table: Table, batch: Batch
 ) -> Callable[[], None]:
-    """The same with nn modules, clip_grad_norm_ and torch.optim.AdamW (fused where the device has it)."""
+    """The same step with nn modules, clip_grad_norm_ and torch.optim.AdamW, fused."""
     model = PlainGPT(settings.model, table).to(device)
-    pure = precision == "bf16" and settings.plain_bf16 == "pure"
-    if pure:
+    # Either autocast casts the float32 parameters at each use, or the parameters are bf16.
+    pure_bf16 = precision == "bf16" and settings.plain_bf16 == "pure"
+    autocast = precision == "bf16" and not pure_bf16
+    if pure_bf16:
         model = model.bfloat16()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-12, weight_decay=0.1, fused=True
     )
     forward = torch.compile(model) if settings.compile else model
-    autocast = precision == "bf16" and not pure
 
     def step() -> None:
-        tokens, labels = (
-            batch.tokens.to(device, non_blocking=True),
-            batch.labels.to(device, non_blocking=True),
-        )
+        tokens = batch.tokens.to(device, non_blocking=True)
+        labels = batch.labels.to(device, non_blocking=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             loss = forward(tokens, labels)
         loss.backward()
+        # As ours: clipping reads the norm on the device, so that nothing waits for the host.
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -146,90 +171,97 @@ def plain_step(
 
 def run_config(settings: BenchmarkSettings, precision: str) -> Config:
     """The configuration of a run of this shape; no file of it is opened."""
-    return config_from_mapping(
-        {
-            "model": settings.model.model_dump(),
-            "completep": settings.base,
-            "optimizer": {"base_lr": 1e-3},
-            "data": {"train": [{"prefix": "none"}]},
-            "training": {
-                "micro_batch_size": settings.batch_size,
-                "global_batch_size": settings.batch_size,
-                "train_steps": 1000,
-                "precision": precision,
-                "compile": settings.compile,
-                "output_dir": "none",
-            },
-        },
-        name="benchmark",
-    )
+    # The schema wants a corpus and a folder, which a benchmark does not have.
+    training = {
+        "micro_batch_size": settings.batch_size,
+        "global_batch_size": settings.batch_size,
+        "train_steps": 1000,
+        "precision": precision,
+        "compile": settings.compile,
+        "output_dir": "none",
+    }
+    sections = {
+        "model": settings.model.model_dump(),
+        "completep": settings.base,
+        "optimizer": {"base_lr": 1e-3},
+        "data": {"train": [{"prefix": "none"}]},
+        "training": training,
+    }
+    return config_from_mapping(sections, name="benchmark")
 
 
 def random_batch(settings: BenchmarkSettings) -> Batch:
     """Random tokens; timing does not depend on them."""
-    shape = settings.batch_size, settings.model.seq_length
-    rows = torch.randint(
-        settings.model.vocab_size,
-        (shape[0], shape[1] + 1),
-        generator=torch.Generator().manual_seed(1),
-    )
-    positions = torch.arange(shape[1]).expand(shape)
+    samples = settings.batch_size
+    length = settings.model.seq_length
+    shape = (samples, length)
+    generator = torch.Generator().manual_seed(1)
+    # A label is the next token, so a row needs one token more than a sample has.
+    rows = torch.randint(settings.model.vocab_size, (samples, length + 1), generator=generator)
+    tokens = rows[:, :-1].contiguous()
+    labels = rows[:, 1:].contiguous()
+    positions = torch.arange(length).expand(shape)
     documents = torch.zeros(shape, dtype=torch.int32)
-    return Batch(
-        rows[:, :-1].contiguous(),
-        rows[:, 1:].contiguous(),
-        torch.ones(shape),
-        positions,
-        documents,
-        torch.arange(shape[0]),
-    )
+    return Batch(tokens, labels, torch.ones(shape), positions, documents, torch.arange(samples))
 
 
 def summarize(
     settings: BenchmarkSettings,
     precision: str,
     device: torch.device,
-    ours: list[tuple[float, float]],
-    plain: list[tuple[float, float]],
+    our_times: list[Times],
+    plain_times: list[Times],
 ) -> Comparison:
     """Medians, quartiles, and how sure the ratio of the medians is."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    peak = peak_flops(name, DTYPES[precision])
+    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    peak = peak_flops(device_name, DTYPES[precision])
+    our_clock, our_processor = zip(*our_times, strict=True)
+    plain_clock, plain_processor = zip(*plain_times, strict=True)
+    ratio_low, ratio_high = bootstrap_ratio(our_clock, plain_clock)
+
+    # On a GPU the processor only launches kernels and waits, so its time says nothing there.
+    cpu_time_ratio = None
+    if device.type == "cpu":
+        cpu_time_ratio = statistics.median(our_processor) / statistics.median(plain_processor)
+
+    return Comparison(
+        precision=precision,
+        ours=_timing(our_clock, settings, peak),
+        plain=_timing(plain_clock, settings, peak),
+        ratio=statistics.median(our_clock) / statistics.median(plain_clock),
+        ratio_low=ratio_low,
+        ratio_high=ratio_high,
+        cpu_time_ratio=cpu_time_ratio,
+        rounds=len(our_times),
+    )
+
+
+def _timing(seconds: Sequence[float], settings: BenchmarkSettings, peak: float | None) -> Timing:
+    """The figures of one program. peak: FLOP/s of the device in this precision, where known."""
+    lower_quartile, median, upper_quartile = statistics.quantiles(seconds, n=4)
     tokens = settings.batch_size * settings.model.seq_length
     flops = tokens * training_flops_per_token(settings.model)
-
-    def timing(seconds: Sequence[float]) -> Timing:
-        low, median, high = statistics.quantiles(seconds, n=4)
-        return Timing(
-            median,
-            low,
-            high,
-            tokens / median,
-            flops / median,
-            flops / median / peak if peak else None,
-        )
-
-    (our_clock, our_cpu), (plain_clock, plain_cpu) = (
-        zip(*ours, strict=True),
-        zip(*plain, strict=True),
-    )
-    return Comparison(
-        precision,
-        timing(our_clock),
-        timing(plain_clock),
-        statistics.median(our_clock) / statistics.median(plain_clock),
-        *bootstrap_ratio(our_clock, plain_clock),
-        statistics.median(our_cpu) / statistics.median(plain_cpu) if device.type == "cpu" else None,
-        len(ours),
+    flops_per_second = flops / median
+    return Timing(
+        median=median,
+        lower_quartile=lower_quartile,
+        upper_quartile=upper_quartile,
+        tokens_per_second=tokens / median,
+        model_flops_per_second=flops_per_second,
+        mfu=flops_per_second / peak if peak else None,
     )
 
 
 def bootstrap_ratio(
-    ours: Sequence[float], plain: Sequence[float], draws: int = 2000
+    our_seconds: Sequence[float], plain_seconds: Sequence[float], draws: int = 2000
 ) -> tuple[float, float]:
-    """95 % interval of the ratio of medians, drawing rounds with replacement (a round's two times stay together)."""
-    pairs = np.array([ours, plain])
-    chosen = np.random.default_rng(0).integers(len(ours), size=(draws, len(ours)))
-    medians = np.median(pairs[:, chosen], axis=2)
-    low, high = np.quantile(medians[0] / medians[1], (0.025, 0.975))
+    """95 % interval of the ratio of medians, drawing rounds with replacement.
+
+    The two times of a round stay together: what slows a round down slows both.
+    """
+    seconds = np.array([our_seconds, plain_seconds])
+    rounds = seconds.shape[1]
+    drawn_rounds = np.random.default_rng(0).integers(rounds, size=(draws, rounds))
+    our_medians, plain_medians = np.median(seconds[:, drawn_rounds], axis=2)
+    low, high = np.quantile(our_medians / plain_medians, (0.025, 0.975))
     return float(low), float(high)

@@ -1,4 +1,7 @@
-"""Times candidate launch parameters of every kernel on the GPU at hand and writes the best into the launch table (kernels/tuned.py)."""
+"""Time candidate launch parameters of every kernel on the GPU at hand, and write the best.
+
+They are written into the launch table, kernels/tuned.py.
+"""
 
 from __future__ import annotations
 
@@ -15,50 +18,84 @@ from megatron_completep.kernels import launch, tuned
 from megatron_completep.kernels.ahead_of_time import record
 
 Work = Callable[[], Any]
-Table = dict[tuple[str, int, int], tuple[int, ...]]
+Key = tuple[str, int, int]  # operation, bucket of shapes, bytes of the dtype
+Parameters = tuple[int, ...]
+Table = dict[Key, Parameters]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The best parameters of one entry of the table, and its geometric mean of microseconds beside that of today's parameters."""
+    """The best parameters of one entry of the launch table.
 
-    parameters: tuple[int, ...]
+    time: geometric mean of microseconds over the sizes. time_before: the same with today's
+    parameters.
+    """
+
+    parameters: Parameters
     time: float
     time_before: float
 
 
 @contextmanager
-def launch_parameters(
-    architecture: str, key: tuple[str, int, int], parameters: tuple[int, ...]
-) -> Iterator[None]:
-    """Let one entry of the table be `parameters` inside the block."""
-    table = tuned.TUNED.setdefault(architecture, {})
-    before = table.get(key)
-    table[key] = parameters
-    launch.forget()
+def launch_parameters(architecture: str, key: Key, parameters: Parameters) -> Iterator[None]:
+    """Let one entry of the launch table be `parameters` inside the block."""
+    entries = tuned.TUNED.setdefault(architecture, {})
+    parameters_before = entries.get(key)
+    entries[key] = parameters
+    launch.forget()  # launches cache what they read from the table
     try:
         yield
     finally:
-        if before is None:
-            del table[key]
+        if parameters_before is None:
+            del entries[key]
         else:
-            table[key] = before
-        if not table:
+            entries[key] = parameters_before
+        # An empty entry of an architecture would be written into the table.
+        if not entries:
             del tuned.TUNED[architecture]
         launch.forget()
 
 
 def median_microseconds(work: Work) -> float:
+    """Median time of a call on the GPU, its cache cleared before each repetition."""
     from triton.testing import do_bench
 
-    return 1e3 * do_bench(work, warmup=10, rep=40, quantiles=[0.5])
+    milliseconds: float = do_bench(work, warmup=10, rep=40, quantiles=[0.5])
+    return 1e3 * milliseconds
 
 
 def launches_instead(architecture: str) -> Callable[[Work], float]:
-    """A clock for a dry run on `meta` tensors: it launches nothing, and takes the number of programs for the time."""
-    return lambda work: float(
-        sum(math.prod(launched.grid) for launched in record(work, architecture))
-    )
+    """A clock for a dry run on `meta` tensors: it takes the number of programs for the time.
+
+    Nothing is launched.
+    """
+
+    def count_programs(work: Work) -> float:
+        launches = record(work, architecture)
+        return float(sum(math.prod(launched.grid) for launched in launches))
+
+    return count_programs
+
+
+def _mean_time(tunable: Tunable, time: Callable[[Work], float]) -> float:
+    """Geometric mean over the sizes of a tunable, so that no size outweighs the others."""
+    return statistics.geometric_mean([time(prepare()) for prepare in tunable.sizes])
+
+
+def _candidate_times(
+    architecture: str, tunable: Tunable, time: Callable[[Work], float], say: Callable[[str], None]
+) -> dict[Parameters, float]:
+    """The mean time of every candidate that can run."""
+    times = {}
+    for candidate in tunable.candidates:
+        try:
+            with launch_parameters(architecture, tunable.key, candidate):
+                times[candidate] = _mean_time(tunable, time)
+        # A candidate may need more registers or shared memory than this GPU has.
+        except Exception as error:
+            message = f"{tunable.name} {candidate}: left out: {type(error).__name__}: {error}"
+            say(message.splitlines()[0])
+    return times
 
 
 def tune(
@@ -66,40 +103,38 @@ def tune(
     tunables: Iterable[Tunable],
     time: Callable[[Work], float],
     say: Callable[[str], None],
-) -> dict[tuple[str, int, int], Choice]:
-    """The best candidate of each tunable: the smallest geometric mean over its sizes. One that cannot run is reported and left out."""
-    chosen = {}
+) -> dict[Key, Choice]:
+    """The best candidate of each tunable: the smallest geometric mean over its sizes.
+
+    A candidate that cannot run is reported and left out. time: microseconds of a call.
+    """
+    choices = {}
     for tunable in tunables:
-        times = {}
-        for candidate in tunable.candidates:
-            try:
-                with launch_parameters(architecture, tunable.key, candidate):
-                    times[candidate] = statistics.geometric_mean(
-                        [time(prepare()) for prepare in tunable.sizes]
-                    )
-            except (
-                Exception
-            ) as error:  # too many registers or too much shared memory for this part, for instance
-                say(
-                    f"{tunable.name} {candidate}: left out: {type(error).__name__}: {error}".splitlines()[
-                        0
-                    ]
-                )
-        if times:
-            best = min(times, key=lambda candidate: times[candidate])
-            before = statistics.geometric_mean([time(prepare()) for prepare in tunable.sizes])
-            chosen[tunable.key] = Choice(best, times[best], before)
-            say(
-                f"{tunable.name}: {best} {times[best]:.1f}, best of {len(times)}; so far {before:.1f}"
-            )
-    return chosen
+        times = _candidate_times(architecture, tunable, time, say)
+        if not times:
+            continue
+        best = min(times, key=lambda candidate: times[candidate])
+        # Today's parameters are timed under the same conditions as the candidates.
+        time_before = _mean_time(tunable, time)
+        choices[tunable.key] = Choice(best, times[best], time_before)
+        say(
+            f"{tunable.name}: {best} {times[best]:.1f}, "
+            f"best of {len(times)}; so far {time_before:.1f}"
+        )
+    return choices
 
 
-def write_table(path: Path, architecture: str, found: Table, where: str) -> None:
-    """Write kernels/tuned.py with `found` for `architecture` and what it already held for others. `where`: what it was timed on."""
-    table = {**tuned.TUNED, architecture: {**tuned.TUNED.get(architecture, {}), **found}}
+def write_table(path: Path, architecture: str, parameters_by_key: Table, where: str) -> None:
+    """Write the launch table with these entries of `architecture`.
+
+    Entries of other architectures and operations are kept. where: what the entries were timed on.
+    """
+    entries = {**tuned.TUNED.get(architecture, {}), **parameters_by_key}
+    table = {**tuned.TUNED, architecture: entries}
     lines = [
-        '"""Launch parameters found by tools/tune_kernels.py: {architecture: {(operation, bucket of shapes, bytes): parameters}}.',
+        '"""Launch parameters found by tools/tune_kernels.py.',
+        "",
+        "    {architecture: {(operation, bucket of shapes, bytes of the dtype): parameters}}",
         "",
         f"Last entry: {architecture}, timed on {where}.",
         '"""',
@@ -109,7 +144,7 @@ def write_table(path: Path, architecture: str, found: Table, where: str) -> None
     for name, operations in sorted(table.items()):
         lines.append(f'    "{name}": {{')
         for (operation, bucket, itemsize), parameters in sorted(operations.items()):
-            values = ", ".join(map(str, parameters)) + ("," if len(parameters) == 1 else "")
-            lines.append(f'        ("{operation}", {bucket}, {itemsize}): ({values}),')
+            # Python prints a tuple as the formatter would write it: (256,) and (8, 4).
+            lines.append(f'        ("{operation}", {bucket}, {itemsize}): {parameters},')
         lines.append("    },")
     path.write_text("\n".join([*lines, "}"]) + "\n")

@@ -1,7 +1,9 @@
-"""What the tuner of launch parameters tries: for each entry of the launch table its candidates, and the launches they are timed on.
+"""What the tuner of launch parameters tries: candidates for each entry of the launch table.
 
-Candidates are counted in threads, so that they mean the same on NVIDIA's warps and AMD's wavefronts. The work is the Triton launchers
-themselves: on a GPU they run, on torch's `meta` device (a dry run, recorded) they have shapes and no data.
+Each entry comes with the launches that its candidates are timed on. Candidates are counted in
+threads, so that they mean the same on NVIDIA's warps and AMD's wavefronts. The work is the Triton
+launchers themselves: on a GPU they run; on torch's `meta` device (a dry run, recorded) their
+tensors have shapes and no data.
 """
 
 from __future__ import annotations
@@ -28,21 +30,29 @@ from megatron_completep.kernels.ops.scaled_add import (
 )
 from megatron_completep.kernels.tiling import row_bucket
 
-Prepare = Callable[[], Callable[[], Any]]
+Work = Callable[[], Any]
+Prepare = Callable[[], Work]
+Candidates = tuple[tuple[int, ...], ...]
+
+REGISTERS = 65536  # of one NVIDIA multiprocessor
 
 
 @dataclass(frozen=True)
 class Tunable:
-    """One entry (operation, bucket, bytes) of the launch table. `sizes`: each makes, under the candidate, the call to be timed."""
+    """One entry (operation, bucket of shapes, bytes of the dtype) of the launch table.
+
+    sizes: each makes the call to be timed, while the launch table holds the candidate.
+    """
 
     key: tuple[str, int, int]
-    candidates: tuple[tuple[int, ...], ...]
+    candidates: Candidates
     sizes: tuple[Prepare, ...]
 
     @property
     def name(self) -> str:
         operation, bucket, itemsize = self.key
-        return f"{operation} {bucket or ''} ({itemsize} bytes)".replace("  ", " ")
+        shapes = f" {bucket}" if bucket else ""
+        return f"{operation}{shapes} ({itemsize} bytes)"
 
 
 @dataclass(frozen=True)
@@ -57,268 +67,292 @@ class Sweep:
     dtype: torch.dtype = torch.bfloat16
 
 
+@dataclass(frozen=True)
+class _Target:
+    """What to tune for, and the device of the tensors: a GPU of the architecture, or meta."""
+
+    sweep: Sweep
+    device: torch.device
+    architecture: str
+
+    @property
+    def itemsize(self) -> int:
+        return self.sweep.dtype.itemsize
+
+    def random(self, *shape: int) -> Tensor:
+        return torch.randn(shape, device=self.device).to(self.sweep.dtype)
+
+    def warps(self, threads: int) -> int:
+        return launch.warps(threads, self.architecture)
+
+
 def tunables(sweep: Sweep, device: torch.device, architecture: str) -> Iterator[Tunable]:
     """Every entry of the table that the sweep's shapes read."""
+    target = _Target(sweep, device, architecture)
     for hidden in sweep.hidden:
-        yield from _rows(hidden, sweep, device, architecture)
+        yield from _rows(hidden, target)
     for columns in sorted({launch.column_bucket(4 * hidden) for hidden in sweep.hidden}):
-        yield from _pointwise(columns, sweep, device, architecture)
-    yield from _squared_relu(sweep, device, architecture)
+        yield from _swiglu(columns, target)
+    yield from _squared_relu(target)
     for head_dim in sweep.head_dims:
-        yield _rotary(head_dim, sweep, device)
-    yield _reduction(sweep, device, architecture)
-    yield from _optimizer(sweep, device, architecture)
-    yield from _cross_entropy(sweep, device, architecture)
+        yield _rotary(head_dim, target)
+    yield _reduction(target)
+    yield from _optimizer(target)
+    yield from _cross_entropy(target)
 
 
-def _random(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.randn(shape, device=device).to(dtype)
-
-
-def _forward_candidates(hidden: int, architecture: str) -> tuple[tuple[int, ...], ...]:
+def _forward_candidates(hidden: int, target: _Target) -> Candidates:
     """(rows, warps): eight to 64 elements a thread."""
     width = row_bucket(hidden)
-    threads = (32, 64, 128, 256, 512, 1024)
-    found = {
-        (rows, launch.warps(count, architecture))
-        for rows, count in itertools.product((1, 2, 4, 8), threads)
-        if 8 <= rows * width / count <= 64
-        and (rows == 1 or width <= 1024)
-        and count >= launch.lanes(architecture)
-    }
-    return tuple(sorted(found))
+    candidates = set()
+    for rows, threads in itertools.product((1, 2, 4, 8), (32, 64, 128, 256, 512, 1024)):
+        elements = rows * width / threads
+        # Beyond a width of 1024 a program has one row, as in the rules of kernels/launch.py.
+        rows_fit = rows == 1 or width <= 1024
+        full_warp = threads >= launch.lanes(target.architecture)
+        if 8 <= elements <= 64 and rows_fit and full_warp:
+            candidates.add((rows, target.warps(threads)))
+    return tuple(sorted(candidates))
 
 
-def _backward_candidates(hidden: int, architecture: str) -> tuple[tuple[int, ...], ...]:
-    """(rows, warps, stages, programs a processor, register cap): eight to 32 elements a thread, 128 to 1024 threads a processor."""
+def _backward_candidates(hidden: int, target: _Target) -> Candidates:
+    """(rows, warps, stages, programs a processor, register cap).
+
+    Eight to 32 elements a thread, 128 to 1024 threads a processor.
+    """
     width = row_bucket(hidden)
-    found = set()
-    for rows, count, resident, stages in itertools.product(
+    is_nvidia = target.architecture.startswith("sm_")
+    candidates = set()
+    for rows, threads, resident_threads, stages in itertools.product(
         (1, 2, 4), (32, 64, 128, 256, 512), (128, 256, 512, 1024), (1, 2, 3)
     ):
-        if (
-            not 8 <= rows * width / count <= 32
-            or count > resident
-            or count < launch.lanes(architecture)
-        ):
+        elements = rows * width / threads
+        full_warp = threads >= launch.lanes(target.architecture)
+        if not 8 <= elements <= 32 or threads > resident_threads or not full_warp:
             continue
-        cap = (
-            min(255, 65536 // resident) if architecture.startswith("sm_") and resident >= 512 else 0
+        # A thread has at most 255 registers, so 256 threads are resident without a cap (0).
+        cap = 0
+        if is_nvidia and resident_threads >= 512:
+            cap = REGISTERS // resident_threads
+        programs = resident_threads // threads
+        candidates.add((rows, target.warps(threads), stages, programs, cap))
+    return tuple(sorted(candidates))
+
+
+class _RowCalls:
+    """The calls over rows of `hidden` elements: the norms and the add."""
+
+    def __init__(self, hidden: int, target: _Target):
+        self._hidden = hidden
+        self._target = target
+        self._weight = target.random(hidden)
+        self._d_weight = torch.zeros(hidden, device=target.device)
+        self._join = Join(0.3)
+        self._norm = Norm("rmsnorm")
+
+    def _stream(self, rows: int) -> Tensor:
+        return self._target.random(rows, self._hidden)
+
+    def forward(self, rows: int) -> Work:
+        residual = self._stream(rows)
+        branch = self._stream(rows)
+        vectors = (None, self._weight, None)  # branch bias, gain, bias
+        inputs = (residual, branch, *vectors)
+        return partial(launch_residual_norm_forward, *inputs, self._join, self._norm)
+
+    def backward(self, rows: int) -> Work:
+        d_y = self._stream(rows)
+        d_out = self._stream(rows)
+        y = self._stream(rows)
+        mean = torch.empty(0, device=self._target.device)  # RMSNorm has none
+        rstd = torch.rand(rows, device=self._target.device)
+        call = partial(
+            launch_residual_norm_backward,
+            *(d_y, d_out, y, mean, rstd, self._weight),
+            has_branch=True,
+            has_bias=False,
+            has_branch_bias=False,
+            join=self._join,
+            norm=self._norm,
         )
-        found.add((rows, launch.warps(count, architecture), stages, resident // count, cap))
-    return tuple(sorted(found))
+        return partial(self._reduced, call)
+
+    def add(self, rows: int) -> Work:
+        residual = self._stream(rows)
+        branch = self._stream(rows)
+        return partial(launch_scaled_add_forward, residual, branch, None, self._join)
+
+    def add_backward(self, rows: int) -> Work:
+        dtype = self._target.sweep.dtype
+        call = partial(launch_scaled_add_backward, self._stream(rows), True, self._join, dtype)
+        return partial(self._reduced, call)
+
+    def _reduced(self, backward: Work) -> None:
+        """A backward with the reduction of its partial sums.
+
+        The reduction's cost grows with the number of programs, which is being tuned.
+        """
+        partials = backward()[-1]
+        LAUNCHERS["reduce_partials_"](partials, 0, self._d_weight)
 
 
-def _rows(hidden: int, sweep: Sweep, device: torch.device, architecture: str) -> Iterator[Tunable]:
-    dtype, bucket = sweep.dtype, (row_bucket(hidden), sweep.dtype.itemsize)
-    weight = _random(hidden, dtype=dtype, device=device)
-
-    def stream(rows: int) -> Tensor:
-        return _random(rows, hidden, dtype=dtype, device=device)
-
-    join, norm = Join(0.3), Norm("rmsnorm")
-
-    def forward(rows: int) -> Callable[[], Any]:
-        given = (stream(rows), stream(rows), None, weight, None, join, norm)
-        return partial(launch_residual_norm_forward, *given)
-
-    def backward(rows: int) -> Callable[[], Any]:
-        saved = (
-            stream(rows),
-            stream(rows),
-            stream(rows),
-            torch.empty(0, device=device),
-            torch.rand(rows, device=device),
-            weight,
-        )
-        call = partial(launch_residual_norm_backward, *saved, True, False, False, join, norm)
-        return partial(reduced, call)
-
-    def add(rows: int) -> Callable[[], Any]:
-        return partial(launch_scaled_add_forward, stream(rows), stream(rows), None, join)
-
-    def add_backward(rows: int) -> Callable[[], Any]:
-        return partial(
-            reduced, partial(launch_scaled_add_backward, stream(rows), True, join, dtype)
-        )
-
-    def reduced(work: Callable[[], Any]) -> None:
-        """With the reduction, whose cost grows with the number of programs."""
-        LAUNCHERS["reduce_partials_"](work()[-1], 0, d_weight)
-
-    d_weight = torch.zeros(hidden, device=device)
-    forwards, backwards = (
-        _forward_candidates(hidden, architecture),
-        _backward_candidates(hidden, architecture),
-    )
+def _rows(hidden: int, target: _Target) -> Iterator[Tunable]:
+    """The operations over rows of `hidden` elements."""
+    bucket = row_bucket(hidden)
+    calls = _RowCalls(hidden, target)
+    forwards = _forward_candidates(hidden, target)
+    backwards = _backward_candidates(hidden, target)
     for operation, candidates, prepare in (
-        ("norm_forward", forwards, forward),
-        ("norm_backward", backwards, backward),
-        ("scaled_add_forward", forwards, add),
-        ("scaled_add_backward", backwards, add_backward),
+        ("norm_forward", forwards, calls.forward),
+        ("norm_backward", backwards, calls.backward),
+        ("scaled_add_forward", forwards, calls.add),
+        ("scaled_add_backward", backwards, calls.add_backward),
     ):
-        yield Tunable(
-            (operation, *bucket), candidates, tuple(partial(prepare, rows) for rows in sweep.rows)
-        )
+        sizes = tuple(partial(prepare, rows) for rows in target.sweep.rows)
+        yield Tunable((operation, bucket, target.itemsize), candidates, sizes)
 
 
-def _tiles(architecture: str) -> tuple[tuple[int, ...], ...]:
-    """(elements, warps): eight to 32 elements a thread."""
-    pairs = itertools.product((1024, 2048, 4096, 8192), (128, 256, 512))
-    return tuple(
-        (elements, launch.warps(threads, architecture))
-        for elements, threads in pairs
-        if 8 <= elements / threads <= 32
-    )
+def _tiles(
+    elements: tuple[int, ...], elements_a_thread: int, target: _Target
+) -> list[tuple[int, int]]:
+    """(elements, warps) of one-dimensional tiles: eight to `elements_a_thread` for each thread."""
+    tiles = []
+    for count, threads in itertools.product(elements, (128, 256, 512)):
+        if 8 <= count / threads <= elements_a_thread:
+            tiles.append((count, target.warps(threads)))
+    return tiles
 
 
-def _pointwise(
-    columns: int, sweep: Sweep, device: torch.device, architecture: str
-) -> Iterator[Tunable]:
-    def forward(rows: int) -> Callable[[], Any]:
-        return partial(
-            LAUNCHERS["swiglu_forward"],
-            _random(rows, 2 * columns, dtype=sweep.dtype, device=device),
-        )
+def _activation_tiles(target: _Target) -> list[tuple[int, int]]:
+    return _tiles((1024, 2048, 4096, 8192), 32, target)
 
-    def backward(rows: int) -> Callable[[], Any]:
-        d_out, gate_up = (
-            _random(rows, width, dtype=sweep.dtype, device=device)
-            for width in (columns, 2 * columns)
-        )
+
+def _swiglu(columns: int, target: _Target) -> Iterator[Tunable]:
+    """SwiGLU with an output of `columns`, at the first number of rows."""
+
+    def forward(rows: int) -> Work:
+        return partial(LAUNCHERS["swiglu_forward"], target.random(rows, 2 * columns))
+
+    def backward(rows: int) -> Work:
+        d_out = target.random(rows, columns)
+        gate_up = target.random(rows, 2 * columns)
         return partial(LAUNCHERS["swiglu_backward"], d_out, gate_up)
 
     for operation, prepare in (("swiglu_forward", forward), ("swiglu_backward", backward)):
-        key = (operation, launch.column_bucket(columns), sweep.dtype.itemsize)
-        yield Tunable(key, _tiles(architecture), (partial(prepare, sweep.rows[0]),))
+        key = (operation, launch.column_bucket(columns), target.itemsize)
+        sizes = (partial(prepare, target.sweep.rows[0]),)
+        yield Tunable(key, tuple(_activation_tiles(target)), sizes)
 
 
-def _squared_relu(sweep: Sweep, device: torch.device, architecture: str) -> Iterator[Tunable]:
-    def prepare(operation: str, rows: int) -> Callable[[], Any]:
-        tensors = 1 if operation.endswith("forward") else 2
-        return partial(
-            LAUNCHERS[operation],
-            *(
-                _random(rows, 4 * sweep.hidden[0], dtype=sweep.dtype, device=device)
-                for _ in range(tensors)
-            ),
-        )
+def _squared_relu(target: _Target) -> Iterator[Tunable]:
+    """Squared ReLU: its tiles do not see the width, so one width stands for all."""
+    width = 4 * target.sweep.hidden[0]
 
-    for operation in ("squared_relu_forward", "squared_relu_backward"):
-        sizes = tuple(partial(prepare, operation, rows) for rows in sweep.rows)
-        yield Tunable(
-            (operation, 0, sweep.dtype.itemsize),
-            tuple((*tile, 1) for tile in _tiles(architecture)),
-            sizes,
-        )
+    def prepare(operation: str, tensors: int, rows: int) -> Work:
+        inputs = [target.random(rows, width) for _ in range(tensors)]
+        return partial(LAUNCHERS[operation], *inputs)
+
+    candidates = tuple((*tile, 1) for tile in _activation_tiles(target))  # in one stage
+    for operation, tensors in (("squared_relu_forward", 1), ("squared_relu_backward", 2)):
+        sizes = tuple(partial(prepare, operation, tensors, rows) for rows in target.sweep.rows)
+        yield Tunable((operation, 0, target.itemsize), candidates, sizes)
 
 
-def _rotary(head_dim: int, sweep: Sweep, device: torch.device) -> Tunable:
-    def prepare(rows: int) -> Callable[[], Any]:
-        angle = torch.rand(rows, 1, head_dim // 2, device=device) * 6.3
-        x = _random(rows, 1, 16, head_dim, dtype=sweep.dtype, device=device)
+def _rotary(head_dim: int, target: _Target) -> Tunable:
+    """The rotation of 16 heads."""
+
+    def prepare(rows: int) -> Work:
+        angle = torch.rand(rows, 1, head_dim // 2, device=target.device) * 6.3  # about 2 pi
+        x = target.random(rows, 1, 16, head_dim)
         return partial(LAUNCHERS["rotary_"], x, angle.cos(), angle.sin(), False)
 
-    key = ("rotary", launch.column_bucket(head_dim // 2), sweep.dtype.itemsize)
-    return Tunable(
-        key,
-        ((256,), (512,), (1024,), (2048,)),
-        tuple(partial(prepare, rows) for rows in sweep.rows),
-    )
+    key = ("rotary", launch.column_bucket(head_dim // 2), target.itemsize)
+    candidates = ((256,), (512,), (1024,), (2048,))
+    sizes = tuple(partial(prepare, rows) for rows in target.sweep.rows)
+    return Tunable(key, candidates, sizes)
 
 
-def _reduction(sweep: Sweep, device: torch.device, architecture: str) -> Tunable:
-    def prepare(hidden: int) -> Callable[[], Any]:
-        partials = torch.randn(launch.processors(architecture) * 4, 1, hidden, device=device)
-        return partial(
-            LAUNCHERS["reduce_partials_"], partials, 0, torch.zeros(hidden, device=device)
-        )
+def _reduction(target: _Target) -> Tunable:
+    """The sum of the partial sums that the backward of a norm leaves."""
+    # As many partial sums as four programs a processor leave.
+    programs = launch.processors(target.architecture) * 4
 
+    def prepare(hidden: int) -> Work:
+        partials = torch.randn(programs, 1, hidden, device=target.device)
+        total = torch.zeros(hidden, device=target.device)
+        return partial(LAUNCHERS["reduce_partials_"], partials, 0, total)
+
+    # (rows, columns, threads) of a tile.
     shapes = ((32, 32, 128), (64, 32, 128), (128, 32, 256), (32, 128, 256), (64, 64, 256))
-    candidates = tuple(
-        (rows, columns, launch.warps(threads, architecture)) for rows, columns, threads in shapes
-    )
-    return Tunable(
-        ("reduce_partials", 0, 4),
-        candidates,
-        tuple(partial(prepare, hidden) for hidden in sweep.hidden),
-    )
+    candidates = tuple((rows, columns, target.warps(threads)) for rows, columns, threads in shapes)
+    sizes = tuple(partial(prepare, hidden) for hidden in target.sweep.hidden)
+    return Tunable(("reduce_partials", 0, 4), candidates, sizes)
 
 
-def _optimizer(sweep: Sweep, device: torch.device, architecture: str) -> Iterator[Tunable]:
-    def adamw(parameters: int) -> Callable[[], Any]:
-        """The segments are cut by the table, so they are made anew for each candidate."""
+def _optimizer(target: _Target) -> Iterator[Tunable]:
+    """AdamW and the gradient norm over a flat buffer of float32."""
+    device = target.device
+
+    def adamw(parameters: int) -> Work:
+        # The segments are cut into blocks of the candidate's size, so they are made in this call.
+        shape = launch.block_shape("adamw", torch.float32, device)
+        half = parameters // 2
+        segment_table = torch.tensor([[0, half, 0], [half, half, 1]])  # start, length, group
+        segments = block_table(segment_table, shape.block).to(device)
+
         state = [torch.randn(parameters, device=device).abs() for _ in range(4)]
-        half = torch.empty(parameters, dtype=torch.bfloat16, device=device)
-        pieces = torch.tensor([[0, parameters // 2, 0], [parameters // 2, parameters // 2, 1]])
-        segments = block_table(pieces, launch.block_shape("adamw", torch.float32, device).block).to(
-            device
-        )
-        groups = torch.tensor(
-            [[1.0, 0.1, 1e-12], [0.5, 0.1, 1e-12]], dtype=torch.float64, device=device
-        )
+        copy = torch.empty(parameters, dtype=torch.bfloat16, device=device)
+        rows = [[1.0, 0.1, 1e-12], [0.5, 0.1, 1e-12]]  # lr factor, weight decay, eps
+        groups = torch.tensor(rows, dtype=torch.float64, device=device)
         step = Control(1e-3, step=1, clip=1, correction1=0.1, correction2=0.05, grad_norm=1)
         control = new_control(device, step)
-        return partial(LAUNCHERS["adamw_"], half, *state, segments, groups, control, 0.9, 0.95)
+        return partial(LAUNCHERS["adamw_"], copy, *state, segments, groups, control, 0.9, 0.95)
 
-    def norm(parameters: int) -> Callable[[], Any]:
-        return partial(LAUNCHERS["sum_of_squares"], torch.randn(parameters, device=device), None)
+    def norm(parameters: int) -> Work:
+        gradient = torch.randn(parameters, device=device)
+        return partial(LAUNCHERS["sum_of_squares"], gradient, None)
 
-    blocks = tuple(
-        (block, launch.warps(block // each, architecture), 1)
-        for block in (512, 1024, 2048, 4096)
-        for each in (4, 8)
-    )
-    yield Tunable(
-        ("adamw", 0, 4), blocks, tuple(partial(adamw, count) for count in sweep.parameters)
-    )
-    yield Tunable(
-        ("sum_of_squares", 0, 4), blocks, tuple(partial(norm, count) for count in sweep.parameters)
-    )
+    blocks = []
+    for block, elements_a_thread in itertools.product((512, 1024, 2048, 4096), (4, 8)):
+        blocks.append((block, target.warps(block // elements_a_thread), 1))
+    for operation, prepare in (("adamw", adamw), ("sum_of_squares", norm)):
+        sizes = tuple(partial(prepare, count) for count in target.sweep.parameters)
+        yield Tunable((operation, 0, 4), tuple(blocks), sizes)
 
 
-def _cross_entropy(sweep: Sweep, device: torch.device, architecture: str) -> Iterator[Tunable]:
-    def logits(vocabulary: int) -> tuple[Tensor, Tensor]:
-        rows = sweep.rows[0]
-        return _random(rows, vocabulary, dtype=sweep.dtype, device=device), torch.zeros(
-            rows, dtype=torch.int64, device=device
-        )
+def _cross_entropy(target: _Target) -> Iterator[Tunable]:
+    """Cross-entropy of logits, forward and backward, at the first number of rows."""
+    rows = target.sweep.rows[0]
+    device = target.device
 
-    def forward(vocabulary: int) -> Callable[[], Any]:
-        return partial(
-            LAUNCHERS["cross_entropy_forward"], *logits(vocabulary), 0, vocabulary, 0.5, False
-        )
+    def inputs(vocabulary: int) -> tuple[Tensor, Tensor]:
+        logits = target.random(rows, vocabulary)
+        return logits, torch.zeros(rows, dtype=torch.int64, device=device)
 
-    def backward(vocabulary: int) -> Callable[[], Any]:
-        x, labels = logits(vocabulary)
-        lse, one = torch.full((len(labels),), 20.0, device=device), torch.ones(1, device=device)
-        return partial(
-            LAUNCHERS["cross_entropy_backward_"],
-            x,
-            labels,
-            0,
-            lse,
-            one,
-            -100,
-            0.0,
-            0.0,
-            vocabulary,
-            0.5,
-        )
+    def forward(vocabulary: int) -> Work:
+        logits, labels = inputs(vocabulary)
+        logit_scale = 0.5
+        with_sum = False
+        arguments = (logits, labels, 0, vocabulary, logit_scale, with_sum)
+        return partial(LAUNCHERS["cross_entropy_forward"], *arguments)
 
-    pairs = itertools.product((1024, 2048, 4096, 8192, 16384), (128, 256, 512))
-    blocks = tuple(
-        (block, launch.warps(threads, architecture))
-        for block, threads in pairs
-        if 8 <= block / threads <= 64
-    )
-    for operation, prepare, stages in (
+    def backward(vocabulary: int) -> Work:
+        logits, labels = inputs(vocabulary)
+        lse = torch.full((rows,), 20.0, device=device)
+        grad_scale = torch.ones(1, device=device)
+        # The ignored label, z loss, label smoothing, true vocabulary and logit scale.
+        settings = (-100, 0.0, 0.0, vocabulary, 0.5)
+        arguments = (logits, labels, 0, lse, grad_scale, *settings)
+        return partial(LAUNCHERS["cross_entropy_backward_"], *arguments)
+
+    tiles = _tiles((1024, 2048, 4096, 8192, 16384), 64, target)
+    for operation, prepare, stage_counts in (
         ("cross_entropy_forward", forward, (1, 2, 3)),
+        # The backward reads each logit in a program of its own, so there is no loop to pipeline.
         ("cross_entropy_backward", backward, (1,)),
     ):
-        sizes = tuple(partial(prepare, vocabulary) for vocabulary in sweep.vocabularies)
-        yield Tunable(
-            (operation, 0, sweep.dtype.itemsize),
-            tuple((*block, count) for block in blocks for count in stages),
-            sizes,
+        candidates = tuple(
+            (*tile, stages) for tile, stages in itertools.product(tiles, stage_counts)
         )
+        sizes = tuple(partial(prepare, vocabulary) for vocabulary in target.sweep.vocabularies)
+        yield Tunable((operation, 0, target.itemsize), candidates, sizes)

@@ -21,7 +21,8 @@ from megatron_completep.model.norm import Norm
 from megatron_completep.model.stream import Branch
 from megatron_completep.parallel.layer_context import LayerContext
 from megatron_completep.parallel.linear import ColumnParallelLinear, RowParallelLinear
-from megatron_completep.parallel.parameter import Site
+from megatron_completep.parallel.micro_batch import MicroBatchSizes
+from megatron_completep.parallel.parameter import Site, spec_of
 from megatron_completep.roles import Role
 
 
@@ -125,6 +126,27 @@ class Attention(nn.Module):
                     kernels.rotary(k, inputs.cos, inputs.sin),
                 )
         return q.permute(1, 2, 0, 3), k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3)
+
+    def flops(self, seq_length: int) -> float:
+        """Matrix FLOPs of the forward pass a token, of all heads: projections, scores and mixing."""
+        width = spec_of(self.output.weight).shape[1]
+        keys = (seq_length + 1) / 2  # that a token sees on average: the causal half of the square
+        scores_and_mixing = 2 * (2 * width * keys)
+        return self.qkv.flops() + scores_and_mixing + self.output.flops()
+
+    def activation_bytes(self, sizes: MicroBatchSizes) -> int:
+        """Bytes kept for backward: inputs of the projections, the heads, and statistics of their rows."""
+        qkv = sizes.tokens * self.qkv.weight.shape[0] * sizes.element_bytes
+        total = self.qkv.activation_bytes(sizes) + qkv + self.output.activation_bytes(sizes)
+        # The inputs of QK-norm are views of QKV; what it makes of them is new.
+        for norm, heads in ((self.q_norm, self.num_heads), (self.k_norm, self.num_groups)):
+            if norm is not None:
+                rows = sizes.tokens * heads
+                total += rows * self.head_dim * sizes.element_bytes
+                total += norm.statistics_bytes(rows, sizes)
+        if not self.recompute:
+            total += sizes.tokens * self.num_heads * 4  # a logsumexp, float32 in every precision
+        return total
 
 
 def qk_norm(model: ModelConfig, context: LayerContext, site: Site | None = None) -> Norm:

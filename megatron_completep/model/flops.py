@@ -1,6 +1,7 @@
 """Model FLOPs: what the mathematics of a step asks of the matrix units, whatever an implementation computes in addition.
 
-Forward, per token (2 FLOPs a multiply-add; N heads of size D, G query groups, F inner width, V vocabulary, S sequence):
+Every module of the model says what its forward pass takes (`flops`), so that a new branch is counted once it answers.
+Per token, 2 FLOPs a multiply-add, that comes to (N heads of size D, G query groups, F inner width, V vocabulary, S sequence):
 
     layer:        2 H (N + 2G) D + 2 N D H          query, key, value and output projections
                 + 2 * 2 N D (S + 1) / 2             scores and mixing, over the causal half only
@@ -18,8 +19,10 @@ import re
 
 import torch
 
-from megatron_completep.config.derived import head_dim, num_query_groups
+from megatron_completep.completep import table_of
+from megatron_completep.config.bare import bare_config
 from megatron_completep.config.schema import ModelConfig
+from megatron_completep.model.stages import whole_model
 
 # Dense bf16 peak of one device in FLOP/s, from the makers' data sheets, by words of the device's name; the first match wins.
 PEAK_FLOPS: dict[str, float] = {
@@ -48,17 +51,8 @@ PEAK_FLOPS: dict[str, float] = {
 
 def forward_flops_per_token(model: ModelConfig, seq_length: int | None = None) -> float:
     """Matrix FLOPs of the forward pass, per token of a sequence of `seq_length` (default: the model's)."""
-    length = seq_length or model.seq_length
-    hidden, width, groups = (
-        model.hidden_size,
-        model.num_attention_heads * head_dim(model),
-        num_query_groups(model),
-    )
-    projections = 2 * hidden * (width + 2 * groups * head_dim(model)) + 2 * width * hidden
-    attention = 2 * 2 * width * (length + 1) / 2
-    matrices = 3 if model.activation == "swiglu" else 2
-    mlp = 2 * matrices * hidden * model.ffn_hidden_size
-    return model.num_layers * (projections + attention + mlp) + 2 * hidden * model.vocab_size
+    table = table_of(bare_config(model))  # no parameterization changes a shape
+    return whole_model(model, table).flops(seq_length or model.seq_length)
 
 
 def training_flops_per_token(model: ModelConfig, seq_length: int | None = None) -> float:

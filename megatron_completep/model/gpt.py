@@ -26,6 +26,7 @@ from megatron_completep.parallel.cross_entropy import LossConfig, Unembedding
 from megatron_completep.parallel.embedding import PositionEmbedding, VocabParallelEmbedding
 from megatron_completep.parallel.gradients import GradientQueue
 from megatron_completep.parallel.layer_context import LayerContext
+from megatron_completep.parallel.micro_batch import MicroBatchSizes
 from megatron_completep.parallel.own_losses import LossLedger
 from megatron_completep.parallel.parameter import Site
 from megatron_completep.parallel.products import Products
@@ -197,6 +198,37 @@ class GPT(nn.Module):
         if positions is not None:
             return cos[positions.t()], sin[positions.t()]
         return cos[past : past + seq_length, None], sin[past : past + seq_length, None]
+
+    def flops(self, seq_length: int) -> float:
+        """Matrix FLOPs of this stage's forward pass, per token of a sequence of this length.
+
+        Of the logical model, whatever tensor ranks share it: norms, rotations, softmax and the embeddings' look-ups have none.
+        """
+        layers = sum(block.flops(seq_length) for _, block in self.blocks())
+        return layers + (self.unembedding.flops() if self.stage.last else 0.0)
+
+    def activation_bytes(self, sizes: MicroBatchSizes) -> int:
+        """Bytes that the forward pass of a micro-batch keeps on this rank for the backward pass, parameters apart."""
+        total = self._bytes_of_layers(sizes)
+        if self.stage.first:
+            total += self.embedding.activation_bytes(sizes)
+        if self.stage.last:
+            total += self.final_norm.activation_bytes(sizes)
+            total += self.unembedding.activation_bytes(sizes)
+        return total
+
+    def _bytes_of_layers(self, sizes: MicroBatchSizes) -> int:
+        if self.recompute == "full":
+            # What enters a layer is kept: the stream, and the branch that waits to join it, except before the stage's first.
+            streams = len(self.layers) * sizes.stream_bytes
+            pending = max(0, len(self.layers) - 1) * sizes.element_bytes
+            return sizes.local_tokens * self.config.hidden_size * (streams + pending)
+        total = sum(block.activation_bytes(sizes) for _, block in self.blocks())
+        if (
+            self.config.position == "rope"
+        ):  # cos and sin, [S, D/2] each, are the same for all layers
+            total += self.config.seq_length * head_dim(self.config) * sizes.wide_bytes
+        return total
 
     def new_caches(self, batch: int, capacity: int) -> list[KeyValueCache]:
         """Empty key/value caches for `capacity` positions, one a layer."""

@@ -14,6 +14,7 @@ from megatron_completep.config.schema import ModelConfig
 from megatron_completep.model.stream import Branch
 from megatron_completep.parallel.layer_context import LayerContext
 from megatron_completep.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megatron_completep.parallel.micro_batch import MicroBatchSizes
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -77,3 +78,13 @@ class MLP(nn.Module):
 
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             return self.down(activated)
+
+    def flops(self, seq_length: int) -> float:
+        """Matrix FLOPs of the forward pass a token, of the logical branch."""
+        return self.up.flops() + self.down.flops()
+
+    def activation_bytes(self, sizes: MicroBatchSizes) -> int:
+        """Bytes kept for backward: the inputs of both matrices and of the activation."""
+        activation_input = sizes.tokens * self.up.weight.shape[0] * sizes.element_bytes
+        down_input = 0 if self.recompute else self.down.activation_bytes(sizes)
+        return self.up.activation_bytes(sizes) + activation_input + down_input

@@ -11,6 +11,7 @@ from megatron_completep.completep import Table
 from megatron_completep.config.schema import ModelConfig
 from megatron_completep.model.stream import Stream
 from megatron_completep.parallel.layer_context import LayerContext
+from megatron_completep.parallel.micro_batch import MicroBatchSizes
 from megatron_completep.parallel.parameter import Site, Spec, make_parameter
 from megatron_completep.roles import Role
 
@@ -46,6 +47,11 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """norm(x), [..., size] in the weight's type."""
         return kernels.norm(x, self.weight, self.bias, self.norm, self.weight.dtype, self.queue)
+
+    def statistics_bytes(self, rows: int, sizes: MicroBatchSizes) -> int:
+        """Bytes kept for backward of `rows` rows beside the input: the inverse deviation of each, and LayerNorm's mean."""
+        statistics = 2 if self.norm.kind == "layernorm" else 1
+        return rows * statistics * sizes.wide_bytes
 
 
 class StreamNorm(Norm):
@@ -86,6 +92,11 @@ class StreamNorm(Norm):
             self.queue,
         )
         return stream.joined(residual), normed
+
+    def activation_bytes(self, sizes: MicroBatchSizes) -> int:
+        """Bytes kept for backward: the stream that is normed, and its statistics. What reads the norm keeps that itself."""
+        stream = sizes.local_tokens * self.weight.shape[0] * sizes.stream_bytes
+        return stream + self.statistics_bytes(sizes.local_tokens, sizes)
 
 
 def join_of(model: ModelConfig, table: Table) -> kernels.Join:

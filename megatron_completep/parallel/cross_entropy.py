@@ -21,7 +21,8 @@ from megatron_completep.parallel.embedding import VocabShard
 from megatron_completep.parallel.gradients import Accumulate, accumulate_tensor
 from megatron_completep.parallel.layer_context import LayerContext
 from megatron_completep.parallel.linear import accumulate_matrix
-from megatron_completep.parallel.parameter import Site
+from megatron_completep.parallel.micro_batch import MicroBatchSizes
+from megatron_completep.parallel.parameter import Site, spec_of
 from megatron_completep.parallel.products import Products
 from megatron_completep.roles import Role
 
@@ -114,6 +115,25 @@ class Unembedding(VocabShard):
         # [V, B, S]: the ranks' rows follow one another along the first dimension.
         vocabulary_first = all_gather(local.permute(2, 1, 0).contiguous(), ranks.tensor)
         return vocabulary_first[: self.vocab_size].permute(1, 2, 0)
+
+    def tokens_at_once(self, element_bytes: int) -> int:
+        """How many tokens' logits are held at once; a larger micro-batch is taken in chunks."""
+        return max(1, self.loss.chunk_bytes // (self.weight.shape[0] * element_bytes))
+
+    def flops(self) -> float:
+        """Matrix FLOPs of the forward pass a token, of the logical matrix, without padding."""
+        return 2.0 * spec_of(self.weight).size
+
+    def activation_bytes(self, sizes: MicroBatchSizes) -> int:
+        """Bytes kept for backward, loss included."""
+        rows, hidden = self.weight.shape
+        inputs = sizes.tokens * hidden * sizes.element_bytes
+        if sizes.tokens <= self.tokens_at_once(sizes.element_bytes):
+            logits = sizes.tokens * rows * sizes.element_bytes
+            labels_and_logsumexp = sizes.tokens * (8 + sizes.wide_bytes)
+            return inputs + logits + labels_and_logsumexp
+        # Both gradients are made in the forward pass: of the inputs, and of the weight.
+        return inputs + rows * hidden * sizes.wide_bytes
 
 
 class _UnembeddingLoss(torch.autograd.Function):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from megatron_completep.parallel.gradients import Accumulate, GradientQueue
 from megatron_completep.parallel.layer_context import LayerContext
+from megatron_completep.parallel.micro_batch import MicroBatchSizes
 from megatron_completep.parallel.parameter import Site, Spec, make_parameter
 from megatron_completep.roles import Role
 
@@ -77,6 +78,11 @@ class VocabParallelEmbedding(VocabShard):
         ids_in_range = local_ids.clamp(0, self.local_size - 1)
         partial_sum = look_up(ids_in_range, self.weight, is_local, queue)
         return ranks.sequence.sum_with_gradient(partial_sum)
+
+    def activation_bytes(self, sizes: MicroBatchSizes) -> int:
+        """Bytes kept for backward: the ids, int64, and which of them are this tensor rank's."""
+        mask_bytes = 1 if self.context.ranks.tensor.size > 1 else 0
+        return sizes.tokens * (8 + mask_bytes)
 
 
 class PositionEmbedding(nn.Module):

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from megatron_completep.parallel.gradients import Accumulate, accumulate_sum
 from megatron_completep.parallel.layer_context import LayerContext
-from megatron_completep.parallel.parameter import Site, Spec, make_parameter
+from megatron_completep.parallel.micro_batch import MicroBatchSizes
+from megatron_completep.parallel.parameter import Site, Spec, make_parameter, spec_of
 from megatron_completep.parallel.products import Products
 from megatron_completep.roles import Role
 
@@ -75,6 +76,14 @@ class ColumnParallelLinear(nn.Module):
         )
         return out
 
+    def flops(self) -> float:
+        """Matrix FLOPs of the forward pass a token, of the logical matrix."""
+        return 2.0 * spec_of(self.weight).size
+
+    def activation_bytes(self, sizes: MicroBatchSizes) -> int:
+        """Bytes kept for backward: this rank's part of the input, which backward gathers again."""
+        return sizes.local_tokens * self.weight.shape[1] * sizes.element_bytes
+
 
 class RowParallelLinear(nn.Module):
     """[S, B, local in] -> [s, B, out], the output of a branch, summed over tensor ranks.
@@ -118,6 +127,14 @@ class RowParallelLinear(nn.Module):
             x, self.weight, self.context
         )
         return self.context.ranks.sequence.sum_with_gradient(partial_sum)
+
+    def flops(self) -> float:
+        """Matrix FLOPs of the forward pass a token, of the logical matrix."""
+        return 2.0 * spec_of(self.weight).size
+
+    def activation_bytes(self, sizes: MicroBatchSizes) -> int:
+        """Bytes kept for backward: this rank's features of the input."""
+        return sizes.tokens * self.weight.shape[1] * sizes.element_bytes
 
 
 class _Linear(torch.autograd.Function):

@@ -1,34 +1,43 @@
-"""Every collective of an optimizer step, on paper: which axis, which operation, how many bytes, how often, and what for.
+"""Every collective of an optimizer step, on paper.
 
-Tests count the real ones and compare. The bytes of a call are those of the whole tensor: what is summed, what a gather makes,
-what a scatter takes, what is sent.
+Each has its axis, operation, bytes, number of calls and purpose.
+Tests count the collectives of a real step and compare. The bytes of a call are those of the whole
+tensor: what an all-reduce sums, an all-gather makes, a reduce-scatter takes, a send sends.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from megatron_completep.config.derived import micro_batches_per_step, padded_vocab_size
+from torch import nn
+
+from megatron_completep.config.derived import data_parallel_size, micro_batches_per_step
 from megatron_completep.config.schema import Config
-from megatron_completep.model.gpt import Stage
-from megatron_completep.parallel.cross_entropy import LossConfig
+from megatron_completep.model.gpt import GPT
+from megatron_completep.optim.layout import Layout
+from megatron_completep.parallel.cross_entropy import LossConfig, Unembedding
+from megatron_completep.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_completep.parallel.parameter import Spec
 from megatron_completep.planning.sizes import (
+    backward_specs,
     element_bytes,
+    micro_batch_sizes,
     rank_layout,
-    rank_specs,
-    rank_stages,
+    rank_models,
     shard_count,
     wide_bytes,
 )
 
-ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, SEND = "all-reduce", "all-gather", "reduce-scatter", "send"
+ALL_REDUCE = "all-reduce"
+ALL_GATHER = "all-gather"
+REDUCE_SCATTER = "reduce-scatter"
+SEND = "send"
 
 
 @dataclass(frozen=True)
 class Collective:
-    """`count` calls a step, each with `payload` bytes, over one axis of the mesh (or the whole of it)."""
+    """`count` calls a step, each with `payload` bytes, over one axis of the mesh or all ranks."""
 
     axis: str
     operation: str
@@ -38,236 +47,196 @@ class Collective:
 
     def sent(self, ranks: int) -> float:
         """Bytes that one rank sends, with ring algorithms over `ranks` ranks."""
-        share = {ALL_REDUCE: 2 * (ranks - 1) / ranks, SEND: 1.0}.get(
-            self.operation, (ranks - 1) / ranks
-        )
-        return self.payload * self.count * share
+        if self.operation == SEND:
+            return float(self.payload * self.count)
+        # A ring passes every part of the tensor on to all other ranks: once for a gather or a
+        # scatter, twice for an all-reduce, which is both.
+        passes = 2 if self.operation == ALL_REDUCE else 1
+        return self.payload * self.count * (passes * (ranks - 1) / ranks)
 
 
 def collectives_per_step(
     config: Config, world_size: int, pipeline_rank: int = 0, shard_rank: int = 0
 ) -> list[Collective]:
-    """What a rank at these coordinates does in `TrainingStep.run`. Tensor and replica ranks are alike.
+    """What a rank at these coordinates does in `TrainingStep.run`.
 
-    shard_rank: the rank among those that share the optimizer; it matters for the small sum of partial gradients alone.
+    Tensor and replica ranks are alike.
+
+    shard_rank: the rank among those that share the optimizer; it matters for the small sum of
+        partial gradients alone.
     """
-    data_size = world_size // (
-        config.parallel.tensor_parallel_size * config.parallel.pipeline_parallel_size
-    )
+    data_size = data_parallel_size(config, world_size)
     micro_batches = micro_batches_per_step(config, world_size)
-    specs = rank_specs(config, pipeline_rank)
-    found = [
-        *(
-            c
-            for stage in rank_stages(config, pipeline_rank)
-            for c in _tensor(config, stage, micro_batches)
-        ),
-        *_partial_gradients(config, specs, data_size, shard_rank),
-        *_pipeline(config, specs, pipeline_rank, micro_batches, data_size),
-        *_data(config, specs, data_size),
-    ]
-    if world_size > 1:
-        numbers = 3 + len(LossConfig.of(config.training).terms)
-        found.append(
-            Collective(
-                "world",
-                ALL_REDUCE,
-                numbers * 8,
-                1,
-                "squared gradient norm, loss, its terms, tokens",
-            )
-        )
-        found.append(Collective("world", ALL_REDUCE, 4, 1, "whether a rank was asked to stop"))
-    return [collective for collective in found if collective.count]
+    models = rank_models(config, pipeline_rank)
+    specs = backward_specs(models)
+    layout = rank_layout(config, specs, data_size)
+
+    collectives: list[Collective] = []
+    for model in models:
+        collectives += _tensor(config, model, micro_batches)
+    collectives += _partial_gradients(config, specs, layout, shard_rank)
+    collectives += _pipeline(config, models, micro_batches)
+    collectives += _tied_gradients(config, specs, layout)
+    collectives += _data(config, layout, data_size)
+    collectives += _world(config, world_size)
+    return [collective for collective in collectives if collective.count]
 
 
 def sent_bytes(config: Config, world_size: int) -> tuple[float, float, float]:
-    """Bytes that the busiest rank sends per step along the tensor, the pipeline and the data axis."""
+    """Bytes that the busiest rank sends a step along the tensor, the pipeline and the data axis."""
     parallel = config.parallel
-    data_size = world_size // (parallel.tensor_parallel_size * parallel.pipeline_parallel_size)
+    data_size = data_parallel_size(config, world_size)
     shards = shard_count(config, data_size)
     ranks = {
         "tensor": parallel.tensor_parallel_size,
         "pipeline": 2,
         "shard": shards,
         "replica": data_size // shards,
+        "world": world_size,
     }
-    totals = []
+    # The busiest rank of one axis need not be that of another.
+    most = {"tensor": 0.0, "pipeline": 0.0, "data": 0.0}
     for pipeline_rank in range(parallel.pipeline_parallel_size):
-        planned = collectives_per_step(config, world_size, pipeline_rank)
-        totals.append(
-            {
-                axis: sum(c.sent(size) for c in planned if c.axis == axis)
-                for axis, size in ranks.items()
-            }
-        )
-    return (
-        max(t["tensor"] for t in totals),
-        max(t["pipeline"] for t in totals),
-        max(t["shard"] + t["replica"] for t in totals),
-    )
+        sent = dict.fromkeys(ranks, 0.0)
+        for collective in collectives_per_step(config, world_size, pipeline_rank):
+            sent[collective.axis] += collective.sent(ranks[collective.axis])
+        sent["data"] = sent["shard"] + sent["replica"]
+        most = {axis: max(size, sent[axis]) for axis, size in most.items()}
+    return most["tensor"], most["pipeline"], most["data"]
 
 
-def activation_bytes(config: Config) -> int:
-    """One micro-batch's [S, B, H] on all of the sequence."""
-    model, training = config.model, config.training
-    return model.seq_length * training.micro_batch_size * model.hidden_size * element_bytes(config)
+def _tensor(config: Config, model: GPT, micro_batches: int) -> Iterator[Collective]:
+    """Activations between tensor ranks in one stage: of its parallel linears and of its ends.
 
-
-def _tensor(config: Config, stage: Stage, micro_batches: int) -> Iterator[Collective]:
-    """Activations between tensor ranks, forward and backward, of one stage."""
-    tp, split = config.parallel.tensor_parallel_size, config.parallel.sequence_parallel
-    if tp == 1:
+    The linears are counted in the model, so that a new branch made of them is known here.
+    """
+    if config.parallel.tensor_parallel_size == 1:
         return
-    activation, layers = activation_bytes(config), micro_batches * (stage.stop - stage.start)
-    ends = micro_batches * stage.first, micro_batches * stage.last
+    # Partial sums [S, B, H] become the whole sum on every rank, or a part of the sequence on each,
+    # which has to be gathered where the whole is needed.
+    split = config.parallel.sequence_parallel
+    reduce = REDUCE_SCATTER if split else ALL_REDUCE
+    embeddings = micro_batches if model.stage.first else 0
+    unembeddings = micro_batches if model.stage.last else 0
+    columns = micro_batches * _count(model, ColumnParallelLinear)
+    rows = micro_batches * _count(model, RowParallelLinear)
+    activation_elements = micro_batch_sizes(config).tokens * config.model.hidden_size
+    payload = activation_elements * element_bytes(config)
 
     def call(operation: str, count: int, what: str) -> Collective:
-        return Collective("tensor", operation, activation, count, what)
+        return Collective("tensor", operation, payload, count, what)
 
-    yield call(REDUCE_SCATTER if split else ALL_REDUCE, ends[0], "embeddings, forward")
+    yield call(reduce, embeddings, "embeddings, forward")
     if split:
-        yield call(ALL_GATHER, 2 * layers, "inputs of attention and MLP, forward")
-    yield call(
-        REDUCE_SCATTER if split else ALL_REDUCE, 2 * layers, "outputs of attention and MLP, forward"
-    )
-    if split:
-        yield call(ALL_GATHER, ends[1], "input of the unembedding, forward")
-    yield from _losses(config, ends[1])
-    yield call(
-        REDUCE_SCATTER if split else ALL_REDUCE,
-        ends[1],
-        "gradient of the unembedding's input, backward",
-    )
-    if (
-        config.training.recompute == "full"
-    ):  # stops when all that backward needs is there: before the last sum
+        yield call(ALL_GATHER, columns, "inputs of attention and MLP, forward")
+    yield call(reduce, rows, "outputs of attention and MLP, forward")
+    if model.stage.last:
         if split:
-            yield call(ALL_GATHER, 2 * layers, "inputs of attention and MLP, recomputed")
-        yield call(
-            REDUCE_SCATTER if split else ALL_REDUCE, layers, "outputs of attention, recomputed"
-        )
+            yield call(ALL_GATHER, unembeddings, "input of the unembedding, forward")
+        yield from _losses(config, model.unembedding, micro_batches)
+
+    yield call(reduce, unembeddings, "gradient of the unembedding's input, backward")
+    if config.training.recompute == "full":
+        # A layer is computed again until all that backward needs is there: before its last sum.
+        if split:
+            yield call(ALL_GATHER, columns, "inputs of attention and MLP, recomputed")
+        recomputed_rows = rows - micro_batches * len(model.layers)
+        yield call(reduce, recomputed_rows, "outputs of attention, recomputed")
     if split:
-        yield call(
-            ALL_GATHER, 2 * layers, "gradients of the outputs of attention and MLP, backward"
-        )
-        yield call(
-            ALL_GATHER, 2 * layers, "inputs of attention and MLP for the weight gradients, backward"
-        )
-    yield call(
-        REDUCE_SCATTER if split else ALL_REDUCE,
-        2 * layers,
-        "gradients of the inputs of attention and MLP, backward",
-    )
+        yield call(ALL_GATHER, rows, "gradients of the outputs of attention and MLP, backward")
+        # The forward pass keeps this rank's part of the inputs alone.
+        purpose = "inputs of attention and MLP for the weight gradients, backward"
+        yield call(ALL_GATHER, columns, purpose)
+    yield call(reduce, columns, "gradients of the inputs of attention and MLP, backward")
     if split:
-        yield call(ALL_GATHER, ends[0], "gradient of the embeddings, backward")
+        yield call(ALL_GATHER, embeddings, "gradient of the embeddings, backward")
 
 
-def _losses(config: Config, micro_batches: int) -> Iterator[Collective]:
+def _count(model: GPT, kind: type[nn.Module]) -> int:
+    return sum(isinstance(module, kind) for module in model.modules())
+
+
+def _losses(config: Config, unembedding: Unembedding, micro_batches: int) -> Iterator[Collective]:
     """The two reductions of the vocabulary-parallel cross-entropy, for every chunk of tokens."""
-    model, training, tp = config.model, config.training, config.parallel.tensor_parallel_size
-    tokens = model.seq_length * training.micro_batch_size
-    rows = padded_vocab_size(model, tp) // tp
-    at_once = max(1, LossConfig().chunk_bytes // (rows * element_bytes(config)))
-    sums = 3 if training.label_smoothing > 0 else 2
-    whole, rest = divmod(tokens, at_once)
-    for size, count in ((at_once, whole), (rest, 1 if rest else 0)):
-        row = size * wide_bytes(config)
-        yield Collective(
-            "tensor", ALL_REDUCE, row, count * micro_batches, "largest logit of each token, forward"
-        )
-        yield Collective(
-            "tensor",
-            ALL_REDUCE,
-            sums * row,
-            count * micro_batches,
-            "sums of each token's cross-entropy, forward",
-        )
+    # Of each token: the sum of exponentials and the target's logit, with smoothing that of logits.
+    sums = 3 if config.training.label_smoothing > 0 else 2
+    chunk_tokens = unembedding.tokens_at_once(element_bytes(config))
+    full_chunks, remaining_tokens = divmod(micro_batch_sizes(config).tokens, chunk_tokens)
+    remaining_chunks = 1 if remaining_tokens else 0
+    for tokens, chunks in ((chunk_tokens, full_chunks), (remaining_tokens, remaining_chunks)):
+        row = tokens * wide_bytes(config)
+        count = chunks * micro_batches
+        purpose = "largest logit of each token, forward"
+        yield Collective("tensor", ALL_REDUCE, row, count, purpose)
+        purpose = "sums of each token's cross-entropy, forward"
+        yield Collective("tensor", ALL_REDUCE, sums * row, count, purpose)
 
 
 def _partial_gradients(
-    config: Config, specs: dict[str, Spec], data_size: int, shard_rank: int
+    config: Config, specs: Mapping[str, Spec], layout: Layout, shard_rank: int
 ) -> Iterator[Collective]:
-    segments = rank_layout(config, specs, data_size).segments({"gradient": shard_rank})
+    """Gradients of replicated parameters of which each tensor rank has computed a share."""
+    segments = layout.segments({"gradient": shard_rank})
     elements = sum(s.size for s in segments if specs[s.name].partial_gradient)
     if elements:
-        yield Collective(
-            "tensor",
-            ALL_REDUCE,
-            elements * wide_bytes(config),
-            1,
-            "gradients of norms and biases in the shard",
-        )
+        payload = elements * wide_bytes(config)
+        purpose = "gradients of norms and biases in the shard"
+        yield Collective("tensor", ALL_REDUCE, payload, 1, purpose)
 
 
-def _pipeline(
-    config: Config, specs: dict[str, Spec], pipeline_rank: int, micro_batches: int, data_size: int
-) -> Iterator[Collective]:
-    model, parallel = config.model, config.parallel
-    if parallel.pipeline_parallel_size == 1:
+def _pipeline(config: Config, models: list[GPT], micro_batches: int) -> Iterator[Collective]:
+    """The residual stream and its gradient between stages."""
+    if config.parallel.pipeline_parallel_size == 1:
         return
-    stages = rank_stages(config, pipeline_rank)
-    stream = activation_bytes(config) // (
-        parallel.tensor_parallel_size if parallel.sequence_parallel else 1
-    )
-    if model.fp32_residual and element_bytes(config) == 2:
-        stream *= 2
-    forward, backward = (
-        sum(not stage.last for stage in stages),
-        sum(not stage.first for stage in stages),
+    sizes = micro_batch_sizes(config)
+    stream = sizes.local_tokens * config.model.hidden_size * sizes.stream_bytes
+    forward = micro_batches * sum(not model.stage.last for model in models)
+    backward = micro_batches * sum(not model.stage.first for model in models)
+    yield Collective(
+        "pipeline", SEND, stream, forward, "residual stream to the next stage, forward"
     )
     yield Collective(
-        "pipeline",
-        SEND,
-        stream,
-        forward * micro_batches,
-        "residual stream to the next stage, forward",
+        "pipeline", SEND, stream, backward, "its gradient to the stage before, backward"
     )
-    yield Collective(
-        "pipeline",
-        SEND,
-        stream,
-        backward * micro_batches,
-        "its gradient to the stage before, backward",
-    )
-    layout = rank_layout(config, specs, data_size)
-    for piece in layout.pieces:
-        if specs[piece.name].tied_to is not None:
-            bucket = layout.buckets[piece.bucket]
+
+
+def _tied_gradients(
+    config: Config, specs: Mapping[str, Spec], layout: Layout
+) -> Iterator[Collective]:
+    """The embedding's gradient between the ends of the pipeline, which hold a copy of it each."""
+    for entry in layout.pieces:
+        if specs[entry.name].tied_to is not None:
+            bucket = layout.buckets[entry.bucket]
             payload = bucket.size // bucket.shards * wide_bytes(config)
-            yield Collective(
-                "pipeline", SEND, payload, 1, "gradient of the tied embedding to the other end"
-            )
+            purpose = "gradient of the tied embedding to the other end"
+            yield Collective("pipeline", SEND, payload, 1, purpose)
 
 
-def _data(config: Config, specs: dict[str, Spec], data_size: int) -> Iterator[Collective]:
-    """Gradients and parameters, one bucket after the other."""
+def _data(config: Config, layout: Layout, data_size: int) -> Iterator[Collective]:
+    """Gradients and parameters of every bucket between data ranks, one bucket after the other."""
     if data_size == 1:
         return
     shards = shard_count(config, data_size)
-    gradient = 2 if config.parallel.gradient_dtype == "bf16" else wide_bytes(config)
-    for bucket in rank_layout(config, specs, data_size).buckets:
-        size = bucket.size
+    gradient_bytes = 2 if config.parallel.gradient_dtype == "bf16" else wide_bytes(config)
+    for bucket in layout.buckets:
+        gradients = bucket.size * gradient_bytes
+        parameters = bucket.size * element_bytes(config)
         if shards > 1:
-            yield Collective(
-                "shard",
-                REDUCE_SCATTER,
-                size * gradient,
-                1,
-                "gradients of a bucket, during backward",
-            )
-            yield Collective(
-                "shard",
-                ALL_GATHER,
-                size * element_bytes(config),
-                1,
-                "parameters of a bucket, during the next forward",
-            )
+            purpose = "gradients of a bucket, during backward"
+            yield Collective("shard", REDUCE_SCATTER, gradients, 1, purpose)
+            purpose = "parameters of a bucket, during the next forward"
+            yield Collective("shard", ALL_GATHER, parameters, 1, purpose)
         if shards < data_size:
-            yield Collective(
-                "replica",
-                ALL_REDUCE,
-                size // shards * gradient,
-                1,
-                "gradients of the shard, across replicas",
-            )
+            shard = bucket.size // shards * gradient_bytes
+            purpose = "gradients of the shard, across replicas"
+            yield Collective("replica", ALL_REDUCE, shard, 1, purpose)
+
+
+def _world(config: Config, world_size: int) -> Iterator[Collective]:
+    """The few numbers that all ranks share."""
+    if world_size == 1:
+        return
+    numbers = 3 + len(LossConfig.of(config.training).terms)  # float64
+    purpose = "squared gradient norm, loss, its terms, tokens"
+    yield Collective("world", ALL_REDUCE, numbers * 8, 1, purpose)
+    yield Collective("world", ALL_REDUCE, 4, 1, "whether a rank was asked to stop")

@@ -1,6 +1,8 @@
-"""What a rank holds, on paper: its stages, their parameters and the optimizer's layout, read off a model on the meta device."""
+"""What a rank holds, on paper: read off the model of each stage, built on the meta device."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
@@ -12,21 +14,38 @@ from megatron_completep.optim.layout import Layout, entry_of, lay_out
 from megatron_completep.optim.rules import RULES
 from megatron_completep.parallel.axis import Axis
 from megatron_completep.parallel.context import ParallelContext
+from megatron_completep.parallel.micro_batch import MicroBatchSizes
 from megatron_completep.parallel.parameter import Spec, specs_of
 
 
 def element_bytes(config: Config) -> int:
-    """Of parameters and activations."""
+    """Bytes of an element of parameters and activations."""
     return {"float32": 4, "float64": 8}.get(config.training.precision, 2)
 
 
 def wide_bytes(config: Config) -> int:
-    """Of gradients, statistics and optimizer state."""
+    """Bytes of an element of gradients, statistics and optimizer state."""
     return 8 if config.training.precision == "float64" else 4
 
 
+def micro_batch_sizes(config: Config) -> MicroBatchSizes:
+    """What modules are told when they are asked how many bytes they keep for backward."""
+    model = config.model
+    parallel = config.parallel
+    tokens = model.seq_length * config.training.micro_batch_size
+    # Tensor ranks share the residual stream's tokens under sequence parallelism alone.
+    sequence_parts = parallel.tensor_parallel_size if parallel.sequence_parallel else 1
+    return MicroBatchSizes(
+        tokens=tokens,
+        local_tokens=tokens // sequence_parts,
+        element_bytes=element_bytes(config),
+        stream_bytes=4 if model.fp32_residual else element_bytes(config),
+        wide_bytes=wide_bytes(config),
+    )
+
+
 def imagined_context(parallel: ParallelConfig) -> ParallelContext:
-    """The first rank of a mesh of these sizes, with nobody to communicate with: enough to build a model on paper."""
+    """The first rank of a mesh of these sizes, without process groups: enough for a meta model."""
     return ParallelContext(
         device=torch.device("meta"),
         tensor=Axis("tensor", 0, parallel.tensor_parallel_size),
@@ -35,24 +54,36 @@ def imagined_context(parallel: ParallelConfig) -> ParallelContext:
     )
 
 
-def stage_specs(config: Config, stage: Stage) -> dict[str, Spec]:
-    """The parameters of a stage as its first tensor rank holds them, in forward order."""
-    context = imagined_context(config.parallel)
-    return specs_of(GPT(config.model, table_of(config), context, stage))
-
-
 def rank_stages(config: Config, pipeline_rank: int) -> list[Stage]:
-    """Stages of one pipeline rank."""
+    """The stages of one pipeline rank, in forward order."""
     size = config.parallel.pipeline_parallel_size
     return split_stages(config.model, config.parallel)[pipeline_rank::size]
 
 
-def rank_specs(config: Config, pipeline_rank: int) -> dict[str, Spec]:
-    """The parameters of one pipeline rank, in the backward order in which the optimizer lays them out."""
+def stage_model(config: Config, stage: Stage) -> GPT:
+    """The model of one stage as the first tensor rank holds it, on the meta device."""
+    context = imagined_context(config.parallel)
+    recompute = config.training.recompute
+    return GPT(config.model, table_of(config), context, stage, recompute=recompute)
+
+
+def rank_models(config: Config, pipeline_rank: int) -> list[GPT]:
+    """The models of one pipeline rank's stages, in forward order."""
+    return [stage_model(config, stage) for stage in rank_stages(config, pipeline_rank)]
+
+
+def backward_specs(models: Sequence[GPT]) -> dict[str, Spec]:
+    """The parameters of one rank's models, in backward order, as the optimizer lays them out."""
     specs: dict[str, Spec] = {}
-    for stage in reversed(rank_stages(config, pipeline_rank)):
-        specs |= reversed(stage_specs(config, stage).items())
+    # The optimizer's buckets fill from the first parameter whose gradient is complete.
+    for model in reversed(models):
+        specs |= reversed(specs_of(model).items())
     return specs
+
+
+def rank_specs(config: Config, pipeline_rank: int) -> dict[str, Spec]:
+    """The parameters of one pipeline rank, in backward order."""
+    return backward_specs(rank_models(config, pipeline_rank))
 
 
 def shard_count(config: Config, data_size: int) -> int:
@@ -68,7 +99,7 @@ def rank_layout(config: Config, specs: dict[str, Spec], data_size: int) -> Layou
 
 
 def state_count(config: Config) -> int:
-    """How many numbers the optimizer keeps of every element: the master and the update rule's states."""
+    """How many numbers the optimizer keeps of an element: the master and the rule's states."""
     return len(RULES[table_of(config).rule].all_powers())
 
 
@@ -76,6 +107,7 @@ def stored_elements(config: Config) -> int:
     """Elements of all logical parameters: what a checkpoint holds of each state."""
     total = 0
     for stage in split_stages(config.model, config.parallel):
-        specs = stage_specs(config, stage)
+        # Of a tied parameter on two stages one is a copy, which no checkpoint holds.
+        specs = specs_of(stage_model(config, stage))
         total += sum(spec.size for name, spec in specs.items() if not spec.is_copy(name))
     return total

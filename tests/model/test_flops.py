@@ -1,4 +1,4 @@
-"""The FLOP formula against torch's own counter, on a plain model."""
+"""The modules' FLOPs against a formula on paper, and against torch's counter on a plain model."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_completep.benchmarks.plain_model import PlainGPT
+from megatron_completep.config.schema import ModelConfig
 from megatron_completep.model.flops import (
     forward_flops_per_token,
     peak_flops,
@@ -23,6 +24,30 @@ SHAPES: list[dict[str, Any]] = [
     {"num_query_groups": 2, "head_dim": 16, "ffn_hidden_size": 80},
     {"num_layers": 1, "seq_length": 7, "vocab_size": 101},
 ]
+
+
+def formula(model: ModelConfig, seq_length: int) -> float:
+    """FLOPs of the forward pass a token, from the configuration alone."""
+    hidden = model.hidden_size
+    head_dim = model.head_dim or hidden // model.num_attention_heads
+    width = model.num_attention_heads * head_dim
+    groups = model.num_query_groups or model.num_attention_heads
+    projections = 2 * hidden * (width + 2 * groups * head_dim) + 2 * width * hidden
+    attention = 2 * 2 * width * (seq_length + 1) / 2
+    matrices = 3 if model.activation == "swiglu" else 2
+    mlp = 2 * matrices * hidden * model.ffn_hidden_size
+    return model.num_layers * (projections + attention + mlp) + 2 * hidden * model.vocab_size
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "squared_relu", "swiglu"])
+@pytest.mark.parametrize(
+    "shape", [*SHAPES, {"tied_embeddings": True, "qk_norm": True, "position": "alibi"}], ids=str
+)
+def test_the_modules_flops_are_those_of_the_formula(shape: dict[str, Any], activation: str) -> None:
+    model = model_config(**{**shape, "activation": activation})
+    for length in (1, 33, model.seq_length):
+        assert forward_flops_per_token(model, length) == formula(model, length)
+        assert training_flops_per_token(model, length) == 3 * formula(model, length)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from megatron_completep.config.derived import data_parallel_size, micro_batches_per_step
+from megatron_completep.completep import table_of
+from megatron_completep.config.derived import gradient_parallel_size, micro_batches_per_step
 from megatron_completep.config.schema import Config
 from megatron_completep.model.gpt import GPT
+from megatron_completep.model.stages import whole_model
 from megatron_completep.optim.layout import Layout
 from megatron_completep.parallel.cross_entropy import LossConfig, Unembedding
 from megatron_completep.parallel.linear import ColumnParallelLinear, RowParallelLinear
@@ -65,11 +67,11 @@ def collectives_per_step(
     shard_rank: the rank among those that share the optimizer; it matters for the small sum of
         partial gradients alone.
     """
-    data_size = data_parallel_size(config, world_size)
+    gradient_size = gradient_parallel_size(config, world_size)
     micro_batches = micro_batches_per_step(config, world_size)
     models = rank_models(config, pipeline_rank)
     specs = backward_specs(models)
-    layout = rank_layout(config, specs, data_size)
+    layout = rank_layout(config, specs, gradient_size)
 
     collectives: list[Collective] = []
     for model in models:
@@ -77,7 +79,7 @@ def collectives_per_step(
     collectives += _partial_gradients(config, specs, layout, shard_rank)
     collectives += _pipeline(config, models, micro_batches)
     collectives += _tied_gradients(config, specs, layout)
-    collectives += _data(config, layout, data_size)
+    collectives += _data(config, layout, gradient_size)
     collectives += _world(config, world_size)
     return [collective for collective in collectives if collective.count]
 
@@ -85,13 +87,13 @@ def collectives_per_step(
 def sent_bytes(config: Config, world_size: int) -> tuple[float, float, float]:
     """Bytes that the busiest rank sends a step along the tensor, the pipeline and the data axis."""
     parallel = config.parallel
-    data_size = data_parallel_size(config, world_size)
-    shards = shard_count(config, data_size)
+    gradient_size = gradient_parallel_size(config, world_size)
+    shards = shard_count(config, gradient_size)
     ranks = {
         "tensor": parallel.tensor_parallel_size,
         "pipeline": 2,
         "shard": shards,
-        "replica": data_size // shards,
+        "replica": gradient_size // shards,
         "world": world_size,
     }
     # The busiest rank of one axis need not be that of another.
@@ -212,11 +214,11 @@ def _tied_gradients(
             yield Collective("pipeline", SEND, payload, 1, purpose)
 
 
-def _data(config: Config, layout: Layout, data_size: int) -> Iterator[Collective]:
+def _data(config: Config, layout: Layout, gradient_size: int) -> Iterator[Collective]:
     """Gradients and parameters of every bucket between data ranks, one bucket after the other."""
-    if data_size == 1:
+    if gradient_size == 1:
         return
-    shards = shard_count(config, data_size)
+    shards = shard_count(config, gradient_size)
     gradient_bytes = 2 if config.parallel.gradient_dtype == "bf16" else wide_bytes(config)
     for bucket in layout.buckets:
         gradients = bucket.size * gradient_bytes
@@ -226,7 +228,7 @@ def _data(config: Config, layout: Layout, data_size: int) -> Iterator[Collective
             yield Collective("shard", REDUCE_SCATTER, gradients, 1, purpose)
             purpose = "parameters of a bucket, during the next forward"
             yield Collective("shard", ALL_GATHER, parameters, 1, purpose)
-        if shards < data_size:
+        if shards < gradient_size:
             shard = bucket.size // shards * gradient_bytes
             purpose = "gradients of the shard, across replicas"
             yield Collective("replica", ALL_REDUCE, shard, 1, purpose)
@@ -236,7 +238,9 @@ def _world(config: Config, world_size: int) -> Iterator[Collective]:
     """The few numbers that all ranks share."""
     if world_size == 1:
         return
-    numbers = 3 + len(LossConfig.of(config.training).terms)  # float64
+    own_losses = whole_model(config.model, table_of(config)).own_losses.names
+    # Three, the terms of the objective and the layers' own losses, all of them float64.
+    numbers = 3 + len(LossConfig.of(config.training).terms) + len(own_losses)
     purpose = "squared gradient norm, loss, its terms, tokens"
     yield Collective("world", ALL_REDUCE, numbers * 8, 1, purpose)
     yield Collective("world", ALL_REDUCE, 4, 1, "whether a rank was asked to stop")

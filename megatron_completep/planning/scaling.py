@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from megatron_completep.config.check import check_world
 from megatron_completep.config.derived import (
     data_parallel_size,
+    gradient_parallel_size,
     micro_batches_per_step,
     tokens_per_step,
 )
@@ -120,10 +121,10 @@ def scaling_plan(config: Config, world_size: int, gpu_name: str = "h100") -> Sca
     check_world(config, world_size)
     gpu = GPUS[gpu_name]
     parallel = config.parallel
-    data_size = data_parallel_size(config, world_size)
+    gradient_size = gradient_parallel_size(config, world_size)
     micro_batches = micro_batches_per_step(config, world_size)
     memory = tuple(
-        rank_memory(config, rank, data_size, micro_batches)
+        rank_memory(config, rank, gradient_size, micro_batches)
         for rank in range(parallel.pipeline_parallel_size)
     )
     tensor_bytes, pipeline_bytes, data_bytes = sent_bytes(config, world_size)
@@ -143,7 +144,7 @@ def scaling_plan(config: Config, world_size: int, gpu_name: str = "h100") -> Sca
     step_seconds = (compute + exposed) / (1 - bubble)
     return ScalingPlan(
         world_size=world_size,
-        data_parallel_size=data_size,
+        data_parallel_size=data_parallel_size(config, world_size),
         micro_batches=micro_batches,
         memory=memory,
         tensor_bytes=tensor_bytes,
@@ -162,7 +163,7 @@ def scaling_plan(config: Config, world_size: int, gpu_name: str = "h100") -> Sca
 
 
 def rank_memory(
-    config: Config, pipeline_rank: int, data_size: int, micro_batches: int
+    config: Config, pipeline_rank: int, gradient_size: int, micro_batches: int
 ) -> RankMemory:
     """Bytes on a rank.
 
@@ -173,8 +174,8 @@ def rank_memory(
     wide_size = wide_bytes(config)
     narrow_size = 2 if mixed else 0
     models = rank_models(config, pipeline_rank)
-    layout = rank_layout(config, backward_specs(models), data_size)
-    shards = shard_count(config, data_size)
+    layout = rank_layout(config, backward_specs(models), gradient_size)
+    shards = shard_count(config, gradient_size)
     shares_master = shards == 1 and not mixed  # the master is the parameter itself
 
     # `in_flight` counts chunks; where they differ in size, their mean stands for each.

@@ -86,16 +86,16 @@ def rank_specs(config: Config, pipeline_rank: int) -> dict[str, Spec]:
     return backward_specs(rank_models(config, pipeline_rank))
 
 
-def shard_count(config: Config, data_size: int) -> int:
-    """Data ranks that share one copy of the optimizer state."""
-    return config.parallel.optimizer_shard_size or data_size
+def shard_count(config: Config, gradient_size: int) -> int:
+    """Ranks that share one copy of the optimizer state."""
+    return config.parallel.optimizer_shard_size or gradient_size
 
 
-def rank_layout(config: Config, specs: dict[str, Spec], data_size: int) -> Layout:
+def rank_layout(config: Config, specs: dict[str, Spec], gradient_size: int) -> Layout:
     """The optimizer's layout of one pipeline rank's parameters (`rank_specs`)."""
     entries = [entry_of(name, spec) for name, spec in specs.items()]
     bucket_elements = int(config.parallel.bucket_megabytes * 2**20 / 4)
-    return lay_out(entries, {"gradient": shard_count(config, data_size)}, bucket_elements)
+    return lay_out(entries, {"gradient": shard_count(config, gradient_size)}, bucket_elements)
 
 
 def state_count(config: Config) -> int:

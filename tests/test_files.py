@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from checkpoint_helpers import TinyRun, tiny_config
 
 from megatron_completep.checkpoint.adapt import adapt_checkpoint
 from megatron_completep.checkpoint.examine import reshard_checkpoint
@@ -32,6 +31,7 @@ from megatron_completep.instruments import sweep
 from megatron_completep.run.starts import append_start, read_starts
 from megatron_completep.run.state import RunState
 from megatron_completep.telemetry.metrics import MetricsFile, read_metrics
+from tests.support.checkpoints import TinyRun, tiny_config
 
 
 @contextmanager

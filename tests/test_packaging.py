@@ -172,7 +172,9 @@ def test_the_source_distribution_builds_the_same_wheel(
             tarfile, "data_filter", None
         )  # Python 3.11.3 and before have none
         opened.extractall(tmp_path)
-    again = build("wheel", tmp_path / archive.name.removesuffix(".tar.gz"), tmp_path / "wheel")
+    unpacked = tmp_path / archive.name.removesuffix(".tar.gz")
+    assert (unpacked / "tests/support/models.py").exists()  # the tests come with what they import
+    again = build("wheel", unpacked, tmp_path / "wheel")
     ours, theirs = (
         {n: data for n, data in contents(built).items() if not n.endswith("RECORD")}
         for built in (wheel, again)

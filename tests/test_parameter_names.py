@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from small_models import completep_config, model_config, table_for
 
 from megatron_completep.model.gpt import GPT
 from megatron_completep.parallel.context import ParallelContext
+from tests.support.models import completep_config, model_config, table_for
 
 ROOT = Path(__file__).resolve().parents[1]
 # Where names belong: the model, our names beside those of others, and examples for the user.

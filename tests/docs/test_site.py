@@ -15,9 +15,9 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from browser import Browser, chromium
 
 from megatron_completep.config.schema import Config
+from tests.support.browser import Browser, chromium
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -6,7 +6,8 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from harness import COUNTS, final_state, losses, run, write_corpus
+
+from tests.faults.harness import COUNTS, final_state, losses, run, write_corpus
 
 FAULTS = {
     1: "kill -9 at a point of a save",

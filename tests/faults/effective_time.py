@@ -1,6 +1,6 @@
 """How much of the ideal a run keeps that is killed again and again: effective training time at a stated kill rate.
 
-    python tests/faults/effective_time.py --kill-every 120 --kills 2
+    python -m tests.faults.effective_time --kill-every 120 --kills 2
 
 Two ranks train the harness's tiny model, with asynchronous checkpoints and snapshots; every so often one of them is killed with
 signal 9, and the run is started again. Ideal: the same number of steps at the pace of two runs that save nothing and are not
@@ -18,9 +18,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from harness import Fault, Ranks, start, write_corpus
-
 from megatron_completep.telemetry.metrics import read_metrics
+from tests.faults.harness import Fault, Ranks, start, write_corpus
 
 COMMON = [
     "guards.replica_check_interval=null",

@@ -315,9 +315,10 @@ def _rank(
         os.dup2(descriptor, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     os.environ.update(environment)
-    from injections import inject  # after the environment is set, in the forked process only
-
     from megatron_completep.pretrain import pretrain
+    from tests.faults.injections import (
+        inject,  # after the environment is set, in the forked process only
+    )
 
     def main() -> int:
         own = [override.replace("RANK", str(rank)) for override in overrides]

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Fault, at_point, disk_full, kill_self
 
 from megatron_completep.checkpoint import files, retention, save
 from megatron_completep.guards import hooks
@@ -21,6 +20,7 @@ from megatron_completep.parallel.gradients import GradientQueue
 from megatron_completep.run import assemble
 from megatron_completep.run.step import TrainingStep
 from megatron_completep.training import build
+from tests.faults.harness import Fault, at_point, disk_full, kill_self
 
 
 def inject(fault: Fault) -> Callable[[str], None]:

@@ -16,13 +16,13 @@ import time
 from pathlib import Path
 
 import pytest
-from harness import count_injection, run, start, write_corpus
 
 from megatron_completep.config import load_config
 from megatron_completep.config.derived import total_samples
 from megatron_completep.data.corpus import prebuild
 from megatron_completep.data.indexed import IndexedDataset
 from megatron_completep.errors import DataError
+from tests.faults.harness import count_injection, run, start, write_corpus
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "preprocess_data.py"
 GOOD = b'{"text": "a good document"}\n'

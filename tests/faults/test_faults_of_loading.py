@@ -8,10 +8,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from harness import count_injection, losses, run
 
 from megatron_completep.checkpoint import StoredCheckpoint
 from megatron_completep.errors import CheckpointError
+from tests.faults.harness import count_injection, losses, run
 
 NEWEST = "step_00000006"
 

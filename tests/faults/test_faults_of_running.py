@@ -22,7 +22,11 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from harness import (
+
+from megatron_completep.guards.replicas import bit_sum, who_differs
+from megatron_completep.guards.watchdog import verdict
+from megatron_completep.telemetry.metrics import read_metrics
+from tests.faults.harness import (
     Fault,
     count_injection,
     environment_of,
@@ -36,10 +40,6 @@ from harness import (
     steps_on_disk,
     write_corpus,
 )
-
-from megatron_completep.guards.replicas import bit_sum, who_differs
-from megatron_completep.guards.watchdog import verdict
-from megatron_completep.telemetry.metrics import read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -622,8 +622,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 def torchrun(config: Path, *more: str, arguments: tuple[str, ...]) -> subprocess.Popen[str]:
     program = str(Path(__file__).with_name("killed_after_each_save.py"))
     command = [*TORCHRUN, *more, program, str(config)]
-    path = os.pathsep.join([str(REPOSITORY), str(Path(__file__).parent)])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [*command, *arguments],
         stdout=subprocess.PIPE,

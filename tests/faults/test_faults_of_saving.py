@@ -9,11 +9,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from checkpoint_helpers import TinyRun, tiny_config
-from harness import Fault, count_injection, final_state, losses, run, start, steps_on_disk
 
 from megatron_completep.checkpoint import checkpointer, files, save
 from megatron_completep.telemetry.metrics import read_metrics
+from tests.faults.harness import (
+    Fault,
+    count_injection,
+    final_state,
+    losses,
+    run,
+    start,
+    steps_on_disk,
+)
+from tests.support.checkpoints import TinyRun, tiny_config
 
 # In the order in which a save passes them; those that only the committing rank passes are marked.
 POINTS = {

@@ -12,7 +12,17 @@ import time
 from pathlib import Path
 
 import pytest
-from harness import COUNTS, Fault, count_injection, final_state, losses, run, start, steps_on_disk
+
+from tests.faults.harness import (
+    COUNTS,
+    Fault,
+    count_injection,
+    final_state,
+    losses,
+    run,
+    start,
+    steps_on_disk,
+)
 
 SNAPSHOTS = (
     "checkpoint.interval=6",

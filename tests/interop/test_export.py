@@ -11,18 +11,6 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from small_exports import (
-    FACTORS,
-    GPT2,
-    LLAMA,
-    QWEN3,
-    TIED_LLAMA,
-    checkpoint,
-    export_config,
-    save_checkpoint,
-)
-from small_models import table_for
-from worker_pool import WorkerPool
 
 from megatron_completep.checkpoint import StoredCheckpoint
 from megatron_completep.errors import ConfigError
@@ -32,6 +20,18 @@ from megatron_completep.interop.architectures import blockers, choose_architectu
 from megatron_completep.interop.check_export import check_export, load_with_transformers
 from megatron_completep.interop.export_model import ExportSettings, export_model, parse_size
 from megatron_completep.parallel.context import ParallelContext
+from tests.support.exports import (
+    FACTORS,
+    GPT2,
+    LLAMA,
+    QWEN3,
+    TIED_LLAMA,
+    checkpoint,
+    export_config,
+    save_checkpoint,
+)
+from tests.support.models import table_for
+from tests.support.ranks import WorkerPool
 
 pytest.importorskip("transformers")
 

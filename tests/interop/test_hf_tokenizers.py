@@ -12,7 +12,6 @@ import pytest
 import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from small_exports import LLAMA, checkpoint
 
 from megatron_completep.config.schema import TokenizerConfig
 from megatron_completep.data.tokenizer import SPACE_MARK, Tokenizer, build_tokenizer
@@ -28,6 +27,7 @@ from megatron_completep.interop.hf_tokenizer import (
     write_tokenizer,
 )
 from megatron_completep.preprocess.tokenizer_training import TrainingSettings, train_tokenizer
+from tests.support.exports import LLAMA, checkpoint
 
 transformers = pytest.importorskip("transformers")
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from worker_pool import WorkerPool
 
 from megatron_completep.checkpoint import Checkpointer, StoredCheckpoint
 from megatron_completep.completep import table_of
@@ -30,6 +29,7 @@ from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.parameter import spec_of
 from megatron_completep.pretrain import pretrain
 from megatron_completep.telemetry.metrics import read_metrics
+from tests.support.ranks import WorkerPool
 
 transformers = pytest.importorskip("transformers")
 

@@ -11,7 +11,6 @@ import json
 import sys
 
 import torch
-from step_kernels import launchers
 
 from megatron_completep.kernels import Join, Norm, launch
 from megatron_completep.kernels.ahead_of_time import Launch, compile_launch, record, resources
@@ -23,6 +22,7 @@ from megatron_completep.kernels.ops import (
     squared_relu,
     swiglu,
 )
+from tests.kernels.step_kernels import launchers
 
 ROWS = 8192
 norms = launchers(residual_norm, scaled_add, partial_sums)

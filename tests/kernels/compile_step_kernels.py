@@ -8,11 +8,11 @@ import json
 import sys
 
 import torch
-from step_kernels import mutant
 
 from megatron_completep.kernels import new_control
 from megatron_completep.kernels.ahead_of_time import compile_launch, record, resources
 from megatron_completep.kernels.ops import adamw, cross_entropy, grad_norm
+from tests.kernels.step_kernels import mutant
 
 
 def meta(*shape, dtype=torch.float32):

@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
     )
     os.environ["TRITON_INTERPRET"] = "1"
 
-    from triton_interpreter_bf16 import install
+    from tests.kernels.triton_interpreter_bf16 import install
 
     install()
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from step_kernels import DEVICE
 
 from megatron_completep.kernels import Join, Norm, reference
+from tests.kernels.step_kernels import DEVICE
 
 # ||a - b|| / ||b|| that one rounding to the dtype, and float32 arithmetic before it, explain.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2.5e-3, torch.float16: 5e-4, torch.float64: 1e-13}

@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from step_kernels import DEVICE, IMPLEMENTATIONS, mutant
 
 from megatron_completep import kernels
 from megatron_completep.kernels import Control, new_control, read_control, reference
 from megatron_completep.kernels.control import SKIP, STEP
 from megatron_completep.kernels.ops.adamw import block_table
+from tests.kernels.step_kernels import DEVICE, IMPLEMENTATIONS, mutant
 
 BETA1, BETA2 = 0.9, 0.95
 SEGMENTS = torch.tensor([[0, 100, 0], [128, 1, 1], [192, 1000, 2], [1216, 64, 3], [1280, 1277, 1]])

@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from step_kernels import DEVICE, IMPLEMENTATIONS, launchers, mutant
 
 from megatron_completep import kernels
 from megatron_completep.kernels import reference
+from tests.kernels.step_kernels import DEVICE, IMPLEMENTATIONS, launchers, mutant
 
 IGNORED = -100
 TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float64: 1e-13}

@@ -5,11 +5,11 @@ from fractions import Fraction
 
 import pytest
 import torch
-from step_kernels import DEVICE, IMPLEMENTATIONS, launchers, mutant
 
 from megatron_completep import kernels
 from megatron_completep.kernels import Control, new_control, read_control
 from megatron_completep.kernels.ops.adamw import block_table
+from tests.kernels.step_kernels import DEVICE, IMPLEMENTATIONS, launchers, mutant
 
 
 @pytest.mark.parametrize("size", [0, 1, 63, 1024, 70_001])

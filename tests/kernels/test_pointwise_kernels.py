@@ -4,12 +4,12 @@ import importlib
 
 import pytest
 import torch
-from norm_cases import TOLERANCE, assert_close, poisoned_allocations
-from step_kernels import DEVICE, launchers, mutant
 
 from megatron_completep.kernels import reference
 from megatron_completep.kernels.cpu import pointwise as cpu
 from megatron_completep.kernels.ops import rotary, squared_relu, swiglu
+from tests.kernels.norm_cases import TOLERANCE, assert_close, poisoned_allocations
+from tests.kernels.step_kernels import DEVICE, launchers, mutant
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # torch's bf16 operators round in between; the kernels round once.

@@ -3,10 +3,16 @@
 import dataclasses
 import importlib
 
-import norm_cases
 import pytest
 import torch
-from norm_cases import (
+
+from megatron_completep import kernels
+from megatron_completep.kernels import Join, Norm, launch, reference
+from megatron_completep.kernels.cpu import residual_norm as cpu
+from megatron_completep.kernels.ops import partial_sums, scaled_add
+from megatron_completep.kernels.ops import residual_norm as residual_norm_module
+from tests.kernels import norm_cases
+from tests.kernels.norm_cases import (
     EPS,
     SEED,
     Case,
@@ -17,13 +23,7 @@ from norm_cases import (
     poisoned_allocations,
     relative_error,
 )
-from step_kernels import DEVICE, launchers, mutant
-
-from megatron_completep import kernels
-from megatron_completep.kernels import Join, Norm, launch, reference
-from megatron_completep.kernels.cpu import residual_norm as cpu
-from megatron_completep.kernels.ops import partial_sums, scaled_add
-from megatron_completep.kernels.ops import residual_norm as residual_norm_module
+from tests.kernels.step_kernels import DEVICE, launchers, mutant
 
 BF16 = torch.bfloat16
 # The interpreter launches 3 programs of 1 or 2 rows in the backward (launch.py), so 2, 3, 4 rows lie round P, and 17 loops.

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from step_kernels import DEVICE
 
 from megatron_completep import kernels
 from megatron_completep.kernels.ops.wide_product import adds_exactly
+from tests.kernels.step_kernels import DEVICE
 
 true_addmm = torch.addmm
 

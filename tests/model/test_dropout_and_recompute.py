@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from plain_twin import PlainTwin, cross_entropy_sum
-from small_models import batch_of, build_model, completep_config, model_config, table_for
 from torch import Tensor
 
 from megatron_completep.config.schema import ModelConfig
 from megatron_completep.kernels import Join, reference
 from megatron_completep.model.gpt import GPT
+from tests.support.models import batch_of, build_model, completep_config, model_config, table_for
+from tests.support.plain_twin import PlainTwin, cross_entropy_sum
 
 SEED = torch.tensor([12345])
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import completep_config, model_config, table_for
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,6 +15,7 @@ from megatron_completep.model.flops import (
     peak_flops,
     training_flops_per_token,
 )
+from tests.support.models import completep_config, model_config, table_for
 
 SHAPES: list[dict[str, Any]] = [
     {},

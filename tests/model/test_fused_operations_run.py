@@ -6,10 +6,16 @@ from collections import Counter
 
 import pytest
 import torch
-from small_models import build_model, completep_config, model_config, optimizer_config, table_for
 
 from megatron_completep.optim.optimizer import DistributedOptimizer
 from megatron_completep.parallel.context import ParallelContext
+from tests.support.models import (
+    build_model,
+    completep_config,
+    model_config,
+    optimizer_config,
+    table_for,
+)
 
 LAYERS = 3
 NORMS = 2 * LAYERS + 1

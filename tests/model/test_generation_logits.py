@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import batch_of, build_model, completep_config, model_config, table_for
 
 from megatron_completep.completep import Table
+from tests.support.models import batch_of, build_model, completep_config, model_config, table_for
 
 CASES: list[dict[str, Any]] = [
     {"position": "rope"},

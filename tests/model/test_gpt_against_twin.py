@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from plain_twin import PlainTwin, cross_entropy_sum
-from small_models import batch_of, build_model, completep_config, model_config, table_for
 from torch import Tensor
 
 from megatron_completep import kernels
@@ -19,6 +17,8 @@ from megatron_completep.model.norm import StreamNorm
 from megatron_completep.model.stream import Stream
 from megatron_completep.parallel.cross_entropy import LossConfig
 from megatron_completep.roles import Role
+from tests.support.models import batch_of, build_model, completep_config, model_config, table_for
+from tests.support.plain_twin import PlainTwin, cross_entropy_sum
 
 TOLERANCE = 1e-10
 

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_models import completep_config, model_config, optimizer_config, plain_table, table_for
 from torch import nn
 
 from megatron_completep.errors import ConfigError
@@ -18,6 +17,13 @@ from megatron_completep.parallel.axis import Share
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.parameter import Spec, declare
 from megatron_completep.roles import Role
+from tests.support.models import (
+    completep_config,
+    model_config,
+    optimizer_config,
+    plain_table,
+    table_for,
+)
 
 
 def weights(names: list[str], seed: int = 3, width_ratio: int = 4) -> dict[str, torch.Tensor]:

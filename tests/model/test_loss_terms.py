@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import batch_of, build_model, completep_config, model_config, table_for
 from torch import Tensor
 
 from megatron_completep.data.tokenizer import BytesTokenizer
 from megatron_completep.inference.scoring import Scorer
 from megatron_completep.model.gpt import GPT
 from megatron_completep.parallel.cross_entropy import IGNORED, LossConfig
+from tests.support.models import batch_of, build_model, completep_config, model_config, table_for
 
 OPTIONS = [(0.02, 0.0), (0.0, 0.15), (0.03, 0.2)]
 CHUNKS = [1 << 28, 512]  # bytes: all logits at once; a few tokens at a time

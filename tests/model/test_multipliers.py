@@ -7,7 +7,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import (
+from torch import Tensor
+
+from megatron_completep import kernels
+from megatron_completep.completep import Table
+from megatron_completep.config.schema import ModelConfig
+from megatron_completep.model.gpt import GPT
+from megatron_completep.model.norm import StreamNorm
+from tests.support.models import (
     batch_of,
     build_model,
     completep_config,
@@ -17,13 +24,6 @@ from small_models import (
     table_for,
     train_step,
 )
-from torch import Tensor
-
-from megatron_completep import kernels
-from megatron_completep.completep import Table
-from megatron_completep.config.schema import ModelConfig
-from megatron_completep.model.gpt import GPT
-from megatron_completep.model.norm import StreamNorm
 
 BASE = {"base_hidden_size": 32, "base_num_layers": 4, "base_head_dim": 8}
 SHAPES = [

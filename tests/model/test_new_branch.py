@@ -10,15 +10,6 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import (
-    batch_of,
-    build_optimizer,
-    completep_config,
-    model_config,
-    optimizer_config,
-    table_for,
-    train_step,
-)
 from torch import Tensor, nn
 
 from megatron_completep import kernels
@@ -36,6 +27,15 @@ from megatron_completep.parallel.linear import ColumnParallelLinear, RowParallel
 from megatron_completep.parallel.own_losses import with_own_loss
 from megatron_completep.parallel.parameter import declare
 from megatron_completep.roles import Role
+from tests.support.models import (
+    batch_of,
+    build_optimizer,
+    completep_config,
+    model_config,
+    optimizer_config,
+    table_for,
+    train_step,
+)
 
 
 class GatedBranch(nn.Module):

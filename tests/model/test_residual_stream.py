@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import torch
-from small_models import batch_of, completep_config, model_config, optimizer_config, table_for
 
 from megatron_completep.model.gpt import GPT
 from megatron_completep.model.initialize import initialize
 from megatron_completep.parallel.context import ParallelContext
+from tests.support.models import (
+    batch_of,
+    completep_config,
+    model_config,
+    optimizer_config,
+    table_for,
+)
 
 
 def logits_and_loss(dtype: torch.dtype, fp32_residual: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,7 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import (
+from torch import Tensor
+
+from megatron_completep.completep import table as page
+from megatron_completep.config.schema import RoleFactors
+from megatron_completep.kernels.control import STEP
+from megatron_completep.model.gpt import GPT
+from megatron_completep.optim.optimizer import DistributedOptimizer
+from megatron_completep.optim.schedule import learning_rate
+from megatron_completep.roles import Role
+from tests.support.models import (
     batch_of,
     build_model,
     build_optimizer,
@@ -17,15 +26,6 @@ from small_models import (
     table_for,
     train_step,
 )
-from torch import Tensor
-
-from megatron_completep.completep import table as page
-from megatron_completep.config.schema import RoleFactors
-from megatron_completep.kernels.control import STEP
-from megatron_completep.model.gpt import GPT
-from megatron_completep.optim.optimizer import DistributedOptimizer
-from megatron_completep.optim.schedule import learning_rate
-from megatron_completep.roles import Role
 
 BIASED = {
     "bias": True,

@@ -8,16 +8,6 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from checkpoint_helpers import TinyRun, tiny_config
-from small_models import (
-    batch_of,
-    build_model,
-    completep_config,
-    model_config,
-    optimizer_config,
-    table_for,
-    train_step,
-)
 from torch import Tensor
 
 from megatron_completep.checkpoint import StoredCheckpoint
@@ -37,6 +27,16 @@ from megatron_completep.optim.rules import RULES
 from megatron_completep.optim.shards import Shards
 from megatron_completep.parallel.context import ParallelContext, data_parallel_size_for
 from megatron_completep.telemetry.telemetry import update_ratios
+from tests.support.checkpoints import TinyRun, tiny_config
+from tests.support.models import (
+    batch_of,
+    build_model,
+    completep_config,
+    model_config,
+    optimizer_config,
+    table_for,
+    train_step,
+)
 
 MU = 0.9
 

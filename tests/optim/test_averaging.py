@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import (
+from torch import Tensor, nn
+
+from megatron_completep.optim.optimizer import DistributedOptimizer, StepResult
+from megatron_completep.parallel.parameter import declare
+from megatron_completep.roles import Role
+from tests.support.models import (
     batch_of,
     build_optimizer,
     model_config,
@@ -14,11 +19,6 @@ from small_models import (
     small_setup,
     train_step,
 )
-from torch import Tensor, nn
-
-from megatron_completep.optim.optimizer import DistributedOptimizer, StepResult
-from megatron_completep.parallel.parameter import declare
-from megatron_completep.roles import Role
 
 Batch = tuple[Tensor, Tensor]
 

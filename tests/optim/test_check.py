@@ -7,17 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import (
-    batch_of,
-    build_model,
-    build_optimizer,
-    completep_config,
-    model_config,
-    optimizer_config,
-    plain_table,
-    table_for,
-    train_step,
-)
 from torch import nn
 
 from megatron_completep.completep import table_of
@@ -29,6 +18,17 @@ from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.parameter import declare
 from megatron_completep.planning.plan import describe
 from megatron_completep.roles import Role
+from tests.support.models import (
+    batch_of,
+    build_model,
+    build_optimizer,
+    completep_config,
+    model_config,
+    optimizer_config,
+    plain_table,
+    table_for,
+    train_step,
+)
 
 BASE: dict[str, Any] = {
     "model": {

@@ -6,10 +6,16 @@ import gc
 import weakref
 
 import torch
-from small_models import build_model, completep_config, model_config, optimizer_config, table_for
 
 from megatron_completep.optim.optimizer import DistributedOptimizer
 from megatron_completep.parallel.context import ParallelContext
+from tests.support.models import (
+    build_model,
+    completep_config,
+    model_config,
+    optimizer_config,
+    table_for,
+)
 
 
 def buffers_after_a_step(keep: list[object]) -> weakref.ref[torch.Tensor]:

@@ -9,15 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import (
-    build_model,
-    build_optimizer,
-    completep_config,
-    model_config,
-    optimizer_config,
-    plain_table,
-    table_for,
-)
 from torch import nn
 
 from megatron_completep.completep import table as page
@@ -28,6 +19,15 @@ from megatron_completep.optim.groups import Group, build_groups
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.parameter import Spec, declare
 from megatron_completep.roles import Role
+from tests.support.models import (
+    build_model,
+    build_optimizer,
+    completep_config,
+    model_config,
+    optimizer_config,
+    plain_table,
+    table_for,
+)
 
 SIGMA, ETA, LAMBDA, EPS = 0.02, 0.004, 0.1, 1e-12
 GRID = list(itertools.product((1, 2, 4), (1, 2, 8), (0.5, 1.0)))

@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from small_models import completep_config, model_config, small_setup, table_for
 
 from megatron_completep.model.gpt import GPT
 from megatron_completep.optim.layout import ALIGNMENT, Entry, Layout, Segment, lay_out
 from megatron_completep.parallel.context import ParallelContext
+from tests.support.models import completep_config, model_config, small_setup, table_for
 
 sizes = st.lists(st.integers(1, 700), min_size=1, max_size=12).map(
     lambda numbers: [Entry(f"p{i}", n) for i, n in enumerate(numbers)]

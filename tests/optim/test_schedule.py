@@ -11,13 +11,13 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from small_models import batch_of, optimizer_config, small_setup, train_step
 from torch import Tensor
 
 from megatron_completep.config import derived
 from megatron_completep.config.schema import OptimizerConfig
 from megatron_completep.optim.optimizer import DistributedOptimizer
 from megatron_completep.optim.schedule import learning_rate, schedule
+from tests.support.models import batch_of, optimizer_config, small_setup, train_step
 
 STEPS = 100
 

@@ -6,7 +6,9 @@ import random
 
 import pytest
 import torch
-from small_models import (
+
+from megatron_completep.config.schema import ParallelConfig
+from tests.support.models import (
     build_model,
     build_optimizer,
     completep_config,
@@ -14,8 +16,6 @@ from small_models import (
     optimizer_config,
     table_for,
 )
-
-from megatron_completep.config.schema import ParallelConfig
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -6,8 +6,6 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from layouts import BASE, GLOBAL_BATCH, batch_of, context_for, model_config, optimizer_config
-from small_models import table_for
 from torch import nn
 
 from megatron_completep.model.initialize import initialize
@@ -15,6 +13,15 @@ from megatron_completep.model.stages import build_chunks
 from megatron_completep.optim.optimizer import DistributedOptimizer
 from megatron_completep.optim.shards import Shards
 from megatron_completep.run.forward_backward import ForwardBackward, MicroBatch
+from tests.parallel.layouts import (
+    BASE,
+    GLOBAL_BATCH,
+    batch_of,
+    context_for,
+    model_config,
+    optimizer_config,
+)
+from tests.support.models import table_for
 
 MICRO_BATCHES = 4
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from counting import build_step, run_config
 from torch import Tensor
 
 from megatron_completep.model.compile import compile_regions
+from tests.parallel.counting import build_step, run_config
 
 Result = tuple[list[float], dict[str, Tensor]]
 

@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from covering_array import Row
-from layouts import assemble
 from torch import Tensor
 
 from megatron_completep.completep import table_of
@@ -28,6 +26,8 @@ from megatron_completep.run.assemble import build_model
 from megatron_completep.run.state import RunState
 from megatron_completep.run.step import StepFigures, TrainingStep
 from megatron_completep.training.loop import launch
+from tests.parallel.covering_array import Row
+from tests.parallel.layouts import assemble
 
 STEPS = 3
 SEQ_LENGTH = 16

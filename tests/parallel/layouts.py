@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from small_models import table_for
 from torch import Tensor
 
 from megatron_completep.completep import Table
@@ -25,6 +24,7 @@ from megatron_completep.optim.optimizer import DistributedOptimizer
 from megatron_completep.parallel.context import ParallelContext, data_parallel_size_for
 from megatron_completep.parallel.parameter import Spec
 from megatron_completep.run.forward_backward import ForwardBackward, MicroBatch
+from tests.support.models import table_for
 
 GLOBAL_BATCH = 16  # sequences, split over data ranks and micro-batches
 BASE = CompletePConfig(base_hidden_size=16, base_num_layers=2)

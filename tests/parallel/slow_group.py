@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from layouts import BASE, batch_of, context_for, model_config, optimizer_config
-from small_models import table_for
 from torch import nn
 
 from megatron_completep.model.initialize import initialize
@@ -14,6 +12,8 @@ from megatron_completep.model.stages import build_chunks
 from megatron_completep.optim.optimizer import DistributedOptimizer
 from megatron_completep.parallel import collectives
 from megatron_completep.run.forward_backward import ForwardBackward, MicroBatch
+from tests.parallel.layouts import BASE, batch_of, context_for, model_config, optimizer_config
+from tests.support.models import table_for
 
 
 class Timeline:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from bucket_order import Seen, reductions
+
+from tests.parallel.bucket_order import Seen, reductions
 
 TWO_STAGES = {"world_size": 4, "pipeline_parallel_size": 2, "bucket_megabytes": 0.005}
 LAYOUTS: dict[str, dict[str, Any]] = {

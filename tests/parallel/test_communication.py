@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from counting import planned_and_counted
+
+from tests.parallel.counting import planned_and_counted
 
 TIED = {
     "norm": "layernorm",

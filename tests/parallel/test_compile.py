@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compiling import train_twice
-from counting import build_step, run_config
 
 from megatron_completep.model.attention import attend
+from tests.parallel.compiling import train_twice
+from tests.parallel.counting import build_step, run_config
 
 GELU = {
     "norm": "layernorm",

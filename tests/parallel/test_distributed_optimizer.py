@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from layouts import Case, relative_error, train
-from slow_group import exposed_communication, shard_sizes
+
+from tests.parallel.layouts import Case, relative_error, train
+from tests.parallel.slow_group import exposed_communication, shard_sizes
 
 LAYER, DELAY = (
     8,

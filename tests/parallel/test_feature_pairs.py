@@ -10,8 +10,12 @@ import random
 from functools import cache
 
 import pytest
-from covering_array import Row, all_pairs, covering_array, pairs_of
-from features import (
+
+from megatron_completep.config import check_world
+from megatron_completep.errors import ConfigError
+from megatron_completep.parallel.cross_entropy import LossConfig
+from tests.parallel.covering_array import Row, all_pairs, covering_array, pairs_of
+from tests.parallel.features import (
     ENDS_ALONE,
     EXACT,
     FACTORS,
@@ -25,10 +29,6 @@ from features import (
     ranks_of,
     run_row,
 )
-
-from megatron_completep.config import check_world
-from megatron_completep.errors import ConfigError
-from megatron_completep.parallel.cross_entropy import LossConfig
 
 SLICE = 7  # rows of `make test`
 

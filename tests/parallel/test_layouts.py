@@ -6,7 +6,9 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from layouts import (
+
+from megatron_completep.model.initialize import fingerprint
+from tests.parallel.layouts import (
     GLOBAL_BATCH,
     Case,
     Outcome,
@@ -16,8 +18,6 @@ from layouts import (
     replay_trace,
     train,
 )
-
-from megatron_completep.model.initialize import fingerprint
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 

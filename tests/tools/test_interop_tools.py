@@ -11,11 +11,11 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from checkpoint_helpers import TinyRun, tiny_config
 
 from megatron_completep.data.writer import IndexedWriter
 from megatron_completep.errors import exit_on_user_error
 from megatron_completep.tools import evaluate_model, export_hf, generate, import_hf
+from tests.support.checkpoints import TinyRun, tiny_config
 
 Call = Callable[..., tuple[int, str, str]]
 TEXTS = [

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_runs import launched_as, tiny_config
 
 from megatron_completep.config import Config
 from megatron_completep.errors import UserError
@@ -18,6 +17,7 @@ from megatron_completep.pretrain import pretrain
 from megatron_completep.run.starts import STARTS
 from megatron_completep.run.state import ExitCode
 from megatron_completep.telemetry.metrics import METRICS
+from tests.support.runs import launched_as, tiny_config
 
 
 def end_of_rank(rank: int, world_size: int, config: Config, restart: int = 0) -> tuple[int, str]:

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_runs import rows_of, tiny_config, write_tokens
 
 from megatron_completep.checkpoint.manifest import MANIFEST, read_manifest, seal
 from megatron_completep.config import Config
 from megatron_completep.errors import CheckpointError
 from megatron_completep.pretrain import pretrain
 from megatron_completep.run.state import ExitCode
+from tests.support.runs import rows_of, tiny_config, write_tokens
 
 PLANNED = 4 * 8  # samples of a run of four steps
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import launched_as, rows_of, tiny_config
 
 from megatron_completep.checkpoint import Checkpointer
 from megatron_completep.config import Config
@@ -30,6 +29,7 @@ from megatron_completep.telemetry import profiling
 from megatron_completep.telemetry.node import differing, driver_version, lines_of
 from megatron_completep.telemetry.profiling import ALLOCATIONS, Profiler
 from megatron_completep.telemetry.startup import StartupClock
+from tests.support.runs import launched_as, rows_of, tiny_config
 
 BARE = (
     "data.validation=null",

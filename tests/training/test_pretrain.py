@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import rows_of, tiny_config
 
 from megatron_completep.checkpoint import StoredCheckpoint
 from megatron_completep.config import Config, load_config, save_config
@@ -22,6 +21,7 @@ from megatron_completep.pretrain import pretrain
 from megatron_completep.run.state import ExitCode
 from megatron_completep.run.step import TrainingStep
 from megatron_completep.telemetry.metrics import read_metrics
+from tests.support.runs import rows_of, tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_runs import launched_as, rows_of, tiny_config
 
 from megatron_completep.config import Config
 from megatron_completep.data.loader import validation_batches
 from megatron_completep.inference.generation import load_model
 from megatron_completep.instruments.sweep import run_point
 from megatron_completep.pretrain import pretrain
+from tests.support.runs import launched_as, rows_of, tiny_config
 
 SHORT = (
     "training.train_steps=4",

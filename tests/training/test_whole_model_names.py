@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import launched_as, rows_of, tiny_config
 
 from megatron_completep.config import Config
 from megatron_completep.errors import ConfigError, UserError
@@ -15,6 +14,7 @@ from megatron_completep.guards import hooks
 from megatron_completep.guards.replicas import replica_hashes
 from megatron_completep.pretrain import pretrain
 from megatron_completep.run.state import ExitCode
+from tests.support.runs import launched_as, rows_of, tiny_config
 
 SHORT = (
     "training.train_steps=4",

@@ -1,4 +1,6 @@
-"""What all tests share: one thread a process, no GPU unless asked for, and hypothesis without a clock."""
+"""What all tests share: one thread a process, no GPU unless asked for, no clock in hypothesis."""
+
+from __future__ import annotations
 
 import os
 import random
@@ -11,12 +13,15 @@ if not os.path.exists("/dev/nvidiactl") and not os.path.exists("/dev/kfd"):
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.support.ranks import WorkerPool
+
+if TYPE_CHECKING:
+    from tests.support.commands import Programs
 
 settings.register_profile(
     "project", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
@@ -42,6 +47,14 @@ def pool() -> Iterator[WorkerPool]:
     workers = WorkerPool()
     yield workers
     workers.close()
+
+
+@pytest.fixture
+def programs(capsys: pytest.CaptureFixture[str]) -> Programs:
+    """Runs programs of the project in this process."""
+    from tests.support.commands import Programs
+
+    return Programs(capsys)
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ from megatron_completep.instruments import sweep
 from megatron_completep.run.starts import append_start, read_starts
 from megatron_completep.run.state import RunState
 from megatron_completep.telemetry.metrics import MetricsFile, read_metrics
-from tests.support.checkpoints import TinyRun, tiny_config
+from tests.support.checkpoints import TinyRun, checkpointed_config
 
 
 @contextmanager
@@ -83,7 +83,7 @@ def test_a_line_that_a_kill_left_torn_goes_when_the_next_one_comes(tmp_path):
 FIRST_WRITES: dict[str, tuple[Callable[[Path, int], object], type[Exception]]] = {
     "config.yaml": (
         lambda folder, i: save_config(
-            tiny_config(folder, training={"train_steps": 20 + i}), folder / "config.yaml"
+            checkpointed_config(folder, training={"train_steps": 20 + i}), folder / "config.yaml"
         ),
         ConfigError,
     ),
@@ -97,11 +97,11 @@ FIRST_WRITES: dict[str, tuple[Callable[[Path, int], object], type[Exception]]] =
         CheckpointError,
     ),
     "starts.jsonl": (
-        lambda folder, i: append_start(folder, tiny_config(folder), RunState(i, 8 * i, 0)),
+        lambda folder, i: append_start(folder, checkpointed_config(folder), RunState(i, 8 * i, 0)),
         OSError,
     ),
     "sweep.json": (
-        lambda folder, i: sweep.save_grid(_grid(i), tiny_config(folder), folder),
+        lambda folder, i: sweep.save_grid(_grid(i), checkpointed_config(folder), folder),
         DataError,
     ),
 }
@@ -130,22 +130,23 @@ def test_a_full_disk_at_a_first_write_tears_nothing_and_a_later_start_goes_on(tm
 
 
 def test_what_was_written_before_the_disk_was_full_reads_back(tmp_path):
-    save_config(tiny_config(tmp_path), tmp_path / "config.yaml")
+    save_config(checkpointed_config(tmp_path), tmp_path / "config.yaml")
     write_left_out(tmp_path, [LeftOut(6, 48, 56, 7)])
-    append_start(tmp_path, tiny_config(tmp_path), RunState())
-    sweep.save_grid(_grid(1), tiny_config(tmp_path), tmp_path)
+    append_start(tmp_path, checkpointed_config(tmp_path), RunState())
+    sweep.save_grid(_grid(1), checkpointed_config(tmp_path), tmp_path)
     with full_disk():
         for write in (
             lambda: save_config(
-                tiny_config(tmp_path, training={"train_steps": 11}), tmp_path / "config.yaml"
+                checkpointed_config(tmp_path, training={"train_steps": 11}),
+                tmp_path / "config.yaml",
             ),
             lambda: write_left_out(tmp_path, []),
-            lambda: append_start(tmp_path, tiny_config(tmp_path), RunState(3, 24, 0)),
-            lambda: sweep.save_grid(_grid(2), tiny_config(tmp_path), tmp_path),
+            lambda: append_start(tmp_path, checkpointed_config(tmp_path), RunState(3, 24, 0)),
+            lambda: sweep.save_grid(_grid(2), checkpointed_config(tmp_path), tmp_path),
         ):
             with pytest.raises((OSError, ConfigError, DataError)):
                 write()
-    assert load_config(tmp_path / "config.yaml") == tiny_config(tmp_path)
+    assert load_config(tmp_path / "config.yaml") == checkpointed_config(tmp_path)
     assert read_left_out(tmp_path) == [LeftOut(6, 48, 56, 7)]
     assert [start.step for start in read_starts(tmp_path)] == [0]
     assert len(json.loads((tmp_path / "sweep.json").read_text())["grids"]) == 1
@@ -156,7 +157,7 @@ def test_a_sweep_whose_file_is_damaged_is_refused_and_not_replaced(tmp_path):
     with pytest.raises(
         DataError, match=r"sweep\.json: not JSON .* Restore the file, or sweep into another folder"
     ):
-        sweep.save_grid(_grid(1), tiny_config(tmp_path), tmp_path)
+        sweep.save_grid(_grid(1), checkpointed_config(tmp_path), tmp_path)
     assert (tmp_path / "sweep.json").read_text() == '{"grids": ['
 
 
@@ -257,7 +258,7 @@ def test_a_folder_whose_block_fails_or_whose_target_came_meanwhile_is_removed(tm
 
 @pytest.fixture
 def checkpoint(tmp_path) -> Path:
-    tiny = TinyRun(tiny_config(tmp_path / "run"))
+    tiny = TinyRun(checkpointed_config(tmp_path / "run"))
     tiny.train(1)
     tiny.save()
     return tmp_path / "run" / "checkpoints" / "step_00000001"
@@ -281,7 +282,7 @@ def test_what_a_killed_reshard_left_goes_with_the_next(tmp_path, checkpoint):
 
 
 def test_what_a_killed_adapt_left_goes_with_the_next(tmp_path, checkpoint):
-    deeper = tiny_config(tmp_path / "deeper", model={"num_layers": 3})
+    deeper = checkpointed_config(tmp_path / "deeper", model={"num_layers": 3})
     left = remainder(tmp_path / "deeper" / "checkpoints", 1)
     folder, _ = adapt_checkpoint(checkpoint, deeper, tmp_path / "deeper" / "checkpoints")
     assert not left.exists() and os.listdir(folder.parent) == ["step_00000001"]
@@ -293,11 +294,11 @@ def test_a_run_that_starts_where_a_tool_is_writing_leaves_it_alone(tmp_path, fil
     checkpoints = tmp_path / "run" / "checkpoints"
     checkpoints.mkdir(parents=True)
     folder.rename(checkpoints / folder.name)
-    TinyRun(tiny_config(tmp_path / "run"))
+    TinyRun(checkpointed_config(tmp_path / "run"))
     assert (checkpoints / folder.name).exists()
     process.kill()
     process.wait()
-    after = TinyRun(tiny_config(tmp_path / "run"))
+    after = TinyRun(checkpointed_config(tmp_path / "run"))
     assert not (checkpoints / folder.name).exists() and any(
-        f"removed {folder.name}" in line for line in after.said
+        f"removed {folder.name}" in line for line in after.messages
     )

@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_completep.model.gpt import GPT
-from megatron_completep.parallel.context import ParallelContext
-from tests.support.models import completep_config, model_config, table_for
+from tests.support.models import model_config, model_on_paper
 
 ROOT = Path(__file__).resolve().parents[1]
 # Where names belong: the model, our names beside those of others, and examples for the user.
@@ -38,8 +36,7 @@ def module_words() -> set[str]:
     words: set[str] = set()
     for changes in ({"qk_norm": True}, {"position": "learned", "bias": True, "norm": "layernorm"}):
         model = model_config(**changes)
-        gpt = GPT(model, table_for(model, completep_config()), ParallelContext.single("meta"))
-        for name, _ in gpt.named_parameters():
+        for name, _ in model_on_paper(model).named_parameters():
             words |= set(name.split(".")[:-1])
     return {word for word in words if not word.isdigit()} - ROLES_AND_WORDS
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,10 +10,10 @@ import torch
 
 from megatron_completep.benchmarks import telemetry_benchmark
 from megatron_completep.config import save_config
-from megatron_completep.errors import exit_on_user_error
 from megatron_completep.instruments.trial import change
 from megatron_completep.tools.benchmark_telemetry import main
-from tests.support.small_runs import small_config
+from tests.support.commands import Programs
+from tests.support.runs import proxy_config
 
 
 def test_the_share_is_a_look_over_the_steps_between_two(
@@ -30,7 +29,7 @@ def test_the_share_is_a_look_over_the_steps_between_two(
 
     monkeypatch.setattr(telemetry_benchmark, "time_once", timed)
     config = change(
-        small_config(tmp_path, training={"global_batch_size": 16}),
+        proxy_config(tmp_path, training={"global_batch_size": 16}),
         logging={"parameterization_interval": 50},
     )
     cost = telemetry_benchmark.measure(config, torch.device("cpu"), rounds=4, warmup=1)
@@ -40,18 +39,10 @@ def test_the_share_is_a_look_over_the_steps_between_two(
 
 
 def test_the_program_prints_one_object_and_refuses_a_run_without_telemetry(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, programs: Programs
 ):
     path = tmp_path / "config.yaml"
-    save_config(small_config(tmp_path, training={"cpu_threads": 1}), path)
-
-    def run(*words: str) -> int | str | None:
-        monkeypatch.setattr(sys, "argv", ["benchmark_telemetry.py", str(path), *words])
-        with pytest.raises(SystemExit) as left:
-            exit_on_user_error(main)
-        return left.value.code
-
-    assert run("--rounds", "2", "--json") == 0
-    assert json.loads(capsys.readouterr().out)["interval"] == 100
-    assert run("logging.parameterization_interval=null") == 2
-    assert "parameterization_interval is null" in capsys.readouterr().err
+    save_config(proxy_config(tmp_path, training={"cpu_threads": 1}), path)
+    assert json.loads(programs.output(main, path, "--rounds", 2, "--json"))["interval"] == 100
+    refused = programs.run(main, path, "logging.parameterization_interval=null")
+    assert refused.code == 2 and "parameterization_interval is null" in refused.err

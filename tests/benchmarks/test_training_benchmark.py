@@ -14,7 +14,7 @@ from megatron_completep.benchmarks.training_benchmark import (
     compare,
     random_batch,
 )
-from tests.support.models import batch_of, build_model, completep_config, model_config, table_for
+from tests.support.models import batch_of, build_model, model_config, table_for
 
 SHAPES: list[dict[str, Any]] = [
     {"norm": "layernorm", "activation": "gelu", "position": "learned", "bias": True},
@@ -46,7 +46,7 @@ def test_the_plain_model_computes_the_same_loss_from_the_same_weights(
     shape: dict[str, Any],
 ) -> None:
     model = model_config(**shape, vocab_multiple=37, attention_scale="1/sqrt(head_dim)")
-    table = table_for(model, completep_config())
+    table = table_for(model)
     gpt, plain = build_model(model, table), PlainGPT(model, table).double()
     weights = {plain_name(name): parameter.detach() for name, parameter in gpt.named_parameters()}
     if model.tied_embeddings:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,8 +22,8 @@ from megatron_completep.parallel.gradients import main_grad_of
 from megatron_completep.parallel.parameter import declare
 from megatron_completep.roles import Role
 from megatron_completep.tools import checkpoint as tool
-from tests.support.checkpoints import TinyRun, tiny_config
-from tests.support.models import completep_config, model_config, table_for
+from tests.support.checkpoints import TinyRun, checkpointed_config
+from tests.support.models import model_config, model_on_paper, table_for
 
 F64 = {"precision": "float64"}
 TOKENS = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -53,14 +52,14 @@ CHANGES = {
 
 
 def trained(folder: Path, model: dict) -> TinyRun:
-    run = TinyRun(tiny_config(folder, model=model, training=F64))
+    run = TinyRun(checkpointed_config(folder, model=model, training=F64))
     run.train(3)
     run.save()
     return run
 
 
 def adapted(run: TinyRun, folder: Path, model: dict, change: dict, **options) -> TinyRun:
-    config = tiny_config(
+    config = checkpointed_config(
         folder, training=F64, **{**change, "model": {**model, **change.get("model", {})}}
     )
     (source,) = Path(run.config.training.output_dir).glob("checkpoints/step_*")
@@ -137,7 +136,7 @@ def test_moments_follow_the_gradients_of_rescaled_weights(tmp_path, model):
 def test_new_layers_are_silent_and_otherwise_as_in_a_fresh_model(tmp_path):
     run = trained(tmp_path / "old", {})
     again = adapted(run, tmp_path / "new", {}, CHANGES["more layers"])
-    fresh = TinyRun(tiny_config(tmp_path / "fresh", model={"num_layers": 5}, training=F64))
+    fresh = TinyRun(checkpointed_config(tmp_path / "fresh", model={"num_layers": 5}, training=F64))
     for name, parameter in again.model.named_parameters():
         if not name.startswith(("layers.2.", "layers.3.", "layers.4.")):
             continue
@@ -176,24 +175,17 @@ def test_what_the_weights_cannot_take_over_is_refused(tmp_path, change, said):
     assert not (tmp_path / "new" / "checkpoints").exists()
 
 
-def test_the_tool_writes_where_the_new_run_looks_and_never_over_a_checkpoint(
-    tmp_path, monkeypatch, capsys
-):
+def test_the_tool_writes_where_the_new_run_looks_and_never_over_a_checkpoint(tmp_path, programs):
     trained(tmp_path / "old", {})
-    values = tiny_config(tmp_path / "new", training=F64, **CHANGES["base shape"]).model_dump(
-        mode="json", exclude_none=True
-    )
+    config = checkpointed_config(tmp_path / "new", training=F64, **CHANGES["base shape"])
+    values = config.model_dump(mode="json", exclude_none=True)
     (tmp_path / "new.yaml").write_text(yaml.safe_dump(values))
-    arguments = ["checkpoint.py", "adapt", str(tmp_path / "old"), str(tmp_path / "new.yaml")]
-    monkeypatch.setattr(sys, "argv", arguments)
-    assert tool.main() == 0
-    shown = capsys.readouterr().out
-    assert (
-        "table.width_multiplier" in shown
-        and f"wrote {tmp_path / 'new' / 'checkpoints' / 'step_00000003'}" in shown
-    )
-    with pytest.raises(CheckpointError, match="holds a checkpoint of step 3 already"):
-        tool.main()
+    words = ("adapt", tmp_path / "old", tmp_path / "new.yaml")
+    shown = programs.output(tool.main, *words)
+    assert "table.width_multiplier" in shown
+    assert f"wrote {tmp_path / 'new' / 'checkpoints' / 'step_00000003'}" in shown
+    refused = programs.run(tool.main, *words)
+    assert refused.code == 2 and "holds a checkpoint of step 3 already" in refused.err
 
 
 class SilentlyWrong(nn.Module):
@@ -211,8 +203,8 @@ class SilentlyWrong(nn.Module):
 def test_a_branch_that_does_not_say_what_makes_its_output_is_refused() -> None:
     """The control: the model's own branches do."""
     model = model_config()
-    table = table_for(model, completep_config())
-    check_branches(GPT(model, table, ParallelContext.single("meta")))
+    table = table_for(model)
+    check_branches(model_on_paper(model, table))
     branches = {**BRANCHES, "extra": SilentlyWrong}
     with pytest.raises(
         CheckpointError, match=r"layer 0, extra; layer 1, extra.*no parameter declares"

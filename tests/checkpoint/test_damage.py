@@ -16,10 +16,9 @@ from megatron_completep.checkpoint.examine import reshard_checkpoint
 from megatron_completep.config.schema import Config
 from megatron_completep.errors import CheckpointError
 from megatron_completep.inference.generation import load_model
-from tests.checkpoint.test_hostile import change_manifest, manifest_of
-from tests.checkpoint.test_layouts import LAYOUTS, build, run, save
-from tests.checkpoint.test_reading import use_small_blocks
-from tests.support.checkpoints import TinyRun, tiny_config
+from tests.checkpoint.layouts import LAYOUTS, build, run, save
+from tests.checkpoint.stored_files import change_manifest, manifest_of, use_small_blocks
+from tests.support.checkpoints import TinyRun, checkpointed_config
 
 MANY = {
     "vocab_size": 12_000
@@ -28,7 +27,7 @@ MANY = {
 
 def with_snapshots(folder: Path, async_save: bool = False, **model: int) -> Config:
     checkpoint = {"async_save": async_save, "local_dir": str(folder / "node"), "local_interval": 1}
-    return tiny_config(folder / "run", model=model, checkpoint=checkpoint)
+    return checkpointed_config(folder / "run", model=model, checkpoint=checkpoint)
 
 
 def snapshot_of(config: Config, steps: int) -> TinyRun:
@@ -77,13 +76,13 @@ def test_a_damaged_snapshot_leaves_nothing_behind(tmp_path, monkeypatch, async_s
     whole = TinyRun(config)
     assert whole.resume() and whole.bits() == trained.bits()  # the control: undamaged, it arrives
     flip_near_the_end(folder)
-    fresh, damaged = TinyRun(tiny_config(tmp_path / "other", model=model)), TinyRun(config)
+    fresh, damaged = TinyRun(checkpointed_config(tmp_path / "other", model=model)), TinyRun(config)
     before = generator_states()
     assert not damaged.resume()
     assert damaged.bits() == fresh.bits() and generator_states() == before
     assert any(
         "the snapshot of step 1 is not used: " in line and "damaged between bytes" in line
-        for line in damaged.said
+        for line in damaged.messages
     )
     assert damaged.train(2) == fresh.train(2) and damaged.bits() == fresh.bits()
     damaged.save()  # what the load left in the buffers of asynchronous saves is not what is saved
@@ -100,13 +99,13 @@ def test_generator_states_that_are_none_leave_nothing_behind(tmp_path):
     change_manifest(
         folder, {"rng": {**rng, "torch": rng["torch"][:400]}}
     )  # Python's and numpy's are whole, torch's comes last
-    fresh, damaged = TinyRun(tiny_config(tmp_path / "other")), TinyRun(config)
+    fresh, damaged = TinyRun(checkpointed_config(tmp_path / "other")), TinyRun(config)
     before = generator_states()
     assert not damaged.resume()
     assert damaged.bits() == fresh.bits() and generator_states() == before
     assert any(
         "the manifest of step 1 holds no state that this version reads" in line
-        for line in damaged.said
+        for line in damaged.messages
     )
 
 
@@ -128,7 +127,7 @@ def test_a_damaged_checkpoint_of_the_shared_disk_changes_nothing_in_the_run_that
     tmp_path, monkeypatch
 ):
     use_small_blocks(monkeypatch)
-    tiny = TinyRun(tiny_config(tmp_path))
+    tiny = TinyRun(checkpointed_config(tmp_path))
     for _ in range(2):
         tiny.train(1)
         tiny.save()
@@ -175,7 +174,7 @@ def test_damage_that_one_rank_sees_leaves_the_numbers_of_all_ranks(pool, tmp_pat
 
 
 def test_what_is_rewritten_or_evaluated_from_a_damaged_checkpoint_appears_nowhere(tmp_path):
-    config = tiny_config(tmp_path / "run")
+    config = checkpointed_config(tmp_path / "run")
     tiny = TinyRun(config)
     tiny.train(1)
     tiny.save()
@@ -183,7 +182,7 @@ def test_what_is_rewritten_or_evaluated_from_a_damaged_checkpoint_appears_nowher
     flip_near_the_end(folder)
     with pytest.raises(CheckpointError, match="damaged between bytes"):
         reshard_checkpoint(folder, tmp_path / "resharded", 2)
-    deeper = tiny_config(tmp_path / "deeper", model={"num_layers": 3})
+    deeper = checkpointed_config(tmp_path / "deeper", model={"num_layers": 3})
     with pytest.raises(CheckpointError, match="damaged between bytes"):
         adapt_checkpoint(folder, deeper, tmp_path / "deeper" / "checkpoints")
     assert not list(tmp_path.glob("resharded/*")) + list(tmp_path.glob("deeper/*/*"))
@@ -193,11 +192,13 @@ def test_what_is_rewritten_or_evaluated_from_a_damaged_checkpoint_appears_nowher
 
 def test_tensors_of_another_shape_are_refused_whatever_is_allowed(tmp_path):
     """Else what the checkpoint lacks would be whatever the memory held."""
-    tiny = TinyRun(tiny_config(tmp_path))
+    tiny = TinyRun(checkpointed_config(tmp_path))
     tiny.train(1)
     tiny.save()
     wider = TinyRun(
-        tiny_config(tmp_path, model={"ffn_hidden_size": 32}, checkpoint={"allow_changed": ["*"]})
+        checkpointed_config(
+            tmp_path, model={"ffn_hidden_size": 32}, checkpoint={"allow_changed": ["*"]}
+        )
     )
     before = wider.bits()
     with pytest.raises(CheckpointError, match=r"parameters\.layers\.0\.mlp"):
@@ -220,6 +221,6 @@ def test_a_snapshot_whose_manifest_is_damaged_is_said(tmp_path):
     assert again.resume() and again.state.step == 1
     assert any(
         "a snapshot is not used: " in line and "changed since it was written" in line
-        for line in again.said
+        for line in again.messages
     )
     shutil.rmtree(tmp_path / "node")

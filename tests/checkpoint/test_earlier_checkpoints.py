@@ -18,7 +18,7 @@ from megatron_completep.checkpoint.examine import (
 from megatron_completep.checkpoint.manifest import MANIFEST, read_manifest, seal
 from megatron_completep.config.schema import Config
 from megatron_completep.errors import CheckpointError
-from tests.support.checkpoints import TinyRun, tiny_config
+from tests.support.checkpoints import TinyRun, checkpointed_config
 
 EARLIER = Path(__file__).parent / "fixtures" / "earlier_run" / "checkpoints" / "step_00000003"
 SHAPE = {
@@ -39,7 +39,7 @@ WEIGHTS_AND_ADAMW = {"master": 1, "exp_avg": -1, "exp_avg_sq": -2}
 
 
 def config_in(folder: Path, **changes: dict) -> Config:
-    return tiny_config(folder, **{"model": SHAPE, "completep": PROXY, **changes})
+    return checkpointed_config(folder, **{"model": SHAPE, "completep": PROXY, **changes})
 
 
 def copied_to(folder: Path) -> Path:
@@ -62,7 +62,9 @@ def test_a_checkpoint_of_an_earlier_version_resumes(tmp_path: Path) -> None:
     copied_to(tmp_path)
     run = TinyRun(config_in(tmp_path))
     assert run.resume() and run.state.step == 3
-    assert not [line for line in run.said if "resuming with" in line and "output_dir" not in line]
+    assert not [
+        line for line in run.messages if "resuming with" in line and "output_dir" not in line
+    ]
     assert run.train(3) == pytest.approx(LOSSES, rel=1e-5)
 
 

@@ -21,36 +21,18 @@ from megatron_completep.checkpoint import StoredCheckpoint, files, manifest
 from megatron_completep.checkpoint.examine import verify_checkpoint
 from megatron_completep.checkpoint.manifest import MANIFEST
 from megatron_completep.errors import CheckpointError
-from tests.support.checkpoints import TinyRun, tiny_config
+from tests.checkpoint.stored_files import change_manifest, write_manifest
+from tests.support.checkpoints import TinyRun, checkpointed_config
 
 NAME = "rank_00000_of_00001.safetensors"
 
 
 @pytest.fixture
 def saved(tmp_path) -> tuple[TinyRun, Path]:
-    run = TinyRun(tiny_config(tmp_path))
+    run = TinyRun(checkpointed_config(tmp_path))
     run.train(1)
     run.save()
     return run, tmp_path / "checkpoints" / "step_00000001"
-
-
-def write_manifest(folder: Path, text: bytes) -> None:
-    """With a right hash at its end. `text` is a JSON object."""
-    body = text.rstrip()
-    assert body.endswith(b"\n}")
-    (folder / MANIFEST).write_bytes(
-        body[:-2] + f',\n "xxh3": "{xxhash.xxh3_128_hexdigest(body)}"\n}}\n'.encode()
-    )
-
-
-def manifest_of(folder: Path) -> dict[str, Any]:
-    value = json.loads((folder / MANIFEST).read_bytes())
-    value.pop("xxh3")
-    return value
-
-
-def change_manifest(folder: Path, change: dict[str, Any]) -> None:
-    write_manifest(folder, json.dumps({**manifest_of(folder), **change}, indent=1).encode())
 
 
 def write_header(folder: Path, header: bytes, length: int | None = None, more: bytes = b"") -> None:
@@ -357,7 +339,7 @@ def test_links_lead_nowhere(saved, tmp_path):
     ],
 )
 def test_a_runs_number_cannot_lead_snapshots_elsewhere(tmp_path, content):
-    config = tiny_config(
+    config = checkpointed_config(
         tmp_path / "run", checkpoint={"local_dir": str(tmp_path / "node"), "local_interval": 1}
     )
     (tmp_path / "run").mkdir()

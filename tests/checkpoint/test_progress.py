@@ -7,17 +7,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from megatron_completep.checkpoint import files
 from megatron_completep.config.schema import ParallelConfig
 from megatron_completep.guards import watchdog
 from megatron_completep.guards.watchdog import Watchdog
 from megatron_completep.launch import Launch
-from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.exchange import Exchange, LongWork
-from tests.checkpoint.test_reading import use_small_blocks
-from tests.support.checkpoints import TinyRun, tiny_config
+from tests.checkpoint.stored_files import use_small_blocks
+from tests.support.checkpoints import TinyRun, checkpointed_config
+from tests.support.ranks import context_on
 
 GENEROUS = 120.0  # seconds that a test waits for an event before it fails
 
@@ -33,7 +32,7 @@ def blocks_of(folder: Path) -> int:
 
 def test_every_block_of_a_save_that_training_waits_for_is_heard_of(tmp_path, small_blocks):
     heard: list[int] = []
-    tiny = TinyRun(tiny_config(tmp_path), still_here=lambda: heard.append(1))
+    tiny = TinyRun(checkpointed_config(tmp_path), still_here=lambda: heard.append(1))
     tiny.train(1)
     assert not heard
     tiny.save()
@@ -57,7 +56,7 @@ def test_a_save_in_the_background_is_heard_of_only_while_training_waits_for_it(
         if name == "save.committed":
             on_disk.set()
 
-    config = tiny_config(tmp_path, checkpoint={"async_save": True})
+    config = checkpointed_config(tmp_path, checkpoint={"async_save": True})
     tiny = TinyRun(config, fail_point=fail_point, still_here=lambda: heard.append("here"))
     tiny.train(1)
     tiny.save()
@@ -80,7 +79,7 @@ def test_a_save_in_the_background_is_heard_of_only_while_training_waits_for_it(
 
 def test_a_load_in_the_middle_of_a_run_is_heard_of(tmp_path, small_blocks):
     heard: list[int] = []
-    tiny = TinyRun(tiny_config(tmp_path), still_here=lambda: heard.append(1))
+    tiny = TinyRun(checkpointed_config(tmp_path), still_here=lambda: heard.append(1))
     for _ in range(2):
         tiny.train(1)
         tiny.save()
@@ -93,9 +92,7 @@ def test_a_load_in_the_middle_of_a_run_is_heard_of(tmp_path, small_blocks):
 
 def unequal_work(rank: int, pieces: tuple[int, ...]) -> tuple[list[str], int]:
     heard: list[int] = []
-    context = ParallelContext.over_world(
-        ParallelConfig(), torch.device("cpu"), rank, len(pieces), len(pieces)
-    )
+    context = context_on(rank, ParallelConfig())
     work = LongWork(Exchange(context, 1.0), 0.0, lambda: heard.append(1))
     for _ in range(pieces[rank]):
         work.goes_on()
@@ -164,7 +161,7 @@ def test_the_disk_really_takes_what_is_reported_as_progress(tmp_path, monkeypatc
     monkeypatch.setattr(files, "SYNC_BYTES", 3 * 4096)
     use_small_blocks(monkeypatch)
     monkeypatch.setattr(files.os, "fdatasync", lambda descriptor: synced.append(descriptor))
-    tiny = TinyRun(tiny_config(tmp_path))
+    tiny = TinyRun(checkpointed_config(tmp_path))
     tiny.save()
     (path,) = (tmp_path / "checkpoints" / "step_00000000").glob("*.safetensors")
     assert len(synced) == path.stat().st_size // (3 * 4096)

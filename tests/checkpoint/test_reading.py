@@ -25,17 +25,11 @@ from megatron_completep.checkpoint.places import shared_place, shared_source
 from megatron_completep.errors import CheckpointError
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.exchange import Exchange
-from tests.checkpoint.test_layouts import LAYOUTS, TP2_PP2_DP2, build, load, run, save
-from tests.support.checkpoints import TinyRun, tiny_config
+from tests.checkpoint.layouts import LAYOUTS, TP2_PP2_DP2, build, load, run, save
+from tests.checkpoint.stored_files import SMALL_BLOCKS, use_small_blocks
+from tests.support.checkpoints import TinyRun, checkpointed_config
 
 TP2_PP2 = {"world": 4, "tensor_parallel_size": 2, "pipeline_parallel_size": 2}
-SMALL_BLOCKS = 4096  # so that the files of a tiny model have many
-
-
-def use_small_blocks(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("megatron_completep.checkpoint.files.BLOCK_SIZE", SMALL_BLOCKS)
-    patch.setattr("megatron_completep.checkpoint.save.BLOCK_SIZE", SMALL_BLOCKS)
-    patch.setattr(files.BlockHasher.__init__, "__defaults__", (SMALL_BLOCKS,))
 
 
 def save_in_small_blocks(rank: int, folder: str, model: str, layout: dict) -> None:
@@ -219,7 +213,7 @@ def test_any_cut_of_a_file_puts_every_element_where_it_belongs(seed):
 def test_a_run_goes_straight_from_the_disk_to_its_place(tmp_path, monkeypatch):
     """Most of a large file is never copied in memory; the plain way gives the same bits."""
     use_small_blocks(monkeypatch)
-    tiny = TinyRun(tiny_config(tmp_path, model={"vocab_size": 600}))
+    tiny = TinyRun(checkpointed_config(tmp_path, model={"vocab_size": 600}))
     tiny.save()
     direct: list[bool] = []
     original = Part.direct

@@ -11,13 +11,13 @@ from safetensors import safe_open
 
 from megatron_completep.checkpoint import StoredCheckpoint
 from megatron_completep.errors import CheckpointError
-from tests.support.checkpoints import TinyRun, tiny_config
+from tests.support.checkpoints import TinyRun, checkpointed_config
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16", "float64"])
 @pytest.mark.parametrize("async_save", [False, True])
 def test_resumed_run_continues_bit_for_bit(tmp_path, precision, async_save):
-    config = tiny_config(
+    config = checkpointed_config(
         tmp_path, training={"precision": precision}, checkpoint={"async_save": async_save}
     )
     whole = TinyRun(config)
@@ -33,7 +33,7 @@ def test_resumed_run_continues_bit_for_bit(tmp_path, precision, async_save):
 
 def test_without_the_moments_the_resumed_run_differs(tmp_path):
     """The negative control: the comparison above can fail."""
-    config = tiny_config(tmp_path)
+    config = checkpointed_config(tmp_path)
     whole = TinyRun(config)
     whole.train(3)
     whole.save()
@@ -45,7 +45,7 @@ def test_without_the_moments_the_resumed_run_differs(tmp_path):
 
 
 def test_files_are_ordinary_safetensors_of_logical_tensors(tmp_path):
-    config = tiny_config(tmp_path)
+    config = checkpointed_config(tmp_path)
     run = TinyRun(config)
     run.train(1)
     run.save()
@@ -64,7 +64,7 @@ def test_files_are_ordinary_safetensors_of_logical_tensors(tmp_path):
 
 
 def test_newest_is_the_highest_step_and_retention_keeps_what_it_should(tmp_path):
-    config = tiny_config(
+    config = checkpointed_config(
         tmp_path, checkpoint={"async_save": False, "interval": 1, "keep": 2, "keep_every": 3}
     )
     run = TinyRun(config)
@@ -80,21 +80,23 @@ def test_newest_is_the_highest_step_and_retention_keeps_what_it_should(tmp_path)
 
 
 def test_a_run_without_checkpoints_starts_from_the_beginning(tmp_path):
-    run = TinyRun(tiny_config(tmp_path))
+    run = TinyRun(checkpointed_config(tmp_path))
     assert not run.resume() and run.state.step == 0
 
 
 def test_resume_false_refuses_a_folder_that_holds_checkpoints(tmp_path):
-    run = TinyRun(tiny_config(tmp_path))
+    run = TinyRun(checkpointed_config(tmp_path))
     run.train(1)
     run.save()
-    other = TinyRun(tiny_config(tmp_path, checkpoint={"async_save": False, "resume": False}))
+    other = TinyRun(
+        checkpointed_config(tmp_path, checkpoint={"async_save": False, "resume": False})
+    )
     with pytest.raises(CheckpointError, match=r"step 1.*resume = false"):
         other.resume()
 
 
 def test_saving_a_step_again_replaces_it(tmp_path):
-    config = tiny_config(tmp_path)
+    config = checkpointed_config(tmp_path)
     run = TinyRun(config)
     run.train(2)
     run.save()
@@ -107,12 +109,12 @@ def test_saving_a_step_again_replaces_it(tmp_path):
 
 
 def test_a_resume_says_every_setting_that_changed_old_and_new(tmp_path):
-    run = TinyRun(tiny_config(tmp_path))
+    run = TinyRun(checkpointed_config(tmp_path))
     run.train(1)
     run.save()
-    same = TinyRun(tiny_config(tmp_path, logging={"interval": 3}))
+    same = TinyRun(checkpointed_config(tmp_path, logging={"interval": 3}))
     assert same.resume() and not [
-        line for line in same.said if line.startswith("resuming with")
+        line for line in same.messages if line.startswith("resuming with")
     ]  # the control
     changes = {
         "optimizer": {
@@ -131,9 +133,9 @@ def test_a_resume_says_every_setting_that_changed_old_and_new(tmp_path):
         "data": {"seed": 5},
         "checkpoint": {"allow_changed": ["data.seed"]},
     }
-    other = TinyRun(tiny_config(tmp_path, **changes))
+    other = TinyRun(checkpointed_config(tmp_path, **changes))
     assert other.resume()
-    said = {line for line in other.said if line.startswith("resuming with")}
+    said = {line for line in other.messages if line.startswith("resuming with")}
     assert said >= {
         "resuming with optimizer.base_lr = 0.02, the checkpoint has 0.01",
         'resuming with optimizer.schedule = "cosine", the checkpoint has "linear"',
@@ -146,25 +148,25 @@ def test_a_resume_says_every_setting_that_changed_old_and_new(tmp_path):
         "resuming with data.seed = 5, the checkpoint has 1234",
     }
     assert len(said) == len(
-        [line for line in other.said if line.startswith("resuming with")]
+        [line for line in other.messages if line.startswith("resuming with")]
     )  # each once
 
 
 def test_a_list_of_sections_that_grew_is_one_changed_setting(tmp_path):
     """By element, a first override would read `optimizer.overrides = null, the checkpoint has []`."""
-    run = TinyRun(tiny_config(tmp_path))
+    run = TinyRun(checkpointed_config(tmp_path))
     run.train(1)
     run.save()
     one, other = {"pattern": "layers.0.*", "lr": 2.0}, {"pattern": "layers.1.*", "lr": 3.0}
     changed = TinyRun(
-        tiny_config(
+        checkpointed_config(
             tmp_path, optimizer={"overrides": [one]}, training={"skip_steps": [{"first": 5}]}
         )
     )
     assert changed.resume()
     said = [
         line.removeprefix("resuming with ")
-        for line in changed.said
+        for line in changed.messages
         if line.startswith("resuming with")
     ]
     assert [line for line in said if "overrides" in line] == [
@@ -176,15 +178,15 @@ def test_a_list_of_sections_that_grew_is_one_changed_setting(tmp_path):
     ]
     changed.train(1)
     changed.save()
-    grown = TinyRun(tiny_config(tmp_path, optimizer={"overrides": [one, other]}))
+    grown = TinyRun(checkpointed_config(tmp_path, optimizer={"overrides": [one, other]}))
     assert grown.resume()
-    said = [line for line in grown.said if "overrides" in line]
+    said = [line for line in grown.messages if "overrides" in line]
     assert len(said) == 1 and said[0].count("layers.0") == 2 and said[0].count("layers.1") == 1
     moved = TinyRun(
-        tiny_config(tmp_path, optimizer={"overrides": [{**one, "lr": 5.0}]})
+        checkpointed_config(tmp_path, optimizer={"overrides": [{**one, "lr": 5.0}]})
     )  # the control: same length, by element
     assert moved.resume()
-    assert "resuming with optimizer.overrides.0.lr = 5.0, the checkpoint has 2.0" in moved.said
+    assert "resuming with optimizer.overrides.0.lr = 5.0, the checkpoint has 2.0" in moved.messages
 
 
 @pytest.mark.parametrize(
@@ -213,11 +215,11 @@ def test_a_list_of_sections_that_grew_is_one_changed_setting(tmp_path):
     ids=["few", "table", "added to what is allowed", "many"],
 )
 def test_what_a_refusal_offers_is_not_refused_next(tmp_path, changes):
-    run = TinyRun(tiny_config(tmp_path))
+    run = TinyRun(checkpointed_config(tmp_path))
     run.train(1)
     run.save()
     with pytest.raises(CheckpointError) as refusal:
-        TinyRun(tiny_config(tmp_path, **changes)).resume()
+        TinyRun(checkpointed_config(tmp_path, **changes)).resume()
     (line,) = [
         line
         for line in str(refusal.value).splitlines()
@@ -226,7 +228,9 @@ def test_what_a_refusal_offers_is_not_refused_next(tmp_path, changes):
     word = shlex.split(line)[-1]  # as a shell takes it
     assert word.startswith("checkpoint.allow_changed=")
     allowed = yaml.safe_load(word.rstrip(".").partition("=")[2])
-    again = TinyRun(tiny_config(tmp_path, **{**changes, "checkpoint": {"allow_changed": allowed}}))
+    again = TinyRun(
+        checkpointed_config(tmp_path, **{**changes, "checkpoint": {"allow_changed": allowed}})
+    )
     assert again.resume() and again.state.step == 1
 
 
@@ -242,13 +246,13 @@ def test_what_a_refusal_offers_is_not_refused_next(tmp_path, changes):
 )
 def test_a_refusal_offers_no_remedy_where_the_tensors_are_others(tmp_path, model, adapt):
     """To allow the setting would be refused next, as the tensors differ: so it is not offered. Layers may be added by the tool."""
-    run = TinyRun(tiny_config(tmp_path))
+    run = TinyRun(checkpointed_config(tmp_path))
     run.train(1)
     run.save()
     for allowed in ([], ["*"]):
         with pytest.raises(CheckpointError) as refusal:
             TinyRun(
-                tiny_config(tmp_path, model=model, checkpoint={"allow_changed": allowed})
+                checkpointed_config(tmp_path, model=model, checkpoint={"allow_changed": allowed})
             ).resume()
         assert "allow_changed=" not in str(refusal.value) and "allow_changed does not help" in str(
             refusal.value

@@ -11,12 +11,12 @@ import pytest
 
 from megatron_completep.checkpoint import retention
 from megatron_completep.checkpoint.manifest import committed_steps
-from tests.checkpoint.test_tool import call
-from tests.support.checkpoints import TinyRun, tiny_config
+from megatron_completep.tools import checkpoint as tool
+from tests.support.checkpoints import TinyRun, checkpointed_config
 
 
 def saved(folder: Path, steps: int, **checkpoint: object) -> TinyRun:
-    tiny = TinyRun(tiny_config(folder, checkpoint={"async_save": False, **checkpoint}))
+    tiny = TinyRun(checkpointed_config(folder, checkpoint={"async_save": False, **checkpoint}))
     for _ in range(steps):
         tiny.train(1)
         tiny.save()
@@ -48,7 +48,7 @@ def test_one_checkpoint_that_cannot_be_removed_does_not_keep_the_others(tmp_path
     stuck.add(1)
     tiny = saved(tmp_path, 5, keep=2)
     assert steps_in(tmp_path) == [1, 4, 5]
-    said = [line for line in tiny.said if "could not be removed" in line]
+    said = [line for line in tiny.messages if "could not be removed" in line]
     assert len(said) == 3 and all("step_00000001: Permission denied" in line for line in said)
     stuck.clear()
     tiny.train(1)
@@ -66,11 +66,11 @@ def test_files_that_remain_of_a_removed_checkpoint_are_said(tmp_path, monkeypatc
     assert steps_in(tmp_path) == [2, 3]
     assert any(
         "step_00000001 is no checkpoint any more, but files of it remain in " in line
-        for line in tiny.said
+        for line in tiny.messages
     )
     monkeypatch.undo()
     again = TinyRun(tiny.config)
-    assert any("removed .removing.step_00000001." in line for line in again.said)
+    assert any("removed .removing.step_00000001." in line for line in again.messages)
 
 
 def test_a_remainder_that_stays_is_not_called_removed(tmp_path, monkeypatch):
@@ -79,39 +79,38 @@ def test_a_remainder_that_stays_is_not_called_removed(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "megatron_completep.checkpoint.save.shutil.rmtree", lambda folder, ignore_errors: None
     )
-    again = TinyRun(tiny_config(tmp_path))
-    assert any(".step_00000009.deadbeef cannot be removed" in line for line in again.said)
+    again = TinyRun(checkpointed_config(tmp_path))
+    assert any(".step_00000009.deadbeef cannot be removed" in line for line in again.messages)
 
 
-def test_the_tool_removes_what_it_can_and_names_the_rest(tmp_path, monkeypatch, capsys, stuck):
+def test_the_tool_removes_what_it_can_and_names_the_rest(tmp_path, programs, stuck):
     saved(tmp_path, 4, keep=9)
     stuck.add(2)
-    code, text = call(monkeypatch, capsys, "prune", tmp_path, "--keep", 1)
-    assert code == 1 and "not removed: " in text and "step_00000002: Permission denied" in text
+    ended = programs.run(tool.main, "prune", tmp_path, "--keep", 1)
+    assert ended.code == 1 and "not removed: " in ended.out
+    assert "step_00000002: Permission denied" in ended.out
     assert steps_in(tmp_path) == [2, 4]
     stuck.clear()
-    code, text = call(monkeypatch, capsys, "prune", tmp_path, "--keep", 1, "--json")
-    assert code == 0 and json.loads(text)["problems"] == [] and steps_in(tmp_path) == [4]
+    printed = programs.output(tool.main, "prune", tmp_path, "--keep", 1, "--json")
+    assert json.loads(printed)["problems"] == [] and steps_in(tmp_path) == [4]
 
 
 @pytest.mark.parametrize("local", [False, True])
 def test_a_folder_of_checkpoints_that_is_removed_under_the_run_is_made_again(tmp_path, local):
     settings = {"async_save": False, "local_dir": str(tmp_path / "node"), "local_interval": 1}
-    tiny = TinyRun(tiny_config(tmp_path / "run", checkpoint=settings))
+    tiny = TinyRun(checkpointed_config(tmp_path / "run", checkpoint=settings))
     tiny.train(1)
     tiny.checkpointer.save(tiny.state, local=local)
     shutil.rmtree(tmp_path / "node" if local else tmp_path / "run" / "checkpoints")
     tiny.train(1)
     tiny.checkpointer.save(tiny.state, local=local)
-    assert any("was removed under the run; it is made again" in line for line in tiny.said)
-    assert not any("failed" in line for line in tiny.said)
+    assert any("was removed under the run; it is made again" in line for line in tiny.messages)
+    assert not any("failed" in line for line in tiny.messages)
     again = TinyRun(tiny.config)
     assert again.resume() and again.state.step == 2 and again.bits() == tiny.bits()
 
 
-def test_a_link_a_file_and_an_incomplete_folder_named_like_checkpoints_are_said(
-    tmp_path, monkeypatch, capsys
-):
+def test_a_link_a_file_and_an_incomplete_folder_named_like_checkpoints_are_said(tmp_path, programs):
     tiny = saved(tmp_path / "run", 1)
     checkpoints = tmp_path / "run" / "checkpoints"
     shutil.copytree(checkpoints / "step_00000001", tmp_path / "elsewhere")
@@ -125,11 +124,8 @@ def test_a_link_a_file_and_an_incomplete_folder_named_like_checkpoints_are_said(
         8: "step_00000008 is not a folder: it does not count",
         9: "step_00000009 holds no manifest.json: it does not count",
     }
-    assert all(any(text in line for line in again.said) for text in expected.values())
-    code, text = call(monkeypatch, capsys, "list", tmp_path / "run", "--json")
-    rows = {row["step"]: row["problem"] for row in json.loads(text)["checkpoints"]}
-    assert (
-        code == 0
-        and rows[1] is None
-        and all(words in rows[step] for step, words in expected.items())
-    )
+    assert all(any(text in line for line in again.messages) for text in expected.values())
+    listed = json.loads(programs.output(tool.main, "list", tmp_path / "run", "--json"))
+    rows = {row["step"]: row["problem"] for row in listed["checkpoints"]}
+    assert rows[1] is None
+    assert all(words in rows[step] for step, words in expected.items())

@@ -10,11 +10,11 @@ import pytest
 
 from megatron_completep.checkpoint.run_number import identify_run, renumber
 from megatron_completep.config.schema import Config
-from tests.support.checkpoints import TinyRun, tiny_config
+from tests.support.checkpoints import TinyRun, checkpointed_config
 
 
 def config_of(folder: Path, node: Path) -> Config:
-    return tiny_config(
+    return checkpointed_config(
         folder,
         checkpoint={
             "async_save": False,
@@ -48,7 +48,7 @@ def test_a_copied_run_goes_on_from_its_own_checkpoint_and_leaves_the_originals_s
     shutil.copytree(a, b)
     copy = TinyRun(config_of(b, node))
     assert copy.resume() and copy.state.step == 2  # and not 4, which the original's snapshots have
-    assert any(f"{b} is a copy of the run in {a}" in line for line in copy.said)
+    assert any(f"{b} is a copy of the run in {a}" in line for line in copy.messages)
     assert number_of(a) != number_of(b)
     copy.optimizer.shards.master.mul_(2.0)  # from here on they are different runs
     for _ in range(3):
@@ -58,7 +58,7 @@ def test_a_copied_run_goes_on_from_its_own_checkpoint_and_leaves_the_originals_s
     assert again.resume() and again.state.step == 4 and again.bits() == original.bits()
     once_more = TinyRun(config_of(b, node))
     assert once_more.resume() and once_more.state.step == 5 and once_more.bits() == copy.bits()
-    assert not any("copy" in line for line in once_more.said)  # it is said once
+    assert not any("copy" in line for line in once_more.messages)  # it is said once
 
 
 def test_a_moved_run_finds_its_snapshots(tmp_path):
@@ -98,7 +98,7 @@ def test_of_two_copies_of_a_run_that_is_gone_the_second_takes_another_number(tmp
     assert second.resume() and second.state.step == 2
     assert any(
         "left out: " in line and f"is a snapshot of the run in {tmp_path}/b/run" in line
-        for line in second.said
+        for line in second.messages
     )
     (tmp_path / "b_run_id").rename(tmp_path / "b" / "run" / ".run_id")
     assert number_of(tmp_path / "b" / "run") != number_of(tmp_path / "c" / "run")
@@ -125,7 +125,7 @@ def test_a_copy_of_a_run_that_took_another_number_since_is_still_a_copy(tmp_path
     assert (
         copy.resume()
         and copy.state.step == 2
-        and any("is a copy of the run in" in line for line in copy.said)
+        and any("is a copy of the run in" in line for line in copy.messages)
     )
 
 
@@ -142,7 +142,7 @@ def test_a_run_that_begins_without_snapshots_is_numbered_all_the_same(tmp_path):
     a, b, node = tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "node"
     a_run(a, node)
     shutil.copytree(a, b)
-    TinyRun(tiny_config(b))
+    TinyRun(checkpointed_config(b))
     shutil.rmtree(a)
     copy = TinyRun(config_of(b, node))
     assert copy.resume() and copy.state.step == 2

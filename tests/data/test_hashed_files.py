@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from megatron_completep.config.schema import DataConfig
@@ -20,6 +19,7 @@ from megatron_completep.errors import DataError
 from megatron_completep.preprocess import report
 from megatron_completep.preprocess.run import preprocess
 from megatron_completep.preprocess.settings import PreprocessSettings, TokenizerChoice
+from tests.support.corpora import two_sources, write_random
 
 
 @pytest.fixture(autouse=True)
@@ -128,22 +128,11 @@ def test_a_finished_output_that_was_damaged_is_not_taken_for_complete(unfinished
 # Prebuilt tables
 
 
-def write(prefix: Path, lengths: list[int]) -> None:
-    generator = np.random.default_rng(1)
-    with IndexedWriter(prefix, "uint16") as writer:
-        for length in lengths:
-            writer.add_document([generator.integers(0, 1000, size=length)])
-
-
 @pytest.fixture
 def data(tmp_path: Path) -> DataConfig:
-    write(tmp_path / "a", [9] * 30)
-    write(tmp_path / "b", [7] * 20)
-    sources = [
-        {"prefix": str(tmp_path / "a"), "weight": 0.7},
-        {"prefix": str(tmp_path / "b"), "weight": 0.3},
-    ]
-    return DataConfig.model_validate({"train": sources, "order": "megatron", "prefetch": 0})
+    write_random(tmp_path / "a", [9] * 30)
+    write_random(tmp_path / "b", [7] * 20)
+    return two_sources(tmp_path, order="megatron")
 
 
 def corpus_of(data: DataConfig) -> Corpus:
@@ -243,7 +232,7 @@ USES: dict[str, Callable[[IndexedDataset, Path], Any]] = {
 def test_token_files_that_are_shortened_while_open_are_an_error_and_not_a_killed_process(
     tmp_path: Path, use: str, suffix: str
 ) -> None:
-    write(tmp_path / "a", [3000] * 8)
+    write_random(tmp_path / "a", [3000] * 8)
     dataset = IndexedDataset(tmp_path / "a")
     USES[use](dataset, tmp_path)  # the control: whole, it is read
     os.truncate(tmp_path / f"a{suffix}", 0)
@@ -291,10 +280,10 @@ def test_a_prebuilt_table_that_is_shortened_under_a_run_is_named(
 
 def test_a_file_that_is_replaced_by_another_one_is_no_matter(tmp_path: Path) -> None:
     """As a new build does: the open reader keeps the file that it opened."""
-    write(tmp_path / "a", [30] * 8)
+    write_random(tmp_path / "a", [30] * 8)
     dataset = IndexedDataset(tmp_path / "a")
     expected = dataset.document(3).tolist()
-    write(tmp_path / "b", [5])
+    write_random(tmp_path / "b", [5])
     for suffix in ("idx", "bin"):
         os.replace(tmp_path / f"b.{suffix}", tmp_path / f"a.{suffix}")
     assert dataset.document(3).tolist() == expected
@@ -303,7 +292,7 @@ def test_a_file_that_is_replaced_by_another_one_is_no_matter(tmp_path: Path) -> 
 def test_merging_a_source_that_shrinks_leaves_no_output(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write(tmp_path / "a", [3000] * 8)
+    write_random(tmp_path / "a", [3000] * 8)
     monkeypatch.setattr(
         IndexedWriter, "_write_tokens", lambda self, tokens: os.truncate(tmp_path / "a.idx", 0)
     )

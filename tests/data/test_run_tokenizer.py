@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -21,12 +19,13 @@ from megatron_completep.data.run_tokenizer import (
     with_readable_tokenizer,
 )
 from megatron_completep.data.tokenizer import build_tokenizer, guess_type
-from megatron_completep.data.writer import IndexedWriter
 from megatron_completep.errors import DataError
 from megatron_completep.preprocess.tokenizer_training import TrainingSettings, train_tokenizer
 from megatron_completep.pretrain import pretrain
 from megatron_completep.run.state import ExitCode
 from megatron_completep.tools import dataset, evaluate_model, export_hf, generate
+from tests.support.commands import Programs
+from tests.support.corpora import write_documents
 from tests.support.runs import VOCABULARY, tiny_config
 
 WORDS = [f"w{number}" for number in range(VOCABULARY - 2)]
@@ -203,10 +202,9 @@ def moved(tmp_path_factory: pytest.TempPathFactory) -> Config:
         build_tokenizer(TokenizerConfig(type="huggingface", model=str(words))).identity()
     )
     generator = np.random.default_rng(0)
-    writer = IndexedWriter(folder / "train", np.uint16)
-    for _ in range(30):
-        writer.add_document([np.append(generator.integers(0, len(WORDS), 20), VOCABULARY - 1)])
-    writer.close(tokenizer=identity)
+    end = VOCABULARY - 1
+    documents = [[np.append(generator.integers(0, len(WORDS), 20), end)] for _ in range(30)]
+    write_documents(folder / "train", documents, tokenizer=identity)
     data: dict[str, Any] = {
         "validation": None,
         "tokenizer": {"type": "huggingface", "model": str(words)},
@@ -224,68 +222,34 @@ def moved(tmp_path_factory: pytest.TempPathFactory) -> Config:
     return config
 
 
-def call(monkeypatch: pytest.MonkeyPatch, tool: ModuleType, *words: object) -> None:
-    monkeypatch.setattr(sys, "argv", [tool.__name__, *map(str, words)])
-    assert tool.main() == 0
-
-
 def test_generation_evaluation_and_export_use_the_copy(
-    moved: Config,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
+    moved: Config, programs: Programs, tmp_path: Path
 ) -> None:
     run = Path(moved.training.output_dir)
     options = ("--device", "cpu", "--precision", "float32")
     for checkpoint in (run, run / "checkpoints/step_00000001"):
-        call(
-            monkeypatch,
-            generate,
-            checkpoint,
-            "--prompt",
-            "w1 w2",
-            "--max-new-tokens",
-            4,
-            "--json",
-            *options,
-        )
-        assert json.loads(capsys.readouterr().out)["results"][0]["texts"][0]
-    call(
-        monkeypatch,
-        evaluate_model,
-        run,
-        "--token-file",
-        run.parent / "train",
-        "--limit",
-        3,
-        *options,
-    )
-    assert "bits per byte" in capsys.readouterr().out
-    call(monkeypatch, export_hf, run, tmp_path / "hf", "--json")
-    assert (tmp_path / "hf" / "tokenizer.json").read_bytes() == (
-        run / "tokenizer" / "tokenizer.json"
-    ).read_bytes()
-    with pytest.raises(DataError, match="absent"):  # what is named stands before the copy
-        call(monkeypatch, generate, run, "--tokenizer-model", tmp_path / "absent", *options)
+        prompt = ("--prompt", "w1 w2", "--max-new-tokens", 4, "--json")
+        printed = programs.output(generate.main, checkpoint, *prompt, *options)
+        assert json.loads(printed)["results"][0]["texts"][0]
+    texts = ("--token-file", run.parent / "train", "--limit", 3)
+    assert "bits per byte" in programs.output(evaluate_model.main, run, *texts, *options)
+    programs.output(export_hf.main, run, tmp_path / "hf", "--json")
+    exported = (tmp_path / "hf" / "tokenizer.json").read_bytes()
+    assert exported == (run / "tokenizer" / "tokenizer.json").read_bytes()
+    # A tokenizer that is named stands before the copy.
+    refused = programs.run(generate.main, run, "--tokenizer-model", tmp_path / "absent", *options)
+    assert refused.code == 2 and "absent" in refused.err
 
 
 def test_the_resume_and_the_samples_of_a_step_use_the_copy(
-    moved: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    moved: Config, programs: Programs, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = Path(moved.training.output_dir)
-    call(monkeypatch, dataset, "sample", run / "config.yaml", "--step", 1)
-    assert " w" in capsys.readouterr().out
-    call(
-        monkeypatch,
-        dataset,
-        "inspect",
-        run.parent / "train",
-        "--tokenizer-model",
-        run / "tokenizer",
-        "--documents",
-        1,
-    )
-    out = capsys.readouterr().out
+    sample = ("sample", run / "config.yaml", "--step", 1)
+    assert " w" in programs.output(dataset.main, *sample)
+    copy = ("--tokenizer-model", run / "tokenizer")
+    inspect = ("inspect", run.parent / "train", *copy, "--documents", 1)
+    out = programs.output(dataset.main, *inspect)
     assert " w" in out and "not at hand" not in out
     resumed = moved.model_copy(
         update={"training": moved.training.model_copy(update={"stop_at_step": None})}

@@ -21,7 +21,7 @@ from tests.faults.harness import (
     start,
     steps_on_disk,
 )
-from tests.support.checkpoints import TinyRun, tiny_config
+from tests.support.checkpoints import TinyRun, checkpointed_config
 
 # In the order in which a save passes them; those that only the committing rank passes are marked.
 POINTS = {
@@ -195,10 +195,12 @@ def test_fault_8_a_full_disk_fails_the_save_on_all_ranks_together(config, oracle
 def test_fault_8_a_checkpoint_that_will_not_fit_is_announced_at_the_start(monkeypatch, tmp_path):
     usage = save.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(save.shutil, "disk_usage", lambda folder: usage._replace(free=1000))
-    tiny = TinyRun(tiny_config(tmp_path, checkpoint={"async_save": False, "on_failure": "stop"}))
+    tiny = TinyRun(
+        checkpointed_config(tmp_path, checkpoint={"async_save": False, "on_failure": "stop"})
+    )
     assert re.search(
         r"warning: .*checkpoints: a checkpoint needs [\d.]+ \wB \(16.8 MB of it a reserve\), 1\.0 kB are free",
-        tiny.said[0],
+        tiny.messages[0],
     )
     with pytest.raises(save.CheckpointError, match="needs"):
         tiny.save()

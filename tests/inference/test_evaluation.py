@@ -13,13 +13,13 @@ import torch
 
 from megatron_completep.data.indexed import IndexedDataset
 from megatron_completep.data.tokenizer import BytesTokenizer
-from megatron_completep.data.writer import IndexedWriter
 from megatron_completep.errors import ConfigError, DataError
 from megatron_completep.inference.generation import Sampling, generate_texts
 from megatron_completep.inference.lm_eval_tasks import TaskSettings, continue_until, evaluate_tasks
 from megatron_completep.inference.scoring import Scorer, score_token_file
 from megatron_completep.parallel.axis import Axis
-from tests.support.models import build_model, completep_config, model_config, table_for
+from tests.support.corpora import write_documents, write_texts
+from tests.support.models import build_model, model_config
 from tests.support.ranks import WorkerPool
 
 TEXTS = [
@@ -34,7 +34,7 @@ TEXTS = [
 def small_scorer(ranks: Axis | None = None, batch_size: int = 3, **changes: Any) -> Scorer:
     model = model_config(**{"vocab_size": 257, "seq_length": 32, "num_layers": 2, **changes})
     return Scorer(
-        build_model(model, table_for(model, completep_config())).eval(),
+        build_model(model).eval(),
         BytesTokenizer(),
         ranks,
         batch_size,
@@ -93,13 +93,6 @@ def test_windows_are_lm_evals_own(length: int) -> None:
     assert list(small_scorer().windows([])) == []
 
 
-def write_token_file(folder: Path) -> str:
-    with IndexedWriter(str(folder / "texts"), np.uint16) as writer:
-        for text in TEXTS:
-            writer.add_document([np.array([*text.encode(), 256])])
-    return str(folder / "texts")
-
-
 def write_tasks(folder: Path) -> str:
     """Tasks over a local file: the texts' likelihood, a choice, and a continuation."""
     rows = [{"text": text, "choices": [text[-1], "@@", " and"], "answer": 0} for text in TEXTS]
@@ -144,7 +137,7 @@ def test_lm_evals_bits_per_byte_on_an_offline_task_are_ours(offline: None, tmp_p
         bootstrap_iters=0,
     )
     theirs = evaluate_tasks(scorer, settings)
-    ours = score_token_file(scorer, IndexedDataset(write_token_file(tmp_path)))
+    ours = score_token_file(scorer, IndexedDataset(write_texts(tmp_path / "texts", TEXTS)))
     assert ours.bytes == sum(len(text.encode()) for text in TEXTS) and ours.documents == len(TEXTS)
     rolling = by_metric(theirs["local_rolling"])
     assert rolling["bits_per_byte"] == pytest.approx(ours.bits_per_byte, abs=1e-6)
@@ -193,7 +186,7 @@ def score_in_parallel(rank: int, size: int, prefix: str) -> tuple[Any, Any, Any]
 def test_processes_share_the_work_and_all_have_the_one_processes_results(
     tmp_path: Path, pool: WorkerPool
 ) -> None:
-    prefix = write_token_file(tmp_path)
+    prefix = write_texts(tmp_path / "texts", TEXTS)
     scorer = small_scorer(batch_size=2)
     pairs = [([i + 1], list(range(i))) for i in range(9)]
     likelihoods, score, texts = pool.run(2, score_in_parallel, 2, prefix)[0]
@@ -250,8 +243,6 @@ def test_what_cannot_be_evaluated_is_one_clear_error(offline: None, tmp_path: Pa
         Scorer(learned.model, learned.tokenizer, max_length=13)
     with pytest.raises(DataError, match="has fewer"):
         small_scorer(vocab_size=200)
-    with IndexedWriter(str(tmp_path / "wrong"), np.uint16) as writer:
-        writer.add_document([np.array([5, 300])])
-        writer.add_document([np.array([256])])
+    wrong = write_documents(tmp_path / "wrong", [[[5, 300]], [[256]]])
     with pytest.raises(DataError, match="document 0 holds id 300"):
-        score_token_file(scorer, IndexedDataset(str(tmp_path / "wrong")))
+        score_token_file(scorer, wrong)

@@ -24,7 +24,7 @@ from megatron_completep.inference.generation import (
 )
 from megatron_completep.model.gpt import GPT
 from megatron_completep.pretrain import pretrain
-from tests.support.models import build_model, completep_config, model_config, table_for
+from tests.support.models import build_model, model_config
 from tests.support.runs import rows_of, tiny_config
 
 GREEDY = Sampling(temperature=0.0, max_new_tokens=8)
@@ -32,7 +32,7 @@ GREEDY = Sampling(temperature=0.0, max_new_tokens=8)
 
 def small_model(**changes: object) -> GPT:
     model = model_config(**{"vocab_size": 257, "seq_length": 32, **changes})
-    return build_model(model, table_for(model, completep_config()))
+    return build_model(model)
 
 
 def test_greedy_generation_follows_the_training_paths_logits() -> None:

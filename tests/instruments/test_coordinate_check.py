@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ import torch
 
 from megatron_completep.config import save_config
 from megatron_completep.config.schema import Config
-from megatron_completep.errors import exit_on_user_error
 from megatron_completep.instruments.check_report import describe_check, draw_check, write_check
 from megatron_completep.instruments.coordinate_check import (
     Measurement,
@@ -42,7 +41,9 @@ from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.roles import Role
 from megatron_completep.tools.coordinate_check import main
 from tests.instruments.mutations import MUTATIONS, Mutation
-from tests.support.small_runs import ARCHITECTURES, small_config, write_tokens
+from tests.support.commands import Ended, Programs
+from tests.support.corpora import write_markov_chain
+from tests.support.runs import ARCHITECTURES, proxy_config
 
 SINGLE = ParallelContext.single()
 DEPTHS, WIDTHS = [2, 4, 8, 16], [32, 64, 128]
@@ -51,7 +52,7 @@ DEPTHS, WIDTHS = [2, 4, 8, 16], [32, 64, 128]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tokens")
-    write_tokens(path)
+    write_markov_chain(path / "text")
     return path
 
 
@@ -239,7 +240,7 @@ def test_without_two_sizes_the_check_cannot_tell():
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_measured_stream_and_logits_are_those_of_the_model(folder: Path, architecture: str):
     """Against the model taken apart by hand: embedding, blocks, the last sum, final norm, unembedding."""
-    config = for_short_runs(reshape(small_config(folder, architecture), num_layers=4), 2, "float64")
+    config = for_short_runs(reshape(proxy_config(folder, architecture), num_layers=4), 2, "float64")
     trial = Trial.build(config, SINGLE)
     model = trial.chunks[0]
     batches = read_batches(config, SINGLE, 2)
@@ -291,7 +292,7 @@ def samples_of(
 ) -> list[Sample]:
     """A model's part of the check, without the control, whose place other tests take."""
     design = mutation.design if mutation else Design()
-    config = with_seed(small_config(folder, architecture, completep={"alpha": alpha}), seed)
+    config = with_seed(proxy_config(folder, architecture, completep={"alpha": alpha}), seed)
     plan = Plan(DEPTHS, [32], seeds=1) if axis == "depth" else Plan([2], WIDTHS, seeds=1)
     eps = mutation is None or mutation.quantity.startswith("update")
     samples = []
@@ -324,7 +325,7 @@ def control_of(samples: list[Sample], folder: Path, architecture: str = "gpt2") 
     controls = []
     for s in samples:
         shaped = with_seed(
-            reshape(small_config(folder, architecture), s.hidden_size, s.num_layers), s.seed
+            reshape(proxy_config(folder, architecture), s.hidden_size, s.num_layers), s.seed
         )
         (job,) = (job for job in jobs_of(shaped, plan, Design(), s.axis) if job.rule == "control")
         controls.append(
@@ -403,30 +404,17 @@ def test_no_seed_of_any_architecture_raises_an_alarm(folder: Path, architecture:
 # --- the program ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Ran:
-    code: int | str | None
-    out: str
-    err: str
-
-
 @pytest.fixture
 def run_tool(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Callable[..., Ran]:
+    monkeypatch: pytest.MonkeyPatch, programs: Programs, tmp_path: Path
+) -> Callable[..., Ended]:
     """Runs the program in this process, as its command line would."""
 
-    def run(config: Config, *words: str) -> Ran:
+    def run(config: Config, *words: str) -> Ended:
         path = tmp_path / "config.yaml"
         save_config(config, path)
-        monkeypatch.setattr(
-            sys, "argv", ["coordinate_check.py", str(path), "training.cpu_threads=1", *words]
-        )
-        monkeypatch.setattr(sys, "path", list(sys.path))
-        with pytest.raises(SystemExit) as left:
-            exit_on_user_error(main)
-        captured = capsys.readouterr()
-        return Ran(left.value.code, captured.out, captured.err)
+        monkeypatch.setattr(sys, "path", list(sys.path))  # the program puts its folder there
+        return programs.run(main, path, "training.cpu_threads=1", *words)
 
     return run
 
@@ -451,7 +439,7 @@ def test_the_program_checks_a_users_own_model_and_writes_its_files(
         str(out),
     ]
     ran = run_tool(
-        small_config(folder, "gpt2"), *words, "--model", f"tests.instruments.own_model:{function}"
+        proxy_config(folder, "gpt2"), *words, "--model", f"tests.instruments.own_model:{function}"
     )
     assert ran.code == verdict, ran.err
     assert json.loads(ran.out)["verdict"] == verdict.name.lower()
@@ -474,7 +462,7 @@ def test_a_check_that_shows_nothing_exits_with_3(run_tool, folder: Path):
         "--no-eps",
         "completep.factors={embedding: {lr: 1000.0}}",
     ]
-    ran = run_tool(small_config(folder), *words)
+    ran = run_tool(proxy_config(folder), *words)
     assert ran.code == Verdict.CANNOT_TELL == 3, ran.err
     assert "cannot tell: the control's stream change" in ran.out
     assert "depth: 2 layers x 32" in ran.out  # without --widths the configuration's own
@@ -483,7 +471,7 @@ def test_a_check_that_shows_nothing_exits_with_3(run_tool, folder: Path):
 def test_missing_token_files_useless_axes_and_unknown_models_are_refused_clearly(
     run_tool, tmp_path: Path
 ):
-    config = small_config(tmp_path)
+    config = proxy_config(tmp_path)
     ran = run_tool(config, "--depths", "2,4")
     assert ran.code == 2
     assert f"{tmp_path / 'text'}" in ran.err
@@ -500,7 +488,7 @@ def test_missing_token_files_useless_axes_and_unknown_models_are_refused_clearly
 
 def test_several_workers_measure_what_one_process_does(folder: Path):
     plan = Plan([2, 4], [32], steps=2, seeds=2)
-    config = small_config(folder, training={"cpu_threads": 1})
+    config = proxy_config(folder, training={"cpu_threads": 1})
     alone, together = (
         collect(config, plan, run) for run in (in_turn(SINGLE), in_workers(2, "cpu"))
     )
@@ -512,7 +500,7 @@ def test_several_workers_measure_what_one_process_does(folder: Path):
 
 def test_the_report_has_a_panel_a_parameterization_and_a_line_a_step(folder: Path, tmp_path: Path):
     plan = Plan([2, 4], [32], steps=2, seeds=1, check_eps=False, beside=["alpha_0.5"])
-    result = judge(collect(small_config(folder), plan, in_turn(SINGLE)))
+    result = judge(collect(proxy_config(folder), plan, in_turn(SINGLE)))
     assert exponent(result.samples, result.findings[0].band, "control") is not None
     update = next(f for f in result.findings if f.band.quantity == "update, hidden matrices")
     assert update.beside["alpha_0.5"].value == pytest.approx(

@@ -7,36 +7,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
+from megatron_completep.config.schema import ParallelConfig
 from megatron_completep.instruments.coordinate_check import Measurement, measure
 from megatron_completep.instruments.trial import Trial, for_short_runs, read_batches, reshape
 from megatron_completep.parallel.context import ParallelContext
-from tests.support.small_runs import small_config, write_tokens
+from tests.support.corpora import write_markov_chain
+from tests.support.ranks import context_on
+from tests.support.runs import proxy_config
 
 
 def measured(folder: str, parallel: dict[str, Any], context: ParallelContext) -> Measurement:
-    config = small_config(Path(folder), parallel=parallel, training={"micro_batch_size": 2})
+    config = proxy_config(Path(folder), parallel=parallel, training={"micro_batch_size": 2})
     short = for_short_runs(reshape(config, num_layers=4), 4, "float64")
     batches = read_batches(short, context, 4)
     return measure(Trial.build(short, context), batches[:3], batches[3])
 
 
-def on_rank(rank: int, folder: str, world_size: int, parallel: dict[str, Any]) -> Measurement:
-    config = small_config(Path(folder), parallel=parallel)
-    sizes = config.parallel
-    data = world_size // (sizes.tensor_parallel_size * sizes.pipeline_parallel_size)
-    return measured(
-        folder,
-        parallel,
-        ParallelContext.over_world(sizes, torch.device("cpu"), rank, world_size, data),
-    )
+def on_rank(rank: int, folder: str, parallel: dict[str, Any]) -> Measurement:
+    return measured(folder, parallel, context_on(rank, ParallelConfig(**parallel)))
 
 
-TENSOR, PIPELINE = (
-    {"tensor_parallel_size": 2, "sequence_parallel": True},
-    {"pipeline_parallel_size": 2},
-)
+TENSOR = {"tensor_parallel_size": 2, "sequence_parallel": True}
+PIPELINE = {"pipeline_parallel_size": 2}
 
 
 @pytest.mark.parametrize(
@@ -53,9 +46,9 @@ TENSOR, PIPELINE = (
 def test_every_layout_measures_what_one_process_does(
     pool, tmp_path: Path, world_size: int, parallel: dict[str, Any]
 ):
-    write_tokens(tmp_path, 8_000)
+    write_markov_chain(tmp_path / "text", 8_000)
     expected = flat(measured(str(tmp_path), {}, ParallelContext.single()))
-    for other in pool.run(world_size, on_rank, str(tmp_path), world_size, parallel):
+    for other in pool.run(world_size, on_rank, str(tmp_path), parallel):
         assert flat(other) == pytest.approx(expected, rel=1e-7)
 
 

@@ -21,7 +21,8 @@ from megatron_completep.instruments.laziness import (
 )
 from megatron_completep.instruments.trial import Trial, for_short_runs, read_batches, reshape
 from megatron_completep.parallel.context import ParallelContext
-from tests.support.small_runs import small_config, write_tokens
+from tests.support.corpora import write_markov_chain
+from tests.support.runs import proxy_config
 
 SINGLE = ParallelContext.single()
 
@@ -92,14 +93,14 @@ def test_shallow_models_alone_cannot_tell():
 
 
 def trial_of(folder: Path, architecture: str = "gpt2", **optimizer: float) -> Trial:
-    config = reshape(small_config(folder, architecture), num_layers=4)
+    config = reshape(proxy_config(folder, architecture), num_layers=4)
     short = for_short_runs(config, 1, "float64", base_weight_decay=0.0, base_eps=1e-30, **optimizer)
     return Trial.build(short, SINGLE)
 
 
 def test_the_measure_equals_one_with_an_exact_directional_derivative(tmp_path: Path):
     """J d by forward-mode differentiation of a block written in plain torch, in place of the central difference."""
-    write_tokens(tmp_path, 8_000)
+    write_markov_chain(tmp_path / "text", 8_000)
     measured = block_laziness(trial_of(tmp_path))
     trial = trial_of(tmp_path)
     model, (batches,) = trial.chunks[0], read_batches(trial.config, SINGLE, 1)
@@ -165,7 +166,7 @@ class PlainBlock:
 
 def test_a_smaller_step_is_lazier(tmp_path: Path):
     """The remainder is of second order: r falls with the learning rate, in proportion."""
-    write_tokens(tmp_path, 8_000)
+    write_markov_chain(tmp_path / "text", 8_000)
     large, small = (
         block_laziness(trial_of(tmp_path, base_lr=2**-8)),
         block_laziness(trial_of(tmp_path, base_lr=2**-11)),
@@ -182,14 +183,14 @@ def test_results_are_written_beside_each_other(tmp_path: Path):
 
 def test_a_model_split_over_ranks_is_refused(tmp_path: Path):
     with pytest.raises(ConfigError, match="one process"):
-        collect(small_config(tmp_path, parallel={"tensor_parallel_size": 2}), [2, 4])
+        collect(proxy_config(tmp_path, parallel={"tensor_parallel_size": 2}), [2, 4])
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_completep_stays_complete_and_alpha_half_becomes_lazy(tmp_path: Path):
-    write_tokens(tmp_path)
-    config = small_config(tmp_path, "gpt2", optimizer={"base_lr": 2**-8})
+    write_markov_chain(tmp_path / "text")
+    config = proxy_config(tmp_path, "gpt2", optimizer={"base_lr": 2**-8})
     result = judge(collect(config, [2, 4, 8, 16, 32], 3), 2)
     assert result.verdict == Verdict.RIGHT, describe_laziness(result, 2)
 
@@ -197,8 +198,8 @@ def test_completep_stays_complete_and_alpha_half_becomes_lazy(tmp_path: Path):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_alpha_half_checked_as_ones_own_is_called_lazy(tmp_path: Path):
-    write_tokens(tmp_path)
-    config = small_config(tmp_path, "gpt2", optimizer={"base_lr": 2**-8}, completep={"alpha": 0.5})
+    write_markov_chain(tmp_path / "text")
+    config = proxy_config(tmp_path, "gpt2", optimizer={"base_lr": 2**-8}, completep={"alpha": 0.5})
     assert (
         judge(collect(config, [2, 8, 16, 32], 2, ("own", "alpha_0.5")), 2).verdict == Verdict.WRONG
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shlex
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 
 from megatron_completep.config import load_config, save_config
-from megatron_completep.errors import ConfigError, DataError, exit_on_user_error
+from megatron_completep.errors import ConfigError, DataError
 from megatron_completep.instruments import lr_transfer, sweep
 from megatron_completep.instruments.lr_transfer import (
     Curve,
@@ -33,8 +32,10 @@ from megatron_completep.instruments.lr_transfer_report import draw_lengths, repo
 from megatron_completep.roles import Role
 from megatron_completep.tools.lr_transfer import main
 from tests.support.browser import chromium
+from tests.support.commands import Programs
+from tests.support.corpora import write_markov_chain
 from tests.support.models import table_for
-from tests.support.small_runs import small_config, write_tokens
+from tests.support.runs import proxy_config
 
 GRID = np.arange(-10.0, -3.5, 0.5)
 
@@ -278,7 +279,7 @@ def test_a_shape_is_compared_with_the_shallowest_under_the_same_rule_at_one_lear
 
 def written_sweep(folder: Path, tmp_path: Path, **sections: dict[str, Any]) -> list[sweep.Point]:
     """A finished sweep over two depths: optimum at 2^-7 under CompleteP, moving under muP."""
-    config = small_config(tmp_path, training={"train_steps": 50}, **sections)
+    config = proxy_config(tmp_path, training={"train_steps": 50}, **sections)
     grid = sweep.Grid(
         [2.0**x for x in (-9, -8, -7, -6, -5)], (2, 8), (), ("completep", "mup"), (0.1,), (), (), 2
     )
@@ -320,7 +321,7 @@ def test_the_report_says_the_best_learning_rate_its_neighbours_and_a_next_comman
     monkeypatch.setattr(sweep, "processes", lambda workers: ThreadPoolExecutor(1))
     folder = tmp_path / "sweep"
     points = written_sweep(folder, tmp_path)
-    write_tokens(tmp_path, 8_000)
+    write_markov_chain(tmp_path / "text", 8_000)
     code, out, err = run_tool("report", str(folder))
     assert code == 0, err
     lines = out.splitlines()
@@ -436,7 +437,7 @@ def test_an_unfinished_seed_is_left_out_of_the_report(tmp_path: Path):
 def test_a_plan_carries_the_proxys_best_values_and_shape_to_the_target(tmp_path: Path):
     folder, path = tmp_path / "sweep", tmp_path / "tuned" / "target.yaml"
     written_sweep(folder, tmp_path)
-    target = small_config(
+    target = proxy_config(
         tmp_path,
         model={
             "hidden_size": 128,
@@ -468,7 +469,7 @@ def test_a_plan_carries_a_users_own_factors_by_role_and_by_relative_depth(tmp_pa
         ]
     }
     written_sweep(folder, tmp_path, **own)
-    plan(folder, small_config(tmp_path, model={"num_layers": 6}), path)
+    plan(folder, proxy_config(tmp_path, model={"num_layers": 6}), path)
     written = load_config(path)
     assert written.completep.factors["embedding"].lr == 4.0
     assert [(o.pattern, o.lr) for o in written.optimizer.overrides] == [
@@ -480,7 +481,7 @@ def test_a_plan_carries_a_users_own_factors_by_role_and_by_relative_depth(tmp_pa
 def test_a_plan_scales_batch_and_duration_where_it_is_asked_to(tmp_path: Path):
     folder = tmp_path / "sweep"
     written_sweep(folder, tmp_path)
-    target = small_config(tmp_path, training={"global_batch_size": 32, "train_steps": 200})
+    target = proxy_config(tmp_path, training={"global_batch_size": 32, "train_steps": 200})
     plan(folder, target, tmp_path / "target.yaml", scale_batch=True)
     written = load_config(tmp_path / "target.yaml").completep
     assert (written.base_batch_tokens, written.base_total_tokens) == (8 * 32, 8 * 32 * 50)
@@ -492,7 +493,7 @@ def test_a_plan_warns_of_a_target_that_is_another_model(tmp_path: Path):
     folder = tmp_path / "sweep"
     written_sweep(folder, tmp_path)
     said: list[str] = []
-    plan(folder, small_config(tmp_path, "gpt2"), tmp_path / "target.yaml", say=said.append)
+    plan(folder, proxy_config(tmp_path, "gpt2"), tmp_path / "target.yaml", say=said.append)
     assert any("model.norm" in line and "model.activation" in line for line in said)
 
 
@@ -502,78 +503,42 @@ def test_a_plan_without_a_curve_under_the_targets_rule_is_refused(tmp_path: Path
     with pytest.raises(ConfigError, match="no finished curve under sp"):
         plan(
             folder,
-            small_config(tmp_path, completep={"parameterization": "sp"}),
+            proxy_config(tmp_path, completep={"parameterization": "sp"}),
             tmp_path / "target.yaml",
         )
     with pytest.raises(DataError, match="not a sweep"):
-        plan(tmp_path / "nothing", small_config(tmp_path), tmp_path / "target.yaml")
+        plan(tmp_path / "nothing", proxy_config(tmp_path), tmp_path / "target.yaml")
 
 
 # --- the program ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def run_tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Runs the program in this process, as its command line would: (exit code, stdout, stderr)."""
-
-    def run(*words: str) -> tuple[int | str | None, str, str]:
-        monkeypatch.setattr(sys, "argv", ["lr_transfer.py", *words])
-        with pytest.raises(SystemExit) as left:
-            exit_on_user_error(main)
-        captured = capsys.readouterr()
-        return left.value.code, captured.out, captured.err
-
-    return run
-
-
 def test_the_program_sweeps_reports_and_plans(
-    run_tool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    programs: Programs, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     monkeypatch.setattr(sweep, "processes", lambda workers: ThreadPoolExecutor(1))
-    write_tokens(tmp_path, 8_000)
+    write_markov_chain(tmp_path / "text", 8_000)
     proxy, target, folder = tmp_path / "proxy.yaml", tmp_path / "target.yaml", tmp_path / "sweep"
-    save_config(small_config(tmp_path, training={"train_steps": 2}), proxy)
-    save_config(small_config(tmp_path, model={"num_layers": 8}), target)
-    code, out, err = run_tool(
-        "sweep",
-        str(proxy),
-        "--out",
-        str(folder),
-        "--lr=-9:-7:1",
-        "--depths",
-        "2,4",
-        "--seeds",
-        "2",
-        "--json",
-    )
-    assert code == 0, err
-    assert json.loads(out) == {"points": 12, "missing": 0, "folder": str(folder)}
-    assert "tau" in err
-    code, out, _ = run_tool("report", str(folder), "--json")
-    assert code == 0
-    assert {o["num_layers"] for o in json.loads(out)["optima"]} == {2, 4}
-    code, out, _ = run_tool(
-        "plan", str(folder), str(target), "--to", str(tmp_path / "tuned.yaml"), "--json"
-    )
-    assert code == 0
-    assert load_config(tmp_path / "tuned.yaml").optimizer.base_lr == pytest.approx(
-        json.loads(out)["base_lr"]
-    )
+    save_config(proxy_config(tmp_path, training={"train_steps": 2}), proxy)
+    save_config(proxy_config(tmp_path, model={"num_layers": 8}), target)
+    points = ("--lr=-9:-7:1", "--depths", "2,4", "--seeds", "2")
+    swept = programs.run(main, "sweep", proxy, "--out", folder, *points, "--json")
+    assert swept.code == 0, swept.err
+    assert json.loads(swept.out) == {"points": 12, "missing": 0, "folder": str(folder)}
+    assert "tau" in swept.err
+    report = json.loads(programs.output(main, "report", folder, "--json"))
+    assert {optimum["num_layers"] for optimum in report["optima"]} == {2, 4}
+    tuned = tmp_path / "tuned.yaml"
+    planned = json.loads(programs.output(main, "plan", folder, target, "--to", tuned, "--json"))
+    assert load_config(tuned).optimizer.base_lr == pytest.approx(planned["base_lr"])
 
 
-def test_what_the_program_cannot_use_is_refused_without_a_traceback(run_tool, tmp_path: Path):
-    code, _, err = run_tool("report", str(tmp_path))
-    assert code == 2
-    assert "Make one with tools/lr_transfer.py sweep" in err
-    save_config(small_config(tmp_path), tmp_path / "proxy.yaml")
-    code, _, err = run_tool(
-        "sweep",
-        str(tmp_path / "proxy.yaml"),
-        "--out",
-        str(tmp_path / "s"),
-        "--lr=-9:-8",
-        "--slurm",
-        "timeout",
-    )
-    assert code == 2
-    assert "KEY=VALUE" in err
+def test_what_the_program_cannot_use_is_refused_without_a_traceback(
+    programs: Programs, tmp_path: Path
+):
+    refused = programs.run(main, "report", tmp_path)
+    assert refused.code == 2 and "Make one with tools/lr_transfer.py sweep" in refused.err
+    save_config(proxy_config(tmp_path), tmp_path / "proxy.yaml")
+    words = ("--out", tmp_path / "s", "--lr=-9:-8", "--slurm", "timeout")
+    refused = programs.run(main, "sweep", tmp_path / "proxy.yaml", *words)
+    assert refused.code == 2 and "KEY=VALUE" in refused.err

@@ -18,11 +18,12 @@ import pytest
 from megatron_completep.completep import Table, parameterization
 from megatron_completep.completep import table as page
 from megatron_completep.config.derived import head_dim
-from megatron_completep.errors import DataError, exit_on_user_error
+from megatron_completep.errors import DataError
 from megatron_completep.instruments.replay import Trace, relative_error, replay
 from megatron_completep.roles import Role
 from megatron_completep.tools.replay_trace import main
 from tests.instruments.reference_run import record
+from tests.support.commands import Programs
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests/golden"
@@ -206,40 +207,31 @@ def test_missing_and_broken_files_are_data_errors(tmp_path: Path) -> None:
 # --- the tool -------------------------------------------------------------------------------------------------------------------------
 
 
-def run_tool(monkeypatch: pytest.MonkeyPatch, *words: str) -> int | None:
-    """The exit code of the program, run in this process."""
-    monkeypatch.setattr(sys, "argv", ["replay_trace.py", *words])
-    with pytest.raises(SystemExit) as left:
-        exit_on_user_error(main)
-    return left.value.code
-
-
-def test_the_tool_prints_one_json_object_and_leaves_with_0(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert (
-        run_tool(
-            monkeypatch, str(GOLDEN / "completep_base.npz"), "--json", "--precision", "float32"
-        )
-        == 0
-    )
-    report = json.loads(capsys.readouterr().out)
-    wanted = "loss recorded_loss max_relative_loss_error max_relative_grad_norm_error max_relative_weight_norm_error pass"
-    assert list(report) == wanted.split()
+def test_the_tool_prints_one_json_object_and_leaves_with_0(programs: Programs) -> None:
+    words = (GOLDEN / "completep_base.npz", "--json", "--precision", "float32")
+    report = json.loads(programs.output(main, *words))
+    assert list(report) == [
+        "loss",
+        "recorded_loss",
+        "max_relative_loss_error",
+        "max_relative_grad_norm_error",
+        "max_relative_weight_norm_error",
+        "pass",
+    ]
     assert report["pass"] is True and report["max_relative_loss_error"] <= 1e-5
-    assert (
-        report["recorded_loss"] == json.loads((GOLDEN / "completep_base.json").read_text())["loss"]
-    )
+    recorded = json.loads((GOLDEN / "completep_base.json").read_text())
+    assert report["recorded_loss"] == recorded["loss"]
 
 
 def test_the_tool_leaves_with_1_when_the_numbers_disagree(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, programs: Programs
 ) -> None:
     settings = json.loads((GOLDEN / "completep_base.json").read_text())
     (tmp_path / "t.json").write_text(json.dumps({**settings, "lr": 0.0101}))
     shutil.copy(GOLDEN / "completep_base.npz", tmp_path / "t.npz")
-    assert run_tool(monkeypatch, str(tmp_path / "t")) == 1
-    lines = capsys.readouterr().out.splitlines()
+    ended = programs.run(main, tmp_path / "t")
+    assert ended.code == 1
+    lines = ended.out.splitlines()
     assert len([line for line in lines if line.split()[0].isdigit()]) == 20
     assert lines[-1].startswith("fail (float64, 20 steps)")
 

@@ -13,7 +13,8 @@ import pytest
 from megatron_completep.errors import ConfigError, DataError, UserError
 from megatron_completep.instruments import sweep
 from megatron_completep.instruments.trial import change
-from tests.support.small_runs import small_config, write_tokens
+from tests.support.corpora import write_markov_chain
+from tests.support.runs import proxy_config
 
 
 def test_a_grid_of_octaves_holds_both_ends():
@@ -22,7 +23,7 @@ def test_a_grid_of_octaves_holds_both_ends():
 
 def test_a_grid_is_the_product_of_its_axes(tmp_path: Path):
     grid = sweep.Grid([0.01, 0.02], (2, 4), (32, 64), ("completep", "mup"), (0.0, 0.1), (), (), 3)
-    points = grid.points(small_config(tmp_path))
+    points = grid.points(proxy_config(tmp_path))
     assert len(points) == 2 * 2 * 2 * 2 * 2 * 3
     point = points[-1]
     assert (
@@ -41,7 +42,7 @@ def test_a_grid_is_the_product_of_its_axes(tmp_path: Path):
 
 def test_at_the_base_depth_rules_that_coincide_share_one_run(tmp_path: Path):
     grid = sweep.Grid([0.01], (2, 4), (), ("completep", "alpha_0.5", "mup"), (), (), (), 1)
-    points = grid.points(small_config(tmp_path))
+    points = grid.points(proxy_config(tmp_path))
     assert len(points) == 6
     assert len({p.key for p in points if p.num_layers == 2}) == 1
     assert len({p.key for p in points if p.num_layers == 4}) == 3
@@ -50,7 +51,7 @@ def test_at_the_base_depth_rules_that_coincide_share_one_run(tmp_path: Path):
 def test_a_points_key_changes_with_every_setting_that_changes_its_result_and_no_other(
     tmp_path: Path,
 ):
-    config = small_config(tmp_path)
+    config = proxy_config(tmp_path)
 
     def key(changed):
         return sweep.Grid([0.01], seeds=1).points(changed)[0].key
@@ -88,8 +89,8 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("in_this_process")
 def test_a_sweep_that_was_interrupted_runs_only_what_is_missing(tmp_path: Path):
-    write_tokens(tmp_path, 8_000)
-    folder, config = tmp_path / "sweep", small_config(tmp_path, training={"train_steps": 3})
+    write_markov_chain(tmp_path / "text", 8_000)
+    folder, config = tmp_path / "sweep", proxy_config(tmp_path, training={"train_steps": 3})
     grid = sweep.Grid([2**-9, 2**-7], (2,), (), ("completep", "mup"), (), (), (), 1)
     sweep.save_grid(grid, config, folder)
     sweep.save_grid(grid, config, folder)  # started again: the same grid is no second one
@@ -113,9 +114,9 @@ def test_a_sweep_that_was_interrupted_runs_only_what_is_missing(tmp_path: Path):
 @pytest.fixture
 def small_sweep(tmp_path: Path) -> tuple[Path, list[sweep.Point]]:
     """Two points of two steps."""
-    write_tokens(tmp_path, 8_000)
+    write_markov_chain(tmp_path / "text", 8_000)
     points = sweep.Grid([2**-9, 2**-7], seeds=1).points(
-        small_config(tmp_path, training={"train_steps": 2})
+        proxy_config(tmp_path, training={"train_steps": 2})
     )
     return tmp_path / "sweep", points
 
@@ -164,7 +165,7 @@ def test_on_gpus_several_small_runs_share_each_device(
 ):
     monkeypatch.setattr(sweep, "processes", Recorder)
     monkeypatch.setattr(sweep.torch.cuda, "device_count", lambda: 2)
-    points = sweep.Grid([2**-9, 2**-8, 2**-7], seeds=4).points(small_config(tmp_path))
+    points = sweep.Grid([2**-9, 2**-8, 2**-7], seeds=4).points(proxy_config(tmp_path))
     sweep.run_local(
         points, tmp_path / "gpus", sweep.default_workers("cuda"), "cuda", lambda text: None
     )
@@ -174,15 +175,15 @@ def test_on_gpus_several_small_runs_share_each_device(
 
 
 def test_a_run_whose_loss_is_not_finite_counts_as_diverged(tmp_path: Path):
-    write_tokens(tmp_path, 8_000)
-    config = small_config(tmp_path, training={"train_steps": 3}, model={"logit_multiplier": 1e38})
+    write_markov_chain(tmp_path / "text", 8_000)
+    config = proxy_config(tmp_path, training={"train_steps": 3}, model={"logit_multiplier": 1e38})
     result = sweep.run_point(sweep.Grid([0.01], seeds=1).points(config)[0].config)
     assert result["diverged"]
     assert sweep.loss_of(result) == float("inf")
 
 
 def test_an_unknown_rule_and_a_broken_result_are_named(tmp_path: Path):
-    config = small_config(tmp_path)
+    config = proxy_config(tmp_path)
     with pytest.raises(ConfigError, match=r"standard is not known.*completep, alpha_0.5, mup, sp"):
         sweep.Grid([0.01], parameterizations=("standard",)).points(config)
     with pytest.raises(ConfigError, match="hidden_size 40 is not a multiple of the head size 16"):

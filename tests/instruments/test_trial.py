@@ -11,7 +11,8 @@ from megatron_completep.instruments.coordinate_check import Job, Sample, train
 from megatron_completep.instruments.coordinate_verdict import judge
 from megatron_completep.instruments.trial import Design, Trial, for_short_runs, reshape, stretch
 from megatron_completep.parallel.context import ParallelContext
-from tests.support.small_runs import small_config, write_tokens
+from tests.support.corpora import write_markov_chain
+from tests.support.runs import proxy_config
 
 SINGLE = ParallelContext.single()
 OWN = {
@@ -48,7 +49,7 @@ def test_a_layers_own_factors_are_stretched_over_the_depth_and_others_stay():
 
 
 def lr_factors(folder: Path, depth: int, width: int, **sections: dict) -> dict[str, float]:
-    config = for_short_runs(reshape(small_config(folder, "modern", **sections), width, depth), 1)
+    config = for_short_runs(reshape(proxy_config(folder, "modern", **sections), width, depth), 1)
     return {
         name: group.lr_factor
         for name, group in Trial.build(config, SINGLE).optimizer.groups.items()
@@ -81,7 +82,7 @@ def losses_with(tmp_path: Path, multiplier: float, **own: float) -> list[float]:
         "grad_clip": 0.0,
         "overrides": overrides,
     }
-    config = small_config(
+    config = proxy_config(
         tmp_path, "paper", optimizer=optimizer, model={"residual_multiplier": multiplier}
     )
     return train(Job("model", reshape(config, num_layers=4), Design(), 3, "float64"), SINGLE).losses
@@ -89,7 +90,7 @@ def losses_with(tmp_path: Path, multiplier: float, **own: float) -> list[float]:
 
 def test_a_factor_on_the_branches_is_factors_of_their_last_matrices(tmp_path: Path):
     """To the last bit for a power of two; each of the four is needed."""
-    write_tokens(tmp_path, 8_000)
+    write_markov_chain(tmp_path / "text", 8_000)
     halved = {"init_std": 0.5, "lr": 0.5, "weight_decay": 2.0, "eps": 2.0}
     expected = losses_with(tmp_path, 0.5)
     assert losses_with(tmp_path, 1.0, **halved) == expected
@@ -100,8 +101,8 @@ def test_a_factor_on_the_branches_is_factors_of_their_last_matrices(tmp_path: Pa
 @pytest.mark.slow
 def test_a_model_with_own_factors_keeps_its_sizes_over_depth(tmp_path: Path):
     """Stretched over the depth they transfer; a factor that stays with the two first layers would fade away as 1 / L."""
-    write_tokens(tmp_path)
-    config = small_config(tmp_path, "gpt2", **OWN)
+    write_markov_chain(tmp_path / "text")
+    config = proxy_config(tmp_path, "gpt2", **OWN)
     jobs = {
         depth: Job("model", reshape(config, num_layers=depth), Design(), 10, "float32")
         for depth in (2, 4, 8, 16)

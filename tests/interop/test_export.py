@@ -20,9 +20,9 @@ from megatron_completep.interop.architectures import blockers, choose_architectu
 from megatron_completep.interop.check_export import check_export, load_with_transformers
 from megatron_completep.interop.export_model import ExportSettings, export_model, parse_size
 from megatron_completep.parallel.context import ParallelContext
+from tests.support.configs import GPT2
 from tests.support.exports import (
     FACTORS,
-    GPT2,
     LLAMA,
     QWEN3,
     TIED_LLAMA,
@@ -31,7 +31,7 @@ from tests.support.exports import (
     save_checkpoint,
 )
 from tests.support.models import table_for
-from tests.support.ranks import WorkerPool
+from tests.support.ranks import WorkerPool, context_on
 
 pytest.importorskip("transformers")
 
@@ -142,18 +142,15 @@ def test_sixteen_bit_exports_hold_the_rounded_weights(dtype: str, run_of, tmp_pa
     )
 
 
-def save_in_parallel(rank: int, folder: str, parallel: dict[str, Any], world: int) -> None:
+def save_in_parallel(rank: int, folder: str, parallel: dict[str, Any]) -> None:
     config = export_config(folder, parallel=parallel, **LLAMA)
-    save_checkpoint(
-        config,
-        ParallelContext.over_world(config.parallel, torch.device("cpu"), rank, world, world // 2),
-    )
+    save_checkpoint(config, context_on(rank, config.parallel))
 
 
 def test_the_layout_that_wrote_a_checkpoint_leaves_no_trace_in_the_export(
     tmp_path: Path, pool: WorkerPool
 ) -> None:
-    pool.run(4, save_in_parallel, str(tmp_path / "four"), {"tensor_parallel_size": 2}, 4)
+    pool.run(4, save_in_parallel, str(tmp_path / "four"), {"tensor_parallel_size": 2})
     config = export_config(tmp_path / "one", **LLAMA)
     save_checkpoint(config, ParallelContext.single())
     files = [

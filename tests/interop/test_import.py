@@ -8,28 +8,24 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
 
 from megatron_completep.checkpoint import Checkpointer, StoredCheckpoint
-from megatron_completep.completep import table_of
 from megatron_completep.config import load_config
-from megatron_completep.data.writer import IndexedWriter
 from megatron_completep.errors import ConfigError, DataError
 from megatron_completep.interop import import_model as importing
 from megatron_completep.interop.check_export import check_export
 from megatron_completep.interop.export_model import ExportSettings, export_model
 from megatron_completep.interop.hf_config import from_hf
 from megatron_completep.interop.import_model import import_model
-from megatron_completep.model.stages import build_chunks
-from megatron_completep.optim.optimizer import DistributedOptimizer
-from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.parameter import spec_of
 from megatron_completep.pretrain import pretrain
+from megatron_completep.run.assemble import Assembly, assemble
 from megatron_completep.telemetry.metrics import read_metrics
-from tests.support.ranks import WorkerPool
+from tests.support.corpora import write_random
+from tests.support.ranks import WorkerPool, context_on
 
 transformers = pytest.importorskip("transformers")
 
@@ -187,14 +183,6 @@ def test_sharded_folders_and_the_base_models_own_names_are_read(tmp_path: Path) 
         import_model(original, tmp_path / "other")
 
 
-def token_file(folder: Path) -> str:
-    generator = np.random.default_rng(0)
-    with IndexedWriter(str(folder / "tokens"), np.uint16) as writer:
-        for _ in range(30):
-            writer.add_document([generator.integers(0, 93, 40)])
-    return str(folder / "tokens")
-
-
 def reference_loss(original: Path, tokens: torch.Tensor) -> float:
     model = transformers.AutoModelForCausalLM.from_pretrained(str(original)).eval()
     with torch.no_grad():
@@ -202,34 +190,27 @@ def reference_loss(original: Path, tokens: torch.Tensor) -> float:
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
 
 
-def loss_at_layout(
-    rank: int, path: str, parallel: list[str], world: int, tokens: torch.Tensor
-) -> float | None:
-    """The loss of the imported model as this layout loads it; on the last pipeline stage."""
+def loaded(rank: int, path: str, parallel: list[str]) -> Assembly:
+    """The imported model as a layout loads it."""
     config = load_config(path, parallel)
-    context = ParallelContext.over_world(config.parallel, torch.device("cpu"), rank, world, 1)
-    table = table_of(config)
-    (chunk,) = build_chunks(config.model, table, config.parallel, context)
-    optimizer = DistributedOptimizer(
-        [chunk], table, config.optimizer, context, config.parallel, torch.float32
-    )
+    context = context_on(rank, config.parallel)
+    assembly = assemble(config, context)
+    optimizer, table = assembly.optimizer, assembly.table
     Checkpointer(config, context, optimizer, table, report=lambda text: None).load_latest()
     optimizer.wait_for_parameters()
+    return assembly
+
+
+def loss_at_layout(rank: int, path: str, parallel: list[str], tokens: torch.Tensor) -> float:
+    """The loss of the imported model in a layout without pipeline stages."""
+    (chunk,) = loaded(rank, path, parallel).chunks
     with torch.no_grad():
         return chunk(tokens[:, :-1], labels=tokens[:, 1:]).item() / tokens[:, 1:].numel()
 
 
 def parameters_at_layout(rank: int, path: str, parallel: list[str]) -> list[str]:
     """Names of this stage's parameters; each is compared with what the checkpoint stores under its name."""
-    config = load_config(path, parallel)
-    context = ParallelContext.over_world(config.parallel, torch.device("cpu"), rank, 2, 1)
-    table = table_of(config)
-    chunks = build_chunks(config.model, table, config.parallel, context)
-    optimizer = DistributedOptimizer(
-        chunks, table, config.optimizer, context, config.parallel, torch.float32
-    )
-    Checkpointer(config, context, optimizer, table, report=lambda text: None).load_latest()
-    optimizer.wait_for_parameters()
+    optimizer = loaded(rank, path, parallel).optimizer
     stored = StoredCheckpoint.open(Path(path).parent / "checkpoints" / "step_00000000")
     for name, parameter in optimizer.shards.parameters.items():
         whole = stored.tensor(spec_of(parameter).stored_name(name))
@@ -243,7 +224,7 @@ def test_pipeline_stages_load_an_import_tied_embeddings_included(
     report = import_model(
         make_folder(tmp_path, "gpt2"),
         tmp_path / "run",
-        ["training.global_batch_size=4", "training.device=cpu"],
+        ["training.global_batch_size=4", "training.device=cpu", "training.precision=float32"],
     )
     first, last = pool.run(
         2, parameters_at_layout, report.config, ["parallel.pipeline_parallel_size=2"]
@@ -271,13 +252,13 @@ def test_training_goes_on_from_an_import(name: str, tmp_path: Path, pool: Worker
         "logging.tensorboard=false",
         "checkpoint.async_save=false",
     ]
-    words += [f"data.train=[{{prefix: {token_file(tmp_path)}}}]", "model.vocab_multiple=8"]
+    write_random(tmp_path / "tokens", [40] * 30, vocabulary=93)
+    words += [f"data.train=[{{prefix: {tmp_path / 'tokens'}}}]", "model.vocab_multiple=8"]
     report = import_model(original, tmp_path / "run", words)
     tokens = torch.randint(93, (2, 33), generator=torch.Generator().manual_seed(3))
     expected = reference_loss(original, tokens)
-    losses = pool.run(
-        2, loss_at_layout, report.config, ["parallel.tensor_parallel_size=2"], 2, tokens
-    )
+    layout = ["parallel.tensor_parallel_size=2"]
+    losses = pool.run(2, loss_at_layout, report.config, layout, tokens)
     assert losses == pytest.approx([expected] * 2, rel=1e-5)
     pretrain(load_config(report.config))
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")

@@ -79,7 +79,7 @@ def test_dropout_keeps_the_right_share_and_the_mean_and_differs_by_site() -> Non
 
 def test_without_a_seed_nothing_is_dropped() -> None:
     model, tokens = model_config(dropout=0.5), batch_of(model_config())[0]
-    table = table_for(model, completep_config())
+    table = table_for(model)
     dropping, plain = (
         build_model(model, table),
         build_model(model.model_copy(update={"dropout": 0.0}), table),
@@ -105,7 +105,7 @@ def test_recomputation_changes_no_bit(recompute: str, dtype: torch.dtype, positi
         num_query_groups=2,
         position=position,
     )
-    table = table_for(model, completep_config())
+    table = table_for(model)
     tokens, labels = batch_of(model)
     kept = gradients_of(build_model(model, table, dtype), tokens, labels)
     again = gradients_of(build_model(model, table, dtype, recompute=recompute), tokens, labels)
@@ -121,7 +121,7 @@ def test_recomputation_runs_each_gradient_once(recompute: str) -> None:
     model = model_config()
     runs = []
     for mode in ("none", recompute):
-        gpt = build_model(model, table_for(model, completep_config()), recompute=mode)
+        gpt = build_model(model, recompute=mode)
         gradients_of(gpt, *batch_of(model), seed=None)
         runs.append(gpt.queue.runs)
     assert runs[0] == runs[1] == len(list(gpt.parameters()))
@@ -132,7 +132,7 @@ def test_recomputation_keeps_fewer_activations(recompute: str) -> None:
     model = model_config()
 
     def bytes_kept(mode: str) -> int:
-        gpt, kept = build_model(model, table_for(model, completep_config()), recompute=mode), {}
+        gpt, kept = build_model(model, recompute=mode), {}
 
         def pack(tensor: Tensor) -> Tensor:
             kept[tensor.untyped_storage().data_ptr()] = (

@@ -15,7 +15,7 @@ from megatron_completep.model.flops import (
     peak_flops,
     training_flops_per_token,
 )
-from tests.support.models import completep_config, model_config, table_for
+from tests.support.models import model_config, table_for
 
 SHAPES: list[dict[str, Any]] = [
     {},
@@ -28,7 +28,7 @@ SHAPES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_flops_equal_those_that_torch_counts(shape: dict[str, Any]) -> None:
     model = model_config(**shape)
-    plain = PlainGPT(model, table_for(model, completep_config()))
+    plain = PlainGPT(model, table_for(model))
     tokens = torch.randint(model.vocab_size, (2, model.seq_length))
     with sdpa_kernel(SDPBackend.MATH):  # its two products are counted, over the whole square
         with FlopCounterMode(display=False) as forward:

@@ -65,7 +65,7 @@ def test_random_state_elsewhere_does_not_matter() -> None:
 
 def test_a_pipeline_stage_and_a_deeper_model_start_from_the_same_bits() -> None:
     model = model_config(num_layers=4)
-    table, context = table_for(model, completep_config()), ParallelContext.single()
+    table, context = table_for(model), ParallelContext.single()
     whole, stage = (
         GPT(model, table, context),
         GPT(model, table, context, Stage(2, 4, first=False, last=True)),
@@ -103,7 +103,7 @@ def test_a_tensor_of_three_dimensions_split_along_two_draws_its_part_of_the_whol
 
 def test_padding_rows_of_the_vocabulary_are_zero() -> None:
     model = model_config(vocab_size=37, vocab_multiple=16)
-    table = table_for(model, completep_config())
+    table = table_for(model)
     gpt = GPT(model, table, ParallelContext.single())
     initialize(gpt, table, optimizer_config(), 1)
     assert gpt.embedding.weight.shape[0] == 48
@@ -147,7 +147,7 @@ def test_standard_deviation_of_every_role() -> None:
 
 
 def test_own_factors_scale_the_draws_of_what_they_name_and_nothing_else() -> None:
-    table = table_for(model_config(), completep_config())
+    table = table_for(model_config())
     plain, own = (GPT(model_config(), table, ParallelContext.single()) for _ in range(2))
     initialize(plain, table, optimizer_config(), 1)
     pattern = "layers.0.mlp.*"

@@ -130,7 +130,7 @@ def test_the_multiplier_equals_branch_outputs_scaled_by_it_in_values_and_gradien
 def test_a_multiplier_on_one_branch_only_is_told_apart(branch: str) -> None:
     model = model_config()
     tokens, _ = batch_of(model)
-    multiplied = build_model(model, table_for(model, completep_config()))
+    multiplied = build_model(model)
     folded = build_model(model, table_for(model, completep_config(base_num_layers=4)))
     for name, parameter in folded.named_parameters():
         if branch in name:
@@ -174,7 +174,7 @@ def test_no_initial_weight_depends_on_the_depth() -> None:
     stds = []
     for layers in (2, 32):
         model = model_config(num_layers=layers, hidden_size=64, ffn_hidden_size=256)
-        table: Table = table_for(model, completep_config())
+        table: Table = table_for(model)
         gpt = build_model(model, table, optimizer=optimizer)
         block = gpt.blocks()[0][1]
         stds.append(

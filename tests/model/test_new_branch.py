@@ -30,7 +30,6 @@ from megatron_completep.roles import Role
 from tests.support.models import (
     batch_of,
     build_optimizer,
-    completep_config,
     model_config,
     optimizer_config,
     table_for,
@@ -84,7 +83,7 @@ def gated_gpt(
 @pytest.fixture
 def gated_model() -> tuple[GPT, Table]:
     model = model_config(bias=True)
-    table = table_for(model, completep_config())
+    table = table_for(model)
     return gated_gpt(table, model), table
 
 
@@ -222,7 +221,7 @@ def test_a_branch_that_declares_no_role_is_refused_by_name() -> None:
             return Branch(x + 0 * F.relu(self.extra.weight.sum()))
 
     model = model_config()
-    table = table_for(model, completep_config())
+    table = table_for(model)
     gpt = GPT(model, table, ParallelContext.single(), branches={**BRANCHES, "careless": Careless})
     for attempt in (
         lambda: initialize(gpt, table, optimizer_config(), 1),

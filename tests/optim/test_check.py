@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from megatron_completep.completep import table_of
-from megatron_completep.config import Config, config_from_mapping
+from megatron_completep.config import Config
 from megatron_completep.errors import ConfigError
 from megatron_completep.instruments.trial import Trial
 from megatron_completep.optim.check import check_parameters
@@ -18,11 +17,11 @@ from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.parameter import declare
 from megatron_completep.planning.plan import describe
 from megatron_completep.roles import Role
+from tests.support.configs import small_config
 from tests.support.models import (
     batch_of,
     build_model,
     build_optimizer,
-    completep_config,
     model_config,
     optimizer_config,
     plain_table,
@@ -30,31 +29,11 @@ from tests.support.models import (
     train_step,
 )
 
-BASE: dict[str, Any] = {
-    "model": {
-        "hidden_size": 32,
-        "num_layers": 4,
-        "num_attention_heads": 4,
-        "ffn_hidden_size": 64,
-        "vocab_size": 64,
-        "seq_length": 16,
-    },
-    "completep": {"base_hidden_size": 16, "base_num_layers": 2},
-    "optimizer": {"base_lr": 1e-2},
-    "data": {"train": [{"prefix": "none"}]},
-    "training": {
-        "micro_batch_size": 4,
-        "global_batch_size": 8,
-        "train_steps": 10,
-        "precision": "float32",
-        "output_dir": "none",
-    },
-}
 PIPELINE = ["parallel.pipeline_parallel_size=2", "parallel.tensor_parallel_size=2"]
 
 
 def config_with(*words: str) -> Config:
-    return config_from_mapping(BASE, words)
+    return small_config(*words, model={"ffn_hidden_size": 64, "vocab_size": 64, "seq_length": 16})
 
 
 def check(*words: str) -> list[str]:
@@ -69,7 +48,8 @@ def refusal(*words: str) -> str:
 
 
 def override(pattern: str, **factors: float) -> str:
-    return f"optimizer.overrides=[{{pattern: '{pattern}', {', '.join(f'{name}: {value!r}' for name, value in factors.items())}}}]"
+    settings = ", ".join(f"{name}: {factor!r}" for name, factor in factors.items())
+    return f"optimizer.overrides=[{{pattern: '{pattern}', {settings}}}]"
 
 
 def test_a_run_as_it_should_be_passes_without_a_word():
@@ -293,7 +273,7 @@ def test_a_batch_scale_that_is_no_number_is_refused():
 def test_an_epsilon_below_the_bound_makes_weights_that_are_no_numbers_and_one_above_does_not():
     """Why it is refused: rows of the embedding that no token hits have zero moments, and 0 / (0 + 0) is NaN."""
     model = model_config()
-    table = table_for(model, completep_config())
+    table = table_for(model)
     smallest = torch.finfo(torch.float32).tiny / 0.25  # the table's smallest factor at this shape
     for base_eps, finite in ((1e-46, False), (smallest, True)):
         settings = optimizer_config(base_eps=base_eps)

@@ -7,29 +7,16 @@ import weakref
 
 import torch
 
-from megatron_completep.optim.optimizer import DistributedOptimizer
-from megatron_completep.parallel.context import ParallelContext
 from tests.support.models import (
-    build_model,
-    completep_config,
-    model_config,
-    optimizer_config,
-    table_for,
+    batch_of,
+    small_setup,
+    train_step,
 )
 
 
 def buffers_after_a_step(keep: list[object]) -> weakref.ref[torch.Tensor]:
-    config = model_config()
-    table = table_for(config, completep_config())
-    model = build_model(config, table, torch.float32)
-    optimizer = DistributedOptimizer(
-        [model], table, optimizer_config(), ParallelContext.single(), precision=torch.float32
-    )
-    tokens = torch.randint(config.vocab_size, (2, config.seq_length))
-    optimizer.begin_step(1)
-    loss = model(tokens, labels=tokens)
-    loss.backward()
-    optimizer.step(1e-3, loss, torch.tensor(tokens.numel()))
+    gpt, optimizer, _ = small_setup(dtype=torch.float32)
+    train_step(gpt, optimizer, 1e-3, batch_of(gpt.config))
     if keep:
         keep.append(optimizer)
     return weakref.ref(optimizer.states["exp_avg"])

@@ -16,7 +16,6 @@ from megatron_completep.config.schema import OverrideConfig
 from megatron_completep.errors import ConfigError
 from megatron_completep.model.gpt import GPT
 from megatron_completep.optim.groups import Group, build_groups
-from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.parameter import Spec, declare
 from megatron_completep.roles import Role
 from tests.support.models import (
@@ -24,6 +23,7 @@ from tests.support.models import (
     build_optimizer,
     completep_config,
     model_config,
+    model_on_paper,
     optimizer_config,
     plain_table,
     table_for,
@@ -86,7 +86,7 @@ def groups_of(
         **{"hidden_size": 16 * m_N, "num_layers": 2 * m_L, "ffn_hidden_size": 96, **changes}
     )
     table = table_for(model, completep_config(alpha=alpha, base_ffn_hidden_size=32))
-    gpt = GPT(model, table, ParallelContext.single("meta"))
+    gpt = model_on_paper(model, table)
     optimizer = optimizer_config(
         base_lr=ETA, base_init_std=SIGMA, base_weight_decay=LAMBDA, base_eps=EPS
     )
@@ -148,7 +148,7 @@ def test_a_wrongly_declared_fan_in_is_found(monkeypatch: pytest.MonkeyPatch) -> 
 def test_every_element_is_in_exactly_one_group_of_the_optimizer() -> None:
     gpt = build_model(
         model := model_config(bias=True, norm="layernorm"),
-        table := table_for(model, completep_config()),
+        table := table_for(model),
     )
     optimizer = build_optimizer(gpt, table)
     sizes: Counter[str] = Counter()
@@ -186,9 +186,9 @@ def test_a_parameter_without_a_role_raises_and_is_named() -> None:
 
 def groups_with(*overrides: OverrideConfig) -> dict[str, Group]:
     model = model_config(num_layers=12, num_attention_heads=2, hidden_size=8)
-    table = table_for(model, completep_config())
-    gpt = GPT(model, table, ParallelContext.single("meta"))
-    return build_groups(gpt.named_parameters(), table, optimizer_config(overrides=list(overrides)))
+    gpt = model_on_paper(model)
+    settings = optimizer_config(overrides=list(overrides))
+    return build_groups(gpt.named_parameters(), gpt.table, settings)
 
 
 def test_overrides_multiply_what_their_pattern_matches_and_nothing_else() -> None:

@@ -10,10 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_completep.model.gpt import GPT
 from megatron_completep.optim.layout import ALIGNMENT, Entry, Layout, Segment, lay_out
-from megatron_completep.parallel.context import ParallelContext
-from tests.support.models import completep_config, model_config, small_setup, table_for
+from tests.support.models import model_config, model_on_paper, small_setup
 
 sizes = st.lists(st.integers(1, 700), min_size=1, max_size=12).map(
     lambda numbers: [Entry(f"p{i}", n) for i, n in enumerate(numbers)]
@@ -187,7 +185,7 @@ def test_the_check_of_ownership_finds_a_lost_element() -> None:
 @pytest.mark.parametrize("shards", [1, 3])
 def test_the_model_s_parameters_lie_in_backward_order(shards: int) -> None:
     model = model_config(num_layers=3, bias=True, norm="layernorm")
-    gpt = GPT(model, table_for(model, completep_config()), ParallelContext.single("meta"))
+    gpt = model_on_paper(model)
     named = [Entry(name, p.numel()) for name, p in reversed(list(gpt.named_parameters()))]
     layout = laid_out(named, shards, 1 << 12)
     names = [piece.name for piece in layout.pieces]

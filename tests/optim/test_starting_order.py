@@ -11,7 +11,6 @@ from megatron_completep.config.schema import ParallelConfig
 from tests.support.models import (
     build_model,
     build_optimizer,
-    completep_config,
     model_config,
     optimizer_config,
     table_for,
@@ -21,7 +20,7 @@ from tests.support.models import (
 @pytest.mark.parametrize("seed", range(5))
 def test_buckets_start_as_they_lie_whichever_gradient_comes_last(seed: int) -> None:
     model = model_config()
-    table = table_for(model, completep_config())
+    table = table_for(model)
     gpt = build_model(model, table)
     optimizer = build_optimizer(
         gpt, table, optimizer_config(), parallel=ParallelConfig(bucket_megabytes=0.02)
@@ -48,7 +47,7 @@ def test_buckets_start_as_they_lie_whichever_gradient_comes_last(seed: int) -> N
 
 def test_a_parameter_without_a_contribution_is_reduced_when_the_step_ends() -> None:
     model = model_config()
-    table = table_for(model, completep_config())
+    table = table_for(model)
     gpt = build_model(model, table)
     optimizer = build_optimizer(
         gpt, table, optimizer_config(), parallel=ParallelConfig(bucket_megabytes=0.02)

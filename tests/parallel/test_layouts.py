@@ -12,8 +12,8 @@ from tests.parallel.layouts import (
     GLOBAL_BATCH,
     Case,
     Outcome,
-    assemble,
-    optimizer_config,
+    config_of,
+    joined,
     relative_error,
     replay_trace,
     train,
@@ -156,9 +156,9 @@ def test_every_layout_equals_one_process_in_float32(pool, layout, model):
     } == {}
     assert last_losses(outcomes) == pytest.approx(expected.losses, rel=1e-5)
     assert outcomes[-1].grad_norms[0] == pytest.approx(expected.grad_norms[0], rel=1e-5)
-    hashes = {name: fingerprint(assemble([expected], "initial", name)) for name in expected.initial}
+    hashes = {name: fingerprint(joined([expected], "initial", name)) for name in expected.initial}
     assert {
-        name: fingerprint(assemble(outcomes, "initial", name)) for name in expected.initial
+        name: fingerprint(joined(outcomes, "initial", name)) for name in expected.initial
     } == hashes
 
 
@@ -219,7 +219,7 @@ def test_each_tensor_moves_by_its_groups_learning_rate_in_every_layout(pool, lay
         micro_batches(LAYOUTS[layout]),
         precision="float64",
     )
-    base_lr = optimizer_config(settings).base_lr
+    base_lr = config_of(case).optimizer.base_lr
     expected = truth_for(case).groups
     seen = set()
     for outcome in spread(pool, case):
@@ -240,7 +240,7 @@ def test_a_step_with_zero_gradients_shrinks_every_decayed_tensor_by_the_base_rat
     groups = {name: group for outcome in outcomes for name, group in outcome.groups.items()}
     for name in truth_for(case).parameters:
         group = groups[name]
-        before, after = assemble(outcomes, "initial", name), assemble(outcomes, "parameters", name)
+        before, after = joined(outcomes, "initial", name), joined(outcomes, "parameters", name)
         shrink = 1 - 1e-2 * 0.1 if group.weight_decay > 0 else 1.0
         assert (after - before * shrink).abs().max().item() <= 1e-12
 

@@ -21,6 +21,8 @@ from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.planning.plan import describe, make_plan
 from megatron_completep.roles import Role
 from megatron_completep.tools.show_plan import main
+from tests.support.commands import Programs
+from tests.support.configs import merged, small_config
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGET = (
@@ -29,29 +31,15 @@ TARGET = (
 ETA, SIGMA, LAMBDA, EPS = 3.9e-3, 0.02, 0.1, 1e-12
 
 
-def small_config(**sections: dict[str, Any]) -> Config:
-    values: dict[str, Any] = {
-        "model": {
-            "hidden_size": 32,
-            "num_layers": 4,
-            "num_attention_heads": 4,
-            "ffn_hidden_size": 96,
-            "vocab_size": 50,
-            "seq_length": 16,
-        },
-        "completep": {"base_hidden_size": 16, "base_num_layers": 2, "base_ffn_hidden_size": 32},
+def planned_config(**sections: dict[str, Any]) -> Config:
+    """m_N = 2, m_L = 2, and an MLP 3 times as wide as the proxy's."""
+    base: dict[str, dict[str, Any]] = {
+        "model": {"ffn_hidden_size": 96, "vocab_size": 50, "vocab_multiple": 128, "seq_length": 16},
+        "completep": {"base_ffn_hidden_size": 32},
         "optimizer": {"base_lr": ETA},
-        "data": {"train": [{"prefix": "there/is/no/such/file"}]},
-        "training": {
-            "micro_batch_size": 1,
-            "global_batch_size": 4,
-            "train_steps": 10,
-            "output_dir": "nowhere",
-        },
+        "training": {"micro_batch_size": 1, "global_batch_size": 4},
     }
-    for name, section in sections.items():
-        values.setdefault(name, {}).update(section)
-    return Config.model_validate(values)
+    return small_config(**merged(base, sections))
 
 
 def by_name(config: Config, parameterization: str | None = None) -> dict[str, tuple[float, ...]]:
@@ -116,7 +104,7 @@ def test_the_plan_of_the_target_is_what_the_paper_says() -> None:
 def test_the_plan_is_what_the_optimizer_uses_and_the_weights_start_from(
     parameterization: str, alpha: float
 ) -> None:
-    config = small_config(
+    config = planned_config(
         completep={"parameterization": parameterization, "alpha": alpha},
         model={"bias": True, "norm": "layernorm"},
     )
@@ -142,7 +130,7 @@ def test_the_plan_is_what_the_optimizer_uses_and_the_weights_start_from(
 
 
 def test_the_plan_beside_that_of_mup_and_sp() -> None:
-    config = small_config(completep={"alpha": 0.5})
+    config = planned_config(completep={"alpha": 0.5})
     own, mup, sp = (by_name(config, p) for p in (None, "mup", "sp"))
     name = "layers.3.mlp.down.weight"  # its own ratio is 3; m_N = 2, m_L = 2
     assert own[name] == pytest.approx(
@@ -158,18 +146,19 @@ def test_the_plan_beside_that_of_mup_and_sp() -> None:
 
 
 def test_shapes_are_logical_whatever_the_layout_and_the_padding() -> None:
-    config = small_config(parallel={"tensor_parallel_size": 2, "pipeline_parallel_size": 2})
+    config = planned_config(parallel={"tensor_parallel_size": 2, "pipeline_parallel_size": 2})
     shapes = {p.name: p.shape for p in make_plan(config).parameters}
     assert shapes["embedding.weight"] == (50, 32)
     assert shapes["layers.0.mlp.up.weight"] == (192, 32)
     assert shapes["layers.3.mlp.down.weight"] == (32, 96)
     assert {
-        name: p.shape for name, p in zip(shapes, make_plan(small_config()).parameters, strict=True)
+        name: p.shape
+        for name, p in zip(shapes, make_plan(planned_config()).parameters, strict=True)
     } == shapes
 
 
 def test_own_factors_overrides_and_batch_scaling_are_in_the_plan() -> None:
-    config = small_config(
+    config = planned_config(
         completep={
             "factors": {"embedding": {"lr": 5.0, "init_std": 2.0}},
             "base_batch_tokens": 16,
@@ -177,7 +166,7 @@ def test_own_factors_overrides_and_batch_scaling_are_in_the_plan() -> None:
         },
         optimizer={"overrides": [{"pattern": "layers.0.*", "lr": 0.5}]},
     )  # m_B = 4, m_D = 1: S = 2, and 1 - beta1 = 0.4
-    plain, changed = by_name(small_config()), by_name(config)
+    plain, changed = by_name(planned_config()), by_name(config)
     for name, (std, lr, decay, eps) in plain.items():
         embedding, first = name.startswith("embedding."), name.startswith("layers.0.")
         wanted = (
@@ -192,9 +181,9 @@ def test_own_factors_overrides_and_batch_scaling_are_in_the_plan() -> None:
 
 def test_a_plan_that_no_run_could_follow_is_an_error() -> None:
     with pytest.raises(ConfigError, match="matches no parameter"):
-        make_plan(small_config(optimizer={"overrides": [{"pattern": "layer.0.*"}]}))
+        make_plan(planned_config(optimizer={"overrides": [{"pattern": "layer.0.*"}]}))
     with pytest.raises(ConfigError, match=r"optimizer\.betas"):
-        make_plan(small_config(completep={"base_batch_tokens": 1}))
+        make_plan(planned_config(completep={"base_batch_tokens": 1}))
 
 
 def test_a_plan_takes_no_memory_for_weights() -> None:
@@ -213,7 +202,7 @@ def test_a_plan_takes_no_memory_for_weights() -> None:
 
 def test_the_description_puts_like_parameters_together() -> None:
     text = describe(
-        small_config(optimizer={"overrides": [{"pattern": "layers.1.mlp.up.weight", "lr": 2.0}]})
+        planned_config(optimizer={"overrides": [{"pattern": "layers.1.mlp.up.weight", "lr": 2.0}]})
     )
     assert "layers.0,2-3.mlp.up.weight (192, 32) x 3" in text
     assert "layers.1.mlp.up.weight (192, 32) x 1" in text
@@ -224,21 +213,9 @@ def test_the_description_puts_like_parameters_together() -> None:
 # --- the tool -------------------------------------------------------------------------------------------------------------------------
 
 
-def run_tool(monkeypatch: pytest.MonkeyPatch, *words: str) -> int | None:
-    monkeypatch.setattr(sys, "argv", ["show_plan.py", *words])
-    with pytest.raises(SystemExit) as left:
-        exit_on_user_error(main)
-    return left.value.code
-
-
-def test_the_tool_prints_one_json_object(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert (
-        run_tool(monkeypatch, "--json", str(TARGET), "model.num_layers=4", "completep.alpha=0.5")
-        == 0
-    )
-    plan = json.loads(capsys.readouterr().out)
+def test_the_tool_prints_one_json_object(programs: Programs) -> None:
+    words = ("--json", TARGET, "model.num_layers=4", "completep.alpha=0.5")
+    plan = json.loads(programs.output(main, *words))
     assert list(plan) == ["multipliers", "parameters"]
     assert list(plan["multipliers"]) == ["residual", "logits", "attention"]
     assert plan["multipliers"]["residual"] == pytest.approx(2**-0.5)
@@ -253,23 +230,17 @@ def test_the_tool_prints_one_json_object(
     assert len(plan["parameters"]) == 3 + 6 * 4
 
 
-def test_the_tool_opens_no_data_and_prints_a_table(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run_tool(monkeypatch, str(TARGET), "data.train=[{prefix: there/is/no/such/file}]") == 0
-    text = capsys.readouterr().out
+def test_the_tool_opens_no_data_and_prints_a_table(programs: Programs) -> None:
+    text = programs.output(main, TARGET, "data.train=[{prefix: there/is/no/such/file}]")
     assert all(
         f"\n{role}: " in text
         for role in ("embedding", "pre_norm", "hidden_weight", "final_norm", "unembedding")
     )
 
 
-def test_the_tool_refuses_an_unknown_key_with_2(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run_tool(monkeypatch, str(TARGET), "model.layers=4") == 2
-    printed = capsys.readouterr()
-    assert not printed.out and "Did you mean num_layers" in printed.err
+def test_the_tool_refuses_an_unknown_key_with_2(programs: Programs) -> None:
+    refused = programs.run(main, TARGET, "model.layers=4")
+    assert refused.code == 2 and not refused.out and "Did you mean num_layers" in refused.err
 
 
 def test_a_reader_that_stops_early_sees_no_traceback() -> None:

@@ -12,13 +12,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_completep.completep import table_of
-from megatron_completep.config import config_from_mapping
 from megatron_completep.config.derived import micro_batches_per_step
 from megatron_completep.config.schema import Config
 from megatron_completep.errors import ConfigError
 from megatron_completep.model.stages import build_chunks
 from megatron_completep.optim.optimizer import DistributedOptimizer
-from megatron_completep.parallel.context import ParallelContext, data_parallel_size_for
+from megatron_completep.parallel.context import data_parallel_size_for
 from megatron_completep.planning.scaling import (
     GPUS,
     bubble_share,
@@ -27,8 +26,11 @@ from megatron_completep.planning.scaling import (
     stage_activations,
 )
 from megatron_completep.planning.sizes import rank_stages
+from megatron_completep.run.assemble import assemble
+from tests.support.configs import TIED_GPT2, Sections, merged, small_config
+from tests.support.ranks import context_on
 
-BASE: dict[str, Any] = {
+LARGE: dict[str, dict[str, Any]] = {
     "model": {
         "hidden_size": 1024,
         "num_layers": 8,
@@ -36,30 +38,16 @@ BASE: dict[str, Any] = {
         "num_query_groups": 8,
         "ffn_hidden_size": 2816,
         "vocab_size": 50000,
+        "vocab_multiple": 128,
         "seq_length": 1024,
     },
     "completep": {"base_hidden_size": 256, "base_num_layers": 2},
     "parallel": {"tensor_parallel_size": 2, "pipeline_parallel_size": 4, "sequence_parallel": True},
-    "optimizer": {"base_lr": 0.004},
-    "data": {"train": [{"prefix": "unused"}]},
-    "training": {
-        "micro_batch_size": 2,
-        "global_batch_size": 8192,
-        "train_steps": 10,
-        "precision": "bf16",
-        "output_dir": "unused",
-    },
-}
-LAYERNORM = {
-    "norm": "layernorm",
-    "activation": "gelu",
-    "position": "learned",
-    "bias": True,
-    "tied_embeddings": True,
+    "training": {"global_batch_size": 8192, "precision": "bf16"},
 }
 VARIANTS = {
     "rmsnorm, swiglu, rope": {},
-    "layernorm, gelu, learned, tied": {"model": LAYERNORM},
+    "layernorm, gelu, learned, tied": {"model": TIED_GPT2},
     "no sequence parallelism": {"parallel": {"sequence_parallel": False}},
     "one pipeline stage, squared ReLU, QK-norm": {
         "model": {"activation": "squared_relu", "qk_norm": True},
@@ -78,10 +66,8 @@ VARIANTS = {
 }
 
 
-def config_of(changes: dict[str, dict[str, Any]], recompute: str = "none") -> Config:
-    merged = {section: {**values, **changes.get(section, {})} for section, values in BASE.items()}
-    merged["training"]["recompute"] = recompute
-    return config_from_mapping(merged, [], "test")
+def config_of(changes: Sections, recompute: str = "none") -> Config:
+    return small_config(**merged(LARGE, changes, {"training": {"recompute": recompute}}))
 
 
 @pytest.fixture
@@ -95,23 +81,16 @@ def fake_world() -> Iterator[Any]:
     dist.destroy_process_group()
 
 
-def construct(config: Config, rank: int, world_size: int) -> tuple[list[Any], DistributedOptimizer]:
+def construct(config: Config, rank: int) -> tuple[list[Any], DistributedOptimizer]:
     """The real construction code; call it under FakeTensorMode, with a mesh made outside of it."""
     with unset_fake_temporarily():
-        data_size = data_parallel_size_for(config.parallel, world_size)
-        context = ParallelContext.over_world(
-            config.parallel, torch.device("cpu"), rank, world_size, data_size
-        )
+        context = context_on(rank, config.parallel)
     table = table_of(config)
+    # Without initial weights, which are drawn from numbers that fake tensors do not have.
     chunks = build_chunks(
         config.model, table, config.parallel, context, recompute=config.training.recompute
     )
-    precision = {"float32": torch.float32, "float64": torch.float64}.get(
-        config.training.precision, torch.bfloat16
-    )
-    return chunks, DistributedOptimizer(
-        chunks, table, config.optimizer, context, config.parallel, precision
-    )
+    return chunks, assemble(config, context, table, chunks).optimizer
 
 
 def storage_bytes(*tensors: torch.Tensor | None) -> int:
@@ -158,7 +137,7 @@ def test_parameters_gradients_and_optimizer_match_the_real_construction(
     rank = world_size - 1  # on the last pipeline rank
     fake_world(rank, world_size)
     with FakeTensorMode():
-        _, optimizer = construct(config, rank, world_size)
+        _, optimizer = construct(config, rank)
         optimizer.shards.hold_grad_shard()
     data_size = data_parallel_size_for(parallel, world_size)
     plan = rank_memory(
@@ -190,7 +169,7 @@ def test_activations_match_what_the_forward_pass_saves(
     rank = 0 if pipeline_rank == "first" else world_size - 1
     fake_world(rank, world_size)
     with FakeTensorMode():
-        chunks, optimizer = construct(config, rank, world_size)
+        chunks, optimizer = construct(config, rank)
         found = saved_bytes(chunks[0], config, optimizer)
     stage = rank_stages(
         config, 0 if pipeline_rank == "first" else config.parallel.pipeline_parallel_size - 1
@@ -203,7 +182,7 @@ def test_a_plan_that_forgets_sequence_parallelism_would_be_caught(fake_world):
     config, wrong = config_of({}), config_of({"parallel": {"sequence_parallel": False}})
     fake_world(0, 64)
     with FakeTensorMode():
-        chunks, optimizer = construct(config, 0, 64)
+        chunks, optimizer = construct(config, 0)
         found = saved_bytes(chunks[0], config, optimizer)
     assert abs(stage_activations(wrong, rank_stages(wrong, 0)[0]) / found - 1) > 0.1
 

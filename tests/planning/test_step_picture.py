@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from itertools import pairwise
 
@@ -62,10 +61,7 @@ def test_only_the_ends_of_the_traffic_are_exposed():
     )  # the last bucket's gradients, the first bucket's parameters
 
 
-def test_the_tool_writes_the_picture(monkeypatch, tmp_path):
+def test_the_tool_writes_the_picture(programs, tmp_path):
     path = tmp_path / "step.svg"
-    monkeypatch.setattr(
-        sys, "argv", ["draw_step.py", "--output", str(path), "--ranks", "2", "--micro-batches", "4"]
-    )
-    assert draw_step.main() == 0
+    programs.output(draw_step.main, "--output", path, "--ranks", 2, "--micro-batches", 4)
     assert "<svg" in path.read_text()[:1000]

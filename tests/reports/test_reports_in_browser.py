@@ -15,7 +15,7 @@ from megatron_completep.reports.run_comparison import compare
 from megatron_completep.reports.run_files import Run
 from megatron_completep.reports.run_report import run_report
 from tests.support.browser import Browser, chromium
-from tests.support.small_runs import small_config
+from tests.support.runs import proxy_config
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def comparison() -> Report:
 
 
 def of_one_run(tmp_path: Path) -> Report:
-    return run_report(small_config(tmp_path), rows(20), "Quickstart")
+    return run_report(proxy_config(tmp_path), rows(20), "Quickstart")
 
 
 def of_a_sweep() -> Report:

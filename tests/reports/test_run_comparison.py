@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 import yaml
 
 from megatron_completep.config.schema import ModelConfig
-from megatron_completep.errors import DataError, exit_on_user_error
+from megatron_completep.errors import DataError
 from megatron_completep.reports.run_comparison import (
     _draw,
     compare,
@@ -24,6 +23,7 @@ from megatron_completep.reports.run_comparison import (
 )
 from megatron_completep.reports.run_files import Run, differences, read_run, read_runs, short_names
 from megatron_completep.tools.report import main
+from tests.support.commands import Programs
 
 SHAPE = {
     "hidden_size": 8,
@@ -223,21 +223,14 @@ def test_a_model_that_this_version_does_not_know_costs_only_the_flops(tmp_path: 
     ).model == ModelConfig.model_validate(MODEL)
 
 
-def test_the_tool_writes_one_page_and_a_json_summary(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_tool_writes_one_page_and_a_json_summary(tmp_path: Path, programs: Programs) -> None:
     runs = [
         write_run(tmp_path / name, [row(1), row(2)], {"optimizer": {"base_lr": lr}})
         for name, lr in (("a", 0.1), ("b", 0.2))
     ]
-    monkeypatch.setattr(
-        sys, "argv", ["report.py", *map(str, runs), "--out", str(tmp_path / "out.html"), "--json"]
-    )
-    assert main() == 0
-    found = json.loads(capsys.readouterr().out)
-    assert [run["name"] for run in found["runs"]] == ["a", "b"] and found["differences"] == {
-        "optimizer.base_lr": [0.1, 0.2]
-    }
+    summary = json.loads(programs.output(main, *runs, "--out", tmp_path / "out.html", "--json"))
+    assert [run["name"] for run in summary["runs"]] == ["a", "b"]
+    assert summary["differences"] == {"optimizer.base_lr": [0.1, 0.2]}
     assert (tmp_path / "out.html").read_text().startswith("<!doctype html>")
 
 
@@ -251,14 +244,12 @@ def test_the_tool_writes_one_page_and_a_json_summary(
 def test_a_users_mistake_is_one_message_and_exit_code_2(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    programs: Programs,
     words: list[str],
     message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "a", [row(1)], {})
-    monkeypatch.setattr(sys, "argv", ["report.py", *words])
-    with pytest.raises(SystemExit) as left:
-        exit_on_user_error(main)
-    error = capsys.readouterr().err
-    assert left.value.code == 2 and re.search(message, error) and "Traceback" not in error
+    refused = programs.run(main, *words)
+    assert refused.code == 2
+    assert re.search(message, refused.err) and "Traceback" not in refused.err

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from megatron_completep.pretrain import pretrain
 from megatron_completep.run.starts import STARTS, append_start, read_starts, samples_read, start_of
 from megatron_completep.run.state import ExitCode, RunState
 from megatron_completep.tools import dataset
+from tests.support.commands import Programs
 from tests.support.runs import tiny_config
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -52,16 +52,15 @@ def told(config: Config, step: int) -> list[int]:
     return list(samples_read(start, read_left_out(folder), step)[1])
 
 
-def sample_tool(monkeypatch, capsys, *words: object) -> tuple[list[dict[str, Any]], str]:
-    capsys.readouterr()  # what the runs before said
-    monkeypatch.setattr(sys, "argv", ["dataset.py", "sample", *map(str, words), "--json"])
-    assert dataset.main() == 0
-    output = capsys.readouterr()
-    return json.loads(output.out)["samples"], output.err
+def sample_tool(programs: Programs, *words: object) -> tuple[list[dict[str, Any]], str]:
+    """What `dataset.py sample` shows, and what it says."""
+    ended = programs.run(dataset.main, "sample", *words, "--json")
+    assert ended.code == 0, ended.err
+    return json.loads(ended.out)["samples"], ended.err
 
 
 def test_after_resumes_with_other_batches_every_step_names_what_it_really_read(
-    folder: Path, read, monkeypatch, capsys
+    folder: Path, read, programs
 ) -> None:
     """Steps 1 to 4 with 8 sequences, 5 to 8 with 16, 9 to 12 with 4: none of the three configurations alone tells the others' steps."""
     batches = (
@@ -80,17 +79,17 @@ def test_after_resumes_with_other_batches_every_step_names_what_it_really_read(
     )  # the control
     run = Path(config.training.output_dir)
     for step in (3, 8, 12):
-        samples, said = sample_tool(monkeypatch, capsys, run / "config.yaml", "--step", step)
+        samples, said = sample_tool(programs, run / "config.yaml", "--step", step)
         assert [sample["sample"] for sample in samples] == read[step - 1] and STARTS in said
     samples, said = sample_tool(
-        monkeypatch, capsys, run / "config.yaml", "training.global_batch_size=12", "--step", 3
+        programs, run / "config.yaml", "training.global_batch_size=12", "--step", 3
     )
     assert [sample["sample"] for sample in samples] == list(
         range(24, 36)
     ) and STARTS not in said  # asked: what would it read?
 
 
-def test_a_moved_run_tells_from_where_it_is(folder: Path, read, monkeypatch, capsys) -> None:
+def test_a_moved_run_tells_from_where_it_is(folder: Path, read, programs) -> None:
     config = tiny_config(folder, "training.stop_at_step=4", output="moving", **SETTINGS)
     pretrain(config)
     pretrain(
@@ -103,11 +102,11 @@ def test_a_moved_run_tells_from_where_it_is(folder: Path, read, monkeypatch, cap
         )
     )
     shutil.move(folder / "moving", folder / "moved")
-    samples, _ = sample_tool(monkeypatch, capsys, folder / "moved" / "config.yaml", "--step", 3)
+    samples, _ = sample_tool(programs, folder / "moved" / "config.yaml", "--step", 3)
     assert [sample["sample"] for sample in samples] == read[2]
 
 
-def test_another_seed_is_told_from_its_own_start(folder: Path, read, monkeypatch, capsys) -> None:
+def test_another_seed_is_told_from_its_own_start(folder: Path, read, programs) -> None:
     """The numbers within the run are the same; which documents they are is another matter."""
     documents = {}
     for seed, stop in ((1, 4), (2, 6)):
@@ -118,21 +117,13 @@ def test_another_seed_is_told_from_its_own_start(folder: Path, read, monkeypatch
         )
         config = tiny_config(folder, *words, output="seeds", **SETTINGS)
         pretrain(config)
-        documents[seed] = sample_tool(
-            monkeypatch, capsys, Path(config.training.output_dir) / "config.yaml", "--step", 3
-        )[0]
+        saved_config = Path(config.training.output_dir) / "config.yaml"
+        documents[seed], _ = sample_tool(programs, saved_config, "--step", 3)
     assert (
         documents[1] == documents[2]
     )  # step 3 was read under the first seed, whatever config.yaml says now
-    other, _ = sample_tool(
-        monkeypatch,
-        capsys,
-        Path(config.training.output_dir) / "config.yaml",
-        "--step",
-        3,
-        "data.seed=2",
-    )
-    assert other != documents[1]
+    second_seed, _ = sample_tool(programs, saved_config, "--step", 3, "data.seed=2")
+    assert second_seed != documents[1]
 
 
 def test_a_start_from_an_earlier_step_takes_the_place_of_what_came_after(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,57 +16,53 @@ from megatron_completep.kernels import read_control
 from megatron_completep.model.gpt import GPT
 from megatron_completep.model.initialize import initialize
 from megatron_completep.optim.optimizer import DistributedOptimizer
+from megatron_completep.optim.rule import Rule
 from megatron_completep.optim.schedule import learning_rate
 from megatron_completep.parallel.context import ParallelContext
+from megatron_completep.run.precision import DTYPES
 from megatron_completep.run.state import RunState
+from tests.support.configs import merged, small_config
 
-BATCH, SEQ, VOCAB = 4, 8, 61  # a vocabulary that needs padding at every tensor size
+BATCH = 4
+SEQ_LENGTH = 8
+CHECKPOINTED: dict[str, dict[str, Any]] = {
+    "model": {
+        "hidden_size": 16,
+        "num_layers": 2,
+        "ffn_hidden_size": 24,
+        "vocab_size": 61,  # needs padding at every tensor size
+        "seq_length": SEQ_LENGTH,
+    },
+    "completep": {"base_hidden_size": 8, "base_num_layers": 1},
+    "optimizer": {"warmup_steps": 2},
+    "training": {"global_batch_size": BATCH},
+    "checkpoint": {"async_save": False},
+}
 
 
-def tiny_config(folder: Path | str, **overrides: dict[str, Any]) -> Config:
-    values: dict[str, dict[str, Any]] = {
-        "model": {
-            "hidden_size": 16,
-            "num_layers": 2,
-            "num_attention_heads": 4,
-            "ffn_hidden_size": 24,
-            "vocab_size": VOCAB,
-            "vocab_multiple": 8,
-            "seq_length": SEQ,
-        },
-        "completep": {"base_hidden_size": 8, "base_num_layers": 1},
-        "optimizer": {"base_lr": 1e-2, "warmup_steps": 2},
-        "data": {"train": [{"prefix": "none"}]},
-        "training": {
-            "micro_batch_size": 2,
-            "global_batch_size": BATCH,
-            "train_steps": 10,
-            "precision": "float32",
-            "device": "cpu",
-            "output_dir": str(folder),
-        },
-        "checkpoint": {"async_save": False},
-    }
-    for section, value in overrides.items():
-        values[section] = {**values.get(section, {}), **value}
-    return Config.model_validate(values)
+def checkpointed_config(folder: Path | str, **sections: Mapping[str, Any]) -> Config:
+    """The configuration of a `TinyRun` that saves in `folder`."""
+    output = {"training": {"output_dir": str(folder)}}
+    return small_config(**merged(CHECKPOINTED, output, sections))
 
 
 class TinyRun:
-    """Model, optimizer and checkpointer of one rank; `train` makes steps whose data depends on the step alone."""
+    """Model, optimizer and checkpointer of one rank; the data of a step depend on the step alone.
+
+    messages: what the checkpointer reported.
+    """
 
     def __init__(
         self,
         config: Config,
         context: ParallelContext | None = None,
-        fail_point=no_fail_point,
-        rule=None,
+        fail_point: Callable[[str], None] = no_fail_point,
+        rule: type[Rule] | None = None,
         **options: Any,
     ):
-        self.config, self.context = config, context or ParallelContext.single("cpu")
-        precision = {"float32": torch.float32, "bf16": torch.bfloat16, "float64": torch.float64}[
-            config.training.precision
-        ]
+        self.config = config
+        self.context = context or ParallelContext.single("cpu")
+        precision = DTYPES[config.training.precision]
         table = table_of(config)
         self.model = GPT(config.model, table, self.context)
         initialize(self.model, table, config.optimizer, config.training.seed)
@@ -74,8 +71,8 @@ class TinyRun:
         self.optimizer = DistributedOptimizer(
             [self.model], table, config.optimizer, self.context, config.parallel, precision, rule
         )
-        self.said: list[str] = []
-        options.setdefault("report", self.said.append)
+        self.messages: list[str] = []
+        options.setdefault("report", self.messages.append)
         self.checkpointer = Checkpointer(
             config, self.context, self.optimizer, table, fail_point=fail_point, **options
         )
@@ -88,7 +85,7 @@ class TinyRun:
             step = self.state.step + 1
             generator = torch.Generator().manual_seed(step)
             tokens = torch.randint(
-                0, self.config.model.vocab_size, (BATCH, SEQ + 1), generator=generator
+                0, self.config.model.vocab_size, (BATCH, SEQ_LENGTH + 1), generator=generator
             )
             rows = tokens.chunk(self.context.data.size)[self.context.data.rank]
             self.optimizer.begin_step(1)
@@ -96,10 +93,9 @@ class TinyRun:
             loss = self.model(rows[:, :-1], labels=rows[:, 1:])
             loss.backward()
             rate = learning_rate(step, self.config.optimizer, self.config.training.train_steps)
-            losses.append(
-                self.optimizer.step(rate, loss, torch.tensor(rows[:, 1:].numel())).loss.item()
-            )
-            self.state = self.state.after_step(BATCH, SEQ)
+            result = self.optimizer.step(rate, loss, torch.tensor(rows[:, 1:].numel()))
+            losses.append(result.loss.item())
+            self.state = self.state.after_step(BATCH, SEQ_LENGTH)
         self.optimizer.wait_for_parameters()
         return losses
 
@@ -113,8 +109,7 @@ class TinyRun:
 
     def bits(self) -> dict[str, bytes]:
         """Every number that training depends on."""
-        flats = {"flat": self.optimizer.shards.flat, **self.optimizer.states}
-        return {
-            name: flat.contiguous().view(torch.uint8).numpy().tobytes()
-            for name, flat in flats.items()
-        } | {"updates": repr(read_control(self.optimizer.control).step).encode()}
+        bits = {"updates": repr(read_control(self.optimizer.control).step).encode()}
+        for name, flat in {"flat": self.optimizer.shards.flat, **self.optimizer.states}.items():
+            bits[name] = flat.contiguous().view(torch.uint8).numpy().tobytes()
+        return bits

@@ -1,7 +1,8 @@
-"""A pool of gloo ranks on this machine, started once for all distributed tests.
+"""Ranks on this machine: a pool of gloo processes, and each one's place in a layout.
 
-`pool.run(world_size, function, *arguments)` calls `function(rank, *arguments)` in as many processes, each inside a fresh
-process group, and returns what they return, in rank order. Functions and arguments travel by pickle.
+`pool.run(world_size, function, *arguments)` calls `function(rank, *arguments)` in as many processes,
+each inside a fresh process group, and returns what they return, in rank order. Functions and
+arguments travel by pickle.
 """
 
 from __future__ import annotations
@@ -15,7 +16,11 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_completep.config.schema import ParallelConfig
+    from megatron_completep.parallel.context import ParallelContext
 
 GLOO_TIMEOUT = timedelta(seconds=280)  # a busy machine is no failure
 
@@ -29,10 +34,9 @@ def _serve(connection: Connection, path: list[str]) -> None:
     while (job := connection.recv()) is not None:
         rank, world_size, store, function, arguments = job
         try:
-            init_method = f"file://{store}"
             dist.init_process_group(
                 "gloo",
-                init_method=init_method,
+                init_method=f"file://{store}",
                 rank=rank,
                 world_size=world_size,
                 timeout=GLOO_TIMEOUT,
@@ -43,15 +47,16 @@ def _serve(connection: Connection, path: list[str]) -> None:
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
-            gc.collect()  # modules, hooks and meshes form cycles, and whatever holds a group keeps its threads running
+            # Modules, hooks and meshes form cycles, and what holds a group keeps its threads.
+            gc.collect()
 
 
 class WorkerPool:
-    """Ranks are forked from one server that has already imported torch, so that starting one costs milliseconds."""
+    """Ranks forked from one server that has imported torch: starting one costs milliseconds."""
 
     def __init__(self) -> None:
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(
+        self._start_method = multiprocessing.get_context("forkserver")
+        self._start_method.set_forkserver_preload(
             ["torch", "torch.distributed", "torch.distributed.pipelining"]
         )
         self._workers: list[tuple[Any, Connection]] = []
@@ -60,24 +65,24 @@ class WorkerPool:
         """Results by rank; a rank's exception fails the caller with that rank's traceback."""
         while len(self._workers) < world_size:
             self._workers.append(self._start())
+        connections = [connection for _, connection in self._workers[:world_size]]
         with tempfile.TemporaryDirectory() as folder:
             store = os.path.join(folder, "store")
-            chosen = self._workers[:world_size]
-            for rank, (_, connection) in enumerate(chosen):
+            for rank, connection in enumerate(connections):
                 connection.send((rank, world_size, store, function, arguments))
-            results = [connection.recv() for _, connection in chosen]
-        failures = [
-            f"rank {rank}:\n{result}" for rank, (ok, result) in enumerate(results) if not ok
-        ]
+            answers = [connection.recv() for connection in connections]
+        failures = [f"rank {rank}:\n{text}" for rank, (ok, text) in enumerate(answers) if not ok]
         if failures:
             raise AssertionError("\n".join(failures))
-        return [result for _, result in results]
+        return [result for _, result in answers]
 
     def _start(self) -> tuple[Any, Connection]:
-        ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=_serve, args=(theirs, list(sys.path)), daemon=True)
+        connection, far_end = self._start_method.Pipe()
+        process = self._start_method.Process(
+            target=_serve, args=(far_end, list(sys.path)), daemon=True
+        )
         process.start()
-        return process, ours
+        return process, connection
 
     def close(self) -> None:
         for process, connection in self._workers:
@@ -85,3 +90,32 @@ class WorkerPool:
             process.join(timeout=5)
             process.kill()
         self._workers.clear()
+
+
+def context_on(rank: int, parallel: ParallelConfig) -> ParallelContext:
+    """A rank's place in a layout over the process group at hand; without a group, one process."""
+    import torch
+    import torch.distributed as dist
+
+    from megatron_completep.parallel.context import ParallelContext, data_parallel_size_for
+
+    if not dist.is_initialized():
+        return ParallelContext.single()
+    world_size = dist.get_world_size()
+    data_size = data_parallel_size_for(parallel, world_size)
+    return ParallelContext.over_world(parallel, torch.device("cpu"), rank, world_size, data_size)
+
+
+def launched_as(rank: int, world_size: int) -> None:
+    """Set what a launcher tells a process.
+
+    A process of the pool has joined its group already: nothing listens at the address.
+    """
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_RANK=str(rank),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT="1",
+    )

@@ -9,15 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_completep.completep import table_of
-from megatron_completep.config.schema import Config, ParallelConfig
+from megatron_completep.config.schema import Config
 from megatron_completep.data.loader import Batch
 from megatron_completep.errors import DataError
-from megatron_completep.optim.optimizer import DistributedOptimizer
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.pretrain import pretrain
 from megatron_completep.roles import Role
-from megatron_completep.run.assemble import build_model
+from megatron_completep.run.assemble import assemble
 from megatron_completep.run.step import TrainingStep
 from megatron_completep.telemetry.measure import role_rms
 from megatron_completep.telemetry.metrics import read_metrics
@@ -29,7 +27,8 @@ from megatron_completep.telemetry.telemetry import (
     nearest,
     read_reference,
 )
-from tests.support.models import completep_config, model_config, optimizer_config
+from tests.support.configs import small_config
+from tests.support.ranks import context_on
 from tests.support.runs import tiny_config
 
 
@@ -39,25 +38,12 @@ def config_of(
     parallel: dict[str, Any] | None = None,
     **model: Any,
 ) -> Config:
-    return Config.model_validate(
-        {
-            "model": model_config(num_layers=layers, **model).model_dump(),
-            "completep": completep_config(parameterization=parameterization).model_dump(),
-            "parallel": parallel or {},
-            "optimizer": {
-                **optimizer_config(base_lr=2**-8, base_init_std=0.02).model_dump(),
-                "schedule": "constant",
-            },
-            "data": {"train": [{"prefix": "unused"}]},
-            "training": {
-                "micro_batch_size": 2,
-                "global_batch_size": 4,
-                "train_steps": 8,
-                "precision": "float64",
-                "device": "cpu",
-                "output_dir": "unused",
-            },
-        }
+    return small_config(
+        model={"num_layers": layers, **model},
+        completep={"base_head_dim": 4, "parameterization": parameterization},
+        parallel=parallel or {},
+        optimizer={"base_lr": 2**-8, "base_init_std": 0.02, "schedule": "constant"},
+        training={"global_batch_size": 4, "train_steps": 8, "precision": "float64"},
     )
 
 
@@ -81,12 +67,7 @@ def telemetry_of(
     config: Config, context: ParallelContext, steps: int
 ) -> tuple[Telemetry, TrainingStep]:
     """After `steps` steps. The data rank reads its own half of the micro-batches where there are two ranks."""
-    table = table_of(config)
-    chunks = build_model(config, table, context, torch.float64)
-    optimizer = DistributedOptimizer(
-        chunks, table, config.optimizer, context, config.parallel, torch.float64
-    )
-    step = TrainingStep(config, context, chunks, optimizer)
+    step = assemble(config, context).step
     for number in range(1, steps + 1):
         own = range(context.data.rank, 2, context.data.size)
         step.run([batch(config, 2 * number + half) for half in own], number).read()
@@ -168,13 +149,9 @@ def test_a_deep_target_raises_no_alarm_under_completep_and_does_under_mup():
     assert any(line.startswith(FINAL) for line in said), said
 
 
-def layout_figures(rank: int, world_size: int, parallel: dict[str, Any]) -> dict[str, float]:
+def layout_figures(rank: int, parallel: dict[str, Any]) -> dict[str, float]:
     config = config_of(parallel=parallel)
-    sizes = ParallelConfig(**parallel)
-    data = world_size // (sizes.tensor_parallel_size * sizes.pipeline_parallel_size)
-    context = ParallelContext.over_world(
-        config.parallel, torch.device("cpu"), rank, world_size, data
-    )
+    context = context_on(rank, config.parallel)
     return telemetry_of(config, context, 2)[0].figures()
 
 
@@ -191,7 +168,7 @@ def test_the_figures_are_those_of_one_process_in_every_layout(
     pool, world_size: int, parallel: dict[str, Any]
 ):
     expected = telemetry_of(config_of(), ParallelContext.single(), 2)[0].figures()
-    for figures in pool.run(world_size, layout_figures, world_size, parallel):
+    for figures in pool.run(world_size, layout_figures, parallel):
         assert list(figures) == list(expected)
         assert figures == pytest.approx(expected, rel=1e-8)
 

@@ -15,7 +15,6 @@ from types import ModuleType
 from typing import Any, Never
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 import triton
@@ -28,10 +27,12 @@ from megatron_completep.command_line import (
     token_files,
     tokenizer_model,
 )
-from megatron_completep.config.load import config_from_mapping, save_config
+from megatron_completep.config import save_config
 from megatron_completep.data.files import printable
-from megatron_completep.data.writer import IndexedWriter
-from megatron_completep.errors import INTERRUPTED, exit_on_user_error
+from megatron_completep.errors import INTERRUPTED
+from tests.support.commands import Programs
+from tests.support.configs import SMALLEST, merged, small_config
+from tests.support.corpora import write_documents
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ["pretrain", *sorted(f"tools.{path.stem}" for path in (ROOT / "tools").glob("[a-z]*.py"))]
@@ -133,28 +134,16 @@ def only(wanted: Callable[[Usage], object]) -> Any:
 def place(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """What the command lines read, by name, and things that are not what they should be."""
     folder = tmp_path_factory.mktemp("place")
-    with IndexedWriter(folder / "corpus", np.uint16) as writer:
-        writer.add_document([np.arange(200) % 250])
-    values = {
-        "model": {
-            "hidden_size": 8,
-            "num_layers": 1,
-            "num_attention_heads": 1,
-            "ffn_hidden_size": 8,
-            "vocab_size": 512,
-            "seq_length": 16,
-        },
-        "optimizer": {"base_lr": 1e-3},
+    write_documents(folder / "corpus", [[range(200)]])
+    own = {
         "data": {"train": [{"prefix": str(folder / "corpus")}], "prefetch": 0},
         "training": {
-            "micro_batch_size": 2,
             "global_batch_size": 2,
             "train_steps": 2,
             "output_dir": str(folder / "run"),
-            "device": "cpu",
         },
     }
-    save_config(config_from_mapping(values), folder / "config.yaml")
+    save_config(small_config(**merged(SMALLEST, own)), folder / "config.yaml")
     (folder / "folder").mkdir()
     (folder / "text.txt").write_text("some text")
     os.mkfifo(folder / "pipe")
@@ -167,24 +156,20 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def call(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Callable[..., tuple[int, str]]]:
-    """(usage, words) -> exit code and what was printed. Ends the test where a traceback would have been seen."""
-    threads = torch.get_num_threads()
+def call(monkeypatch: pytest.MonkeyPatch, programs: Programs) -> Callable[..., tuple[int, str]]:
+    """(usage, words) -> exit code and what was printed.
+
+    Ends the test where a traceback would have been seen.
+    """
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     monkeypatch.setattr(triton.knobs.cache, "dir", triton.knobs.cache.dir)
 
     def run(usage: Usage, words: list[str]) -> tuple[int, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            exit_on_user_error(lambda: usage.module.main(words))
-        captured = capsys.readouterr()
-        return int(ended.value.code or 0), captured.out + captured.err
+        ended = programs.run(usage.module.main, *words)
+        return ended.code, ended.out + ended.err
 
-    yield run
-    torch.set_num_threads(threads)
+    return run
 
 
 def fill(usage: Usage, place: dict[str, Path], out: object, **instead: object) -> list[str]:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pytest
-import torch
 
-from megatron_completep.data.writer import IndexedWriter
-from megatron_completep.errors import exit_on_user_error
 from megatron_completep.tools import evaluate_model, export_hf, generate, import_hf
-from tests.support.checkpoints import TinyRun, tiny_config
+from tests.support.checkpoints import TinyRun, checkpointed_config
+from tests.support.commands import Programs
+from tests.support.corpora import write_texts
 
 Call = Callable[..., tuple[int, str, str]]
 TEXTS = [
@@ -26,19 +23,14 @@ TEXTS = [
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Call]:
+def call(programs: Programs) -> Call:
     """(tool, words) -> exit code, stdout, stderr."""
-    threads = torch.get_num_threads()
 
     def run(tool: ModuleType, *words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [tool.__name__, *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            exit_on_user_error(tool.main)
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
+        ended = programs.run(tool.main, *words)
+        return ended.code, ended.out, ended.err
 
-    yield run
-    torch.set_num_threads(threads)
+    return run
 
 
 @pytest.fixture
@@ -54,7 +46,7 @@ def trained(tmp_path: Path) -> Path:
     }
     data = {"train": [{"prefix": "none"}], "tokenizer": {"type": "bytes"}}
     run = TinyRun(
-        tiny_config(
+        checkpointed_config(
             tmp_path / "run",
             model=model,
             data=data,
@@ -63,9 +55,7 @@ def trained(tmp_path: Path) -> Path:
     )
     run.save()
     run.checkpointer.close()
-    with IndexedWriter(str(tmp_path / "texts"), np.uint16) as writer:
-        for text in TEXTS:
-            writer.add_document([np.array([*text.encode(), 256])])
+    write_texts(tmp_path / "texts", TEXTS)
     return tmp_path / "run"
 
 

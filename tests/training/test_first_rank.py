@@ -17,7 +17,8 @@ from megatron_completep.pretrain import pretrain
 from megatron_completep.run.starts import STARTS
 from megatron_completep.run.state import ExitCode
 from megatron_completep.telemetry.metrics import METRICS
-from tests.support.runs import launched_as, tiny_config
+from tests.support.ranks import launched_as
+from tests.support.runs import tiny_config
 
 
 def end_of_rank(rank: int, world_size: int, config: Config, restart: int = 0) -> tuple[int, str]:

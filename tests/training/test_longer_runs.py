@@ -12,7 +12,8 @@ from megatron_completep.config import Config
 from megatron_completep.errors import CheckpointError
 from megatron_completep.pretrain import pretrain
 from megatron_completep.run.state import ExitCode
-from tests.support.runs import rows_of, tiny_config, write_tokens
+from tests.support.corpora import write_ramps
+from tests.support.runs import rows_of, tiny_config
 
 PLANNED = 4 * 8  # samples of a run of four steps
 
@@ -21,7 +22,7 @@ def config_of(folder: Path, kind: str, output: str, steps: int, *overrides: str)
     """Runs of constant learning rate over more than one epoch of a small corpus."""
     for name in ("few", "more"):
         if not (folder / f"{name}.idx").exists():
-            write_tokens(folder / name, 10, seed=len(name))
+            write_ramps(folder / name, 10, seed=len(name))
     sources: dict[str, list[dict[str, Any]]] = {
         "megatron": [{"prefix": str(folder / "few")}],
         "epochs beside weights": [

@@ -29,7 +29,8 @@ from megatron_completep.telemetry import profiling
 from megatron_completep.telemetry.node import differing, driver_version, lines_of
 from megatron_completep.telemetry.profiling import ALLOCATIONS, Profiler
 from megatron_completep.telemetry.startup import StartupClock
-from tests.support.runs import launched_as, rows_of, tiny_config
+from tests.support.ranks import launched_as
+from tests.support.runs import rows_of, tiny_config
 
 BARE = (
     "data.validation=null",

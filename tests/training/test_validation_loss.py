@@ -15,7 +15,8 @@ from megatron_completep.data.loader import validation_batches
 from megatron_completep.inference.generation import load_model
 from megatron_completep.instruments.sweep import run_point
 from megatron_completep.pretrain import pretrain
-from tests.support.runs import launched_as, rows_of, tiny_config
+from tests.support.ranks import launched_as
+from tests.support.runs import rows_of, tiny_config
 
 SHORT = (
     "training.train_steps=4",

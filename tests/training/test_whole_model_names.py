@@ -14,7 +14,8 @@ from megatron_completep.guards import hooks
 from megatron_completep.guards.replicas import replica_hashes
 from megatron_completep.pretrain import pretrain
 from megatron_completep.run.state import ExitCode
-from tests.support.runs import launched_as, rows_of, tiny_config
+from tests.support.ranks import launched_as
+from tests.support.runs import rows_of, tiny_config
 
 SHORT = (
     "training.train_steps=4",

@@ -1,6 +1,8 @@
-"""Files and folders that appear whole or not at all: on a full disk, and when the process is killed.
+"""Files and folders that appear whole or not at all: on a full disk, and when the process is
+killed.
 
-The limit on the size of a file stands for a full disk: the kernel refuses to write, and it does so to whatever code writes.
+The limit on the size of a file stands for a full disk: the kernel refuses to write, and it does so
+to whatever code writes.
 """
 
 from __future__ import annotations
@@ -60,9 +62,8 @@ def test_what_a_full_disk_refuses_leaves_the_file_as_it_was(tmp_path, write):
     with full_disk(), pytest.raises(OSError, match="File too large") as refused:
         write(path, b"after")
     if "control" in os.environ["PYTEST_CURRENT_TEST"]:
-        assert contents(tmp_path) == {
-            "file": b""
-        }  # so the disk really is full, and a plain write really loses the file
+        # so the disk really is full, and a plain write really loses the file
+        assert contents(tmp_path) == {"file": b""}
         return
     assert contents(tmp_path) == {"file": b"before\n"} and refused.value.filename == str(path)
     write(path, b"after")
@@ -79,7 +80,8 @@ def test_a_line_that_a_kill_left_torn_goes_when_the_next_one_comes(tmp_path):
     assert path.read_bytes() == b"one\nthree\n"
 
 
-# What a run or a sweep writes first. Each is called twice: on an empty disk, then on a full one, then again.
+# What a run or a sweep writes first. Each is called twice: on an empty disk, then on a full one,
+# then again.
 FIRST_WRITES: dict[str, tuple[Callable[[Path, int], object], type[Exception]]] = {
     "config.yaml": (
         lambda folder, i: save_config(
@@ -117,9 +119,8 @@ def test_a_full_disk_at_a_first_write_tears_nothing_and_a_later_start_goes_on(tm
     with full_disk(), pytest.raises(error, match=r"File too large") as refused:
         write(tmp_path, 1)
     assert name in str(refused.value)
-    assert all(
-        path.name == name and not path.read_bytes() for path in tmp_path.iterdir()
-    )  # at most an empty one
+    # at most an empty one
+    assert all(path.name == name and not path.read_bytes() for path in tmp_path.iterdir())
     write(tmp_path, 1)  # as if nothing had been
     before = contents(tmp_path)
     with full_disk(), pytest.raises(error):
@@ -189,9 +190,8 @@ def test_metrics_are_cut_without_room_for_a_copy(tmp_path):
     with full_disk():
         file = MetricsFile(path, 3, said.append)
         file.write({"step": 4, "loss": 7.0})
-    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3] and "cannot be written" in said[
-        0
-    ]
+    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3]
+    assert "cannot be written" in said[0]
     file.write({"step": 5, "loss": 6.0})
     file.close()
     assert [(row["step"], row["loss"]) for row in read_metrics(path)] == [
@@ -204,7 +204,7 @@ def test_metrics_are_cut_without_room_for_a_copy(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-# --- folders ------------------------------------------------------------------------------------------------------------------
+# Folders.
 
 
 @pytest.fixture
@@ -299,6 +299,5 @@ def test_a_run_that_starts_where_a_tool_is_writing_leaves_it_alone(tmp_path, fil
     process.kill()
     process.wait()
     after = TinyRun(checkpointed_config(tmp_path / "run"))
-    assert not (checkpoints / folder.name).exists() and any(
-        f"removed {folder.name}" in line for line in after.messages
-    )
+    assert not (checkpoints / folder.name).exists()
+    assert any(f"removed {folder.name}" in line for line in after.messages)

@@ -38,7 +38,7 @@ def changed(environment: dict[str, str], changes: dict[str, str | None]) -> dict
     return {name: value for name, value in {**environment, **changes}.items() if value is not None}
 
 
-# --- the variables --------------------------------------------------------------------------------------------------------------
+# The variables.
 
 
 def test_what_torchrun_a_person_or_nobody_tells_is_read() -> None:
@@ -63,10 +63,8 @@ def test_what_torchrun_a_person_or_nobody_tells_is_read() -> None:
         ({"RANK": MISSING}, ["RANK is not set"]),
         ({"RANK": "x"}, ["rank x: ", "RANK = 'x' is not a whole number of at least 0"]),
         ({"RANK": "-1"}, ["RANK = '-1' is not a whole number of at least 0"]),
-        (
-            {"RANK": "1" * 5000},
-            ["is not a whole number of at least 0"],
-        ),  # more digits than Python reads
+        # more digits than Python reads
+        ({"RANK": "1" * 5000}, ["is not a whole number of at least 0"]),
         ({"RANK": "1.0"}, ["RANK = '1.0' is not a whole number"]),
         ({"RANK": "²"}, ["RANK = '²' is not a whole number"]),
         (
@@ -105,10 +103,8 @@ def test_variables_that_cannot_be_right_are_all_named_with_the_rank_and_what_to_
     with pytest.raises(ConfigError) as refused:
         read_launch(changed(BY_HAND, changes))
     first, *problems, advice = str(refused.value).splitlines()
-    assert (
-        first.endswith("the launcher's variables cannot be used")
-        and "unset RANK, WORLD_SIZE and LOCAL_RANK" in advice
-    )
+    assert first.endswith("the launcher's variables cannot be used")
+    assert "unset RANK, WORLD_SIZE and LOCAL_RANK" in advice
     named = [text for text in said if not text.endswith(": ")]
     assert len(problems) == len(named) and all(
         any(text in problem for problem in problems) for text in named
@@ -116,9 +112,10 @@ def test_variables_that_cannot_be_right_are_all_named_with_the_rank_and_what_to_
     assert all(text in first for text in said if text.endswith(": "))
 
 
-# --- leaving with whoever started it --------------------------------------------------------------------------------------------
+# Leaving with whoever started it.
 
-# `python -m megatron_completep.pretrain`, where the import of torch writes a file and takes for ever.
+# `python -m megatron_completep.pretrain`, where the import of torch writes a file and takes for
+# ever.
 IMPORTING = """
 import os, pathlib, runpy, sys, time
 class Slow:
@@ -244,6 +241,5 @@ def test_workers_in_the_midst_of_their_work_leave_with_the_process_that_they_wor
     os.kill(process.pid, number) if number == signal.SIGKILL else os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=120)
     assert all(is_gone(worker) for worker in workers)
-    assert (
-        errors.count("Traceback") <= 1
-    )  # the program's own, which has nobody to catch KeyboardInterrupt; no worker's
+    # the program's own, which has nobody to catch KeyboardInterrupt; no worker's
+    assert errors.count("Traceback") <= 1

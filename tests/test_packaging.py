@@ -1,4 +1,6 @@
-"""What is installed is what stands here: kernels and tools inside the package, nothing of this machine in any file."""
+"""What is installed is what stands here: kernels and tools inside the package, nothing of this
+machine in any file.
+"""
 
 import contextlib
 import email
@@ -168,9 +170,8 @@ def test_the_source_distribution_builds_the_same_wheel(
 ) -> None:
     archive = build("sdist", source, tmp_path / "sdist")
     with tarfile.open(archive) as opened:
-        opened.extraction_filter = getattr(
-            tarfile, "data_filter", None
-        )  # Python 3.11.3 and before have none
+        # Python 3.11.3 and before have none
+        opened.extraction_filter = getattr(tarfile, "data_filter", None)
         opened.extractall(tmp_path)
     unpacked = tmp_path / archive.name.removesuffix(".tar.gz")
     assert (unpacked / "tests/support/models.py").exists()  # the tests come with what they import
@@ -179,14 +180,14 @@ def test_the_source_distribution_builds_the_same_wheel(
         {n: data for n, data in contents(built).items() if not n.endswith("RECORD")}
         for built in (wheel, again)
     )
-    assert (
-        sorted(ours) == sorted(theirs)
-        and [name for name in ours if ours[name] != theirs[name]] == []
-    )
+    assert sorted(ours) == sorted(theirs)
+    assert [name for name in ours if ours[name] != theirs[name]] == []
 
 
 def outside(installed: Path, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a program that can see the installed package, the libraries, and nothing of the source tree."""
+    """Run a program that can see the installed package, the libraries, and nothing of the source
+    tree.
+    """
     environment = {**os.environ, "PYTHONPATH": str(installed)}
     command = [sys.executable, "-c", program, *arguments]
     return subprocess.run(
@@ -254,7 +255,8 @@ print(json.dumps([found, elsewhere]))
 
 
 def test_every_tool_of_the_installed_wheel_says_how_it_is_used(installed: Path) -> None:
-    # One process for all, so that torch is loaded once; the modules run as `python -m` runs them. What extras bring is not there.
+    # One process for all, so that torch is loaded once; the modules run as `python -m` runs them.
+    # What extras bring is not there.
     tools = [
         path.stem
         for path in sorted((ROOT / "tools").glob("*.py"))
@@ -293,9 +295,8 @@ print(float((y - 1.5 * x).abs().max()), "megatron_completep.config" in sys.modul
 """
     assert outside(installed, WITHOUT, ",".join(OWN), program).stdout.split() == ["0.0", "False"]
     refused = outside(installed, WITHOUT, ",".join(OWN), "import megatron_completep.config")
-    assert (
-        "None in sys.modules" in refused.stderr
-    )  # the same block is felt where a library is needed
+    # the same block is felt where a library is needed
+    assert "None in sys.modules" in refused.stderr
 
 
 def test_the_tools_that_need_no_torch_do_not_load_it(installed: Path) -> None:

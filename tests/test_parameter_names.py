@@ -1,4 +1,6 @@
-"""What a parameter is called stands in the model, and in the tables of foreign architectures; everybody else asks its spec."""
+"""What a parameter is called stands in the model, and in the tables of foreign architectures;
+everybody else asks its spec.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def module_words() -> set[str]:
 
 
 def mentions(source: str) -> Iterator[tuple[int, str]]:
-    """(line, text) of every string in a source, docstrings left out, that holds a part of a parameter's name."""
+    """(line, text) of every string in a source, docstrings left out, that holds a part of a
+    parameter's name.
+    """
     tree = ast.parse(source)
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     docstrings = {

@@ -1,4 +1,6 @@
-"""The GPU report's driver, with parts that need no GPU: what it writes, and what becomes of parts that fail, hang or print rubbish."""
+"""The GPU report's driver, with parts that need no GPU: what it writes, and what becomes of parts
+that fail, hang or print rubbish.
+"""
 
 import json
 import os
@@ -107,7 +109,5 @@ def test_without_a_gpu_the_tools_say_so_in_one_line(tool):
         check=False,
     )
     assert answer.returncode == 2
-    assert (
-        answer.stderr.startswith("error: no GPU is visible to torch")
-        and answer.stderr.count("\n") == 1
-    )
+    assert answer.stderr.startswith("error: no GPU is visible to torch")
+    assert answer.stderr.count("\n") == 1

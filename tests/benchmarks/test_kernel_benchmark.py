@@ -1,4 +1,6 @@
-"""The kernel benchmark: a whole run on tiny shapes on the CPU, the numbers it derives, and what it says without a GPU."""
+"""The kernel benchmark: a whole run on tiny shapes on the CPU, the numbers it derives, and what it
+says without a GPU.
+"""
 
 import dataclasses
 import json
@@ -57,10 +59,8 @@ def test_a_trial_measures_every_kernel_and_ours_is_right(tmp_path):
     assert (
         json.loads(paths[0].read_text())["measurements"][0]["kernel"] == "residual rmsnorm forward"
     )
-    assert (
-        "## residual rmsnorm backward" in paths[1].read_text()
-        and "- something" in paths[1].read_text()
-    )
+    assert "## residual rmsnorm backward" in paths[1].read_text()
+    assert "- something" in paths[1].read_text()
     assert paths[2].read_bytes().startswith(b"\x89PNG")
 
 
@@ -73,9 +73,8 @@ def test_rates_follow_from_the_floor_and_the_copy(monkeypatch):
     times = iter([2.0, 4.0])  # the copy, then ours
     monkeypatch.setattr(kernel_benchmark, "_quantiles", lambda *_: (next(times),) * 3)
     (row,) = measure(Case("x", 1, 1, 8000, {"ours": prepared(lambda: None)}), SMOKE, CPU, print)
-    assert row.gigabytes_per_second == pytest.approx(2.0) and row.percent_of_copy == pytest.approx(
-        50.0
-    )
+    assert row.gigabytes_per_second == pytest.approx(2.0)
+    assert row.percent_of_copy == pytest.approx(50.0)
 
 
 def test_a_failing_baseline_is_reported_and_ours_is_not_excused():
@@ -119,15 +118,15 @@ def test_without_a_gpu_the_tool_says_so_and_exits_2():
         cwd=TOOL.parents[1],
         env=None,
     )
-    assert (
-        answer.returncode == 2
-        and "needs a GPU" in answer.stderr
-        and "Traceback" not in answer.stderr
-    )
+    assert answer.returncode == 2
+    assert "needs a GPU" in answer.stderr
+    assert "Traceback" not in answer.stderr
 
 
 def test_torch_compile_starts_afresh_for_every_shape_and_serves_both_directions(monkeypatch):
-    """Eight shapes of one function exhaust its recompilations: from then on it would run without, and be timed as if with."""
+    """Eight shapes of one function exhaust its recompilations: from then on it would run without,
+    and be timed as if with.
+    """
     calls: list[str] = []
     monkeypatch.setattr(torch.compiler, "reset", lambda: calls.append("reset"))
     monkeypatch.setattr(
@@ -144,6 +143,5 @@ def test_torch_compile_starts_afresh_for_every_shape_and_serves_both_directions(
         "rmsnorm forward",
     } <= compiled
     assert calls == ["reset", "compile"] * (len(calls) // 2)
-    assert (
-        len(calls) // 2 == 2 + 1 + 2 + 2 + 1
-    )  # residual norms, cross-entropy, activations, norms, rotary
+    # residual norms, cross-entropy, activations, norms, rotary
+    assert len(calls) // 2 == 2 + 1 + 2 + 2 + 1

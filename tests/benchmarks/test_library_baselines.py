@@ -1,4 +1,6 @@
-"""The benchmark's adapters to other libraries, through stand-ins with the libraries' signatures: the same function, or a clear report."""
+"""The benchmark's adapters to other libraries, through stand-ins with the libraries' signatures:
+the same function, or a clear report.
+"""
 
 import dataclasses
 import sys
@@ -100,12 +102,10 @@ def apply_rotary_pos_emb(
     cp_size=1,
     cp_rank=0,
 ):
-    assert (
-        fused
-        and tensor_format == "sbhd"
-        and freqs.shape == (t.shape[0], 1, 1, t.shape[3])
-        and freqs.dtype == torch.float32
-    )
+    assert fused
+    assert tensor_format == "sbhd"
+    assert freqs.shape == (t.shape[0], 1, 1, t.shape[3])
+    assert freqs.dtype == torch.float32
     return rotate(t, freqs.cos(), freqs.sin())
 
 
@@ -203,9 +203,8 @@ def close(found, expected):
 
 def test_no_library_is_needed():
     assert library_baselines.norms(torch.nn.Parameter(torch.ones(HIDDEN)), None, silent) == {}
-    assert (
-        library_baselines.cross_entropies(silent) == {} and library_baselines.swiglus(silent) == {}
-    )
+    assert library_baselines.cross_entropies(silent) == {}
+    assert library_baselines.swiglus(silent) == {}
 
 
 def test_norms_compute_what_torch_computes(libraries):
@@ -300,16 +299,15 @@ def test_a_broken_library_is_reported_and_stops_nothing(libraries, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("built for another architecture")
 
-    monkeypatch.setattr(
-        libraries["liger_kernel.transformers.functional"], "liger_rms_norm", broken
-    )  # fails when called
+    # fails when called
+    monkeypatch.setattr(libraries["liger_kernel.transformers.functional"], "liger_rms_norm", broken)
+    # another version
     monkeypatch.delattr(
         libraries["apex.transformer.functional"], "fused_apply_rotary_pos_emb_cached"
-    )  # another version
+    )
     monkeypatch.setattr(libraries["transformer_engine.pytorch.optimizers"], "FusedAdam", broken)
-    monkeypatch.setattr(
-        libraries["quack.cross_entropy"], "cross_entropy", lambda logits: logits
-    )  # another signature
+    # another signature
+    monkeypatch.setattr(libraries["quack.cross_entropy"], "cross_entropy", lambda logits: logits)
     lines: list[str] = []
     found, _ = run(
         dataclasses.replace(SMOKE, dtype=torch.float32), torch.device("cpu"), lines.append

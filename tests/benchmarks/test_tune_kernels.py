@@ -1,4 +1,6 @@
-"""The tuner of launch parameters, with a clock of our own: it needs no GPU to show that it keeps the fastest and that launches follow."""
+"""The tuner of launch parameters, with a clock of our own: it needs no GPU to show that it keeps
+the fastest and that launches follow.
+"""
 
 import json
 import os
@@ -61,7 +63,9 @@ def test_every_operation_is_tuned_and_launched_as_the_written_table_says(archite
 
 
 def test_the_fastest_over_all_sizes_is_chosen():
-    """Geometric means: (1, 16) loses to (3, 3); and a clock that is not asked what is launched chooses the first."""
+    """Geometric means: (1, 16) loses to (3, 3); and a clock that is not asked what is launched
+    chooses the first.
+    """
 
     def sizes(times):
         return [
@@ -75,11 +79,9 @@ def test_the_fastest_over_all_sizes_is_chosen():
 
     slow_once = tunable([(1024, 4, 1), (2048, 8, 1)], *sizes({1024: (1.0, 16.0), 2048: (3.0, 3.0)}))
     found = tune_kernels.tune("interpreter", [slow_once], lambda work: work(), print)
-    assert (
-        found[KEY].parameters == (2048, 8, 1)
-        and found[KEY].time == pytest.approx(3.0)
-        and found[KEY].time_before == pytest.approx(4.0)
-    )
+    assert found[KEY].parameters == (2048, 8, 1)
+    assert found[KEY].time == pytest.approx(3.0)
+    assert found[KEY].time_before == pytest.approx(4.0)
     assert tune_kernels.tune("interpreter", [slow_once], lambda work: 1.0, print)[
         KEY
     ].parameters == (1024, 4, 1)
@@ -126,13 +128,9 @@ def test_a_dry_run_needs_no_gpu_and_writes_nothing():
         tool, "--dry-run", "--only", "norm_backward", "--hidden", "4096"
     )
     assert answer.returncode == 0, answer.stderr
-    assert (
-        answer.stdout.startswith("a dry run for sm_90: 1 entries, ")
-        and answer.stdout.count("\n") == 1
-    )
+    assert answer.stdout.startswith("a dry run for sm_90: 1 entries, ")
+    assert answer.stdout.count("\n") == 1
     answer = without_the_interpreter(tool, "--dry-run", "--only", "norms")
-    assert (
-        answer.returncode == 2
-        and "no such operation" in answer.stderr
-        and "Traceback" not in answer.stderr
-    )
+    assert answer.returncode == 2
+    assert "no such operation" in answer.stderr
+    assert "Traceback" not in answer.stderr

@@ -1,4 +1,6 @@
-"""A checkpoint adapted to another configuration computes the same function, and training goes on from it."""
+"""A checkpoint adapted to another configuration computes the same function, and training goes on
+from it.
+"""
 
 from __future__ import annotations
 
@@ -108,7 +110,9 @@ def test_the_adapted_model_computes_the_same_function_and_goes_on(tmp_path, mode
 
 @pytest.mark.parametrize("model", [{}, GPT2, QK], ids=["llama", "gpt2", "qk"])
 def test_moments_follow_the_gradients_of_rescaled_weights(tmp_path, model):
-    """First moments are averages of gradients, second ones of their squares: the ratios are the gradients' own."""
+    """First moments are averages of gradients, second ones of their squares: the ratios are the
+    gradients' own.
+    """
     run = trained(tmp_path / "old", model)
     again = adapted(
         run, tmp_path / "new", model, {**CHANGES["base shape"], **CHANGES["multipliers"]}
@@ -152,11 +156,9 @@ def test_new_layers_are_silent_and_otherwise_as_in_a_fresh_model(tmp_path):
 def test_starting_anew_takes_the_weights_alone(tmp_path):
     run = trained(tmp_path / "old", {})
     again = adapted(run, tmp_path / "new", {}, {}, start_anew=True, files=3)
-    assert (
-        again.state.step == 0
-        and again.optimizer.control[STEP] == 0
-        and not again.optimizer.states["exp_avg"].any()
-    )
+    assert again.state.step == 0
+    assert again.optimizer.control[STEP] == 0
+    assert not again.optimizer.states["exp_avg"].any()
     assert torch.equal(again.optimizer.shards.master, run.optimizer.shards.master)
 
 

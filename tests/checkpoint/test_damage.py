@@ -1,4 +1,7 @@
-"""What a damaged checkpoint or snapshot leaves behind in a run: nothing. Everything is read and checked before anything is placed."""
+"""What a damaged checkpoint or snapshot leaves behind in a run: nothing.
+
+Everything is read and checked before anything is placed.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +23,8 @@ from tests.checkpoint.layouts import LAYOUTS, build, run, save
 from tests.checkpoint.stored_files import change_manifest, manifest_of, use_small_blocks
 from tests.support.checkpoints import TinyRun, checkpointed_config
 
-MANY = {
-    "vocab_size": 12_000
-}  # 384,000 parameters of the ends alone: a file of 4.7 MB, more than one block of hashes
+# 384,000 parameters of the ends alone: a file of 4.7 MB, more than one block of hashes
+MANY = {"vocab_size": 12_000}
 
 
 def with_snapshots(folder: Path, async_save: bool = False, **model: int) -> Config:
@@ -70,9 +72,8 @@ def test_a_damaged_snapshot_leaves_nothing_behind(tmp_path, monkeypatch, async_s
     config = with_snapshots(tmp_path, async_save, **model)
     trained = snapshot_of(config, 1)
     (folder,) = snapshots(tmp_path)
-    assert (
-        next(folder.glob("*.safetensors")).stat().st_size > block_size
-    )  # so that whole blocks come before the damaged one
+    # so that whole blocks come before the damaged one
+    assert next(folder.glob("*.safetensors")).stat().st_size > block_size
     whole = TinyRun(config)
     assert whole.resume() and whole.bits() == trained.bits()  # the control: undamaged, it arrives
     flip_near_the_end(folder)
@@ -96,9 +97,8 @@ def test_generator_states_that_are_none_leave_nothing_behind(tmp_path):
     snapshot_of(config, 1)
     (folder,) = snapshots(tmp_path)
     rng = manifest_of(folder)["rng"]
-    change_manifest(
-        folder, {"rng": {**rng, "torch": rng["torch"][:400]}}
-    )  # Python's and numpy's are whole, torch's comes last
+    # Python's and numpy's are whole, torch's comes last
+    change_manifest(folder, {"rng": {**rng, "torch": rng["torch"][:400]}})
     fresh, damaged = TinyRun(checkpointed_config(tmp_path / "other")), TinyRun(config)
     before = generator_states()
     assert not damaged.resume()

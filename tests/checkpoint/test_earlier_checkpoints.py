@@ -1,4 +1,6 @@
-"""Checkpoints of earlier versions, which did not list the states of their update rule, go on to work."""
+"""Checkpoints of earlier versions, which did not list the states of their update rule, go on to
+work.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +32,8 @@ SHAPE = {
     "seq_length": 8,
 }
 PROXY = {"base_hidden_size": 4, "base_num_layers": 1}
-LOSSES = [
-    2.566470146179199,
-    2.5656139850616455,
-    2.5543344020843506,
-]  # of the three steps that the earlier version made next
+# of the three steps that the earlier version made next
+LOSSES = [2.566470146179199, 2.5656139850616455, 2.5543344020843506]
 WEIGHTS_AND_ADAMW = {"master": 1, "exp_avg": -1, "exp_avg_sq": -2}
 
 
@@ -85,10 +84,8 @@ def test_the_next_checkpoint_lists_its_states_and_holds_the_same_values(tmp_path
     shutil.rmtree(tmp_path / "old" / "checkpoints" / EARLIER.name)
     run.save()
     written = tmp_path / "old" / "checkpoints" / EARLIER.name
-    assert (
-        '"states"' in (written / MANIFEST).read_text()
-        and read_manifest(written).states == WEIGHTS_AND_ADAMW
-    )
+    assert '"states"' in (written / MANIFEST).read_text()
+    assert read_manifest(written).states == WEIGHTS_AND_ADAMW
     assert compare_checkpoints(EARLIER, written)[1] == []
 
 

@@ -40,14 +40,15 @@ def test_every_layout_stores_the_same_tensors_each_element_once(pool, tmp_path):
         }
         assert checkpoint.manifest.elements == sum(t.numel() for t in stored[name].values())
     for name in stored:
-        assert (
-            stored[name].keys() == stored["one"].keys() and "unembedding.weight" not in stored[name]
-        )
+        assert stored[name].keys() == stored["one"].keys()
+        assert "unembedding.weight" not in stored[name]
         assert all(torch.equal(stored[name][p], stored["one"][p]) for p in stored["one"])
 
 
 def test_a_missing_part_is_noticed_by_every_rank(pool, tmp_path):
-    """The negative control: take one rank's file away and the load fails, on all ranks alike, naming the file."""
+    """The negative control: take one rank's file away and the load fails, on all ranks alike,
+    naming the file.
+    """
     layout = LAYOUTS["tp2_dp2"]
     run(pool, save, tmp_path, "llama", layout)
     folder = tmp_path / "checkpoints" / "step_00000006"

@@ -1,4 +1,6 @@
-"""A job reads each byte of a checkpoint once, whatever the layouts, and holds few of them at a time."""
+"""A job reads each byte of a checkpoint once, whatever the layouts, and holds few of them at a
+time.
+"""
 
 from __future__ import annotations
 
@@ -58,11 +60,8 @@ def load_counting(
 @pytest.mark.parametrize(
     ("model", "saved", "loaded"),
     [
-        (
-            "tied_gpt",
-            TP2_PP2,
-            "tp4",
-        ),  # row-parallel matrices are cut anew, norms are every tensor rank's
+        # row-parallel matrices are cut anew, norms are every tensor rank's
+        ("tied_gpt", TP2_PP2, "tp4"),
         ("tied_gpt", LAYOUTS["one"], "tp2_dp2"),
         ("llama", LAYOUTS["tp4"], "one"),
         pytest.param("llama", LAYOUTS["dp4"], "dp4_shard2", marks=pytest.mark.slow),
@@ -91,9 +90,8 @@ def read_one(rank: int, folder: str, model: str, layout: dict, damage: bool) -> 
     optimizer, checkpointer = build(rank, folder, model, layout)
     exchange = checkpointer._exchange
     source = shared_source(checkpointer._shared, 6, exchange)
-    source = type(source)(
-        source.folder, source.manifest, {name: [0] for name in source.holders}
-    )  # as if on rank 0's own disk
+    # as if on rank 0's own disk
+    source = type(source)(source.folder, source.manifest, {name: [0] for name in source.holders})
     reader = JointReader(exchange, source)
     if damage and rank == 0:
         path = source.folder / source.manifest.files[0].name
@@ -113,11 +111,10 @@ def read_one(rank: int, folder: str, model: str, layout: dict, damage: bool) -> 
 def test_what_only_one_rank_can_reach_is_sent_to_the_others(pool, tmp_path):
     run(pool, save_in_small_blocks, tmp_path, "tied_gpt", LAYOUTS["one"])
     read = run(pool, read_one, tmp_path, "tied_gpt", {"world": 2, "tensor_parallel_size": 2}, False)
-    assert (
-        read[0]
-        == sum(path.stat().st_size for path in tmp_path.glob("checkpoints/step_*/*.safetensors"))
-        and read[1] == 0
+    assert read[0] == sum(
+        path.stat().st_size for path in tmp_path.glob("checkpoints/step_*/*.safetensors")
     )
+    assert read[1] == 0
 
 
 def test_a_block_damaged_where_one_rank_reads_it_fails_the_load_on_all(pool, tmp_path):
@@ -129,7 +126,7 @@ def test_a_block_damaged_where_one_rank_reads_it_fails_the_load_on_all(pool, tmp
         run(pool, read_one, tmp_path, "tied_gpt", {"world": 2, "tensor_parallel_size": 2}, True)
 
 
-# --- the plan -------------------------------------------------------------------------------------------------------------------
+# The plan.
 
 
 def test_readers_hold_the_file_need_the_block_and_share_the_work():
@@ -146,9 +143,8 @@ def test_readers_hold_the_file_need_the_block_and_share_the_work():
     assert reads[0].reader == 7  # it has the block already
     for read in reads[1:]:
         able = set(holders[read.file])
-        assert read.reader in able and (
-            read.reader in read.needed_by or not able & set(read.needed_by)
-        )
+        assert read.reader in able
+        assert read.reader in read.needed_by or not able & set(read.needed_by)
     load = Counter(
         read.reader
         for read in choose_readers(
@@ -184,7 +180,9 @@ def test_runs_of_blocks_are_described_by_their_ends():
 
 @pytest.mark.parametrize("seed", range(40))
 def test_any_cut_of_a_file_puts_every_element_where_it_belongs(seed):
-    """A stored box, a wanted box that covers part of it, blocks that cut rows anywhere: against plain slicing."""
+    """A stored box, a wanted box that covers part of it, blocks that cut rows anywhere: against
+    plain slicing.
+    """
     generator = random.Random(seed)
     rows, columns = generator.randint(1, 9), generator.randint(1, 40)
     whole = torch.arange(100 * 100, dtype=torch.float32).view(100, 100)

@@ -113,9 +113,9 @@ def test_a_resume_says_every_setting_that_changed_old_and_new(tmp_path):
     run.train(1)
     run.save()
     same = TinyRun(checkpointed_config(tmp_path, logging={"interval": 3}))
-    assert same.resume() and not [
-        line for line in same.messages if line.startswith("resuming with")
-    ]  # the control
+    # the control
+    assert same.resume()
+    assert not [line for line in same.messages if line.startswith("resuming with")]
     changes = {
         "optimizer": {
             "base_lr": 0.02,
@@ -147,13 +147,14 @@ def test_a_resume_says_every_setting_that_changed_old_and_new(tmp_path):
         "resuming with training.batch_ramp.steps = 4, the checkpoint has null",
         "resuming with data.seed = 5, the checkpoint has 1234",
     }
-    assert len(said) == len(
-        [line for line in other.messages if line.startswith("resuming with")]
-    )  # each once
+    # each once
+    assert len(said) == len([line for line in other.messages if line.startswith("resuming with")])
 
 
 def test_a_list_of_sections_that_grew_is_one_changed_setting(tmp_path):
-    """By element, a first override would read `optimizer.overrides = null, the checkpoint has []`."""
+    """By element, a first override would read `optimizer.overrides = null, the
+    checkpoint has []`.
+    """
     run = TinyRun(checkpointed_config(tmp_path))
     run.train(1)
     run.save()
@@ -182,9 +183,8 @@ def test_a_list_of_sections_that_grew_is_one_changed_setting(tmp_path):
     assert grown.resume()
     said = [line for line in grown.messages if "overrides" in line]
     assert len(said) == 1 and said[0].count("layers.0") == 2 and said[0].count("layers.1") == 1
-    moved = TinyRun(
-        checkpointed_config(tmp_path, optimizer={"overrides": [{**one, "lr": 5.0}]})
-    )  # the control: same length, by element
+    # the control: same length, by element
+    moved = TinyRun(checkpointed_config(tmp_path, optimizer={"overrides": [{**one, "lr": 5.0}]}))
     assert moved.resume()
     assert "resuming with optimizer.overrides.0.lr = 5.0, the checkpoint has 2.0" in moved.messages
 
@@ -245,7 +245,10 @@ def test_what_a_refusal_offers_is_not_refused_next(tmp_path, changes):
     ],
 )
 def test_a_refusal_offers_no_remedy_where_the_tensors_are_others(tmp_path, model, adapt):
-    """To allow the setting would be refused next, as the tensors differ: so it is not offered. Layers may be added by the tool."""
+    """To allow the setting would be refused next, as the tensors differ: so it is not offered.
+
+    Layers may be added by the tool.
+    """
     run = TinyRun(checkpointed_config(tmp_path))
     run.train(1)
     run.save()
@@ -254,7 +257,6 @@ def test_a_refusal_offers_no_remedy_where_the_tensors_are_others(tmp_path, model
             TinyRun(
                 checkpointed_config(tmp_path, model=model, checkpoint={"allow_changed": allowed})
             ).resume()
-        assert "allow_changed=" not in str(refusal.value) and "allow_changed does not help" in str(
-            refusal.value
-        )
+        assert "allow_changed=" not in str(refusal.value)
+        assert "allow_changed does not help" in str(refusal.value)
         assert ("tools/checkpoint.py adapt" in str(refusal.value)) == (adapt and not allowed)

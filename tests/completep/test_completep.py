@@ -1,4 +1,6 @@
-"""The table against section 1 of the parameterization, row by row, written here a second time with exponents instead of code."""
+"""The table against section 1 of the parameterization, row by row, written here a second time with
+exponents instead of code.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,9 @@ from megatron_completep.parallel.parameter import declare, spec_of
 from megatron_completep.roles import Role
 from tests.support.models import plain_table, table_for
 
-# Exponents of (m_N global, the matrix's own ratio, m_L), in m_L as constant + slope * alpha; None: no decay, or a constant start.
-# From Table 1 of arXiv 2505.01618 with the epsilon rows of its later print; QK-norm from arXiv 2512.22382.
+# Exponents of (m_N global, the matrix's own ratio, m_L), in m_L as constant + slope * alpha; None:
+# no decay, or a constant start. From Table 1 of arXiv 2505.01618 with the epsilon rows of its later
+# print; QK-norm from arXiv 2512.22382.
 EXPONENTS = {
     #                 init std        lr              weight decay     eps
     "embedding":     [(0, 0, 0, 0), (0, 0, 0, 0),   (0, 0, 0, 0), (-1, 0, 0, 0)],
@@ -199,9 +202,8 @@ def test_decay_times_learning_rate_is_constant_at_alpha_one(
     below = plain_table(width_multiplier=m_N, depth_multiplier=m_L, alpha=0.5).factors(
         Role.HIDDEN_WEIGHT, ratio
     )
-    assert below.lr * below.weight_decay == pytest.approx(
-        m_L**-0.5, rel=1e-12
-    )  # Table 1 does not correct it
+    # Table 1 does not correct it
+    assert below.lr * below.weight_decay == pytest.approx(m_L**-0.5, rel=1e-12)
 
 
 def test_a_matrix_uses_its_own_ratio_and_eps_the_global_one() -> None:
@@ -223,7 +225,7 @@ def test_a_missing_base_ffn_size_follows_this_model_s_ratio() -> None:
     assert table.base_ffn_hidden_size == 384
 
 
-# --- batch and duration: Complete(d)P ----------------------------------------------------------------------------------------------
+# Batch and duration: Complete(d)P.
 
 
 def table_at(completep: CompletePConfig, batch_tokens: int, total_tokens: int) -> Table:
@@ -238,10 +240,8 @@ def table_at(completep: CompletePConfig, batch_tokens: int, total_tokens: int) -
 def test_batch_and_duration_factors() -> None:
     """m_B = 4, m_D = 16: S = sqrt(1/4) = 1/2."""
     base = CompletePConfig(base_batch_tokens=1000, base_total_tokens=10_000, **BASE)
-    plain, scaled = (
-        table_for(model(), CompletePConfig(**BASE)),
-        table_at(base, batch_tokens=4000, total_tokens=160_000),
-    )
+    plain = table_for(model(), CompletePConfig(**BASE))
+    scaled = table_at(base, batch_tokens=4000, total_tokens=160_000)
     for role in Role:
         a, b = plain.factors(role, 4.0), scaled.factors(role, 4.0)
         assert b == Factors(a.init_std, a.lr * 0.5, a.weight_decay * 0.5, a.eps * 2)
@@ -271,15 +271,13 @@ def test_betas_below_zero_are_refused() -> None:
         table_at(base, 4000, 4000).batch.betas((0.9, 0.95))
 
 
-# --- own factors, declarations ------------------------------------------------------------------------------------------------------
+# Own factors, declarations.
 
 
 def test_own_factors_multiply_the_table_and_reach_one_role_only() -> None:
     own = {"hidden_weight": RoleFactors(lr=2.0, init_std=3.0, weight_decay=5.0, eps=7.0)}
-    plain, changed = (
-        table_for(model(), CompletePConfig(**BASE)),
-        table_for(model(), CompletePConfig(factors=own, **BASE)),
-    )
+    plain = table_for(model(), CompletePConfig(**BASE))
+    changed = table_for(model(), CompletePConfig(factors=own, **BASE))
     for role in Role:
         a, b = plain.factors(role, 4.0), changed.factors(role, 4.0)
         if role is Role.HIDDEN_WEIGHT:

@@ -1,4 +1,6 @@
-"""Settings that do not fit each other are refused before any device is touched, with numbers and a remedy."""
+"""Settings that do not fit each other are refused before any device is touched, with numbers and a
+remedy.
+"""
 
 import random
 import re
@@ -387,10 +389,8 @@ def test_every_remedy_is_accepted(overrides, expected):
 
 
 TWO_RULES = [
-    (
-        ["model.hidden_size=24", "model.num_attention_heads=5"],
-        "Use 1, 2, 3, 4, 6 or 12,",
-    ),  # 8 and 24 leave heads of odd size to rope
+    # 8 and 24 leave heads of odd size to rope
+    (["model.hidden_size=24", "model.num_attention_heads=5"], "Use 1, 2, 3, 4, 6 or 12,"),
     (
         [
             "model.num_attention_heads=12",
@@ -400,10 +400,8 @@ TWO_RULES = [
         ],
         "Use 4 or 12.",
     ),
-    (
-        ["training.batch_ramp={start: 8, increment: 14, steps: 10}"],
-        "Use 8 or 28.",
-    ),  # 12 and 16 do not lead from 8 to 64
+    # 12 and 16 do not lead from 8 to 64
+    (["training.batch_ramp={start: 8, increment: 14, steps: 10}"], "Use 8 or 28."),
     (
         [
             "training.batch_ramp={start: 10, increment: 12, steps: 10}",
@@ -429,10 +427,11 @@ TWO_RULES = [
         "Use a decay_fraction of at most 0.666.",  # 0.667 would be 2001 steps
     ),
     (["guards.hang_timeout_minutes=30.1234567"], "Use a timeout_minutes of at least 30.1234567."),
+    # two chunks want 16 layers
     (
         ["parallel.schedule=interleaved_1f1b", "parallel.pipeline_parallel_size=8"],
         "Use the schedule 1f1b.",
-    ),  # two chunks want 16 layers
+    ),
 ]
 
 
@@ -647,7 +646,9 @@ def test_the_number_of_processes_must_fit(world_size, overrides, expected):
 
 
 def test_a_batch_for_many_processes_is_offered_where_the_schedule_takes_it_too():
-    """60 and 72 are multiples of 3 processes' micro-batches; the pipeline wants whole rounds of 4 as well."""
+    """60 and 72 are multiples of 3 processes' micro-batches; the pipeline wants whole rounds of 4
+    as well.
+    """
     overrides = [
         "parallel.pipeline_parallel_size=4",
         "parallel.schedule=zero_bubble",

@@ -1,4 +1,6 @@
-"""Configuration files are read as their users meant them, and every mistake in them has one clear message."""
+"""Configuration files are read as their users meant them, and every mistake in them has one clear
+message.
+"""
 
 import itertools
 import math
@@ -63,17 +65,14 @@ def test_every_committed_configuration_loads_and_comes_back_equal(path, tmp_path
     config = load_config(path)
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config
-    assert (
-        "null" not in path.read_text()
-    )  # a reader's example says what it sets, not what it leaves
+    # a reader's example says what it sets, not what it leaves
+    assert "null" not in path.read_text()
 
 
 @pytest.mark.parametrize("name", ["quickstart", "completep_1b"])
 def test_a_committed_target_differs_from_its_proxy_in_size_alone(name):
-    target, proxy = (
-        load_config(ROOT / f"configs/{name}.yaml"),
-        load_config(ROOT / f"configs/{name}_proxy.yaml"),
-    )
+    target = load_config(ROOT / f"configs/{name}.yaml")
+    proxy = load_config(ROOT / f"configs/{name}_proxy.yaml")
     assert target.optimizer == proxy.optimizer
     assert target.completep == proxy.completep
     base = proxy.completep
@@ -516,12 +515,10 @@ def test_a_mistake_exits_2_without_a_traceback(write, capsys):
         exit_on_user_error(lambda: load_config(path) and None)
     assert caught.value.code == 2
     out, err = capsys.readouterr()
-    assert (
-        out == ""
-        and err.startswith("error: ")
-        and "Traceback" not in err
-        and len(err.splitlines()) == 1
-    )
+    assert out == ""
+    assert err.startswith("error: ")
+    assert "Traceback" not in err
+    assert len(err.splitlines()) == 1
 
 
 def test_a_mistake_exits_2_in_a_process_of_its_own(write):
@@ -534,11 +531,9 @@ def test_a_mistake_exits_2_in_a_process_of_its_own(write):
         [*run, "model.hidden_size=0"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert bad.returncode == 2
-    assert (
-        bad.stdout == ""
-        and "must be greater than 0" in bad.stderr
-        and "Traceback" not in bad.stderr
-    )
+    assert bad.stdout == ""
+    assert "must be greater than 0" in bad.stderr
+    assert "Traceback" not in bad.stderr
 
 
 def test_the_saved_configuration_of_an_earlier_run_still_loads(write):

@@ -132,9 +132,8 @@ def test_nothing_valid_exists_before_close_and_abort_leaves_nothing(tmp_path):
     writer.add_document([[1, 2, 3]])
     assert not (tmp_path / "a.idx").exists() and not (tmp_path / "a.bin").exists()
     writer._idx.flush()
-    (tmp_path / "a.idx.partial").rename(
-        tmp_path / "b.idx"
-    )  # a partial index is no index even under its final name
+    # a partial index is no index even under its final name
+    (tmp_path / "a.idx.partial").rename(tmp_path / "b.idx")
     (tmp_path / "b.bin").write_bytes(b"\1\0\2\0\3\0")
     with pytest.raises(DataError, match=r"b\.idx: magic"):
         IndexedDataset(tmp_path / "b")
@@ -147,7 +146,9 @@ def test_nothing_valid_exists_before_close_and_abort_leaves_nothing(tmp_path):
 
 @pytest.mark.parametrize("fails_at", [0, 1, 2])
 def test_a_crash_while_renaming_never_shows_a_mixed_pair(tmp_path, monkeypatch, fails_at):
-    """An older corpus of the same size lies under the same prefix: the worst case, since sizes would agree."""
+    """An older corpus of the same size lies under the same prefix: the worst case, since sizes
+    would agree.
+    """
     write_documents(tmp_path / "a", [[[1, 2, 3], [4]], [[5]]])
     writer = IndexedWriter(tmp_path / "a", "uint16")
     writer.add_document([[9], [8, 7, 6, 5]])
@@ -164,9 +165,8 @@ def test_a_crash_while_renaming_never_shows_a_mixed_pair(tmp_path, monkeypatch, 
         writer.close()
     with pytest.raises(DataError, match=r"a\.idx: No such file"):
         IndexedDataset(tmp_path / "a")
-    assert read(write_documents(tmp_path / "a", [[[9], [8, 7]]])) == [
-        [9, 8, 7]
-    ]  # writing again mends it
+    # writing again mends it
+    assert read(write_documents(tmp_path / "a", [[[9], [8, 7]]])) == [[9, 8, 7]]
 
 
 def test_writer_refuses_tokens_that_do_not_fit(tmp_path):
@@ -314,7 +314,9 @@ def mutated(original, random):
 
 
 def fuzz(folder, mutations, unchanged):
-    """Open that many mutated indices: DataError naming the file, or data for which `unchanged` holds. Returns how many opened."""
+    """Open that many mutated indices: DataError naming the file, or data for which `unchanged`
+    holds. Returns how many opened.
+    """
     random = np.random.default_rng(7)
     original = (folder / "a.idx").read_bytes()
     opened = 0
@@ -342,7 +344,9 @@ def test_ten_thousand_mutated_indices_give_an_error_or_the_same_data(tmp_path):
 
 
 def test_mutated_indices_without_a_sidecar_never_change_tokens_or_sequences(tmp_path):
-    """The format has nothing to compare the grouping of sequences into documents with: it may differ, but stays a valid one."""
+    """The format has nothing to compare the grouping of sequences into documents with: it may
+    differ, but stays a valid one.
+    """
     write_documents(tmp_path / "a", FUZZED)
     (tmp_path / "a.json").unlink()
     original = IndexedDataset(tmp_path / "a")

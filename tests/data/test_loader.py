@@ -149,7 +149,9 @@ def test_a_resumed_loader_continues_the_same_order(data, resumed_at):
 def test_the_order_depends_on_nothing_but_the_position(
     data, data_size, micro, rows, step, prefetch, weight
 ):
-    """Every layout, resume point, prefetch depth and batch size reads the samples first .. first + batch - 1 of one sequence."""
+    """Every layout, resume point, prefetch depth and batch size reads the samples first .. first +
+    batch - 1 of one sequence.
+    """
     sources = [data.train[0].model_copy(update={"weight": weight}), data.train[1]]
     config = data.model_copy(update={"train": sources, "prefetch": prefetch})
     batch = micro * rows * data_size
@@ -219,11 +221,9 @@ def test_every_source_that_is_missing_is_named(tmp_path, data):
     with pytest.raises(DataError) as raised:
         loader_of(data.model_copy(update={"train": [data.train[0], *absent]}))
     assert str(raised.value).startswith("2 problems\n")
-    assert (
-        "nowhere.idx" in str(raised.value)
-        and "nothing.idx" in str(raised.value)
-        and "a.idx" not in str(raised.value)
-    )
+    assert "nowhere.idx" in str(raised.value)
+    assert "nothing.idx" in str(raised.value)
+    assert "a.idx" not in str(raised.value)
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path, data):

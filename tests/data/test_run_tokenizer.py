@@ -1,4 +1,6 @@
-"""A run keeps a copy of its tokenizer: generation, evaluation, export and a resume find it when the original is gone."""
+"""A run keeps a copy of its tokenizer: generation, evaluation, export and a resume find it when the
+original is gone.
+"""
 
 from __future__ import annotations
 
@@ -135,9 +137,8 @@ def test_a_folder_of_the_users_own_of_that_name_is_left_alone(tmp_path: Path) ->
     imported = TokenizerConfig(
         type="huggingface", model=str(write_words(tmp_path / "b" / "tokenizer"))
     )
-    assert (
-        keep_tokenizer(imported, tmp_path / "b") is None
-    )  # as an import lays it there: it is the copy
+    # as an import lays it there: it is the copy
+    assert keep_tokenizer(imported, tmp_path / "b") is None
     assert copy_in(tmp_path / "b" / "tokenizer") is not None
 
 
@@ -145,15 +146,11 @@ def test_a_tokenizer_that_cannot_be_copied_does_not_end_a_run(tmp_path: Path) ->
     said = keep_tokenizer(
         TokenizerConfig(type="sentencepiece", model=str(tmp_path / "absent.model")), tmp_path
     )
-    assert (
-        said is not None
-        and said.startswith("warning: no copy of the tokenizer is kept")
-        and "absent.model" in said
-    )
-    assert (
-        keep_tokenizer(TokenizerConfig(type="bytes"), tmp_path) is None
-        and keep_tokenizer(None, tmp_path) is None
-    )
+    assert said is not None
+    assert said.startswith("warning: no copy of the tokenizer is kept")
+    assert "absent.model" in said
+    assert keep_tokenizer(TokenizerConfig(type="bytes"), tmp_path) is None
+    assert keep_tokenizer(None, tmp_path) is None
     assert not (tmp_path / "tokenizer").exists()
 
 
@@ -169,11 +166,9 @@ def test_only_a_tokenizer_that_is_gone_is_replaced_at_a_start(tmp_path: Path) ->
 
 
 def test_a_family_is_guessed_from_a_name_or_from_the_content(tmp_path: Path) -> None:
-    words, model, ranks = (
-        write_words(tmp_path / "words"),
-        write_model(tmp_path / "t.model"),
-        write_ranks(tmp_path / "gpt2.tiktoken"),
-    )
+    words = write_words(tmp_path / "words")
+    model = write_model(tmp_path / "t.model")
+    ranks = write_ranks(tmp_path / "gpt2.tiktoken")
     shutil.copy(words / "tokenizer.json", tmp_path / "plain")
     shutil.copy(model, tmp_path / "spm")
     named = [
@@ -195,7 +190,9 @@ def test_a_family_is_guessed_from_a_name_or_from_the_content(tmp_path: Path) -> 
 
 @pytest.fixture(scope="module")
 def moved(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """A run saved after one step of two, over a corpus that records its tokenizer, whose file is gone by now."""
+    """A run saved after one step of two, over a corpus that records its tokenizer, whose file is
+    gone by now.
+    """
     folder = tmp_path_factory.mktemp("moved")
     words = write_words(folder / "words")
     identity = dict(

@@ -1,4 +1,6 @@
-"""Every command of the documentation is understood by its program, and those that a CPU can run are run (slow)."""
+"""Every command of the documentation is understood by its program, and those that a CPU can run are
+run (slow).
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,8 @@ def test_commands_of_other_programs_name_files_and_targets_that_exist() -> None:
             )
 
 
-# Commands that no test runs as they stand, and why; the first pattern that is found in `page: command` counts.
+# Commands that no test runs as they stand, and why; the first pattern that is found in `page:
+# command` counts.
 NOT_RUN = [
     (
         r": (sbatch|kubectl) ",

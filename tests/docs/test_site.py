@@ -1,4 +1,6 @@
-"""The documentation site: built strictly, no dead link, no complaint in a browser, everything from this machine."""
+"""The documentation site: built strictly, no dead link, no complaint in a browser, everything from
+this machine.
+"""
 
 from __future__ import annotations
 
@@ -123,10 +125,8 @@ def test_every_setting_and_every_public_room_of_the_code_has_its_place(site: Pat
         for section in Config.model_fields.values()
         for key in getattr(section.annotation, "model_fields", {})
     ]
-    assert (
-        len(settings) > 80
-        and [key for key in settings if f"<code>{key}</code>" not in configuration] == []
-    )
+    assert len(settings) > 80
+    assert [key for key in settings if f"<code>{key}</code>" not in configuration] == []
     assert "load_config" in (site / "api/config.html").read_text(encoding="utf-8")
     rooms = {
         path.stem
@@ -151,9 +151,8 @@ def test_every_page_opens_without_complaint_and_asks_nothing_of_other_machines(
     with chromium() as browser:
         for path in sorted(site.rglob("*.html")):
             browser.open(f"{address}/{path.relative_to(site)}")
-            problems = [
-                problem for problem in browser.problems if "/favicon.ico" not in problem
-            ]  # of a report as it was committed
+            # of a report as it was committed
+            problems = [problem for problem in browser.problems if "/favicon.ico" not in problem]
             assert (path, problems, browser.broken_pictures()) == (path, [], [])
             assert {
                 urlsplit(url).netloc for url in browser.requests if not url.startswith("data:")

@@ -1,7 +1,8 @@
 """Runs of a tiny model that something happens to.
 
-A rank is a process forked from a server that has imported everything, so that a run of two costs a second; it executes the
-real `pretrain`. What is to happen is told as a `Fault`, which only this file knows how to cause.
+A rank is a process forked from a server that has imported everything, so that a run of two costs a
+second; it executes the real `pretrain`. What is to happen is told as a `Fault`, which only this
+file knows how to cause.
 """
 
 from __future__ import annotations
@@ -60,7 +61,9 @@ logging: {interval: 1, tensorboard: false}
 
 @dataclass(frozen=True)
 class Fault:
-    """`kind` happens on `rank` (-1: on all), at the fail point `point` (the `nth` time it is passed) or at the steps `steps`."""
+    """`kind` happens on `rank` (-1: on all), at the fail point `point` (the `nth` time it is
+    passed) or at the steps `steps`.
+    """
 
     kind: str = "none"
     rank: int = 0
@@ -89,7 +92,10 @@ class Ranks:
     started: float = field(default_factory=time.monotonic)
 
     def wait(self, seconds: float = 240.0) -> Outcome:
-        """Wait for all; whoever is left then is killed and the outcome says so. A peer of a dead rank gets 30 s, as from a launcher."""
+        """Wait for all; whoever is left then is killed and the outcome says so.
+
+        A peer of a dead rank gets 30 s, as from a launcher.
+        """
         deadline = self.started + seconds
         while any(p.is_alive() for p in self.processes) and time.monotonic() < deadline:
             if any(p.exitcode not in (None, 0) for p in self.processes):
@@ -133,7 +139,9 @@ def start(
     restart_count: int = 0,
     environments: Sequence[dict[str, str]] | None = None,
 ) -> Ranks:
-    """Start the ranks of a run; `restart_count` as torchrun tells it. RANK in an override becomes the rank's number: two nodes.
+    """Start the ranks of a run; `restart_count` as torchrun tells it.
+
+    RANK in an override becomes the rank's number: two nodes.
 
     environments: of each process, in place of what torchrun would set for `world` of them.
     """
@@ -196,7 +204,9 @@ def run(
 def start_under_launcher(
     config: Path, world: int = 2, overrides: Sequence[str] = (), of_them: int | None = None
 ) -> tuple[Any, Path]:
-    """A launcher that forks the ranks itself, `of_them` if not all, and the file in which it writes their process ids."""
+    """A launcher that forks the ranks itself, `of_them` if not all, and the file in which it writes
+    their process ids.
+    """
     pids = config.parent / "pids"
     launcher = SERVER.Process(
         target=_launcher,
@@ -239,7 +249,9 @@ def run_in_terminal(
     nohup: bool = False,
     seconds: float = 240.0,
 ) -> list[int]:
-    """Exit codes of ranks that a shell started in a terminal, which is closed when `steps` are done. world 1: without a launcher."""
+    """Exit codes of ranks that a shell started in a terminal, which is closed when `steps` are
+    done. world 1: without a launcher.
+    """
     count_injection()
     codes = config.parent / "codes"
     process = SERVER.Process(
@@ -336,7 +348,7 @@ def no_fail_point(name: str) -> None:
     pass
 
 
-# --- the oracle -----------------------------------------------------------------------------------------------------------------
+# The oracle.
 
 
 def losses(config: Path) -> dict[int, float]:

@@ -1,4 +1,6 @@
-"""After a loss spike the run goes back and leaves the data out, once and for all: whoever passes there again does the same."""
+"""After a loss spike the run goes back and leaves the data out, once and for all: whoever passes
+there again does the same.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ BAD = 108  # read in step 14, of samples 104 to 111
 
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Makes the loss of any step that reads one of these samples jump by 5 nats, as it is reported."""
+    """Makes the loss of any step that reads one of these samples jump by 5 nats, as
+    it is reported.
+    """
 
     def apply(*samples: int) -> None:
         original = TrainingStep.run
@@ -84,19 +88,16 @@ def test_a_spike_takes_the_run_back_and_its_data_are_left_out(
     config = copy_of(calm, folder, "back", after=8)
     assert pretrain(config) == ExitCode.DONE
     rows, undisturbed = rows_of(config), rows_of(calm)
-    assert [row["step"] for row in rows] == list(range(1, 19)) and not any(
-        "loss_spike" in row for row in rows
-    )
+    assert [row["step"] for row in rows] == list(range(1, 19))
+    assert not any("loss_spike" in row for row in rows)
     assert rows[:12] == undisturbed[:12]
-    assert consumed(config) == {
-        step: 8 * step + (16 if step > 12 else 0) for step in range(1, 19)
-    }  # 96-111 are left out
+    # 96-111 are left out
+    assert consumed(config) == {step: 8 * step + (16 if step > 12 else 0) for step in range(1, 19)}
     entries = read_left_out(Path(config.training.output_dir))
     assert entries == [LeftOut(12, 96, 112, 14)]
 
-    original = (
-        Checkpointer.load_latest
-    )  # the same by hand: a run that resumes there and is told where the data go on
+    # the same by hand: a run that resumes there and is told where the data go on
+    original = Checkpointer.load_latest
     monkeypatch.setattr(
         Checkpointer, "load_latest", lambda self: replace(original(self), consumed_samples=112)
     )
@@ -144,9 +145,8 @@ def test_a_spike_just_after_a_checkpoint_goes_back_further_and_removes_it(
     poison(97)  # read in step 13: the weights after step 12 may be to blame
     config = copy_of(calm, folder, "further", after=8)
     assert pretrain(config) == ExitCode.DONE
-    assert consumed(config) == {
-        step: 8 * step + (40 if step > 8 else 0) for step in range(1, 19)
-    }  # 64-103 are left out
+    # 64-103 are left out
+    assert consumed(config) == {step: 8 * step + (40 if step > 8 else 0) for step in range(1, 19)}
     entries = read_left_out(Path(config.training.output_dir))
     assert entries == [LeftOut(8, 64, 104, 13)]
 
@@ -163,9 +163,8 @@ def test_the_save_under_way_is_waited_for_and_a_damaged_checkpoint_removes_none(
         ignore=shutil.ignore_patterns("step_0000001*"),
     )
     assert pretrain(config, lambda name: time.sleep(0.3) if name in slow else None) == ExitCode.DONE
-    assert (
-        consumed(config)[13] == 8 * 13 + 16
-    )  # step 14 went back to step 12, whose files were not yet there
+    # step 14 went back to step 12, whose files were not yet there
+    assert consumed(config)[13] == 8 * 13 + 16
 
     poison(97)
     damaged = copy_of(calm, folder, "damaged", after=12)

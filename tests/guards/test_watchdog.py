@@ -1,4 +1,6 @@
-"""The watchdog with stores that answer, or never do, and instead of the end of the process an event."""
+"""The watchdog with stores that answer, or never do, and instead of the end of the process an
+event.
+"""
 
 from __future__ import annotations
 
@@ -74,10 +76,8 @@ def test_a_store_that_never_answers_is_named_and_not_waited_for(
         f"hung: {who}, which holds the store, does not answer (stopped, or its host is down)"
         in said
     )
-    assert (
-        "hang_rank_00001.txt" in said
-        and "test_watchdog.py" in (tmp_path / "hang_rank_00001.txt").read_text()
-    )
+    assert "hang_rank_00001.txt" in said
+    assert "test_watchdog.py" in (tmp_path / "hang_rank_00001.txt").read_text()
 
 
 def test_a_store_that_is_gone_is_named(tmp_path: Path) -> None:
@@ -103,11 +103,12 @@ def test_a_hang_before_the_first_step_is_named_with_its_phase(tmp_path: Path) ->
 def test_a_rank_whose_time_is_not_up_says_where_it_is_when_another_asks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rank 1 hangs in an earlier phase than rank 0, which has waited for less long, and for rank 1."""
+    """Rank 1 hangs in an earlier phase than rank 0, which has waited for less long,
+    and for rank 1.
+    """
     monkeypatch.setattr(module, "ANSWER_SECONDS", 60.0)
-    monkeypatch.setattr(
-        Watchdog, "_patience", lambda self: 60.0
-    )  # within which the one that was asked does not leave
+    # within which the one that was asked does not leave
+    monkeypatch.setattr(Watchdog, "_patience", lambda self: 60.0)
     store = dist.HashStore()
     patient = Watched(tmp_path, 0, store, timeout=600.0)
     patient.dog._look_seconds = lambda: 0.01  # type: ignore[method-assign]
@@ -129,15 +130,14 @@ def test_a_rank_that_was_asked_leaves_as_well(tmp_path: Path) -> None:
     watched.dog._patience = lambda: 0.0  # type: ignore[method-assign]
     store.set(module.ASKED, "1")
     with watched.dog:
-        assert watched.dog._leaving.wait(
-            60
-        )  # and the exception that follows a lost peer does not come first
+        # and the exception that follows a lost peer does not come first
+        assert watched.dog._leaving.wait(60)
     said = watched.wait()
     assert module.ask(store, 0, 1.0) is not None and (tmp_path / "hang_rank_00000.txt").exists()
-    # Its collectives explain the hang as much as those of the rank that asked: they are written down, once.
-    assert (
-        said.count("rank 0: its ") == 1 and (tmp_path / "hang_rank_00000.collectives.json").exists()
-    )
+    # Its collectives explain the hang as much as those of the rank that asked: they are written
+    # down, once.
+    assert said.count("rank 0: its ") == 1
+    assert (tmp_path / "hang_rank_00000.collectives.json").exists()
     watched.dog._keep_collectives(0)
     assert "\n".join(watched.said) == said
 
@@ -147,9 +147,8 @@ def test_signs_of_life_keep_the_watchdog_quiet_and_the_last_one_is_said(tmp_path
     watched.dog.beat(8)
     watched.dog._beat_at = 0.0
     watched.dog.progress("saving step 8")
-    assert (
-        watched.dog._beat_at > 0.0 and watched.dog._answer()["stage"] == "at step 9, saving step 8"
-    )
+    assert watched.dog._beat_at > 0.0
+    assert watched.dog._answer()["stage"] == "at step 9, saving step 8"
     watched.dog.beat(9)
     assert watched.dog._answer()["stage"] == "at step 10"
     watched.dog.stop()

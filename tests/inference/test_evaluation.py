@@ -1,4 +1,6 @@
-"""Scores of texts: ours against plain logits, lm-eval's figures against ours, one process against two."""
+"""Scores of texts: ours against plain logits, lm-eval's figures against ours, one process against
+two.
+"""
 
 from __future__ import annotations
 
@@ -56,15 +58,8 @@ def plain_score(scorer: Scorer, context: list[int], target: list[int]) -> float:
 def test_batched_likelihoods_are_those_of_each_sequence_alone(position: str) -> None:
     scorer = small_scorer(position=position)
     generator = np.random.default_rng(0)
-    sizes = [
-        (1, 1),
-        (5, 3),
-        (20, 2),
-        (1, 32),
-        (50, 4),
-        (3, 0),
-        (2, 9),
-    ]  # (50, 4): the context is cut to fit
+    # (50, 4): the context is cut to fit
+    sizes = [(1, 1), (5, 3), (20, 2), (1, 32), (50, 4), (3, 0), (2, 9)]
     pairs = [
         (generator.integers(0, 257, a).tolist(), generator.integers(0, 257, b).tolist())
         for a, b in sizes
@@ -151,9 +146,8 @@ def test_lm_evals_bits_per_byte_on_an_offline_task_are_ours(offline: None, tmp_p
     right = 0
     for text in TEXTS:  # the choice whose likelihood after the text is highest
         context = list(text[:-1].rstrip().encode()) or [256]
-        moved = text[:-1][
-            len(text[:-1].rstrip()) :
-        ]  # lm-eval moves trailing space over to the choices
+        # lm-eval moves trailing space over to the choices
+        moved = text[:-1][len(text[:-1].rstrip()) :]
         scores = [
             plain_score(scorer, context, list((moved + choice).encode()))
             for choice in (text[-1], "@@", " and")

@@ -203,7 +203,9 @@ def count_tokens(gpt: GPT, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, i
 
 
 def test_work_grows_linearly_in_new_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each new token takes one token through the model, whatever came before it; the prompt goes through once."""
+    """Each new token takes one token through the model, whatever came before it; the prompt goes
+    through once.
+    """
     gpt = small_model()
     shapes = count_tokens(gpt, monkeypatch)
     for length in (8, 16, 24):
@@ -222,7 +224,8 @@ def test_a_batch_feeds_what_all_rows_know_at_once_and_drops_rows_that_end(
         if len(shapes) == 2:
             generation.stop(0)
             assert [number for number, _ in made] == [0]
-    # Three tokens of both; one drawn beside one of the prompt; then the short row is gone, and three of the prompt go at once.
+    # Three tokens of both; one drawn beside one of the prompt; then the short row is gone, and
+    # three of the prompt go at once.
     assert shapes == [(2, 3), (2, 1), (1, 3), (1, 1), (1, 1)]
 
 

@@ -1,4 +1,7 @@
-"""A user's own decoder: plain torch modules that declare their roles. Two versions, one of which forgets the residual multiplier."""
+"""A user's own decoder: plain torch modules that declare their roles.
+
+Two versions, one of which forgets the residual multiplier.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Record a trace as the authors' code would, without any code of the project: the plain twin and torch.optim.AdamW."""
+"""Record a trace as the authors' code would, without any code of the project: the plain twin and
+torch.optim.AdamW.
+"""
 
 from __future__ import annotations
 
@@ -72,9 +74,8 @@ def record(
     )
     weights, groups, arrays = {}, [], {}
     depth = 1.0 if alpha is None else m_L ** (alpha - 1)
-    eps = (
-        1e-12 / m_N * (1.0 if alpha is None else m_L**-alpha)
-    )  # one for all tensors, as in the reference
+    # one for all tensors, as in the reference
+    eps = 1e-12 / m_N * (1.0 if alpha is None else m_L**-alpha)
     decay = 0.1 if alpha is None else 0.1 * m_N  # the reference's plain muP does not scale it
     for name, (theirs, shape) in names.items():
         matrix, inside = len(shape) == 2, name.startswith("layers.")

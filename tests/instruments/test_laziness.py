@@ -1,4 +1,6 @@
-"""Laziness: its verdicts, what it computes against the block taken as a function, and what it says of right and wrong rules."""
+"""Laziness: its verdicts, what it computes against the block taken as a function, and what it says
+of right and wrong rules.
+"""
 
 from __future__ import annotations
 
@@ -99,7 +101,9 @@ def trial_of(folder: Path, architecture: str = "gpt2", **optimizer: float) -> Tr
 
 
 def test_the_measure_equals_one_with_an_exact_directional_derivative(tmp_path: Path):
-    """J d by forward-mode differentiation of a block written in plain torch, in place of the central difference."""
+    """J d by forward-mode differentiation of a block written in plain torch, in place of the
+    central difference.
+    """
     write_markov_chain(tmp_path / "text", 8_000)
     measured = block_laziness(trial_of(tmp_path))
     trial = trial_of(tmp_path)
@@ -133,7 +137,9 @@ def test_the_measure_equals_one_with_an_exact_directional_derivative(tmp_path: P
 
 
 class PlainBlock:
-    """The gpt2 block of small_runs as formulas: layernorm, causal attention without positions, GELU."""
+    """The gpt2 block of small_runs as formulas: layernorm, causal attention without positions,
+    GELU.
+    """
 
     def __init__(self, multiplier: float, scale: float, heads: int):
         self.multiplier, self.scale, self.heads = multiplier, scale, heads
@@ -167,10 +173,8 @@ class PlainBlock:
 def test_a_smaller_step_is_lazier(tmp_path: Path):
     """The remainder is of second order: r falls with the learning rate, in proportion."""
     write_markov_chain(tmp_path / "text", 8_000)
-    large, small = (
-        block_laziness(trial_of(tmp_path, base_lr=2**-8)),
-        block_laziness(trial_of(tmp_path, base_lr=2**-11)),
-    )
+    large = block_laziness(trial_of(tmp_path, base_lr=2**-8))
+    small = block_laziness(trial_of(tmp_path, base_lr=2**-11))
     assert all(b < a / 4 for a, b in zip(large, small, strict=True))
 
 

@@ -1,4 +1,6 @@
-"""The learning-rate transfer's figures on curves whose drift, regret and savings are known, and the plan that follows."""
+"""The learning-rate transfer's figures on curves whose drift, regret and savings are known, and the
+plan that follows.
+"""
 
 from __future__ import annotations
 
@@ -109,24 +111,22 @@ def coarse(curve: Curve, every: int) -> Curve:
 
 
 def test_an_interval_is_never_narrower_than_the_grid_allows():
-    """Whole octaves, neighbours 0.2 nats above: every replicate has its best at one point; the truth lies between its neighbours."""
-    losses = 2.5 + 0.2 * np.abs(GRID[::2] + 7.99)[:, None] * np.ones(
-        (1, 3)
-    )  # -10, -9, ...; no parabola fits within 0.15 nats
+    """Whole octaves, neighbours 0.2 nats above: every replicate has its best at one point; the
+    truth lies between its neighbours.
+    """
+    # -10, -9, ...; no parabola fits within 0.15 nats
+    losses = 2.5 + 0.2 * np.abs(GRID[::2] + 7.99)[:, None] * np.ones((1, 3))
     sharp = Curve("completep", 64, 2, 100, 0.0, 0.02, GRID[::2], losses, 200.0)
     found = optimum_of(sharp, sharp)
     assert (found.log2_lr.value, found.log2_lr.low, found.log2_lr.high) == (-8.0, -9.0, -7.0)
     assert found.grid_step == 1.0
     assert drift_over_depth([sharp, replace(sharp, num_layers=8)]).verdict == "unresolved"
     through_three = optimum_of(coarse(curve(2, -7.2, noise=0.0), 2), curve(2, -7.0)).log2_lr
-    assert (through_three.low, through_three.high) == (
-        -7.5,
-        -6.5,
-    )  # a parabola fits any three points
+    # a parabola fits any three points
+    assert (through_three.low, through_three.high) == (-7.5, -6.5)
     fine = optimum_of(curve(2, -7.2, noise=0.0), curve(2, -7.0)).log2_lr
-    assert (
-        fine.high - fine.low < 0.05 and fine.low <= -7.2 + 1e-9
-    )  # negative control: more points, and they lie on one
+    # negative control: more points, and they lie on one
+    assert fine.high - fine.low < 0.05 and fine.low <= -7.2 + 1e-9
 
 
 def test_one_seed_gives_no_interval():
@@ -183,17 +183,13 @@ def test_regret_and_drift_are_counted_from_the_smallest_shape():
     assert near.regret_verdict == "small"
     assert optimum_of(curve(8, -7.3, noise=0.1), curves[0]).regret_verdict == "unresolved"
     base = optimum_of(curves[0], curves[0])
-    assert (base.drift, base.regret, base.regret_verdict) == (
-        None,
-        None,
-        "base shape",
-    )  # not compared with itself
+    # not compared with itself
+    assert (base.drift, base.regret, base.regret_verdict) == (None, None, "base shape")
 
 
 def test_the_divergence_edge_is_where_the_curve_rises_above_its_best_or_ends():
-    assert (
-        optimum_of(curve(2, -7.0, noise=0.0), curve(2, -7.0)).divergence_log2_lr == -5.0
-    )  # 0.1 * 2^2 > 0.3
+    # 0.1 * 2^2 > 0.3
+    assert optimum_of(curve(2, -7.0, noise=0.0), curve(2, -7.0)).divergence_log2_lr == -5.0
     losses = curve(2, -7.0, noise=0.0).losses.copy()
     losses[GRID >= -6.0] = np.inf
     assert (
@@ -236,7 +232,9 @@ def test_a_saving_is_the_share_of_the_baselines_flops_that_are_not_needed():
 
 
 def test_a_shape_is_compared_with_the_shallowest_under_the_same_rule_at_one_learning_rate():
-    """Deep and narrow at equal FLOPs: half a doubling less under one rule, and nothing that three seeds can tell under the other."""
+    """Deep and narrow at equal FLOPs: half a doubling less under one rule, and nothing that three
+    seeds can tell under the other.
+    """
 
     def runs(rule: str, depth: int, losses: dict[int, float], spread: float) -> list[Curve]:
         seeds = np.array([-spread, 0.0, spread])
@@ -274,7 +272,7 @@ def test_a_shape_is_compared_with_the_shallowest_under_the_same_rule_at_one_lear
     ]
 
 
-# --- a sweep's folder, with results written by hand ----------------------------------------------------------------------
+# A sweep's folder, with results written by hand.
 
 
 def written_sweep(folder: Path, tmp_path: Path, **sections: dict[str, Any]) -> list[sweep.Point]:
@@ -340,9 +338,8 @@ def test_the_report_says_the_best_learning_rate_its_neighbours_and_a_next_comman
     again = sweep.Grid([2.0**-7], (2,), (), ("completep",), (0.1,), (), (50,), 2).points(
         load_config(folder / "proxy.yaml")
     )
-    assert {p.key for p in again} <= {
-        p.key for p in points
-    }  # the proxy's file names the points that are done
+    # the proxy's file names the points that are done
+    assert {p.key for p in again} <= {p.key for p in points}
     commands = [
         shlex.split(line.split(": ", 1)[1])
         for line in lines
@@ -391,10 +388,8 @@ def test_a_best_rate_at_the_edge_is_said_and_the_next_command_goes_beyond(
 def test_a_single_learning_rate_has_no_best_one(tmp_path: Path):
     one = Curve("completep", 64, 2, 100, 0.0, 0.02, GRID[:1], np.array([[2.5, 2.6]]), 1.0)
     (line, losses) = best_rates([one], [optimum_of(one, one)])
-    assert (
-        "one learning rate was run, so there is no best one" in line
-        and "2^-10: loss 2.5500" in losses
-    )
+    assert "one learning rate was run, so there is no best one" in line
+    assert "2^-10: loss 2.5500" in losses
     assert "--lr=-11:-9:2" in next_commands(tmp_path, [one])[0]
 
 
@@ -407,15 +402,12 @@ def test_a_browser_shows_the_report_whole_without_a_complaint(tmp_path: Path):
         assert browser.problems == []
         assert browser.broken_pictures() == []
         assert browser.evaluate("document.images.length") == 1
-        assert (
-            browser.evaluate("document.querySelectorAll('table').length") == 2
-        )  # drift, and optima
-        assert "octaves per doubling: unresolved" in browser.evaluate(
-            "document.body.innerText"
-        )  # whole octaves
-        assert browser.evaluate(
-            "document.documentElement.scrollWidth <= window.innerWidth"
-        )  # wide tables scroll on their own
+        # drift, and optima
+        assert browser.evaluate("document.querySelectorAll('table').length") == 2
+        # whole octaves
+        assert "octaves per doubling: unresolved" in browser.evaluate("document.body.innerText")
+        # wide tables scroll on their own
+        assert browser.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
         browser.screenshot(tmp_path / "report.png")
     assert (tmp_path / "report.png").stat().st_size > 20_000
 
@@ -510,7 +502,7 @@ def test_a_plan_without_a_curve_under_the_targets_rule_is_refused(tmp_path: Path
         plan(tmp_path / "nothing", proxy_config(tmp_path), tmp_path / "target.yaml")
 
 
-# --- the program ---------------------------------------------------------------------------------------------------------
+# The program.
 
 
 def test_the_program_sweeps_reports_and_plans(

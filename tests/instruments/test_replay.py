@@ -1,4 +1,6 @@
-"""E10: recorded runs of the authors' implementation, replayed; and traces of every kind the format allows."""
+"""E10: recorded runs of the authors' implementation, replayed; and traces of every kind the format
+allows.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +30,8 @@ from tests.support.commands import Programs
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests/golden"
 NAMES = ["completep", "alpha_half", "mup", "completep_base"]
-TOLERANCES = {
-    "float64": (1e-12, 1e-12, 1e-12),
-    "float32": (1e-5, 1e-3, 1e-5),
-}  # from the traces' README
+# from the traces' README
+TOLERANCES = {"float64": (1e-12, 1e-12, 1e-12), "float32": (1e-5, 1e-3, 1e-5)}
 
 
 @pytest.mark.parametrize("precision", ["float64", "float32"])
@@ -151,7 +151,9 @@ def test_relative_error_of_figures_that_are_not_finite_or_too_few_is_infinite() 
 def test_traces_of_every_kind_are_reproduced(
     tmp_path: Path, alpha: float | None, bias: bool, tied: bool
 ) -> None:
-    """Recorded here by an independent implementation, with m_N = 2 and m_L = 3 (so that muP's unscaled decay shows)."""
+    """Recorded here by an independent implementation, with m_N = 2 and m_L = 3 (so that muP's
+    unscaled decay shows).
+    """
     record(tmp_path / "trace", alpha, bias, tied)
     result = replay(Trace.load(str(tmp_path / "trace.npz")))
     assert result.passed, result.to_json()
@@ -204,7 +206,7 @@ def test_missing_and_broken_files_are_data_errors(tmp_path: Path) -> None:
         Trace.load(str(tmp_path / "half"))
 
 
-# --- the tool -------------------------------------------------------------------------------------------------------------------------
+# The tool.
 
 
 def test_the_tool_prints_one_json_object_and_leaves_with_0(programs: Programs) -> None:
@@ -241,6 +243,5 @@ def test_the_tool_leaves_with_2_and_one_message_when_the_trace_is_missing() -> N
     words = [sys.executable, str(ROOT / "tools/replay_trace.py"), "no/such/trace"]
     run = subprocess.run(words, capture_output=True, text=True, cwd=ROOT / "tests")
     assert run.returncode == 2 and not run.stdout
-    assert (
-        run.stderr.startswith("error: no/such/trace: not a trace") and "Traceback" not in run.stderr
-    )
+    assert run.stderr.startswith("error: no/such/trace: not a trace")
+    assert "Traceback" not in run.stderr

@@ -1,4 +1,6 @@
-"""Exported folders, opened by stock transformers, compute what the checkpoint computes; one multiplier left out is seen."""
+"""Exported folders, opened by stock transformers, compute what the checkpoint computes; one
+multiplier left out is seen.
+"""
 
 from __future__ import annotations
 
@@ -177,9 +179,8 @@ def test_shards_are_bounded_indexed_and_read_with_one_parameter_in_memory(
 
     monkeypatch.setattr(StoredCheckpoint, "tensor", counted)
     export_model(run_of("llama"), tmp_path / "out", ExportSettings("llama", shard_bytes=20_000))
-    assert most == 1 and len(alive) == len(
-        set(load_names(run_of("llama")))
-    )  # each parameter is read once
+    # each parameter is read once
+    assert most == 1 and len(alive) == len(set(load_names(run_of("llama"))))
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     files = sorted(set(index["weight_map"].values()))
     assert len(files) > 2
@@ -226,9 +227,8 @@ def test_a_model_that_no_architecture_expresses_is_refused_with_every_reason(
             "qk_norm = true",
         )
     )
-    assert (
-        "norm" not in lines[3].split("gpt2:")[1].split(";")[0]
-    )  # GPT-2 has layernorm: only what is in the way is named
+    # GPT-2 has layernorm: only what is in the way is named
+    assert "norm" not in lines[3].split("gpt2:")[1].split(";")[0]
     for name in ("granite", "llama", "qwen3", "gpt2"):
         assert blockers(name, model)
 
@@ -275,9 +275,9 @@ def test_an_existing_folder_is_left_alone_and_a_failed_export_leaves_nothing(
 def test_the_card_holds_configuration_table_and_multipliers(run_of, tmp_path: Path) -> None:
     export_model(run_of("llama"), tmp_path / "out", ExportSettings("llama"))
     card = (tmp_path / "out" / "README.md").read_text()
-    assert (
-        "base_num_layers: 1" in card and "hidden_weight: layers.0-2" in card and "m_N = 4" in card
-    )
+    assert "base_num_layers: 1" in card
+    assert "hidden_weight: layers.0-2" in card
+    assert "m_N = 4" in card
     assert f"embeddings times {FACTORS['input_multiplier']:g}" in card
 
 

@@ -1,4 +1,6 @@
-"""Imported folders compute what transformers computes, train on at any layout, and their export is the original, bit for bit."""
+"""Imported folders compute what transformers computes, train on at any layout, and their export is
+the original, bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -174,9 +176,8 @@ def test_sharded_folders_and_the_base_models_own_names_are_read(tmp_path: Path) 
     import_model(original, tmp_path / "run")
     export_model(tmp_path / "run", tmp_path / "out", ExportSettings("gpt2"))
     after = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
-    assert whole.keys() == after.keys() and all(
-        torch.equal(whole[key], after[key]) for key in whole
-    )
+    assert whole.keys() == after.keys()
+    assert all(torch.equal(whole[key], after[key]) for key in whole)
     weight_map["wte.weight"] = "../elsewhere.safetensors"
     (original / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(DataError, match="not in this folder"):
@@ -209,7 +210,9 @@ def loss_at_layout(rank: int, path: str, parallel: list[str], tokens: torch.Tens
 
 
 def parameters_at_layout(rank: int, path: str, parallel: list[str]) -> list[str]:
-    """Names of this stage's parameters; each is compared with what the checkpoint stores under its name."""
+    """Names of this stage's parameters; each is compared with what the checkpoint stores under its
+    name.
+    """
     optimizer = loaded(rank, path, parallel).optimizer
     stored = StoredCheckpoint.open(Path(path).parent / "checkpoints" / "step_00000000")
     for name, parameter in optimizer.shards.parameters.items():
@@ -229,16 +232,16 @@ def test_pipeline_stages_load_an_import_tied_embeddings_included(
     first, last = pool.run(
         2, parameters_at_layout, report.config, ["parallel.pipeline_parallel_size=2"]
     )
-    assert (
-        "embedding.weight" in first
-        and "unembedding.weight" in last
-        and "layers.1.mlp.down.bias" in last
-    )
+    assert "embedding.weight" in first
+    assert "unembedding.weight" in last
+    assert "layers.1.mlp.down.bias" in last
 
 
 @pytest.mark.parametrize("name", ["granite", "gpt2"])
 def test_training_goes_on_from_an_import(name: str, tmp_path: Path, pool: WorkerPool) -> None:
-    """One process trains; two tensor ranks start from the same loss, which is that of transformers."""
+    """One process trains; two tensor ranks start from the same loss, which is that of
+    transformers.
+    """
     original = make_folder(tmp_path, name)
     words = [
         "training.precision=float32",
@@ -369,7 +372,9 @@ def test_an_existing_run_is_not_overwritten(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_import_left_goes_with_the_next(tmp_path: Path) -> None:
-    """It is not taken for a run that is there already; what a run is, a link to a checkpoint included, still is."""
+    """It is not taken for a run that is there already; what a run is, a link to a checkpoint
+    included, still is.
+    """
     original = make_folder(tmp_path, "llama")
     left = tmp_path / "run" / "checkpoints" / ".step_00000000.deadbeef"
     left.mkdir(parents=True)
@@ -383,7 +388,9 @@ def test_what_a_killed_import_left_goes_with_the_next(tmp_path: Path) -> None:
 
 
 def test_the_folder_kernels_of_a_checkout_answers_transformers_probe_with_nothing() -> None:
-    """transformers imports a package of this name where it finds one, and would take an error for its own."""
+    """transformers imports a package of this name where it finds one, and would take an error for
+    its own.
+    """
     program = "import kernels, sys; print(hasattr(kernels, '__version__'), any(name.startswith('kernels.') for name in sys.modules))"
     run = subprocess.run(
         [sys.executable, "-c", program],

@@ -1,4 +1,6 @@
-"""Products added into a wider total: what each device does, and when torch's GEMM is trusted to do it in one piece."""
+"""Products added into a wider total: what each device does, and when torch's GEMM is trusted to do
+it in one piece.
+"""
 
 import pytest
 import torch

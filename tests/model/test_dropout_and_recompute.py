@@ -16,7 +16,9 @@ SEED = torch.tensor([12345])
 
 
 def factors(model: ModelConfig, shape: tuple[int, int]) -> list[Tensor]:
-    """The dropout factors [B, S, H] of every branch: attention and MLP of layer l join at sites 2l + 1 and 2l + 2."""
+    """The dropout factors [B, S, H] of every branch: attention and MLP of layer l join at sites 2l
+    + 1 and 2l + 2.
+    """
     batch, length = shape
     size = torch.Size((length, batch, model.hidden_size))
     sites = range(1, 2 * model.num_layers + 1)
@@ -68,9 +70,8 @@ def test_dropout_keeps_the_right_share_and_the_mean_and_differs_by_site() -> Non
             0.0,
             float(torch.tensor(1 / 0.75, dtype=torch.float32)),
         }
-        assert (
-            abs((mask == 0).double().mean() - 0.25) < 0.01
-        )  # 24576 draws: standard deviation 0.003
+        # 24576 draws: standard deviation 0.003
+        assert abs((mask == 0).double().mean() - 0.25) < 0.01
         assert abs(mask.mean() - 1.0) < 0.015
     kept = torch.stack([mask.flatten() > 0 for mask in masks]).double()
     correlation = torch.corrcoef(kept) - torch.eye(len(masks), dtype=torch.float64)
@@ -80,10 +81,8 @@ def test_dropout_keeps_the_right_share_and_the_mean_and_differs_by_site() -> Non
 def test_without_a_seed_nothing_is_dropped() -> None:
     model, tokens = model_config(dropout=0.5), batch_of(model_config())[0]
     table = table_for(model)
-    dropping, plain = (
-        build_model(model, table),
-        build_model(model.model_copy(update={"dropout": 0.0}), table),
-    )
+    dropping = build_model(model, table)
+    plain = build_model(model.model_copy(update={"dropout": 0.0}), table)
     with torch.no_grad():
         assert torch.equal(dropping(tokens), plain(tokens))
         assert not torch.equal(dropping(tokens, dropout_seed=SEED), plain(tokens))
@@ -135,9 +134,8 @@ def test_recomputation_keeps_fewer_activations(recompute: str) -> None:
         gpt, kept = build_model(model, recompute=mode), {}
 
         def pack(tensor: Tensor) -> Tensor:
-            kept[tensor.untyped_storage().data_ptr()] = (
-                tensor.untyped_storage()
-            )  # held, so that no address is used twice
+            # held, so that no address is used twice
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -1,4 +1,6 @@
-"""Initial weights: a pure function of (seed, parameter name, global position), with the standard deviation of the role."""
+"""Initial weights: a pure function of (seed, parameter name, global position), with the standard
+deviation of the role.
+"""
 
 from __future__ import annotations
 
@@ -66,10 +68,8 @@ def test_random_state_elsewhere_does_not_matter() -> None:
 def test_a_pipeline_stage_and_a_deeper_model_start_from_the_same_bits() -> None:
     model = model_config(num_layers=4)
     table, context = table_for(model), ParallelContext.single()
-    whole, stage = (
-        GPT(model, table, context),
-        GPT(model, table, context, Stage(2, 4, first=False, last=True)),
-    )
+    whole = GPT(model, table, context)
+    stage = GPT(model, table, context, Stage(2, 4, first=False, last=True))
     for gpt in (whole, stage):
         initialize(gpt, table, optimizer_config(), 7)
     names = dict(whole.named_parameters())
@@ -111,7 +111,9 @@ def test_padding_rows_of_the_vocabulary_are_zero() -> None:
 
 
 def test_the_draws_are_standard_normal() -> None:
-    """Moments, tail and independence of neighbours, on a quarter of a million draws; 5 standard errors."""
+    """Moments, tail and independence of neighbours, on a quarter of a million draws; 5 standard
+    errors.
+    """
     values = draw(hidden(512, 512), 11, "w").astype(np.float64)
     error = 1 / math.sqrt(values.size)
     assert abs(values.mean()) < 5 * error
@@ -123,14 +125,15 @@ def test_the_draws_are_standard_normal() -> None:
 
 
 def test_standard_deviation_of_every_role() -> None:
-    """sigma for embeddings and unembedding, sigma / sqrt(m_N) for hidden weights (down: its own ratio), gains 1, biases 0."""
+    """sigma for embeddings and unembedding, sigma / sqrt(m_N) for hidden weights (down: its own
+    ratio), gains 1, biases 0.
+    """
     model = model_config(
         hidden_size=64, num_layers=2, ffn_hidden_size=256, vocab_size=512, seq_length=256, num_query_groups=2, qk_norm=True,
         bias=True, norm="layernorm", position="learned",
     )  # fmt: skip
-    completep = completep_config(
-        base_hidden_size=16, base_ffn_hidden_size=32
-    )  # m_N = 4, the FFN's ratio is 8
+    # m_N = 4, the FFN's ratio is 8
+    completep = completep_config(base_hidden_size=16, base_ffn_hidden_size=32)
     table, optimizer = table_for(model, completep), optimizer_config(base_init_std=0.2)
     gpt = GPT(model, table, ParallelContext.single())
     initialize(gpt, table, optimizer, 1)

@@ -1,4 +1,6 @@
-"""What the objective is the sum of, beside torch's cross-entropy in float64; without gradients it is that alone."""
+"""What the objective is the sum of, beside torch's cross-entropy in float64; without gradients it
+is that alone.
+"""
 
 from __future__ import annotations
 
@@ -67,9 +69,8 @@ def test_without_gradients_the_loss_is_the_pure_cross_entropy(
         assert gpt(tokens, labels=labels).item() == pytest.approx(
             expected["cross_entropy"], rel=1e-12
         )
-    assert (
-        abs(gpt(tokens, labels=labels).item() - expected["cross_entropy"]) > 0.1
-    )  # with gradients it is more
+    # with gradients it is more
+    assert abs(gpt(tokens, labels=labels).item() - expected["cross_entropy"]) > 0.1
 
 
 def test_a_plain_objective_has_no_terms_to_report() -> None:

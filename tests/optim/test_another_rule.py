@@ -1,4 +1,6 @@
-"""A second update rule is one class: it trains, saves, resumes bit for bit and reshards, and nothing else knows of it."""
+"""A second update rule is one class: it trains, saves, resumes bit for bit and reshards, and
+nothing else knows of it.
+"""
 
 from __future__ import annotations
 
@@ -119,9 +121,8 @@ def test_its_checkpoint_is_verified_rewritten_and_adapted_by_tools_that_have_no_
     run.save()
     folder = tmp_path / "run" / "checkpoints" / "step_00000002"
     stored = StoredCheckpoint.open(folder)
-    assert (
-        stored.manifest.states == {"master": 1, "momentum": -1} and verify_checkpoint(folder) == []
-    )
+    assert stored.manifest.states == {"master": 1, "momentum": -1}
+    assert verify_checkpoint(folder) == []
     assert compare_checkpoints(folder, reshard_checkpoint(folder, tmp_path / "again", 3))[1] == []
     config = checkpointed_config(tmp_path / "adapted", model={"input_multiplier": 2.0})
     adapted = StoredCheckpoint.open(

@@ -1,4 +1,6 @@
-"""A run's own factors and values are checked once, against the whole model: what names nothing, never acts or does not survive."""
+"""A run's own factors and values are checked once, against the whole model: what names nothing,
+never acts or does not survive.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,7 @@ def test_a_run_as_it_should_be_passes_without_a_word():
     )
 
 
-# --- what names nothing, or never acts ----------------------------------------------------------------------------------------
+# What names nothing, or never acts.
 
 
 @pytest.mark.parametrize("layout", [[], PIPELINE])
@@ -81,10 +83,8 @@ def test_an_override_that_matches_nothing_is_refused_with_the_names_there_are(
     pattern, more, layout
 ):
     message = refusal(override(pattern, lr=2.0), *more, *layout)
-    assert (
-        f"optimizer.overrides: {pattern!r} matches no parameter" in message
-        and "embedding.weight" in message
-    )
+    assert f"optimizer.overrides: {pattern!r} matches no parameter" in message
+    assert "embedding.weight" in message
     assert message == refusal(override(pattern, lr=2.0), *more)  # the layout has no say
 
 
@@ -154,7 +154,7 @@ def test_a_callers_own_model_is_checked_by_its_own_names():
         check_parameters(config, table)
 
 
-# --- what does not survive ----------------------------------------------------------------------------------------------------
+# What does not survive.
 
 # setting -> (a value that its type cannot hold, part of the message)
 LOST = {
@@ -177,10 +177,8 @@ LOST = {
 TOO_LARGE = {
     "optimizer.base_eps": ("1e39", "the AdamW epsilon is 5e+38 for embedding"),
     "optimizer.base_init_std": ("1e38", "the initial standard deviation is 1e+38"),
-    "optimizer.base_lr": (
-        "1e38",
-        "the peak learning rate is 1e+38",
-    ),  # over 1 - beta1 at the first step
+    # over 1 - beta1 at the first step
+    "optimizer.base_lr": ("1e38", "the peak learning rate is 1e+38"),
     "model.logit_multiplier": ("1e39", "the factor on the logits is 5e+38"),
 }
 
@@ -208,9 +206,8 @@ def test_float64_holds_what_float32_does_not():
         == []
     )
     assert "float64 holds" in refusal("training.precision=float64", "optimizer.base_eps=1e-308")
-    assert "float32 holds" in refusal(
-        "training.precision=bf16", "optimizer.base_eps=1e-46"
-    )  # masters are float32
+    # masters are float32
+    assert "float32 holds" in refusal("training.precision=bf16", "optimizer.base_eps=1e-46")
     # Initial weights are drawn in float32 whatever the precision.
     assert "base_init_std" in refusal("training.precision=float64", "optimizer.base_init_std=1e-40")
 
@@ -231,10 +228,8 @@ def test_factors_that_leave_the_range_of_numbers_are_refused_without_a_traceback
 def test_what_ones_own_factor_makes_too_small_is_not_blamed_on_the_base_value(word):
     """A base epsilon of 471 would keep the values, and nothing would train."""
     message = refusal(word)
-    assert (
-        "bring the factors in completep.factors and optimizer.overrides nearer to 1" in message
-        and "at least" not in message
-    )
+    assert "bring the factors in completep.factors and optimizer.overrides nearer to 1" in message
+    assert "at least" not in message
     assert check(word.replace("1e-40", "0.5")) == []
     # Where the base value is too small by itself, it is what has to change.
     assert "Use optimizer.base_eps of at least" in refusal(
@@ -255,9 +250,8 @@ def test_betas_that_would_not_move_their_moments_are_refused():
         "optimizer.betas=[0.9, 0.99999999]"
     )
     assert check("optimizer.betas=[0.9, 0.99999999]", "training.precision=float64") == []
-    scaled = refusal(
-        "completep.base_batch_tokens=1000000000000000000"
-    )  # 1 - beta scales with m_B: to less than a rounding of 1
+    # 1 - beta scales with m_B: to less than a rounding of 1
+    scaled = refusal("completep.base_batch_tokens=1000000000000000000")
     assert "optimizer.betas.0 = 0.9" in scaled and "completep.base_batch_tokens" in scaled
 
 
@@ -271,7 +265,9 @@ def test_a_batch_scale_that_is_no_number_is_refused():
 
 
 def test_an_epsilon_below_the_bound_makes_weights_that_are_no_numbers_and_one_above_does_not():
-    """Why it is refused: rows of the embedding that no token hits have zero moments, and 0 / (0 + 0) is NaN."""
+    """Why it is refused: rows of the embedding that no token hits have zero moments, and 0 / (0 +
+    0) is NaN.
+    """
     model = model_config()
     table = table_for(model)
     smallest = torch.finfo(torch.float32).tiny / 0.25  # the table's smallest factor at this shape

@@ -1,4 +1,6 @@
-"""The flat layout: every element owned exactly once, aligned, whatever the sizes, the ranks and the buckets."""
+"""The flat layout: every element owned exactly once, aligned, whatever the sizes, the ranks and the
+buckets.
+"""
 
 from __future__ import annotations
 
@@ -70,9 +72,8 @@ def test_buckets_follow_each_other_and_split_evenly_and_aligned(
     for place in layout.buckets:
         assert place.start == position and place.size % (ALIGNMENT * shards) == 0
         slices = [place.slice_of(shard) for shard in range(shards)]
-        assert [a for a, _ in slices] == [place.start, *(b for _, b in slices[:-1])] and slices[-1][
-            1
-        ] == place.stop
+        assert [a for a, _ in slices] == [place.start, *(b for _, b in slices[:-1])]
+        assert slices[-1][1] == place.stop
         assert len({b - a for a, b in slices}) == 1
         position = place.stop
     assert layout.size == position and layout.shard_size * shards == layout.size
@@ -127,7 +128,9 @@ def test_a_bucket_is_closed_once_it_is_full(
 def test_parameters_of_two_axes_share_no_bucket_and_each_is_cut_over_its_own_ranks(
     parameters: list[Entry], data: st.DataObject
 ) -> None:
-    """As with experts that a part of the data ranks holds: their state is divided over fewer ranks."""
+    """As with experts that a part of the data ranks holds: their state is divided
+    over fewer ranks.
+    """
     shards = {"data": 6, "few": 2}
     axes = data.draw(
         st.lists(st.sampled_from(list(shards)), min_size=len(parameters), max_size=len(parameters))

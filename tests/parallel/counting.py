@@ -27,9 +27,8 @@ from tests.parallel.layouts import SPREAD_MODEL
 from tests.support.configs import Sections, merged, small_config
 from tests.support.ranks import context_on
 
-Calls = Counter[
-    tuple[str, str, int]
-]  # (process group, operation, bytes of the whole tensor) -> calls
+# (process group, operation, bytes of the whole tensor) -> calls
+Calls = Counter[tuple[str, str, int]]
 
 # What torch.distributed dispatches to -> the operation, and which argument holds the whole tensor.
 OPERATIONS = {
@@ -43,7 +42,9 @@ AXES = ("tensor", "shard", "replica", "pipeline", "world")
 
 
 class CountCollectives(TorchDispatchMode):
-    """Sees every collective of this process, whoever calls it; one that it does not know is an error."""
+    """Sees every collective of this process, whoever calls it; one that it does not know is an
+    error.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,7 +93,10 @@ def build_step(rank: int, config: Config) -> tuple[TrainingStep, list[Batch], Pa
 def planned_and_counted(
     rank: int, sections: dict[str, dict[str, Any]], forgotten: str = ""
 ) -> tuple[dict[Any, int], dict[Any, int]]:
-    """What the plan says of this rank's second step, and what happened. `forgotten`: calls that the plan leaves out, for controls."""
+    """What the plan says of this rank's second step, and what happened.
+
+    `forgotten`: calls that the plan leaves out, for controls.
+    """
     config = run_config(sections)
     step, batches, context = build_step(rank, config)
     step.run(batches, 1)

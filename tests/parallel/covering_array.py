@@ -1,4 +1,6 @@
-"""Rows that hold every pair of levels of any two factors: what pairs of features do to each other, at a fraction of all combinations."""
+"""Rows that hold every pair of levels of any two factors: what pairs of features do to each other,
+at a fraction of all combinations.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 Row = dict[str, str]  # factor -> level
 Pair = frozenset[tuple[str, str]]  # of two (factor, level)
-Forbidden = Callable[
-    [tuple[str, str], tuple[str, str]], bool
-]  # whether two (factor, level) cannot stand in one row; symmetric
+# whether two (factor, level) cannot stand in one row; symmetric
+Forbidden = Callable[[tuple[str, str], tuple[str, str]], bool]
 
 
 def all_pairs(factors: Mapping[str, Sequence[str]], forbidden: Forbidden) -> list[Pair]:
@@ -30,10 +31,11 @@ def pairs_of(row: Row) -> set[Pair]:
 
 
 def covering_array(factors: Mapping[str, Sequence[str]], forbidden: Forbidden) -> list[Row]:
-    """Rows over all factors in which every pair of `all_pairs` stands at least once; the same rows for the same arguments.
+    """Rows over all factors in which every pair of `all_pairs` stands at least once; the same rows
+    for the same arguments.
 
-    Greedy: a row begins with the first pair that is missing; each further factor takes the level that brings most missing pairs, and
-    among equals the one that was used least.
+    Greedy: a row begins with the first pair that is missing; each further factor takes the level
+    that brings most missing pairs, and among equals the one that was used least.
     """
     missing = dict.fromkeys(all_pairs(factors, forbidden))
     used: Counter[tuple[str, str]] = Counter()

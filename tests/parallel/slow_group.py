@@ -1,4 +1,6 @@
-"""Workers for the tests of the distributed optimizer: an artificially slow network in counted time, and counted collectives."""
+"""Workers for the tests of the distributed optimizer: an artificially slow network in counted time,
+and counted collectives.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from tests.parallel.layouts import Case, assembled, counted_tokens, micro_batche
 
 
 class Timeline:
-    """Time that passes where it is told to: a rank computes, and a network carries its collectives, one at a time."""
+    """Time that passes where it is told to: a rank computes, and a network carries its collectives,
+    one at a time.
+    """
 
     def __init__(self, delay: int):
         self.now, self.network_free_at, self.delay = 0, 0, delay
@@ -33,7 +37,9 @@ class Timeline:
 
 
 class SlowWork:
-    """A collective on that network: what it moves is there at once, and may be used when its time is over."""
+    """A collective on that network: what it moves is there at once, and may be used when its time
+    is over.
+    """
 
     def __init__(self, timeline: Timeline, exposed: list[int]):
         self._timeline, self._exposed, self._done_at = timeline, exposed, timeline.send()
@@ -43,7 +49,9 @@ class SlowWork:
 
 
 def slow_down(timeline: Timeline, exposed: dict[str, list[int]], monkey: Any) -> None:
-    """Replace the two data-parallel collectives; `exposed` collects how long anybody waited for each."""
+    """Replace the two data-parallel collectives; `exposed` collects how long anybody waited for
+    each.
+    """
 
     def slowed(name: str, real: Any) -> Any:
         def start(out: torch.Tensor, x: torch.Tensor, group: Any, async_op: bool) -> SlowWork:

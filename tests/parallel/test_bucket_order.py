@@ -1,4 +1,6 @@
-"""Reductions of gradients start in a fixed order, and none of them waits for the end of backward for it."""
+"""Reductions of gradients start in a fixed order, and none of them waits for the end of backward
+for it.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""Every pair of features, layouts among them, trains as in one process: a covering array instead of all combinations.
+"""Every pair of features, layouts among them, trains as in one process: a covering array instead of
+all combinations.
 
-`make test` takes rows at random (their seed is in the report's header), `make test-slow` all of them.
+`make test` takes rows at random (their seed is in the report's header), `make test-slow` all of
+them.
 """
 
 from __future__ import annotations
@@ -40,10 +42,8 @@ def rows() -> list[Row]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "number" in metafunc.fixturenames:
-        count, every = (
-            len(rows()),
-            metafunc.function.__name__ == test_every_row_equals_one_process.__name__,
-        )
+        count = len(rows())
+        every = metafunc.function.__name__ == test_every_row_equals_one_process.__name__
         chosen = (
             range(count)
             if every
@@ -97,7 +97,7 @@ def test_what_the_array_leaves_out_is_what_the_configuration_refuses_or_dropout_
                     config_of(first | {one: a, other: b})
 
 
-# --- negative controls --------------------------------------------------------------------------------------------------------
+# Negative controls.
 
 
 def row_with(**levels: str) -> Row:

@@ -98,7 +98,9 @@ def world_size(layout: dict) -> int:
 
 
 def micro_batches(layout: dict) -> int:
-    """4 a step, so that accumulation and every pipeline schedule are exercised; as many as there are samples on each data rank."""
+    """4 a step, so that accumulation and every pipeline schedule are exercised; as many as there
+    are samples on each data rank.
+    """
     data = (
         world_size(layout)
         // layout.get("tensor_parallel_size", 1)
@@ -210,7 +212,10 @@ def test_grouped_queries_alibi_and_biases_equal_one_process(pool, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_each_tensor_moves_by_its_groups_learning_rate_in_every_layout(pool, layout):
-    """E3 and E8: weight decay 0 and eps next to 0 make the first AdamW step a sign step. Rows that no token hit do not move."""
+    """E3 and E8: weight decay 0 and eps next to 0 make the first AdamW step a sign step.
+
+    Rows that no token hit do not move.
+    """
     settings = {"base_weight_decay": 0.0, "base_eps": 1e-30, "grad_clip": 0.0}
     case = Case(
         LAYOUTS[layout],
@@ -232,7 +237,10 @@ def test_each_tensor_moves_by_its_groups_learning_rate_in_every_layout(pool, lay
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_step_with_zero_gradients_shrinks_every_decayed_tensor_by_the_base_rates(pool, layout):
-    """E4: at alpha 1 lr * wd is eta * lambda for every decayed tensor. All labels ignored but one, whose loss is scaled away."""
+    """E4: at alpha 1 lr * wd is eta * lambda for every decayed tensor.
+
+    All labels ignored but one, whose loss is scaled away.
+    """
     case = Case(
         LAYOUTS[layout], {}, {"base_eps": 1e30}, micro_batches(LAYOUTS[layout]), precision="float64"
     )
@@ -284,7 +292,7 @@ def test_full_and_selective_recomputation_change_no_bit():
     )
 
 
-# --- negative controls --------------------------------------------------------------------------------------------------------
+# Negative controls.
 
 
 def test_a_forgotten_sum_of_norm_gradients_is_caught(pool):

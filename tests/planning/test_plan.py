@@ -1,4 +1,6 @@
-"""The plan of a run: what show_plan prints is what the optimizer uses and the weights start from."""
+"""The plan of a run: what show_plan prints is what the optimizer uses and the weights
+start from.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +27,8 @@ from tests.support.commands import Programs
 from tests.support.configs import merged, small_config
 
 ROOT = Path(__file__).resolve().parents[2]
-TARGET = (
-    ROOT / "configs/completep_1b.yaml"
-)  # m_N = 2048 / 256 = 8, m_L = 24 / 2 = 12, FFN ratio 5632 / 704 = 8
+# m_N = 2048 / 256 = 8, m_L = 24 / 2 = 12, FFN ratio 5632 / 704 = 8
+TARGET = ROOT / "configs/completep_1b.yaml"
 ETA, SIGMA, LAMBDA, EPS = 3.9e-3, 0.02, 0.1, 1e-12
 
 
@@ -158,6 +159,7 @@ def test_shapes_are_logical_whatever_the_layout_and_the_padding() -> None:
 
 
 def test_own_factors_overrides_and_batch_scaling_are_in_the_plan() -> None:
+    # m_B = 4, m_D = 1: S = 2, and 1 - beta1 = 0.4
     config = planned_config(
         completep={
             "factors": {"embedding": {"lr": 5.0, "init_std": 2.0}},
@@ -165,7 +167,7 @@ def test_own_factors_overrides_and_batch_scaling_are_in_the_plan() -> None:
             "base_total_tokens": 640,
         },
         optimizer={"overrides": [{"pattern": "layers.0.*", "lr": 0.5}]},
-    )  # m_B = 4, m_D = 1: S = 2, and 1 - beta1 = 0.4
+    )
     plain, changed = by_name(planned_config()), by_name(config)
     for name, (std, lr, decay, eps) in plain.items():
         embedding, first = name.startswith("embedding."), name.startswith("layers.0.")
@@ -210,7 +212,7 @@ def test_the_description_puts_like_parameters_together() -> None:
     assert text.count("completep (this run)") == text.count("  mup ") == text.count("  sp ")
 
 
-# --- the tool -------------------------------------------------------------------------------------------------------------------------
+# The tool.
 
 
 def test_the_tool_prints_one_json_object(programs: Programs) -> None:
@@ -223,7 +225,8 @@ def test_the_tool_prints_one_json_object(programs: Programs) -> None:
         list(p) == ["name", "shape", "role", "init_std", "lr", "weight_decay", "eps"]
         for p in plan["parameters"]
     )
-    assert plan["parameters"][0]["role"] == "embedding" and plan["parameters"][0]["shape"] == [
+    assert plan["parameters"][0]["role"] == "embedding"
+    assert plan["parameters"][0]["shape"] == [
         32000,
         2048,
     ]

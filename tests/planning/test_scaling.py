@@ -1,4 +1,6 @@
-"""The plan on paper against the real construction code, run on fake tensors in a fake process group of any size."""
+"""The plan on paper against the real construction code, run on fake tensors in a fake process group
+of any size.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,9 @@ def config_of(changes: Sections, recompute: str = "none") -> Config:
 
 @pytest.fixture
 def fake_world() -> Iterator[Any]:
-    """start(world_size): a process group that sends nothing, with this process as one of many ranks."""
+    """start(world_size): a process group that sends nothing, with this process as one of many
+    ranks.
+    """
 
     def start(rank: int, world_size: int) -> None:
         dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())

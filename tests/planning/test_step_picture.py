@@ -1,4 +1,6 @@
-"""The picture of a step shows schedules that compute everything once, in an order that works, with the planned bubble."""
+"""The picture of a step shows schedules that compute everything once, in an order that works, with
+the planned bubble.
+"""
 
 from __future__ import annotations
 
@@ -56,9 +58,8 @@ def test_only_the_ends_of_the_traffic_are_exposed():
     spans = overlap([10] * 10, transfer=0.5)
     compute = [span for span in spans if span.lane == 0]
     idle = sum(after.start - before.stop for before, after in pairwise(compute))
-    assert idle == pytest.approx(
-        0.05 + 0.025
-    )  # the last bucket's gradients, the first bucket's parameters
+    # the last bucket's gradients, the first bucket's parameters
+    assert idle == pytest.approx(0.05 + 0.025)
 
 
 def test_the_tool_writes_the_picture(programs, tmp_path):

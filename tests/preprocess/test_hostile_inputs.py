@@ -1,4 +1,6 @@
-"""Inputs that are no regular files, JSON without an end of nesting, names that are not UTF-8, documents without a bound."""
+"""Inputs that are no regular files, JSON without an end of nesting, names that are not UTF-8,
+documents without a bound.
+"""
 
 import gzip
 import io
@@ -114,7 +116,9 @@ def test_what_is_no_regular_file_is_refused_by_name_however_it_is_met(
 
 
 def test_a_pipe_of_the_shell_is_refused_and_nothing_is_lost(tmp_path: Path) -> None:
-    """As in `preprocess_data --input a.jsonl <(cat big.jsonl)`: the descriptor's name has no ending to guess a format from."""
+    """As in `preprocess_data --input a.jsonl <(cat big.jsonl)`: the descriptor's name has no ending
+    to guess a format from.
+    """
     (tmp_path / "a.jsonl").write_bytes(lines_of("a"))
     reading, writing = os.pipe()
     os.write(writing, lines_of("b", "c"))
@@ -311,10 +315,8 @@ def test_a_document_nested_too_deeply_is_bad_and_the_others_are_read(
     options: dict[str, Any] = {"unicode": "repair", "keywords": {"max_bad_documents": 1}}
     summary = run(tmp_path, tmp_path / "a.jsonl", **options)
     assert texts_of(tmp_path / "out_text_document") == ["a", "b"]
-    assert (
-        summary["bad_documents"] == 1
-        and "a.jsonl, line 2: invalid JSON" in summary["bad_examples"][0]
-    )
+    assert summary["bad_documents"] == 1
+    assert "a.jsonl, line 2: invalid JSON" in summary["bad_examples"][0]
 
 
 def test_a_document_nested_moderately_is_good(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from megatron_completep.data.indexed import IndexedDataset
 ROOT = Path(__file__).parents[2]
 KILLS = 20
 
-# The tool's own run with small, slow blocks, so that each kill meets the work at another place. $1: workers, then inputs' folder, output.
+# The tool's own run with small, slow blocks, so that each kill meets the work at another place. $1:
+# workers, then inputs' folder, output.
 PROGRAM = """
 import sys, time
 from megatron_completep.preprocess import encode, report

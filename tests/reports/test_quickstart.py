@@ -72,9 +72,8 @@ def test_a_corpus_that_is_there_is_kept_and_another_pythons_takes_the_tokenizer_
     assert (corpus / "train.jsonl").read_text() == "kept" and (corpus / "tokenizer.model").exists()
     (corpus / "corpus.json").write_text(json.dumps({**found, "python": "2.7"}))
     assert gather_standard_library(corpus, lambda what, done, total: None) == found
-    assert (corpus / "train.jsonl").read_text() != "kept" and not (
-        corpus / "tokenizer.model"
-    ).exists()
+    assert (corpus / "train.jsonl").read_text() != "kept"
+    assert not (corpus / "tokenizer.model").exists()
 
 
 def test_a_python_without_source_is_a_clear_error(

@@ -1,4 +1,6 @@
-"""Runs beside each other: what is read from their files, whatever state those are in, and what the report says of them."""
+"""Runs beside each other: what is read from their files, whatever state those are in, and what the
+report says of them.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ SHAPE = {
     "seq_length": 3,
 }
 MODEL = {**SHAPE, "activation": "gelu"}
-# By hand: layer 2*8*24 + 2*8*8 + 2*2*8*(3+1)/2 + 4*8*16 = 1088; unembedding 2*8*10 = 160; forward and backward three times that.
+# By hand: layer 2*8*24 + 2*8*8 + 2*2*8*(3+1)/2 + 4*8*16 = 1088; unembedding 2*8*10 = 160; forward
+# and backward three times that.
 FLOPS_A_TOKEN = 3 * (1088 + 160)
 
 
@@ -82,9 +85,8 @@ def test_a_line_that_is_no_row_is_counted_and_left_out(tmp_path: Path, line: str
     run = read_run(
         write_run(tmp_path / "a", [row(1)], {}, torn=line + "\n" + json.dumps(row(2)) + "\n"), "a"
     )
-    assert [r["step"] for r in run.rows] == [1, 2] and run.notes == [
-        "1 line not whole and left out"
-    ]
+    assert [r["step"] for r in run.rows] == [1, 2]
+    assert run.notes == ["1 line not whole and left out"]
 
 
 def test_a_line_of_a_thousand_brackets_is_left_out_like_any_other(tmp_path: Path) -> None:
@@ -115,10 +117,8 @@ def test_the_axes_are_those_of_the_rows(tmp_path: Path) -> None:
     assert list(flops_at(run)) == pytest.approx([100 * FLOPS_A_TOKEN * n for n in (1, 2, 3)])
     assert list(hours_at(run)) == pytest.approx([0.01, 0.02, 0.03])  # 36 s a step
     assert hours_at(Run("late", [row(2)])) is None  # the hours before its first row are not known
-    assert (
-        tokens_at(Run("old", [row(1), {"step": 2}])) is None
-        and flops_at(Run("old", [row(1)])) is None
-    )
+    assert tokens_at(Run("old", [row(1), {"step": 2}])) is None
+    assert flops_at(Run("old", [row(1)])) is None
 
 
 def test_the_summary_has_each_figure_that_the_run_has(tmp_path: Path) -> None:
@@ -137,11 +137,9 @@ def test_the_summary_has_each_figure_that_the_run_has(tmp_path: Path) -> None:
         found["tokens_per_second"],
         found["skipped_steps"],
     ) == (30, 3000, 1015.5, 1)
-    assert (
-        found["mfu"] is None
-        and found["flops"] == pytest.approx(3000 * FLOPS_A_TOKEN)
-        and found["hours"] == pytest.approx(0.3)
-    )
+    assert found["mfu"] is None
+    assert found["flops"] == pytest.approx(3000 * FLOPS_A_TOKEN)
+    assert found["hours"] == pytest.approx(0.3)
 
 
 def test_a_run_with_hardly_any_field_is_still_compared(tmp_path: Path) -> None:
@@ -163,11 +161,9 @@ def test_a_run_with_hardly_any_field_is_still_compared(tmp_path: Path) -> None:
         if f"<h2>{name}</h2>" not in page
     ] == []
     assert len(re.findall(r'<img alt="[^"]*" src="data:image/png', page)) == 4 + 2 + 2 + 1
-    assert (
-        "begins at step 5" in page
-        and "FLOPs and settings are not known" in page
-        and "Not known of bare." in page
-    )
+    assert "begins at step 5" in page
+    assert "FLOPs and settings are not known" in page
+    assert "Not known of bare." in page
     assert "<h2>Parameterization</h2>" not in compare([bare]).as_html()
     assert "No run recorded a loss." in compare([Run("none", [{"step": 1}])]).as_html()
 
@@ -209,10 +205,8 @@ def test_every_run_that_cannot_be_read_is_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
         read_runs([tmp_path / "none", tmp_path / "empty"])
     first, second = str(error.value).splitlines()
-    assert (
-        "none cannot be read: No such file or directory. Give a run's folder" in first
-        and "holds no step yet" in second
-    )
+    assert "none cannot be read: No such file or directory. Give a run's folder" in first
+    assert "holds no step yet" in second
 
 
 def test_a_model_that_this_version_does_not_know_costs_only_the_flops(tmp_path: Path) -> None:

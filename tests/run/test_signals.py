@@ -14,7 +14,9 @@ from megatron_completep.run.signals import StopSignals
 
 
 class Listener:
-    """Signals with a clock that stands, and instead of the end of the process a list of exit codes."""
+    """Signals with a clock that stands, and instead of the end of the process a list
+    of exit codes.
+    """
 
     def __init__(self, **settings: Any) -> None:
         self.time, self.codes, self.said = 1000.0, list[int](), list[str]()
@@ -56,7 +58,8 @@ def test_in_training_a_signal_asks_for_a_stop_and_a_later_second_one_leaves(
         signals.begin()
         assert not signals.asked
         listener.send(number)
-        assert signals.asked and listener.said == [
+        assert signals.asked
+        assert listener.said == [
             f"{number.name}: saving after this step, then leaving; once more leaves at once"
         ]
         listener.time += 1.9  # an echo
@@ -87,7 +90,8 @@ def test_before_training_there_is_nothing_to_save_and_a_signal_leaves_with_the_c
     with listener.signals as signals:
         listener.send(number, answers=2)
         assert not signals.asked  # it is not a stop after a step
-    assert listener.codes == [75] and listener.said == [
+    assert listener.codes == [75]
+    assert listener.said == [
         f"{number.name} before the first step: there is nothing new to save; leaving"
     ]
 
@@ -104,23 +108,25 @@ def test_before_training_ctrl_c_ends_a_process_that_cannot_hear_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(StopSignals, "GRACE", 0.01)
-    before = signal.signal(
-        signal.SIGINT, lambda *_: None
-    )  # as where the main thread waits inside a collective
+    # as where the main thread waits inside a collective
+    before = signal.signal(signal.SIGINT, lambda *_: None)
     listener = Listener()
     try:
         with listener.signals:
             listener.send(signal.SIGINT, answers=2)
     finally:
         signal.signal(signal.SIGINT, before)
-    assert listener.codes == [130] and listener.said == [
+    assert listener.codes == [130]
+    assert listener.said == [
         "interrupted before the first step: nothing was trained, nothing is lost"
     ]
 
 
 @pytest.mark.parametrize("by_torchrun", [False, True])
 def test_nohup_is_respected_but_not_by_torchruns_workers(by_torchrun: bool) -> None:
-    """torchrun takes SIGHUP whatever it inherited, hands it on, and ends with SIGKILL whoever does not leave."""
+    """torchrun takes SIGHUP whatever it inherited, hands it on, and ends with SIGKILL whoever does
+    not leave.
+    """
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     listener = Listener(by_torchrun=by_torchrun)
     with listener.signals as signals:

@@ -31,7 +31,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def read(monkeypatch) -> list[list[int]]:
-    """The samples that each step read, in the order of the steps made: seen where they leave the loader."""
+    """The samples that each step read, in the order of the steps made: seen where they leave the
+    loader.
+    """
     steps: list[list[int]] = []
     original = Loader.next_step
 
@@ -62,7 +64,9 @@ def sample_tool(programs: Programs, *words: object) -> tuple[list[dict[str, Any]
 def test_after_resumes_with_other_batches_every_step_names_what_it_really_read(
     folder: Path, read, programs
 ) -> None:
-    """Steps 1 to 4 with 8 sequences, 5 to 8 with 16, 9 to 12 with 4: none of the three configurations alone tells the others' steps."""
+    """Steps 1 to 4 with 8 sequences, 5 to 8 with 16, 9 to 12 with 4: none of the three
+    configurations alone tells the others' steps.
+    """
     batches = (
         ("training.stop_at_step=4",),
         ("training.stop_at_step=8", "training.global_batch_size=16"),
@@ -72,11 +76,12 @@ def test_after_resumes_with_other_batches_every_step_names_what_it_really_read(
         config = tiny_config(folder, *words, output="batches", **SETTINGS)
         assert pretrain(config) == ExitCode.DONE
     assert len(read) == 12 and [told(config, step) for step in range(1, 13)] == read
+    # the control
     assert (
         [first_sample_of(config.training, step, []) for step in (4, 8)]
         == [12, 28]
         != [read[3][0], read[7][0]]
-    )  # the control
+    )
     run = Path(config.training.output_dir)
     for step in (3, 8, 12):
         samples, said = sample_tool(programs, run / "config.yaml", "--step", step)
@@ -119,9 +124,8 @@ def test_another_seed_is_told_from_its_own_start(folder: Path, read, programs) -
         pretrain(config)
         saved_config = Path(config.training.output_dir) / "config.yaml"
         documents[seed], _ = sample_tool(programs, saved_config, "--step", 3)
-    assert (
-        documents[1] == documents[2]
-    )  # step 3 was read under the first seed, whatever config.yaml says now
+    # step 3 was read under the first seed, whatever config.yaml says now
+    assert documents[1] == documents[2]
     second_seed, _ = sample_tool(programs, saved_config, "--step", 3, "data.seed=2")
     assert second_seed != documents[1]
 
@@ -217,9 +221,8 @@ def test_a_finished_run_says_that_nothing_is_left(folder: Path, capsys) -> None:
         "nothing to do: step 4 of 4. A training.train_steps of more than 4 goes on."
         in capsys.readouterr().out
     )
-    assert [path.stat().st_mtime_ns for path in checkpoints] == times and sorted(
-        (folder / "done" / "checkpoints").rglob("*")
-    ) == checkpoints
+    assert [path.stat().st_mtime_ns for path in checkpoints] == times
+    assert sorted((folder / "done" / "checkpoints").rglob("*")) == checkpoints
     assert (
         pretrain(tiny_config(folder, "training.train_steps=3", output="done", **SETTINGS))
         == ExitCode.DONE

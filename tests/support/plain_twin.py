@@ -1,7 +1,9 @@
-"""The decoder once more, as a textbook would write it: plain torch, batch first, autograd, no code of the project.
+"""The decoder once more, as a textbook would write it: plain torch, batch first, autograd, no code
+of the project.
 
-It shares only parameter names and configuration classes with the model, and takes its own powers of m_N and m_L, so that a mistake
-in the model, its kernels, its hand-written gradients or the table shows as a difference.
+It shares only parameter names and configuration classes with the model, and takes its own powers of
+m_N and m_L, so that a mistake in the model, its kernels, its hand-written gradients or the table
+shows as a difference.
 """
 
 from __future__ import annotations
@@ -64,11 +66,12 @@ class PlainTwin:
         residual_multiplier: float | None = None,
         branch_factors: list[Tensor] | None = None,
     ) -> Tensor:
-        """tokens [B, S] -> logits [B, S, V]. `branch_factors`: a dropout mask [B, S, H] for each branch in order."""
-        w, s = (
-            self.weights,
-            self.residual_multiplier() if residual_multiplier is None else residual_multiplier,
-        )
+        """tokens [B, S] -> logits [B, S, V].
+
+        `branch_factors`: a dropout mask [B, S, H] for each branch in order.
+        """
+        w = self.weights
+        s = self.residual_multiplier() if residual_multiplier is None else residual_multiplier
         batch, length = tokens.shape
         where = torch.arange(length).expand(batch, length) if positions is None else positions
         documents = torch.zeros_like(tokens) if document_ids is None else document_ids
@@ -114,10 +117,8 @@ class PlainTwin:
         q, k, v = self.linear(x, f"{prefix}.qkv").split((heads * d, groups * d, groups * d), dim=-1)
         q, k, v = (t.unflatten(-1, (-1, d)).transpose(1, 2) for t in (q, k, v))  # [B, heads, S, D]
         if self.model.qk_norm:
-            q, k = (
-                self.norm(q, f"{prefix}.q_norm", "rmsnorm"),
-                self.norm(k, f"{prefix}.k_norm", "rmsnorm"),
-            )
+            q = self.norm(q, f"{prefix}.q_norm", "rmsnorm")
+            k = self.norm(k, f"{prefix}.k_norm", "rmsnorm")
         if self.model.position == "rope":
             q, k = self.rotate(q, where), self.rotate(k, where)
         k, v = (t.repeat_interleave(heads // groups, dim=1) for t in (k, v))
@@ -146,7 +147,9 @@ class PlainTwin:
 
 
 def slopes(heads: int) -> Tensor:
-    """ALiBi's slopes, from the paper's description: 2^(-8/n) and its powers; for other n, every other one of the next power of two."""
+    """ALiBi's slopes, from the paper's description: 2^(-8/n) and its powers; for other n, every
+    other one of the next power of two.
+    """
     n = 2 ** int(math.log2(heads))
     own = [2 ** (-8 * (i + 1) / n) for i in range(n)]
     between = [2 ** (-8 * (i + 0.5) / n) for i in range(n)]

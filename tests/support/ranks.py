@@ -1,8 +1,8 @@
 """Ranks on this machine: a pool of gloo processes, and each one's place in a layout.
 
-`pool.run(world_size, function, *arguments)` calls `function(rank, *arguments)` in as many processes,
-each inside a fresh process group, and returns what they return, in rank order. Functions and
-arguments travel by pickle.
+`pool.run(world_size, function, *arguments)` calls `function(rank, *arguments)` in as many
+processes, each inside a fresh process group, and returns what they return, in rank order. Functions
+and arguments travel by pickle.
 """
 
 from __future__ import annotations

@@ -52,9 +52,8 @@ def test_metrics_say_what_starting_and_saving_cost(folder, capsys, monkeypatch, 
     assert sum(rows[1][f"startup_{phase}_seconds"] for phase in PHASES) == pytest.approx(
         rows[1]["startup_seconds"]
     )
-    assert rows[1]["startup_seconds"] > 0 and not any(
-        name.startswith("startup") for name in rows[2]
-    )
+    assert rows[1]["startup_seconds"] > 0
+    assert not any(name.startswith("startup") for name in rows[2])
     assert (
         f"first step {rows[1]['startup_seconds']:.1f} s after the start: process groups "
         in capsys.readouterr().out
@@ -64,13 +63,8 @@ def test_metrics_say_what_starting_and_saving_cost(folder, capsys, monkeypatch, 
         for step, row in rows.items()
         if "checkpoint_blocked_seconds" in row
     }
-    assert sorted(blocked) == [
-        3,
-        5,
-        7,
-        9,
-        11,
-    ]  # the steps after saves; the last save is after the last row
+    # the steps after saves; the last save is after the last row
+    assert sorted(blocked) == [3, 5, 7, 9, 11]
     written = [row["checkpoint_seconds"] for row in rows.values() if "checkpoint_seconds" in row]
     assert written and min(written) >= 0.05
     assert async_save or min(blocked.values()) >= 0.05
@@ -104,7 +98,5 @@ def test_where_the_system_does_not_tell_its_start_the_clock_of_the_day_has_to_do
     stat.write_text(f"4711 (a (strange) name) {' '.join(fields)}\n")
     assert 39.9 < seconds_since_process_start(stat) < 640
     stat.write_text("not what Linux writes")
-    assert (
-        seconds_since_process_start(stat) > 0
-        and seconds_since_process_start(tmp_path / "missing") > 0
-    )
+    assert seconds_since_process_start(stat) > 0
+    assert seconds_since_process_start(tmp_path / "missing") > 0

@@ -1,4 +1,6 @@
-"""Telemetry: each figure against the same thing computed directly, alarms where a rule is wrong, and every layout alike."""
+"""Telemetry: each figure against the same thing computed directly, alarms where a rule is wrong,
+and every layout alike.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,10 @@ def batch(config: Config, seed: int) -> Batch:
 def telemetry_of(
     config: Config, context: ParallelContext, steps: int
 ) -> tuple[Telemetry, TrainingStep]:
-    """After `steps` steps. The data rank reads its own half of the micro-batches where there are two ranks."""
+    """After `steps` steps.
+
+    The data rank reads its own half of the micro-batches where there are two ranks.
+    """
     step = assemble(config, context).step
     for number in range(1, steps + 1):
         own = range(context.data.rank, 2, context.data.size)

@@ -123,9 +123,8 @@ def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
         for value in event.summary.value
     }
     assert values == {"loss": 1.25, "validation_loss": 2.5}
-    assert any(
-        event.HasField("session_log") and event.step == 5 for event in events
-    )  # hides steps from 5 on of the earlier files
+    # hides steps from 5 on of the earlier files
+    assert any(event.HasField("session_log") and event.step == 5 for event in events)
 
 
 def test_a_run_with_a_tracker_that_raises_and_one_that_hangs_trains_as_without(
@@ -136,10 +135,8 @@ def test_a_run_with_a_tracker_that_raises_and_one_that_hangs_trains_as_without(
     monkeypatch.setattr(trackers, "WeightsAndBiases", lambda config: Recorder(fail))
     monkeypatch.setattr(trackers, "Trackio", lambda config: never.wait())
     monkeypatch.setattr(InBackground.__init__, "__defaults__", (trackers.WAITING_ROWS, 0.5))
-    plain, tracked = (
-        tiny_config(tmp_path, output="plain"),
-        tiny_config(tmp_path, "logging.trackers=[wandb, trackio]", output="tracked"),
-    )
+    plain = tiny_config(tmp_path, output="plain")
+    tracked = tiny_config(tmp_path, "logging.trackers=[wandb, trackio]", output="tracked")
     assert pretrain(plain) == pretrain(tracked) == ExitCode.DONE
     never.set()
     assert rows_of(plain) == rows_of(tracked)
@@ -161,10 +158,8 @@ def test_a_tracker_that_is_not_installed_is_refused_before_the_start(
 
 
 def test_runs_of_the_same_name_in_other_folders_have_other_ids(tmp_path: Path) -> None:
-    one, two = (
-        tiny_config(tmp_path, "training.output_dir=a/run"),
-        tiny_config(tmp_path, "training.output_dir=b/run"),
-    )
+    one = tiny_config(tmp_path, "training.output_dir=a/run")
+    two = tiny_config(tmp_path, "training.output_dir=b/run")
     assert run_id(one) == run_id(one) != run_id(two)
     assert run_id(tiny_config(tmp_path, "logging.run_name='a b/c#é'")).startswith("a-b-c---")
 
@@ -281,7 +276,9 @@ def losses_in_wandb(folder: Path) -> dict[int, float]:
 
 
 def leveldb_records(data: bytes) -> Iterator[bytes]:
-    """The records of a LevelDB log: blocks of 32 KiB (the first is 7 bytes shorter here), pieces of crc, length, kind."""
+    """The records of a LevelDB log: blocks of 32 KiB (the first is 7 bytes shorter here), pieces of
+    crc, length, kind.
+    """
     at, block, record = 0, 32768, b""
     while at + 7 <= len(data):
         if block - (at + 7) % block < 7:  # no room for a header: padding

@@ -106,13 +106,11 @@ def test_inspect_finds_the_tokenizer_where_it_lay_and_says_when_it_is_gone(
     out = run_tool("inspect", ranked).out
     assert "Some text." not in out and "name its file with --tokenizer-model" in out
     named = f"gpt2:{tmp_path / 'elsewhere.tiktoken'}"
-    assert (
-        "Some text." in run_tool("inspect", ranked, "--tokenizer-model", named).out
-    )  # its type is recorded
+    # its type is recorded
+    assert "Some text." in run_tool("inspect", ranked, "--tokenizer-model", named).out
     (tmp_path / "corpus_text_document.json").unlink()
-    assert (
-        "Some text." in run_tool("inspect", ranked, "--tokenizer-model", named).out
-    )  # its type shows
+    # its type shows
+    assert "Some text." in run_tool("inspect", ranked, "--tokenizer-model", named).out
     with pytest.raises(
         DataError, match=r"absent: the named tokenizer's model cannot be read .*\. Give its file\."
     ):
@@ -204,9 +202,8 @@ def test_merge_and_split_write_what_they_say(tmp_path, run_tool):
         tmp_path / "d",
         "--json",
     )
-    assert ended.code == 0 and [
-        content["documents"] for content in json.loads(ended.out).values()
-    ] == [
+    assert ended.code == 0
+    assert [content["documents"] for content in json.loads(ended.out).values()] == [
         60,
         10,
     ]
@@ -313,11 +310,9 @@ def test_the_reading_benchmark_gives_every_figure(tmp_path, run_tool):
         tool=benchmark_data,
     )
     figures = json.loads(ended.out)
-    assert (
-        ended.code == 0
-        and figures["documents"] == 2000
-        and figures["index_bytes"] == 34 + 20 * 2000 + 8
-    )
+    assert ended.code == 0
+    assert figures["documents"] == 2000
+    assert figures["index_bytes"] == 34 + 20 * 2000 + 8
     assert all(
         figures[name] > 0
         for name in (

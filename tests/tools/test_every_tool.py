@@ -1,4 +1,6 @@
-"""Every program through the same mistakes, in process: one message that names what was given, the right exit code, no traceback."""
+"""Every program through the same mistakes, in process: one message that names what was given, the
+right exit code, no traceback.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ TOOLS = ["pretrain", *sorted(f"tools.{path.stem}" for path in (ROOT / "tools").g
 
 @dataclass(frozen=True)
 class Usage:
-    """A right command line: `words` over the names of `place`, and the function that begins the work, at which a test breaks in."""
+    """A right command line: `words` over the names of `place`, and the function that begins the
+    work, at which a test breaks in.
+    """
 
     tool: str
     words: str
@@ -217,11 +221,9 @@ def refused(parser: Parser, words: list[str], capsys: pytest.CaptureFixture[str]
         parser.parse_args(words)
     captured = capsys.readouterr()
     assert (ended.value.code, captured.out) == (2, "")
-    assert (
-        captured.err.startswith("error: ")
-        and "Traceback" not in captured.err
-        and "--help" in captured.err
-    )
+    assert captured.err.startswith("error: ")
+    assert "Traceback" not in captured.err
+    assert "--help" in captured.err
     return captured.err
 
 
@@ -268,9 +270,8 @@ def test_help_shows_an_example_and_an_unknown_option_is_named(
     with pytest.raises(SystemExit):
         importlib.import_module(f"megatron_completep.{tool}").main(["--help"])
     shown = capsys.readouterr().out
-    assert "Example" in shown and (
-        "python tools/" in shown or "python -m megatron_completep.pretrain" in shown
-    )
+    assert "Example" in shown
+    assert "python tools/" in shown or "python -m megatron_completep.pretrain" in shown
 
 
 @pytest.mark.parametrize("tool", TOOLS)
@@ -296,9 +297,8 @@ def test_a_choice_that_is_none_is_answered_with_all_of_them(
         for action in parser._actions:
             if action.choices is not None:
                 message = refused(parser, given(parser, action, "nothing_of_that_sort"), capsys)
-                assert "= nothing_of_that_sort: not known." in message and all(
-                    str(choice) in message for choice in action.choices
-                )
+                assert "= nothing_of_that_sort: not known." in message
+                assert all(str(choice) in message for choice in action.choices)
 
 
 @pytest.mark.parametrize("tool", TOOLS)
@@ -462,11 +462,9 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(
             words = "not allowed"  # YAML holds no such text
         with break_in(usage, AssertionError):
             code, text = call(usage, fill(usage, place, out))
-        assert (
-            code == 2
-            and words in text
-            and (str(out) in text or printable(out) in text or ascii(str(out))[1:-1] in text)
-        )
+        assert code == 2
+        assert words in text
+        assert str(out) in text or printable(out) in text or ascii(str(out))[1:-1] in text
 
 
 # What would be lost: the words, and the file that must be as it was.

@@ -1,4 +1,6 @@
-"""export_hf, import_hf, evaluate_model, generate: what they print, that they fit together, and their exit codes."""
+"""export_hf, import_hf, evaluate_model, generate: what they print, that they fit together, and
+their exit codes.
+"""
 
 from __future__ import annotations
 
@@ -65,20 +67,18 @@ def test_a_model_exported_and_imported_again_is_the_same_model(
     pytest.importorskip("transformers")
     code, out, err = call(export_hf, trained, tmp_path / "hf", "--check", "--json")
     report = json.loads(out)
-    assert (
-        code == 0
-        and report["check"]["equal"]
-        and report["architecture"] == "granite"
-        and report["tokenizer"] == "bytes"
-    )
+    assert code == 0
+    assert report["check"]["equal"]
+    assert report["architecture"] == "granite"
+    assert report["tokenizer"] == "bytes"
     assert "granite" in err
     code, out, _ = call(
         import_hf, tmp_path / "hf", tmp_path / "again", "training.train_steps=7", "--json"
     )
     imported = json.loads(out)
-    assert (
-        code == 0 and imported["tokenizer"] == "huggingface" and Path(imported["config"]).is_file()
-    )
+    assert code == 0
+    assert imported["tokenizer"] == "huggingface"
+    assert Path(imported["config"]).is_file()
     options = ("--token-file", tmp_path / "texts", "--precision", "float64", "--device", "cpu")
     scores = [
         json.loads(call(evaluate_model, run, *options, "--json")[1])["token_files"]
@@ -134,9 +134,8 @@ def test_prompts_from_files_give_the_same_texts_in_any_batch(
         assert code == 0
         found.append(json.loads(out)["results"])
     assert found[0] == found[1] == found[2]
-    assert [result["prompt"] for result in found[0]] == prompts and all(
-        len(result["texts"]) == 2 for result in found[0]
-    )
+    assert [result["prompt"] for result in found[0]] == prompts
+    assert all(len(result["texts"]) == 2 for result in found[0])
     assert found[0][0]["texts"][0] != found[0][0]["texts"][1]  # samples have seeds of their own
 
 
@@ -163,7 +162,8 @@ def test_the_tools_compute_in_the_runs_own_type_and_say_which(
     assert (code, json.loads(out)["precision"]) == (
         0,
         "bf16",
-    ) and "in bf16 the texts of a seed depend on --batch-size" in err
+    )
+    assert "in bf16 the texts of a seed depend on --batch-size" in err
     words = ("--token-file", tmp_path / "texts", "--limit", 1, "--json", "--device", "cpu")
     assert json.loads(call(evaluate_model, trained, *words)[1])["precision"] == "float32"
 

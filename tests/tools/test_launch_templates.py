@@ -1,4 +1,6 @@
-"""The templates of configs/launch: the batch script with a stand-in for Slurm, the Kubernetes objects as YAML."""
+"""The templates of configs/launch: the batch script with a stand-in for Slurm, the Kubernetes
+objects as YAML.
+"""
 
 from __future__ import annotations
 
@@ -71,9 +73,7 @@ def test_the_kubernetes_objects_run_the_trainer_with_time_to_save():
     for pod in (job["template"]["spec"], operator["template"]["spec"]):
         container = pod["containers"][0]
         words = " ".join([*container["command"], *container.get("args", [])]).replace("=", " ")
-        assert (
-            "torchrun" in words
-            and "-m megatron_completep.pretrain configs/completep_1b.yaml" in words
-        )
+        assert "torchrun" in words
+        assert "-m megatron_completep.pretrain configs/completep_1b.yaml" in words
         assert pod["terminationGracePeriodSeconds"] > 600 and "--shutdown-timeout 600" in words
         assert container["resources"]["limits"]["nvidia.com/gpu"] == 8

@@ -44,6 +44,7 @@ def test_from_raw_text_to_token_files(programs: Programs, tmp_path: Path) -> Non
         "--tokenizer-model",
         model,
     ]
+    # Megatron's name
     out = programs.output(
         preprocess_data.main,
         *words,
@@ -53,7 +54,7 @@ def test_from_raw_text_to_token_files(programs: Programs, tmp_path: Path) -> Non
         1,
         "--partitions",
         4,
-    )  # Megatron's name
+    )
     assert f"{tmp_path}/data/x_text_document  3 documents" in out
     tokenizer = build_tokenizer(TokenizerConfig(type="sentencepiece", model=str(model)))
     data = IndexedDataset(tmp_path / "data/x_text_document")

@@ -36,9 +36,9 @@ def test_the_object_says_what_the_library_says(programs: Programs):
         programs.output(show_plan.main, CONFIG, "--world-size", "64", "--gpu", "b200", "--json")
     )
     scaling = printed["scaling"]
-    assert (
-        printed["parameters"] and scaling["gpu"] == "b200" and scaling["data_parallel_size"] == 32
-    )
+    assert printed["parameters"]
+    assert scaling["gpu"] == "b200"
+    assert scaling["data_parallel_size"] == 32
     assert [m["total"] for m in scaling["memory"]] == [
         sum(v for k, v in m.items() if k != "total") for m in scaling["memory"]
     ]

@@ -1,4 +1,6 @@
-"""What only rank 0 does in the run's folder: where it cannot, every rank leaves with its message and exit code."""
+"""What only rank 0 does in the run's folder: where it cannot, every rank leaves with its message
+and exit code.
+"""
 
 from __future__ import annotations
 
@@ -85,9 +87,8 @@ def test_a_folder_in_use_ends_every_rank(tmp_path: Path, pool: Any) -> None:
     with (run / LOCK).open("w") as held:
         fcntl.lockf(held, fcntl.LOCK_EX)
         ends = pool.run(2, end_of_rank, 2, config)
-    assert [code for code, _ in ends] == [2, 2] and all(
-        "is in use by process" in text for _, text in ends
-    )
+    assert [code for code, _ in ends] == [2, 2]
+    assert all("is in use by process" in text for _, text in ends)
     assert pool.run(2, end_of_rank, 2, config) == [(0, ""), (0, "")]  # the control
 
 

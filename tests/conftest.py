@@ -67,7 +67,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--pairs-seed",
         type=int,
-        help="which rows tests/parallel/test_feature_pairs.py takes; a random seed where none is given",
+        help=(
+            "which rows tests/parallel/test_feature_pairs.py takes; a random seed where none "
+            "is given"
+        ),
     )
 
 

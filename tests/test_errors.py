@@ -186,7 +186,8 @@ def wait(number):
     time.sleep(600)
 
 def main():
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in the background of a shell inherit that it is ignored
+    # Tests that run in the background of a shell inherit that it is ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with when_interrupted("all is kept."), processes(2) as pool:
         list(pool.map(wait, range(9)))
 

@@ -211,8 +211,10 @@ def test_metrics_are_cut_without_room_for_a_copy(tmp_path):
 def filling(tmp_path) -> Iterator[tuple[subprocess.Popen, Path]]:
     """Another process that fills a new folder, and the folder."""
     program = (
-        "import sys, time; from pathlib import Path; from megatron_completep.files import new_folder\n"
-        "with new_folder(Path(sys.argv[1])) as folder:\n    print(folder, flush=True)\n    time.sleep(3600)"
+        "import sys, time; from pathlib import Path; from megatron_completep.files import "
+        "new_folder\n"
+        "with new_folder(Path(sys.argv[1])) as folder:\n    print(folder, flush=True)\n    "
+        "time.sleep(3600)"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", program, str(tmp_path / "step_00000001")],

@@ -97,7 +97,8 @@ def problems_of(source: str, module: str) -> list[str]:
             )
         elif target in LEVEL and room in LEVEL and LEVEL[target] > LEVEL[room]:
             found.append(
-                f"{module}:{line} {room} (level {LEVEL[room]}) imports {name} (level {LEVEL[target]})"
+                f"{module}:{line} {room} (level {LEVEL[room]}) imports {name} (level "
+                f"{LEVEL[target]})"
             )
         if top in ("kernels", "tools", "tests"):
             found.append(

@@ -158,7 +158,11 @@ def is_gone(process: psutil.Process, seconds: float = 60.0) -> bool:
 
 def test_a_worker_leaves_with_its_launcher_while_it_imports(tmp_path: Path) -> None:
     started = tmp_path / "started"
-    launcher = f"import subprocess, time; subprocess.Popen({[sys.executable, '-c', IMPORTING, str(started)]}); time.sleep(600)"
+    launcher = (
+        "import subprocess, time; "
+        f"subprocess.Popen({[sys.executable, '-c', IMPORTING, str(started)]}); "
+        "time.sleep(600)"
+    )
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
     process = subprocess.Popen([sys.executable, "-c", launcher], env=environment(**alone))
     worker = psutil.Process(int(wait_for_text(started)))
@@ -210,7 +214,8 @@ def hang(self, block):
 encode.Encoder.encode = hang
 if __name__ == "__main__":
     pathlib.Path("in.jsonl").write_text('{"text": "x"}\\n' * 9)
-    preprocess(PreprocessSettings(("in.jsonl",), "out", TokenizerChoice("bytes")), workers=2, block_bytes=30)
+    settings = PreprocessSettings(("in.jsonl",), "out", TokenizerChoice("bytes"))
+    preprocess(settings, workers=2, block_bytes=30)
 """,
 }
 

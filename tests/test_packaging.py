@@ -32,7 +32,10 @@ def committed_files() -> list[Path]:
 
 
 def test_the_version_is_known_without_loading_anything():
-    program = "import sys, megatron_completep; print(megatron_completep.__version__, {'torch', 'pydantic', 'numpy'} & set(sys.modules))"
+    program = (
+        "import sys, megatron_completep; print(megatron_completep.__version__, "
+        "{'torch', 'pydantic', 'numpy'} & set(sys.modules))"
+    )
     run = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -249,7 +252,8 @@ for name in sys.argv[3:]:
         except BaseException as error:
             code = repr(error)
     found[name] = [code, text.getvalue()]
-elsewhere = [m.__file__ for n, m in sys.modules.items() if n.split(".")[0] == "megatron_completep" and "/installed/" not in m.__file__]
+own = [m.__file__ for n, m in sys.modules.items() if n.split(".")[0] == "megatron_completep"]
+elsewhere = [file for file in own if "/installed/" not in file]
 print(json.dumps([found, elsewhere]))
 """
 
@@ -280,7 +284,10 @@ def test_every_tool_of_the_installed_wheel_says_how_it_is_used(installed: Path) 
 
 
 def test_the_bare_package_loads_no_other_library(installed: Path) -> None:
-    program = "import megatron_completep; print(*{name.split('.')[0] for name in set(sys.modules) - before})"
+    program = (
+        "import megatron_completep; print(*{name.split('.')[0] for name in "
+        "set(sys.modules) - before})"
+    )
     run = outside(installed, WITHOUT, ",".join((*OWN, "torch", "triton", "numpy")), program)
     assert run.stdout.split() == ["megatron_completep"], run.stderr
 
@@ -288,7 +295,8 @@ def test_the_bare_package_loads_no_other_library(installed: Path) -> None:
 def test_the_kernels_need_torch_and_triton_only(installed: Path) -> None:
     program = """
 import torch
-from megatron_completep.kernels import Join, Norm, scaled_residual_norm, swiglu, unembedding_cross_entropy
+from megatron_completep.kernels import Join, Norm, scaled_residual_norm
+from megatron_completep.kernels import swiglu, unembedding_cross_entropy
 x = torch.randn(2, 3, 8)
 y, out = scaled_residual_norm(x, x, None, torch.ones(8), None, Join(0.5), Norm("rmsnorm"))
 print(float((y - 1.5 * x).abs().max()), "megatron_completep.config" in sys.modules)
@@ -300,7 +308,10 @@ print(float((y - 1.5 * x).abs().max()), "megatron_completep.config" in sys.modul
 
 
 def test_the_tools_that_need_no_torch_do_not_load_it(installed: Path) -> None:
-    program = "import megatron_completep.tools.config_reference, megatron_completep.config; print(sys.modules['torch'])"
+    program = (
+        "import megatron_completep.tools.config_reference, megatron_completep.config; "
+        "print(sys.modules['torch'])"
+    )
     assert outside(installed, WITHOUT, "torch,triton", program).stdout == "None\n"
 
 

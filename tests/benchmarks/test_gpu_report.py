@@ -46,7 +46,10 @@ def make(tmp_path, *run):
 
 def test_a_report_holds_every_part_and_its_figures(tmp_path):
     page_of_kernels = "docs/benchmarks/test-gpu-1-none/kernels.md"
-    benchmark = f"import json, pathlib; pathlib.Path({page_of_kernels!r}).touch(); print(json.dumps(dict(measurements=[])))"
+    benchmark = (
+        f"import json, pathlib; pathlib.Path({page_of_kernels!r}).touch(); "
+        "print(json.dumps(dict(measurements=[])))"
+    )
     folder, report, page = make(
         tmp_path,
         part("kernel tests", "print('3 passed')", json_output=False),

@@ -26,8 +26,8 @@ def liger_layer_norm(X, W, B, eps):
 
 
 def liger_cross_entropy(
-    input, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean", label_smoothing=0.0,
-    lse_square_scale=0.0, softcap=None, return_z_loss=False,
+    input, target, weight=None, size_average=None, ignore_index=-100, reduce=None,
+    reduction="mean", label_smoothing=0.0, lse_square_scale=0.0, softcap=None, return_z_loss=False,
 ):  # fmt: skip
     return F.cross_entropy(input.float(), target, reduction=reduction)
 

@@ -219,7 +219,10 @@ def test_a_manifest_that_is_too_deep_too_long_or_no_text_is_refused(saved):
         file.truncate(manifest.MAX_BYTES + 1)
     refused(
         saved,
-        rf"{manifest.MAX_BYTES + 1} bytes, more than the {manifest.MAX_BYTES} that such a file may have",
+        (
+            rf"{manifest.MAX_BYTES + 1} bytes, more than the {manifest.MAX_BYTES} that such a "
+            r"file may have"
+        ),
     )
 
 
@@ -240,7 +243,10 @@ def test_a_manifest_that_is_too_deep_too_long_or_no_text_is_refused(saved):
         (b'{"master/w@0": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}', None),
         (b'{"master/w@0": {"dtype": "F32", "shape": [1], "data_offsets": [2, 6]}}', None),
         (
-            b'{"master/w@0": {"dtype": "F32", "shape": [4611686018427387904], "data_offsets": [0, 18446744073709551616]}}',
+            (
+                b'{"master/w@0": {"dtype": "F32", "shape": [4611686018427387904], "data_offsets": '
+                b"[0, 18446744073709551616]}}"
+            ),
             None,
         ),
         (b'{"master/w@0,0": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}', None),
@@ -364,7 +370,8 @@ def test_nothing_in_the_package_can_execute_what_it_reads():
     do it.
     """
     forbidden = re.compile(
-        r"\b(import|from) (pickle|cPickle|dill|cloudpickle|joblib|marshal|shelve)\b|torch\.load\(|allow_pickle=True|"
+        r"\b(import|from) "
+        r"(pickle|cPickle|dill|cloudpickle|joblib|marshal|shelve)\b|torch\.load\(|allow_pickle=True|"
         r"yaml\.(load|unsafe_load|full_load)\(|trust_remote_code=True|FileSystemReader|weights_only=False"
     )
     # the control

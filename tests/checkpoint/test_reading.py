@@ -121,7 +121,10 @@ def test_a_block_damaged_where_one_rank_reads_it_fails_the_load_on_all(pool, tmp
     run(pool, save_in_small_blocks, tmp_path, "tied_gpt", LAYOUTS["one"])
     with pytest.raises(
         AssertionError,
-        match=r"(?s)rank 0:.*damaged between bytes.*rank 1:.*CheckpointError.*rank 0: .*damaged between",
+        match=(
+            r"(?s)rank 0:.*damaged between bytes.*rank 1:.*CheckpointError.*rank 0: "
+            r".*damaged between"
+        ),
     ):
         run(pool, read_one, tmp_path, "tied_gpt", {"world": 2, "tensor_parallel_size": 2}, True)
 

@@ -171,7 +171,8 @@ def test_a_list_of_sections_that_grew_is_one_changed_setting(tmp_path):
         if line.startswith("resuming with")
     ]
     assert [line for line in said if "overrides" in line] == [
-        'optimizer.overrides = [{"pattern": "layers.0.*", "lr": 2.0, "init_std": 1.0, "weight_decay": 1.0, "eps": 1.0}], '
+        'optimizer.overrides = [{"pattern": "layers.0.*", "lr": 2.0, "init_std": 1.0, '
+        '"weight_decay": 1.0, "eps": 1.0}], '
         "the checkpoint has []"
     ]
     assert [line for line in said if "skip_steps" in line] == [

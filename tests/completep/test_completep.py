@@ -321,9 +321,13 @@ def test_the_role_strings_and_their_order_are_those_of_the_paper() -> None:
 
 def test_the_table_is_usable_without_the_trainer_and_without_torch() -> None:
     code = (
-        "import sys; from megatron_completep.completep import Table\nfrom megatron_completep.roles import Role\n"
-        "table = Table(base_hidden_size=64, base_ffn_hidden_size=256, width_multiplier=4.0, depth_multiplier=8.0)\n"
-        "print(table.factors(Role.HIDDEN_WEIGHT, 4.0), table.residual_multiplier, 'torch' in sys.modules)"
+        "import sys\n"
+        "from megatron_completep.completep import Table\n"
+        "from megatron_completep.roles import Role\n"
+        "table = Table(base_hidden_size=64, base_ffn_hidden_size=256, "
+        "width_multiplier=4.0, depth_multiplier=8.0)\n"
+        "factors = table.factors(Role.HIDDEN_WEIGHT, 4.0)\n"
+        "print(factors, table.residual_multiplier, 'torch' in sys.modules)"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == f"{Factors(0.5, 0.25, 4.0, 0.03125)} 0.125 False"

@@ -41,11 +41,17 @@ RULES = [
     ),
     (
         ["model.num_query_groups=3"],
-        "model.num_query_groups = 3 does not divide model.num_attention_heads = 16. Use 1, 2, 4, 8 or 16.",
+        (
+            "model.num_query_groups = 3 does not divide model.num_attention_heads = 16. Use 1, 2, "
+            "4, 8 or 16."
+        ),
     ),
     (
         ["model.head_dim=15"],
-        "model.position = rope turns pairs of elements, but a head has 15. Use an even model.head_dim.",
+        (
+            "model.position = rope turns pairs of elements, but a head has 15. Use an even "
+            "model.head_dim."
+        ),
     ),
     (
         ["model.tied_embeddings=true", "completep.factors.unembedding.lr=2"],
@@ -73,7 +79,10 @@ RULES = [
     ),
     (
         ["completep.base_hidden_size=64"],
-        "completep.base_hidden_size = 64 is given and completep.base_num_layers is null. Give the proxy's whole shape ",
+        (
+            "completep.base_hidden_size = 64 is given and completep.base_num_layers is null. Give "
+            "the proxy's whole shape "
+        ),
     ),
     (["completep.base_num_layers=2"], "(this model's own hidden_size is 256), or neither."),
     (
@@ -102,7 +111,10 @@ RULES = [
             "parallel.sequence_parallel=true",
             "model.seq_length=100",
         ],
-        "parallel.tensor_parallel_size = 8 does not divide model.seq_length = 100 (parallel.sequence_parallel is on). Use 1, 2 or 4.",
+        (
+            "parallel.tensor_parallel_size = 8 does not divide model.seq_length = 100 "
+            "(parallel.sequence_parallel is on). Use 1, 2 or 4."
+        ),
     ),
     (
         [
@@ -111,7 +123,8 @@ RULES = [
             "model.head_dim=64",
             "parallel.tensor_parallel_size=4",
         ],
-        "parallel.tensor_parallel_size = 4 does not divide model.num_query_groups = 6 (each rank holds whole groups of keys and values). "
+        "parallel.tensor_parallel_size = 4 does not divide model.num_query_groups = 6 (each "
+        "rank holds whole groups of keys and values). "
         "Use 1 or 2.",
     ),
     (
@@ -124,15 +137,24 @@ RULES = [
             "model.attention_backend=flash_attention",
             "data.reset_at_document_ends=true",
         ],
-        "training.compile = true does not go with model.attention_backend = flash_attention and data.reset_at_document_ends = true: ",
+        (
+            "training.compile = true does not go with model.attention_backend = flash_attention "
+            "and data.reset_at_document_ends = true: "
+        ),
     ),
     (
         ["parallel.pipeline_parallel_size=9"],
-        "parallel.pipeline_parallel_size x virtual_pipeline_size = 9 x 1 makes 9 stages of model.num_layers = 8",
+        (
+            "parallel.pipeline_parallel_size x virtual_pipeline_size = 9 x 1 makes 9 stages of "
+            "model.num_layers = 8"
+        ),
     ),
     (
         ["parallel.virtual_pipeline_size=2"],
-        "virtual_pipeline_size = 2 has no meaning at parallel.pipeline_parallel_size = 1. Set it to 1.",
+        (
+            "virtual_pipeline_size = 2 has no meaning at parallel.pipeline_parallel_size = 1. Set "
+            "it to 1."
+        ),
     ),
     (
         ["parallel.virtual_pipeline_size=2", "parallel.pipeline_parallel_size=2"],
@@ -144,7 +166,10 @@ RULES = [
     ),
     (
         ["parallel.pipeline_split=[4,4]"],
-        "parallel.pipeline_split has 2 stages, but parallel.pipeline_parallel_size x virtual_pipeline_size = 1 x 1 makes 1.",
+        (
+            "parallel.pipeline_split has 2 stages, but parallel.pipeline_parallel_size x "
+            "virtual_pipeline_size = 1 x 1 makes 1."
+        ),
     ),
     (
         ["parallel.pipeline_parallel_size=2", "parallel.pipeline_split=[4,5]"],
@@ -157,7 +182,10 @@ RULES = [
     (["optimizer.betas=[0.9,1.0]"], "optimizer.betas.1 = 1.0 is not less than 1"),
     (
         ["optimizer.warmup_steps=5"],
-        "optimizer.warmup_fraction = 0.1 and optimizer.warmup_steps = 5 are both given. Set one of the two to null.",
+        (
+            "optimizer.warmup_fraction = 0.1 and optimizer.warmup_steps = 5 are both given. Set "
+            "one of the two to null."
+        ),
     ),
     (
         ["optimizer.warmup_fraction=null", "optimizer.warmup_steps=101"],
@@ -165,7 +193,8 @@ RULES = [
     ),
     (
         ["optimizer.schedule=warmup_stable_decay", "optimizer.decay_fraction=0.95"],
-        "10 steps of warm-up and 95 of decay (decay_fraction = 0.95) are more than training.train_steps = 100. "
+        "10 steps of warm-up and 95 of decay (decay_fraction = 0.95) are more than "
+        "training.train_steps = 100. "
         "Use a decay_fraction of at most 0.9.",
     ),
     (
@@ -192,7 +221,10 @@ RULES = [
     ),
     (
         ["training.micro_batch_size=3"],
-        "training.micro_batch_size = 3 does not divide training.global_batch_size = 64. Use 1, 2, 4, 8, 16, 32 or 64.",
+        (
+            "training.micro_batch_size = 3 does not divide training.global_batch_size = 64. Use "
+            "1, 2, 4, 8, 16, 32 or 64."
+        ),
     ),
     (
         ["checkpoint.interval=300", "checkpoint.keep_every=1000"],
@@ -204,7 +236,10 @@ RULES = [
     ),
     (
         ["training.batch_ramp={start: 16, increment: 20, steps: 10}"],
-        "training.batch_ramp.increment = 20 does not lead from start = 16 to training.global_batch_size = 64. Use 4, 8, 12, 16, 24 or 48.",
+        (
+            "training.batch_ramp.increment = 20 does not lead from start = 16 to "
+            "training.global_batch_size = 64. Use 4, 8, 12, 16, 24 or 48."
+        ),
     ),
     (
         ["training.batch_ramp={start: 16, increment: 16, steps: 200}"],
@@ -212,7 +247,10 @@ RULES = [
     ),
     (
         ["training.batch_ramp={start: 8, increment: 14, steps: 10}"],
-        "training.batch_ramp.increment = 14 is not a multiple of training.micro_batch_size = 4. Use 8 or 28.",
+        (
+            "training.batch_ramp.increment = 14 is not a multiple of training.micro_batch_size = "
+            "4. Use 8 or 28."
+        ),
     ),
     (
         ["training.skip_steps=[{first: 9, last: 8}]"],
@@ -224,11 +262,17 @@ RULES = [
     ),
     (
         ["profiling.first_step=99", "profiling.steps=3"],
-        "end after training.train_steps = 100. Begin at 98 or earlier, and record at most 100 steps.",
+        (
+            "end after training.train_steps = 100. Begin at 98 or earlier, and record at most 100 "
+            "steps."
+        ),
     ),
     (
         ["guards.hang_timeout_minutes=30"],
-        "guards.hang_timeout_minutes = 30 is more than parallel.timeout_minutes = 20: the collective's time-out would end a hang first",
+        (
+            "guards.hang_timeout_minutes = 30 is more than parallel.timeout_minutes = 20: the "
+            "collective's time-out would end a hang first"
+        ),
     ),
     (
         ["guards.rollback_threshold=2", "data.order=megatron"],
@@ -292,7 +336,10 @@ IN_WORDS = {
         ["completep.alpha=1"],
         ["completep.parameterization=completep"],
     ],
-    "training.compile=true model.attention_backend=flash_attention data.reset_at_document_ends=true": [
+    (
+        "training.compile=true model.attention_backend=flash_attention "
+        "data.reset_at_document_ends=true"
+    ): [
         ["model.attention_backend=sdpa"],
         ["training.compile=false"],
     ],
@@ -531,7 +578,10 @@ def test_the_remedy_meets_all_rules_at_once():
     with pytest.raises(ConfigError) as caught:
         config_with("parallel.tensor_parallel_size=3")
     for name, value in (("num_attention_heads", 16), ("ffn_hidden_size", 1024)):
-        expected = f"parallel.tensor_parallel_size = 3 does not divide model.{name} = {value}. Use 1, 2, 4, 8 or 16."
+        expected = (
+            f"parallel.tensor_parallel_size = 3 does not divide model.{name} = "
+            f"{value}. Use 1, 2, 4, 8 or 16."
+        )
         assert expected in str(caught.value)
 
 
@@ -552,24 +602,36 @@ WORLDS = [
     (
         6,
         ["parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2"],
-        "2 x 2 = 4 does not divide the world size 6. Start a multiple of 4 processes, or use sizes whose product is 1, 2, 3 or 6.",
+        (
+            "2 x 2 = 4 does not divide the world size 6. Start a multiple of 4 processes, or use "
+            "sizes whose product is 1, 2, 3 or 6."
+        ),
     ),
     (
         3,
         [],
-        "64 is not a multiple of micro_batch_size x data-parallel size = 4 x 3 = 12. Use 60 or 72, or another micro_batch_size.",
+        (
+            "64 is not a multiple of micro_batch_size x data-parallel size = 4 x 3 = 12. Use 60 "
+            "or 72, or another micro_batch_size."
+        ),
     ),
     (32, [], "4 x 32 = 128. Use 128, or another micro_batch_size."),
     (
         8,
         ["parallel.optimizer_shard_size=3"],
-        "parallel.optimizer_shard_size = 3 does not divide the data-parallel size 8 (world size 8 / 1). Use 1, 2, 4 or 8, or null.",
+        (
+            "parallel.optimizer_shard_size = 3 does not divide the data-parallel size 8 (world "
+            "size 8 / 1). Use 1, 2, 4 or 8, or null."
+        ),
     ),
     (8, ["parallel.optimizer_shard_size=4"], None),
     (
         4,
         ["parallel.pipeline_parallel_size=4", "training.global_batch_size=8"],
-        "makes 2 micro-batches, fewer than parallel.pipeline_parallel_size = 4, which the schedule 1f1b needs. Use training.",
+        (
+            "makes 2 micro-batches, fewer than parallel.pipeline_parallel_size = 4, which the "
+            "schedule 1f1b needs. Use training."
+        ),
     ),
     (
         4,
@@ -588,7 +650,10 @@ WORLDS = [
             "parallel.virtual_pipeline_size=2",
             "training.global_batch_size=36",
         ],
-        "makes 9 micro-batches, which parallel.schedule = interleaved_1f1b cannot deal out in 2 equal rounds over 4 stages. Use 32 or 48.",
+        (
+            "makes 9 micro-batches, which parallel.schedule = interleaved_1f1b cannot deal out in "
+            "2 equal rounds over 4 stages. Use 32 or 48."
+        ),
     ),
     (
         4,
@@ -602,7 +667,10 @@ WORLDS = [
     (
         8,
         ["training.batch_ramp={start: 16, increment: 16, steps: 30}"],
-        "training.batch_ramp.start = 16 is not a multiple of micro_batch_size x data-parallel size = 4 x 8 = 32. Use 32, or another",
+        (
+            "training.batch_ramp.start = 16 is not a multiple of micro_batch_size x data-parallel "
+            "size = 4 x 8 = 32. Use 32, or another"
+        ),
     ),
     (
         4,
@@ -610,7 +678,10 @@ WORLDS = [
             "parallel.pipeline_parallel_size=4",
             "training.batch_ramp={start: 8, increment: 8, steps: 30}",
         ],
-        "training.batch_ramp: the batch size = 8 makes 2 micro-batches, fewer than parallel.pipeline_parallel_size = 4",
+        (
+            "training.batch_ramp: the batch size = 8 makes 2 micro-batches, fewer than "
+            "parallel.pipeline_parallel_size = 4"
+        ),
     ),
     (
         4,

@@ -260,7 +260,10 @@ FIELD_MISTAKES = [
     ("data.train.0.wait=2", "data.train.0.wait: unknown key. Did you mean weight?"),
     (
         "data.train=[{weight: 1}]",
-        "data.train.0.prefix is missing (Path of PREFIX.bin and PREFIX.idx, without the suffix). Add it.",
+        (
+            "data.train.0.prefix is missing (Path of PREFIX.bin and PREFIX.idx, without the "
+            "suffix). Add it."
+        ),
     ),
     ("model.hidden_size=0", "model.hidden_size = 0: must be greater than 0."),
     ("model.hidden_size=-1", "model.hidden_size = -1: must be greater than 0."),
@@ -522,8 +525,12 @@ def test_a_mistake_exits_2_without_a_traceback(write, capsys):
 
 
 def test_a_mistake_exits_2_in_a_process_of_its_own(write):
-    program = "import sys\nfrom megatron_completep.config import load_config\nfrom megatron_completep.errors import exit_on_user_error\n"
-    program += "exit_on_user_error(lambda: print(load_config(sys.argv[1], sys.argv[2:])))"
+    program = (
+        "import sys\n"
+        "from megatron_completep.config import load_config\n"
+        "from megatron_completep.errors import exit_on_user_error\n"
+        "exit_on_user_error(lambda: print(load_config(sys.argv[1], sys.argv[2:])))"
+    )
     run = [sys.executable, "-c", program, str(write())]
     good = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (good.returncode, good.stderr) == (0, "")

@@ -67,7 +67,10 @@ NOT_RUN = [
     (r": make gpu-report|gpu_report", "GPUs"),
     (
         r": (make|pip) ",
-        "builds environments; make lint and make test are what runs this, tests/reports/test_quickstart.py the quickstart",
+        (
+            "builds environments; make lint and make test are what runs this, "
+            "tests/reports/test_quickstart.py the quickstart"
+        ),
     ),
     (r"docs/results/", "hours; the same programs are run from docs/instruments.md"),
     (
@@ -86,7 +89,10 @@ NOT_RUN = [
     (r"--engine ray|--shard", "tests/preprocess/test_preprocess.py"),
     (r"export_hf|import_hf|evaluate_model|vllm|runs/granite", "tests/interop"),
 ]
-SHORT = "training.train_steps=2 training.micro_batch_size=4 training.validation_samples=8 training.output_dir=runs/launched"
+SHORT = (
+    "training.train_steps=2 training.micro_batch_size=4 training.validation_samples=8 "
+    "training.output_dir=runs/launched"
+)
 # What is put in the place of a reader's own names and of long settings, in this order.
 SUBSTITUTES = [
     (r"\[(-[^\]]*)\]", r"\1"),
@@ -125,7 +131,10 @@ SUBSTITUTES = [
     ),
     (
         r"diff A B",
-        "diff runs/tutorial/target/checkpoints/step_00000075 runs/tutorial/target/checkpoints/step_00000150",
+        (
+            "diff runs/tutorial/target/checkpoints/step_00000075 "
+            "runs/tutorial/target/checkpoints/step_00000150"
+        ),
     ),
     (r"--output FOLDER", "--output runs/resharded"),
     (r"NEW.yaml.*", "docs/tutorial/target.yaml training.output_dir=runs/adapted"),

@@ -112,7 +112,8 @@ def test_no_link_of_the_site_is_dead(site: Path) -> None:
 
 def test_a_dead_link_and_a_dead_anchor_would_be_found(tmp_path: Path) -> None:
     (tmp_path / "a.html").write_text(
-        '<a href="b.html#no">x</a> <a href="c.html">x</a> <a href="b.html#yes">x</a> <img src="p.png">'
+        '<a href="b.html#no">x</a> <a href="c.html">x</a> <a href="b.html#yes">x</a> <img '
+        'src="p.png">'
     )
     (tmp_path / "b.html").write_text('<h1 id="yes">b</h1>')
     assert dead_links(tmp_path) == ["a.html -> b.html#no", "a.html -> c.html", "a.html -> p.png"]
@@ -169,8 +170,11 @@ def check_search(browser: Browser, address: str) -> None:
         const box = document.querySelector('[data-md-component="search-query"]')
         let tries = 0
         const look = () => {
-            box.focus(); box.value = 'straggler'; box.dispatchEvent(new KeyboardEvent('keyup', {bubbles: true}))
-            const links = [...document.querySelectorAll('.md-search-result__link')].map(link => link.pathname)
+            box.focus()
+            box.value = 'straggler'
+            box.dispatchEvent(new KeyboardEvent('keyup', {bubbles: true}))
+            const found = [...document.querySelectorAll('.md-search-result__link')]
+            const links = found.map(link => link.pathname)
             links.length || tries++ > 600 ? done(links) : setTimeout(look, 100)
         }
         look()

@@ -159,7 +159,8 @@ def main() -> None:
         )
         return
     print(
-        f"effective training time with a kill -9 every {effect.seconds_between_kills:g} s ({effect.kills} kills, {effect.steps} steps, "
+        f"effective training time with a kill -9 every {effect.seconds_between_kills:g} s "
+        f"({effect.kills} kills, {effect.steps} steps, "
         f"{effect.steps_done_again} of them done again):\n"
         f"  {100 * effect.with_restarts:.1f} % of the ideal, the cost of restarts included "
         f"({effect.restart_seconds / max(1, effect.kills):.2f} s each)\n"

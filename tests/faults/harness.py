@@ -47,11 +47,15 @@ def count_injection() -> None:
 
 
 CONFIG = """
-model: {hidden_size: 32, num_layers: 2, num_attention_heads: 4, ffn_hidden_size: 64, vocab_size: 64, vocab_multiple: 16, seq_length: 16}
+model:
+  {hidden_size: 32, num_layers: 2, num_attention_heads: 4, ffn_hidden_size: 64,
+   vocab_size: 64, vocab_multiple: 16, seq_length: 16}
 completep: {base_hidden_size: 16, base_num_layers: 1}
 optimizer: {base_lr: 1.0e-2, warmup_steps: 2}
 data: {train: [{prefix: PREFIX}]}
-training: {micro_batch_size: 2, global_batch_size: 4, train_steps: 12, precision: float32, device: cpu, cpu_threads: 1, output_dir: OUTPUT}
+training:
+  {micro_batch_size: 2, global_batch_size: 4, train_steps: 12, precision: float32,
+   device: cpu, cpu_threads: 1, output_dir: OUTPUT}
 checkpoint: {interval: 3, async_save: false, keep: 2, timeout_minutes: 4}
 parallel: {timeout_minutes: 4}
 guards: {lock_wait_seconds: 20, hang_timeout_minutes: 4}

@@ -199,7 +199,10 @@ def test_fault_13_a_token_out_of_range_is_the_same_error_at_every_tensor_size(co
         overrides=["model.vocab_size=40", f"parallel.tensor_parallel_size={world}"],
     )
     assert outcome.exit_codes == [2] * world and "Traceback" not in outcome.output
-    message = r"corpus\.bin: document 0, position 1: token id 41 is outside the model's vocabulary, 0 to 39"
+    message = (
+        r"corpus\.bin: document 0, position 1: token id 41 is outside the model's "
+        r"vocabulary, 0 to 39"
+    )
     assert len(re.findall(message, outcome.output)) == world
 
 
@@ -381,7 +384,10 @@ def test_fault_18_a_hung_rank_is_named_and_the_run_ends_within_the_bound(config,
             r"rank 0: its last collective, gloo:\w+ of \[.*\] in group 0, scheduled", outcome.output
         )
         assert re.search(
-            r"rank 1: its last collective, gloo:\w+ of \[.*\] in group \d+, finished; .*hang_rank_00001.collectives.json",
+            (
+                r"rank 1: its last collective, gloo:\w+ of \[.*\] in group \d+, finished; "
+                r".*hang_rank_00001.collectives.json"
+            ),
             outcome.output,
         )
     else:
@@ -412,9 +418,9 @@ def test_fault_35_a_hang_before_the_first_step_is_named(config, kind):
     if kind == "hang_early":
         assert outcome.exit_codes[1] == 77
         assert (
-            "hung before the first step, opening the data: rank 1 holds the others up: rank 1 in injections.py"
-            in outcome.output
-        )
+            "hung before the first step, opening the data: rank 1 holds the others up: rank 1 "
+            "in injections.py"
+        ) in outcome.output
     else:
         assert "hung: rank 1 does not answer" in outcome.output
 

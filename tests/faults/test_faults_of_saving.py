@@ -180,7 +180,10 @@ def test_fault_3_killed_at_random_times_resumes_every_time(config, oracle, seed)
 def test_fault_8_a_full_disk_fails_the_save_on_all_ranks_together(config, oracle, policy):
     fault = Fault("disk_full", 1, "save.values_half_written", nth=2)
     outcome = run(config, fault, overrides=[f"checkpoint.on_failure={policy}"])
-    message = r"step 6.* rank 1: .*rank_00001_of_00002.safetensors: No space left on device \([\d.]+ [kMGT]?B to write, [\d.]+ [kMGT]?B free\)"
+    message = (
+        r"step 6.* rank 1: .*rank_00001_of_00002.safetensors: No space left on device "
+        r"\([\d.]+ [kMGT]?B to write, [\d.]+ [kMGT]?B free\)"
+    )
     assert re.search(message, outcome.output) and "Traceback" not in outcome.output
     failed = [
         row["step"]
@@ -202,7 +205,10 @@ def test_fault_8_a_checkpoint_that_will_not_fit_is_announced_at_the_start(monkey
         checkpointed_config(tmp_path, checkpoint={"async_save": False, "on_failure": "stop"})
     )
     assert re.search(
-        r"warning: .*checkpoints: a checkpoint needs [\d.]+ \wB \(16.8 MB of it a reserve\), 1\.0 kB are free",
+        (
+            r"warning: .*checkpoints: a checkpoint needs [\d.]+ \wB \(16.8 MB of it a reserve\), "
+            r"1\.0 kB are free"
+        ),
         tiny.messages[0],
     )
     with pytest.raises(save.CheckpointError, match="needs"):

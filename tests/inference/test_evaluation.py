@@ -97,16 +97,20 @@ def write_tasks(folder: Path) -> str:
         "test_split: test\nmetadata:\n  version: 1\n"
     )
     (folder / "rolling.yaml").write_text(
-        f'task: local_rolling\noutput_type: loglikelihood_rolling\n{head}doc_to_text: ""\ndoc_to_target: "{{{{text}}}}"\n'
+        f"task: local_rolling\noutput_type: loglikelihood_rolling\n{head}"
+        'doc_to_text: ""\ndoc_to_target: "{{text}}"\n'
         "metric_list:\n  - metric: bits_per_byte\n  - metric: byte_perplexity\n"
     )
     (folder / "choice.yaml").write_text(
-        f'task: local_choice\noutput_type: multiple_choice\n{head}doc_to_text: "{{{{text[:-1]}}}}"\ndoc_to_choice: "{{{{choices}}}}"\n'
+        f"task: local_choice\noutput_type: multiple_choice\n{head}"
+        'doc_to_text: "{{text[:-1]}}"\ndoc_to_choice: "{{choices}}"\n'
         'target_delimiter: ""\ndoc_to_target: "{{answer}}"\nmetric_list:\n  - metric: acc\n'
     )
     (folder / "continue.yaml").write_text(
-        f'task: local_continue\noutput_type: generate_until\n{head}doc_to_text: "{{{{text}}}}"\ndoc_to_target: "nothing"\n'
-        'generation_kwargs:\n  until: ["zz"]\n  max_gen_toks: 4\nmetric_list:\n  - metric: exact_match\n'
+        f"task: local_continue\noutput_type: generate_until\n{head}"
+        'doc_to_text: "{{text}}"\ndoc_to_target: "nothing"\n'
+        'generation_kwargs:\n  until: ["zz"]\n  max_gen_toks: 4\n'
+        "metric_list:\n  - metric: exact_match\n"
     )
     return str(folder)
 
@@ -226,9 +230,11 @@ def test_what_cannot_be_evaluated_is_one_clear_error(offline: None, tmp_path: Pa
     with pytest.raises(ConfigError, match="not a folder"):
         evaluate_tasks(scorer, TaskSettings(("local",), str(tmp_path / "nowhere")))
     (tmp_path / "broken.yaml").write_text(
-        f"task: broken\ndataset_path: json\ndataset_kwargs:\n  data_files: {tmp_path / 'missing.jsonl'}\n"
+        "task: broken\ndataset_path: json\n"
+        f"dataset_kwargs:\n  data_files: {tmp_path / 'missing.jsonl'}\n"
         "output_type: loglikelihood_rolling\n"
-        'test_split: train\ndoc_to_text: ""\ndoc_to_target: "{{text}}"\nmetric_list:\n  - metric: bits_per_byte\n'
+        'test_split: train\ndoc_to_text: ""\ndoc_to_target: "{{text}}"\n'
+        "metric_list:\n  - metric: bits_per_byte\n"
     )
     with pytest.raises(DataError, match="cannot be had"):
         evaluate_tasks(scorer, TaskSettings(("broken",), str(tmp_path)))

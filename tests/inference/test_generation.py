@@ -171,7 +171,7 @@ def test_a_batch_of_prompts_of_any_lengths_gives_what_each_gives_alone(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_equal_seeds_give_equal_texts_in_batches_of_other_sizes_in_float32_and_in_the_same_batch_in_bf16(
+def test_equal_seeds_give_equal_texts_in_any_batch_in_float32_and_in_the_same_batch_in_bf16(
     dtype: torch.dtype,
 ) -> None:
     gpt, sampling = small_model().to(dtype), Sampling(1.0, 1.0, 12)

@@ -183,9 +183,9 @@ def test_a_control_whose_interval_reaches_into_the_band_proves_nothing():
     result = judge(spread("model", [0.0, 0.01]) + spread("control", [0.8, 1.2]))
     assert result.verdict == Verdict.CANNOT_TELL
     assert (
-        "the control's stream change over depth has the exponent +1.000 [-1.541, +3.541], whose interval reaches"
-        in result.reason
-    )
+        "the control's stream change over depth has the exponent +1.000 [-1.541, +3.541], "
+        "whose interval reaches"
+    ) in result.reason
 
 
 def test_an_update_whose_interval_is_wider_than_its_band_cannot_tell():

@@ -325,9 +325,9 @@ def test_the_report_says_the_best_learning_rate_its_neighbours_and_a_next_comman
     lines = out.splitlines()
     (best,) = [line for line in lines if line.startswith("completep 2 x 32")]
     assert (
-        "2 seeds: best learning rate 2^-7.00 = 0.007812 [2^-7.50, 2^-6.50], steps of 1 octaves, bracketed by the grid"
-        in best
-    )
+        "2 seeds: best learning rate 2^-7.00 = 0.007812 [2^-7.50, 2^-6.50], steps of 1 "
+        "octaves, bracketed by the grid"
+    ) in best
     neighbours = lines[lines.index(best) + 1]
     assert neighbours.split("; ")[0].strip() == "2^-8: loss 2.6005 (seeds 2.6000 to 2.6010)"
     assert [part.strip().split(":")[0] for part in neighbours.split(";")] == [

@@ -88,21 +88,33 @@ def with_attention_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parameterization, "_attention_scale", wrong)
 
 
+# What is wrong: (the trace that tells, what makes it so).
 WRONG: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
     "residual multiplier missing": ("completep", with_property("residual_multiplier", 1.0)),
-    "residual multiplier with alpha 1 at alpha 0.5": ("alpha_half", with_property("residual_multiplier", 0.25)),
+    "residual multiplier with alpha 1 at alpha 0.5": (
+        "alpha_half", with_property("residual_multiplier", 0.25)),
     "logit multiplier missing": ("completep", with_property("logit_multiplier", 1.0)),
     "attention scale 1/sqrt(head_dim)": ("completep", with_attention_scale),
-    "hidden lr not divided by width": ("completep", with_cell(Role.HIDDEN_WEIGHT, "lr", lambda m_N, m_L, a, r: r)),
-    "hidden lr divided by depth at alpha 1": ("completep", with_cell(Role.HIDDEN_WEIGHT, "lr", lambda m_N, m_L, a, r: 1 / m_L)),
-    "hidden decay not multiplied": ("completep", with_cell(Role.HIDDEN_WEIGHT, "weight_decay", lambda m_N, m_L, a, r: 1 / r)),
-    "hidden lr without its depth factor": ("alpha_half", with_cell(Role.HIDDEN_WEIGHT, "lr", lambda m_N, m_L, a, r: m_L ** (1 - a))),
-    "pre-norm lr without its depth factor": ("alpha_half", with_cell(Role.PRE_NORM, "lr", lambda m_N, m_L, a, r: m_L ** (1 - a))),
-    "bias lr without its depth factor": ("alpha_half", with_cell(Role.HIDDEN_BIAS, "lr", lambda m_N, m_L, a, r: m_L ** (1 - a))),
-    "final norm lr with a depth factor": ("alpha_half", with_cell(Role.FINAL_NORM, "lr", lambda m_N, m_L, a, r: m_L ** (a - 1))),
-    "embedding lr with a depth factor": ("alpha_half", with_cell(Role.EMBEDDING, "lr", lambda m_N, m_L, a, r: m_L ** (a - 1))),
-    "embedding lr divided by width": ("completep", with_cell(Role.EMBEDDING, "lr", lambda m_N, m_L, a, r: 1 / m_N)),
-    "embedding not decayed": ("completep", with_cell(Role.EMBEDDING, "weight_decay", lambda m_N, m_L, a, r: 0.0)),
+    "hidden lr not divided by width": (
+        "completep", with_cell(Role.HIDDEN_WEIGHT, "lr", lambda m_N, m_L, a, r: r)),
+    "hidden lr divided by depth at alpha 1": (
+        "completep", with_cell(Role.HIDDEN_WEIGHT, "lr", lambda m_N, m_L, a, r: 1 / m_L)),
+    "hidden decay not multiplied": (
+        "completep", with_cell(Role.HIDDEN_WEIGHT, "weight_decay", lambda m_N, m_L, a, r: 1 / r)),
+    "hidden lr without its depth factor": (
+        "alpha_half", with_cell(Role.HIDDEN_WEIGHT, "lr", lambda m_N, m_L, a, r: m_L ** (1 - a))),
+    "pre-norm lr without its depth factor": (
+        "alpha_half", with_cell(Role.PRE_NORM, "lr", lambda m_N, m_L, a, r: m_L ** (1 - a))),
+    "bias lr without its depth factor": (
+        "alpha_half", with_cell(Role.HIDDEN_BIAS, "lr", lambda m_N, m_L, a, r: m_L ** (1 - a))),
+    "final norm lr with a depth factor": (
+        "alpha_half", with_cell(Role.FINAL_NORM, "lr", lambda m_N, m_L, a, r: m_L ** (a - 1))),
+    "embedding lr with a depth factor": (
+        "alpha_half", with_cell(Role.EMBEDDING, "lr", lambda m_N, m_L, a, r: m_L ** (a - 1))),
+    "embedding lr divided by width": (
+        "completep", with_cell(Role.EMBEDDING, "lr", lambda m_N, m_L, a, r: 1 / m_N)),
+    "embedding not decayed": (
+        "completep", with_cell(Role.EMBEDDING, "weight_decay", lambda m_N, m_L, a, r: 0.0)),
 }  # fmt: skip
 
 

@@ -391,7 +391,10 @@ def test_the_folder_kernels_of_a_checkout_answers_transformers_probe_with_nothin
     """transformers imports a package of this name where it finds one, and would take an error for
     its own.
     """
-    program = "import kernels, sys; print(hasattr(kernels, '__version__'), any(name.startswith('kernels.') for name in sys.modules))"
+    program = (
+        "import kernels, sys; print(hasattr(kernels, '__version__'), "
+        "any(name.startswith('kernels.') for name in sys.modules))"
+    )
     run = subprocess.run(
         [sys.executable, "-c", program],
         cwd=Path(__file__).parents[2],

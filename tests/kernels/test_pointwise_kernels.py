@@ -3,6 +3,7 @@ against float64.
 """
 
 import importlib
+from functools import partial
 
 import pytest
 import torch
@@ -163,17 +164,41 @@ def test_addresses_beyond_two_to_the_31_do_not_overflow_and_32_bits_would(module
         FAR[module](mutant(module, ".to(tl.int64)", ""))
 
 
-MUTANTS = {  # what goes wrong: (module, the text, the text instead, the check that notices)
+def notices_swiglu(module):
+    check_swiglu(module, TOLERANCE, (3, 100), torch.float32)
+
+
+def notices_rotary(module, **options):
+    check_rotary(module, TOLERANCE, (3, 2, 3, 64), torch.float32, **options)
+
+
+# What goes wrong: (module, the text, the text instead, the check that notices).
+MUTANTS = {
     "the gate's own slope is lost": (
-        "ops.swiglu", "(1.0 + gate * (1.0 - sigmoid))", "1.0", lambda m: check_swiglu(m, TOLERANCE, (3, 100), torch.float32)),
+        "ops.swiglu",
+        "(1.0 + gate * (1.0 - sigmoid))",
+        "1.0",
+        notices_swiglu,
+    ),
     "gate and up change places": (
-        "ops.swiglu", "gate_up + row * stride + F + column", "gate_up + row * stride + column",
-        lambda m: check_swiglu(m, TOLERANCE, (3, 100), torch.float32)),
+        "ops.swiglu",
+        "gate_up + row * stride + F + column",
+        "gate_up + row * stride + column",
+        notices_swiglu,
+    ),
     "the inverse turns the same way": (
-        "ops.rotary", "sine = -sine", "sine = sine", lambda m: check_rotary(m, TOLERANCE, (3, 2, 3, 64), torch.float32, inverse=True)),
+        "ops.rotary",
+        "sine = -sine",
+        "sine = sine",
+        partial(notices_rotary, inverse=True),
+    ),
     "every sequence has the first one's positions": (
-        "ops.rotary", "b * cos_stride_b", "0", lambda m: check_rotary(m, TOLERANCE, (3, 2, 3, 64), torch.float32, batch_angles=2)),
-}  # fmt: skip
+        "ops.rotary",
+        "b * cos_stride_b",
+        "0",
+        partial(notices_rotary, batch_angles=2),
+    ),
+}
 
 
 @pytest.mark.parametrize("slip", MUTANTS)

@@ -258,8 +258,10 @@ def norm_far_away(module):
     x = torch.zeros(64, 1024)
     module.launch_residual_norm_forward(x, x, None, VECTOR, None, Join(0.5), LAYERNORM)
     module.residual_norm_backward_kernel[(1,)](
-        x, x, x, x, x, VECTOR, None, x, x, torch.zeros(1, 1, 1024), FAR_ROWS, 1024, 1024, 1024, 0.5, 0.0,
-        HIDDEN=1024, WIDTHS=(1024,), ROWS=2, RMS=True, HAS_BIAS=False, HAS_BRANCH_BIAS=False, STAGES=1,
+        x, x, x, x, x, VECTOR, None, x, x, torch.zeros(1, 1, 1024),
+        FAR_ROWS, 1024, 1024, 1024, 0.5, 0.0,
+        HIDDEN=1024, WIDTHS=(1024,), ROWS=2, RMS=True,
+        HAS_BIAS=False, HAS_BRANCH_BIAS=False, STAGES=1,
     )  # fmt: skip
 
 
@@ -311,27 +313,35 @@ def test_addresses_beyond_two_to_the_31_do_not_overflow_and_32_bits_would(name, 
 # Mutants: each slip is caught by the check that is named beside it.
 
 BACKWARD = Case(17, 100, bias=True, branch_bias=True, dropout_p=0.3)
-# what goes wrong: (the module, its text, the text instead, the check that notices, its case)
+# What goes wrong: (the module, its text, the text instead, the check that notices, its case).
 MUTANTS = {
-    "the scale is missing in the backward": ("tiling", "gradient *= scale", "gradient *= 1.0", check_backward, BACKWARD),
+    "the scale is missing in the backward": (
+        "tiling", "gradient *= scale", "gradient *= 1.0", check_backward, BACKWARD),
     "statistics are taken before rounding": (
-        "tiling", "return stored.to(tl.float32)", "return total + scale * update", check_forward, Case(5, 64, BF16)),
+        "tiling", "return stored.to(tl.float32)", "return total + scale * update",
+        check_forward, Case(5, 64, BF16)),
     "lanes past the end count in the variance": (
-        "ops.residual_norm", "tl.where(column < HIDDEN, x - mean, 0.0)", "x - mean", check_forward, Case(5, 100)),
+        "ops.residual_norm", "tl.where(column < HIDDEN, x - mean, 0.0)", "x - mean",
+        check_forward, Case(5, 100)),
     "the backward drops other elements": (
-        "tiling", "gradient *= dropout_factor(seed, dropout_p, row", "gradient *= dropout_factor(seed, dropout_p, 1 + row",
+        "tiling", "gradient *= dropout_factor(seed, dropout_p, row",
+        "gradient *= dropout_factor(seed, dropout_p, 1 + row",
         check_backward, BACKWARD),
-    "the stream's own gradient is lost": ("ops.residual_norm", "if d_y is not None:", "if False:", check_backward, BACKWARD),
-    "the mean of the gradient is not removed": ("ops.residual_norm", "g[k] - g_mean", "g[k]", check_backward, BACKWARD),
+    "the stream's own gradient is lost": (
+        "ops.residual_norm", "if d_y is not None:", "if False:", check_backward, BACKWARD),
+    "the mean of the gradient is not removed": (
+        "ops.residual_norm", "g[k] - g_mean", "g[k]", check_backward, BACKWARD),
     "a vector gradient takes another's place": (
-        "ops.residual_norm", "store_partial(partials, K - 1, K, branch_sum", "store_partial(partials, 1, K, branch_sum",
+        "ops.residual_norm", "store_partial(partials, K - 1, K, branch_sum",
+        "store_partial(partials, 1, K, branch_sum",
         check_backward, BACKWARD),
     "later segments are left out of the row's sum": (
         "tiling", "total += tiles[k]", "total += 0.0 * tiles[k]", check_backward, Case(3, 768)),
     "the second segment is left out of the row's sum": (
         "tiling", " + tl.sum(tiles[1], axis=1, keep_dims=True)", "", check_backward, Case(3, 640)),
     "the reduction overwrites the main gradient": (
-        "ops.partial_sums", "old + tl.sum(total, axis=0)", "tl.sum(total, axis=0)", check_backward, BACKWARD),
+        "ops.partial_sums", "old + tl.sum(total, axis=0)", "tl.sum(total, axis=0)",
+        check_backward, BACKWARD),
 }  # fmt: skip
 
 

@@ -139,8 +139,14 @@ def test_a_factor_that_reaches_no_parameter_of_this_model_is_a_warning_in_every_
     words = ["completep.factors.qk_norm.lr=2.0", "completep.factors.hidden_bias.eps=3.0"]
     found = check(*words)
     assert found == [
-        "completep.factors.qk_norm reaches no parameter of this model; it acts where model.qk_norm = true.",
-        "completep.factors.hidden_bias reaches no parameter of this model; it acts where model.bias = true.",
+        (
+            "completep.factors.qk_norm reaches no parameter of this model; it acts where "
+            "model.qk_norm = true."
+        ),
+        (
+            "completep.factors.hidden_bias reaches no parameter of this model; it acts where "
+            "model.bias = true."
+        ),
     ]
     assert check(*words, *PIPELINE) == found
     assert check(*words, "model.qk_norm=true", "model.bias=true") == []
@@ -213,7 +219,10 @@ def test_float64_holds_what_float32_does_not():
 
 
 def test_factors_that_leave_the_range_of_numbers_are_refused_without_a_traceback():
-    twice = "optimizer.overrides=[{pattern: '*.up.*', eps: 1e-300}, {pattern: '*.up.weight', eps: 1e-300}]"
+    twice = (
+        "optimizer.overrides=[{pattern: '*.up.*', eps: 1e-300}, {pattern: '*.up.weight', "
+        "eps: 1e-300}]"
+    )
     assert (
         "the AdamW epsilon is 0 for hidden_weight (layers.0.mlp.up.weight and 3 more)"
         in refusal(twice)

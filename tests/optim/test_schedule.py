@@ -169,9 +169,7 @@ def copy_state(source: DistributedOptimizer, target: DistributedOptimizer) -> No
     target.control.copy_(source.control)
 
 
-def test_the_learning_rate_of_a_group_is_schedule_times_factor_at_warm_up_peak_minimum_and_after_reload() -> (
-    None
-):
+def test_a_groups_rate_is_schedule_times_factor_at_warm_up_peak_minimum_and_after_reload() -> None:
     gpt, optimizer, _ = small_setup(completep={"alpha": 0.5}, optimizer=SETTINGS)
     factors = {name: group.lr_factor for name, group in optimizer.groups.items()}
     # outside the blocks, vectors in blocks, matrices in blocks

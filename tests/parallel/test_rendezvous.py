@@ -59,7 +59,8 @@ def test_ranks_that_do_not_come_are_named_by_those_that_did(came: list[int], mis
         Roll(store, rank_of(rank, 3, 1))._sign()
     said = outcome(lambda: Roll(store, rank_of(0, 3, 1)).call(time_is_up, 90))
     assert said.startswith(
-        f"rank {missing} of 3 did not start within 90 s (parallel.timeout_minutes), {len(came)} did. Look at the log"
+        f"rank {missing} of 3 did not start within 90 s (parallel.timeout_minutes), "
+        f"{len(came)} did. Look at the log"
     )
 
 
@@ -134,6 +135,9 @@ def test_the_holder_of_the_store_that_leaves_is_named() -> None:
 
     with pytest.raises(
         ConfigError,
-        match=r"rank 1: rank 0, which holds the store, left while waiting for rank 0, 1: Connection reset",
+        match=(
+            r"rank 1: rank 0, which holds the store, left while waiting for rank 0, 1: "
+            r"Connection reset"
+        ),
     ):
         Roll(Gone(), rank_of(1, 2, 1)).call(time.monotonic() + 60, 60)

@@ -247,7 +247,10 @@ def test_the_tool_refuses_an_unknown_key_with_2(programs: Programs) -> None:
 
 
 def test_a_reader_that_stops_early_sees_no_traceback() -> None:
-    command = f"{sys.executable} {ROOT / 'tools/show_plan.py'} {TARGET} --json model.num_layers=400 | head -c 10"
+    command = (
+        f"{sys.executable} {ROOT / 'tools/show_plan.py'} {TARGET} --json "
+        "model.num_layers=400 | head -c 10"
+    )
     run = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True
     )

@@ -126,7 +126,10 @@ def test_a_pipe_of_the_shell_is_refused_and_nothing_is_lost(tmp_path: Path) -> N
     try:
         with pytest.raises(
             DataError,
-            match=rf"/dev/fd/{reading}: is a pipe \(FIFO\), not a regular file. Write its content to a file",
+            match=(
+                rf"/dev/fd/{reading}: is a pipe \(FIFO\), not a regular file. Write its "
+                r"content to a file"
+            ),
         ):
             run(tmp_path, tmp_path / "a.jsonl", f"/dev/fd/{reading}")
         assert os.read(reading, 1000) == lines_of("b", "c")
@@ -447,7 +450,10 @@ def test_a_line_above_the_bound_is_bad_and_its_neighbours_are_read(
             ending
         ](raw)
     )
-    reason = "the line is longer than 9.536743164e-05 MB, the largest document (--max-document-megabytes)"
+    reason = (
+        "the line is longer than 9.536743164e-05 MB, the largest document "
+        "(--max-document-megabytes)"
+    )
     expected = [
         (f"line {number}", line if len(line) <= 100 else reason)
         for number, line in enumerate(lines, 1)

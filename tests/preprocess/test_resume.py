@@ -15,8 +15,8 @@ from megatron_completep.data.indexed import IndexedDataset
 ROOT = Path(__file__).parents[2]
 KILLS = 20
 
-# The tool's own run with small, slow blocks, so that each kill meets the work at another place. $1:
-# workers, then inputs' folder, output.
+# The tool's own run with small, slow blocks, so that each kill meets the work at another place.
+# Its arguments: the number of workers, the inputs' folder, the output.
 PROGRAM = """
 import sys, time
 from megatron_completep.preprocess import encode, report
@@ -29,8 +29,12 @@ def slow(self, block):
 encode.Encoder.encode = slow  # in the workers too: they import this file as their main module
 if __name__ == "__main__":
     report._draw = lambda *_: None
-    settings = PreprocessSettings((sys.argv[2],), sys.argv[3], TokenizerChoice("bytes"), append_eod=True, deduplicate=True)
-    print(preprocess(settings, workers=int(sys.argv[1]), block_bytes=1000, log_interval=10**9)["status"])
+    workers, inputs, output = sys.argv[1:]
+    settings = PreprocessSettings(
+        (inputs,), output, TokenizerChoice("bytes"), append_eod=True, deduplicate=True
+    )
+    done = preprocess(settings, workers=int(workers), block_bytes=1000, log_interval=10**9)
+    print(done["status"])
 """
 
 
@@ -124,7 +128,8 @@ def deadly(self, block):
     return original(self, block)
 encode.Encoder.encode = deadly  # in the workers too: they import this file as their main module
 def main():
-    preprocess(PreprocessSettings((sys.argv[1],), sys.argv[2], TokenizerChoice("bytes")), workers=2, block_bytes=200)
+    settings = PreprocessSettings((sys.argv[1],), sys.argv[2], TokenizerChoice("bytes"))
+    preprocess(settings, workers=2, block_bytes=200)
 if __name__ == "__main__":
     exit_on_user_error(main)
 """

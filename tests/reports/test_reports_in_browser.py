@@ -110,7 +110,10 @@ def test_one_picture_of_a_choice_is_seen_at_a_time(browser: Browser, tmp_path: P
 
 
 def test_a_broken_page_is_seen_to_be_broken(browser: Browser, tmp_path: Path) -> None:
-    page = "<title>x</title><img src='none.png'><script>console.error('oh'); undefinedFunction()</script>"
+    page = (
+        "<title>x</title><img src='none.png'><script>console.error('oh'); "
+        "undefinedFunction()</script>"
+    )
     (tmp_path / "page.html").write_text(page)
     browser.open((tmp_path / "page.html").as_uri())
     problems = "\n".join(browser.problems)

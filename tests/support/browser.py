@@ -98,11 +98,13 @@ class Browser:
                 self.problems.append(f"exception: {details['exceptionDetails']}")
             case "Runtime.consoleAPICalled" if details["type"] in ("error", "warning", "assert"):
                 self.problems.append(
-                    f"console {details['type']}: {[a.get('value', a.get('description')) for a in details['args']]}"
+                    f"console {details['type']}: "
+                    f"{[a.get('value', a.get('description')) for a in details['args']]}"
                 )
             case "Log.entryAdded" if details["entry"]["level"] in ("error", "warning"):
                 self.problems.append(
-                    f"{details['entry']['level']}: {details['entry']['text']} {details['entry'].get('url', '')}"
+                    f"{details['entry']['level']}: {details['entry']['text']} "
+                    f"{details['entry'].get('url', '')}"
                 )
             case "Network.loadingFailed" if not details.get("canceled"):
                 self.problems.append(f"not loaded: {details.get('errorText')}")
@@ -172,7 +174,8 @@ class Browser:
         """Pictures of the page that show nothing."""
         return list(
             self.evaluate(
-                "[...document.images].filter(i => !(i.complete && i.naturalWidth > 0)).map(i => i.src.slice(0, 80))"
+                "[...document.images].filter(i => !(i.complete && i.naturalWidth > 0)).map(i "
+                "=> i.src.slice(0, 80))"
             )
         )
 

@@ -123,7 +123,10 @@ def test_rows_that_a_full_disk_refuses_wait_and_are_written_later(tmp_path: Path
     file.close()
     assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
     assert said == [
-        "warning: /dev/full cannot be written: No space left on device. Rows wait in memory; training goes on."
+        (
+            "warning: /dev/full cannot be written: No space left on device. Rows wait in memory; "
+            "training goes on."
+        )
     ]
 
 

@@ -83,7 +83,10 @@ def test_a_tracker_that_hangs_costs_no_more_than_its_patience() -> None:
     never = threading.Event()
     said = feed(lambda: Recorder(never.wait), patience=0.2)  # otherwise it would wait for ever
     assert said == [
-        "warning: it is left out from here on: it did not finish within 0.2 s. Training goes on; metrics.jsonl has every step."
+        (
+            "warning: it is left out from here on: it did not finish within 0.2 s. Training goes "
+            "on; metrics.jsonl has every step."
+        )
     ]
     never.set()
 
@@ -212,8 +215,9 @@ from megatron_completep.pretrain import pretrain
 from megatron_completep.telemetry import trackers
 from tests.support.runs import tiny_config
 trackers.CLOSING_SECONDS = 280.0
+tracked = ("logging.offline=true", "logging.trackers=[wandb, trackio]")
 for steps in ("stop_at_step=6", "stop_at_step=null"):  # the second start resumes
-    pretrain(tiny_config(Path(sys.argv[1]), f"training.{steps}", "logging.offline=true", "logging.trackers=[wandb, trackio]"))
+    pretrain(tiny_config(Path(sys.argv[1]), f"training.{steps}", *tracked))
     time.sleep(1.1)  # wandb names its folders by the second
 """
 

@@ -723,7 +723,8 @@ for tool in tools:
         try:
             runpy.run_module(f"megatron_completep.{tool}", run_name="__main__", alter_sys=True)
         except SystemExit as ended:
-            os._exit(ended.code)  # not through torch's own ending, which is slow and no matter of this test
+            # Not through torch's own ending, which is slow and no matter of this test.
+            os._exit(ended.code)
     os.close(writing)
     with open(reading) as pipe:
         text = pipe.read()

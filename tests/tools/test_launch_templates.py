@@ -15,7 +15,8 @@ LAUNCH = Path("configs/launch")
 SRUN = """#!/bin/bash
 shift  # --kill-on-bad-exit=1
 for task in 0 1; do
-    SLURM_PROCID=$task SLURM_NTASKS=2 SLURM_LOCALID=$task SLURM_NTASKS_PER_NODE=2 "$@" & pids="$pids $!"
+    SLURM_PROCID=$task SLURM_NTASKS=2 SLURM_LOCALID=$task SLURM_NTASKS_PER_NODE=2 "$@" &
+    pids="$pids $!"
 done
 worst=0
 for pid in $pids; do wait "$pid"; code=$?; [ $code -gt $worst ] && worst=$code; done

@@ -421,8 +421,14 @@ def test_a_version_that_differs_between_nodes_is_said() -> None:
 
 
 def test_the_driver_version_is_read_off_the_kernel_module() -> None:
-    classic = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\nGCC version: gcc 11.4.0\n"
-    opened = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.124.06  Release Build  (dvs-builder)\n"
+    classic = (
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 "
+        "UTC 2024\nGCC version: gcc 11.4.0\n"
+    )
+    opened = (
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.124.06  Release "
+        "Build  (dvs-builder)\n"
+    )
     assert [driver_version(text) for text in (classic, opened, "")] == [
         "550.54.15",
         "570.124.06",

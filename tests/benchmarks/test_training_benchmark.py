@@ -14,10 +14,11 @@ from megatron_completep.benchmarks.training_benchmark import (
     compare,
     random_batch,
 )
+from tests.support.configs import GPT2
 from tests.support.models import batch_of, build_model, model_config, table_for
 
 SHAPES: list[dict[str, Any]] = [
-    {"norm": "layernorm", "activation": "gelu", "position": "learned", "bias": True},
+    GPT2,
     {"norm": "rmsnorm", "activation": "swiglu", "position": "rope", "num_query_groups": 2},
     {
         "norm": "layernorm",

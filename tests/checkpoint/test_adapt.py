@@ -25,17 +25,11 @@ from megatron_completep.parallel.parameter import declare
 from megatron_completep.roles import Role
 from megatron_completep.tools import checkpoint as tool
 from tests.support.checkpoints import TinyRun, checkpointed_config
+from tests.support.configs import TIED_GPT2
 from tests.support.models import model_config, model_on_paper, table_for
 
 F64 = {"precision": "float64"}
 TOKENS = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(0))
-GPT2 = {
-    "norm": "layernorm",
-    "bias": True,
-    "activation": "gelu",
-    "position": "learned",
-    "tied_embeddings": True,
-}
 QK = {"qk_norm": True, "position": "alibi", "activation": "squared_relu"}
 CHANGES = {
     "base shape": {"completep": {"base_hidden_size": 4, "base_num_layers": 2, "base_head_dim": 1}},
@@ -83,7 +77,7 @@ def gradients(run: TinyRun) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("model", [{}, GPT2, QK], ids=["llama", "gpt2", "qk"])
+@pytest.mark.parametrize("model", [{}, TIED_GPT2, QK], ids=["llama", "gpt2", "qk"])
 @pytest.mark.parametrize(
     "change",
     [
@@ -108,7 +102,7 @@ def test_the_adapted_model_computes_the_same_function_and_goes_on(tmp_path, mode
     assert all(map(torch.isfinite, map(torch.tensor, again.train(2))))
 
 
-@pytest.mark.parametrize("model", [{}, GPT2, QK], ids=["llama", "gpt2", "qk"])
+@pytest.mark.parametrize("model", [{}, TIED_GPT2, QK], ids=["llama", "gpt2", "qk"])
 def test_moments_follow_the_gradients_of_rescaled_weights(tmp_path, model):
     """First moments are averages of gradients, second ones of their squares: the ratios are the
     gradients' own.

@@ -22,7 +22,7 @@ from megatron_completep.interop.architectures import blockers, choose_architectu
 from megatron_completep.interop.check_export import check_export, load_with_transformers
 from megatron_completep.interop.export_model import ExportSettings, export_model, parse_size
 from megatron_completep.parallel.context import ParallelContext
-from tests.support.configs import GPT2
+from tests.support.configs import GPT2, TIED_GPT2
 from tests.support.exports import (
     FACTORS,
     LLAMA,
@@ -38,7 +38,6 @@ from tests.support.ranks import WorkerPool, context_on
 pytest.importorskip("transformers")
 
 TIED_QWEN3 = {**QWEN3, "tied_embeddings": True}
-TIED_GPT2 = {**GPT2, "tied_embeddings": True}
 CASES: dict[str, tuple[str, float, dict[str, Any]]] = {
     "granite": ("granite", 1.0, LLAMA),
     "granite_tied": ("granite", 0.5, TIED_LLAMA),

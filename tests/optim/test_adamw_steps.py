@@ -17,6 +17,7 @@ from megatron_completep.model.gpt import GPT
 from megatron_completep.optim.optimizer import DistributedOptimizer
 from megatron_completep.optim.schedule import learning_rate
 from megatron_completep.roles import Role
+from tests.support.configs import GPT2
 from tests.support.models import (
     batch_of,
     build_model,
@@ -29,13 +30,7 @@ from tests.support.models import (
     train_step,
 )
 
-BIASED = {
-    "bias": True,
-    "norm": "layernorm",
-    "activation": "gelu",
-    "qk_norm": True,
-    "position": "learned",
-}
+BIASED = {**GPT2, "qk_norm": True}
 # of the masters
 ROUNDING = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-24}
 

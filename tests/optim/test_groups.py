@@ -20,6 +20,7 @@ from megatron_completep.model.gpt import GPT
 from megatron_completep.optim.groups import Group, build_groups
 from megatron_completep.parallel.parameter import Spec, declare
 from megatron_completep.roles import Role
+from tests.support.configs import GPT2, PAPER
 from tests.support.models import (
     build_model,
     build_optimizer,
@@ -35,15 +36,9 @@ SIGMA, ETA, LAMBDA, EPS = 0.02, 0.004, 0.1, 1e-12
 GRID = list(itertools.product((1, 2, 4), (1, 2, 8), (0.5, 1.0)))
 SMALL_GRID = [(2, 2, 0.5)]  # enough for the negative controls
 MODELS: list[dict[str, Any]] = [
-    {
-        "bias": True,
-        "norm": "layernorm",
-        "activation": "gelu",
-        "position": "learned",
-        "qk_norm": True,
-    },
+    {**GPT2, "qk_norm": True},
     {"num_query_groups": 2, "activation": "swiglu", "tied_embeddings": True},
-    {"activation": "squared_relu", "position": "alibi", "bias": True, "norm": "layernorm"},
+    PAPER,
 ]
 
 

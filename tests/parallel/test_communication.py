@@ -7,15 +7,9 @@ from typing import Any
 import pytest
 
 from tests.parallel.counting import planned_and_counted
+from tests.support.configs import TIED_GPT2
 
-TIED = {
-    "norm": "layernorm",
-    "activation": "gelu",
-    "position": "learned",
-    "bias": True,
-    "tied_embeddings": True,
-    "qk_norm": True,
-}
+TIED = {**TIED_GPT2, "qk_norm": True}
 GROUPED = {"num_query_groups": 2, "bias": True, "norm": "layernorm"}
 SEQUENCE = {"tensor_parallel_size": 2, "sequence_parallel": True}
 

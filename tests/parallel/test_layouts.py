@@ -18,6 +18,7 @@ from tests.parallel.layouts import (
     replay_trace,
     train,
 )
+from tests.support.configs import PAPER, TIED_GPT2
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 
@@ -73,22 +74,9 @@ LAYOUTS = {
 }
 MODELS = {
     "rmsnorm, swiglu, rope": {},
-    "layernorm, gelu, learned, biases, tied, qk-norm": {
-        "norm": "layernorm",
-        "activation": "gelu",
-        "position": "learned",
-        "bias": True,
-        "tied_embeddings": True,
-        "qk_norm": True,
-    },
+    "layernorm, gelu, learned, biases, tied, qk-norm": {**TIED_GPT2, "qk_norm": True},
 }
-GROUPED = {
-    "num_query_groups": 2,
-    "activation": "squared_relu",
-    "position": "alibi",
-    "bias": True,
-    "norm": "layernorm",
-}
+GROUPED = {**PAPER, "num_query_groups": 2}
 # The key biases' true gradient is zero: what is there is rounding noise, which Adam amplifies.
 NOISE = "qkv.bias"
 

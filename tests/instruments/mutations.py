@@ -5,7 +5,7 @@ model away from the right one.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -21,11 +21,11 @@ from megatron_completep.model.norm import Norm, StreamNorm
 from megatron_completep.model.stream import Stream
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.roles import Role
+from tests.support.models import as_class
 
 
 def table_of_class(kind: type[Table], config: Config) -> Table:
-    right = table_of(config)
-    return kind(**{f.name: getattr(right, f.name) for f in fields(right)})
+    return as_class(kind, table_of(config))
 
 
 def with_table(kind: type[Table]) -> Design:

@@ -314,15 +314,13 @@ def test_a_report_is_written_from_a_finished_sweep(tmp_path: Path):
 
 
 def test_the_report_says_the_best_learning_rate_its_neighbours_and_a_next_command_that_works(
-    run_tool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    programs: Programs, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     monkeypatch.setattr(sweep, "processes", lambda workers: ThreadPoolExecutor(1))
     folder = tmp_path / "sweep"
     points = written_sweep(folder, tmp_path)
     write_markov_chain(tmp_path / "text", 8_000)
-    code, out, err = run_tool("report", str(folder))
-    assert code == 0, err
-    lines = out.splitlines()
+    lines = programs.output(main, "report", folder).splitlines()
     (best,) = [line for line in lines if line.startswith("completep 2 x 32")]
     assert (
         "2 seeds: best learning rate 2^-7.00 = 0.007812 [2^-7.50, 2^-6.50], steps of 1 "
@@ -346,38 +344,29 @@ def test_the_report_says_the_best_learning_rate_its_neighbours_and_a_next_comman
         if ": python tools/lr_transfer.py" in line
     ]
     assert [words[2] for words in commands] == ["plan", "sweep"]
-    assert run_tool(*commands[0][2:])[0] == 0
+    programs.output(main, *commands[0][2:])
     assert load_config(folder / "target.yaml").model.num_layers == 8
-    assert run_tool(*commands[1][2:])[0] == 0  # -8 to -6 in half octaves
-    out = run_tool("report", str(folder))[1]
-    assert "steps of 0.5 octaves" in out
+    programs.output(main, *commands[1][2:])  # -8 to -6 in half octaves
+    assert "steps of 0.5 octaves" in programs.output(main, "report", folder)
 
 
 def test_a_best_rate_at_the_edge_is_said_and_the_next_command_goes_beyond(
-    run_tool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    programs: Programs, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     folder = tmp_path / "sweep"
     for point in written_sweep(folder, tmp_path):
         path = sweep.result_path(folder, point)
-        path.write_text(
-            json.dumps(
-                {
-                    **json.loads(path.read_text()),
-                    "validation_loss": 3.0 - math.log2(point.base_lr) / 100,
-                }
-            )
-        )
-    lines = run_tool("report", str(folder))[1].splitlines()
+        result = json.loads(path.read_text())
+        result["validation_loss"] = 3.0 - math.log2(point.base_lr) / 100
+        path.write_text(json.dumps(result))
+    lines = programs.output(main, "report", folder).splitlines()
     assert "at the upper edge of the grid: it may lie higher" in lines[1]
     assert "unresolved: an optimum lies at the edge of the grid" in "\n".join(lines)
-    (command,) = [
-        shlex.split(line.split(": ", 1)[1])
-        for line in lines
-        if ": python tools/lr_transfer.py" in line
-    ]
+    (line,) = [line for line in lines if ": python tools/lr_transfer.py" in line]
+    command = shlex.split(line.split(": ", 1)[1])
     ran: list[sweep.Point] = []
     monkeypatch.setattr(sweep, "run_local", lambda points, *rest: ran.extend(points))
-    assert run_tool(*command[2:])[0] == 0
+    programs.output(main, *command[2:])
     assert sorted({math.log2(p.base_lr) for p in ran}) == [-4.0, -3.0]
     assert {
         (p.parameterization, p.num_layers, p.base_weight_decay, p.train_steps) for p in ran

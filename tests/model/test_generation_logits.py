@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_completep.completep import Table
-from tests.support.models import batch_of, build_model, model_config
+from tests.support.models import batch_of, build_model, model_config, table_for, table_with
 
 CASES: list[dict[str, Any]] = [
     {"position": "rope"},
@@ -64,15 +63,14 @@ def test_training_loss_is_the_cross_entropy_of_the_generation_logits(case: dict[
         torch.testing.assert_close(gpt(tokens, labels=labels), expected, rtol=1e-12, atol=0)
 
 
-def test_a_multiplier_forgotten_when_generating_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_multiplier_forgotten_when_generating_is_caught() -> None:
     """The authors' own code forgets the 1/m_N when sampling."""
     model = model_config()
     gpt = build_model(model)
     tokens, _ = batch_of(model)
     with torch.no_grad():
         training = gpt(tokens)
-        monkeypatch.setattr(Table, "logit_multiplier", property(lambda self: 1.0))
-        forgetful = build_model(model)
+        forgetful = build_model(model, table_with(table_for(model), logit_multiplier=1.0))
         difference = (incremental_logits(forgetful, tokens, [1] * 12) - training).abs().max()
     assert difference > 0.1
 

@@ -237,13 +237,12 @@ def test_the_tool_writes_one_page_and_a_json_summary(tmp_path: Path, programs: P
 )
 def test_a_users_mistake_is_one_message_and_exit_code_2(
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     programs: Programs,
     words: list[str],
     message: str,
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "a", [row(1)], {})
-    refused = programs.run(main, *words)
+    placed = [word if word.startswith("--") else tmp_path / word for word in words]
+    refused = programs.run(main, *placed)
     assert refused.code == 2
     assert re.search(message, refused.err) and "Traceback" not in refused.err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -54,6 +55,17 @@ def table_for(model: ModelConfig, completep: CompletePConfig | None = None) -> T
 def plain_table(**changes: Any) -> Table:
     """A table of given multipliers; the proxy's sizes, which modules ask for, are of no model."""
     return Table(**{"base_hidden_size": 1, "base_ffn_hidden_size": 1, **changes})
+
+
+def table_with(table: Table, **properties: Any) -> Table:
+    """The same table, of which these properties have other values."""
+    members = {name: property(lambda self, v=value: v) for name, value in properties.items()}
+    return as_class(type("Changed", (type(table),), members), table)
+
+
+def as_class(kind: type[Table], table: Table) -> Table:
+    """A table's fields in a class derived from it."""
+    return kind(**{field.name: getattr(table, field.name) for field in fields(table)})
 
 
 def model_on_paper(model: ModelConfig, table: Table | None = None) -> GPT:

@@ -36,6 +36,7 @@ SERVER.set_forkserver_preload(
     ["torch", "torch.distributed", "megatron_completep.pretrain", "megatron_completep.data.writer"]
 )
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 PR_SET_CHILD_SUBREAPER = 36
 PEER_SECONDS = 30.0
 COUNTS = {"injections": 0, "hung": 0}  # of the test that runs; conftest.py reads them for the table
@@ -350,6 +351,17 @@ def _rank(
 
 def no_fail_point(name: str) -> None:
     pass
+
+
+def wait_for_step(config: Path, step: int, seconds: float = 240.0) -> None:
+    """Wait until a run has written the row of a step."""
+    metrics = config.parent / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if metrics.exists() and metrics.read_text().count("\n") >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached in {seconds} s")
 
 
 # The oracle.

@@ -24,6 +24,25 @@ BLOCK_NAMES = {
     "mlp.down": "mlp.c_proj",
 }
 
+# What every trace of this file has in common.
+FIXED: dict[str, Any] = {
+    "num_heads": 2,
+    "base_num_layers": 1,
+    "base_hidden_size": 8,
+    "batch_size": 4,
+    "position": "learned",
+    "norm": "LayerNorm eps 1e-5",
+    "activation": "GELU (erf)",
+    "attention_scale": "1/head_dim",
+    "init_std": 0.1,
+    "lr": 1e-2,
+    "betas": [0.9, 0.95],
+    "eps": 1e-12,
+    "weight_decay": 0.1,
+    "grad_clip": 1.0,
+    "lr_schedule": "constant",
+}
+
 
 def shapes(
     layers: int, hidden: int, vocab: int, length: int, bias: bool, tied: bool
@@ -110,31 +129,17 @@ def record(
     for name, (gpt2_name, _) in names.items():
         arrays[f"final/{gpt2_name}"] = weights[name].detach().float().numpy()
         weight_norms[gpt2_name] = weights[name].norm().item()
-    settings: dict[str, Any] = {
+    settings = {
+        **FIXED,
         "name": stem.name,
         "num_layers": layers,
         "hidden_size": hidden,
-        "num_heads": 2,
-        "base_num_layers": 1,
-        "base_hidden_size": 8,
         "alpha": alpha,
         "bias": bias,
         "seq_length": length,
-        "batch_size": 4,
         "steps": steps,
         "vocab_size": vocab,
         "tied_embeddings": tied,
-        "position": "learned",
-        "norm": "LayerNorm eps 1e-5",
-        "activation": "GELU (erf)",
-        "attention_scale": "1/head_dim",
-        "init_std": 0.1,
-        "lr": 1e-2,
-        "betas": [0.9, 0.95],
-        "eps": 1e-12,
-        "weight_decay": 0.1,
-        "grad_clip": 1.0,
-        "lr_schedule": "constant",
         "loss": losses,
         "grad_norm": norms,
         "param_norm_final": weight_norms,

@@ -28,12 +28,9 @@ def test_a_grid_is_the_product_of_its_axes(tmp_path: Path):
     points = grid.points(proxy_config(tmp_path))
     assert len(points) == 2 * 2 * 2 * 2 * 2 * 3
     point = points[-1]
-    assert (
-        point.config.model.hidden_size,
-        point.config.model.num_layers,
-        point.config.optimizer.base_lr,
-    ) == (64, 4, 0.02)
-    assert point.config.model.ffn_hidden_size == 256
+    model = point.config.model
+    assert (model.hidden_size, model.num_layers, model.ffn_hidden_size) == (64, 4, 256)
+    assert point.config.optimizer.base_lr == 0.02
     assert (point.config.completep.base_hidden_size, point.config.completep.base_num_layers) == (
         32,
         2,

@@ -111,10 +111,8 @@ def test_a_new_gated_branch_is_initialized_grouped_and_trained_without_editing_c
     assert group.weight_decay == pytest.approx(0.1 * 3, rel=1e-12)
     assert group.eps == pytest.approx(1e-12 / 4, rel=1e-12)
     assert optimizer.groups["layers.1.gated.gate_and_value.weight"].lr_factor == 0.5
-    assert (
-        optimizer.groups["layers.1.gated.level"].lr_factor,
-        optimizer.groups["layers.1.gated.level"].weight_decay,
-    ) == (1.0, 0.0)
+    level = optimizer.groups["layers.1.gated.level"]
+    assert (level.lr_factor, level.weight_decay) == (1.0, 0.0)
     before = {name: p.detach().clone() for name, p in gpt.named_parameters()}
     losses = [train_step(gpt, optimizer, 1e-2, batch_of(gpt.config)).loss.item() for _ in range(15)]
     assert losses[-1] < losses[0] - 0.8

@@ -194,14 +194,13 @@ def test_a_plan_that_forgets_sequence_parallelism_would_be_caught(fake_world):
 def test_the_bubble_is_the_textbooks():
     parallel = config_of({}).parallel
     assert bubble_share(parallel, 8) == pytest.approx(3 / 11)
-    interleaved = parallel.model_copy(
-        update={"schedule": "interleaved_1f1b", "virtual_pipeline_size": 3}
-    )
-    assert bubble_share(interleaved, 8) == pytest.approx(1 / 9)
-    assert bubble_share(
-        parallel.model_copy(update={"schedule": "zero_bubble"}), 8
-    ) == pytest.approx(1 / 9)
-    assert bubble_share(parallel.model_copy(update={"pipeline_parallel_size": 1}), 8) == 0
+    for changes, expected in (
+        ({"schedule": "interleaved_1f1b", "virtual_pipeline_size": 3}, 1 / 9),
+        ({"schedule": "zero_bubble"}, 1 / 9),
+        ({"pipeline_parallel_size": 1}, 0),
+    ):
+        changed = parallel.model_copy(update=changes)
+        assert bubble_share(changed, 8) == pytest.approx(expected)
 
 
 def test_warnings_name_what_does_not_fit_and_what_is_slow():

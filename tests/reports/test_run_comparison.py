@@ -126,17 +126,10 @@ def test_the_summary_has_each_figure_that_the_run_has(tmp_path: Path) -> None:
     rows[9]["validation_loss"], rows[19]["validation_loss"], rows[6]["loss"] = 2.5, 2.75, None
     found = summarize(read_run(write_run(tmp_path / "a", rows, {}), "a"))
     assert found["training_loss"] == pytest.approx(sum(4.0 - 0.1 * n for n in range(11, 31)) / 20)
-    assert (
-        found["validation_loss"],
-        found["best_validation_loss"],
-        found["best_validation_step"],
-    ) == (2.75, 2.5, 10)
-    assert (
-        found["steps"],
-        found["tokens"],
-        found["tokens_per_second"],
-        found["skipped_steps"],
-    ) == (30, 3000, 1015.5, 1)
+    assert (found["best_validation_loss"], found["best_validation_step"]) == (2.5, 10)
+    assert found["validation_loss"] == 2.75
+    assert (found["steps"], found["tokens"], found["skipped_steps"]) == (30, 3000, 1)
+    assert found["tokens_per_second"] == 1015.5
     assert found["mfu"] is None
     assert found["flops"] == pytest.approx(3000 * FLOPS_A_TOKEN)
     assert found["hours"] == pytest.approx(0.3)
@@ -155,11 +148,8 @@ def test_a_run_with_hardly_any_field_is_still_compared(tmp_path: Path) -> None:
         write_run(tmp_path / "bare", [{"step": 5, "loss": 3.0}, {"step": 6, "loss": None}]), "bare"
     )
     page = compare([full, bare]).as_html()
-    assert [
-        name
-        for name in ("Summary", "Loss", "Optimizer", "Speed", "Parameterization")
-        if f"<h2>{name}</h2>" not in page
-    ] == []
+    for title in ("Summary", "Loss", "Optimizer", "Speed", "Parameterization"):
+        assert f"<h2>{title}</h2>" in page
     assert len(re.findall(r'<img alt="[^"]*" src="data:image/png', page)) == 4 + 2 + 2 + 1
     assert "begins at step 5" in page
     assert "FLOPs and settings are not known" in page

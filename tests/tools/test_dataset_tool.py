@@ -60,11 +60,8 @@ def test_inspect_counts_and_decodes_with_the_recorded_tokenizer(tmp_path, run_to
     content = json.loads(ended.out)
     assert ended.code == 0
     assert (content["documents"], content["tokens"], content["empty_documents"]) == (3, 154, 1)
-    assert (
-        content["longest_document"],
-        content["longest_document_number"],
-        content["shortest_document"],
-    ) == (150, 2, 0)
+    assert (content["longest_document"], content["longest_document_number"]) == (150, 2)
+    assert content["shortest_document"] == 0
     assert [document["text"] for document in content["first_documents"]] == ["häl", "", "xyz" * 50]
     ended = run_tool("inspect", tmp_path / "a", "--documents", 1)
     assert "häl" in ended.out and "xyz" not in ended.out
@@ -179,10 +176,9 @@ def test_verify_passes_good_files_and_names_every_fault(tmp_path, run_tool):
     ended = run_tool("verify", tmp_path / "a", tmp_path / "b", "--json", "--vocab-size", 256)
     problems = json.loads(ended.out)["problems"]
     assert ended.code == 1 and problems[str(tmp_path / "a")] == []
-    assert [fault.split(": ", 1)[1].split(",")[0] for fault in problems[str(tmp_path / "b")]][
-        1
-    ] == "document 1"
-    assert "b.bin: content" in problems[str(tmp_path / "b")][0]
+    content, document, *_ = problems[str(tmp_path / "b")]
+    assert "b.bin: content" in content
+    assert document.split(": ", 1)[1].startswith("document 1,")
 
 
 def test_merge_and_split_write_what_they_say(tmp_path, run_tool):

@@ -1,5 +1,5 @@
-"""Train an older revision and the present tree on this machine, and compare what both wrote to the
-last bit.
+"""Train an older revision and the present tree on this machine,
+and compare what both wrote to the last bit.
 
     python tests/compare_revisions.py main~3
     python tests/compare_revisions.py main~3 --cases golden exports
@@ -111,8 +111,8 @@ class Tree:
         scratch.mkdir(parents=True)
 
     def run(self, *words: str, ranks: int = 1) -> str:
-        """Run `python words` in this tree on that many ranks; returns what the first
-        rank printed.
+        """Run `python words` in this tree on that many ranks;
+        returns what the first rank printed.
         """
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

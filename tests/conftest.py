@@ -75,8 +75,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Processes of one run that collect tests must collect the same rows: they are handed the seed
-    of the first.
+    """Processes of one run that collect tests must collect the same rows:
+    they are handed the seed of the first.
     """
     if hasattr(config, "workerinput"):
         config.option.pairs_seed = config.workerinput["pairs_seed"]

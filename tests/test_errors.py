@@ -169,7 +169,7 @@ def test_torchrun_ends_with_the_message_once() -> None:
     ]
     words = ["megatron_completep.pretrain", "configs/quickstart.yaml", "model.num_leyers=2"]
     run = subprocess.run([*launcher, *words], cwd=ROOT, capture_output=True, text=True, check=False)
-    # of torchrun itself, which ends with its report
+    # Of torchrun itself, which ends with its report.
     printed, _, report = run.stderr.partition("Traceback")
     assert run.returncode != 0 and printed.count("model.num_leyers: unknown key") == 1
     assert report.count("model.num_leyers: unknown key") == 1
@@ -213,6 +213,6 @@ def test_ctrl_c_ends_a_program_and_its_workers_with_one_sentence(
     assert program.stdout is not None
     assert [program.stdout.readline() for _ in range(2)] == ["working\n"] * 2
     os.killpg(program.pid, signal.SIGINT) if whole_group else program.send_signal(signal.SIGINT)
-    # returns when the workers, which hold the pipes too, have left
+    # Returns when the workers, which hold the pipes too, have left.
     _, errors = program.communicate(timeout=120)
     assert (program.returncode, errors) == (130, "interrupted: all is kept.\n")

@@ -1,5 +1,5 @@
-"""Files and folders that appear whole or not at all: on a full disk, and when the process is
-killed.
+"""Files and folders that appear whole or not at all:
+on a full disk, and when the process is killed.
 
 The limit on the size of a file stands for a full disk: the kernel refuses to write, and it does so
 to whatever code writes.
@@ -62,7 +62,7 @@ def test_what_a_full_disk_refuses_leaves_the_file_as_it_was(tmp_path, write):
     with full_disk(), pytest.raises(OSError, match="File too large") as refused:
         write(path, b"after")
     if "control" in os.environ["PYTEST_CURRENT_TEST"]:
-        # so the disk really is full, and a plain write really loses the file
+        # So the disk really is full, and a plain write really loses the file.
         assert contents(tmp_path) == {"file": b""}
         return
     assert contents(tmp_path) == {"file": b"before\n"} and refused.value.filename == str(path)
@@ -119,7 +119,7 @@ def test_a_full_disk_at_a_first_write_tears_nothing_and_a_later_start_goes_on(tm
     with full_disk(), pytest.raises(error, match=r"File too large") as refused:
         write(tmp_path, 1)
     assert name in str(refused.value)
-    # at most an empty one
+    # At most an empty one.
     assert all(path.name == name and not path.read_bytes() for path in tmp_path.iterdir())
     write(tmp_path, 1)  # as if nothing had been
     before = contents(tmp_path)

@@ -57,8 +57,8 @@ OPTIONAL = {
 
 
 def imports_of(source: str, module: str) -> Iterator[tuple[str, int, bool]]:
-    """Yields (absolute dotted name, line, whether inside a function) for every import
-    in `source`.
+    """Yields (absolute dotted name, line, whether inside a function)
+    for every import in `source`.
     """
     tree = ast.parse(source)
     functions = [
@@ -83,8 +83,8 @@ def imports_of(source: str, module: str) -> Iterator[tuple[str, int, bool]]:
 
 
 def problems_of(source: str, module: str) -> list[str]:
-    """What is wrong with the imports of one module, given by its dotted name (a package's own file
-    ends in .__init__).
+    """What is wrong with the imports of one module,
+    given by its dotted name (a package's own file ends in .__init__).
     """
     room = module.split(".")[1]
     found = []
@@ -112,8 +112,8 @@ def problems_of(source: str, module: str) -> list[str]:
 
 
 def modules() -> dict[str, str]:
-    """Dotted name -> source of every module of the project; kernels and tools under the package's
-    name.
+    """Dotted name -> source of every module of the project;
+    kernels and tools under the package's name.
     """
     sources = {}
     for folder, prefix in ((PACKAGE, ""), ("kernels", f"{PACKAGE}."), ("tools", f"{PACKAGE}.")):
@@ -132,8 +132,8 @@ def test_imports_go_from_higher_rooms_to_lower_ones():
 
 
 def graph_of(sources: dict[str, str], depth: int) -> dict[str, set[str]]:
-    """Folder -> the folders that it imports; a folder is the first `depth` names of a module, and a
-    file of the top level is one.
+    """Folder -> the folders that it imports;
+    a folder is the first `depth` names of a module, and a file of the top level is one.
 
     What a package's own file (`__init__`) hands out is an arrow from the package's users to the
     folder inside, not from the package.

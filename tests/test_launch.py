@@ -63,7 +63,7 @@ def test_what_torchrun_a_person_or_nobody_tells_is_read() -> None:
         ({"RANK": MISSING}, ["RANK is not set"]),
         ({"RANK": "x"}, ["rank x: ", "RANK = 'x' is not a whole number of at least 0"]),
         ({"RANK": "-1"}, ["RANK = '-1' is not a whole number of at least 0"]),
-        # more digits than Python reads
+        # More digits than Python reads.
         ({"RANK": "1" * 5000}, ["is not a whole number of at least 0"]),
         ({"RANK": "1.0"}, ["RANK = '1.0' is not a whole number"]),
         ({"RANK": "²"}, ["RANK = '²' is not a whole number"]),
@@ -246,5 +246,5 @@ def test_workers_in_the_midst_of_their_work_leave_with_the_process_that_they_wor
     os.kill(process.pid, number) if number == signal.SIGKILL else os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=120)
     assert all(is_gone(worker) for worker in workers)
-    # the program's own, which has nobody to catch KeyboardInterrupt; no worker's
+    # The program's own, which has nobody to catch KeyboardInterrupt; no worker's.
     assert errors.count("Traceback") <= 1

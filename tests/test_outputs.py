@@ -1,5 +1,5 @@
-"""What is checked before a program writes; tests/tools/test_every_tool.py asks it of
-every program.
+"""What is checked before a program writes;
+tests/tools/test_every_tool.py asks it of every program.
 """
 
 import os
@@ -40,7 +40,7 @@ def test_an_input_is_recognised_through_links_and_detours(
     for path in (tmp_path / "link", tmp_path / "folder/../data"):
         with pytest.raises(UserError, match=r"--out = .*: is an input as well \(.*data\)"):
             check_outputs([Output("--out", path)], [tmp_path / "data"], overwrite)
-    # the control: another input
+    # The control: another input.
     check_outputs([Output("--out", tmp_path / "link")], [tmp_path / "folder"], True)
 
 

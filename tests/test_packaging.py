@@ -1,5 +1,5 @@
-"""What is installed is what stands here: kernels and tools inside the package, nothing of this
-machine in any file.
+"""What is installed is what stands here:
+kernels and tools inside the package, nothing of this machine in any file.
 """
 
 import contextlib
@@ -188,8 +188,8 @@ def test_the_source_distribution_builds_the_same_wheel(
 
 
 def outside(installed: Path, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a program that can see the installed package, the libraries, and nothing of the source
-    tree.
+    """Run a program that can see the installed package,
+    the libraries, and nothing of the source tree.
     """
     environment = {**os.environ, "PYTHONPATH": str(installed)}
     command = [sys.executable, "-c", program, *arguments]
@@ -204,7 +204,7 @@ def outside(installed: Path, program: str, *arguments: str) -> subprocess.Comple
     )
 
 
-# argv: modules that are not there, a program, its arguments.
+# Argv: modules that are not there, a program, its arguments.
 WITHOUT = """
 import sys
 sys.modules.update(dict.fromkeys(sys.argv[1].split(",")))
@@ -303,7 +303,7 @@ print(float((y - 1.5 * x).abs().max()), "megatron_completep.config" in sys.modul
 """
     assert outside(installed, WITHOUT, ",".join(OWN), program).stdout.split() == ["0.0", "False"]
     refused = outside(installed, WITHOUT, ",".join(OWN), "import megatron_completep.config")
-    # the same block is felt where a library is needed
+    # The same block is felt where a library is needed.
     assert "None in sys.modules" in refused.stderr
 
 

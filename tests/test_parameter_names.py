@@ -44,8 +44,8 @@ def module_words() -> set[str]:
 
 
 def mentions(source: str) -> Iterator[tuple[int, str]]:
-    """(line, text) of every string in a source, docstrings left out, that holds a part of a
-    parameter's name.
+    """(line, text) of every string in a source,
+    docstrings left out, that holds a part of a parameter's name.
     """
     tree = ast.parse(source)
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)

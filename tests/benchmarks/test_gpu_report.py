@@ -1,5 +1,5 @@
-"""The GPU report's driver, with parts that need no GPU: what it writes, and what becomes of parts
-that fail, hang or print rubbish.
+"""The GPU report's driver, with parts that need no GPU:
+what it writes, and what becomes of parts that fail, hang or print rubbish.
 """
 
 import json

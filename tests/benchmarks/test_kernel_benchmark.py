@@ -1,5 +1,5 @@
-"""The kernel benchmark: a whole run on tiny shapes on the CPU, the numbers it derives, and what it
-says without a GPU.
+"""The kernel benchmark: a whole run on tiny shapes on the CPU,
+the numbers it derives, and what it says without a GPU.
 """
 
 import dataclasses
@@ -124,8 +124,8 @@ def test_without_a_gpu_the_tool_says_so_and_exits_2():
 
 
 def test_torch_compile_starts_afresh_for_every_shape_and_serves_both_directions(monkeypatch):
-    """Eight shapes of one function exhaust its recompilations: from then on it would run without,
-    and be timed as if with.
+    """Eight shapes of one function exhaust its recompilations:
+    from then on it would run without, and be timed as if with.
     """
     calls: list[str] = []
     monkeypatch.setattr(torch.compiler, "reset", lambda: calls.append("reset"))
@@ -143,5 +143,5 @@ def test_torch_compile_starts_afresh_for_every_shape_and_serves_both_directions(
         "rmsnorm forward",
     } <= compiled
     assert calls == ["reset", "compile"] * (len(calls) // 2)
-    # residual norms, cross-entropy, activations, norms, rotary
+    # Residual norms, cross-entropy, activations, norms, rotary.
     assert len(calls) // 2 == 2 + 1 + 2 + 2 + 1

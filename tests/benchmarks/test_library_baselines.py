@@ -299,14 +299,14 @@ def test_a_broken_library_is_reported_and_stops_nothing(libraries, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("built for another architecture")
 
-    # fails when called
+    # Fails when called.
     monkeypatch.setattr(libraries["liger_kernel.transformers.functional"], "liger_rms_norm", broken)
-    # another version
+    # Another version.
     monkeypatch.delattr(
         libraries["apex.transformer.functional"], "fused_apply_rotary_pos_emb_cached"
     )
     monkeypatch.setattr(libraries["transformer_engine.pytorch.optimizers"], "FusedAdam", broken)
-    # another signature
+    # Another signature.
     monkeypatch.setattr(libraries["quack.cross_entropy"], "cross_entropy", lambda logits: logits)
     lines: list[str] = []
     found, _ = run(

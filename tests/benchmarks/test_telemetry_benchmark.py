@@ -1,5 +1,5 @@
-"""The telemetry's benchmark: what its figures are made of (nothing here depends on how long
-anything took).
+"""The telemetry's benchmark:
+what its figures are made of (nothing here depends on how long anything took).
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The tuner of launch parameters, with a clock of our own: it needs no GPU to show that it keeps
-the fastest and that launches follow.
+"""The tuner of launch parameters, with a clock of our own:
+it needs no GPU to show that it keeps the fastest and that launches follow.
 """
 
 import json
@@ -63,8 +63,8 @@ def test_every_operation_is_tuned_and_launched_as_the_written_table_says(archite
 
 
 def test_the_fastest_over_all_sizes_is_chosen():
-    """Geometric means: (1, 16) loses to (3, 3); and a clock that is not asked what is launched
-    chooses the first.
+    """Geometric means: (1, 16) loses to (3, 3);
+    and a clock that is not asked what is launched chooses the first.
     """
 
     def sizes(times):

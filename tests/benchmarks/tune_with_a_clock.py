@@ -1,5 +1,5 @@
-"""Tune every entry of the launch table on `meta` tensors with a clock of our own, write the table,
-launch from it; prints JSON.
+"""Tune every entry of the launch table on `meta` tensors with a clock of our own,
+write the table, launch from it; prints JSON.
 
 A program of its own: a process that has chosen Triton's interpreter cannot intercept launches. The
 clock prefers one candidate of each entry, by what is launched under it.
@@ -23,8 +23,8 @@ SWEEP = Sweep(hidden=(768, 4096), rows=(4096,), vocabularies=(50_432,), paramete
 
 
 def launched(work):
-    """Name, grid and parameters of the first launch: a reduction after it has an
-    entry of its own.
+    """Name, grid and parameters of the first launch:
+    a reduction after it has an entry of its own.
     """
     first = record(work, ARCHITECTURE)[0]
     return first.name, first.grid, sorted((k, str(v)) for k, v in first.parameters.items())

@@ -1,5 +1,5 @@
-"""A checkpoint adapted to another configuration computes the same function, and training goes on
-from it.
+"""A checkpoint adapted to another configuration computes the same function,
+and training goes on from it.
 """
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ def test_the_adapted_model_computes_the_same_function_and_goes_on(tmp_path, mode
 
 @pytest.mark.parametrize("model", [{}, TIED_GPT2, QK], ids=["llama", "gpt2", "qk"])
 def test_moments_follow_the_gradients_of_rescaled_weights(tmp_path, model):
-    """First moments are averages of gradients, second ones of their squares: the ratios are the
-    gradients' own.
+    """First moments are averages of gradients, second ones of their squares:
+    the ratios are the gradients' own.
     """
     run = trained(tmp_path / "old", model)
     again = adapted(

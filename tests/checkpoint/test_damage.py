@@ -72,7 +72,7 @@ def test_a_damaged_snapshot_leaves_nothing_behind(tmp_path, monkeypatch, async_s
     config = with_snapshots(tmp_path, async_save, **model)
     trained = snapshot_of(config, 1)
     (folder,) = snapshots(tmp_path)
-    # so that whole blocks come before the damaged one
+    # So that whole blocks come before the damaged one.
     assert next(folder.glob("*.safetensors")).stat().st_size > block_size
     whole = TinyRun(config)
     assert whole.resume() and whole.bits() == trained.bits()  # the control: undamaged, it arrives

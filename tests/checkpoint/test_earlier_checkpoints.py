@@ -1,5 +1,5 @@
-"""Checkpoints of earlier versions, which did not list the states of their update rule, go on to
-work.
+"""Checkpoints of earlier versions,
+which did not list the states of their update rule, go on to work.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SHAPE = {
     "seq_length": 8,
 }
 PROXY = {"base_hidden_size": 4, "base_num_layers": 1}
-# of the three steps that the earlier version made next
+# Of the three steps that the earlier version made next.
 LOSSES = [2.566470146179199, 2.5656139850616455, 2.5543344020843506]
 WEIGHTS_AND_ADAMW = {"master": 1, "exp_avg": -1, "exp_avg_sq": -2}
 

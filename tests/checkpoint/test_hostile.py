@@ -1,5 +1,5 @@
-"""Files made to do harm: each is refused with its name and one message, at once, and nothing
-outside the folder is touched.
+"""Files made to do harm: each is refused with its name and one message,
+at once, and nothing outside the folder is touched.
 
 Whoever writes such files can give them right hashes, so these tests do, too.
 """
@@ -37,8 +37,8 @@ def saved(tmp_path) -> tuple[TinyRun, Path]:
 
 
 def write_header(folder: Path, header: bytes, length: int | None = None, more: bytes = b"") -> None:
-    """Another header in front of the same values (and more), and a manifest with the right size and
-    hashes of it.
+    """Another header in front of the same values (and more),
+    and a manifest with the right size and hashes of it.
     """
     data = (folder / NAME).read_bytes()
     (old,) = struct.unpack("<Q", data[:8])
@@ -72,8 +72,8 @@ def refused(saved: tuple[TinyRun, Path], said: str) -> None:
 
 
 def test_the_changes_themselves_are_not_what_is_refused(saved):
-    """The control: rewritten with right hashes and nothing hostile in them, manifest and header are
-    read.
+    """The control: rewritten with right hashes and nothing hostile in them,
+    manifest and header are read.
     """
     run, folder = saved
     change_manifest(folder, {})
@@ -215,7 +215,7 @@ def test_a_manifest_that_is_too_deep_too_long_or_no_text_is_refused(saved):
     write_manifest(folder, b'{"state": "\xff\xfe"\n}')
     refused(saved, r"manifest\.json: not a manifest")
     with open(folder / MANIFEST, "wb") as file:
-        # takes no room on the disk, and would take a lot of memory
+        # Takes no room on the disk, and would take a lot of memory.
         file.truncate(manifest.MAX_BYTES + 1)
     refused(
         saved,
@@ -321,8 +321,8 @@ def test_bytes_that_belong_to_two_tensors_or_to_none_are_refused(saved, damage):
 
 
 def test_links_lead_nowhere(saved, tmp_path):
-    """Whatever in a run's folder is a symbolic link: not followed, not removed, not written
-    through.
+    """Whatever in a run's folder is a symbolic link:
+    not followed, not removed, not written through.
     """
     run, folder = saved
     outside = tmp_path / "outside"
@@ -366,15 +366,15 @@ def test_a_runs_number_cannot_lead_snapshots_elsewhere(tmp_path, content):
 
 
 def test_nothing_in_the_package_can_execute_what_it_reads():
-    """No unpickling anywhere: neither the modules, nor the functions of torch, numpy and yaml that
-    do it.
+    """No unpickling anywhere: neither the modules,
+    nor the functions of torch, numpy and yaml that do it.
     """
     forbidden = re.compile(
         r"\b(import|from) "
         r"(pickle|cPickle|dill|cloudpickle|joblib|marshal|shelve)\b|torch\.load\(|allow_pickle=True|"
         r"yaml\.(load|unsafe_load|full_load)\(|trust_remote_code=True|FileSystemReader|weights_only=False"
     )
-    # the control
+    # The control.
     assert forbidden.search("import pickle") and forbidden.search("x = torch.load(path)")
     root = Path(megatron_completep.__file__).parent
     for path in [

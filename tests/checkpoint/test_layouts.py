@@ -46,8 +46,8 @@ def test_every_layout_stores_the_same_tensors_each_element_once(pool, tmp_path):
 
 
 def test_a_missing_part_is_noticed_by_every_rank(pool, tmp_path):
-    """The negative control: take one rank's file away and the load fails, on all ranks alike,
-    naming the file.
+    """The negative control: take one rank's file away and the load fails,
+    on all ranks alike, naming the file.
     """
     layout = LAYOUTS["tp2_dp2"]
     run(pool, save, tmp_path, "llama", layout)

@@ -1,5 +1,5 @@
-"""A slow save is not a hang: what gets on is told to whoever watches the steps, and only while
-training waits for it.
+"""A slow save is not a hang: what gets on is told to whoever watches the steps,
+and only while training waits for it.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def test_a_load_in_the_middle_of_a_run_is_heard_of(tmp_path, small_blocks):
         tiny.save()
     heard.clear()
     tiny.checkpointer.go_back(1)
-    # once a round of at most 8 blocks
+    # Once a round of at most 8 blocks.
     assert len(heard) >= blocks_of(tmp_path / "checkpoints" / "step_00000001") / 8 > 1
 
 
@@ -101,13 +101,13 @@ def unequal_work(rank: int, pieces: tuple[int, ...]) -> tuple[list[str], int]:
 
 
 def test_a_rank_that_is_done_hears_that_the_others_get_on(pool):
-    """Every piece of the slow rank's work is a round here; the fast one waits through them and ends
-    with it.
+    """Every piece of the slow rank's work is a round here;
+    the fast one waits through them and ends with it.
     """
     results = pool.run(2, unequal_work, (7, 0))
     assert [told for told, _ in results] == [["rank 0", "rank 1"]] * 2
     assert [heard for _, heard in results] == [8, 8]
-    # the control: nobody worked
+    # The control: nobody worked.
     assert [heard for _, heard in pool.run(2, unequal_work, (0, 0))] == [1, 1]
 
 
@@ -157,8 +157,8 @@ def test_the_watchdog_counts_from_the_last_progress_and_ends_what_makes_none(tmp
 
 
 def test_the_disk_really_takes_what_is_reported_as_progress(tmp_path, monkeypatch):
-    """Handing bytes to the system may only fill memory: after every SYNC_BYTES the disk has them,
-    so that the last wait is short.
+    """Handing bytes to the system may only fill memory:
+    after every SYNC_BYTES the disk has them, so that the last wait is short.
     """
     synced: list[int] = []
     monkeypatch.setattr(files, "SYNC_BYTES", 3 * 4096)

@@ -1,5 +1,5 @@
-"""A job reads each byte of a checkpoint once, whatever the layouts, and holds few of them at a
-time.
+"""A job reads each byte of a checkpoint once,
+whatever the layouts, and holds few of them at a time.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def read_one(rank: int, folder: str, model: str, layout: dict, damage: bool) -> 
     optimizer, checkpointer = build(rank, folder, model, layout)
     exchange = checkpointer._exchange
     source = shared_source(checkpointer._shared, 6, exchange)
-    # as if on rank 0's own disk
+    # As if on rank 0's own disk.
     source = type(source)(source.folder, source.manifest, {name: [0] for name in source.holders})
     reader = JointReader(exchange, source)
     if damage and rank == 0:
@@ -183,8 +183,8 @@ def test_runs_of_blocks_are_described_by_their_ends():
 
 @pytest.mark.parametrize("seed", range(40))
 def test_any_cut_of_a_file_puts_every_element_where_it_belongs(seed):
-    """A stored box, a wanted box that covers part of it, blocks that cut rows anywhere: against
-    plain slicing.
+    """A stored box, a wanted box that covers part of it,
+    blocks that cut rows anywhere: against plain slicing.
     """
     generator = random.Random(seed)
     rows, columns = generator.randint(1, 9), generator.randint(1, 40)

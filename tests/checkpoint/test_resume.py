@@ -113,7 +113,7 @@ def test_a_resume_says_every_setting_that_changed_old_and_new(tmp_path):
     run.train(1)
     run.save()
     same = TinyRun(checkpointed_config(tmp_path, logging={"interval": 3}))
-    # the control
+    # The control.
     assert same.resume()
     assert not [line for line in same.messages if line.startswith("resuming with")]
     changes = {
@@ -147,13 +147,13 @@ def test_a_resume_says_every_setting_that_changed_old_and_new(tmp_path):
         "resuming with training.batch_ramp.steps = 4, the checkpoint has null",
         "resuming with data.seed = 5, the checkpoint has 1234",
     }
-    # each once
+    # Each once.
     assert len(said) == len([line for line in other.messages if line.startswith("resuming with")])
 
 
 def test_a_list_of_sections_that_grew_is_one_changed_setting(tmp_path):
-    """By element, a first override would read `optimizer.overrides = null, the
-    checkpoint has []`.
+    """By element, a first override would read
+    `optimizer.overrides = null, the checkpoint has []`.
     """
     run = TinyRun(checkpointed_config(tmp_path))
     run.train(1)
@@ -184,7 +184,7 @@ def test_a_list_of_sections_that_grew_is_one_changed_setting(tmp_path):
     assert grown.resume()
     said = [line for line in grown.messages if "overrides" in line]
     assert len(said) == 1 and said[0].count("layers.0") == 2 and said[0].count("layers.1") == 1
-    # the control: same length, by element
+    # The control: same length, by element.
     moved = TinyRun(checkpointed_config(tmp_path, optimizer={"overrides": [{**one, "lr": 5.0}]}))
     assert moved.resume()
     assert "resuming with optimizer.overrides.0.lr = 5.0, the checkpoint has 2.0" in moved.messages

@@ -1,5 +1,5 @@
-"""What stays of the older checkpoints, and what happens to a run whose folder of checkpoints is
-tampered with.
+"""What stays of the older checkpoints,
+and what happens to a run whose folder of checkpoints is tampered with.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def test_one_checkpoint_that_cannot_be_removed_does_not_keep_the_others(tmp_path
 
 def test_files_that_remain_of_a_removed_checkpoint_are_said(tmp_path, monkeypatch):
     tiny = saved(tmp_path, 2, keep=2)
-    # an immutable file inside
+    # An immutable file inside.
     monkeypatch.setattr(retention.shutil, "rmtree", lambda folder, ignore_errors: None)
     tiny.train(1)
     tiny.save()

@@ -1,5 +1,5 @@
-"""Which run a snapshot belongs to: a moved run finds its own, a copy has none of the original's,
-and neither is refused.
+"""Which run a snapshot belongs to: a moved run finds its own,
+a copy has none of the original's, and neither is refused.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def test_a_run_whose_original_is_gone_is_a_moved_one_even_over_file_systems(tmp_
 
 
 def test_of_two_copies_of_a_run_that_is_gone_the_second_takes_another_number(tmp_path):
-    """Nothing tells the two apart before one of them has written snapshots; those name the folder
-    that they are of.
+    """Nothing tells the two apart before one of them has written snapshots;
+    those name the folder that they are of.
     """
     node = tmp_path / "node"
     a_run(tmp_path / "a" / "run", node, local=0)
@@ -140,8 +140,8 @@ def test_a_link_to_the_folder_is_the_folder(tmp_path):
 
 
 def test_a_run_that_begins_without_snapshots_is_numbered_all_the_same(tmp_path):
-    """So that a copy made before is known for one when snapshots are switched on later, the
-    original being gone by then.
+    """So that a copy made before is known for one when snapshots are switched on later,
+    the original being gone by then.
     """
     a, b, node = tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "node"
     a_run(a, node)

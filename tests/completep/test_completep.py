@@ -1,5 +1,5 @@
-"""The table against section 1 of the parameterization, row by row, written here a second time with
-exponents instead of code.
+"""The table against section 1 of the parameterization, row by row,
+written here a second time with exponents instead of code.
 """
 
 from __future__ import annotations

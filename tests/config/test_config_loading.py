@@ -1,5 +1,5 @@
-"""Configuration files are read as their users meant them, and every mistake in them has one clear
-message.
+"""Configuration files are read as their users meant them,
+and every mistake in them has one clear message.
 """
 
 import itertools
@@ -65,7 +65,7 @@ def test_every_committed_configuration_loads_and_comes_back_equal(path, tmp_path
     config = load_config(path)
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config
-    # a reader's example says what it sets, not what it leaves
+    # A reader's example says what it sets, not what it leaves.
     assert "null" not in path.read_text()
 
 

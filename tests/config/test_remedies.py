@@ -177,7 +177,7 @@ TWO_RULES = [
         "Use a decay_fraction of at most 0.666.",  # 0.667 would be 2001 steps
     ),
     (["guards.hang_timeout_minutes=30.1234567"], "Use a timeout_minutes of at least 30.1234567."),
-    # two chunks want 16 layers
+    # Two chunks want 16 layers.
     (
         ["parallel.schedule=interleaved_1f1b", "parallel.pipeline_parallel_size=8"],
         "Use the schedule 1f1b.",

@@ -127,8 +127,8 @@ def test_the_number_of_processes_must_fit(world_size, overrides, expected):
 
 
 def test_a_batch_for_many_processes_is_offered_where_the_schedule_takes_it_too():
-    """60 and 72 are multiples of 3 processes' micro-batches; the pipeline wants whole rounds of 4
-    as well.
+    """60 and 72 are multiples of 3 processes' micro-batches;
+    the pipeline wants whole rounds of 4 as well.
     """
     overrides = [
         "parallel.pipeline_parallel_size=4",

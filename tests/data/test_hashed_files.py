@@ -1,5 +1,5 @@
-"""Files that are read back are what was written, or are named; files that shrink under a reader are
-named.
+"""Files that are read back are what was written, or are named;
+files that shrink under a reader are named.
 """
 
 import json
@@ -60,8 +60,8 @@ def output_bytes(folder: Path, name: str) -> list[bytes]:
 
 @pytest.fixture
 def unfinished(tmp_path: Path) -> Path:
-    """A folder with the work of every shard, `out.preprocess`, not merged yet, and the output
-    `whole` that it must become.
+    """A folder with the work of every shard, `out.preprocess`,
+    not merged yet, and the output `whole` that it must become.
     """
     (tmp_path / "in").mkdir()
     for name in "ab":
@@ -174,7 +174,7 @@ def test_a_flipped_bit_in_a_prebuilt_order_is_refused_by_name_and_prebuilding_me
             refused += 1
             assert str(path.parent) in str(error) and "prebuild it again" in str(error)
         else:
-            # a space that became another one
+            # A space that became another one.
             assert name == "description.json" and found == expected
         path.write_bytes(content)
     assert refused == 22 or (name == "description.json" and refused > 10)
@@ -212,7 +212,7 @@ def test_a_flipped_bit_in_the_list_of_rollbacks_is_refused(tmp_path: Path) -> No
             assert str(path) in str(error)
         path.write_bytes(content)
     assert refused > 0.8 * len(bits)
-    # of an earlier version
+    # Of an earlier version.
     path.write_text(
         json.dumps([{"after_step": 12, "first_sample": 96, "next_sample": 112, "spike_step": 14}])
     )

@@ -132,7 +132,7 @@ def test_nothing_valid_exists_before_close_and_abort_leaves_nothing(tmp_path):
     writer.add_document([[1, 2, 3]])
     assert not (tmp_path / "a.idx").exists() and not (tmp_path / "a.bin").exists()
     writer._idx.flush()
-    # a partial index is no index even under its final name
+    # A partial index is no index even under its final name.
     (tmp_path / "a.idx.partial").rename(tmp_path / "b.idx")
     (tmp_path / "b.bin").write_bytes(b"\1\0\2\0\3\0")
     with pytest.raises(DataError, match=r"b\.idx: magic"):
@@ -146,8 +146,8 @@ def test_nothing_valid_exists_before_close_and_abort_leaves_nothing(tmp_path):
 
 @pytest.mark.parametrize("fails_at", [0, 1, 2])
 def test_a_crash_while_renaming_never_shows_a_mixed_pair(tmp_path, monkeypatch, fails_at):
-    """An older corpus of the same size lies under the same prefix: the worst case, since sizes
-    would agree.
+    """An older corpus of the same size lies under the same prefix:
+    the worst case, since sizes would agree.
     """
     write_documents(tmp_path / "a", [[[1, 2, 3], [4]], [[5]]])
     writer = IndexedWriter(tmp_path / "a", "uint16")
@@ -165,7 +165,7 @@ def test_a_crash_while_renaming_never_shows_a_mixed_pair(tmp_path, monkeypatch, 
         writer.close()
     with pytest.raises(DataError, match=r"a\.idx: No such file"):
         IndexedDataset(tmp_path / "a")
-    # writing again mends it
+    # Writing again mends it.
     assert read(write_documents(tmp_path / "a", [[[9], [8, 7]]])) == [[9, 8, 7]]
 
 
@@ -314,8 +314,8 @@ def mutated(original, random):
 
 
 def fuzz(folder, mutations, unchanged):
-    """Open that many mutated indices: DataError naming the file, or data for which `unchanged`
-    holds. Returns how many opened.
+    """Open that many mutated indices: DataError naming the file,
+    or data for which `unchanged` holds. Returns how many opened.
     """
     random = np.random.default_rng(7)
     original = (folder / "a.idx").read_bytes()
@@ -344,8 +344,8 @@ def test_ten_thousand_mutated_indices_give_an_error_or_the_same_data(tmp_path):
 
 
 def test_mutated_indices_without_a_sidecar_never_change_tokens_or_sequences(tmp_path):
-    """The format has nothing to compare the grouping of sequences into documents with: it may
-    differ, but stays a valid one.
+    """The format has nothing to compare the grouping of sequences into documents with:
+    it may differ, but stays a valid one.
     """
     write_documents(tmp_path / "a", FUZZED)
     (tmp_path / "a.json").unlink()

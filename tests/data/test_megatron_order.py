@@ -1,5 +1,5 @@
-"""Samples and files against Megatron-Core itself (a test-only dependency) and against golden
-vectors made with it.
+"""Samples and files against Megatron-Core itself
+(a test-only dependency) and against golden vectors made with it.
 """
 
 import contextlib
@@ -315,7 +315,7 @@ def test_prebuilt_tables_are_used_and_change_nothing(tmp_path, monkeypatch):
     assert [new for _, new in corpus_module.prebuild(config, seq_length=5, total_samples=40)] == [
         False
     ] * 3
-    # building again would fail
+    # Building again would fail.
     monkeypatch.setattr("megatron_completep.data.megatron_order.build_tables", None)
     assert [open_corpus(config)[i].tokens.tolist() for i in range(40)] == built
     with pytest.raises(TypeError):

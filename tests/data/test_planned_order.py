@@ -1,5 +1,5 @@
-"""The data order of a run that is made longer or shorter: what a digest promises, and what
-data.order_samples keeps.
+"""The data order of a run that is made longer or shorter:
+what a digest promises, and what data.order_samples keeps.
 """
 
 from pathlib import Path
@@ -103,7 +103,7 @@ def test_a_longer_run_that_keeps_the_planned_length_reads_the_same_samples_first
     assert len(rest) == 2 * planned - 7
     if kind in DEPENDS_ON_THE_LENGTH:
         other = corpus_of(folder, kind, 3 * planned - 7)
-        # the control: what it keeps is not there by itself
+        # The control: what it keeps is not there by itself.
         assert other.order_digest(planned) != longer.order_digest(planned)
 
 
@@ -133,7 +133,7 @@ def test_each_pass_can_be_prebuilt(folder: Path, monkeypatch: pytest.MonkeyPatch
         for i in (0, 60, 149)
     ]
     assert len(prebuild(data, seq_length=5, total_samples=150)) == 2 * 3 + 1
-    # building again would fail
+    # Building again would fail.
     monkeypatch.setattr("megatron_completep.data.megatron_order.build_tables", None)
     corpus = open_corpus(data, seq_length=5, total_samples=150, vocab_size=1000)
     assert [corpus[i].tokens.tolist() for i in (0, 60, 149)] == expected

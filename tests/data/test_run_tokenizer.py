@@ -1,5 +1,5 @@
-"""A run keeps a copy of its tokenizer: generation, evaluation, export and a resume find it when the
-original is gone.
+"""A run keeps a copy of its tokenizer:
+generation, evaluation, export and a resume find it when the original is gone.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def test_a_folder_of_the_users_own_of_that_name_is_left_alone(tmp_path: Path) ->
     imported = TokenizerConfig(
         type="huggingface", model=str(write_words(tmp_path / "b" / "tokenizer"))
     )
-    # as an import lays it there: it is the copy
+    # As an import lays it there: it is the copy.
     assert keep_tokenizer(imported, tmp_path / "b") is None
     assert copy_in(tmp_path / "b" / "tokenizer") is not None
 
@@ -190,8 +190,8 @@ def test_a_family_is_guessed_from_a_name_or_from_the_content(tmp_path: Path) -> 
 
 @pytest.fixture(scope="module")
 def moved(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """A run saved after one step of two, over a corpus that records its tokenizer, whose file is
-    gone by now.
+    """A run saved after one step of two,
+    over a corpus that records its tokenizer, whose file is gone by now.
     """
     folder = tmp_path_factory.mktemp("moved")
     words = write_words(folder / "words")

@@ -29,8 +29,8 @@ class Command:
 
     @property
     def words(self) -> list[str]:
-        """As a shell would part them; optional parts in brackets are given, a letter that stands
-        for a number is one.
+        """As a shell would part them; optional parts in brackets are given,
+        a letter that stands for a number is one.
         """
         plain = re.sub(r"\[(-[^\]]*|[\w.]+=\w+)(?: \.\.\.)?\]", r"\1", self.text)
         return [
@@ -39,8 +39,8 @@ class Command:
 
 
 def commands() -> list[Command]:
-    """Of fenced blocks without a language or in bash, and of `python tools/...` inside a sentence;
-    each once a page.
+    """Of fenced blocks without a language or in bash,
+    and of `python tools/...` inside a sentence; each once a page.
     """
     found: dict[Command, None] = {}
     for path in PAGES:

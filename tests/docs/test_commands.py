@@ -1,5 +1,5 @@
-"""Every command of the documentation is understood by its program, and those that a CPU can run are
-run (slow).
+"""Every command of the documentation is understood by its program,
+and those that a CPU can run are run (slow).
 """
 
 from __future__ import annotations

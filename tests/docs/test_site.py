@@ -1,5 +1,5 @@
-"""The documentation site: built strictly, no dead link, no complaint in a browser, everything from
-this machine.
+"""The documentation site: built strictly, no dead link,
+no complaint in a browser, everything from this machine.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def test_every_page_opens_without_complaint_and_asks_nothing_of_other_machines(
     with chromium() as browser:
         for path in sorted(site.rglob("*.html")):
             browser.open(f"{address}/{path.relative_to(site)}")
-            # of a report as it was committed
+            # Of a report as it was committed.
             problems = [problem for problem in browser.problems if "/favicon.ico" not in problem]
             assert (path, problems, browser.broken_pictures()) == (path, [], [])
             assert {

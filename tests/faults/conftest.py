@@ -53,8 +53,8 @@ FAULTS = {
 
 @pytest.fixture(scope="session")
 def oracle(tmp_path_factory):
-    """Losses by step, and the step and tensors of the last checkpoint, of the uninterrupted run on
-    two ranks.
+    """Losses by step, and the step and tensors of the last checkpoint,
+    of the uninterrupted run on two ranks.
     """
     folder = tmp_path_factory.mktemp("oracle")
     config = write_corpus(folder)
@@ -106,8 +106,8 @@ def counted(request):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """`make faults`: a test that fails without a hang counts as silent, which is the
-    worse reading.
+    """`make faults`: a test that fails without a hang counts as silent,
+    which is the worse reading.
     """
     if not config.getoption("--fault-table", default=False):
         return

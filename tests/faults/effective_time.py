@@ -1,5 +1,5 @@
-"""How much of the ideal a run keeps that is killed again and again: effective training time at a
-stated kill rate.
+"""How much of the ideal a run keeps that is killed again and again:
+effective training time at a stated kill rate.
 
     python -m tests.faults.effective_time --kill-every 120 --kills 2
 
@@ -89,8 +89,8 @@ def measure(folder: Path, kill_every: float, kills: int, seed: int = 0) -> Effec
 
 
 def seconds_a_step(folder: Path, seconds: float) -> float:
-    """Of a run of about so many seconds that saves nothing: from its first step to its end,
-    everything counted.
+    """Of a run of about so many seconds that saves nothing:
+    from its first step to its end, everything counted.
     """
     steps, mean = 100, 0.0
     for name in ("short", "long"):  # the short run says how long the long one is
@@ -120,8 +120,8 @@ def last_step(config: Path) -> int:
 
 
 def wait_for_first_step(config: Path, ranks: Ranks) -> int:
-    """Wait until the first step after a start is done; returns the step that the run
-    resumed from.
+    """Wait until the first step after a start is done;
+    returns the step that the run resumed from.
     """
     path = config.parent / "run" / "metrics.jsonl"
     while True:

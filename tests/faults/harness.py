@@ -66,8 +66,8 @@ logging: {interval: 1, tensorboard: false}
 
 @dataclass(frozen=True)
 class Fault:
-    """`kind` happens on `rank` (-1: on all), at the fail point `point` (the `nth` time it is
-    passed) or at the steps `steps`.
+    """`kind` happens on `rank` (-1: on all),
+    at the fail point `point` (the `nth` time it is passed) or at the steps `steps`.
     """
 
     kind: str = "none"
@@ -209,8 +209,8 @@ def run(
 def start_under_launcher(
     config: Path, world: int = 2, overrides: Sequence[str] = (), of_them: int | None = None
 ) -> tuple[Any, Path]:
-    """A launcher that forks the ranks itself, `of_them` if not all, and the file in which it writes
-    their process ids.
+    """A launcher that forks the ranks itself, `of_them` if not all,
+    and the file in which it writes their process ids.
     """
     pids = config.parent / "pids"
     launcher = SERVER.Process(
@@ -254,8 +254,8 @@ def run_in_terminal(
     nohup: bool = False,
     seconds: float = 240.0,
 ) -> list[int]:
-    """Exit codes of ranks that a shell started in a terminal, which is closed when `steps` are
-    done. world 1: without a launcher.
+    """Exit codes of ranks that a shell started in a terminal,
+    which is closed when `steps` are done. world 1: without a launcher.
     """
     count_injection()
     codes = config.parent / "codes"

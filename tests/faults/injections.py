@@ -133,8 +133,8 @@ def _slow_disk(fault: Fault) -> None:
 
 
 def _poison_gradient(fault: Fault) -> None:
-    """One element of one parameter's gradient becomes NaN or infinite, on this rank only, as its
-    first contribution arrives.
+    """One element of one parameter's gradient becomes NaN or infinite,
+    on this rank only, as its first contribution arrives.
     """
     poisoned = "layers.1.mlp.down.weight"
     original_run, original_push = TrainingStep.run, GradientQueue.push
@@ -177,7 +177,7 @@ def _spike_at_samples(fault: Fault) -> None:
 
     def run(self: TrainingStep, batches: Any, step: int, *rest: Any) -> Any:
         time.sleep(fault.seconds)
-        # of the step's 4 samples
+        # Of the step's 4 samples.
         pending = original(self, batches, step, *rest)
         first = int(batches[0].sample_ids[0]) // 4 * 4
         if any(first <= sample < first + 4 for sample in fault.steps):
@@ -189,8 +189,8 @@ def _spike_at_samples(fault: Fault) -> None:
 
 
 def _scale_weights(fault: Fault, every_time: bool = True) -> None:
-    """The weights jump, on all ranks; not every_time: when the steps come for the
-    first time only.
+    """The weights jump, on all ranks; not every_time:
+    when the steps come for the first time only.
     """
     coming = set(fault.steps)
 

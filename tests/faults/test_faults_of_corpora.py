@@ -1,5 +1,5 @@
-"""Fault 25: corpus input that cannot be read is counted and named by file and line, and nothing
-half-built looks whole.
+"""Fault 25: corpus input that cannot be read is counted and named by file and line,
+and nothing half-built looks whole.
 
 Faults 32 and 33: what is read back beside a corpus, or changes under a run, is noticed.
 """
@@ -120,8 +120,8 @@ def test_fault_25_empty_files_leave_nothing_that_looks_valid(tmp_path):
 
 @pytest.mark.slow
 def test_fault_25_an_interrupted_build_leaves_no_index_and_goes_on(tmp_path):
-    """kill -9 of the tool, of its workers with it, wherever it is; the next run ends with the bytes
-    of one that was never killed.
+    """kill -9 of the tool, of its workers with it, wherever it is;
+    the next run ends with the bytes of one that was never killed.
     """
     (tmp_path / "in").mkdir()
     generator = random.Random(5)

@@ -75,7 +75,7 @@ def test_fault_26_workers_of_a_killed_launcher_leave(config):
     workers = [psutil.Process(pid) for pid in json.loads(pids.read_text())]
     launcher.kill()
     _, alive = psutil.wait_procs(workers, timeout=60.0)
-    # gone, where nobody adopts orphans
+    # Gone, where nobody adopts orphans.
     assert all(worker.status() == psutil.STATUS_ZOMBIE for worker in alive)
     overrides = [
         "training.train_steps=100000",
@@ -86,8 +86,8 @@ def test_fault_26_workers_of_a_killed_launcher_leave(config):
 
 
 def test_fault_36_workers_of_a_launcher_killed_during_the_rendezvous_leave(config):
-    """One of two ranks, which waits for the other; tests/test_launch.py kills the launcher while
-    its worker imports.
+    """One of two ranks, which waits for the other;
+    tests/test_launch.py kills the launcher while its worker imports.
     """
     launcher, pids = start_under_launcher(config, of_them=1)
     deadline = time.monotonic() + 60

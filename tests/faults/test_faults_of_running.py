@@ -365,7 +365,7 @@ def test_fault_18_a_hung_rank_is_named_and_the_run_ends_within_the_bound(config,
             )
             for rank in (0, 1)
         )
-        # the flight recorder is on: one rank got further than the other
+        # The flight recorder is on: one rank got further than the other.
         assert len(waiting["entries"]) > len(hung["entries"]) > 0
         assert re.search(
             r"rank 0: its last collective, gloo:\w+ of \[.*\] in group 0, scheduled", outcome.output

@@ -1,5 +1,5 @@
-"""Faults 1 to 3 and 8 to 9: whatever interrupts a save, the run continues bit-equal to one that was
-never interrupted.
+"""Faults 1 to 3 and 8 to 9: whatever interrupts a save,
+the run continues bit-equal to one that was never interrupted.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def test_fault_1_killed_at_a_point_of_a_save_continues_bit_equal(config, oracle,
     resumed = run(config)
     assert resumed.exit_codes == [0, 0], resumed.output
     assert (losses(config), final_state(config)) == oracle
-    # and nothing that starts with a dot
+    # And nothing that starts with a dot.
     assert steps_on_disk(config) == ["step_00000009", "step_00000012"]
 
 
@@ -89,8 +89,8 @@ def test_fault_1_killed_between_staging_and_writing_continues_bit_equal(config, 
 def test_fault_30_a_checkpoint_that_cannot_be_removed_and_a_folder_that_goes_do_not_stop_the_run(
     config, oracle
 ):
-    """step_00000003 is a folder that does not let itself be renamed away; the folder of checkpoints
-    goes after step 9.
+    """step_00000003 is a folder that does not let itself be renamed away;
+    the folder of checkpoints goes after step 9.
     """
     outcome = run(config, Fault("stuck", 0, steps=(3,)), overrides=["training.stop_at_step=9"])
     assert outcome.exit_codes == [0, 0] and "older one could not be removed: " in outcome.output, (
@@ -117,8 +117,8 @@ SLOW_SAVES = (
 
 @pytest.mark.slow
 def test_fault_31_a_save_slower_than_the_watchdogs_bound_is_no_hang(config, oracle):
-    """6 s without a step are a hang; the saves take far longer, the next one is due at once, and
-    only rank 0's disk is slow.
+    """6 s without a step are a hang; the saves take far longer,
+    the next one is due at once, and only rank 0's disk is slow.
     """
     outcome = run(config, Fault("slow_disk", -1, seconds=0.3), overrides=SLOW_SAVES, seconds=240.0)
     assert outcome.exit_codes == [0, 0] and "hung" not in outcome.output, outcome.output
@@ -190,7 +190,7 @@ def test_fault_8_a_full_disk_fails_the_save_on_all_ranks_together(config, oracle
         for row in read_metrics(config.parent / "run" / "metrics.jsonl")
         if "checkpoint_failed" in row
     ]
-    # the row after the save; there is none when the run stops
+    # The row after the save; there is none when the run stops.
     assert failed == ([7] if policy == "continue" else [])
     if policy == "continue":
         assert outcome.exit_codes == [0, 0] and (losses(config), final_state(config)) == oracle

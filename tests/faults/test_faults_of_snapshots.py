@@ -1,5 +1,5 @@
-"""Snapshots on each node's own disk: what one node lost or damaged is not used, and the run goes on
-bit-equal from what is left.
+"""Snapshots on each node's own disk:
+what one node lost or damaged is not used, and the run goes on bit-equal from what is left.
 
 Two ranks with a `local_dir` each stand for two nodes.
 """
@@ -25,7 +25,7 @@ from tests.faults.harness import (
     steps_on_disk,
 )
 
-# shared: 6, 12; local: 2, 4, 8, 10
+# Shared: 6, 12; local: 2, 4, 8, 10.
 SNAPSHOTS = ("checkpoint.interval=6", "checkpoint.local_interval=2")
 TO_STEP_11 = Fault("kill", 1, steps=(11,))
 
@@ -42,13 +42,13 @@ def snapshots(config: Path, rank: int) -> dict[str, Path]:
 
 @pytest.fixture
 def killed(config: Path) -> Path:
-    """A run on two nodes that was killed after the snapshot of step 10; the shared
-    disk has step 6.
+    """A run on two nodes that was killed after the snapshot of step 10;
+    the shared disk has step 6.
     """
     outcome = run(config, TO_STEP_11, overrides=nodes(config))
     assert outcome.exit_codes[1] == -9 and steps_on_disk(config)[-1] == "step_00000006"
     for rank in range(2):
-        # those before 6 went when it was saved
+        # Those before 6 went when it was saved.
         assert sorted(snapshots(config, rank)) == ["step_00000008", "step_00000010"]
         names = sorted(os.listdir(snapshots(config, rank)["step_00000010"]))
         assert names == ["manifest.json", f"rank_0000{rank}_of_00002.safetensors"]
@@ -63,7 +63,7 @@ def resumes_from(config: Path, oracle: object, step: int, said: str = "") -> Non
     assert said in outcome.output
     assert "Traceback" not in outcome.output
     assert (losses(config), final_state(config)) == oracle
-    # the checkpoint of step 12 replaced them
+    # The checkpoint of step 12 replaced them.
     assert all(not snapshots(config, rank) for rank in range(2))
 
 
@@ -156,7 +156,7 @@ def test_fault_28_a_copied_run_and_its_original_both_go_on_bit_equal(
     assert outcome.exit_codes == [0, 0], outcome.output
     assert "resumed after step 6" in outcome.output and "is a copy of the run in " in outcome.output
     assert (losses(config), final_state(config)) == oracle
-    # the original's are there
+    # The original's are there.
     assert all(
         sorted(snapshots(killed, rank)) == ["step_00000008", "step_00000010"] for rank in range(2)
     )
@@ -164,7 +164,7 @@ def test_fault_28_a_copied_run_and_its_original_both_go_on_bit_equal(
 
 
 def test_fault_1_killed_when_one_node_has_committed_and_the_other_has_not(config, oracle):
-    # the snapshots of 2 and 4, then those of 8 and 10
+    # The snapshots of 2 and 4, then those of 8 and 10.
     fault = Fault("kill", 1, "save.before_rename", nth=4)
     outcome = run(config, fault, overrides=nodes(config))
     assert outcome.exit_codes[1] == -9
@@ -211,8 +211,8 @@ def test_fault_3_killed_at_random_times_with_snapshots_at_every_step_resumes_eve
 
 @pytest.mark.slow
 def test_what_a_lost_node_held_twice_is_not_lost(config, oracle):
-    """With one shard for each replica, rank 0 writes everything and rank 1 nothing: its node may
-    go.
+    """With one shard for each replica,
+    rank 0 writes everything and rank 1 nothing: its node may go.
     """
     overrides = [*nodes(config), "parallel.optimizer_shard_size=1"]
     run(config, TO_STEP_11, overrides=overrides)
@@ -233,7 +233,7 @@ def test_fault_9_a_local_folder_that_one_node_cannot_write_is_an_error_at_the_st
     assert "rank 1: " in outcome.output
     assert "node_1" in outcome.output
     assert "Choose another checkpoint.local_dir, or null." in outcome.output
-    # nothing is left behind
+    # Nothing is left behind.
     assert not [path for path in (config.parent / "node_0").rglob("*") if path.is_file()]
 
 

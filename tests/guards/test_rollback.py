@@ -1,5 +1,5 @@
-"""After a loss spike the run goes back and leaves the data out, once and for all: whoever passes
-there again does the same.
+"""After a loss spike the run goes back and leaves the data out, once and for all:
+whoever passes there again does the same.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ BAD = 108  # read in step 14, of samples 104 to 111
 
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Makes the loss of any step that reads one of these samples jump by 5 nats, as
-    it is reported.
+    """Makes the loss of any step that reads one of these samples jump by 5 nats,
+    as it is reported.
     """
 
     def apply(*samples: int) -> None:
@@ -96,7 +96,7 @@ def test_a_spike_takes_the_run_back_and_its_data_are_left_out(
     entries = read_left_out(Path(config.training.output_dir))
     assert entries == [LeftOut(12, 96, 112, 14)]
 
-    # the same by hand: a run that resumes there and is told where the data go on
+    # The same by hand: a run that resumes there and is told where the data go on.
     original = Checkpointer.load_latest
     monkeypatch.setattr(
         Checkpointer, "load_latest", lambda self: replace(original(self), consumed_samples=112)
@@ -163,7 +163,7 @@ def test_the_save_under_way_is_waited_for_and_a_damaged_checkpoint_removes_none(
         ignore=shutil.ignore_patterns("step_0000001*"),
     )
     assert pretrain(config, lambda name: time.sleep(0.3) if name in slow else None) == ExitCode.DONE
-    # step 14 went back to step 12, whose files were not yet there
+    # Step 14 went back to step 12, whose files were not yet there.
     assert consumed(config)[13] == 8 * 13 + 16
 
     poison(97)

@@ -1,5 +1,5 @@
-"""The watchdog with stores that answer, or never do, and instead of the end of the process an
-event.
+"""The watchdog with stores that answer, or never do,
+and instead of the end of the process an event.
 """
 
 from __future__ import annotations
@@ -103,11 +103,11 @@ def test_a_hang_before_the_first_step_is_named_with_its_phase(tmp_path: Path) ->
 def test_a_rank_whose_time_is_not_up_says_where_it_is_when_another_asks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rank 1 hangs in an earlier phase than rank 0, which has waited for less long,
-    and for rank 1.
+    """Rank 1 hangs in an earlier phase than rank 0,
+    which has waited for less long, and for rank 1.
     """
     monkeypatch.setattr(module, "ANSWER_SECONDS", 60.0)
-    # within which the one that was asked does not leave
+    # Within which the one that was asked does not leave.
     monkeypatch.setattr(Watchdog, "_patience", lambda self: 60.0)
     store = dist.HashStore()
     patient = Watched(tmp_path, 0, store, timeout=600.0)
@@ -130,7 +130,7 @@ def test_a_rank_that_was_asked_leaves_as_well(tmp_path: Path) -> None:
     watched.dog._patience = lambda: 0.0  # type: ignore[method-assign]
     store.set(module.ASKED, "1")
     with watched.dog:
-        # and the exception that follows a lost peer does not come first
+        # And the exception that follows a lost peer does not come first.
         assert watched.dog._leaving.wait(60)
     said = watched.wait()
     assert module.ask(store, 0, 1.0) is not None and (tmp_path / "hang_rank_00000.txt").exists()

@@ -1,5 +1,5 @@
-"""Scores of texts: ours against plain logits, lm-eval's figures against ours, one process against
-two.
+"""Scores of texts: ours against plain logits,
+lm-eval's figures against ours, one process against two.
 """
 
 from __future__ import annotations

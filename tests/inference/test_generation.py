@@ -203,8 +203,8 @@ def count_tokens(gpt: GPT, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, i
 
 
 def test_work_grows_linearly_in_new_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each new token takes one token through the model, whatever came before it; the prompt goes
-    through once.
+    """Each new token takes one token through the model, whatever came before it;
+    the prompt goes through once.
     """
     gpt = small_model()
     shapes = count_tokens(gpt, monkeypatch)

@@ -1,5 +1,5 @@
-"""Wrong implementations of the parameterization, each one entry of the table or one line of the
-model away from the right one.
+"""Wrong implementations of the parameterization,
+each one entry of the table or one line of the model away from the right one.
 """
 
 from __future__ import annotations
@@ -137,8 +137,8 @@ def folded_into_init(config: Config, table: Table, context: ParallelContext) -> 
 
 @dataclass(frozen=True)
 class Mutation:
-    """A wrong implementation, the axis that shows it, and the range in which its exponent of the
-    decisive quantity was expected.
+    """A wrong implementation, the axis that shows it,
+    and the range in which its exponent of the decisive quantity was expected.
     """
 
     name: str

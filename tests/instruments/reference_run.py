@@ -1,5 +1,5 @@
-"""Record a trace as the authors' code would, without any code of the project: the plain twin and
-torch.optim.AdamW.
+"""Record a trace as the authors' code would, without any code of the project:
+the plain twin and torch.optim.AdamW.
 """
 
 from __future__ import annotations

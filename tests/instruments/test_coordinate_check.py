@@ -1,5 +1,5 @@
-"""The coordinate check: its verdicts on made-up measurements, and what it says of right and wrong
-implementations.
+"""The coordinate check: its verdicts on made-up measurements,
+and what it says of right and wrong implementations.
 """
 
 from __future__ import annotations
@@ -134,16 +134,16 @@ def spread(rule: str, exponents: list[float], axis: str = "depth") -> list[Sampl
 
 
 def over_width(sample: Sample) -> Sample:
-    """The same of models of one depth; their logits at the start fall with the square root of the
-    width, as they must.
+    """The same of models of one depth;
+    their logits at the start fall with the square root of the width, as they must.
     """
     measured = replace(sample.measured, logits=[sample.size**-0.5, 1.0])
     return replace(sample, axis="width", hidden_size=sample.size, num_layers=4, measured=measured)
 
 
 def test_an_interval_wider_than_the_band_cannot_tell():
-    """As two seeds of four steps over three depths came out: +0.09 [-2.08, +2.27], band -0.20 to
-    +0.20.
+    """As two seeds of four steps over three depths came out:
+    +0.09 [-2.08, +2.27], band -0.20 to +0.20.
     """
     result = judge(spread("model", [-0.08, 0.26]) + spread("control", [1.0, 1.01]))
     (finding,) = [f for f in result.findings if f.band.quantity == "stream change"]
@@ -167,7 +167,7 @@ def test_one_seed_has_no_interval_and_proves_nothing(rule: str):
     result = judge(spread("model", exponents["model"]) + spread("control", exponents["control"]))
     assert result.verdict == Verdict.CANNOT_TELL
     assert judge(spread("model", [0.9]) + spread("control", [1.0])).verdict == Verdict.CANNOT_TELL
-    # no seed excuses what is no number
+    # No seed excuses what is no number.
     assert judge(spread("model", [math.nan]) + spread("control", [1.0])).verdict == Verdict.WRONG
 
 
@@ -244,8 +244,8 @@ def test_without_two_sizes_the_check_cannot_tell():
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_measured_stream_and_logits_are_those_of_the_model(folder: Path, architecture: str):
-    """Against the model taken apart by hand: embedding, blocks, the last sum, final norm,
-    unembedding.
+    """Against the model taken apart by hand:
+    embedding, blocks, the last sum, final norm, unembedding.
     """
     config = for_short_runs(reshape(proxy_config(folder, architecture), num_layers=4), 2, "float64")
     trial = Trial.build(config, SINGLE)
@@ -284,7 +284,7 @@ def test_the_measured_stream_and_logits_are_those_of_the_model(folder: Path, arc
     ]
     expected = (sum(total for total, _ in moved) / sum(count for _, count in moved)) ** 0.5
     assert measured.updates[Role.HIDDEN_WEIGHT] == pytest.approx(expected, rel=1e-9)
-    # the first Adam step moves everything by its learning rate
+    # The first Adam step moves everything by its learning rate.
     assert expected == pytest.approx(1.0, abs=0.05)
 
 
@@ -322,8 +322,8 @@ def samples_of(
 
 
 def over_seeds(samples: list[Sample]) -> list[Sample]:
-    """The same models once more, as if another seed had given the same: what one seed measures,
-    with an interval.
+    """The same models once more, as if another seed had given the same:
+    what one seed measures, with an interval.
     """
     return samples + [replace(s, seed=s.seed + 1) for s in samples]
 
@@ -459,8 +459,8 @@ def test_the_program_checks_a_users_own_model_and_writes_its_files(
 
 
 def test_a_check_that_shows_nothing_exits_with_3(run_tool, folder: Path):
-    """The embedding moves so much more than the blocks that the control grows no more than the
-    model does.
+    """The embedding moves so much more than the blocks
+    that the control grows no more than the model does.
     """
     words = [
         "--depths",
@@ -503,7 +503,7 @@ def test_several_workers_measure_what_one_process_does(folder: Path):
         collect(config, plan, run) for run in (in_turn(SINGLE), in_workers(2, "cpu"))
     )
     assert alone == together
-    # no two of them alike
+    # No two of them alike.
     assert len({(s.rule, s.num_layers, s.seed, s.measured.stream_change[-1]) for s in alone}) == 8
 
 
@@ -512,7 +512,7 @@ def test_the_report_has_a_panel_a_parameterization_and_a_line_a_step(folder: Pat
     result = judge(collect(proxy_config(folder), plan, in_turn(SINGLE)))
     assert exponent(result.samples, result.findings[0].band, "control") is not None
     update = next(f for f in result.findings if f.band.quantity == "update, hidden matrices")
-    # shown, and not judged: it is outside the model's band
+    # Shown, and not judged: it is outside the model's band.
     assert update.beside["alpha_0.5"].value == pytest.approx(-0.5, abs=0.05)
     assert "alpha_0.5" in describe_check(result).splitlines()[0]
     panels = draw_check(

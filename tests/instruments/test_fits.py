@@ -70,7 +70,7 @@ def test_points_where_training_breaks_do_not_bend_the_fit():
     losses = parabola(-7.0)
     losses[GRID > -6.4] += 0.5
     assert parabola_optimum(GRID, losses).log2_lr == pytest.approx(-7.0, abs=1e-9)
-    # a fit through them would be bent
+    # A fit through them would be bent.
     assert parabola_optimum(GRID, losses, rise=1.0).log2_lr < -7.2
 
 
@@ -96,8 +96,8 @@ def optimum_estimate(losses: np.ndarray, replicates: int = 100, seed: int = 0) -
 
 
 def test_the_bootstrap_interval_holds_the_true_optimum_about_as_often_as_it_says():
-    """Three seeds whose common part is much larger than the noise of single runs, as
-    in training.
+    """Three seeds whose common part is much larger
+    than the noise of single runs, as in training.
     """
     random = np.random.default_rng(2)
     held = 0
@@ -109,8 +109,8 @@ def test_the_bootstrap_interval_holds_the_true_optimum_about_as_often_as_it_says
 
 
 def test_the_interval_of_a_level_holds_what_seeds_share_and_that_of_an_optimum_does_not():
-    """Seeds that shift whole curves by +-0.1: the level of the best loss is uncertain, its place is
-    not.
+    """Seeds that shift whole curves by +-0.1:
+    the level of the best loss is uncertain, its place is not.
     """
     shifted = parabola(-7.2)[:, None] + np.array([[-0.1, 0.0, 0.1]])
     level = bootstrap(

@@ -1,5 +1,5 @@
-"""Laziness: its verdicts, what it computes against the block taken as a function, and what it says
-of right and wrong rules.
+"""Laziness: its verdicts, what it computes against the block taken as a function,
+and what it says of right and wrong rules.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ def trial_of(folder: Path, architecture: str = "gpt2", **optimizer: float) -> Tr
 
 
 def test_the_measure_equals_one_with_an_exact_directional_derivative(tmp_path: Path):
-    """J d by forward-mode differentiation of a block written in plain torch, in place of the
-    central difference.
+    """J d by forward-mode differentiation of a block written in plain torch,
+    in place of the central difference.
     """
     write_markov_chain(tmp_path / "text", 8_000)
     measured = block_laziness(trial_of(tmp_path))
@@ -137,8 +137,8 @@ def test_the_measure_equals_one_with_an_exact_directional_derivative(tmp_path: P
 
 
 class PlainBlock:
-    """The gpt2 block of small_runs as formulas: layernorm, causal attention without positions,
-    GELU.
+    """The gpt2 block of `ARCHITECTURES` as formulas:
+    layernorm, causal attention without positions, GELU.
     """
 
     def __init__(self, multiplier: float, scale: float, heads: int):

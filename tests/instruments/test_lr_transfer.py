@@ -1,5 +1,5 @@
-"""The learning-rate transfer's figures on curves whose drift, regret and savings are known, and the
-plan that follows.
+"""The learning-rate transfer's figures on curves whose drift,
+regret and savings are known, and the plan that follows.
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ def coarse(curve: Curve, every: int) -> Curve:
 
 
 def test_an_interval_is_never_narrower_than_the_grid_allows():
-    """Whole octaves, neighbours 0.2 nats above: every replicate has its best at one point; the
-    truth lies between its neighbours.
+    """Whole octaves, neighbours 0.2 nats above:
+    every replicate has its best at one point; the truth lies between its neighbours.
     """
     # -10, -9, ...; no parabola fits within 0.15 nats
     losses = 2.5 + 0.2 * np.abs(GRID[::2] + 7.99)[:, None] * np.ones((1, 3))
@@ -122,10 +122,10 @@ def test_an_interval_is_never_narrower_than_the_grid_allows():
     assert found.grid_step == 1.0
     assert drift_over_depth([sharp, replace(sharp, num_layers=8)]).verdict == "unresolved"
     through_three = optimum_of(coarse(curve(2, -7.2, noise=0.0), 2), curve(2, -7.0)).log2_lr
-    # a parabola fits any three points
+    # A parabola fits any three points.
     assert (through_three.low, through_three.high) == (-7.5, -6.5)
     fine = optimum_of(curve(2, -7.2, noise=0.0), curve(2, -7.0)).log2_lr
-    # negative control: more points, and they lie on one
+    # Negative control: more points, and they lie on one.
     assert fine.high - fine.low < 0.05 and fine.low <= -7.2 + 1e-9
 
 
@@ -183,7 +183,7 @@ def test_regret_and_drift_are_counted_from_the_smallest_shape():
     assert near.regret_verdict == "small"
     assert optimum_of(curve(8, -7.3, noise=0.1), curves[0]).regret_verdict == "unresolved"
     base = optimum_of(curves[0], curves[0])
-    # not compared with itself
+    # Not compared with itself.
     assert (base.drift, base.regret, base.regret_verdict) == (None, None, "base shape")
 
 
@@ -232,8 +232,8 @@ def test_a_saving_is_the_share_of_the_baselines_flops_that_are_not_needed():
 
 
 def test_a_shape_is_compared_with_the_shallowest_under_the_same_rule_at_one_learning_rate():
-    """Deep and narrow at equal FLOPs: half a doubling less under one rule, and nothing that three
-    seeds can tell under the other.
+    """Deep and narrow at equal FLOPs: half a doubling less under one rule,
+    and nothing that three seeds can tell under the other.
     """
 
     def runs(rule: str, depth: int, losses: dict[int, float], spread: float) -> list[Curve]:
@@ -336,7 +336,7 @@ def test_the_report_says_the_best_learning_rate_its_neighbours_and_a_next_comman
     again = sweep.Grid([2.0**-7], (2,), (), ("completep",), (0.1,), (), (50,), 2).points(
         load_config(folder / "proxy.yaml")
     )
-    # the proxy's file names the points that are done
+    # The proxy's file names the points that are done.
     assert {p.key for p in again} <= {p.key for p in points}
     commands = [
         shlex.split(line.split(": ", 1)[1])
@@ -391,11 +391,11 @@ def test_a_browser_shows_the_report_whole_without_a_complaint(tmp_path: Path):
         assert browser.problems == []
         assert browser.broken_pictures() == []
         assert browser.evaluate("document.images.length") == 1
-        # drift, and optima
+        # Drift, and optima.
         assert browser.evaluate("document.querySelectorAll('table').length") == 2
-        # whole octaves
+        # Whole octaves.
         assert "octaves per doubling: unresolved" in browser.evaluate("document.body.innerText")
-        # wide tables scroll on their own
+        # Wide tables scroll on their own.
         assert browser.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
         browser.screenshot(tmp_path / "report.png")
     assert (tmp_path / "report.png").stat().st_size > 20_000

@@ -1,5 +1,5 @@
-"""E10: recorded runs of the authors' implementation, replayed; and traces of every kind the format
-allows.
+"""E10: recorded runs of the authors' implementation, replayed;
+and traces of every kind the format allows.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tests.support.commands import Programs
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests/golden"
 NAMES = ["completep", "alpha_half", "mup", "completep_base"]
-# from the traces' README
+# From the traces' README.
 TOLERANCES = {"float64": (1e-12, 1e-12, 1e-12), "float32": (1e-5, 1e-3, 1e-5)}
 
 
@@ -163,8 +163,8 @@ def test_relative_error_of_figures_that_are_not_finite_or_too_few_is_infinite() 
 def test_traces_of_every_kind_are_reproduced(
     tmp_path: Path, alpha: float | None, bias: bool, tied: bool
 ) -> None:
-    """Recorded here by an independent implementation, with m_N = 2 and m_L = 3 (so that muP's
-    unscaled decay shows).
+    """Recorded here by an independent implementation,
+    with m_N = 2 and m_L = 3 (so that muP's unscaled decay shows).
     """
     record(tmp_path / "trace", alpha, bias, tied)
     result = replay(Trace.load(str(tmp_path / "trace.npz")))

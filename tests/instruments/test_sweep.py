@@ -1,5 +1,5 @@
-"""Sweeps: which points a grid has, what a cached point depends on, and that nothing
-is run twice.
+"""Sweeps: which points a grid has, what a cached point depends on,
+and that nothing is run twice.
 """
 
 from __future__ import annotations
@@ -122,8 +122,8 @@ def small_sweep(tmp_path: Path) -> tuple[Path, list[sweep.Point]]:
 
 @pytest.mark.parametrize("cluster", ["debug", pytest.param("local", marks=pytest.mark.slow)])
 def test_slurm_jobs_write_the_same_points_and_only_what_is_missing(small_sweep, cluster: str):
-    """Through submitit, whose other executors stand in for Slurm: in this process, and in processes
-    of their own.
+    """Through submitit, whose other executors stand in for Slurm:
+    in this process, and in processes of their own.
     """
     pytest.importorskip("submitit", reason="pip install 'megatron-completep[slurm]'")
     folder, points = small_sweep
@@ -147,8 +147,8 @@ def test_without_submitit_slurm_jobs_are_refused_clearly(
 
 
 class Recorder(ThreadPoolExecutor):
-    """A pool that runs nothing and keeps how many workers it was given, and where each point was
-    sent.
+    """A pool that runs nothing and keeps how many workers it was given,
+    and where each point was sent.
     """
 
     workers = 0

@@ -1,5 +1,5 @@
-"""Shapes of a trial: what changes with width and depth, and what a user's own factors come to
-there.
+"""Shapes of a trial: what changes with width and depth,
+and what a user's own factors come to there.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ BRANCH_ENDS = ("*.attention.output.*", "*.mlp.down.*")
 
 
 def losses_with(tmp_path: Path, multiplier: float, **own: float) -> list[float]:
-    """Of three steps in float64, without clipping; `own`: the factors of every branch's last matrix
-    and bias.
+    """Of three steps in float64, without clipping; `own`:
+    the factors of every branch's last matrix and bias.
     """
     overrides = [{"pattern": pattern, **own} for pattern in BRANCH_ENDS]
     optimizer = {
@@ -104,8 +104,8 @@ def test_a_factor_on_the_branches_is_factors_of_their_last_matrices(tmp_path: Pa
 
 @pytest.mark.slow
 def test_a_model_with_own_factors_keeps_its_sizes_over_depth(tmp_path: Path):
-    """Stretched over the depth they transfer; a factor that stays with the two first layers would
-    fade away as 1 / L.
+    """Stretched over the depth they transfer;
+    a factor that stays with the two first layers would fade away as 1 / L.
     """
     write_markov_chain(tmp_path / "text")
     config = proxy_config(tmp_path, "gpt2", **OWN)

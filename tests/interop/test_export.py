@@ -1,5 +1,5 @@
-"""Exported folders, opened by stock transformers, compute what the checkpoint computes; one
-multiplier left out is seen.
+"""Exported folders, opened by stock transformers, compute what the checkpoint computes;
+one multiplier left out is seen.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def test_shards_are_bounded_indexed_and_read_with_one_parameter_in_memory(
 
     monkeypatch.setattr(StoredCheckpoint, "tensor", counted)
     export_model(run_of("llama"), tmp_path / "out", ExportSettings("llama", shard_bytes=20_000))
-    # each parameter is read once
+    # Each parameter is read once.
     assert most == 1 and len(alive) == len(set(load_names(run_of("llama"))))
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     files = sorted(set(index["weight_map"].values()))

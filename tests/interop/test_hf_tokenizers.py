@@ -1,5 +1,5 @@
-"""Every tokenizer as an exported folder holds it, opened by transformers, encodes and decodes as
-ours does in training.
+"""Every tokenizer as an exported folder holds it,
+opened by transformers, encodes and decodes as ours does in training.
 """
 
 from __future__ import annotations

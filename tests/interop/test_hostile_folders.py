@@ -1,5 +1,5 @@
-"""Broken and hostile Hugging Face folders and tokenizers are refused by name, and leave nothing
-behind.
+"""Broken and hostile Hugging Face folders and tokenizers are refused by name,
+and leave nothing behind.
 """
 
 from __future__ import annotations

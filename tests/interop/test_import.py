@@ -1,5 +1,5 @@
-"""Imported folders compute what transformers computes, train on at any layout, and their export is
-the original, bit for bit.
+"""Imported folders compute what transformers computes,
+train on at any layout, and their export is the original, bit for bit.
 """
 
 from __future__ import annotations
@@ -210,8 +210,8 @@ def loss_at_layout(rank: int, path: str, parallel: list[str], tokens: torch.Tens
 
 
 def parameters_at_layout(rank: int, path: str, parallel: list[str]) -> list[str]:
-    """Names of this stage's parameters; each is compared with what the checkpoint stores under its
-    name.
+    """Names of this stage's parameters;
+    each is compared with what the checkpoint stores under its name.
     """
     optimizer = loaded(rank, path, parallel).optimizer
     stored = StoredCheckpoint.open(Path(path).parent / "checkpoints" / "step_00000000")
@@ -239,8 +239,8 @@ def test_pipeline_stages_load_an_import_tied_embeddings_included(
 
 @pytest.mark.parametrize("name", ["granite", "gpt2"])
 def test_training_goes_on_from_an_import(name: str, tmp_path: Path, pool: WorkerPool) -> None:
-    """One process trains; two tensor ranks start from the same loss, which is that of
-    transformers.
+    """One process trains; two tensor ranks start from the same loss,
+    which is that of transformers.
     """
     original = make_folder(tmp_path, name)
     words = [
@@ -372,8 +372,8 @@ def test_an_existing_run_is_not_overwritten(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_import_left_goes_with_the_next(tmp_path: Path) -> None:
-    """It is not taken for a run that is there already; what a run is, a link to a checkpoint
-    included, still is.
+    """It is not taken for a run that is there already;
+    what a run is, a link to a checkpoint included, still is.
     """
     original = make_folder(tmp_path, "llama")
     left = tmp_path / "run" / "checkpoints" / ".step_00000000.deadbeef"
@@ -388,8 +388,8 @@ def test_what_a_killed_import_left_goes_with_the_next(tmp_path: Path) -> None:
 
 
 def test_the_folder_kernels_of_a_checkout_answers_transformers_probe_with_nothing() -> None:
-    """transformers imports a package of this name where it finds one, and would take an error for
-    its own.
+    """transformers imports a package of this name where it finds one,
+    and would take an error for its own.
     """
     program = (
         "import kernels, sys; print(hasattr(kernels, '__version__'), "

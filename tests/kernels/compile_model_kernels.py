@@ -1,5 +1,5 @@
-"""Compile the model's kernels ahead of time and print what their machine code uses, as JSON (run by
-a test).
+"""Compile the model's kernels ahead of time and print what their machine code uses,
+as JSON (run by a test).
 
 A program of its own: a process that has chosen Triton's interpreter cannot compile. Each argument
 is ARCHITECTURE:HIDDEN:DTYPE, with :rms for RMSNorm without biases, else LayerNorm with every
@@ -68,7 +68,7 @@ def report(recorded, architecture):
         **dataclasses.asdict(used),
         "threads": launch.lanes(architecture) * parameters["num_warps"],
         "programs_per_processor": recorded.grid[0] / launch.processors(architecture),
-        # of a load inside a loop: those before it, and the one in it
+        # Of a load inside a loop: those before it, and the one in it.
         "copies": parameters.get("STAGES", 1),
         "rows": parameters.get("ROWS", 1),
         "segments": len(parameters.get("WIDTHS", "1")),

@@ -1,5 +1,5 @@
-"""Compile the optimizer and loss kernels ahead of time and print what their machine code uses, as
-JSON (run by a test).
+"""Compile the optimizer and loss kernels ahead of time and print what their machine code uses,
+as JSON (run by a test).
 
 A program of its own: a process that has chosen Triton's interpreter cannot compile.
 """
@@ -21,8 +21,8 @@ def meta(*shape, dtype=torch.float32):
 
 
 def calls():
-    """The launchers as a bf16 run calls them: 1000 parameters, a vocabulary of 50,304 padded to
-    50,432.
+    """The launchers as a bf16 run calls them:
+    1000 parameters, a vocabulary of 50,304 padded to 50,432.
     """
     state = [meta(64_000) for _ in range(4)]
     segments, groups = meta(1000, 3, dtype=torch.int64), meta(1000, 3, dtype=torch.float64)

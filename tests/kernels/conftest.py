@@ -1,5 +1,5 @@
-"""Kernel tests: on the GPU where there is one, else in Triton's interpreter, which must be chosen
-before Triton is imported.
+"""Kernel tests: on the GPU where there is one, else in Triton's interpreter,
+which must be chosen before Triton is imported.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ if not torch.cuda.is_available():
 
 @pytest.fixture
 def far_away(monkeypatch):
-    """Programs numbered from 2^31 / 256 on, memory accesses left out, int32 overflow an error: the
-    arithmetic of a huge tensor.
+    """Programs numbered from 2^31 / 256 on, memory accesses left out, int32 overflow an error:
+    the arithmetic of a huge tensor.
     """
     from triton.runtime import interpreter
 

@@ -1,5 +1,5 @@
-"""Compile ahead of time, then launch as a run would, up to the driver: does Triton find what was
-compiled? Prints JSON (run by a test).
+"""Compile ahead of time, then launch as a run would, up to the driver:
+does Triton find what was compiled? Prints JSON (run by a test).
 
 A program of its own: a process that has chosen Triton's interpreter cannot compile. The stand-in
 for the driver knows the architecture and no device, so each launch ends where the kernel would be

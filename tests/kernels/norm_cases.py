@@ -1,5 +1,5 @@
-"""Inputs of the residual norm, its float64 answer, and the checks that the kernels (and, by
-failing, their mutants) are put to.
+"""Inputs of the residual norm, its float64 answer,
+and the checks that the kernels (and, by failing, their mutants) are put to.
 """
 
 import contextlib
@@ -98,8 +98,8 @@ def forward(implementation, case, given):
 
 
 def backward(implementation, case, given, y, mean, rstd):
-    """(d_residual, d_branch, [d_weight, d_bias, d_branch_bias] as far as they exist), reduced into
-    buffers that hold 1.
+    """(d_residual, d_branch, [d_weight, d_bias, d_branch_bias] as far as they exist),
+    reduced into buffers that hold 1.
     """
     d_residual, d_branch, partials = implementation.residual_norm_backward(
         given["d_y"], given["d_out"], y, mean, rstd, given["weight"],
@@ -117,8 +117,8 @@ def wide(tensor):
 
 
 def check_forward(implementation, case, allocations=contextlib.nullcontext()):  # noqa: B008 (it has no state)
-    """Each half against float64 on the same rounded inputs; statistics and `out` are those of the
-    stored y.
+    """Each half against float64 on the same rounded inputs;
+    statistics and `out` are those of the stored y.
     """
     given = case.inputs()
     with allocations:

@@ -1,5 +1,5 @@
-"""The implementations of the optimizer and loss operations, side by side: what the tests of this
-folder run through.
+"""The implementations of the optimizer and loss operations, side by side:
+what the tests of this folder run through.
 
 "cpu" is what CPU tensors get; "triton" are the launchers of the kernels, on the GPU where there is
 one, else on CPU tensors in Triton's interpreter. Tests name them by `IMPLEMENTATIONS`, so that one
@@ -69,8 +69,8 @@ if DEVICE == "cpu":
 
 
 def mutant(module: str, old: str, new: str) -> ModuleType:
-    """A copy of a kernel module whose source has every `old` replaced by `new`: what a slip of the
-    pen would make of it.
+    """A copy of a kernel module whose source has every `old` replaced by `new`:
+    what a slip of the pen would make of it.
 
     `module`: its name inside the package, "ops.adamw" or "tiling". The copy stands in the same
     folder, so that its imports hold. It registers no operators: torch knows those of the module

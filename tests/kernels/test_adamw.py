@@ -1,5 +1,5 @@
-"""AdamW over a flat shard: the definition against torch, then every implementation against the
-definition.
+"""AdamW over a flat shard: the definition against torch,
+then every implementation against the definition.
 """
 
 import dataclasses
@@ -41,8 +41,8 @@ GROUPS = {
 
 @dataclasses.dataclass
 class Shard:
-    """A flat shard and its optimizer state, in `dtype` on `device`; a clone of it starts from the
-    same numbers.
+    """A flat shard and its optimizer state, in `dtype` on `device`;
+    a clone of it starts from the same numbers.
     """
 
     master: torch.Tensor
@@ -106,8 +106,8 @@ def relative_error(actual, expected, start):
 
 
 def distance_from_definition(implementation, groups, steps=5, used_groups=None, max_norm=1.0):
-    """Error of `steps` float32 steps against the float64 definition, over the distance travelled;
-    worst segment.
+    """Error of `steps` float32 steps against the float64 definition,
+    over the distance travelled; worst segment.
     """
     start = Shard.create()
     actual, expected = start.to(DEVICE), start.to("cpu", torch.float64)
@@ -247,8 +247,8 @@ def test_a_bf16_gradient_and_a_tiny_one_are_used_as_they_are(name):
         [0.0, 0.0, 1e-30], dtype=torch.float64
     )
     for grad in gradients(3, torch.bfloat16):
-        # squares are subnormal in float32: a square root that flushes them would divide by eps =
-        # 1e-30
+        # Squares are subnormal in float32: a square root that flushes them would divide by eps =
+        # 1e-30.
         grad = grad * 1e-20
         grad = torch.where(grad.abs() < 1e-21, torch.zeros_like(grad), grad)
         shard.step(IMPLEMENTATIONS[name], grad.to(DEVICE), groups, max_norm=0.0)
@@ -259,8 +259,8 @@ def test_a_bf16_gradient_and_a_tiny_one_are_used_as_they_are(name):
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_a_tiny_decay_keeps_its_size_on_average(name):
-    """Rounding 1 - lr*wd to float32 first, as torch's fused AdamW does, makes a decay of 1.5e-7 one
-    of 1.8e-7.
+    """Rounding 1 - lr*wd to float32 first, as torch's fused AdamW does,
+    makes a decay of 1.5e-7 one of 1.8e-7.
     """
     start = torch.rand(4096, generator=torch.Generator().manual_seed(0)) + 1
     decay = {}
@@ -435,8 +435,8 @@ class Recorder:
 
 
 def step_without_data(adamw, grad_norm, monkeypatch):
-    """The launchers of one step on `meta` tensors, whose values nobody can read; the kernels'
-    launches.
+    """The launchers of one step on `meta` tensors,
+    whose values nobody can read; the kernels' launches.
     """
     recorded = {}
     for module, kernels_of in (

@@ -1,5 +1,5 @@
-"""Cross-entropy: the definition against torch's own, the pieces against the definition, shards
-against the whole.
+"""Cross-entropy: the definition against torch's own,
+the pieces against the definition, shards against the whole.
 """
 
 import dataclasses
@@ -15,8 +15,8 @@ from tests.kernels.step_kernels import DEVICE, IMPLEMENTATIONS, launchers, mutan
 
 IGNORED = -100
 TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float64: 1e-13}
-# tokens, columns, vocab_start, vocab_size: a whole padded vocabulary, a first, a middle and a last
-# shard, one that is all padding
+# Tokens, columns, vocab_start, vocab_size: a whole padded vocabulary, a first, a middle and a last
+# shard, one that is all padding.
 SHAPES = [
     (3, 64, 0, 64),
     (17, 1000, 0, 990),
@@ -42,7 +42,7 @@ class Case:
         generator = torch.Generator().manual_seed(seed)
         logits = (8 * torch.randn(tokens, columns, generator=generator)).to(dtype)
         labels = torch.randint(0, vocab_size, (tokens,), generator=generator)
-        # one label in this shard, if the shard has any
+        # One label in this shard, if the shard has any.
         labels[0] = min(vocab_start, vocab_size - 1)
         labels[-1] = IGNORED
         return cls(logits, labels, vocab_start, vocab_size)
@@ -77,8 +77,8 @@ class Case:
         return logits
 
     def lse(self):
-        """As if the rest of the vocabulary added as much again; a constant for a shard that is all
-        padding.
+        """As if the rest of the vocabulary added as much again;
+        a constant for a shard that is all padding.
         """
         stats = self.statistics(reference, self.logits.double())
         return (
@@ -141,7 +141,7 @@ def test_the_gradient_matches_float64_and_stays_inside_its_logits(name, shape, d
     case = Case.create(*shape, dtype)
     tokens, columns = case.logits.shape
     grad_scale = torch.rand(tokens, generator=torch.Generator().manual_seed(1)) + 0.1
-    # rows longer than the logits: strided, with guard bands
+    # Rows longer than the logits: strided, with guard bands.
     guarded = torch.full((tokens + 2, columns + 16), math.nan, dtype=dtype)
     inner = guarded[1:-1, 8:-8] if dtype == torch.float32 else guarded[1:-1, :columns]
     inner.copy_(case.logits)
@@ -175,8 +175,8 @@ def test_one_grad_scale_serves_all_tokens(name):
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_shards_of_the_vocabulary_add_up_to_the_whole(name):
-    """All-reduce the maximum, then sums: the recipe in `cross_entropy_forward`, with a last shard
-    that is all padding.
+    """All-reduce the maximum, then sums:
+    the recipe in `cross_entropy_forward`, with a last shard that is all padding.
     """
     whole = Case.create(9, 512, 0, 370)
     implementation = IMPLEMENTATIONS[name]
@@ -278,7 +278,7 @@ FORWARD_MUTATIONS = {
 def test_a_broken_forward_is_caught(mutation):
     broken = launchers(mutant("ops.cross_entropy", *FORWARD_MUTATIONS[mutation]))
     case = Case.create(2, 8256, 64, 64 + 8200)
-    # the maximum is not in the first block, and padding holds a larger one
+    # The maximum is not in the first block, and padding holds a larger one.
     case.logits[:, 5000], case.logits[:, 8250] = (60.0, 70.0)
     expected = case.statistics(reference, case.logits.double())
     actual = [
@@ -291,8 +291,8 @@ def test_a_broken_forward_is_caught(mutation):
 @pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter is what checks for overflow")
 @pytest.mark.parametrize("breaks", [False, True])
 def test_more_than_two_to_the_31_logits_do_not_overflow(breaks, monkeypatch):
-    """Rows 2^30 elements apart, of a shard that is all padding: the addresses are computed, nothing
-    is read.
+    """Rows 2^30 elements apart, of a shard that is all padding:
+    the addresses are computed, nothing is read.
     """
     from triton.runtime.interpreter import interpreter_builder
 

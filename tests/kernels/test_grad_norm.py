@@ -1,5 +1,5 @@
-"""The gradient norm and what follows from it, every implementation against plain float64
-arithmetic.
+"""The gradient norm and what follows from it,
+every implementation against plain float64 arithmetic.
 """
 
 import math
@@ -77,8 +77,8 @@ def begin(implementation, sum_sq, step, max_norm, beta1=0.9, beta2=0.999):
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_bias_corrections_are_exact(name):
-    """Against rational arithmetic, where 1 - beta^step in float32 is off by 1e-5 and a float32 step
-    stops at 2^24.
+    """Against rational arithmetic,
+    where 1 - beta^step in float32 is off by 1e-5 and a float32 step stops at 2^24.
     """
     for step, beta1, beta2 in (
         (1, 0.9, 0.999),

@@ -17,8 +17,8 @@ import triton
 HERE = Path(__file__).parent
 WIDTHS = (768, 1024, 2048, 4096, 8192)
 OLDER = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
-# instructions: stored once, loaded once. What triton 3.6 leaves in the backward with dropout, on
-# sm_90
+# Instructions: stored once, loaded once. What triton 3.6 leaves in the backward with dropout, on
+# sm_90.
 ONE_REGISTER = 2
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 WHOLE = (
@@ -68,8 +68,8 @@ def compiled(request):
 
 
 def resident(architecture, used):
-    """Programs that the registers of one processor hold: 65536 of a multiprocessor, 512 a lane in
-    four units of AMD's.
+    """Programs that the registers of one processor hold:
+    65536 of a multiprocessor, 512 a lane in four units of AMD's.
     """
     if architecture.startswith("sm_"):
         return 65536 // (used["registers"] * used["threads"])
@@ -77,8 +77,8 @@ def resident(architecture, used):
 
 
 def ceiling(architecture, hidden, kernel):
-    """Registers a thread: half a multiprocessor's threads in the backward, fewer and wider ones
-    where a warp has a row (768).
+    """Registers a thread: half a multiprocessor's threads in the backward,
+    fewer and wider ones where a warp has a row (768).
     """
     if kernel != "backward":
         return 128
@@ -86,8 +86,8 @@ def ceiling(architecture, hidden, kernel):
 
 
 def narrow_loads(used, rms, dropout):
-    """At most so many loads of less than 128 bits: the rows' statistics, and a key of the dropout a
-    segment, in each copy of the loop.
+    """At most so many loads of less than 128 bits:
+    the rows' statistics, and a key of the dropout a segment, in each copy of the loop.
     """
     return used["copies"] * ((2 - rms) * used["rows"] + dropout * used["segments"])
 
@@ -124,8 +124,8 @@ def test_kernels_spill_nothing_load_whole_vectors_prefetch_and_fit(compiled):
 
 @pytest.mark.parametrize("compiled", [FAST], indirect=True, ids=["bfloat16"])
 def test_machine_code_shows_what_was_left_out(compiled):
-    """Negative controls: the properties above come from the stages, the register cap, the segments
-    and the alignment.
+    """Negative controls: the properties above come from the stages,
+    the register cap, the segments and the alignment.
     """
     kernels = compiled[CONTROLLED]
     assert kernels["backward"]["prefetches"] > 0
@@ -144,8 +144,8 @@ def test_kernels_of_every_architecture_spill_nothing_and_fit(compiled):
 
 
 def test_a_launch_finds_what_was_compiled_ahead_of_time(tmp_path):
-    """Triton's own launch path, up to the driver; and a launch with other parameters is seen to
-    compile.
+    """Triton's own launch path, up to the driver;
+    and a launch with other parameters is seen to compile.
     """
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(HERE.parents[1])}
     program = [sys.executable, str(HERE / "launch_after_compiling.py"), "sm_90", str(tmp_path)]

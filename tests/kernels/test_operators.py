@@ -1,5 +1,5 @@
-"""What torch knows about the operations: schemas, shapes without data, gradients, compilation, and
-how they are dispatched.
+"""What torch knows about the operations:
+schemas, shapes without data, gradients, compilation, and how they are dispatched.
 """
 
 import importlib
@@ -37,8 +37,8 @@ def saved_statistics(rms):
 
 
 def samples():
-    """(operator, arguments) for every operation of the model, with and without each optional
-    argument.
+    """(operator, arguments) for every operation of the model,
+    with and without each optional argument.
     """
     x, vector, seed = random(2, 3, H), random(H), torch.tensor([7])
     dropping, plain = (0.5, 0.25, seed), (0.5, 0.0, None)  # the fields of a Join
@@ -187,8 +187,8 @@ def block_inputs():
 
 
 def test_torch_compile_traces_through_every_operation_without_a_break():
-    """With dropout, whose seed is a tensor inside a value: the second seed must not find the first
-    one's mask.
+    """With dropout, whose seed is a tensor inside a value:
+    the second seed must not find the first one's mask.
     """
     leaves, (cos, sin, seed) = block_inputs()
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
@@ -256,8 +256,8 @@ kernels.swiglu(kernels.norm(x, torch.ones(8), None, kernels.Norm())).sum().backw
 
 
 def test_the_folder_imported_as_a_package_of_its_own_is_empty():
-    """Libraries probe for a package called kernels; a second registration of the operators would
-    fail.
+    """Libraries probe for a package called kernels;
+    a second registration of the operators would fail.
     """
     probed = importlib.import_module("kernels")
     assert not hasattr(probed, "norm")

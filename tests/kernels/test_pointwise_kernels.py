@@ -1,5 +1,5 @@
-"""SwiGLU, squared ReLU and rotary embedding: Triton kernels (interpreter or GPU) and CPU path
-against float64.
+"""SwiGLU, squared ReLU and rotary embedding:
+Triton kernels (interpreter or GPU) and CPU path against float64.
 """
 
 import importlib
@@ -93,7 +93,7 @@ def angles(sequence, batch, half):
 def check_rotary(module, tolerance, shape, dtype, batch_angles=1, inverse=False):
     sequence, batch, heads, head_dim = shape
     cos, sin = angles(sequence, batch_angles, head_dim // 2)
-    # q of a fused projection: only the last dimension is dense
+    # Q of a fused projection: only the last dimension is dense.
     fused = random(sequence, batch, heads, 3 * head_dim, dtype=dtype)
     x = fused[..., :head_dim]
     expected = reference.rotary(x.double().cpu(), cos.double().cpu(), sin.double().cpu(), inverse)

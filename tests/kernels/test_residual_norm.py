@@ -1,5 +1,5 @@
-"""The scaled residual norm: Triton kernels (interpreter or GPU) and CPU path, each half alone and
-both together.
+"""The scaled residual norm: Triton kernels (interpreter or GPU) and CPU path,
+each half alone and both together.
 """
 
 import dataclasses
@@ -188,7 +188,7 @@ def factor_of(seed):
 
 def test_dropout_drops_the_asked_share_and_keeps_the_mean():
     factor = factor_of(SEED)
-    # five standard deviations of 50,500 draws
+    # Five standard deviations of 50,500 draws.
     assert abs(float((factor == 0).float().mean()) - 0.3) < 0.01
     assert factor.unique().tolist() == [0.0, pytest.approx(1 / 0.7)]
     other = factor_of(SEED + 1)
@@ -198,8 +198,8 @@ def test_dropout_drops_the_asked_share_and_keeps_the_mean():
 
 
 def test_philox_matches_published_vectors():
-    """Known-answer tests of Random123 (philox4x32, 10 rounds) with the two counter words that are
-    used here.
+    """Known-answer tests of Random123 (philox4x32, 10 rounds)
+    with the two counter words that are used here.
     """
     words = reference.philox_4x32(torch.tensor(0), torch.tensor([0]))
     assert [hex(word) for word in words[0].tolist()] == [
@@ -346,8 +346,8 @@ MUTANTS = {
 
 
 def with_slip(module, old, new):
-    """The launchers with one slip in `module`; whoever imports the changed module's functions is
-    copied with it.
+    """The launchers with one slip in `module`;
+    whoever imports the changed module's functions is copied with it.
     """
     broken = mutant(module, old, new)
     changed = {"ops.residual_norm": residual_norm_module, "ops.partial_sums": partial_sums}

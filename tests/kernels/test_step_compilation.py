@@ -1,5 +1,5 @@
-"""The machine code of the optimizer and loss kernels, compiled here for GPUs that are not: whole
-vectors, few registers, no spills.
+"""The machine code of the optimizer and loss kernels, compiled here for GPUs that are not:
+whole vectors, few registers, no spills.
 """
 
 import json

@@ -1,5 +1,5 @@
-"""Products added into a wider total: what each device does, and when torch's GEMM is trusted to do
-it in one piece.
+"""Products added into a wider total:
+what each device does, and when torch's GEMM is trusted to do it in one piece.
 """
 
 import pytest

@@ -1,5 +1,5 @@
-"""Makes bf16 right in Triton's CPU interpreter (checked on triton 3.6.0 and 3.9.0; casts are
-bit-exact against torch).
+"""Makes bf16 right in Triton's CPU interpreter (checked on triton 3.6.0 and 3.9.0;
+casts are bit-exact against torch).
 
 Call `install()` before any interpreted kernel runs. It does not fix `tl.sum` on bf16: cast to fp32
 first.

@@ -16,8 +16,8 @@ SEED = torch.tensor([12345])
 
 
 def factors(model: ModelConfig, shape: tuple[int, int]) -> list[Tensor]:
-    """The dropout factors [B, S, H] of every branch: attention and MLP of layer l join at sites 2l
-    + 1 and 2l + 2.
+    """The dropout factors [B, S, H] of every branch:
+    attention and MLP of layer l join at sites 2l + 1 and 2l + 2.
     """
     batch, length = shape
     size = torch.Size((length, batch, model.hidden_size))
@@ -134,7 +134,7 @@ def test_recomputation_keeps_fewer_activations(recompute: str) -> None:
         gpt, kept = build_model(model, recompute=mode), {}
 
         def pack(tensor: Tensor) -> Tensor:
-            # held, so that no address is used twice
+            # Held, so that no address is used twice.
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
             return tensor
 

@@ -38,7 +38,7 @@ def test_flops_equal_those_that_torch_counts(shape: dict[str, Any]) -> None:
     width = model.num_attention_heads * (
         model.head_dim or model.hidden_size // model.num_attention_heads
     )
-    # a token, above the diagonal
+    # A token, above the diagonal.
     future = model.num_layers * 2 * 2 * width * (model.seq_length - (model.seq_length + 1) / 2)
     counted = forward.get_total_flops() / tokens.numel()
     assert forward_flops_per_token(model) == pytest.approx(counted - future, rel=1e-12)

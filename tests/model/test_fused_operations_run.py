@@ -1,5 +1,5 @@
-"""By the profiler: one training step really goes through the fused operations, each as often as the
-model asks for it.
+"""By the profiler: one training step really goes through the fused operations,
+each as often as the model asks for it.
 """
 
 from __future__ import annotations

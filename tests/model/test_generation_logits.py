@@ -1,5 +1,5 @@
-"""E7: the logits of the generation path (one token at a time, key/value caches) are those of the
-training path.
+"""E7: the logits of the generation path (one token at a time,
+key/value caches) are those of the training path.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def test_logits_of_the_generation_path_equal_those_of_the_training_path(
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_training_loss_is_the_cross_entropy_of_the_generation_logits(case: dict[str, Any]) -> None:
-    """The loss owns its logits: it too must use the multiplier that generation uses, and no padded
-    column.
+    """The loss owns its logits:
+    it too must use the multiplier that generation uses, and no padded column.
     """
     model = model_config(**case, logit_multiplier=1.5)
     gpt = build_model(model)

@@ -1,5 +1,5 @@
-"""The model, its kernels and its hand-written gradients against a plain torch twin under autograd,
-in float64.
+"""The model, its kernels and its hand-written gradients
+against a plain torch twin under autograd, in float64.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ OPTIONS: dict[str, list[Any]] = {
 
 
 def pairwise_cases() -> list[dict[str, Any]]:
-    """A few dozen of the product's combinations in which every pair of values of any two options
-    occurs.
+    """A few dozen of the product's combinations in which
+    every pair of values of any two options occurs.
     """
     names = list(OPTIONS)
     missing = {
@@ -97,8 +97,8 @@ def compare(
     loss: LossConfig | None = None,
     **inputs: Tensor,
 ) -> dict[str, float]:
-    """Errors of logits, loss and every gradient against the twin, relative to the largest entry of
-    each.
+    """Errors of logits, loss and every gradient against the twin,
+    relative to the largest entry of each.
     """
     tokens, labels = batch_of(model)
     weights = {name: p.detach().clone().requires_grad_() for name, p in gpt.named_parameters()}
@@ -233,8 +233,8 @@ def test_documents_in_one_sample_match_the_plain_twin() -> None:
 
 
 def two_documents(model: ModelConfig, cut: int, batch: int = 3) -> tuple[Tensor, Tensor]:
-    """document_ids and positions [B, S] of samples that hold two documents, the second from token
-    `cut` on.
+    """document_ids and positions [B, S] of samples that hold two documents,
+    the second from token `cut` on.
     """
     order = torch.arange(model.seq_length).expand(batch, -1)
     return (order >= cut).long(), torch.where(order < cut, order, order - cut)

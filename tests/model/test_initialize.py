@@ -1,5 +1,5 @@
-"""Initial weights: a pure function of (seed, parameter name, global position), with the standard
-deviation of the role.
+"""Initial weights: a pure function of (seed, parameter name, global position),
+with the standard deviation of the role.
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ def test_padding_rows_of_the_vocabulary_are_zero() -> None:
 
 
 def test_the_draws_are_standard_normal() -> None:
-    """Moments, tail and independence of neighbours, on a quarter of a million draws; 5 standard
-    errors.
+    """Moments, tail and independence of neighbours,
+    on a quarter of a million draws; 5 standard errors.
     """
     values = draw(hidden(512, 512), 11, "w").astype(np.float64)
     error = 1 / math.sqrt(values.size)

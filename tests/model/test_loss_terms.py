@@ -1,5 +1,5 @@
-"""What the objective is the sum of, beside torch's cross-entropy in float64; without gradients it
-is that alone.
+"""What the objective is the sum of, beside torch's cross-entropy in float64;
+without gradients it is that alone.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def test_without_gradients_the_loss_is_the_pure_cross_entropy(
         assert gpt(tokens, labels=labels).item() == pytest.approx(
             expected["cross_entropy"], rel=1e-12
         )
-    # with gradients it is more
+    # With gradients it is more.
     assert abs(gpt(tokens, labels=labels).item() - expected["cross_entropy"]) > 0.1
 
 

@@ -1,5 +1,5 @@
-"""E2 and E6 of the parameterization: the multipliers vanish at the base shape, and sit where
-folding into the branch puts them.
+"""E2 and E6 of the parameterization:
+the multipliers vanish at the base shape, and sit where folding into the branch puts them.
 """
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ def is_branch_output(name: str) -> bool:
 def test_the_multiplier_equals_branch_outputs_scaled_by_it_in_values_and_gradients(
     base_num_layers: int, exact: bool
 ) -> None:
-    """s * (x W_o + b_o) = x (s W_o) + s b_o, and then the gradients of W_o and b_o differ by s and
-    no other does.
+    """s * (x W_o + b_o) = x (s W_o) + s b_o,
+    and then the gradients of W_o and b_o differ by s and no other does.
     """
     model = model_config(bias=True, norm="layernorm", activation="gelu")
     tokens, labels = batch_of(model)
@@ -144,8 +144,8 @@ def test_a_multiplier_on_one_branch_only_is_told_apart(branch: str) -> None:
 
 
 def test_the_residual_stream_gradient_is_not_scaled() -> None:
-    """With every branch output at zero the gradient of the embedding does not depend on the depth
-    multiplier.
+    """With every branch output at zero the gradient of the
+    embedding does not depend on the depth multiplier.
     """
     model = model_config(num_layers=4)
     tokens, labels = batch_of(model)

@@ -1,5 +1,5 @@
-"""The test of the design: a new gated branch joins the model through its seam, without an edit of
-the model or the table.
+"""The test of the design: a new gated branch joins the model through its seam,
+without an edit of the model or the table.
 
 Its modules declare roles where they create parameters; initial weights, groups and the plan read
 that, and it trains.
@@ -40,8 +40,8 @@ from tests.support.models import (
 
 
 class GatedBranch(nn.Module):
-    """down(sigmoid(gate(x)) * value(x) * level): a fused projection of the project, an output
-    projection, and a plain parameter.
+    """down(sigmoid(gate(x)) * value(x) * level):
+    a fused projection of the project, an output projection, and a plain parameter.
 
     Its own loss is 0.1 * sum |gate|.
     """
@@ -135,8 +135,8 @@ def objective(gpt: GPT, tokens: Tensor, labels: Tensor) -> float:
 
 
 def test_gradients_of_the_new_branch_and_of_its_own_loss_are_right(gated_model) -> None:
-    """A finite difference of the whole objective, on a direction in each of the new parameters and
-    in what stands before them.
+    """A finite difference of the whole objective,
+    on a direction in each of the new parameters and in what stands before them.
     """
     gpt, _ = gated_model
     tokens, labels = batch_of(gpt.config)
@@ -178,8 +178,8 @@ def test_an_own_loss_counts_once_a_backward_pass_and_not_without_gradients(gated
 
 
 def test_an_own_loss_of_an_early_stage_needs_no_sum_on_the_last(gated_model) -> None:
-    """Two stages by hand: one tensor goes forward, its gradient comes back, weight gradients run
-    when the schedule says so.
+    """Two stages by hand: one tensor goes forward, its gradient comes back,
+    weight gradients run when the schedule says so.
     """
     gpt, table = gated_model
     tokens, labels = batch_of(gpt.config)
@@ -204,8 +204,8 @@ def test_an_own_loss_of_an_early_stage_needs_no_sum_on_the_last(gated_model) -> 
 def test_the_new_branch_goes_through_the_fused_join(
     gated_model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every branch but the stream's first joins in one call with the norm behind it: none is added
-    by itself.
+    """Every branch but the stream's first joins in one call with the norm behind it:
+    none is added by itself.
     """
     gpt, _ = gated_model
     calls: list[str] = []

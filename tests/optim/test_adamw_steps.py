@@ -1,5 +1,5 @@
-"""E3, E4 and E5 of the parameterization, through the distributed optimizer; and AdamW and clipping
-against torch's own.
+"""E3, E4 and E5 of the parameterization, through the distributed optimizer;
+and AdamW and clipping against torch's own.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tests.support.models import (
 )
 
 BIASED = {**GPT2, "qk_norm": True}
-# of the masters
+# Of the masters.
 ROUNDING = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-24}
 
 
@@ -47,8 +47,8 @@ def masters(optimizer: DistributedOptimizer) -> dict[str, Tensor]:
 
 
 def displacement_errors(dtype: torch.dtype, alpha: float) -> dict[str, float]:
-    """|largest change of a tensor in the first step - its learning rate|, in units of what rounding
-    allows.
+    """|largest change of a tensor in the first step - its learning rate|,
+    in units of what rounding allows.
     """
     eta, m_N, m_L = 2e-3, 2, 2
     gpt, optimizer, _ = small_setup(
@@ -170,8 +170,8 @@ def test_decay_at_alpha_one_half_follows_the_table() -> None:
 def trajectories(
     base_hidden_size: int, unembedding: RoleFactors | None = None
 ) -> tuple[list[float], list[float]]:
-    """Losses of 15 steps with 1/m_N in the forward pass, and with it absorbed by the unembedding's
-    own factors.
+    """Losses of 15 steps with 1/m_N in the forward pass,
+    and with it absorbed by the unembedding's own factors.
     """
     model = model_config(hidden_size=32)
     m_N = 32 / base_hidden_size
@@ -184,8 +184,8 @@ def trajectories(
         assert table.logit_multiplier == pytest.approx(1.0 if change else 1 / m_N, rel=1e-15)
         optimizer_settings = optimizer_config(grad_clip=0.0, base_weight_decay=0.1, base_eps=1e-6)
         gpt = build_model(shape, table, optimizer=optimizer_settings)
-        # exactly the other model's draw over m_N: the initial standard deviation is rounded to
-        # float32
+        # Exactly the other model's draw over m_N: the initial standard deviation is rounded to
+        # float32.
         if change:
             reference = build_model(
                 model,

@@ -1,5 +1,5 @@
-"""A second update rule is one class: it trains, saves, resumes bit for bit and reshards, and
-nothing else knows of it.
+"""A second update rule is one class:
+it trains, saves, resumes bit for bit and reshards, and nothing else knows of it.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Gradients are averaged over the tokens that count, whatever the micro-batches they came in; and
-modules that know no queue.
+"""Gradients are averaged over the tokens that count, whatever the micro-batches they came in;
+and modules that know no queue.
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ def test_a_gradient_of_the_step_before_is_overwritten_and_an_unused_one_is_zero(
 
 
 class PlainModel(nn.Module):
-    """Nothing of the project but declared roles: a shared weight used twice, a branch that may stay
-    unused.
+    """Nothing of the project but declared roles:
+    a shared weight used twice, a branch that may stay unused.
     """
 
     def __init__(self) -> None:

@@ -1,5 +1,5 @@
-"""A run's own factors and values are checked once, against the whole model: what names nothing,
-never acts or does not survive.
+"""A run's own factors and values are checked once, against the whole model:
+what names nothing, never acts or does not survive.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ LOST = {
 TOO_LARGE = {
     "optimizer.base_eps": ("1e39", "the AdamW epsilon is 5e+38 for embedding"),
     "optimizer.base_init_std": ("1e38", "the initial standard deviation is 1e+38"),
-    # over 1 - beta1 at the first step
+    # Over 1 - beta1 at the first step.
     "optimizer.base_lr": ("1e38", "the peak learning rate is 1e+38"),
     "model.logit_multiplier": ("1e39", "the factor on the logits is 5e+38"),
 }
@@ -212,7 +212,7 @@ def test_float64_holds_what_float32_does_not():
         == []
     )
     assert "float64 holds" in refusal("training.precision=float64", "optimizer.base_eps=1e-308")
-    # masters are float32
+    # Masters are float32.
     assert "float32 holds" in refusal("training.precision=bf16", "optimizer.base_eps=1e-46")
     # Initial weights are drawn in float32 whatever the precision.
     assert "base_init_std" in refusal("training.precision=float64", "optimizer.base_init_std=1e-40")
@@ -274,8 +274,8 @@ def test_a_batch_scale_that_is_no_number_is_refused():
 
 
 def test_an_epsilon_below_the_bound_makes_weights_that_are_no_numbers_and_one_above_does_not():
-    """Why it is refused: rows of the embedding that no token hits have zero moments, and 0 / (0 +
-    0) is NaN.
+    """Why it is refused: rows of the embedding that no token hits have zero moments,
+    and 0 / (0 + 0) is NaN.
     """
     model = model_config()
     table = table_for(model)

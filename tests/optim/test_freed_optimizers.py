@@ -1,5 +1,5 @@
-"""A model and its optimizer are freed when nobody holds them any more: sweeps build many in one
-process.
+"""A model and its optimizer are freed when nobody holds them any more:
+sweeps build many in one process.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""E1: role, initial standard deviation, learning rate, weight decay and epsilon of every parameter
-of the model, on a grid of shapes.
+"""E1: role, initial standard deviation, learning rate,
+weight decay and epsilon of every parameter of the model, on a grid of shapes.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def expected(
 def groups_of(
     m_N: int, m_L: int, alpha: float, changes: dict[str, Any]
 ) -> tuple[GPT, dict[str, Group]]:
-    """A model m_N times as wide and m_L times as deep as its base; its MLP is 3 times as wide as
-    the base's. No memory is touched.
+    """A model m_N times as wide and m_L times as deep as its base;
+    its MLP is 3 times as wide as the base's. No memory is touched.
     """
     model = model_config(
         **{"hidden_size": 16 * m_N, "num_layers": 2 * m_L, "ffn_hidden_size": 96, **changes}
@@ -138,8 +138,8 @@ def test_a_wrong_table_is_found(role: Role, cell: str, monkeypatch: pytest.Monke
 
 
 def test_a_wrongly_declared_fan_in_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fused QKV or gate-and-up matrix has the fan-in of one of its parts, and down_proj that of
-    the FFN.
+    """A fused QKV or gate-and-up matrix has the fan-in of one of its parts,
+    and down_proj that of the FFN.
     """
     forgetful = lambda *values, **settings: Spec(*values, **{**settings, "fan_in": None})  # noqa: E731
     monkeypatch.setattr("megatron_completep.parallel.linear.Spec", forgetful)
@@ -163,15 +163,15 @@ def test_every_element_is_in_exactly_one_group_of_the_optimizer() -> None:
 
 
 def test_groups_that_differ_in_eps_alone_stay_apart() -> None:
-    """At alpha = 1 and the base width, hidden weights and embeddings have the same learning rate
-    and decay.
+    """At alpha = 1 and the base width,
+    hidden weights and embeddings have the same learning rate and decay.
     """
     _, groups = groups_of(1, 8, 1.0, {"ffn_hidden_size": 32})
     embedding, hidden = groups["embedding.weight"], groups["layers.3.mlp.up.weight"]
     assert (embedding.lr_factor, embedding.weight_decay) == (hidden.lr_factor, hidden.weight_decay)
     assert embedding.eps == pytest.approx(8 * hidden.eps, rel=1e-12)
     merged = {(group.lr_factor, group.weight_decay): group for group in groups.values()}
-    # what a key of (lr, wd) would lose
+    # What a key of (lr, wd) would lose.
     assert len(merged) < len({(g.lr_factor, g.weight_decay, g.eps) for g in groups.values()})
 
 

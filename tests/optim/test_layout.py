@@ -1,5 +1,5 @@
-"""The flat layout: every element owned exactly once, aligned, whatever the sizes, the ranks and the
-buckets.
+"""The flat layout: every element owned exactly once,
+aligned, whatever the sizes, the ranks and the buckets.
 """
 
 from __future__ import annotations
@@ -128,8 +128,8 @@ def test_a_bucket_is_closed_once_it_is_full(
 def test_parameters_of_two_axes_share_no_bucket_and_each_is_cut_over_its_own_ranks(
     parameters: list[Entry], data: st.DataObject
 ) -> None:
-    """As with experts that a part of the data ranks holds: their state is divided
-    over fewer ranks.
+    """As with experts that a part of the data ranks holds:
+    their state is divided over fewer ranks.
     """
     shards = {"data": 6, "few": 2}
     axes = data.draw(

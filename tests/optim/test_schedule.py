@@ -1,5 +1,5 @@
-"""Schedules against closed forms, and E9: lr_group(t) = schedule(t) * factor, after a
-reload too.
+"""Schedules against closed forms, and E9:
+lr_group(t) = schedule(t) * factor, after a reload too.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def test_every_schedule_rises_to_one_peak_and_falls_to_its_minimum(
     )
     values = [schedule(step, config, steps) for step in range(1, steps + 1)]
     ramp = derived.warmup_steps(config, steps)
-    # the configuration's check holds this
+    # The configuration's check holds this.
     assume(shape != "warmup_stable_decay" or ramp + derived.decay_steps(config, steps) <= steps)
     assert all(0 <= value <= 1 for value in values)
     assert all(a < b for a, b in itertools.pairwise(values[:ramp]))
@@ -172,7 +172,7 @@ def copy_state(source: DistributedOptimizer, target: DistributedOptimizer) -> No
 def test_a_groups_rate_is_schedule_times_factor_at_warm_up_peak_minimum_and_after_reload() -> None:
     gpt, optimizer, _ = small_setup(completep={"alpha": 0.5}, optimizer=SETTINGS)
     factors = {name: group.lr_factor for name, group in optimizer.groups.items()}
-    # outside the blocks, vectors in blocks, matrices in blocks
+    # Outside the blocks, vectors in blocks, matrices in blocks.
     assert len(set(factors.values())) == 3
     shape = np.interp(np.arange(1, TOTAL + 1), [0, 4, TOTAL], [0, 1, 0.25])
     for step in range(1, TOTAL + 1):
@@ -188,8 +188,8 @@ def test_a_groups_rate_is_schedule_times_factor_at_warm_up_peak_minimum_and_afte
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_training_goes_on_bitwise_after_a_reload(dtype: torch.dtype) -> None:
-    """Epsilon and decay survive with it: a large eps and decay would show any change in the last
-    bit.
+    """Epsilon and decay survive with it:
+    a large eps and decay would show any change in the last bit.
     """
     settings = {"base_weight_decay": 0.3, "base_eps": 1e-2, "schedule": "cosine", "warmup_steps": 2}
 

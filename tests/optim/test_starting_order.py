@@ -31,7 +31,7 @@ def test_buckets_start_as_they_lie_whichever_gradient_comes_last(seed: int) -> N
     optimizer.begin_step(1)
     parameters = list(gpt.parameters())
     random.Random(seed).shuffle(parameters)
-    # nothing of its bucket and of later ones may start before its gradient is there
+    # Nothing of its bucket and of later ones may start before its gradient is there.
     held = parameters.pop()
     (bucket,) = (
         piece.bucket for piece in shards.layout.pieces if shards.parameters[piece.name] is held

@@ -16,8 +16,8 @@ Result = tuple[list[float], dict[str, Tensor]]
 def train_twice(
     rank: int, sections: dict[str, dict[str, Any]], backend: str
 ) -> tuple[Result, Result, int]:
-    """Losses and final parameters without and with compiled regions, and how many graphs were
-    compiled.
+    """Losses and final parameters without and with compiled regions,
+    and how many graphs were compiled.
     """
     return train(rank, sections, None), *train_compiled(rank, sections, backend)
 

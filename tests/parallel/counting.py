@@ -42,8 +42,8 @@ AXES = ("tensor", "shard", "replica", "pipeline", "world")
 
 
 class CountCollectives(TorchDispatchMode):
-    """Sees every collective of this process, whoever calls it; one that it does not know is an
-    error.
+    """Sees every collective of this process, whoever calls it;
+    one that it does not know is an error.
     """
 
     def __init__(self) -> None:

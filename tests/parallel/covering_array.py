@@ -1,5 +1,5 @@
-"""Rows that hold every pair of levels of any two factors: what pairs of features do to each other,
-at a fraction of all combinations.
+"""Rows that hold every pair of levels of any two factors:
+what pairs of features do to each other, at a fraction of all combinations.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 Row = dict[str, str]  # factor -> level
 Pair = frozenset[tuple[str, str]]  # of two (factor, level)
-# whether two (factor, level) cannot stand in one row; symmetric
+# Whether two (factor, level) cannot stand in one row; symmetric.
 Forbidden = Callable[[tuple[str, str], tuple[str, str]], bool]
 
 
@@ -31,8 +31,8 @@ def pairs_of(row: Row) -> set[Pair]:
 
 
 def covering_array(factors: Mapping[str, Sequence[str]], forbidden: Forbidden) -> list[Row]:
-    """Rows over all factors in which every pair of `all_pairs` stands at least once; the same rows
-    for the same arguments.
+    """Rows over all factors in which every pair of `all_pairs` stands at least once;
+    the same rows for the same arguments.
 
     Greedy: a row begins with the first pair that is missing; each further factor takes the level
     that brings most missing pairs, and among equals the one that was used least.

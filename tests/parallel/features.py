@@ -1,5 +1,5 @@
-"""All features that a model and a run may have, level by level, and a short run of any combination
-in any layout.
+"""All features that a model and a run may have, level by level,
+and a short run of any combination in any layout.
 """
 
 from __future__ import annotations
@@ -188,8 +188,8 @@ def data_size(layout: str) -> int:
 
 
 def forbidden(a: tuple[str, str], b: tuple[str, str]) -> bool:
-    """What the configuration refuses, and dropout where its masks depend on the rank
-    (docs/parallelism.md).
+    """What the configuration refuses,
+    and dropout where its masks depend on the rank (docs/parallelism.md).
     """
     levels = dict((a, b))
     if "layout" not in levels:
@@ -251,8 +251,8 @@ class Documents:
 
 
 class SyntheticLoader(Loader):
-    """Leaves out some labels, unevenly over samples: data ranks count different
-    numbers of tokens.
+    """Leaves out some labels, unevenly over samples:
+    data ranks count different numbers of tokens.
     """
 
     def next_step(self, global_batch_size: int | None = None) -> list[Batch]:
@@ -287,8 +287,8 @@ ENDS_ALONE = "the ends of a tied embedding do not exchange gradients"
 
 
 def run_row(rank: int, config: Config, mutation: str = "") -> Trained:
-    """Train, through the loop's own `launch`, in the process group at hand or alone,
-    and evaluate.
+    """Train, through the loop's own `launch`,
+    in the process group at hand or alone, and evaluate.
     """
     context = context_on(rank, config.parallel)
     table = table_of(config)

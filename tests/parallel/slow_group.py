@@ -1,5 +1,5 @@
-"""Workers for the tests of the distributed optimizer: an artificially slow network in counted time,
-and counted collectives.
+"""Workers for the tests of the distributed optimizer:
+an artificially slow network in counted time, and counted collectives.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from tests.parallel.layouts import Case, assembled, counted_tokens, micro_batche
 
 
 class Timeline:
-    """Time that passes where it is told to: a rank computes, and a network carries its collectives,
-    one at a time.
+    """Time that passes where it is told to:
+    a rank computes, and a network carries its collectives, one at a time.
     """
 
     def __init__(self, delay: int):
@@ -37,8 +37,8 @@ class Timeline:
 
 
 class SlowWork:
-    """A collective on that network: what it moves is there at once, and may be used when its time
-    is over.
+    """A collective on that network: what it moves is there at once,
+    and may be used when its time is over.
     """
 
     def __init__(self, timeline: Timeline, exposed: list[int]):
@@ -49,8 +49,8 @@ class SlowWork:
 
 
 def slow_down(timeline: Timeline, exposed: dict[str, list[int]], monkey: Any) -> None:
-    """Replace the two data-parallel collectives; `exposed` collects how long anybody waited for
-    each.
+    """Replace the two data-parallel collectives;
+    `exposed` collects how long anybody waited for each.
     """
 
     def slowed(name: str, real: Any) -> Any:

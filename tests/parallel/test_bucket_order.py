@@ -1,5 +1,5 @@
-"""Reductions of gradients start in a fixed order, and none of them waits for the end of backward
-for it.
+"""Reductions of gradients start in a fixed order,
+and none of them waits for the end of backward for it.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ RUNS = {
 
 def compare(pool, name: str, backend: str, tolerance: float) -> None:
     processes, sections = RUNS[name]
-    # the key biases' gradient is rounding noise, which Adam would amplify
+    # The key biases' gradient is rounding noise, which Adam would amplify.
     sections = {**sections, "optimizer": {"base_eps": 1e-3}}
     graphs = 0
     for (losses, parameters), (compiled_losses, compiled), count in pool.run(
@@ -58,8 +58,8 @@ def compare(pool, name: str, backend: str, tolerance: float) -> None:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_compiled_regions_give_equal_losses_and_parameters(pool, name):
-    """aot_eager traces forward and backward and runs the same kernels: equal but for the order of a
-    few additions.
+    """aot_eager traces forward and backward and runs the same kernels:
+    equal but for the order of a few additions.
     """
     compare(pool, name, "aot_eager", 1e-5)
 

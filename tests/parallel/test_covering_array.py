@@ -1,5 +1,5 @@
-"""The generator of pairwise rows does what it says, on factors small enough to count by hand and on
-random ones.
+"""The generator of pairwise rows does what it says,
+on factors small enough to count by hand and on random ones.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def test_every_pair_that_is_allowed_stands_in_a_row_and_no_other(seed):
     factors = {
         f"f{n}": [str(level) for level in range(random_source.randint(2, 6))] for n in range(9)
     }
-    # level 0 goes with everything
+    # Level 0 goes with everything.
     levels = [(name, level) for name, values in factors.items() for level in values if level != "0"]
     refused = {frozenset(random_source.sample(levels, 2)) for _ in range(20)}
 

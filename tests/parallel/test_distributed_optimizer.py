@@ -1,5 +1,5 @@
-"""The distributed optimizer: what it hides, what it sends, and that shards cut parameters without a
-trace.
+"""The distributed optimizer: what it hides, what it sends,
+and that shards cut parameters without a trace.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import pytest
 from tests.parallel.layouts import Case, relative_error, train
 from tests.parallel.slow_group import exposed_communication, shard_sizes
 
-# ticks: a layer's forward (and backward), and one collective on the slow network
+# Ticks: a layer's forward (and backward), and one collective on the slow network.
 LAYER, DELAY = (8, 5)
 
 

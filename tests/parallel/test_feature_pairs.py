@@ -1,5 +1,5 @@
-"""Every pair of features, layouts among them, trains as in one process: a covering array instead of
-all combinations.
+"""Every pair of features, layouts among them, trains as in one process:
+a covering array instead of all combinations.
 
 `make test` takes rows at random (their seed is in the report's header), `make test-slow` all of
 them.

@@ -86,8 +86,8 @@ def world_size(layout: dict) -> int:
 
 
 def micro_batches(layout: dict) -> int:
-    """4 a step, so that accumulation and every pipeline schedule are exercised; as many as there
-    are samples on each data rank.
+    """4 a step, so that accumulation and every pipeline schedule are exercised;
+    as many as there are samples on each data rank.
     """
     data = (
         world_size(layout)

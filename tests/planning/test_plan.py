@@ -1,5 +1,5 @@
-"""The plan of a run: what show_plan prints is what the optimizer uses and the weights
-start from.
+"""The plan of a run:
+what show_plan prints is what the optimizer uses and the weights start from.
 """
 
 from __future__ import annotations

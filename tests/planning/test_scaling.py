@@ -1,5 +1,5 @@
-"""The plan on paper against the real construction code, run on fake tensors in a fake process group
-of any size.
+"""The plan on paper against the real construction code,
+run on fake tensors in a fake process group of any size.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def config_of(changes: Sections, recompute: str = "none") -> Config:
 
 @pytest.fixture
 def fake_world() -> Iterator[Any]:
-    """start(world_size): a process group that sends nothing, with this process as one of many
-    ranks.
+    """start(world_size): a process group that sends nothing,
+    with this process as one of many ranks.
     """
 
     def start(rank: int, world_size: int) -> None:

@@ -1,5 +1,5 @@
-"""The picture of a step shows schedules that compute everything once, in an order that works, with
-the planned bubble.
+"""The picture of a step shows schedules that compute everything once,
+in an order that works, with the planned bubble.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def test_only_the_ends_of_the_traffic_are_exposed():
     spans = overlap([10] * 10, transfer=0.5)
     compute = [span for span in spans if span.lane == 0]
     idle = sum(after.start - before.stop for before, after in pairwise(compute))
-    # the last bucket's gradients, the first bucket's parameters
+    # The last bucket's gradients, the first bucket's parameters.
     assert idle == pytest.approx(0.05 + 0.025)
 
 

@@ -1,5 +1,5 @@
-"""Inputs that are no regular files, JSON without an end of nesting, names that are not UTF-8,
-documents without a bound.
+"""Inputs that are no regular files, JSON without an end of nesting,
+names that are not UTF-8, documents without a bound.
 """
 
 import gzip
@@ -116,8 +116,8 @@ def test_what_is_no_regular_file_is_refused_by_name_however_it_is_met(
 
 
 def test_a_pipe_of_the_shell_is_refused_and_nothing_is_lost(tmp_path: Path) -> None:
-    """As in `preprocess_data --input a.jsonl <(cat big.jsonl)`: the descriptor's name has no ending
-    to guess a format from.
+    """As in `preprocess_data --input a.jsonl <(cat big.jsonl)`:
+    the descriptor's name has no ending to guess a format from.
     """
     (tmp_path / "a.jsonl").write_bytes(lines_of("a"))
     reading, writing = os.pipe()

@@ -1,5 +1,5 @@
-"""The files are, byte for byte, those that Megatron-Core's own builder writes for the same texts
-and tokenizer.
+"""The files are, byte for byte,
+those that Megatron-Core's own builder writes for the same texts and tokenizer.
 """
 
 import json

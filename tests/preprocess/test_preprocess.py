@@ -1,5 +1,5 @@
-"""Preprocessing: what it reads, in which order, what it drops, and that nothing but inputs and
-settings decides the bytes.
+"""Preprocessing: what it reads, in which order, what it drops,
+and that nothing but inputs and settings decides the bytes.
 """
 
 import bz2
@@ -524,8 +524,8 @@ def test_stopped_anywhere_in_the_merge_it_goes_on_to_the_same_bytes(
 def test_stopped_after_any_block_it_goes_on_to_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each round one more block is finished; of the next one the tokens are written, but its
-    journal line is torn.
+    """Each round one more block is finished;
+    of the next one the tokens are written, but its journal line is torn.
     """
     files = corpus(tmp_path / "in", 12)
     run(tmp_path, *files, name="whole", deduplicate=True)

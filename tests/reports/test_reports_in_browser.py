@@ -1,5 +1,5 @@
-"""The project's HTML reports, opened in a real browser: nothing complains, every picture shows, the
-choice of pictures works.
+"""The project's HTML reports, opened in a real browser:
+nothing complains, every picture shows, the choice of pictures works.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def test_one_picture_of_a_choice_is_seen_at_a_time(browser: Browser, tmp_path: P
     comparison().write_html(tmp_path / "report.html")
     browser.open((tmp_path / "report.html").as_uri())
     seen = "[...document.querySelectorAll('.panes > figure')].map(f => f.offsetHeight > 0)"
-    # by step, tokens, time; no FLOPs without a configuration
+    # By step, tokens, time; no FLOPs without a configuration.
     assert browser.evaluate(seen) == [True, False, False]
     browser.evaluate("document.querySelectorAll('.choice > label')[2].click()")
     assert browser.evaluate(seen) == [False, False, True]

@@ -1,5 +1,5 @@
-"""Runs beside each other: what is read from their files, whatever state those are in, and what the
-report says of them.
+"""Runs beside each other: what is read from their files,
+whatever state those are in, and what the report says of them.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from megatron_completep.run.signals import StopSignals
 
 
 class Listener:
-    """Signals with a clock that stands, and instead of the end of the process a list
-    of exit codes.
+    """Signals with a clock that stands,
+    and instead of the end of the process a list of exit codes.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -108,7 +108,7 @@ def test_before_training_ctrl_c_ends_a_process_that_cannot_hear_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(StopSignals, "GRACE", 0.01)
-    # as where the main thread waits inside a collective
+    # As where the main thread waits inside a collective.
     before = signal.signal(signal.SIGINT, lambda *_: None)
     listener = Listener()
     try:
@@ -124,8 +124,8 @@ def test_before_training_ctrl_c_ends_a_process_that_cannot_hear_it(
 
 @pytest.mark.parametrize("by_torchrun", [False, True])
 def test_nohup_is_respected_but_not_by_torchruns_workers(by_torchrun: bool) -> None:
-    """torchrun takes SIGHUP whatever it inherited, hands it on, and ends with SIGKILL whoever does
-    not leave.
+    """torchrun takes SIGHUP whatever it inherited, hands it on,
+    and ends with SIGKILL whoever does not leave.
     """
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     listener = Listener(by_torchrun=by_torchrun)

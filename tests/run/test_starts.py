@@ -31,8 +31,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def read(monkeypatch) -> list[list[int]]:
-    """The samples that each step read, in the order of the steps made: seen where they leave the
-    loader.
+    """The samples that each step read, in the order of the steps made:
+    seen where they leave the loader.
     """
     steps: list[list[int]] = []
     original = Loader.next_step
@@ -64,8 +64,8 @@ def sample_tool(programs: Programs, *words: object) -> tuple[list[dict[str, Any]
 def test_after_resumes_with_other_batches_every_step_names_what_it_really_read(
     folder: Path, read, programs
 ) -> None:
-    """Steps 1 to 4 with 8 sequences, 5 to 8 with 16, 9 to 12 with 4: none of the three
-    configurations alone tells the others' steps.
+    """Steps 1 to 4 with 8 sequences, 5 to 8 with 16, 9 to 12 with 4:
+    none of the three configurations alone tells the others' steps.
     """
     batches = (
         ("training.stop_at_step=4",),
@@ -76,7 +76,7 @@ def test_after_resumes_with_other_batches_every_step_names_what_it_really_read(
         config = tiny_config(folder, *words, output="batches", **SETTINGS)
         assert pretrain(config) == ExitCode.DONE
     assert len(read) == 12 and [told(config, step) for step in range(1, 13)] == read
-    # the control
+    # The control.
     assert (
         [first_sample_of(config.training, step, []) for step in (4, 8)]
         == [12, 28]
@@ -123,7 +123,7 @@ def test_another_seed_is_told_from_its_own_start(folder: Path, read, programs) -
         pretrain(config)
         saved_config = Path(config.training.output_dir) / "config.yaml"
         documents[seed], _ = sample_tool(programs, saved_config, "--step", 3)
-    # step 3 was read under the first seed, whatever config.yaml says now
+    # Step 3 was read under the first seed, whatever config.yaml says now.
     assert documents[1] == documents[2]
     second_seed, _ = sample_tool(programs, saved_config, "--step", 3, "data.seed=2")
     assert second_seed != documents[1]

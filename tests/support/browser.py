@@ -1,5 +1,5 @@
-"""A headless Chromium, spoken to over its DevTools pipe: opens pages, evaluates, takes screenshots,
-hears every complaint.
+"""A headless Chromium, spoken to over its DevTools pipe:
+opens pages, evaluates, takes screenshots, hears every complaint.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Browser:
     def __init__(self, executable: str, profile: str):
         to_browser, self._to = os.pipe()
         self._from, from_browser = os.pipe()
-        # out of the way of 3 and 4
+        # Out of the way of 3 and 4.
         far = [fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (to_browser, from_browser)]
         self._process = subprocess.Popen(
             [executable, *FLAGS, f"--user-data-dir={profile}"],
@@ -111,8 +111,8 @@ class Browser:
         self._events.append(event)
 
     def open(self, url: str, width: int = 1100, height: int = 800, dark: bool = False) -> None:
-        """Load a page to its end, pictures included, and forget the complaints about the page
-        before.
+        """Load a page to its end, pictures included,
+        and forget the complaints about the page before.
         """
         self._go("about:blank")  # what the page before still has to say comes now
         self.problems.clear()

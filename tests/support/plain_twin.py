@@ -1,5 +1,5 @@
-"""The decoder once more, as a textbook would write it: plain torch, batch first, autograd, no code
-of the project.
+"""The decoder once more, as a textbook would write it:
+plain torch, batch first, autograd, no code of the project.
 
 It shares only parameter names and configuration classes with the model, and takes its own powers of
 m_N and m_L, so that a mistake in the model, its kernels, its hand-written gradients or the table
@@ -147,8 +147,8 @@ class PlainTwin:
 
 
 def slopes(heads: int) -> Tensor:
-    """ALiBi's slopes, from the paper's description: 2^(-8/n) and its powers; for other n, every
-    other one of the next power of two.
+    """ALiBi's slopes, from the paper's description: 2^(-8/n) and its powers;
+    for other n, every other one of the next power of two.
     """
     n = 2 ** int(math.log2(heads))
     own = [2 ** (-8 * (i + 1) / n) for i in range(n)]

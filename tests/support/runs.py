@@ -85,8 +85,8 @@ def tiny_config(
 def proxy_config(
     folder: Path, architecture: str = "modern", **sections: Mapping[str, Any]
 ) -> Config:
-    """A proxy of 2 layers, 32 wide, over the token files folder/text, small enough to
-    train many.
+    """A proxy of 2 layers, 32 wide, over the token files folder/text,
+    small enough to train many.
     """
     files = {
         "model": ARCHITECTURES[architecture],

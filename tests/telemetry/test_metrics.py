@@ -82,7 +82,7 @@ def test_a_resumed_run_cuts_the_file_at_its_step_and_drops_a_torn_line(tmp_path:
     with path.open("a") as file:
         file.write('{"step": 6, "lo')
     assert len(path.read_bytes().splitlines()) == 6  # the torn line is there before
-    # a reader meanwhile is not disturbed by it
+    # A reader meanwhile is not disturbed by it.
     assert [r["step"] for r in read_metrics(path)] == [1, 2, 3, 4, 5]
     file = MetricsFile(path, 3, print)
     file.write(row(4, loss=7.0))

@@ -63,7 +63,7 @@ def test_metrics_say_what_starting_and_saving_cost(folder, capsys, monkeypatch, 
         for step, row in rows.items()
         if "checkpoint_blocked_seconds" in row
     }
-    # the steps after saves; the last save is after the last row
+    # The steps after saves; the last save is after the last row.
     assert sorted(blocked) == [3, 5, 7, 9, 11]
     written = [row["checkpoint_seconds"] for row in rows.values() if "checkpoint_seconds" in row]
     assert written and min(written) >= 0.05

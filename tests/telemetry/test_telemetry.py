@@ -1,5 +1,5 @@
-"""Telemetry: each figure against the same thing computed directly, alarms where a rule is wrong,
-and every layout alike.
+"""Telemetry: each figure against the same thing computed directly,
+alarms where a rule is wrong, and every layout alike.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def test_the_update_ratio_is_the_last_update_over_the_weights_with_the_tables_fa
         for n, g in held.items()
     )
     weight_rms = (weights / sum(optimizer.shards.parameters[n].numel() for n in held)) ** 0.5
-    # weight decay acts on the weights before the step, the figure on those after it
+    # Weight decay acts on the weights before the step, the figure on those after it.
     assert figures["update_ratio/hidden_weight"] == pytest.approx(
         moved[Role.HIDDEN_WEIGHT] / weight_rms, rel=0.02
     )

@@ -126,7 +126,7 @@ def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
         for value in event.summary.value
     }
     assert values == {"loss": 1.25, "validation_loss": 2.5}
-    # hides steps from 5 on of the earlier files
+    # Hides steps from 5 on of the earlier files.
     assert any(event.HasField("session_log") and event.step == 5 for event in events)
 
 
@@ -280,8 +280,8 @@ def losses_in_wandb(folder: Path) -> dict[int, float]:
 
 
 def leveldb_records(data: bytes) -> Iterator[bytes]:
-    """The records of a LevelDB log: blocks of 32 KiB (the first is 7 bytes shorter here), pieces of
-    crc, length, kind.
+    """The records of a LevelDB log:
+    blocks of 32 KiB (the first is 7 bytes shorter here), pieces of crc, length, kind.
     """
     at, block, record = 0, 32768, b""
     while at + 7 <= len(data):

@@ -103,10 +103,10 @@ def test_inspect_finds_the_tokenizer_where_it_lay_and_says_when_it_is_gone(
     out = run_tool("inspect", ranked).out
     assert "Some text." not in out and "name its file with --tokenizer-model" in out
     named = f"gpt2:{tmp_path / 'elsewhere.tiktoken'}"
-    # its type is recorded
+    # Its type is recorded.
     assert "Some text." in run_tool("inspect", ranked, "--tokenizer-model", named).out
     (tmp_path / "corpus_text_document.json").unlink()
-    # its type shows
+    # Its type shows.
     assert "Some text." in run_tool("inspect", ranked, "--tokenizer-model", named).out
     with pytest.raises(
         DataError, match=r"absent: the named tokenizer's model cannot be read .*\. Give its file\."

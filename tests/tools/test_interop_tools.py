@@ -1,5 +1,5 @@
-"""export_hf, import_hf, evaluate_model, generate: what they print, that they fit together, and
-their exit codes.
+"""export_hf, import_hf, evaluate_model, generate:
+what they print, that they fit together, and their exit codes.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The templates of configs/launch: the batch script with a stand-in for Slurm, the Kubernetes
-objects as YAML.
+"""The templates of configs/launch:
+the batch script with a stand-in for Slurm, the Kubernetes objects as YAML.
 """
 
 from __future__ import annotations

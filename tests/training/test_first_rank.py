@@ -1,5 +1,5 @@
-"""What only rank 0 does in the run's folder: where it cannot, every rank leaves with its message
-and exit code.
+"""What only rank 0 does in the run's folder:
+where it cannot, every rank leaves with its message and exit code.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Runs that are made longer: they go on with the samples that they have not read, or say that they
-would not.
+"""Runs that are made longer: they go on with the samples that they have not read,
+or say that they would not.
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ def test_what_is_meant_is_allowed_by_name_and_said(
 
 
 def test_another_seed_of_the_data_that_is_allowed_is_not_refused_again(folder: Path) -> None:
-    """The digest answers for the length alone: who changes the data on purpose names the setting
-    once.
+    """The digest answers for the length alone:
+    who changes the data on purpose names the setting once.
     """
     pretrain(config_of(folder, "megatron", "reseeded", 4, "training.stop_at_step=2"))
     words = ("data.seed=5", "checkpoint.allow_changed=[data.seed]")

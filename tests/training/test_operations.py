@@ -1,5 +1,5 @@
-"""Batches that grow, steps that are skipped, a time to leave, garbage, profiles, and what is said
-of nodes.
+"""Batches that grow, steps that are skipped, a time to leave,
+garbage, profiles, and what is said of nodes.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def test_the_learning_rate_goes_by_steps_whatever_the_batch(folder: Path, ramp: 
     config = tiny_config(folder, *BARE, output="level")
     pretrain(config)
     assert [row["lr"] for row in rows_of(ramp)] == [row["lr"] for row in rows_of(config)]
-    # batches of 8 each
+    # Batches of 8 each.
     assert [row["loss"] for row in rows_of(ramp)][:3] == [row["loss"] for row in rows_of(config)][
         :3
     ]
@@ -133,7 +133,7 @@ def test_a_growing_batch_trains_alike_in_every_layout(
     )
     assert pool.run(2, train_as_rank, 2, config) == [0, 0]
     written = [path.name for path in Path(config.training.output_dir).glob("profile/*")]
-    # by the ranks that were named
+    # By the ranks that were named.
     assert written == (["trace_rank_00001_steps_3_3.json.gz"] if profile else [])
     losses, expected = ([row["loss"] for row in rows_of(run)] for run in (config, ramp))
     torch.testing.assert_close(losses, expected, rtol=1e-10, atol=0)
@@ -145,7 +145,7 @@ def test_completep_scales_from_the_final_batch_and_all_tokens(folder: Path) -> N
     assert [p.lr for p in level.parameters] == [p.lr for p in ramped.parameters]
     durations = (*scaled, "completep.base_total_tokens=1024")
     level, ramped = (make_plan(tiny_config(folder, *durations, *more)) for more in ((), RAMP[-1:]))
-    # fewer tokens in the whole run
+    # Fewer tokens in the whole run.
     assert [p.lr for p in level.parameters] != [p.lr for p in ramped.parameters]
 
 
@@ -171,7 +171,7 @@ def test_skipped_steps_read_their_data_and_change_nothing(
         row["loss"] is None and row["lr"] > 0 for row in rows if row["skipped"] and row["step"] < 12
     )
 
-    # the same by hand: after step 2 comes step 6
+    # The same by hand: after step 2 comes step 6.
     first = tiny_config(folder, *changes, "training.stop_at_step=2", output="by_hand")
     pretrain(first)
     original = Checkpointer.load_latest

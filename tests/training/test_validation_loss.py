@@ -1,5 +1,5 @@
-"""Validation is cross-entropy whatever the objective adds to it, and a run's rows hold what the
-objective is the sum of.
+"""Validation is cross-entropy whatever the objective adds to it,
+and a run's rows hold what the objective is the sum of.
 """
 
 from __future__ import annotations
@@ -117,8 +117,8 @@ def test_a_step_that_is_passed_over_has_no_terms(folder: Path) -> None:
 
 
 def test_a_sweeps_points_are_compared_by_cross_entropy(folder: Path) -> None:
-    """With a learning rate that moves nothing, points with and without label smoothing have one
-    validation loss.
+    """With a learning rate that moves nothing,
+    points with and without label smoothing have one validation loss.
     """
     still = ("optimizer.base_lr=1e-30", "training.train_steps=2")
     points = [

@@ -1,5 +1,5 @@
-"""Runs whose overrides name parameters that some ranks do not hold, and whose embeddings are one
-parameter on two stages.
+"""Runs whose overrides name parameters that some ranks do not hold,
+and whose embeddings are one parameter on two stages.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def as_rank(rank: int, world_size: int, config: Config, broken: str = "") -> int
 
 
 def with_a_moved_end(optimizer: Any, context: Any) -> Any:
-    """One bit of this end's tied embedding is another, in masters and weights alike: nothing but
-    the other end can tell.
+    """One bit of this end's tied embedding is another, in masters and weights alike:
+    nothing but the other end can tell.
     """
     optimizer.wait_for_parameters()
     words = optimizer.shards.parameters["unembedding.weight"].detach().view(torch.int64)
@@ -104,7 +104,7 @@ def test_overrides_of_what_one_stage_holds_train_as_in_one_process(
     assert [pretrain(runs[name]) for name in ("alone", "plain")] == [ExitCode.DONE] * 2
     losses = {name: [row["loss"] for row in rows_of(config)] for name, config in runs.items()}
     torch.testing.assert_close(losses["stages"], losses["alone"], rtol=1e-10, atol=0)
-    # the override does something
+    # The override does something.
     assert max(abs(a - b) for a, b in zip(losses["alone"], losses["plain"], strict=True)) > 1e-6
 
 

@@ -149,8 +149,8 @@ def test_a_resumed_loader_continues_the_same_order(data, resumed_at):
 def test_the_order_depends_on_nothing_but_the_position(
     data, data_size, micro, rows, step, prefetch, weight
 ):
-    """Every layout, resume point, prefetch depth and batch size reads the samples first ..
-    first + batch - 1 of one sequence.
+    """Every layout, resume point, prefetch depth and batch size reads the samples
+    first .. first + batch - 1 of one sequence.
     """
     sources = [data.train[0].model_copy(update={"weight": weight}), data.train[1]]
     config = data.model_copy(update={"train": sources, "prefetch": prefetch})

@@ -79,8 +79,7 @@ class Encoder:
             f"{shard}.journal",
         ]
         *self._bins, self._meta, self._journal = [
-            self._stack.enter_context(open(name, "xb"))
-            for name in names  # noqa: SIM115
+            self._stack.enter_context(open(name, "xb")) for name in names  # noqa: SIM115
         ]
 
     def close(self) -> None:

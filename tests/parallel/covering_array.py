@@ -16,14 +16,13 @@ Forbidden = Callable[[tuple[str, str], tuple[str, str]], bool]
 
 def all_pairs(factors: Mapping[str, Sequence[str]], forbidden: Forbidden) -> list[Pair]:
     """Every pair of levels of two factors that may stand together, in the order of the factors."""
-    return [
-        frozenset((a, b))
-        for (one, ones), (other, others) in itertools.combinations(factors.items(), 2)
-        for a, b in itertools.product(
-            [(one, level) for level in ones], [(other, level) for level in others]
-        )
-        if not forbidden(a, b)
-    ]
+    pairs = []
+    for first, second in itertools.combinations(factors, 2):
+        for levels in itertools.product(factors[first], factors[second]):
+            a, b = zip((first, second), levels, strict=True)
+            if not forbidden(a, b):
+                pairs.append(frozenset((a, b)))
+    return pairs
 
 
 def pairs_of(row: Row) -> set[Pair]:
@@ -45,16 +44,16 @@ def covering_array(factors: Mapping[str, Sequence[str]], forbidden: Forbidden) -
         for factor in sorted(factors, key=lambda name: -len(factors[name])):
             if factor in row:
                 continue
-            allowed = [
-                level
-                for level in factors[factor]
-                if not any(forbidden((factor, level), held) for held in row.items())
-            ]
-            assert allowed, f"no level of {factor} goes with {row}"
+
+            def is_allowed(level: str, factor: str = factor, row: Row = row) -> bool:
+                return not any(forbidden((factor, level), chosen) for chosen in row.items())
 
             def gain(level: str, factor: str = factor, row: Row = row) -> tuple[int, int]:
-                new = sum(frozenset(((factor, level), held)) in missing for held in row.items())
-                return new, -used[factor, level]
+                pairs = [frozenset(((factor, level), chosen)) for chosen in row.items()]
+                return sum(pair in missing for pair in pairs), -used[factor, level]
+
+            allowed = [level for level in factors[factor] if is_allowed(level)]
+            assert allowed, f"no level of {factor} goes with {row}"
 
             row[factor] = max(allowed, key=gain)
         used.update(row.items())

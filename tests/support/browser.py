@@ -19,21 +19,17 @@ from typing import Any
 import pytest
 
 FLAGS = (
-    *(
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-background-networking",
-    ),
-    *(
-        "--disable-component-update",
-        "--disable-sync",
-        "--disable-dev-shm-usage",
-        "--hide-scrollbars",
-        "--remote-debugging-pipe",
-    ),
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+    "--hide-scrollbars",
+    "--remote-debugging-pipe",
 )
 
 
@@ -46,26 +42,26 @@ class Browser:
     def __init__(self, executable: str, profile: str):
         to_browser, self._to = os.pipe()
         self._from, from_browser = os.pipe()
-        # Out of the way of 3 and 4.
-        far = [fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (to_browser, from_browser)]
+        # Chromium reads from descriptor 3 and writes to 4: its ends are first copied out of the way.
+        copies = [fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (to_browser, from_browser)]
         self._process = subprocess.Popen(
             [executable, *FLAGS, f"--user-data-dir={profile}"],
             close_fds=False,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            preexec_fn=lambda: (os.dup2(far[0], 3), os.dup2(far[1], 4)),
+            preexec_fn=lambda: (os.dup2(copies[0], 3), os.dup2(copies[1], 4)),
         )
-        for fd in (to_browser, from_browser, *far):
+        for fd in (to_browser, from_browser, *copies):
             os.close(fd)
-        self._rest, self._number = b"", 0
+        self._unread = b""
+        self._number = 0  # of the last command
         self._session: str | None = None
         self._events: list[dict[str, Any]] = []
         self.problems: list[str] = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)[
-            "sessionId"
-        ]
+        attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
+        self._session = attached["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
 
@@ -84,12 +80,12 @@ class Browser:
             self._hear(answer)
 
     def _read(self) -> dict[str, Any]:
-        while b"\0" not in self._rest:
+        while b"\0" not in self._unread:
             data = os.read(self._from, 1 << 20)
             assert data, "the browser has gone"
-            self._rest += data
-        text, self._rest = self._rest.split(b"\0", 1)
-        return dict(json.loads(text))
+            self._unread += data
+        message, self._unread = self._unread.split(b"\0", 1)
+        return dict(json.loads(message))
 
     def _hear(self, event: dict[str, Any]) -> None:
         details = event.get("params", {})
@@ -97,15 +93,11 @@ class Browser:
             case "Runtime.exceptionThrown":
                 self.problems.append(f"exception: {details['exceptionDetails']}")
             case "Runtime.consoleAPICalled" if details["type"] in ("error", "warning", "assert"):
-                self.problems.append(
-                    f"console {details['type']}: "
-                    f"{[a.get('value', a.get('description')) for a in details['args']]}"
-                )
+                shown = [a.get("value", a.get("description")) for a in details["args"]]
+                self.problems.append(f"console {details['type']}: {shown}")
             case "Log.entryAdded" if details["entry"]["level"] in ("error", "warning"):
-                self.problems.append(
-                    f"{details['entry']['level']}: {details['entry']['text']} "
-                    f"{details['entry'].get('url', '')}"
-                )
+                entry = details["entry"]
+                self.problems.append(f"{entry['level']}: {entry['text']} {entry.get('url', '')}")
             case "Network.loadingFailed" if not details.get("canceled"):
                 self.problems.append(f"not loaded: {details.get('errorText')}")
         self._events.append(event)
@@ -155,29 +147,22 @@ class Browser:
 
     def screenshot(self, path: Path, whole: bool = True) -> None:
         """The page as PNG: all of it, or what the window shows."""
-        picture = self.call("Page.captureScreenshot", captureBeyondViewport=whole)["data"]
+        options: dict[str, Any] = {"captureBeyondViewport": whole}
         if whole:
+            # The size is right only after a first picture beyond what the window shows.
+            self.call("Page.captureScreenshot", **options)
             size = self.call("Page.getLayoutMetrics")["cssContentSize"]
-            clip = {
-                "x": 0,
-                "y": 0,
-                "width": size["width"],
-                "height": min(size["height"], 12000),
-                "scale": 1,
-            }
-            picture = self.call("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)[
-                "data"
-            ]
+            height = min(size["height"], 12000)
+            options["clip"] = {"x": 0, "y": 0, "width": size["width"], "height": height, "scale": 1}
+        picture = self.call("Page.captureScreenshot", **options)["data"]
         path.write_bytes(base64.b64decode(picture))
 
     def broken_pictures(self) -> list[str]:
         """Pictures of the page that show nothing."""
-        return list(
-            self.evaluate(
-                "[...document.images].filter(i => !(i.complete && i.naturalWidth > 0)).map(i "
-                "=> i.src.slice(0, 80))"
-            )
-        )
+        script = """[...document.images]
+            .filter(i => !(i.complete && i.naturalWidth > 0))
+            .map(i => i.src.slice(0, 80))"""
+        return list(self.evaluate(script))
 
     def close(self) -> None:
         self._process.kill()
@@ -189,9 +174,8 @@ class Browser:
 @contextmanager
 def chromium() -> Iterator[Browser]:
     """A browser for a test, which is skipped where there is none."""
-    executable = next(
-        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-    )
+    names = ("chromium", "chromium-browser", "google-chrome")
+    executable = next(filter(None, map(shutil.which, names)), None)
     if executable is None:
         pytest.skip("no Chromium here (`apt-get install chromium`)")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:

@@ -39,24 +39,18 @@ class PlainTwin:
     def logit_multiplier(self) -> float:
         if self.completep.parameterization == "sp":
             return self.model.logit_multiplier
-        return (
-            self.model.logit_multiplier
-            * (self.completep.base_hidden_size or self.model.hidden_size)
-            / self.model.hidden_size
-        )
+        base = self.completep.base_hidden_size or self.model.hidden_size
+        return self.model.logit_multiplier * base / self.model.hidden_size
 
     def attention_scale(self) -> float:
-        d, factor = self.head_dim, self.model.attention_multiplier
-        if (
-            self.completep.parameterization == "sp"
-            or self.model.attention_scale == "1/sqrt(head_dim)"
-        ):
+        d = self.head_dim
+        factor = self.model.attention_multiplier
+        kind = self.model.attention_scale
+        if self.completep.parameterization == "sp" or kind == "1/sqrt(head_dim)":
             return factor * d**-0.5
-        return (
-            factor / d
-            if self.model.attention_scale == "1/head_dim"
-            else factor * (self.completep.base_head_dim or d) ** 0.5 / d
-        )
+        if kind == "1/head_dim":
+            return factor / d
+        return factor * (self.completep.base_head_dim or d) ** 0.5 / d
 
     def logits(
         self,
@@ -73,24 +67,27 @@ class PlainTwin:
         w = self.weights
         s = self.residual_multiplier() if residual_multiplier is None else residual_multiplier
         batch, length = tokens.shape
-        where = torch.arange(length).expand(batch, length) if positions is None else positions
-        documents = torch.zeros_like(tokens) if document_ids is None else document_ids
+        if positions is None:
+            positions = torch.arange(length).expand(batch, length)
+        if document_ids is None:
+            document_ids = torch.zeros_like(tokens)
         h = w["embedding.weight"][tokens]
         if self.model.position == "learned":
-            h = h + w["positions.weight"][where]
+            h = h + w["positions.weight"][positions]
         h = h * self.model.input_multiplier
         factors = iter(branch_factors or [])
         for layer in range(self.model.num_layers):
             for name, branch in (("attention", self.attention), ("mlp", self.mlp)):
                 prefix = f"layers.{layer}.{name}"
-                out = branch(self.norm(h, f"{prefix}_norm"), prefix, where, documents)
+                out = branch(self.norm(h, f"{prefix}_norm"), prefix, positions, document_ids)
                 h = h + s * out * next(factors, torch.ones(()))
         x = self.norm(h, "final_norm")
         head = w["embedding.weight" if self.model.tied_embeddings else "unembedding.weight"]
         return self.logit_multiplier() * x @ head[: self.model.vocab_size].T
 
     def norm(self, x: Tensor, name: str, kind: str | None = None) -> Tensor:
-        gain, bias = self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias")
+        gain = self.weights[f"{name}.weight"]
+        bias = self.weights.get(f"{name}.bias")
         if (kind or self.model.norm) == "layernorm":
             return F.layer_norm(x, x.shape[-1:], gain, bias, self.model.norm_eps)
         return x / torch.sqrt((x * x).mean(-1, keepdim=True) + self.model.norm_eps) * gain
@@ -98,11 +95,11 @@ class PlainTwin:
     def linear(self, x: Tensor, name: str) -> Tensor:
         return F.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
 
-    def mlp(self, x: Tensor, prefix: str, where: Tensor, documents: Tensor) -> Tensor:
+    def mlp(self, x: Tensor, prefix: str, positions: Tensor, document_ids: Tensor) -> Tensor:
         up = self.linear(x, f"{prefix}.up")
         if self.model.activation == "swiglu":
-            gate, value = up.split(self.model.ffn_hidden_size, dim=-1)
-            inner = gate / (1 + torch.exp(-gate)) * value
+            gate, up = up.split(self.model.ffn_hidden_size, dim=-1)
+            inner = gate / (1 + torch.exp(-gate)) * up
         elif self.model.activation == "gelu":
             inner = 0.5 * up * (1 + torch.erf(up / math.sqrt(2)))
         elif self.model.activation == "gelu_tanh":
@@ -111,8 +108,9 @@ class PlainTwin:
             inner = torch.where(up > 0, up * up, 0.0)
         return self.linear(inner, f"{prefix}.down")
 
-    def attention(self, x: Tensor, prefix: str, where: Tensor, documents: Tensor) -> Tensor:
-        d, heads = self.head_dim, self.model.num_attention_heads
+    def attention(self, x: Tensor, prefix: str, positions: Tensor, document_ids: Tensor) -> Tensor:
+        d = self.head_dim
+        heads = self.model.num_attention_heads
         groups = self.model.num_query_groups or heads
         q, k, v = self.linear(x, f"{prefix}.qkv").split((heads * d, groups * d, groups * d), dim=-1)
         q, k, v = (t.unflatten(-1, (-1, d)).transpose(1, 2) for t in (q, k, v))  # [B, heads, S, D]
@@ -120,29 +118,26 @@ class PlainTwin:
             q = self.norm(q, f"{prefix}.q_norm", "rmsnorm")
             k = self.norm(k, f"{prefix}.k_norm", "rmsnorm")
         if self.model.position == "rope":
-            q, k = self.rotate(q, where), self.rotate(k, where)
+            q = self.rotate(q, positions)
+            k = self.rotate(k, positions)
         k, v = (t.repeat_interleave(heads // groups, dim=1) for t in (k, v))
         scores = self.attention_scale() * q @ k.transpose(-1, -2)
         order = torch.arange(x.shape[1])
         if self.model.position == "alibi":
             scores = scores - slopes(heads)[:, None, None] * (order[:, None] - order[None, :])
-        hidden = (order[:, None] < order[None, :]) | (
-            documents[:, :, None] != documents[:, None, :]
-        )
-        mixed = torch.softmax(scores.masked_fill(hidden[:, None], -math.inf), dim=-1) @ v
+        in_the_future = order[:, None] < order[None, :]
+        in_another_document = document_ids[:, :, None] != document_ids[:, None, :]
+        masked = (in_the_future | in_another_document)[:, None]
+        mixed = torch.softmax(scores.masked_fill(masked, -math.inf), dim=-1) @ v
         return self.linear(mixed.transpose(1, 2).flatten(2), f"{prefix}.output")
 
-    def rotate(self, x: Tensor, where: Tensor) -> Tensor:
+    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """Pairs (i, i + D/2) as complex numbers, times exp(i * position * base^(-2i/D))."""
         half = self.head_dim // 2
-        speeds = torch.tensor(
-            [self.model.rope_base ** (-2 * i / self.head_dim) for i in range(half)],
-            dtype=torch.float64,
-        )
-        angle = where[:, None, :, None] * speeds
-        turned = torch.complex(x[..., :half], x[..., half:]) * torch.polar(
-            torch.ones_like(angle), angle
-        )
+        speeds = [self.model.rope_base ** (-2 * i / self.head_dim) for i in range(half)]
+        angle = positions[:, None, :, None] * torch.tensor(speeds, dtype=torch.float64)
+        turn = torch.polar(torch.ones_like(angle), angle)
+        turned = torch.complex(x[..., :half], x[..., half:]) * turn
         return torch.cat((turned.real, turned.imag), dim=-1)
 
 
@@ -151,9 +146,9 @@ def slopes(heads: int) -> Tensor:
     for other n, every other one of the next power of two.
     """
     n = 2 ** int(math.log2(heads))
-    own = [2 ** (-8 * (i + 1) / n) for i in range(n)]
+    powers = [2 ** (-8 * (i + 1) / n) for i in range(n)]
     between = [2 ** (-8 * (i + 0.5) / n) for i in range(n)]
-    return torch.tensor((own + between)[:heads], dtype=torch.float64)
+    return torch.tensor((powers + between)[:heads], dtype=torch.float64)
 
 
 def cross_entropy_sum(

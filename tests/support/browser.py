@@ -149,7 +149,7 @@ class Browser:
         """The page as PNG: all of it, or what the window shows."""
         options: dict[str, Any] = {"captureBeyondViewport": whole}
         if whole:
-            # The size is right only after a first picture beyond what the window shows.
+            # A first picture lays the page out beyond the window; then its size is read.
             self.call("Page.captureScreenshot", **options)
             size = self.call("Page.getLayoutMetrics")["cssContentSize"]
             height = min(size["height"], 12000)

@@ -42,7 +42,7 @@ class Browser:
     def __init__(self, executable: str, profile: str):
         to_browser, self._to = os.pipe()
         self._from, from_browser = os.pipe()
-        # Chromium reads from descriptor 3 and writes to 4: its ends are first copied out of the way.
+        # Chromium reads descriptor 3 and writes 4: its ends are copied out of the way first.
         copies = [fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (to_browser, from_browser)]
         self._process = subprocess.Popen(
             [executable, *FLAGS, f"--user-data-dir={profile}"],

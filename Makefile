@@ -50,7 +50,7 @@ test-slow: $(READY_TO_TEST)
 
 faults: $(READY_TO_TEST)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -q -m "slow or not slow" --fault-table
-	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/effective_time.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.effective_time
 
 lint: $(READY_TO_TEST)
 	$(BIN)/ruff format --check .

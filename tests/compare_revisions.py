@@ -1,11 +1,13 @@
-"""Train an older revision and the present tree on this machine, and compare what both wrote to the last bit.
+"""Train an older revision and the present tree on this machine,
+and compare what both wrote to the last bit.
 
     python tests/compare_revisions.py main~3
     python tests/compare_revisions.py main~3 --cases golden exports
 
-It asks the programs on the command line alone, so that both trees may look as different inside as they like. What is compared:
-golden traces in float64, initial weights, five steps of six layouts (losses, gradient norms, every tensor of the last
-checkpoint), exports of four architectures, and the plan of every configuration in configs/. Exit code 1 where anything differs.
+It asks the programs on the command line alone, so that both trees may look as different inside as
+they like. What is compared: golden traces in float64, initial weights, five steps of six layouts
+(losses, gradient norms, every tensor of the last checkpoint), exports of four architectures, and
+the plan of every configuration in configs/. Exit code 1 where anything differs.
 """
 
 from __future__ import annotations
@@ -109,7 +111,9 @@ class Tree:
         scratch.mkdir(parents=True)
 
     def run(self, *words: str, ranks: int = 1) -> str:
-        """Run `python words` in this tree on that many ranks; returns what the first rank printed."""
+        """Run `python words` in this tree on that many ranks;
+        returns what the first rank printed.
+        """
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])

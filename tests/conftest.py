@@ -1,4 +1,6 @@
-"""What all tests share: one thread a process, no GPU unless asked for, and hypothesis without a clock."""
+"""What all tests share: one thread a process, no GPU unless asked for, no clock in hypothesis."""
+
+from __future__ import annotations
 
 import os
 import random
@@ -10,11 +12,16 @@ if not os.path.exists("/dev/nvidiactl") and not os.path.exists("/dev/kfd"):
     os.environ["TRITON_INTERPRET"] = "1"
 
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, settings
-from worker_pool import WorkerPool
+
+from tests.support.ranks import WorkerPool
+
+if TYPE_CHECKING:
+    from tests.support.commands import Programs
 
 settings.register_profile(
     "project", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
@@ -42,16 +49,35 @@ def pool() -> Iterator[WorkerPool]:
     workers.close()
 
 
+@pytest.fixture
+def programs(capsys: pytest.CaptureFixture[str]) -> Programs:
+    """Runs programs of the project in this process."""
+    from tests.support.commands import Programs
+
+    return Programs(capsys)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Token files that the tests of a module share; each run has an output folder of its own."""
+    return tmp_path_factory.mktemp("runs")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--pairs-seed",
         type=int,
-        help="which rows tests/parallel/test_feature_pairs.py takes; a random seed where none is given",
+        help=(
+            "which rows tests/parallel/test_feature_pairs.py takes; a random seed where none "
+            "is given"
+        ),
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Processes of one run that collect tests must collect the same rows: they are handed the seed of the first."""
+    """Processes of one run that collect tests must collect the same rows:
+    they are handed the seed of the first.
+    """
     if hasattr(config, "workerinput"):
         config.option.pairs_seed = config.workerinput["pairs_seed"]
     elif config.option.pairs_seed is None:

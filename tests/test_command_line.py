@@ -1,4 +1,6 @@
-"""The parser that all programs share; tests/tools/test_every_tool.py sends every program through it."""
+"""The parser that all programs share;
+tests/tools/test_every_tool.py sends every program through it.
+"""
 
 import pytest
 

@@ -90,11 +90,9 @@ def test_a_standard_output_that_takes_nothing_is_no_traceback(
 ) -> None:
     words = ["sh", "-c", f'exec "$@" {stdout}', "sh", sys.executable, "-c", ENDING, str(length)]
     run = subprocess.run(words, cwd=ROOT, stderr=subprocess.PIPE, text=True, check=False)
-    assert (
-        run.returncode == code
-        and run.stderr.startswith(message)
-        and run.stderr.count("\n") == (1 if message else 0)
-    )
+    assert run.returncode == code
+    assert run.stderr.startswith(message)
+    assert run.stderr.count("\n") == (1 if message else 0)
 
 
 def test_bytes_of_names_that_are_not_utf_8_are_shown_as_such(
@@ -171,13 +169,11 @@ def test_torchrun_ends_with_the_message_once() -> None:
     ]
     words = ["megatron_completep.pretrain", "configs/quickstart.yaml", "model.num_leyers=2"]
     run = subprocess.run([*launcher, *words], cwd=ROOT, capture_output=True, text=True, check=False)
-    printed, _, report = run.stderr.partition(
-        "Traceback"
-    )  # of torchrun itself, which ends with its report
+    # Of torchrun itself, which ends with its report.
+    printed, _, report = run.stderr.partition("Traceback")
     assert run.returncode != 0 and printed.count("model.num_leyers: unknown key") == 1
-    assert (
-        report.count("model.num_leyers: unknown key") == 1 and "megatron_completep/" not in report
-    )
+    assert report.count("model.num_leyers: unknown key") == 1
+    assert "megatron_completep/" not in report
 
 
 WORKERS = """
@@ -190,7 +186,8 @@ def wait(number):
     time.sleep(600)
 
 def main():
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in the background of a shell inherit that it is ignored
+    # Tests that run in the background of a shell inherit that it is ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with when_interrupted("all is kept."), processes(2) as pool:
         list(pool.map(wait, range(9)))
 
@@ -216,7 +213,6 @@ def test_ctrl_c_ends_a_program_and_its_workers_with_one_sentence(
     assert program.stdout is not None
     assert [program.stdout.readline() for _ in range(2)] == ["working\n"] * 2
     os.killpg(program.pid, signal.SIGINT) if whole_group else program.send_signal(signal.SIGINT)
-    _, errors = program.communicate(
-        timeout=120
-    )  # returns when the workers, which hold the pipes too, have left
+    # Returns when the workers, which hold the pipes too, have left.
+    _, errors = program.communicate(timeout=120)
     assert (program.returncode, errors) == (130, "interrupted: all is kept.\n")

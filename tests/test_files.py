@@ -1,6 +1,8 @@
-"""Files and folders that appear whole or not at all: on a full disk, and when the process is killed.
+"""Files and folders that appear whole or not at all:
+on a full disk, and when the process is killed.
 
-The limit on the size of a file stands for a full disk: the kernel refuses to write, and it does so to whatever code writes.
+The limit on the size of a file stands for a full disk: the kernel refuses to write, and it does so
+to whatever code writes.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from checkpoint_helpers import TinyRun, tiny_config
 
 from megatron_completep.checkpoint.adapt import adapt_checkpoint
 from megatron_completep.checkpoint.examine import reshard_checkpoint
@@ -32,6 +33,7 @@ from megatron_completep.instruments import sweep
 from megatron_completep.run.starts import append_start, read_starts
 from megatron_completep.run.state import RunState
 from megatron_completep.telemetry.metrics import MetricsFile, read_metrics
+from tests.support.checkpoints import TinyRun, checkpointed_config
 
 
 @contextmanager
@@ -60,9 +62,8 @@ def test_what_a_full_disk_refuses_leaves_the_file_as_it_was(tmp_path, write):
     with full_disk(), pytest.raises(OSError, match="File too large") as refused:
         write(path, b"after")
     if "control" in os.environ["PYTEST_CURRENT_TEST"]:
-        assert contents(tmp_path) == {
-            "file": b""
-        }  # so the disk really is full, and a plain write really loses the file
+        # So the disk really is full, and a plain write really loses the file.
+        assert contents(tmp_path) == {"file": b""}
         return
     assert contents(tmp_path) == {"file": b"before\n"} and refused.value.filename == str(path)
     write(path, b"after")
@@ -79,11 +80,12 @@ def test_a_line_that_a_kill_left_torn_goes_when_the_next_one_comes(tmp_path):
     assert path.read_bytes() == b"one\nthree\n"
 
 
-# What a run or a sweep writes first. Each is called twice: on an empty disk, then on a full one, then again.
+# What a run or a sweep writes first. Each is called twice: on an empty disk, then on a full one,
+# then again.
 FIRST_WRITES: dict[str, tuple[Callable[[Path, int], object], type[Exception]]] = {
     "config.yaml": (
         lambda folder, i: save_config(
-            tiny_config(folder, training={"train_steps": 20 + i}), folder / "config.yaml"
+            checkpointed_config(folder, training={"train_steps": 20 + i}), folder / "config.yaml"
         ),
         ConfigError,
     ),
@@ -97,11 +99,11 @@ FIRST_WRITES: dict[str, tuple[Callable[[Path, int], object], type[Exception]]] =
         CheckpointError,
     ),
     "starts.jsonl": (
-        lambda folder, i: append_start(folder, tiny_config(folder), RunState(i, 8 * i, 0)),
+        lambda folder, i: append_start(folder, checkpointed_config(folder), RunState(i, 8 * i, 0)),
         OSError,
     ),
     "sweep.json": (
-        lambda folder, i: sweep.save_grid(_grid(i), tiny_config(folder), folder),
+        lambda folder, i: sweep.save_grid(_grid(i), checkpointed_config(folder), folder),
         DataError,
     ),
 }
@@ -117,9 +119,8 @@ def test_a_full_disk_at_a_first_write_tears_nothing_and_a_later_start_goes_on(tm
     with full_disk(), pytest.raises(error, match=r"File too large") as refused:
         write(tmp_path, 1)
     assert name in str(refused.value)
-    assert all(
-        path.name == name and not path.read_bytes() for path in tmp_path.iterdir()
-    )  # at most an empty one
+    # At most an empty one.
+    assert all(path.name == name and not path.read_bytes() for path in tmp_path.iterdir())
     write(tmp_path, 1)  # as if nothing had been
     before = contents(tmp_path)
     with full_disk(), pytest.raises(error):
@@ -130,22 +131,23 @@ def test_a_full_disk_at_a_first_write_tears_nothing_and_a_later_start_goes_on(tm
 
 
 def test_what_was_written_before_the_disk_was_full_reads_back(tmp_path):
-    save_config(tiny_config(tmp_path), tmp_path / "config.yaml")
+    save_config(checkpointed_config(tmp_path), tmp_path / "config.yaml")
     write_left_out(tmp_path, [LeftOut(6, 48, 56, 7)])
-    append_start(tmp_path, tiny_config(tmp_path), RunState())
-    sweep.save_grid(_grid(1), tiny_config(tmp_path), tmp_path)
+    append_start(tmp_path, checkpointed_config(tmp_path), RunState())
+    sweep.save_grid(_grid(1), checkpointed_config(tmp_path), tmp_path)
     with full_disk():
         for write in (
             lambda: save_config(
-                tiny_config(tmp_path, training={"train_steps": 11}), tmp_path / "config.yaml"
+                checkpointed_config(tmp_path, training={"train_steps": 11}),
+                tmp_path / "config.yaml",
             ),
             lambda: write_left_out(tmp_path, []),
-            lambda: append_start(tmp_path, tiny_config(tmp_path), RunState(3, 24, 0)),
-            lambda: sweep.save_grid(_grid(2), tiny_config(tmp_path), tmp_path),
+            lambda: append_start(tmp_path, checkpointed_config(tmp_path), RunState(3, 24, 0)),
+            lambda: sweep.save_grid(_grid(2), checkpointed_config(tmp_path), tmp_path),
         ):
             with pytest.raises((OSError, ConfigError, DataError)):
                 write()
-    assert load_config(tmp_path / "config.yaml") == tiny_config(tmp_path)
+    assert load_config(tmp_path / "config.yaml") == checkpointed_config(tmp_path)
     assert read_left_out(tmp_path) == [LeftOut(6, 48, 56, 7)]
     assert [start.step for start in read_starts(tmp_path)] == [0]
     assert len(json.loads((tmp_path / "sweep.json").read_text())["grids"]) == 1
@@ -156,7 +158,7 @@ def test_a_sweep_whose_file_is_damaged_is_refused_and_not_replaced(tmp_path):
     with pytest.raises(
         DataError, match=r"sweep\.json: not JSON .* Restore the file, or sweep into another folder"
     ):
-        sweep.save_grid(_grid(1), tiny_config(tmp_path), tmp_path)
+        sweep.save_grid(_grid(1), checkpointed_config(tmp_path), tmp_path)
     assert (tmp_path / "sweep.json").read_text() == '{"grids": ['
 
 
@@ -188,9 +190,8 @@ def test_metrics_are_cut_without_room_for_a_copy(tmp_path):
     with full_disk():
         file = MetricsFile(path, 3, said.append)
         file.write({"step": 4, "loss": 7.0})
-    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3] and "cannot be written" in said[
-        0
-    ]
+    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3]
+    assert "cannot be written" in said[0]
     file.write({"step": 5, "loss": 6.0})
     file.close()
     assert [(row["step"], row["loss"]) for row in read_metrics(path)] == [
@@ -203,15 +204,17 @@ def test_metrics_are_cut_without_room_for_a_copy(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-# --- folders ------------------------------------------------------------------------------------------------------------------
+# Folders.
 
 
 @pytest.fixture
 def filling(tmp_path) -> Iterator[tuple[subprocess.Popen, Path]]:
     """Another process that fills a new folder, and the folder."""
     program = (
-        "import sys, time; from pathlib import Path; from megatron_completep.files import new_folder\n"
-        "with new_folder(Path(sys.argv[1])) as folder:\n    print(folder, flush=True)\n    time.sleep(3600)"
+        "import sys, time; from pathlib import Path; from megatron_completep.files import "
+        "new_folder\n"
+        "with new_folder(Path(sys.argv[1])) as folder:\n    print(folder, flush=True)\n    "
+        "time.sleep(3600)"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", program, str(tmp_path / "step_00000001")],
@@ -257,7 +260,7 @@ def test_a_folder_whose_block_fails_or_whose_target_came_meanwhile_is_removed(tm
 
 @pytest.fixture
 def checkpoint(tmp_path) -> Path:
-    tiny = TinyRun(tiny_config(tmp_path / "run"))
+    tiny = TinyRun(checkpointed_config(tmp_path / "run"))
     tiny.train(1)
     tiny.save()
     return tmp_path / "run" / "checkpoints" / "step_00000001"
@@ -281,7 +284,7 @@ def test_what_a_killed_reshard_left_goes_with_the_next(tmp_path, checkpoint):
 
 
 def test_what_a_killed_adapt_left_goes_with_the_next(tmp_path, checkpoint):
-    deeper = tiny_config(tmp_path / "deeper", model={"num_layers": 3})
+    deeper = checkpointed_config(tmp_path / "deeper", model={"num_layers": 3})
     left = remainder(tmp_path / "deeper" / "checkpoints", 1)
     folder, _ = adapt_checkpoint(checkpoint, deeper, tmp_path / "deeper" / "checkpoints")
     assert not left.exists() and os.listdir(folder.parent) == ["step_00000001"]
@@ -293,11 +296,10 @@ def test_a_run_that_starts_where_a_tool_is_writing_leaves_it_alone(tmp_path, fil
     checkpoints = tmp_path / "run" / "checkpoints"
     checkpoints.mkdir(parents=True)
     folder.rename(checkpoints / folder.name)
-    TinyRun(tiny_config(tmp_path / "run"))
+    TinyRun(checkpointed_config(tmp_path / "run"))
     assert (checkpoints / folder.name).exists()
     process.kill()
     process.wait()
-    after = TinyRun(tiny_config(tmp_path / "run"))
-    assert not (checkpoints / folder.name).exists() and any(
-        f"removed {folder.name}" in line for line in after.said
-    )
+    after = TinyRun(checkpointed_config(tmp_path / "run"))
+    assert not (checkpoints / folder.name).exists()
+    assert any(f"removed {folder.name}" in line for line in after.messages)

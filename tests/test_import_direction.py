@@ -57,7 +57,9 @@ OPTIONAL = {
 
 
 def imports_of(source: str, module: str) -> Iterator[tuple[str, int, bool]]:
-    """Yields (absolute dotted name, line, whether inside a function) for every import in `source`."""
+    """Yields (absolute dotted name, line, whether inside a function)
+    for every import in `source`.
+    """
     tree = ast.parse(source)
     functions = [
         node
@@ -81,7 +83,9 @@ def imports_of(source: str, module: str) -> Iterator[tuple[str, int, bool]]:
 
 
 def problems_of(source: str, module: str) -> list[str]:
-    """What is wrong with the imports of one module, given by its dotted name (a package's own file ends in .__init__)."""
+    """What is wrong with the imports of one module,
+    given by its dotted name (a package's own file ends in .__init__).
+    """
     room = module.split(".")[1]
     found = []
     for name, line, inside in imports_of(source, module):
@@ -93,7 +97,8 @@ def problems_of(source: str, module: str) -> list[str]:
             )
         elif target in LEVEL and room in LEVEL and LEVEL[target] > LEVEL[room]:
             found.append(
-                f"{module}:{line} {room} (level {LEVEL[room]}) imports {name} (level {LEVEL[target]})"
+                f"{module}:{line} {room} (level {LEVEL[room]}) imports {name} (level "
+                f"{LEVEL[target]})"
             )
         if top in ("kernels", "tools", "tests"):
             found.append(
@@ -107,7 +112,9 @@ def problems_of(source: str, module: str) -> list[str]:
 
 
 def modules() -> dict[str, str]:
-    """Dotted name -> source of every module of the project; kernels and tools under the package's name."""
+    """Dotted name -> source of every module of the project;
+    kernels and tools under the package's name.
+    """
     sources = {}
     for folder, prefix in ((PACKAGE, ""), ("kernels", f"{PACKAGE}."), ("tools", f"{PACKAGE}.")):
         for path in (ROOT / folder).rglob("*.py"):
@@ -125,9 +132,11 @@ def test_imports_go_from_higher_rooms_to_lower_ones():
 
 
 def graph_of(sources: dict[str, str], depth: int) -> dict[str, set[str]]:
-    """Folder -> the folders that it imports; a folder is the first `depth` names of a module, and a file of the top level is one.
+    """Folder -> the folders that it imports;
+    a folder is the first `depth` names of a module, and a file of the top level is one.
 
-    What a package's own file (`__init__`) hands out is an arrow from the package's users to the folder inside, not from the package.
+    What a package's own file (`__init__`) hands out is an arrow from the package's users to the
+    folder inside, not from the package.
     """
     known = set(sources) | {name.removesuffix(".__init__") for name in sources}
 

@@ -38,7 +38,7 @@ def changed(environment: dict[str, str], changes: dict[str, str | None]) -> dict
     return {name: value for name, value in {**environment, **changes}.items() if value is not None}
 
 
-# --- the variables --------------------------------------------------------------------------------------------------------------
+# The variables.
 
 
 def test_what_torchrun_a_person_or_nobody_tells_is_read() -> None:
@@ -63,10 +63,8 @@ def test_what_torchrun_a_person_or_nobody_tells_is_read() -> None:
         ({"RANK": MISSING}, ["RANK is not set"]),
         ({"RANK": "x"}, ["rank x: ", "RANK = 'x' is not a whole number of at least 0"]),
         ({"RANK": "-1"}, ["RANK = '-1' is not a whole number of at least 0"]),
-        (
-            {"RANK": "1" * 5000},
-            ["is not a whole number of at least 0"],
-        ),  # more digits than Python reads
+        # More digits than Python reads.
+        ({"RANK": "1" * 5000}, ["is not a whole number of at least 0"]),
         ({"RANK": "1.0"}, ["RANK = '1.0' is not a whole number"]),
         ({"RANK": "²"}, ["RANK = '²' is not a whole number"]),
         (
@@ -105,10 +103,8 @@ def test_variables_that_cannot_be_right_are_all_named_with_the_rank_and_what_to_
     with pytest.raises(ConfigError) as refused:
         read_launch(changed(BY_HAND, changes))
     first, *problems, advice = str(refused.value).splitlines()
-    assert (
-        first.endswith("the launcher's variables cannot be used")
-        and "unset RANK, WORLD_SIZE and LOCAL_RANK" in advice
-    )
+    assert first.endswith("the launcher's variables cannot be used")
+    assert "unset RANK, WORLD_SIZE and LOCAL_RANK" in advice
     named = [text for text in said if not text.endswith(": ")]
     assert len(problems) == len(named) and all(
         any(text in problem for problem in problems) for text in named
@@ -116,9 +112,10 @@ def test_variables_that_cannot_be_right_are_all_named_with_the_rank_and_what_to_
     assert all(text in first for text in said if text.endswith(": "))
 
 
-# --- leaving with whoever started it --------------------------------------------------------------------------------------------
+# Leaving with whoever started it.
 
-# `python -m megatron_completep.pretrain`, where the import of torch writes a file and takes for ever.
+# `python -m megatron_completep.pretrain`, where the import of torch writes a file and takes for
+# ever.
 IMPORTING = """
 import os, pathlib, runpy, sys, time
 class Slow:
@@ -161,7 +158,11 @@ def is_gone(process: psutil.Process, seconds: float = 60.0) -> bool:
 
 def test_a_worker_leaves_with_its_launcher_while_it_imports(tmp_path: Path) -> None:
     started = tmp_path / "started"
-    launcher = f"import subprocess, time; subprocess.Popen({[sys.executable, '-c', IMPORTING, str(started)]}); time.sleep(600)"
+    launcher = (
+        "import subprocess, time; "
+        f"subprocess.Popen({[sys.executable, '-c', IMPORTING, str(started)]}); "
+        "time.sleep(600)"
+    )
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
     process = subprocess.Popen([sys.executable, "-c", launcher], env=environment(**alone))
     worker = psutil.Process(int(wait_for_text(started)))
@@ -213,7 +214,8 @@ def hang(self, block):
 encode.Encoder.encode = hang
 if __name__ == "__main__":
     pathlib.Path("in.jsonl").write_text('{"text": "x"}\\n' * 9)
-    preprocess(PreprocessSettings(("in.jsonl",), "out", TokenizerChoice("bytes")), workers=2, block_bytes=30)
+    settings = PreprocessSettings(("in.jsonl",), "out", TokenizerChoice("bytes"))
+    preprocess(settings, workers=2, block_bytes=30)
 """,
 }
 
@@ -244,6 +246,5 @@ def test_workers_in_the_midst_of_their_work_leave_with_the_process_that_they_wor
     os.kill(process.pid, number) if number == signal.SIGKILL else os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=120)
     assert all(is_gone(worker) for worker in workers)
-    assert (
-        errors.count("Traceback") <= 1
-    )  # the program's own, which has nobody to catch KeyboardInterrupt; no worker's
+    # The program's own, which has nobody to catch KeyboardInterrupt; no worker's.
+    assert errors.count("Traceback") <= 1

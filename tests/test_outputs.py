@@ -1,4 +1,6 @@
-"""What is checked before a program writes; tests/tools/test_every_tool.py asks it of every program."""
+"""What is checked before a program writes;
+tests/tools/test_every_tool.py asks it of every program.
+"""
 
 import os
 from pathlib import Path
@@ -38,9 +40,8 @@ def test_an_input_is_recognised_through_links_and_detours(
     for path in (tmp_path / "link", tmp_path / "folder/../data"):
         with pytest.raises(UserError, match=r"--out = .*: is an input as well \(.*data\)"):
             check_outputs([Output("--out", path)], [tmp_path / "data"], overwrite)
-    check_outputs(
-        [Output("--out", tmp_path / "link")], [tmp_path / "folder"], True
-    )  # the control: another input
+    # The control: another input.
+    check_outputs([Output("--out", tmp_path / "link")], [tmp_path / "folder"], True)
 
 
 def test_the_same_output_under_two_names_is_refused_before_it_exists(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""What is installed is what stands here: kernels and tools inside the package, nothing of this machine in any file."""
+"""What is installed is what stands here:
+kernels and tools inside the package, nothing of this machine in any file.
+"""
 
 import contextlib
 import email
@@ -30,7 +32,10 @@ def committed_files() -> list[Path]:
 
 
 def test_the_version_is_known_without_loading_anything():
-    program = "import sys, megatron_completep; print(megatron_completep.__version__, {'torch', 'pydantic', 'numpy'} & set(sys.modules))"
+    program = (
+        "import sys, megatron_completep; print(megatron_completep.__version__, "
+        "{'torch', 'pydantic', 'numpy'} & set(sys.modules))"
+    )
     run = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -168,23 +173,24 @@ def test_the_source_distribution_builds_the_same_wheel(
 ) -> None:
     archive = build("sdist", source, tmp_path / "sdist")
     with tarfile.open(archive) as opened:
-        opened.extraction_filter = getattr(
-            tarfile, "data_filter", None
-        )  # Python 3.11.3 and before have none
+        # Python 3.11.3 and before have none
+        opened.extraction_filter = getattr(tarfile, "data_filter", None)
         opened.extractall(tmp_path)
-    again = build("wheel", tmp_path / archive.name.removesuffix(".tar.gz"), tmp_path / "wheel")
+    unpacked = tmp_path / archive.name.removesuffix(".tar.gz")
+    assert (unpacked / "tests/support/models.py").exists()  # the tests come with what they import
+    again = build("wheel", unpacked, tmp_path / "wheel")
     ours, theirs = (
         {n: data for n, data in contents(built).items() if not n.endswith("RECORD")}
         for built in (wheel, again)
     )
-    assert (
-        sorted(ours) == sorted(theirs)
-        and [name for name in ours if ours[name] != theirs[name]] == []
-    )
+    assert sorted(ours) == sorted(theirs)
+    assert [name for name in ours if ours[name] != theirs[name]] == []
 
 
 def outside(installed: Path, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a program that can see the installed package, the libraries, and nothing of the source tree."""
+    """Run a program that can see the installed package,
+    the libraries, and nothing of the source tree.
+    """
     environment = {**os.environ, "PYTHONPATH": str(installed)}
     command = [sys.executable, "-c", program, *arguments]
     return subprocess.run(
@@ -198,7 +204,7 @@ def outside(installed: Path, program: str, *arguments: str) -> subprocess.Comple
     )
 
 
-# argv: modules that are not there, a program, its arguments.
+# Argv: modules that are not there, a program, its arguments.
 WITHOUT = """
 import sys
 sys.modules.update(dict.fromkeys(sys.argv[1].split(",")))
@@ -246,13 +252,15 @@ for name in sys.argv[3:]:
         except BaseException as error:
             code = repr(error)
     found[name] = [code, text.getvalue()]
-elsewhere = [m.__file__ for n, m in sys.modules.items() if n.split(".")[0] == "megatron_completep" and "/installed/" not in m.__file__]
+own = [m.__file__ for n, m in sys.modules.items() if n.split(".")[0] == "megatron_completep"]
+elsewhere = [file for file in own if "/installed/" not in file]
 print(json.dumps([found, elsewhere]))
 """
 
 
 def test_every_tool_of_the_installed_wheel_says_how_it_is_used(installed: Path) -> None:
-    # One process for all, so that torch is loaded once; the modules run as `python -m` runs them. What extras bring is not there.
+    # One process for all, so that torch is loaded once; the modules run as `python -m` runs them.
+    # What extras bring is not there.
     tools = [
         path.stem
         for path in sorted((ROOT / "tools").glob("*.py"))
@@ -276,7 +284,10 @@ def test_every_tool_of_the_installed_wheel_says_how_it_is_used(installed: Path) 
 
 
 def test_the_bare_package_loads_no_other_library(installed: Path) -> None:
-    program = "import megatron_completep; print(*{name.split('.')[0] for name in set(sys.modules) - before})"
+    program = (
+        "import megatron_completep; print(*{name.split('.')[0] for name in "
+        "set(sys.modules) - before})"
+    )
     run = outside(installed, WITHOUT, ",".join((*OWN, "torch", "triton", "numpy")), program)
     assert run.stdout.split() == ["megatron_completep"], run.stderr
 
@@ -284,20 +295,23 @@ def test_the_bare_package_loads_no_other_library(installed: Path) -> None:
 def test_the_kernels_need_torch_and_triton_only(installed: Path) -> None:
     program = """
 import torch
-from megatron_completep.kernels import Join, Norm, scaled_residual_norm, swiglu, unembedding_cross_entropy
+from megatron_completep.kernels import Join, Norm, scaled_residual_norm
+from megatron_completep.kernels import swiglu, unembedding_cross_entropy
 x = torch.randn(2, 3, 8)
 y, out = scaled_residual_norm(x, x, None, torch.ones(8), None, Join(0.5), Norm("rmsnorm"))
 print(float((y - 1.5 * x).abs().max()), "megatron_completep.config" in sys.modules)
 """
     assert outside(installed, WITHOUT, ",".join(OWN), program).stdout.split() == ["0.0", "False"]
     refused = outside(installed, WITHOUT, ",".join(OWN), "import megatron_completep.config")
-    assert (
-        "None in sys.modules" in refused.stderr
-    )  # the same block is felt where a library is needed
+    # The same block is felt where a library is needed.
+    assert "None in sys.modules" in refused.stderr
 
 
 def test_the_tools_that_need_no_torch_do_not_load_it(installed: Path) -> None:
-    program = "import megatron_completep.tools.config_reference, megatron_completep.config; print(sys.modules['torch'])"
+    program = (
+        "import megatron_completep.tools.config_reference, megatron_completep.config; "
+        "print(sys.modules['torch'])"
+    )
     assert outside(installed, WITHOUT, "torch,triton", program).stdout == "None\n"
 
 

@@ -1,4 +1,6 @@
-"""What a parameter is called stands in the model, and in the tables of foreign architectures; everybody else asks its spec."""
+"""What a parameter is called stands in the model, and in the tables of foreign architectures;
+everybody else asks its spec.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from small_models import completep_config, model_config, table_for
 
-from megatron_completep.model.gpt import GPT
-from megatron_completep.parallel.context import ParallelContext
+from tests.support.models import model_config, model_on_paper
 
 ROOT = Path(__file__).resolve().parents[1]
 # Where names belong: the model, our names beside those of others, and examples for the user.
@@ -38,14 +38,15 @@ def module_words() -> set[str]:
     words: set[str] = set()
     for changes in ({"qk_norm": True}, {"position": "learned", "bias": True, "norm": "layernorm"}):
         model = model_config(**changes)
-        gpt = GPT(model, table_for(model, completep_config()), ParallelContext.single("meta"))
-        for name, _ in gpt.named_parameters():
+        for name, _ in model_on_paper(model).named_parameters():
             words |= set(name.split(".")[:-1])
     return {word for word in words if not word.isdigit()} - ROLES_AND_WORDS
 
 
 def mentions(source: str) -> Iterator[tuple[int, str]]:
-    """(line, text) of every string in a source, docstrings left out, that holds a part of a parameter's name."""
+    """(line, text) of every string in a source,
+    docstrings left out, that holds a part of a parameter's name.
+    """
     tree = ast.parse(source)
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     docstrings = {

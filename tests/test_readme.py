@@ -1,4 +1,6 @@
-"""The README is short, and its tree names every folder of the package; the list of files is made from their docstrings."""
+"""The README is short, and its tree names every folder of the package;
+the list of files is made from their docstrings.
+"""
 
 import importlib.util
 import re

@@ -1,4 +1,6 @@
-"""Configuration files are read as their users meant them, and every mistake in them has one clear message."""
+"""Configuration files are read as their users meant them,
+and every mistake in them has one clear message.
+"""
 
 import itertools
 import math
@@ -63,17 +65,14 @@ def test_every_committed_configuration_loads_and_comes_back_equal(path, tmp_path
     config = load_config(path)
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config
-    assert (
-        "null" not in path.read_text()
-    )  # a reader's example says what it sets, not what it leaves
+    # A reader's example says what it sets, not what it leaves.
+    assert "null" not in path.read_text()
 
 
 @pytest.mark.parametrize("name", ["quickstart", "completep_1b"])
 def test_a_committed_target_differs_from_its_proxy_in_size_alone(name):
-    target, proxy = (
-        load_config(ROOT / f"configs/{name}.yaml"),
-        load_config(ROOT / f"configs/{name}_proxy.yaml"),
-    )
+    target = load_config(ROOT / f"configs/{name}.yaml")
+    proxy = load_config(ROOT / f"configs/{name}_proxy.yaml")
     assert target.optimizer == proxy.optimizer
     assert target.completep == proxy.completep
     base = proxy.completep
@@ -261,7 +260,10 @@ FIELD_MISTAKES = [
     ("data.train.0.wait=2", "data.train.0.wait: unknown key. Did you mean weight?"),
     (
         "data.train=[{weight: 1}]",
-        "data.train.0.prefix is missing (Path of PREFIX.bin and PREFIX.idx, without the suffix). Add it.",
+        (
+            "data.train.0.prefix is missing (Path of PREFIX.bin and PREFIX.idx, without the "
+            "suffix). Add it."
+        ),
     ),
     ("model.hidden_size=0", "model.hidden_size = 0: must be greater than 0."),
     ("model.hidden_size=-1", "model.hidden_size = -1: must be greater than 0."),
@@ -516,17 +518,19 @@ def test_a_mistake_exits_2_without_a_traceback(write, capsys):
         exit_on_user_error(lambda: load_config(path) and None)
     assert caught.value.code == 2
     out, err = capsys.readouterr()
-    assert (
-        out == ""
-        and err.startswith("error: ")
-        and "Traceback" not in err
-        and len(err.splitlines()) == 1
-    )
+    assert out == ""
+    assert err.startswith("error: ")
+    assert "Traceback" not in err
+    assert len(err.splitlines()) == 1
 
 
 def test_a_mistake_exits_2_in_a_process_of_its_own(write):
-    program = "import sys\nfrom megatron_completep.config import load_config\nfrom megatron_completep.errors import exit_on_user_error\n"
-    program += "exit_on_user_error(lambda: print(load_config(sys.argv[1], sys.argv[2:])))"
+    program = (
+        "import sys\n"
+        "from megatron_completep.config import load_config\n"
+        "from megatron_completep.errors import exit_on_user_error\n"
+        "exit_on_user_error(lambda: print(load_config(sys.argv[1], sys.argv[2:])))"
+    )
     run = [sys.executable, "-c", program, str(write())]
     good = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (good.returncode, good.stderr) == (0, "")
@@ -534,11 +538,9 @@ def test_a_mistake_exits_2_in_a_process_of_its_own(write):
         [*run, "model.hidden_size=0"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert bad.returncode == 2
-    assert (
-        bad.stdout == ""
-        and "must be greater than 0" in bad.stderr
-        and "Traceback" not in bad.stderr
-    )
+    assert bad.stdout == ""
+    assert "must be greater than 0" in bad.stderr
+    assert "Traceback" not in bad.stderr
 
 
 def test_the_saved_configuration_of_an_earlier_run_still_loads(write):

@@ -32,8 +32,6 @@ def test_types_bounds_and_defaults_are_shown():
     assert "| `position` | `rope`, `learned` or `alibi` | `rope` |" in text
     assert "| `train` | list of sections (below) | required |" in text
     assert "| `tokenizer` | section (below), or null | `null` |" in text
-    assert (
-        "### completep.factors.ROLE" in text
-        and "### data.train.0, .1, ..." in text
-        and "### data.tokenizer\n" in text
-    )
+    assert "### completep.factors.ROLE" in text
+    assert "### data.train.0, .1, ..." in text
+    assert "### data.tokenizer\n" in text

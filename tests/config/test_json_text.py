@@ -1,4 +1,6 @@
-"""JSON that anybody may have written is read within bounds, and every mistake in it names the file."""
+"""JSON that anybody may have written is read within bounds,
+and every mistake in it names the file.
+"""
 
 from __future__ import annotations
 

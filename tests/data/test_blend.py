@@ -11,7 +11,9 @@ from megatron_completep.errors import DataError
 
 
 def worst_deviation(blend, counts, start, samples):
-    """Largest |count - share| over the prefixes start+1 .. start+samples, in exact arithmetic; checks the sample numbers on the way."""
+    """Largest |count - share| over the prefixes start+1 .. start+samples, in exact arithmetic;
+    checks the sample numbers on the way.
+    """
     counts, worst = list(counts), Fraction(0)
     for k in range(start, start + samples):
         source, number = blend[k]

@@ -1,4 +1,6 @@
-"""Files that are read back are what was written, or are named; files that shrink under a reader are named."""
+"""Files that are read back are what was written, or are named;
+files that shrink under a reader are named.
+"""
 
 import json
 import os
@@ -7,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from megatron_completep.config.schema import DataConfig
@@ -20,6 +21,7 @@ from megatron_completep.errors import DataError
 from megatron_completep.preprocess import report
 from megatron_completep.preprocess.run import preprocess
 from megatron_completep.preprocess.settings import PreprocessSettings, TokenizerChoice
+from tests.support.corpora import two_sources, write_random
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +60,9 @@ def output_bytes(folder: Path, name: str) -> list[bytes]:
 
 @pytest.fixture
 def unfinished(tmp_path: Path) -> Path:
-    """A folder with the work of every shard, `out.preprocess`, not merged yet, and the output `whole` that it must become."""
+    """A folder with the work of every shard, `out.preprocess`,
+    not merged yet, and the output `whole` that it must become.
+    """
     (tmp_path / "in").mkdir()
     for name in "ab":
         lines = [
@@ -128,22 +132,11 @@ def test_a_finished_output_that_was_damaged_is_not_taken_for_complete(unfinished
 # Prebuilt tables
 
 
-def write(prefix: Path, lengths: list[int]) -> None:
-    generator = np.random.default_rng(1)
-    with IndexedWriter(prefix, "uint16") as writer:
-        for length in lengths:
-            writer.add_document([generator.integers(0, 1000, size=length)])
-
-
 @pytest.fixture
 def data(tmp_path: Path) -> DataConfig:
-    write(tmp_path / "a", [9] * 30)
-    write(tmp_path / "b", [7] * 20)
-    sources = [
-        {"prefix": str(tmp_path / "a"), "weight": 0.7},
-        {"prefix": str(tmp_path / "b"), "weight": 0.3},
-    ]
-    return DataConfig.model_validate({"train": sources, "order": "megatron", "prefetch": 0})
+    write_random(tmp_path / "a", [9] * 30)
+    write_random(tmp_path / "b", [7] * 20)
+    return two_sources(tmp_path, order="megatron")
 
 
 def corpus_of(data: DataConfig) -> Corpus:
@@ -181,9 +174,8 @@ def test_a_flipped_bit_in_a_prebuilt_order_is_refused_by_name_and_prebuilding_me
             refused += 1
             assert str(path.parent) in str(error) and "prebuild it again" in str(error)
         else:
-            assert (
-                name == "description.json" and found == expected
-            )  # a space that became another one
+            # A space that became another one.
+            assert name == "description.json" and found == expected
         path.write_bytes(content)
     assert refused == 22 or (name == "description.json" and refused > 10)
     flip(path, 8 * (len(content) - 3))
@@ -220,9 +212,10 @@ def test_a_flipped_bit_in_the_list_of_rollbacks_is_refused(tmp_path: Path) -> No
             assert str(path) in str(error)
         path.write_bytes(content)
     assert refused > 0.8 * len(bits)
+    # Of an earlier version.
     path.write_text(
         json.dumps([{"after_step": 12, "first_sample": 96, "next_sample": 112, "spike_step": 14}])
-    )  # of an earlier version
+    )
     assert read_left_out(tmp_path) == entries[:1]
 
 
@@ -243,7 +236,7 @@ USES: dict[str, Callable[[IndexedDataset, Path], Any]] = {
 def test_token_files_that_are_shortened_while_open_are_an_error_and_not_a_killed_process(
     tmp_path: Path, use: str, suffix: str
 ) -> None:
-    write(tmp_path / "a", [3000] * 8)
+    write_random(tmp_path / "a", [3000] * 8)
     dataset = IndexedDataset(tmp_path / "a")
     USES[use](dataset, tmp_path)  # the control: whole, it is read
     os.truncate(tmp_path / f"a{suffix}", 0)
@@ -291,10 +284,10 @@ def test_a_prebuilt_table_that_is_shortened_under_a_run_is_named(
 
 def test_a_file_that_is_replaced_by_another_one_is_no_matter(tmp_path: Path) -> None:
     """As a new build does: the open reader keeps the file that it opened."""
-    write(tmp_path / "a", [30] * 8)
+    write_random(tmp_path / "a", [30] * 8)
     dataset = IndexedDataset(tmp_path / "a")
     expected = dataset.document(3).tolist()
-    write(tmp_path / "b", [5])
+    write_random(tmp_path / "b", [5])
     for suffix in ("idx", "bin"):
         os.replace(tmp_path / f"b.{suffix}", tmp_path / f"a.{suffix}")
     assert dataset.document(3).tolist() == expected
@@ -303,7 +296,7 @@ def test_a_file_that_is_replaced_by_another_one_is_no_matter(tmp_path: Path) -> 
 def test_merging_a_source_that_shrinks_leaves_no_output(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write(tmp_path / "a", [3000] * 8)
+    write_random(tmp_path / "a", [3000] * 8)
     monkeypatch.setattr(
         IndexedWriter, "_write_tokens", lambda self, tokens: os.truncate(tmp_path / "a.idx", 0)
     )

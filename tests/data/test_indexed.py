@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from megatron_completep.data.indexed import HEADER, IndexedDataset, dtype_for_vocabulary
 from megatron_completep.data.writer import IndexedWriter, merge, split
 from megatron_completep.errors import DataError
+from tests.support.corpora import write_documents
 
 GOLDEN_BIN = "0100020003000400050006000700080009000a00"
 GOLDEN_IDX = (
@@ -18,14 +19,6 @@ GOLDEN_IDX = (
     "0000000003000000000000000400000000000000"
 )
 GOLDEN_DOCUMENTS = [[[1, 2, 3], [4, 5]], [[6]], [], [[7, 8, 9, 10]]]
-
-
-def write(prefix, documents, dtype="uint16", **close):
-    writer = IndexedWriter(prefix, dtype)
-    for document in documents:
-        writer.add_document(document)
-    writer.close(**close)
-    return IndexedDataset(prefix)
 
 
 def flat(documents):
@@ -37,7 +30,7 @@ def read(dataset):
 
 
 def test_writer_gives_the_golden_bytes(tmp_path):
-    write(tmp_path / "a", GOLDEN_DOCUMENTS)
+    write_documents(tmp_path / "a", GOLDEN_DOCUMENTS)
     assert (tmp_path / "a.bin").read_bytes().hex() == GOLDEN_BIN
     assert (tmp_path / "a.idx").read_bytes().hex() == GOLDEN_IDX
 
@@ -66,7 +59,7 @@ def test_many_documents_at_once_equal_one_by_one(tmp_path):
     with IndexedWriter(tmp_path / "a", "int32") as writer:
         writer.add_documents(np.arange(10), lengths)
     tokens = iter(range(10))
-    write(tmp_path / "b", [[[next(tokens) for _ in range(n)]] for n in lengths], "int32")
+    write_documents(tmp_path / "b", [[[next(tokens) for _ in range(n)]] for n in lengths], "int32")
     for suffix in ("bin", "idx", "json"):
         assert (tmp_path / f"a.{suffix}").read_bytes() == (tmp_path / f"b.{suffix}").read_bytes()
 
@@ -83,7 +76,7 @@ documents_strategy = st.lists(
 )
 def test_what_is_written_is_read_back(tmp_path_factory, documents, dtype):
     documents = [[[t % 128 for t in s] if dtype == "int8" else s for s in d] for d in documents]
-    dataset = write(tmp_path_factory.mktemp("round") / "a", documents, dtype)
+    dataset = write_documents(tmp_path_factory.mktemp("round") / "a", documents, dtype)
     assert dataset.dtype == np.dtype(dtype)
     assert read(dataset) == flat(documents)
     assert dataset.num_sequences == sum(map(len, documents))
@@ -101,9 +94,9 @@ def test_what_is_written_is_read_back(tmp_path_factory, documents, dtype):
 def test_merge_equals_writing_everything_at_once(tmp_path_factory, corpora):
     folder = tmp_path_factory.mktemp("merge")
     for number, documents in enumerate(corpora):
-        write(folder / str(number), documents)
+        write_documents(folder / str(number), documents)
     merge([folder / str(number) for number in range(len(corpora))], folder / "merged")
-    write(folder / "whole", [document for documents in corpora for document in documents])
+    write_documents(folder / "whole", [document for documents in corpora for document in documents])
     for suffix in ("bin", "idx", "json"):
         assert (folder / f"merged.{suffix}").read_bytes() == (
             folder / f"whole.{suffix}"
@@ -112,7 +105,7 @@ def test_merge_equals_writing_everything_at_once(tmp_path_factory, corpora):
 
 def test_split_parts_merge_back_into_the_whole(tmp_path):
     documents = [[[i] * (i % 7)] for i in range(50)]
-    write(tmp_path / "whole", documents)
+    write_documents(tmp_path / "whole", documents)
     split(tmp_path / "whole", [6, 3, 1], [tmp_path / name for name in "abc"])
     assert [len(IndexedDataset(tmp_path / name)) for name in "abc"] == [30, 15, 5]
     merge([tmp_path / name for name in "abc"], tmp_path / "again")
@@ -121,9 +114,9 @@ def test_split_parts_merge_back_into_the_whole(tmp_path):
 
 
 def test_merge_refuses_mixed_types_tokenizers_and_its_own_output(tmp_path):
-    write(tmp_path / "a", GOLDEN_DOCUMENTS, tokenizer={"type": "bytes"})
-    write(tmp_path / "b", GOLDEN_DOCUMENTS, "int32", tokenizer={"type": "bytes"})
-    write(tmp_path / "c", GOLDEN_DOCUMENTS, tokenizer={"type": "tiktoken"})
+    write_documents(tmp_path / "a", GOLDEN_DOCUMENTS, tokenizer={"type": "bytes"})
+    write_documents(tmp_path / "b", GOLDEN_DOCUMENTS, "int32", tokenizer={"type": "bytes"})
+    write_documents(tmp_path / "c", GOLDEN_DOCUMENTS, tokenizer={"type": "tiktoken"})
     with pytest.raises(DataError, match=r"b\.idx: dtype code"):
         merge([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
     with pytest.raises(DataError, match=r"c\.json: tokenizer"):
@@ -139,9 +132,8 @@ def test_nothing_valid_exists_before_close_and_abort_leaves_nothing(tmp_path):
     writer.add_document([[1, 2, 3]])
     assert not (tmp_path / "a.idx").exists() and not (tmp_path / "a.bin").exists()
     writer._idx.flush()
-    (tmp_path / "a.idx.partial").rename(
-        tmp_path / "b.idx"
-    )  # a partial index is no index even under its final name
+    # A partial index is no index even under its final name.
+    (tmp_path / "a.idx.partial").rename(tmp_path / "b.idx")
     (tmp_path / "b.bin").write_bytes(b"\1\0\2\0\3\0")
     with pytest.raises(DataError, match=r"b\.idx: magic"):
         IndexedDataset(tmp_path / "b")
@@ -154,8 +146,10 @@ def test_nothing_valid_exists_before_close_and_abort_leaves_nothing(tmp_path):
 
 @pytest.mark.parametrize("fails_at", [0, 1, 2])
 def test_a_crash_while_renaming_never_shows_a_mixed_pair(tmp_path, monkeypatch, fails_at):
-    """An older corpus of the same size lies under the same prefix: the worst case, since sizes would agree."""
-    write(tmp_path / "a", [[[1, 2, 3], [4]], [[5]]])
+    """An older corpus of the same size lies under the same prefix:
+    the worst case, since sizes would agree.
+    """
+    write_documents(tmp_path / "a", [[[1, 2, 3], [4]], [[5]]])
     writer = IndexedWriter(tmp_path / "a", "uint16")
     writer.add_document([[9], [8, 7, 6, 5]])
     calls = iter(range(3))
@@ -171,7 +165,8 @@ def test_a_crash_while_renaming_never_shows_a_mixed_pair(tmp_path, monkeypatch, 
         writer.close()
     with pytest.raises(DataError, match=r"a\.idx: No such file"):
         IndexedDataset(tmp_path / "a")
-    assert read(write(tmp_path / "a", [[[9], [8, 7]]])) == [[9, 8, 7]]  # writing again mends it
+    # Writing again mends it.
+    assert read(write_documents(tmp_path / "a", [[[9], [8, 7]]])) == [[9, 8, 7]]
 
 
 def test_writer_refuses_tokens_that_do_not_fit(tmp_path):
@@ -232,14 +227,14 @@ def test_a_corrupted_index_names_file_and_field(tmp_path, offset, new, field):
     ("suffix", "size"), [("idx", 0), ("idx", 20), ("idx", 80), ("bin", 0), ("bin", 19), ("bin", 18)]
 )
 def test_a_truncated_file_is_refused(tmp_path, suffix, size):
-    write(tmp_path / "a", GOLDEN_DOCUMENTS)
+    write_documents(tmp_path / "a", GOLDEN_DOCUMENTS)
     os.truncate(tmp_path / f"a.{suffix}", size)
     with pytest.raises(DataError, match=rf"a\.{suffix}: (header|size)"):
         IndexedDataset(tmp_path / "a")
 
 
 def test_a_file_that_shrinks_while_in_use_is_an_error_not_a_crash(tmp_path):
-    dataset = write(tmp_path / "a", [[list(range(10_000))]])
+    dataset = write_documents(tmp_path / "a", [[list(range(10_000))]])
     assert dataset.read(9_000, 9_003).tolist() == [9_000, 9_001, 9_002]
     os.truncate(tmp_path / "a.bin", 100)
     with pytest.raises(
@@ -257,7 +252,7 @@ def test_a_missing_file_is_refused_with_a_remedy(tmp_path):
 
 
 def test_the_sidecar_finds_a_changed_token_and_a_sidecar_of_other_files(tmp_path):
-    dataset = write(tmp_path / "a", GOLDEN_DOCUMENTS)
+    dataset = write_documents(tmp_path / "a", GOLDEN_DOCUMENTS)
     assert dataset.problems() == []
     patch(tmp_path / "a.bin", 0, b"\2")
     assert [problem.split(": ")[1] for problem in IndexedDataset(tmp_path / "a").problems()] == [
@@ -284,7 +279,7 @@ def test_a_multimodal_index_opens_and_is_not_merged(tmp_path):
 
 
 def test_a_fault_inside_a_huge_index_is_found_by_the_full_check(tmp_path, monkeypatch):
-    write(tmp_path / "a", [[[1, 2]] for _ in range(100_000)])
+    write_documents(tmp_path / "a", [[[1, 2]] for _ in range(100_000)])
     patch(tmp_path / "a.idx", HEADER.size + 4 * 100_000 + 8 * 78_500, b"\1")
     (tmp_path / "a.json").unlink()
     with pytest.raises(DataError, match="pointers: sequence 78499"):
@@ -319,7 +314,9 @@ def mutated(original, random):
 
 
 def fuzz(folder, mutations, unchanged):
-    """Open that many mutated indices: DataError naming the file, or data for which `unchanged` holds. Returns how many opened."""
+    """Open that many mutated indices: DataError naming the file,
+    or data for which `unchanged` holds. Returns how many opened.
+    """
     random = np.random.default_rng(7)
     original = (folder / "a.idx").read_bytes()
     opened = 0
@@ -341,14 +338,16 @@ def fuzz(folder, mutations, unchanged):
 
 
 def test_ten_thousand_mutated_indices_give_an_error_or_the_same_data(tmp_path):
-    expected = read(write(tmp_path / "a", FUZZED))
+    expected = read(write_documents(tmp_path / "a", FUZZED))
     opened = fuzz(tmp_path, 10_000, lambda dataset: read(dataset) == expected)
     assert 0 < opened < 1000
 
 
 def test_mutated_indices_without_a_sidecar_never_change_tokens_or_sequences(tmp_path):
-    """The format has nothing to compare the grouping of sequences into documents with: it may differ, but stays a valid one."""
-    write(tmp_path / "a", FUZZED)
+    """The format has nothing to compare the grouping of sequences into documents with:
+    it may differ, but stays a valid one.
+    """
+    write_documents(tmp_path / "a", FUZZED)
     (tmp_path / "a.json").unlink()
     original = IndexedDataset(tmp_path / "a")
     lengths, tokens = original.lengths.tolist(), original.tokens.tolist()

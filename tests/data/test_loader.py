@@ -11,6 +11,7 @@ from megatron_completep.config.schema import DataConfig, SourceConfig
 from megatron_completep.data.loader import PADDING, build_loader, validation_batches
 from megatron_completep.data.writer import IndexedWriter
 from megatron_completep.errors import ConfigError, DataError
+from tests.support.corpora import two_sources, write_documents
 
 S = 8
 
@@ -26,11 +27,7 @@ def data(tmp_path):
 
 
 def config_of(folder, **changes):
-    sources = [
-        SourceConfig(prefix=str(folder / "a"), weight=0.7),
-        SourceConfig(prefix=str(folder / "b"), weight=0.3),
-    ]
-    return DataConfig.model_validate({"train": sources, "split": "8,1,1", "prefetch": 0} | changes)
+    return two_sources(folder, **{"split": "8,1,1", **changes})
 
 
 def loader_of(data, **changes):
@@ -152,7 +149,9 @@ def test_a_resumed_loader_continues_the_same_order(data, resumed_at):
 def test_the_order_depends_on_nothing_but_the_position(
     data, data_size, micro, rows, step, prefetch, weight
 ):
-    """Every layout, resume point, prefetch depth and batch size reads the samples first .. first + batch - 1 of one sequence."""
+    """Every layout, resume point, prefetch depth and batch size reads the samples
+    first .. first + batch - 1 of one sequence.
+    """
     sources = [data.train[0].model_copy(update={"weight": weight}), data.train[1]]
     config = data.model_copy(update={"train": sources, "prefetch": prefetch})
     batch = micro * rows * data_size
@@ -198,9 +197,7 @@ def test_the_worker_works_ahead_ends_and_reports_waiting(data):
 
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_a_token_outside_the_vocabulary_names_its_place(tmp_path, data, prefetch):
-    with IndexedWriter(tmp_path / "a", "uint16") as writer:
-        writer.add_document([[1] * 30])
-        writer.add_document([[1] * 17 + [777] + [1] * 40])
+    write_documents(tmp_path / "a", [[[1] * 30], [[1] * 17 + [777] + [1] * 40]])
     message = (
         r"a\.bin: document 1, position 17: token id 777 is outside the model's vocabulary, 0 to 99"
     )
@@ -224,17 +221,14 @@ def test_every_source_that_is_missing_is_named(tmp_path, data):
     with pytest.raises(DataError) as raised:
         loader_of(data.model_copy(update={"train": [data.train[0], *absent]}))
     assert str(raised.value).startswith("2 problems\n")
-    assert (
-        "nowhere.idx" in str(raised.value)
-        and "nothing.idx" in str(raised.value)
-        and "a.idx" not in str(raised.value)
-    )
+    assert "nowhere.idx" in str(raised.value)
+    assert "nothing.idx" in str(raised.value)
+    assert "a.idx" not in str(raised.value)
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path, data):
-    writer = IndexedWriter(tmp_path / "a", "uint16")
-    writer.add_document([[1] * 100])
-    writer.close(tokenizer={"type": "bytes", "vocab_size": 257})
+    identity = {"type": "bytes", "vocab_size": 257}
+    write_documents(tmp_path / "a", [[[1] * 100]], tokenizer=identity)
     with pytest.raises(
         DataError, match=r"a\.json: tokenizer: it has 257 ids, model\.vocab_size = 100"
     ):
@@ -314,8 +308,7 @@ def test_epochs_beside_weights_are_exact_over_the_run(tmp_path, data):
 
 def test_the_order_is_frozen(tmp_path):
     """A change of these values would change the data of every run that is resumed."""
-    with IndexedWriter(tmp_path / "a", "uint16") as writer:
-        writer.add_document([np.arange(100)])
+    write_documents(tmp_path / "a", [[range(100)]])
     config = DataConfig(train=[SourceConfig(prefix=str(tmp_path / "a"))], prefetch=0)
     first_tokens = [
         token

@@ -1,4 +1,6 @@
-"""Samples and files against Megatron-Core itself (a test-only dependency) and against golden vectors made with it."""
+"""Samples and files against Megatron-Core itself
+(a test-only dependency) and against golden vectors made with it.
+"""
 
 import contextlib
 import importlib
@@ -19,6 +21,7 @@ from megatron_completep.data.indexed import IndexedDataset
 from megatron_completep.data.megatron_order import MegatronSource, blend_indices, build_tables
 from megatron_completep.data.writer import IndexedWriter, merge
 from megatron_completep.errors import DataError
+from tests.support.corpora import two_sources, write_random
 
 LENGTHS = np.array([5, 3, 9, 4, 7], np.int32)
 DOC_1, SAMPLE_1 = [4, 0, 1, 2, 3], [[0, 0], [0, 4], [1, 1], [2, 0], [3, 1], [3, 5], [4, 0]]
@@ -130,14 +133,6 @@ class Tokenizer:
     unique_identifiers: ClassVar[dict[str, str]] = {}
 
 
-def write(prefix, lengths, seed=0):
-    random = np.random.default_rng(seed)
-    with IndexedWriter(prefix, "uint16") as writer:
-        for length in lengths:
-            writer.add_document([random.integers(0, 1000, size=length)])
-    return IndexedDataset(prefix)
-
-
 def theirs(megatron, folder, sizes, *, seq_length, seed, **blend):
     """Megatron-Core's datasets for (train, validation, test)."""
     config = megatron.GPTDatasetConfig(
@@ -177,7 +172,7 @@ def test_one_source_gives_exactly_the_samples_of_gpt_dataset(
     megatron, tmp_path_factory, lengths, seq_length, seed, num_samples
 ):
     folder = tmp_path_factory.mktemp("gpt")
-    dataset = write(folder / "a", lengths)
+    dataset = write_random(folder / "a", lengths)
     prefix = str(folder / "a")
     expected = theirs(
         megatron,
@@ -216,7 +211,7 @@ def test_blends_and_splits_give_exactly_the_samples_of_blended_dataset(
     prefixes = []
     for number, documents in enumerate(sizes):
         random = np.random.default_rng([seed, number])
-        write(folder / str(number), random.integers(3, 30, size=documents), seed=number)
+        write_random(folder / str(number), random.integers(3, 30, size=documents), seed=number)
         prefixes.append(str(folder / str(number)))
     train, validation, _ = theirs(
         megatron,
@@ -240,7 +235,7 @@ def test_blends_and_splits_give_exactly_the_samples_of_blended_dataset(
 
 def test_another_seed_gives_other_samples(megatron, tmp_path):
     """Negative control of the comparison."""
-    dataset = write(tmp_path / "a", [30] * 20)
+    dataset = write_random(tmp_path / "a", [30] * 20)
     blend = [([str(tmp_path / "a")], None), None, None]
     expected = theirs(megatron, tmp_path, [20, 0, 0], seq_length=5, seed=1, blend_per_split=blend)[
         0
@@ -288,7 +283,7 @@ def test_files_are_byte_identical_with_megatron_both_ways(
 
 def test_merging_gives_the_bytes_that_megatron_merges_to(megatron, tmp_path):
     for name, lengths in (("a", [3, 0, 5]), ("b", [2, 2]), ("c", [7])):
-        write(tmp_path / name, lengths, seed=len(lengths))
+        write_random(tmp_path / name, lengths, seed=len(lengths))
     merge([tmp_path / name for name in "abc"], tmp_path / "ours")
     builder = megatron.Builder(str(tmp_path / "theirs.bin"), dtype=np.uint16)
     for name in "abc":
@@ -301,11 +296,7 @@ def test_merging_gives_the_bytes_that_megatron_merges_to(megatron, tmp_path):
 
 
 def config_of(folder, **changes):
-    sources = [
-        SourceConfig(prefix=str(folder / "a"), weight=0.7),
-        SourceConfig(prefix=str(folder / "b"), weight=0.3),
-    ]
-    return DataConfig.model_validate({"train": sources, "order": "megatron"} | changes)
+    return two_sources(folder, **{"order": "megatron", **changes})
 
 
 def open_corpus(config, **changes):
@@ -315,8 +306,8 @@ def open_corpus(config, **changes):
 
 
 def test_prebuilt_tables_are_used_and_change_nothing(tmp_path, monkeypatch):
-    write(tmp_path / "a", [9] * 30)
-    write(tmp_path / "b", [7] * 20)
+    write_random(tmp_path / "a", [9] * 30)
+    write_random(tmp_path / "b", [7] * 20)
     config = config_of(tmp_path)
     built = [open_corpus(config)[i].tokens.tolist() for i in range(40)]
     folders = corpus_module.prebuild(config, seq_length=5, total_samples=40)
@@ -324,9 +315,8 @@ def test_prebuilt_tables_are_used_and_change_nothing(tmp_path, monkeypatch):
     assert [new for _, new in corpus_module.prebuild(config, seq_length=5, total_samples=40)] == [
         False
     ] * 3
-    monkeypatch.setattr(
-        "megatron_completep.data.megatron_order.build_tables", None
-    )  # building again would fail
+    # Building again would fail.
+    monkeypatch.setattr("megatron_completep.data.megatron_order.build_tables", None)
     assert [open_corpus(config)[i].tokens.tolist() for i in range(40)] == built
     with pytest.raises(TypeError):
         open_corpus(config, total_samples=41)  # another run has other tables
@@ -347,8 +337,8 @@ def test_prebuilt_tables_are_used_and_change_nothing(tmp_path, monkeypatch):
 
 
 def test_sources_in_epochs_and_too_small_ones_are_refused(tmp_path):
-    write(tmp_path / "a", [1])
-    write(tmp_path / "b", [7] * 20)
+    write_random(tmp_path / "a", [1])
+    write_random(tmp_path / "b", [7] * 20)
     with pytest.raises(DataError, match="a source is given in epochs"):
         open_corpus(
             config_of(tmp_path, train=[SourceConfig(prefix=str(tmp_path / "b"), epochs=1.0)])
@@ -360,7 +350,7 @@ def test_sources_in_epochs_and_too_small_ones_are_refused(tmp_path):
 
 
 def test_documents_of_a_sample_are_marked_where_their_tokens_meet(tmp_path):
-    dataset = write(tmp_path / "a", [3, 0, 4, 2, 6])
+    dataset = write_random(tmp_path / "a", [3, 0, 4, 2, 6])
     source = MegatronSource(dataset, 5, 3, 8).open()
     for index in range(8):
         sample = source[index]

@@ -48,7 +48,9 @@ def test_indices_outside_are_refused():
 
 @pytest.mark.parametrize("n", [5, 16])
 def test_every_element_reaches_every_place_equally_often(n):
-    """Chi-square over 2,000 keys, of the place of each element and of ordered pairs; a rotation (the control) fails the pairs."""
+    """Chi-square over 2,000 keys, of the place of each element and of ordered pairs;
+    a rotation (the control) fails the pairs.
+    """
     keys = 2000
     images = np.stack(
         [Permutation(n, derive_key(7, key)).take(np.arange(n)) for key in range(keys)]

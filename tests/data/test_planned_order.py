@@ -1,4 +1,6 @@
-"""The data order of a run that is made longer or shorter: what a digest promises, and what data.order_samples keeps."""
+"""The data order of a run that is made longer or shorter:
+what a digest promises, and what data.order_samples keeps.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -89,10 +91,8 @@ def test_lengthening_within_the_epochs_of_megatrons_order_keeps_it(folder: Path)
 def test_a_longer_run_that_keeps_the_planned_length_reads_the_same_samples_first(
     folder: Path, kind: str, planned: int
 ) -> None:
-    short, longer = (
-        corpus_of(folder, kind, planned),
-        corpus_of(folder, kind, 3 * planned - 7, order_samples=planned),
-    )
+    short = corpus_of(folder, kind, planned)
+    longer = corpus_of(folder, kind, 3 * planned - 7, order_samples=planned)
     assert read(longer, planned) == read(short, planned)
     assert longer.planned_samples == planned
     assert all(
@@ -103,9 +103,8 @@ def test_a_longer_run_that_keeps_the_planned_length_reads_the_same_samples_first
     assert len(rest) == 2 * planned - 7
     if kind in DEPENDS_ON_THE_LENGTH:
         other = corpus_of(folder, kind, 3 * planned - 7)
-        assert other.order_digest(planned) != longer.order_digest(
-            planned
-        )  # the control: what it keeps is not there by itself
+        # The control: what it keeps is not there by itself.
+        assert other.order_digest(planned) != longer.order_digest(planned)
 
 
 @pytest.mark.parametrize("kind", ["megatron", "megatron, a blend"])
@@ -134,9 +133,8 @@ def test_each_pass_can_be_prebuilt(folder: Path, monkeypatch: pytest.MonkeyPatch
         for i in (0, 60, 149)
     ]
     assert len(prebuild(data, seq_length=5, total_samples=150)) == 2 * 3 + 1
-    monkeypatch.setattr(
-        "megatron_completep.data.megatron_order.build_tables", None
-    )  # building again would fail
+    # Building again would fail.
+    monkeypatch.setattr("megatron_completep.data.megatron_order.build_tables", None)
     corpus = open_corpus(data, seq_length=5, total_samples=150, vocab_size=1000)
     assert [corpus[i].tokens.tolist() for i in (0, 60, 149)] == expected
 
@@ -152,15 +150,8 @@ def test_the_digest_costs_the_same_at_any_length(folder: Path) -> None:
 
 
 def test_a_split_without_validation_is_a_run_without_validation(folder: Path) -> None:
-    assert [
-        has_validation(data_of(folder, "permutation", split=split))
-        for split in ("100,0,0", "99,1,0", "1,0,1", None)
-    ] == [
-        False,
-        True,
-        False,
-        False,
-    ]
+    for split, expected in (("100,0,0", False), ("99,1,0", True), ("1,0,1", False), (None, False)):
+        assert has_validation(data_of(folder, "permutation", split=split)) == expected
     without = data_of(folder, "permutation", split="100,0,0")
     assert read(open_corpus(without, seq_length=5, total_samples=40, vocab_size=1000), 40) == read(
         corpus_of(folder, "permutation", 40), 40

@@ -69,9 +69,10 @@ def test_every_epoch_seed_and_stream_has_its_own_order(tmp_path):
 def test_a_range_of_documents_keeps_to_its_tokens(tmp_path):
     dataset = corpus_of(tmp_path, [7, 5, 6, 9])
     source = PermutedSource(dataset, 3, 0, documents=(1, 3))
-    assert sorted(
-        token for i in range(source.samples_per_epoch) for token in source[i].tokens[:-1].tolist()
-    ) == list(range(7, 16))
+    tokens: list[int] = []
+    for number in range(source.samples_per_epoch):
+        tokens += source[number].tokens[:-1].tolist()
+    assert sorted(tokens) == list(range(7, 16))
 
 
 def test_too_small_a_corpus_names_file_tokens_and_remedy(tmp_path):

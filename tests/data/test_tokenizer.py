@@ -180,7 +180,9 @@ def test_ids_are_the_librarys_own(
 
 
 def test_published_patterns_split_as_tiktokens_own() -> None:
-    """tiktoken's patterns are read out of its constructors without a download; splits are compared by the library it splits with itself."""
+    """tiktoken's patterns are read out of its constructors without a download;
+    splits are compared by the library it splits with itself.
+    """
     regex: Any = importlib.import_module("regex")  # tiktoken depends on it
     openai_public: Any = importlib.import_module("tiktoken_ext.openai_public")
     text = "".join([*AWKWARD, CODE, "it's 12345 WE'LL CamelCase  \n\n  x\r\n//\n é́  "])

@@ -29,7 +29,9 @@ class Command:
 
     @property
     def words(self) -> list[str]:
-        """As a shell would part them; optional parts in brackets are given, a letter that stands for a number is one."""
+        """As a shell would part them; optional parts in brackets are given,
+        a letter that stands for a number is one.
+        """
         plain = re.sub(r"\[(-[^\]]*|[\w.]+=\w+)(?: \.\.\.)?\]", r"\1", self.text)
         return [
             STAND_INS.get(word, word) for word in shlex.split(plain, comments=True) if word != "..."
@@ -37,7 +39,9 @@ class Command:
 
 
 def commands() -> list[Command]:
-    """Of fenced blocks without a language or in bash, and of `python tools/...` inside a sentence; each once a page."""
+    """Of fenced blocks without a language or in bash,
+    and of `python tools/...` inside a sentence; each once a page.
+    """
     found: dict[Command, None] = {}
     for path in PAGES:
         page, text = str(path.relative_to(ROOT)), path.read_text(encoding="utf-8")
@@ -69,7 +73,10 @@ class Parsed(Exception):
 
 
 def parse(module: str, arguments: list[str]) -> argparse.Namespace:
-    """What a program of the project makes of its arguments, without running it. SystemExit where it refuses them."""
+    """What a program of the project makes of its arguments, without running it.
+
+    SystemExit where it refuses them.
+    """
     program = importlib.import_module(module)
 
     original = Parser.parse_args

@@ -1,4 +1,6 @@
-"""Every command of the documentation is understood by its program, and those that a CPU can run are run (slow)."""
+"""Every command of the documentation is understood by its program,
+and those that a CPU can run are run (slow).
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import FENCE, ROOT, Command, commands, parse, program_of
 
 from megatron_completep.config import check_world, load_config
+from tests.docs.commands import FENCE, ROOT, Command, commands, parse, program_of
 
 COMMANDS = commands()
 OURS = [command for command in COMMANDS if program_of(command.words)]
@@ -54,7 +56,8 @@ def test_commands_of_other_programs_name_files_and_targets_that_exist() -> None:
             )
 
 
-# Commands that no test runs as they stand, and why; the first pattern that is found in `page: command` counts.
+# Commands that no test runs as they stand, and why; the first pattern that is found in `page:
+# command` counts.
 NOT_RUN = [
     (
         r": (sbatch|kubectl) ",
@@ -64,25 +67,32 @@ NOT_RUN = [
     (r": make gpu-report|gpu_report", "GPUs"),
     (
         r": (make|pip) ",
-        "builds environments; make lint and make test are what runs this, tests/analysis/test_quickstart.py the quickstart",
+        (
+            "builds environments; make lint and make test are what runs this, "
+            "tests/reports/test_quickstart.py the quickstart"
+        ),
     ),
     (r"docs/results/", "hours; the same programs are run from docs/instruments.md"),
     (
         r"tools/benchmark_(training|parallel|checkpoint|kernels|telemetry)",
-        "measures; tests/analysis runs the library on tiny shapes",
+        "measures; tests/benchmarks runs the library on tiny shapes",
     ),
     (
         r"config_reference.py --write",
         "writes into the checkout; tests/config/test_config_reference.py compares",
     ),
-    (r"pretrain configs/quickstart.yaml", "minutes; tests/analysis/test_quickstart.py"),
-    (r"draw_step.py", "writes into the checkout; tests/analysis/test_step_picture.py"),
+    (r"pretrain configs/quickstart.yaml", "minutes; tests/reports/test_quickstart.py"),
+    (r"draw_step.py", "writes into the checkout; tests/planning/test_step_picture.py"),
+    (r"tests.faults.effective_time", "minutes; the end of make faults runs it"),
     (r"http.server", "serves until it is ended; tests/docs/test_site.py"),
     (r"wandb |trackio ", "needs an account or a browser"),
-    (r"--engine ray|--shard", "tests/data/test_preprocess.py"),
+    (r"--engine ray|--shard", "tests/preprocess/test_preprocess.py"),
     (r"export_hf|import_hf|evaluate_model|vllm|runs/granite", "tests/interop"),
 ]
-SHORT = "training.train_steps=2 training.micro_batch_size=4 training.validation_samples=8 training.output_dir=runs/launched"
+SHORT = (
+    "training.train_steps=2 training.micro_batch_size=4 training.validation_samples=8 "
+    "training.output_dir=runs/launched"
+)
 # What is put in the place of a reader's own names and of long settings, in this order.
 SUBSTITUTES = [
     (r"\[(-[^\]]*)\]", r"\1"),
@@ -121,7 +131,10 @@ SUBSTITUTES = [
     ),
     (
         r"diff A B",
-        "diff runs/tutorial/target/checkpoints/step_00000075 runs/tutorial/target/checkpoints/step_00000150",
+        (
+            "diff runs/tutorial/target/checkpoints/step_00000075 "
+            "runs/tutorial/target/checkpoints/step_00000150"
+        ),
     ),
     (r"--output FOLDER", "--output runs/resharded"),
     (r"NEW.yaml.*", "docs/tutorial/target.yaml training.output_dir=runs/adapted"),

@@ -1,4 +1,6 @@
-"""The documentation site: built strictly, no dead link, no complaint in a browser, everything from this machine."""
+"""The documentation site: built strictly, no dead link,
+no complaint in a browser, everything from this machine.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,9 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from browser import Browser, chromium
 
 from megatron_completep.config.schema import Config
+from tests.support.browser import Browser, chromium
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -110,7 +112,8 @@ def test_no_link_of_the_site_is_dead(site: Path) -> None:
 
 def test_a_dead_link_and_a_dead_anchor_would_be_found(tmp_path: Path) -> None:
     (tmp_path / "a.html").write_text(
-        '<a href="b.html#no">x</a> <a href="c.html">x</a> <a href="b.html#yes">x</a> <img src="p.png">'
+        '<a href="b.html#no">x</a> <a href="c.html">x</a> <a href="b.html#yes">x</a> <img '
+        'src="p.png">'
     )
     (tmp_path / "b.html").write_text('<h1 id="yes">b</h1>')
     assert dead_links(tmp_path) == ["a.html -> b.html#no", "a.html -> c.html", "a.html -> p.png"]
@@ -123,10 +126,8 @@ def test_every_setting_and_every_public_room_of_the_code_has_its_place(site: Pat
         for section in Config.model_fields.values()
         for key in getattr(section.annotation, "model_fields", {})
     ]
-    assert (
-        len(settings) > 80
-        and [key for key in settings if f"<code>{key}</code>" not in configuration] == []
-    )
+    assert len(settings) > 80
+    assert [key for key in settings if f"<code>{key}</code>" not in configuration] == []
     assert "load_config" in (site / "api/config.html").read_text(encoding="utf-8")
     rooms = {
         path.stem
@@ -151,9 +152,8 @@ def test_every_page_opens_without_complaint_and_asks_nothing_of_other_machines(
     with chromium() as browser:
         for path in sorted(site.rglob("*.html")):
             browser.open(f"{address}/{path.relative_to(site)}")
-            problems = [
-                problem for problem in browser.problems if "/favicon.ico" not in problem
-            ]  # of a report as it was committed
+            # Of a report as it was committed.
+            problems = [problem for problem in browser.problems if "/favicon.ico" not in problem]
             assert (path, problems, browser.broken_pictures()) == (path, [], [])
             assert {
                 urlsplit(url).netloc for url in browser.requests if not url.startswith("data:")
@@ -170,8 +170,11 @@ def check_search(browser: Browser, address: str) -> None:
         const box = document.querySelector('[data-md-component="search-query"]')
         let tries = 0
         const look = () => {
-            box.focus(); box.value = 'straggler'; box.dispatchEvent(new KeyboardEvent('keyup', {bubbles: true}))
-            const links = [...document.querySelectorAll('.md-search-result__link')].map(link => link.pathname)
+            box.focus()
+            box.value = 'straggler'
+            box.dispatchEvent(new KeyboardEvent('keyup', {bubbles: true}))
+            const found = [...document.querySelectorAll('.md-search-result__link')]
+            const links = found.map(link => link.pathname)
             links.length || tries++ > 600 ? done(links) : setTimeout(look, 100)
         }
         look()

@@ -6,7 +6,8 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from harness import COUNTS, final_state, losses, run, write_corpus
+
+from tests.faults.harness import COUNTS, final_state, losses, run, write_corpus
 
 FAULTS = {
     1: "kill -9 at a point of a save",
@@ -52,7 +53,9 @@ FAULTS = {
 
 @pytest.fixture(scope="session")
 def oracle(tmp_path_factory):
-    """Losses by step, and the step and tensors of the last checkpoint, of the uninterrupted run on two ranks."""
+    """Losses by step, and the step and tensors of the last checkpoint,
+    of the uninterrupted run on two ranks.
+    """
     folder = tmp_path_factory.mktemp("oracle")
     config = write_corpus(folder)
     outcome = run(config)
@@ -93,14 +96,19 @@ def pytest_addoption(parser):
 
 @pytest.fixture(autouse=True)
 def counted(request):
-    """What the test injected goes into its report. A test whose damage is done to files counts as one."""
+    """What the test injected goes into its report.
+
+    A test whose damage is done to files counts as one.
+    """
     COUNTS.update(injections=0, hung=0)
     yield
     request.node.user_properties.append(("counts", (max(1, COUNTS["injections"]), COUNTS["hung"])))
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """`make faults`: a test that fails without a hang counts as silent, which is the worse reading."""
+    """`make faults`: a test that fails without a hang counts as silent,
+    which is the worse reading.
+    """
     if not config.getoption("--fault-table", default=False):
         return
     rows = defaultdict(lambda: [0, 0, 0, 0])

@@ -1,10 +1,12 @@
-"""How much of the ideal a run keeps that is killed again and again: effective training time at a stated kill rate.
+"""How much of the ideal a run keeps that is killed again and again:
+effective training time at a stated kill rate.
 
-    python tests/faults/effective_time.py --kill-every 120 --kills 2
+    python -m tests.faults.effective_time --kill-every 120 --kills 2
 
-Two ranks train the harness's tiny model, with asynchronous checkpoints and snapshots; every so often one of them is killed with
-signal 9, and the run is started again. Ideal: the same number of steps at the pace of two runs that save nothing and are not
-interrupted, one before and one after. Restart cost: from each start until the first step is done.
+Two ranks train the harness's tiny model, with asynchronous checkpoints and snapshots; every so
+often one of them is killed with signal 9, and the run is started again. Ideal: the same number of
+steps at the pace of two runs that save nothing and are not interrupted, one before and one after.
+Restart cost: from each start until the first step is done.
 """
 
 from __future__ import annotations
@@ -18,9 +20,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from harness import Fault, Ranks, start, write_corpus
-
 from megatron_completep.telemetry.metrics import read_metrics
+from tests.faults.harness import Fault, Ranks, start, write_corpus
 
 COMMON = [
     "guards.replica_check_interval=null",
@@ -88,7 +89,9 @@ def measure(folder: Path, kill_every: float, kills: int, seed: int = 0) -> Effec
 
 
 def seconds_a_step(folder: Path, seconds: float) -> float:
-    """Of a run of about so many seconds that saves nothing: from its first step to its end, everything counted."""
+    """Of a run of about so many seconds that saves nothing:
+    from its first step to its end, everything counted.
+    """
     steps, mean = 100, 0.0
     for name in ("short", "long"):  # the short run says how long the long one is
         config = new_run(folder / name)
@@ -117,7 +120,9 @@ def last_step(config: Path) -> int:
 
 
 def wait_for_first_step(config: Path, ranks: Ranks) -> int:
-    """Wait until the first step after a start is done; returns the step that the run resumed from."""
+    """Wait until the first step after a start is done;
+    returns the step that the run resumed from.
+    """
     path = config.parent / "run" / "metrics.jsonl"
     while True:
         alive = all(process.is_alive() for process in ranks.processes)
@@ -154,7 +159,8 @@ def main() -> None:
         )
         return
     print(
-        f"effective training time with a kill -9 every {effect.seconds_between_kills:g} s ({effect.kills} kills, {effect.steps} steps, "
+        f"effective training time with a kill -9 every {effect.seconds_between_kills:g} s "
+        f"({effect.kills} kills, {effect.steps} steps, "
         f"{effect.steps_done_again} of them done again):\n"
         f"  {100 * effect.with_restarts:.1f} % of the ideal, the cost of restarts included "
         f"({effect.restart_seconds / max(1, effect.kills):.2f} s each)\n"

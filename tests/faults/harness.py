@@ -1,7 +1,8 @@
 """Runs of a tiny model that something happens to.
 
-A rank is a process forked from a server that has imported everything, so that a run of two costs a second; it executes the
-real `pretrain`. What is to happen is told as a `Fault`, which only this file knows how to cause.
+A rank is a process forked from a server that has imported everything, so that a run of two costs a
+second; it executes the real `pretrain`. What is to happen is told as a `Fault`, which only this
+file knows how to cause.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ SERVER.set_forkserver_preload(
     ["torch", "torch.distributed", "megatron_completep.pretrain", "megatron_completep.data.writer"]
 )
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 PR_SET_CHILD_SUBREAPER = 36
 PEER_SECONDS = 30.0
 COUNTS = {"injections": 0, "hung": 0}  # of the test that runs; conftest.py reads them for the table
@@ -46,11 +48,15 @@ def count_injection() -> None:
 
 
 CONFIG = """
-model: {hidden_size: 32, num_layers: 2, num_attention_heads: 4, ffn_hidden_size: 64, vocab_size: 64, vocab_multiple: 16, seq_length: 16}
+model:
+  {hidden_size: 32, num_layers: 2, num_attention_heads: 4, ffn_hidden_size: 64,
+   vocab_size: 64, vocab_multiple: 16, seq_length: 16}
 completep: {base_hidden_size: 16, base_num_layers: 1}
 optimizer: {base_lr: 1.0e-2, warmup_steps: 2}
 data: {train: [{prefix: PREFIX}]}
-training: {micro_batch_size: 2, global_batch_size: 4, train_steps: 12, precision: float32, device: cpu, cpu_threads: 1, output_dir: OUTPUT}
+training:
+  {micro_batch_size: 2, global_batch_size: 4, train_steps: 12, precision: float32,
+   device: cpu, cpu_threads: 1, output_dir: OUTPUT}
 checkpoint: {interval: 3, async_save: false, keep: 2, timeout_minutes: 4}
 parallel: {timeout_minutes: 4}
 guards: {lock_wait_seconds: 20, hang_timeout_minutes: 4}
@@ -60,7 +66,9 @@ logging: {interval: 1, tensorboard: false}
 
 @dataclass(frozen=True)
 class Fault:
-    """`kind` happens on `rank` (-1: on all), at the fail point `point` (the `nth` time it is passed) or at the steps `steps`."""
+    """`kind` happens on `rank` (-1: on all),
+    at the fail point `point` (the `nth` time it is passed) or at the steps `steps`.
+    """
 
     kind: str = "none"
     rank: int = 0
@@ -89,7 +97,10 @@ class Ranks:
     started: float = field(default_factory=time.monotonic)
 
     def wait(self, seconds: float = 240.0) -> Outcome:
-        """Wait for all; whoever is left then is killed and the outcome says so. A peer of a dead rank gets 30 s, as from a launcher."""
+        """Wait for all; whoever is left then is killed and the outcome says so.
+
+        A peer of a dead rank gets 30 s, as from a launcher.
+        """
         deadline = self.started + seconds
         while any(p.is_alive() for p in self.processes) and time.monotonic() < deadline:
             if any(p.exitcode not in (None, 0) for p in self.processes):
@@ -133,7 +144,9 @@ def start(
     restart_count: int = 0,
     environments: Sequence[dict[str, str]] | None = None,
 ) -> Ranks:
-    """Start the ranks of a run; `restart_count` as torchrun tells it. RANK in an override becomes the rank's number: two nodes.
+    """Start the ranks of a run; `restart_count` as torchrun tells it.
+
+    RANK in an override becomes the rank's number: two nodes.
 
     environments: of each process, in place of what torchrun would set for `world` of them.
     """
@@ -196,7 +209,9 @@ def run(
 def start_under_launcher(
     config: Path, world: int = 2, overrides: Sequence[str] = (), of_them: int | None = None
 ) -> tuple[Any, Path]:
-    """A launcher that forks the ranks itself, `of_them` if not all, and the file in which it writes their process ids."""
+    """A launcher that forks the ranks itself, `of_them` if not all,
+    and the file in which it writes their process ids.
+    """
     pids = config.parent / "pids"
     launcher = SERVER.Process(
         target=_launcher,
@@ -239,7 +254,9 @@ def run_in_terminal(
     nohup: bool = False,
     seconds: float = 240.0,
 ) -> list[int]:
-    """Exit codes of ranks that a shell started in a terminal, which is closed when `steps` are done. world 1: without a launcher."""
+    """Exit codes of ranks that a shell started in a terminal,
+    which is closed when `steps` are done. world 1: without a launcher.
+    """
     count_injection()
     codes = config.parent / "codes"
     process = SERVER.Process(
@@ -315,9 +332,10 @@ def _rank(
         os.dup2(descriptor, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     os.environ.update(environment)
-    from injections import inject  # after the environment is set, in the forked process only
-
     from megatron_completep.pretrain import pretrain
+    from tests.faults.injections import (
+        inject,  # after the environment is set, in the forked process only
+    )
 
     def main() -> int:
         own = [override.replace("RANK", str(rank)) for override in overrides]
@@ -335,7 +353,18 @@ def no_fail_point(name: str) -> None:
     pass
 
 
-# --- the oracle -----------------------------------------------------------------------------------------------------------------
+def wait_for_step(config: Path, step: int, seconds: float = 240.0) -> None:
+    """Wait until a run has written the row of a step."""
+    metrics = config.parent / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if metrics.exists() and metrics.read_text().count("\n") >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached in {seconds} s")
+
+
+# The oracle.
 
 
 def losses(config: Path) -> dict[int, float]:

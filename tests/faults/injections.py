@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Fault, at_point, disk_full, kill_self
 
 from megatron_completep.checkpoint import files, retention, save
 from megatron_completep.guards import hooks
@@ -21,6 +20,7 @@ from megatron_completep.parallel.gradients import GradientQueue
 from megatron_completep.run import assemble
 from megatron_completep.run.step import TrainingStep
 from megatron_completep.training import build
+from tests.faults.harness import Fault, at_point, disk_full, kill_self
 
 
 def inject(fault: Fault) -> Callable[[str], None]:
@@ -115,7 +115,10 @@ def _refuse_removal(fault: Fault) -> None:
 
 
 def _slow_disk(fault: Fault) -> None:
-    """Every block of 4 KiB that rank 0 writes takes so long. On all ranks, which must agree about the size of a block."""
+    """Every block of 4 KiB that rank 0 writes takes so long.
+
+    On all ranks, which must agree about the size of a block.
+    """
     for module in (files, save):
         module.BLOCK_SIZE = 4096  # type: ignore[attr-defined]
     files.BlockHasher.__init__.__defaults__ = (4096,)  # type: ignore[attr-defined]
@@ -130,7 +133,9 @@ def _slow_disk(fault: Fault) -> None:
 
 
 def _poison_gradient(fault: Fault) -> None:
-    """One element of one parameter's gradient becomes NaN or infinite, on this rank only, as its first contribution arrives."""
+    """One element of one parameter's gradient becomes NaN or infinite,
+    on this rank only, as its first contribution arrives.
+    """
     poisoned = "layers.1.mlp.down.weight"
     original_run, original_push = TrainingStep.run, GradientQueue.push
     active: list[Any] = []
@@ -165,15 +170,16 @@ def _flip_bit(fault: Fault) -> None:
 
 
 def _spike_at_samples(fault: Fault) -> None:
-    """A step that reads one of the samples (`steps`, on any rank) reports a loss 5 nats higher; slowed, so that it can be killed."""
+    """A step that reads one of the samples (`steps`, on any rank) reports a loss 5 nats higher;
+    slowed, so that it can be killed.
+    """
     original = TrainingStep.run
 
     def run(self: TrainingStep, batches: Any, step: int, *rest: Any) -> Any:
         time.sleep(fault.seconds)
-        pending, first = (
-            original(self, batches, step, *rest),
-            int(batches[0].sample_ids[0]) // 4 * 4,
-        )  # of the step's 4 samples
+        # Of the step's 4 samples.
+        pending = original(self, batches, step, *rest)
+        first = int(batches[0].sample_ids[0]) // 4 * 4
         if any(first <= sample < first + 4 for sample in fault.steps):
             read = pending.read
             pending.read = lambda: dataclasses.replace(read(), loss=read().loss + 5.0)
@@ -183,7 +189,9 @@ def _spike_at_samples(fault: Fault) -> None:
 
 
 def _scale_weights(fault: Fault, every_time: bool = True) -> None:
-    """The weights jump, on all ranks; not every_time: when the steps come for the first time only."""
+    """The weights jump, on all ranks; not every_time:
+    when the steps come for the first time only.
+    """
     coming = set(fault.steps)
 
     def scale(step: TrainingStep) -> None:

@@ -1,4 +1,6 @@
-"""Under torchrun: `progress`: kill -9 of one rank after each of the first three saves; `none`: before the first one, every time."""
+"""Under torchrun: `progress`: kill -9 of one rank after each of the first three saves;
+`none`: before the first one, every time.
+"""
 
 import os
 import signal

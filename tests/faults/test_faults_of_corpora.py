@@ -1,4 +1,5 @@
-"""Fault 25: corpus input that cannot be read is counted and named by file and line, and nothing half-built looks whole.
+"""Fault 25: corpus input that cannot be read is counted and named by file and line,
+and nothing half-built looks whole.
 
 Faults 32 and 33: what is read back beside a corpus, or changes under a run, is noticed.
 """
@@ -16,13 +17,13 @@ import time
 from pathlib import Path
 
 import pytest
-from harness import count_injection, run, start, write_corpus
 
 from megatron_completep.config import load_config
 from megatron_completep.config.derived import total_samples
 from megatron_completep.data.corpus import prebuild
 from megatron_completep.data.indexed import IndexedDataset
 from megatron_completep.errors import DataError
+from tests.faults.harness import count_injection, run, start, write_corpus
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "preprocess_data.py"
 GOOD = b'{"text": "a good document"}\n'
@@ -93,19 +94,15 @@ def test_fault_25_bad_input_is_named_by_file_and_line_counted_and_left_out_withi
     (tmp_path / "in" / name).write_bytes(data)
     count_injection()
     refused = preprocess(tmp_path)
-    assert (
-        refused.returncode == 2
-        and "1 documents are bad, --max-bad-documents is 0" in refused.stderr
-        and said in refused.stderr
-    )
+    assert refused.returncode == 2
+    assert "1 documents are bad, --max-bad-documents is 0" in refused.stderr
+    assert said in refused.stderr
     assert not indices(tmp_path)
     allowed = preprocess(tmp_path, "--max-bad-documents", "1", "--json")
     report = json.loads(allowed.stdout)
-    assert (
-        allowed.returncode == 0
-        and report["bad_documents"] == 1
-        and said in report["bad_examples"][0]
-    )
+    assert allowed.returncode == 0
+    assert report["bad_documents"] == 1
+    assert said in report["bad_examples"][0]
     (index,) = indices(tmp_path)
     assert not IndexedDataset(index.with_suffix("")).problems()
     assert len(IndexedDataset(index.with_suffix(""))) == report["documents"] >= 5
@@ -116,16 +113,16 @@ def test_fault_25_empty_files_leave_nothing_that_looks_valid(tmp_path):
     (tmp_path / "in" / "empty.jsonl").touch()
     count_injection()
     done = preprocess(tmp_path)
-    assert (
-        done.returncode == 2
-        and "no document is left of 1 input files" in done.stderr
-        and not indices(tmp_path)
-    )
+    assert done.returncode == 2
+    assert "no document is left of 1 input files" in done.stderr
+    assert not indices(tmp_path)
 
 
 @pytest.mark.slow
 def test_fault_25_an_interrupted_build_leaves_no_index_and_goes_on(tmp_path):
-    """kill -9 of the tool, of its workers with it, wherever it is; the next run ends with the bytes of one that was never killed."""
+    """kill -9 of the tool, of its workers with it, wherever it is;
+    the next run ends with the bytes of one that was never killed.
+    """
     (tmp_path / "in").mkdir()
     generator = random.Random(5)
     for part in "ab":
@@ -213,11 +210,9 @@ def test_fault_32_a_flipped_bit_in_a_prebuilt_order_is_named_at_the_start(config
     )
     flip_middle_bit(folder / table)
     outcome = run(config, world=1, overrides=["data.order=megatron"])
-    assert (
-        outcome.exit_codes == [2]
-        and f"{folder / table}: content: " in outcome.output
-        and "Traceback" not in outcome.output
-    )
+    assert outcome.exit_codes == [2]
+    assert f"{folder / table}: content: " in outcome.output
+    assert "Traceback" not in outcome.output
 
 
 @pytest.mark.parametrize("suffix", [".idx", pytest.param(".bin", marks=pytest.mark.slow)])
@@ -232,9 +227,7 @@ def test_fault_33_a_token_file_truncated_under_a_run_ends_it_with_its_name(confi
     os.truncate(path, 10)
     count_injection()
     outcome = ranks.wait()
-    assert (
-        outcome.exit_codes == [2]
-        and f"{path}: " in outcome.output
-        and "was shortened" in outcome.output
-    )
+    assert outcome.exit_codes == [2]
+    assert f"{path}: " in outcome.output
+    assert "was shortened" in outcome.output
     assert "Traceback" not in outcome.output

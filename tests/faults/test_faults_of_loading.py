@@ -1,4 +1,6 @@
-"""Faults 5 to 7, 10, 11, 21 and 22: a checkpoint is whole and the right one, or it is refused with the file's name."""
+"""Faults 5 to 7, 10, 11, 21 and 22:
+a checkpoint is whole and the right one, or it is refused with the file's name.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +10,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from harness import count_injection, losses, run
 
 from megatron_completep.checkpoint import StoredCheckpoint
 from megatron_completep.errors import CheckpointError
+from tests.faults.harness import count_injection, losses, run
 
 NEWEST = "step_00000006"
 
@@ -80,18 +82,15 @@ def test_fault_6_the_run_that_reads_the_flipped_bit_stops_on_all_ranks(saved_run
     data[-1000] ^= 4
     path.write_bytes(data)
     outcome = run(saved_run)
-    assert (
-        outcome.exit_codes == [2, 2]
-        and "rank_00001_of_00002.safetensors: damaged between bytes" in outcome.output
-    )
+    assert outcome.exit_codes == [2, 2]
+    assert "rank_00001_of_00002.safetensors: damaged between bytes" in outcome.output
 
 
 def test_fault_7_a_shard_of_another_step_is_detected(saved_run):
     name = "rank_00001_of_00002.safetensors"
     older = newest(saved_run).with_name("step_00000003") / name
-    assert (
-        older.stat().st_size == (newest(saved_run) / name).stat().st_size
-    )  # the size tells nothing
+    # The size tells nothing.
+    assert older.stat().st_size == (newest(saved_run) / name).stat().st_size
     shutil.copy(older, newest(saved_run) / name)
     with pytest.raises(CheckpointError, match=f"{name}: damaged"):
         whole(newest(saved_run))
@@ -118,7 +117,9 @@ def test_fault_7_a_folder_under_another_steps_name_is_detected(saved_run):
     ],
 )
 def test_fault_10_another_layout_goes_on_with_the_same_data(saved_run, oracle, world, overrides):
-    """Bit-equal state is tested in test_checkpoint_layouts; here the losses that follow agree to rounding of sums."""
+    """Bit-equal state is tested in tests/checkpoint/test_layouts.py;
+    here the losses that follow agree to rounding of sums.
+    """
     outcome = run(saved_run, world=world, overrides=overrides)
     assert outcome.exit_codes == [0] * world, outcome.output
     expected, found = oracle[0], losses(saved_run)
@@ -131,11 +132,8 @@ def test_fault_10_another_layout_goes_on_with_the_same_data(saved_run, oracle, w
     [
         ("completep.alpha=0.5", "table.alpha", "'checkpoint.allow_changed=["),
         ("completep.base_hidden_size=8", "table.width_multiplier", "'checkpoint.allow_changed=["),
-        (
-            "model.activation=gelu",
-            "model.activation",
-            "checkpoint.allow_changed does not help",
-        ),  # other tensors
+        # Other tensors.
+        ("model.activation=gelu", "model.activation", "checkpoint.allow_changed does not help"),
         ("data.seed=5", "data.seed", "checkpoint.allow_changed=[data.seed]"),
     ],
 )
@@ -143,12 +141,10 @@ def test_fault_11_a_changed_run_is_refused_with_a_table_of_differences(
     saved_run, override, shown, remedy
 ):
     refused = run(saved_run, world=1, overrides=[override])
-    assert (
-        refused.exit_codes == [2]
-        and "setting" in refused.output
-        and shown in refused.output
-        and "Traceback" not in refused.output
-    )
+    assert refused.exit_codes == [2]
+    assert "setting" in refused.output
+    assert shown in refused.output
+    assert "Traceback" not in refused.output
     assert remedy in refused.output
 
 
@@ -164,9 +160,8 @@ def test_fault_11_what_is_allowed_by_name_goes_on_and_says_so(saved_run):
     )
     assert outcome.exit_codes == [0], outcome.output
     assert "resuming with data.seed = 5, the checkpoint has 1234" in outcome.output
-    assert (
-        "lr 1.00e-02" in outcome.output
-    )  # step 7 of 12, half way down from the present configuration's peak
+    # Step 7 of 12, half way down from the present configuration's peak.
+    assert "lr 1.00e-02" in outcome.output
 
 
 def test_fault_11_other_tokens_under_the_same_name_are_refused(saved_run):

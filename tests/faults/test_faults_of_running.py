@@ -1,4 +1,4 @@
-"""Faults 4, 12 to 20, 23, 24, 26 and 34 to 38: what a run meets between two checkpoints, and before the first."""
+"""Faults 4, 12 to 20, 34, 35 and 37: what a run meets while it trains, or before its first step."""
 
 from __future__ import annotations
 
@@ -19,41 +19,30 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
-from harness import (
-    Fault,
-    count_injection,
-    environment_of,
-    final_state,
-    free_port,
-    losses,
-    run,
-    run_in_terminal,
-    start,
-    start_under_launcher,
-    steps_on_disk,
-    write_corpus,
-)
 
 from megatron_completep.guards.replicas import bit_sum, who_differs
 from megatron_completep.guards.watchdog import verdict
 from megatron_completep.telemetry.metrics import read_metrics
+from tests.faults.harness import (
+    TORCHRUN,
+    Fault,
+    count_injection,
+    final_state,
+    losses,
+    run,
+    run_in_terminal,
+    start,
+    steps_on_disk,
+    wait_for_step,
+    write_corpus,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def wait_for_step(config: Path, step: int, seconds: float = 240.0) -> None:
-    metrics, deadline = config.parent / "run" / "metrics.jsonl", time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if metrics.exists() and metrics.read_text().count("\n") >= step:
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"step {step} was not reached in {seconds} s")
-
-
-# --- signals --------------------------------------------------------------------------------------------------------------------
+# Signals.
 
 
 @pytest.mark.parametrize(
@@ -89,11 +78,9 @@ def test_ranks_leave_together_when_their_time_is_up_and_a_node_is_described_once
     outcome = run(config, overrides=["training.exit_after_minutes=0.000001"])
     assert outcome.exit_codes == [75, 75] and steps_on_disk(config) == ["step_00000001"]
     (line,) = re.findall("^node .*", outcome.output, re.MULTILINE)
-    assert (
-        f"torch {torch.__version__}" in line
-        and f"{os.cpu_count()} cores" in line
-        and platform.node() in line
-    )
+    assert f"torch {torch.__version__}" in line
+    assert f"{os.cpu_count()} cores" in line
+    assert platform.node() in line
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -178,7 +165,7 @@ def test_fault_37_a_clock_that_is_set_during_the_start_changes_no_time_limit(con
         shutil.rmtree(config.parent / "run")
 
 
-# --- data and configuration -----------------------------------------------------------------------------------------------------
+# Data and configuration.
 
 
 @pytest.mark.parametrize("suffix", [".idx", ".bin"])
@@ -186,11 +173,9 @@ def test_fault_12_a_corrupted_token_file_is_named_at_open(config, suffix):
     path = config.parent / f"corpus{suffix}"
     os.truncate(path, path.stat().st_size // 2)
     outcome = run(config, world=1)
-    assert (
-        outcome.exit_codes == [2]
-        and str(path) in outcome.output
-        and "Traceback" not in outcome.output
-    )
+    assert outcome.exit_codes == [2]
+    assert str(path) in outcome.output
+    assert "Traceback" not in outcome.output
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -201,7 +186,10 @@ def test_fault_13_a_token_out_of_range_is_the_same_error_at_every_tensor_size(co
         overrides=["model.vocab_size=40", f"parallel.tensor_parallel_size={world}"],
     )
     assert outcome.exit_codes == [2] * world and "Traceback" not in outcome.output
-    message = r"corpus\.bin: document 0, position 1: token id 41 is outside the model's vocabulary, 0 to 39"
+    message = (
+        r"corpus\.bin: document 0, position 1: token id 41 is outside the model's "
+        r"vocabulary, 0 to 39"
+    )
     assert len(re.findall(message, outcome.output)) == world
 
 
@@ -221,15 +209,13 @@ def test_fault_20_a_malformed_file_gives_one_message_and_exit_code_2(tmp_path, t
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     outcome = run(path, world=1)
-    assert (
-        outcome.exit_codes == [2]
-        and said in outcome.output
-        and "bad.yaml" in outcome.output
-        and "Traceback" not in outcome.output
-    )
+    assert outcome.exit_codes == [2]
+    assert said in outcome.output
+    assert "bad.yaml" in outcome.output
+    assert "Traceback" not in outcome.output
 
 
-# --- numbers --------------------------------------------------------------------------------------------------------------------
+# Numbers.
 
 
 @pytest.mark.parametrize("kind", ["nan", pytest.param("inf", marks=pytest.mark.slow)])
@@ -243,11 +229,9 @@ def test_fault_14_a_gradient_that_is_not_finite_on_one_rank_is_named_and_the_upd
     )
     assert outcome.exit_codes == [0, 0], outcome.output
     found = re.search(r"step 5: a gradient was not finite, nothing was updated.*", outcome.output)
-    assert (
-        found
-        and "rank 1: layers.1.mlp.down.weight, samples 18-19" in found[0]
-        and "rank 0" not in found[0]
-    )
+    assert found
+    assert "rank 1: layers.1.mlp.down.weight, samples 18-19" in found[0]
+    assert "rank 0" not in found[0]
     folders = [config.parent / "run" / "checkpoints" / f"step_{step:08d}" for step in (4, 5)]
     before, after = (
         sorted(p.read_bytes()[-9000:] for p in folder.glob("*.safetensors")) for folder in folders
@@ -259,20 +243,16 @@ def test_fault_14_a_gradient_that_is_not_finite_on_one_rank_is_named_and_the_upd
 def test_fault_15_nan_at_every_step_stops_and_keeps_the_last_good_checkpoint(config):
     fault = Fault("nan", 0, steps=tuple(range(5, 13)))
     outcome = run(config, fault, overrides=["guards.max_skipped_steps=3", "checkpoint.interval=4"])
-    assert (
-        outcome.exit_codes == [76, 76]
-        and "3 steps in a row without a finite gradient" in outcome.output
-    )
+    assert outcome.exit_codes == [76, 76]
+    assert "3 steps in a row without a finite gradient" in outcome.output
     assert "Traceback" not in outcome.output and steps_on_disk(config) == ["step_00000004"]
 
 
 def test_fault_16_a_flipped_bit_in_one_replica_is_found_and_the_rank_named(config):
     outcome = run(config, Fault("flip", 1), overrides=["guards.replica_check_interval=4"])
     assert outcome.exit_codes == [79, 79]
-    assert (
-        "step 4: replicas differ: rank 1 in weights of stage 0, tensor 0" in outcome.output
-        and "rank 0 in" not in outcome.output
-    )
+    assert "step 4: replicas differ: rank 1 in weights of stage 0, tensor 0" in outcome.output
+    assert "rank 0 in" not in outcome.output
 
 
 def test_fault_16_healthy_replicas_pass(config):
@@ -314,14 +294,11 @@ def test_fault_17_a_loss_spike_is_reported_with_its_samples(config):
 def test_fault_17_after_a_loss_spike_all_ranks_go_back_and_leave_the_data_out(config, oracle):
     overrides = ["guards.rollback_threshold=1"]
     outcome = run(config, Fault("spike_once", -1, steps=(11,)), overrides=overrides)
-    assert (
-        outcome.exit_codes == [0, 0]
-        and "went back from step 11 to step 9; samples 36-43 are left out" in outcome.output
-    )
+    assert outcome.exit_codes == [0, 0]
+    assert "went back from step 11 to step 9; samples 36-43 are left out" in outcome.output
     after, undisturbed = losses(config), oracle[0]
-    assert [after[step] for step in range(1, 10)] == [
-        undisturbed[step] for step in range(1, 10)
-    ] and after[10] != undisturbed[10]
+    assert [after[step] for step in range(1, 10)] == [undisturbed[step] for step in range(1, 10)]
+    assert after[10] != undisturbed[10]
     assert max(after.values()) < undisturbed[1] + 1  # the weights of before the spike
 
 
@@ -353,15 +330,13 @@ def test_fault_17_killed_at_random_times_the_run_leaves_out_the_same_data(
 def test_fault_17_a_spike_that_comes_again_and_again_stops_the_run(config):
     overrides = ["guards.rollback_threshold=1", "guards.max_rollbacks=2"]
     outcome = run(config, Fault("spike", -1, steps=(11,)), overrides=overrides)
-    assert (
-        outcome.exit_codes == [80, 80]
-        and "went back 2 times already" in outcome.output
-        and "Traceback" not in outcome.output
-    )
+    assert outcome.exit_codes == [80, 80]
+    assert "went back 2 times already" in outcome.output
+    assert "Traceback" not in outcome.output
     assert steps_on_disk(config) == ["step_00000006", "step_00000009"]
 
 
-# --- ranks that hang, stop or lag -----------------------------------------------------------------------------------------------
+# Ranks that hang, stop or lag.
 
 
 @pytest.mark.parametrize(
@@ -390,14 +365,16 @@ def test_fault_18_a_hung_rank_is_named_and_the_run_ends_within_the_bound(config,
             )
             for rank in (0, 1)
         )
-        assert (
-            len(waiting["entries"]) > len(hung["entries"]) > 0
-        )  # the flight recorder is on: one rank got further than the other
+        # The flight recorder is on: one rank got further than the other.
+        assert len(waiting["entries"]) > len(hung["entries"]) > 0
         assert re.search(
             r"rank 0: its last collective, gloo:\w+ of \[.*\] in group 0, scheduled", outcome.output
         )
         assert re.search(
-            r"rank 1: its last collective, gloo:\w+ of \[.*\] in group \d+, finished; .*hang_rank_00001.collectives.json",
+            (
+                r"rank 1: its last collective, gloo:\w+ of \[.*\] in group \d+, finished; "
+                r".*hang_rank_00001.collectives.json"
+            ),
             outcome.output,
         )
     else:
@@ -428,9 +405,9 @@ def test_fault_35_a_hang_before_the_first_step_is_named(config, kind):
     if kind == "hang_early":
         assert outcome.exit_codes[1] == 77
         assert (
-            "hung before the first step, opening the data: rank 1 holds the others up: rank 1 in injections.py"
-            in outcome.output
-        )
+            "hung before the first step, opening the data: rank 1 holds the others up: rank 1 "
+            "in injections.py"
+        ) in outcome.output
     else:
         assert "hung: rank 1 does not answer" in outcome.output
 
@@ -476,178 +453,3 @@ def test_fault_19_a_straggler_is_named_with_its_ratio(config):
         if "slowest_rank" in row
     ]
     assert row["step"] == 2 and row["slowest_rank"] == 1 and row["slowest_rank_ratio"] > 1.5
-
-
-# --- several runs, restarts, orphans --------------------------------------------------------------------------------------------
-
-
-def test_fault_23_a_second_trainer_is_refused_naming_the_first(config, oracle):
-    first = start(config, Fault("wait", 0, str(config.parent / "refused"), steps=(5,)))
-    wait_for_step(config, 1)
-    second = run(config, world=1, overrides=["guards.lock_wait_seconds=0.2"])
-    assert (
-        second.exit_codes == [2]
-        and f"is in use by process {first.processes[0].pid} on " in second.output
-    )
-    (config.parent / "refused").touch()
-    assert first.wait().exit_codes == [0, 0]
-    assert (losses(config), final_state(config)) == oracle
-
-
-def test_fault_24_restarts_resume_by_themselves(config, oracle):
-    """Killed after each of the first three saves; the fourth start reaches the end."""
-    for restart in range(3):
-        outcome = run(config, Fault("kill", 0, "save.older_ones_removed"), restart_count=restart)
-        assert outcome.exit_codes[0] == -signal.SIGKILL and not outcome.timed_out
-    outcome = run(config, restart_count=3)
-    assert outcome.exit_codes == [0, 0] and "resumed after step 9" in outcome.output
-    assert (losses(config), final_state(config)) == oracle
-
-
-def test_fault_24_restarts_that_get_nowhere_stop(config):
-    codes = [
-        run(
-            config,
-            Fault("kill", 1, "save.folder_created"),
-            overrides=["guards.max_restarts_without_progress=2"],
-            restart_count=n,
-        )
-        for n in range(3)
-    ]
-    assert [-signal.SIGKILL in outcome.exit_codes for outcome in codes] == [True, True, False]
-    assert (
-        78 in codes[2].exit_codes
-        and "2 restarts in a row got no further than step 0" in codes[2].output
-    )
-    assert run(config).exit_codes == [0, 0]  # a start by hand counts anew
-
-
-def test_fault_26_workers_of_a_killed_launcher_leave(config):
-    launcher, pids = start_under_launcher(config, overrides=["training.train_steps=100000"])
-    wait_for_step(config, 2)
-    workers = [psutil.Process(pid) for pid in json.loads(pids.read_text())]
-    launcher.kill()
-    _, alive = psutil.wait_procs(workers, timeout=60.0)
-    assert all(
-        worker.status() == psutil.STATUS_ZOMBIE for worker in alive
-    )  # gone, where nobody adopts orphans
-    overrides = [
-        "training.train_steps=100000",
-        "training.stop_at_step=3",
-        "guards.lock_wait_seconds=0",
-    ]
-    assert run(config, world=1, overrides=overrides).exit_codes == [0]  # and the lock is free
-
-
-def test_fault_36_workers_of_a_launcher_killed_during_the_rendezvous_leave(config):
-    """One of two ranks, which waits for the other; tests/test_launch.py kills the launcher while its worker imports."""
-    launcher, pids = start_under_launcher(config, of_them=1)
-    deadline = time.monotonic() + 60
-    while not pids.exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    (worker,) = [psutil.Process(pid) for pid in json.loads(pids.read_text())]
-    while (
-        not any(connection.status == psutil.CONN_LISTEN for connection in worker.net_connections())
-        and time.monotonic() < deadline
-    ):
-        time.sleep(0.01)  # until rank 0 holds the store
-    assert worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE
-    count_injection()
-    launcher.kill()
-    _, alive = psutil.wait_procs([worker], timeout=60.0)
-    assert all(one.status() == psutil.STATUS_ZOMBIE for one in alive)
-
-
-# --- what the launcher says -----------------------------------------------------------------------------------------------------
-
-
-def test_fault_38_a_broken_launch_environment_is_one_message_of_the_rank(config):
-    """tests/test_launch.py has the table."""
-    for changes in (
-        {"RANK": ""},
-        {"MASTER_ADDR": ""},
-        {"RANK": "3"},
-        {"LOCAL_RANK": "7"},
-        {"WORLD_SIZE": "0", "RANK": "x"},
-    ):
-        count_injection()
-        environment = {**environment_of(0, 2, free_port()), **changes}
-        outcome = start(config, environments=[environment]).wait()
-        assert (
-            outcome.exit_codes == [2]
-            and "Traceback" not in outcome.output
-            and not outcome.timed_out
-        )
-        (said,) = re.findall(
-            r"^error: .*: the launcher's variables cannot be used$", outcome.output, re.MULTILINE
-        )
-        assert (
-            "a process without RANK" if changes.get("RANK") == "" else f"rank {environment['RANK']}"
-        ) in said
-
-
-def test_fault_38_ranks_that_do_not_fit_together_are_refused_on_both(config):
-    count_injection()
-    port = free_port()
-    told_of_four = {**environment_of(1, 4, port), "LOCAL_WORLD_SIZE": "2"}
-    outcome = start(
-        config,
-        environments=[environment_of(0, 2, port), told_of_four],
-        overrides=["training.micro_batch_size=1"],
-    ).wait()
-    assert outcome.exit_codes == [2, 2] and "Traceback" not in outcome.output
-    assert "was told WORLD_SIZE = 4" in outcome.output or "was told 4" in outcome.output
-
-
-@pytest.mark.slow
-def test_fault_38_a_rank_that_never_comes_is_named_after_a_bounded_wait(config):
-    count_injection()
-    port = free_port()
-    three = [environment_of(rank, 3, port) for rank in (0, 2)]
-    bounds = [
-        "parallel.timeout_minutes=0.1",
-        "guards.hang_timeout_minutes=0.1",
-        "training.global_batch_size=6",
-    ]
-    outcome = start(config, environments=three, overrides=bounds).wait()
-    assert (
-        outcome.exit_codes == [2, 2] and "Traceback" not in outcome.output and not outcome.timed_out
-    )
-    assert "rank 1 of 3 did not start within 6 s" in outcome.output
-
-
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-
-
-def torchrun(config: Path, *more: str, arguments: tuple[str, ...]) -> subprocess.Popen[str]:
-    program = str(Path(__file__).with_name("killed_after_each_save.py"))
-    command = [*TORCHRUN, *more, program, str(config)]
-    path = os.pathsep.join([str(REPOSITORY), str(Path(__file__).parent)])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*command, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-    )
-
-
-@pytest.mark.slow
-def test_faults_24_and_4_under_the_real_torchrun(config, oracle):
-    process = torchrun(
-        config, "--max-restarts", "4", "--monitor-interval", "0.1", arguments=("progress",)
-    )
-    output, _ = process.communicate(timeout=280)
-    assert process.returncode == 0, output
-    assert output.count("resumed after step") == 3
-    assert (losses(config), final_state(config)) == oracle
-
-
-@pytest.mark.slow
-def test_fault_24_torchrun_stops_when_there_is_no_progress(config):
-    process = torchrun(
-        config, "--max-restarts", "10", "--monitor-interval", "0.1", arguments=("none",)
-    )
-    output, _ = process.communicate(timeout=280)
-    assert process.returncode != 0 and "3 restarts in a row got no further than step 0" in output

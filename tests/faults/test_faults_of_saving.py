@@ -1,4 +1,6 @@
-"""Faults 1 to 3 and 8 to 9: whatever interrupts a save, the run continues bit-equal to one that was never interrupted."""
+"""Faults 1 to 3 and 8 to 9: whatever interrupts a save,
+the run continues bit-equal to one that was never interrupted.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from checkpoint_helpers import TinyRun, tiny_config
-from harness import Fault, count_injection, final_state, losses, run, start, steps_on_disk
 
 from megatron_completep.checkpoint import checkpointer, files, save
 from megatron_completep.telemetry.metrics import read_metrics
+from tests.faults.harness import (
+    Fault,
+    count_injection,
+    final_state,
+    losses,
+    run,
+    start,
+    steps_on_disk,
+)
+from tests.support.checkpoints import TinyRun, checkpointed_config
 
 # In the order in which a save passes them; those that only the committing rank passes are marked.
 POINTS = {
@@ -63,10 +73,8 @@ def test_fault_1_killed_at_a_point_of_a_save_continues_bit_equal(config, oracle,
     resumed = run(config)
     assert resumed.exit_codes == [0, 0], resumed.output
     assert (losses(config), final_state(config)) == oracle
-    assert steps_on_disk(config) == [
-        "step_00000009",
-        "step_00000012",
-    ]  # and nothing that starts with a dot
+    # And nothing that starts with a dot.
+    assert steps_on_disk(config) == ["step_00000009", "step_00000012"]
 
 
 def test_fault_1_killed_between_staging_and_writing_continues_bit_equal(config, oracle):
@@ -81,7 +89,9 @@ def test_fault_1_killed_between_staging_and_writing_continues_bit_equal(config, 
 def test_fault_30_a_checkpoint_that_cannot_be_removed_and_a_folder_that_goes_do_not_stop_the_run(
     config, oracle
 ):
-    """step_00000003 is a folder that does not let itself be renamed away; the folder of checkpoints goes after step 9."""
+    """step_00000003 is a folder that does not let itself be renamed away;
+    the folder of checkpoints goes after step 9.
+    """
     outcome = run(config, Fault("stuck", 0, steps=(3,)), overrides=["training.stop_at_step=9"])
     assert outcome.exit_codes == [0, 0] and "older one could not be removed: " in outcome.output, (
         outcome.output
@@ -107,7 +117,9 @@ SLOW_SAVES = (
 
 @pytest.mark.slow
 def test_fault_31_a_save_slower_than_the_watchdogs_bound_is_no_hang(config, oracle):
-    """6 s without a step are a hang; the saves take far longer, the next one is due at once, and only rank 0's disk is slow."""
+    """6 s without a step are a hang; the saves take far longer,
+    the next one is due at once, and only rank 0's disk is slow.
+    """
     outcome = run(config, Fault("slow_disk", -1, seconds=0.3), overrides=SLOW_SAVES, seconds=240.0)
     assert outcome.exit_codes == [0, 0] and "hung" not in outcome.output, outcome.output
     assert (
@@ -168,16 +180,18 @@ def test_fault_3_killed_at_random_times_resumes_every_time(config, oracle, seed)
 def test_fault_8_a_full_disk_fails_the_save_on_all_ranks_together(config, oracle, policy):
     fault = Fault("disk_full", 1, "save.values_half_written", nth=2)
     outcome = run(config, fault, overrides=[f"checkpoint.on_failure={policy}"])
-    message = r"step 6.* rank 1: .*rank_00001_of_00002.safetensors: No space left on device \([\d.]+ [kMGT]?B to write, [\d.]+ [kMGT]?B free\)"
+    message = (
+        r"step 6.* rank 1: .*rank_00001_of_00002.safetensors: No space left on device "
+        r"\([\d.]+ [kMGT]?B to write, [\d.]+ [kMGT]?B free\)"
+    )
     assert re.search(message, outcome.output) and "Traceback" not in outcome.output
     failed = [
         row["step"]
         for row in read_metrics(config.parent / "run" / "metrics.jsonl")
         if "checkpoint_failed" in row
     ]
-    assert failed == (
-        [7] if policy == "continue" else []
-    )  # the row after the save; there is none when the run stops
+    # The row after the save; there is none when the run stops.
+    assert failed == ([7] if policy == "continue" else [])
     if policy == "continue":
         assert outcome.exit_codes == [0, 0] and (losses(config), final_state(config)) == oracle
     else:
@@ -187,10 +201,15 @@ def test_fault_8_a_full_disk_fails_the_save_on_all_ranks_together(config, oracle
 def test_fault_8_a_checkpoint_that_will_not_fit_is_announced_at_the_start(monkeypatch, tmp_path):
     usage = save.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(save.shutil, "disk_usage", lambda folder: usage._replace(free=1000))
-    tiny = TinyRun(tiny_config(tmp_path, checkpoint={"async_save": False, "on_failure": "stop"}))
+    tiny = TinyRun(
+        checkpointed_config(tmp_path, checkpoint={"async_save": False, "on_failure": "stop"})
+    )
     assert re.search(
-        r"warning: .*checkpoints: a checkpoint needs [\d.]+ \wB \(16.8 MB of it a reserve\), 1\.0 kB are free",
-        tiny.said[0],
+        (
+            r"warning: .*checkpoints: a checkpoint needs [\d.]+ \wB \(16.8 MB of it a reserve\), "
+            r"1\.0 kB are free"
+        ),
+        tiny.messages[0],
     )
     with pytest.raises(save.CheckpointError, match="needs"):
         tiny.save()
@@ -200,8 +219,6 @@ def test_fault_8_a_checkpoint_that_will_not_fit_is_announced_at_the_start(monkey
 def test_fault_9_an_unwritable_output_folder_is_an_error_at_the_start(config):
     (config.parent / "run").write_text("a file where the folder should be")
     outcome = run(config, world=1)
-    assert (
-        outcome.exit_codes == [2]
-        and "run cannot be written" in outcome.output
-        and "Traceback" not in outcome.output
-    )
+    assert outcome.exit_codes == [2]
+    assert "run cannot be written" in outcome.output
+    assert "Traceback" not in outcome.output

@@ -1,4 +1,5 @@
-"""Snapshots on each node's own disk: what one node lost or damaged is not used, and the run goes on bit-equal from what is left.
+"""Snapshots on each node's own disk:
+what one node lost or damaged is not used, and the run goes on bit-equal from what is left.
 
 Two ranks with a `local_dir` each stand for two nodes.
 """
@@ -12,12 +13,20 @@ import time
 from pathlib import Path
 
 import pytest
-from harness import COUNTS, Fault, count_injection, final_state, losses, run, start, steps_on_disk
 
-SNAPSHOTS = (
-    "checkpoint.interval=6",
-    "checkpoint.local_interval=2",
-)  # shared: 6, 12; local: 2, 4, 8, 10
+from tests.faults.harness import (
+    COUNTS,
+    Fault,
+    count_injection,
+    final_state,
+    losses,
+    run,
+    start,
+    steps_on_disk,
+)
+
+# Shared: 6, 12; local: 2, 4, 8, 10.
+SNAPSHOTS = ("checkpoint.interval=6", "checkpoint.local_interval=2")
 TO_STEP_11 = Fault("kill", 1, steps=(11,))
 
 
@@ -33,14 +42,14 @@ def snapshots(config: Path, rank: int) -> dict[str, Path]:
 
 @pytest.fixture
 def killed(config: Path) -> Path:
-    """A run on two nodes that was killed after the snapshot of step 10; the shared disk has step 6."""
+    """A run on two nodes that was killed after the snapshot of step 10;
+    the shared disk has step 6.
+    """
     outcome = run(config, TO_STEP_11, overrides=nodes(config))
     assert outcome.exit_codes[1] == -9 and steps_on_disk(config)[-1] == "step_00000006"
     for rank in range(2):
-        assert sorted(snapshots(config, rank)) == [
-            "step_00000008",
-            "step_00000010",
-        ]  # those before 6 went when it was saved
+        # Those before 6 went when it was saved.
+        assert sorted(snapshots(config, rank)) == ["step_00000008", "step_00000010"]
         names = sorted(os.listdir(snapshots(config, rank)["step_00000010"]))
         assert names == ["manifest.json", f"rank_0000{rank}_of_00002.safetensors"]
     COUNTS["injections"] = 0  # this kill is not what the tests count
@@ -50,15 +59,12 @@ def killed(config: Path) -> Path:
 def resumes_from(config: Path, oracle: object, step: int, said: str = "") -> None:
     outcome = run(config, overrides=nodes(config))
     assert outcome.exit_codes == [0, 0], outcome.output
-    assert (
-        f"resumed after step {step}" in outcome.output
-        and said in outcome.output
-        and "Traceback" not in outcome.output
-    )
+    assert f"resumed after step {step}" in outcome.output
+    assert said in outcome.output
+    assert "Traceback" not in outcome.output
     assert (losses(config), final_state(config)) == oracle
-    assert all(
-        not snapshots(config, rank) for rank in range(2)
-    )  # the checkpoint of step 12 replaced them
+    # The checkpoint of step 12 replaced them.
+    assert all(not snapshots(config, rank) for rank in range(2))
 
 
 def test_snapshots_are_the_newest_that_all_ranks_can_read(killed, oracle):
@@ -137,7 +143,10 @@ def test_fault_27_a_damaged_snapshot_with_nothing_else_to_load_starts_from_the_b
 def test_fault_28_a_copied_run_and_its_original_both_go_on_bit_equal(
     killed, oracle, tmp_path_factory
 ):
-    """With one local_dir. The copy has the checkpoint of step 6; the snapshots after it are the original's."""
+    """With one local_dir.
+
+    The copy has the checkpoint of step 6; the snapshots after it are the original's.
+    """
     copy = tmp_path_factory.mktemp("copy")
     shutil.copytree(killed.parent / "run", copy / "run")
     config = copy / "run.yaml"
@@ -147,16 +156,16 @@ def test_fault_28_a_copied_run_and_its_original_both_go_on_bit_equal(
     assert outcome.exit_codes == [0, 0], outcome.output
     assert "resumed after step 6" in outcome.output and "is a copy of the run in " in outcome.output
     assert (losses(config), final_state(config)) == oracle
+    # The original's are there.
     assert all(
         sorted(snapshots(killed, rank)) == ["step_00000008", "step_00000010"] for rank in range(2)
-    )  # the original's are there
+    )
     resumes_from(killed, oracle, 10)
 
 
 def test_fault_1_killed_when_one_node_has_committed_and_the_other_has_not(config, oracle):
-    fault = Fault(
-        "kill", 1, "save.before_rename", nth=4
-    )  # the snapshots of 2 and 4, then those of 8 and 10
+    # The snapshots of 2 and 4, then those of 8 and 10.
+    fault = Fault("kill", 1, "save.before_rename", nth=4)
     outcome = run(config, fault, overrides=nodes(config))
     assert outcome.exit_codes[1] == -9
     assert "step_00000010" in snapshots(config, 0) and "step_00000010" not in snapshots(config, 1)
@@ -202,7 +211,9 @@ def test_fault_3_killed_at_random_times_with_snapshots_at_every_step_resumes_eve
 
 @pytest.mark.slow
 def test_what_a_lost_node_held_twice_is_not_lost(config, oracle):
-    """With one shard for each replica, rank 0 writes everything and rank 1 nothing: its node may go."""
+    """With one shard for each replica,
+    rank 0 writes everything and rank 1 nothing: its node may go.
+    """
     overrides = [*nodes(config), "parallel.optimizer_shard_size=1"]
     run(config, TO_STEP_11, overrides=overrides)
     shutil.rmtree(config.parent / "node_1")
@@ -219,30 +230,24 @@ def test_fault_9_a_local_folder_that_one_node_cannot_write_is_an_error_at_the_st
     count_injection()
     outcome = run(config, overrides=nodes(config))
     assert outcome.exit_codes == [2, 2] and "Traceback" not in outcome.output
-    assert (
-        "rank 1: " in outcome.output
-        and "node_1" in outcome.output
-        and "Choose another checkpoint.local_dir, or null." in outcome.output
-    )
-    assert not [
-        path for path in (config.parent / "node_0").rglob("*") if path.is_file()
-    ]  # nothing is left behind
+    assert "rank 1: " in outcome.output
+    assert "node_1" in outcome.output
+    assert "Choose another checkpoint.local_dir, or null." in outcome.output
+    # Nothing is left behind.
+    assert not [path for path in (config.parent / "node_0").rglob("*") if path.is_file()]
 
 
 @pytest.mark.slow
 def test_fault_8_a_full_disk_of_one_node_fails_the_snapshot_on_all(config, oracle):
-    fault = Fault(
-        "disk_full", 1, "save.values_half_written", nth=5
-    )  # 2, 4, 6 on the shared disk, 8, 10
+    # 2, 4, 6 on the shared disk, 8, 10
+    fault = Fault("disk_full", 1, "save.values_half_written", nth=5)
     outcome = run(
         config,
         fault,
         overrides=[*nodes(config), "training.stop_at_step=11", "checkpoint.interval=6"],
     )
-    assert (
-        outcome.exit_codes == [0, 0]
-        and "checkpoint of step 10 failed: step 10 is not saved: rank 1: " in outcome.output
-    )
+    assert outcome.exit_codes == [0, 0]
+    assert "checkpoint of step 10 failed: step 10 is not saved: rank 1: " in outcome.output
     assert run(config, overrides=nodes(config)).exit_codes == [0, 0]
     assert (losses(config), final_state(config)) == oracle
 
@@ -260,10 +265,8 @@ def test_a_run_that_must_not_resume_is_refused_by_its_snapshots_too(config):
     run(config, Fault("kill", 1, steps=(4,)), overrides=nodes(config))
     assert steps_on_disk(config) == [] and snapshots(config, 0)
     outcome = run(config, overrides=[*nodes(config), "checkpoint.resume=false"])
-    assert (
-        outcome.exit_codes == [2, 2]
-        and "holds a snapshot of step 2, but checkpoint.resume = false" in outcome.output
-    )
+    assert outcome.exit_codes == [2, 2]
+    assert "holds a snapshot of step 2, but checkpoint.resume = false" in outcome.output
 
 
 def test_ranks_that_share_a_disk_share_a_folder(config, oracle):

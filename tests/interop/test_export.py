@@ -1,4 +1,6 @@
-"""Exported folders, opened by stock transformers, compute what the checkpoint computes; one multiplier left out is seen."""
+"""Exported folders, opened by stock transformers, compute what the checkpoint computes;
+one multiplier left out is seen.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +13,6 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from small_exports import (
-    FACTORS,
-    GPT2,
-    LLAMA,
-    QWEN3,
-    TIED_LLAMA,
-    checkpoint,
-    export_config,
-    save_checkpoint,
-)
-from small_models import table_for
-from worker_pool import WorkerPool
 
 from megatron_completep.checkpoint import StoredCheckpoint
 from megatron_completep.errors import ConfigError
@@ -32,11 +22,22 @@ from megatron_completep.interop.architectures import blockers, choose_architectu
 from megatron_completep.interop.check_export import check_export, load_with_transformers
 from megatron_completep.interop.export_model import ExportSettings, export_model, parse_size
 from megatron_completep.parallel.context import ParallelContext
+from tests.support.configs import GPT2, TIED_GPT2
+from tests.support.exports import (
+    FACTORS,
+    LLAMA,
+    QWEN3,
+    TIED_LLAMA,
+    checkpoint,
+    export_config,
+    save_checkpoint,
+)
+from tests.support.models import table_for
+from tests.support.ranks import WorkerPool, context_on
 
 pytest.importorskip("transformers")
 
 TIED_QWEN3 = {**QWEN3, "tied_embeddings": True}
-TIED_GPT2 = {**GPT2, "tied_embeddings": True}
 CASES: dict[str, tuple[str, float, dict[str, Any]]] = {
     "granite": ("granite", 1.0, LLAMA),
     "granite_tied": ("granite", 0.5, TIED_LLAMA),
@@ -142,18 +143,15 @@ def test_sixteen_bit_exports_hold_the_rounded_weights(dtype: str, run_of, tmp_pa
     )
 
 
-def save_in_parallel(rank: int, folder: str, parallel: dict[str, Any], world: int) -> None:
+def save_in_parallel(rank: int, folder: str, parallel: dict[str, Any]) -> None:
     config = export_config(folder, parallel=parallel, **LLAMA)
-    save_checkpoint(
-        config,
-        ParallelContext.over_world(config.parallel, torch.device("cpu"), rank, world, world // 2),
-    )
+    save_checkpoint(config, context_on(rank, config.parallel))
 
 
 def test_the_layout_that_wrote_a_checkpoint_leaves_no_trace_in_the_export(
     tmp_path: Path, pool: WorkerPool
 ) -> None:
-    pool.run(4, save_in_parallel, str(tmp_path / "four"), {"tensor_parallel_size": 2}, 4)
+    pool.run(4, save_in_parallel, str(tmp_path / "four"), {"tensor_parallel_size": 2})
     config = export_config(tmp_path / "one", **LLAMA)
     save_checkpoint(config, ParallelContext.single())
     files = [
@@ -180,9 +178,8 @@ def test_shards_are_bounded_indexed_and_read_with_one_parameter_in_memory(
 
     monkeypatch.setattr(StoredCheckpoint, "tensor", counted)
     export_model(run_of("llama"), tmp_path / "out", ExportSettings("llama", shard_bytes=20_000))
-    assert most == 1 and len(alive) == len(
-        set(load_names(run_of("llama")))
-    )  # each parameter is read once
+    # Each parameter is read once.
+    assert most == 1 and len(alive) == len(set(load_names(run_of("llama"))))
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     files = sorted(set(index["weight_map"].values()))
     assert len(files) > 2
@@ -229,9 +226,8 @@ def test_a_model_that_no_architecture_expresses_is_refused_with_every_reason(
             "qk_norm = true",
         )
     )
-    assert (
-        "norm" not in lines[3].split("gpt2:")[1].split(";")[0]
-    )  # GPT-2 has layernorm: only what is in the way is named
+    # GPT-2 has layernorm: only what is in the way is named
+    assert "norm" not in lines[3].split("gpt2:")[1].split(";")[0]
     for name in ("granite", "llama", "qwen3", "gpt2"):
         assert blockers(name, model)
 
@@ -278,9 +274,9 @@ def test_an_existing_folder_is_left_alone_and_a_failed_export_leaves_nothing(
 def test_the_card_holds_configuration_table_and_multipliers(run_of, tmp_path: Path) -> None:
     export_model(run_of("llama"), tmp_path / "out", ExportSettings("llama"))
     card = (tmp_path / "out" / "README.md").read_text()
-    assert (
-        "base_num_layers: 1" in card and "hidden_weight: layers.0-2" in card and "m_N = 4" in card
-    )
+    assert "base_num_layers: 1" in card
+    assert "hidden_weight: layers.0-2" in card
+    assert "m_N = 4" in card
     assert f"embeddings times {FACTORS['input_multiplier']:g}" in card
 
 

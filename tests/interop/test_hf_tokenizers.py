@@ -1,4 +1,6 @@
-"""Every tokenizer as an exported folder holds it, opened by transformers, encodes and decodes as ours does in training."""
+"""Every tokenizer as an exported folder holds it,
+opened by transformers, encodes and decodes as ours does in training.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,6 @@ import pytest
 import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from small_exports import LLAMA, checkpoint
 
 from megatron_completep.config.schema import TokenizerConfig
 from megatron_completep.data.tokenizer import SPACE_MARK, Tokenizer, build_tokenizer
@@ -28,6 +29,7 @@ from megatron_completep.interop.hf_tokenizer import (
     write_tokenizer,
 )
 from megatron_completep.preprocess.tokenizer_training import TrainingSettings, train_tokenizer
+from tests.support.exports import LLAMA, checkpoint
 
 transformers = pytest.importorskip("transformers")
 
@@ -140,8 +142,9 @@ def test_sentencepiece_and_its_fast_twin_agree_on_any_text(
 
 
 def test_a_unigram_model_agrees_or_is_refused(models: dict[str, TokenizerConfig]) -> None:
-    """Between equally likely segmentations, of runs of one character above all, SentencePiece's choice depends on how its float32
-    sums round; a model for which that shows is refused."""
+    """Between equally likely segmentations, of runs of one character above all, SentencePiece's
+    choice depends on how its float32 sums round; a model for which that shows is refused.
+    """
     ours = build_tokenizer(models["unigram"])
     fast = to_fast_tokenizer(ours)[0]
     try:

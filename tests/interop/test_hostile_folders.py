@@ -1,4 +1,6 @@
-"""Broken and hostile Hugging Face folders and tokenizers are refused by name, and leave nothing behind."""
+"""Broken and hostile Hugging Face folders and tokenizers are refused by name,
+and leave nothing behind.
+"""
 
 from __future__ import annotations
 

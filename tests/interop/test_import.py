@@ -1,4 +1,6 @@
-"""Imported folders compute what transformers computes, train on at any layout, and their export is the original, bit for bit."""
+"""Imported folders compute what transformers computes,
+train on at any layout, and their export is the original, bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -8,28 +10,24 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from worker_pool import WorkerPool
 
 from megatron_completep.checkpoint import Checkpointer, StoredCheckpoint
-from megatron_completep.completep import table_of
 from megatron_completep.config import load_config
-from megatron_completep.data.writer import IndexedWriter
 from megatron_completep.errors import ConfigError, DataError
 from megatron_completep.interop import import_model as importing
 from megatron_completep.interop.check_export import check_export
 from megatron_completep.interop.export_model import ExportSettings, export_model
 from megatron_completep.interop.hf_config import from_hf
 from megatron_completep.interop.import_model import import_model
-from megatron_completep.model.stages import build_chunks
-from megatron_completep.optim.optimizer import DistributedOptimizer
-from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.parameter import spec_of
 from megatron_completep.pretrain import pretrain
+from megatron_completep.run.assemble import Assembly, assemble
 from megatron_completep.telemetry.metrics import read_metrics
+from tests.support.corpora import write_random
+from tests.support.ranks import WorkerPool, context_on
 
 transformers = pytest.importorskip("transformers")
 
@@ -178,21 +176,12 @@ def test_sharded_folders_and_the_base_models_own_names_are_read(tmp_path: Path) 
     import_model(original, tmp_path / "run")
     export_model(tmp_path / "run", tmp_path / "out", ExportSettings("gpt2"))
     after = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
-    assert whole.keys() == after.keys() and all(
-        torch.equal(whole[key], after[key]) for key in whole
-    )
+    assert whole.keys() == after.keys()
+    assert all(torch.equal(whole[key], after[key]) for key in whole)
     weight_map["wte.weight"] = "../elsewhere.safetensors"
     (original / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(DataError, match="not in this folder"):
         import_model(original, tmp_path / "other")
-
-
-def token_file(folder: Path) -> str:
-    generator = np.random.default_rng(0)
-    with IndexedWriter(str(folder / "tokens"), np.uint16) as writer:
-        for _ in range(30):
-            writer.add_document([generator.integers(0, 93, 40)])
-    return str(folder / "tokens")
 
 
 def reference_loss(original: Path, tokens: torch.Tensor) -> float:
@@ -202,34 +191,29 @@ def reference_loss(original: Path, tokens: torch.Tensor) -> float:
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
 
 
-def loss_at_layout(
-    rank: int, path: str, parallel: list[str], world: int, tokens: torch.Tensor
-) -> float | None:
-    """The loss of the imported model as this layout loads it; on the last pipeline stage."""
+def loaded(rank: int, path: str, parallel: list[str]) -> Assembly:
+    """The imported model as a layout loads it."""
     config = load_config(path, parallel)
-    context = ParallelContext.over_world(config.parallel, torch.device("cpu"), rank, world, 1)
-    table = table_of(config)
-    (chunk,) = build_chunks(config.model, table, config.parallel, context)
-    optimizer = DistributedOptimizer(
-        [chunk], table, config.optimizer, context, config.parallel, torch.float32
-    )
+    context = context_on(rank, config.parallel)
+    assembly = assemble(config, context)
+    optimizer, table = assembly.optimizer, assembly.table
     Checkpointer(config, context, optimizer, table, report=lambda text: None).load_latest()
     optimizer.wait_for_parameters()
+    return assembly
+
+
+def loss_at_layout(rank: int, path: str, parallel: list[str], tokens: torch.Tensor) -> float:
+    """The loss of the imported model in a layout without pipeline stages."""
+    (chunk,) = loaded(rank, path, parallel).chunks
     with torch.no_grad():
         return chunk(tokens[:, :-1], labels=tokens[:, 1:]).item() / tokens[:, 1:].numel()
 
 
 def parameters_at_layout(rank: int, path: str, parallel: list[str]) -> list[str]:
-    """Names of this stage's parameters; each is compared with what the checkpoint stores under its name."""
-    config = load_config(path, parallel)
-    context = ParallelContext.over_world(config.parallel, torch.device("cpu"), rank, 2, 1)
-    table = table_of(config)
-    chunks = build_chunks(config.model, table, config.parallel, context)
-    optimizer = DistributedOptimizer(
-        chunks, table, config.optimizer, context, config.parallel, torch.float32
-    )
-    Checkpointer(config, context, optimizer, table, report=lambda text: None).load_latest()
-    optimizer.wait_for_parameters()
+    """Names of this stage's parameters;
+    each is compared with what the checkpoint stores under its name.
+    """
+    optimizer = loaded(rank, path, parallel).optimizer
     stored = StoredCheckpoint.open(Path(path).parent / "checkpoints" / "step_00000000")
     for name, parameter in optimizer.shards.parameters.items():
         whole = stored.tensor(spec_of(parameter).stored_name(name))
@@ -243,21 +227,21 @@ def test_pipeline_stages_load_an_import_tied_embeddings_included(
     report = import_model(
         make_folder(tmp_path, "gpt2"),
         tmp_path / "run",
-        ["training.global_batch_size=4", "training.device=cpu"],
+        ["training.global_batch_size=4", "training.device=cpu", "training.precision=float32"],
     )
     first, last = pool.run(
         2, parameters_at_layout, report.config, ["parallel.pipeline_parallel_size=2"]
     )
-    assert (
-        "embedding.weight" in first
-        and "unembedding.weight" in last
-        and "layers.1.mlp.down.bias" in last
-    )
+    assert "embedding.weight" in first
+    assert "unembedding.weight" in last
+    assert "layers.1.mlp.down.bias" in last
 
 
 @pytest.mark.parametrize("name", ["granite", "gpt2"])
 def test_training_goes_on_from_an_import(name: str, tmp_path: Path, pool: WorkerPool) -> None:
-    """One process trains; two tensor ranks start from the same loss, which is that of transformers."""
+    """One process trains; two tensor ranks start from the same loss,
+    which is that of transformers.
+    """
     original = make_folder(tmp_path, name)
     words = [
         "training.precision=float32",
@@ -271,13 +255,13 @@ def test_training_goes_on_from_an_import(name: str, tmp_path: Path, pool: Worker
         "logging.tensorboard=false",
         "checkpoint.async_save=false",
     ]
-    words += [f"data.train=[{{prefix: {token_file(tmp_path)}}}]", "model.vocab_multiple=8"]
+    write_random(tmp_path / "tokens", [40] * 30, vocabulary=93)
+    words += [f"data.train=[{{prefix: {tmp_path / 'tokens'}}}]", "model.vocab_multiple=8"]
     report = import_model(original, tmp_path / "run", words)
     tokens = torch.randint(93, (2, 33), generator=torch.Generator().manual_seed(3))
     expected = reference_loss(original, tokens)
-    losses = pool.run(
-        2, loss_at_layout, report.config, ["parallel.tensor_parallel_size=2"], 2, tokens
-    )
+    layout = ["parallel.tensor_parallel_size=2"]
+    losses = pool.run(2, loss_at_layout, report.config, layout, tokens)
     assert losses == pytest.approx([expected] * 2, rel=1e-5)
     pretrain(load_config(report.config))
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
@@ -388,7 +372,9 @@ def test_an_existing_run_is_not_overwritten(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_import_left_goes_with_the_next(tmp_path: Path) -> None:
-    """It is not taken for a run that is there already; what a run is, a link to a checkpoint included, still is."""
+    """It is not taken for a run that is there already;
+    what a run is, a link to a checkpoint included, still is.
+    """
     original = make_folder(tmp_path, "llama")
     left = tmp_path / "run" / "checkpoints" / ".step_00000000.deadbeef"
     left.mkdir(parents=True)
@@ -402,8 +388,13 @@ def test_what_a_killed_import_left_goes_with_the_next(tmp_path: Path) -> None:
 
 
 def test_the_folder_kernels_of_a_checkout_answers_transformers_probe_with_nothing() -> None:
-    """transformers imports a package of this name where it finds one, and would take an error for its own."""
-    program = "import kernels, sys; print(hasattr(kernels, '__version__'), any(name.startswith('kernels.') for name in sys.modules))"
+    """transformers imports a package of this name where it finds one,
+    and would take an error for its own.
+    """
+    program = (
+        "import kernels, sys; print(hasattr(kernels, '__version__'), "
+        "any(name.startswith('kernels.') for name in sys.modules))"
+    )
     run = subprocess.run(
         [sys.executable, "-c", program],
         cwd=Path(__file__).parents[2],

@@ -1,9 +1,11 @@
-"""Compile the model's kernels ahead of time and print what their machine code uses, as JSON (run by a test).
+"""Compile the model's kernels ahead of time and print what their machine code uses,
+as JSON (run by a test).
 
-A program of its own: a process that has chosen Triton's interpreter cannot compile. Each argument is ARCHITECTURE:HIDDEN:DTYPE,
-with :rms for RMSNorm without biases, else LayerNorm with every optional vector; :dropout for the residual norm with dropout; :all
-adds the kernels beside the residual norm, :controls what the code looks like without the stages, the register cap, the segments and
-the alignment.
+A program of its own: a process that has chosen Triton's interpreter cannot compile. Each argument
+is ARCHITECTURE:HIDDEN:DTYPE, with :rms for RMSNorm without biases, else LayerNorm with every
+optional vector; :dropout for the residual norm with dropout; :all adds the kernels beside the
+residual norm, :controls what the code looks like without the stages, the register cap, the segments
+and the alignment.
 """
 
 import dataclasses
@@ -11,7 +13,6 @@ import json
 import sys
 
 import torch
-from step_kernels import launchers
 
 from megatron_completep.kernels import Join, Norm, launch
 from megatron_completep.kernels.ahead_of_time import Launch, compile_launch, record, resources
@@ -23,6 +24,7 @@ from megatron_completep.kernels.ops import (
     squared_relu,
     swiglu,
 )
+from tests.kernels.step_kernels import launchers
 
 ROWS = 8192
 norms = launchers(residual_norm, scaled_add, partial_sums)
@@ -66,9 +68,8 @@ def report(recorded, architecture):
         **dataclasses.asdict(used),
         "threads": launch.lanes(architecture) * parameters["num_warps"],
         "programs_per_processor": recorded.grid[0] / launch.processors(architecture),
-        "copies": parameters.get(
-            "STAGES", 1
-        ),  # of a load inside a loop: those before it, and the one in it
+        # Of a load inside a loop: those before it, and the one in it.
+        "copies": parameters.get("STAGES", 1),
         "rows": parameters.get("ROWS", 1),
         "segments": len(parameters.get("WIDTHS", "1")),
     }

@@ -1,4 +1,5 @@
-"""Compile the optimizer and loss kernels ahead of time and print what their machine code uses, as JSON (run by a test).
+"""Compile the optimizer and loss kernels ahead of time and print what their machine code uses,
+as JSON (run by a test).
 
 A program of its own: a process that has chosen Triton's interpreter cannot compile.
 """
@@ -8,11 +9,11 @@ import json
 import sys
 
 import torch
-from step_kernels import mutant
 
 from megatron_completep.kernels import new_control
 from megatron_completep.kernels.ahead_of_time import compile_launch, record, resources
 from megatron_completep.kernels.ops import adamw, cross_entropy, grad_norm
+from tests.kernels.step_kernels import mutant
 
 
 def meta(*shape, dtype=torch.float32):
@@ -20,7 +21,9 @@ def meta(*shape, dtype=torch.float32):
 
 
 def calls():
-    """The launchers as a bf16 run calls them: 1000 parameters, a vocabulary of 50,304 padded to 50,432."""
+    """The launchers as a bf16 run calls them:
+    1000 parameters, a vocabulary of 50,304 padded to 50,432.
+    """
     state = [meta(64_000) for _ in range(4)]
     segments, groups = meta(1000, 3, dtype=torch.int64), meta(1000, 3, dtype=torch.float64)
     control, scalar = new_control("meta"), meta(dtype=torch.float64)

@@ -1,4 +1,6 @@
-"""Kernel tests: on the GPU where there is one, else in Triton's interpreter, which must be chosen before Triton is imported."""
+"""Kernel tests: on the GPU where there is one, else in Triton's interpreter,
+which must be chosen before Triton is imported.
+"""
 
 import dataclasses
 import os
@@ -13,14 +15,16 @@ if not torch.cuda.is_available():
     )
     os.environ["TRITON_INTERPRET"] = "1"
 
-    from triton_interpreter_bf16 import install
+    from tests.kernels.triton_interpreter_bf16 import install
 
     install()
 
 
 @pytest.fixture
 def far_away(monkeypatch):
-    """Programs numbered from 2^31 / 256 on, memory accesses left out, int32 overflow an error: the arithmetic of a huge tensor."""
+    """Programs numbered from 2^31 / 256 on, memory accesses left out, int32 overflow an error:
+    the arithmetic of a huge tensor.
+    """
     from triton.runtime import interpreter
 
     builder = interpreter.interpreter_builder

@@ -1,7 +1,9 @@
-"""Compile ahead of time, then launch as a run would, up to the driver: does Triton find what was compiled? Prints JSON (run by a test).
+"""Compile ahead of time, then launch as a run would, up to the driver:
+does Triton find what was compiled? Prints JSON (run by a test).
 
-A program of its own: a process that has chosen Triton's interpreter cannot compile. The stand-in for the driver knows the
-architecture and no device, so each launch ends where the kernel would be loaded (Triton calls that a warm-up).
+A program of its own: a process that has chosen Triton's interpreter cannot compile. The stand-in
+for the driver knows the architecture and no device, so each launch ends where the kernel would be
+loaded (Triton calls that a warm-up).
 """
 
 import json
@@ -33,10 +35,8 @@ class Driver:
 
 
 def calls():
-    x, vector = (
-        torch.empty(512, 768, dtype=torch.bfloat16, device="meta"),
-        torch.empty(768, dtype=torch.bfloat16, device="meta"),
-    )
+    x = torch.empty(512, 768, dtype=torch.bfloat16, device="meta")
+    vector = torch.empty(768, dtype=torch.bfloat16, device="meta")
     statistics = torch.empty(512, device="meta")
     how = Join(0.3), Norm("rmsnorm")
     yield lambda: residual_norm.launch_residual_norm_forward(x, x, vector, vector, None, *how)

@@ -1,4 +1,6 @@
-"""Inputs of the residual norm, its float64 answer, and the checks that the kernels (and, by failing, their mutants) are put to."""
+"""Inputs of the residual norm, its float64 answer,
+and the checks that the kernels (and, by failing, their mutants) are put to.
+"""
 
 import contextlib
 import dataclasses
@@ -7,9 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from step_kernels import DEVICE
 
 from megatron_completep.kernels import Join, Norm, reference
+from tests.kernels.step_kernels import DEVICE
 
 # ||a - b|| / ||b|| that one rounding to the dtype, and float32 arithmetic before it, explain.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2.5e-3, torch.float16: 5e-4, torch.float64: 1e-13}
@@ -27,9 +29,8 @@ def assert_close(found, expected, tolerance, what):
         f"{what}: shape {tuple(found.shape)}, not {tuple(expected.shape)}"
     )
     error = relative_error(found, expected)
-    assert error <= tolerance, (
-        f"{what}: relative error {error:.2e} is over {tolerance:.2e}"
-    )  # NaN fails too
+    # NaN fails too
+    assert error <= tolerance, f"{what}: relative error {error:.2e} is over {tolerance:.2e}"
 
 
 def vector_tolerance(dtype, rows):
@@ -97,7 +98,9 @@ def forward(implementation, case, given):
 
 
 def backward(implementation, case, given, y, mean, rstd):
-    """(d_residual, d_branch, [d_weight, d_bias, d_branch_bias] as far as they exist), reduced into buffers that hold 1."""
+    """(d_residual, d_branch, [d_weight, d_bias, d_branch_bias] as far as they exist),
+    reduced into buffers that hold 1.
+    """
     d_residual, d_branch, partials = implementation.residual_norm_backward(
         given["d_y"], given["d_out"], y, mean, rstd, given["weight"],
         case.branch, case.bias, case.branch_bias, case.join(given), case.norm,
@@ -114,7 +117,9 @@ def wide(tensor):
 
 
 def check_forward(implementation, case, allocations=contextlib.nullcontext()):  # noqa: B008 (it has no state)
-    """Each half against float64 on the same rounded inputs; statistics and `out` are those of the stored y."""
+    """Each half against float64 on the same rounded inputs;
+    statistics and `out` are those of the stored y.
+    """
     given = case.inputs()
     with allocations:
         y, out, mean, rstd = forward(implementation, case, given)
@@ -124,11 +129,9 @@ def check_forward(implementation, case, allocations=contextlib.nullcontext()):  
         assert y.dtype == given["residual"].dtype
         assert_close(y, added, TOLERANCE[y.dtype], "y")
     stored = wide(y)
-    assert (
-        out.dtype == case.dtype
-        and rstd.shape == (case.rows,)
-        and mean.shape == (0 if case.rms else case.rows,)
-    )
+    assert out.dtype == case.dtype
+    assert rstd.shape == (case.rows,)
+    assert mean.shape == (0 if case.rms else case.rows,)
     normed = reference.norm(stored, wide(given["weight"]), wide(given["bias"]), case.norm)
     assert_close(out, normed, TOLERANCE[case.dtype], "out")
     if not case.rms:

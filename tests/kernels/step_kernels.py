@@ -1,7 +1,9 @@
-"""The implementations of the optimizer and loss operations, side by side: what the tests of this folder run through.
+"""The implementations of the optimizer and loss operations, side by side:
+what the tests of this folder run through.
 
-"cpu" is what CPU tensors get; "triton" are the launchers of the kernels, on the GPU where there is one, else on CPU tensors in
-Triton's interpreter. Tests name them by `IMPLEMENTATIONS`, so that one test holds for both.
+"cpu" is what CPU tensors get; "triton" are the launchers of the kernels, on the GPU where there is
+one, else on CPU tensors in Triton's interpreter. Tests name them by `IMPLEMENTATIONS`, so that one
+test holds for both.
 """
 
 import dataclasses
@@ -67,18 +69,19 @@ if DEVICE == "cpu":
 
 
 def mutant(module: str, old: str, new: str) -> ModuleType:
-    """A copy of a kernel module whose source has every `old` replaced by `new`: what a slip of the pen would make of it.
+    """A copy of a kernel module whose source has every `old` replaced by `new`:
+    what a slip of the pen would make of it.
 
-    `module`: its name inside the package, "ops.adamw" or "tiling". The copy stands in the same folder, so that its imports hold.
-    It registers no operators: torch knows those of the module itself.
+    `module`: its name inside the package, "ops.adamw" or "tiling". The copy stands in the same
+    folder, so that its imports hold. It registers no operators: torch knows those of the module
+    itself.
     """
     origin = importlib.import_module(f"{PACKAGE}.{module}")
     source = Path(str(origin.__file__)).read_text()
     assert old in source, f"{module} no longer contains {old!r}: change the mutation with it"
     name = f"{origin.__package__}.mutant_{abs(hash((module, old, new)))}"
-    path = (
-        Path(str(origin.__file__)).parent / "__pycache__" / f"{name}.py"
-    )  # Triton reads the source of a kernel from its file
+    # Triton reads the source of a kernel from its file
+    path = Path(str(origin.__file__)).parent / "__pycache__" / f"{name}.py"
     path.parent.mkdir(exist_ok=True)
     path.write_text(source.replace(old, new))
     try:

@@ -1,4 +1,6 @@
-"""AdamW over a flat shard: the definition against torch, then every implementation against the definition."""
+"""AdamW over a flat shard: the definition against torch,
+then every implementation against the definition.
+"""
 
 import dataclasses
 import importlib
@@ -8,18 +10,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from step_kernels import DEVICE, IMPLEMENTATIONS, mutant
 
 from megatron_completep import kernels
 from megatron_completep.kernels import Control, new_control, read_control, reference
 from megatron_completep.kernels.control import SKIP, STEP
 from megatron_completep.kernels.ops.adamw import block_table
+from tests.kernels.step_kernels import DEVICE, IMPLEMENTATIONS, mutant
 
 BETA1, BETA2 = 0.9, 0.95
 SEGMENTS = torch.tensor([[0, 100, 0], [128, 1, 1], [192, 1000, 2], [1216, 64, 3], [1280, 1277, 1]])
 SIZE = 2624  # the last segment's padding, and 64 elements that belong to nobody
 
-# One row a group: learning-rate factor, weight decay, eps. In each table the groups differ in one column only.
+# One row a group: learning-rate factor, weight decay, eps. In each table the groups differ in one
+# column only.
 GROUPS = {
     "eps": torch.tensor(
         [[1.0, 0.1, 1e-12], [1.0, 0.1, 1e-3], [1.0, 0.1, 1e-1], [1.0, 0.1, 1.0]],
@@ -38,7 +41,9 @@ GROUPS = {
 
 @dataclasses.dataclass
 class Shard:
-    """A flat shard and its optimizer state, in `dtype` on `device`; a clone of it starts from the same numbers."""
+    """A flat shard and its optimizer state, in `dtype` on `device`;
+    a clone of it starts from the same numbers.
+    """
 
     master: torch.Tensor
     exp_avg: torch.Tensor
@@ -101,7 +106,9 @@ def relative_error(actual, expected, start):
 
 
 def distance_from_definition(implementation, groups, steps=5, used_groups=None, max_norm=1.0):
-    """Error of `steps` float32 steps against the float64 definition, over the distance travelled; worst segment."""
+    """Error of `steps` float32 steps against the float64 definition,
+    over the distance travelled; worst segment.
+    """
     start = Shard.create()
     actual, expected = start.to(DEVICE), start.to("cpu", torch.float64)
     for grad in gradients(steps):
@@ -199,9 +206,8 @@ def test_a_gradient_that_is_not_finite_skips_the_step(name, bad):
         shard.step(IMPLEMENTATIONS[name], grad.to(DEVICE), GROUPS["eps"])
         if grad is broken:
             assert shard.control[SKIP] == 1 and shard.control[STEP] == 1
-            assert torch.equal(shard.master, twin.master) and torch.equal(
-                shard.exp_avg_sq, twin.exp_avg_sq
-            )
+            assert torch.equal(shard.master, twin.master)
+            assert torch.equal(shard.exp_avg_sq, twin.exp_avg_sq)
         else:
             twin.step(IMPLEMENTATIONS[name], grad.to(DEVICE), GROUPS["eps"])
     assert torch.equal(shard.master, twin.master) and torch.equal(shard.exp_avg, twin.exp_avg)
@@ -241,9 +247,9 @@ def test_a_bf16_gradient_and_a_tiny_one_are_used_as_they_are(name):
         [0.0, 0.0, 1e-30], dtype=torch.float64
     )
     for grad in gradients(3, torch.bfloat16):
-        grad = (
-            grad * 1e-20
-        )  # squares are subnormal in float32: a square root that flushes them would divide by eps = 1e-30
+        # Squares are subnormal in float32: a square root that flushes them would divide by eps =
+        # 1e-30.
+        grad = grad * 1e-20
         grad = torch.where(grad.abs() < 1e-21, torch.zeros_like(grad), grad)
         shard.step(IMPLEMENTATIONS[name], grad.to(DEVICE), groups, max_norm=0.0)
         expected.step(reference, grad.double(), groups, max_norm=0.0)
@@ -253,7 +259,9 @@ def test_a_bf16_gradient_and_a_tiny_one_are_used_as_they_are(name):
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_a_tiny_decay_keeps_its_size_on_average(name):
-    """Rounding 1 - lr*wd to float32 first, as torch's fused AdamW does, makes a decay of 1.5e-7 one of 1.8e-7."""
+    """Rounding 1 - lr*wd to float32 first, as torch's fused AdamW does,
+    makes a decay of 1.5e-7 one of 1.8e-7.
+    """
     start = torch.rand(4096, generator=torch.Generator().manual_seed(0)) + 1
     decay = {}
     for key in ("ours", "torch"):
@@ -345,7 +353,7 @@ def skip_check():
     test_a_gradient_that_is_not_finite_skips_the_step("triton", math.inf)
 
 
-# --- the segment table ----------------------------------------------------------------------------------------------------------------
+# The segment table.
 
 
 @given(
@@ -387,7 +395,7 @@ def test_the_cpu_keeps_its_segments_whole():
     assert torch.equal(kernels.device_segments(SEGMENTS, "cpu"), SEGMENTS)
 
 
-# --- as torch sees it -----------------------------------------------------------------------------------------------------------------
+# As torch sees it.
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -413,7 +421,7 @@ def test_the_operator_passes_opcheck(dtype, with_out):
     torch.library.opcheck(torch.ops.completep.adamw_.default, arguments)
 
 
-# --- the host sees no values -----------------------------------------------------------------------------------------------------------
+# The host sees no values.
 
 
 class Recorder:
@@ -427,7 +435,9 @@ class Recorder:
 
 
 def step_without_data(adamw, grad_norm, monkeypatch):
-    """The launchers of one step on `meta` tensors, whose values nobody can read; the kernels' launches."""
+    """The launchers of one step on `meta` tensors,
+    whose values nobody can read; the kernels' launches.
+    """
     recorded = {}
     for module, kernels_of in (
         (grad_norm, ("sum_of_squares_kernel", "begin_step_kernel")),
@@ -437,11 +447,9 @@ def step_without_data(adamw, grad_norm, monkeypatch):
             recorded[name] = Recorder()
             monkeypatch.setattr(module, name, recorded[name])
     state = Shard.create(bf16_out=True).to("meta")
-    segments, groups, grad = (
-        SEGMENTS.to("meta"),
-        GROUPS["eps"].to("meta"),
-        torch.empty(SIZE, device="meta"),
-    )
+    segments = SEGMENTS.to("meta")
+    groups = GROUPS["eps"].to("meta")
+    grad = torch.empty(SIZE, device="meta")
     sum_sq = grad_norm.launch_sum_of_squares(grad, segments)
     grad_norm.launch_begin_step_(state.control, sum_sq, 1.0, BETA1, BETA2)
     adamw.launch_adamw_(
@@ -460,7 +468,10 @@ def step_without_data(adamw, grad_norm, monkeypatch):
 
 
 def test_a_step_is_three_launches_that_read_no_value_on_the_host(monkeypatch):
-    """What a CUDA graph needs: no synchronization, the same launches whatever the numbers are. Shown without a GPU."""
+    """What a CUDA graph needs: no synchronization, the same launches whatever the numbers are.
+
+    Shown without a GPU.
+    """
     adamw, grad_norm = (
         importlib.import_module(f"megatron_completep.kernels.ops.{name}")
         for name in ("adamw", "grad_norm")
@@ -477,15 +488,13 @@ def test_a_step_is_three_launches_that_read_no_value_on_the_host(monkeypatch):
         step_without_data(nosy, grad_norm, monkeypatch)
 
 
-# --- on a GPU -------------------------------------------------------------------------------------------------------------------------
+# On a GPU.
 
 
 @pytest.mark.gpu
 def test_a_step_never_waits_for_the_host_and_is_one_launch():
-    shard, segments = (
-        Shard.create(bf16_out=True).to("cuda"),
-        kernels.device_segments(SEGMENTS, "cuda"),
-    )
+    shard = Shard.create(bf16_out=True).to("cuda")
+    segments = kernels.device_segments(SEGMENTS, "cuda")
     groups, (grad,) = GROUPS["eps"].cuda(), (g.cuda() for g in gradients(1))
 
     def step():

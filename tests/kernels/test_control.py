@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from step_kernels import DEVICE, IMPLEMENTATIONS
 
 from megatron_completep.kernels import Control, control, new_control, read_control
+from tests.kernels.step_kernels import DEVICE, IMPLEMENTATIONS
 
 ROOT = Path(__file__).parents[2]
 FIELDS = [name for name in Control._fields if name != "unused"]

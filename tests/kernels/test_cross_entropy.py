@@ -1,4 +1,6 @@
-"""Cross-entropy: the definition against torch's own, the pieces against the definition, shards against the whole."""
+"""Cross-entropy: the definition against torch's own,
+the pieces against the definition, shards against the whole.
+"""
 
 import dataclasses
 import math
@@ -6,14 +8,15 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from step_kernels import DEVICE, IMPLEMENTATIONS, launchers, mutant
 
 from megatron_completep import kernels
 from megatron_completep.kernels import reference
+from tests.kernels.step_kernels import DEVICE, IMPLEMENTATIONS, launchers, mutant
 
 IGNORED = -100
 TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float64: 1e-13}
-# tokens, columns, vocab_start, vocab_size: a whole padded vocabulary, a first, a middle and a last shard, one that is all padding
+# Tokens, columns, vocab_start, vocab_size: a whole padded vocabulary, a first, a middle and a last
+# shard, one that is all padding.
 SHAPES = [
     (3, 64, 0, 64),
     (17, 1000, 0, 990),
@@ -39,9 +42,8 @@ class Case:
         generator = torch.Generator().manual_seed(seed)
         logits = (8 * torch.randn(tokens, columns, generator=generator)).to(dtype)
         labels = torch.randint(0, vocab_size, (tokens,), generator=generator)
-        labels[0] = min(
-            vocab_start, vocab_size - 1
-        )  # one label in this shard, if the shard has any
+        # One label in this shard, if the shard has any.
+        labels[0] = min(vocab_start, vocab_size - 1)
         labels[-1] = IGNORED
         return cls(logits, labels, vocab_start, vocab_size)
 
@@ -75,7 +77,9 @@ class Case:
         return logits
 
     def lse(self):
-        """As if the rest of the vocabulary added as much again; a constant for a shard that is all padding."""
+        """As if the rest of the vocabulary added as much again;
+        a constant for a shard that is all padding.
+        """
         stats = self.statistics(reference, self.logits.double())
         return (
             stats[0] + torch.log(2 * stats[1])
@@ -137,9 +141,8 @@ def test_the_gradient_matches_float64_and_stays_inside_its_logits(name, shape, d
     case = Case.create(*shape, dtype)
     tokens, columns = case.logits.shape
     grad_scale = torch.rand(tokens, generator=torch.Generator().manual_seed(1)) + 0.1
-    guarded = torch.full(
-        (tokens + 2, columns + 16), math.nan, dtype=dtype
-    )  # rows longer than the logits: strided, with guard bands
+    # Rows longer than the logits: strided, with guard bands.
+    guarded = torch.full((tokens + 2, columns + 16), math.nan, dtype=dtype)
     inner = guarded[1:-1, 8:-8] if dtype == torch.float32 else guarded[1:-1, :columns]
     inner.copy_(case.logits)
     inner_before = guarded.isnan()
@@ -172,7 +175,9 @@ def test_one_grad_scale_serves_all_tokens(name):
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_shards_of_the_vocabulary_add_up_to_the_whole(name):
-    """All-reduce the maximum, then sums: the recipe in `cross_entropy_forward`, with a last shard that is all padding."""
+    """All-reduce the maximum, then sums:
+    the recipe in `cross_entropy_forward`, with a last shard that is all padding.
+    """
     whole = Case.create(9, 512, 0, 370)
     implementation = IMPLEMENTATIONS[name]
     expected, expected_lse = kernels.cross_entropy_loss(
@@ -273,10 +278,8 @@ FORWARD_MUTATIONS = {
 def test_a_broken_forward_is_caught(mutation):
     broken = launchers(mutant("ops.cross_entropy", *FORWARD_MUTATIONS[mutation]))
     case = Case.create(2, 8256, 64, 64 + 8200)
-    case.logits[:, 5000], case.logits[:, 8250] = (
-        60.0,
-        70.0,
-    )  # the maximum is not in the first block, and padding holds a larger one
+    # The maximum is not in the first block, and padding holds a larger one.
+    case.logits[:, 5000], case.logits[:, 8250] = (60.0, 70.0)
     expected = case.statistics(reference, case.logits.double())
     actual = [
         case.statistics(i, case.logits.to(DEVICE)) for i in (IMPLEMENTATIONS["triton"], broken)
@@ -288,7 +291,9 @@ def test_a_broken_forward_is_caught(mutation):
 @pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter is what checks for overflow")
 @pytest.mark.parametrize("breaks", [False, True])
 def test_more_than_two_to_the_31_logits_do_not_overflow(breaks, monkeypatch):
-    """Rows 2^30 elements apart, of a shard that is all padding: the addresses are computed, nothing is read."""
+    """Rows 2^30 elements apart, of a shard that is all padding:
+    the addresses are computed, nothing is read.
+    """
     from triton.runtime.interpreter import interpreter_builder
 
     monkeypatch.setattr(
@@ -315,7 +320,7 @@ def test_more_than_two_to_the_31_logits_do_not_overflow(breaks, monkeypatch):
         launch()
 
 
-# --- the whole loss -------------------------------------------------------------------------------------------------------------------
+# The whole loss.
 
 
 def whole_loss(dtype, seed=0, tokens=(5, 7), hidden=16, columns=60):
@@ -339,10 +344,8 @@ def test_the_whole_loss_and_its_gradients_match_float64(dtype, options, chunk_to
         x, weight, labels, chunk_tokens=chunk_tokens, **options
     )
     (3.0 * loss).backward()
-    exact_x, exact_weight = (
-        x.detach().double().requires_grad_(),
-        weight.detach().double().requires_grad_(),
-    )
+    exact_x = x.detach().double().requires_grad_()
+    exact_weight = weight.detach().double().requires_grad_()
     expected = reference.unembedding_cross_entropy(exact_x, exact_weight, labels, **options)
     (3.0 * expected).backward()
     tolerance = 10 * TOLERANCES[dtype]  # bf16 logits are rounded before the loss sees them

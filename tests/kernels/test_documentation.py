@@ -16,11 +16,9 @@ def test_the_examples_of_the_documentation_run():
     names: dict = {}
     for block in blocks:
         exec(block, names)
-    assert (
-        names["weight"].grad is not None
-        and names["x"].grad is not None
-        and names["unembedding"].grad is not None
-    )
+    assert names["weight"].grad is not None
+    assert names["x"].grad is not None
+    assert names["unembedding"].grad is not None
     assert kernels.read_control(names["control"]).step == 1, "the optimizer did not step"
     assert names["logits"].abs().sum() > 0 and torch.isfinite(names["loss"]).all()
 

@@ -1,15 +1,17 @@
-"""The gradient norm and what follows from it, every implementation against plain float64 arithmetic."""
+"""The gradient norm and what follows from it,
+every implementation against plain float64 arithmetic.
+"""
 
 import math
 from fractions import Fraction
 
 import pytest
 import torch
-from step_kernels import DEVICE, IMPLEMENTATIONS, launchers, mutant
 
 from megatron_completep import kernels
 from megatron_completep.kernels import Control, new_control, read_control
 from megatron_completep.kernels.ops.adamw import block_table
+from tests.kernels.step_kernels import DEVICE, IMPLEMENTATIONS, launchers, mutant
 
 
 @pytest.mark.parametrize("size", [0, 1, 63, 1024, 70_001])
@@ -75,7 +77,9 @@ def begin(implementation, sum_sq, step, max_norm, beta1=0.9, beta2=0.999):
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_bias_corrections_are_exact(name):
-    """Against rational arithmetic, where 1 - beta^step in float32 is off by 1e-5 and a float32 step stops at 2^24."""
+    """Against rational arithmetic,
+    where 1 - beta^step in float32 is off by 1e-5 and a float32 step stops at 2^24.
+    """
     for step, beta1, beta2 in (
         (1, 0.9, 0.999),
         (2, 0.9, 0.9999),

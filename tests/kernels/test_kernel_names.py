@@ -1,4 +1,6 @@
-"""A profile shows a kernel's name and nothing else: every launched kernel has its own, and it says whose it is."""
+"""A profile shows a kernel's name and nothing else:
+every launched kernel has its own, and it says whose it is.
+"""
 
 import ast
 from collections import Counter
@@ -14,7 +16,9 @@ OPERATORS = {name.rstrip("_") for name in LAUNCHERS}
 
 
 def launched_kernels(source: str) -> list[str]:
-    """The functions under `triton.jit` that the same file launches, `kernel[grid](...)`; the others are inlined."""
+    """The functions under `triton.jit` that the same file launches,
+    `kernel[grid](...)`; the others are inlined.
+    """
     tree = ast.parse(source)
     compiled = {
         node.name

@@ -1,6 +1,7 @@
 """The machine code of the model's kernels, compiled here for GPUs that are not.
 
-Whole vectors, no spills, the next row prefetched, and as many programs resident as the launch table counts on.
+Whole vectors, no spills, the next row prefetched, and as many programs resident as the launch table
+counts on.
 """
 
 import itertools
@@ -16,7 +17,9 @@ import triton
 HERE = Path(__file__).parent
 WIDTHS = (768, 1024, 2048, 4096, 8192)
 OLDER = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
-ONE_REGISTER = 2  # instructions: stored once, loaded once. What triton 3.6 leaves in the backward with dropout, on sm_90
+# Instructions: stored once, loaded once. What triton 3.6 leaves in the backward with dropout, on
+# sm_90.
+ONE_REGISTER = 2
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 WHOLE = (
     "norm",
@@ -30,7 +33,8 @@ WHOLE = (
     "rotary in place",
 )
 
-# Everything on one architecture (4096 with the kernels beside the norm, and with the negative controls), two widths on the others.
+# Everything on one architecture (4096 with the kernels beside the norm, and with the negative
+# controls), two widths on the others.
 CONTROLLED = "sm_90:4096:bfloat16:dropout:controls"
 FAST = [f"sm_90:{hidden}:bfloat16:dropout" for hidden in WIDTHS if hidden != 4096]
 FAST += [CONTROLLED, "sm_90:768:bfloat16", "sm_90:4096:bfloat16:all"]
@@ -64,21 +68,27 @@ def compiled(request):
 
 
 def resident(architecture, used):
-    """Programs that the registers of one processor hold: 65536 of a multiprocessor, 512 a lane in four units of AMD's."""
+    """Programs that the registers of one processor hold:
+    65536 of a multiprocessor, 512 a lane in four units of AMD's.
+    """
     if architecture.startswith("sm_"):
         return 65536 // (used["registers"] * used["threads"])
     return 4 * (512 // used["registers"]) * 64 // used["threads"]
 
 
 def ceiling(architecture, hidden, kernel):
-    """Registers a thread: half a multiprocessor's threads in the backward, fewer and wider ones where a warp has a row (768)."""
+    """Registers a thread: half a multiprocessor's threads in the backward,
+    fewer and wider ones where a warp has a row (768).
+    """
     if kernel != "backward":
         return 128
     return 256 if architecture.startswith("gfx") or hidden == 768 else 128
 
 
 def narrow_loads(used, rms, dropout):
-    """At most so many loads of less than 128 bits: the rows' statistics, and a key of the dropout a segment, in each copy of the loop."""
+    """At most so many loads of less than 128 bits:
+    the rows' statistics, and a key of the dropout a segment, in each copy of the loop.
+    """
     return used["copies"] * ((2 - rms) * used["rows"] + dropout * used["segments"])
 
 
@@ -114,12 +124,12 @@ def test_kernels_spill_nothing_load_whole_vectors_prefetch_and_fit(compiled):
 
 @pytest.mark.parametrize("compiled", [FAST], indirect=True, ids=["bfloat16"])
 def test_machine_code_shows_what_was_left_out(compiled):
-    """Negative controls: the properties above come from the stages, the register cap, the segments and the alignment."""
+    """Negative controls: the properties above come from the stages,
+    the register cap, the segments and the alignment.
+    """
     kernels = compiled[CONTROLLED]
-    assert (
-        kernels["backward"]["prefetches"] > 0
-        and kernels["backward without stages"]["prefetches"] == 0
-    )
+    assert kernels["backward"]["prefetches"] > 0
+    assert kernels["backward without stages"]["prefetches"] == 0
     assert kernels["backward without register cap"]["registers"] > 128
     assert kernels["backward without segments"]["spills"] > 0
     assert kernels["swiglu of unaligned rows"]["loads_128_bit"] == 0
@@ -134,7 +144,9 @@ def test_kernels_of_every_architecture_spill_nothing_and_fit(compiled):
 
 
 def test_a_launch_finds_what_was_compiled_ahead_of_time(tmp_path):
-    """Triton's own launch path, up to the driver; and a launch with other parameters is seen to compile."""
+    """Triton's own launch path, up to the driver;
+    and a launch with other parameters is seen to compile.
+    """
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(HERE.parents[1])}
     program = [sys.executable, str(HERE / "launch_after_compiling.py"), "sm_90", str(tmp_path)]
     answer = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)

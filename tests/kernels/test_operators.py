@@ -1,4 +1,6 @@
-"""What torch knows about the operations: schemas, shapes without data, gradients, compilation, and how they are dispatched."""
+"""What torch knows about the operations:
+schemas, shapes without data, gradients, compilation, and how they are dispatched.
+"""
 
 import importlib
 import pkgutil
@@ -35,7 +37,9 @@ def saved_statistics(rms):
 
 
 def samples():
-    """(operator, arguments) for every operation of the model, with and without each optional argument."""
+    """(operator, arguments) for every operation of the model,
+    with and without each optional argument.
+    """
     x, vector, seed = random(2, 3, H), random(H), torch.tensor([7])
     dropping, plain = (0.5, 0.25, seed), (0.5, 0.0, None)  # the fields of a Join
     for kind in KINDS:
@@ -120,15 +124,11 @@ def test_gradients_of_the_residual_norm_are_right_in_float64(kind, optional, dro
 
 
 def test_gradients_of_the_other_operations_are_right_in_float64():
-    x, vector = (
-        random(2, 3, H, dtype=torch.float64).requires_grad_(),
-        random(H, dtype=torch.float64, seed=1).requires_grad_(),
-    )
+    x = random(2, 3, H, dtype=torch.float64).requires_grad_()
+    vector = random(H, dtype=torch.float64, seed=1).requires_grad_()
     bias = random(H, dtype=torch.float64, seed=2).requires_grad_()
-    heads, angle = (
-        random(2, 3, 2, 8, dtype=torch.float64).requires_grad_(),
-        random(2, 1, 4, dtype=torch.float64),
-    )
+    heads = random(2, 3, 2, 8, dtype=torch.float64).requires_grad_()
+    angle = random(2, 1, 4, dtype=torch.float64)
     assert torch.autograd.gradcheck(
         lambda x, w, b: kernels.norm(x, w, b, Norm()), (x, vector, bias)
     )
@@ -157,11 +157,9 @@ def test_gradcheck_notices_a_wrong_gradient(monkeypatch):
 
 
 def test_an_unused_output_of_the_residual_norm_costs_no_gradient():
-    residual, branch, weight = (
-        random(4, H).requires_grad_(),
-        random(4, H, seed=1),
-        random(H, seed=2),
-    )
+    residual = random(4, H).requires_grad_()
+    branch = random(4, H, seed=1)
+    weight = random(H, seed=2)
     y, _ = kernels.scaled_residual_norm(residual, branch, None, weight, None, Join(0.5), Norm())
     (gradient,) = torch.autograd.grad(y.sum(), residual)
     assert torch.equal(gradient, torch.ones_like(residual))
@@ -189,7 +187,9 @@ def block_inputs():
 
 
 def test_torch_compile_traces_through_every_operation_without_a_break():
-    """With dropout, whose seed is a tensor inside a value: the second seed must not find the first one's mask."""
+    """With dropout, whose seed is a tensor inside a value:
+    the second seed must not find the first one's mask.
+    """
     leaves, (cos, sin, seed) = block_inputs()
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
     for each in (seed, seed + 1):
@@ -256,11 +256,12 @@ kernels.swiglu(kernels.norm(x, torch.ones(8), None, kernels.Norm())).sum().backw
 
 
 def test_the_folder_imported_as_a_package_of_its_own_is_empty():
-    """Libraries probe for a package called kernels; a second registration of the operators would fail."""
+    """Libraries probe for a package called kernels;
+    a second registration of the operators would fail.
+    """
     probed = importlib.import_module("kernels")
-    assert not hasattr(probed, "norm") and not [
-        name for name in sys.modules if name.startswith("kernels.")
-    ]
+    assert not hasattr(probed, "norm")
+    assert not [name for name in sys.modules if name.startswith("kernels.")]
 
 
 def test_operations_agree_with_their_definition_across_dtypes():

@@ -1,15 +1,18 @@
-"""SwiGLU, squared ReLU and rotary embedding: Triton kernels (interpreter or GPU) and CPU path against float64."""
+"""SwiGLU, squared ReLU and rotary embedding:
+Triton kernels (interpreter or GPU) and CPU path against float64.
+"""
 
 import importlib
+from functools import partial
 
 import pytest
 import torch
-from norm_cases import TOLERANCE, assert_close, poisoned_allocations
-from step_kernels import DEVICE, launchers, mutant
 
 from megatron_completep.kernels import reference
 from megatron_completep.kernels.cpu import pointwise as cpu
 from megatron_completep.kernels.ops import rotary, squared_relu, swiglu
+from tests.kernels.norm_cases import TOLERANCE, assert_close, poisoned_allocations
+from tests.kernels.step_kernels import DEVICE, launchers, mutant
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # torch's bf16 operators round in between; the kernels round once.
@@ -90,9 +93,8 @@ def angles(sequence, batch, half):
 def check_rotary(module, tolerance, shape, dtype, batch_angles=1, inverse=False):
     sequence, batch, heads, head_dim = shape
     cos, sin = angles(sequence, batch_angles, head_dim // 2)
-    fused = random(
-        sequence, batch, heads, 3 * head_dim, dtype=dtype
-    )  # q of a fused projection: only the last dimension is dense
+    # Q of a fused projection: only the last dimension is dense.
+    fused = random(sequence, batch, heads, 3 * head_dim, dtype=dtype)
     x = fused[..., :head_dim]
     expected = reference.rotary(x.double().cpu(), cos.double().cpu(), sin.double().cpu(), inverse)
     out = module.rotary(x, cos, sin, inverse)
@@ -162,17 +164,41 @@ def test_addresses_beyond_two_to_the_31_do_not_overflow_and_32_bits_would(module
         FAR[module](mutant(module, ".to(tl.int64)", ""))
 
 
-MUTANTS = {  # what goes wrong: (module, the text, the text instead, the check that notices)
+def notices_swiglu(module):
+    check_swiglu(module, TOLERANCE, (3, 100), torch.float32)
+
+
+def notices_rotary(module, **options):
+    check_rotary(module, TOLERANCE, (3, 2, 3, 64), torch.float32, **options)
+
+
+# What goes wrong: (module, the text, the text instead, the check that notices).
+MUTANTS = {
     "the gate's own slope is lost": (
-        "ops.swiglu", "(1.0 + gate * (1.0 - sigmoid))", "1.0", lambda m: check_swiglu(m, TOLERANCE, (3, 100), torch.float32)),
+        "ops.swiglu",
+        "(1.0 + gate * (1.0 - sigmoid))",
+        "1.0",
+        notices_swiglu,
+    ),
     "gate and up change places": (
-        "ops.swiglu", "gate_up + row * stride + F + column", "gate_up + row * stride + column",
-        lambda m: check_swiglu(m, TOLERANCE, (3, 100), torch.float32)),
+        "ops.swiglu",
+        "gate_up + row * stride + F + column",
+        "gate_up + row * stride + column",
+        notices_swiglu,
+    ),
     "the inverse turns the same way": (
-        "ops.rotary", "sine = -sine", "sine = sine", lambda m: check_rotary(m, TOLERANCE, (3, 2, 3, 64), torch.float32, inverse=True)),
+        "ops.rotary",
+        "sine = -sine",
+        "sine = sine",
+        partial(notices_rotary, inverse=True),
+    ),
     "every sequence has the first one's positions": (
-        "ops.rotary", "b * cos_stride_b", "0", lambda m: check_rotary(m, TOLERANCE, (3, 2, 3, 64), torch.float32, batch_angles=2)),
-}  # fmt: skip
+        "ops.rotary",
+        "b * cos_stride_b",
+        "0",
+        partial(notices_rotary, batch_angles=2),
+    ),
+}
 
 
 @pytest.mark.parametrize("slip", MUTANTS)

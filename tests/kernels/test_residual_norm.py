@@ -1,12 +1,20 @@
-"""The scaled residual norm: Triton kernels (interpreter or GPU) and CPU path, each half alone and both together."""
+"""The scaled residual norm: Triton kernels (interpreter or GPU) and CPU path,
+each half alone and both together.
+"""
 
 import dataclasses
 import importlib
 
-import norm_cases
 import pytest
 import torch
-from norm_cases import (
+
+from megatron_completep import kernels
+from megatron_completep.kernels import Join, Norm, launch, reference
+from megatron_completep.kernels.cpu import residual_norm as cpu
+from megatron_completep.kernels.ops import partial_sums, scaled_add
+from megatron_completep.kernels.ops import residual_norm as residual_norm_module
+from tests.kernels import norm_cases
+from tests.kernels.norm_cases import (
     EPS,
     SEED,
     Case,
@@ -17,16 +25,11 @@ from norm_cases import (
     poisoned_allocations,
     relative_error,
 )
-from step_kernels import DEVICE, launchers, mutant
-
-from megatron_completep import kernels
-from megatron_completep.kernels import Join, Norm, launch, reference
-from megatron_completep.kernels.cpu import residual_norm as cpu
-from megatron_completep.kernels.ops import partial_sums, scaled_add
-from megatron_completep.kernels.ops import residual_norm as residual_norm_module
+from tests.kernels.step_kernels import DEVICE, launchers, mutant
 
 BF16 = torch.bfloat16
-# The interpreter launches 3 programs of 1 or 2 rows in the backward (launch.py), so 2, 3, 4 rows lie round P, and 17 loops.
+# The interpreter launches 3 programs of 1 or 2 rows in the backward (launch.py), so 2, 3, 4 rows
+# lie round P, and 17 loops.
 CASES = [
     Case(1, 1, bias=True, branch_bias=True),
     Case(7, 5, BF16, branch_bias=True, dropout_p=0.3),
@@ -176,7 +179,7 @@ def test_add_alone_matches_float64_both_ways(branch_bias, dtype):
         assert relative_error(partials[:, 0].double().sum(0), expected.sum(0)) < 1e-5
 
 
-# --- dropout ----------------------------------------------------------------------------------------------------------------------
+# Dropout.
 
 
 def factor_of(seed):
@@ -185,9 +188,8 @@ def factor_of(seed):
 
 def test_dropout_drops_the_asked_share_and_keeps_the_mean():
     factor = factor_of(SEED)
-    assert (
-        abs(float((factor == 0).float().mean()) - 0.3) < 0.01
-    )  # five standard deviations of 50,500 draws
+    # Five standard deviations of 50,500 draws.
+    assert abs(float((factor == 0).float().mean()) - 0.3) < 0.01
     assert factor.unique().tolist() == [0.0, pytest.approx(1 / 0.7)]
     other = factor_of(SEED + 1)
     assert 0.5 < float((factor == other).float().mean()) < 0.65  # 0.58 for independent masks
@@ -196,7 +198,9 @@ def test_dropout_drops_the_asked_share_and_keeps_the_mean():
 
 
 def test_philox_matches_published_vectors():
-    """Known-answer tests of Random123 (philox4x32, 10 rounds) with the two counter words that are used here."""
+    """Known-answer tests of Random123 (philox4x32, 10 rounds)
+    with the two counter words that are used here.
+    """
     words = reference.philox_4x32(torch.tensor(0), torch.tensor([0]))
     assert [hex(word) for word in words[0].tolist()] == [
         "0x6627e8d5",
@@ -212,10 +216,8 @@ def test_a_shape_only_pass_draws_nothing_and_changes_no_mask():
     given = {key: None if value is None else value.cpu() for key, value in case.inputs().items()}
     arguments = [given[key] for key in ("residual", "branch", "branch_bias", "weight", "bias")]
     join = Join(0.3, 0.4, given["seed"])
-    before, state = (
-        kernels.scaled_residual_norm(*arguments, join, LAYERNORM)[0],
-        torch.get_rng_state(),
-    )
+    before = kernels.scaled_residual_norm(*arguments, join, LAYERNORM)[0]
+    state = torch.get_rng_state()
     shapes = [None if tensor is None else tensor.to("meta") for tensor in arguments]
     y, out = kernels.scaled_residual_norm(*shapes, join.under(given["seed"].to("meta")), LAYERNORM)
     assert y.shape == before.shape and out.is_meta
@@ -245,7 +247,7 @@ def test_a_recomputed_forward_draws_the_same_mask():
     assert torch.equal(plain, recomputed)
 
 
-# --- addresses beyond 2^31 ----------------------------------------------------------------------------------------------------------
+# Addresses beyond 2^31.
 
 
 VECTOR = torch.ones(1024)
@@ -256,8 +258,10 @@ def norm_far_away(module):
     x = torch.zeros(64, 1024)
     module.launch_residual_norm_forward(x, x, None, VECTOR, None, Join(0.5), LAYERNORM)
     module.residual_norm_backward_kernel[(1,)](
-        x, x, x, x, x, VECTOR, None, x, x, torch.zeros(1, 1, 1024), FAR_ROWS, 1024, 1024, 1024, 0.5, 0.0,
-        HIDDEN=1024, WIDTHS=(1024,), ROWS=2, RMS=True, HAS_BIAS=False, HAS_BRANCH_BIAS=False, STAGES=1,
+        x, x, x, x, x, VECTOR, None, x, x, torch.zeros(1, 1, 1024),
+        FAR_ROWS, 1024, 1024, 1024, 0.5, 0.0,
+        HIDDEN=1024, WIDTHS=(1024,), ROWS=2, RMS=True,
+        HAS_BIAS=False, HAS_BRANCH_BIAS=False, STAGES=1,
     )  # fmt: skip
 
 
@@ -306,34 +310,45 @@ def test_addresses_beyond_two_to_the_31_do_not_overflow_and_32_bits_would(name, 
         run(mutant(module, ".to(tl.int64)", ""))
 
 
-# --- mutants: each slip is caught by the check that is named beside it -----------------------------------------------------------------
+# Mutants: each slip is caught by the check that is named beside it.
 
 BACKWARD = Case(17, 100, bias=True, branch_bias=True, dropout_p=0.3)
-MUTANTS = {  # what goes wrong: (the module, its text, the text instead, the check that notices, its case)
-    "the scale is missing in the backward": ("tiling", "gradient *= scale", "gradient *= 1.0", check_backward, BACKWARD),
+# What goes wrong: (the module, its text, the text instead, the check that notices, its case).
+MUTANTS = {
+    "the scale is missing in the backward": (
+        "tiling", "gradient *= scale", "gradient *= 1.0", check_backward, BACKWARD),
     "statistics are taken before rounding": (
-        "tiling", "return stored.to(tl.float32)", "return total + scale * update", check_forward, Case(5, 64, BF16)),
+        "tiling", "return stored.to(tl.float32)", "return total + scale * update",
+        check_forward, Case(5, 64, BF16)),
     "lanes past the end count in the variance": (
-        "ops.residual_norm", "tl.where(column < HIDDEN, x - mean, 0.0)", "x - mean", check_forward, Case(5, 100)),
+        "ops.residual_norm", "tl.where(column < HIDDEN, x - mean, 0.0)", "x - mean",
+        check_forward, Case(5, 100)),
     "the backward drops other elements": (
-        "tiling", "gradient *= dropout_factor(seed, dropout_p, row", "gradient *= dropout_factor(seed, dropout_p, 1 + row",
+        "tiling", "gradient *= dropout_factor(seed, dropout_p, row",
+        "gradient *= dropout_factor(seed, dropout_p, 1 + row",
         check_backward, BACKWARD),
-    "the stream's own gradient is lost": ("ops.residual_norm", "if d_y is not None:", "if False:", check_backward, BACKWARD),
-    "the mean of the gradient is not removed": ("ops.residual_norm", "g[k] - g_mean", "g[k]", check_backward, BACKWARD),
+    "the stream's own gradient is lost": (
+        "ops.residual_norm", "if d_y is not None:", "if False:", check_backward, BACKWARD),
+    "the mean of the gradient is not removed": (
+        "ops.residual_norm", "g[k] - g_mean", "g[k]", check_backward, BACKWARD),
     "a vector gradient takes another's place": (
-        "ops.residual_norm", "store_partial(partials, K - 1, K, branch_sum", "store_partial(partials, 1, K, branch_sum",
+        "ops.residual_norm", "store_partial(partials, K - 1, K, branch_sum",
+        "store_partial(partials, 1, K, branch_sum",
         check_backward, BACKWARD),
     "later segments are left out of the row's sum": (
         "tiling", "total += tiles[k]", "total += 0.0 * tiles[k]", check_backward, Case(3, 768)),
     "the second segment is left out of the row's sum": (
         "tiling", " + tl.sum(tiles[1], axis=1, keep_dims=True)", "", check_backward, Case(3, 640)),
     "the reduction overwrites the main gradient": (
-        "ops.partial_sums", "old + tl.sum(total, axis=0)", "tl.sum(total, axis=0)", check_backward, BACKWARD),
+        "ops.partial_sums", "old + tl.sum(total, axis=0)", "tl.sum(total, axis=0)",
+        check_backward, BACKWARD),
 }  # fmt: skip
 
 
 def with_slip(module, old, new):
-    """The launchers with one slip in `module`; whoever imports the changed module's functions is copied with it."""
+    """The launchers with one slip in `module`;
+    whoever imports the changed module's functions is copied with it.
+    """
     broken = mutant(module, old, new)
     changed = {"ops.residual_norm": residual_norm_module, "ops.partial_sums": partial_sums}
     if module == "tiling":

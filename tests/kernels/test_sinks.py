@@ -1,4 +1,6 @@
-"""Who gets the gradients of an operation's vectors: autograd, or the sink that the caller hands in, once and in place of it."""
+"""Who gets the gradients of an operation's vectors:
+autograd, or the sink that the caller hands in, once and in place of it.
+"""
 
 import pytest
 import torch
@@ -96,8 +98,10 @@ def test_a_sink_gets_once_and_alone_what_autograd_would_have_returned(name, dtyp
         torch.testing.assert_close(main_grad, 2 * before)
 
 
-def test_a_backward_that_is_run_again_for_its_inputs_pushes_again_and_one_that_is_not_run_pushes_nothing():
-    """So a schedule that asks for the inputs' gradients alone has every vector's contribution in the sink, once a backward."""
+def test_a_backward_run_again_for_its_inputs_pushes_again_and_one_not_run_pushes_nothing():
+    """So a schedule that asks for the inputs' gradients alone has
+    every vector's contribution in the sink, once a backward.
+    """
     rows, vectors = leaves(torch.float32)
     sink = Recorder()
     loss = residual_norm("rmsnorm")(rows, vectors, sink).sum()

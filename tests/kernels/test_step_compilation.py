@@ -1,4 +1,6 @@
-"""The machine code of the optimizer and loss kernels, compiled here for GPUs that are not: whole vectors, few registers, no spills."""
+"""The machine code of the optimizer and loss kernels, compiled here for GPUs that are not:
+whole vectors, few registers, no spills.
+"""
 
 import json
 import os
@@ -9,7 +11,8 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-# 64 registers leave 1024 threads to a multiprocessor of NVIDIA, 128 leave 16 wavefronts to a compute unit of AMD.
+# 64 registers leave 1024 threads to a multiprocessor of NVIDIA, 128 leave 16 wavefronts to a
+# compute unit of AMD.
 REGISTERS = {"sm": 64, "gf": 128}
 VECTOR_LOADS = {
     "adamw": 4,

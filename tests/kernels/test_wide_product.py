@@ -1,11 +1,13 @@
-"""Products added into a wider total: what each device does, and when torch's GEMM is trusted to do it in one piece."""
+"""Products added into a wider total:
+what each device does, and when torch's GEMM is trusted to do it in one piece.
+"""
 
 import pytest
 import torch
-from step_kernels import DEVICE
 
 from megatron_completep import kernels
 from megatron_completep.kernels.ops.wide_product import adds_exactly
+from tests.kernels.step_kernels import DEVICE
 
 true_addmm = torch.addmm
 

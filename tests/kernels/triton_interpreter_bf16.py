@@ -1,6 +1,8 @@
-"""Makes bf16 right in Triton's CPU interpreter (checked on triton 3.6.0 and 3.9.0; casts are bit-exact against torch).
+"""Makes bf16 right in Triton's CPU interpreter (checked on triton 3.6.0 and 3.9.0;
+casts are bit-exact against torch).
 
-Call `install()` before any interpreted kernel runs. It does not fix `tl.sum` on bf16: cast to fp32 first.
+Call `install()` before any interpreted kernel runs. It does not fix `tl.sum` on bf16: cast to fp32
+first.
 """
 
 import numpy as np
@@ -33,11 +35,9 @@ def install():
     if getattr(builder, "_bf16_fixed", False):
         return
     old_cast, old_binary, old_unary = builder.cast_impl, builder.binary_op, builder.unary_op
-    old_dot, old_fp_to_fp, old_splat = (
-        builder.create_dot,
-        builder.create_fp_to_fp,
-        builder.create_splat,
-    )
+    old_dot = builder.create_dot
+    old_fp_to_fp = builder.create_fp_to_fp
+    old_splat = builder.create_splat
 
     def is_bf16(handle):
         return handle.dtype.scalar == tl.bfloat16

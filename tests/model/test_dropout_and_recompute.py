@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from plain_twin import PlainTwin, cross_entropy_sum
-from small_models import batch_of, build_model, completep_config, model_config, table_for
 from torch import Tensor
 
 from megatron_completep.config.schema import ModelConfig
 from megatron_completep.kernels import Join, reference
 from megatron_completep.model.gpt import GPT
+from tests.support.models import batch_of, build_model, completep_config, model_config, table_for
+from tests.support.plain_twin import PlainTwin, cross_entropy_sum
 
 SEED = torch.tensor([12345])
 
 
 def factors(model: ModelConfig, shape: tuple[int, int]) -> list[Tensor]:
-    """The dropout factors [B, S, H] of every branch: attention and MLP of layer l join at sites 2l + 1 and 2l + 2."""
+    """The dropout factors [B, S, H] of every branch:
+    attention and MLP of layer l join at sites 2l + 1 and 2l + 2.
+    """
     batch, length = shape
     size = torch.Size((length, batch, model.hidden_size))
     sites = range(1, 2 * model.num_layers + 1)
@@ -68,9 +70,8 @@ def test_dropout_keeps_the_right_share_and_the_mean_and_differs_by_site() -> Non
             0.0,
             float(torch.tensor(1 / 0.75, dtype=torch.float32)),
         }
-        assert (
-            abs((mask == 0).double().mean() - 0.25) < 0.01
-        )  # 24576 draws: standard deviation 0.003
+        # 24576 draws: standard deviation 0.003
+        assert abs((mask == 0).double().mean() - 0.25) < 0.01
         assert abs(mask.mean() - 1.0) < 0.015
     kept = torch.stack([mask.flatten() > 0 for mask in masks]).double()
     correlation = torch.corrcoef(kept) - torch.eye(len(masks), dtype=torch.float64)
@@ -79,11 +80,9 @@ def test_dropout_keeps_the_right_share_and_the_mean_and_differs_by_site() -> Non
 
 def test_without_a_seed_nothing_is_dropped() -> None:
     model, tokens = model_config(dropout=0.5), batch_of(model_config())[0]
-    table = table_for(model, completep_config())
-    dropping, plain = (
-        build_model(model, table),
-        build_model(model.model_copy(update={"dropout": 0.0}), table),
-    )
+    table = table_for(model)
+    dropping = build_model(model, table)
+    plain = build_model(model.model_copy(update={"dropout": 0.0}), table)
     with torch.no_grad():
         assert torch.equal(dropping(tokens), plain(tokens))
         assert not torch.equal(dropping(tokens, dropout_seed=SEED), plain(tokens))
@@ -105,7 +104,7 @@ def test_recomputation_changes_no_bit(recompute: str, dtype: torch.dtype, positi
         num_query_groups=2,
         position=position,
     )
-    table = table_for(model, completep_config())
+    table = table_for(model)
     tokens, labels = batch_of(model)
     kept = gradients_of(build_model(model, table, dtype), tokens, labels)
     again = gradients_of(build_model(model, table, dtype, recompute=recompute), tokens, labels)
@@ -121,7 +120,7 @@ def test_recomputation_runs_each_gradient_once(recompute: str) -> None:
     model = model_config()
     runs = []
     for mode in ("none", recompute):
-        gpt = build_model(model, table_for(model, completep_config()), recompute=mode)
+        gpt = build_model(model, recompute=mode)
         gradients_of(gpt, *batch_of(model), seed=None)
         runs.append(gpt.queue.runs)
     assert runs[0] == runs[1] == len(list(gpt.parameters()))
@@ -132,12 +131,11 @@ def test_recomputation_keeps_fewer_activations(recompute: str) -> None:
     model = model_config()
 
     def bytes_kept(mode: str) -> int:
-        gpt, kept = build_model(model, table_for(model, completep_config()), recompute=mode), {}
+        gpt, kept = build_model(model, recompute=mode), {}
 
         def pack(tensor: Tensor) -> Tensor:
-            kept[tensor.untyped_storage().data_ptr()] = (
-                tensor.untyped_storage()
-            )  # held, so that no address is used twice
+            # Held, so that no address is used twice.
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import completep_config, model_config, table_for
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -17,6 +16,7 @@ from megatron_completep.model.flops import (
     peak_flops,
     training_flops_per_token,
 )
+from tests.support.models import model_config, table_for
 
 SHAPES: list[dict[str, Any]] = [
     {},
@@ -53,7 +53,7 @@ def test_the_modules_flops_are_those_of_the_formula(shape: dict[str, Any], activ
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_flops_equal_those_that_torch_counts(shape: dict[str, Any]) -> None:
     model = model_config(**shape)
-    plain = PlainGPT(model, table_for(model, completep_config()))
+    plain = PlainGPT(model, table_for(model))
     tokens = torch.randint(model.vocab_size, (2, model.seq_length))
     with sdpa_kernel(SDPBackend.MATH):  # its two products are counted, over the whole square
         with FlopCounterMode(display=False) as forward:
@@ -63,9 +63,8 @@ def test_flops_equal_those_that_torch_counts(shape: dict[str, Any]) -> None:
     width = model.num_attention_heads * (
         model.head_dim or model.hidden_size // model.num_attention_heads
     )
-    future = (
-        model.num_layers * 2 * 2 * width * (model.seq_length - (model.seq_length + 1) / 2)
-    )  # a token, above the diagonal
+    # A token, above the diagonal.
+    future = model.num_layers * 2 * 2 * width * (model.seq_length - (model.seq_length + 1) / 2)
     counted = forward.get_total_flops() / tokens.numel()
     assert forward_flops_per_token(model) == pytest.approx(counted - future, rel=1e-12)
     whole = (forward.get_total_flops() + backward.get_total_flops()) / tokens.numel()

@@ -1,4 +1,6 @@
-"""By the profiler: one training step really goes through the fused operations, each as often as the model asks for it."""
+"""By the profiler: one training step really goes through the fused operations,
+each as often as the model asks for it.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +8,12 @@ from collections import Counter
 
 import pytest
 import torch
-from small_models import build_model, completep_config, model_config, optimizer_config, table_for
 
-from megatron_completep.optim.optimizer import DistributedOptimizer
-from megatron_completep.parallel.context import ParallelContext
+from tests.support.models import (
+    batch_of,
+    small_setup,
+    train_step,
+)
 
 LAYERS = 3
 NORMS = 2 * LAYERS + 1
@@ -17,25 +21,15 @@ NORMS = 2 * LAYERS + 1
 
 def operations_of_one_step(**changes) -> Counter[str]:
     """How often each operation of the project ran in one optimizer step of one micro-batch."""
-    config = model_config(num_layers=LAYERS, **changes)
-    table = table_for(config, completep_config())
-    model = build_model(config, table, torch.float32)
-    optimizer = DistributedOptimizer(
-        [model], table, optimizer_config(), ParallelContext.single(), precision=torch.float32
-    )
-    tokens = torch.randint(config.vocab_size, (2, config.seq_length))
+    gpt, optimizer, _ = small_setup({"num_layers": LAYERS, **changes}, dtype=torch.float32)
+    batch = batch_of(gpt.config)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        optimizer.begin_step(1)
-        loss = model(tokens, labels=tokens)
-        loss.backward()
-        optimizer.step(1e-3, loss, torch.tensor(tokens.numel()))
-    return Counter(
-        {
-            event.key.removeprefix("completep::"): event.count
-            for event in profiler.key_averages()
-            if event.key.startswith("completep::")
-        }
-    )
+        train_step(gpt, optimizer, 1e-3, batch)
+    counts: Counter[str] = Counter()
+    for event in profiler.key_averages():
+        if event.key.startswith("completep::"):
+            counts[event.key.removeprefix("completep::")] = event.count
+    return counts
 
 
 @pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])

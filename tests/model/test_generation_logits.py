@@ -1,4 +1,6 @@
-"""E7: the logits of the generation path (one token at a time, key/value caches) are those of the training path."""
+"""E7: the logits of the generation path (one token at a time,
+key/value caches) are those of the training path.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import batch_of, build_model, completep_config, model_config, table_for
 
-from megatron_completep.completep import Table
+from tests.support.models import batch_of, build_model, model_config, table_for, table_with
 
 CASES: list[dict[str, Any]] = [
     {"position": "rope"},
@@ -37,7 +38,7 @@ def test_logits_of_the_generation_path_equal_those_of_the_training_path(
     case: dict[str, Any], pieces: list[int]
 ) -> None:
     model = model_config(**case, logit_multiplier=1.5, input_multiplier=2.0)
-    gpt = build_model(model, table_for(model, completep_config()))
+    gpt = build_model(model)
     tokens, _ = batch_of(model)
     with torch.no_grad():
         torch.testing.assert_close(
@@ -47,9 +48,11 @@ def test_logits_of_the_generation_path_equal_those_of_the_training_path(
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_training_loss_is_the_cross_entropy_of_the_generation_logits(case: dict[str, Any]) -> None:
-    """The loss owns its logits: it too must use the multiplier that generation uses, and no padded column."""
+    """The loss owns its logits:
+    it too must use the multiplier that generation uses, and no padded column.
+    """
     model = model_config(**case, logit_multiplier=1.5)
-    gpt = build_model(model, table_for(model, completep_config()))
+    gpt = build_model(model)
     tokens, labels = batch_of(model)
     with torch.no_grad():
         logits = incremental_logits(gpt, tokens, [1] * tokens.shape[1])
@@ -60,22 +63,21 @@ def test_training_loss_is_the_cross_entropy_of_the_generation_logits(case: dict[
         torch.testing.assert_close(gpt(tokens, labels=labels), expected, rtol=1e-12, atol=0)
 
 
-def test_a_multiplier_forgotten_when_generating_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_multiplier_forgotten_when_generating_is_caught() -> None:
     """The authors' own code forgets the 1/m_N when sampling."""
     model = model_config()
-    gpt = build_model(model, table_for(model, completep_config()))
+    gpt = build_model(model)
     tokens, _ = batch_of(model)
     with torch.no_grad():
         training = gpt(tokens)
-        monkeypatch.setattr(Table, "logit_multiplier", property(lambda self: 1.0))
-        forgetful = build_model(model, table_for(model, completep_config()))
+        forgetful = build_model(model, table_with(table_for(model), logit_multiplier=1.0))
         difference = (incremental_logits(forgetful, tokens, [1] * 12) - training).abs().max()
     assert difference > 0.1
 
 
 def test_a_sequence_can_grow_beyond_the_training_length_with_rope() -> None:
     model = model_config(position="rope")
-    gpt = build_model(model, table_for(model, completep_config()))
+    gpt = build_model(model)
     tokens, _ = batch_of(model, seq_length=2 * model.seq_length)
     with torch.no_grad():
         torch.testing.assert_close(

@@ -1,4 +1,6 @@
-"""Initial weights: a pure function of (seed, parameter name, global position), with the standard deviation of the role."""
+"""Initial weights: a pure function of (seed, parameter name, global position),
+with the standard deviation of the role.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_models import completep_config, model_config, optimizer_config, plain_table, table_for
 from torch import nn
 
 from megatron_completep.errors import ConfigError
@@ -18,6 +19,14 @@ from megatron_completep.parallel.axis import Share
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.parameter import Spec, declare
 from megatron_completep.roles import Role
+from tests.support.models import (
+    build_model,
+    completep_config,
+    model_config,
+    optimizer_config,
+    plain_table,
+    table_for,
+)
 
 
 def weights(names: list[str], seed: int = 3, width_ratio: int = 4) -> dict[str, torch.Tensor]:
@@ -59,11 +68,9 @@ def test_random_state_elsewhere_does_not_matter() -> None:
 
 def test_a_pipeline_stage_and_a_deeper_model_start_from_the_same_bits() -> None:
     model = model_config(num_layers=4)
-    table, context = table_for(model, completep_config()), ParallelContext.single()
-    whole, stage = (
-        GPT(model, table, context),
-        GPT(model, table, context, Stage(2, 4, first=False, last=True)),
-    )
+    table, context = table_for(model), ParallelContext.single()
+    whole = GPT(model, table, context)
+    stage = GPT(model, table, context, Stage(2, 4, first=False, last=True))
     for gpt in (whole, stage):
         initialize(gpt, table, optimizer_config(), 7)
     names = dict(whole.named_parameters())
@@ -97,15 +104,15 @@ def test_a_tensor_of_three_dimensions_split_along_two_draws_its_part_of_the_whol
 
 def test_padding_rows_of_the_vocabulary_are_zero() -> None:
     model = model_config(vocab_size=37, vocab_multiple=16)
-    table = table_for(model, completep_config())
-    gpt = GPT(model, table, ParallelContext.single())
-    initialize(gpt, table, optimizer_config(), 1)
+    gpt = build_model(model, dtype=torch.float32, random_vectors=False)
     assert gpt.embedding.weight.shape[0] == 48
     assert not gpt.embedding.weight[37:].any() and gpt.embedding.weight[:37].all(dim=1).all()
 
 
 def test_the_draws_are_standard_normal() -> None:
-    """Moments, tail and independence of neighbours, on a quarter of a million draws; 5 standard errors."""
+    """Moments, tail and independence of neighbours,
+    on a quarter of a million draws; 5 standard errors.
+    """
     values = draw(hidden(512, 512), 11, "w").astype(np.float64)
     error = 1 / math.sqrt(values.size)
     assert abs(values.mean()) < 5 * error
@@ -117,17 +124,26 @@ def test_the_draws_are_standard_normal() -> None:
 
 
 def test_standard_deviation_of_every_role() -> None:
-    """sigma for embeddings and unembedding, sigma / sqrt(m_N) for hidden weights (down: its own ratio), gains 1, biases 0."""
+    """Embeddings: sigma; hidden weights: sigma / sqrt(m_N), down: of its own ratio.
+
+    Gains start at 1, biases at 0.
+    """
     model = model_config(
-        hidden_size=64, num_layers=2, ffn_hidden_size=256, vocab_size=512, seq_length=256, num_query_groups=2, qk_norm=True,
-        bias=True, norm="layernorm", position="learned",
-    )  # fmt: skip
-    completep = completep_config(
-        base_hidden_size=16, base_ffn_hidden_size=32
-    )  # m_N = 4, the FFN's ratio is 8
-    table, optimizer = table_for(model, completep), optimizer_config(base_init_std=0.2)
-    gpt = GPT(model, table, ParallelContext.single())
-    initialize(gpt, table, optimizer, 1)
+        hidden_size=64,
+        num_layers=2,
+        ffn_hidden_size=256,
+        vocab_size=512,
+        seq_length=256,
+        num_query_groups=2,
+        qk_norm=True,
+        bias=True,
+        norm="layernorm",
+        position="learned",
+    )
+    # m_N = 4, the FFN's ratio is 8
+    completep = completep_config(base_hidden_size=16, base_ffn_hidden_size=32)
+    table = table_for(model, completep)
+    gpt = build_model(model, table, torch.float32, random_vectors=False)
     for name, p in gpt.named_parameters():
         if name.endswith("norm.weight"):
             assert (p == 1).all(), name
@@ -141,20 +157,13 @@ def test_standard_deviation_of_every_role() -> None:
 
 
 def test_own_factors_scale_the_draws_of_what_they_name_and_nothing_else() -> None:
-    table = table_for(model_config(), completep_config())
-    plain, own = (GPT(model_config(), table, ParallelContext.single()) for _ in range(2))
-    initialize(plain, table, optimizer_config(), 1)
-    pattern = "layers.0.mlp.*"
-    initialize(
-        own,
-        table,
-        optimizer_config(
-            overrides=[
-                {"pattern": pattern, "init_std": 4.0},
-                {"pattern": "*.down.*", "init_std": 0.5},
-            ]
-        ),
-        1,
+    overrides = [
+        {"pattern": "layers.0.mlp.*", "init_std": 4.0},
+        {"pattern": "*.down.*", "init_std": 0.5},
+    ]
+    plain, own = (
+        build_model(model_config(), None, torch.float32, optimizer=settings, random_vectors=False)
+        for settings in (optimizer_config(), optimizer_config(overrides=overrides))
     )
     expected = {
         "layers.0.mlp.up.weight": 4.0,

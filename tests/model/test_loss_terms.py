@@ -1,17 +1,19 @@
-"""What the objective is the sum of, beside torch's cross-entropy in float64; without gradients it is that alone."""
+"""What the objective is the sum of, beside torch's cross-entropy in float64;
+without gradients it is that alone.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import batch_of, build_model, completep_config, model_config, table_for
 from torch import Tensor
 
 from megatron_completep.data.tokenizer import BytesTokenizer
 from megatron_completep.inference.scoring import Scorer
 from megatron_completep.model.gpt import GPT
 from megatron_completep.parallel.cross_entropy import IGNORED, LossConfig
+from tests.support.models import batch_of, build_model, model_config
 
 OPTIONS = [(0.02, 0.0), (0.0, 0.15), (0.03, 0.2)]
 CHUNKS = [1 << 28, 512]  # bytes: all logits at once; a few tokens at a time
@@ -19,7 +21,7 @@ CHUNKS = [1 << 28, 512]  # bytes: all logits at once; a few tokens at a time
 
 def model_with(loss: LossConfig) -> tuple[GPT, Tensor, Tensor]:
     model = model_config()
-    return build_model(model, table_for(model, completep_config()), loss=loss), *batch_of(model)
+    return build_model(model, loss=loss), *batch_of(model)
 
 
 def parts(
@@ -67,9 +69,8 @@ def test_without_gradients_the_loss_is_the_pure_cross_entropy(
         assert gpt(tokens, labels=labels).item() == pytest.approx(
             expected["cross_entropy"], rel=1e-12
         )
-    assert (
-        abs(gpt(tokens, labels=labels).item() - expected["cross_entropy"]) > 0.1
-    )  # with gradients it is more
+    # With gradients it is more.
+    assert abs(gpt(tokens, labels=labels).item() - expected["cross_entropy"]) > 0.1
 
 
 def test_a_plain_objective_has_no_terms_to_report() -> None:
@@ -80,7 +81,7 @@ def test_a_plain_objective_has_no_terms_to_report() -> None:
 
 def test_texts_are_scored_by_the_pure_cross_entropy() -> None:
     model = model_config(vocab_size=257, num_layers=2)
-    gpt = build_model(model, table_for(model, completep_config()), loss=LossConfig(0.05, 0.3))
+    gpt = build_model(model, loss=LossConfig(0.05, 0.3))
     context, target = [5, 9], [200, 17, 3]
     with torch.no_grad():
         logits = gpt(torch.tensor([[*context, *target[:-1]]]))[0, len(context) - 1 :]

@@ -1,4 +1,6 @@
-"""E2 and E6 of the parameterization: the multipliers vanish at the base shape, and sit where folding into the branch puts them."""
+"""E2 and E6 of the parameterization:
+the multipliers vanish at the base shape, and sit where folding into the branch puts them.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import (
+from torch import Tensor
+
+from megatron_completep import kernels
+from megatron_completep.completep import Table
+from megatron_completep.config.schema import ModelConfig
+from megatron_completep.model.gpt import GPT
+from megatron_completep.model.norm import StreamNorm
+from tests.support.models import (
     batch_of,
     build_model,
     completep_config,
@@ -17,13 +26,6 @@ from small_models import (
     table_for,
     train_step,
 )
-from torch import Tensor
-
-from megatron_completep import kernels
-from megatron_completep.completep import Table
-from megatron_completep.config.schema import ModelConfig
-from megatron_completep.model.gpt import GPT
-from megatron_completep.model.norm import StreamNorm
 
 BASE = {"base_hidden_size": 32, "base_num_layers": 4, "base_head_dim": 8}
 SHAPES = [
@@ -102,7 +104,9 @@ def is_branch_output(name: str) -> bool:
 def test_the_multiplier_equals_branch_outputs_scaled_by_it_in_values_and_gradients(
     base_num_layers: int, exact: bool
 ) -> None:
-    """s * (x W_o + b_o) = x (s W_o) + s b_o, and then the gradients of W_o and b_o differ by s and no other does."""
+    """s * (x W_o + b_o) = x (s W_o) + s b_o,
+    and then the gradients of W_o and b_o differ by s and no other does.
+    """
     model = model_config(bias=True, norm="layernorm", activation="gelu")
     tokens, labels = batch_of(model)
     table = table_for(model, completep_config(base_num_layers=base_num_layers))
@@ -130,7 +134,7 @@ def test_the_multiplier_equals_branch_outputs_scaled_by_it_in_values_and_gradien
 def test_a_multiplier_on_one_branch_only_is_told_apart(branch: str) -> None:
     model = model_config()
     tokens, _ = batch_of(model)
-    multiplied = build_model(model, table_for(model, completep_config()))
+    multiplied = build_model(model)
     folded = build_model(model, table_for(model, completep_config(base_num_layers=4)))
     for name, parameter in folded.named_parameters():
         if branch in name:
@@ -140,7 +144,9 @@ def test_a_multiplier_on_one_branch_only_is_told_apart(branch: str) -> None:
 
 
 def test_the_residual_stream_gradient_is_not_scaled() -> None:
-    """With every branch output at zero the gradient of the embedding does not depend on the depth multiplier."""
+    """With every branch output at zero the gradient of the
+    embedding does not depend on the depth multiplier.
+    """
     model = model_config(num_layers=4)
     tokens, labels = batch_of(model)
     gradients = []
@@ -174,7 +180,7 @@ def test_no_initial_weight_depends_on_the_depth() -> None:
     stds = []
     for layers in (2, 32):
         model = model_config(num_layers=layers, hidden_size=64, ffn_hidden_size=256)
-        table: Table = table_for(model, completep_config())
+        table: Table = table_for(model)
         gpt = build_model(model, table, optimizer=optimizer)
         block = gpt.blocks()[0][1]
         stds.append(

@@ -1,6 +1,8 @@
-"""The test of the design: a new gated branch joins the model through its seam, without an edit of the model or the table.
+"""The test of the design: a new gated branch joins the model through its seam,
+without an edit of the model or the table.
 
-Its modules declare roles where they create parameters; initial weights, groups and the plan read that, and it trains.
+Its modules declare roles where they create parameters; initial weights, groups and the plan read
+that, and it trains.
 """
 
 from __future__ import annotations
@@ -10,15 +12,6 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import (
-    batch_of,
-    build_optimizer,
-    completep_config,
-    model_config,
-    optimizer_config,
-    table_for,
-    train_step,
-)
 from torch import Tensor, nn
 
 from megatron_completep import kernels
@@ -36,10 +29,19 @@ from megatron_completep.parallel.linear import ColumnParallelLinear, RowParallel
 from megatron_completep.parallel.own_losses import with_own_loss
 from megatron_completep.parallel.parameter import declare
 from megatron_completep.roles import Role
+from tests.support.models import (
+    batch_of,
+    build_optimizer,
+    model_config,
+    optimizer_config,
+    table_for,
+    train_step,
+)
 
 
 class GatedBranch(nn.Module):
-    """down(sigmoid(gate(x)) * value(x) * level): a fused projection of the project, an output projection, and a plain parameter.
+    """down(sigmoid(gate(x)) * value(x) * level):
+    a fused projection of the project, an output projection, and a plain parameter.
 
     Its own loss is 0.1 * sum |gate|.
     """
@@ -85,7 +87,7 @@ def gated_gpt(
 @pytest.fixture
 def gated_model() -> tuple[GPT, Table]:
     model = model_config(bias=True)
-    table = table_for(model, completep_config())
+    table = table_for(model)
     return gated_gpt(table, model), table
 
 
@@ -110,10 +112,8 @@ def test_a_new_gated_branch_is_initialized_grouped_and_trained_without_editing_c
     assert group.weight_decay == pytest.approx(0.1 * 3, rel=1e-12)
     assert group.eps == pytest.approx(1e-12 / 4, rel=1e-12)
     assert optimizer.groups["layers.1.gated.gate_and_value.weight"].lr_factor == 0.5
-    assert (
-        optimizer.groups["layers.1.gated.level"].lr_factor,
-        optimizer.groups["layers.1.gated.level"].weight_decay,
-    ) == (1.0, 0.0)
+    level = optimizer.groups["layers.1.gated.level"]
+    assert (level.lr_factor, level.weight_decay) == (1.0, 0.0)
     before = {name: p.detach().clone() for name, p in gpt.named_parameters()}
     losses = [train_step(gpt, optimizer, 1e-2, batch_of(gpt.config)).loss.item() for _ in range(15)]
     assert losses[-1] < losses[0] - 0.8
@@ -136,7 +136,9 @@ def objective(gpt: GPT, tokens: Tensor, labels: Tensor) -> float:
 
 
 def test_gradients_of_the_new_branch_and_of_its_own_loss_are_right(gated_model) -> None:
-    """A finite difference of the whole objective, on a direction in each of the new parameters and in what stands before them."""
+    """A finite difference of the whole objective,
+    on a direction in each of the new parameters and in what stands before them.
+    """
     gpt, _ = gated_model
     tokens, labels = batch_of(gpt.config)
     gpt(tokens, labels=labels).backward()
@@ -177,7 +179,9 @@ def test_an_own_loss_counts_once_a_backward_pass_and_not_without_gradients(gated
 
 
 def test_an_own_loss_of_an_early_stage_needs_no_sum_on_the_last(gated_model) -> None:
-    """Two stages by hand: one tensor goes forward, its gradient comes back, weight gradients run when the schedule says so."""
+    """Two stages by hand: one tensor goes forward, its gradient comes back,
+    weight gradients run when the schedule says so.
+    """
     gpt, table = gated_model
     tokens, labels = batch_of(gpt.config)
     gpt(tokens, labels=labels).backward()
@@ -201,7 +205,9 @@ def test_an_own_loss_of_an_early_stage_needs_no_sum_on_the_last(gated_model) -> 
 def test_the_new_branch_goes_through_the_fused_join(
     gated_model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every branch but the stream's first joins in one call with the norm behind it: none is added by itself."""
+    """Every branch but the stream's first joins in one call with the norm behind it:
+    none is added by itself.
+    """
     gpt, _ = gated_model
     calls: list[str] = []
     for name in ("scaled_residual_norm", "scaled_add", "norm"):
@@ -223,7 +229,7 @@ def test_a_branch_that_declares_no_role_is_refused_by_name() -> None:
             return Branch(x + 0 * F.relu(self.extra.weight.sum()))
 
     model = model_config()
-    table = table_for(model, completep_config())
+    table = table_for(model)
     gpt = GPT(model, table, ParallelContext.single(), branches={**BRANCHES, "careless": Careless})
     for attempt in (
         lambda: initialize(gpt, table, optimizer_config(), 1),

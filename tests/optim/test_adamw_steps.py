@@ -1,4 +1,6 @@
-"""E3, E4 and E5 of the parameterization, through the distributed optimizer; and AdamW and clipping against torch's own."""
+"""E3, E4 and E5 of the parameterization, through the distributed optimizer;
+and AdamW and clipping against torch's own.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import (
+from torch import Tensor
+
+from megatron_completep.completep import table as page
+from megatron_completep.config.schema import RoleFactors
+from megatron_completep.kernels.control import STEP
+from megatron_completep.model.gpt import GPT
+from megatron_completep.optim.optimizer import DistributedOptimizer
+from megatron_completep.optim.schedule import learning_rate
+from megatron_completep.roles import Role
+from tests.support.configs import GPT2
+from tests.support.models import (
     batch_of,
     build_model,
     build_optimizer,
@@ -17,28 +29,10 @@ from small_models import (
     table_for,
     train_step,
 )
-from torch import Tensor
 
-from megatron_completep.completep import table as page
-from megatron_completep.config.schema import RoleFactors
-from megatron_completep.kernels.control import STEP
-from megatron_completep.model.gpt import GPT
-from megatron_completep.optim.optimizer import DistributedOptimizer
-from megatron_completep.optim.schedule import learning_rate
-from megatron_completep.roles import Role
-
-BIASED = {
-    "bias": True,
-    "norm": "layernorm",
-    "activation": "gelu",
-    "qk_norm": True,
-    "position": "learned",
-}
-ROUNDING = {
-    torch.float64: 2.0**-53,
-    torch.float32: 2.0**-24,
-    torch.bfloat16: 2.0**-24,
-}  # of the masters
+BIASED = {**GPT2, "qk_norm": True}
+# Of the masters.
+ROUNDING = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-24}
 
 
 def masters(optimizer: DistributedOptimizer) -> dict[str, Tensor]:
@@ -49,11 +43,13 @@ def masters(optimizer: DistributedOptimizer) -> dict[str, Tensor]:
     }
 
 
-# --- E3: the first step ---------------------------------------------------------------------------------------------------------------
+# E3: the first step.
 
 
 def displacement_errors(dtype: torch.dtype, alpha: float) -> dict[str, float]:
-    """|largest change of a tensor in the first step - its learning rate|, in units of what rounding allows."""
+    """|largest change of a tensor in the first step - its learning rate|,
+    in units of what rounding allows.
+    """
     eta, m_N, m_L = 2e-3, 2, 2
     gpt, optimizer, _ = small_setup(
         BIASED, {"alpha": alpha}, {"base_weight_decay": 0.0, "base_eps": 1e-30}, dtype
@@ -129,7 +125,7 @@ def test_a_large_epsilon_acts_as_each_group_s_own() -> None:
     assert mismatch_with_one_eps > 0.1
 
 
-# --- E4: nothing but decay ------------------------------------------------------------------------------------------------------------
+# E4: nothing but decay.
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -168,13 +164,15 @@ def test_decay_at_alpha_one_half_follows_the_table() -> None:
         )
 
 
-# --- E5: two ways to write the logit factor ---------------------------------------------------------------------------------------------
+# E5: two ways to write the logit factor.
 
 
 def trajectories(
     base_hidden_size: int, unembedding: RoleFactors | None = None
 ) -> tuple[list[float], list[float]]:
-    """Losses of 15 steps with 1/m_N in the forward pass, and with it absorbed by the unembedding's own factors."""
+    """Losses of 15 steps with 1/m_N in the forward pass,
+    and with it absorbed by the unembedding's own factors.
+    """
     model = model_config(hidden_size=32)
     m_N = 32 / base_hidden_size
     absorbed = unembedding or RoleFactors(init_std=1 / m_N, lr=1 / m_N, weight_decay=m_N, eps=m_N)
@@ -186,7 +184,9 @@ def trajectories(
         assert table.logit_multiplier == pytest.approx(1.0 if change else 1 / m_N, rel=1e-15)
         optimizer_settings = optimizer_config(grad_clip=0.0, base_weight_decay=0.1, base_eps=1e-6)
         gpt = build_model(shape, table, optimizer=optimizer_settings)
-        if change:  # exactly the other model's draw over m_N: the initial standard deviation is rounded to float32
+        # Exactly the other model's draw over m_N: the initial standard deviation is rounded to
+        # float32.
+        if change:
             reference = build_model(
                 model,
                 table_for(model, completep_config(base_hidden_size=base_hidden_size)),
@@ -218,7 +218,7 @@ def test_an_absorbed_factor_with_one_wrong_cell_is_told_apart(cell: str) -> None
     assert max(abs(a - b) for a, b in zip(forward, absorbed, strict=True)) > 1e-9
 
 
-# --- torch's own AdamW and clipping -----------------------------------------------------------------------------------------------------
+# Torch's own AdamW and clipping.
 
 
 def torch_twin(
@@ -323,10 +323,8 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(bad: float) -
     assert all(torch.equal(a, b) for a, b in zip(state, after, strict=True))
     result = train_step(gpt, optimizer, 1e-2, batch_of(gpt.config, 2))
     assert result.skipped.item() == 0.0 and optimizer.control[STEP].item() == 2.0
-    assert (
-        not torch.equal(optimizer.shards.master, state[0])
-        and torch.isfinite(optimizer.shards.master).all()
-    )
+    assert not torch.equal(optimizer.shards.master, state[0])
+    assert torch.isfinite(optimizer.shards.master).all()
 
 
 def test_padding_of_the_buffer_and_of_the_vocabulary_stays_zero() -> None:

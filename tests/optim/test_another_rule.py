@@ -1,4 +1,6 @@
-"""A second update rule is one class: it trains, saves, resumes bit for bit and reshards, and nothing else knows of it."""
+"""A second update rule is one class:
+it trains, saves, resumes bit for bit and reshards, and nothing else knows of it.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +10,6 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from checkpoint_helpers import TinyRun, tiny_config
-from small_models import (
-    batch_of,
-    build_model,
-    completep_config,
-    model_config,
-    optimizer_config,
-    table_for,
-    train_step,
-)
 from torch import Tensor
 
 from megatron_completep.checkpoint import StoredCheckpoint
@@ -31,12 +23,21 @@ from megatron_completep.completep import table
 from megatron_completep.errors import CheckpointError
 from megatron_completep.kernels import Control, read_control
 from megatron_completep.optim.groups import Group
-from megatron_completep.optim.optimizer import DistributedOptimizer
 from megatron_completep.optim.rule import Rule
 from megatron_completep.optim.rules import RULES
 from megatron_completep.optim.shards import Shards
-from megatron_completep.parallel.context import ParallelContext, data_parallel_size_for
+from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.telemetry.telemetry import update_ratios
+from tests.support.checkpoints import TinyRun, checkpointed_config
+from tests.support.models import (
+    batch_of,
+    build_model,
+    build_optimizer,
+    model_config,
+    optimizer_config,
+    train_step,
+)
+from tests.support.ranks import context_on
 
 MU = 0.9
 
@@ -67,21 +68,13 @@ class Momentum(Rule):
 def momentum_run(
     folder: Path | str, context: ParallelContext | None = None, **changes: Any
 ) -> TinyRun:
-    return TinyRun(tiny_config(folder, **changes), context, rule=Momentum)
+    return TinyRun(checkpointed_config(folder, **changes), context, rule=Momentum)
 
 
 def test_it_updates_as_torch_s_own_and_keeps_its_state_alone() -> None:
     model, settings = model_config(), optimizer_config(base_weight_decay=0.0, grad_clip=0.0)
-    parameterization = table_for(model, completep_config())
-    gpt = build_model(model, parameterization, optimizer=settings)
-    optimizer = DistributedOptimizer(
-        [gpt],
-        parameterization,
-        settings,
-        ParallelContext.single(),
-        precision=torch.float64,
-        rule=Momentum,
-    )
+    gpt = build_model(model, optimizer=settings)
+    optimizer = build_optimizer(gpt, gpt.table, settings, rule=Momentum)
     assert list(optimizer.states) == ["master", "momentum"]
     pieces = optimizer.shards.layout.pieces
     copies = {
@@ -128,11 +121,10 @@ def test_its_checkpoint_is_verified_rewritten_and_adapted_by_tools_that_have_no_
     run.save()
     folder = tmp_path / "run" / "checkpoints" / "step_00000002"
     stored = StoredCheckpoint.open(folder)
-    assert (
-        stored.manifest.states == {"master": 1, "momentum": -1} and verify_checkpoint(folder) == []
-    )
+    assert stored.manifest.states == {"master": 1, "momentum": -1}
+    assert verify_checkpoint(folder) == []
     assert compare_checkpoints(folder, reshard_checkpoint(folder, tmp_path / "again", 3))[1] == []
-    config = tiny_config(tmp_path / "adapted", model={"input_multiplier": 2.0})
+    config = checkpointed_config(tmp_path / "adapted", model={"input_multiplier": 2.0})
     adapted = StoredCheckpoint.open(
         adapt_checkpoint(folder, config, tmp_path / "adapted" / "checkpoints")[0]
     )
@@ -155,7 +147,7 @@ def test_a_checkpoint_of_another_rule_is_refused(tmp_path: Path) -> None:
         CheckpointError,
         match=r"holds the states master, momentum, but .* keeps exp_avg, exp_avg_sq, master",
     ):
-        TinyRun(tiny_config(tmp_path)).resume()
+        TinyRun(checkpointed_config(tmp_path)).resume()
 
 
 def test_telemetry_asks_it_for_its_last_update(tmp_path: Path) -> None:
@@ -177,9 +169,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 def train_in_layout(rank: int, folder: str, layout: dict[str, Any], resume: bool) -> list[float]:
     """Resume where asked to, train two steps and save, in the process group at hand."""
     training = {"micro_batch_size": 1}
-    config = tiny_config(folder, parallel=layout, training=training)
-    data_size = data_parallel_size_for(config.parallel, 2)
-    context = ParallelContext.over_world(config.parallel, torch.device("cpu"), rank, 2, data_size)
+    config = checkpointed_config(folder, parallel=layout, training=training)
+    context = context_on(rank, config.parallel)
     run = momentum_run(folder, context, parallel=layout, training=training)
     assert run.resume() == resume
     losses = run.train(2)

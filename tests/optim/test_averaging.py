@@ -1,11 +1,18 @@
-"""Gradients are averaged over the tokens that count, whatever the micro-batches they came in; and modules that know no queue."""
+"""Gradients are averaged over the tokens that count, whatever the micro-batches they came in;
+and modules that know no queue.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import (
+from torch import Tensor, nn
+
+from megatron_completep.optim.optimizer import DistributedOptimizer, StepResult
+from megatron_completep.parallel.parameter import declare
+from megatron_completep.roles import Role
+from tests.support.models import (
     batch_of,
     build_optimizer,
     model_config,
@@ -14,11 +21,6 @@ from small_models import (
     small_setup,
     train_step,
 )
-from torch import Tensor, nn
-
-from megatron_completep.optim.optimizer import DistributedOptimizer, StepResult
-from megatron_completep.parallel.parameter import declare
-from megatron_completep.roles import Role
 
 Batch = tuple[Tensor, Tensor]
 
@@ -108,11 +110,13 @@ def test_a_gradient_of_the_step_before_is_overwritten_and_an_unused_one_is_zero(
     assert not optimizer.shards.grad.any()
 
 
-# --- modules that know no queue --------------------------------------------------------------------------------------------------------
+# Modules that know no queue.
 
 
 class PlainModel(nn.Module):
-    """Nothing of the project but declared roles: a shared weight used twice, a branch that may stay unused."""
+    """Nothing of the project but declared roles:
+    a shared weight used twice, a branch that may stay unused.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -197,7 +201,5 @@ def test_plain_modules_train_under_bf16_with_float32_masters() -> None:
         loss.backward()
         losses.append(optimizer.step(3e-3, loss, torch.tensor(5)).loss.item())
     assert losses[-1] < 0.3 * losses[0]
-    assert (
-        model.first.weight.dtype == torch.bfloat16
-        and optimizer.shards.master.dtype == torch.float32
-    )
+    assert model.first.weight.dtype == torch.bfloat16
+    assert optimizer.shards.master.dtype == torch.float32

@@ -1,27 +1,17 @@
-"""A run's own factors and values are checked once, against the whole model: what names nothing, never acts or does not survive."""
+"""A run's own factors and values are checked once, against the whole model:
+what names nothing, never acts or does not survive.
+"""
 
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import pytest
 import torch
-from small_models import (
-    batch_of,
-    build_model,
-    build_optimizer,
-    completep_config,
-    model_config,
-    optimizer_config,
-    plain_table,
-    table_for,
-    train_step,
-)
 from torch import nn
 
 from megatron_completep.completep import table_of
-from megatron_completep.config import Config, config_from_mapping
+from megatron_completep.config import Config
 from megatron_completep.errors import ConfigError
 from megatron_completep.instruments.trial import Trial
 from megatron_completep.optim.check import check_parameters
@@ -29,32 +19,23 @@ from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.parameter import declare
 from megatron_completep.planning.plan import describe
 from megatron_completep.roles import Role
+from tests.support.configs import small_config
+from tests.support.models import (
+    batch_of,
+    build_model,
+    build_optimizer,
+    model_config,
+    optimizer_config,
+    plain_table,
+    table_for,
+    train_step,
+)
 
-BASE: dict[str, Any] = {
-    "model": {
-        "hidden_size": 32,
-        "num_layers": 4,
-        "num_attention_heads": 4,
-        "ffn_hidden_size": 64,
-        "vocab_size": 64,
-        "seq_length": 16,
-    },
-    "completep": {"base_hidden_size": 16, "base_num_layers": 2},
-    "optimizer": {"base_lr": 1e-2},
-    "data": {"train": [{"prefix": "none"}]},
-    "training": {
-        "micro_batch_size": 4,
-        "global_batch_size": 8,
-        "train_steps": 10,
-        "precision": "float32",
-        "output_dir": "none",
-    },
-}
 PIPELINE = ["parallel.pipeline_parallel_size=2", "parallel.tensor_parallel_size=2"]
 
 
 def config_with(*words: str) -> Config:
-    return config_from_mapping(BASE, words)
+    return small_config(*words, model={"ffn_hidden_size": 64, "vocab_size": 64, "seq_length": 16})
 
 
 def check(*words: str) -> list[str]:
@@ -69,7 +50,8 @@ def refusal(*words: str) -> str:
 
 
 def override(pattern: str, **factors: float) -> str:
-    return f"optimizer.overrides=[{{pattern: '{pattern}', {', '.join(f'{name}: {value!r}' for name, value in factors.items())}}}]"
+    settings = ", ".join(f"{name}: {factor!r}" for name, factor in factors.items())
+    return f"optimizer.overrides=[{{pattern: '{pattern}', {settings}}}]"
 
 
 def test_a_run_as_it_should_be_passes_without_a_word():
@@ -84,7 +66,7 @@ def test_a_run_as_it_should_be_passes_without_a_word():
     )
 
 
-# --- what names nothing, or never acts ----------------------------------------------------------------------------------------
+# What names nothing, or never acts.
 
 
 @pytest.mark.parametrize("layout", [[], PIPELINE])
@@ -101,10 +83,8 @@ def test_an_override_that_matches_nothing_is_refused_with_the_names_there_are(
     pattern, more, layout
 ):
     message = refusal(override(pattern, lr=2.0), *more, *layout)
-    assert (
-        f"optimizer.overrides: {pattern!r} matches no parameter" in message
-        and "embedding.weight" in message
-    )
+    assert f"optimizer.overrides: {pattern!r} matches no parameter" in message
+    assert "embedding.weight" in message
     assert message == refusal(override(pattern, lr=2.0), *more)  # the layout has no say
 
 
@@ -159,8 +139,14 @@ def test_a_factor_that_reaches_no_parameter_of_this_model_is_a_warning_in_every_
     words = ["completep.factors.qk_norm.lr=2.0", "completep.factors.hidden_bias.eps=3.0"]
     found = check(*words)
     assert found == [
-        "completep.factors.qk_norm reaches no parameter of this model; it acts where model.qk_norm = true.",
-        "completep.factors.hidden_bias reaches no parameter of this model; it acts where model.bias = true.",
+        (
+            "completep.factors.qk_norm reaches no parameter of this model; it acts where "
+            "model.qk_norm = true."
+        ),
+        (
+            "completep.factors.hidden_bias reaches no parameter of this model; it acts where "
+            "model.bias = true."
+        ),
     ]
     assert check(*words, *PIPELINE) == found
     assert check(*words, "model.qk_norm=true", "model.bias=true") == []
@@ -174,7 +160,7 @@ def test_a_callers_own_model_is_checked_by_its_own_names():
         check_parameters(config, table)
 
 
-# --- what does not survive ----------------------------------------------------------------------------------------------------
+# What does not survive.
 
 # setting -> (a value that its type cannot hold, part of the message)
 LOST = {
@@ -197,10 +183,8 @@ LOST = {
 TOO_LARGE = {
     "optimizer.base_eps": ("1e39", "the AdamW epsilon is 5e+38 for embedding"),
     "optimizer.base_init_std": ("1e38", "the initial standard deviation is 1e+38"),
-    "optimizer.base_lr": (
-        "1e38",
-        "the peak learning rate is 1e+38",
-    ),  # over 1 - beta1 at the first step
+    # Over 1 - beta1 at the first step.
+    "optimizer.base_lr": ("1e38", "the peak learning rate is 1e+38"),
     "model.logit_multiplier": ("1e39", "the factor on the logits is 5e+38"),
 }
 
@@ -228,15 +212,17 @@ def test_float64_holds_what_float32_does_not():
         == []
     )
     assert "float64 holds" in refusal("training.precision=float64", "optimizer.base_eps=1e-308")
-    assert "float32 holds" in refusal(
-        "training.precision=bf16", "optimizer.base_eps=1e-46"
-    )  # masters are float32
+    # Masters are float32.
+    assert "float32 holds" in refusal("training.precision=bf16", "optimizer.base_eps=1e-46")
     # Initial weights are drawn in float32 whatever the precision.
     assert "base_init_std" in refusal("training.precision=float64", "optimizer.base_init_std=1e-40")
 
 
 def test_factors_that_leave_the_range_of_numbers_are_refused_without_a_traceback():
-    twice = "optimizer.overrides=[{pattern: '*.up.*', eps: 1e-300}, {pattern: '*.up.weight', eps: 1e-300}]"
+    twice = (
+        "optimizer.overrides=[{pattern: '*.up.*', eps: 1e-300}, {pattern: '*.up.weight', "
+        "eps: 1e-300}]"
+    )
     assert (
         "the AdamW epsilon is 0 for hidden_weight (layers.0.mlp.up.weight and 3 more)"
         in refusal(twice)
@@ -251,10 +237,8 @@ def test_factors_that_leave_the_range_of_numbers_are_refused_without_a_traceback
 def test_what_ones_own_factor_makes_too_small_is_not_blamed_on_the_base_value(word):
     """A base epsilon of 471 would keep the values, and nothing would train."""
     message = refusal(word)
-    assert (
-        "bring the factors in completep.factors and optimizer.overrides nearer to 1" in message
-        and "at least" not in message
-    )
+    assert "bring the factors in completep.factors and optimizer.overrides nearer to 1" in message
+    assert "at least" not in message
     assert check(word.replace("1e-40", "0.5")) == []
     # Where the base value is too small by itself, it is what has to change.
     assert "Use optimizer.base_eps of at least" in refusal(
@@ -275,9 +259,8 @@ def test_betas_that_would_not_move_their_moments_are_refused():
         "optimizer.betas=[0.9, 0.99999999]"
     )
     assert check("optimizer.betas=[0.9, 0.99999999]", "training.precision=float64") == []
-    scaled = refusal(
-        "completep.base_batch_tokens=1000000000000000000"
-    )  # 1 - beta scales with m_B: to less than a rounding of 1
+    # 1 - beta scales with m_B: to less than a rounding of 1
+    scaled = refusal("completep.base_batch_tokens=1000000000000000000")
     assert "optimizer.betas.0 = 0.9" in scaled and "completep.base_batch_tokens" in scaled
 
 
@@ -291,9 +274,11 @@ def test_a_batch_scale_that_is_no_number_is_refused():
 
 
 def test_an_epsilon_below_the_bound_makes_weights_that_are_no_numbers_and_one_above_does_not():
-    """Why it is refused: rows of the embedding that no token hits have zero moments, and 0 / (0 + 0) is NaN."""
+    """Why it is refused: rows of the embedding that no token hits have zero moments,
+    and 0 / (0 + 0) is NaN.
+    """
     model = model_config()
-    table = table_for(model, completep_config())
+    table = table_for(model)
     smallest = torch.finfo(torch.float32).tiny / 0.25  # the table's smallest factor at this shape
     for base_eps, finite in ((1e-46, False), (smallest, True)):
         settings = optimizer_config(base_eps=base_eps)

@@ -1,4 +1,6 @@
-"""E1: role, initial standard deviation, learning rate, weight decay and epsilon of every parameter of the model, on a grid of shapes."""
+"""E1: role, initial standard deviation, learning rate,
+weight decay and epsilon of every parameter of the model, on a grid of shapes.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import (
-    build_model,
-    build_optimizer,
-    completep_config,
-    model_config,
-    optimizer_config,
-    plain_table,
-    table_for,
-)
 from torch import nn
 
 from megatron_completep.completep import table as page
@@ -25,23 +18,27 @@ from megatron_completep.config.schema import OverrideConfig
 from megatron_completep.errors import ConfigError
 from megatron_completep.model.gpt import GPT
 from megatron_completep.optim.groups import Group, build_groups
-from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.parameter import Spec, declare
 from megatron_completep.roles import Role
+from tests.support.configs import GPT2, PAPER
+from tests.support.models import (
+    build_model,
+    build_optimizer,
+    completep_config,
+    model_config,
+    model_on_paper,
+    optimizer_config,
+    plain_table,
+    table_for,
+)
 
 SIGMA, ETA, LAMBDA, EPS = 0.02, 0.004, 0.1, 1e-12
 GRID = list(itertools.product((1, 2, 4), (1, 2, 8), (0.5, 1.0)))
 SMALL_GRID = [(2, 2, 0.5)]  # enough for the negative controls
 MODELS: list[dict[str, Any]] = [
-    {
-        "bias": True,
-        "norm": "layernorm",
-        "activation": "gelu",
-        "position": "learned",
-        "qk_norm": True,
-    },
+    {**GPT2, "qk_norm": True},
     {"num_query_groups": 2, "activation": "swiglu", "tied_embeddings": True},
-    {"activation": "squared_relu", "position": "alibi", "bias": True, "norm": "layernorm"},
+    PAPER,
 ]
 
 
@@ -81,12 +78,14 @@ def expected(
 def groups_of(
     m_N: int, m_L: int, alpha: float, changes: dict[str, Any]
 ) -> tuple[GPT, dict[str, Group]]:
-    """A model m_N times as wide and m_L times as deep as its base; its MLP is 3 times as wide as the base's. No memory is touched."""
+    """A model m_N times as wide and m_L times as deep as its base;
+    its MLP is 3 times as wide as the base's. No memory is touched.
+    """
     model = model_config(
         **{"hidden_size": 16 * m_N, "num_layers": 2 * m_L, "ffn_hidden_size": 96, **changes}
     )
     table = table_for(model, completep_config(alpha=alpha, base_ffn_hidden_size=32))
-    gpt = GPT(model, table, ParallelContext.single("meta"))
+    gpt = model_on_paper(model, table)
     optimizer = optimizer_config(
         base_lr=ETA, base_init_std=SIGMA, base_weight_decay=LAMBDA, base_eps=EPS
     )
@@ -139,7 +138,9 @@ def test_a_wrong_table_is_found(role: Role, cell: str, monkeypatch: pytest.Monke
 
 
 def test_a_wrongly_declared_fan_in_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fused QKV or gate-and-up matrix has the fan-in of one of its parts, and down_proj that of the FFN."""
+    """A fused QKV or gate-and-up matrix has the fan-in of one of its parts,
+    and down_proj that of the FFN.
+    """
     forgetful = lambda *values, **settings: Spec(*values, **{**settings, "fan_in": None})  # noqa: E731
     monkeypatch.setattr("megatron_completep.parallel.linear.Spec", forgetful)
     assert any("hidden_weight" in line for line in differences(SMALL_GRID))
@@ -148,7 +149,7 @@ def test_a_wrongly_declared_fan_in_is_found(monkeypatch: pytest.MonkeyPatch) -> 
 def test_every_element_is_in_exactly_one_group_of_the_optimizer() -> None:
     gpt = build_model(
         model := model_config(bias=True, norm="layernorm"),
-        table := table_for(model, completep_config()),
+        table := table_for(model),
     )
     optimizer = build_optimizer(gpt, table)
     sizes: Counter[str] = Counter()
@@ -162,15 +163,16 @@ def test_every_element_is_in_exactly_one_group_of_the_optimizer() -> None:
 
 
 def test_groups_that_differ_in_eps_alone_stay_apart() -> None:
-    """At alpha = 1 and the base width, hidden weights and embeddings have the same learning rate and decay."""
+    """At alpha = 1 and the base width,
+    hidden weights and embeddings have the same learning rate and decay.
+    """
     _, groups = groups_of(1, 8, 1.0, {"ffn_hidden_size": 32})
     embedding, hidden = groups["embedding.weight"], groups["layers.3.mlp.up.weight"]
     assert (embedding.lr_factor, embedding.weight_decay) == (hidden.lr_factor, hidden.weight_decay)
     assert embedding.eps == pytest.approx(8 * hidden.eps, rel=1e-12)
     merged = {(group.lr_factor, group.weight_decay): group for group in groups.values()}
-    assert len(merged) < len(
-        {(g.lr_factor, g.weight_decay, g.eps) for g in groups.values()}
-    )  # what a key of (lr, wd) would lose
+    # What a key of (lr, wd) would lose.
+    assert len(merged) < len({(g.lr_factor, g.weight_decay, g.eps) for g in groups.values()})
 
 
 def test_a_parameter_without_a_role_raises_and_is_named() -> None:
@@ -181,14 +183,14 @@ def test_a_parameter_without_a_role_raises_and_is_named() -> None:
         build_groups(module.named_parameters(), plain_table(), optimizer_config())
 
 
-# --- overrides ----------------------------------------------------------------------------------------------------------------------
+# Overrides.
 
 
 def groups_with(*overrides: OverrideConfig) -> dict[str, Group]:
     model = model_config(num_layers=12, num_attention_heads=2, hidden_size=8)
-    table = table_for(model, completep_config())
-    gpt = GPT(model, table, ParallelContext.single("meta"))
-    return build_groups(gpt.named_parameters(), table, optimizer_config(overrides=list(overrides)))
+    gpt = model_on_paper(model)
+    settings = optimizer_config(overrides=list(overrides))
+    return build_groups(gpt.named_parameters(), gpt.table, settings)
 
 
 def test_overrides_multiply_what_their_pattern_matches_and_nothing_else() -> None:
@@ -207,6 +209,5 @@ def test_overrides_multiply_what_their_pattern_matches_and_nothing_else() -> Non
         assert changed[name].weight_decay == group.weight_decay * (0.0 if second else 1), name
         assert changed[name].eps == group.eps * (100.0 if second else 1), name
         assert changed[name].init_std == group.init_std * (3.0 if second else 1), name
-    assert (
-        plain["layers.11.mlp.up.weight"] == changed["layers.11.mlp.up.weight"]
-    )  # layers.1.* is not layers.11
+    # layers.1.* is not layers.11
+    assert plain["layers.11.mlp.up.weight"] == changed["layers.11.mlp.up.weight"]

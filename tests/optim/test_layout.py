@@ -1,4 +1,6 @@
-"""The flat layout: every element owned exactly once, aligned, whatever the sizes, the ranks and the buckets."""
+"""The flat layout: every element owned exactly once,
+aligned, whatever the sizes, the ranks and the buckets.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from small_models import completep_config, model_config, small_setup, table_for
 
-from megatron_completep.model.gpt import GPT
 from megatron_completep.optim.layout import ALIGNMENT, Entry, Layout, Segment, lay_out
-from megatron_completep.parallel.context import ParallelContext
+from tests.support.models import model_config, model_on_paper, small_setup
 
 sizes = st.lists(st.integers(1, 700), min_size=1, max_size=12).map(
     lambda numbers: [Entry(f"p{i}", n) for i, n in enumerate(numbers)]
@@ -72,9 +72,8 @@ def test_buckets_follow_each_other_and_split_evenly_and_aligned(
     for place in layout.buckets:
         assert place.start == position and place.size % (ALIGNMENT * shards) == 0
         slices = [place.slice_of(shard) for shard in range(shards)]
-        assert [a for a, _ in slices] == [place.start, *(b for _, b in slices[:-1])] and slices[-1][
-            1
-        ] == place.stop
+        assert [a for a, _ in slices] == [place.start, *(b for _, b in slices[:-1])]
+        assert slices[-1][1] == place.stop
         assert len({b - a for a, b in slices}) == 1
         position = place.stop
     assert layout.size == position and layout.shard_size * shards == layout.size
@@ -129,7 +128,9 @@ def test_a_bucket_is_closed_once_it_is_full(
 def test_parameters_of_two_axes_share_no_bucket_and_each_is_cut_over_its_own_ranks(
     parameters: list[Entry], data: st.DataObject
 ) -> None:
-    """As with experts that a part of the data ranks holds: their state is divided over fewer ranks."""
+    """As with experts that a part of the data ranks holds:
+    their state is divided over fewer ranks.
+    """
     shards = {"gradient": 6, "few": 2}
     axes = data.draw(
         st.lists(st.sampled_from(list(shards)), min_size=len(parameters), max_size=len(parameters))
@@ -187,7 +188,7 @@ def test_the_check_of_ownership_finds_a_lost_element() -> None:
 @pytest.mark.parametrize("shards", [1, 3])
 def test_the_model_s_parameters_lie_in_backward_order(shards: int) -> None:
     model = model_config(num_layers=3, bias=True, norm="layernorm")
-    gpt = GPT(model, table_for(model, completep_config()), ParallelContext.single("meta"))
+    gpt = model_on_paper(model)
     named = [Entry(name, p.numel()) for name, p in reversed(list(gpt.named_parameters()))]
     layout = laid_out(named, shards, 1 << 12)
     names = [piece.name for piece in layout.pieces]

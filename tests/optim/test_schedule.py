@@ -1,4 +1,6 @@
-"""Schedules against closed forms, and E9: lr_group(t) = schedule(t) * factor, after a reload too."""
+"""Schedules against closed forms, and E9:
+lr_group(t) = schedule(t) * factor, after a reload too.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +13,13 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from small_models import batch_of, optimizer_config, small_setup, train_step
 from torch import Tensor
 
 from megatron_completep.config import derived
 from megatron_completep.config.schema import OptimizerConfig
 from megatron_completep.optim.optimizer import DistributedOptimizer
 from megatron_completep.optim.schedule import learning_rate, schedule
+from tests.support.models import batch_of, optimizer_config, small_setup, train_step
 
 STEPS = 100
 
@@ -95,9 +97,8 @@ def test_every_schedule_rises_to_one_peak_and_falls_to_its_minimum(
     )
     values = [schedule(step, config, steps) for step in range(1, steps + 1)]
     ramp = derived.warmup_steps(config, steps)
-    assume(
-        shape != "warmup_stable_decay" or ramp + derived.decay_steps(config, steps) <= steps
-    )  # the configuration's check holds this
+    # The configuration's check holds this.
+    assume(shape != "warmup_stable_decay" or ramp + derived.decay_steps(config, steps) <= steps)
     assert all(0 <= value <= 1 for value in values)
     assert all(a < b for a, b in itertools.pairwise(values[:ramp]))
     after = values[max(0, ramp - 1) :]
@@ -120,7 +121,7 @@ def test_a_step_beyond_the_last_stays_at_the_minimum() -> None:
     assert learning_rate(100, config, 100) == pytest.approx(0.1 * config.base_lr)
 
 
-# --- E9 -------------------------------------------------------------------------------------------------------------------------------
+# E9.
 
 SETTINGS = {
     "base_weight_decay": 0.0,
@@ -168,14 +169,11 @@ def copy_state(source: DistributedOptimizer, target: DistributedOptimizer) -> No
     target.control.copy_(source.control)
 
 
-def test_the_learning_rate_of_a_group_is_schedule_times_factor_at_warm_up_peak_minimum_and_after_reload() -> (
-    None
-):
+def test_a_groups_rate_is_schedule_times_factor_at_warm_up_peak_minimum_and_after_reload() -> None:
     gpt, optimizer, _ = small_setup(completep={"alpha": 0.5}, optimizer=SETTINGS)
     factors = {name: group.lr_factor for name, group in optimizer.groups.items()}
-    assert (
-        len(set(factors.values())) == 3
-    )  # outside the blocks, vectors in blocks, matrices in blocks
+    # Outside the blocks, vectors in blocks, matrices in blocks.
+    assert len(set(factors.values())) == 3
     shape = np.interp(np.arange(1, TOTAL + 1), [0, 4, TOTAL], [0, 1, 0.25])
     for step in range(1, TOTAL + 1):
         if step in (2, 4, 9):  # in the warm-up, at its end, on the way down
@@ -190,7 +188,9 @@ def test_the_learning_rate_of_a_group_is_schedule_times_factor_at_warm_up_peak_m
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_training_goes_on_bitwise_after_a_reload(dtype: torch.dtype) -> None:
-    """Epsilon and decay survive with it: a large eps and decay would show any change in the last bit."""
+    """Epsilon and decay survive with it:
+    a large eps and decay would show any change in the last bit.
+    """
     settings = {"base_weight_decay": 0.3, "base_eps": 1e-2, "schedule": "cosine", "warmup_steps": 2}
 
     def run(reload_after: int | None, changes: dict[str, Any] | None = None) -> Tensor:

@@ -6,22 +6,21 @@ import random
 
 import pytest
 import torch
-from small_models import (
+
+from megatron_completep.config.schema import ParallelConfig
+from tests.support.models import (
     build_model,
     build_optimizer,
-    completep_config,
     model_config,
     optimizer_config,
     table_for,
 )
 
-from megatron_completep.config.schema import ParallelConfig
-
 
 @pytest.mark.parametrize("seed", range(5))
 def test_buckets_start_as_they_lie_whichever_gradient_comes_last(seed: int) -> None:
     model = model_config()
-    table = table_for(model, completep_config())
+    table = table_for(model)
     gpt = build_model(model, table)
     optimizer = build_optimizer(
         gpt, table, optimizer_config(), parallel=ParallelConfig(bucket_megabytes=0.02)
@@ -32,9 +31,8 @@ def test_buckets_start_as_they_lie_whichever_gradient_comes_last(seed: int) -> N
     optimizer.begin_step(1)
     parameters = list(gpt.parameters())
     random.Random(seed).shuffle(parameters)
-    held = (
-        parameters.pop()
-    )  # nothing of its bucket and of later ones may start before its gradient is there
+    # Nothing of its bucket and of later ones may start before its gradient is there.
+    held = parameters.pop()
     (bucket,) = (
         piece.bucket for piece in shards.layout.pieces if shards.parameters[piece.name] is held
     )
@@ -48,7 +46,7 @@ def test_buckets_start_as_they_lie_whichever_gradient_comes_last(seed: int) -> N
 
 def test_a_parameter_without_a_contribution_is_reduced_when_the_step_ends() -> None:
     model = model_config()
-    table = table_for(model, completep_config())
+    table = table_for(model)
     gpt = build_model(model, table)
     optimizer = build_optimizer(
         gpt, table, optimizer_config(), parallel=ParallelConfig(bucket_megabytes=0.02)

@@ -6,15 +6,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from layouts import BASE, GLOBAL_BATCH, batch_of, context_for, model_config, optimizer_config
-from small_models import table_for
 from torch import nn
 
-from megatron_completep.model.initialize import initialize
-from megatron_completep.model.stages import build_chunks
-from megatron_completep.optim.optimizer import DistributedOptimizer
 from megatron_completep.optim.shards import Shards
-from megatron_completep.run.forward_backward import ForwardBackward, MicroBatch
+from tests.parallel.layouts import Case, assembled, counted_tokens, micro_batches_of
 
 MICRO_BATCHES = 4
 
@@ -54,28 +49,19 @@ def reductions(
     rank: int, layout: dict[str, Any], model_changes: dict[str, Any], frozen: str = ""
 ) -> Seen:
     """One step of a small model; what contains `frozen` in its name is not trained."""
-    context, parallel = context_for(rank, layout)
-    model, settings = model_config(model_changes), optimizer_config({})
-    table = table_for(model, BASE)
-    chunks = build_chunks(model, table, parallel, context)
-    for chunk in chunks:
-        initialize(chunk, table, settings, seed=7)
-    optimizer = DistributedOptimizer(chunks, table, settings, context, parallel)
+    case = Case(layout, model_changes, micro_batches=MICRO_BATCHES)
+    config, context, assembly = assembled(rank, case)
+    optimizer = assembly.optimizer
     for name, parameter in optimizer.shards.parameters.items():
         parameter.requires_grad_(not frozen or frozen not in name)
-    run = ForwardBackward(
-        chunks, model, parallel, context, GLOBAL_BATCH // context.data.size // MICRO_BATCHES
-    )
-    tokens, labels = (x.chunk(context.data.size)[context.data.rank] for x in batch_of(0, model))
-    parts = zip(tokens.chunk(MICRO_BATCHES), labels.chunk(MICRO_BATCHES), strict=True)
+    batches = micro_batches_of(0, config, context)
     seen = Seen(len(optimizer.shards.layout.buckets))
     counts = watch(optimizer.shards)
     optimizer.begin_step(MICRO_BATCHES)
-    total = run([MicroBatch(t, y) for t, y in parts])
+    loss_sum = assembly.step.passes(batches)
     seen.counts = list(counts)
     seen.started = list(optimizer.shards.started)
-    counted = (labels != -100).sum() * (context.pipeline.rank == 0)
-    optimizer.step(settings.base_lr, total, counted)
+    optimizer.step(config.optimizer.base_lr, loss_sum, counted_tokens(batches, context))
     seen.started_in_step = list(optimizer.shards.started)
     optimizer.wait_for_parameters()
     return seen

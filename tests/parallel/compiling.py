@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from counting import build_step, run_config
 from torch import Tensor
 
 from megatron_completep.model.compile import compile_regions
+from tests.parallel.counting import build_step, run_config
 
 Result = tuple[list[float], dict[str, Tensor]]
 
@@ -16,7 +16,9 @@ Result = tuple[list[float], dict[str, Tensor]]
 def train_twice(
     rank: int, sections: dict[str, dict[str, Any]], backend: str
 ) -> tuple[Result, Result, int]:
-    """Losses and final parameters without and with compiled regions, and how many graphs were compiled."""
+    """Losses and final parameters without and with compiled regions,
+    and how many graphs were compiled.
+    """
     return train(rank, sections, None), *train_compiled(rank, sections, backend)
 
 

@@ -10,12 +10,10 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_completep.benchmarks.training_benchmark import BenchmarkSettings, random_batch
-from megatron_completep.completep import table_of
-from megatron_completep.config import config_from_mapping
 from megatron_completep.config.derived import micro_batches_per_step
 from megatron_completep.config.schema import Config
-from megatron_completep.optim.optimizer import DistributedOptimizer
-from megatron_completep.parallel.context import ParallelContext, data_parallel_size_for
+from megatron_completep.data.loader import Batch
+from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.planning.communication import (
     ALL_GATHER,
     ALL_REDUCE,
@@ -23,13 +21,14 @@ from megatron_completep.planning.communication import (
     SEND,
     collectives_per_step,
 )
-from megatron_completep.run.assemble import build_model
-from megatron_completep.run.precision import DTYPES
+from megatron_completep.run.assemble import assemble
 from megatron_completep.run.step import TrainingStep
+from tests.parallel.layouts import SPREAD_MODEL
+from tests.support.configs import Sections, merged, small_config
+from tests.support.ranks import context_on
 
-Calls = Counter[
-    tuple[str, str, int]
-]  # (process group, operation, bytes of the whole tensor) -> calls
+# (process group, operation, bytes of the whole tensor) -> calls
+Calls = Counter[tuple[str, str, int]]
 
 # What torch.distributed dispatches to -> the operation, and which argument holds the whole tensor.
 OPERATIONS = {
@@ -43,7 +42,9 @@ AXES = ("tensor", "shard", "replica", "pipeline", "world")
 
 
 class CountCollectives(TorchDispatchMode):
-    """Sees every collective of this process, whoever calls it; one that it does not know is an error."""
+    """Sees every collective of this process, whoever calls it;
+    one that it does not know is an error.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,63 +72,31 @@ class CountCollectives(TorchDispatchMode):
         ] += 1
 
 
-def run_config(sections: dict[str, dict[str, Any]]) -> Config:
-    """A small run: `sections` replace single settings."""
-    settings: dict[str, dict[str, Any]] = {
-        "model": {
-            "hidden_size": 32,
-            "num_layers": 4,
-            "num_attention_heads": 4,
-            "ffn_hidden_size": 64,
-            "vocab_size": 61,
-            "vocab_multiple": 4,
-            "seq_length": 16,
-        },
-        "completep": {"base_hidden_size": 16, "base_num_layers": 2},
+def run_config(sections: Sections) -> Config:
+    """A small run of several buckets; `sections` replace single settings."""
+    base = {
+        "model": SPREAD_MODEL,
         "parallel": {"bucket_megabytes": 0.03},
-        "optimizer": {"base_lr": 1e-2, "schedule": "constant"},
-        "data": {"train": [{"prefix": "none"}]},
-        "training": {
-            "micro_batch_size": 2,
-            "global_batch_size": 8,
-            "train_steps": 10,
-            "precision": "float32",
-            "device": "cpu",
-            "output_dir": "none",
-        },
+        "optimizer": {"schedule": "constant"},
     }
-    return config_from_mapping(
-        {name: {**values, **sections.get(name, {})} for name, values in settings.items()},
-        [],
-        "test",
-    )
+    return small_config(**merged(base, sections))
 
 
-def build_step(rank: int, config: Config) -> tuple[TrainingStep, list[Any], ParallelContext]:
+def build_step(rank: int, config: Config) -> tuple[TrainingStep, list[Batch], ParallelContext]:
     """The training step of `pretrain` in the process group at hand, and this rank's batches."""
-    world_size = dist.get_world_size()
-    data_size = data_parallel_size_for(config.parallel, world_size)
-    context = ParallelContext.over_world(
-        config.parallel, torch.device("cpu"), rank, world_size, data_size
-    )
-    table = table_of(config)
-    precision = DTYPES[config.training.precision]
-    chunks = build_model(config, table, context, precision)
-    optimizer = DistributedOptimizer(
-        chunks, table, config.optimizer, context, config.parallel, precision
-    )
+    context = context_on(rank, config.parallel)
+    step = assemble(config, context).step
     batch = random_batch(BenchmarkSettings(config.model, config.training.micro_batch_size))
-    return (
-        TrainingStep(config, context, chunks, optimizer),
-        [batch] * micro_batches_per_step(config, world_size),
-        context,
-    )
+    return step, [batch] * micro_batches_per_step(config, context.world_size), context
 
 
 def planned_and_counted(
     rank: int, sections: dict[str, dict[str, Any]], forgotten: str = ""
 ) -> tuple[dict[Any, int], dict[Any, int]]:
-    """What the plan says of this rank's second step, and what happened. `forgotten`: calls that the plan leaves out, for controls."""
+    """What the plan says of this rank's second step, and what happened.
+
+    `forgotten`: calls that the plan leaves out, for controls.
+    """
     config = run_config(sections)
     step, batches, context = build_step(rank, config)
     step.run(batches, 1)

@@ -1,4 +1,6 @@
-"""All features that a model and a run may have, level by level, and a short run of any combination in any layout."""
+"""All features that a model and a run may have, level by level,
+and a short run of any combination in any layout.
+"""
 
 from __future__ import annotations
 
@@ -9,34 +11,31 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from covering_array import Row
-from layouts import assemble
 from torch import Tensor
 
 from megatron_completep.completep import table_of
-from megatron_completep.config import Config, config_from_mapping
+from megatron_completep.config import Config
 from megatron_completep.data.loader import Batch, Layout, Loader, ValidationBatches
 from megatron_completep.data.samples import Sample
 from megatron_completep.guards.replicas import replica_hashes, who_differs
 from megatron_completep.optim.check import check_parameters
 from megatron_completep.optim.groups import Group
-from megatron_completep.optim.optimizer import DistributedOptimizer
-from megatron_completep.parallel.context import ParallelContext, data_parallel_size_for
 from megatron_completep.parallel.parameter import Spec
-from megatron_completep.run.assemble import build_model
+from megatron_completep.run.assemble import assemble
 from megatron_completep.run.state import RunState
-from megatron_completep.run.step import StepFigures, TrainingStep
+from megatron_completep.run.step import StepFigures
 from megatron_completep.training.loop import launch_step
+from tests.parallel.covering_array import Row
+from tests.parallel.layouts import SPREAD_MODEL, joined
+from tests.support.configs import merged, small_config
+from tests.support.ranks import context_on
 
 STEPS = 3
 SEQ_LENGTH = 16
 Settings = dict[str, dict[str, Any]]  # section -> key -> value
 
-TENSOR, SEQUENCE = (
-    {"tensor_parallel_size": 2},
-    {"tensor_parallel_size": 2, "sequence_parallel": True},
-)
+TENSOR = {"tensor_parallel_size": 2}
+SEQUENCE = {**TENSOR, "sequence_parallel": True}
 PIPELINE = {"pipeline_parallel_size": 2}
 VIRTUAL = {**PIPELINE, "virtual_pipeline_size": 2}
 BUCKETS = {"bucket_megabytes": 0.03}  # several of them
@@ -90,7 +89,8 @@ MULTIPLIERS = {
     "logit_multiplier": 2.0,
 }
 
-# factor -> level -> settings that differ from the base. The first level of each goes with everything.
+# factor -> level -> settings that differ from the base. The first level of each goes with
+# everything.
 FEATURES: dict[str, dict[str, Settings]] = {
     "layout": {name: {} for name in LAYOUTS},
     "norm": {"rmsnorm": {}, "layernorm": {"model": {"norm": "layernorm"}}},
@@ -188,7 +188,9 @@ def data_size(layout: str) -> int:
 
 
 def forbidden(a: tuple[str, str], b: tuple[str, str]) -> bool:
-    """What the configuration refuses, and dropout where its masks depend on the rank (docs/parallelism.md)."""
+    """What the configuration refuses,
+    and dropout where its masks depend on the rank (docs/parallelism.md).
+    """
     levels = dict((a, b))
     if "layout" not in levels:
         return False
@@ -212,41 +214,28 @@ def is_rounded(row: Row) -> bool:
 
 def config_of(row: Row, one_process: bool = False) -> Config:
     """The run of a row in its layout, or the same in one process."""
-    settings: Settings = {
-        "model": {
-            "hidden_size": 32,
-            "num_layers": 4,
-            "num_attention_heads": 4,
-            "ffn_hidden_size": 64,
-            "vocab_size": 61,
-            "vocab_multiple": 4,
-            "seq_length": SEQ_LENGTH,
-        },
-        "completep": {"base_hidden_size": 16, "base_num_layers": 2},
-        "parallel": {},
-        # A large epsilon: Adam would otherwise make a step of rounding noise, where the true gradient is zero.
+    base: Settings = {
+        "model": {**SPREAD_MODEL, "seq_length": SEQ_LENGTH},
+        # A large epsilon: where the true gradient is zero, Adam would otherwise make a step of
+        # rounding noise.
         "optimizer": {
-            "base_lr": 1e-2,
             "base_eps": 1e-3,
             "base_init_std": 0.2,
             "warmup_steps": 1,
             "grad_clip": 0.1,
         },
-        "data": {"train": [{"prefix": "none"}]},
         "training": {
             "micro_batch_size": 1,
             "global_batch_size": 16,
             "train_steps": STEPS,
             "precision": "float64",
-            "device": "cpu",
-            "output_dir": "none",
         },
     }
-    for factor, level in row.items():
-        for section, changes in FEATURES[factor][level].items():
-            settings[section] = settings[section] | changes
-    settings["parallel"] = {} if one_process else settings["parallel"] | parallel_of(row["layout"])
-    return config_from_mapping(settings, name=str(row))
+    levels = [FEATURES[factor][level] for factor, level in row.items()]
+    settings = merged(base, *levels, {"parallel": parallel_of(row["layout"])})
+    if one_process:
+        settings["parallel"] = {}
+    return small_config(**settings)
 
 
 class Documents:
@@ -262,7 +251,9 @@ class Documents:
 
 
 class SyntheticLoader(Loader):
-    """Leaves out some labels, unevenly over samples: data ranks count different numbers of tokens."""
+    """Leaves out some labels, unevenly over samples:
+    data ranks count different numbers of tokens.
+    """
 
     def next_step(self, global_batch_size: int | None = None) -> list[Batch]:
         return [
@@ -280,11 +271,11 @@ def partly(batch: Batch) -> Tensor:
 class Trained:
     """What one rank saw of a run."""
 
-    where: tuple[int, int, int]  # rank on the tensor, data and pipeline axis
+    position: tuple[int, int, int]  # rank on the tensor, data and pipeline axis
     figures: list[StepFigures]
     validation: float
     parameters: dict[str, Tensor]
-    placements: dict[str, Spec]
+    specs: dict[str, Spec]
     groups: dict[str, Group]
     hashes: dict[str, list[int]]
 
@@ -296,28 +287,22 @@ ENDS_ALONE = "the ends of a tied embedding do not exchange gradients"
 
 
 def run_row(rank: int, config: Config, mutation: str = "") -> Trained:
-    """Train, through the loop's own `launch`, in the process group at hand or alone, and evaluate."""
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
-    context = ParallelContext.single()
-    if world_size > 1:
-        data = data_parallel_size_for(config.parallel, world_size)
-        context = ParallelContext.over_world(
-            config.parallel, torch.device("cpu"), rank, world_size, data
-        )
+    """Train, through the loop's own `launch`,
+    in the process group at hand or alone, and evaluate.
+    """
+    context = context_on(rank, config.parallel)
     table = table_of(config)
     check_parameters(config, table)
-    chunks = build_model(config, table, context, torch.float64)
-    settings = config.optimizer
     if mutation == OVERRIDES_ON_FIRST_STAGE and context.pipeline.rank > 0:
-        settings = settings.model_copy(update={"overrides": []})
-    optimizer = DistributedOptimizer(
-        chunks, table, settings, context, config.parallel, torch.float64
-    )
+        settings = config.optimizer.model_copy(update={"overrides": []})
+        config = config.model_copy(update={"optimizer": settings})
+    assembly = assemble(config, context, table)
+    optimizer = assembly.optimizer
+    step = assembly.step
     if mutation == FORGOTTEN_SUM:
         optimizer.shards.partial_segments = []
     if mutation == ENDS_ALONE:
         optimizer.shards.tied_buckets = []
-    step = TrainingStep(config, context, chunks, optimizer)
     layout = Layout(config.training.micro_batch_size, context.data.rank, context.data.size)
     corpus: Any = Documents(config.model.vocab_size)
     settings_of_data = {
@@ -350,64 +335,77 @@ def run_row(rank: int, config: Config, mutation: str = "") -> Trained:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """figures: relative, of losses (terms: to the whole loss) and norms; parameters: of any element, in base learning rates."""
+    """How far a layout may be from one process.
+
+    figures: relative, of losses (terms: to the whole loss) and norms. parameters: of any element,
+    in base learning rates.
+    """
 
     figures: float
     parameters: float
 
 
 EXACT = Tolerance(1e-11, 1e-9)
-ROUNDED = Tolerance(
-    2e-2, 3.0
-)  # gradients travelled in bf16; three steps of Adam move an element by up to 18
+# Gradients travelled in bf16; three steps of Adam move an element by up to 18 learning rates.
+ROUNDED = Tolerance(2e-2, 3.0)
 
 
 def differences(
     ranks: list[Trained], truth: Trained, base_lr: float, tolerance: Tolerance
 ) -> list[str]:
     """What is not as in one process, in words."""
-    found = []
+    lines = []
     for rank, trained in enumerate(ranks):
-        for number, (own, true) in enumerate(zip(trained.figures, truth.figures, strict=True), 1):
-            named = {
-                "loss": (own.loss, true.loss, true.loss),
-                "gradient norm": (own.grad_norm, true.grad_norm, true.grad_norm),
-            }
-            named |= {
-                name: (own.terms[name], value, true.loss) for name, value in true.terms.items()
-            }
-            found += [
-                f"rank {rank}, step {number}: {name} {a!r} is not {b!r}"
-                for name, (a, b, size) in named.items()
-                if not close(a, b, tolerance.figures * size)
-            ]
-            if (own.counted_tokens, own.passed_over, set(own.terms)) != (
-                true.counted_tokens,
-                true.passed_over,
-                set(true.terms),
-            ):
-                found.append(f"rank {rank}, step {number}: {own} is not {true}")
+        for number, figures in enumerate(zip(trained.figures, truth.figures, strict=True), 1):
+            place = f"rank {rank}, step {number}: "
+            lines += [place + line for line in differing_figures(*figures, tolerance.figures)]
         if not close(trained.validation, truth.validation, tolerance.figures * truth.validation):
-            found.append(
+            lines.append(
                 f"rank {rank}: validation {trained.validation!r} is not {truth.validation!r}"
             )
         for name, group in trained.groups.items():
             if group != truth.groups[group.name]:
-                found.append(f"rank {rank}: {name} {group} is not {truth.groups[group.name]}")
-    for name in {name for trained in ranks for name in trained.parameters}:
-        logical = next(trained.groups[name].name for trained in ranks if name in trained.groups)
-        expected = assemble([truth], "parameters", logical)
-        error = (assemble(ranks, "parameters", name) - expected).abs().max().item() / base_lr
-        if not error <= tolerance.parameters:
-            found.append(f"{name} is off by {error:.2g} learning rates")
-    missing = set(truth.parameters) - {
-        group.name for trained in ranks for group in trained.groups.values()
+                lines.append(f"rank {rank}: {name} {group} is not {truth.groups[group.name]}")
+    lines += differing_parameters(ranks, truth, base_lr, tolerance.parameters)
+    return lines + who_differs([trained.hashes for trained in ranks])
+
+
+def differing_figures(own: StepFigures, true: StepFigures, tolerance: float) -> list[str]:
+    """What a rank reports of a step otherwise than one process does."""
+    named = {
+        "loss": (own.loss, true.loss, true.loss),
+        "gradient norm": (own.grad_norm, true.grad_norm, true.grad_norm),
     }
-    return [
-        *found,
-        *(f"{name} is on no rank" for name in missing),
-        *who_differs([trained.hashes for trained in ranks]),
-    ]
+    for name, term in true.terms.items():
+        named[name] = (own.terms[name], term, true.loss)
+    lines = []
+    for name, (figure, expected, size) in named.items():
+        if not close(figure, expected, tolerance * size):
+            lines.append(f"{name} {figure!r} is not {expected!r}")
+    is_same_step = (
+        own.counted_tokens == true.counted_tokens
+        and own.passed_over == true.passed_over
+        and set(own.terms) == set(true.terms)
+    )
+    return lines if is_same_step else [*lines, f"{own} is not {true}"]
+
+
+def differing_parameters(
+    ranks: list[Trained], truth: Trained, base_lr: float, tolerance: float
+) -> list[str]:
+    """Logical parameters that are off by more than so many learning rates, or on no rank."""
+    lines = []
+    logical_names: dict[str, str] = {}  # a tied embedding has two names
+    for trained in ranks:
+        for name, group in trained.groups.items():
+            logical_names[name] = group.name
+    for name, logical in logical_names.items():
+        expected = joined([truth], "parameters", logical)
+        error = (joined(ranks, "parameters", name) - expected).abs().max().item() / base_lr
+        if not error <= tolerance:
+            lines.append(f"{name} is off by {error:.2g} learning rates")
+    missing_names = set(truth.parameters) - set(logical_names.values())
+    return [*lines, *(f"{name} is on no rank" for name in missing_names)]
 
 
 def close(a: float, b: float, tolerance: float) -> bool:

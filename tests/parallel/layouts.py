@@ -1,4 +1,4 @@
-"""What the layout tests compare: a small model trained in one process, and the same one spread over ranks."""
+"""A small model trained in one process, and the same one spread over ranks."""
 
 from __future__ import annotations
 
@@ -7,32 +7,40 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from small_models import table_for
 from torch import Tensor
 
-from megatron_completep.completep import Table
-from megatron_completep.config.schema import (
-    CompletePConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-)
+from megatron_completep.completep import Table, table_of
+from megatron_completep.config import Config
+from megatron_completep.config.derived import micro_batches_per_step
+from megatron_completep.config.schema import ModelConfig, ParallelConfig
 from megatron_completep.instruments.replay import Replay, Trace, replay
-from megatron_completep.model.initialize import initialize
-from megatron_completep.model.stages import build_chunks
 from megatron_completep.optim.groups import Group
 from megatron_completep.optim.optimizer import DistributedOptimizer
-from megatron_completep.parallel.context import ParallelContext, data_parallel_size_for
+from megatron_completep.parallel.context import ParallelContext
+from megatron_completep.parallel.cross_entropy import IGNORED
 from megatron_completep.parallel.parameter import Spec
-from megatron_completep.run.forward_backward import ForwardBackward, MicroBatch
+from megatron_completep.run.assemble import Assembly, assemble
+from megatron_completep.run.forward_backward import MicroBatch
+from tests.support.configs import small_config
+from tests.support.ranks import context_on
 
 GLOBAL_BATCH = 16  # sequences, split over data ranks and micro-batches
-BASE = CompletePConfig(base_hidden_size=16, base_num_layers=2)
+# Four tensor ranks hold unequal numbers of real columns of the vocabulary.
+SPREAD_MODEL = {
+    "ffn_hidden_size": 64,
+    "vocab_size": 61,
+    "vocab_multiple": 4,
+    "seq_length": 16,
+}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One training run: what the model is, how it is laid out, and how many micro-batches each data rank has in a step."""
+    """One training run.
+
+    layout: settings of `parallel`, and world_size where it is not 1. micro_batches: of each data
+    rank in a step. mutation: a mistake of `MUTATIONS`, or one of the table.
+    """
 
     layout: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
@@ -46,121 +54,119 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one rank saw. Tensors are its own part; `assemble` puts the parts of all ranks together."""
+    """What one rank saw; tensors are this rank's, and `joined` puts those of all ranks together."""
 
-    where: tuple[int, int, int]  # rank on the tensor, data and pipeline axis
+    position: tuple[int, int, int]  # rank on the tensor, data and pipeline axis
     losses: list[float]
     grad_norms: list[float]
     initial: dict[str, Tensor]
     gradients: dict[str, Tensor]  # this data rank's sums in the first step
     moved: dict[str, float]  # largest change of each tensor in the first step
     parameters: dict[str, Tensor]
-    placements: dict[str, Spec]
+    specs: dict[str, Spec]
     groups: dict[str, Group]
     runs: int  # weight-gradient contributions that were computed
 
 
-def model_config(changes: dict[str, Any]) -> ModelConfig:
-    settings: dict[str, Any] = {
-        "hidden_size": 32,
-        "num_layers": 4,
-        "num_attention_heads": 4,
-        "ffn_hidden_size": 64,
-        "vocab_size": 61,
-        "vocab_multiple": 4,
-        "seq_length": 16,
-    }
-    return ModelConfig(**{**settings, **changes})
+def config_of(case: Case) -> Config:
+    """The configuration of a case."""
+    parallel = {name: value for name, value in case.layout.items() if name != "world_size"}
+    sizes = ParallelConfig(**parallel)
+    model_ranks = sizes.tensor_parallel_size * sizes.pipeline_parallel_size
+    data_ranks = case.layout.get("world_size", 1) // model_ranks
+    return small_config(
+        model={**SPREAD_MODEL, **case.model},
+        optimizer={
+            "base_eps": 1e-8,
+            "base_init_std": 0.2,
+            "schedule": "constant",
+            **case.optimizer,
+        },
+        parallel=parallel,
+        training={
+            "micro_batch_size": GLOBAL_BATCH // data_ranks // case.micro_batches,
+            "global_batch_size": GLOBAL_BATCH,
+            "precision": case.precision,
+            "recompute": case.recompute,
+            "seed": 7,
+        },
+    )
 
 
-def optimizer_config(changes: dict[str, Any]) -> OptimizerConfig:
-    settings: dict[str, Any] = {
-        "base_lr": 1e-2,
-        "base_eps": 1e-8,
-        "base_init_std": 0.2,
-        "schedule": "constant",
-    }
-    return OptimizerConfig(**{**settings, **changes})
+def assembled(rank: int, case: Case) -> tuple[Config, ParallelContext, Assembly]:
+    """A case in the process group at hand, or in this process alone without a group."""
+    config = config_of(case)
+    context = context_on(rank, config.parallel)
+    table = mutated_table(table_of(config), case)
+    return config, context, assemble(config, context, table)
 
 
 def batch_of(step: int, model: ModelConfig) -> tuple[Tensor, Tensor]:
-    """Tokens and labels [GLOBAL_BATCH, S]; some labels do not count, unevenly over the batch."""
+    """Tokens and labels [GLOBAL_BATCH, S]; labels that do not count lie unevenly in the batch."""
     generator = torch.Generator().manual_seed(step)
     tokens = torch.randint(
         model.vocab_size, (GLOBAL_BATCH, model.seq_length + 1), generator=generator
     )
     labels = tokens[:, 1:].clone()
-    labels[torch.rand(labels.shape, generator=generator) < 0.2] = -100
-    labels[0, : model.seq_length // 2] = -100
+    labels[torch.rand(labels.shape, generator=generator) < 0.2] = IGNORED
+    labels[0, : model.seq_length // 2] = IGNORED
     return tokens[:, :-1].contiguous(), labels
 
 
-def context_for(rank: int, layout: dict[str, Any]) -> tuple[ParallelContext, ParallelConfig]:
-    world_size = layout.get("world_size", 1)
-    parallel = ParallelConfig(
-        **{key: value for key, value in layout.items() if key != "world_size"}
-    )
-    if world_size == 1:
-        return ParallelContext.single(), parallel
-    data_size = data_parallel_size_for(parallel, world_size)
-    return ParallelContext.over_world(
-        parallel, torch.device("cpu"), rank, world_size, data_size
-    ), parallel
+def micro_batches_of(step: int, config: Config, context: ParallelContext) -> list[MicroBatch]:
+    """This data rank's share of the batch of a step."""
+    batch = batch_of(step, config.model)
+    tokens, labels = (tensor.chunk(context.data.size)[context.data.rank] for tensor in batch)
+    count = micro_batches_per_step(config, context.world_size)
+    pairs = zip(tokens.chunk(count), labels.chunk(count), strict=True)
+    return [MicroBatch(*pair) for pair in pairs]
+
+
+def counted_tokens(batches: list[MicroBatch], context: ParallelContext) -> Tensor:
+    """How many labels count; only the first pipeline rank adds them."""
+    counted = sum((batch.labels != IGNORED).sum() for batch in batches)
+    return counted * (context.pipeline.rank == 0)
 
 
 def train(rank: int, case: Case) -> Outcome:
-    """Train as `case` says, in the process group at hand, or in this process alone when the layout is empty."""
-    context, parallel = context_for(rank, case.layout)
-    model, settings = model_config(case.model), optimizer_config(case.optimizer)
-    table = table_for(model, BASE)
-    dtype = torch.float64 if case.precision == "float64" else torch.float32
-    chunks = build_chunks(
-        model, mutated_table(table, case), parallel, context, recompute=case.recompute
-    )
-    for chunk in chunks:
-        initialize(chunk, table, settings, seed=7)
-        chunk.to(dtype)
-    optimizer = DistributedOptimizer(chunks, table, settings, context, parallel, dtype)
-    MUTATIONS.get(case.mutation, lambda _: None)(optimizer)
-    run = ForwardBackward(
-        chunks, model, parallel, context, GLOBAL_BATCH // context.data.size // case.micro_batches
-    )
+    """Train as `case` says."""
+    config, context, assembly = assembled(rank, case)
+    optimizer = assembly.optimizer
+    if case.mutation in MUTATIONS:
+        MUTATIONS[case.mutation](optimizer)
     initial = copies(optimizer)
-    losses, norms, gradients, moved, runs = [], [], {}, {}, 0
+    losses: list[float] = []
+    norms: list[float] = []
+    gradients: dict[str, Tensor] = {}
+    moved: dict[str, float] = {}
+    runs = 0
     for step in range(case.steps):
-        tokens, labels = (
-            x.chunk(context.data.size)[context.data.rank] for x in batch_of(step, model)
-        )
-        parts = zip(tokens.chunk(case.micro_batches), labels.chunk(case.micro_batches), strict=True)
-        optimizer.begin_step(case.micro_batches)
-        total = run([MicroBatch(t, y) for t, y in parts])
+        batches = micro_batches_of(step, config, context)
+        optimizer.begin_step(len(batches))
+        loss_sum = assembly.step.passes(batches)
         if step == 0:
-            gradients = {
-                name: p.main_grad.clone() for name, p in optimizer.shards.parameters.items()
-            }
+            for name, parameter in optimizer.shards.parameters.items():
+                gradients[name] = parameter.main_grad.clone()
             runs = sum(queue.runs for queue in optimizer.shards.queues)
-        counted = (labels != -100).sum() * (context.pipeline.rank == 0)
-        result = optimizer.step(settings.base_lr, total, counted)
+        result = optimizer.step(
+            config.optimizer.base_lr, loss_sum, counted_tokens(batches, context)
+        )
         losses.append(result.loss.item())
         norms.append(result.grad_norm.item())
         if step == 0:
             optimizer.wait_for_parameters()
-            moved = {
-                name: (value - initial[name]).abs().max().item()
-                for name, value in copies(optimizer).items()
-            }
+            for name, parameter in copies(optimizer).items():
+                moved[name] = (parameter - initial[name]).abs().max().item()
     optimizer.wait_for_parameters()
-    where = context.tensor.rank, context.data.rank, context.pipeline.rank
-    placements = optimizer.shards.specs
     return Outcome(
-        where,
+        (context.tensor.rank, context.data.rank, context.pipeline.rank),
         losses,
         norms,
         initial,
         gradients,
         moved,
         copies(optimizer),
-        placements,
+        optimizer.shards.specs,
         optimizer.groups,
         runs,
     )
@@ -171,11 +177,12 @@ def copies(optimizer: DistributedOptimizer) -> dict[str, Tensor]:
 
 
 def replay_trace(rank: int, stem: str, precision: str, layout: dict[str, Any]) -> Replay:
-    context, parallel = context_for(rank, layout)
-    return replay(Trace.load(stem), precision, context, parallel)
+    """Replay a golden trace in a layout."""
+    parallel = config_of(Case(layout)).parallel
+    return replay(Trace.load(stem), precision, context_on(rank, parallel), parallel)
 
 
-# --- mistakes that the tests must catch ---------------------------------------------------------------------------------------
+# Mistakes that the tests must catch.
 
 
 def _forget_partial_sums(optimizer: DistributedOptimizer) -> None:
@@ -199,54 +206,58 @@ def mutated_table(table: Table, case: Case) -> Table:
     return Table(**{**vars(table), "depth_multiplier": table.depth_multiplier / stages})
 
 
-# --- putting the ranks together -----------------------------------------------------------------------------------------------
+# Putting the ranks together.
 
 
-def assemble(outcomes: list[Outcome], what: str, name: str) -> Tensor:
-    """The logical tensor `what` (initial, gradients or parameters) of a name; gradients are summed as the optimizer sums them."""
-    holders = [o for o in outcomes if name in getattr(o, what)]
-    by_tensor: dict[int, list[Outcome]] = {}
-    for outcome in holders:
-        by_tensor.setdefault(outcome.where[0], []).append(outcome)
-    summed = what == "gradients"
-    local = {
-        t: (
-            torch.stack([getattr(o, what)[name] for o in os]).sum(0)
-            if summed
-            else getattr(os[0], what)[name]
-        )
-        for t, os in by_tensor.items()
-    }
-    placement = holders[0].placements[name]
-    if placement.replicated:
-        return (
-            torch.stack(list(local.values())).sum(0)
-            if summed and placement.partial_gradient
-            else local[0]
-        )
-    whole = torch.zeros(placement.shape, dtype=local[0].dtype)
-    ((dim, _),) = placement.split.items()
-    for tensor_rank, part in local.items():
+def joined(outcomes: list[Outcome], field_name: str, name: str) -> Tensor:
+    """The logical tensor of a parameter: initial, gradients or parameters.
+
+    Gradients are summed as the optimizer sums them: over data ranks, and over tensor ranks where
+    the parameter is replicated and its gradient is not.
+    """
+    by_tensor_rank: dict[int, list[Outcome]] = {}
+    for outcome in outcomes:
+        if name in getattr(outcome, field_name):
+            by_tensor_rank.setdefault(outcome.position[0], []).append(outcome)
+    is_summed = field_name == "gradients"
+    local: dict[int, Tensor] = {}
+    for tensor_rank, holders in by_tensor_rank.items():
+        tensors = [getattr(holder, field_name)[name] for holder in holders]
+        local[tensor_rank] = torch.stack(tensors).sum(0) if is_summed else tensors[0]
+    spec = by_tensor_rank[0][0].specs[name]
+    if spec.replicated:
+        if is_summed and spec.partial_gradient:
+            return torch.stack(list(local.values())).sum(0)
+        return local[0]
+    logical = torch.zeros(spec.shape, dtype=local[0].dtype)
+    ((dim, _),) = spec.split.items()
+    for tensor_rank, tensor in local.items():
         position = 0
-        for start, stop in by_tensor[tensor_rank][0].placements[name].local_ranges(dim):
-            held = max(0, min(stop, whole.shape[dim]) - start)
-            if held:
-                whole.narrow(dim, start, held).copy_(part.narrow(dim, position, held))
+        for start, stop in by_tensor_rank[tensor_rank][0].specs[name].local_ranges(dim):
+            # Padding of the vocabulary lies behind the logical tensor.
+            real = max(0, min(stop, logical.shape[dim]) - start)
+            if real:
+                logical.narrow(dim, start, real).copy_(tensor.narrow(dim, position, real))
             position += stop - start
-    return whole
+    return logical
 
 
-def relative_error(outcomes: list[Outcome], truth: Outcome, what: str) -> dict[str, float]:
+def relative_error(outcomes: list[Outcome], truth: Outcome, field_name: str) -> dict[str, float]:
     """||layout - truth|| / ||truth|| of every logical parameter."""
     errors = {}
     for name in truth.parameters:
-        expected = assemble([truth], what, name).double()
-        found = assemble(outcomes, what, name).double()
-        if what == "gradients" and tied_elsewhere(outcomes, name):
-            found = found + assemble(outcomes, what, "unembedding.weight").double()
-        errors[name] = ((found - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+        expected = joined([truth], field_name, name).double()
+        tensor = joined(outcomes, field_name, name).double()
+        if field_name == "gradients" and tied_elsewhere(outcomes, name):
+            tensor = tensor + joined(outcomes, field_name, "unembedding.weight").double()
+        errors[name] = ((tensor - expected).norm() / expected.norm().clamp_min(1e-30)).item()
     return errors
 
 
 def tied_elsewhere(outcomes: list[Outcome], name: str) -> bool:
-    return any(p.tied_to == name and n != name for o in outcomes for n, p in o.placements.items())
+    """Whether another parameter of some rank is tied to this one."""
+    for outcome in outcomes:
+        for other_name, spec in outcome.specs.items():
+            if spec.tied_to == name and other_name != name:
+                return True
+    return False

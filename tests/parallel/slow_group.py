@@ -1,23 +1,22 @@
-"""Workers for the tests of the distributed optimizer: an artificially slow network in counted time, and counted collectives."""
+"""Workers for the tests of the distributed optimizer:
+an artificially slow network in counted time, and counted collectives.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from layouts import BASE, batch_of, context_for, model_config, optimizer_config
-from small_models import table_for
 from torch import nn
 
-from megatron_completep.model.initialize import initialize
-from megatron_completep.model.stages import build_chunks
-from megatron_completep.optim.optimizer import DistributedOptimizer
 from megatron_completep.parallel import collectives
-from megatron_completep.run.forward_backward import ForwardBackward, MicroBatch
+from tests.parallel.layouts import Case, assembled, counted_tokens, micro_batches_of
 
 
 class Timeline:
-    """Time that passes where it is told to: a rank computes, and a network carries its collectives, one at a time."""
+    """Time that passes where it is told to:
+    a rank computes, and a network carries its collectives, one at a time.
+    """
 
     def __init__(self, delay: int):
         self.now, self.network_free_at, self.delay = 0, 0, delay
@@ -38,7 +37,9 @@ class Timeline:
 
 
 class SlowWork:
-    """A collective on that network: what it moves is there at once, and may be used when its time is over."""
+    """A collective on that network: what it moves is there at once,
+    and may be used when its time is over.
+    """
 
     def __init__(self, timeline: Timeline, exposed: list[int]):
         self._timeline, self._exposed, self._done_at = timeline, exposed, timeline.send()
@@ -48,7 +49,9 @@ class SlowWork:
 
 
 def slow_down(timeline: Timeline, exposed: dict[str, list[int]], monkey: Any) -> None:
-    """Replace the two data-parallel collectives; `exposed` collects how long anybody waited for each."""
+    """Replace the two data-parallel collectives;
+    `exposed` collects how long anybody waited for each.
+    """
 
     def slowed(name: str, real: Any) -> Any:
         def start(out: torch.Tensor, x: torch.Tensor, group: Any, async_op: bool) -> SlowWork:
@@ -70,21 +73,17 @@ def occupy(layer: nn.Module, timeline: Timeline, ticks: int) -> None:
 def exposed_communication(
     rank: int, layer_ticks: int, delay: int, wait_early: bool
 ) -> dict[str, Any]:
-    """Ticks that one step waited for gradients, and the next forward for parameters, with slow collectives."""
+    """Ticks for which one step waited for gradients, and the next forward pass for parameters."""
     layout = {"world_size": 2, "bucket_megabytes": 0.04}
-    context, parallel = context_for(rank, layout)
-    model, settings = model_config({"num_layers": 10}), optimizer_config({})
-    table = table_for(model, BASE)
-    chunks = build_chunks(model, table, parallel, context)
-    initialize(chunks[0], table, settings, seed=7)
-    optimizer = DistributedOptimizer(chunks, table, settings, context, parallel)
+    config, context, assembly = assembled(rank, Case(layout, {"num_layers": 10}))
+    optimizer = assembly.optimizer
     timeline = Timeline(delay)
-    for _, block in chunks[0].blocks():
+    for _, block in assembly.chunks[0].blocks():
         occupy(block, timeline, layer_ticks)
-    run = ForwardBackward(chunks, model, parallel, context, 4)
-    tokens, labels = (x.chunk(2)[rank] for x in batch_of(0, model))
+    batches = micro_batches_of(0, config, context)
+    tokens = counted_tokens(batches, context)
     exposed: dict[str, list[int]] = {"_all_gather": [], "_reduce_scatter": []}
-    originals = collectives._all_gather, collectives._reduce_scatter
+    originals = {name: getattr(collectives, name) for name in exposed}
     slow_down(timeline, exposed, collectives)
     try:
         for step in range(2):
@@ -93,11 +92,12 @@ def exposed_communication(
             optimizer.begin_step(1)
             if wait_early and step:
                 optimizer.wait_for_parameters()
-            optimizer.step(1e-3, run([MicroBatch(tokens, labels)]), (labels != -100).sum())
+            optimizer.step(1e-3, assembly.step.passes(batches), tokens)
         optimizer.wait_for_parameters()
     finally:
-        collectives._all_gather, collectives._reduce_scatter = originals
-    # The gathers of step 2 are waited for after it; those of step 1 were waited for inside its forward.
+        for name, original in originals.items():
+            setattr(collectives, name, original)
+    # Step 2's gathers are waited for after it; step 1's were waited for inside its forward pass.
     gathers = exposed["_all_gather"][: len(optimizer.shards.layout.buckets)]
     return {
         "buckets": len(optimizer.shards.layout.buckets),
@@ -108,14 +108,6 @@ def exposed_communication(
 
 def shard_sizes(rank: int, layout: dict[str, Any]) -> tuple[int, int]:
     """Elements of the flat buffer, and of this rank's share of one optimizer moment."""
-    context, parallel = context_for(rank, layout)
-    model = model_config({})
-    table = table_for(model, BASE)
-    optimizer = DistributedOptimizer(
-        build_chunks(model, table, parallel, context),
-        table,
-        optimizer_config({}),
-        context,
-        parallel,
-    )
+    _, _, assembly = assembled(rank, Case(layout))
+    optimizer = assembly.optimizer
     return optimizer.shards.flat.numel(), optimizer.states["exp_avg"].numel()

@@ -1,11 +1,14 @@
-"""Reductions of gradients start in a fixed order, and none of them waits for the end of backward for it."""
+"""Reductions of gradients start in a fixed order,
+and none of them waits for the end of backward for it.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
-from bucket_order import Seen, reductions
+
+from tests.parallel.bucket_order import Seen, reductions
 
 TWO_STAGES = {"world_size": 4, "pipeline_parallel_size": 2, "bucket_megabytes": 0.005}
 LAYOUTS: dict[str, dict[str, Any]] = {

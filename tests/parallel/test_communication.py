@@ -5,16 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from counting import planned_and_counted
 
-TIED = {
-    "norm": "layernorm",
-    "activation": "gelu",
-    "position": "learned",
-    "bias": True,
-    "tied_embeddings": True,
-    "qk_norm": True,
-}
+from tests.parallel.counting import planned_and_counted
+from tests.support.configs import TIED_GPT2
+
+TIED = {**TIED_GPT2, "qk_norm": True}
 GROUPED = {"num_query_groups": 2, "bias": True, "norm": "layernorm"}
 SEQUENCE = {"tensor_parallel_size": 2, "sequence_parallel": True}
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compiling import train_twice
-from counting import build_step, run_config
 
 from megatron_completep.model.attention import attend
+from tests.parallel.compiling import train_twice
+from tests.parallel.counting import build_step, run_config
 
 GELU = {
     "norm": "layernorm",
@@ -43,10 +43,8 @@ RUNS = {
 
 def compare(pool, name: str, backend: str, tolerance: float) -> None:
     processes, sections = RUNS[name]
-    sections = {
-        **sections,
-        "optimizer": {"base_eps": 1e-3},
-    }  # the key biases' gradient is rounding noise, which Adam would amplify
+    # The key biases' gradient is rounding noise, which Adam would amplify.
+    sections = {**sections, "optimizer": {"base_eps": 1e-3}}
     graphs = 0
     for (losses, parameters), (compiled_losses, compiled), count in pool.run(
         processes, train_twice, sections, backend
@@ -60,7 +58,9 @@ def compare(pool, name: str, backend: str, tolerance: float) -> None:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_compiled_regions_give_equal_losses_and_parameters(pool, name):
-    """aot_eager traces forward and backward and runs the same kernels: equal but for the order of a few additions."""
+    """aot_eager traces forward and backward and runs the same kernels:
+    equal but for the order of a few additions.
+    """
     compare(pool, name, "aot_eager", 1e-5)
 
 

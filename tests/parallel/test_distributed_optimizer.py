@@ -1,15 +1,16 @@
-"""The distributed optimizer: what it hides, what it sends, and that shards cut parameters without a trace."""
+"""The distributed optimizer: what it hides, what it sends,
+and that shards cut parameters without a trace.
+"""
 
 from __future__ import annotations
 
 import pytest
-from layouts import Case, relative_error, train
-from slow_group import exposed_communication, shard_sizes
 
-LAYER, DELAY = (
-    8,
-    5,
-)  # ticks: a layer's forward (and backward), and one collective on the slow network
+from tests.parallel.layouts import Case, relative_error, train
+from tests.parallel.slow_group import exposed_communication, shard_sizes
+
+# Ticks: a layer's forward (and backward), and one collective on the slow network.
+LAYER, DELAY = (8, 5)
 
 
 def test_exposed_communication_is_at_most_the_last_gradient_and_the_first_parameter_bucket(pool):
@@ -42,7 +43,8 @@ def test_shards_that_cut_parameters_keep_groups_apart_that_differ_in_eps_alone(p
     assert (first.lr_factor, first.weight_decay) == (
         second.lr_factor,
         second.weight_decay,
-    ) and first.eps != second.eps
+    )
+    assert first.eps != second.eps
     without = train(0, Case({}, {}, {"base_eps": 1e-4}, steps=3, precision="float64"))
     assert max(relative_error([without], expected, "parameters").values()) > 1e-3
 

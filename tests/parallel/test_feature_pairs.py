@@ -1,6 +1,8 @@
-"""Every pair of features, layouts among them, trains as in one process: a covering array instead of all combinations.
+"""Every pair of features, layouts among them, trains as in one process:
+a covering array instead of all combinations.
 
-`make test` takes rows at random (their seed is in the report's header), `make test-slow` all of them.
+`make test` takes rows at random (their seed is in the report's header), `make test-slow` all of
+them.
 """
 
 from __future__ import annotations
@@ -10,8 +12,12 @@ import random
 from functools import cache
 
 import pytest
-from covering_array import Row, all_pairs, covering_array, pairs_of
-from features import (
+
+from megatron_completep.config import check_world
+from megatron_completep.errors import ConfigError
+from megatron_completep.parallel.cross_entropy import LossConfig
+from tests.parallel.covering_array import Row, all_pairs, covering_array, pairs_of
+from tests.parallel.features import (
     ENDS_ALONE,
     EXACT,
     FACTORS,
@@ -26,10 +32,6 @@ from features import (
     run_row,
 )
 
-from megatron_completep.config import check_world
-from megatron_completep.errors import ConfigError
-from megatron_completep.parallel.cross_entropy import LossConfig
-
 SLICE = 7  # rows of `make test`
 
 
@@ -40,10 +42,8 @@ def rows() -> list[Row]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "number" in metafunc.fixturenames:
-        count, every = (
-            len(rows()),
-            metafunc.function.__name__ == test_every_row_equals_one_process.__name__,
-        )
+        count = len(rows())
+        every = metafunc.function.__name__ == test_every_row_equals_one_process.__name__
         chosen = (
             range(count)
             if every
@@ -97,7 +97,7 @@ def test_what_the_array_leaves_out_is_what_the_configuration_refuses_or_dropout_
                     config_of(first | {one: a, other: b})
 
 
-# --- negative controls --------------------------------------------------------------------------------------------------------
+# Negative controls.
 
 
 def row_with(**levels: str) -> Row:

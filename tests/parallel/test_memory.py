@@ -1,4 +1,6 @@
-"""Peak memory of a rank of our data-parallel step against torch's data-parallel programs: same model, same batch, same processes."""
+"""Peak memory of a rank of our data-parallel step against torch's data-parallel programs:
+same model, same batch, same processes.
+"""
 
 from __future__ import annotations
 

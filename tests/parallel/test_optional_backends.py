@@ -1,4 +1,6 @@
-"""apex and flash-attn: used where they are installed, refused clearly where they are asked for and missing."""
+"""apex and flash-attn: used where they are installed,
+refused clearly where they are asked for and missing.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +75,9 @@ def test_flash_attention_asked_for_and_missing_is_refused_with_the_remedy():
 def test_flash_attention_gets_its_own_layout_the_scale_and_the_document_boundaries(
     monkeypatch, documents
 ):
-    """A stand-in with flash-attn's interface, made of SDPA: the shapes and the scale that reach it are the right ones."""
+    """A stand-in with flash-attn's interface, made of SDPA:
+    the shapes and the scale that reach it are the right ones.
+    """
     sdpa = torch.nn.functional.scaled_dot_product_attention
 
     def plain(q, k, v, softmax_scale, causal):

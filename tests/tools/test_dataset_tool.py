@@ -3,35 +3,36 @@
 import base64
 import json
 import os
-import sys
+from collections.abc import Callable
+from types import ModuleType
 
 import numpy as np
 import pytest
 
-from megatron_completep.config.load import config_from_mapping, save_config
+from megatron_completep.config import save_config
 from megatron_completep.data.loader import build_loader
 from megatron_completep.data.tokenizer import BytesTokenizer
-from megatron_completep.data.writer import IndexedWriter
 from megatron_completep.errors import DataError, UserError
 from megatron_completep.preprocess import report
 from megatron_completep.tools import benchmark_data, dataset, preprocess_data
+from tests.support.commands import Ended, Programs
+from tests.support.configs import SMALLEST, merged, small_config
+from tests.support.corpora import write_documents
 
 TEXTS = [f"Document {i}: " + "äbc " * (i % 9) for i in range(60)]
 
 
 def write(prefix, texts=TEXTS):
-    writer = IndexedWriter(prefix, "uint16")
-    for text in texts:
-        writer.add_document([np.frombuffer(text.encode(), np.uint8)])
-    writer.close(tokenizer=dict(BytesTokenizer().identity()))
+    documents = ([np.frombuffer(text.encode(), np.uint8)] for text in texts)
+    write_documents(prefix, documents, tokenizer=dict(BytesTokenizer().identity()))
 
 
 @pytest.fixture
-def run_tool(monkeypatch, capsys):
-    def run(*words, tool=dataset):
-        monkeypatch.setattr(sys, "argv", ["tool", *map(str, words)])
-        code = tool.main()
-        return code, capsys.readouterr()
+def run_tool(programs: Programs) -> Callable[..., Ended]:
+    """Runs tools/dataset.py, or another tool; errors are the caller's."""
+
+    def run(*words: object, tool: ModuleType = dataset) -> Ended:
+        return programs.call(tool.main, *words)
 
     return run
 
@@ -39,44 +40,31 @@ def run_tool(monkeypatch, capsys):
 @pytest.fixture
 def config(tmp_path):
     write(tmp_path / "a")
-    values = {
-        "model": {
-            "hidden_size": 8,
-            "num_layers": 1,
-            "num_attention_heads": 1,
-            "ffn_hidden_size": 8,
-            "vocab_size": 512,
-            "seq_length": 16,
-        },
-        "optimizer": {"base_lr": 1e-3},
+    own = {
         "data": {"train": [{"prefix": str(tmp_path / "a")}], "split": "9,1,0", "prefetch": 0},
         "training": {
-            "micro_batch_size": 2,
             "global_batch_size": 4,
             "train_steps": 6,
             "output_dir": str(tmp_path),
             "validation_samples": 5,
         },
     }
-    config = config_from_mapping(values)
+    config = small_config(**merged(SMALLEST, own))
     save_config(config, tmp_path / "run.yaml")
     return config
 
 
 def test_inspect_counts_and_decodes_with_the_recorded_tokenizer(tmp_path, run_tool):
     write(tmp_path / "a", ["häl", "", "xyz" * 50])
-    code, output = run_tool("inspect", tmp_path / "a", "--json", "--documents", 9)
-    content = json.loads(output.out)
-    assert code == 0
+    ended = run_tool("inspect", tmp_path / "a", "--json", "--documents", 9)
+    content = json.loads(ended.out)
+    assert ended.code == 0
     assert (content["documents"], content["tokens"], content["empty_documents"]) == (3, 154, 1)
-    assert (
-        content["longest_document"],
-        content["longest_document_number"],
-        content["shortest_document"],
-    ) == (150, 2, 0)
+    assert (content["longest_document"], content["longest_document_number"]) == (150, 2)
+    assert content["shortest_document"] == 0
     assert [document["text"] for document in content["first_documents"]] == ["häl", "", "xyz" * 50]
-    code, output = run_tool("inspect", tmp_path / "a", "--documents", 1)
-    assert "häl" in output.out and "xyz" not in output.out
+    ended = run_tool("inspect", tmp_path / "a", "--documents", 1)
+    assert "häl" in ended.out and "xyz" not in ended.out
 
 
 def write_ranks(path):
@@ -110,18 +98,16 @@ def test_inspect_finds_the_tokenizer_where_it_lay_and_says_when_it_is_gone(
     tmp_path, ranked, run_tool, monkeypatch
 ):
     monkeypatch.chdir("/")
-    assert "Some text." in run_tool("inspect", ranked)[1].out
+    assert "Some text." in run_tool("inspect", ranked).out
     (tmp_path / "gpt2.tiktoken").rename(tmp_path / "elsewhere.tiktoken")
-    out = run_tool("inspect", ranked)[1].out
+    out = run_tool("inspect", ranked).out
     assert "Some text." not in out and "name its file with --tokenizer-model" in out
     named = f"gpt2:{tmp_path / 'elsewhere.tiktoken'}"
-    assert (
-        "Some text." in run_tool("inspect", ranked, "--tokenizer-model", named)[1].out
-    )  # its type is recorded
+    # Its type is recorded.
+    assert "Some text." in run_tool("inspect", ranked, "--tokenizer-model", named).out
     (tmp_path / "corpus_text_document.json").unlink()
-    assert (
-        "Some text." in run_tool("inspect", ranked, "--tokenizer-model", named)[1].out
-    )  # its type shows
+    # Its type shows.
+    assert "Some text." in run_tool("inspect", ranked, "--tokenizer-model", named).out
     with pytest.raises(
         DataError, match=r"absent: the named tokenizer's model cannot be read .*\. Give its file\."
     ):
@@ -131,7 +117,7 @@ def test_inspect_finds_the_tokenizer_where_it_lay_and_says_when_it_is_gone(
 def test_merged_and_split_files_know_where_the_tokenizer_lies(tmp_path, ranked, run_tool):
     run_tool("merge", "--input", ranked, "--output-prefix", tmp_path / "merged")
     run_tool("split", tmp_path / "merged", "--shares", "1", "--output-prefix", tmp_path / "part")
-    assert "Some text." in run_tool("inspect", tmp_path / "part")[1].out
+    assert "Some text." in run_tool("inspect", tmp_path / "part").out
 
 
 def test_another_tokenizer_than_the_recorded_one_is_refused_by_inspect(tmp_path, ranked, run_tool):
@@ -142,7 +128,7 @@ def test_another_tokenizer_than_the_recorded_one_is_refused_by_inspect(tmp_path,
         match=r"the files were written with tiktoken gpt2 \(hash .*Use the tokenizer of the corpus",
     ):
         run_tool("inspect", ranked, "--tokenizer-model", tmp_path / "gpt2.tiktoken")
-    assert "Some text." not in run_tool("inspect", ranked)[1].out  # by itself it is not used
+    assert "Some text." not in run_tool("inspect", ranked).out  # by itself it is not used
 
 
 def test_a_prefix_without_its_key_is_met_with_the_one_that_was_meant(tmp_path, ranked, run_tool):
@@ -166,7 +152,7 @@ def test_a_split_without_validation_prebuilds_training_alone(tmp_path, config, r
         "data.split='100,0,0'",
         "--json",
     )
-    assert len(json.loads(run_tool(*words)[1].out)["folders"]) == 1
+    assert len(json.loads(run_tool(*words).out)["folders"]) == 1
     with pytest.raises(DataError, match=r"data\.split = '100,0,0' leaves nothing to validate on"):
         run_tool("sample", tmp_path / "run.yaml", "--validation", "data.split='100,0,0'")
 
@@ -175,35 +161,34 @@ def test_a_prefix_that_is_not_utf_8_is_inspected_and_verified(tmp_path, run_tool
     prefix = os.fsdecode(os.fsencode(tmp_path / "caf") + b"\xe9")
     write(prefix)
     for words in (("inspect", prefix), ("inspect", prefix, "--json"), ("verify", prefix)):
-        code, output = run_tool(*words)
-        assert code == 0 and "caf\\xe9" in (output.out + output.err).replace("\\\\", "\\")
+        ended = run_tool(*words)
+        assert ended.code == 0 and "caf\\xe9" in (ended.out + ended.err).replace("\\\\", "\\")
 
 
 def test_verify_passes_good_files_and_names_every_fault(tmp_path, run_tool):
     write(tmp_path / "a")
     write(tmp_path / "b")
-    code, output = run_tool("verify", tmp_path / "a", tmp_path / "b", "--json", "--vocab-size", 256)
-    assert code == 0 and json.loads(output.out)["pass"] is True
+    ended = run_tool("verify", tmp_path / "a", tmp_path / "b", "--json", "--vocab-size", 256)
+    assert ended.code == 0 and json.loads(ended.out)["pass"] is True
     with open(tmp_path / "b.bin", "r+b") as file:
         file.seek(2 * (len(TEXTS[0].encode()) + 3))
         file.write(b"\xff\xff")
-    code, output = run_tool("verify", tmp_path / "a", tmp_path / "b", "--json", "--vocab-size", 256)
-    problems = json.loads(output.out)["problems"]
-    assert code == 1 and problems[str(tmp_path / "a")] == []
-    assert [fault.split(": ", 1)[1].split(",")[0] for fault in problems[str(tmp_path / "b")]][
-        1
-    ] == "document 1"
-    assert "b.bin: content" in problems[str(tmp_path / "b")][0]
+    ended = run_tool("verify", tmp_path / "a", tmp_path / "b", "--json", "--vocab-size", 256)
+    problems = json.loads(ended.out)["problems"]
+    assert ended.code == 1 and problems[str(tmp_path / "a")] == []
+    content, document, *_ = problems[str(tmp_path / "b")]
+    assert "b.bin: content" in content
+    assert document.split(": ", 1)[1].split(",")[0] == "document 1"
 
 
 def test_merge_and_split_write_what_they_say(tmp_path, run_tool):
     write(tmp_path / "a")
     write(tmp_path / "b", TEXTS[:10])
-    code, output = run_tool(
+    ended = run_tool(
         "merge", "--input", tmp_path / "a", tmp_path / "b", "--output-prefix", tmp_path / "ab"
     )
-    assert code == 0 and "70 documents" in output.out
-    code, output = run_tool(
+    assert ended.code == 0 and "70 documents" in ended.out
+    ended = run_tool(
         "split",
         tmp_path / "ab",
         "--shares",
@@ -213,7 +198,8 @@ def test_merge_and_split_write_what_they_say(tmp_path, run_tool):
         tmp_path / "d",
         "--json",
     )
-    assert code == 0 and [content["documents"] for content in json.loads(output.out).values()] == [
+    assert ended.code == 0
+    assert [content["documents"] for content in json.loads(ended.out).values()] == [
         60,
         10,
     ]
@@ -230,7 +216,7 @@ def test_merge_and_split_write_what_they_say(tmp_path, run_tool):
         ):
             run_tool("split", tmp_path / "ab", *words, "--output-prefix", tmp_path / "c")
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == contents
-    code, output = run_tool(
+    ended = run_tool(
         "split",
         tmp_path / "ab",
         "--shares",
@@ -240,15 +226,13 @@ def test_merge_and_split_write_what_they_say(tmp_path, run_tool):
         tmp_path / "c",
         tmp_path / "d",
     )
-    assert code == 0 and "70 documents" in output.out
+    assert ended.code == 0 and "70 documents" in ended.out
 
 
 @pytest.mark.parametrize("order", ["permutation", "megatron"])
 def test_sample_shows_exactly_what_the_step_trains_on(tmp_path, config, run_tool, order):
-    code, output = run_tool(
-        "sample", tmp_path / "run.yaml", "--step", 3, "--json", f"data.order={order}"
-    )
-    samples = json.loads(output.out)["samples"]
+    ended = run_tool("sample", tmp_path / "run.yaml", "--step", 3, "--json", f"data.order={order}")
+    samples = json.loads(ended.out)["samples"]
     loader = build_loader(
         config.data.model_copy(update={"order": order}),
         seq_length=16,
@@ -265,7 +249,7 @@ def test_sample_shows_exactly_what_the_step_trains_on(tmp_path, config, run_tool
         for batch in loader.next_step()
         for row in zip(batch.sample_ids.tolist(), batch.tokens.tolist(), strict=True)
     ]
-    assert code == 0
+    assert ended.code == 0
     found = [
         (s["sample"], [token for d in s["documents"] for token in d["tokens"]][:-1])
         for s in samples
@@ -281,18 +265,18 @@ def test_sample_shows_exactly_what_the_step_trains_on(tmp_path, config, run_tool
 
 
 def test_sample_prints_validation_and_refuses_a_step_outside_the_run(tmp_path, config, run_tool):
-    code, output = run_tool("sample", tmp_path / "run.yaml", "--validation")
-    assert code == 0 and output.out.count("sample ") == 5 and "Document 5" in output.out
+    ended = run_tool("sample", tmp_path / "run.yaml", "--validation")
+    assert ended.code == 0 and ended.out.count("sample ") == 5 and "Document 5" in ended.out
     with pytest.raises(DataError, match="step 7 is outside this run, which has the steps 1 to 6"):
         run_tool("sample", tmp_path / "run.yaml", "--step", 7)
 
 
 def test_prebuild_builds_once_and_says_when_there_is_nothing_to_do(tmp_path, config, run_tool):
     words = ("prebuild", tmp_path / "run.yaml", "data.order=megatron", "--json")
-    first, second = (json.loads(run_tool(*words)[1].out)["folders"] for _ in range(2))
+    first, second = (json.loads(run_tool(*words).out)["folders"] for _ in range(2))
     assert [folder["built"] for folder in first] == [True, True]
     assert [folder["built"] for folder in second] == [False, False]
-    assert "nothing to prebuild" in run_tool("prebuild", tmp_path / "run.yaml")[1].out
+    assert "nothing to prebuild" in run_tool("prebuild", tmp_path / "run.yaml").out
 
 
 def test_a_run_with_another_tokenizer_than_the_corpus_is_refused(tmp_path, config, run_tool):
@@ -305,12 +289,12 @@ def test_a_run_with_another_tokenizer_than_the_corpus_is_refused(tmp_path, confi
         run_tool("sample", tmp_path / "run.yaml", "--step", 1, "data.tokenizer={type: bytes}")
     with pytest.raises(DataError, match="written with tiktoken gpt2"):
         run_tool("inspect", tmp_path / "a", "--tokenizer-type", "bytes")
-    code, output = run_tool("inspect", tmp_path / "a")  # its own tokenizer is not at hand: ids only
-    assert code == 0 and "Document" not in output.out
+    ended = run_tool("inspect", tmp_path / "a")  # its own tokenizer is not at hand: ids only
+    assert ended.code == 0 and "Document" not in ended.out
 
 
 def test_the_reading_benchmark_gives_every_figure(tmp_path, run_tool):
-    code, output = run_tool(
+    ended = run_tool(
         "reading",
         "--documents",
         2000,
@@ -321,10 +305,10 @@ def test_the_reading_benchmark_gives_every_figure(tmp_path, run_tool):
         "--json",
         tool=benchmark_data,
     )
-    figures = json.loads(output.out)
-    assert (
-        code == 0 and figures["documents"] == 2000 and figures["index_bytes"] == 34 + 20 * 2000 + 8
-    )
+    figures = json.loads(ended.out)
+    assert ended.code == 0
+    assert figures["documents"] == 2000
+    assert figures["index_bytes"] == 34 + 20 * 2000 + 8
     assert all(
         figures[name] > 0
         for name in (

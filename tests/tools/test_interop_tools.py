@@ -1,21 +1,20 @@
-"""export_hf, import_hf, evaluate_model, generate: what they print, that they fit together, and their exit codes."""
+"""export_hf, import_hf, evaluate_model, generate:
+what they print, that they fit together, and their exit codes.
+"""
 
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pytest
-import torch
-from checkpoint_helpers import TinyRun, tiny_config
 
-from megatron_completep.data.writer import IndexedWriter
-from megatron_completep.errors import exit_on_user_error
 from megatron_completep.tools import evaluate_model, export_hf, generate, import_hf
+from tests.support.checkpoints import TinyRun, checkpointed_config
+from tests.support.commands import Programs
+from tests.support.corpora import write_texts
 
 Call = Callable[..., tuple[int, str, str]]
 TEXTS = [
@@ -26,19 +25,14 @@ TEXTS = [
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Call]:
+def call(programs: Programs) -> Call:
     """(tool, words) -> exit code, stdout, stderr."""
-    threads = torch.get_num_threads()
 
     def run(tool: ModuleType, *words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [tool.__name__, *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            exit_on_user_error(tool.main)
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
+        ended = programs.run(tool.main, *words)
+        return ended.code, ended.out, ended.err
 
-    yield run
-    torch.set_num_threads(threads)
+    return run
 
 
 @pytest.fixture
@@ -54,7 +48,7 @@ def trained(tmp_path: Path) -> Path:
     }
     data = {"train": [{"prefix": "none"}], "tokenizer": {"type": "bytes"}}
     run = TinyRun(
-        tiny_config(
+        checkpointed_config(
             tmp_path / "run",
             model=model,
             data=data,
@@ -63,9 +57,7 @@ def trained(tmp_path: Path) -> Path:
     )
     run.save()
     run.checkpointer.close()
-    with IndexedWriter(str(tmp_path / "texts"), np.uint16) as writer:
-        for text in TEXTS:
-            writer.add_document([np.array([*text.encode(), 256])])
+    write_texts(tmp_path / "texts", TEXTS)
     return tmp_path / "run"
 
 
@@ -75,20 +67,18 @@ def test_a_model_exported_and_imported_again_is_the_same_model(
     pytest.importorskip("transformers")
     code, out, err = call(export_hf, trained, tmp_path / "hf", "--check", "--json")
     report = json.loads(out)
-    assert (
-        code == 0
-        and report["check"]["equal"]
-        and report["architecture"] == "granite"
-        and report["tokenizer"] == "bytes"
-    )
+    assert code == 0
+    assert report["check"]["equal"]
+    assert report["architecture"] == "granite"
+    assert report["tokenizer"] == "bytes"
     assert "granite" in err
     code, out, _ = call(
         import_hf, tmp_path / "hf", tmp_path / "again", "training.train_steps=7", "--json"
     )
     imported = json.loads(out)
-    assert (
-        code == 0 and imported["tokenizer"] == "huggingface" and Path(imported["config"]).is_file()
-    )
+    assert code == 0
+    assert imported["tokenizer"] == "huggingface"
+    assert Path(imported["config"]).is_file()
     options = ("--token-file", tmp_path / "texts", "--precision", "float64", "--device", "cpu")
     scores = [
         json.loads(call(evaluate_model, run, *options, "--json")[1])["token_files"]
@@ -144,9 +134,8 @@ def test_prompts_from_files_give_the_same_texts_in_any_batch(
         assert code == 0
         found.append(json.loads(out)["results"])
     assert found[0] == found[1] == found[2]
-    assert [result["prompt"] for result in found[0]] == prompts and all(
-        len(result["texts"]) == 2 for result in found[0]
-    )
+    assert [result["prompt"] for result in found[0]] == prompts
+    assert all(len(result["texts"]) == 2 for result in found[0])
     assert found[0][0]["texts"][0] != found[0][0]["texts"][1]  # samples have seeds of their own
 
 
@@ -173,7 +162,8 @@ def test_the_tools_compute_in_the_runs_own_type_and_say_which(
     assert (code, json.loads(out)["precision"]) == (
         0,
         "bf16",
-    ) and "in bf16 the texts of a seed depend on --batch-size" in err
+    )
+    assert "in bf16 the texts of a seed depend on --batch-size" in err
     words = ("--token-file", tmp_path / "texts", "--limit", 1, "--json", "--device", "cpu")
     assert json.loads(call(evaluate_model, trained, *words)[1])["precision"] == "float32"
 

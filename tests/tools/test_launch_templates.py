@@ -1,4 +1,6 @@
-"""The templates of configs/launch: the batch script with a stand-in for Slurm, the Kubernetes objects as YAML."""
+"""The templates of configs/launch:
+the batch script with a stand-in for Slurm, the Kubernetes objects as YAML.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ LAUNCH = Path("configs/launch")
 SRUN = """#!/bin/bash
 shift  # --kill-on-bad-exit=1
 for task in 0 1; do
-    SLURM_PROCID=$task SLURM_NTASKS=2 SLURM_LOCALID=$task SLURM_NTASKS_PER_NODE=2 "$@" & pids="$pids $!"
+    SLURM_PROCID=$task SLURM_NTASKS=2 SLURM_LOCALID=$task SLURM_NTASKS_PER_NODE=2 "$@" &
+    pids="$pids $!"
 done
 worst=0
 for pid in $pids; do wait "$pid"; code=$?; [ $code -gt $worst ] && worst=$code; done
@@ -71,9 +74,7 @@ def test_the_kubernetes_objects_run_the_trainer_with_time_to_save():
     for pod in (job["template"]["spec"], operator["template"]["spec"]):
         container = pod["containers"][0]
         words = " ".join([*container["command"], *container.get("args", [])]).replace("=", " ")
-        assert (
-            "torchrun" in words
-            and "-m megatron_completep.pretrain configs/completep_1b.yaml" in words
-        )
+        assert "torchrun" in words
+        assert "-m megatron_completep.pretrain configs/completep_1b.yaml" in words
         assert pod["terminationGracePeriodSeconds"] > 600 and "--shutdown-timeout 600" in words
         assert container["resources"]["limits"]["nvidia.com/gpu"] == 8

@@ -1,10 +1,7 @@
 """tools/train_tokenizer.py and tools/preprocess_data.py through their main functions."""
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,29 +11,19 @@ from megatron_completep.data.indexed import IndexedDataset
 from megatron_completep.data.tokenizer import build_tokenizer
 from megatron_completep.errors import DataError
 from megatron_completep.tools import preprocess_data, train_tokenizer
+from tests.support.commands import Programs
 
 TEXT = Path(__file__).read_text("utf-8")
-RunTool = Callable[..., str]
 
 
-@pytest.fixture
-def run_tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> RunTool:
-    def run(tool: ModuleType, *words: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["tool", *map(str, words)])
-        assert tool.main() == 0
-        return capsys.readouterr().out
-
-    return run
-
-
-def test_from_raw_text_to_token_files(run_tool: RunTool, tmp_path: Path) -> None:
+def test_from_raw_text_to_token_files(programs: Programs, tmp_path: Path) -> None:
     (tmp_path / "corpus").mkdir()
     for number in range(3):
         (tmp_path / f"corpus/{number}.txt").write_text(TEXT[number:], "utf-8")
     model = tmp_path / "tokenizer.model"
     report = json.loads(
-        run_tool(
-            train_tokenizer,
+        programs.output(
+            train_tokenizer.main,
             "--input",
             tmp_path / "corpus",
             "--output",
@@ -57,8 +44,9 @@ def test_from_raw_text_to_token_files(run_tool: RunTool, tmp_path: Path) -> None
         "--tokenizer-model",
         model,
     ]
-    out = run_tool(
-        preprocess_data,
+    # Megatron's name
+    out = programs.output(
+        preprocess_data.main,
         *words,
         "--tokenizer-type",
         "SentencePieceTokenizer",
@@ -66,7 +54,7 @@ def test_from_raw_text_to_token_files(run_tool: RunTool, tmp_path: Path) -> None
         1,
         "--partitions",
         4,
-    )  # Megatron's name
+    )
     assert f"{tmp_path}/data/x_text_document  3 documents" in out
     tokenizer = build_tokenizer(TokenizerConfig(type="sentencepiece", model=str(model)))
     data = IndexedDataset(tmp_path / "data/x_text_document")
@@ -76,7 +64,7 @@ def test_from_raw_text_to_token_files(run_tool: RunTool, tmp_path: Path) -> None
     assert (data.sidecar or {})["tokenizer"] == tokenizer.identity()
 
     again: dict[str, Any] = json.loads(
-        run_tool(preprocess_data, *words, "--tokenizer-type", "sentencepiece", "--json")
+        programs.output(preprocess_data.main, *words, "--tokenizer-type", "sentencepiece", "--json")
     )
     assert (again["status"], again["documents"]) == ("already complete", 3)
 
@@ -104,12 +92,12 @@ def test_from_raw_text_to_token_files(run_tool: RunTool, tmp_path: Path) -> None
     ],
 )
 def test_a_wrong_option_is_one_clear_error(
-    run_tool: RunTool, tmp_path: Path, words: list[str], message: str
+    programs: Programs, tmp_path: Path, words: list[str], message: str
 ) -> None:
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(DataError, match=message):
-        run_tool(
-            preprocess_data,
+        programs.call(
+            preprocess_data.main,
             "--input",
             tmp_path / "a.txt",
             "--output-prefix",
@@ -120,7 +108,7 @@ def test_a_wrong_option_is_one_clear_error(
         )
 
 
-def test_shards_end_with_what_to_do_next(run_tool: RunTool, tmp_path: Path) -> None:
+def test_shards_end_with_what_to_do_next(programs: Programs, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
     words = [
         "--input",
@@ -130,17 +118,12 @@ def test_shards_end_with_what_to_do_next(run_tool: RunTool, tmp_path: Path) -> N
         "--tokenizer-type",
         "bytes",
     ]
-    assert "shard 0/1 complete. Run the same command without --shard" in run_tool(
-        preprocess_data, *words, "--shard", "0/1", "--workers", 1
+    assert "shard 0/1 complete. Run the same command without --shard" in programs.output(
+        preprocess_data.main, *words, "--shard", "0/1", "--workers", 1
     )
-    assert "complete" in run_tool(preprocess_data, *words)
+    assert "complete" in programs.output(preprocess_data.main, *words)
 
 
-def test_help_shows_an_example(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_help_shows_an_example(programs: Programs) -> None:
     for tool in (preprocess_data, train_tokenizer):
-        monkeypatch.setattr(sys, "argv", ["tool", "--help"])
-        with pytest.raises(SystemExit):
-            tool.main()
-        assert "Example" in capsys.readouterr().out
+        assert "Example" in programs.output(tool.main, "--help")

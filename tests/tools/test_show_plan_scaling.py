@@ -1,7 +1,6 @@
 """tools/show_plan.py --world-size: what a run asks of each GPU, as text and as JSON."""
 
 import json
-import sys
 
 import pytest
 
@@ -10,23 +9,14 @@ from megatron_completep.errors import ConfigError
 from megatron_completep.planning.communication import collectives_per_step
 from megatron_completep.planning.scaling import scaling_plan
 from megatron_completep.tools import show_plan
+from tests.support.commands import Programs
 
 CONFIG = "configs/completep_1b.yaml"
 LARGE = "training.global_batch_size=8192"
 
 
-@pytest.fixture
-def run_tool(monkeypatch, capsys):
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["show_plan.py", CONFIG, *words])
-        assert not show_plan.main()
-        return capsys.readouterr().out
-
-    return run
-
-
-def test_the_text_has_memory_traffic_time_assumptions_and_warnings(run_tool):
-    text = run_tool("--world-size", "4096", "--gpu", "h100", LARGE)
+def test_the_text_has_memory_traffic_time_assumptions_and_warnings(programs: Programs):
+    text = programs.output(show_plan.main, CONFIG, "--world-size", "4096", "--gpu", "h100", LARGE)
     for part in (
         "optimizer",
         "activations",
@@ -41,12 +31,14 @@ def test_the_text_has_memory_traffic_time_assumptions_and_warnings(run_tool):
     assert "4096 h100: tensor 2 x pipeline 1 x data 2048" in text
 
 
-def test_the_object_says_what_the_library_says(run_tool):
-    printed = json.loads(run_tool("--world-size", "64", "--gpu", "b200", "--json"))
-    scaling = printed["scaling"]
-    assert (
-        printed["parameters"] and scaling["gpu"] == "b200" and scaling["data_parallel_size"] == 32
+def test_the_object_says_what_the_library_says(programs: Programs):
+    printed = json.loads(
+        programs.output(show_plan.main, CONFIG, "--world-size", "64", "--gpu", "b200", "--json")
     )
+    scaling = printed["scaling"]
+    assert printed["parameters"]
+    assert scaling["gpu"] == "b200"
+    assert scaling["data_parallel_size"] == 32
     assert [m["total"] for m in scaling["memory"]] == [
         sum(v for k, v in m.items() if k != "total") for m in scaling["memory"]
     ]
@@ -54,18 +46,18 @@ def test_the_object_says_what_the_library_says(run_tool):
     assert sum(c["count"] for c in scaling["collectives"]) == sum(c.count for c in planned)
 
 
-def test_without_a_world_size_nothing_is_said_of_gpus(run_tool):
-    assert "scaling" not in json.loads(run_tool("--json"))
+def test_without_a_world_size_nothing_is_said_of_gpus(programs: Programs):
+    assert "scaling" not in json.loads(programs.output(show_plan.main, CONFIG, "--json"))
 
 
-def test_a_world_size_that_does_not_fit_is_refused_with_a_remedy(run_tool):
-    with pytest.raises(ConfigError, match="Use 8192"):
-        run_tool("--world-size", "4096")
+def test_a_world_size_that_does_not_fit_is_refused_with_a_remedy(programs: Programs):
+    refused = programs.run(show_plan.main, CONFIG, "--world-size", 4096)
+    assert refused.code == 2 and "Use 8192" in refused.err
 
 
-def test_an_unknown_gpu_is_refused(run_tool, capsys):
-    with pytest.raises(SystemExit):
-        run_tool("--world-size", "64", "--gpu", "voodoo2")
-    assert "--gpu = voodoo2: not known. Use one of: a100, h100" in capsys.readouterr().err
+def test_an_unknown_gpu_is_refused(programs: Programs):
+    refused = programs.run(show_plan.main, CONFIG, "--world-size", 64, "--gpu", "voodoo2")
+    assert refused.code == 2
+    assert "--gpu = voodoo2: not known. Use one of: a100, h100" in refused.err
     with pytest.raises(ConfigError, match="voodoo2"):  # by the library as well
         scaling_plan(load_config(CONFIG), 64, "voodoo2")

@@ -1,4 +1,6 @@
-"""What only rank 0 does in the run's folder: where it cannot, every rank leaves with its message and exit code."""
+"""What only rank 0 does in the run's folder:
+where it cannot, every rank leaves with its message and exit code.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_runs import launched_as, tiny_config
 
 from megatron_completep.config import Config
 from megatron_completep.errors import UserError
@@ -18,6 +19,8 @@ from megatron_completep.pretrain import pretrain
 from megatron_completep.run.starts import STARTS
 from megatron_completep.run.state import ExitCode
 from megatron_completep.telemetry.metrics import METRICS
+from tests.support.ranks import launched_as
+from tests.support.runs import tiny_config
 
 
 def end_of_rank(rank: int, world_size: int, config: Config, restart: int = 0) -> tuple[int, str]:
@@ -84,9 +87,8 @@ def test_a_folder_in_use_ends_every_rank(tmp_path: Path, pool: Any) -> None:
     with (run / LOCK).open("w") as held:
         fcntl.lockf(held, fcntl.LOCK_EX)
         ends = pool.run(2, end_of_rank, 2, config)
-    assert [code for code, _ in ends] == [2, 2] and all(
-        "is in use by process" in text for _, text in ends
-    )
+    assert [code for code, _ in ends] == [2, 2]
+    assert all("is in use by process" in text for _, text in ends)
     assert pool.run(2, end_of_rank, 2, config) == [(0, ""), (0, "")]  # the control
 
 

@@ -1,4 +1,6 @@
-"""Runs that are made longer: they go on with the samples that they have not read, or say that they would not."""
+"""Runs that are made longer: they go on with the samples that they have not read,
+or say that they would not.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_runs import rows_of, tiny_config, write_tokens
 
 from megatron_completep.checkpoint.manifest import MANIFEST, read_manifest, seal
 from megatron_completep.config import Config
 from megatron_completep.errors import CheckpointError
 from megatron_completep.pretrain import pretrain
 from megatron_completep.run.state import ExitCode
+from tests.support.corpora import write_ramps
+from tests.support.runs import rows_of, tiny_config
 
 PLANNED = 4 * 8  # samples of a run of four steps
 
@@ -21,7 +24,7 @@ def config_of(folder: Path, kind: str, output: str, steps: int, *overrides: str)
     """Runs of constant learning rate over more than one epoch of a small corpus."""
     for name in ("few", "more"):
         if not (folder / f"{name}.idx").exists():
-            write_tokens(folder / name, 10, seed=len(name))
+            write_ramps(folder / name, 10, seed=len(name))
     sources: dict[str, list[dict[str, Any]]] = {
         "megatron": [{"prefix": str(folder / "few")}],
         "epochs beside weights": [
@@ -56,10 +59,8 @@ def test_a_run_whose_order_would_change_is_refused_and_keeps_it_on_request(
                 "has read 16 samples in an order that was planned for 32; planned for 96, as now"
                 in said
             )
-            assert (
-                "data.order_samples=32" in said
-                and "checkpoint.allow_changed=[data.order_samples]" in said
-            )
+            assert "data.order_samples=32" in said
+            assert "checkpoint.allow_changed=[data.order_samples]" in said
     kept = config_of(folder, kind, name, 12, "data.order_samples=32")
     assert pretrain(kept) == ExitCode.DONE
     short = config_of(folder, kind, f"short {kind}", 4)
@@ -102,7 +103,9 @@ def test_what_is_meant_is_allowed_by_name_and_said(
 
 
 def test_another_seed_of_the_data_that_is_allowed_is_not_refused_again(folder: Path) -> None:
-    """The digest answers for the length alone: who changes the data on purpose names the setting once."""
+    """The digest answers for the length alone:
+    who changes the data on purpose names the setting once.
+    """
     pretrain(config_of(folder, "megatron", "reseeded", 4, "training.stop_at_step=2"))
     words = ("data.seed=5", "checkpoint.allow_changed=[data.seed]")
     assert pretrain(config_of(folder, "megatron", "reseeded", 6, *words)) == ExitCode.DONE

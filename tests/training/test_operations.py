@@ -1,4 +1,6 @@
-"""Batches that grow, steps that are skipped, a time to leave, garbage, profiles, and what is said of nodes."""
+"""Batches that grow, steps that are skipped, a time to leave,
+garbage, profiles, and what is said of nodes.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import launched_as, rows_of, tiny_config
 
 from megatron_completep.checkpoint import Checkpointer
 from megatron_completep.config import Config
@@ -35,6 +36,8 @@ from megatron_completep.telemetry.node import (
 )
 from megatron_completep.telemetry.profiling import ALLOCATIONS, Profiler
 from megatron_completep.telemetry.startup import StartupClock
+from tests.support.ranks import launched_as
+from tests.support.runs import rows_of, tiny_config
 
 BARE = (
     "data.validation=null",
@@ -55,7 +58,7 @@ def record(step: int) -> StepRecord:
     )
 
 
-# --- a batch that grows ---------------------------------------------------------------------------------------------------------
+# A batch that grows.
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +92,10 @@ def test_the_learning_rate_goes_by_steps_whatever_the_batch(folder: Path, ramp: 
     config = tiny_config(folder, *BARE, output="level")
     pretrain(config)
     assert [row["lr"] for row in rows_of(ramp)] == [row["lr"] for row in rows_of(config)]
+    # Batches of 8 each.
     assert [row["loss"] for row in rows_of(ramp)][:3] == [row["loss"] for row in rows_of(config)][
         :3
-    ]  # batches of 8 each
+    ]
     assert [row["loss"] for row in rows_of(ramp)][3:] != [row["loss"] for row in rows_of(config)][
         3:
     ]
@@ -134,9 +138,8 @@ def test_a_growing_batch_trains_alike_in_every_layout(
     )
     assert pool.run(2, train_as_rank, 2, config) == [0, 0]
     written = [path.name for path in Path(config.training.output_dir).glob("profile/*")]
-    assert written == (
-        ["trace_rank_00001_steps_3_3.json.gz"] if profile else []
-    )  # by the ranks that were named
+    # By the ranks that were named.
+    assert written == (["trace_rank_00001_steps_3_3.json.gz"] if profile else [])
     losses, expected = ([row["loss"] for row in rows_of(run)] for run in (config, ramp))
     torch.testing.assert_close(losses, expected, rtol=1e-10, atol=0)
 
@@ -147,12 +150,11 @@ def test_completep_scales_from_the_final_batch_and_all_tokens(folder: Path) -> N
     assert [p.lr for p in level.parameters] == [p.lr for p in ramped.parameters]
     durations = (*scaled, "completep.base_total_tokens=1024")
     level, ramped = (make_plan(tiny_config(folder, *durations, *more)) for more in ((), RAMP[-1:]))
-    assert [p.lr for p in level.parameters] != [
-        p.lr for p in ramped.parameters
-    ]  # fewer tokens in the whole run
+    # Fewer tokens in the whole run.
+    assert [p.lr for p in level.parameters] != [p.lr for p in ramped.parameters]
 
 
-# --- steps to skip --------------------------------------------------------------------------------------------------------------
+# Steps to skip.
 
 
 def test_skipped_steps_read_their_data_and_change_nothing(
@@ -174,9 +176,8 @@ def test_skipped_steps_read_their_data_and_change_nothing(
         row["loss"] is None and row["lr"] > 0 for row in rows if row["skipped"] and row["step"] < 12
     )
 
-    first = tiny_config(
-        folder, *changes, "training.stop_at_step=2", output="by_hand"
-    )  # the same by hand: after step 2 comes step 6
+    # The same by hand: after step 2 comes step 6.
+    first = tiny_config(folder, *changes, "training.stop_at_step=2", output="by_hand")
     pretrain(first)
     original = Checkpointer.load_latest
     monkeypatch.setattr(
@@ -199,7 +200,7 @@ def test_skipped_steps_read_their_data_and_change_nothing(
     assert rows_of(plain)[5]["loss"] != rows[5]["loss"]
 
 
-# --- leaving by the clock -------------------------------------------------------------------------------------------------------
+# Leaving by the clock.
 
 
 def test_a_run_whose_time_is_up_saves_and_asks_for_a_requeue(folder: Path) -> None:
@@ -215,16 +216,14 @@ def test_a_run_whose_time_is_up_saves_and_asks_for_a_requeue(folder: Path) -> No
 
 def test_the_time_to_leave_counts_from_the_start_of_the_process() -> None:
     said: list[str] = []
-    assert (
-        not StopSignals(said.append, 600.0, already_seconds=30.0).asked
-        and not StopSignals(said.append, None, 1e9).asked
-    )
+    assert not StopSignals(said.append, 600.0, already_seconds=30.0).asked
+    assert not StopSignals(said.append, None, 1e9).asked
     late = StopSignals(said.append, 1.0, already_seconds=61.0)
     assert late.asked and late.asked and len(said) == 1 and "the time is up" in said[0]
     assert StartupClock.from_process_start().elapsed > StartupClock().elapsed >= 0
 
 
-# --- garbage --------------------------------------------------------------------------------------------------------------------
+# Garbage.
 
 
 def test_garbage_is_collected_after_the_same_steps_and_never_in_between(
@@ -244,7 +243,7 @@ def test_garbage_is_collected_after_the_same_steps_and_never_in_between(
     assert collected == [4, 8] and gc.isenabled()
 
 
-# --- profiles -------------------------------------------------------------------------------------------------------------------
+# Profiles.
 
 
 def test_a_window_of_steps_is_profiled(
@@ -279,10 +278,8 @@ def test_a_window_of_steps_is_profiled(
         "marked_step_3",
         "marked_step_4",
     }
-    assert (
-        "aten::mm" in names
-        and "aten::mm" in (profile / "memory_rank_00000_steps_3_4.txt").read_text()
-    )
+    assert "aten::mm" in names
+    assert "aten::mm" in (profile / "memory_rank_00000_steps_3_4.txt").read_text()
     assert "profile of steps 3 to 4" in capsys.readouterr().out
 
 
@@ -357,7 +354,7 @@ def test_on_a_gpu_the_memory_snapshot_and_the_streams_time_are_taken(
     assert watch.seconds == 0.25
 
 
-# --- what is said and handed over at the start ----------------------------------------------------------------------------------
+# What is said and handed over at the start.
 
 
 def test_the_flight_recorder_is_on_by_default_and_its_environment_is_handed_over(
@@ -422,18 +419,22 @@ def test_every_node_is_described_once_with_the_gpus_of_its_ranks() -> None:
 
 
 def test_a_version_that_differs_between_nodes_is_said() -> None:
-    same, other = (
-        {"torch": "2.13.0", "driver": "550.54.15"},
-        {"torch": "2.13.0", "driver": "570.1.2"},
-    )
+    same = {"torch": "2.13.0", "driver": "550.54.15"}
+    other = {"torch": "2.13.0", "driver": "570.1.2"}
     assert list(differing([("a", same), ("b", same)])) == []
     (line,) = differing([("a", same), ("b", other), ("c", same)])
     assert line == "warning: driver differs between nodes: 550.54.15 on a, c; 570.1.2 on b"
 
 
 def test_the_driver_version_is_read_off_the_kernel_module() -> None:
-    classic = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\nGCC version: gcc 11.4.0\n"
-    opened = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.124.06  Release Build  (dvs-builder)\n"
+    classic = (
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 "
+        "UTC 2024\nGCC version: gcc 11.4.0\n"
+    )
+    opened = (
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.124.06  Release "
+        "Build  (dvs-builder)\n"
+    )
     assert [driver_version(text) for text in (classic, opened, "")] == [
         "550.54.15",
         "570.124.06",

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import rows_of, tiny_config
 
 from megatron_completep.checkpoint import StoredCheckpoint
 from megatron_completep.config import Config, load_config, save_config
@@ -22,6 +21,7 @@ from megatron_completep.pretrain import pretrain
 from megatron_completep.run.state import ExitCode
 from megatron_completep.run.step import TrainingStep
 from megatron_completep.telemetry.metrics import read_metrics
+from tests.support.runs import rows_of, tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -52,12 +52,10 @@ def test_a_run_writes_one_row_a_step_and_learns(whole: Config) -> None:
     assert [row["tokens"] for row in rows] == [128 * step for step in range(1, 13)]
     assert [row["step"] for row in rows if "validation_loss" in row] == [6, 12]
     for row in rows:
-        assert (
-            row["tokens_per_second"] > 0
-            and row["memory_bytes"] > 0
-            and row["grad_norm"] > 0
-            and row["data_wait_seconds"] >= 0
-        )
+        assert row["tokens_per_second"] > 0
+        assert row["memory_bytes"] > 0
+        assert row["grad_norm"] > 0
+        assert row["data_wait_seconds"] >= 0
         assert row["mfu"] is None and row["skipped"] is False  # the table of peaks knows no CPU
 
 
@@ -162,11 +160,9 @@ def test_dropout_trains_and_validation_has_none(folder: Path) -> None:
         pretrain(config)
         return rows_of(config)
 
-    with_dropout, again, without = (
-        run("a", "model.dropout=0.5"),
-        run("b", "model.dropout=0.5"),
-        run("c"),
-    )
+    with_dropout = run("a", "model.dropout=0.5")
+    again = run("b", "model.dropout=0.5")
+    without = run("c")
     assert with_dropout == again  # its seed is a function of the run and the step
     assert with_dropout[0]["loss"] != without[0]["loss"]
     frozen = [

@@ -1,4 +1,6 @@
-"""Validation is cross-entropy whatever the objective adds to it, and a run's rows hold what the objective is the sum of."""
+"""Validation is cross-entropy whatever the objective adds to it,
+and a run's rows hold what the objective is the sum of.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_runs import launched_as, rows_of, tiny_config
 
 from megatron_completep.config import Config
 from megatron_completep.data.loader import validation_batches
 from megatron_completep.inference.generation import load_model
 from megatron_completep.instruments.sweep import run_point
 from megatron_completep.pretrain import pretrain
+from tests.support.ranks import launched_as
+from tests.support.runs import rows_of, tiny_config
 
 SHORT = (
     "training.train_steps=4",
@@ -114,7 +117,9 @@ def test_a_step_that_is_passed_over_has_no_terms(folder: Path) -> None:
 
 
 def test_a_sweeps_points_are_compared_by_cross_entropy(folder: Path) -> None:
-    """With a learning rate that moves nothing, points with and without label smoothing have one validation loss."""
+    """With a learning rate that moves nothing,
+    points with and without label smoothing have one validation loss.
+    """
     still = ("optimizer.base_lr=1e-30", "training.train_steps=2")
     points = [
         run_point(tiny_config(folder, *still, *words, output="sweep")) for words in ((), MORE)

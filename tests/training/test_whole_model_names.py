@@ -1,4 +1,6 @@
-"""Runs whose overrides name parameters that some ranks do not hold, and whose embeddings are one parameter on two stages."""
+"""Runs whose overrides name parameters that some ranks do not hold,
+and whose embeddings are one parameter on two stages.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import launched_as, rows_of, tiny_config
 
 from megatron_completep.config import Config
 from megatron_completep.errors import ConfigError, UserError
@@ -15,6 +16,8 @@ from megatron_completep.guards import hooks
 from megatron_completep.guards.replicas import replica_hashes
 from megatron_completep.pretrain import pretrain
 from megatron_completep.run.state import ExitCode
+from tests.support.ranks import launched_as
+from tests.support.runs import rows_of, tiny_config
 
 SHORT = (
     "training.train_steps=4",
@@ -46,7 +49,9 @@ def as_rank(rank: int, world_size: int, config: Config, broken: str = "") -> int
 
 
 def with_a_moved_end(optimizer: Any, context: Any) -> Any:
-    """One bit of this end's tied embedding is another, in masters and weights alike: nothing but the other end can tell."""
+    """One bit of this end's tied embedding is another, in masters and weights alike:
+    nothing but the other end can tell.
+    """
     optimizer.wait_for_parameters()
     words = optimizer.shards.parameters["unembedding.weight"].detach().view(torch.int64)
     words.view(-1)[3] ^= 1
@@ -99,9 +104,8 @@ def test_overrides_of_what_one_stage_holds_train_as_in_one_process(
     assert [pretrain(runs[name]) for name in ("alone", "plain")] == [ExitCode.DONE] * 2
     losses = {name: [row["loss"] for row in rows_of(config)] for name, config in runs.items()}
     torch.testing.assert_close(losses["stages"], losses["alone"], rtol=1e-10, atol=0)
-    assert (
-        max(abs(a - b) for a, b in zip(losses["alone"], losses["plain"], strict=True)) > 1e-6
-    )  # the override does something
+    # The override does something.
+    assert max(abs(a - b) for a, b in zip(losses["alone"], losses["plain"], strict=True)) > 1e-6
 
 
 @pytest.mark.parametrize(

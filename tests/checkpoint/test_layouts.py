@@ -1,0 +1,60 @@
+"""Any layout loads any checkpoint: every number arrives bit for bit where a layout holds it."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from megatron_completep.checkpoint import StoredCheckpoint
+from tests.checkpoint.layouts import LAYOUTS, TP2_PP2_DP2, load, run, save
+
+
+@pytest.mark.parametrize("model", [pytest.param("llama", marks=pytest.mark.slow), "tied_gpt"])
+def test_a_checkpoint_of_tp2_pp2_dp2_is_read_by_every_layout_and_back(pool, tmp_path, model):
+    run(pool, save, tmp_path / "first", model, TP2_PP2_DP2)
+    for name, layout in LAYOUTS.items():
+        save_to = str(tmp_path / name)  # and from there back
+        assert not [
+            wrong
+            for rank in run(pool, load, tmp_path / "first", model, layout, save_to)
+            for wrong in rank
+        ], name
+    for name in (
+        LAYOUTS if model == "llama" else ("one", "pp4_uneven")
+    ):  # all of them in the slow suite
+        assert not [
+            wrong for rank in run(pool, load, tmp_path / name, model, TP2_PP2_DP2) for wrong in rank
+        ], name
+
+
+def test_every_layout_stores_the_same_tensors_each_element_once(pool, tmp_path):
+    stored = {}
+    for name in ("one", "tp2_dp2", "pp4_uneven"):
+        run(pool, save, tmp_path / name, "tied_gpt", LAYOUTS[name])
+        checkpoint = StoredCheckpoint.open(tmp_path / name / "checkpoints" / "step_00000006")
+        stored[name] = {
+            parameter: checkpoint.tensor(parameter, "exp_avg")
+            for parameter in checkpoint.manifest.parameters
+        }
+        assert checkpoint.manifest.elements == sum(t.numel() for t in stored[name].values())
+    for name in stored:
+        assert stored[name].keys() == stored["one"].keys()
+        assert "unembedding.weight" not in stored[name]
+        assert all(torch.equal(stored[name][p], stored["one"][p]) for p in stored["one"])
+
+
+def test_a_missing_part_is_noticed_by_every_rank(pool, tmp_path):
+    """The negative control: take one rank's file away and the load fails,
+    on all ranks alike, naming the file.
+    """
+    layout = LAYOUTS["tp2_dp2"]
+    run(pool, save, tmp_path, "llama", layout)
+    folder = tmp_path / "checkpoints" / "step_00000006"
+    shutil.move(folder / "rank_00002_of_00004.safetensors", tmp_path / "elsewhere")
+    with pytest.raises(
+        AssertionError,
+        match=r"(?s)rank 3:.*CheckpointError.*rank_00002_of_00004.safetensors: No such file",
+    ):
+        run(pool, load, tmp_path, "llama", layout)

@@ -1,0 +1,288 @@
+"""Settings that do not fit each other, and the beginning of what is said of them."""
+
+import re
+
+from megatron_completep.config import Config, config_from_mapping
+
+BASE = {
+    "model": {
+        "hidden_size": 256,
+        "num_layers": 8,
+        "num_attention_heads": 16,
+        "ffn_hidden_size": 1024,
+        "vocab_size": 4000,
+        "seq_length": 256,
+    },
+    "optimizer": {"base_lr": 1e-3, "warmup_fraction": 0.1},
+    "data": {"train": [{"prefix": "a"}, {"prefix": "b"}]},
+    "training": {
+        "micro_batch_size": 4,
+        "global_batch_size": 64,
+        "train_steps": 100,
+        "output_dir": "runs/test",
+    },
+}
+
+
+def config_with(*overrides: str) -> Config:
+    return config_from_mapping(BASE, overrides)
+
+
+# (what breaks a rule, part of the message).
+RULES = [
+    (
+        ["model.num_attention_heads=3"],
+        "model.num_attention_heads = 3 does not divide model.hidden_size = 256. Use 1, 2, 4, 8, ",
+    ),
+    (
+        ["model.num_query_groups=3"],
+        (
+            "model.num_query_groups = 3 does not divide model.num_attention_heads = 16. Use 1, 2, "
+            "4, 8 or 16."
+        ),
+    ),
+    (
+        ["model.head_dim=15"],
+        (
+            "model.position = rope turns pairs of elements, but a head has 15. Use an even "
+            "model.head_dim."
+        ),
+    ),
+    (
+        ["model.tied_embeddings=true", "completep.factors.unembedding.lr=2"],
+        "Move the factors to completep.factors.embedding, or untie.",
+    ),
+    (
+        ["model.fp32_residual=true", "training.precision=float32"],
+        "no meaning under training.precision = float32",
+    ),
+    (
+        ["model.attention_backend=flash_attention", "model.position=alibi"],
+        "which model.position = alibi needs. Use model.attention_backend = sdpa.",
+    ),
+    (
+        ["model.attention_backend=flash_attention", "training.precision=float32"],
+        "computes in bf16 only, but training.precision = float32.",
+    ),
+    (
+        ["model.attention_backend=flash_attention", "training.device=cpu"],
+        "runs on GPUs only, but training.device = cpu.",
+    ),
+    (
+        ["model.attention_backend=flash_attention", "model.head_dim=512"],
+        "at most 256 elements, but these have 512.",
+    ),
+    (
+        ["completep.base_hidden_size=64"],
+        (
+            "completep.base_hidden_size = 64 is given and completep.base_num_layers is null. Give "
+            "the proxy's whole shape "
+        ),
+    ),
+    (["completep.base_num_layers=2"], "(this model's own hidden_size is 256), or neither."),
+    (
+        ["completep.base_head_dim=64"],
+        "completep.base_head_dim = 64 is given without the proxy's shape.",
+    ),
+    (
+        ["completep.parameterization=mup", "completep.alpha=0.5"],
+        "completep.alpha = 0.5 has no effect under completep.parameterization = mup",
+    ),
+    (
+        ["completep.parameterization=sp", "completep.alpha=0.5"],
+        "completep.alpha = 0.5 has no effect under completep.parameterization = sp",
+    ),
+    (
+        ["parallel.tensor_parallel_size=3", "model.ffn_hidden_size=1023"],
+        "parallel.tensor_parallel_size = 3 does not divide model.num_attention_heads = 16. Use 1.",
+    ),
+    (
+        ["parallel.tensor_parallel_size=16", "model.ffn_hidden_size=1000"],
+        "does not divide model.ffn_hidden_size = 1000. Use 1, 2, 4 or 8.",
+    ),
+    (
+        [
+            "parallel.tensor_parallel_size=8",
+            "parallel.sequence_parallel=true",
+            "model.seq_length=100",
+        ],
+        (
+            "parallel.tensor_parallel_size = 8 does not divide model.seq_length = 100 "
+            "(parallel.sequence_parallel is on). Use 1, 2 or 4."
+        ),
+    ),
+    (
+        [
+            "model.num_attention_heads=12",
+            "model.num_query_groups=6",
+            "model.head_dim=64",
+            "parallel.tensor_parallel_size=4",
+        ],
+        "parallel.tensor_parallel_size = 4 does not divide model.num_query_groups = 6 (each "
+        "rank holds whole groups of keys and values). "
+        "Use 1 or 2.",
+    ),
+    (
+        ["model.num_query_groups=2", "parallel.tensor_parallel_size=4"],
+        "parallel.tensor_parallel_size = 4 does not divide model.num_query_groups = 2",
+    ),
+    (
+        [
+            "training.compile=true",
+            "model.attention_backend=flash_attention",
+            "data.reset_at_document_ends=true",
+        ],
+        (
+            "training.compile = true does not go with model.attention_backend = flash_attention "
+            "and data.reset_at_document_ends = true: "
+        ),
+    ),
+    (
+        ["parallel.pipeline_parallel_size=9"],
+        (
+            "parallel.pipeline_parallel_size x virtual_pipeline_size = 9 x 1 makes 9 stages of "
+            "model.num_layers = 8"
+        ),
+    ),
+    (
+        ["parallel.virtual_pipeline_size=2"],
+        (
+            "virtual_pipeline_size = 2 has no meaning at parallel.pipeline_parallel_size = 1. Set "
+            "it to 1."
+        ),
+    ),
+    (
+        ["parallel.virtual_pipeline_size=2", "parallel.pipeline_parallel_size=2"],
+        "does not go with parallel.schedule = 1f1b.",
+    ),
+    (
+        ["parallel.schedule=interleaved_1f1b", "parallel.pipeline_parallel_size=2"],
+        "needs virtual_pipeline_size of at least 2, found 1.",
+    ),
+    (
+        ["parallel.pipeline_split=[4,4]"],
+        (
+            "parallel.pipeline_split has 2 stages, but parallel.pipeline_parallel_size x "
+            "virtual_pipeline_size = 1 x 1 makes 1."
+        ),
+    ),
+    (
+        ["parallel.pipeline_parallel_size=2", "parallel.pipeline_split=[4,5]"],
+        "adds up to 9, but model.num_layers = 8.",
+    ),
+    (
+        ["parallel.pipeline_parallel_size=3", "parallel.pipeline_split=[4,0,4]"],
+        "leaves a stage in the middle empty.",
+    ),
+    (["optimizer.betas=[0.9,1.0]"], "optimizer.betas.1 = 1.0 is not less than 1"),
+    (
+        ["optimizer.warmup_steps=5"],
+        (
+            "optimizer.warmup_fraction = 0.1 and optimizer.warmup_steps = 5 are both given. Set "
+            "one of the two to null."
+        ),
+    ),
+    (
+        ["optimizer.warmup_fraction=null", "optimizer.warmup_steps=101"],
+        "optimizer.warmup_steps = 101 is more than training.train_steps = 100.",
+    ),
+    (
+        ["optimizer.schedule=warmup_stable_decay", "optimizer.decay_fraction=0.95"],
+        "10 steps of warm-up and 95 of decay (decay_fraction = 0.95) are more than "
+        "training.train_steps = 100. "
+        "Use a decay_fraction of at most 0.9.",
+    ),
+    (
+        ["data.validation=[{prefix: c}]", "data.split='9,1,0'"],
+        "data.split = '9,1,0' and data.validation are both given.",
+    ),
+    (["data.validation=[]"], "data.validation = [] names no source. Use null"),
+    (["data.split='9,1'"], "data.split = '9,1' has 2 parts. Write the three parts"),
+    (["data.split=most"], "data.split = 'most' is not a list of numbers."),
+    (["data.split='0,1,0'"], "data.split = '0,1,0' leaves nothing for training."),
+    (["data.split='9,-1,0'"], "has a part below zero"),
+    (["data.split='9,nan,0'"], "has a part below zero or without bound"),
+    (
+        ["data.train.1.weight=2", "data.train.1.epochs=3"],
+        "data.train.1: weight = 2.0 and epochs = 3.0 are both given for b.",
+    ),
+    (
+        ["data.tokenizer={type: bytes, model: x}"],
+        "data.tokenizer.model = 'x' is not used by data.tokenizer.type = bytes.",
+    ),
+    (
+        ["data.tokenizer={type: sentencepiece}"],
+        "data.tokenizer.model is null, but data.tokenizer.type = sentencepiece needs one.",
+    ),
+    (
+        ["training.micro_batch_size=3"],
+        (
+            "training.micro_batch_size = 3 does not divide training.global_batch_size = 64. Use "
+            "1, 2, 4, 8, 16, 32 or 64."
+        ),
+    ),
+    (
+        ["checkpoint.interval=300", "checkpoint.keep_every=1000"],
+        "checkpoint.keep_every = 1000 is not a multiple of checkpoint.interval = 300",
+    ),
+    (
+        ["training.batch_ramp={start: 64, increment: 8, steps: 10}"],
+        "training.batch_ramp.start = 64 is not less than training.global_batch_size = 64.",
+    ),
+    (
+        ["training.batch_ramp={start: 16, increment: 20, steps: 10}"],
+        (
+            "training.batch_ramp.increment = 20 does not lead from start = 16 to "
+            "training.global_batch_size = 64. Use 4, 8, 12, 16, 24 or 48."
+        ),
+    ),
+    (
+        ["training.batch_ramp={start: 16, increment: 16, steps: 200}"],
+        "training.batch_ramp.steps = 200 is more than training.train_steps = 100",
+    ),
+    (
+        ["training.batch_ramp={start: 8, increment: 14, steps: 10}"],
+        (
+            "training.batch_ramp.increment = 14 is not a multiple of training.micro_batch_size = "
+            "4. Use 8 or 28."
+        ),
+    ),
+    (
+        ["training.skip_steps=[{first: 9, last: 8}]"],
+        "training.skip_steps.0: last = 8 is less than first = 9. Exchange them.",
+    ),
+    (
+        ["training.skip_steps=[{first: 101}]"],
+        "training.skip_steps.0: step 101 is after training.train_steps = 100. Use at most 100.",
+    ),
+    (
+        ["profiling.first_step=99", "profiling.steps=3"],
+        (
+            "end after training.train_steps = 100. Begin at 98 or earlier, and record at most 100 "
+            "steps."
+        ),
+    ),
+    (
+        ["guards.hang_timeout_minutes=30"],
+        (
+            "guards.hang_timeout_minutes = 30 is more than parallel.timeout_minutes = 20: the "
+            "collective's time-out would end a hang first"
+        ),
+    ),
+    (
+        ["guards.rollback_threshold=2", "data.order=megatron"],
+        "guards.rollback_threshold = 2 does not go with data.order = megatron",
+    ),
+]
+
+
+def offered(message: str) -> list[str]:
+    """The values that a message offers for a setting of its own, as overrides."""
+    words = []
+    for line in message.splitlines():
+        if found := re.search(
+            r"Use (?:([a-z_.]+) = )?(\d+(?:, \d+)*(?: or \d+)?)(?=[.,]| or another)", line
+        ):
+            setting = found[1] or line.split(" = ")[0].rsplit(" ", 1)[-1]
+            words += [f"{setting}={value}" for value in re.findall(r"\d+", found[2])]
+    return words

@@ -1,0 +1,226 @@
+"""What a message offers in place of a setting that does not fit is accepted."""
+
+import random
+
+import pytest
+
+from megatron_completep.errors import ConfigError
+from tests.config.broken_rules import RULES, config_with, offered
+
+# What the words of a remedy say, as overrides; remedies that are numbers are read from the message.
+IN_WORDS = {
+    "model.num_attention_heads=3": [["model.head_dim=64"]],
+    "model.head_dim=15": [["model.head_dim=16"]],
+    "model.tied_embeddings=true completep.factors.unembedding.lr=2": [
+        ["completep.factors={embedding: {lr: 2}}"],
+        ["model.tied_embeddings=false"],
+    ],
+    "model.fp32_residual=true training.precision=float32": [
+        ["model.fp32_residual=false"],
+        ["training.precision=bf16"],
+    ],
+    "model.attention_backend=flash_attention model.position=alibi": [
+        ["model.attention_backend=sdpa"]
+    ],
+    "model.attention_backend=flash_attention training.precision=float32": [
+        ["model.attention_backend=sdpa"],
+        ["training.precision=bf16"],
+    ],
+    "model.attention_backend=flash_attention training.device=cpu": [
+        ["model.attention_backend=sdpa"]
+    ],
+    "model.attention_backend=flash_attention model.head_dim=512": [
+        ["model.attention_backend=sdpa"]
+    ],
+    "completep.base_hidden_size=64": [
+        ["completep.base_num_layers=8"],
+        ["completep.base_hidden_size=null"],
+    ],
+    "completep.base_num_layers=2": [
+        ["completep.base_hidden_size=256"],
+        ["completep.base_num_layers=null"],
+    ],
+    "completep.base_head_dim=64": [
+        ["completep.base_hidden_size=64", "completep.base_num_layers=2"]
+    ],
+    "completep.parameterization=mup completep.alpha=0.5": [
+        ["completep.alpha=1"],
+        ["completep.parameterization=completep"],
+    ],
+    "completep.parameterization=sp completep.alpha=0.5": [
+        ["completep.alpha=1"],
+        ["completep.parameterization=completep"],
+    ],
+    (
+        "training.compile=true model.attention_backend=flash_attention "
+        "data.reset_at_document_ends=true"
+    ): [
+        ["model.attention_backend=sdpa"],
+        ["training.compile=false"],
+    ],
+    "parallel.pipeline_parallel_size=9": [["parallel.pipeline_parallel_size=8"]],
+    "parallel.virtual_pipeline_size=2": [["parallel.virtual_pipeline_size=1"]],
+    "parallel.virtual_pipeline_size=2 parallel.pipeline_parallel_size=2": [
+        ["parallel.schedule=interleaved_1f1b"],
+        ["parallel.schedule=zero_bubble"],
+        ["parallel.virtual_pipeline_size=1"],
+    ],
+    "parallel.schedule=interleaved_1f1b parallel.pipeline_parallel_size=2": [
+        ["parallel.virtual_pipeline_size=2"],
+        ["parallel.schedule=1f1b"],
+    ],
+    "parallel.pipeline_split=[4,4]": [["parallel.pipeline_split=[8]"]],
+    "parallel.pipeline_parallel_size=2 parallel.pipeline_split=[4,5]": [
+        ["parallel.pipeline_split=[4,4]"],
+        ["model.num_layers=9"],
+    ],
+    "parallel.pipeline_parallel_size=3 parallel.pipeline_split=[4,0,4]": [
+        ["parallel.pipeline_split=[0,8,0]"]
+    ],
+    "optimizer.betas=[0.9,1.0]": [["optimizer.betas=[0.9,0.9]"], ["optimizer.betas=[0.9,0.95]"]],
+    "optimizer.warmup_steps=5": [
+        ["optimizer.warmup_steps=null"],
+        ["optimizer.warmup_fraction=null"],
+    ],
+    "optimizer.warmup_fraction=null optimizer.warmup_steps=101": [["optimizer.warmup_steps=100"]],
+    "optimizer.schedule=warmup_stable_decay optimizer.decay_fraction=0.95": [
+        ["optimizer.decay_fraction=0.9"]
+    ],
+    "data.validation=[{prefix: c}] data.split='9,1,0'": [
+        ["data.validation=null"],
+        ["data.split=null"],
+    ],
+    "data.validation=[]": [["data.validation=null"]],
+    "data.split='9,1'": [["data.split='969,30,1'"]],
+    "data.split=most": [["data.split='969,30,1'"]],
+    "data.split='0,1,0'": [["data.split='969,30,1'"]],
+    "data.split='9,-1,0'": [["data.split='969,30,1'"]],
+    "data.split='9,nan,0'": [["data.split='969,30,1'"]],
+    "data.train.1.weight=2 data.train.1.epochs=3": [
+        ["data.train.1.weight=null"],
+        ["data.train.1.epochs=null"],
+    ],
+    "data.tokenizer={type: bytes, model: x}": [["data.tokenizer={type: bytes}"]],
+    "data.tokenizer={type: sentencepiece}": [
+        ["data.tokenizer.model=x"],
+        ["data.tokenizer.type=bytes"],
+    ],
+    "training.batch_ramp={start: 64, increment: 8, steps: 10}": [["training.batch_ramp=null"]],
+    "training.batch_ramp={start: 16, increment: 16, steps: 200}": [
+        ["training.batch_ramp.steps=100"]
+    ],
+    "training.skip_steps=[{first: 9, last: 8}]": [["training.skip_steps=[{first: 8, last: 9}]"]],
+    "training.skip_steps=[{first: 101}]": [["training.skip_steps=[{first: 100}]"]],
+    "profiling.first_step=99 profiling.steps=3": [
+        ["profiling.first_step=98"],
+        ["profiling.first_step=1", "profiling.steps=100"],
+    ],
+    "guards.hang_timeout_minutes=30": [["parallel.timeout_minutes=30"]],
+    "guards.rollback_threshold=2 data.order=megatron": [
+        ["data.order=permutation"],
+        ["guards.rollback_threshold=null"],
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"), RULES, ids=[" ".join(overrides) for overrides, _ in RULES]
+)
+def test_every_remedy_is_accepted(overrides, expected):
+    with pytest.raises(ConfigError) as caught:
+        config_with(*overrides)
+    in_words = IN_WORDS.get(" ".join(overrides), [])
+    remedies = [[word] for word in offered(str(caught.value))] + in_words
+    assert remedies, (
+        "the message offers nothing that this test understands: say in IN_WORDS what it means"
+    )
+    for remedy in remedies:
+        config_with(*overrides, *remedy)
+
+
+TWO_RULES = [
+    # 8 and 24 leave heads of odd size to rope
+    (["model.hidden_size=24", "model.num_attention_heads=5"], "Use 1, 2, 3, 4, 6 or 12,"),
+    (
+        [
+            "model.num_attention_heads=12",
+            "model.head_dim=64",
+            "model.num_query_groups=5",
+            "parallel.tensor_parallel_size=4",
+        ],
+        "Use 4 or 12.",
+    ),
+    # 12 and 16 do not lead from 8 to 64
+    (["training.batch_ramp={start: 8, increment: 14, steps: 10}"], "Use 8 or 28."),
+    (
+        [
+            "training.batch_ramp={start: 10, increment: 12, steps: 10}",
+            "training.micro_batch_size=2",
+        ],
+        "Use 2, 6, 18 or 54.",
+    ),
+    (
+        [
+            "optimizer.schedule=warmup_stable_decay",
+            "optimizer.warmup_fraction=null",
+            "optimizer.warmup_steps=101",
+        ],
+        "Use at most 80.",  # 20 steps of decay follow
+    ),
+    (
+        [
+            "training.train_steps=3000",
+            "optimizer.schedule=warmup_stable_decay",
+            "optimizer.warmup_fraction=null",
+        ]
+        + ["optimizer.warmup_steps=1000", "optimizer.decay_fraction=0.9"],
+        "Use a decay_fraction of at most 0.666.",  # 0.667 would be 2001 steps
+    ),
+    (["guards.hang_timeout_minutes=30.1234567"], "Use a timeout_minutes of at least 30.1234567."),
+    # Two chunks want 16 layers.
+    (
+        ["parallel.schedule=interleaved_1f1b", "parallel.pipeline_parallel_size=8"],
+        "Use the schedule 1f1b.",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "remedy"), TWO_RULES, ids=[" ".join(overrides) for overrides, _ in TWO_RULES]
+)
+def test_a_value_with_two_rules_is_offered_only_where_both_accept_it(overrides, remedy):
+    with pytest.raises(ConfigError) as caught:
+        config_with(*overrides)
+    assert remedy in str(caught.value)
+    for word in offered(str(caught.value)):
+        config_with(*overrides, word)
+
+
+def test_whatever_is_wrong_alone_is_right_with_any_value_that_is_offered():
+    draw = random.Random(5)
+    tried = 0
+    for _ in range(400):
+        heads, micro, total = draw.randint(1, 24), draw.randint(1, 6), draw.randint(4, 96)
+        overrides = [
+            f"model.num_attention_heads={heads}",
+            f"model.num_query_groups={draw.randint(1, heads)}",
+        ]
+        overrides += [
+            f"parallel.tensor_parallel_size={draw.choice([1, 1, 2, 3, 4])}",
+            f"model.hidden_size={draw.choice([256, 240, 72])}",
+        ]
+        overrides += [f"training.micro_batch_size={micro}", f"training.global_batch_size={total}"]
+        if draw.random() < 0.5:
+            ramp = (
+                f"{{start: {draw.randint(1, total)}, increment: {draw.randint(1, 24)}, steps: 9}}"
+            )
+            overrides.append(f"training.batch_ramp={ramp}")
+        try:
+            config_with(*overrides)
+        except ConfigError as problem:
+            message = str(problem)
+            if len(message.splitlines()) == 2:
+                for word in offered(message):
+                    config_with(*overrides, word)
+                    tried += 1
+    assert tried > 100

@@ -40,6 +40,7 @@ def start_all_reduce(
     """Sum (or max) over the axis, in place."""
     if axis.group is None:
         return Pending(x)
+    # A view with gaps cannot be reduced in place: its copy is, and the copy is the result.
     x = x.contiguous()
     return Pending(x, dist.all_reduce(x, op, group=axis.group, async_op=True))
 

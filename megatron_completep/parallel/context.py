@@ -69,10 +69,12 @@ class ParallelContext:
         """
         launch = Launch.from_environment()
         data_parallel_size = data_parallel_size_for(parallel, launch.world_size)
+        # Refused here, a wrong device is one message; later it would be a hang of the other ranks.
         chosen = choose_device(device, launch.local_rank)
         if launch.world_size == 1:
             return cls(device=chosen, sequence_parallel=False, launched=launch.launched)
         if chosen.type == "cuda":
+            # NCCL binds a communicator to the device that is current when it is made.
             torch.cuda.set_device(chosen)
         if not dist.is_initialized():
             timeout = timedelta(minutes=parallel.timeout_minutes)
@@ -112,6 +114,8 @@ class ParallelContext:
             )
         pipeline_size = parallel.pipeline_parallel_size
         tensor_size = parallel.tensor_parallel_size
+        # The tensor axis is the fastest: its ranks communicate most, and neighbours share a node.
+        # The pipeline is the slowest: its stages exchange one tensor a micro-batch.
         mesh = init_device_mesh(
             device.type,
             (pipeline_size, gradient_size, tensor_size),
@@ -223,6 +227,7 @@ def choose_device(device: str, local_rank: int) -> torch.device:
     """auto: this local rank's GPU where there is one, else the CPU."""
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
+    # Two processes on one GPU would be slow and run out of memory, without a word.
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if local_rank >= count:
         raise ConfigError(

@@ -150,6 +150,7 @@ class _UnembeddingLoss(torch.autograd.Function):
         ranks = head.context.ranks
         products = head.context.products
         rows = ranks.sequence.gather(x).flatten(0, 1)
+        # A chunk has as many tokens as fit the bound, and at least one.
         chunk_tokens = max(1, loss.chunk_bytes // (weight.shape[0] * weight.element_size()))
         token_loss = _TokenLoss(head, head.multiplier, ranks.tensor, loss)
         ctx.head = head
@@ -220,6 +221,7 @@ class _TokenLoss:
         # Rows: sum of exp(x - maximum), the target's logit, and with smoothing the logits' sum.
         sums = stats[1:]
         if self.axis.group is not None:
+            # Sums of exponentials are relative to each rank's maximum; now to the global one.
             global_maximum = all_reduce(maximum.clone(), self.axis, dist.ReduceOp.MAX)
             sums[0] *= (maximum - global_maximum).exp()
             sums = all_reduce(sums, self.axis)
@@ -227,6 +229,7 @@ class _TokenLoss:
 
         lse = maximum + sums[0].log()
         squares = self.loss.z_loss * lse.square()
+        # Smoothing moves a share of the target's probability evenly to all words.
         losses = lse - (1 - smoothing) * sums[1] + squares
         term_losses = {"cross_entropy": lse - sums[1], "z_loss": squares}
         if smoothing > 0:
@@ -234,6 +237,7 @@ class _TokenLoss:
             losses = losses - (smoothing / vocab_size) * sums[2]
             term_losses["label_smoothing"] = smoothing * (sums[1] - sums[2] / vocab_size)
 
+        # `where` and not a product: a loss that is not finite, times 0, would stay so.
         ignored = labels == IGNORED
         total = torch.where(ignored, 0.0, losses).sum()
         terms = [torch.where(ignored, 0.0, term_losses[name]).sum() for name in self.loss.terms]

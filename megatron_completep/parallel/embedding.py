@@ -74,6 +74,7 @@ class VocabParallelEmbedding(VocabShard):
         local_ids = tokens.t() - self.start
         if ranks.tensor.size == 1:
             return look_up(local_ids, self.weight, None, queue)
+        # Ids of other ranks' rows look up any valid row here, and the result is masked.
         is_local = (local_ids >= 0) & (local_ids < self.local_size)
         ids_in_range = local_ids.clamp(0, self.local_size - 1)
         partial_sum = look_up(ids_in_range, self.weight, is_local, queue)

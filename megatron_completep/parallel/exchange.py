@@ -53,6 +53,7 @@ class Exchange:
             return value
         data = _encode(value) if self.rank == 0 else torch.empty(0, dtype=torch.uint8)
         length = torch.tensor([data.numel()])
+        # The others need to know how much memory to receive into.
         dist.broadcast(length, 0, group=self._group)
         if self.rank:
             data = torch.empty(int(length), dtype=torch.uint8)
@@ -80,6 +81,7 @@ class Exchange:
         problem: str | None = None
         try:
             result = action()
+        # Any other exception is a defect of the program, and ends the rank with a traceback.
         except (CheckpointError, OSError, MemoryError) as error:
             problem = describe(error)
         problem_of_ranks = self.all_gather(problem)

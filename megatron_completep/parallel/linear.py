@@ -102,6 +102,7 @@ class RowParallelLinear(nn.Module):
         super().__init__()
         self.context = context
         ranks = context.ranks
+        # Input features are split, so that fan_in is that of the logical matrix on every rank.
         weight = Spec(
             Role.HIDDEN_WEIGHT,
             (out_features, in_features),

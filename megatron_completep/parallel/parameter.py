@@ -121,6 +121,7 @@ class Spec:
             return ((0, self.shape[dim]),)
         if self.parts and dim == self.part_dim:
             return _share_of_each(tuple(self.parts.values()), share)
+        # Rounded up, so that every rank has the same number of rows.
         padded_to = self.multiple * share.size
         size = -(-self.shape[dim] // padded_to) * self.multiple
         return ((share.rank * size, (share.rank + 1) * size),)
@@ -163,6 +164,7 @@ class Spec:
         """The logical tensor, on every rank. Communicates over the axes that split it."""
         logical = self.spread(local)
         for share in self.split.values():
+            # Every element is held by one rank along the axis, and is 0 on all others.
             logical = all_reduce(logical.contiguous(), context.axis(share.axis))
         return logical
 

@@ -68,6 +68,7 @@ class Pipeline:
         for chunk, index in zip(chunks, stages, strict=True):
             queue = chunk.queue
             assert isinstance(queue, GradientQueue)
+            # The schedule decides when weight gradients run.
             queue.deferred = True
             is_last = index == num_stages - 1
             stage = PipelineStage(
@@ -104,6 +105,7 @@ class Pipeline:
         run: Callable[..., Any] = schedule.eval if evaluate else schedule.step
         # Evaluation does not know the option.
         options: dict[str, Any] = {} if evaluate else {"return_outputs": False}
+        # The library appends the loss of each micro-batch.
         losses: list[Tensor] | None = [] if self.holds_last else None
         run(
             *((tokens,) if self.holds_first else ()),

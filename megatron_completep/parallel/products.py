@@ -51,6 +51,7 @@ class ApexProducts(Products):
         self._add = importlib.import_module(APEX_EXTENSION).wgrad_gemm_accum_fp32
 
     def add_weight_gradient(self, total: Tensor, d_out: Tensor, x: Tensor, first: bool) -> None:
+        # The extension can only add.
         if first:
             total.zero_()
         self._add(x, d_out, total)
@@ -65,6 +66,7 @@ def choose_products(backend: str, device: torch.device, precision: torch.dtype) 
     to this device and type.
     """
     applies = device.type == "cuda" and precision == torch.bfloat16
+    # Looked up and not imported: importing an extension for another CUDA can crash.
     installed = importlib.util.find_spec(APEX_EXTENSION) is not None
     if backend == "apex" and not applies:
         kind = str(precision).removeprefix("torch.")

@@ -46,6 +46,7 @@ def meet(
     # processes that died.
     store = dist.PrefixStore(f"start_{launch.restart_count}", opened)
     RollCall(store, launch, say).run(deadline, patience_seconds)
+    # From here on the store serves the process group, whose waits may be long.
     store.set_timeout(timedelta(seconds=patience_seconds))
     return store
 
@@ -132,6 +133,7 @@ def _open_store(launch: Launch, deadline: float, patience_seconds: float) -> dis
     if not holds_store:
         _wait_for_port(launch, deadline, patience_seconds)
     try:
+        # Not the default of waiting for all workers: the roll call does that, and names them.
         return dist.TCPStore(
             host,
             port,

@@ -163,6 +163,7 @@ def role_rms(
     sums = torch.zeros(len(roles), 2, dtype=torch.float64, device=flat_shard.device)
     for start, size, index in optimizer.shards.counted_table.tolist():
         group = groups[index]
+        # The table counts what other ranks hold as well on one of them only.
         segment = flat_shard[start : start + size]
         scale = 1 / group.lr_factor if by_learning_rate else 1.0
         row = sums[roles.index(group.role)]

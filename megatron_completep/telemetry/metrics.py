@@ -33,6 +33,7 @@ class MetricsFile:
     def __init__(self, path: Path, last_step: int, say: Callable[[str], None]):
         try:
             cut_metrics(path, last_step)
+            # Unbuffered: what was written survives the end of the process, whatever ends it.
             self._file = path.open("ab", buffering=0)
         except OSError as error:
             raise ConfigError(
@@ -59,6 +60,7 @@ class MetricsFile:
             return
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
+            # Nothing is cut here: the file is new.
             new_file = self._path.open("ab", buffering=0)
         except OSError:
             return  # reported by whatever needs the folder next
@@ -106,6 +108,7 @@ def cut_metrics(path: Path, last_step: int) -> None:
     with path.open("rb") as file:
         for line in file:
             position += len(line)
+            # A last line without its newline was torn by a kill.
             step = _step_of(line) if line.endswith(b"\n") else -1
             if step > last_step:
                 break
@@ -155,6 +158,7 @@ class ConsoleLines:
 
     def write(self, row: Row) -> None:
         self._rows.append(row)
+        # The last step ends an interval, too: a run must not end in silence.
         ends_interval = row["step"] % self._interval == 0 or row["step"] == self._train_steps
         if ends_interval or not self._has_begun:
             self._say(describe(self._rows, self._train_steps))
@@ -178,6 +182,7 @@ def describe(rows: list[Row], train_steps: int) -> str:
     mean_loss = sum(losses) / len(losses) if losses else math.nan
     # Averages over time: each step counts as long as it took.
     tokens = sum(row["tokens_per_second"] * row["step_seconds"] for row in rows)
+    # Below one percent it is noise, and is not printed.
     waiting_share = sum(row["data_wait_seconds"] for row in rows) / seconds
     digits = len(str(train_steps))
 
@@ -197,6 +202,7 @@ def describe(rows: list[Row], train_steps: int) -> str:
     skipped = len(rows) - len(losses)
     if skipped:
         phrases.append(f"{skipped} skipped")
+    # By the mean of these steps: what validation and saving cost is not in it.
     seconds_left = (train_steps - last_row["step"]) * seconds / len(rows)
     phrases.append(f"left {_duration(seconds_left)}")
     return "  ".join(phrases)

@@ -46,6 +46,7 @@ def node_lines(exchange: Exchange, launch: Launch, device: torch.device) -> list
 def lines_of(reports: Sequence[RankReport]) -> list[str]:
     """The lines for the reports of all ranks."""
     ranks = Counter(report.host for report in reports)
+    # Ranks of one node may see different GPUs, and are counted by name.
     gpus: dict[str, Counter[str]] = {host: Counter() for host in ranks}
     for report in reports:
         if report.gpu is not None:
@@ -77,6 +78,7 @@ def differing(nodes: list[tuple[str, dict[str, str]]]) -> Iterator[str]:
     if not nodes:
         return
     _, versions_of_first = nodes[0]
+    # Nodes of one job have the same list of names; a missing version is "none".
     for name in versions_of_first:
         hosts: dict[str, list[str]] = {}
         for host, versions_of_host in nodes:

@@ -52,6 +52,7 @@ class Profiler(Hook):
         if self._on_gpu:
             activities.append(ProfilerActivity.CUDA)
         if self._on_gpu and self._memory:
+            # Private functions: torch has no public ones for the history.
             torch.cuda.memory._record_memory_history(max_entries=ALLOCATIONS)
         self._running = profile(
             activities=activities, record_shapes=True, profile_memory=self._memory

@@ -48,11 +48,13 @@ def seconds_since_process_start(stat: Path = Path("/proc/self/stat")) -> float:
     Linux tells when it started, in ticks since boot. Elsewhere the time of day has to serve.
     """
     try:
+        # The name of the program may hold spaces and brackets; the fields follow its last one.
         fields_after_name = stat.read_text().rpartition(")")[2].split()
         started = int(fields_after_name[19]) / os.sysconf("SC_CLK_TCK")
         return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started)
     except (OSError, AttributeError, IndexError, ValueError):
-        return max(0.0, time.time() - psutil.Process().create_time())
+        age = time.time() - float(psutil.Process().create_time())
+        return max(0.0, age)
 
 
 class StartupReport(Hook):

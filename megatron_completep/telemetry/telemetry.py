@@ -94,6 +94,7 @@ class Telemetry(Hook):
         figures = self.figures()
         record.parameterization = figures
         if self._reference:
+            # Sizes change in training, so that equal parts of the two runs are compared.
             row_of_proxy = nearest(self._reference, step / self._train_steps)
             for alarm in alarms(figures, row_of_proxy):
                 self._say(f"warning: step {step}: {alarm}")
@@ -154,6 +155,7 @@ class LogitTaps:
             None if inputs.cos is None else inputs.cos[:, :1],
             None if inputs.sin is None else inputs.sin[:, :1],
         )
+        # The branch's own projections, with norm and rotation, as it would use them.
         q, k, _ = attention._heads(attention.qkv(x[:, :1].contiguous()), first_sequence)
         heads_per_group = attention.num_heads // attention.num_groups
         length = q.shape[2]
@@ -216,6 +218,7 @@ def read_reference(path: str | None) -> dict[float, Any] | None:
             f"logging.parameterization_reference: {file} cannot be read: {error.strerror}. "
             "Give the proxy's output_dir."
         ) from error
+    # The proxy has another number of steps: rows are found by fraction of the run.
     last_step = max((row["step"] for row in rows), default=1)
     reference = {row["step"] / last_step: row for row in rows if FINAL in row}
     if not reference:

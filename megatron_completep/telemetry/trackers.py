@@ -212,6 +212,7 @@ def open_trackers(config: Config, last_step: int, say: Say) -> list[Sink]:
     Raises ConfigError where one is not installed.
     """
     logging = config.logging
+    # Asked before a thread starts: at the start of a run this is a mistake of the user's.
     missing = [name for name in logging.trackers if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
@@ -247,6 +248,7 @@ def run_id(config: Config) -> str:
     It holds letters, digits, - and _ only.
     """
     folder = str(Path(config.training.output_dir).absolute())
+    # Two runs may have folders of the same name in different places.
     suffix = xxhash.xxh64_hexdigest(folder.encode())[:8]
     name = re.sub(r"[^A-Za-z0-9_-]", "-", run_name(config))
     return f"{name[:64]}-{suffix}"

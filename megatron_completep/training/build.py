@@ -52,6 +52,7 @@ def prepare_output(config: Config) -> None:
             f"training.output_dir = {folder} cannot be made: {error.strerror}. "
             "Choose a folder that can."
         ) from None
+    # Said now and not with the first metrics: set-up takes minutes on a large job.
     if not os.access(folder, os.W_OK):
         raise ConfigError(
             f"training.output_dir = {folder} cannot be written to. "
@@ -170,6 +171,7 @@ def default_hooks(
         return open_sinks(config, step, say) if context.is_first else []
 
     name = device_name(context.device)
+    # So that a run which ends where it began does not save again.
     saved_step = max(checkpointer.settled_steps(), default=0)
     checkpoint = config.checkpoint
     hooks.append(CheckpointFigures(checkpointer))
@@ -184,6 +186,7 @@ def build_telemetry(
     config: Config, context: ParallelContext, step: TrainingStep, interval: int, say: Say
 ) -> Telemetry:
     """Watches the parameterization on the run's first micro-batch, the same one at every step."""
+    # One batch is read: a background worker would read more.
     data_without_prefetch = config.data.model_copy(update={"prefetch": 0})
     config_of_probe = config.model_copy(update={"data": data_without_prefetch})
     with build_training_loader(config_of_probe, context) as loader:
@@ -210,6 +213,7 @@ def describe_run(
     model = config.model
     training = config.training
     parameters = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
+    # The count is of this rank: of the whole model only where nothing is split.
     model_is_split = context.tensor.size * context.pipeline.size > 1
     where = "parameters on this rank" if model_is_split else "parameters"
     flops = training_flops_per_token(model) / 1e6

@@ -76,6 +76,7 @@ class Metrics(Hook):
         self._peak = peak_of_device * context.world_size if peak_of_device else None
 
     def after_step(self, record: StepRecord) -> None:
+        # Other ranks have no sinks and need no row.
         row = self._row(record) if self._sinks else {}
         for sink in self._sinks:
             sink.write(row)
@@ -83,6 +84,7 @@ class Metrics(Hook):
     def _row(self, record: StepRecord) -> Row:
         state = record.state
         figures = record.figures
+        # A step that was passed over read data and computed nothing.
         computed_samples = 0 if figures.passed_over else record.samples
         tokens_per_second = computed_samples * self._config.model.seq_length / record.seconds
         mfu = tokens_per_second * self._flops_per_token / self._peak if self._peak else None

@@ -116,10 +116,12 @@ def train(
             except GoBack as back:
                 state = back.state
                 readback.forget()
+                # Every rank is here: a hook raises after the same step on all of them.
                 for hook in hooks:
                     hook.rewind(state)
             if due:
                 readback.restart_clock()
+        # Not after an exception: what failed must not be saved.
         for hook in hooks:
             hook.finish(state)
     finally:

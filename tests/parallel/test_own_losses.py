@@ -1,4 +1,4 @@
-"""Losses of layers themselves, in every layout: their gradients train, their means stand in the metrics."""
+"""Losses that layers have of their own: in every layout they train, and metrics report them."""
 
 from __future__ import annotations
 

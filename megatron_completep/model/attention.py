@@ -1,4 +1,4 @@
-"""Causal self-attention with grouped queries, dispatched to torch SDPA or, where installed, flash-attn.
+"""Causal self-attention with grouped queries, by torch's SDPA or, where installed, flash-attn.
 
 S sequence, B micro-batch, H hidden, N local query heads, G local query groups, D head dim.
 """
@@ -6,6 +6,7 @@ S sequence, B micro-batch, H hidden, N local query heads, G local query groups, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,30 +36,36 @@ class KeyValueCache:
     length: int = 0
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k, v [B, G, S, D]; returns everything held so far."""
+        """Append k and v [B, G, S, D]; returns all keys and values, each [B, G, length, D]."""
         end = self.length + k.shape[2]
-        self.keys[:, :, self.length : end], self.values[:, :, self.length : end] = k, v
+        self.keys[:, :, self.length : end] = k
+        self.values[:, :, self.length : end] = v
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """What all layers of a forward pass share."""
+    """What all layers of a forward pass share.
 
-    cos: Tensor | None = None  # [S, 1 or B, D/2]
+    cos, sin: of the rotary angles, [S, 1 or B, D/2]; None without rotary positions.
+    bias: added to the attention logits, [1 or B, 1 or N, S, S_keys]; None: plain causal attention.
+    document_starts: [documents + 1] int32 over the B * S tokens, for flash-attn.
+    caches: one a layer, in generation.
+    """
+
+    cos: Tensor | None = None
     sin: Tensor | None = None
-    bias: Tensor | None = (
-        None  # added to the attention logits, [1 or B, 1 or N, S, S_keys]; None: plain causal
-    )
-    document_starts: Tensor | None = (
-        None  # [documents + 1] int32 over the B*S tokens: flash-attn's variable lengths
-    )
-    caches: list[KeyValueCache] | None = None  # one a layer, for generation
+    bias: Tensor | None = None
+    document_starts: Tensor | None = None
+    caches: list[KeyValueCache] | None = None
 
 
 class Attention(nn.Module):
-    """The attention branch: x [s, B, H] -> [s, B, H]. layer: its number in the whole model, from 0."""
+    """The attention branch: x [s, B, H] -> [s, B, H].
+
+    layer: its number in the whole model, from 0. recompute: backward makes scores and mixing again.
+    """
 
     def __init__(
         self,
@@ -69,26 +76,30 @@ class Attention(nn.Module):
         recompute: bool = False,
     ):
         super().__init__()
-        self.layer = layer
-        self.recompute = recompute
-        self.attend = attend
         hidden = model.hidden_size
         size = head_dim(model)
         groups = num_query_groups(model)
-        width = model.num_attention_heads * size
+        tensor_ranks = context.ranks.tensor.size
+        self.layer = layer
+        self.recompute = recompute
+        self.attend = attend
         self.head_dim = size
         self.scale = table.attention_scale
         self.backend = model.attention_backend
-        self.num_heads = model.num_attention_heads // context.ranks.tensor.size
-        self.num_groups = groups // context.ranks.tensor.size
+        self.num_heads = model.num_attention_heads // tensor_ranks
+        self.num_groups = groups // tensor_ranks
+
+        width = model.num_attention_heads * size
         self.qkv = ColumnParallelLinear(
             hidden,
             {"q": width, "k": groups * size, "v": groups * size},
             table.base_hidden_size,
             model.bias,
             context,
+            # The attention scale acts right behind the query weights, unless a norm stands between.
             query_part=None if model.qk_norm else "q",
         )
+        # The proxy's heads have the same share of its hidden size as this model's.
         base_width = max(1, round(width * table.base_hidden_size / hidden))
         self.output = RowParallelLinear(width, hidden, base_width, model.bias, context)
         self.q_norm: Norm | None = None
@@ -98,44 +109,31 @@ class Attention(nn.Module):
             self.k_norm = qk_norm(model, context)
 
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Branch:
+        """x [s, B, H] -> the branch's output [s, B, H] and its bias."""
         q, k, v = self._heads(self.qkv(x), inputs)
         if inputs.caches is not None:
             k, v = inputs.caches[self.layer].extend(k, v)
+        arguments = (q, k, v, inputs, self.scale, self.backend)
         if self.recompute and torch.is_grad_enabled():
+            # Attention proper draws no random numbers, so their state need not be kept.
             mixed = checkpoint(
-                self.attend,
-                *(q, k, v, inputs, self.scale, self.backend),
-                use_reentrant=False,
-                preserve_rng_state=False,
+                self.attend, *arguments, use_reentrant=False, preserve_rng_state=False
             )
         else:
-            mixed = self.attend(q, k, v, inputs, self.scale, self.backend)
+            mixed = self.attend(*arguments)
+        # [B, N, S, D] -> [S, B, N D], the layout of the stream.
         out = self.output(mixed.permute(2, 0, 1, 3).flatten(2))
         return Branch(out, self.output.bias)
 
-    def _heads(self, qkv: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
-        """[S, B, (N + 2G) D] -> q [B, N, S, D], k and v [B, G, S, D], with QK-norm and rotation applied."""
-        normed = self.q_norm is not None
-        cos, sin = (None, None) if normed else (inputs.cos, inputs.sin)
-        q, k, v = _SplitHeads.apply(qkv, cos, sin, self.num_heads, self.num_groups, self.head_dim)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-            if inputs.cos is not None and inputs.sin is not None:
-                q, k = (
-                    kernels.rotary(q, inputs.cos, inputs.sin),
-                    kernels.rotary(k, inputs.cos, inputs.sin),
-                )
-        return q.permute(1, 2, 0, 3), k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3)
-
     def flops(self, seq_length: int) -> float:
-        """Matrix FLOPs of the forward pass a token, of all heads: projections, scores and mixing."""
+        """Matrix FLOPs of the forward pass a token, of all heads: projections, scores, mixing."""
         width = spec_of(self.output.weight).shape[1]
         keys = (seq_length + 1) / 2  # that a token sees on average: the causal half of the square
         scores_and_mixing = 2 * (2 * width * keys)
         return self.qkv.flops() + scores_and_mixing + self.output.flops()
 
     def activation_bytes(self, sizes: MicroBatchSizes) -> int:
-        """Bytes kept for backward: inputs of the projections, the heads, and statistics of their rows."""
+        """Bytes kept for backward: the projections' inputs, the heads, statistics of their rows."""
         qkv = sizes.tokens * self.qkv.weight.shape[0] * sizes.element_bytes
         total = self.qkv.activation_bytes(sizes) + qkv + self.output.activation_bytes(sizes)
         # The inputs of QK-norm are views of QKV; what it makes of them is new.
@@ -148,28 +146,45 @@ class Attention(nn.Module):
             total += sizes.tokens * self.num_heads * 4  # a logsumexp, float32 in every precision
         return total
 
+    def _heads(self, qkv: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
+        """[S, B, (N + 2G) D] -> q [B, N, S, D], k and v [B, G, S, D], normed and rotated."""
+        cos = inputs.cos
+        sin = inputs.sin
+        # Rotation comes after QK-norm; without one it happens in place, where the heads are split.
+        normed = self.q_norm is not None
+        angles = (None, None) if normed else (cos, sin)
+        heads = (self.num_heads, self.num_groups, self.head_dim)
+        q, k, v = _SplitHeads.apply(qkv, *angles, *heads)  # type: ignore[no-untyped-call]
+        if self.q_norm is not None and self.k_norm is not None:
+            q = self.q_norm(q)
+            k = self.k_norm(k)
+            if cos is not None and sin is not None:
+                q = kernels.rotary(q, cos, sin)
+                k = kernels.rotary(k, cos, sin)
+        return q.permute(1, 2, 0, 3), k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3)
+
 
 def qk_norm(model: ModelConfig, context: LayerContext, site: Site | None = None) -> Norm:
-    """A norm over the elements of a head; a tensor rank sees its own heads, and all share the gain."""
+    """A norm over the elements of a head, with one gain for all heads.
+
+    A tensor rank sees its own heads, so that its gradient of the gain is a share of the sum.
+    """
     tensor = context.ranks.tensor
     partial_over = tensor.name if tensor.size > 1 else None
-    return Norm(
-        head_dim(model),
-        Role.QK_NORM,
-        kernels.Norm("rmsnorm", model.norm_eps),
-        False,
-        context,
-        partial_over,
-        site,
-    )
+    norm = kernels.Norm("rmsnorm", model.norm_eps)
+    return Norm(head_dim(model), Role.QK_NORM, norm, False, context, partial_over, site)
 
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs, scale: float, backend: str
 ) -> Tensor:
-    """Attention proper: q [B, N, S, D], k and v [B, G, S_keys, D] -> [B, N, S, D]; causal unless the bias says more."""
+    """Attention proper: q [B, N, S, D], k and v [B, G, S_keys, D] -> [B, N, S, D].
+
+    Causal, unless a bias says more.
+    """
     if backend == "flash_attention" and inputs.caches is None:
         return flash_attention(q, k, v, scale, inputs.document_starts)
+    # One query (the next token of a generation) sees all keys.
     causal = inputs.bias is None and q.shape[2] > 1
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(
@@ -178,23 +193,38 @@ def attend(
 
 
 class _SplitHeads(torch.autograd.Function):
-    """Views of one QKV buffer, rotated in place; backward writes the three gradients into one buffer and rotates back."""
+    """Views of one QKV buffer, of which queries and keys are rotated in place.
+
+    Backward writes the three gradients into one buffer and rotates back. cos None: no rotation.
+    """
 
     @staticmethod
-    def forward(ctx, qkv, cos, sin, num_heads: int, num_groups: int, head_dim: int):
-        heads = qkv.detach().unflatten(-1, (num_heads + 2 * num_groups, head_dim))
-        if cos is not None:
+    def forward(
+        ctx: Any,
+        qkv: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        num_heads: int,
+        num_groups: int,
+        head_dim: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        heads = qkv.detach().view(*qkv.shape[:-1], num_heads + 2 * num_groups, head_dim)
+        if cos is not None and sin is not None:
             kernels.rotary_(heads[:, :, : num_heads + num_groups], cos, sin, False)
         ctx.save_for_backward(cos, sin)
-        ctx.sizes = num_heads, num_groups, num_groups
-        return heads.split(ctx.sizes, dim=2)
+        ctx.rotated = num_heads + num_groups
+        q, k, v = heads.split_with_sizes((num_heads, num_groups, num_groups), dim=2)
+        return q, k, v
 
     @staticmethod
-    def backward(ctx, d_q, d_k, d_v):
+    def backward(
+        ctx: Any, d_q: Tensor, d_k: Tensor, d_v: Tensor
+    ) -> tuple[Tensor, None, None, None, None, None]:
         cos, sin = ctx.saved_tensors
+        # Rotation is orthogonal: its gradient is the inverse rotation.
         d_heads = torch.cat((d_q, d_k, d_v), dim=2)
         if cos is not None:
-            kernels.rotary_(d_heads[:, :, : ctx.sizes[0] + ctx.sizes[1]], cos, sin, True)
+            kernels.rotary_(d_heads[:, :, : ctx.rotated], cos, sin, True)
         return d_heads.flatten(2), None, None, None, None, None
 
 
@@ -205,14 +235,19 @@ def causal_bias(
     slopes: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Additive attention bias [1 or B, 1 or N, Sq, Sk]: -inf on the future and on other documents, ALiBi's distance elsewhere.
+    """Additive attention bias [1 or B, 1 or N, Sq, Sk].
 
-    `documents` [B, S] gives each token's document; `slopes` [N] the local heads' ALiBi slopes.
+    -inf on the future and on other documents, ALiBi's distance elsewhere. documents [B, S]: the
+    document of each token. slopes [N]: of the local heads.
     """
     distance = query_positions[:, None] - key_positions[None, :]
+    # [1, 1, Sq, Sk], until documents differ from sample to sample or slopes from head to head.
     allowed = (distance >= 0)[None, None]
     if documents is not None:
-        allowed = allowed & (documents[:, None, :, None] == documents[:, None, None, :])
-    zero = torch.zeros((), dtype=dtype, device=distance.device)
-    bias = zero if slopes is None else (-slopes[:, None, None] * distance).to(dtype)[None]
+        same_document = documents[:, None, :, None] == documents[:, None, None, :]
+        allowed = allowed & same_document
+    if slopes is None:
+        bias = torch.zeros((), dtype=dtype, device=distance.device)
+    else:
+        bias = (-slopes[:, None, None] * distance).to(dtype)[None]
     return torch.where(allowed, bias, float("-inf"))

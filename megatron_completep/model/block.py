@@ -1,4 +1,7 @@
-"""One decoder layer: for each of its branches a norm of the stream, the branch, and the branch held for the next norm."""
+"""One decoder layer: for each of its branches a norm of the stream, then the branch.
+
+The branch's output is held in the stream for the next norm.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ class BranchModule(Protocol):
     """
 
     def __call__(self, x: Tensor, inputs: AttentionInputs) -> Branch:
-        """x [s, B, H] and what all layers share -> the branch's output, which joins the stream scaled."""
+        """x [s, B, H] and what all layers share -> the output, which joins the stream scaled."""
         ...
 
     def flops(self, seq_length: int) -> float:
@@ -78,6 +81,7 @@ class Block(nn.Module):
         branches: Mapping[str, BranchMaker] = BRANCHES,
     ):
         super().__init__()
+        # Beside the registered modules, in order: the branches of a layer are not known by name.
         self.branches: list[tuple[StreamNorm, BranchModule]] = []
         for name, make in branches.items():
             norm = StreamNorm(model, table, Role.PRE_NORM, context)
@@ -100,6 +104,7 @@ class Block(nn.Module):
     def activation_bytes(self, sizes: MicroBatchSizes) -> int:
         """Bytes kept on this rank for backward, without recomputation of whole layers."""
         total = 0
+        # Full recomputation keeps what enters a layer instead, which the model counts.
         for norm, branch in self._planned_branches():
             total += norm.activation_bytes(sizes) + branch.activation_bytes(sizes)
         return total
@@ -107,15 +112,11 @@ class Block(nn.Module):
     def _planned_branches(self) -> list[tuple[StreamNorm, BranchModule]]:
         """The branches, if all say what they cost: none may silently count as nothing."""
         names = {module: name for name, module in self.named_children()}
-        silent = [
-            names[cast(nn.Module, branch)]
-            for _, branch in self.branches
-            if not isinstance(branch, BranchModule)
-        ]
-        if silent:
-            raise ConfigError(
-                f"a layer's {', '.join(silent)}: it does not say what it costs, so that no plan can count it. "
-                "Give the branch the methods flops(seq_length) and activation_bytes(sizes) of model/block.py's "
-                "BranchModule."
-            )
+        for _, branch in self.branches:
+            if not isinstance(branch, BranchModule):
+                raise ConfigError(
+                    f"a layer's {names[branch]}: the branch does not say what it costs, so that no "
+                    "plan can count it. Give it the methods flops(seq_length) and "
+                    "activation_bytes(sizes), as model/block.py describes them in BranchModule."
+                )
         return self.branches

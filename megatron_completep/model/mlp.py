@@ -22,18 +22,21 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+# By the name of model.activation. For the backward pass each keeps its input and nothing else:
+# `MLP.activation_bytes` counts on it.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": gelu_tanh,
     "squared_relu": kernels.squared_relu,
     "swiglu": kernels.swiglu,
 }
+GATED = frozenset({"swiglu"})  # activations that read gate and up, each of the inner width
 
 
 class MLP(nn.Module):
     """The MLP branch: x [s, B, H] -> [s, B, H].
 
-    recompute: the down projection keeps no input for backward; the activation makes it again.
+    recompute: the down projection keeps no input for backward, which applies the activation again.
     """
 
     def __init__(
@@ -47,37 +50,22 @@ class MLP(nn.Module):
         super().__init__()
         ffn = model.ffn_hidden_size
         hidden = model.hidden_size
-        parts = {"gate": ffn, "up": ffn} if model.activation == "swiglu" else {"up": ffn}
+        matrices = {"gate": ffn, "up": ffn} if model.activation in GATED else {"up": ffn}
+        base_hidden = table.base_hidden_size
+        base_ffn = table.base_ffn_hidden_size
         self.activation = ACTIVATIONS[model.activation]
         self.recompute = recompute
-        self.up = ColumnParallelLinear(hidden, parts, table.base_hidden_size, model.bias, context)
-        self.down = RowParallelLinear(ffn, hidden, table.base_ffn_hidden_size, model.bias, context)
+        self.up = ColumnParallelLinear(hidden, matrices, base_hidden, model.bias, context)
+        self.down = RowParallelLinear(ffn, hidden, base_ffn, model.bias, context)
 
     def forward(self, x: Tensor, inputs: object = None) -> Branch:
-        """inputs: what attention needs; nothing here does."""
+        """x [s, B, H] -> the branch's output [s, B, H] and its bias. inputs: not used."""
         up = self.up(x)
         if self.recompute and torch.is_grad_enabled():
             out = self._down_without_keeping(up)
         else:
             out = self.down(self.activation(up))
         return Branch(out, self.down.bias)
-
-    def _down_without_keeping(self, up: Tensor) -> Tensor:
-        """What `down` would save of its input is made again from `up`, which the activation keeps anyway."""
-        activated = self.activation(up)
-        shape, kept = activated.shape, up.detach()
-
-        def pack(saved: Tensor) -> Tensor | None:
-            return None if saved.shape == shape else saved  # the other is the weight, a matrix
-
-        def unpack(packed: Tensor | None) -> Tensor:
-            if packed is not None:
-                return packed
-            with torch.no_grad():
-                return self.activation(kept)
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            return self.down(activated)
 
     def flops(self, seq_length: int) -> float:
         """Matrix FLOPs of the forward pass a token, of the logical branch."""
@@ -88,3 +76,26 @@ class MLP(nn.Module):
         activation_input = sizes.tokens * self.up.weight.shape[0] * sizes.element_bytes
         down_input = 0 if self.recompute else self.down.activation_bytes(sizes)
         return self.up.activation_bytes(sizes) + activation_input + down_input
+
+    def _down_without_keeping(self, up: Tensor) -> Tensor:
+        """down(activation(up)), which keeps `up` alone.
+
+        The activation keeps `up` anyway, so that the input of `down` can be made of it again.
+        """
+        activated = self.activation(up)
+        shape = activated.shape
+        activation_input = up.detach()
+
+        def pack(saved: Tensor) -> Tensor | None:
+            # `down` saves its input [S, B, F] and its weight; the weight is a matrix, and stays.
+            return None if saved.shape == shape else saved
+
+        def unpack(packed: Tensor | None) -> Tensor:
+            if packed is not None:
+                return packed
+            with torch.no_grad():
+                return self.activation(activation_input)
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            out: Tensor = self.down(activated)
+            return out

@@ -1,4 +1,7 @@
-"""Norms: alone, and on the residual stream, where one kernel adds the pending branch and norms the sum."""
+"""Norms: alone, and on the residual stream.
+
+There one kernel adds the pending branch and norms the sum.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +20,14 @@ from megatron_completep.roles import Role
 
 
 class Norm(nn.Module):
-    """LayerNorm or RMSNorm over the last dimension; statistics in fp32 (fp64 for float64), gain 1 and bias 0 at the start.
+    """LayerNorm or RMSNorm over the dimension [size] of x [..., size].
 
-    partial_over: the axis of which the rows seen here are one rank's share (sequence shard, or its own heads).
-    site: which forward multiplier acts behind it.
+    Statistics are fp32 (fp64 for float64); the gain is 1 and the bias 0 at the start. Gradients of
+    both go to the queue, which also decides when they are summed over the rows.
 
-    Gradients of gain and bias go to the queue, which also decides when they are summed over the rows.
+    partial_over: the axis of the mesh, if any, of whose rows this rank sees a share (its part of
+        the sequence, or its own heads).
+    site: which forward multiplier acts behind the norm.
     """
 
     def __init__(
@@ -41,7 +46,7 @@ class Norm(nn.Module):
         gain = Spec(role, (size,), partial_over=partial_over, constant=1.0, site=site)
         self.weight = make_parameter(gain, context.ranks)
         self.bias: nn.Parameter | None = None
-        if bias and norm.kind == "layernorm":
+        if bias and norm.kind == "layernorm":  # RMSNorm has none
             self.bias = make_parameter(replace(gain, constant=0.0), context.ranks)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -49,8 +54,8 @@ class Norm(nn.Module):
         return kernels.norm(x, self.weight, self.bias, self.norm, self.weight.dtype, self.queue)
 
     def statistics_bytes(self, rows: int, sizes: MicroBatchSizes) -> int:
-        """Bytes kept for backward of `rows` rows beside the input: the inverse deviation of each, and LayerNorm's mean."""
-        statistics = 2 if self.norm.kind == "layernorm" else 1
+        """Bytes kept for backward beside the input: each row's inverse deviation, and its mean."""
+        statistics = 2 if self.norm.kind == "layernorm" else 1  # RMSNorm takes no mean
         return rows * statistics * sizes.wide_bytes
 
 
@@ -65,21 +70,19 @@ class StreamNorm(Norm):
         context: LayerContext,
         site: Site | None = None,
     ):
-        super().__init__(
-            model.hidden_size,
-            role,
-            kernels.Norm(model.norm, model.norm_eps),
-            model.bias,
-            context,
-            context.ranks.sequence.partial_over,
-            site,
-        )
+        norm = kernels.Norm(model.norm, model.norm_eps)
+        # Under sequence parallelism a rank sees its rows alone: its gradients of gain and bias are
+        # shares of a sum.
+        partial_over = context.ranks.sequence.partial_over
+        super().__init__(model.hidden_size, role, norm, model.bias, context, partial_over, site)
         self.join = join_of(model, table)
 
     def forward(self, stream: Stream) -> tuple[Stream, Tensor]:  # type: ignore[override]
-        """(the stream with what was pending added, its norm [s, B, H])."""
+        """(the stream with the pending branch added, its norm [s, B, H])."""
         if stream.pending is None:
+            # Before the model's or the stage's first branch there is nothing to add.
             return stream.joined(stream.residual), super().forward(stream.residual)
+        # One pass over memory adds the branch, its bias and dropout, and norms the sum.
         out, bias = stream.pending
         residual, normed = kernels.scaled_residual_norm(
             stream.residual,
@@ -94,7 +97,10 @@ class StreamNorm(Norm):
         return stream.joined(residual), normed
 
     def activation_bytes(self, sizes: MicroBatchSizes) -> int:
-        """Bytes kept for backward: the stream that is normed, and its statistics. What reads the norm keeps that itself."""
+        """Bytes kept for backward: the stream after the addition, and its statistics.
+
+        The norm itself is kept by the projection that reads it.
+        """
         stream = sizes.local_tokens * self.weight.shape[0] * sizes.stream_bytes
         return stream + self.statistics_bytes(sizes.local_tokens, sizes)
 

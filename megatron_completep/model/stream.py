@@ -1,8 +1,8 @@
 """The residual stream as a value that layers hand on.
 
-A branch's output is not added where it is made: it waits in the stream until the next norm, whose kernel adds it, scaled by the
-depth multiplier, and norms the sum in the same pass over memory. At the end of a pipeline stage it is added alone, so that one
-tensor is sent.
+A branch's output is not added where it is made: it waits in the stream until the next norm, whose
+kernel adds it, scaled by the depth multiplier, and norms the sum in the same pass over memory. At
+the end of a pipeline stage it is added alone, so that one tensor is sent.
 
 s sequence (this rank's part of it), B micro-batch, H hidden.
 """
@@ -27,7 +27,7 @@ class Stream(NamedTuple):
     """The stream between two modules, and the branch that is still to be added."""
 
     residual: Tensor  # [s, B, H]
-    site: int  # how many branches have joined before, in the whole model: each drops other elements
+    site: int  # branches that joined before, in the whole model: each drops other elements
     seed: Tensor | None = None  # int64, one element, of the dropout; None: nothing is dropped
     pending: Branch | None = None
 
@@ -44,7 +44,7 @@ class Stream(NamedTuple):
         return None if self.seed is None else self.seed + self.site
 
     def settle(self, join: kernels.Join, sink: kernels.Sink) -> Tensor:
-        """The stream [s, B, H] with what is pending added; gradients of its bias go to `sink`."""
+        """The stream [s, B, H] with the pending branch added; gradients of its bias go to sink."""
         if self.pending is None:
             return self.residual
         out, bias = self.pending

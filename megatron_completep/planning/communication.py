@@ -1,5 +1,6 @@
-"""Every collective of an optimizer step, on paper: which axis, which operation, how many bytes, how often, and what for.
+"""Every collective of an optimizer step, on paper.
 
+Each has its axis, operation, bytes, number of calls and purpose.
 Tests count the collectives of a real step and compare. The bytes of a call are those of the whole
 tensor: what an all-reduce sums, an all-gather makes, a reduce-scatter takes, a send sends.
 """
@@ -36,7 +37,7 @@ SEND = "send"
 
 @dataclass(frozen=True)
 class Collective:
-    """`count` calls a step, each with `payload` bytes, over one axis of the mesh (or the whole of it)."""
+    """`count` calls a step, each with `payload` bytes, over one axis of the mesh or all ranks."""
 
     axis: str
     operation: str
@@ -57,7 +58,9 @@ class Collective:
 def collectives_per_step(
     config: Config, world_size: int, pipeline_rank: int = 0, shard_rank: int = 0
 ) -> list[Collective]:
-    """What a rank at these coordinates does in `TrainingStep.run`. Tensor and replica ranks are alike.
+    """What a rank at these coordinates does in `TrainingStep.run`.
+
+    Tensor and replica ranks are alike.
 
     shard_rank: the rank among those that share the optimizer; it matters for the small sum of
         partial gradients alone.
@@ -80,7 +83,7 @@ def collectives_per_step(
 
 
 def sent_bytes(config: Config, world_size: int) -> tuple[float, float, float]:
-    """Bytes that the busiest rank sends per step along the tensor, the pipeline and the data axis."""
+    """Bytes that the busiest rank sends a step along the tensor, the pipeline and the data axis."""
     parallel = config.parallel
     data_size = data_parallel_size(config, world_size)
     shards = shard_count(config, data_size)
@@ -91,6 +94,7 @@ def sent_bytes(config: Config, world_size: int) -> tuple[float, float, float]:
         "replica": data_size // shards,
         "world": world_size,
     }
+    # The busiest rank of one axis need not be that of another.
     most = {"tensor": 0.0, "pipeline": 0.0, "data": 0.0}
     for pipeline_rank in range(parallel.pipeline_parallel_size):
         sent = dict.fromkeys(ranks, 0.0)
@@ -102,32 +106,36 @@ def sent_bytes(config: Config, world_size: int) -> tuple[float, float, float]:
 
 
 def _tensor(config: Config, model: GPT, micro_batches: int) -> Iterator[Collective]:
-    """Activations between tensor ranks in one stage: what its parallel linears and its ends exchange."""
+    """Activations between tensor ranks in one stage: of its parallel linears and of its ends.
+
+    The linears are counted in the model, so that a new branch made of them is known here.
+    """
     if config.parallel.tensor_parallel_size == 1:
         return
+    # Partial sums [S, B, H] become the whole sum on every rank, or a part of the sequence on each,
+    # which has to be gathered where the whole is needed.
     split = config.parallel.sequence_parallel
     reduce = REDUCE_SCATTER if split else ALL_REDUCE
-    first = micro_batches if model.stage.first else 0
-    last = micro_batches if model.stage.last else 0
-    columns = micro_batches * _modules_of(model, ColumnParallelLinear)
-    rows = micro_batches * _modules_of(model, RowParallelLinear)
-    activation = micro_batch_sizes(config).tokens * config.model.hidden_size * element_bytes(config)
+    embeddings = micro_batches if model.stage.first else 0
+    unembeddings = micro_batches if model.stage.last else 0
+    columns = micro_batches * _count(model, ColumnParallelLinear)
+    rows = micro_batches * _count(model, RowParallelLinear)
+    activation_elements = micro_batch_sizes(config).tokens * config.model.hidden_size
+    payload = activation_elements * element_bytes(config)
 
     def call(operation: str, count: int, what: str) -> Collective:
-        return Collective("tensor", operation, activation, count, what)
+        return Collective("tensor", operation, payload, count, what)
 
-    # Forward.
-    yield call(reduce, first, "embeddings, forward")
+    yield call(reduce, embeddings, "embeddings, forward")
     if split:
         yield call(ALL_GATHER, columns, "inputs of attention and MLP, forward")
     yield call(reduce, rows, "outputs of attention and MLP, forward")
     if model.stage.last:
         if split:
-            yield call(ALL_GATHER, last, "input of the unembedding, forward")
+            yield call(ALL_GATHER, unembeddings, "input of the unembedding, forward")
         yield from _losses(config, model.unembedding, micro_batches)
 
-    # Backward.
-    yield call(reduce, last, "gradient of the unembedding's input, backward")
+    yield call(reduce, unembeddings, "gradient of the unembedding's input, backward")
     if config.training.recompute == "full":
         # A layer is computed again until all that backward needs is there: before its last sum.
         if split:
@@ -141,25 +149,27 @@ def _tensor(config: Config, model: GPT, micro_batches: int) -> Iterator[Collecti
         yield call(ALL_GATHER, columns, purpose)
     yield call(reduce, columns, "gradients of the inputs of attention and MLP, backward")
     if split:
-        yield call(ALL_GATHER, first, "gradient of the embeddings, backward")
+        yield call(ALL_GATHER, embeddings, "gradient of the embeddings, backward")
 
 
-def _modules_of(model: GPT, kind: type[nn.Module]) -> int:
+def _count(model: GPT, kind: type[nn.Module]) -> int:
     return sum(isinstance(module, kind) for module in model.modules())
 
 
 def _losses(config: Config, unembedding: Unembedding, micro_batches: int) -> Iterator[Collective]:
     """The two reductions of the vocabulary-parallel cross-entropy, for every chunk of tokens."""
+    # Of each token: the sum of exponentials and the target's logit, with smoothing that of logits.
     sums = 3 if config.training.label_smoothing > 0 else 2
-    tokens_at_once = unembedding.tokens_at_once(element_bytes(config))
-    full_chunks, tokens_over = divmod(micro_batch_sizes(config).tokens, tokens_at_once)
-    for tokens, chunks in ((tokens_at_once, full_chunks), (tokens_over, 1 if tokens_over else 0)):
+    chunk_tokens = unembedding.tokens_at_once(element_bytes(config))
+    full_chunks, remaining_tokens = divmod(micro_batch_sizes(config).tokens, chunk_tokens)
+    remaining_chunks = 1 if remaining_tokens else 0
+    for tokens, chunks in ((chunk_tokens, full_chunks), (remaining_tokens, remaining_chunks)):
         row = tokens * wide_bytes(config)
         count = chunks * micro_batches
-        maximum = "largest logit of each token, forward"
-        yield Collective("tensor", ALL_REDUCE, row, count, maximum)
-        entropy = "sums of each token's cross-entropy, forward"
-        yield Collective("tensor", ALL_REDUCE, sums * row, count, entropy)
+        purpose = "largest logit of each token, forward"
+        yield Collective("tensor", ALL_REDUCE, row, count, purpose)
+        purpose = "sums of each token's cross-entropy, forward"
+        yield Collective("tensor", ALL_REDUCE, sums * row, count, purpose)
 
 
 def _partial_gradients(
@@ -194,6 +204,7 @@ def _tied_gradients(
     config: Config, specs: Mapping[str, Spec], layout: Layout
 ) -> Iterator[Collective]:
     """The embedding's gradient between the ends of the pipeline, which hold a copy of it each."""
+    # Both ends lie alone in a bucket, so that equal shards of them meet.
     for entry in layout.pieces:
         if specs[entry.name].tied_to is not None:
             bucket = layout.buckets[entry.bucket]
@@ -209,6 +220,7 @@ def _data(config: Config, layout: Layout, data_size: int) -> Iterator[Collective
     shards = shard_count(config, data_size)
     gradient_bytes = 2 if config.parallel.gradient_dtype == "bf16" else wide_bytes(config)
     for bucket in layout.buckets:
+        # A rank is sent the sums of its shard, updates that, and hands the parameters round.
         gradients = bucket.size * gradient_bytes
         parameters = bucket.size * element_bytes(config)
         if shards > 1:

@@ -1,13 +1,16 @@
-"""What a configuration means for every parameter: shape, role, initial standard deviation, learning rate, weight decay, epsilon.
+"""What a configuration means for every parameter.
 
-The model is built without memory (on the meta device) and no data is opened, so a plan of any size takes about a second.
+That is its shape, role, initial standard deviation, learning rate, weight decay and epsilon. The
+model is built without memory (on the meta device) and no data is opened, so that a plan of any size
+takes about a second.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import Any
 
 from megatron_completep.completep import Table, table_of
@@ -21,9 +24,10 @@ from megatron_completep.roles import Role
 
 @dataclass(frozen=True)
 class ParameterPlan:
-    """One parameter: its logical shape (before any split or padding) and its final values at the peak learning rate.
+    """One parameter: its logical shape (before any split or padding) and its final values.
 
-    init_std is 0 where the start is a constant: gains begin at 1, biases at 0.
+    lr: the peak learning rate. init_std is 0 where the start is a constant: gains begin at 1,
+    biases at 0.
     """
 
     name: str
@@ -36,6 +40,7 @@ class ParameterPlan:
 
     @property
     def values(self) -> tuple[float, float, float, float]:
+        """(init_std, lr, weight_decay, eps)."""
         return self.init_std, self.lr, self.weight_decay, self.eps
 
 
@@ -50,7 +55,11 @@ class Plan:
 
     @property
     def multipliers(self) -> dict[str, float]:
-        """residual: of each branch's output; logits: of the unembedding's output; attention: of the attention logits."""
+        """What is multiplied in the forward pass.
+
+        residual: the output of each branch; logits: that of the unembedding; attention: the
+        attention logits.
+        """
         table = self.table
         return {
             "residual": table.residual_multiplier,
@@ -59,7 +68,7 @@ class Plan:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """{"multipliers": {...}, "parameters": [{"name", "shape", "role", "init_std", "lr", "weight_decay", "eps"}]}."""
+        """{"multipliers": {...}, "parameters": [{the fields of `ParameterPlan`}]}."""
         return {
             "multipliers": self.multipliers,
             "parameters": [asdict(parameter) for parameter in self.parameters],
@@ -67,20 +76,25 @@ class Plan:
 
 
 def make_plan(config: Config, parameterization: str | None = None) -> Plan:
-    """The plan of a run; of the same run under another parameterization where one is named (for comparison).
+    """The plan of a run, or of the same run under another parameterization (for comparison).
 
-    Raises:
-        ConfigError: what a run with this configuration is refused for (an override that matches no parameter, a value that its type
-            cannot hold); of another parameterization only betas that leave their range.
+    Raises ConfigError for what a run with this configuration is refused for (an override that
+    matches no parameter, a value that its type cannot hold); of another parameterization only for
+    betas that leave their range.
     """
-    this_run = parameterization is None or parameterization == config.completep.parameterization
+    configured = config.completep.parameterization
+    this_run = parameterization in {None, configured}
     if not this_run:
-        other = {"parameterization": parameterization, "alpha": 1.0}
-        config = config.model_copy(update={"completep": config.completep.model_copy(update=other)})
+        changes = {"parameterization": parameterization, "alpha": 1.0}
+        completep = config.completep.model_copy(update=changes)
+        config = config.model_copy(update={"completep": completep})
     table = table_of(config)
-    table.batch.betas(config.optimizer.betas)
+    table.batch.betas(config.optimizer.betas)  # raises where they leave their range
+    # What the user wrote may be out of range for another parameterization, and that is no mistake.
     warnings = check_parameters(config, table) if this_run else []
+
     named = dict(whole_model(config.model, table).named_parameters())
+    groups = build_groups(named.items(), table, config.optimizer)
     parameters = tuple(
         ParameterPlan(
             name=group.name,
@@ -91,85 +105,109 @@ def make_plan(config: Config, parameterization: str | None = None) -> Plan:
             weight_decay=group.weight_decay,
             eps=group.eps,
         )
-        for group in build_groups(named.items(), table, config.optimizer).values()
+        for group in groups.values()
     )
     return Plan(config.completep.parameterization, table, parameters, tuple(warnings))
 
 
 def describe(config: Config) -> str:
-    """The plan for a reader: parameters with equal values together, this run's values beside those of muP and SP."""
-    plans = [make_plan(config)]
-    plans += [
-        make_plan(config, other) for other in ("mup", "sp") if other != plans[0].parameterization
-    ]
-    table = plans[0].table
-    elements = sum(_elements(parameter.shape) for parameter in plans[0].parameters)
+    """The plan for a reader.
+
+    Parameters with equal values stand together, and this run's values beside those of muP and SP.
+    """
+    this_run = make_plan(config)
+    plans = [this_run]
+    for parameterization in ("mup", "sp"):
+        if parameterization != this_run.parameterization:
+            plans.append(make_plan(config, parameterization))
+
     lines = [
-        f"{len(plans[0].parameters)} parameters, {elements:,} elements; m_N = {table.width_multiplier:g}, "
-        f"m_L = {table.depth_multiplier:g}, alpha = {table.alpha:g}",
-        *_scaled_batch(config, table),
-        *(f"warning: {warning}" for warning in plans[0].warnings),
+        *_heading(config, this_run),
         "",
-        f"{'forward multipliers':<24}" + "".join(f"{name:>14}" for name in plans[0].multipliers),
-        *(
-            _row(plan, index == 0, tuple(plan.multipliers.values()))
-            for index, plan in enumerate(plans)
-        ),
+        f"{'forward multipliers':<24}" + _cells(this_run.multipliers),
     ]
+    for plan in plans:
+        lines.append(_row(plan, plan is this_run, tuple(plan.multipliers.values())))
+    # A table for parameters that no plan tells apart: their names, then a row a plan.
     for members in _alike(plans):
-        first = plans[0].parameters[members[0]]
-        names = _names([plans[0].parameters[index] for index in members])
-        lines += [
-            "",
-            f"{first.role}: {names[0]}",
-            *(f"{'':{len(first.role) + 2}}{name}" for name in names[1:]),
-        ]
-        lines.append(
-            f"{'':<24}"
-            + "".join(f"{name:>14}" for name in ("init std", "peak lr", "weight decay", "eps"))
-        )
-        lines += [
-            _row(plan, index == 0, plan.parameters[members[0]].values)
-            for index, plan in enumerate(plans)
-        ]
+        lines += ["", *_members(this_run, members)]
+        lines.append(f"{'':<24}" + _cells(("init std", "peak lr", "weight decay", "eps")))
+        for plan in plans:
+            lines.append(_row(plan, plan is this_run, plan.parameters[members[0]].values))
     return "\n".join([*lines, "", "init std 0: gains start at 1, biases at 0"])
+
+
+def _heading(config: Config, plan: Plan) -> list[str]:
+    """Sizes, multipliers of width, depth, batch and duration, and warnings."""
+    table = plan.table
+    elements = sum(prod(parameter.shape) for parameter in plan.parameters)
+    return [
+        f"{len(plan.parameters)} parameters, {elements:,} elements; "
+        f"m_N = {table.width_multiplier:g}, m_L = {table.depth_multiplier:g}, "
+        f"alpha = {table.alpha:g}",
+        *_scaled_batch(config, table),
+        *(f"warning: {warning}" for warning in plan.warnings),
+    ]
+
+
+def _members(plan: Plan, members: Sequence[int]) -> list[str]:
+    """The role and the names of parameters with equal values, one name a line."""
+    role = plan.parameters[members[0]].role
+    names = _names([plan.parameters[index] for index in members])
+    indent = " " * (len(role) + 2)
+    return [f"{role}: {names[0]}", *(indent + name for name in names[1:])]
+
+
+def _cells(names: Iterable[str]) -> str:
+    return "".join(f"{name:>14}" for name in names)
 
 
 def _row(plan: Plan, this_run: bool, values: tuple[float, ...]) -> str:
     label = f"  {plan.parameterization}{' (this run)' if this_run else ''}"
-    return f"{label:<24}" + "".join(f"{value:>14.5g}" for value in values)
+    return f"{label:<24}" + "".join(f"{number:>14.5g}" for number in values)
 
 
 def _scaled_batch(config: Config, table: Table) -> list[str]:
+    """One line on the scaling by batch and duration, where there is any."""
     batch = table.batch
     if batch.batch_ratio == batch.duration_ratio == 1.0:
         return []
     beta1, beta2 = batch.betas(config.optimizer.betas)
     return [
-        f"m_B = {batch.batch_ratio:g}, m_D = {batch.duration_ratio:g}: S = {batch.scale:.5g}, betas {beta1:.5g} and {beta2:.5g}"
+        f"m_B = {batch.batch_ratio:g}, m_D = {batch.duration_ratio:g}: S = {batch.scale:.5g}, "
+        f"betas {beta1:.5g} and {beta2:.5g}"
     ]
 
 
 def _alike(plans: Sequence[Plan]) -> list[list[int]]:
-    """Indices of parameters whose role and values are the same in every plan, in order of first appearance."""
-    found: dict[tuple[Any, ...], list[int]] = {}
+    """Indices of parameters with the same role, and the same values in every plan.
+
+    In the order in which they first appear.
+    """
+    members: dict[tuple[Any, ...], list[int]] = {}
     for index, parameter in enumerate(plans[0].parameters):
+        # All plans list the same parameters in the same order.
         key = parameter.role, *(plan.parameters[index].values for plan in plans)
-        found.setdefault(key, []).append(index)
-    return list(found.values())
+        members.setdefault(key, []).append(index)
+    return list(members.values())
 
 
 def _names(parameters: Sequence[ParameterPlan]) -> list[str]:
-    """One entry for the same parameter of several layers: 'layers.0-7.mlp.up.weight (1024, 256) x 8'."""
+    """One entry for a parameter of several layers: 'layers.0-7.mlp.up.weight (1024, 256) x 8'."""
     layers: dict[tuple[str, tuple[int, ...]], list[int]] = {}
     for parameter in parameters:
         match = re.fullmatch(r"layers\.(\d+)\.(.*)", parameter.name)
-        key = (match[2] if match else parameter.name), parameter.shape
-        layers.setdefault(key, []).extend([int(match[1])] if match else [])
-    return [
-        f"layers.{_runs(numbers)}.{name} {shape} x {len(numbers)}" if numbers else f"{name} {shape}"
-        for (name, shape), numbers in layers.items()
-    ]
+        name = match[2] if match else parameter.name
+        numbers = layers.setdefault((name, parameter.shape), [])
+        if match:
+            numbers.append(int(match[1]))
+    names = []
+    for (name, shape), numbers in layers.items():
+        if numbers:
+            names.append(f"layers.{_runs(numbers)}.{name} {shape} x {len(numbers)}")
+        else:
+            names.append(f"{name} {shape}")
+    return names
 
 
 def _runs(numbers: Sequence[int]) -> str:
@@ -180,8 +218,4 @@ def _runs(numbers: Sequence[int]) -> str:
             runs[-1][1] = number
         else:
             runs.append([number, number])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    return shape[0] * (shape[1] if len(shape) > 1 else 1)
+    return ",".join(str(start) if start == stop else f"{start}-{stop}" for start, stop in runs)

@@ -1,4 +1,4 @@
-"""A run on paper: memory, traffic, bubble and step time of every rank, from the configuration alone.
+"""A run on paper: memory, traffic, bubble and step time, from the configuration alone.
 
 Parameter and optimizer sizes come from the optimizer's own layout arithmetic, FLOPs and activations
 from the modules of the model. Tests hold them against the real construction code on fake tensors at
@@ -29,6 +29,7 @@ from megatron_completep.planning.sizes import (
     stage_model,
     state_count,
     stored_elements,
+    wide_bytes,
 )
 
 
@@ -109,7 +110,11 @@ class ScalingPlan:
 
 
 def scaling_plan(config: Config, world_size: int, gpu_name: str = "h100") -> ScalingPlan:
-    """The plan of `config` on `world_size` GPUs. ConfigError for an unknown GPU or a world size that does not fit."""
+    """The plan of `config` on `world_size` GPUs.
+
+    Raises ConfigError for an unknown GPU, a world size that does not fit, or a branch that does not
+    say what it costs.
+    """
     if gpu_name not in GPUS:
         raise ConfigError(f"--gpu {gpu_name} is not known. Use one of: {', '.join(GPUS)}.")
     check_world(config, world_size)
@@ -164,8 +169,9 @@ def rank_memory(
     Mixed precision: bf16 parameters, fp32 gradients, and in the shard fp32 master and states.
     """
     mixed = config.training.precision in ("bf16", "auto")
-    wide = 8 if config.training.precision == "float64" else 4
-    narrow = 2 if mixed else 0
+    # Besides the wide type (fp32, fp64), mixed precision has parameters in bf16.
+    wide_size = wide_bytes(config)
+    narrow_size = 2 if mixed else 0
     models = rank_models(config, pipeline_rank)
     layout = rank_layout(config, backward_specs(models), data_size)
     shards = shard_count(config, data_size)
@@ -176,21 +182,21 @@ def rank_memory(
     sizes = micro_batch_sizes(config)
     in_all_chunks = sum(chunks * model.activation_bytes(sizes) for model in models)
     return RankMemory(
-        parameters=layout.size * (narrow or wide),
-        gradients=layout.size * wide,
-        optimizer=layout.shard_size * wide * (state_count(config) - shares_master),
+        parameters=layout.size * (narrow_size or wide_size),
+        gradients=layout.size * wide_size,
+        optimizer=layout.shard_size * wide_size * (state_count(config) - shares_master),
         activations=int(in_all_chunks / len(models)),
-        communication=layout.shard_size * (wide + narrow) if shards > 1 else 0,
+        communication=layout.shard_size * (wide_size + narrow_size) if shards > 1 else 0,
     )
 
 
 def in_flight(parallel: ParallelConfig, pipeline_rank: int, micro_batches: int) -> int:
-    """Forward passes of chunks whose activations a rank holds at once, at the worst moment of the schedule."""
+    """Forward passes of chunks whose activations a rank holds, at the schedule's worst moment."""
     size = parallel.pipeline_parallel_size
     virtual = parallel.virtual_pipeline_size
-    if parallel.schedule == "gpipe":
+    if parallel.schedule == "gpipe":  # all forward passes come before the first backward
         return micro_batches * virtual
-    if virtual == 1:
+    if virtual == 1:  # the warm-up fills the stages behind, and each backward frees one pass
         return min(size - pipeline_rank, micro_batches)
     return min(2 * (size - pipeline_rank - 1) + (virtual - 1) * size + 1, micro_batches * virtual)
 
@@ -201,10 +207,13 @@ def stage_activations(config: Config, stage: Stage) -> int:
 
 
 def bubble_share(parallel: ParallelConfig, micro_batches: int) -> float:
-    """Share of the step in which a pipeline rank is idle, with forward : input gradient : weight gradient = 1 : 1 : 1."""
+    """Share of the step in which a pipeline rank is idle.
+
+    Forward, input gradient and weight gradient are taken to last equally long.
+    """
     idle = (parallel.pipeline_parallel_size - 1) / parallel.virtual_pipeline_size
     if parallel.schedule == "zero_bubble":
-        idle /= 3
+        idle /= 3  # weight gradients, which nobody waits for, fill the rest
     return idle / (micro_batches + idle)
 
 
@@ -238,8 +247,8 @@ def _warnings(
         )
     if data_bytes / (gpu.network_bandwidth * NETWORK_EFFICIENCY) > compute:
         warnings.append(
-            "data-parallel traffic takes longer than the computation that hides it. A larger global "
-            "batch, or gradient_dtype: bf16."
+            "data-parallel traffic takes longer than the computation that hides it. A larger "
+            "global batch, or gradient_dtype: bf16."
         )
     sides = {
         "hidden_size": config.model.hidden_size,
@@ -248,7 +257,7 @@ def _warnings(
     odd_sides = [f"{name} = {side}" for name, side in sides.items() if side % 64]
     if odd_sides:
         warnings.append(
-            f"{', '.join(odd_sides)}: not a multiple of 64, so that tensor cores lose part of their "
-            "speed."
+            f"{', '.join(odd_sides)}: not a multiple of 64, so that tensor cores lose part of "
+            "their speed."
         )
     return tuple(warnings)

@@ -22,22 +22,24 @@ SHOWN_RANKS = 8  # pipeline ranks listed one by one; of more, the ends and the f
 def scaling_to_json(config: Config, plan: ScalingPlan, gpu: str) -> dict[str, Any]:
     """Every figure of the plan, the assumptions, and the collectives of the first pipeline rank."""
     memory = [{**asdict(rank), "total": rank.total} for rank in plan.memory]
-    collectives = [asdict(c) for c in merged(collectives_per_step(config, plan.world_size))]
+    collectives = merged(collectives_per_step(config, plan.world_size))
     return {
         **asdict(plan),
         "memory": memory,
         "gpu": gpu,
         "assumptions": assumptions(gpu),
-        "collectives": collectives,
+        "collectives": [asdict(collective) for collective in collectives],
     }
 
 
 def describe_scaling(config: Config, plan: ScalingPlan, gpu: str) -> str:
     """The plan as text: layout, memory, traffic, time, warnings."""
-    parallel, training = config.parallel, config.training
+    parallel = config.parallel
+    training = config.training
     lines = [
-        f"{plan.world_size} {gpu}: tensor {parallel.tensor_parallel_size} x pipeline {parallel.pipeline_parallel_size} x "
-        f"data {plan.data_parallel_size}; {plan.micro_batches} micro-batches of {training.micro_batch_size} a rank and step; "
+        f"{plan.world_size} {gpu}: tensor {parallel.tensor_parallel_size} x "
+        f"pipeline {parallel.pipeline_parallel_size} x data {plan.data_parallel_size}; "
+        f"{plan.micro_batches} micro-batches of {training.micro_batch_size} a rank and step; "
         f"recompute {training.recompute}",
         "",
         *_memory(plan),
@@ -49,7 +51,8 @@ def describe_scaling(config: Config, plan: ScalingPlan, gpu: str) -> str:
         "Assumed:",
         *(f"  {assumption}" for assumption in assumptions(gpu)),
     ]
-    return "\n".join([*lines, *(f"Warning: {warning}" for warning in plan.warnings)])
+    lines += [f"Warning: {warning}" for warning in plan.warnings]
+    return "\n".join(lines)
 
 
 def assumptions(gpu: str) -> list[str]:
@@ -57,91 +60,96 @@ def assumptions(gpu: str) -> list[str]:
     sheet = GPUS[gpu]
     return [
         f"matrix products reach {MATRIX_EFFICIENCY:.0%} of {sheet.peak_flops / 1e12:g} TFLOP/s",
-        f"collectives reach {NETWORK_EFFICIENCY:.0%} of {sheet.node_bandwidth / 1e9:g} GB/s inside a node of {sheet.per_node} "
-        f"and of {sheet.network_bandwidth / 1e9:g} GB/s between nodes",
-        "tensor collectives are hidden in half of the backward pass, data and pipeline traffic altogether",
-        "memory leaves out the CUDA context, the allocator's rounding and temporaries of single operations",
+        f"collectives reach {NETWORK_EFFICIENCY:.0%} of {sheet.node_bandwidth / 1e9:g} GB/s "
+        f"inside a node of {sheet.per_node} and of {sheet.network_bandwidth / 1e9:g} GB/s between "
+        "nodes",
+        "tensor collectives are hidden in half of the backward pass, data and pipeline traffic "
+        "altogether",
+        "memory leaves out the CUDA context, the allocator's rounding and temporaries of single "
+        "operations",
     ]
 
 
 def merged(collectives: Iterable[Collective]) -> list[Collective]:
-    """Calls of one axis, operation and purpose as one entry with their mean payload, in order of first appearance."""
-    found: dict[tuple[str, str, str], tuple[int, int]] = {}
-    for c in collectives:
-        count, total = found.get((c.axis, c.operation, c.what), (0, 0))
-        found[c.axis, c.operation, c.what] = count + c.count, total + c.count * c.payload
-    return [
-        Collective(axis, operation, total // count, count, what)
-        for (axis, operation, what), (count, total) in found.items()
-    ]
+    """Calls of one axis, operation and purpose as one entry with their mean payload.
+
+    In the order in which they first appear.
+    """
+    totals: dict[tuple[str, str, str], tuple[int, int]] = {}
+    for collective in collectives:
+        key = (collective.axis, collective.operation, collective.what)
+        count, payload = totals.get(key, (0, 0))
+        payload += collective.count * collective.payload
+        totals[key] = (count + collective.count, payload)
+    # Chunks of the loss and buckets differ in size: one entry has their mean.
+    entries = []
+    for (axis, operation, what), (count, payload) in totals.items():
+        entries.append(Collective(axis, operation, payload // count, count, what))
+    return entries
 
 
 def _memory(plan: ScalingPlan) -> list[str]:
-    kinds = [f.name for f in fields(RankMemory)]
-    fullest = max(range(len(plan.memory)), key=lambda rank: plan.memory[rank].total)
-    ranks = (
-        range(len(plan.memory))
-        if len(plan.memory) <= SHOWN_RANKS
-        else sorted({0, fullest, len(plan.memory) - 1})
-    )
-    rows = [
-        [str(rank), *(gigabytes(getattr(plan.memory[rank], kind)) for kind in [*kinds, "total"])]
-        for rank in ranks
-    ]
-    return table(["GB a GPU, on pipeline rank", *kinds, "total"], rows)
+    kinds = [*(field.name for field in fields(RankMemory)), "total"]
+    # The ends differ from the ranks between them by embedding, unembedding and what is in flight.
+    ranks = list(range(len(plan.memory)))
+    if len(ranks) > SHOWN_RANKS:
+        fullest = max(ranks, key=lambda rank: plan.memory[rank].total)
+        ranks = sorted({0, fullest, ranks[-1]})
+    rows = []
+    for rank in ranks:
+        sizes = [gigabytes(getattr(plan.memory[rank], kind)) for kind in kinds]
+        rows.append([str(rank), *sizes])
+    return table(["GB a GPU, on pipeline rank", *kinds], rows)
 
 
 def _traffic(config: Config, plan: ScalingPlan) -> list[str]:
     totals = [
-        ("tensor", plan.tensor_bytes),
-        ("pipeline", plan.pipeline_bytes),
-        ("data", plan.data_bytes),
+        ["tensor", gigabytes(plan.tensor_bytes)],
+        ["pipeline", gigabytes(plan.pipeline_bytes)],
+        ["data", gigabytes(plan.data_bytes)],
     ]
-    sent = table(
-        ["GB sent a step by the busiest rank, along", "GB"],
-        [[axis, gigabytes(size)] for axis, size in totals],
-    )
-    calls = merged(collectives_per_step(config, plan.world_size))
-    rows = [[c.axis, c.operation, f"{c.count:,}", megabytes(c.payload), c.what] for c in calls]
-    return [
-        *sent,
-        "",
-        *table(
-            ["collectives a step, pipeline rank 0", "operation", "calls", "MB each", "what"], rows
-        ),
-    ]
+    rows = []
+    for calls in merged(collectives_per_step(config, plan.world_size)):
+        count = f"{calls.count:,}"
+        size = megabytes(calls.payload)
+        rows.append([calls.axis, calls.operation, count, size, calls.what])
+    head = ["collectives a step, pipeline rank 0", "operation", "calls", "MB each", "what"]
+    sent = table(["GB sent a step by the busiest rank, along", "GB"], totals)
+    return [*sent, "", *table(head, rows)]
 
 
 def _time(config: Config, plan: ScalingPlan) -> list[str]:
     days = plan.step_seconds * config.training.train_steps / 86400
-    lasting = f"{days:,.1f} days" if days >= 1 else f"{24 * days:,.1f} hours"
+    duration = f"{days:,.1f} days" if days >= 1 else f"{24 * days:,.1f} hours"
     return [
         f"{plan.flops_per_token / 1e9:,.2f} GFLOP a token; {plan.step_seconds:,.3f} s a step: "
-        f"{plan.compute_seconds:,.3f} s of computation, {plan.communication_seconds:,.3f} s of tensor communication that",
+        f"{plan.compute_seconds:,.3f} s of computation, {plan.communication_seconds:,.3f} s of "
+        "tensor communication that",
         f"nothing hides, and a pipeline bubble of {plan.bubble:.1%}",
         f"{plan.tokens_per_second:,.0f} tokens/s, {plan.model_flops_utilisation:.1%} of the peak; "
-        f"{config.training.train_steps:,} steps take {lasting}; a checkpoint is {plan.checkpoint_bytes / 1e9:,.1f} GB",
+        f"{config.training.train_steps:,} steps take {duration}; a checkpoint is "
+        f"{plan.checkpoint_bytes / 1e9:,.1f} GB",
     ]
 
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
-    """Columns as wide as they must be: numbers to the right, words to the left."""
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    right = [
-        bool(rows) and all(row[i][:1].isdigit() for row in rows) and i > 0 for i in range(len(head))
-    ]
-    return [
-        "  ".join(
-            cell.rjust(width) if to_right else cell.ljust(width)
-            for cell, width, to_right in zip(row, widths, right, strict=True)
-        ).rstrip()
-        for row in [head, *rows]
-    ]
+    """Lines with columns as wide as they must be: numbers to the right, words to the left."""
+    columns = []
+    for index, name in enumerate(head):
+        cells = [row[index] for row in rows]
+        width = max(map(len, [name, *cells]))
+        # The column of names stays to the left, numbers or not.
+        is_number = index > 0 and bool(cells) and all(cell[:1].isdigit() for cell in cells)
+        align = str.rjust if is_number else str.ljust
+        columns.append([align(cell, width) for cell in [name, *cells]])
+    return ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]
 
 
 def gigabytes(size: float) -> str:
+    """Bytes as GB, to three digits."""
     return f"{size / 1e9:,.3g}" if size < 1e12 else f"{size / 1e9:,.0f}"
 
 
 def megabytes(size: float) -> str:
+    """Bytes as MB, to three digits."""
     return f"{size / 1e6:,.3g}" if size < 1e9 else f"{size / 1e6:,.0f}"

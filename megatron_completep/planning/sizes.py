@@ -30,8 +30,10 @@ def wide_bytes(config: Config) -> int:
 
 def micro_batch_sizes(config: Config) -> MicroBatchSizes:
     """What modules are told when they are asked how many bytes they keep for backward."""
-    model, parallel = config.model, config.parallel
+    model = config.model
+    parallel = config.parallel
     tokens = model.seq_length * config.training.micro_batch_size
+    # Tensor ranks share the residual stream's tokens under sequence parallelism alone.
     sequence_parts = parallel.tensor_parallel_size if parallel.sequence_parallel else 1
     return MicroBatchSizes(
         tokens=tokens,
@@ -43,7 +45,7 @@ def micro_batch_sizes(config: Config) -> MicroBatchSizes:
 
 
 def imagined_context(parallel: ParallelConfig) -> ParallelContext:
-    """The first rank of a mesh of these sizes without process groups: enough to build a model on paper."""
+    """The first rank of a mesh of these sizes, without process groups: enough for a meta model."""
     return ParallelContext(
         device=torch.device("meta"),
         tensor=Axis("tensor", 0, parallel.tensor_parallel_size),
@@ -71,8 +73,9 @@ def rank_models(config: Config, pipeline_rank: int) -> list[GPT]:
 
 
 def backward_specs(models: Sequence[GPT]) -> dict[str, Spec]:
-    """The parameters of one rank's models, in the backward order in which the optimizer lays them out."""
+    """The parameters of one rank's models, in backward order, as the optimizer lays them out."""
     specs: dict[str, Spec] = {}
+    # The optimizer's buckets fill from the first parameter whose gradient is complete.
     for model in reversed(models):
         specs |= reversed(specs_of(model).items())
     return specs
@@ -96,7 +99,7 @@ def rank_layout(config: Config, specs: dict[str, Spec], data_size: int) -> Layou
 
 
 def state_count(config: Config) -> int:
-    """How many numbers the optimizer keeps of every element: the master and the update rule's states."""
+    """How many numbers the optimizer keeps of an element: the master and the rule's states."""
     return len(RULES[table_of(config).rule].all_powers())
 
 
@@ -104,6 +107,7 @@ def stored_elements(config: Config) -> int:
     """Elements of all logical parameters: what a checkpoint holds of each state."""
     total = 0
     for stage in split_stages(config.model, config.parallel):
+        # Of a tied parameter on two stages one is a copy, which no checkpoint holds.
         specs = specs_of(stage_model(config, stage))
         total += sum(spec.size for name, spec in specs.items() if not spec.is_copy(name))
     return total

@@ -1,7 +1,8 @@
-"""A picture of one optimizer step: who computes what when under each pipeline schedule, and what the network does meanwhile.
+"""A picture of one optimizer step: who computes what when, and what the network does meanwhile.
 
-The schedules are those of the trainer, asked of the library that runs them; the buckets are those of the optimizer's layout.
-Durations are model units: a micro-batch's forward, input gradient and weight gradient of a whole rank take one unit each.
+The schedules are those of the trainer, asked of the library that runs them; the buckets are those
+of the optimizer's layout. Durations are model units: a micro-batch's forward, input gradient and
+weight gradient of a whole rank take one unit each.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.pipelining import PipelineStage
-from torch.testing._internal.distributed.fake_pg import (
-    FakeStore,
-)  # importing it registers the backend "fake"
+
+# Importing it registers the backend "fake".
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_completep.outputs import MARK
 from megatron_completep.parallel.pipeline import make_schedule
@@ -32,13 +33,22 @@ COLORS = {
     "G": "#c9b18a",
     "U": "#999999",
 }
-MEANING = {"F": "forward", "I": "input gradient", "W": "weight gradient", "B": "both gradients"}
+MEANING = {
+    "F": "forward",
+    "I": "input gradient",
+    "W": "weight gradient",
+    "B": "both gradients",
+    "S": "reduce-scatter of a bucket",
+    "U": "norm, AdamW",
+    "G": "all-gather of a bucket",
+}
 DURATION = {"F": 1.0, "I": 1.0, "W": 1.0, "B": 2.0}
+UPDATE = 0.15  # duration of norm and AdamW
 
 
 @dataclass(frozen=True)
 class Span:
-    """One box of the picture."""
+    """One box of the picture: from `start` to `stop` in one lane. kind: a key of COLORS."""
 
     lane: int
     start: float
@@ -58,188 +68,205 @@ class Action:
 
 
 def schedule_actions(name: str, ranks: int, virtual: int, micro_batches: int) -> list[list[Action]]:
-    """By rank, what the library's schedule does, in order. Joins a process group that sends nothing, and leaves it."""
+    """By rank, what the library's schedule does, in order.
+
+    Joins a process group that sends nothing, and leaves it.
+    """
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     try:
         x = torch.empty(1, device="meta", requires_grad=True)
-        cpu, group, stages = torch.device("cpu"), dist.group.WORLD, ranks * virtual
-        own = [
-            PipelineStage(
-                nn.Identity(), i * ranks, stages, cpu, input_args=x, output_args=x, group=group
+        stages = []
+        for chunk in range(virtual):
+            stage = PipelineStage(
+                nn.Identity(),
+                chunk * ranks,
+                ranks * virtual,
+                torch.device("cpu"),
+                input_args=x,
+                output_args=x,
+                group=dist.group.WORLD,
             )
-            for i in range(virtual)
-        ]
-        schedule: Any = make_schedule(name, own, micro_batches)
+            stages.append(stage)
+        schedule: Any = make_schedule(name, stages, micro_batches)
+        # The order of all ranks: schedules of several stages have it, the others make it.
         order = getattr(schedule, "pipeline_order", None) or schedule._get_pipeline_order()
-        return [
-            _numbered([str(action) for action in order[rank] if action is not None])
-            for rank in range(ranks)
-        ]
     finally:
         dist.destroy_process_group()
+    actions = []
+    for rank in range(ranks):
+        actions.append(_numbered([str(step) for step in order[rank] if step is not None]))
+    return actions
 
 
-def _numbered(texts: list[str]) -> list[Action]:
-    """Micro-batches counted anew: torch 2.13 numbers the forward passes of 1F1B's last rank from 1."""
+def _numbered(names: list[str]) -> list[Action]:
+    """The actions of names such as 2F0, with micro-batches counted anew.
+
+    torch 2.13 numbers the forward passes of 1F1B's last rank from 1.
+    """
     counts: Counter[tuple[int, str]] = Counter()
     actions = []
-    for text in texts:
-        if match := re.fullmatch(r"(\d+)([FIWB])\d+", text):
-            stage, kind = int(match[1]), match[2]
+    for name in names:
+        if match := re.fullmatch(r"(\d+)([FIWB])\d+", name):
+            stage = int(match[1])
+            kind = match[2]
             actions.append(Action(stage, kind, counts[stage, kind]))
             counts[stage, kind] += 1
     return actions
 
 
 def simulate(actions: list[list[Action]], virtual: int) -> list[Span]:
-    """Start and end of every action, each as early as its rank is free and what it needs is there."""
+    """Start and end of every action, each as early as its rank is free and its inputs are there."""
     stages = len(actions) * virtual
     done: dict[tuple[int, str, int], float] = {}
-    position, free = [0] * len(actions), [0.0] * len(actions)
+    positions = [0] * len(actions)
+    free = [0.0] * len(actions)
     spans: list[Span] = []
-    while any(position[rank] < len(queue) for rank, queue in enumerate(actions)):
+    remaining = sum(map(len, actions))
+    while len(spans) < remaining:
         before = len(spans)
         for rank, queue in enumerate(actions):
-            while (
-                position[rank] < len(queue)
-                and (ready := _ready(queue[position[rank]], done, stages)) is not None
-            ):
-                action = queue[position[rank]]
+            # A rank works through its queue until an action waits for another rank.
+            for action in queue[positions[rank] :]:
+                ready = _ready(action, done, stages)
+                if ready is None:
+                    break
                 start = max(free[rank], ready)
-                free[rank] = start + DURATION[action.kind] / virtual
-                done[
-                    action.stage, "I" if action.kind == "B" else action.kind, action.micro_batch
-                ] = free[rank]
-                spans.append(
-                    Span(
-                        rank, start, free[rank], action.kind, str(action.micro_batch), action.stage
-                    )
-                )
-                position[rank] += 1
+                stop = start + DURATION[action.kind] / virtual
+                free[rank] = stop
+                # Both gradients are an input gradient for the stage before.
+                kind = "I" if action.kind == "B" else action.kind
+                done[action.stage, kind, action.micro_batch] = stop
+                label = str(action.micro_batch)
+                spans.append(Span(rank, start, stop, action.kind, label, action.stage))
+                positions[rank] += 1
         assert len(spans) > before, "the schedule waits for itself"
     return spans
 
 
 def _ready(action: Action, done: dict[tuple[int, str, int], float], stages: int) -> float | None:
-    """When what the action needs is there; None while it is not known."""
-    stage, number = action.stage, action.micro_batch
-    needs = {
-        "F": [(stage - 1, "F", number)] if stage else [],
-        "W": [(stage, "I", number)],
-    }.get(
-        action.kind,
-        [(stage, "F", number)] + ([(stage + 1, "I", number)] if stage < stages - 1 else []),
-    )
-    return (
-        None
-        if any(need not in done for need in needs)
-        else max([0.0, *(done[need] for need in needs)])
-    )
+    """When all that the action needs is there; None while that is not known."""
+    stage = action.stage
+    number = action.micro_batch
+    if action.kind == "F":
+        needs = [(stage - 1, "F", number)] if stage else []
+    elif action.kind == "W":
+        needs = [(stage, "I", number)]
+    else:
+        needs = [(stage, "F", number)]
+        if stage < stages - 1:
+            needs.append((stage + 1, "I", number))
+    if any(need not in done for need in needs):
+        return None
+    return max((done[need] for need in needs), default=0.0)
 
 
 def bubble(spans: list[Span]) -> float:
     """Share of all ranks' time until the last one is done in which nothing is computed."""
+    # Ranks that are done early wait for the slowest one.
     lanes = 1 + max(span.lane for span in spans)
-    return 1 - sum(span.stop - span.start for span in spans) / (
-        lanes * max(span.stop for span in spans)
-    )
+    end = _end_of(spans)
+    busy = sum(span.stop - span.start for span in spans)
+    return 1 - busy / (lanes * end)
 
 
 def overlap(buckets: list[int], transfer: float = 0.8) -> list[Span]:
-    """One data rank: backward, update, next forward, and the buckets' traffic. `buckets`: elements, in backward order.
+    """One data rank: backward, update, next forward, and the buckets' traffic.
 
-    transfer: time of all reduce-scatters, as a share of a forward pass.
+    buckets: elements, in backward order.
+    transfer: time of all reduce-scatters, as a share of a forward pass; all-gathers take half.
     """
-    whole, backward = sum(buckets), 2.0
+    elements = sum(buckets)
+    backward = 2.0
     spans = [Span(0, 0.0, backward, "B", "backward of the last micro-batch")]
-    end = network = 0.0
+
+    # A bucket is reduced once backward has filled it and the network is free.
+    filled = network = 0.0
     for index, size in enumerate(buckets):
-        end += size / whole * backward
-        network = max(network, end) + transfer * size / whole
-        spans.append(Span(1, network - transfer * size / whole, network, "S", str(index)))
-    spans.append(Span(0, network, network + 0.15, "U", ""))
-    network += 0.15
+        duration = transfer * size / elements
+        filled += size / elements * backward
+        network = max(network, filled) + duration
+        spans.append(Span(1, network - duration, network, "S", str(index)))
+
+    # The norm of all gradients comes before any update.
+    update = Span(0, network, network + UPDATE, "U", "")
+    spans.append(update)
+    forward_order = list(enumerate(buckets))[::-1]
     gathered = {}
-    for index, size in reversed(list(enumerate(buckets))):
-        spans.append(Span(1, network, network + transfer / 2 * size / whole, "G", str(index)))
-        network = gathered[index] = spans[-1].stop
-    clock = spans[len(buckets) + 1].stop
-    for index, size in reversed(list(enumerate(buckets))):
+    network = update.stop
+    for index, size in forward_order:
+        start = network
+        network = start + transfer / 2 * size / elements
+        gathered[index] = network
+        spans.append(Span(1, start, network, "G", str(index)))
+
+    # Forward waits for the parameters of the bucket that it reaches.
+    clock = update.stop
+    for index, size in forward_order:
         start = max(clock, gathered[index])
-        clock = start + size / whole
-        spans.append(Span(0, start, clock, "F", "forward" if index == len(buckets) // 2 else ""))
+        clock = start + size / elements
+        label = "forward" if index == len(buckets) // 2 else ""
+        spans.append(Span(0, start, clock, "F", label))
     return spans
 
 
 def draw(panels: list[tuple[str, list[Span], list[str]]], path: Path) -> None:
     """One row of axes a panel (title, spans, names of the lanes), written as .svg or .png."""
     from matplotlib.figure import Figure
-    from matplotlib.patches import Patch, Rectangle
+    from matplotlib.patches import Patch
 
     heights = [len(lanes) + 1 for _, _, lanes in panels]
     figure = Figure(figsize=(11, 0.42 * sum(heights) + 0.6), layout="constrained")
     rows = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False)[:, 0]
-    pipelines = [
-        spans for _, spans, lanes in panels if lanes[0].startswith("rank")
-    ]  # these share one scale of time
-    longest = max((span.stop for spans in pipelines for span in spans), default=0.0)
+    longest = 0.0
+    kinds: set[str] = set()
+    for _, spans, lanes in panels:
+        kinds.update(span.kind for span in spans)
+        if _is_pipeline(lanes):
+            longest = max(longest, _end_of(spans))
     for axes, (title, spans, lanes) in zip(rows, panels, strict=True):
-        for span in spans:
-            shade = 1.0 if span.stage < len(lanes) else 0.6
-            size = span.stop - span.start
-            axes.add_patch(
-                Rectangle(
-                    (span.start, span.lane + 0.08),
-                    size,
-                    0.84,
-                    color=COLORS[span.kind],
-                    alpha=shade,
-                    linewidth=0,
-                )
-            )
-            axes.add_patch(
-                Rectangle(
-                    (span.start, span.lane + 0.08),
-                    size,
-                    0.84,
-                    fill=False,
-                    edgecolor="white",
-                    linewidth=0.6,
-                )
-            )
-            axes.text(
-                span.start + size / 2,
-                span.lane + 0.5,
-                span.label,
-                ha="center",
-                va="center",
-                fontsize=7,
-            )
-        axes.set(
-            xlim=(0, longest if spans in pipelines else max(s.stop for s in spans)),
-            ylim=(len(lanes), 0),
-            xticks=[],
-        )
-        axes.set_yticks([i + 0.5 for i in range(len(lanes))], lanes, fontsize=8)
-        axes.set_title(title, fontsize=9, loc="left")
-        axes.spines[:].set_visible(False)
-        axes.tick_params(length=0)
-    meaning = {
-        **MEANING,
-        "S": "reduce-scatter of a bucket",
-        "U": "norm, AdamW",
-        "G": "all-gather of a bucket",
-    }
-    used = {span.kind for _, spans, _ in panels for span in spans}
+        # Pipelines share one scale of time.
+        end = longest if _is_pipeline(lanes) else _end_of(spans)
+        _draw_panel(axes, title, spans, lanes, end)
+
     handles = [
-        Patch(color=COLORS[kind], label=label) for kind, label in meaning.items() if kind in used
+        Patch(color=COLORS[kind], label=label) for kind, label in MEANING.items() if kind in kinds
     ]
     figure.legend(
         handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(
-        path,
-        dpi=130,
-        metadata={"Date": None, "Creator": MARK} if path.suffix == ".svg" else {"Software": MARK},
-    )
+    is_svg = path.suffix == ".svg"
+    metadata = {"Date": None, "Creator": MARK} if is_svg else {"Software": MARK}
+    figure.savefig(path, dpi=130, metadata=metadata)
+
+
+def _is_pipeline(lanes: list[str]) -> bool:
+    return lanes[0].startswith("rank")
+
+
+def _end_of(spans: list[Span]) -> float:
+    return max(span.stop for span in spans)
+
+
+def _draw_panel(axes: Any, title: str, spans: list[Span], lanes: list[str], end: float) -> None:
+    for span in spans:
+        _draw_span(axes, span, 1.0 if span.stage < len(lanes) else 0.6)
+    axes.set(xlim=(0, end), ylim=(len(lanes), 0), xticks=[])
+    axes.set_yticks([lane + 0.5 for lane in range(len(lanes))], lanes, fontsize=8)
+    axes.set_title(title, fontsize=9, loc="left")
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+
+
+def _draw_span(axes: Any, span: Span, alpha: float) -> None:
+    from matplotlib.patches import Rectangle
+
+    size = span.stop - span.start
+    corner = (span.start, span.lane + 0.08)
+    box = Rectangle(corner, size, 0.84, color=COLORS[span.kind], alpha=alpha, linewidth=0)
+    # The frame is a patch of its own, because the box may be translucent.
+    frame = Rectangle(corner, size, 0.84, fill=False, edgecolor="white", linewidth=0.6)
+    axes.add_patch(box)
+    axes.add_patch(frame)
+    center = (span.start + size / 2, span.lane + 0.5)
+    axes.text(*center, span.label, ha="center", va="center", fontsize=7)

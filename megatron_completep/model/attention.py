@@ -121,6 +121,7 @@ class Attention(nn.Module):
             )
         else:
             mixed = self.attend(*arguments)
+        # [B, N, S, D] -> [S, B, N D], the layout of the stream.
         out = self.output(mixed.permute(2, 0, 1, 3).flatten(2))
         return Branch(out, self.output.bias)
 
@@ -220,6 +221,7 @@ class _SplitHeads(torch.autograd.Function):
         ctx: Any, d_q: Tensor, d_k: Tensor, d_v: Tensor
     ) -> tuple[Tensor, None, None, None, None, None]:
         cos, sin = ctx.saved_tensors
+        # Rotation is orthogonal: its gradient is the inverse rotation.
         d_heads = torch.cat((d_q, d_k, d_v), dim=2)
         if cos is not None:
             kernels.rotary_(d_heads[:, :, : ctx.rotated], cos, sin, True)
@@ -239,6 +241,7 @@ def causal_bias(
     document of each token. slopes [N]: of the local heads.
     """
     distance = query_positions[:, None] - key_positions[None, :]
+    # [1, 1, Sq, Sk], until documents differ from sample to sample or slopes from head to head.
     allowed = (distance >= 0)[None, None]
     if documents is not None:
         same_document = documents[:, None, :, None] == documents[:, None, None, :]

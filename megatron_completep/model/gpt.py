@@ -145,6 +145,7 @@ class GPT(nn.Module):
             else:
                 stream = block(stream, inputs)
         if not self.stage.last:
+            # One tensor is sent: the pending branch is added here, without a norm.
             return stream.settle(self.join, self.queue)
         _, normed = self.final_norm(stream)
         result: Tensor = self.unembedding(normed, labels)
@@ -178,6 +179,7 @@ class GPT(nn.Module):
 
     def new_caches(self, batch: int, capacity: int) -> list[KeyValueCache]:
         """Empty key/value caches for `capacity` positions, one a layer."""
+        # In the type and on the device of the weights; a tensor rank holds its own heads.
         attention = self.blocks()[0][1].attention
         weight = attention.qkv.weight
         shape = batch, attention.num_groups, capacity, attention.head_dim

@@ -206,6 +206,7 @@ def _tied_gradients(
     config: Config, specs: Mapping[str, Spec], layout: Layout
 ) -> Iterator[Collective]:
     """The embedding's gradient between the ends of the pipeline, which hold a copy of it each."""
+    # Both ends lie alone in a bucket, so that equal shards of them meet.
     for entry in layout.pieces:
         if specs[entry.name].tied_to is not None:
             bucket = layout.buckets[entry.bucket]
@@ -221,6 +222,7 @@ def _data(config: Config, layout: Layout, gradient_size: int) -> Iterator[Collec
     shards = shard_count(config, gradient_size)
     gradient_bytes = 2 if config.parallel.gradient_dtype == "bf16" else wide_bytes(config)
     for bucket in layout.buckets:
+        # A rank is sent the sums of its shard, updates that, and hands the parameters round.
         gradients = bucket.size * gradient_bytes
         parameters = bucket.size * element_bytes(config)
         if shards > 1:

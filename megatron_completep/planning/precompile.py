@@ -27,7 +27,7 @@ from megatron_completep.parallel.cross_entropy import LossConfig
 from megatron_completep.run.precision import DTYPES
 
 
-class _LaunchInstead(TorchDispatchMode):
+class _LaunchInstead(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Fused operators on `meta` tensors run their launcher, not their shape function."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -125,6 +125,7 @@ def _variant(launch: Launch) -> tuple[Any, ...]:
 
     def kind(argument: Any) -> Any:
         if isinstance(argument, torch.Tensor):
+            # Storage begins aligned; a view may not.
             offset = argument.storage_offset() * argument.element_size()
             return str(argument.dtype), offset % 16
         if isinstance(argument, bool) or not isinstance(argument, int):

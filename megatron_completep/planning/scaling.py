@@ -195,9 +195,9 @@ def in_flight(parallel: ParallelConfig, pipeline_rank: int, micro_batches: int) 
     """Forward passes of chunks whose activations a rank holds, at the schedule's worst moment."""
     size = parallel.pipeline_parallel_size
     virtual = parallel.virtual_pipeline_size
-    if parallel.schedule == "gpipe":
+    if parallel.schedule == "gpipe":  # all forward passes come before the first backward
         return micro_batches * virtual
-    if virtual == 1:
+    if virtual == 1:  # the warm-up fills the stages behind, and each backward frees one pass
         return min(size - pipeline_rank, micro_batches)
     return min(2 * (size - pipeline_rank - 1) + (virtual - 1) * size + 1, micro_batches * virtual)
 
@@ -214,7 +214,7 @@ def bubble_share(parallel: ParallelConfig, micro_batches: int) -> float:
     """
     idle = (parallel.pipeline_parallel_size - 1) / parallel.virtual_pipeline_size
     if parallel.schedule == "zero_bubble":
-        idle /= 3
+        idle /= 3  # weight gradients, which nobody waits for, fill the rest
     return idle / (micro_batches + idle)
 
 

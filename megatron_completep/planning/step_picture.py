@@ -162,6 +162,7 @@ def _ready(action: Action, done: dict[tuple[int, str, int], float], stages: int)
 
 def bubble(spans: list[Span]) -> float:
     """Share of all ranks' time until the last one is done in which nothing is computed."""
+    # Ranks that are done early wait for the slowest one.
     lanes = 1 + max(span.lane for span in spans)
     end = _end_of(spans)
     busy = sum(span.stop - span.start for span in spans)
@@ -198,6 +199,7 @@ def overlap(buckets: list[int], transfer: float = 0.8) -> list[Span]:
         gathered[index] = network
         spans.append(Span(1, start, network, "G", str(index)))
 
+    # Forward waits for the parameters of the bucket that it reaches.
     clock = update.stop
     for index, size in forward_order:
         start = max(clock, gathered[index])

@@ -106,8 +106,10 @@ class PlainBlock(nn.Module):
             return F.silu(gate) * up
         if self.activation == "squared_relu":
             return F.relu(inner).square()
-        approximation = "tanh" if self.activation == "gelu_tanh" else "none"
-        return F.gelu(inner, approximate=approximation)
+        if self.activation == "gelu_tanh":
+            return F.gelu(inner, approximate="tanh")
+        assert self.activation == "gelu", f"the plain model has no {self.activation}"
+        return F.gelu(inner)
 
 
 def plain_norm(model: ModelConfig) -> nn.Module:

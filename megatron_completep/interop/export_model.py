@@ -142,6 +142,7 @@ class _Export:
         model = self.config.model
         # Tensors come first: a damaged checkpoint or a full disk shows there.
         tensors = pieces(self.architecture, model, self.folding)
+        self._refuse_what_no_tensor_takes(tensors)
         shapes = [(piece.name, piece.shape) for piece in tensors]
         tensor_files = write_tensors(
             folder, shapes, self.dtype, Values(self.stored, tensors), shard_bytes
@@ -171,6 +172,20 @@ class _Export:
         card = model_card(self.config, self.stored.manifest, report.to_json())
         (folder / "README.md").write_text(card, encoding="utf-8")
         return report
+
+    def _refuse_what_no_tensor_takes(self, tensors: list[Piece]) -> None:
+        """Raise ConfigError for parameters that the architecture has no place for.
+
+        Without them the exported model would be another one.
+        """
+        taken = {piece.source for piece in tensors}
+        missing = [name for name in self.stored.manifest.parameters if name not in taken]
+        if missing:
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            raise ConfigError(
+                f"{self.stored.folder}: {self.architecture} has no tensor for "
+                f"{', '.join(missing[:3])}{more}. A model with further branches cannot be exported."
+            )
 
     def _write_configuration(self, folder: Path) -> dict[str, Any]:
         """Write config.json and generation_config.json; returns the content of the first."""

@@ -150,8 +150,7 @@ class _UnembeddingLoss(torch.autograd.Function):
         ranks = head.context.ranks
         products = head.context.products
         rows = ranks.sequence.gather(x).flatten(0, 1)
-        # A chunk has as many tokens as fit the bound, and at least one.
-        chunk_tokens = max(1, loss.chunk_bytes // (weight.shape[0] * weight.element_size()))
+        chunk_tokens = head.tokens_at_once(weight.element_size())
         token_loss = _TokenLoss(head, head.multiplier, ranks.tensor, loss)
         ctx.head = head
         ctx.shape = x.shape

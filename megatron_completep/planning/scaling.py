@@ -157,7 +157,7 @@ def scaling_plan(config: Config, world_size: int, gpu_name: str = "h100") -> Sca
         step_seconds=step_seconds,
         tokens_per_second=tokens / step_seconds,
         model_flops_utilisation=flops * tokens / step_seconds / world_size / gpu.peak_flops,
-        checkpoint_bytes=4 * state_count(config) * stored_elements(config),
+        checkpoint_bytes=wide_bytes(config) * state_count(config) * stored_elements(config),
         warnings=_warnings(config, gpu, memory, bubble, data_bytes, compute),
     )
 

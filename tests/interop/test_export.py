@@ -291,3 +291,19 @@ def test_sizes_are_read(text: str, size: int) -> None:
 def test_words_that_are_no_size_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="size"):
         parse_size(text)
+
+
+def test_a_parameter_that_no_tensor_takes_is_refused_by_name(
+    run_of, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a model with a third branch, which would be exported without it."""
+    all_pieces = exporting.pieces
+
+    def without_one(*arguments: Any) -> list[Any]:
+        pieces = all_pieces(*arguments)
+        return [piece for piece in pieces if piece.source != "layers.2.mlp.down.weight"]
+
+    monkeypatch.setattr(exporting, "pieces", without_one)
+    with pytest.raises(ConfigError, match=r"has no tensor for layers\.2\.mlp\.down\.weight\."):
+        export_model(run_of("llama"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

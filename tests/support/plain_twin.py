@@ -105,6 +105,7 @@ class PlainTwin:
         elif self.model.activation == "gelu_tanh":
             inner = 0.5 * up * (1 + torch.tanh(math.sqrt(2 / math.pi) * (up + 0.044715 * up**3)))
         else:
+            assert self.model.activation == "squared_relu", self.model.activation
             inner = torch.where(up > 0, up * up, 0.0)
         return self.linear(inner, f"{prefix}.down")
 

@@ -361,6 +361,11 @@ class Shards:
             bucket = self.layout.buckets[number]
             shard = self.reductions[bucket.axis].shard
             parameters = self.flat[bucket.start : bucket.stop]
+            # An axis with one shard gathers nothing, but beside a sharded one the updated shard is
+            # a copy.
+            if shard.size == 1:
+                parameters.copy_(_slice(updated, bucket))
+                continue
             self._gathers[number] = start_all_gather(_slice(updated, bucket), shard, parameters)
 
     def _await_buckets(self, buckets: Iterable[int]) -> None:

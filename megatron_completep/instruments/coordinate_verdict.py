@@ -285,9 +285,12 @@ def _doubt_about_model(
 
 def _doubt_about_control(findings: Sequence[Finding]) -> str | None:
     """Why the control leaves the verdict open: it does not show that it is wrong."""
-    for finding in findings:
+    decisive = [finding for finding in findings if finding.band.quantity == DECISIVE]
+    if all(finding.control is None for finding in decisive):
+        return "no control was measured, so that nothing shows what a wrong model would look like."
+    for finding in decisive:
         control = finding.control
-        if finding.band.quantity != DECISIVE or control is None:
+        if control is None:
             continue
         name = f"the control's {DECISIVE} over {finding.band.axis}"
         gap = control.value - finding.model.value

@@ -337,9 +337,10 @@ def save_grid(grid: Grid, config: Config, folder: Path) -> None:
     path = folder / "sweep.json"
     grids = _grids(path) if path.exists() else []
     entry = {"grid": asdict(grid), "config": config.model_dump(mode="json")}
-    # The same sweep started again adds nothing; lists in place of tuples are what JSON has.
-    if entry not in grids:
-        grids.append(json.loads(json.dumps(entry)))
+    # As it is read back, with lists in place of tuples: the same sweep started again adds nothing.
+    entry_in_json = json.loads(json.dumps(entry))
+    if entry_in_json not in grids:
+        grids.append(entry_in_json)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps({"grids": grids}, indent=1).encode())

@@ -155,6 +155,12 @@ def test_parameters_of_two_axes_share_no_bucket_and_each_is_cut_over_its_own_ran
         assert counts[entry.name] == dict.fromkeys(range(entry.size), 6 // shards[entry.axis])
 
 
+def test_a_bucket_behind_one_of_another_axis_divides_by_its_own_shards() -> None:
+    entries = [Entry("a", 1, "few"), Entry("b", 253, "gradient")]
+    layout = lay_out(entries, {"gradient": 6, "few": 2}, 1000)
+    assert all(bucket.size % bucket.shards == 0 for bucket in layout.buckets)
+
+
 def test_shard_boundaries_cut_parameters_of_different_groups() -> None:
     """What the segment table is for: here shard 0 ends inside b and shard 1 begins there."""
     layout = laid_out(

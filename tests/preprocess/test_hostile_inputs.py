@@ -152,6 +152,13 @@ def test_all_special_files_are_named_at_once(tmp_path: Path) -> None:
         find_sources([tmp_path])
 
 
+def test_a_pattern_that_matches_a_file_in_several_ways_takes_it_once(tmp_path: Path) -> None:
+    deep = tmp_path / "a" / "b"
+    deep.mkdir(parents=True)
+    (deep / "c.txt").write_text("text")
+    assert len(find_sources([tmp_path / "**" / "**" / "*.txt"])) == 1
+
+
 def test_a_linked_folder_and_one_that_cannot_be_listed_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

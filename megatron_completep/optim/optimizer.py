@@ -135,7 +135,7 @@ class DistributedOptimizer:
             loss_sum.detach().double() * counts,
             tokens.to(self.context.device).double() * counts,
         ]
-        if term_sums is not None:
+        if term_sums is not None and len(term_sums):
             # Shares already: a rank whose value another rank counts passes 0.
             sums += term_sums.double().unbind()
         return all_reduce(torch.stack(sums), self.context.world)

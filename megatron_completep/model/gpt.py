@@ -68,6 +68,7 @@ class GPT(nn.Module):
         self.queue = GradientQueue()
         self.own_losses = LossLedger()
         self.join = join_of(model, table)
+        self.branch_makers = branches
         self.first_site = stage.start * len(branches)  # of dropout, which counts branches
         self._rotary: tuple[Tensor, Tensor] | None = None
 

@@ -368,7 +368,8 @@ class TrainingConfig(Section):
         "auto: apex where installed.",
     )
     matrix_products: Literal["auto", "torch", "onednn"] = Field(
-        "auto", description="Float32 products on a CPU; auto: onednn on AMD processors, else torch."
+        "auto",
+        description="Float32 products on a CPU; auto: onednn on AMD with AVX-512, else torch.",
     )
     compile: bool = Field(False, description="torch.compile the regions between linears.")
     validation_interval: PositiveInt | None = Field(

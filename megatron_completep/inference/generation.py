@@ -20,7 +20,7 @@ from megatron_completep.data.tokenizer import Tokenizer
 from megatron_completep.errors import CheckpointError, ConfigError, DataError
 from megatron_completep.model.gpt import GPT
 from megatron_completep.parallel.context import ParallelContext
-from megatron_completep.parallel.onednn import processor_vendor
+from megatron_completep.parallel.onednn import read_processor
 from megatron_completep.parallel.products import choose_inference_products
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what an unfinished UTF-8 sequence decodes to
@@ -119,7 +119,7 @@ def load_model(path: str | Path, device: torch.device, dtype: torch.dtype) -> tu
     """The whole model of a checkpoint of any layout, on one device, with parameters in `dtype`."""
     stored, config = _open_run(path)
     products = choose_inference_products(
-        config.training.matrix_products, device, dtype, processor_vendor()
+        config.training.matrix_products, device, dtype, read_processor()
     )
     context = ParallelContext.single(device)
     model = GPT(config.model, table_of(config), context, products=products).to(dtype)

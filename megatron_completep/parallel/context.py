@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -156,7 +157,7 @@ class ParallelContext:
         """The axes over which gradients are summed, by the name in `Spec.summed_over`."""
         return {self.gradient.name: Reduction(self.shard, self.replica)}
 
-    @property
+    @cached_property  # every layer asks for it several times a step
     def sequence(self) -> SequencePart:
         """Which part of the sequence this rank holds of the residual stream."""
         return SequencePart(self.tensor, self.sequence_parallel)

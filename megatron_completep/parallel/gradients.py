@@ -83,12 +83,17 @@ class GradientQueue:
             self._complete(parameter)
         self._stale.clear()
 
-    @torch.no_grad()
     def _run(self, parameter: Parameter, accumulate: Accumulate) -> None:
         self.runs += 1
         first = parameter in self._stale
         self._stale.discard(parameter)
-        accumulate(main_grad_of(parameter), first)
+        # Backward runs without gradients, where the context would only cost host time. A schedule
+        # that calls what `take` handed it does not.
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                accumulate(main_grad_of(parameter), first)
+        else:
+            accumulate(main_grad_of(parameter), first)
         # Outside of a step (tests, instruments) nothing is counted.
         if parameter in self._remaining:
             self._remaining[parameter] -= 1

@@ -17,7 +17,14 @@ from torch import Tensor
 
 from megatron_completep import kernels
 from megatron_completep.errors import ConfigError
-from megatron_completep.parallel.onednn import AMD, Linear, find_linear
+from megatron_completep.parallel.onednn import (
+    PRODUCTS_ALONE,
+    LeastWork,
+    Linear,
+    Processor,
+    find_linear,
+    least_work,
+)
 
 APEX_EXTENSION = "fused_weight_gradient_mlp_cuda"
 
@@ -62,38 +69,33 @@ class OneDnnProducts(Products):
 
     library: ClassVar[str] = "onednn"
 
-    # Multiplications of a product from which on oneDNN is the faster one (measured on AMD).
-    LEAST_WORK: ClassVar[int] = 1 << 20
-
-    def __init__(self, linear: Linear) -> None:
+    def __init__(self, linear: Linear, least: LeastWork = PRODUCTS_ALONE) -> None:
+        """least: the sizes of products from which on oneDNN computes them."""
         self._linear = linear
+        self._least = least
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if not self._serves(x, weight, x.numel() * weight.shape[0]):
+        large = x.numel() * weight.shape[0] >= self._least.product
+        if not large or not _may_call(x, weight):
             return super().forward(x, weight, bias)
         return self._linear(x, weight, bias, "none", [], "")
 
     def input_gradient(self, d_out: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
-        if not self._serves(d_out, weight, d_out.numel() * weight.shape[1]):
+        large = d_out.numel() * weight.shape[1] >= self._least.product
+        if not large or not _may_call(d_out, weight):
             return super().input_gradient(d_out, weight, out)
         d_x = self._linear(d_out, weight.t(), None, "none", [], "")
         return d_x if out is None else out.copy_(d_x)
 
     def add_weight_gradient(self, total: Tensor, d_out: Tensor, x: Tensor, first: bool) -> None:
-        if not self._serves(d_out, x, total.numel() * x.shape[0]):
+        least = self._least.weight_gradient
+        large = least is not None and total.numel() * x.shape[0] >= least
+        if not large or not _may_call(d_out, x):
             super().add_weight_gradient(total, d_out, x, first)
             return
         # The operator cannot add: one more pass over the total.
         product = self._linear(d_out.t(), x.t(), None, "none", [], "")
         total.copy_(product) if first else total.add_(product)
-
-    def _serves(self, a: Tensor, b: Tensor, multiplications: int) -> bool:
-        """Whether oneDNN computes the product of two matrices with this work."""
-        if multiplications < self.LEAST_WORK or a.dtype != torch.float32:
-            return False
-        if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
-            return False
-        return not torch.compiler.is_compiling()
 
 
 class ApexProducts(Products):
@@ -116,15 +118,14 @@ def choose_products(
     matrix_products: str,
     device: torch.device,
     precision: torch.dtype,
-    vendor: str,
+    processor: Processor,
     find: Callable[[], Linear | None] = find_linear,
 ) -> Products:
     """The products of a training run.
 
     weight_gradient: `training.weight_gradient`; auto takes apex where it is installed and applies.
-    matrix_products: `training.matrix_products`; auto takes oneDNN on processors of AMD, where it
-        applies.
-    vendor: of the processor, from `processor_vendor`.
+    matrix_products: `training.matrix_products`; auto takes oneDNN where `least_work` says that it
+        is faster on this processor, and where it applies.
     find: gives oneDNN's operator, or None.
 
     Raises ConfigError when a library is asked for that is missing, or that does not apply to this
@@ -137,7 +138,7 @@ def choose_products(
             "training.matrix_products = onednn serves float32 on a CPU; "
             f"this run is {_name_of(precision)} on {device.type}. Use auto."
         )
-    products = choose_inference_products(matrix_products, device, precision, vendor, find)
+    products = choose_inference_products(matrix_products, device, precision, processor, find)
     if matrix_products == "onednn" and products.library != "onednn":
         raise ConfigError(
             f"training.matrix_products = onednn, but torch {torch.__version__} has no oneDNN "
@@ -150,7 +151,7 @@ def choose_inference_products(
     matrix_products: str,
     device: torch.device,
     precision: torch.dtype,
-    vendor: str,
+    processor: Processor,
     find: Callable[[], Linear | None] = find_linear,
 ) -> Products:
     """The products of a trained model; arguments as in `choose_products`.
@@ -158,11 +159,21 @@ def choose_inference_products(
     The model may compute elsewhere, and in another type, than its run did: a library that does not
     apply here is no mistake, and torch's products are taken.
     """
-    wanted = matrix_products == "onednn" or (matrix_products == "auto" and vendor == AMD)
-    if not wanted or not _onednn_applies(device, precision):
+    least = least_work(processor)
+    if matrix_products == "onednn" and least is None:
+        least = PRODUCTS_ALONE
+    if matrix_products == "torch" or least is None or not _onednn_applies(device, precision):
         return Products()
     linear = find()
-    return Products() if linear is None else OneDnnProducts(linear)
+    return Products() if linear is None else OneDnnProducts(linear, least)
+
+
+def _may_call(a: Tensor, b: Tensor) -> bool:
+    """Whether oneDNN's operator serves these matrices here, whatever their size."""
+    if a.dtype != torch.float32:
+        return False
+    followed = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
+    return not followed and not torch.compiler.is_compiling()
 
 
 def _onednn_applies(device: torch.device, precision: torch.dtype) -> bool:

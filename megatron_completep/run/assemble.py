@@ -20,7 +20,7 @@ from megatron_completep.model.stages import build_chunks
 from megatron_completep.optim.optimizer import DistributedOptimizer
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.cross_entropy import LossConfig
-from megatron_completep.parallel.onednn import processor_vendor
+from megatron_completep.parallel.onednn import read_processor
 from megatron_completep.parallel.products import Products, choose_products
 from megatron_completep.run.precision import choose_precision
 from megatron_completep.run.step import TrainingStep
@@ -63,7 +63,7 @@ def assemble(
             training.matrix_products,
             context.device,
             precision,
-            processor_vendor(),
+            read_processor(),
         )
         chunks = build_model(config, table, context, precision, products)
     optimizer = DistributedOptimizer(

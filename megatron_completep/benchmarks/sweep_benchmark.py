@@ -29,7 +29,7 @@ from megatron_completep.benchmarks.training_benchmark import (
 )
 from megatron_completep.completep import table_of
 from megatron_completep.config import Config, config_from_mapping
-from megatron_completep.config.schema import ModelConfig
+from megatron_completep.config.schema import ModelConfig, SourceConfig
 from megatron_completep.data.writer import IndexedWriter
 from megatron_completep.instruments.sweep import Grid, Point, run_point
 from megatron_completep.instruments.trial import change, read_batches
@@ -110,7 +110,7 @@ def sweep_points(settings: SweepSettings, folder: Path) -> list[Point]:
     shape = BenchmarkSettings(model, settings.batch_size)
     config = change(
         run_config(shape, "float32"),
-        data={"train": [{"prefix": str(prefix)}]},
+        data={"train": [SourceConfig(prefix=str(prefix))]},
         training={"train_steps": settings.steps, "device": "cpu"},
     )
     # One more of each worker than is timed.

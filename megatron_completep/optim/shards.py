@@ -226,9 +226,11 @@ class Shards:
             self._bucket_of[self.parameters[placement.name]] = placement.bucket
         self._bucket_sizes = Counter(self._bucket_of.values())  # in parameters
 
-        for chunk, queue in zip(self.chunks, self.queues, strict=True):
+        # Kept, because a walk over all modules costs host time in every step.
+        self._of_chunks = [list(chunk.parameters()) for chunk in self.chunks]
+        for chunk, parameters, queue in zip(self.chunks, self._of_chunks, self.queues, strict=True):
             queue.on_complete = self._on_complete
-            for parameter in chunk.parameters():
+            for parameter in parameters:
                 # A weak reference, as the garbage collector cannot see a cycle that runs through
                 # the hooks of a tensor, and would never free the optimizer.
                 adopt: Hook = partial(adopt_grad, weakref.ref(queue))
@@ -256,8 +258,8 @@ class Shards:
         if self._sharded:
             # Activations may use this memory until the first reduction starts.
             self.grad_shard = self.grad.new_empty(0)
-        for chunk, queue in zip(self.chunks, self.queues, strict=True):
-            queue.begin_step(chunk.parameters(), micro_batches)
+        for parameters, queue in zip(self._of_chunks, self.queues, strict=True):
+            queue.begin_step(parameters, micro_batches)
 
     def _starting_order(self) -> list[int]:
         """The numbers of all buckets, in the order in which their reductions start.

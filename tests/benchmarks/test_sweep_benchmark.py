@@ -29,10 +29,10 @@ def test_both_programs_train_the_points_of_a_sweep(tmp_path: Path) -> None:
     assert len({point.key for point in points}) == 2
     config = points[0].config
     assert run_point(config)["steps"] == config.training.train_steps == 3
-    # Random tokens: both stay near a uniform guess.
+    # Random tokens: both stay near a uniform guess, above which logits times 8 lift them a little.
     guess = math.log(config.model.vocab_size)
-    assert run_plain_point(config, compile_model=False) == pytest.approx(guess, rel=0.05)
-    assert run_point(config)["train_loss"] == pytest.approx(guess, rel=0.05)
+    assert run_plain_point(config, compile_model=False) == pytest.approx(guess, rel=0.2)
+    assert run_point(config)["train_loss"] == pytest.approx(guess, rel=0.2)
 
 
 def test_points_an_hour_are_those_of_all_workers() -> None:

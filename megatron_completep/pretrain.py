@@ -125,7 +125,8 @@ def train_one_model(
 
     watchdog.enter("preparing the first step")
     rollbacks = guard.rollbacks(checkpointer)
-    say(build.describe_run(config, context, precision, threads, assembly.chunks))
+    chunks = assembly.chunks
+    say(build.describe_run(config, context, precision, threads, chunks, assembly.products))
     if state.step:
         say(f"resumed after step {state.step}")
     # A finished run goes through the loop all the same, which takes no step and closes every hook.
@@ -163,6 +164,7 @@ def _checkpointer_of(
         fail_point,
         order=loader.corpus,
         still_here=guard.still_here,
+        products=assembly.products,
     )
 
 

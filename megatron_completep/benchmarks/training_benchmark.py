@@ -1,6 +1,6 @@
-"""Our training step against a plain torch model of the same shape.
+"""Our training step against a plain torch model of the same shape, with and without compilation.
 
-The two run in turn in one process, so that both see the same machine.
+All programs run in turn in one process, so that they see the same machine.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,17 @@ from megatron_completep.run.assemble import assemble
 from megatron_completep.run.precision import DTYPES
 
 Times = tuple[float, float]  # seconds on the clock, seconds of this process's processors
+Say = Callable[[str], None]
+
+# The two kinds of decoder: options of `model`.
+KINDS: dict[str, dict[str, Any]] = {
+    "gelu": {"norm": "layernorm", "activation": "gelu", "position": "learned", "bias": True},
+    "swiglu": {"norm": "rmsnorm", "activation": "swiglu", "position": "rope", "bias": False},
+}
+OURS = "ours"
+PLAIN = "plain"
+COMPILED = ", compiled"  # behind the name of a program
+PROGRAMS = (OURS, OURS + COMPILED, PLAIN, PLAIN + COMPILED)
 
 
 @dataclass(frozen=True)
@@ -60,13 +71,15 @@ class Timing:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Both programs in one precision.
+    """Our program and a plain one in one precision.
 
-    ratio: our median over the plain one's, with its 95 % bootstrap interval. cpu_time_ratio: the
-    same of the processor time, which other work on the machine disturbs little (CPU only).
+    names: of the two, out of PROGRAMS. ratio: our median over the plain one's, with its 95 %
+    bootstrap interval. cpu_time_ratio: the same of the processor time, which other work on the
+    machine disturbs little (CPU only).
     """
 
     precision: str
+    names: tuple[str, str]
     ours: Timing
     plain: Timing
     ratio: float
@@ -80,31 +93,53 @@ class Comparison:
 
 
 def compare(
+    settings: BenchmarkSettings, precision: str, device: torch.device, say: Say = lambda line: None
+) -> Comparison:
+    """Time ours and the plain program, both compiled where the settings say so."""
+    suffix = COMPILED if settings.compile else ""
+    (comparison,) = compare_all(settings, precision, device, (OURS + suffix, PLAIN + suffix), say)
+    return comparison
+
+
+def compare_all(
     settings: BenchmarkSettings,
     precision: str,
     device: torch.device,
-    say: Callable[[str], None] = lambda line: None,
-) -> Comparison:
-    """Time both programs step by step in turn; which goes first changes every round."""
+    names: Sequence[str] = PROGRAMS,
+    say: Say = lambda line: None,
+) -> list[Comparison]:
+    """Time programs step by step in turn, and compare each of ours with each plain one.
+
+    names: of the programs, out of PROGRAMS; `settings.compile` is not asked. The order in which
+    they run turns around every round.
+    """
     table = table_of(run_config(settings, precision))
     batch = random_batch(settings)
-    programs = [
-        ("ours", our_step(settings, precision, device, table, batch)),
-        ("plain", plain_step(settings, precision, device, table, batch)),
-    ]
-    times: dict[str, list[Times]] = {"ours": [], "plain": []}
+    programs = []
+    for name in names:
+        own_settings = replace(settings, compile=name.endswith(COMPILED))
+        make_step = our_step if name.startswith(OURS) else plain_step
+        programs.append((name, make_step(own_settings, precision, device, table, batch)))
+
+    times: dict[str, list[Times]] = {name: [] for name in names}
     for number in range(settings.warmup + settings.rounds):
-        # The second program may find warmer caches, so the two change places every round.
+        round_seconds = 0.0
+        # A later program may find warmer caches, so they change places every round.
         for name, step in programs if number % 2 == 0 else reversed(programs):
             step_times = time_once(step, device)
+            round_seconds += step_times[0]
             if number >= settings.warmup:
                 times[name].append(step_times)
-
-        # The last step of the warm-up is the first that tells how long the rounds will take.
+        # The last round of the warm-up is the first that tells how long the rounds will take.
         if number == settings.warmup - 1:
-            clock_seconds, _ = step_times
-            say(f"{precision}: {settings.rounds} rounds of about {clock_seconds * 2:.2f} s")
-    return summarize(settings, precision, device, times["ours"], times["plain"])
+            say(f"{precision}: {settings.rounds} rounds of about {round_seconds:.2f} s")
+
+    comparisons = []
+    for ours in (name for name in names if name.startswith(OURS)):
+        for plain in (name for name in names if name.startswith(PLAIN)):
+            pair = {ours: times[ours], plain: times[plain]}
+            comparisons.append(summarize(settings, precision, device, pair))
+    return comparisons
 
 
 def time_once(step: Callable[[], Any], device: torch.device) -> Times:
@@ -209,14 +244,17 @@ def summarize(
     settings: BenchmarkSettings,
     precision: str,
     device: torch.device,
-    our_times: list[Times],
-    plain_times: list[Times],
+    times: dict[str, list[Times]],
 ) -> Comparison:
-    """Medians, quartiles, and how sure the ratio of the medians is."""
+    """Medians, quartiles, and how sure the ratio of the medians is.
+
+    times: of our program and of the plain one, by their names and in this order.
+    """
+    ours, plain = times
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     peak = peak_flops(device_name, DTYPES[precision])
-    our_clock, our_processor = zip(*our_times, strict=True)
-    plain_clock, plain_processor = zip(*plain_times, strict=True)
+    our_clock, our_processor = zip(*times[ours], strict=True)
+    plain_clock, plain_processor = zip(*times[plain], strict=True)
     ratio_low, ratio_high = bootstrap_ratio(our_clock, plain_clock)
 
     # On a GPU the processor only launches kernels and waits, so its time says nothing there.
@@ -226,13 +264,14 @@ def summarize(
 
     return Comparison(
         precision=precision,
+        names=(ours, plain),
         ours=_timing(our_clock, settings, peak),
         plain=_timing(plain_clock, settings, peak),
         ratio=statistics.median(our_clock) / statistics.median(plain_clock),
         ratio_low=ratio_low,
         ratio_high=ratio_high,
         cpu_time_ratio=cpu_time_ratio,
-        rounds=len(our_times),
+        rounds=len(our_clock),
     )
 
 

@@ -83,6 +83,7 @@ class Checkpointer:
         fail_point: called at named places; only tests pass one that does something.
         order: of the training samples, which is stored with each checkpoint and compared at resume.
         still_here: called while training waits for a save or a load that makes progress.
+        products: the library that computes the run's matrix products.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class Checkpointer:
         fail_point: FailPoint = no_fail_point,
         order: DataOrder | None = None,
         still_here: Callable[[], None] = lambda: None,
+        products: str = "torch",
     ):
         self.config = config
         self.context = context
@@ -104,6 +106,7 @@ class Checkpointer:
         self._fail_point = fail_point
         self._order = order
         self._still_here = still_here
+        self._products = products
 
         settings = config.checkpoint
         self._exchange = Exchange(context, settings.timeout_minutes)
@@ -125,7 +128,9 @@ class Checkpointer:
         for described in self._exchange.all_gather(own_parameters):
             self._parameters |= described
         self._identity = identity_for(config, table, fingerprints or {}, self._parameters)
-        self._resume_check = ResumeCheck(config, self._identity, optimizer.states, order, report)
+        self._resume_check = ResumeCheck(
+            config, self._identity, optimizer.states, order, report, products
+        )
 
         self.folder = Path(config.training.output_dir) / CHECKPOINTS
         own_bytes = self._shard.written_bytes
@@ -359,7 +364,7 @@ class Checkpointer:
             "order": order,
             "layout": describe_layout(self.config, self.context),
             "rng": random_state.capture(),
-            "versions": versions(),
+            "versions": versions(self._products),
             "states": self.optimizer.rule.all_powers(),
             "parameters": self._parameters,
         }

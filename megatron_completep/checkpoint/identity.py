@@ -19,6 +19,7 @@ from megatron_completep.config.schema import Config
 from megatron_completep.parallel.context import ParallelContext
 
 SHOWN = 40  # differences in a message
+PRODUCTS = "products"  # the entry of a manifest's versions with the library of matrix products
 
 
 def identity_for(
@@ -95,13 +96,17 @@ def describe_layout(config: Config, context: ParallelContext) -> dict[str, int]:
     return {**axes, "world": context.world_size, "virtual": config.parallel.virtual_pipeline_size}
 
 
-def versions() -> dict[str, str]:
-    """The versions of what writes the checkpoint."""
-    return {
+def versions(products: str | None = None) -> dict[str, str]:
+    """The versions of what writes the checkpoint.
+
+    products: the library that computed the run's matrix products; None: nothing was computed.
+    """
+    found = {
         "megatron_completep": megatron_completep.__version__,
         "torch": str(torch.__version__),
         "python": platform.python_version(),
     }
+    return found if products is None else {**found, PRODUCTS: products}
 
 
 def refusal(folder: Path, bad: list[Difference], allowed: Sequence[str]) -> str:

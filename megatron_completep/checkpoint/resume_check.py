@@ -15,7 +15,7 @@ from megatron_completep.checkpoint.compare import (
     show,
 )
 from megatron_completep.checkpoint.data_order import DataOrder, compare_order
-from megatron_completep.checkpoint.identity import identity_of, refusal
+from megatron_completep.checkpoint.identity import PRODUCTS, identity_of, refusal
 from megatron_completep.checkpoint.manifest import Manifest
 from megatron_completep.config.schema import Config
 from megatron_completep.errors import CheckpointError
@@ -31,6 +31,7 @@ class ResumeCheck:
         states: the names of the states that its update rule keeps, with the masters.
         order: of its training samples; None: not compared.
         report: told of each setting that changes.
+        products: the library that computes its matrix products.
     """
 
     def __init__(
@@ -40,12 +41,14 @@ class ResumeCheck:
         states: Iterable[str],
         order: DataOrder | None,
         report: Callable[[str], None],
+        products: str = "torch",
     ):
         self._config = config
         self._identity = identity
         self._states = sorted(states)
         self._order = order
         self._report = report
+        self._products = products
 
     def compare(self, folder: Path, manifest: Manifest) -> None:
         """Report what changes. Raises CheckpointError where the run must not continue.
@@ -68,6 +71,7 @@ class ResumeCheck:
             self._report(
                 f"resuming with {difference.path} = {present}, the checkpoint has {stored}"
             )
+        self._compare_products(manifest)
 
         # Other data have another order in any case, and were allowed above if we come here.
         unless_allowed = refused(identity_differences, allowed=())
@@ -76,6 +80,19 @@ class ResumeCheck:
             line = compare_order(folder, manifest, self._order, allowed)
             if line is not None:
                 self._report(line)
+
+    def _compare_products(self, manifest: Manifest) -> None:
+        """Report products of another library, whose last bits differ.
+
+        A model that was imported has computed nothing.
+        """
+        # Earlier versions named no library: they had torch's alone.
+        stored = manifest.versions.get(PRODUCTS, "torch")
+        if manifest.step and stored != self._products:
+            self._report(
+                f"resuming with matrix products by {self._products}, the checkpoint was written "
+                f"with {stored}: results differ in their last bits"
+            )
 
     def _compare_states(self, folder: Path, manifest: Manifest) -> None:
         """Refuse what another update rule wrote: its states mean nothing to the present one."""

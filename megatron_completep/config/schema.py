@@ -367,6 +367,10 @@ class TrainingConfig(Section):
         description="Accumulation of weight gradients: apex adds bf16 products straight into fp32; "
         "auto: apex where installed.",
     )
+    matrix_products: Literal["auto", "torch", "onednn"] = Field(
+        "auto",
+        description="Float32 products on a CPU; auto: onednn on AMD with AVX-512, else torch.",
+    )
     compile: bool = Field(False, description="torch.compile the regions between linears.")
     validation_interval: PositiveInt | None = Field(
         None, description="Steps between validations; null: only at the end."

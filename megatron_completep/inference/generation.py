@@ -20,6 +20,8 @@ from megatron_completep.data.tokenizer import Tokenizer
 from megatron_completep.errors import CheckpointError, ConfigError, DataError
 from megatron_completep.model.gpt import GPT
 from megatron_completep.parallel.context import ParallelContext
+from megatron_completep.parallel.onednn import read_processor
+from megatron_completep.parallel.products import choose_inference_products
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what an unfinished UTF-8 sequence decodes to
 
@@ -116,7 +118,11 @@ def _open_run(path: str | Path) -> tuple[StoredCheckpoint, Config]:
 def load_model(path: str | Path, device: torch.device, dtype: torch.dtype) -> tuple[Config, GPT]:
     """The whole model of a checkpoint of any layout, on one device, with parameters in `dtype`."""
     stored, config = _open_run(path)
-    model = GPT(config.model, table_of(config), ParallelContext.single(device)).to(dtype)
+    products = choose_inference_products(
+        config.training.matrix_products, device, dtype, read_processor()
+    )
+    context = ParallelContext.single(device)
+    model = GPT(config.model, table_of(config), context, products=products).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             logical_tensor = stored.tensor(name)

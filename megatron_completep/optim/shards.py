@@ -26,6 +26,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import NamedTuple
 
@@ -182,6 +183,25 @@ class Shards:
                 counted.append(segment)
         return self._table(counted)
 
+    @cached_property
+    def norm_table(self) -> Tensor:
+        """`counted_table` with segments that follow one another joined: one row a run of them.
+
+        The norm does not ask which parameter an element belongs to, and on a CPU every row costs
+        a dozen operators. What lies between two segments of a run is padding, which is zero.
+        """
+        runs: list[Segment] = []
+        previous_counts = False
+        for segment in self.segments:
+            counts = self.specs[segment.name].counts_on(segment.name, self.context)
+            if counts and previous_counts:
+                size = segment.shard_start + segment.size - runs[-1].shard_start
+                runs[-1] = replace(runs[-1], size=size)
+            elif counts:
+                runs.append(segment)
+            previous_counts = counts
+        return self._table(runs)
+
     def _table(self, segments: Sequence[Segment]) -> Tensor:
         numbers = {name: number for number, name in enumerate(self.parameters)}
         rows = [(s.shard_start, s.size, numbers[s.name]) for s in segments]
@@ -206,9 +226,11 @@ class Shards:
             self._bucket_of[self.parameters[placement.name]] = placement.bucket
         self._bucket_sizes = Counter(self._bucket_of.values())  # in parameters
 
-        for chunk, queue in zip(self.chunks, self.queues, strict=True):
+        # Kept, because a walk over all modules costs host time in every step.
+        self._of_chunks = [list(chunk.parameters()) for chunk in self.chunks]
+        for chunk, parameters, queue in zip(self.chunks, self._of_chunks, self.queues, strict=True):
             queue.on_complete = self._on_complete
-            for parameter in chunk.parameters():
+            for parameter in parameters:
                 # A weak reference, as the garbage collector cannot see a cycle that runs through
                 # the hooks of a tensor, and would never free the optimizer.
                 adopt: Hook = partial(adopt_grad, weakref.ref(queue))
@@ -236,8 +258,8 @@ class Shards:
         if self._sharded:
             # Activations may use this memory until the first reduction starts.
             self.grad_shard = self.grad.new_empty(0)
-        for chunk, queue in zip(self.chunks, self.queues, strict=True):
-            queue.begin_step(chunk.parameters(), micro_batches)
+        for parameters, queue in zip(self._of_chunks, self.queues, strict=True):
+            queue.begin_step(parameters, micro_batches)
 
     def _starting_order(self) -> list[int]:
         """The numbers of all buckets, in the order in which their reductions start.
@@ -344,7 +366,7 @@ class Shards:
 
         Over the whole mesh these add up to the square of the gradient's norm.
         """
-        return kernels.sum_of_squares(self.grad_shard, self.counted_table)
+        return kernels.sum_of_squares(self.grad_shard, self.norm_table)
 
     # --- parameters ----------------------------------------------------------------------------
 

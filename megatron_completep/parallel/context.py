@@ -157,7 +157,7 @@ class ParallelContext:
         """The axes over which gradients are summed, by the name in `Spec.summed_over`."""
         return {self.gradient.name: Reduction(self.shard, self.replica)}
 
-    @cached_property  # asked several times a layer
+    @cached_property  # every layer asks for it several times a step
     def sequence(self) -> SequencePart:
         """Which part of the sequence this rank holds of the residual stream."""
         return SequencePart(self.tensor, self.sequence_parallel)

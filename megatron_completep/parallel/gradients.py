@@ -10,6 +10,7 @@ It counts the contributions and reports a parameter when the last one of the ste
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,6 +20,17 @@ from megatron_completep.parallel.parameter import spec_of
 
 # Called with (main_grad, first). first: what main_grad holds is stale, overwrite it.
 Accumulate = Callable[[Tensor, bool], None]
+
+
+@dataclass(slots=True)
+class _Expected:
+    """What the step under way still expects of a parameter.
+
+    stale: nothing has arrived yet, so that its gradient buffer holds that of the step before.
+    """
+
+    contributions: int
+    stale: bool = True
 
 
 class GradientQueue:
@@ -35,18 +47,19 @@ class GradientQueue:
         self.on_complete: Callable[[Parameter], None] | None = None
         self.runs = 0
         self._pending: list[tuple[Parameter, Accumulate]] = []
-        self._remaining: dict[Parameter, int] = {}
-        self._stale: set[Parameter] = set()
+        # Until the last contribution has arrived. A parameter's hash costs a call, so one look-up
+        # a contribution serves all questions.
+        self._expected: dict[Parameter, _Expected] = {}
 
     def begin_step(self, parameters: Iterable[Parameter], micro_batches: int) -> None:
         """Expect `micro_batches` contributions of every parameter, times its uses.
 
         The first contribution overwrites the gradient of the step before.
         """
-        self._remaining = {
-            parameter: micro_batches * spec_of(parameter).uses for parameter in parameters
+        self._expected = {
+            parameter: _Expected(micro_batches * spec_of(parameter).uses)
+            for parameter in parameters
         }
-        self._stale = set(self._remaining)
 
     def push(self, parameter: Parameter, accumulate: Accumulate) -> None:
         """Add one contribution, now or when the schedule asks for it."""
@@ -76,27 +89,31 @@ class GradientQueue:
 
         The gradient of one that none came to is zero.
         """
-        incomplete = [parameter for parameter, count in self._remaining.items() if count > 0]
-        for parameter in incomplete:
-            if parameter in self._stale:
+        for parameter, expected in list(self._expected.items()):
+            if expected.stale:
                 main_grad_of(parameter).zero_()
             self._complete(parameter)
-        self._stale.clear()
 
-    @torch.no_grad()
     def _run(self, parameter: Parameter, accumulate: Accumulate) -> None:
         self.runs += 1
-        first = parameter in self._stale
-        self._stale.discard(parameter)
-        accumulate(main_grad_of(parameter), first)
-        # Outside of a step (tests, instruments) nothing is counted.
-        if parameter in self._remaining:
-            self._remaining[parameter] -= 1
-            if self._remaining[parameter] == 0:
+        # Outside of a step (tests, instruments) nothing is expected or counted.
+        expected = self._expected.get(parameter)
+        first = expected is not None and expected.stale
+        # Backward runs without gradients, where the context would only cost host time. A schedule
+        # that calls what `take` handed it does not.
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                accumulate(main_grad_of(parameter), first)
+        else:
+            accumulate(main_grad_of(parameter), first)
+        if expected is not None:
+            expected.stale = False
+            expected.contributions -= 1
+            if expected.contributions == 0:
                 self._complete(parameter)
 
     def _complete(self, parameter: Parameter) -> None:
-        self._remaining.pop(parameter)
+        self._expected.pop(parameter)
         if self.on_complete is not None:
             self.on_complete(parameter)
 

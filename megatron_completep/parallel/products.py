@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +17,25 @@ from torch import Tensor
 
 from megatron_completep import kernels
 from megatron_completep.errors import ConfigError
+from megatron_completep.parallel.onednn import (
+    PRODUCTS_ALONE,
+    LeastWork,
+    Linear,
+    Processor,
+    find_linear,
+    least_work,
+)
 
 APEX_EXTENSION = "fused_weight_gradient_mlp_cuda"
 
 
 class Products:
-    """The products of torch. T tokens; every input may be a view."""
+    """The products of torch. T tokens; every input may be a view.
+
+    library: the name of what computes them, in start-up lines and manifests.
+    """
+
+    library: ClassVar[str] = "torch"
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., in] W^T + b -> [..., out]."""
@@ -44,8 +59,49 @@ class Products:
         kernels.add_product(total, d_out.t(), x, overwrite=first)
 
 
+class OneDnnProducts(Products):
+    """Float32 products on a CPU by oneDNN, where they are large enough; others by torch.
+
+    The operator has no gradient: a product that autograd would have to follow (logits that are
+    differentiated) is torch's. So is every product inside a compiled region, where Inductor takes a
+    weight that changes for a mistake.
+    """
+
+    library: ClassVar[str] = "onednn"
+
+    def __init__(self, linear: Linear, least: LeastWork = PRODUCTS_ALONE) -> None:
+        """least: the sizes of products from which on oneDNN computes them."""
+        self._linear = linear
+        self._least = least
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        large = x.numel() * weight.shape[0] >= self._least.product
+        if not large or not _may_call(x, weight):
+            return super().forward(x, weight, bias)
+        return self._linear(x, weight, bias, "none", [], "")
+
+    def input_gradient(self, d_out: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+        large = d_out.numel() * weight.shape[1] >= self._least.product
+        if not large or not _may_call(d_out, weight):
+            return super().input_gradient(d_out, weight, out)
+        d_x = self._linear(d_out, weight.t(), None, "none", [], "")
+        return d_x if out is None else out.copy_(d_x)
+
+    def add_weight_gradient(self, total: Tensor, d_out: Tensor, x: Tensor, first: bool) -> None:
+        least = self._least.weight_gradient
+        large = least is not None and total.numel() * x.shape[0] >= least
+        if not large or not _may_call(d_out, x):
+            super().add_weight_gradient(total, d_out, x, first)
+            return
+        # The operator cannot add: one more pass over the total.
+        product = self._linear(d_out.t(), x.t(), None, "none", [], "")
+        total.copy_(product) if first else total.add_(product)
+
+
 class ApexProducts(Products):
     """Weight gradients by the GEMM of apex, which adds bf16 products into the float32 total."""
+
+    library: ClassVar[str] = "apex"
 
     def __init__(self) -> None:
         self._add = importlib.import_module(APEX_EXTENSION).wgrad_gemm_accum_fp32
@@ -57,22 +113,86 @@ class ApexProducts(Products):
         self._add(x, d_out, total)
 
 
-def choose_products(backend: str, device: torch.device, precision: torch.dtype) -> Products:
-    """The products of a run.
+def choose_products(
+    weight_gradient: str,
+    matrix_products: str,
+    device: torch.device,
+    precision: torch.dtype,
+    processor: Processor,
+    find: Callable[[], Linear | None] = find_linear,
+) -> Products:
+    """The products of a training run.
 
-    backend: `training.weight_gradient`; auto takes apex where it is installed and applies.
+    weight_gradient: `training.weight_gradient`; auto takes apex where it is installed and applies.
+    matrix_products: `training.matrix_products`; auto takes oneDNN where `least_work` says that it
+        is faster on this processor, and where it applies.
+    find: gives oneDNN's operator, or None.
 
-    Raises ConfigError when apex is asked for and NVIDIA's extension is missing, or does not apply
-    to this device and type.
+    Raises ConfigError when a library is asked for that is missing, or that does not apply to this
+    device and type.
     """
+    if _takes_apex(weight_gradient, device, precision):
+        return ApexProducts()
+    if matrix_products == "onednn" and not _onednn_applies(device, precision):
+        raise ConfigError(
+            "training.matrix_products = onednn serves float32 on a CPU; "
+            f"this run is {_name_of(precision)} on {device.type}. Use auto."
+        )
+    products = choose_inference_products(matrix_products, device, precision, processor, find)
+    if matrix_products == "onednn" and products.library != "onednn":
+        raise ConfigError(
+            f"training.matrix_products = onednn, but torch {torch.__version__} has no oneDNN "
+            "product that works here. Use auto, or a build of torch with oneDNN."
+        )
+    return products
+
+
+def choose_inference_products(
+    matrix_products: str,
+    device: torch.device,
+    precision: torch.dtype,
+    processor: Processor,
+    find: Callable[[], Linear | None] = find_linear,
+) -> Products:
+    """The products of a trained model; arguments as in `choose_products`.
+
+    The model may compute elsewhere, and in another type, than its run did: a library that does not
+    apply here is no mistake, and torch's products are taken.
+    """
+    least = least_work(processor)
+    if matrix_products == "onednn" and least is None:
+        least = PRODUCTS_ALONE
+    if matrix_products == "torch" or least is None or not _onednn_applies(device, precision):
+        return Products()
+    linear = find()
+    return Products() if linear is None else OneDnnProducts(linear, least)
+
+
+def _may_call(a: Tensor, b: Tensor) -> bool:
+    """Whether oneDNN's operator serves these matrices here, whatever their size."""
+    if a.dtype != torch.float32:
+        return False
+    followed = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
+    return not followed and not torch.compiler.is_compiling()
+
+
+def _onednn_applies(device: torch.device, precision: torch.dtype) -> bool:
+    """Whether the run computes what oneDNN is taken for.
+
+    bf16 products of torch go to oneDNN anyway, and float64 ones it refuses.
+    """
+    return device.type == "cpu" and precision == torch.float32
+
+
+def _takes_apex(backend: str, device: torch.device, precision: torch.dtype) -> bool:
+    """Whether weight gradients go to apex. Raises ConfigError where that is asked for in vain."""
     applies = device.type == "cuda" and precision == torch.bfloat16
     # Looked up and not imported: importing an extension for another CUDA can crash.
     installed = importlib.util.find_spec(APEX_EXTENSION) is not None
     if backend == "apex" and not applies:
-        kind = str(precision).removeprefix("torch.")
         raise ConfigError(
             "training.weight_gradient = apex serves bf16 on a GPU; "
-            f"this run is {kind} on {device.type}. Use auto."
+            f"this run is {_name_of(precision)} on {device.type}. Use auto."
         )
     if backend == "apex" and not installed:
         raise ConfigError(
@@ -80,6 +200,8 @@ def choose_products(backend: str, device: torch.device, precision: torch.dtype) 
             "is not installed. Build apex with it (the package called apex on the public index "
             "is another one), or use auto."
         )
-    if backend == "torch" or not (applies and installed):
-        return Products()
-    return ApexProducts()
+    return backend != "torch" and applies and installed
+
+
+def _name_of(precision: torch.dtype) -> str:
+    return str(precision).removeprefix("torch.")

@@ -63,7 +63,7 @@ class SequencePart:
 
     def gather(self, x: Tensor) -> Tensor:
         """[s, ...] -> [S, ...]. Communicates over the axis."""
-        return self.start_gather(x).wait()
+        return self.start_gather(x).wait() if self.split else x
 
     def start_gather(self, x: Tensor) -> Pending:
         """Start the same; the caller computes meanwhile."""

@@ -20,7 +20,8 @@ from megatron_completep.model.stages import build_chunks
 from megatron_completep.optim.optimizer import DistributedOptimizer
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.cross_entropy import LossConfig
-from megatron_completep.parallel.products import choose_products
+from megatron_completep.parallel.onednn import read_processor
+from megatron_completep.parallel.products import Products, choose_products
 from megatron_completep.run.precision import choose_precision
 from megatron_completep.run.step import TrainingStep
 
@@ -34,6 +35,7 @@ class Assembly:
     optimizer: DistributedOptimizer
     step: TrainingStep
     precision: torch.dtype  # in which the model computes
+    products: str  # the library that computes its matrix products
 
 
 def assemble(
@@ -48,29 +50,41 @@ def assemble(
         must have their initial weights.
 
     Communicates over the mesh. Raises ConfigError where a parameter declares no role, or where a
-    package that the configuration asks for is not installed.
+    package or library that the configuration asks for is missing.
     """
-    precision = choose_precision(config.training.precision, context.device)
+    training = config.training
+    precision = choose_precision(training.precision, context.device)
     if table is None:
         table = table_of(config)
+    products = Products()  # what chunks have that were made elsewhere
     if chunks is None:
-        chunks = build_model(config, table, context, precision)
+        products = choose_products(
+            training.weight_gradient,
+            training.matrix_products,
+            context.device,
+            precision,
+            read_processor(),
+        )
+        chunks = build_model(config, table, context, precision, products)
     optimizer = DistributedOptimizer(
         chunks, table, config.optimizer, context, config.parallel, precision
     )
     step = TrainingStep(config, context, chunks, optimizer)
-    return Assembly(table, chunks, optimizer, step, precision)
+    return Assembly(table, chunks, optimizer, step, precision, products.library)
 
 
 def build_model(
-    config: Config, table: Table, context: ParallelContext, precision: torch.dtype
+    config: Config,
+    table: Table,
+    context: ParallelContext,
+    precision: torch.dtype,
+    products: Products,
 ) -> list[GPT]:
     """This rank's chunks with their initial weights, in float32 (float64 for float64 runs)."""
     training = config.training
     loss = LossConfig.of(training)
     if config.model.attention_backend == "flash_attention":
         require_flash_attention()
-    products = choose_products(training.weight_gradient, context.device, precision)
     chunks = build_chunks(
         config.model, table, config.parallel, context, loss, training.recompute, products
     )

@@ -208,8 +208,12 @@ def describe_run(
     precision: torch.dtype,
     threads: int,
     chunks: Sequence[GPT],
+    products: str,
 ) -> str:
-    """Where and on what the run trains, in a few lines."""
+    """Where and on what the run trains, in a few lines.
+
+    products: the library that computes the matrix products.
+    """
     model = config.model
     training = config.training
     parameters = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
@@ -230,7 +234,7 @@ def describe_run(
     return (
         f"{model.num_layers} layers x {model.hidden_size}, {parameters:,} {where}, "
         f"{flops:,.1f} MFLOP a token\n"
-        f"{context.world_size} {processes} on {place}, {dtype}; "
+        f"{context.world_size} {processes} on {place}, {dtype}, products by {products}; "
         f"tensor {context.tensor.size} x pipeline {context.pipeline.size} "
         f"x data {context.data.size}\n"
         f"{training.train_steps} steps of {training.global_batch_size}{ramp} "

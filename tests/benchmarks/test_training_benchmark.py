@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,10 +10,17 @@ import torch
 
 from megatron_completep.benchmarks.plain_model import PlainGPT
 from megatron_completep.benchmarks.training_benchmark import (
+    COMPILED,
+    KINDS,
+    OURS,
+    PLAIN,
+    PROGRAMS,
     BenchmarkSettings,
     bootstrap_ratio,
     compare,
+    compare_all,
     random_batch,
+    run_config,
 )
 from tests.support.configs import GPT2
 from tests.support.models import batch_of, build_model, model_config, table_for
@@ -73,6 +81,26 @@ def test_both_programs_are_timed_in_turn(precision: str) -> None:
     assert result.ratio == pytest.approx(result.ours.median / result.plain.median)
     assert result.ours.tokens_per_second == pytest.approx(2 * 12 / result.ours.median)
     assert result.ours.mfu is None
+
+
+def test_every_program_takes_turns_and_each_of_ours_is_compared_with_each_plain_one() -> None:
+    settings = BenchmarkSettings(model_config(), batch_size=2, rounds=2, warmup=1)
+    # Without the compiled ones, whose compilation takes long.
+    names = [OURS, PLAIN]
+    (only,) = compare_all(settings, "float32", torch.device("cpu"), names)
+    assert only.names == (OURS, PLAIN) and only.precision == "float32"
+    assert [name for name in PROGRAMS if name.endswith(COMPILED)] == [
+        "ours, compiled",
+        "plain, compiled",
+    ]
+    assert run_config(replace(settings, compile=True), "float32").training.compile
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_both_kinds_of_model_are_ones_that_the_plain_model_has(kind: str) -> None:
+    model = model_config(**KINDS[kind])
+    tokens, labels = batch_of(model, ignored=0.0)
+    assert PlainGPT(model, table_for(model))(tokens, labels).isfinite()
 
 
 def test_the_interval_of_a_ratio_holds_the_truth_and_excludes_what_is_far() -> None:

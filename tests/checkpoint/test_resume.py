@@ -10,6 +10,7 @@ import yaml
 from safetensors import safe_open
 
 from megatron_completep.checkpoint import StoredCheckpoint
+from megatron_completep.checkpoint.manifest import read_manifest
 from megatron_completep.errors import CheckpointError
 from tests.support.checkpoints import TinyRun, checkpointed_config
 
@@ -149,6 +150,24 @@ def test_a_resume_says_every_setting_that_changed_old_and_new(tmp_path):
     }
     # Each once.
     assert len(said) == len([line for line in other.messages if line.startswith("resuming with")])
+
+
+def test_a_resume_under_another_library_of_products_says_so(tmp_path):
+    config = checkpointed_config(tmp_path)
+    run = TinyRun(config, products="onednn")
+    run.train(1)
+    run.save()
+    assert read_manifest(tmp_path / "checkpoints/step_00000001").versions["products"] == "onednn"
+    lines = {}
+    for library in ("torch", "onednn"):
+        resumed = TinyRun(config, products=library)
+        assert resumed.resume()
+        lines[library] = [line for line in resumed.messages if "matrix products" in line]
+    (line,) = lines["torch"]
+    assert line.startswith(
+        "resuming with matrix products by torch, the checkpoint was written with onednn"
+    )
+    assert lines["onednn"] == []  # the control
 
 
 def test_a_list_of_sections_that_grew_is_one_changed_setting(tmp_path):

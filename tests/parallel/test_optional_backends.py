@@ -14,6 +14,7 @@ import torch
 from megatron_completep.errors import ConfigError
 from megatron_completep.model import flash
 from megatron_completep.model.flash import flash_attention, require_flash_attention
+from megatron_completep.parallel.onednn import Processor
 from megatron_completep.parallel.products import ApexProducts, Products, choose_products
 
 GPU = torch.device("cuda", 0)
@@ -31,9 +32,9 @@ def pretend_installed(monkeypatch: pytest.MonkeyPatch, name: str, **functions) -
 
 def test_apex_asked_for_and_missing_is_refused_with_the_remedy():
     with pytest.raises(ConfigError, match=r"training.weight_gradient = apex.*not installed"):
-        choose_products("apex", GPU, torch.bfloat16)
+        choose_products("apex", "auto", GPU, torch.bfloat16, Processor())
     with pytest.raises(ConfigError, match="float32 on cpu"):
-        choose_products("apex", torch.device("cpu"), torch.float32)
+        choose_products("apex", "auto", torch.device("cpu"), torch.float32, Processor())
 
 
 def test_apex_is_used_where_it_is_installed_unless_told_otherwise(monkeypatch):
@@ -43,10 +44,13 @@ def test_apex_is_used_where_it_is_installed_unless_told_otherwise(monkeypatch):
     pretend_installed(
         monkeypatch, "fused_weight_gradient_mlp_cuda", wgrad_gemm_accum_fp32=accumulate
     )
-    assert type(choose_products("auto", GPU, torch.bfloat16)) is ApexProducts
-    assert type(choose_products("apex", GPU, torch.bfloat16)) is ApexProducts
-    assert type(choose_products("torch", GPU, torch.bfloat16)) is Products
-    assert type(choose_products("auto", torch.device("cpu"), torch.bfloat16)) is Products
+    assert type(choose_products("auto", "auto", GPU, torch.bfloat16, Processor())) is ApexProducts
+    assert type(choose_products("apex", "auto", GPU, torch.bfloat16, Processor())) is ApexProducts
+    assert type(choose_products("torch", "auto", GPU, torch.bfloat16, Processor())) is Products
+    assert (
+        type(choose_products("auto", "auto", torch.device("cpu"), torch.bfloat16, Processor()))
+        is Products
+    )
 
 
 def test_the_fused_accumulation_adds_to_what_is_there_and_overwrites_what_is_stale(monkeypatch):

@@ -42,7 +42,7 @@ USAGES = [
     Usage("tools.benchmark_kernels", "--device cpu --out {out}", "run", "folder"),
     Usage("tools.benchmark_parallel", "", "compare_parallel"),
     Usage("tools.benchmark_telemetry", "{config}", "measure"),
-    Usage("tools.benchmark_training", "--device cpu", "compare"),
+    Usage("tools.benchmark_training", "--device cpu", "compare_all"),
     Usage("tools.checkpoint", "list {folder}", "list_checkpoints"),
     Usage("tools.checkpoint", "verify {folder}", "checkpoint_at"),
     Usage("tools.checkpoint", "reshard {folder} --output {out}", "checkpoint_at", "folder"),

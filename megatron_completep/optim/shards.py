@@ -170,8 +170,8 @@ class Shards:
         return self._table(self.segments)
 
     @cached_property
-    def counted_table(self) -> Tensor:
-        """The same of the segments that count on this rank.
+    def counted_segments(self) -> tuple[Segment, ...]:
+        """The segments that count on this rank.
 
         Over the whole mesh each element of the model counts once, although several ranks may hold
         it.
@@ -180,7 +180,16 @@ class Shards:
         for segment in self.segments:
             if self.specs[segment.name].counts_on(segment.name, self.context):
                 counted.append(segment)
-        return self._table(counted)
+        return tuple(counted)
+
+    @cached_property
+    def counted_table(self) -> Tensor:
+        """`segment_table` of the segments that count on this rank.
+
+        It is for kernels: a walk over its rows on the host would launch something for every 1024
+        elements of a GPU's shard. `counted_segments` is for the host.
+        """
+        return self._table(self.counted_segments)
 
     def _table(self, segments: Sequence[Segment]) -> Tensor:
         numbers = {name: number for number, name in enumerate(self.parameters)}

@@ -60,6 +60,20 @@ class GradientQueue:
         else:
             self._run(parameter, accumulate)
 
+    def lend(self, parameter: Parameter) -> tuple[Tensor, bool] | None:
+        """The main gradient, for a contribution that is made in the forward pass already.
+
+        With it comes whether what it holds is stale and must be overwritten. The backward pass then
+        pushes `added_already`, so that contributions are counted where all others are. None where
+        no contribution to the parameter is expected: outside of a training step a forward pass must
+        change nothing.
+        """
+        if not parameter.requires_grad or parameter not in self._remaining:
+            return None
+        stale = parameter in self._stale
+        self._stale.discard(parameter)
+        return main_grad_of(parameter), stale
+
     def take(self) -> Callable[[], None]:
         """Hand over the pending contributions as one function: `dw_builder` of a pipeline stage."""
         contributions = self._pending
@@ -108,10 +122,20 @@ def main_grad_of(parameter: Parameter) -> Tensor:
     """
     main_grad: Tensor | None = getattr(parameter, "main_grad", None)
     if main_grad is None:
-        dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-        main_grad = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
+        main_grad = new_gradient(parameter).zero_()
         parameter.main_grad = main_grad  # type: ignore[attr-defined]
     return main_grad
+
+
+def new_gradient(parameter: Tensor) -> Tensor:
+    """Memory for a gradient, with anything in it: float32, or float64 for float64 parameters."""
+    dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    return torch.empty(parameter.shape, dtype=dtype, device=parameter.device)
+
+
+def added_already(main_grad: Tensor, first: bool) -> None:
+    """A contribution that the forward pass has added to the main gradient, see `lend`."""
+    assert not first, "the gradient that was lent has been marked stale again"
 
 
 def accumulate_tensor(gradient: Tensor, scale: Tensor | None = None) -> Accumulate:

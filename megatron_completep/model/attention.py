@@ -11,12 +11,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from megatron_completep import kernels
 from megatron_completep.completep import Table
 from megatron_completep.config.derived import head_dim, num_query_groups
 from megatron_completep.config.schema import ModelConfig
+from megatron_completep.model.attention_kernels import AttentionCall, choose_kernels
 from megatron_completep.model.flash import flash_attention
 from megatron_completep.model.norm import Norm
 from megatron_completep.model.stream import Branch
@@ -186,10 +188,32 @@ def attend(
         return flash_attention(q, k, v, scale, inputs.document_starts)
     # One query (the next token of a generation) sees all keys.
     causal = inputs.bias is None and q.shape[2] > 1
-    grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=inputs.bias, is_causal=causal, scale=scale, enable_gqa=grouped
+    call = AttentionCall(
+        device_type=q.device.type,
+        queries=q.shape[2],
+        keys=k.shape[2],
+        masked=inputs.bias is not None,
+        grouped=q.shape[1] != k.shape[1],
+        trains=torch.is_grad_enabled(),
+        cached=inputs.caches is not None,
     )
+    choice = choose_kernels(backend, call)
+    if choice.expand:
+        copies = q.shape[1] // k.shape[1]
+        k = k.repeat_interleave(copies, dim=1)
+        v = v.repeat_interleave(copies, dim=1)
+    grouped = q.shape[1] != k.shape[1]
+    options: dict[str, Any] = {
+        "attn_mask": inputs.bias,
+        "is_causal": causal,
+        "scale": scale,
+        "enable_gqa": grouped,
+    }
+    # Entering the context takes host time, which most calls need not pay.
+    if not choice.kernels:
+        return F.scaled_dot_product_attention(q, k, v, **options)
+    with sdpa_kernel(list(choice.kernels), set_priority=True):
+        return F.scaled_dot_product_attention(q, k, v, **options)
 
 
 class _SplitHeads(torch.autograd.Function):

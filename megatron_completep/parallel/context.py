@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
@@ -13,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from megatron_completep.config.derived import model_parallel_size
 from megatron_completep.config.schema import ParallelConfig
 from megatron_completep.errors import ConfigError
-from megatron_completep.launch import Launch
+from megatron_completep.launch import Launch, set_defaults
 from megatron_completep.parallel.axis import Axis, Reduction
 from megatron_completep.parallel.rendezvous import meet
 from megatron_completep.parallel.sequence import SequencePart
@@ -78,8 +77,7 @@ class ParallelContext:
             torch.cuda.set_device(chosen)
         if not dist.is_initialized():
             timeout = timedelta(minutes=parallel.timeout_minutes)
-            for name, value in flight_recorder(parallel, dumps).items():
-                os.environ.setdefault(name, value)
+            set_defaults(flight_recorder(parallel, dumps))
             store = store or meet(launch, timeout.total_seconds())
             backend = "nccl" if chosen.type == "cuda" else "gloo"
             dist.init_process_group(

@@ -7,7 +7,8 @@ step goes through the following stages. Nothing here knows the update rule.
    all ranks that reduce together.
 2. During backward, `_on_complete` is called when the last gradient of a parameter has arrived. The
    reduce-scatter of a bucket starts when all of its gradients have arrived and the reductions of
-   all buckets before it in the order have started. Nobody waits for a reduction here.
+   all buckets before it in the order have started. Nobody waits for a reduction here, but for
+   that of an older bucket where gradients are sent in another type: copies would pile up.
 3. After backward, `finish_gradients` completes the parameters that got no gradient, which starts
    the reductions that are left. It waits for every reduction, in the order in which they started,
    and adds what other ranks hold of shared parameters.
@@ -26,8 +27,8 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -52,12 +53,33 @@ from megatron_completep.parallel.parameter import Spec, spec_of
 Hook = Callable[[Parameter], None]
 
 
-class _RunningReduction(NamedTuple):
+# Buckets whose reduce-scatter is under way, and buckets behind them whose sum over replicas is,
+# where gradients are sent in another type than they are accumulated in.
+OVERLAPPED = 2
+
+
+@dataclass
+class _RunningReduction:
     """The reduction of one bucket, from its start until its sum lies in `grad_shard`."""
 
     pending: Pending  # first the reduce-scatter over the shard axis, then the sum over replicas
     replica: Axis  # the ranks that hold the same shard
     target: Tensor  # the bucket's slice of `grad_shard`
+    scattered: bool = False  # whether the sum over replicas has started
+
+    def sum_over_replicas(self) -> None:
+        """Wait for the reduce-scatter, and start the sum over replicas behind it, once."""
+        if not self.scattered:
+            self.pending = start_all_reduce(self.pending.wait(), self.replica)
+            self.scattered = True
+
+    def finish(self) -> None:
+        """Wait until the sum lies in its place."""
+        self.sum_over_replicas()
+        gradients = self.pending.wait()
+        # The sum lies elsewhere where it was sent in another type, or nothing was scattered.
+        if gradients.data_ptr() != self.target.data_ptr():
+            self.target.copy_(gradients)
 
 
 class Shards:
@@ -291,9 +313,21 @@ class Shards:
         if self._communication_dtype is None:
             pending = start_reduce_scatter(gradients, shard, target)
         else:
-            # The sum arrives in the type that is sent; `finish_gradients` copies it to `target`.
+            # The sum arrives in the type that is sent, and is copied to `target` later.
+            self._free_older_copies()
             pending = start_reduce_scatter(gradients.to(self._communication_dtype), shard)
         self._running.append(_RunningReduction(pending, replica, target))
+
+    def _free_older_copies(self) -> None:
+        """Wait for older buckets, whose copies in the type that is sent live until then.
+
+        So a rank holds four copies at most, and not one of every bucket when backward ends. All
+        ranks that reduce together do this at the same buckets, as they start them in one order.
+        """
+        if len(self._running) >= OVERLAPPED:
+            self._running[-OVERLAPPED].sum_over_replicas()
+        if len(self._running) >= 2 * OVERLAPPED:
+            self._running.pop(0).finish()
 
     def hold_grad_shard(self) -> None:
         """Allocate the buffer of reduced gradients where this step has none yet."""
@@ -311,15 +345,10 @@ class Shards:
             queue.finish_step()
 
         # Every sum over replicas starts before the first of them is waited for.
-        replica_sums = []
         for reduction in self._running:
-            pending = start_all_reduce(reduction.pending.wait(), reduction.replica)
-            replica_sums.append(reduction._replace(pending=pending))
-        for reduction in replica_sums:
-            gradients = reduction.pending.wait()
-            # The sum lies elsewhere where it was sent in another type, or nothing was scattered.
-            if gradients.data_ptr() != reduction.target.data_ptr():
-                reduction.target.copy_(gradients)
+            reduction.sum_over_replicas()
+        for reduction in self._running:
+            reduction.finish()
         self._running.clear()
 
         for bucket in self.tied_buckets:

@@ -20,6 +20,8 @@ from megatron_completep.config.schema import Config, ParallelConfig
 from megatron_completep.errors import ConfigError
 from megatron_completep.model.flops import forward_flops_per_token, training_flops_per_token
 from megatron_completep.model.gpt import Stage
+from megatron_completep.optim.layout import Layout
+from megatron_completep.optim.shards import OVERLAPPED
 from megatron_completep.planning.communication import sent_bytes
 from megatron_completep.planning.memory_bound import micro_batch_bytes, optimizer_bytes
 from megatron_completep.planning.sizes import (
@@ -73,7 +75,7 @@ class RankMemory:
     """Bytes by kind on one pipeline rank (tensor and data ranks are alike).
 
     communication: reduced gradients, which live from the first bucket of backward to the next step,
-        and parameters to be sent.
+        parameters to be sent, and copies of buckets in the type in which gradients are sent.
     """
 
     parameters: int
@@ -201,6 +203,7 @@ def rank_memory(
     layout = rank_layout(config, backward_specs(models), gradient_size)
     shards = shard_count(config, gradient_size)
     shares_master = shards == 1 and not mixed  # the master is the parameter itself
+    sharded = layout.shard_size * (wide_size + narrow_size) if shards > 1 else 0
 
     # `in_flight` counts chunks; where they differ in size, their mean stands for each.
     chunks = in_flight(config.parallel, pipeline_rank, micro_batches)
@@ -211,8 +214,16 @@ def rank_memory(
         gradients=layout.size * wide_size,
         optimizer=layout.shard_size * wide_size * (state_count(config) - shares_master),
         activations=int(in_all_chunks / len(models)),
-        communication=layout.shard_size * (wide_size + narrow_size) if shards > 1 else 0,
+        communication=sharded + sent_copies(config, layout, gradient_size),
     )
+
+
+def sent_copies(config: Config, layout: Layout, gradient_size: int) -> int:
+    """Bytes of the buckets' copies in the type in which gradients are sent, at the worst moment."""
+    if gradient_size == 1 or config.parallel.gradient_dtype != "bf16":
+        return 0
+    largest_first = sorted((bucket.size for bucket in layout.buckets), reverse=True)
+    return 2 * sum(largest_first[: 2 * OVERLAPPED])
 
 
 def in_flight(parallel: ParallelConfig, pipeline_rank: int, micro_batches: int) -> int:

@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
-from torch import nn
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
+from megatron_completep.optim import shards as shards_module
 from megatron_completep.optim.shards import Shards
+from megatron_completep.parallel.axis import Axis
+from megatron_completep.parallel.collectives import Pending, start_reduce_scatter
 from tests.parallel.layouts import Case, assembled, counted_tokens, micro_batches_of
 
 MICRO_BATCHES = 4
@@ -65,3 +70,30 @@ def reductions(
     seen.started_in_step = list(optimizer.shards.started)
     optimizer.wait_for_parameters()
     return seen
+
+
+def copies_alive(rank: int, overlapped: int) -> tuple[int, int]:
+    """The most copies of buckets in the type that is sent that lived at once, and the buckets."""
+    layout = {"world_size": 2, "bucket_megabytes": 0.005, "gradient_dtype": "bf16"}
+    case = Case(layout, {"num_layers": 8}, micro_batches=MICRO_BATCHES)
+    config, context, assembly = assembled(rank, case)
+    copies: list[StorageWeakRef] = []
+    most = 0
+
+    def watched(gradients: Tensor, axis: Axis, *out: Tensor) -> Pending:
+        nonlocal most
+        copies.append(StorageWeakRef(gradients.untyped_storage()))
+        most = max(most, sum(not copy.expired() for copy in copies))
+        return start_reduce_scatter(gradients, axis, *out)
+
+    with (
+        mock.patch.object(shards_module, "start_reduce_scatter", watched),
+        mock.patch.object(shards_module, "OVERLAPPED", overlapped),
+    ):
+        batches = micro_batches_of(0, config, context)
+        assembly.optimizer.begin_step(MICRO_BATCHES)
+        loss_sum = assembly.step.passes(batches)
+        tokens = counted_tokens(batches, context)
+        assembly.optimizer.step(config.optimizer.base_lr, loss_sum, tokens)
+    assembly.optimizer.wait_for_parameters()
+    return most, len(assembly.optimizer.shards.layout.buckets)

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.parallel.bucket_order import Seen, reductions
+from megatron_completep.optim.shards import OVERLAPPED
+from tests.parallel.bucket_order import Seen, copies_alive, reductions
 
 TWO_STAGES = {"world_size": 4, "pipeline_parallel_size": 2, "bucket_megabytes": 0.005}
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -56,3 +57,13 @@ def test_what_is_not_trained_is_reduced_last_and_holds_up_nothing(pool: Any) -> 
         assert all(complete == started for complete, started in seen.counts)
         assert 0 < len(seen.started) < seen.buckets
     check_order(ranks, last=ranks[0].buckets - len(ranks[0].started))
+
+
+def test_copies_of_buckets_in_the_type_that_is_sent_do_not_pile_up(pool: Any) -> None:
+    # A thread of gloo may hold on to the copy that it sent last.
+    threads = 2
+    for most, buckets in pool.run(2, copies_alive, OVERLAPPED):
+        assert most <= 2 * OVERLAPPED + threads < buckets
+    # The control: without waiting, all of them are there when backward ends.
+    for most, buckets in pool.run(2, copies_alive, 1000):
+        assert most == buckets

@@ -23,7 +23,8 @@ for pid in $pids; do wait "$pid"; code=$?; [ $code -gt $worst ] && worst=$code; 
 exit $worst
 """
 PYTHON = """#!/bin/bash
-echo "$RANK $WORLD_SIZE $LOCAL_RANK $LOCAL_WORLD_SIZE $MASTER_ADDR $CUDA_DEVICE_MAX_CONNECTIONS $#: $*" >> "$RECORD"
+connections=$CUDA_DEVICE_MAX_CONNECTIONS
+echo "$RANK $WORLD_SIZE $LOCAL_RANK $LOCAL_WORLD_SIZE $MASTER_ADDR $connections $#: $*" >> "$RECORD"
 exit "$CODE"
 """
 SCONTROL = """#!/bin/bash

@@ -44,7 +44,7 @@ DEV = [
 ]
 # The interpreter of triton below 3.8, which torch 2.11 brings, fails with newer versions of numpy:
 # kernel tests on a CPU need this beside it. On a GPU nothing does.
-OLD_TRITON = ["numpy<2.4"]
+OLD_TRITON = ["numpy>=2,<2.4"]
 DESCRIPTION = (
     "Train CompleteP transformers: "
     "hyperparameters tuned on a small proxy hold at any width and depth"

@@ -98,7 +98,7 @@ def train_one_model(
     guard.on_first(lambda: build.prepare_output(config))
     for warning in warnings:
         say(f"warning: {warning}")
-    for line in node_lines(guard.exchange, launch, context.device):
+    for line in node_lines(guard.exchange, launch, context.device, config):
         say(line)
     threads = use_threads(config.training.cpu_threads, launch.local_world_size)
     clock.done("process_groups")

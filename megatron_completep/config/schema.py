@@ -171,7 +171,11 @@ class ParallelConfig(Section):
     gradient_dtype: Literal["float32", "bf16"] = Field(
         "float32", description="Type in which gradients are communicated."
     )
-    bucket_megabytes: PositiveFloat = Field(40.0, description="Size of a gradient bucket in MB.")
+    bucket_megabytes: PositiveFloat = Field(
+        40.0,
+        description="Size of a gradient bucket in MB, of up to 40 data ranks; with more it grows "
+        "with their number.",
+    )
     timeout_minutes: PositiveFloat = Field(
         20.0,
         description="Bound on one collective, in minutes; at least guards.hang_timeout_minutes, "

@@ -36,7 +36,15 @@ from torch.nn import Parameter
 
 from megatron_completep import kernels
 from megatron_completep.config.schema import ParallelConfig
-from megatron_completep.optim.layout import Bucket, Layout, Piece, Segment, entry_of, lay_out
+from megatron_completep.optim.layout import (
+    Bucket,
+    Layout,
+    Piece,
+    Segment,
+    elements_of_bucket,
+    entry_of,
+    lay_out,
+)
 from megatron_completep.parallel.axis import Axis
 from megatron_completep.parallel.collectives import (
     Pending,
@@ -146,8 +154,8 @@ class Shards:
     def _lay_out(self, bucket_megabytes: float) -> Layout:
         entries = [entry_of(name, spec) for name, spec in self.specs.items()]
         shards = {axis: reduction.shard.size for axis, reduction in self.reductions.items()}
-        bucket_elements = int(bucket_megabytes * 2**20 / 4)  # 4 bytes a float32 gradient
-        return lay_out(entries, shards, bucket_elements)
+        most_ranks = max(reduction.size for reduction in self.reductions.values())
+        return lay_out(entries, shards, elements_of_bucket(bucket_megabytes, most_ranks))
 
     def _make_buffers(self, precision: torch.dtype) -> None:
         """Move the parameters into one buffer, and keep this rank's shard of the masters."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -79,9 +80,8 @@ class ParallelContext:
             timeout = timedelta(minutes=parallel.timeout_minutes)
             set_defaults(flight_recorder(parallel, dumps))
             store = store or meet(launch, timeout.total_seconds())
-            backend = "nccl" if chosen.type == "cuda" else "gloo"
             dist.init_process_group(
-                backend,
+                **backend_options(chosen),
                 store=store,
                 rank=launch.rank,
                 world_size=launch.world_size,
@@ -191,6 +191,18 @@ def _divide(
     sizes = axis.size // inner_size, inner_size
     divided = mesh._unflatten(axis.name, sizes, names)
     return _axis_of(divided, outer_name), _axis_of(divided, inner_name)
+
+
+def backend_options(device: torch.device) -> dict[str, Any]:
+    """The library of the process group on a device, and what it is told of the device.
+
+    NCCL that knows the device makes its communicator at once, so that a fault shows where the ranks
+    meet, and splits those of the axes off it. Otherwise each axis would connect all of its ranks at
+    its first collective.
+    """
+    if device.type == "cuda":
+        return {"backend": "nccl", "device_id": device}
+    return {"backend": "gloo"}
 
 
 def flight_recorder(parallel: ParallelConfig, dumps: str | None) -> dict[str, str]:

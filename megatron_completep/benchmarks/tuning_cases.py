@@ -193,7 +193,7 @@ class _RowCalls:
         The reduction's cost grows with the number of programs, which is being tuned.
         """
         partials = backward()[-1]
-        LAUNCHERS["reduce_partials_"](partials, 0, self._d_weight)
+        LAUNCHERS["reduce_partials_"](partials, self._d_weight, None, None, 0)
 
 
 def _rows(hidden: int, target: _Target) -> Iterator[Tunable]:
@@ -280,7 +280,7 @@ def _reduction(target: _Target) -> Tunable:
     def prepare(hidden: int) -> Work:
         partials = torch.randn(programs, 1, hidden, device=target.device)
         total = torch.zeros(hidden, device=target.device)
-        return partial(LAUNCHERS["reduce_partials_"], partials, 0, total)
+        return partial(LAUNCHERS["reduce_partials_"], partials, total, None, None, 0)
 
     # (rows, columns, threads) of a tile.
     shapes = ((32, 32, 128), (64, 32, 128), (128, 32, 256), (32, 128, 256), (64, 64, 256))

@@ -9,12 +9,14 @@ It counts the contributions and reports a parameter when the last one of the ste
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from megatron_completep.kernels.ops.partial_sums import AccumulateAll
 from megatron_completep.parallel.parameter import spec_of
 
 # Called with (main_grad, first). first: what main_grad holds is stale, overwrite it.
@@ -34,7 +36,7 @@ class GradientQueue:
         self.deferred = False
         self.on_complete: Callable[[Parameter], None] | None = None
         self.runs = 0
-        self._pending: list[tuple[Parameter, Accumulate]] = []
+        self._pending: list[Callable[[], None]] = []
         self._remaining: dict[Parameter, int] = {}
         self._stale: set[Parameter] = set()
 
@@ -55,10 +57,21 @@ class GradientQueue:
         )
         if not parameter.requires_grad:
             return
+        self._run_or_keep(partial(self._run, parameter, accumulate))
+
+    def push_together(self, parameters: Sequence[Parameter], accumulate: AccumulateAll) -> None:
+        """Add one contribution to each of several parameters by one call of `accumulate`.
+
+        It gets None in place of the main gradient of a parameter that is not trained.
+        """
+        if any(parameter.requires_grad for parameter in parameters):
+            self._run_or_keep(partial(self._run_together, tuple(parameters), accumulate))
+
+    def _run_or_keep(self, contribution: Callable[[], None]) -> None:
         if self.deferred:
-            self._pending.append((parameter, accumulate))
+            self._pending.append(contribution)
         else:
-            self._run(parameter, accumulate)
+            contribution()
 
     def lend(self, parameter: Parameter) -> tuple[Tensor, bool] | None:
         """The main gradient, for a contribution that is made in the forward pass already.
@@ -70,9 +83,7 @@ class GradientQueue:
         """
         if not parameter.requires_grad or parameter not in self._remaining:
             return None
-        stale = parameter in self._stale
-        self._stale.discard(parameter)
-        return main_grad_of(parameter), stale
+        return main_grad_of(parameter), self._take_stale(parameter)
 
     def take(self) -> Callable[[], None]:
         """Hand over the pending contributions as one function: `dw_builder` of a pipeline stage."""
@@ -80,8 +91,8 @@ class GradientQueue:
         self._pending = []
 
         def run() -> None:
-            for parameter, accumulate in contributions:
-                self._run(parameter, accumulate)
+            for contribution in contributions:
+                contribution()
 
         return run
 
@@ -99,10 +110,25 @@ class GradientQueue:
 
     @torch.no_grad()
     def _run(self, parameter: Parameter, accumulate: Accumulate) -> None:
-        self.runs += 1
-        first = parameter in self._stale
+        accumulate(main_grad_of(parameter), self._take_stale(parameter))
+        self._count(parameter)
+
+    @torch.no_grad()
+    def _run_together(self, parameters: tuple[Parameter, ...], accumulate: AccumulateAll) -> None:
+        main_grads = [main_grad_of(p) if p.requires_grad else None for p in parameters]
+        accumulate(main_grads, [self._take_stale(parameter) for parameter in parameters])
+        for parameter in parameters:
+            if parameter.requires_grad:
+                self._count(parameter)
+
+    def _take_stale(self, parameter: Parameter) -> bool:
+        """Whether what the main gradient holds must be overwritten, for the one that does it."""
+        stale = parameter in self._stale
         self._stale.discard(parameter)
-        accumulate(main_grad_of(parameter), first)
+        return stale
+
+    def _count(self, parameter: Parameter) -> None:
+        self.runs += 1
         # Outside of a step (tests, instruments) nothing is counted.
         if parameter in self._remaining:
             self._remaining[parameter] -= 1

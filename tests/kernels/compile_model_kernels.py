@@ -47,7 +47,8 @@ def calls(hidden, dtype, rms, dropout, norms=norms):
     yield "backward", lambda: norms.residual_norm_backward(*saved, True, has, has, join, norm)
     yield "add", lambda: norms.scaled_add_forward(x, x, bias, join)
     yield "add backward", lambda: norms.scaled_add_backward(x, has, join, dtype)
-    yield "reduce", lambda: norms.reduce_partials(meta(264, 3, hidden), 1, meta(hidden))
+    sums = (meta(hidden), meta(hidden), meta(hidden))
+    yield "reduce", lambda: norms.reduce_partials(meta(264, 3, hidden), *sums, 0)
     wide = meta(ROWS, 8 * hidden, dtype=dtype)
     yield "swiglu", lambda: swiglu.launch_swiglu_forward(wide)
     yield (

@@ -63,7 +63,7 @@ def samples():
     yield "scaled_add_forward", (x, x, None, *plain)
     yield "scaled_add_backward", (x, True, *dropping, torch.bfloat16)
     yield "scaled_add_backward", (x, False, *plain, torch.float32)
-    yield "reduce_partials_", (random(4, 3, H), 1, vector.clone())
+    yield "reduce_partials_", (random(4, 3, H), vector.clone(), None, vector.clone(), 0b100)
     yield "swiglu_forward", (x,)
     yield "swiglu_backward", (x[..., : H // 2].contiguous(), x)
     yield "squared_relu_forward", (x,)

@@ -152,17 +152,25 @@ class Attention(nn.Module):
         """[S, B, (N + 2G) D] -> q [B, N, S, D], k and v [B, G, S, D], normed and rotated."""
         cos = inputs.cos
         sin = inputs.sin
-        # Rotation comes after QK-norm; without one it happens in place, where the heads are split.
-        normed = self.q_norm is not None
-        angles = (None, None) if normed else (cos, sin)
         heads = (self.num_heads, self.num_groups, self.head_dim)
-        q, k, v = _SplitHeads.apply(qkv, *angles, *heads)  # type: ignore[no-untyped-call]
-        if self.q_norm is not None and self.k_norm is not None:
+        if self.q_norm is None or self.k_norm is None:
+            q, k, v = _SplitHeads.apply(qkv, cos, sin, *heads)  # type: ignore[no-untyped-call]
+        elif cos is not None and sin is not None:
+            # One pass reads the projection and writes what attention reads.
+            q, k, v = kernels.normed_heads(
+                qkv.view(*qkv.shape[:-1], self.num_heads + 2 * self.num_groups, self.head_dim),
+                self.q_norm.weight,
+                self.k_norm.weight,
+                cos,
+                sin,
+                self.num_heads,
+                self.q_norm.norm,
+                self.q_norm.queue,
+            )
+        else:
+            q, k, v = _SplitHeads.apply(qkv, None, None, *heads)  # type: ignore[no-untyped-call]
             q = self.q_norm(q)
             k = self.k_norm(k)
-            if cos is not None and sin is not None:
-                q = kernels.rotary(q, cos, sin)
-                k = kernels.rotary(k, cos, sin)
         return q.permute(1, 2, 0, 3), k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3)
 
 

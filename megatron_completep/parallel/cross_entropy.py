@@ -105,11 +105,13 @@ class Unembedding(VocabShard):
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         if labels is None:
             return self._logits(x)
-        loss = self.loss if torch.is_grad_enabled() else self.loss.without_terms
+        # Asked here: within the function below no gradients are recorded, whoever calls it.
+        trains = torch.is_grad_enabled()
+        loss = self.loss if trains else self.loss.without_terms
         total: Tensor
         flat_labels = labels.t().flatten()
         total, terms = _UnembeddingLoss.apply(  # type: ignore[no-untyped-call]
-            x, self.weight, flat_labels, self, loss
+            x, self.weight, flat_labels, self, loss, trains
         )
         if terms.numel():
             self._term_sums = terms if self._term_sums is None else self._term_sums + terms
@@ -164,7 +166,13 @@ class _UnembeddingLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, head: Unembedding, loss: LossConfig
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        head: Unembedding,
+        loss: LossConfig,
+        trains: bool,
     ) -> tuple[Tensor, Tensor]:
         ranks = head.context.ranks
         products = head.context.products
@@ -181,7 +189,7 @@ class _UnembeddingLoss(torch.autograd.Function):
             ctx.mark_non_differentiable(terms)
             ctx.token_loss = token_loss
             return total, terms
-        if not any(ctx.needs_input_grad):
+        if not trains or not any(ctx.needs_input_grad):
             return token_loss.forward_in_chunks(products, rows, weight, labels, chunk_tokens)
         lent = head.context.queue.lend(head.weight)
         d_weight, stale = lent or (new_gradient(weight), True)
@@ -195,7 +203,7 @@ class _UnembeddingLoss(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: Any, d_total: Tensor, _d_terms: Tensor
-    ) -> tuple[Tensor, None, None, None, None]:
+    ) -> tuple[Tensor, None, None, None, None, None]:
         head: Unembedding = ctx.head
         ranks = head.context.ranks
         products = head.context.products
@@ -216,7 +224,7 @@ class _UnembeddingLoss(torch.autograd.Function):
                 contribution = accumulate_tensor(d_weight, d_total)
         head.context.queue.push(head.weight, contribution)
         d_x = d_rows.view(-1, ctx.shape[1], d_rows.shape[-1])
-        return ranks.sequence.sum(d_x), None, None, None, None
+        return ranks.sequence.sum(d_x), None, None, None, None, None
 
 
 @dataclass(frozen=True)

@@ -41,13 +41,18 @@ def residual_norm_bytes(config: Config) -> Passes:
 
 
 def head_bytes(config: Config) -> Passes:
-    """What lies between QKV and attention in one layer: QK-norm, rotation, one gradient of QKV."""
+    """What lies between QKV and attention in one layer: QK-norm, rotation, one gradient of QKV.
+
+    Norm and rotation together are one pass; its backward writes the gradients where they belong.
+    """
     model = config.model
     groups = num_query_groups(model)
     rows = micro_batch_sizes(config).tokens / config.parallel.tensor_parallel_size
     row_bytes = head_dim(model) * element_bytes(config)
     queries_and_keys = rows * (model.num_attention_heads + groups) * row_bytes
     values = rows * groups * row_bytes
+    if model.qk_norm and model.position == "rope":
+        return Passes(2 * queries_and_keys, 3 * queries_and_keys + 2 * values)
     rotation = 2 * queries_and_keys if model.position == "rope" else 0
     norm_forward = 2 * queries_and_keys if model.qk_norm else 0
     norm_backward = 3 * queries_and_keys if model.qk_norm else 0

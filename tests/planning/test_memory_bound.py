@@ -62,7 +62,10 @@ def test_heads_are_rotated_in_both_passes_and_their_gradients_gathered(groups: i
     assert passes.forward == 2 * (HEADS + groups) * element
     assert passes.backward == passes.forward + 2 * (HEADS + 2 * groups) * element
     assert head_bytes(config_of(position="learned")).forward == 0
-    assert head_bytes(config_of(qk_norm=True)).forward == 2 * head_bytes(config_of()).forward
+    # QK-norm and rotation are one pass, which also gathers the gradients.
+    normed = head_bytes(config_of(num_query_groups=groups, qk_norm=True))
+    assert normed.forward == passes.forward
+    assert normed.backward == 3 * (HEADS + groups) * element + 2 * groups * element
 
 
 def test_ranks_share_the_bytes_and_recomputation_adds_a_forward_pass() -> None:

@@ -177,7 +177,7 @@ def test_the_sums_by_role_launch_as_much_for_a_wide_model_as_for_a_narrow_one():
     *narrow, narrow_rows = operators_of_sums_by_role(32)
     *wide, wide_rows = operators_of_sums_by_role(64)
     assert narrow == wide
-    assert wide_rows > 3 * narrow_rows  # the control: the table of a GPU grows
+    assert wide_rows > 2 * narrow_rows  # the control: the table of a GPU grows
 
 
 def test_update_ratios_of_pieces_are_those_of_whole_segments():

@@ -256,12 +256,13 @@ def head_norm_backward_shape(
 @_cached
 def _head_norm_backward_shape(heads: int, half: int, itemsize: int, architecture: str) -> RowShape:
     width = column_bucket(half)
-    # 512 pairs by 128 threads: four float32 accumulators of four pairs each, and two tiles ahead.
-    default = (512, 4, 2)
+    # Eight pairs a thread, so that bf16 is loaded in whole vectors of 128 bits: four accumulators
+    # and four gains of eight floats each, which two warps to a program leave room for.
+    default = (512, 6, 2)
     bucket = tuned_or(default, architecture, "head_norm_backward", width, itemsize)
     pairs, programs_each, stages = bucket
     rows = max(1, min(next_power_of_two(heads), pairs // width))
-    num_warps = min(4, warps(max(32, rows * width // 4), architecture))
+    num_warps = min(4, warps(rows * width // 8, architecture))
     programs = programs_each * processors(architecture)
     return RowShape((width,), rows, stages, programs, options(num_warps))
 

@@ -96,6 +96,7 @@ def tunables(sweep: Sweep, device: torch.device, architecture: str) -> Iterator[
     yield from _squared_relu(target)
     for head_dim in sweep.head_dims:
         yield _rotary(head_dim, target)
+        yield _head_norm_backward(head_dim, target)
     yield _reduction(target)
     yield from _optimizer(target)
     yield from _cross_entropy(target)
@@ -270,6 +271,26 @@ def _rotary(head_dim: int, target: _Target) -> Tunable:
     candidates = ((256,), (512,), (1024,), (2048,))
     sizes = tuple(partial(prepare, rows) for rows in target.sweep.rows)
     return Tunable(key, candidates, sizes)
+
+
+def _head_norm_backward(head_dim: int, target: _Target) -> Tunable:
+    """The backward of QK-norm with rotation, over 16 heads of queries and 4 of keys."""
+
+    def prepare(rows: int) -> Work:
+        angle = torch.rand(rows, 1, head_dim // 2, device=target.device) * 6.3  # about 2 pi
+        counts = (16, 4, 4)
+        gradients = [target.random(rows, 1, count, head_dim) for count in counts]
+        heads = target.random(rows, 1, sum(counts), head_dim)
+        rstds = [torch.rand(rows * count, device=target.device) for count in counts[:2]]
+        gain = target.random(head_dim)
+        inputs = (*gradients, heads, *rstds, gain, gain, angle.cos(), angle.sin())
+        return partial(LAUNCHERS["head_norm_backward"], *inputs)
+
+    width = launch.column_bucket(head_dim // 2)
+    # (pairs, programs a processor, stages).
+    candidates = tuple(itertools.product((256, 512, 1024), (3, 4, 6, 8), (1, 2, 3)))
+    sizes = tuple(partial(prepare, rows) for rows in target.sweep.rows)
+    return Tunable(("head_norm_backward", width, target.itemsize), candidates, sizes)
 
 
 def _reduction(target: _Target) -> Tunable:

@@ -71,6 +71,12 @@ def samples():
     cos, sin = random(2, 1, 4), random(2, 1, 4)
     yield "rotary", (random(2, 3, 2, 8), cos, sin, True)
     yield "rotary_", (random(2, 3, 2, 8), cos, sin, False)
+    gain = random(8)
+    heads = random(2, 3, 8, 8)
+    yield "head_norm_forward", (heads, gain, gain, cos, sin, 4, 1e-5)
+    queries, keys = random(2, 3, 4, 8), random(2, 3, 2, 8)
+    rstds = (random(24), random(12))
+    yield "head_norm_backward", (queries, keys, keys, heads, *rstds, gain, gain, cos, sin)
 
 
 SAMPLES = list(samples())

@@ -153,8 +153,8 @@ def reduce_partials(
     written over what is there. The order is fixed, so the sums are bitwise repeatable.
     """
     bits = sum(1 << k for k, stale in enumerate(overwrite) if stale)
-    targets = [*into, *(None,) * (MOST_VECTORS - len(into))]
-    _reduce_partials(partials, *targets, bits)
+    first, second, third = [*into, *(None,) * (MOST_VECTORS - len(into))]
+    _reduce_partials(partials, first, second, third, bits)
 
 
 def _column_sums(partials: Tensor, dtypes: Sequence[torch.dtype]) -> list[Tensor]:

@@ -65,6 +65,7 @@ def choose_kernels(backend: str, call: AttentionCall) -> KernelChoice:
     named = NAMED.get(backend)
     if call.masked:
         return _masked(named, call)
+    kernels: tuple[SDPBackend, ...]
     if call.trains and not call.cached:
         kernels = () if named is None else (named,)
     elif named is None or (named is CUDNN and call.cached):

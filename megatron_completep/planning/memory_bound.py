@@ -64,8 +64,8 @@ def activation_bytes(config: Config) -> Passes:
     """The activation of one layer's MLP."""
     model = config.model
     tokens = micro_batch_sizes(config).tokens
-    inner = tokens * model.ffn_hidden_size * element_bytes(config)
-    inner /= config.parallel.tensor_parallel_size
+    inner_size = model.ffn_hidden_size / config.parallel.tensor_parallel_size
+    inner = tokens * inner_size * element_bytes(config)
     inputs = (2 if model.activation in GATED else 1) * inner
     return Passes(inputs + inner, 2 * inputs + inner)
 

@@ -22,4 +22,4 @@ def use_deterministic_algorithms() -> None:
     torch.use_deterministic_algorithms(True)
     # Otherwise torch would fill every buffer that is made without a value. The project's kernels
     # write all of theirs, and tests run with this filling.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -106,7 +106,7 @@ def test_a_choice_reaches_torch_and_ends_with_the_call(monkeypatch: pytest.Monke
     q = torch.randn(2, 4, 6, 8, generator=generator, dtype=torch.float64)
     k, v = torch.randn(2, 2, 2, 6, 8, generator=generator, dtype=torch.float64)
     expected = attend(q, k, v, AttentionInputs(), 0.3, "auto")
-    plain = torch.nn.functional.scaled_dot_product_attention
+    plain: Any = torch.nn.functional.scaled_dot_product_attention
     seen: list[Any] = []
 
     def look(*heads: Tensor, **options: Any) -> Tensor:

@@ -23,10 +23,10 @@ def as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Without the variable, and with torch's settings of before when the test is over."""
     monkeypatch.setenv(CUBLAS, "")
     monkeypatch.delenv(CUBLAS)
-    filling = torch.utils.deterministic.fill_uninitialized_memory
+    filling = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     yield
     torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = filling
+    torch.utils.deterministic.fill_uninitialized_memory = filling  # type: ignore[attr-defined]
 
 
 def losses(deterministic: bool, **model: object) -> list[float]:
@@ -44,7 +44,7 @@ def test_a_run_that_asks_for_it_computes_with_algorithms_that_repeat_their_bits(
     # Where an operator had no such algorithm, torch would raise an error.
     assert losses(True, **GPT2) == expected
     assert torch.are_deterministic_algorithms_enabled()
-    assert not torch.utils.deterministic.fill_uninitialized_memory
+    assert not torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     assert os.environ[CUBLAS] == ":4096:8"
 
 

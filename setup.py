@@ -42,6 +42,9 @@ DEV = [
     "megatron-core==0.16.1; platform_system == 'Linux' and platform_machine == 'x86_64' "
     "and python_version < '3.14'",
 ]
+# The interpreter of triton below 3.8, which torch 2.11 brings, fails with newer versions of numpy:
+# kernel tests on a CPU need this beside it. On a GPU nothing does.
+OLD_TRITON = ["numpy>=2,<2.4"]
 DESCRIPTION = (
     "Train CompleteP transformers: "
     "hyperparameters tuned on a small proxy hold at any width and depth"
@@ -80,6 +83,7 @@ setup(
         "eval": EVAL,
         "gpu": ["triton>=3.6,<4"],
         "hf": HF,
+        "old-triton": OLD_TRITON,
         "ray": ["ray>=2.49,<3"],
         "slurm": SLURM,
         "tracking": TRACKING,

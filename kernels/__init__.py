@@ -19,6 +19,7 @@ if __name__ != "kernels":
         unembedding_cross_entropy,
     )
     from .ops.grad_norm import begin_step_, sum_of_squares
+    from .ops.head_norm import normed_heads
     from .ops.partial_sums import Sink, reduce_partials
     from .ops.residual_norm import norm, scaled_residual_norm
     from .ops.rotary import rotary, rotary_
@@ -42,6 +43,7 @@ __all__ = [
     "device_segments",
     "new_control",
     "norm",
+    "normed_heads",
     "read_control",
     "reduce_partials",
     "rotary",

@@ -246,6 +246,27 @@ def _rotary_shape(heads: int, half: int, itemsize: int, architecture: str) -> Ti
     return TileShape(rows, width, options(min(4, num_warps)))
 
 
+def head_norm_backward_shape(
+    heads: int, half: int, dtype: torch.dtype, device: torch.device
+) -> RowShape:
+    """The launch of the backward of QK-norm: heads of one token a tile, `half` pairs each."""
+    return _head_norm_backward_shape(heads, half, dtype.itemsize, architecture(device))
+
+
+@_cached
+def _head_norm_backward_shape(heads: int, half: int, itemsize: int, architecture: str) -> RowShape:
+    width = column_bucket(half)
+    # Eight pairs a thread, so that bf16 is loaded in whole vectors of 128 bits: four accumulators
+    # and four gains of eight floats each, which two warps to a program leave room for.
+    default = (512, 6, 2)
+    bucket = tuned_or(default, architecture, "head_norm_backward", width, itemsize)
+    pairs, programs_each, stages = bucket
+    rows = max(1, min(next_power_of_two(heads), pairs // width))
+    num_warps = min(4, warps(rows * width // 8, architecture))
+    programs = programs_each * processors(architecture)
+    return RowShape((width,), rows, stages, programs, options(num_warps))
+
+
 class BlockShape(NamedTuple):
     """How an operation on flat buffers, or on the columns of one row, is launched."""
 

@@ -213,6 +213,27 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor
     return torch.cat((rotated_low, rotated_high), dim=-1).to(x.dtype)
 
 
+def normed_heads(
+    heads: Tensor,
+    q_gain: Tensor,
+    k_gain: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    queries: int,
+    norm_of_heads: Norm,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys of `heads` [S, B, N + 2 G, D], normed, then rotated; and the values.
+
+    Each head has its own norm; the gains [D] serve all heads of queries, and all of keys. The norm
+    is rounded before the rotation.
+    """
+    keys = (heads.shape[2] - queries) // 2
+    q, k, v = heads.split_with_sizes((queries, keys, keys), dim=2)
+    q = rotary(norm(q, q_gain, None, norm_of_heads), cos, sin)
+    k = rotary(norm(k, k_gain, None, norm_of_heads), cos, sin)
+    return q, k, v
+
+
 def adamw_(
     parameter_out: Tensor | None,
     master: Tensor,

@@ -1,7 +1,8 @@
 """How this process was started: what its launcher told it, and that it ends with its launcher.
 
-This is the only reader of RANK, WORLD_SIZE and whatever else launchers set. It imports nothing
-slow, because it comes before the imports that take seconds.
+This is the only reader of RANK, WORLD_SIZE and whatever else launchers set, and the only place that
+sets variables for libraries. It imports nothing slow, because it comes before the imports that take
+seconds.
 """
 
 from __future__ import annotations
@@ -182,6 +183,12 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
         store_port=port or 0,
         launcher_holds_store=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
     )
+
+
+def set_defaults(variables: Mapping[str, str]) -> None:
+    """Set variables that libraries read later; one that the user has set keeps its value."""
+    for name, setting in variables.items():
+        os.environ.setdefault(name, setting)
 
 
 def begin_program() -> None:

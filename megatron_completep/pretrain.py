@@ -30,6 +30,7 @@ from megatron_completep.parallel.context import ParallelContext, choose_device
 from megatron_completep.parallel.rendezvous import ignore, meet
 from megatron_completep.run.assemble import Assembly, assemble
 from megatron_completep.run.console import say_on_stderr, say_on_stdout
+from megatron_completep.run.determinism import use_deterministic_algorithms
 from megatron_completep.run.precision import use_threads
 from megatron_completep.run.signals import StopSignals
 from megatron_completep.run.state import ExitCode, RunState
@@ -84,6 +85,8 @@ def train_one_model(
     warnings: Sequence[str],
 ) -> ExitCode:
     """Read this function first: it visits every room once, in order."""
+    if config.training.deterministic:
+        use_deterministic_algorithms()  # before anything touches a device
     watchdog.enter("joining the process group")
     # NCCL's own watchdog writes its newest collectives there when one of them times out.
     timeout_files = f"{config.training.output_dir}/nccl_timeout_rank_"
@@ -95,7 +98,7 @@ def train_one_model(
     guard.on_first(lambda: build.prepare_output(config))
     for warning in warnings:
         say(f"warning: {warning}")
-    for line in node_lines(guard.exchange, launch, context.device):
+    for line in node_lines(guard.exchange, launch, context.device, config):
         say(line)
     threads = use_threads(config.training.cpu_threads, launch.local_world_size)
     clock.done("process_groups")

@@ -320,7 +320,7 @@ def test_every_requirement_of_an_extra_has_both_bounds_and_what_is_installed_lie
 ) -> None:
     (text,) = (data.decode() for name, data in contents(wheel).items() if name.endswith("METADATA"))
     metadata = email.message_from_string(text)
-    assert {"dev", "data", "eval", "tracking", "docs", "gpu", "hf", "ray"} <= set(
+    assert {"dev", "data", "eval", "tracking", "docs", "gpu", "hf", "old-triton", "ray"} <= set(
         metadata.get_all("Provides-Extra", [])
     )
     wrong = []
@@ -330,6 +330,8 @@ def test_every_requirement_of_an_extra_has_both_bounds_and_what_is_installed_lie
             {"==", "<"} & operators and {"==", ">="} & operators
         ):
             wrong.append(f"{line}: not bounded on both sides")
+        if "old-triton" in str(line.marker):  # for another version of Triton than this one
+            continue
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             version = importlib.metadata.version(line.name)
             if not line.specifier.contains(version, prereleases=True):

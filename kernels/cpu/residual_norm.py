@@ -166,6 +166,19 @@ def _norm_backward(
     return d_y, d_weight, d_bias
 
 
-def reduce_partials(partials: Tensor, k: int, into: Tensor) -> None:
-    """Add the sum over P of `partials[:, k]` ([P, K, H]) to `into` [H]."""
-    into.add_(partials[0, k] if partials.shape[0] == 1 else partials[:, k].sum(0))
+def reduce_partials(
+    partials: Tensor,
+    first: Tensor | None,
+    second: Tensor | None,
+    third: Tensor | None,
+    overwrite: int,
+) -> None:
+    """Add the sums over P of `partials` [P, K, H] to the vectors that are there, each [H].
+
+    overwrite: bit k says that the sum of vector k is written over what is there.
+    """
+    for k, into in enumerate((first, second, third)):
+        if into is None:
+            continue
+        total = partials[0, k] if partials.shape[0] == 1 else partials[:, k].sum(0)
+        into.copy_(total) if overwrite & 1 << k else into.add_(total)

@@ -1,11 +1,12 @@
-"""The last step of a vector's gradient: the partial sums of a backward become one sum.
+"""The last step of vectors' gradients: the partial sums of a backward become one sum each.
 
-The partial sums are [P, K, H], and the sum over P has a fixed order. It is an operation of its own,
-so that whoever schedules weight gradients (a `Sink`) decides when it runs. It adds straight into
-the main gradient.
+The partial sums are [P, K, H], and the sums over P have a fixed order. It is an operation of its
+own, so that whoever schedules weight gradients (a `Sink`) decides when it runs. One launch serves
+all K vectors of a backward, and adds straight into their main gradients.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -17,70 +18,95 @@ from ..library import register
 from ..optional_triton import tl, triton
 from ..tiling import ceil_div
 
+MOST_VECTORS = 3  # weight, bias and branch bias of a norm
+
+
+@triton.jit
+def _store_sums(
+    into: tl.tensor, sums: tl.tensor, column: tl.tensor, in_row: tl.tensor,
+    OVERWRITE: tl.constexpr,
+) -> None:  # fmt: skip
+    """into [H] += sums, or = where OVERWRITE; nothing where `into` is None."""
+    if into is not None:
+        if not OVERWRITE:
+            sums += tl.load(into + column, mask=in_row, other=0.0)
+        tl.store(into + column, sums, mask=in_row)
+
 
 @triton.jit
 def reduce_partials_kernel(
-    partials: tl.tensor,  # float32, from the first row on
-    into: tl.tensor,  # float32 [H]
+    partials: tl.tensor,  # float32 [count, VECTORS, HIDDEN]
+    first: tl.tensor, second: tl.tensor, third: tl.tensor,  # float32 [H], or None
     count: tl.tensor,
-    stride: tl.tensor,
-    HIDDEN: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
-    """into [H] += sum over `count` rows, `stride` elements apart, in a fixed order."""
-    first_column = tl.program_id(0) * BLOCK
-    column = first_column + tl.arange(0, BLOCK)
+    OVERWRITE: tl.constexpr,  # bit k: of vector k
+    VECTORS: tl.constexpr, HIDDEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+) -> None:  # fmt: skip
+    """Program (c, k) sums block c of the columns of vector k over `count` rows, in a fixed order.
+
+    `first`, `second` and `third` take the sums of vectors 0, 1 and 2.
+    """
+    vector = tl.program_id(1)
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     in_row = column < HIDDEN
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, count, ROWS):
         row = start + tl.arange(0, ROWS)[:, None]
         mask = (row < count) & in_row[None, :]
-        address = partials + row * stride + column[None, :]
+        address = partials + (row * VECTORS + vector) * HIDDEN + column[None, :]
         total += tl.load(address, mask=mask, other=0.0)
 
-    # One more reduction, over the rows of the tile; then the main gradient is read and written.
-    old = tl.load(into + column, mask=in_row, other=0.0)
-    tl.store(into + column, old + tl.sum(total, axis=0), mask=in_row)
+    # One more reduction, over the rows of the tile; then a main gradient is read and written.
+    sums = tl.sum(total, axis=0)
+    if vector == 0:
+        _store_sums(first, sums, column, in_row, (OVERWRITE & 1) != 0)
+    if vector == 1:
+        _store_sums(second, sums, column, in_row, (OVERWRITE & 2) != 0)
+    if vector == 2:
+        _store_sums(third, sums, column, in_row, (OVERWRITE & 4) != 0)
 
 
-def launch_reduce_partials(partials: Tensor, k: int, into: Tensor) -> None:
-    """Add the sum over P of `partials[:, k]` to `into` [H]; a program sums a block of columns."""
-    if into.dtype == torch.float64:
-        cpu.reduce_partials(partials, k, into)
+def launch_reduce_partials(
+    partials: Tensor,
+    first: Tensor | None,
+    second: Tensor | None,
+    third: Tensor | None,
+    overwrite: int,
+) -> None:
+    """One launch; see `reduce_partials`. `overwrite`: bit k says it of vector k."""
+    if partials.dtype == torch.float64:
+        cpu.reduce_partials(partials, first, second, third, overwrite)
         return
-    # The rows of vector k lie K * H elements apart: a stride, not a copy.
     count, vectors, hidden = partials.shape
-    shape = reduction_shape(into.device)
-    grid = (ceil_div(hidden, shape.columns),)
+    shape = reduction_shape(partials.device)
+    grid = (ceil_div(hidden, shape.columns), vectors)
     reduce_partials_kernel[grid](
-        partials[:, k],
-        into,
+        partials, first, second, third,
         count,
-        vectors * hidden,
-        HIDDEN=hidden,
-        ROWS=shape.rows,
-        BLOCK=shape.columns,
-        **shape.options,
-    )
+        OVERWRITE=overwrite, VECTORS=vectors, HIDDEN=hidden,
+        ROWS=shape.rows, BLOCK=shape.columns, **shape.options,
+    )  # fmt: skip
 
 
 _reduce_partials = register(
-    "reduce_partials_(Tensor partials, int k, Tensor(a!) into) -> ()",
+    "reduce_partials_(Tensor partials, Tensor(a!)? first, Tensor(b!)? second, Tensor(c!)? third, "
+    "int overwrite) -> ()",
     cpu=cpu.reduce_partials,
     cuda=launch_reduce_partials,
-    fake=lambda partials, k, into: None,
+    fake=lambda *_: None,
 )
+
+# Called with the main gradients [H] of several vectors, float32 or float64, and with whether each
+# is stale and must be overwritten. None stands for a vector that takes no gradient.
+AccumulateAll = Callable[[Sequence[Tensor | None], Sequence[bool]], None]
 
 
 class Sink(Protocol):
     """Takes the gradients of parameters in place of autograd, as a trainer's queue does."""
 
-    def push(self, parameter: Any, accumulate: Callable[[Tensor, bool], None]) -> None:
-        """Take one contribution to the gradient of `parameter`, to be added now or later.
+    def push_together(self, parameters: Sequence[Any], accumulate: AccumulateAll) -> None:
+        """Take one contribution to the gradient of each parameter, all to be added at one time.
 
-        `accumulate(main_grad, first)` adds it to `main_grad` [H], float32 or float64. Where `first`
-        is true it is written over what is there.
+        That may be now or later: `accumulate` adds them.
         """
 
 
@@ -107,43 +133,34 @@ def vector_gradients(
     The K gradients belong to the receivers that are not None, in this order. With a `sink`, every
     gradient is pushed there, and autograd gets None.
     """
-    gradients: list[Tensor | None] = []
-    row = 0
-    for receiver in receivers:
-        if receiver is None:
-            gradients.append(None)
-            continue
-        # Without a sink the sum is taken now; a sink decides when its `accumulate` is called.
-        if sink is None:
-            gradients.append(_column_sums(partials, row, receiver))
-        else:
-            sink.push(receiver, _accumulation(partials, row))
-            gradients.append(None)
-        row += 1
-    return gradients
+    present = [receiver for receiver in receivers if receiver is not None]
+    if not present:
+        return [None] * len(receivers)
+    # Without a sink the sums are taken now; a sink decides when its `accumulate` is called.
+    if sink is not None:
+        sink.push_together(present, partial(reduce_partials, partials))
+        return [None] * len(receivers)
+    sums = iter(_column_sums(partials, present))
+    return [None if receiver is None else next(sums) for receiver in receivers]
 
 
-def reduce_partials(partials: Tensor, k: int, into: Tensor) -> None:
-    """Add the sum over P of `partials[:, k]` ([P, K, H]) to `into` [H].
+def reduce_partials(
+    partials: Tensor, into: Sequence[Tensor | None], overwrite: Sequence[bool]
+) -> None:
+    """Add the sums over P of `partials` [P, K, H] to the K tensors `into`, each [H].
 
-    The order is fixed, so the sum is bitwise repeatable.
+    into: None stands for a vector whose sum is not wanted. overwrite: by vector, whether the sum is
+    written over what is there. The order is fixed, so the sums are bitwise repeatable.
     """
-    _reduce_partials(partials, k, into)
+    bits = sum(1 << k for k, stale in enumerate(overwrite) if stale)
+    first, second, third = [*into, *(None,) * (MOST_VECTORS - len(into))]
+    _reduce_partials(partials, first, second, third, bits)
 
 
-def _column_sums(partials: Tensor, k: int, dtype: torch.dtype) -> Tensor:
-    """The gradient [H] of vector `k`, summed in the dtype of the partial sums and rounded once."""
-    total = partials.new_zeros(partials.shape[-1])
-    _reduce_partials(partials, k, total)
-    return total.to(dtype)
-
-
-def _accumulation(partials: Tensor, k: int) -> Callable[[Tensor, bool], None]:
-    """What a sink gets for vector `k`; it keeps `partials` alive until it is dropped."""
-
-    def accumulate(main_grad: Tensor, first: bool) -> None:
-        if first:
-            main_grad.zero_()
-        _reduce_partials(partials, k, main_grad)
-
-    return accumulate
+def _column_sums(partials: Tensor, dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    """The gradients [H], summed in the dtype of the partial sums and rounded once."""
+    sums = partials.new_empty(partials.shape[1:])
+    reduce_partials(partials, sums.unbind(), [True] * len(dtypes))
+    # One conversion for all vectors, which mostly have one dtype.
+    rounded = {dtype: sums.to(dtype) for dtype in set(dtypes)}
+    return [rounded[dtype][k] for k, dtype in enumerate(dtypes)]

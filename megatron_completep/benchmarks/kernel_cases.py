@@ -253,7 +253,7 @@ def _reduction_case(hidden: int, setting: Setting) -> Case:
     partials = torch.randn(programs, 1, hidden, device=setting.device)
     total = torch.zeros(hidden, device=setting.device)
     sums: dict[str, Program] = {
-        "ours": lambda: kernels.reduce_partials(partials, 0, total),
+        "ours": lambda: kernels.reduce_partials(partials, [total], [False]),
         "eager": lambda: total.add_(partials[:, 0].sum(0)),
     }
     floor = partials.numel() * partials.element_size()

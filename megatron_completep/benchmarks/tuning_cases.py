@@ -96,6 +96,7 @@ def tunables(sweep: Sweep, device: torch.device, architecture: str) -> Iterator[
     yield from _squared_relu(target)
     for head_dim in sweep.head_dims:
         yield _rotary(head_dim, target)
+        yield _head_norm_backward(head_dim, target)
     yield _reduction(target)
     yield from _optimizer(target)
     yield from _cross_entropy(target)
@@ -193,7 +194,7 @@ class _RowCalls:
         The reduction's cost grows with the number of programs, which is being tuned.
         """
         partials = backward()[-1]
-        LAUNCHERS["reduce_partials_"](partials, 0, self._d_weight)
+        LAUNCHERS["reduce_partials_"](partials, self._d_weight, None, None, 0)
 
 
 def _rows(hidden: int, target: _Target) -> Iterator[Tunable]:
@@ -272,6 +273,26 @@ def _rotary(head_dim: int, target: _Target) -> Tunable:
     return Tunable(key, candidates, sizes)
 
 
+def _head_norm_backward(head_dim: int, target: _Target) -> Tunable:
+    """The backward of QK-norm with rotation, over 16 heads of queries and 4 of keys."""
+
+    def prepare(rows: int) -> Work:
+        angle = torch.rand(rows, 1, head_dim // 2, device=target.device) * 6.3  # about 2 pi
+        counts = (16, 4, 4)
+        gradients = [target.random(rows, 1, count, head_dim) for count in counts]
+        heads = target.random(rows, 1, sum(counts), head_dim)
+        rstds = [torch.rand(rows * count, device=target.device) for count in counts[:2]]
+        gain = target.random(head_dim)
+        inputs = (*gradients, heads, *rstds, gain, gain, angle.cos(), angle.sin())
+        return partial(LAUNCHERS["head_norm_backward"], *inputs)
+
+    width = launch.column_bucket(head_dim // 2)
+    # (pairs, programs a processor, stages).
+    candidates = tuple(itertools.product((256, 512, 1024), (3, 4, 6, 8), (1, 2, 3)))
+    sizes = tuple(partial(prepare, rows) for rows in target.sweep.rows)
+    return Tunable(("head_norm_backward", width, target.itemsize), candidates, sizes)
+
+
 def _reduction(target: _Target) -> Tunable:
     """The sum of the partial sums that the backward of a norm leaves."""
     # As many partial sums as four programs a processor leave.
@@ -280,7 +301,7 @@ def _reduction(target: _Target) -> Tunable:
     def prepare(hidden: int) -> Work:
         partials = torch.randn(programs, 1, hidden, device=target.device)
         total = torch.zeros(hidden, device=target.device)
-        return partial(LAUNCHERS["reduce_partials_"], partials, 0, total)
+        return partial(LAUNCHERS["reduce_partials_"], partials, total, None, None, 0)
 
     # (rows, columns, threads) of a tile.
     shapes = ((32, 32, 128), (64, 32, 128), (128, 32, 256), (32, 128, 256), (64, 64, 256))

@@ -96,27 +96,46 @@ def _model(config: Config) -> Iterator[Problem]:
 
 
 def _attention_backend(config: Config) -> Iterator[Problem]:
-    """What the flash-attn package cannot do."""
+    """What the attention kernels that can be asked for by name cannot do."""
     model = config.model
     precision = config.training.precision
-    if model.attention_backend != "flash_attention":
+    backend = model.attention_backend
+    if backend in ("auto", "sdpa"):
         return
-    where = "model.attention_backend = flash_attention"
-    remedy = "Use model.attention_backend = sdpa"
-    if model.position == "alibi":
+    where = f"model.attention_backend = {backend}"
+    remedy = "Use model.attention_backend = auto"
+    takes_no_bias = backend in ("flash", "flash_attention", "flash_attention_3")
+    if takes_no_bias and model.position == "alibi":
         yield f"{where} takes no bias on the logits, which model.position = alibi needs. {remedy}."
-    if precision in ("float32", "float64"):
+    # flash-attn takes the boundaries of documents instead of a bias.
+    if backend in ("flash", "flash_attention_3") and config.data.reset_at_document_ends:
         yield (
-            f"{where} computes in bf16 only, but training.precision = {precision}. "
+            f"{where} takes no bias on the logits, which data.reset_at_document_ends = true "
+            f"needs. {remedy}, or flash_attention."
+        )
+    too_wide = ("float64",) if backend == "efficient" else ("float32", "float64")
+    if precision in too_wide:
+        types = "bf16 or float32" if backend == "efficient" else "bf16"
+        yield (
+            f"{where} computes in {types} only, but training.precision = {precision}. "
             f"{remedy}, or training.precision = bf16."
         )
     if config.training.device == "cpu":
         yield f"{where} runs on GPUs only, but training.device = cpu. {remedy}."
-    # The kernels of the package are compiled for heads up to this size.
-    if derived.head_dim(model) > 256:
+    # The kernels are compiled for heads up to this size.
+    if takes_no_bias and derived.head_dim(model) > 256:
         yield (
             f"{where} takes heads of at most 256 elements, "
             f"but these have {derived.head_dim(model)}. {remedy}."
+        )
+    if config.training.deterministic and backend in (
+        "cudnn",
+        "flash_attention",
+        "flash_attention_3",
+    ):
+        yield (
+            f"{where} adds in an order that is not fixed, but training.deterministic = true. "
+            f"{remedy}, or training.deterministic = false."
         )
 
 
@@ -194,7 +213,7 @@ def _compile(config: Config) -> Iterator[Problem]:
             "training.compile = true does not go with model.attention_backend = flash_attention "
             "and data.reset_at_document_ends = true: the number of documents, a shape, changes "
             "with every micro-batch, and each new one would be compiled anew. "
-            "Use model.attention_backend = sdpa, or training.compile = false."
+            "Use model.attention_backend = auto, or training.compile = false."
         )
 
 

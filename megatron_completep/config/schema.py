@@ -10,6 +10,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 # Written `X as X` where other rooms take the name from here.
+from megatron_completep.config.data_section import DataConfig as DataConfig
+from megatron_completep.config.data_section import SourceConfig as SourceConfig
+from megatron_completep.config.data_section import TokenizerConfig as TokenizerConfig
 from megatron_completep.config.section import Fraction, NonNegativeFloat, PositiveFloat, Probability
 from megatron_completep.config.section import NonNegativeInt as NonNegativeInt
 from megatron_completep.config.section import PositiveInt as PositiveInt
@@ -83,8 +86,13 @@ class ModelConfig(Section):
     fp32_residual: bool = Field(
         False, description="Keep the residual stream in float32 under bf16."
     )
-    attention_backend: Literal["sdpa", "flash_attention"] = Field(
-        "sdpa", description="torch SDPA, or the flash-attn package."
+    attention_backend: Literal[
+        "auto", "sdpa", "cudnn", "flash", "efficient", "flash_attention", "flash_attention_3"
+    ] = Field(
+        "auto",
+        description="auto: torch's choice without what is known to fail; sdpa: torch's own choice; "
+        "cudnn, flash, efficient: that kernel of torch; flash_attention, flash_attention_3: these "
+        "packages. On a CPU the first five are the same.",
     )
 
 
@@ -163,7 +171,11 @@ class ParallelConfig(Section):
     gradient_dtype: Literal["float32", "bf16"] = Field(
         "float32", description="Type in which gradients are communicated."
     )
-    bucket_megabytes: PositiveFloat = Field(40.0, description="Size of a gradient bucket in MB.")
+    bucket_megabytes: PositiveFloat = Field(
+        40.0,
+        description="Size of a gradient bucket in MB, of up to 40 data ranks; with more it grows "
+        "with their number.",
+    )
     timeout_minutes: PositiveFloat = Field(
         20.0,
         description="Bound on one collective, in minutes; at least guards.hang_timeout_minutes, "
@@ -223,61 +235,6 @@ class OptimizerConfig(Section):
     )
     overrides: list[OverrideConfig] = Field(
         default_factory=list, description="Own factors by parameter name."
-    )
-
-
-class TokenizerConfig(Section):
-    """Turns text into token ids."""
-
-    type: Literal["sentencepiece", "huggingface", "tiktoken", "bytes"] = Field(
-        "sentencepiece", description="Tokenizer family."
-    )
-    model: str | None = Field(
-        None, description="Model file or, for tiktoken, the encoding's name; not used by bytes."
-    )
-
-
-class SourceConfig(Section):
-    """One token file of a blend."""
-
-    prefix: str = Field(description="Path of PREFIX.bin and PREFIX.idx, without the suffix.")
-    weight: PositiveFloat | None = Field(
-        None, description="Share of the samples, relative to the other sources; null: 1."
-    )
-    epochs: PositiveFloat | None = Field(
-        None, description="Passes over this source in the whole run, instead of a weight."
-    )
-
-
-class DataConfig(Section):
-    """What the model reads."""
-
-    train: list[SourceConfig] = Field(min_length=1, description="Sources of the training blend.")
-    validation: list[SourceConfig] | None = Field(
-        None, description="Sources of the validation blend; null: no validation."
-    )
-    split: str | None = Field(
-        None,
-        description="'969,30,1': parts of the train sources for training, validation, test, "
-        "when validation is null.",
-    )
-    tokenizer: TokenizerConfig | None = Field(
-        None, description="Needed to decode text (generation, reports); training works without."
-    )
-    seed: NonNegativeInt = Field(1234, description="Seed of the sample order.")
-    order: Literal["permutation", "megatron"] = Field(
-        "permutation", description="permutation: O(1) seek; megatron: Megatron-Core's samples."
-    )
-    order_samples: PositiveInt | None = Field(
-        None,
-        description="Samples of training for which the order is planned (megatron; epochs beside "
-        "weights); null: those of the run. Keeps the order of a run that is made longer.",
-    )
-    reset_at_document_ends: bool = Field(
-        False, description="Attention and positions start anew at document boundaries."
-    )
-    prefetch: NonNegativeInt = Field(
-        2, description="Steps of batches that a worker thread prepares ahead; 0: none."
     )
 
 
@@ -372,6 +329,11 @@ class TrainingConfig(Section):
         description="Float32 products on a CPU; auto: onednn on AMD with AVX-512, else torch.",
     )
     compile: bool = Field(False, description="torch.compile the regions between linears.")
+    deterministic: bool = Field(
+        False,
+        description="Algorithms that repeat their bits only, which bit-equal resumes on a GPU need "
+        "and a CPU has anyway; slower attention.",
+    )
     validation_interval: PositiveInt | None = Field(
         None, description="Steps between validations; null: only at the end."
     )

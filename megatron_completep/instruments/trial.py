@@ -143,7 +143,7 @@ def reshape(
         "head_dim": head_size,
         "ffn_hidden_size": ffn_hidden_size,
         # A backend that runs on every device and in float64.
-        "attention_backend": "sdpa",
+        "attention_backend": "auto",
     }
     overrides = stretch(config.optimizer.overrides, model.num_layers, depth)
     # A split of the layers over stages that the user wrote out fits no other depth.

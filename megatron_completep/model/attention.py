@@ -11,12 +11,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from megatron_completep import kernels
 from megatron_completep.completep import Table
 from megatron_completep.config.derived import head_dim, num_query_groups
 from megatron_completep.config.schema import ModelConfig
+from megatron_completep.model.attention_kernels import AttentionCall, choose_kernels
 from megatron_completep.model.flash import flash_attention
 from megatron_completep.model.norm import Norm
 from megatron_completep.model.stream import Branch
@@ -150,17 +152,25 @@ class Attention(nn.Module):
         """[S, B, (N + 2G) D] -> q [B, N, S, D], k and v [B, G, S, D], normed and rotated."""
         cos = inputs.cos
         sin = inputs.sin
-        # Rotation comes after QK-norm; without one it happens in place, where the heads are split.
-        normed = self.q_norm is not None
-        angles = (None, None) if normed else (cos, sin)
         heads = (self.num_heads, self.num_groups, self.head_dim)
-        q, k, v = _SplitHeads.apply(qkv, *angles, *heads)  # type: ignore[no-untyped-call]
-        if self.q_norm is not None and self.k_norm is not None:
+        if self.q_norm is None or self.k_norm is None:
+            q, k, v = _SplitHeads.apply(qkv, cos, sin, *heads)  # type: ignore[no-untyped-call]
+        elif cos is not None and sin is not None:
+            # One pass reads the projection and writes what attention reads.
+            q, k, v = kernels.normed_heads(
+                qkv.view(*qkv.shape[:-1], self.num_heads + 2 * self.num_groups, self.head_dim),
+                self.q_norm.weight,
+                self.k_norm.weight,
+                cos,
+                sin,
+                self.num_heads,
+                self.q_norm.norm,
+                self.q_norm.queue,
+            )
+        else:
+            q, k, v = _SplitHeads.apply(qkv, None, None, *heads)  # type: ignore[no-untyped-call]
             q = self.q_norm(q)
             k = self.k_norm(k)
-            if cos is not None and sin is not None:
-                q = kernels.rotary(q, cos, sin)
-                k = kernels.rotary(k, cos, sin)
         return q.permute(1, 2, 0, 3), k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3)
 
 
@@ -186,10 +196,32 @@ def attend(
         return flash_attention(q, k, v, scale, inputs.document_starts)
     # One query (the next token of a generation) sees all keys.
     causal = inputs.bias is None and q.shape[2] > 1
-    grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=inputs.bias, is_causal=causal, scale=scale, enable_gqa=grouped
+    call = AttentionCall(
+        device_type=q.device.type,
+        queries=q.shape[2],
+        keys=k.shape[2],
+        masked=inputs.bias is not None,
+        grouped=q.shape[1] != k.shape[1],
+        trains=torch.is_grad_enabled(),
+        cached=inputs.caches is not None,
     )
+    choice = choose_kernels(backend, call)
+    if choice.expand:
+        copies = q.shape[1] // k.shape[1]
+        k = k.repeat_interleave(copies, dim=1)
+        v = v.repeat_interleave(copies, dim=1)
+    grouped = q.shape[1] != k.shape[1]
+    options: dict[str, Any] = {
+        "attn_mask": inputs.bias,
+        "is_causal": causal,
+        "scale": scale,
+        "enable_gqa": grouped,
+    }
+    # Entering the context takes host time, which most calls need not pay.
+    if not choice.kernels:
+        return F.scaled_dot_product_attention(q, k, v, **options)
+    with sdpa_kernel(list(choice.kernels), set_priority=True):
+        return F.scaled_dot_product_attention(q, k, v, **options)
 
 
 class _SplitHeads(torch.autograd.Function):

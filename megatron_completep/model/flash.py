@@ -1,21 +1,44 @@
-"""flash-attn as attention backend: used where it is installed and asked for, never required."""
+"""FlashAttention's packages as attention backends: used where installed and asked for."""
 
 from __future__ import annotations
 
 import importlib.util
 
+import torch
 from torch import Tensor
+from torch.nn.attention import activate_flash_attention_impl
 
 from megatron_completep.errors import ConfigError
 
+# Setting of model.attention_backend -> (the package, the module that it brings).
+PACKAGES = {
+    "flash_attention": ("flash-attn", "flash_attn"),
+    "flash_attention_3": ("flash-attn-3", "flash_attn_interface"),
+}
 
-def require_flash_attention() -> None:
-    """Raises ConfigError where the package that model.attention_backend needs is missing."""
-    if importlib.util.find_spec("flash_attn") is None:
+
+def prepare_backend(backend: str, device: torch.device) -> None:
+    """Make ready what a setting of model.attention_backend needs, before the model is built.
+
+    FlashAttention 3 takes the place of torch's own FlashAttention in this process.
+
+    Raises ConfigError where the package is missing, or no GPU is there for FlashAttention 3.
+    """
+    if backend not in PACKAGES:
+        return
+    package, module = PACKAGES[backend]
+    if importlib.util.find_spec(module) is None:
         raise ConfigError(
-            "model.attention_backend = flash_attention, but the package flash-attn is not "
-            "installed. Install it, or use sdpa."
+            f"model.attention_backend = {backend}, but the package {package} is not "
+            "installed. Install it, or use auto."
         )
+    if backend == "flash_attention_3":
+        if device.type != "cuda":
+            raise ConfigError(
+                f"model.attention_backend = {backend} runs on GPUs only, but this run is on "
+                f"{device.type}. Use auto."
+            )
+        activate_flash_attention_impl("FA3")
 
 
 def flash_attention(

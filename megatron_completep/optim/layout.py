@@ -17,6 +17,7 @@ from typing import NamedTuple
 from megatron_completep.parallel.parameter import Spec
 
 ALIGNMENT = 64  # elements: 128-bit loads in any storage type
+GROWING_FROM = 40  # ranks: with buckets of 40 MB each has 1 MB
 
 Run = tuple[int, int]  # [start, stop)
 
@@ -116,6 +117,16 @@ class Entry(NamedTuple):
     size: int  # number of elements that this rank holds
     axis: str = "gradient"  # over whose ranks its gradient is summed
     alone: bool = False  # in a bucket of its own
+
+
+def elements_of_bucket(bucket_megabytes: float, ranks: int) -> int:
+    """Elements of a bucket of gradients that so many ranks sum.
+
+    Beyond GROWING_FROM ranks a bucket grows with them, so that no rank's part of it becomes so
+    small that a collective is all latency.
+    """
+    growth = max(1.0, ranks / GROWING_FROM)
+    return int(growth * bucket_megabytes * 2**20 / 4)  # 4 bytes a float32 gradient
 
 
 def lay_out(entries: Sequence[Entry], shards: Mapping[str, int], bucket_elements: int) -> Layout:

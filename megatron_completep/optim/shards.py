@@ -7,7 +7,8 @@ step goes through the following stages. Nothing here knows the update rule.
    all ranks that reduce together.
 2. During backward, `_on_complete` is called when the last gradient of a parameter has arrived. The
    reduce-scatter of a bucket starts when all of its gradients have arrived and the reductions of
-   all buckets before it in the order have started. Nobody waits for a reduction here.
+   all buckets before it in the order have started. Nobody waits for a reduction here, but for
+   that of an older bucket where gradients are sent in another type: copies would pile up.
 3. After backward, `finish_gradients` completes the parameters that got no gradient, which starts
    the reductions that are left. It waits for every reduction, in the order in which they started,
    and adds what other ranks hold of shared parameters.
@@ -26,9 +27,8 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,15 @@ from torch.nn import Parameter
 
 from megatron_completep import kernels
 from megatron_completep.config.schema import ParallelConfig
-from megatron_completep.optim.layout import Bucket, Layout, Piece, Segment, entry_of, lay_out
+from megatron_completep.optim.layout import (
+    Bucket,
+    Layout,
+    Piece,
+    Segment,
+    elements_of_bucket,
+    entry_of,
+    lay_out,
+)
 from megatron_completep.parallel.axis import Axis
 from megatron_completep.parallel.collectives import (
     Pending,
@@ -53,12 +61,33 @@ from megatron_completep.parallel.parameter import Spec, spec_of
 Hook = Callable[[Parameter], None]
 
 
-class _RunningReduction(NamedTuple):
+# Buckets whose reduce-scatter is under way, and buckets behind them whose sum over replicas is,
+# where gradients are sent in another type than they are accumulated in.
+OVERLAPPED = 2
+
+
+@dataclass
+class _RunningReduction:
     """The reduction of one bucket, from its start until its sum lies in `grad_shard`."""
 
     pending: Pending  # first the reduce-scatter over the shard axis, then the sum over replicas
     replica: Axis  # the ranks that hold the same shard
     target: Tensor  # the bucket's slice of `grad_shard`
+    scattered: bool = False  # whether the sum over replicas has started
+
+    def sum_over_replicas(self) -> None:
+        """Wait for the reduce-scatter, and start the sum over replicas behind it, once."""
+        if not self.scattered:
+            self.pending = start_all_reduce(self.pending.wait(), self.replica)
+            self.scattered = True
+
+    def finish(self) -> None:
+        """Wait until the sum lies in its place."""
+        self.sum_over_replicas()
+        gradients = self.pending.wait()
+        # The sum lies elsewhere where it was sent in another type, or nothing was scattered.
+        if gradients.data_ptr() != self.target.data_ptr():
+            self.target.copy_(gradients)
 
 
 class Shards:
@@ -125,8 +154,8 @@ class Shards:
     def _lay_out(self, bucket_megabytes: float) -> Layout:
         entries = [entry_of(name, spec) for name, spec in self.specs.items()]
         shards = {axis: reduction.shard.size for axis, reduction in self.reductions.items()}
-        bucket_elements = int(bucket_megabytes * 2**20 / 4)  # 4 bytes a float32 gradient
-        return lay_out(entries, shards, bucket_elements)
+        most_ranks = max(reduction.size for reduction in self.reductions.values())
+        return lay_out(entries, shards, elements_of_bucket(bucket_megabytes, most_ranks))
 
     def _make_buffers(self, precision: torch.dtype) -> None:
         """Move the parameters into one buffer, and keep this rank's shard of the masters."""
@@ -171,8 +200,8 @@ class Shards:
         return self._table(self.segments)
 
     @cached_property
-    def counted_table(self) -> Tensor:
-        """The same of the segments that count on this rank.
+    def counted_segments(self) -> tuple[Segment, ...]:
+        """The segments that count on this rank.
 
         Over the whole mesh each element of the model counts once, although several ranks may hold
         it.
@@ -181,7 +210,16 @@ class Shards:
         for segment in self.segments:
             if self.specs[segment.name].counts_on(segment.name, self.context):
                 counted.append(segment)
-        return self._table(counted)
+        return tuple(counted)
+
+    @cached_property
+    def counted_table(self) -> Tensor:
+        """`segment_table` of the segments that count on this rank.
+
+        It is for kernels: a walk over its rows on the host would launch something for every 1024
+        elements of a GPU's shard. `counted_segments` is for the host.
+        """
+        return self._table(self.counted_segments)
 
     @cached_property
     def norm_table(self) -> Tensor:
@@ -304,9 +342,21 @@ class Shards:
         if self._communication_dtype is None:
             pending = start_reduce_scatter(gradients, shard, target)
         else:
-            # The sum arrives in the type that is sent; `finish_gradients` copies it to `target`.
+            # The sum arrives in the type that is sent, and is copied to `target` later.
+            self._free_older_copies()
             pending = start_reduce_scatter(gradients.to(self._communication_dtype), shard)
         self._running.append(_RunningReduction(pending, replica, target))
+
+    def _free_older_copies(self) -> None:
+        """Wait for older buckets, whose copies in the type that is sent live until then.
+
+        So a rank holds four copies at most, and not one of every bucket when backward ends. All
+        ranks that reduce together do this at the same buckets, as they start them in one order.
+        """
+        if len(self._running) >= OVERLAPPED:
+            self._running[-OVERLAPPED].sum_over_replicas()
+        if len(self._running) >= 2 * OVERLAPPED:
+            self._running.pop(0).finish()
 
     def hold_grad_shard(self) -> None:
         """Allocate the buffer of reduced gradients where this step has none yet."""
@@ -324,15 +374,10 @@ class Shards:
             queue.finish_step()
 
         # Every sum over replicas starts before the first of them is waited for.
-        replica_sums = []
         for reduction in self._running:
-            pending = start_all_reduce(reduction.pending.wait(), reduction.replica)
-            replica_sums.append(reduction._replace(pending=pending))
-        for reduction in replica_sums:
-            gradients = reduction.pending.wait()
-            # The sum lies elsewhere where it was sent in another type, or nothing was scattered.
-            if gradients.data_ptr() != reduction.target.data_ptr():
-                reduction.target.copy_(gradients)
+            reduction.sum_over_replicas()
+        for reduction in self._running:
+            reduction.finish()
         self._running.clear()
 
         for bucket in self.tied_buckets:

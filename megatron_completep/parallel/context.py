@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from megatron_completep.config.derived import model_parallel_size
 from megatron_completep.config.schema import ParallelConfig
 from megatron_completep.errors import ConfigError
-from megatron_completep.launch import Launch
+from megatron_completep.launch import Launch, set_defaults
 from megatron_completep.parallel.axis import Axis, Reduction
 from megatron_completep.parallel.rendezvous import meet
 from megatron_completep.parallel.sequence import SequencePart
@@ -79,12 +79,10 @@ class ParallelContext:
             torch.cuda.set_device(chosen)
         if not dist.is_initialized():
             timeout = timedelta(minutes=parallel.timeout_minutes)
-            for name, value in flight_recorder(parallel, dumps).items():
-                os.environ.setdefault(name, value)
+            set_defaults(flight_recorder(parallel, dumps))
             store = store or meet(launch, timeout.total_seconds())
-            backend = "nccl" if chosen.type == "cuda" else "gloo"
             dist.init_process_group(
-                backend,
+                **backend_options(chosen),
                 store=store,
                 rank=launch.rank,
                 world_size=launch.world_size,
@@ -194,6 +192,18 @@ def _divide(
     sizes = axis.size // inner_size, inner_size
     divided = mesh._unflatten(axis.name, sizes, names)
     return _axis_of(divided, outer_name), _axis_of(divided, inner_name)
+
+
+def backend_options(device: torch.device) -> dict[str, Any]:
+    """The library of the process group on a device, and what it is told of the device.
+
+    NCCL that knows the device makes its communicator at once, so that a fault shows where the ranks
+    meet, and splits those of the axes off it. Otherwise each axis would connect all of its ranks at
+    its first collective.
+    """
+    if device.type == "cuda":
+        return {"backend": "nccl", "device_id": device}
+    return {"backend": "gloo"}
 
 
 def flight_recorder(parallel: ParallelConfig, dumps: str | None) -> dict[str, str]:

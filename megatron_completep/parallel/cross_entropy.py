@@ -7,6 +7,7 @@ over them. T tokens (S * B), V local vocabulary rows, H hidden.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import ceil
 from typing import Any
 
 import torch
@@ -18,7 +19,12 @@ from megatron_completep.config.schema import TrainingConfig
 from megatron_completep.parallel.axis import Axis
 from megatron_completep.parallel.collectives import all_gather, all_reduce
 from megatron_completep.parallel.embedding import VocabShard
-from megatron_completep.parallel.gradients import Accumulate, accumulate_tensor
+from megatron_completep.parallel.gradients import (
+    Accumulate,
+    accumulate_tensor,
+    added_already,
+    new_gradient,
+)
 from megatron_completep.parallel.layer_context import LayerContext
 from megatron_completep.parallel.linear import accumulate_matrix
 from megatron_completep.parallel.micro_batch import MicroBatchSizes
@@ -27,6 +33,7 @@ from megatron_completep.parallel.products import Products
 from megatron_completep.roles import Role
 
 IGNORED = -100  # label of a position that does not count
+TOKEN_MULTIPLE = 256  # of a chunk of tokens: the rows of whole tiles of any matrix product
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,7 @@ class LossConfig:
 
     z_loss: float = 0.0
     label_smoothing: float = 0.0
-    chunk_bytes: int = 1 << 28
+    chunk_bytes: int = 1 << 30
 
     @classmethod
     def of(cls, training: TrainingConfig) -> LossConfig:
@@ -98,11 +105,13 @@ class Unembedding(VocabShard):
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         if labels is None:
             return self._logits(x)
-        loss = self.loss if torch.is_grad_enabled() else self.loss.without_terms
+        # Asked here: within the function below no gradients are recorded, whoever calls it.
+        trains = torch.is_grad_enabled()
+        loss = self.loss if trains else self.loss.without_terms
         total: Tensor
         flat_labels = labels.t().flatten()
         total, terms = _UnembeddingLoss.apply(  # type: ignore[no-untyped-call]
-            x, self.weight, flat_labels, self, loss
+            x, self.weight, flat_labels, self, loss, trains
         )
         if terms.numel():
             self._term_sums = terms if self._term_sums is None else self._term_sums + terms
@@ -116,9 +125,19 @@ class Unembedding(VocabShard):
         vocabulary_first = all_gather(local.permute(2, 1, 0).contiguous(), ranks.tensor)
         return vocabulary_first[: self.vocab_size].permute(1, 2, 0)
 
-    def tokens_at_once(self, element_bytes: int) -> int:
-        """How many tokens' logits are held at once; a larger micro-batch is taken in chunks."""
-        return max(1, self.loss.chunk_bytes // (self.weight.shape[0] * element_bytes))
+    def chunk_tokens(self, tokens: int, element_bytes: int) -> int:
+        """How many of a micro-batch's `tokens` have logits at once; it is all where they fit.
+
+        Otherwise the chunks are as equal as multiples of 256 tokens allow.
+        """
+        row_bytes = self.weight.shape[0] * element_bytes
+        largest = max(1, self.loss.chunk_bytes // row_bytes)
+        if tokens <= largest:
+            return tokens
+        multiple = TOKEN_MULTIPLE if largest >= TOKEN_MULTIPLE else 1
+        largest = largest // multiple * multiple
+        chunks = ceil(tokens / largest)
+        return ceil(tokens / chunks / multiple) * multiple
 
     def flops(self) -> float:
         """Matrix FLOPs of the forward pass a token, of the logical matrix, without padding."""
@@ -128,29 +147,37 @@ class Unembedding(VocabShard):
         """Bytes kept for backward, loss included."""
         rows, hidden = self.weight.shape
         inputs = sizes.tokens * hidden * sizes.element_bytes
-        if sizes.tokens <= self.tokens_at_once(sizes.element_bytes):
+        if sizes.tokens <= self.chunk_tokens(sizes.tokens, sizes.element_bytes):
             logits = sizes.tokens * rows * sizes.element_bytes
             labels_and_logsumexp = sizes.tokens * (8 + sizes.wide_bytes)
             return inputs + logits + labels_and_logsumexp
-        # Both gradients are made in the forward pass: of the inputs, and of the weight.
-        return inputs + rows * hidden * sizes.wide_bytes
+        # The gradient of the inputs is made in the forward pass; that of the weight has its place.
+        return inputs
 
 
 class _UnembeddingLoss(torch.autograd.Function):
     """(sum [] of the losses, sums [n] of their terms).
 
     For few tokens the logits are kept for the backward pass. For many, the forward pass computes
-    both gradients chunk by chunk, and no logits are kept.
+    both gradients chunk by chunk, and no logits are kept. In a training step the weight's gradient
+    goes straight into the main gradient. The pass of a test or an instrument keeps it until
+    backward, which may never come.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, head: Unembedding, loss: LossConfig
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        head: Unembedding,
+        loss: LossConfig,
+        trains: bool,
     ) -> tuple[Tensor, Tensor]:
         ranks = head.context.ranks
         products = head.context.products
         rows = ranks.sequence.gather(x).flatten(0, 1)
-        chunk_tokens = head.tokens_at_once(weight.element_size())
+        chunk_tokens = head.chunk_tokens(rows.shape[0], weight.element_size())
         token_loss = _TokenLoss(head, head.multiplier, ranks.tensor, loss)
         ctx.head = head
         ctx.shape = x.shape
@@ -162,19 +189,21 @@ class _UnembeddingLoss(torch.autograd.Function):
             ctx.mark_non_differentiable(terms)
             ctx.token_loss = token_loss
             return total, terms
-        if not any(ctx.needs_input_grad):
+        if not trains or not any(ctx.needs_input_grad):
             return token_loss.forward_in_chunks(products, rows, weight, labels, chunk_tokens)
-        total, terms, d_rows, d_weight = token_loss.gradients_in_chunks(
-            products, rows, weight, labels, chunk_tokens
+        lent = head.context.queue.lend(head.weight)
+        d_weight, stale = lent or (new_gradient(weight), True)
+        total, terms, d_rows = token_loss.gradients_in_chunks(
+            products, rows, weight, labels, chunk_tokens, d_weight, stale
         )
-        ctx.save_for_backward(d_rows, d_weight)
+        ctx.save_for_backward(d_rows, None if lent else d_weight)
         ctx.mark_non_differentiable(terms)
         return total, terms
 
     @staticmethod
     def backward(
         ctx: Any, d_total: Tensor, _d_terms: Tensor
-    ) -> tuple[Tensor, None, None, None, None]:
+    ) -> tuple[Tensor, None, None, None, None, None]:
         head: Unembedding = ctx.head
         ranks = head.context.ranks
         products = head.context.products
@@ -186,11 +215,16 @@ class _UnembeddingLoss(torch.autograd.Function):
             contribution = accumulate_matrix(products, logits, rows)
         else:
             d_rows, d_weight = ctx.saved_tensors
-            d_rows = d_rows * d_total
-            contribution = accumulate_tensor(d_weight, d_total)
+            if d_weight is None:
+                # What forward added to the main gradient cannot be scaled any more.
+                torch._assert_async(d_total == 1, "in a training step the loss has the gradient 1")
+                contribution = added_already
+            else:
+                d_rows = d_rows * d_total
+                contribution = accumulate_tensor(d_weight, d_total)
         head.context.queue.push(head.weight, contribution)
         d_x = d_rows.view(-1, ctx.shape[1], d_rows.shape[-1])
-        return ranks.sequence.sum(d_x), None, None, None, None
+        return ranks.sequence.sum(d_x), None, None, None, None, None
 
 
 @dataclass(frozen=True)
@@ -272,16 +306,24 @@ class _TokenLoss:
         return torch.stack(totals).sum(), torch.stack(terms).sum(0)
 
     def gradients_in_chunks(
-        self, products: Products, rows: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(sum [] of the losses, sums [n] of their terms, d_rows [T, H], d_weight [V, H]).
+        self,
+        products: Products,
+        rows: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        chunk_tokens: int,
+        d_weight: Tensor,
+        overwrite: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(sum [] of the losses, sums [n] of their terms, d_rows [T, H]).
 
-        d_weight is float32 or float64. The logits of `chunk_tokens` tokens are held at a time.
+        The logits of `chunk_tokens` tokens are held at a time.
+
+        d_weight: [V, H], float32 or float64, to which the weight's gradient is added.
+        overwrite: what it holds is stale.
         """
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         d_rows = torch.empty_like(rows)
-        d_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
-        one = torch.ones((), dtype=dtype, device=weight.device)
+        one = torch.ones((), dtype=d_weight.dtype, device=weight.device)
         total = torch.zeros_like(one)
         terms = one.new_zeros(len(self.loss.terms))
         for start in range(0, rows.shape[0], chunk_tokens):
@@ -292,5 +334,6 @@ class _TokenLoss:
             terms += chunk_terms
             self.backward_(logits, labels[chunk], lse, one)
             products.input_gradient(logits, weight, out=d_rows[chunk])
-            products.add_weight_gradient(d_weight, logits, rows[chunk], start == 0)
-        return total, terms, d_rows, d_weight
+            first = overwrite and start == 0
+            products.add_weight_gradient(d_weight, logits, rows[chunk], first)
+        return total, terms, d_rows

@@ -9,13 +9,15 @@ It counts the contributions and reports a parameter when the last one of the ste
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from megatron_completep.kernels.ops.partial_sums import AccumulateAll
 from megatron_completep.parallel.parameter import spec_of
 
 # Called with (main_grad, first). first: what main_grad holds is stale, overwrite it.
@@ -46,7 +48,7 @@ class GradientQueue:
         self.deferred = False
         self.on_complete: Callable[[Parameter], None] | None = None
         self.runs = 0
-        self._pending: list[tuple[Parameter, Accumulate]] = []
+        self._pending: list[Callable[[], None]] = []
         # Until the last contribution has arrived. A parameter's hash costs a call, so one look-up
         # a contribution serves all questions.
         self._expected: dict[Parameter, _Expected] = {}
@@ -68,10 +70,34 @@ class GradientQueue:
         )
         if not parameter.requires_grad:
             return
+        self._run_or_keep(partial(self._run, parameter, accumulate))
+
+    def push_together(self, parameters: Sequence[Parameter], accumulate: AccumulateAll) -> None:
+        """Add one contribution to each of several parameters by one call of `accumulate`.
+
+        It gets None in place of the main gradient of a parameter that is not trained.
+        """
+        if any(parameter.requires_grad for parameter in parameters):
+            self._run_or_keep(partial(self._run_together, tuple(parameters), accumulate))
+
+    def _run_or_keep(self, contribution: Callable[[], None]) -> None:
         if self.deferred:
-            self._pending.append((parameter, accumulate))
+            self._pending.append(contribution)
         else:
-            self._run(parameter, accumulate)
+            contribution()
+
+    def lend(self, parameter: Parameter) -> tuple[Tensor, bool] | None:
+        """The main gradient, for a contribution that is made in the forward pass already.
+
+        With it comes whether what it holds is stale and must be overwritten. The backward pass then
+        pushes `added_already`, so that contributions are counted where all others are. None where
+        no contribution to the parameter is expected: outside of a training step a forward pass must
+        change nothing.
+        """
+        expected = self._expected.get(parameter)
+        if not parameter.requires_grad or expected is None:
+            return None
+        return main_grad_of(parameter), _take_stale(expected)
 
     def take(self) -> Callable[[], None]:
         """Hand over the pending contributions as one function: `dw_builder` of a pipeline stage."""
@@ -79,8 +105,8 @@ class GradientQueue:
         self._pending = []
 
         def run() -> None:
-            for parameter, accumulate in contributions:
-                self._run(parameter, accumulate)
+            for contribution in contributions:
+                contribution()
 
         return run
 
@@ -95,19 +121,29 @@ class GradientQueue:
             self._complete(parameter)
 
     def _run(self, parameter: Parameter, accumulate: Accumulate) -> None:
-        self.runs += 1
-        # Outside of a step (tests, instruments) nothing is expected or counted.
-        expected = self._expected.get(parameter)
-        first = expected is not None and expected.stale
         # Backward runs without gradients, where the context would only cost host time. A schedule
         # that calls what `take` handed it does not.
         if torch.is_grad_enabled():
             with torch.no_grad():
-                accumulate(main_grad_of(parameter), first)
-        else:
-            accumulate(main_grad_of(parameter), first)
+                self._run(parameter, accumulate)
+            return
+        expected = self._expected.get(parameter)
+        accumulate(main_grad_of(parameter), _take_stale(expected))
+        self._count(parameter, expected)
+
+    @torch.no_grad()
+    def _run_together(self, parameters: tuple[Parameter, ...], accumulate: AccumulateAll) -> None:
+        main_grads = [main_grad_of(p) if p.requires_grad else None for p in parameters]
+        expected = [self._expected.get(parameter) for parameter in parameters]
+        accumulate(main_grads, [_take_stale(one) for one in expected])
+        for parameter, expected_of_parameter in zip(parameters, expected, strict=True):
+            if parameter.requires_grad:
+                self._count(parameter, expected_of_parameter)
+
+    def _count(self, parameter: Parameter, expected: _Expected | None) -> None:
+        self.runs += 1
+        # Outside of a step (tests, instruments) nothing is expected or counted.
         if expected is not None:
-            expected.stale = False
             expected.contributions -= 1
             if expected.contributions == 0:
                 self._complete(parameter)
@@ -118,6 +154,15 @@ class GradientQueue:
             self.on_complete(parameter)
 
 
+def _take_stale(expected: _Expected | None) -> bool:
+    """Whether what the main gradient holds must be overwritten, for the one that does it."""
+    if expected is None:
+        return False
+    stale = expected.stale
+    expected.stale = False
+    return stale
+
+
 def main_grad_of(parameter: Parameter) -> Tensor:
     """The gradient buffer of a parameter, float32 (float64 for float64 parameters).
 
@@ -125,10 +170,20 @@ def main_grad_of(parameter: Parameter) -> Tensor:
     """
     main_grad: Tensor | None = getattr(parameter, "main_grad", None)
     if main_grad is None:
-        dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-        main_grad = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
+        main_grad = new_gradient(parameter).zero_()
         parameter.main_grad = main_grad  # type: ignore[attr-defined]
     return main_grad
+
+
+def new_gradient(parameter: Tensor) -> Tensor:
+    """Memory for a gradient, with anything in it: float32, or float64 for float64 parameters."""
+    dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    return torch.empty(parameter.shape, dtype=dtype, device=parameter.device)
+
+
+def added_already(main_grad: Tensor, first: bool) -> None:
+    """A contribution that the forward pass has added to the main gradient, see `lend`."""
+    assert not first, "the gradient that was lent has been marked stale again"
 
 
 def accumulate_tensor(gradient: Tensor, scale: Tensor | None = None) -> Accumulate:

@@ -162,8 +162,9 @@ def _losses(config: Config, unembedding: Unembedding, micro_batches: int) -> Ite
     """The two reductions of the vocabulary-parallel cross-entropy, for every chunk of tokens."""
     # Of each token: the sum of exponentials and the target's logit, with smoothing that of logits.
     sums = 3 if config.training.label_smoothing > 0 else 2
-    chunk_tokens = unembedding.tokens_at_once(element_bytes(config))
-    full_chunks, remaining_tokens = divmod(micro_batch_sizes(config).tokens, chunk_tokens)
+    all_tokens = micro_batch_sizes(config).tokens
+    chunk_tokens = unembedding.chunk_tokens(all_tokens, element_bytes(config))
+    full_chunks, remaining_tokens = divmod(all_tokens, chunk_tokens)
     remaining_chunks = 1 if remaining_tokens else 0
     for tokens, chunks in ((chunk_tokens, full_chunks), (remaining_tokens, remaining_chunks)):
         row = tokens * wide_bytes(config)

@@ -27,7 +27,7 @@ from megatron_completep.parallel.cross_entropy import LossConfig
 from megatron_completep.run.precision import DTYPES
 
 
-class _LaunchInstead(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _LaunchInstead(TorchDispatchMode):
     """Fused operators on `meta` tensors run their launcher, not their shape function."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

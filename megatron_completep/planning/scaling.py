@@ -20,12 +20,16 @@ from megatron_completep.config.schema import Config, ParallelConfig
 from megatron_completep.errors import ConfigError
 from megatron_completep.model.flops import forward_flops_per_token, training_flops_per_token
 from megatron_completep.model.gpt import Stage
+from megatron_completep.optim.layout import Layout
+from megatron_completep.optim.shards import OVERLAPPED
 from megatron_completep.planning.communication import sent_bytes
+from megatron_completep.planning.memory_bound import micro_batch_bytes, optimizer_bytes
 from megatron_completep.planning.sizes import (
     backward_specs,
     micro_batch_sizes,
     rank_layout,
     rank_models,
+    rank_specs,
     shard_count,
     stage_model,
     state_count,
@@ -38,12 +42,13 @@ from megatron_completep.planning.sizes import (
 class Gpu:
     """Data-sheet figures.
 
-    memory in bytes, peak_flops in dense bf16 FLOP/s, bandwidths in bytes/s a direction: inside a
-    node, and to other nodes a GPU.
+    memory in bytes, memory_bandwidth in bytes/s, peak_flops in dense bf16 FLOP/s, the other
+    bandwidths in bytes/s a direction: inside a node, and to other nodes a GPU.
     """
 
     name: str
     memory: float
+    memory_bandwidth: float
     peak_flops: float
     node_bandwidth: float
     network_bandwidth: float
@@ -53,14 +58,15 @@ class Gpu:
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("a100", 80e9, 312e12, 300e9, 25e9),
-        Gpu("h100", 80e9, 989.4e12, 450e9, 50e9),
-        Gpu("h200", 141e9, 989.4e12, 450e9, 50e9),
-        Gpu("b200", 180e9, 2250e12, 900e9, 50e9),
-        Gpu("mi300x", 192e9, 1307.4e12, 448e9, 50e9),
+        Gpu("a100", 80e9, 2.04e12, 312e12, 300e9, 25e9),
+        Gpu("h100", 80e9, 3.35e12, 989.4e12, 450e9, 50e9),
+        Gpu("h200", 141e9, 4.8e12, 989.4e12, 450e9, 50e9),
+        Gpu("b200", 180e9, 8e12, 2250e12, 900e9, 50e9),
+        Gpu("mi300x", 192e9, 5.3e12, 1307.4e12, 448e9, 50e9),
     )
 }
-MATRIX_EFFICIENCY = 0.6  # assumed share of the peak that matrix products reach
+MATRIX_EFFICIENCY = 0.65  # assumed share of the peak that products and attention reach
+MEMORY_EFFICIENCY = 0.8  # assumed share of the memory's bandwidth that a kernel reaches
 NETWORK_EFFICIENCY = 0.8  # assumed share of the link bandwidth that a collective reaches
 
 
@@ -69,7 +75,7 @@ class RankMemory:
     """Bytes by kind on one pipeline rank (tensor and data ranks are alike).
 
     communication: reduced gradients, which live from the first bucket of backward to the next step,
-        and parameters to be sent.
+        parameters to be sent, and copies of buckets in the type in which gradients are sent.
     """
 
     parameters: int
@@ -89,6 +95,9 @@ class RankMemory:
 class ScalingPlan:
     """What a run at `world_size` ranks asks of each of them.
 
+    compute_seconds: matrix products and attention.
+    memory_seconds: kernels between them, which their traffic bounds.
+    optimizer_seconds: the gradient's norm and the update, once a step.
     communication_seconds: exposed, tensor collectives of the forward pass and of half of backward.
     """
 
@@ -102,6 +111,8 @@ class ScalingPlan:
     bubble: float  # share of the step in which a pipeline rank waits
     flops_per_token: float
     compute_seconds: float
+    memory_seconds: float
+    optimizer_seconds: float
     communication_seconds: float
     step_seconds: float
     tokens_per_second: float
@@ -140,8 +151,12 @@ def scaling_plan(config: Config, world_size: int, gpu_name: str = "h100") -> Sca
     in_node = parallel.tensor_parallel_size <= gpu.per_node
     link = gpu.node_bandwidth if in_node else gpu.network_bandwidth
     exposed = 0.75 * tensor_bytes / (link * NETWORK_EFFICIENCY)
+    # Between matrix products stand kernels that compute little; the update comes once a step.
+    bandwidth = gpu.memory_bandwidth * MEMORY_EFFICIENCY
+    between = micro_batches * micro_batch_bytes(config) / bandwidth
+    update = optimizer_bytes(config, largest_shard(config, gradient_size)) / bandwidth
     bubble = bubble_share(parallel, micro_batches)
-    step_seconds = (compute + exposed) / (1 - bubble)
+    step_seconds = (compute + between + exposed) / (1 - bubble) + update
     return ScalingPlan(
         world_size=world_size,
         data_parallel_size=data_parallel_size(config, world_size),
@@ -153,6 +168,8 @@ def scaling_plan(config: Config, world_size: int, gpu_name: str = "h100") -> Sca
         bubble=bubble,
         flops_per_token=flops,
         compute_seconds=compute,
+        memory_seconds=between,
+        optimizer_seconds=update,
         communication_seconds=exposed,
         step_seconds=step_seconds,
         tokens_per_second=tokens / step_seconds,
@@ -160,6 +177,15 @@ def scaling_plan(config: Config, world_size: int, gpu_name: str = "h100") -> Sca
         checkpoint_bytes=wide_bytes(config) * state_count(config) * stored_elements(config),
         warnings=_warnings(config, gpu, memory, bubble, data_bytes, compute),
     )
+
+
+def largest_shard(config: Config, gradient_size: int) -> int:
+    """Elements of the optimizer's shard on the pipeline rank that has the most."""
+    sizes = []
+    for rank in range(config.parallel.pipeline_parallel_size):
+        layout = rank_layout(config, rank_specs(config, rank), gradient_size)
+        sizes.append(layout.shard_size)
+    return max(sizes)
 
 
 def rank_memory(
@@ -177,6 +203,7 @@ def rank_memory(
     layout = rank_layout(config, backward_specs(models), gradient_size)
     shards = shard_count(config, gradient_size)
     shares_master = shards == 1 and not mixed  # the master is the parameter itself
+    sharded = layout.shard_size * (wide_size + narrow_size) if shards > 1 else 0
 
     # `in_flight` counts chunks; where they differ in size, their mean stands for each.
     chunks = in_flight(config.parallel, pipeline_rank, micro_batches)
@@ -187,8 +214,16 @@ def rank_memory(
         gradients=layout.size * wide_size,
         optimizer=layout.shard_size * wide_size * (state_count(config) - shares_master),
         activations=int(in_all_chunks / len(models)),
-        communication=layout.shard_size * (wide_size + narrow_size) if shards > 1 else 0,
+        communication=sharded + sent_copies(config, layout, gradient_size),
     )
+
+
+def sent_copies(config: Config, layout: Layout, gradient_size: int) -> int:
+    """Bytes of the buckets' copies in the type in which gradients are sent, at the worst moment."""
+    if gradient_size == 1 or config.parallel.gradient_dtype != "bf16":
+        return 0
+    largest_first = sorted((bucket.size for bucket in layout.buckets), reverse=True)
+    return 2 * sum(largest_first[: 2 * OVERLAPPED])
 
 
 def in_flight(parallel: ParallelConfig, pipeline_rank: int, micro_batches: int) -> int:

@@ -11,6 +11,7 @@ from megatron_completep.planning.communication import Collective, collectives_pe
 from megatron_completep.planning.scaling import (
     GPUS,
     MATRIX_EFFICIENCY,
+    MEMORY_EFFICIENCY,
     NETWORK_EFFICIENCY,
     RankMemory,
     ScalingPlan,
@@ -59,7 +60,10 @@ def assumptions(gpu: str) -> list[str]:
     """What the predicted time rests on."""
     sheet = GPUS[gpu]
     return [
-        f"matrix products reach {MATRIX_EFFICIENCY:.0%} of {sheet.peak_flops / 1e12:g} TFLOP/s",
+        f"matrix products and attention reach {MATRIX_EFFICIENCY:.0%} of "
+        f"{sheet.peak_flops / 1e12:g} TFLOP/s",
+        f"norms, activations, rotations, loss and optimizer reach {MEMORY_EFFICIENCY:.0%} of "
+        f"{sheet.memory_bandwidth / 1e12:g} TB/s; embeddings and dropout are left out",
         f"collectives reach {NETWORK_EFFICIENCY:.0%} of {sheet.node_bandwidth / 1e9:g} GB/s "
         f"inside a node of {sheet.per_node} and of {sheet.network_bandwidth / 1e9:g} GB/s between "
         "nodes",
@@ -123,9 +127,11 @@ def _time(config: Config, plan: ScalingPlan) -> list[str]:
     duration = f"{days:,.1f} days" if days >= 1 else f"{24 * days:,.1f} hours"
     return [
         f"{plan.flops_per_token / 1e9:,.2f} GFLOP a token; {plan.step_seconds:,.3f} s a step: "
-        f"{plan.compute_seconds:,.3f} s of computation, {plan.communication_seconds:,.3f} s of "
-        "tensor communication that",
-        f"nothing hides, and a pipeline bubble of {plan.bubble:.1%}",
+        f"{plan.compute_seconds:,.3f} s of products and attention, {plan.memory_seconds:,.3f} s of "
+        "kernels between them,",
+        f"{plan.communication_seconds:,.3f} s of tensor communication that nothing hides, "
+        f"{plan.optimizer_seconds:,.3f} s of the optimizer,",
+        f"and a pipeline bubble of {plan.bubble:.1%}",
         f"{plan.tokens_per_second:,.0f} tokens/s, {plan.model_flops_utilisation:.1%} of the peak; "
         f"{config.training.train_steps:,} steps take {duration}; a checkpoint is "
         f"{plan.checkpoint_bytes / 1e9:,.1f} GB",

@@ -10,7 +10,7 @@ from megatron_completep.completep import table_of
 from megatron_completep.config.schema import Config, ParallelConfig
 from megatron_completep.model.gpt import GPT, Stage
 from megatron_completep.model.stages import split_stages
-from megatron_completep.optim.layout import Layout, entry_of, lay_out
+from megatron_completep.optim.layout import Layout, elements_of_bucket, entry_of, lay_out
 from megatron_completep.optim.rules import RULES
 from megatron_completep.parallel.axis import Axis
 from megatron_completep.parallel.context import ParallelContext
@@ -94,8 +94,8 @@ def shard_count(config: Config, gradient_size: int) -> int:
 def rank_layout(config: Config, specs: dict[str, Spec], gradient_size: int) -> Layout:
     """The optimizer's layout of one pipeline rank's parameters (`rank_specs`)."""
     entries = [entry_of(name, spec) for name, spec in specs.items()]
-    bucket_elements = int(config.parallel.bucket_megabytes * 2**20 / 4)
-    return lay_out(entries, {"gradient": shard_count(config, gradient_size)}, bucket_elements)
+    elements = elements_of_bucket(config.parallel.bucket_megabytes, gradient_size)
+    return lay_out(entries, {"gradient": shard_count(config, gradient_size)}, elements)
 
 
 def state_count(config: Config) -> int:

@@ -13,7 +13,7 @@ import torch
 from megatron_completep.completep import Table, table_of
 from megatron_completep.config.schema import Config
 from megatron_completep.model.compile import compile_regions
-from megatron_completep.model.flash import require_flash_attention
+from megatron_completep.model.flash import prepare_backend
 from megatron_completep.model.gpt import GPT
 from megatron_completep.model.initialize import initialize
 from megatron_completep.model.stages import build_chunks
@@ -22,6 +22,7 @@ from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.cross_entropy import LossConfig
 from megatron_completep.parallel.onednn import read_processor
 from megatron_completep.parallel.products import Products, choose_products
+from megatron_completep.run.determinism import use_deterministic_algorithms
 from megatron_completep.run.precision import choose_precision
 from megatron_completep.run.step import TrainingStep
 
@@ -53,6 +54,8 @@ def assemble(
     package or library that the configuration asks for is missing.
     """
     training = config.training
+    if training.deterministic:
+        use_deterministic_algorithms()
     precision = choose_precision(training.precision, context.device)
     if table is None:
         table = table_of(config)
@@ -83,8 +86,7 @@ def build_model(
     """This rank's chunks with their initial weights, in float32 (float64 for float64 runs)."""
     training = config.training
     loss = LossConfig.of(training)
-    if config.model.attention_backend == "flash_attention":
-        require_flash_attention()
+    prepare_backend(config.model.attention_backend, context.device)
     chunks = build_chunks(
         config.model, table, config.parallel, context, loss, training.recompute, products
     )

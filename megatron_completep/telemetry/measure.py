@@ -152,26 +152,43 @@ def role_rms(
 ) -> dict[Role, float]:
     """RMS over the elements of each role, of something laid out like the optimizer's shard.
 
-    That may be gradients, masters, or their changes. An element counts once in every layout.
-    Communicates over the whole mesh.
+    That may be gradients, masters, or their changes. An element counts once in every layout. The
+    device is waited for once. Communicates over the whole mesh.
 
     by_learning_rate: divide each parameter by its group's learning-rate factor first.
     """
-    groups = list(optimizer.groups.values())
-    roles = list(Role)
+    segments = optimizer.shards.counted_segments
+    views = [flat_shard[s.shard_start : s.shard_start + s.size] for s in segments]
     # Row of a role: sum of squares, number of elements.
-    sums = torch.zeros(len(roles), 2, dtype=torch.float64, device=flat_shard.device)
-    for start, size, index in optimizer.shards.counted_table.tolist():
-        group = groups[index]
-        # The table counts what other ranks hold as well on one of them only.
-        segment = flat_shard[start : start + size]
+    sums = {role: [0.0, 0.0] for role in Role}
+    for segment, norm in zip(segments, norms(views), strict=True):
+        group = optimizer.groups[segment.name]
         scale = 1 / group.lr_factor if by_learning_rate else 1.0
-        row = sums[roles.index(group.role)]
-        row[0] += (torch.linalg.vector_norm(segment, dtype=torch.float64) * scale).square()
-        row[1] += size
-    sums = all_reduce(sums, optimizer.context.world)
+        sums[group.role][0] += (norm * scale) ** 2
+        sums[group.role][1] += segment.size
+
     by_role: dict[Role, float] = {}
-    for role, (total, count) in zip(roles, sums.tolist(), strict=True):
+    for role, (total, count) in sum_by_role(sums, optimizer.context).items():
         if count:
             by_role[role] = SumOfSquares(total, count).rms
     return by_role
+
+
+def norms(tensors: Sequence[Tensor]) -> list[float]:
+    """The L2 norm of each tensor, taken in float64, by one operator for all of them.
+
+    Waits for the device once.
+    """
+    if not tensors:  # a rank on which nothing counts
+        return []
+    by_tensor = torch._foreach_norm(list(tensors), 2, dtype=torch.float64)
+    return list(torch.stack(by_tensor).tolist())
+
+
+def sum_by_role(
+    sums: dict[Role, list[float]], context: ParallelContext
+) -> dict[Role, tuple[float, float]]:
+    """The two sums of each role, over all ranks. Communicates over the whole mesh."""
+    table = torch.tensor(list(sums.values()), dtype=torch.float64, device=context.device)
+    rows = all_reduce(table, context.world).tolist()
+    return {role: (first, second) for role, (first, second) in zip(sums, rows, strict=True)}

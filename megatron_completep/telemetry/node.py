@@ -14,8 +14,12 @@ from pathlib import Path
 import psutil
 import torch
 
+from megatron_completep.config.derived import head_dim, num_query_groups
+from megatron_completep.config.schema import Config, ModelConfig
 from megatron_completep.launch import Launch
+from megatron_completep.model.attention import AttentionInputs, attend
 from megatron_completep.parallel.exchange import Exchange
+from megatron_completep.run.precision import choose_precision
 
 DRIVER = Path("/proc/driver/nvidia/version")
 NETWORK = Path("/sys/class/infiniband")
@@ -31,15 +35,22 @@ class RankReport:
     versions: dict[str, str] | None = None
 
 
-def node_lines(exchange: Exchange, launch: Launch, device: torch.device) -> list[str]:
+def node_lines(
+    exchange: Exchange, launch: Launch, device: torch.device, config: Config
+) -> list[str]:
     """One line for each node, and one for whatever differs between them; the same on every rank.
 
+    On a GPU a call of attention with the configured heads tells which kernel serves them.
     Communicates over all ranks.
     """
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     report = RankReport(platform.node(), gpu)
     if launch.local_rank == 0:
-        report = replace(report, description=describe_node(device), versions=versions(device))
+        of_node = versions(device)
+        if device.type == "cuda":
+            precision = choose_precision(config.training.precision, device)
+            of_node["attention"] = attention_kernel(config.model, precision, device)
+        report = replace(report, description=describe_node(device), versions=of_node)
     return lines_of([RankReport(**fields) for fields in exchange.all_gather(asdict(report))])
 
 
@@ -119,8 +130,51 @@ def versions(device: torch.device) -> dict[str, str]:
     if device.type == "cuda":
         names["driver"] = driver_version(DRIVER.read_text() if DRIVER.exists() else "")
         names["CUDA"] = str(torch.version.cuda)
+        names["cuDNN"] = cudnn_version(torch.backends.cudnn.version())
         names["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
     return names
+
+
+def cudnn_version(number: int | None) -> str:
+    """The version as it is written; torch's is 10000 x major + 100 x minor + patch."""
+    if number is None:
+        return "none"
+    return f"{number // 10000}.{number // 100 % 100}.{number % 100}"
+
+
+def attention_kernel(model: ModelConfig, precision: torch.dtype, device: torch.device) -> str:
+    """Which of torch's kernels serves the model's attention in training: cudnn, flash, ...
+
+    "math" are plain products, "none" says that the configured kernel does not take such heads. A
+    package is called by its name. A library that shadows another shows here, where a slow run would
+    show nothing.
+    """
+    if model.attention_backend == "flash_attention":
+        return model.attention_backend
+    # Long enough for any kernel, and as far from a multiple of 128 as the model's sequences.
+    length = min(model.seq_length, 512 + model.seq_length % 128)
+    groups = num_query_groups(model)
+    heads = []
+    for count in (model.num_attention_heads, groups, groups):
+        # [S, B, N, D] in memory, as the model has it.
+        rows = torch.zeros(length, 1, count, head_dim(model), dtype=precision, device=device)
+        heads.append(rows.permute(1, 2, 0, 3).requires_grad_())
+    bias = None
+    if model.position == "alibi":
+        bias = torch.zeros(1, 1, length, length, dtype=precision, device=device)
+    try:
+        q, k, v = heads
+        mixed = attend(q, k, v, AttentionInputs(bias=bias), 1.0, model.attention_backend)
+    except RuntimeError:
+        return "none"
+    # Padding and slicing may stand around the kernel's node.
+    node = mixed.grad_fn
+    while node is not None:
+        match = re.match(r"ScaledDotProduct(\w+?)Attention", node.name())
+        if match:
+            return match[1].lower()
+        node = node.next_functions[0][0] if node.next_functions else None
+    return "math"
 
 
 def driver_version(text: str) -> str:

@@ -30,6 +30,7 @@ from megatron_completep.data.loader import Batch
 from megatron_completep.errors import DataError
 from megatron_completep.kernels import read_control
 from megatron_completep.model.attention import Attention, AttentionInputs
+from megatron_completep.optim.groups import Group
 from megatron_completep.optim.optimizer import DistributedOptimizer
 from megatron_completep.parallel.collectives import all_reduce
 from megatron_completep.parallel.context import ParallelContext
@@ -41,6 +42,7 @@ from megatron_completep.telemetry.measure import (
     SumOfSquares,
     layer_entries,
     reduce_stream_sums,
+    sum_by_role,
 )
 from megatron_completep.telemetry.metrics import read_metrics
 
@@ -50,6 +52,8 @@ UPDATE = "update_ratio/"
 
 # Largest factor, up or down, between target and proxy.
 BANDS = {FINAL: 2.0, LOGITS: 3.0, UPDATE: 2.0}
+
+PIECE_ELEMENTS = 1 << 24  # 64 MiB of a float32 state
 
 Say = Callable[[str], None]
 
@@ -174,32 +178,46 @@ def largest(maxima: Sequence[Tensor], context: ParallelContext) -> float:
     return float(all_reduce(local.double().to(context.device), context.world, dist.ReduceOp.MAX))
 
 
-def update_ratios(optimizer: DistributedOptimizer) -> dict[str, float]:
+def update_ratios(
+    optimizer: DistributedOptimizer, piece_elements: int = PIECE_ELEMENTS
+) -> dict[str, float]:
     """By role: RMS of the last update over RMS of the weights, without the table's factors of both.
 
     The rule says what its last update was, without the groups' learning-rate factors. Communicates
     over the whole mesh.
+
+    piece_elements: at most so many elements of a segment are looked at together, which bounds the
+        memory that an update takes.
     """
-    groups = list(optimizer.groups.values())
-    roles = list(Role)
+    master = optimizer.shards.master
     step = read_control(optimizer.control)
+    groups: list[Group] = []  # of the pieces
+    measured: list[Tensor] = []  # of each piece, the norms [2] of update and weight
+    for segment in optimizer.shards.counted_segments:
+        group = optimizer.groups[segment.name]
+        stop = segment.shard_start + segment.size
+        for start in range(segment.shard_start, stop, piece_elements):
+            piece = slice(start, min(start + piece_elements, stop))
+            update = optimizer.rule.last_update(master[piece], piece, group, step)
+            update_norm = torch.linalg.vector_norm(update, dtype=torch.float64)
+            weight_norm = torch.linalg.vector_norm(master[piece], dtype=torch.float64)
+            groups.append(group)
+            measured.append(torch.stack([update_norm, weight_norm]))
+
     # Row of a role: squares of the updates, squares of the weights.
-    sums = torch.zeros(len(roles), 2, dtype=torch.float64, device=optimizer.context.device)
-    for start, size, index in optimizer.shards.counted_table.tolist():
-        group = groups[index]
-        segment = slice(start, start + size)
-        weight = optimizer.shards.master[segment]
-        update = optimizer.rule.last_update(weight, segment, group, step)
+    sums = {role: [0.0, 0.0] for role in Role}
+    # The device is waited for once, when everything has been launched.
+    sizes = torch.stack(measured).tolist() if measured else []
+    for group, (update_size, weight_size) in zip(groups, sizes, strict=True):
         # Gains start at 1 and biases at 0, whatever the shape: there is nothing to divide out.
         init_factor = group.init_std / optimizer.config.base_init_std or 1.0
-        row = sums[roles.index(group.role)]
-        row[0] += torch.linalg.vector_norm(update, dtype=torch.float64).square()
-        row[1] += (torch.linalg.vector_norm(weight, dtype=torch.float64) / init_factor).square()
-    sums = all_reduce(sums, optimizer.context.world)
+        sums[group.role][0] += update_size**2
+        sums[group.role][1] += (weight_size / init_factor) ** 2
+
     ratios: dict[str, float] = {}
-    for role, (update_squares, weight_squares) in zip(roles, sums.tolist(), strict=True):
-        if weight_squares:
-            ratios[f"{UPDATE}{role}"] = math.sqrt(update_squares / weight_squares)
+    for role, (updates, weights) in sum_by_role(sums, optimizer.context).items():
+        if weights:
+            ratios[f"{UPDATE}{role}"] = math.sqrt(updates / weights)
     return ratios
 
 

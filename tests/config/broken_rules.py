@@ -58,7 +58,19 @@ RULES = [
     ),
     (
         ["model.attention_backend=flash_attention", "model.position=alibi"],
-        "which model.position = alibi needs. Use model.attention_backend = sdpa.",
+        "which model.position = alibi needs. Use model.attention_backend = auto.",
+    ),
+    (
+        ["model.attention_backend=flash", "data.reset_at_document_ends=true"],
+        "which data.reset_at_document_ends = true needs.",
+    ),
+    (
+        ["model.attention_backend=efficient", "training.precision=float64"],
+        "computes in bf16 or float32 only, but training.precision = float64.",
+    ),
+    (
+        ["model.attention_backend=cudnn", "training.deterministic=true"],
+        "adds in an order that is not fixed, but training.deterministic = true.",
     ),
     (
         ["model.attention_backend=flash_attention", "training.precision=float32"],

@@ -20,17 +20,29 @@ IN_WORDS = {
         ["training.precision=bf16"],
     ],
     "model.attention_backend=flash_attention model.position=alibi": [
-        ["model.attention_backend=sdpa"]
+        ["model.attention_backend=auto"]
     ],
     "model.attention_backend=flash_attention training.precision=float32": [
-        ["model.attention_backend=sdpa"],
+        ["model.attention_backend=auto"],
         ["training.precision=bf16"],
     ],
     "model.attention_backend=flash_attention training.device=cpu": [
-        ["model.attention_backend=sdpa"]
+        ["model.attention_backend=auto"]
     ],
     "model.attention_backend=flash_attention model.head_dim=512": [
-        ["model.attention_backend=sdpa"]
+        ["model.attention_backend=auto"]
+    ],
+    "model.attention_backend=flash data.reset_at_document_ends=true": [
+        ["model.attention_backend=auto"],
+        ["model.attention_backend=flash_attention"],
+    ],
+    "model.attention_backend=efficient training.precision=float64": [
+        ["model.attention_backend=auto"],
+        ["training.precision=bf16"],
+    ],
+    "model.attention_backend=cudnn training.deterministic=true": [
+        ["model.attention_backend=auto"],
+        ["training.deterministic=false"],
     ],
     "completep.base_hidden_size=64": [
         ["completep.base_num_layers=8"],
@@ -55,7 +67,7 @@ IN_WORDS = {
         "training.compile=true model.attention_backend=flash_attention "
         "data.reset_at_document_ends=true"
     ): [
-        ["model.attention_backend=sdpa"],
+        ["model.attention_backend=auto"],
         ["training.compile=false"],
     ],
     "parallel.pipeline_parallel_size=9": [["parallel.pipeline_parallel_size=8"]],

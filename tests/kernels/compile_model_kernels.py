@@ -17,6 +17,7 @@ import torch
 from megatron_completep.kernels import Join, Norm, launch
 from megatron_completep.kernels.ahead_of_time import Launch, compile_launch, record, resources
 from megatron_completep.kernels.ops import (
+    head_norm,
     partial_sums,
     residual_norm,
     rotary,
@@ -47,7 +48,8 @@ def calls(hidden, dtype, rms, dropout, norms=norms):
     yield "backward", lambda: norms.residual_norm_backward(*saved, True, has, has, join, norm)
     yield "add", lambda: norms.scaled_add_forward(x, x, bias, join)
     yield "add backward", lambda: norms.scaled_add_backward(x, has, join, dtype)
-    yield "reduce", lambda: norms.reduce_partials(meta(264, 3, hidden), 1, meta(hidden))
+    sums = (meta(hidden), meta(hidden), meta(hidden))
+    yield "reduce", lambda: norms.reduce_partials(meta(264, 3, hidden), *sums, 0)
     wide = meta(ROWS, 8 * hidden, dtype=dtype)
     yield "swiglu", lambda: swiglu.launch_swiglu_forward(wide)
     yield (
@@ -58,6 +60,18 @@ def calls(hidden, dtype, rms, dropout, norms=norms):
     yield "squared relu backward", lambda: squared_relu.launch_squared_relu_backward(wide, wide)
     heads, angle = meta(2048, 4, hidden // 64, 64, dtype=dtype), meta(2048, 1, 32)
     yield "rotary", lambda: rotary.launch_rotary(heads, angle, angle, False)
+    size = 128 if hidden >= 2048 else 64
+    normed = meta(2048, 4, 24, size, dtype=dtype)
+    gain, half = meta(size, dtype=dtype), meta(2048, 1, size // 2)
+    gains = (gain, gain, half, half)
+    yield "head norm", lambda: head_norm.launch_head_norm_forward(normed, *gains, 16, 1e-5)
+    # Gradients as attention leaves them: [B, N, S, D] in memory.
+    parts = [meta(4, count, 2048, size, dtype=dtype).permute(2, 0, 1, 3) for count in (16, 4, 4)]
+    rstds = (meta(ROWS * 16), meta(ROWS * 4))
+    yield (
+        "head norm backward",
+        lambda: head_norm.launch_head_norm_backward(*parts, normed, *rstds, *gains),
+    )
     yield "rotary in place", lambda: rotary.launch_rotary_(heads, angle, angle, True)
 
 

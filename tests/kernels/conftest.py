@@ -5,9 +5,15 @@ which must be chosen before Triton is imported.
 import dataclasses
 import os
 import sys
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
+
+from tests.kernels.interpreter_versions import interpreter_problem
+
+FOLDER = Path(__file__).parent
 
 if not torch.cuda.is_available():
     assert "triton" not in sys.modules or os.environ.get("TRITON_INTERPRET") == "1", (
@@ -18,6 +24,21 @@ if not torch.cuda.is_available():
     from tests.kernels.triton_interpreter_bf16 import install
 
     install()
+
+
+def pytest_collection_modifyitems(items):
+    """Skip the tests of this folder where the interpreter would fail them for its own reasons.
+
+    Ahead-of-time compilation needs no interpreter.
+    """
+    if torch.cuda.is_available():
+        return
+    problem = interpreter_problem(version("triton"), version("numpy"))
+    if problem is None:
+        return
+    for item in items:
+        if FOLDER in item.path.parents and "compilation" not in item.path.name:
+            item.add_marker(pytest.mark.skip(reason=problem))
 
 
 @pytest.fixture

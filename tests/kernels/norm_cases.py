@@ -105,10 +105,10 @@ def backward(implementation, case, given, y, mean, rstd):
         given["d_y"], given["d_out"], y, mean, rstd, given["weight"],
         case.branch, case.bias, case.branch_bias, case.join(given), case.norm,
     )  # fmt: skip
-    vectors = []
-    for k in range(partials.shape[1]):
-        vectors.append(torch.ones(case.hidden, dtype=partials.dtype, device=DEVICE))
-        implementation.reduce_partials(partials, k, vectors[-1])
+    ones = torch.ones(partials.shape[1], case.hidden, dtype=partials.dtype, device=DEVICE)
+    vectors = list(ones.unbind())
+    absent = [None] * (3 - len(vectors))
+    implementation.reduce_partials(partials, *vectors, *absent, 0)
     return d_residual, d_branch, [v.double() - 1.0 for v in vectors]
 
 

@@ -31,6 +31,7 @@ WHOLE = (
     "squared relu backward",
     "rotary",
     "rotary in place",
+    "head norm",
 )
 
 # Everything on one architecture (4096 with the kernels beside the norm, and with the negative
@@ -78,8 +79,10 @@ def resident(architecture, used):
 
 def ceiling(architecture, hidden, kernel):
     """Registers a thread: half a multiprocessor's threads in the backward,
-    fewer and wider ones where a warp has a row (768).
+    fewer and wider ones where a warp has a row (768), and where two warps have a tile of heads.
     """
+    if kernel == "head norm backward":
+        return 256
     if kernel != "backward":
         return 128
     return 256 if architecture.startswith("gfx") or hidden == 768 else 128
@@ -108,6 +111,15 @@ def check_case(case, kernels):
         narrow = used["loads"] - used["loads_128_bit"]
         if name in WHOLE:
             assert narrow <= dropout * used["segments"] and used["loads_128_bit"] > 0, where
+        if name == "head norm backward":
+            # Narrow: of a tile the inverse deviations of queries and of keys, and a row of angles,
+            # which few threads hold.
+            assert narrow <= (2 + 4) * used["copies"] and used["loads_128_bit"] > 0, where
+            assert used["programs_per_processor"] <= resident(architecture, used), where
+            assert used["prefetches"] > 0 or not architecture.startswith("sm_"), where
+        if name == "reduce":
+            # The main gradients may be narrow: a tile has fewer columns than a program threads.
+            assert narrow <= 3 and used["loads_128_bit"] > 0, where
         if name in ("backward", "add backward"):
             assert narrow <= narrow_loads(used, rms, dropout), where
             assert used["loads_128_bit"] > 0 and used["programs_per_processor"] <= resident(

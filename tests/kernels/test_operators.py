@@ -4,7 +4,6 @@ schemas, shapes without data, gradients, compilation, and how they are dispatche
 
 import importlib
 import pkgutil
-import re
 import subprocess
 import sys
 import types
@@ -64,7 +63,7 @@ def samples():
     yield "scaled_add_forward", (x, x, None, *plain)
     yield "scaled_add_backward", (x, True, *dropping, torch.bfloat16)
     yield "scaled_add_backward", (x, False, *plain, torch.float32)
-    yield "reduce_partials_", (random(4, 3, H), 1, vector.clone())
+    yield "reduce_partials_", (random(4, 3, H), vector.clone(), None, vector.clone(), 0b100)
     yield "swiglu_forward", (x,)
     yield "swiglu_backward", (x[..., : H // 2].contiguous(), x)
     yield "squared_relu_forward", (x,)
@@ -72,6 +71,12 @@ def samples():
     cos, sin = random(2, 1, 4), random(2, 1, 4)
     yield "rotary", (random(2, 3, 2, 8), cos, sin, True)
     yield "rotary_", (random(2, 3, 2, 8), cos, sin, False)
+    gain = random(8)
+    heads = random(2, 3, 8, 8)
+    yield "head_norm_forward", (heads, gain, gain, cos, sin, 4, 1e-5)
+    queries, keys = random(2, 3, 4, 8), random(2, 3, 2, 8)
+    rstds = (random(24), random(12))
+    yield "head_norm_backward", (queries, keys, keys, heads, *rstds, gain, gain, cos, sin)
 
 
 SAMPLES = list(samples())
@@ -99,7 +104,7 @@ def test_every_operator_is_sampled_here_or_beside_its_own_tests():
     # Without white space, wherever the formatter breaks a call.
     checked = "".join("".join((folder / name).read_text().split()) for name in files)
     for name in OF_THE_OPTIMIZER_AND_THE_LOSS:
-        assert re.search(rf"opcheck\(\s*torch\.ops\.completep\.{name}\.default", checked), name
+        assert f"opcheck(torch.ops.completep.{name}.default" in checked, name
 
 
 @pytest.mark.parametrize("kind", KINDS)

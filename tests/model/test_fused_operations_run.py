@@ -60,3 +60,13 @@ def test_the_activation_and_the_rotation_are_fused_where_the_model_has_them():
         0,
     )
     assert "swiglu_forward" not in other  # negative control: the count follows the model
+
+
+def test_queries_and_keys_are_normed_and_rotated_in_one_pass_each_way():
+    ran = operations_of_one_step(position="rope", qk_norm=True)
+    assert (ran["head_norm_forward"], ran["head_norm_backward"]) == (LAYERS, LAYERS)
+    assert (ran["rotary_"], ran["rotary"], ran["norm_forward"]) == (0, 0, 1)
+    # One launch for both gains of a layer, and one for the gain of each norm.
+    assert ran["reduce_partials_"] == LAYERS + NORMS
+    other = operations_of_one_step(position="learned", qk_norm=True)
+    assert (other["head_norm_forward"], other["norm_forward"]) == (0, 2 * LAYERS + 1)

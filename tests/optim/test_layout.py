@@ -12,7 +12,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_completep.optim.layout import ALIGNMENT, Entry, Layout, Segment, lay_out
+from megatron_completep.optim.layout import (
+    ALIGNMENT,
+    Entry,
+    Layout,
+    Segment,
+    elements_of_bucket,
+    lay_out,
+)
 from tests.support.models import model_config, model_on_paper, small_setup
 
 sizes = st.lists(st.integers(1, 700), min_size=1, max_size=12).map(
@@ -212,3 +219,12 @@ def test_parameters_are_views_of_one_buffer_at_their_pieces() -> None:
         assert parameter.main_grad.data_ptr() == optimizer.shards.grad.data_ptr() + 4 * piece.start
         own = optimizer.shards.master[piece.start : piece.start + piece.size]
         assert torch.equal(own.to(torch.bfloat16), parameter.flatten())
+
+
+def test_a_bucket_grows_with_the_ranks_that_sum_it_and_is_never_smaller_than_configured() -> None:
+    configured = elements_of_bucket(40.0, 1)
+    assert configured == 40 * 2**20 // 4
+    assert elements_of_bucket(40.0, 40) == configured
+    for ranks in (80, 1024, 4096):
+        part = elements_of_bucket(40.0, ranks) / ranks
+        assert part == configured / 40  # 1 MB of float32, however many ranks there are

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 from torch import nn
 
+from megatron_completep.optim import shards as shards_module
 from megatron_completep.optim.shards import Shards
+from megatron_completep.parallel.collectives import (
+    Pending,
+    start_all_reduce,
+    start_reduce_scatter,
+)
 from tests.parallel.layouts import Case, assembled, counted_tokens, micro_batches_of
 
 MICRO_BATCHES = 4
@@ -65,3 +73,42 @@ def reductions(
     seen.started_in_step = list(optimizer.shards.started)
     optimizer.wait_for_parameters()
     return seen
+
+
+def most_under_way(rank: int, shards: int, overlapped: int) -> tuple[int, int]:
+    """The most collectives of gradients that nobody had waited for at once, and the buckets.
+
+    Each holds a copy of its bucket in the type that is sent: NCCL lets go of it at the wait.
+    """
+    layout = {
+        "world_size": 2,
+        "bucket_megabytes": 0.005,
+        "gradient_dtype": "bf16",
+        "optimizer_shard_size": shards,
+    }
+    case = Case(layout, {"num_layers": 8}, micro_batches=MICRO_BATCHES)
+    config, context, assembly = assembled(rank, case)
+    started: list[Pending] = []
+    most = 0
+
+    def watched(start: Callable[..., Pending]) -> Callable[..., Pending]:
+        def call(*arguments: Any) -> Pending:
+            nonlocal most
+            started.append(start(*arguments))
+            most = max(most, sum(pending.work is not None for pending in started))
+            return started[-1]
+
+        return call
+
+    with (
+        mock.patch.object(shards_module, "start_reduce_scatter", watched(start_reduce_scatter)),
+        mock.patch.object(shards_module, "start_all_reduce", watched(start_all_reduce)),
+        mock.patch.object(shards_module, "OVERLAPPED", overlapped),
+    ):
+        batches = micro_batches_of(0, config, context)
+        assembly.optimizer.begin_step(MICRO_BATCHES)
+        loss_sum = assembly.step.passes(batches)
+        tokens = counted_tokens(batches, context)
+        assembly.optimizer.step(config.optimizer.base_lr, loss_sum, tokens)
+    assembly.optimizer.wait_for_parameters()
+    return most, len(assembly.optimizer.shards.layout.buckets)

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.parallel.bucket_order import Seen, reductions
+from megatron_completep.optim.shards import OVERLAPPED
+from tests.parallel.bucket_order import Seen, most_under_way, reductions
 
 TWO_STAGES = {"world_size": 4, "pipeline_parallel_size": 2, "bucket_megabytes": 0.005}
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -56,3 +57,12 @@ def test_what_is_not_trained_is_reduced_last_and_holds_up_nothing(pool: Any) -> 
         assert all(complete == started for complete, started in seen.counts)
         assert 0 < len(seen.started) < seen.buckets
     check_order(ranks, last=ranks[0].buckets - len(ranks[0].started))
+
+
+@pytest.mark.parametrize("shards", [2, 1], ids=["shards", "replicas"])
+def test_copies_of_buckets_in_the_type_that_is_sent_do_not_pile_up(pool: Any, shards: int) -> None:
+    for most, buckets in pool.run(2, most_under_way, shards, OVERLAPPED):
+        assert most <= 2 * OVERLAPPED < buckets
+    # The control: without waiting, all of them are there when backward ends.
+    for most, buckets in pool.run(2, most_under_way, shards, 1000):
+        assert most == buckets

@@ -11,7 +11,7 @@ from megatron_completep.config.schema import ParallelConfig
 from megatron_completep.errors import ConfigError
 from megatron_completep.parallel.axis import Axis
 from megatron_completep.parallel.collectives import all_gather
-from megatron_completep.parallel.context import ParallelContext
+from megatron_completep.parallel.context import ParallelContext, backend_options
 
 AXES = ("tensor", "pipeline", "gradient", "data", "context", "shard", "replica")
 
@@ -83,3 +83,9 @@ def test_shards_that_do_not_divide_the_gradient_axis_are_refused() -> None:
     )
     with pytest.raises(ConfigError, match=r"optimizer_shard_size = 3 does not divide .* 4\."):
         ParallelContext.over_world(parallel, torch.device("cpu"), 0, 4, 2)
+
+
+def test_nccl_is_told_its_device_and_gloo_nothing() -> None:
+    gpu = torch.device("cuda", 3)
+    assert backend_options(gpu) == {"backend": "nccl", "device_id": gpu}
+    assert backend_options(torch.device("cpu")) == {"backend": "gloo"}

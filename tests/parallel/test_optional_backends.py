@@ -13,7 +13,7 @@ import torch
 
 from megatron_completep.errors import ConfigError
 from megatron_completep.model import flash
-from megatron_completep.model.flash import flash_attention, require_flash_attention
+from megatron_completep.model.flash import flash_attention, prepare_backend
 from megatron_completep.parallel.onednn import Processor
 from megatron_completep.parallel.products import ApexProducts, Products, choose_products
 
@@ -72,7 +72,21 @@ def test_the_fused_accumulation_adds_to_what_is_there_and_overwrites_what_is_sta
 
 def test_flash_attention_asked_for_and_missing_is_refused_with_the_remedy():
     with pytest.raises(ConfigError, match="flash-attn is not installed"):
-        require_flash_attention()
+        prepare_backend("flash_attention", GPU)
+
+
+def test_flash_attention_3_takes_the_place_of_torch_s_own_where_it_is_installed(monkeypatch):
+    with pytest.raises(ConfigError, match="flash-attn-3 is not installed"):
+        prepare_backend("flash_attention_3", GPU)
+    pretend_installed(monkeypatch, "flash_attn_interface")
+    activated = []
+    monkeypatch.setattr(flash, "activate_flash_attention_impl", activated.append)
+    prepare_backend("flash", GPU)
+    assert activated == []
+    prepare_backend("flash_attention_3", GPU)
+    assert activated == ["FA3"]
+    with pytest.raises(ConfigError, match="runs on GPUs only, but this run is on cpu"):
+        prepare_backend("flash_attention_3", torch.device("cpu"))
 
 
 @pytest.mark.parametrize("documents", [False, True])
@@ -103,7 +117,7 @@ def test_flash_attention_gets_its_own_layout_the_scale_and_the_document_boundari
     pretend_installed(
         monkeypatch, "flash_attn", flash_attn_func=plain, flash_attn_varlen_func=by_document
     )
-    flash.require_flash_attention()
+    prepare_backend("flash_attention", GPU)
     generator = torch.Generator().manual_seed(1)
     q, k, v = (
         torch.randn(2, 4, 6, 8, generator=generator),

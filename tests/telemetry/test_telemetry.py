@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_completep.config.schema import Config
 from megatron_completep.data.loader import Batch
 from megatron_completep.errors import DataError
+from megatron_completep.kernels.ops.adamw import block_table
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.pretrain import pretrain
 from megatron_completep.roles import Role
@@ -28,6 +30,7 @@ from megatron_completep.telemetry.telemetry import (
     alarms,
     nearest,
     read_reference,
+    update_ratios,
 )
 from tests.support.configs import small_config
 from tests.support.ranks import context_on
@@ -140,6 +143,47 @@ def test_the_update_ratio_is_the_last_update_over_the_weights_with_the_tables_fa
         moved[Role.HIDDEN_WEIGHT] / weight_rms, rel=0.02
     )
     assert group.lr_factor != 1.0
+
+
+class CountOperators(TorchDispatchMode):
+    """Counts what is dispatched to a device: on a GPU each is a launch or more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def operators_of_sums_by_role(hidden: int) -> tuple[int, int, int]:
+    """Operators of both sums by role, and rows of the table, where it is cut as on a GPU."""
+    _, step = telemetry_of(config_of(hidden_size=hidden), ParallelContext.single(), 1)
+    optimizer = step.optimizer
+    shards = optimizer.shards
+    shards.counted_table = block_table(shards.counted_table, 64)
+    counts = []
+    for measure in (lambda: role_rms(optimizer, shards.master), lambda: update_ratios(optimizer)):
+        with CountOperators() as operators:
+            measure()
+        counts.append(operators.count)
+    return counts[0], counts[1], len(shards.counted_table)
+
+
+def test_the_sums_by_role_launch_as_much_for_a_wide_model_as_for_a_narrow_one():
+    *narrow, narrow_rows = operators_of_sums_by_role(32)
+    *wide, wide_rows = operators_of_sums_by_role(64)
+    assert narrow == wide
+    assert wide_rows > 2 * narrow_rows  # the control: the table of a GPU grows
+
+
+def test_update_ratios_of_pieces_are_those_of_whole_segments():
+    _, step = telemetry_of(config_of(), ParallelContext.single(), 2)
+    whole = update_ratios(step.optimizer)
+    assert update_ratios(step.optimizer, piece_elements=100) == pytest.approx(whole, rel=1e-12)
 
 
 def said_of(proxy: Config, target: Config) -> list[str]:

@@ -23,7 +23,8 @@ for pid in $pids; do wait "$pid"; code=$?; [ $code -gt $worst ] && worst=$code; 
 exit $worst
 """
 PYTHON = """#!/bin/bash
-echo "$RANK $WORLD_SIZE $LOCAL_RANK $LOCAL_WORLD_SIZE $MASTER_ADDR $#: $*" >> "$RECORD"
+connections=$CUDA_DEVICE_MAX_CONNECTIONS
+echo "$RANK $WORLD_SIZE $LOCAL_RANK $LOCAL_WORLD_SIZE $MASTER_ADDR $connections $#: $*" >> "$RECORD"
 exit "$CODE"
 """
 SCONTROL = """#!/bin/bash
@@ -32,9 +33,12 @@ if [ "$1" = show ]; then printf 'node7\\nnode8\\n'; else echo "scontrol $*" >> "
 
 
 @pytest.mark.parametrize(
-    ("code", "requeued"), [(0, False), (2, False), (75, True), (77, True), (78, False)]
+    ("code", "requeued", "connections"),
+    [(0, False, 1), (2, False, 8), (75, True, 1), (77, True, 1), (78, False, 1)],
 )
-def test_the_batch_script_starts_every_rank_and_requeues_what_may_go_on(tmp_path, code, requeued):
+def test_the_batch_script_starts_every_rank_and_requeues_what_may_go_on(
+    tmp_path, code, requeued, connections
+):
     for name, text in {"srun": SRUN, "python": PYTHON, "scontrol": SCONTROL}.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
@@ -47,6 +51,9 @@ def test_the_batch_script_starts_every_rank_and_requeues_what_may_go_on(tmp_path
         "RECORD": str(record),
         "CODE": str(code),
     }
+    environment.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)
+    if connections != 1:  # what the user has set stays
+        environment["CUDA_DEVICE_MAX_CONNECTIONS"] = str(connections)
     script = [
         "bash",
         str(LAUNCH / "slurm.sbatch"),
@@ -58,7 +65,7 @@ def test_the_batch_script_starts_every_rank_and_requeues_what_may_go_on(tmp_path
     lines = record.read_text().splitlines()
     program = "-m megatron_completep.pretrain run.yaml data.seed=1 training.output_dir=a b"
     ranks = sorted(line for line in lines if not line.startswith("scontrol"))
-    assert ranks == [f"{rank} 2 {rank} 2 node7 5: {program}" for rank in (0, 1)]
+    assert ranks == [f"{rank} 2 {rank} 2 node7 {connections} 5: {program}" for rank in (0, 1)]
     assert [line for line in lines if line.startswith("scontrol")] == (
         ["scontrol requeue 4711"] if requeued else []
     )
@@ -78,3 +85,4 @@ def test_the_kubernetes_objects_run_the_trainer_with_time_to_save():
         assert "-m megatron_completep.pretrain configs/completep_1b.yaml" in words
         assert pod["terminationGracePeriodSeconds"] > 600 and "--shutdown-timeout 600" in words
         assert container["resources"]["limits"]["nvidia.com/gpu"] == 8
+        assert {"name": "CUDA_DEVICE_MAX_CONNECTIONS", "value": "1"} in container["env"]

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_completep.checkpoint import Checkpointer
 from megatron_completep.config import Config
@@ -27,15 +29,18 @@ from megatron_completep.run.hook import StepRecord
 from megatron_completep.run.signals import StopSignals
 from megatron_completep.run.state import ExitCode, RunState
 from megatron_completep.run.step import StepFigures, Stopwatch, TrainingStep
-from megatron_completep.telemetry import profiling
+from megatron_completep.telemetry import node, profiling
 from megatron_completep.telemetry.node import (
     RankReport,
+    attention_kernel,
+    cudnn_version,
     differing,
     driver_version,
     lines_of,
 )
 from megatron_completep.telemetry.profiling import ALLOCATIONS, Profiler
 from megatron_completep.telemetry.startup import StartupClock
+from tests.support.models import model_config
 from tests.support.ranks import launched_as
 from tests.support.runs import rows_of, tiny_config
 
@@ -440,3 +445,29 @@ def test_the_driver_version_is_read_off_the_kernel_module() -> None:
         "570.124.06",
         "unknown",
     ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "kernel"),
+    [({}, "flash"), ({"num_query_groups": 2}, "flash"), ({"position": "alibi"}, "flash")],
+    ids=str,
+)
+def test_the_kernel_that_serves_attention_is_read_off_a_call(
+    changes: dict[str, Any], kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU, where torch has one kernel besides plain products."""
+    cpu = torch.device("cpu")
+    assert attention_kernel(model_config(**changes), torch.float32, cpu) == kernel
+    with sdpa_kernel(SDPBackend.MATH):  # the control
+        assert attention_kernel(model_config(**changes), torch.float32, cpu) == "math"
+
+    def refused(*_: Any) -> Tensor:
+        raise RuntimeError("No available kernel. Aborting execution.")
+
+    monkeypatch.setattr(node, "attend", refused)
+    assert attention_kernel(model_config(**changes), torch.float32, cpu) == "none"
+
+
+def test_cudnn_s_number_is_written_as_a_version() -> None:
+    assert cudnn_version(91900) == "9.19.0" and cudnn_version(91501) == "9.15.1"
+    assert cudnn_version(None) == "none"

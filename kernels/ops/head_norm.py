@@ -1,0 +1,380 @@
+"""QK-norm and rotation in one pass: heads of a fused QKV projection become queries and keys.
+
+    normed = x * rstd * gain                 rstd = 1 / sqrt(mean(x^2) + eps), over a head
+    out    = normed, rotated                 pairs (i, i + D/2), by the angle of the position
+
+    g      = d_out, rotated back, times gain
+    d_x    = rstd * (g - x_hat * mean(g * x_hat))            x_hat = x * rstd
+    d_gain = sum over tokens and heads of (d_out, rotated back) * x_hat
+
+Queries have one gain for all heads, keys another. `normed` is rounded to the dtype of x, as a norm
+of its own would; the backward rounds nothing in between. A program has a tile of heads of one
+token, of both kinds perhaps: what belongs to the other kind is masked and not read. So the heads
+are read where the projection wrote them, and their gradients are written beside that of the values,
+into one buffer. Only the last dimension must be contiguous.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..cpu import head_norm as cpu
+from ..launch import head_norm_backward_shape, rotary_shape
+from ..library import first_derivative, register
+from ..optional_triton import tl, triton
+from ..reference import Norm, compute_dtype
+from ..tiling import ceil_div
+from .partial_sums import Sink, receivers, vector_gradients
+
+
+@triton.jit
+def _load_halves(
+    row: tl.tensor, column: tl.tensor, half: tl.tensor, mask: tl.tensor
+) -> tl.tuple:  # fmt: skip
+    """Both halves of heads in float32, 0 where masked."""
+    low = tl.load(row + column, mask=mask, other=0.0).to(tl.float32)
+    high = tl.load(row + half + column, mask=mask, other=0.0).to(tl.float32)
+    return low, high
+
+
+@triton.jit
+def _store_halves(
+    row: tl.tensor, low: tl.tensor, high: tl.tensor,
+    column: tl.tensor, half: tl.tensor, mask: tl.tensor,
+) -> None:  # fmt: skip
+    dtype: tl.constexpr = row.dtype.element_ty
+    tl.store(row + column, low.to(dtype), mask=mask)
+    tl.store(row + half + column, high.to(dtype), mask=mask)
+
+
+@triton.jit
+def head_norm_forward_kernel(
+    x: tl.tensor, q_gain: tl.tensor, k_gain: tl.tensor, cos: tl.tensor, sin: tl.tensor,
+    q: tl.tensor, k: tl.tensor, q_rstd: tl.tensor, k_rstd: tl.tensor,
+    batch: tl.tensor, queries: tl.tensor, keys: tl.tensor, half: tl.tensor,
+    x_stride_s: tl.tensor, x_stride_b: tl.tensor, x_stride_n: tl.tensor,
+    cos_stride_s: tl.tensor, cos_stride_b: tl.tensor,
+    sin_stride_s: tl.tensor, sin_stride_b: tl.tensor,
+    eps: tl.tensor,
+    HEADS: tl.constexpr, HALF: tl.constexpr,
+) -> None:  # fmt: skip
+    """Each program norms and rotates HEADS heads of one token; q and k are contiguous."""
+    token = tl.program_id(0).to(tl.int64)
+    s = token // batch
+    b = token % batch
+    column = tl.arange(0, HALF)[None, :]
+    in_half = column < half
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS).to(tl.int64)[:, None]
+    is_query = head < queries
+    is_key = (head >= queries) & (head < queries + keys)
+
+    source = x + s * x_stride_s + b * x_stride_b + head * x_stride_n
+    low, high = _load_halves(source, column, half, (is_query | is_key) & in_half)
+    squares = tl.sum(low * low + high * high, axis=1, keep_dims=True)
+    row_rstd = tl.rsqrt(squares / (2 * half) + eps)
+    q_row = token * queries + head
+    k_row = token * keys + head - queries
+    tl.store(q_rstd + q_row, row_rstd, mask=is_query)
+    tl.store(k_rstd + k_row, row_rstd, mask=is_key)
+
+    q_low_gain, q_high_gain = _load_halves(q_gain, column, half, in_half)
+    k_low_gain, k_high_gain = _load_halves(k_gain, column, half, in_half)
+    low *= row_rstd * tl.where(is_query, q_low_gain, k_low_gain)
+    high *= row_rstd * tl.where(is_query, q_high_gain, k_high_gain)
+    # The norm's own rounding.
+    dtype: tl.constexpr = x.dtype.element_ty
+    low = low.to(dtype).to(tl.float32)
+    high = high.to(dtype).to(tl.float32)
+
+    cos_row = cos + s * cos_stride_s + b * cos_stride_b
+    cosine = tl.load(cos_row + column, mask=in_half, other=0.0).to(tl.float32)
+    sin_row = sin + s * sin_stride_s + b * sin_stride_b
+    sine = tl.load(sin_row + column, mask=in_half, other=0.0).to(tl.float32)
+    out_low = low * cosine - high * sine
+    out_high = high * cosine + low * sine
+    _store_halves(q + q_row * 2 * half, out_low, out_high, column, half, is_query & in_half)
+    _store_halves(k + k_row * 2 * half, out_low, out_high, column, half, is_key & in_half)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def head_norm_backward_kernel(
+    d_q: tl.tensor, d_k: tl.tensor, x: tl.tensor, q_rstd: tl.tensor, k_rstd: tl.tensor,
+    q_gain: tl.tensor, k_gain: tl.tensor, cos: tl.tensor, sin: tl.tensor,
+    d_x: tl.tensor, partials: tl.tensor,
+    tokens: tl.tensor, batch: tl.tensor, queries: tl.tensor, keys: tl.tensor, half: tl.tensor,
+    q_stride_s: tl.tensor, q_stride_b: tl.tensor, q_stride_n: tl.tensor,
+    k_stride_s: tl.tensor, k_stride_b: tl.tensor, k_stride_n: tl.tensor,
+    x_stride_s: tl.tensor, x_stride_b: tl.tensor, x_stride_n: tl.tensor,
+    d_x_stride_s: tl.tensor, d_x_stride_b: tl.tensor, d_x_stride_n: tl.tensor,
+    cos_stride_s: tl.tensor, cos_stride_b: tl.tensor,
+    sin_stride_s: tl.tensor, sin_stride_b: tl.tensor,
+    HEADS: tl.constexpr, HALF: tl.constexpr, STAGES: tl.constexpr,
+) -> None:  # fmt: skip
+    """Program p takes tiles p, p + P, p + 2P, ... and leaves its share of both gains' gradients.
+
+    A tile is HEADS heads of one token. `partials` is float32 [P, 2, 2 * half].
+    """
+    column = tl.arange(0, HALF)[None, :]
+    in_half = column < half
+    q_low_gain, q_high_gain = _load_halves(q_gain, column, half, in_half)
+    k_low_gain, k_high_gain = _load_halves(k_gain, column, half, in_half)
+    q_low_sum = tl.zeros((HEADS, HALF), tl.float32)
+    q_high_sum = tl.zeros((HEADS, HALF), tl.float32)
+    k_low_sum = tl.zeros((HEADS, HALF), tl.float32)
+    k_high_sum = tl.zeros((HEADS, HALF), tl.float32)
+
+    blocks = tl.cdiv(queries + keys, HEADS)
+    first_tile = tl.program_id(0).to(tl.int64)
+    for tile in tl.range(first_tile, tokens * blocks, tl.num_programs(0), num_stages=STAGES):
+        token = tile // blocks
+        s = token // batch
+        b = token % batch
+        head = (tile % blocks) * HEADS + tl.arange(0, HEADS).to(tl.int64)[:, None]
+        is_query = head < queries
+        is_key = (head >= queries) & (head < queries + keys)
+
+        cos_row = cos + s * cos_stride_s + b * cos_stride_b
+        cosine = tl.load(cos_row + column, mask=in_half, other=0.0).to(tl.float32)
+        sin_row = sin + s * sin_stride_s + b * sin_stride_b
+        sine = tl.load(sin_row + column, mask=in_half, other=0.0).to(tl.float32)
+        source = x + s * x_stride_s + b * x_stride_b + head * x_stride_n
+        low, high = _load_halves(source, column, half, (is_query | is_key) & in_half)
+        q_row = d_q + s * q_stride_s + b * q_stride_b + head * q_stride_n
+        q_low, q_high = _load_halves(q_row, column, half, is_query & in_half)
+        k_row = d_k + s * k_stride_s + b * k_stride_b + (head - queries) * k_stride_n
+        k_low, k_high = _load_halves(k_row, column, half, is_key & in_half)
+        row_rstd = tl.load(q_rstd + token * queries + head, mask=is_query, other=0.0)
+        row_rstd += tl.load(k_rstd + token * keys + head - queries, mask=is_key, other=0.0)
+
+        # Each head is of one kind: the other kind's gradient was read as 0. Then the inverse
+        # rotation.
+        turned_low = q_low + k_low
+        turned_high = q_high + k_high
+        d_low = turned_low * cosine + turned_high * sine
+        d_high = turned_high * cosine - turned_low * sine
+        low *= row_rstd
+        high *= row_rstd
+        q_low_sum += tl.where(is_query, d_low * low, 0.0)
+        q_high_sum += tl.where(is_query, d_high * high, 0.0)
+        k_low_sum += tl.where(is_key, d_low * low, 0.0)
+        k_high_sum += tl.where(is_key, d_high * high, 0.0)
+
+        d_low *= tl.where(is_query, q_low_gain, k_low_gain)
+        d_high *= tl.where(is_query, q_high_gain, k_high_gain)
+        along = tl.sum(d_low * low + d_high * high, axis=1, keep_dims=True) / (2 * half)
+        d_low = (d_low - low * along) * row_rstd
+        d_high = (d_high - high * along) * row_rstd
+        destination = d_x + s * d_x_stride_s + b * d_x_stride_b + head * d_x_stride_n
+        _store_halves(destination, d_low, d_high, column, half, (is_query | is_key) & in_half)
+
+    row = partials + tl.program_id(0).to(tl.int64) * 4 * half
+    in_row = tl.arange(0, HALF) < half
+    low_column = tl.arange(0, HALF)
+    tl.store(row + low_column, tl.sum(q_low_sum, axis=0), mask=in_row)
+    tl.store(row + half + low_column, tl.sum(q_high_sum, axis=0), mask=in_row)
+    tl.store(row + 2 * half + low_column, tl.sum(k_low_sum, axis=0), mask=in_row)
+    tl.store(row + 3 * half + low_column, tl.sum(k_high_sum, axis=0), mask=in_row)
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _angle_strides(cos: Tensor, sin: Tensor) -> tuple[int, int, int, int]:
+    """Of sequence and batch; one row of angles may serve every sequence of the batch."""
+    cos_stride_b = 0 if cos.shape[1] == 1 else cos.stride(1)
+    sin_stride_b = 0 if sin.shape[1] == 1 else sin.stride(1)
+    return cos.stride(0), cos_stride_b, sin.stride(0), sin_stride_b
+
+
+def launch_head_norm_forward(
+    heads: Tensor,
+    q_gain: Tensor,
+    k_gain: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    queries: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(q, k, q_rstd, k_rstd)."""
+    if heads.dtype == torch.float64:
+        return cpu.head_norm_forward(heads, q_gain, k_gain, cos, sin, queries, eps)
+    heads = _dense(heads)
+    cos = cos.contiguous()
+    sin = sin.contiguous()
+    sequence, batch, _, head_dim = heads.shape
+    keys = (heads.shape[2] - queries) // 2
+    q, k, q_rstd, k_rstd = _new_outputs(heads, queries, torch.float32)
+    if heads.numel() == 0:
+        return q, k, q_rstd, k_rstd
+    half = head_dim // 2
+    shape = rotary_shape(queries + keys, half, heads.dtype, heads.device)
+    grid = (sequence * batch, ceil_div(queries + keys, shape.rows))
+    head_norm_forward_kernel[grid](
+        heads, q_gain, k_gain, cos, sin,
+        q, k, q_rstd, k_rstd,
+        batch, queries, keys, half,
+        *heads.stride()[:3],
+        *_angle_strides(cos, sin),
+        eps,
+        HEADS=shape.rows, HALF=shape.columns, **shape.options,
+    )  # fmt: skip
+    return q, k, q_rstd, k_rstd
+
+
+def launch_head_norm_backward(
+    d_q: Tensor, d_k: Tensor, d_v: Tensor, heads: Tensor, q_rstd: Tensor, k_rstd: Tensor,
+    q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(d_heads, partials [P, 2, D])."""
+    if heads.dtype == torch.float64:
+        return cpu.head_norm_backward(
+            d_q, d_k, d_v, heads, q_rstd, k_rstd, q_gain, k_gain, cos, sin
+        )
+    heads = _dense(heads)
+    d_q = _dense(d_q)
+    d_k = _dense(d_k)
+    cos = cos.contiguous()
+    sin = sin.contiguous()
+    sequence, batch, queries, head_dim = d_q.shape
+    keys = d_k.shape[2]
+    d_heads = torch.empty(heads.shape, dtype=heads.dtype, device=heads.device)
+    d_heads[:, :, queries + keys :].copy_(d_v)
+    half = head_dim // 2
+    shape = head_norm_backward_shape(queries + keys, half, heads.dtype, heads.device)
+    partials = heads.new_empty((shape.programs, 2, head_dim), dtype=torch.float32)
+    grid = (shape.programs,)
+    head_norm_backward_kernel[grid](
+        d_q, d_k, heads, q_rstd, k_rstd,
+        q_gain, k_gain, cos, sin,
+        d_heads, partials,
+        sequence * batch, batch, queries, keys, half,
+        *d_q.stride()[:3],
+        *d_k.stride()[:3],
+        *heads.stride()[:3],
+        *d_heads.stride()[:3],
+        *_angle_strides(cos, sin),
+        HEADS=shape.rows, HALF=shape.widths[0], STAGES=shape.stages, **shape.options,
+    )  # fmt: skip
+    return d_heads, partials
+
+
+def _new_outputs(
+    heads: Tensor, queries: int, statistics: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(q, k, q_rstd, k_rstd), to be written."""
+    sequence, batch, count, head_dim = heads.shape
+    keys = (count - queries) // 2
+    tokens = sequence * batch
+    return (
+        heads.new_empty((sequence, batch, queries, head_dim)),
+        heads.new_empty((sequence, batch, keys, head_dim)),
+        heads.new_empty(tokens * queries, dtype=statistics),
+        heads.new_empty(tokens * keys, dtype=statistics),
+    )
+
+
+def _fake_forward(
+    heads: Tensor,
+    q_gain: Tensor,
+    k_gain: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    queries: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _new_outputs(heads, queries, compute_dtype(heads, q_gain))
+
+
+def _fake_backward(
+    d_q: Tensor, d_k: Tensor, d_v: Tensor, heads: Tensor, q_rstd: Tensor, k_rstd: Tensor,
+    q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    programs = 1
+    if heads.device.type == "cuda" and heads.dtype != torch.float64:
+        count = d_q.shape[2] + d_k.shape[2]
+        shape = head_norm_backward_shape(count, d_q.shape[-1] // 2, heads.dtype, heads.device)
+        programs = shape.programs
+    partials = heads.new_empty((programs, 2, heads.shape[-1]), dtype=q_rstd.dtype)
+    return heads.new_empty(heads.shape), partials
+
+
+_forward = register(
+    "head_norm_forward(Tensor heads, Tensor q_gain, Tensor k_gain, Tensor cos, Tensor sin, "
+    "int queries, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+    cpu=cpu.head_norm_forward,
+    cuda=launch_head_norm_forward,
+    fake=_fake_forward,
+)
+_backward = register(
+    "head_norm_backward(Tensor d_q, Tensor d_k, Tensor d_v, Tensor heads, Tensor q_rstd, "
+    "Tensor k_rstd, Tensor q_gain, Tensor k_gain, Tensor cos, Tensor sin) -> (Tensor, Tensor)",
+    cpu=cpu.head_norm_backward,
+    cuda=launch_head_norm_backward,
+    fake=_fake_backward,
+)
+
+
+class _NormedHeads(torch.autograd.Function):
+    """Values are a view of the projection; the gradients of all three meet in one buffer."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        heads: Tensor,
+        q_gain: Tensor,
+        k_gain: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        queries: int,
+        norm: Norm,
+        sink: Sink | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, q_rstd, k_rstd = _forward(heads, q_gain, k_gain, cos, sin, queries, norm.eps)
+        ctx.save_for_backward(heads, q_rstd, k_rstd, q_gain, k_gain, cos, sin)
+        ctx.sink = sink
+        ctx.receivers = receivers((q_gain, k_gain), sink)
+        values = heads.detach()[:, :, queries + k.shape[2] :]
+        return q, k, values
+
+    @staticmethod
+    @first_derivative
+    def backward(
+        ctx: Any, d_q: Tensor, d_k: Tensor, d_v: Tensor
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        d_heads, partials = _backward(d_q, d_k, d_v, *ctx.saved_tensors)
+        d_q_gain, d_k_gain = vector_gradients(partials, ctx.receivers, ctx.sink)
+        return d_heads, d_q_gain, d_k_gain, None, None, None, None, None
+
+
+_normed_heads: Callable[..., tuple[Tensor, Tensor, Tensor]] = _NormedHeads.apply
+
+
+def normed_heads(
+    heads: Tensor,
+    q_gain: Tensor,
+    k_gain: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    queries: int,
+    norm: Norm,
+    sink: Sink | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries [S, B, N, D] and keys [S, B, G, D], normed and rotated, and values as they are.
+
+    heads: [S, B, N + 2 G, D], the heads of queries, keys and values of a fused projection.
+    q_gain, k_gain: [D], one for all heads of queries, one for those of keys.
+    cos, sin: float32 [S, 1 or B, D/2] of the angles.
+    queries: N.
+    norm: RMSNorm with its epsilon.
+    sink: takes the gradients of the gains, which are then parameters, in place of autograd.
+
+    Raises ValueError for another norm than RMSNorm.
+    """
+    if not norm.rms:
+        raise ValueError(f'kind = "{norm.kind}" of a norm of heads must be "rmsnorm".')
+    return _normed_heads(heads, q_gain, k_gain, cos, sin, queries, norm, sink)

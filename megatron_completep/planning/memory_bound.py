@@ -1,0 +1,104 @@
+"""Bytes that the kernels of a step move which compute little: their time is their traffic.
+
+These are norms, activations, rotations, the loss and the optimizer; matrix products and attention
+are counted by FLOPs. A kernel counts what it has to read and write once, as the kernel benchmark
+does. Branches that others register are not known here, and neither are embeddings and dropout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+from megatron_completep.config.derived import head_dim, num_query_groups
+from megatron_completep.config.schema import Config
+from megatron_completep.model.mlp import GATED
+from megatron_completep.planning.sizes import (
+    element_bytes,
+    micro_batch_sizes,
+    state_count,
+    wide_bytes,
+)
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Bytes of a forward pass, and of the backward pass behind it."""
+
+    forward: float
+    backward: float
+
+
+def residual_norm_bytes(config: Config) -> Passes:
+    """One norm of the residual stream with the sum of a branch, for a micro-batch on one rank."""
+    sizes = micro_batch_sizes(config)
+    elements = sizes.local_tokens * config.model.hidden_size
+    stream = elements * sizes.stream_bytes
+    narrow = elements * sizes.element_bytes
+    # Forward reads stream and branch, and writes stream and normed. Backward reads the stream and
+    # both gradients, and writes those of stream and branch.
+    return Passes(2 * stream + 2 * narrow, 3 * stream + 2 * narrow)
+
+
+def head_bytes(config: Config) -> Passes:
+    """What lies between QKV and attention in one layer: QK-norm, rotation, one gradient of QKV.
+
+    Norm and rotation together are one pass; its backward writes the gradients where they belong.
+    """
+    model = config.model
+    groups = num_query_groups(model)
+    rows = micro_batch_sizes(config).tokens / config.parallel.tensor_parallel_size
+    row_bytes = head_dim(model) * element_bytes(config)
+    queries_and_keys = rows * (model.num_attention_heads + groups) * row_bytes
+    values = rows * groups * row_bytes
+    if model.qk_norm and model.position == "rope":
+        return Passes(2 * queries_and_keys, 3 * queries_and_keys + 2 * values)
+    rotation = 2 * queries_and_keys if model.position == "rope" else 0
+    norm_forward = 2 * queries_and_keys if model.qk_norm else 0
+    norm_backward = 3 * queries_and_keys if model.qk_norm else 0
+    gathering = 2 * (queries_and_keys + values)
+    return Passes(norm_forward + rotation, norm_backward + rotation + gathering)
+
+
+def activation_bytes(config: Config) -> Passes:
+    """The activation of one layer's MLP."""
+    model = config.model
+    tokens = micro_batch_sizes(config).tokens
+    inner_size = model.ffn_hidden_size / config.parallel.tensor_parallel_size
+    inner = tokens * inner_size * element_bytes(config)
+    inputs = (2 if model.activation in GATED else 1) * inner
+    return Passes(inputs + inner, 2 * inputs + inner)
+
+
+def loss_bytes(config: Config) -> float:
+    """The cross-entropy of a micro-batch: logits are read, and read and written over."""
+    model = config.model
+    ranks = config.parallel.tensor_parallel_size
+    columns = ceil(model.vocab_size / (model.vocab_multiple * ranks)) * model.vocab_multiple
+    logits = micro_batch_sizes(config).tokens * columns * element_bytes(config)
+    return 3 * logits
+
+
+def micro_batch_bytes(config: Config) -> float:
+    """Forward and backward of a micro-batch on one rank, were stages equally long."""
+    norm = residual_norm_bytes(config)
+    parts = [norm, norm, head_bytes(config), activation_bytes(config)]
+    runs = {"none": 1, "selective": 1, "full": 2}[config.training.recompute]
+    layer = sum(runs * part.forward + part.backward for part in parts)
+    if config.training.recompute == "selective":
+        layer += activation_bytes(config).forward
+    final_norm = norm.forward + norm.backward
+    total = config.model.num_layers * layer + final_norm + loss_bytes(config)
+    return total / config.parallel.pipeline_parallel_size
+
+
+def optimizer_bytes(config: Config, shard_elements: int) -> float:
+    """The gradient's norm and the update of one rank's shard.
+
+    The update reads gradient, masters and states, and writes masters, states and, under mixed
+    precision, the rounded parameters.
+    """
+    gradient = wide_bytes(config)
+    states = state_count(config) * wide_bytes(config)
+    rounded = 2 if config.training.precision in ("bf16", "auto") else 0
+    return shard_elements * (gradient + (gradient + 2 * states + rounded))

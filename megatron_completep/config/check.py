@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 
 from megatron_completep.config import derived
+from megatron_completep.config.graph_rules import graph_problems
 from megatron_completep.config.remedies import (
     VALUES,
     Choice,
@@ -508,6 +509,7 @@ RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _model,
     _attention_backend,
     _compile,
+    graph_problems,
     _completep,
     _tensor_parallel,
     _pipeline,

@@ -368,6 +368,9 @@ class TrainingConfig(Section):
         "auto: apex where installed.",
     )
     compile: bool = Field(False, description="torch.compile the regions between linears.")
+    cuda_graph: bool = Field(
+        False, description="On a GPU, replay whole steps as one captured graph; one process only."
+    )
     validation_interval: PositiveInt | None = Field(
         None, description="Steps between validations; null: only at the end."
     )

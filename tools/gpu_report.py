@@ -12,7 +12,6 @@ every part on tiny shapes: its times mean nothing.
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
 import platform
@@ -29,7 +28,7 @@ from megatron_completep.benchmarks.gpu_day.report import (
     what_now,
     write_report,
 )
-from megatron_completep.benchmarks.kernel_report import folder_name
+from megatron_completep.benchmarks.kernel_report import folder_name, versions
 from megatron_completep.command_line import Parser, real
 from megatron_completep.errors import ConfigError, exit_on_user_error
 from megatron_completep.outputs import Output, check_outputs
@@ -66,8 +65,7 @@ def describe_device(trial: bool) -> dict[str, str]:
     return {
         "device": "cpu, a trial" if trial else torch.cuda.get_device_name(),
         "date": time.strftime("%Y-%m-%d"),
-        "torch": torch.__version__,
-        "triton": importlib.metadata.version("triton"),
+        **versions(),
         "python": platform.python_version(),
     }
 

@@ -112,7 +112,10 @@ class StaticStep:
     def _capture(self, inputs: StepInputs) -> None:
         """Record the launches of a step; nothing runs."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self._stream):
+        # Other threads go on meanwhile: the loader's pins memory, which a capture of the whole
+        # process would not survive.
+        mode = "thread_local"
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode=mode):
             self._figures = self._compute(inputs)
         self._graph = graph
 

@@ -9,12 +9,12 @@ Needs torch and Triton alone.
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 import subprocess
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from megatron_completep import kernels
 from megatron_completep.benchmarks.gpu_day import figures
 from megatron_completep.benchmarks.gpu_day.expected import Rates, rates_of
 from megatron_completep.benchmarks.gpu_day.figures import Figure, Setting
+from megatron_completep.benchmarks.kernel_report import versions
 
 CLOCKS = "clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
 # The least share of the assumed rate, and of one way of adding a weight gradient to another.
@@ -93,22 +94,17 @@ def measure(setting: Setting) -> None:
 
 def _machine(setting: Setting) -> None:
     """The device with its clocks, and the versions that kernels and their choice depend on."""
-    versions = {
-        "torch": torch.__version__,
-        "triton": importlib.metadata.version("triton"),
-        "cuda": torch.version.cuda or torch.version.hip,
-        "python": platform.python_version(),
-    }
+    details: dict[str, Any] = {**versions(), "python": platform.python_version()}
     if setting.on_gpu:
         device = torch.cuda.get_device_properties(setting.device)
-        versions |= {
+        details |= {
             "cudnn": torch.backends.cudnn.version(),
             "nccl": ".".join(map(str, torch.cuda.nccl.version())),  # type: ignore[no-untyped-call]
             "multiprocessors": device.multi_processor_count,
             "memory_gib": round(device.total_memory / 2**30, 1),
             "clocks": _clocks(),
         }
-    setting.say(Figure("machine", setting.device_name, details=versions))
+    setting.say(Figure("machine", setting.device_name, details=details))
 
 
 def _clocks() -> str:

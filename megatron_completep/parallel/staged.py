@@ -69,33 +69,34 @@ class StagedWork:
 class StagedGroup(dist.ProcessGroup):
     """The collectives that this project and torch's pipeline library call.
 
-    Each takes what `torch.distributed` hands to a group: lists with one tensor, and options.
+    Each takes what `torch.distributed` hands to a group, under its names: lists with one tensor,
+    and options.
     """
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta):
         super().__init__(rank, size)
-        self._gloo = dist.ProcessGroupGloo(store, rank, size, timeout=timeout)
+        self._gloo: Any = dist.ProcessGroupGloo(store, rank, size, timeout=timeout)
         self._ranks = size
         self._rank = rank
 
     def getBackendName(self) -> str:
         return STAGED
 
-    def allreduce(self, tensors: Sequence[Tensor], options: Any = None) -> StagedWork:
+    def allreduce(self, tensors: Sequence[Tensor], opts: Any = None) -> StagedWork:
         hosts = [_on_host(tensor) for tensor in tensors]
-        options = dist.AllreduceOptions() if options is None else options
-        return StagedWork(self._gloo.allreduce(hosts, options), _copies(tensors, hosts))
+        opts = dist.AllreduceOptions() if opts is None else opts
+        return StagedWork(self._gloo.allreduce(hosts, opts), _copies(tensors, hosts))
 
-    def broadcast(self, tensors: Sequence[Tensor], options: Any = None) -> StagedWork:
+    def broadcast(self, tensors: Sequence[Tensor], opts: Any = None) -> StagedWork:
         hosts = [_on_host(tensor) for tensor in tensors]
-        options = dist.BroadcastOptions() if options is None else options
-        return StagedWork(self._gloo.broadcast(hosts, options), _copies(tensors, hosts))
+        opts = dist.BroadcastOptions() if opts is None else opts
+        return StagedWork(self._gloo.broadcast(hosts, opts), _copies(tensors, hosts))
 
     def allgather(
         self,
         outputs: Sequence[Sequence[Tensor]],
         inputs: Sequence[Tensor],
-        options: Any = None,
+        opts: Any = None,
     ) -> StagedWork:
         (gathered,) = outputs
         (own,) = inputs
@@ -103,17 +104,17 @@ class StagedGroup(dist.ProcessGroup):
         work = self._gloo.allgather([hosts], [_on_host(own)])
         return StagedWork(work, _copies(gathered, hosts))
 
-    def all_gather_single(self, out: Tensor, own: Tensor, options: Any = None) -> StagedWork:
+    def all_gather_single(self, out: Tensor, own: Tensor, opts: Any = None) -> StagedWork:
         """[s, ...] on each rank -> out [size * s, ...]."""
         return self.allgather([out.chunk(self._ranks)], [own])
 
-    def reduce_scatter_single(self, out: Tensor, parts: Tensor, options: Any = None) -> StagedWork:
+    def reduce_scatter_single(self, out: Tensor, parts: Tensor, opts: Any = None) -> StagedWork:
         """parts [size * s, ...] -> out [s, ...], this rank's part of the sum."""
         # Gloo's own reduce-scatter is another one from version to version.
         host = _on_host(parts)
         reduce = dist.AllreduceOptions()
-        if options is not None:
-            reduce.reduceOp = options.reduceOp
+        if opts is not None:
+            reduce.reduceOp = opts.reduceOp
         work = self._gloo.allreduce([host], reduce)
         return StagedWork(work, _copies([out], [host.chunk(self._ranks)[self._rank]]))
 
@@ -133,9 +134,9 @@ class StagedGroup(dist.ProcessGroup):
         hosts = [torch.empty_like(tensor, device="cpu") for tensor in tensors]
         return StagedWork(self._gloo.recv(hosts, sender, tag), _copies(tensors, hosts))
 
-    def barrier(self, options: Any = None) -> StagedWork:
-        options = dist.BarrierOptions() if options is None else options
-        return StagedWork(self._gloo.barrier(options), lambda: None)
+    def barrier(self, opts: Any = None) -> StagedWork:
+        opts = dist.BarrierOptions() if opts is None else opts
+        return StagedWork(self._gloo.barrier(opts), lambda: None)
 
 
 def _on_host(tensor: Tensor) -> Tensor:

@@ -184,14 +184,14 @@ def _attention(setting: Setting, shape: AttentionShape, backend: str, rates: Rat
     name = f"attention {backend}, {shape.heads}/{shape.groups} heads, S {shape.sequence}"
     setting.say(_node(f"{name}, node", out, backend, rates))
     # Of the default, which is cuDNN's, and of that something is expected.
-    known = None if backend == "flash" else rates
-    for direction, rate, expected in (
-        ("forward", flops / forward, known and known.attention_forward),
-        # Backward computes the scores again, and puts the gradients of q, k and v side by side.
-        ("backward", 2.5 * flops / backward, known and known.attention_backward),
-    ):
-        in_tera = None if expected is None else expected / 1e12
-        setting.say(Figure(f"{name}, {direction}", rate / 1e9, "TFLOP/s", in_tera))
+    expected: dict[str, float | None] = dict.fromkeys(("forward", "backward"))
+    if rates is not None and backend != "flash":
+        expected["forward"] = rates.attention_forward / 1e12
+        expected["backward"] = rates.attention_backward / 1e12
+    # Backward computes the scores again, and puts the gradients of q, k and v side by side.
+    reached = {"forward": flops / forward / 1e9, "backward": 2.5 * flops / backward / 1e9}
+    for direction, rate in reached.items():
+        setting.say(Figure(f"{name}, {direction}", rate, "TFLOP/s", expected[direction]))
 
 
 def _node(name: str, out: Tensor, backend: str, rates: Rates | None) -> Figure:

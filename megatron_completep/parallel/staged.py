@@ -82,6 +82,14 @@ class StagedGroup(dist.ProcessGroup):
     def getBackendName(self) -> str:
         return STAGED
 
+    # The base class keeps the name in the backends that were registered with it: here are none.
+    def _set_group_name(self, name: str) -> None:
+        self._name = name
+
+    @property
+    def group_name(self) -> str:
+        return self._name
+
     def allreduce(self, tensors: Sequence[Tensor], opts: Any = None) -> StagedWork:
         hosts = [_on_host(tensor) for tensor in tensors]
         opts = dist.AllreduceOptions() if opts is None else opts

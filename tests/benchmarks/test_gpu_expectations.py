@@ -51,7 +51,7 @@ def test_the_step_is_what_was_predicted_before_a_gpu_was_at_hand() -> None:
     model = StepModel(SHAPE, H100, chunk_bytes=1 << 28)
     ours = total(model.ours())
     copies = 1e3 * 20 * 50_304 * 2048 / 3.0e12 / 0.9
-    assert ours + copies == pytest.approx(146.1, abs=0.1)
+    assert ours + copies == pytest.approx(146.1, abs=0.2)
     assert ours + total(model.plain_differences()) == pytest.approx(156.3, abs=0.2)
     assert ours + total(model.plain_differences(pure=True)) == pytest.approx(136.0, abs=0.2)
 

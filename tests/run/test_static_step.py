@@ -68,11 +68,18 @@ def without_times(figures: StepFigures) -> dict[str, Any]:
 
 
 class Recording(TorchDispatchMode):
-    """The operators that are called, with every argument that is no value of a tensor."""
+    """The operators that are called, with every argument that is no value of a tensor.
 
-    def __init__(self) -> None:
+    A single number that is no input and no result of a call was handed over by the host, which a
+    capture would keep: its value is recorded.
+    """
+
+    def __init__(self, inputs: list[torch.Tensor]) -> None:
         super().__init__()
         self.calls: list[tuple[str, ...]] = []
+        # Kept, so that no later number takes the place in memory of one of them.
+        self._known = list(inputs)
+        self._places = {place(tensor) for tensor in inputs}
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -80,17 +87,33 @@ class Recording(TorchDispatchMode):
         kwargs = kwargs or {}
         words = [str(function)]
         for leaf in tree_leaves((args, kwargs)):
-            is_tensor = isinstance(leaf, torch.Tensor)
-            words.append(f"{leaf.dtype} {list(leaf.shape)}" if is_tensor else repr(leaf))
+            if not isinstance(leaf, torch.Tensor):
+                words.append(repr(leaf))
+                continue
+            words.append(f"{leaf.dtype} {list(leaf.shape)}")
+            if leaf.dim() == 0 and place(leaf) not in self._places:
+                words.append(f"= {leaf.item()}")
         self.calls.append(tuple(words))
-        return function(*args, **kwargs)
+        result = function(*args, **kwargs)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self._known.append(leaf)
+                self._places.add(place(leaf))
+        return result
+
+
+def place(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def recorded(assembly: Assembly, step: int) -> list[tuple[str, ...]]:
     """The calls of the step itself, without those that bring its inputs to their place."""
     training_step = assembly.step
     inputs = training_step._inputs(batches_of(step, assembly), step, stop=step == STEPS)
-    with Recording() as recording:
+    numbers = [inputs.tokens, inputs.stop]
+    if isinstance(inputs.learning_rate, torch.Tensor):
+        numbers.append(inputs.learning_rate)
+    with Recording(numbers) as recording:
         training_step._compute(inputs)
     return recording.calls
 

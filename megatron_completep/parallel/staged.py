@@ -43,17 +43,21 @@ def _make_group(store: dist.Store, rank: int, size: int, timeout: timedelta) -> 
     return StagedGroup(store, rank, size, timeout)
 
 
-class StagedWork:
+class StagedWork(dist.Work):
     """A collective under way: its result is on the device when `wait` returns, and not before."""
 
     def __init__(self, work: Any, arrive: Callable[[], None]):
         """work: gloo's own. arrive: copies the result from the host."""
+        super().__init__()
         self._work = work
         self._arrive = arrive
         self._waited = False
 
-    def wait(self, *_: Any) -> bool:
-        """Wait for gloo, then for the copy to the device; a second call does nothing."""
+    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+        """Wait for gloo, then for the copy to the device; a second call does nothing.
+
+        timeout: the group's own holds.
+        """
         if not self._waited:
             self._work.wait()
             # The pipeline library receives into buffers that require gradients.
@@ -70,11 +74,11 @@ class StagedGroup(dist.ProcessGroup):
     """The collectives that this project and torch's pipeline library call.
 
     Each takes what `torch.distributed` hands to a group, under its names: lists with one tensor,
-    and options.
+    and options. The base class has further ways to call them, which nobody uses.
     """
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta):
-        super().__init__(rank, size)
+        super().__init__(rank, size)  # type: ignore[call-arg]  # one of its two constructors
         self._gloo: Any = dist.ProcessGroupGloo(store, rank, size, timeout=timeout)
         self._ranks = size
         self._rank = rank
@@ -87,20 +91,24 @@ class StagedGroup(dist.ProcessGroup):
         self._name = name
 
     @property
-    def group_name(self) -> str:
+    def group_name(self) -> str:  # type: ignore[override]
         return self._name
 
-    def allreduce(self, tensors: Sequence[Tensor], opts: Any = None) -> StagedWork:
+    def allreduce(  # type: ignore[override]
+        self, tensors: Sequence[Tensor], opts: Any = None
+    ) -> StagedWork:
         hosts = [_on_host(tensor) for tensor in tensors]
         opts = dist.AllreduceOptions() if opts is None else opts
         return StagedWork(self._gloo.allreduce(hosts, opts), _copies(tensors, hosts))
 
-    def broadcast(self, tensors: Sequence[Tensor], opts: Any = None) -> StagedWork:
+    def broadcast(  # type: ignore[override]
+        self, tensors: Sequence[Tensor], opts: Any = None
+    ) -> StagedWork:
         hosts = [_on_host(tensor) for tensor in tensors]
         opts = dist.BroadcastOptions() if opts is None else opts
         return StagedWork(self._gloo.broadcast(hosts, opts), _copies(tensors, hosts))
 
-    def allgather(
+    def allgather(  # type: ignore[override]
         self,
         outputs: Sequence[Sequence[Tensor]],
         inputs: Sequence[Tensor],
@@ -127,20 +135,20 @@ class StagedGroup(dist.ProcessGroup):
         return StagedWork(work, _copies([out], [host.chunk(self._ranks)[self._rank]]))
 
     # The names of the two before torch 2.13.
-    _allgather_base = all_gather_single
-    _reduce_scatter_base = reduce_scatter_single
+    _allgather_base = all_gather_single  # type: ignore[assignment]
+    _reduce_scatter_base = reduce_scatter_single  # type: ignore[assignment]
 
-    def send(self, tensors: Sequence[Tensor], to: int, tag: int = 0) -> StagedWork:
+    def send(self, tensors: Sequence[Tensor], dstRank: int, tag: int = 0) -> StagedWork:
         hosts = [_on_host(tensor) for tensor in tensors]
 
         def keep() -> None:
             hosts.clear()  # gloo reads them until it has sent
 
-        return StagedWork(self._gloo.send(hosts, to, tag), keep)
+        return StagedWork(self._gloo.send(hosts, dstRank, tag), keep)
 
-    def recv(self, tensors: Sequence[Tensor], sender: int, tag: int = 0) -> StagedWork:
+    def recv(self, tensors: Sequence[Tensor], srcRank: int, tag: int = 0) -> StagedWork:
         hosts = [torch.empty_like(tensor, device="cpu") for tensor in tensors]
-        return StagedWork(self._gloo.recv(hosts, sender, tag), _copies(tensors, hosts))
+        return StagedWork(self._gloo.recv(hosts, srcRank, tag), _copies(tensors, hosts))
 
     def barrier(self, opts: Any = None) -> StagedWork:
         opts = dist.BarrierOptions() if opts is None else opts

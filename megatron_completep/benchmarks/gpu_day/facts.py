@@ -99,7 +99,7 @@ def _machine(setting: Setting) -> None:
         device = torch.cuda.get_device_properties(setting.device)
         details |= {
             "cudnn": torch.backends.cudnn.version(),
-            "nccl": ".".join(map(str, torch.cuda.nccl.version())),  # type: ignore[no-untyped-call]
+            "nccl": ".".join(map(str, torch.cuda.nccl.version())),
             "multiprocessors": device.multi_processor_count,
             "memory_gib": round(device.total_memory / 2**30, 1),
             "clocks": _clocks(),

@@ -46,27 +46,59 @@ class StepInputs:
         return tensors
 
 
-Compute = Callable[[StepInputs], Tensor]
+class CudaGraph:
+    """The launches of one step on a GPU: made on a stream of their own, captured, replayed."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._stream: torch.cuda.Stream | None = None
+        self._graph = torch.cuda.CUDAGraph()
+        self._figures: Tensor | None = None  # which every replay writes
+
+    def launch(self, compute: Callable[[], Tensor]) -> Tensor:
+        """Run a step on the stream of the capture, because autograd remembers streams."""
+        current = torch.cuda.current_stream(self._device)
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            figures = compute()
+        current.wait_stream(self._stream)
+        # The figures were allocated on one stream and are read on another.
+        figures.record_stream(current)
+        return figures
+
+    def capture(self, compute: Callable[[], Tensor]) -> None:
+        """Record the launches of a step; nothing runs."""
+        # Other threads go on meanwhile: the loader's pins memory, which a capture of the whole
+        # process would not survive.
+        mode = "thread_local"
+        with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode=mode):
+            self._figures = compute()
+
+    def replay(self) -> Tensor:
+        """Run what was captured; its figures are overwritten by the next replay."""
+        assert self._figures is not None, "nothing was captured"
+        self._graph.replay()
+        return self._figures
 
 
 class StaticStep:
     """Runs `compute` over inputs that stay in the same memory; on a GPU as a graph.
 
-    Communicates nothing: a graph of a step belongs to one process (config/world_rules.py).
+    Communicates nothing: a graph of a step belongs to one process (config/graph_rules.py).
     """
 
-    def __init__(self, compute: Compute, device: torch.device):
+    def __init__(self, compute: Callable[[StepInputs], Tensor], graph: CudaGraph | None):
         """compute: the whole step, from the forward pass to the update; returns its figures.
 
         It must not read the device, nor keep a tensor from one step to the next that it replaces.
+        graph: None where steps are run as they are, on a CPU.
         """
         self._compute = compute
-        self._device = device
+        self._graph = graph
         self._inputs: StepInputs | None = None
-        self._launched_steps = 0
-        self._stream: torch.cuda.Stream | None = None
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._figures: Tensor | None = None  # which every replay writes
+        self._steps = 0
 
     def run(self, inputs: StepInputs) -> Tensor:
         """One step; its figures are overwritten by the next one.
@@ -74,16 +106,14 @@ class StaticStep:
         Every step must have as many micro-batches of the same shape.
         """
         static = self._place(inputs)
-        if self._device.type != "cuda":
-            return self._compute(static)
-        if self._graph is None and self._launched_steps < LAUNCHED_STEPS:
-            self._launched_steps += 1
-            return self._launch(static)
+        self._steps += 1
         if self._graph is None:
-            self._capture(static)
-        assert self._graph is not None and self._figures is not None
-        self._graph.replay()
-        return self._figures
+            return self._compute(static)
+        if self._steps <= LAUNCHED_STEPS:
+            return self._graph.launch(lambda: self._compute(static))
+        if self._steps == LAUNCHED_STEPS + 1:
+            self._graph.capture(lambda: self._compute(static))
+        return self._graph.replay()
 
     def _place(self, inputs: StepInputs) -> StepInputs:
         """Copy the inputs to where the step reads them."""
@@ -95,29 +125,6 @@ class StaticStep:
             assert static.shape == tensor.shape, (static.shape, tensor.shape)
             static.copy_(tensor, non_blocking=True)
         return self._inputs
-
-    def _launch(self, inputs: StepInputs) -> Tensor:
-        """The step as launched, on the stream of the capture, as autograd remembers streams."""
-        current = torch.cuda.current_stream(self._device)
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(self._device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            figures = self._compute(inputs)
-        current.wait_stream(self._stream)
-        # The figures were allocated on one stream and are read on another.
-        figures.record_stream(current)
-        return figures
-
-    def _capture(self, inputs: StepInputs) -> None:
-        """Record the launches of a step; nothing runs."""
-        graph = torch.cuda.CUDAGraph()
-        # Other threads go on meanwhile: the loader's pins memory, which a capture of the whole
-        # process would not survive.
-        mode = "thread_local"
-        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode=mode):
-            self._figures = self._compute(inputs)
-        self._graph = graph
 
 
 def _copy_of(inputs: StepInputs) -> StepInputs:

@@ -23,7 +23,7 @@ from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.cross_entropy import IGNORED, LossConfig
 from megatron_completep.parallel.pipeline import Pipeline
 from megatron_completep.run.forward_backward import ForwardBackward, MicroBatch
-from megatron_completep.run.static_step import StaticStep, StepInputs
+from megatron_completep.run.static_step import CudaGraph, StaticStep, StepInputs
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,9 @@ class TrainingStep:
         self._micro_batches = micro_batches_per_step(config, context.world_size)
         self._static: StaticStep | None = None
         if config.training.cuda_graph:
-            self._static = StaticStep(self._compute, context.device)
+            on_gpu = context.device.type == "cuda"
+            graph = CudaGraph(context.device) if on_gpu else None
+            self._static = StaticStep(self._compute, graph)
 
     @property
     def pipeline(self) -> Pipeline | None:

@@ -6,7 +6,8 @@ of two steps, and every number that is handed to them, are the same.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from megatron_completep.data.loader import Batch
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.run.assemble import Assembly, assemble
+from megatron_completep.run.static_step import LAUNCHED_STEPS, CudaGraph, StaticStep
 from megatron_completep.run.step import StepFigures
 from tests.support.configs import GPT2, small_config
 
@@ -152,6 +154,38 @@ def test_a_step_asks_the_host_where_alibi_copies_its_slopes() -> None:
     assembly = assembled(False, {"position": "alibi"})
     recorded(assembly, 1)
     assert any("lift_fresh" in call[0] for call in recorded(assembly, 2))
+
+
+class Replays:
+    """In the place of a CUDA graph: what is captured runs when it is replayed, and only then."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.captured: Callable[[], torch.Tensor] | None = None
+
+    def launch(self, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        self.calls.append("launch")
+        return compute()
+
+    def capture(self, compute: Callable[[], torch.Tensor]) -> None:
+        self.calls.append("capture")
+        self.captured = compute
+
+    def replay(self) -> torch.Tensor:
+        self.calls.append("replay")
+        assert self.captured is not None
+        return self.captured()
+
+
+def test_a_step_is_captured_once_after_some_that_are_launched_and_then_replayed() -> None:
+    assembly = assembled(True, {})
+    replays = Replays()
+    assembly.step._static = StaticStep(assembly.step._compute, cast(CudaGraph, replays))
+    figures = trained(assembly) + trained(assembly)
+    expected = assembled(False, {})
+    for found, launched in zip(figures, trained(expected) + trained(expected), strict=True):
+        assert without_times(found) == without_times(launched)
+    assert replays.calls == ["launch"] * LAUNCHED_STEPS + ["capture"] + ["replay"] * 5
 
 
 def test_inputs_of_another_shape_are_refused() -> None:

@@ -169,6 +169,7 @@ def _serve(
     try:
         if device.type == "cuda":
             torch.cuda.set_device(device)
+            torch.cuda.init()  # else the mesh would choose a device by the rank
         join_staged(store, rank, layout.ranks, timedelta(seconds=SECONDS_A_LAYOUT))
         config = _config(layout.parallel, "float32", trial, layout.ranks)
         data_size = data_parallel_size_for(config.parallel, layout.ranks)

@@ -347,6 +347,9 @@ class TrainingConfig(Section):
         description="Activation recomputation: selective: attention proper and the MLP's "
         "activation; full: whole layers.",
     )
+    cuda_graph: bool = Field(
+        False, description="On a GPU, replay whole steps as one captured graph; one process only."
+    )
     cpu_threads: PositiveInt | None = Field(
         None,
         description="Threads a process computes on; "
@@ -368,9 +371,6 @@ class TrainingConfig(Section):
         "auto: apex where installed.",
     )
     compile: bool = Field(False, description="torch.compile the regions between linears.")
-    cuda_graph: bool = Field(
-        False, description="On a GPU, replay whole steps as one captured graph; one process only."
-    )
     validation_interval: PositiveInt | None = Field(
         None, description="Steps between validations; null: only at the end."
     )

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_completep.benchmarks.gpu_day import kernels, report
-from megatron_completep.benchmarks.gpu_day.figures import Figure, run_part
+from megatron_completep.benchmarks.gpu_day import facts, kernels, report, step
+from megatron_completep.benchmarks.gpu_day.figures import Figure, Setting, run_part
 from megatron_completep.benchmarks.gpu_day.report import PACKAGE, PARTS, TOTAL_SECONDS, Part
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,6 +50,32 @@ def test_every_part_runs_on_a_cpu(part: str, tmp_path: Path, capsys: Any) -> Non
         assert words in names, words
     # Where results are fetched from another machine, few files are: the log and two pages besides.
     assert len(list(tmp_path.rglob("*"))) <= 3
+
+
+class OnKnownDevice(Setting):
+    """A trial whose device is taken for one of which figures are expected."""
+
+    @property
+    def device_name(self) -> str:
+        return "NVIDIA H100 80GB HBM3"
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        (facts, ["copy", "product tiny, forward", "node", "backward"]),
+        (step, ["ours, step", "ours, MFU", "peak memory", "plain over ours", "pure bf16, MFU"]),
+    ],
+)
+def test_what_is_expected_of_a_known_device_stands_beside_what_was_measured(
+    module: Any, names: list[str], tmp_path: Path
+) -> None:
+    said: list[Figure] = []
+    deadline = time.monotonic() + 1000
+    module.measure(OnKnownDevice(torch.device("cpu"), tmp_path, deadline, said.append, trial=True))
+    for name in names:
+        found = [figure for figure in said if name in figure.name]
+        assert found and all(figure.expected is not None for figure in found), name
 
 
 def part_of(program: str, name: str = "facts", seconds: float = 10) -> Part:

@@ -228,7 +228,7 @@ def what_now(outcomes: Sequence[Outcome], trial: bool = False) -> str:
     )
     if not (lacking or broken):
         sentences.append(
-            "With a minute left: tools/tune_kernels.py --only norm_backward --hidden 2048 4096 "
+            "With two minutes left: tools/tune_kernels.py --only norm_backward --hidden 4096 "
             "--write, then --parts bench again."
         )
     return " ".join(sentences)

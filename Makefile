@@ -4,7 +4,7 @@
 # make faults       the same set-up + every injected fault, with a table of what survived, and the training time kept under kills
 # make lint         the same set-up + ruff (lint, format) and mypy
 # make docs         the same set-up + the documentation as a site in site/, a broken link being an error
-# make gpu-report   on a machine with a GPU: kernel tests and benchmarks with the installed Python, no network
+# make gpu-report   on a machine with a GPU: its tests and timings, with the installed Python, no network; REPORT="--seconds 330 ..."
 # make clean        remove what builds, tests and checkers leave behind; .venv and runs stay
 
 PYTHON ?= python3
@@ -62,7 +62,7 @@ docs: $(READY_TO_TEST)
 	@echo "site/index.html; to search in it: $(BIN)/python -m http.server --directory site"
 
 gpu-report:
-	PYTHONPATH=. $(PYTHON) tools/gpu_report.py
+	PYTHONPATH=".$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) tools/gpu_report.py $(REPORT)
 
 clean:
 	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -66,6 +66,7 @@ def chosen_plan(arguments: argparse.Namespace) -> Plan:
         changes["rows"] = tuple(arguments.rows)
     if arguments.hidden:
         changes["hidden"] = tuple(arguments.hidden)
+        changes["compiled_hidden"] = tuple(arguments.hidden)
     if arguments.seconds is not None:
         changes["seconds"] = arguments.seconds
     if arguments.no_compile:

@@ -3,6 +3,7 @@
 Example:
 
     python tools/replay_trace.py tests/golden/completep --precision float64
+    python tools/replay_trace.py tests/golden/completep --precision float32 --device cuda
 
 TRACE is a pair NAME.json and NAME.npz: the path without suffix, or either file. Exit code 1 when
 the replay does not agree.
@@ -12,9 +13,12 @@ import argparse
 import json
 from collections.abc import Sequence
 
+import torch
+
 from megatron_completep.command_line import Parser, file_or_folder
-from megatron_completep.errors import exit_on_user_error
+from megatron_completep.errors import ConfigError, exit_on_user_error
 from megatron_completep.instruments.replay import TOLERANCES, Replay, Trace, replay
+from megatron_completep.parallel.context import ParallelContext
 
 
 def _trace(path: str) -> str:
@@ -36,13 +40,22 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--precision", choices=tuple(TOLERANCES), default="float64", help="default: float64"
     )
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="default: cpu, whose float64 is the reference",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     arguments = parse_arguments(argv)
-    result = replay(Trace.load(arguments.trace), arguments.precision)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no GPU. Leave the option out.")
+    context = ParallelContext.single("cuda:0" if arguments.device == "cuda" else "cpu")
+    result = replay(Trace.load(arguments.trace), arguments.precision, context)
     print(json.dumps(result.to_json()) if arguments.json else describe(result, arguments.precision))
     return 0 if result.passed else 1
 

@@ -1,8 +1,9 @@
 """Time every kernel beside its baselines and a plain copy of as many bytes, in one run."""
 
+import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -36,12 +37,17 @@ DATA_SHEET = {
     "MI300X": 5300,
 }
 
+GRAPHED_CALLS = 10  # of one implementation in a captured graph
+
 
 @dataclass(frozen=True)
 class Measurement:
     """One implementation of one kernel at one shape.
 
-    Times are in microseconds: the median and the 20th and 80th percentile.
+    Times are in microseconds: the median and the 20th and 80th percentile, of calls from the host
+    with the caches cleared before each. graph_microseconds: of one call among several in a CUDA
+    graph, where no launch is waited for. A short backward by autograd takes the host longer than
+    the device, so shares of a copy are those of the graph where there is one.
     """
 
     kernel: str
@@ -59,6 +65,7 @@ class Measurement:
     host_microseconds: float | None  # until the call returns, on a GPU
     peak_megabytes: float | None  # allocated beyond the inputs, on a GPU
     max_error: float | None  # of ours, against float64, relative to the largest entry
+    graph_microseconds: float | None = None  # on a GPU, where the call can be captured
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,12 @@ class Plan:
     milliseconds: int = 40  # of repetitions of one implementation
     seconds: float = 190.0  # for everything; what does not fit is left out and reported
     with_compile: bool = True
+    # Each case takes torch.compile 5 to 15 s, so it is compared at these hidden sizes alone.
+    compiled_hidden: tuple[int, ...] = (2048, 4096)
+
+    def compiles(self, hidden: int) -> bool:
+        """Whether torch.compile is a baseline at this hidden size."""
+        return self.with_compile and hidden in self.compiled_hidden
 
 
 SMOKE = Plan(
@@ -83,12 +96,13 @@ SMOKE = Plan(
     milliseconds=2,
     seconds=60.0,
     with_compile=False,
+    compiled_hidden=(64,),
 )
 
 
 @dataclass(frozen=True)
 class _Costs:
-    """What one implementation takes. The last three are None on a CPU."""
+    """What one implementation takes. The last four are None on a CPU."""
 
     p50: float  # microseconds, as the two below
     p20: float
@@ -96,6 +110,7 @@ class _Costs:
     launches: int | None
     host_microseconds: float | None
     peak_megabytes: float | None
+    graph_microseconds: float | None
 
 
 def _quantiles(
@@ -117,6 +132,51 @@ def _quantiles(
     times.sort()
     count = len(times)
     return times[count // 2], times[count // 5], times[count * 4 // 5]
+
+
+def _graph_microseconds(
+    prepare: Prepare, milliseconds: int, device: torch.device, log: Callable[[str], None]
+) -> float | None:
+    """Median of a call among others in a captured graph; None where it cannot be captured.
+
+    Nothing clears the caches between the calls: what is smaller than they are is read from them.
+    """
+    if device.type != "cuda":
+        return None
+    try:
+        graph = _captured(prepare)
+    # Whatever a library does that a capture refuses must not end the run.
+    except Exception as error:
+        log(f"no graph: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+        return None
+    times: list[float] = []
+    end = time.perf_counter() + milliseconds / 1e3
+    while len(times) < 3 or time.perf_counter() < end:
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        times.append(1e3 * start.elapsed_time(stop) / GRAPHED_CALLS)
+    return statistics.median(times)
+
+
+def _captured(prepare: Prepare) -> torch.cuda.CUDAGraph:
+    """Some calls of one implementation as a graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    # Autograd runs a backward on the stream of its forward: that must be the one of the capture.
+    with torch.cuda.stream(stream):
+        work = prepare()
+        work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(GRAPHED_CALLS):
+            work()
+    graph.replay()
+    torch.cuda.synchronize()
+    return graph
 
 
 def _host_microseconds(
@@ -175,13 +235,24 @@ def _max_error(case: Case) -> float | None:
     return max(errors)
 
 
-def _copy_rate(case: Case, plan: Plan, device: torch.device) -> float:
-    """GB/s of a device-to-device copy that reads and writes as many bytes as the case's floor."""
+def _copy_rates(
+    case: Case, plan: Plan, device: torch.device, log: Callable[[str], None]
+) -> tuple[float, float | None]:
+    """GB/s of a copy on the device that moves as many bytes as the case's floor.
+
+    As launched, and in a graph.
+    """
     # A float32 entry is read and written once: 8 bytes.
     source = torch.randn(max(1, case.floor_bytes // 8), device=device)
     target = torch.empty_like(source)
-    microseconds, _, _ = _quantiles(lambda: target.copy_(source), plan.milliseconds, device)
-    return 8 * source.numel() / microseconds / 1e3
+    moved = 8 * source.numel()
+
+    def copy() -> Tensor:
+        return target.copy_(source)
+
+    microseconds, _, _ = _quantiles(copy, plan.milliseconds, device)
+    in_graph = _graph_microseconds(lambda: copy, plan.milliseconds, device, log)
+    return moved / microseconds / 1e3, None if in_graph is None else moved / in_graph / 1e3
 
 
 def _data_sheet_rate(device: torch.device) -> float | None:
@@ -193,14 +264,17 @@ def _data_sheet_rate(device: torch.device) -> float | None:
     return next(rates, None)
 
 
-def _costs(prepare: Prepare, plan: Plan, device: torch.device) -> _Costs:
+def _costs(
+    prepare: Prepare, plan: Plan, device: torch.device, log: Callable[[str], None]
+) -> _Costs:
     """Prepare one implementation, run it once, then measure it."""
     work = prepare()
     work()  # compiles kernels and fills the allocator's cache
     p50, p20, p80 = _quantiles(work, plan.milliseconds, device)
     launches, peak_megabytes = _launches_and_peak(work, device)
     host = _host_microseconds(work, device)
-    return _Costs(p50, p20, p80, launches, host, peak_megabytes)
+    in_graph = _graph_microseconds(prepare, plan.milliseconds, device, log)
+    return _Costs(p50, p20, p80, launches, host, peak_megabytes, in_graph)
 
 
 def measure(
@@ -210,12 +284,12 @@ def measure(
 
     A baseline that fails is reported and left out; an error of our own implementation is raised.
     """
-    copy_rate = _copy_rate(case, plan, device)
+    copy_rate, copy_rate_in_graph = _copy_rates(case, plan, device, log)
     data_sheet_rate = _data_sheet_rate(device)
     for implementation, prepare in case.implementations.items():
         is_ours = implementation == "ours"
         try:
-            costs = _costs(prepare, plan, device)
+            costs = _costs(prepare, plan, device, log)
         except Exception as error:  # whatever a library raises must not end the run
             if is_ours:
                 raise
@@ -224,6 +298,10 @@ def measure(
             continue
 
         rate = case.floor_bytes / costs.p50 / 1e3  # bytes a microsecond to GB/s
+        share_of_copy = rate / copy_rate
+        if costs.graph_microseconds is not None and copy_rate_in_graph is not None:
+            rate = case.floor_bytes / costs.graph_microseconds / 1e3
+            share_of_copy = rate / copy_rate_in_graph
         yield Measurement(
             kernel=case.kernel,
             implementation=implementation,
@@ -234,34 +312,43 @@ def measure(
             p80=costs.p80,
             floor_bytes=case.floor_bytes,
             gigabytes_per_second=rate,
-            percent_of_copy=100 * rate / copy_rate,
+            percent_of_copy=100 * share_of_copy,
             percent_of_data_sheet=None if data_sheet_rate is None else 100 * rate / data_sheet_rate,
             launches=costs.launches,
             host_microseconds=costs.host_microseconds,
             peak_megabytes=costs.peak_megabytes,
             max_error=_max_error(case) if is_ours else None,
+            graph_microseconds=costs.graph_microseconds,
         )
 
 
 def cases(plan: Plan, setting: Setting) -> Iterator[Case]:
     """All cases, the most telling first: a run that is cut short has measured those."""
     by_interest = sorted(plan.rows, key=lambda rows: abs(rows - 8192))
+    first_rows = by_interest[0]
     for rows in by_interest:
         for hidden in plan.hidden:
+            compared = replace(setting, with_compile=plan.compiles(hidden))
             for rms in (True, False):
-                yield from residual_norm_cases(rows, hidden, rms, setting)
+                yield from residual_norm_cases(rows, hidden, rms, compared)
+            # Behind the norms of one width: a run that is short has something of everything.
+            if (rows, hidden) == (first_rows, plan.hidden[0]):
+                yield from _cases_of_one_size(rows, plan, setting)
+        # Only the residual norms are swept over rows.
+        if rows == first_rows:
+            for hidden in plan.hidden:
+                compared = replace(setting, with_compile=plan.compiles(hidden))
+                yield from pointwise_cases(rows, 4 * hidden, compared)
+                for rms in (True, False):
+                    yield from norm_and_add_cases(rows, hidden, rms, compared)
 
-        # Only the residual norms are swept over rows; everything else is measured at one number.
-        if rows != by_interest[0]:
-            continue
-        yield from optimizer_cases(plan.parameters, setting)
-        for vocabulary in plan.vocabularies:
-            yield from cross_entropy_cases(rows, vocabulary, setting)
-        for hidden in plan.hidden:
-            yield from pointwise_cases(rows, 4 * hidden, setting)
-            for rms in (True, False):
-                yield from norm_and_add_cases(rows, hidden, rms, setting)
-        yield from rotary_cases(rows, 16, 128, setting)
+
+def _cases_of_one_size(rows: int, plan: Plan, setting: Setting) -> Iterator[Case]:
+    """What does not depend on the hidden size."""
+    yield from optimizer_cases(plan.parameters, setting)
+    for vocabulary in plan.vocabularies:
+        yield from cross_entropy_cases(rows, vocabulary, setting)
+    yield from rotary_cases(rows, 16, 128, setting)
 
 
 def run(

@@ -35,6 +35,7 @@ COLUMNS: dict[str, Callable[[Measurement], object]] = {
     "rows": lambda m: m.rows,
     "columns": lambda m: m.columns,
     "us p50 [p20, p80]": _times,
+    "us in a graph": lambda m: _number(m.graph_microseconds),
     "GB/s": lambda m: _number(m.gigabytes_per_second, 0),
     "% of copy": lambda m: _number(m.percent_of_copy),
     "% of data sheet": lambda m: _number(m.percent_of_data_sheet),
@@ -61,7 +62,8 @@ def markdown(measurements: list[Measurement], left_out: list[str], setting: dict
     lines += [
         "",
         "GB/s counts the floor's bytes only; "
-        "the copy is a device-to-device copy of as many bytes in the same run.",
+        "the copy is a device-to-device copy of as many bytes in the same run. "
+        "Both are those of a CUDA graph where the call can be captured, else as launched.",
         "",
     ]
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 
 from megatron_completep.config import derived
+from megatron_completep.config.graph_rules import graph_problems
 from megatron_completep.config.remedies import (
     VALUES,
     Choice,
@@ -535,6 +536,7 @@ RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _tokenizer,
     _training,
     _batch_ramp,
+    graph_problems,
     _step_numbers,
     _checkpoint,
     _guards,

@@ -304,6 +304,9 @@ class TrainingConfig(Section):
         description="Activation recomputation: selective: attention proper and the MLP's "
         "activation; full: whole layers.",
     )
+    cuda_graph: bool = Field(
+        False, description="On a GPU, replay whole steps as one captured graph; one process only."
+    )
     cpu_threads: PositiveInt | None = Field(
         None,
         description="Threads a process computes on; "

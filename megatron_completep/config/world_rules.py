@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from megatron_completep.config import derived
+from megatron_completep.config.graph_rules import graph_world_problems
 from megatron_completep.config.remedies import (
     VALUES,
     Choice,
@@ -44,6 +45,7 @@ def world_problems(config: Config, world_size: int) -> Iterator[Problem]:
             near=shard_size,
         )
     yield from _batch_problems(config, replicas)
+    yield from graph_world_problems(config, world_size)
     largest_rank = max(config.profiling.ranks)
     if largest_rank >= world_size and config.profiling.first_step is not None:
         yield (

@@ -78,7 +78,7 @@ class DistributedOptimizer:
 
     def step(
         self,
-        learning_rate: float,
+        learning_rate: float | Tensor,
         loss_sum: Tensor,
         tokens: Tensor,
         term_sums: Tensor | None = None,
@@ -89,7 +89,8 @@ class DistributedOptimizer:
         embedding) and the whole mesh (norm, loss, tokens). The host never waits for the device.
 
         Args:
-            learning_rate: of this step, before the factors of the groups.
+            learning_rate: of this step, before the factors of the groups; a float64 tensor []
+                where the step is replayed and a number would stay what it was.
             loss_sum: sum over the tokens of this data rank; zero where this rank has no loss.
             tokens: number of tokens that `loss_sum` is over.
             term_sums: [n], this rank's shares of further sums over tokens, reported as means.

@@ -23,6 +23,7 @@ from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.cross_entropy import IGNORED, LossConfig
 from megatron_completep.parallel.pipeline import Pipeline
 from megatron_completep.run.forward_backward import ForwardBackward, MicroBatch
+from megatron_completep.run.static_step import CudaGraph, StaticStep, StepInputs
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,11 @@ class TrainingStep:
             LossConfig.of(config.training),
         )
         self._micro_batches = micro_batches_per_step(config, context.world_size)
+        self._static: StaticStep | None = None
+        if config.training.cuda_graph:
+            on_gpu = context.device.type == "cuda"
+            graph = CudaGraph(context.device) if on_gpu else None
+            self._static = StaticStep(self._compute, graph)
 
     @property
     def pipeline(self) -> Pipeline | None:
@@ -152,22 +158,48 @@ class TrainingStep:
         the whole mesh.
         """
         own = Stopwatch(self.context.device)
-        self.optimizer.begin_step(len(batches))
-        micro_batches = [
-            self._micro_batch(batch, self._dropout_seed(step, number))
-            for number, batch in enumerate(batches)
-        ]
-        loss_sum = self.passes(micro_batches)
-        tokens = torch.full((), self._count(batches), dtype=torch.int64, device=self.context.device)
-        rate = learning_rate(step, self.config.optimizer, self.config.training.train_steps)
-        # What follows waits for other ranks: their time is not this rank's own.
-        own.stop()
+        inputs = self._inputs(batches, step, stop)
+        if self._static is None:
+            figures = self._compute(inputs, own)
+        else:
+            figures = self._static.run(inputs)
+            # One process has nobody to wait for: the whole step is its own.
+            own.stop()
+        return PendingFigures(figures, own, self.passes.terms)
 
-        result = self.optimizer.step(rate, loss_sum, tokens, self.passes.take_terms())
-        asked = self._on_any_rank(stop)
+    def _inputs(self, batches: Sequence[Batch], step: int, stop: bool) -> StepInputs:
+        """What the step reads, on the device."""
+        device = self.context.device
+        micro_batches = []
+        for number, batch in enumerate(batches):
+            micro_batches.append(self._micro_batch(batch, self._dropout_seed(step, number)))
+        rate: float | Tensor
+        rate = learning_rate(step, self.config.optimizer, self.config.training.train_steps)
+        if self._static is not None:
+            rate = torch.full((), rate, dtype=torch.float64, device=device)
+        return StepInputs(
+            micro_batches,
+            tokens=torch.full((), self._count(batches), dtype=torch.int64, device=device),
+            stop=torch.full((), float(stop), device=device),
+            learning_rate=rate,
+        )
+
+    def _compute(self, inputs: StepInputs, own: Stopwatch | None = None) -> Tensor:
+        """The figures of a step as `PendingFigures` takes them; nothing here depends on the host.
+
+        own: stopped when this rank's own part is done.
+        """
+        self.optimizer.begin_step(len(inputs.micro_batches))
+        loss_sum = self.passes(inputs.micro_batches)
+        # What follows waits for other ranks: their time is not this rank's own.
+        if own is not None:
+            own.stop()
+        result = self.optimizer.step(
+            inputs.learning_rate, loss_sum, inputs.tokens, self.passes.take_terms()
+        )
+        asked = self._on_any_rank(inputs.stop)
         figures = [result.loss, result.grad_norm, result.tokens, result.skipped, asked]
-        figures_and_terms = torch.cat([torch.stack([f.double() for f in figures]), result.terms])
-        return PendingFigures(figures_and_terms, own, self.passes.terms)
+        return torch.cat([torch.stack([f.double() for f in figures]), result.terms])
 
     def pass_over(self, stop: bool = False) -> PendingFigures:
         """A step of training.skip_steps: no loss and no update.
@@ -177,13 +209,13 @@ class TrainingStep:
         nothing = torch.tensor(
             [math.nan, math.nan, 0.0, 1.0], dtype=torch.float64, device=self.context.device
         )
-        asked = self._on_any_rank(stop).double().view(1)
+        flag = torch.full((), float(stop), device=self.context.device)
+        asked = self._on_any_rank(flag).double().view(1)
         return PendingFigures(torch.cat([nothing, asked]), own=None)
 
-    def _on_any_rank(self, flag: bool) -> Tensor:
-        """1 where the flag is set on some rank, else 0. Communicates over the whole mesh."""
-        flags = torch.full((), float(flag), device=self.context.device)
-        return all_reduce(flags, self.context.world, dist.ReduceOp.MAX)
+    def _on_any_rank(self, flag: Tensor) -> Tensor:
+        """1 where the flag [] is 1 on some rank, else 0. Communicates over the whole mesh."""
+        return all_reduce(flag, self.context.world, dist.ReduceOp.MAX)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> float:

@@ -234,6 +234,26 @@ RULES = [
         ),
     ),
     (
+        ["training.cuda_graph=true", "parallel.pipeline_parallel_size=2"],
+        "parallel.tensor_parallel_size x pipeline_parallel_size = 1 x 2. Use 1 and 1, or",
+    ),
+    (
+        ["training.cuda_graph=true", "training.batch_ramp={start: 32, increment: 8, steps: 10}"],
+        "training.batch_ramp changes the number of micro-batches.",
+    ),
+    (
+        ["training.cuda_graph=true", "model.position=alibi"],
+        "cannot copy from the host in a step, as model.position = alibi does",
+    ),
+    (
+        [
+            "training.cuda_graph=true",
+            "model.attention_backend=flash_attention",
+            "data.reset_at_document_ends=true",
+        ],
+        "the number of documents, a shape, changes with every micro-batch.",
+    ),
+    (
         ["checkpoint.interval=300", "checkpoint.keep_every=1000"],
         "checkpoint.keep_every = 1000 is not a multiple of checkpoint.interval = 300",
     ),

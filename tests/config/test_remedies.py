@@ -127,6 +127,25 @@ IN_WORDS = {
         ["profiling.first_step=98"],
         ["profiling.first_step=1", "profiling.steps=100"],
     ],
+    "training.cuda_graph=true parallel.pipeline_parallel_size=2": [
+        ["parallel.pipeline_parallel_size=1"],
+        ["training.cuda_graph=false"],
+    ],
+    "training.cuda_graph=true training.batch_ramp={start: 32, increment: 8, steps: 10}": [
+        ["training.batch_ramp=null"],
+        ["training.cuda_graph=false"],
+    ],
+    "training.cuda_graph=true model.position=alibi": [
+        ["model.position=rope"],
+        ["model.position=learned"],
+        ["training.cuda_graph=false"],
+    ],
+    "training.cuda_graph=true model.attention_backend=flash_attention "
+    "data.reset_at_document_ends=true": [
+        ["model.attention_backend=sdpa"],
+        ["data.reset_at_document_ends=false"],
+        ["training.cuda_graph=false"],
+    ],
     "guards.hang_timeout_minutes=30": [["parallel.timeout_minutes=30"]],
     "guards.rollback_threshold=2 data.order=megatron": [
         ["data.order=permutation"],

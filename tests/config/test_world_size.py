@@ -107,6 +107,8 @@ WORLDS = [
         "profiling.ranks names rank 2, but the ranks go from 0 to 1. Leave it out.",
     ),
     (2, ["profiling.first_step=5", "profiling.ranks=[0, 1]"], None),
+    (2, ["training.cuda_graph=true"], "captures the step of one process, but there are 2."),
+    (1, ["training.cuda_graph=true"], None),
 ]
 
 

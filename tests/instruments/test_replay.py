@@ -16,12 +16,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_completep.completep import Table, parameterization
 from megatron_completep.completep import table as page
 from megatron_completep.config.derived import head_dim
-from megatron_completep.errors import DataError
+from megatron_completep.errors import ConfigError, DataError
 from megatron_completep.instruments.replay import Trace, relative_error, replay
+from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.roles import Role
 from megatron_completep.tools.replay_trace import main
 from tests.instruments.reference_run import record
@@ -51,6 +53,20 @@ def test_the_authors_recorded_runs_are_reproduced(name: str, precision: str) -> 
     assert len(result.loss) == trace.record["steps"] == 20
     recomputed = max(abs(a - b) / b for a, b in zip(result.loss, trace.record["loss"], strict=True))
     assert recomputed == result.max_relative_loss_error
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NAMES)
+def test_the_authors_recorded_runs_are_reproduced_on_a_gpu(name: str) -> None:
+    context = ParallelContext.single("cuda:0")
+    result = replay(Trace.load(str(GOLDEN / name)), "float32", context)
+    assert result.passed, result
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_said() -> None:
+    with pytest.raises(ConfigError, match="--device cuda: torch sees no GPU"):
+        main([str(GOLDEN / "completep"), "--device", "cuda"])
 
 
 def first_steps(trace: Trace, steps: int) -> Trace:

@@ -70,7 +70,7 @@ USAGES = [
     Usage("tools.evaluate_model", "{folder} --token-file {prefix} --device cpu", "run_config"),
     Usage("tools.export_hf", "{folder} {out}", "export_model", "folder"),
     Usage("tools.generate", "{folder} --device cpu", "run_config"),
-    Usage("tools.gpu_report", "", "describe_device"),
+    Usage("tools.gpu_report", "--cpu --out {out}", "run_parts", "folder"),
     Usage("tools.import_hf", "{folder} {out}", "import_model", "folder"),
     Usage("tools.laziness", "{config} --out {out}", "laziness.collect", "folder"),
     Usage(

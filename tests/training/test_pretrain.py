@@ -63,6 +63,18 @@ def test_the_resolved_configuration_is_saved_with_the_run(whole: Config) -> None
     assert load_config(Path(whole.training.output_dir) / "config.yaml") == whole
 
 
+def test_a_run_of_static_steps_equals_the_run_bit_for_bit_over_a_resume(
+    folder: Path, whole: Config
+) -> None:
+    """With validation, telemetry and a checkpoint between the steps."""
+    for overrides in (["training.stop_at_step=7"], []):
+        config = tiny_config(folder, "training.cuda_graph=true", *overrides, output="static")
+        assert pretrain(config) == ExitCode.DONE
+    assert rows_of(config) == rows_of(whole)
+    for name, weight in weights_of(whole, 12).items():
+        assert torch.equal(weights_of(config, 12)[name], weight), name
+
+
 def test_half_a_run_resumed_equals_the_whole_run_bit_for_bit(folder: Path, whole: Config) -> None:
     first = tiny_config(folder, "training.stop_at_step=6", output="halves")
     assert pretrain(first) == ExitCode.DONE

@@ -1,12 +1,12 @@
-"""The record of an optimizer step: what the host, the gradient norm and AdamW tell each other.
+"""The control of an optimizer step: state shared by the host, the gradient norm and AdamW.
 
-A float64 tensor [8] on the device, whose numbers have names. The optimizer writes the learning rate
-before a step and `begin_step_` writes the others, so nothing waits for the host, and a captured
-CUDA graph stays right.
+A control is a float64 tensor [8] on the device, whose numbers have names. The optimizer writes the
+learning rate before a step and `ops.grad_norm.begin_step_` writes the others, so no kernel waits
+for the host, and a captured CUDA graph stays valid.
 
-    record = new_control(device)
-    record[LEARNING_RATE] = 1e-3          one number, on the device
-    read_control(record).grad_norm        all of them, on the host: this waits for the device
+    control = new_control(device)
+    control[LEARNING_RATE] = 1e-3          one number, on the device
+    read_control(control).grad_norm        all of them, on the host: this waits for the device
 """
 
 from __future__ import annotations
@@ -20,22 +20,29 @@ from .optional_triton import tl
 
 
 class Control(NamedTuple):
-    """The record's numbers on the host, in the order in which they lie on the device."""
+    """The numbers of a control on the host, in the order of the tensor's elements."""
 
     learning_rate: float = 0.0  # before the groups' factors
     step: float = 0.0  # updates so far; a skipped step does not count
     clip: float = 0.0  # what every gradient is multiplied by
-    skip: float = 0.0  # 1: a gradient was not finite, and AdamW touches nothing
+    skip: float = 0.0  # 1 if a gradient was not finite; AdamW then changes nothing
     correction1: float = 0.0  # 1 - beta1^step
     correction2: float = 0.0  # 1 - beta2^step
     grad_norm: float = 0.0  # before clipping
-    unused: float = 0.0  # 64 bytes in all
+    unused: float = 0.0  # pads the tensor to 64 bytes
 
 
-_positions = range(len(Control._fields))
-LEARNING_RATE, STEP, CLIP, SKIP, CORRECTION1, CORRECTION2, GRAD_NORM, _ = _positions
+# Positions in the tensor.
+LEARNING_RATE = Control._fields.index("learning_rate")
+STEP = Control._fields.index("step")
+CLIP = Control._fields.index("clip")
+SKIP = Control._fields.index("skip")
+CORRECTION1 = Control._fields.index("correction1")
+CORRECTION2 = Control._fields.index("correction2")
+GRAD_NORM = Control._fields.index("grad_norm")
 
-# The same positions for kernels, which can read a module's name only where it is a `tl.constexpr`.
+# The same positions for Triton kernels, which can read module-level globals only if they are
+# `tl.constexpr`.
 AT_LEARNING_RATE = tl.constexpr(LEARNING_RATE)
 AT_STEP = tl.constexpr(STEP)
 AT_CLIP = tl.constexpr(CLIP)
@@ -45,11 +52,11 @@ AT_CORRECTION2 = tl.constexpr(CORRECTION2)
 AT_GRAD_NORM = tl.constexpr(GRAD_NORM)
 
 
-def new_control(device: torch.device | str, control: Control | None = None) -> Tensor:
-    """A record (float64 [8]) on `device` that holds `control`, or zeros."""
-    return torch.tensor(control or Control(), dtype=torch.float64).to(device)
+def new_control(device: torch.device | str, numbers: Control | None = None) -> Tensor:
+    """A control (float64 [8]) on `device` that holds `numbers`, or zeros."""
+    return torch.tensor(numbers or Control(), dtype=torch.float64).to(device)
 
 
-def read_control(record: Tensor) -> Control:
-    """The numbers of a record. On a GPU this waits for the device."""
-    return Control(*record.tolist())
+def read_control(control: Tensor) -> Control:
+    """The numbers of a control. On a GPU this waits for the device."""
+    return Control(*control.tolist())

@@ -51,7 +51,7 @@ class Launch:
 
     @property
     def store_holder(self) -> str:
-        """The process that holds the store at the address where the ranks meet, in words."""
+        """The process that hosts the store at the address where the ranks meet, in words."""
         return "the launcher" if self.launcher_holds_store else "rank 0"
 
 

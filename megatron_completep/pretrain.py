@@ -87,7 +87,7 @@ def train_one_model(
     """Read this function first: it visits every room once, in order."""
     if config.training.deterministic:
         use_deterministic_algorithms()  # before anything touches a device
-    watchdog.enter("joining the process group")
+    watchdog.enter_phase("joining the process group")
     # NCCL's own watchdog writes its newest collectives there when one of them times out.
     timeout_files = f"{config.training.output_dir}/nccl_timeout_rank_"
     device_name = config.training.device
@@ -103,13 +103,13 @@ def train_one_model(
     threads = use_threads(config.training.cpu_threads, launch.local_world_size)
     clock.done("process_groups")
 
-    watchdog.enter("building the model")
+    watchdog.enter_phase("building the model")
     assembly = assemble(config, context, table)
     step = assembly.step
     precision = assembly.precision
     clock.done("model")
 
-    watchdog.enter("opening the data")
+    watchdog.enter_phase("opening the data")
     loader = build.build_training_loader(config, context)
     validation = build.build_validation(config, context)
     guard.on_first(lambda: build.keep_run_tokenizer(config, say))
@@ -117,7 +117,7 @@ def train_one_model(
 
     # A slow disk is no hang: loading gets nearly the time that a rank waits for another one there.
     load_seconds = 0.9 * 60 * config.checkpoint.timeout_minutes
-    watchdog.enter("loading the checkpoint", at_least_seconds=load_seconds)
+    watchdog.enter_phase("loading the checkpoint", at_least_seconds=load_seconds)
     checkpointer = _checkpointer_of(
         config, context, assembly, table, loader, guard, say, fail_point
     )
@@ -126,7 +126,7 @@ def train_one_model(
     guard.on_first(lambda: build.record_start(config, state))
     clock.done("checkpoint")
 
-    watchdog.enter("preparing the first step")
+    watchdog.enter_phase("preparing the first step")
     rollbacks = guard.rollbacks(checkpointer)
     chunks = assembly.chunks
     say(build.describe_run(config, context, precision, threads, chunks, assembly.products))

@@ -31,7 +31,7 @@ from megatron_completep.config.schema import ParallelConfig
 from megatron_completep.data.indexed import IndexedDataset
 from megatron_completep.data.tokenizer import build_tokenizer
 from megatron_completep.errors import exit_on_user_error
-from megatron_completep.inference.generation import load_model, run_config, run_tokenizer
+from megatron_completep.inference.generation import load_model, run_config, tokenizer_of_run
 from megatron_completep.inference.lm_eval_tasks import TaskSettings, evaluate_tasks
 from megatron_completep.inference.scoring import Scorer, score_token_file
 from megatron_completep.launch import Launch
@@ -128,7 +128,7 @@ def evaluate(arguments: argparse.Namespace, context: ParallelContext) -> dict[st
     precision = precision_of_run(arguments.precision, precision_of_training, context.device, say)
     config, model = load_model(arguments.checkpoint, context.device, precision)
     tokenizer = build_tokenizer(
-        run_tokenizer(arguments.checkpoint, config, arguments.tokenizer_model)
+        tokenizer_of_run(arguments.checkpoint, config, arguments.tokenizer_model)
     )
     scorer = Scorer(model, tokenizer, context.world, arguments.batch_size, arguments.max_length)
 

@@ -40,7 +40,7 @@ from megatron_completep.inference.generation import (
     generate_texts,
     load_model,
     run_config,
-    run_tokenizer,
+    tokenizer_of_run,
 )
 from megatron_completep.model.gpt import GPT
 from megatron_completep.parallel.context import choose_device
@@ -249,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         )
 
     config, model = load_model(arguments.checkpoint, device, precision)
-    settings = run_tokenizer(arguments.checkpoint, config, arguments.tokenizer_model)
+    settings = tokenizer_of_run(arguments.checkpoint, config, arguments.tokenizer_model)
     started = time.perf_counter()
     samples = arguments.samples
     repeated_prompts: list[str] = []

@@ -1,8 +1,8 @@
-"""Writing a checkpoint: stage, write, hash, commit.
+"""Writing a checkpoint: copy to the host, write and hash, commit.
 
 Every attempt has a fresh folder whose name starts with a dot. It becomes a checkpoint by one
-rename, after its files, its manifest and the folder itself are on disk. Whatever stops a save
-before that leaves the older checkpoints as they are.
+rename, after its files, its manifest and the folder itself are on disk. An interruption before the
+rename leaves the older checkpoints untouched.
 """
 
 from __future__ import annotations
@@ -33,13 +33,15 @@ from megatron_completep.errors import CheckpointError, size_text
 from megatron_completep.files import is_being_filled, sync_folder
 from megatron_completep.parallel.exchange import Exchange, LongWork, describe, join_problems
 
-FailPoint = Callable[[str], None]  # called at named places; only tests pass one that does something
+# Fault-injection callback, called with the name of each point that a save reaches. Only tests pass
+# one that is not a no-op.
+FailPoint = Callable[[str], None]
 
-MARGIN_BYTES = 16 << 20  # headers, the manifest, and a little for the metrics that go on
+MARGIN_BYTES = 16 << 20  # for headers, the manifest, and metrics that are written meanwhile
 
 
 class Staging:
-    """Host copies of the flat states, so that training may go on while they are written.
+    """Host copies of the flat states, so that training can continue while they are written.
 
     The buffers are kept from save to save.
     """
@@ -48,7 +50,7 @@ class Staging:
         self._buffers: dict[str, Tensor] = {}
 
     def copy(self, flats: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copies of the tensors, complete on return; page-locked for those of a GPU."""
+        """Copy the tensors to the host, to pinned memory from a GPU; complete on return."""
         for name, flat in flats.items():
             if name not in self._buffers:
                 pinned = flat.is_cuda
@@ -71,14 +73,14 @@ def check_space(folder: Path, needed: int) -> None:
     if needed_with_margin > free:
         raise CheckpointError(
             f"{folder}: a checkpoint needs {size_text(needed_with_margin)} "
-            f"({size_text(MARGIN_BYTES)} of it a reserve), {size_text(free)} are free. "
-            "Free some, lower checkpoint.keep, or use another training.output_dir."
+            f"(including a reserve of {size_text(MARGIN_BYTES)}), but only {size_text(free)} are "
+            "free. Free disk space, lower checkpoint.keep, or use another training.output_dir."
         )
 
 
 def write_checkpoint(
     checkpoints: Path,
-    leads: bool,
+    is_leader: bool,
     exchange: Exchange,
     shard: Shard,
     flats: Mapping[str, Tensor],
@@ -88,26 +90,28 @@ def write_checkpoint(
 ) -> Path:
     """Write and commit a checkpoint together with all ranks; returns its folder.
 
-    It may run in the training thread or in one of its own. Raises CheckpointError, the same on
+    It may run in the training thread or in a separate one. Raises CheckpointError, the same on
     every rank, and leaves nothing behind then.
 
     Args:
         checkpoints: the folder in which the checkpoint is made.
-        leads: whether this rank creates and commits it; of the ranks that see the same
-            `checkpoints`, one does.
+        is_leader: whether this rank creates and commits the folder. Of the ranks that see the same
+            `checkpoints`, exactly one does.
         flats: the tensors of the shard's states.
-        content: the fields of the manifest that are known beforehand. All places get the same
-            manifest.
-        work: told of every block that is written, so that no rank takes another for dead.
+        content: the fields of the manifest that are known beforehand; those of rank 0 are used on
+            every rank. Node-local snapshots therefore have the same manifest on every node.
+        work: notified of every block that is written, so that a slow writer is not mistaken for a
+            dead rank.
     """
+    # Rank 0's content and attempt id replace those of every other rank.
     content = exchange.broadcast({**content, "attempt": secrets.token_hex(4)})
     step = content["step"]
     folder = checkpoints / f".{folder_name(step)}.{content['attempt']}"
     try:
-        exchange.together(lambda: folder.mkdir(parents=True) if leads else None)
+        exchange.together(lambda: folder.mkdir(parents=True) if is_leader else None)
         fail_point("save.folder_created")
         own_record = _write_part(folder, exchange, shard, flats, content, fail_point, work.goes_on)
-        # Nobody commits before every rank has told that its file is on disk, or why it is not.
+        # Commit only after every rank has reported that its file is on disk, or why it is not.
         records = work.done(own_record)
         fail_point("save.hashes_exchanged")
         problems = {}
@@ -118,12 +122,14 @@ def write_checkpoint(
             raise CheckpointError(
                 f"step {step} is not saved: {join_problems(problems, exchange.size)}"
             )
-        exchange.together(lambda: _commit(folder, records, content, fail_point) if leads else None)
+        exchange.together(
+            lambda: _commit(folder, records, content, fail_point) if is_leader else None
+        )
         fail_point("save.committed")
         return checkpoints / folder_name(step)
     except CheckpointError:
-        # Every rank is here, as the error is the same on all: nobody writes to the folder any more.
-        if leads:
+        # All ranks raise this error together, so none of them still writes to the folder.
+        if is_leader:
             shutil.rmtree(folder, ignore_errors=True)
         raise
 
@@ -139,14 +145,13 @@ def _write_part(
 ) -> dict[str, Any]:
     """Write the file of this rank. Returns its record, or what went wrong.
 
-    A disk that fails makes it return too, as the other ranks wait for either.
+    Disk errors are returned, not raised, because the other ranks wait for this rank's record.
     """
     if not shard.written:
         return {}
     path = folder / f"rank_{exchange.rank:05d}_of_{exchange.size:05d}.safetensors"
     try:
-        # State by state, in the order in which the boxes lie in memory: neighbours are then written
-        # at once.
+        # State by state, each in memory order, so that adjacent boxes are written in one write.
         tensors = []
         for state in shard.states:
             for owned in shard.written:
@@ -169,7 +174,7 @@ def _array(tensor: Tensor) -> np.ndarray:
 def _commit(
     folder: Path, records: list[dict[str, Any]], content: dict[str, Any], fail_point: FailPoint
 ) -> str:
-    """Write the manifest, and give the folder its name. Returns that name."""
+    """Write the manifest and rename the folder to its final name, which is returned."""
     files = []
     elements = 0
     for record in records:  # a rank that wrote nothing has an empty one
@@ -186,13 +191,13 @@ def _commit(
         file.flush()
         os.fsync(file.fileno())
     fail_point("save.manifest_written")
-    # The entries of the folder must be on disk before its name promises them.
+    # Sync the folder before the rename makes it visible as a checkpoint.
     sync_folder(folder)
     fail_point("save.before_rename")
-    # The one moment at which the checkpoint comes into being.
     target = folder.with_name(folder_name(manifest.step))
-    replaced = _make_way(target)
+    replaced = _move_aside(target)
     fail_point("save.older_one_moved")
+    # The commit point.
     os.rename(folder, target)
     fail_point("save.renamed")
     sync_folder(target.parent)
@@ -201,10 +206,10 @@ def _commit(
     return target.name
 
 
-def _make_way(target: Path) -> Path | None:
-    """Move a folder of this step away, until the new one is in place; returns where it is then.
+def _move_aside(target: Path) -> Path | None:
+    """Move an existing folder of the same step aside; returns its new path, or None without one.
 
-    There is one where the run went back, or where the checkpoint was damaged. None: there is none.
+    A folder of the same step exists after a rollback, or if its checkpoint was damaged.
     """
     if not os.path.lexists(target):
         return None
@@ -216,17 +221,18 @@ def _make_way(target: Path) -> Path | None:
 def clean_up(checkpoints: Path) -> list[str]:
     """Remove what interrupted saves left, and put back a checkpoint that had been moved away.
 
-    The caller must hold the run's lock. What a tool is writing there at the moment stays. Returns
-    lines for the user.
+    The caller must hold the run's lock. Folders that another tool is currently writing are left
+    alone. Returns lines for the user.
     """
     if not checkpoints.is_dir():
         return []
     lines = []
     for entry in sorted(checkpoints.iterdir()):
-        # The save was interrupted between its two renames, and there is no newer folder.
         if entry.name.startswith(".replaced.step_"):
-            target = checkpoints / entry.name.split(".")[2]
-            if not target.exists() and _is_whole(entry):
+            step_name = entry.name.split(".")[2]  # of .replaced.STEP_NAME.TOKEN
+            target = checkpoints / step_name
+            # The save was interrupted between its two renames, before the new folder was in place.
+            if not target.exists() and _is_complete(entry):
                 os.rename(entry, target)
                 continue
         if not _is_remainder(entry) or is_being_filled(entry):
@@ -240,13 +246,13 @@ def clean_up(checkpoints: Path) -> list[str]:
 
 
 def _is_remainder(entry: Path) -> bool:
-    """Whether a folder has a name that only saves and removals under way give."""
+    """Whether the folder's name is one that only unfinished saves and removals use."""
     if not entry.name.startswith((".step_", ".replaced.step_", ".removing.step_")):
         return False
     return entry.is_dir() and not entry.is_symlink()
 
 
-def _is_whole(folder: Path) -> bool:
+def _is_complete(folder: Path) -> bool:
     try:
         read_manifest(folder)
     except CheckpointError:
@@ -255,5 +261,5 @@ def _is_whole(folder: Path) -> bool:
 
 
 def jsonable(value: Any) -> Any:
-    """The value as JSON will bring it back, so that it can be compared with what was read."""
+    """The value after a JSON round trip, for comparison with values read from a file."""
     return json.loads(json.dumps(value, default=str))

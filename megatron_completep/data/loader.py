@@ -1,6 +1,6 @@
 """Batches for training and validation.
 
-One worker thread prepares them ahead, which never changes what comes out.
+A worker thread prefetches them; prefetching never changes the batches.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Batch:
     labels: Tensor  # int64 [B, S], the next token of each
     loss_mask: Tensor  # float32 [B, S], 1 where the label counts
     positions: Tensor  # int64 [B, S]
-    document_ids: Tensor  # int32 [B, S], which document of the sample each token is in, from 0
+    document_ids: Tensor  # int32 [B, S], number from 0 of each token's document within the sample
     sample_ids: Tensor  # int64 [B], number of the sample within the run
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
@@ -57,7 +57,7 @@ def make_batch(
     seq_length: int,
     reset_at_document_ends: bool,
 ) -> Batch:
-    """Stack samples; None gives a padding row of zeros that the loss mask leaves out.
+    """Stack samples; None becomes a row of zeros whose loss mask is 0.
 
     reset_at_document_ends: positions count from the beginning of each document.
     """
@@ -71,11 +71,12 @@ def make_batch(
             mask[row] = 0
             continue
         rows[row] = sample.tokens
-        # The last token of a sample is a label only: a document that begins there has no input.
+        # The last of the S + 1 tokens is only a label, so a document that starts there is ignored.
         starts = sample.starts[sample.starts < seq_length]
         if len(starts) == 0:
             continue
-        # A 1 at each start, summed up along the row, numbers the documents from 0.
+        # A 1 at each start, summed up along the row, numbers the documents from 0: `starts` never
+        # includes 0, since the first token always belongs to document 0.
         document_ids[row, starts] = 1
         np.cumsum(document_ids[row], out=document_ids[row])
         if reset_at_document_ends:
@@ -94,10 +95,11 @@ def make_batch(
 
 
 @dataclass(frozen=True)
-class Layout:
+class SampleAssignment:
     """Which samples of a step belong to this data-parallel rank.
 
-    Sample i of a step goes to micro-batch i // (B * ranks) of rank (i // B) % ranks.
+    Sample i of a step goes to micro-batch i // (B * ranks) of rank (i // B) % ranks, with
+    B = micro_batch_size and ranks = data_size.
     """
 
     micro_batch_size: int
@@ -107,21 +109,28 @@ class Layout:
     def __post_init__(self) -> None:
         assert 0 <= self.data_rank < self.data_size
 
-    def micro_batches(self, global_batch_size: int) -> list[range]:
-        """This rank's samples of a step, numbered within the step, one range a micro-batch.
+    @property
+    def samples_per_round(self) -> int:
+        """Samples of one micro-batch on every rank."""
+        return self.micro_batch_size * self.data_size
 
-        Raises ConfigError where the samples cannot be dealt out evenly.
-        """
-        # Samples of one micro-batch on every rank.
-        row = self.micro_batch_size * self.data_size
-        if global_batch_size <= 0 or global_batch_size % row:
+    def check(self, global_batch_size: int) -> None:
+        """Raise ConfigError if the samples of a step cannot be divided evenly."""
+        if global_batch_size <= 0 or global_batch_size % self.samples_per_round:
             raise ConfigError(
                 f"training.global_batch_size = {global_batch_size} is not a multiple of "
                 "training.micro_batch_size * data-parallel size = "
                 f"{self.micro_batch_size} * {self.data_size}. Change one of them."
             )
+
+    def micro_batches(self, global_batch_size: int) -> list[range]:
+        """This rank's samples of a step, numbered within the step, one range per micro-batch.
+
+        Raises ConfigError as `check` does.
+        """
+        self.check(global_batch_size)
         begin = self.data_rank * self.micro_batch_size
-        starts = range(begin, global_batch_size, row)
+        starts = range(begin, global_batch_size, self.samples_per_round)
         return [range(start, start + self.micro_batch_size) for start in starts]
 
 
@@ -135,17 +144,19 @@ class _Step:
 
 
 class Loader:
-    """This rank's micro-batches of one optimizer step after the other.
+    """Yields this rank's micro-batches, step by step.
 
-    A step holds samples consumed .. consumed + global_batch_size - 1. The order depends on the
-    corpus and the number of consumed samples only: not on the number of ranks, on prefetching, or
-    on where a run was resumed. prefetch: steps that are prepared ahead; 0: none, without a thread.
+    A step covers samples c to c + global_batch_size - 1, where c = consumed_samples. The order
+    depends on the corpus and the number of consumed samples only: not on the number of ranks, on
+    prefetching, or on where a run was resumed.
+
+    prefetch: number of steps prepared in advance; 0 disables the worker thread.
     """
 
     def __init__(
         self,
         corpus: Corpus,
-        layout: Layout,
+        assignment: SampleAssignment,
         *,
         seq_length: int,
         global_batch_size: int,
@@ -154,9 +165,9 @@ class Loader:
         prefetch: int = 2,
         pin_memory: bool = False,
     ) -> None:
-        layout.micro_batches(global_batch_size)  # refuses a size that does not fit, before training
+        assignment.check(global_batch_size)
         self.corpus = corpus
-        self._layout = layout
+        self._assignment = assignment
         self._seq_length = seq_length
         self._reset = reset_at_document_ends
         self._prefetch = prefetch
@@ -165,35 +176,34 @@ class Loader:
         self.consumed_samples = consumed_samples
         self._waited = 0.0
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="data") if prefetch else None
-        self._ahead: deque[_Step] = deque()
-        self._look_ahead()
+        self._prefetched: deque[_Step] = deque()
+        self._schedule_prefetch()
 
     def next_step(self, global_batch_size: int | None = None) -> list[Batch]:
         """Micro-batches of the next step.
 
-        global_batch_size: another size, in sequences, that holds from here on. Raises DataError,
-        and ConfigError for a size that does not fit the layout.
+        global_batch_size: new global batch size in sequences, effective from this step on. Raises
+        DataError, and ConfigError for a size that cannot be divided over micro-batches and ranks.
         """
         started = time.perf_counter()
         if global_batch_size is not None:
             self.global_batch_size = global_batch_size
         batches = self._take(self.consumed_samples, self.global_batch_size)
         self.consumed_samples += self.global_batch_size
-        self._look_ahead()
+        self._schedule_prefetch()
         self._waited += time.perf_counter() - started
         return batches
 
-    @property
-    def wait_seconds(self) -> float:
-        """Seconds the caller spent waiting in next_step since this was last read."""
+    def take_wait_seconds(self) -> float:
+        """Seconds the caller spent waiting in next_step since the last call; resets them."""
         waited = self._waited
         self._waited = 0.0
         return waited
 
     def seek(self, consumed_samples: int) -> None:
-        """Continue from another sample, forwards or backwards."""
+        """Jump to another sample, ahead or back."""
         self.consumed_samples = consumed_samples
-        self._look_ahead()
+        self._schedule_prefetch()
 
     def fingerprint(self) -> list[dict[str, Any]]:
         """What identifies the data, for comparing at resume."""
@@ -204,7 +214,7 @@ class Loader:
         if self._worker is not None:
             self._worker.shutdown(wait=True, cancel_futures=True)
             self._worker = None
-        self._ahead.clear()
+        self._prefetched.clear()
 
     def __enter__(self) -> Loader:
         return self
@@ -213,35 +223,37 @@ class Loader:
         self.close()
 
     def _take(self, first_sample: int, num_samples: int) -> list[Batch]:
-        """The batches of a step, from the worker where it has prepared exactly these samples."""
-        if self._ahead:
-            step = self._ahead[0]
+        """The batches of a step, from the worker if it has prepared exactly these samples."""
+        if self._prefetched:
+            step = self._prefetched[0]
             if (step.first_sample, step.num_samples) == (first_sample, num_samples):
-                return self._ahead.popleft().batches.result()
+                return self._prefetched.popleft().batches.result()
         return self._load(first_sample, num_samples)
 
-    def _look_ahead(self) -> None:
-        """Have the next steps prepared; what was prepared for another place or size is dropped."""
+    def _schedule_prefetch(self) -> None:
+        """Submit the next steps to the worker, after dropping those that no longer match."""
         if self._worker is None:
             return
         size = self.global_batch_size
         first_samples = [self.consumed_samples + size * i for i in range(self._prefetch)]
-        for step, first_sample in zip(self._ahead, first_samples, strict=False):
+        # Keep the queue only if it is a prefix of the steps that are needed now.
+        for step, first_sample in zip(self._prefetched, first_samples, strict=False):
             if (step.first_sample, step.num_samples) != (first_sample, size):
-                self._drop_ahead()
+                self._drop_prefetched()
                 break
-        for first_sample in first_samples[len(self._ahead) :]:
+        # The queue now holds the first steps of the list, or is empty.
+        for first_sample in first_samples[len(self._prefetched) :]:
             batches = self._worker.submit(self._load, first_sample, size)
-            self._ahead.append(_Step(first_sample, size, batches))
+            self._prefetched.append(_Step(first_sample, size, batches))
 
-    def _drop_ahead(self) -> None:
-        for step in self._ahead:
+    def _drop_prefetched(self) -> None:
+        for step in self._prefetched:
             step.batches.cancel()
-        self._ahead.clear()
+        self._prefetched.clear()
 
     def _load(self, first_sample: int, num_samples: int) -> list[Batch]:
         batches = []
-        for numbers in self._layout.micro_batches(num_samples):
+        for numbers in self._assignment.micro_batches(num_samples):
             sample_ids = [first_sample + number for number in numbers]
             samples = [self.corpus[sample_id] for sample_id in sample_ids]
             batch = make_batch(samples, sample_ids, self._seq_length, self._reset)
@@ -264,12 +276,13 @@ def build_loader(
     split: Literal["train", "validation"] = "train",
     pin_memory: bool = False,
 ) -> Loader:
-    """The loader of one data-parallel rank; sizes of batches are in sequences.
+    """The loader of one data-parallel rank; batch sizes are in sequences.
 
-    total_samples: sequences of the whole run where its steps are not all of global_batch_size.
+    total_samples: number of sequences in the run, if its steps differ in batch size (batch ramp).
     Raises DataError and ConfigError.
     """
-    # The length of the run decides the order where sources are given in epochs, and Megatron's.
+    # The sample order depends on the length of the run in two cases: if sources are given in
+    # epochs, and in Megatron's order.
     if total_samples is None:
         total_samples = train_steps * global_batch_size
     corpus = open_corpus(
@@ -281,7 +294,7 @@ def build_loader(
     )
     return Loader(
         corpus,
-        Layout(micro_batch_size, data_rank, data_size),
+        SampleAssignment(micro_batch_size, data_rank, data_size),
         seq_length=seq_length,
         global_batch_size=global_batch_size,
         consumed_samples=consumed_samples,
@@ -294,15 +307,15 @@ def build_loader(
 class ValidationBatches:
     """This rank's share of validation samples 0 .. n - 1, the same every time it is iterated.
 
-    Every rank gets equally many batches. Where n does not fill the last row of batches, padding
-    rows follow with loss mask 0 and sample id -1. So the sum of losses over all ranks is over
-    exactly the same n samples at every layout. Raises DataError where n is not positive.
+    All ranks get the same number of batches; missing samples are padded with rows of loss mask 0
+    and sample id -1. The summed loss thus covers exactly the same n samples in every parallel
+    layout. Raises DataError if n is not positive.
     """
 
     def __init__(
         self,
         corpus: Corpus,
-        layout: Layout,
+        assignment: SampleAssignment,
         samples: int,
         seq_length: int,
         reset_at_document_ends: bool,
@@ -313,9 +326,9 @@ class ValidationBatches:
         self.num_samples = samples
         self._seq_length = seq_length
         self._reset = reset_at_document_ends
-        row = layout.micro_batch_size * layout.data_size
-        num_rows = -(-samples // row)
-        self._micro_batches = layout.micro_batches(row * num_rows)
+        # Rounded up: the last round may be padded.
+        num_rounds = -(-samples // assignment.samples_per_round)
+        self._micro_batches = assignment.micro_batches(num_rounds * assignment.samples_per_round)
 
     def __len__(self) -> int:
         return len(self._micro_batches)
@@ -341,7 +354,7 @@ def validation_batches(
     data_rank: int,
     data_size: int,
 ) -> ValidationBatches:
-    """A fixed set of validation samples, at most one epoch of all sources together.
+    """A fixed validation set of at most one epoch over all sources.
 
     Raises DataError.
     """
@@ -352,6 +365,10 @@ def validation_batches(
         vocab_size=vocab_size,
         split="validation",
     )
-    layout = Layout(micro_batch_size, data_rank, data_size)
-    num_samples = min(samples, corpus.num_samples)
-    return ValidationBatches(corpus, layout, num_samples, seq_length, data.reset_at_document_ends)
+    return ValidationBatches(
+        corpus,
+        SampleAssignment(micro_batch_size, data_rank, data_size),
+        min(samples, corpus.num_samples),
+        seq_length,
+        data.reset_at_document_ends,
+    )

@@ -56,7 +56,7 @@ def keep_tokenizer(settings: TokenizerConfig | None, run: Path) -> str | None:
     return None
 
 
-def at_hand(settings: TokenizerConfig, run: Path) -> TokenizerConfig:
+def available_tokenizer(settings: TokenizerConfig, run: Path) -> TokenizerConfig:
     """The run's own copy where it has one, else the tokenizer as it was configured.
 
     Raises DataError for a damaged copy.
@@ -88,7 +88,7 @@ def with_readable_tokenizer(data: DataConfig, run: Path) -> DataConfig:
         return data
     if os.path.exists(model_path(tokenizer)):
         return data
-    return data.model_copy(update={"tokenizer": at_hand(tokenizer, run)})
+    return data.model_copy(update={"tokenizer": available_tokenizer(tokenizer, run)})
 
 
 def _files_of(tokenizer: Tokenizer, settings: TokenizerConfig) -> tuple[str, dict[str, bytes]]:

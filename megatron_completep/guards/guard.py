@@ -91,7 +91,7 @@ class Guard:
 
     def still_here(self) -> None:
         """Tell the watchdog that what training waits for makes progress, though no step comes."""
-        self._watchdog.stay()
+        self._watchdog.heartbeat()
 
     def close(self) -> None:
         """Release the folder: the run is over, and another may have it."""

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_completep.config.schema import Config, TrainingConfig
-from megatron_completep.data.loader import Layout
+from megatron_completep.data.loader import SampleAssignment
 from megatron_completep.guards.replicas import replica_hashes, who_differs
 from megatron_completep.guards.rollback import Rollbacks
 from megatron_completep.guards.spikes import LossSpikes
@@ -43,14 +43,14 @@ class Heartbeat(Hook):
         # The first step ends the phases of the start. From then on only finished steps are signs of
         # life: the host may launch a step while the device hangs in the one before.
         if not self._begun:
-            self._watchdog.beat(step - 1)
+            self._watchdog.step_done(step - 1)
         self._begun = True
 
     def after_step(self, record: StepRecord) -> None:
-        self._watchdog.beat(record.state.step)
+        self._watchdog.step_done(record.state.step)
 
     def rewind(self, state: RunState) -> None:
-        self._watchdog.beat(state.step)
+        self._watchdog.step_done(state.step)
 
     def close(self) -> None:
         self._watchdog.stop()
@@ -157,10 +157,10 @@ class SkippedSteps(Hook):
     def _own_samples(self, record: StepRecord) -> str:
         """Numbers within the run of the samples that this data rank read in the step."""
         data = self._context.data
-        layout = Layout(self._training.micro_batch_size, data.rank, data.size)
+        assignment = SampleAssignment(self._training.micro_batch_size, data.rank, data.size)
         step_start = record.state.consumed_samples - record.samples
         ranges = []
-        for micro_batch in layout.micro_batches(record.samples):
+        for micro_batch in assignment.micro_batches(record.samples):
             start = step_start + micro_batch.start
             stop = step_start + micro_batch.stop
             ranges.append(f"{start}-{stop - 1}")

@@ -1,8 +1,7 @@
 """A thread that notices when a run hangs, names the rank that is to blame, and ends the process.
 
-In a hang every rank waits for one. The watchdogs of all ranks tell each other where they are,
-through the store of the process group. The rank that does not wait inside a collective, or does not
-answer at all, is named.
+In a hang, all ranks wait for one of them. The watchdogs publish where their ranks are through the
+process group's store, and name the rank that is not inside a collective or does not answer.
 """
 
 from __future__ import annotations
@@ -27,9 +26,13 @@ from megatron_completep.launch import Launch
 from megatron_completep.run.state import ExitCode
 
 # Files whose functions wait for other ranks.
-WAITING = ("/torch/distributed/", "/parallel/collectives.py", "/parallel/rendezvous.py")
-ANSWER_SECONDS = 3.0  # that a call to the store, or writing a file, may take
-# Key in the store, set by the first rank whose time is up: all others then publish where they are.
+PATHS_THAT_WAIT_FOR_PEERS = (
+    "/torch/distributed/",
+    "/parallel/collectives.py",
+    "/parallel/rendezvous.py",
+)
+ANSWER_SECONDS = 3.0  # limit for one call to the store or one file write
+# Store key, set by the first rank that times out; the others then publish their positions.
 ASKED = "watchdog/asked"
 
 Answer = dict[str, Any] | None  # what `Watchdog._answer` returns on a rank; None: no answer in time
@@ -39,14 +42,15 @@ T = TypeVar("T")
 class Watchdog:
     """Ends the process when no sign of life comes for longer than the time-out.
 
-    Signs of life are a new phase of the start (`enter`), a finished step (`beat`), and `progress`
-    or `stay` within either. When none comes in time, the watchdog writes the stacks of all threads
-    to the run's folder, reports which rank holds the others up, and leaves with exit code HUNG.
+    Signs of life are a new phase of the start (`enter_phase`), a finished step (`step_done`), and
+    `progress` or `heartbeat` within either. When none comes in time, the watchdog writes the stacks
+    of all threads to the run's folder, reports which rank holds the others up, and ends the process
+    with exit code HUNG.
 
     Args:
-        folder: the run's, for the files.
-        timeout_seconds: None: never. A phase may ask for longer.
-        store: the store of the process group; None: this process is alone.
+        folder: the run's folder, for the dump files.
+        timeout_seconds: None disables the watchdog. A phase may ask for more.
+        store: the store of the process group; None for a single process.
         report: prints a line for the user; called from the watchdog's threads.
         leave: ends the process with an exit code. A process that hangs in a collective can be ended
             by `os._exit` only.
@@ -72,10 +76,10 @@ class Watchdog:
         # Where the run is. The training thread writes these, the watchdog's threads read them.
         self._step = 0
         self._phase = 0
-        self._stepping = False
-        self._doing = ""
-        self._beat_at = time.monotonic()
-        self._bound = self.timeout
+        self._in_training = False
+        self._activity = ""
+        self._last_sign_of_life = time.monotonic()
+        self._allowed_seconds = self.timeout
 
         self._stopped = threading.Event()
         self._leaving = threading.Event()
@@ -89,7 +93,7 @@ class Watchdog:
         watch = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._threads.append(watch)
         if self._store is not None:
-            # A connection of its own, as the training thread may hang in a call on the other.
+            # A separate connection: the training thread may hang in a call on the first one.
             connection = own_connection(self._store)
             answers = threading.Thread(
                 target=self._answer_peers, args=(connection,), name="watchdog answers", daemon=True
@@ -102,88 +106,92 @@ class Watchdog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop watching, unless the watchdog is about to end the process.
+        """Stop watching.
 
-        Then its verdict and its exit code come first: the error that is under way here may be the
-        time-out of the same collective.
+        If the watchdog is already ending the process, wait for it: the exception that passes
+        through here may be the time-out of the same collective, and the watchdog's verdict and exit
+        code must come first.
         """
         self.stop()
         if self._leaving.is_set():
             for thread in self._threads:
                 thread.join()
 
-    def enter(self, doing: str, at_least_seconds: float = 0.0) -> None:
-        """Begin a phase of the start. All ranks go through the same phases.
+    def enter_phase(self, doing: str, at_least_seconds: float = 0.0) -> None:
+        """Begin a start-up phase. All ranks go through the same phases.
 
-        The phase may take the time-out, or `at_least_seconds` where that is longer.
+        The phase may last max(time-out, at_least_seconds).
         """
         self._phase += 1
-        self._bound = max(self.timeout, at_least_seconds)
+        self._allowed_seconds = max(self.timeout, at_least_seconds)
         self.progress(doing)
 
-    def beat(self, step: int) -> None:
-        """A step is done, or the first one begins; `step` is the last one that is done."""
+    def step_done(self, step: int) -> None:
+        """Record that step `step` is done.
+
+        Also called once before the first step of this start, with the number of the step before it.
+        """
         self._step = step
-        self._stepping = True
-        self._bound = self.timeout
+        self._in_training = True
+        self._allowed_seconds = self.timeout
         self.progress("")
 
     def progress(self, doing: str) -> None:
         """A sign of life from something long; any thread may call it.
 
-        doing: what is reported where no other sign of life follows.
+        doing: the activity that is reported if no other sign of life follows.
         """
-        self._doing = doing
-        self._beat_at = time.monotonic()
+        self._activity = doing
+        self._last_sign_of_life = time.monotonic()
 
-    def stay(self) -> None:
-        """A sign of life from what training waits for: a save, or a load."""
-        self._beat_at = time.monotonic()
+    def heartbeat(self) -> None:
+        """A sign of life from a save or load that training is waiting for."""
+        self._last_sign_of_life = time.monotonic()
 
     def stop(self) -> None:
         """Watch no longer; returns at once."""
         self._stopped.set()
 
-    def _look_seconds(self) -> float:
-        """How often the threads look."""
+    def _poll_seconds(self) -> float:
+        """Polling interval of the watchdog's threads."""
         return min(1.0, self.timeout / 10)
 
     def _patience(self) -> float:
-        """Seconds that the watchdogs of other ranks have for their answers."""
+        """Seconds within which the watchdogs of other ranks must answer."""
         return ANSWER_SECONDS + self.timeout / 5
 
     def _watch(self) -> None:
-        """The thread that leaves when this rank's time is up."""
-        while not self._stopped.wait(self._look_seconds()):
-            if time.monotonic() - self._beat_at > self._bound:
+        """Thread that ends the process when this rank has timed out."""
+        while not self._stopped.wait(self._poll_seconds()):
+            if time.monotonic() - self._last_sign_of_life > self._allowed_seconds:
                 self._leaving.set()
-                # The process ends in any case: even a terminal that takes no text may hang.
-                in_time(self._expire, 2 * ANSWER_SECONDS + 2 * self._patience())
+                # Limit the time of the report: writing to a blocked terminal may hang too, and the
+                # process must end.
+                call_with_timeout(self._expire, 2 * ANSWER_SECONDS + 2 * self._patience())
                 self._leave(int(ExitCode.HUNG))
                 return
 
-    def _expire(self) -> bool:
+    def _expire(self) -> None:
         """Report all that can be found out."""
         rank = self.launch.rank
         answer = self._answer()
         self._dump_stacks(rank)
         how = "waiting for other ranks" if answer["waiting"] else "not waiting for another rank"
-        place = f"{answer['stage']}, in {answer['place']} ({how})"
         self._report(
-            f"rank {rank}: no step for {self._bound:g} s, {place}. Stacks: {self._stack_file(rank)}"
+            f"rank {rank} made no progress for {self._allowed_seconds:g} s {answer['stage']}, "
+            f"in {answer['place']}, {how}. Stacks: {self._stack_file(rank)}"
         )
         if self._store is not None:
-            self._keep_collectives(rank)
+            self._write_collectives(rank)
             self._report(self._verdict(self._store, answer))
-        return True
 
     def _stage(self) -> str:
         """How far this rank is, in words."""
-        stage = f"at step {self._step + 1}" if self._stepping else "before the first step"
-        return f"{stage}, {self._doing}" if self._doing else stage
+        stage = f"at step {self._step + 1}" if self._in_training else "before the first step"
+        return f"{stage} ({self._activity})" if self._activity else stage
 
     def _answer(self) -> dict[str, Any]:
-        """Where this rank is, as it tells the other ranks."""
+        """The position of this rank, as it is published to the other ranks."""
         place, waiting = where(sys._current_frames().get(self._main))
         return {
             "step": self._step + 1,
@@ -199,11 +207,11 @@ class Watchdog:
         def ask_all() -> dict[int, Answer]:
             return self._ask_all(own_connection(store), answer)
 
-        # A call to the store may never return, where the process that holds the store is stopped.
-        answers = in_time(ask_all, self._patience() + ANSWER_SECONDS)
+        # A call to the store may never return if the process that hosts the store is stopped.
+        answers = call_with_timeout(ask_all, self._patience() + ANSWER_SECONDS)
         if answers is None or answers[self.launch.rank] is None:
             return (
-                f"hung: {self.launch.store_holder}, which holds the store, does not answer "
+                f"hung: {self.launch.store_holder}, which hosts the store, does not answer "
                 "(stopped, or its host is down)"
             )
         return verdict(answers)
@@ -212,7 +220,7 @@ class Watchdog:
         """The answer of every rank by rank, that of this rank included."""
         publish(store, self.launch.rank, answer)
         store.set(ASKED, str(self.launch.rank))
-        # All ranks answer at the same time, so they share the time that there is.
+        # All ranks answer at the same time, so they share one time limit.
         deadline = time.monotonic() + self._patience()
         answers = {}
         for peer in range(self.launch.world_size):
@@ -220,33 +228,34 @@ class Watchdog:
         return answers
 
     def _answer_peers(self, store: Store) -> None:
-        """The thread that answers when another rank's time is up, and then leaves as well.
+        """Thread that publishes this rank's position once another rank has timed out.
 
-        The time of this rank need not be up.
+        It then ends this process too, even if this rank has not timed out itself.
         """
         rank = self.launch.rank
         with suppress(RuntimeError):  # the store is gone
-            while not self._stopped.wait(self._look_seconds()):
+            while not self._stopped.wait(self._poll_seconds()):
                 if store.check([ASKED]):
                     self._leaving.set()
                     publish(store, rank, self._answer())
                     self._dump_stacks(rank)
-                    self._keep_collectives(rank)
-                    # This process may hold the store, which the one that asked still needs.
+                    self._write_collectives(rank)
+                    # This process may host the store, which the asking rank still needs.
                     time.sleep(self._patience() + ANSWER_SECONDS)
                     self._leave(int(ExitCode.HUNG))
                     return
 
-    def _keep_collectives(self, rank: int) -> None:
+    def _write_collectives(self, rank: int) -> None:
         """Write this rank's newest collectives, once.
 
-        Both threads may come here at the same moment: this rank's time is up, and another asks.
+        Both threads may call this at the same moment, if this rank and another one time out
+        together.
         """
         if not self._collectives_written.acquire(blocking=False):
             return
         path = self._collectives_file(rank)
-        collectives = in_time(lambda: write_collectives(path), ANSWER_SECONDS)
-        self._report(f"rank {rank}: its {collectives or 'flight recorder does not answer'}")
+        report = call_with_timeout(lambda: write_collectives(path), ANSWER_SECONDS)
+        self._report(f"rank {rank}: {report or 'the flight recorder does not answer'}")
 
     def _collectives_file(self, rank: int) -> Path:
         return self.folder / f"hang_rank_{rank:05d}.collectives.json"
@@ -264,16 +273,16 @@ class Watchdog:
 
 
 def own_connection(store: Any) -> Store:
-    """The same store by another connection; the first may be in a call that never returns."""
+    """A second connection to the same store; the first may be in a call that never returns."""
     # torch's stubs lack `clone`, hence the annotations.
     connection: Store = store.clone()
     return connection
 
 
-def in_time(call: Callable[[], T], seconds: float) -> T | None:
-    """What `call` returns, or None where it raises or does not return within `seconds`.
+def call_with_timeout(call: Callable[[], T], seconds: float) -> T | None:
+    """What `call` returns, or None if it raises or does not return within `seconds`.
 
-    It runs in a thread of its own, which is abandoned when the time is up.
+    The call runs in a separate thread, which is abandoned after that time.
     """
     results: list[T] = []
 
@@ -281,7 +290,7 @@ def in_time(call: Callable[[], T], seconds: float) -> T | None:
         with suppress(Exception):
             results.append(call())
 
-    thread = threading.Thread(target=run, name="in time", daemon=True)
+    thread = threading.Thread(target=run, name="call with time-out", daemon=True)
     thread.start()
     thread.join(seconds)
     return results[0] if results else None
@@ -290,9 +299,9 @@ def in_time(call: Callable[[], T], seconds: float) -> T | None:
 def write_collectives(path: Path) -> str:
     """Write the newest collectives of this process as JSON.
 
-    Returns, in words, what the last one was and where the file is, or why there is none.
+    Returns a clause for the user: the last collective and where the file is, or why there is none.
     """
-    # Builds of torch without NCCL have the second name only, old ones neither.
+    # Torch builds without NCCL have only the second function; old versions have neither.
     dump = getattr(_distributed_c10d, "_dump_nccl_trace_json", None) or getattr(
         _distributed_c10d, "_dump_fr_trace_json", None
     )
@@ -301,9 +310,9 @@ def write_collectives(path: Path) -> str:
         entries = json.loads(dumped).get("entries", [])
         path.write_bytes(dumped if isinstance(dumped, bytes) else dumped.encode())
     except (OSError, ValueError, RuntimeError) as error:
-        return f"collectives cannot be written down: {error}"
+        return f"the newest collectives cannot be written to {path}: {error}"
     if not entries:
-        return "collectives are not remembered (parallel.flight_recorder_entries)"
+        return "no collectives are recorded (see parallel.flight_recorder_entries)"
 
     newest = entries[-1]
     # Which of the two fields an entry has depends on the backend.
@@ -312,22 +321,20 @@ def write_collectives(path: Path) -> str:
     group = newest.get("process_group", ["?"])[0]
     name = newest.get("profiling_name", "?")
     return (
-        f"last collective, {name} of {newest.get('input_sizes')} in group {group}, {state}; "
-        f"the {len(entries)} newest: {path}"
+        f"the last collective is {name} of {newest.get('input_sizes')} in group {group}, {state}; "
+        f"the {len(entries)} newest are in {path}"
     )
 
 
-def publish(store: Any, rank: int, answer: dict[str, Any]) -> bool:
-    """Tell the other ranks' watchdogs where this rank is; False when the store's host is gone."""
-    try:
+def publish(store: Any, rank: int, answer: dict[str, Any]) -> None:
+    """Publish this rank's position to the watchdogs of other ranks."""
+    # The host of the store may be gone: DistNetworkError or, in other versions, RuntimeError.
+    with suppress(Exception):
         store.set(f"watchdog/{rank}", json.dumps(answer))
-    except Exception:  # dist.DistNetworkError and, in other versions, RuntimeError
-        return False
-    return True
 
 
 def ask(store: Any, peer: int, seconds: float) -> Answer:
-    """What the watchdog of rank `peer` has published, or None when nothing comes in time."""
+    """What the watchdog of rank `peer` has published, or None after `seconds` without it."""
     try:
         store.wait([f"watchdog/{peer}"], timedelta(seconds=seconds))
         answer: dict[str, Any] = json.loads(store.get(f"watchdog/{peer}"))
@@ -337,9 +344,10 @@ def ask(store: Any, peer: int, seconds: float) -> Answer:
 
 
 def verdict(answers: dict[int, Answer]) -> str:
-    """Who is to blame: ranks without an answer, else those furthest behind, else those not waiting.
+    """Who is to blame, in words, from the answers by rank.
 
-    answers: by rank.
+    Blamed are the ranks without an answer; else the ranks furthest behind; if all are equally far,
+    those that do not wait for others.
     """
     silent = []
     answered: dict[int, dict[str, Any]] = {}
@@ -349,32 +357,39 @@ def verdict(answers: dict[int, Answer]) -> str:
         else:
             answered[rank] = answer
     if silent:
+        if len(silent) == 1:
+            return (
+                f"hung: rank {silent[0]} does not answer (stopped, or its host is down); "
+                "the others wait for it"
+            )
         return (
-            f"hung: rank {_list(silent)} does not answer (stopped, or its host is down); "
-            "the others wait for it"
+            f"hung: ranks {_list(silent)} do not answer (stopped, or their hosts are down); "
+            "the others wait for them"
         )
 
     progress = {rank: (answer["step"], answer["phase"]) for rank, answer in answered.items()}
     least_progress = min(progress.values())
     culprits = [rank for rank in answered if progress[rank] == least_progress]
-    # Where all ranks are equally far, those are to blame that wait for nobody.
+    # If all ranks are equally far, blame those that do not wait for others.
     if len(culprits) == len(answered):
         culprits = [rank for rank in answered if not answered[rank]["waiting"]] or culprits
     places = "; ".join(f"rank {rank} in {answered[rank]['place']}" for rank in culprits[:4])
     stage = answered[culprits[0]]["stage"]
-    return f"hung {stage}: rank {_list(culprits)} holds the others up: {places}"
+    if len(culprits) == 1:
+        return f"hung {stage}: rank {culprits[0]} holds the others up: {places}"
+    return f"hung {stage}: ranks {_list(culprits)} hold the others up: {places}"
 
 
 def where(frame: FrameType | None) -> tuple[str, bool]:
     """Where a thread is, and whether it waits for other ranks.
 
-    The place is file, line and function of the innermost frame outside of torch.
+    The position is file, line and function of the innermost frame outside of torch.
     """
     waiting = False
     place = None
     while frame is not None:
         code = frame.f_code
-        if any(path in code.co_filename for path in WAITING):
+        if any(path in code.co_filename for path in PATHS_THAT_WAIT_FOR_PEERS):
             waiting = True
         if place is None and "/torch/" not in code.co_filename:
             place = f"{Path(code.co_filename).name}:{frame.f_lineno} {code.co_name}"

@@ -15,7 +15,7 @@ from megatron_completep.checkpoint.manifest import committed_steps
 from megatron_completep.completep import table_of
 from megatron_completep.config import Config, config_from_mapping
 from megatron_completep.config.schema import TokenizerConfig
-from megatron_completep.data.run_tokenizer import at_hand
+from megatron_completep.data.run_tokenizer import available_tokenizer
 from megatron_completep.data.tokenizer import Tokenizer
 from megatron_completep.errors import CheckpointError, ConfigError, DataError
 from megatron_completep.model.gpt import GPT
@@ -28,12 +28,12 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what an unfinished UTF-8 sequence d
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn; temperature 0 takes the likeliest.
+    """How the next token is drawn; temperature 0 takes the most likely one.
 
-    top_p: draw from the fewest tokens that have at least this probability together. top_k: draw
-    from only so many of the likeliest (0: all). repetition_penalty: logits of tokens that occurred
-    are divided by it where positive, multiplied where negative (arXiv 1909.05858); 1: none. Raises
-    DataError naming every number that is out of range.
+    top_p: nucleus sampling, draw from the smallest set of most likely tokens whose probabilities
+    sum to at least this. top_k: draw from the k most likely tokens (0: all). repetition_penalty:
+    logits of tokens that occurred are divided by it if positive, multiplied if negative
+    (arXiv 1909.05858); 1: none. Raises DataError naming every number that is out of range.
     """
 
     temperature: float = 0.8
@@ -43,7 +43,7 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        # A comparison with NaN is false, so that `not 0 <= ...` refuses it as well.
+        # Comparisons with NaN are false, so `not 0 <= x` also rejects NaN.
         problems = []
         if not 0 <= self.temperature < math.inf:
             problems.append(
@@ -69,7 +69,7 @@ class Sampling:
 def find_checkpoint(path: str | Path) -> Path:
     """A checkpoint's folder, or the newest one of a run's folder.
 
-    Raises CheckpointError where there is none.
+    Raises CheckpointError if there is none.
     """
     path = Path(path)
     if (path / "checkpoints").is_dir():
@@ -85,23 +85,24 @@ def find_checkpoint(path: str | Path) -> Path:
     return steps[max(steps)]
 
 
-def run_tokenizer(path: str | Path, config: Config, model: str | None = None) -> TokenizerConfig:
+def tokenizer_of_run(
+    path: str | Path, config: Config, tokenizer_model: str | None = None
+) -> TokenizerConfig:
     """The tokenizer of a checkpoint's run.
 
-    It is that of the file `model` where one is given, else the run's own copy, else what the run's
-    configuration names. Raises ConfigError for a run without one, DataError for a damaged copy.
+    Taken from the file `tokenizer_model` if given, else from the run's copy, else from its
+    configuration. Raises ConfigError for a run without one, DataError for a damaged copy.
     """
     settings = config.data.tokenizer
     if settings is None:
         raise ConfigError(
-            "the run has no data.tokenizer, so text cannot be turned into its tokens, nor tokens "
-            "into text."
+            "the run has no data.tokenizer, so text can be neither tokenized nor decoded."
         )
-    if model is not None:
-        return TokenizerConfig(type=settings.type, model=model)
+    if tokenizer_model is not None:
+        return TokenizerConfig(type=settings.type, model=tokenizer_model)
     # RUN/checkpoints/step_NNNNNNNN: the copy lies in RUN.
     run_folder = find_checkpoint(path).absolute().parent.parent
-    return at_hand(settings, run_folder)
+    return available_tokenizer(settings, run_folder)
 
 
 def run_config(path: str | Path) -> Config:
@@ -116,7 +117,10 @@ def _open_run(path: str | Path) -> tuple[StoredCheckpoint, Config]:
 
 
 def load_model(path: str | Path, device: torch.device, dtype: torch.dtype) -> tuple[Config, GPT]:
-    """The whole model of a checkpoint of any layout, on one device, with parameters in `dtype`."""
+    """Load a checkpoint, saved under any parallel layout, as a full model on one device.
+
+    Its parameters have `dtype`.
+    """
     stored, config = _open_run(path)
     products = choose_inference_products(
         config.training.matrix_products, device, dtype, read_processor()
@@ -136,15 +140,17 @@ class Generation:
 
     Iteration gives, for each step, a list of (prompt number, new token).
 
-    Every row of the batch holds as many tokens in the cache as every other, so nothing is padded or
-    masked: where a prompt is longer than the shortest, its own tokens are fed in place of drawn
-    ones. After the prompts, each step takes one token of each unfinished row through the model. A
-    row ends after max_new_tokens, at (and without) the end-of-document token, or by `stop`.
+    All rows always have the same number of cached tokens, so no padding or masking is needed:
+    longer prompts are still fed their own tokens while shorter ones already sample. After the
+    prompts, each step feeds one token of each unfinished row. A row ends after max_new_tokens, at
+    an end-of-document token (which is not returned), or when `stop` is called.
 
-    generators: one a prompt, so that a text does not depend on the batch it is made in, as far as
-    the logits do not. Matrix products of another number of rows round differently: by 1e-6 of a
-    logit in float32, which turns about one draw in a million, but by 1e-2 in bf16, where a text is
-    the same only in the same batch.
+    generators: one per prompt, so that sampling does not depend on the rest of the batch. Logits
+    still may: matrix products with a different batch size round differently, by about 1e-6 in
+    float32 (which changes about one draw in a million) and 1e-2 in bf16, where a text is
+    reproducible only in the same batch.
+
+    Raises DataError for a prompt that `check_prompt` refuses.
     """
 
     def __init__(
@@ -155,7 +161,6 @@ class Generation:
         end_of_document: int | None = None,
         generators: Sequence[torch.Generator | None] | None = None,
     ):
-        """Raises DataError as `check_prompt` does."""
         for prompt in prompts:
             check_prompt(model, prompt, sampling.max_new_tokens)
         self.model = model
@@ -165,9 +170,10 @@ class Generation:
         self.generators = list(generators or [None] * len(prompts))
         self.sequences = [list(prompt) for prompt in prompts]
         self.limits = [len(prompt) + sampling.max_new_tokens for prompt in prompts]
-        self.rows = list(range(len(prompts)))  # prompt number of each row of the batch
+        # Prompt number of each row of the batch; rows leave it when they end.
+        self.prompt_of_row = list(range(len(prompts)))
         self.caches = model.new_caches(len(prompts), max(self.limits, default=0))
-        self.fed = 0  # tokens of each row that the caches hold
+        self.cached_length = 0  # tokens of every row that the caches hold
         self._stopped: set[int] = set()
 
     def stop(self, number: int) -> None:
@@ -175,14 +181,14 @@ class Generation:
         self._stopped.add(number)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        while self.rows:
+        while self.prompt_of_row:
             logits = self._feed()
-            # A row whose prompt goes on takes its own next token, and its logits are not used.
+            # Rows still inside their prompt use the next prompt token; their logits are ignored.
             drawn_rows = []
-            for row, number in enumerate(self.rows):
-                if len(self.sequences[number]) == self.fed:
+            for row, number in enumerate(self.prompt_of_row):
+                if len(self.sequences[number]) == self.cached_length:
                     drawn_rows.append(row)
-            numbers = [self.rows[row] for row in drawn_rows]
+            numbers = [self.prompt_of_row[row] for row in drawn_rows]
             tokens = self._draw(logits[drawn_rows], numbers)
 
             new_tokens = []
@@ -198,10 +204,12 @@ class Generation:
 
     @torch.no_grad()
     def _feed(self) -> Tensor:
-        """Take the tokens that all rows have through the model; logits [rows, V] after them."""
-        length = min(len(self.sequences[number]) for number in self.rows)
-        unfed = [self.sequences[number][self.fed : length] for number in self.rows]
-        self.fed = length
+        """Feed the tokens up to the shortest sequence; logits [rows, V] at the last one."""
+        length = min(len(self.sequences[number]) for number in self.prompt_of_row)
+        unfed = [
+            self.sequences[number][self.cached_length : length] for number in self.prompt_of_row
+        ]
+        self.cached_length = length
         tokens = torch.tensor(unfed, device=self.device)
         logits: Tensor = self.model(tokens, caches=self.caches)
         return logits[:, -1]
@@ -221,26 +229,25 @@ class Generation:
         return [int(token) for token in tokens.tolist()]
 
     def _drop_finished(self) -> None:
-        """Take rows that have ended out of the batch and out of the caches."""
+        """Remove rows that have ended from the batch and from the caches."""
         kept_rows = []
-        for row, number in enumerate(self.rows):
+        for row, number in enumerate(self.prompt_of_row):
             is_full = len(self.sequences[number]) >= self.limits[number]
             if number not in self._stopped and not is_full:
                 kept_rows.append(row)
-        # Indexing copies the caches: only where a row has ended.
-        if len(kept_rows) == len(self.rows):
+        # Indexing copies the caches, so do it only if a row has ended.
+        if len(kept_rows) == len(self.prompt_of_row):
             return
-        self.rows = [self.rows[row] for row in kept_rows]
+        self.prompt_of_row = [self.prompt_of_row[row] for row in kept_rows]
         for cache in self.caches:
             cache.keys = cache.keys[kept_rows]
             cache.values = cache.values[kept_rows]
 
 
 def check_prompt(model: GPT, prompt: Sequence[int], max_new_tokens: int) -> None:
-    """Raises DataError for a prompt that cannot be continued.
+    """Raise DataError for a prompt that cannot be continued.
 
-    That is an empty one, one with ids outside the vocabulary, and one that needs more positions
-    than a model with learned ones has.
+    Such a prompt is empty, has ids outside the vocabulary, or exceeds the learned positions.
     """
     vocab_size = model.config.vocab_size
     seq_length = model.config.seq_length
@@ -249,12 +256,13 @@ def check_prompt(model: GPT, prompt: Sequence[int], max_new_tokens: int) -> None
             "the prompt is empty and the tokenizer has no end-of-document token to begin with. "
             "Give some text."
         )
-    if not 0 <= min(prompt) <= max(prompt) < vocab_size:
-        raise DataError(
-            f"the prompt holds token id {max(prompt)}, the model knows 0 to {vocab_size - 1}. Use "
-            "the model's own tokenizer."
-        )
-    # Rotary positions go on beyond the training length; a table of learned ones ends there.
+    for token in prompt:
+        if not 0 <= token < vocab_size:
+            raise DataError(
+                f"the prompt contains token id {token}, but the vocabulary has ids 0 to "
+                f"{vocab_size - 1}. Use the model's own tokenizer."
+            )
+    # Rotary and ALiBi positions extend beyond the training length; learned ones do not.
     if model.config.position == "learned" and len(prompt) + max_new_tokens > seq_length:
         raise DataError(
             f"{len(prompt)} tokens of prompt and {max_new_tokens} new ones are more than the "
@@ -269,7 +277,7 @@ def generate(
     end_of_document: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Iterator[int]:
-    """Token ids after one prompt, one at a time; as `Generation`."""
+    """Yield the continuation of one prompt, token by token (see `Generation`)."""
     for new_tokens in Generation(model, [prompt], sampling, end_of_document, [generator]):
         yield new_tokens[0][1]
 
@@ -296,18 +304,18 @@ def next_token(
 def next_tokens(
     logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator | None]
 ) -> Tensor:
-    """One id drawn from each row of logits [rows, V], each by its own generator.
+    """One id drawn from each row of logits [rows, V], each with its own generator.
 
     The temperature must be above 0.
     """
     probabilities = torch.softmax(logits.double() / sampling.temperature, dim=-1)
     ordered, order = probabilities.sort(dim=-1, descending=True)
-    likelier = ordered.cumsum(-1) - ordered  # probability of all likelier tokens together
-    dropped = likelier >= sampling.top_p  # never the likeliest, whose sum is 0
+    mass_before = ordered.cumsum(-1) - ordered  # probability of all more likely tokens
+    dropped = mass_before >= sampling.top_p  # never the most likely one, which has 0 before it
     if sampling.top_k:
         dropped[:, sampling.top_k :] = True
 
-    # The inverse of the cumulative distribution at a uniform number, one number a row.
+    # Inverse-CDF sampling with one uniform number per row.
     cumulative = ordered.masked_fill(dropped, 0.0).cumsum(-1)
     draws = [
         torch.rand(1, dtype=torch.float64, device=logits.device, generator=generator)
@@ -321,7 +329,7 @@ def next_tokens(
 
 
 class TextStream:
-    """Turns tokens into text as soon as whole characters are there."""
+    """Incremental detokenizer: returns text once its UTF-8 sequences are complete."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]):
         self.tokenizer = tokenizer
@@ -334,7 +342,7 @@ class TextStream:
     def push(self, token: int) -> str:
         """The text that this token completes, perhaps none."""
         self.ids.append(token)
-        new_text = self.rest()
+        new_text = self.pending()
         # A character of several bytes may be spread over several tokens.
         if new_text.endswith(REPLACEMENT):
             return ""
@@ -342,10 +350,10 @@ class TextStream:
         self._shown = len(self.ids)
         return new_text
 
-    def rest(self) -> str:
-        """What was pushed and not yet returned, as whole characters or not.
+    def pending(self) -> str:
+        """Text of the tokens not yet returned, even if its last character is incomplete.
 
-        It is the text of ids[shown:], decoded behind ids[start:shown].
+        It is ids[shown:], decoded in the context of ids[start:shown].
         """
         context = self.tokenizer.decode(self.ids[self._start : self._shown])
         return self.tokenizer.decode(self.ids[self._start :])[len(context) :]
@@ -364,7 +372,7 @@ def generate_text(
     sampling: Sampling,
     generator: torch.Generator | None = None,
 ) -> Iterator[str]:
-    """Text after the prompt, piece by piece as soon as a piece is whole characters.
+    """Text after the prompt, as soon as its characters are complete.
 
     An empty prompt begins a document.
     """
@@ -380,9 +388,9 @@ def generate_texts(
     generators: Sequence[torch.Generator | None] | None = None,
     until: Sequence[Sequence[str]] | None = None,
 ) -> Iterator[tuple[int, str]]:
-    """(prompt number, piece of text) of several prompts, as they are generated in one batch.
+    """(prompt number, new text) of several prompts, as they are generated in one batch.
 
-    An empty prompt begins a document. generators, until: as `stream_texts`.
+    An empty prompt begins a document. For generators and until see `stream_texts`.
     """
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     return stream_texts(model, tokenizer, encoded, sampling, generators, until)
@@ -396,9 +404,12 @@ def stream_texts(
     generators: Sequence[torch.Generator | None] | None = None,
     until: Sequence[Sequence[str]] | None = None,
 ) -> Iterator[tuple[int, str]]:
-    """As `generate_texts`, of prompts that are token ids.
+    """(prompt number, new text) of several encoded prompts, as they are generated in one batch.
 
-    until: for each prompt, texts with the first of which its continuation ends.
+    Args:
+        encoded: token ids of each prompt.
+        generators: one per prompt, see `Generation`.
+        until: stop strings for each prompt; its continuation ends with the first that occurs.
     """
     generation = Generation(model, encoded, sampling, tokenizer.eod_id, generators)
     streams = [TextStream(tokenizer, ids) for ids in encoded]
@@ -407,7 +418,7 @@ def stream_texts(
     for new_tokens in generation:
         for number, token in new_tokens:
             new_text = streams[number].push(token)
-            # A stop may be spread over several tokens, so it is looked for in the whole text.
+            # A stop string may span several tokens, so search the whole continuation.
             continuation = texts[number] + new_text
             stops = until[number] if until else ()
             end = _end_of_stop(continuation, stops)
@@ -418,13 +429,13 @@ def stream_texts(
             texts[number] += new_text
             yield number, new_text
 
-    # The last character of a text that ended by itself may be unfinished.
+    # Flush texts that did not end at a stop string; their last character may be incomplete.
     for number, stream in enumerate(streams):
         if number not in stopped:
-            yield number, stream.rest()
+            yield number, stream.pending()
 
 
 def _end_of_stop(text: str, stops: Sequence[str]) -> int | None:
-    """Where the stop that ends first ends in a text; None where no stop occurs."""
+    """End index of the stop string that ends earliest in `text`; None if there is none."""
     ends = [text.index(stop) + len(stop) for stop in stops if stop in text]
     return min(ends, default=None)

@@ -208,13 +208,15 @@ def loss_at(log2_lr: Array, loss: Array, optimum: Optimum, at: float) -> float:
     return float(np.interp(at, log2_lr, loss, left=np.nan, right=np.nan))
 
 
-def resampled(losses: Array, generator: np.random.Generator, of_level: bool = False) -> Array:
+def resampled(
+    losses: Array, generator: np.random.Generator, include_shared_seed_effect: bool = False
+) -> Array:
     """One bootstrap replicate of the mean curve, [n] from losses [n, seeds].
 
     What all runs of a seed share (its data and initial weights) moves no optimum and stays as it
-    was, unless the statistic is of the curve's level (`of_level`). What remains is drawn about the
-    observed means from the residuals of the whole curve, pooled so that three seeds suffice. Points
-    where a seed diverged stay infinite.
+    was, unless the statistic is of the curve's level (`include_shared_seed_effect`). What remains
+    is drawn about the observed means from the residuals of the whole curve, pooled so that three
+    seeds suffice. Points where a seed diverged stay infinite.
     """
     points, seeds = losses.shape
     finite = _finite_rows(losses)
@@ -233,7 +235,7 @@ def resampled(losses: Array, generator: np.random.Generator, of_level: bool = Fa
         degrees = (rows - 1) * (seeds - 1)
         scaled = residuals.ravel() * math.sqrt(rows * seeds / degrees)
         noise += generator.choice(scaled, size=(points, seeds)).mean(axis=1)
-    if of_level:
+    if include_shared_seed_effect:
         # One draw a seed for the whole curve, likewise scaled for the mean that was subtracted.
         scaled_shared = shared * math.sqrt(seeds / (seeds - 1))
         noise += generator.choice(scaled_shared, size=seeds).mean()
@@ -245,7 +247,7 @@ def bootstrap(
     curves: Sequence[Array],
     replicates: int = 1000,
     seed: int = 0,
-    of_level: bool = False,
+    include_shared_seed_effect: bool = False,
 ) -> Estimate:
     """A statistic of several mean curves with its percentile interval.
 
@@ -257,7 +259,7 @@ def bootstrap(
         point = statistic(means)
         return Estimate(point, point, point)
 
-    return bootstrap_located(exact, curves, replicates, seed, of_level)
+    return bootstrap_located(exact, curves, replicates, seed, include_shared_seed_effect)
 
 
 def bootstrap_located(
@@ -265,7 +267,7 @@ def bootstrap_located(
     curves: Sequence[Array],
     replicates: int = 1000,
     seed: int = 0,
-    of_level: bool = False,
+    include_shared_seed_effect: bool = False,
 ) -> Estimate:
     """As `bootstrap`, for a statistic that gives a range with its value.
 
@@ -279,7 +281,7 @@ def bootstrap_located(
     generator = np.random.default_rng(seed)
     estimates = []
     for _ in range(replicates):
-        means = [resampled(curve, generator, of_level) for curve in curves]
+        means = [resampled(curve, generator, include_shared_seed_effect) for curve in curves]
         estimate = statistic(means)
         # A replicate without a value (an optimum off the other's grid) says nothing of the range.
         if math.isfinite(estimate.value):

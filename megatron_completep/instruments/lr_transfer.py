@@ -1,8 +1,8 @@
 """Learning-rate transfer: from the points of a sweep to optima, drift, regret and savings.
 
-Optima are compared, not losses. A parabola in log2(lr) gives the best learning rate of each shape,
-and a bootstrap over seeds its interval, which is never narrower than the grid allows. What an
-interval cannot tell is called unresolved.
+Optima are compared, not losses. A parabola in log2(lr) gives the best learning rate of each shape.
+A bootstrap over seeds gives its interval, which is never narrower than the grid spacing allows. If
+the interval does not decide, the verdict is "unresolved".
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,22 +28,41 @@ from megatron_completep.instruments.fits import (
     slope,
 )
 
-EDGE_NATS = 0.3  # a curve this far above its best, or not finite, is over the divergence edge
-DRIFT_BAND = 0.15  # octaves per doubling of depth that count as no drift
-REGRET_BAND = 0.02  # nats
+# A mean loss this far above the best of its curve, or not finite, counts as diverged.
+DIVERGENCE_NATS = 0.3
+DRIFT_BAND = 0.15  # a drift of fewer octaves per doubling of depth counts as none
+REGRET_BAND = 0.02  # a regret of up to this many nats is small
 REPLICATES = 1000
 AT_EDGE = "unresolved: an optimum lies at the edge of the grid"
 Say = Callable[[str], None]
-# parameterization, train_steps, base_weight_decay, base_init_std
-Family = tuple[str, int, float, float]
-# What tells curves apart: parameterization, hidden_size, num_layers, train_steps,
-# base_weight_decay, base_init_std.
-Shape = tuple[str, int, int, int, float, float]
+
+
+class Setting(NamedTuple):
+    """What tells curves apart: the settings that all runs of one curve share."""
+
+    parameterization: str
+    hidden_size: int
+    num_layers: int
+    train_steps: int
+    base_weight_decay: float
+    base_init_std: float
+
+
+class Family(NamedTuple):
+    """What all shapes that are compared with one base shape share."""
+
+    parameterization: str
+    train_steps: int
+    base_weight_decay: float
+    base_init_std: float
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Losses of one shape over the learning rates, of the seeds that have all of them."""
+    """Losses of one setting at every learning rate, for the seeds that completed all of them.
+
+    The shape is the hidden size and the number of layers of the setting.
+    """
 
     parameterization: str
     hidden_size: int
@@ -52,17 +71,19 @@ class Curve:
     base_weight_decay: float
     base_init_std: float
     log2_lr: Array  # [n] ascending
-    losses: Array  # [n, seeds], infinite where a run diverged
+    losses: Array  # [n, seeds], infinite for a run that diverged
     flops: float  # of one run
 
     @property
     def family(self) -> Family:
-        """What all shapes that are compared with one base shape share."""
-        return self.parameterization, self.train_steps, self.base_weight_decay, self.base_init_std
+        """The settings that this curve shares with its base curve."""
+        return Family(
+            self.parameterization, self.train_steps, self.base_weight_decay, self.base_init_std
+        )
 
     @property
     def mean(self) -> Array:
-        """The mean over seeds [n], infinite where one diverged."""
+        """The mean over seeds [n], infinite if one diverged."""
         return mean_curve(self.losses)
 
     @property
@@ -75,17 +96,21 @@ class Curve:
         return parabola_optimum(self.log2_lr, self.mean if mean is None else mean)
 
     def same_runs(self, other: Curve) -> bool:
-        """Whether both are of the same runs, as under two rules that coincide at the base depth."""
+        """Whether both curves come from the same runs.
+
+        Two rules that coincide at the base depth share their runs.
+        """
+        under_same_rule = setting_of(self)._replace(parameterization=other.parameterization)
         return (
-            shape_of(self)[1:] == shape_of(other)[1:]
+            under_same_rule == setting_of(other)
             and np.array_equal(self.log2_lr, other.log2_lr)
             and np.array_equal(self.losses, other.losses)
         )
 
 
 @dataclass(frozen=True)
-class Optimum:
-    """The figures of one shape."""
+class CurveSummary:
+    """The figures of one curve: its optimum, and its drift and regret against the base curve."""
 
     parameterization: str
     hidden_size: int
@@ -96,17 +121,19 @@ class Optimum:
     seeds: int
     log2_lr: Estimate
     grid_log2_lr: float  # the grid's best point
-    # Octaves from there to the nearer neighbour; None where one learning rate was run.
+    # Octaves from that point to its nearer neighbour; None if only one learning rate was run.
     grid_step: float | None
     loss: Estimate
     at_edge: bool
     drift: Estimate | None  # octaves from the base shape's optimum; None for the base shape itself
-    regret: Estimate | None  # nats lost at the base shape's optimum; None for the base shape itself
+    # Extra loss in nats at the base shape's best learning rate; None for the base shape itself.
+    regret: Estimate | None
     regret_verdict: str  # small | large | unresolved | not on the grid | base shape
-    # The smallest learning rate above the optimum that is over the divergence edge.
+    # The smallest learning rate above the optimum that diverged.
     divergence_log2_lr: float | None
     flops: float
-    tau: float | None  # 1 / (lr * wd * steps) at the optimum
+    # AdamW's timescale as a fraction of the run: 1 / (lr * wd * steps) at the optimum.
+    tau: float | None
 
 
 @dataclass(frozen=True)
@@ -124,24 +151,24 @@ class Drift:
 
 @dataclass(frozen=True)
 class Saving:
-    """The part of another's FLOPs that is not needed to reach its loss, in percent.
+    """FLOPs saved in percent of those of a reference, when training to the loss that it reached.
 
-    The other is the same shape under another rule, or another shape under the same rule.
+    The reference is the same shape under another rule, or another shape under the same rule.
     """
 
     parameterization: str
     num_layers: int
     hidden_size: int
-    against: str  # the other's parameterization
+    against: str  # the reference's parameterization
     against_num_layers: int
     against_hidden_size: int
     percent: Estimate
     verdict: str  # saves | costs | unresolved
 
 
-def shape_of(record: Curve | sweep.Point) -> Shape:
-    """What tells the curve, or the curve of the point, apart from others."""
-    return (
+def setting_of(record: Curve | sweep.Point) -> Setting:
+    """The setting of a curve, or of the curve that a point belongs to."""
+    return Setting(
         record.parameterization,
         record.hidden_size,
         record.num_layers,
@@ -152,16 +179,19 @@ def shape_of(record: Curve | sweep.Point) -> Shape:
 
 
 def curves_of(results: Iterable[tuple[sweep.Point, dict[str, Any]]]) -> list[Curve]:
-    """Gather points into curves; a seed counts where every learning rate of its curve is done."""
-    runs_by_shape: dict[Shape, dict[tuple[float, int], dict[str, Any]]] = {}
+    """Gather points into curves.
+
+    A seed is used only if it has a run at every learning rate of its curve.
+    """
+    runs_by_setting: dict[Setting, dict[tuple[float, int], dict[str, Any]]] = {}
     for point, result in results:
-        runs = runs_by_shape.setdefault(shape_of(point), {})
+        runs = runs_by_setting.setdefault(setting_of(point), {})
         runs[point.base_lr, point.seed] = result
 
     curves = []
-    for shape, runs in runs_by_shape.items():
+    for setting, runs in runs_by_setting.items():
         rates = sorted({rate for rate, _ in runs})
-        # A mean over other seeds at some learning rates would bend the curve.
+        # Averaging over different seeds at different learning rates would distort the curve.
         seeds = [seed for seed in _seeds_of(runs) if _is_complete(runs, rates, seed)]
         if not seeds:
             continue
@@ -170,7 +200,8 @@ def curves_of(results: Iterable[tuple[sweep.Point, dict[str, Any]]]) -> list[Cur
             losses[row] = [sweep.loss_of(runs[rate, seed]) for seed in seeds]
         # A run that diverged ended early and has fewer FLOPs than the others.
         flops = max(result["flops"] for result in runs.values())
-        curves.append(Curve(*shape, np.log2(rates), losses, flops))
+        curve = Curve(**setting._asdict(), log2_lr=np.log2(rates), losses=losses, flops=flops)
+        curves.append(curve)
     return curves
 
 
@@ -189,10 +220,10 @@ def base_curve(curve: Curve, curves: Sequence[Curve]) -> Curve:
 
 
 def regret(curve: Curve, base: Curve, mean: Array, base_mean: Array) -> float:
-    """The loss at the base's optimum minus the loss at the curve's own, both on its own curve.
+    """Loss of `curve` at the best learning rate of `base`, minus its loss at its own best one.
 
-    mean, base_mean: the mean curves, or replicates of them. NaN where the curve's grid does not
-    reach as far as the base's optimum.
+    mean, base_mean: the mean curves, or replicates of them. NaN if the curve's grid does not reach
+    as far as the base's optimum.
     """
     optimum = curve.optimum(mean)
     base_optimum = base.optimum(base_mean)
@@ -201,41 +232,50 @@ def regret(curve: Curve, base: Curve, mean: Array, base_mean: Array) -> float:
     return float(np.maximum(loss_at_base - optimum.loss, 0.0))
 
 
-def regret_verdict(estimate: Estimate) -> str:
-    """Only an interval wholly below, or wholly above, REGRET_BAND decides."""
+def regret_verdict(estimate: Estimate, at_edge: bool) -> str:
+    """`small` or `large` only if the whole interval is on one side of REGRET_BAND.
+
+    at_edge: whether an optimum lies at the edge of its grid. It may then lie beyond the grid, and
+    the verdict is AT_EDGE, unless the regret has no value at all.
+    """
     if math.isnan(estimate.value):
         return "not on the grid"
+    if at_edge:
+        return AT_EDGE
     if estimate.high <= REGRET_BAND:
         return "small"
     return "large" if estimate.low > REGRET_BAND else "unresolved"
 
 
 def best_loss(curve: Curve) -> Estimate:
-    """The loss at the optimum; its interval includes what a seed does to the whole curve."""
+    """The loss at the optimum.
+
+    Its interval includes the effect of a seed that is common to all learning rates.
+    """
 
     def loss_of_replicate(means: list[Array]) -> float:
         return curve.optimum(means[0]).loss
 
-    return bootstrap(loss_of_replicate, [curve.losses], REPLICATES, of_level=True)
+    return bootstrap(loss_of_replicate, [curve.losses], REPLICATES, include_shared_seed_effect=True)
 
 
 def divergence(curve: Curve) -> float | None:
-    """The smallest log2(lr) above the optimum that is over the divergence edge.
+    """The smallest log2(lr) above the optimum that diverged, or None.
 
-    There the mean loss is EDGE_NATS over the best, or not finite.
+    There the mean loss is more than DIVERGENCE_NATS above the best, or not finite.
     """
     mean = curve.mean
     best = int(np.argmin(mean))
-    edge = mean[best] + EDGE_NATS
+    highest_loss = mean[best] + DIVERGENCE_NATS
     for rate, loss in zip(curve.log2_lr[best:], mean[best:], strict=True):
-        # Written so that a loss that is no number is over the edge.
-        if not loss <= edge:
+        # `not <=` also catches NaN.
+        if not loss <= highest_loss:
             return float(rate)
     return None
 
 
-def optimum_of(curve: Curve, base: Curve) -> Optimum:
-    """The figures of one shape, with intervals; drift and regret against the base shape."""
+def summarize(curve: Curve, base: Curve) -> CurveSummary:
+    """The figures of one curve, with intervals; drift and regret against the base shape's curve."""
     optimum = curve.optimum()
 
     def located(means: list[Array]) -> Estimate:
@@ -247,13 +287,12 @@ def optimum_of(curve: Curve, base: Curve) -> Optimum:
     if curve is not base:
         drift, lost_nats = _against_base(curve, base)
         at_edge = any(c.swept and c.optimum().at_edge for c in (curve, base))
-        # An optimum that may lie beyond the grid makes every regret uncertain.
-        clipped = at_edge and not math.isnan(lost_nats.value)
-        verdict = AT_EDGE if clipped else regret_verdict(lost_nats)
+        verdict = regret_verdict(lost_nats, at_edge)
 
-    decay = 2**optimum.log2_lr * curve.base_weight_decay * curve.train_steps
-    return Optimum(
-        *shape_of(curve),
+    # At the peak learning rate, before any schedule.
+    decay_over_run = 2**optimum.log2_lr * curve.base_weight_decay * curve.train_steps
+    return CurveSummary(
+        **setting_of(curve)._asdict(),
         seeds=curve.losses.shape[1],
         log2_lr=bootstrap_located(located, [curve.losses], REPLICATES),
         grid_log2_lr=float(curve.log2_lr[optimum.grid_index]),
@@ -265,7 +304,7 @@ def optimum_of(curve: Curve, base: Curve) -> Optimum:
         regret_verdict=verdict,
         divergence_log2_lr=divergence(curve),
         flops=curve.flops,
-        tau=1 / decay if decay else None,
+        tau=1 / decay_over_run if decay_over_run else None,
     )
 
 
@@ -274,7 +313,7 @@ def _against_base(curve: Curve, base: Curve) -> tuple[Estimate, Estimate]:
     losses = [curve.losses, base.losses]
 
     def drift(means: list[Array]) -> Estimate:
-        return _weighted([curve, base], means, [1.0, -1.0])
+        return _weighted_sum_of_optima([curve, base], means, [1.0, -1.0])
 
     def lost_nats(means: list[Array]) -> float:
         return regret(curve, base, means[0], means[1])
@@ -286,18 +325,18 @@ def _against_base(curve: Curve, base: Curve) -> tuple[Estimate, Estimate]:
 
 
 def grid_step(log2_lr: Array, index: int) -> float | None:
-    """Octaves from a point of the grid to its nearer neighbour; None where it has none."""
+    """Octaves from a point of the grid to its nearer neighbour; None without one."""
     steps = np.diff(log2_lr)[max(0, index - 1) : index + 1]
     return float(steps.min()) if len(steps) else None
 
 
-def _weighted(
+def _weighted_sum_of_optima(
     curves: Sequence[Curve], means: Sequence[Array], weights: Sequence[float]
 ) -> Estimate:
-    """The weighted sum of the optima of mean curves, each within the range that its grid allows."""
+    """The weighted sum of the optima of mean curves, with the range that their grids allow."""
     terms = []
     for curve, mean, weight in zip(curves, means, weights, strict=True):
-        # Zero times an end that is infinite, of an optimum at the edge, would be NaN.
+        # Skip: 0 * inf, from an optimum at the edge of its grid, would be NaN.
         if weight == 0:
             continue
         optimum = curve.optimum(mean).located
@@ -316,12 +355,11 @@ def drift_over_depth(curves: Sequence[Curve]) -> Drift:
     curves: of one family and one width, over several depths.
     """
     depths = [math.log2(curve.num_layers) for curve in curves]
-    # The least-squares slope is a weighted sum of the optima; its weights are the slopes over unit
-    # vectors.
+    # The least-squares slope is linear in y, so the weight of y_i is the slope for y = e_i.
     weights = [slope(depths, unit) for unit in np.eye(len(curves)).tolist()]
 
     def per_doubling(means: list[Array]) -> Estimate:
-        return _weighted(curves, means, weights)
+        return _weighted_sum_of_optima(curves, means, weights)
 
     estimate = bootstrap_located(per_doubling, [curve.losses for curve in curves], REPLICATES)
     at_edge = any(curve.optimum().at_edge for curve in curves)
@@ -338,9 +376,9 @@ def drift_over_depth(curves: Sequence[Curve]) -> Drift:
 
 
 def drift_verdict(estimate: Estimate, at_edge: bool) -> str:
-    """Only an interval wholly inside, or wholly outside, DRIFT_BAND decides.
+    """`transfers` or `drifts` only if the whole interval is inside or outside of DRIFT_BAND.
 
-    With an optimum at the edge of the grid none does.
+    If an optimum is at the edge of its grid, the verdict is AT_EDGE.
     """
     if at_edge:
         return AT_EDGE
@@ -366,14 +404,15 @@ def drifts(curves: Sequence[Curve]) -> list[Drift]:
 def flops_to_reach(target: float, flops: Sequence[float], losses: Sequence[float]) -> float:
     """FLOPs at which a loss falls to `target`.
 
-    Linear in log(FLOPs) between measured lengths of training, and along the last two beyond them.
-    NaN where the loss does not fall between the two points that are used.
+    Interpolates linearly in log(FLOPs) between measured run lengths, and extrapolates from the
+    nearest two below or above them. NaN if the loss does not fall between the two points used.
     """
     order = np.argsort(flops)
     x = np.log(np.asarray(flops, dtype=np.float64)[order])
     # The lowest loss so far: what was reached stays reached if a longer run ends higher.
     y = np.minimum.accumulate(np.asarray(losses, dtype=np.float64)[order])
     reached = np.flatnonzero(y <= target)
+    # If even the shortest run reached the target, the first two points extrapolate below it.
     after = max(1, int(reached[0])) if len(reached) else len(x) - 1
     before = after - 1
     if y[before] == y[after]:
@@ -382,84 +421,96 @@ def flops_to_reach(target: float, flops: Sequence[float], losses: Sequence[float
     return float(np.exp(x[before] + fraction * (x[after] - x[before])))
 
 
-RunKey = tuple[str, int, int]  # parameterization, num_layers, hidden_size
+class RunKey(NamedTuple):
+    """A shape under one rule, trained to one or several lengths."""
+
+    parameterization: str
+    num_layers: int
+    hidden_size: int
 
 
 def savings(curves: Sequence[Curve], baseline: str) -> list[Saving]:
-    """The savings of every shape that was trained to two lengths at least.
+    """Savings of every shape that was trained for at least two run lengths.
 
     Each is compared with the same shape under the baseline, and with the shallowest shape under its
-    own rule, by the FLOPs to the loss that the other reached in its longest runs.
+    own rule, by the FLOPs needed to reach the loss of the other's longest runs.
     """
     results = []
-    for setting in sorted({(c.base_weight_decay, c.base_init_std) for c in curves}):
-        runs = _runs_by_key(curves, setting)
-        for key, lengths in runs.items():
-            # One length gives no curve of the loss over FLOPs.
-            if len(lengths) < 2:
+    for decay, std in sorted({(c.base_weight_decay, c.base_init_std) for c in curves}):
+        runs = _runs_by_key(curves, decay, std)
+        for key, own_curves in runs.items():
+            # A single run length gives no curve of the loss over FLOPs.
+            if len(own_curves) < 2:
                 continue
-            for other_key in _compared_with(key, runs, baseline):
-                longest = runs[other_key][-1]
-                # Rules that coincide at the base depth share their runs: nothing to compare.
-                if not any(longest.same_runs(curve) for curve in lengths):
-                    results.append(_saving(lengths, longest))
+            for reference_key in _compared_with(key, runs, baseline):
+                reference = runs[reference_key][-1]
+                # Skip: rules that coincide at the base depth share their runs.
+                if not any(reference.same_runs(curve) for curve in own_curves):
+                    results.append(_saving(own_curves, reference))
     return results
 
 
 def _runs_by_key(
-    curves: Sequence[Curve], setting: tuple[float, float]
+    curves: Sequence[Curve], base_weight_decay: float, base_init_std: float
 ) -> dict[RunKey, list[Curve]]:
     """The curves of one base weight decay and initial std by key, each list by ascending length."""
     runs: dict[RunKey, list[Curve]] = {}
     for curve in sorted(curves, key=lambda c: (c.num_layers, c.hidden_size, c.train_steps)):
-        if (curve.base_weight_decay, curve.base_init_std) == setting:
-            key = (curve.parameterization, curve.num_layers, curve.hidden_size)
+        same_decay = curve.base_weight_decay == base_weight_decay
+        if same_decay and curve.base_init_std == base_init_std:
+            key = RunKey(curve.parameterization, curve.num_layers, curve.hidden_size)
             runs.setdefault(key, []).append(curve)
     return runs
 
 
 def _compared_with(key: RunKey, runs: Iterable[RunKey], baseline: str) -> list[RunKey]:
-    """The keys of the runs with which those of `key` are compared."""
+    """Keys of the runs that `key` is compared with."""
     keys = list(runs)
-    rule, num_layers, hidden_size = key
     compared: list[RunKey] = []
-    at_baseline = (baseline, num_layers, hidden_size)
-    if rule != baseline and at_baseline in keys:
+    at_baseline = key._replace(parameterization=baseline)
+    if at_baseline != key and at_baseline in keys:
         compared.append(at_baseline)
-    shallowest = min(run_key for run_key in keys if run_key[0] == rule)
+    same_rule = [run for run in keys if run.parameterization == key.parameterization]
+    shallowest = min(same_rule, key=lambda run: (run.num_layers, run.hidden_size))
     if shallowest != key:
         compared.append(shallowest)
     return compared
 
 
-def _saving(lengths: Sequence[Curve], longest: Curve) -> Saving:
-    """lengths: one shape's curves by length; longest: the other's curve of its longest runs."""
-    curves = [*lengths, longest]
-    flops = [curve.flops for curve in lengths]
+def _saving(own_curves: Sequence[Curve], reference: Curve) -> Saving:
+    """The saving of one shape.
+
+    own_curves: of the shape, by ascending run length. reference: the curve of the longest runs that
+    it is compared with.
+    """
+    curves = [*own_curves, reference]
+    flops = [curve.flops for curve in own_curves]
 
     def percent(means: list[Array]) -> float:
         best_losses = [curve.optimum(mean).loss for curve, mean in zip(curves, means, strict=True)]
         needed = flops_to_reach(best_losses[-1], flops, best_losses[:-1])
-        return 100 * (1 - needed / longest.flops)
+        return 100 * (1 - needed / reference.flops)
 
-    estimate = bootstrap(percent, [curve.losses for curve in curves], REPLICATES, of_level=True)
-    # The optimum's loss is not known where the optimum may lie beyond the grid.
+    estimate = bootstrap(
+        percent, [curve.losses for curve in curves], REPLICATES, include_shared_seed_effect=True
+    )
+    # If the optimum may lie beyond the grid, its loss is unknown.
     at_edge = any(curve.swept and curve.optimum().at_edge for curve in curves)
-    shape = lengths[0]
+    shortest = own_curves[0]
     return Saving(
-        shape.parameterization,
-        shape.num_layers,
-        shape.hidden_size,
-        longest.parameterization,
-        longest.num_layers,
-        longest.hidden_size,
+        shortest.parameterization,
+        shortest.num_layers,
+        shortest.hidden_size,
+        reference.parameterization,
+        reference.num_layers,
+        reference.hidden_size,
         estimate,
         AT_EDGE if at_edge else _saving_verdict(estimate),
     )
 
 
 def _saving_verdict(estimate: Estimate) -> str:
-    """Only an interval wholly above, or wholly below, zero decides."""
+    """`saves` or `costs` only if the whole interval is on one side of zero."""
     if estimate.low > 0:
         return "saves"
     return "costs" if estimate.high < 0 else "unresolved"
@@ -470,7 +521,7 @@ class Analysis:
     """The curves of a sweep and all figures that follow from them."""
 
     curves: list[Curve]
-    optima: list[Optimum]
+    optima: list[CurveSummary]
     drifts: list[Drift]
     savings: list[Saving]
     points_done: int
@@ -488,7 +539,7 @@ class Analysis:
 def analyse(folder: Path, baseline: str = "mup") -> Analysis:
     """Read and analyse a sweep's folder; `baseline` is the rule that savings are counted against.
 
-    Raises DataError where the folder holds no sweep or no curve is complete.
+    Raises DataError if the folder holds no sweep or no curve is complete.
     """
     points = sweep.load_points(folder)
     results = list(sweep.read_results(points, folder))
@@ -498,7 +549,7 @@ def analyse(folder: Path, baseline: str = "mup") -> Analysis:
             f"{folder}: no curve is complete for any seed; "
             f"{len(results)} of {len(points)} points are done. Finish the sweep."
         )
-    optima = [optimum_of(curve, base_curve(curve, curves)) for curve in curves]
+    optima = [summarize(curve, base_curve(curve, curves)) for curve in curves]
     missing = len(points) - len(results)
     all_savings = savings(curves, baseline)
     return Analysis(curves, optima, drifts(curves), all_savings, len(results), missing)

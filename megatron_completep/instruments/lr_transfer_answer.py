@@ -10,7 +10,7 @@ import numpy as np
 
 from megatron_completep.config import save_config
 from megatron_completep.instruments import sweep
-from megatron_completep.instruments.lr_transfer import Curve, Optimum, base_curve, shape_of
+from megatron_completep.instruments.lr_transfer import Curve, CurveSummary, base_curve, setting_of
 from megatron_completep.instruments.trial import PARAMETERIZATIONS
 
 PROXY = "proxy.yaml"
@@ -19,7 +19,7 @@ BEYOND = 2.0  # octaves that are swept beyond an edge
 DEEPER = 4  # times the proxy's depth: a target for the example of `plan`
 
 
-def best_rates(curves: Sequence[Curve], optima: Sequence[Optimum]) -> list[str]:
+def best_rates(curves: Sequence[Curve], optima: Sequence[CurveSummary]) -> list[str]:
     """Two lines a shape: the best learning rate, and the losses of its neighbours in the grid."""
     lines = []
     for curve, optimum in zip(curves, optima, strict=True):
@@ -27,7 +27,7 @@ def best_rates(curves: Sequence[Curve], optima: Sequence[Optimum]) -> list[str]:
     return lines
 
 
-def _best_rate(curve: Curve, optimum: Optimum) -> list[str]:
+def _best_rate(curve: Curve, optimum: CurveSummary) -> list[str]:
     seeds = curve.losses.shape[1]
     shape = f"{curve.parameterization} {curve.num_layers} x {curve.hidden_size}"
     name = (
@@ -80,7 +80,7 @@ def write_proxy(points: Sequence[sweep.Point], curve: Curve, folder: Path) -> Pa
 
     A further sweep of that file finds the points that are done. Returns the file's path.
     """
-    proxy = next(point for point in points if shape_of(point) == shape_of(curve))
+    proxy = next(point for point in points if setting_of(point) == setting_of(curve))
     path = folder / PROXY
     save_config(proxy.config, path)
     return path

@@ -15,7 +15,7 @@ from megatron_completep.errors import ConfigError
 from megatron_completep.files import write_whole
 from megatron_completep.instruments import sweep
 from megatron_completep.instruments.fits import parabola_optimum
-from megatron_completep.instruments.lr_transfer import Curve, curves_of, shape_of
+from megatron_completep.instruments.lr_transfer import Curve, curves_of, setting_of
 from megatron_completep.instruments.trial import PARAMETERIZATIONS, change, stretch, with_base
 from megatron_completep.planning.plan import describe
 
@@ -60,7 +60,7 @@ def plan(
             f"warning: the best learning rate 2^{optimum.log2_lr:g} is at the edge of the grid; "
             "sweep further before you rely on it"
         )
-    proxy = next(point for point in points if shape_of(point) == shape_of(curve)).config
+    proxy = next(point for point in points if setting_of(point) == setting_of(curve)).config
     _warn_of_differences(proxy, target, say)
 
     config = transferred(proxy, target, 2**optimum.log2_lr, curve, scale_batch)

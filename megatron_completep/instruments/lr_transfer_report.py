@@ -15,13 +15,13 @@ from megatron_completep.instruments import lr_transfer, sweep
 from megatron_completep.instruments.check_report import dump, finite
 from megatron_completep.instruments.fits import Estimate
 from megatron_completep.instruments.lr_transfer import (
+    DIVERGENCE_NATS,
     DRIFT_BAND,
-    EDGE_NATS,
     REGRET_BAND,
     Analysis,
     Curve,
+    CurveSummary,
     Drift,
-    Optimum,
     Saving,
 )
 from megatron_completep.instruments.lr_transfer_answer import (
@@ -103,7 +103,7 @@ def _drift_line(drift: Drift) -> str:
     return f"{drift.parameterization:<11} {setting}: {slope}: {drift.verdict}"
 
 
-def _regret_line(optimum: Optimum, regret: Estimate) -> str:
+def _regret_line(optimum: CurveSummary, regret: Estimate) -> str:
     shape = f"{optimum.num_layers} x {optimum.hidden_size}"
     name = f"{optimum.parameterization:<11} wd {optimum.base_weight_decay:g}, {shape}"
     return f"{name}: regret {regret_text(regret)} nats: {optimum.regret_verdict}"
@@ -141,14 +141,14 @@ def _add_drifts(document: Report, drifts: Sequence[Drift]) -> None:
     section.table(_DRIFT_HEADERS, rows)
 
 
-def _add_optima(document: Report, optima: Sequence[Optimum]) -> None:
+def _add_optima(document: Report, optima: Sequence[CurveSummary]) -> None:
     section = document.section(
         "Optima",
         "Learning rates as exponents of two; intervals are 95 %, by bootstrap over seeds, "
         "and never narrower than the grid allows. "
         f"Regret: nats lost at the smallest shape's optimum; up to {REGRET_BAND} is small.",
     )
-    caption = f"Edge: the mean loss is more than {EDGE_NATS} nats over the best."
+    caption = f"Edge: the mean loss is more than {DIVERGENCE_NATS} nats over the best."
     section.table(_OPTIMUM_HEADERS, [optimum_row(optimum) for optimum in optima], caption)
 
 
@@ -177,7 +177,7 @@ def _add_curves(document: Report, curves: Sequence[Curve]) -> None:
         section.picture(f"curves_wd_{decay:g}", figure, caption)
 
 
-def optimum_row(optimum: Optimum) -> list[Any]:
+def optimum_row(optimum: CurveSummary) -> list[Any]:
     """The cells under _OPTIMUM_HEADERS; None is an empty cell."""
     edge = None
     if optimum.divergence_log2_lr is not None:

@@ -1,7 +1,7 @@
 """Stock Hugging Face architectures: what each can express, and which tensors correspond to ours.
 
-The list of pieces is the whole mapping. Export reads it from left to right, import from right to
-left.
+The list of `Piece`s is the complete mapping: export applies each piece forwards, from our tensor to
+that of Hugging Face, and import backwards.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ CLASSES = {
     "gpt2": "GPT2LMHeadModel",
 }
 
-Rows = tuple[tuple[int, int, float], ...]  # (start, stop, factor), in order
+ScaledRanges = tuple[tuple[int, int, float], ...]  # (start, stop, factor) of rows, in order
 
 
 @dataclass(frozen=True)
 class Folding:
-    """The factors of stored tensors with which a model without multipliers computes the same.
+    """Factors to multiply into the exported tensors.
 
-    All factors are 1 where nothing is folded.
+    With them an architecture without multipliers computes the same function as our model. All are 1
+    if nothing is folded.
     """
 
     embedding: float = 1.0  # token and learned position embeddings
@@ -50,22 +51,22 @@ class Piece:
     """One tensor of the Hugging Face model, cut from our parameter `source`.
 
     Each range of `rows` is multiplied by its factor, the ranges are stacked in order, and the
-    result is transposed where `transposed` is set. `source` None stands for zeros: a bias that our
-    model does not have. `shape` is that of the Hugging Face tensor.
+    result is transposed if `transposed` is set. If `source` is None the tensor is all zeros: a bias
+    that our model does not have. `shape` is that of the Hugging Face tensor.
     """
 
     name: str
     source: str | None
-    rows: Rows
+    rows: ScaledRanges
     shape: tuple[int, ...]
     transposed: bool = False
 
 
 def blockers(architecture: str, model: ModelConfig) -> list[str]:
-    """Every reason why an architecture cannot express a model; empty where it can."""
+    """Every reason why an architecture cannot express a model; empty if it can."""
     is_gpt2 = architecture == "gpt2"
     has_qk_norm = architecture == "qwen3"
-    # What the architecture's own code computes; a setting outside cannot be expressed.
+    # Settings that the architecture supports; a model with any other cannot be exported.
     choices_of: dict[str, tuple[object, ...]] = {
         "norm": ("layernorm",) if is_gpt2 else ("rmsnorm",),
         "activation": ("gelu", "gelu_tanh") if is_gpt2 else ("swiglu",),
@@ -77,18 +78,20 @@ def blockers(architecture: str, model: ModelConfig) -> list[str]:
         setting = getattr(model, name)
         if setting not in choices:
             alternatives = " or ".join(map(_show, choices))
-            reasons.append(f"model.{name} = {_show(setting)}, it has {alternatives}")
+            reasons.append(f"model.{name} = {_show(setting)}, but it only has {alternatives}")
 
     if has_qk_norm and model.bias:
-        reasons.append("model.bias = true, its MLP has no biases")
+        reasons.append("model.bias = true, but its MLP has no biases")
     # GPT-2 has no setting for the size of a head: it is hidden size / heads.
     width = model.num_attention_heads * head_dim(model)
     if is_gpt2 and width != model.hidden_size:
         reasons.append(
-            f"heads of {head_dim(model)} x {model.num_attention_heads} = {width}, "
-            f"it needs model.hidden_size = {model.hidden_size}"
+            f"model.num_attention_heads x head size = {model.num_attention_heads} x "
+            f"{head_dim(model)} = {width}, but it requires this to equal "
+            f"model.hidden_size = {model.hidden_size}"
         )
-    # transformers refuses such a Llama even where config.json gives head_dim.
+    # transformers rejects a Llama whose hidden size is not a multiple of its heads, even if
+    # config.json gives head_dim.
     if architecture == "llama" and model.hidden_size % model.num_attention_heads:
         reasons.append(
             f"model.num_attention_heads = {model.num_attention_heads} does not divide "
@@ -98,17 +101,17 @@ def blockers(architecture: str, model: ModelConfig) -> list[str]:
 
 
 def choose_architecture(model: ModelConfig, table: Table, architecture: str = "auto") -> str:
-    """`architecture` if it can express the model.
+    """Return `architecture` if it can express the model.
 
-    auto: plain Llama where nothing must be multiplied, else the first architecture that can express
-    the model; Granite comes first because it keeps the multipliers. Raises ConfigError naming
-    everything in the way.
+    auto: plain Llama if no multiplier has to be folded, else the first of ARCHITECTURES that can
+    express the model; Granite is tried first because it keeps the multipliers. Raises ConfigError
+    listing every reason against each architecture.
     """
     candidates = ARCHITECTURES if architecture == "auto" else (architecture,)
     reasons_against = {name: blockers(name, model) for name in candidates}
     fitting = [name for name, reasons in reasons_against.items() if not reasons]
 
-    # Llama is what most programs load, so it wins where no multiplier would be lost.
+    # Most programs can load Llama, so it wins if no multiplier would be lost.
     if architecture == "auto" and "llama" in fitting:
         folding = fold("llama", model, table)
         if not folding.changed:
@@ -117,17 +120,18 @@ def choose_architecture(model: ModelConfig, table: Table, architecture: str = "a
         return fitting[0]
 
     hint = "" if architecture == "auto" else " Try --architecture auto."
-    lines = [f"no stock architecture asked for can express this model.{hint}"]
+    lines = [f"none of the requested architectures can express this model.{hint}"]
     for name, reasons in reasons_against.items():
         lines.append(f"{name}: {'; '.join(reasons)}")
     raise ConfigError("\n  ".join(lines))
 
 
 def fold(architecture: str, model: ModelConfig, table: Table) -> Folding:
-    """The factors to fold: none for Granite, whose configuration has all four multipliers.
+    """The factors to fold into the exported tensors.
 
-    Tied embeddings: logits = norm(x) (m W)^T / (m m_N), so the final norm takes 1/m_N and undoes
-    the input multiplier m.
+    None for Granite, whose configuration has all four multipliers (embedding, attention, residual
+    and logits). With tied embeddings, the stored table is m W, where m is the input multiplier, and
+    serves as the unembedding too, so the final norm is multiplied by logit_multiplier / m.
     """
     if architecture == "granite":
         return Folding()
@@ -138,7 +142,8 @@ def fold(architecture: str, model: ModelConfig, table: Table) -> Folding:
     else:
         final_norm = 1.0
         unembedding = table.logit_multiplier
-    # These architectures scale attention logits by 1/sqrt(head_dim); the queries take the quotient.
+    # These architectures scale attention logits by 1/sqrt(head_dim): the query projection absorbs
+    # the ratio of our scale to theirs.
     stock_attention_scale = 1 / math.sqrt(head_dim(model))
     return Folding(
         embedding=input_multiplier,
@@ -152,9 +157,10 @@ def fold(architecture: str, model: ModelConfig, table: Table) -> Folding:
 def pieces(
     architecture: str, model: ModelConfig, folding: Folding, prefix: str | None = None
 ) -> list[Piece]:
-    """Every tensor of the Hugging Face model; those of one parameter of ours are neighbours.
+    """Every tensor of the Hugging Face model.
 
-    `prefix` replaces GPT-2's 'transformer.'.
+    Tensors that are cut from the same parameter of ours are adjacent. `prefix` replaces GPT-2's
+    'transformer.'.
     """
     if architecture == "gpt2":
         return list(_gpt2_pieces(model, folding, "transformer." if prefix is None else prefix))
@@ -174,7 +180,8 @@ def _llama_pieces(model: ModelConfig, folding: Folding, qk_norm: bool) -> Iterat
         yield from _llama_attention(model, folding, qk_norm, index)
         yield from _llama_mlp(model, folding, index)
     yield _vector("model.norm.weight", "final_norm.weight", model.hidden_size, folding.final_norm)
-    # A tied model stores one table; both programs know from config.json that it is used twice.
+    # A tied model stores one table: transformers and our import learn from config.json
+    # (tie_word_embeddings) that it is used twice.
     if not model.tied_embeddings:
         yield _matrix(
             "lm_head.weight",
@@ -192,7 +199,7 @@ def _llama_attention(
     head_size = head_dim(model)
     query_rows = model.num_attention_heads * head_size
     key_rows = num_query_groups(model) * head_size
-    # Rows of our qkv: queries, keys, values. There are as many of values as of keys.
+    # Rows of our qkv: queries, keys, values. Values have as many rows as keys.
     key_end = query_rows + key_rows
     query_range = (0, query_rows)
     key_range = (query_rows, key_end)
@@ -204,7 +211,7 @@ def _llama_attention(
     qkv = f"{attention}.qkv"
     yield _vector(f"{hf_block}.input_layernorm.weight", f"{attention}_norm.weight", hidden)
 
-    # A norm on queries would undo a factor of the projection, so its gain takes the factor.
+    # A norm on queries would undo a factor of the projection, so its gain is multiplied instead.
     projection_factor = 1.0 if qk_norm else folding.query
     projections = [
         *_linear(f"{hf_attention}.q_proj", qkv, query_range, hidden, model.bias, projection_factor),
@@ -234,7 +241,7 @@ def _llama_mlp(model: ModelConfig, folding: Folding, index: int) -> Iterator[Pie
     mlp = f"layers.{index}.mlp"
     up = f"{mlp}.up"
     yield _vector(f"{hf_block}.post_attention_layernorm.weight", f"{mlp}_norm.weight", hidden)
-    # Our up projection holds the gate's rows above those that the gate multiplies.
+    # Our `up` stacks the gate's rows first, then the rows that are gated.
     halves = [
         *_linear(f"{hf_block}.mlp.gate_proj", up, (0, ffn), hidden, model.bias),
         *_linear(f"{hf_block}.mlp.up_proj", up, (ffn, 2 * ffn), hidden, model.bias),
@@ -253,7 +260,10 @@ def _linear(
     bias: bool,
     factor: float = 1.0,
 ) -> Iterator[Piece]:
-    """Weight [rows, columns], and bias, of a linear layer that is `rows` of ours."""
+    """Weight and bias of a Hugging Face linear layer that consists of `rows` of our layer.
+
+    The weight has shape [stop - start, columns].
+    """
     start, stop = rows
     scaled_rows = ((start, stop, factor),)
     size = stop - start
@@ -263,17 +273,17 @@ def _linear(
 
 
 def _matrix(name: str, source: str, shape: tuple[int, int], factor: float = 1.0) -> Piece:
-    """A whole matrix of ours, times a factor."""
+    """Our complete matrix, times a factor."""
     return Piece(name, source, ((0, shape[0], factor),), shape)
 
 
 def _vector(name: str, source: str, size: int, factor: float = 1.0) -> Piece:
-    """A whole vector of ours, times a factor."""
+    """Our complete vector, times a factor."""
     return Piece(name, source, ((0, size, factor),), (size,))
 
 
 def _source_name(piece: Piece) -> str:
-    """Sorting key: pieces of one parameter become neighbours, so that it is read once."""
+    """Sorting key that makes pieces of one parameter adjacent, so that it is read once."""
     return piece.source or ""
 
 
@@ -295,7 +305,10 @@ def _gpt2_pieces(model: ModelConfig, folding: Folding, prefix: str) -> Iterator[
 
 
 def _gpt2_block(model: ModelConfig, folding: Folding, hf_block: str, block: str) -> Iterator[Piece]:
-    """One block of GPT-2; the names of both sides begin with `hf_block` and `block`."""
+    """One block of GPT-2.
+
+    hf_block, block: name prefixes in the Hugging Face model and in ours.
+    """
     hidden = model.hidden_size
     ffn = model.ffn_hidden_size
     query_rows = (0, hidden, folding.query)
@@ -314,7 +327,7 @@ def _gpt2_block(model: ModelConfig, folding: Folding, hf_block: str, block: str)
 
 
 def _gpt2_linear(
-    model: ModelConfig, name: str, source: str, rows: Rows, columns: int
+    model: ModelConfig, name: str, source: str, rows: ScaledRanges, columns: int
 ) -> Iterator[Piece]:
     """Weight [columns, rows] and bias of a linear layer."""
     shape = (columns, _number_of_rows(rows))
@@ -329,21 +342,21 @@ def _gpt2_norm(model: ModelConfig, name: str, source: str, factor: float = 1.0) 
     yield _gpt2_bias(model, name, source, ((0, hidden, factor),))
 
 
-def _gpt2_bias(model: ModelConfig, name: str, source: str, rows: Rows) -> Piece:
-    """A bias, which GPT-2 always has: zeros for a model of ours without biases."""
+def _gpt2_bias(model: ModelConfig, name: str, source: str, rows: ScaledRanges) -> Piece:
+    """A bias, which GPT-2 always has: zeros if our model has none."""
     bias_source = f"{source}.bias" if model.bias else None
     return Piece(f"{name}.bias", bias_source, rows, (_number_of_rows(rows),))
 
 
-def _number_of_rows(rows: Rows) -> int:
+def _number_of_rows(rows: ScaledRanges) -> int:
     return sum(stop - start for start, stop, _ in rows)
 
 
-def _repeated_keys_and_values(model: ModelConfig) -> Rows:
-    """The rows of keys, then of values, behind the queries.
+def _repeated_keys_and_values(model: ModelConfig) -> ScaledRanges:
+    """The rows of keys, then of values, which follow the queries in our qkv.
 
-    GPT-2 has as many heads of keys as of queries, so the head of a query group is written once for
-    each query head of that group.
+    GPT-2 has as many key and value heads as query heads, so each key or value head is repeated for
+    every query head of its group.
     """
     groups = num_query_groups(model)
     head_size = head_dim(model)

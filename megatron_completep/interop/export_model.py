@@ -23,7 +23,7 @@ from megatron_completep.config import Config, config_from_mapping
 from megatron_completep.config.schema import TokenizerConfig
 from megatron_completep.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_completep.errors import ConfigError, DataError, pairs_text
-from megatron_completep.inference.generation import find_checkpoint, run_tokenizer
+from megatron_completep.inference.generation import find_checkpoint, tokenizer_of_run
 from megatron_completep.interop.architectures import (
     Folding,
     Piece,
@@ -282,7 +282,7 @@ def _tokenizer_settings(
             f"--tokenizer-model {model}: the run has no data.tokenizer, so its family is unknown. "
             "Leave the option away."
         )
-    return run_tokenizer(checkpoint, config, model)
+    return tokenizer_of_run(checkpoint, config, model)
 
 
 def _tokenizer(config: Config, settings: TokenizerConfig | None) -> Tokenizer | None:

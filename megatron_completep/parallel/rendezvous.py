@@ -120,7 +120,7 @@ class RollCall:
     def _store_lost(self, error: RuntimeError) -> ConfigError:
         waiting = f" while waiting for rank {_list(self._missing)}" if self._missing else ""
         return ConfigError(
-            f"rank {self._launch.rank}: {self._launch.store_holder}, which holds the store, "
+            f"rank {self._launch.rank}: {self._launch.store_holder}, which hosts the store, "
             f"left{waiting}: {_first_line(error)} Look at its log."
         )
 

@@ -1,14 +1,14 @@
-"""Every collective of an optimizer step, on paper.
+"""Predicts every collective of an optimizer step: axis, operation, bytes, calls and purpose.
 
-Each has its axis, operation, bytes, number of calls and purpose.
-Tests count the collectives of a real step and compare. The bytes of a call are those of the whole
-tensor: what an all-reduce sums, an all-gather makes, a reduce-scatter takes, a send sends.
+Tests compare the prediction with the collectives of a real step. The payload of a call is the full
+tensor: the input of an all-reduce, reduce-scatter or send, and the output of an all-gather.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import nn
 
@@ -39,33 +39,41 @@ SEND = "send"
 
 @dataclass(frozen=True)
 class Collective:
-    """`count` calls a step, each with `payload` bytes, over one axis of the mesh or all ranks."""
+    """`count` calls per step, each of `payload` bytes, over one axis of the mesh or all ranks."""
 
     axis: str
     operation: str
     payload: int
     count: int
-    what: str
+    purpose: str
 
     def sent(self, ranks: int) -> float:
         """Bytes that one rank sends, with ring algorithms over `ranks` ranks."""
         if self.operation == SEND:
             return float(self.payload * self.count)
-        # A ring passes every part of the tensor on to all other ranks: once for a gather or a
-        # scatter, twice for an all-reduce, which is both.
+        # In a ring of n ranks each one sends (n - 1) / n of the tensor for an all-gather or a
+        # reduce-scatter, and twice that for an all-reduce, which consists of both.
         passes = 2 if self.operation == ALL_REDUCE else 1
         return self.payload * self.count * (passes * (ranks - 1) / ranks)
+
+
+class SentBytes(NamedTuple):
+    """Bytes per step that the busiest rank sends along each axis."""
+
+    tensor: float
+    pipeline: float
+    data: float
 
 
 def collectives_per_step(
     config: Config, world_size: int, pipeline_rank: int = 0, shard_rank: int = 0
 ) -> list[Collective]:
-    """What a rank at these coordinates does in `TrainingStep.run`.
+    """The collectives of a rank at these coordinates in `TrainingStep.run`.
 
-    Tensor and replica ranks are alike.
+    The result does not depend on the tensor or replica rank.
 
-    shard_rank: the rank among those that share the optimizer; it matters for the small sum of
-        partial gradients alone.
+    shard_rank: the rank among those that share the optimizer state; only affects the size of the
+        partial-gradient all-reduce.
     """
     gradient_size = gradient_parallel_size(config, world_size)
     micro_batches = micro_batches_per_step(config, world_size)
@@ -84,14 +92,17 @@ def collectives_per_step(
     return [collective for collective in collectives if collective.count]
 
 
-def sent_bytes(config: Config, world_size: int) -> tuple[float, float, float]:
-    """Bytes that the busiest rank sends a step along the tensor, the pipeline and the data axis."""
+def sent_bytes(config: Config, world_size: int) -> SentBytes:
+    """Bytes per step that the busiest rank sends along each axis.
+
+    The data axis includes shards and replicas. The few numbers that all ranks share are left out.
+    """
     parallel = config.parallel
     gradient_size = gradient_parallel_size(config, world_size)
     shards = shard_count(config, gradient_size)
     ranks = {
         "tensor": parallel.tensor_parallel_size,
-        "pipeline": 2,
+        "pipeline": 2,  # sends are point to point
         "shard": shards,
         "replica": gradient_size // shards,
         "world": world_size,
@@ -104,54 +115,56 @@ def sent_bytes(config: Config, world_size: int) -> tuple[float, float, float]:
             sent[collective.axis] += collective.sent(ranks[collective.axis])
         sent["data"] = sent["shard"] + sent["replica"]
         most = {axis: max(size, sent[axis]) for axis, size in most.items()}
-    return most["tensor"], most["pipeline"], most["data"]
+    return SentBytes(most["tensor"], most["pipeline"], most["data"])
 
 
 def _tensor(config: Config, model: GPT, micro_batches: int) -> Iterator[Collective]:
-    """Activations between tensor ranks in one stage: of its parallel linears and of its ends.
+    """Activation collectives of one chunk: its parallel linears, embedding and unembedding.
 
-    The linears are counted in the model, so that a new branch made of them is known here.
+    The linears are found by walking the model, so that new branches are included.
     """
     if config.parallel.tensor_parallel_size == 1:
         return
-    # Partial sums [S, B, H] become the whole sum on every rank, or a part of the sequence on each,
-    # which has to be gathered where the whole is needed.
+    # Partial sums [S, B, H] are all-reduced. With sequence parallelism they are reduce-scattered
+    # along the sequence, and a layer that needs all of the sequence gathers it.
     split = config.parallel.sequence_parallel
     reduce = REDUCE_SCATTER if split else ALL_REDUCE
-    embeddings = micro_batches if model.stage.first else 0
-    unembeddings = micro_batches if model.stage.last else 0
-    columns = micro_batches * _count(model, ColumnParallelLinear)
-    rows = micro_batches * _count(model, RowParallelLinear)
+    embedding_calls = micro_batches if model.stage.first else 0
+    unembedding_calls = micro_batches if model.stage.last else 0
+    column_calls = micro_batches * _count(model, ColumnParallelLinear)
+    row_calls = micro_batches * _count(model, RowParallelLinear)
     activation_elements = micro_batch_sizes(config).tokens * config.model.hidden_size
     payload = activation_elements * element_bytes(config)
 
-    def call(operation: str, count: int, what: str) -> Collective:
-        return Collective("tensor", operation, payload, count, what)
+    def call(operation: str, count: int, purpose: str) -> Collective:
+        return Collective("tensor", operation, payload, count, purpose)
 
-    yield call(reduce, embeddings, "embeddings, forward")
+    yield call(reduce, embedding_calls, "embeddings, forward")
     if split:
-        yield call(ALL_GATHER, columns, "inputs of attention and MLP, forward")
-    yield call(reduce, rows, "outputs of attention and MLP, forward")
+        yield call(ALL_GATHER, column_calls, "inputs of attention and MLP, forward")
+    yield call(reduce, row_calls, "outputs of attention and MLP, forward")
     if model.stage.last:
         if split:
-            yield call(ALL_GATHER, unembeddings, "input of the unembedding, forward")
+            yield call(ALL_GATHER, unembedding_calls, "input of the unembedding, forward")
         yield from _losses(config, model.unembedding, micro_batches)
 
-    yield call(reduce, unembeddings, "gradient of the unembedding's input, backward")
+    yield call(reduce, unembedding_calls, "gradient of the unembedding's input, backward")
     if config.training.recompute == "full":
-        # A layer is computed again until all that backward needs is there: before its last sum.
+        # Recomputation stops early (non-reentrant checkpoint): the last reduction of each layer is
+        # not repeated, because backward does not need its result.
         if split:
-            yield call(ALL_GATHER, columns, "inputs of attention and MLP, recomputed")
-        recomputed_rows = rows - micro_batches * len(model.layers)
-        yield call(reduce, recomputed_rows, "outputs of attention, recomputed")
+            yield call(ALL_GATHER, column_calls, "inputs of attention and MLP, recomputed")
+        recomputed_calls = row_calls - micro_batches * len(model.layers)
+        purpose = "outputs of all branches of a layer but the last, recomputed"
+        yield call(reduce, recomputed_calls, purpose)
     if split:
-        yield call(ALL_GATHER, rows, "gradients of the outputs of attention and MLP, backward")
-        # The forward pass keeps this rank's part of the inputs alone.
+        yield call(ALL_GATHER, row_calls, "gradients of the outputs of attention and MLP, backward")
+        # Forward keeps only this rank's part of the inputs, so backward gathers them again.
         purpose = "inputs of attention and MLP for the weight gradients, backward"
-        yield call(ALL_GATHER, columns, purpose)
-    yield call(reduce, columns, "gradients of the inputs of attention and MLP, backward")
+        yield call(ALL_GATHER, column_calls, purpose)
+    yield call(reduce, column_calls, "gradients of the inputs of attention and MLP, backward")
     if split:
-        yield call(ALL_GATHER, embeddings, "gradient of the embeddings, backward")
+        yield call(ALL_GATHER, embedding_calls, "gradient of the embeddings, backward")
 
 
 def _count(model: GPT, kind: type[nn.Module]) -> int:
@@ -160,25 +173,26 @@ def _count(model: GPT, kind: type[nn.Module]) -> int:
 
 def _losses(config: Config, unembedding: Unembedding, micro_batches: int) -> Iterator[Collective]:
     """The two reductions of the vocabulary-parallel cross-entropy, for every chunk of tokens."""
-    # Of each token: the sum of exponentials and the target's logit, with smoothing that of logits.
+    # Per token: the sum of exponentials and the target's logit; with label smoothing also the sum
+    # of the logits.
     sums = 3 if config.training.label_smoothing > 0 else 2
     all_tokens = micro_batch_sizes(config).tokens
     chunk_tokens = unembedding.chunk_tokens(all_tokens, element_bytes(config))
     full_chunks, remaining_tokens = divmod(all_tokens, chunk_tokens)
     remaining_chunks = 1 if remaining_tokens else 0
     for tokens, chunks in ((chunk_tokens, full_chunks), (remaining_tokens, remaining_chunks)):
-        row = tokens * wide_bytes(config)
+        value_bytes = tokens * wide_bytes(config)  # of one value per token
         count = chunks * micro_batches
         purpose = "largest logit of each token, forward"
-        yield Collective("tensor", ALL_REDUCE, row, count, purpose)
+        yield Collective("tensor", ALL_REDUCE, value_bytes, count, purpose)
         purpose = "sums of each token's cross-entropy, forward"
-        yield Collective("tensor", ALL_REDUCE, sums * row, count, purpose)
+        yield Collective("tensor", ALL_REDUCE, sums * value_bytes, count, purpose)
 
 
 def _partial_gradients(
     config: Config, specs: Mapping[str, Spec], layout: Layout, shard_rank: int
 ) -> Iterator[Collective]:
-    """Gradients of replicated parameters of which each tensor rank has computed a share."""
+    """Partial gradients of replicated parameters, summed over tensor ranks."""
     segments = layout.segments({"gradient": shard_rank})
     elements = sum(s.size for s in segments if specs[s.name].partial_gradient)
     if elements:
@@ -206,8 +220,9 @@ def _pipeline(config: Config, models: list[GPT], micro_batches: int) -> Iterator
 def _tied_gradients(
     config: Config, specs: Mapping[str, Spec], layout: Layout
 ) -> Iterator[Collective]:
-    """The embedding's gradient between the ends of the pipeline, which hold a copy of it each."""
-    # Both ends lie alone in a bucket, so that equal shards of them meet.
+    """The embedding's gradient between the first and last stage, each of which holds a copy."""
+    # The tied embedding has a bucket of its own on both stages, so their shards cover the same
+    # elements.
     for entry in layout.pieces:
         if specs[entry.name].tied_to is not None:
             bucket = layout.buckets[entry.bucket]
@@ -217,13 +232,14 @@ def _tied_gradients(
 
 
 def _data(config: Config, layout: Layout, gradient_size: int) -> Iterator[Collective]:
-    """Gradients and parameters of every bucket between data ranks, one bucket after the other."""
+    """Gradients and parameters of every bucket between data ranks."""
     if gradient_size == 1:
         return
     shards = shard_count(config, gradient_size)
     gradient_bytes = 2 if config.parallel.gradient_dtype == "bf16" else wide_bytes(config)
     for bucket in layout.buckets:
-        # A rank is sent the sums of its shard, updates that, and hands the parameters round.
+        # Each rank receives the summed gradients of its shard and updates it; then the new
+        # parameters are all-gathered.
         gradients = bucket.size * gradient_bytes
         parameters = bucket.size * element_bytes(config)
         if shards > 1:
@@ -242,7 +258,8 @@ def _world(config: Config, world_size: int) -> Iterator[Collective]:
     if world_size == 1:
         return
     own_losses = whole_model(config.model, table_of(config)).own_losses.names
-    # Three, the terms of the objective and the layers' own losses, all of them float64.
+    # Squared gradient norm, loss and token count, plus one value per term of the objective and per
+    # loss that a layer declares; all are float64.
     numbers = 3 + len(LossConfig.of(config.training).terms) + len(own_losses)
     purpose = "squared gradient norm, loss, its terms, tokens"
     yield Collective("world", ALL_REDUCE, numbers * 8, 1, purpose)

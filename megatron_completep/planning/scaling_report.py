@@ -29,8 +29,15 @@ def scaling_to_json(config: Config, plan: ScalingPlan, gpu: str) -> dict[str, An
         "memory": memory,
         "gpu": gpu,
         "assumptions": assumptions(gpu),
-        "collectives": [asdict(collective) for collective in collectives],
+        "collectives": [_collective_to_json(collective) for collective in collectives],
     }
+
+
+def _collective_to_json(collective: Collective) -> dict[str, Any]:
+    """The fields of a collective; its purpose has the key `what`."""
+    entry = asdict(collective)
+    entry["what"] = entry.pop("purpose")
+    return entry
 
 
 def describe_scaling(config: Config, plan: ScalingPlan, gpu: str) -> str:
@@ -81,14 +88,14 @@ def merged(collectives: Iterable[Collective]) -> list[Collective]:
     """
     totals: dict[tuple[str, str, str], tuple[int, int]] = {}
     for collective in collectives:
-        key = (collective.axis, collective.operation, collective.what)
+        key = (collective.axis, collective.operation, collective.purpose)
         count, payload = totals.get(key, (0, 0))
         payload += collective.count * collective.payload
         totals[key] = (count + collective.count, payload)
     # Chunks of the loss and buckets differ in size: one entry has their mean.
     entries = []
-    for (axis, operation, what), (count, payload) in totals.items():
-        entries.append(Collective(axis, operation, payload // count, count, what))
+    for (axis, operation, purpose), (count, payload) in totals.items():
+        entries.append(Collective(axis, operation, payload // count, count, purpose))
     return entries
 
 
@@ -116,7 +123,7 @@ def _traffic(config: Config, plan: ScalingPlan) -> list[str]:
     for calls in merged(collectives_per_step(config, plan.world_size)):
         count = f"{calls.count:,}"
         size = megabytes(calls.payload)
-        rows.append([calls.axis, calls.operation, count, size, calls.what])
+        rows.append([calls.axis, calls.operation, count, size, calls.purpose])
     head = ["collectives a step, pipeline rank 0", "operation", "calls", "MB each", "what"]
     sent = table(["GB sent a step by the busiest rank, along", "GB"], totals)
     return [*sent, "", *table(head, rows)]

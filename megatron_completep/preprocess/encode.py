@@ -1,10 +1,15 @@
 """A worker's task: read, clean and tokenize a block, and append it to the worker's own shard.
 
-A shard is three kinds of append-only files in the work folder. `NAME.KEY.bin`: tokens. `NAME.meta`:
-per block, for its documents, text sizes (uint64 bytes), token counts (uint32 a key), and hashes (16
-bytes) when documents are de-duplicated. `NAME.journal`: one line a finished block, written last,
-that says where the block's bytes lie and their checksums (see journal.py). A block without a whole
-journal line does not exist, so a killed worker leaves nothing that could be taken for a result.
+A shard is three kinds of append-only files in the work folder.
+
+- `NAME.KEY.bin`: tokens.
+- `NAME.meta`: for each block, arrays over its documents: text size in bytes (uint64), token count
+  (uint32, one array per JSON key), and a 16-byte hash if documents are de-duplicated.
+- `NAME.journal`: one line per finished block, written last, with the offsets and checksums of its
+  data (see journal.py).
+
+Blocks without a complete journal line are ignored, so a killed worker leaves nothing that could be
+taken for a result.
 """
 
 from collections.abc import Iterable, Iterator
@@ -32,11 +37,11 @@ from megatron_completep.preprocess.sources import Block
 __all__ = ["Encoder", "Record"]
 
 _BATCH_CHARACTERS = 1 << 20
-_BAD_EXAMPLES = 10  # described a block; all are counted
+_BAD_EXAMPLES = 10  # at most this many per block are described; all are counted
 
 
 class _Extent:
-    """The bytes that one block appends to one file: written, then described by offset and hash."""
+    """One block's bytes in one file: appends them and returns their offset, size and hash."""
 
     def __init__(self, file: BinaryIO):
         self._file = file
@@ -49,7 +54,7 @@ class _Extent:
 
     def finish(self) -> tuple[int, int, str]:
         """(offset, size, xxh3 as 16 hexadecimal digits)."""
-        # The kernel has the bytes before the journal names them: kill -9 cannot take them back.
+        # Flush to the OS before the journal refers to these bytes, so that they survive kill -9.
         self._file.flush()
         size = self._file.tell() - self._offset
         return self._offset, size, self._digest.hexdigest()
@@ -57,16 +62,16 @@ class _Extent:
 
 @dataclass
 class _Result:
-    """What a block's documents have given so far; tokens are on disk already."""
+    """Accumulated results of a block; tokens are written as they come."""
 
-    bins: list[_Extent]
-    counts: list[list[int]]  # tokens [key][document]
-    sizes: list[int] = field(default_factory=list)
+    token_extents: list[_Extent]  # [key]
+    token_counts: list[list[int]]  # [key][document]
+    text_sizes: list[int] = field(default_factory=list)  # [document], bytes
     hashes: list[bytes] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)
     bad_count: int = 0
-    dropped_characters: int = 0
-    dropped_tokens: int = 0
+    documents_outside_character_limits: int = 0
+    documents_outside_token_limits: int = 0
 
 
 class Encoder:
@@ -86,7 +91,10 @@ class Encoder:
         self._journal = self._create(f"{shard}.journal")
 
     def _create(self, path: str) -> BinaryIO:
-        """A new file that is open until `close`; one that exists is another worker's."""
+        """Create a file, open until `close`.
+
+        Raises FileExistsError if it exists, since it would be another worker's.
+        """
         return self._stack.enter_context(open(path, "xb"))
 
     def close(self) -> None:
@@ -94,18 +102,18 @@ class Encoder:
         self._stack.close()
 
     def encode(self, block: Block) -> Record:
-        """Tokenize a block, append it to the shard, and return its journal line.
+        """Tokenize a block, append it to the shard, and return its journal record.
 
-        Memory: one batch of about a megabyte of text.
+        Holds about a megabyte of text in memory at a time.
         """
         extents = [_Extent(file) for file in self._bins]
-        result = _Result(extents, counts=[[] for _ in extents])
+        result = _Result(extents, token_counts=[[] for _ in extents])
         for batch in _batches(self._good_documents(block, result)):
             self._encode_batch(batch, result)
         return self._finish(block, result)
 
     def _good_documents(self, block: Block, result: _Result) -> Iterator[Document]:
-        """Documents within the limits of length; the others are counted in `result`."""
+        """Yield documents within the length limits; count the rest in `result`."""
         settings = self.settings
         documents = read_documents(
             block, settings.json_keys, settings.unicode, settings.largest_document
@@ -118,11 +126,11 @@ class Encoder:
                         place = describe_place(block, document.place)
                         result.bad.append(f"{place}: {document.reason}")
                 elif settings.limits.refuses_text(document.texts):
-                    result.dropped_characters += 1
+                    result.documents_outside_character_limits += 1
                 else:
                     yield document
-        # What follows in the file is lost, and counts as one document.
         except DataError as error:
+            # The remainder of the file is unreadable; count it as one bad document.
             result.bad_count += 1
             result.bad.append(str(error))
 
@@ -133,20 +141,22 @@ class Encoder:
             texts = [document.texts[key] for document in batch]
             ids_by_key.append(self.tokenizer.encode_batch(texts))
 
-        # A document that is dropped is missing under all keys, so that they stay aligned.
+        # Drop a document under all keys, to keep the keys aligned.
         accepted: list[list[np.ndarray]] = [[] for _ in ids_by_key]  # ids [key][document]
         for row, document in enumerate(batch):
             document_ids = [ids[row] for ids in ids_by_key]
             if self.settings.limits.refuses_tokens([len(ids) for ids in document_ids]):
-                result.dropped_tokens += 1
+                result.documents_outside_token_limits += 1
                 continue
-            result.sizes.append(sum(map(_utf8_size, document.texts)))
+            result.text_sizes.append(sum(map(_utf8_size, document.texts)))
             if self.settings.deduplicate:
                 result.hashes.append(content_hash(document.texts))
             for column, ids in zip(accepted, document_ids, strict=True):
                 column.append(ids)
 
-        for extent, counts, column in zip(result.bins, result.counts, accepted, strict=True):
+        for extent, counts, column in zip(
+            result.token_extents, result.token_counts, accepted, strict=True
+        ):
             arrays = []
             for ids in column:
                 # As in Megatron, an empty document stays empty: it gets no end-of-document token.
@@ -158,28 +168,29 @@ class Encoder:
             extent.write(np.concatenate(arrays).tobytes() if arrays else b"")
 
     def _finish(self, block: Block, result: _Result) -> Record:
-        """Write the block's meta data, then its journal line; returns the line."""
+        """Write the block's metadata, then its journal line; returns the record."""
         meta = _Extent(self._meta)
-        meta.write(np.array(result.sizes, "<u8").tobytes())
-        for counts in result.counts:
+        meta.write(np.array(result.text_sizes, "<u8").tobytes())
+        for counts in result.token_counts:
             meta.write(np.array(counts, "<u4").tobytes())
         meta.write(b"".join(result.hashes))
         record: Record = {
             "unit": block.unit,
             "part": block.part,
             "shard": self._name,
-            "documents": len(result.sizes),
-            "text_bytes": sum(result.sizes),
+            "documents": len(result.text_sizes),
+            "text_bytes": sum(result.text_sizes),
             "disk_bytes": block.disk_bytes,
-            "tokens": sum(map(sum, result.counts)),
+            "tokens": sum(map(sum, result.token_counts)),
             "bad_count": result.bad_count,
             "bad": result.bad,
-            "dropped_characters": result.dropped_characters,
-            "dropped_tokens": result.dropped_tokens,
+            # These two keys count documents, not characters or tokens.
+            "dropped_characters": result.documents_outside_character_limits,
+            "dropped_tokens": result.documents_outside_token_limits,
             "meta": meta.finish(),
-            "bins": [extent.finish() for extent in result.bins],
+            "bins": [extent.finish() for extent in result.token_extents],
         }
-        # The line makes the block exist, so everything that it names is flushed by now.
+        # This line commits the block; all data that it refers to is already flushed.
         self._journal.write(journal_line(record))
         self._journal.flush()
         return record
@@ -192,7 +203,7 @@ def _utf8_size(text: str) -> int:
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Documents that together have about _BATCH_CHARACTERS characters."""
+    """Group documents into batches of about _BATCH_CHARACTERS characters."""
     batch: list[Document] = []
     size = 0
     for document in documents:

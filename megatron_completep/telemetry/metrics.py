@@ -1,4 +1,4 @@
-"""What a run reports: `metrics.jsonl`, a console line an interval, and the trackers."""
+"""What a run reports: `metrics.jsonl`, one console line per interval, and the trackers."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ METRICS = "metrics.jsonl"
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one object a step.
+    """`metrics.jsonl`: one JSON object per step.
 
     Floats have full precision (they read back bit for bit); those that are not finite are null.
-    Opening the file cuts off the steps after `last_step`, which a resumed run does again, and an
-    incomplete last line that a kill left. While the disk is full, rows wait in memory; that is
-    reported once, and training goes on.
+    Opening the file truncates rows after `last_step`, which a resumed run will write again, and an
+    incomplete last line. While the disk is full, rows are kept in memory; this is reported once,
+    and training continues.
     """
 
     def __init__(self, path: Path, last_step: int, say: Callable[[str], None]):
@@ -38,7 +38,7 @@ class MetricsFile:
         except OSError as error:
             raise ConfigError(
                 f"{path} cannot be written: {error.strerror}. "
-                "Choose another training.output_dir, or mend the file."
+                "Choose another training.output_dir, or make the file writable."
             ) from None
         self._path = path
         self._say = say
@@ -52,27 +52,28 @@ class MetricsFile:
         self._write()
 
     def _follow_path(self) -> None:
-        """Open a new file where the old one was removed.
+        """Open a new file if the old one was removed.
 
-        Rows written to a file without a name would be lost without a word.
+        Otherwise rows would go to the deleted file and be lost silently.
         """
         if os.path.lexists(self._path):
             return
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            # Nothing is cut here: the file is new.
+            # Nothing has to be truncated: the file is new.
             new_file = self._path.open("ab", buffering=0)
         except OSError:
-            return  # reported by whatever needs the folder next
+            return  # the next save, which needs the folder too, reports it
         self._file.close()
         self._file = new_file
         self._say(
-            f"warning: {self._path} was removed under the run; a new one begins with the next row"
+            f"warning: {self._path} was removed while the run was writing it; a new file starts "
+            "with the next row"
         )
 
     def _write(self) -> None:
         try:
-            # A write may take only a part of the bytes.
+            # One call may write only a part of the bytes.
             while self._waiting:
                 written = self._file.write(self._waiting)
                 self._waiting = self._waiting[written:]
@@ -96,10 +97,10 @@ def _finite(figure: Any) -> Any:
 
 
 def cut_metrics(path: Path, last_step: int) -> None:
-    """Cut the file after the last complete line of a step up to `last_step`.
+    """Truncate the file after its last complete row with step <= last_step.
 
-    The end of the file moves in one call and nothing is copied: after a kill the file is either the
-    old one or the new one, and a full disk is no obstacle.
+    A single truncate call without a copy: after a kill the file has either its old or its new
+    length, and it works on a full disk.
     """
     if not path.exists():
         return
@@ -108,43 +109,42 @@ def cut_metrics(path: Path, last_step: int) -> None:
     with path.open("rb") as file:
         for line in file:
             position += len(line)
-            # A last line without its newline was torn by a kill.
-            step = _step_of(line) if line.endswith(b"\n") else -1
-            if step > last_step:
+            row = _row_of(line)
+            if row is None:
+                continue
+            if row["step"] > last_step:
                 break
-            if step >= 0:
-                end = position
+            end = position
     if end < path.stat().st_size:
         os.truncate(path, end)
 
 
-def _step_of(line: bytes) -> int:
-    """The step of a line; -1 where the line is not a row."""
-    row = _row_of(line)
-    return -1 if row is None else int(row["step"])
-
-
 def _row_of(line: bytes) -> dict[str, Any] | None:
-    """The row of a line; None where the line is not a row. Losses may be NaN."""
+    """The row of a line, or None if the line is not a complete row. Losses may be NaN."""
+    # A last line without its newline was torn by a kill.
+    if not line.endswith(b"\n"):
+        return None
     try:
         row = parse_json(line, "a line of metrics", finite=False)
     except DataError:
         return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        return None
+    return row if row["step"] >= 0 else None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All complete rows of a `metrics.jsonl`; an incomplete last line is left out."""
     rows = []
     for line in path.read_bytes().splitlines(keepends=True):
-        row = _row_of(line) if line.endswith(b"\n") else None
-        if row is not None and row["step"] >= 0:
+        row = _row_of(line)
+        if row is not None:
             rows.append(row)
     return rows
 
 
 class ConsoleLines:
-    """One console line an interval, with averages over its steps.
+    """One console line per interval, averaged over its steps.
 
     The first step is printed at once, so that a slow start can be seen.
     """
@@ -158,7 +158,7 @@ class ConsoleLines:
 
     def write(self, row: Row) -> None:
         self._rows.append(row)
-        # The last step ends an interval, too: a run must not end in silence.
+        # Also print after the last step, whose interval may be incomplete.
         ends_interval = row["step"] % self._interval == 0 or row["step"] == self._train_steps
         if ends_interval or not self._has_begun:
             self._say(describe(self._rows, self._train_steps))
@@ -167,22 +167,21 @@ class ConsoleLines:
             self._rows.clear()
 
     def close(self) -> None:
-        """Nothing waits."""
+        """Nothing is buffered, so there is nothing to do."""
 
 
 def describe(rows: list[Row], train_steps: int) -> str:
     """Some steps in one line.
 
     It holds the mean loss, the last learning rate and gradient norm, throughput, memory, the share
-    of time spent waiting for data where it matters, and the time that is left.
+    of time spent waiting for data if it is above one percent, and the time that is left.
     """
     last_row = rows[-1]
     seconds = sum(row["step_seconds"] for row in rows)
     losses = [row["loss"] for row in rows if not row["skipped"]]
     mean_loss = sum(losses) / len(losses) if losses else math.nan
-    # Averages over time: each step counts as long as it took.
+    # Weight rates (here tokens/s, below MFU) by step time.
     tokens = sum(row["tokens_per_second"] * row["step_seconds"] for row in rows)
-    # Below one percent it is noise, and is not printed.
     waiting_share = sum(row["data_wait_seconds"] for row in rows) / seconds
     digits = len(str(train_steps))
 
@@ -197,14 +196,15 @@ def describe(rows: list[Row], train_steps: int) -> str:
         mfu = sum(row["mfu"] * row["step_seconds"] for row in rows) / seconds
         phrases.append(f"mfu {100 * mfu:.1f} %")
     phrases.append(f"memory {last_row['memory_bytes'] / 2**30:.2f} GiB")
+    # Less than one percent is noise.
     if waiting_share > 0.01:
         phrases.append(f"waiting for data {100 * waiting_share:.0f} %")
     skipped = len(rows) - len(losses)
     if skipped:
         phrases.append(f"{skipped} skipped")
-    # By the mean of these steps: what validation and saving cost is not in it.
+    # Extrapolated from the mean of these steps; excludes validation and saving.
     seconds_left = (train_steps - last_row["step"]) * seconds / len(rows)
-    phrases.append(f"left {_duration(seconds_left)}")
+    phrases.append(f"{_duration(seconds_left)} left")
     return "  ".join(phrases)
 
 

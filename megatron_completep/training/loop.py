@@ -146,7 +146,7 @@ def launch_step(
             loader.seek(state.consumed_samples)
         figures = step.run(loader.next_step(samples), number, signals.asked)
     state_after = state.after_step(samples, config.model.seq_length)
-    return UnderWay(state, state_after, figures, loader.wait_seconds)
+    return UnderWay(state, state_after, figures, loader.take_wait_seconds())
 
 
 def report(hooks: Sequence[Hook], readback: Readback, everything: bool) -> bool:

@@ -141,14 +141,14 @@ def test_the_watchdog_counts_from_the_last_progress_and_ends_what_makes_none(tmp
         gone.set()
 
     dog = Watchdog(Launch(), tmp_path, 0.2, None, lambda text: None, leave)
-    dog.enter("reading", at_least_seconds=20.0)
+    dog.enter_phase("reading", at_least_seconds=20.0)
     clock.now += 10.0  # a phase of the start has the time that it asked for
     wait_for_looks(clock, 3)
     assert not left
-    dog.beat(6)
+    dog.step_done(6)
     for _ in range(5):
         clock.now += 0.15
-        dog.stay()
+        dog.heartbeat()
     wait_for_looks(clock, 3)
     assert not left  # 0.75 s without a step, but with progress
     clock.now += 0.3

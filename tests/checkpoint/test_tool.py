@@ -138,7 +138,10 @@ def test_reshard_needs_room_and_leaves_nothing_when_there_is_none(
     usage = save.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(save.shutil, "disk_usage", lambda folder: usage._replace(free=1000))
     refused = programs.run(tool.main, "reshard", run, "--output", tmp_path / "again")
-    message = r"a checkpoint needs [\d.]+ \wB \(16.8 MB of it a reserve\), 1\.0 kB are free"
+    message = (
+        r"a checkpoint needs [\d.]+ \wB \(including a reserve of 16\.8 MB\), but only 1\.0 kB are "
+        "free"
+    )
     assert refused.code == 2 and re.search(message, refused.err)
     assert not list((tmp_path / "again").iterdir())
 

@@ -188,8 +188,8 @@ def test_the_worker_works_ahead_ends_and_reports_waiting(data):
     loader = loader_of(data.model_copy(update={"prefetch": 2}))
     loader.next_step()
     assert threading.active_count() == before + 1
-    assert loader.wait_seconds > 0
-    assert loader.wait_seconds == 0
+    assert loader.take_wait_seconds() > 0
+    assert loader.take_wait_seconds() == 0
     loader.close()
     loader.close()
     assert threading.active_count() == before

@@ -15,7 +15,7 @@ import pytest
 from megatron_completep.config import Config
 from megatron_completep.config.schema import DataConfig, TokenizerConfig
 from megatron_completep.data.run_tokenizer import (
-    at_hand,
+    available_tokenizer,
     copy_in,
     keep_tokenizer,
     with_readable_tokenizer,
@@ -85,7 +85,7 @@ def test_a_copy_is_the_same_tokenizer_wherever_the_run_moves(tmp_path: Path, fam
     for path in tmp_path.iterdir():
         if path.name != "moved":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    copy = build_tokenizer(at_hand(settings, tmp_path / "moved"))
+    copy = build_tokenizer(available_tokenizer(settings, tmp_path / "moved"))
     assert (copy.hash, copy.eod_id) == (original.hash, original.eod_id)
     assert copy.encode("some words w3 w7") == original.encode("some words w3 w7")
     with pytest.raises(DataError, match="cannot be read"):
@@ -98,10 +98,10 @@ def test_a_changed_original_does_not_change_what_the_run_decodes_with(
 ) -> None:
     settings = settings_of(tmp_path, family)
     keep_tokenizer(settings, tmp_path)
-    before = build_tokenizer(at_hand(settings, tmp_path)).hash
+    before = build_tokenizer(available_tokenizer(settings, tmp_path)).hash
     path = Path(str(settings.model).rpartition(":")[2])
     shutil.rmtree(path) if path.is_dir() else path.unlink()
-    assert build_tokenizer(at_hand(settings, tmp_path)).hash == before
+    assert build_tokenizer(available_tokenizer(settings, tmp_path)).hash == before
 
 
 def test_a_damaged_copy_is_refused_by_name(tmp_path: Path) -> None:
@@ -118,12 +118,14 @@ def test_a_damaged_copy_is_refused_by_name(tmp_path: Path) -> None:
         with pytest.raises(
             DataError, match=rf"tokenizer/{name}: .*remove the folder to use data\.tokenizer again"
         ):
-            at_hand(settings, tmp_path)
+            available_tokenizer(settings, tmp_path)
         path.write_bytes(content)
-    assert at_hand(settings, tmp_path).model == str(tmp_path / "tokenizer" / "tokenizer.json")
+    assert available_tokenizer(settings, tmp_path).model == str(
+        tmp_path / "tokenizer" / "tokenizer.json"
+    )
     (tmp_path / "tokenizer" / "tokenizer_config.json").unlink()
     with pytest.raises(DataError, match=r"tokenizer_config\.json: No such file"):
-        at_hand(settings, tmp_path)
+        available_tokenizer(settings, tmp_path)
 
 
 def test_a_folder_of_the_users_own_of_that_name_is_left_alone(tmp_path: Path) -> None:
@@ -133,7 +135,7 @@ def test_a_folder_of_the_users_own_of_that_name_is_left_alone(tmp_path: Path) ->
     said = keep_tokenizer(settings, tmp_path)
     assert said is not None and "tokenizer.json there is another file" in said
     assert (tmp_path / "tokenizer" / "tokenizer.json").read_text() == "mine"
-    assert at_hand(settings, tmp_path) == settings
+    assert available_tokenizer(settings, tmp_path) == settings
     imported = TokenizerConfig(
         type="huggingface", model=str(write_words(tmp_path / "b" / "tokenizer"))
     )
@@ -161,7 +163,9 @@ def test_only_a_tokenizer_that_is_gone_is_replaced_at_a_start(tmp_path: Path) ->
     assert with_readable_tokenizer(data, tmp_path) == data
     (tmp_path / "t.model").unlink()
     assert (
-        with_readable_tokenizer(data, tmp_path).tokenizer == at_hand(settings, tmp_path) != settings
+        with_readable_tokenizer(data, tmp_path).tokenizer
+        == available_tokenizer(settings, tmp_path)
+        != settings
     )
 
 

@@ -368,11 +368,12 @@ def test_fault_18_a_hung_rank_is_named_and_the_run_ends_within_the_bound(config,
         # The flight recorder is on: one rank got further than the other.
         assert len(waiting["entries"]) > len(hung["entries"]) > 0
         assert re.search(
-            r"rank 0: its last collective, gloo:\w+ of \[.*\] in group 0, scheduled", outcome.output
+            r"rank 0: the last collective is gloo:\w+ of \[.*\] in group 0, scheduled",
+            outcome.output,
         )
         assert re.search(
             (
-                r"rank 1: its last collective, gloo:\w+ of \[.*\] in group \d+, finished; "
+                r"rank 1: the last collective is gloo:\w+ of \[.*\] in group \d+, finished; "
                 r".*hang_rank_00001.collectives.json"
             ),
             outcome.output,
@@ -388,7 +389,7 @@ def test_fault_35_a_stopped_rank_0_that_holds_the_store_is_named_with_the_code_o
     )
     assert outcome.exit_codes[1] == 77 and not outcome.timed_out, outcome.output
     assert (
-        "hung: rank 0, which holds the store, does not answer (stopped, or its host is down)"
+        "hung: rank 0, which hosts the store, does not answer (stopped, or its host is down)"
         in outcome.output
     )
 
@@ -405,7 +406,7 @@ def test_fault_35_a_hang_before_the_first_step_is_named(config, kind):
     if kind == "hang_early":
         assert outcome.exit_codes[1] == 77
         assert (
-            "hung before the first step, opening the data: rank 1 holds the others up: rank 1 "
+            "hung before the first step (opening the data): rank 1 holds the others up: rank 1 "
             "in injections.py"
         ) in outcome.output
     else:
@@ -425,9 +426,14 @@ def test_the_rank_that_waits_for_nobody_is_to_blame():
         {0: waiting, 1: {**waiting, "step": 6, "stage": "at step 6"}, 2: waiting}
     )
     assert "rank 1 does not answer" in verdict({0: waiting, 1: None, 2: waiting})
-    early = {**waiting, "step": 1, "phase": 3, "stage": "before the first step, opening the data"}
-    behind = {**early, "phase": 2, "stage": "before the first step, building the model"}
-    assert "hung before the first step, building the model: rank 1 holds" in verdict(
+    assert "ranks 1, 2 do not answer (stopped, or their hosts are down)" in verdict(
+        {0: waiting, 1: None, 2: None}
+    )
+    working = {**waiting, "waiting": False}
+    assert "ranks 1, 2 hold the others up" in verdict({0: waiting, 1: working, 2: working})
+    early = {**waiting, "step": 1, "phase": 3, "stage": "before the first step (opening the data)"}
+    behind = {**early, "phase": 2, "stage": "before the first step (building the model)"}
+    assert "hung before the first step (building the model): rank 1 holds" in verdict(
         {0: early, 1: behind, 2: early}
     )
 

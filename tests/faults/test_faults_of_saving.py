@@ -206,8 +206,8 @@ def test_fault_8_a_checkpoint_that_will_not_fit_is_announced_at_the_start(monkey
     )
     assert re.search(
         (
-            r"warning: .*checkpoints: a checkpoint needs [\d.]+ \wB \(16.8 MB of it a reserve\), "
-            r"1\.0 kB are free"
+            r"warning: .*checkpoints: a checkpoint needs [\d.]+ \wB \(including a reserve of "
+            r"16\.8 MB\), but only 1\.0 kB are free"
         ),
         tiny.messages[0],
     )

@@ -69,11 +69,11 @@ def test_a_store_that_never_answers_is_named_and_not_waited_for(
     tmp_path: Path, launcher_holds_store: bool, who: str
 ) -> None:
     watched = Watched(tmp_path, 1, Silent(), launcher_holds_store=launcher_holds_store)
-    watched.dog.beat(4)
+    watched.dog.step_done(4)
     said = watched.wait()
-    assert "rank 1: no step for 0.2 s, at step 5, in " in said
+    assert "rank 1 made no progress for 0.2 s at step 5, in " in said
     assert (
-        f"hung: {who}, which holds the store, does not answer (stopped, or its host is down)"
+        f"hung: {who}, which hosts the store, does not answer (stopped, or its host is down)"
         in said
     )
     assert "hang_rank_00001.txt" in said
@@ -87,16 +87,16 @@ def test_a_store_that_is_gone_is_named(tmp_path: Path) -> None:
     store = SimpleNamespace(set=gone, wait=gone, get=gone, check=gone)
     store.clone = lambda: store
     assert (
-        "hung: rank 0, which holds the store, does not answer" in Watched(tmp_path, 1, store).wait()
+        "hung: rank 0, which hosts the store, does not answer" in Watched(tmp_path, 1, store).wait()
     )
 
 
 def test_a_hang_before_the_first_step_is_named_with_its_phase(tmp_path: Path) -> None:
     watched = Watched(tmp_path)
-    watched.dog.enter("building the model")
+    watched.dog.enter_phase("building the model")
     assert (
-        "rank 0: no step for 0.2 s, before the first step, building the model, in threading.py"
-        in watched.wait()
+        "rank 0 made no progress for 0.2 s before the first step (building the model), in "
+        "threading.py" in watched.wait()
     )
 
 
@@ -111,14 +111,14 @@ def test_a_rank_whose_time_is_not_up_says_where_it_is_when_another_asks(
     monkeypatch.setattr(Watchdog, "_patience", lambda self: 60.0)
     store = dist.HashStore()
     patient = Watched(tmp_path, 0, store, timeout=600.0)
-    patient.dog._look_seconds = lambda: 0.01  # type: ignore[method-assign]
+    patient.dog._poll_seconds = lambda: 0.01  # type: ignore[method-assign]
     hung = Watched(tmp_path, 1, store, timeout=1.0)
     for phase in ("building the model", "opening the data"):
-        patient.dog.enter(phase)
-    hung.dog.enter("building the model")
+        patient.dog.enter_phase(phase)
+    hung.dog.enter_phase("building the model")
     said = hung.wait()
     assert (
-        "hung before the first step, building the model: rank 1 holds the others up: rank 1 in "
+        "hung before the first step (building the model): rank 1 holds the others up: rank 1 in "
         in said
     )
     assert patient.codes == []
@@ -136,20 +136,20 @@ def test_a_rank_that_was_asked_leaves_as_well(tmp_path: Path) -> None:
     assert module.ask(store, 0, 1.0) is not None and (tmp_path / "hang_rank_00000.txt").exists()
     # Its collectives explain the hang as much as those of the rank that asked: they are written
     # down, once.
-    assert said.count("rank 0: its ") == 1
+    assert said.count("rank 0: no collectives are recorded") == 1
     assert (tmp_path / "hang_rank_00000.collectives.json").exists()
-    watched.dog._keep_collectives(0)
+    watched.dog._write_collectives(0)
     assert "\n".join(watched.said) == said
 
 
 def test_signs_of_life_keep_the_watchdog_quiet_and_the_last_one_is_said(tmp_path: Path) -> None:
     watched = Watched(tmp_path, timeout=600.0)
-    watched.dog.beat(8)
-    watched.dog._beat_at = 0.0
+    watched.dog.step_done(8)
+    watched.dog._last_sign_of_life = 0.0
     watched.dog.progress("saving step 8")
-    assert watched.dog._beat_at > 0.0
-    assert watched.dog._answer()["stage"] == "at step 9, saving step 8"
-    watched.dog.beat(9)
+    assert watched.dog._last_sign_of_life > 0.0
+    assert watched.dog._answer()["stage"] == "at step 9 (saving step 8)"
+    watched.dog.step_done(9)
     assert watched.dog._answer()["stage"] == "at step 10"
     watched.dog.stop()
 
@@ -157,21 +157,21 @@ def test_signs_of_life_keep_the_watchdog_quiet_and_the_last_one_is_said(tmp_path
 def test_a_phase_may_ask_for_more_time_and_a_step_is_back_at_the_time_out(tmp_path: Path) -> None:
     watched = Watched(tmp_path, timeout=600.0)
     bounds = []
-    watched.dog.enter("loading the checkpoint", at_least_seconds=1800.0)
-    bounds.append(watched.dog._bound)
-    watched.dog.enter("preparing the first step")
-    bounds.append(watched.dog._bound)
-    watched.dog.enter("loading", at_least_seconds=5.0)
-    bounds.append(watched.dog._bound)
-    watched.dog.beat(0)
-    assert [*bounds, watched.dog._bound] == [1800.0, 600.0, 600.0, 600.0]
+    watched.dog.enter_phase("loading the checkpoint", at_least_seconds=1800.0)
+    bounds.append(watched.dog._allowed_seconds)
+    watched.dog.enter_phase("preparing the first step")
+    bounds.append(watched.dog._allowed_seconds)
+    watched.dog.enter_phase("loading", at_least_seconds=5.0)
+    bounds.append(watched.dog._allowed_seconds)
+    watched.dog.step_done(0)
+    assert [*bounds, watched.dog._allowed_seconds] == [1800.0, 600.0, 600.0, 600.0]
     watched.dog.stop()
 
 
 def test_without_a_time_out_nobody_watches(tmp_path: Path) -> None:
     before = set(threading.enumerate())
     watched = Watched(tmp_path, 0, dist.HashStore(), timeout=None)
-    watched.dog.enter("building the model")
+    watched.dog.enter_phase("building the model")
     assert set(threading.enumerate()) == before
     with watched.dog as same:
         assert same is watched.dog

@@ -270,7 +270,8 @@ def test_texts_end_with_the_first_stop_in_them() -> None:
     ("prompt", "changes", "words"),
     [
         ([], {}, "prompt is empty"),
-        ([1, 257], {}, "token id 257, the model knows 0 to 256"),
+        ([1, 257], {}, "token id 257, but the vocabulary has ids 0 to 256"),
+        ([1, -3, 256], {}, "token id -3, but the vocabulary has ids 0 to 256"),
         ([1] * 30, {"position": "learned"}, "learned positions"),
     ],
 )

@@ -114,7 +114,10 @@ def test_the_interval_of_a_level_holds_what_seeds_share_and_that_of_an_optimum_d
     """
     shifted = parabola(-7.2)[:, None] + np.array([[-0.1, 0.0, 0.1]])
     level = bootstrap(
-        lambda means: parabola_optimum(GRID, means[0]).loss, [shifted], 500, of_level=True
+        lambda means: parabola_optimum(GRID, means[0]).loss,
+        [shifted],
+        500,
+        include_shared_seed_effect=True,
     )
     error = 0.1 / 3**0.5  # of the mean of three, with the standard deviation 0.1
     assert level.high - level.low == pytest.approx(2 * 1.96 * error, rel=0.25)
@@ -124,7 +127,7 @@ def test_the_interval_of_a_level_holds_what_seeds_share_and_that_of_an_optimum_d
 
 def test_a_curve_of_a_single_learning_rate_has_a_level_with_an_interval():
     one = np.array([[2.4, 2.5, 2.6]])
-    level = bootstrap(lambda means: float(means[0][0]), [one], 500, of_level=True)
+    level = bootstrap(lambda means: float(means[0][0]), [one], 500, include_shared_seed_effect=True)
     assert level.low < 2.45 < level.value < 2.55 < level.high
 
 

@@ -25,8 +25,8 @@ from megatron_completep.instruments.lr_transfer import (
     drift_over_depth,
     drifts,
     flops_to_reach,
-    optimum_of,
     savings,
+    summarize,
 )
 from megatron_completep.instruments.lr_transfer_answer import best_rates, next_commands
 from megatron_completep.instruments.lr_transfer_plan import plan
@@ -93,10 +93,10 @@ def test_an_optimum_beyond_the_grid_is_never_a_verdict():
     beyond = [curve(depth, -7.0 - depth) for depth in (2, 8)]
     assert drift_over_depth(beyond).verdict.startswith("unresolved: an optimum lies at the edge")
     inside = curve(2, -7.0)
-    assert optimum_of(beyond[1], inside).regret_verdict.startswith(
+    assert summarize(beyond[1], inside).regret_verdict.startswith(
         "unresolved: an optimum lies at the edge"
     )
-    assert optimum_of(beyond[1], inside).log2_lr.low == -math.inf
+    assert summarize(beyond[1], inside).log2_lr.low == -math.inf
     theirs = [curve(8, -7.0, "mup", best, 1e-4, steps) for steps, best in ((200, 2.8), (400, 2.6))]
     ours = [
         curve(8, -13.0, "completep", best, 1e-4, steps) for steps, best in ((100, 2.9), (200, 2.7))
@@ -117,20 +117,20 @@ def test_an_interval_is_never_narrower_than_the_grid_allows():
     # -10, -9, ...; no parabola fits within 0.15 nats
     losses = 2.5 + 0.2 * np.abs(GRID[::2] + 7.99)[:, None] * np.ones((1, 3))
     sharp = Curve("completep", 64, 2, 100, 0.0, 0.02, GRID[::2], losses, 200.0)
-    found = optimum_of(sharp, sharp)
+    found = summarize(sharp, sharp)
     assert (found.log2_lr.value, found.log2_lr.low, found.log2_lr.high) == (-8.0, -9.0, -7.0)
     assert found.grid_step == 1.0
     assert drift_over_depth([sharp, replace(sharp, num_layers=8)]).verdict == "unresolved"
-    through_three = optimum_of(coarse(curve(2, -7.2, noise=0.0), 2), curve(2, -7.0)).log2_lr
+    through_three = summarize(coarse(curve(2, -7.2, noise=0.0), 2), curve(2, -7.0)).log2_lr
     # A parabola fits any three points.
     assert (through_three.low, through_three.high) == (-7.5, -6.5)
-    fine = optimum_of(curve(2, -7.2, noise=0.0), curve(2, -7.0)).log2_lr
+    fine = summarize(curve(2, -7.2, noise=0.0), curve(2, -7.0)).log2_lr
     # Negative control: more points, and they lie on one.
     assert fine.high - fine.low < 0.05 and fine.low <= -7.2 + 1e-9
 
 
 def test_one_seed_gives_no_interval():
-    found = optimum_of(curve(2, -7.0, seeds=1), curve(8, -7.0))
+    found = summarize(curve(2, -7.0, seeds=1), curve(8, -7.0))
     assert not found.log2_lr.repeated
     assert found.regret_verdict == "unresolved"
 
@@ -173,28 +173,27 @@ def test_the_published_transfer_keeps_its_verdicts():
 def test_regret_and_drift_are_counted_from_the_smallest_shape():
     curves = [curve(2, -7.0), curve(8, -8.0), curve(8, -7.0, "mup")]
     assert base_curve(curves[1], curves) is curves[0]
-    moved = optimum_of(curves[1], curves[0])
+    moved = summarize(curves[1], curves[0])
     assert moved.drift.value == pytest.approx(-1.0, abs=0.1)
     assert moved.regret.value == pytest.approx(0.1, abs=0.02)
     assert moved.regret.low > 0
     assert moved.regret_verdict == "large"
-    near = optimum_of(curve(8, -7.3), curves[0])  # between the points of the grid: 0.1 * 0.3^2
+    near = summarize(curve(8, -7.3), curves[0])  # between the points of the grid: 0.1 * 0.3^2
     assert near.regret.value == pytest.approx(0.009, abs=0.004)
     assert near.regret_verdict == "small"
-    assert optimum_of(curve(8, -7.3, noise=0.1), curves[0]).regret_verdict == "unresolved"
-    base = optimum_of(curves[0], curves[0])
+    assert summarize(curve(8, -7.3, noise=0.1), curves[0]).regret_verdict == "unresolved"
+    base = summarize(curves[0], curves[0])
     # Not compared with itself.
     assert (base.drift, base.regret, base.regret_verdict) == (None, None, "base shape")
 
 
 def test_the_divergence_edge_is_where_the_curve_rises_above_its_best_or_ends():
     # 0.1 * 2^2 > 0.3
-    assert optimum_of(curve(2, -7.0, noise=0.0), curve(2, -7.0)).divergence_log2_lr == -5.0
+    assert summarize(curve(2, -7.0, noise=0.0), curve(2, -7.0)).divergence_log2_lr == -5.0
     losses = curve(2, -7.0, noise=0.0).losses.copy()
     losses[GRID >= -6.0] = np.inf
     assert (
-        optimum_of(replace(curve(2, -7.0), losses=losses), curve(2, -7.0)).divergence_log2_lr
-        == -6.0
+        summarize(replace(curve(2, -7.0), losses=losses), curve(2, -7.0)).divergence_log2_lr == -6.0
     )
 
 
@@ -376,7 +375,7 @@ def test_a_best_rate_at_the_edge_is_said_and_the_next_command_goes_beyond(
 
 def test_a_single_learning_rate_has_no_best_one(tmp_path: Path):
     one = Curve("completep", 64, 2, 100, 0.0, 0.02, GRID[:1], np.array([[2.5, 2.6]]), 1.0)
-    (line, losses) = best_rates([one], [optimum_of(one, one)])
+    (line, losses) = best_rates([one], [summarize(one, one)])
     assert "one learning rate was run, so there is no best one" in line
     assert "2^-10: loss 2.5500" in losses
     assert "--lr=-11:-9:2" in next_commands(tmp_path, [one])[0]

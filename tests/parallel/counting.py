@@ -109,7 +109,7 @@ def planned_and_counted(
     for c in collectives_per_step(
         config, context.world_size, context.pipeline.rank, context.shard.rank
     ):
-        if c.what != forgotten:
+        if c.purpose != forgotten:
             group = axes[c.axis].group
             assert group is not None, c
             planned[group.group_name, c.operation, c.payload] += c.count

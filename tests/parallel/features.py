@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_completep.completep import table_of
 from megatron_completep.config import Config
-from megatron_completep.data.loader import Batch, Layout, Loader, ValidationBatches
+from megatron_completep.data.loader import Batch, Loader, SampleAssignment, ValidationBatches
 from megatron_completep.data.samples import Sample
 from megatron_completep.guards.replicas import replica_hashes, who_differs
 from megatron_completep.optim.check import check_parameters
@@ -303,7 +303,9 @@ def run_row(rank: int, config: Config, mutation: str = "") -> Trained:
         optimizer.shards.partial_segments = []
     if mutation == ENDS_ALONE:
         optimizer.shards.tied_buckets = []
-    layout = Layout(config.training.micro_batch_size, context.data.rank, context.data.size)
+    assignment = SampleAssignment(
+        config.training.micro_batch_size, context.data.rank, context.data.size
+    )
     corpus: Any = Documents(config.model.vocab_size)
     settings_of_data = {
         "seq_length": SEQ_LENGTH,
@@ -311,7 +313,7 @@ def run_row(rank: int, config: Config, mutation: str = "") -> Trained:
     }
     loader = SyntheticLoader(
         corpus,
-        layout,
+        assignment,
         global_batch_size=config.training.global_batch_size,
         prefetch=0,
         **settings_of_data,
@@ -321,7 +323,7 @@ def run_row(rank: int, config: Config, mutation: str = "") -> Trained:
         launched = launch_step(config, step, loader, state, nobody_asks)
         figures.append(launched.figures.read())
         state = launched.after
-    validation = step.evaluate(ValidationBatches(corpus, layout, 7, **settings_of_data))
+    validation = step.evaluate(ValidationBatches(corpus, assignment, 7, **settings_of_data))
     return Trained(
         (context.tensor.rank, context.data.rank, context.pipeline.rank),
         figures,

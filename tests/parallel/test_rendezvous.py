@@ -138,7 +138,7 @@ def test_the_holder_of_the_store_that_leaves_is_named() -> None:
     with pytest.raises(
         ConfigError,
         match=(
-            r"rank 1: rank 0, which holds the store, left while waiting for rank 0, 1: "
+            r"rank 1: rank 0, which hosts the store, left while waiting for rank 0, 1: "
             r"Connection reset"
         ),
     ):

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_completep.document import Report
 from megatron_completep.instruments import lr_transfer_report
-from megatron_completep.instruments.lr_transfer import Analysis, Curve, drifts, optimum_of
+from megatron_completep.instruments.lr_transfer import Analysis, Curve, drifts, summarize
 from megatron_completep.reports.run_comparison import compare
 from megatron_completep.reports.run_files import Run
 from megatron_completep.reports.run_report import run_report
@@ -74,7 +74,7 @@ def of_a_sweep() -> Report:
         for rule in ("completep", "mup")
         for depth in (2, 8)
     ]
-    optima = [optimum_of(curve, curves[0]) for curve in curves]
+    optima = [summarize(curve, curves[0]) for curve in curves]
     return lr_transfer_report.build(Analysis(curves, optima, drifts(curves), [], 20, 0))
 
 

@@ -160,7 +160,7 @@ def test_a_console_line_averages_its_interval() -> None:
         "mfu 18.8 %",
         "waiting for data 15 %",
         "1 skipped",
-        "left 1:20",
+        "1:20 left",
     ):
         assert part in line
 
@@ -211,5 +211,6 @@ def test_a_metrics_file_that_is_removed_under_the_run_is_begun_anew_with_a_line(
     metrics.close()
     assert [row["step"] for row in read_metrics(path)] == [2, 3]
     assert said == [
-        f"warning: {path} was removed under the run; a new one begins with the next row"
+        f"warning: {path} was removed while the run was writing it; a new file starts with the "
+        "next row"
     ]

@@ -154,8 +154,9 @@ def reduce_partials(
     """
     bits = sum(1 << k for k, stale in enumerate(overwrite) if stale)
     missing = MOST_VECTORS - len(into)
-    first, second, third = (*into, *[None] * missing)
-    _reduce_partials(partials, first, second, third, bits)
+    targets: list[Tensor | None] = [*into]
+    targets += [None] * missing
+    _reduce_partials(partials, targets[0], targets[1], targets[2], bits)
 
 
 def _column_sums(partials: Tensor, dtypes: Sequence[torch.dtype]) -> list[Tensor]:

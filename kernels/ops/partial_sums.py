@@ -152,7 +152,9 @@ def reduce_partials(
     into: None stands for a vector whose sum is not wanted. overwrite: by vector, whether the sum is
     written over what is there. The order is fixed, so the sums are bitwise repeatable.
     """
-    bits = sum(1 << k for k, stale in enumerate(overwrite) if stale)
+    bits = 0
+    for k, stale in enumerate(overwrite):
+        bits |= stale << k
     missing = MOST_VECTORS - len(into)
     targets: list[Tensor | None] = [*into]
     targets += [None] * missing

@@ -70,21 +70,20 @@ class GradientQueue:
         )
         if not parameter.requires_grad:
             return
-        self._run_or_keep(partial(self._run, parameter, accumulate))
+        if self.deferred:
+            self._pending.append(partial(self._run, parameter, accumulate))
+        else:
+            self._run(parameter, accumulate)
 
     def push_together(self, parameters: Sequence[Parameter], accumulate: AccumulateAll) -> None:
         """Add one contribution to each of several parameters by one call of `accumulate`.
 
         It gets None in place of the main gradient of a parameter that is not trained.
         """
-        if any(parameter.requires_grad for parameter in parameters):
-            self._run_or_keep(partial(self._run_together, tuple(parameters), accumulate))
-
-    def _run_or_keep(self, contribution: Callable[[], None]) -> None:
         if self.deferred:
-            self._pending.append(contribution)
+            self._pending.append(partial(self._run_together, tuple(parameters), accumulate))
         else:
-            contribution()
+            self._run_together(parameters, accumulate)
 
     def lend(self, parameter: Parameter) -> tuple[Tensor, bool] | None:
         """The main gradient, for a contribution that is made in the forward pass already.
@@ -97,7 +96,9 @@ class GradientQueue:
         expected = self._expected.get(parameter)
         if not parameter.requires_grad or expected is None:
             return None
-        return main_grad_of(parameter), _take_stale(expected)
+        stale = expected.stale
+        expected.stale = False
+        return main_grad_of(parameter), stale
 
     def take(self) -> Callable[[], None]:
         """Hand over the pending contributions as one function: `dw_builder` of a pipeline stage."""
@@ -128,17 +129,35 @@ class GradientQueue:
                 self._run(parameter, accumulate)
             return
         expected = self._expected.get(parameter)
-        accumulate(main_grad_of(parameter), _take_stale(expected))
+        first = expected is not None and expected.stale
+        if expected is not None:
+            expected.stale = False
+        accumulate(main_grad_of(parameter), first)
         self._count(parameter, expected)
 
-    @torch.no_grad()
-    def _run_together(self, parameters: tuple[Parameter, ...], accumulate: AccumulateAll) -> None:
-        main_grads = [main_grad_of(p) if p.requires_grad else None for p in parameters]
-        expected = [self._expected.get(parameter) for parameter in parameters]
-        accumulate(main_grads, [_take_stale(one) for one in expected])
-        for parameter, expected_of_parameter in zip(parameters, expected, strict=True):
-            if parameter.requires_grad:
-                self._count(parameter, expected_of_parameter)
+    def _run_together(self, parameters: Sequence[Parameter], accumulate: AccumulateAll) -> None:
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                self._run_together(parameters, accumulate)
+            return
+        main_grads: list[Tensor | None] = []
+        first: list[bool] = []
+        contributions: list[tuple[Parameter, _Expected | None]] = []
+        for parameter in parameters:
+            if not parameter.requires_grad:
+                main_grads.append(None)
+                first.append(False)
+                continue
+            expected = self._expected.get(parameter)
+            main_grads.append(main_grad_of(parameter))
+            first.append(expected is not None and expected.stale)
+            if expected is not None:
+                expected.stale = False
+            contributions.append((parameter, expected))
+        if contributions:
+            accumulate(main_grads, first)
+        for parameter, expected in contributions:
+            self._count(parameter, expected)
 
     def _count(self, parameter: Parameter, expected: _Expected | None) -> None:
         self.runs += 1
@@ -152,15 +171,6 @@ class GradientQueue:
         self._expected.pop(parameter)
         if self.on_complete is not None:
             self.on_complete(parameter)
-
-
-def _take_stale(expected: _Expected | None) -> bool:
-    """Whether what the main gradient holds must be overwritten, for the one that does it."""
-    if expected is None:
-        return False
-    stale = expected.stale
-    expected.stale = False
-    return stale
 
 
 def main_grad_of(parameter: Parameter) -> Tensor:

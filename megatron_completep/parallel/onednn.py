@@ -1,10 +1,10 @@
 """oneDNN's matrix product, which torch ships beside its own, and where it is worth calling.
 
 torch's float32 products on a CPU go to MKL. On processors of AMD it uses vectors of 256 bits, while
-oneDNN uses those of 512 where there are any. Zen 5 computes these at twice the rate, and there
-oneDNN was measured at 1.6 to 3 times MKL's speed forward and 1.1 to 1.8 times for weight gradients.
-Zen 4 computes both at one rate, and there it was measured at 1 to 1.3 times forward, and slower for
-weight gradients. Small products are slower everywhere.
+oneDNN uses those of 512 where there are any. Units of 512 bits, which Zen 5 has, compute these at
+twice the rate; there oneDNN was measured at 1.6 to 3 times MKL's speed forward and 1.1 to 1.8 times
+for weight gradients. Zen 4 computes both at one rate; there it was measured at 1 to 1.3 times
+forward, and slower for weight gradients. Small products are slower everywhere (docs/kernels.md).
 
 Which library computes a product follows from the processor and the product's shape alone, so that a
 run repeats to the bit on its machine: nothing is timed.

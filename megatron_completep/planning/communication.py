@@ -118,8 +118,8 @@ def _tensor(config: Config, model: GPT, micro_batches: int) -> Iterator[Collecti
     # which has to be gathered where the whole is needed.
     split = config.parallel.sequence_parallel
     reduce = REDUCE_SCATTER if split else ALL_REDUCE
-    embeddings = micro_batches if model.stage.first else 0
-    unembeddings = micro_batches if model.stage.last else 0
+    embeddings = micro_batches if model.chunk_range.has_embedding else 0
+    unembeddings = micro_batches if model.chunk_range.has_unembedding else 0
     columns = micro_batches * _count(model, ColumnParallelLinear)
     rows = micro_batches * _count(model, RowParallelLinear)
     activation_elements = micro_batch_sizes(config).tokens * config.model.hidden_size
@@ -132,7 +132,7 @@ def _tensor(config: Config, model: GPT, micro_batches: int) -> Iterator[Collecti
     if split:
         yield call(ALL_GATHER, columns, "inputs of attention and MLP, forward")
     yield call(reduce, rows, "outputs of attention and MLP, forward")
-    if model.stage.last:
+    if model.chunk_range.has_unembedding:
         if split:
             yield call(ALL_GATHER, unembeddings, "input of the unembedding, forward")
         yield from _losses(config, model.unembedding, micro_batches)
@@ -192,8 +192,8 @@ def _pipeline(config: Config, models: list[GPT], micro_batches: int) -> Iterator
         return
     sizes = micro_batch_sizes(config)
     stream = sizes.local_tokens * config.model.hidden_size * sizes.stream_bytes
-    forward = micro_batches * sum(not model.stage.last for model in models)
-    backward = micro_batches * sum(not model.stage.first for model in models)
+    forward = micro_batches * sum(not model.chunk_range.has_unembedding for model in models)
+    backward = micro_batches * sum(not model.chunk_range.has_embedding for model in models)
     yield Collective(
         "pipeline", SEND, stream, forward, "residual stream to the next stage, forward"
     )

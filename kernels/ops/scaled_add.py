@@ -28,6 +28,7 @@ from ..tiling import (
     new_like,
     rows_of,
     store_partial,
+    store_tile,
     zero_tiles,
 )
 from .partial_sums import Sink, receivers, vector_gradients

@@ -126,7 +126,9 @@ class Checkpointer:
         for described in self._exchange.all_gather(own_parameters):
             self._parameters |= described
         self._identity = identity_for(config, table, fingerprints or {}, self._parameters)
-        self._resume_check = ResumeCheck(config, self._identity, optimizer.states, order, report)
+        self._resume_check = ResumeCheck(
+            config, self._identity, optimizer.states, data_order, report
+        )
 
         self.folder = Path(config.training.output_dir) / CHECKPOINTS
         own_bytes = self._shard.written_bytes

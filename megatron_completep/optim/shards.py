@@ -1,7 +1,7 @@
 """Flat buffers of parameters, gradients and masters, sharded over data-parallel ranks (ZeRO-1).
 
 The buffers are divided into buckets (layout.py); one collective reduces, or gathers, one bucket. A
-step goes through the following stages. Nothing here knows the update rule.
+step goes through the following stages. None of them depends on the update rule.
 
 1. `begin_step` fixes the order in which the reductions of the buckets will start. It is the same on
    all ranks that reduce together.
@@ -124,7 +124,7 @@ class Shards:
     def _lay_out(self, bucket_megabytes: float) -> Layout:
         entries = [entry_of(name, spec) for name, spec in self.specs.items()]
         shards = {axis: reduction.shard.size for axis, reduction in self.reductions.items()}
-        bucket_elements = int(bucket_megabytes * 2**20 / 4)  # 4 bytes a float32 gradient
+        bucket_elements = int(bucket_megabytes * 2**20 / 4)  # a float32 gradient has 4 bytes
         return lay_out(entries, shards, bucket_elements)
 
     def _make_buffers(self, precision: torch.dtype) -> None:
@@ -165,7 +165,7 @@ class Shards:
     def segment_table(self) -> Tensor:
         """int64 [n, 3]: start in the shard, length, and number of the parameter in `parameters`.
 
-        On a GPU long segments are cut, so that every program of a kernel has about the same work.
+        On a GPU long segments are split, so that all programs of a kernel have about equal work.
         """
         return self._table(self.segments)
 

@@ -35,8 +35,8 @@ class ForwardMultiplier(StrEnum):
     QUERY = "query"  # the attention scale
     INPUT = "input"  # model.input_multiplier
     LOGITS = "logits"  # the logit multiplier
-    # Of the final norm before a tied unembedding: logit multiplier / input multiplier, because the
-    # tied weight is rescaled for the input multiplier.
+    # logit multiplier / input multiplier, on the final norm before a tied unembedding: the tied
+    # weight itself is rescaled for the input multiplier.
     TIED_LOGITS = "tied logits"
 
 
@@ -132,7 +132,7 @@ class Spec:
 
     @property
     def local_shape(self) -> tuple[int, ...]:
-        """The shape of what this rank holds, padding included."""
+        """The shape of this rank's local tensor, padding included."""
         dims = range(len(self.shape))
         return tuple(sum(stop - start for start, stop in self.local_ranges(dim)) for dim in dims)
 

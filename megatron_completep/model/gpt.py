@@ -36,7 +36,7 @@ from megatron_completep.roles import Role
 
 @dataclass(frozen=True)
 class ChunkRange:
-    """Which layers [start, stop) a model chunk holds, and whether embedding and unembedding.
+    """Which layers [start, stop) a model chunk holds, and whether embedding or unembedding, too.
 
     A chunk is what Megatron-LM calls a virtual stage; without interleaving a rank has one.
     """

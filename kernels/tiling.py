@@ -237,43 +237,40 @@ def add_branch(
 
 
 @triton.jit
-def store_branch_gradient(
+def branch_gradient(
     gradient: tl.tensor,
-    d_branch: tl.tensor,
     seed: tl.tensor,
     row: tl.tensor,
-    in_rows: tl.tensor,
     scale: tl.tensor,
     dropout_p: tl.tensor,
     SEGMENT: tl.constexpr,
     WIDTHS: tl.constexpr,
     HIDDEN: tl.constexpr,
 ) -> tl.tensor:
-    """One segment of the branch's gradient from that of the stream.
-
-    It is stored to `d_branch`, and returned in float32.
-    """
+    """One segment of the branch's gradient, in float32, from that of the stream."""
     gradient *= scale
     if seed is not None:
         gradient *= dropout_factor(seed, dropout_p, row, SEGMENT, WIDTHS, HIDDEN)
-    store_tile(d_branch, gradient, row, in_rows, SEGMENT, WIDTHS, HIDDEN)
     return gradient
 
 
 @triton.jit
 def store_partial(
     partials: tl.tensor,
-    k: tl.constexpr,
-    K: tl.constexpr,
+    VECTOR: tl.constexpr,
+    VECTORS: tl.constexpr,
     tile: tl.tensor,
     SEGMENT: tl.constexpr,
     WIDTHS: tl.constexpr,
     HIDDEN: tl.constexpr,
 ) -> None:
-    """The column sums of one segment, to this program's row of `partials` [P, K, H]."""
+    """Store a segment's column sums in vector VECTOR of this program's row of `partials`.
+
+    partials: [P programs, VECTORS, H].
+    """
     column = SEGMENT * WIDTHS[0] + tl.arange(0, WIDTHS[SEGMENT])
     program = tl.program_id(0).to(tl.int64)
-    offset = program * K * HIDDEN + k * HIDDEN
+    offset = program * VECTORS * HIDDEN + VECTOR * HIDDEN
     in_row = column < HIDDEN
     address = partials + offset + column
     tl.store(address, tl.sum(tile, axis=0), mask=in_row)

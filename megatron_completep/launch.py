@@ -196,7 +196,7 @@ def begin_program() -> None:
 
     From here on the process ends with its launcher, and Ctrl-C prints a sentence, not a traceback.
     """
-    leave_with_launcher()
+    exit_when_launcher_dies()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave_interrupted)
 
@@ -208,7 +208,7 @@ def _leave_interrupted(*_: object) -> None:
     os._exit(128 + signal.SIGINT)
 
 
-def leave_with_launcher() -> None:
+def exit_when_launcher_dies() -> None:
     """Under a launcher, end this process when the launcher dies, however it dies.
 
     An orphan would train on, and hold the output folder's lock. A process in a terminal, or under
@@ -220,10 +220,10 @@ def leave_with_launcher() -> None:
     from_shell = False
     if not is_by_torchrun(os.environ):
         from_shell = _has_terminal() or signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    leave_with_parent(os.getppid(), signal.SIGHUP if from_shell else signal.SIGKILL)
+    exit_when_parent_dies(os.getppid(), signal.SIGHUP if from_shell else signal.SIGKILL)
 
 
-def leave_with_parent(
+def exit_when_parent_dies(
     parent: int, number: int = signal.SIGKILL, interval_seconds: float = 0.5
 ) -> None:
     """Have the signal `number` sent to this process when process `parent` dies, or has died.
@@ -259,7 +259,7 @@ def work_for(parent: int) -> None:
 
     The worker ends with that process, and at Ctrl-C without a message.
     """
-    leave_with_parent(parent)
+    exit_when_parent_dies(parent)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 

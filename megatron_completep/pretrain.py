@@ -8,12 +8,13 @@ Examples:
 
 from __future__ import annotations
 
-from megatron_completep.launch import Launch, begin_program, leave_with_launcher
+from megatron_completep.launch import Launch, begin_program, exit_when_launcher_dies
 
 if __name__ == "__main__":
     begin_program()  # before the imports below, which take seconds
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch.distributed.distributed_c10d import Store
@@ -27,7 +28,7 @@ from megatron_completep.errors import exit_on_user_error
 from megatron_completep.guards import Guard, Watchdog
 from megatron_completep.optim.check import check_parameters
 from megatron_completep.parallel.context import ParallelContext, choose_device
-from megatron_completep.parallel.rendezvous import ignore, meet
+from megatron_completep.parallel.rendezvous import rendezvous_store, say_nothing
 from megatron_completep.run.assemble import Assembly, assemble
 from megatron_completep.run.console import say_on_stderr, say_on_stdout
 from megatron_completep.run.determinism import use_deterministic_algorithms
@@ -43,59 +44,77 @@ from megatron_completep.training.loop import train
 def pretrain(
     config: Config, fail_point: FailPoint = no_fail_point, clock: StartupClock | None = None
 ) -> ExitCode:
-    """Train one model, watched from the beginning: it obeys signals, and a hang comes to an end.
+    """Train one model with signal handling and the hang watchdog active from the start.
 
-    fail_point: called at named places of a save; the tests of faults pass one that breaks something
-    there. clock: has run since the process began. Raises UserError for what the user can mend.
+    fail_point: a callback invoked at named points of a save; fault-injection tests pass one that
+        raises or ends the process.
+    clock: started at process start; default: now.
+
+    Raises UserError for errors that the user can fix.
     """
     clock = clock or StartupClock()
     launch = Launch.from_environment()
-    leave_with_launcher()
+    # For callers that do not come through __main__; a second watch of the same parent is harmless.
+    exit_when_launcher_dies()
 
-    # A mistake is refused before this rank meets the others, or they would wait for it in vain.
+    # Check the configuration before joining the other ranks: they would wait in vain for a rank
+    # that stops here.
     check_world(config, launch.world_size)
     table = table_of(config)
     warnings = check_parameters(config, table)
     training = config.training
     choose_device(training.device, launch.local_rank)
 
-    say = say_on_stdout if launch.rank == 0 else ignore
+    say = say_on_stdout if launch.rank == 0 else say_nothing
     folder = Path(training.output_dir)
     hang_minutes = config.guards.hang_timeout_minutes
     hang_seconds = 60 * hang_minutes if hang_minutes else None
-    exit_after_minutes = training.exit_after_minutes
-    with StopSignals(say, exit_after_minutes, clock.elapsed, launch.by_torchrun) as signals:
-        store = meet(launch, 60 * config.parallel.timeout_minutes, say)
+    stop_signals = StopSignals(
+        say,
+        exit_after_minutes=training.exit_after_minutes,
+        already_seconds=clock.elapsed,
+        by_torchrun=launch.by_torchrun,
+    )
+    with stop_signals as signals:
+        store = rendezvous_store(launch, 60 * config.parallel.timeout_minutes, say)
         with Watchdog(launch, folder, hang_seconds, store, say_on_stderr) as watchdog:
-            return train_one_model(
-                config, launch, store, signals, watchdog, say, fail_point, clock, table, warnings
-            )
+            process = Process(launch, store, signals, watchdog, say, fail_point, clock)
+            return train_one_model(config, process, table, warnings)
+
+
+@dataclass(frozen=True)
+class Process:
+    """What belongs to this process rather than to the model that it trains."""
+
+    launch: Launch
+    store: Store | None  # None for a single process
+    signals: StopSignals
+    watchdog: Watchdog
+    say: Callable[[str], None]  # prints a line on rank 0
+    fail_point: FailPoint
+    clock: StartupClock
 
 
 def train_one_model(
-    config: Config,
-    launch: Launch,
-    store: Store | None,
-    signals: StopSignals,
-    watchdog: Watchdog,
-    say: Callable[[str], None],
-    fail_point: FailPoint,
-    clock: StartupClock,
-    table: Table,
-    warnings: Sequence[str],
+    config: Config, process: Process, table: Table, warnings: Sequence[str]
 ) -> ExitCode:
-    """Read this function first: it visits every room once, in order."""
+    """Read this function first: it calls into every package once, in the order of a run."""
+    launch = process.launch
+    watchdog = process.watchdog
+    say = process.say
+    clock = process.clock
+
     if config.training.deterministic:
         use_deterministic_algorithms()  # before anything touches a device
     watchdog.enter_phase("joining the process group")
-    # NCCL's own watchdog writes its newest collectives there when one of them times out.
+    # Prefix of the files in which NCCL's watchdog dumps its latest collectives after a timeout.
     timeout_files = f"{config.training.output_dir}/nccl_timeout_rank_"
     device_name = config.training.device
-    context = ParallelContext.create(config.parallel, device_name, timeout_files, store)
+    context = ParallelContext.create(config.parallel, device_name, timeout_files, process.store)
 
-    # From here on a user's mistake that one rank meets is raised on all of them.
+    # From here on, a user error on one rank is raised on all ranks.
     guard = Guard(config, context, launch, watchdog, say)
-    guard.on_first(lambda: build.prepare_output(config))
+    guard.on_rank_0(lambda: build.prepare_output(config))
     for warning in warnings:
         say(f"warning: {warning}")
     for line in node_lines(guard.exchange, launch, context.device, config):
@@ -112,18 +131,18 @@ def train_one_model(
     watchdog.enter_phase("opening the data")
     loader = build.build_training_loader(config, context)
     validation = build.build_validation(config, context)
-    guard.on_first(lambda: build.keep_run_tokenizer(config, say))
+    guard.on_rank_0(lambda: build.keep_run_tokenizer(config, say))
     clock.done("data")
 
-    # A slow disk is no hang: loading gets nearly the time that a rank waits for another one there.
+    # A slow disk is not a hang: allow 0.9 of checkpoint.timeout_minutes, the time for which one
+    # rank waits for another during a load. It is below 1 so that the watchdog, which names the rank
+    # that hangs, comes before the library's timeout, which does not.
     load_seconds = 0.9 * 60 * config.checkpoint.timeout_minutes
     watchdog.enter_phase("loading the checkpoint", at_least_seconds=load_seconds)
-    checkpointer = _checkpointer_of(
-        config, context, assembly, table, loader, guard, say, fail_point
-    )
+    checkpointer = _make_checkpointer(config, context, assembly, table, loader, guard, process)
     state = checkpointer.load_latest() or RunState()
-    guard.note_start(state.step)
-    guard.on_first(lambda: build.record_start(config, state))
+    guard.check_restart_progress(state.step)
+    guard.on_rank_0(lambda: build.record_start(config, state))
     clock.done("checkpoint")
 
     watchdog.enter_phase("preparing the first step")
@@ -132,30 +151,32 @@ def train_one_model(
     say(build.describe_run(config, context, precision, threads, chunks, assembly.products))
     if state.step:
         say(f"resumed after step {state.step}")
-    # A finished run goes through the loop all the same, which takes no step and closes every hook.
-    if (done := build.nothing_left(config, state)) is not None:
-        say(done)
+    # A run that is already complete still enters the loop: it does zero steps and closes every
+    # hook.
+    complete_message = build.message_if_complete(config, state)
+    if complete_message is not None:
+        say(complete_message)
+    # The order does not matter here: `train` sorts hooks by stage.
     hooks = [*guard.hooks(step, state, rollbacks), StartupReport(clock, say)]
     hooks += build.default_hooks(
         config, context, step, validation, checkpointer, state, precision, say
     )
-    code = train(config, context, step, loader, state, hooks, signals, rollbacks)
+    code = train(config, context, step, loader, state, hooks, process.signals, rollbacks)
     guard.close()
     context.close()
     return code
 
 
-def _checkpointer_of(
+def _make_checkpointer(
     config: Config,
     context: ParallelContext,
     assembly: Assembly,
     table: Table,
     loader: Loader,
     guard: Guard,
-    say: Callable[[str], None],
-    fail_point: FailPoint,
+    process: Process,
 ) -> Checkpointer:
-    """What saves and loads the run: weights, optimizer, and which samples have been consumed."""
+    """The run's checkpointer: it saves and loads weights, optimizer state and data position."""
     fingerprints = {"data": loader.fingerprint()}
     return Checkpointer(
         config,
@@ -163,10 +184,10 @@ def _checkpointer_of(
         assembly.optimizer,
         table,
         fingerprints,
-        say,
-        fail_point,
-        order=loader.corpus,
-        still_here=guard.still_here,
+        process.say,
+        process.fail_point,
+        data_order=loader.corpus,
+        heartbeat=guard.heartbeat,
         products=assembly.products,
     )
 

@@ -12,9 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def folders_named(readme: str) -> set[str]:
-    """Folders of the package that the tree names, one or several at the beginning of a line."""
-    beginnings = re.findall(r"^    ((?:\w+/ )+)", readme, re.MULTILINE)
-    return {name for beginning in beginnings for name in re.findall(r"\w+", beginning)}
+    """Folders of the package that the tree names, each before its description, two a line."""
+    return set(re.findall(r"(?:^  |  )  (\w+)/ ", readme, re.MULTILINE))
 
 
 def folders() -> set[str]:
@@ -33,7 +32,7 @@ def test_the_readme_is_short_and_names_every_folder_of_the_package() -> None:
 
 
 def test_a_folder_that_is_not_named_is_noticed() -> None:
-    text = (ROOT / "README.md").read_text().replace("/ optim/ ", "/ optimizers/ ")
+    text = (ROOT / "README.md").read_text().replace("  optim/ ", "  optimizers/ ")
     assert folders_named(text) ^ folders() == {"optim", "optimizers"}
 
 

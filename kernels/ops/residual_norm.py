@@ -1,4 +1,6 @@
-"""Scaled residual add and LayerNorm or RMSNorm in one pass over the rows; also the norm alone.
+"""Fused scaled residual add + LayerNorm/RMSNorm, in one pass over the rows.
+
+The norm can also be used without the add.
 
     forward    y = residual + scale * dropout(branch + branch_bias)
                x_hat = (y - mean) * rstd                                mean = 0 for RMSNorm
@@ -6,19 +8,22 @@
 
     backward   g = d_out * weight
                d_residual = d_y + rstd * (g - mean(g) - x_hat * mean(g * x_hat))
+                                                                without mean(g) for RMSNorm
                d_branch = scale * dropout factor * d_residual
                d_weight, d_bias, d_branch_bias = sums over rows of d_out * x_hat, d_out, d_branch
 
-y is rounded to its dtype before its statistics are taken. RMSNorm has no mean(g) in d_residual.
+y is rounded to its dtype before its statistics are computed.
 
-The forward holds a tile of rows in each program (tiling.py). The backward runs P programs. Each
-strides over the rows, adds up its share of the three vector gradients in registers, and writes them
-to its own row of `partials` [P, K, H]: there are no atomics and no locks, hence the same bits every
-time. Rows wider than the registers hold leave the vector gradients to a second kernel.
+In the forward kernel each program keeps one tile of rows in registers (tiling.py). The backward
+kernel runs P programs. Each one strides over the rows, sums its contribution to the vector
+gradients (d_weight, d_bias, d_branch_bias) in registers, and writes it to its own row of `partials`
+[P programs, VECTORS, H hidden]. No atomics or locks are needed, so the result is deterministic.
+If a row is too wide for registers, a second kernel computes the vector gradients. In all kernels
+k is the index of a segment of a row.
 """
 
+# Tuples of segments are extended in unrolled loops, which mypy sees as changing type.
 # mypy: disable-error-code=assignment
-# (A kernel's tuples of segments grow as they are unrolled.)
 
 from collections.abc import Callable
 from typing import Any
@@ -41,6 +46,7 @@ from ..tiling import (
     add_branch,
     add_tile_products,
     add_tiles,
+    branch_gradient,
     ceil_div,
     load_tile,
     load_vector,
@@ -48,19 +54,18 @@ from ..tiling import (
     row_dot,
     row_sum,
     rows_of,
-    store_branch_gradient,
     store_partial,
     store_tile,
     zero_tiles,
 )
 from .partial_sums import Sink, receivers, vector_gradients
 
-_NO_BRANCH = Join()  # stands for the join where nothing is added: the norm alone
+_NO_BRANCH = Join()  # the `join` argument of the norm without the add
 
 
 @triton.jit
 def _centred(x: tl.tuple, mean: tl.tensor, WIDTHS: tl.constexpr, HIDDEN: tl.constexpr) -> tl.tuple:
-    """x - mean, and 0 in the lanes past the end of a row, which must not count in the variance."""
+    """x - mean; 0 in lanes past the end of the row, which must not contribute to the variance."""
     tiles = ()
     for k in tl.static_range(len(WIDTHS)):
         tiles += (_centred_segment(x[k], mean, k, WIDTHS, HIDDEN),)
@@ -87,13 +92,13 @@ def residual_norm_forward_kernel(
 ) -> None:  # fmt: skip
     """Each program computes one tile of rows.
 
-    Without `branch` it is the norm alone; `branch_bias`, `bias` and `seed` may be None too.
+    Without `branch` only the norm is computed; `branch_bias`, `bias` and `seed` may be None too.
     """
     # The tile stays in registers from the sum to the norm: y is stored and not read again.
     first_row = tl.program_id(0).to(tl.int64) * ROWS
     row = first_row + tl.arange(0, ROWS).to(tl.int64)[:, None]
     in_rows = row < rows
-    x = ()
+    y_tiles = ()
     for k in tl.static_range(len(WIDTHS)):
         total = load_tile(residual, row, in_rows, residual_stride, k, WIDTHS, HIDDEN)
         if branch is not None:
@@ -101,22 +106,24 @@ def residual_norm_forward_kernel(
                 total, branch, branch_bias, seed, y, row, in_rows, branch_stride, scale, dropout_p,
                 k, WIDTHS, HIDDEN,
             )  # fmt: skip
-        x += (total,)
+        y_tiles += (total,)
 
-    # The variance is taken of centred rows: the mean of squares less the squared mean would cancel.
-    if not RMS:
-        row_mean = row_sum(x) / HIDDEN
+    # Compute the variance from centred rows; E[x^2] - E[x]^2 would suffer from cancellation.
+    if RMS:
+        centred = y_tiles
+    else:
+        row_mean = row_sum(y_tiles) / HIDDEN
         tl.store(mean + row, row_mean, mask=in_rows)
-        x = _centred(x, row_mean, WIDTHS, HIDDEN)
-    row_rstd = tl.rsqrt(row_dot(x, x) / HIDDEN + eps)
+        centred = _centred(y_tiles, row_mean, WIDTHS, HIDDEN)
+    row_rstd = tl.rsqrt(row_dot(centred, centred) / HIDDEN + eps)
     tl.store(rstd + row, row_rstd, mask=in_rows)
 
     for k in tl.static_range(len(WIDTHS)):
-        normed = x[k] * row_rstd
-        normed *= load_vector(weight, ROWS, k, WIDTHS, HIDDEN).to(tl.float32)
+        x_hat = centred[k] * row_rstd
+        out_tile = x_hat * load_vector(weight, ROWS, k, WIDTHS, HIDDEN).to(tl.float32)
         if bias is not None:
-            normed += load_vector(bias, ROWS, k, WIDTHS, HIDDEN).to(tl.float32)
-        store_tile(out, normed, row, in_rows, k, WIDTHS, HIDDEN)
+            out_tile += load_vector(bias, ROWS, k, WIDTHS, HIDDEN).to(tl.float32)
+        store_tile(out, out_tile, row, in_rows, k, WIDTHS, HIDDEN)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -129,18 +136,18 @@ def residual_norm_backward_kernel(
     HIDDEN: tl.constexpr, WIDTHS: tl.constexpr, ROWS: tl.constexpr, RMS: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_BRANCH_BIAS: tl.constexpr, STAGES: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Program p takes tiles p, p + P, p + 2P, ...; STAGES 2 prefetches the next one.
+    """Program p processes tiles p, p + P, ...; with STAGES = 2 the next tile is prefetched.
 
-    `d_y`, `d_branch` and `seed` may be None. Without `partials` the vector gradients are left to
-    the kernel below.
+    `d_y`, `d_branch` and `seed` may be None. If `partials` is None, the kernel below computes the
+    vector gradients.
     """
     # The gain is loaded outside the loop: inside, it would be prefetched again for every tile.
     gain = ()
     for k in tl.static_range(len(WIDTHS)):
         gain += (load_vector(weight, ROWS, k, WIDTHS, HIDDEN),)
-    weight_sum = zero_tiles(ROWS, WIDTHS)
-    bias_sum = zero_tiles(ROWS, WIDTHS)
-    branch_sum = zero_tiles(ROWS, WIDTHS)
+    d_weight = zero_tiles(ROWS, WIDTHS)
+    d_bias = zero_tiles(ROWS, WIDTHS)
+    d_branch_bias = zero_tiles(ROWS, WIDTHS)
 
     first_tile = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(rows, ROWS)
@@ -149,47 +156,49 @@ def residual_norm_backward_kernel(
         in_rows = row < rows
         row_rstd = tl.load(rstd + row, mask=in_rows, other=0.0)
         row_mean = 0.0 if RMS else tl.load(mean + row, mask=in_rows, other=0.0)
-        d_normed = ()
+        d_out_tiles = ()
         x_hat = ()
         g = ()
         for k in tl.static_range(len(WIDTHS)):
-            d_normed += (load_tile(d_out, row, in_rows, d_out_stride, k, WIDTHS, HIDDEN),)
-            stored = load_tile(y, row, in_rows, y_stride, k, WIDTHS, HIDDEN)
-            x_hat += ((stored - row_mean) * row_rstd,)
-            g += (d_normed[k] * gain[k].to(tl.float32),)
+            d_out_tiles += (load_tile(d_out, row, in_rows, d_out_stride, k, WIDTHS, HIDDEN),)
+            y_tile = load_tile(y, row, in_rows, y_stride, k, WIDTHS, HIDDEN)
+            x_hat += ((y_tile - row_mean) * row_rstd,)
+            g += (d_out_tiles[k] * gain[k].to(tl.float32),)
 
-        # The stream's gradient is g less its mean and less its component along x_hat. Lanes past
-        # the end of a row have a d_out and a gain of 0, so they count in neither mean.
+        # Part of d_residual that comes from the norm: rstd * (g - mean(g) - x_hat * mean(g *
+        # x_hat)). Lanes past the end of a row have d_out = 0 and a gain of 0, so they contribute to
+        # neither mean.
         along = row_dot(g, x_hat) / HIDDEN
         g_mean = 0.0 if RMS else row_sum(g) / HIDDEN
         if partials is not None:
-            weight_sum = add_tile_products(weight_sum, d_normed, x_hat)
+            d_weight = add_tile_products(d_weight, d_out_tiles, x_hat)
             if HAS_BIAS:
-                bias_sum = add_tiles(bias_sum, d_normed)
+                d_bias = add_tiles(d_bias, d_out_tiles)
 
-        # The branch bias sums float32 gradients, before they are rounded to be stored.
+        # d_branch_bias is summed from the float32 gradients, before they are rounded for storage.
         d_branch_tiles = ()
         for k in tl.static_range(len(WIDTHS)):
-            gradient = (g[k] - g_mean - x_hat[k] * along) * row_rstd
+            d_residual_tile = (g[k] - g_mean - x_hat[k] * along) * row_rstd
             if d_y is not None:
-                gradient += load_tile(d_y, row, in_rows, d_y_stride, k, WIDTHS, HIDDEN)
-            store_tile(d_residual, gradient, row, in_rows, k, WIDTHS, HIDDEN)
+                d_residual_tile += load_tile(d_y, row, in_rows, d_y_stride, k, WIDTHS, HIDDEN)
+            store_tile(d_residual, d_residual_tile, row, in_rows, k, WIDTHS, HIDDEN)
             if d_branch is not None:
-                gradient = store_branch_gradient(
-                    gradient, d_branch, seed, row, in_rows, scale, dropout_p, k, WIDTHS, HIDDEN
+                d_branch_tile = branch_gradient(
+                    d_residual_tile, seed, row, scale, dropout_p, k, WIDTHS, HIDDEN
                 )
-            d_branch_tiles += (gradient,)
+                store_tile(d_branch, d_branch_tile, row, in_rows, k, WIDTHS, HIDDEN)
+                d_branch_tiles += (d_branch_tile,)
         if HAS_BRANCH_BIAS and partials is not None:
-            branch_sum = add_tiles(branch_sum, d_branch_tiles)
+            d_branch_bias = add_tiles(d_branch_bias, d_branch_tiles)
 
     if partials is not None:
-        K: tl.constexpr = 1 + HAS_BIAS + HAS_BRANCH_BIAS
+        VECTORS: tl.constexpr = 1 + HAS_BIAS + HAS_BRANCH_BIAS
         for k in tl.static_range(len(WIDTHS)):
-            store_partial(partials, 0, K, weight_sum[k], k, WIDTHS, HIDDEN)
+            store_partial(partials, 0, VECTORS, d_weight[k], k, WIDTHS, HIDDEN)
             if HAS_BIAS:
-                store_partial(partials, 1, K, bias_sum[k], k, WIDTHS, HIDDEN)
+                store_partial(partials, 1, VECTORS, d_bias[k], k, WIDTHS, HIDDEN)
             if HAS_BRANCH_BIAS:
-                store_partial(partials, K - 1, K, branch_sum[k], k, WIDTHS, HIDDEN)
+                store_partial(partials, VECTORS - 1, VECTORS, d_branch_bias[k], k, WIDTHS, HIDDEN)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -199,9 +208,10 @@ def residual_norm_vector_gradient_kernel(
     HIDDEN: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, RMS: tl.constexpr,
     HAS_BIAS: tl.constexpr, STAGES: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Partial sums for rows too wide for the backward kernel.
+    """Vector-gradient partial sums for rows too wide for the backward kernel.
 
-    Program (p, c) sums its rows of one block of columns. Without a branch bias `d_branch` is None.
+    Program (p, c) covers every P-th row tile of column block c. `d_branch` is None without a branch
+    bias.
     """
     first_column = tl.program_id(1) * BLOCK
     column = first_column + tl.arange(0, BLOCK)
@@ -210,7 +220,7 @@ def residual_norm_vector_gradient_kernel(
     d_bias = tl.zeros((ROWS, BLOCK), tl.float32)
     d_branch_bias = tl.zeros((ROWS, BLOCK), tl.float32)
 
-    # x_hat is computed again from the stored y and the statistics of its row.
+    # x_hat is recomputed from the stored y and the statistics of its row.
     first_tile = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(rows, ROWS)
     for tile in tl.range(first_tile, tiles, tl.num_programs(0), num_stages=STAGES):
@@ -218,29 +228,28 @@ def residual_norm_vector_gradient_kernel(
         in_rows = row < rows
         mask = in_rows & in_row
         d_out_address = d_out + row * d_out_stride + column[None, :]
-        d_normed = tl.load(d_out_address, mask=mask, other=0.0).to(tl.float32)
+        d_out_tile = tl.load(d_out_address, mask=mask, other=0.0).to(tl.float32)
         y_address = y + row * y_stride + column[None, :]
-        x = tl.load(y_address, mask=mask, other=0.0).to(tl.float32)
-        if not RMS:
-            x -= tl.load(mean + row, mask=in_rows, other=0.0)
-        x *= tl.load(rstd + row, mask=in_rows, other=0.0)
-        d_weight += d_normed * x
+        y_tile = tl.load(y_address, mask=mask, other=0.0).to(tl.float32)
+        row_mean = 0.0 if RMS else tl.load(mean + row, mask=in_rows, other=0.0)
+        x_hat = (y_tile - row_mean) * tl.load(rstd + row, mask=in_rows, other=0.0)
+        d_weight += d_out_tile * x_hat
         if HAS_BIAS:
-            d_bias += d_normed
+            d_bias += d_out_tile
         if d_branch is not None:
             d_branch_address = d_branch + row * HIDDEN + column[None, :]
             d_branch_bias += tl.load(d_branch_address, mask=mask, other=0.0).to(tl.float32)
 
-    # One row of partials a program; the order of its vectors is that of the backward kernel.
-    K: tl.constexpr = 1 + HAS_BIAS + (d_branch is not None)
+    # Each program writes one row of partials, in the vector order of the backward kernel.
+    VECTORS: tl.constexpr = 1 + HAS_BIAS + (d_branch is not None)
     program = tl.program_id(0).to(tl.int64)
-    address = partials + program * K * HIDDEN + column
+    address = partials + program * VECTORS * HIDDEN + column
     mask = column < HIDDEN
     tl.store(address, tl.sum(d_weight, axis=0), mask=mask)
     if HAS_BIAS:
         tl.store(address + HIDDEN, tl.sum(d_bias, axis=0), mask=mask)
     if d_branch is not None:
-        tl.store(address + (K - 1) * HIDDEN, tl.sum(d_branch_bias, axis=0), mask=mask)
+        tl.store(address + (VECTORS - 1) * HIDDEN, tl.sum(d_branch_bias, axis=0), mask=mask)
 
 
 def _launch_forward(
@@ -274,7 +283,7 @@ def _launch_forward(
 
 
 def _new_statistics(x: Tensor, norm: Norm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(mean, rstd) [rows], to be written; RMSNorm has no mean."""
+    """Allocate mean and rstd, both [rows]; for RMSNorm mean is empty."""
     rows = x.numel() // x.shape[-1]
     mean = x.new_empty(0 if norm.rms else rows, dtype=dtype)
     return mean, x.new_empty(rows, dtype=dtype)
@@ -283,7 +292,7 @@ def _new_statistics(x: Tensor, norm: Norm, dtype: torch.dtype) -> tuple[Tensor, 
 def launch_norm_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, mean, rstd)."""
+    """Launch the norm kernel; returns (out, mean, rstd)."""
     if x.dtype == torch.float64:
         return cpu.norm_forward(x, weight, bias, norm, out_dtype)
     out = new_like(x, out_dtype)
@@ -301,7 +310,7 @@ def launch_residual_norm_forward(
     join: Join,
     norm: Norm,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y, out, mean, rstd)."""
+    """Launch the fused forward kernel; returns (y, out, mean, rstd)."""
     arguments = (residual, branch, branch_bias, weight, bias, join, norm)
     if residual.dtype == torch.float64:
         return cpu.residual_norm_forward(*arguments)
@@ -325,10 +334,15 @@ def launch_residual_norm_backward(
     join: Join,
     norm: Norm,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(d_residual, d_branch (empty without a branch), partials [P, K, H])."""
+    """Launch the backward kernel or kernels; returns (d_residual, d_branch, partials).
+
+    partials: [P, vectors, H]. d_branch is empty without a branch.
+    """
     if y.dtype == torch.float64:
-        has = (has_branch, has_bias, has_branch_bias)
-        return cpu.residual_norm_backward(d_y, d_out, y, mean, rstd, weight, *has, join, norm)
+        return cpu.residual_norm_backward(
+            d_y, d_out, y, mean, rstd, weight,
+            has_branch, has_bias, has_branch_bias, join, norm,
+        )  # fmt: skip
     hidden = y.shape[-1]
     rows = y.numel() // hidden
     shape = backward_shape("norm_backward", hidden, y.dtype, y.device)
@@ -341,7 +355,8 @@ def launch_residual_norm_backward(
     y, y_stride = rows_of(y)
     d_y, d_y_stride = (None, 0) if d_y is None else rows_of(d_y)
 
-    # Programs that hold no vector gradients have one tile each: nothing is kept from tile to tile.
+    # Without vector gradients in registers nothing carries over between tiles, so each program gets
+    # one tile.
     holds_vectors = hidden <= WIDEST_IN_REGISTERS
     programs = shape.programs
     if not holds_vectors:
@@ -356,9 +371,9 @@ def launch_residual_norm_backward(
         HAS_BIAS=has_bias, HAS_BRANCH_BIAS=has_branch_bias, STAGES=shape.stages, **shape.options,
     )  # fmt: skip
     if not holds_vectors:
-        bias_rows = d_branch if has_branch_bias else None
-        _launch_vector_gradients(d_out, y, mean, rstd, bias_rows, partials, has_bias, norm)
-    # An operator of torch returns a tensor in every place.
+        d_branch_for_bias = d_branch if has_branch_bias else None
+        _launch_vector_gradients(d_out, y, mean, rstd, d_branch_for_bias, partials, has_bias, norm)
+    # A registered torch operator cannot return None, so return an empty tensor.
     if d_branch is None:
         d_branch = partials.new_empty(0, dtype=d_out.dtype)
     return d_residual, d_branch, partials
@@ -374,7 +389,7 @@ def _launch_vector_gradients(
     has_bias: bool,
     norm: Norm,
 ) -> None:
-    """The second launch of a backward over rows wider than the registers: it fills `partials`."""
+    """Second launch of the backward for rows too wide for registers; fills `partials`."""
     programs, _, hidden = partials.shape
     rows = y.numel() // hidden
     d_out, d_out_stride = rows_of(d_out)
@@ -441,7 +456,10 @@ _residual_norm_backward = register(
 
 
 class _ResidualNorm(torch.autograd.Function):
-    """The vectors' gradients go through autograd as the others do, or to the sink."""
+    """Autograd function of the fused op.
+
+    Gradients of weight, bias and branch_bias go to the sink if there is one, else through autograd.
+    """
 
     @staticmethod
     def forward(
@@ -463,9 +481,9 @@ class _ResidualNorm(torch.autograd.Function):
             y, out, mean, rstd = _residual_norm_forward(
                 residual, branch, branch_bias, weight, bias, join, norm
             )
-        # x_hat is not saved: the backward computes it again from y.
+        # x_hat is not saved: the backward recomputes it from y.
         ctx.save_for_backward(y, mean, rstd, weight)
-        # An output that nobody used has the gradient None, not a tensor of zeros.
+        # The gradient of an unused output is None, not a tensor of zeros.
         ctx.set_materialize_grads(False)
         ctx.join = join
         ctx.norm = norm
@@ -483,10 +501,12 @@ class _ResidualNorm(torch.autograd.Function):
         if d_out is None:
             d_out = torch.zeros(y.shape, dtype=ctx.out_dtype, device=y.device)
         _, bias, branch_bias = ctx.receivers
-        has = (ctx.has_branch, bias is not None, branch_bias is not None)
+        has_bias = bias is not None
+        has_branch_bias = branch_bias is not None
         d_residual, d_branch, partials = _residual_norm_backward(
-            d_y, d_out, y, mean, rstd, weight, *has, ctx.join, ctx.norm
-        )
+            d_y, d_out, y, mean, rstd, weight,
+            ctx.has_branch, has_bias, has_branch_bias, ctx.join, ctx.norm,
+        )  # fmt: skip
         d_weight, d_bias, d_branch_bias = vector_gradients(partials, ctx.receivers, ctx.sink)
         if not ctx.has_branch:
             d_branch = None
@@ -506,17 +526,17 @@ def scaled_residual_norm(
     norm: Norm,
     sink: Sink | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(y, out): the new residual stream and its norm.
+    """Add a branch to the residual stream and norm the sum; returns (y, out).
 
         y = residual + scale * dropout(branch + branch_bias)
         out = norm(y) * weight + bias
 
     `residual`, `branch` [..., H]; `branch_bias`, `weight`, `bias` [H]. `y` has the residual's dtype
-    and is rounded before its statistics are taken; `out` has the branch's dtype. Statistics are
-    float32, or float64 for float64 inputs. With a `sink` the gradients of the three vectors, which
-    are then parameters, go there and not through autograd.
+    and is rounded before its statistics are computed; `out` has the branch's dtype. Statistics are
+    float32, or float64 for float64 inputs. With a `sink` the three vectors must be parameters, and
+    their gradients go there and not through autograd.
 
-    Raises ValueError where dropout has no seed, and for a kind of norm that is not defined.
+    Raises ValueError if dropout_p > 0 without a seed, or if norm.kind is unknown.
     """
     y, out = _residual_norm(residual, branch, branch_bias, weight, bias, join, norm, None, sink)
     return y, out
@@ -526,7 +546,7 @@ def norm(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    norm: Norm,
+    settings: Norm,
     out_dtype: torch.dtype | None = None,
     sink: Sink | None = None,
 ) -> Tensor:
@@ -536,6 +556,6 @@ def norm(
     `scaled_residual_norm`.
     """
     out: Tensor = _residual_norm(
-        x, None, None, weight, bias, _NO_BRANCH, norm, out_dtype or x.dtype, sink
+        x, None, None, weight, bias, _NO_BRANCH, settings, out_dtype or x.dtype, sink
     )
     return out

@@ -22,12 +22,13 @@ from ..optional_triton import tl, triton
 from ..reference import Join, compute_dtype
 from ..tiling import (
     add_branch,
+    branch_gradient,
     ceil_div,
     load_tile,
     new_like,
     rows_of,
-    store_branch_gradient,
     store_partial,
+    store_tile,
     zero_tiles,
 )
 from .partial_sums import Sink, receivers, vector_gradients
@@ -69,9 +70,8 @@ def scaled_add_backward_kernel(
         added = ()
         for k in tl.static_range(len(WIDTHS)):
             gradient = load_tile(d_y, row, in_rows, d_y_stride, k, WIDTHS, HIDDEN)
-            gradient = store_branch_gradient(
-                gradient, d_branch, seed, row, in_rows, scale, dropout_p, k, WIDTHS, HIDDEN
-            )
+            gradient = branch_gradient(gradient, seed, row, scale, dropout_p, k, WIDTHS, HIDDEN)
+            store_tile(d_branch, gradient, row, in_rows, k, WIDTHS, HIDDEN)
             added += (bias_sum[k] + gradient,)
         # Without partials nothing is kept, and the compiler drops the additions.
         if partials is not None:

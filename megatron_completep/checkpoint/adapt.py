@@ -47,7 +47,7 @@ from megatron_completep.model.initialize import draw, initial_std
 from megatron_completep.optim.rule import MASTER
 from megatron_completep.optim.rules import RULES
 from megatron_completep.parallel.context import ParallelContext
-from megatron_completep.parallel.parameter import Site, Spec, specs_of
+from megatron_completep.parallel.parameter import ForwardMultiplier, Spec, specs_of
 from megatron_completep.run.state import RunState
 
 
@@ -143,23 +143,24 @@ def check_branches(model: GPT) -> None:
         raise CheckpointError(
             f"{'; '.join(undeclared)}: no parameter declares that it makes the branch's output, "
             "so neither a new layer nor another residual multiplier can keep the function. "
-            "Make the output with RowParallelLinear, or give its Spec the site STREAM."
+            "Make the output with RowParallelLinear, or give its Spec "
+            "forward_multiplier=ForwardMultiplier.STREAM."
         )
 
 
 def scale_factors(
     old: ModelConfig, old_table: Table, table: Table, new: ModelConfig
-) -> dict[Site, float]:
+) -> dict[ForwardMultiplier, float]:
     """What the tensors before each forward multiplier are multiplied by to hide its change."""
     inputs = old.input_multiplier / new.input_multiplier
     logits = old_table.logit_multiplier / table.logit_multiplier
     return {
-        Site.STREAM: old_table.residual_multiplier / table.residual_multiplier,
-        Site.QUERY: old_table.attention_scale / table.attention_scale,
-        Site.INPUT: inputs,
-        Site.LOGITS: logits,
+        ForwardMultiplier.STREAM: old_table.residual_multiplier / table.residual_multiplier,
+        ForwardMultiplier.QUERY: old_table.attention_scale / table.attention_scale,
+        ForwardMultiplier.INPUT: inputs,
+        ForwardMultiplier.LOGITS: logits,
         # A tied embedding serves both ends; the norm between them takes the difference.
-        Site.TIED_LOGITS: logits / inputs,
+        ForwardMultiplier.TIED_LOGITS: logits / inputs,
     }
 
 
@@ -205,7 +206,7 @@ class _Tensors:
         config: Config,
         table: Table,
         specs: dict[str, Spec],
-        factors: dict[Site, float],
+        factors: dict[ForwardMultiplier, float],
         start_anew: bool,
     ):
         self._stored = stored
@@ -236,15 +237,15 @@ class _Tensors:
             return self._new(state, name)[start:stop]
 
         tensor = self._stored.rows(state, name, start, stop)
-        factor = 1.0 if spec.site is None else self._factors[spec.site]
+        factor = 1.0 if spec.forward_multiplier is None else self._factors[spec.forward_multiplier]
         if factor == 1.0:
             return tensor
         # Of a fused matrix, such as query, key and value, one part alone may stand before the
         # multiplier.
         scaled_start = 0
         scaled_stop = spec.shape[0]
-        if spec.site_part is not None:
-            scaled_start, scaled_stop = spec.part_range(spec.site_part)
+        if spec.multiplied_part is not None:
+            scaled_start, scaled_stop = spec.part_range(spec.multiplied_part)
         power = self._stored.manifest.states[state]
         scaled_rows = slice(max(0, scaled_start - start), max(0, scaled_stop - start))
         tensor[scaled_rows] *= factor**power

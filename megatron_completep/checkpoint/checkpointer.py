@@ -81,8 +81,9 @@ class Checkpointer:
         fingerprints: what identifies data and tokenizer; it must agree at resume.
         report: told what happens, on every rank.
         fail_point: called at named places; only tests pass one that does something.
-        order: of the training samples, which is stored with each checkpoint and compared at resume.
-        still_here: called while training waits for a save or a load that makes progress.
+        data_order: the order of the training samples, stored with each checkpoint and compared at
+            resume.
+        heartbeat: called while training waits for a save or a load that makes progress.
         products: the library that computes the run's matrix products.
     """
 
@@ -95,8 +96,8 @@ class Checkpointer:
         fingerprints: Mapping[str, Any] | None = None,
         report: Callable[[str], None] = print,
         fail_point: FailPoint = no_fail_point,
-        order: DataOrder | None = None,
-        still_here: Callable[[], None] = lambda: None,
+        data_order: DataOrder | None = None,
+        heartbeat: Callable[[], None] = lambda: None,
         products: str = "torch",
     ):
         self.config = config
@@ -104,8 +105,8 @@ class Checkpointer:
         self.optimizer = optimizer
         self._report = report
         self._fail_point = fail_point
-        self._order = order
-        self._still_here = still_here
+        self._data_order = data_order
+        self._heartbeat = heartbeat
         self._products = products
 
         settings = config.checkpoint
@@ -129,7 +130,7 @@ class Checkpointer:
             self._parameters |= described
         self._identity = identity_for(config, table, fingerprints or {}, self._parameters)
         self._resume_check = ResumeCheck(
-            config, self._identity, optimizer.states, order, report, products
+            config, self._identity, optimizer.states, data_order, report, products
         )
 
         self.folder = Path(config.training.output_dir) / CHECKPOINTS
@@ -155,7 +156,7 @@ class Checkpointer:
             run, line = identify_run(self.folder.parent)
             return [run.to_json(), line]  # the exchange sends JSON
 
-        run_fields, line = self._exchange.on_first(identify)
+        run_fields, line = self._exchange.on_rank_0(identify)
         if line is not None:
             self._report(line)
         return Run.from_json(run_fields)
@@ -174,7 +175,7 @@ class Checkpointer:
             return place
         for line in foreign_snapshots:
             self._report(f"left out: {line}")
-        run_fields = exchange.on_first(lambda: renumber(self.folder.parent).to_json())
+        run_fields = exchange.on_rank_0(lambda: renumber(self.folder.parent).to_json())
         self._run = Run.from_json(run_fields)
         self._report(
             f"{self.folder.parent} and that run had one number; "
@@ -323,7 +324,7 @@ class Checkpointer:
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:
-        """While training waits here no step comes: `still_here` is told of the progress instead."""
+        """While training waits here no step comes: `heartbeat` is told of the progress instead."""
         before = self._training_waits
         self._training_waits = True
         try:
@@ -334,7 +335,7 @@ class Checkpointer:
     def _progress(self) -> None:
         """Called after each block of a save or a load, by the thread that does the work."""
         if self._training_waits:
-            self._still_here()
+            self._heartbeat()
 
     def _raise_failure(self) -> None:
         """Act on the failure of the last save, if any.
@@ -352,8 +353,8 @@ class Checkpointer:
     def _content(self, state: RunState) -> dict[str, Any]:
         """The fields of the manifest that are known before anything is written."""
         order = None
-        if self._order is not None:
-            order = describe_order(self._order, state.consumed_samples)
+        if self._data_order is not None:
+            order = describe_order(self._data_order, state.consumed_samples)
         return {
             "step": state.step,
             "state": asdict(state),
@@ -379,7 +380,7 @@ class Checkpointer:
         damaged (the error names the file and the bytes), or of another model, parameterization or
         data.
         """
-        newest = self._exchange.on_first(lambda: max(committed_steps(self.folder), default=None))
+        newest = self._exchange.on_rank_0(lambda: max(committed_steps(self.folder), default=None))
         snapshots = []
         if self._local is not None:
             snapshots = find_snapshots(self._local, self._exchange, self._report)
@@ -411,7 +412,7 @@ class Checkpointer:
     def load(self, step: int) -> RunState:
         """Load one checkpoint of the shared disk. Raises CheckpointError as `load_latest` does."""
         self._wait()
-        self._exchange.on_first(lambda: self._require(step))
+        self._exchange.on_rank_0(lambda: self._require(step))
         source = shared_source(self._shared, step, self._exchange)
         # Before any tensor is read, as a large checkpoint takes minutes.
         self._resume_check.compare(source.folder, source.manifest)
@@ -423,7 +424,7 @@ class Checkpointer:
         Waits for the save that is under way.
         """
         self._wait()
-        steps: list[int] = self._exchange.on_first(lambda: list(committed_steps(self.folder)))
+        steps: list[int] = self._exchange.on_rank_0(lambda: list(committed_steps(self.folder)))
         return steps
 
     def go_back(self, step: int) -> RunState:
@@ -432,7 +433,7 @@ class Checkpointer:
         Those belong to the trajectory that is abandoned, and a restart must not find them.
         """
         self._wait()
-        self._exchange.on_first(lambda: self._require(step))
+        self._exchange.on_rank_0(lambda: self._require(step))
         # Parameters that are still on their way belong to the step that is undone.
         self.optimizer.wait_for_parameters()
         # The load comes before anything is removed, as the checkpoint may be damaged.
@@ -503,7 +504,7 @@ class Checkpointer:
             if replica.group is not None:
                 dist.broadcast(flat, group=replica.group, group_src=0)
         optimizer.control[STEP] = manifest.updates
-        optimizer.shards.adopt_masters()
+        optimizer.shards.load_from_masters()
         random_state.restore(manifest.rng)
 
         bytes_read = sum(self._exchange.all_gather(reader.bytes_read))

@@ -75,7 +75,7 @@ def shared_place(
     """
     # A name that no other run and no earlier start can have left there.
     probe = folder / f".probe.{exchange.broadcast(secrets.token_hex(4))}"
-    exchange.on_first(lambda: _make(folder, probe, "Choose another training.output_dir."))
+    exchange.on_rank_0(lambda: _make(folder, probe, "Choose another training.output_dir."))
 
     def look() -> None:
         if not probe.exists():
@@ -297,7 +297,7 @@ def snapshot_source(place: Place, snapshot: Snapshot, exchange: Exchange) -> Sou
 def shared_source(place: Place, step: int, exchange: Exchange) -> Source:
     """A checkpoint that every rank can read, with the manifest that rank 0 reads. Collective."""
     folder = place.folder / folder_name(step)
-    manifest = Manifest.model_validate(exchange.on_first(lambda: _manifest_json(folder)))
+    manifest = Manifest.model_validate(exchange.on_rank_0(lambda: _manifest_json(folder)))
     all_ranks = list(range(exchange.size))
     return Source(folder, manifest, {stored.name: all_ranks for stored in manifest.files})
 

@@ -39,14 +39,14 @@ class ResumeCheck:
         config: Config,
         identity: Mapping[str, Any],
         states: Iterable[str],
-        order: DataOrder | None,
+        data_order: DataOrder | None,
         report: Callable[[str], None],
         products: str = "torch",
     ):
         self._config = config
         self._identity = identity
         self._states = sorted(states)
-        self._order = order
+        self._data_order = data_order
         self._report = report
         self._products = products
 
@@ -76,8 +76,8 @@ class ResumeCheck:
         # Other data have another order in any case, and were allowed above if we come here.
         unless_allowed = refused(identity_differences, allowed=())
         other_data = any(d.path.startswith(("data.", "fingerprints.")) for d in unless_allowed)
-        if self._order is not None and not other_data:
-            line = compare_order(folder, manifest, self._order, allowed)
+        if self._data_order is not None and not other_data:
+            line = compare_order(folder, manifest, self._data_order, allowed)
             if line is not None:
                 self._report(line)
 

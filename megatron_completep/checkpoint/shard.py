@@ -44,7 +44,7 @@ class Shard:
             box = replace(local_box, name=spec.stored_name(local_name))
             owned.append(box)
             # A load fills all of them; of a save, each element is one rank's.
-            if spec.counts_on(local_name, context):
+            if spec.is_primary(local_name, context):
                 written.append(box)
         dtype = "F64" if shards.master.dtype == torch.float64 else "F32"
         return cls(tuple(owned), tuple(written), tuple(optimizer.states), dtype)

@@ -51,7 +51,7 @@ class Table:
     @property
     def residual_multiplier(self) -> float:
         """The factor on a branch's output, bias included, before it joins the residual stream."""
-        return self._forward.residual
+        return self._forward.branch
 
     @property
     def logit_multiplier(self) -> float:
@@ -95,7 +95,9 @@ class Table:
     @property
     def _forward(self) -> table_1.Forward:
         base = table_1.Forward(self.base_residual_multiplier, self.base_logit_multiplier)
-        return table_1.forward(self.width_multiplier, self.depth_multiplier, self.alpha, base)
+        return table_1.forward_factors(
+            self.width_multiplier, self.depth_multiplier, self.alpha, base
+        )
 
 
 def table_of(config: Config) -> Table:

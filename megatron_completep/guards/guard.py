@@ -23,7 +23,7 @@ class Guard:
     """Makes the guards of one run, and holds the lock on its output folder from construction on.
 
     The lock is taken before anything is written to the folder. What rank 0 alone does there goes
-    through `on_first`, so that every rank leaves with the same message where it fails.
+    through `on_rank_0`, so that every rank leaves with the same message where it fails.
 
     Args:
         watchdog: already counting; the guards report progress to it.
@@ -50,27 +50,27 @@ class Guard:
         # A process group of its own, so that guards never mix with what training communicates.
         self.exchange = Exchange(context, config.parallel.timeout_minutes)
         self._lock: OutputLock | None = None
-        self.on_first(self._take_lock)
+        self.on_rank_0(self._take_lock)
 
     def _take_lock(self) -> None:
         self._lock = OutputLock(self.folder, self.config.guards.lock_wait_seconds)
 
-    def on_first(self, action: Callable[[], object]) -> None:
+    def on_rank_0(self, action: Callable[[], object]) -> None:
         """Run `action` on rank 0 alone. A user error that it raises is raised on every rank."""
 
         def act() -> None:
             action()  # without its result, which need not be JSON as what the exchange sends
 
-        self.exchange.on_first(act)
+        self.exchange.on_rank_0(act)
 
-    def note_start(self, step: int) -> None:
-        """Record that the run resumed at `step`.
+    def check_restart_progress(self, step: int) -> None:
+        """Record that the run resumed at `step`, and check that restarts make progress.
 
         Raises RunStopped, on every rank, when several restarts have got no further than this step.
         """
         # The launcher counts within one launch: a start by hand begins anew.
         limit = self.config.guards.max_restarts_without_progress
-        self.on_first(lambda: note_start(self.folder, self.launch.restart_count, step, limit))
+        self.on_rank_0(lambda: note_start(self.folder, self.launch.restart_count, step, limit))
 
     def rollbacks(self, checkpointer: Checkpointer) -> Rollbacks:
         """What the run can do to go back; it counts the rollbacks of earlier launches as well."""
@@ -89,7 +89,7 @@ class Guard:
             self._say,
         )
 
-    def still_here(self) -> None:
+    def heartbeat(self) -> None:
         """Tell the watchdog that what training waits for makes progress, though no step comes."""
         self._watchdog.heartbeat()
 

@@ -36,13 +36,13 @@ class Rollbacks:
         self._checkpointer = checkpointer
         self._say = say
         self._folder = Path(config.training.output_dir)
-        self._done = [LeftOut(**entry) for entry in exchange.on_first(self._read)]
+        self._done = [LeftOut(**entry) for entry in exchange.on_rank_0(self._read)]
 
     def _read(self) -> list[dict[str, Any]]:
         try:
             return [asdict(entry) for entry in read_left_out(self._folder)]
         except DataError as error:
-            # `on_first` raises a CheckpointError with this text on every rank.
+            # `on_rank_0` raises a CheckpointError with this text on every rank.
             raise CheckpointError(str(error)) from None
 
     @property
@@ -50,8 +50,8 @@ class Rollbacks:
         """How many more rollbacks guards.max_rollbacks allows."""
         return self._config.guards.max_rollbacks - len(self._done)
 
-    def past(self, state: RunState) -> RunState:
-        """The state from which the next step starts: past the data that is left out after it."""
+    def skip_left_out_data(self, state: RunState) -> RunState:
+        """`state`, moved behind the data that a rollback removed there: the next step's start."""
         next_sample = past(self._done, state.step, state.consumed_samples)
         return replace(state, consumed_samples=next_sample)
 
@@ -79,10 +79,10 @@ class Rollbacks:
 
         # The checkpoint may lie where an earlier rollback leaves data out already: this one begins
         # behind them.
-        first_sample = self.past(state).consumed_samples
+        first_sample = self.skip_left_out_data(state).consumed_samples
         next_sample = spike.consumed_samples + skipped
         self._done.append(LeftOut(state.step, first_sample, next_sample, spike.step))
-        self._exchange.on_first(lambda: write_left_out(self._folder, self._done))
+        self._exchange.on_rank_0(lambda: write_left_out(self._folder, self._done))
         self._say(
             f"went back from step {spike.step} to step {state.step}; "
             f"samples {first_sample}-{next_sample - 1} are left out "

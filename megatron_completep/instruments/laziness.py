@@ -56,7 +56,7 @@ Say = Callable[[str], None]
 @torch.no_grad()
 def block_output(model: GPT, block: Block, x: Tensor, inputs: AttentionInputs) -> Tensor:
     """The stream [S, B, H] after a block whose input is the stream x [S, B, H]."""
-    stream: Tensor = block(Stream(x, site=0), inputs).settle(model.join, model.queue)
+    stream: Tensor = block(Stream(x, branch_index=0), inputs).add_pending(model.join, model.queue)
     return stream
 
 
@@ -74,7 +74,7 @@ def block_laziness(trial: Trial) -> list[float]:
     with trial.taps.recording() as taps, torch.no_grad():
         model(tokens)
         streams = [taps.streams[name][0] for name in layer_entries(model)]
-    inputs = model._attention_inputs(streams[0], tokens, None, None, None)
+    inputs = model._attention_inputs(streams[0], tokens.shape[1], None, None, None)
 
     weights_before = optimizer.shards.flat.clone()
     trial.step.run(batches, 1).read()

@@ -311,7 +311,7 @@ def replay(
         labels = _rank_sequences(targets, context)
         optimizer.begin_step(micro_batches)
         pairs = zip(tokens.chunk(micro_batches), labels.chunk(micro_batches), strict=True)
-        total_loss = assembly.step.passes([MicroBatch(*pair) for pair in pairs])
+        total_loss = assembly.step.forward_backward([MicroBatch(*pair) for pair in pairs])
         # Every pipeline stage sees the same tokens, so only the first one counts them.
         counted = torch.tensor(labels.numel() if context.pipeline.rank == 0 else 0)
         result = optimizer.step(config.optimizer.base_lr, total_loss, counted)
@@ -330,7 +330,7 @@ def _load_initial_weights(chunks: Sequence[GPT], trace: Trace, dtype: torch.dtyp
         for name, parameter in chunk.named_parameters():
             spec = spec_of(parameter, name)
             logical_weight = trace.initial(spec.stored_name(name), dtype)
-            parameter.data.copy_(spec.cut(logical_weight))
+            parameter.data.copy_(spec.to_local(logical_weight))
 
 
 def _rank_sequences(batch: np.ndarray, context: ParallelContext) -> Tensor:
@@ -352,7 +352,7 @@ def _final_weights(
         if spec.is_copy(name):
             continue
         parameter = optimizer.shards.parameters[name].detach()
-        logical_weight = spec.join(parameter, context)
+        logical_weight = spec.gather_logical(parameter, context)
         weights[reference_name(name)] = _counted_weight(spec, logical_weight, precision)
     return weights
 

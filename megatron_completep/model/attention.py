@@ -25,7 +25,7 @@ from megatron_completep.model.stream import Branch
 from megatron_completep.parallel.layer_context import LayerContext
 from megatron_completep.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_completep.parallel.micro_batch import MicroBatchSizes
-from megatron_completep.parallel.parameter import Site, spec_of
+from megatron_completep.parallel.parameter import ForwardMultiplier, spec_of
 from megatron_completep.roles import Role
 
 
@@ -66,7 +66,8 @@ class AttentionInputs:
 class Attention(nn.Module):
     """The attention branch: x [s, B, H] -> [s, B, H].
 
-    layer: its number in the whole model, from 0. recompute: backward makes scores and mixing again.
+    layer: its number in the whole model, from 0.
+    recompute_selectively: backward recomputes the scores and their product with the values.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class Attention(nn.Module):
         table: Table,
         context: LayerContext,
         layer: int,
-        recompute: bool = False,
+        recompute_selectively: bool = False,
     ):
         super().__init__()
         hidden = model.hidden_size
@@ -83,7 +84,7 @@ class Attention(nn.Module):
         groups = num_query_groups(model)
         tensor_ranks = context.ranks.tensor.size
         self.layer = layer
-        self.recompute = recompute
+        self.recompute_selectively = recompute_selectively
         self.attend = attend
         self.head_dim = size
         self.scale = table.attention_scale
@@ -107,7 +108,7 @@ class Attention(nn.Module):
         self.q_norm: Norm | None = None
         self.k_norm: Norm | None = None
         if model.qk_norm:
-            self.q_norm = qk_norm(model, context, Site.QUERY)
+            self.q_norm = qk_norm(model, context, ForwardMultiplier.QUERY)
             self.k_norm = qk_norm(model, context)
 
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Branch:
@@ -116,7 +117,7 @@ class Attention(nn.Module):
         if inputs.caches is not None:
             k, v = inputs.caches[self.layer].extend(k, v)
         arguments = (q, k, v, inputs, self.scale, self.backend)
-        if self.recompute and torch.is_grad_enabled():
+        if self.recompute_selectively and torch.is_grad_enabled():
             # Attention proper draws no random numbers, so their state need not be kept.
             mixed = checkpoint(
                 self.attend, *arguments, use_reentrant=False, preserve_rng_state=False
@@ -144,7 +145,7 @@ class Attention(nn.Module):
                 rows = sizes.tokens * heads
                 total += rows * self.head_dim * sizes.element_bytes
                 total += norm.statistics_bytes(rows, sizes)
-        if not self.recompute:
+        if not self.recompute_selectively:
             total += sizes.tokens * self.num_heads * 4  # a logsumexp, float32 in every precision
         return total
 
@@ -174,7 +175,9 @@ class Attention(nn.Module):
         return q.permute(1, 2, 0, 3), k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3)
 
 
-def qk_norm(model: ModelConfig, context: LayerContext, site: Site | None = None) -> Norm:
+def qk_norm(
+    model: ModelConfig, context: LayerContext, forward_multiplier: ForwardMultiplier | None = None
+) -> Norm:
     """A norm over the elements of a head, with one gain for all heads.
 
     A tensor rank sees its own heads, so that its gradient of the gain is a share of the sum.
@@ -182,7 +185,9 @@ def qk_norm(model: ModelConfig, context: LayerContext, site: Site | None = None)
     tensor = context.ranks.tensor
     partial_over = tensor.name if tensor.size > 1 else None
     norm = kernels.Norm("rmsnorm", model.norm_eps)
-    return Norm(head_dim(model), Role.QK_NORM, norm, False, context, partial_over, site)
+    return Norm(
+        head_dim(model), Role.QK_NORM, norm, False, context, partial_over, forward_multiplier
+    )
 
 
 def attend(

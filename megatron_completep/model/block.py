@@ -1,6 +1,7 @@
-"""One decoder layer: for each of its branches a norm of the stream, then the branch.
+"""One decoder layer: for each of its branches a norm, then the branch.
 
-The branch's output is held in the stream for the next norm.
+A branch's output is not added here. It stays pending in `Stream`, and the kernel of the next norm
+adds it.
 """
 
 from __future__ import annotations
@@ -26,48 +27,58 @@ from megatron_completep.roles import Role
 class BranchModule(Protocol):
     """A branch of a layer: what it computes, and what that costs.
 
-    The plan, the MFU of a run and the reports add the costs up. A branch that trains without
-    answering `flops` and `activation_bytes` is refused there by its name.
+    Plans, MFU and reports sum these costs. A branch that lacks `flops` or `activation_bytes` can be
+    trained, but they raise a ConfigError that names it.
     """
 
     def __call__(self, x: Tensor, inputs: AttentionInputs) -> Branch:
-        """x [s, B, H] and what all layers share -> the output, which joins the stream scaled."""
+        """The branch's output for x [s, B, H], before it is scaled and added to the stream.
+
+        inputs: what all layers share, such as rotary cos and sin.
+        """
         ...
 
     def flops(self, seq_length: int) -> float:
-        """Matrix FLOPs of the forward pass, per token of a sequence of this length.
+        """Matmul FLOPs of the forward pass, per token of a sequence of this length.
 
-        Of the logical branch, whatever ranks share it; without what recomputation adds.
+        Counts the whole branch before any tensor-parallel split, and excludes recomputation.
         """
         ...
 
     def activation_bytes(self, sizes: MicroBatchSizes) -> int:
         """Bytes that the forward pass of a micro-batch keeps on this rank for the backward pass.
 
-        Parameters and the residual stream, which the norm before the branch keeps, do not count.
+        Excludes parameters, and the residual stream, which the norm before the branch keeps.
         """
         ...
 
 
 class BranchMaker(Protocol):
-    """Makes the branch of one layer, whose number counts over the whole model.
+    """Builds the branch of one layer. `layer` is the global layer index, from 0.
 
-    recompute: whether backward makes again what is cheap to make (training.recompute: selective).
+    recompute_selectively: whether backward recomputes activations that are cheap to compute
+        (training.recompute: selective).
     """
 
     def __call__(
-        self, model: ModelConfig, table: Table, context: LayerContext, layer: int, recompute: bool
+        self,
+        model: ModelConfig,
+        table: Table,
+        context: LayerContext,
+        layer: int,
+        recompute_selectively: bool,
     ) -> nn.Module: ...
 
 
-# The branches of a layer, in order. A name is part of the names of parameters, which seed the
-# initial weights.
+# The branches of a layer, in order. The keys are part of parameter names, and a parameter's initial
+# weights are seeded by its name, so renaming a key changes them.
 BRANCHES: Mapping[str, BranchMaker] = {"attention": Attention, "mlp": MLP}
 
 
 class Block(nn.Module):
-    """The modules NAME_norm and NAME of every branch."""
+    """One decoder layer; it registers submodules NAME_norm and NAME for each branch."""
 
+    # For type checkers and tests; only the default BRANCHES have these names.
     attention: Attention
     mlp: MLP
 
@@ -81,7 +92,8 @@ class Block(nn.Module):
         branches: Mapping[str, BranchMaker] = BRANCHES,
     ):
         super().__init__()
-        # Beside the registered modules, in order: the branches of a layer are not known by name.
+        # A plain list next to the registered submodules: `forward` iterates in this order and needs
+        # no branch names.
         self.branches: list[tuple[StreamNorm, BranchModule]] = []
         for name, make in branches.items():
             norm = StreamNorm(model, table, Role.PRE_NORM, context)
@@ -91,32 +103,37 @@ class Block(nn.Module):
             self.branches.append((norm, cast(BranchModule, branch)))
 
     def forward(self, stream: Stream, inputs: AttentionInputs) -> Stream:
-        """The stream after all branches but the last have joined it, and the last one pending."""
+        """Run all branches. In the returned stream the last branch's output is still pending."""
         for norm, branch in self.branches:
             stream, x = norm(stream)
             stream = stream.hold(branch(x, inputs))
         return stream
 
     def flops(self, seq_length: int) -> float:
-        """Matrix FLOPs of the forward pass a token, of the logical layer; norms have none."""
+        """Matmul FLOPs of the forward pass per token, for the whole, unsplit layer."""
+        # Norms have no matmuls.
         return sum(branch.flops(seq_length) for _, branch in self._planned_branches())
 
     def activation_bytes(self, sizes: MicroBatchSizes) -> int:
         """Bytes kept on this rank for backward, without recomputation of whole layers."""
         total = 0
-        # Full recomputation keeps what enters a layer instead, which the model counts.
+        # Under full recomputation only the layer's inputs are kept; GPT._bytes_of_layers counts
+        # those instead.
         for norm, branch in self._planned_branches():
             total += norm.activation_bytes(sizes) + branch.activation_bytes(sizes)
         return total
 
     def _planned_branches(self) -> list[tuple[StreamNorm, BranchModule]]:
-        """The branches, if all say what they cost: none may silently count as nothing."""
+        """The branches.
+
+        Raises ConfigError if one lacks the cost methods, so that none is counted as zero.
+        """
         names = {module: name for name, module in self.named_children()}
         for _, branch in self.branches:
             if not isinstance(branch, BranchModule):
                 raise ConfigError(
-                    f"a layer's {names[branch]}: the branch does not say what it costs, so that no "
-                    "plan can count it. Give it the methods flops(seq_length) and "
-                    "activation_bytes(sizes), as model/block.py describes them in BranchModule."
+                    f"a layer's {names[branch]}: the branch has no flops(seq_length) and "
+                    "activation_bytes(sizes), so its cost cannot be planned. "
+                    "Implement both; see BranchModule in model/block.py."
                 )
         return self.branches

@@ -1,7 +1,7 @@
 """The decoder, or the part of it that one pipeline stage holds.
 
-S sequence, s this tensor rank's share of it (S without sequence parallelism), B micro-batch, H
-hidden, V vocabulary.
+Dimensions: S sequence length; s this rank's part of S under sequence parallelism, else S; B
+micro-batch size; H hidden size; V vocabulary size.
 """
 
 from __future__ import annotations
@@ -29,62 +29,68 @@ from megatron_completep.parallel.gradients import GradientQueue
 from megatron_completep.parallel.layer_context import LayerContext
 from megatron_completep.parallel.micro_batch import MicroBatchSizes
 from megatron_completep.parallel.own_losses import LossLedger
-from megatron_completep.parallel.parameter import Site
+from megatron_completep.parallel.parameter import ForwardMultiplier
 from megatron_completep.parallel.products import Products
 from megatron_completep.roles import Role
 
 
 @dataclass(frozen=True)
-class Stage:
-    """Which part of the model a chunk holds: layers [start, stop), embedding and unembedding."""
+class ChunkRange:
+    """Which layers [start, stop) a model chunk holds, and whether embedding or unembedding, too.
+
+    A chunk is what Megatron-LM calls a virtual stage; without interleaving a rank has one.
+    """
 
     start: int
     stop: int
-    first: bool = True  # whether it holds the embedding
-    last: bool = True  # whether it holds the final norm and the unembedding
+    has_embedding: bool = True
+    has_unembedding: bool = True  # with the final norm
 
 
 class GPT(nn.Module):
-    """Pre-norm decoder. Parameter names carry global layer numbers, whatever the stage."""
+    """Pre-norm decoder. Parameter names carry global layer indices on every stage."""
 
     def __init__(
         self,
         model: ModelConfig,
         table: Table,
         context: ParallelContext,
-        stage: Stage | None = None,
+        chunk_range: ChunkRange | None = None,
         loss: LossConfig | None = None,
         recompute: str = "none",
         products: Products | None = None,
         branches: Mapping[str, BranchMaker] = BRANCHES,
     ):
         super().__init__()
-        stage = stage or Stage(0, model.num_layers)
+        chunk_range = chunk_range or ChunkRange(0, model.num_layers)
         self.config = model
         self.table = table
         self.context = context
-        self.stage = stage
+        self.chunk_range = chunk_range
         self.recompute = recompute
         self.queue = GradientQueue()
         self.own_losses = LossLedger()
         self.join = join_of(model, table)
         self.branch_makers = branches
-        self.first_site = stage.start * len(branches)  # of dropout, which counts branches
+        # Index of this chunk's first branch in the whole model; dropout is seeded per branch.
+        self.first_branch = chunk_range.start * len(branches)
         self._rotary: tuple[Tensor, Tensor] | None = None
 
         layer_context = LayerContext(context, self.queue, products or Products(), self.own_losses)
-        if stage.first:
+        if chunk_range.has_embedding:
             self._add_embeddings(layer_context)
-        # The order in which modules are made is the order in which the optimizer lays them out.
+        # The optimizer lays out parameters in reverse order of registration, which is backward
+        # order, so the order here matters.
         self.layers = nn.ModuleDict()
-        for layer in range(stage.start, stage.stop):
+        for layer in range(chunk_range.start, chunk_range.stop):
             self.layers[str(layer)] = Block(model, table, layer_context, layer, recompute, branches)
-        if stage.last:
+        if chunk_range.has_unembedding:
             self._add_unembedding(layer_context, loss or LossConfig())
 
     def _add_embeddings(self, context: LayerContext) -> None:
         model = self.config
         vocabulary = model.vocab_size, model.vocab_multiple, model.hidden_size
+        # A tied weight gets two gradients per micro-batch: of the lookup and of the logits.
         uses = 2 if self._ties_here else 1
         self.embedding = VocabParallelEmbedding(*vocabulary, context, uses, self._tied_to)
         if model.position == "learned":
@@ -94,8 +100,8 @@ class GPT(nn.Module):
         model = self.config
         vocabulary = model.vocab_size, model.vocab_multiple, model.hidden_size
         tied = model.tied_embeddings
-        site = Site.TIED_LOGITS if tied else None
-        self.final_norm = StreamNorm(model, self.table, Role.FINAL_NORM, context, site)
+        multiplier = ForwardMultiplier.TIED_LOGITS if tied else None
+        self.final_norm = StreamNorm(model, self.table, Role.FINAL_NORM, context, multiplier)
         self.unembedding = Unembedding(
             *vocabulary,
             Role.EMBEDDING if tied else Role.UNEMBEDDING,
@@ -108,12 +114,13 @@ class GPT(nn.Module):
 
     @property
     def _ties_here(self) -> bool:
-        """Whether embedding and unembedding are one parameter of this stage."""
-        return self.config.tied_embeddings and self.stage.first and self.stage.last
+        """Whether embedding and unembedding are one parameter of this chunk."""
+        has_both = self.chunk_range.has_embedding and self.chunk_range.has_unembedding
+        return self.config.tied_embeddings and has_both
 
     @property
     def _tied_to(self) -> str | None:
-        """The name under which tied embeddings on two stages are one."""
+        """Shared name of a tied embedding held on two stages; None if it is not."""
         on_two_stages = self.config.tied_embeddings and not self._ties_here
         return "embedding.weight" if on_two_stages else None
 
@@ -130,24 +137,31 @@ class GPT(nn.Module):
 
         x: token ids [B, S] on the first stage, else the residual stream [s, B, H] of the stage
             before.
-        positions [B, S]: None for 0..S-1 (after what `caches` hold).
+        positions [B, S]; default: 0..S-1, offset by the number of cached tokens.
         document_ids [B, S]: attention stays inside a document.
-        labels [B, S], -100 not counted: the last stage then returns the **sum** of the token losses
-            (the objective; without gradients the pure cross-entropy), else logits [B, S, V].
-        dropout_seed: int64, one element, for this micro-batch; None (validation, generation): no
-            dropout.
+        labels [B, S]; -100 is ignored. With labels, the last stage returns the **sum** of the token
+            losses: the training objective, or under no_grad only the cross-entropy. Without, it
+            returns logits [B, S, V].
+        dropout_seed: int64 tensor with one element, different for each micro-batch; None disables
+            dropout (validation, generation).
         """
-        residual = self._embed(x, positions, caches) if self.stage.first else x
-        inputs = self._attention_inputs(residual, x, positions, document_ids, caches)
-        stream = Stream(residual, self.first_site, dropout_seed)
+        if self.chunk_range.has_embedding:
+            residual = self._embed(x, positions, caches)
+            seq_length = x.shape[1]
+        else:
+            residual = x
+            seq_length = self.context.sequence.whole_length(x.shape[0])
+        inputs = self._attention_inputs(residual, seq_length, positions, document_ids, caches)
+        stream = Stream(residual, self.first_branch, dropout_seed)
         for _, block in self.blocks():
             if self.recompute == "full" and torch.is_grad_enabled():
                 stream = self._recomputed(block, stream, inputs)
             else:
                 stream = block(stream, inputs)
-        if not self.stage.last:
-            # One tensor is sent: the pending branch is added here, without a norm.
-            return stream.settle(self.join, self.queue)
+        if not self.chunk_range.has_unembedding:
+            # The next stage receives one tensor, so the pending branch is added here, without a
+            # norm.
+            return stream.add_pending(self.join, self.queue)
         _, normed = self.final_norm(stream)
         result: Tensor = self.unembedding(normed, labels)
         return result
@@ -157,30 +171,30 @@ class GPT(nn.Module):
         return [(int(index), cast(Block, block)) for index, block in self.layers.items()]
 
     def flops(self, seq_length: int) -> float:
-        """Matrix FLOPs of this stage's forward pass, per token of a sequence of this length.
+        """Matmul FLOPs of this stage's forward pass, per token of a sequence of this length.
 
-        Of the logical model, whatever tensor ranks share it. Norms, rotations, softmax and the
-        embeddings' look-ups are no matrix products.
+        Counts the model before any tensor-parallel split. Norms, rotary embeddings, softmax and
+        embedding lookups are not matmuls and are left out.
         """
         layers = sum(block.flops(seq_length) for _, block in self.blocks())
-        return layers + (self.unembedding.flops() if self.stage.last else 0.0)
+        return layers + (self.unembedding.flops() if self.chunk_range.has_unembedding else 0.0)
 
     def activation_bytes(self, sizes: MicroBatchSizes) -> int:
         """Bytes that a micro-batch's forward pass keeps on this rank for backward.
 
-        Without parameters, and without position ids, which are those of one sequence.
+        Excludes parameters, and position ids, which take the memory of a single sequence.
         """
         total = self._bytes_of_layers(sizes)
-        if self.stage.first:
+        if self.chunk_range.has_embedding:
             total += self.embedding.activation_bytes(sizes)
-        if self.stage.last:
+        if self.chunk_range.has_unembedding:
             total += self.final_norm.activation_bytes(sizes)
             total += self.unembedding.activation_bytes(sizes)
         return total
 
     def new_caches(self, batch: int, capacity: int) -> list[KeyValueCache]:
-        """Empty key/value caches for `capacity` positions, one a layer."""
-        # In the type and on the device of the weights; a tensor rank holds its own heads.
+        """One empty key/value cache per layer, each with room for `capacity` positions."""
+        # With the dtype and device of the weights; a tensor rank holds only its own heads.
         attention = self.blocks()[0][1].attention
         weight = attention.qkv.weight
         shape = batch, attention.num_groups, capacity, attention.head_dim
@@ -190,10 +204,10 @@ class GPT(nn.Module):
 
     @staticmethod
     def _recomputed(block: Block, stream: Stream, inputs: AttentionInputs) -> Stream:
-        """What the block makes of the stream, of which backward keeps only what entered."""
+        """Run the block under activation checkpointing: only its inputs are kept for backward."""
 
-        # The tensors are arguments of their own: hooks on saved tensors, which count them or move
-        # them elsewhere, see those alone.
+        # Pass the tensors as separate arguments: saved_tensors_hooks (offloading, byte counting)
+        # see only tensor arguments, not tensors inside a Stream.
         def run(residual: Tensor, out: Tensor | None, bias: Tensor | None) -> Stream:
             pending = None if out is None else Branch(out, bias)
             entering = stream._replace(residual=residual, pending=pending)
@@ -209,14 +223,14 @@ class GPT(nn.Module):
 
     def _bytes_of_layers(self, sizes: MicroBatchSizes) -> int:
         if self.recompute == "full":
-            # Of a layer only what enters is kept: the stream and, except in the stage's first
-            # layer, the branch that waits to join it.
+            # Only each layer's inputs are kept: the stream and, except for the stage's first layer,
+            # the pending branch output.
             streams = len(self.layers) * sizes.stream_bytes
             pending = max(0, len(self.layers) - 1) * sizes.element_bytes
             return sizes.local_tokens * self.config.hidden_size * (streams + pending)
         total = sum(block.activation_bytes(sizes) for _, block in self.blocks())
         if self.config.position == "rope":
-            # cos and sin, [S, D/2] each, which all layers share.
+            # cos and sin [S, D/2], shared by all layers.
             total += self.config.seq_length * head_dim(self.config) * sizes.wide_bytes
         return total
 
@@ -238,37 +252,38 @@ class GPT(nn.Module):
     def _attention_inputs(
         self,
         residual: Tensor,
-        x: Tensor,
+        seq_length: int,
         positions: Tensor | None,
         document_ids: Tensor | None,
         caches: list[KeyValueCache] | None,
     ) -> AttentionInputs:
-        """Angles, biases and document boundaries, once for all layers.
+        """Rotary cos and sin, attention bias and document boundaries, once for all layers.
 
-        x: what the stage was given, for the length of the sequence.
+        residual: the stream before the first layer, for its device and dtype.
+        seq_length: of the whole sequence, S.
         """
         model = self.config
-        if self.stage.first:
-            seq_length = x.shape[1]
-        else:
-            seq_length = self.context.sequence.whole_length(x.shape[0])
         past = caches[0].length if caches else 0
-        cos = sin = bias = starts = None
+        cos = None
+        sin = None
         if model.position == "rope":
-            cos, sin = self._angles(residual, positions, past, seq_length)
+            cos, sin = self._rotary_inputs(residual, positions, past, seq_length)
 
-        # SDPA needs a bias for all that plain causal attention does not say: documents, ALiBi, and
-        # several new tokens behind a cache. flash-attn takes the boundaries of documents instead.
+        # SDPA needs an explicit bias for whatever is_causal cannot express: document masks, ALiBi,
+        # and more than one new token after a cache. flash-attn takes document boundaries instead.
+        bias = None
+        cu_seqlens = None
         flash = model.attention_backend == "flash_attention" and caches is None
         alibi = model.position == "alibi"
         if document_ids is not None and flash:
-            starts = document_starts(document_ids)
+            assert not alibi  # refused by config/check.py
+            cu_seqlens = document_starts(document_ids)
         elif document_ids is not None or alibi or (past and seq_length > 1):
             slopes = self._local_slopes(residual.device) if alibi else None
             keys = torch.arange(past + seq_length, device=residual.device)
             dtype = next(iter(self.parameters())).dtype
             bias = causal_bias(keys[past:], keys, document_ids, slopes, dtype)
-        return AttentionInputs(cos, sin, bias, starts, caches)
+        return AttentionInputs(cos, sin, bias, cu_seqlens, caches)
 
     def _local_slopes(self, device: torch.device) -> Tensor:
         """[N] ALiBi slopes of this tensor rank's heads."""
@@ -276,23 +291,23 @@ class GPT(nn.Module):
         slopes = alibi_slopes(self.config.num_attention_heads, device)
         return slopes.chunk(tensor.size)[tensor.rank]
 
-    def _angles(
+    def _rotary_inputs(
         self, residual: Tensor, positions: Tensor | None, past: int, seq_length: int
     ) -> tuple[Tensor, Tensor]:
-        """cos and sin, each [S, 1 or B, D/2], of the positions or of `past` and those behind it."""
+        """Rotary cos and sin [S, 1 or B, D/2] at `positions`; None: at past .. past + S - 1."""
         cos, sin = self._rotary_table(residual, past + seq_length)
         if positions is not None:
             return cos[positions.t()], sin[positions.t()]
         return cos[past : past + seq_length, None], sin[past : past + seq_length, None]
 
     def _rotary_table(self, residual: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """cos and sin of at least `length` positions, kept from one forward pass to the next."""
+        """Rotary cos and sin for at least `length` positions, cached between forward passes."""
         model = self.config
         if self._rotary is not None:
             cos = self._rotary[0]
             same_device = cos.device == residual.device
-            same_width = (cos.dtype == torch.float64) == (residual.dtype == torch.float64)
-            if same_device and same_width and cos.shape[0] >= length:
+            table_dtype = torch.float64 if residual.dtype == torch.float64 else torch.float32
+            if same_device and cos.dtype == table_dtype and cos.shape[0] >= length:
                 return self._rotary
         self._rotary = rotary_table(
             max(model.seq_length, length),
@@ -305,9 +320,10 @@ class GPT(nn.Module):
 
 
 def document_starts(document_ids: Tensor) -> Tensor:
-    """[documents + 1] int32: where each document begins in the flattened [B * S] tokens.
+    """[documents + 1] int32: where each document begins in the flattened [B * S] tokens, and B * S.
 
-    Samples never share a document.
+    A new document starts at every row, even if neighbouring rows have equal ids. These are the
+    cu_seqlens of flash-attn.
     """
     change = torch.ones_like(document_ids, dtype=torch.bool)
     change[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]

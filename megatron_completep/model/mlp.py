@@ -36,7 +36,8 @@ GATED = frozenset({"swiglu"})  # activations that read gate and up, each of the 
 class MLP(nn.Module):
     """The MLP branch: x [s, B, H] -> [s, B, H].
 
-    recompute: the down projection keeps no input for backward, which applies the activation again.
+    recompute_selectively: the down projection keeps no input for backward, which applies the
+        activation again.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class MLP(nn.Module):
         table: Table,
         context: LayerContext,
         layer: int,
-        recompute: bool = False,
+        recompute_selectively: bool = False,
     ):
         super().__init__()
         ffn = model.ffn_hidden_size
@@ -54,14 +55,14 @@ class MLP(nn.Module):
         base_hidden = table.base_hidden_size
         base_ffn = table.base_ffn_hidden_size
         self.activation = ACTIVATIONS[model.activation]
-        self.recompute = recompute
+        self.recompute_selectively = recompute_selectively
         self.up = ColumnParallelLinear(hidden, matrices, base_hidden, model.bias, context)
         self.down = RowParallelLinear(ffn, hidden, base_ffn, model.bias, context)
 
     def forward(self, x: Tensor, inputs: object = None) -> Branch:
         """x [s, B, H] -> the branch's output [s, B, H] and its bias. inputs: not used."""
         up = self.up(x)
-        if self.recompute and torch.is_grad_enabled():
+        if self.recompute_selectively and torch.is_grad_enabled():
             out = self._down_without_keeping(up)
         else:
             out = self.down(self.activation(up))
@@ -74,7 +75,7 @@ class MLP(nn.Module):
     def activation_bytes(self, sizes: MicroBatchSizes) -> int:
         """Bytes kept for backward: the inputs of both matrices and of the activation."""
         activation_input = sizes.tokens * self.up.weight.shape[0] * sizes.element_bytes
-        down_input = 0 if self.recompute else self.down.activation_bytes(sizes)
+        down_input = 0 if self.recompute_selectively else self.down.activation_bytes(sizes)
         return self.up.activation_bytes(sizes) + activation_input + down_input
 
     def _down_without_keeping(self, up: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from megatron_completep.config.schema import ModelConfig
 from megatron_completep.model.stream import Stream
 from megatron_completep.parallel.layer_context import LayerContext
 from megatron_completep.parallel.micro_batch import MicroBatchSizes
-from megatron_completep.parallel.parameter import Site, Spec, make_parameter
+from megatron_completep.parallel.parameter import ForwardMultiplier, Spec, make_parameter
 from megatron_completep.roles import Role
 
 
@@ -27,7 +27,7 @@ class Norm(nn.Module):
 
     partial_over: the axis of the mesh, if any, of whose rows this rank sees a share (its part of
         the sequence, or its own heads).
-    site: which forward multiplier acts behind the norm.
+    forward_multiplier: the one that is applied directly after the norm, if any.
     """
 
     def __init__(
@@ -38,12 +38,18 @@ class Norm(nn.Module):
         bias: bool,
         context: LayerContext,
         partial_over: str | None = None,
-        site: Site | None = None,
+        forward_multiplier: ForwardMultiplier | None = None,
     ):
         super().__init__()
         self.norm = norm
         self.queue = context.queue
-        gain = Spec(role, (size,), partial_over=partial_over, constant=1.0, site=site)
+        gain = Spec(
+            role,
+            (size,),
+            partial_over=partial_over,
+            constant=1.0,
+            forward_multiplier=forward_multiplier,
+        )
         self.weight = make_parameter(gain, context.ranks)
         self.bias: nn.Parameter | None = None
         if bias and norm.kind == "layernorm":  # RMSNorm has none
@@ -68,13 +74,15 @@ class StreamNorm(Norm):
         table: Table,
         role: Role,
         context: LayerContext,
-        site: Site | None = None,
+        forward_multiplier: ForwardMultiplier | None = None,
     ):
         norm = kernels.Norm(model.norm, model.norm_eps)
         # Under sequence parallelism a rank sees its rows alone: its gradients of gain and bias are
         # shares of a sum.
         partial_over = context.ranks.sequence.partial_over
-        super().__init__(model.hidden_size, role, norm, model.bias, context, partial_over, site)
+        super().__init__(
+            model.hidden_size, role, norm, model.bias, context, partial_over, forward_multiplier
+        )
         self.join = join_of(model, table)
 
     def forward(self, stream: Stream) -> tuple[Stream, Tensor]:  # type: ignore[override]
@@ -90,7 +98,7 @@ class StreamNorm(Norm):
             bias,
             self.weight,
             self.bias,
-            self.join.under(stream.site_seed()),
+            self.join.under(stream.branch_seed()),
             self.norm,
             self.queue,
         )

@@ -9,7 +9,7 @@ from megatron_completep.completep import Table
 from megatron_completep.config.derived import head_dim, num_query_groups
 from megatron_completep.config.schema import ModelConfig, ParallelConfig
 from megatron_completep.model.block import BRANCHES, BranchMaker
-from megatron_completep.model.gpt import GPT, Stage
+from megatron_completep.model.gpt import GPT, ChunkRange
 from megatron_completep.model.mlp import GATED
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.cross_entropy import LossConfig
@@ -45,14 +45,18 @@ def split_layers(model: ModelConfig, num_stages: int) -> list[int]:
     return counts
 
 
-def split_stages(model: ModelConfig, parallel: ParallelConfig) -> list[Stage]:
+def split_stages(model: ModelConfig, parallel: ParallelConfig) -> list[ChunkRange]:
     """All stages of the model in order; `parallel.pipeline_split` decides where it is set."""
     num_stages = parallel.pipeline_parallel_size * parallel.virtual_pipeline_size
     counts = list(parallel.pipeline_split or split_layers(model, num_stages))
     stages = []
     for index, stop in enumerate(accumulate(counts)):
         is_last = index == num_stages - 1
-        stages.append(Stage(stop - counts[index], stop, first=index == 0, last=is_last))
+        stages.append(
+            ChunkRange(
+                stop - counts[index], stop, has_embedding=index == 0, has_unembedding=is_last
+            )
+        )
     return stages
 
 

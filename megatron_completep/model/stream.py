@@ -27,7 +27,7 @@ class Stream(NamedTuple):
     """The stream between two modules, and the branch that is still to be added."""
 
     residual: Tensor  # [s, B, H]
-    site: int  # branches that joined before, in the whole model: each drops other elements
+    branch_index: int  # branches of the whole model added so far; gives each its own dropout seed
     seed: Tensor | None = None  # int64, one element, of the dropout; None: nothing is dropped
     pending: Branch | None = None
 
@@ -37,15 +37,15 @@ class Stream(NamedTuple):
 
     def joined(self, residual: Tensor) -> Stream:
         """The stream after its branch has joined it."""
-        return Stream(residual, self.site + 1, self.seed)
+        return Stream(residual, self.branch_index + 1, self.seed)
 
-    def site_seed(self) -> Tensor | None:
+    def branch_seed(self) -> Tensor | None:
         """The dropout seed of the branch that joins here."""
-        return None if self.seed is None else self.seed + self.site
+        return None if self.seed is None else self.seed + self.branch_index
 
-    def settle(self, join: kernels.Join, sink: kernels.Sink) -> Tensor:
+    def add_pending(self, join: kernels.Join, sink: kernels.Sink) -> Tensor:
         """The stream [s, B, H] with the pending branch added; gradients of its bias go to sink."""
         if self.pending is None:
             return self.residual
         out, bias = self.pending
-        return kernels.scaled_add(self.residual, out, bias, join.under(self.site_seed()), sink)
+        return kernels.scaled_add(self.residual, out, bias, join.under(self.branch_seed()), sink)

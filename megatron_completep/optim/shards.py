@@ -1,25 +1,25 @@
 """Flat buffers of parameters, gradients and masters, sharded over data-parallel ranks (ZeRO-1).
 
 The buffers are divided into buckets (layout.py); one collective reduces, or gathers, one bucket. A
-step goes through the following stages. Nothing here knows the update rule.
+step goes through the following stages. None of them depends on the update rule.
 
 1. `begin_step` fixes the order in which the reductions of the buckets will start. It is the same on
    all ranks that reduce together.
 2. During backward, `_on_complete` is called when the last gradient of a parameter has arrived. The
    reduce-scatter of a bucket starts when all of its gradients have arrived and the reductions of
-   all buckets before it in the order have started. Nobody waits for a reduction here, but for
-   that of an older bucket where gradients are sent in another type: copies would pile up.
+   all buckets before it in the order have started. Nothing waits for a reduction here, except for
+   that of an older bucket when gradients are sent in another type: copies would pile up.
 3. After backward, `finish_gradients` completes the parameters that got no gradient, which starts
-   the reductions that are left. It waits for every reduction, in the order in which they started,
-   and adds what other ranks hold of shared parameters.
+   the remaining reductions. It waits for every reduction, in the order in which they started, and
+   adds the contributions of other tensor and pipeline ranks to parameters they share.
 4. The update rule changes this rank's shard of the masters.
 5. `start_gathering` starts the all-gathers of the new parameters, in the order in which forward
-   needs them. A module waits, before it runs, for the buckets of its own parameters alone.
+   needs them. Before a module runs it waits only for the buckets that hold its own parameters.
 
-To wait means that what is launched next on the current stream of a GPU waits; the host goes on. On
-a CPU the host waits.
+On a GPU, waiting means that the current stream waits and the host continues; on a CPU the host
+waits.
 
-Gradients are sums over the tokens that count. The update divides by the number of tokens.
+Gradients are sums over the tokens whose loss is counted. The update divides by their number.
 """
 
 from __future__ import annotations
@@ -62,13 +62,13 @@ Hook = Callable[[Parameter], None]
 
 
 # Buckets whose reduce-scatter is under way, and buckets behind them whose sum over replicas is,
-# where gradients are sent in another type than they are accumulated in.
+# if gradients are sent in another type than they are accumulated in.
 OVERLAPPED = 2
 
 
 @dataclass
 class _RunningReduction:
-    """The reduction of one bucket, from its start until its sum lies in `grad_shard`."""
+    """The reduction of one bucket, from its start until the result is in `grad_shard`."""
 
     pending: Pending  # first the reduce-scatter over the shard axis, then the sum over replicas
     replica: Axis  # the ranks that hold the same shard
@@ -91,25 +91,25 @@ class _RunningReduction:
 
 
 class Shards:
-    """Owns the flat buffers that the chunks' parameters become views of.
+    """Owns the flat buffers; the parameters of the chunks become views into them.
 
     Args:
-        chunks: this rank's model chunks, float32 or float64, initialized. A chunk that has a
-            `queue` hands its gradients to it; for one that has none, a queue is made.
+        chunks: this rank's model chunks, float32 or float64, initialized. Gradients go to the
+            chunk's own `queue` if it has one, else to a new GradientQueue.
         context: the mesh of ranks.
-        parallel: the size of a bucket and the type in which gradients are communicated.
-        precision: what parameters are stored and computed in. Under bf16 the shard keeps masters in
-            float32.
+        parallel: the size of a bucket and the dtype in which gradients are communicated.
+        precision: dtype of the stored parameters and of the computation. Under bf16 the shard keeps
+            masters in float32.
 
     Attributes:
         flat: the parameters of this rank, in `precision`.
         grad: the gradients of this rank, float32 or float64, laid out as `flat`.
-        master: this rank's shard of the parameters, float32 or float64. It is `flat` itself where
-            nothing is sharded and nothing is rounded.
+        master: this rank's shard of the parameters, float32 or float64. It aliases `flat` if there
+            is one shard and `precision` is the master dtype.
         grad_shard: this rank's shard of the summed gradients; empty until the first reduction of a
             step starts.
-        flat_shard: where a rule writes the rounded masters, from which they are gathered; None
-            where the masters themselves are gathered.
+        flat_shard: buffer into which the update rule writes the rounded parameters before the
+            all-gather; None if masters are gathered directly.
         started: the buckets whose reductions have started in this step, in order.
     """
 
@@ -135,7 +135,7 @@ class Shards:
         self._shard_ranks = {axis: r.shard.rank for axis, r in self.reductions.items()}
         self.segments: tuple[Segment, ...] = self.layout.segments(self._shard_ranks)
 
-        # An axis that no parameter is summed over does not count.
+        # Ignore axes over which no parameter is reduced.
         axes = {bucket.axis for bucket in self.layout.buckets}
         self._sharded = any(self.reductions[axis].shard.size > 1 for axis in axes)
         self._reduces = any(self.reductions[axis].size > 1 for axis in axes)
@@ -162,59 +162,58 @@ class Shards:
         device = self.context.device
         master_dtype = torch.float64 if precision == torch.float64 else torch.float32
         masters = torch.zeros(self.layout.size, dtype=master_dtype, device=device)
-        for placement in self.layout.pieces:
-            parameter = self.parameters[placement.name]
-            _view(masters, placement, parameter.shape).copy_(parameter.detach())
+        for piece in self.layout.pieces:
+            parameter = self.parameters[piece.name]
+            _view(masters, piece, parameter.shape).copy_(parameter.detach())
 
         self.grad = torch.zeros(self.layout.size, dtype=master_dtype, device=device)
         rounded = precision != master_dtype
         self.flat = masters.to(precision) if rounded else masters
-        # Where nothing is sharded, the buffers serve as their own shards.
+        # If nothing is sharded, the buffers serve as their own shards.
         self.master = self.own_shard(masters) if self._sharded else masters
         self.grad_shard = self.grad.new_empty(0) if self._sharded else self.grad
         self.flat_shard: Tensor | None = None
         if rounded:
             self.flat_shard = self.own_shard(self.flat) if self._sharded else self.flat
 
-        for placement in self.layout.pieces:
-            parameter = self.parameters[placement.name]
-            parameter.data = _view(self.flat, placement, parameter.shape)
-            main_grad = _view(self.grad, placement, parameter.shape)
+        for piece in self.layout.pieces:
+            parameter = self.parameters[piece.name]
+            parameter.data = _view(self.flat, piece, parameter.shape)
+            main_grad = _view(self.grad, piece, parameter.shape)
             parameter.main_grad = main_grad  # type: ignore[attr-defined]
 
     def own_shard(self, flat: Tensor) -> Tensor:
         """A copy of this rank's shard of a buffer that is laid out as `flat`."""
         slices = self.layout.slices(self._shard_ranks)
-        if not slices:  # a rank without parameters
+        if not slices:
+            # torch.cat refuses an empty list; the buffer of a rank without parameters is empty too.
             return flat.clone()
         return torch.cat([flat[start:stop] for start, stop in slices])
 
-    # The tables are made at the first step: construction never reads the value of a tensor, so that
-    # it runs on fake tensors too.
+    # The tables are built lazily: construction never reads tensor values, so fake tensors work.
     @cached_property
     def segment_table(self) -> Tensor:
         """int64 [n, 3]: start in the shard, length, and number of the parameter in `parameters`.
 
-        On a GPU long segments are cut, so that every program of a kernel has about the same work.
+        On a GPU long segments are split, so that all programs of a kernel have about equal work.
         """
         return self._table(self.segments)
 
     @cached_property
     def counted_segments(self) -> tuple[Segment, ...]:
-        """The segments that count on this rank.
+        """The segments of parameters for which this rank is primary.
 
-        Over the whole mesh each element of the model counts once, although several ranks may hold
-        it.
+        A sum over the mesh then counts each element once, although several ranks may hold it.
         """
-        counted = []
+        primary_segments = []
         for segment in self.segments:
-            if self.specs[segment.name].counts_on(segment.name, self.context):
-                counted.append(segment)
-        return tuple(counted)
+            if self.specs[segment.name].is_primary(segment.name, self.context):
+                primary_segments.append(segment)
+        return tuple(primary_segments)
 
     @cached_property
     def counted_table(self) -> Tensor:
-        """`segment_table` of the segments that count on this rank.
+        """`segment_table` restricted to parameters for which this rank is primary.
 
         It is for kernels: a walk over its rows on the host would launch something for every 1024
         elements of a GPU's shard. `counted_segments` is for the host.
@@ -223,15 +222,15 @@ class Shards:
 
     @cached_property
     def norm_table(self) -> Tensor:
-        """`counted_table` with segments that follow one another joined: one row a run of them.
+        """`counted_table` with consecutive segments joined: one row per run of them.
 
         The norm does not ask which parameter an element belongs to, and on a CPU every row costs
-        a dozen operators. What lies between two segments of a run is padding, which is zero.
+        a dozen operators. Between two segments of a run there is only padding, which is zero.
         """
         runs: list[Segment] = []
         previous_counts = False
         for segment in self.segments:
-            counts = self.specs[segment.name].counts_on(segment.name, self.context)
+            counts = self.specs[segment.name].is_primary(segment.name, self.context)
             if counts and previous_counts:
                 size = segment.shard_start + segment.size - runs[-1].shard_start
                 runs[-1] = replace(runs[-1], size=size)
@@ -248,20 +247,20 @@ class Shards:
 
     @cached_property
     def partial_segments(self) -> list[Segment]:
-        """The segments whose gradient on this rank is a share of a sum over tensor ranks."""
+        """The segments whose gradient on this rank is a partial sum over tensor ranks."""
         return [s for s in self.segments if self.specs[s.name].partial_gradient]
 
     @cached_property
     def tied_buckets(self) -> list[int]:
         """The buckets of parameters that both ends of the pipeline hold."""
         tied = [p for p in self.layout.pieces if self.specs[p.name].tied_to is not None]
-        return [placement.bucket for placement in tied]
+        return [piece.bucket for piece in tied]
 
     def _attach(self) -> None:
-        """Register what is called for complete gradients, and before a module runs."""
+        """Register the callbacks for completed gradients and the pre-forward hooks."""
         self._bucket_of: dict[Parameter, int] = {}
-        for placement in self.layout.pieces:
-            self._bucket_of[self.parameters[placement.name]] = placement.bucket
+        for piece in self.layout.pieces:
+            self._bucket_of[self.parameters[piece.name]] = piece.bucket
         self._bucket_sizes = Counter(self._bucket_of.values())  # in parameters
 
         # Kept, because a walk over all modules costs host time in every step.
@@ -271,20 +270,20 @@ class Shards:
             for parameter in parameters:
                 # A weak reference, as the garbage collector cannot see a cycle that runs through
                 # the hooks of a tensor, and would never free the optimizer.
-                adopt: Hook = partial(adopt_grad, weakref.ref(queue))
-                register: Callable[[Hook], object] = parameter.register_post_accumulate_grad_hook
-                register(adopt)
+                hook: Hook = partial(push_autograd_grad, weakref.ref(queue))
+                parameter.register_post_accumulate_grad_hook(hook)
             if self._sharded:
                 self._wait_in_forward(chunk)
 
     def _wait_in_forward(self, chunk: nn.Module) -> None:
-        """Let each module wait, before it runs, for the buckets of its own parameters."""
+        """Make each module wait, before it runs, for the buckets of its own parameters."""
         for module in chunk.modules():
             buckets = sorted({self._bucket_of[p] for p in module.parameters(recurse=False)})
+            # The reference to self may be strong: a module keeps its hooks in a dict, so the
+            # garbage collector sees the cycle.
             if buckets:
-                module.register_forward_pre_hook(
-                    lambda _module, _args, buckets=tuple(buckets): self._await_buckets(buckets)
-                )
+                hook = partial(self._await_before_forward, tuple(buckets))
+                module.register_forward_pre_hook(hook)
 
     # --- gradients -----------------------------------------------------------------------------
 
@@ -303,12 +302,12 @@ class Shards:
         """The numbers of all buckets, in the order in which their reductions start.
 
         Ranks that reduce together must start their collectives in the same order, or they hang.
-        Which gradient a rank completes first may depend on its data, so the order must not. The
-        buckets that backward completes come first, as they lie in the buffer. Those with a
-        parameter that is not trained come last, as its gradient is complete only after backward.
+        Gradients may complete in a data-dependent order, so the reductions must start in a fixed
+        one. The buckets that backward completes come first, in the order of the buffer. Those with
+        a parameter that is not trained come last, as its gradient is complete only after backward.
 
-        A tied parameter needs no place at the end: what is added after backward is the gradient of
-        the other end of the pipeline, see `_add_other_end`.
+        Tied parameters need not come last: their own gradients complete in backward, and the other
+        stage's contribution is added separately after it (`_add_other_end`).
         """
         completed_late = set()
         for parameter, bucket in self._bucket_of.items():
@@ -319,12 +318,12 @@ class Shards:
         return completed_by_backward + sorted(completed_late)
 
     def _on_complete(self, parameter: Parameter) -> None:
-        """Called when the last gradient of a parameter has arrived: start what may start now."""
+        """Called when the last gradient of a parameter has arrived; starts ready reductions."""
         self._missing[self._bucket_of[parameter]] -= 1
-        not_started = self._start_order[len(self.started) :]
-        # Several may start at once, where this gradient was the one that complete buckets behind
-        # it waited for.
-        for bucket in not_started:
+        # Several buckets may start now: later buckets that were already complete had to wait for
+        # this one. They start in order, so the next one is at index len(self.started).
+        while len(self.started) < len(self._start_order):
+            bucket = self._start_order[len(self.started)]
             if self._missing[bucket]:
                 break
             self.started.append(bucket)
@@ -334,7 +333,7 @@ class Shards:
         """Start the reduce-scatter of a complete bucket into this rank's shard."""
         if not self._reduces:
             return
-        self.hold_grad_shard()
+        self.allocate_grad_shard()
         bucket = self.layout.buckets[number]
         shard, replica = self.reductions[bucket.axis]
         gradients = self.grad[bucket.start : bucket.stop]
@@ -342,13 +341,13 @@ class Shards:
         if self._communication_dtype is None:
             pending = start_reduce_scatter(gradients, shard, target)
         else:
-            # The sum arrives in the type that is sent, and is copied to `target` later.
+            # The sum arrives in the communicated dtype and is copied to `target` later.
             self._free_older_copies()
             pending = start_reduce_scatter(gradients.to(self._communication_dtype), shard)
         self._running.append(_RunningReduction(pending, replica, target))
 
     def _free_older_copies(self) -> None:
-        """Wait for older buckets, whose copies in the type that is sent live until then.
+        """Wait for older buckets, whose copies in the communicated dtype live until then.
 
         So a rank holds four copies at most, and not one of every bucket when backward ends. All
         ranks that reduce together do this at the same buckets, as they start them in one order.
@@ -358,8 +357,8 @@ class Shards:
         if len(self._running) >= 2 * OVERLAPPED:
             self._running.pop(0).finish()
 
-    def hold_grad_shard(self) -> None:
-        """Allocate the buffer of reduced gradients where this step has none yet."""
+    def allocate_grad_shard(self) -> None:
+        """Allocate the buffer of reduced gradients if this step has none yet."""
         if self.grad_shard.numel() == 0:
             self.grad_shard = torch.zeros_like(self.master)
 
@@ -369,11 +368,12 @@ class Shards:
         The sum is over data ranks, and for some parameters over tensor ranks or both ends of the
         pipeline. Communicates over the shard, replica, tensor and pipeline axes.
         """
-        # Completes parameters without a gradient: after this every reduction has started.
+        # Mark parameters that received no gradient as complete; afterwards every reduction has
+        # started.
         for queue in self.queues:
             queue.finish_step()
 
-        # Every sum over replicas starts before the first of them is waited for.
+        # Start all replica all-reduces before waiting for any.
         for reduction in self._running:
             reduction.sum_over_replicas()
         for reduction in self._running:
@@ -388,8 +388,8 @@ class Shards:
     def _add_other_end(self, bucket: int) -> None:
         """Exchange the gradient of a tied embedding, so that first and last stage hold the sum.
 
-        This is the last of all sums: a + b is b + a, so both ends hold the same bits, in whatever
-        order the data ranks of each end were summed.
+        This is the last of all sums. Addition of two numbers commutes exactly, so both ends get
+        identical bits even if their data-parallel sums were ordered differently.
         """
         pipeline = self.context.pipeline
         other_end = pipeline.size - 1 - pipeline.rank
@@ -397,7 +397,10 @@ class Shards:
         gradients.add_(exchange(gradients, pipeline, other_end))
 
     def _sum_partial_gradients(self) -> None:
-        """Sum what tensor ranks hold shares of, such as norms under sequence parallelism."""
+        """All-reduce partial gradients over tensor ranks.
+
+        One case is the gain of a norm under sequence parallelism.
+        """
         segments = self.partial_segments
         views = [self.grad_shard[s.shard_start : s.shard_start + s.size] for s in segments]
         # One all-reduce for all of them, as most are single vectors.
@@ -407,9 +410,9 @@ class Shards:
             view.copy_(total)
 
     def sum_of_squares(self) -> Tensor:
-        """The squares of the gradients that count on this rank, summed: a float64 scalar.
+        """Sum of squares of the gradients for which this rank is primary: a float64 scalar.
 
-        Over the whole mesh these add up to the square of the gradient's norm.
+        Summed over the mesh, these give the square of the gradient norm.
         """
         return kernels.sum_of_squares(self.grad_shard, self.norm_table)
 
@@ -428,21 +431,25 @@ class Shards:
             bucket = self.layout.buckets[number]
             shard = self.reductions[bucket.axis].shard
             parameters = self.flat[bucket.start : bucket.stop]
-            # An axis with one shard gathers nothing, but beside a sharded one the updated shard is
-            # a copy.
+            # With one shard on this axis there is nothing to gather. But if another axis is
+            # sharded, `updated` is a separate buffer and must be copied back.
             if shard.size == 1:
                 parameters.copy_(_slice(updated, bucket))
                 continue
             self._gathers[number] = start_all_gather(_slice(updated, bucket), shard, parameters)
 
+    def _await_before_forward(self, buckets: Sequence[int], *_: object) -> None:
+        """Pre-forward hook of a module whose parameters lie in these buckets."""
+        self._await_buckets(buckets)
+
     def _await_buckets(self, buckets: Iterable[int]) -> None:
-        """Wait for the all-gathers of these buckets, where they have not been waited for yet."""
+        """Wait for those all-gathers of these buckets that nothing has waited for yet."""
         for bucket in buckets:
             pending = self._gathers.pop(bucket, None)
             if pending is not None:
                 pending.wait()
 
-    def adopt_masters(self) -> None:
+    def load_from_masters(self) -> None:
         """Set all parameters from the masters, which were replaced by those of a checkpoint.
 
         Communicates over the shard axis.
@@ -457,9 +464,9 @@ class Shards:
         self._await_buckets(list(self._gathers))
 
 
-def _view(flat: Tensor, placement: Piece, shape: torch.Size) -> Tensor:
+def _view(flat: Tensor, piece: Piece, shape: torch.Size) -> Tensor:
     """One parameter's elements of a buffer that is laid out as `Shards.flat`."""
-    return flat[placement.start : placement.start + placement.size].view(shape)
+    return flat[piece.start : piece.start + piece.size].view(shape)
 
 
 def _slice(shard: Tensor, bucket: Bucket) -> Tensor:
@@ -477,10 +484,10 @@ def _in_backward_order(chunks: Sequence[nn.Module]) -> dict[str, Parameter]:
     return parameters
 
 
-def adopt_grad(owner: weakref.ref[GradientQueue], parameter: Parameter) -> None:
-    """Push a gradient that autograd made itself, for a module that knows no queue, to the queue.
+def push_autograd_grad(owner: weakref.ref[GradientQueue], parameter: Parameter) -> None:
+    """Move a gradient that autograd accumulated into `.grad` to the queue.
 
-    Called after autograd has accumulated into `parameter.grad`. The queue is held weakly, see
+    Called for the parameters of modules that do not use the queue. `owner` is weak, see
     `Shards._attach`.
     """
     gradient = parameter.grad

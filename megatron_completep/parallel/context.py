@@ -16,7 +16,7 @@ from megatron_completep.config.schema import ParallelConfig
 from megatron_completep.errors import ConfigError
 from megatron_completep.launch import Launch, set_defaults
 from megatron_completep.parallel.axis import Axis, Reduction
-from megatron_completep.parallel.rendezvous import meet
+from megatron_completep.parallel.rendezvous import rendezvous_store
 from megatron_completep.parallel.sequence import SequencePart
 
 
@@ -66,7 +66,7 @@ class ParallelContext:
         store: where the ranks have met already (rendezvous.py); otherwise they meet now.
 
         Raises ConfigError, with the numbers, when the world size does not fit the layout, before
-        any device is touched; and as `meet` does.
+        any device is touched; and as `rendezvous_store` does.
         """
         launch = Launch.from_environment()
         data_parallel_size = data_parallel_size_for(parallel, launch.world_size)
@@ -80,7 +80,7 @@ class ParallelContext:
         if not dist.is_initialized():
             timeout = timedelta(minutes=parallel.timeout_minutes)
             set_defaults(flight_recorder(parallel, dumps))
-            store = store or meet(launch, timeout.total_seconds())
+            store = store or rendezvous_store(launch, timeout.total_seconds())
             dist.init_process_group(
                 **backend_options(chosen),
                 store=store,

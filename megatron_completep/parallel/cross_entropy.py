@@ -28,7 +28,7 @@ from megatron_completep.parallel.gradients import (
 from megatron_completep.parallel.layer_context import LayerContext
 from megatron_completep.parallel.linear import accumulate_matrix
 from megatron_completep.parallel.micro_batch import MicroBatchSizes
-from megatron_completep.parallel.parameter import Site, spec_of
+from megatron_completep.parallel.parameter import ForwardMultiplier, spec_of
 from megatron_completep.parallel.products import Products
 from megatron_completep.roles import Role
 
@@ -86,8 +86,12 @@ class Unembedding(VocabShard):
     ):
         """tied: the embedding whose weight this is, where it is on the same stage."""
         # A tied weight stands where the embedding does, and takes over the input's multiplier.
-        site = Site.LOGITS if role is Role.UNEMBEDDING else Site.INPUT
-        super().__init__(vocab_size, multiple, hidden_size, role, site, context, tied_to=tied_to)
+        forward_multiplier = (
+            ForwardMultiplier.LOGITS if role is Role.UNEMBEDDING else ForwardMultiplier.INPUT
+        )
+        super().__init__(
+            vocab_size, multiple, hidden_size, role, forward_multiplier, context, tied_to=tied_to
+        )
         if tied is not None:
             self.weight = tied.weight
         self.multiplier = multiplier

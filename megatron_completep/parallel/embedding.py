@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from megatron_completep.parallel.gradients import Accumulate, GradientQueue
 from megatron_completep.parallel.layer_context import LayerContext
 from megatron_completep.parallel.micro_batch import MicroBatchSizes
-from megatron_completep.parallel.parameter import Site, Spec, make_parameter
+from megatron_completep.parallel.parameter import ForwardMultiplier, Spec, make_parameter
 from megatron_completep.roles import Role
 
 
@@ -27,7 +27,7 @@ class VocabShard(nn.Module):
         multiple: int,
         hidden_size: int,
         role: Role,
-        site: Site,
+        forward_multiplier: ForwardMultiplier,
         context: LayerContext,
         uses: int = 1,
         tied_to: str | None = None,
@@ -42,7 +42,7 @@ class VocabShard(nn.Module):
             multiple=multiple,
             uses=uses,
             tied_to=tied_to,
-            site=site,
+            forward_multiplier=forward_multiplier,
         )
         self.weight = make_parameter(spec, context.ranks)
         ((self.start, stop),) = spec.local_ranges(0)
@@ -65,7 +65,14 @@ class VocabParallelEmbedding(VocabShard):
         tied_to: str | None = None,
     ):
         super().__init__(
-            vocab_size, multiple, hidden_size, Role.EMBEDDING, Site.INPUT, context, uses, tied_to
+            vocab_size,
+            multiple,
+            hidden_size,
+            Role.EMBEDDING,
+            ForwardMultiplier.INPUT,
+            context,
+            uses,
+            tied_to,
         )
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -99,7 +106,7 @@ class PositionEmbedding(nn.Module):
             Role.EMBEDDING,
             (seq_length, hidden_size),
             partial_over=context.ranks.sequence.partial_over,
-            site=Site.INPUT,
+            forward_multiplier=ForwardMultiplier.INPUT,
         )
         self.weight = make_parameter(spec, context.ranks)
 

@@ -90,7 +90,7 @@ class Exchange:
             raise CheckpointError(join_problems(problems, self.size))
         return result  # type: ignore[return-value]
 
-    def on_first(self, action: Callable[[], Any]) -> Any:
+    def on_rank_0(self, action: Callable[[], Any]) -> Any:
         """Run `action` on rank 0 and return its result on every rank.
 
         Where it fails, all ranks raise: a CheckpointError as it is; of another error of the user's

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from megatron_completep.parallel.gradients import Accumulate, accumulate_sum
 from megatron_completep.parallel.layer_context import LayerContext
 from megatron_completep.parallel.micro_batch import MicroBatchSizes
-from megatron_completep.parallel.parameter import Site, Spec, make_parameter, spec_of
+from megatron_completep.parallel.parameter import ForwardMultiplier, Spec, make_parameter, spec_of
 from megatron_completep.parallel.products import Products
 from megatron_completep.roles import Role
 
@@ -45,7 +45,7 @@ class ColumnParallelLinear(nn.Module):
         self.context = context
         ranks = context.ranks
         out_features = sum(parts.values())
-        site = None if query_part is None else Site.QUERY
+        forward_multiplier = None if query_part is None else ForwardMultiplier.QUERY
         weight = Spec(
             Role.HIDDEN_WEIGHT,
             (out_features, in_features),
@@ -53,8 +53,8 @@ class ColumnParallelLinear(nn.Module):
             base_fan_in=base_in_features,
             parts=parts,
             split={0: ranks.tensor.share},
-            site=site,
-            site_part=query_part,
+            forward_multiplier=forward_multiplier,
+            multiplied_part=query_part,
         )
         self.weight = make_parameter(weight, ranks)
         self.bias: nn.Parameter | None = None
@@ -65,8 +65,8 @@ class ColumnParallelLinear(nn.Module):
                 parts=parts,
                 split={0: ranks.tensor.share},
                 constant=0.0,
-                site=site,
-                site_part=query_part,
+                forward_multiplier=forward_multiplier,
+                multiplied_part=query_part,
             )
             self.bias = make_parameter(vector, ranks)
 
@@ -109,7 +109,7 @@ class RowParallelLinear(nn.Module):
             fan_in=in_features,
             base_fan_in=base_in_features,
             split={1: ranks.tensor.share},
-            site=Site.STREAM,
+            forward_multiplier=ForwardMultiplier.STREAM,
         )
         self.weight = make_parameter(weight, ranks)
         self.bias: nn.Parameter | None = None
@@ -119,7 +119,7 @@ class RowParallelLinear(nn.Module):
                 (out_features,),
                 partial_over=ranks.sequence.partial_over,
                 constant=0.0,
-                site=Site.STREAM,
+                forward_multiplier=ForwardMultiplier.STREAM,
             )
             self.bias = make_parameter(vector, ranks)
 

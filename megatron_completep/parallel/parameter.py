@@ -1,7 +1,7 @@
-"""A parameter says everything about itself once: its `Spec` is made where the parameter is made.
+"""`Spec`: a parameter's metadata, created together with the parameter.
 
-Initial weights, learning-rate groups, the optimizer, checkpoints, replayed traces and plans ask the
-spec. None of them knows a module or the name of a parameter.
+Initialization, learning-rate groups, the optimizer, checkpoints, trace replay and plans read only
+the spec. None of them has code for particular modules or parameter names.
 """
 
 from __future__ import annotations
@@ -19,50 +19,54 @@ from megatron_completep.errors import ConfigError
 from megatron_completep.parallel.axis import Share
 from megatron_completep.parallel.collectives import all_reduce
 from megatron_completep.parallel.context import ParallelContext
-from megatron_completep.roles import Role
+from megatron_completep.roles import CONSTANT_ROLES, Role
 
 Range = tuple[int, int]  # [start, stop)
 
 
-class Site(StrEnum):
-    """Which forward multiplier acts right behind a tensor.
+class ForwardMultiplier(StrEnum):
+    """The forward multiplier that is applied directly after a parameter.
 
-    Where the multiplier changes, the values of the tensor can be changed in its place.
+    When a checkpoint is loaded under a different multiplier, the parameter's values are rescaled
+    instead, which keeps the function (checkpoint/adapt.py).
     """
 
     STREAM = "stream"  # the residual multiplier, on the output of a branch
     QUERY = "query"  # the attention scale
     INPUT = "input"  # model.input_multiplier
     LOGITS = "logits"  # the logit multiplier
-    TIED_LOGITS = "tied logits"  # before a tied unembedding, which has the input multiplier, too
+    # logit multiplier / input multiplier, on the final norm before a tied unembedding: the tied
+    # weight itself is rescaled for the input multiplier.
+    TIED_LOGITS = "tied logits"
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What is to be known of one parameter.
+    """Metadata of one parameter.
 
-    shape: of the logical tensor, before any split and without padding.
-    fan_in, base_fan_in: of the logical matrix, or of one part of a fused one; here and at the
-        proxy.
+    shape: shape of the logical tensor, before any split and without padding.
+    fan_in, base_fan_in: fan-in of the logical matrix (or of one part of a fused matrix) in this
+        model, and in the proxy.
     parts: name -> size of each logical matrix that a fused one stacks along `part_dim`, in order.
-    split: dimension -> this rank's share along the mesh axis that divides it; along `part_dim`
-        every part is divided by itself.
-    multiple: a split dimension is padded so that every rank holds a multiple of this; padding
-        belongs to no parameter.
-    partial_over: the axis over whose ranks the gradient of a replicated parameter is a sum of
-        shares.
-    summed_over: the axis whose ranks hold the same parameter and see other tokens: gradients are
-        summed over it, and the optimizer's state is sharded along it.
-    uses: gradient contributions a micro-batch.
-    tied_to: the name under which the two ends of a pipeline are one parameter.
+    split: dimension -> this rank's share along the mesh axis that divides it; along `part_dim` each
+        part is split separately.
+    multiple: each rank's slice of a split dimension is padded to a multiple of this; padding is not
+        part of the logical tensor and not stored.
+    partial_over: mesh axis over which a replicated parameter's gradient must still be summed,
+        because each rank computes only a partial sum.
+    summed_over: mesh axis whose ranks hold the same parameter but process different tokens;
+        gradients are reduced and optimizer state sharded along it.
+    uses: number of gradient contributions per micro-batch.
+    tied_to: common name of a parameter that the first and the last pipeline stage both hold.
     constant: the initial value of every element; None: drawn at random.
-    site: which forward multiplier acts behind it, on the part `site_part` alone where one is named.
+    forward_multiplier: the one applied directly after this parameter, if any; if `multiplied_part`
+        is set, only to that part.
     """
 
     role: Role
     shape: tuple[int, ...]
-    fan_in: int | None = None
-    base_fan_in: int | None = None
+    fan_in: int | None = None  # None for vectors, the embedding and the unembedding
+    base_fan_in: int | None = None  # None like fan_in
     parts: Mapping[str, int] = field(default_factory=dict)
     part_dim: int = 0
     split: Mapping[int, Share] = field(default_factory=dict)
@@ -72,8 +76,8 @@ class Spec:
     uses: int = 1
     tied_to: str | None = None
     constant: float | None = None
-    site: Site | None = None
-    site_part: str | None = None
+    forward_multiplier: ForwardMultiplier | None = None
+    multiplied_part: str | None = None
 
     # --- the table --------------------------------------------------------------------------------
 
@@ -86,35 +90,35 @@ class Spec:
 
     @property
     def writes_to_stream(self) -> bool:
-        """Whether this parameter makes the output of a branch."""
-        return self.site is Site.STREAM
+        """Whether this is the output projection of a branch, or its bias."""
+        return self.forward_multiplier is ForwardMultiplier.STREAM
 
     @property
     def partial_gradient(self) -> bool:
-        """Whether the gradient on this rank is a share of a sum."""
+        """Whether this rank's gradient is a partial sum that must be all-reduced."""
         return self.partial_over is not None
 
     # --- names ------------------------------------------------------------------------------------
 
     def stored_name(self, name: str) -> str:
-        """The name under which a parameter called `name` here is drawn, grouped and stored."""
+        """The name for seeding, grouping and checkpoints, of a parameter `name` on this rank."""
         return self.tied_to or name
 
     def is_copy(self, name: str) -> bool:
-        """Whether another parameter of the model, of the name `tied_to`, stands for this one."""
-        return self.tied_to not in (None, name)
+        """Whether this is the second copy of a tied parameter; the original is named `tied_to`."""
+        return self.tied_to is not None and self.tied_to != name
 
     # --- geometry ---------------------------------------------------------------------------------
 
     @property
     def replicated(self) -> bool:
-        """Whether every rank of the model holds all of it."""
+        """Whether the parameter is not split over any axis."""
         return not self.split
 
     def local_ranges(self, dim: int) -> tuple[Range, ...]:
-        """The logical ranges that follow one another along `dim` of the local tensor.
+        """The ranges of the logical dimension `dim` that this rank holds, in local order.
 
-        What reaches past the logical size is padding.
+        A range may extend past the logical size; that part is padding.
         """
         share = self.split.get(dim)
         if share is None:
@@ -122,13 +126,13 @@ class Spec:
         if self.parts and dim == self.part_dim:
             return _share_of_each(tuple(self.parts.values()), share)
         # Rounded up, so that every rank has the same number of rows.
-        padded_to = self.multiple * share.size
-        size = -(-self.shape[dim] // padded_to) * self.multiple
-        return ((share.rank * size, (share.rank + 1) * size),)
+        multiples_per_rank = -(-self.shape[dim] // (self.multiple * share.size))
+        rows_per_rank = multiples_per_rank * self.multiple
+        return ((share.rank * rows_per_rank, (share.rank + 1) * rows_per_rank),)
 
     @property
     def local_shape(self) -> tuple[int, ...]:
-        """The shape of what this rank holds, padding included."""
+        """The shape of this rank's local tensor, padding included."""
         dims = range(len(self.shape))
         return tuple(sum(stop - start for start, stop in self.local_ranges(dim)) for dim in dims)
 
@@ -146,33 +150,33 @@ class Spec:
             start += size
         raise KeyError(name)
 
-    def cut(self, logical: Tensor) -> Tensor:
-        """What this rank holds of a logical tensor; padding is 0."""
+    def to_local(self, logical: Tensor) -> Tensor:
+        """This rank's part of a logical tensor; padding is 0."""
         local = logical
         for dim in self.split:
-            local = _cut(local, dim, self.local_ranges(dim))
+            local = _take_ranges(local, dim, self.local_ranges(dim))
         return local
 
-    def spread(self, local: Tensor) -> Tensor:
-        """The logical tensor with this rank's elements in their place, and 0 everywhere else."""
+    def to_logical(self, local: Tensor) -> Tensor:
+        """The logical tensor with this rank's elements in their places, and 0 elsewhere."""
         logical = local
         for dim in self.split:
-            logical = _spread(logical, dim, self.local_ranges(dim), self.shape[dim])
+            logical = _place_ranges(logical, dim, self.local_ranges(dim), self.shape[dim])
         return logical
 
-    def join(self, local: Tensor, context: ParallelContext) -> Tensor:
-        """The logical tensor, on every rank. Communicates over the axes that split it."""
-        logical = self.spread(local)
+    def gather_logical(self, local: Tensor, context: ParallelContext) -> Tensor:
+        """The complete logical tensor, on every rank. Communicates over the axes that split it."""
+        logical = self.to_logical(local)
         for share in self.split.values():
             # Every element is held by one rank along the axis, and is 0 on all others.
             logical = all_reduce(logical.contiguous(), context.axis(share.axis))
         return logical
 
-    def counts_on(self, name: str, context: ParallelContext) -> bool:
-        """Whether this rank's copy of the parameter counts.
+    def is_primary(self, name: str, context: ParallelContext) -> bool:
+        """Whether this rank represents these elements where each must be counted once.
 
-        Of the ranks that hold the same elements one counts them, in what is summed or stored once:
-        norms and checkpoints. `name` is the parameter's name here.
+        Several ranks may hold the same elements; the gradient norm and checkpoints take them from
+        one. name: the parameter's name on this rank.
         """
         split_over = {share.axis for share in self.split.values()}
         repeated = (axis for axis in context.model_axes if axis.name not in split_over)
@@ -183,7 +187,7 @@ class Spec:
 def make_parameter(spec: Spec, context: ParallelContext) -> nn.Parameter:
     """A float32 parameter of this rank's shape.
 
-    A constant one is filled here; the others are filled by `initialize`.
+    Constant parameters are filled here, all others later by `model.initialize.initialize`.
     """
     if spec.constant is None:
         tensor = torch.empty(spec.local_shape, device=context.device)
@@ -202,18 +206,20 @@ def attach(parameter: Any, spec: Spec) -> Any:
 def declare(
     parameter: Any, role: Role, fan_in: int | None = None, base_fan_in: int | None = None
 ) -> Any:
-    """Declare what a parameter of a plain torch module is; returns the parameter.
+    """Declare the role of a parameter of a plain torch module; returns the parameter.
 
-    fan_in, base_fan_in: of a matrix of hidden weights, here and at the proxy. A parameter with the
-        role of a gain or bias keeps the value with which its module filled it.
+    fan_in, base_fan_in: of a matrix of hidden weights, in this model and in the proxy.
+
+    `initialize` leaves a gain or a bias at the value that its module gave it. Here `constant` is
+    only recorded; layers that a checkpoint lacks start from it (checkpoint/adapt.py).
     """
-    constant = float(role is not Role.HIDDEN_BIAS) if role in CONSTANT else None
+    constant: float | None = None
+    if role is Role.HIDDEN_BIAS:
+        constant = 0.0
+    elif role in CONSTANT_ROLES:
+        constant = 1.0
     spec = Spec(role, tuple(parameter.shape), fan_in, base_fan_in, constant=constant)
     return attach(parameter, spec)
-
-
-# Roles that keep the value of a module that only declares them.
-CONSTANT = (Role.PRE_NORM, Role.HIDDEN_BIAS, Role.FINAL_NORM, Role.QK_NORM)
 
 
 def spec_of(parameter: Any, name: str = "") -> Spec:
@@ -236,7 +242,7 @@ def specs_of(model: nn.Module) -> dict[str, Spec]:
 
 
 def _share_of_each(parts: tuple[int, ...], share: Share) -> tuple[Range, ...]:
-    """This rank's range of each of several stacked parts, each divided evenly over the axis."""
+    """For each stacked part, the range this rank holds; every part is split evenly."""
     ranges = []
     offset = 0
     for size in parts:
@@ -247,14 +253,14 @@ def _share_of_each(parts: tuple[int, ...], share: Share) -> tuple[Range, ...]:
     return tuple(ranges)
 
 
-def _cut(tensor: Tensor, dim: int, ranges: tuple[Range, ...]) -> Tensor:
+def _take_ranges(tensor: Tensor, dim: int, ranges: tuple[Range, ...]) -> Tensor:
     """The ranges of a logical tensor along `dim`, one after the other; padding is 0."""
     shape = list(tensor.shape)
     shape[dim] = sum(stop - start for start, stop in ranges)
     local = tensor.new_zeros(shape)
     position = 0
     for start, stop in ranges:
-        # A range may reach into the padding, or lie in it as a whole.
+        # A range may extend into the padding, or lie completely in it.
         length = max(0, min(stop, tensor.shape[dim]) - start)
         if length:
             local.narrow(dim, position, length).copy_(tensor.narrow(dim, start, length))
@@ -262,8 +268,8 @@ def _cut(tensor: Tensor, dim: int, ranges: tuple[Range, ...]) -> Tensor:
     return local
 
 
-def _spread(tensor: Tensor, dim: int, ranges: tuple[Range, ...], size: int) -> Tensor:
-    """The inverse of `_cut`: `size` elements along `dim`, 0 where the ranges do not reach."""
+def _place_ranges(tensor: Tensor, dim: int, ranges: tuple[Range, ...], size: int) -> Tensor:
+    """The inverse of `_take_ranges`: `size` elements along `dim`, 0 outside the ranges."""
     shape = list(tensor.shape)
     shape[dim] = size
     logical = tensor.new_zeros(shape)

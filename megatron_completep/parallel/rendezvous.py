@@ -22,12 +22,12 @@ SAY_SECONDS = 30.0  # after which the missing ranks are told to the user, and th
 CONNECT_SECONDS = 5.0  # for the store to answer to a connection
 
 
-def ignore(text: str) -> None:
-    """Take a message that nobody reads."""
+def say_nothing(text: str) -> None:
+    """Print nothing: the `say` of ranks other than rank 0."""
 
 
-def meet(
-    launch: Launch, patience_seconds: float, say: Callable[[str], None] = ignore
+def rendezvous_store(
+    launch: Launch, patience_seconds: float, say: Callable[[str], None] = say_nothing
 ) -> dist.Store | None:
     """The store of this start, returned when every rank has come to it.
 
@@ -54,14 +54,14 @@ def meet(
 class RollCall:
     """Every rank writes its number into the store, and waits for the numbers of all others."""
 
-    def __init__(self, store: dist.Store, launch: Launch, say: Callable[[str], None] = ignore):
+    def __init__(self, store: dist.Store, launch: Launch, say: Callable[[str], None] = say_nothing):
         self._store = store
         self._launch = launch
         self._say = say
         self._missing = set(range(launch.world_size))
 
     def run(self, deadline: float, patience_seconds: float) -> None:
-        """Return when all ranks have come; raises ConfigError as `meet` does."""
+        """Return when all ranks have come; raises ConfigError as `rendezvous_store` does."""
         try:
             self._sign()
             say_at = time.monotonic() + SAY_SECONDS

@@ -129,8 +129,8 @@ def _tensor(config: Config, model: GPT, micro_batches: int) -> Iterator[Collecti
     # along the sequence, and a layer that needs all of the sequence gathers it.
     split = config.parallel.sequence_parallel
     reduce = REDUCE_SCATTER if split else ALL_REDUCE
-    embedding_calls = micro_batches if model.stage.first else 0
-    unembedding_calls = micro_batches if model.stage.last else 0
+    embedding_calls = micro_batches if model.chunk_range.has_embedding else 0
+    unembedding_calls = micro_batches if model.chunk_range.has_unembedding else 0
     column_calls = micro_batches * _count(model, ColumnParallelLinear)
     row_calls = micro_batches * _count(model, RowParallelLinear)
     activation_elements = micro_batch_sizes(config).tokens * config.model.hidden_size
@@ -143,7 +143,7 @@ def _tensor(config: Config, model: GPT, micro_batches: int) -> Iterator[Collecti
     if split:
         yield call(ALL_GATHER, column_calls, "inputs of attention and MLP, forward")
     yield call(reduce, row_calls, "outputs of attention and MLP, forward")
-    if model.stage.last:
+    if model.chunk_range.has_unembedding:
         if split:
             yield call(ALL_GATHER, unembedding_calls, "input of the unembedding, forward")
         yield from _losses(config, model.unembedding, micro_batches)
@@ -207,8 +207,8 @@ def _pipeline(config: Config, models: list[GPT], micro_batches: int) -> Iterator
         return
     sizes = micro_batch_sizes(config)
     stream = sizes.local_tokens * config.model.hidden_size * sizes.stream_bytes
-    forward = micro_batches * sum(not model.stage.last for model in models)
-    backward = micro_batches * sum(not model.stage.first for model in models)
+    forward = micro_batches * sum(not model.chunk_range.has_unembedding for model in models)
+    backward = micro_batches * sum(not model.chunk_range.has_embedding for model in models)
     yield Collective(
         "pipeline", SEND, stream, forward, "residual stream to the next stage, forward"
     )

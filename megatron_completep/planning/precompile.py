@@ -19,7 +19,7 @@ from megatron_completep.config.schema import Config
 from megatron_completep.errors import ConfigError
 from megatron_completep.kernels.ahead_of_time import Launch, compile_launch, record
 from megatron_completep.kernels.library import LAUNCHERS
-from megatron_completep.model.gpt import GPT, Stage
+from megatron_completep.model.gpt import GPT, ChunkRange
 from megatron_completep.optim.optimizer import DistributedOptimizer
 from megatron_completep.parallel.axis import Axis
 from megatron_completep.parallel.context import ParallelContext
@@ -100,12 +100,12 @@ def _step_without_data(config: Config) -> None:
             optimizer.step(1.0, total, torch.ones((), device=device))
 
 
-def _shallow_stages(config: Config) -> list[Stage]:
+def _shallow_stages(config: Config) -> list[ChunkRange]:
     """One stage, or with pipeline parallelism two: a stage's end launches a kernel of its own."""
     parallel = config.parallel
     if parallel.pipeline_parallel_size * parallel.virtual_pipeline_size == 1:
-        return [Stage(0, min(2, config.model.num_layers))]
-    return [Stage(0, 1, last=False), Stage(1, 2, first=False)]
+        return [ChunkRange(0, min(2, config.model.num_layers))]
+    return [ChunkRange(0, 1, has_unembedding=False), ChunkRange(1, 2, has_embedding=False)]
 
 
 def _optimizer(

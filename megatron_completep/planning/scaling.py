@@ -19,7 +19,7 @@ from megatron_completep.config.derived import (
 from megatron_completep.config.schema import Config, ParallelConfig
 from megatron_completep.errors import ConfigError
 from megatron_completep.model.flops import forward_flops_per_token, training_flops_per_token
-from megatron_completep.model.gpt import Stage
+from megatron_completep.model.gpt import ChunkRange
 from megatron_completep.optim.layout import Layout
 from megatron_completep.optim.shards import OVERLAPPED
 from megatron_completep.planning.communication import sent_bytes
@@ -237,7 +237,7 @@ def in_flight(parallel: ParallelConfig, pipeline_rank: int, micro_batches: int) 
     return min(2 * (size - pipeline_rank - 1) + (virtual - 1) * size + 1, micro_batches * virtual)
 
 
-def stage_activations(config: Config, stage: Stage) -> int:
+def stage_activations(config: Config, stage: ChunkRange) -> int:
     """Bytes that one micro-batch leaves for the backward pass of a stage."""
     return stage_model(config, stage).activation_bytes(micro_batch_sizes(config))
 

@@ -8,7 +8,7 @@ import torch
 
 from megatron_completep.completep import table_of
 from megatron_completep.config.schema import Config, ParallelConfig
-from megatron_completep.model.gpt import GPT, Stage
+from megatron_completep.model.gpt import GPT, ChunkRange
 from megatron_completep.model.stages import split_stages
 from megatron_completep.optim.layout import Layout, elements_of_bucket, entry_of, lay_out
 from megatron_completep.optim.rules import RULES
@@ -54,13 +54,13 @@ def imagined_context(parallel: ParallelConfig) -> ParallelContext:
     )
 
 
-def rank_stages(config: Config, pipeline_rank: int) -> list[Stage]:
+def rank_stages(config: Config, pipeline_rank: int) -> list[ChunkRange]:
     """The stages of one pipeline rank, in forward order."""
     size = config.parallel.pipeline_parallel_size
     return split_stages(config.model, config.parallel)[pipeline_rank::size]
 
 
-def stage_model(config: Config, stage: Stage) -> GPT:
+def stage_model(config: Config, stage: ChunkRange) -> GPT:
     """The model of one stage as the first tensor rank holds it, on the meta device."""
     context = imagined_context(config.parallel)
     recompute = config.training.recompute

@@ -89,7 +89,7 @@ class ForwardBackward:
         """
         device = self.context.device
         shares = torch.zeros(len(self._loss_terms), dtype=torch.float64, device=device)
-        if self._loss_terms and self.chunks[-1].stage.last:
+        if self._loss_terms and self.chunks[-1].chunk_range.has_unembedding:
             sums = self.chunks[-1].unembedding.take_terms().double()
             # Every tensor rank has the whole of these sums; the first one counts them.
             shares = sums * (self.context.tensor.rank == 0)

@@ -28,22 +28,46 @@ from megatron_completep.run.static_step import CudaGraph, StaticStep, StepInputs
 
 @dataclass(frozen=True)
 class StepFigures:
-    """What one step came to, as numbers on the host. All but the last are equal on every rank."""
+    """Results of one step, as host numbers. All except own_seconds are identical on every rank.
 
-    loss: float  # the objective: mean over the tokens that count, before the update
-    grad_norm: float  # of the mean gradient a token over the whole model, before clipping
-    counted_tokens: int  # tokens whose loss counted
-    skipped: bool  # a gradient was not finite, so that nothing was updated
-    stop: bool  # some rank was asked to stop
-    passed_over: bool = False  # training.skip_steps: the data were read, nothing was computed
+    `skipped` and `passed_over` are also metrics names. A step of training.skip_steps sets both.
+    """
+
+    loss: float  # the objective: mean over the counted tokens, before the update
+    grad_norm: (
+        float  # norm over the whole model of the gradient averaged per token, before clipping
+    )
+    counted_tokens: int  # tokens whose loss is counted
+    skipped: bool  # there was no update, as a gradient was not finite or the step is passed over
+    stop: bool  # a stop was requested on some rank
+    passed_over: bool = False  # the step is in training.skip_steps: no forward, backward or update
     terms: Mapping[str, float] = field(default_factory=dict)  # see `ForwardBackward.terms`
-    own_seconds: float = 0.0  # that this rank took for its forward and backward passes
+    own_seconds: float = 0.0  # seconds this rank spent on its own forward and backward passes
+
+
+# The figures of a step travel from the device to the host as one float64 tensor in this order,
+# followed by the loss terms.
+FIGURES = ("loss", "grad_norm", "counted_tokens", "skipped", "stop")
+
+
+def pack_figures(
+    loss: Tensor,
+    grad_norm: Tensor,
+    counted_tokens: Tensor,
+    skipped: Tensor,
+    stop: Tensor,
+    terms: Tensor,
+) -> Tensor:
+    """One float64 tensor [len(FIGURES) + len(terms)] in the order of FIGURES."""
+    figures = (loss, grad_norm, counted_tokens, skipped, stop)
+    scalars = torch.stack([figure.double() for figure in figures])
+    return torch.cat([scalars, terms])
 
 
 class Stopwatch:
     """Seconds from its creation to `stop`, without waiting for the device.
 
-    On a GPU these are seconds of the stream that does the work, elsewhere of the host.
+    Measured by CUDA events on the current CUDA stream, or by the host clock without a GPU.
     """
 
     def __init__(self, device: torch.device):
@@ -65,7 +89,7 @@ class Stopwatch:
 
     @property
     def seconds(self) -> float:
-        """The interval. To be read when the work is known to be done."""
+        """Length of the interval. Read it only after the GPU has finished the work."""
         if self._events:
             start, stop = self._events
             return float(start.elapsed_time(stop)) / 1e3
@@ -73,22 +97,29 @@ class Stopwatch:
 
 
 class PendingFigures:
-    """The figures of a step under way.
+    """The figures of a step that the device may still be computing.
 
-    On a GPU they are copied to page-locked memory behind the step's work, so that the host waits in
-    `read` only.
+    On a GPU they are copied asynchronously to pinned memory after the step's kernels; the host
+    waits only in `read`.
     """
 
-    def __init__(self, figures: Tensor, own: Stopwatch | None, terms: Sequence[str] = ()):
+    def __init__(
+        self,
+        figures: Tensor,
+        own_time: Stopwatch | None = None,
+        terms: Sequence[str] = (),
+        passed_over: bool = False,
+    ):
         """Start the copy.
 
-        figures [5 + n]: loss, gradient norm, tokens, skipped, stop, then one for each of `terms`.
-        own: time of this rank's own part of the step, before it waits for others in the update;
-            None for a step of training.skip_steps.
+        figures: as `pack_figures` returns them, with one value for each of `terms`.
+        own_time: stopwatch over this rank's forward and backward; None if the step is passed over.
+        passed_over: whether the step is in training.skip_steps.
         """
         self._host_figures = figures
-        self._own = own
+        self._own_time = own_time
         self._terms = terms
+        self._passed_over = passed_over
         self._copied: torch.cuda.Event | None = None
         if figures.is_cuda:
             self._host_figures = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=True)
@@ -100,16 +131,18 @@ class PendingFigures:
         """Wait for the step and return its figures."""
         if self._copied is not None:
             self._copied.synchronize()
-        loss, grad_norm, tokens, skipped, stop, *term_means = self._host_figures.tolist()
+        values = self._host_figures.tolist()
+        figures = dict(zip(FIGURES, values, strict=False))
+        term_means = values[len(FIGURES) :]
         return StepFigures(
-            loss=loss,
-            grad_norm=grad_norm,
-            counted_tokens=int(tokens),
-            skipped=bool(skipped),
-            stop=bool(stop),
-            passed_over=self._own is None,
+            loss=figures["loss"],
+            grad_norm=figures["grad_norm"],
+            counted_tokens=int(figures["counted_tokens"]),
+            skipped=bool(figures["skipped"]),
+            stop=bool(figures["stop"]),
+            passed_over=self._passed_over,
             terms=dict(zip(self._terms, term_means, strict=True)),
-            own_seconds=0.0 if self._own is None else self._own.seconds,
+            own_seconds=0.0 if self._own_time is None else self._own_time.seconds,
         )
 
 
@@ -127,7 +160,7 @@ class TrainingStep:
         self.context = context
         self.chunks = chunks
         self.optimizer = optimizer
-        self.passes = ForwardBackward(
+        self.forward_backward = ForwardBackward(
             chunks,
             config.model,
             config.parallel,
@@ -144,28 +177,28 @@ class TrainingStep:
 
     @property
     def pipeline(self) -> Pipeline | None:
-        """What runs the stages, where the model is split in depth."""
-        return self.passes.pipeline
+        """The pipeline schedule; None without pipeline parallelism."""
+        return self.forward_backward.pipeline
 
     def run(self, batches: Sequence[Batch], step: int, stop: bool = False) -> PendingFigures:
         """Train on the micro-batches of one step. Nothing here waits for the device.
 
         batches: this data rank's micro-batches.
-        step: its number, from 1.
-        stop: whether this rank was asked to stop; the figures say whether any rank was.
+        step: the number of the step, from 1.
+        stop: whether a stop was requested on this rank; the figures say whether on any rank.
 
         Communicates over all axes (see `DistributedOptimizer.step`) and, to agree on stopping, over
         the whole mesh.
         """
-        own = Stopwatch(self.context.device)
+        own_time = Stopwatch(self.context.device)
         inputs = self._inputs(batches, step, stop)
         if self._static is None:
-            figures = self._compute(inputs, own)
+            figures = self._compute(inputs, own_time)
         else:
             figures = self._static.run(inputs)
             # One process has nobody to wait for: the whole step is its own.
-            own.stop()
-        return PendingFigures(figures, own, self.passes.terms)
+            own_time.stop()
+        return PendingFigures(figures, own_time, self.forward_backward.terms)
 
     def _inputs(self, batches: Sequence[Batch], step: int, stop: bool) -> StepInputs:
         """What the step reads, on the device."""
@@ -177,75 +210,86 @@ class TrainingStep:
         rate = learning_rate(step, self.config.optimizer, self.config.training.train_steps)
         if self._static is not None:
             rate = torch.full((), rate, dtype=torch.float64, device=device)
+        counted_tokens = self._counted_tokens(batches)
         return StepInputs(
             micro_batches,
-            tokens=torch.full((), self._count(batches), dtype=torch.int64, device=device),
+            tokens=torch.full((), counted_tokens, dtype=torch.int64, device=device),
             stop=torch.full((), float(stop), device=device),
             learning_rate=rate,
         )
 
-    def _compute(self, inputs: StepInputs, own: Stopwatch | None = None) -> Tensor:
+    def _compute(self, inputs: StepInputs, own_time: Stopwatch | None = None) -> Tensor:
         """The figures of a step as `PendingFigures` takes them; nothing here depends on the host.
 
-        own: stopped when this rank's own part is done.
+        own_time: stopped when this rank's own part is done.
         """
         self.optimizer.begin_step(len(inputs.micro_batches))
-        loss_sum = self.passes(inputs.micro_batches)
-        # What follows waits for other ranks: their time is not this rank's own.
-        if own is not None:
-            own.stop()
+        loss_sum = self.forward_backward(inputs.micro_batches)
+        # The update below waits for other ranks; stop the clock here so that their time is not
+        # counted.
+        if own_time is not None:
+            own_time.stop()
         result = self.optimizer.step(
-            inputs.learning_rate, loss_sum, inputs.tokens, self.passes.take_terms()
+            inputs.learning_rate, loss_sum, inputs.tokens, self.forward_backward.take_terms()
         )
-        asked = self._on_any_rank(inputs.stop)
-        figures = [result.loss, result.grad_norm, result.tokens, result.skipped, asked]
-        return torch.cat([torch.stack([f.double() for f in figures]), result.terms])
+        return pack_figures(
+            result.loss,
+            result.grad_norm,
+            result.tokens,
+            result.skipped,
+            self._on_any_rank(inputs.stop),
+            result.terms,
+        )
 
     def pass_over(self, stop: bool = False) -> PendingFigures:
-        """A step of training.skip_steps: no loss and no update.
+        """Run a step of training.skip_steps: no loss and no update.
 
         Communicates over the whole mesh to agree on stopping, as `run` does.
         """
-        nothing = torch.tensor(
-            [math.nan, math.nan, 0.0, 1.0], dtype=torch.float64, device=self.context.device
+        device = self.context.device
+        not_computed = torch.full((), math.nan, device=device)
+        figures = pack_figures(
+            loss=not_computed,
+            grad_norm=not_computed,
+            counted_tokens=torch.zeros((), device=device),
+            skipped=torch.ones((), device=device),
+            stop=self._on_any_rank(torch.full((), float(stop), device=device)),
+            terms=torch.empty(0, dtype=torch.float64, device=device),
         )
-        flag = torch.full((), float(stop), device=self.context.device)
-        asked = self._on_any_rank(flag).double().view(1)
-        return PendingFigures(torch.cat([nothing, asked]), own=None)
+        return PendingFigures(figures, passed_over=True)
 
     def _on_any_rank(self, flag: Tensor) -> Tensor:
-        """1 where the flag [] is 1 on some rank, else 0. Communicates over the whole mesh."""
+        """1 if the flag [] is 1 on some rank, else 0. Communicates over the whole mesh."""
         return all_reduce(flag, self.context.world, dist.ReduceOp.MAX)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> float:
-        """Mean cross-entropy over the tokens that count, the same on every rank.
+        """Mean cross-entropy over the counted tokens, the same on every rank.
 
-        It is the cross-entropy alone, whatever the objective adds to it. Communicates over the
-        whole mesh.
+        It excludes other terms of the objective. Communicates over the whole mesh.
         """
         self.optimizer.wait_for_parameters()
         sums = torch.zeros(2, dtype=torch.float64, device=self.context.device)
         remaining = iter(batches)
-        while group := list(islice(remaining, self._micro_batches)):
-            micro_batches = [self._micro_batch(batch, None) for batch in group]
+        while step_batches := list(islice(remaining, self._micro_batches)):
+            micro_batches = [self._micro_batch(batch, None) for batch in step_batches]
             if self.pipeline is not None:
-                # A schedule runs the number of micro-batches that it was made for: the missing
-                # ones repeat the last, with no label that counts.
+                # A pipeline schedule has a fixed number of micro-batches, so pad with copies of the
+                # last one whose labels are all ignored.
                 no_labels = torch.full_like(micro_batches[-1].labels, IGNORED)
                 filler = replace(micro_batches[-1], labels=no_labels)
                 micro_batches += [filler] * (self._micro_batches - len(micro_batches))
-            sums[0] += self.passes.evaluate(micro_batches).double()
-            sums[1] += self._count(group)
-        # Every tensor rank has the same sums: the first one counts them.
+            sums[0] += self.forward_backward.evaluate(micro_batches).double()
+            sums[1] += self._counted_tokens(step_batches)
+        # All tensor ranks hold the same sums, so only tensor rank 0 contributes.
         counted_once = sums * (self.context.tensor.rank == 0)
         loss_sum, tokens = all_reduce(counted_once, self.context.world).tolist()
         return float(loss_sum / tokens)
 
     def _micro_batch(self, batch: Batch, dropout_seed: Tensor | None) -> MicroBatch:
-        """What the model reads of a batch, on the device."""
+        """The tensors of a batch that the model reads, on the device."""
         labels = self._place(batch.labels)
-        # Asked on the host, where the mask still is: asking the device would wait for it.
+        # Check on the host, where the mask still is; checking on the device would synchronize.
         if not bool((batch.loss_mask != 0).all()):
             labels = labels.masked_fill(self._place(batch.loss_mask) == 0, IGNORED)
         micro_batch = MicroBatch(self._place(batch.tokens), labels, dropout_seed=dropout_seed)
@@ -260,13 +304,12 @@ class TrainingStep:
     def _place(self, tensor: Tensor) -> Tensor:
         """The tensor on the device.
 
-        A loader's batches are in page-locked memory, from which the copy overlaps the work under
-        way.
+        A loader's batches are in pinned memory, so the copy overlaps with running kernels.
         """
         return tensor.to(self.context.device, non_blocking=True)
 
-    def _count(self, batches: Sequence[Batch]) -> int:
-        """Tokens whose loss this rank computes."""
+    def _counted_tokens(self, batches: Sequence[Batch]) -> int:
+        """Number of tokens whose loss this rank computes; 0 unless it holds the last stage."""
         if self.pipeline is not None and not self.pipeline.holds_last:
             return 0
         return sum(int((batch.loss_mask != 0).sum()) for batch in batches)
@@ -274,14 +317,15 @@ class TrainingStep:
     def _dropout_seed(self, step: int, micro_batch: int) -> Tensor | None:
         """The dropout seed [1] of one micro-batch; None without dropout.
 
-        It is a pure function of the run's seed and of which rows of which micro-batch these are.
+        It is a pure function of the run's seed, the step, the micro-batch, and the data and
+        sequence rank.
         """
         if self.config.model.dropout == 0.0:
             return None
         seed = self.config.training.seed
         for number in (step, micro_batch, self.context.data.rank, self.context.sequence.index):
             seed = mix(seed ^ number)
-        # A seed is a signed number of 64 bits.
+        # `mix` gives 64 unsigned bits; drop one to fit a non-negative int64.
         return torch.full((1,), seed >> 1, dtype=torch.int64, device=self.context.device)
 
 

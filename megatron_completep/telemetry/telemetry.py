@@ -80,7 +80,7 @@ class Telemetry(Hook):
         self._train_steps = train_steps
         self._reference = reference
         self._say = say
-        chunks = step.passes.chunks
+        chunks = step.forward_backward.chunks
         self._streams = StreamTaps(chunks)
         self._logits = LogitTaps(chunks)
         # The stream is reported where layers begin, and at its end.

@@ -96,8 +96,8 @@ def record_start(config: Config, state: RunState) -> None:
         ) from None
 
 
-def nothing_left(config: Config, state: RunState) -> str | None:
-    """The message for a run that has reached its last step already; None where steps are left."""
+def message_if_complete(config: Config, state: RunState) -> str | None:
+    """The message for a run that has reached its last step already; None if steps remain."""
     training = config.training
     if state.step >= training.train_steps:
         return (

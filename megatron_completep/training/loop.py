@@ -1,6 +1,7 @@
 """The training loop: batches -> step -> hooks.
 
-It runs until the last step, or until some rank is asked to stop.
+It runs until the last step, or until any rank has received a stop signal or has reached
+training.exit_after_minutes.
 """
 
 from __future__ import annotations
@@ -22,35 +23,35 @@ from megatron_completep.run.step import PendingFigures, TrainingStep
 
 
 @dataclass(frozen=True)
-class UnderWay:
+class LaunchedStep:
     """A step that the device may still be working on."""
 
-    before: RunState  # before the step: its data begin here
+    before: RunState  # state before the step; its first sample is before.consumed_samples
     after: RunState
     figures: PendingFigures
     data_wait_seconds: float
 
 
-class Readback:
-    """Steps under way, read in order.
+class StepQueue:
+    """The launched steps, whose figures are read in order.
 
-    On a GPU the figures of a step are read while the next one runs (depth 1), so that the device
-    never waits for the host.
+    On a GPU the figures of a step are read while the next one runs (depth 1), so the device never
+    waits for the host.
     """
 
     def __init__(self, depth: int):
         self._depth = depth
-        self._pending: deque[UnderWay] = deque()
+        self._pending: deque[LaunchedStep] = deque()
         self._finished_at = time.perf_counter()
 
-    def push(self, step: UnderWay) -> None:
+    def push(self, step: LaunchedStep) -> None:
         """Add the step that was just launched."""
         self._pending.append(step)
 
     def take(self, everything: bool) -> list[StepRecord]:
-        """The records of the steps that are done, waiting for the device where necessary.
+        """The records of the finished steps, in order. Waits for the device if necessary.
 
-        everything: of all steps, including the newest `depth`.
+        everything: also wait for the newest `depth` steps.
         """
         records = []
         steps_to_leave = 0 if everything else self._depth
@@ -70,12 +71,12 @@ class Readback:
         return records
 
     def forget(self) -> None:
-        """Drop the steps under way: the run went back to before them."""
+        """Drop launched steps that a rollback has undone."""
         self._pending.clear()
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Leave what happened since the last step out of the next step's time."""
+        """Exclude the time since the last step (validation, saving) from the next step's time."""
         self._finished_at = time.perf_counter()
 
 
@@ -91,37 +92,39 @@ def train(
 ) -> ExitCode:
     """Run from `state` to the last step, or to `training.stop_at_step`.
 
-    All ranks leave after the same step, with the run saved. Returns REQUEUE when the run was asked
-    to stop before that step.
+    All ranks return after the same step, with the state saved. Returns REQUEUE if a stop was
+    requested before the last step, else DONE.
     """
     training = config.training
     last_step = min(training.train_steps, training.stop_at_step or training.train_steps)
-    readback = Readback(depth=1 if context.device.type == "cuda" else 0)
+    queue = StepQueue(depth=1 if context.device.type == "cuda" else 0)
     hooks = sorted(hooks, key=lambda hook: hook.stage)
-    stop = False
+    stop_requested = False
     try:
         signals.begin()
-        while state.step < last_step and not stop:
+        while state.step < last_step and not stop_requested:
             for hook in hooks:
                 hook.before_step(state.step + 1)
-            launched = launch_step(config, step, loader, rollbacks.past(state), signals)
-            readback.push(launched)
+            start = rollbacks.skip_left_out_data(state)
+            launched = launch_step(config, step, loader, start, signals)
+            queue.push(launched)
             state = launched.after
 
-            # A hook that validates or saves needs the weights of this very step: the next one must
-            # not be launched before it is done.
+            # Validation and saving need the weights as of this step, so the next step must not be
+            # launched before those hooks have run.
             due = state.step == last_step or any(hook.due(state.step) for hook in hooks)
             try:
-                stop = report(hooks, readback, everything=due)
+                stop_requested = run_hooks(hooks, queue, everything=due)
             except GoBack as back:
                 state = back.state
-                readback.forget()
-                # Every rank is here: a hook raises after the same step on all of them.
+                queue.forget()
+                # All ranks get here together, because hooks raise GoBack on every rank after the
+                # same step.
                 for hook in hooks:
                     hook.rewind(state)
             if due:
-                readback.restart_clock()
-        # Not after an exception: what failed must not be saved.
+                queue.restart_clock()
+        # Not reached after an exception, so a failed state is never saved.
         for hook in hooks:
             hook.finish(state)
     finally:
@@ -133,32 +136,32 @@ def train(
 
 def launch_step(
     config: Config, step: TrainingStep, loader: Loader, state: RunState, signals: StopSignals
-) -> UnderWay:
-    """Start the step after `state`, on the data from there on."""
+) -> LaunchedStep:
+    """Launch the step that follows `state`, reading from state.consumed_samples."""
     training = config.training
     number = state.step + 1
     samples = batch_size(training, number)
     if is_skipped(training, number):
         figures = step.pass_over(signals.asked)
     else:
-        # After a rollback or a skipped step the loader stands elsewhere.
+        # After a rollback or a step in training.skip_steps the loader is at another sample.
         if loader.consumed_samples != state.consumed_samples:
             loader.seek(state.consumed_samples)
         figures = step.run(loader.next_step(samples), number, signals.asked)
     state_after = state.after_step(samples, config.model.seq_length)
-    return UnderWay(state, state_after, figures, loader.take_wait_seconds())
+    return LaunchedStep(state, state_after, figures, loader.take_wait_seconds())
 
 
-def report(hooks: Sequence[Hook], readback: Readback, everything: bool) -> bool:
-    """Call the hooks with the steps that are done; return whether some rank was asked to stop.
+def run_hooks(hooks: Sequence[Hook], queue: StepQueue, everything: bool) -> bool:
+    """Call the hooks with the finished steps; return whether a stop was requested on some rank.
 
-    If so, they are called with the steps under way, too.
+    On a stop request the hooks are also called with the steps still running.
     """
-    records = readback.take(everything)
-    stop = any(record.figures.stop for record in records)
-    if stop:
-        records += readback.take(everything=True)
+    records = queue.take(everything)
+    stop_requested = any(record.figures.stop for record in records)
+    if stop_requested:
+        records += queue.take(everything=True)
     for record in records:
         for hook in hooks:
             hook.after_step(record)
-    return stop
+    return stop_requested

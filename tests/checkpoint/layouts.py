@@ -77,7 +77,7 @@ def expected_flat(optimizer: DistributedOptimizer, state: str) -> torch.Tensor:
     for piece in optimizer.shards.layout.pieces:
         spec = optimizer.shards.specs[piece.name]
         tensor = logical(spec.stored_name(piece.name), state, spec.shape)
-        flat[piece.start : piece.start + piece.size] = spec.cut(tensor).flatten()
+        flat[piece.start : piece.start + piece.size] = spec.to_local(tensor).flatten()
     return flat
 
 

@@ -34,7 +34,7 @@ def blocks_of(folder: Path) -> int:
 
 def test_every_block_of_a_save_that_training_waits_for_is_heard_of(tmp_path, small_blocks):
     heard: list[int] = []
-    tiny = TinyRun(checkpointed_config(tmp_path), still_here=lambda: heard.append(1))
+    tiny = TinyRun(checkpointed_config(tmp_path), heartbeat=lambda: heard.append(1))
     tiny.train(1)
     assert not heard
     tiny.save()
@@ -59,7 +59,7 @@ def test_a_save_in_the_background_is_heard_of_only_while_training_waits_for_it(
             on_disk.set()
 
     config = checkpointed_config(tmp_path, checkpoint={"async_save": True})
-    tiny = TinyRun(config, fail_point=fail_point, still_here=lambda: heard.append("here"))
+    tiny = TinyRun(config, fail_point=fail_point, heartbeat=lambda: heard.append("here"))
     tiny.train(1)
     tiny.save()
     assert half_way.wait(GENEROUS)
@@ -81,7 +81,7 @@ def test_a_save_in_the_background_is_heard_of_only_while_training_waits_for_it(
 
 def test_a_load_in_the_middle_of_a_run_is_heard_of(tmp_path, small_blocks):
     heard: list[int] = []
-    tiny = TinyRun(checkpointed_config(tmp_path), still_here=lambda: heard.append(1))
+    tiny = TinyRun(checkpointed_config(tmp_path), heartbeat=lambda: heard.append(1))
     for _ in range(2):
         tiny.train(1)
         tiny.save()

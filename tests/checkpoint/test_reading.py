@@ -234,6 +234,6 @@ def test_a_run_goes_straight_from_the_disk_to_its_place(tmp_path, monkeypatch):
 
 def test_a_folder_that_not_all_ranks_see_is_refused(tmp_path, monkeypatch):
     exchange = Exchange(ParallelContext.single("cpu"), 1.0)
-    monkeypatch.setattr(exchange, "on_first", lambda action: None)  # rank 0 writes somewhere else
+    monkeypatch.setattr(exchange, "on_rank_0", lambda action: None)  # rank 0 writes somewhere else
     with pytest.raises(CheckpointError, match="what rank 0 writes there is not seen"):
         shared_place(tmp_path / "checkpoints", exchange, 1, 1, None)

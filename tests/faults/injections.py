@@ -197,7 +197,7 @@ def _scale_weights(fault: Fault, every_time: bool = True) -> None:
     def scale(step: TrainingStep) -> None:
         step.optimizer.wait_for_parameters()
         step.optimizer.shards.master.mul_(30.0)
-        step.optimizer.shards.adopt_masters()
+        step.optimizer.shards.load_from_masters()
 
     original = TrainingStep.run
 

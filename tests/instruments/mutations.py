@@ -114,7 +114,7 @@ def multiplier_before_the_norm(config: Config, table: Table, context: ParallelCo
     model = build(config, table, context)
 
     def scaled_input(norm: StreamNorm, stream: Stream):
-        residual = stream.settle(kernels.Join(), norm.queue)
+        residual = stream.add_pending(kernels.Join(), norm.queue)
         factor = 1.0 if norm is model.final_norm else table.residual_multiplier
         return stream.joined(residual), Norm.forward(norm, residual * factor)
 

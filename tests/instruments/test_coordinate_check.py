@@ -254,7 +254,7 @@ def test_the_measured_stream_and_logits_are_those_of_the_model(folder: Path, arc
     with torch.no_grad():
         tokens = batches[1][0].tokens
         embedded = model._embed(tokens, None, None)
-        inputs = model._attention_inputs(embedded, tokens, None, None, None)
+        inputs = model._attention_inputs(embedded, tokens.shape[1], None, None, None)
         handed_on = Stream(embedded, 0)
         for _, block in model.blocks():
             handed_on = block(handed_on, inputs)

@@ -111,7 +111,7 @@ def test_the_measure_equals_one_with_an_exact_directional_derivative(tmp_path: P
     with trial.taps.recording() as taps, torch.no_grad():
         model(batches[0].tokens)
         x = taps.streams["layers.1.attention_norm"][0]
-    inputs = model._attention_inputs(x, batches[0].tokens, None, None, None)
+    inputs = model._attention_inputs(x, batches[0].tokens.shape[1], None, None, None)
     before = {
         n: p.detach().clone() for n, p in model.named_parameters() if n.startswith("layers.1.")
     }

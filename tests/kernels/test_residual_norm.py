@@ -332,8 +332,8 @@ MUTANTS = {
     "the mean of the gradient is not removed": (
         "ops.residual_norm", "g[k] - g_mean", "g[k]", check_backward, BACKWARD),
     "a vector gradient takes another's place": (
-        "ops.residual_norm", "store_partial(partials, K - 1, K, branch_sum",
-        "store_partial(partials, 1, K, branch_sum",
+        "ops.residual_norm", "store_partial(partials, VECTORS - 1, VECTORS, d_branch_bias",
+        "store_partial(partials, 1, VECTORS, d_branch_bias",
         check_backward, BACKWARD),
     "later segments are left out of the row's sum": (
         "tiling", "total += tiles[k]", "total += 0.0 * tiles[k]", check_backward, Case(3, 768)),

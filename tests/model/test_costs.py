@@ -15,7 +15,7 @@ from megatron_completep.errors import ConfigError
 from megatron_completep.model.attention import AttentionInputs
 from megatron_completep.model.block import BRANCHES
 from megatron_completep.model.flops import forward_flops_per_token, training_flops_per_token
-from megatron_completep.model.gpt import GPT, Stage
+from megatron_completep.model.gpt import GPT, ChunkRange
 from megatron_completep.model.mlp import ACTIVATIONS
 from megatron_completep.model.stream import Branch
 from megatron_completep.parallel.context import ParallelContext
@@ -42,7 +42,12 @@ class Silent(nn.Module):
     """down(sin(up(x))): trains, and says nothing of what it costs."""
 
     def __init__(
-        self, model: ModelConfig, table: Table, context: LayerContext, layer: int, recompute: bool
+        self,
+        model: ModelConfig,
+        table: Table,
+        context: LayerContext,
+        layer: int,
+        recompute_selectively: bool,
     ):
         super().__init__()
         hidden = model.hidden_size
@@ -135,7 +140,11 @@ def test_a_branch_that_does_not_say_what_it_costs_is_refused_by_its_name(
 def test_the_flops_of_stages_sum_to_those_of_the_model() -> None:
     config = config_of()
     table, context = table_of(config), ParallelContext.single("meta")
-    stages = Stage(0, 1, last=False), Stage(1, 3, first=False, last=False), Stage(3, 4, first=False)
+    stages = (
+        ChunkRange(0, 1, has_unembedding=False),
+        ChunkRange(1, 3, has_embedding=False, has_unembedding=False),
+        ChunkRange(3, 4, has_embedding=False),
+    )
     total = sum(GPT(config.model, table, context, stage).flops(12) for stage in stages)
     assert total == forward_flops_per_token(config.model)
 

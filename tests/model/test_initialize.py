@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from megatron_completep.errors import ConfigError
-from megatron_completep.model.gpt import GPT, Stage
+from megatron_completep.model.gpt import GPT, ChunkRange
 from megatron_completep.model.initialize import draw, fingerprint, initialize
 from megatron_completep.parallel.axis import Share
 from megatron_completep.parallel.context import ParallelContext
@@ -70,7 +70,7 @@ def test_a_pipeline_stage_and_a_deeper_model_start_from_the_same_bits() -> None:
     model = model_config(num_layers=4)
     table, context = table_for(model), ParallelContext.single()
     whole = GPT(model, table, context)
-    stage = GPT(model, table, context, Stage(2, 4, first=False, last=True))
+    stage = GPT(model, table, context, ChunkRange(2, 4, has_embedding=False, has_unembedding=True))
     for gpt in (whole, stage):
         initialize(gpt, table, optimizer_config(), 7)
     names = dict(whole.named_parameters())

@@ -46,7 +46,7 @@ def plain_logits(gpt: GPT, tokens: Tensor) -> Tensor:
         return out if bias is None else out + bias
 
     x = gpt._embed(tokens, None, None)
-    inputs = gpt._attention_inputs(x, tokens, None, None, None)
+    inputs = gpt._attention_inputs(x, tokens.shape[1], None, None, None)
     for _, block in gpt.blocks():
         x = x + with_bias(*block.attention(norm(x, block.attention_norm), inputs))
         x = x + with_bias(*block.mlp(norm(x, block.mlp_norm), inputs))

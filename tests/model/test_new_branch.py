@@ -20,7 +20,7 @@ from megatron_completep.config.schema import ModelConfig
 from megatron_completep.errors import ConfigError
 from megatron_completep.model.attention import AttentionInputs
 from megatron_completep.model.block import BRANCHES
-from megatron_completep.model.gpt import GPT, Stage
+from megatron_completep.model.gpt import GPT, ChunkRange
 from megatron_completep.model.initialize import initialize
 from megatron_completep.model.stream import Branch
 from megatron_completep.parallel.context import ParallelContext
@@ -47,7 +47,12 @@ class GatedBranch(nn.Module):
     """
 
     def __init__(
-        self, model: ModelConfig, table: Table, context: LayerContext, layer: int, recompute: bool
+        self,
+        model: ModelConfig,
+        table: Table,
+        context: LayerContext,
+        layer: int,
+        recompute_selectively: bool,
     ):
         super().__init__()
         inner, base_inner = 24, 8
@@ -70,7 +75,7 @@ BRANCHES_AND_GATED = {**BRANCHES, "gated": GatedBranch}
 
 
 def gated_gpt(
-    table: Table, model: ModelConfig, recompute: str = "none", stage: Stage | None = None
+    table: Table, model: ModelConfig, recompute: str = "none", stage: ChunkRange | None = None
 ) -> GPT:
     gpt = GPT(
         model,
@@ -186,8 +191,8 @@ def test_an_own_loss_of_an_early_stage_needs_no_sum_on_the_last(gated_model) -> 
     tokens, labels = batch_of(gpt.config)
     gpt(tokens, labels=labels).backward()
     whole = gradients_of(gpt)
-    first = gated_gpt(table, gpt.config, stage=Stage(0, 2, last=False))
-    second = gated_gpt(table, gpt.config, stage=Stage(2, 4, first=False))
+    first = gated_gpt(table, gpt.config, stage=ChunkRange(0, 2, has_unembedding=False))
+    second = gated_gpt(table, gpt.config, stage=ChunkRange(2, 4, has_embedding=False))
     for stage in (first, second):
         stage.queue.deferred = True
     sent = first(tokens)

@@ -66,7 +66,7 @@ def reductions(
     seen = Seen(len(optimizer.shards.layout.buckets))
     counts = watch(optimizer.shards)
     optimizer.begin_step(MICRO_BATCHES)
-    loss_sum = assembly.step.passes(batches)
+    loss_sum = assembly.step.forward_backward(batches)
     seen.counts = list(counts)
     seen.started = list(optimizer.shards.started)
     optimizer.step(config.optimizer.base_lr, loss_sum, counted_tokens(batches, context))

@@ -36,7 +36,7 @@ def train(rank: int, sections: dict[str, dict[str, Any]], backend: str | None) -
     """Three steps of the training step of `pretrain`."""
     step, batches, _ = build_step(rank, run_config(sections))
     if backend is not None:
-        for chunk in step.passes.chunks:
+        for chunk in step.forward_backward.chunks:
             compile_regions(chunk, backend)
     losses = [step.run(batches, number).read().loss for number in (1, 2, 3)]
     step.optimizer.wait_for_parameters()

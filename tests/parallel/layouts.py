@@ -144,7 +144,7 @@ def train(rank: int, case: Case) -> Outcome:
     for step in range(case.steps):
         batches = micro_batches_of(step, config, context)
         optimizer.begin_step(len(batches))
-        loss_sum = assembly.step.passes(batches)
+        loss_sum = assembly.step.forward_backward(batches)
         if step == 0:
             for name, parameter in optimizer.shards.parameters.items():
                 gradients[name] = main_grad_of(parameter).clone()

@@ -92,7 +92,7 @@ def exposed_communication(
             optimizer.begin_step(1)
             if wait_early and step:
                 optimizer.wait_for_parameters()
-            optimizer.step(1e-3, assembly.step.passes(batches), tokens)
+            optimizer.step(1e-3, assembly.step.forward_backward(batches), tokens)
         optimizer.wait_for_parameters()
     finally:
         for name, original in originals.items():

@@ -74,7 +74,7 @@ def test_inductor_gives_equal_losses_and_parameters(pool, name):
 
 def compiled_blocks(rank: int, compile_them: bool) -> list[bool]:
     step, _, _ = build_step(rank, run_config({"training": {"compile": compile_them}}))
-    blocks = [block for chunk in step.passes.chunks for _, block in chunk.blocks()]
+    blocks = [block for chunk in step.forward_backward.chunks for _, block in chunk.blocks()]
     return [block.attention.attend is not attend for block in blocks]
 
 

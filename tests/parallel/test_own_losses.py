@@ -37,7 +37,12 @@ class ScoredBranch(nn.Module):
     """
 
     def __init__(
-        self, model: ModelConfig, table: Table, context: LayerContext, layer: int, recompute: bool
+        self,
+        model: ModelConfig,
+        table: Table,
+        context: LayerContext,
+        layer: int,
+        recompute_selectively: bool,
     ):
         super().__init__()
         base = table.base_hidden_size

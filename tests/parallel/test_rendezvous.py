@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron_completep.errors import ConfigError
 from megatron_completep.launch import Launch
 from megatron_completep.parallel import rendezvous
-from megatron_completep.parallel.rendezvous import RollCall, meet
+from megatron_completep.parallel.rendezvous import RollCall, rendezvous_store
 
 
 @pytest.fixture
@@ -45,11 +45,14 @@ def test_ranks_that_all_come_meet_in_one_store(port: int) -> None:
     stores: dict[int, dist.Store | None] = {}
     with ThreadPoolExecutor(3) as pool:
         list(
-            pool.map(lambda rank: stores.update({rank: meet(rank_of(rank, 3, port), 60)}), range(3))
+            pool.map(
+                lambda rank: stores.update({rank: rendezvous_store(rank_of(rank, 3, port), 60)}),
+                range(3),
+            )
         )
     stores[1].set("said", "hello")  # type: ignore[union-attr]
     assert stores[0].get("said") == stores[2].get("said") == b"hello"  # type: ignore[union-attr]
-    assert meet(Launch(), 0) is None
+    assert rendezvous_store(Launch(), 0) is None
 
 
 @pytest.mark.parametrize(("came", "missing"), [([0, 2], "1"), ([0], "1, 2")])
@@ -65,12 +68,12 @@ def test_ranks_that_do_not_come_are_named_by_those_that_did(came: list[int], mis
 
 
 def test_a_rank_0_that_does_not_come_is_named_with_its_address(port: int) -> None:
-    said = outcome(lambda: meet(rank_of(1, 2, port), 0.0))
+    said = outcome(lambda: rendezvous_store(rank_of(1, 2, port), 0.0))
     assert said.startswith(
         f"rank 1: rank 0 did not answer at 127.0.0.1:{port} (MASTER_ADDR, MASTER_PORT) within 0 s: "
     )
     unknown = replace(rank_of(1, 2, port), store_host="no-such-host.invalid")
-    assert "the host's name is not known" in outcome(lambda: meet(unknown, 0.0))
+    assert "the host's name is not known" in outcome(lambda: rendezvous_store(unknown, 0.0))
 
 
 def test_who_is_missing_is_said_while_they_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +92,7 @@ def test_who_is_missing_is_said_while_they_are_waited_for(monkeypatch: pytest.Mo
 
 def test_a_port_in_use_is_named_by_the_rank_that_wants_it(port: int) -> None:
     with socket.create_server(("", port)):
-        said = outcome(lambda: meet(rank_of(0, 2, port), 5))
+        said = outcome(lambda: rendezvous_store(rank_of(0, 2, port), 5))
     assert said.startswith(f"rank 0: MASTER_PORT = {port} is in use on ")
     assert "Choose a free port" in said
 
@@ -110,7 +113,7 @@ def test_what_is_no_store_at_the_address_is_said(
 
     with socket.create_server(("", port)) as server:
         threading.Thread(target=answer_as_a_web_server, args=(server,), daemon=True).start()
-        said = outcome(lambda: meet(rank_of(1, 2, port), 5))
+        said = outcome(lambda: rendezvous_store(rank_of(1, 2, port), 5))
         server.shutdown(socket.SHUT_RDWR)
     assert re.match(
         rf"rank 1: what answers at 127.0.0.1:{port} \(MASTER_ADDR, MASTER_PORT\) is no store: ",

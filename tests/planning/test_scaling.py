@@ -123,11 +123,11 @@ def saved_bytes(chunk: Any, config: Config, optimizer: DistributedOptimizer) -> 
     dtype = next(chunk.parameters()).dtype
     entering = (
         tokens
-        if chunk.stage.first
+        if chunk.chunk_range.has_embedding
         else torch.zeros(length, batch, model.hidden_size, dtype=dtype).requires_grad_()
     )
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        chunk(entering, **({"labels": tokens.clone()} if chunk.stage.last else {}))
+        chunk(entering, **({"labels": tokens.clone()} if chunk.chunk_range.has_unembedding else {}))
     return sum(storage.nbytes() for storage in kept.values())
 
 
@@ -142,7 +142,7 @@ def test_parameters_gradients_and_optimizer_match_the_real_construction(
     fake_world(rank, world_size)
     with FakeTensorMode():
         _, optimizer = construct(config, rank)
-        optimizer.shards.hold_grad_shard()
+        optimizer.shards.allocate_grad_shard()
     data_size = data_parallel_size_for(parallel, world_size)
     plan = rank_memory(
         config,

@@ -91,7 +91,7 @@ def test_every_figure_is_what_the_model_really_computes(
     config = config_of(**shape)
     telemetry, step = telemetry_of(config, ParallelContext.single(), 2)
     figures = telemetry.figures()
-    model, tokens = step.passes.chunks[0], batch(config, 1000).tokens
+    model, tokens = step.forward_backward.chunks[0], batch(config, 1000).tokens
     seen: list[torch.Tensor] = []
     plain = F.scaled_dot_product_attention
 

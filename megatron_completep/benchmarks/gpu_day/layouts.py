@@ -228,7 +228,7 @@ def _train(config: Config, context: ParallelContext) -> Outcome:
     optimizer.wait_for_parameters()
     weights = {}
     for name, spec in optimizer.shards.specs.items():
-        whole = spec.join(optimizer.shards.parameters[name].detach(), context)
+        whole = spec.gather_logical(optimizer.shards.parameters[name].detach(), context)
         # An array travels between processes by value, a tensor by a file that its process holds.
         weights[name] = whole.double().cpu().numpy()
     return Outcome(losses, grad_norms, weights)

@@ -107,7 +107,7 @@ def most_under_way(rank: int, shards: int, overlapped: int) -> tuple[int, int]:
     ):
         batches = micro_batches_of(0, config, context)
         assembly.optimizer.begin_step(MICRO_BATCHES)
-        loss_sum = assembly.step.passes(batches)
+        loss_sum = assembly.step.forward_backward(batches)
         tokens = counted_tokens(batches, context)
         assembly.optimizer.step(config.optimizer.base_lr, loss_sum, tokens)
     assembly.optimizer.wait_for_parameters()

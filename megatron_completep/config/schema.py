@@ -367,7 +367,10 @@ class TrainingConfig(Section):
         description="Accumulation of weight gradients: apex adds bf16 products straight into fp32; "
         "auto: apex where installed.",
     )
-    compile: bool = Field(False, description="torch.compile the regions between linears.")
+    compile: bool = Field(
+        False,
+        description="Operations between products as torch.compile's: on a CPU in float32 and bf16.",
+    )
     validation_interval: PositiveInt | None = Field(
         None, description="Steps between validations; null: only at the end."
     )

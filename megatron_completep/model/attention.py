@@ -82,7 +82,7 @@ class Attention(nn.Module):
         tensor_ranks = context.ranks.tensor.size
         self.layer = layer
         self.recompute = recompute
-        self.attend = attend
+        self.compiled = context.compiled
         self.head_dim = size
         self.scale = table.attention_scale
         self.backend = model.attention_backend
@@ -116,11 +116,9 @@ class Attention(nn.Module):
         arguments = (q, k, v, inputs, self.scale, self.backend)
         if self.recompute and torch.is_grad_enabled():
             # Attention proper draws no random numbers, so their state need not be kept.
-            mixed = checkpoint(
-                self.attend, *arguments, use_reentrant=False, preserve_rng_state=False
-            )
+            mixed = checkpoint(attend, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
-            mixed = self.attend(*arguments)
+            mixed = attend(*arguments)
         # [B, N, S, D] -> [S, B, N D], the layout of the stream.
         out = self.output(mixed.permute(2, 0, 1, 3).flatten(2))
         return Branch(out, self.output.bias)
@@ -154,13 +152,15 @@ class Attention(nn.Module):
         normed = self.q_norm is not None
         angles = (None, None) if normed else (cos, sin)
         heads = (self.num_heads, self.num_groups, self.head_dim)
-        q, k, v = _SplitHeads.apply(qkv, *angles, *heads)  # type: ignore[no-untyped-call]
+        q, k, v = _SplitHeads.apply(  # type: ignore[no-untyped-call]
+            qkv, *angles, *heads, self.compiled
+        )
         if self.q_norm is not None and self.k_norm is not None:
             q = self.q_norm(q)
             k = self.k_norm(k)
             if cos is not None and sin is not None:
-                q = kernels.rotary(q, cos, sin)
-                k = kernels.rotary(k, cos, sin)
+                q = kernels.rotary(q, cos, sin, compiled=self.compiled)
+                k = kernels.rotary(k, cos, sin, compiled=self.compiled)
         return q.permute(1, 2, 0, 3), k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3)
 
 
@@ -207,25 +207,26 @@ class _SplitHeads(torch.autograd.Function):
         num_heads: int,
         num_groups: int,
         head_dim: int,
+        compiled: kernels.CompiledDefinitions | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         heads = qkv.detach().view(*qkv.shape[:-1], num_heads + 2 * num_groups, head_dim)
         if cos is not None and sin is not None:
-            kernels.rotary_(heads[:, :, : num_heads + num_groups], cos, sin, False)
+            rotated = heads[:, :, : num_heads + num_groups]
+            kernels.rotary_(rotated, cos, sin, False, compiled)
+        ctx.compiled = compiled
         ctx.save_for_backward(cos, sin)
         ctx.rotated = num_heads + num_groups
         q, k, v = heads.split_with_sizes((num_heads, num_groups, num_groups), dim=2)
         return q, k, v
 
     @staticmethod
-    def backward(
-        ctx: Any, d_q: Tensor, d_k: Tensor, d_v: Tensor
-    ) -> tuple[Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, d_q: Tensor, d_k: Tensor, d_v: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         # Rotation is orthogonal: its gradient is the inverse rotation.
         d_heads = torch.cat((d_q, d_k, d_v), dim=2)
         if cos is not None:
-            kernels.rotary_(d_heads[:, :, : ctx.rotated], cos, sin, True)
-        return d_heads.flatten(2), None, None, None, None, None
+            kernels.rotary_(d_heads[:, :, : ctx.rotated], cos, sin, True, ctx.compiled)
+        return d_heads.flatten(2), None, None, None, None, None, None
 
 
 def causal_bias(

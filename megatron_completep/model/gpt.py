@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from megatron_completep import kernels
 from megatron_completep.completep import Table
 from megatron_completep.config.derived import head_dim
 from megatron_completep.config.schema import ModelConfig
@@ -56,6 +57,7 @@ class GPT(nn.Module):
         loss: LossConfig | None = None,
         recompute: str = "none",
         products: Products | None = None,
+        compiled: kernels.CompiledDefinitions | None = None,
         branches: Mapping[str, BranchMaker] = BRANCHES,
     ):
         super().__init__()
@@ -66,12 +68,14 @@ class GPT(nn.Module):
         self.stage = stage
         self.recompute = recompute
         self.queue = GradientQueue()
+        self.compiled = compiled
         self.own_losses = LossLedger()
         self.join = join_of(model, table)
         self.first_site = stage.start * len(branches)  # of dropout, which counts branches
         self._rotary: tuple[Tensor, Tensor] | None = None
 
-        layer_context = LayerContext(context, self.queue, products or Products(), self.own_losses)
+        products = products or Products()
+        layer_context = LayerContext(context, self.queue, products, self.own_losses, compiled)
         if stage.first:
             self._add_embeddings(layer_context)
         # The order in which modules are made is the order in which the optimizer lays them out.
@@ -146,7 +150,7 @@ class GPT(nn.Module):
                 stream = block(stream, inputs)
         if not self.stage.last:
             # One tensor is sent: the pending branch is added here, without a norm.
-            return stream.settle(self.join, self.queue)
+            return stream.settle(self.join, self.queue, self.compiled)
         _, normed = self.final_norm(stream)
         result: Tensor = self.unembedding(normed, labels)
         return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,17 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swiglu": kernels.swiglu,
 }
 GATED = frozenset({"swiglu"})  # activations that read gate and up, each of the inner width
+OURS = frozenset({"squared_relu", "swiglu"})  # that may be compiled; torch's are one pass already
+
+
+def activation_of(
+    name: str, compiled: kernels.CompiledDefinitions | None
+) -> Callable[[Tensor], Tensor]:
+    """The activation of this name; one of ours is taken from `compiled`, where that serves it."""
+    activation = ACTIVATIONS[name]
+    if compiled is None or name not in OURS:
+        return activation
+    return partial(activation, compiled=compiled)
 
 
 class MLP(nn.Module):
@@ -53,7 +65,7 @@ class MLP(nn.Module):
         matrices = {"gate": ffn, "up": ffn} if model.activation in GATED else {"up": ffn}
         base_hidden = table.base_hidden_size
         base_ffn = table.base_ffn_hidden_size
-        self.activation = ACTIVATIONS[model.activation]
+        self.activation = activation_of(model.activation, context.compiled)
         self.recompute = recompute
         self.up = ColumnParallelLinear(hidden, matrices, base_hidden, model.bias, context)
         self.down = RowParallelLinear(ffn, hidden, base_ffn, model.bias, context)

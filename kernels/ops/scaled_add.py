@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compiled import CompiledDefinitions, server_of
 from ..cpu import residual_norm as cpu
 from ..launch import backward_shape, forward_shape, partial_rows
 from ..library import first_derivative, register
@@ -173,15 +172,12 @@ class _ScaledAdd(torch.autograd.Function):
         branch_bias: Tensor | None,
         join: Join,
         sink: Sink | None,
-        compiled: CompiledDefinitions | None,
     ) -> Tensor:
-        ctx.compiled = compiled
         ctx.join = join
         ctx.branch_dtype = branch.dtype
         ctx.sink = sink
         ctx.receivers = receivers((branch_bias,), sink)
-        forward = compiled.scaled_add_forward if compiled else _scaled_add_forward
-        return forward(residual, branch, branch_bias, join)
+        return _scaled_add_forward(residual, branch, branch_bias, join)
 
     @staticmethod
     @first_derivative
@@ -189,10 +185,9 @@ class _ScaledAdd(torch.autograd.Function):
         # The gradient of the residual is `d_y` itself, neither copied nor changed.
         (branch_bias,) = ctx.receivers
         has_bias = branch_bias is not None
-        backward = ctx.compiled.scaled_add_backward if ctx.compiled else _scaled_add_backward
-        d_branch, partials = backward(d_y, has_bias, ctx.join, ctx.branch_dtype)
+        d_branch, partials = _scaled_add_backward(d_y, has_bias, ctx.join, ctx.branch_dtype)
         (d_bias,) = vector_gradients(partials, ctx.receivers, ctx.sink)
-        return d_y, d_branch, d_bias, None, None, None
+        return d_y, d_branch, d_bias, None, None
 
 
 _scaled_add: Callable[..., Tensor] = _ScaledAdd.apply
@@ -204,16 +199,12 @@ def scaled_add(
     branch_bias: Tensor | None,
     join: Join,
     sink: Sink | None = None,
-    compiled: CompiledDefinitions | None = None,
 ) -> Tensor:
     """`residual + scale * dropout(branch + branch_bias)` [..., H].
 
     The result is rounded once, to the residual's dtype.
 
     With a `sink` the gradient of `branch_bias` [H], which is then a parameter, goes there and not
-    through autograd. `compiled` runs in place of the operators on the tensors that it serves.
-
-    Raises ValueError where dropout has no seed.
+    through autograd. Raises ValueError where dropout has no seed.
     """
-    compiled = server_of(residual, compiled)
-    return _scaled_add(residual, branch, branch_bias, join, sink, compiled)
+    return _scaled_add(residual, branch, branch_bias, join, sink)

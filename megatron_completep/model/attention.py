@@ -20,6 +20,7 @@ from megatron_completep.config.schema import ModelConfig
 from megatron_completep.model.flash import flash_attention
 from megatron_completep.model.norm import Norm
 from megatron_completep.model.stream import Branch
+from megatron_completep.model.wide_attention import float32_attention, pays_in_float32
 from megatron_completep.parallel.layer_context import LayerContext
 from megatron_completep.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_completep.parallel.micro_batch import MicroBatchSizes
@@ -186,6 +187,8 @@ def attend(
         return flash_attention(q, k, v, scale, inputs.document_starts)
     # One query (the next token of a generation) sees all keys.
     causal = inputs.bias is None and q.shape[2] > 1
+    if causal and pays_in_float32(q, k):
+        return float32_attention(q, k, v, scale)
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=inputs.bias, is_causal=causal, scale=scale, enable_gqa=grouped

@@ -68,7 +68,6 @@ class GPT(nn.Module):
         self.stage = stage
         self.recompute = recompute
         self.queue = GradientQueue()
-        self.compiled = compiled
         self.own_losses = LossLedger()
         self.join = join_of(model, table)
         self.first_site = stage.start * len(branches)  # of dropout, which counts branches
@@ -150,7 +149,7 @@ class GPT(nn.Module):
                 stream = block(stream, inputs)
         if not self.stage.last:
             # One tensor is sent: the pending branch is added here, without a norm.
-            return stream.settle(self.join, self.queue, self.compiled)
+            return stream.settle(self.join, self.queue)
         _, normed = self.final_norm(stream)
         result: Tensor = self.unembedding(normed, labels)
         return result

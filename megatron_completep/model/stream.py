@@ -43,15 +43,9 @@ class Stream(NamedTuple):
         """The dropout seed of the branch that joins here."""
         return None if self.seed is None else self.seed + self.site
 
-    def settle(
-        self,
-        join: kernels.Join,
-        sink: kernels.Sink,
-        compiled: kernels.CompiledDefinitions | None = None,
-    ) -> Tensor:
+    def settle(self, join: kernels.Join, sink: kernels.Sink) -> Tensor:
         """The stream [s, B, H] with the pending branch added; gradients of its bias go to sink."""
         if self.pending is None:
             return self.residual
         out, bias = self.pending
-        join = join.under(self.site_seed())
-        return kernels.scaled_add(self.residual, out, bias, join, sink, compiled)
+        return kernels.scaled_add(self.residual, out, bias, join.under(self.site_seed()), sink)

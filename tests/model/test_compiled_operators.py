@@ -36,6 +36,13 @@ DEFINITIONS = {
     ("gelu", torch.bfloat16): 4,
     ("gelu", torch.float32): 2,
 }
+# What a layer calls then, at most, of the operators and definitions that it calls uncompiled.
+SHARE = {
+    ("swiglu", torch.bfloat16): 0.55,
+    ("swiglu", torch.float32): 0.5,
+    ("gelu", torch.bfloat16): 0.75,
+    ("gelu", torch.float32): 0.9,
+}
 
 
 def as_one_event(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
@@ -72,7 +79,7 @@ def operators_of_passes(kind: str, layers: int, dtype: torch.dtype, compiled: bo
         passes()
     counts: Counter[str] = Counter()
     for event in trace.events():
-        is_operator = event.name == COMPILED or "::" in event.name
+        is_operator = event.name.startswith((COMPILED, "aten::", "completep::"))
         if is_operator and not called_by_another(event):
             counts[event.name] += 1
     return counts
@@ -97,9 +104,9 @@ def of_a_layer(kind: str, dtype: torch.dtype, compiled: bool) -> Counter[str]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", MODELS)
-def test_a_layer_calls_each_compiled_definition_once_and_far_fewer_operators(kind, dtype):
+def test_a_layer_calls_each_compiled_definition_once_and_fewer_operators(kind, dtype):
     operators = of_a_layer(kind, dtype, compiled=False)
     with_definitions = of_a_layer(kind, dtype, compiled=True)
-    print(kind, dtype, operators.total(), with_definitions.total(), with_definitions)
     assert with_definitions[COMPILED] == DEFINITIONS[kind, dtype]
     assert operators[COMPILED] == 0  # the control: nothing is compiled unasked
+    assert with_definitions.total() <= SHARE[kind, dtype] * operators.total()

@@ -31,8 +31,8 @@ class CompiledDefinitions:
     A shape, a type, or a number such as the residual multiplier that was not seen before is
     compiled anew: that takes seconds, or a look into Inductor's cache.
 
-    In float32 torch's own operators stay where they are as fast: the activations but for the
-    backward of SwiGLU, and the backward of LayerNorm.
+    torch's own operators stay where they are as fast: for the backward of LayerNorm, and in float32
+    for the activations but for the backward of SwiGLU.
 
     backend: what torch.compile takes; tests use others than Inductor.
     """
@@ -70,7 +70,7 @@ class CompiledDefinitions:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(d_residual, d_branch (empty without a branch), partials [1, K, H])."""
         has = (has_branch, has_bias, has_branch_bias)
-        if y.dtype == torch.float32 and not norm.rms:
+        if not norm.rms:
             return cpu_norm.residual_norm_backward(
                 d_y, d_out, y, mean, rstd, weight, *has, join, norm
             )

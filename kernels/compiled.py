@@ -170,6 +170,6 @@ def _gradients(
     """The gradients of the inputs that are not None; behind a None stands no tensor."""
     given = [each for each in inputs if each is not None]
     absent = (None,) * (len(inputs) - len(given))
-    _, gradients_of = torch.func.vjp(lambda *tensors: function(*tensors, *absent), *given)
-    gradients: tuple[Tensor, ...] = gradients_of(d_out)
+    pulled_back = torch.func.vjp(lambda *tensors: function(*tensors, *absent), *given)
+    gradients: tuple[Tensor, ...] = pulled_back[1](d_out)
     return gradients

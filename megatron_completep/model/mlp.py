@@ -32,17 +32,20 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swiglu": kernels.swiglu,
 }
 GATED = frozenset({"swiglu"})  # activations that read gate and up, each of the inner width
-OURS = frozenset({"squared_relu", "swiglu"})  # that may be compiled; torch's are one pass already
+# Those that may be compiled. torch's own are one pass already.
+OURS: dict[str, Callable[..., Tensor]] = {
+    "squared_relu": kernels.squared_relu,
+    "swiglu": kernels.swiglu,
+}
 
 
 def activation_of(
     name: str, compiled: kernels.CompiledDefinitions | None
 ) -> Callable[[Tensor], Tensor]:
     """The activation of this name; one of ours is taken from `compiled`, where that serves it."""
-    activation = ACTIVATIONS[name]
     if compiled is None or name not in OURS:
-        return activation
-    return partial(activation, compiled=compiled)
+        return ACTIVATIONS[name]
+    return partial(OURS[name], compiled=compiled)
 
 
 class MLP(nn.Module):

@@ -10,6 +10,7 @@ operations share.
 # this folder, and it must answer with nothing, not with an error: a second registration of the
 # operations would fail. tests/interop/test_import.py needs this.
 if __name__ != "kernels":
+    from .compiled import CompiledDefinitions
     from .control import Control, new_control, read_control
     from .ops.adamw import adamw_, device_segments
     from .ops.cross_entropy import (
@@ -30,6 +31,7 @@ if __name__ != "kernels":
     from .reference import Join, Norm
 
 __all__ = [
+    "CompiledDefinitions",
     "Control",
     "Join",
     "Norm",

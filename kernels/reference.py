@@ -96,16 +96,25 @@ def norm(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The norm of the stored `x` [..., H] over its last dimension, times `weight` plus `bias`."""
+    return norm_with_statistics(x, weight, bias, norm, out_dtype or x.dtype)[0]
+
+
+def norm_with_statistics(
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(the norm, mean [rows] (empty for RMSNorm), rstd [rows]), as the operators return them."""
     math_dtype = compute_dtype(x, weight)
     centred = x.to(math_dtype)
+    mean = centred.new_empty(0)
     if not norm.rms:
-        centred = centred - centred.mean(-1, keepdim=True)
+        mean = centred.mean(-1, keepdim=True)
+        centred = centred - mean
     variance = centred.square().mean(-1, keepdim=True)
     rstd = (variance + norm.eps).rsqrt()
     out = centred * rstd * weight.to(math_dtype)
     if bias is not None:
         out = out + bias.to(math_dtype)
-    return out.to(out_dtype or x.dtype)
+    return out.to(out_dtype), mean.flatten(), rstd.flatten()
 
 
 def scaled_residual_norm(
@@ -118,8 +127,23 @@ def scaled_residual_norm(
     norm_of_y: Norm,
 ) -> tuple[Tensor, Tensor]:
     """(y, out): the new residual stream, in the residual's dtype, and its norm, in the branch's."""
+    return residual_norm_with_statistics(
+        residual, branch, branch_bias, weight, bias, join, norm_of_y
+    )[:2]
+
+
+def residual_norm_with_statistics(
+    residual: Tensor,
+    branch: Tensor,
+    branch_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    join: Join,
+    norm_of_y: Norm,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y, out, mean, rstd), as the operators return them."""
     y = scaled_add(residual, branch, branch_bias, join)
-    return y, norm(y, weight, bias, norm_of_y, branch.dtype)
+    return y, *norm_with_statistics(y, weight, bias, norm_of_y, branch.dtype)
 
 
 # Constants of Philox 4x32: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC 2011).

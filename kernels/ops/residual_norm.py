@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compiled import CompiledDefinitions, server_of
 from ..cpu import residual_norm as cpu
 from ..launch import (
     WIDEST_IN_REGISTERS,
@@ -473,18 +474,20 @@ class _ResidualNorm(torch.autograd.Function):
         norm: Norm,
         out_dtype: torch.dtype,
         sink: Sink | None,
+        compiled: CompiledDefinitions | None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         if branch is None:
             y = residual
-            out, mean, rstd = _norm_forward(residual, weight, bias, norm, out_dtype)
+            norm_forward = compiled.norm_forward if compiled else _norm_forward
+            out, mean, rstd = norm_forward(residual, weight, bias, norm, out_dtype)
         else:
-            y, out, mean, rstd = _residual_norm_forward(
-                residual, branch, branch_bias, weight, bias, join, norm
-            )
+            forward = compiled.residual_norm_forward if compiled else _residual_norm_forward
+            y, out, mean, rstd = forward(residual, branch, branch_bias, weight, bias, join, norm)
         # x_hat is not saved: the backward recomputes it from y.
         ctx.save_for_backward(y, mean, rstd, weight)
         # The gradient of an unused output is None, not a tensor of zeros.
         ctx.set_materialize_grads(False)
+        ctx.compiled = compiled
         ctx.join = join
         ctx.norm = norm
         ctx.has_branch = branch is not None
@@ -501,16 +504,16 @@ class _ResidualNorm(torch.autograd.Function):
         if d_out is None:
             d_out = torch.zeros(y.shape, dtype=ctx.out_dtype, device=y.device)
         _, bias, branch_bias = ctx.receivers
-        has_bias = bias is not None
-        has_branch_bias = branch_bias is not None
-        d_residual, d_branch, partials = _residual_norm_backward(
-            d_y, d_out, y, mean, rstd, weight,
-            ctx.has_branch, has_bias, has_branch_bias, ctx.join, ctx.norm,
-        )  # fmt: skip
+        has = (ctx.has_branch, bias is not None, branch_bias is not None)
+        compiled = ctx.compiled
+        backward = compiled.residual_norm_backward if compiled else _residual_norm_backward
+        d_residual, d_branch, partials = backward(
+            d_y, d_out, y, mean, rstd, weight, *has, ctx.join, ctx.norm
+        )
         d_weight, d_bias, d_branch_bias = vector_gradients(partials, ctx.receivers, ctx.sink)
         if not ctx.has_branch:
             d_branch = None
-        return d_residual, d_branch, d_branch_bias, d_weight, d_bias, None, None, None, None
+        return d_residual, d_branch, d_branch_bias, d_weight, d_bias, *[None] * 5
 
 
 _residual_norm: Callable[..., Any] = _ResidualNorm.apply
@@ -525,6 +528,7 @@ def scaled_residual_norm(
     join: Join,
     norm: Norm,
     sink: Sink | None = None,
+    compiled: CompiledDefinitions | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Add a branch to the residual stream and norm the sum; returns (y, out).
 
@@ -534,11 +538,13 @@ def scaled_residual_norm(
     `residual`, `branch` [..., H]; `branch_bias`, `weight`, `bias` [H]. `y` has the residual's dtype
     and is rounded before its statistics are computed; `out` has the branch's dtype. Statistics are
     float32, or float64 for float64 inputs. With a `sink` the three vectors must be parameters, and
-    their gradients go there and not through autograd.
+    their gradients go there and not through autograd. `compiled` runs in place of the operators on
+    the tensors that it serves.
 
     Raises ValueError if dropout_p > 0 without a seed, or if norm.kind is unknown.
     """
-    y, out = _residual_norm(residual, branch, branch_bias, weight, bias, join, norm, None, sink)
+    how = (join, norm, None, sink, server_of(residual, compiled))
+    y, out = _residual_norm(residual, branch, branch_bias, weight, bias, *how)
     return y, out
 
 
@@ -549,13 +555,13 @@ def norm(
     settings: Norm,
     out_dtype: torch.dtype | None = None,
     sink: Sink | None = None,
+    compiled: CompiledDefinitions | None = None,
 ) -> Tensor:
     """The norm of `x` [..., H] over its last dimension, times `weight` plus `bias`, both [H].
 
-    The result is in `out_dtype` (default: that of `x`). For `sink` and errors see
-    `scaled_residual_norm`.
+    The result is in `out_dtype` (default: that of `x`). For `sink`, `compiled` and errors
+    see `scaled_residual_norm`.
     """
-    out: Tensor = _residual_norm(
-        x, None, None, weight, bias, _NO_BRANCH, settings, out_dtype or x.dtype, sink
-    )
+    how = (_NO_BRANCH, settings, out_dtype or x.dtype, sink, server_of(x, compiled))
+    out: Tensor = _residual_norm(x, None, None, weight, bias, *how)
     return out

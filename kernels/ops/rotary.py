@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compiled import CompiledDefinitions, server_of
 from ..cpu import pointwise as cpu
 from ..launch import rotary_shape
 from ..library import first_derivative, register
@@ -130,33 +131,57 @@ class _Rotary(torch.autograd.Function):
     """The gradient is the inverse rotation of the result's."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        inverse: bool,
+        compiled: CompiledDefinitions | None,
+    ) -> Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.inverse = inverse
-        return _rotary(x, cos, sin, inverse)
+        ctx.rotate = compiled.rotary if compiled else _rotary
+        rotated: Tensor = ctx.rotate(x, cos, sin, inverse)
+        return rotated
 
     @staticmethod
     @first_derivative
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None, None, None, None]:
         cos, sin = ctx.saved_tensors
-        return _rotary(d_out, cos, sin, not ctx.inverse), None, None, None
+        return ctx.rotate(d_out, cos, sin, not ctx.inverse), None, None, None, None
 
 
-_differentiable_rotary: Callable[[Tensor, Tensor, Tensor, bool], Tensor] = _Rotary.apply
+_differentiable_rotary: Callable[..., Tensor] = _Rotary.apply
 
 
-def rotary(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
+def rotary(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    inverse: bool = False,
+    compiled: CompiledDefinitions | None = None,
+) -> Tensor:
     """Rotate the pairs (i, i + D/2) of `x` [S, B, N, D]; `inverse` rotates back.
 
     `cos` and `sin` of the angles are float32 [S, 1 or B, D/2]. Only the last dimension of `x` must
     be contiguous; the result is contiguous. The gradient goes to `x` alone.
+    `compiled` runs in place of the operator on the tensors that it serves.
     """
-    return _differentiable_rotary(x, cos, sin, inverse)
+    return _differentiable_rotary(x, cos, sin, inverse, server_of(x, compiled))
 
 
-def rotary_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> None:
+def rotary_(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    inverse: bool = False,
+    compiled: CompiledDefinitions | None = None,
+) -> None:
     """`rotary` in place, without autograd.
 
     It is for a tensor that no backward has saved, such as a view of the fused QKV projection.
     """
-    _rotary_in_place(x, cos, sin, inverse)
+    compiled = server_of(x, compiled)
+    rotate = compiled.rotary_ if compiled else _rotary_in_place
+    rotate(x, cos, sin, inverse)

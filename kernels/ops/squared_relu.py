@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compiled import CompiledDefinitions, server_of
 from ..cpu import pointwise as cpu
 from ..launch import block_shape, options
 from ..library import first_derivative, register
@@ -89,19 +90,26 @@ _squared_relu_backward = register(
 
 class _SquaredReLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, compiled: CompiledDefinitions | None) -> Tensor:
         ctx.save_for_backward(x)
-        return _squared_relu_forward(x)
+        ctx.compiled = compiled
+        forward = compiled.squared_relu_forward if compiled else _squared_relu_forward
+        return forward(x)
 
     @staticmethod
     @first_derivative
-    def backward(ctx: Any, d_out: Tensor) -> Tensor:
-        return _squared_relu_backward(d_out, ctx.saved_tensors[0])
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None]:
+        compiled = ctx.compiled
+        backward = compiled.squared_relu_backward if compiled else _squared_relu_backward
+        return backward(d_out, ctx.saved_tensors[0]), None
 
 
-_squared_relu: Callable[[Tensor], Tensor] = _SquaredReLU.apply
+_squared_relu: Callable[[Tensor, CompiledDefinitions | None], Tensor] = _SquaredReLU.apply
 
 
-def squared_relu(x: Tensor) -> Tensor:
-    """`max(x, 0)^2`, any shape; saves its input."""
-    return _squared_relu(x)
+def squared_relu(x: Tensor, compiled: CompiledDefinitions | None = None) -> Tensor:
+    """`max(x, 0)^2`, any shape; saves its input.
+
+    compiled: what runs in place of the operator on the tensors that it serves.
+    """
+    return _squared_relu(x, server_of(x, compiled))

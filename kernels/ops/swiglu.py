@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compiled import CompiledDefinitions, server_of
 from ..cpu import pointwise as cpu
 from ..launch import pointwise_shape
 from ..library import first_derivative, register
@@ -153,19 +154,25 @@ _swiglu_backward = register(
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate_up: Tensor, compiled: CompiledDefinitions | None) -> Tensor:
         ctx.save_for_backward(gate_up)
-        return _swiglu_forward(gate_up)
+        ctx.compiled = compiled
+        forward = compiled.swiglu_forward if compiled else _swiglu_forward
+        return forward(gate_up)
 
     @staticmethod
     @first_derivative
-    def backward(ctx: Any, d_out: Tensor) -> Tensor:
-        return _swiglu_backward(d_out, ctx.saved_tensors[0])
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None]:
+        backward = ctx.compiled.swiglu_backward if ctx.compiled else _swiglu_backward
+        return backward(d_out, ctx.saved_tensors[0]), None
 
 
-_swiglu: Callable[[Tensor], Tensor] = _SwiGLU.apply
+_swiglu: Callable[[Tensor, CompiledDefinitions | None], Tensor] = _SwiGLU.apply
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
-    """`silu(gate) * up` for [..., 2F] = [gate | up] -> [..., F]; saves its input."""
-    return _swiglu(gate_up)
+def swiglu(gate_up: Tensor, compiled: CompiledDefinitions | None = None) -> Tensor:
+    """`silu(gate) * up` for [..., 2F] = [gate | up] -> [..., F]; saves its input.
+
+    compiled: what runs in place of the operator on the tensors that it serves.
+    """
+    return _swiglu(gate_up, server_of(gate_up, compiled))

@@ -206,18 +206,6 @@ def _tensor_parallel(config: Config) -> Iterator[Problem]:
             )
 
 
-def _compile(config: Config) -> Iterator[Problem]:
-    """What torch.compile would compile again and again."""
-    flash = config.model.attention_backend == "flash_attention"
-    if config.training.compile and flash and config.data.reset_at_document_ends:
-        yield (
-            "training.compile = true does not go with model.attention_backend = flash_attention "
-            "and data.reset_at_document_ends = true: the number of documents, a shape, changes "
-            "with every micro-batch, and each new one would be compiled anew. "
-            "Use model.attention_backend = auto, or training.compile = false."
-        )
-
-
 def _pipeline(config: Config) -> Iterator[Problem]:
     """The pipeline's schedule and chunks, and the stages."""
     parallel = config.parallel
@@ -527,7 +515,6 @@ def _plain(number: float) -> str:
 RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _model,
     _attention_backend,
-    _compile,
     _completep,
     _tensor_parallel,
     _pipeline,

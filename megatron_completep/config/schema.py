@@ -331,7 +331,10 @@ class TrainingConfig(Section):
         "auto",
         description="Float32 products on a CPU; auto: onednn on AMD with AVX-512, else torch.",
     )
-    compile: bool = Field(False, description="torch.compile the regions between linears.")
+    compile: bool = Field(
+        False,
+        description="Operations between products as torch.compile's: on a CPU in float32 and bf16.",
+    )
     deterministic: bool = Field(
         False,
         description="Algorithms that repeat their bits only, which bit-equal resumes on a GPU need "

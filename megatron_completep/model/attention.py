@@ -22,6 +22,7 @@ from megatron_completep.model.attention_kernels import AttentionCall, choose_ker
 from megatron_completep.model.flash import flash_attention
 from megatron_completep.model.norm import Norm
 from megatron_completep.model.stream import Branch
+from megatron_completep.model.wide_attention import float32_attention, pays_in_float32
 from megatron_completep.parallel.layer_context import LayerContext
 from megatron_completep.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_completep.parallel.micro_batch import MicroBatchSizes
@@ -85,7 +86,7 @@ class Attention(nn.Module):
         tensor_ranks = context.ranks.tensor.size
         self.layer = layer
         self.recompute_selectively = recompute_selectively
-        self.attend = attend
+        self.compiled = context.compiled
         self.head_dim = size
         self.scale = table.attention_scale
         self.backend = model.attention_backend
@@ -119,11 +120,9 @@ class Attention(nn.Module):
         arguments = (q, k, v, inputs, self.scale, self.backend)
         if self.recompute_selectively and torch.is_grad_enabled():
             # Attention proper draws no random numbers, so their state need not be kept.
-            mixed = checkpoint(
-                self.attend, *arguments, use_reentrant=False, preserve_rng_state=False
-            )
+            mixed = checkpoint(attend, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
-            mixed = self.attend(*arguments)
+            mixed = attend(*arguments)
         # [B, N, S, D] -> [S, B, N D], the layout of the stream.
         out = self.output(mixed.permute(2, 0, 1, 3).flatten(2))
         return Branch(out, self.output.bias)
@@ -155,7 +154,9 @@ class Attention(nn.Module):
         sin = inputs.sin
         heads = (self.num_heads, self.num_groups, self.head_dim)
         if self.q_norm is None or self.k_norm is None:
-            q, k, v = _SplitHeads.apply(qkv, cos, sin, *heads)  # type: ignore[no-untyped-call]
+            q, k, v = _SplitHeads.apply(  # type: ignore[no-untyped-call]
+                qkv, cos, sin, *heads, self.compiled
+            )
         elif cos is not None and sin is not None:
             # One pass reads the projection and writes what attention reads.
             q, k, v = kernels.normed_heads(
@@ -169,7 +170,9 @@ class Attention(nn.Module):
                 self.q_norm.queue,
             )
         else:
-            q, k, v = _SplitHeads.apply(qkv, None, None, *heads)  # type: ignore[no-untyped-call]
+            q, k, v = _SplitHeads.apply(  # type: ignore[no-untyped-call]
+                qkv, None, None, *heads, self.compiled
+            )
             q = self.q_norm(q)
             k = self.k_norm(k)
         return q.permute(1, 2, 0, 3), k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3)
@@ -201,6 +204,8 @@ def attend(
         return flash_attention(q, k, v, scale, inputs.document_starts)
     # One query (the next token of a generation) sees all keys.
     causal = inputs.bias is None and q.shape[2] > 1
+    if causal and pays_in_float32(q, k):
+        return float32_attention(q, k, v, scale)
     call = AttentionCall(
         device_type=q.device.type,
         queries=q.shape[2],
@@ -244,25 +249,26 @@ class _SplitHeads(torch.autograd.Function):
         num_heads: int,
         num_groups: int,
         head_dim: int,
+        compiled: kernels.CompiledDefinitions | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         heads = qkv.detach().view(*qkv.shape[:-1], num_heads + 2 * num_groups, head_dim)
         if cos is not None and sin is not None:
-            kernels.rotary_(heads[:, :, : num_heads + num_groups], cos, sin, False)
+            rotated = heads[:, :, : num_heads + num_groups]
+            kernels.rotary_(rotated, cos, sin, False, compiled)
+        ctx.compiled = compiled
         ctx.save_for_backward(cos, sin)
         ctx.rotated = num_heads + num_groups
         q, k, v = heads.split_with_sizes((num_heads, num_groups, num_groups), dim=2)
         return q, k, v
 
     @staticmethod
-    def backward(
-        ctx: Any, d_q: Tensor, d_k: Tensor, d_v: Tensor
-    ) -> tuple[Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, d_q: Tensor, d_k: Tensor, d_v: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         # Rotation is orthogonal: its gradient is the inverse rotation.
         d_heads = torch.cat((d_q, d_k, d_v), dim=2)
         if cos is not None:
-            kernels.rotary_(d_heads[:, :, : ctx.rotated], cos, sin, True)
-        return d_heads.flatten(2), None, None, None, None, None
+            kernels.rotary_(d_heads[:, :, : ctx.rotated], cos, sin, True, ctx.compiled)
+        return d_heads.flatten(2), None, None, None, None, None, None
 
 
 def causal_bias(

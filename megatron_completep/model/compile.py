@@ -1,29 +1,41 @@
-"""torch.compile over the regions between linears.
-
-A linear, a norm and the rotation hand weight gradients to a queue or work in place: side effects of
-Python that a whole-graph compile refuses. Attention proper and the activation, which lie between
-them, are the same function in every layer, so that one graph of each serves the whole model.
-"""
+"""What training.compile turns on: the operations between products as their compiled definitions."""
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 
-from megatron_completep.model.attention import Attention, attend
-from megatron_completep.model.gpt import GPT
-from megatron_completep.model.mlp import ACTIVATIONS, MLP
+from megatron_completep import kernels
+from megatron_completep.errors import ConfigError
 
 
-def compile_regions(chunk: GPT, backend: str = "inductor") -> None:
-    """Compile the regions of every block of a chunk, in place.
+def compiled_definitions(
+    asked: bool, device: torch.device, precision: torch.dtype
+) -> kernels.CompiledDefinitions | None:
+    """What a model computes with between its products; None: the operators of `kernels`.
 
-    Shapes are static: a micro-batch of another shape is compiled anew.
+    asked: training.compile. On a GPU each of the operators is one kernel already, and in float64
+        the operators are kept, so that results do not depend on a compiler: None there, too.
+
+    Raises ConfigError where there is no C++ compiler, which Inductor needs.
     """
-    activation = ACTIVATIONS[chunk.config.activation]
-    compiled_attend = torch.compile(attend, backend=backend, dynamic=False)
-    compiled_activation = torch.compile(activation, backend=backend, dynamic=False)
-    for module in chunk.modules():
-        if isinstance(module, Attention):
-            module.attend = compiled_attend
-        elif isinstance(module, MLP):
-            module.activation = compiled_activation
+    if not asked or device.type != "cpu" or precision == torch.float64:
+        return None
+    require_compiler()
+    return kernels.CompiledDefinitions()
+
+
+def require_compiler() -> None:
+    """Raises ConfigError where Inductor finds no C++ compiler."""
+    # Inductor is slow to import, and only such a run needs it.
+    builder = importlib.import_module("torch._inductor.cpp_builder")
+    missing = importlib.import_module("torch._inductor.exc").InvalidCxxCompiler
+    try:
+        builder.get_cpp_compiler()
+    except missing as error:
+        raise ConfigError(
+            "training.compile = true needs a C++ compiler on a CPU, and none was found. "
+            "Install g++, or name one in the environment variable CXX, "
+            "or use training.compile = false."
+        ) from error

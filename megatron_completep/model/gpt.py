@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from megatron_completep import kernels
 from megatron_completep.completep import Table
 from megatron_completep.config.derived import head_dim
 from megatron_completep.config.schema import ModelConfig
@@ -59,6 +60,7 @@ class GPT(nn.Module):
         loss: LossConfig | None = None,
         recompute: str = "none",
         products: Products | None = None,
+        compiled: kernels.CompiledDefinitions | None = None,
         branches: Mapping[str, BranchMaker] = BRANCHES,
     ):
         super().__init__()
@@ -76,7 +78,8 @@ class GPT(nn.Module):
         self.first_branch = chunk_range.start * len(branches)
         self._rotary: tuple[Tensor, Tensor] | None = None
 
-        layer_context = LayerContext(context, self.queue, products or Products(), self.own_losses)
+        products = products or Products()
+        layer_context = LayerContext(context, self.queue, products, self.own_losses, compiled)
         if chunk_range.has_embedding:
             self._add_embeddings(layer_context)
         # The optimizer lays out parameters in reverse order of registration, which is backward

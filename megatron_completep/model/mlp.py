@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,20 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swiglu": kernels.swiglu,
 }
 GATED = frozenset({"swiglu"})  # activations that read gate and up, each of the inner width
+# Those that may be compiled. torch's own are one pass already.
+OURS: dict[str, Callable[..., Tensor]] = {
+    "squared_relu": kernels.squared_relu,
+    "swiglu": kernels.swiglu,
+}
+
+
+def activation_of(
+    name: str, compiled: kernels.CompiledDefinitions | None
+) -> Callable[[Tensor], Tensor]:
+    """The activation of this name; one of ours is taken from `compiled`, where that serves it."""
+    if compiled is None or name not in OURS:
+        return ACTIVATIONS[name]
+    return partial(OURS[name], compiled=compiled)
 
 
 class MLP(nn.Module):
@@ -54,7 +69,7 @@ class MLP(nn.Module):
         matrices = {"gate": ffn, "up": ffn} if model.activation in GATED else {"up": ffn}
         base_hidden = table.base_hidden_size
         base_ffn = table.base_ffn_hidden_size
-        self.activation = ACTIVATIONS[model.activation]
+        self.activation = activation_of(model.activation, context.compiled)
         self.recompute_selectively = recompute_selectively
         self.up = ColumnParallelLinear(hidden, matrices, base_hidden, model.bias, context)
         self.down = RowParallelLinear(ffn, hidden, base_ffn, model.bias, context)

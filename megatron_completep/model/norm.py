@@ -43,6 +43,7 @@ class Norm(nn.Module):
         super().__init__()
         self.norm = norm
         self.queue = context.queue
+        self.compiled = context.compiled
         gain = Spec(
             role,
             (size,),
@@ -57,7 +58,8 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """norm(x), [..., size] in the weight's type."""
-        return kernels.norm(x, self.weight, self.bias, self.norm, self.weight.dtype, self.queue)
+        dtype = self.weight.dtype
+        return kernels.norm(x, self.weight, self.bias, self.norm, dtype, self.queue, self.compiled)
 
     def statistics_bytes(self, rows: int, sizes: MicroBatchSizes) -> int:
         """Bytes kept for backward beside the input: each row's inverse deviation, and its mean."""
@@ -101,6 +103,7 @@ class StreamNorm(Norm):
             self.join.under(stream.branch_seed()),
             self.norm,
             self.queue,
+            self.compiled,
         )
         return stream.joined(residual), normed
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import accumulate
 
+from megatron_completep import kernels
 from megatron_completep.completep import Table
 from megatron_completep.config.derived import head_dim, num_query_groups
 from megatron_completep.config.schema import ModelConfig, ParallelConfig
@@ -81,10 +82,11 @@ def build_chunks(
     loss: LossConfig | None = None,
     recompute: str = "none",
     products: Products | None = None,
+    compiled: kernels.CompiledDefinitions | None = None,
 ) -> list[GPT]:
     """This rank's part of the model, float32 and not initialized: one chunk a virtual stage."""
     stages = split_stages(model, parallel)
     return [
-        GPT(model, table, context, stages[index], loss, recompute, products)
+        GPT(model, table, context, stages[index], loss, recompute, products, compiled)
         for index in stage_indices(parallel, context)
     ]

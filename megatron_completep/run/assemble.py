@@ -12,7 +12,8 @@ import torch
 
 from megatron_completep.completep import Table, table_of
 from megatron_completep.config.schema import Config
-from megatron_completep.model.compile import compile_regions
+from megatron_completep.kernels import CompiledDefinitions
+from megatron_completep.model.compile import compiled_definitions
 from megatron_completep.model.flash import prepare_backend
 from megatron_completep.model.gpt import GPT
 from megatron_completep.model.initialize import initialize
@@ -82,18 +83,22 @@ def build_model(
     context: ParallelContext,
     precision: torch.dtype,
     products: Products,
+    compiled: CompiledDefinitions | None = None,
 ) -> list[GPT]:
-    """This rank's chunks with their initial weights, in float32 (float64 for float64 runs)."""
+    """This rank's chunks with their initial weights, in float32 (float64 for float64 runs).
+
+    compiled: used in place of what training.compile asks for.
+    """
     training = config.training
     loss = LossConfig.of(training)
     prepare_backend(config.model.attention_backend, context.device)
+    if compiled is None:
+        compiled = compiled_definitions(training.compile, context.device, precision)
     chunks = build_chunks(
-        config.model, table, config.parallel, context, loss, training.recompute, products
+        config.model, table, config.parallel, context, loss, training.recompute, products, compiled
     )
     for chunk in chunks:
         initialize(chunk, table, config.optimizer, training.seed)
         if precision == torch.float64:
             chunk.double()
-        if training.compile:
-            compile_regions(chunk)
     return chunks

@@ -139,17 +139,6 @@ RULES = [
         "parallel.tensor_parallel_size = 4 does not divide model.num_query_groups = 2",
     ),
     (
-        [
-            "training.compile=true",
-            "model.attention_backend=flash_attention",
-            "data.reset_at_document_ends=true",
-        ],
-        (
-            "training.compile = true does not go with model.attention_backend = flash_attention "
-            "and data.reset_at_document_ends = true: "
-        ),
-    ),
-    (
         ["parallel.pipeline_parallel_size=9"],
         (
             "parallel.pipeline_parallel_size x virtual_pipeline_size = 9 x 1 makes 9 stages of "

@@ -27,8 +27,11 @@ FITTING = [
     ["model.head_dim=15", "model.position=alibi"],
     ["model.num_query_groups=4", "parallel.tensor_parallel_size=4"],
     ["model.num_query_groups=8", "parallel.tensor_parallel_size=4"],
-    ["training.compile=true", "model.attention_backend=flash_attention"],
-    ["training.compile=true", "data.reset_at_document_ends=true"],
+    [
+        "training.compile=true",
+        "model.attention_backend=flash_attention",
+        "data.reset_at_document_ends=true",
+    ],
     ["parallel.tensor_parallel_size=16"],
     ["parallel.tensor_parallel_size=8", "model.seq_length=100"],
     ["parallel.pipeline_parallel_size=3"],

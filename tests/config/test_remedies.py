@@ -63,13 +63,6 @@ IN_WORDS = {
         ["completep.alpha=1"],
         ["completep.parameterization=completep"],
     ],
-    (
-        "training.compile=true model.attention_backend=flash_attention "
-        "data.reset_at_document_ends=true"
-    ): [
-        ["model.attention_backend=auto"],
-        ["training.compile=false"],
-    ],
     "parallel.pipeline_parallel_size=9": [["parallel.pipeline_parallel_size=8"]],
     "parallel.virtual_pipeline_size=2": [["parallel.virtual_pipeline_size=1"]],
     "parallel.virtual_pipeline_size=2 parallel.pipeline_parallel_size=2": [

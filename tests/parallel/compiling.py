@@ -1,43 +1,37 @@
-"""Workers that train the same small run with and without torch.compile."""
+"""Workers that train the same small run with the operators and with the compiled definitions."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_completep.model.compile import compile_regions
+from megatron_completep.kernels import CompiledDefinitions
 from tests.parallel.counting import build_step, run_config
 
 Result = tuple[list[float], dict[str, Tensor]]
+Sections = dict[str, dict[str, Any]]
+Backend = str | Callable[..., Any]
 
 
-def train_twice(
-    rank: int, sections: dict[str, dict[str, Any]], backend: str
-) -> tuple[Result, Result, int]:
-    """Losses and final parameters without and with compiled regions,
+def train_twice(rank: int, sections: Sections, backend: Backend) -> tuple[Result, Result, int]:
+    """Losses and final parameters without and with compiled definitions,
     and how many graphs were compiled.
     """
-    return train(rank, sections, None), *train_compiled(rank, sections, backend)
-
-
-def train_compiled(
-    rank: int, sections: dict[str, dict[str, Any]], backend: str
-) -> tuple[Result, int]:
+    plain = train(rank, sections, None)
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
-    result = train(rank, sections, backend)
-    return result, counters["stats"]["unique_graphs"]
+    compiled = train(rank, sections, CompiledDefinitions(backend))
+    assert not counters["graph_break"], counters["graph_break"]
+    return plain, compiled, counters["stats"]["unique_graphs"]
 
 
-def train(rank: int, sections: dict[str, dict[str, Any]], backend: str | None) -> Result:
+def train(rank: int, sections: Sections, compiled: CompiledDefinitions | None) -> Result:
     """Three steps of the training step of `pretrain`."""
-    step, batches, _ = build_step(rank, run_config(sections))
-    if backend is not None:
-        for chunk in step.forward_backward.chunks:
-            compile_regions(chunk, backend)
+    step, batches, _ = build_step(rank, run_config(sections), compiled)
     losses = [step.run(batches, number).read().loss for number in (1, 2, 3)]
     step.optimizer.wait_for_parameters()
     return losses, {

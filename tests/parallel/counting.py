@@ -10,9 +10,11 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_completep.benchmarks.training_benchmark import BenchmarkSettings, random_batch
+from megatron_completep.completep import table_of
 from megatron_completep.config.derived import micro_batches_per_step
 from megatron_completep.config.schema import Config
 from megatron_completep.data.loader import Batch
+from megatron_completep.kernels import CompiledDefinitions
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.planning.communication import (
     ALL_GATHER,
@@ -21,7 +23,7 @@ from megatron_completep.planning.communication import (
     SEND,
     collectives_per_step,
 )
-from megatron_completep.run.assemble import assemble
+from megatron_completep.run.assemble import assemble, build_model
 from megatron_completep.run.step import TrainingStep
 from tests.parallel.layouts import SPREAD_MODEL
 from tests.support.configs import Sections, merged, small_config
@@ -82,10 +84,17 @@ def run_config(sections: Sections) -> Config:
     return small_config(**merged(base, sections))
 
 
-def build_step(rank: int, config: Config) -> tuple[TrainingStep, list[Batch], ParallelContext]:
-    """The training step of `pretrain` in the process group at hand, and this rank's batches."""
+def build_step(
+    rank: int, config: Config, compiled: CompiledDefinitions | None = None
+) -> tuple[TrainingStep, list[Batch], ParallelContext]:
+    """The training step of `pretrain` in the process group at hand, and this rank's batches.
+
+    compiled: in place of what training.compile asks for.
+    """
     context = context_on(rank, config.parallel)
-    step = assemble(config, context).step
+    table = table_of(config)
+    chunks = build_model(config, table, context, torch.float32, compiled) if compiled else None
+    step = assemble(config, context, table, chunks).step
     batch = random_batch(BenchmarkSettings(config.model, config.training.micro_batch_size))
     return step, [batch] * micro_batches_per_step(config, context.world_size), context
 

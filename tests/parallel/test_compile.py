@@ -1,11 +1,15 @@
-"""torch.compile of the regions between linears changes no number, in any layout."""
+"""Compiled definitions between the products change no number, in any layout."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+import torch._inductor
 
-from megatron_completep.model.attention import attend
+from megatron_completep.errors import ConfigError
+from megatron_completep.model.compile import compiled_definitions
 from tests.parallel.compiling import train_twice
 from tests.parallel.counting import build_step, run_config
 
@@ -53,11 +57,11 @@ def compare(pool, name: str, backend: str, tolerance: float) -> None:
         for key, value in parameters.items():
             assert (compiled[key] - value).norm() <= tolerance * value.norm().clamp_min(1e-3), key
         graphs += count
-    assert graphs >= 2  # attention and the activation were really compiled
+    assert graphs >= 2  # at least the first norm and the others were really compiled
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_compiled_regions_give_equal_losses_and_parameters(pool, name):
+def test_traced_definitions_give_equal_losses_and_parameters(pool, name):
     """aot_eager traces forward and backward and runs the same kernels:
     equal but for the order of a few additions.
     """
@@ -72,18 +76,36 @@ def test_inductor_gives_equal_losses_and_parameters(pool, name):
     compare(pool, name, "inductor", 1e-4)
 
 
-def compiled_blocks(rank: int, compile_them: bool) -> list[bool]:
-    step, _, _ = build_step(rank, run_config({"training": {"compile": compile_them}}))
+def definitions_of_layers(rank: int, sections: dict[str, Any]) -> list[bool]:
+    """Whether each norm before a branch was handed compiled definitions."""
+    step, _, _ = build_step(rank, run_config(sections))
     blocks = [block for chunk in step.forward_backward.chunks for _, block in chunk.blocks()]
-    return [block.attention.attend is not attend for block in blocks]
+    return [norm.compiled is not None for block in blocks for norm, _ in block.branches]
 
 
 @pytest.mark.parametrize("compile_them", [True, False])
-def test_the_setting_decides_whether_regions_are_compiled(pool, compile_them):
-    assert pool.run(1, compiled_blocks, compile_them) == [[compile_them] * 4]
+def test_the_setting_decides_whether_definitions_are_compiled(pool, compile_them):
+    sections = {"training": {"compile": compile_them}}
+    assert pool.run(1, definitions_of_layers, sections) == [[compile_them] * 8]
 
 
-def test_a_compiled_region_that_computes_something_else_is_caught(pool):
+def test_float64_and_gpus_keep_their_operators():
+    cpu = torch.device("cpu")
+    assert compiled_definitions(True, cpu, torch.bfloat16) is not None  # the control
+    assert compiled_definitions(True, cpu, torch.float64) is None
+    assert compiled_definitions(True, torch.device("cuda"), torch.bfloat16) is None
+    assert compiled_definitions(False, cpu, torch.float32) is None
+
+
+def test_a_machine_without_a_compiler_is_told_what_to_do():
+    with (
+        torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}),
+        pytest.raises(ConfigError, match=r"training\.compile = true needs a C\+\+ compiler.*CXX"),
+    ):
+        compiled_definitions(True, torch.device("cpu"), torch.float32)
+
+
+def test_a_compiler_that_computes_something_else_is_caught(pool):
     """Negative control: a backend that scales what it compiles."""
     with pytest.raises(AssertionError):
         compare(pool, "one process's layout", wrong_backend, 1e-5)  # type: ignore[arg-type]

@@ -71,6 +71,7 @@ class GPT(nn.Module):
         self.queue = GradientQueue()
         self.own_losses = LossLedger()
         self.join = join_of(model, table)
+        self.branch_makers = branches
         # Index of this chunk's first branch in the whole model; dropout is seeded per branch.
         self.first_branch = chunk_range.start * len(branches)
         self._rotary: tuple[Tensor, Tensor] | None = None

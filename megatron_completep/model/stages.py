@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import accumulate
 
 from megatron_completep.completep import Table
 from megatron_completep.config.derived import head_dim, num_query_groups
 from megatron_completep.config.schema import ModelConfig, ParallelConfig
+from megatron_completep.model.block import BRANCHES, BranchMaker
 from megatron_completep.model.gpt import GPT, ChunkRange
 from megatron_completep.model.mlp import GATED
 from megatron_completep.parallel.context import ParallelContext
@@ -64,9 +66,11 @@ def stage_indices(parallel: ParallelConfig, context: ParallelContext) -> list[in
     return [context.pipeline.rank + chunk * size for chunk in range(parallel.virtual_pipeline_size)]
 
 
-def whole_model(model: ModelConfig, table: Table) -> GPT:
+def whole_model(
+    model: ModelConfig, table: Table, branches: Mapping[str, BranchMaker] = BRANCHES
+) -> GPT:
     """The model as one process would hold it, on the meta device: without memory."""
-    return GPT(model, table, ParallelContext.single("meta"))
+    return GPT(model, table, ParallelContext.single("meta"), branches=branches)
 
 
 def build_chunks(

@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_completep.config.schema import ModelConfig, ParallelConfig
 from megatron_completep.model.gpt import GPT
-from megatron_completep.model.stages import stage_indices
+from megatron_completep.model.stages import stage_indices, whole_model
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.cross_entropy import LossConfig
 from megatron_completep.parallel.pipeline import Pipeline
@@ -56,7 +55,7 @@ class ForwardBackward:
         micro_batch_size: int,
         loss: LossConfig | None = None,
     ):
-        """loss: the objective. Communicates over the pipeline, to learn of other stages' losses."""
+        """loss: the objective."""
         self.chunks = chunks
         self.context = context
         # A chunk may be a caller's own module, which reports neither terms nor own losses.
@@ -157,10 +156,9 @@ def _pipeline(
 
 
 def _names_of_own_losses(chunks: Sequence[GPT], context: ParallelContext) -> tuple[str, ...]:
-    """The names that layers of any stage declared, sorted alike on every rank of the pipeline."""
-    names = {name for chunk in chunks for name in chunk.own_losses.names}
-    if context.pipeline.group is not None:
-        names_of_stages: list[set[str]] = [set() for _ in range(context.pipeline.size)]
-        dist.all_gather_object(names_of_stages, names, group=context.pipeline.group)
-        names = set().union(*names_of_stages)
-    return tuple(sorted(names))
+    """The names that layers of any stage declare, sorted alike on every rank of the pipeline."""
+    if context.pipeline.size == 1:
+        return chunks[0].own_losses.names
+    # Other stages may have layers with other losses: a model without memory has them all.
+    chunk = chunks[0]
+    return whole_model(chunk.config, chunk.table, chunk.branch_makers).own_losses.names

@@ -32,9 +32,9 @@ def write_manifest(folder: Path, text: bytes) -> None:
 
 def manifest_of(folder: Path) -> dict[str, Any]:
     """The manifest without its hash."""
-    value = json.loads((folder / MANIFEST).read_bytes())
-    value.pop("xxh3")
-    return value
+    manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_bytes())
+    manifest.pop("xxh3")
+    return manifest
 
 
 def change_manifest(folder: Path, change: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from megatron_completep.optim.groups import Group
 from megatron_completep.optim.optimizer import DistributedOptimizer
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.cross_entropy import IGNORED
+from megatron_completep.parallel.gradients import main_grad_of
 from megatron_completep.parallel.parameter import Spec
 from megatron_completep.run.assemble import Assembly, assemble
 from megatron_completep.run.forward_backward import MicroBatch
@@ -124,8 +125,8 @@ def micro_batches_of(step: int, config: Config, context: ParallelContext) -> lis
 
 def counted_tokens(batches: list[MicroBatch], context: ParallelContext) -> Tensor:
     """How many labels count; only the first pipeline rank adds them."""
-    counted = sum((batch.labels != IGNORED).sum() for batch in batches)
-    return counted * (context.pipeline.rank == 0)
+    labels = torch.cat([batch.labels for batch in batches])
+    return (labels != IGNORED).sum() * (context.pipeline.rank == 0)
 
 
 def train(rank: int, case: Case) -> Outcome:
@@ -146,7 +147,7 @@ def train(rank: int, case: Case) -> Outcome:
         loss_sum = assembly.step.forward_backward(batches)
         if step == 0:
             for name, parameter in optimizer.shards.parameters.items():
-                gradients[name] = parameter.main_grad.clone()
+                gradients[name] = main_grad_of(parameter).clone()
             runs = sum(queue.runs for queue in optimizer.shards.queues)
         result = optimizer.step(
             config.optimizer.base_lr, loss_sum, counted_tokens(batches, context)
@@ -155,8 +156,8 @@ def train(rank: int, case: Case) -> Outcome:
         norms.append(result.grad_norm.item())
         if step == 0:
             optimizer.wait_for_parameters()
-            for name, parameter in copies(optimizer).items():
-                moved[name] = (parameter - initial[name]).abs().max().item()
+            for name, tensor in copies(optimizer).items():
+                moved[name] = (tensor - initial[name]).abs().max().item()
     optimizer.wait_for_parameters()
     return Outcome(
         (context.tensor.rank, context.data.rank, context.pipeline.rank),

@@ -47,8 +47,10 @@ def export_config(
 
     changes: settings of `model`, and whole sections of the names data, training and parallel.
     """
-    names = [name for name in ("data", "training", "parallel") if name in changes]
-    sections = {name: changes.pop(name) for name in names}
+    sections: dict[str, dict[str, Any]] = {}
+    for name in ("data", "training", "parallel"):
+        if name in changes:
+            sections[name] = changes.pop(name)
     own = {
         "model": {**(FACTORS if factors else {}), **changes},
         "completep": {"alpha": alpha},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,8 +60,12 @@ def plain_table(**changes: Any) -> Table:
 
 def table_with(table: Table, **properties: Any) -> Table:
     """The same table, of which these properties have other values."""
-    members = {name: property(lambda self, v=value: v) for name, value in properties.items()}
+    members = {name: property(partial(_constant, value)) for name, value in properties.items()}
     return as_class(type("Changed", (type(table),), members), table)
+
+
+def _constant(value: Any, _table: Table) -> Any:
+    return value
 
 
 def as_class(kind: type[Table], table: Table) -> Table:

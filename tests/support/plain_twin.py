@@ -34,7 +34,7 @@ class PlainTwin:
         if self.completep.parameterization != "completep":
             return self.model.residual_multiplier
         ratio = self.model.num_layers / (self.completep.base_num_layers or self.model.num_layers)
-        return self.model.residual_multiplier * ratio ** (-self.completep.alpha)
+        return float(self.model.residual_multiplier * ratio ** (-self.completep.alpha))
 
     def logit_multiplier(self) -> float:
         if self.completep.parameterization == "sp":
@@ -47,10 +47,10 @@ class PlainTwin:
         factor = self.model.attention_multiplier
         kind = self.model.attention_scale
         if self.completep.parameterization == "sp" or kind == "1/sqrt(head_dim)":
-            return factor * d**-0.5
+            return float(factor * d**-0.5)
         if kind == "1/head_dim":
             return factor / d
-        return factor * (self.completep.base_head_dim or d) ** 0.5 / d
+        return float(factor * (self.completep.base_head_dim or d) ** 0.5 / d)
 
     def logits(
         self,
@@ -98,7 +98,7 @@ class PlainTwin:
     def mlp(self, x: Tensor, prefix: str, positions: Tensor, document_ids: Tensor) -> Tensor:
         up = self.linear(x, f"{prefix}.up")
         if self.model.activation == "swiglu":
-            gate, up = up.split(self.model.ffn_hidden_size, dim=-1)
+            gate, up = torch.split(up, self.model.ffn_hidden_size, dim=-1)
             inner = gate / (1 + torch.exp(-gate)) * up
         elif self.model.activation == "gelu":
             inner = 0.5 * up * (1 + torch.erf(up / math.sqrt(2)))
@@ -113,8 +113,10 @@ class PlainTwin:
         d = self.head_dim
         heads = self.model.num_attention_heads
         groups = self.model.num_query_groups or heads
-        q, k, v = self.linear(x, f"{prefix}.qkv").split((heads * d, groups * d, groups * d), dim=-1)
-        q, k, v = (t.unflatten(-1, (-1, d)).transpose(1, 2) for t in (q, k, v))  # [B, heads, S, D]
+        sizes = [heads * d, groups * d, groups * d]
+        q, k, v = torch.split(self.linear(x, f"{prefix}.qkv"), sizes, dim=-1)
+        # [B, S, heads * D] -> [B, heads, S, D]
+        q, k, v = (torch.unflatten(t, -1, (-1, d)).transpose(1, 2) for t in (q, k, v))
         if self.model.qk_norm:
             q = self.norm(q, f"{prefix}.q_norm", "rmsnorm")
             k = self.norm(k, f"{prefix}.k_norm", "rmsnorm")

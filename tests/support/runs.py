@@ -72,7 +72,7 @@ def tiny_config(
     for name, documents in (("train", 120), ("validation", 20)):
         if not (folder / f"{name}.idx").exists():
             write_ramps(folder / name, documents, seed=documents, vocabulary=VOCABULARY)
-    files = {
+    files: dict[str, dict[str, Any]] = {
         "data": {
             "train": [{"prefix": str(folder / "train")}],
             "validation": [{"prefix": str(folder / "validation")}],
@@ -88,7 +88,7 @@ def proxy_config(
     """A proxy of 2 layers, 32 wide, over the token files folder/text,
     small enough to train many.
     """
-    files = {
+    files: dict[str, dict[str, Any]] = {
         "model": ARCHITECTURES[architecture],
         "data": {"train": [{"prefix": str(folder / "text")}], "split": "80,20,0"},
         "training": {"output_dir": str(folder / "run")},

@@ -153,7 +153,8 @@ def reduce_partials(
     written over what is there. The order is fixed, so the sums are bitwise repeatable.
     """
     bits = sum(1 << k for k, stale in enumerate(overwrite) if stale)
-    first, second, third = [*into, *(None,) * (MOST_VECTORS - len(into))]
+    absent: list[Tensor | None] = [None] * (MOST_VECTORS - len(into))
+    first, second, third = [*into, *absent]
     _reduce_partials(partials, first, second, third, bits)
 
 

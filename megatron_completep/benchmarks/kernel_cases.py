@@ -271,7 +271,8 @@ def _squared_relu(x: Tensor) -> Tensor:
 
 def pointwise_cases(rows: int, ffn: int, setting: Setting) -> Iterator[Case]:
     """SwiGLU and squared ReLU, forward and backward; the output is [rows, ffn]."""
-    swiglus = {"ours": kernels.swiglu, "eager": _swiglu, **library_baselines.swiglus(setting.say)}
+    swiglus: dict[str, Program] = {"ours": kernels.swiglu, "eager": _swiglu}
+    swiglus |= library_baselines.swiglus(setting.say)
     yield from _activation_cases("swiglu", swiglus, (rows, 2 * ffn), ffn, setting)
     squared_relus: dict[str, Program] = {"ours": kernels.squared_relu, "eager": _squared_relu}
     yield from _activation_cases("squared relu", squared_relus, (rows, ffn), ffn, setting)

@@ -10,8 +10,8 @@ operations share.
 # this folder, and it must answer with nothing, not with an error: a second registration of the
 # operations would fail. tests/interop/test_import.py needs this.
 if __name__ != "kernels":
-    from .compiled import CompiledDefinitions
     from .control import Control, new_control, read_control
+    from .cpu.compiled import CompiledDefinitions
     from .ops.adamw import adamw_, device_segments
     from .ops.cross_entropy import (
         cross_entropy_backward_,

@@ -31,8 +31,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compiled import CompiledDefinitions, server_of
 from ..cpu import residual_norm as cpu
+from ..cpu.compiled import CompiledDefinitions, server_of
 from ..launch import (
     WIDEST_IN_REGISTERS,
     backward_shape,

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compiled import CompiledDefinitions, server_of
 from ..cpu import pointwise as cpu
+from ..cpu.compiled import CompiledDefinitions, server_of
 from ..launch import block_shape, options
 from ..library import first_derivative, register
 from ..optional_triton import tl, triton

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compiled import CompiledDefinitions, server_of
 from ..cpu import pointwise as cpu
+from ..cpu.compiled import CompiledDefinitions, server_of
 from ..launch import pointwise_shape
 from ..library import first_derivative, register
 from ..optional_triton import tl, triton

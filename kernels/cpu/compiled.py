@@ -1,6 +1,6 @@
 """What CPU tensors run between products: the definitions of `reference`, compiled by Inductor.
 
-The functions have the signatures of those in `cpu/`. There is no second formula: forward is the
+The functions have the signatures of those beside it. There is no second formula: forward is the
 definition itself, and backward is its derivative by autograd, taken inside the compiled function,
 so that each of the two is one or two passes over memory. It needs a C++ compiler.
 
@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
-from .cpu import pointwise
-from .cpu import residual_norm as cpu_norm
-from .reference import Join, Norm
+from .. import reference
+from ..reference import Join, Norm
+from . import pointwise
+from . import residual_norm as cpu_norm
 
 SHAPES = 64  # for which torch compiles one function, before it runs the next one uncompiled
 

@@ -47,7 +47,7 @@ def inject(fault: Fault) -> Callable[[str], None]:
         case "stop":
             _at_steps(fault, lambda: os.kill(os.getpid(), signal.SIGSTOP))
         case "slow":
-            _at_steps(fault, lambda: time.sleep(fault.seconds), "_count")
+            _at_steps(fault, lambda: time.sleep(fault.seconds), "_counted_tokens")
         case "nan" | "inf":
             _poison_gradient(fault)
         case "stuck":

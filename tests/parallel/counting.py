@@ -16,6 +16,7 @@ from megatron_completep.config.schema import Config
 from megatron_completep.data.loader import Batch
 from megatron_completep.kernels import CompiledDefinitions
 from megatron_completep.parallel.context import ParallelContext
+from megatron_completep.parallel.products import Products
 from megatron_completep.planning.communication import (
     ALL_GATHER,
     ALL_REDUCE,
@@ -93,7 +94,9 @@ def build_step(
     """
     context = context_on(rank, config.parallel)
     table = table_of(config)
-    chunks = build_model(config, table, context, torch.float32, compiled) if compiled else None
+    chunks = None
+    if compiled:
+        chunks = build_model(config, table, context, torch.float32, Products(), compiled)
     step = assemble(config, context, table, chunks).step
     batch = random_batch(BenchmarkSettings(config.model, config.training.micro_batch_size))
     return step, [batch] * micro_batches_per_step(config, context.world_size), context

@@ -32,7 +32,7 @@ def gradients(rank: int, layout: dict[str, Any], chunk_bytes: int) -> tuple[Tens
     batches = micro_batches_of(0, config, context)
     with mock.patch.object(GradientQueue, "lend", watched):
         optimizer.begin_step(MICRO_BATCHES)
-        loss_sum = assembly.step.passes(batches)
+        loss_sum = assembly.step.forward_backward(batches)
     optimizer.step(config.optimizer.base_lr, loss_sum, counted_tokens(batches, context))
     optimizer.wait_for_parameters()
     return optimizer.shards.grad.clone(), lent

@@ -194,7 +194,11 @@ class StepModel:
         heads_width = shape.heads * shape.head_dim
         return [
             Kernel("forward: residual norm", 2 * layers, self._norm_forward()),
-            Kernel("forward: qkv", layers, self._product(tokens, shape.hidden, shape.qkv_width)),
+            Kernel(
+                "forward: queries, keys, values",
+                layers,
+                self._product(tokens, shape.hidden, shape.qkv_width),
+            ),
             Kernel("forward: rotary", layers, self._rotation()),
             Kernel("forward: attention", layers, attention),
             Kernel("forward: out", layers, self._product(tokens, heads_width, shape.hidden)),
@@ -215,7 +219,7 @@ class StepModel:
             "down": self._product(tokens, shape.ffn, shape.hidden),
             "up": self._product(tokens, shape.hidden, shape.up_width),
             "out": self._product(tokens, shape.heads * shape.head_dim, shape.hidden),
-            "qkv": self._product(tokens, shape.hidden, shape.qkv_width),
+            "queries, keys, values": self._product(tokens, shape.hidden, shape.qkv_width),
         }
         products = []
         for name, forward in both.items():

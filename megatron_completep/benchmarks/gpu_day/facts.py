@@ -55,7 +55,7 @@ class AttentionShape:
 
 
 PRODUCTS = (
-    Product("qkv", 8192, 2048, 6144),
+    Product("queries, keys, values", 8192, 2048, 6144),
     Product("out", 8192, 2048, 2048),
     Product("up", 8192, 2048, 8192),
     Product("down", 8192, 8192, 2048),

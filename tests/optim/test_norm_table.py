@@ -27,7 +27,7 @@ def test_a_parameter_that_another_rank_counts_parts_the_rows(
     shards = optimizer.shards
     other = shards.segments[len(shards.segments) // 2]
     spec = type(shards.specs[other.name])
-    monkeypatch.setattr(spec, "counts_on", lambda self, name, context: name != other.name)
+    monkeypatch.setattr(spec, "is_primary", lambda self, name, context: name != other.name)
     shards.grad_shard.zero_()
     start = other.shard_start
     shards.grad_shard[start : start + other.size] = 1.0

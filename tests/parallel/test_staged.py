@@ -23,6 +23,7 @@ LAYOUTS = {
 
 def join(rank: int, store: Path) -> None:
     """Leave the pool's group of gloo for a staged one."""
+    dist.barrier()  # a rank that leaves at once would break the other's connection under way
     dist.destroy_process_group()
     join_staged(store, rank, 2, timedelta(seconds=100))
     assert dist.get_backend() == STAGED

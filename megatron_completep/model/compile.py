@@ -20,10 +20,19 @@ def compiled_definitions(
 
     Raises ConfigError where there is no C++ compiler, which Inductor needs.
     """
-    if not asked or device.type != "cpu" or precision == torch.float64:
+    if not asked or idle_reason(device, precision) is not None:
         return None
     require_compiler()
     return kernels.CompiledDefinitions()
+
+
+def idle_reason(device: torch.device, precision: torch.dtype) -> str | None:
+    """Why training.compile changes nothing in a run; None where it does."""
+    if device.type != "cpu":
+        return "on a GPU each operation between products is one kernel already"
+    if precision == torch.float64:
+        return "float64 keeps its operators, so that results do not depend on a compiler"
+    return None
 
 
 def require_compiler() -> None:

@@ -21,6 +21,7 @@ from megatron_completep.data.loader import (
 )
 from megatron_completep.data.run_tokenizer import keep_tokenizer, with_readable_tokenizer
 from megatron_completep.errors import ConfigError
+from megatron_completep.model.compile import idle_reason
 from megatron_completep.model.flops import training_flops_per_token
 from megatron_completep.model.gpt import GPT
 from megatron_completep.parallel.context import ParallelContext
@@ -231,6 +232,12 @@ def describe_run(
     ramp = ""
     if training.batch_ramp:
         ramp = f" (from {training.batch_ramp.start} in the first {training.batch_ramp.steps})"
+
+    # A setting that changes nothing must not pass in silence.
+    without_effect = ""
+    reason = idle_reason(context.device, precision)
+    if training.compile and reason is not None:
+        without_effect = f"\nwarning: training.compile = true changes nothing: {reason}"
     return (
         f"{model.num_layers} layers x {model.hidden_size}, {parameters:,} {where}, "
         f"{flops:,.1f} MFLOP a token\n"
@@ -238,5 +245,5 @@ def describe_run(
         f"tensor {context.tensor.size} x pipeline {context.pipeline.size} "
         f"x data {context.data.size}\n"
         f"{training.train_steps} steps of {training.global_batch_size}{ramp} "
-        f"x {model.seq_length} tokens -> {training.output_dir}"
+        f"x {model.seq_length} tokens -> {training.output_dir}{without_effect}"
     )

@@ -10,6 +10,9 @@ import torch._inductor
 
 from megatron_completep.errors import ConfigError
 from megatron_completep.model.compile import compiled_definitions
+from megatron_completep.parallel.context import ParallelContext
+from megatron_completep.run.precision import DTYPES
+from megatron_completep.training.build import describe_run
 from tests.parallel.compiling import train_twice
 from tests.parallel.counting import build_step, run_config
 
@@ -95,6 +98,17 @@ def test_float64_and_gpus_keep_their_operators():
     assert compiled_definitions(True, cpu, torch.float64) is None
     assert compiled_definitions(True, torch.device("cuda"), torch.bfloat16) is None
     assert compiled_definitions(False, cpu, torch.float32) is None
+
+
+@pytest.mark.parametrize(
+    ("compile_them", "precision", "warned"),
+    [(True, "float64", True), (True, "float32", False), (False, "float64", False)],
+)
+def test_a_run_in_which_the_setting_changes_nothing_says_so(compile_them, precision, warned):
+    config = run_config({"training": {"compile": compile_them, "precision": precision}})
+    dtype = DTYPES[precision]
+    lines = describe_run(config, ParallelContext.single(), dtype, 1, [], "torch")
+    assert ("training.compile = true changes nothing: float64" in lines) == warned
 
 
 def test_a_machine_without_a_compiler_is_told_what_to_do():

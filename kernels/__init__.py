@@ -21,6 +21,7 @@ if __name__ != "kernels":
     )
     from .ops.grad_norm import begin_step_, sum_of_squares
     from .ops.head_norm import normed_heads
+    from .ops.join_heads import join_heads
     from .ops.partial_sums import Sink, reduce_partials
     from .ops.residual_norm import norm, scaled_residual_norm
     from .ops.rotary import rotary, rotary_
@@ -43,6 +44,7 @@ __all__ = [
     "cross_entropy_forward",
     "cross_entropy_loss",
     "device_segments",
+    "join_heads",
     "new_control",
     "norm",
     "normed_heads",

@@ -237,6 +237,16 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor
     return torch.cat((rotated_low, rotated_high), dim=-1).to(x.dtype)
 
 
+def join_heads(d_q: Tensor, d_k: Tensor, d_v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The gradient [S, B, N + 2G, D] of fused heads, whose queries and keys were rotated.
+
+    `d_q` [S, B, N, D], `d_k` and `d_v` [S, B, G, D]; `cos` and `sin` as for `rotary`.
+    """
+    d_queries = rotary(d_q, cos, sin, inverse=True)
+    d_keys = rotary(d_k, cos, sin, inverse=True)
+    return torch.cat((d_queries, d_keys, d_v), dim=2)
+
+
 def normed_heads(
     heads: Tensor,
     q_gain: Tensor,

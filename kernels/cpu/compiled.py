@@ -51,6 +51,7 @@ class CompiledDefinitions:
         self.swiglu_backward = torch.compile(_swiglu_backward, **options)
         self._squared_relu_forward = torch.compile(reference.squared_relu, **options)
         self._squared_relu_backward = torch.compile(_squared_relu_backward, **options)
+        self.join_heads = torch.compile(reference.join_heads, **options)
         self.rotary = torch.compile(reference.rotary, **options)
         self.rotary_ = torch.compile(_rotary_, **options)
 

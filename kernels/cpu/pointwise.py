@@ -55,6 +55,14 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     return out.to(x.dtype)
 
 
+def join_heads(d_q: Tensor, d_k: Tensor, d_v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The gradient [S, B, N + 2G, D] of fused heads; see `ops.join_heads.join_heads`."""
+    # Joined first, so that queries and keys are rotated by one call of each operator.
+    d_heads = torch.cat((d_q, d_k, d_v), dim=2)
+    rotary_(d_heads[:, :, : d_q.shape[2] + d_k.shape[2]], cos, sin, True)
+    return d_heads
+
+
 def rotary_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> None:
     """`rotary`, written over `x`."""
     x.copy_(rotary(x, cos, sin, inverse))

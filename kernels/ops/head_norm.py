@@ -52,6 +52,42 @@ def _store_halves(
 
 
 @triton.jit
+def _store_half_sums(
+    base: tl.tensor, low: tl.tensor, high: tl.tensor, half: tl.tensor, HALF: tl.constexpr
+) -> None:
+    """Store the sums over the heads of a tile, the low half of a gain's gradient first."""
+    column = tl.arange(0, HALF)
+    in_half = column < half
+    tl.store(base + column, tl.sum(low, axis=0), mask=in_half)
+    tl.store(base + half + column, tl.sum(high, axis=0), mask=in_half)
+
+
+@triton.jit
+def _load_angles(
+    cos: tl.tensor, sin: tl.tensor, s: tl.tensor, b: tl.tensor,
+    cos_stride_s: tl.tensor, cos_stride_b: tl.tensor,
+    sin_stride_s: tl.tensor, sin_stride_b: tl.tensor,
+    column: tl.tensor, in_half: tl.tensor,
+) -> tl.tuple:  # fmt: skip
+    """The float32 cosine and sine of position `s` of sequence `b`."""
+    cos_row = cos + s * cos_stride_s + b * cos_stride_b
+    sin_row = sin + s * sin_stride_s + b * sin_stride_b
+    cosine = tl.load(cos_row + column, mask=in_half, other=0.0).to(tl.float32)
+    sine = tl.load(sin_row + column, mask=in_half, other=0.0).to(tl.float32)
+    return cosine, sine
+
+
+@triton.jit
+def _norm_gradient(
+    d_low: tl.tensor, d_high: tl.tensor, low: tl.tensor, high: tl.tensor,
+    rstd: tl.tensor, half: tl.tensor,
+) -> tl.tuple:  # fmt: skip
+    """The gradient of the norm's input from that of its output (low, high), without the gain."""
+    along = tl.sum(d_low * low + d_high * high, axis=1, keep_dims=True) / (2 * half)
+    return (d_low - low * along) * rstd, (d_high - high * along) * rstd
+
+
+@triton.jit
 def head_norm_forward_kernel(
     x: tl.tensor, q_gain: tl.tensor, k_gain: tl.tensor, cos: tl.tensor, sin: tl.tensor,
     q: tl.tensor, k: tl.tensor, q_rstd: tl.tensor, k_rstd: tl.tensor,
@@ -90,10 +126,9 @@ def head_norm_forward_kernel(
     low = low.to(dtype).to(tl.float32)
     high = high.to(dtype).to(tl.float32)
 
-    cos_row = cos + s * cos_stride_s + b * cos_stride_b
-    cosine = tl.load(cos_row + column, mask=in_half, other=0.0).to(tl.float32)
-    sin_row = sin + s * sin_stride_s + b * sin_stride_b
-    sine = tl.load(sin_row + column, mask=in_half, other=0.0).to(tl.float32)
+    cosine, sine = _load_angles(
+        cos, sin, s, b, cos_stride_s, cos_stride_b, sin_stride_s, sin_stride_b, column, in_half
+    )
     out_low = low * cosine - high * sine
     out_high = high * cosine + low * sine
     _store_halves(q + q_row * 2 * half, out_low, out_high, column, half, is_query & in_half)
@@ -137,10 +172,9 @@ def head_norm_backward_kernel(
         is_query = head < queries
         is_key = (head >= queries) & (head < queries + keys)
 
-        cos_row = cos + s * cos_stride_s + b * cos_stride_b
-        cosine = tl.load(cos_row + column, mask=in_half, other=0.0).to(tl.float32)
-        sin_row = sin + s * sin_stride_s + b * sin_stride_b
-        sine = tl.load(sin_row + column, mask=in_half, other=0.0).to(tl.float32)
+        cosine, sine = _load_angles(
+            cos, sin, s, b, cos_stride_s, cos_stride_b, sin_stride_s, sin_stride_b, column, in_half
+        )
         source = x + s * x_stride_s + b * x_stride_b + head * x_stride_n
         low, high = _load_halves(source, column, half, (is_query | is_key) & in_half)
         q_row = d_q + s * q_stride_s + b * q_stride_b + head * q_stride_n
@@ -150,8 +184,7 @@ def head_norm_backward_kernel(
         row_rstd = tl.load(q_rstd + token * queries + head, mask=is_query, other=0.0)
         row_rstd += tl.load(k_rstd + token * keys + head - queries, mask=is_key, other=0.0)
 
-        # Each head is of one kind: the other kind's gradient was read as 0. Then the inverse
-        # rotation.
+        # The gradient of the kind that a head is not was read as 0. Then the inverse rotation.
         turned_low = q_low + k_low
         turned_high = q_high + k_high
         d_low = turned_low * cosine + turned_high * sine
@@ -165,19 +198,13 @@ def head_norm_backward_kernel(
 
         d_low *= tl.where(is_query, q_low_gain, k_low_gain)
         d_high *= tl.where(is_query, q_high_gain, k_high_gain)
-        along = tl.sum(d_low * low + d_high * high, axis=1, keep_dims=True) / (2 * half)
-        d_low = (d_low - low * along) * row_rstd
-        d_high = (d_high - high * along) * row_rstd
+        d_low, d_high = _norm_gradient(d_low, d_high, low, high, row_rstd, half)
         destination = d_x + s * d_x_stride_s + b * d_x_stride_b + head * d_x_stride_n
         _store_halves(destination, d_low, d_high, column, half, (is_query | is_key) & in_half)
 
     row = partials + tl.program_id(0).to(tl.int64) * 4 * half
-    in_row = tl.arange(0, HALF) < half
-    low_column = tl.arange(0, HALF)
-    tl.store(row + low_column, tl.sum(q_low_sum, axis=0), mask=in_row)
-    tl.store(row + half + low_column, tl.sum(q_high_sum, axis=0), mask=in_row)
-    tl.store(row + 2 * half + low_column, tl.sum(k_low_sum, axis=0), mask=in_row)
-    tl.store(row + 3 * half + low_column, tl.sum(k_high_sum, axis=0), mask=in_row)
+    _store_half_sums(row, q_low_sum, q_high_sum, half, HALF)
+    _store_half_sums(row + 2 * half, k_low_sum, k_high_sum, half, HALF)
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ In the forward kernel each program keeps one tile of rows in registers (tiling.p
 kernel runs P programs. Each one strides over the rows, sums its contribution to the vector
 gradients (d_weight, d_bias, d_branch_bias) in registers, and writes it to its own row of `partials`
 [P programs, VECTORS, H hidden]. No atomics or locks are needed, so the result is deterministic.
-If a row is too wide for registers, a second kernel computes the vector gradients. In all kernels
-k is the index of a segment of a row.
+If a row is too wide for registers, a second kernel computes the vector gradients
+(norm_vector_gradients.py). In all kernels k is the index of a segment of a row.
 """
 
 # Tuples of segments are extended in unrolled loops, which mypy sees as changing type.
@@ -38,7 +38,6 @@ from ..launch import (
     backward_shape,
     forward_shape,
     partial_rows,
-    vector_gradient_shape,
 )
 from ..library import first_derivative, register
 from ..optional_triton import tl, triton
@@ -59,6 +58,7 @@ from ..tiling import (
     store_tile,
     zero_tiles,
 )
+from .norm_vector_gradients import launch_vector_gradients
 from .partial_sums import Sink, receivers, vector_gradients
 
 _NO_BRANCH = Join()  # the `join` argument of the norm without the add
@@ -127,6 +127,22 @@ def residual_norm_forward_kernel(
         store_tile(out, out_tile, row, in_rows, k, WIDTHS, HIDDEN)
 
 
+@triton.jit
+def _store_vector_sums(
+    partials: tl.tensor, d_weight: tl.tuple, d_bias: tl.tuple, d_branch_bias: tl.tuple,
+    WIDTHS: tl.constexpr, HIDDEN: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_BRANCH_BIAS: tl.constexpr,
+) -> None:  # fmt: skip
+    """Write the program's sums to its row of `partials`: d_weight, then those that exist."""
+    VECTORS: tl.constexpr = 1 + HAS_BIAS + HAS_BRANCH_BIAS
+    for k in tl.static_range(len(WIDTHS)):
+        store_partial(partials, 0, VECTORS, d_weight[k], k, WIDTHS, HIDDEN)
+        if HAS_BIAS:
+            store_partial(partials, 1, VECTORS, d_bias[k], k, WIDTHS, HIDDEN)
+        if HAS_BRANCH_BIAS:
+            store_partial(partials, VECTORS - 1, VECTORS, d_branch_bias[k], k, WIDTHS, HIDDEN)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def residual_norm_backward_kernel(
     d_y: tl.tensor, d_out: tl.tensor, y: tl.tensor, mean: tl.tensor, rstd: tl.tensor,
@@ -139,8 +155,8 @@ def residual_norm_backward_kernel(
 ) -> None:  # fmt: skip
     """Program p processes tiles p, p + P, ...; with STAGES = 2 the next tile is prefetched.
 
-    `d_y`, `d_branch` and `seed` may be None. If `partials` is None, the kernel below computes the
-    vector gradients.
+    `d_y`, `d_branch` and `seed` may be None. If `partials` is None, norm_vector_gradients.py
+    computes the vector gradients.
     """
     # The gain is loaded outside the loop: inside, it would be prefetched again for every tile.
     gain = ()
@@ -193,64 +209,9 @@ def residual_norm_backward_kernel(
             d_branch_bias = add_tiles(d_branch_bias, d_branch_tiles)
 
     if partials is not None:
-        VECTORS: tl.constexpr = 1 + HAS_BIAS + HAS_BRANCH_BIAS
-        for k in tl.static_range(len(WIDTHS)):
-            store_partial(partials, 0, VECTORS, d_weight[k], k, WIDTHS, HIDDEN)
-            if HAS_BIAS:
-                store_partial(partials, 1, VECTORS, d_bias[k], k, WIDTHS, HIDDEN)
-            if HAS_BRANCH_BIAS:
-                store_partial(partials, VECTORS - 1, VECTORS, d_branch_bias[k], k, WIDTHS, HIDDEN)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def residual_norm_vector_gradient_kernel(
-    d_out: tl.tensor, y: tl.tensor, mean: tl.tensor, rstd: tl.tensor, d_branch: tl.tensor,
-    partials: tl.tensor, rows: tl.tensor, d_out_stride: tl.tensor, y_stride: tl.tensor,
-    HIDDEN: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, RMS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, STAGES: tl.constexpr,
-) -> None:  # fmt: skip
-    """Vector-gradient partial sums for rows too wide for the backward kernel.
-
-    Program (p, c) covers every P-th row tile of column block c. `d_branch` is None without a branch
-    bias.
-    """
-    first_column = tl.program_id(1) * BLOCK
-    column = first_column + tl.arange(0, BLOCK)
-    in_row = (column < HIDDEN)[None, :]
-    d_weight = tl.zeros((ROWS, BLOCK), tl.float32)
-    d_bias = tl.zeros((ROWS, BLOCK), tl.float32)
-    d_branch_bias = tl.zeros((ROWS, BLOCK), tl.float32)
-
-    # x_hat is recomputed from the stored y and the statistics of its row.
-    first_tile = tl.program_id(0).to(tl.int64)
-    tiles = tl.cdiv(rows, ROWS)
-    for tile in tl.range(first_tile, tiles, tl.num_programs(0), num_stages=STAGES):
-        row = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)[:, None]
-        in_rows = row < rows
-        mask = in_rows & in_row
-        d_out_address = d_out + row * d_out_stride + column[None, :]
-        d_out_tile = tl.load(d_out_address, mask=mask, other=0.0).to(tl.float32)
-        y_address = y + row * y_stride + column[None, :]
-        y_tile = tl.load(y_address, mask=mask, other=0.0).to(tl.float32)
-        row_mean = 0.0 if RMS else tl.load(mean + row, mask=in_rows, other=0.0)
-        x_hat = (y_tile - row_mean) * tl.load(rstd + row, mask=in_rows, other=0.0)
-        d_weight += d_out_tile * x_hat
-        if HAS_BIAS:
-            d_bias += d_out_tile
-        if d_branch is not None:
-            d_branch_address = d_branch + row * HIDDEN + column[None, :]
-            d_branch_bias += tl.load(d_branch_address, mask=mask, other=0.0).to(tl.float32)
-
-    # Each program writes one row of partials, in the vector order of the backward kernel.
-    VECTORS: tl.constexpr = 1 + HAS_BIAS + (d_branch is not None)
-    program = tl.program_id(0).to(tl.int64)
-    address = partials + program * VECTORS * HIDDEN + column
-    mask = column < HIDDEN
-    tl.store(address, tl.sum(d_weight, axis=0), mask=mask)
-    if HAS_BIAS:
-        tl.store(address + HIDDEN, tl.sum(d_bias, axis=0), mask=mask)
-    if d_branch is not None:
-        tl.store(address + (VECTORS - 1) * HIDDEN, tl.sum(d_branch_bias, axis=0), mask=mask)
+        _store_vector_sums(
+            partials, d_weight, d_bias, d_branch_bias, WIDTHS, HIDDEN, HAS_BIAS, HAS_BRANCH_BIAS
+        )
 
 
 def _launch_forward(
@@ -373,36 +334,11 @@ def launch_residual_norm_backward(
     )  # fmt: skip
     if not holds_vectors:
         d_branch_for_bias = d_branch if has_branch_bias else None
-        _launch_vector_gradients(d_out, y, mean, rstd, d_branch_for_bias, partials, has_bias, norm)
+        launch_vector_gradients(d_out, y, mean, rstd, d_branch_for_bias, partials, has_bias, norm)
     # A registered torch operator cannot return None, so return an empty tensor.
     if d_branch is None:
         d_branch = partials.new_empty(0, dtype=d_out.dtype)
     return d_residual, d_branch, partials
-
-
-def _launch_vector_gradients(
-    d_out: Tensor,
-    y: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    d_branch: Tensor | None,
-    partials: Tensor,
-    has_bias: bool,
-    norm: Norm,
-) -> None:
-    """Second launch of the backward for rows too wide for registers; fills `partials`."""
-    programs, _, hidden = partials.shape
-    rows = y.numel() // hidden
-    d_out, d_out_stride = rows_of(d_out)
-    y, y_stride = rows_of(y)
-    block = vector_gradient_shape(y.device)
-    grid = (programs, ceil_div(hidden, block.columns))
-    residual_norm_vector_gradient_kernel[grid](
-        d_out, y, mean, rstd, d_branch, partials,
-        rows, d_out_stride, y_stride,
-        HIDDEN=hidden, BLOCK=block.columns, ROWS=block.rows, RMS=norm.rms,
-        HAS_BIAS=has_bias, STAGES=2, **block.options,
-    )  # fmt: skip
 
 
 def _fake_norm_forward(
@@ -538,8 +474,8 @@ def scaled_residual_norm(
     `residual`, `branch` [..., H]; `branch_bias`, `weight`, `bias` [H]. `y` has the residual's dtype
     and is rounded before its statistics are computed; `out` has the branch's dtype. Statistics are
     float32, or float64 for float64 inputs. With a `sink` the three vectors must be parameters, and
-    their gradients go there and not through autograd. `compiled` runs in place of the operators on
-    the tensors that it serves.
+    their gradients go there and not through autograd. `compiled`, if given, replaces the registered
+    operators for tensors on a CPU that are not float64.
 
     Raises ValueError if dropout_p > 0 without a seed, or if norm.kind is unknown.
     """

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from megatron_completep.benchmarks.head_cases import head_cases
 from megatron_completep.benchmarks.kernel_cases import (
     Case,
     Prepare,
@@ -349,6 +350,7 @@ def _cases_of_one_size(rows: int, plan: Plan, setting: Setting) -> Iterator[Case
     for vocabulary in plan.vocabularies:
         yield from cross_entropy_cases(rows, vocabulary, setting)
     yield from rotary_cases(rows, 16, 128, setting)
+    yield from head_cases(rows, 16, 4, 128, setting)
 
 
 def run(

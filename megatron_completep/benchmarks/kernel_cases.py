@@ -89,11 +89,11 @@ def _compiled_at_first_call(function: Program) -> Program:
     return lambda *arguments: compiled()(*arguments)
 
 
-def _forward(program: Program, *inputs: Tensor) -> Prepare:
+def forward_of(program: Program, *inputs: Tensor) -> Prepare:
     return lambda: functools.partial(program, *inputs)
 
 
-def _backward(
+def backward_alone(
     program: Program,
     inputs: tuple[Tensor, ...],
     leaves: list[Tensor],
@@ -108,7 +108,7 @@ def _backward(
     return prepare
 
 
-def _all(
+def all_of(
     prepare: Callable[..., Prepare], programs: dict[str, Program], *arguments: Any
 ) -> dict[str, Prepare]:
     return {name: prepare(program, *arguments) for name, program in programs.items()}
@@ -149,11 +149,11 @@ def residual_norm_cases(rows: int, hidden: int, rms: bool, setting: Setting) -> 
     tensor_bytes = residual.numel() * residual.element_size()
 
     # Reads residual and branch, writes y and out.
-    forward = _all(_forward, programs, residual, branch)
+    forward = all_of(forward_of, programs, residual, branch)
     yield Case(f"residual {name} forward", rows, hidden, 4 * tensor_bytes, forward, answer)
 
     # Reads y and the gradients of y and out, writes those of residual and branch.
-    backward = _all(_backward, programs, (residual, branch), leaves, (d_y, d_out))
+    backward = all_of(backward_alone, programs, (residual, branch), leaves, (d_y, d_out))
     yield Case(f"residual {name} backward", rows, hidden, 5 * tensor_bytes, backward)
 
 
@@ -225,9 +225,9 @@ def _norm_cases(x: Tensor, d_out: Tensor, rms: bool, setting: Setting) -> Iterat
     tensor_bytes = x.numel() * x.element_size()
 
     # Reads x, writes out; then reads x and the gradient of out, writes that of x.
-    forward = _all(_forward, programs, x)
+    forward = all_of(forward_of, programs, x)
     yield Case(f"{norm.kind} forward", rows, hidden, 2 * tensor_bytes, forward)
-    backward = _all(_backward, programs, (x,), leaves, (d_out,))
+    backward = all_of(backward_alone, programs, (x,), leaves, (d_out,))
     yield Case(f"{norm.kind} backward", rows, hidden, 3 * tensor_bytes, backward)
 
 
@@ -239,11 +239,11 @@ def _add_cases(x: Tensor, branch: Tensor, d_out: Tensor) -> Iterator[Case]:
         "torch.add": lambda x, branch: torch.add(x, branch, alpha=SCALE),
     }
     tensor_bytes = x.numel() * x.element_size()
-    forward = _all(_forward, programs, x, branch)
+    forward = all_of(forward_of, programs, x, branch)
     yield Case("scaled add forward", rows, hidden, 3 * tensor_bytes, forward)
 
     # The gradient of x is that of out: nothing is computed for it, and it is not asked for.
-    backward = _all(_backward, programs, (x, branch), [branch], (d_out,))
+    backward = all_of(backward_alone, programs, (x, branch), [branch], (d_out,))
     yield Case("scaled add backward", rows, hidden, 2 * tensor_bytes, backward)
 
 
@@ -257,7 +257,7 @@ def _reduction_case(hidden: int, setting: Setting) -> Case:
         "eager": lambda: total.add_(partials[:, 0].sum(0)),
     }
     floor = partials.numel() * partials.element_size()
-    return Case("reduce partials", programs, hidden, floor, _all(_forward, sums))
+    return Case("reduce partials", programs, hidden, floor, all_of(forward_of, sums))
 
 
 def _swiglu(x: Tensor) -> Tensor:
@@ -291,11 +291,11 @@ def _activation_cases(
     x_bytes = x.numel() * x.element_size()
     out_bytes = d_out.numel() * d_out.element_size()
 
-    forward = _all(_forward, programs, x)
+    forward = all_of(forward_of, programs, x)
     yield Case(f"{name} forward", rows, ffn, x_bytes + out_bytes, forward, answer)
 
     # Reads x and the gradient of the output, writes the gradient of x.
-    backward = _all(_backward, programs, (x,), [x], (d_out,))
+    backward = all_of(backward_alone, programs, (x,), [x], (d_out,))
     yield Case(f"{name} backward", rows, ffn, 2 * x_bytes + out_bytes, backward)
 
 
@@ -317,9 +317,9 @@ def rotary_cases(rows: int, heads: int, head_dim: int, setting: Setting) -> Iter
         return torch.cat((x1 * c - x2 * s, x2 * c + x1 * s), dim=-1).to(x.dtype)
 
     programs = setting.with_compiled({"ours": ours, "eager": plain}, plain)
-    implementations = _all(_forward, programs, x)
+    implementations = all_of(forward_of, programs, x)
     for name, program in library_baselines.rotaries(x, angle, setting.say).items():
-        implementations[name] = _forward(program)  # x is bound already, in the library's layout
+        implementations[name] = forward_of(program)  # x is bound already, in the library's layout
 
     x_bytes = x.numel() * x.element_size()
     cos_bytes = cos.numel() * cos.element_size()
@@ -418,11 +418,11 @@ def cross_entropy_cases(rows: int, vocabulary: int, setting: Setting) -> Iterato
         return Case(f"cross-entropy {name}", rows, vocabulary, floor, implementations, checked)
 
     # Reads the logits; then reads them and writes their gradient.
-    our_forward = _forward(operation.our_losses, logits, labels)
-    yield case("forward", logit_bytes, our_forward, _all(_forward, separate, logits, labels))
-    backward = _all(operation.backward, separate)
+    our_forward = forward_of(operation.our_losses, logits, labels)
+    yield case("forward", logit_bytes, our_forward, all_of(forward_of, separate, logits, labels))
+    backward = all_of(operation.backward, separate)
     yield case("backward", 2 * logit_bytes, operation.our_backward, backward)
-    both_passes = _all(operation.forward_and_backward, {**torch_programs, **libraries})
+    both_passes = all_of(operation.forward_and_backward, {**torch_programs, **libraries})
     our_passes = operation.our_forward_and_backward
     yield case("forward + backward", 3 * logit_bytes, our_passes, both_passes)
 
@@ -450,7 +450,7 @@ def optimizer_cases(parameters: int, setting: Setting) -> Iterator[Case]:
     def answer() -> Tensor:
         return grad.double().square().sum()
 
-    yield Case("gradient norm", parameters, 1, 4 * parameters, _all(_forward, norms), answer)
+    yield Case("gradient norm", parameters, 1, 4 * parameters, all_of(forward_of, norms), answer)
 
 
 def _our_adamw(master: Tensor, grad: Tensor) -> Work:

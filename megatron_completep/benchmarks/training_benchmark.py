@@ -51,6 +51,7 @@ class BenchmarkSettings:
     rounds: int = 20
     warmup: int = 3
     compile: bool = False
+    overlap_update: bool = False
     plain_bf16: str = "autocast"
     base: dict[str, int] = field(
         default_factory=lambda: {"base_hidden_size": 256, "base_num_layers": 2}
@@ -213,6 +214,7 @@ def run_config(settings: BenchmarkSettings, precision: str) -> Config:
         "train_steps": 1000,
         "precision": precision,
         "compile": settings.compile,
+        "overlap_update": settings.overlap_update,
         "output_dir": "none",
     }
     sections = {

@@ -23,6 +23,11 @@ def graph_problems(config: Config) -> Iterator[Problem]:
             f"parallel.tensor_parallel_size x pipeline_parallel_size = {tensor_ranks} x {ranks}. "
             f"Use 1 and 1, or {REMEDY}."
         )
+    if config.training.overlap_update:
+        yield (
+            f"{WHERE} captures a step that ends with its update, but training.overlap_update = "
+            f"true lets that run under the next step. Use overlap_update = false, or {REMEDY}."
+        )
     if config.training.batch_ramp is not None:
         yield (
             f"{WHERE} replays steps of one size, but training.batch_ramp changes the number of "

@@ -307,6 +307,11 @@ class TrainingConfig(Section):
     cuda_graph: bool = Field(
         False, description="On a GPU, replay whole steps as one captured graph; one process only."
     )
+    overlap_update: bool = Field(
+        False,
+        description="On a GPU, update each bucket of parameters on a second stream, under the next "
+        "step's forward pass.",
+    )
     cpu_threads: PositiveInt | None = Field(
         None,
         description="Threads a process computes on; "

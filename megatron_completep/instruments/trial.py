@@ -227,4 +227,6 @@ def for_short_runs(
     # A warm-up would take up all of the few steps.
     schedule = {"schedule": "constant", "warmup_steps": None, "warmup_fraction": None}
     training = {"train_steps": steps, "precision": precision, "recompute": "none"}
+    # Instruments read masters and gradients between two steps.
+    training["overlap_update"] = False
     return change(config, optimizer={**schedule, **optimizer}, training=training)

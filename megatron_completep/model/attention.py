@@ -257,17 +257,13 @@ class _SplitHeads(torch.autograd.Function):
             kernels.rotary_(rotated, cos, sin, False, compiled)
         ctx.compiled = compiled
         ctx.save_for_backward(cos, sin)
-        ctx.rotated = num_heads + num_groups
         q, k, v = heads.split_with_sizes((num_heads, num_groups, num_groups), dim=2)
         return q, k, v
 
     @staticmethod
     def backward(ctx: Any, d_q: Tensor, d_k: Tensor, d_v: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        # Rotation is orthogonal: its gradient is the inverse rotation.
-        d_heads = torch.cat((d_q, d_k, d_v), dim=2)
-        if cos is not None:
-            kernels.rotary_(d_heads[:, :, : ctx.rotated], cos, sin, True, ctx.compiled)
+        d_heads = kernels.join_heads(d_q, d_k, d_v, cos, sin, ctx.compiled)
         return d_heads.flatten(2), None, None, None, None, None, None
 
 

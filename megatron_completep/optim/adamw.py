@@ -35,8 +35,8 @@ class AdamW(Rule):
         # The table adapts the configured betas to the batch size and the duration of the run.
         self.decay_rates = table.batch.betas(optimizer.betas)
 
-    def update(self, shards: Shards, control: Tensor) -> None:
-        """One launch over the whole shard; see `kernels.adamw_`."""
+    def update(self, shards: Shards, control: Tensor, segments: Tensor) -> None:
+        """One launch over all of the segments; see `kernels.adamw_`."""
         beta1, beta2 = self.decay_rates
         kernels.adamw_(
             shards.flat_shard,
@@ -44,7 +44,7 @@ class AdamW(Rule):
             self.states["exp_avg"],
             self.states["exp_avg_sq"],
             shards.grad_shard,
-            shards.segment_table,
+            segments,
             self.group_table,
             control,
             beta1,

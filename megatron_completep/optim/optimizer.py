@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +12,13 @@ from torch import Tensor, nn
 from megatron_completep import kernels
 from megatron_completep.completep import Table
 from megatron_completep.config.schema import OptimizerConfig, ParallelConfig
+from megatron_completep.errors import ConfigError
 from megatron_completep.kernels.control import CLIP, GRAD_NORM, LEARNING_RATE, SKIP
 from megatron_completep.optim.groups import Group, build_groups
 from megatron_completep.optim.rule import MASTER, Rule
 from megatron_completep.optim.rules import RULES
 from megatron_completep.optim.shards import Shards
+from megatron_completep.optim.update_stream import UpdateStream
 from megatron_completep.parallel.collectives import all_reduce
 from megatron_completep.parallel.context import ParallelContext
 
@@ -42,13 +45,12 @@ class DistributedOptimizer:
         parallel: bucket size and type of the communicated gradients; None: the defaults.
         precision: what parameters are stored and computed in.
         rule: how masters are updated; None: the rule that the table names.
+        updates: where updates run under the next forward pass; None: in `step`, all at once.
 
     Attributes:
         shards: the flat buffers and their communication.
         rule: the update rule with its states.
         groups: name of a parameter -> its group, in the order of the shards.
-        states: all that training continues from, each a flat shard: the masters and the states of
-            the rule.
         control: the step's record on the device (kernels/control.py).
     """
 
@@ -61,16 +63,31 @@ class DistributedOptimizer:
         parallel: ParallelConfig | None = None,
         precision: torch.dtype = torch.float32,
         rule: type[Rule] | None = None,
+        updates: UpdateStream | None = None,
     ):
         self.context = context
         self.config = optimizer
-        self.shards = Shards(chunks, context, parallel or ParallelConfig(), precision)
+        self.shards = Shards(chunks, context, parallel or ParallelConfig(), precision, updates)
         named_parameters = self.shards.parameters.items()
         self.groups: dict[str, Group] = build_groups(named_parameters, table, optimizer)
         make_rule = rule or RULES[table.rule]
         self.rule = make_rule(self.shards, list(self.groups.values()), table, optimizer)
-        self.states: dict[str, Tensor] = {MASTER: self.shards.master, **self.rule.states}
+        self._states: dict[str, Tensor] = {MASTER: self.shards.master, **self.rule.states}
+        if updates is not None and not self.rule.by_bucket:
+            raise ConfigError(
+                f"training.overlap_update = true updates bucket by bucket, which the rule "
+                f"{table.rule} cannot. Use overlap_update = false."
+            )
         self.control = kernels.new_control(context.device)
+
+    @property
+    def states(self) -> dict[str, Tensor]:
+        """All that training continues from, each a flat shard: the masters and the rule's states.
+
+        They are those of the last step: an update that is under way is waited for.
+        """
+        self.wait_for_parameters()
+        return self._states
 
     def begin_step(self, micro_batches: int) -> None:
         """Call before the first forward of a step of `micro_batches` forward-backward passes."""
@@ -97,8 +114,8 @@ class DistributedOptimizer:
         """
         shards = self.shards
         control = self.control
-        # A parameter that no forward used may still be on its way, and the update below writes to
-        # the buffer that it is sent from.
+        # A parameter that no forward pass used may still be on its way, and the update below writes
+        # to the buffer that it is sent from.
         shards.wait_for_parameters()
         shards.finish_gradients()
 
@@ -113,8 +130,11 @@ class DistributedOptimizer:
         kernels.begin_step_(control, mean_square, self.config.grad_clip, beta1, beta2)
         control[CLIP] /= token_total
 
-        self.rule.update(shards, control)
-        shards.start_gathering()
+        if shards.updates is None:
+            self.rule.update(shards, control, shards.segment_table)
+            shards.start_gathering()
+        else:
+            shards.start_updates(partial(self.rule.update, shards, control))
 
         # The next step overwrites the record, perhaps before the host has read this result.
         record = control.clone()
@@ -142,5 +162,5 @@ class DistributedOptimizer:
         return all_reduce(torch.stack(sums), self.context.world)
 
     def wait_for_parameters(self) -> None:
-        """Return when every parameter has the value of the last step."""
+        """Return when parameters, masters and states have the values of the last step."""
         self.shards.wait_for_parameters()

@@ -45,6 +45,8 @@ class Rule(ABC):
     powers: ClassVar[Mapping[str, int]]
     # Names of the fields of a group, in the order of the columns of `group_table`.
     columns: ClassVar[tuple[str, ...]]
+    # Whether one bucket can be updated before another: not where a matrix is needed as a whole.
+    by_bucket: ClassVar[bool] = True
     # Decay rates of two running means that start at 0: the step's record holds the corrections of
     # their bias as `correction1` and `correction2`. 0 means that there is no such mean.
     decay_rates: tuple[float, float] = (0.0, 0.0)
@@ -72,16 +74,17 @@ class Rule(ABC):
         return self.group_table[:, self.columns.index(name)]
 
     @abstractmethod
-    def update(self, shards: Shards, control: Tensor) -> None:
-        """Change `shards.master` by one step, and the states with it.
+    def update(self, shards: Shards, control: Tensor, segments: Tensor) -> None:
+        """Change `shards.master` by one step, and the states with it, in the given segments.
 
-        The gradients are `shards.grad_shard` times the clip coefficient in `control`, and
-        `shards.segment_table` says which group each element belongs to. Where `shards.flat_shard`
-        is a tensor, the new parameters are written there too, rounded to its type. Nothing may
-        change where `control` says that the step is skipped. An update communicates nothing and
-        does not wait for the device.
+        The gradients are `shards.grad_shard` times the clip coefficient in `control`. Where
+        `shards.flat_shard` is a tensor, the new parameters are written there too, rounded to its
+        type. Nothing may change where `control` says that the step is skipped. An update
+        communicates nothing and does not wait for the device.
 
         control: the step's record on the device, see `kernels/control.py`.
+        segments: `shards.segment_table`, which says which group each element belongs to, or its
+            rows of one bucket.
         """
 
     @abstractmethod

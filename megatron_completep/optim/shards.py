@@ -7,14 +7,18 @@ step goes through the following stages. None of them depends on the update rule.
    all ranks that reduce together.
 2. During backward, `_on_complete` is called when the last gradient of a parameter has arrived. The
    reduce-scatter of a bucket starts when all of its gradients have arrived and the reductions of
-   all buckets before it in the order have started. Nothing waits for a reduction here, except for
-   that of an older bucket when gradients are sent in another type: copies would pile up.
+   all buckets before it in the order have started. Backward does not wait for reductions, with
+   one exception: if gradients are communicated in bf16, it waits for older buckets, so that their
+   bf16 copies can be freed.
 3. After backward, `finish_gradients` completes the parameters that got no gradient, which starts
    the remaining reductions. It waits for every reduction, in the order in which they started, and
    adds the contributions of other tensor and pipeline ranks to parameters they share.
 4. The update rule changes this rank's shard of the masters.
 5. `start_gathering` starts the all-gathers of the new parameters, in the order in which forward
    needs them. Before a module runs it waits only for the buckets that hold its own parameters.
+
+With an `UpdateStream` stages 4 and 5 are one, `start_updates`: each bucket is updated and gathered
+on its own, in that same order, while the next forward pass begins.
 
 On a GPU, waiting means that the current stream waits and the host continues; on a CPU the host
 waits.
@@ -27,7 +31,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 
 import torch
@@ -45,13 +49,13 @@ from megatron_completep.optim.layout import (
     entry_of,
     lay_out,
 )
-from megatron_completep.parallel.axis import Axis
+from megatron_completep.optim.reduction import OVERLAPPED, RunningReduction
+from megatron_completep.optim.update_stream import Arrival, UpdateStream
 from megatron_completep.parallel.collectives import (
     Pending,
     all_reduce,
     exchange,
     start_all_gather,
-    start_all_reduce,
     start_reduce_scatter,
 )
 from megatron_completep.parallel.context import ParallelContext
@@ -59,35 +63,6 @@ from megatron_completep.parallel.gradients import GradientQueue, accumulate_tens
 from megatron_completep.parallel.parameter import Spec, spec_of
 
 Hook = Callable[[Parameter], None]
-
-
-# Buckets whose reduce-scatter is under way, and buckets behind them whose sum over replicas is,
-# if gradients are sent in another type than they are accumulated in.
-OVERLAPPED = 2
-
-
-@dataclass
-class _RunningReduction:
-    """The reduction of one bucket, from its start until the result is in `grad_shard`."""
-
-    pending: Pending  # first the reduce-scatter over the shard axis, then the sum over replicas
-    replica: Axis  # the ranks that hold the same shard
-    target: Tensor  # the bucket's slice of `grad_shard`
-    scattered: bool = False  # whether the sum over replicas has started
-
-    def sum_over_replicas(self) -> None:
-        """Wait for the reduce-scatter, and start the sum over replicas behind it, once."""
-        if not self.scattered:
-            self.pending = start_all_reduce(self.pending.wait(), self.replica)
-            self.scattered = True
-
-    def finish(self) -> None:
-        """Wait until the sum lies in its place."""
-        self.sum_over_replicas()
-        gradients = self.pending.wait()
-        # The sum lies elsewhere where it was sent in another type, or nothing was scattered.
-        if gradients.data_ptr() != self.target.data_ptr():
-            self.target.copy_(gradients)
 
 
 class Shards:
@@ -100,6 +75,7 @@ class Shards:
         parallel: the size of a bucket and the dtype in which gradients are communicated.
         precision: dtype of the stored parameters and of the computation. Under bf16 the shard keeps
             masters in float32.
+        updates: where updates run under the next forward pass; None: they run at once.
 
     Attributes:
         flat: the parameters of this rank, in `precision`.
@@ -119,8 +95,10 @@ class Shards:
         context: ParallelContext,
         parallel: ParallelConfig,
         precision: torch.dtype = torch.float32,
+        updates: UpdateStream | None = None,
     ):
         self.context = context
+        self.updates = updates
         self.chunks = list(chunks)
         self.queues: list[GradientQueue] = []
         for chunk in chunks:
@@ -145,8 +123,8 @@ class Shards:
         self.started: list[int] = []
         self._start_order: list[int] = []
         self._missing: Counter[int] = Counter()  # bucket -> parameters without their last gradient
-        self._running: list[_RunningReduction] = []
-        self._gathers: dict[int, Pending] = {}  # bucket -> the all-gather of its new parameters
+        self._running: list[RunningReduction] = []
+        self._arriving: dict[int, Arrival] = {}  # bucket -> its new parameters, under way
         self._attach()
 
     # --- construction --------------------------------------------------------------------------
@@ -200,6 +178,15 @@ class Shards:
         return self._table(self.segments)
 
     @cached_property
+    def bucket_tables(self) -> list[Tensor]:
+        """`segment_table` cut into the rows of each bucket."""
+        tables = []
+        for bucket in self.layout.buckets:
+            start, stop = bucket.in_shard
+            tables.append(self._table([s for s in self.segments if start <= s.shard_start < stop]))
+        return tables
+
+    @cached_property
     def counted_segments(self) -> tuple[Segment, ...]:
         """The segments of parameters for which this rank is primary.
 
@@ -215,13 +202,13 @@ class Shards:
     def counted_table(self) -> Tensor:
         """`segment_table` restricted to parameters for which this rank is primary.
 
-        It is for kernels: a walk over its rows on the host would launch something for every 1024
-        elements of a GPU's shard. `counted_segments` is for the host.
+        Only kernels should use it: on a GPU its segments are split into short ones, and a loop over
+        them on the host would launch an operator for each. `counted_segments` is for the host.
         """
         return self._table(self.counted_segments)
 
     @cached_property
-    def norm_table(self) -> Tensor:
+    def grad_norm_table(self) -> Tensor:
         """`counted_table` with consecutive segments joined: one row per run of them.
 
         The norm does not ask which parameter an element belongs to, and on a CPU every row costs
@@ -264,15 +251,17 @@ class Shards:
         self._bucket_sizes = Counter(self._bucket_of.values())  # in parameters
 
         # Kept, because a walk over all modules costs host time in every step.
-        self._of_chunks = [list(chunk.parameters()) for chunk in self.chunks]
-        for chunk, parameters, queue in zip(self.chunks, self._of_chunks, self.queues, strict=True):
+        self._parameters_of_chunks = [list(chunk.parameters()) for chunk in self.chunks]
+        for chunk, parameters, queue in zip(
+            self.chunks, self._parameters_of_chunks, self.queues, strict=True
+        ):
             queue.on_complete = self._on_complete
             for parameter in parameters:
                 # A weak reference, as the garbage collector cannot see a cycle that runs through
                 # the hooks of a tensor, and would never free the optimizer.
                 hook: Hook = partial(push_autograd_grad, weakref.ref(queue))
                 parameter.register_post_accumulate_grad_hook(hook)
-            if self._sharded:
+            if self._sharded or self.updates is not None:
                 self._wait_in_forward(chunk)
 
     def _wait_in_forward(self, chunk: nn.Module) -> None:
@@ -292,10 +281,11 @@ class Shards:
         self._missing = Counter(self._bucket_sizes)
         self._start_order = self._starting_order()
         self.started = []
-        if self._sharded:
-            # Activations may use this memory until the first reduction starts.
-            self.grad_shard = self.grad.new_empty(0)
-        for parameters, queue in zip(self._of_chunks, self.queues, strict=True):
+        # Activations may use this memory until the first reduction starts. Updates that are under
+        # way still read it: then it is freed behind the last of them.
+        if not self._arriving or self.updates is None:
+            self._free_grad_shard()
+        for parameters, queue in zip(self._parameters_of_chunks, self.queues, strict=True):
             queue.begin_step(parameters, micro_batches)
 
     def _starting_order(self) -> list[int]:
@@ -344,21 +334,29 @@ class Shards:
             # The sum arrives in the communicated dtype and is copied to `target` later.
             self._free_older_copies()
             pending = start_reduce_scatter(gradients.to(self._communication_dtype), shard)
-        self._running.append(_RunningReduction(pending, replica, target))
+        self._running.append(RunningReduction(pending, replica, target))
 
     def _free_older_copies(self) -> None:
         """Wait for older buckets, whose copies in the communicated dtype live until then.
 
-        So a rank holds four copies at most, and not one of every bucket when backward ends. All
-        ranks that reduce together do this at the same buckets, as they start them in one order.
+        A rank thus holds at most four copies at a time, instead of one copy per bucket at the end
+        of backward. All ranks that reduce together do this at the same buckets, as they start them
+        in one order.
         """
         if len(self._running) >= OVERLAPPED:
             self._running[-OVERLAPPED].sum_over_replicas()
         if len(self._running) >= 2 * OVERLAPPED:
             self._running.pop(0).finish()
 
+    def _free_grad_shard(self) -> None:
+        if self._sharded:
+            self.grad_shard = self.grad.new_empty(0)
+
     def allocate_grad_shard(self) -> None:
         """Allocate the buffer of reduced gradients if this step has none yet."""
+        if self.updates is not None:
+            # No module may have waited for a bucket whose parameters the forward pass did not use.
+            self.wait_for_parameters()
         if self.grad_shard.numel() == 0:
             self.grad_shard = torch.zeros_like(self.master)
 
@@ -414,7 +412,7 @@ class Shards:
 
         Summed over the mesh, these give the square of the gradient norm.
         """
-        return kernels.sum_of_squares(self.grad_shard, self.norm_table)
+        return kernels.sum_of_squares(self.grad_shard, self.grad_norm_table)
 
     # --- parameters ----------------------------------------------------------------------------
 
@@ -425,29 +423,56 @@ class Shards:
         """
         if not self._sharded:
             return
-        updated = self.master if self.flat_shard is None else self.flat_shard
-        # Buckets lie in backward order, so the last one holds what forward needs first.
-        for number in reversed(range(len(self.layout.buckets))):
-            bucket = self.layout.buckets[number]
-            shard = self.reductions[bucket.axis].shard
-            parameters = self.flat[bucket.start : bucket.stop]
-            # With one shard on this axis there is nothing to gather. But if another axis is
-            # sharded, `updated` is a separate buffer and must be copied back.
-            if shard.size == 1:
-                parameters.copy_(_slice(updated, bucket))
-                continue
-            self._gathers[number] = start_all_gather(_slice(updated, bucket), shard, parameters)
+        for number in self._forward_order():
+            self._arriving[number] = self._start_gathering_bucket(number)
+
+    def start_updates(self, update: Callable[[Tensor], None]) -> None:
+        """Start the update of every bucket, and its all-gather behind it, on the update stream.
+
+        Nothing here waits. Communicates as `start_gathering` does.
+
+        update: changes the masters of the segments of a table, see `Rule.update`.
+        """
+        assert self.updates is not None
+        self.updates.begin()
+        for number in self._forward_order():
+            work = partial(self._update_bucket, update, number)
+            self._arriving[number] = self.updates.run(work)
+
+    def _update_bucket(self, update: Callable[[Tensor], None], number: int) -> Pending:
+        update(self.bucket_tables[number])
+        return self._start_gathering_bucket(number)
+
+    def _forward_order(self) -> Iterable[int]:
+        """Buckets lie in backward order, so the last one holds what forward needs first."""
+        return reversed(range(len(self.layout.buckets)))
+
+    def _start_gathering_bucket(self, number: int) -> Pending:
+        bucket = self.layout.buckets[number]
+        parameters = self.flat[bucket.start : bucket.stop]
+        if not self._sharded:
+            return Pending(parameters)  # the shard is the buffer itself
+        updated = _slice(self.master if self.flat_shard is None else self.flat_shard, bucket)
+        shard = self.reductions[bucket.axis].shard
+        # With one shard on this axis there is nothing to gather. But if another axis is sharded,
+        # `updated` is a separate buffer and must be copied back.
+        if shard.size == 1:
+            return Pending(parameters.copy_(updated))
+        return start_all_gather(updated, shard, parameters)
 
     def _await_before_forward(self, buckets: Sequence[int], *_: object) -> None:
         """Pre-forward hook of a module whose parameters lie in these buckets."""
         self._await_buckets(buckets)
 
     def _await_buckets(self, buckets: Iterable[int]) -> None:
-        """Wait for those all-gathers of these buckets that nothing has waited for yet."""
+        """Wait for the new parameters of these buckets, where nothing has waited for them yet."""
         for bucket in buckets:
-            pending = self._gathers.pop(bucket, None)
-            if pending is not None:
-                pending.wait()
+            arrival = self._arriving.pop(bucket, None)
+            if arrival is None:
+                continue
+            arrival.wait()
+            if self.updates is not None and not self._arriving:
+                self._free_grad_shard()  # the last update has read it
 
     def load_from_masters(self) -> None:
         """Set all parameters from the masters, which were replaced by those of a checkpoint.
@@ -460,8 +485,8 @@ class Shards:
         self.wait_for_parameters()
 
     def wait_for_parameters(self) -> None:
-        """Wait for the all-gathers of all buckets that no module has waited for."""
-        self._await_buckets(list(self._gathers))
+        """Wait for all buckets that no module has waited for: updated, and gathered."""
+        self._await_buckets(list(self._arriving))
 
 
 def _view(flat: Tensor, piece: Piece, shape: torch.Size) -> Tensor:

@@ -43,7 +43,8 @@ def residual_norm_bytes(config: Config) -> Passes:
 def head_bytes(config: Config) -> Passes:
     """What lies between QKV and attention in one layer: QK-norm, rotation, one gradient of QKV.
 
-    Norm and rotation together are one pass; its backward writes the gradients where they belong.
+    Norm and rotation together are one pass, and so are rotating back and joining: they write the
+    gradients where they belong.
     """
     model = config.model
     groups = num_query_groups(model)
@@ -56,8 +57,8 @@ def head_bytes(config: Config) -> Passes:
     rotation = 2 * queries_and_keys if model.position == "rope" else 0
     norm_forward = 2 * queries_and_keys if model.qk_norm else 0
     norm_backward = 3 * queries_and_keys if model.qk_norm else 0
-    gathering = 2 * (queries_and_keys + values)
-    return Passes(norm_forward + rotation, norm_backward + rotation + gathering)
+    joining = 2 * (queries_and_keys + values)
+    return Passes(norm_forward + rotation, norm_backward + joining)
 
 
 def activation_bytes(config: Config) -> Passes:

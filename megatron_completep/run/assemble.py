@@ -19,6 +19,7 @@ from megatron_completep.model.gpt import GPT
 from megatron_completep.model.initialize import initialize
 from megatron_completep.model.stages import build_chunks
 from megatron_completep.optim.optimizer import DistributedOptimizer
+from megatron_completep.optim.update_stream import CudaUpdateStream, UpdateStream
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.cross_entropy import LossConfig
 from megatron_completep.parallel.onednn import read_processor
@@ -71,10 +72,24 @@ def assemble(
         )
         chunks = build_model(config, table, context, precision, products)
     optimizer = DistributedOptimizer(
-        chunks, table, config.optimizer, context, config.parallel, precision
+        chunks,
+        table,
+        config.optimizer,
+        context,
+        config.parallel,
+        precision,
+        updates=_update_stream(training.overlap_update, context.device),
     )
     step = TrainingStep(config, context, chunks, optimizer)
     return Assembly(table, chunks, optimizer, step, precision, products.library)
+
+
+def _update_stream(overlap: bool, device: torch.device) -> UpdateStream | None:
+    """A second stream for updates where the configuration asks for it and the device has streams.
+
+    A start on a CPU says that the setting changes nothing (training/build.py).
+    """
+    return CudaUpdateStream(device) if overlap and device.type == "cuda" else None
 
 
 def build_model(

@@ -189,6 +189,7 @@ def update_ratios(
     piece_elements: at most so many elements of a segment are looked at together, which bounds the
         memory that an update takes.
     """
+    optimizer.wait_for_parameters()
     master = optimizer.shards.master
     step = read_control(optimizer.control)
     groups: list[Group] = []  # of the pieces

@@ -238,6 +238,10 @@ def describe_run(
     reason = idle_reason(context.device, precision)
     if training.compile and reason is not None:
         without_effect = f"\nwarning: training.compile = true changes nothing: {reason}"
+    if training.overlap_update and context.device.type == "cpu":
+        without_effect += (
+            "\nwarning: training.overlap_update = true changes nothing: a CPU has no second stream"
+        )
     return (
         f"{model.num_layers} layers x {model.hidden_size}, {parameters:,} {where}, "
         f"{flops:,.1f} MFLOP a token\n"

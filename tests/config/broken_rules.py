@@ -231,6 +231,10 @@ RULES = [
         "training.batch_ramp changes the number of micro-batches.",
     ),
     (
+        ["training.cuda_graph=true", "training.overlap_update=true"],
+        "training.overlap_update = true lets that run under the next step.",
+    ),
+    (
         ["training.cuda_graph=true", "model.position=alibi"],
         "cannot copy from the host in a step, as model.position = alibi does",
     ),

@@ -128,6 +128,10 @@ IN_WORDS = {
         ["training.batch_ramp=null"],
         ["training.cuda_graph=false"],
     ],
+    "training.cuda_graph=true training.overlap_update=true": [
+        ["training.overlap_update=false"],
+        ["training.cuda_graph=false"],
+    ],
     "training.cuda_graph=true model.position=alibi": [
         ["model.position=rope"],
         ["model.position=learned"],

@@ -18,6 +18,7 @@ from megatron_completep.kernels import Join, Norm, launch
 from megatron_completep.kernels.ahead_of_time import Launch, compile_launch, record, resources
 from megatron_completep.kernels.ops import (
     head_norm,
+    join_heads,
     partial_sums,
     residual_norm,
     rotary,
@@ -72,6 +73,7 @@ def calls(hidden, dtype, rms, dropout, norms=norms):
         "head norm backward",
         lambda: head_norm.launch_head_norm_backward(*parts, normed, *rstds, *gains),
     )
+    yield "join heads", lambda: join_heads.launch_join_heads(*parts, half, half)
     yield "rotary in place", lambda: rotary.launch_rotary_(heads, angle, angle, True)
 
 

@@ -31,6 +31,7 @@ WHOLE = (
     "squared relu backward",
     "rotary",
     "rotary in place",
+    "join heads",
     "head norm",
 )
 

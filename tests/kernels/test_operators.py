@@ -71,6 +71,9 @@ def samples():
     cos, sin = random(2, 1, 4), random(2, 1, 4)
     yield "rotary", (random(2, 3, 2, 8), cos, sin, True)
     yield "rotary_", (random(2, 3, 2, 8), cos, sin, False)
+    # Gradients as attention leaves them: heads before the sequence in memory.
+    permuted = [random(3, count, 2, 8).permute(2, 0, 1, 3) for count in (4, 2, 2)]
+    yield "join_heads", (*permuted, cos, sin)
     gain = random(8)
     heads = random(2, 3, 8, 8)
     yield "head_norm_forward", (heads, gain, gain, cos, sin, 4, 1e-5)

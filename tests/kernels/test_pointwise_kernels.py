@@ -10,7 +10,7 @@ import torch
 
 from megatron_completep.kernels import reference
 from megatron_completep.kernels.cpu import pointwise as cpu
-from megatron_completep.kernels.ops import rotary, squared_relu, swiglu
+from megatron_completep.kernels.ops import join_heads, rotary, squared_relu, swiglu
 from tests.kernels.norm_cases import TOLERANCE, assert_close, poisoned_allocations
 from tests.kernels.step_kernels import DEVICE, launchers, mutant
 
@@ -19,6 +19,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CPU_TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
 SWIGLU = {"triton": (launchers(swiglu), TOLERANCE), "cpu": (cpu, CPU_TOLERANCE)}
 SQUARED_RELU = {"triton": (launchers(squared_relu), TOLERANCE), "cpu": (cpu, CPU_TOLERANCE)}
+JOIN = {"triton": (launchers(join_heads), TOLERANCE), "cpu": (cpu, CPU_TOLERANCE)}
 ROTARY = {"triton": (launchers(rotary), TOLERANCE), "cpu": (cpu, CPU_TOLERANCE)}
 
 
@@ -130,6 +131,37 @@ def test_rotary_inverse_undoes_it(name):
     )
 
 
+def check_join_heads(module, tolerance, shape, dtype, batch_angles=1):
+    """Gradients [B, N, S, D] in memory, as attention leaves them; the last one is not dense."""
+    sequence, batch, queries, keys, head_dim = shape
+    cos, sin = angles(sequence, batch_angles, head_dim // 2)
+    d_q = random(batch, queries, sequence, head_dim, dtype=dtype).permute(2, 0, 1, 3)
+    d_k = random(batch, keys, sequence, head_dim, dtype=dtype).permute(2, 0, 1, 3)
+    d_v = random(sequence, batch, head_dim, keys, dtype=dtype).transpose(2, 3)
+
+    # From autograd, through the forward pass that the operation is the gradient of.
+    heads = torch.zeros(sequence, batch, queries + 2 * keys, head_dim, dtype=torch.float64)
+    heads.requires_grad_()
+    q, k, v = heads.split((queries, keys, keys), dim=2)
+    rotated = [reference.rotary(x, cos.double().cpu(), sin.double().cpu()) for x in (q, k)]
+    gradients = [d.double().cpu() for d in (d_q, d_k, d_v)]
+    (expected,) = torch.autograd.grad((*rotated, v), heads, gradients)
+
+    out = module.join_heads(d_q, d_k, d_v, cos, sin)
+    assert out.is_contiguous()
+    assert_close(out, expected, tolerance[dtype], "out")
+
+
+@pytest.mark.parametrize("name", JOIN)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape, batch_angles",
+    [((5, 2, 3, 1, 64), 1), ((3, 2, 2, 2, 20), 2), ((1, 3, 17, 5, 2), 3), ((2, 1, 20, 4, 128), 1)],
+)
+def test_joined_heads_are_the_gradient_of_rotated_ones(name, dtype, shape, batch_angles):
+    check_join_heads(*JOIN[name], shape, dtype, batch_angles)
+
+
 def swiglu_far_away(module):
     gate_up = torch.zeros(4, 2048)
     module.launch_swiglu_forward(gate_up)
@@ -147,7 +179,13 @@ def rotary_far_away(module):
     )
 
 
+def join_heads_far_away(module):
+    heads = torch.zeros(1, 1, 32, 128)
+    module.launch_join_heads(heads, heads, heads, torch.zeros(1, 1, 64), torch.zeros(1, 1, 64))
+
+
 FAR = {
+    "ops.join_heads": join_heads_far_away,
     "ops.swiglu": swiglu_far_away,
     "ops.squared_relu": squared_relu_far_away,
     "ops.rotary": rotary_far_away,
@@ -172,6 +210,10 @@ def notices_rotary(module, **options):
     check_rotary(module, TOLERANCE, (3, 2, 3, 64), torch.float32, **options)
 
 
+def notices_join_heads(module):
+    check_join_heads(module, TOLERANCE, (3, 2, 3, 2, 64), torch.float32)
+
+
 # What goes wrong: (module, the text, the text instead, the check that notices).
 MUTANTS = {
     "the gate's own slope is lost": (
@@ -191,6 +233,18 @@ MUTANTS = {
         "sine = -sine",
         "sine = sine",
         partial(notices_rotary, inverse=True),
+    ),
+    "joined heads are rotated forward": (
+        "ops.join_heads",
+        "turned_low * cosine + turned_high * sine",
+        "turned_low * cosine - turned_high * sine",
+        notices_join_heads,
+    ),
+    "values take the places of keys": (
+        "ops.join_heads",
+        "value = head - queries - keys",
+        "value = head - queries",
+        notices_join_heads,
     ),
     "every sequence has the first one's positions": (
         "ops.rotary",

@@ -48,18 +48,18 @@ class Momentum(Rule):
     powers: ClassVar[Mapping[str, int]] = {"momentum": -1}
     columns: ClassVar[tuple[str, ...]] = ("lr_factor", "weight_decay")
 
-    def update(self, shards: Shards, control: Tensor) -> None:
+    def update(self, shards: Shards, control: Tensor, segments: Tensor) -> None:
         step = read_control(control)  # waits for the device, which is well on a CPU
         if step.skip:
             return
         columns = self.group_table.tolist()
-        for start, size, group in shards.segment_table.tolist():
+        for start, size, group in segments.tolist():
             part, (lr_factor, weight_decay) = slice(start, start + size), columns[group]
             momentum, weight = self.states["momentum"][part], shards.master[part]
             momentum.mul_(MU).add_(shards.grad_shard[part], alpha=step.clip)
             weight.sub_(step.learning_rate * lr_factor * (momentum + weight_decay * weight))
-        if shards.flat_shard is not None:
-            shards.flat_shard.copy_(shards.master)
+            if shards.flat_shard is not None:
+                shards.flat_shard[part].copy_(weight)
 
     def last_update(self, weight: Tensor, part: slice, group: Group, control: Control) -> Tensor:
         return control.learning_rate * (self.states["momentum"][part] + group.weight_decay * weight)

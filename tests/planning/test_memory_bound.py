@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_completep.benchmarks import kernel_cases
+from megatron_completep.benchmarks.head_cases import head_cases
 from megatron_completep.benchmarks.kernel_cases import Setting
 from megatron_completep.config.schema import Config
 from megatron_completep.planning.memory_bound import (
@@ -56,16 +57,21 @@ def test_norms_activations_loss_and_optimizer_move_what_the_benchmark_counts() -
 
 
 @pytest.mark.parametrize("groups", [4, 2])
-def test_heads_are_rotated_in_both_passes_and_their_gradients_gathered(groups: int) -> None:
+def test_heads_are_rotated_once_and_back_while_their_gradients_are_joined(groups: int) -> None:
     element = TOKENS * SIZE * 2  # bytes of one head of a micro-batch
     passes = head_bytes(config_of(num_query_groups=groups))
     assert passes.forward == 2 * (HEADS + groups) * element
-    assert passes.backward == passes.forward + 2 * (HEADS + 2 * groups) * element
+    assert passes.backward == 2 * (HEADS + 2 * groups) * element
+    counted = floors(head_cases(TOKENS, HEADS, groups, SIZE, ON_PAPER))
+    angles = 2 * TOKENS * (SIZE // 2) * 4  # which the plan leaves out: all heads share them
+    assert passes.backward == counted["joined heads"] - angles
     assert head_bytes(config_of(position="learned")).forward == 0
     # QK-norm and rotation are one pass, which also gathers the gradients.
     normed = head_bytes(config_of(num_query_groups=groups, qk_norm=True))
     assert normed.forward == passes.forward
     assert normed.backward == 3 * (HEADS + groups) * element + 2 * groups * element
+    assert normed.forward == counted["normed heads forward"] - angles
+    assert normed.backward == counted["normed heads backward"] - angles
 
 
 def test_ranks_share_the_bytes_and_recomputation_adds_a_forward_pass() -> None:

@@ -37,6 +37,7 @@ RATES = {
 ELEMENTWISE = 0.90
 REDUCING = 0.85
 ADAMW = 0.93
+HIDDEN_SHARE = 0.55  # of AdamW: it and the forward pass share the memory's bandwidth
 # Milliseconds that a weight gradient takes longer because it is written in float32.
 FLOAT32_OUT = 0.01
 LAUNCH = 0.006
@@ -113,6 +114,10 @@ class StepModel:
         """Our training step, one micro-batch."""
         return [*self._forward(), *self._backward(), *self._head(), *self._update()]
 
+    def hidden_update(self) -> float:
+        """Milliseconds of AdamW that hide under the next forward pass (training.overlap_update)."""
+        return HIDDEN_SHARE * self._moved(30 * self.shape.parameters, ADAMW)
+
     def plain_differences(self, pure: bool = False) -> list[Kernel]:
         """What the compiled plain model takes more (less: below 0) than our step.
 
@@ -126,7 +131,6 @@ class StepModel:
         own_head = self._gradient_of_head() - self._moved(2 * shape.tokens * shape.vocabulary)
         own_norms = self._norm_forward() + self._norm_backward()
         common = [
-            Kernel("q, k and v gradients in one pass", 1, -self._joined_heads()),
             Kernel("gaps", 1, -0.5),
         ]
         if pure:
@@ -175,10 +179,8 @@ class StepModel:
         return self._moved(2 * shape.tokens * (shape.heads + shape.groups) * shape.head_dim * 2)
 
     def _joined_heads(self) -> float:
-        """The gradients of q, k and v copied beside one another, in all layers."""
-        if not self.shape.rotary:
-            return 0.0
-        return self.shape.layers * self._moved(2 * self.shape.tokens * self.shape.qkv_width * 2)
+        """The gradients of q, k and v, rotated back and written beside one another."""
+        return self._moved(2 * self.shape.tokens * self.shape.qkv_width * 2)
 
     def _attention_flops(self) -> float:
         shape = self.shape
@@ -229,8 +231,7 @@ class StepModel:
             Kernel("backward: activation", layers, activation),
             Kernel("backward: residual norm", 2 * layers, self._norm_backward()),
             Kernel("backward: attention", layers, attention),
-            Kernel("backward: q, k and v joined", 1, self._joined_heads()),
-            Kernel("backward: rotary", layers, self._rotation()),
+            Kernel("backward: q, k and v joined, rotated", layers, self._joined_heads()),
         ]
 
     def _gradient_of_head(self) -> float:

@@ -100,6 +100,7 @@ def measure(setting: Setting) -> None:
     twice = replace(settings, batch_size=2 * SEQUENCES)
     _Comparison(setting, twice).ours("ours, twice the tokens", mfu_goal=MFU_GOAL)
     comparison.plain("plain, compiled, pure bf16", "pure")
+    comparison.ours("ours, update under forward", overlap_update=True)
     for name in ("cudnn", "flash"):
         comparison.ours_with(name)
 
@@ -150,14 +151,22 @@ class _Comparison:
             self.expected = StepModel(_shape(settings), rates)
 
     def ours(
-        self, name: str, profiled: bool = False, mfu_goal: float | None = None
+        self,
+        name: str,
+        profiled: bool = False,
+        mfu_goal: float | None = None,
+        overlap_update: bool = False,
     ) -> Timing | None:
         """Our step; profiled: with its kernels, and its memory beside the plan's."""
         expected = None if self.expected is None else total(self.expected.ours())
         device = self.setting.device
 
+        settings = replace(self.ours_settings, overlap_update=overlap_update)
+        if overlap_update and self.expected is not None and expected is not None:
+            expected -= self.expected.hidden_update()
+
         def make() -> Step:
-            return our_step(self.ours_settings, PRECISION, device, self.table, self.batch)
+            return our_step(settings, PRECISION, device, self.table, self.batch)
 
         timing = self._timed(name, make, expected, SECONDS_A_RUN, profiled, mfu_goal)
         if profiled and timing is not None:

@@ -1,0 +1,153 @@
+"""One gradient of the fused QKV projection from those of its queries, keys and values, in one pass.
+
+    out = cat(rotated back d_q, rotated back d_k, d_v)                   along the heads
+
+Rotation is orthogonal, so its gradient is the inverse rotation (rotary.py). Attention returns three
+tensors in its own layout; a program reads a tile of heads of one token from where they lie and
+writes them side by side. Joining first and rotating in place would move queries and keys twice.
+"""
+
+import torch
+from torch import Tensor
+
+from ..cpu import pointwise as cpu
+from ..cpu.compiled import CompiledDefinitions, server_of
+from ..launch import rotary_shape
+from ..library import register
+from ..optional_triton import tl, triton
+from ..tiling import ceil_div
+
+
+@triton.jit
+def _load_heads(
+    row: tl.tensor, head: tl.tensor, heads: tl.tensor, stride: tl.tensor,
+    column: tl.tensor, half: tl.tensor,
+) -> tl.tuple:  # fmt: skip
+    """Both halves of the heads in [0, heads) in float32, 0 elsewhere."""
+    address = row + head * stride + column
+    mask = (head >= 0) & (head < heads) & (column < half)
+    low = tl.load(address, mask=mask, other=0.0).to(tl.float32)
+    high = tl.load(address + half, mask=mask, other=0.0).to(tl.float32)
+    return low, high
+
+
+@triton.jit
+def join_heads_kernel(
+    d_q: tl.tensor, d_k: tl.tensor, d_v: tl.tensor, cos: tl.tensor, sin: tl.tensor, out: tl.tensor,
+    batch: tl.tensor, queries: tl.tensor, keys: tl.tensor, half: tl.tensor,
+    q_stride_s: tl.tensor, q_stride_b: tl.tensor, q_stride_n: tl.tensor,
+    k_stride_s: tl.tensor, k_stride_b: tl.tensor, k_stride_n: tl.tensor,
+    v_stride_s: tl.tensor, v_stride_b: tl.tensor, v_stride_n: tl.tensor,
+    cos_stride_s: tl.tensor, cos_stride_b: tl.tensor,
+    sin_stride_s: tl.tensor, sin_stride_b: tl.tensor,
+    HEADS: tl.constexpr, HALF: tl.constexpr,
+) -> None:  # fmt: skip
+    """Each program joins HEADS heads of one token; `out` is contiguous.
+
+    Strides are of the sequence (s), batch (b) and head (n) dimensions, in elements.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    s = token // batch
+    b = token % batch
+    column = tl.arange(0, HALF)[None, :]
+    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS).to(tl.int64))[:, None]
+
+    # A head is read from one of the three tensors, and as 0 from the others.
+    q_row = d_q + s * q_stride_s + b * q_stride_b
+    q_low, q_high = _load_heads(q_row, head, queries, q_stride_n, column, half)
+    k_row = d_k + s * k_stride_s + b * k_stride_b
+    k_low, k_high = _load_heads(k_row, head - queries, keys, k_stride_n, column, half)
+    v_row = d_v + s * v_stride_s + b * v_stride_b
+    value = head - queries - keys
+    v_low, v_high = _load_heads(v_row, value, keys, v_stride_n, column, half)
+
+    in_half = column < half
+    cos_row = cos + s * cos_stride_s + b * cos_stride_b
+    cosine = tl.load(cos_row + column, mask=in_half, other=0.0).to(tl.float32)
+    sin_row = sin + s * sin_stride_s + b * sin_stride_b
+    sine = tl.load(sin_row + column, mask=in_half, other=0.0).to(tl.float32)
+    turned_low = q_low + k_low
+    turned_high = q_high + k_high
+    low = turned_low * cosine + turned_high * sine + v_low
+    high = turned_high * cosine - turned_low * sine + v_high
+
+    heads = queries + 2 * keys
+    destination = out + (token * heads + head) * 2 * half + column
+    mask = (head < heads) & in_half
+    dtype = out.dtype.element_ty
+    tl.store(destination, low.to(dtype), mask=mask)
+    tl.store(destination + half, high.to(dtype), mask=mask)
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def launch_join_heads(d_q: Tensor, d_k: Tensor, d_v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """[S, B, N + 2G, D], contiguous."""
+    if d_q.dtype == torch.float64:
+        return cpu.join_heads(d_q, d_k, d_v, cos, sin)
+    d_q = _dense(d_q)
+    d_k = _dense(d_k)
+    d_v = _dense(d_v)
+    cos = cos.contiguous()
+    sin = sin.contiguous()
+    sequence, batch, queries, head_dim = d_q.shape
+    keys = d_k.shape[2]
+    heads = queries + 2 * keys
+    out = torch.empty((sequence, batch, heads, head_dim), dtype=d_q.dtype, device=d_q.device)
+    if out.numel() == 0:
+        return out
+    half = head_dim // 2
+    shape = rotary_shape(heads, half, d_q.dtype, d_q.device)
+    # One row of angles may serve every sequence of the batch.
+    cos_stride_b = 0 if cos.shape[1] == 1 else cos.stride(1)
+    sin_stride_b = 0 if sin.shape[1] == 1 else sin.stride(1)
+    grid = (sequence * batch, ceil_div(heads, shape.rows))
+    join_heads_kernel[grid](
+        d_q, d_k, d_v, cos, sin, out,
+        batch, queries, keys, half,
+        *d_q.stride()[:3],
+        *d_k.stride()[:3],
+        *d_v.stride()[:3],
+        cos.stride(0), cos_stride_b,
+        sin.stride(0), sin_stride_b,
+        HEADS=shape.rows, HALF=shape.columns, **shape.options,
+    )  # fmt: skip
+    return out
+
+
+def _fake_join_heads(d_q: Tensor, d_k: Tensor, d_v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    sequence, batch, queries, head_dim = d_q.shape
+    return d_q.new_empty((sequence, batch, queries + 2 * d_k.shape[2], head_dim))
+
+
+_join_heads = register(
+    "join_heads(Tensor d_q, Tensor d_k, Tensor d_v, Tensor cos, Tensor sin) -> Tensor",
+    cpu=cpu.join_heads,
+    cuda=launch_join_heads,
+    fake=_fake_join_heads,
+)
+
+
+def join_heads(
+    d_q: Tensor,
+    d_k: Tensor,
+    d_v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    compiled: CompiledDefinitions | None = None,
+) -> Tensor:
+    """The gradient [S, B, N + 2G, D] of fused heads, without autograd.
+
+    d_q [S, B, N, D], d_k and d_v [S, B, G, D], with any strides: the gradients of what attention
+    read, of which queries and keys had been rotated by the angles of `cos` and `sin`, float32
+    [S, 1 or B, D/2]. Without angles nothing was rotated. `compiled` runs in place of the operator
+    on the tensors that it serves.
+    """
+    if cos is None or sin is None:
+        return torch.cat((d_q, d_k, d_v), dim=2)
+    compiled = server_of(d_q, compiled)
+    join = compiled.join_heads if compiled else _join_heads
+    joined: Tensor = join(d_q, d_k, d_v, cos, sin)
+    return joined

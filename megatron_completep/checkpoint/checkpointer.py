@@ -134,7 +134,7 @@ class Checkpointer:
         )
 
         self.folder = Path(config.training.output_dir) / CHECKPOINTS
-        own_bytes = self._shard.written_bytes
+        own_bytes = self._shard.bytes_to_write
         self._shared = shared_place(
             self.folder, self._exchange, own_bytes, settings.keep, settings.keep_every
         )
@@ -216,7 +216,7 @@ class Checkpointer:
 
         blocked = time.perf_counter() - started
         self._figures["checkpoint_blocked_seconds"] = blocked
-        return SaveReport(blocked, self._shard.written_bytes)
+        return SaveReport(blocked, self._shard.bytes_to_write)
 
     def take_figures(self) -> dict[str, float]:
         """Figures for the metrics, of this rank, of what ended since the last call. Not collective.

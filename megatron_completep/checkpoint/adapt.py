@@ -118,8 +118,8 @@ def _check_adaptable(
             f"{folder} has {old.num_layers} layers, model.num_layers = {new.num_layers}: "
             f"layers can be added, not taken away. Use at least {old.num_layers}."
         )
-    # A run in this folder resumes from the newest checkpoint, which would not necessarily be the one
-    # written now.
+    # A run in this folder resumes from its newest checkpoint, which would not necessarily be the
+    # one written now.
     if steps := committed_steps(checkpoints):
         raise CheckpointError(
             f"{checkpoints} holds a checkpoint of step {max(steps)} already. "

@@ -431,7 +431,12 @@ def test_the_rank_that_waits_for_nobody_is_to_blame():
     )
     working = {**waiting, "waiting": False}
     assert "ranks 1, 2 hold the others up" in verdict({0: waiting, 1: working, 2: working})
-    early = {**waiting, "step": 1, "phase": 3, "progress": "before the first step (opening the data)"}
+    early = {
+        **waiting,
+        "step": 1,
+        "phase": 3,
+        "progress": "before the first step (opening the data)",
+    }
     behind = {**early, "phase": 2, "progress": "before the first step (building the model)"}
     assert "hung before the first step (building the model): rank 1 holds" in verdict(
         {0: early, 1: behind, 2: early}

@@ -282,7 +282,7 @@ def causal_bias(
     """Additive attention bias [1 or B, 1 or N, Sq, Sk].
 
     It is -inf for keys of the future or of another document, else ALiBi's penalty on the distance
-    (0 without slopes). documents [B, S]: the document of each token. slopes [N]: of the local heads.
+    (0 without slopes). documents [B, S]: the document of each token. slopes [N]: of local heads.
     """
     distance = query_positions[:, None] - key_positions[None, :]
     # [1, 1, Sq, Sk]; documents make the first dimension B, slopes the second N.

@@ -102,8 +102,8 @@ class RowParallelLinear(nn.Module):
         super().__init__()
         self.context = context
         ranks = context.ranks
-        # Input features are split; fan_in is still that of the logical matrix, on which the learning
-        # rate and the initialization depend.
+        # Input features are split; fan_in is still that of the logical matrix, on which learning
+        # rate and initialization depend.
         weight = Spec(
             Role.HIDDEN_WEIGHT,
             (out_features, in_features),

@@ -65,11 +65,11 @@ def register(
 ) -> Callable[_P, _R]:
     """Define `completep::<schema>` and return it as a callable.
 
-    `cpu` and `cuda` receive every argument of the schema by position. `fake` does, too, and returns
-    empty outputs of the right shape and dtype, for tensors without data (meta, tracing). A schema
-    may declare the arguments `Join join` and `Norm norm`: `cpu`, `cuda`, `fake` and the returned
-    callable take these objects. The operator in torch.ops, and the entry in `LAUNCHERS`, take their
-    fields one by one instead.
+    `cpu`, `cuda` and `fake` receive every argument of the schema by position. `fake` only makes
+    outputs of the right shape and dtype, for tensors without data (meta, tracing). A schema may
+    declare the arguments `Join join` and `Norm norm`: the three functions and the returned callable
+    take these objects. The operator in torch.ops, and the entry in `LAUNCHERS`, take their fields
+    one by one instead.
     """
     name, _, signature = schema.partition("(")
     parameters = signature[: signature.index(") ->")].split(", ")

@@ -28,23 +28,27 @@ _library = _torch_library.Library(_NAMESPACE, "DEF")
 LAUNCHERS: dict[str, Callable[..., Any]] = {}
 
 
-class _Value(NamedTuple):
-    """A parameter that torch's operators, which take numbers and tensors, get as its fields."""
+class _StructArgument(NamedTuple):
+    """How an argument of type Join or Norm is passed to a torch operator.
 
-    fields: str  # as torch's schema names them
-    make: Callable[..., Any]  # the value, from its fields
+    Operators accept numbers, strings and tensors, but no objects of ours. Such an argument is
+    therefore unpacked into its fields.
+    """
+
+    fields: str  # their declarations in the operator's schema
+    make: Callable[..., Any]  # the object, from its fields
     fields_of: Callable[[Any], tuple[Any, ...]]
 
 
-# A Norm is made once for each of its fields' values. A Join may hold a tensor, which a cache would
-# keep alive.
-_VALUES = {
-    "Join join": _Value(
+# The key is how a schema declares the argument. Norm objects are cached by their field values. Join
+# objects are not: a cached one would keep its seed tensor alive.
+_STRUCT_ARGUMENTS = {
+    "Join join": _StructArgument(
         "float scale, float dropout_p, Tensor? seed",
         Join,
         lambda join: (join.scale, join.dropout_p, join.dropout_seed),
     ),
-    "Norm norm": _Value(
+    "Norm norm": _StructArgument(
         "str kind, float eps",
         functools.cache(Norm),
         lambda norm: (norm.kind, norm.eps),
@@ -61,28 +65,30 @@ def register(
 ) -> Callable[_P, _R]:
     """Define `completep::<schema>` and return it as a callable.
 
-    `cpu` and `cuda` receive every argument of the schema by position; `fake` makes the outputs of
-    tensors without data. A schema may have the parameters `Join join` and `Norm norm`: the three
-    functions and the callable that is returned take these values, while torch's operator, and the
-    launcher in `LAUNCHERS`, take the values' fields in their places.
+    `cpu`, `cuda` and `fake` receive every argument of the schema by position. `fake` only makes
+    outputs of the right shape and dtype, for tensors without data (meta, tracing). A schema may
+    declare the arguments `Join join` and `Norm norm`: the three functions and the returned callable
+    take these objects. The operator in torch.ops, and the entry in `LAUNCHERS`, take their fields
+    one by one instead.
     """
     name, _, signature = schema.partition("(")
     parameters = signature[: signature.index(") ->")].split(", ")
-    for declaration, entry in _VALUES.items():
+    for declaration, entry in _STRUCT_ARGUMENTS.items():
         schema = schema.replace(declaration, entry.fields)
 
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LAUNCHERS[name] = _of_fields(cuda, parameters)
-    _library.impl(name, _of_fields(cpu, parameters), "CPU")
+    LAUNCHERS[name] = _packing(cuda, parameters)
+    _library.impl(name, _packing(cpu, parameters), "CPU")
     _library.impl(name, LAUNCHERS[name], "CUDA")
-    torch.library.register_fake(f"{_NAMESPACE}::{name}", _of_fields(fake, parameters), lib=_library)
-    return _of_values(getattr(getattr(torch.ops, _NAMESPACE), name).default, parameters)
+    torch.library.register_fake(f"{_NAMESPACE}::{name}", _packing(fake, parameters), lib=_library)
+    return _unpacking(getattr(getattr(torch.ops, _NAMESPACE), name).default, parameters)
 
 
 def first_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A backward that refuses to be differentiated, as torch's `once_differentiable` makes one.
+    """Decorate a backward so that it refuses to be differentiated itself.
 
-    That costs host time in every call; here only where a second derivative can be asked for.
+    torch's `once_differentiable` does so at a cost of host time in every call. Here it is applied
+    only when grad mode is on, the only case in which a second derivative can be requested.
     """
     checked = once_differentiable(backward)
 
@@ -93,12 +99,12 @@ def first_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _of_values(operator: Callable[..., Any], parameters: Sequence[str]) -> Callable[..., Any]:
-    """`operator`, which takes the fields of values, as a function of the values."""
+def _unpacking(operator: Callable[..., Any], parameters: Sequence[str]) -> Callable[..., Any]:
+    """Wrap `operator` so that it accepts Join and Norm objects and unpacks them into fields."""
     places = []
     for place, declaration in enumerate(parameters):
-        if declaration in _VALUES:
-            places.append((place, _VALUES[declaration].fields_of))
+        if declaration in _STRUCT_ARGUMENTS:
+            places.append((place, _STRUCT_ARGUMENTS[declaration].fields_of))
     if not places:
         return operator
     places.reverse()  # from the end, so that the places before keep their numbers
@@ -112,12 +118,12 @@ def _of_values(operator: Callable[..., Any], parameters: Sequence[str]) -> Calla
     return call
 
 
-def _of_fields(function: Callable[..., Any], parameters: Sequence[str]) -> Callable[..., Any]:
-    """`function`, which takes values, as a function of their fields: the other way round."""
+def _packing(function: Callable[..., Any], parameters: Sequence[str]) -> Callable[..., Any]:
+    """Wrap `function` so that it accepts fields and packs them into Join and Norm objects."""
     spans = []
     start = 0
     for declaration in parameters:
-        entry = _VALUES.get(declaration)
+        entry = _STRUCT_ARGUMENTS.get(declaration)
         if entry is None:
             start += 1
             continue

@@ -62,7 +62,10 @@ class Norm:
 
     @property
     def rms(self) -> bool:
-        """Whether the mean is left in. Raises ValueError for a kind that is not defined."""
+        """Whether this is RMSNorm, which does not subtract the mean.
+
+        Raises ValueError for a kind that is not defined.
+        """
         if self.kind not in ("layernorm", "rmsnorm"):
             raise ValueError(f'kind = {self.kind!r} must be "layernorm" or "rmsnorm".')
         return self.kind == "rmsnorm"
@@ -95,7 +98,7 @@ def norm(
     norm: Norm,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The norm of the stored `x` [..., H] over its last dimension, times `weight` plus `bias`."""
+    """The norm of `x` [..., H] over its last dimension, times `weight` plus `bias`."""
     return norm_with_statistics(x, weight, bias, norm, out_dtype or x.dtype)[0]
 
 
@@ -177,7 +180,8 @@ def philox_4x32(seed: Tensor, counter: Tensor) -> Tensor:
     for _ in range(10):
         high_0, low_0 = _multiply_32(c_0, _PHILOX_MULTIPLIERS[0])
         high_2, low_2 = _multiply_32(c_2, _PHILOX_MULTIPLIERS[1])
-        # The even words read the odd ones of the round before, so these are replaced last.
+        # The new c_0 and c_2 need the previous round's c_1 and c_3, so c_1 and c_3 are replaced
+        # last.
         c_0 = high_2 ^ c_1 ^ key_0
         c_2 = high_0 ^ c_3 ^ key_1
         c_1 = low_2
@@ -253,16 +257,16 @@ def normed_heads(
     k_gain: Tensor,
     cos: Tensor,
     sin: Tensor,
-    queries: int,
+    query_heads: int,
     norm_of_heads: Norm,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries and keys of `heads` [S, B, N + 2 G, D], normed, then rotated; and the values.
 
-    Each head has its own norm; the gains [D] serve all heads of queries, and all of keys. The norm
-    is rounded before the rotation.
+    Each head has its own norm. All heads of queries share q_gain [D], all heads of keys k_gain [D].
+    The norm is rounded before the rotation.
     """
-    keys = (heads.shape[2] - queries) // 2
-    q, k, v = heads.split_with_sizes((queries, keys, keys), dim=2)
+    key_heads = (heads.shape[2] - query_heads) // 2
+    q, k, v = heads.split_with_sizes((query_heads, key_heads, key_heads), dim=2)
     q = rotary(norm(q, q_gain, None, norm_of_heads), cos, sin)
     k = rotary(norm(k, k_gain, None, norm_of_heads), cos, sin)
     return q, k, v
@@ -284,8 +288,8 @@ def adamw_(
 
     See `ops.adamw.adamw_` for the shapes.
     """
-    step = read_control(control)
-    if step.skip:
+    numbers = read_control(control)
+    if numbers.skip:
         return
     for start, length, group in segments.tolist():
         lr_factor, weight_decay, eps = groups[group].tolist()
@@ -293,13 +297,13 @@ def adamw_(
         p = master[elements].double()
         m = exp_avg[elements].double()
         v = exp_avg_sq[elements].double()
-        g = step.clip * grad[elements].double()
+        g = numbers.clip * grad[elements].double()
 
         m = m + (1 - beta1) * (g - m)
         v = v + (1 - beta2) * (g * g - v)
-        root = torch.sqrt(v / step.correction2)
-        update = m / step.correction1 / (root + eps) + weight_decay * p
-        master[elements] = p - step.learning_rate * lr_factor * update
+        root = torch.sqrt(v / numbers.correction2)
+        update = m / numbers.correction1 / (root + eps) + weight_decay * p
+        master[elements] = p - numbers.learning_rate * lr_factor * update
         exp_avg[elements] = m
         exp_avg_sq[elements] = v
         # The copy is rounded from the stored master, not from the float64 result.
@@ -351,12 +355,12 @@ def cross_entropy_forward(
     logits: Tensor,
     labels: Tensor,
     vocab_start: int,
-    valid_vocab: int,
+    vocab_size: int,
     logit_scale: float = 1.0,
     with_sum: bool = False,
 ) -> Tensor:
     """Row statistics of one vocabulary shard; see `ops.cross_entropy.cross_entropy_forward`."""
-    scaled = _valid_logits(logits, vocab_start, valid_vocab, logit_scale)
+    scaled = _valid_logits(logits, vocab_start, vocab_size, logit_scale)
     maximum = scaled.amax(1)
     # Where every column is padding the maximum is -inf, and -inf - (-inf) would be NaN.
     finite_maximum = maximum.clamp_min(-1e300)
@@ -364,7 +368,7 @@ def cross_entropy_forward(
 
     # Labels of another shard read column 0 instead, and their logit is then replaced by 0.
     column = labels - vocab_start
-    in_shard = (column >= 0) & (column < logits.shape[1]) & (labels < valid_vocab)
+    in_shard = (column >= 0) & (column < logits.shape[1]) & (labels < vocab_size)
     index = torch.where(in_shard, column, 0)[:, None]
     target = scaled.gather(1, index)[:, 0].masked_fill(~in_shard, 0.0)
 

@@ -72,7 +72,7 @@ def pretrain(
     stop_signals = StopSignals(
         say,
         exit_after_minutes=training.exit_after_minutes,
-        already_seconds=clock.elapsed,
+        elapsed_seconds=clock.elapsed,
         by_torchrun=launch.by_torchrun,
     )
     with stop_signals as signals:
@@ -135,8 +135,8 @@ def train_one_model(
     clock.done("data")
 
     # A slow disk is not a hang: allow 0.9 of checkpoint.timeout_minutes, the time for which one
-    # rank waits for another during a load. It is below 1 so that the watchdog, which names the rank
-    # that hangs, comes before the library's timeout, which does not.
+    # rank waits for another during a load. The factor is below 1 so that the watchdog fires before
+    # the timeout of torch.distributed: only the watchdog names the rank that hangs.
     load_seconds = 0.9 * 60 * config.checkpoint.timeout_minutes
     watchdog.enter_phase("loading the checkpoint", at_least_seconds=load_seconds)
     checkpointer = _make_checkpointer(config, context, assembly, table, loader, guard, process)

@@ -18,17 +18,17 @@ def cross_entropy_forward(
     logits: Tensor,
     labels: Tensor,
     vocab_start: int,
-    valid_vocab: int,
+    vocab_size: int,
     logit_scale: float = 1.0,
     with_sum: bool = False,
 ) -> Tensor:
     """Row statistics of one vocabulary shard: see `ops.cross_entropy.cross_entropy_forward`."""
     if logits.dtype == torch.float64:
         return reference.cross_entropy_forward(
-            logits, labels, vocab_start, valid_vocab, logit_scale, with_sum
+            logits, labels, vocab_start, vocab_size, logit_scale, with_sum
         )
     tokens, columns = logits.shape
-    valid = max(0, min(columns, valid_vocab - vocab_start))  # columns that are no padding
+    valid = max(0, min(columns, vocab_size - vocab_start))  # columns that are no padding
     stats = torch.zeros(4 if with_sum else 3, tokens, dtype=torch.float32)
     stats[0] = -math.inf
     if valid == 0 or tokens == 0:

@@ -19,13 +19,13 @@ def head_norm_forward(
     k_gain: Tensor,
     cos: Tensor,
     sin: Tensor,
-    queries: int,
+    query_heads: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(q, k, q_rstd, k_rstd)."""
     norm = Norm("rmsnorm", eps)
-    keys = (heads.shape[2] - queries) // 2
-    q, k, _ = heads.split_with_sizes((queries, keys, keys), dim=2)
+    key_heads = (heads.shape[2] - query_heads) // 2
+    q, k, _ = heads.split_with_sizes((query_heads, key_heads, key_heads), dim=2)
     normed_q, _, q_rstd = norm_forward(q, q_gain, None, norm, heads.dtype)
     normed_k, _, k_rstd = norm_forward(k, k_gain, None, norm, heads.dtype)
     return rotary(normed_q, cos, sin, False), rotary(normed_k, cos, sin, False), q_rstd, k_rstd
@@ -36,9 +36,9 @@ def head_norm_backward(
     q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(d_heads, partials [1, 2, D])."""
-    queries = d_q.shape[2]
-    keys = d_k.shape[2]
-    q, k, _ = heads.split_with_sizes((queries, keys, keys), dim=2)
+    query_heads = d_q.shape[2]
+    key_heads = d_k.shape[2]
+    q, k, _ = heads.split_with_sizes((query_heads, key_heads, key_heads), dim=2)
     gradients = []
     partials = []
     for d_out, x, rstd, gain in ((d_q, q, q_rstd, q_gain), (d_k, k, k_rstd, k_gain)):

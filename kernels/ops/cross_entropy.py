@@ -34,7 +34,7 @@ def cross_entropy_forward_kernel(
     columns: tl.tensor,
     row_stride: tl.tensor,
     vocab_start: tl.tensor,
-    valid_vocab: tl.tensor,  # the true vocabulary size
+    vocab_size: tl.tensor,  # the true vocabulary size
     logit_scale: tl.tensor,
     WITH_SUM: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -43,7 +43,7 @@ def cross_entropy_forward_kernel(
     """Each program reads one row, a block of columns at a time."""
     row = tl.program_id(0).to(tl.int64)
     base = logits + row * row_stride
-    valid = tl.minimum(valid_vocab - vocab_start, columns)
+    valid = tl.minimum(vocab_size - vocab_start, columns)
     maximum = -float("inf")
     sum_exp = tl.zeros([BLOCK], dtype=tl.float32)
     sum_z = tl.zeros([BLOCK], dtype=tl.float32)
@@ -121,14 +121,14 @@ def launch_cross_entropy_forward(
     logits: Tensor,
     labels: Tensor,
     vocab_start: int,
-    valid_vocab: int,
+    vocab_size: int,
     logit_scale: float,
     with_sum: bool,
 ) -> Tensor:
     """Row statistics [3 or 4, T]; one program a row."""
     if logits.dtype == torch.float64:
         return reference.cross_entropy_forward(
-            logits, labels, vocab_start, valid_vocab, logit_scale, with_sum
+            logits, labels, vocab_start, vocab_size, logit_scale, with_sum
         )
     tokens, columns = logits.shape
     stats = torch.empty(4 if with_sum else 3, tokens, dtype=torch.float32, device=logits.device)
@@ -143,7 +143,7 @@ def launch_cross_entropy_forward(
             columns,
             logits.stride(0),
             vocab_start,
-            valid_vocab,
+            vocab_size,
             logit_scale,
             WITH_SUM=with_sum,
             BLOCK=shape.block,
@@ -198,7 +198,7 @@ def _fake_forward(
     logits: Tensor,
     labels: Tensor,
     vocab_start: int,
-    valid_vocab: int,
+    vocab_size: int,
     logit_scale: float,
     with_sum: bool,
 ) -> Tensor:
@@ -207,7 +207,7 @@ def _fake_forward(
 
 
 _forward = register(
-    "cross_entropy_forward(Tensor logits, Tensor labels, int vocab_start, int valid_vocab, "
+    "cross_entropy_forward(Tensor logits, Tensor labels, int vocab_start, int vocab_size, "
     "float logit_scale, bool with_sum) -> Tensor",
     cpu=cpu.cross_entropy_forward,
     cuda=launch_cross_entropy_forward,
@@ -227,7 +227,7 @@ def cross_entropy_forward(
     logits: Tensor,
     labels: Tensor,
     vocab_start: int,
-    valid_vocab: int,
+    vocab_size: int,
     logit_scale: float = 1.0,
     with_sum: bool = False,
 ) -> Tensor:
@@ -241,7 +241,7 @@ def cross_entropy_forward(
     There is no communication. Over shards, all-reduce the maximum; then sum row 1, each shard's
     multiplied by exp(its maximum - the maximum of all), and rows 2 and 3 as they are.
     """
-    return _forward(logits, labels, vocab_start, valid_vocab, logit_scale, with_sum)
+    return _forward(logits, labels, vocab_start, vocab_size, logit_scale, with_sum)
 
 
 def cross_entropy_loss(

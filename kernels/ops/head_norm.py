@@ -91,7 +91,7 @@ def _norm_gradient(
 def head_norm_forward_kernel(
     x: tl.tensor, q_gain: tl.tensor, k_gain: tl.tensor, cos: tl.tensor, sin: tl.tensor,
     q: tl.tensor, k: tl.tensor, q_rstd: tl.tensor, k_rstd: tl.tensor,
-    batch: tl.tensor, queries: tl.tensor, keys: tl.tensor, half: tl.tensor,
+    batch: tl.tensor, query_heads: tl.tensor, key_heads: tl.tensor, half: tl.tensor,
     x_stride_s: tl.tensor, x_stride_b: tl.tensor, x_stride_n: tl.tensor,
     cos_stride_s: tl.tensor, cos_stride_b: tl.tensor,
     sin_stride_s: tl.tensor, sin_stride_b: tl.tensor,
@@ -105,15 +105,15 @@ def head_norm_forward_kernel(
     column = tl.arange(0, HALF)[None, :]
     in_half = column < half
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS).to(tl.int64)[:, None]
-    is_query = head < queries
-    is_key = (head >= queries) & (head < queries + keys)
+    is_query = head < query_heads
+    is_key = (head >= query_heads) & (head < query_heads + key_heads)
 
     source = x + s * x_stride_s + b * x_stride_b + head * x_stride_n
     low, high = _load_halves(source, column, half, (is_query | is_key) & in_half)
     squares = tl.sum(low * low + high * high, axis=1, keep_dims=True)
     row_rstd = tl.rsqrt(squares / (2 * half) + eps)
-    q_row = token * queries + head
-    k_row = token * keys + head - queries
+    q_row = token * query_heads + head
+    k_row = token * key_heads + head - query_heads
     tl.store(q_rstd + q_row, row_rstd, mask=is_query)
     tl.store(k_rstd + k_row, row_rstd, mask=is_key)
 
@@ -140,7 +140,8 @@ def head_norm_backward_kernel(
     d_q: tl.tensor, d_k: tl.tensor, x: tl.tensor, q_rstd: tl.tensor, k_rstd: tl.tensor,
     q_gain: tl.tensor, k_gain: tl.tensor, cos: tl.tensor, sin: tl.tensor,
     d_x: tl.tensor, partials: tl.tensor,
-    tokens: tl.tensor, batch: tl.tensor, queries: tl.tensor, keys: tl.tensor, half: tl.tensor,
+    tokens: tl.tensor, batch: tl.tensor,
+    query_heads: tl.tensor, key_heads: tl.tensor, half: tl.tensor,
     q_stride_s: tl.tensor, q_stride_b: tl.tensor, q_stride_n: tl.tensor,
     k_stride_s: tl.tensor, k_stride_b: tl.tensor, k_stride_n: tl.tensor,
     x_stride_s: tl.tensor, x_stride_b: tl.tensor, x_stride_n: tl.tensor,
@@ -162,15 +163,15 @@ def head_norm_backward_kernel(
     k_low_sum = tl.zeros((HEADS, HALF), tl.float32)
     k_high_sum = tl.zeros((HEADS, HALF), tl.float32)
 
-    blocks = tl.cdiv(queries + keys, HEADS)
+    blocks = tl.cdiv(query_heads + key_heads, HEADS)
     first_tile = tl.program_id(0).to(tl.int64)
     for tile in tl.range(first_tile, tokens * blocks, tl.num_programs(0), num_stages=STAGES):
         token = tile // blocks
         s = token // batch
         b = token % batch
         head = (tile % blocks) * HEADS + tl.arange(0, HEADS).to(tl.int64)[:, None]
-        is_query = head < queries
-        is_key = (head >= queries) & (head < queries + keys)
+        is_query = head < query_heads
+        is_key = (head >= query_heads) & (head < query_heads + key_heads)
 
         cosine, sine = _load_angles(
             cos, sin, s, b, cos_stride_s, cos_stride_b, sin_stride_s, sin_stride_b, column, in_half
@@ -179,10 +180,10 @@ def head_norm_backward_kernel(
         low, high = _load_halves(source, column, half, (is_query | is_key) & in_half)
         q_row = d_q + s * q_stride_s + b * q_stride_b + head * q_stride_n
         q_low, q_high = _load_halves(q_row, column, half, is_query & in_half)
-        k_row = d_k + s * k_stride_s + b * k_stride_b + (head - queries) * k_stride_n
+        k_row = d_k + s * k_stride_s + b * k_stride_b + (head - query_heads) * k_stride_n
         k_low, k_high = _load_halves(k_row, column, half, is_key & in_half)
-        row_rstd = tl.load(q_rstd + token * queries + head, mask=is_query, other=0.0)
-        row_rstd += tl.load(k_rstd + token * keys + head - queries, mask=is_key, other=0.0)
+        row_rstd = tl.load(q_rstd + token * query_heads + head, mask=is_query, other=0.0)
+        row_rstd += tl.load(k_rstd + token * key_heads + head - query_heads, mask=is_key, other=0.0)
 
         # The gradient of the kind that a head is not was read as 0. Then the inverse rotation.
         turned_low = q_low + k_low
@@ -224,27 +225,27 @@ def launch_head_norm_forward(
     k_gain: Tensor,
     cos: Tensor,
     sin: Tensor,
-    queries: int,
+    query_heads: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(q, k, q_rstd, k_rstd)."""
     if heads.dtype == torch.float64:
-        return cpu.head_norm_forward(heads, q_gain, k_gain, cos, sin, queries, eps)
+        return cpu.head_norm_forward(heads, q_gain, k_gain, cos, sin, query_heads, eps)
     heads = _dense(heads)
     cos = cos.contiguous()
     sin = sin.contiguous()
     sequence, batch, _, head_dim = heads.shape
-    keys = (heads.shape[2] - queries) // 2
-    q, k, q_rstd, k_rstd = _new_outputs(heads, queries, torch.float32)
+    key_heads = (heads.shape[2] - query_heads) // 2
+    q, k, q_rstd, k_rstd = _new_outputs(heads, query_heads, torch.float32)
     if heads.numel() == 0:
         return q, k, q_rstd, k_rstd
     half = head_dim // 2
-    shape = rotary_shape(queries + keys, half, heads.dtype, heads.device)
-    grid = (sequence * batch, ceil_div(queries + keys, shape.rows))
+    shape = rotary_shape(query_heads + key_heads, half, heads.dtype, heads.device)
+    grid = (sequence * batch, ceil_div(query_heads + key_heads, shape.rows))
     head_norm_forward_kernel[grid](
         heads, q_gain, k_gain, cos, sin,
         q, k, q_rstd, k_rstd,
-        batch, queries, keys, half,
+        batch, query_heads, key_heads, half,
         *heads.stride()[:3],
         *_angle_strides(cos, sin),
         eps,
@@ -267,19 +268,19 @@ def launch_head_norm_backward(
     d_k = _dense(d_k)
     cos = cos.contiguous()
     sin = sin.contiguous()
-    sequence, batch, queries, head_dim = d_q.shape
-    keys = d_k.shape[2]
+    sequence, batch, query_heads, head_dim = d_q.shape
+    key_heads = d_k.shape[2]
     d_heads = torch.empty(heads.shape, dtype=heads.dtype, device=heads.device)
-    d_heads[:, :, queries + keys :].copy_(d_v)
+    d_heads[:, :, query_heads + key_heads :].copy_(d_v)
     half = head_dim // 2
-    shape = head_norm_backward_shape(queries + keys, half, heads.dtype, heads.device)
+    shape = head_norm_backward_shape(query_heads + key_heads, half, heads.dtype, heads.device)
     partials = heads.new_empty((shape.programs, 2, head_dim), dtype=torch.float32)
     grid = (shape.programs,)
     head_norm_backward_kernel[grid](
         d_q, d_k, heads, q_rstd, k_rstd,
         q_gain, k_gain, cos, sin,
         d_heads, partials,
-        sequence * batch, batch, queries, keys, half,
+        sequence * batch, batch, query_heads, key_heads, half,
         *d_q.stride()[:3],
         *d_k.stride()[:3],
         *heads.stride()[:3],
@@ -291,17 +292,17 @@ def launch_head_norm_backward(
 
 
 def _new_outputs(
-    heads: Tensor, queries: int, statistics: torch.dtype
+    heads: Tensor, query_heads: int, statistics: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(q, k, q_rstd, k_rstd), to be written."""
     sequence, batch, count, head_dim = heads.shape
-    keys = (count - queries) // 2
+    key_heads = (count - query_heads) // 2
     tokens = sequence * batch
     return (
-        heads.new_empty((sequence, batch, queries, head_dim)),
-        heads.new_empty((sequence, batch, keys, head_dim)),
-        heads.new_empty(tokens * queries, dtype=statistics),
-        heads.new_empty(tokens * keys, dtype=statistics),
+        heads.new_empty((sequence, batch, query_heads, head_dim)),
+        heads.new_empty((sequence, batch, key_heads, head_dim)),
+        heads.new_empty(tokens * query_heads, dtype=statistics),
+        heads.new_empty(tokens * key_heads, dtype=statistics),
     )
 
 
@@ -311,10 +312,10 @@ def _fake_forward(
     k_gain: Tensor,
     cos: Tensor,
     sin: Tensor,
-    queries: int,
+    query_heads: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _new_outputs(heads, queries, compute_dtype(heads, q_gain))
+    return _new_outputs(heads, query_heads, compute_dtype(heads, q_gain))
 
 
 def _fake_backward(
@@ -332,7 +333,7 @@ def _fake_backward(
 
 _forward = register(
     "head_norm_forward(Tensor heads, Tensor q_gain, Tensor k_gain, Tensor cos, Tensor sin, "
-    "int queries, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+    "int query_heads, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
     cpu=cpu.head_norm_forward,
     cuda=launch_head_norm_forward,
     fake=_fake_forward,
@@ -357,15 +358,15 @@ class _NormedHeads(torch.autograd.Function):
         k_gain: Tensor,
         cos: Tensor,
         sin: Tensor,
-        queries: int,
+        query_heads: int,
         norm: Norm,
         sink: Sink | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, q_rstd, k_rstd = _forward(heads, q_gain, k_gain, cos, sin, queries, norm.eps)
+        q, k, q_rstd, k_rstd = _forward(heads, q_gain, k_gain, cos, sin, query_heads, norm.eps)
         ctx.save_for_backward(heads, q_rstd, k_rstd, q_gain, k_gain, cos, sin)
         ctx.sink = sink
         ctx.receivers = receivers((q_gain, k_gain), sink)
-        values = heads.detach()[:, :, queries + k.shape[2] :]
+        values = heads.detach()[:, :, query_heads + k.shape[2] :]
         return q, k, values
 
     @staticmethod
@@ -387,7 +388,7 @@ def normed_heads(
     k_gain: Tensor,
     cos: Tensor,
     sin: Tensor,
-    queries: int,
+    query_heads: int,
     norm: Norm,
     sink: Sink | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -396,7 +397,7 @@ def normed_heads(
     heads: [S, B, N + 2 G, D], the heads of queries, keys and values of a fused projection.
     q_gain, k_gain: [D], one for all heads of queries, one for those of keys.
     cos, sin: float32 [S, 1 or B, D/2] of the angles.
-    queries: N.
+    query_heads: N.
     norm: RMSNorm with its epsilon.
     sink: takes the gradients of the gains, which are then parameters, in place of autograd.
 
@@ -404,4 +405,4 @@ def normed_heads(
     """
     if not norm.rms:
         raise ValueError(f'kind = "{norm.kind}" of a norm of heads must be "rmsnorm".')
-    return _normed_heads(heads, q_gain, k_gain, cos, sin, queries, norm, sink)
+    return _normed_heads(heads, q_gain, k_gain, cos, sin, query_heads, norm, sink)

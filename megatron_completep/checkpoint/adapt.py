@@ -1,9 +1,9 @@
 """A checkpoint rewritten for another configuration, so that the model computes the same function.
 
 It may have more layers, another base shape, alpha or multipliers. Where a forward multiplier
-changes, the weights before it take over the ratio. A tensor that is multiplied by c has its
-gradients divided by c, and the states of the update rule follow with the powers that the checkpoint
-lists: of AdamW's, the first moment is divided by c and the second by c^2.
+changes, the weights before it are multiplied by old / new. If a tensor is multiplied by c, its
+gradients are divided by c. Each state of the update rule is therefore multiplied by c to the power
+that the checkpoint's manifest gives for it: -1 for AdamW's first moment, -2 for its second.
 
 New layers come last. The matrices that write into the residual stream are zero in them, all other
 weights are as in a fresh model, and their states are zero.
@@ -75,7 +75,7 @@ def adapt_checkpoint(
     old = _old_config(stored)
     stored_model = {"model": stored.manifest.config["model"]}
     changes = differences(stored_model, {"model": config.model.model_dump(mode="json")})
-    _refuse(folder, refused(changes, ADAPTABLE), old.model, config.model, checkpoints)
+    _check_adaptable(folder, refused(changes, ADAPTABLE), old.model, config.model, checkpoints)
 
     # A model on the meta device has all specs and takes no memory.
     old_table = table_of(old)
@@ -84,8 +84,8 @@ def adapt_checkpoint(
     check_branches(fresh)
     factors = scale_factors(old.model, old_table, table, config.model)
     tensors = _Tensors(stored, config, table, specs_of(fresh), factors, start_anew)
-    manifest = _manifest(stored.manifest, config, table, tensors.described, start_anew)
-    # The user is told what follows for the forward pass as well.
+    manifest = _manifest(stored.manifest, config, table, tensors.stored_parameters, start_anew)
+    # Also list the changed factors of the CompleteP table, for the user.
     changes += differences({"table": stored.manifest.table}, {"table": manifest.table})
     return rewrite_checkpoint(manifest, checkpoints, files, tensors.rows), changes
 
@@ -99,26 +99,27 @@ def _old_config(stored: StoredCheckpoint) -> Config:
         raise CheckpointError(f"{error}\nThis version cannot adapt it.") from None
 
 
-def _refuse(
+def _check_adaptable(
     folder: Path, bad: list[Difference], old: ModelConfig, new: ModelConfig, checkpoints: Path
 ) -> None:
-    """Raise CheckpointError where the checkpoint cannot become one of the new model.
+    """Raise CheckpointError if the checkpoint cannot become one of the new model.
 
-    bad: differences of the models that the weights cannot take over.
+    bad: differences between the models that no rescaling of the weights can make up for.
     """
     if bad:
         raise CheckpointError(
             f"{folder} cannot become a checkpoint of this model:\n"
             f"{side_by_side(bad, 'checkpoint', 'new')}\n"
-            "Layers can be added, and base shape, alpha and multipliers changed; "
-            "all else must be the checkpoint's."
+            "You may add layers, and change base shape, alpha and multipliers. "
+            "Every other model setting must be the same as in the checkpoint."
         )
     if new.num_layers < old.num_layers:
         raise CheckpointError(
             f"{folder} has {old.num_layers} layers, model.num_layers = {new.num_layers}: "
             f"layers can be added, not taken away. Use at least {old.num_layers}."
         )
-    # Here a run would continue from the newest one there, which need not be the one made here.
+    # A run in this folder resumes from its newest checkpoint, which would not necessarily be the
+    # one written now.
     if steps := committed_steps(checkpoints):
         raise CheckpointError(
             f"{checkpoints} holds a checkpoint of step {max(steps)} already. "
@@ -129,8 +130,8 @@ def _refuse(
 def check_branches(model: GPT) -> None:
     """Raise CheckpointError unless every branch declares which parameters make its output.
 
-    They take over a change of the residual multiplier, and are zero in a new layer, which is silent
-    at first by that. The error names the branches that declare none.
+    These parameters are rescaled when the residual multiplier changes. In a new layer they are
+    zero, so that the layer adds nothing at first. The error names the branches that declare none.
     """
     undeclared = []
     for layer, block in model.blocks():
@@ -151,7 +152,10 @@ def check_branches(model: GPT) -> None:
 def scale_factors(
     old: ModelConfig, old_table: Table, table: Table, new: ModelConfig
 ) -> dict[ForwardMultiplier, float]:
-    """What the tensors before each forward multiplier are multiplied by to hide its change."""
+    """For each forward multiplier, the factor of the parameters before it.
+
+    With these factors the function stays the same although the multipliers change.
+    """
     inputs = old.input_multiplier / new.input_multiplier
     logits = old_table.logit_multiplier / table.logit_multiplier
     return {
@@ -159,7 +163,8 @@ def scale_factors(
         ForwardMultiplier.QUERY: old_table.attention_scale / table.attention_scale,
         ForwardMultiplier.INPUT: inputs,
         ForwardMultiplier.LOGITS: logits,
-        # A tied embedding serves both ends; the norm between them takes the difference.
+        # A tied embedding is scaled for the input multiplier. The final norm is scaled by what
+        # remains for the logits.
         ForwardMultiplier.TIED_LOGITS: logits / inputs,
     }
 
@@ -214,18 +219,19 @@ class _Tensors:
         self._table = table
         self._factors = factors
         self._start_anew = start_anew
-        self._type = next(iter(stored.manifest.parameters.values())).dtype
-        self._dtype = TORCH_DTYPES[self._type]
+        self._dtype_name = next(iter(stored.manifest.parameters.values())).dtype
+        self._dtype = TORCH_DTYPES[self._dtype_name]
         self._specs = {name: spec for name, spec in specs.items() if not spec.is_copy(name)}
         missing = sorted(stored.manifest.parameters.keys() - self._specs.keys())
-        assert not missing, missing  # more layers of the same model have all of its parameters
+        # The new model only adds layers, so it has every parameter of the old one.
+        assert not missing, missing
 
     @property
-    def described(self) -> dict[str, StoredParameter]:
+    def stored_parameters(self) -> dict[str, StoredParameter]:
         """What the manifest says of each parameter."""
         parameters = {}
         for name, spec in self._specs.items():
-            parameters[name] = StoredParameter(**describe(spec, self._type))
+            parameters[name] = StoredParameter(**describe(spec, self._dtype_name))
         return parameters
 
     def rows(self, state: str, name: str, start: int, stop: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Saves and resumes one run. Every call is collective: all ranks make it.
+"""Saves and resumes one run. Unless a method says otherwise, all ranks must call it.
 
 A save writes the optimizer's states, each rank its own part, to the shared disk or as a snapshot to
 the disks of the nodes. It may go on in the background while training continues. A load reads each
@@ -73,7 +73,7 @@ class SaveReport:
 class Checkpointer:
     """Saves and loads the state of one run, which the optimizer holds.
 
-    Weights are not stored beside the masters that they are rounded from. Construction is
+    Of a parameter only the master is stored: the weight is the rounded master. Construction is
     collective.
 
     Args:
@@ -111,7 +111,7 @@ class Checkpointer:
 
         settings = config.checkpoint
         self._exchange = Exchange(context, settings.timeout_minutes)
-        # Ranks that write for long tell each other so, well before one takes another for dead.
+        # Ranks whose writing takes long tell each other so, well before one takes another for dead.
         hang_minutes = config.guards.hang_timeout_minutes or math.inf
         self._round_seconds = 60 * min(settings.timeout_minutes, hang_minutes) / 5
 
@@ -126,15 +126,15 @@ class Checkpointer:
         # Together the ranks know all parameters of the model.
         own_parameters = describe_parameters(optimizer, self._shard.dtype)
         self._parameters: dict[str, dict[str, Any]] = {}
-        for described in self._exchange.all_gather(own_parameters):
-            self._parameters |= described
+        for parameters_of_rank in self._exchange.all_gather(own_parameters):
+            self._parameters |= parameters_of_rank
         self._identity = identity_for(config, table, fingerprints or {}, self._parameters)
         self._resume_check = ResumeCheck(
             config, self._identity, optimizer.states, data_order, report, products
         )
 
         self.folder = Path(config.training.output_dir) / CHECKPOINTS
-        own_bytes = self._shard.written_bytes
+        own_bytes = self._shard.bytes_to_write
         self._shared = shared_place(
             self.folder, self._exchange, own_bytes, settings.keep, settings.keep_every
         )
@@ -164,7 +164,7 @@ class Checkpointer:
     def _local_place(self, local_dir: Path, own_bytes: int) -> Place:
         """The place of this run's snapshots.
 
-        Where another run's snapshots lie in it, this run takes another number, and with it another
+        If it holds another run's snapshots, this run takes another number, and with it another
         place.
         """
         exchange = self._exchange
@@ -178,8 +178,8 @@ class Checkpointer:
         run_fields = exchange.on_rank_0(lambda: renumber(self.folder.parent).to_json())
         self._run = Run.from_json(run_fields)
         self._report(
-            f"{self.folder.parent} and that run had one number; "
-            f"this one has {self._run.number} from now on"
+            f"{self.folder.parent} had the same run number as that run; "
+            f"its number is {self._run.number} from now on"
         )
         return local_place(local_dir, self._run, exchange, own_bytes, keep)
 
@@ -216,10 +216,10 @@ class Checkpointer:
 
         blocked = time.perf_counter() - started
         self._figures["checkpoint_blocked_seconds"] = blocked
-        return SaveReport(blocked, self._shard.written_bytes)
+        return SaveReport(blocked, self._shard.bytes_to_write)
 
     def take_figures(self) -> dict[str, float]:
-        """Figures for the metrics, of this rank, of what ended since the last call. Not collective.
+        """This rank's figures for the metrics, since the last call. Not collective.
 
         They are the seconds that `save` blocked and that writing took, and whether a save failed.
         """
@@ -263,7 +263,8 @@ class Checkpointer:
                 work,
             )
             self._remove_older(place, content["step"])
-        # A rank that died ends the exchange with a RuntimeError, which training itself will meet.
+        # After the death of a rank this may be a RuntimeError of the exchange. It is handled like a
+        # failed save, because training communicates with that rank as well and fails by itself.
         except Exception as error:
             self._failure = f"checkpoint of step {content['step']} failed: {describe(error)}"
             self._figures["checkpoint_failed"] = 1.0
@@ -277,9 +278,9 @@ class Checkpointer:
     def _remove_older(self, place: Place, step: int) -> None:
         """Remove what the new checkpoint of `step` supersedes.
 
-        That is what the retention of its place does not keep, and where it lies on the shared disk,
-        the snapshots up to its step. What cannot be removed does no harm to the new checkpoint: it
-        is reported after every save.
+        These are older checkpoints of its place that need not be kept and, if it is on the shared
+        disk, the snapshots up to its step. One that cannot be removed does no harm to the new
+        checkpoint: it is reported, after every save.
         """
 
         def remove_own() -> list[str]:
@@ -307,7 +308,7 @@ class Checkpointer:
     def _remove(self, place: Place | None, doomed: Callable[[int], bool]) -> list[str]:
         """Remove checkpoints where this rank leads; returns what could not be removed, and why.
 
-        doomed: whether the checkpoint of a step goes.
+        doomed: whether to remove the checkpoint of a step.
         """
         removal = Removal()
         if place is not None and self._exchange.rank == place.leader:
@@ -324,7 +325,7 @@ class Checkpointer:
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:
-        """While training waits here no step comes: `heartbeat` is told of the progress instead."""
+        """While training waits here no step ends, so `heartbeat` is called at each progress."""
         before = self._training_waits
         self._training_waits = True
         try:
@@ -373,12 +374,12 @@ class Checkpointer:
     # --- loading -------------------------------------------------------------------------------
 
     def load_latest(self) -> RunState | None:
-        """Load the newest state that all ranks can read; None where there is none.
+        """Load the newest state that all ranks can read; None if there is none.
 
         A snapshot that is not complete, or whose bytes are damaged, is reported and left out.
-        Raises CheckpointError, on every rank, when the newest checkpoint on the shared disk is
-        damaged (the error names the file and the bytes), or of another model, parameterization or
-        data.
+        Raises CheckpointError, on every rank, if the newest checkpoint on the shared disk is
+        damaged (the error names the file and the bytes), or belongs to another model,
+        parameterization or data.
         """
         newest = self._exchange.on_rank_0(lambda: max(committed_steps(self.folder), default=None))
         snapshots = []
@@ -397,7 +398,7 @@ class Checkpointer:
         return None if newest is None else self.load(newest)
 
     def _refuse_existing(self, newest: int | None, snapshots: list[Snapshot]) -> None:
-        """Raise CheckpointError where the folder of a run that must not resume holds a state."""
+        """Raise CheckpointError if there is a state, although the run must not resume."""
         if newest is not None:
             existing = f"checkpoint of step {newest}"
         elif snapshots:
@@ -414,7 +415,7 @@ class Checkpointer:
         self._wait()
         self._exchange.on_rank_0(lambda: self._require(step))
         source = shared_source(self._shared, step, self._exchange)
-        # Before any tensor is read, as a large checkpoint takes minutes.
+        # Before any tensor is read: reading a large checkpoint takes minutes.
         self._resume_check.compare(source.folder, source.manifest)
         return self._read(source)
 
@@ -446,13 +447,13 @@ class Checkpointer:
     def _remove_later(self, place: Place, step: int) -> None:
         problems = self._remove(place, lambda later_step: later_step > step)
         if problems:
-            title = "a restart must not find these, which are of the path that is left:"
+            title = "these checkpoints must go, or a restart would continue from them:"
             raise CheckpointError("\n".join([title, *problems]))
 
     def _load_snapshot(self, snapshot: Snapshot) -> RunState | None:
-        """Load a snapshot; None, and a line that says why, where its bytes cannot be read.
+        """Load a snapshot. If its bytes cannot be read, report why and return None.
 
-        Raises CheckpointError where it can be read, but is of another model or other data.
+        Raises CheckpointError if it can be read, but belongs to another model or other data.
         """
         assert self._local is not None
         prefix = f"the snapshot of step {snapshot.step} is not used"
@@ -464,7 +465,7 @@ class Checkpointer:
         except CheckpointError as error:
             self._report(f"{prefix}: {error}")
             return None
-        # Outside of the try: the user's mistake must not look like a snapshot that is not there.
+        # Outside of a try: a mistake of the user must not look like an unreadable snapshot.
         self._resume_check.compare(source.folder, source.manifest)
         try:
             return self._read(source)
@@ -484,9 +485,9 @@ class Checkpointer:
         reader = JointReader(self._exchange, source, self._progress)
         state = self._exchange.together(lambda: progress_of(manifest))
 
-        # Tensors are read into host memory. With saves in the background that memory is there
-        # anyway. The copies start from the states at hand, as not all of these is stored: the
-        # padding of the vocabulary stays.
+        # Tensors are read into host memory; saves in the background have allocated it anyway. It
+        # first gets a copy of the present states, because a checkpoint does not hold every element
+        # of them: the padding of the vocabulary keeps its values.
         staged: dict[str, Tensor] = {}
         if replica.rank == 0:
             staging = self._staging if self._background is not None else Staging()
@@ -500,7 +501,7 @@ class Checkpointer:
         for name, flat in optimizer.states.items():
             if staged:
                 flat.copy_(staged[name])
-            # The other replicas of a shard read nothing, and receive it.
+            # The other replicas of a shard have read nothing; they receive its states here.
             if replica.group is not None:
                 dist.broadcast(flat, group=replica.group, group_src=0)
         optimizer.control[STEP] = manifest.updates
@@ -518,6 +519,6 @@ class Checkpointer:
         return state
 
     def _require(self, step: int) -> None:
-        """Raise CheckpointError where there is no checkpoint of this step."""
+        """Raise CheckpointError if there is no checkpoint of this step."""
         if step not in committed_steps(self.folder):
             raise CheckpointError(f"{self.folder}: no checkpoint of step {step}.")

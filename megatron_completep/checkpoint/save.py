@@ -50,7 +50,10 @@ class Staging:
         self._buffers: dict[str, Tensor] = {}
 
     def copy(self, flats: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copy the tensors to the host, to pinned memory from a GPU; complete on return."""
+        """Copy the tensors to the host, into pinned memory if they are on a GPU.
+
+        The copies are complete on return.
+        """
         for name, flat in flats.items():
             if name not in self._buffers:
                 pinned = flat.is_cuda
@@ -112,7 +115,7 @@ def write_checkpoint(
         fail_point("save.folder_created")
         own_record = _write_part(folder, exchange, shard, flats, content, fail_point, work.goes_on)
         # Commit only after every rank has reported that its file is on disk, or why it is not.
-        records = work.done(own_record)
+        records = work.gather_results(own_record)
         fail_point("save.hashes_exchanged")
         problems = {}
         for rank, record in enumerate(records):
@@ -147,23 +150,23 @@ def _write_part(
 
     Disk errors are returned, not raised, because the other ranks wait for this rank's record.
     """
-    if not shard.written:
+    if not shard.to_write:
         return {}
     path = folder / f"rank_{exchange.rank:05d}_of_{exchange.size:05d}.safetensors"
     try:
         # State by state, each in memory order, so that adjacent boxes are written in one write.
         tensors = []
         for state in shard.states:
-            for owned in shard.written:
+            for owned in shard.to_write:
                 array = _array(view_of(flats[state], owned))
                 tensors.append((key_of(state, owned.name, owned.box), owned.box.sizes, array))
         metadata = {"format": "pt", "step": str(content["step"]), "attempt": content["attempt"]}
         stored = write_tensor_file(path, tensors, shard.dtype, metadata, fail_point, progress)
     except (OSError, CheckpointError) as error:
         free = shutil.disk_usage(folder).free if folder.exists() else 0
-        space = f"{size_text(shard.written_bytes)} to write, {size_text(free)} free"
+        space = f"{size_text(shard.bytes_to_write)} to write, {size_text(free)} free"
         return {"problem": f"{path}: {describe(error)} ({space})"}
-    elements = sum(owned.box.numel for owned in shard.written)
+    elements = sum(owned.box.numel for owned in shard.to_write)
     return {"file": stored.model_dump(), "elements": elements}
 
 

@@ -22,14 +22,14 @@ class Shard:
 
     Attributes:
         owned: all of them, in shard order.
-        written: those that this rank writes. Of a parameter that every tensor rank holds, the first
-            rank writes it, and nobody writes the copy of a tied one.
+        to_write: those that this rank writes in a save. A parameter that every tensor rank holds
+            is written by the first of them only, and the copy of a tied one by none.
         states: what is stored of each box, in this order.
         dtype: F32 or F64, as safetensors calls it.
     """
 
     owned: tuple[OwnedBox, ...]
-    written: tuple[OwnedBox, ...]
+    to_write: tuple[OwnedBox, ...]
     states: tuple[str, ...]
     dtype: str
 
@@ -37,22 +37,22 @@ class Shard:
     def of(cls, optimizer: DistributedOptimizer, context: ParallelContext) -> Shard:
         shards = optimizer.shards
         owned = []
-        written = []
+        to_write = []
         for local_box in owned_boxes(shards.segments, shards.specs):
             local_name = local_box.name
             spec = shards.specs[local_name]
             box = replace(local_box, name=spec.stored_name(local_name))
             owned.append(box)
-            # A load fills all of them; of a save, each element is one rank's.
+            # A load fills all boxes. In a save each element is written by one rank only.
             if spec.is_primary(local_name, context):
-                written.append(box)
+                to_write.append(box)
         dtype = "F64" if shards.master.dtype == torch.float64 else "F32"
-        return cls(tuple(owned), tuple(written), tuple(optimizer.states), dtype)
+        return cls(tuple(owned), tuple(to_write), tuple(optimizer.states), dtype)
 
     @property
-    def written_bytes(self) -> int:
+    def bytes_to_write(self) -> int:
         """Bytes of the tensors that this rank writes, all states together."""
-        elements = sum(owned.box.numel for owned in self.written)
+        elements = sum(owned.box.numel for owned in self.to_write)
         item_size = 8 if self.dtype == "F64" else 4
         return elements * len(self.states) * item_size
 

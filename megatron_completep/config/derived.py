@@ -99,10 +99,11 @@ def total_samples(training: TrainingConfig) -> int:
     return samples_before(training, training.train_steps + 1)
 
 
-def is_skipped(training: TrainingConfig, step: int) -> bool:
-    """Whether the data of optimizer step `step` (from 1) are read past without an update.
+def is_passed_over(training: TrainingConfig, step: int) -> bool:
+    """Whether training.skip_steps lists the step (from 1), so that its data are read but not used.
 
-    training.skip_steps lists such steps.
+    `skipped` in a step's record means more: any step without an update, also one whose gradient was
+    not finite.
     """
     ranges = training.skip_steps
     return any(steps.first <= step <= (steps.last or steps.first) for steps in ranges)

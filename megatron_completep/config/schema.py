@@ -276,8 +276,8 @@ class TrainingConfig(Section):
     )
     skip_steps: list[StepRangeConfig] = Field(
         default_factory=list,
-        description="Steps whose data are read past: no update, while step count and learning rate "
-        "go on.",
+        description="Steps whose data are passed over: no update, while step count and learning "
+        "rate go on.",
     )
     precision: Literal["float32", "bf16", "float64", "auto"] = Field(
         "bf16",

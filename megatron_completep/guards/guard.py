@@ -22,15 +22,15 @@ from megatron_completep.run.step import TrainingStep
 class Guard:
     """Makes the guards of one run, and holds the lock on its output folder from construction on.
 
-    The lock is taken before anything is written to the folder. What rank 0 alone does there goes
-    through `on_rank_0`, so that every rank leaves with the same message where it fails.
+    The lock is taken before anything is written to the folder. Rank 0 writes there through
+    `on_rank_0`, so that every rank ends with the same message if it fails.
 
     Args:
-        watchdog: already counting; the guards report progress to it.
+        watchdog: already watching; the guards report progress to it.
         say: prints a line for the user.
 
     Raises:
-        ConfigError: another run has the folder, or it cannot be written.
+        ConfigError: another run uses the folder, or it cannot be written to.
     """
 
     def __init__(
@@ -59,21 +59,21 @@ class Guard:
         """Run `action` on rank 0 alone. A user error that it raises is raised on every rank."""
 
         def act() -> None:
-            action()  # without its result, which need not be JSON as what the exchange sends
+            action()  # its result is dropped: the exchange would have to send it as JSON
 
         self.exchange.on_rank_0(act)
 
     def check_restart_progress(self, step: int) -> None:
         """Record that the run resumed at `step`, and check that restarts make progress.
 
-        Raises RunStopped, on every rank, when several restarts have got no further than this step.
+        Raises RunStopped, on every rank, if several restarts have got no further than this step.
         """
-        # The launcher counts within one launch: a start by hand begins anew.
+        # The launcher counts restarts within one launch: after a start by hand the count is 0.
         limit = self.config.guards.max_restarts_without_progress
         self.on_rank_0(lambda: note_start(self.folder, self.launch.restart_count, step, limit))
 
     def rollbacks(self, checkpointer: Checkpointer) -> Rollbacks:
-        """What the run can do to go back; it counts the rollbacks of earlier launches as well."""
+        """Makes the run go back to a checkpoint; counts the rollbacks of earlier launches, too."""
         return Rollbacks(self.config, self.exchange, checkpointer, self._say)
 
     def hooks(self, step: TrainingStep, state: RunState, rollbacks: Rollbacks) -> list[Hook]:
@@ -90,7 +90,7 @@ class Guard:
         )
 
     def heartbeat(self) -> None:
-        """Tell the watchdog that what training waits for makes progress, though no step comes."""
+        """Tell the watchdog that the save or load that training waits for makes progress."""
         self._watchdog.heartbeat()
 
     def close(self) -> None:

@@ -105,14 +105,14 @@ class SkippedSteps(Hook):
         self._in_a_row = 0
 
     def due(self, step: int) -> bool:
-        """After a skipped step, each step is looked at before the next one's gradients arrive.
+        """After a step without an update, look at each step before the next one is launched.
 
-        Those would replace the gradients that show which rank was the first.
+        The next step would overwrite the gradients that show which rank was the first.
         """
         return self._in_a_row > 0
 
     def after_step(self, record: StepRecord) -> None:
-        # A step that was read past computed nothing, and says nothing about the run.
+        # A step of training.skip_steps computed nothing, so it neither counts nor resets the count.
         if record.figures.passed_over:
             return
         if not record.figures.skipped:
@@ -130,7 +130,7 @@ class SkippedSteps(Hook):
             raise RunStopped(
                 f"step {step}: {self._in_a_row} steps in a row without a finite gradient "
                 f"(guards.max_skipped_steps). {origin}\n"
-                "The weights are those before the first of them. Go back to an older checkpoint, "
+                "None of these steps changed the weights. Go back to an older checkpoint, "
                 "lower optimizer.base_lr, or look at the data.",
                 ExitCode.NOT_FINITE,
             )
@@ -141,12 +141,13 @@ class SkippedSteps(Hook):
     def _origin(self, record: StepRecord) -> str:
         """The ranks, parameters and samples whose gradient is not finite. Collective."""
         own_samples = self._own_samples(record)
-        reports = self._exchange.all_gather((not_finite(self._optimizer), own_samples))
+        reports = self._exchange.all_gather((nonfinite_gradients(self._optimizer), own_samples))
         origins = []
         for rank, (names, samples) in enumerate(reports):
             if names:
                 origins.append(f"rank {rank}: {summary(names)}, samples {samples}")
-        # A few are enough: activations and their gradients carry it from the first rank to others.
+        # A few ranks are enough: activations and their gradients spread a NaN or an infinity from
+        # the first rank to the others.
         if origins:
             return "; ".join(origins[:4])
         # On a GPU the host comes here when the next step has been launched, except where `due`
@@ -155,7 +156,7 @@ class SkippedSteps(Hook):
         return unknown_origin(replaced, own_samples)
 
     def _own_samples(self, record: StepRecord) -> str:
-        """Numbers within the run of the samples that this data rank read in the step."""
+        """Which samples this data rank read in the step, by their run-wide numbers."""
         data = self._context.data
         assignment = SampleAssignment(self._training.micro_batch_size, data.rank, data.size)
         step_start = record.state.consumed_samples - record.samples
@@ -167,7 +168,7 @@ class SkippedSteps(Hook):
         return ", ".join(ranges)
 
 
-def not_finite(optimizer: DistributedOptimizer) -> list[str]:
+def nonfinite_gradients(optimizer: DistributedOptimizer) -> list[str]:
     """Names of parameters whose gradient is not finite on this rank, in the order of forward.
 
     These are the gradients before any sum over ranks. Waits for the device.
@@ -184,14 +185,14 @@ def not_finite(optimizer: DistributedOptimizer) -> list[str]:
 
 
 def unknown_origin(replaced: bool, samples: str) -> str:
-    """What to say when no rank's own gradient shows where it was not finite.
+    """What to say when no rank's gradients show where one was not finite.
 
-    replaced: the gradients may be those of the next step already. samples: those of rank 0.
+    replaced: they may have been overwritten by the next step. samples: those of rank 0.
     """
     reason = "the sum over ranks or the loss was not finite"
     if replaced:
-        reason = "by now the next step's have replaced them"
-    return f"No rank's own gradient shows it: {reason}; samples {samples} on rank 0"
+        reason = "the next step may have overwritten them already"
+    return f"No rank's gradients show where: {reason}; samples {samples} on rank 0"
 
 
 def summary(names: list[str]) -> str:
@@ -230,8 +231,8 @@ class Replicas(Hook):
         if differences:
             raise RunStopped(
                 f"step {record.state.step}: replicas differ: {'; '.join(differences)}. "
-                "Memory or a link of that host is not sound. Nothing was saved; take it out and "
-                "continue from the last checkpoint.",
+                "The memory or a network link of a host of these ranks is faulty. This step was "
+                "not saved. Exclude that host, and continue from the last checkpoint.",
                 ExitCode.REPLICAS_DIFFER,
             )
 

@@ -1,7 +1,8 @@
 """A thread that notices when a run hangs, names the rank that is to blame, and ends the process.
 
-In a hang, all ranks wait for one of them. The watchdogs publish where their ranks are through the
-process group's store, and name the rank that is not inside a collective or does not answer.
+In a hang, all ranks wait for one of them. Each watchdog writes its rank's position to the process
+group's store. From all positions they name the rank that is not inside a collective, or that does
+not answer.
 """
 
 from __future__ import annotations
@@ -83,8 +84,9 @@ class Watchdog:
 
         self._stopped = threading.Event()
         self._leaving = threading.Event()
-        # Acquired once and never released, by the thread that writes the collectives.
-        self._collectives_written = threading.Lock()
+        # The first thread that dumps the flight recorder acquires this and keeps it, so the dump
+        # happens once.
+        self._flight_recorder_dumped = threading.Lock()
         self._threads: list[threading.Thread] = []
         if timeout_seconds is not None:
             self._start_threads()
@@ -137,9 +139,10 @@ class Watchdog:
         self.progress("")
 
     def progress(self, doing: str) -> None:
-        """A sign of life from something long; any thread may call it.
+        """Report that a long activity (a save, a validation) goes on, and what it is.
 
-        doing: the activity that is reported if no other sign of life follows.
+        Any thread may call it. doing: named in the report of a hang if no other sign of life
+        follows.
         """
         self._activity = doing
         self._last_sign_of_life = time.monotonic()
@@ -178,17 +181,17 @@ class Watchdog:
         self._dump_stacks(rank)
         how = "waiting for other ranks" if answer["waiting"] else "not waiting for another rank"
         self._report(
-            f"rank {rank} made no progress for {self._allowed_seconds:g} s {answer['stage']}, "
+            f"rank {rank} made no progress for {self._allowed_seconds:g} s {answer['progress']}, "
             f"in {answer['place']}, {how}. Stacks: {self._stack_file(rank)}"
         )
         if self._store is not None:
-            self._write_collectives(rank)
+            self._dump_flight_recorder(rank)
             self._report(self._verdict(self._store, answer))
 
-    def _stage(self) -> str:
+    def _progress_text(self) -> str:
         """How far this rank is, in words."""
-        stage = f"at step {self._step + 1}" if self._in_training else "before the first step"
-        return f"{stage} ({self._activity})" if self._activity else stage
+        text = f"at step {self._step + 1}" if self._in_training else "before the first step"
+        return f"{text} ({self._activity})" if self._activity else text
 
     def _answer(self) -> dict[str, Any]:
         """The position of this rank, as it is published to the other ranks."""
@@ -196,7 +199,7 @@ class Watchdog:
         return {
             "step": self._step + 1,
             "phase": self._phase,
-            "stage": self._stage(),
+            "progress": self._progress_text(),
             "place": place,
             "waiting": waiting,
         }
@@ -217,7 +220,7 @@ class Watchdog:
         return verdict(answers)
 
     def _ask_all(self, store: Store, answer: dict[str, Any]) -> dict[int, Answer]:
-        """The answer of every rank by rank, that of this rank included."""
+        """Rank -> its answer, for all ranks including this one."""
         publish(store, self.launch.rank, answer)
         store.set(ASKED, str(self.launch.rank))
         # All ranks answer at the same time, so they share one time limit.
@@ -239,25 +242,25 @@ class Watchdog:
                     self._leaving.set()
                     publish(store, rank, self._answer())
                     self._dump_stacks(rank)
-                    self._write_collectives(rank)
+                    self._dump_flight_recorder(rank)
                     # This process may host the store, which the asking rank still needs.
                     time.sleep(self._patience() + ANSWER_SECONDS)
                     self._leave(int(ExitCode.HUNG))
                     return
 
-    def _write_collectives(self, rank: int) -> None:
-        """Write this rank's newest collectives, once.
+    def _dump_flight_recorder(self, rank: int) -> None:
+        """Write torch's record of this rank's newest collectives to the run's folder, once.
 
         Both threads may call this at the same moment, if this rank and another one time out
         together.
         """
-        if not self._collectives_written.acquire(blocking=False):
+        if not self._flight_recorder_dumped.acquire(blocking=False):
             return
-        path = self._collectives_file(rank)
-        report = call_with_timeout(lambda: write_collectives(path), ANSWER_SECONDS)
+        path = self._flight_recorder_file(rank)
+        report = call_with_timeout(lambda: dump_flight_recorder(path), ANSWER_SECONDS)
         self._report(f"rank {rank}: {report or 'the flight recorder does not answer'}")
 
-    def _collectives_file(self, rank: int) -> Path:
+    def _flight_recorder_file(self, rank: int) -> Path:
         return self.folder / f"hang_rank_{rank:05d}.collectives.json"
 
     def _stack_file(self, rank: int) -> Path:
@@ -296,8 +299,8 @@ def call_with_timeout(call: Callable[[], T], seconds: float) -> T | None:
     return results[0] if results else None
 
 
-def write_collectives(path: Path) -> str:
-    """Write the newest collectives of this process as JSON.
+def dump_flight_recorder(path: Path) -> str:
+    """Write the flight recorder (the newest collectives) of this process as JSON.
 
     Returns a clause for the user: the last collective and where the file is, or why there is none.
     """
@@ -367,17 +370,17 @@ def verdict(answers: dict[int, Answer]) -> str:
             "the others wait for them"
         )
 
-    progress = {rank: (answer["step"], answer["phase"]) for rank, answer in answered.items()}
-    least_progress = min(progress.values())
-    culprits = [rank for rank in answered if progress[rank] == least_progress]
+    position = {rank: (answer["step"], answer["phase"]) for rank, answer in answered.items()}
+    furthest_behind = min(position.values())
+    culprits = [rank for rank in answered if position[rank] == furthest_behind]
     # If all ranks are equally far, blame those that do not wait for others.
     if len(culprits) == len(answered):
         culprits = [rank for rank in answered if not answered[rank]["waiting"]] or culprits
     places = "; ".join(f"rank {rank} in {answered[rank]['place']}" for rank in culprits[:4])
-    stage = answered[culprits[0]]["stage"]
+    progress = answered[culprits[0]]["progress"]
     if len(culprits) == 1:
-        return f"hung {stage}: rank {culprits[0]} holds the others up: {places}"
-    return f"hung {stage}: ranks {_list(culprits)} hold the others up: {places}"
+        return f"hung {progress}: rank {culprits[0]} holds the others up: {places}"
+    return f"hung {progress}: ranks {_list(culprits)} hold the others up: {places}"
 
 
 def where(frame: FrameType | None) -> tuple[str, bool]:

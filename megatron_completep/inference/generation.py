@@ -253,8 +253,8 @@ def check_prompt(model: GPT, prompt: Sequence[int], max_new_tokens: int) -> None
     seq_length = model.config.seq_length
     if not prompt:
         raise DataError(
-            "the prompt is empty and the tokenizer has no end-of-document token to begin with. "
-            "Give some text."
+            "the prompt is empty, and the tokenizer has no end-of-document token that could start "
+            "the text. Give some text."
         )
     for token in prompt:
         if not 0 <= token < vocab_size:
@@ -360,9 +360,13 @@ class TextStream:
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Ids of a prompt; an empty one begins a document."""
-    beginning = [tokenizer.eod_id] if tokenizer.eod_id is not None else []
-    return list(tokenizer.encode(prompt) or beginning)
+    """Token ids of a prompt.
+
+    An empty prompt becomes the end-of-document token, if the tokenizer has one: after it the model
+    starts a new document.
+    """
+    document_start = [tokenizer.eod_id] if tokenizer.eod_id is not None else []
+    return list(tokenizer.encode(prompt) or document_start)
 
 
 def generate_text(
@@ -374,7 +378,7 @@ def generate_text(
 ) -> Iterator[str]:
     """Text after the prompt, as soon as its characters are complete.
 
-    An empty prompt begins a document.
+    An empty prompt stands for the start of a document.
     """
     for _, new_text in generate_texts(model, tokenizer, [prompt], sampling, [generator]):
         yield new_text
@@ -390,7 +394,7 @@ def generate_texts(
 ) -> Iterator[tuple[int, str]]:
     """(prompt number, new text) of several prompts, as they are generated in one batch.
 
-    An empty prompt begins a document. For generators and until see `stream_texts`.
+    An empty prompt stands for the start of a document. For generators and until see `stream_texts`.
     """
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     return stream_texts(model, tokenizer, encoded, sampling, generators, until)

@@ -114,7 +114,7 @@ class Optimum:
     between: tuple[float, float] = (-math.inf, math.inf)
 
     @property
-    def located(self) -> Estimate:
+    def log2_lr_estimate(self) -> Estimate:
         """The best learning rate, with the range that the grid leaves open as its interval."""
         return Estimate(self.log2_lr, *self.between)
 
@@ -259,10 +259,10 @@ def bootstrap(
         point = statistic(means)
         return Estimate(point, point, point)
 
-    return bootstrap_located(exact, curves, replicates, seed, include_shared_seed_effect)
+    return bootstrap_with_range(exact, curves, replicates, seed, include_shared_seed_effect)
 
 
-def bootstrap_located(
+def bootstrap_with_range(
     statistic: Callable[[list[Array]], Estimate],
     curves: Sequence[Array],
     replicates: int = 1000,

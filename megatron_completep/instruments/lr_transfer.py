@@ -21,7 +21,7 @@ from megatron_completep.instruments.fits import (
     Array,
     Estimate,
     bootstrap,
-    bootstrap_located,
+    bootstrap_with_range,
     loss_at,
     mean_curve,
     parabola_optimum,
@@ -49,7 +49,7 @@ class Setting(NamedTuple):
 
 
 class Family(NamedTuple):
-    """What all shapes that are compared with one base shape share."""
+    """The settings that a base shape and all shapes compared with it have in common."""
 
     parameterization: str
     train_steps: int
@@ -98,11 +98,11 @@ class Curve:
     def same_runs(self, other: Curve) -> bool:
         """Whether both curves come from the same runs.
 
-        Two rules that coincide at the base depth share their runs.
+        Two parameterizations that coincide at the base depth share their runs.
         """
-        under_same_rule = setting_of(self)._replace(parameterization=other.parameterization)
+        as_other = setting_of(self)._replace(parameterization=other.parameterization)
         return (
-            under_same_rule == setting_of(other)
+            as_other == setting_of(other)
             and np.array_equal(self.log2_lr, other.log2_lr)
             and np.array_equal(self.losses, other.losses)
         )
@@ -138,7 +138,7 @@ class CurveSummary:
 
 @dataclass(frozen=True)
 class Drift:
-    """Drift of the optimum over depth under one rule, with its verdict."""
+    """Drift of the optimum over depth under one parameterization, with its verdict."""
 
     parameterization: str
     hidden_size: int
@@ -151,9 +151,10 @@ class Drift:
 
 @dataclass(frozen=True)
 class Saving:
-    """FLOPs saved in percent of those of a reference, when training to the loss that it reached.
+    """How many percent fewer FLOPs a shape needs than a reference to reach the reference's loss.
 
-    The reference is the same shape under another rule, or another shape under the same rule.
+    The reference is the same shape under another parameterization, or another shape under the same
+    one. Its loss is that of its longest runs, at their best learning rate.
     """
 
     parameterization: str
@@ -250,7 +251,8 @@ def regret_verdict(estimate: Estimate, at_edge: bool) -> str:
 def best_loss(curve: Curve) -> Estimate:
     """The loss at the optimum.
 
-    Its interval includes the effect of a seed that is common to all learning rates.
+    The interval includes the part of the seed's effect that shifts the whole curve (its data and
+    initial weights).
     """
 
     def loss_of_replicate(means: list[Array]) -> float:
@@ -278,8 +280,8 @@ def summarize(curve: Curve, base: Curve) -> CurveSummary:
     """The figures of one curve, with intervals; drift and regret against the base shape's curve."""
     optimum = curve.optimum()
 
-    def located(means: list[Array]) -> Estimate:
-        return curve.optimum(means[0]).located
+    def optimum_with_range(means: list[Array]) -> Estimate:
+        return curve.optimum(means[0]).log2_lr_estimate
 
     drift: Estimate | None = None
     lost_nats: Estimate | None = None
@@ -294,7 +296,7 @@ def summarize(curve: Curve, base: Curve) -> CurveSummary:
     return CurveSummary(
         **setting_of(curve)._asdict(),
         seeds=curve.losses.shape[1],
-        log2_lr=bootstrap_located(located, [curve.losses], REPLICATES),
+        log2_lr=bootstrap_with_range(optimum_with_range, [curve.losses], REPLICATES),
         grid_log2_lr=float(curve.log2_lr[optimum.grid_index]),
         grid_step=grid_step(curve.log2_lr, optimum.grid_index),
         loss=best_loss(curve),
@@ -319,7 +321,7 @@ def _against_base(curve: Curve, base: Curve) -> tuple[Estimate, Estimate]:
         return regret(curve, base, means[0], means[1])
 
     return (
-        bootstrap_located(drift, losses, REPLICATES),
+        bootstrap_with_range(drift, losses, REPLICATES),
         bootstrap(lost_nats, losses, REPLICATES),
     )
 
@@ -339,7 +341,7 @@ def _weighted_sum_of_optima(
         # Skip: 0 * inf, from an optimum at the edge of its grid, would be NaN.
         if weight == 0:
             continue
-        optimum = curve.optimum(mean).located
+        optimum = curve.optimum(mean).log2_lr_estimate
         # A negative weight swaps the ends of the range.
         ends = (weight * optimum.low, weight * optimum.high)
         terms.append(Estimate(weight * optimum.value, min(ends), max(ends)))
@@ -361,7 +363,7 @@ def drift_over_depth(curves: Sequence[Curve]) -> Drift:
     def per_doubling(means: list[Array]) -> Estimate:
         return _weighted_sum_of_optima(curves, means, weights)
 
-    estimate = bootstrap_located(per_doubling, [curve.losses for curve in curves], REPLICATES)
+    estimate = bootstrap_with_range(per_doubling, [curve.losses for curve in curves], REPLICATES)
     at_edge = any(curve.optimum().at_edge for curve in curves)
     shallowest = curves[0]
     return Drift(
@@ -404,8 +406,9 @@ def drifts(curves: Sequence[Curve]) -> list[Drift]:
 def flops_to_reach(target: float, flops: Sequence[float], losses: Sequence[float]) -> float:
     """FLOPs at which a loss falls to `target`.
 
-    Interpolates linearly in log(FLOPs) between measured run lengths, and extrapolates from the
-    nearest two below or above them. NaN if the loss does not fall between the two points used.
+    Interpolates linearly in log(FLOPs) between measured run lengths. Below the shortest or above
+    the longest run length it extrapolates from the two nearest ones. NaN if the loss does not fall
+    between the two points used.
     """
     order = np.argsort(flops)
     x = np.log(np.asarray(flops, dtype=np.float64)[order])
@@ -422,7 +425,7 @@ def flops_to_reach(target: float, flops: Sequence[float], losses: Sequence[float
 
 
 class RunKey(NamedTuple):
-    """A shape under one rule, trained to one or several lengths."""
+    """A shape under one parameterization, trained to one or several lengths."""
 
     parameterization: str
     num_layers: int
@@ -433,7 +436,7 @@ def savings(curves: Sequence[Curve], baseline: str) -> list[Saving]:
     """Savings of every shape that was trained for at least two run lengths.
 
     Each is compared with the same shape under the baseline, and with the shallowest shape under its
-    own rule, by the FLOPs needed to reach the loss of the other's longest runs.
+    own parameterization, by the FLOPs needed to reach the loss of the other's longest runs.
     """
     results = []
     for decay, std in sorted({(c.base_weight_decay, c.base_init_std) for c in curves}):
@@ -444,7 +447,7 @@ def savings(curves: Sequence[Curve], baseline: str) -> list[Saving]:
                 continue
             for reference_key in _compared_with(key, runs, baseline):
                 reference = runs[reference_key][-1]
-                # Skip: rules that coincide at the base depth share their runs.
+                # Skip: parameterizations that coincide at the base depth share their runs.
                 if not any(reference.same_runs(curve) for curve in own_curves):
                     results.append(_saving(own_curves, reference))
     return results
@@ -470,8 +473,8 @@ def _compared_with(key: RunKey, runs: Iterable[RunKey], baseline: str) -> list[R
     at_baseline = key._replace(parameterization=baseline)
     if at_baseline != key and at_baseline in keys:
         compared.append(at_baseline)
-    same_rule = [run for run in keys if run.parameterization == key.parameterization]
-    shallowest = min(same_rule, key=lambda run: (run.num_layers, run.hidden_size))
+    same_one = [run for run in keys if run.parameterization == key.parameterization]
+    shallowest = min(same_one, key=lambda run: (run.num_layers, run.hidden_size))
     if shallowest != key:
         compared.append(shallowest)
     return compared
@@ -480,8 +483,8 @@ def _compared_with(key: RunKey, runs: Iterable[RunKey], baseline: str) -> list[R
 def _saving(own_curves: Sequence[Curve], reference: Curve) -> Saving:
     """The saving of one shape.
 
-    own_curves: of the shape, by ascending run length. reference: the curve of the longest runs that
-    it is compared with.
+    own_curves: of the shape, by ascending run length. reference: the curve that the shape is
+    compared with, at its longest run length.
     """
     curves = [*own_curves, reference]
     flops = [curve.flops for curve in own_curves]
@@ -537,7 +540,9 @@ class Analysis:
 
 
 def analyse(folder: Path, baseline: str = "mup") -> Analysis:
-    """Read and analyse a sweep's folder; `baseline` is the rule that savings are counted against.
+    """Read and analyse a sweep's folder.
+
+    baseline: the parameterization that savings are counted against.
 
     Raises DataError if the folder holds no sweep or no curve is complete.
     """

@@ -129,9 +129,10 @@ def choose_architecture(model: ModelConfig, table: Table, architecture: str = "a
 def fold(architecture: str, model: ModelConfig, table: Table) -> Folding:
     """The factors to fold into the exported tensors.
 
-    None for Granite, whose configuration has all four multipliers (embedding, attention, residual
-    and logits). With tied embeddings, the stored table is m W, where m is the input multiplier, and
-    serves as the unembedding too, so the final norm is multiplied by logit_multiplier / m.
+    All factors are 1 for Granite, whose configuration has all four multipliers (embedding,
+    attention, residual and logits). With tied embeddings, the exported embedding matrix is m W (m:
+    the input multiplier), and it serves as the unembedding too, so the final norm is multiplied by
+    logit_multiplier / m.
     """
     if architecture == "granite":
         return Folding()

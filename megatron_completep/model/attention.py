@@ -1,4 +1,4 @@
-"""Causal self-attention with grouped queries, by torch's SDPA or, where installed, flash-attn.
+"""Causal self-attention with grouped queries, by torch's SDPA or by flash-attn.
 
 S sequence, B micro-batch, H hidden, N local query heads, G local query groups, D head dim.
 """
@@ -54,7 +54,7 @@ class AttentionInputs:
     cos, sin: of the rotary angles, [S, 1 or B, D/2]; None without rotary positions.
     bias: added to the attention logits, [1 or B, 1 or N, S, S_keys]; None: plain causal attention.
     document_starts: [documents + 1] int32 over the B * S tokens, for flash-attn.
-    caches: one a layer, in generation.
+    caches: one per layer, in generation.
     """
 
     cos: Tensor | None = None
@@ -100,7 +100,8 @@ class Attention(nn.Module):
             table.base_hidden_size,
             model.bias,
             context,
-            # The attention scale acts right behind the query weights, unless a norm stands between.
+            # The attention scale multiplies the output of the query weights, unless a norm is
+            # between them.
             query_part=None if model.qk_norm else "q",
         )
         # The proxy's heads have the same share of its hidden size as this model's.
@@ -128,7 +129,7 @@ class Attention(nn.Module):
         return Branch(out, self.output.bias)
 
     def flops(self, seq_length: int) -> float:
-        """Matrix FLOPs of the forward pass a token, of all heads: projections, scores, mixing."""
+        """Matrix FLOPs of the forward pass per token, of all heads: projections, scores, mixing."""
         width = spec_of(self.output.weight).shape[1]
         keys = (seq_length + 1) / 2  # that a token sees on average: the causal half of the square
         scores_and_mixing = 2 * (2 * width * keys)
@@ -183,7 +184,7 @@ def qk_norm(
 ) -> Norm:
     """A norm over the elements of a head, with one gain for all heads.
 
-    A tensor rank sees its own heads, so that its gradient of the gain is a share of the sum.
+    A tensor rank sees only its own heads, so its gradient of the gain must be summed over ranks.
     """
     tensor = context.ranks.tensor
     partial_over = tensor.name if tensor.size > 1 else None
@@ -198,7 +199,7 @@ def attend(
 ) -> Tensor:
     """Attention proper: q [B, N, S, D], k and v [B, G, S_keys, D] -> [B, N, S, D].
 
-    Causal, unless a bias says more.
+    Causal; if `inputs` has a bias, that holds the mask and whatever else is added to the logits.
     """
     if backend == "flash_attention" and inputs.caches is None:
         return flash_attention(q, k, v, scale, inputs.document_starts)
@@ -276,11 +277,11 @@ def causal_bias(
 ) -> Tensor:
     """Additive attention bias [1 or B, 1 or N, Sq, Sk].
 
-    -inf on the future and on other documents, ALiBi's distance elsewhere. documents [B, S]: the
-    document of each token. slopes [N]: of the local heads.
+    It is -inf for keys of the future or of another document, else ALiBi's penalty on the distance
+    (0 without slopes). documents [B, S]: the document of each token. slopes [N]: of local heads.
     """
     distance = query_positions[:, None] - key_positions[None, :]
-    # [1, 1, Sq, Sk], until documents differ from sample to sample or slopes from head to head.
+    # [1, 1, Sq, Sk]; documents make the first dimension B, slopes the second N.
     allowed = (distance >= 0)[None, None]
     if documents is not None:
         same_document = documents[:, None, :, None] == documents[:, None, None, :]

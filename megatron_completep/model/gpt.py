@@ -37,7 +37,7 @@ from megatron_completep.roles import Role
 
 @dataclass(frozen=True)
 class ChunkRange:
-    """Which layers [start, stop) a model chunk holds, and whether embedding or unembedding, too.
+    """The layers [start, stop) of a model chunk, and whether it holds embedding or unembedding.
 
     A chunk is what Megatron-LM calls a virtual stage; without interleaving a rank has one.
     """

@@ -30,7 +30,7 @@ class StepResult:
     grad_norm: Tensor  # of the average over tokens, before clipping, over the whole model
     loss: Tensor  # mean over the tokens that count, over all data ranks
     tokens: Tensor  # number of tokens that count
-    skipped: Tensor  # 1.0 when a gradient was not finite and nothing was updated
+    skipped: Tensor  # 1.0 if a gradient was not finite, so that nothing was updated
     terms: Tensor  # float64 [n]: means of the terms of the loss that were handed in
 
 
@@ -106,9 +106,9 @@ class DistributedOptimizer:
         embedding) and the whole mesh (norm, loss, tokens). The host never waits for the device.
 
         Args:
-            learning_rate: of this step, before the factors of the groups; a float64 tensor []
-                where the step is replayed and a number would stay what it was.
-            loss_sum: sum over the tokens of this data rank; zero where this rank has no loss.
+            learning_rate: of this step, before the factors of the groups; a float64 tensor [] if
+                the step is captured in a CUDA graph, in which a number would be a constant.
+            loss_sum: sum over the tokens of this data rank; zero if this rank has no loss.
             tokens: number of tokens that `loss_sum` is over.
             term_sums: [n], this rank's shares of further sums over tokens, reported as means.
         """
@@ -157,7 +157,7 @@ class DistributedOptimizer:
             tokens.to(self.context.device).double() * counts,
         ]
         if term_sums is not None and len(term_sums):
-            # Shares already: a rank whose value another rank counts passes 0.
+            # These are shares already: of ranks with the same value, all but one pass 0.
             sums += term_sums.double().unbind()
         return all_reduce(torch.stack(sums), self.context.world)
 

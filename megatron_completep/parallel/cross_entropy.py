@@ -195,12 +195,12 @@ class _UnembeddingLoss(torch.autograd.Function):
             return total, terms
         if not trains or not any(ctx.needs_input_grad):
             return token_loss.forward_in_chunks(products, rows, weight, labels, chunk_tokens)
-        lent = head.context.queue.lend(head.weight)
-        d_weight, stale = lent or (new_gradient(weight), True)
+        main_grad = head.context.queue.main_grad_for_forward(head.weight)
+        d_weight, stale = main_grad or (new_gradient(weight), True)
         total, terms, d_rows = token_loss.gradients_in_chunks(
             products, rows, weight, labels, chunk_tokens, d_weight, stale
         )
-        ctx.save_for_backward(d_rows, None if lent else d_weight)
+        ctx.save_for_backward(d_rows, None if main_grad else d_weight)
         ctx.mark_non_differentiable(terms)
         return total, terms
 

@@ -139,10 +139,10 @@ class LongWork:
             self._exchange.all_gather(None)
             self._next_round = time.monotonic() + self._every
 
-    def done(self, result: Any) -> list[Any]:
-        """Called when this rank's work is done; returns when all ranks are done.
+    def gather_results(self, result: Any) -> list[Any]:
+        """Called when this rank's work is done; returns the results of all ranks, by rank.
 
-        result: never None. Returns the results of all ranks, by rank.
+        Waits until all ranks are done. result: never None.
         """
         results = self._exchange.all_gather(result)
         # None comes from a rank that is between two pieces of its work.

@@ -49,8 +49,8 @@ class GradientQueue:
         self.on_complete: Callable[[Parameter], None] | None = None
         self.runs = 0
         self._pending: list[Callable[[], None]] = []
-        # Until the last contribution has arrived. A parameter's hash costs a call, so one look-up
-        # a contribution serves all questions.
+        # An entry exists until its parameter's last contribution has arrived. Hashing a Parameter
+        # is slow (a Python call), so each contribution does a single look-up.
         self._expected: dict[Parameter, _Expected] = {}
 
     def begin_step(self, parameters: Iterable[Parameter], micro_batches: int) -> None:
@@ -66,7 +66,7 @@ class GradientQueue:
     def push(self, parameter: Parameter, accumulate: Accumulate) -> None:
         """Add one contribution, now or when the schedule asks for it."""
         assert isinstance(parameter, Parameter), (
-            "gradients are kept by parameter, and a saved tensor is another object"
+            "push() needs the Parameter itself: a tensor of ctx.saved_tensors is another object"
         )
         if not parameter.requires_grad:
             return
@@ -78,20 +78,20 @@ class GradientQueue:
     def push_together(self, parameters: Sequence[Parameter], accumulate: AccumulateAll) -> None:
         """Add one contribution to each of several parameters by one call of `accumulate`.
 
-        It gets None in place of the main gradient of a parameter that is not trained.
+        `accumulate` gets None in place of the main gradient of a parameter that is not trained.
         """
         if self.deferred:
             self._pending.append(partial(self._run_together, tuple(parameters), accumulate))
         else:
             self._run_together(parameters, accumulate)
 
-    def lend(self, parameter: Parameter) -> tuple[Tensor, bool] | None:
-        """The main gradient, for a contribution that is made in the forward pass already.
+    def main_grad_for_forward(self, parameter: Parameter) -> tuple[Tensor, bool] | None:
+        """(main_grad, stale), for a contribution that the forward pass makes already.
 
-        With it comes whether what it holds is stale and must be overwritten. The backward pass then
-        pushes `added_already`, so that contributions are counted where all others are. None where
-        no contribution to the parameter is expected: outside of a training step a forward pass must
-        change nothing.
+        stale: main_grad still holds the gradient of the step before and must be overwritten. The
+        backward pass must then push `added_already`, so that this contribution is counted like all
+        others. Returns None if no contribution to the parameter is expected: outside of a training
+        step a forward pass must change nothing.
         """
         expected = self._expected.get(parameter)
         if not parameter.requires_grad or expected is None:
@@ -112,9 +112,9 @@ class GradientQueue:
         return run
 
     def finish_step(self) -> None:
-        """Complete the parameters that fewer contributions came to than were expected.
+        """Complete the parameters that received fewer contributions than expected.
 
-        The gradient of one that none came to is zero.
+        A parameter without any contribution gets a zero gradient.
         """
         for parameter, expected in list(self._expected.items()):
             if expected.stale:
@@ -122,8 +122,8 @@ class GradientQueue:
             self._complete(parameter)
 
     def _run(self, parameter: Parameter, accumulate: Accumulate) -> None:
-        # Backward runs without gradients, where the context would only cost host time. A schedule
-        # that calls what `take` handed it does not.
+        # Autograd runs backward with grad mode off, so entering no_grad would only cost host time
+        # there. A pipeline schedule calls the function from `take` with grad mode on.
         if torch.is_grad_enabled():
             with torch.no_grad():
                 self._run(parameter, accumulate)
@@ -192,8 +192,8 @@ def new_gradient(parameter: Tensor) -> Tensor:
 
 
 def added_already(main_grad: Tensor, first: bool) -> None:
-    """A contribution that the forward pass has added to the main gradient, see `lend`."""
-    assert not first, "the gradient that was lent has been marked stale again"
+    """A contribution that the forward pass has added, see `main_grad_for_forward`."""
+    assert not first, "the main gradient that the forward pass added to is marked stale again"
 
 
 def accumulate_tensor(gradient: Tensor, scale: Tensor | None = None) -> Accumulate:

@@ -1,7 +1,7 @@
 """Linear layers whose weight is split over tensor ranks.
 
-Column-parallel: each rank holds rows of the weight (output features). The input is whole, or it is
-gathered along the sequence.
+Column-parallel: each rank holds rows of the weight (output features). The input is whole, or under
+sequence parallelism gathered along the sequence.
 Row-parallel: each rank holds columns (input features). The outputs are partial sums, which are
 summed (or reduce-scattered) over the ranks.
 
@@ -29,7 +29,7 @@ class ColumnParallelLinear(nn.Module):
 
     parts: name -> features of the logical matrices that are stacked (q, k, v or gate, up); each is
         split evenly over tensor ranks.
-    query_part: the part behind which the attention scale acts, where no norm stands between.
+    query_part: the part whose output the attention scale multiplies; None if a norm is between.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class ColumnParallelLinear(nn.Module):
         return out
 
     def flops(self) -> float:
-        """Matrix FLOPs of the forward pass a token, of the logical matrix."""
+        """Matrix FLOPs of the forward pass per token, of the logical matrix."""
         return 2.0 * spec_of(self.weight).size
 
     def activation_bytes(self, sizes: MicroBatchSizes) -> int:
@@ -102,7 +102,8 @@ class RowParallelLinear(nn.Module):
         super().__init__()
         self.context = context
         ranks = context.ranks
-        # Input features are split, so that fan_in is that of the logical matrix on every rank.
+        # Input features are split; fan_in is still that of the logical matrix, on which learning
+        # rate and initialization depend.
         weight = Spec(
             Role.HIDDEN_WEIGHT,
             (out_features, in_features),
@@ -130,7 +131,7 @@ class RowParallelLinear(nn.Module):
         return self.context.ranks.sequence.sum_with_gradient(partial_sum)
 
     def flops(self) -> float:
-        """Matrix FLOPs of the forward pass a token, of the logical matrix."""
+        """Matrix FLOPs of the forward pass per token, of the logical matrix."""
         return 2.0 * spec_of(self.weight).size
 
     def activation_bytes(self, sizes: MicroBatchSizes) -> int:
@@ -139,7 +140,7 @@ class RowParallelLinear(nn.Module):
 
 
 class _Linear(torch.autograd.Function):
-    """x W^T of what this rank holds; the weight gradient goes to the queue."""
+    """x W^T of this rank's input features; the weight gradient goes to the queue."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, context: LayerContext) -> Tensor:
@@ -160,7 +161,7 @@ class _Linear(torch.autograd.Function):
 
 
 class _ColumnParallel(torch.autograd.Function):
-    """Gathers its input along the sequence where that is split, then computes x W^T + b.
+    """Gathers its input along the sequence if that is split, then computes x W^T + b.
 
     In the backward pass the reduction of d_x overlaps the weight gradient.
     """
@@ -184,7 +185,7 @@ class _ColumnParallel(torch.autograd.Function):
         gathering = sequence.start_gather(x)
         d_x = context.products.input_gradient(d_out, weight)
         reducing = sequence.start_sum(d_x)
-        # The weight gradient runs while d_x is under way.
+        # The weight gradient is computed while d_x is being summed.
         rows = d_out.flatten(0, -2)
         inputs = gathering.wait().flatten(0, -2)
         context.queue.push(ctx.weight, accumulate_matrix(context.products, rows, inputs))

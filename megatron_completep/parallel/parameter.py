@@ -173,10 +173,10 @@ class Spec:
         return logical
 
     def is_primary(self, name: str, context: ParallelContext) -> bool:
-        """Whether this rank represents these elements where each must be counted once.
+        """Whether this rank's copy is the one that counts, if several ranks hold the same elements.
 
-        Several ranks may hold the same elements; the gradient norm and checkpoints take them from
-        one. name: the parameter's name on this rank.
+        The gradient norm and checkpoints use only that copy. name: the parameter's name on this
+        rank.
         """
         split_over = {share.axis for share in self.split.values()}
         repeated = (axis for axis in context.model_axes if axis.name not in split_over)

@@ -1,7 +1,7 @@
 """The matrix products of the parallel layers, as an object that is handed to them.
 
-The products of torch are the definition. Another library, or products of fewer bits, is another
-implementation; layers do not know which one they have.
+The products of torch are the definition. Another library is another implementation; layers do not
+know which one they have.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ APEX_EXTENSION = "fused_weight_gradient_mlp_cuda"
 class Products:
     """The products of torch. T tokens; every input may be a view.
 
-    library: the name of what computes them, in start-up lines and manifests.
+    library: its name in start-up lines and manifests.
     """
 
     library: ClassVar[str] = "torch"
@@ -44,7 +44,7 @@ class Products:
     def input_gradient(self, d_out: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
         """d_out [..., out] W -> [..., in].
 
-        out: where to write the result; d_out must be a matrix then.
+        out: the tensor to write the result to, if any; d_out must then be a matrix.
         """
         if out is None:
             return d_out @ weight
@@ -60,17 +60,17 @@ class Products:
 
 
 class OneDnnProducts(Products):
-    """Float32 products on a CPU by oneDNN, where they are large enough; others by torch.
+    """Float32 products on a CPU by oneDNN, if they are large enough; others by torch.
 
-    The operator has no gradient: a product that autograd would have to follow (logits that are
-    differentiated) is torch's. So is every product inside a compiled region, where Inductor takes a
-    weight that changes for a mistake.
+    The operator has no gradient, so torch computes every product that autograd has to differentiate
+    (logits). torch also computes every product inside a compiled region: there Inductor accepts
+    only a constant weight for the operator.
     """
 
     library: ClassVar[str] = "onednn"
 
     def __init__(self, linear: Linear, least: LeastWork = PRODUCTS_ALONE) -> None:
-        """least: the sizes of products from which on oneDNN computes them."""
+        """least: how large a product must be for oneDNN to compute it."""
         self._linear = linear
         self._least = least
 
@@ -93,7 +93,7 @@ class OneDnnProducts(Products):
         if not large or not _may_call(d_out, x):
             super().add_weight_gradient(total, d_out, x, first)
             return
-        # The operator cannot add: one more pass over the total.
+        # The operator cannot add to the total, so that takes one more pass over it.
         product = self._linear(d_out.t(), x.t(), None, "none", [], "")
         total.copy_(product) if first else total.add_(product)
 
@@ -123,13 +123,13 @@ def choose_products(
 ) -> Products:
     """The products of a training run.
 
-    weight_gradient: `training.weight_gradient`; auto takes apex where it is installed and applies.
-    matrix_products: `training.matrix_products`; auto takes oneDNN where `least_work` says that it
-        is faster on this processor, and where it applies.
+    weight_gradient: `training.weight_gradient`; auto takes apex if it is installed and applies.
+    matrix_products: `training.matrix_products`; auto takes oneDNN if it applies, and `least_work`
+        says that it is faster on this processor.
     find: gives oneDNN's operator, or None.
 
-    Raises ConfigError when a library is asked for that is missing, or that does not apply to this
-    device and type.
+    Raises ConfigError if a library is asked for that is missing, or that does not apply to this
+    device and dtype.
     """
     if _takes_apex(weight_gradient, device, precision):
         return ApexProducts()
@@ -156,8 +156,8 @@ def choose_inference_products(
 ) -> Products:
     """The products of a trained model; arguments as in `choose_products`.
 
-    The model may compute elsewhere, and in another type, than its run did: a library that does not
-    apply here is no mistake, and torch's products are taken.
+    The model may run on another machine, and in another dtype, than it was trained: a library that
+    does not apply here is no mistake, and torch's products replace it.
     """
     least = least_work(processor)
     if matrix_products == "onednn" and least is None:
@@ -169,25 +169,25 @@ def choose_inference_products(
 
 
 def _may_call(a: Tensor, b: Tensor) -> bool:
-    """Whether oneDNN's operator serves these matrices here, whatever their size."""
+    """Whether oneDNN's operator can compute this product, whatever its size."""
     if a.dtype != torch.float32:
         return False
-    followed = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
-    return not followed and not torch.compiler.is_compiling()
+    differentiated = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
+    return not differentiated and not torch.compiler.is_compiling()
 
 
 def _onednn_applies(device: torch.device, precision: torch.dtype) -> bool:
-    """Whether the run computes what oneDNN is taken for.
+    """Whether `OneDnnProducts` are of use: for float32 on a CPU.
 
-    bf16 products of torch go to oneDNN anyway, and float64 ones it refuses.
+    torch sends bf16 products to oneDNN by itself, and oneDNN refuses float64.
     """
     return device.type == "cpu" and precision == torch.float32
 
 
 def _takes_apex(backend: str, device: torch.device, precision: torch.dtype) -> bool:
-    """Whether weight gradients go to apex. Raises ConfigError where that is asked for in vain."""
+    """Whether weight gradients go to apex. Raises ConfigError if it is asked for but unusable."""
     applies = device.type == "cuda" and precision == torch.bfloat16
-    # Looked up and not imported: importing an extension for another CUDA can crash.
+    # Looked up and not imported: importing an extension built for another CUDA can crash.
     installed = importlib.util.find_spec(APEX_EXTENSION) is not None
     if backend == "apex" and not applies:
         raise ConfigError(

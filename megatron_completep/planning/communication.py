@@ -95,7 +95,8 @@ def collectives_per_step(
 def sent_bytes(config: Config, world_size: int) -> SentBytes:
     """Bytes per step that the busiest rank sends along each axis.
 
-    The data axis includes shards and replicas. The few numbers that all ranks share are left out.
+    The data axis includes shards and replicas. The all-reduces of a few scalars over all ranks
+    (`_world`) are left out.
     """
     parallel = config.parallel
     gradient_size = gradient_parallel_size(config, world_size)
@@ -155,7 +156,7 @@ def _tensor(config: Config, model: GPT, micro_batches: int) -> Iterator[Collecti
         if split:
             yield call(ALL_GATHER, column_calls, "inputs of attention and MLP, recomputed")
         recomputed_calls = row_calls - micro_batches * len(model.layers)
-        purpose = "outputs of all branches of a layer but the last, recomputed"
+        purpose = "outputs of every branch of a layer except its last branch, recomputed"
         yield call(reduce, recomputed_calls, purpose)
     if split:
         yield call(ALL_GATHER, row_calls, "gradients of the outputs of attention and MLP, backward")
@@ -254,7 +255,7 @@ def _data(config: Config, layout: Layout, gradient_size: int) -> Iterator[Collec
 
 
 def _world(config: Config, world_size: int) -> Iterator[Collective]:
-    """The few numbers that all ranks share."""
+    """The all-reduces of a few scalars over all ranks."""
     if world_size == 1:
         return
     own_losses = whole_model(config.model, table_of(config)).own_losses.names

@@ -30,8 +30,8 @@ class StopSignals:
     where the main thread does not notice it within GRACE seconds, the process ends as if it had.
     The other signals end the process at once, with the code that asks for a requeue.
 
-    `exit_after_minutes` asks for a stop by itself, that long after the start, which was
-    `already_seconds` ago.
+    `exit_after_minutes` asks for a stop by itself, that long after the start of the process, which
+    was `elapsed_seconds` ago.
 
     Signals are noticed in two ways, because neither always works. While the main thread waits for
     another rank inside a collective, Python calls no handler: a thread reads the signal's number
@@ -45,7 +45,7 @@ class StopSignals:
         self,
         say: Callable[[str], None],
         exit_after_minutes: float | None = None,
-        already_seconds: float = 0.0,
+        elapsed_seconds: float = 0.0,
         by_torchrun: bool = False,
         now: Callable[[], float] = time.monotonic,
         leave: Callable[[int], Any] = os._exit,
@@ -56,7 +56,7 @@ class StopSignals:
         self._by_torchrun = by_torchrun
         self._leave_at = float("inf")
         if exit_after_minutes:
-            self._leave_at = now() + 60 * exit_after_minutes - already_seconds
+            self._leave_at = now() + 60 * exit_after_minutes - elapsed_seconds
         self._time_is_up = False
         self._begun = False
         self._handler_called = False

@@ -1,13 +1,13 @@
-"""A step whose inputs lie still, so that a GPU can replay it as one CUDA graph.
+"""A step whose inputs stay in the same memory, so that a GPU can replay it as one CUDA graph.
 
-Launching a step costs the host about as many calls as the model has operations. A small model's
-kernels are shorter than that, and the GPU waits. A captured graph holds all launches of a step with
-their addresses and numbers, and one call replays them.
+Launching a step costs the host about as many calls as the model has operations. The kernels of a
+small model take less time than these calls, so the GPU waits. A captured graph holds all launches
+of a step with their addresses and numbers, and one call replays them.
 
 So nothing that changes from step to step may be a number of the host: tokens, labels, seeds of
 dropout, the count of tokens and the learning rate are copied into tensors that stay where they are,
-and the step reads them there. On a CPU the same step over the same tensors runs as it is, without
-being captured; it is equal to the bit.
+and the step reads them there. On a CPU the same step runs over the same tensors without being
+captured; its results are those of the usual step, to the bit.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from megatron_completep.run.forward_backward import MicroBatch
 
-# Steps that run as launched before one is captured: libraries choose their kernels, tables reach
-# the device and the allocator finds its sizes. They are steps of training like any other.
+# Steps that run without a graph before one is captured. In these, libraries choose their kernels,
+# tables reach the device and the allocator finds its sizes. They train like any other step.
 LAUNCHED_STEPS = 3
 
 
@@ -31,12 +31,12 @@ class StepInputs:
 
     micro_batches: Sequence[MicroBatch]
     tokens: Tensor  # int64 [], tokens whose loss this rank computes
-    stop: Tensor  # float32 [], 1 where this rank was asked to stop
+    stop: Tensor  # float32 [], 1 if this rank was asked to stop
     learning_rate: float | Tensor  # a static step takes a float64 []
 
     def tensors(self) -> list[Tensor]:
         """All tensors of the inputs, in an order that is the same at every step."""
-        assert isinstance(self.learning_rate, Tensor), "a number would be captured as it is"
+        assert isinstance(self.learning_rate, Tensor), "a number would be captured as a constant"
         tensors = [self.tokens, self.stop, self.learning_rate]
         for micro_batch in self.micro_batches:
             for field in fields(micro_batch):
@@ -47,13 +47,13 @@ class StepInputs:
 
 
 class CudaGraph:
-    """The launches of one step on a GPU: made on a stream of their own, captured, replayed."""
+    """Launches the step on a stream of its own, captures these launches, and replays them."""
 
     def __init__(self, device: torch.device):
         self._device = device
         self._stream: torch.cuda.Stream | None = None
         self._graph = torch.cuda.CUDAGraph()
-        self._figures: Tensor | None = None  # which every replay writes
+        self._figures: Tensor | None = None  # overwritten by every replay
 
     def launch(self, compute: Callable[[], Tensor]) -> Tensor:
         """Run a step on the stream of the capture, because autograd remembers streams."""
@@ -70,8 +70,8 @@ class CudaGraph:
 
     def capture(self, compute: Callable[[], Tensor]) -> None:
         """Record the launches of a step; nothing runs."""
-        # Other threads go on meanwhile: the loader's pins memory, which a capture of the whole
-        # process would not survive.
+        # Other threads go on meanwhile. That of the loader pins memory, and a capture of the whole
+        # process would fail by it.
         mode = "thread_local"
         with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode=mode):
             self._figures = compute()
@@ -92,8 +92,8 @@ class StaticStep:
     def __init__(self, compute: Callable[[StepInputs], Tensor], graph: CudaGraph | None):
         """compute: the whole step, from the forward pass to the update; returns its figures.
 
-        It must not read the device, nor keep a tensor from one step to the next that it replaces.
-        graph: None where steps are run as they are, on a CPU.
+        It must not wait for the device, and must update in place what it keeps from one step to
+        the next. graph: None on a CPU, where steps run without being captured.
         """
         self._compute = compute
         self._graph = graph
@@ -103,7 +103,7 @@ class StaticStep:
     def run(self, inputs: StepInputs) -> Tensor:
         """One step; its figures are overwritten by the next one.
 
-        Every step must have as many micro-batches of the same shape.
+        Every step must have as many micro-batches as the first, of the same shape.
         """
         static = self._place(inputs)
         self._steps += 1
@@ -121,7 +121,7 @@ class StaticStep:
             self._inputs = _copy_of(inputs)
             return self._inputs
         for static, tensor in zip(self._inputs.tensors(), inputs.tensors(), strict=True):
-            # `copy_` would stretch a smaller batch over a larger one without a word.
+            # `copy_` would broadcast a smaller batch to a larger one without an error.
             assert static.shape == tensor.shape, (static.shape, tensor.shape)
             static.copy_(tensor, non_blocking=True)
         return self._inputs
@@ -129,7 +129,7 @@ class StaticStep:
 
 def _copy_of(inputs: StepInputs) -> StepInputs:
     """The same values in memory of their own."""
-    assert isinstance(inputs.learning_rate, Tensor), "a number would be captured as it is"
+    assert isinstance(inputs.learning_rate, Tensor), "a number would be captured as a constant"
     micro_batches = []
     for micro_batch in inputs.micro_batches:
         copies: dict[str, Tensor] = {}

@@ -196,7 +196,8 @@ class TrainingStep:
             figures = self._compute(inputs, own_time)
         else:
             figures = self._static.run(inputs)
-            # One process has nobody to wait for: the whole step is its own.
+            # training.cuda_graph is for a single process, which waits for no other rank: the whole
+            # step counts as its own time.
             own_time.stop()
         return PendingFigures(figures, own_time, self.forward_backward.terms)
 

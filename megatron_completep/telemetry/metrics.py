@@ -180,7 +180,7 @@ def describe(rows: list[Row], train_steps: int) -> str:
     seconds = sum(row["step_seconds"] for row in rows)
     losses = [row["loss"] for row in rows if not row["skipped"]]
     mean_loss = sum(losses) / len(losses) if losses else math.nan
-    # Weight rates (here tokens/s, below MFU) by step time.
+    # Average the rates (tokens/s here, MFU further down) weighted by step time.
     tokens = sum(row["tokens_per_second"] * row["step_seconds"] for row in rows)
     waiting_share = sum(row["data_wait_seconds"] for row in rows) / seconds
     digits = len(str(train_steps))

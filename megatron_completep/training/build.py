@@ -42,7 +42,7 @@ CONFIG = "config.yaml"
 def prepare_output(config: Config) -> None:
     """Make the run's folder. Called on rank 0 only.
 
-    Raises ConfigError when the folder cannot be written to, or when something that is not a regular
+    Raises ConfigError if the folder cannot be written to, or if something that is not a regular
     file stands in the place of one of the run's files.
     """
     folder = Path(config.training.output_dir)
@@ -53,7 +53,7 @@ def prepare_output(config: Config) -> None:
             f"training.output_dir = {folder} cannot be made: {error.strerror}. "
             "Choose a folder that can."
         ) from None
-    # Said now and not with the first metrics: set-up takes minutes on a large job.
+    # Checked now and not with the first metrics: set-up takes minutes on a large job.
     if not os.access(folder, os.W_OK):
         raise ConfigError(
             f"training.output_dir = {folder} cannot be written to. "
@@ -83,8 +83,9 @@ def keep_run_tokenizer(config: Config, say: Say) -> None:
 def record_start(config: Config, state: RunState) -> None:
     """Save the resolved configuration in the run's folder, and add this start to its record.
 
-    Called on rank 0 only, and not for a start that was refused (another model's checkpoint), which
-    must replace nothing. Raises ConfigError when the files cannot be written, and DataError.
+    Called on rank 0 only, and only when the checkpoint is loaded: a start that is refused (another
+    model's checkpoint) must replace nothing. Raises ConfigError if the files cannot be written, and
+    DataError if the record of earlier starts cannot be read.
     """
     folder = Path(config.training.output_dir)
     save_config(config, folder / CONFIG)
@@ -103,7 +104,7 @@ def message_if_complete(config: Config, state: RunState) -> str | None:
     if state.step >= training.train_steps:
         return (
             f"nothing to do: step {state.step} of {training.train_steps}. "
-            f"A training.train_steps of more than {state.step} goes on."
+            f"To go on, raise training.train_steps above {state.step}."
         )
     if training.stop_at_step is not None and state.step >= training.stop_at_step:
         return (
@@ -130,7 +131,7 @@ def build_training_loader(config: Config, context: ParallelContext) -> Loader:
 
 
 def build_validation(config: Config, context: ParallelContext) -> ValidationBatches | None:
-    """The fixed validation samples of this data rank; None where the configuration names none."""
+    """The fixed validation samples of this data rank; None if the configuration names none."""
     if not has_validation(config.data):
         return None
     return validation_batches(
@@ -172,7 +173,7 @@ def default_hooks(
         return open_sinks(config, step, say) if context.is_first else []
 
     name = device_name(context.device)
-    # So that a run which ends where it began does not save again.
+    # Known from the start, so that a run that does no step does not save again.
     saved_step = max(checkpointer.settled_steps(), default=0)
     checkpoint = config.checkpoint
     hooks.append(CheckpointFigures(checkpointer))
@@ -186,8 +187,8 @@ def default_hooks(
 def build_telemetry(
     config: Config, context: ParallelContext, step: TrainingStep, interval: int, say: Say
 ) -> Telemetry:
-    """Watches the parameterization on the run's first micro-batch, the same one at every step."""
-    # One batch is read: a background worker would read more.
+    """The hook that measures the parameterization, always on the run's first micro-batch."""
+    # Only one batch is needed, and a background worker would read more.
     data_without_prefetch = config.data.model_copy(update={"prefetch": 0})
     config_of_probe = config.model_copy(update={"data": data_without_prefetch})
     with build_training_loader(config_of_probe, context) as loader:
@@ -218,7 +219,7 @@ def describe_run(
     model = config.model
     training = config.training
     parameters = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
-    # The count is of this rank: of the whole model only where nothing is split.
+    # The count is that of this rank, which has the whole model only if nothing is split.
     model_is_split = context.tensor.size * context.pipeline.size > 1
     where = "parameters on this rank" if model_is_split else "parameters"
     flops = training_flops_per_token(model) / 1e6

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_completep.config.derived import batch_size, is_skipped
+from megatron_completep.config.derived import batch_size, is_passed_over
 from megatron_completep.config.schema import Config
 from megatron_completep.data.loader import Loader
 from megatron_completep.guards.rollback import Rollbacks
@@ -141,7 +141,7 @@ def launch_step(
     training = config.training
     number = state.step + 1
     samples = batch_size(training, number)
-    if is_skipped(training, number):
+    if is_passed_over(training, number):
         figures = step.pass_over(signals.asked)
     else:
         # After a rollback or a step in training.skip_steps the loader is at another sample.

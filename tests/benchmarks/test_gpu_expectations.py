@@ -14,7 +14,7 @@ from megatron_completep.benchmarks.gpu_day.expected import (
     rates_of,
     total,
 )
-from megatron_completep.benchmarks.gpu_day.step import GOAL, SEQUENCES
+from megatron_completep.benchmarks.gpu_day.step import SEQUENCES, TARGET_MODEL
 from megatron_completep.model.flops import training_flops_per_token
 
 H100 = RATES["H100 80GB HBM3"]
@@ -68,7 +68,7 @@ def test_products_at_no_cost_for_memory_take_the_models_flops() -> None:
     """With endless bandwidth the step is its FLOPs over their rate."""
     rates = Rates(copy=1e30, products=1e14, attention_forward=1e14, attention_backward=1e14, peak=1)
     model = StepModel(replace(SHAPE, sequences=SEQUENCES), rates)
-    seconds = SHAPE.tokens * training_flops_per_token(GOAL) / 1e14
+    seconds = SHAPE.tokens * training_flops_per_token(TARGET_MODEL) / 1e14
     # Attention computes its scores twice, and the head's products are taken a little longer.
     assert total(model.ours()) == pytest.approx(1e3 * seconds, rel=0.03)
 

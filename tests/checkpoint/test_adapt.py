@@ -159,7 +159,7 @@ def test_starting_anew_takes_the_weights_alone(tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"model": {"hidden_size": 32}}, r"(?s)model.hidden_size +16 +32.*Layers can be added"),
+        ({"model": {"hidden_size": 32}}, r"(?s)model.hidden_size +16 +32.*You may add layers"),
         ({"model": {"num_layers": 1}}, "layers can be added, not taken away. Use at least 2"),
         ({"model": {"norm": "layernorm"}}, "model.norm"),
     ],

@@ -97,7 +97,7 @@ def unequal_work(rank: int, pieces: tuple[int, ...]) -> tuple[list[str], int]:
     work = LongWork(Exchange(context, 1.0), 0.0, lambda: heard.append(1))
     for _ in range(pieces[rank]):
         work.goes_on()
-    return work.done(f"rank {rank}"), len(heard)
+    return work.gather_results(f"rank {rank}"), len(heard)
 
 
 def test_a_rank_that_is_done_hears_that_the_others_get_on(pool):

@@ -417,13 +417,13 @@ def test_the_rank_that_waits_for_nobody_is_to_blame():
     waiting = {
         "step": 7,
         "phase": 5,
-        "stage": "at step 7",
+        "progress": "at step 7",
         "place": "collectives.py:30 wait",
         "waiting": True,
     }
     assert "rank 2 holds" in verdict({0: waiting, 1: waiting, 2: {**waiting, "waiting": False}})
     assert "at step 6: rank 1 holds" in verdict(
-        {0: waiting, 1: {**waiting, "step": 6, "stage": "at step 6"}, 2: waiting}
+        {0: waiting, 1: {**waiting, "step": 6, "progress": "at step 6"}, 2: waiting}
     )
     assert "rank 1 does not answer" in verdict({0: waiting, 1: None, 2: waiting})
     assert "ranks 1, 2 do not answer (stopped, or their hosts are down)" in verdict(
@@ -431,8 +431,13 @@ def test_the_rank_that_waits_for_nobody_is_to_blame():
     )
     working = {**waiting, "waiting": False}
     assert "ranks 1, 2 hold the others up" in verdict({0: waiting, 1: working, 2: working})
-    early = {**waiting, "step": 1, "phase": 3, "stage": "before the first step (opening the data)"}
-    behind = {**early, "phase": 2, "stage": "before the first step (building the model)"}
+    early = {
+        **waiting,
+        "step": 1,
+        "phase": 3,
+        "progress": "before the first step (opening the data)",
+    }
+    behind = {**early, "phase": 2, "progress": "before the first step (building the model)"}
     assert "hung before the first step (building the model): rank 1 holds" in verdict(
         {0: early, 1: behind, 2: early}
     )

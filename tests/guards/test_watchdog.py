@@ -138,7 +138,7 @@ def test_a_rank_that_was_asked_leaves_as_well(tmp_path: Path) -> None:
     # down, once.
     assert said.count("rank 0: no collectives are recorded") == 1
     assert (tmp_path / "hang_rank_00000.collectives.json").exists()
-    watched.dog._write_collectives(0)
+    watched.dog._dump_flight_recorder(0)
     assert "\n".join(watched.said) == said
 
 
@@ -148,9 +148,9 @@ def test_signs_of_life_keep_the_watchdog_quiet_and_the_last_one_is_said(tmp_path
     watched.dog._last_sign_of_life = 0.0
     watched.dog.progress("saving step 8")
     assert watched.dog._last_sign_of_life > 0.0
-    assert watched.dog._answer()["stage"] == "at step 9 (saving step 8)"
+    assert watched.dog._answer()["progress"] == "at step 9 (saving step 8)"
     watched.dog.step_done(9)
-    assert watched.dog._answer()["stage"] == "at step 10"
+    assert watched.dog._answer()["progress"] == "at step 10"
     watched.dog.stop()
 
 

@@ -94,7 +94,9 @@ def test_the_gradient_is_that_of_finite_differences_and_a_layernorm_is_refused()
     heads = random(2, 1, 4, 6).requires_grad_()
     gains = [random(6, seed=seed).requires_grad_() for seed in (1, 2)]
     angle = random(2, 1, 3, seed=3)
-    joined = partial(kernels.normed_heads, cos=angle.cos(), sin=angle.sin(), queries=2, norm=NORM)
+    joined = partial(
+        kernels.normed_heads, cos=angle.cos(), sin=angle.sin(), query_heads=2, norm=NORM
+    )
     assert torch.autograd.gradcheck(joined, (heads, *gains))
     with pytest.raises(ValueError, match='"layernorm" of a norm of heads must be "rmsnorm"'):
         kernels.normed_heads(heads, *gains, angle.cos(), angle.sin(), 2, Norm("layernorm"))

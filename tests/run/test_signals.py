@@ -147,7 +147,7 @@ def test_handlers_are_put_back() -> None:
 
 
 def test_the_time_to_leave_goes_by_the_clock_that_is_handed_in() -> None:
-    listener = Listener(exit_after_minutes=1.0, already_seconds=30.0)
+    listener = Listener(exit_after_minutes=1.0, elapsed_seconds=30.0)
     assert not listener.signals.asked
     listener.time += 29.9
     assert not listener.signals.asked

@@ -217,7 +217,7 @@ def test_a_finished_run_says_that_nothing_is_left(folder: Path, capsys) -> None:
     times = [path.stat().st_mtime_ns for path in checkpoints]
     assert pretrain(config) == ExitCode.DONE
     assert (
-        "nothing to do: step 4 of 4. A training.train_steps of more than 4 goes on."
+        "nothing to do: step 4 of 4. To go on, raise training.train_steps above 4."
         in capsys.readouterr().out
     )
     assert [path.stat().st_mtime_ns for path in checkpoints] == times
@@ -227,7 +227,7 @@ def test_a_finished_run_says_that_nothing_is_left(folder: Path, capsys) -> None:
         == ExitCode.DONE
     )
     assert (
-        "nothing to do: step 4 of 3. A training.train_steps of more than 4 goes on."
+        "nothing to do: step 4 of 3. To go on, raise training.train_steps above 4."
         in capsys.readouterr().out
     )
     stopped = ("training.train_steps=8", "training.stop_at_step=4")

@@ -221,9 +221,9 @@ def test_a_run_whose_time_is_up_saves_and_asks_for_a_requeue(folder: Path) -> No
 
 def test_the_time_to_leave_counts_from_the_start_of_the_process() -> None:
     said: list[str] = []
-    assert not StopSignals(said.append, 600.0, already_seconds=30.0).asked
+    assert not StopSignals(said.append, 600.0, elapsed_seconds=30.0).asked
     assert not StopSignals(said.append, None, 1e9).asked
-    late = StopSignals(said.append, 1.0, already_seconds=61.0)
+    late = StopSignals(said.append, 1.0, elapsed_seconds=61.0)
     assert late.asked and late.asked and len(said) == 1 and "the time is up" in said[0]
     assert StartupClock.from_process_start().elapsed > StartupClock().elapsed >= 0
 

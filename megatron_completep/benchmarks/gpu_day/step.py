@@ -1,13 +1,13 @@
-"""The training step at the goal's shape, and the compiled plain model's, one after the other.
+"""Times our training step on the target model, and that of a plain torch model, in turn.
 
 Example:
 
     python -m megatron_completep.benchmarks.gpu_day.step --out gpu_day
 
-The comparison that counts is a user's alternative: the plain model compiled as a whole, under
-autocast, with fused AdamW and clip_grad_norm_, and the same attention of torch. Both models
-together are more than one GPU holds. So they run in turn, and ours runs again at the end: what has
-drifted between its two runs is the error of the comparison. Profiles are written beside.
+The plain model is what a user would write instead: compiled as a whole, under autocast, with fused
+AdamW, clip_grad_norm_, and the same torch attention (SDPA) as ours. Both models together are more
+than one GPU holds. So they run in turn, and ours runs again after the plain one: the change between
+its two runs is the error of the comparison. Profiles are written to the folder of --out.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from megatron_completep.planning.scaling import rank_memory
 
 Step = Callable[[], None]
 
-GOAL = ModelConfig(
+TARGET_MODEL = ModelConfig(
     hidden_size=2048,
     num_layers=24,
     num_attention_heads=16,
@@ -52,7 +52,7 @@ GOAL = ModelConfig(
     position="rope",
     bias=False,
 )
-TRIAL = GOAL.model_copy(
+TRIAL = TARGET_MODEL.model_copy(
     update={
         "hidden_size": 16,
         "num_layers": 1,
@@ -62,10 +62,10 @@ TRIAL = GOAL.model_copy(
         "seq_length": 16,
     }
 )
-SEQUENCES = 4  # a micro-batch: 8,192 tokens at the goal's shape
+SEQUENCES = 4  # per micro-batch: 8,192 tokens of the target model
 PRECISION = "bf16"
-RATIO_GOAL = 1.05  # times our step that the compiled plain one takes
-MFU_GOAL = 50.0  # per cent, at twice the tokens
+RATIO_GOAL = 1.05  # of the time of the compiled plain model's step to that of ours
+MFU_GOAL = 50.0  # percent, measured with 2 * SEQUENCES
 WARMUP = 3
 STEPS = 8
 SECONDS_A_RUN = 25.0  # a model is not built with less time left
@@ -78,7 +78,7 @@ class Timing:
     """Seconds of a step.
 
     streamed: back to back, as training runs. alone: with the device idle before and after. host:
-    until the call returns, while the device works behind.
+    until the call returns; the device is still working then.
     """
 
     streamed: float
@@ -89,13 +89,13 @@ class Timing:
 
 def measure(setting: Setting) -> None:
     """The comparison first, then what explains it, as far as the time goes."""
-    model = TRIAL if setting.trial else GOAL
+    model = TRIAL if setting.trial else TARGET_MODEL
     settings = BenchmarkSettings(model, SEQUENCES, compile=not setting.trial)
     comparison = _Comparison(setting, settings)
     first = comparison.ours("ours", profiled=True)
     plain = comparison.plain("plain, compiled, autocast", "autocast")
     again = comparison.ours("ours again")
-    _say_ratio(setting, comparison.expected, first, plain, again)
+    _say_ratio(setting, comparison.cost_model, first, plain, again)
 
     twice = replace(settings, batch_size=2 * SEQUENCES)
     _Comparison(setting, twice).ours("ours, twice the tokens", mfu_goal=MFU_GOAL)
@@ -107,7 +107,7 @@ def measure(setting: Setting) -> None:
 
 def _say_ratio(
     setting: Setting,
-    model: StepModel | None,
+    cost_model: StepModel | None,
     first: Timing | None,
     plain: Timing | None,
     again: Timing | None,
@@ -119,8 +119,8 @@ def _say_ratio(
     ours = (first.streamed + again.streamed) / 2
     drift = again.streamed / first.streamed
     expected = None
-    if model is not None:
-        expected = 1 + total(model.plain_differences()) / total(model.ours())
+    if cost_model is not None:
+        expected = 1 + total(cost_model.plain_differences()) / total(cost_model.ours())
     figure = Figure(
         "plain over ours",
         plain.streamed / ours,
@@ -146,9 +146,9 @@ class _Comparison:
         # From pageable memory every copy of a batch would wait for the device.
         self.batch = batch.pin_memory() if setting.on_gpu else batch
         rates = rates_of(setting.device_name)
-        self.expected = None
+        self.cost_model = None
         if rates is not None:
-            self.expected = StepModel(_shape(settings), rates)
+            self.cost_model = StepModel(_shape(settings), rates)
 
     def ours(
         self,
@@ -157,8 +157,11 @@ class _Comparison:
         mfu_goal: float | None = None,
         overlap_update: bool = False,
     ) -> Timing | None:
-        """Our step; profiled: with its kernels, and its memory beside the plan's."""
-        expected = None if self.expected is None else total(self.expected.ours())
+        """Time our step.
+
+        profiled: also report its longest kernels, and its peak memory next to the planned one.
+        """
+        expected_ms = None if self.cost_model is None else total(self.cost_model.ours())
         device = self.setting.device
 
         settings = replace(self.ours_settings, overlap_update=overlap_update)
@@ -168,17 +171,17 @@ class _Comparison:
         def make() -> Step:
             return our_step(settings, PRECISION, device, self.table, self.batch)
 
-        timing = self._timed(name, make, expected, SECONDS_A_RUN, profiled, mfu_goal)
+        timing = self._timed(name, make, expected_ms, SECONDS_A_RUN, profiled, mfu_goal)
         if profiled and timing is not None:
             self._say_memory(name)
         return timing
 
     def plain(self, name: str, arithmetic: str) -> Timing | None:
-        """The plain model's step. arithmetic: `BenchmarkSettings.plain_bf16`."""
-        expected = None
-        if self.expected is not None:
-            differences = self.expected.plain_differences(pure=arithmetic == "pure")
-            expected = total(self.expected.ours()) + total(differences)
+        """Time the plain model's step. arithmetic: `BenchmarkSettings.plain_bf16`."""
+        expected_ms = None
+        if self.cost_model is not None:
+            differences = self.cost_model.plain_differences(pure=arithmetic == "pure")
+            expected_ms = total(self.cost_model.ours()) + total(differences)
         settings = replace(self.settings, plain_bf16=arithmetic)
         device = self.setting.device
 
@@ -186,10 +189,10 @@ class _Comparison:
             return plain_step(settings, PRECISION, device, self.table, self.batch)
 
         profiled = arithmetic == "autocast"
-        return self._timed(name, make, expected, SECONDS_TO_COMPILE, profiled)
+        return self._timed(name, make, expected_ms, SECONDS_TO_COMPILE, profiled)
 
     def ours_with(self, backend: str) -> None:
-        """Our step with one kernel for attention; torch chooses otherwise."""
+        """Time our step with a fixed SDPA backend; by default torch chooses one."""
         if not self.setting.on_gpu:
             return
         kernels = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
@@ -200,7 +203,7 @@ class _Comparison:
         self,
         name: str,
         make: Callable[[], Step],
-        expected: float | None,
+        expected_ms: float | None,
         seconds_needed: float,
         profiled: bool = False,
         mfu_goal: float | None = None,
@@ -213,7 +216,7 @@ class _Comparison:
         timing = None
         with setting.attempt(name):
             timing = self._run(name, make, profiled)
-            self._say_timing(name, timing, expected, mfu_goal)
+            self._say_timing(name, timing, expected_ms, mfu_goal)
         # Cycles of modules and hooks hold the memory that the next program needs.
         gc.collect()
         if setting.on_gpu:
@@ -231,7 +234,7 @@ class _Comparison:
         return timing
 
     def _say_timing(
-        self, name: str, timing: Timing, expected: float | None, mfu_goal: float | None
+        self, name: str, timing: Timing, expected_ms: float | None, mfu_goal: float | None
     ) -> None:
         setting = self.setting
         model = self.settings.model
@@ -246,14 +249,16 @@ class _Comparison:
         if setting.on_gpu:
             details["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
             details["reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
-        setting.say(Figure(f"{name}, step", 1e3 * timing.streamed, "ms", expected, details=details))
+        setting.say(
+            Figure(f"{name}, step", 1e3 * timing.streamed, "ms", expected_ms, details=details)
+        )
         rates = rates_of(setting.device_name)
         if rates is None:
             return
         flops = tokens * training_flops_per_token(model)
-        of_peak = 100 * flops / rates.peak
-        expected_mfu = None if expected is None else 1e3 * of_peak / expected
-        mfu = of_peak / timing.streamed
+        seconds_at_peak = flops / rates.peak
+        mfu = 100 * seconds_at_peak / timing.streamed
+        expected_mfu = None if expected_ms is None else 100 * seconds_at_peak / (1e-3 * expected_ms)
         setting.say(Figure(f"{name}, MFU", mfu, "%", expected_mfu, at_least=mfu_goal))
 
     def _say_memory(self, name: str) -> None:
@@ -266,7 +271,7 @@ class _Comparison:
 
 
 def _shape(settings: BenchmarkSettings) -> Shape:
-    """The benchmark's model in the words of the step model."""
+    """The shape of the benchmark's model as input for the cost model."""
     model = settings.model
     return Shape(
         layers=model.num_layers,

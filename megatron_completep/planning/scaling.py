@@ -21,7 +21,7 @@ from megatron_completep.errors import ConfigError
 from megatron_completep.model.flops import forward_flops_per_token, training_flops_per_token
 from megatron_completep.model.gpt import ChunkRange
 from megatron_completep.optim.layout import Layout
-from megatron_completep.optim.shards import OVERLAPPED
+from megatron_completep.optim.reduction import OVERLAPPED
 from megatron_completep.planning.communication import sent_bytes
 from megatron_completep.planning.memory_bound import micro_batch_bytes, optimizer_bytes
 from megatron_completep.planning.sizes import (

@@ -47,7 +47,7 @@ def test_single_kernels_take_their_bytes_and_flops() -> None:
 
 
 def test_the_step_is_what_was_predicted_before_a_gpu_was_at_hand() -> None:
-    """What was predicted had two passes that are gone: the head's gradient zeroed, scaled and copied
+    """The prediction had two passes that are gone: the head's gradient zeroed, scaled and copied
     (0.7 ms), and the gradients of queries and keys rotated back after they were joined (1.2 ms).
 
     It also gave the plain model's one pass over those gradients 0.6 ms less than its bytes take.

@@ -143,5 +143,5 @@ def test_torch_compile_starts_afresh_for_every_shape_and_serves_both_directions(
         "rmsnorm forward",
     } <= compiled
     assert calls == ["reset", "compile"] * (len(calls) // 2)
-    # Residual norms, cross-entropy, activations, norms, rotary.
-    assert len(calls) // 2 == 2 + 1 + 2 + 2 + 1
+    # Residual norms, cross-entropy, activations, norms, rotary, normed and joined heads.
+    assert len(calls) // 2 == 2 + 1 + 2 + 2 + 1 + 2

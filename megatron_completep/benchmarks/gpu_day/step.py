@@ -165,8 +165,8 @@ class _Comparison:
         device = self.setting.device
 
         settings = replace(self.ours_settings, overlap_update=overlap_update)
-        if overlap_update and self.expected is not None and expected is not None:
-            expected -= self.expected.hidden_update()
+        if overlap_update and self.cost_model is not None and expected_ms is not None:
+            expected_ms -= self.cost_model.hidden_update()
 
         def make() -> Step:
             return our_step(settings, PRECISION, device, self.table, self.batch)

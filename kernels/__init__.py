@@ -29,7 +29,7 @@ if __name__ != "kernels":
     from .ops.squared_relu import squared_relu
     from .ops.swiglu import swiglu
     from .ops.wide_product import add_product
-    from .reference import Join, Norm
+    from .reference import Join, Norm, dropout_seed
 
 __all__ = [
     "CompiledDefinitions",
@@ -44,6 +44,7 @@ __all__ = [
     "cross_entropy_forward",
     "cross_entropy_loss",
     "device_segments",
+    "dropout_seed",
     "join_heads",
     "new_control",
     "norm",

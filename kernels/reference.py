@@ -25,13 +25,16 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float32
 
 
+SEED_SIZE = 7  # elements of what `dropout_seed` returns
+
+
 @dataclass(frozen=True)
 class Join:
     """How a branch joins the stream: y = residual + scale * dropout(branch + branch_bias)."""
 
     scale: float = 1.0  # CompleteP's depth multiplier m_L^-alpha
     dropout_p: float = 0.0  # the probability that an element of the branch is left out
-    seed: Tensor | None = None  # int64, one element, on the branch's device: decides which ones
+    seed: Tensor | None = None  # of `dropout_seed`, on the branch's device: decides which ones
 
     def under(self, seed: Tensor | None) -> Join:
         """This join with the dropout of `seed`.
@@ -47,8 +50,13 @@ class Join:
             return None
         if self.seed is None:
             raise ValueError(
-                f"dropout_p = {self.dropout_p} needs a seed: "
-                "pass an int64 tensor with one element on the same device."
+                f"dropout_p = {self.dropout_p} needs a seed: pass kernels.dropout_seed(key) on the "
+                "same device."
+            )
+        if self.seed.numel() != SEED_SIZE:
+            raise ValueError(
+                f"the seed of dropout has {self.seed.numel()} elements, not {SEED_SIZE}: make it "
+                "by kernels.dropout_seed(key)."
             )
         return self.seed
 
@@ -191,11 +199,58 @@ def philox_4x32(seed: Tensor, counter: Tensor) -> Tensor:
     return torch.stack((c_0, c_1, c_2, c_3), dim=-1)
 
 
+def dropout_seed(
+    key: int,
+    batch: int = 1,
+    first_sample: int = 0,
+    seq_length: int = 0,
+    start: int = 0,
+    turn: int = 2**62,
+    second_start: int = 0,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """What decides a mask, int64 [7]: a key, and which rows of the whole batch the tensor holds.
+
+    A mask is a function of the key, the sample, the position and the column, so that ranks that
+    divide samples or positions between them draw what one process draws. With the key alone rows
+    are numbered as they come.
+
+    Args:
+        key: 63 bits, another one for each step and each place of dropout in the model.
+        batch: sequences of the tensor [s, batch, H].
+        first_sample: number of the first of them.
+        seq_length: positions of a whole sequence.
+        start: the position in it of the tensor's first row.
+        turn: number of positions after which the tensor goes on at `second_start`, if it holds two
+            parts of a sequence.
+
+    Raises ValueError if there are samples and no length: they would all draw the same mask.
+    """
+    if (batch > 1 or first_sample > 0) and seq_length < 1:
+        raise ValueError(
+            f"batch = {batch} and first_sample = {first_sample} need the seq_length of the samples."
+        )
+    numbers = [key, batch, first_sample, seq_length, start, turn, second_start]
+    return torch.tensor(numbers, dtype=torch.int64, device=device)
+
+
+def dropout_rows(seed: Tensor, rows: int) -> Tensor:
+    """int64 [rows]: the numbers of the rows of [s, B, H] in the whole batch, sample by sample."""
+    _, batch, first_sample, seq_length, start, turn, second_start = seed.unbind()
+    row = torch.arange(rows, device=seed.device)
+    index = row // batch
+    sample = row % batch + first_sample
+    position = index + start
+    position = torch.where(index < turn, position, index - turn + second_start)
+    return sample * seq_length + position
+
+
 def dropout_factor(shape: torch.Size, join: Join) -> Tensor:
     """float32 [..., H]: 0 with probability p, else 1 / (1 - p).
 
-    It is a pure function of the seed and the position: column c of row r is word c % 4 of Philox
-    counter r * ceil(H / 4) + c // 4. So a recomputed forward draws the same mask.
+    It is a pure function of the seed and the position: column c of the row with number r
+    (`dropout_rows`) is word c % 4 of Philox counter r * ceil(H / 4) + c // 4. So a recomputed
+    forward draws the same mask.
     """
     seed = join.dropout_seed
     if seed is None:
@@ -203,8 +258,9 @@ def dropout_factor(shape: torch.Size, join: Join) -> Tensor:
     hidden = shape[-1]
     rows = shape[:-1].numel()
     row_counters = (hidden + 3) // 4  # each gives the words of four columns
-    counter = torch.arange(rows * row_counters, device=seed.device).view(rows, row_counters)
-    words = philox_4x32(seed, counter).view(rows, row_counters * 4)[:, :hidden]
+    first_counters = dropout_rows(seed, rows)[:, None] * row_counters
+    counter = first_counters + torch.arange(row_counters, device=seed.device)
+    words = philox_4x32(seed[0], counter).view(rows, row_counters * 4)[:, :hidden]
 
     # The upper 24 bits of a word are what float32 holds exactly.
     uniform = (words >> 8).to(torch.float32) * 2.0**-24

@@ -175,22 +175,38 @@ def add_tile_products(total: tl.tuple, a: tl.tuple, b: tl.tuple) -> tl.tuple:
 
 
 @triton.jit
+def dropout_rows(seed: tl.tensor, row: tl.tensor) -> tl.tensor:
+    """The numbers of rows in the whole batch [ROWS, 1], as in `reference.dropout_rows`."""
+    number = row
+    if seed is not None:
+        # A tensor has fewer than 2^31 rows, so that the division is one of 32 bits.
+        batch = tl.load(seed + 1).to(tl.int32)
+        row = row.to(tl.int32)
+        index = row // batch
+        sample = row - index * batch + tl.load(seed + 2)
+        turn = tl.load(seed + 5)
+        start = tl.where(index < turn, tl.load(seed + 4), tl.load(seed + 6) - turn)
+        number = sample * tl.load(seed + 3) + index + start
+    return number
+
+
+@triton.jit
 def dropout_factor(
     seed: tl.tensor,
     dropout_p: tl.tensor,
-    row: tl.tensor,
+    number: tl.tensor,
     SEGMENT: tl.constexpr,
     WIDTHS: tl.constexpr,
     HIDDEN: tl.constexpr,
 ) -> tl.tensor:
-    """0 or 1 / (1 - p), a function of the seed and the position alone.
+    """0 or 1 / (1 - p), a function of the key, the rows' numbers and the columns alone.
 
     One Philox counter serves four columns, as in `reference.dropout_factor`.
     """
     # The key is loaded at every use. A key known outside a loop would be spread over its ten rounds
     # there, and hold twenty registers.
     key = tl.load(seed)
-    row_counter = row * ((HIDDEN + 3) // 4)
+    row_counter = number * ((HIDDEN + 3) // 4)
     column_counter = SEGMENT * WIDTHS[0] // 4 + tl.arange(0, WIDTHS[SEGMENT] // 4)
     counter = row_counter + column_counter[None, :]
     word_0, word_1, word_2, word_3 = tl.randint4x(key, counter)
@@ -198,7 +214,7 @@ def dropout_factor(
     # This order of the joins leaves word c % 4 at column c.
     even = tl.join(word_0, word_2)
     odd = tl.join(word_1, word_3)
-    words = tl.reshape(tl.join(even, odd), (row.shape[0], WIDTHS[SEGMENT]))
+    words = tl.reshape(tl.join(even, odd), (number.shape[0], WIDTHS[SEGMENT]))
     words = words.to(tl.uint32, bitcast=True)
     # The upper 24 bits decide.
     threshold = tl.ceil(dropout_p * 16777216.0).to(tl.uint32) << 8
@@ -213,6 +229,7 @@ def add_branch(
     seed: tl.tensor,
     y: tl.tensor,
     row: tl.tensor,
+    number: tl.tensor,
     in_rows: tl.tensor,
     branch_stride: tl.tensor,
     scale: tl.tensor,
@@ -230,7 +247,7 @@ def add_branch(
         bias = load_vector(branch_bias, row.shape[0], SEGMENT, WIDTHS, HIDDEN)
         update += bias.to(tl.float32)
     if seed is not None:
-        update *= dropout_factor(seed, dropout_p, row, SEGMENT, WIDTHS, HIDDEN)
+        update *= dropout_factor(seed, dropout_p, number, SEGMENT, WIDTHS, HIDDEN)
     stored = (total + scale * update).to(y.dtype.element_ty)
     store_tile(y, stored, row, in_rows, SEGMENT, WIDTHS, HIDDEN)
     return stored.to(tl.float32)
@@ -240,7 +257,7 @@ def add_branch(
 def branch_gradient(
     gradient: tl.tensor,
     seed: tl.tensor,
-    row: tl.tensor,
+    number: tl.tensor,
     scale: tl.tensor,
     dropout_p: tl.tensor,
     SEGMENT: tl.constexpr,
@@ -250,7 +267,7 @@ def branch_gradient(
     """One segment of the branch's gradient, in float32, from that of the stream."""
     gradient *= scale
     if seed is not None:
-        gradient *= dropout_factor(seed, dropout_p, row, SEGMENT, WIDTHS, HIDDEN)
+        gradient *= dropout_factor(seed, dropout_p, number, SEGMENT, WIDTHS, HIDDEN)
     return gradient
 
 

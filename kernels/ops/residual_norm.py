@@ -48,6 +48,7 @@ from ..tiling import (
     add_tiles,
     branch_gradient,
     ceil_div,
+    dropout_rows,
     load_tile,
     load_vector,
     new_like,
@@ -99,13 +100,14 @@ def residual_norm_forward_kernel(
     first_row = tl.program_id(0).to(tl.int64) * ROWS
     row = first_row + tl.arange(0, ROWS).to(tl.int64)[:, None]
     in_rows = row < rows
+    number = dropout_rows(seed, row)
     y_tiles = ()
     for k in tl.static_range(len(WIDTHS)):
         total = load_tile(residual, row, in_rows, residual_stride, k, WIDTHS, HIDDEN)
         if branch is not None:
             total = add_branch(
-                total, branch, branch_bias, seed, y, row, in_rows, branch_stride, scale, dropout_p,
-                k, WIDTHS, HIDDEN,
+                total, branch, branch_bias, seed, y, row, number, in_rows, branch_stride,
+                scale, dropout_p, k, WIDTHS, HIDDEN,
             )  # fmt: skip
         y_tiles += (total,)
 
@@ -171,6 +173,7 @@ def residual_norm_backward_kernel(
     for tile in tl.range(first_tile, tiles, tl.num_programs(0), num_stages=STAGES):
         row = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)[:, None]
         in_rows = row < rows
+        number = dropout_rows(seed, row)
         row_rstd = tl.load(rstd + row, mask=in_rows, other=0.0)
         row_mean = 0.0 if RMS else tl.load(mean + row, mask=in_rows, other=0.0)
         d_out_tiles = ()
@@ -201,7 +204,7 @@ def residual_norm_backward_kernel(
             store_tile(d_residual, d_residual_tile, row, in_rows, k, WIDTHS, HIDDEN)
             if d_branch is not None:
                 d_branch_tile = branch_gradient(
-                    d_residual_tile, seed, row, scale, dropout_p, k, WIDTHS, HIDDEN
+                    d_residual_tile, seed, number, scale, dropout_p, k, WIDTHS, HIDDEN
                 )
                 store_tile(d_branch, d_branch_tile, row, in_rows, k, WIDTHS, HIDDEN)
                 d_branch_tiles += (d_branch_tile,)

@@ -24,6 +24,7 @@ from ..tiling import (
     add_branch,
     branch_gradient,
     ceil_div,
+    dropout_rows,
     load_tile,
     new_like,
     rows_of,
@@ -45,11 +46,12 @@ def scaled_add_forward_kernel(
     first_row = tl.program_id(0).to(tl.int64) * ROWS
     row = first_row + tl.arange(0, ROWS).to(tl.int64)[:, None]
     in_rows = row < rows
+    number = dropout_rows(seed, row)
     for k in tl.static_range(len(WIDTHS)):
         total = load_tile(residual, row, in_rows, residual_stride, k, WIDTHS, HIDDEN)
         add_branch(
-            total, branch, branch_bias, seed, y, row, in_rows, branch_stride, scale, dropout_p,
-            k, WIDTHS, HIDDEN,
+            total, branch, branch_bias, seed, y, row, number, in_rows, branch_stride,
+            scale, dropout_p, k, WIDTHS, HIDDEN,
         )  # fmt: skip
 
 
@@ -67,10 +69,11 @@ def scaled_add_backward_kernel(
     for tile in tl.range(first_tile, tiles, tl.num_programs(0), num_stages=STAGES):
         row = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)[:, None]
         in_rows = row < rows
+        number = dropout_rows(seed, row)
         added = ()
         for k in tl.static_range(len(WIDTHS)):
             gradient = load_tile(d_y, row, in_rows, d_y_stride, k, WIDTHS, HIDDEN)
-            gradient = branch_gradient(gradient, seed, row, scale, dropout_p, k, WIDTHS, HIDDEN)
+            gradient = branch_gradient(gradient, seed, number, scale, dropout_p, k, WIDTHS, HIDDEN)
             store_tile(d_branch, gradient, row, in_rows, k, WIDTHS, HIDDEN)
             added += (bias_sum[k] + gradient,)
         # Without partials nothing is kept, and the compiler drops the additions.

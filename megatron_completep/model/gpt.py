@@ -133,7 +133,7 @@ class GPT(nn.Module):
         positions: Tensor | None = None,
         document_ids: Tensor | None = None,
         labels: Tensor | None = None,
-        dropout_seed: Tensor | None = None,
+        dropout_seeds: Tensor | None = None,
         caches: list[KeyValueCache] | None = None,
     ) -> Tensor:
         """One micro-batch through this stage.
@@ -145,8 +145,8 @@ class GPT(nn.Module):
         labels [B, S]; -100 is ignored. With labels, the last stage returns the **sum** of the token
             losses: the training objective, or under no_grad only the cross-entropy. Without, it
             returns logits [B, S, V].
-        dropout_seed: int64 tensor with one element, different for each micro-batch; None disables
-            dropout (validation, generation).
+        dropout_seeds: int64 [1, branches + 1, 7] of this micro-batch (`stream.dropout_seeds`); None
+            disables dropout (validation, generation).
         """
         if self.chunk_range.has_embedding:
             residual = self._embed(x, positions, caches)
@@ -155,7 +155,8 @@ class GPT(nn.Module):
             residual = x
             seq_length = self.context.sequence.whole_length(x.shape[0])
         inputs = self._attention_inputs(residual, seq_length, positions, document_ids, caches)
-        stream = Stream(residual, self.first_branch, dropout_seed)
+        seeds = None if dropout_seeds is None else dropout_seeds[0]
+        stream = Stream(residual, self.first_branch, seeds)
         for _, block in self.blocks():
             if self.recompute == "full" and torch.is_grad_enabled():
                 stream = self._recomputed(block, stream, inputs)

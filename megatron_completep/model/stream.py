@@ -11,9 +11,20 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from megatron_completep import kernels
+
+
+def dropout_seeds(seed: Tensor, branches: int) -> Tensor:
+    """int64 [branches + 1, 7]: the seed of each place where a branch joins the stream.
+
+    seed: of `kernels.dropout_seed`. branches: of the whole model; branch b joins at place b + 1.
+    """
+    seeds = seed.repeat(branches + 1, 1)
+    seeds[:, 0] += torch.arange(branches + 1, device=seed.device)
+    return seeds
 
 
 class Branch(NamedTuple):
@@ -27,8 +38,8 @@ class Stream(NamedTuple):
     """The stream between two modules, and the branch that is still to be added."""
 
     residual: Tensor  # [s, B, H]
-    branch_index: int  # branches of the whole model added so far; gives each its own dropout seed
-    seed: Tensor | None = None  # int64, one element, of the dropout; None: nothing is dropped
+    branch_index: int  # branches of the whole model added so far
+    dropout_seeds: Tensor | None = None  # of `dropout_seeds`, [sites, 7]; None: nothing is dropped
     pending: Branch | None = None
 
     def hold(self, branch: Branch) -> Stream:
@@ -37,11 +48,11 @@ class Stream(NamedTuple):
 
     def joined(self, residual: Tensor) -> Stream:
         """The stream after its branch has joined it."""
-        return Stream(residual, self.branch_index + 1, self.seed)
+        return Stream(residual, self.branch_index + 1, self.dropout_seeds)
 
     def branch_seed(self) -> Tensor | None:
         """The dropout seed of the branch that joins here."""
-        return None if self.seed is None else self.seed + self.branch_index
+        return None if self.dropout_seeds is None else self.dropout_seeds[self.branch_index]
 
     def add_pending(self, join: kernels.Join, sink: kernels.Sink) -> Tensor:
         """The stream [s, B, H] with the pending branch added; gradients of its bias go to sink."""

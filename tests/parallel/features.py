@@ -188,9 +188,7 @@ def data_size(layout: str) -> int:
 
 
 def forbidden(a: tuple[str, str], b: tuple[str, str]) -> bool:
-    """What the configuration refuses,
-    and dropout where its masks depend on the rank (docs/parallelism.md).
-    """
+    """What the configuration refuses."""
     levels = dict((a, b))
     if "layout" not in levels:
         return False
@@ -202,8 +200,6 @@ def forbidden(a: tuple[str, str], b: tuple[str, str]) -> bool:
             shape.get("num_query_groups", 4) % tensor
             or shape.get("num_attention_heads", 4) % tensor
         ) > 0
-    if levels.get("dropout", "none") != "none":
-        return data_size(levels["layout"]) > 1 or parallel.get("sequence_parallel", False)
     return False
 
 
@@ -284,6 +280,7 @@ class Trained:
 FORGOTTEN_SUM = "a sum of gradients over tensor ranks is forgotten"
 OVERRIDES_ON_FIRST_STAGE = "overrides are seen by the first stage alone"
 ENDS_ALONE = "the ends of a tied embedding do not exchange gradients"
+ROWS_OF_THE_RANK = "masks of dropout number the rows of the rank instead of those of the batch"
 
 
 def run_row(rank: int, config: Config, mutation: str = "") -> Trained:
@@ -303,6 +300,9 @@ def run_row(rank: int, config: Config, mutation: str = "") -> Trained:
         optimizer.shards.partial_segments = []
     if mutation == ENDS_ALONE:
         optimizer.shards.tied_buckets = []
+    if mutation == ROWS_OF_THE_RANK:
+        seeds_of = step.seeds_of
+        step.seeds_of = lambda number, batch: rows_of_the_rank(seeds_of(number, batch))
     assignment = SampleAssignment(
         config.training.micro_batch_size, context.data.rank, context.data.size
     )
@@ -333,6 +333,14 @@ def run_row(rank: int, config: Config, mutation: str = "") -> Trained:
         optimizer.groups,
         replica_hashes(optimizer, context),
     )
+
+
+def rows_of_the_rank(seeds: Tensor | None) -> Tensor | None:
+    """Seeds of dropout as if the rank's first sample and position were the run's."""
+    if seeds is not None:
+        seeds[..., 2] = 0
+        seeds[..., 4] = 0
+    return seeds
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from tests.parallel.features import (
     FORGOTTEN_SUM,
     OVERRIDES_ON_FIRST_STAGE,
     ROUNDED,
+    ROWS_OF_THE_RANK,
     config_of,
     differences,
     forbidden,
@@ -88,16 +89,34 @@ def test_every_pair_that_is_not_refused_stands_in_a_row_that_the_configuration_a
         check_world(config_of(row), ranks_of(row))
 
 
-def test_what_the_array_leaves_out_is_what_the_configuration_refuses_or_dropout_over_ranks():
+def test_what_the_array_leaves_out_is_what_the_configuration_refuses():
     first = {factor: levels[0] for factor, levels in FACTORS.items()}
     for (one, ones), (other, others) in itertools.combinations(FACTORS.items(), 2):
         for a, b in itertools.product(ones, others):
-            if forbidden((one, a), (other, b)) and "dropout" not in (one, other):
+            if forbidden((one, a), (other, b)):
                 with pytest.raises(ConfigError, match="tensor_parallel_size"):
                     config_of(first | {one: a, other: b})
 
 
+def row_of(**levels: str) -> Row:
+    """The first level of each factor but these."""
+    first = {factor: levels_of[0] for factor, levels_of in FACTORS.items()}
+    return first | levels
+
+
+@pytest.mark.parametrize("layout", ["data 2", "tensor 2, sequence", "pipeline 2, 1f1b, data 2"])
+def test_every_layout_draws_the_masks_of_one_process(pool, layout):
+    row = row_of(layout=layout, dropout="0.2") | {"micro-batch": "2"}
+    assert problems(pool, row) == []
+
+
 # Negative controls.
+
+
+@pytest.mark.parametrize("layout", ["data 2", "tensor 2, sequence"])
+def test_masks_that_depend_on_the_rank_are_caught(pool, layout):
+    found = problems(pool, row_of(layout=layout, dropout="0.2"), ROWS_OF_THE_RANK)
+    assert any("loss" in line for line in found), found
 
 
 def row_with(**levels: str) -> Row:

@@ -111,7 +111,7 @@ def test_top_p_keeps_the_fewest_tokens_with_that_probability(
 def test_generation_ends_at_the_end_of_a_document() -> None:
     gpt = small_model()
     made = list(generate(gpt, [5, 9, 200], GREEDY))
-    ended = list(generate(gpt, [5, 9, 200], GREEDY, end_of_document=made[3]))
+    ended = list(generate(gpt, [5, 9, 200], GREEDY, end_tokens=[made[3]]))
     assert ended == made[: made.index(made[3])]
 
 

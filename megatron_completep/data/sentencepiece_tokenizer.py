@@ -35,6 +35,7 @@ class SentencePieceTokenizer(Tokenizer):
         import sentencepiece
 
         content = read_model(model, "sentencepiece")
+        self.content = content
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
         except RuntimeError as error:

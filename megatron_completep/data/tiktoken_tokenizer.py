@@ -80,7 +80,8 @@ class TiktokenTokenizer(Tokenizer):
         self.former_hashes = frozenset({xxhash.xxh3_64_hexdigest(ranks + written.encode())})
 
     def _id_of(self, name: str) -> int | None:
-        return self._encoding._special_tokens.get(name)
+        index: int | None = self._encoding._special_tokens.get(name)
+        return index
 
     def ranks_file(self) -> bytes:
         """The content of a .tiktoken file with this encoding's ranks."""

@@ -276,7 +276,7 @@ def test_a_model_that_is_not_expressible_is_refused_with_every_reason(tmp_path: 
         "attention_bias": True,
         "quantization_config": {"bits": 4},
     }
-    values["rope_scaling"] = {"rope_type": "llama3", "factor": 8.0}
+    values["rope_scaling"] = {"rope_type": "dynamic", "factor": 8.0}
     values["num_hidden_layers"] = "two"
     with pytest.raises(ConfigError) as error:
         from_hf(values, "config.json")
@@ -288,7 +288,7 @@ def test_a_model_that_is_not_expressible_is_refused_with_every_reason(tmp_path: 
             "hidden_act",
             "attention_bias",
             "quantization_config",
-            "llama3",
+            "dynamic",
             "num_hidden_layers",
         )
     )

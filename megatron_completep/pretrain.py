@@ -26,6 +26,7 @@ from megatron_completep.config import Config, check_world, load_config
 from megatron_completep.data.loader import Loader
 from megatron_completep.errors import exit_on_user_error
 from megatron_completep.guards import Guard, Watchdog
+from megatron_completep.interop.architectures import export_warning
 from megatron_completep.optim.check import check_parameters
 from megatron_completep.parallel.context import ParallelContext, choose_device
 from megatron_completep.parallel.rendezvous import rendezvous_store, say_nothing
@@ -117,6 +118,8 @@ def train_one_model(
     guard.on_rank_0(lambda: build.prepare_output(config))
     for warning in warnings:
         say(f"warning: {warning}")
+    for line in export_warning(config.model):
+        say(line)
     for line in node_lines(guard.exchange, launch, context.device, config):
         say(line)
     threads = use_threads(config.training.cpu_threads, launch.local_world_size)

@@ -142,6 +142,12 @@ def export_lines(model: ModelConfig) -> list[str]:
     return lines
 
 
+def export_warning(model: ModelConfig) -> list[str]:
+    """`export_lines` of a model that no architecture can express; else nothing."""
+    fitting, _ = exportable_as(model)
+    return [] if fitting else export_lines(model)
+
+
 def choose_architecture(model: ModelConfig, table: Table, architecture: str = "auto") -> str:
     """Return `architecture` if it can express the model.
 

@@ -212,7 +212,9 @@ def test_prompts_begin_as_documents_and_texts_end_at_each_end_token(imported: Pa
     assert cut.get(0, "") == ""
 
 
-def test_the_exported_tokenizer_begins_texts_as_training_did(original: Path, tmp_path: Path) -> None:
+def test_the_exported_tokenizer_begins_texts_as_training_did(
+    original: Path, tmp_path: Path
+) -> None:
     """Without a beginning in training the template goes, and with one that the file lacks it
     comes.
     """

@@ -195,8 +195,7 @@ def test_sentencepiece_models_that_change_text_are_refused_with_all_reasons(tmp_
     with pytest.raises(DataError) as error:
         to_fast_tokenizer(ours)
     assert all(
-        words in str(error.value)
-        for words in ("nmt_nfkc", "removes whitespace", "byte fallback")
+        words in str(error.value) for words in ("nmt_nfkc", "removes whitespace", "byte fallback")
     )
 
 

@@ -96,36 +96,6 @@ def make_folder(folder: Path, name: str, dtype: torch.dtype = torch.float32) -> 
     return folder / name
 
 
-@pytest.mark.parametrize("name", FOLDERS)
-def test_an_imported_model_computes_what_transformers_computes_and_its_export_is_bit_equal(
-    name: str, tmp_path: Path
-) -> None:
-    original = make_folder(tmp_path, name)
-    report = import_model(original, tmp_path / "run")
-    comparison = check_export(report.checkpoint, original, "float32")
-    assert comparison.relative_difference <= 1e-5
-    exported = export_model(tmp_path / "run", tmp_path / "out", ExportSettings(report.architecture))
-    assert not exported.folded
-    before, after = (
-        safetensors.torch.load_file(folder / "model.safetensors")
-        for folder in (original, tmp_path / "out")
-    )
-    assert before.keys() == after.keys()
-    assert all(
-        torch.equal(before[key].view(torch.uint8), after[key].view(torch.uint8)) for key in before
-    )
-    config, again = (
-        json.loads((folder / "config.json").read_text()) for folder in (original, tmp_path / "out")
-    )
-    multipliers = (
-        "embedding_multiplier",
-        "residual_multiplier",
-        "attention_multiplier",
-        "logits_scaling",
-    )
-    assert [config.get(key) for key in multipliers] == [again.get(key) for key in multipliers]
-
-
 @pytest.mark.parametrize(
     "factor",
     ["input_multiplier", "residual_multiplier", "attention_multiplier", "logit_multiplier"],

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from megatron_completep.config.section import NonNegativeInt, PositiveInt, Section
+from megatron_completep.config.section import PositiveInt, Section
 
 TokenIdName = Literal["bos_token_id", "eos_token_id", "pad_token_id"]
 
@@ -20,14 +20,23 @@ class ExportConfig(Section):
     max_position_embeddings: PositiveInt | None = Field(
         None, description="Longest sequence that config.json names; null: model.seq_length."
     )
-    token_ids: dict[TokenIdName, NonNegativeInt | list[NonNegativeInt] | None] | None = Field(
+    token_ids: dict[TokenIdName, Any] | None = Field(
         None,
-        description="Entries of config.json on special tokens, as they are; "
+        description="Entries of config.json on special tokens, each an id, a list of ids or null; "
         "null: those of the tokenizer. Generation ends at each eos_token_id.",
     )
     generation: dict[str, Any] | None = Field(
         None, description="Content of generation_config.json; null: the special tokens alone."
     )
+
+    @field_validator("token_ids")
+    @classmethod
+    def _check_ids(cls, token_ids: dict[str, Any] | None) -> dict[str, Any] | None:
+        for name, ids in (token_ids or {}).items():
+            listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
+            if not all(type(index) is int and index >= 0 for index in listed):
+                raise ValueError(f"{name} must be an id, a list of ids, or null")
+        return token_ids
 
     def end_tokens(self) -> list[int]:
         """The ids at which generation ends, beside the tokenizer's end of document."""

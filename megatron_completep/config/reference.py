@@ -100,9 +100,8 @@ def _type(annotation: Any, metadata: list[Any]) -> str:
     if origin is tuple:
         return f"list of {len(arguments)} {_plural(_type(arguments[0], []))}"
     if origin is dict and arguments[1] is Any:
-        return "mapping"
-    if origin is dict and get_origin(arguments[0]) is Literal:
-        return f"mapping: {_type(arguments[0], [])} to {_type(arguments[1], [])}"
+        is_listed = get_origin(arguments[0]) is Literal
+        return f"mapping of {_type(arguments[0], [])}" if is_listed else "mapping"
     if origin is dict:
         return f"mapping: role to {_type(arguments[1], [])}"
     if issubclass(annotation, BaseModel):

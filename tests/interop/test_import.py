@@ -41,20 +41,6 @@ SHAPE = {
 LLAMA = {**SHAPE, "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-6}
 FOLDERS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", LLAMA),
-    "llama_tied_with_biases": (
-        "Llama",
-        {
-            **LLAMA,
-            "tie_word_embeddings": True,
-            "attention_bias": True,
-            "mlp_bias": True,
-            "head_dim": 12,
-        },
-    ),
-    "qwen3": (
-        "Qwen3",
-        {**LLAMA, "head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
-    ),
     "granite": (
         "Granite",
         {
@@ -68,17 +54,6 @@ FOLDERS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": (
         "GPT2",
         {"vocab_size": 93, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
-    ),
-    "gpt2_untied": (
-        "GPT2",
-        {
-            "vocab_size": 93,
-            "n_embd": 32,
-            "n_layer": 2,
-            "n_head": 4,
-            "n_positions": 64,
-            "tie_word_embeddings": False,
-        },
     ),
 }
 

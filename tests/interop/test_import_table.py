@@ -112,9 +112,7 @@ def test_what_cannot_be_expressed_is_refused_with_the_true_reason(
     (tmp_path / "config.json").write_text(json.dumps(plain_folders[family]))
     write_entries(tmp_path, entries)
     with pytest.raises(UserError) as error:
-        architecture, model = from_hf(
-            json.loads((tmp_path / "config.json").read_text()), "config.json"
-        )
+        _, model = from_hf(json.loads((tmp_path / "config.json").read_text()), "config.json")
         # Rules between settings are those of every configuration.
         config_from_mapping({**BASE, "model": model})
     assert words in str(error.value)

@@ -96,12 +96,12 @@ def rope_problems(model: ModelConfig) -> Iterator[str]:
     if kind == "llama3" and low is not None and high is not None and low >= high:
         yield (
             f"{where}: low_freq_factor = {low:g} is not below high_freq_factor = {high:g}. "
-            "Swap them."
+            "Lower the first."
         )
     if kind == "yarn" and model.rope_base == 1:
         yield f"{where}.rope_type = yarn needs frequencies that differ: model.rope_base above 1."
     if kind == "yarn" and (scaling.beta_fast or 32) < (scaling.beta_slow or 1):
         yield (
             f"{where}: beta_fast = {scaling.beta_fast or 32:g} is below beta_slow = "
-            f"{scaling.beta_slow or 1:g}. Swap them."
+            f"{scaling.beta_slow or 1:g}. Raise the first."
         )

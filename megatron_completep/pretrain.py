@@ -62,7 +62,7 @@ def pretrain(
     # that stops here.
     check_world(config, launch.world_size)
     table = table_of(config)
-    warnings = check_parameters(config, table)
+    warnings = [*check_parameters(config, table), *export_warning(config.model)]
     training = config.training
     choose_device(training.device, launch.local_rank)
 
@@ -118,8 +118,6 @@ def train_one_model(
     guard.on_rank_0(lambda: build.prepare_output(config))
     for warning in warnings:
         say(f"warning: {warning}")
-    for line in export_warning(config.model):
-        say(line)
     for line in node_lines(guard.exchange, launch, context.device, config):
         say(line)
     threads = use_threads(config.training.cpu_threads, launch.local_world_size)

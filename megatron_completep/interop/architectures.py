@@ -143,9 +143,9 @@ def export_lines(model: ModelConfig) -> list[str]:
 
 
 def export_warning(model: ModelConfig) -> list[str]:
-    """`export_lines` of a model that no architecture can express; else nothing."""
+    """`export_lines` as one warning for a model that no architecture can express; else none."""
     fitting, _ = exportable_as(model)
-    return [] if fitting else export_lines(model)
+    return [] if fitting else ["\n".join(export_lines(model))]
 
 
 def choose_architecture(model: ModelConfig, table: Table, architecture: str = "auto") -> str:

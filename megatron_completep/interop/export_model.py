@@ -75,6 +75,7 @@ class ExportReport:
     kept: dict[str, float]  # multipliers in config.json
     folded: dict[str, float]  # factors that stored tensors were multiplied by
     tokenizer: str | None  # family, or None where the folder has none
+    beginning: list[int]  # ids that the tokenizer puts in front of a text
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain values."""
@@ -171,6 +172,7 @@ class _Export:
             kept=kept_multipliers,
             folded=self.folding.changed,
             tokenizer=self.tokenizer.type if self.tokenizer is not None else None,
+            beginning=list(self.tokenizer.beginning) if self.tokenizer is not None else [],
         )
         card = model_card(self.config, self.stored.manifest, report.to_json())
         (folder / "README.md").write_text(card, encoding="utf-8")

@@ -225,8 +225,8 @@ def test_a_plan_says_what_a_model_can_be_exported_as_and_why_not() -> None:
     assert lines[0] == "export: as qwen2"
     assert any("not as llama: model.qkv_bias = true" in line for line in lines)
     assert export_warning(model_config(qkv_bias=True)) == []
-    warning = export_warning(model_config(position="alibi"))
-    assert "no Hugging Face architecture" in warning[0] and len(warning) == 7
+    (warning,) = export_warning(model_config(position="alibi"))
+    assert "no Hugging Face architecture" in warning and len(warning.splitlines()) == 7
 
 
 def test_an_import_keeps_the_scaling_in_its_configuration(tmp_path: Path) -> None:

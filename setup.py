@@ -37,6 +37,8 @@ DEV = [
     "ruff>=0.17.6,<0.18",
     "mypy>=2.4.1,<3",
     "types-PyYAML>=6.0.12,<7",
+    "accelerate>=1.15,<2",  # lm-eval's own back end, with which ours is compared
+    "babel>=2.19,<3",  # names of languages in all scripts, which tokenizers are compared on
     # Its token files and samples are compared with ours. Wheels exist for these versions of Python
     # only.
     "megatron-core==0.16.1; platform_system == 'Linux' and platform_machine == 'x86_64' "

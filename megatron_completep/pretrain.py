@@ -26,6 +26,7 @@ from megatron_completep.config import Config, check_world, load_config
 from megatron_completep.data.loader import Loader
 from megatron_completep.errors import exit_on_user_error
 from megatron_completep.guards import Guard, Watchdog
+from megatron_completep.interop.architectures import export_warning
 from megatron_completep.optim.check import check_parameters
 from megatron_completep.parallel.context import ParallelContext, choose_device
 from megatron_completep.parallel.rendezvous import rendezvous_store, say_nothing
@@ -61,7 +62,7 @@ def pretrain(
     # that stops here.
     check_world(config, launch.world_size)
     table = table_of(config)
-    warnings = check_parameters(config, table)
+    warnings = [*check_parameters(config, table), *export_warning(config.model)]
     training = config.training
     choose_device(training.device, launch.local_rank)
 

@@ -41,6 +41,7 @@ WITHOUT_TORCH = {
 OPTIONAL = {
     *(
         "apex",
+        "babel",
         "flash_attn",
         "lm_eval",
         "matplotlib",

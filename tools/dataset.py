@@ -32,6 +32,8 @@ from megatron_completep.command_line import (
 from megatron_completep.config.derived import total_samples
 from megatron_completep.config.load import load_config
 from megatron_completep.config.schema import Config
+from megatron_completep.data.beginning import recorded_beginning
+from megatron_completep.data.beginning import shown as shown_beginning
 from megatron_completep.data.corpus import has_validation, prebuild
 from megatron_completep.data.describe import (
     choose_tokenizer,
@@ -167,6 +169,9 @@ def run_inspect(arguments: argparse.Namespace) -> int:
             print(f"{name:24} {entry}")
     recorded = (content["sidecar"] or {}).get("tokenizer")
     print(f"{'tokenizer':24} {pairs_text(recorded) if recorded else 'not recorded'}")
+    beginning = recorded_beginning(content["sidecar"])
+    words = "not recorded" if beginning is None else shown_beginning(beginning)
+    print(f"{'documents begin':24} {words}")
 
     if tokenizer is None and content["first_documents"]:
         print(

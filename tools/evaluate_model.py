@@ -130,7 +130,14 @@ def evaluate(arguments: argparse.Namespace, context: ParallelContext) -> dict[st
     tokenizer = build_tokenizer(
         tokenizer_of_run(arguments.checkpoint, config, arguments.tokenizer_model)
     )
-    scorer = Scorer(model, tokenizer, context.world, arguments.batch_size, arguments.max_length)
+    scorer = Scorer(
+        model,
+        tokenizer,
+        context.world,
+        arguments.batch_size,
+        arguments.max_length,
+        config.export.end_tokens(),
+    )
 
     results: dict[str, Any] = {
         "checkpoint": str(arguments.checkpoint),

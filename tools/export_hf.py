@@ -18,7 +18,7 @@ from pathlib import Path
 from megatron_completep.command_line import Parser, folder_to_read, tokenizer_model
 from megatron_completep.errors import UserError, exit_on_user_error
 from megatron_completep.interop.architectures import ARCHITECTURES
-from megatron_completep.interop.check_export import check_export
+from megatron_completep.interop.check_export import check_export, check_tokenizer
 from megatron_completep.interop.export_model import (
     ALIASES,
     ExportSettings,
@@ -58,7 +58,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--check",
         action="store_true",
-        help="compare logits with transformers' own code (needs memory for the model)",
+        help="compare logits and tokens with transformers' own code (needs memory for the model)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     return parser.parse_args(argv)
@@ -85,6 +85,10 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if arguments.check:
         comparison = check_export(report.checkpoint, report.folder, report.dtype)
         result["check"] = {**vars(comparison), "equal": comparison.equal}
+        if report.tokenizer is not None:
+            chosen = arguments.tokenizer_model
+            texts = check_tokenizer(report.checkpoint, report.folder, chosen)
+            result["check"]["texts"] = texts
 
     if arguments.json:
         print(json.dumps(result))
@@ -96,6 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
                 "largest difference of a logit to transformers': "
                 f"{comparison.relative_difference:.2e} of the largest logit"
             )
+            if "texts" in result["check"]:
+                print(f"{result['check']['texts']:,} texts are encoded by transformers alike")
 
     # Only now, so that the figures are printed in any case.
     if comparison is not None and not comparison.equal:

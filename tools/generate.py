@@ -178,7 +178,11 @@ def say(line: str) -> None:
 
 
 def make_texts(
-    model: GPT, tokenizer: Tokenizer, prompts: Sequence[str], arguments: argparse.Namespace
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    end_tokens: Sequence[int],
+    arguments: argparse.Namespace,
 ) -> list[str]:
     """A text for each prompt, and on stdout prompts and texts, unless --json is given.
 
@@ -191,7 +195,7 @@ def make_texts(
         # A prompt's draws depend on its number only, not on the batch that it falls into.
         seeds = [arguments.seed + start + position for position in range(len(batch))]
         streaming = len(batch) == 1 and not arguments.json
-        batch_texts = make_batch(model, tokenizer, batch, seeds, streaming, arguments)
+        batch_texts = make_batch(model, tokenizer, batch, seeds, end_tokens, streaming, arguments)
         if not streaming and not arguments.json:
             continued = [prompt + added for prompt, added in zip(batch, batch_texts, strict=True)]
             print("\n\n".join(continued), end="\n\n")
@@ -204,6 +208,7 @@ def make_batch(
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     seeds: Sequence[int],
+    end_tokens: Sequence[int],
     streaming: bool,
     arguments: argparse.Namespace,
 ) -> list[str]:
@@ -223,7 +228,9 @@ def make_batch(
         print(prompts[0], end="", flush=True)
 
     texts = [""] * len(prompts)
-    for number, new_text in generate_texts(model, tokenizer, prompts, sampling, generators, stops):
+    for number, new_text in generate_texts(
+        model, tokenizer, prompts, sampling, generators, stops, end_tokens
+    ):
         texts[number] += new_text
         if streaming:
             print(new_text, end="", flush=True)
@@ -255,7 +262,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     repeated_prompts: list[str] = []
     for prompt in prompts:
         repeated_prompts += [prompt] * samples
-    texts = make_texts(model, build_tokenizer(settings), repeated_prompts, arguments)
+    tokenizer = build_tokenizer(settings)
+    end_tokens = config.export.end_tokens()
+    texts = make_texts(model, tokenizer, repeated_prompts, end_tokens, arguments)
     if not arguments.json:
         return 0
 

@@ -1,4 +1,6 @@
-"""Turn a Hugging Face folder (Llama, Qwen3, Granite, GPT-2) into a checkpoint and a configuration.
+"""Turn a Hugging Face folder into a checkpoint and a configuration, to train on.
+
+Llama (1 to 3.3), Qwen2, Qwen2.5, Qwen3, Mistral (without a window), Granite and GPT-2.
 
 Example, continued training:
 
@@ -57,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         return 0
     size = f"{report.parameters:,} parameters, {report.dtype}"
     print(f"{report.architecture}, {size}: {report.checkpoint}")
+    for note in report.notes:
+        print(f"  {note}")
     print(f"Set data, learning rate and lengths in {report.config}, then train:")
     print(f"  python -m megatron_completep.pretrain {report.config}")
     return 0

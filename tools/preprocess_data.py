@@ -94,6 +94,17 @@ def _add_tokenizer(group: ArgumentGroup) -> None:
         action="store_true",
         help="end every document with the end-of-document token",
     )
+    group.add_argument(
+        "--eod-token",
+        metavar="TOKEN",
+        help="the token that ends a document (default: the one that the tokenizer names)",
+    )
+    group.add_argument(
+        "--prepend-bos",
+        action=argparse.BooleanOptionalAction,
+        help="begin every document with the beginning-of-text token (default: where the tokenizer "
+        "itself puts it, and for Llama2Tokenizer)",
+    )
 
 
 def _add_output(group: ArgumentGroup) -> None:
@@ -199,6 +210,10 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
 def settings_of(arguments: argparse.Namespace) -> PreprocessSettings:
     tokenizer_type = MEGATRON_NAMES.get(arguments.tokenizer_type, arguments.tokenizer_type)
+    prepend_bos = arguments.prepend_bos
+    # Megatron's own class of this name puts the token in front of every text.
+    if prepend_bos is None and arguments.tokenizer_type == "Llama2Tokenizer":
+        prepend_bos = True
     limits = Limits(
         arguments.min_characters,
         arguments.max_characters,
@@ -209,7 +224,9 @@ def settings_of(arguments: argparse.Namespace) -> PreprocessSettings:
     return PreprocessSettings(
         inputs=tuple(arguments.input),
         output_prefix=arguments.output_prefix,
-        tokenizer=TokenizerChoice(tokenizer_type, arguments.tokenizer_model),
+        tokenizer=TokenizerChoice(
+            tokenizer_type, arguments.tokenizer_model, prepend_bos, arguments.eod_token
+        ),
         json_keys=tuple(arguments.json_keys),
         append_eod=arguments.append_eod,
         input_format=arguments.input_format,

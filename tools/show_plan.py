@@ -5,9 +5,11 @@ Example:
     python tools/show_plan.py configs/quickstart.yaml model.num_layers=32
 
 prints the forward multipliers and, for parameters that share them, role, initial standard
-deviation, peak learning rate, weight decay and epsilon. --json prints {"multipliers": {"residual",
+deviation, peak learning rate, weight decay and epsilon; then the Hugging Face architectures that
+the model can be exported as, and for the others why not. --json prints {"multipliers": {"residual",
 "logits", "attention"}, "parameters": [{"name", "shape", "role", "init_std", "lr", "weight_decay",
-"eps"}]} with this run's values, one entry a parameter.
+"eps"}], "export": {"architectures", "reasons_against"}} with this run's values, one entry a
+parameter.
 
     python tools/show_plan.py configs/completep_1b.yaml --world-size 4096 --gpu h100 \\
         training.global_batch_size=8192
@@ -24,6 +26,7 @@ from collections.abc import Sequence
 from megatron_completep.command_line import Parser, file_to_read, whole
 from megatron_completep.config import load_config
 from megatron_completep.errors import UserError, exit_on_user_error
+from megatron_completep.interop.architectures import export_lines, exportable_as
 from megatron_completep.planning.plan import describe, make_plan
 from megatron_completep.planning.scaling import GPUS, scaling_plan
 from megatron_completep.planning.scaling_report import describe_scaling, scaling_to_json
@@ -60,11 +63,14 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
     if arguments.json:
         content = make_plan(config).to_json()
+        fitting, reasons_against = exportable_as(config.model)
+        content["export"] = {"architectures": fitting, "reasons_against": reasons_against}
         if scaling is not None:
             content["scaling"] = scaling_to_json(config, scaling, gpu)
         print(json.dumps(content))
         return 0
     print(describe(config))
+    print("\n" + "\n".join(export_lines(config.model)))
     if scaling is not None:
         print("\n" + describe_scaling(config, scaling, gpu))
     return 0

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_completep.completep import Table
-from megatron_completep.config.derived import head_dim, num_query_groups
+from megatron_completep.config.derived import has_qkv_bias, head_dim, num_query_groups
 from megatron_completep.config.schema import ModelConfig
+from megatron_completep.model.rotary import rotary_frequencies
 
 Angles = tuple[Tensor, Tensor]  # cos and sin [S, D/2]
 
@@ -68,7 +69,7 @@ class PlainBlock(nn.Module):
         hidden = model.hidden_size
         query_width = self.heads * self.head_dim
         key_width = self.groups * self.head_dim
-        self.qkv = nn.Linear(hidden, query_width + 2 * key_width, bias=model.bias)
+        self.qkv = nn.Linear(hidden, query_width + 2 * key_width, bias=has_qkv_bias(model))
         self.output = nn.Linear(query_width, hidden, bias=model.bias)
 
         ffn = model.ffn_hidden_size
@@ -126,12 +127,10 @@ def init_weights(module: nn.Module) -> None:
 
 def rotary_angles(model: ModelConfig, tokens: Tensor) -> Angles:
     """cos and sin [S, D/2] in float32."""
-    size = head_dim(model)
-    dims = torch.arange(0, size, 2, device=tokens.device, dtype=torch.float32)
-    frequencies = model.rope_base ** (-dims / size)
+    frequencies, factor = rotary_frequencies(model, tokens.device)
     positions = torch.arange(tokens.shape[1], device=tokens.device, dtype=torch.float32)
-    angles = torch.outer(positions, frequencies)
-    return angles.cos(), angles.sin()
+    angles = torch.outer(positions, frequencies.float())
+    return factor * angles.cos(), factor * angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

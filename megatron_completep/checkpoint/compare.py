@@ -24,6 +24,7 @@ FREE = (
     "model.vocab_multiple",
     "model.fp32_residual",
     "fingerprints.*.prefix",
+    "fingerprints.*.beginning",  # compared by what it says, see `resume_check`
 )
 # Sections whose values must agree; of data only what decides which tokens come when.
 GUARDED = (

@@ -18,8 +18,11 @@ from megatron_completep.checkpoint.data_order import DataOrder, compare_order
 from megatron_completep.checkpoint.identity import PRODUCTS, identity_of, refusal
 from megatron_completep.checkpoint.manifest import Manifest
 from megatron_completep.config.schema import Config
+from megatron_completep.data.beginning import trained_beginning
 from megatron_completep.errors import CheckpointError
 from megatron_completep.run.state import RunState
+
+BEGINNING = "beginning"  # in checkpoint.allow_changed: other beginnings of texts
 
 
 class ResumeCheck:
@@ -61,6 +64,7 @@ class ResumeCheck:
         allowed = self._config.checkpoint.allow_changed
         if bad := refused(identity_differences, allowed):
             raise CheckpointError(refusal(folder, bad, allowed))
+        self._compare_beginnings(folder, manifest)
 
         # What may change is not refused, but a user who did not mean it must see it.
         settings = changed_settings(manifest.config, self._config)
@@ -80,6 +84,26 @@ class ResumeCheck:
             line = compare_order(folder, manifest, self._data_order, allowed)
             if line is not None:
                 self._report(line)
+
+    def _compare_beginnings(self, folder: Path, manifest: Manifest) -> None:
+        """Refuse data whose documents begin otherwise than those that the weights were trained on.
+
+        Corpora that do not say what their documents begin with pass.
+        """
+        stored = identity_of(manifest)
+        trained_on = _beginning(stored["fingerprints"], stored["data"])
+        present = _beginning(self._identity["fingerprints"], self._identity["data"])
+        if trained_on is None or present is None or trained_on == present:
+            return
+        if BEGINNING in self._config.checkpoint.allow_changed:
+            return
+        raise CheckpointError(
+            f"{folder} was trained on texts that begin {_with_or_without(trained_on)} a "
+            "beginning-of-text token, the documents of this run begin "
+            f"{_with_or_without(present)}. "
+            "Preprocess the corpus as its model was trained (--prepend-bos, --no-prepend-bos), "
+            f"or, if the change is meant: checkpoint.allow_changed=[{BEGINNING}]."
+        )
 
     def _compare_products(self, manifest: Manifest) -> None:
         """Report products of another library, whose last bits differ.
@@ -112,9 +136,26 @@ def _is_reported(difference: Difference) -> bool:
     A setting of the table is named as what follows from it. Prefixes of data files differ from
     machine to machine and mean nothing.
     """
-    if "prefix" in difference.path:
+    if difference.path.endswith((".prefix", ".beginning")):
         return False
     return difference.path.startswith(("table.", "fingerprints."))
+
+
+def _beginning(fingerprints: Mapping[str, Any], data: Mapping[str, Any]) -> bool | None:
+    """Whether texts begin with a token of their own; None where nothing says so.
+
+    fingerprints, data: of an identity. The corpora decide; a checkpoint without any, such as an
+    imported model's, has the setting of its tokenizer.
+    """
+    ids = trained_beginning(fingerprints)
+    if ids is not None:
+        return bool(ids)
+    chosen: bool | None = (data.get("tokenizer") or {}).get("prepend_bos")
+    return chosen
+
+
+def _with_or_without(has_beginning: bool) -> str:
+    return "with" if has_beginning else "without"
 
 
 def progress_of(manifest: Manifest) -> RunState:

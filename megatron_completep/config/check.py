@@ -17,6 +17,7 @@ from megatron_completep.config.remedies import (
     all_divisors,
     raise_problems,
 )
+from megatron_completep.config.rope_section import rope_problems
 from megatron_completep.config.schema import Config
 from megatron_completep.config.world_rules import world_problems
 
@@ -79,6 +80,13 @@ def _model(config: Config) -> Iterator[Problem]:
             "model.num_query_groups",
             all_divisors(heads),
             near=groups,
+        )
+
+    yield from rope_problems(model)
+    if model.bias and model.qkv_bias is False:
+        yield (
+            "model.qkv_bias = false, but model.bias = true gives all linear layers biases. "
+            "Leave model.qkv_bias null, or set model.bias to false."
         )
 
     # Settings that would be read but have nothing to act on.

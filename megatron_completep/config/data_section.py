@@ -18,6 +18,15 @@ class TokenizerConfig(Section):
     model: str | None = Field(
         None, description="Model file or, for tiktoken, the encoding's name; not used by bytes."
     )
+    prepend_bos: bool | None = Field(
+        None,
+        description="Whether a text begins with the beginning-of-text token; "
+        "null: where the tokenizer itself puts one.",
+    )
+    eod_token: str | None = Field(
+        None,
+        description="The token that ends a document; null: the one that the tokenizer names.",
+    )
 
 
 class SourceConfig(Section):

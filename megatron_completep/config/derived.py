@@ -28,6 +28,11 @@ def num_query_groups(model: ModelConfig) -> int:
     return model.num_query_groups or model.num_attention_heads
 
 
+def has_qkv_bias(model: ModelConfig) -> bool:
+    """Whether queries, keys and values have biases."""
+    return model.bias if model.qkv_bias is None else model.qkv_bias
+
+
 def padded_vocab_size(model: ModelConfig, tensor_parallel_size: int) -> int:
     """Rows of the embedding: vocab_size rounded up.
 

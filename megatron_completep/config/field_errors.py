@@ -88,6 +88,8 @@ def _describe_one(finding: Any, path: Path, beside: Mapping[str, Any]) -> str:
     # Problems of the key.
     if kind == "missing":
         return f"{dotted(path)} is missing{_meaning(path)}. Add it."
+    if kind == "string_type" and finding["loc"][-1:] == ("[key]",):
+        return f"{dotted(path)}: a key must be text. Put it in quotes."
     if kind == "extra_forbidden" or finding["loc"][-1:] == ("[key]",):
         return f"{dotted(path)}: unknown key. {_suggestion(path, beside)}"
 
@@ -184,10 +186,11 @@ def _suggestion(path: Path, beside: Mapping[str, Any]) -> str:
     if section is not None:
         known_keys = list(section.model_fields)
     else:
-        # A mapping whose keys are an enumeration's names: completep.factors, by role.
-        key_type = get_args(_annotation(parent))[0]
-        enumeration = get_args(key_type)[0]
-        known_keys = [str(name) for name in enumeration]
+        # A mapping whose keys are listed, or are an enumeration (completep.factors, by role).
+        key_type = get_args(_strip(_annotation(parent)))[0]
+        is_listed = get_origin(key_type) is Literal
+        names = get_args(key_type) if is_listed else get_args(key_type)[0]
+        known_keys = [str(name) for name in names]
     homes = []
     for name in Config.model_fields:
         fields = getattr(_section((name,)), "model_fields", {})

@@ -99,6 +99,9 @@ def _type(annotation: Any, metadata: list[Any]) -> str:
         return f"list of {_plural(_type(arguments[0], []))}"
     if origin is tuple:
         return f"list of {len(arguments)} {_plural(_type(arguments[0], []))}"
+    if origin is dict and arguments[1] is Any:
+        is_listed = get_origin(arguments[0]) is Literal
+        return f"mapping of {_type(arguments[0], [])}" if is_listed else "mapping"
     if origin is dict:
         return f"mapping: role to {_type(arguments[1], [])}"
     if issubclass(annotation, BaseModel):

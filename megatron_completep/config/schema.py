@@ -13,6 +13,8 @@ from pydantic import Field, model_validator
 from megatron_completep.config.data_section import DataConfig as DataConfig
 from megatron_completep.config.data_section import SourceConfig as SourceConfig
 from megatron_completep.config.data_section import TokenizerConfig as TokenizerConfig
+from megatron_completep.config.export_section import ExportConfig as ExportConfig
+from megatron_completep.config.rope_section import RopeScalingConfig as RopeScalingConfig
 from megatron_completep.config.section import Fraction, NonNegativeFloat, PositiveFloat, Probability
 from megatron_completep.config.section import NonNegativeInt as NonNegativeInt
 from megatron_completep.config.section import PositiveInt as PositiveInt
@@ -57,7 +59,13 @@ class ModelConfig(Section):
         "rope", description="How positions enter."
     )
     rope_base: float = Field(10000.0, ge=1.0, description="Base of the rotary frequencies.")
+    rope_scaling: RopeScalingConfig | None = Field(
+        None, description="Rescaled rotary frequencies, for longer sequences; null: as they are."
+    )
     bias: bool = Field(False, description="Biases on linear layers and layernorms.")
+    qkv_bias: bool | None = Field(
+        None, description="Biases on queries, keys and values (Qwen2's alone); null: as model.bias."
+    )
     qk_norm: bool = Field(
         False,
         description="RMSNorm over head_dim on queries and keys, one gain shared by all heads.",
@@ -521,3 +529,4 @@ class Config(Section):
     guards: GuardsConfig = Field(default_factory=GuardsConfig)
     profiling: ProfilingConfig = Field(default_factory=ProfilingConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    export: ExportConfig = Field(default_factory=ExportConfig)

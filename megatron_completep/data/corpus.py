@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from megatron_completep.config.schema import DataConfig, SourceConfig, TokenizerConfig
+from megatron_completep.config.schema import DataConfig, SourceConfig
 from megatron_completep.data import megatron_order
+from megatron_completep.data.beginning import FIELD, check_beginnings
 from megatron_completep.data.blend import Blend
 from megatron_completep.data.indexed import BLOCK_BYTES, Array, IndexedDataset
 from megatron_completep.data.megatron_order import (
@@ -133,17 +134,20 @@ class Corpus:
                 "or tokenize the corpus with the model's tokenizer."
             )
 
-    def check_tokenizer(self, chosen: TokenizerConfig | None) -> None:
+    def check_tokenizer(self, data: DataConfig) -> None:
         """Refuse files that were written with another tokenizer than `data.tokenizer`.
 
-        Files without a record are accepted. Raises DataError.
+        So are sources of which some begin their documents with a token and others do not, and a
+        beginning that is not the tokenizer's. Files without a record are accepted. Raises
+        DataError.
         """
         datasets = [source.dataset for source in self.sources]
         recorded = [dataset for dataset in datasets if _recorded_tokenizer(dataset)]
-        if chosen is None or not recorded:
-            return
-        tokenizer = build_tokenizer(chosen)
-        for_all(recorded, lambda dataset: refuse_other_tokenizer(dataset, tokenizer))
+        tokenizer = None
+        if data.tokenizer is not None and recorded:
+            tokenizer = build_tokenizer(data.tokenizer)
+            for_all(recorded, partial(refuse_other_tokenizer, tokenizer=tokenizer))
+        check_beginnings(data, tokenizer)
 
     def _unknown_token(self, dataset: IndexedDataset, at: int) -> DataError:
         document = dataset.document_at(at)
@@ -167,12 +171,19 @@ def refuse_other_tokenizer(dataset: IndexedDataset, tokenizer: Tokenizer) -> Non
     Files without a record are accepted.
     """
     recorded = _recorded_tokenizer(dataset)
-    if recorded.get("hash") not in (None, tokenizer.hash):
+    if not tokenizer.is_recorded_in(recorded):
         raise DataError(
             f"{dataset.prefix}.json: tokenizer: the files were written with "
             f"{recorded.get('type')} {recorded.get('model')} (hash {recorded['hash']}), "
             f"not with {tokenizer.type} {tokenizer.model_name} (hash {tokenizer.hash}). "
             "Use the tokenizer of the corpus."
+        )
+    ended_by = recorded.get("eod_id")
+    if (dataset.sidecar or {}).get("append_eod") and ended_by != tokenizer.eod_id:
+        raise DataError(
+            f"{dataset.prefix}.json: tokenizer: its documents end with the token {ended_by}, for "
+            f"{tokenizer.type} {tokenizer.model_name} a document ends with {tokenizer.eod_id}. "
+            "Name the token of the corpus in data.tokenizer.eod_token."
         )
 
 
@@ -211,6 +222,7 @@ def _identity(dataset: IndexedDataset) -> dict[str, Any]:
         "tokens": dataset.num_tokens,
         "dtype": dataset.dtype.name,
         "bin_xxh3_64": (sidecar.get("bin") or {}).get("xxh3_64"),
+        FIELD: sidecar.get(FIELD),
     }
 
 
@@ -288,7 +300,7 @@ def open_corpus(
         sources, blend = _open_permuted(data, split, seq_length, planned)
     corpus = Corpus(sources, blend, vocab_size, planned)
     corpus.check_vocabulary()
-    corpus.check_tokenizer(data.tokenizer)
+    corpus.check_tokenizer(data)
     return corpus
 
 

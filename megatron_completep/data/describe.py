@@ -48,7 +48,7 @@ def tokenizer_for(dataset: IndexedDataset, chosen: TokenizerConfig | None) -> To
             tokenizer = build_tokenizer(TokenizerConfig(type=recorded["type"], model=model))
         except (DataError, KeyError, ValueError):
             continue
-        if tokenizer.hash == recorded.get("hash"):
+        if recorded.get("hash") is not None and tokenizer.is_recorded_in(recorded):
             return tokenizer
     return None
 

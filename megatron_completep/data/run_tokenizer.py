@@ -47,8 +47,15 @@ def keep_tokenizer(settings: TokenizerConfig | None, run: Path) -> str | None:
         tokenizer = build_tokenizer(settings)
         model, files = _files_of(tokenizer, settings)
         record = _read_record(folder)
-        if record is None or record["hash"] != tokenizer.hash:
-            identity = {**tokenizer.identity(), "model": model}
+        # The companions that decide about a beginning need not be among the copied files.
+        identity = {
+            **tokenizer.identity(),
+            "model": model,
+            "prepend_bos": bool(tokenizer.beginning),
+            "eod_token": settings.eod_token,
+        }
+        names = ("hash", "prepend_bos", "eod_token")
+        if record is None or any(record.get(name) != identity[name] for name in names):
             _write(folder, files, identity, replace=record is not None)
         _check(folder)
     except (DataError, OSError) as error:
@@ -59,9 +66,14 @@ def keep_tokenizer(settings: TokenizerConfig | None, run: Path) -> str | None:
 def available_tokenizer(settings: TokenizerConfig, run: Path) -> TokenizerConfig:
     """The run's own copy where it has one, else the tokenizer as it was configured.
 
-    Raises DataError for a damaged copy.
+    What the configuration says of beginnings and ends holds for the copy, too. Raises DataError for
+    a damaged copy.
     """
-    return copy_in(run / FOLDER) or settings
+    copy = copy_in(run / FOLDER)
+    if copy is None:
+        return settings
+    chosen = settings.model_dump(include={"prepend_bos", "eod_token"}, exclude_none=True)
+    return copy.model_copy(update=chosen)
 
 
 def copy_in(folder: Path) -> TokenizerConfig | None:
@@ -78,7 +90,13 @@ def copy_in(folder: Path) -> TokenizerConfig | None:
     encoding, _, name = record["model"].rpartition(":")
     path = str(folder / name)
     model = f"{encoding}:{path}" if encoding else path
-    return TokenizerConfig(type=record["type"], model=model)
+    # Records of before these two settings lack them.
+    return TokenizerConfig(
+        type=record["type"],
+        model=model,
+        prepend_bos=record.get("prepend_bos"),
+        eod_token=record.get("eod_token"),
+    )
 
 
 def with_readable_tokenizer(data: DataConfig, run: Path) -> DataConfig:

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from megatron_completep.data.beginning import FIELD, common_beginning
 from megatron_completep.data.indexed import (
     BLOCK_BYTES,
     CHUNK,
@@ -302,19 +303,21 @@ class IndexedWriter:
 def merge(prefixes: Sequence[str | Path], output: str | Path) -> dict[str, Any]:
     """Concatenate token files in the given order; returns the new PREFIX.json.
 
-    Raises DataError where types differ, where recorded tokenizers differ, and where the output is
-    one of the inputs.
+    Raises DataError where types, recorded tokenizers or recorded beginnings differ, and where the
+    output is one of the inputs.
     """
     datasets = [IndexedDataset(prefix) for prefix in prefixes]
     if not datasets:
         raise DataError("merge: no input prefix was given.")
     _refuse_overwrite(datasets, [output])
+    tokenizer = _common_tokenizer(datasets)
+    extra = _common_extra(datasets)
     # `close` needs the sidecar's fields, so the writer is no context manager here.
     writer = IndexedWriter(output, datasets[0].dtype)
     try:
         for dataset in datasets:
             writer.append(dataset)
-        return writer.close(tokenizer=_common_tokenizer(datasets), **_tokenizer_path(datasets))
+        return writer.close(tokenizer=tokenizer, **extra)
     except BaseException:
         writer.abort()
         raise
@@ -341,13 +344,13 @@ def split(
     edges = np.cumsum([0.0, *shares]) / sum(shares)
     bounds = [round(float(edge) * dataset.num_documents) for edge in edges]
     tokenizer = _common_tokenizer([dataset])
-    tokenizer_path = _tokenizer_path([dataset])
+    extra = _common_extra([dataset])
     contents = []
     for output, (begin, end) in zip(outputs, pairwise(bounds), strict=True):
         writer = IndexedWriter(output, dataset.dtype)
         try:
             writer.append(dataset, begin, end)
-            contents.append(writer.close(tokenizer=tokenizer, **tokenizer_path))
+            contents.append(writer.close(tokenizer=tokenizer, **extra))
         except BaseException:
             writer.abort()
             raise
@@ -387,10 +390,20 @@ def _common_tokenizer(datasets: Sequence[IndexedDataset]) -> dict[str, Any] | No
     return first_tokenizer if len(recorded) == len(datasets) else None
 
 
-def _tokenizer_path(datasets: Sequence[IndexedDataset]) -> dict[str, Any]:
-    """Where the recorded tokenizer lay, as a field of PREFIX.json; empty where it is not known."""
+def _common_extra(datasets: Sequence[IndexedDataset]) -> dict[str, Any]:
+    """Further fields of PREFIX.json that hold for all files: where the tokenizer lay, beginnings.
+
+    Raises DataError where documents begin differently.
+    """
+    extra: dict[str, Any] = {}
     for dataset in datasets:
         path = (dataset.sidecar or {}).get("tokenizer_path")
-        if path:
-            return {"tokenizer_path": path}
-    return {}
+        if path is not None:
+            extra.setdefault("tokenizer_path", path)
+    beginning = common_beginning([(dataset.prefix, dataset.sidecar) for dataset in datasets])
+    if beginning is not None:
+        extra[FIELD] = list(beginning)
+    ends = {(dataset.sidecar or {}).get("append_eod") for dataset in datasets}
+    if len(ends) == 1 and ends != {None}:
+        extra["append_eod"] = ends.pop()
+    return extra

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from megatron_completep.checkpoint import StoredCheckpoint
-from megatron_completep.checkpoint.manifest import committed_steps
+from megatron_completep.checkpoint.manifest import Manifest, committed_steps
 from megatron_completep.completep import table_of
 from megatron_completep.config import Config, config_from_mapping
 from megatron_completep.config.schema import TokenizerConfig
+from megatron_completep.data.beginning import FIELD, trained_beginning
 from megatron_completep.data.run_tokenizer import available_tokenizer
 from megatron_completep.data.tokenizer import Tokenizer
 from megatron_completep.errors import CheckpointError, ConfigError, DataError
@@ -88,7 +89,7 @@ def find_checkpoint(path: str | Path) -> Path:
 def tokenizer_of_run(
     path: str | Path, config: Config, tokenizer_model: str | None = None
 ) -> TokenizerConfig:
-    """The tokenizer of a checkpoint's run.
+    """The tokenizer of a checkpoint's run, which begins texts as those of its training began.
 
     Taken from the file `tokenizer_model` if given, else from the run's copy, else from its
     configuration. Raises ConfigError for a run without one, DataError for a damaged copy.
@@ -98,11 +99,29 @@ def tokenizer_of_run(
         raise ConfigError(
             "the run has no data.tokenizer, so text can be neither tokenized nor decoded."
         )
+    folder = find_checkpoint(path)
+    if settings.prepend_bos is None:
+        manifest = StoredCheckpoint.open(folder).manifest
+        settings = settings.model_copy(update={"prepend_bos": _prepended(manifest)})
     if tokenizer_model is not None:
-        return TokenizerConfig(type=settings.type, model=tokenizer_model)
+        return settings.model_copy(update={"model": tokenizer_model})
     # RUN/checkpoints/step_NNNNNNNN: the copy lies in RUN.
-    run_folder = find_checkpoint(path).absolute().parent.parent
-    return available_tokenizer(settings, run_folder)
+    return available_tokenizer(settings, folder.absolute().parent.parent)
+
+
+def _prepended(manifest: Manifest) -> bool | None:
+    """Whether the texts of a checkpoint's training began with a token of their own.
+
+    None where nothing says so, and the tokenizer decides.
+    """
+    trained_on = trained_beginning(manifest.fingerprints)
+    if trained_on is not None:
+        return bool(trained_on)
+    # Versions that did not compare beginnings put none in front of a text, neither in corpora
+    # nor in prompts.
+    sources = manifest.fingerprints.get("data") or []
+    is_of_before = bool(sources) and not any(FIELD in source for source in sources)
+    return False if is_of_before else None
 
 
 def run_config(path: str | Path) -> Config:
@@ -143,7 +162,7 @@ class Generation:
     All rows always have the same number of cached tokens, so no padding or masking is needed:
     longer prompts are still fed their own tokens while shorter ones already sample. After the
     prompts, each step feeds one token of each unfinished row. A row ends after max_new_tokens, at
-    an end-of-document token (which is not returned), or when `stop` is called.
+    one of the end tokens (which is not returned), or when `stop` is called.
 
     generators: one per prompt, so that sampling does not depend on the rest of the batch. Logits
     still may: matrix products with a different batch size round differently, by about 1e-6 in
@@ -158,14 +177,14 @@ class Generation:
         model: GPT,
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
-        end_of_document: int | None = None,
+        end_tokens: Collection[int] = (),
         generators: Sequence[torch.Generator | None] | None = None,
     ):
         for prompt in prompts:
             check_prompt(model, prompt, sampling.max_new_tokens)
         self.model = model
         self.sampling = sampling
-        self.end_of_document = end_of_document
+        self.end_tokens = frozenset(end_tokens)
         self.device = next(model.parameters()).device
         self.generators = list(generators or [None] * len(prompts))
         self.sequences = [list(prompt) for prompt in prompts]
@@ -193,7 +212,7 @@ class Generation:
 
             new_tokens = []
             for number, token in zip(numbers, tokens, strict=True):
-                if token == self.end_of_document:
+                if token in self.end_tokens:
                     self._stopped.add(number)
                 if number not in self._stopped:
                     self.sequences[number].append(token)
@@ -274,11 +293,11 @@ def generate(
     model: GPT,
     prompt: Sequence[int],
     sampling: Sampling,
-    end_of_document: int | None = None,
+    end_tokens: Collection[int] = (),
     generator: torch.Generator | None = None,
 ) -> Iterator[int]:
     """Yield the continuation of one prompt, token by token (see `Generation`)."""
-    for new_tokens in Generation(model, [prompt], sampling, end_of_document, [generator]):
+    for new_tokens in Generation(model, [prompt], sampling, end_tokens, [generator]):
         yield new_tokens[0][1]
 
 
@@ -360,13 +379,15 @@ class TextStream:
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Token ids of a prompt.
+    """Token ids of a prompt, begun as the documents of training are.
 
-    An empty prompt becomes the end-of-document token, if the tokenizer has one: after it the model
-    starts a new document.
+    An empty prompt becomes the end-of-document token, if nothing begins a document and the
+    tokenizer has one: after it the model starts a new document.
     """
-    document_start = [tokenizer.eod_id] if tokenizer.eod_id is not None else []
-    return list(tokenizer.encode(prompt) or document_start)
+    ids = [*tokenizer.beginning, *tokenizer.encode(prompt)]
+    if not ids and tokenizer.eod_id is not None:
+        ids = [tokenizer.eod_id]
+    return ids
 
 
 def generate_text(
@@ -391,13 +412,15 @@ def generate_texts(
     sampling: Sampling,
     generators: Sequence[torch.Generator | None] | None = None,
     until: Sequence[Sequence[str]] | None = None,
+    end_tokens: Collection[int] = (),
 ) -> Iterator[tuple[int, str]]:
     """(prompt number, new text) of several prompts, as they are generated in one batch.
 
-    An empty prompt stands for the start of a document. For generators and until see `stream_texts`.
+    An empty prompt stands for the start of a document. For generators, until and end_tokens see
+    `stream_texts`.
     """
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    return stream_texts(model, tokenizer, encoded, sampling, generators, until)
+    return stream_texts(model, tokenizer, encoded, sampling, generators, until, end_tokens)
 
 
 def stream_texts(
@@ -407,6 +430,7 @@ def stream_texts(
     sampling: Sampling,
     generators: Sequence[torch.Generator | None] | None = None,
     until: Sequence[Sequence[str]] | None = None,
+    end_tokens: Collection[int] = (),
 ) -> Iterator[tuple[int, str]]:
     """(prompt number, new text) of several encoded prompts, as they are generated in one batch.
 
@@ -414,8 +438,12 @@ def stream_texts(
         encoded: token ids of each prompt.
         generators: one per prompt, see `Generation`.
         until: stop strings for each prompt; its continuation ends with the first that occurs.
+        end_tokens: ids that end a continuation beside the tokenizer's end of document.
     """
-    generation = Generation(model, encoded, sampling, tokenizer.eod_id, generators)
+    ends = set(end_tokens)
+    if tokenizer.eod_id is not None:
+        ends.add(tokenizer.eod_id)
+    generation = Generation(model, encoded, sampling, ends, generators)
     streams = [TextStream(tokenizer, ids) for ids in encoded]
     texts = [""] * len(encoded)
     stopped = set[int]()

@@ -113,36 +113,51 @@ class _NativeMethods:
     def tokenizer_name(self) -> str:
         """Part of the key of lm-eval's cache of requests."""
         tokenizer = self._scorer.tokenizer
-        return f"{tokenizer.type}:{tokenizer.hash}"
+        return f"{tokenizer.type}:{tokenizer.hash}:{tokenizer.beginning}"
 
     @property
     def eot_token_id(self) -> int:
-        return self._scorer.beginning
+        end = self._scorer.tokenizer.eod_id
+        return self.prefix_token_id if end is None else end
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands in front of a text without context: as in lm-eval's back end `hf`."""
+        tokenizer = self._scorer.tokenizer
+        return tokenizer.context[-1] if tokenizer.bos_id is None else tokenizer.bos_id
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **options: Any
     ) -> list[int]:
-        return self._scorer.tokenizer.encode(string)
+        tokenizer = self._scorer.tokenizer
+        # lm-eval asks for none where it joins a text to what stands before it.
+        beginning = () if add_special_tokens is False else tokenizer.beginning
+        return [*beginning, *tokenizer.encode(string)]
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Any], **options: Any
     ) -> list[tuple[float, bool]]:
         """Requests are ((context, continuation), context ids, continuation ids)."""
         # An empty context stands for the beginning of a document.
-        beginning = [self._scorer.beginning]
-        pairs = [(context or beginning, target) for _, context, target in requests]
+        prefix = [self.prefix_token_id]
+        pairs = [(context or prefix, target) for _, context, target in requests]
         likelihoods = self._scorer.score(pairs)
         return [(scored.log_likelihood, scored.is_greedy) for scored in likelihoods]
 
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[float]:
-        """Requests are (text,); the whole text is scored, window by window."""
+        """Requests are (text,); the whole text is scored, window by window.
+
+        As in the back end `hf`, a beginning that the tokenizer puts in front is a token of the text
+        and is scored, too, after another one.
+        """
         numbers = []
         pairs: list[Pair] = []
+        prefix = [self.prefix_token_id]
         for number, request in enumerate(requests):
-            ids = self._scorer.tokenizer.encode(request.args[0])
-            for pair in self._scorer.windows(ids):
+            ids = self.tok_encode(request.args[0])
+            for pair in self._scorer.windows(ids, prefix):
                 numbers.append(number)
                 pairs.append(pair)
 
@@ -228,7 +243,13 @@ def _continue_batch(
     stops_of_each = [stops] * len(prompts)
     continuations = [""] * len(prompts)
     for number, new_text in stream_texts(
-        scorer.model, scorer.tokenizer, encoded, sampling, generators, stops_of_each
+        scorer.model,
+        scorer.tokenizer,
+        encoded,
+        sampling,
+        generators,
+        stops_of_each,
+        scorer.end_tokens,
     ):
         continuations[number] += new_text
     return [_before_stop(continuation, stops) for continuation in continuations]

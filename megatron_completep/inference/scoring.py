@@ -6,7 +6,7 @@ With several processes each scores its share and all get every result; each hold
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_completep.data.beginning import recorded_beginning
 from megatron_completep.data.indexed import IndexedDataset
 from megatron_completep.data.tokenizer import Tokenizer
 from megatron_completep.errors import DataError
@@ -38,7 +39,8 @@ class Scorer:
     """A whole model on one device, for scoring.
 
     ranks: processes that share the work (each with its own Scorer). max_length: tokens the model
-    sees at once; None: model.seq_length. Raises DataError when learned positions are fewer, or the
+    sees at once; None: model.seq_length. end_tokens: ids that end a generated text beside the
+    tokenizer's end of document. Raises DataError when learned positions are fewer, or the
     tokenizer has more ids than the model.
     """
 
@@ -49,10 +51,12 @@ class Scorer:
         ranks: Axis | None = None,
         batch_size: int = 16,
         max_length: int | None = None,
+        end_tokens: Collection[int] = (),
     ):
         self.model = model
         self.tokenizer = tokenizer
         self.batch_size = batch_size
+        self.end_tokens = end_tokens
         self.ranks = ranks or Axis("data")
         self.max_length = max_length or model.config.seq_length
         if model.config.position == "learned" and self.max_length > model.config.seq_length:
@@ -67,19 +71,6 @@ class Scorer:
                 "trained with."
             )
         self.device = next(model.parameters()).device
-
-    @property
-    def beginning(self) -> int:
-        """The token in front of a text: the end of the document before.
-
-        Raises DataError where the tokenizer has none.
-        """
-        if self.tokenizer.eod_id is None:
-            raise DataError(
-                "the tokenizer has no end-of-document token, after which a text could begin. Use "
-                "one that has."
-            )
-        return self.tokenizer.eod_id
 
     def score(self, pairs: Sequence[Pair]) -> list[Likelihood]:
         """Likelihood of each (context, target) of token ids; a context is cut on its left to fit.
@@ -148,14 +139,17 @@ class Scorer:
             likelihoods.append(_likelihood(target_logits, target))
         return likelihoods
 
-    def windows(self, tokens: Sequence[int]) -> Iterator[Pair]:
+    def windows(
+        self, tokens: Sequence[int], context: Sequence[int] | None = None
+    ) -> Iterator[Pair]:
         """(context, target) of a whole text, in which each token is a target once.
 
-        The last window is filled up with context.
+        context: what stands before the first token; None: what begins a document in training. The
+        last window is filled up with context.
         """
         length = self.max_length
         if len(tokens):
-            yield [self.beginning], tokens[:length]
+            yield self.tokenizer.context if context is None else context, tokens[:length]
         for start in range(length, len(tokens), length):
             stop = min(start + length, len(tokens))
             yield tokens[stop - length - 1 : start], tokens[start:stop]
@@ -181,7 +175,7 @@ def _likelihood(logits: Tensor, target: Sequence[int]) -> Likelihood:
 class TokenFileScore:
     """The score of a token file's documents, each scored alone from its beginning.
 
-    The end-of-document token is not scored.
+    Neither the token that begins a document nor the one that ends it is scored.
     """
 
     documents: int
@@ -259,12 +253,17 @@ def _score_documents(scorer: Scorer, dataset: IndexedDataset, numbers: Sequence[
 
 
 def _texts(scorer: Scorer, dataset: IndexedDataset, numbers: Iterable[int]) -> Iterator[list[int]]:
-    """Documents as ids, without the end-of-document token at their end."""
-    end = scorer.beginning
-    vocab_size = scorer.tokenizer.vocab_size
+    """Documents as ids, without the tokens that begin and end them."""
+    tokenizer = scorer.tokenizer
+    vocab_size = tokenizer.vocab_size
+    recorded = recorded_beginning(dataset.sidecar)
+    # Where nothing is recorded, documents may begin as the tokenizer's texts do.
+    front = list(tokenizer.beginning if recorded is None else recorded)
     for number in numbers:
         ids = dataset.document(number).tolist()
-        if ids and ids[-1] == end:
+        if front and ids[: len(front)] == front:
+            ids = ids[len(front) :]
+        if ids and ids[-1] == tokenizer.eod_id:
             ids.pop()
         if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
             raise DataError(

@@ -26,6 +26,8 @@ ALIKE = (
     "activation",
     "position",
     "bias",
+    "qkv_bias",
+    "rope_scaling",
     "qk_norm",
     "tied_embeddings",
     "attention_scale",

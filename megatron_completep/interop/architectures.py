@@ -11,17 +11,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_completep.completep import Table
-from megatron_completep.config.derived import head_dim, num_query_groups
+from megatron_completep.config.derived import has_qkv_bias, head_dim, num_query_groups
 from megatron_completep.config.schema import ModelConfig
 from megatron_completep.errors import ConfigError
 
-ARCHITECTURES = ("granite", "llama", "qwen3", "gpt2")
+ARCHITECTURES = ("granite", "llama", "qwen3", "qwen2", "mistral", "gpt2")
 CLASSES = {
     "granite": "GraniteForCausalLM",
     "llama": "LlamaForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "mistral": "MistralForCausalLM",
     "gpt2": "GPT2LMHeadModel",
 }
+
+NOT_EXPORTABLE = (
+    "export: no Hugging Face architecture can express this model (tools/export_hf.py will refuse)"
+)
 
 ScaledRanges = tuple[tuple[int, int, float], ...]  # (start, stop, factor) of rows, in order
 
@@ -80,8 +86,7 @@ def blockers(architecture: str, model: ModelConfig) -> list[str]:
             alternatives = " or ".join(map(_show, choices))
             reasons.append(f"model.{name} = {_show(setting)}, but it only has {alternatives}")
 
-    if has_qk_norm and model.bias:
-        reasons.append("model.bias = true, but its MLP has no biases")
+    reasons += _bias_blockers(architecture, model)
     # GPT-2 has no setting for the size of a head: it is hidden size / heads.
     width = model.num_attention_heads * head_dim(model)
     if is_gpt2 and width != model.hidden_size:
@@ -98,6 +103,49 @@ def blockers(architecture: str, model: ModelConfig) -> list[str]:
             f"model.hidden_size = {model.hidden_size}"
         )
     return reasons
+
+
+def _bias_blockers(architecture: str, model: ModelConfig) -> list[str]:
+    """Why an architecture cannot express which linear layers of a model have biases."""
+    # GPT-2 writes zeros for a bias that is not there.
+    if architecture == "gpt2":
+        return []
+    on_qkv = has_qkv_bias(model)
+    if architecture in ("granite", "llama"):
+        if on_qkv == model.bias:
+            return []
+        return [f"model.qkv_bias = {_show(on_qkv)}, but it has biases on all linear layers or none"]
+    # Qwen2 has them on queries, keys and values alone, always; Qwen3 and Mistral are without.
+    reasons = []
+    if model.bias:
+        reasons.append("model.bias = true, but its MLP has no biases")
+    elif architecture == "qwen2" and not on_qkv:
+        reasons.append("model.qkv_bias = false, but it always has these biases")
+    elif architecture != "qwen2" and on_qkv:
+        reasons.append("model.qkv_bias = true, but it has no such biases here")
+    return reasons
+
+
+def exportable_as(model: ModelConfig) -> tuple[list[str], dict[str, list[str]]]:
+    """(the architectures that can express a model, the reasons against each of the others)."""
+    reasons_against = {name: blockers(name, model) for name in ARCHITECTURES}
+    fitting = [name for name, reasons in reasons_against.items() if not reasons]
+    return fitting, {name: reasons for name, reasons in reasons_against.items() if reasons}
+
+
+def export_lines(model: ModelConfig) -> list[str]:
+    """What a model can be exported as and what not, with the reasons, a line each."""
+    fitting, reasons_against = exportable_as(model)
+    lines = [f"export: as {', '.join(fitting)}" if fitting else NOT_EXPORTABLE]
+    for name, reasons in reasons_against.items():
+        lines.append(f"  not as {name}: {'; '.join(reasons)}")
+    return lines
+
+
+def export_warning(model: ModelConfig) -> list[str]:
+    """`export_lines` as one warning for a model that no architecture can express; else none."""
+    fitting, _ = exportable_as(model)
+    return [] if fitting else ["\n".join(export_lines(model))]
 
 
 def choose_architecture(model: ModelConfig, table: Table, architecture: str = "auto") -> str:
@@ -169,7 +217,7 @@ def pieces(
 
 
 def _llama_pieces(model: ModelConfig, folding: Folding, qk_norm: bool) -> Iterator[Piece]:
-    """The tensors of Llama, Granite and Qwen3, which share their names."""
+    """The tensors of Llama, Granite, Qwen2, Qwen3 and Mistral, which share their names."""
     vocab_size = model.vocab_size
     yield _matrix(
         "model.embed_tokens.weight",
@@ -214,10 +262,11 @@ def _llama_attention(
 
     # A norm on queries would undo a factor of the projection, so its gain is multiplied instead.
     projection_factor = 1.0 if qk_norm else folding.query
+    bias = has_qkv_bias(model)
     projections = [
-        *_linear(f"{hf_attention}.q_proj", qkv, query_range, hidden, model.bias, projection_factor),
-        *_linear(f"{hf_attention}.k_proj", qkv, key_range, hidden, model.bias),
-        *_linear(f"{hf_attention}.v_proj", qkv, value_range, hidden, model.bias),
+        *_linear(f"{hf_attention}.q_proj", qkv, query_range, hidden, bias, projection_factor),
+        *_linear(f"{hf_attention}.k_proj", qkv, key_range, hidden, bias),
+        *_linear(f"{hf_attention}.v_proj", qkv, value_range, hidden, bias),
     ]
     yield from sorted(projections, key=_source_name)
     if qk_norm:
@@ -345,7 +394,8 @@ def _gpt2_norm(model: ModelConfig, name: str, source: str, factor: float = 1.0) 
 
 def _gpt2_bias(model: ModelConfig, name: str, source: str, rows: ScaledRanges) -> Piece:
     """A bias, which GPT-2 always has: zeros if our model has none."""
-    bias_source = f"{source}.bias" if model.bias else None
+    has_bias = has_qkv_bias(model) if source.endswith("qkv") else model.bias
+    bias_source = f"{source}.bias" if has_bias else None
     return Piece(f"{name}.bias", bias_source, rows, (_number_of_rows(rows),))
 
 

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from megatron_completep.data.tokenizer import build_tokenizer
 from megatron_completep.errors import ConfigError
-from megatron_completep.inference.generation import load_model
+from megatron_completep.inference.generation import load_model, run_config, tokenizer_of_run
+from megatron_completep.interop.probes import probe_texts
 
 # float32: small models agree to 1e-5 and better, but sharp attention and depth magnify rounding.
 # 16 bits: the weights of the folder are rounded, those of the checkpoint are not.
@@ -32,22 +34,56 @@ class Comparison:
         return self.relative_difference <= self.tolerance
 
 
+def _transformers() -> Any:
+    """The package. Raises ConfigError where it is not installed."""
+    try:
+        return importlib.import_module("transformers")
+    except ImportError:
+        raise ConfigError(
+            "transformers is not installed. pip install 'megatron-completep[hf]'."
+        ) from None
+
+
 def load_with_transformers(folder: str | Path) -> Any:
     """The folder's model in float32, by transformers' code alone.
 
     Raises ConfigError where transformers is not installed.
     """
-    try:
-        transformers: Any = importlib.import_module("transformers")
-    except ImportError:
-        raise ConfigError(
-            "transformers is not installed. pip install 'megatron-completep[hf]'."
-        ) from None
+    transformers = _transformers()
     transformers.utils.logging.disable_progress_bar()
     model_class = transformers.AutoModelForCausalLM
     # Eager attention is the plainest of transformers' implementations.
     model = model_class.from_pretrained(str(folder), attn_implementation="eager")
     return model.float().eval()
+
+
+def check_tokenizer(
+    checkpoint: str | Path, folder: str | Path, tokenizer_model: str | None = None
+) -> int:
+    """Compare ids of the folder's tokenizer in transformers with those of training; how many texts.
+
+    tokenizer_model: of the export, where its user named one. Each text begins as in training. Names
+    of special tokens are left out of the texts: a Hugging Face tokenizer's own configuration
+    decides about them. Raises ConfigError for a text that differs, or where transformers is not
+    installed.
+    """
+    config = run_config(checkpoint)
+    tokenizer = build_tokenizer(tokenizer_of_run(checkpoint, config, tokenizer_model))
+    theirs = _transformers().AutoTokenizer.from_pretrained(str(folder))
+    special = set(theirs.all_special_tokens)
+    compared = 0
+    for text in probe_texts(tokenizer):
+        if any(name in text for name in special):
+            continue
+        ids = theirs(text)["input_ids"]
+        expected = [*tokenizer.beginning, *tokenizer.encode(text)]
+        if ids != expected:
+            raise ConfigError(
+                f"{folder}: transformers encodes {text[:60]!r} as {ids[:12]}, in training it was "
+                f"{expected[:12]}. Report this."
+            )
+        compared += 1
+    return compared
 
 
 @torch.no_grad()

@@ -75,6 +75,7 @@ class ExportReport:
     kept: dict[str, float]  # multipliers in config.json
     folded: dict[str, float]  # factors that stored tensors were multiplied by
     tokenizer: str | None  # family, or None where the folder has none
+    beginning: list[int]  # ids that the tokenizer puts in front of a text
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain values."""
@@ -97,7 +98,10 @@ def export_model(
     stored = StoredCheckpoint.open(find_checkpoint(checkpoint))
     config = config_from_mapping(stored.manifest.config, name=f"{stored.folder}: its configuration")
     table = table_of(config)
-    architecture = choose_architecture(config.model, table, settings.architecture)
+    # An imported model goes back to what it was, unless the user asks for something else.
+    asked_for = settings.architecture != "auto"
+    requested = settings.architecture if asked_for else config.export.architecture
+    architecture = choose_architecture(config.model, table, requested)
     folding = fold(architecture, config.model, table)
     dtype = _dtype(settings.dtype, config, say)
     tokenizer_settings = _tokenizer_settings(config, checkpoint, settings.tokenizer)
@@ -168,6 +172,7 @@ class _Export:
             kept=kept_multipliers,
             folded=self.folding.changed,
             tokenizer=self.tokenizer.type if self.tokenizer is not None else None,
+            beginning=list(self.tokenizer.beginning) if self.tokenizer is not None else [],
         )
         card = model_card(self.config, self.stored.manifest, report.to_json())
         (folder / "README.md").write_text(card, encoding="utf-8")
@@ -190,19 +195,38 @@ class _Export:
     def _write_configuration(self, folder: Path) -> dict[str, Any]:
         """Write config.json and generation_config.json; returns the content of the first."""
         # Without a tokenizer there is no end of document to stop at.
-        end = self.tokenizer.eod_id if self.tokenizer is not None else None
+        chosen = self.config.export
+        token_ids = self._token_ids()
         config_json = to_hf(
             self.architecture,
             self.config.model,
             self.table,
             self.dtype,
-            end,
             self.config.optimizer.base_init_std,
+            chosen.max_position_embeddings,
         )
+        config_json |= token_ids
         _write_json(folder / "config.json", config_json)
-        generation_config = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
-        _write_json(folder / "generation_config.json", generation_config)
+        generation = chosen.generation
+        if generation is None:
+            # Padding is a matter of generation; config.json has it only where it was imported.
+            padding = {} if chosen.token_ids else {"pad_token_id": token_ids["eos_token_id"]}
+            generation = token_ids | padding
+        _write_json(folder / "generation_config.json", generation)
         return config_json
+
+    def _token_ids(self) -> dict[str, Any]:
+        """The entries of config.json on special tokens."""
+        chosen = self.config.export.token_ids
+        if chosen is not None:
+            return dict(chosen.items())
+        # Without a tokenizer there is no end of document to stop at.
+        if self.tokenizer is None:
+            return {"bos_token_id": None, "eos_token_id": None}
+        end = self.tokenizer.eod_id
+        begin = self.tokenizer.bos_id
+        # A document without a beginning of its own follows the end of the one before.
+        return {"bos_token_id": end if begin is None else begin, "eos_token_id": end}
 
 
 class Values:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import reprlib
-from collections.abc import Callable
 from typing import Any
 
 from megatron_completep.completep import Table
@@ -12,11 +10,10 @@ from megatron_completep.config.derived import head_dim, num_query_groups
 from megatron_completep.config.schema import ModelConfig
 from megatron_completep.errors import ConfigError
 from megatron_completep.interop.architectures import ARCHITECTURES, CLASSES
+from megatron_completep.interop.hf_reader import MOST, Reader, shown
+from megatron_completep.interop.hf_rope import rope_base, rope_scaling
 
-# Upper bounds. A larger number is a mistake, which must not cost memory or overflow.
-MOST = 2**31 - 1  # of a size
-MOST_PARTS = 10_000  # of layers and heads
-MOST_FACTOR = 1e30  # of a number that is not whole
+MOST_PARTS = 10_000  # layers and heads; more are a mistake
 _GELU_NAMES = {"gelu": "gelu", "gelu_tanh": "gelu_new"}
 _GELUS = {
     "gelu": "gelu",
@@ -31,12 +28,13 @@ def to_hf(
     model: ModelConfig,
     table: Table,
     dtype: str,
-    end_of_document: int | None,
     init_std: float,
+    longest: int | None = None,
 ) -> dict[str, Any]:
-    """The content of config.json.
+    """The content of config.json, but for the ids of special tokens.
 
-    `torch_dtype` and `rope_theta` are the names that every version of transformers and vLLM reads.
+    longest: the longest sequence that it names; None: model.seq_length. `torch_dtype`, `rope_theta`
+    and `rope_scaling` are the names that every version of transformers and vLLM reads.
     """
     config_json: dict[str, Any] = {
         "architectures": [CLASSES[architecture]],
@@ -44,8 +42,6 @@ def to_hf(
         "torch_dtype": dtype,
         "vocab_size": model.vocab_size,
         "tie_word_embeddings": model.tied_embeddings,
-        "bos_token_id": end_of_document,  # a document follows the end of the one before
-        "eos_token_id": end_of_document,
         "initializer_range": init_std,
         "use_cache": True,
     }
@@ -53,11 +49,19 @@ def to_hf(
         return config_json | _to_gpt2(model)
 
     config_json |= _to_llama(model)
+    if longest is not None:
+        config_json["max_position_embeddings"] = longest
+    if model.rope_scaling is not None:
+        config_json["rope_scaling"] = model.rope_scaling.given()
     # transformers knows these keys for some of the architectures only.
     if architecture in ("llama", "granite"):
         config_json["mlp_bias"] = model.bias
-    if architecture == "qwen3":
+    if architecture in ("llama", "granite", "qwen3"):
+        config_json["attention_bias"] = model.bias
+    if architecture in ("qwen2", "qwen3"):
         config_json |= {"use_sliding_window": False, "sliding_window": None}
+    if architecture == "mistral":
+        config_json["sliding_window"] = None  # a missing one would be of 4096 tokens
     if architecture == "granite":
         config_json |= {
             "embedding_multiplier": model.input_multiplier,
@@ -69,7 +73,10 @@ def to_hf(
 
 
 def _to_llama(model: ModelConfig) -> dict[str, Any]:
-    """What Llama, Granite and Qwen3 have in common."""
+    """What all but GPT-2 have in common."""
+    rope: dict[str, Any] = {"rope_type": "default"}
+    if model.rope_scaling is not None:
+        rope = model.rope_scaling.given()
     return {
         "hidden_size": model.hidden_size,
         "intermediate_size": model.ffn_hidden_size,
@@ -81,8 +88,7 @@ def _to_llama(model: ModelConfig) -> dict[str, Any]:
         "max_position_embeddings": model.seq_length,
         "rms_norm_eps": model.norm_eps,
         "rope_theta": model.rope_base,
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_base},
-        "attention_bias": model.bias,
+        "rope_parameters": {**rope, "rope_theta": model.rope_base},
         "attention_dropout": 0.0,
     }
 
@@ -118,7 +124,7 @@ def from_hf(
             f"{where}: model_type = {shown(architecture)} is none of {', '.join(ARCHITECTURES)}."
         )
     problems: list[str] = []
-    read = _Reader(config_json, problems)
+    read = Reader(config_json, problems, _DEFAULTS[architecture])
     model = _from_gpt2(read) if architecture == "gpt2" else _from_llama(read, architecture)
     if config_json.get("quantization_config"):
         problems.append(
@@ -137,68 +143,44 @@ def from_hf(
     return architecture, model
 
 
-class _Reader:
-    """Reads the entries of a config.json, and notes what is missing or cannot be expressed.
-
-    After a problem it returns a stand-in, so that one reading collects all problems.
-    """
-
-    def __init__(self, entries: dict[str, Any], problems: list[str]):
-        self.entries = entries
-        self.problems = problems
-
-    def number(
-        self, name: str, default: Any = None, kind: type = int, largest: float | None = None
-    ) -> Any:
-        """A number above 0 and up to `largest`; a whole one where `kind` is int."""
-        largest = largest or (MOST if kind is int else MOST_FACTOR)
-        entry = self.entries.get(name)
-        if entry is None:
-            entry = default
-        is_number = isinstance(entry, (int, float)) and not isinstance(entry, bool)
-        if is_number and 0 < entry <= largest and (kind is not int or entry == int(entry)):
-            return kind(entry)
-
-        expected = f"a whole number from 1 to {largest}" if kind is int else "a number above 0"
-        problem = f"{name} is missing" if entry is None else f"{name} = {shown(entry)}"
-        self.problems.append(f"{problem}: expected {expected}")
-        return kind(1)
-
-    def flag(self, name: str, default: bool) -> bool:
-        """True or false; null stands for the default."""
-        entry = self.entries.get(name)
-        if entry is not None and not isinstance(entry, bool):
-            self.problems.append(f"{name} = {shown(entry)}: expected true or false")
-        return default if entry is None else bool(entry)
-
-    def require(self, name: str, default: Any, fits: Callable[[Any], bool], reason: str) -> Any:
-        """An entry of which our model expresses some values only; `reason` says why."""
-        entry = self.entries.get(name, default)
-        if not fits(entry):
-            self.problems.append(f"{name} = {shown(entry)}: {reason}")
-        return entry
+def longest_sequence(config_json: dict[str, Any]) -> int:
+    """The longest sequence of a config.json that `from_hf` has read."""
+    architecture = config_json["model_type"]
+    name = "n_positions" if architecture == "gpt2" else "max_position_embeddings"
+    return int(Reader(config_json, [], _DEFAULTS[architecture]).number(name))
 
 
-def _from_llama(read: _Reader, architecture: str) -> dict[str, Any]:
-    """Our settings of a Llama, Granite or Qwen3."""
+# What transformers' own class of an architecture takes for an entry that is missing. Sizes of
+# tensors are always written, and asked for here. None: what follows from other entries.
+_LLAMA: dict[str, Any] = {
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+}
+_QWEN2 = _LLAMA | {"num_key_value_heads": 32, "max_position_embeddings": 32768}
+_MISTRAL = {
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "sliding_window": 4096,
+}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": _LLAMA,
+    "granite": _LLAMA,
+    "qwen2": _QWEN2,
+    "qwen3": _QWEN2 | {"head_dim": 128},
+    "mistral": _LLAMA | _MISTRAL,
+    "gpt2": {"n_positions": 1024},
+}
+
+
+def _from_llama(read: Reader, architecture: str) -> dict[str, Any]:
+    """Our settings of any architecture but GPT-2."""
     heads = read.number("num_attention_heads", largest=MOST_PARTS)
     hidden = read.number("hidden_size")
-    default_head_size = 128 if architecture == "qwen3" else max(1, hidden // heads)
-    head_size = read.number("head_dim", default_head_size)
+    head_size = read.number("head_dim", max(1, hidden // heads))
     read.require("hidden_act", "silu", lambda name: name in ("silu", "swish"), "only silu is known")
-
-    # Qwen3 has no mlp_bias, so a bias of its attention alone is caught here as well.
-    attention_bias = read.flag("attention_bias", False)
-    mlp_bias = read.flag("mlp_bias", False)
-    if attention_bias != mlp_bias:
-        read.problems.append(
-            f"attention_bias = {shown(attention_bias)}, mlp_bias = {shown(mlp_bias)}: our linear "
-            "layers have biases all or none"
-        )
-    if read.entries.get("use_sliding_window"):
-        read.problems.append("use_sliding_window = true: our attention sees the whole sequence")
-
-    # An entry that may be missing has the default of transformers' LlamaConfig.
+    _refuse_windows(read, architecture)
     model = {
         "hidden_size": hidden,
         "num_layers": read.number("num_hidden_layers", largest=MOST_PARTS),
@@ -207,13 +189,15 @@ def _from_llama(read: _Reader, architecture: str) -> dict[str, Any]:
         "head_dim": head_size,
         "ffn_hidden_size": read.number("intermediate_size"),
         "vocab_size": read.number("vocab_size"),
-        "seq_length": read.number("max_position_embeddings", 2048),
+        "seq_length": read.number("max_position_embeddings"),
         "norm": "rmsnorm",
-        "norm_eps": read.number("rms_norm_eps", 1e-6, float),
+        "norm_eps": read.number("rms_norm_eps", kind=float),
         "activation": "swiglu",
         "position": "rope",
-        "rope_base": _rope_base(read),
-        "bias": attention_bias,
+        "rope_base": rope_base(read),
+        "rope_scaling": rope_scaling(read),
+        "bias": _has_biases(read, architecture),
+        "qkv_bias": True if architecture == "qwen2" else None,
         "qk_norm": architecture == "qwen3",
         "tied_embeddings": read.flag("tie_word_embeddings", False),
     }
@@ -222,7 +206,46 @@ def _from_llama(read: _Reader, architecture: str) -> dict[str, Any]:
     return model
 
 
-def _granite_multipliers(read: _Reader, head_size: int) -> dict[str, float]:
+def _has_biases(read: Reader, architecture: str) -> bool:
+    """Whether all linear layers have biases; Qwen2's and Mistral's choice is not in config.json."""
+    if architecture in ("qwen2", "mistral"):
+        return False
+    # Qwen3 has no mlp_bias, so a bias of its attention alone is caught here as well.
+    attention_bias = read.flag("attention_bias", False)
+    mlp_bias = architecture != "qwen3" and read.flag("mlp_bias", False)
+    if attention_bias != mlp_bias:
+        read.problems.append(
+            f"attention_bias = {shown(attention_bias)}, mlp_bias = {shown(mlp_bias)}: our linear "
+            "layers have biases all, none, or on queries, keys and values alone"
+        )
+    return attention_bias
+
+
+def _refuse_windows(read: Reader, architecture: str) -> None:
+    """Note layers that see a part of the sequence only."""
+    reason = "our attention sees the whole sequence"
+    window = read.entry("sliding_window")
+    if architecture == "mistral" and window is not None:
+        missing = "" if "sliding_window" in read.entries else " (where it is missing)"
+        read.problems.append(f"sliding_window = {shown(window)}{missing}: {reason}")
+    if architecture not in ("qwen2", "qwen3"):
+        return
+    layer_types = read.entries.get("layer_types")
+    if layer_types is not None:
+        if not isinstance(layer_types, list) or set(map(str, layer_types)) - {"full_attention"}:
+            read.problems.append(f"layer_types = {shown(layer_types)}: {reason}")
+    elif read.entries.get("use_sliding_window"):
+        # Without layer types the layers from max_window_layers (28) on have a window.
+        first = read.entries.get("max_window_layers", 28)
+        layers = read.entry("num_hidden_layers")
+        is_beyond = isinstance(first, int) and isinstance(layers, int) and first >= layers
+        if not is_beyond and ("sliding_window" not in read.entries or window is not None):
+            read.problems.append(
+                f"use_sliding_window = true, max_window_layers = {shown(first)}: {reason}"
+            )
+
+
+def _granite_multipliers(read: Reader, head_size: int) -> dict[str, float]:
     """Granite's four multipliers as the base factors of our `model` section under `sp`."""
     input_multiplier = read.number("embedding_multiplier", 1.0, float)
     residual_multiplier = read.number("residual_multiplier", 1.0, float)
@@ -237,32 +260,6 @@ def _granite_multipliers(read: _Reader, head_size: int) -> dict[str, float]:
     }
 
 
-def _rope_base(read: _Reader) -> float:
-    """The base of rotary positions, under the names of older and newer versions of transformers."""
-    rope = read.entries.get("rope_parameters") or read.entries.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        rope = {"rope_type": rope}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        read.problems.append(
-            f"rope_scaling of type {shown(kind)}: our rotary frequencies are not rescaled"
-        )
-    partial_rotary_factor = rope.get("partial_rotary_factor", 1.0)
-    if partial_rotary_factor != 1.0:
-        read.problems.append(
-            f"partial_rotary_factor = {shown(partial_rotary_factor)}: ours turns whole heads"
-        )
-    base = read.entries.get("rope_theta", rope.get("rope_theta", 10000.0))
-    return float(_Reader({"rope_theta": base}, read.problems).number("rope_theta", kind=float))
-
-
-def shown(entry: Any) -> str:
-    """An entry of an untrusted JSON file in a message: as JSON writes it, shortened."""
-    if entry is None or isinstance(entry, bool):
-        return {None: "null", True: "true", False: "false"}[entry]
-    return reprlib.repr(entry)
-
-
 def _cofactor(scale: float, product: float) -> float:
     """The factor that times `scale` gives `product`, to the last bit where there is one."""
     quotient = product / scale
@@ -274,7 +271,7 @@ def _cofactor(scale: float, product: float) -> float:
     return quotient
 
 
-def _from_gpt2(read: _Reader) -> dict[str, Any]:
+def _from_gpt2(read: Reader) -> dict[str, Any]:
     """Our settings of a GPT-2."""
     hidden = read.number("n_embd")
     activation = read.require(
@@ -301,7 +298,7 @@ def _from_gpt2(read: _Reader) -> dict[str, Any]:
         # A missing or null n_inner stands for 4 x hidden size.
         "ffn_hidden_size": read.number("n_inner", min(4 * hidden, MOST)),
         "vocab_size": read.number("vocab_size"),
-        "seq_length": read.number("n_positions", 1024),
+        "seq_length": read.number("n_positions"),
         "norm": "layernorm",
         "norm_eps": read.number("layer_norm_epsilon", 1e-5, float),
         "activation": _GELUS.get(str(activation), "gelu"),

@@ -2,21 +2,22 @@
 
 SentencePiece writes a space as U+2581. tokenizer.json gets the pieces with a real space instead: no
 normalizer is needed then, and the character U+2581 in a text falls back to its bytes, as in
-`data.tokenizer`.
+`data.tokenizer`. Where the model puts a space in front of a text, pieces and marks stay as they
+are, as in transformers' own Llama tokenizer.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
-import random
-from collections.abc import Iterable
-from itertools import pairwise
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from megatron_completep.config.json_text import MAX_BYTES, read_bounded
 from megatron_completep.config.schema import TokenizerConfig
+from megatron_completep.data.tiktoken_tokenizer import TIKTOKEN_ENCODINGS
 from megatron_completep.data.tokenizer import (
     SPACE_MARK,
     SentencePieceTokenizer,
@@ -25,28 +26,14 @@ from megatron_completep.data.tokenizer import (
 )
 from megatron_completep.errors import ConfigError, DataError
 from megatron_completep.interop.model_folder import ModelFolder
+from megatron_completep.interop.probes import PROBES as PROBES  # from here for other rooms
+from megatron_completep.interop.probes import probe_texts
 
 END_OF_DOCUMENT = "<|endoftext|>"
 # Files that lie beside tokenizer.json in Hugging Face folders.
 COMPANIONS = ("special_tokens_map.json", "chat_template.jinja")
+_TEXTS_AT_ONCE = 4096
 _REMEDY = "Export without a tokenizer (--tokenizer-model none), and encode with megatron-completep."
-
-# Scripts, combining marks, emoji sequences, whitespace of all kinds, code, and names of special
-# tokens as text.
-PROBES = (
-    "The quick brown fox jumps over the lazy dog. It's 3,141,592 o'clock; we'll see!",
-    "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich. ÄÖÜ ß € — „Anführung“",
-    "Съешь же ещё этих мягких французских булок, да выпей чаю. Ελληνικά: ξεσκεπάζω την ψυχοφθόρα.",
-    "敏捷的棕色狐狸跳过了懒狗。いろはにほへと ちりぬるを。키스의 고유조건은 입술끼리 만나야 하고",
-    "نص حكيم له سر قاطع وذو شأن عظيم  דג סקרן שט בים מאוכזב  ऋषियों को सताने वाले दुष्ट राक्षसों",
-    "e\u0301 \u00e9 a\u0308 \ufb01 \u212b \u1e9b\u0323 👩‍👩‍👧‍👦 🇩🇪 👍🏽 "
-    "\U0001f600\ufe0f \u200b\u200d\ufeff",
-    "def f(x):\n\tif x:\n        return {'a': [1, 2], \"b\": None}  # ▁ and ▁▁\r\n\n\n    \t \n",
-    " leading", "trailing ", "  two  ", "\n", "", " ", "        ", "\t\t\t", "a" * 50,
-    " " * 33 + "x", "\u00a0\u3000\u2003 x",
-    "<|endoftext|> <s></s> <unk> <0x0A> <0x41> [EOS] <|im_start|>",
-    "\0 \x07 \x1b[0m \x7f", SPACE_MARK, f"a{SPACE_MARK}b {SPACE_MARK}",
-)  # fmt: skip
 
 
 def write_tokenizer(
@@ -54,7 +41,8 @@ def write_tokenizer(
 ) -> None:
     """Write tokenizer.json and tokenizer_config.json into `folder`.
 
-    Raises DataError where Hugging Face's format has no equal.
+    A text begins in them as in training. A SentencePiece model lies beside them, for programs that
+    read it instead (llama.cpp). Raises DataError where Hugging Face's format has no equal.
     """
     configuration: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -65,33 +53,74 @@ def write_tokenizer(
     if tokenizer.type == "huggingface":
         model = Path(str(settings.model))
         source = model / "tokenizer.json" if model.is_dir() else model
-        configuration = _copy_files(source, folder, configuration)
+        configuration = _copy_files(tokenizer, source, folder, configuration)
         end = _name_of(source, tokenizer.eod_id)
-        # The original's own choice is kept.
-        if configuration.get("eos_token"):
+        begin = _name_of(source, tokenizer.bos_id)
+        # The original's own names are kept, and with them a beginning that it does not have.
+        named_end = configuration.get("eos_token")
+        if named_end:
             end = None
+            begin = None if configuration.get("bos_token") else begin
     else:
         fast, end = to_fast_tokenizer(tokenizer)
         verify(tokenizer, fast)
+        begin = None if tokenizer.bos_id is None else fast.id_to_token(tokenizer.bos_id)
+        _begin_texts(fast, tokenizer)
         fast.save(str(folder / "tokenizer.json"))
+        if isinstance(tokenizer, SentencePieceTokenizer):
+            (folder / "tokenizer.model").write_bytes(tokenizer.content)
 
+    if begin is not None:
+        configuration["bos_token"] = begin
     if end is not None:
-        # In training a document begins after the end of the one before.
-        configuration |= {"bos_token": end, "eos_token": end, "pad_token": end}
+        # A document without a beginning of its own follows the end of the one before.
+        configuration |= {"bos_token": begin or end, "eos_token": end, "pad_token": end}
     encoded = json.dumps(configuration, indent=2, ensure_ascii=False) + "\n"
     (folder / "tokenizer_config.json").write_text(encoded, encoding="utf-8")
 
 
-def _copy_files(source: Path, folder: Path, default: dict[str, Any]) -> dict[str, Any]:
+def _begin_texts(fast: Any, tokenizer: Tokenizer) -> None:
+    """Let a fast tokenizer put in front of a text what training put there, and nothing behind."""
+    tokenizers = _library()
+    names = [(fast.id_to_token(index), index) for index in tokenizer.beginning]
+    if not names:
+        # Not none at all: transformers would fill it in by itself.
+        single = "$A:0"
+        pair = "$A:0 $B:1"
+    else:
+        front = " ".join(f"{name}:0" for name, _ in names)
+        single = f"{front} $A:0"
+        pair = f"{single} {front.replace(':0', ':1')} $B:1"
+    fast.post_processor = tokenizers.processors.TemplateProcessing(
+        single=single, pair=pair, special_tokens=names
+    )
+
+
+def _copy_files(
+    tokenizer: Tokenizer, source: Path, folder: Path, default: dict[str, Any]
+) -> dict[str, Any]:
     """Copy a Hugging Face tokenizer.json and its companions; returns its tokenizer_config.json.
 
-    `default` stands in for a tokenizer_config.json that does not exist.
+    `default` stands in for a tokenizer_config.json that does not exist. The file is written anew
+    only where it begins or ends texts otherwise than training did.
     """
     files = ModelFolder(source.parent)
-    (folder / "tokenizer.json").write_bytes(source.read_bytes())
     configuration = default
     if files.has("tokenizer_config.json"):
         configuration = files.json_object("tokenizer_config.json")
+    content = source.read_bytes()
+    fast = _library().Tokenizer.from_buffer(content)
+    probe = "a"
+    plain = fast.encode(probe, add_special_tokens=False).ids
+    if fast.encode(probe, add_special_tokens=True).ids != [*tokenizer.beginning, *plain]:
+        _begin_texts(fast, tokenizer)
+        content = fast.to_str(pretty=True).encode()
+        # Some versions of transformers would put the template back by these.
+        for name in ("add_bos_token", "add_eos_token"):
+            configuration.pop(name, None)
+        if tokenizer.beginning:
+            configuration["add_bos_token"] = True
+    (folder / "tokenizer.json").write_bytes(content)
     # auto_map names Python code of the original's folder, which is not copied.
     if configuration.pop("auto_map", None):
         configuration["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -122,17 +151,39 @@ def to_fast_tokenizer(tokenizer: Tokenizer) -> tuple[Any, str | None]:
 
 
 def verify(tokenizer: Tokenizer, fast: Any, texts: Iterable[str] = ()) -> None:
-    """Encode many texts, and `texts`, with both. Raises DataError with the first that differs."""
+    """Encode the texts of `probes`, and `texts`, with both.
+
+    Raises DataError with the first that differs.
+    """
     fast.encode_special_tokens = True  # their names in a text are text
-    for probe in (*PROBES, *_mixtures(), *texts):
-        expected = tokenizer.encode(probe)
-        ids = fast.encode(probe, add_special_tokens=False).ids
-        if ids != expected:
-            raise DataError(
-                f"the tokenizer turned into tokenizer.json does not encode {probe[:60]!r} alike: "
-                f"{ids[:12]} instead of {expected[:12]}. {_REMEDY}"
-            )
+    for batch in _batches((*probe_texts(tokenizer), *texts)):
+        encodings = fast.encode_batch(list(batch), add_special_tokens=False)
+        for probe, encoding, ids in zip(
+            batch, encodings, tokenizer.encode_batch(batch), strict=True
+        ):
+            expected = ids.tolist()
+            if encoding.ids != expected:
+                raise DataError(_unlike(probe, encoding.ids, expected))
     fast.encode_special_tokens = False
+
+
+def _batches(texts: Iterable[str]) -> Iterator[Sequence[str]]:
+    remaining = iter(texts)
+    while batch := list(islice(remaining, _TEXTS_AT_ONCE)):
+        yield batch
+
+
+def _unlike(probe: str, ids: list[int], expected: list[int]) -> str:
+    """The message about a text that is not encoded alike, from the first id that differs."""
+    place = 0
+    while ids[: place + 1] == expected[: place + 1]:
+        place += 1
+    first = max(0, place - 3)
+    return (
+        f"the tokenizer turned into tokenizer.json does not encode {probe[:60]!r} alike: from "
+        f"token {first} on {ids[first : first + 12]} instead of {expected[first : first + 12]}. "
+        f"{_REMEDY}"
+    )
 
 
 def _library() -> Any:
@@ -144,33 +195,6 @@ def _library() -> Any:
             "the package tokenizers is not installed. pip install 'megatron-completep[hf]'."
         ) from None
     return tokenizers
-
-
-def _mixtures() -> list[str]:
-    """Random mixtures of the probes' characters and words.
-
-    Runs of one character are among them: there, ties between segmentations show.
-    """
-    generator = random.Random(0)
-    characters = sorted(set("".join(PROBES)))
-    texts = []
-    for length in (3, 7, 20, 60):
-        for _ in range(40):
-            mixture = ""
-            for _ in range(length):
-                mixture += generator.choice(characters) * generator.choice((1, 1, 1, 2, 5))
-            texts.append(mixture)
-
-    words = " ".join(PROBES).split(" ")
-    for _ in range(40):
-        texts.append(" ".join(generator.choice(words) for _ in range(30)))
-
-    # Long texts of growing runs: here the sums of scores round.
-    for space in (" ", "\t", "-", "="):
-        for start in range(4):
-            lines = [space * n + generator.choice(words) for n in range(start, 64)]
-            texts.append("\n".join(lines))
-    return texts
 
 
 def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> tuple[Any, str | None]:
@@ -187,7 +211,8 @@ def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> tuple[Any, str | N
     for token_id, entry in enumerate(proto.pieces):
         ids_by_kind.setdefault(entry.type, []).append(token_id)
         is_text = entry.type == kinds.NORMAL
-        names.append(entry.piece.replace(SPACE_MARK, " ") if is_text else entry.piece)
+        has_space = is_text and not proto.normalizer_spec.add_dummy_prefix
+        names.append(entry.piece.replace(SPACE_MARK, " ") if has_space else entry.piece)
 
     reasons = _sentencepiece_blockers(proto, ids_by_kind)
     if reasons:
@@ -205,7 +230,13 @@ def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> tuple[Any, str | N
     # Bytes become characters first, then the pieces are joined as they are.
     fast = tokenizers.Tokenizer(model)
     decoders = tokenizers.decoders
-    fast.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    steps = [decoders.ByteFallback(), decoders.Fuse()]
+    if proto.normalizer_spec.add_dummy_prefix:
+        marked = tokenizers.normalizers.Replace(" ", SPACE_MARK)
+        prefix = tokenizers.normalizers.Prepend(SPACE_MARK)
+        fast.normalizer = tokenizers.normalizers.Sequence([prefix, marked])
+        steps = [decoders.Replace(SPACE_MARK, " "), *steps, decoders.Strip(" ", 1, 0)]
+    fast.decoder = decoders.Sequence(steps)
     special_ids = ids_by_kind.get(kinds.UNKNOWN, []) + ids_by_kind.get(kinds.CONTROL, [])
     _add_special_tokens(fast, [names[token_id] for token_id in special_ids])
     end = names[tokenizer.eod_id] if tokenizer.eod_id is not None else None
@@ -229,7 +260,6 @@ def _sentencepiece_blockers(proto: Any, ids_by_kind: dict[int, list[int]]) -> li
     checks = (
         (not is_supported, "its model is neither bpe nor unigram"),
         (not is_identity, f"it normalizes text ({normalizer.name})"),
-        (normalizer.add_dummy_prefix, "it puts a space in front (add_dummy_prefix)"),
         (removes_whitespace, "it removes whitespace (remove_extra_whitespaces)"),
         (not has_every_byte, "it has no byte fallback"),
         (trainer.treat_whitespace_as_suffix, "it treats whitespace as a suffix"),
@@ -278,7 +308,11 @@ def _unigram(names: list[str], scores: list[float], normal_ids: list[int], unkno
 
 
 def _from_tiktoken(tokenizer: TiktokenTokenizer) -> tuple[Any, str | None]:
-    """As `to_fast_tokenizer`: tiktoken's ranks of tokens become merges of two tokens."""
+    """As `to_fast_tokenizer`: tiktoken's ranks of tokens become merges of two tokens.
+
+    tiktoken joins the neighbours whose union has the lowest rank, however the two came about. So
+    every way to cut a token in two tokens is a merge, with the rank of the token.
+    """
     encoding = tokenizer._encoding
     letters = _byte_letters()
 
@@ -287,34 +321,37 @@ def _from_tiktoken(tokenizer: TiktokenTokenizer) -> tuple[Any, str | None]:
 
     ranks: dict[bytes, int] = encoding._mergeable_ranks
     merges = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        if len(token) == 1:
-            continue
-        subtokens = _split_by_ranks(ranks, token, rank)
+    for token, _ in sorted(ranks.items(), key=lambda item: item[1]):
+        cuts = [(token[:position], token[position:]) for position in range(1, len(token))]
+        pairs = [(head, tail) for head, tail in cuts if head in ranks and tail in ranks]
+        # The parts that are made first come first.
+        pairs.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
         # No merge leads to other tokens: only a whole word matches them, which ignore_merges finds.
-        if len(subtokens) == 2:
-            merges.append((spell(subtokens[0]), spell(subtokens[1])))
+        merges += [(spell(head), spell(tail)) for head, tail in pairs]
 
     vocabulary = {spell(token): rank for token, rank in ranks.items()}
     special = dict(encoding._special_tokens)
-    fast = _byte_level(vocabulary, merges, special, encoding._pat_str)
+    fast = _byte_level(vocabulary, merges, special, _pattern(encoding))
     end = next((name for name, i in special.items() if i == tokenizer.eod_id), None)
     return fast, end
 
 
-def _split_by_ranks(ranks: dict[bytes, int], token: bytes, below: int) -> list[bytes]:
-    """The subtokens of a token just before the merge that makes it, whose rank is `below`."""
-    subtokens = [token[i : i + 1] for i in range(len(token))]
-    while len(subtokens) > 1:
-        pair_ranks = [ranks.get(head + tail, below) for head, tail in pairwise(subtokens)]
-        best = min(pair_ranks)
-        if best >= below:
-            break
-        # Of equal pairs the leftmost is merged, as in tiktoken.
-        position = pair_ranks.index(best)
-        merged = subtokens[position] + subtokens[position + 1]
-        subtokens[position : position + 2] = [merged]
-    return subtokens
+def _pattern(encoding: Any) -> str:
+    """The splitting pattern in the dialect of `tokenizers`.
+
+    Newer versions of tiktoken write the patterns of known encodings with possessive repetitions,
+    of which `tokenizers` takes `{1,3}+` for another thing. Raises DataError for one of those in an
+    encoding that is not known.
+    """
+    if encoding.name in TIKTOKEN_ENCODINGS:
+        return TIKTOKEN_ENCODINGS[encoding.name][0]
+    pattern: str = encoding._pat_str
+    if "}+" in pattern:
+        raise DataError(
+            f"tiktoken encoding {encoding.name}: its pattern has a possessive {{...}}+, which "
+            f"tokenizer.json cannot express. {_REMEDY}"
+        )
+    return pattern
 
 
 def _byte_level(

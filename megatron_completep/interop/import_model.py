@@ -42,14 +42,22 @@ from megatron_completep.checkpoint.shard import describe
 from megatron_completep.completep import Table, table_of
 from megatron_completep.config import Config, config_from_mapping, save_config
 from megatron_completep.config.schema import ModelConfig, TokenizerConfig
-from megatron_completep.data.tokenizer import build_tokenizer
+from megatron_completep.data.beginning import shown as shown_beginning
+from megatron_completep.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_completep.errors import ConfigError, DataError
 from megatron_completep.files import new_folder, write_whole
 from megatron_completep.interop.architectures import Folding, Piece, pieces
-from megatron_completep.interop.hf_config import from_hf, shown
+from megatron_completep.interop.hf_config import from_hf, longest_sequence
+from megatron_completep.interop.hf_reader import shown
 from megatron_completep.interop.hf_tokenizer import COMPANIONS
 from megatron_completep.interop.model_folder import ModelFolder
-from megatron_completep.interop.tensor_files import TensorFolder
+from megatron_completep.interop.tensor_files import SINGLE, TensorFolder
+from megatron_completep.interop.tensor_values import (
+    HEAD,
+    refuse_non_finite,
+    refuse_other_head,
+    refuse_other_values,
+)
 from megatron_completep.model.gpt import GPT
 from megatron_completep.optim.rule import MASTER
 from megatron_completep.optim.rules import RULES
@@ -63,6 +71,8 @@ PRECISIONS = {"F32": "float32", "BF16": "bf16", "F16": "bf16"}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", *COMPANIONS)
 # Buffers that older versions of transformers saved beside the weights.
 _IGNORED = re.compile(r".*(rotary_emb\.inv_freq|attn\.(bias|masked_bias))")
+# Of other kinds of tokenizers, from which nothing is read.
+_UNREAD_TOKENIZERS = ("vocab.json", "vocab.txt", "tekken.json", "spiece.model")
 _MOST_PROBLEMS = 20  # that one message lists
 
 # (key, shape, array) of a state's box, as `write_tensor_file` takes it.
@@ -79,6 +89,7 @@ class ImportReport:
     dtype: str  # of the original tensors
     parameters: int
     tokenizer: str | None
+    notes: list[str]  # what became of the tokenizer, a sentence each
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain values."""
@@ -103,6 +114,8 @@ def import_model(
     config_json = files.json_object("config.json")
     architecture, model = from_hf(config_json, str(folder / "config.json"), seq_length)
     source = TensorFolder(folder)
+    if source.has_both:
+        refuse_other_values(TensorFolder(folder, only=SINGLE), source)
     if (output / "config.yaml").exists() or named_like_checkpoints(output / "checkpoints"):
         raise ConfigError(f"{output} holds a run already. Choose another folder.")
 
@@ -110,10 +123,14 @@ def import_model(
     model_config = _model_config(model, folder / "config.json")
     tensors = _match(source, architecture, model_config)
     dtype = source.describe(tensors[0].name)[1]
-    _check_tokenizer(files)
     copies = _tokenizer_copies(files, output)
     tokenizer = _tokenizer_setting(copies)
-    config = _configuration(model, output, tokenizer, PRECISIONS[dtype], overrides)
+    read_tokenizer = _read_tokenizer(files)
+    if tokenizer is not None and read_tokenizer is not None:
+        # Said outright, since the copies alone need not tell it.
+        tokenizer["prepend_bos"] = bool(read_tokenizer.beginning)
+    export = _export_section(files, architecture, config_json, model["seq_length"])
+    config = _configuration(model, output, tokenizer, export, PRECISIONS[dtype], overrides)
     table = table_of(config)
     parameters = _parameters(config.model, table)
     elements = _number_of_elements(parameters)
@@ -142,6 +159,7 @@ def import_model(
         dtype=dtype,
         parameters=elements,
         tokenizer=None if tokenizer is None else tokenizer["type"],
+        notes=_tokenizer_notes(files, copies, read_tokenizer, config.model.vocab_size),
     )
 
 
@@ -208,7 +226,9 @@ def _match(source: TensorFolder, architecture: str, model: ModelConfig) -> list[
     # Some programs store the tied table a second time, as the head.
     expected_names = {piece.name for piece in tensors}
     if model.tied_embeddings:
-        expected_names.add("lm_head.weight")
+        expected_names.add(HEAD)
+        if not problems and HEAD in stored_names:
+            refuse_other_head(source, tensors[0].name)
     for name in sorted(stored_names - expected_names):
         if not _IGNORED.fullmatch(name):
             problems.append(f"{name}: our model has no such tensor")
@@ -222,20 +242,37 @@ def _match(source: TensorFolder, architecture: str, model: ModelConfig) -> list[
     return tensors
 
 
-def _check_tokenizer(files: ModelFolder) -> None:
-    """Raises DataError for a tokenizer that cannot be read.
+def _export_section(
+    files: ModelFolder, architecture: str, config_json: dict[str, Any], seq_length: int
+) -> dict[str, Any]:
+    """The section `export`: what the folder says beside its weights. Raises DataError."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    section: dict[str, Any] = {
+        "architecture": architecture,
+        "token_ids": {name: config_json[name] for name in names if name in config_json},
+    }
+    longest = longest_sequence(config_json)
+    if longest != seq_length:
+        section["max_position_embeddings"] = longest
+    if files.has("generation_config.json"):
+        section["generation"] = files.json_object("generation_config.json")
+    return section
 
-    Where the tokenizer's package is not installed, nothing is checked.
+
+def _read_tokenizer(files: ModelFolder) -> Tokenizer | None:
+    """The folder's tokenizer; None where there is none, or its package is not installed.
+
+    Raises DataError for a tokenizer that cannot be read.
     """
     kinds = {"tokenizer.json": "huggingface", "tokenizer.model": "sentencepiece"}
     name = next((name for name in kinds if files.has(name)), None)
     if name is None:
-        return
+        return None
     mapping = {"type": kinds[name], "model": str(files.path(name))}
     try:
-        build_tokenizer(TokenizerConfig.model_validate(mapping))
+        return build_tokenizer(TokenizerConfig.model_validate(mapping))
     except ImportError:
-        return
+        return None
     except DataError as error:
         raise DataError(
             f"{error} Repair it, or take it out of {files.folder} to import the weights alone."
@@ -255,7 +292,34 @@ def _tokenizer_copies(files: ModelFolder, output: Path) -> dict[Path, Path]:
     return {}
 
 
-def _tokenizer_setting(copies: dict[Path, Path]) -> dict[str, str] | None:
+def _tokenizer_notes(
+    files: ModelFolder, copies: dict[Path, Path], tokenizer: Tokenizer | None, vocab_size: int
+) -> list[str]:
+    """What became of the tokenizer, a sentence each."""
+    if not copies:
+        others = [name for name in _UNREAD_TOKENIZERS if files.has(name)]
+        there = f"; {', '.join(others)} alone cannot be" if others else ""
+        return [f"no tokenizer.json or tokenizer.model is read{there}: data.tokenizer is null"]
+    kept = ", ".join(str(copy) for copy in copies.values())
+    notes = [f"its tokenizer was copied: {kept}"]
+    if files.has("tokenizer.json") and files.has("tokenizer.model"):
+        notes.append("tokenizer.json is used, tokenizer.model beside it is not")
+    if tokenizer is None:
+        return [*notes, "it could not be opened here: its package is not installed"]
+    notes.append(f"texts begin {shown_beginning(tokenizer.beginning)}")
+    if tokenizer.eod_id is None:
+        notes.append("it names no end of document: set data.tokenizer.eod_token")
+    else:
+        notes.append(f"documents end with the token {tokenizer.eod_id}")
+    if tokenizer.vocab_size > vocab_size:
+        notes.append(
+            f"it has {tokenizer.vocab_size} ids, more than the model's {vocab_size}: texts with "
+            "the ids beyond will be refused"
+        )
+    return notes
+
+
+def _tokenizer_setting(copies: dict[Path, Path]) -> dict[str, Any] | None:
     """`data.tokenizer` of the copied files."""
     for copy in copies.values():
         if copy.name == "tokenizer.json":
@@ -268,7 +332,8 @@ def _tokenizer_setting(copies: dict[Path, Path]) -> dict[str, str] | None:
 def _configuration(
     model: dict[str, Any],
     output: Path,
-    tokenizer: dict[str, str] | None,
+    tokenizer: dict[str, Any] | None,
+    export: dict[str, Any],
     precision: str,
     overrides: Sequence[str],
 ) -> Config:
@@ -296,12 +361,14 @@ def _configuration(
         },
         # The original training's data are not known, so there is nothing to compare with.
         "checkpoint": {"interval": 100, "allow_changed": ["data.*", "fingerprints.*"]},
+        "export": export,
     }
     config = config_from_mapping(mapping, overrides, name="configuration of the import")
     # The imported tensors fit the imported settings alone.
     changed = []
+    plain_model = config.model.model_dump(exclude_none=True)
     for name, setting in model.items():
-        if getattr(config.model, name) != setting:
+        if plain_model.get(name) != setting:
             changed.append(f"model.{name}")
     if changed:
         raise ConfigError(
@@ -433,12 +500,14 @@ def _assemble(
 ) -> np.ndarray:
     """Our parameter `name` in float32, from the pieces that it was cut into.
 
-    float32 is exact for every type that is read.
+    float32 is exact for every type that is read. Raises DataError for numbers that are none.
     """
     assembled = torch.empty(parameter.shape, dtype=torch.float32)
     for piece in tensors:
         if piece.source == name:
-            _put(piece, source.value(piece.name), assembled)
+            value = source.value(piece.name)
+            refuse_non_finite(source, piece.name, value)
+            _put(piece, value, assembled)
     return assembled.numpy()
 
 

@@ -112,9 +112,13 @@ def _tokenizer_notes(report: dict[str, Any]) -> list[str]:
     """A paragraph on the tokenizer."""
     if report["tokenizer"] is None:
         return ["The folder holds no tokenizer.", ""]
+    ids = report["beginning"]
+    begun = "no token is added in front"
+    if ids:
+        begun = f"texts begin with the token {', '.join(map(str, ids))}"
     note = (
-        f"The tokenizer ({report['tokenizer']} in training) encodes as it did in training: no "
-        "token is added in front, and text that spells a special token stays text, unless a "
-        "Hugging Face tokenizer's own configuration says otherwise."
+        f"The tokenizer ({report['tokenizer']} in training) encodes as it did in training: "
+        f"{begun}, and text that spells a special token stays text, unless a Hugging Face "
+        "tokenizer's own configuration says otherwise."
     )
     return [note, ""]

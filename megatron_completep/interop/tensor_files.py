@@ -116,15 +116,23 @@ class TensorFolder:
     Raises DataError.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, only: str | None = None):
+        """only: INDEX or SINGLE, to read that one of the two."""
         self.folder = folder
         self._files = ModelFolder(folder)
         self._open: dict[str, Any] = {}
+        self._only = only
         self._file_of = self._locate()
+
+    @property
+    def has_both(self) -> bool:
+        """Whether there is an index beside a single file that it does not name."""
+        is_both = self._files.has(INDEX) and self._files.has(SINGLE)
+        return is_both and SINGLE not in self._file_of.values()
 
     def _locate(self) -> dict[str, str]:
         """File by tensor name, from the index or from the single file."""
-        if self._files.has(INDEX):
+        if self._files.has(INDEX) and self._only != SINGLE:
             return self._read_index()
         if self._files.has(SINGLE):
             return dict.fromkeys(self._file(SINGLE).keys(), SINGLE)

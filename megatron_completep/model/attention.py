@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_completep import kernels
 from megatron_completep.completep import Table
-from megatron_completep.config.derived import head_dim, num_query_groups
+from megatron_completep.config.derived import has_qkv_bias, head_dim, num_query_groups
 from megatron_completep.config.schema import ModelConfig
 from megatron_completep.model.attention_kernels import AttentionCall, choose_kernels
 from megatron_completep.model.flash import flash_attention
@@ -98,7 +98,7 @@ class Attention(nn.Module):
             hidden,
             {"q": width, "k": groups * size, "v": groups * size},
             table.base_hidden_size,
-            model.bias,
+            has_qkv_bias(model),
             context,
             # The attention scale multiplies the output of the query weights, unless a norm is
             # between them.

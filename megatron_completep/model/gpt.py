@@ -21,7 +21,7 @@ from megatron_completep.config.schema import ModelConfig
 from megatron_completep.model.attention import AttentionInputs, KeyValueCache, causal_bias
 from megatron_completep.model.block import BRANCHES, Block, BranchMaker
 from megatron_completep.model.norm import StreamNorm, join_of
-from megatron_completep.model.rotary import alibi_slopes, rotary_table
+from megatron_completep.model.rotary import alibi_slopes, rotary_angles
 from megatron_completep.model.stream import Branch, Stream
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.cross_entropy import LossConfig, Unembedding
@@ -140,7 +140,8 @@ class GPT(nn.Module):
 
         x: token ids [B, S] on the first stage, else the residual stream [s, B, H] of the stage
             before.
-        positions [B, S]; default: 0..S-1, offset by the number of cached tokens.
+        positions [S] or [B, S]: of the tokens in their documents, below model.seq_length; default:
+            0..S-1, offset by the number of cached tokens.
         document_ids [B, S]: attention stays inside a document.
         labels [B, S]; -100 is ignored. With labels, the last stage returns the **sum** of the token
             losses: the training objective, or under no_grad only the cross-entropy. Without, it
@@ -247,8 +248,8 @@ class GPT(nn.Module):
             if positions is None:
                 start = caches[0].length if caches else 0
                 stop = start + tokens.shape[1]
-                positions = torch.arange(start, stop, device=tokens.device).expand_as(tokens)
-            hidden = hidden + self.positions(positions)
+                positions = torch.arange(start, stop, device=tokens.device)
+            hidden = hidden + self.positions(positions.expand_as(tokens))
         if self.config.input_multiplier != 1.0:
             hidden = hidden * self.config.input_multiplier
         return hidden.float() if self.config.fp32_residual else hidden
@@ -301,7 +302,8 @@ class GPT(nn.Module):
         """Rotary cos and sin [S, 1 or B, D/2] at `positions`; None: at past .. past + S - 1."""
         cos, sin = self._rotary_table(residual, past + seq_length)
         if positions is not None:
-            return cos[positions.t()], sin[positions.t()]
+            by_place = positions.t() if positions.dim() == 2 else positions[:, None]
+            return cos[by_place], sin[by_place]
         return cos[past : past + seq_length, None], sin[past : past + seq_length, None]
 
     def _rotary_table(self, residual: Tensor, length: int) -> tuple[Tensor, Tensor]:
@@ -313,13 +315,8 @@ class GPT(nn.Module):
             table_dtype = torch.float64 if residual.dtype == torch.float64 else torch.float32
             if same_device and cos.dtype == table_dtype and cos.shape[0] >= length:
                 return self._rotary
-        self._rotary = rotary_table(
-            max(model.seq_length, length),
-            head_dim(model),
-            model.rope_base,
-            residual.dtype,
-            residual.device,
-        )
+        positions = torch.arange(max(model.seq_length, length), device=residual.device)
+        self._rotary = rotary_angles(positions, model, residual.dtype)
         return self._rotary
 
 

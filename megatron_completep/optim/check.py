@@ -29,7 +29,7 @@ DRAWN_SIGMAS = 8.0  # initial weights are drawn within this many standard deviat
 # The setting that a model needs, to have parameters of a role.
 NEEDED = {
     Role.QK_NORM: "model.qk_norm = true",
-    Role.HIDDEN_BIAS: "model.bias = true",
+    Role.HIDDEN_BIAS: "model.bias = true or model.qkv_bias = true",
 }
 SHOWN_NAMES = 20  # in a message, of a model that may have hundreds of parameters
 

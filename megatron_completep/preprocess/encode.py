@@ -81,6 +81,7 @@ class Encoder:
         self.settings = settings
         self.tokenizer = build_tokenizer(settings.tokenizer)
         self._name = shard.name
+        self._beginning = np.array(self.tokenizer.beginning, self.tokenizer.dtype)
         eod_ids = [self.tokenizer.eod_id] if settings.append_eod else []
         self._eod = np.array(eod_ids, self.tokenizer.dtype)
         self._stack = ExitStack()
@@ -159,10 +160,10 @@ class Encoder:
         ):
             arrays = []
             for ids in column:
-                # As in Megatron, an empty document stays empty: it gets no end-of-document token.
+                # An empty document stays empty: neither a beginning nor an end is added.
                 if len(ids):
-                    arrays += [ids, self._eod]
-                    counts.append(len(ids) + len(self._eod))
+                    arrays += [self._beginning, ids, self._eod]
+                    counts.append(len(self._beginning) + len(ids) + len(self._eod))
                 else:
                     counts.append(0)
             extent.write(np.concatenate(arrays).tobytes() if arrays else b"")

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_completep.data.beginning import FIELD
 from megatron_completep.data.tokenizer import Tokenizer, lasting_model
 from megatron_completep.data.writer import IndexedWriter
 from megatron_completep.preprocess.journal import Record
@@ -51,6 +52,7 @@ def merge(
                 tokenizer=dict(tokenizer.identity()),
                 tokenizer_path=lasting_model(settings.tokenizer),
                 append_eod=settings.append_eod,
+                **{FIELD: list(tokenizer.beginning)},
             )
             sidecars.append(sidecar)
         except BaseException:

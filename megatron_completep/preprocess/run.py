@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from megatron_completep.preprocess.progress import Display
 from megatron_completep.preprocess.report import LengthStatistics, write_report
 from megatron_completep.preprocess.settings import PreprocessSettings
 from megatron_completep.preprocess.sources import Source, Unit, find_sources, make_units
-from megatron_completep.preprocess.work import WorkFolder
+from megatron_completep.preprocess.work import WorkFolder, recorded_fingerprint
 
 _MOST_BLOCKS = 20_000
 _SMALLEST_BLOCK = 1 << 22  # bytes of text
@@ -56,7 +57,16 @@ def preprocess(
     # A block costs a journal line and a hand-over, so a large corpus has larger ones.
     if not block_bytes:
         block_bytes = min(max(total_bytes // _MOST_BLOCKS, _SMALLEST_BLOCK), _LARGEST_BLOCK)
-    fingerprint = settings.fingerprint(sources, tokenizer.identity(), block_bytes)
+    identity = tokenizer.identity()
+    fingerprint = settings.fingerprint(sources, identity, block_bytes, tokenizer.beginning)
+    # Work that was begun before beginnings were known is finished as it was begun.
+    former = settings.fingerprint(sources, identity, block_bytes)
+    goes_on_without = former != fingerprint and _was_begun_without(settings, former)
+    if goes_on_without:
+        choice = replace(settings.tokenizer, prepend_bos=False)
+        settings = replace(settings, tokenizer=choice)
+        tokenizer = build_tokenizer(choice)
+        fingerprint = former
 
     finished_report = _finished_report(settings, fingerprint, overwrite)
     if finished_report is not None:
@@ -66,6 +76,11 @@ def preprocess(
     work = WorkFolder(settings, fingerprint, exclusive=shard is None)
     try:
         with Display(total_bytes, log_interval) as display:
+            if goes_on_without:
+                display.say(
+                    "the unfinished work was begun without a beginning-of-text token, and is "
+                    f"finished so; delete {printable(work.path)} to begin anew"
+                )
             own_units = units if shard is None else units[shard[0] :: shard[1]]
             _encode(work, own_units, block_bytes, engine, workers, max_bad_documents, display)
             # Other processes may still be at work on the other units.
@@ -79,13 +94,23 @@ def preprocess(
         work.close()
 
 
+def _was_begun_without(settings: PreprocessSettings, former: str) -> bool:
+    """Whether the work folder holds this run's work, begun without a beginning of documents.
+
+    Never where the user asks for a beginning. former: the fingerprint of such a run.
+    """
+    if settings.tokenizer.prepend_bos is not None:
+        return False
+    return recorded_fingerprint(settings) == former
+
+
 def _checked_tokenizer(settings: PreprocessSettings, sources: list[Source]) -> Tokenizer:
     """The tokenizer. Raises DataError where it, the keys and the inputs do not fit together."""
     tokenizer = build_tokenizer(settings.tokenizer)
     if settings.append_eod and tokenizer.eod_id is None:
         raise DataError(
             f"{settings.tokenizer.model}: the tokenizer has no end-of-document token, so "
-            "--append-eod cannot be done."
+            "--append-eod cannot be done. Name one with --eod-token."
         )
     keys = settings.json_keys
     if len(set(keys)) != len(keys) or not keys:

@@ -14,10 +14,15 @@ WORK_VERSION = 1  # of the work folder and of everything that decides the output
 
 @dataclass(frozen=True)
 class TokenizerChoice:
-    """Family and model, as `tokenizer.build_tokenizer` takes them."""
+    """Family, model and what begins and ends a document, as `tokenizer.build_tokenizer` takes them.
+
+    prepend_bos None: what the tokenizer itself does. eod_token None: the one that it names.
+    """
 
     type: str
     model: str | None = None
+    prepend_bos: bool | None = None
+    eod_token: str | None = None
 
 
 @dataclass(frozen=True)
@@ -46,9 +51,16 @@ class PreprocessSettings:
         return [f"{self.output_prefix}_{key}_document" for key in self.json_keys]
 
     def fingerprint(
-        self, sources: list[Source], tokenizer: dict[str, str | int | None], block_bytes: int
+        self,
+        sources: list[Source],
+        tokenizer: dict[str, str | int | None],
+        block_bytes: int,
+        beginning: tuple[int, ...] = (),
     ) -> str:
-        """Equal for two runs exactly when they cut the same inputs alike and give equal bytes."""
+        """Equal for two runs exactly when they cut the same inputs alike and give equal bytes.
+
+        tokenizer: its identity. beginning: the ids that it puts in front of a document.
+        """
         # A name that is not UTF-8 cannot be part of JSON.
         printable_sources = [replace(source, path=printable(source.path)) for source in sources]
         decisive: list[object] = [
@@ -65,5 +77,7 @@ class PreprocessSettings:
         # Left out at its default, so that runs of before this setting are recognized.
         if self.largest_document != LARGEST_DOCUMENT:
             decisive.append(self.largest_document)
+        if beginning:
+            decisive.append({"beginning": beginning})
         encoded = orjson.dumps(decisive, option=orjson.OPT_SORT_KEYS)
         return xxhash.xxh3_64_hexdigest(encoded)

@@ -25,6 +25,21 @@ from megatron_completep.preprocess.settings import PreprocessSettings
 from megatron_completep.preprocess.sources import Block, Unit, blocks_of
 
 _RUN_TOKENS = 1 << 22  # tokens read at a time
+PLAN = "plan.json"
+
+
+def work_path(settings: PreprocessSettings) -> Path:
+    """The work folder of a run."""
+    return Path(settings.output_prefix + ".preprocess")
+
+
+def recorded_fingerprint(settings: PreprocessSettings) -> str | None:
+    """The fingerprint of the unfinished work in the work folder; None where there is none."""
+    try:
+        plan = orjson.loads((work_path(settings) / PLAN).read_bytes())
+    except (OSError, ValueError):
+        return None  # a damaged plan is named when the folder is opened
+    return plan.get("fingerprint") if isinstance(plan, dict) else None
 
 
 class Meta(NamedTuple):
@@ -48,7 +63,7 @@ class WorkFolder:
 
     def __init__(self, settings: PreprocessSettings, fingerprint: str, exclusive: bool):
         self.settings = settings
-        self.path = Path(settings.output_prefix + ".preprocess")
+        self.path = work_path(settings)
         self._lock = self._open_lock()
         # The system releases the lock of a process that dies.
         mode = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
@@ -90,7 +105,7 @@ class WorkFolder:
 
     def _check_plan(self, fingerprint: str) -> None:
         """Write the plan of a new folder, or compare that of an old one. Raises DataError."""
-        plan = self.path / "plan.json"
+        plan = self.path / PLAN
         if not plan.exists():
             # By one rename, since several processes may begin together.
             temporary = self.path / f"plan.{secrets.token_hex(6)}"
@@ -205,6 +220,6 @@ class WorkFolder:
         """Delete the folder."""
         # The plan goes last: a half-deleted folder is still recognized as this run's.
         for path in self.path.iterdir():
-            if path.name not in ("plan.json", "lock"):
+            if path.name not in (PLAN, "lock"):
                 path.unlink()
         shutil.rmtree(self.path)

@@ -129,7 +129,7 @@ class Quickstart:
     def _token_files(self, folder: Path, config: Config) -> dict[str, Any]:
         """Write the token files of both splits; returns the preprocessing reports by split."""
         assert config.data.tokenizer is not None
-        choice = TokenizerChoice(config.data.tokenizer.type, config.data.tokenizer.model)
+        choice = TokenizerChoice(**config.data.tokenizer.model_dump())
         reports = {}
         for split in ("train", "validation"):
             corpus_file = str(folder / f"{split}.jsonl")

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_completep.completep import table_of
 from megatron_completep.config import Config
-from megatron_completep.config.derived import tokens_per_step
+from megatron_completep.config.derived import has_qkv_bias, tokens_per_step
 from megatron_completep.config.schema import ModelConfig
 from megatron_completep.document import Report, new_figure
 from megatron_completep.model.flops import training_flops_per_token
@@ -118,7 +118,7 @@ def add_parameterization(report: Report, config: Config) -> None:
 def roles_of(model: ModelConfig) -> list[Role]:
     """The roles that parameters of this model have, in the order of the table."""
     absent = {
-        Role.HIDDEN_BIAS: not model.bias,
+        Role.HIDDEN_BIAS: not has_qkv_bias(model),
         Role.UNEMBEDDING: model.tied_embeddings,
         Role.QK_NORM: not model.qk_norm,
     }

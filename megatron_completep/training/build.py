@@ -12,6 +12,7 @@ import torch
 from megatron_completep.config import save_config
 from megatron_completep.config.derived import total_samples
 from megatron_completep.config.schema import Config
+from megatron_completep.data.beginning import beginning_lines
 from megatron_completep.data.corpus import has_validation
 from megatron_completep.data.loader import (
     Loader,
@@ -71,11 +72,13 @@ def prepare_output(config: Config) -> None:
 def keep_run_tokenizer(config: Config, say: Say) -> None:
     """Copy the tokenizer to the run's folder, after the data were compared with it.
 
-    Called on rank 0 only.
+    What could not be compared is said. Called on rank 0 only.
     """
     folder = Path(config.training.output_dir)
-    tokenizer = with_readable_tokenizer(config.data, folder).tokenizer
-    message = keep_tokenizer(tokenizer, folder)
+    data = with_readable_tokenizer(config.data, folder)
+    for line in beginning_lines(data):
+        say(line)
+    message = keep_tokenizer(data.tokenizer, folder)
     if message:
         say(message)
 

@@ -49,6 +49,40 @@ RULES = [
         ),
     ),
     (
+        ["model.rope_scaling={rope_type: linear, factor: 2}", "model.position=learned"],
+        "model.rope_scaling rescales rotary frequencies, which model.position = learned",
+    ),
+    (
+        ["model.rope_scaling={rope_type: llama3, factor: 8, high_freq_factor: 4}"],
+        "rope_type = llama3 needs original_max_position_embeddings, low_freq_factor. Set them.",
+    ),
+    (
+        ["model.rope_scaling={rope_type: linear, factor: 2, beta_fast: 8}"],
+        "rope_type = linear does not read beta_fast. Remove them.",
+    ),
+    (
+        [
+            "model.rope_scaling={rope_type: llama3, factor: 8, low_freq_factor: 4, "
+            "high_freq_factor: 4, original_max_position_embeddings: 64}"
+        ],
+        "low_freq_factor = 4 is not below high_freq_factor = 4",
+    ),
+    (
+        [
+            "model.rope_base=1",
+            "model.rope_scaling={rope_type: yarn, factor: 2, original_max_position_embeddings: 64}",
+        ],
+        "model.rope_base above 1",
+    ),
+    (
+        [
+            "model.rope_scaling={rope_type: yarn, factor: 2, beta_slow: 33, "
+            "original_max_position_embeddings: 64}"
+        ],
+        "beta_fast = 32 is below beta_slow = 33",
+    ),
+    (["model.bias=true", "model.qkv_bias=false"], "Leave model.qkv_bias null"),
+    (
         ["model.tied_embeddings=true", "completep.factors.unembedding.lr=2"],
         "Move the factors to completep.factors.embedding, or untie.",
     ),

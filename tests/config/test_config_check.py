@@ -25,6 +25,16 @@ FITTING = [
     [],
     ["model.num_attention_heads=3", "model.head_dim=64"],
     ["model.head_dim=15", "model.position=alibi"],
+    [
+        "model.rope_scaling={rope_type: yarn, factor: 2, beta_slow: 32, "
+        "original_max_position_embeddings: 64}"
+    ],
+    [
+        "model.rope_scaling={rope_type: llama3, factor: 8, low_freq_factor: 1, "
+        "high_freq_factor: 4, original_max_position_embeddings: 64}"
+    ],
+    ["model.bias=true", "model.qkv_bias=true"],
+    ["model.qkv_bias=false"],
     ["model.num_query_groups=4", "parallel.tensor_parallel_size=4"],
     ["model.num_query_groups=8", "parallel.tensor_parallel_size=4"],
     [

@@ -143,6 +143,27 @@ IN_WORDS = {
         ["data.reset_at_document_ends=false"],
         ["training.cuda_graph=false"],
     ],
+    "model.rope_scaling={rope_type: linear, factor: 2} model.position=learned": [
+        ["model.rope_scaling=null"]
+    ],
+    "model.rope_scaling={rope_type: llama3, factor: 8, high_freq_factor: 4}": [
+        [
+            "model.rope_scaling.original_max_position_embeddings=64",
+            "model.rope_scaling.low_freq_factor=1",
+        ]
+    ],
+    "model.rope_scaling={rope_type: linear, factor: 2, beta_fast: 8}": [
+        ["model.rope_scaling.beta_fast=null"]
+    ],
+    "model.rope_scaling={rope_type: llama3, factor: 8, low_freq_factor: 4, "
+    "high_freq_factor: 4, original_max_position_embeddings: 64}": [
+        ["model.rope_scaling.low_freq_factor=1"]
+    ],
+    "model.rope_base=1 model.rope_scaling={rope_type: yarn, factor: 2, "
+    "original_max_position_embeddings: 64}": [["model.rope_base=2"]],
+    "model.rope_scaling={rope_type: yarn, factor: 2, beta_slow: 33, "
+    "original_max_position_embeddings: 64}": [["model.rope_scaling.beta_fast=33"]],
+    "model.bias=true model.qkv_bias=false": [["model.qkv_bias=null"], ["model.bias=false"]],
     "guards.hang_timeout_minutes=30": [["parallel.timeout_minutes=30"]],
     "guards.rollback_threshold=2 data.order=megatron": [
         ["data.order=permutation"],

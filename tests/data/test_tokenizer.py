@@ -16,12 +16,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_completep.config.schema import TokenizerConfig
-from megatron_completep.data.tokenizer import (
-    _TIKTOKEN_ENCODINGS,
-    SPACE_MARK,
-    Tokenizer,
-    build_tokenizer,
-)
+from megatron_completep.data.tiktoken_tokenizer import TIKTOKEN_ENCODINGS
+from megatron_completep.data.tokenizer import SPACE_MARK, Tokenizer, build_tokenizer
 from megatron_completep.errors import DataError
 from megatron_completep.preprocess.tokenizer_training import TrainingSettings, train_tokenizer
 
@@ -187,7 +183,7 @@ def test_published_patterns_split_as_tiktokens_own() -> None:
     openai_public: Any = importlib.import_module("tiktoken_ext.openai_public")
     text = "".join([*AWKWARD, CODE, "it's 12345 WE'LL CamelCase  \n\n  x\r\n//\n é́  "])
     splits = {}
-    for name, (pattern, _, eod_id) in _TIKTOKEN_ENCODINGS.items():
+    for name, (pattern, _, eod_id) in TIKTOKEN_ENCODINGS.items():
         constructor = getattr(openai_public, name)
         no_download: dict[str, Any] = {
             "load_tiktoken_bpe": lambda *_, **__: {},

@@ -111,7 +111,7 @@ def test_top_p_keeps_the_fewest_tokens_with_that_probability(
 def test_generation_ends_at_the_end_of_a_document() -> None:
     gpt = small_model()
     made = list(generate(gpt, [5, 9, 200], GREEDY))
-    ended = list(generate(gpt, [5, 9, 200], GREEDY, end_of_document=made[3]))
+    ended = list(generate(gpt, [5, 9, 200], GREEDY, end_tokens=[made[3]]))
     assert ended == made[: made.index(made[3])]
 
 
@@ -157,12 +157,12 @@ def test_a_batch_of_prompts_of_any_lengths_gives_what_each_gives_alone(
         return [torch.Generator().manual_seed(100 + number) for number in range(len(PROMPTS))]
 
     alone = [
-        list(generate(gpt, prompt, sampling, None, generator))
+        list(generate(gpt, prompt, sampling, (), generator))
         for prompt, generator in zip(PROMPTS, seeded(), strict=True)
     ]
     end = alone[0][4]  # one row ends early, and others where they happen to draw it
     together: list[list[int]] = [[] for _ in PROMPTS]
-    for made in Generation(gpt, PROMPTS, sampling, end, seeded()):
+    for made in Generation(gpt, PROMPTS, sampling, [end], seeded()):
         for number, token in made:
             together[number].append(token)
     expected = [made[: made.index(end)] if end in made else made for made in alone]
@@ -179,7 +179,7 @@ def test_equal_seeds_give_equal_texts_in_any_batch_in_float32_and_in_the_same_ba
     def texts(prompts: list[list[int]], first: int = 0) -> list[list[int]]:
         seeded = [torch.Generator().manual_seed(first + number) for number in range(len(prompts))]
         made: list[list[int]] = [[] for _ in prompts]
-        for step in Generation(gpt, prompts, sampling, None, seeded):
+        for step in Generation(gpt, prompts, sampling, (), seeded):
             for number, token in step:
                 made[number].append(token)
         return made

@@ -41,20 +41,6 @@ SHAPE = {
 LLAMA = {**SHAPE, "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-6}
 FOLDERS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", LLAMA),
-    "llama_tied_with_biases": (
-        "Llama",
-        {
-            **LLAMA,
-            "tie_word_embeddings": True,
-            "attention_bias": True,
-            "mlp_bias": True,
-            "head_dim": 12,
-        },
-    ),
-    "qwen3": (
-        "Qwen3",
-        {**LLAMA, "head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
-    ),
     "granite": (
         "Granite",
         {
@@ -68,17 +54,6 @@ FOLDERS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": (
         "GPT2",
         {"vocab_size": 93, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
-    ),
-    "gpt2_untied": (
-        "GPT2",
-        {
-            "vocab_size": 93,
-            "n_embd": 32,
-            "n_layer": 2,
-            "n_head": 4,
-            "n_positions": 64,
-            "tie_word_embeddings": False,
-        },
     ),
 }
 
@@ -94,36 +69,6 @@ def make_folder(folder: Path, name: str, dtype: torch.dtype = torch.float32) -> 
             parameter.add_(0.1 * torch.randn(parameter.shape, dtype=dtype))
     model.save_pretrained(folder / name)
     return folder / name
-
-
-@pytest.mark.parametrize("name", FOLDERS)
-def test_an_imported_model_computes_what_transformers_computes_and_its_export_is_bit_equal(
-    name: str, tmp_path: Path
-) -> None:
-    original = make_folder(tmp_path, name)
-    report = import_model(original, tmp_path / "run")
-    comparison = check_export(report.checkpoint, original, "float32")
-    assert comparison.relative_difference <= 1e-5
-    exported = export_model(tmp_path / "run", tmp_path / "out", ExportSettings(report.architecture))
-    assert not exported.folded
-    before, after = (
-        safetensors.torch.load_file(folder / "model.safetensors")
-        for folder in (original, tmp_path / "out")
-    )
-    assert before.keys() == after.keys()
-    assert all(
-        torch.equal(before[key].view(torch.uint8), after[key].view(torch.uint8)) for key in before
-    )
-    config, again = (
-        json.loads((folder / "config.json").read_text()) for folder in (original, tmp_path / "out")
-    )
-    multipliers = (
-        "embedding_multiplier",
-        "residual_multiplier",
-        "attention_multiplier",
-        "logits_scaling",
-    )
-    assert [config.get(key) for key in multipliers] == [again.get(key) for key in multipliers]
 
 
 @pytest.mark.parametrize(
@@ -276,7 +221,7 @@ def test_a_model_that_is_not_expressible_is_refused_with_every_reason(tmp_path: 
         "attention_bias": True,
         "quantization_config": {"bits": 4},
     }
-    values["rope_scaling"] = {"rope_type": "llama3", "factor": 8.0}
+    values["rope_scaling"] = {"rope_type": "dynamic", "factor": 8.0}
     values["num_hidden_layers"] = "two"
     with pytest.raises(ConfigError) as error:
         from_hf(values, "config.json")
@@ -288,7 +233,7 @@ def test_a_model_that_is_not_expressible_is_refused_with_every_reason(tmp_path: 
             "hidden_act",
             "attention_bias",
             "quantization_config",
-            "llama3",
+            "dynamic",
             "num_hidden_layers",
         )
     )

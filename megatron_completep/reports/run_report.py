@@ -51,7 +51,7 @@ def _result_sentence(config: Config, rows: Sequence[Row], validation: Sequence[R
     else:
         # A step that was skipped has no loss; NaN where no step has one.
         kind = "Training loss"
-        losses = [row["loss"] for row in rows if row["loss"] is not None]
+        losses = [row["loss"] for row in rows if row.get("loss") is not None]
         loss = losses[-1] if losses else math.nan
     vocab_size = config.model.vocab_size
     uniform = math.log(vocab_size)
@@ -66,7 +66,9 @@ def _facts(config: Config, rows: Sequence[Row]) -> list[list[str]]:
     shape = f"{model.num_layers} layers x {model.hidden_size}"
     flops = tokens * training_flops_per_token(model)
     # The median leaves out the slow steps: the first ones, and those that saved a checkpoint.
-    throughput = statistics.median(row["tokens_per_second"] for row in rows)
+    # A validation before the first step has none.
+    steps = [row for row in rows if row["step"]]
+    throughput = statistics.median(row["tokens_per_second"] for row in steps)
     facts = [
         ["model", f"{shape}, {model.norm}, {model.activation}, {model.position}"],
         ["tokens", f"{tokens:,}, {tokens_per_step(config):,} a step"],
@@ -75,7 +77,7 @@ def _facts(config: Config, rows: Sequence[Row]) -> list[list[str]]:
     ]
     # Known only of devices whose peak throughput is known.
     if rows[-1]["mfu"] is not None:
-        utilisation = statistics.median(row["mfu"] for row in rows)
+        utilisation = statistics.median(row["mfu"] for row in steps)
         facts.append(["model FLOPs utilisation, median step", f"{100 * utilisation:.1f} %"])
     return facts
 
@@ -154,7 +156,7 @@ def loss_figure(runs: dict[str, Sequence[Row]], uniform: float | None = None) ->
 
 def _draw_series(axes: Any, rows: Sequence[Row], key: str, *style: str, **settings: Any) -> Any:
     """Draw one figure by step, where the rows have it; returns the line's colour."""
-    drawn_rows = [row for row in rows if row[key] is not None]
+    drawn_rows = [row for row in rows if row.get(key) is not None]
     steps = [row["step"] for row in drawn_rows]
     figures = [row[key] for row in drawn_rows]
     (line,) = axes.plot(steps, figures, *style, **settings)

@@ -38,19 +38,20 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if arguments.copy is None:
         print("\n".join(str(path) for path in sources))
         return 0
-    copy_files(sources, arguments.copy, arguments.overwrite)
+    targets = [arguments.copy / path.relative_to(CONFIGS) for path in sources]
+    folder = Output("--copy", arguments.copy, folder=True)
+    files = [Output("--copy", target) for target in targets]
+    check_outputs([folder, *files], sources, arguments.overwrite)
+    copy_files(sources, targets)
+    print("\n".join(str(target) for target in targets))
     return 0
 
 
-def copy_files(sources: Sequence[Path], folder: Path, overwrite: bool) -> None:
-    """Copy files of the project's configurations, and say where to."""
-    targets = [folder / path.relative_to(CONFIGS) for path in sources]
-    outputs = [Output("--copy", target) for target in targets]
-    check_outputs(outputs, sources, overwrite)
+def copy_files(sources: Sequence[Path], targets: Sequence[Path]) -> None:
+    """Copy each file to its target, whose folder is made."""
     for source, target in zip(sources, targets, strict=True):
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target)
-        print(target)
 
 
 if __name__ == "__main__":

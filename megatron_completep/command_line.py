@@ -53,6 +53,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str | None = None, **settings: Any):
         settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        settings["epilog"] = as_called(settings.get("epilog") or "")
         description = as_called(description or "")
         super().__init__(description=description, allow_abbrev=False, **settings)
         self._problems: list[str] = []

@@ -16,6 +16,7 @@ from megatron_completep.model.flops import training_flops_per_token
 from megatron_completep.roles import Role
 
 Row = dict[str, Any]
+PARAMETERIZATION_HEADERS = ["role", "initial std", "peak learning rate", "weight decay", "eps"]
 
 
 def run_report(config: Config, rows: Sequence[Row], title: str) -> Report:
@@ -89,17 +90,28 @@ def _validation_row(row: Row, uniform: float) -> list[Any]:
 
 def add_parameterization(report: Report, config: Config) -> None:
     """Add a section with the proxy's base values and what each role gets at this shape."""
-    optimizer = config.optimizer
+    section = report.section("Hyperparameters")
+    section.text(multipliers_sentence(config))
+    section.table(PARAMETERIZATION_HEADERS, parameterization_rows(config))
+
+
+def multipliers_sentence(config: Config) -> str:
+    """How many times the proxy's size the model is, and what follows for its forward pass."""
     completep = config.completep
     table = table_of(config)
-    section = report.section("Hyperparameters")
-    section.text(
+    return (
         f"{completep.parameterization}, alpha {completep.alpha:g}: "
         f"width multiplier {table.width_multiplier:g}, "
         f"depth multiplier {table.depth_multiplier:g}; "
         f"each branch is multiplied by {table.residual_multiplier:g}, "
         f"the logits by {table.logit_multiplier:g}."
     )
+
+
+def parameterization_rows(config: Config) -> list[list[Any]]:
+    """The base values, then those of each role, under PARAMETERIZATION_HEADERS."""
+    optimizer = config.optimizer
+    table = table_of(config)
     base_row = [
         "tuned at the proxy",
         optimizer.base_init_std,
@@ -114,7 +126,7 @@ def add_parameterization(report: Report, config: Config) -> None:
         width_ratio = table.width_multiplier if role == Role.HIDDEN_WEIGHT else 1.0
         row = table.values(role, width_ratio, optimizer)
         rows.append([role.value, row.init_std, row.lr, row.weight_decay, f"{row.eps:.3g}"])
-    section.table(["role", "initial std", "peak learning rate", "weight decay", "eps"], rows)
+    return rows
 
 
 def roles_of(model: ModelConfig) -> list[Role]:

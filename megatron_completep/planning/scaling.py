@@ -283,7 +283,7 @@ def _warnings(
     if memory[fullest].total > 0.94 * gpu.memory:
         warnings.append(
             f"does not fit: pipeline rank {fullest} needs {memory[fullest].total / 1e9:.1f} GB of "
-            f"{gpu.memory / 1e9:.0f} GB. Raise the tensor- or pipeline-parallel size, recompute "
+            f"{gpu.memory / 1e9:.3g} GB. Raise the tensor- or pipeline-parallel size, recompute "
             "more, or take a smaller micro-batch."
         )
     if bubble > 0.15:

@@ -231,12 +231,12 @@ def test_warnings_name_what_does_not_fit_and_what_is_slow():
 
 def test_a_gpu_of_ones_own_figures_changes_what_rests_on_them_and_nothing_else():
     config = config_of({})
-    sheet, own = scaling_plan(config, 64), scaling_plan(config, 64, gpu_of("h100", 494.7, 2))
+    sheet, own = scaling_plan(config, 64), scaling_plan(config, 64, gpu_of("h100", 494.7, 0.7))
     assert own.compute_seconds == pytest.approx(2 * sheet.compute_seconds)
     assert own.memory_seconds == sheet.memory_seconds and own.memory == sheet.memory
-    assert any("2 GB" in warning for warning in own.warnings) and not sheet.warnings
-    text = describe_scaling(config, own, gpu_of("h100", 494.7, 2))
-    assert "64 h100, 494.7 TFLOP/s, 2 GB" in text and "65% of 494.7 TFLOP/s" in text
+    assert any("0.7 GB" in warning for warning in own.warnings) and not sheet.warnings
+    text = describe_scaling(config, own, gpu_of("h100", 494.7, 0.7))
+    assert "64 h100, 494.7 TFLOP/s, 0.7 GB" in text and "65% of 494.7 TFLOP/s" in text
     assert gpu_of("h100") == GPUS["h100"]
 
 

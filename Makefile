@@ -1,3 +1,4 @@
+# make setup        .venv with the project and what it needs; then: source .venv/bin/activate
 # make quickstart   set-up + the main job: corpus, tokenizer, training, report and a sample, on this machine
 # make test         set-up with what tests need + the test suite (without the tests marked slow)
 # make test-slow    the same set-up + the slow statistical tests

@@ -1,15 +1,20 @@
 """Packaging.
 
-`kernels/` and `tools/` are parts of the package through symlinks of these names in
-`megatron_completep/`.
+`kernels/`, `tools/` and `configs/` are parts of the package through symlinks of these names in
+`megatron_completep/`. A wheel holds what they lead to; a source distribution holds links and
+folders as a checkout does, so that it builds and tests as one.
 """
 
 import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.sdist import sdist
 
 HERE = Path(__file__).parent
+# Where the sources are published. A page that shows the README elsewhere links to it.
+REPOSITORY = "https://github.com/megatron-completep/megatron-completep"
+LINKS = ("kernels", "tools", "configs")
 # Read, not imported: importing the package would need what this file is about to install.
 SOURCE = (HERE / "megatron_completep/__init__.py").read_text()
 VERSION = re.search(r'^__version__ = "(.+)"$', SOURCE, re.MULTILINE)
@@ -52,16 +57,68 @@ DESCRIPTION = (
     "hyperparameters tuned on a small proxy hold at any width and depth"
 )
 
+CLASSIFIERS = [
+    "Development Status :: 4 - Beta",
+    "Environment :: Console",
+    "Environment :: GPU :: NVIDIA CUDA",
+    "Intended Audience :: Science/Research",
+    "Operating System :: POSIX :: Linux",
+    "Programming Language :: Python :: 3",
+    "Programming Language :: Python :: 3.11",
+    "Programming Language :: Python :: 3.12",
+    "Programming Language :: Python :: 3.13",
+    "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    "Typing :: Typed",
+]
+
+
+def with_absolute_links(markdown: str) -> str:
+    """A text of the repository's top level, to be shown elsewhere: its links lead to the sources.
+
+    Pictures are wanted as files, pages as GitHub shows them.
+    """
+    picture = re.compile(r"(!\[[^\]]*\]\()(?!https?:|#)")
+    link = re.compile(r"((?<!!)\[[^\]]*\]\()(?!https?:|#)")
+    pictures = picture.sub(rf"\g<1>{REPOSITORY}/raw/v{VERSION[1]}/", markdown)
+    return link.sub(rf"\g<1>{REPOSITORY}/blob/v{VERSION[1]}/", pictures)
+
+
+class SourceDistribution(sdist):
+    """Keeps the package's links, instead of a second copy of what they lead to."""
+
+    def make_release_tree(self, base_dir, files):
+        linked = tuple(f"megatron_completep/{name}/" for name in LINKS)
+        super().make_release_tree(base_dir, [file for file in files if not file.startswith(linked)])
+        for name in LINKS:
+            link = Path(base_dir) / "megatron_completep" / name
+            if not link.is_symlink():
+                link.symlink_to(f"../{name}")
+
+
 setup(
     name="megatron-completep",
     version=VERSION[1],
     description=DESCRIPTION,
-    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description=with_absolute_links((HERE / "README.md").read_text(encoding="utf-8")),
     long_description_content_type="text/markdown",
+    url=REPOSITORY,
+    project_urls={
+        "Documentation": f"{REPOSITORY}/blob/v{VERSION[1]}/docs/index.md",
+        "Changelog": f"{REPOSITORY}/blob/v{VERSION[1]}/CHANGELOG.md",
+        "Issues": f"{REPOSITORY}/issues",
+    },
+    author="The megatron-completep authors",
     license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=["CompleteP", "muP", "hyperparameter transfer", "transformers", "Megatron"],
+    classifiers=CLASSIFIERS,
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_completep", "megatron_completep.*"]),
-    package_data={"megatron_completep": ["py.typed"]},
+    package_data={"megatron_completep": ["py.typed", "configs/*", "configs/launch/*"]},
+    entry_points={
+        "console_scripts": ["megatron-completep = megatron_completep.__main__:main"],
+    },
+    cmdclass={"sdist": SourceDistribution},
     install_requires=[
         "torch>=2.11",
         # It comes with torch's GPU build; beside the CPU build the kernel tests need it.

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
+import importlib
 import re
 from pathlib import Path
-from typing import Any
+from textwrap import dedent
+from typing import Any, NoReturn
+from unittest import mock
 
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
+from megatron_completep.command_line import PROGRAM, Parser, command_name
 from megatron_completep.config.reference import configuration_reference
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,14 +49,15 @@ ROOMS = {
     "instruments": "Does the parameterization hold? Checks, sweeps, replayed traces.",
     "benchmarks": "Our programs timed beside what a user would take instead.",
     "reports": "What runs left behind, for people; the quickstart.",
-    "pretrain": "The program.",
+    "pretrain": "The trainer.",
+    "__main__": "The installed program, which runs the others.",
 }
 
 TOOLS_INTRODUCTION = (
-    "`python tools/NAME.py` in a checkout, `python -m megatron_completep.tools.NAME` where the "
-    "package is installed. `--help` lists every option. Words `section.key=value` set a run's "
-    "configuration and may stand anywhere, before, between and after options. All mistakes of a "
-    "command line are said at once, and what will be written is checked before the work: exit "
+    "`megatron-completep COMMAND` where the package is installed, `python tools/NAME.py` in a "
+    "checkout; `megatron-completep --help` lists the commands. Words `section.key=value` set a "
+    "run's configuration and may stand anywhere, before, between and after options. All mistakes "
+    "of a command line are said at once, and what will be written is checked before the work: exit "
     "code 2. An output is never an input; corpora, tokenizers, checkpoints and YAML files are "
     "replaced only with `--overwrite`, reports and pictures that the project made are renewed. "
     "Ctrl-C ends with one sentence and exit code 130."
@@ -128,12 +134,100 @@ def leaves(link: str, page: Any, config: Any) -> bool:
 
 
 def tools_page() -> str:
-    """Every tool with the text that its --help begins with."""
+    """Every tool with the text that its --help begins with, and every option."""
     sections = ["# Tools", TOOLS_INTRODUCTION]
     for path in sorted((ROOT / "tools").glob("*.py")):
         if path.stem != "__init__":
-            sections.append(f"## {path.stem}\n\n```text\n{_docstring(path) or ''}\n```")
+            sections.append(f"## {path.stem}")
+            sections.append(f"`{PROGRAM} {command_name(path.stem)}`")
+            sections += as_paragraphs(_docstring(path) or "")
+            sections += option_tables(parser_of(path.stem), path.stem)
     return "\n\n".join(sections) + "\n"
+
+
+def as_paragraphs(docstring: str) -> list[str]:
+    """A docstring as Markdown: what is indented is a block of commands, the rest is text."""
+    paragraphs = []
+    for paragraph in docstring.split("\n\n"):
+        if paragraph.startswith("    "):
+            paragraphs.append(f"```bash\n{dedent(paragraph)}\n```")
+        else:
+            escaped = paragraph.replace("<", "&lt;").replace("*", "\\*")
+            paragraphs.append(escaped)
+    return paragraphs
+
+
+class _ParserFound(Exception):
+    """Carries a tool's parser out of the tool, which would go on to its work."""
+
+
+def parser_of(tool: str) -> Parser:
+    """The parser with which a tool reads its command line, with every option added."""
+
+    def leave(parser: Parser, *_: Any) -> NoReturn:
+        raise _ParserFound(parser)
+
+    module = importlib.import_module(f"megatron_completep.tools.{tool}")
+    with mock.patch.object(Parser, "parse_args", leave):
+        try:
+            module.main([])
+        except _ParserFound as found:
+            parser: Parser = found.args[0]
+            return parser
+    raise PluginError(f"tools/{tool}.py reads its command line without a Parser.")
+
+
+def option_tables(parser: argparse.ArgumentParser, name: str) -> list[str]:
+    """The table of a parser's arguments, and a heading and a table for each of its commands."""
+    rows = []
+    commands: dict[str, argparse.ArgumentParser] = {}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            commands = dict(action.choices)
+        elif not isinstance(action, argparse._HelpAction):
+            rows.append(f"| {_argument(action)} | {_meaning(action)} |")
+    sections = []
+    if rows:
+        sections.append("\n".join(["| argument | meaning |", "|---|---|", *rows]))
+    for command, command_parser in commands.items():
+        sections.append(f"### {name} {command}")
+        if command_parser.description:
+            sections.append(_cell(command_parser.description))
+        sections += option_tables(command_parser, f"{name} {command}")
+    return sections
+
+
+def _argument(action: argparse.Action) -> str:
+    """How an argument is written, with its value."""
+    value = action.metavar or (action.dest.upper() if action.nargs != 0 else "")
+    if isinstance(value, tuple):
+        value = " ".join(value)
+    if not action.option_strings:
+        return f"`{value or action.dest}`"
+    written = ", ".join(action.option_strings)
+    # Choices are listed beside their meaning.
+    words = "" if action.nargs == 0 else f" {value}"
+    more = " ..." if action.nargs in ("+", "*") else ""
+    return f"`{written}{words}{more}`" + (" (required)" if action.required else "")
+
+
+def _meaning(action: argparse.Action) -> str:
+    """What an argument says, which values it takes, and its default unless its help names it."""
+    phrases = [_cell(action.help or "")]
+    if action.choices is not None:
+        phrases.append("one of " + ", ".join(f"`{choice}`" for choice in action.choices))
+    is_setting = action.option_strings and action.nargs != 0 and not action.required
+    if is_setting and action.default not in (None, []) and "default" not in (action.help or ""):
+        default = action.default
+        if isinstance(default, list | tuple):
+            default = ",".join(str(entry) for entry in default)
+        phrases.append(f"default: `{default}`")
+    return "; ".join(filter(None, phrases))
+
+
+def _cell(text: str) -> str:
+    """A text as one line of a table, in which a bar would begin another column."""
+    return " ".join(text.replace("%%", "%").split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 def files_page() -> str:

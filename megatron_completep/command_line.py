@@ -20,6 +20,18 @@ from megatron_completep.errors import UserError, say_once
 
 Value = TypeVar("Value")
 
+PROGRAM = "megatron-completep"  # the installed program, whose commands are those of tools/
+# Commands whose names are not those of their files, with dashes.
+_SHORT_NAMES = {
+    "show_plan": "plan",
+    "preprocess_data": "preprocess",
+    "evaluate_model": "evaluate",
+    "export_hf": "export",
+    "import_hf": "import",
+}
+_TOOL = re.compile(r"python tools/(\w+)\.py")
+_TRAINER = re.compile(r"python -m megatron_completep\.pretrain")
+
 _OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)*=")
 _NEGATIVE = re.compile(r"-[\d.]")
 _MISSING = re.compile(r"^the following arguments are required: (.*)$")
@@ -41,6 +53,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str | None = None, **settings: Any):
         settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        settings["epilog"] = as_called(settings.get("epilog") or "")
+        description = as_called(description or "")
         super().__init__(description=description, allow_abbrev=False, **settings)
         self._problems: list[str] = []
 
@@ -63,7 +77,8 @@ class Parser(argparse.ArgumentParser):
         # The description's examples stand one a line; this command's help shows those that call it.
         name = settings["prog"].rpartition(" ")[2]
         lines = (self.description or "").splitlines()
-        examples = [line for line in lines if f".py {name} " in line]
+        calls = re.compile(rf"(\.py|{PROGRAM} \S+) {re.escape(name)} ")
+        examples = [line for line in lines if calls.search(line)]
         epilog = "\n".join(["Example:", "", *examples]) if examples else None
         return Parser(**{"epilog": epilog, **settings})
 
@@ -174,6 +189,27 @@ class Parser(argparse.ArgumentParser):
         if isinstance(action, _Subcommands):
             self.error(problem)
         self._problems.append(problem)
+
+
+def command_name(tool: str) -> str:
+    """The command of the installed program that runs tools/TOOL.py."""
+    return _SHORT_NAMES.get(tool, tool.replace("_", "-"))
+
+
+def call_of(tool: str) -> list[str]:
+    """The words that call a tool, in the way in which this process was called."""
+    return as_called(f"python tools/{tool}.py").split()
+
+
+def as_called(text: str) -> str:
+    """A text whose commands are those of the installed program, if this process is one of them.
+
+    Otherwise they stay `python tools/NAME.py`, as in a checkout.
+    """
+    if not Path(sys.argv[0]).name.startswith(PROGRAM):
+        return text
+    text = _TOOL.sub(lambda call: f"{PROGRAM} {command_name(call[1])}", text)
+    return _TRAINER.sub(f"{PROGRAM} pretrain", text)
 
 
 def _looks_like_option(word: str) -> bool:

@@ -240,7 +240,8 @@ class Report:
 
     def as_markdown(self) -> str:
         """Markdown that points to its pictures as NAME.png."""
-        paragraphs = [f"# {self.title}", self.summary]
+        # Markdown joins lines, unless each but the last ends with two spaces.
+        paragraphs = [f"# {self.title}", self.summary.replace("\n", "  \n")]
         for section in self.sections:
             paragraphs.append(f"## {section.title}")
             paragraphs += [block.as_markdown() for block in section.blocks]

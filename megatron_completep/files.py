@@ -7,11 +7,22 @@ import fcntl
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 FILLING = ".filling"
+
+
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """As many of each path's last names as tell all paths apart; equal paths are numbered."""
+    split_paths = [path.absolute().parts for path in paths]
+    longest = max(map(len, split_paths), default=1)
+    for length in range(1, longest + 1):
+        names = ["/".join(names_of_path[-length:]) for names_of_path in split_paths]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{name} ({number})" for number, name in enumerate(names, start=1)]
 
 
 def write_whole(path: str | os.PathLike[str], data: bytes) -> None:

@@ -25,6 +25,7 @@ LEVELS = [
     "interop instruments",
     "benchmarks reports",
     "pretrain tools",
+    "__main__",
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms.split()}
 WITHOUT_TORCH = {

@@ -42,12 +42,12 @@ def test_the_version_is_known_without_loading_anything():
     assert run.stdout.split(maxsplit=1) == [megatron_completep.__version__, "set()\n"]
 
 
-@pytest.mark.parametrize("name", ["kernels", "tools"])
+@pytest.mark.parametrize("name", ["kernels", "tools", "configs"])
 def test_the_folders_at_the_top_are_subpackages_through_relative_links(name):
     link = ROOT / "megatron_completep" / name
     assert link.is_symlink()
     assert link.readlink() == Path("..") / name
-    assert (link / "__init__.py").is_file()
+    assert name == "configs" or (link / "__init__.py").is_file()
 
 
 def test_no_tool_is_named_like_a_package_it_would_shadow():
@@ -96,7 +96,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("packaging") / "source"
     for path in [
         *committed_files(),
-        *(ROOT / "megatron_completep" / name for name in ("kernels", "tools")),
+        *(ROOT / "megatron_completep" / name for name in ("kernels", "tools", "configs")),
     ]:
         target = folder / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -160,6 +160,8 @@ def test_the_wheel_holds_kernels_and_tools_and_nothing_from_outside_the_package(
             if path in committed_files():
                 assert f"megatron_completep/{path.relative_to(ROOT)}" in names
     assert {"megatron_completep/py.typed", "megatron_completep/config/schema.py"} <= names
+    for path in (ROOT / "configs").rglob("*"):
+        assert path.is_dir() or f"megatron_completep/{path.relative_to(ROOT)}" in names
     tops = {name.split("/")[0] for name in names}
     assert tops == {
         "megatron_completep",
@@ -177,7 +179,12 @@ def test_the_source_distribution_builds_the_same_wheel(
         opened.extraction_filter = getattr(tarfile, "data_filter", None)
         opened.extractall(tmp_path)
     unpacked = tmp_path / archive.name.removesuffix(".tar.gz")
-    assert (unpacked / "tests/support/models.py").exists()  # the tests come with what they import
+    # It is a checkout without git: links are links, and the tests find what they look at.
+    for name in ("kernels", "tools", "configs"):
+        assert (unpacked / "megatron_completep" / name).readlink() == Path("..") / name
+    checked_out = {path.relative_to(ROOT) for path in committed_files()}
+    unpacked_files = {path.relative_to(unpacked) for path in unpacked.rglob("*") if path.is_file()}
+    assert checked_out - unpacked_files == set()
     again = build("wheel", unpacked, tmp_path / "wheel")
     ours, theirs = (
         {n: data for n, data in contents(built).items() if not n.endswith("RECORD")}
@@ -281,6 +288,65 @@ def test_every_tool_of_the_installed_wheel_says_how_it_is_used(installed: Path) 
     assert [
         name for name, (_, text) in found.items() if "xample" not in text and name != "pretrain"
     ] == []
+
+
+def test_the_installed_program_runs_every_tool_by_its_command(installed: Path) -> None:
+    program = "from megatron_completep.__main__ import main; main()"
+    help_text = outside(installed, program, "--help").stdout
+    tools = [path for path in committed_files() if path.parent == ROOT / "tools"]
+    commands = re.findall(r"^  ([a-z-]+)  ", help_text, re.MULTILINE)
+    assert len(commands) == len(set(commands)) == len(tools)  # and the trainer, for __init__
+    assert {"pretrain", "plan", "preprocess", "export", "import", "evaluate"} <= set(commands)
+    plan = outside(installed, program, "plan", "--help").stdout
+    assert "usage: megatron-completep plan" in plan
+    assert "\n    megatron-completep plan configs" in plan
+    assert "python tools/" not in plan
+    wrong = outside(installed, program, "plann")
+    assert (wrong.returncode, wrong.stdout) == (2, "") and "Did you mean plan?" in wrong.stderr
+    (entry,) = installed.glob("*.dist-info/entry_points.txt")
+    assert "megatron-completep = megatron_completep.__main__:main" in entry.read_text()
+
+
+def test_configurations_come_with_the_package_and_are_copied_once(
+    installed: Path, tmp_path: Path
+) -> None:
+    program = "from megatron_completep.__main__ import main; main()"
+    copied = outside(installed, program, "configs", "--copy", str(tmp_path / "mine"))
+    assert copied.returncode == 0, copied.stderr
+    for path in (ROOT / "configs").rglob("*"):
+        copy = tmp_path / "mine" / path.relative_to(ROOT / "configs")
+        assert path.is_dir() or copy.read_bytes() == path.read_bytes()
+    again = outside(installed, program, "configs", "--copy", str(tmp_path / "mine"))
+    assert again.returncode == 2 and "--overwrite" in again.stderr
+
+
+def test_the_description_links_to_what_it_shows(wheel: Path) -> None:
+    (text,) = (data.decode() for name, data in contents(wheel).items() if name.endswith("METADATA"))
+    metadata = email.message_from_string(text)
+    links = re.findall(r"\]\(([^)]+)\)", str(metadata.get_payload()))
+    assert len(links) > 10
+    assert [link for link in links if not link.startswith("https://")] == []
+    home = metadata["Home-page"]
+    inside = [link for link in links if link.startswith(home)]
+    paths = [link.removeprefix(home).split("/", 3)[3].partition("#")[0] for link in inside]
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    assert len(metadata.get_all("Classifier", [])) > 5
+    assert home in (ROOT / "README.md").read_text()  # of which one clones
+
+
+@pytest.mark.slow
+def test_the_quickstart_runs_from_the_wheel_outside_the_checkout(
+    installed: Path, tmp_path: Path
+) -> None:
+    program = f"import os; os.chdir({str(tmp_path)!r})\n"
+    program += "from megatron_completep.__main__ import main; main()"
+    words = ["model.num_layers=4", "model.hidden_size=64", "model.ffn_hidden_size=128"]
+    words += ["model.seq_length=64", "training.train_steps=8", "checkpoint.interval=4"]
+    words += ["training.device=cpu", "training.cpu_threads=1", "training.validation_interval=4"]
+    run = outside(installed, program, "quickstart", "--goal", "-1", *words)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert (tmp_path / "runs/quickstart/report.html").exists()
+    assert "width multiplier 0.5" in run.stdout  # what the table did
 
 
 def test_the_bare_package_loads_no_other_library(installed: Path) -> None:

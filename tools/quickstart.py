@@ -12,6 +12,7 @@ to train anew.
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress, TaskID
@@ -21,14 +22,20 @@ from megatron_completep.errors import exit_on_user_error, when_interrupted
 from megatron_completep.reports.quickstart import Quickstart
 
 
+def default_config() -> Path:
+    """The quickstart's configuration of this folder, otherwise that of the installed package."""
+    here = Path("configs/quickstart.yaml")
+    return here if here.exists() else Path(__file__).resolve().parents[1] / here
+
+
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_overrides()
     parser.add_argument(
         "--config",
         type=file_to_read,
-        default="configs/quickstart.yaml",
-        help="default: configs/quickstart.yaml",
+        default=default_config(),
+        help="default: configs/quickstart.yaml, here or of the package",
     )
     parser.add_argument(
         "--goal",

@@ -16,19 +16,22 @@ parameter.
 
 adds what the run asks of each GPU: memory by kind, bytes and collectives a step, pipeline bubble,
 predicted step time and what it rests on, checkpoint size, and warnings. With --json it stands under
-"scaling".
+"scaling". For a GPU that --gpu does not know, name the nearest one and give its own figures:
+
+    python tools/show_plan.py configs/completep_1b.yaml --world-size 16 --gpu a100 \\
+        --gpu-tflops 181 --gpu-memory 48
 """
 
 import argparse
 import json
 from collections.abc import Sequence
 
-from megatron_completep.command_line import Parser, file_to_read, whole
+from megatron_completep.command_line import Parser, file_to_read, real, whole
 from megatron_completep.config import load_config
 from megatron_completep.errors import UserError, exit_on_user_error
 from megatron_completep.interop.architectures import export_lines, exportable_as
 from megatron_completep.planning.plan import describe, make_plan
-from megatron_completep.planning.scaling import GPUS, scaling_plan
+from megatron_completep.planning.scaling import GPUS, gpu_of, scaling_plan
 from megatron_completep.planning.scaling_report import describe_scaling, scaling_to_json
 
 
@@ -43,18 +46,36 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="plan memory, traffic and time on N GPUs, too",
     )
     parser.add_argument("--gpu", choices=tuple(GPUS), help="which of those GPUs (default: h100)")
+    parser.add_argument(
+        "--gpu-tflops",
+        type=real(above=0),
+        metavar="T",
+        help="the GPU's own dense bf16 peak, in TFLOP/s, in place of the data sheet's",
+    )
+    parser.add_argument(
+        "--gpu-memory",
+        type=real(above=0),
+        metavar="GB",
+        help="the GPU's own memory, in GB of 10^9 bytes, in place of the data sheet's",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     arguments = parse_arguments(argv)
-    if arguments.gpu is not None and arguments.world_size is None:
-        raise UserError(
-            f"--gpu = {arguments.gpu}: says nothing without a number of GPUs. "
-            "Add --world-size N, or leave --gpu out."
-        )
-    gpu = arguments.gpu or "h100"
+    about_gpus = {
+        "--gpu": arguments.gpu,
+        "--gpu-tflops": arguments.gpu_tflops,
+        "--gpu-memory": arguments.gpu_memory,
+    }
+    for option, setting in about_gpus.items():
+        if setting is not None and arguments.world_size is None:
+            raise UserError(
+                f"{option} = {setting}: says nothing without a number of GPUs. "
+                f"Add --world-size N, or leave {option} out."
+            )
+    gpu = gpu_of(arguments.gpu or "h100", arguments.gpu_tflops, arguments.gpu_memory)
     config = load_config(arguments.config, arguments.overrides)
     # What a role trains with needs no number of GPUs; memory, traffic and time do.
     scaling = None

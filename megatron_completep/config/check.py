@@ -334,6 +334,11 @@ def _sources(config: Config) -> Iterator[Problem]:
             f"data.split = '{data.split}' {split_problem}. "
             "Write the three parts training, validation and test, such as '969,30,1'."
         )
+    elif config.training.validation_at_start and not _validates(config):
+        yield (
+            "training.validation_at_start = true has nothing to validate on. Give "
+            "data.validation, or data.split a second part, or set it to false."
+        )
     blends = {"train": data.train, "validation": data.validation or []}
     for name, sources in blends.items():
         for index, source in enumerate(sources):
@@ -342,6 +347,14 @@ def _sources(config: Config) -> Iterator[Problem]:
                     f"data.{name}.{index}: weight = {source.weight} and epochs = {source.epochs} "
                     f"are both given for {source.prefix}. Keep one of the two."
                 )
+
+
+def _validates(config: Config) -> bool:
+    """Whether there is anything to validate on; the split has no problem."""
+    data = config.data
+    if data.validation:
+        return True
+    return data.split is not None and float(data.split.split(",")[1]) > 0
 
 
 def _split_problem(split: str) -> str | None:

@@ -68,6 +68,11 @@ class DataConfig(Section):
     reset_at_document_ends: bool = Field(
         False, description="Attention and positions start anew at document boundaries."
     )
+    mask_loss_at_document_ends: bool = Field(
+        False,
+        description="The first token of a document is no label: nothing before tells it. "
+        "In training and validation; Megatron's --eod-mask-loss.",
+    )
     prefetch: NonNegativeInt = Field(
         2, description="Steps of batches that a worker thread prepares ahead; 0: none."
     )

@@ -357,6 +357,9 @@ class TrainingConfig(Section):
         None, description="Steps between validations; null: only at the end."
     )
     validation_samples: PositiveInt = Field(64, description="Sequences a validation.")
+    validation_at_start: bool = Field(
+        False, description="Validate before the first step, too; metrics have it as step 0."
+    )
 
 
 class CheckpointConfig(Section):

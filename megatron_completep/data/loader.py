@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +21,7 @@ from megatron_completep.config.schema import DataConfig
 from megatron_completep.data.corpus import Corpus, open_corpus
 from megatron_completep.data.samples import Sample
 from megatron_completep.errors import ConfigError, DataError
+from megatron_completep.files import distinct_names
 
 PADDING = -1  # sample id of a padding row in the last validation batch
 
@@ -51,16 +53,30 @@ class Batch:
         return Batch(*tensors)
 
 
+@dataclass(frozen=True)
+class DocumentEnds:
+    """What the ends of documents within a sample change.
+
+    reset: positions count from the beginning of each document. mask_loss: the first token of a
+    document, which the document before does not tell, does not count as a label.
+    """
+
+    reset: bool = False
+    mask_loss: bool = False
+
+    @classmethod
+    def of(cls, data: DataConfig) -> DocumentEnds:
+        """What a run is configured with."""
+        return cls(data.reset_at_document_ends, data.mask_loss_at_document_ends)
+
+
 def make_batch(
     samples: Sequence[Sample | None],
     sample_ids: Sequence[int],
     seq_length: int,
-    reset_at_document_ends: bool,
+    document_ends: DocumentEnds,
 ) -> Batch:
-    """Stack samples; None becomes a row of zeros whose loss mask is 0.
-
-    reset_at_document_ends: positions count from the beginning of each document.
-    """
+    """Stack samples; None becomes a row of zeros whose loss mask is 0."""
     num_samples = len(samples)
     rows = np.zeros((num_samples, seq_length + 1), np.int64)
     mask = np.ones((num_samples, seq_length), np.float32)
@@ -71,6 +87,9 @@ def make_batch(
             mask[row] = 0
             continue
         rows[row] = sample.tokens
+        if document_ends.mask_loss:
+            # The label of position p is token p + 1.
+            mask[row, sample.starts - 1] = 0
         # The last of the S + 1 tokens is only a label, so a document that starts there is ignored.
         starts = sample.starts[sample.starts < seq_length]
         if len(starts) == 0:
@@ -79,7 +98,7 @@ def make_batch(
         # includes 0, since the first token always belongs to document 0.
         document_ids[row, starts] = 1
         np.cumsum(document_ids[row], out=document_ids[row])
-        if reset_at_document_ends:
+        if document_ends.reset:
             all_starts = np.concatenate(([0], starts))
             positions[row] -= all_starts[document_ids[row]]
 
@@ -161,7 +180,7 @@ class Loader:
         seq_length: int,
         global_batch_size: int,
         consumed_samples: int = 0,
-        reset_at_document_ends: bool = False,
+        document_ends: DocumentEnds = DocumentEnds(),
         prefetch: int = 2,
         pin_memory: bool = False,
     ) -> None:
@@ -169,7 +188,7 @@ class Loader:
         self.corpus = corpus
         self._assignment = assignment
         self._seq_length = seq_length
-        self._reset = reset_at_document_ends
+        self._document_ends = document_ends
         self._prefetch = prefetch
         self._pin_memory = pin_memory
         self.global_batch_size = global_batch_size
@@ -256,7 +275,7 @@ class Loader:
         for numbers in self._assignment.micro_batches(num_samples):
             sample_ids = [first_sample + number for number in numbers]
             samples = [self.corpus[sample_id] for sample_id in sample_ids]
-            batch = make_batch(samples, sample_ids, self._seq_length, self._reset)
+            batch = make_batch(samples, sample_ids, self._seq_length, self._document_ends)
             batches.append(batch.pin_memory() if self._pin_memory else batch)
         return batches
 
@@ -298,7 +317,7 @@ def build_loader(
         seq_length=seq_length,
         global_batch_size=global_batch_size,
         consumed_samples=consumed_samples,
-        reset_at_document_ends=data.reset_at_document_ends,
+        document_ends=DocumentEnds.of(data),
         prefetch=data.prefetch,
         pin_memory=pin_memory,
     )
@@ -318,17 +337,30 @@ class ValidationBatches:
         assignment: SampleAssignment,
         samples: int,
         seq_length: int,
-        reset_at_document_ends: bool,
+        document_ends: DocumentEnds = DocumentEnds(),
     ) -> None:
         if samples <= 0:
             raise DataError(f"training.validation_samples = {samples}: at least one is needed.")
         self.corpus = corpus
         self.num_samples = samples
         self._seq_length = seq_length
-        self._reset = reset_at_document_ends
+        self._document_ends = document_ends
         # Rounded up: the last round may be padded.
         num_rounds = -(-samples // assignment.samples_per_round)
         self._micro_batches = assignment.micro_batches(num_rounds * assignment.samples_per_round)
+
+    @property
+    def source_names(self) -> list[str]:
+        """A short name of each validation source, in the order of the configuration."""
+        prefixes = [Path(source.dataset.prefix) for source in self.corpus.sources]
+        return distinct_names(prefixes)
+
+    def source_of(self, sample_id: int) -> int:
+        """The number of the source that a sample comes from; of a padding row, the first."""
+        if sample_id == PADDING:
+            return 0
+        source, _ = self.corpus.blend[sample_id]
+        return int(source)
 
     def __len__(self) -> int:
         return len(self._micro_batches)
@@ -341,7 +373,7 @@ class ValidationBatches:
                 is_padding = number >= self.num_samples
                 sample_ids.append(PADDING if is_padding else number)
                 samples.append(None if is_padding else self.corpus[number])
-            yield make_batch(samples, sample_ids, self._seq_length, self._reset)
+            yield make_batch(samples, sample_ids, self._seq_length, self._document_ends)
 
 
 def validation_batches(
@@ -370,5 +402,5 @@ def validation_batches(
         SampleAssignment(micro_batch_size, data_rank, data_size),
         min(samples, corpus.num_samples),
         seq_length,
-        data.reset_at_document_ends,
+        DocumentEnds.of(data),
     )

@@ -23,7 +23,7 @@ from megatron_completep.optim.optimizer import DistributedOptimizer
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.exchange import Exchange
 from megatron_completep.parallel.gradients import main_grad_of
-from megatron_completep.run.hook import Hook, Stage, StepRecord
+from megatron_completep.run.hook import BeginRecord, Hook, Stage, StepRecord
 from megatron_completep.run.state import ExitCode, RunState, RunStopped
 from megatron_completep.telemetry.metrics import METRICS
 
@@ -38,6 +38,9 @@ class Heartbeat(Hook):
     def __init__(self, watchdog: Watchdog):
         self._watchdog = watchdog
         self._begun = False
+
+    def before_training(self, record: BeginRecord) -> None:
+        self._watchdog.heartbeat()  # a validation may follow, and has the whole time
 
     def before_step(self, step: int) -> None:
         # The first step ends the phases of the start. From then on only finished steps are signs of

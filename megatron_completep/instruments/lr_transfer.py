@@ -554,10 +554,13 @@ def analyse(folder: Path, baseline: str = "mup") -> Analysis:
             f"{folder}: no curve is complete for any seed; "
             f"{len(results)} of {len(points)} points are done. Finish the sweep."
         )
+    return analysis_of(curves, baseline, len(results), len(points) - len(results))
+
+
+def analysis_of(curves: list[Curve], baseline: str, done: int, missing: int) -> Analysis:
+    """All figures that follow from curves; done, missing: the points of their sweep."""
     optima = [summarize(curve, base_curve(curve, curves)) for curve in curves]
-    missing = len(points) - len(results)
-    all_savings = savings(curves, baseline)
-    return Analysis(curves, optima, drifts(curves), all_savings, len(results), missing)
+    return Analysis(curves, optima, drifts(curves), savings(curves, baseline), done, missing)
 
 
 def _report_order(curve: Curve) -> tuple[float, str, int, int, int]:

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_completep.command_line import call_of
 from megatron_completep.config import save_config
 from megatron_completep.instruments import sweep
 from megatron_completep.instruments.lr_transfer import Curve, CurveSummary, base_curve, setting_of
 from megatron_completep.instruments.trial import PARAMETERIZATIONS
 
 PROXY = "proxy.yaml"
-TOOL = ("python", "tools/lr_transfer.py")
 BEYOND = 2.0  # octaves that are swept beyond an edge
 DEEPER = 4  # times the proxy's depth: a target for the example of `plan`
 
@@ -154,7 +154,7 @@ def _sweep(
         "--init-stds": repr(curve.base_init_std),
         "--seeds": str(seed_count),
     }
-    words = [*TOOL, "sweep", str(folder / PROXY), "--out", str(folder)]
+    words = [*call_of("lr_transfer"), "sweep", str(folder / PROXY), "--out", str(folder)]
     # With an equals sign, for a word that begins with a minus would be taken for an option.
     words.append(f"--lr={_rates(low, high, step)}")
     for option, argument in options.items():
@@ -175,7 +175,13 @@ def _rates(low: float, high: float, step: float) -> str:
 def _plan(folder: Path, proxy: Curve) -> str:
     """The command that plans a deeper target from the proxy."""
     target_layers = DEEPER * proxy.num_layers
-    words = [*TOOL, "plan", str(folder), str(folder / PROXY), f"model.num_layers={target_layers}"]
+    words = [
+        *call_of("lr_transfer"),
+        "plan",
+        str(folder),
+        str(folder / PROXY),
+        f"model.num_layers={target_layers}",
+    ]
     # At the base depth, rules that coincide with CompleteP share its configuration, so the proxy's
     # file names CompleteP and the command must name the rule.
     if proxy.parameterization != "completep":

@@ -86,15 +86,24 @@ def report(folder: Path, baseline: str = "mup", say: Say = lambda text: None) ->
 
 def summary(analysis: Analysis) -> str:
     """The findings as text, one a line: best learning rates, drifts, regrets, savings."""
-    lines = [f"{analysis.points_done} points done, {analysis.points_missing} missing"]
-    lines += best_rates(analysis.curves, analysis.optima)
-    lines += [_drift_line(drift) for drift in analysis.drifts]
+    rates = best_rates(analysis.curves, analysis.optima)
+    return "\n".join([points_line(analysis), *rates, *verdict_lines(analysis)])
+
+
+def points_line(analysis: Analysis) -> str:
+    """How much of the sweep the figures rest on."""
+    return f"{analysis.points_done} points done, {analysis.points_missing} missing"
+
+
+def verdict_lines(analysis: Analysis) -> list[str]:
+    """Drifts, regrets and savings with their verdicts, one a line."""
+    lines = [_drift_line(drift) for drift in analysis.drifts]
     for optimum in analysis.optima:
         # The base shape is not compared with itself.
         if optimum.regret is not None:
             lines.append(_regret_line(optimum, optimum.regret))
     lines += [_saving_line(saving) for saving in analysis.savings]
-    return "\n".join(lines)
+    return lines
 
 
 def _drift_line(drift: Drift) -> str:
@@ -116,14 +125,16 @@ def _saving_line(saving: Saving) -> str:
 
 def build(analysis: Analysis) -> Report:
     """The document: drift, the optima of all shapes, compute saved, and the curves."""
-    document = Report("Learning-rate transfer", summary(analysis))
+    # The best learning rates stand in a table of their own.
+    findings = "\n".join([points_line(analysis), *verdict_lines(analysis)])
+    document = Report("Learning-rate transfer", findings)
     # A sweep over one depth has no drift, and one of a single length of training no savings.
     if analysis.drifts:
         _add_drifts(document, analysis.drifts)
     _add_optima(document, analysis.optima)
     if analysis.savings:
         _add_savings(document, analysis)
-    _add_curves(document, analysis.curves)
+    _add_curves(document, analysis.curves, analysis.optima)
     return document
 
 
@@ -149,7 +160,12 @@ def _add_optima(document: Report, optima: Sequence[CurveSummary]) -> None:
         f"Regret: nats lost at the smallest shape's optimum; up to {REGRET_BAND} is small.",
     )
     caption = f"Edge: the mean loss is more than {DIVERGENCE_NATS} nats over the best."
-    section.table(_OPTIMUM_HEADERS, [optimum_row(optimum) for optimum in optima], caption)
+    headers, rows, common = without_common_columns(
+        _OPTIMUM_HEADERS, [optimum_row(optimum) for optimum in optima]
+    )
+    if common:
+        caption += f" All: {', '.join(common)}."
+    section.table(headers, rows, caption)
 
 
 def _add_savings(document: Report, analysis: Analysis) -> None:
@@ -166,15 +182,39 @@ def _add_savings(document: Report, analysis: Analysis) -> None:
     section.picture("savings", figure, caption)
 
 
-def _add_curves(document: Report, curves: Sequence[Curve]) -> None:
+def _add_curves(document: Report, curves: Sequence[Curve], optima: Sequence[CurveSummary]) -> None:
     """One section a weight decay, with all its curves in one picture."""
     # A single learning rate is no curve.
     swept = [curve for curve in curves if curve.swept]
     for decay in sorted({curve.base_weight_decay for curve in swept}):
         section = document.section(f"Curves, weight decay {decay:g}")
-        figure = draw_curves([curve for curve in swept if curve.base_weight_decay == decay])
-        caption = f"Held-out loss over the learning rate, weight decay {decay:g}."
+        pairs = zip(curves, optima, strict=True)
+        shown = [(c, o) for c, o in pairs if c.swept and c.base_weight_decay == decay]
+        figure = draw_curves([curve for curve, _ in shown], [optimum for _, optimum in shown])
+        caption = (
+            f"Held-out loss over the learning rate, weight decay {decay:g}. Diamonds: the best "
+            "learning rate with its 95 % interval. Dashed: that of the base shape."
+        )
         section.picture(f"curves_wd_{decay:g}", figure, caption)
+
+
+def without_common_columns(
+    headers: Sequence[str], rows: Sequence[list[Any]]
+) -> tuple[list[str], list[list[Any]], list[str]]:
+    """(headers, rows without the columns in which all rows agree, what they agree in).
+
+    A table of fifteen columns does not fit on a page. One row alone stays as it is.
+    """
+    kept = []
+    common = []
+    for column, header in enumerate(headers):
+        cells = {row[column] for row in rows}
+        if len(rows) < 2 or len(cells) > 1:
+            kept.append(column)
+        elif (cell := cells.pop()) not in (None, ""):
+            common.append(f"{header} {cell}")
+    shorter_rows = [[row[column] for column in kept] for row in rows]
+    return [headers[column] for column in kept], shorter_rows, common
 
 
 def optimum_row(optimum: CurveSummary) -> list[Any]:
@@ -230,22 +270,24 @@ def regret_text(regret: Estimate) -> str:
     return f"{regret.value:.3f} [{regret.low:.3f}, {regret.high:.3f}]"
 
 
-def draw_curves(curves: Sequence[Curve]) -> Any:
+def draw_curves(curves: Sequence[Curve], optima: Sequence[CurveSummary]) -> Any:
     """A figure of the loss over the learning rate, one panel a parameterization, one line a shape.
 
-    Bands are the range over seeds, stars the best points of the grid.
+    Bands are the range over seeds. A diamond is the vertex of a curve with its 95 % interval, which
+    is left out where it is unbounded; the dashed line goes through that of the base shape, at which
+    the learning rate was tuned. The product's panel is the first, and all share both axes.
     """
-    rules = list(dict.fromkeys(curve.parameterization for curve in curves))
+    rules = _product_first(curves)
     figure = new_figure(4.2 * len(rules), 4.0)
-    panels = figure.subplots(1, len(rules), sharey=True, squeeze=False)[0]
+    panels = figure.subplots(1, len(rules), sharex=True, sharey=True, squeeze=False)[0]
     sizes = sorted({(c.num_layers, c.hidden_size, c.train_steps) for c in curves})
     for panel, rule in zip(panels, rules, strict=True):
-        for curve in curves:
+        for curve, optimum in zip(curves, optima, strict=True):
             if curve.parameterization == rule:
                 size = (curve.num_layers, curve.hidden_size, curve.train_steps)
                 # Larger shapes are redder, in all panels alike.
                 rank = sizes.index(size) / max(1, len(sizes) - 1)
-                _draw_curve(panel, curve, (0.15 + 0.75 * rank, 0.25, 0.85 - 0.7 * rank))
+                _draw_curve(panel, curve, optimum, (0.15 + 0.75 * rank, 0.25, 0.85 - 0.7 * rank))
         panel.set_title(rule)
         panel.set_xlabel("log2 learning rate")
         panel.grid(alpha=0.3)
@@ -258,16 +300,39 @@ def draw_curves(curves: Sequence[Curve]) -> Any:
     return figure
 
 
-def _draw_curve(panel: Any, curve: Curve, color: tuple[float, float, float]) -> None:
-    mean = curve.mean
+def _product_first(curves: Sequence[Curve]) -> list[str]:
+    """The rules of the curves: CompleteP before what it is compared with."""
+    rules = dict.fromkeys(curve.parameterization for curve in curves)
+    return sorted(rules, key=lambda rule: rule != "completep")
+
+
+def _draw_curve(
+    panel: Any, curve: Curve, optimum: CurveSummary, color: tuple[float, float, float]
+) -> None:
     label = f"{curve.num_layers} x {curve.hidden_size}, {curve.train_steps} steps"
-    panel.plot(curve.log2_lr, mean, marker="o", color=color, label=label)
+    panel.plot(curve.log2_lr, curve.mean, marker="o", markersize=4, color=color, label=label)
     # The range over seeds shows what of a curve's shape is noise.
     lowest = curve.losses.min(axis=1)
     highest = curve.losses.max(axis=1)
-    panel.fill_between(curve.log2_lr, lowest, highest, color=color, alpha=0.15)
-    best = int(mean.argmin())
-    panel.plot(curve.log2_lr[best], mean[best], marker="*", markersize=14, color=color)
+    panel.fill_between(curve.log2_lr, lowest, highest, color=color, alpha=0.12)
+
+    vertex = optimum.log2_lr
+    interval = [[vertex.value - vertex.low], [vertex.high - vertex.value]]
+    bounded = np.isfinite(interval).all()
+    panel.errorbar(
+        [vertex.value],
+        [optimum.loss.value],
+        xerr=interval if bounded else None,
+        marker="D",
+        markersize=7,
+        markeredgecolor="white",
+        capsize=4,
+        color=color,
+        zorder=3,
+    )
+    # The base shape is not compared with itself.
+    if optimum.drift is None:
+        panel.axvline(vertex.value, color=color, linestyle="--", linewidth=1)
 
 
 def _loss_limits(curves: Sequence[Curve]) -> tuple[float, float]:
@@ -286,7 +351,7 @@ def draw_lengths(curves: Sequence[Curve]) -> Any:
 
     One panel a parameterization, one line a shape; bars are 95 % intervals.
     """
-    rules = list(dict.fromkeys(curve.parameterization for curve in curves))
+    rules = _product_first(curves)
     shapes = sorted({(curve.num_layers, curve.hidden_size) for curve in curves})
     figure = new_figure(4.2 * len(rules), 4.0)
     panels = figure.subplots(1, len(rules), sharey=True, squeeze=False)[0]

@@ -6,6 +6,8 @@ over them. T tokens (S * B), V local vocabulary rows, H hidden.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
@@ -97,6 +99,20 @@ class Unembedding(VocabShard):
         self.multiplier = multiplier
         self.loss = loss
         self._term_sums: Tensor | None = None  # over the passes since they were last taken
+        self._token_losses: list[Tensor] | None = None  # of the passes that are recorded
+
+    @contextmanager
+    def recording_token_losses(self) -> Iterator[list[Tensor]]:
+        """Within, every pass with labels adds its token losses to the list, in order.
+
+        A micro-batch adds S * B of them, the sequence before the batch, in one tensor or several; a
+        label that does not count adds 0.
+        """
+        self._token_losses = []
+        try:
+            yield self._token_losses
+        finally:
+            self._token_losses = None
 
     def take_terms(self) -> Tensor:
         """Sums of `loss.terms` [n] over the tokens of all training passes since the last call."""
@@ -182,7 +198,7 @@ class _UnembeddingLoss(torch.autograd.Function):
         products = head.context.products
         rows = ranks.sequence.gather(x).flatten(0, 1)
         chunk_tokens = head.chunk_tokens(rows.shape[0], weight.element_size())
-        token_loss = _TokenLoss(head, head.multiplier, ranks.tensor, loss)
+        token_loss = _TokenLoss(head, head.multiplier, ranks.tensor, loss, head._token_losses)
         ctx.head = head
         ctx.shape = x.shape
         ctx.keeps_logits = rows.shape[0] <= chunk_tokens
@@ -242,6 +258,7 @@ class _TokenLoss:
     multiplier: float
     axis: Axis
     loss: LossConfig
+    record: list[Tensor] | None = None  # where the losses of single tokens are kept
 
     def forward(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(sum [] of the losses, sums [n] of their terms, logsumexp [T]); logits stay."""
@@ -276,7 +293,10 @@ class _TokenLoss:
 
         # `where` and not a product: a loss that is not finite, times 0, would stay so.
         ignored = labels == IGNORED
-        total = torch.where(ignored, 0.0, losses).sum()
+        counted_losses = torch.where(ignored, 0.0, losses)
+        if self.record is not None:
+            self.record.append(counted_losses)
+        total = counted_losses.sum()
         terms = [torch.where(ignored, 0.0, term_losses[name]).sum() for name in self.loss.terms]
         return total, torch.stack(terms) if terms else total.new_empty(0), lse
 

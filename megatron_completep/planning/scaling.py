@@ -7,7 +7,7 @@ from the modules of the model. Tests hold them against the real construction cod
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_completep.config.check import check_world
 from megatron_completep.config.derived import (
@@ -121,16 +121,32 @@ class ScalingPlan:
     warnings: tuple[str, ...]
 
 
-def scaling_plan(config: Config, world_size: int, gpu_name: str = "h100") -> ScalingPlan:
+def gpu_of(name: str, tflops: float | None = None, memory_gb: float | None = None) -> Gpu:
+    """A GPU of the table, or one that is like it but for its own figures.
+
+    tflops: dense bf16 peak, in 10^12 FLOP/s. memory_gb: in 10^9 bytes. Raises ConfigError for a
+    name that is not in the table.
+    """
+    if name not in GPUS:
+        raise ConfigError(
+            f"--gpu {name} is not known. Use one of: {', '.join(GPUS)}; for another one the "
+            "nearest of them with --gpu-tflops and --gpu-memory."
+        )
+    gpu = GPUS[name]
+    if tflops is not None:
+        gpu = replace(gpu, peak_flops=tflops * 1e12, name=f"{gpu.name}, {tflops:g} TFLOP/s")
+    if memory_gb is not None:
+        gpu = replace(gpu, memory=memory_gb * 1e9, name=f"{gpu.name}, {memory_gb:g} GB")
+    return gpu
+
+
+def scaling_plan(config: Config, world_size: int, gpu: Gpu = GPUS["h100"]) -> ScalingPlan:
     """The plan of `config` on `world_size` GPUs.
 
-    Raises ConfigError for an unknown GPU, a world size that does not fit, or a branch that does not
-    say what it costs.
+    Raises ConfigError for a world size that does not fit, or a branch that does not say what it
+    costs.
     """
-    if gpu_name not in GPUS:
-        raise ConfigError(f"--gpu {gpu_name} is not known. Use one of: {', '.join(GPUS)}.")
     check_world(config, world_size)
-    gpu = GPUS[gpu_name]
     parallel = config.parallel
     gradient_size = gradient_parallel_size(config, world_size)
     micro_batches = micro_batches_per_step(config, world_size)
@@ -267,7 +283,7 @@ def _warnings(
     if memory[fullest].total > 0.94 * gpu.memory:
         warnings.append(
             f"does not fit: pipeline rank {fullest} needs {memory[fullest].total / 1e9:.1f} GB of "
-            f"{gpu.memory / 1e9:.0f} GB. Raise the tensor- or pipeline-parallel size, recompute "
+            f"{gpu.memory / 1e9:.3g} GB. Raise the tensor- or pipeline-parallel size, recompute "
             "more, or take a smaller micro-batch."
         )
     if bubble > 0.15:

@@ -9,10 +9,10 @@ from typing import Any
 from megatron_completep.config.schema import Config
 from megatron_completep.planning.communication import Collective, collectives_per_step
 from megatron_completep.planning.scaling import (
-    GPUS,
     MATRIX_EFFICIENCY,
     MEMORY_EFFICIENCY,
     NETWORK_EFFICIENCY,
+    Gpu,
     RankMemory,
     ScalingPlan,
 )
@@ -20,14 +20,14 @@ from megatron_completep.planning.scaling import (
 SHOWN_RANKS = 8  # pipeline ranks listed one by one; of more, the ends and the fullest
 
 
-def scaling_to_json(config: Config, plan: ScalingPlan, gpu: str) -> dict[str, Any]:
+def scaling_to_json(config: Config, plan: ScalingPlan, gpu: Gpu) -> dict[str, Any]:
     """Every figure of the plan, the assumptions, and the collectives of the first pipeline rank."""
     memory = [{**asdict(rank), "total": rank.total} for rank in plan.memory]
     collectives = merged(collectives_per_step(config, plan.world_size))
     return {
         **asdict(plan),
         "memory": memory,
-        "gpu": gpu,
+        "gpu": gpu.name,
         "assumptions": assumptions(gpu),
         "collectives": [_collective_to_json(collective) for collective in collectives],
     }
@@ -40,12 +40,12 @@ def _collective_to_json(collective: Collective) -> dict[str, Any]:
     return entry
 
 
-def describe_scaling(config: Config, plan: ScalingPlan, gpu: str) -> str:
+def describe_scaling(config: Config, plan: ScalingPlan, gpu: Gpu) -> str:
     """The plan as text: layout, memory, traffic, time, warnings."""
     parallel = config.parallel
     training = config.training
     lines = [
-        f"{plan.world_size} {gpu}: tensor {parallel.tensor_parallel_size} x "
+        f"{plan.world_size} {gpu.name}: tensor {parallel.tensor_parallel_size} x "
         f"pipeline {parallel.pipeline_parallel_size} x data {plan.data_parallel_size}; "
         f"{plan.micro_batches} micro-batches of {training.micro_batch_size} a rank and step; "
         f"recompute {training.recompute}",
@@ -63,16 +63,15 @@ def describe_scaling(config: Config, plan: ScalingPlan, gpu: str) -> str:
     return "\n".join(lines)
 
 
-def assumptions(gpu: str) -> list[str]:
+def assumptions(gpu: Gpu) -> list[str]:
     """What the predicted time rests on."""
-    sheet = GPUS[gpu]
     return [
         f"matrix products and attention reach {MATRIX_EFFICIENCY:.0%} of "
-        f"{sheet.peak_flops / 1e12:g} TFLOP/s",
+        f"{gpu.peak_flops / 1e12:g} TFLOP/s",
         f"norms, activations, rotations, loss and optimizer reach {MEMORY_EFFICIENCY:.0%} of "
-        f"{sheet.memory_bandwidth / 1e12:g} TB/s; embeddings and dropout are left out",
-        f"collectives reach {NETWORK_EFFICIENCY:.0%} of {sheet.node_bandwidth / 1e9:g} GB/s "
-        f"inside a node of {sheet.per_node} and of {sheet.network_bandwidth / 1e9:g} GB/s between "
+        f"{gpu.memory_bandwidth / 1e12:g} TB/s; embeddings and dropout are left out",
+        f"collectives reach {NETWORK_EFFICIENCY:.0%} of {gpu.node_bandwidth / 1e9:g} GB/s "
+        f"inside a node of {gpu.per_node} and of {gpu.network_bandwidth / 1e9:g} GB/s between "
         "nodes",
         "tensor collectives are hidden in half of the backward pass, data and pipeline traffic "
         "altogether",

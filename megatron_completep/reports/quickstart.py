@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -20,9 +21,11 @@ from typing import Any
 
 import torch
 
+from megatron_completep.command_line import call_of
 from megatron_completep.config import Config, load_config
 from megatron_completep.config.json_text import read_json_object
 from megatron_completep.data.tokenizer import build_tokenizer
+from megatron_completep.document import show
 from megatron_completep.errors import ConfigError, DataError, UserError
 from megatron_completep.files import write_whole
 from megatron_completep.inference.generation import Sampling, generate_text, load_model
@@ -30,7 +33,12 @@ from megatron_completep.parallel.context import choose_device
 from megatron_completep.preprocess.run import preprocess
 from megatron_completep.preprocess.settings import PreprocessSettings, TokenizerChoice
 from megatron_completep.preprocess.tokenizer_training import TrainingSettings, train_tokenizer
-from megatron_completep.reports.run_report import run_report
+from megatron_completep.reports.run_report import (
+    PARAMETERIZATION_HEADERS,
+    multipliers_sentence,
+    parameterization_rows,
+    run_report,
+)
 from megatron_completep.run.precision import choose_precision
 from megatron_completep.telemetry.metrics import read_metrics
 
@@ -79,11 +87,9 @@ class Quickstart:
             reports = self._token_files(folder, config)
 
         # Training is stopped half-way so that the quickstart also shows how a run is resumed.
-        layers = config.model.num_layers
-        base_layers = config.completep.base_num_layers
-        proxy = f"the hyperparameters of the {base_layers}-layer proxy"
         middle = config.checkpoint.interval or config.training.train_steps // 2
-        with self._stage(f"Train {layers} layers with {proxy}"):
+        with self._stage(f"Train {shape_of_target(config)}"):
+            self.say("\n".join(what_the_table_did(config)))
             self._train(processes, [f"training.stop_at_step={middle}"])
         with self._stage(f"Start again: go on from the checkpoint of step {middle}"):
             self._train(processes, [])
@@ -205,7 +211,51 @@ class Quickstart:
             f"{folder}/ holds report.html, report.md, loss.png, metrics.jsonl, "
             "tensorboard/ and checkpoints/"
         )
+        self.say("\n".join(next_commands(config)))
         return below
+
+
+def shape_of_target(config: Config) -> str:
+    """The model and its proxy, in words."""
+    model = config.model
+    completep = config.completep
+    base_layers = completep.base_num_layers or model.num_layers
+    base_width = completep.base_hidden_size or model.hidden_size
+    return (
+        f"{model.num_layers} layers of width {model.hidden_size} with what was tuned at "
+        f"{base_layers} layers of width {base_width}"
+    )
+
+
+def what_the_table_did(config: Config) -> list[str]:
+    """Lines of a table: the proxy's values, and what each role of the model trains with."""
+    lines = [multipliers_sentence(config)]
+    rows = [PARAMETERIZATION_HEADERS, *parameterization_rows(config)]
+    cells = [[show(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
+        padded = [f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)]
+        lines.append("  " + "  ".join(padded).rstrip())
+    return lines
+
+
+def next_commands(config: Config) -> list[str]:
+    """What to do after the quickstart, as commands that run as they stand."""
+    folder = config.training.output_dir
+    generate = [*call_of("generate"), folder, "--prompt", "import ", "--max-new-tokens", "100"]
+    tokenizer = config.data.tokenizer
+    assert tokenizer is not None and tokenizer.model is not None
+    preprocess_words = [
+        *call_of("preprocess_data"),
+        *("--input", "YOUR_TEXT", "--output-prefix", "data/own", "--append-eod"),
+        *("--tokenizer-type", tokenizer.type, "--tokenizer-model", tokenizer.model),
+    ]
+    return [
+        "next, more of what it writes:",
+        f"  {shlex.join(generate)}",
+        "and a folder of your own text, which README.md goes on with:",
+        f"  {shlex.join(preprocess_words)}",
+    ]
 
 
 def _last_validation_loss(rows: Sequence[dict[str, Any]]) -> float:

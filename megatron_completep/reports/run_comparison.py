@@ -19,6 +19,7 @@ from megatron_completep.reports.run_files import Run, differences, is_figure
 BINS = 400  # a longer curve is drawn as the means of this many bins, over the range in each
 START = 0.05  # of the longest curve: its fall may run out of the picture of the losses
 LAST = 20  # steps whose mean is called the last training loss
+SOURCES = ("validation_loss/",)  # of one validation source
 TELEMETRY = ("activation_rms/final", "attention_logit_max", "update_ratio/")
 Across = Callable[[Run], "np.ndarray[Any, Any] | None"]
 Panel = tuple[str, str, bool]  # (key of a row, what it is, whether its axis is logarithmic)
@@ -42,24 +43,25 @@ def compare(runs: Sequence[Run], title: str = "") -> Report:
     report = Report(title or default_title, "" if title or alone else names)
     _summary(report.section("Summary"), runs)
     _losses(report.section("Loss"), runs)
+    _gallery(report, "Validation by source", runs, _panels(runs, SOURCES, log=False))
     _gallery(report, "Optimizer", runs, OPTIMIZER_PANELS)
     _gallery(report, "Speed", runs, SPEED_PANELS)
     explanation = (
         "What the table of the parameterization predicts to be the same at every size; "
         "it is divided out."
     )
-    _gallery(report, "Parameterization", runs, _telemetry_panels(runs), explanation)
+    _gallery(report, "Parameterization", runs, _panels(runs, TELEMETRY, log=True), explanation)
     _settings(report, runs)
     return report
 
 
-def _telemetry_panels(runs: Sequence[Run]) -> list[Panel]:
-    """A panel for every telemetry figure that any run has: which there are depends on the model."""
+def _panels(runs: Sequence[Run], prefixes: tuple[str, ...], log: bool) -> list[Panel]:
+    """A panel for every figure with one of these beginnings that any run has."""
     keys: set[str] = set()
     for run in runs:
         for row in run.rows:
-            keys.update(key for key in row if key.startswith(TELEMETRY))
-    return [(key, key.replace("/", " of ").replace("_", " "), True) for key in sorted(keys)]
+            keys.update(key for key in row if key.startswith(prefixes))
+    return [(key, key.replace("/", " of ").replace("_", " "), log) for key in sorted(keys)]
 
 
 def summarize(run: Run) -> dict[str, Any]:
@@ -124,8 +126,9 @@ def hours_at(run: Run) -> Any:
 
     None where a row does not say, or where earlier rows are missing.
     """
-    seconds = [row.get("step_seconds") for row in run.rows]
-    if not all(map(is_figure, seconds)) or run.rows[0]["step"] != 1:
+    # A validation before the first step stands at its beginning.
+    seconds = [row.get("step_seconds") if row["step"] else 0.0 for row in run.rows]
+    if not all(map(is_figure, seconds)) or run.rows[0]["step"] > 1:
         return None
     return np.cumsum(np.array(seconds, dtype=float)) / 3600
 

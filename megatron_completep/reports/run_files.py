@@ -14,6 +14,7 @@ from megatron_completep.config.json_text import parse_json, read_bounded
 from megatron_completep.config.schema import ModelConfig
 from megatron_completep.config.yaml_text import MAX_BYTES, parse_yaml
 from megatron_completep.errors import DataError, UserError
+from megatron_completep.files import distinct_names
 
 Row = dict[str, Any]
 
@@ -181,13 +182,7 @@ def short_names(places: Sequence[Path]) -> list[str]:
     """As many of each path's last names as tell all paths apart; equal paths are numbered."""
     # A metrics file is named by its folder, for all of them have the same name.
     folders = [place.parent if place.name == "metrics.jsonl" else place for place in places]
-    split_paths = [folder.absolute().parts for folder in folders]
-    longest = max(map(len, split_paths), default=1)
-    for length in range(1, longest + 1):
-        names = ["/".join(names_of_path[-length:]) for names_of_path in split_paths]
-        if len(set(names)) == len(names):
-            return names
-    return [f"{name} ({number})" for number, name in enumerate(names, start=1)]
+    return distinct_names(folders)
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:

@@ -16,6 +16,7 @@ from megatron_completep.model.flops import training_flops_per_token
 from megatron_completep.roles import Role
 
 Row = dict[str, Any]
+PARAMETERIZATION_HEADERS = ["role", "initial std", "peak learning rate", "weight decay", "eps"]
 
 
 def run_report(config: Config, rows: Sequence[Row], title: str) -> Report:
@@ -51,7 +52,7 @@ def _result_sentence(config: Config, rows: Sequence[Row], validation: Sequence[R
     else:
         # A step that was skipped has no loss; NaN where no step has one.
         kind = "Training loss"
-        losses = [row["loss"] for row in rows if row["loss"] is not None]
+        losses = [row["loss"] for row in rows if row.get("loss") is not None]
         loss = losses[-1] if losses else math.nan
     vocab_size = config.model.vocab_size
     uniform = math.log(vocab_size)
@@ -66,7 +67,9 @@ def _facts(config: Config, rows: Sequence[Row]) -> list[list[str]]:
     shape = f"{model.num_layers} layers x {model.hidden_size}"
     flops = tokens * training_flops_per_token(model)
     # The median leaves out the slow steps: the first ones, and those that saved a checkpoint.
-    throughput = statistics.median(row["tokens_per_second"] for row in rows)
+    # A validation before the first step has none.
+    steps = [row for row in rows if row["step"]]
+    throughput = statistics.median(row["tokens_per_second"] for row in steps)
     facts = [
         ["model", f"{shape}, {model.norm}, {model.activation}, {model.position}"],
         ["tokens", f"{tokens:,}, {tokens_per_step(config):,} a step"],
@@ -75,7 +78,7 @@ def _facts(config: Config, rows: Sequence[Row]) -> list[list[str]]:
     ]
     # Known only of devices whose peak throughput is known.
     if rows[-1]["mfu"] is not None:
-        utilisation = statistics.median(row["mfu"] for row in rows)
+        utilisation = statistics.median(row["mfu"] for row in steps)
         facts.append(["model FLOPs utilisation, median step", f"{100 * utilisation:.1f} %"])
     return facts
 
@@ -87,17 +90,28 @@ def _validation_row(row: Row, uniform: float) -> list[Any]:
 
 def add_parameterization(report: Report, config: Config) -> None:
     """Add a section with the proxy's base values and what each role gets at this shape."""
-    optimizer = config.optimizer
+    section = report.section("Hyperparameters")
+    section.text(multipliers_sentence(config))
+    section.table(PARAMETERIZATION_HEADERS, parameterization_rows(config))
+
+
+def multipliers_sentence(config: Config) -> str:
+    """How many times the proxy's size the model is, and what follows for its forward pass."""
     completep = config.completep
     table = table_of(config)
-    section = report.section("Hyperparameters")
-    section.text(
+    return (
         f"{completep.parameterization}, alpha {completep.alpha:g}: "
         f"width multiplier {table.width_multiplier:g}, "
         f"depth multiplier {table.depth_multiplier:g}; "
         f"each branch is multiplied by {table.residual_multiplier:g}, "
         f"the logits by {table.logit_multiplier:g}."
     )
+
+
+def parameterization_rows(config: Config) -> list[list[Any]]:
+    """The base values, then those of each role, under PARAMETERIZATION_HEADERS."""
+    optimizer = config.optimizer
+    table = table_of(config)
     base_row = [
         "tuned at the proxy",
         optimizer.base_init_std,
@@ -112,7 +126,7 @@ def add_parameterization(report: Report, config: Config) -> None:
         width_ratio = table.width_multiplier if role == Role.HIDDEN_WEIGHT else 1.0
         row = table.values(role, width_ratio, optimizer)
         rows.append([role.value, row.init_std, row.lr, row.weight_decay, f"{row.eps:.3g}"])
-    section.table(["role", "initial std", "peak learning rate", "weight decay", "eps"], rows)
+    return rows
 
 
 def roles_of(model: ModelConfig) -> list[Role]:
@@ -154,7 +168,7 @@ def loss_figure(runs: dict[str, Sequence[Row]], uniform: float | None = None) ->
 
 def _draw_series(axes: Any, rows: Sequence[Row], key: str, *style: str, **settings: Any) -> Any:
     """Draw one figure by step, where the rows have it; returns the line's colour."""
-    drawn_rows = [row for row in rows if row[key] is not None]
+    drawn_rows = [row for row in rows if row.get(key) is not None]
     steps = [row["step"] for row in drawn_rows]
     figures = [row[key] for row in drawn_rows]
     (line,) = axes.plot(steps, figures, *style, **settings)

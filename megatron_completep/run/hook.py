@@ -41,6 +41,7 @@ class StepRecord:
     slowest_rank_ratio: float | None = None  # time of the slowest rank over the median rank's
     startup_seconds: Figures = field(default_factory=dict)  # by phase, in the first step's record
     validation_loss: float | None = None
+    validation_by_source: Figures = field(default_factory=dict)  # loss by the source's name
     parameterization: Figures = field(default_factory=dict)  # sizes of activations and updates
     checkpoint: Figures = field(default_factory=dict)  # cost of saving since the last step
 
@@ -57,8 +58,22 @@ class StepRecord:
         if self.startup_seconds:
             row["startup_seconds"] = sum(self.startup_seconds.values())
         if self.validation_loss is not None:
-            row["validation_loss"] = self.validation_loss
+            row.update(validation_figures(self.validation_loss, self.validation_by_source))
         return {**row, **self.parameterization, **self.checkpoint}
+
+
+def validation_figures(loss: float, by_source: Figures) -> Figures:
+    """The losses of a validation under the names of the metrics."""
+    named = {f"validation_loss/{name}": source_loss for name, source_loss in by_source.items()}
+    return {"validation_loss": loss, **named}
+
+
+@dataclass
+class BeginRecord:
+    """What hooks find out before the first step of a start."""
+
+    state: RunState  # where the run goes on
+    figures: dict[str, Any] = field(default_factory=dict)  # by the names of the metrics
 
 
 class Hook:
@@ -72,6 +87,9 @@ class Hook:
         The loop then waits for the device after `step`.
         """
         return False
+
+    def before_training(self, record: BeginRecord) -> None:
+        """Called once, before the first step of this start."""
 
     def before_step(self, step: int) -> None:
         """Called before step number `step` is launched."""

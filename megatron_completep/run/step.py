@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
@@ -270,10 +270,50 @@ class TrainingStep:
     def evaluate(self, batches: Iterable[Batch]) -> float:
         """Mean cross-entropy over the counted tokens, the same on every rank.
 
-        It excludes other terms of the objective. Communicates over the whole mesh.
+        It excludes other terms of the objective; nan where no token counts. Communicates over the
+        whole mesh.
         """
         self.optimizer.wait_for_parameters()
         sums = torch.zeros(2, dtype=torch.float64, device=self.context.device)
+        for step_batches, micro_batches in self._steps_to_evaluate(batches):
+            sums[0] += self.forward_backward.evaluate(micro_batches).double()
+            sums[1] += self._counted_tokens(step_batches)
+        return self._means(sums)[0]
+
+    @torch.no_grad()
+    def evaluate_by_source(
+        self, batches: Iterable[Batch], source_of: Callable[[int], int], num_sources: int
+    ) -> tuple[float, list[float]]:
+        """(what `evaluate` returns, to the bit; the mean over each source's tokens).
+
+        source_of: the number of the source of a sample, by the sample's number.
+        """
+        self.optimizer.wait_for_parameters()
+        sums = torch.zeros(2, dtype=torch.float64, device=self.context.device)
+        # Losses, then counted tokens, of each source.
+        sums_by_source = torch.zeros(
+            2 * num_sources, dtype=torch.float64, device=self.context.device
+        )
+        for step_batches, micro_batches in self._steps_to_evaluate(batches):
+            loss_sum, row_losses = self.forward_backward.evaluate_rows(micro_batches)
+            sums[0] += loss_sum.double()
+            sums[1] += self._counted_tokens(step_batches)
+            if row_losses is None:
+                continue
+            sample_ids = torch.cat([batch.sample_ids for batch in step_batches]).tolist()
+            sources = self._place(torch.tensor([source_of(sample) for sample in sample_ids]))
+            # A pipeline's filler comes last.
+            sums_by_source.index_add_(0, sources, row_losses[: len(sources)])
+            mask = torch.cat([batch.loss_mask for batch in step_batches])
+            counted = self._place((mask != 0).sum(1).double())
+            sums_by_source.index_add_(0, sources + num_sources, counted)
+        # Two reductions: elements of another tensor may be added in another order of ranks.
+        return self._means(sums)[0], self._means(sums_by_source)
+
+    def _steps_to_evaluate(
+        self, batches: Iterable[Batch]
+    ) -> Iterator[tuple[list[Batch], list[MicroBatch]]]:
+        """The batches by as many as a step has, and what the model reads of them."""
         remaining = iter(batches)
         while step_batches := list(islice(remaining, self._micro_batches)):
             micro_batches = [self._micro_batch(batch, None) for batch in step_batches]
@@ -283,12 +323,19 @@ class TrainingStep:
                 no_labels = torch.full_like(micro_batches[-1].labels, IGNORED)
                 filler = replace(micro_batches[-1], labels=no_labels)
                 micro_batches += [filler] * (self._micro_batches - len(micro_batches))
-            sums[0] += self.forward_backward.evaluate(micro_batches).double()
-            sums[1] += self._counted_tokens(step_batches)
+            yield step_batches, micro_batches
+
+    def _means(self, sums: Tensor) -> list[float]:
+        """The means [n] of this rank's shares [2 n] of sums, then counts; nan where none counts.
+
+        Communicates over the whole mesh.
+        """
         # All tensor ranks hold the same sums, so only tensor rank 0 contributes.
         counted_once = sums * (self.context.tensor.rank == 0)
-        loss_sum, tokens = all_reduce(counted_once, self.context.world).tolist()
-        return float(loss_sum / tokens)
+        totals = all_reduce(counted_once, self.context.world).tolist()
+        half = len(totals) // 2
+        pairs = zip(totals[:half], totals[half:], strict=True)
+        return [total / count if count else math.nan for total, count in pairs]
 
     def _micro_batch(self, batch: Batch, dropout_seeds: Tensor | None) -> MicroBatch:
         """The tensors of a batch that the model reads, on the device."""

@@ -112,7 +112,8 @@ def cut_metrics(path: Path, last_step: int) -> None:
             row = _row_of(line)
             if row is None:
                 continue
-            if row["step"] > last_step:
+            # A run that begins anew writes its step 0 again, too.
+            if row["step"] > last_step or last_step == 0:
                 break
             end = position
     if end < path.stat().st_size:
@@ -157,6 +158,9 @@ class ConsoleLines:
         self._has_begun = False
 
     def write(self, row: Row) -> None:
+        # What was found out before the first step has been said.
+        if row["step"] == 0:
+            return
         self._rows.append(row)
         # Also print after the last step, whose interval may be incomplete.
         ends_interval = row["step"] % self._interval == 0 or row["step"] == self._train_steps

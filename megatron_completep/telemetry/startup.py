@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from megatron_completep.run.hook import Hook, StepRecord
+from megatron_completep.run.hook import BeginRecord, Hook, StepRecord
 
 
 class StartupClock:
@@ -63,6 +63,16 @@ class StartupReport(Hook):
     def __init__(self, clock: StartupClock, say: Callable[[str], None]):
         self._clock: StartupClock | None = clock
         self._say = say
+        self._beginning: BeginRecord | None = None
+
+    def before_training(self, record: BeginRecord) -> None:
+        self._beginning = record
+
+    def before_step(self, step: int) -> None:
+        # Figures of before the first step are those of a validation, whose time is its own.
+        if self._clock is not None and self._beginning is not None and self._beginning.figures:
+            self._clock.done("first_validation")
+        self._beginning = None
 
     def after_step(self, record: StepRecord) -> None:
         if self._clock is None:

@@ -164,9 +164,7 @@ def default_hooks(
     if config.profiling.first_step is not None and context.rank in config.profiling.ranks:
         hooks.append(Profiler(config.profiling, context, Path(training.output_dir), say))
     if validation is not None:
-        hooks.append(
-            Validation(step, validation, training.validation_interval, training.train_steps, say)
-        )
+        hooks.append(Validation(step, validation, training, say))
     if config.logging.parameterization_interval is not None:
         hooks.append(
             build_telemetry(config, context, step, config.logging.parameterization_interval, say)

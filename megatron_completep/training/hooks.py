@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from megatron_completep.config.schema import Config
+from megatron_completep.config.schema import Config, TrainingConfig
 from megatron_completep.data.loader import ValidationBatches
 from megatron_completep.model.flops import peak_flops, training_flops_per_token
 from megatron_completep.optim.schedule import learning_rate
 from megatron_completep.parallel.context import ParallelContext
-from megatron_completep.run.hook import Hook, Row, Stage, StepRecord
+from megatron_completep.run.hook import (
+    BeginRecord,
+    Hook,
+    Row,
+    Stage,
+    StepRecord,
+    validation_figures,
+)
 from megatron_completep.run.state import Checkpointer, RunState
 from megatron_completep.run.step import TrainingStep
 from megatron_completep.telemetry.metrics import memory_bytes
@@ -20,35 +28,64 @@ from megatron_completep.telemetry.trackers import Sink
 
 
 class Validation(Hook):
-    """Adds `validation_loss`, the cross-entropy alone, at an interval and after the last step."""
+    """Adds `validation_loss`, the cross-entropy alone, at an interval and after the last step.
+
+    Of several sources the loss of each is added, too.
+    """
 
     def __init__(
         self,
         step: TrainingStep,
         batches: ValidationBatches,
-        interval: int | None,
-        train_steps: int,
+        training: TrainingConfig,
         say: Callable[[str], None],
     ):
         self._step = step
         self._batches = batches
-        self._interval = interval
-        self._train_steps = train_steps
+        self._training = training
         self._say = say
 
     def due(self, step: int) -> bool:
-        return step == self._train_steps or _is_multiple(step, self._interval)
+        training = self._training
+        return step == training.train_steps or _is_multiple(step, training.validation_interval)
+
+    def before_training(self, record: BeginRecord) -> None:
+        if self._training.validation_at_start and record.state.step == 0:
+            record.figures.update(validation_figures(*self._validate(0)))
 
     def after_step(self, record: StepRecord) -> None:
-        if not self.due(record.state.step):
-            return
+        if self.due(record.state.step):
+            loss, by_source = self._validate(record.state.step)
+            record.validation_loss = loss
+            record.validation_by_source = by_source
+
+    def _validate(self, step: int) -> tuple[float, dict[str, float]]:
+        """(loss, loss by the source's name where there are several); says both on the console."""
         started = time.perf_counter()
-        record.validation_loss = self._step.evaluate(self._batches)
+        batches = self._batches
+        names = batches.source_names
+        by_source = {}
+        if len(names) == 1:
+            loss = self._step.evaluate(batches)
+        else:
+            loss, losses = self._step.evaluate_by_source(batches, batches.source_of, len(names))
+            by_source = dict(zip(names, losses, strict=True))
         seconds = time.perf_counter() - started
         self._say(
-            f"validation at step {record.state.step}: loss {record.validation_loss:.4f} "
-            f"over {self._batches.num_samples} sequences ({seconds:.1f} s)"
+            f"validation at step {step}: loss {loss:.4f} "
+            f"over {batches.num_samples} sequences ({seconds:.1f} s){_by_source(by_source)}"
         )
+        # A source that gave no sequence has no loss.
+        counted = {name: loss for name, loss in by_source.items() if not math.isnan(loss)}
+        return loss, counted
+
+
+def _by_source(losses: Mapping[str, float]) -> str:
+    """The rest of a line: the loss of each source."""
+    phrases = []
+    for name, loss in losses.items():
+        phrases.append(f"{name} no token" if math.isnan(loss) else f"{name} {loss:.4f}")
+    return f": {', '.join(phrases)}" if phrases else ""
 
 
 class Metrics(Hook):
@@ -74,6 +111,14 @@ class Metrics(Hook):
         peak_of_device = peak_flops(device_name, dtype)
         # None: the device's peak is not known, so that no utilisation can be told.
         self._peak = peak_of_device * context.world_size if peak_of_device else None
+
+    def before_training(self, record: BeginRecord) -> None:
+        if not record.figures:
+            return
+        state = record.state
+        counts = {"consumed_samples": state.consumed_samples, "tokens": state.tokens}
+        for sink in self._sinks:
+            sink.write({"step": state.step, **counts, **record.figures})
 
     def after_step(self, record: StepRecord) -> None:
         # Other ranks have no sinks and need no row.

@@ -16,7 +16,7 @@ from megatron_completep.config.schema import Config
 from megatron_completep.data.loader import Loader
 from megatron_completep.guards.rollback import Rollbacks
 from megatron_completep.parallel.context import ParallelContext
-from megatron_completep.run.hook import Hook, StepRecord
+from megatron_completep.run.hook import BeginRecord, Hook, StepRecord
 from megatron_completep.run.signals import StopSignals
 from megatron_completep.run.state import ExitCode, GoBack, RunState
 from megatron_completep.run.step import PendingFigures, TrainingStep
@@ -102,6 +102,11 @@ def train(
     stop_requested = False
     try:
         signals.begin()
+        if state.step < last_step:
+            beginning = BeginRecord(state)
+            for hook in hooks:
+                hook.before_training(beginning)
+            queue.restart_clock()
         while state.step < last_step and not stop_requested:
             for hook in hooks:
                 hook.before_step(state.step + 1)

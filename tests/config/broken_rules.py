@@ -91,6 +91,10 @@ RULES = [
         "no meaning under training.precision = float32",
     ),
     (
+        ["training.validation_at_start=true", "data.split='100,0,0'"],
+        "training.validation_at_start = true has nothing to validate on. Give data.validation, ",
+    ),
+    (
         ["model.attention_backend=flash_attention", "model.position=alibi"],
         "which model.position = alibi needs. Use model.attention_backend = auto.",
     ),

@@ -80,6 +80,7 @@ FITTING = [
     ["training.cuda_graph=true", "training.compile=true", "training.recompute=full"],
     ["training.overlap_update=true", "parallel.pipeline_parallel_size=2"],
     ["data.split='969,30,1'"],
+    ["data.split='969,30,1'", "training.validation_at_start=true"],
     ["data.train.1.weight=2", "data.train.0.epochs=3"],
     ["data.tokenizer={type: bytes}"],
     ["checkpoint.interval=100", "checkpoint.keep_every=1000"],

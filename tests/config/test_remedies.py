@@ -36,6 +36,11 @@ IN_WORDS = {
         ["model.attention_backend=auto"],
         ["model.attention_backend=flash_attention"],
     ],
+    "training.validation_at_start=true data.split='100,0,0'": [
+        ["data.split=null", "data.validation=[{prefix: c}]"],
+        ["data.split='98,2,0'"],
+        ["training.validation_at_start=false"],
+    ],
     "model.attention_backend=efficient training.precision=float64": [
         ["model.attention_backend=auto"],
         ["training.precision=bf16"],

@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 from megatron_completep.config.schema import DataConfig, SourceConfig
 from megatron_completep.data import corpus as corpus_module
 from megatron_completep.data.indexed import IndexedDataset
+from megatron_completep.data.loader import DocumentEnds, make_batch
 from megatron_completep.data.megatron_order import MegatronSource, blend_indices, build_tables
 from megatron_completep.data.writer import IndexedWriter, merge
 from megatron_completep.errors import DataError
-from tests.support.corpora import two_sources, write_random
+from tests.support.corpora import two_sources, write_documents, write_random
 
 LENGTHS = np.array([5, 3, 9, 4, 7], np.int32)
 DOC_1, SAMPLE_1 = [4, 0, 1, 2, 3], [[0, 0], [0, 4], [1, 1], [2, 0], [3, 1], [3, 5], [4, 0]]
@@ -188,6 +189,37 @@ def test_one_source_gives_exactly_the_samples_of_gpt_dataset(
         assert source.tables[name].tolist() == getattr(expected, name).tolist(), name
         assert source.tables[name].dtype == getattr(expected, name).dtype
     assert_same_samples(source, expected, len(source))
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_the_loss_is_masked_where_megatron_masks_it_for_eod_mask_loss(megatron, tmp_path, reset):
+    """Documents end with Megatron's end token, which occurs nowhere else.
+
+    Only positions and attention differ under a reset, not what counts.
+    """
+    random = np.random.default_rng(0)
+    ended = [[*random.integers(0, 900, length), 999] for length in (7, 1, 12, 0, 30, 4)]
+    dataset = write_documents(tmp_path / "a", ([document] for document in ended))
+
+    class WithEnd(Tokenizer):
+        eod = 999
+
+    their_config = {"random_seed": 3, "sequence_length": 5, "tokenizer": WithEnd()}
+    switches = {"reset_position_ids": reset, "reset_attention_mask": reset, "eod_mask_loss": True}
+    blend = {"blend_per_split": [([str(tmp_path / "a")], None), None, None]}
+    config = megatron.GPTDatasetConfig(
+        **their_config, **switches, **blend, path_to_cache=None, create_attention_mask=False
+    )
+    expected = megatron.BlendedBuilder(
+        megatron.GPTDataset, [20, 0, 0], lambda: True, config
+    ).build()[0]
+
+    source = MegatronSource(dataset, 5, 3, 20).open()
+    masked = make_batch([source[i] for i in range(20)], range(20), 5, DocumentEnds(reset, True))
+    assert masked.loss_mask.tolist() == [expected[i]["loss_mask"].tolist() for i in range(20)]
+    assert masked.positions.tolist() == [expected[i]["position_ids"].tolist() for i in range(20)]
+    plain = make_batch([source[i] for i in range(20)], range(20), 5, DocumentEnds(reset))
+    assert plain.loss_mask.all() and 0 < masked.loss_mask.mean() < 1
 
 
 @settings(max_examples=25, deadline=None)

@@ -5,6 +5,7 @@ no complaint in a browser, everything from this machine.
 from __future__ import annotations
 
 import functools
+import html
 import http.server
 import os
 import re
@@ -19,7 +20,9 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from megatron_completep.config.schema import Config
+from megatron_completep.tools import checkpoint, show_plan
 from tests.support.browser import Browser, chromium
+from tests.support.commands import Programs
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -136,14 +139,48 @@ def test_every_setting_and_every_public_room_of_the_code_has_its_place(site: Pat
     }
     missing = {
         room
-        for room in rooms - {"__init__", "__pycache__", "tools"}
+        for room in rooms - {"__init__", "__pycache__", "tools", "configs"}
         if not (site / f"api/{room}.html").exists()
     }
     assert missing == set()
-    tools = (site / "tools.html").read_text(encoding="utf-8")
-    assert [
-        path.stem for path in (ROOT / "tools").glob("[a-z]*.py") if f'id="{path.stem}"' not in tools
-    ] == []
+
+
+def test_the_page_of_tools_has_every_option(site: Path, programs: Programs) -> None:
+    """Beside what the programs print: each option in the usage of one stands in its section."""
+    page = (site / "tools.html").read_text(encoding="utf-8")
+    sections = dict(re.findall(r'<h2 id="(\w+)">(.*?)(?=<h2 |</article>)', page, re.DOTALL))
+    assert set(sections) == {path.stem for path in (ROOT / "tools").glob("[a-z]*.py")}
+    for main, tool, words in (
+        (show_plan.main, "show_plan", []),
+        (checkpoint.main, "checkpoint", ["prune"]),
+        (checkpoint.main, "checkpoint", ["reshard"]),
+    ):
+        printed = programs.run(main, *words, "--help").out
+        options = set(re.findall(r"^  (--[\w-]+)", printed, re.MULTILINE))
+        assert len(options) > 1
+        missing = {option for option in options if f"<code>{option}" not in sections[tool]}
+        assert missing == set()
+
+
+def test_the_api_has_the_fields_of_classes_with_what_the_code_says_of_them(site: Path) -> None:
+    run = text_of(site / "api/run.html")
+    assert "counted_tokens: int Tokens whose loss is counted" in run  # the comment behind a field
+    config = text_of(site / "api/config.html")
+    assert "Width of the residual stream, N." in config  # a description
+    roles = text_of(site / "api/roles.html")
+    assert "UNEMBEDDING = 'unembedding'" in roles  # a member of an enum
+
+
+def text_of(page: Path) -> str:
+    """The words of a page, without its marks."""
+    words = re.sub(r"<[^>]+>", " ", page.read_text(encoding="utf-8")).split()
+    return re.sub(r" (?=[:,)])", "", html.unescape(" ".join(words)))
+
+
+# Blocks and tables that are wider than their place, so that a reader has to move them.
+CUT = """[...document.querySelectorAll('article pre > code, article .md-typeset__scrollwrap')]
+    .filter(block => block.clientWidth > 0 && block.scrollWidth > block.clientWidth + 1)
+    .map(block => block.innerText.slice(0, 60))"""
 
 
 def test_every_page_opens_without_complaint_and_asks_nothing_of_other_machines(
@@ -151,7 +188,8 @@ def test_every_page_opens_without_complaint_and_asks_nothing_of_other_machines(
 ) -> None:
     with chromium() as browser:
         for path in sorted(site.rglob("*.html")):
-            browser.open(f"{address}/{path.relative_to(site)}")
+            browser.open(f"{address}/{path.relative_to(site)}", width=800)
+            assert (path, browser.evaluate(CUT)) == (path, [])
             # Of a report as it was committed.
             problems = [problem for problem in browser.problems if "/favicon.ico" not in problem]
             assert (path, problems, browser.broken_pictures()) == (path, [], [])
@@ -159,6 +197,12 @@ def test_every_page_opens_without_complaint_and_asks_nothing_of_other_machines(
                 urlsplit(url).netloc for url in browser.requests if not url.startswith("data:")
             } == {urlsplit(address).netloc}
         check_search(browser, address)
+        for name in ("tools", "results/index", "results/lr_transfer/report", "index"):
+            browser.open(f"{address}/{name}.html", width=1300)
+            assert (name, browser.evaluate(CUT)) == (name, [])
+        browser.evaluate("document.querySelector('article pre > code').style.whiteSpace = 'pre'")
+        browser.evaluate("document.querySelector('article pre > code').append('x'.repeat(300))")
+        assert browser.evaluate(CUT)  # a line that is cut would be found
         browser.open(f"{address}/index.html", width=380)  # a phone
         assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth")
 

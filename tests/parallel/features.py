@@ -15,7 +15,13 @@ from torch import Tensor
 
 from megatron_completep.completep import table_of
 from megatron_completep.config import Config
-from megatron_completep.data.loader import Batch, Loader, SampleAssignment, ValidationBatches
+from megatron_completep.data.loader import (
+    Batch,
+    DocumentEnds,
+    Loader,
+    SampleAssignment,
+    ValidationBatches,
+)
 from megatron_completep.data.samples import Sample
 from megatron_completep.guards.replicas import replica_hashes, who_differs
 from megatron_completep.optim.check import check_parameters
@@ -160,7 +166,11 @@ FEATURES: dict[str, dict[str, Settings]] = {
     "skipped steps": {"none": {}, "the second": {"training": {"skip_steps": [{"first": 2}]}}},
     "gradient type": {"float32": {}, "bf16": {"parallel": {"gradient_dtype": "bf16"}}},
     "dropout": {"none": {}, "0.2": {"model": {"dropout": 0.2}}},
-    "documents": {"joined": {}, "apart": {"data": {"reset_at_document_ends": True}}},
+    "documents": {
+        "joined": {},
+        "apart": {"data": {"reset_at_document_ends": True}},
+        "masked": {"data": {"mask_loss_at_document_ends": True}},
+    },
     "schedule": {
         name: {"optimizer": {"schedule": name}}
         for name in ("constant", "linear", "cosine", "warmup_stable_decay")
@@ -309,7 +319,7 @@ def run_row(rank: int, config: Config, mutation: str = "") -> Trained:
     corpus: Any = Documents(config.model.vocab_size)
     settings_of_data = {
         "seq_length": SEQ_LENGTH,
-        "reset_at_document_ends": config.data.reset_at_document_ends,
+        "document_ends": DocumentEnds.of(config.data),
     }
     loader = SyntheticLoader(
         corpus,

@@ -23,10 +23,12 @@ from megatron_completep.parallel.context import data_parallel_size_for
 from megatron_completep.planning.scaling import (
     GPUS,
     bubble_share,
+    gpu_of,
     rank_memory,
     scaling_plan,
     stage_activations,
 )
+from megatron_completep.planning.scaling_report import describe_scaling
 from megatron_completep.planning.sizes import rank_stages
 from megatron_completep.run.assemble import assemble
 from tests.support.configs import TIED_GPT2, Sections, merged, small_config
@@ -227,7 +229,18 @@ def test_warnings_name_what_does_not_fit_and_what_is_slow():
     assert scaling_plan(config_of({}), 64).warnings == ()
 
 
+def test_a_gpu_of_ones_own_figures_changes_what_rests_on_them_and_nothing_else():
+    config = config_of({})
+    sheet, own = scaling_plan(config, 64), scaling_plan(config, 64, gpu_of("h100", 494.7, 0.7))
+    assert own.compute_seconds == pytest.approx(2 * sheet.compute_seconds)
+    assert own.memory_seconds == sheet.memory_seconds and own.memory == sheet.memory
+    assert any("0.7 GB" in warning for warning in own.warnings) and not sheet.warnings
+    text = describe_scaling(config, own, gpu_of("h100", 494.7, 0.7))
+    assert "64 h100, 494.7 TFLOP/s, 0.7 GB" in text and "65% of 494.7 TFLOP/s" in text
+    assert gpu_of("h100") == GPUS["h100"]
+
+
 def test_an_unknown_gpu_is_refused_with_the_known_ones():
     with pytest.raises(ConfigError, match="h100"):
-        scaling_plan(config_of({}), 64, "voodoo2")
+        gpu_of("voodoo2")
     assert set(GPUS) >= {"a100", "h100", "h200", "b200"}

@@ -7,7 +7,7 @@ import pytest
 from megatron_completep.config import load_config
 from megatron_completep.errors import ConfigError
 from megatron_completep.planning.communication import collectives_per_step
-from megatron_completep.planning.scaling import scaling_plan
+from megatron_completep.planning.scaling import gpu_of
 from megatron_completep.tools import show_plan
 from tests.support.commands import Programs
 
@@ -60,4 +60,12 @@ def test_an_unknown_gpu_is_refused(programs: Programs):
     assert refused.code == 2
     assert "--gpu = voodoo2: not known. Use one of: a100, h100" in refused.err
     with pytest.raises(ConfigError, match="voodoo2"):  # by the library as well
-        scaling_plan(load_config(CONFIG), 64, "voodoo2")
+        gpu_of("voodoo2")
+
+
+def test_a_gpu_of_ones_own_figures_is_planned_with_them(programs: Programs):
+    own = ("--gpu", "a100", "--gpu-tflops", "181", "--gpu-memory", "48")
+    text = programs.output(show_plan.main, CONFIG, "--world-size", "16", *own)
+    assert "16 a100, 181 TFLOP/s, 48 GB: tensor 2" in text and "65% of 181 TFLOP/s" in text
+    refused = programs.run(show_plan.main, CONFIG, "--gpu-memory", "48")
+    assert refused.code == 2 and "--gpu-memory = 48.0: says nothing without" in refused.err

@@ -56,6 +56,7 @@ USAGES = [
         "tools.compile_kernels", "{config} --arch sm_90 --cache-dir {out}", "compile_run", "folder"
     ),
     Usage("tools.config_reference", "", "configuration_reference"),
+    Usage("tools.configs", "--copy {out}", "copy_files", "folder"),
     Usage(
         "tools.coordinate_check",
         "{config} --depths 1,2 --out {out}",

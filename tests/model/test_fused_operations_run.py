@@ -48,17 +48,12 @@ def test_the_optimizer_is_one_launch_and_the_loss_owns_its_logits():
 
 def test_the_activation_and_the_rotation_are_fused_where_the_model_has_them():
     ran = operations_of_one_step(activation="swiglu", position="rope")
-    assert (ran["swiglu_forward"], ran["swiglu_backward"], ran["rotary_"]) == (
-        LAYERS,
-        LAYERS,
-        2 * LAYERS,
-    )
+    # Forward rotates in place; backward rotates back where it joins the gradients.
+    names = ("swiglu_forward", "swiglu_backward", "rotary_", "join_heads")
+    assert [ran[name] for name in names] == [LAYERS] * 4
     other = operations_of_one_step(activation="squared_relu", position="learned")
-    assert (other["squared_relu_forward"], other["squared_relu_backward"], other["rotary_"]) == (
-        LAYERS,
-        LAYERS,
-        0,
-    )
+    names = ("squared_relu_forward", "squared_relu_backward", "rotary_", "join_heads")
+    assert [other[name] for name in names] == [LAYERS, LAYERS, 0, 0]
     assert "swiglu_forward" not in other  # negative control: the count follows the model
 
 

@@ -102,6 +102,7 @@ class Attention(nn.Module):
             context,
             # The attention scale acts right behind the query weights, unless a norm stands between.
             query_part=None if model.qk_norm else "q",
+            heads={"q": model.num_attention_heads, "k": groups, "v": groups},
         )
         # The proxy's heads have the same share of its hidden size as this model's.
         base_width = max(1, round(width * table.base_hidden_size / hidden))

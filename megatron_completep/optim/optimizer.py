@@ -46,7 +46,7 @@ class DistributedOptimizer:
     Attributes:
         shards: the flat buffers and their communication.
         rule: the update rule with its states.
-        groups: name of a parameter -> its group, in the order of the shards.
+        groups: name of a parameter, or of a logical part -> its group, in the order of the shards.
         states: all that training continues from, each a flat shard: the masters and the states of
             the rule.
         control: the step's record on the device (kernels/control.py).
@@ -64,11 +64,13 @@ class DistributedOptimizer:
     ):
         self.context = context
         self.config = optimizer
-        self.shards = Shards(chunks, context, parallel or ParallelConfig(), precision)
+        make_rule = rule or RULES[table.rule]
+        self.shards = Shards(
+            chunks, context, parallel or ParallelConfig(), precision, make_rule.kind_of
+        )
         named_parameters = self.shards.parameters.items()
         self.groups: dict[str, Group] = build_groups(named_parameters, table, optimizer)
-        make_rule = rule or RULES[table.rule]
-        self.rule = make_rule(self.shards, list(self.groups.values()), table, optimizer)
+        self.rule = make_rule(self.shards, self.groups, table, optimizer)
         self.states: dict[str, Tensor] = {MASTER: self.shards.master, **self.rule.states}
         self.control = kernels.new_control(context.device)
 

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -41,6 +41,7 @@ from megatron_completep.optim.layout import (
     Layout,
     Piece,
     Segment,
+    cut_at_parts,
     elements_of_bucket,
     entry_of,
     lay_out,
@@ -59,6 +60,12 @@ from megatron_completep.parallel.gradients import GradientQueue, accumulate_tens
 from megatron_completep.parallel.parameter import Spec, spec_of
 
 Hook = Callable[[Parameter], None]
+KindOf = Callable[[Spec], str]
+
+
+def one_kind(_: Spec) -> str:
+    """For an update rule that does not tell parameters apart."""
+    return ""
 
 
 # Buckets whose reduce-scatter is under way, and buckets behind them whose sum over replicas is,
@@ -100,6 +107,7 @@ class Shards:
         parallel: the size of a bucket and the dtype in which gradients are communicated.
         precision: dtype of the stored parameters and of the computation. Under bf16 the shard keeps
             masters in float32.
+        kind_of: the kind of a parameter, see `layout.Entry`.
 
     Attributes:
         flat: the parameters of this rank, in `precision`.
@@ -119,8 +127,10 @@ class Shards:
         context: ParallelContext,
         parallel: ParallelConfig,
         precision: torch.dtype = torch.float32,
+        kind_of: KindOf = one_kind,
     ):
         self.context = context
+        self.kind_of = kind_of
         self.chunks = list(chunks)
         self.queues: list[GradientQueue] = []
         for chunk in chunks:
@@ -147,12 +157,13 @@ class Shards:
         self._missing: Counter[int] = Counter()  # bucket -> parameters without their last gradient
         self._running: list[_RunningReduction] = []
         self._gathers: dict[int, Pending] = {}  # bucket -> the all-gather of its new parameters
+        self._sent: set[int] = set()  # buckets of this step whose gathers have started
         self._attach()
 
     # --- construction --------------------------------------------------------------------------
 
     def _lay_out(self, bucket_megabytes: float) -> Layout:
-        entries = [entry_of(name, spec) for name, spec in self.specs.items()]
+        entries = [entry_of(n, spec, self.kind_of(spec)) for n, spec in self.specs.items()]
         shards = {axis: reduction.shard.size for axis, reduction in self.reductions.items()}
         most_ranks = max(reduction.size for reduction in self.reductions.values())
         return lay_out(entries, shards, elements_of_bucket(bucket_megabytes, most_ranks))
@@ -190,14 +201,10 @@ class Shards:
             return flat.clone()
         return torch.cat([flat[start:stop] for start, stop in slices])
 
-    # The tables are built lazily: construction never reads tensor values, so fake tensors work.
     @cached_property
-    def segment_table(self) -> Tensor:
-        """int64 [n, 3]: start in the shard, length, and number of the parameter in `parameters`.
-
-        On a GPU long segments are split, so that all programs of a kernel have about equal work.
-        """
-        return self._table(self.segments)
+    def part_segments(self) -> tuple[Segment, ...]:
+        """`segments`, cut where one logical part ends and the next one begins."""
+        return cut_at_parts(self.segments, self.specs)
 
     @cached_property
     def counted_segments(self) -> tuple[Segment, ...]:
@@ -212,8 +219,17 @@ class Shards:
         return tuple(primary_segments)
 
     @cached_property
+    def counted_parts(self) -> tuple[Segment, ...]:
+        """`counted_segments`, cut at logical parts."""
+        return cut_at_parts(self.counted_segments, self.specs)
+
+    # The tables are built lazily: construction never reads tensor values, so fake tensors work.
+    @cached_property
     def counted_table(self) -> Tensor:
-        """`segment_table` restricted to parameters for which this rank is primary.
+        """int64 [n, 3]: start in the shard, length, and number of the parameter in `parameters`.
+
+        It has the parameters for which this rank is primary. On a GPU long segments are split, so
+        that all programs of a kernel have about equal work.
 
         It is for kernels: a walk over its rows on the host would launch something for every 1024
         elements of a GPU's shard. `counted_segments` is for the host.
@@ -418,10 +434,13 @@ class Shards:
 
     # --- parameters ----------------------------------------------------------------------------
 
-    def start_gathering(self) -> None:
+    def start_gathering(self, kinds: Collection[str] | None = None) -> None:
         """Start all-gathers of the new parameters, in the order in which forward needs them.
 
         Communicates over the shard axis of each bucket.
+
+        kinds: of the buckets that are gathered; None: of all whose gathers have not started yet,
+            which ends the step.
         """
         if not self._sharded:
             return
@@ -429,6 +448,10 @@ class Shards:
         # Buckets lie in backward order, so the last one holds what forward needs first.
         for number in reversed(range(len(self.layout.buckets))):
             bucket = self.layout.buckets[number]
+            left_out = kinds is not None and bucket.kind not in kinds
+            if left_out or number in self._sent:
+                continue
+            self._sent.add(number)
             shard = self.reductions[bucket.axis].shard
             parameters = self.flat[bucket.start : bucket.stop]
             # With one shard on this axis there is nothing to gather. But if another axis is
@@ -437,6 +460,8 @@ class Shards:
                 parameters.copy_(_slice(updated, bucket))
                 continue
             self._gathers[number] = start_all_gather(_slice(updated, bucket), shard, parameters)
+        if kinds is None:
+            self._sent.clear()
 
     def _await_before_forward(self, buckets: Sequence[int], *_: object) -> None:
         """Pre-forward hook of a module whose parameters lie in these buckets."""

@@ -399,8 +399,8 @@ def differing_parameters(
     lines = []
     logical_names: dict[str, str] = {}  # a tied embedding has two names
     for trained in ranks:
-        for name, group in trained.groups.items():
-            logical_names[name] = group.name
+        for name, spec in trained.specs.items():
+            logical_names[name] = spec.stored_name(name)
     for name, logical in logical_names.items():
         expected = joined([truth], "parameters", logical)
         error = (joined(ranks, "parameters", name) - expected).abs().max().item() / base_lr

@@ -93,11 +93,15 @@ def _unmatched(optimizer: OptimizerConfig, declared: Mapping[str, Spec]) -> Iter
             unused.append(repr(override.pattern))
     if unused:
         examples = "\n    ".join(list(declared)[:SHOWN_NAMES])
+        parts = []
+        for name, spec in declared.items():
+            parts += [part_name(name, part) for part in spec.logical_parts if part]
         yield (
             f"optimizer.overrides: {', '.join(unused)} matches no parameter. "
-            f"Names look like:\n    {examples}\n  "
-            "A part of a fused matrix adds its name, as in layers.0.attention.qkv.weight.k."
+            f"Names look like:\n    {examples}"
         )
+        if parts:
+            yield f"Parts of fused matrices have names as well, such as {parts[0]}."
 
 
 def _without_effect(config: Config, declared: Mapping[str, Spec]) -> Iterator[str]:

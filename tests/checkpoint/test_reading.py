@@ -102,7 +102,7 @@ def read_one(rank: int, folder: str, model: str, layout: dict, damage: bool) -> 
         [
             (box, name, flat)
             for name, flat in optimizer.states.items()
-            for box in checkpointer._shard.owned
+            for box in checkpointer._shard.owned[name]
         ]
     )
     return reader.bytes_read

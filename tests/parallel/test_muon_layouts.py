@@ -9,9 +9,10 @@ import torch
 
 from megatron_completep.optim.newton_schulz import orthogonalize, polynomials
 from tests.parallel.layouts import Case, relative_error, train
-from tests.parallel.test_layouts import LAYOUTS
+from tests.parallel.test_layouts import LAYOUTS as ALL_LAYOUTS
 from tests.support.configs import TIED_GPT2
 
+LAYOUTS: dict[str, dict[str, Any]] = ALL_LAYOUTS  # type: ignore[assignment]
 GROUPED = {"num_query_groups": 2}
 MUON: dict[str, Any] = {"type": "muon", "muon": {"base_lr": 2e-2}, "base_eps": 1e-4}
 SMALL_BATCHES = {"base_lr": 2e-2, "exchange_megabytes": 0.02, "parts": "per_head"}

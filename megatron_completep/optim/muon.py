@@ -51,6 +51,19 @@ class _Step:
     clip: float | Tensor
     applies: Tensor | None = None
 
+    def sum(self, x: Tensor, y: Tensor, factor: float | Tensor) -> Tensor:
+        """x + y * factor, in place of x."""
+        if isinstance(factor, Tensor):
+            return x.add_(y.to(x.dtype) * factor)
+        return x.add_(y, alpha=factor)
+
+    def subtract(self, x: Tensor, y: Tensor, factor: float | Tensor) -> None:
+        """Take y * factor off x, unless the step is skipped."""
+        if isinstance(factor, Tensor):
+            x.sub_(self.keep_finite(y.to(x.dtype) * factor, 0.0))
+        elif factor:
+            x.add_(y, alpha=-factor)
+
     def keep_finite(self, new: Tensor, old: Tensor | float) -> Tensor:
         """`new`, or `old` where the step is skipped: a product with 0 would keep a NaN."""
         return new if self.applies is None else torch.where(self.applies, new, old)
@@ -106,8 +119,8 @@ class Muon(Rule):
             group = self.groups[matrix.group]
             rate = step.learning_rate * group.lr_factor
             weight = _elements(shards.master, holding, holding.start)
-            change = factor.to(weight.dtype) * rate + weight * (rate * group.weight_decay)
-            weight.sub_(step.keep_finite(change, 0.0))
+            step.subtract(weight, weight, rate * group.weight_decay)
+            step.subtract(weight, factor, rate)
             if shards.flat_shard is not None:
                 _elements(shards.flat_shard, holding, holding.start).copy_(weight)
 
@@ -163,7 +176,7 @@ class Muon(Rule):
             momenta = self.states["momentum"][run.in_state].split(CHUNK)
             gradients = self.shards.grad_shard[run.in_shard].split(CHUNK)
             for momentum, gradient in zip(momenta, gradients, strict=True):
-                mean = momentum * self._momentum + gradient * (step.clip * share)
+                mean = step.sum(momentum * self._momentum, gradient, step.clip * share)
                 momentum.copy_(step.keep_finite(mean, momentum))
 
     def _pack_for(self, step: _Step) -> Callable[[Matrix, Holding, Tensor], None]:
@@ -176,7 +189,7 @@ class Muon(Rule):
                 out.copy_(momentum)
                 return
             gradient = _elements(self.shards.grad_shard, holding, holding.start)
-            out.copy_(momentum * self._momentum + gradient * (step.clip * share))
+            out.copy_(step.sum(momentum * self._momentum, gradient, step.clip * share))
 
         return pack
 

@@ -55,6 +55,11 @@ def orthogonalize(stack: Tensor, sequence: list[Polynomial]) -> Tensor:
     matrix of zeros is left as it is.
     """
     normalize_(stack)
+    return together(stack, sequence) if stack.is_cuda else one_by_one(stack, sequence)
+
+
+def together(stack: Tensor, sequence: list[Polynomial]) -> Tensor:
+    """The iterations for all matrices at once: on a GPU small products leave units idle."""
     # The products are of the smaller side.
     tall = stack.shape[-2] > stack.shape[-1]
     x = stack.mT if tall else stack
@@ -65,21 +70,29 @@ def orthogonalize(stack: Tensor, sequence: list[Polynomial]) -> Tensor:
     return x.mT if tall else x
 
 
+def one_by_one(stack: Tensor, sequence: list[Polynomial]) -> Tensor:
+    """The iterations matrix by matrix, in place: on a CPU a stack took 1.3 times as long."""
+    tall = stack.shape[-2] > stack.shape[-1]
+    for matrix in stack:
+        x = matrix.mT.contiguous() if tall else matrix
+        for a, b, c in sequence:
+            gram = x @ x.mT
+            polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+            x = torch.addmm(x, polynomial, x, beta=a)
+        matrix.copy_(x.mT if tall else x)
+    return stack
+
+
 def normalize_(stack: Tensor) -> None:
     """Divide each matrix of a stack by its Frobenius norm, in place.
 
-    By the largest magnitude first: squares of numbers of 1e-24, which a clipped gradient may have,
-    are 0 in float32. There is no floor under the norm, below which an update would fade.
+    Squares are summed in float64: those of numbers of 1e-24, which a clipped gradient may have, are
+    0 in float32. There is no floor under the norm, below which an update would fade.
     """
-    wide = stack.float() if stack.dtype in (torch.bfloat16, torch.float16) else stack
-    largest = torch.linalg.vector_norm(wide, torch.inf, dim=(-2, -1), keepdim=True)
-    wide.div_(torch.where(largest > 0, largest, 1.0))
-    # Row by row: torch's sum over all of a large float32 matrix is off by some 1e-4.
-    rows = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    norm = torch.linalg.vector_norm(rows, dim=-2, keepdim=True)
-    wide.div_(torch.where(norm > 0, norm, 1.0))
-    if wide is not stack:
-        stack.copy_(wide)
+    norm = torch.linalg.vector_norm(stack, dim=(-2, -1), keepdim=True, dtype=torch.float64)
+    norm = torch.where(norm > 0, norm, 1.0)
+    # In bf16 a norm of 8 bits would be off by up to 0.4 %.
+    stack.div_(norm if stack.dtype == torch.float64 else norm.float())
 
 
 def newton_schulz_flops(d_out: int, d_in: int, iterations: int) -> float:

@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_completep.optim.newton_schulz import normalize_, orthogonalize, polynomials
+from megatron_completep.optim.newton_schulz import (
+    normalize_,
+    one_by_one,
+    orthogonalize,
+    polynomials,
+    together,
+)
 
 SHAPES = [(48, 48), (96, 32), (32, 128)]
 
@@ -105,3 +111,14 @@ def test_a_large_float32_matrix_is_divided_by_its_norm_to_the_last_digits() -> N
     stack = m.clone()[None]
     normalize_(stack)
     assert relative(stack[0], expected) < 1e-6
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_stack_is_iterated_together_or_one_by_one_to_the_same_factors(
+    shape: tuple[int, int],
+) -> None:
+    stack = torch.stack([matrix(*shape, 0.1, seed) for seed in range(3)])
+    normalize_(stack)
+    sequence = polynomials("polar_express", 5)
+    expected = together(stack.clone(), sequence)
+    torch.testing.assert_close(one_by_one(stack, sequence), expected, rtol=0, atol=1e-13)

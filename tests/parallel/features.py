@@ -165,6 +165,16 @@ FEATURES: dict[str, dict[str, Settings]] = {
         name: {"optimizer": {"schedule": name}}
         for name in ("constant", "linear", "cosine", "warmup_stable_decay")
     },
+    "update rule": {
+        "adamw": {},
+        "muon": {"optimizer": {"type": "muon", "muon": {"base_lr": 0.02}}},
+        "muon by heads": {
+            "optimizer": {
+                "type": "muon",
+                "muon": {"base_lr": 0.02, "parts": "per_head", "exchange_megabytes": 0.05},
+            }
+        },
+    },
     "clipping": {"on": {}, "off": {"optimizer": {"grad_clip": 0.0}}},
 }
 FACTORS = {factor: list(levels) for factor, levels in FEATURES.items()}

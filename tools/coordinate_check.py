@@ -207,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         say("one seed gives no interval, and so no verdict (exit code 3): --seeds 3 gives both")
     with when_interrupted("a check is all or nothing, so nothing was written; start it again."):
         samples = coordinate_check.collect(config, plan, run, design, say)
-    result = judge(samples, config.completep.alpha)
+    result = judge(samples, config.completep.alpha, config.optimizer.type)
 
     say(describe_check(result))
     if context.is_first and arguments.out is not None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 from megatron_completep.config import derived
 from megatron_completep.config.graph_rules import graph_problems
+from megatron_completep.config.optimizer_rules import decay_problems, muon_problems
 from megatron_completep.config.remedies import (
     VALUES,
     Choice,
@@ -540,6 +541,8 @@ RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _tensor_parallel,
     _pipeline,
     _schedule,
+    muon_problems,
+    decay_problems,
     _sources,
     _tokenizer,
     _training,

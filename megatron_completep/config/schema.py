@@ -14,6 +14,7 @@ from megatron_completep.config.data_section import DataConfig as DataConfig
 from megatron_completep.config.data_section import SourceConfig as SourceConfig
 from megatron_completep.config.data_section import TokenizerConfig as TokenizerConfig
 from megatron_completep.config.export_section import ExportConfig as ExportConfig
+from megatron_completep.config.muon_section import MuonConfig as MuonConfig
 from megatron_completep.config.rope_section import RopeScalingConfig as RopeScalingConfig
 from megatron_completep.config.section import Fraction, NonNegativeFloat, PositiveFloat, Probability
 from megatron_completep.config.section import NonNegativeInt as NonNegativeInt
@@ -148,6 +149,11 @@ class CompletePConfig(Section):
     batch_exponent: NonNegativeFloat = Field(
         0.5, description="S = (m_B / m_D)^exponent multiplies lr and weight decay, divides eps."
     )
+    duration_exponent: NonNegativeFloat | None = Field(
+        None,
+        description="That of m_D alone: S = m_B^batch_exponent / m_D^duration_exponent; "
+        "null: batch_exponent. Fits differ on it (docs/parameterization.md).",
+    )
     factors: dict[RoleName, RoleFactors] = Field(
         default_factory=dict, description="Own factors by role, on top of the table."
     )
@@ -200,8 +206,8 @@ class OverrideConfig(Section):
     """Own factors for the parameters whose name matches a pattern."""
 
     pattern: str = Field(
-        description="Shell-style pattern on the parameter name in the whole model, "
-        "such as layers.0.*; must match something."
+        description="Shell-style pattern on the name of a parameter in the whole model, or of a "
+        "logical part of one, such as layers.0.* or *.qkv.weight.k; must match something."
     )
     lr: PositiveFloat = Field(1.0, description="Multiplies the learning rate.")
     init_std: PositiveFloat = Field(1.0, description="Multiplies the initial standard deviation.")
@@ -210,14 +216,29 @@ class OverrideConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW with the proxy's base values; the table turns them into each parameter's own."""
+    """The update rule, and the proxy's base values; the table turns them into each parameter's own.
 
+    What is not in a rule's own section is read by AdamW, which updates what the rule does not.
+    """
+
+    type: Literal["adamw", "muon"] = Field("adamw", description="The update rule.")
+    muon: MuonConfig | None = Field(None, description="Settings of type muon; else null.")
     base_lr: PositiveFloat = Field(description="eta: peak learning rate at the proxy.")
     base_init_std: PositiveFloat = Field(
         0.02, description="sigma: initial standard deviation at the proxy."
     )
     base_weight_decay: NonNegativeFloat = Field(
         0.1, description="lambda: weight decay at the proxy, coupled to the learning rate."
+    )
+    weight_decay_rule: Literal["table", "inverse_width", "tau"] = Field(
+        "table",
+        description="table: lr x weight decay is the proxy's; inverse_width: that, divided by m_N "
+        "for hidden weights; tau: solved from target_tau, and no base_weight_decay counts.",
+    )
+    target_tau: PositiveFloat | None = Field(
+        None,
+        description="1 / (peak lr x weight decay x train_steps) of all that decays, for "
+        "weight_decay_rule tau; else null.",
     )
     base_eps: PositiveFloat = Field(1e-12, description="AdamW epsilon at the proxy.")
     betas: tuple[Fraction, Fraction] = Field(

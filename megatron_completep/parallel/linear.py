@@ -30,6 +30,7 @@ class ColumnParallelLinear(nn.Module):
     parts: name -> features of the logical matrices that are stacked (q, k, v or gate, up); each is
         split evenly over tensor ranks.
     query_part: the part whose output the attention scale multiplies; None if a norm is between.
+    heads: name of a part -> heads that it stacks.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class ColumnParallelLinear(nn.Module):
         bias: bool,
         context: LayerContext,
         query_part: str | None = None,
+        heads: Mapping[str, int] | None = None,
     ):
         super().__init__()
         self.context = context
@@ -52,6 +54,7 @@ class ColumnParallelLinear(nn.Module):
             fan_in=in_features,
             base_fan_in=base_in_features,
             parts=parts,
+            heads=heads or {},
             split={0: ranks.tensor.share},
             forward_multiplier=forward_multiplier,
             multiplied_part=query_part,

@@ -157,12 +157,12 @@ def role_rms(
 
     by_learning_rate: divide each parameter by its group's learning-rate factor first.
     """
-    segments = optimizer.shards.counted_segments
-    views = [flat_shard[s.shard_start : s.shard_start + s.size] for s in segments]
+    segments = optimizer.shards.counted_parts
+    views = [flat_shard[segment.in_shard] for segment in segments]
     # Row of a role: sum of squares, number of elements.
     sums = {role: [0.0, 0.0] for role in Role}
     for segment, norm in zip(segments, norms(views), strict=True):
-        group = optimizer.groups[segment.name]
+        group = optimizer.groups[segment.group]
         scale = 1 / group.lr_factor if by_learning_rate else 1.0
         sums[group.role][0] += (norm * scale) ** 2
         sums[group.role][1] += segment.size

@@ -413,7 +413,7 @@ class CheckpointConfig(Section):
     allow_changed: list[str] = Field(
         default_factory=list,
         description="Paths or patterns (model.dropout, table.*, data.*, fingerprints.*) that may "
-        "differ from the checkpoint's at resume.",
+        "differ from the checkpoint's at resume; beginning: what documents begin with.",
     )
     on_failure: Literal["continue", "stop"] = Field(
         "continue",

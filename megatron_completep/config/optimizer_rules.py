@@ -24,6 +24,11 @@ def muon_problems(config: Config) -> Iterator[Problem]:
             f"optimizer.muon is given, but optimizer.type = {optimizer.type} does not read it. "
             "Use optimizer.type = muon, or optimizer.muon = null."
         )
+    if optimizer.type == "muon" and config.training.overlap_update:
+        yield (
+            "training.overlap_update = true updates bucket by bucket, but optimizer.type = muon "
+            "needs whole matrices. Use overlap_update = false, or optimizer.type = adamw."
+        )
     if muon.momentum >= 1:
         yield (
             f"optimizer.muon.momentum = {muon.momentum} is not less than 1, so the mean would "
@@ -51,7 +56,7 @@ def decay_problems(config: Config) -> Iterator[Problem]:
             if decay == 0:
                 yield (
                     f"{name} = 0 asks for no decay, but optimizer.weight_decay_rule = tau solves "
-                    "for one. Use weight_decay_rule = table, or leave the decay out."
+                    "for one. Use weight_decay_rule = table, or give a decay."
                 )
     if rule == "inverse_width" and completep.base_total_tokens is not None:
         yield (

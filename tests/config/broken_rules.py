@@ -159,6 +159,10 @@ RULES = [
         "training.cuda_graph = true has not been tried with optimizer.type = muon.",
     ),
     (
+        ["optimizer.type=muon", "optimizer.muon={base_lr: 0.02}", "training.overlap_update=true"],
+        "training.overlap_update = true updates bucket by bucket, but optimizer.type = muon needs",
+    ),
+    (
         ["optimizer.weight_decay_rule=tau"],
         "optimizer.weight_decay_rule = tau has no target: optimizer.target_tau is null.",
     ),

@@ -15,7 +15,7 @@ from megatron_completep.errors import ConfigError
 from megatron_completep.files import write_whole
 from megatron_completep.instruments import sweep
 from megatron_completep.instruments.fits import parabola_optimum
-from megatron_completep.instruments.lr_transfer import Curve, curves_of, setting_of
+from megatron_completep.instruments.lr_curves import Curve, curves_of, setting_of
 from megatron_completep.instruments.trial import (
     PARAMETERIZATIONS,
     change,

@@ -146,6 +146,7 @@ def load_function(name: str) -> ModelMaker:
 
 def make_plan(arguments: argparse.Namespace, config: Config) -> coordinate_check.Plan:
     """The models to train. Raises ConfigError where neither depth nor width varies."""
+    # A value that is given twice would be trained twice.
     depths = set(arguments.depths or [config.model.num_layers])
     widths = set(arguments.widths or [config.model.hidden_size])
     if len(depths) < 2 and len(widths) < 2:

@@ -244,6 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     device = choose_device(arguments.device, 0)
     use_threads(None, 1)
     prompts = read_prompts(arguments)
+    # The configuration alone decides the precision, before the weights are read in it.
     precision_of_training = run_config(arguments.checkpoint).training.precision
     precision = precision_of_run(arguments.precision, precision_of_training, device, say)
 
@@ -257,10 +258,12 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
     config, model = load_model(arguments.checkpoint, device, precision)
     settings = tokenizer_of_run(arguments.checkpoint, config, arguments.tokenizer_model)
+    # The seconds are those of the texts; the model is loaded by now.
     started = time.perf_counter()
     samples = arguments.samples
     repeated_prompts: list[str] = []
     for prompt in prompts:
+        # Samples of a prompt stand together, so that below a slice is what belongs to it.
         repeated_prompts += [prompt] * samples
     tokenizer = build_tokenizer(settings)
     end_tokens = config.export.end_tokens()

@@ -71,7 +71,10 @@ class PlainUpdate:
         self._dtype = iteration_dtype(muon, master, shards.context.device)
         for piece in shards.layout.pieces:
             spec = shards.specs[piece.name]
+            # One process has one shard, so a piece lies there where it lies in the whole buffer.
             whole = slice(piece.start, piece.start + piece.size)
+            # Weights are copies, so that the two updates do not move each other's. Gradients are
+            # views: every step's are there without being handed over.
             weight = shards.master[whole].clone().view(spec.local_shape)
             gradient = shards.grad[whole].view(spec.local_shape)
             if Muon.kind_of(spec) != MATRIX:
@@ -89,10 +92,12 @@ class PlainUpdate:
                 name = f"{piece.name}.{part}" if part else piece.name
                 group = optimizer.groups[name]
                 own = part_weight.clone()
+                # lr_factor holds sqrt(d_out / d_in) already, and the decay is coupled to the rate.
                 rate = lr * group.lr_factor
                 decay = rate * group.weight_decay
                 momentum = torch.zeros_like(own)
                 self.matrices.append((own, part_gradient, momentum, rate, decay))
+        # One rate for all, as the time of an update does not depend on it.
         self._adamw = torch.optim.AdamW(others, lr=lr, fused=True)
 
     @torch.no_grad()
@@ -103,9 +108,11 @@ class PlainUpdate:
         self._adamw.step()
         beta = self._muon.momentum
         for weight, gradient, momentum, rate, decay in self.matrices:
+            # The clip coefficient enters the momentum, as in ours.
             momentum.mul_(beta).add_(gradient, alpha=scale * (1 - beta))
             update = momentum
             if self._muon.nesterov:
+                # A new tensor, as the momentum itself has to stay for the next step.
                 update = (momentum * beta).add_(gradient, alpha=scale * (1 - beta))
             factor = plain_factor(update.to(self._dtype), self._sequence)
             weight.mul_(1 - decay).add_(factor, alpha=-rate)
@@ -113,10 +120,13 @@ class PlainUpdate:
 
 def plain_factor(x: Tensor, sequence: list[Polynomial]) -> Tensor:
     """The orthogonal factor of one matrix."""
+    # The Frobenius norm bounds the largest singular value: all of them are then in [0, 1].
     x = x / x.norm()
+    # The Gram matrix is that of the smaller side, which costs the least.
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
     for a, b, c in sequence:
+        # G = X X^T, and a X + (b G + c G^2) X is the polynomial of newton_schulz.py.
         gram = x @ x.T
         polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.addmm(x, polynomial, x, beta=a)
@@ -142,10 +152,13 @@ def measure(config: Config, device: torch.device, rounds: int = 20, warmup: int 
     seconds: dict[str, list[float]] = {name: [] for name, _ in programs}
     of_factors: list[float] = []
     for number in range(warmup + rounds):
+        # A later program may find warmer caches, so they change places every round.
         for name, program in programs if number % 2 == 0 else reversed(programs):
+            # Processor time, which other work on the machine disturbs little.
             _, processor = time_once(program, device)
             if number >= warmup:
                 seconds[name].append(processor)
+        # Inside of a step the factors cannot be told from the rest, so they are timed alone.
         _, processor = time_once(lambda: list(_factors(step.optimizer)), device)
         of_factors.append(processor)
     ours = statistics.median(seconds["ours"])
@@ -161,9 +174,11 @@ def _plain_step(step: TrainingStep, batches: list[Batch], update: PlainUpdate) -
     optimizer.begin_step(len(batches))
     micro_batches = [MicroBatch(batch.tokens, batch.labels) for batch in batches]
     step.forward_backward(micro_batches)
+    # As our step does. Untaken, the terms of all steps would be summed up.
     step.forward_backward.take_terms()
     optimizer.shards.finish_gradients()
     tokens = sum(batch.labels.numel() for batch in batches)
+    # Gradients are sums over tokens, and the norm that is clipped, at 1, is that of their mean.
     norm = optimizer.shards.sum_of_squares().sqrt().item() / tokens
     update(min(1.0, 1.0 / (norm + 1e-6)) / tokens)
 

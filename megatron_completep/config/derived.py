@@ -100,6 +100,7 @@ def batch_sizes(training: TrainingConfig) -> list[int]:
 
 def samples_before(training: TrainingConfig, step: int) -> int:
     """Sequences of the steps before step `step` (from 1), in a run that never went back."""
+    # Behind the ramp all steps have one size, so that only its steps are added up one by one.
     ramp_steps = min(training.batch_ramp.steps, step - 1) if training.batch_ramp else 0
     ramp_samples = sum(batch_size(training, earlier) for earlier in range(1, ramp_steps + 1))
     full_steps = step - 1 - ramp_steps

@@ -117,10 +117,13 @@ def divide(
         numbers[name] = range(first, len(matrices))
 
     holdings = []
+    # The tensor ranks of a shard side by side, which is the order of ranks in
+    # `ParallelContext.stage`.
     for shard, tensor_rank in product(range(shards), range(tensor_ranks)):
         of_rank = {name: _on_tensor_rank(specs[name], tensor_rank) for name in numbers}
         segments = layout.segments({"gradient": shard})
         boxes = owned_boxes((s for s in segments if s.name in numbers), of_rank)
+        # Of a parameter that is not split all tensor ranks hold the same, and the first one sends.
         holdings.append(_holdings(boxes, of_rank, matrices, numbers, tensor_rank == 0))
 
     owners = _owners(matrices, shards * tensor_ranks)
@@ -133,11 +136,13 @@ def _matrices_of(name: str, spec: Spec, per_head: bool) -> Iterator[Matrix]:
     *leading, rows, columns = spec.shape
     start = 0
     for part in spec.logical_parts:
+        # Parts, and the heads of a part, are stacked along the rows.
         size = spec.parts[part] if part else rows
         heads = spec.heads.get(part, 1) if per_head else 1
         head_size = size // heads
         for head in range(heads):
             first_row = start + head * head_size
+            # Without leading dimensions there is one empty index, and so one matrix.
             for index in product(*map(range, leading)):
                 ones = (1,) * len(leading)
                 yield Matrix(name, part, Box((*index, first_row, 0), (*ones, head_size, columns)))
@@ -165,11 +170,13 @@ def _holdings(
     for owned in boxes:
         sends = is_first or not specs[owned.name].replicated
         for number in numbers[owned.name]:
+            # A run of the shard may cover several parts or heads, and begin or end inside of one.
             inner = owned.box.intersect(matrices[number].box)
             if inner is None:
                 continue
             start, sizes, strides = owned.locate(inner)
             offsets = tuple(map(sub, inner.offsets, matrices[number].box.offsets))
+            # Dimensions before the last two have size 1 in a matrix, and so in what is held of it.
             holding = Holding(
                 start,
                 (sizes[-2], sizes[-1]),
@@ -185,6 +192,7 @@ def _owners(matrices: Sequence[Matrix], ranks: int) -> tuple[int, ...]:
     """The owner of each matrix: the costliest first, each to the rank with the least work."""
     work = [0] * ranks
     owners = [0] * len(matrices)
+    # Numbers break ties between matrices, and between ranks: all ranks must find the same owners.
     for number in sorted(range(len(matrices)), key=lambda n: (-matrices[n].cost, n)):
         owner = min(range(ranks), key=lambda rank: (work[rank], rank))
         owners[number] = owner
@@ -216,8 +224,10 @@ def _batches(
     for number in _in_turns(matrices, owners, len(holdings)):
         owner = owners[number]
         size = matrices[number].box.numel
+        # The buffers of both directions are bounded: the owner's, and those of all that send to it.
         full = received[owner] + size > batch_elements
         full |= any(sent[rank] + part > batch_elements for rank, part in holders[number])
+        # A matrix above the bound has to travel as well: it opens a batch and exceeds it.
         if batch and full:
             batches.append(tuple(batch))
             batch = []

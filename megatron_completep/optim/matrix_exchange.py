@@ -91,16 +91,20 @@ class MatrixExchange:
 
         Collective over the axis, with the same calls on every rank; the iterator must be exhausted.
         """
+        # A slice, as a stage without matrices has no first batch.
         gathering = [self._start_gather(batch, pack) for batch in self._batches[:1]]
         scattering: list[tuple[_Batch, Pending]] = []
         for number, batch in enumerate(self._batches):
             stacks = self._assemble(batch, gathering.pop().wait())
+            # The next batch travels to its owners while this one is computed.
             for next_batch in self._batches[number + 1 : number + 2]:
                 gathering.append(self._start_gather(next_batch, pack))
             factors = [orthogonalize(stack, self._sequence) for stack in stacks]
+            # Buffers for the way back are made next, and a rank is to hold five batches at most.
             del stacks
             scattering.append((batch, self._start_scatter(batch, factors)))
             del factors
+            # The factors of the batch before had all of this computation to arrive in.
             if len(scattering) > 1:
                 yield from self._received(*scattering.pop(0))
         for batch, pending in scattering:
@@ -118,8 +122,10 @@ class MatrixExchange:
         places: dict[int, Tensor] = {}
         for numbers in batch.stacks:
             shape = self.division.matrices[numbers[0]].shape
+            # Each element of a matrix is sent by one rank, so the runs below fill all of it.
             stack = torch.empty(len(numbers), *shape, dtype=self._dtype, device=self._device)
             stacks.append(stack)
+            # A matrix is a view of its stack, so that it is written there.
             places |= zip(numbers, stack, strict=True)
         for run in batch.gathered.runs:
             _within(places[run.number], run.holding).copy_(run.view(buffer))
@@ -146,11 +152,14 @@ class MatrixExchange:
     def _plan(self, batch: Sequence[int]) -> _Batch:
         owners = self.division.owners
         here = self.axis.rank
+        # Both ends of a message list its matrices by number: nothing in it says which is which.
         numbers = sorted(batch)
         owned = [number for number in numbers if owners[number] == here]
         by_owner: list[list[int]] = [[] for _ in range(self.division.ranks)]
         for number in numbers:
             by_owner[owners[number]].append(number)
+        # This rank sends what it holds, to the owner of each matrix; it receives what all ranks
+        # hold, of the matrices that it owns.
         own_holdings = [(here, numbers_of) for numbers_of in by_owner]
         all_holdings = [(rank, owned) for rank in range(self.division.ranks)]
         by_shape: dict[tuple[int, int], list[int]] = defaultdict(list)
@@ -159,6 +168,7 @@ class MatrixExchange:
         return _Batch(
             packed=self._side(own_holdings, senders_only=True),
             gathered=self._side(all_holdings, senders_only=True),
+            # Back to every holder: also to those whose copies of the elements were not sent.
             scattered=self._side(all_holdings, senders_only=False),
             used=self._side(own_holdings, senders_only=False),
             stacks=[tuple(members) for members in by_shape.values()],

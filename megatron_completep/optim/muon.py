@@ -61,6 +61,7 @@ class _Step:
         """Take y * factor off x, unless the step is skipped."""
         if isinstance(factor, Tensor):
             x.sub_(self.keep_finite(y.to(x.dtype) * factor, 0.0))
+        # A pass over the weights is saved where nothing decays.
         elif factor:
             x.add_(y, alpha=-factor)
 
@@ -88,9 +89,12 @@ class Muon(Rule):
         kinds: Collection[str] | None = None,
     ):
         assert kinds is None, "Muon hands on what it does not update itself"
+        # Two rules over one shard: each has its states for the buckets of its own kind alone.
         super().__init__(shards, groups, table, optimizer, {MATRIX})
         self._adamw = AdamW(shards, groups, table, optimizer, {""})
         self.states = {"momentum": self.states["momentum"], **self._adamw.states}
+        # The corrections of bias in the step's record are those of AdamW's moments. The momentum
+        # begins at 0, too, but an orthogonal factor does not know the size of its matrix.
         self.decay_rates = self._adamw.decay_rates
         self._muon = section_of(optimizer)
         self._momentum = table.batch.momentum(self._muon.momentum)
@@ -116,13 +120,16 @@ class Muon(Rule):
         # All ranks have the same record, so that all of them leave here, or none.
         if step is None:
             return
+        # All of the momentum first: the factors below are those of the momentum after the step.
         self._advance(step)
         for matrix, holding, factor in self.exchange.factors(self._pack_for(step)):
             group = self.groups[matrix.group]
             rate = step.learning_rate * group.lr_factor
             weight = _elements(shards.master, holding, holding.start)
+            # Decay goes first, since the factor must not be a part of what decays.
             step.subtract(weight, weight, rate * group.weight_decay)
             step.subtract(weight, factor, rate)
+            # Parameters below the precision of the masters are gathered from a buffer of their own.
             if shards.flat_shard is not None:
                 _elements(shards.flat_shard, holding, holding.start).copy_(weight)
 
@@ -139,6 +146,8 @@ class Muon(Rule):
         step = _Step(control.learning_rate, control.clip)
         for matrix, holding, factor in self.exchange.factors(self._pack_for(step)):
             spec = self.shards.specs[matrix.name]
+            # Several ranks may hold the same elements, which count once. Every rank still takes
+            # part in all exchanges.
             if not spec.is_primary(matrix.name, self.shards.context):
                 continue
             group = self.groups[matrix.group]
@@ -179,6 +188,7 @@ class Muon(Rule):
             gradients = self.shards.grad_shard[run.in_shard].split(CHUNK)
             for momentum, gradient in zip(momenta, gradients, strict=True):
                 mean = step.sum(momentum * self._momentum, gradient, step.clip * share)
+                # Only the GPU knows whether the step is skipped; if so, this changes nothing.
                 momentum.copy_(step.keep_finite(mean, momentum))
 
     def _pack_for(self, step: _Step) -> Callable[[Matrix, Holding, Tensor], None]:
@@ -190,6 +200,7 @@ class Muon(Rule):
             if not self._muon.nesterov:
                 out.copy_(momentum)
                 return
+            # In a skipped step what is packed may not be finite; `subtract` leaves its factor out.
             gradient = _elements(self.shards.grad_shard, holding, holding.start)
             out.copy_(step.sum(momentum * self._momentum, gradient, step.clip * share))
 
@@ -197,6 +208,7 @@ class Muon(Rule):
 
     def _state_start(self, holding: Holding) -> int:
         """Where elements of the shard lie in the momentum."""
+        # States have only the matrices' buckets, so that places in them are not those in the shard.
         for run in self.ranges:
             if run.shard_start <= holding.start < run.shard_start + run.size:
                 return holding.start - run.shard_start + run.state_start
@@ -247,4 +259,5 @@ def batch_elements(muon: MuonConfig, item_bytes: int) -> int:
 
 def _elements(flat: Tensor, holding: Holding, start: int) -> Tensor:
     """A view [rows, columns] of a rank's elements of a matrix, in a flat tensor."""
+    # as_strided counts from the start of the storage, and a flat tensor may be a view into it.
     return torch.as_strided(flat, holding.sizes, holding.strides, flat.storage_offset() + start)

@@ -88,6 +88,7 @@ def make_plan(config: Config, parameterization: str | None = None) -> Plan:
     configured = config.completep.parameterization
     this_run = parameterization in {None, configured}
     if not this_run:
+        # The user's alpha is that of CompleteP; the others are compared as they are defined.
         changes = {"parameterization": parameterization, "alpha": 1.0}
         completep = config.completep.model_copy(update=changes)
         config = config.model_copy(update={"completep": completep})
@@ -117,6 +118,8 @@ def _planned(
         lr = base_lr * group.lr_factor
         values = (group.init_std, lr, group.weight_decay, group.eps)
         planned.append(ParameterPlan(group.name, tuple(shape), group.role, *values))
+    # Parts of a fused matrix differ by an override, or by their shapes under Muon; otherwise a row
+    # for each would say one thing three times.
     if len({plan.values for plan in planned}) == 1:
         yield replace(planned[0], name=spec.stored_name(name), shape=spec.shape)
     else:
@@ -221,6 +224,7 @@ def _names(parameters: Sequence[ParameterPlan]) -> list[str]:
     """One entry for a parameter of several layers: 'layers.0-7.mlp.up.weight (1024, 256) x 8'."""
     layers: dict[tuple[str, tuple[int, ...]], list[int]] = {}
     for parameter in parameters:
+        # Without its layer's number a parameter has one name in all layers.
         match = re.fullmatch(r"layers\.(\d+)\.(.*)", parameter.name)
         name = match[2] if match else parameter.name
         numbers = layers.setdefault((name, parameter.shape), [])

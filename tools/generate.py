@@ -156,9 +156,11 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
     path: Path = arguments.prompts
     # A text that is not UTF-8 would decode to other tokens than the user means.
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as UTF-8 text ({error}).") from None
+    # Not `splitlines`, which also splits at a form feed, or at U+2028 inside a JSON string.
+    lines = text.removesuffix("\n").split("\n") if text else []
     if path.suffix != ".jsonl":
         return lines
 

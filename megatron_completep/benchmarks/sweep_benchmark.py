@@ -182,8 +182,8 @@ def summarize_sweeps(workers: int, times: Sequence[tuple[PointTime, PointTime]])
     low, high = bootstrap_ratio(our_seconds, plain_seconds)
     our_median = statistics.median(our_seconds)
     plain_median = statistics.median(plain_seconds)
-    our_processor = statistics.median(point.processor_seconds for point in ours)
-    plain_processor = statistics.median(point.processor_seconds for point in plain)
+    our_processor = statistics.median(point.processor_seconds for point in ours[:count])
+    plain_processor = statistics.median(point.processor_seconds for point in plain[:count])
     return SweepComparison(
         workers=workers,
         points=count,

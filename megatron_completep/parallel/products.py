@@ -136,14 +136,14 @@ def choose_products(
     Raises ConfigError if a library is asked for that is missing, or that does not apply to this
     device and dtype.
     """
-    if _takes_apex(weight_gradient, device, precision):
-        return ApexProducts()
     # Who names a library means it: unlike auto, it is refused where it would be replaced.
     if matrix_products == "onednn" and not _onednn_applies(device, precision):
         raise ConfigError(
             "training.matrix_products = onednn serves float32 on a CPU; "
             f"this run is {_name_of(precision)} on {device.type}. Use auto."
         )
+    if _takes_apex(weight_gradient, device, precision):
+        return ApexProducts()
     products = choose_inference_products(matrix_products, device, precision, processor, find)
     # Where this build has no such operator, torch's products were returned in its place.
     if matrix_products == "onednn" and products.library != "onednn":

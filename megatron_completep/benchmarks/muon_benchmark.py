@@ -23,6 +23,7 @@ from megatron_completep.benchmarks.training_benchmark import (
 )
 from megatron_completep.config.schema import Config, MuonConfig
 from megatron_completep.data.loader import Batch
+from megatron_completep.optim.matrices import Holding, Matrix
 from megatron_completep.optim.muon import MATRIX, Muon, iteration_dtype, section_of
 from megatron_completep.optim.newton_schulz import Polynomial, polynomials
 from megatron_completep.optim.optimizer import DistributedOptimizer
@@ -171,5 +172,9 @@ def _factors(optimizer: DistributedOptimizer) -> Iterator[Tensor]:
     """The orthogonal factors of matrices of ones: the time does not depend on the numbers."""
     rule = optimizer.rule
     assert isinstance(rule, Muon)
-    for _, _, factor in rule.exchange.factors(lambda _matrix, _holding, out: out.fill_(1.0)):
+    for _, _, factor in rule.exchange.factors(_fill):
         yield factor
+
+
+def _fill(_matrix: Matrix, _holding: Holding, out: Tensor) -> None:
+    out.fill_(1.0)

@@ -14,7 +14,7 @@ from ..tiling import ceil_div, rows_of
 
 
 @triton.jit(do_not_specialize=["rows"])
-def residual_norm_vector_gradient_kernel(
+def norm_vector_gradients_kernel(
     d_out: tl.tensor, y: tl.tensor, mean: tl.tensor, rstd: tl.tensor, d_branch: tl.tensor,
     partials: tl.tensor, rows: tl.tensor, d_out_stride: tl.tensor, y_stride: tl.tensor,
     HIDDEN: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, RMS: tl.constexpr,
@@ -81,7 +81,7 @@ def launch_vector_gradients(
     y, y_stride = rows_of(y)
     block = vector_gradient_shape(y.device)
     grid = (programs, ceil_div(hidden, block.columns))
-    residual_norm_vector_gradient_kernel[grid](
+    norm_vector_gradients_kernel[grid](
         d_out, y, mean, rstd, d_branch, partials,
         rows, d_out_stride, y_stride,
         HIDDEN=hidden, BLOCK=block.columns, ROWS=block.rows, RMS=norm.rms,

@@ -129,6 +129,11 @@ class Attention(nn.Module):
         out = self.output(mixed.permute(2, 0, 1, 3).flatten(2))
         return Branch(out, self.output.bias)
 
+    @property
+    def modules_read(self) -> tuple[nn.Module, ...]:
+        """The modules whose parameters this one reads itself: see `Shards._wait_in_forward`."""
+        return tuple(norm for norm in (self.q_norm, self.k_norm) if norm is not None)
+
     def flops(self, seq_length: int) -> float:
         """Matrix FLOPs of the forward pass per token, of all heads: projections, scores, mixing."""
         width = spec_of(self.output.weight).shape[1]

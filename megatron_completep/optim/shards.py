@@ -272,9 +272,16 @@ class Shards:
                 self._wait_in_forward(chunk)
 
     def _wait_in_forward(self, chunk: nn.Module) -> None:
-        """Make each module wait, before it runs, for the buckets of its own parameters."""
+        """Make each module wait, before it runs, for the buckets of the parameters it reads.
+
+        These are its own, and those of its `modules_read`, if it has that attribute.
+        """
         for module in chunk.modules():
-            buckets = sorted({self._bucket_of[p] for p in module.parameters(recurse=False)})
+            parameters = list(module.parameters(recurse=False))
+            # A fused operation reads the parameters of modules that are then never called.
+            for read in getattr(module, "modules_read", ()):
+                parameters += read.parameters(recurse=False)
+            buckets = sorted({self._bucket_of[p] for p in parameters})
             # The reference to self may be strong: a module keeps its hooks in a dict, so the
             # garbage collector sees the cycle.
             if buckets:

@@ -34,13 +34,10 @@ class UpdateStream(Protocol):
 
 
 class CudaUpdateStream:
-    """A second stream of a GPU.
-
-    It has the lowest priority, so that kernels of the forward pass come first where both are ready.
-    """
+    """A second stream of a GPU, of the default stream's priority."""
 
     def __init__(self, device: torch.device):
-        self._stream = torch.cuda.Stream(device, priority=0)
+        self._stream = torch.cuda.Stream(device)
 
     def begin(self) -> None:
         """Let the stream wait for the gradients and the record of the step."""

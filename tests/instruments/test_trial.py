@@ -14,6 +14,7 @@ from megatron_completep.instruments.coordinate_verdict import judge
 from megatron_completep.instruments.trial import Design, Trial, for_short_runs, reshape, stretch
 from megatron_completep.parallel.context import ParallelContext
 from tests.support.corpora import write_markov_chain
+from tests.support.models import group_of
 from tests.support.runs import proxy_config
 
 SINGLE = ParallelContext.single()
@@ -67,7 +68,9 @@ def test_own_factors_multiply_the_table_alike_at_every_shape(
     for layer in range(depth):
         in_second_half = 4.0 if 2 * layer >= depth else 1.0
         assert ratios[f"layers.{layer}.mlp.down.weight"] == pytest.approx(3.0 * in_second_half)
-        assert ratios[f"layers.{layer}.attention.qkv.weight"] == pytest.approx(1.5 * in_second_half)
+        assert group_of(ratios, f"layers.{layer}.attention.qkv.weight") == pytest.approx(
+            1.5 * in_second_half
+        )
         assert ratios[f"layers.{layer}.mlp_norm.weight"] == pytest.approx(in_second_half)
     assert ratios["embedding.weight"] == ratios["final_norm.weight"] == 1.0
 

@@ -127,9 +127,7 @@ def main():
                 continue  # the code of the others hardly depends on the width
             for recorded in record(call, architecture):
                 kernels[
-                    name
-                    if recorded.name != "residual_norm_vector_gradient_kernel"
-                    else "vector gradients"
+                    name if recorded.name != "norm_vector_gradients_kernel" else "vector gradients"
                 ] = report(recorded, architecture)
         if "controls" in rest:
             controls(kernels, architecture, *shape)

@@ -287,7 +287,7 @@ def norm_far_away(module):
 
 def vectors_far_away(module):
     x = torch.zeros(64, 1024)
-    module.residual_norm_vector_gradient_kernel[(1,)](
+    module.norm_vector_gradients_kernel[(1,)](
         x, x, x, x, None, torch.zeros(1, 1, 1024), FAR_ROWS, 1024, 1024,
         HIDDEN=1024, BLOCK=1024, ROWS=2, RMS=True, HAS_BIAS=False, STAGES=1,
     )  # fmt: skip

@@ -145,7 +145,7 @@ def test_a_factor_that_reaches_no_parameter_of_this_model_is_a_warning_in_every_
         ),
         (
             "completep.factors.hidden_bias reaches no parameter of this model; it acts where "
-            "model.bias = true."
+            "model.bias = true or model.qkv_bias = true."
         ),
     ]
     assert check(*words, *PIPELINE) == found

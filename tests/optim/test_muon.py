@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_completep.completep import table_of
 from megatron_completep.config.schema import OptimizerConfig
 from megatron_completep.errors import ConfigError
-from megatron_completep.kernels.control import SKIP
+from megatron_completep.kernels.control import CLIP, LEARNING_RATE, SKIP
 from megatron_completep.model.gpt import GPT
 from megatron_completep.optim import muon as rule_of_muon
 from megatron_completep.optim.check import check_parameters
@@ -170,7 +170,7 @@ def test_on_a_gpu_the_flag_is_not_read_and_still_keeps_what_is_not_finite_out(
     train_step(twin, expected, 1e-2, batch_of(gpt.config))
 
     def on_device(_: Muon, control: Tensor) -> Any:
-        return rule_of_muon._Step(control[0], control[2], control[SKIP] == 0)
+        return rule_of_muon._Step(control[LEARNING_RATE], control[CLIP], control[SKIP] == 0)
 
     monkeypatch.setattr(Muon, "_step", on_device)
     train_step(gpt, optimizer, 1e-2, batch_of(gpt.config))

@@ -72,9 +72,10 @@ def trained(
     precision: torch.dtype,
     context: ParallelContext | None = None,
     parallel: dict[str, Any] = PARALLEL,
+    features: dict[str, Any] | None = None,
 ) -> tuple[dict[str, Tensor], list[float]]:
     """Parameters and states after three steps, and the losses before each of them."""
-    model = model_config()
+    model = model_config(**(features or {}))
     table = table_for(model)
     start = torch.float64 if precision == torch.float64 else torch.float32
     gpt = build_model(model, table, start)
@@ -113,6 +114,22 @@ def test_one_process_gets_the_same_bits(precision: torch.dtype) -> None:
         assert torch.equal(tensors[name], tensor), name
     assert later.begun == len(RATES)
     assert later.order.count("handed over") == later.order.count("waited for") > 5 * len(RATES)
+
+
+BIASED = {"norm": "layernorm", "activation": "gelu", "position": "learned", "bias": True}
+
+
+@pytest.mark.parametrize(
+    "features",
+    [{"qk_norm": True}, {"qk_norm": True, "position": "alibi"}, {"tied_embeddings": True}, BIASED],
+    ids=str,
+)
+def test_every_parameter_is_waited_for_by_the_module_that_reads_it(features: Any) -> None:
+    """Each parameter has a bucket of its own, so that no wait for another one covers it."""
+    parallel = {"bucket_megabytes": 1e-6}
+    _, expected = trained(None, torch.float64, parallel=parallel, features=features)
+    _, losses = trained(Later(), torch.float64, parallel=parallel, features=features)
+    assert losses == expected
 
 
 def test_a_stream_that_loses_updates_is_noticed() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_completep.optim.newton_schulz import newton_schulz_flops
 from megatron_completep.planning.plan import describe, make_plan
-from megatron_completep.planning.scaling import scaling_plan
+from megatron_completep.planning.scaling import GPUS, scaling_plan
 from megatron_completep.planning.scaling_report import describe_scaling
 from tests.support.configs import small_config
 
@@ -50,7 +50,7 @@ def test_the_flops_are_those_of_all_matrices_and_owners_are_counted(ranks: int, 
     assert stage.mean_flops * ranks == pytest.approx(total)
     assert (stage.ranks, stage.matrices, stage.idle) == (ranks, 28, idle)
     assert f"{idle} of {ranks} ranks of a stage own no matrix" in describe_scaling(
-        config, plan, "h100"
+        config, plan, GPUS["h100"]
     )
     assert scaling_plan(small_config(model=GROUPED), 1).orthogonal == ()
 

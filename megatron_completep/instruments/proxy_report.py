@@ -158,8 +158,7 @@ def report(
     search = Search.load(folder)
     trials = trials_of(search, folder)
     best = best_of(trials)
-    # More digits than a search can tell would make the file hard to read.
-    settings = {name: _rounded(name, value) for name, value in best.settings.items()}
+    settings = rounded(best.settings)
     pairs = points_of(search, settings, seeds)
     runs = [point for pair in pairs for point in pair]
     sweep.run_local(runs, folder, workers, device, say)
@@ -190,11 +189,16 @@ def report(
     return plain
 
 
-def _rounded(name: str, value: float) -> float:
-    """A value with four significant digits; a beta with those of 1 - beta."""
-    if name in BETAS:
-        return 1 - float(f"{1 - value:.4g}")
-    return float(f"{value:.4g}")
+def rounded(settings: Settings) -> dict[str, float]:
+    """Values with four significant digits, a beta with those of 1 - beta.
+
+    More digits than a search can tell would make the file hard to read.
+    """
+    values = {}
+    for name, value in settings.items():
+        digits = float(f"{1 - value if name in BETAS else value:.4g}")
+        values[name] = 1 - digits if name in BETAS else digits
+    return values
 
 
 def _write_proxy(
@@ -235,7 +239,8 @@ def _document(
         rows.append([one.name, one.low, one.high, own[one.name], settings[one.name], share])
     headers = ["setting", "low", "high", "own", "best", "importance"]
     note = "" if shares else f"Importances need {IMPORTANCES_FROM} finished trials."
-    section = document.section("Settings").table(headers, rows, note)
+    section = document.section("Settings")
+    section.table(headers, rows, note)
     picture = png_of(_draw(search.space, trials))
     section.picture("trials", picture, "Losses of the finished trials over each setting.")
 

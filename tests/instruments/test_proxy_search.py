@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import pytest
 from megatron_completep.config import load_config, save_config
 from megatron_completep.config.schema import Config
 from megatron_completep.errors import ConfigError
-from megatron_completep.instruments import proxy_report, proxy_search
+from megatron_completep.instruments import proxy_report, proxy_search, sweep
 from megatron_completep.instruments.search_space import (
     check_space,
     contains,
@@ -64,7 +66,7 @@ def search_of(config: Config | None = None) -> proxy_search.Search:
 def test_the_known_optimum_of_a_surface_is_found(tmp_path: Path):
     search = search_of()
     proxy_search.prepare(search, tmp_path)
-    proxy_search.run_local(tmp_path, 60, [Surface()])
+    proxy_search.run_local(tmp_path, 45, [Surface()])
     trials = proxy_report.trials_of(search, tmp_path)
     best = proxy_report.best_of(trials)
     assert best.loss is not None and best.loss < 2.1
@@ -108,9 +110,36 @@ def test_a_stopped_search_goes_on_and_tries_the_same_settings_again(tmp_path: Pa
         proxy_search.prepare(proxy_search.Search(SPACE[:1], small_config()), tmp_path)
 
 
-def test_two_processes_share_a_search(tmp_path: Path):
+def in_threads(folder: Path) -> None:
+    """Two that search at once, as two processes would: each opens the journal for itself."""
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(proxy_search.work, str(folder), 8, Surface(), n) for n in range(2)]
+        assert sum(job.result() for job in jobs) >= 8
+
+
+def in_processes(folder: Path) -> None:
+    proxy_search.run_local(folder, 8, [Surface(), Surface()])
+
+
+def by_submitit(folder: Path) -> None:
+    """Jobs as Slurm would start them, in processes of this machine."""
+    pytest.importorskip("submitit")
+    jobs = proxy_search.run_slurm(folder, 8, Surface(), 2, {"timeout_min": 5}, cluster="local")
+    for job in jobs:
+        job.result()
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        in_threads,
+        pytest.param(in_processes, marks=pytest.mark.slow),
+        pytest.param(by_submitit, marks=pytest.mark.slow),
+    ],
+)
+def test_two_workers_share_a_search(run: Callable[[Path], None], tmp_path: Path):
     proxy_search.prepare(search_of(), tmp_path)
-    proxy_search.run_local(tmp_path, 8, [Surface(), Surface()])
+    run(tmp_path)
     study = proxy_search.open_study(tmp_path, 10)
     assert 8 <= proxy_search.count(study) <= 9
     settings = [tuple(trial.params.values()) for trial in study.get_trials(deepcopy=False)]
@@ -191,13 +220,23 @@ def test_the_tool_searches_reports_and_writes_a_proxy_that_loads(
     tmp_path: Path, programs: Programs
 ):
     write_markov_chain(tmp_path / "text")
-    config = proxy_config(tmp_path, "training.train_steps=4")
+    config = proxy_config(tmp_path, training={"train_steps": 4})
     save_config(config, tmp_path / "proxy.yaml")
     out = tmp_path / "search"
     words = ["search", tmp_path / "proxy.yaml", "--out", out, "--over", "base_lr=1e-3:1e-2"]
     words += ["--trials", "3", "--workers", "1"]
     assert "3 to run" in programs.output(main, *words)
     assert "0 to run" in programs.output(main, *words)
+
+    # The runs of the report, in this process: its own would be started for them.
+    search = proxy_search.Search.load(out)
+    best = proxy_report.best_of(proxy_report.trials_of(search, out))
+    for pair in proxy_report.points_of(search, proxy_report.rounded(best.settings), 2):
+        for point in pair:
+            path = sweep.result_path(out, point)
+            path.parent.mkdir(exist_ok=True)
+            values = point.config.model_dump(mode="json")
+            sweep.run_and_keep(point.settings(), values, str(path), "cpu")
     text = programs.output(main, "report", out, "--seeds", "2", "--workers", "1", "--json")
     answer = json.loads(text)
     assert answer["trials"] == 3 and answer["verdict"].endswith("seed noise")

@@ -214,6 +214,7 @@ def run_diff(arguments: argparse.Namespace) -> int:
 
     content = {"settings": [vars(difference) for difference in settings], "tensors": tensors}
     show(content, arguments.json, lines)
+    # As diff(1) does, so that a script can ask.
     return 1 if settings or tensors else 0
 
 

@@ -146,6 +146,7 @@ def load_function(name: str) -> ModelMaker:
 
 def make_plan(arguments: argparse.Namespace, config: Config) -> coordinate_check.Plan:
     """The models to train. Raises ConfigError where neither depth nor width varies."""
+    # A value that is given twice would be trained twice.
     depths = set(arguments.depths or [config.model.num_layers])
     widths = set(arguments.widths or [config.model.hidden_size])
     if len(depths) < 2 and len(widths) < 2:
@@ -207,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         say("one seed gives no interval, and so no verdict (exit code 3): --seeds 3 gives both")
     with when_interrupted("a check is all or nothing, so nothing was written; start it again."):
         samples = coordinate_check.collect(config, plan, run, design, say)
-    result = judge(samples, config.completep.alpha)
+    result = judge(samples, config.completep.alpha, config.optimizer.type)
 
     say(describe_check(result))
     if context.is_first and arguments.out is not None:

@@ -219,6 +219,7 @@ def run_merge(arguments: argparse.Namespace) -> int:
 
 def check_written(prefixes: Sequence[str], outputs: Sequence[str], overwrite: bool) -> None:
     """Refuse output prefixes that are inputs, the same, there already, or not writable."""
+    # A prefix stands for several files, and none of them may be lost.
     input_paths: list[Path] = []
     for prefix in prefixes:
         input_paths += names_of_token_files(prefix)
@@ -306,6 +307,7 @@ def shown(document: dict[str, Any], characters: int) -> str:
 
 def run_prebuild(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
+    # The tables depend on the number of samples, so they are built for what the run will read.
     samples = {"train": total_samples(config.training)}
     if has_validation(config.data):
         samples["validation"] = config.training.validation_samples

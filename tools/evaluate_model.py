@@ -183,7 +183,9 @@ def show(results: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     arguments = parse_arguments(argv)
+    # The processes of a node share its cores.
     use_threads(None, Launch.from_environment().local_world_size)
+    # Whatever the layout of training was, every process holds the whole model here.
     context = ParallelContext.create(ParallelConfig(), arguments.device)
     try:
         results = evaluate(arguments, context)

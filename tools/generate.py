@@ -156,9 +156,11 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
     path: Path = arguments.prompts
     # A text that is not UTF-8 would decode to other tokens than the user means.
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as UTF-8 text ({error}).") from None
+    # Not `splitlines`, which also splits at a form feed, or at U+2028 inside a JSON string.
+    lines = text.removesuffix("\n").split("\n") if text else []
     if path.suffix != ".jsonl":
         return lines
 
@@ -244,6 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     device = choose_device(arguments.device, 0)
     use_threads(None, 1)
     prompts = read_prompts(arguments)
+    # The configuration alone decides the precision, before the weights are read in it.
     precision_of_training = run_config(arguments.checkpoint).training.precision
     precision = precision_of_run(arguments.precision, precision_of_training, device, say)
 
@@ -257,10 +260,12 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
     config, model = load_model(arguments.checkpoint, device, precision)
     settings = tokenizer_of_run(arguments.checkpoint, config, arguments.tokenizer_model)
+    # The seconds are those of the texts; the model is loaded by now.
     started = time.perf_counter()
     samples = arguments.samples
     repeated_prompts: list[str] = []
     for prompt in prompts:
+        # Samples of a prompt stand together, so that below a slice is what belongs to it.
         repeated_prompts += [prompt] * samples
     tokenizer = build_tokenizer(settings)
     end_tokens = config.export.end_tokens()

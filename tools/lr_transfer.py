@@ -200,6 +200,7 @@ def slurm_options(words: str) -> dict[str, int | str]:
             raise ConfigError(
                 f"--slurm {words}: write KEY=VALUE pairs, such as timeout_min=60,gpus_per_node=1."
             )
+        # submitit takes minutes and counts as numbers, and names as words.
         options[key] = int(setting) if setting.isdigit() else setting
     return options
 
@@ -237,6 +238,7 @@ def run_sweep(arguments: argparse.Namespace, say: Callable[[str], None]) -> dict
         next_command = ["python", "tools/lr_transfer.py", "report", str(folder)]
         say(f"next: {shlex.join(next_command)}")
 
+    # Under Slurm the jobs have only been submitted, so that their points are still missing.
     missing = sweep.missing(points, folder)
     return {"points": len(points), "missing": len(missing), "folder": str(folder)}
 

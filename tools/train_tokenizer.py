@@ -133,8 +133,10 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     model: Path = arguments.output
     report_path = model.with_name(f"{model.name}.json")
     outputs = [Output("--output", path) for path in (model, report_path)]
+    # Before minutes of training, and for the report beside the model, too.
     check_outputs(outputs, arguments.input, arguments.overwrite)
 
+    # The answer alone goes to stdout, where --json is read by programs.
     console = Console(stderr=True, highlight=False)
     start = time.monotonic()
     with console.status("starting") as status:

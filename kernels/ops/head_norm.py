@@ -83,6 +83,7 @@ def _norm_gradient(
     rstd: tl.tensor, half: tl.tensor,
 ) -> tl.tuple:  # fmt: skip
     """The gradient of the norm's input from that of its output (low, high), without the gain."""
+    # The mean of g x_hat over the D = 2 half elements of a head; masked lanes hold 0.
     along = tl.sum(d_low * low + d_high * high, axis=1, keep_dims=True) / (2 * half)
     return (d_low - low * along) * rstd, (d_high - high * along) * rstd
 
@@ -99,6 +100,7 @@ def head_norm_forward_kernel(
     HEADS: tl.constexpr, HALF: tl.constexpr,
 ) -> None:  # fmt: skip
     """Each program norms and rotates HEADS heads of one token; q and k are contiguous."""
+    # In 64 bits: an offset into a large batch passes 2^31 elements.
     token = tl.program_id(0).to(tl.int64)
     s = token // batch
     b = token % batch
@@ -108,15 +110,18 @@ def head_norm_forward_kernel(
     is_query = head < query_heads
     is_key = (head >= query_heads) & (head < query_heads + key_heads)
 
+    # Values lie behind the keys in x. A lane of theirs is masked: it is read as 0 and not written.
     source = x + s * x_stride_s + b * x_stride_b + head * x_stride_n
     low, high = _load_halves(source, column, half, (is_query | is_key) & in_half)
     squares = tl.sum(low * low + high * high, axis=1, keep_dims=True)
     row_rstd = tl.rsqrt(squares / (2 * half) + eps)
+    # Outputs and statistics are contiguous, each kind for itself, so that keys count from 0.
     q_row = token * query_heads + head
     k_row = token * key_heads + head - query_heads
     tl.store(q_rstd + q_row, row_rstd, mask=is_query)
     tl.store(k_rstd + k_row, row_rstd, mask=is_key)
 
+    # A tile may hold heads of both kinds, so each lane picks the gain of its own.
     q_low_gain, q_high_gain = _load_halves(q_gain, column, half, in_half)
     k_low_gain, k_high_gain = _load_halves(k_gain, column, half, in_half)
     low *= row_rstd * tl.where(is_query, q_low_gain, k_low_gain)
@@ -135,6 +140,7 @@ def head_norm_forward_kernel(
     _store_halves(k + k_row * 2 * half, out_low, out_high, column, half, is_key & in_half)
 
 
+# Otherwise Triton compiles one more kernel for a number of tokens that 16 divides.
 @triton.jit(do_not_specialize=["tokens"])
 def head_norm_backward_kernel(
     d_q: tl.tensor, d_k: tl.tensor, x: tl.tensor, q_rstd: tl.tensor, k_rstd: tl.tensor,
@@ -158,11 +164,11 @@ def head_norm_backward_kernel(
     in_half = column < half
     q_low_gain, q_high_gain = _load_halves(q_gain, column, half, in_half)
     k_low_gain, k_high_gain = _load_halves(k_gain, column, half, in_half)
-    q_low_sum = tl.zeros((HEADS, HALF), tl.float32)
+    q_low_sum = tl.zeros((HEADS, HALF), tl.float32)  # over tiles; over heads below
     q_high_sum = tl.zeros((HEADS, HALF), tl.float32)
     k_low_sum = tl.zeros((HEADS, HALF), tl.float32)
     k_high_sum = tl.zeros((HEADS, HALF), tl.float32)
-
+    # Which program takes a tile is fixed, so that the sums repeat to the bit.
     blocks = tl.cdiv(query_heads + key_heads, HEADS)
     first_tile = tl.program_id(0).to(tl.int64)
     for tile in tl.range(first_tile, tokens * blocks, tl.num_programs(0), num_stages=STAGES):
@@ -172,7 +178,7 @@ def head_norm_backward_kernel(
         head = (tile % blocks) * HEADS + tl.arange(0, HEADS).to(tl.int64)[:, None]
         is_query = head < query_heads
         is_key = (head >= query_heads) & (head < query_heads + key_heads)
-
+        # A lane past the keys reads 0 everywhere, and so adds nothing to any sum below.
         cosine, sine = _load_angles(
             cos, sin, s, b, cos_stride_s, cos_stride_b, sin_stride_s, sin_stride_b, column, in_half
         )
@@ -190,19 +196,19 @@ def head_norm_backward_kernel(
         turned_high = q_high + k_high
         d_low = turned_low * cosine + turned_high * sine
         d_high = turned_high * cosine - turned_low * sine
-        low *= row_rstd
+        low *= row_rstd  # x_hat from here on
         high *= row_rstd
         q_low_sum += tl.where(is_query, d_low * low, 0.0)
         q_high_sum += tl.where(is_query, d_high * high, 0.0)
         k_low_sum += tl.where(is_key, d_low * low, 0.0)
         k_high_sum += tl.where(is_key, d_high * high, 0.0)
-
+        # The gains' gradients, taken above, do not have the gain in them; that of x does.
         d_low *= tl.where(is_query, q_low_gain, k_low_gain)
         d_high *= tl.where(is_query, q_high_gain, k_high_gain)
         d_low, d_high = _norm_gradient(d_low, d_high, low, high, row_rstd, half)
         destination = d_x + s * d_x_stride_s + b * d_x_stride_b + head * d_x_stride_n
         _store_halves(destination, d_low, d_high, column, half, (is_query | is_key) & in_half)
-
+    # A program without a tile writes zeros here: `partials` is not initialized.
     row = partials + tl.program_id(0).to(tl.int64) * 4 * half
     _store_half_sums(row, q_low_sum, q_high_sum, half, HALF)
     _store_half_sums(row + 2 * half, k_low_sum, k_high_sum, half, HALF)
@@ -229,6 +235,7 @@ def launch_head_norm_forward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(q, k, q_rstd, k_rstd)."""
+    # The kernel computes in float32, which would cost a float64 run its digits.
     if heads.dtype == torch.float64:
         return cpu.head_norm_forward(heads, q_gain, k_gain, cos, sin, query_heads, eps)
     heads = _dense(heads)
@@ -271,6 +278,7 @@ def launch_head_norm_backward(
     sequence, batch, query_heads, head_dim = d_q.shape
     key_heads = d_k.shape[2]
     d_heads = torch.empty(heads.shape, dtype=heads.dtype, device=heads.device)
+    # Values were handed on as they are, and so is their gradient.
     d_heads[:, :, query_heads + key_heads :].copy_(d_v)
     half = head_dim // 2
     shape = head_norm_backward_shape(query_heads + key_heads, half, heads.dtype, heads.device)
@@ -322,6 +330,7 @@ def _fake_backward(
     d_q: Tensor, d_k: Tensor, d_v: Tensor, heads: Tensor, q_rstd: Tensor, k_rstd: Tensor,
     q_gain: Tensor, k_gain: Tensor, cos: Tensor, sin: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    # The number of partial sums depends on the device, and a traced shape has to be the real one.
     programs = 1
     if heads.device.type == "cuda" and heads.dtype != torch.float64:
         count = d_q.shape[2] + d_k.shape[2]
@@ -366,6 +375,8 @@ class _NormedHeads(torch.autograd.Function):
         ctx.save_for_backward(heads, q_rstd, k_rstd, q_gain, k_gain, cos, sin)
         ctx.sink = sink
         ctx.receivers = receivers((q_gain, k_gain), sink)
+        # The values share the projection's memory. Their gradient comes in as d_v, and backward
+        # puts it in its place beside the others.
         values = heads.detach()[:, :, query_heads + k.shape[2] :]
         return q, k, values
 

@@ -66,11 +66,14 @@ def join_heads_kernel(
     cosine = tl.load(cos_row + column, mask=in_half, other=0.0).to(tl.float32)
     sin_row = sin + s * sin_stride_s + b * sin_stride_b
     sine = tl.load(sin_row + column, mask=in_half, other=0.0).to(tl.float32)
+    # At most one of q, k and v is not 0 in a lane, so one expression serves all three without a
+    # branch: queries and keys are rotated back, values are added as they are.
     turned_low = q_low + k_low
     turned_high = q_high + k_high
     low = turned_low * cosine + turned_high * sine + v_low
     high = turned_high * cosine - turned_low * sine + v_high
 
+    # The last tile of a token may reach past its heads, into those of the next token.
     heads = queries + 2 * keys
     destination = out + (token * heads + head) * 2 * half + column
     mask = (head < heads) & in_half
@@ -85,6 +88,7 @@ def _dense(x: Tensor) -> Tensor:
 
 def launch_join_heads(d_q: Tensor, d_k: Tensor, d_v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """[S, B, N + 2G, D], contiguous."""
+    # The kernel computes in float32, which would cost a float64 run its digits.
     if d_q.dtype == torch.float64:
         return cpu.join_heads(d_q, d_k, d_v, cos, sin)
     d_q = _dense(d_q)

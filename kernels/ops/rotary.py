@@ -36,6 +36,7 @@ def rotary_kernel(
 
     Strides are of the sequence (s), batch (b) and head (n) dimensions, in elements.
     """
+    # In 64 bits: an offset into a large batch passes 2^31 elements.
     token = tl.program_id(0).to(tl.int64)
     s = token // batch
     b = token % batch
@@ -46,6 +47,7 @@ def rotary_kernel(
     cosine = tl.load(cos_row + column, mask=in_half, other=0.0).to(tl.float32)
     sin_row = sin + s * sin_stride_s + b * sin_stride_b
     sine = tl.load(sin_row + column, mask=in_half, other=0.0).to(tl.float32)
+    # To rotate back is to rotate by the negative angle, whose cosine is the same.
     if INVERSE:
         sine = -sine
 
@@ -73,6 +75,7 @@ def _launch(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, inverse: bool) -> 
         return
     sequence, batch, heads, head_dim = x.shape
     half = head_dim // 2
+    # The kernel has strides of positions and of sequences, and none of the pairs.
     cos = cos.contiguous()
     sin = sin.contiguous()
     # One row of angles may serve every sequence of the batch.
@@ -139,6 +142,7 @@ class _Rotary(torch.autograd.Function):
         inverse: bool,
         compiled: CompiledDefinitions | None,
     ) -> Tensor:
+        # The rotation is linear in x: backward needs its angles alone.
         ctx.save_for_backward(cos, sin)
         ctx.inverse = inverse
         ctx.rotate = compiled.rotary if compiled else _rotary

@@ -90,9 +90,11 @@ def compare_sweeps(settings: SweepSettings, say: Say) -> SweepComparison:
         with processes(settings.workers) as pool:
             jobs = []
             for point in points:
+                # Plain data, which can be sent to another process.
                 values = point.config.model_dump(mode="json")
                 ours = pool.submit(time_point, values, "ours")
                 plain = "compiled plain" if settings.compile_plain else "plain"
+                # Jobs start in this order, so that the two programs see the same machine.
                 jobs.append((ours, pool.submit(time_point, values, plain)))
             times = [(ours.result(), plain.result()) for ours, plain in jobs]
     return summarize_sweeps(settings.workers, times)
@@ -102,6 +104,7 @@ def sweep_points(settings: SweepSettings, folder: Path) -> list[Point]:
     """The points of a grid of learning rates on random tokens, which are written to `folder`."""
     model = settings.model
     prefix = folder / "random"
+    # Enough for one epoch: a sample reads one token more than its length, its last label.
     tokens = settings.steps * settings.batch_size * (model.seq_length + 1)
     generator = np.random.default_rng(1)
     with IndexedWriter(prefix, np.int32) as writer:
@@ -115,6 +118,7 @@ def sweep_points(settings: SweepSettings, folder: Path) -> list[Point]:
     )
     # One more of each worker than is timed.
     count = settings.workers * (settings.points + 1)
+    # Points must differ, but not so much that one of them diverges and ends early.
     rates = [1e-4 * (1 + number / count) for number in range(count)]
     return Grid(rates, seeds=1).points(config)
 
@@ -150,6 +154,7 @@ def run_plain_point(config: Config, compile_model: bool) -> float:
     batches = read_batches(config, ParallelContext.single(), steps)
     for step, (batch,) in enumerate(batches, start=1):
         for group in optimizer.param_groups:
+            # One rate for all: the table's factors by role cost a step nothing.
             group["lr"] = learning_rate(step, config.optimizer, steps)
         loss = forward(batch.tokens, batch.labels)
         loss.backward()
@@ -177,8 +182,8 @@ def summarize_sweeps(workers: int, times: Sequence[tuple[PointTime, PointTime]])
     low, high = bootstrap_ratio(our_seconds, plain_seconds)
     our_median = statistics.median(our_seconds)
     plain_median = statistics.median(plain_seconds)
-    our_processor = statistics.median(point.processor_seconds for point in ours)
-    plain_processor = statistics.median(point.processor_seconds for point in plain)
+    our_processor = statistics.median(point.processor_seconds for point in ours[:count])
+    plain_processor = statistics.median(point.processor_seconds for point in plain[:count])
     return SweepComparison(
         workers=workers,
         points=count,

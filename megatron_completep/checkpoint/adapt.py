@@ -5,6 +5,11 @@ changes, the weights before it are multiplied by old / new. If a tensor is multi
 gradients are divided by c. Each state of the update rule is therefore multiplied by c to the power
 that the checkpoint's manifest gives for it: -1 for AdamW's first moment, -2 for its second.
 
+Another update rule takes over running means of gradients from the states of the old one: AdamW's
+first moment becomes Muon's momentum. Where a state is missing that cannot be made (AdamW's second
+moment of what was Muon's), all states begin anew at zero, and with them the corrections of their
+bias; the run goes on where it was.
+
 New layers come last. The matrices that write into the residual stream are zero in them, all other
 weights are as in a fresh model, and their states are zero.
 """
@@ -12,10 +17,11 @@ weights are as in a fresh model, and their states are zero.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -43,8 +49,8 @@ from megatron_completep.config import config_from_mapping
 from megatron_completep.config.schema import Config, ModelConfig
 from megatron_completep.errors import CheckpointError, ConfigError
 from megatron_completep.model.gpt import GPT
-from megatron_completep.model.initialize import draw, initial_std
-from megatron_completep.optim.rule import MASTER
+from megatron_completep.model.initialize import draw, scale_parts
+from megatron_completep.optim.rule import MASTER, Rule
 from megatron_completep.optim.rules import RULES
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.parameter import ForwardMultiplier, Spec, specs_of
@@ -83,10 +89,20 @@ def adapt_checkpoint(
     fresh = GPT(config.model, table, ParallelContext.single("meta"))
     check_branches(fresh)
     factors = scale_factors(old.model, old_table, table, config.model)
-    tensors = _Tensors(stored, config, table, specs_of(fresh), factors, start_anew)
-    manifest = _manifest(stored.manifest, config, table, tensors.stored_parameters, start_anew)
-    # Also list the changed factors of the CompleteP table, for the user.
-    changes += differences({"table": stored.manifest.table}, {"table": manifest.table})
+    specs = {name: spec for name, spec in specs_of(fresh).items() if not spec.is_copy(name)}
+    old_rule = RULES[old_table.rule]
+    new_rule = RULES[table.rule] if start_anew or table.rule != old_table.rule else None
+    states = States.of(stored.manifest, specs, old_rule, new_rule, start_anew)
+    tensors = _Tensors(stored, config, table, specs, factors, states)
+    manifest = _manifest(stored.manifest, config, table, tensors.stored_parameters, states)
+    if start_anew:
+        begin = {"step": 0, "state": Progress(**vars(RunState()))}
+        manifest = manifest.model_copy(update=begin)
+    # Also list the changed factors of the CompleteP table, and what becomes of the optimizer.
+    for name in ("table", "states", "updates"):
+        changes += differences(
+            {name: getattr(stored.manifest, name)}, {name: getattr(manifest, name)}
+        )
     return rewrite_checkpoint(manifest, checkpoints, files, tensors.rows), changes
 
 
@@ -169,12 +185,63 @@ def scale_factors(
     }
 
 
+@dataclass(frozen=True)
+class States:
+    """The states of the new checkpoint, and where they come from.
+
+    powers: as in `Manifest.states`.
+    kept: name of a parameter -> those that it has; None: all.
+    sources: (parameter, state) -> the stored state that it is; what is missing is zero.
+    begin_anew: whether all of them are zero.
+    """
+
+    powers: Mapping[str, int]
+    kept: Mapping[str, list[str] | None]
+    sources: Mapping[tuple[str, str], str]
+    begin_anew: bool
+
+    @classmethod
+    def of(
+        cls,
+        manifest: Manifest,
+        specs: Mapping[str, Spec],
+        old_rule: type[Rule],
+        new_rule: type[Rule] | None,
+        anew: bool,
+    ) -> States:
+        """new_rule: of the new run; None: the states are the checkpoint's."""
+        powers = manifest.states if new_rule is None else new_rule.all_powers()
+        kept: dict[str, list[str] | None] = {}
+        sources: dict[tuple[str, str], str] = {}
+        missing = False
+        for name, spec in specs.items():
+            is_stored = name in manifest.parameters
+            if is_stored and new_rule is None:
+                kept[name] = manifest.parameters[name].states
+            else:
+                # A new layer has what a parameter of its kind has.
+                of_kind = (new_rule or old_rule).stored_states(spec)
+                kept[name] = None if of_kind is None else list(of_kind)
+            if not is_stored:
+                continue
+            stored = manifest.states_of(name)
+            means = [state for state in stored if state in old_rule.means]
+            for state in kept[name] or powers:
+                if state in stored:
+                    sources[name, state] = state
+                elif new_rule is not None and state in new_rule.means and means:
+                    sources[name, state] = means[0]
+                else:
+                    missing = True
+        return cls(powers, kept, sources, anew or missing)
+
+
 def _manifest(
     old: Manifest,
     config: Config,
     table: Table,
     parameters: dict[str, StoredParameter],
-    start_anew: bool,
+    states: States,
 ) -> Manifest:
     """The manifest of the new checkpoint, except what `rewrite_checkpoint` fills in."""
     elements = 0
@@ -185,13 +252,10 @@ def _manifest(
         "table": jsonable(describe_table(table)),
         "parameters": parameters,
         "elements": elements,
+        "states": dict(states.powers),
     }
-    if start_anew:
-        changed["step"] = 0
-        changed["state"] = Progress(**vars(RunState()))
+    if states.begin_anew:
         changed["updates"] = 0.0
-        # The new run may have another update rule: the states of the old one are not taken over.
-        changed["states"] = RULES[table.rule].all_powers()
     return old.model_copy(update=changed)
 
 
@@ -200,9 +264,8 @@ class _Tensors:
 
     Args:
         stored: the old checkpoint.
-        specs: of the parameters of the new model.
+        specs: of the parameters of the new model, without the copies of tied ones.
         factors: of `scale_factors`.
-        start_anew: whether the states are zero.
     """
 
     def __init__(
@@ -212,16 +275,16 @@ class _Tensors:
         table: Table,
         specs: dict[str, Spec],
         factors: dict[ForwardMultiplier, float],
-        start_anew: bool,
+        states: States,
     ):
         self._stored = stored
         self._config = config
         self._table = table
         self._factors = factors
-        self._start_anew = start_anew
+        self._states = states
         self._dtype_name = next(iter(stored.manifest.parameters.values())).dtype
         self._dtype = TORCH_DTYPES[self._dtype_name]
-        self._specs = {name: spec for name, spec in specs.items() if not spec.is_copy(name)}
+        self._specs = specs
         missing = sorted(stored.manifest.parameters.keys() - self._specs.keys())
         # The new model only adds layers, so it has every parameter of the old one.
         assert not missing, missing
@@ -231,18 +294,20 @@ class _Tensors:
         """What the manifest says of each parameter."""
         parameters = {}
         for name, spec in self._specs.items():
-            parameters[name] = StoredParameter(**describe(spec, self._dtype_name))
+            kept = self._states.kept[name]
+            parameters[name] = StoredParameter(**describe(spec, self._dtype_name, kept))
         return parameters
 
     def rows(self, state: str, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of one state of one parameter."""
         spec = self._specs[name]
-        if self._start_anew and state != MASTER:
+        if self._states.begin_anew and state != MASTER:
             return torch.zeros(stop - start, *spec.shape[1:], dtype=self._dtype)
         if name not in self._stored.manifest.parameters:
             return self._new(state, name)[start:stop]
 
-        tensor = self._stored.rows(state, name, start, stop)
+        source = self._states.sources[name, state]
+        tensor = self._stored.rows(source, name, start, stop)
         factor = 1.0 if spec.forward_multiplier is None else self._factors[spec.forward_multiplier]
         if factor == 1.0:
             return tensor
@@ -252,7 +317,7 @@ class _Tensors:
         scaled_stop = spec.shape[0]
         if spec.multiplied_part is not None:
             scaled_start, scaled_stop = spec.part_range(spec.multiplied_part)
-        power = self._stored.manifest.states[state]
+        power = self._stored.manifest.states[source]
         scaled_rows = slice(max(0, scaled_start - start), max(0, scaled_stop - start))
         tensor[scaled_rows] *= factor**power
         return tensor
@@ -268,6 +333,7 @@ class _Tensors:
             return torch.zeros(spec.shape, dtype=self._dtype)
         if spec.constant is not None:
             return torch.full(spec.shape, spec.constant, dtype=self._dtype)
-        std = initial_std(name, spec, self._table, self._config.optimizer)
         drawn = draw(spec, self._config.training.seed, name)[: spec.shape[0]]  # without padding
-        return torch.from_numpy(drawn * np.float32(std)).to(self._dtype)
+        # Nothing is split here: the parts lie as they do in the logical tensor.
+        scale_parts(drawn, spec.local_parts(), name, spec, self._table, self._config.optimizer)
+        return torch.from_numpy(drawn).to(self._dtype)

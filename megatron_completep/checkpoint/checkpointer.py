@@ -494,7 +494,7 @@ class Checkpointer:
             staged = staging.copy(optimizer.states)
         targets = []
         for name, flat in staged.items():
-            targets += [(box, name, flat) for box in self._shard.owned]
+            targets += [(box, name, flat) for box in self._shard.owned[name]]
         reader.fill(targets)
 
         # `fill` has raised on every rank or on none, so from here on nothing can be refused.

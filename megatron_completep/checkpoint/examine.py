@@ -5,7 +5,6 @@ None of it needs a model or a process group.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,11 +12,9 @@ from typing import Any
 
 import torch
 
-from megatron_completep.checkpoint.boxes import Box
 from megatron_completep.checkpoint.compare import Difference, differences
 from megatron_completep.checkpoint.files import (
     BLOCK_SIZE,
-    DTYPES,
     CheckedFile,
     NamedArray,
     key_of,
@@ -37,6 +34,7 @@ from megatron_completep.checkpoint.manifest import (
 from megatron_completep.checkpoint.save import check_space
 from megatron_completep.errors import CheckpointError
 from megatron_completep.files import new_folder, write_whole
+from megatron_completep.optim.boxes import Box
 
 
 def checkpoints_of(run: Path) -> Path:
@@ -160,9 +158,9 @@ def compare_checkpoints(
             rows.append({"tensor": name, "largest_difference": None})
             continue
         # One pair of tensors is in memory at a time.
-        for state in stored_a.manifest.states:
+        for state in stored_a.manifest.states_of(name):
             # States that only one of them has are among the settings that differ.
-            if state not in stored_b.manifest.states:
+            if state not in stored_b.manifest.states_of(name):
                 continue
             tensor_a = stored_a.tensor(name, state)
             tensor_b = stored_b.tensor(name, state)
@@ -213,14 +211,10 @@ def rewrite_checkpoint(manifest: Manifest, output: Path, count: int, rows: Rows)
     target = output / folder_name(manifest.step)
     if target.exists():
         raise CheckpointError(f"{target} exists. Choose another folder.")
-    needed_bytes = 0
-    for parameter in manifest.parameters.values():
-        elements = math.prod(parameter.shape)
-        needed_bytes += elements * DTYPES[parameter.dtype].itemsize * len(manifest.states)
     try:
         # A folder of another name until all of it is written.
         with new_folder(target) as temporary:
-            check_space(output, needed_bytes)
+            check_space(output, manifest.stored_bytes)
             files = _write_files(temporary, manifest, count, rows)
             # A snapshot becomes a checkpoint of no run in particular.
             changes = {"files": files, "block_size": BLOCK_SIZE, "run": None}
@@ -250,6 +244,8 @@ def _share(manifest: Manifest, rows: Rows, number: int, count: int) -> Iterator[
     """The tensors of one file: rows [number, number + 1) / count of each."""
     for state in manifest.states:
         for name, parameter in manifest.parameters.items():
+            if state not in manifest.states_of(name):
+                continue
             row_count = parameter.shape[0]
             start = row_count * number // count
             stop = row_count * (number + 1) // count

@@ -19,9 +19,9 @@ from typing import Any, BinaryIO
 import numpy as np
 import xxhash
 
-from megatron_completep.checkpoint.boxes import Box
 from megatron_completep.checkpoint.manifest import StoredFile, open_regular_file
 from megatron_completep.errors import CheckpointError
+from megatron_completep.optim.boxes import Box
 
 # Bytes. Blocks are hashed one by one, so that any of them can be checked without the others.
 BLOCK_SIZE = 4 << 20

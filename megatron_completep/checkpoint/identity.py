@@ -71,7 +71,7 @@ def describe_table(table: Table) -> dict[str, Any]:
     role_factors = {}
     for role, factors in table.own_factors.items():
         role_factors[str(role)] = factors.model_dump()
-    return {
+    described = {
         "width_multiplier": table.width_multiplier,
         "depth_multiplier": table.depth_multiplier,
         "alpha": table.alpha,
@@ -88,6 +88,10 @@ def describe_table(table: Table) -> dict[str, Any]:
         "logit_multiplier": table.logit_multiplier,
         "own_factors": role_factors,
     }
+    # Earlier versions did not know it: where it is batch_exponent, it is not a difference.
+    if not table.batch.has_one_exponent:
+        described["duration_exponent"] = table.batch.duration_exponent
+    return described
 
 
 def describe_layout(config: Config, context: ParallelContext) -> dict[str, int]:

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_completep.checkpoint.boxes import Box, OwnedBox, strides_of
 from megatron_completep.checkpoint.files import CheckedFile, StoredBox
 from megatron_completep.checkpoint.manifest import Manifest, StoredParameter, read_manifest
 from megatron_completep.checkpoint.parts import TORCH_DTYPES, Part, Parts, Target, parts_by_block
 from megatron_completep.errors import CheckpointError
+from megatron_completep.optim.boxes import Box, OwnedBox, strides_of
 
 SHOWN_NAMES = 8  # in a message, of what may be hundreds
 
@@ -67,7 +67,7 @@ class StoredCheckpoint:
     def tensor(self, name: str, state: str = "master") -> Tensor:
         """One logical tensor as a whole. Raises CheckpointError where the checkpoint has none."""
         stored = self.manifest.parameters.get(name)
-        if stored is None or state not in self.manifest.states:
+        if stored is None or state not in self.manifest.states_of(name):
             names = ", ".join(sorted(self.manifest.parameters)[:SHOWN_NAMES])
             raise CheckpointError(
                 f"{self.folder}: no tensor {state}/{name}. Its parameters: {names}, ..."
@@ -123,8 +123,11 @@ class StoredCheckpoint:
         elements = 0
         for name, parameter in self.manifest.parameters.items():
             elements += math.prod(parameter.shape)
-            for state in self.manifest.states:
+            for state in self.manifest.states_of(name):
                 problems += self._coverage_problems(state, name, parameter)
+            for state in self.manifest.states.keys() - set(self.manifest.states_of(name)):
+                if (state, name) in self._by_name:
+                    problems.append(f"{state}/{name}: stored, but not listed in the manifest")
         if elements != self.manifest.elements:
             problems.append(
                 f"the manifest counts {self.manifest.elements} elements, "

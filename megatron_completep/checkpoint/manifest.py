@@ -13,6 +13,7 @@ import re
 import stat
 from collections.abc import Iterator
 from io import FileIO
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -57,12 +58,16 @@ class Writer(Section):
 
 
 class StoredParameter(Section):
-    """What a checkpoint knows of a parameter besides its values."""
+    """What a checkpoint knows of a parameter besides its values.
+
+    states: those that the update rule keeps of it, and the masters; None: all of the checkpoint's.
+    """
 
     role: str
     width_ratio: float
     shape: Shape
     dtype: Literal["F32", "F64"]
+    states: Annotated[list[StateName], Field(max_length=16)] | None = None
 
 
 class StoredFile(Section):
@@ -119,7 +124,28 @@ class Manifest(Section):
             )
         if MASTER not in self.states:
             raise ValueError(f"states = {list(self.states)}: without {MASTER} there are no weights")
+        for name, parameter in self.parameters.items():
+            states = self.states if parameter.states is None else parameter.states
+            if MASTER not in states or not self.states.keys() >= set(states):
+                raise ValueError(
+                    f"parameters.{name}.states = {list(states)}: {MASTER} and others of "
+                    f"{list(self.states)} were possible"
+                )
         return self
+
+    def states_of(self, name: str) -> list[str]:
+        """The states that are stored of a parameter, in order."""
+        stored = self.parameters[name].states
+        return [state for state in self.states if stored is None or state in stored]
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all states of all parameters."""
+        total = 0
+        for name, parameter in self.parameters.items():
+            item_size = 8 if parameter.dtype == "F64" else 4
+            total += prod(parameter.shape) * item_size * len(self.states_of(name))
+        return total
 
     @property
     def total_size(self) -> int:

@@ -10,9 +10,9 @@ from operator import mul, sub
 import torch
 from torch import Tensor
 
-from megatron_completep.checkpoint.boxes import Box, OwnedBox, cut_run, strides_of
 from megatron_completep.checkpoint.files import DTYPES, StoredBox
 from megatron_completep.checkpoint.shard import view_of
+from megatron_completep.optim.boxes import Box, OwnedBox, cut_run, strides_of
 
 TORCH_DTYPES = {"F32": torch.float32, "F64": torch.float64}
 Target = tuple[OwnedBox, str, Tensor]  # a box to fill, its state, and the flat tensor that holds it

@@ -125,8 +125,9 @@ class ResumeCheck:
             raise CheckpointError(
                 f"{folder} holds the states {', '.join(stored_states)}, "
                 f"but the update rule of this run keeps {', '.join(self._states)}. "
-                "Continue with the rule that wrote it, or start from the weights alone: "
-                "tools/checkpoint.py adapt --start-anew."
+                "Continue with the rule that wrote it; or make a checkpoint of this rule: "
+                "tools/checkpoint.py adapt carries means of gradients over, and with --start-anew "
+                "the weights alone."
             )
 
 

@@ -31,6 +31,7 @@ from megatron_completep.checkpoint.manifest import (
 from megatron_completep.checkpoint.shard import Shard, view_of
 from megatron_completep.errors import CheckpointError, size_text
 from megatron_completep.files import is_being_filled, sync_folder
+from megatron_completep.optim.rule import MASTER
 from megatron_completep.parallel.exchange import Exchange, LongWork, describe, join_problems
 
 # Fault-injection callback, called with the name of each point that a save reaches. Only tests pass
@@ -150,14 +151,14 @@ def _write_part(
 
     Disk errors are returned, not raised, because the other ranks wait for this rank's record.
     """
-    if not shard.to_write:
+    if not shard.to_write[MASTER]:
         return {}
     path = folder / f"rank_{exchange.rank:05d}_of_{exchange.size:05d}.safetensors"
     try:
         # State by state, each in memory order, so that adjacent boxes are written in one write.
         tensors = []
         for state in shard.states:
-            for owned in shard.to_write:
+            for owned in shard.to_write[state]:
                 array = _array(view_of(flats[state], owned))
                 tensors.append((key_of(state, owned.name, owned.box), owned.box.sizes, array))
         metadata = {"format": "pt", "step": str(content["step"]), "attempt": content["attempt"]}
@@ -166,7 +167,7 @@ def _write_part(
         free = shutil.disk_usage(folder).free if folder.exists() else 0
         space = f"{size_text(shard.bytes_to_write)} to write, {size_text(free)} free"
         return {"problem": f"{path}: {describe(error)} ({space})"}
-    elements = sum(owned.box.numel for owned in shard.to_write)
+    elements = sum(owned.box.numel for owned in shard.to_write[MASTER])
     return {"file": stored.model_dump(), "elements": elements}
 
 

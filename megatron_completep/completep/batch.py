@@ -4,6 +4,9 @@
     m_D = tokens of the run / those of the proxy's run
     S = (m_B / m_D)^exponent, at the default of 1/2 their square root
 
+The two ratios may have exponents of their own: S = m_B^b / m_D^d. Complete(d)P derives 1/2 for
+both; that of m_D is contested, see docs/parameterization.md.
+
 Every learning rate and weight decay is multiplied by S, every epsilon is divided by it, and
 1 - beta scales with m_B / m_D. All of these depend on the number of steps alone. Without the
 proxy's token counts both ratios are 1 and nothing is scaled.
@@ -25,7 +28,8 @@ class BatchScaling:
 
     batch_ratio: float = 1.0  # m_B
     duration_ratio: float = 1.0  # m_D
-    exponent: float = 0.5
+    exponent: float = 0.5  # of m_B
+    duration_exponent: float | None = None  # of m_D; None: the same
 
     @property
     def scale(self) -> float:
@@ -35,17 +39,61 @@ class BatchScaling:
         """
         # An extreme exponent overflows, or the power of a ratio that rounds to 0 is infinite.
         try:
-            scale = float((self.batch_ratio / self.duration_ratio) ** self.exponent)
+            scale = self._scale()
         except (OverflowError, ZeroDivisionError):
             scale = math.inf
         if not 0 < scale < math.inf:
             raise ConfigError(
-                f"completep.batch_exponent = {self.exponent:g}: S = (m_B / m_D)^exponent with "
+                f"{self._setting}: S = {self._formula} with "
                 f"m_B = {self.batch_ratio:g} and m_D = {self.duration_ratio:g} is no positive "
                 "number. Use an exponent such as 0.5, or check completep.base_batch_tokens and "
                 "base_total_tokens (in tokens)."
             )
         return scale
+
+    def _scale(self) -> float:
+        # The power of the quotient rounds otherwise than the quotient of the powers: runs with one
+        # exponent keep their numbers.
+        if self.has_one_exponent:
+            return float((self.batch_ratio / self.duration_ratio) ** self.exponent)
+        assert self.duration_exponent is not None
+        return float(self.batch_ratio**self.exponent / self.duration_ratio**self.duration_exponent)
+
+    @property
+    def has_one_exponent(self) -> bool:
+        """Whether both ratios have the same exponent."""
+        return self.duration_exponent in (None, self.exponent)
+
+    @property
+    def _setting(self) -> str:
+        batch = f"completep.batch_exponent = {self.exponent:g}"
+        if self.has_one_exponent:
+            return batch
+        return f"{batch}, duration_exponent = {self.duration_exponent:g}"
+
+    @property
+    def _formula(self) -> str:
+        if self.has_one_exponent:
+            return "(m_B / m_D)^exponent"
+        return "m_B^batch_exponent / m_D^duration_exponent"
+
+    def momentum(self, base: float) -> float:
+        """Muon's decay rate of the mean gradient, by the rule of `betas`.
+
+        For Muon it is an extrapolation: the derivation in arXiv 2512.22382 is AdamW's. Raises
+        ConfigError where the rate would fall below 0.
+        """
+        ratio = self.batch_ratio / self.duration_ratio
+        if ratio == 1.0:
+            return base
+        momentum = 1 - (1 - base) * ratio
+        if momentum < 0:
+            raise ConfigError(
+                f"optimizer.muon.momentum = {base:g}: scaled by m_B / m_D = {ratio:g} it becomes "
+                f"{momentum:g}, below 0. Train longer or with a smaller batch, or check "
+                "completep.base_batch_tokens and base_total_tokens (in tokens)."
+            )
+        return momentum
 
     def betas(self, base: tuple[float, float]) -> tuple[float, float]:
         """The decay rates of the moments, so that they average over as many tokens as the proxy's.
@@ -75,6 +123,7 @@ def batch_scaling_of(config: Config) -> BatchScaling:
         batch_ratio=_ratio(tokens_per_step(config), completep.base_batch_tokens),
         duration_ratio=_ratio(total_tokens(config), completep.base_total_tokens),
         exponent=completep.batch_exponent,
+        duration_exponent=completep.duration_exponent,
     )
 
 

@@ -33,6 +33,37 @@ class Factors:
     eps: float
 
 
+@dataclass(frozen=True)
+class DecayRule:
+    """How `optimizer.weight_decay_rule` changes the table's weight decay.
+
+    table: not at all. inverse_width: that of hidden weights falls as 1 / m_N (arXiv 2512.05620, for
+    runs of compute-optimal length). tau: all that decays has the same
+    tau = 1 / (peak learning rate x weight decay x steps), counted without the user's own factors.
+
+    base_products: base_lr x base_weight_decay of each section (`table.Row.section`), for tau.
+    """
+
+    name: str = "table"
+    target_tau: float | None = None
+    steps: int = 1
+    base_products: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+
+    def factor(self, role: Role, row: table_1.Row, m_N: float, scale: float) -> float:
+        """The factor on the proxy's weight decay, in place of `row.weight_decay`.
+
+        scale: S of the batch scaling, which is on learning rate and weight decay as well.
+        """
+        if self.name == "inverse_width" and role is Role.HIDDEN_WEIGHT:
+            return row.weight_decay / m_N
+        if self.name == "tau" and row.weight_decay:
+            assert self.target_tau is not None
+            # Of a weight decay whose factor is 1.
+            decayed_per_step = self.base_products[row.section] * row.lr * scale**2
+            return 1 / (self.steps * self.target_tau * decayed_per_step)
+        return row.weight_decay
+
+
 @dataclass(frozen=True, kw_only=True)
 class Table:
     """Forward multipliers, and factors by role. Made once, from the global shape, by `table_of`."""
@@ -50,6 +81,7 @@ class Table:
     rule: str = "adamw"  # the update rule whose columns `factors` takes
     scale_width: bool = True  # False under SP, where a matrix's own ratio does not count either
     batch: BatchScaling = field(default_factory=BatchScaling)
+    decay: DecayRule = field(default_factory=DecayRule)
     own_factors: Mapping[Role, RoleFactors] = field(default_factory=lambda: MappingProxyType({}))
 
     @classmethod
@@ -113,39 +145,78 @@ class Table:
         """The factor on the logits in training, evaluation and generation."""
         return self._forward.unembedding
 
-    def factors(self, role: Role, width_ratio: float = 1.0) -> Factors:
+    def factors(
+        self, role: Role, width_ratio: float = 1.0, matrix: table_1.Matrix | None = None
+    ) -> Factors:
         """Factors of one parameter: those of the table, of the user and of the batch.
 
-        width_ratio: fan_in / base_fan_in of the logical matrix; 1 for vectors, the embedding and
-        the unembedding. Raises ConfigError where the batch scaling is not a positive number.
+        Raises ConfigError where the batch scaling is not a positive number.
+
+        Args:
+            width_ratio: fan_in / base_fan_in of the logical matrix; 1 for vectors, the embedding
+                and the unembedding.
+            matrix: (d_out, d_in) of the logical matrix; None for vectors. AdamW does not ask.
         """
-        ratio = width_ratio if self.scale_width else 1.0
-        rows_of = table_1.RULES[self.rule]
-        rows = rows_of(self.width_multiplier, self.depth_multiplier, self.alpha, ratio)
-        row = rows[role]
+        row = self._row(role, width_ratio, matrix)
         user_factors = self.own_factors.get(role, RoleFactors())
 
         # S scales what acts at every step (arXiv 2512.22382), which the initial weights do not.
         scale = self.batch.scale
+        weight_decay = self.decay.factor(role, row, self.width_multiplier, scale)
         return Factors(
             init_std=math.sqrt(row.variance) * user_factors.init_std,
             lr=row.lr * user_factors.lr * scale,
-            weight_decay=row.weight_decay * user_factors.weight_decay * scale,
+            weight_decay=weight_decay * user_factors.weight_decay * scale,
             eps=row.eps * user_factors.eps / scale,
         )
 
-    def values(self, role: Role, width_ratio: float, optimizer: OptimizerConfig) -> Factors:
+    def base_values(
+        self, role: Role, matrix: table_1.Matrix | None, optimizer: OptimizerConfig
+    ) -> Factors:
+        """The proxy's values that the factors of a parameter multiply.
+
+        optimizer: the section that holds them, or holds the section of the update rule.
+        """
+        section_name = self.section(role, matrix)
+        section = getattr(optimizer, section_name) if section_name else optimizer
+        return Factors(
+            init_std=optimizer.base_init_std,
+            lr=section.base_lr,
+            weight_decay=section.base_weight_decay,
+            eps=optimizer.base_eps,
+        )
+
+    def values(
+        self,
+        role: Role,
+        width_ratio: float,
+        optimizer: OptimizerConfig,
+        matrix: table_1.Matrix | None = None,
+    ) -> Factors:
         """Initial standard deviation, peak learning rate, weight decay and epsilon of a parameter.
 
-        width_ratio: as of `factors`. optimizer: the section that holds the proxy's base values.
+        width_ratio, matrix: as of `factors`. optimizer: as of `base_values`.
         """
-        factors = self.factors(role, width_ratio)
+        factors = self.factors(role, width_ratio, matrix)
+        base = self.base_values(role, matrix, optimizer)
         return Factors(
-            init_std=factors.init_std * optimizer.base_init_std,
-            lr=factors.lr * optimizer.base_lr,
-            weight_decay=factors.weight_decay * optimizer.base_weight_decay,
-            eps=factors.eps * optimizer.base_eps,
+            init_std=factors.init_std * base.init_std,
+            lr=factors.lr * base.lr,
+            weight_decay=factors.weight_decay * base.weight_decay,
+            eps=factors.eps * base.eps,
         )
+
+    def section(self, role: Role, matrix: table_1.Matrix | None) -> str:
+        """The section of the optimizer with the base values of a parameter, see `table.Row`."""
+        return self._row(role, 1.0, matrix).section
+
+    def _row(self, role: Role, width_ratio: float, matrix: table_1.Matrix | None) -> table_1.Row:
+        ratio = width_ratio if self.scale_width else 1.0
+        rows_of = table_1.RULES[self.rule]
+        if not self.scale_width:
+            rows_of = table_1.UNSCALED_RULES.get(self.rule, rows_of)
+        rows = rows_of(self.width_multiplier, self.depth_multiplier, self.alpha, ratio, matrix)
+        return rows[role]
 
     @property
     def _forward(self) -> table_1.Forward:
@@ -178,9 +249,25 @@ def table_of(config: Config) -> Table:
         base_logit_multiplier=model.logit_multiplier,
         base_hidden_size=base_hidden_size,
         base_ffn_hidden_size=completep.base_ffn_hidden_size or same_ratio,
+        rule=config.optimizer.type,
         scale_width=scale_width,
         batch=batch_scaling_of(config),
+        decay=decay_rule_of(config),
         own_factors=MappingProxyType(dict(completep.factors)),
+    )
+
+
+def decay_rule_of(config: Config) -> DecayRule:
+    """The rule of weight decay of a run."""
+    optimizer = config.optimizer
+    products = {"": optimizer.base_lr * optimizer.base_weight_decay}
+    if optimizer.muon is not None:
+        products["muon"] = optimizer.muon.base_lr * optimizer.muon.base_weight_decay
+    return DecayRule(
+        optimizer.weight_decay_rule,
+        optimizer.target_tau,
+        config.training.train_steps,
+        MappingProxyType(products),
     )
 
 

@@ -8,12 +8,16 @@
 
 muP is this table with m_L = 1, SP with m_N = m_L = r = 1. Each entry multiplies the value tuned on
 the proxy.
+
+An update rule that has other learning rates than AdamW has rows of its own (arXiv 2512.05620 for
+Muon's). What a row decays in a step is its learning rate times its weight decay, in every rule.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_completep.roles import Role
 
@@ -34,6 +38,13 @@ class Row:
     lr: float
     weight_decay: float
     eps: float
+    # The section of the configuration's optimizer whose base_lr and base_weight_decay these
+    # multiply; empty: the optimizer's own.
+    section: str = ""
+
+
+Matrix = tuple[int, int]  # d_out, d_in of a logical matrix
+Rows = Callable[[float, float, float, float, Matrix | None], Mapping[Role, Row]]
 
 
 def forward_factors(m_N: float, m_L: float, alpha: float, base: Forward) -> Forward:
@@ -44,7 +55,9 @@ def forward_factors(m_N: float, m_L: float, alpha: float, base: Forward) -> Forw
     )
 
 
-def adamw_rows(m_N: float, m_L: float, alpha: float, r: float) -> Mapping[Role, Row]:
+def adamw_rows(
+    m_N: float, m_L: float, alpha: float, r: float, _: Matrix | None = None
+) -> Mapping[Role, Row]:
     """The rows of the table that belong to AdamW. Gains and biases have no weight decay.
 
     QK_NORM is not in Table 1; it comes from Complete(d)P (arXiv 2512.22382). All heads share the
@@ -65,5 +78,51 @@ def adamw_rows(m_N: float, m_L: float, alpha: float, r: float) -> Mapping[Role, 
     # fmt: on
 
 
-# One function per update rule, keyed by the rule's name in `optim/rules.py`.
-RULES: dict[str, Callable[[float, float, float, float], Mapping[Role, Row]]] = {"adamw": adamw_rows}
+def muon_rows(
+    m_N: float, m_L: float, alpha: float, r: float, matrix: Matrix | None
+) -> Mapping[Role, Row]:
+    """Muon's rows, after arXiv 2512.05620: its own for matrices of hidden weights, else AdamW's.
+
+    An orthogonal update has the spectral norm 1 whatever the gradient's size is, so that no epsilon
+    and no power of m_N for the gradient is left. sqrt(d_out / d_in) makes it change the RMS of the
+    output by O(1) of the RMS of the input. It is absolute, and no ratio to the proxy: one base
+    value serves matrices of all shapes. Decay has nothing to do with it: the factor is taken out
+    again, so that all matrices decay alike.
+
+    matrix: of the logical part at hand; None: not a matrix, which is AdamW's.
+    """
+    rows = adamw_rows(m_N, m_L, alpha, r)
+    if matrix is None:
+        return rows
+    d_out, d_in = matrix
+    spectral = math.sqrt(d_out / d_in)
+    hidden_weight = Row(
+        variance=rows[Role.HIDDEN_WEIGHT].variance,
+        lr=spectral * m_L ** (alpha - 1),
+        weight_decay=1 / spectral,
+        eps=0.0,
+        section="muon",
+    )
+    return {**rows, Role.HIDDEN_WEIGHT: hidden_weight}
+
+
+def moonlight_rows(
+    m_N: float, m_L: float, alpha: float, r: float, matrix: Matrix | None
+) -> Mapping[Role, Row]:
+    """Muon without a width rule, for comparison: the factor of Moonlight (arXiv 2502.16982).
+
+    .2 sqrt(max(d_out, d_in)) gives updates the RMS that AdamW's have. Their effect grows with the
+    width, as AdamW's does under SP.
+    """
+    rows = muon_rows(m_N, m_L, alpha, r, matrix)
+    if matrix is None:
+        return rows
+    factor = 0.2 * math.sqrt(max(matrix))
+    hidden_weight = replace(rows[Role.HIDDEN_WEIGHT], lr=factor, weight_decay=1 / factor)
+    return {**rows, Role.HIDDEN_WEIGHT: hidden_weight}
+
+
+# One function per update rule, keyed by the rule's name in `optimizer.type` and `optim/rules.py`.
+RULES: dict[str, Rows] = {"adamw": adamw_rows, "muon": muon_rows}
+# Under SP, where these are not the rows above at m_N = m_L = r = 1.
+UNSCALED_RULES: dict[str, Rows] = {"muon": moonlight_rows}

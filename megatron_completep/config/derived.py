@@ -5,6 +5,7 @@ They are computed here only, so that a configuration stays as its user wrote it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from math import prod
 
@@ -55,18 +56,24 @@ def decay_steps(optimizer: OptimizerConfig, train_steps: int) -> int:
     return round(optimizer.decay_fraction * train_steps)
 
 
-def own_factors(optimizer: OptimizerConfig, name: str) -> OverrideConfig:
-    """The factors of the user's overrides on one parameter's values.
+def matches_any(override: OverrideConfig, names: Iterable[str]) -> bool:
+    """Whether the pattern of an override matches one of the names."""
+    return any(fnmatchcase(name, override.pattern) for name in names)
 
-    They are the products over all overrides whose pattern matches its name. A product that leaves
-    the range of numbers is 0 or infinite; `optim.check` refuses it.
+
+def own_factors(optimizer: OptimizerConfig, *names: str) -> OverrideConfig:
+    """The factors of the user's overrides on the values of one parameter, or of a part of one.
+
+    They are the products over all overrides whose pattern matches one of its names: the
+    parameter's, and the part's. A product that leaves the range of numbers is 0 or infinite;
+    `optim.check` refuses it.
     """
-    matching = [override for override in optimizer.overrides if fnmatchcase(name, override.pattern)]
+    matching = [override for override in optimizer.overrides if matches_any(override, names)]
     factors = {}
     for field in ("lr", "init_std", "weight_decay", "eps"):
         factors[field] = prod(getattr(override, field) for override in matching)
     # Not validated: the product of valid factors may be 0, which no single factor may be.
-    return OverrideConfig.model_construct(pattern=name, **factors)
+    return OverrideConfig.model_construct(pattern=names[-1], **factors)
 
 
 def batch_size(training: TrainingConfig, step: int) -> int:
@@ -93,6 +100,7 @@ def batch_sizes(training: TrainingConfig) -> list[int]:
 
 def samples_before(training: TrainingConfig, step: int) -> int:
     """Sequences of the steps before step `step` (from 1), in a run that never went back."""
+    # Behind the ramp all steps have one size, so that only its steps are added up one by one.
     ramp_steps = min(training.batch_ramp.steps, step - 1) if training.batch_ramp else 0
     ramp_samples = sum(batch_size(training, earlier) for earlier in range(1, ramp_steps + 1))
     full_steps = step - 1 - ramp_steps

@@ -38,6 +38,11 @@ def graph_problems(config: Config) -> Iterator[Problem]:
             f"{WHERE} cannot copy from the host in a step, as model.position = alibi does with "
             f"its slopes. Use another position, or {REMEDY}."
         )
+    if config.optimizer.type == "muon":
+        yield (
+            f"{WHERE} has not been tried with optimizer.type = muon. Use optimizer.type = adamw, "
+            f"or {REMEDY}."
+        )
     backend = config.model.attention_backend
     # The packages take the boundaries of documents, which SDPA takes as a bias of one shape.
     if backend.startswith("flash_attention") and config.data.reset_at_document_ends:

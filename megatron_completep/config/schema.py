@@ -14,6 +14,8 @@ from megatron_completep.config.data_section import DataConfig as DataConfig
 from megatron_completep.config.data_section import SourceConfig as SourceConfig
 from megatron_completep.config.data_section import TokenizerConfig as TokenizerConfig
 from megatron_completep.config.export_section import ExportConfig as ExportConfig
+from megatron_completep.config.guards_section import GuardsConfig as GuardsConfig
+from megatron_completep.config.muon_section import MuonConfig as MuonConfig
 from megatron_completep.config.rope_section import RopeScalingConfig as RopeScalingConfig
 from megatron_completep.config.section import Fraction, NonNegativeFloat, PositiveFloat, Probability
 from megatron_completep.config.section import NonNegativeInt as NonNegativeInt
@@ -148,6 +150,11 @@ class CompletePConfig(Section):
     batch_exponent: NonNegativeFloat = Field(
         0.5, description="S = (m_B / m_D)^exponent multiplies lr and weight decay, divides eps."
     )
+    duration_exponent: NonNegativeFloat | None = Field(
+        None,
+        description="That of m_D alone: S = m_B^batch_exponent / m_D^duration_exponent; "
+        "null: batch_exponent. Fits differ on it (docs/parameterization.md).",
+    )
     factors: dict[RoleName, RoleFactors] = Field(
         default_factory=dict, description="Own factors by role, on top of the table."
     )
@@ -200,8 +207,8 @@ class OverrideConfig(Section):
     """Own factors for the parameters whose name matches a pattern."""
 
     pattern: str = Field(
-        description="Shell-style pattern on the parameter name in the whole model, "
-        "such as layers.0.*; must match something."
+        description="Shell-style pattern on the name of a parameter in the whole model, or of a "
+        "logical part of one, such as layers.0.* or *.qkv.weight.k; must match something."
     )
     lr: PositiveFloat = Field(1.0, description="Multiplies the learning rate.")
     init_std: PositiveFloat = Field(1.0, description="Multiplies the initial standard deviation.")
@@ -210,14 +217,29 @@ class OverrideConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW with the proxy's base values; the table turns them into each parameter's own."""
+    """The update rule, and the proxy's base values; the table turns them into each parameter's own.
 
+    What is not in a rule's own section is read by AdamW, which updates what the rule does not.
+    """
+
+    type: Literal["adamw", "muon"] = Field("adamw", description="The update rule.")
+    muon: MuonConfig | None = Field(None, description="Settings of type muon; else null.")
     base_lr: PositiveFloat = Field(description="eta: peak learning rate at the proxy.")
     base_init_std: PositiveFloat = Field(
         0.02, description="sigma: initial standard deviation at the proxy."
     )
     base_weight_decay: NonNegativeFloat = Field(
         0.1, description="lambda: weight decay at the proxy, coupled to the learning rate."
+    )
+    weight_decay_rule: Literal["table", "inverse_width", "tau"] = Field(
+        "table",
+        description="table: lr x weight decay is the proxy's; inverse_width: that, divided by m_N "
+        "for hidden weights; tau: solved from target_tau, and no base_weight_decay counts.",
+    )
+    target_tau: PositiveFloat | None = Field(
+        None,
+        description="1 / (peak lr x weight decay x train_steps) of all that decays, for "
+        "weight_decay_rule tau; else null.",
     )
     base_eps: PositiveFloat = Field(1e-12, description="AdamW epsilon at the proxy.")
     betas: tuple[Fraction, Fraction] = Field(
@@ -392,7 +414,7 @@ class CheckpointConfig(Section):
     allow_changed: list[str] = Field(
         default_factory=list,
         description="Paths or patterns (model.dropout, table.*, data.*, fingerprints.*) that may "
-        "differ from the checkpoint's at resume.",
+        "differ from the checkpoint's at resume; beginning: what documents begin with.",
     )
     on_failure: Literal["continue", "stop"] = Field(
         "continue",
@@ -403,62 +425,6 @@ class CheckpointConfig(Section):
         30.0,
         description="Longest wait of one rank for another to get on with its part of a checkpoint, "
         "in minutes.",
-    )
-
-
-class GuardsConfig(Section):
-    """What a run watches for.
-    docs/reliability.md says what happens then, and with which exit code.
-    """
-
-    max_skipped_steps: PositiveInt = Field(
-        10,
-        description="Steps in a row skipped for a gradient that is not finite, after which the run "
-        "stops.",
-    )
-    spike_threshold: PositiveFloat | None = Field(
-        1.0,
-        description="Nats above the median of the last 50 losses that are reported as a spike; "
-        "null: none.",
-    )
-    rollback_threshold: PositiveFloat | None = Field(
-        None,
-        description="Nats above that median at which the run goes back to the checkpoint before "
-        "and leaves out the data since; null: never.",
-    )
-    rollback_skip_steps: NonNegativeInt = Field(
-        0, description="Steps of data that a rollback leaves out beyond those up to the spike."
-    )
-    max_rollbacks: PositiveInt = Field(
-        3, description="Rollbacks of a whole run; at the next one needed, the run stops."
-    )
-    replica_check_interval: PositiveInt | None = Field(
-        500,
-        description="Steps between comparisons of what several ranks must hold alike; null: never.",
-    )
-    hang_timeout_minutes: PositiveFloat | None = Field(
-        15.0,
-        description="Minutes without a finished step after which the watchdog dumps stacks and "
-        "leaves; longer than a validation and the first step; null: never.",
-    )
-    straggler_interval: PositiveInt | None = Field(
-        100, description="Steps between comparisons of the ranks' own times; null: never."
-    )
-    straggler_ratio: Annotated[float, Field(gt=1)] = Field(
-        1.5, description="Times the median rank's time from which a rank is reported."
-    )
-    gc_interval: PositiveInt | None = Field(
-        100,
-        description="Steps between Python's garbage collections, on all ranks after the same step; "
-        "null: whenever Python likes.",
-    )
-    lock_wait_seconds: NonNegativeFloat = Field(
-        30.0, description="How long a start waits for another run in the same output_dir to end."
-    )
-    max_restarts_without_progress: PositiveInt = Field(
-        3,
-        description="Restarts by torchrun in a row that find the same step, after which the run "
-        "stops.",
     )
 
 

@@ -9,7 +9,7 @@ holds both answers. Bands: docs/instruments.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import IntEnum
 from typing import Any
@@ -64,6 +64,12 @@ BANDS = (
     Band("width", "gradient, hidden matrices"),  # about -1.15, the reason for eps / m_N
     Band("width", "gradient, outside"),  # about -1.1
 )
+# The RMS of an orthogonal matrix [n, n] is n^-1/2, and Muon has no epsilon: its quantities differ.
+MUON_BANDS = {
+    ("width", "update, hidden matrices"): (-0.75, -0.25),
+    ("depth", "update with large eps, in blocks"): None,
+    ("width", "update with large eps, in blocks"): None,
+}
 DECISIVE = "stream change"  # what the control must get wrong
 CONTROL_AT_LEAST = 0.5  # the exponent that a wrong model must show at least
 CONTROL_GAP = 0.4  # and its distance from the model's
@@ -169,15 +175,25 @@ class Result:
         return fields
 
 
-def judge(samples: Sequence[Sample], alpha: float = 1.0) -> Result:
+def bands_of(rule: str) -> Iterator[Band]:
+    """The bands of a model that is trained by an update rule, by its name."""
+    for band in BANDS:
+        key = (band.axis, band.quantity)
+        if rule != "muon" or key not in MUON_BANDS:
+            yield band
+        elif (limits := MUON_BANDS[key]) is not None:
+            yield replace(band, low=limits[0], high=limits[1])
+
+
+def judge(samples: Sequence[Sample], alpha: float = 1.0, update_rule: str = "adamw") -> Result:
     """Fit exponents over each axis, seed by seed, and compare them with the bands.
 
-    `alpha` is that of the model under check.
+    `alpha` and `update_rule` are those of the model under check.
     """
     rules = dict.fromkeys(sample.rule for sample in samples)
     rules_beside = [rule for rule in rules if rule not in ("model", "control")]
     findings = []
-    for alpha_one_band in BANDS:
+    for alpha_one_band in bands_of(update_rule):
         band = _shifted(alpha_one_band, alpha)
         model = exponent(samples, band, "model")
         # Over an axis with one size, and without the runs with a large eps, there is no figure.

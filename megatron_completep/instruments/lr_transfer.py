@@ -8,7 +8,7 @@ the interval does not decide, the verdict is "unresolved".
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,17 +16,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megatron_completep.errors import DataError
-from megatron_completep.instruments import fits, sweep
+from megatron_completep.instruments import sweep
 from megatron_completep.instruments.fits import (
     Array,
     Estimate,
     bootstrap,
     bootstrap_with_range,
     loss_at,
-    mean_curve,
-    parabola_optimum,
     slope,
 )
+from megatron_completep.instruments.lr_curves import Curve, curves_of, setting_of
 
 # A mean loss this far above the best of its curve, or not finite, counts as diverged.
 DIVERGENCE_NATS = 0.3
@@ -35,77 +34,6 @@ REGRET_BAND = 0.02  # a regret of up to this many nats is small
 REPLICATES = 1000
 AT_EDGE = "unresolved: an optimum lies at the edge of the grid"
 Say = Callable[[str], None]
-
-
-class Setting(NamedTuple):
-    """What tells curves apart: the settings that all runs of one curve share."""
-
-    parameterization: str
-    hidden_size: int
-    num_layers: int
-    train_steps: int
-    base_weight_decay: float
-    base_init_std: float
-
-
-class Family(NamedTuple):
-    """The settings that a base shape and all shapes compared with it have in common."""
-
-    parameterization: str
-    train_steps: int
-    base_weight_decay: float
-    base_init_std: float
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Losses of one setting at every learning rate, for the seeds that completed all of them.
-
-    The shape is the hidden size and the number of layers of the setting.
-    """
-
-    parameterization: str
-    hidden_size: int
-    num_layers: int
-    train_steps: int
-    base_weight_decay: float
-    base_init_std: float
-    log2_lr: Array  # [n] ascending
-    losses: Array  # [n, seeds], infinite for a run that diverged
-    flops: float  # of one run
-
-    @property
-    def family(self) -> Family:
-        """The settings that this curve shares with its base curve."""
-        return Family(
-            self.parameterization, self.train_steps, self.base_weight_decay, self.base_init_std
-        )
-
-    @property
-    def mean(self) -> Array:
-        """The mean over seeds [n], infinite if one diverged."""
-        return mean_curve(self.losses)
-
-    @property
-    def swept(self) -> bool:
-        """Whether there are learning rates to choose from."""
-        return len(self.log2_lr) > 1
-
-    def optimum(self, mean: Array | None = None) -> fits.Optimum:
-        """The best learning rate of the mean curve, or of a replicate of it (`mean`)."""
-        return parabola_optimum(self.log2_lr, self.mean if mean is None else mean)
-
-    def same_runs(self, other: Curve) -> bool:
-        """Whether both curves come from the same runs.
-
-        Two parameterizations that coincide at the base depth share their runs.
-        """
-        as_other = setting_of(self)._replace(parameterization=other.parameterization)
-        return (
-            as_other == setting_of(other)
-            and np.array_equal(self.log2_lr, other.log2_lr)
-            and np.array_equal(self.losses, other.losses)
-        )
 
 
 @dataclass(frozen=True)
@@ -165,53 +93,6 @@ class Saving:
     against_hidden_size: int
     percent: Estimate
     verdict: str  # saves | costs | unresolved
-
-
-def setting_of(record: Curve | sweep.Point) -> Setting:
-    """The setting of a curve, or of the curve that a point belongs to."""
-    return Setting(
-        record.parameterization,
-        record.hidden_size,
-        record.num_layers,
-        record.train_steps,
-        record.base_weight_decay,
-        record.base_init_std,
-    )
-
-
-def curves_of(results: Iterable[tuple[sweep.Point, dict[str, Any]]]) -> list[Curve]:
-    """Gather points into curves.
-
-    A seed is used only if it has a run at every learning rate of its curve.
-    """
-    runs_by_setting: dict[Setting, dict[tuple[float, int], dict[str, Any]]] = {}
-    for point, result in results:
-        runs = runs_by_setting.setdefault(setting_of(point), {})
-        runs[point.base_lr, point.seed] = result
-
-    curves = []
-    for setting, runs in runs_by_setting.items():
-        rates = sorted({rate for rate, _ in runs})
-        # Averaging over different seeds at different learning rates would distort the curve.
-        seeds = [seed for seed in _seeds_of(runs) if _is_complete(runs, rates, seed)]
-        if not seeds:
-            continue
-        losses = np.empty((len(rates), len(seeds)))
-        for row, rate in enumerate(rates):
-            losses[row] = [sweep.loss_of(runs[rate, seed]) for seed in seeds]
-        # A run that diverged ended early and has fewer FLOPs than the others.
-        flops = max(result["flops"] for result in runs.values())
-        curve = Curve(**setting._asdict(), log2_lr=np.log2(rates), losses=losses, flops=flops)
-        curves.append(curve)
-    return curves
-
-
-def _seeds_of(runs: Iterable[tuple[float, int]]) -> list[int]:
-    return sorted({seed for _, seed in runs})
-
-
-def _is_complete(runs: Container[tuple[float, int]], rates: Sequence[float], seed: int) -> bool:
-    return all((rate, seed) in runs for rate in rates)
 
 
 def base_curve(curve: Curve, curves: Sequence[Curve]) -> Curve:

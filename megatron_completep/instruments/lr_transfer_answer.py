@@ -11,7 +11,8 @@ import numpy as np
 from megatron_completep.command_line import call_of
 from megatron_completep.config import save_config
 from megatron_completep.instruments import sweep
-from megatron_completep.instruments.lr_transfer import Curve, CurveSummary, base_curve, setting_of
+from megatron_completep.instruments.lr_curves import Curve, setting_of
+from megatron_completep.instruments.lr_transfer import CurveSummary, base_curve
 from megatron_completep.instruments.trial import PARAMETERIZATIONS
 
 PROXY = "proxy.yaml"

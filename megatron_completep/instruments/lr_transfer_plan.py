@@ -15,8 +15,14 @@ from megatron_completep.errors import ConfigError
 from megatron_completep.files import write_whole
 from megatron_completep.instruments import sweep
 from megatron_completep.instruments.fits import parabola_optimum
-from megatron_completep.instruments.lr_transfer import Curve, curves_of, setting_of
-from megatron_completep.instruments.trial import PARAMETERIZATIONS, change, stretch, with_base
+from megatron_completep.instruments.lr_curves import Curve, curves_of, setting_of
+from megatron_completep.instruments.trial import (
+    PARAMETERIZATIONS,
+    change,
+    following,
+    stretch,
+    with_base,
+)
 from megatron_completep.planning.plan import describe
 
 Say = Callable[[str], None]
@@ -166,7 +172,11 @@ def transferred(
         "base_eps": optimizer.base_eps,
         "betas": optimizer.betas,
         "overrides": overrides,
+        # The rule is the one that was swept.
+        "type": optimizer.type,
+        "muon": None,
     }
+    settings |= following(optimizer, settings)
     return change(target, completep=base, optimizer=settings)
 
 

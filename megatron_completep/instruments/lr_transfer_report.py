@@ -14,12 +14,12 @@ from megatron_completep.files import write_whole
 from megatron_completep.instruments import lr_transfer, sweep
 from megatron_completep.instruments.check_report import dump, finite
 from megatron_completep.instruments.fits import Estimate
+from megatron_completep.instruments.lr_curves import Curve
 from megatron_completep.instruments.lr_transfer import (
     DIVERGENCE_NATS,
     DRIFT_BAND,
     REGRET_BAND,
     Analysis,
-    Curve,
     CurveSummary,
     Drift,
     Saving,

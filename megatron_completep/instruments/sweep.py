@@ -30,6 +30,7 @@ from megatron_completep.instruments.trial import (
     PARAMETERIZATIONS,
     Trial,
     change,
+    following,
     read_batches,
     reshape,
     under,
@@ -141,9 +142,10 @@ def _point(
     # At the base depth the depth rules coincide: with one configuration they share one run.
     if depth == shaped.completep.base_num_layers and rule != "sp":
         shaped = under(shaped, "completep")
+    base_values = {"base_lr": rate, "base_weight_decay": decay, "base_init_std": std}
     point_config = change(
         shaped,
-        optimizer={"base_lr": rate, "base_weight_decay": decay, "base_init_std": std},
+        optimizer=following(shaped.optimizer, base_values),
         training={"train_steps": steps, "validation_interval": None, "stop_at_step": None},
     )
     return Point(rule, width, depth, steps, decay, std, rate, seed, point_config)

@@ -6,7 +6,7 @@ All instruments train such models for some steps.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import nn
 from megatron_completep.completep import Table, table_of
 from megatron_completep.config import check_config
 from megatron_completep.config.derived import head_dim, num_query_groups
-from megatron_completep.config.schema import Config, OverrideConfig
+from megatron_completep.config.schema import Config, OptimizerConfig, OverrideConfig
 from megatron_completep.data.loader import Batch
 from megatron_completep.errors import ConfigError
 from megatron_completep.optim.check import check_parameters
@@ -229,4 +229,25 @@ def for_short_runs(
     training = {"train_steps": steps, "precision": precision, "recompute": "none"}
     # Instruments read masters and gradients between two steps.
     training["overlap_update"] = False
-    return change(config, optimizer={**schedule, **optimizer}, training=training)
+    settings = {**schedule, **following(config.optimizer, optimizer)}
+    return change(config, optimizer=settings, training=training)
+
+
+def following(optimizer: OptimizerConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """New base values with those of Muon's section that follow from them.
+
+    base_lr: the two learning rates keep their ratio. base_weight_decay: where it changes, both have
+    one tau; where it is 0, no rule solves for another.
+    """
+    settings = dict(settings)
+    decay = settings.get("base_weight_decay", optimizer.base_weight_decay)
+    if decay == 0:
+        settings |= {"weight_decay_rule": "table", "target_tau": None}
+    muon = optimizer.muon
+    if muon is None:
+        return settings
+    ratio = muon.base_lr / optimizer.base_lr
+    changes = {"base_lr": ratio * settings.get("base_lr", optimizer.base_lr)}
+    if decay != optimizer.base_weight_decay:
+        changes["base_weight_decay"] = decay / ratio
+    return {**settings, "muon": muon.model_copy(update=changes)}

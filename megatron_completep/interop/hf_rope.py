@@ -30,6 +30,7 @@ _OTHERS = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
 
 def rope_base(read: Reader) -> float:
     """The base of the frequencies. Notes two values that differ."""
+    # Every place where some version writes it; null counts as absent.
     values: dict[str, Any] = {}
     if read.entries.get("rope_theta") is not None:
         values["rope_theta"] = read.entries["rope_theta"]
@@ -39,6 +40,7 @@ def rope_base(read: Reader) -> float:
             values[f"{key}.rope_theta"] = entry["rope_theta"]
     _refuse_contradiction(read, values)
     base = next(iter(values.values()), _DEFAULT_BASE)
+    # The base may come from an inner object, so a reader of that one entry checks it.
     return float(Reader({"rope_theta": base}, read.problems).number("rope_theta", kind=float))
 
 
@@ -51,6 +53,7 @@ def rope_scaling(read: Reader) -> dict[str, Any] | None:
         if not entry:
             continue
         if not isinstance(entry, dict):
+            # What is no object is then refused below, as a type that is not known.
             entry = {"rope_type": entry}
         shares[f"{key}.partial_rotary_factor"] = entry.get("partial_rotary_factor")
         scalings[key] = _one_scaling(read, key, entry)
@@ -63,10 +66,12 @@ def rope_scaling(read: Reader) -> dict[str, Any] | None:
 
 def _one_scaling(read: Reader, key: str, entry: dict[str, Any]) -> dict[str, Any] | None:
     """One of the two entries as our setting; None: no scaling, or one that was refused."""
+    # Older versions call it `type`, newer ones `rope_type`.
     kinds = {f"{key}.{name}": entry[name] for name in ("rope_type", "type") if name in entry}
     _refuse_contradiction(read, kinds)
     kind = next(iter(kinds.values()), "default")
     if kind == "default":
+        # Newer versions have an object for each kind of attention layer, under that kind's name.
         nested = [name for name, value in entry.items() if isinstance(value, dict)]
         if nested:
             read.problems.append(
@@ -93,9 +98,11 @@ def _entries(read: Reader, key: str, kind: str, entry: dict[str, Any]) -> dict[s
     inner = Reader(entry, problems)
     if kind != "linear":
         setting["original_max_position_embeddings"] = _original_length(read, key, entry)
+    # What another kind would read is left out here; `_one_scaling` has refused what no kind knows.
     read_by = {"linear": {"factor"}, "llama3": {"factor", "low_freq_factor", "high_freq_factor"}}
     for name in sorted(read_by.get(kind, _NUMBERS - {"low_freq_factor", "high_freq_factor"})):
         if kind == "yarn" and name == "factor" and entry.get(name) is None:
+            # As transformers has it: the ratio of the longest sequence now to the longest before.
             longest = read.number("max_position_embeddings")
             setting[name] = longest / setting["original_max_position_embeddings"]
         # A yarn without the optional ones, or with the 0 that stands for none.
@@ -126,6 +133,7 @@ def _original_length(read: Reader, key: str, entry: dict[str, Any]) -> int:
 
 def _refuse_contradiction(read: Reader, values: dict[str, Any]) -> None:
     """Note values of one thing under several names that are not all the same."""
+    # None is a value here: a scaling under one name and none under the other contradict each other.
     first = next(iter(values.values()), None)
     if any(value != first for value in values.values()):
         both = ", ".join(f"{name} = {shown(value)}" for name, value in values.items())

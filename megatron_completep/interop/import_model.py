@@ -24,7 +24,6 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from megatron_completep.checkpoint import random_state
-from megatron_completep.checkpoint.boxes import Box
 from megatron_completep.checkpoint.files import BLOCK_SIZE, key_of, write_tensor_file
 from megatron_completep.checkpoint.identity import describe_table, versions
 from megatron_completep.checkpoint.manifest import (
@@ -59,6 +58,7 @@ from megatron_completep.interop.tensor_values import (
     refuse_other_values,
 )
 from megatron_completep.model.gpt import GPT
+from megatron_completep.optim.boxes import Box
 from megatron_completep.optim.rule import MASTER
 from megatron_completep.optim.rules import RULES
 from megatron_completep.parallel.context import ParallelContext
@@ -135,11 +135,9 @@ def import_model(
     parameters = _parameters(config.model, table)
     elements = _number_of_elements(parameters)
 
-    states = RULES[table.rule].all_powers()
-    float32_bytes = 4
     try:
         with _nothing_left_on_failure(output, copies):
-            check_space(output, float32_bytes * len(states) * elements)
+            check_space(output, _stored_bytes(parameters, table))
             for origin, copy in copies.items():
                 copy.parent.mkdir(exist_ok=True)
                 shutil.copyfile(origin, copy)
@@ -399,7 +397,21 @@ def _check_forward_multipliers(config: Config) -> None:
 def _parameters(model: ModelConfig, table: Table) -> dict[str, StoredParameter]:
     """Role and shape of every parameter, from the model without memory."""
     specs = specs_of(GPT(model, table, ParallelContext.single("meta")))
-    return {name: StoredParameter(**describe(spec, "F32")) for name, spec in specs.items()}
+    rule = RULES[table.rule]
+    parameters = {}
+    for name, spec in specs.items():
+        parameters[name] = StoredParameter(**describe(spec, "F32", rule.stored_states(spec)))
+    return parameters
+
+
+def _stored_bytes(parameters: Mapping[str, StoredParameter], table: Table) -> int:
+    """Bytes of all states of all parameters, in float32."""
+    all_states = RULES[table.rule].all_powers()
+    elements = 0
+    for parameter in parameters.values():
+        states = all_states if parameter.states is None else parameter.states
+        elements += math.prod(parameter.shape) * len(states)
+    return 4 * elements
 
 
 def _number_of_elements(parameters: Mapping[str, StoredParameter]) -> int:
@@ -429,7 +441,7 @@ def _write_checkpoint(
         for number, names in enumerate(_names_by_file(parameters)):
             weights = {name: _assemble(source, tensors, name, parameters[name]) for name in names}
             path = temporary / f"part_{number:05d}.safetensors"
-            arrays = _stored_arrays(weights, states)
+            arrays = _stored_arrays(weights, states, parameters)
             files.append(write_tensor_file(path, arrays, "F32", metadata))
         # The manifest is written last: it names every file with its hashes.
         manifest = _manifest(files, parameters, config, table, attempt)
@@ -438,12 +450,17 @@ def _write_checkpoint(
 
 
 def _stored_arrays(
-    weights: Mapping[str, np.ndarray], states: Mapping[str, object]
+    weights: Mapping[str, np.ndarray],
+    states: Mapping[str, object],
+    parameters: Mapping[str, StoredParameter],
 ) -> list[_StoredArray]:
     """Each state of each weight as one box that is the whole tensor."""
     arrays: list[_StoredArray] = []
     for state in states:
         for name, weight in weights.items():
+            stored_states = parameters[name].states
+            if stored_states is not None and state not in stored_states:
+                continue
             # The moments of an optimizer that has seen no gradient are zero.
             array = weight if state == MASTER else np.zeros(weight.shape, np.float32)
             box = Box((0,) * array.ndim, array.shape)

@@ -54,6 +54,7 @@ def _introduction(manifest: Manifest, report: dict[str, Any]) -> list[str]:
         f"({manifest.state.tokens:,} tokens) of a run, in {report['dtype']}. "
         "Stock transformers and vLLM load it; no remote code is needed."
     )
+    # The hub reads front matter only where a file begins with it.
     return [
         "---",
         "library_name: transformers",
@@ -87,6 +88,7 @@ def _parameterization(config: Config, table: dict[str, Any], report: dict[str, A
 
 def _multipliers(report: dict[str, Any]) -> str:
     """Where the forward multipliers are: in config.json, folded into tensors, or nowhere."""
+    # An architecture has either all four multipliers in its configuration or none of them.
     kept_multipliers = report["kept"]
     if kept_multipliers:
         listed = ", ".join(f"`{name}` = {factor:.9g}" for name, factor in kept_multipliers.items())
@@ -112,6 +114,7 @@ def _tokenizer_notes(report: dict[str, Any]) -> list[str]:
     """A paragraph on the tokenizer."""
     if report["tokenizer"] is None:
         return ["The folder holds no tokenizer.", ""]
+    # A text that begins otherwise than in training gets other probabilities.
     ids = report["beginning"]
     begun = "no token is added in front"
     if ids:

@@ -103,6 +103,7 @@ class Attention(nn.Module):
             # The attention scale multiplies the output of the query weights, unless a norm is
             # between them.
             query_part=None if model.qk_norm else "q",
+            heads={"q": model.num_attention_heads, "k": groups, "v": groups},
         )
         # The proxy's heads have the same share of its hidden size as this model's.
         base_width = max(1, round(width * table.base_hidden_size / hidden))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from megatron_completep.completep import Table
 from megatron_completep.config.derived import own_factors
 from megatron_completep.config.schema import OptimizerConfig
-from megatron_completep.parallel.parameter import Range, Spec, specs_of
+from megatron_completep.parallel.parameter import Range, Spec, part_name, specs_of
 
 Index = tuple[int, ...]
 
@@ -35,15 +35,36 @@ def initialize(model: nn.Module, table: Table, optimizer: OptimizerConfig, seed:
         if spec.constant is not None:
             continue  # a gain or a bias: filled where it was made
         drawn_as = spec.stored_name(name)
-        std = initial_std(drawn_as, spec, table, optimizer)
-        weights = draw(spec, seed, drawn_as) * np.float32(std)
+        weights = draw(spec, seed, drawn_as)
+        scale_parts(weights, spec.local_parts(), drawn_as, spec, table, optimizer)
         parameters[name].copy_(torch.from_numpy(weights))
 
 
-def initial_std(name: str, spec: Spec, table: Table, optimizer: OptimizerConfig) -> float:
-    """Standard deviation that a parameter starts with: the table's, times the user's factors."""
-    by_table = table.values(spec.role, spec.width_ratio, optimizer)
-    return by_table.init_std * own_factors(optimizer, name).init_std
+def scale_parts(
+    drawn: np.ndarray,
+    parts: Sequence[tuple[str, int]],
+    name: str,
+    spec: Spec,
+    table: Table,
+    optimizer: OptimizerConfig,
+) -> None:
+    """Multiply standard normal numbers by the standard deviation of each part, in place.
+
+    parts: name and size of each, as they lie along `spec.part_dim` of what was drawn.
+    """
+    start = 0
+    for part, size in parts:
+        index = (slice(None),) * spec.part_dim + (slice(start, start + size),)
+        drawn[index] *= np.float32(initial_std(name, part, spec, table, optimizer))
+        start += size
+
+
+def initial_std(
+    name: str, part: str, spec: Spec, table: Table, optimizer: OptimizerConfig
+) -> float:
+    """Standard deviation that a logical part starts with: the table's, times the user's factors."""
+    by_table = table.values(spec.role, spec.width_ratio, optimizer, spec.matrix_of(part))
+    return by_table.init_std * own_factors(optimizer, name, part_name(name, part)).init_std
 
 
 def draw(spec: Spec, seed: int, name: str) -> np.ndarray:

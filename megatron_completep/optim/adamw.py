@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import ClassVar
 
 from torch import Tensor
@@ -21,35 +21,39 @@ class AdamW(Rule):
 
     # A gradient scales as 1 / c where its tensor is multiplied by c, and its square as 1 / c^2.
     powers: ClassVar[Mapping[str, int]] = {"exp_avg": -1, "exp_avg_sq": -2}
+    means: ClassVar[frozenset[str]] = frozenset({"exp_avg"})
     # The order in which the kernel reads a row.
     columns: ClassVar[tuple[str, ...]] = ("lr_factor", "weight_decay", "eps")
 
     def __init__(
         self,
         shards: Shards,
-        groups: Sequence[Group],
+        groups: Mapping[str, Group],
         table: Table,
         optimizer: OptimizerConfig,
+        kinds: Collection[str] | None = None,
     ):
-        super().__init__(shards, groups, table, optimizer)
+        super().__init__(shards, groups, table, optimizer, kinds)
         # The table adapts the configured betas to the batch size and the duration of the run.
         self.decay_rates = table.batch.betas(optimizer.betas)
 
-    def update(self, shards: Shards, control: Tensor, segments: Tensor) -> None:
-        """One launch over all of the segments; see `kernels.adamw_`."""
+    def update(self, shards: Shards, control: Tensor, tables: Sequence[Tensor]) -> None:
+        """One launch over each range, which is the whole shard; see `kernels.adamw_`."""
         beta1, beta2 = self.decay_rates
-        kernels.adamw_(
-            shards.flat_shard,
-            shards.master,
-            self.states["exp_avg"],
-            self.states["exp_avg_sq"],
-            shards.grad_shard,
-            segments,
-            self.group_table,
-            control,
-            beta1,
-            beta2,
-        )
+        for run, segment_table in zip(self.ranges, tables, strict=True):
+            rounded = shards.flat_shard
+            kernels.adamw_(
+                None if rounded is None else rounded[run.in_shard],
+                shards.master[run.in_shard],
+                self.states["exp_avg"][run.in_state],
+                self.states["exp_avg_sq"][run.in_state],
+                shards.grad_shard[run.in_shard],
+                segment_table,
+                self.group_table,
+                control,
+                beta1,
+                beta2,
+            )
 
     def last_update(self, weight: Tensor, segment: slice, group: Group, control: Control) -> Tensor:
         """The learning rate times the sum of Adam's direction and the weight decay."""

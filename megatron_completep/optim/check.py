@@ -11,18 +11,21 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context
-from fnmatch import fnmatchcase
+from math import prod
 from typing import NamedTuple
 
 import torch
 from torch.nn import Parameter
 
 from megatron_completep.completep import Factors, Table
-from megatron_completep.config.derived import own_factors, tokens_per_step
+from megatron_completep.completep.tau import tau_warnings
+from megatron_completep.config.derived import matches_any, own_factors, tokens_per_step
 from megatron_completep.config.schema import Config, OptimizerConfig, OverrideConfig, RoleFactors
 from megatron_completep.errors import ConfigError
 from megatron_completep.model.stages import whole_model
-from megatron_completep.parallel.parameter import Spec, spec_of
+from megatron_completep.optim.groups import orthogonal_per_head
+from megatron_completep.optim.layout import ALIGNMENT
+from megatron_completep.parallel.parameter import Spec, part_name, spec_of
 from megatron_completep.roles import CONSTANT_ROLES, Role
 
 DRAWN_SIGMAS = 8.0  # initial weights are drawn within this many standard deviations
@@ -46,8 +49,9 @@ def check_parameters(
             one that is.
 
     Returns:
-        One line for each factor that reaches no parameter of this model. A proxy and its target may
-        share a file, so that is no error.
+        One line for each factor that reaches no parameter of this model (a proxy and its target may
+        share a file, so that is no error), and for each role whose decay acts over another part of
+        the run than the proxy's.
 
     Raises:
         ConfigError: with all problems, one a line: an override that matches no parameter, a factor
@@ -61,6 +65,7 @@ def check_parameters(
     problems = [
         *_unmatched(config.optimizer, declared),
         *_without_effect(config, declared),
+        *_unaligned(config, declared),
         *_parameter_problems(config, table, declared),
         *_single_problems(config, table),
         *_beta_problems(config, table),
@@ -69,24 +74,34 @@ def check_parameters(
     if problems:
         count = "1 setting" if len(problems) == 1 else f"{len(problems)} settings"
         raise ConfigError("\n  ".join([f"{count} cannot have the effect asked for", *problems]))
-    return _warnings(config, declared)
+    return [*_warnings(config, declared), *tau_warnings(config, table)]
 
 
 # --- what the user's own factors name -----------------------------------------------------------
 
 
+def _names(name: str, spec: Spec) -> set[str]:
+    """The names that an override may match: the parameter's, and those of its parts."""
+    return {name, *(part_name(name, part) for part in spec.logical_parts)}
+
+
 def _unmatched(optimizer: OptimizerConfig, declared: Mapping[str, Spec]) -> Iterator[str]:
-    """The overrides whose pattern matches no parameter."""
+    """The overrides whose pattern matches no parameter and no part of one."""
     unused = []
     for override in optimizer.overrides:
-        if not any(fnmatchcase(name, override.pattern) for name in declared):
+        if not any(matches_any(override, _names(*item)) for item in declared.items()):
             unused.append(repr(override.pattern))
     if unused:
         examples = "\n    ".join(list(declared)[:SHOWN_NAMES])
+        parts = []
+        for name, spec in declared.items():
+            parts += [part_name(name, part) for part in spec.logical_parts if part]
         yield (
             f"optimizer.overrides: {', '.join(unused)} matches no parameter. "
             f"Names look like:\n    {examples}"
         )
+        if parts:
+            yield f"Parts of fused matrices have names as well, such as {parts[0]}."
 
 
 def _without_effect(config: Config, declared: Mapping[str, Spec]) -> Iterator[str]:
@@ -95,7 +110,10 @@ def _without_effect(config: Config, declared: Mapping[str, Spec]) -> Iterator[st
         if role in CONSTANT_ROLES:
             yield from _idle(f"completep.factors.{role}", factors)
     for index, override in enumerate(config.optimizer.overrides):
-        roles = {s.role for name, s in declared.items() if fnmatchcase(name, override.pattern)}
+        roles = set()
+        for name, spec in declared.items():
+            if matches_any(override, _names(name, spec)):
+                roles.add(spec.role)
         if roles and roles <= set(CONSTANT_ROLES):
             yield from _idle(f"optimizer.overrides.{index} ({override.pattern!r})", override)
 
@@ -112,6 +130,32 @@ def _idle(where: str, factors: RoleFactors | OverrideConfig) -> Iterator[str]:
             f"{where}: weight_decay = {factors.weight_decay:g} can never act: "
             "gains and biases are not decayed. Remove it."
         )
+
+
+def _unaligned(config: Config, declared: Mapping[str, Spec]) -> Iterator[str]:
+    """Overrides that tell parts apart whose boundary no kernel can start at.
+
+    Parts that no override tells apart are updated as one.
+    """
+    optimizer = config.optimizer
+    ranks = config.parallel.tensor_parallel_size
+    for name, spec in declared.items():
+        factors = {}
+        for part in spec.logical_parts:
+            own = own_factors(optimizer, name, part_name(name, part))
+            factors[part] = (own.lr, own.weight_decay, own.eps)
+        if len(set(factors.values())) == 1:
+            continue
+        # Elements between two boundaries, on every rank.
+        row = prod(spec.shape[spec.part_dim + 1 :])
+        sizes = [size // ranks * row for size in spec.parts.values()]
+        if any(size % ALIGNMENT for size in sizes):
+            yield (
+                f"optimizer.overrides tells the parts {', '.join(factors)} of {name} apart, which "
+                f"have {', '.join(map(str, sizes))} elements on a rank: an update starts at "
+                f"multiples of {ALIGNMENT}. Name the whole parameter, or use a model.hidden_size "
+                f"that is a multiple of {ALIGNMENT}."
+            )
 
 
 def _warnings(config: Config, declared: Mapping[str, Spec]) -> list[str]:
@@ -176,12 +220,22 @@ class ScaledValue:
 
 
 class ParameterFactors(NamedTuple):
-    """What multiplies the base values of one parameter, with and without the user's own factors."""
+    """What multiplies the base values of a logical part, with and without the user's own factors.
 
-    name: str
+    section: the section of the optimizer that holds the base values (`completep.table.Row`).
+    """
+
+    name: str  # of the part
+    parameter: str
     role: Role
     factors: Factors
     without_own: Factors
+    section: str
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """Those that an override may match."""
+        return self.parameter, self.name
 
 
 def optimizer_dtype(config: Config) -> torch.dtype:
@@ -208,49 +262,82 @@ def _parameter_problems(
 
     # AdamW divides the rate of the first step by 1 - beta1, so the rate must stay that much below
     # the largest number.
-    rate = optimizer.base_lr
-    decay = optimizer.base_weight_decay
     beta1, _ = table.batch.betas(optimizer.betas)
     first_correction = max(1 - beta1, torch.finfo(state_dtype).eps)
-    rate_bounds = Bounds(state_dtype, first_correction)
+    for section in dict.fromkeys(parameter.section for parameter in parameters):
+        members = [parameter for parameter in parameters if parameter.section == section]
+        share = 1.0 if section else first_correction
+        yield from _rate_problems(config, section, members, Bounds(state_dtype, share))
+
+    # What a rule with a section of its own updates has no epsilon.
+    divided = [parameter for parameter in parameters if not parameter.section]
+    epsilons = _scale(optimizer.base_eps, lambda f: f.eps, divided)
+    yield from _out_of_range("optimizer.base_eps", "AdamW epsilon", epsilons, state_bounds)
+
+
+def _rate_problems(
+    config: Config, section: str, parameters: Sequence[ParameterFactors], rate_bounds: Bounds
+) -> Iterator[str]:
+    """What is out of range of the learning rates and decays that one section's values lead to."""
+    optimizer = config.optimizer
+    base = getattr(optimizer, section) if section else optimizer
+    where = f"optimizer.{section}." if section else "optimizer."
+    rate = base.base_lr
+    decay = base.base_weight_decay
+    state_bounds = Bounds(rate_bounds.dtype)
     rates = _scale(rate, lambda f: f.lr, parameters)
-    decayed = [p for p in drawn if decay and _is_decayed(config, p.name, p.role)]
+    drawn = [p for p in parameters if p.role not in CONSTANT_ROLES]
+    decayed = [p for p in drawn if decay and _is_decayed(config, p)]
     # The product of rate and decay grows with either setting.
     decays = _scale(rate, lambda f: f.lr * f.weight_decay * decay, decayed)
     yield from _out_of_range(
-        "optimizer.base_lr", "peak learning rate", rates, rate_bounds, also=decays
+        f"{where}base_lr", "peak learning rate", rates, rate_bounds, also=decays
     )
 
     # Where the rate itself is out of range, that is said above, and the product follows from it.
     moved = [p for p in decayed if rate_bounds.hold(p.factors.lr * rate)]
     decays = _scale(decay, lambda f: f.weight_decay * f.lr * rate, moved)
     yield from _out_of_range(
-        "optimizer.base_weight_decay",
+        f"{where}base_weight_decay",
         "weight decay times the peak learning rate",
         decays,
         state_bounds,
     )
-
-    epsilons = _scale(optimizer.base_eps, lambda f: f.eps, parameters)
-    yield from _out_of_range("optimizer.base_eps", "AdamW epsilon", epsilons, state_bounds)
 
 
 def _parameter_factors(
     table: Table, optimizer: OptimizerConfig, declared: Mapping[str, Spec]
 ) -> list[ParameterFactors]:
     table_alone = replace(table, own_factors={})
-    parameters = []
+    parameters: list[ParameterFactors] = []
     for name, spec in declared.items():
-        factors = _all_factors(name, spec, table, optimizer)
-        without_own = table_alone.factors(spec.role, spec.width_ratio)
-        parameters.append(ParameterFactors(name, spec.role, factors, without_own))
+        parts = []
+        for part in spec.logical_parts:
+            matrix = spec.matrix_of(part, orthogonal_per_head(optimizer))
+            parts.append(
+                ParameterFactors(
+                    part_name(name, part),
+                    name,
+                    spec.role,
+                    _all_factors(name, part, spec, table, optimizer),
+                    table_alone.factors(spec.role, spec.width_ratio, matrix),
+                    table.section(spec.role, matrix),
+                )
+            )
+        # Parts that nothing tells apart are one parameter to the user.
+        if len({part.factors for part in parts}) == 1:
+            parts = [parts[0]._replace(name=name)]
+        parameters += parts
     return parameters
 
 
-def _all_factors(name: str, spec: Spec, table: Table, optimizer: OptimizerConfig) -> Factors:
-    """What multiplies one parameter's base values: factors of the table, the role and the name."""
-    by_role = table.factors(spec.role, spec.width_ratio)
-    by_name = own_factors(optimizer, name)
+def _all_factors(
+    name: str, part: str, spec: Spec, table: Table, optimizer: OptimizerConfig
+) -> Factors:
+    """What multiplies one part's base values: factors of the table, the role and the names."""
+    matrix = spec.matrix_of(part, orthogonal_per_head(optimizer))
+    by_role = table.factors(spec.role, spec.width_ratio, matrix)
+    by_name = own_factors(optimizer, name, part_name(name, part))
     return Factors(
         init_std=by_role.init_std * by_name.init_std,
         lr=by_role.lr * by_name.lr,
@@ -264,18 +351,20 @@ def _scale(
 ) -> list[ScaledValue]:
     """A base value times one factor of each parameter."""
     scaled = []
-    for name, role, factors, without_own in parameters:
-        scaled.append(ScaledValue(role, name, base, factor(factors), factor(without_own)))
+    for parameter in parameters:
+        value = factor(parameter.factors)
+        without_own = factor(parameter.without_own)
+        scaled.append(ScaledValue(parameter.role, parameter.name, base, value, without_own))
     return scaled
 
 
-def _is_decayed(config: Config, name: str, role: Role) -> bool:
-    """Whether no factor of the user's switches the decay of a parameter off."""
-    role_factors = config.completep.factors.get(role)
+def _is_decayed(config: Config, parameter: ParameterFactors) -> bool:
+    """Whether no factor of the user's switches the decay of a part off."""
+    role_factors = config.completep.factors.get(parameter.role)
     if role_factors is not None and not role_factors.weight_decay:
         return False
     for override in config.optimizer.overrides:
-        if fnmatchcase(name, override.pattern) and not override.weight_decay:
+        if matches_any(override, parameter.names) and not override.weight_decay:
             return False
     return True
 

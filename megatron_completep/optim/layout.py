@@ -9,12 +9,12 @@ needs no tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
-from megatron_completep.parallel.parameter import Spec
+from megatron_completep.parallel.parameter import Spec, part_name
 
 ALIGNMENT = 64  # elements: 128-bit loads in any storage type
 GROWING_FROM = 40  # ranks: with buckets of 40 MB each has 1 MB
@@ -34,12 +34,23 @@ class Piece:
 
 @dataclass(frozen=True)
 class Segment:
-    """The part of one parameter that lies inside this rank's shard."""
+    """The part of one parameter, or of one of its logical parts, inside this rank's shard."""
 
     name: str
     shard_start: int  # offset inside the shard
     parameter_start: int  # offset inside the flattened local parameter
     size: int
+    part: str = ""  # the logical part; empty: whatever lies there
+
+    @property
+    def group(self) -> str:
+        """The name of the group of the logical part."""
+        return part_name(self.name, self.part)
+
+    @property
+    def in_shard(self) -> slice:
+        """Where it lies inside the shard."""
+        return slice(self.shard_start, self.shard_start + self.size)
 
 
 class Bucket(NamedTuple):
@@ -50,6 +61,7 @@ class Bucket(NamedTuple):
     axis: str  # over whose ranks the gradients are summed
     shards: int  # ranks of the axis that share one copy of the state, with an equal slice each
     shard_start: int  # where the slice begins inside the shard of any rank
+    kind: str = ""  # of its parameters, see `Entry`
 
     @property
     def size(self) -> int:
@@ -110,6 +122,34 @@ class Layout:
         return tuple(segments)
 
 
+def cut_at_parts(segments: Iterable[Segment], specs: Mapping[str, Spec]) -> tuple[Segment, ...]:
+    """The same elements as segments of single logical parts, in order."""
+    cut_segments: list[Segment] = []
+    for segment in segments:
+        spec = specs[segment.name]
+        if len(spec.logical_parts) == 1:
+            cut_segments.append(segment)
+            continue
+        stop = segment.parameter_start + segment.size
+        for part, part_start, part_stop in _runs_of_parts(spec):
+            start = max(part_start, segment.parameter_start)
+            end = min(part_stop, stop)
+            if start < end:
+                shard_start = segment.shard_start + start - segment.parameter_start
+                cut_segments.append(Segment(segment.name, shard_start, start, end - start, part))
+    return tuple(cut_segments)
+
+
+def _runs_of_parts(spec: Spec) -> Iterator[tuple[str, int, int]]:
+    """Part, start and stop of each run of one part in the flattened local parameter, in order."""
+    row = prod(spec.local_shape[spec.part_dim + 1 :])  # elements of one index along part_dim
+    start = 0
+    for _ in range(prod(spec.local_shape[: spec.part_dim])):
+        for part, size in spec.local_parts():
+            yield part, start, start + size * row
+            start += size * row
+
+
 class Entry(NamedTuple):
     """A parameter that is to be laid out; `name` is the one that it has on this rank."""
 
@@ -117,6 +157,7 @@ class Entry(NamedTuple):
     size: int  # number of elements that this rank holds
     axis: str = "gradient"  # over whose ranks its gradient is summed
     alone: bool = False  # in a bucket of its own
+    kind: str = ""  # a bucket holds parameters of one kind: an update rule may tell them apart
 
 
 def elements_of_bucket(bucket_megabytes: float, ranks: int) -> int:
@@ -150,38 +191,46 @@ def lay_out(entries: Sequence[Entry], shards: Mapping[str, int], bucket_elements
         axis = members[0].axis
         position = start + _align(position - start, ALIGNMENT * shards[axis])
         if position > start:
-            bucket = Bucket(start, position, axis, shards[axis], shard_position)
+            kind = members[0].kind
+            bucket = Bucket(start, position, axis, shards[axis], shard_position, kind)
             buckets.append(bucket)
             _, shard_position = bucket.in_shard
     return Layout(tuple(placements), tuple(buckets))
 
 
 def _divide(entries: Sequence[Entry], bucket_elements: int) -> Iterator[list[Entry]]:
-    """The entries of each bucket in turn: of one axis, and about `bucket_elements` together."""
-    members: list[Entry] = []
-    elements = 0
+    """The entries of each bucket in turn: of one axis and kind, about `bucket_elements` together.
+
+    Kinds alternate in the model, and each fills a bucket of its own meanwhile. A bucket comes when
+    it is full, as its last gradient completes then.
+    """
+    filling: dict[str, list[Entry]] = {}
+    elements: dict[str, int] = {}
     for entry in entries:
+        members = filling.setdefault(entry.kind, [])
         if members and (entry.alone or entry.axis != members[0].axis):
             yield members
             members = []
-            elements = 0
+            filling[entry.kind] = members
+            elements[entry.kind] = 0
         members.append(entry)
-        elements += _align(entry.size, ALIGNMENT)
-        if entry.alone or elements >= bucket_elements:
+        elements[entry.kind] = elements.get(entry.kind, 0) + _align(entry.size, ALIGNMENT)
+        if entry.alone or elements[entry.kind] >= bucket_elements:
             yield members
-            members = []
-            elements = 0
-    if members:
-        yield members
+            del filling[entry.kind], elements[entry.kind]
+    # In the order in which the last gradients of what is left complete.
+    places = {entry: place for place, entry in enumerate(entries)}
+    yield from sorted(filter(None, filling.values()), key=lambda members: places[members[-1]])
 
 
-def entry_of(name: str, spec: Spec) -> Entry:
+def entry_of(name: str, spec: Spec, kind: str = "") -> Entry:
     """What the layout has to know of a parameter.
 
     A parameter tied across the pipeline lies in a bucket of its own, so that both ends cut it
     alike.
     """
-    return Entry(name, prod(spec.local_shape), spec.summed_over, alone=spec.tied_to is not None)
+    alone = spec.tied_to is not None
+    return Entry(name, prod(spec.local_shape), spec.summed_over, alone, kind)
 
 
 def _align(size: int, multiple: int) -> int:

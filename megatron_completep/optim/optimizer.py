@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +49,7 @@ class DistributedOptimizer:
     Attributes:
         shards: the flat buffers and their communication.
         rule: the update rule with its states.
-        groups: name of a parameter -> its group, in the order of the shards.
+        groups: name of a parameter, or of a logical part -> its group, in the order of the shards.
         control: the step's record on the device (kernels/control.py).
     """
 
@@ -67,11 +66,13 @@ class DistributedOptimizer:
     ):
         self.context = context
         self.config = optimizer
-        self.shards = Shards(chunks, context, parallel or ParallelConfig(), precision, updates)
+        make_rule = rule or RULES[table.rule]
+        self.shards = Shards(
+            chunks, context, parallel or ParallelConfig(), precision, make_rule.kind_of, updates
+        )
         named_parameters = self.shards.parameters.items()
         self.groups: dict[str, Group] = build_groups(named_parameters, table, optimizer)
-        make_rule = rule or RULES[table.rule]
-        self.rule = make_rule(self.shards, list(self.groups.values()), table, optimizer)
+        self.rule = make_rule(self.shards, self.groups, table, optimizer)
         self._states: dict[str, Tensor] = {MASTER: self.shards.master, **self.rule.states}
         if updates is not None and not self.rule.by_bucket:
             raise ConfigError(
@@ -131,10 +132,10 @@ class DistributedOptimizer:
         control[CLIP] /= token_total
 
         if shards.updates is None:
-            self.rule.update(shards, control, shards.segment_table)
+            self.rule.update(shards, control, self.rule.segment_tables)
             shards.start_gathering()
         else:
-            shards.start_updates(partial(self.rule.update, shards, control))
+            shards.start_updates(self._update_bucket)
 
         # The next step overwrites the record, perhaps before the host has read this result.
         record = control.clone()
@@ -143,6 +144,9 @@ class DistributedOptimizer:
             terms = torch.stack(term_totals) / token_total
         mean_loss = loss_total / token_total
         return StepResult(record[GRAD_NORM], mean_loss, token_total, record[SKIP], terms)
+
+    def _update_bucket(self, number: int) -> None:
+        self.rule.update(self.shards, self.control, self.rule.bucket_tables(number))
 
     def _sum_over_mesh(self, loss_sum: Tensor, tokens: Tensor, term_sums: Tensor | None) -> Tensor:
         """Sums over all ranks, float64 [3 + n]: squares of gradients, loss, tokens and terms.

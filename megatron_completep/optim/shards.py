@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 
@@ -45,6 +45,7 @@ from megatron_completep.optim.layout import (
     Layout,
     Piece,
     Segment,
+    cut_at_parts,
     elements_of_bucket,
     entry_of,
     lay_out,
@@ -63,6 +64,12 @@ from megatron_completep.parallel.gradients import GradientQueue, accumulate_tens
 from megatron_completep.parallel.parameter import Spec, spec_of
 
 Hook = Callable[[Parameter], None]
+KindOf = Callable[[Spec], str]
+
+
+def one_kind(_: Spec) -> str:
+    """For an update rule that does not tell parameters apart."""
+    return ""
 
 
 class Shards:
@@ -75,6 +82,7 @@ class Shards:
         parallel: the size of a bucket and the dtype in which gradients are communicated.
         precision: dtype of the stored parameters and of the computation. Under bf16 the shard keeps
             masters in float32.
+        kind_of: the kind of a parameter, see `layout.Entry`.
         updates: where updates run under the next forward pass; None: they run at once.
 
     Attributes:
@@ -95,9 +103,11 @@ class Shards:
         context: ParallelContext,
         parallel: ParallelConfig,
         precision: torch.dtype = torch.float32,
+        kind_of: KindOf = one_kind,
         updates: UpdateStream | None = None,
     ):
         self.context = context
+        self.kind_of = kind_of
         self.updates = updates
         self.chunks = list(chunks)
         self.queues: list[GradientQueue] = []
@@ -125,12 +135,13 @@ class Shards:
         self._missing: Counter[int] = Counter()  # bucket -> parameters without their last gradient
         self._running: list[RunningReduction] = []
         self._arriving: dict[int, Arrival] = {}  # bucket -> its new parameters, under way
+        self._sent: set[int] = set()  # buckets of this step whose gathers have started
         self._attach()
 
     # --- construction --------------------------------------------------------------------------
 
     def _lay_out(self, bucket_megabytes: float) -> Layout:
-        entries = [entry_of(name, spec) for name, spec in self.specs.items()]
+        entries = [entry_of(n, spec, self.kind_of(spec)) for n, spec in self.specs.items()]
         shards = {axis: reduction.shard.size for axis, reduction in self.reductions.items()}
         most_ranks = max(reduction.size for reduction in self.reductions.values())
         return lay_out(entries, shards, elements_of_bucket(bucket_megabytes, most_ranks))
@@ -168,23 +179,10 @@ class Shards:
             return flat.clone()
         return torch.cat([flat[start:stop] for start, stop in slices])
 
-    # The tables are built lazily: construction never reads tensor values, so fake tensors work.
     @cached_property
-    def segment_table(self) -> Tensor:
-        """int64 [n, 3]: start in the shard, length, and number of the parameter in `parameters`.
-
-        On a GPU long segments are split, so that all programs of a kernel have about equal work.
-        """
-        return self._table(self.segments)
-
-    @cached_property
-    def bucket_tables(self) -> list[Tensor]:
-        """`segment_table` cut into the rows of each bucket."""
-        tables = []
-        for bucket in self.layout.buckets:
-            start, stop = bucket.in_shard
-            tables.append(self._table([s for s in self.segments if start <= s.shard_start < stop]))
-        return tables
+    def part_segments(self) -> tuple[Segment, ...]:
+        """`segments`, cut where one logical part ends and the next one begins."""
+        return cut_at_parts(self.segments, self.specs)
 
     @cached_property
     def counted_segments(self) -> tuple[Segment, ...]:
@@ -199,8 +197,17 @@ class Shards:
         return tuple(primary_segments)
 
     @cached_property
+    def counted_parts(self) -> tuple[Segment, ...]:
+        """`counted_segments`, cut at logical parts."""
+        return cut_at_parts(self.counted_segments, self.specs)
+
+    # The tables are built lazily: construction never reads tensor values, so fake tensors work.
+    @cached_property
     def counted_table(self) -> Tensor:
-        """`segment_table` restricted to parameters for which this rank is primary.
+        """int64 [n, 3]: start in the shard, length, and number of the parameter in `parameters`.
+
+        It has the parameters for which this rank is primary. On a GPU long segments are split, so
+        that all programs of a kernel have about equal work.
 
         Only kernels should use it: on a GPU its segments are split into short ones, and a loop over
         them on the host would launch an operator for each. `counted_segments` is for the host.
@@ -416,22 +423,32 @@ class Shards:
 
     # --- parameters ----------------------------------------------------------------------------
 
-    def start_gathering(self) -> None:
+    def start_gathering(self, kinds: Collection[str] | None = None) -> None:
         """Start all-gathers of the new parameters, in the order in which forward needs them.
 
         Communicates over the shard axis of each bucket.
+
+        kinds: of the buckets that are gathered; None: of all whose gathers have not started yet,
+            which ends the step.
         """
         if not self._sharded:
             return
         for number in self._forward_order():
+            kind = self.layout.buckets[number].kind
+            left_out = kinds is not None and kind not in kinds
+            if left_out or number in self._sent:
+                continue
+            self._sent.add(number)
             self._arriving[number] = self._start_gathering_bucket(number)
+        if kinds is None:
+            self._sent.clear()
 
-    def start_updates(self, update: Callable[[Tensor], None]) -> None:
+    def start_updates(self, update: Callable[[int], None]) -> None:
         """Start the update of every bucket, and its all-gather behind it, on the update stream.
 
         Nothing here waits. Communicates as `start_gathering` does.
 
-        update: changes the masters of the segments of a table, see `Rule.update`.
+        update: changes the masters of the bucket of a number.
         """
         assert self.updates is not None
         self.updates.begin()
@@ -439,8 +456,8 @@ class Shards:
             work = partial(self._update_bucket, update, number)
             self._arriving[number] = self.updates.run(work)
 
-    def _update_bucket(self, update: Callable[[Tensor], None], number: int) -> Pending:
-        update(self.bucket_tables[number])
+    def _update_bucket(self, update: Callable[[int], None], number: int) -> Pending:
+        update(number)
         return self._start_gathering_bucket(number)
 
     def _forward_order(self) -> Iterable[int]:

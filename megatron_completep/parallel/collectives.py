@@ -61,6 +61,23 @@ def start_reduce_scatter(x: Tensor, axis: Axis, out: Tensor | None = None) -> Pe
     return Pending(out, _reduce_scatter(out, x.contiguous(), group=axis.group, async_op=True))
 
 
+def start_all_to_all(
+    x: Tensor, axis: Axis, sent_sizes: list[int], received_sizes: list[int]
+) -> Pending:
+    """Send run number r of the flat x [sum(sent_sizes)] to rank r, for every rank of the axis.
+
+    The result [sum(received_sizes)] holds what the ranks sent here, in rank order. An element of
+    the sizes may be 0.
+    """
+    if axis.group is None:
+        return Pending(x)
+    out = x.new_empty(sum(received_sizes))
+    work = dist.all_to_all_single(
+        out, x, received_sizes, sent_sizes, group=axis.group, async_op=True
+    )
+    return Pending(out, work)
+
+
 def all_reduce(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     """The sum (or maximum) over the axis, in place where x is contiguous."""
     return start_all_reduce(x, axis, op).wait()

@@ -43,6 +43,7 @@ class ParallelContext:
     world: Axis = field(default_factory=lambda: Axis("world"))
     sequence_parallel: bool = False
     launched: bool = False  # under a launcher, even with one process
+    mesh: DeviceMesh | None = None  # that has the axes shard and tensor, where both have ranks
 
     @classmethod
     def single(cls, device: torch.device | str = "cpu") -> ParallelContext:
@@ -124,6 +125,7 @@ class ParallelContext:
         data, context = _divide(mesh, gradient, ("data", "context"), context_size)
         replica, shard = _divide(mesh, gradient, ("replica", "shard"), shard_size)
         return cls(
+            mesh=mesh,
             device=device,
             rank=rank,
             world_size=world_size,
@@ -160,6 +162,20 @@ class ParallelContext:
         """Which part of the sequence this rank holds of the residual stream."""
         return SequencePart(self.tensor, self.sequence_parallel)
 
+    @cached_property
+    def stage(self) -> Axis:
+        """The ranks that together hold one copy of a pipeline stage's optimizer state.
+
+        They are those of shard x tensor, the tensor ranks of a shard side by side. The first call
+        makes a process group where both axes have several ranks, so that it is collective.
+        """
+        if self.tensor.size == 1:
+            return replace(self.shard, name="stage")
+        if self.shard.size == 1:
+            return replace(self.tensor, name="stage")
+        assert self.mesh is not None
+        return _flattened(self.mesh, self.shard, self.replica, self.gradient)
+
     @property
     def is_first(self) -> bool:
         """Whether this rank speaks for the job (prints, writes metrics)."""
@@ -192,6 +208,17 @@ def _divide(
     sizes = axis.size // inner_size, inner_size
     divided = mesh._unflatten(axis.name, sizes, names)
     return _axis_of(divided, outer_name), _axis_of(divided, inner_name)
+
+
+def _flattened(mesh: DeviceMesh, shard: Axis, replica: Axis, gradient: Axis) -> Axis:
+    """The axes shard and tensor of the mesh as one."""
+    inner = gradient.name
+    if replica.size > 1:
+        sizes = (replica.size, shard.size)
+        mesh = mesh._unflatten(gradient.name, sizes, (replica.name, shard.name))
+        inner = shard.name
+    flat = mesh[inner, "tensor"]._flatten("stage")
+    return Axis("stage", flat.get_local_rank(), flat.size(), flat.get_group())
 
 
 def backend_options(device: torch.device) -> dict[str, Any]:

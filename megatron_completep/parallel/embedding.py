@@ -45,6 +45,8 @@ class VocabShard(nn.Module):
             forward_multiplier=forward_multiplier,
         )
         self.weight = make_parameter(spec, context.ranks)
+        # Only the rows are split, and into one range for each rank. A range may reach past the
+        # vocabulary into padding, which no id names.
         ((self.start, stop),) = spec.local_ranges(0)
         self.local_size = stop - self.start
 
@@ -85,6 +87,8 @@ class VocabParallelEmbedding(VocabShard):
         is_local = (local_ids >= 0) & (local_ids < self.local_size)
         ids_in_range = local_ids.clamp(0, self.local_size - 1)
         partial_sum = look_up(ids_in_range, self.weight, is_local, queue)
+        # Every token has its row on one rank and zeros on the others. Under sequence parallelism
+        # each rank keeps only its part of S.
         return ranks.sequence.sum_with_gradient(partial_sum)
 
     def activation_bytes(self, sizes: MicroBatchSizes) -> int:
@@ -132,6 +136,7 @@ class _Lookup(torch.autograd.Function):
         ctx: Any, ids: Tensor, weight: Tensor, is_local: Tensor | None, queue: GradientQueue
     ) -> Tensor:
         ctx.save_for_backward(ids, is_local)
+        # The queue wants the parameter itself: what is saved may come back as another object.
         ctx.weight = weight
         ctx.queue = queue
         rows = F.embedding(ids, weight)
@@ -143,6 +148,8 @@ class _Lookup(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor) -> tuple[None, None, None, None]:
         ids, is_local = ctx.saved_tensors
         if is_local is not None:
+            # This makes a copy, as autograd may hand d_out to others, too. Tokens of other ranks
+            # then add 0 to the row that was looked up in their place.
             d_out = d_out.masked_fill(~is_local.unsqueeze(-1), 0.0)
         ctx.queue.push(ctx.weight, _accumulate_rows(ids.flatten(), d_out.flatten(0, 1)))
         return None, None, None, None
@@ -153,7 +160,9 @@ def _accumulate_rows(ids: Tensor, d_rows: Tensor) -> Accumulate:
 
     def accumulate(main_grad: Tensor, first: bool) -> None:
         if first:
+            # Rows that no token named would keep the gradient of the step before.
             main_grad.zero_()
+        # Converted before the sum: a frequent token has many addends, which bf16 would round away.
         d_rows_accumulated = d_rows.to(main_grad.dtype)
         if main_grad.is_cuda:
             # On CUDA index_add_ adds in any order; this sorts the ids first.

@@ -38,6 +38,7 @@ class Exchange:
             return [value]
         data = _encode(value)
         lengths = [torch.empty(1, dtype=torch.int64) for _ in range(self.size)]
+        # Tensors are sent without their sizes, so the lengths go first.
         dist.all_gather(lengths, torch.tensor([data.numel()]), group=self._group)
         sizes = [int(length) for length in lengths]
         # A gather needs equal lengths: values are padded to the longest.
@@ -84,6 +85,7 @@ class Exchange:
         # Any other exception is a defect of the program, and ends the rank with a traceback.
         except (CheckpointError, OSError, MemoryError) as error:
             problem = describe(error)
+        # Every rank comes here, failed or not: the others would wait for one that raised.
         problem_of_ranks = self.all_gather(problem)
         problems = {rank: text for rank, text in enumerate(problem_of_ranks) if text is not None}
         if problems:
@@ -107,11 +109,13 @@ class Exchange:
                 problem = describe(error)
             except UserError as error:
                 user_error = error
+        # An exception is no JSON; its text and its exit code are.
         text_and_code = user_error and (str(user_error), user_error.exit_code)
         value, problem, text_and_code = self.broadcast((value, problem, text_and_code))
         if problem is not None:
             raise CheckpointError(problem)
         if text_and_code is not None:
+            # Rank 0 raises the error that it caught, which still has its own class.
             raise user_error or _of_first_rank(*text_and_code)
         return value
 
@@ -137,6 +141,7 @@ class LongWork:
         self._progress()
         if time.monotonic() >= self._next_round:
             self._exchange.all_gather(None)
+            # Counted from the end of the round, which may have waited for a slower rank.
             self._next_round = time.monotonic() + self._every
 
     def gather_results(self, result: Any) -> list[Any]:
@@ -169,6 +174,7 @@ def _of_first_rank(text: str, exit_code: int) -> UserError:
 def join_problems(problems: dict[int, str], size: int) -> str:
     """The problems as lines, each text once, with the ranks that it comes from."""
     if size == 1:
+        # A single process has no use for rank numbers.
         return next(iter(problems.values()))
     ranks: dict[str, list[str]] = {}
     for rank, text in problems.items():

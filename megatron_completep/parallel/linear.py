@@ -30,6 +30,7 @@ class ColumnParallelLinear(nn.Module):
     parts: name -> features of the logical matrices that are stacked (q, k, v or gate, up); each is
         split evenly over tensor ranks.
     query_part: the part whose output the attention scale multiplies; None if a norm is between.
+    heads: name of a part -> heads that it stacks.
     """
 
     def __init__(
@@ -40,18 +41,23 @@ class ColumnParallelLinear(nn.Module):
         bias: bool,
         context: LayerContext,
         query_part: str | None = None,
+        heads: Mapping[str, int] | None = None,
     ):
         super().__init__()
         self.context = context
         ranks = context.ranks
         out_features = sum(parts.values())
+        # The scale multiplies q with its bias, so what rescales the weight rescales the bias.
         forward_multiplier = None if query_part is None else ForwardMultiplier.QUERY
+        # Each part is split separately, so that a rank has whole heads of q, k and v, and the same
+        # features of gate and up.
         weight = Spec(
             Role.HIDDEN_WEIGHT,
             (out_features, in_features),
             fan_in=in_features,
             base_fan_in=base_in_features,
             parts=parts,
+            heads=heads or {},
             split={0: ranks.tensor.share},
             forward_multiplier=forward_multiplier,
             multiplied_part=query_part,
@@ -118,6 +124,7 @@ class RowParallelLinear(nn.Module):
             vector = Spec(
                 Role.HIDDEN_BIAS,
                 (out_features,),
+                # Under sequence parallelism a rank adds the bias to its own tokens only.
                 partial_over=ranks.sequence.partial_over,
                 constant=0.0,
                 forward_multiplier=ForwardMultiplier.STREAM,
@@ -182,6 +189,7 @@ class _ColumnParallel(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         context: LayerContext = ctx.context
         sequence = context.ranks.sequence
+        # The gather of the input runs under the product for d_x, which does not read it.
         gathering = sequence.start_gather(x)
         d_x = context.products.input_gradient(d_out, weight)
         reducing = sequence.start_sum(d_x)

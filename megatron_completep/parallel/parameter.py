@@ -48,6 +48,7 @@ class Spec:
     fan_in, base_fan_in: fan-in of the logical matrix (or of one part of a fused matrix) in this
         model, and in the proxy.
     parts: name -> size of each logical matrix that a fused one stacks along `part_dim`, in order.
+    heads: name of a part -> equal matrices, one a head, that it stacks in its turn; 1 where absent.
     split: dimension -> this rank's share along the mesh axis that divides it; along `part_dim` each
         part is split separately.
     multiple: each rank's slice of a split dimension is padded to a multiple of this; padding is not
@@ -69,6 +70,7 @@ class Spec:
     base_fan_in: int | None = None  # None like fan_in
     parts: Mapping[str, int] = field(default_factory=dict)
     part_dim: int = 0
+    heads: Mapping[str, int] = field(default_factory=dict)
     split: Mapping[int, Share] = field(default_factory=dict)
     multiple: int = 1
     partial_over: str | None = None
@@ -108,6 +110,42 @@ class Spec:
         """Whether this is the second copy of a tied parameter; the original is named `tied_to`."""
         return self.tied_to is not None and self.tied_to != name
 
+    # --- logical parts ----------------------------------------------------------------------------
+
+    @property
+    def logical_parts(self) -> tuple[str, ...]:
+        """The names of the parts; one empty name where nothing is fused."""
+        return tuple(self.parts) if len(self.parts) > 1 else ("",)
+
+    def matrix_of(self, part: str, per_head: bool = False) -> tuple[int, int] | None:
+        """(d_out, d_in) of the logical matrices of a part: the last two dimensions; None: a vector.
+
+        Dimensions before the last two count matrices.
+
+        per_head: of one head, where the part has heads.
+        """
+        if len(self.shape) < 2:
+            return None
+        shape = list(self.shape)
+        if part:
+            shape[self.part_dim] = self.parts[part]
+        if per_head:
+            shape[self.part_dim] //= self.heads.get(part, 1)
+        return shape[-2], shape[-1]
+
+    def local_parts(self) -> tuple[tuple[str, int], ...]:
+        """Name and size of each part of this rank's tensor along `part_dim`, in order."""
+        if len(self.parts) < 2:
+            return (("", self.local_shape[self.part_dim]),)
+        sizes = [stop - start for start, stop in self._ranges_of_parts]
+        return tuple(zip(self.parts, sizes, strict=True))
+
+    @property
+    def _ranges_of_parts(self) -> tuple[Range, ...]:
+        """For each part, the range along `part_dim` of the logical tensor that this rank holds."""
+        share = self.split.get(self.part_dim) or Share("", 0, 1)
+        return _share_of_each(tuple(self.parts.values()), share)
+
     # --- geometry ---------------------------------------------------------------------------------
 
     @property
@@ -124,7 +162,7 @@ class Spec:
         if share is None:
             return ((0, self.shape[dim]),)
         if self.parts and dim == self.part_dim:
-            return _share_of_each(tuple(self.parts.values()), share)
+            return self._ranges_of_parts
         # Rounded up, so that every rank has the same number of rows.
         multiples_per_rank = -(-self.shape[dim] // (self.multiple * share.size))
         rows_per_rank = multiples_per_rank * self.multiple
@@ -234,6 +272,11 @@ def spec_of(parameter: Any, name: str = "") -> Spec:
             f"Call declare(parameter, role) with one of: {', '.join(Role)}."
         )
     return spec
+
+
+def part_name(name: str, part: str) -> str:
+    """The name of a logical part of a parameter; that of the parameter where nothing is fused."""
+    return f"{name}.{part}" if part else name
 
 
 def specs_of(model: nn.Module) -> dict[str, Spec]:

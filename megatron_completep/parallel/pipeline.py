@@ -71,6 +71,9 @@ class Pipeline:
             # The schedule decides when weight gradients run.
             queue.deferred = True
             is_last = index == num_stages - 1
+            # With examples of both ends the library knows all shapes and does not ask the
+            # neighbours for them. Tokens need no gradient; everything else that crosses a boundary
+            # does.
             stage = PipelineStage(
                 _StageModule(chunk, is_last),
                 index,
@@ -82,6 +85,7 @@ class Pipeline:
                 dw_builder=queue.take,
             )
             self._stages.append(stage)
+        # A schedule is made for one number of micro-batches.
         self._schedules: dict[int, PipelineScheduleSingle | PipelineScheduleMulti] = {}
 
     def forward_backward(self, micro_batches: int, tokens: Tensor, **keywords: Tensor) -> Tensor:
@@ -107,6 +111,8 @@ class Pipeline:
         options: dict[str, Any] = {} if evaluate else {"return_outputs": False}
         # The library appends the loss of each micro-batch.
         losses: list[Tensor] | None = [] if self.holds_last else None
+        # Only the first stage is handed tokens, and only the last has a loss. Keywords are not sent
+        # from stage to stage: every rank passes its own to its chunks.
         run(
             *((tokens,) if self.holds_first else ()),
             target=keywords["labels"] if self.holds_last else None,
@@ -134,10 +140,12 @@ def make_schedule(
     The output of the last stage is the loss itself, a sum over tokens that must not be rescaled.
     """
 
+    # The chunk has the labels as a keyword; the target is there because the library wants one.
     def loss_of(output: Tensor, target: Tensor) -> Tensor:
         return output[0]
 
     match name:
+        # gpipe and 1f1b run one stage on each rank, the others all stages that it holds.
         case "gpipe":
             return ScheduleGPipe(stages[0], micro_batches, loss_of, scale_grads=False)
         case "1f1b":

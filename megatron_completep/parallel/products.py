@@ -75,6 +75,8 @@ class OneDnnProducts(Products):
         self._least = least
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        # Multiplications of the product: tokens x in x out. Below the bound the call costs more
+        # than oneDNN saves.
         large = x.numel() * weight.shape[0] >= self._least.product
         if not large or not _may_call(x, weight):
             return super().forward(x, weight, bias)
@@ -84,7 +86,9 @@ class OneDnnProducts(Products):
         large = d_out.numel() * weight.shape[1] >= self._least.product
         if not large or not _may_call(d_out, weight):
             return super().input_gradient(d_out, weight, out)
+        # The operator transposes its second operand, so that it gets W^T for d_out W.
         d_x = self._linear(d_out, weight.t(), None, "none", [], "")
+        # It has no argument for its output.
         return d_x if out is None else out.copy_(d_x)
 
     def add_weight_gradient(self, total: Tensor, d_out: Tensor, x: Tensor, first: bool) -> None:
@@ -94,6 +98,7 @@ class OneDnnProducts(Products):
             super().add_weight_gradient(total, d_out, x, first)
             return
         # The operator cannot add to the total, so that takes one more pass over it.
+        # d_out^T x, with x^T in the place of the operand that it transposes.
         product = self._linear(d_out.t(), x.t(), None, "none", [], "")
         total.copy_(product) if first else total.add_(product)
 
@@ -131,14 +136,16 @@ def choose_products(
     Raises ConfigError if a library is asked for that is missing, or that does not apply to this
     device and dtype.
     """
-    if _takes_apex(weight_gradient, device, precision):
-        return ApexProducts()
+    # Who names a library means it: unlike auto, it is refused where it would be replaced.
     if matrix_products == "onednn" and not _onednn_applies(device, precision):
         raise ConfigError(
             "training.matrix_products = onednn serves float32 on a CPU; "
             f"this run is {_name_of(precision)} on {device.type}. Use auto."
         )
+    if _takes_apex(weight_gradient, device, precision):
+        return ApexProducts()
     products = choose_inference_products(matrix_products, device, precision, processor, find)
+    # Where this build has no such operator, torch's products were returned in its place.
     if matrix_products == "onednn" and products.library != "onednn":
         raise ConfigError(
             f"training.matrix_products = onednn, but torch {torch.__version__} has no oneDNN "
@@ -160,6 +167,8 @@ def choose_inference_products(
     does not apply here is no mistake, and torch's products replace it.
     """
     least = least_work(processor)
+    # Named by the user, it also runs where no measurement speaks for it, but without weight
+    # gradients, which were slower on Zen 4.
     if matrix_products == "onednn" and least is None:
         least = PRODUCTS_ALONE
     if matrix_products == "torch" or least is None or not _onednn_applies(device, precision):
@@ -172,6 +181,7 @@ def _may_call(a: Tensor, b: Tensor) -> bool:
     """Whether oneDNN's operator can compute this product, whatever its size."""
     if a.dtype != torch.float32:
         return False
+    # The operator has no gradient and would cut the graph with no more than a warning.
     differentiated = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
     return not differentiated and not torch.compiler.is_compiling()
 

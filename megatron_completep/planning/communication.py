@@ -1,7 +1,8 @@
 """Predicts every collective of an optimizer step: axis, operation, bytes, calls and purpose.
 
 Tests compare the prediction with the collectives of a real step. The payload of a call is the full
-tensor: the input of an all-reduce, reduce-scatter or send, and the output of an all-gather.
+tensor: the input of an all-reduce, reduce-scatter, all-to-all or send, and the output of an
+all-gather.
 """
 
 from __future__ import annotations
@@ -21,6 +22,12 @@ from megatron_completep.optim.layout import Layout
 from megatron_completep.parallel.cross_entropy import LossConfig, Unembedding
 from megatron_completep.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_completep.parallel.parameter import Spec
+from megatron_completep.planning.orthogonal import (
+    division_of,
+    exchanged_elements,
+    has_matrices,
+    iteration_bytes,
+)
 from megatron_completep.planning.sizes import (
     backward_specs,
     element_bytes,
@@ -35,6 +42,7 @@ ALL_REDUCE = "all-reduce"
 ALL_GATHER = "all-gather"
 REDUCE_SCATTER = "reduce-scatter"
 SEND = "send"
+ALL_TO_ALL = "all-to-all"
 
 
 @dataclass(frozen=True)
@@ -66,14 +74,19 @@ class SentBytes(NamedTuple):
 
 
 def collectives_per_step(
-    config: Config, world_size: int, pipeline_rank: int = 0, shard_rank: int = 0
+    config: Config,
+    world_size: int,
+    pipeline_rank: int = 0,
+    shard_rank: int = 0,
+    tensor_rank: int = 0,
 ) -> list[Collective]:
     """The collectives of a rank at these coordinates in `TrainingStep.run`.
 
-    The result does not depend on the tensor or replica rank.
+    The result does not depend on the replica rank.
 
-    shard_rank: the rank among those that share the optimizer state; only affects the size of the
-        partial-gradient all-reduce.
+    shard_rank: the rank among those that share the optimizer state; affects the sizes of the
+        partial-gradient all-reduce and of Muon's all-to-alls.
+    tensor_rank: affects the latter.
     """
     gradient_size = gradient_parallel_size(config, world_size)
     micro_batches = micro_batches_per_step(config, world_size)
@@ -88,6 +101,8 @@ def collectives_per_step(
     collectives += _pipeline(config, models, micro_batches)
     collectives += _tied_gradients(config, specs, layout)
     collectives += _data(config, layout, gradient_size)
+    stage_rank = shard_rank * config.parallel.tensor_parallel_size + tensor_rank
+    collectives += _matrices(config, specs, layout, gradient_size, stage_rank)
     collectives += _world(config, world_size)
     return [collective for collective in collectives if collective.count]
 
@@ -95,8 +110,8 @@ def collectives_per_step(
 def sent_bytes(config: Config, world_size: int) -> SentBytes:
     """Bytes per step that the busiest rank sends along each axis.
 
-    The data axis includes shards and replicas. The all-reduces of a few scalars over all ranks
-    (`_world`) are left out.
+    The data axis includes shards and replicas, and Muon's exchange over shards x tensor. The
+    all-reduces of a few scalars over all ranks (`_world`) are left out.
     """
     parallel = config.parallel
     gradient_size = gradient_parallel_size(config, world_size)
@@ -106,6 +121,7 @@ def sent_bytes(config: Config, world_size: int) -> SentBytes:
         "pipeline": 2,  # sends are point to point
         "shard": shards,
         "replica": gradient_size // shards,
+        "stage": shards * parallel.tensor_parallel_size,
         "world": world_size,
     }
     # The busiest rank of one axis need not be that of another.
@@ -114,7 +130,7 @@ def sent_bytes(config: Config, world_size: int) -> SentBytes:
         sent = dict.fromkeys(ranks, 0.0)
         for collective in collectives_per_step(config, world_size, pipeline_rank):
             sent[collective.axis] += collective.sent(ranks[collective.axis])
-        sent["data"] = sent["shard"] + sent["replica"]
+        sent["data"] = sent["shard"] + sent["replica"] + sent["stage"]
         most = {axis: max(size, sent[axis]) for axis, size in most.items()}
     return SentBytes(most["tensor"], most["pipeline"], most["data"])
 
@@ -252,6 +268,26 @@ def _data(config: Config, layout: Layout, gradient_size: int) -> Iterator[Collec
             shard = bucket.size // shards * gradient_bytes
             purpose = "gradients of the shard, across replicas"
             yield Collective("replica", ALL_REDUCE, shard, 1, purpose)
+
+
+def _matrices(
+    config: Config, specs: Mapping[str, Spec], layout: Layout, gradient_size: int, rank: int
+) -> Iterator[Collective]:
+    """Muon's matrices to the ranks that make them orthogonal, and back.
+
+    rank: in `ParallelContext.stage`.
+    """
+    if not has_matrices(config):
+        return
+    division = division_of(config, specs, layout, gradient_size)
+    if division.ranks == 1:
+        return
+    item_bytes = iteration_bytes(config)
+    for packed, scattered in exchanged_elements(division, rank):
+        purpose = "momentum to the owners of the matrices"
+        yield Collective("stage", ALL_TO_ALL, packed * item_bytes, 1, purpose)
+        purpose = "orthogonal factors from the owners"
+        yield Collective("stage", ALL_TO_ALL, scattered * item_bytes, 1, purpose)
 
 
 def _world(config: Config, world_size: int) -> Iterator[Collective]:

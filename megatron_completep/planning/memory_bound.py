@@ -16,7 +16,6 @@ from megatron_completep.model.mlp import GATED
 from megatron_completep.planning.sizes import (
     element_bytes,
     micro_batch_sizes,
-    state_count,
     wide_bytes,
 )
 
@@ -93,13 +92,15 @@ def micro_batch_bytes(config: Config) -> float:
     return total / config.parallel.pipeline_parallel_size
 
 
-def optimizer_bytes(config: Config, shard_elements: int) -> float:
+def optimizer_bytes(config: Config, shard_elements: int, state_elements: int) -> float:
     """The gradient's norm and the update of one rank's shard.
 
     The update reads gradient, masters and states, and writes masters, states and, under mixed
     precision, the rounded parameters.
+
+    state_elements: masters and states together.
     """
     gradient = wide_bytes(config)
-    states = state_count(config) * wide_bytes(config)
     rounded = 2 if config.training.precision in ("bf16", "auto") else 0
-    return shard_elements * (gradient + (gradient + 2 * states + rounded))
+    of_states = 2 * state_elements * wide_bytes(config)
+    return shard_elements * (gradient + gradient + rounded) + of_states

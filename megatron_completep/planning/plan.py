@@ -8,23 +8,26 @@ takes about a second.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any
 
 from megatron_completep.completep import Table, table_of
+from megatron_completep.completep.tau import timescales
 from megatron_completep.config.schema import Config
 from megatron_completep.model.stages import whole_model
 from megatron_completep.optim.check import check_parameters
-from megatron_completep.optim.groups import build_groups
-from megatron_completep.parallel.parameter import spec_of
+from megatron_completep.optim.groups import Group, build_groups
+from megatron_completep.parallel.parameter import Spec, part_name, spec_of
 from megatron_completep.roles import Role
 
 
 @dataclass(frozen=True)
 class ParameterPlan:
     """One parameter: its logical shape (before any split or padding) and its final values.
+
+    Logical parts of a fused matrix stand for themselves where their values differ.
 
     lr: the peak learning rate. init_std is 0 where the start is a constant: gains begin at 1,
     biases at 0.
@@ -85,6 +88,7 @@ def make_plan(config: Config, parameterization: str | None = None) -> Plan:
     configured = config.completep.parameterization
     this_run = parameterization in {None, configured}
     if not this_run:
+        # The user's alpha is that of CompleteP; the others are compared as they are defined.
         changes = {"parameterization": parameterization, "alpha": 1.0}
         completep = config.completep.model_copy(update=changes)
         config = config.model_copy(update={"completep": completep})
@@ -95,19 +99,31 @@ def make_plan(config: Config, parameterization: str | None = None) -> Plan:
 
     named = dict(whole_model(config.model, table).named_parameters())
     groups = build_groups(named.items(), table, config.optimizer)
-    parameters = tuple(
-        ParameterPlan(
-            name=group.name,
-            shape=spec_of(named[group.name], group.name).shape,
-            role=group.role,
-            init_std=group.init_std,
-            lr=config.optimizer.base_lr * group.lr_factor,
-            weight_decay=group.weight_decay,
-            eps=group.eps,
-        )
-        for group in groups.values()
-    )
-    return Plan(config.completep.parameterization, table, parameters, tuple(warnings))
+    parameters: list[ParameterPlan] = []
+    for name, parameter in named.items():
+        parameters += _planned(name, spec_of(parameter, name), groups, config.optimizer.base_lr)
+    return Plan(config.completep.parameterization, table, tuple(parameters), tuple(warnings))
+
+
+def _planned(
+    name: str, spec: Spec, groups: Mapping[str, Group], base_lr: float
+) -> Iterator[ParameterPlan]:
+    """One parameter, or each of its parts where they differ."""
+    planned = []
+    for part in spec.logical_parts:
+        group = groups[part_name(name, part)]
+        shape = list(spec.shape)
+        if part:
+            shape[spec.part_dim] = spec.parts[part]
+        lr = base_lr * group.lr_factor
+        values = (group.init_std, lr, group.weight_decay, group.eps)
+        planned.append(ParameterPlan(group.name, tuple(shape), group.role, *values))
+    # Parts of a fused matrix differ by an override, or by their shapes under Muon; otherwise a row
+    # for each would say one thing three times.
+    if len({plan.values for plan in planned}) == 1:
+        yield replace(planned[0], name=spec.stored_name(name), shape=spec.shape)
+    else:
+        yield from planned
 
 
 def describe(config: Config) -> str:
@@ -146,6 +162,7 @@ def _heading(config: Config, plan: Plan) -> list[str]:
         f"m_N = {table.width_multiplier:g}, m_L = {table.depth_multiplier:g}, "
         f"alpha = {table.alpha:g}",
         *_scaled_batch(config, table),
+        *_timescales(config, table),
         *(f"warning: {warning}" for warning in plan.warnings),
     ]
 
@@ -179,6 +196,17 @@ def _scaled_batch(config: Config, table: Table) -> list[str]:
     ]
 
 
+def _timescales(config: Config, table: Table) -> list[str]:
+    """One line on the timescale of weight decay, where anything decays."""
+    scales = list(timescales(config, table))
+    if not scales:
+        return []
+    hint = ""
+    if all(scale.proxy is None for scale in scales):
+        hint = " (the proxy's is known from completep.base_batch_tokens and base_total_tokens)"
+    return [f"tau = 1 / (peak lr x decay x steps): {', '.join(map(str, scales))}{hint}"]
+
+
 def _alike(plans: Sequence[Plan]) -> list[list[int]]:
     """Indices of parameters with the same role, and the same values in every plan.
 
@@ -196,6 +224,7 @@ def _names(parameters: Sequence[ParameterPlan]) -> list[str]:
     """One entry for a parameter of several layers: 'layers.0-7.mlp.up.weight (1024, 256) x 8'."""
     layers: dict[tuple[str, tuple[int, ...]], list[int]] = {}
     for parameter in parameters:
+        # Without its layer's number a parameter has one name in all layers.
         match = re.fullmatch(r"layers\.(\d+)\.(.*)", parameter.name)
         name = match[2] if match else parameter.name
         numbers = layers.setdefault((name, parameter.shape), [])

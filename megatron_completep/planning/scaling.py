@@ -22,8 +22,13 @@ from megatron_completep.model.flops import forward_flops_per_token, training_flo
 from megatron_completep.model.gpt import ChunkRange
 from megatron_completep.optim.layout import Layout
 from megatron_completep.optim.reduction import OVERLAPPED
-from megatron_completep.planning.communication import sent_bytes
+from megatron_completep.planning.communication import collectives_per_step, sent_bytes
 from megatron_completep.planning.memory_bound import micro_batch_bytes, optimizer_bytes
+from megatron_completep.planning.orthogonal import (
+    OrthogonalPlan,
+    has_matrices,
+    orthogonal_plan,
+)
 from megatron_completep.planning.sizes import (
     backward_specs,
     micro_batch_sizes,
@@ -32,7 +37,7 @@ from megatron_completep.planning.sizes import (
     rank_specs,
     shard_count,
     stage_model,
-    state_count,
+    state_elements,
     stored_elements,
     wide_bytes,
 )
@@ -118,6 +123,7 @@ class ScalingPlan:
     tokens_per_second: float
     model_flops_utilisation: float
     checkpoint_bytes: int
+    orthogonal: tuple[OrthogonalPlan, ...]  # by pipeline rank, under Muon
     warnings: tuple[str, ...]
 
 
@@ -170,7 +176,11 @@ def scaling_plan(config: Config, world_size: int, gpu: Gpu = GPUS["h100"]) -> Sc
     # Between matrix products stand kernels that compute little; the update comes once a step.
     bandwidth = gpu.memory_bandwidth * MEMORY_EFFICIENCY
     between = micro_batches * micro_batch_bytes(config) / bandwidth
-    update = optimizer_bytes(config, largest_shard(config, gradient_size)) / bandwidth
+    largest = largest_layout(config, gradient_size)
+    states = state_elements(config, largest)
+    update = optimizer_bytes(config, largest.shard_size, states) / bandwidth
+    orthogonal = orthogonal_plans(config, gradient_size)
+    update += orthogonal_seconds(config, gpu, world_size, orthogonal)
     bubble = bubble_share(parallel, micro_batches)
     step_seconds = (compute + between + exposed) / (1 - bubble) + update
     return ScalingPlan(
@@ -190,18 +200,42 @@ def scaling_plan(config: Config, world_size: int, gpu: Gpu = GPUS["h100"]) -> Sc
         step_seconds=step_seconds,
         tokens_per_second=tokens / step_seconds,
         model_flops_utilisation=flops * tokens / step_seconds / world_size / gpu.peak_flops,
-        checkpoint_bytes=wide_bytes(config) * state_count(config) * stored_elements(config),
+        checkpoint_bytes=wide_bytes(config) * stored_elements(config),
+        orthogonal=orthogonal,
         warnings=_warnings(config, gpu, memory, bubble, data_bytes, compute),
     )
 
 
-def largest_shard(config: Config, gradient_size: int) -> int:
-    """Elements of the optimizer's shard on the pipeline rank that has the most."""
-    sizes = []
+def largest_layout(config: Config, gradient_size: int) -> Layout:
+    """The optimizer's layout on the pipeline rank whose shard has the most elements."""
+    layouts = []
     for rank in range(config.parallel.pipeline_parallel_size):
-        layout = rank_layout(config, rank_specs(config, rank), gradient_size)
-        sizes.append(layout.shard_size)
-    return max(sizes)
+        layouts.append(rank_layout(config, rank_specs(config, rank), gradient_size))
+    return max(layouts, key=lambda layout: layout.shard_size)
+
+
+def orthogonal_plans(config: Config, gradient_size: int) -> tuple[OrthogonalPlan, ...]:
+    """What Muon asks of each pipeline rank; nothing under another rule."""
+    if not has_matrices(config):
+        return ()
+    ranks = range(config.parallel.pipeline_parallel_size)
+    return tuple(orthogonal_plan(config, rank, gradient_size) for rank in ranks)
+
+
+def orthogonal_seconds(
+    config: Config, gpu: Gpu, world_size: int, plans: tuple[OrthogonalPlan, ...]
+) -> float:
+    """What Muon adds to a step: the iterations of the busiest owner, and both exchanges."""
+    if not plans:
+        return 0.0
+    iterations = max(plan.flops for plan in plans) / (gpu.peak_flops * MATRIX_EFFICIENCY)
+    ranks = max(plan.ranks for plan in plans)
+    link = gpu.node_bandwidth if ranks <= gpu.per_node else gpu.network_bandwidth
+    sent = 0.0
+    for rank in range(len(plans)):
+        calls = collectives_per_step(config, world_size, rank)
+        sent = max(sent, sum(call.sent(ranks) for call in calls if call.axis == "stage"))
+    return iterations + sent / (link * NETWORK_EFFICIENCY)
 
 
 def rank_memory(
@@ -228,7 +262,7 @@ def rank_memory(
     return RankMemory(
         parameters=layout.size * (narrow_size or wide_size),
         gradients=layout.size * wide_size,
-        optimizer=layout.shard_size * wide_size * (state_count(config) - shares_master),
+        optimizer=wide_size * (state_elements(config, layout) - shares_master * layout.shard_size),
         activations=int(in_all_chunks / len(models)),
         communication=sharded + sent_copies(config, layout, gradient_size),
     )

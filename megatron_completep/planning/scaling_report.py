@@ -55,6 +55,7 @@ def describe_scaling(config: Config, plan: ScalingPlan, gpu: Gpu) -> str:
         *_traffic(config, plan),
         "",
         *_time(config, plan),
+        *_orthogonal(plan),
         "",
         "Assumed:",
         *(f"  {assumption}" for assumption in assumptions(gpu)),
@@ -141,6 +142,23 @@ def _time(config: Config, plan: ScalingPlan) -> list[str]:
         f"{plan.tokens_per_second:,.0f} tokens/s, {plan.model_flops_utilisation:.1%} of the peak; "
         f"{config.training.train_steps:,} steps take {duration}; a checkpoint is "
         f"{plan.checkpoint_bytes / 1e9:,.1f} GB",
+    ]
+
+
+def _orthogonal(plan: ScalingPlan) -> list[str]:
+    """What Muon adds, in two lines; nothing under another rule."""
+    if not plan.orthogonal:
+        return []
+    busiest = max(plan.orthogonal, key=lambda stage: stage.flops)
+    idle = [f"{stage.idle} of {stage.ranks}" for stage in plan.orthogonal]
+    if len(set(idle)) == 1:
+        idle = idle[:1]
+    imbalance = busiest.flops / busiest.mean_flops if busiest.mean_flops else 1.0
+    return [
+        f"Muon: {busiest.matrices} matrices in {busiest.batches} batches of two all-to-alls; "
+        f"{busiest.flops / 1e12:,.3g} TFLOP of Newton-Schulz a step on the busiest rank, "
+        f"{imbalance:,.2f} times the mean;",
+        f"{', '.join(idle)} ranks of a stage own no matrix and wait",
     ]
 
 

@@ -93,21 +93,29 @@ def shard_count(config: Config, gradient_size: int) -> int:
 
 def rank_layout(config: Config, specs: dict[str, Spec], gradient_size: int) -> Layout:
     """The optimizer's layout of one pipeline rank's parameters (`rank_specs`)."""
-    entries = [entry_of(name, spec) for name, spec in specs.items()]
+    kind_of = RULES[table_of(config).rule].kind_of
+    entries = [entry_of(name, spec, kind_of(spec)) for name, spec in specs.items()]
     elements = elements_of_bucket(config.parallel.bucket_megabytes, gradient_size)
     return lay_out(entries, {"gradient": shard_count(config, gradient_size)}, elements)
 
 
-def state_count(config: Config) -> int:
-    """How many numbers the optimizer keeps of an element: the master and the rule's states."""
-    return len(RULES[table_of(config).rule].all_powers())
+def state_elements(config: Config, layout: Layout) -> int:
+    """Numbers that a rank keeps in its shard: the masters and the rule's states."""
+    rule = RULES[table_of(config).rule]
+    total = 0
+    for bucket in layout.buckets:
+        states = 1 + len(rule.states_of_kind(bucket.kind))
+        total += bucket.size // bucket.shards * states
+    return total
 
 
 def stored_elements(config: Config) -> int:
-    """Elements of all logical parameters: what a checkpoint holds of each state."""
+    """Numbers that a checkpoint holds: the masters and the rule's states of all parameters."""
+    rule = RULES[table_of(config).rule]
     total = 0
     for stage in split_stages(config.model, config.parallel):
         # Of a tied parameter on two stages one is a copy, which no checkpoint holds.
-        specs = specs_of(stage_model(config, stage))
-        total += sum(spec.size for name, spec in specs.items() if not spec.is_copy(name))
+        for name, spec in specs_of(stage_model(config, stage)).items():
+            if not spec.is_copy(name):
+                total += spec.size * len(rule.stored_states(spec) or rule.all_powers())
     return total

@@ -120,11 +120,17 @@ def parameterization_rows(config: Config) -> list[list[Any]]:
         f"{optimizer.base_eps:.3g}",
     ]
     rows: list[list[Any]] = [base_row]
+    muon = optimizer.muon
+    if muon is not None:
+        rows.append(["Muon's, at the proxy", "", muon.base_lr, muon.base_weight_decay, ""])
     for role in roles_of(config.model):
         # Of the roles only hidden weights scale with their own fan-in; the model's width stands
         # for all of them.
         width_ratio = table.width_multiplier if role == Role.HIDDEN_WEIGHT else 1.0
-        row = table.values(role, width_ratio, optimizer)
+        # Muon's rates depend on the shape of the matrix: a square one stands for all.
+        side = config.model.hidden_size
+        matrix = (side, side) if role == Role.HIDDEN_WEIGHT else None
+        row = table.values(role, width_ratio, optimizer, matrix)
         rows.append([role.value, row.init_std, row.lr, row.weight_decay, f"{row.eps:.3g}"])
     return rows
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import torch
 
+from megatron_completep.parallel.bf16_units import has_bf16_units
+
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -47,22 +49,6 @@ def precision_of_run(
 def name_of(dtype: torch.dtype) -> str:
     """The name of a type in settings."""
     return next(name for name, candidate in DTYPES.items() if candidate == dtype)
-
-
-def has_bf16_units(device: torch.device) -> bool:
-    """Whether bf16 products run in hardware.
-
-    They do on CUDA from compute capability 8.0 on and on CPUs with AMX or AVX512-BF16. Other CPUs
-    emulate bf16, slower than float32.
-    """
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
-        # Private functions of torch: a version without one is taken to have no such units.
-        probe = getattr(torch.cpu, name, None)
-        if probe is not None and probe():
-            return True
-    return False
 
 
 def use_threads(threads: int | None, local_processes: int) -> int:

@@ -72,6 +72,7 @@ class StreamTaps:
                 if role not in STREAM_ROLES:
                     continue
                 is_final = role == Role.FINAL_NORM
+                # The hook stays for good and does nothing until `recording` asks for it.
                 module.register_forward_hook(self._hook(name, is_final))
                 if is_final:
                     self.final_site = name
@@ -82,12 +83,15 @@ class StreamTaps:
         ) -> None:
             if not self._recording:
                 return
+            # Our norm first adds the branch that waits in the stream. Its input is not the whole
+            # stream yet, so the stream is taken from its output.
             if isinstance(output, tuple):
                 residual = output[0].residual
                 normed = output[1]
             else:
                 residual = inputs[0]
                 normed = output
+            # Detached, so that no graph outlives its forward pass.
             self.streams.setdefault(name, []).append(residual.detach())
             if is_final:
                 self.normed.append(normed.detach())
@@ -133,7 +137,10 @@ def reduce_stream_sums(sums: dict[str, SumOfSquares], context: ParallelContext) 
     parallelism (each has its part of the sequence), and over the pipeline (each has its stages).
     """
     rows = [[partial.total, partial.count] for partial in sums.values()]
+    # One table for all names is one collective over each axis. A rank without a site has no row,
+    # which does not tell how many columns there are.
     table = torch.tensor(rows, dtype=torch.float64, device=context.device).view(-1, 2)
+    # Without the split every tensor rank holds the same stream, and there is nothing to add.
     if context.sequence.split:
         table = all_reduce(table, context.tensor)
     table = all_reduce(table, context.gradient)
@@ -142,8 +149,10 @@ def reduce_stream_sums(sums: dict[str, SumOfSquares], context: ParallelContext) 
         of_stage[name] = SumOfSquares(total, count).rms
     if context.pipeline.group is None:
         return of_stage
+    # Stages have sites of other names, so that no sum can be taken over the pipeline.
     of_stages: list[dict[str, float]] = [{} for _ in range(context.pipeline.size)]
     dist.all_gather_object(of_stages, of_stage, group=context.pipeline.group)
+    # In the order of the pipeline ranks: callers take the last name for the final norm's.
     return {name: rms for stage in of_stages for name, rms in stage.items()}
 
 
@@ -157,18 +166,21 @@ def role_rms(
 
     by_learning_rate: divide each parameter by its group's learning-rate factor first.
     """
-    segments = optimizer.shards.counted_segments
-    views = [flat_shard[s.shard_start : s.shard_start + s.size] for s in segments]
+    segments = optimizer.shards.counted_parts
+    views = [flat_shard[segment.in_shard] for segment in segments]
+    # All roles on every rank, whether or not it has them: the table that is summed needs one shape.
     # Row of a role: sum of squares, number of elements.
     sums = {role: [0.0, 0.0] for role in Role}
     for segment, norm in zip(segments, norms(views), strict=True):
-        group = optimizer.groups[segment.name]
+        group = optimizer.groups[segment.group]
         scale = 1 / group.lr_factor if by_learning_rate else 1.0
+        # A scaled tensor has the scaled norm, so the elements need not be divided one by one.
         sums[group.role][0] += (norm * scale) ** 2
         sums[group.role][1] += segment.size
 
     by_role: dict[Role, float] = {}
     for role, (total, count) in sum_by_role(sums, optimizer.context).items():
+        # A role that the model does not have has no RMS.
         if count:
             by_role[role] = SumOfSquares(total, count).rms
     return by_role

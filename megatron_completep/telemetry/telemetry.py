@@ -190,20 +190,14 @@ def update_ratios(
         memory that an update takes.
     """
     optimizer.wait_for_parameters()
-    master = optimizer.shards.master
     step = read_control(optimizer.control)
     groups: list[Group] = []  # of the pieces
     measured: list[Tensor] = []  # of each piece, the norms [2] of update and weight
-    for segment in optimizer.shards.counted_segments:
-        group = optimizer.groups[segment.name]
-        stop = segment.shard_start + segment.size
-        for start in range(segment.shard_start, stop, piece_elements):
-            piece = slice(start, min(start + piece_elements, stop))
-            update = optimizer.rule.last_update(master[piece], piece, group, step)
-            update_norm = torch.linalg.vector_norm(update, dtype=torch.float64)
-            weight_norm = torch.linalg.vector_norm(master[piece], dtype=torch.float64)
-            groups.append(group)
-            measured.append(torch.stack([update_norm, weight_norm]))
+    for _, group, update, weight in optimizer.rule.last_updates(step, piece_elements):
+        update_norm = torch.linalg.vector_norm(update, dtype=torch.float64)
+        weight_norm = torch.linalg.vector_norm(weight, dtype=torch.float64)
+        groups.append(group)
+        measured.append(torch.stack([update_norm, weight_norm]))
 
     # Row of a role: squares of the updates, squares of the weights.
     sums = {role: [0.0, 0.0] for role in Role}

@@ -75,6 +75,7 @@ def keep_run_tokenizer(config: Config, say: Say) -> None:
     What could not be compared is said. Called on rank 0 only.
     """
     folder = Path(config.training.output_dir)
+    # At a restart the original may be gone; then the copy that an earlier start made stands for it.
     data = with_readable_tokenizer(config.data, folder)
     for line in beginning_lines(data):
         say(line)
@@ -109,6 +110,7 @@ def message_if_complete(config: Config, state: RunState) -> str | None:
             f"nothing to do: step {state.step} of {training.train_steps}. "
             f"To go on, raise training.train_steps above {state.step}."
         )
+    # This only ends a start early: the schedule goes on by train_steps.
     if training.stop_at_step is not None and state.step >= training.stop_at_step:
         return (
             f"nothing to do: step {state.step}, and training.stop_at_step = "
@@ -129,6 +131,7 @@ def build_training_loader(config: Config, context: ParallelContext) -> Loader:
         vocab_size=config.model.vocab_size,
         data_rank=context.data.rank,
         data_size=context.data.size,
+        # The copy of a batch to a GPU runs beside its kernels only from pinned memory.
         pin_memory=context.device.type == "cuda",
     )
 
@@ -170,6 +173,7 @@ def default_hooks(
             build_telemetry(config, context, step, config.logging.parameterization_interval, say)
         )
 
+    # A function is handed on and not the sinks: a rollback opens them again at an earlier step.
     def open_at(step: int) -> list[Sink]:
         return open_sinks(config, step, say) if context.is_first else []
 
@@ -192,6 +196,7 @@ def build_telemetry(
     # Only one batch is needed, and a background worker would read more.
     data_without_prefetch = config.data.model_copy(update={"prefetch": 0})
     config_of_probe = config.model_copy(update={"data": data_without_prefetch})
+    # A new loader begins with the run's first sample, so that figures of all starts compare.
     with build_training_loader(config_of_probe, context) as loader:
         probe = loader.next_step()[:1]
     reference = read_reference(config.logging.parameterization_reference)

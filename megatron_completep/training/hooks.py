@@ -50,6 +50,7 @@ class Validation(Hook):
         return step == training.train_steps or _is_multiple(step, training.validation_interval)
 
     def before_training(self, record: BeginRecord) -> None:
+        # A start that goes on from a checkpoint has the row of step 0 already.
         if self._training.validation_at_start and record.state.step == 0:
             record.figures.update(validation_figures(*self._validate(0)))
 
@@ -66,6 +67,7 @@ class Validation(Hook):
         names = batches.source_names
         by_source = {}
         if len(names) == 1:
+            # The loss of the only source is the mean itself, and needs no sums by sample.
             loss = self._step.evaluate(batches)
         else:
             loss, losses = self._step.evaluate_by_source(batches, batches.source_of, len(names))
@@ -108,6 +110,7 @@ class Metrics(Hook):
         self._open_at = open_at
         self._sinks = open_at(step)
         self._flops_per_token = training_flops_per_token(config.model)
+        # The tokens per second below are those of all ranks, and so has to be the peak.
         peak_of_device = peak_flops(device_name, dtype)
         # None: the device's peak is not known, so that no utilisation can be told.
         self._peak = peak_of_device * context.world_size if peak_of_device else None
@@ -140,6 +143,7 @@ class Metrics(Hook):
             **figures.terms,
             **record.added_figures(),
             **({"passed_over": True} if figures.passed_over else {}),
+            # The rate follows from the step alone, so the device need not be asked.
             "lr": learning_rate(state.step, self._config.optimizer, train_steps),
             "grad_norm": figures.grad_norm,
             "skipped": figures.skipped,
@@ -202,6 +206,7 @@ class Checkpoints(Hook):
 
     def after_step(self, record: StepRecord) -> None:
         step = record.state.step
+        # A step at which both are due is saved once, on the shared disk.
         if _is_multiple(step, self._interval):
             self._save(record.state)
         elif _is_multiple(step, self._local_interval):
@@ -215,6 +220,7 @@ class Checkpoints(Hook):
         self._saved_step = state.step
 
     def finish(self, state: RunState) -> None:
+        # Not again where the last step was one of the interval's, or where the start did no step.
         if state.step != self._saved_step:
             self._save(state)
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from megatron_completep.checkpoint import files
-from megatron_completep.checkpoint.boxes import Box, OwnedBox
 from megatron_completep.checkpoint.files import StoredBox
 from megatron_completep.checkpoint.joint import (
     LIMIT,
@@ -25,6 +24,7 @@ from megatron_completep.checkpoint.joint import (
 from megatron_completep.checkpoint.parts import Part
 from megatron_completep.checkpoint.places import shared_place, shared_source
 from megatron_completep.errors import CheckpointError
+from megatron_completep.optim.boxes import Box, OwnedBox
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.exchange import Exchange
 from tests.checkpoint.layouts import LAYOUTS, TP2_PP2_DP2, build, load, run, save
@@ -102,7 +102,7 @@ def read_one(rank: int, folder: str, model: str, layout: dict, damage: bool) -> 
         [
             (box, name, flat)
             for name, flat in optimizer.states.items()
-            for box in checkpointer._shard.owned
+            for box in checkpointer._shard.owned[name]
         ]
     )
     return reader.bytes_read

@@ -143,6 +143,50 @@ RULES = [
         "completep.alpha = 0.5 has no effect under completep.parameterization = sp",
     ),
     (
+        ["optimizer.type=muon"],
+        "optimizer.type = muon has no base_lr for its matrices: optimizer.muon is null.",
+    ),
+    (
+        ["optimizer.muon={base_lr: 0.02}"],
+        "optimizer.muon is given, but optimizer.type = adamw does not read it.",
+    ),
+    (
+        ["optimizer.type=muon", "optimizer.muon={base_lr: 0.02, momentum: 1.0}"],
+        "optimizer.muon.momentum = 1.0 is not less than 1",
+    ),
+    (
+        ["optimizer.type=muon", "optimizer.muon={base_lr: 0.02}", "training.cuda_graph=true"],
+        "training.cuda_graph = true has not been tried with optimizer.type = muon.",
+    ),
+    (
+        ["optimizer.type=muon", "optimizer.muon={base_lr: 0.02}", "training.overlap_update=true"],
+        "training.overlap_update = true updates bucket by bucket, but optimizer.type = muon needs",
+    ),
+    (
+        ["optimizer.weight_decay_rule=tau"],
+        "optimizer.weight_decay_rule = tau has no target: optimizer.target_tau is null.",
+    ),
+    (
+        ["optimizer.target_tau=0.5"],
+        "optimizer.target_tau = 0.5 is not read under optimizer.weight_decay_rule = table.",
+    ),
+    (
+        [
+            "optimizer.weight_decay_rule=tau",
+            "optimizer.target_tau=0.5",
+            "optimizer.base_weight_decay=0",
+        ],
+        "optimizer.base_weight_decay = 0 asks for no decay",
+    ),
+    (
+        ["optimizer.weight_decay_rule=inverse_width", "completep.base_total_tokens=1000000"],
+        "optimizer.weight_decay_rule = inverse_width and completep.base_total_tokens = 1000000",
+    ),
+    (
+        ["completep.duration_exponent=0.32"],
+        "completep.duration_exponent = 0.32 has nothing to act on",
+    ),
+    (
         ["parallel.tensor_parallel_size=3", "model.ffn_hidden_size=1023"],
         "parallel.tensor_parallel_size = 3 does not divide model.num_attention_heads = 16. Use 1.",
     ),

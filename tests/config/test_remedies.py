@@ -169,6 +169,36 @@ IN_WORDS = {
     "model.rope_scaling={rope_type: yarn, factor: 2, beta_slow: 33, "
     "original_max_position_embeddings: 64}": [["model.rope_scaling.beta_fast=33"]],
     "model.bias=true model.qkv_bias=false": [["model.qkv_bias=null"], ["model.bias=false"]],
+    "optimizer.type=muon": [["optimizer.muon={base_lr: 0.02}"]],
+    "optimizer.muon={base_lr: 0.02}": [["optimizer.type=muon"], ["optimizer.muon=null"]],
+    "optimizer.type=muon optimizer.muon={base_lr: 0.02, momentum: 1.0}": [
+        ["optimizer.muon.momentum=0.95"]
+    ],
+    "optimizer.type=muon optimizer.muon={base_lr: 0.02} training.cuda_graph=true": [
+        ["optimizer.type=adamw", "optimizer.muon=null"],
+        ["training.cuda_graph=false"],
+    ],
+    "optimizer.type=muon optimizer.muon={base_lr: 0.02} training.overlap_update=true": [
+        ["optimizer.type=adamw", "optimizer.muon=null"],
+        ["training.overlap_update=false"],
+    ],
+    "optimizer.weight_decay_rule=tau": [["optimizer.target_tau=0.5"]],
+    "optimizer.target_tau=0.5": [
+        ["optimizer.weight_decay_rule=tau"],
+        ["optimizer.target_tau=null"],
+    ],
+    "optimizer.weight_decay_rule=tau optimizer.target_tau=0.5 optimizer.base_weight_decay=0": [
+        ["optimizer.weight_decay_rule=table", "optimizer.target_tau=null"],
+        ["optimizer.base_weight_decay=0.1"],
+    ],
+    "optimizer.weight_decay_rule=inverse_width completep.base_total_tokens=1000000": [
+        ["optimizer.weight_decay_rule=table"],
+        ["completep.base_total_tokens=null"],
+    ],
+    "completep.duration_exponent=0.32": [
+        ["completep.base_total_tokens=1000000"],
+        ["completep.duration_exponent=null"],
+    ],
     "guards.hang_timeout_minutes=30": [["parallel.timeout_minutes=30"]],
     "guards.rollback_threshold=2 data.order=megatron": [
         ["data.order=permutation"],

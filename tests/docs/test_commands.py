@@ -146,7 +146,8 @@ SUBSTITUTES = [
     (r"dataset.py (verify|inspect) PREFIX", r"dataset.py \1 runs/tutorial/corpus_text_document"),
     (r"\bRUN\b", "runs/tutorial/target"),
     (r"\bCONFIG\b", "docs/tutorial/target.yaml"),
-    (r"runs/quickstart\b", "runs/tutorial/target"),
+    (r"runs/(quickstart|own)\b", "runs/tutorial/target"),
+    (r"\bMY_TEXT\b", "corpus"),
 ]
 RIGHT_CODES = {"coordinate_check": {0, 1, 3}, "laziness": {0, 1, 3}, "checkpoint.py diff": {0, 1}}
 

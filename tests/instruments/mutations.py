@@ -13,6 +13,7 @@ from torch import nn
 
 from megatron_completep import kernels
 from megatron_completep.completep import Factors, Table, table_of
+from megatron_completep.completep.table import Matrix
 from megatron_completep.config.schema import Config
 from megatron_completep.instruments.trial import Design
 from megatron_completep.model.gpt import GPT
@@ -41,8 +42,8 @@ class NoResidualMultiplier(Table):
 
 
 class WithoutDepthInLearningRate(Table):
-    def factors(self, role: Role, width_ratio: float = 1.0) -> Factors:
-        right = super().factors(role, width_ratio)
+    def factors(self, role: Role, width_ratio: float = 1.0, *matrix: Matrix | None) -> Factors:
+        right = super().factors(role, width_ratio, *matrix)
         in_block = role in (Role.PRE_NORM, Role.HIDDEN_WEIGHT, Role.HIDDEN_BIAS)
         return (
             replace(right, lr=right.lr * self.depth_multiplier ** (1 - self.alpha))
@@ -52,8 +53,8 @@ class WithoutDepthInLearningRate(Table):
 
 
 class ExtraDepthInLearningRate(Table):
-    def factors(self, role: Role, width_ratio: float = 1.0) -> Factors:
-        right = super().factors(role, width_ratio)
+    def factors(self, role: Role, width_ratio: float = 1.0, *matrix: Matrix | None) -> Factors:
+        right = super().factors(role, width_ratio, *matrix)
         return (
             replace(right, lr=right.lr / self.depth_multiplier)
             if role == Role.HIDDEN_WEIGHT
@@ -62,14 +63,14 @@ class ExtraDepthInLearningRate(Table):
 
 
 class WithoutWidthInLearningRate(Table):
-    def factors(self, role: Role, width_ratio: float = 1.0) -> Factors:
-        right = super().factors(role, width_ratio)
+    def factors(self, role: Role, width_ratio: float = 1.0, *matrix: Matrix | None) -> Factors:
+        right = super().factors(role, width_ratio, *matrix)
         return replace(right, lr=right.lr * width_ratio) if role == Role.HIDDEN_WEIGHT else right
 
 
 class WithoutWidthInInit(Table):
-    def factors(self, role: Role, width_ratio: float = 1.0) -> Factors:
-        right = super().factors(role, width_ratio)
+    def factors(self, role: Role, width_ratio: float = 1.0, *matrix: Matrix | None) -> Factors:
+        right = super().factors(role, width_ratio, *matrix)
         return (
             replace(right, init_std=right.init_std * width_ratio**0.5)
             if role == Role.HIDDEN_WEIGHT
@@ -90,8 +91,8 @@ class LogitMultiplierTwice(Table):
 
 
 class ConstantEps(Table):
-    def factors(self, role: Role, width_ratio: float = 1.0) -> Factors:
-        return replace(super().factors(role, width_ratio), eps=1.0)
+    def factors(self, role: Role, width_ratio: float = 1.0, *matrix: Matrix | None) -> Factors:
+        return replace(super().factors(role, width_ratio, *matrix), eps=1.0)
 
 
 def build(config: Config, table: Table, context: ParallelContext) -> GPT:

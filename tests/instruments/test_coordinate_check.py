@@ -45,6 +45,7 @@ from megatron_completep.tools.coordinate_check import main
 from tests.instruments.mutations import MUTATIONS, Mutation
 from tests.support.commands import Ended, Programs
 from tests.support.corpora import write_markov_chain
+from tests.support.models import group_of
 from tests.support.runs import ARCHITECTURES, proxy_config
 
 SINGLE = ParallelContext.single()
@@ -272,7 +273,7 @@ def test_the_measured_stream_and_logits_are_those_of_the_model(folder: Path, arc
     assert next(iter(measured.blocks[0])) == "layers.0.attention_norm"
     assert list(measured.blocks[0])[-1] == "final_norm"
     assert len(measured.blocks[0]) == 9
-    groups = trial.optimizer.groups
+    groups = {name: group_of(trial.optimizer.groups, name) for name in before}
     moved = [
         (
             (p.detach() - before[n]).square().sum().item()

@@ -18,10 +18,9 @@ import pytest
 from megatron_completep.config import load_config, save_config
 from megatron_completep.errors import ConfigError, DataError
 from megatron_completep.instruments import lr_transfer, sweep
+from megatron_completep.instruments.lr_curves import Curve, curves_of
 from megatron_completep.instruments.lr_transfer import (
-    Curve,
     base_curve,
-    curves_of,
     drift_over_depth,
     drifts,
     flops_to_reach,

@@ -14,8 +14,10 @@ import tokenizers
 import torch
 
 from megatron_completep.config import load_config
+from megatron_completep.config.schema import TokenizerConfig
 from megatron_completep.data.indexed import IndexedDataset
 from megatron_completep.data.tokenizer import build_tokenizer
+from megatron_completep.errors import ConfigError, DataError
 from megatron_completep.inference.generation import (
     Sampling,
     encode_prompt,
@@ -25,7 +27,9 @@ from megatron_completep.inference.generation import (
 )
 from megatron_completep.inference.lm_eval_tasks import native_model
 from megatron_completep.inference.scoring import Scorer, score_token_file
+from megatron_completep.interop.check_export import check_tokenizer
 from megatron_completep.interop.export_model import ExportSettings, export_model
+from megatron_completep.interop.hf_tokenizer import write_tokenizer
 from megatron_completep.interop.import_model import import_model
 from megatron_completep.preprocess.run import preprocess
 from megatron_completep.preprocess.settings import PreprocessSettings, TokenizerChoice
@@ -179,6 +183,32 @@ def test_documents_begin_as_the_library_begins_them_unless_the_user_says_otherwi
     assert IndexedDataset(other).document(0)[-1] == 4
 
 
+def test_unfinished_preprocessing_of_before_is_finished_as_it_was_begun(
+    original: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "texts.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+
+    def run(name: str, prepend_bos: bool | None) -> Any:
+        chosen = TokenizerChoice("huggingface", str(original), prepend_bos)
+        return PreprocessSettings((str(source),), str(tmp_path / name), chosen)
+
+    # A version of before put no token in front: its work has the fingerprint of a run without.
+    preprocess(run("old", False), shard=(0, 1))
+    assert (tmp_path / "old.preprocess").is_dir()
+    preprocess(run("old", None))
+    assert IndexedDataset(str(tmp_path / "old_text_document")).document(0)[0] != BEGIN
+    # The controls: one that begins now, and one that is asked for.
+    preprocess(run("new", None))
+    assert IndexedDataset(str(tmp_path / "new_text_document")).document(0)[0] == BEGIN
+    preprocess(run("asked", False), shard=(0, 1))
+    with pytest.raises(DataError, match="other inputs"):
+        preprocess(run("asked", True))
+    # Finished output of before is another corpus by now, and is not replaced unasked.
+    with pytest.raises(DataError, match="--overwrite"):
+        preprocess(run("new", False))
+
+
 def test_end_tokens_pad_generation_and_longest_sequence_survive_import_and_export(
     original: Path, imported: Path, exported: Path
 ) -> None:
@@ -196,6 +226,17 @@ def test_end_tokens_pad_generation_and_longest_sequence_survive_import_and_expor
         assert json.loads((original / name).read_text()) == json.loads(
             (exported / name).read_text()
         )
+
+
+def test_the_check_of_an_export_reads_its_tokenizer_in_transformers(
+    imported: Path, exported: Path, tmp_path: Path
+) -> None:
+    assert check_tokenizer(imported, exported) > 500
+    # The control: a folder whose tokenizer puts nothing in front.
+    write_tokenizer_files(tmp_path, template=None)
+    (tmp_path / "config.json").write_text((exported / "config.json").read_text())
+    with pytest.raises(ConfigError, match="in training it was"):
+        check_tokenizer(imported, tmp_path)
 
 
 def test_prompts_begin_as_documents_and_texts_end_at_each_end_token(imported: Path) -> None:
@@ -224,9 +265,6 @@ def test_the_exported_tokenizer_begins_texts_as_training_did(
     write_tokenizer_files(ended, template="<s> $A </s>")
     cases = [(original, False, []), (plain, True, [BEGIN]), (ended, None, [BEGIN])]
     for number, (folder, prepend, front) in enumerate(cases):
-        from megatron_completep.config.schema import TokenizerConfig
-        from megatron_completep.interop.hf_tokenizer import write_tokenizer
-
         settings = TokenizerConfig(type="huggingface", model=str(folder), prepend_bos=prepend)
         ours = build_tokenizer(settings)
         out = tmp_path / f"out{number}"

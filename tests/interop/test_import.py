@@ -41,6 +41,7 @@ SHAPE = {
 LLAMA = {**SHAPE, "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-6}
 FOLDERS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", LLAMA),
+    "qwen2": ("Qwen2", {**LLAMA, "bos_token_id": None, "eos_token_id": None}),
     "granite": (
         "Granite",
         {
@@ -182,7 +183,7 @@ def test_pipeline_stages_load_an_import_tied_embeddings_included(
     assert "layers.1.mlp.down.bias" in last
 
 
-@pytest.mark.parametrize("name", ["granite", "gpt2"])
+@pytest.mark.parametrize("name", ["granite", "qwen2"])
 def test_training_goes_on_from_an_import(name: str, tmp_path: Path, pool: WorkerPool) -> None:
     """One process trains; two tensor ranks start from the same loss,
     which is that of transformers.

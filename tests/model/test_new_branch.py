@@ -32,6 +32,7 @@ from megatron_completep.roles import Role
 from tests.support.models import (
     batch_of,
     build_optimizer,
+    group_of,
     model_config,
     optimizer_config,
     table_for,
@@ -116,7 +117,7 @@ def test_a_new_gated_branch_is_initialized_grouped_and_trained_without_editing_c
     assert group.lr_factor == pytest.approx(1 / 3, rel=1e-12)
     assert group.weight_decay == pytest.approx(0.1 * 3, rel=1e-12)
     assert group.eps == pytest.approx(1e-12 / 4, rel=1e-12)
-    assert optimizer.groups["layers.1.gated.gate_and_value.weight"].lr_factor == 0.5
+    assert group_of(optimizer.groups, "layers.1.gated.gate_and_value.weight").lr_factor == 0.5
     level = optimizer.groups["layers.1.gated.level"]
     assert (level.lr_factor, level.weight_decay) == (1.0, 0.0)
     before = {name: p.detach().clone() for name, p in gpt.named_parameters()}

@@ -23,6 +23,7 @@ from tests.support.models import (
     build_model,
     build_optimizer,
     completep_config,
+    group_of,
     model_config,
     optimizer_config,
     small_setup,
@@ -90,8 +91,8 @@ def test_a_wrong_learning_rate_factor_shows_in_the_first_step(
     """The table with the depth factor of the final norm where it does not belong."""
     original = page.RULES["adamw"]
 
-    def wrong(m_N: float, m_L: float, alpha: float, ratio: float) -> dict:
-        rows = original(m_N, m_L, alpha, ratio)
+    def wrong(*arguments: float) -> dict:
+        rows = original(*arguments)
         return {**rows, Role.FINAL_NORM: rows[Role.PRE_NORM]}
 
     monkeypatch.setitem(page.RULES, "adamw", wrong)
@@ -112,7 +113,7 @@ def test_a_large_epsilon_acts_as_each_group_s_own() -> None:
     counted = (batch[1] != -100).sum()
     mismatch_with_one_eps = 0.0
     for piece in optimizer.shards.layout.pieces:
-        group = optimizer.groups[piece.name]
+        group = group_of(optimizer.groups, piece.name)
         g = optimizer.shards.grad[piece.start : piece.start + piece.size] / counted
         moved = before[piece.name] - optimizer.shards.master[piece.start : piece.start + piece.size]
         torch.testing.assert_close(
@@ -228,15 +229,16 @@ def torch_twin(
     copies = {
         name: torch.nn.Parameter(weight.clone()) for name, weight in masters(optimizer).items()
     }
+    pairs = [(copy, group_of(optimizer.groups, name)) for name, copy in copies.items()]
     groups = [
         {
-            "params": [copies[g.name]],
+            "params": [copy],
             "lr": eta * g.lr_factor,
             "weight_decay": g.weight_decay,
             "eps": g.eps,
             "factor": g.lr_factor,
         }
-        for g in optimizer.groups.values()
+        for copy, g in pairs
     ]
     return copies, torch.optim.AdamW(groups, betas=optimizer.config.betas, foreach=False)
 

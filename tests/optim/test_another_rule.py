@@ -4,7 +4,7 @@ it trains, saves, resumes bit for bit and reshards, and nothing else knows of it
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,6 +33,7 @@ from tests.support.models import (
     batch_of,
     build_model,
     build_optimizer,
+    group_of,
     model_config,
     optimizer_config,
     train_step,
@@ -48,12 +49,13 @@ class Momentum(Rule):
     powers: ClassVar[Mapping[str, int]] = {"momentum": -1}
     columns: ClassVar[tuple[str, ...]] = ("lr_factor", "weight_decay")
 
-    def update(self, shards: Shards, control: Tensor, segments: Tensor) -> None:
+    def update(self, shards: Shards, control: Tensor, tables: Sequence[Tensor]) -> None:
         step = read_control(control)  # waits for the device, which is well on a CPU
         if step.skip:
             return
         columns = self.group_table.tolist()
-        for start, size, group in segments.tolist():
+        (table,) = tables
+        for start, size, group in table.tolist():
             part, (lr_factor, weight_decay) = slice(start, start + size), columns[group]
             momentum, weight = self.states["momentum"][part], shards.master[part]
             momentum.mul_(MU).add_(shards.grad_shard[part], alpha=step.clip)
@@ -82,8 +84,8 @@ def test_it_updates_as_torch_s_own_and_keeps_its_state_alone() -> None:
         for p in pieces
     }
     groups = [
-        {"params": [copies[name]], "lr": 0.1 * group.lr_factor}
-        for name, group in optimizer.groups.items()
+        {"params": [copy], "lr": 0.1 * group_of(optimizer.groups, name).lr_factor}
+        for name, copy in copies.items()
     ]
     twin = torch.optim.SGD(groups, lr=0.1, momentum=MU)
     for step in range(4):

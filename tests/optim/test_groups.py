@@ -18,10 +18,11 @@ from megatron_completep.config.schema import OverrideConfig
 from megatron_completep.errors import ConfigError
 from megatron_completep.model.gpt import GPT
 from megatron_completep.optim.groups import Group, build_groups
-from megatron_completep.parallel.parameter import Spec, declare
+from megatron_completep.parallel.parameter import Spec, declare, spec_of
 from megatron_completep.roles import Role
 from tests.support.configs import GPT2, PAPER
 from tests.support.models import (
+    batch_of,
     build_model,
     build_optimizer,
     completep_config,
@@ -29,7 +30,9 @@ from tests.support.models import (
     model_on_paper,
     optimizer_config,
     plain_table,
+    small_setup,
     table_for,
+    train_step,
 )
 
 SIGMA, ETA, LAMBDA, EPS = 0.02, 0.004, 0.1, 1e-12
@@ -54,7 +57,7 @@ def role_of(name: str) -> str:
         return "qk_norm"
     if "_norm." in name:
         return "pre_norm"
-    return "hidden_bias" if name.endswith(".bias") else "hidden_weight"
+    return "hidden_bias" if ".bias" in name else "hidden_weight"
 
 
 def expected(
@@ -97,7 +100,11 @@ def differences(grid: list[tuple[int, int, float]]) -> list[str]:
     found = []
     for (m_N, m_L, alpha), changes in itertools.product(grid, MODELS):
         gpt, groups = groups_of(m_N, m_L, alpha, changes)
-        names = [name for name, _ in gpt.named_parameters()]
+        names = [
+            f"{name}.{part}" if part else name
+            for name, p in gpt.named_parameters()
+            for part in spec_of(p).logical_parts
+        ]
         if sorted(groups) != sorted(names):
             found.append(f"groups {sorted(groups)} are not the parameters {sorted(names)}")
         for name, group in groups.items():
@@ -154,9 +161,17 @@ def test_every_element_is_in_exactly_one_group_of_the_optimizer() -> None:
     optimizer = build_optimizer(gpt, table)
     sizes: Counter[str] = Counter()
     names = list(optimizer.groups)
-    for _, length, group in optimizer.shards.segment_table.tolist():
-        sizes[names[group]] += length
-    assert sizes == {name: p.numel() for name, p in gpt.named_parameters()}
+    for segment in optimizer.shards.part_segments:
+        sizes[segment.group] += segment.size
+    fused = {".qkv.": ("q", "k", "v"), ".mlp.up.": ("gate", "up")}
+    wanted = {}
+    for name, p in gpt.named_parameters():
+        parts = next((parts for key, parts in fused.items() if key in name), None)
+        if parts is None:
+            wanted[name] = p.numel()
+            continue
+        wanted |= {f"{name}.{part}": p.numel() // len(parts) for part in parts}
+    assert sizes == wanted
     for name, (lr, decay, eps) in zip(names, optimizer.rule.group_table.tolist(), strict=True):
         group = optimizer.groups[name]
         assert (lr, decay, eps) == (group.lr_factor, group.weight_decay, group.eps)
@@ -167,7 +182,7 @@ def test_groups_that_differ_in_eps_alone_stay_apart() -> None:
     hidden weights and embeddings have the same learning rate and decay.
     """
     _, groups = groups_of(1, 8, 1.0, {"ffn_hidden_size": 32})
-    embedding, hidden = groups["embedding.weight"], groups["layers.3.mlp.up.weight"]
+    embedding, hidden = groups["embedding.weight"], groups["layers.3.mlp.up.weight.up"]
     assert (embedding.lr_factor, embedding.weight_decay) == (hidden.lr_factor, hidden.weight_decay)
     assert embedding.eps == pytest.approx(8 * hidden.eps, rel=1e-12)
     merged = {(group.lr_factor, group.weight_decay): group for group in groups.values()}
@@ -210,4 +225,55 @@ def test_overrides_multiply_what_their_pattern_matches_and_nothing_else() -> Non
         assert changed[name].eps == group.eps * (100.0 if second else 1), name
         assert changed[name].init_std == group.init_std * (3.0 if second else 1), name
     # layers.1.* is not layers.11
-    assert plain["layers.11.mlp.up.weight"] == changed["layers.11.mlp.up.weight"]
+    assert plain["layers.11.mlp.up.weight.up"] == changed["layers.11.mlp.up.weight.up"]
+
+
+def test_an_override_reaches_one_part_and_counts_once_where_it_matches_both_names() -> None:
+    plain = groups_with()
+    changed = groups_with(
+        OverrideConfig(pattern="layers.1.attention.qkv.weight.k", lr=0.5),
+        OverrideConfig(pattern="*.mlp.up.weight*", weight_decay=3.0),
+    )
+    for name, group in plain.items():
+        lr = 0.5 if name == "layers.1.attention.qkv.weight.k" else 1.0
+        decay = 3.0 if ".mlp.up.weight" in name else 1.0
+        assert changed[name].lr_factor == group.lr_factor * lr, name
+        assert changed[name].weight_decay == group.weight_decay * decay, name
+
+
+def test_parts_that_nothing_tells_apart_are_one_segment_and_others_are_cut() -> None:
+    """So AdamW's launches, and every bit of its results, are those of whole parameters."""
+    whole = {"layers.0.attention.qkv.weight": 3072, "layers.0.mlp.up.weight": 3072}
+    for overrides, parts in (([], 1), ([OverrideConfig(pattern="layers.0.*.k", lr=0.5)], 3)):
+        _, optimizer, _ = small_setup(optimizer={"overrides": overrides})
+        (table,) = optimizer.rule.segment_tables
+        names = list(optimizer.groups)
+        rows = [(names[group], length) for _, length, group in table.tolist()]
+        for name, size in whole.items():
+            cut = parts if "qkv" in name else 1
+            lengths = [length for group, length in rows if group.startswith(name)]
+            assert len(lengths) == cut and sum(lengths) == size
+
+
+def test_an_override_of_one_part_changes_the_updates_of_that_part_alone() -> None:
+    moved = []
+    for overrides in ([], [OverrideConfig(pattern="layers.0.attention.qkv.weight.k", lr=0.5)]):
+        gpt, optimizer, _ = small_setup(optimizer={"overrides": overrides})
+        before = gpt.layers["0"].attention.qkv.weight.detach().clone()
+        train_step(gpt, optimizer, 1e-2, batch_of(gpt.config))
+        change = gpt.layers["0"].attention.qkv.weight.detach() - before
+        moved.append(change.split([32, 32, 32]))
+    for part, factor in enumerate((1.0, 0.5, 1.0)):
+        torch.testing.assert_close(moved[1][part], moved[0][part] * factor, rtol=1e-12, atol=1e-16)
+
+
+def test_the_initial_weights_of_one_part_can_be_larger() -> None:
+    plain = build_model(model_config())
+    name = "layers.0.attention.qkv.weight.v"
+    settings = optimizer_config(overrides=[OverrideConfig(pattern=name, init_std=2.0)])
+    changed = build_model(model_config(), optimizer=settings)
+    for part, factor in enumerate((1.0, 1.0, 2.0)):
+        pair = [
+            m.layers["0"].attention.qkv.weight.split([32, 32, 32])[part] for m in (plain, changed)
+        ]
+        assert torch.equal(pair[1], pair[0] * factor)

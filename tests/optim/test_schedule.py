@@ -19,7 +19,7 @@ from megatron_completep.config import derived
 from megatron_completep.config.schema import OptimizerConfig
 from megatron_completep.optim.optimizer import DistributedOptimizer
 from megatron_completep.optim.schedule import learning_rate, schedule
-from tests.support.models import batch_of, optimizer_config, small_setup, train_step
+from tests.support.models import batch_of, group_of, optimizer_config, small_setup, train_step
 
 STEPS = 100
 
@@ -180,7 +180,9 @@ def test_a_groups_rate_is_schedule_times_factor_at_warm_up_peak_minimum_and_afte
             gpt, optimizer = reloaded(optimizer, SETTINGS)
         rates = group_rates(gpt, optimizer, learning_rate(step, optimizer.config, TOTAL))
         for name, rate in rates.items():
-            assert rate == pytest.approx(1e-2 * shape[step - 1] * factors[name], rel=1e-9), (
+            assert rate == pytest.approx(
+                1e-2 * shape[step - 1] * group_of(factors, name), rel=1e-9
+            ), (
                 step,
                 name,
             )

@@ -20,6 +20,7 @@ from megatron_completep.parallel.products import Products
 from megatron_completep.planning.communication import (
     ALL_GATHER,
     ALL_REDUCE,
+    ALL_TO_ALL,
     REDUCE_SCATTER,
     SEND,
     collectives_per_step,
@@ -39,6 +40,7 @@ OPERATIONS = {
     "_allgather_base_": (ALL_GATHER, 0),
     "_reduce_scatter_base_": (REDUCE_SCATTER, 1),
     "send": (SEND, 0),
+    "alltoall_base_": (ALL_TO_ALL, 1),
 }
 RECEIVES = {"recv_"}  # the other end of a send
 AXES = ("tensor", "shard", "replica", "pipeline", "world")
@@ -117,9 +119,15 @@ def planned_and_counted(
         step.run(batches, 2)
     step.optimizer.wait_for_parameters()
     axes = {name: getattr(context, name) for name in AXES}
+    if config.optimizer.type == "muon":
+        axes["stage"] = context.stage
     planned: Calls = Counter()
     for c in collectives_per_step(
-        config, context.world_size, context.pipeline.rank, context.shard.rank
+        config,
+        context.world_size,
+        context.pipeline.rank,
+        context.shard.rank,
+        context.tensor.rank,
     ):
         if c.purpose != forgotten:
             group = axes[c.axis].group

@@ -175,6 +175,16 @@ FEATURES: dict[str, dict[str, Settings]] = {
         name: {"optimizer": {"schedule": name}}
         for name in ("constant", "linear", "cosine", "warmup_stable_decay")
     },
+    "update rule": {
+        "adamw": {},
+        "muon": {"optimizer": {"type": "muon", "muon": {"base_lr": 0.02}}},
+        "muon by heads": {
+            "optimizer": {
+                "type": "muon",
+                "muon": {"base_lr": 0.02, "parts": "per_head", "exchange_megabytes": 0.05},
+            }
+        },
+    },
     "clipping": {"on": {}, "off": {"optimizer": {"grad_clip": 0.0}}},
 }
 FACTORS = {factor: list(levels) for factor, levels in FEATURES.items()}
@@ -417,8 +427,8 @@ def differing_parameters(
     lines = []
     logical_names: dict[str, str] = {}  # a tied embedding has two names
     for trained in ranks:
-        for name, group in trained.groups.items():
-            logical_names[name] = group.name
+        for name, spec in trained.specs.items():
+            logical_names[name] = spec.stored_name(name)
     for name, logical in logical_names.items():
         expected = joined([truth], "parameters", logical)
         error = (joined(ranks, "parameters", name) - expected).abs().max().item() / base_lr

@@ -191,7 +191,7 @@ def _forget_partial_sums(optimizer: DistributedOptimizer) -> None:
 
 
 def _count_replicated_twice(optimizer: DistributedOptimizer) -> None:
-    optimizer.shards.grad_norm_table = optimizer.shards.segment_table
+    optimizer.shards.grad_norm_table = optimizer.shards._table(optimizer.shards.segments)
 
 
 MUTATIONS: dict[str, Callable[[DistributedOptimizer], None]] = {

@@ -13,6 +13,9 @@ TIED = {**TIED_GPT2, "qk_norm": True}
 GROUPED = {"num_query_groups": 2, "bias": True, "norm": "layernorm"}
 SEQUENCE = {"tensor_parallel_size": 2, "sequence_parallel": True}
 
+MUON = {"type": "muon", "muon": {"base_lr": 0.02, "precision": "master"}}
+SMALL_BATCHES = {**MUON, "muon": {**MUON["muon"], "exchange_megabytes": 0.02}}
+
 # name -> (processes, settings that differ)
 RUNS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     "data 2": (2, {}),
@@ -65,6 +68,11 @@ RUNS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
         2,
         {"parallel": {"pipeline_parallel_size": 2, "schedule": "zero_bubble"}, "model": GROUPED},
     ),
+    "data 2, Muon in small batches": (2, {"optimizer": SMALL_BATCHES}),
+    "tensor 2, data 2, Muon": (
+        4,
+        {"parallel": SEQUENCE, "optimizer": MUON, "model": {"num_query_groups": 2}},
+    ),
     "tensor 2, pipeline 2, data 2": (
         8,
         {"parallel": {**SEQUENCE, "pipeline_parallel_size": 2}, "model": TIED},
@@ -88,6 +96,7 @@ def test_collectives_of_a_step_are_what_the_plan_says(pool, name):
         ),
         ("tensor 2 with sequence", "gradients of norms and biases in the shard"),
         ("pipeline 2, 1f1b", "its gradient to the stage before, backward"),
+        ("tensor 2, data 2, Muon", "orthogonal factors from the owners"),
         ("data 2", "whether a rank was asked to stop"),
     ],
 )

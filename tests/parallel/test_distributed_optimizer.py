@@ -39,7 +39,7 @@ def test_shards_that_cut_parameters_keep_groups_apart_that_differ_in_eps_alone(p
     expected = train(0, Case({}, {}, settings, steps=3, precision="float64"))
     assert max(relative_error(outcomes, expected, "parameters").values()) <= 1e-11
     groups = outcomes[0].groups
-    first, second = groups["layers.0.mlp.up.weight"], groups["layers.0.attention.qkv.weight"]
+    first, second = groups["layers.0.mlp.up.weight.up"], groups["layers.0.attention.qkv.weight.k"]
     assert (first.lr_factor, first.weight_decay) == (
         second.lr_factor,
         second.weight_decay,

@@ -12,7 +12,8 @@ import pytest
 
 from megatron_completep.document import Report
 from megatron_completep.instruments import lr_transfer_report
-from megatron_completep.instruments.lr_transfer import Analysis, Curve, drifts, summarize
+from megatron_completep.instruments.lr_curves import Curve
+from megatron_completep.instruments.lr_transfer import Analysis, drifts, summarize
 from megatron_completep.reports.run_comparison import compare
 from megatron_completep.reports.run_files import Run
 from megatron_completep.reports.run_report import run_report

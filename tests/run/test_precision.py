@@ -5,9 +5,9 @@ import os
 import pytest
 import torch
 
+from megatron_completep.parallel.bf16_units import has_bf16_units
 from megatron_completep.run.precision import (
     choose_precision,
-    has_bf16_units,
     name_of,
     precision_of_run,
     use_threads,

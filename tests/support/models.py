@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ from megatron_completep.optim.rule import Rule
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.cross_entropy import IGNORED, LossConfig
 from tests.support.configs import SMALL_MODEL
+
+T = TypeVar("T")
 
 IGNORED_SHARE = 0.2  # of the labels of a batch
 
@@ -46,11 +48,16 @@ def optimizer_config(**changes: Any) -> OptimizerConfig:
     return OptimizerConfig(**{**settings, **changes})
 
 
-def table_for(model: ModelConfig, completep: CompletePConfig | None = None) -> Table:
-    """The table of a run of which the model and the proxy alone matter."""
+def table_for(
+    model: ModelConfig,
+    completep: CompletePConfig | None = None,
+    optimizer: OptimizerConfig | None = None,
+) -> Table:
+    """The table of a run of which the model, the proxy and the optimizer alone matter."""
     if completep is None:
         completep = completep_config()
-    return table_of(bare_config(model, completep=completep))
+    sections = {} if optimizer is None else {"optimizer": optimizer}
+    return table_of(bare_config(model, completep=completep, **sections))
 
 
 def plain_table(**changes: Any) -> Table:
@@ -129,6 +136,17 @@ def build_optimizer(
     )
 
 
+def group_of(groups: Mapping[str, T], name: str) -> T:
+    """The group of a parameter; of a fused one, that of its first part."""
+    return next(g for n, g in groups.items() if n == name or n.startswith(f"{name}."))
+
+
+def muon_config(**changes: Any) -> OptimizerConfig:
+    """`optimizer_config` with Muon; `muon` replaces fields of its section."""
+    muon = {"base_lr": 2e-2, **changes.pop("muon", {})}
+    return optimizer_config(type="muon", muon=muon, **changes)
+
+
 def small_setup(
     model: Mapping[str, Any] | None = None,
     completep: Mapping[str, Any] | None = None,
@@ -138,7 +156,7 @@ def small_setup(
     """A model with its optimizer, ready to train; mappings replace single settings."""
     shape = model_config(**(model or {}))
     settings = optimizer_config(**(optimizer or {}))
-    table = table_for(shape, completep_config(**(completep or {})))
+    table = table_for(shape, completep_config(**(completep or {})), settings)
     # bf16 runs keep their masters in float32, which the model starts from.
     start_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     gpt = build_model(shape, table, start_dtype, optimizer=settings)

@@ -33,6 +33,7 @@ from megatron_completep.telemetry.telemetry import (
     update_ratios,
 )
 from tests.support.configs import small_config
+from tests.support.models import group_of
 from tests.support.ranks import context_on
 from tests.support.runs import tiny_config
 
@@ -129,7 +130,9 @@ def test_the_update_ratio_is_the_last_update_over_the_weights_with_the_tables_fa
     moved = role_rms(optimizer, optimizer.shards.master - before, by_learning_rate=True)
     figures = telemetry.figures()
     group = next(g for g in optimizer.groups.values() if g.role == Role.HIDDEN_WEIGHT)
-    held = {name: g for name, g in optimizer.groups.items() if g.role == Role.HIDDEN_WEIGHT}
+    parameters = optimizer.shards.parameters
+    groups = {name: group_of(optimizer.groups, name) for name in parameters}
+    held = {name: g for name, g in groups.items() if g.role == Role.HIDDEN_WEIGHT}
     weights = sum(
         (optimizer.shards.parameters[n] / (g.init_std / config.optimizer.base_init_std))
         .square()

@@ -40,6 +40,7 @@ USAGES = [
     Usage("tools.benchmark_data", "reading --folder {out}", "benchmark_reading", "folder"),
     Usage("tools.benchmark_data", "preprocessing", "benchmark_preprocessing"),
     Usage("tools.benchmark_kernels", "--device cpu --out {out}", "run", "folder"),
+    Usage("tools.benchmark_muon", "{config}", "measure"),
     Usage("tools.benchmark_parallel", "", "compare_parallel"),
     Usage("tools.benchmark_telemetry", "{config}", "measure"),
     Usage("tools.benchmark_training", "--device cpu", "compare_all"),

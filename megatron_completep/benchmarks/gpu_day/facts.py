@@ -119,11 +119,13 @@ def _clocks() -> str:
 
 def _copy(setting: Setting, rates: Rates | None) -> None:
     """Bytes read and written a second by a copy that no cache holds."""
+    # 2 GiB in float32, far more than any cache holds.
     elements = 1 << (10 if setting.trial else 29)
     source = torch.randn(elements, device=setting.device)
     target = torch.empty_like(source)
     time = figures.milliseconds(setting, lambda: target.copy_(source))
     expected = None if rates is None else rates.copy / 1e12
+    # Four bytes are read and four written; bytes per millisecond over 1e9 are TB/s.
     setting.say(Figure("copy", 8 * elements / time / 1e9, "TB/s", expected))
 
 
@@ -148,9 +150,11 @@ def _product(setting: Setting, product: Product, rates: Rates | None) -> None:
     flops = 2 * product.tokens * product.inner * product.columns
     reached: dict[str, float] = {}
     for name, work in works.items():
+        # FLOPs per millisecond over 1e9 are TFLOP/s.
         reached[name] = flops / figures.milliseconds(setting, work) / 1e9
         expected = None if rates is None else rates.products / 1e12
         at_least = None if expected is None else PRODUCTS_AT_LEAST * expected
+        # What writing or adding in float32 costs is told by the bf16 product, which comes before.
         if "float32" in name and rates is not None:
             at_least = FLOAT32_AT_LEAST * reached["weight gradient, bf16"]
         figure = Figure(
@@ -169,6 +173,7 @@ def _attention(setting: Setting, shape: AttentionShape, backend: str, rates: Rat
     d_out = d_out.permute(1, 2, 0, 3)
 
     def attend() -> Tensor:
+        # Asked for only where it is needed, as it may rule out kernels.
         grouped = shape.heads != shape.groups
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=0.1, enable_gqa=grouped
@@ -180,6 +185,7 @@ def _attention(setting: Setting, shape: AttentionShape, backend: str, rates: Rat
         backward = figures.milliseconds(
             setting, lambda: torch.autograd.grad(out, joined, d_out, retain_graph=True)
         )
+    # Two products of 2 S^2 D FLOPs a head, of which the causal half counts.
     flops = 2 * shape.sequences * shape.heads * shape.sequence**2 * shape.head_dim
     name = f"attention {backend}, {shape.heads}/{shape.groups} heads, S {shape.sequence}"
     setting.say(_node(f"{name}, node", out, backend, rates))
@@ -188,7 +194,8 @@ def _attention(setting: Setting, shape: AttentionShape, backend: str, rates: Rat
     if rates is not None and backend != "flash":
         expected["forward"] = rates.attention_forward / 1e12
         expected["backward"] = rates.attention_backward / 1e12
-    # Backward computes the scores again, and puts the gradients of q, k and v side by side.
+    # Backward computes the scores again, and puts the gradients of q, k and v side by side. It has
+    # five products of the size of forward's two, hence the 2.5.
     reached = {"forward": flops / forward / 1e9, "backward": 2.5 * flops / backward / 1e9}
     for direction, rate in reached.items():
         setting.say(Figure(f"{name}, {direction}", rate, "TFLOP/s", expected[direction]))

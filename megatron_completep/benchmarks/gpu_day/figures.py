@@ -120,11 +120,13 @@ class Setting:
 def milliseconds(setting: Setting, work: Callable[[], Any]) -> float:
     """Median of a call; on a GPU with its cache cleared before each repetition."""
     if setting.on_gpu:
+        # Imported here, as a trial on a CPU needs no Triton.
         from triton.testing import do_bench
 
         median: float = do_bench(work, warmup=20, rep=60, quantiles=[0.5])
         return median
     work()
+    # The call above has allocated and compiled, and is not timed.
     start = time.perf_counter()
     work()
     return 1e3 * (time.perf_counter() - start)
@@ -149,11 +151,13 @@ def run_part(
     arguments.out.mkdir(parents=True, exist_ok=True)
 
     def say(figure: Figure) -> None:
+        # At once, so that a part which is stopped later has said what it measured.
         print(figure.to_json(), flush=True)
 
     device = torch.device("cpu")
     if not arguments.cpu:
         device = torch.device("cuda", torch.cuda.current_device())
+    # Counted from here: what the report's own limit is longer has to cover the imports.
     deadline = time.monotonic() + arguments.seconds
     measure(Setting(device, arguments.out, deadline, say, arguments.cpu))
     return 0

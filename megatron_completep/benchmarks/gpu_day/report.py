@@ -124,6 +124,7 @@ def run_part(
         options.append("--cpu")
     log.write(f"##### {part.name}, at most {limit:.0f} s\n")
     log.flush()
+    # The part writes to the same file by itself: its last line is looked for behind this place.
     started_at = log.tell()
     start = time.monotonic()
     process = subprocess.Popen(
@@ -141,6 +142,7 @@ def run_part(
         stopped.set()
         _end(process)
 
+    # A timer, as this thread waits for lines of the part, which may never come.
     alarm = threading.Timer(limit, stop)
     alarm.start()
     try:
@@ -152,6 +154,7 @@ def run_part(
             _end(process)
     seconds = time.monotonic() - start
     problem = ""
+    # A part that was stopped has an exit code as well, that of the signal.
     if stopped.is_set():
         problem = f"stopped after {limit:.0f} s"
     elif exit_code != 0 or not rows:
@@ -205,6 +208,7 @@ def _last_line(path: Path, position: int) -> str:
 def what_now(outcomes: Sequence[Outcome], trial: bool = False) -> str:
     """What somebody does after the report, in a few sentences."""
     sentences = []
+    # A part that lacks a package has no defect: it needs wheels, where the others need mending.
     lacking = [outcome.name for outcome in outcomes if "No module named" in outcome.problem]
     broken = [o.name for o in outcomes if o.problem and o.name not in lacking]
     if lacking:
@@ -220,6 +224,7 @@ def what_now(outcomes: Sequence[Outcome], trial: bool = False) -> str:
         shown = "; ".join(missed[:8])
         more = f"; and {len(missed) - 8} more" if len(missed) > 8 else ""
         sentences.append(f"Explain what failed or missed its goal: {shown}{more}.")
+    # The figures of a trial mean nothing, so there is nothing to write down.
     if trial:
         return " ".join(sentences or ["The trial passed: run it on a machine with a GPU."])
     sentences.append(
@@ -265,8 +270,10 @@ def _table_row(row: Row) -> str:
         goals.append(f"at least {_cell(row['at_least'])}")
     if "at_most" in row:
         goals.append(f"at most {_cell(row['at_most'])}")
+    # A figure without a goal has no entry, and its cell stays empty.
     reached = {True: "yes", False: "**no**"}.get(row.get("passed", ""), "")
     cells = (row["figure"], measured, _cell(row.get("expected")), ", ".join(goals), reached)
+    # A bar inside a cell would begin another one.
     return "| " + " | ".join(str(cell).replace("|", "/") for cell in cells) + " |"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from megatron_completep.anywhere.declared import spec_or_none
 from megatron_completep.anywhere.proposal import propose_roles
 from megatron_completep.completep import Factors, Table
+from megatron_completep.completep.table import Matrix
 from megatron_completep.errors import ConfigError
 from megatron_completep.model.initialize import draw
 from megatron_completep.parallel.parameter import Spec
@@ -51,17 +53,29 @@ def param_groups(
         )
     check_values(lr=lr, weight_decay=weight_decay, eps=eps, betas=betas)
 
-    def values(spec: Spec) -> Group:
+    base = AdamWValues(lr, weight_decay, eps, betas)
+    return merged(declared_parameters(model, table), lambda spec: base.group(spec, table))
+
+
+@dataclass(frozen=True)
+class AdamWValues:
+    """The values that were tuned on the proxy."""
+
+    lr: float
+    weight_decay: float
+    eps: float
+    betas: tuple[float, float]
+
+    def group(self, spec: Spec, table: Table) -> Group:
+        """What a parameter gets of them."""
         factors = factors_of(spec, table)
         return {
-            "lr": lr * factors.lr,
-            "weight_decay": weight_decay * factors.weight_decay,
-            "eps": eps * factors.eps,
-            "betas": table.batch.betas(betas),
+            "lr": self.lr * factors.lr,
+            "weight_decay": self.weight_decay * factors.weight_decay,
+            "eps": self.eps * factors.eps,
+            "betas": table.batch.betas(self.betas),
             "lr_factor": factors.lr,
         }
-
-    return merged(declared_parameters(model, table), values)
 
 
 @torch.no_grad()
@@ -96,15 +110,17 @@ def initialize_(model: nn.Module, table: Table, std: float = 0.02, seed: int | N
             module.weight[module.padding_idx] = 0.0
 
 
-def factors_of(spec: Spec, table: Table) -> Factors:
+def factors_of(spec: Spec, table: Table, matrix: Matrix | None = None) -> Factors:
     """The table's factors of one parameter.
 
     Without a fan-in at the proxy, that of a matrix has grown as the stream has.
+
+    matrix: (d_out, d_in) of what Muon updates; None: AdamW does, or the rule does not matter.
     """
     ratio = 1.0
     if spec.role is Role.HIDDEN_WEIGHT:
         ratio = spec.width_ratio if spec.base_fan_in else table.width_multiplier
-    return table.factors(spec.role, ratio)
+    return table.factors(spec.role, ratio, matrix)
 
 
 def declared_parameters(model: nn.Module, table: Table) -> list[Declared]:
@@ -193,6 +209,9 @@ def _wrong_values(values: dict[str, Any]) -> Iterator[str]:
         if name == "betas":
             if not all(0 <= beta < 1 for beta in value):
                 yield f"betas = {tuple(value)}: each is from 0 to below 1."
+        elif name.endswith("momentum"):
+            if not 0 <= value < 1:
+                yield f"{name} = {value}: from 0 to below 1."
         elif name.endswith("weight_decay") and not 0 <= value < math.inf:
             yield f"{name} = {value}: give a finite number of at least 0."
         elif not name.endswith("weight_decay") and not 0 < value < math.inf:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import nn
 
 from megatron_completep.anywhere.groups import (
+    AdamWValues,
     Declared,
     Group,
     check_table,
@@ -38,6 +39,7 @@ def muon_param_groups(
     muon_lr: float,
     weight_decay: float = 0.0,
     muon_weight_decay: float = 0.0,
+    muon_momentum: float = 0.95,
     eps: float = 1e-12,
     betas: tuple[float, float] = (0.9, 0.95),
 ) -> MuonGroups:
@@ -51,7 +53,7 @@ def muon_param_groups(
     Args:
         table: with rule="muon".
         lr, weight_decay, eps, betas: the proxy's, of AdamW.
-        muon_lr, muon_weight_decay: the proxy's, of the matrices.
+        muon_lr, muon_weight_decay, muon_momentum: the proxy's, of the matrices.
 
     Raises ConfigError as `param_groups` does, and for hidden weights that are no matrices.
     """
@@ -61,6 +63,7 @@ def muon_param_groups(
             f"the table's rule is {table.rule}: its rows are not Muon's. Make it with rule='muon'."
         )
     check_values(
+        muon_momentum=muon_momentum,
         lr=lr,
         muon_lr=muon_lr,
         weight_decay=weight_decay,
@@ -69,19 +72,12 @@ def muon_param_groups(
         betas=betas,
     )
     declared = declared_parameters(model, table)
-    matrices = [one for one in declared if one[2].role is Role.HIDDEN_WEIGHT]
-    others = [one for one in declared if one[2].role is not Role.HIDDEN_WEIGHT]
+    matrices: list[Declared] = []
+    others: list[Declared] = []
+    for name, parameter, spec in declared:
+        side = matrices if spec.role is Role.HIDDEN_WEIGHT else others
+        side.append((name, parameter, spec))
     _check_matrices(matrices)
-
-    def adamw_values(spec: Spec) -> Group:
-        factors = factors_of(spec, table)
-        return {
-            "lr": lr * factors.lr,
-            "weight_decay": weight_decay * factors.weight_decay,
-            "eps": eps * factors.eps,
-            "betas": table.batch.betas(betas),
-            "lr_factor": factors.lr,
-        }
 
     def muon_values(spec: Spec) -> Group:
         assert spec.fan_in is not None
@@ -95,10 +91,13 @@ def muon_param_groups(
         return {
             "lr": muon_lr * factors.lr / torch_own,
             "weight_decay": muon_weight_decay * factors.weight_decay * torch_own,
+            "momentum": table.batch.momentum(muon_momentum),
             "lr_factor": factors.lr / torch_own,
         }
 
-    return MuonGroups(merged(others, adamw_values), merged(matrices, muon_values))
+    base = AdamWValues(lr, weight_decay, eps, betas)
+    adamw = merged(others, lambda spec: base.group(spec, table))
+    return MuonGroups(adamw, merged(matrices, muon_values))
 
 
 def _check_matrices(matrices: list[Declared]) -> None:

@@ -55,7 +55,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         required=True,
         metavar="NAME=LOW:HIGH,...",
         help="what is searched: base_lr, base_init_std, base_weight_decay, base_eps, "
-        "warmup_fraction, beta1, beta2, and factors of roles such as embedding.lr",
+        "warmup_fraction, beta1, beta2, muon.base_lr, and factors of roles such as embedding.lr",
     )
     search.add_argument(
         "--trials", type=whole(2, 10**6), default=64, help="in all, of all processes (default: 64)"

@@ -102,7 +102,7 @@ def _places(model: nn.Module) -> Iterator[_Place]:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a norm: one of torch's, or one that is called so and has vectors alone."""
+    """Whether a module is a norm: of torch's, or called so and with vectors alone."""
     if isinstance(module, nn.LayerNorm | nn.RMSNorm | nn.GroupNorm):
         return True
     own = list(module.parameters(recurse=False))

@@ -12,15 +12,17 @@ from megatron_completep.command_line import did_you_mean
 from megatron_completep.config.derived import warmup_steps
 from megatron_completep.config.schema import Config, RoleFactors
 from megatron_completep.errors import ConfigError
-from megatron_completep.instruments.trial import change
+from megatron_completep.instruments.trial import change, following
 from megatron_completep.roles import CONSTANT_ROLES, Role
 
 # Settings of the optimizer's section that are ratios, searched in octaves.
 RATIOS = ("base_lr", "base_init_std", "base_weight_decay", "base_eps")
 BETAS = ("beta1", "beta2")
+# Of the section of Muon; without them its values follow the optimizer's in their ratio.
+MUON = ("muon.base_lr", "muon.base_weight_decay")
 COLUMNS = ("lr", "init_std", "weight_decay", "eps")  # of a role's own factors
 FACTORS = tuple(f"{role}.{column}" for role in Role for column in COLUMNS)
-KNOWN = (*RATIOS, "warmup_fraction", *BETAS, *FACTORS)
+KNOWN = (*RATIOS, "warmup_fraction", *BETAS, *MUON, *FACTORS)
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,12 @@ def dimension(text: str) -> Dimension:
     name, equals, limits = text.partition("=")
     low_word, colon, high_word = limits.partition(":")
     if not (equals and colon):
-        raise argparse.ArgumentTypeError("write NAME=LOW:HIGH, such as base_lr=1e-3:3e-2.")
+        raise argparse.ArgumentTypeError("give NAME=LOW:HIGH, such as base_lr=1e-3:3e-2.")
     if name not in KNOWN:
         raise argparse.ArgumentTypeError(
             f"{name} cannot be searched.{did_you_mean(name, KNOWN)} "
-            f"Use {', '.join((*RATIOS, 'warmup_fraction', *BETAS))}, or ROLE.COLUMN with a role of "
-            f"{', '.join(Role)} and a column of {', '.join(COLUMNS)}."
+            f"Use {', '.join((*RATIOS, 'warmup_fraction', *BETAS, *MUON))}, or ROLE.COLUMN with a "
+            f"role of {', '.join(Role)} and a column of {', '.join(COLUMNS)}."
         )
     try:
         low = float(low_word)
@@ -113,7 +115,11 @@ def check_space(space: Sequence[Dimension], config: Config) -> None:
 
 def _without_effect(name: str, config: Config) -> str | None:
     """Why a setting would change nothing at this proxy; None where it does."""
-    if name == Role.QK_NORM or name.startswith(f"{Role.QK_NORM}."):
+    if name in MUON and config.optimizer.muon is None:
+        return "the optimizer is not Muon. Leave it out."
+    if name == "base_weight_decay" and config.optimizer.weight_decay_rule == "tau":
+        return "optimizer.weight_decay_rule = tau decides the decay. Leave it out."
+    if name.startswith(f"{Role.QK_NORM}."):
         return None if config.model.qk_norm else "the model has no QK-norm. Leave it out."
     if name.startswith(f"{Role.UNEMBEDDING}.") and config.model.tied_embeddings:
         return "the unembedding is the embedding (model.tied_embeddings). Search that."
@@ -128,11 +134,14 @@ def _without_effect(name: str, config: Config) -> str | None:
 def with_settings(config: Config, settings: Mapping[str, float]) -> Config:
     """The configuration with these values. Raises ConfigError for what its rules refuse."""
     optimizer: dict[str, Any] = {}
+    muon: dict[str, float] = {}
     betas = list(config.optimizer.betas)
     factors = dict(config.completep.factors)
     for name, value in settings.items():
         role_name, dot, column = name.partition(".")
-        if dot:
+        if name in MUON:
+            muon[column] = value
+        elif dot:
             role = Role(role_name)
             own = factors.get(role, RoleFactors())
             factors[role] = own.model_copy(update={column: value})
@@ -143,6 +152,10 @@ def with_settings(config: Config, settings: Mapping[str, float]) -> Config:
             optimizer[name] = value
     if "warmup_fraction" in optimizer:
         optimizer["warmup_steps"] = None  # the two exclude each other
+    optimizer = following(config.optimizer, optimizer)
+    section = optimizer.get("muon", config.optimizer.muon)
+    if muon and section is not None:
+        optimizer["muon"] = section.model_copy(update=muon)
     return change(config, optimizer=optimizer, completep={"factors": factors})
 
 
@@ -151,7 +164,9 @@ def settings_of(config: Config, space: Sequence[Dimension]) -> dict[str, float]:
     values = {}
     for one in space:
         role_name, dot, column = one.name.partition(".")
-        if dot:
+        if one.name in MUON:
+            values[one.name] = float(getattr(config.optimizer.muon, column))
+        elif dot:
             own = config.completep.factors.get(Role(role_name))
             values[one.name] = float(getattr(own, column)) if own is not None else 1.0
         elif one.name in BETAS:

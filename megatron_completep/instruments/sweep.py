@@ -302,9 +302,7 @@ def run_slurm(
     return list(executor.map_array(run_and_keep, *columns))
 
 
-def slurm_executor(
-    folder: Path, name: str, options: dict[str, Any], cluster: str = "slurm"
-) -> Any:
+def slurm_executor(folder: Path, name: str, options: dict[str, Any], cluster: str = "slurm") -> Any:
     """submitit's executor, whose files go to `folder`/slurm. Raises UserError without submitit."""
     # The package is optional, so it is imported only here.
     try:

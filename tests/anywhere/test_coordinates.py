@@ -62,9 +62,7 @@ def without(table: Table, *, width: bool = False, depth: bool = False) -> Table:
     """The table of a model that has not grown."""
     m_N = 1.0 if width else table.width_multiplier
     m_L = 1.0 if depth else table.depth_multiplier
-    return Table(
-        width_multiplier=m_N, depth_multiplier=m_L, attention_scale=table.attention_scale
-    )
+    return Table(width_multiplier=m_N, depth_multiplier=m_L, attention_scale=table.attention_scale)
 
 
 def one_rate(groups: Groups, eps: float) -> Groups:

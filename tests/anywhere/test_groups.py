@@ -30,7 +30,6 @@ from tests.support.models import (
     batch_of,
     build_model,
     build_optimizer,
-    completep_config,
     model_config,
     optimizer_config,
     table_for,
@@ -128,7 +127,9 @@ def test_groups_are_few_have_the_table_values_and_hold_every_parameter_once():
     }
     for name, values in expected.items():
         group = by_name[name]
-        assert (group["lr"], group["weight_decay"], group["eps"]) == pytest.approx(values, rel=1e-15)
+        assert (group["lr"], group["weight_decay"], group["eps"]) == pytest.approx(
+            values, rel=1e-15
+        )
         assert group["betas"] == (0.8, 0.9) and group["lr_factor"] == group["lr"] / 1e-2
     # Another depth adds no group; half the depth factor shows in the learning rate.
     half = Table.for_shape(width=64, base_width=16, depth=4, base_depth=1, head_dim=16, alpha=0.5)
@@ -295,7 +296,12 @@ def test_what_cannot_be_decided_is_an_error_that_lists_it_until_it_is_said():
 def test_all_mistakes_of_a_declaration_are_said_at_once():
     with pytest.raises(ConfigError) as refused:
         declare(Odd(), {"mixx": "embedding", "head.*": "unembeding", "first.*": Role.FINAL_NORM})
-    for words in ("mixx: matches no", "Did you mean mix?", "Did you mean unembedding?", "head.bias"):
+    for words in (
+        "mixx: matches no",
+        "Did you mean mix?",
+        "Did you mean unembedding?",
+        "head.bias",
+    ):
         assert words in str(refused.value)
     assert "first.weight [8]" not in str(refused.value)
 

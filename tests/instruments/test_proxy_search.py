@@ -168,6 +168,19 @@ def test_settings_reach_the_configuration_and_leave_the_rest():
     assert settings_of(changed, space) == {"base_lr": 0.5, "beta2": 0.99}
 
 
+def test_muons_values_follow_in_their_ratio_or_are_searched_themselves():
+    muon = {"type": "muon", "base_lr": 0.01, "muon": {"base_lr": 0.1}}
+    config = small_config(optimizer=muon)
+    assert with_settings(config, {"base_lr": 0.02}).optimizer.muon.base_lr == pytest.approx(0.2)
+    both = {"base_lr": 0.02, "muon.base_lr": 0.3}
+    assert with_settings(config, both).optimizer.muon.base_lr == 0.3
+    space = [dimension("base_lr=0.001:1"), dimension("muon.base_lr=0.01:1")]
+    check_space(space, config)
+    assert settings_of(config, space) == {"base_lr": 0.01, "muon.base_lr": 0.1}
+    with pytest.raises(ConfigError, match="not Muon"):
+        check_space(space, small_config())
+
+
 @pytest.mark.parametrize(
     ("over", "words"),
     [

@@ -245,7 +245,7 @@ def measure(
         series.append(first if not losses else _probe(how, model, batches[-1]), first)
         optimizer.zero_grad()
         loss = how.loss(how.forward(model, batch), batch)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         losses.append(float(loss.detach()))
         if not gradients:
             gradients = _rms_by_role(declared, _gradient)

@@ -48,8 +48,8 @@ def param_groups(
     check_table(table)
     if table.rule != "adamw":
         raise ConfigError(
-            f"the table's rule is {table.rule}, and these are groups of AdamW. Take both kinds from "
-            "muon_param_groups(model, table, ...)."
+            f"the table's rule is {table.rule}, and these are groups of AdamW. "
+            "Take both kinds from muon_param_groups(model, table, ...)."
         )
     check_values(lr=lr, weight_decay=weight_decay, eps=eps, betas=betas)
 

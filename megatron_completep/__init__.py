@@ -6,9 +6,8 @@ The table is for models of other trainers too. These names load torch when they 
     from megatron_completep import check_coordinates
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
+# What typing's own constant is to type checkers, without the import: the package loads nothing.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from megatron_completep.anywhere import (
         ResidualNorm,
@@ -54,8 +53,10 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """A public name, imported when it is first asked for: the package itself loads nothing."""
     if name not in _ROOMS:
         raise AttributeError(f"module {__name__} has no attribute {name}")
-    return getattr(import_module(f"{__name__}.{_ROOMS[name]}"), name)
+    # import_module of importlib would be an import of the package's own.
+    room = __import__(f"{__name__}.{_ROOMS[name]}", fromlist=[name])
+    return getattr(room, name)

@@ -187,9 +187,9 @@ def _factors(optimizer: DistributedOptimizer) -> Iterator[Tensor]:
     """The orthogonal factors of matrices of ones: the time does not depend on the numbers."""
     rule = optimizer.rule
     assert isinstance(rule, Muon)
-
-    def fill_with_ones(_matrix: Matrix, _holding: Holding, out: Tensor) -> None:
-        out.fill_(1.0)
-
-    for _, _, factor in rule.exchange.factors(fill_with_ones):
+    for _, _, factor in rule.exchange.factors(_fill):
         yield factor
+
+
+def _fill(_matrix: Matrix, _holding: Holding, out: Tensor) -> None:
+    out.fill_(1.0)

@@ -21,8 +21,8 @@ VERSION = re.search(r'^__version__ = "(.+)"$', SOURCE, re.MULTILINE)
 assert VERSION is not None
 
 # Ranges: the lower end and the newest version were installed and tested; of torch 2.13, triton 3.9,
-# ruff, mypy, docs, lm-eval and submitit only the newest. Versions beyond the upper end did not
-# exist.
+# ruff, mypy, docs, lm-eval, submitit and optuna only the newest. Versions beyond the upper end did
+# not exist.
 DATA = [
     "tokenizers>=0.21,<0.24",
     "tiktoken>=0.12,<0.15",
@@ -33,6 +33,7 @@ DOCS = ["mkdocs-material>=9.8.1,<10", "mkdocstrings[python]>=1.0.8,<2"]
 TRACKING = ["wandb>=0.21,<0.32", "trackio>=0.40,<0.44"]
 HF = ["transformers>=4.51.3,<6"]
 SLURM = ["submitit>=1.5.4,<2"]
+TUNE = ["optuna>=5,<6"]
 EVAL = ["lm-eval>=0.4.13,<0.5", *HF]
 DEV = [
     "pytest>=8.3,<10",
@@ -137,7 +138,7 @@ setup(
     ],
     extras_require={
         "data": DATA,
-        "dev": DATA + DOCS + TRACKING + EVAL + SLURM + DEV,
+        "dev": DATA + DOCS + TRACKING + EVAL + SLURM + TUNE + DEV,
         "docs": DOCS,
         "eval": EVAL,
         "gpu": ["triton>=3.6,<4"],
@@ -146,5 +147,6 @@ setup(
         "ray": ["ray>=2.49,<3"],
         "slurm": SLURM,
         "tracking": TRACKING,
+        "tune": TUNE,
     },
 )

@@ -48,6 +48,7 @@ ROOMS = {
     "interop": "Models from and to other libraries.",
     "instruments": "Does the parameterization hold? Checks, sweeps, replayed traces.",
     "benchmarks": "Our programs timed beside what a user would take instead.",
+    "anywhere": "The table for models of other trainers, under torch optimizers.",
     "reports": "What runs left behind, for people; the quickstart.",
     "pretrain": "The trainer.",
     "__main__": "The installed program, which runs the others.",

@@ -23,7 +23,7 @@ LEVELS = [
     # Wings: nothing above imports them.
     "preprocess inference planning",
     "interop instruments",
-    "benchmarks reports",
+    "benchmarks reports anywhere",
     "pretrain tools",
     "__main__",
 ]
@@ -46,6 +46,7 @@ OPTIONAL = {
         "flash_attn",
         "lm_eval",
         "matplotlib",
+        "optuna",
         "pyarrow",
         "ray",
         "rich",

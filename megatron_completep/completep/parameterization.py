@@ -13,11 +13,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 from megatron_completep.completep import table as table_1
 from megatron_completep.completep.batch import BatchScaling, batch_scaling_of
 from megatron_completep.config.derived import head_dim
 from megatron_completep.config.schema import Config, ModelConfig, OptimizerConfig, RoleFactors
+from megatron_completep.errors import ConfigError
 from megatron_completep.roles import Role
 
 
@@ -66,8 +68,10 @@ class DecayRule:
 class Table:
     """Forward multipliers, and factors by role. Made once, from the global shape, by `table_of`."""
 
-    base_hidden_size: int  # of the proxy: modules take their base fan-ins from these two sizes
-    base_ffn_hidden_size: int
+    # Of the proxy: the project's own modules take their base fan-ins from these two sizes. Models
+    # that declare their base fan-ins themselves, or have none, do without.
+    base_hidden_size: int = 0
+    base_ffn_hidden_size: int = 0
     width_multiplier: float = 1.0  # m_N; 1 under SP
     depth_multiplier: float = 1.0  # m_L; 1 under muP and SP
     alpha: float = 1.0
@@ -79,6 +83,57 @@ class Table:
     batch: BatchScaling = field(default_factory=BatchScaling)
     decay: DecayRule = field(default_factory=DecayRule)
     own_factors: Mapping[Role, RoleFactors] = field(default_factory=lambda: MappingProxyType({}))
+
+    @classmethod
+    def for_shape(
+        cls,
+        *,
+        width: int,
+        base_width: int,
+        depth: int,
+        base_depth: int,
+        head_dim: int | None = None,
+        base_head_dim: int | None = None,
+        parameterization: str = "completep",
+        alpha: float = 1.0,
+        **settings: Any,
+    ) -> Table:
+        """The table of a model of any trainer, from its sizes and those of its proxy.
+
+        Raises ConfigError for a parameterization that is not known and for sizes below 1.
+
+        Args:
+            width: of the residual stream.
+            depth: blocks of one attention and one MLP branch.
+            head_dim, base_head_dim: for `attention_scale`, which is no number without head_dim; the
+                proxy's head is as wide as the model's unless it is given.
+            parameterization: completep, mup (width alone) or sp (neither).
+            settings: further fields of the table.
+        """
+        if parameterization not in ("completep", "mup", "sp"):
+            raise ConfigError(
+                f"parameterization = {parameterization}: not known. Use completep, mup or sp."
+            )
+        sizes = {"width": width, "base_width": base_width, "depth": depth, "base_depth": base_depth}
+        too_small = [f"{name} = {size}" for name, size in sizes.items() if size < 1]
+        if too_small:
+            raise ConfigError(f"{', '.join(too_small)}: a size is a whole number of at least 1.")
+        scale_width = parameterization != "sp"
+        scale_depth = parameterization == "completep"
+        # Nothing may be computed with a scale that nobody gave: NaN is seen in the first loss.
+        scale = math.nan
+        if head_dim is not None:
+            base = base_head_dim if scale_width else None
+            scale = attention_scale(head_dim, base or head_dim)
+        shape = {
+            "width_multiplier": width / base_width if scale_width else 1.0,
+            "depth_multiplier": depth / base_depth if scale_depth else 1.0,
+            "alpha": alpha if scale_depth else 1.0,
+            "attention_scale": scale,
+            "base_hidden_size": base_width,
+            "scale_width": scale_width,
+        }
+        return cls(**{**shape, **settings})
 
     @property
     def residual_multiplier(self) -> float:
@@ -233,6 +288,10 @@ def _attention_scale(model: ModelConfig, base_head_dim: int | None, scale_width:
     if rule == "1/sqrt(head_dim)":
         return model.attention_multiplier * (1 / math.sqrt(size))
 
-    # sqrt(base_head_dim) / head_dim, written so that at the base it is SP's scale to the last bit.
-    growth = math.sqrt((base_head_dim or size) / size)
-    return model.attention_multiplier * (growth / math.sqrt(size))
+    return model.attention_multiplier * attention_scale(size, base_head_dim or size)
+
+
+def attention_scale(head_dim: int, base_head_dim: int) -> float:
+    """sqrt(base_head_dim) / head_dim, written so that at the base it is 1 / sqrt(head_dim)."""
+    growth = math.sqrt(base_head_dim / head_dim)
+    return growth / math.sqrt(head_dim)

@@ -157,8 +157,12 @@ def octaves(low: float, high: float, per_octave: int = 2) -> list[float]:
     return [2.0 ** (low + index / per_octave) for index in range(count + 1)]
 
 
-def run_point(config: Config, device: str = "cpu") -> dict[str, Any]:
+def run_point(
+    config: Config, device: str = "cpu", watch: Callable[[int, float], None] | None = None
+) -> dict[str, Any]:
     """Train one model to the end of its schedule and evaluate it; nothing is written.
+
+    `watch` gets the number and the loss of every step; what it raises ends the run.
 
     Returns validation_loss (None without held-out data), train_loss (mean over the last steps),
     diverged, steps, tokens, flops and seconds.
@@ -173,6 +177,8 @@ def run_point(config: Config, device: str = "cpu") -> dict[str, Any]:
         # Nothing that follows a loss without a number could be compared.
         if not math.isfinite(losses[-1]):
             break
+        if watch is not None:
+            watch(step, losses[-1])
 
     diverged = not math.isfinite(losses[-1])
     validation_loss: float | None = None
@@ -286,20 +292,26 @@ def run_slurm(
 
     The points' files appear as the jobs end. Raises UserError where submitit is not installed.
     """
-    # The package is optional, so it is imported only here.
-    try:
-        import submitit
-    except ImportError as error:
-        raise UserError("Slurm jobs need the package submitit: pip install submitit.") from error
     rows = [(*_job_arguments(point, folder), device) for point in missing(points, folder)]
     (folder / "points").mkdir(parents=True, exist_ok=True)
-    executor = submitit.AutoExecutor(folder=str(folder / "slurm"), cluster=cluster)
-    executor.update_parameters(name="lr_transfer", **options)
+    executor = slurm_executor(folder, "lr_transfer", options, cluster)
     if not rows:
         return []
     # map_array takes one sequence an argument of the function, as map does.
     columns = zip(*rows, strict=True)
     return list(executor.map_array(run_and_keep, *columns))
+
+
+def slurm_executor(folder: Path, name: str, options: dict[str, Any], cluster: str = "slurm") -> Any:
+    """submitit's executor, whose files go to `folder`/slurm. Raises UserError without submitit."""
+    # The package is optional, so it is imported only here.
+    try:
+        import submitit
+    except ImportError as error:
+        raise UserError("Slurm jobs need the package submitit: pip install submitit.") from error
+    executor = submitit.AutoExecutor(folder=str(folder / "slurm"), cluster=cluster)
+    executor.update_parameters(name=name, **options)
+    return executor
 
 
 def describe(point: Point) -> str:

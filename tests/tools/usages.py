@@ -100,6 +100,13 @@ USAGES = [
         "file",
     ),
     Usage("tools.tune_kernels", "--dry-run", "tune"),
+    Usage(
+        "tools.tune_proxy",
+        "search {config} --out {out} --over base_lr=1e-3:1e-2 --workers 1",
+        "proxy_search.prepare",
+        "folder",
+    ),
+    Usage("tools.tune_proxy", "report {folder} --to {out}", "proxy_search.Search.load", "file"),
 ]
 
 

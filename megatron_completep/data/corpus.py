@@ -147,6 +147,7 @@ class Corpus:
         if data.tokenizer is not None and recorded:
             tokenizer = build_tokenizer(data.tokenizer)
             for_all(recorded, partial(refuse_other_tokenizer, tokenizer=tokenizer))
+        refuse_several_tokenizers(recorded)
         check_beginnings(data, tokenizer)
 
     def _unknown_token(self, dataset: IndexedDataset, at: int) -> DataError:
@@ -185,6 +186,27 @@ def refuse_other_tokenizer(dataset: IndexedDataset, tokenizer: Tokenizer) -> Non
             f"{tokenizer.type} {tokenizer.model_name} a document ends with {tokenizer.eod_id}. "
             "Name the token of the corpus in data.tokenizer.eod_token."
         )
+
+
+def refuse_several_tokenizers(datasets: Sequence[IndexedDataset]) -> None:
+    """Raise DataError where corpora of one run were written with different tokenizers.
+
+    Their ids would mean different texts. datasets: those that record a tokenizer.
+    """
+    for dataset in datasets[1:]:
+        first = _recorded_tokenizer(datasets[0])
+        other = _recorded_tokenizer(dataset)
+        fields = ["type", "vocab_size"]
+        both_end = all((d.sidecar or {}).get("append_eod") for d in (datasets[0], dataset))
+        if both_end:
+            fields.append("eod_id")
+        for field in fields:
+            if first.get(field) != other.get(field):
+                raise DataError(
+                    f"{dataset.prefix}.json: tokenizer: {field} = {other.get(field)}, that of "
+                    f"{datasets[0].prefix} is {first.get(field)}. Tokenize all corpora of a run "
+                    "with one tokenizer."
+                )
 
 
 def outside(tokens: Array, vocab_size: int) -> Array:

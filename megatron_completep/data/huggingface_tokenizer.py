@@ -56,12 +56,12 @@ class HuggingFaceTokenizer(Tokenizer):
         self._vocabulary = vocabulary
         folder = path.parent
         beside = read_companion(folder / "tokenizer_config.json")
-        named_end = token_named(beside, "eos_token")
+        special = read_companion(folder / "special_tokens_map.json")
+        named_end = token_named(beside, "eos_token") or token_named(special, "eos_token")
         names = [] if named_end is None else [named_end]
         ids = (self._id_of(name) for name in (*names, *END_OF_DOCUMENT_NAMES))
         self.eod_id = next((index for index in ids if index is not None), None)
         self.own_beginning = self._template()
-        special = read_companion(folder / "special_tokens_map.json")
         name = token_named(beside, "bos_token") or token_named(special, "bos_token")
         if name is not None:
             self.bos_id = self._id_of(name)

@@ -124,6 +124,8 @@ class SkippedSteps(Hook):
 
         self._in_a_row += 1
         origin = self._origin(record)
+        if record.figures.counted_tokens == 0:
+            origin = "No label of the step counts, so that there is no mean loss: look at the data."
         step = record.state.step
         self._say(
             f"step {step}: a gradient was not finite, nothing was updated "

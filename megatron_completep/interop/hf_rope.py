@@ -110,8 +110,9 @@ def _entries(read: Reader, key: str, kind: str, entry: dict[str, Any]) -> dict[s
             continue
         else:
             setting[name] = inner.number(name, kind=float)
-    if kind == "yarn" and entry.get("truncate") is not None:
-        setting["truncate"] = inner.flag("truncate", True)
+    # Null is false here for transformers, and a missing entry is true.
+    if kind == "yarn" and "truncate" in entry:
+        setting["truncate"] = inner.flag("truncate", False)
     read.problems += [f"{key}.{problem}" for problem in problems]
     return setting
 

@@ -74,7 +74,9 @@ def write_tokenizer(
         configuration["bos_token"] = begin
     if end is not None:
         # A document without a beginning of its own follows the end of the one before.
-        configuration |= {"bos_token": begin or end, "eos_token": end, "pad_token": end}
+        configuration |= {"bos_token": begin or end, "eos_token": end}
+        # The original's own pad token stays.
+        configuration["pad_token"] = configuration.get("pad_token") or end
     encoded = json.dumps(configuration, indent=2, ensure_ascii=False) + "\n"
     (folder / "tokenizer_config.json").write_text(encoded, encoding="utf-8")
 

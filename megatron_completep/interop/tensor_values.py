@@ -31,6 +31,9 @@ def refuse_other_head(source: TensorFolder, table: str) -> None:
     """
     head = source.value(HEAD)
     embedding = source.value(table)
+    # A NaN is no equal of itself: it is to be named, not called a difference.
+    refuse_non_finite(source, HEAD, head)
+    refuse_non_finite(source, table, embedding)
     if head.shape == embedding.shape and torch.equal(head, embedding):
         return
     raise DataError(

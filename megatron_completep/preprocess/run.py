@@ -112,6 +112,11 @@ def _checked_tokenizer(settings: PreprocessSettings, sources: list[Source]) -> T
             f"{settings.tokenizer.model}: the tokenizer has no end-of-document token, so "
             "--append-eod cannot be done. Name one with --eod-token."
         )
+    if settings.tokenizer.eod_token is not None and not settings.append_eod:
+        raise DataError(
+            f"--eod-token {settings.tokenizer.eod_token} names the token that --append-eod writes. "
+            "Give both, or neither."
+        )
     keys = settings.json_keys
     if len(set(keys)) != len(keys) or not keys:
         raise DataError(f"--json-keys {' '.join(keys)}: give each key once.")

@@ -58,6 +58,32 @@ def test_sources_of_a_blend_and_of_validation_must_begin_alike(tmp_path: Path) -
     assert line.startswith(f"{silent}: not recorded") and f"token {BEGIN}" in line
 
 
+def test_corpora_of_one_run_must_have_one_tokenizer(tmp_path: Path) -> None:
+    own = {"type": "huggingface", "vocab_size": 270, "eod_id": 5, "hash": "a"}
+    others = {
+        "type": {**own, "type": "bytes"},
+        "vocab_size": {**own, "vocab_size": 257},
+        "eod_id": {**own, "eod_id": 4},
+    }
+    first = corpus(tmp_path, "first", [], tokenizer=own, append_eod=True)
+    for field, tokenizer in others.items():
+        other = corpus(tmp_path, f"other_{field}", [], tokenizer=tokenizer, append_eod=True)
+        with pytest.raises(DataError, match=f"tokenizer: {field} = "):
+            opened(data_of([first, other]))
+    # The controls: the same one, and one that says nothing.
+    opened(data_of([first, corpus(tmp_path, "same", [], tokenizer=own, append_eod=True)]))
+    opened(data_of([first, corpus(tmp_path, "silent", None)]))
+
+
+def test_the_end_token_may_be_named_in_the_map_of_special_tokens_alone(tmp_path: Path) -> None:
+    write_tokenizer_files(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    settings = TokenizerConfig(type="huggingface", model=str(tmp_path))
+    assert build_tokenizer(settings).eod_id == END  # the control: a name that is known
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "<pad>"}')
+    assert build_tokenizer(settings).eod_id == 4
+
+
 def test_the_tokenizer_must_begin_texts_as_the_corpora_do(tmp_path: Path) -> None:
     write_tokenizer_files(tmp_path / "t")
     settings = {"type": "huggingface", "model": str(tmp_path / "t")}

@@ -88,6 +88,7 @@ RIGHT: Right = {
         {},
     ),
     "Llama, yarn, not truncated": ("Llama", rope({**YARN, "truncate": False}), {}),
+    "Llama, yarn, truncate null": ("Llama", rope({**YARN, "truncate": None}), {}),
     "Llama, pretraining_tp": ("Llama", {**SHAPE, "pretraining_tp": 2}, {}),
     "Llama, null groups": (
         "Llama",

@@ -6,6 +6,8 @@ The table is for models of other trainers too. These names load torch when they 
     from megatron_completep import check_coordinates
 """
 
+from importlib import import_module
+
 # What typing's own constant is to type checkers, without the import: the package loads nothing.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -57,6 +59,4 @@ def __getattr__(name: str) -> object:
     """A public name, imported when it is first asked for: the package itself loads nothing."""
     if name not in _ROOMS:
         raise AttributeError(f"module {__name__} has no attribute {name}")
-    # import_module of importlib would be an import of the package's own.
-    room = __import__(f"{__name__}.{_ROOMS[name]}", fromlist=[name])
-    return getattr(room, name)
+    return getattr(import_module(f"{__name__}.{_ROOMS[name]}"), name)

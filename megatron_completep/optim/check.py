@@ -25,6 +25,7 @@ from megatron_completep.errors import ConfigError
 from megatron_completep.model.stages import whole_model
 from megatron_completep.optim.groups import orthogonal_per_head
 from megatron_completep.optim.layout import ALIGNMENT
+from megatron_completep.optim.rules import RULES
 from megatron_completep.parallel.parameter import Spec, part_name, spec_of
 from megatron_completep.roles import CONSTANT_ROLES, Role
 
@@ -269,6 +270,8 @@ def _parameter_problems(
         share = 1.0 if section else first_correction
         yield from _rate_problems(config, section, members, Bounds(state_dtype, share))
 
+    if not RULES[table.rule].reads("eps"):
+        return
     # What a rule with a section of its own updates has no epsilon.
     divided = [parameter for parameter in parameters if not parameter.section]
     epsilons = _scale(optimizer.base_eps, lambda f: f.eps, divided)

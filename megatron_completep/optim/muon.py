@@ -99,6 +99,11 @@ class Muon(Rule):
         self._muon = section_of(optimizer)
         self._momentum = table.batch.momentum(self._muon.momentum)
 
+    @classmethod
+    def reads(cls, column: str) -> bool:
+        """AdamW's columns too, for what Muon does not update itself."""
+        return column in cls.columns or AdamW.reads(column)
+
     @cached_property
     def exchange(self) -> MatrixExchange:
         """Where matrices are made orthogonal. The first call is collective (`context.stage`)."""

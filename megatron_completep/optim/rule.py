@@ -235,6 +235,11 @@ class Rule(ABC):
         return tuple(cls.all_powers())[1:]
 
     @classmethod
+    def reads(cls, column: str) -> bool:
+        """Whether the rule reads a column of the table for any parameter."""
+        return column in cls.columns
+
+    @classmethod
     def all_powers(cls) -> dict[str, int]:
         """`powers` and the masters' own, in the order in which a checkpoint stores the states."""
         return {MASTER: 1, **cls.powers}

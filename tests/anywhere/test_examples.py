@@ -177,12 +177,12 @@ def final_loss(depth: int, rate: float, transfers: bool) -> float:
 def test_the_learning_rate_of_two_layers_holds_at_eight_and_without_the_table_it_breaks():
     proxy = [final_loss(2, rate, True) for rate in RATES]
     deep = [final_loss(8, rate, True) for rate in RATES]
-    control = [final_loss(8, rate, False) for rate in RATES]
+    control_losses = [final_loss(8, rate, False) for rate in RATES]
     # The curves lie on each other, so that whatever is best for the proxy is best at depth.
     assert max(abs(a - b) for a, b in zip(proxy, deep, strict=True)) < 0.05
     best = proxy.index(min(proxy))
     assert deep[best] - min(deep) < 0.02
     # What the proxy bears, two octaves above, breaks a deep model that does not scale its branches.
     assert proxy[-1] - min(proxy) < 0.15 and deep[-1] - min(deep) < 0.15
-    assert control[-1] - min(control) > 0.2
-    assert all(wrong > right + 0.03 for wrong, right in zip(control, deep, strict=True))
+    assert control_losses[-1] - min(control_losses) > 0.2
+    assert all(wrong > right + 0.03 for wrong, right in zip(control_losses, deep, strict=True))

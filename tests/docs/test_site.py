@@ -183,6 +183,7 @@ CUT = """[...document.querySelectorAll('article pre > code, article .md-typeset_
     .map(block => block.innerText.slice(0, 60))"""
 
 
+@pytest.mark.slow
 def test_every_page_opens_without_complaint_and_asks_nothing_of_other_machines(
     site: Path, address: str
 ) -> None:

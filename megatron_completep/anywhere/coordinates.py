@@ -87,8 +87,7 @@ def check_coordinates(
 
     The depth axis is run at the smallest width, the width axis at the smallest depth. Beside the
     model runs a control that is known to be wrong (muP over depth, SP over width): the same build
-    function with that table, and groups of `param_groups`. Nothing is fetched or kept but what
-    `out` names.
+    function with that table, and groups of `param_groups`. Only `out` is written.
 
     Args:
         build: (width, depth, table) -> the model with its initial weights, declared. It takes the
@@ -115,29 +114,22 @@ def check_coordinates(
     norm, and for a model whose parameters declare no role.
     """
     _check_sizes(widths, depths, batches, seeds)
-    how = _How(
-        build,
-        batches,
-        forward or _logits_of,
-        loss or _mean_loss,
-        make_optimizer or _adamw(lr, betas),
-        lr,
-        marks,
-    )
+    forward = forward or _logits_of
+    loss = loss or _mean_loss
+    how = _How(build, batches, forward, loss, make_optimizer or _adamw(lr, betas), lr, marks)
     base = (base_width or min(widths), base_depth or min(depths))
     samples: list[Sample] = []
     for axis, width, depth in _shapes(widths, depths):
         tables = _tables(axis, (width, depth), base, head_dim, alpha)
         for seed in range(seeds):
-            model, control = _samples_of(how, axis, (width, depth), seed, tables, betas, check_eps)
-            samples += [model, control]
-            say(_progress_line(model, control))
+            pair = _samples_of(how, axis, (width, depth), seed, tables, betas, check_eps)
+            samples += pair
+            say(_progress_line(*pair))
 
-    result = judge(samples, alpha)
-    checked = CheckedCoordinates(**vars(result), marked=_marked_exponents(samples))
+    checked = CheckedCoordinates(**vars(judge(samples, alpha)), marked=_marked_exponents(samples))
     if out is not None:
-        settings = {"widths": list(widths), "depths": list(depths), "base": base, "lr": lr}
-        settings |= {"seeds": seeds, "steps": len(batches) - 1, "alpha": alpha}
+        sizes = {"widths": list(widths), "depths": list(depths), "base": base, "seeds": seeds}
+        settings = {**sizes, "lr": lr, "steps": len(batches) - 1, "alpha": alpha}
         write_check(checked, Path(out), getattr(build, "__name__", "model"), settings)
     return checked
 

@@ -33,7 +33,7 @@ def segments(hidden: int) -> tuple[int, ...]:
     """Powers of two that cover `hidden` columns with few idle lanes.
 
     768 = 3 x 256, 5120 = 4096 + 1024, 1000 -> 1024, 4096 = 2 x 2048. Three alike keep a row inside
-    a warp. Two halves make wide rows cheaper in registers: one is finished before the other begins.
+    a warp. Two halves of a wide row let the compiler finish one before it begins the other.
     """
     if hidden in (384, 768):
         return (hidden // 3,) * 3

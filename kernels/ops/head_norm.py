@@ -23,32 +23,13 @@ import torch
 from torch import Tensor
 
 from ..cpu import head_norm as cpu
+from ..heads import angle_strides, dense, load_angles, load_halves, store_halves
 from ..launch import head_norm_backward_shape, rotary_shape
 from ..library import first_derivative, register
 from ..optional_triton import tl, triton
 from ..reference import Norm, compute_dtype
 from ..tiling import ceil_div
 from .partial_sums import Sink, receivers, vector_gradients
-
-
-@triton.jit
-def _load_halves(
-    row: tl.tensor, column: tl.tensor, half: tl.tensor, mask: tl.tensor
-) -> tl.tuple:  # fmt: skip
-    """Both halves of heads in float32, 0 where masked."""
-    low = tl.load(row + column, mask=mask, other=0.0).to(tl.float32)
-    high = tl.load(row + half + column, mask=mask, other=0.0).to(tl.float32)
-    return low, high
-
-
-@triton.jit
-def _store_halves(
-    row: tl.tensor, low: tl.tensor, high: tl.tensor,
-    column: tl.tensor, half: tl.tensor, mask: tl.tensor,
-) -> None:  # fmt: skip
-    dtype: tl.constexpr = row.dtype.element_ty
-    tl.store(row + column, low.to(dtype), mask=mask)
-    tl.store(row + half + column, high.to(dtype), mask=mask)
 
 
 @triton.jit
@@ -60,21 +41,6 @@ def _store_half_sums(
     in_half = column < half
     tl.store(base + column, tl.sum(low, axis=0), mask=in_half)
     tl.store(base + half + column, tl.sum(high, axis=0), mask=in_half)
-
-
-@triton.jit
-def _load_angles(
-    cos: tl.tensor, sin: tl.tensor, s: tl.tensor, b: tl.tensor,
-    cos_stride_s: tl.tensor, cos_stride_b: tl.tensor,
-    sin_stride_s: tl.tensor, sin_stride_b: tl.tensor,
-    column: tl.tensor, in_half: tl.tensor,
-) -> tl.tuple:  # fmt: skip
-    """The float32 cosine and sine of position `s` of sequence `b`."""
-    cos_row = cos + s * cos_stride_s + b * cos_stride_b
-    sin_row = sin + s * sin_stride_s + b * sin_stride_b
-    cosine = tl.load(cos_row + column, mask=in_half, other=0.0).to(tl.float32)
-    sine = tl.load(sin_row + column, mask=in_half, other=0.0).to(tl.float32)
-    return cosine, sine
 
 
 @triton.jit
@@ -112,7 +78,7 @@ def head_norm_forward_kernel(
 
     # Values lie behind the keys in x. A lane of theirs is masked: it is read as 0 and not written.
     source = x + s * x_stride_s + b * x_stride_b + head * x_stride_n
-    low, high = _load_halves(source, column, half, (is_query | is_key) & in_half)
+    low, high = load_halves(source, column, half, (is_query | is_key) & in_half)
     squares = tl.sum(low * low + high * high, axis=1, keep_dims=True)
     row_rstd = tl.rsqrt(squares / (2 * half) + eps)
     # Outputs and statistics are contiguous, each kind for itself, so that keys count from 0.
@@ -122,8 +88,8 @@ def head_norm_forward_kernel(
     tl.store(k_rstd + k_row, row_rstd, mask=is_key)
 
     # A tile may hold heads of both kinds, so each lane picks the gain of its own.
-    q_low_gain, q_high_gain = _load_halves(q_gain, column, half, in_half)
-    k_low_gain, k_high_gain = _load_halves(k_gain, column, half, in_half)
+    q_low_gain, q_high_gain = load_halves(q_gain, column, half, in_half)
+    k_low_gain, k_high_gain = load_halves(k_gain, column, half, in_half)
     low *= row_rstd * tl.where(is_query, q_low_gain, k_low_gain)
     high *= row_rstd * tl.where(is_query, q_high_gain, k_high_gain)
     # The norm's own rounding.
@@ -131,13 +97,13 @@ def head_norm_forward_kernel(
     low = low.to(dtype).to(tl.float32)
     high = high.to(dtype).to(tl.float32)
 
-    cosine, sine = _load_angles(
+    cosine, sine = load_angles(
         cos, sin, s, b, cos_stride_s, cos_stride_b, sin_stride_s, sin_stride_b, column, in_half
     )
     out_low = low * cosine - high * sine
     out_high = high * cosine + low * sine
-    _store_halves(q + q_row * 2 * half, out_low, out_high, column, half, is_query & in_half)
-    _store_halves(k + k_row * 2 * half, out_low, out_high, column, half, is_key & in_half)
+    store_halves(q + q_row * 2 * half, out_low, out_high, column, half, is_query & in_half)
+    store_halves(k + k_row * 2 * half, out_low, out_high, column, half, is_key & in_half)
 
 
 # Otherwise Triton compiles one more kernel for a number of tokens that 16 divides.
@@ -162,8 +128,8 @@ def head_norm_backward_kernel(
     """
     column = tl.arange(0, HALF)[None, :]
     in_half = column < half
-    q_low_gain, q_high_gain = _load_halves(q_gain, column, half, in_half)
-    k_low_gain, k_high_gain = _load_halves(k_gain, column, half, in_half)
+    q_low_gain, q_high_gain = load_halves(q_gain, column, half, in_half)
+    k_low_gain, k_high_gain = load_halves(k_gain, column, half, in_half)
     q_low_sum = tl.zeros((HEADS, HALF), tl.float32)  # over tiles; over heads below
     q_high_sum = tl.zeros((HEADS, HALF), tl.float32)
     k_low_sum = tl.zeros((HEADS, HALF), tl.float32)
@@ -179,15 +145,15 @@ def head_norm_backward_kernel(
         is_query = head < query_heads
         is_key = (head >= query_heads) & (head < query_heads + key_heads)
         # A lane past the keys reads 0 everywhere, and so adds nothing to any sum below.
-        cosine, sine = _load_angles(
+        cosine, sine = load_angles(
             cos, sin, s, b, cos_stride_s, cos_stride_b, sin_stride_s, sin_stride_b, column, in_half
         )
         source = x + s * x_stride_s + b * x_stride_b + head * x_stride_n
-        low, high = _load_halves(source, column, half, (is_query | is_key) & in_half)
+        low, high = load_halves(source, column, half, (is_query | is_key) & in_half)
         q_row = d_q + s * q_stride_s + b * q_stride_b + head * q_stride_n
-        q_low, q_high = _load_halves(q_row, column, half, is_query & in_half)
+        q_low, q_high = load_halves(q_row, column, half, is_query & in_half)
         k_row = d_k + s * k_stride_s + b * k_stride_b + (head - query_heads) * k_stride_n
-        k_low, k_high = _load_halves(k_row, column, half, is_key & in_half)
+        k_low, k_high = load_halves(k_row, column, half, is_key & in_half)
         row_rstd = tl.load(q_rstd + token * query_heads + head, mask=is_query, other=0.0)
         row_rstd += tl.load(k_rstd + token * key_heads + head - query_heads, mask=is_key, other=0.0)
 
@@ -207,22 +173,11 @@ def head_norm_backward_kernel(
         d_high *= tl.where(is_query, q_high_gain, k_high_gain)
         d_low, d_high = _norm_gradient(d_low, d_high, low, high, row_rstd, half)
         destination = d_x + s * d_x_stride_s + b * d_x_stride_b + head * d_x_stride_n
-        _store_halves(destination, d_low, d_high, column, half, (is_query | is_key) & in_half)
+        store_halves(destination, d_low, d_high, column, half, (is_query | is_key) & in_half)
     # A program without a tile writes zeros here: `partials` is not initialized.
     row = partials + tl.program_id(0).to(tl.int64) * 4 * half
     _store_half_sums(row, q_low_sum, q_high_sum, half, HALF)
     _store_half_sums(row + 2 * half, k_low_sum, k_high_sum, half, HALF)
-
-
-def _dense(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _angle_strides(cos: Tensor, sin: Tensor) -> tuple[int, int, int, int]:
-    """Of sequence and batch; one row of angles may serve every sequence of the batch."""
-    cos_stride_b = 0 if cos.shape[1] == 1 else cos.stride(1)
-    sin_stride_b = 0 if sin.shape[1] == 1 else sin.stride(1)
-    return cos.stride(0), cos_stride_b, sin.stride(0), sin_stride_b
 
 
 def launch_head_norm_forward(
@@ -238,7 +193,7 @@ def launch_head_norm_forward(
     # The kernel computes in float32, which would cost a float64 run its digits.
     if heads.dtype == torch.float64:
         return cpu.head_norm_forward(heads, q_gain, k_gain, cos, sin, query_heads, eps)
-    heads = _dense(heads)
+    heads = dense(heads)
     cos = cos.contiguous()
     sin = sin.contiguous()
     sequence, batch, _, head_dim = heads.shape
@@ -254,7 +209,7 @@ def launch_head_norm_forward(
         q, k, q_rstd, k_rstd,
         batch, query_heads, key_heads, half,
         *heads.stride()[:3],
-        *_angle_strides(cos, sin),
+        *angle_strides(cos, sin),
         eps,
         HEADS=shape.rows, HALF=shape.columns, **shape.options,
     )  # fmt: skip
@@ -270,9 +225,9 @@ def launch_head_norm_backward(
         return cpu.head_norm_backward(
             d_q, d_k, d_v, heads, q_rstd, k_rstd, q_gain, k_gain, cos, sin
         )
-    heads = _dense(heads)
-    d_q = _dense(d_q)
-    d_k = _dense(d_k)
+    heads = dense(heads)
+    d_q = dense(d_q)
+    d_k = dense(d_k)
     cos = cos.contiguous()
     sin = sin.contiguous()
     sequence, batch, query_heads, head_dim = d_q.shape
@@ -293,7 +248,7 @@ def launch_head_norm_backward(
         *d_k.stride()[:3],
         *heads.stride()[:3],
         *d_heads.stride()[:3],
-        *_angle_strides(cos, sin),
+        *angle_strides(cos, sin),
         HEADS=shape.rows, HALF=shape.widths[0], STAGES=shape.stages, **shape.options,
     )  # fmt: skip
     return d_heads, partials

@@ -12,23 +12,11 @@ from torch import Tensor
 
 from ..cpu import pointwise as cpu
 from ..cpu.compiled import CompiledDefinitions, server_of
+from ..heads import angle_strides, dense, load_angles, load_halves, store_halves
 from ..launch import rotary_shape
 from ..library import register
 from ..optional_triton import tl, triton
 from ..tiling import ceil_div
-
-
-@triton.jit
-def _load_heads(
-    row: tl.tensor, head: tl.tensor, heads: tl.tensor, stride: tl.tensor,
-    column: tl.tensor, half: tl.tensor,
-) -> tl.tuple:  # fmt: skip
-    """Both halves of the heads in [0, heads) in float32, 0 elsewhere."""
-    address = row + head * stride + column
-    mask = (head >= 0) & (head < heads) & (column < half)
-    low = tl.load(address, mask=mask, other=0.0).to(tl.float32)
-    high = tl.load(address + half, mask=mask, other=0.0).to(tl.float32)
-    return low, high
 
 
 @triton.jit
@@ -53,21 +41,22 @@ def join_heads_kernel(
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS).to(tl.int64))[:, None]
 
     # A head is read from one of the three tensors, and as 0 from the others.
-    q_row = d_q + s * q_stride_s + b * q_stride_b
-    q_low, q_high = _load_heads(q_row, head, queries, q_stride_n, column, half)
-    k_row = d_k + s * k_stride_s + b * k_stride_b
-    k_low, k_high = _load_heads(k_row, head - queries, keys, k_stride_n, column, half)
-    v_row = d_v + s * v_stride_s + b * v_stride_b
-    value = head - queries - keys
-    v_low, v_high = _load_heads(v_row, value, keys, v_stride_n, column, half)
-
     in_half = column < half
-    cos_row = cos + s * cos_stride_s + b * cos_stride_b
-    cosine = tl.load(cos_row + column, mask=in_half, other=0.0).to(tl.float32)
-    sin_row = sin + s * sin_stride_s + b * sin_stride_b
-    sine = tl.load(sin_row + column, mask=in_half, other=0.0).to(tl.float32)
-    # At most one of q, k and v is not 0 in a lane, so one expression serves all three without a
-    # branch: queries and keys are rotated back, values are added as they are.
+    key = head - queries
+    value = key - keys
+    q_row = d_q + s * q_stride_s + b * q_stride_b + head * q_stride_n
+    q_low, q_high = load_halves(q_row, column, half, (head < queries) & in_half)
+    k_row = d_k + s * k_stride_s + b * k_stride_b + key * k_stride_n
+    is_key = (key >= 0) & (key < keys)
+    k_low, k_high = load_halves(k_row, column, half, is_key & in_half)
+    v_row = d_v + s * v_stride_s + b * v_stride_b + value * v_stride_n
+    is_value = (value >= 0) & (value < keys)
+    v_low, v_high = load_halves(v_row, column, half, is_value & in_half)
+
+    # Values were not rotated. The others turn back: the sine changes its sign.
+    cosine, sine = load_angles(
+        cos, sin, s, b, cos_stride_s, cos_stride_b, sin_stride_s, sin_stride_b, column, in_half
+    )
     turned_low = q_low + k_low
     turned_high = q_high + k_high
     low = turned_low * cosine + turned_high * sine + v_low
@@ -75,15 +64,8 @@ def join_heads_kernel(
 
     # The last tile of a token may reach past its heads, into those of the next token.
     heads = queries + 2 * keys
-    destination = out + (token * heads + head) * 2 * half + column
-    mask = (head < heads) & in_half
-    dtype = out.dtype.element_ty
-    tl.store(destination, low.to(dtype), mask=mask)
-    tl.store(destination + half, high.to(dtype), mask=mask)
-
-
-def _dense(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+    destination = out + (token * heads + head) * 2 * half
+    store_halves(destination, low, high, column, half, (head < heads) & in_half)
 
 
 def launch_join_heads(d_q: Tensor, d_k: Tensor, d_v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -91,9 +73,9 @@ def launch_join_heads(d_q: Tensor, d_k: Tensor, d_v: Tensor, cos: Tensor, sin: T
     # The kernel computes in float32, which would cost a float64 run its digits.
     if d_q.dtype == torch.float64:
         return cpu.join_heads(d_q, d_k, d_v, cos, sin)
-    d_q = _dense(d_q)
-    d_k = _dense(d_k)
-    d_v = _dense(d_v)
+    d_q = dense(d_q)
+    d_k = dense(d_k)
+    d_v = dense(d_v)
     cos = cos.contiguous()
     sin = sin.contiguous()
     sequence, batch, queries, head_dim = d_q.shape
@@ -104,9 +86,6 @@ def launch_join_heads(d_q: Tensor, d_k: Tensor, d_v: Tensor, cos: Tensor, sin: T
         return out
     half = head_dim // 2
     shape = rotary_shape(heads, half, d_q.dtype, d_q.device)
-    # One row of angles may serve every sequence of the batch.
-    cos_stride_b = 0 if cos.shape[1] == 1 else cos.stride(1)
-    sin_stride_b = 0 if sin.shape[1] == 1 else sin.stride(1)
     grid = (sequence * batch, ceil_div(heads, shape.rows))
     join_heads_kernel[grid](
         d_q, d_k, d_v, cos, sin, out,
@@ -114,8 +93,7 @@ def launch_join_heads(d_q: Tensor, d_k: Tensor, d_v: Tensor, cos: Tensor, sin: T
         *d_q.stride()[:3],
         *d_k.stride()[:3],
         *d_v.stride()[:3],
-        cos.stride(0), cos_stride_b,
-        sin.stride(0), sin_stride_b,
+        *angle_strides(cos, sin),
         HEADS=shape.rows, HALF=shape.columns, **shape.options,
     )  # fmt: skip
     return out

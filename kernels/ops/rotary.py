@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..cpu import pointwise as cpu
 from ..cpu.compiled import CompiledDefinitions, server_of
+from ..heads import angle_strides, dense, load_angles, load_halves, store_halves
 from ..launch import rotary_shape
 from ..library import first_derivative, register
 from ..optional_triton import tl, triton
@@ -43,31 +44,23 @@ def rotary_kernel(
     column = tl.arange(0, HALF)[None, :]
     in_half = column < half
 
-    cos_row = cos + s * cos_stride_s + b * cos_stride_b
-    cosine = tl.load(cos_row + column, mask=in_half, other=0.0).to(tl.float32)
-    sin_row = sin + s * sin_stride_s + b * sin_stride_b
-    sine = tl.load(sin_row + column, mask=in_half, other=0.0).to(tl.float32)
-    # To rotate back is to rotate by the negative angle, whose cosine is the same.
+    cosine, sine = load_angles(
+        cos, sin, s, b, cos_stride_s, cos_stride_b, sin_stride_s, sin_stride_b, column, in_half
+    )
     if INVERSE:
         sine = -sine
 
     first_head = tl.program_id(1) * HEADS
     head = first_head + tl.arange(0, HEADS).to(tl.int64)[:, None]
     mask = (head < heads) & in_half
-    source_token = x + s * x_stride_s + b * x_stride_b
-    source = source_token + head * x_stride_n + column
-    low = tl.load(source, mask=mask, other=0.0).to(tl.float32)
-    high = tl.load(source + half, mask=mask, other=0.0).to(tl.float32)
+    source = x + s * x_stride_s + b * x_stride_b + head * x_stride_n
+    low, high = load_halves(source, column, half, mask)
 
     # Both halves are in registers before either is written, so `out` may be `x`.
-    out_token = out + s * out_stride_s + b * out_stride_b
-    destination = out_token + head * out_stride_n + column
-    dtype = out.dtype.element_ty
     out_low = low * cosine - high * sine
-    tl.store(destination, out_low.to(dtype), mask=mask)
-    destination += half
     out_high = high * cosine + low * sine
-    tl.store(destination, out_high.to(dtype), mask=mask)
+    destination = out + s * out_stride_s + b * out_stride_b + head * out_stride_n
+    store_halves(destination, out_low, out_high, column, half, mask)
 
 
 def _launch(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, inverse: bool) -> None:
@@ -78,9 +71,6 @@ def _launch(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, inverse: bool) -> 
     # The kernel has strides of positions and of sequences, and none of the pairs.
     cos = cos.contiguous()
     sin = sin.contiguous()
-    # One row of angles may serve every sequence of the batch.
-    cos_stride_b = 0 if cos.shape[1] == 1 else cos.stride(1)
-    sin_stride_b = 0 if sin.shape[1] == 1 else sin.stride(1)
     shape = rotary_shape(heads, half, x.dtype, x.device)
     grid = (sequence * batch, ceil_div(heads, shape.rows))
     rotary_kernel[grid](
@@ -88,8 +78,7 @@ def _launch(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, inverse: bool) -> 
         batch, heads, half,
         *x.stride()[:3],
         *out.stride()[:3],
-        cos.stride(0), cos_stride_b,
-        sin.stride(0), sin_stride_b,
+        *angle_strides(cos, sin),
         INVERSE=inverse, HEADS=shape.rows, HALF=shape.columns, **shape.options,
     )  # fmt: skip
 
@@ -99,7 +88,7 @@ def launch_rotary(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     if x.dtype == torch.float64:
         return cpu.rotary(x, cos, sin, inverse)
     # Heads may be strided: q and k are views of the fused QKV projection.
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    x = dense(x)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _launch(x, cos, sin, out, inverse)
     return out

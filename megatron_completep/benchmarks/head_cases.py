@@ -1,4 +1,4 @@
-"""The heads' cases of the kernel benchmark: QK-norm with rotation, and their gradients joined."""
+"""The heads' cases of the kernel benchmark: rotation, QK-norm with it, gradients joined."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_completep import kernels
+from megatron_completep.benchmarks import library_baselines
 from megatron_completep.benchmarks.kernel_cases import (
     EPS,
     Case,
@@ -29,18 +30,40 @@ def rotation(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(x.dtype)
 
 
-def angles_of(rows: int, head_dim: int, setting: Setting) -> tuple[Tensor, Tensor]:
-    """(cos, sin), each [rows, 1, head_dim / 2]."""
-    angle = torch.rand(rows, 1, head_dim // 2, device=setting.device) * 6.3  # about 2 pi
-    return angle.cos(), angle.sin()
+def random_angle(rows: int, head_dim: int, setting: Setting) -> Tensor:
+    """[rows, 1, head_dim / 2], between 0 and about 2 pi."""
+    return torch.rand(rows, 1, head_dim // 2, device=setting.device) * 6.3
 
 
 def head_cases(
     rows: int, queries: int, keys: int, head_dim: int, setting: Setting
 ) -> Iterator[Case]:
     """Between the QKV projection and attention: heads [rows, 1, queries + 2 keys, head_dim]."""
+    yield _rotary_case(rows, queries, head_dim, setting)
     yield from _normed_heads_cases(rows, queries, keys, head_dim, setting)
     yield _joined_heads_case(rows, queries, keys, head_dim, setting)
+
+
+def _rotary_case(rows: int, heads: int, head_dim: int, setting: Setting) -> Case:
+    """The rotation of [rows, 1, heads, head_dim]; its backward is the same kernel."""
+    x = setting.random(rows, 1, heads, head_dim)
+    angle = random_angle(rows, head_dim, setting)
+    cos = angle.cos()
+    sin = angle.sin()
+
+    def ours(x: Tensor) -> Tensor:
+        return kernels.rotary(x, cos, sin)
+
+    def plain(x: Tensor) -> Tensor:
+        return rotation(x, cos, sin)
+
+    programs: dict[str, Program] = setting.with_compiled({"ours": ours, "eager": plain}, plain)
+    implementations = all_of(forward_of, programs, x)
+    for name, program in library_baselines.rotaries(x, angle, setting.say).items():
+        implementations[name] = forward_of(program)  # x is bound already, in the library's layout
+    floor = 2 * x.numel() * x.element_size() + 2 * cos.numel() * cos.element_size()
+    answer = functools.partial(plain, x.double())
+    return Case("rotary", rows, heads * head_dim, floor, implementations, answer)
 
 
 def _normed_heads_cases(
@@ -49,7 +72,9 @@ def _normed_heads_cases(
     heads = setting.random(rows, 1, queries + 2 * keys, head_dim).requires_grad_()
     q_gain = setting.vector(head_dim)
     k_gain = setting.vector(head_dim)
-    cos, sin = angles_of(rows, head_dim, setting)
+    angle = random_angle(rows, head_dim, setting)
+    cos = angle.cos()
+    sin = angle.sin()
     norm = kernels.Norm("rmsnorm", EPS)
 
     def ours(heads: Tensor, q_gain: Tensor, k_gain: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,7 +113,9 @@ def _joined_heads_case(rows: int, queries: int, keys: int, head_dim: int, settin
     d_q = setting.random(rows, 1, queries, head_dim)
     d_k = setting.random(rows, 1, keys, head_dim)
     d_v = setting.random(rows, 1, keys, head_dim)
-    cos, sin = angles_of(rows, head_dim, setting)
+    angle = random_angle(rows, head_dim, setting)
+    cos = angle.cos()
+    sin = angle.sin()
 
     def ours(d_q: Tensor, d_k: Tensor, d_v: Tensor) -> Tensor:
         return kernels.join_heads(d_q, d_k, d_v, cos, sin)

@@ -20,7 +20,6 @@ from megatron_completep.benchmarks.kernel_cases import (
     optimizer_cases,
     pointwise_cases,
     residual_norm_cases,
-    rotary_cases,
 )
 
 # Memory bandwidth in GB/s by the makers' data sheets. The first name counts that the name of the
@@ -349,7 +348,6 @@ def _cases_of_one_size(rows: int, plan: Plan, setting: Setting) -> Iterator[Case
     yield from optimizer_cases(plan.parameters, setting)
     for vocabulary in plan.vocabularies:
         yield from cross_entropy_cases(rows, vocabulary, setting)
-    yield from rotary_cases(rows, 16, 128, setting)
     yield from head_cases(rows, 16, 4, 128, setting)
 
 

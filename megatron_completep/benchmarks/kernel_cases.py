@@ -299,34 +299,6 @@ def _activation_cases(
     yield Case(f"{name} backward", rows, ffn, 2 * x_bytes + out_bytes, backward)
 
 
-def rotary_cases(rows: int, heads: int, head_dim: int, setting: Setting) -> Iterator[Case]:
-    """The rotation of [rows, 1, heads, head_dim]; its backward is the same kernel."""
-    x = setting.random(rows, 1, heads, head_dim)
-    angle = torch.rand(rows, 1, head_dim // 2, device=setting.device) * 6.3  # about 2 pi
-    cos = angle.cos()
-    sin = angle.sin()
-
-    def ours(x: Tensor) -> Tensor:
-        return kernels.rotary(x, cos, sin)
-
-    def plain(x: Tensor) -> Tensor:
-        # At least float32: torch multiplies in the precision of its operands.
-        x1, x2 = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
-        c = cos.unsqueeze(2)
-        s = sin.unsqueeze(2)
-        return torch.cat((x1 * c - x2 * s, x2 * c + x1 * s), dim=-1).to(x.dtype)
-
-    programs = setting.with_compiled({"ours": ours, "eager": plain}, plain)
-    implementations = all_of(forward_of, programs, x)
-    for name, program in library_baselines.rotaries(x, angle, setting.say).items():
-        implementations[name] = forward_of(program)  # x is bound already, in the library's layout
-
-    x_bytes = x.numel() * x.element_size()
-    cos_bytes = cos.numel() * cos.element_size()
-    floor = 2 * x_bytes + 2 * cos_bytes
-    yield Case("rotary", rows, heads * head_dim, floor, implementations, lambda: plain(x.double()))
-
-
 def _plain_losses(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), labels, reduction="none")
 

@@ -169,6 +169,22 @@ def expected_gradients(case, given, y):
     return d_residual, d_branch, vectors
 
 
+def cancellation(case, given, y, d_residual):
+    """The relative error of four float32 roundings of the terms whose sum is `d_residual`.
+
+    Rows of three elements leave LayerNorm's gradient one dimension: what cancels may be larger than
+    what stays. From some ten columns on this is far below `TOLERANCE`.
+    """
+    stored = wide(y)
+    centred = stored if case.rms else stored - stored.mean(-1, keepdim=True)
+    rstd = (centred.square().mean(-1, keepdim=True) + EPS).rsqrt()
+    x_hat = centred * rstd
+    g = wide(given["d_out"]) * wide(given["weight"])
+    mean = 0.0 if case.rms else g.mean(-1, keepdim=True).abs()
+    terms = rstd * (g.abs() + mean + (x_hat * (g * x_hat).mean(-1, keepdim=True)).abs())
+    return 2**-22 * float(terms.norm() / d_residual.norm().clamp_min(1e-30))
+
+
 def check_backward(implementation, case, allocations=contextlib.nullcontext()):  # noqa: B008
     given = case.inputs()
     y, _, mean, rstd = forward(implementation, case, given)
@@ -176,10 +192,11 @@ def check_backward(implementation, case, allocations=contextlib.nullcontext()): 
         d_residual, d_branch, vectors = backward(implementation, case, given, y, mean, rstd)
     expected_residual, expected_branch, expected_vectors = expected_gradients(case, given, y)
     assert d_residual.dtype == y.dtype
-    assert_close(d_residual, expected_residual, TOLERANCE[y.dtype], "d_residual")
+    cancelled = cancellation(case, given, y, expected_residual)
+    assert_close(d_residual, expected_residual, max(TOLERANCE[y.dtype], cancelled), "d_residual")
     if case.branch:
         assert d_branch.dtype == case.dtype
-        assert_close(d_branch, expected_branch, TOLERANCE[case.dtype], "d_branch")
+        assert_close(d_branch, expected_branch, max(TOLERANCE[case.dtype], cancelled), "d_branch")
     assert len(vectors) == len(expected_vectors)
     # Beyond the registers the branch bias sums the stored branch gradient, rounded to its dtype.
     rounded = case.branch_bias and case.hidden > 8192

@@ -242,14 +242,14 @@ MUTANTS = {
     ),
     "values take the places of keys": (
         "ops.join_heads",
-        "value = head - queries - keys",
-        "value = head - queries",
+        "value = key - keys",
+        "value = key",
         notices_join_heads,
     ),
     "every sequence has the first one's positions": (
         "ops.rotary",
-        "b * cos_stride_b",
-        "0",
+        "cos, sin, s, b, cos_stride_s",
+        "cos, sin, s, 0 * b, cos_stride_s",
         partial(notices_rotary, batch_angles=2),
     ),
 }

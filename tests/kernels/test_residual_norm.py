@@ -82,10 +82,9 @@ def test_cpu_path_matches_float64(case, monkeypatch):
     check_backward(cpu, case)
 
 
-# Not 3 columns: LayerNorm's gradient has one dimension there, and what cancels is larger than it.
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "hidden", [1, 7, 64, 100, 500, 640, 768, 1000, 1024, 1100, 3072, 5120, 8192, 12288, 16384]
+    "hidden", [1, 3, 64, 100, 500, 640, 768, 1000, 1024, 1100, 3072, 5120, 8192, 12288, 16384]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 @pytest.mark.parametrize("rms", [False, True])

@@ -225,6 +225,8 @@ def _launcher(
     world: int, of_them: int, config: str, overrides: tuple[str, ...], pids: str, path: list[str]
 ) -> None:
     os.setsid()  # away from the terminal of whoever runs the tests
+    # And from their nohup: ranks would inherit it and, as they should, train on without a launcher.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     port = free_port()
     children = []
     for rank in range(of_them):

@@ -5,6 +5,7 @@ it trains, saves, resumes bit for bit and reshards, and nothing else knows of it
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,16 +20,20 @@ from megatron_completep.checkpoint.examine import (
     reshard_checkpoint,
     verify_checkpoint,
 )
-from megatron_completep.completep import table
-from megatron_completep.errors import CheckpointError
+from megatron_completep.completep import table, table_of
+from megatron_completep.errors import CheckpointError, ConfigError
 from megatron_completep.kernels import Control, read_control
+from megatron_completep.optim.adamw import AdamW
+from megatron_completep.optim.check import check_parameters
 from megatron_completep.optim.groups import Group
 from megatron_completep.optim.rule import Rule
 from megatron_completep.optim.rules import RULES
 from megatron_completep.optim.shards import Shards
 from megatron_completep.parallel.context import ParallelContext
+from megatron_completep.roles import Role
 from megatron_completep.telemetry.telemetry import update_ratios
 from tests.support.checkpoints import TinyRun, checkpointed_config
+from tests.support.configs import small_config
 from tests.support.models import (
     batch_of,
     build_model,
@@ -71,6 +76,22 @@ def momentum_run(
     folder: Path | str, context: ParallelContext | None = None, **changes: Any
 ) -> TinyRun:
     return TinyRun(checkpointed_config(folder, **changes), context, rule=Momentum)
+
+
+def test_a_rule_without_an_epsilon_is_asked_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows may then have 0 in that column; AdamW's, which divides by it, may not."""
+
+    def rows_without_eps(*sizes: Any) -> Mapping[Role, table.Row]:
+        rows = table.adamw_rows(*sizes)
+        return {role: replace(row, eps=0.0) for role, row in rows.items()}
+
+    config = small_config(model={"num_layers": 2})
+    for name, rule in (("momentum", Momentum), ("divided", AdamW)):
+        monkeypatch.setitem(RULES, name, rule)
+        monkeypatch.setitem(table.RULES, name, rows_without_eps)
+    check_parameters(config, replace(table_of(config), rule="momentum"))
+    with pytest.raises(ConfigError, match="the AdamW epsilon is 0 for"):
+        check_parameters(config, replace(table_of(config), rule="divided"))
 
 
 def test_it_updates_as_torch_s_own_and_keeps_its_state_alone() -> None:

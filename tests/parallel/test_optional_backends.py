@@ -53,6 +53,18 @@ def test_apex_is_used_where_it_is_installed_unless_told_otherwise(monkeypatch):
     )
 
 
+def test_a_library_of_products_that_was_asked_for_is_refused_where_apex_would_replace_it(
+    monkeypatch,
+):
+    pretend_installed(
+        monkeypatch, "fused_weight_gradient_mlp_cuda", wgrad_gemm_accum_fp32=lambda *tensors: None
+    )
+    with pytest.raises(ConfigError, match="matrix_products = onednn serves float32 on a CPU"):
+        choose_products("auto", "onednn", GPU, torch.bfloat16, Processor())
+    chosen = choose_products("auto", "torch", GPU, torch.bfloat16, Processor())
+    assert type(chosen) is ApexProducts  # the control: torch's own products, fused by apex
+
+
 def test_the_fused_accumulation_adds_to_what_is_there_and_overwrites_what_is_stale(monkeypatch):
     def accumulate(x, d_out, main_grad):
         main_grad.add_(d_out.t() @ x)

@@ -62,7 +62,8 @@ def pretrain(
     # that stops here.
     check_world(config, launch.world_size)
     table = table_of(config)
-    warnings = [*check_parameters(config, table), *export_warning(config.model)]
+    warnings = check_parameters(config, table)
+    warnings += export_warning(config.model, config.export.architecture)
     training = config.training
     choose_device(training.device, launch.local_rank)
 

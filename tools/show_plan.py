@@ -75,6 +75,13 @@ def main(argv: Sequence[str] | None = None) -> int | None:
                 f"{option} = {setting}: says nothing without a number of GPUs. "
                 f"Add --world-size N, or leave {option} out."
             )
+    own_figures = {"--gpu-tflops": arguments.gpu_tflops, "--gpu-memory": arguments.gpu_memory}
+    for option, figure in own_figures.items():
+        if figure is not None and arguments.gpu is None:
+            raise UserError(
+                f"{option} = {figure}: the bandwidths are those of a known GPU. "
+                "Name the nearest one by --gpu."
+            )
     gpu = gpu_of(arguments.gpu or "h100", arguments.gpu_tflops, arguments.gpu_memory)
     config = load_config(arguments.config, arguments.overrides)
     # What a role trains with needs no number of GPUs; memory, traffic and time do.
@@ -91,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         print(json.dumps(content))
         return 0
     print(describe(config))
-    print("\n" + "\n".join(export_lines(config.model)))
+    print("\n" + "\n".join(export_lines(config.model, config.export.architecture)))
     if scaling is not None:
         print("\n" + describe_scaling(config, scaling, gpu))
     return 0

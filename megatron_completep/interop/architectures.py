@@ -7,13 +7,14 @@ that of Hugging Face, and import backwards.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from megatron_completep.completep import Table
 from megatron_completep.config.derived import has_qkv_bias, head_dim, num_query_groups
 from megatron_completep.config.schema import ModelConfig
 from megatron_completep.errors import ConfigError
+from megatron_completep.model.block import BRANCHES
 
 ARCHITECTURES = ("granite", "llama", "qwen3", "qwen2", "mistral", "gpt2")
 CLASSES = {
@@ -25,6 +26,7 @@ CLASSES = {
     "gpt2": "GPT2LMHeadModel",
 }
 
+KNOWN_BRANCHES = {"attention", "mlp"}  # what blocks have in every architecture
 NOT_EXPORTABLE = (
     "export: no Hugging Face architecture can express this model (tools/export_hf.py will refuse)"
 )
@@ -68,8 +70,13 @@ class Piece:
     transposed: bool = False
 
 
-def blockers(architecture: str, model: ModelConfig) -> list[str]:
-    """Every reason why an architecture cannot express a model; empty if it can."""
+def blockers(
+    architecture: str, model: ModelConfig, branches: Collection[str] = tuple(BRANCHES)
+) -> list[str]:
+    """Every reason why an architecture cannot express a model; empty if it can.
+
+    branches: names of those of a block.
+    """
     is_gpt2 = architecture == "gpt2"
     has_qk_norm = architecture == "qwen3"
     # Settings that the architecture supports; a model with any other cannot be exported.
@@ -86,6 +93,9 @@ def blockers(architecture: str, model: ModelConfig) -> list[str]:
             alternatives = " or ".join(map(_show, choices))
             reasons.append(f"model.{name} = {_show(setting)}, but it only has {alternatives}")
 
+    further_branches = sorted(set(branches) - KNOWN_BRANCHES)
+    if further_branches:
+        reasons.append(f"a block has the branch {', '.join(further_branches)}, which it lacks")
     reasons += _bias_blockers(architecture, model)
     # GPT-2 has no setting for the size of a head: it is hidden size / heads.
     width = model.num_attention_heads * head_dim(model)
@@ -133,19 +143,26 @@ def exportable_as(model: ModelConfig) -> tuple[list[str], dict[str, list[str]]]:
     return fitting, {name: reasons for name, reasons in reasons_against.items() if reasons}
 
 
-def export_lines(model: ModelConfig) -> list[str]:
-    """What a model can be exported as and what not, with the reasons, a line each."""
+def export_lines(model: ModelConfig, architecture: str = "auto") -> list[str]:
+    """What a model can be exported as and what not, with the reasons, a line each.
+
+    architecture: `export.architecture`; that it does not fit is said first.
+    """
     fitting, reasons_against = exportable_as(model)
     lines = [f"export: as {', '.join(fitting)}" if fitting else NOT_EXPORTABLE]
+    if architecture in reasons_against:
+        lines.insert(0, f"export.architecture = {architecture} cannot express this model")
     for name, reasons in reasons_against.items():
         lines.append(f"  not as {name}: {'; '.join(reasons)}")
     return lines
 
 
-def export_warning(model: ModelConfig) -> list[str]:
-    """`export_lines` as one warning for a model that no architecture can express; else none."""
-    fitting, _ = exportable_as(model)
-    return [] if fitting else ["\n".join(export_lines(model))]
+def export_warning(model: ModelConfig, architecture: str = "auto") -> list[str]:
+    """`export_lines` as one warning, if no architecture or not the chosen one fits; else none."""
+    fitting, reasons_against = exportable_as(model)
+    if fitting and architecture not in reasons_against:
+        return []
+    return ["\n".join(export_lines(model, architecture))]
 
 
 def choose_architecture(model: ModelConfig, table: Table, architecture: str = "auto") -> str:
@@ -167,7 +184,8 @@ def choose_architecture(model: ModelConfig, table: Table, architecture: str = "a
     if fitting:
         return fitting[0]
 
-    hint = "" if architecture == "auto" else " Try --architecture auto."
+    others, _ = exportable_as(model)
+    hint = f" Take --architecture {others[0]}." if others else ""
     lines = [f"none of the requested architectures can express this model.{hint}"]
     for name, reasons in reasons_against.items():
         lines.append(f"{name}: {'; '.join(reasons)}")

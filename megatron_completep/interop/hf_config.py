@@ -50,7 +50,8 @@ def to_hf(
 
     config_json |= _to_llama(model)
     if longest is not None:
-        config_json["max_position_embeddings"] = longest
+        # A run on longer sequences than the original serves those, too.
+        config_json["max_position_embeddings"] = max(longest, model.seq_length)
     if model.rope_scaling is not None:
         config_json["rope_scaling"] = model.rope_scaling.given()
     # transformers knows these keys for some of the architectures only.

@@ -247,7 +247,7 @@ def _export_section(
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     section: dict[str, Any] = {
         "architecture": architecture,
-        "token_ids": {name: config_json[name] for name in names if name in config_json},
+        "token_ids": {name: config_json[name] for name in names if config_json.get(name, -1) != -1},
     }
     longest = longest_sequence(config_json)
     if longest != seq_length:

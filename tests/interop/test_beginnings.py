@@ -5,6 +5,7 @@ scoring and export; lm-eval's back end `hf` on the original and on the export is
 from __future__ import annotations
 
 import json
+import shutil
 import types
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,10 @@ def test_documents_begin_as_the_library_begins_them_unless_the_user_says_otherwi
         assert dataset.sidecar is not None and dataset.sidecar["beginning"] == front
     other = token_files(original, tmp_path / "ended", eod_token="<pad>")
     assert IndexedDataset(other).document(0)[-1] == 4
+    chosen = TokenizerChoice("huggingface", str(original), eod_token="<pad>")
+    unended = PreprocessSettings((str(tmp_path / "ended.jsonl"),), str(tmp_path / "not"), chosen)
+    with pytest.raises(DataError, match="<pad> names the token that --append-eod writes"):
+        preprocess(unended)
 
 
 def test_unfinished_preprocessing_of_before_is_finished_as_it_was_begun(
@@ -226,6 +231,39 @@ def test_end_tokens_pad_generation_and_longest_sequence_survive_import_and_expor
         assert json.loads((original / name).read_text()) == json.loads(
             (exported / name).read_text()
         )
+
+
+def test_an_id_of_minus_one_is_no_token_and_longer_runs_are_exported_as_long(
+    original: Path, tmp_path: Path
+) -> None:
+    """Llama 1 wrote pad_token_id -1 for none."""
+    folder = tmp_path / "m"
+    shutil.copytree(original, folder)
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**content, "pad_token_id": -1}))
+    import_model(folder, tmp_path / "run", ["training.device=cpu"], seq_length=64)
+    config = load_config(tmp_path / "run" / "config.yaml")
+    assert config.export.token_ids == {"bos_token_id": BEGIN, "eos_token_id": [END, 7]}
+    assert content["max_position_embeddings"] == 48
+    export_model(tmp_path / "run", tmp_path / "out", ExportSettings(dtype="float32"))
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["max_position_embeddings"] == 64
+
+
+def test_a_pad_token_stays_where_no_end_is_named_and_is_the_end_where_there_is_none(
+    tmp_path: Path,
+) -> None:
+    for pad, expected in (("<pad>", "<pad>"), (None, "</s>")):
+        folder = tmp_path / str(pad)
+        write_tokenizer_files(folder, template=None)
+        names = {} if pad is None else {"pad_token": pad}
+        (folder / "tokenizer_config.json").write_text(json.dumps(names))
+        settings = TokenizerConfig(type="huggingface", model=str(folder))
+        out = folder / "out"
+        out.mkdir()
+        write_tokenizer(build_tokenizer(settings), out, 48, settings)
+        written = json.loads((out / "tokenizer_config.json").read_text())
+        assert (written["eos_token"], written["pad_token"]) == ("</s>", expected)
 
 
 def test_the_check_of_an_export_reads_its_tokenizer_in_transformers(

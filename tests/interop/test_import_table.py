@@ -14,7 +14,7 @@ import torch
 from megatron_completep.config import config_from_mapping, load_config
 from megatron_completep.errors import ConfigError, DataError, UserError
 from megatron_completep.inference.generation import load_model
-from megatron_completep.interop.architectures import export_lines, export_warning
+from megatron_completep.interop.architectures import blockers, export_lines, export_warning
 from megatron_completep.interop.check_export import load_with_transformers
 from megatron_completep.interop.export_model import export_model
 from megatron_completep.interop.hf_config import from_hf
@@ -86,8 +86,8 @@ def test_an_import_computes_what_transformers_does_and_goes_back_bit_equal(
     assert torch.equal(theirs(tmp_path / "out"), expected)
 
 
-def test_the_table_has_at_least_sixty_rows() -> None:
-    assert len(RIGHT) + len(REFUSED) >= 60
+def test_the_table_has_sixty_one_rows() -> None:
+    assert len(RIGHT) + len(REFUSED) == 61
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +179,18 @@ def test_a_head_beside_tied_embeddings_must_be_their_equal(tmp_path: Path) -> No
         import_model(original, tmp_path / "other")
 
 
+def test_nan_in_a_tied_table_and_its_head_is_named_and_not_called_a_difference(
+    tmp_path: Path,
+) -> None:
+    original = make_folder(tmp_path / "m", "Llama", {**SHAPE, "tie_word_embeddings": True})
+    name = "model.embed_tokens.weight"
+    table = tensors_of(original)[name].clone()
+    table[3, 3] = math.nan
+    spoiled(original, **{name: table, "lm_head.weight": table.clone()})
+    with pytest.raises(DataError, match=r"lm_head\.weight holds nan at \[3, 3\]"):
+        import_model(original, tmp_path / "run")
+
+
 def test_a_tensor_with_nan_is_named_with_its_place_and_nothing_is_left(tmp_path: Path) -> None:
     original = make_folder(tmp_path / "m", "Llama", SHAPE)
     name = "model.layers.1.mlp.up_proj.weight"
@@ -225,6 +237,13 @@ def test_a_plan_says_what_a_model_can_be_exported_as_and_why_not() -> None:
     assert lines[0] == "export: as qwen2"
     assert any("not as llama: model.qkv_bias = true" in line for line in lines)
     assert export_warning(model_config(qkv_bias=True)) == []
+    assert export_warning(model_config(), "llama") == []
+    # A branch that somebody registered has no place in any of them.
+    assert blockers("llama", model_config(), ("attention", "mlp")) == []
+    (reason,) = blockers("llama", model_config(), ("attention", "mlp", "side"))
+    assert "branch side" in reason
+    (warning,) = export_warning(model_config(), "gpt2")
+    assert warning.startswith("export.architecture = gpt2 cannot express this model\nexport: as ")
     (warning,) = export_warning(model_config(position="alibi"))
     assert "no Hugging Face architecture" in warning and len(warning.splitlines()) == 7
 

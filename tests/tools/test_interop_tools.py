@@ -4,6 +4,7 @@ what they print, that they fit together, and their exit codes.
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -105,6 +106,21 @@ def test_evaluation_prints_bits_per_byte_and_limits_documents(
 ) -> None:
     code, out, _ = call(evaluate_model, trained, "--token-file", tmp_path / "texts", "--limit", 2)
     assert code == 0 and "bits per byte" in out and "2 documents" in out
+
+
+def test_a_prompt_ends_at_a_line_feed_and_at_nothing_else(tmp_path: Path) -> None:
+    prompts = ["a\u2028b", "form\ffeed", "next\x85line"]
+    jsonl = tmp_path / "prompts.jsonl"
+    rows = [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts]
+    jsonl.write_text("\n".join(rows) + "\n", "utf-8")
+    lines = tmp_path / "prompts.txt"
+    lines.write_text("\n".join(prompts) + "\n", "utf-8")
+    assert len(lines.read_text("utf-8").splitlines()) == 6  # what would split them
+    for path in (jsonl, lines):
+        arguments = argparse.Namespace(prompt=None, prompts=path)
+        assert generate.read_prompts(arguments) == prompts
+    lines.write_text("")
+    assert generate.read_prompts(arguments) == []
 
 
 def test_prompts_from_files_give_the_same_texts_in_any_batch(

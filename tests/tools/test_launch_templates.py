@@ -50,7 +50,7 @@ def test_the_batch_script_starts_every_rank_and_requeues_what_may_go_on(
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
         "RECORD": str(record),
         "CODE": str(code),
-        "ENVIRONMENT": str(tmp_path / "none"),
+        "ENVIRONMENT": "",  # the machine's own Python
     }
     environment.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)
     if connections != 1:  # what the user has set stays
@@ -94,6 +94,18 @@ def test_the_batch_script_activates_the_environment(tmp_path):
             timeout=60,
         )
         assert (script.returncode, script.stdout) == (9, "activated\n"), name
+
+
+def test_the_batch_script_refuses_an_environment_that_is_not_there(tmp_path):
+    script = subprocess.run(
+        ["bash", str((LAUNCH / "slurm.sbatch").resolve())],
+        cwd=tmp_path,
+        env={**os.environ, "ENVIRONMENT": "typo"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert script.returncode == 2 and "ENVIRONMENT=typo has no bin/activate" in script.stderr
 
 
 def node_and_job(name: str) -> tuple[dict, dict, int]:

@@ -69,3 +69,5 @@ def test_a_gpu_of_ones_own_figures_is_planned_with_them(programs: Programs):
     assert "16 a100, 181 TFLOP/s, 48 GB: tensor 2" in text and "65% of 181 TFLOP/s" in text
     refused = programs.run(show_plan.main, CONFIG, "--gpu-memory", "48")
     assert refused.code == 2 and "--gpu-memory = 48.0: says nothing without" in refused.err
+    refused = programs.run(show_plan.main, CONFIG, "--world-size", "16", "--gpu-tflops", "181")
+    assert refused.code == 2 and "Name the nearest one by --gpu." in refused.err

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 
 from megatron_completep.config import derived
+from megatron_completep.config.context_rules import context_problems
 from megatron_completep.config.data_rules import source_problems, tokenizer_problems
 from megatron_completep.config.graph_rules import graph_problems
 from megatron_completep.config.optimizer_rules import decay_problems, muon_problems
@@ -470,6 +471,7 @@ RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _attention_backend,
     _completep,
     _tensor_parallel,
+    context_problems,
     _pipeline,
     _schedule,
     muon_problems,

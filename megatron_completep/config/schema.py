@@ -168,9 +168,7 @@ class ParallelConfig(Section):
     virtual_pipeline_size: PositiveInt = Field(
         1, description="Model chunks a pipeline rank (interleaved schedules)."
     )
-    context_parallel_size: Literal[1] = Field(
-        1, description="Ranks that share a sequence; 1 for now."
-    )
+    context_parallel_size: PositiveInt = Field(1, description="Ranks that share a sequence.")
     schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "zero_bubble"] = Field(
         "1f1b", description="Pipeline schedule."
     )

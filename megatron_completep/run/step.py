@@ -304,7 +304,7 @@ class TrainingStep:
             sources = self._place(torch.tensor([source_of(sample) for sample in sample_ids]))
             # A pipeline's filler comes last.
             sums_by_source.index_add_(0, sources, row_losses[: len(sources)])
-            mask = torch.cat([batch.loss_mask for batch in step_batches])
+            mask = torch.cat([self._own_mask(batch) for batch in step_batches])
             counted = self._place((mask != 0).sum(1).double())
             sums_by_source.index_add_(0, sources + num_sources, counted)
         # Two reductions: elements of another tensor may be added in another order of ranks.
@@ -338,7 +338,7 @@ class TrainingStep:
         return [total / count if count else math.nan for total, count in pairs]
 
     def _micro_batch(self, batch: Batch, dropout_seeds: Tensor | None) -> MicroBatch:
-        """The tensors of a batch that the model reads, on the device."""
+        """The tensors of a batch that the model reads, on the device: of this rank's tokens."""
         labels = self._place(batch.labels)
         # Check on the host, where the mask still is; checking on the device would synchronize.
         if not bool((batch.loss_mask != 0).all()):
@@ -350,7 +350,7 @@ class TrainingStep:
                 positions=self._place(batch.positions),
                 document_ids=self._place(batch.document_ids),
             )
-        return micro_batch
+        return micro_batch.part(self.context.context_part)
 
     def _place(self, tensor: Tensor) -> Tensor:
         """The tensor on the device.
@@ -363,7 +363,11 @@ class TrainingStep:
         """Number of tokens whose loss this rank computes; 0 unless it holds the last stage."""
         if self.pipeline is not None and not self.pipeline.holds_last:
             return 0
-        return sum(int((batch.loss_mask != 0).sum()) for batch in batches)
+        return sum(int((self._own_mask(batch) != 0).sum()) for batch in batches)
+
+    def _own_mask(self, batch: Batch) -> Tensor:
+        """The loss mask [B, S] of this rank's tokens."""
+        return self.context.context_part.cut(batch.loss_mask)
 
     def seeds_of(self, step: int, batch: Batch) -> Tensor | None:
         """The seeds of one micro-batch's dropout [1, branches + 1, 7]; None without dropout.
@@ -375,13 +379,19 @@ class TrainingStep:
         if model.dropout == 0.0:
             return None
         sequence = self.context.sequence
+        context_part = self.context.context_part
+        # Sequence parallelism divides what a context rank holds.
+        first = sequence.index * sequence.length(context_part.length(model.seq_length))
+        rows = context_part.rows(first, model.seq_length)
         seed = kernels.dropout_seed(
             # Drop one of 64 bits to fit a non-negative int64.
             mix(self.config.training.seed ^ mix(step)) >> 1,
             batch=len(batch.tokens),
             first_sample=int(batch.sample_ids[0]),
             seq_length=model.seq_length,
-            start=sequence.index * sequence.length(model.seq_length),
+            start=rows.start,
+            turn=rows.turn,
+            second_start=rows.second_start,
         )
         seeds = dropout_seeds(seed, model.num_layers * len(BRANCHES))
         return self._place(seeds[None])

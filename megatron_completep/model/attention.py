@@ -156,6 +156,12 @@ class Attention(nn.Module):
                 total += norm.statistics_bytes(rows, sizes)
         if not self.recompute_selectively:
             total += sizes.tokens * self.num_heads * 4  # a logsumexp, float32 in every precision
+            if self.context_part.split:
+                # Keys and values of the whole sequence, and the output of each chunk before they
+                # are put side by side.
+                gathered_rows = sizes.whole_tokens * 2 * self.num_groups
+                output_rows = sizes.tokens * self.num_heads
+                total += (gathered_rows + output_rows) * self.head_dim * sizes.element_bytes
         return total
 
     def _heads(self, qkv: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -262,13 +268,23 @@ def attend_to_prefixes(
     first = 0
     for chunk in chunks:
         queries = q[:, :, first : first + len(chunk)]
-        # The last query of the chunk sees every key.
-        mask = causal_lower_right(len(chunk), chunk.stop)
+        mask = prefix_mask(len(chunk), chunk.stop, q.device)
         keys = k[:, :, : chunk.stop]
         values = v[:, :, : chunk.stop]
         mixed.append(scaled_dot_product(queries, keys, values, mask, scale, backend))
         first += len(chunk)
     return torch.cat(mixed, dim=2)
+
+
+def prefix_mask(queries: int, keys: int, device: torch.device) -> Tensor:
+    """The causal mask [queries, keys] under which the last query sees every key.
+
+    On a GPU kernels know torch's own value of it without a mask in memory.
+    """
+    if device.type == "cuda":
+        return causal_lower_right(queries, keys)
+    every_key = torch.ones(queries, keys, dtype=torch.bool, device=device)
+    return every_key.tril(keys - queries)
 
 
 def scaled_dot_product(

@@ -238,7 +238,8 @@ class GPT(nn.Module):
         total = sum(block.activation_bytes(sizes) for _, block in self.blocks())
         if self.config.position == "rope":
             # cos and sin [S, D/2], shared by all layers.
-            total += self.config.seq_length * head_dim(self.config) * sizes.wide_bytes
+            own_length = self.context.context_part.length(self.config.seq_length)
+            total += own_length * head_dim(self.config) * sizes.wide_bytes
         return total
 
     def _embed(

@@ -230,6 +230,7 @@ def describe_run(
         place += f", {threads} threads"
     processes = "process" if context.world_size == 1 else "processes"
     dtype = str(precision).removeprefix("torch.")
+    sharing = f" x context {context.context.size}" if context.context.size > 1 else ""
 
     ramp = ""
     if training.batch_ramp:
@@ -249,7 +250,7 @@ def describe_run(
         f"{flops:,.1f} MFLOP a token\n"
         f"{context.world_size} {processes} on {place}, {dtype}, products by {products}; "
         f"tensor {context.tensor.size} x pipeline {context.pipeline.size} "
-        f"x data {context.data.size}\n"
+        f"x data {context.data.size}{sharing}\n"
         f"{training.train_steps} steps of {training.global_batch_size}{ramp} "
         f"x {model.seq_length} tokens -> {training.output_dir}{without_effect}"
     )

@@ -38,14 +38,15 @@ def context_problems(config: Config) -> Iterator[Problem]:
     bias = _bias_bytes(config)
     if bias > LARGEST_BIAS:
         needs_bias = "data.reset_at_document_ends = true"
-        remedy = "model.attention_backend = flash_attention, "
+        remedy = "model.attention_backend = flash_attention, a larger context_parallel_size or a "
+        remedy += "smaller micro_batch_size"
         if config.model.position == "alibi":
             needs_bias = "model.position = alibi"
-            remedy = ""
+            remedy = "a larger context_parallel_size, or another position"
         yield (
             f"{where} and {needs_bias} need a bias on the attention logits of "
             f"{bias / 2**30:.1f} GiB on each rank, above {LARGEST_BIAS >> 30} GiB. "
-            f"Use {remedy}a larger context_parallel_size or a smaller micro_batch_size."
+            f"Use {remedy}."
         )
 
 

@@ -110,8 +110,8 @@ class ParallelContext:
         shard_size = parallel.optimizer_shard_size or gradient_size
         if gradient_size % shard_size:
             raise ConfigError(
-                f"parallel.optimizer_shard_size = {shard_size} does not divide the "
-                f"{gradient_size} ranks of data x context. Use a divisor of it, or null."
+                f"parallel.optimizer_shard_size = {shard_size} does not divide the ranks of data x "
+                f"context, {gradient_size}. Use a divisor of it, or null."
             )
         pipeline_size = parallel.pipeline_parallel_size
         tensor_size = parallel.tensor_parallel_size

@@ -334,6 +334,20 @@ def _training(config: Config) -> Iterator[Problem]:
         )
 
 
+def _validation(config: Config) -> Iterator[Problem]:
+    """The parts of the sequence whose losses a validation records."""
+    count = config.training.validation_positions
+    length = config.model.seq_length
+    if count and length % count:
+        yield Choice(
+            f"training.validation_positions = {count} does not divide "
+            f"model.seq_length = {length}. Use {VALUES}, or 0.",
+            "training.validation_positions",
+            all_divisors(length),
+            near=count,
+        )
+
+
 def _batch_ramp(config: Config) -> Iterator[Problem]:
     """The batch sizes on the way to the final one."""
     training = config.training
@@ -479,6 +493,7 @@ RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     source_problems,
     tokenizer_problems,
     _training,
+    _validation,
     _batch_ramp,
     graph_problems,
     _step_numbers,

@@ -377,6 +377,9 @@ class TrainingConfig(Section):
         None, description="Steps between validations; null: only at the end."
     )
     validation_samples: PositiveInt = Field(64, description="Sequences a validation.")
+    validation_positions: NonNegativeInt = Field(
+        0, description="Equal parts of the sequence whose losses a validation records; 0: none."
+    )
     validation_at_start: bool = Field(
         False, description="Validate before the first step, too; metrics have it as step 0."
     )

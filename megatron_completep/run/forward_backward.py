@@ -134,10 +134,10 @@ class ForwardBackward:
         losses = [self.chunks[0](batch.tokens, **batch.keywords()) for batch in micro_batches]
         return torch.stack(losses).sum()
 
-    def evaluate_rows(self, micro_batches: Sequence[MicroBatch]) -> tuple[Tensor, Tensor | None]:
-        """(what `evaluate` returns, the sums [n * B] of the single sequences in float64).
+    def evaluate_tokens(self, micro_batches: Sequence[MicroBatch]) -> tuple[Tensor, Tensor | None]:
+        """(what `evaluate` returns, the losses [n, S, B] of the single tokens in float64).
 
-        A context rank sums over its own tokens. None on pipeline ranks that do not hold the last
+        A context rank has those of its own tokens. None on pipeline ranks that do not hold the last
         stage.
         """
         if not self.chunks[-1].chunk_range.has_unembedding:
@@ -145,8 +145,7 @@ class ForwardBackward:
         with self.chunks[-1].unembedding.recording_token_losses() as token_losses:
             total = self.evaluate(micro_batches)
         batch_size, seq_length = micro_batches[0].labels.shape
-        by_token = torch.cat(token_losses).double().view(-1, seq_length, batch_size)
-        return total, by_token.sum(1).flatten()
+        return total, torch.cat(token_losses).double().view(-1, seq_length, batch_size)
 
 
 def stack(micro_batches: Sequence[MicroBatch]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -149,6 +150,14 @@ class PendingFigures:
         )
 
 
+class Evaluation(NamedTuple):
+    """Mean cross-entropies over the counted tokens; nan where no token counts."""
+
+    loss: float
+    by_source: list[float]
+    by_position: list[float]  # of equal parts of the sequence, in their order
+
+
 class TrainingStep:
     """Forward and backward over the micro-batches of a step, then the update."""
 
@@ -281,34 +290,50 @@ class TrainingStep:
         return self._means(sums)[0]
 
     @torch.no_grad()
-    def evaluate_by_source(
-        self, batches: Iterable[Batch], source_of: Callable[[int], int], num_sources: int
-    ) -> tuple[float, list[float]]:
-        """(what `evaluate` returns, to the bit; the mean over each source's tokens).
+    def evaluate_in_parts(
+        self,
+        batches: Iterable[Batch],
+        source_of: Callable[[int], int],
+        num_sources: int,
+        num_positions: int = 0,
+    ) -> Evaluation:
+        """What `evaluate` returns, to the bit, with the means over parts of the tokens.
 
         source_of: the number of the source of a sample, by the sample's number.
+        num_positions: equal parts of the sequence.
         """
         self.optimizer.wait_for_parameters()
-        sums = torch.zeros(2, dtype=torch.float64, device=self.context.device)
-        # Losses, then counted tokens, of each source.
-        sums_by_source = torch.zeros(
-            2 * num_sources, dtype=torch.float64, device=self.context.device
-        )
+        device = self.context.device
+        sums = torch.zeros(2, dtype=torch.float64, device=device)
+        # Losses, then counted tokens, of each source and of each part of the sequence.
+        by_source = torch.zeros(2 * num_sources, dtype=torch.float64, device=device)
+        by_position = torch.zeros(2 * num_positions, dtype=torch.float64, device=device)
         for step_batches, micro_batches in self._steps_to_evaluate(batches):
-            loss_sum, row_losses = self.forward_backward.evaluate_rows(micro_batches)
+            loss_sum, token_losses = self.forward_backward.evaluate_tokens(micro_batches)
             sums[0] += loss_sum.double()
             sums[1] += self._counted_tokens(step_batches)
-            if row_losses is None:
+            if token_losses is None:
                 continue
             sample_ids = torch.cat([batch.sample_ids for batch in step_batches]).tolist()
             sources = self._place(torch.tensor([source_of(sample) for sample in sample_ids]))
             # A pipeline's filler comes last.
-            sums_by_source.index_add_(0, sources, row_losses[: len(sources)])
-            mask = torch.cat([self._own_mask(batch) for batch in step_batches])
-            counted = self._place((mask != 0).sum(1).double())
-            sums_by_source.index_add_(0, sources + num_sources, counted)
-        # Two reductions: elements of another tensor may be added in another order of ranks.
-        return self._means(sums)[0], self._means(sums_by_source)
+            row_losses = token_losses.sum(1).flatten()[: len(sources)]
+            by_source.index_add_(0, sources, row_losses)
+            mask = torch.cat([self._own_mask(batch) for batch in step_batches]) != 0
+            by_source.index_add_(0, sources + num_sources, self._place(mask.sum(1).double()))
+            if num_positions:
+                places = self.context.context_part.places(self.config.model.seq_length, device)
+                part = places * num_positions // self.config.model.seq_length
+                # Labels of the filler are ignored: their losses are 0.
+                by_position.index_add_(0, part, token_losses.sum((0, 2)))
+                counted = self._place(mask.sum(0).double())
+                by_position.index_add_(0, part + num_positions, counted)
+        # Several reductions: elements of another tensor may be added in another order of ranks.
+        return Evaluation(
+            self._means(sums)[0],
+            self._means(by_source),
+            self._means(by_position) if num_positions else [],
+        )
 
     def _steps_to_evaluate(
         self, batches: Iterable[Batch]

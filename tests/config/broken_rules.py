@@ -206,6 +206,10 @@ RULES = [
         ),
     ),
     (
+        ["training.validation_positions=10"],
+        "training.validation_positions = 10 does not divide model.seq_length = 256. Use 1, 2, 4, 8",
+    ),
+    (
         ["parallel.context_parallel_size=3"],
         "cuts a sequence into 2 x 3 = 6 chunks, which model.seq_length = 256 is not a multiple of. "
         "Use 1, 2, 4, ",

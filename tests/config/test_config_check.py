@@ -34,6 +34,7 @@ FITTING = [
         "high_freq_factor: 4, original_max_position_embeddings: 64}"
     ],
     ["model.bias=true", "model.qkv_bias=true"],
+    ["training.validation_positions=8"],
     [
         "parallel.context_parallel_size=2",
         "parallel.tensor_parallel_size=4",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.gradients import main_grad_of
 from megatron_completep.run.assemble import assemble
 from megatron_completep.run.forward_backward import MicroBatch
-from megatron_completep.run.step import TrainingStep
+from megatron_completep.run.step import Evaluation, TrainingStep
 from tests.parallel.features import SEQ_LENGTH, Documents
 from tests.support.configs import merged, small_config
 from tests.support.ranks import context_on
@@ -50,13 +51,13 @@ HALF_UNCOUNTED = "no token of the sequences' ends counts"
 
 @dataclass(frozen=True)
 class Sums:
-    """Over all ranks that share the batch; `by_source` as `evaluate_by_source` returns it."""
+    """Over all ranks that share the batch."""
 
     loss: float
     tokens: int
     own_tokens: int  # of this rank
     gradients: dict[str, Tensor]
-    by_source: tuple[float, list[float]]
+    evaluation: Evaluation
 
 
 def config_of(name: str, context_ranks: int) -> Config:
@@ -128,21 +129,24 @@ def sums_of(rank: int, name: str, context_ranks: int, mutation: str = "") -> Sum
         tokens,
         own_tokens,
         gradients,
-        step.evaluate_by_source(batches, lambda sample: sample % 2, 2),
+        step.evaluate_in_parts(batches, lambda sample: sample % 2, 2, 4),
     )
 
 
+def means_of(evaluation: Evaluation) -> list[float]:
+    return [evaluation.loss, *evaluation.by_source, *evaluation.by_position]
+
+
 def error(ranks: list[Sums], truth: Sums) -> float:
-    """The largest relative error of loss, any gradient and the means by source."""
+    """The largest relative error of loss, any gradient and the means by part."""
     whole = max(gradient.norm() for gradient in truth.gradients.values())
     errors = []
     for sums in ranks:
         assert sums.tokens == truth.tokens
         errors.append(abs(sums.loss / truth.loss - 1))
-        mean, by_source = sums.by_source
-        true_mean, true_by_source = truth.by_source
-        pairs = zip([mean, *by_source], [true_mean, *true_by_source], strict=True)
-        errors += [abs(own / true - 1) for own, true in pairs]
+        pairs = zip(means_of(sums.evaluation), means_of(truth.evaluation), strict=True)
+        # A part of the sequence without a token that counts has no mean.
+        errors += [abs(own / true - 1) for own, true in pairs if not math.isnan(own + true)]
         for name, gradient in truth.gradients.items():
             # A gradient that is zero but for rounding is measured against the largest.
             size = max(float(gradient.norm()), 1e-3 * float(whole))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,11 +13,14 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from megatron_completep import kernels
+from megatron_completep.data.loader import DocumentEnds, make_batch
+from megatron_completep.data.samples import Sample
 from megatron_completep.kernels.reference import dropout_rows
 from megatron_completep.model.attention import attend_to_prefixes, prefix_mask
 from megatron_completep.model.flash import document_parts, flash_attention_by_part
 from megatron_completep.parallel.axis import Axis
 from megatron_completep.parallel.context_part import ContextPart
+from megatron_completep.training.balance import balance_warning, pairs_by_rank
 
 CPU = torch.device("cpu")
 SCALE = 0.3
@@ -176,3 +180,17 @@ def test_flash_attention_gets_each_chunk_with_the_keys_of_its_documents(
         if cut is not None:
             # Keys of documents that ended before the chunk are not handed over.
             assert all(len(one.keys) <= 8 or one.row == 0 for one in cut)
+
+
+def test_documents_that_leave_a_rank_with_most_of_the_work_are_warned_of() -> None:
+    documents = DocumentEnds(reset=True)
+    tokens = np.zeros(33, np.int64)
+    whole = Sample(tokens, (), np.array([], np.int64))
+    # The last quarter is one document, the rest are single tokens: rank 0 holds the last chunk.
+    uneven = Sample(tokens, (), np.arange(1, 25))
+    even_batch = make_batch([whole], [0], 32, documents)
+    uneven_batch = make_batch([uneven], [0], 32, documents)
+    assert balance_warning([even_batch], 2) is None
+    assert pairs_by_rank(uneven_batch.positions, 2) == [8 + 36, 16]
+    warning = balance_warning([even_batch, uneven_batch], 2)
+    assert warning is not None and "one of 2 context ranks 1.47 times" in warning

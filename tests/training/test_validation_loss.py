@@ -183,6 +183,10 @@ def loss_of_each_source(config: Config) -> dict[str, float]:
         (("parallel.pipeline_parallel_size=2", "parallel.schedule=zero_bubble"), "true"),
         (("parallel.tensor_parallel_size=2", "parallel.sequence_parallel=true"), "false"),
         (("training.micro_batch_size=2",), "true"),
+        (
+            ("parallel.context_parallel_size=2", "logging.parameterization_interval=2"),
+            "true",
+        ),
     ],
 )
 def test_the_validation_loss_of_each_source_is_that_of_its_sequences(

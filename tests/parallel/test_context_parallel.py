@@ -13,9 +13,12 @@ from torch import Tensor
 from megatron_completep.completep import table_of
 from megatron_completep.config import Config
 from megatron_completep.data.loader import Batch, DocumentEnds, make_batch
+from megatron_completep.model.gpt import GPT
 from megatron_completep.parallel.collectives import all_reduce
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.gradients import main_grad_of
+from megatron_completep.planning.scaling import stage_activations
+from megatron_completep.planning.sizes import rank_stages
 from megatron_completep.run.assemble import assemble
 from megatron_completep.run.forward_backward import MicroBatch
 from megatron_completep.run.step import Evaluation, TrainingStep
@@ -192,3 +195,44 @@ def test_a_mistake_is_caught(pool: Any, mutation: str, at_least: float) -> None:
     name = "rope, documents, grouped heads"
     ranks = pool.run(2, sums_of, name, 2, mutation)
     assert error(ranks, sums_of(0, name, 1)) >= at_least
+
+
+def kept_bytes(rank: int, config: Config) -> tuple[int, int]:
+    """(bytes that a forward pass keeps for backward, what the plan says of it).
+
+    Without parameters, and without the masks of attention, which no kernel of a GPU has in memory.
+    """
+    context = context_on(rank, config.parallel)
+    model = GPT(config.model, table_of(config), context, recompute=config.training.recompute)
+    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+    part = context.context_part
+    length = part.length(config.model.seq_length)
+    masks = {(length // 2, chunk.stop) for chunk in part.chunks(config.model.seq_length)}
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        size = math.prod(tensor.shape[-2:]) * tensor.element_size()
+        is_mask = tuple(tensor.shape[-2:]) in masks and storage.nbytes() == size
+        if storage._cdata not in parameters and not is_mask:
+            storages[storage._cdata] = storage
+        return tensor
+
+    tokens = torch.zeros(config.training.micro_batch_size, length, dtype=torch.int64)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(tokens, labels=tokens.clone())
+    assert loss.requires_grad
+    (stage,) = rank_stages(config, 0)
+    kept = sum(storage.nbytes() for storage in storages.values())
+    return kept, stage_activations(config, stage)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_a_plan_knows_what_a_rank_keeps_for_backward(pool: Any, recompute: str) -> None:
+    settings = {
+        "model": {"seq_length": 32, "num_query_groups": 2},
+        "training": {"recompute": recompute},
+        "parallel": {"context_parallel_size": 2},
+    }
+    for kept, planned in pool.run(2, kept_bytes, small_config(**settings)):
+        assert kept == planned

@@ -151,6 +151,7 @@ def train_one_model(
     rollbacks = guard.rollbacks(checkpointer)
     chunks = assembly.chunks
     say(build.describe_run(config, context, precision, threads, chunks, assembly.products))
+    build.warn_of_imbalance(config, context, say)
     if state.step:
         say(f"resumed after step {state.step}")
     # A run that is already complete still enters the loop: it does zero steps and closes every

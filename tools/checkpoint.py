@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_completep.checkpoint.adapt import adapt_checkpoint
+from megatron_completep.checkpoint.adapt import adapt_checkpoint, length_notes
 from megatron_completep.checkpoint.compare import side_by_side
 from megatron_completep.checkpoint.examine import (
     checkpoint_at,
@@ -62,7 +62,8 @@ EXAMPLES = {
     ),
     "adapt": (
         "write a checkpoint for another configuration that computes the same function:\n"
-        "more layers (at the end, silent at first), another base shape, alpha or multiplier.\n"
+        "more layers (at the end, silent at first), another base shape, alpha or multiplier;\n"
+        "or for longer sequences (with --start-anew), with other rotary frequencies.\n"
         "Training with that configuration goes on from it",
         "adapt runs/small configs/deeper.yaml training.output_dir=runs/deeper",
     ),
@@ -267,11 +268,17 @@ def run_adapt(arguments: argparse.Namespace) -> int:
     folder, differences = adapt_checkpoint(
         source, config, checkpoints, arguments.files, arguments.start_anew
     )
+    notes = length_notes(source, config)
+    # Other rotary angles are meant to be another function of the same weights.
+    rotated = any(entry.path.startswith("model.rope_") for entry in differences)
+    function = "the same weights with other rotary angles" if rotated else "the same function"
     lines = [
         side_by_side(differences, "checkpoint", "new"),
-        f"wrote {folder}: the same function; train with {arguments.config} to go on from it",
+        *notes,
+        f"wrote {folder}: {function}; train with {arguments.config} to go on from it",
     ]
-    content = {"folder": str(folder), "changed": [vars(entry) for entry in differences]}
+    changed = [vars(entry) for entry in differences]
+    content = {"folder": str(folder), "changed": changed, "notes": notes}
     show(content, arguments.json, lines)
     return 0
 

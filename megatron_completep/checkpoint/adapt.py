@@ -10,6 +10,9 @@ first moment becomes Muon's momentum. Where a state is missing that cannot be ma
 moment of what was Muon's), all states begin anew at zero, and with them the corrections of their
 bias; the run goes on where it was.
 
+It may also have longer sequences, with other rotary frequencies: a second stage of training. The
+data then begin anew, as samples of one length cannot be counted in those of another.
+
 New layers come last. The matrices that write into the residual stream are zero in them, all other
 weights are as in a fresh model, and their states are zero.
 """
@@ -27,6 +30,7 @@ from torch import Tensor, nn
 
 from megatron_completep.checkpoint.compare import (
     ADAPTABLE,
+    LONGER,
     Difference,
     differences,
     refused,
@@ -46,6 +50,7 @@ from megatron_completep.checkpoint.save import jsonable
 from megatron_completep.checkpoint.shard import describe
 from megatron_completep.completep import Table, table_of
 from megatron_completep.config import config_from_mapping
+from megatron_completep.config.derived import tokens_per_step
 from megatron_completep.config.schema import Config, ModelConfig
 from megatron_completep.errors import CheckpointError, ConfigError
 from megatron_completep.model.gpt import GPT
@@ -81,7 +86,9 @@ def adapt_checkpoint(
     old = _old_config(stored)
     stored_model = {"model": stored.manifest.config["model"]}
     changes = differences(stored_model, {"model": config.model.model_dump(mode="json")})
-    _check_adaptable(folder, refused(changes, ADAPTABLE), old.model, config.model, checkpoints)
+    adaptable = (*ADAPTABLE, *LONGER)
+    _check_adaptable(folder, refused(changes, adaptable), old.model, config.model, checkpoints)
+    _check_length(folder, old.model, config.model, start_anew)
 
     # A model on the meta device has all specs and takes no memory.
     old_table = table_of(old)
@@ -96,7 +103,8 @@ def adapt_checkpoint(
     tensors = _Tensors(stored, config, table, specs, factors, states)
     manifest = _manifest(stored.manifest, config, table, tensors.stored_parameters, states)
     if start_anew:
-        begin = {"step": 0, "state": Progress(**vars(RunState()))}
+        # The order of the samples that were read is nothing to go on from either.
+        begin = {"step": 0, "state": Progress(**vars(RunState())), "order": None}
         manifest = manifest.model_copy(update=begin)
     # Also list the changed factors of the CompleteP table, and what becomes of the optimizer.
     for name in ("table", "states", "updates"):
@@ -126,7 +134,8 @@ def _check_adaptable(
         raise CheckpointError(
             f"{folder} cannot become a checkpoint of this model:\n"
             f"{side_by_side(bad, 'checkpoint', 'new')}\n"
-            "You may add layers, and change base shape, alpha and multipliers. "
+            "You may add layers, and change base shape, alpha, multipliers, and the length of "
+            "sequences with rope_base and rope_scaling. "
             "Every other model setting must be the same as in the checkpoint."
         )
     if new.num_layers < old.num_layers:
@@ -141,6 +150,55 @@ def _check_adaptable(
             f"{checkpoints} holds a checkpoint of step {max(steps)} already. "
             "Choose another training.output_dir."
         )
+
+
+def _check_length(folder: Path, old: ModelConfig, new: ModelConfig, start_anew: bool) -> None:
+    """Raise CheckpointError if the weights or the data's position do not go with the new length."""
+    if new.seq_length == old.seq_length:
+        return
+    if new.position == "learned":
+        raise CheckpointError(
+            f"{folder} has learned positions for model.seq_length = {old.seq_length}, and none "
+            f"for {new.seq_length}. Keep model.seq_length = {old.seq_length}."
+        )
+    if not start_anew:
+        raise CheckpointError(
+            f"{folder} has read samples of model.seq_length = {old.seq_length} tokens, which do "
+            f"not tell how many of {new.seq_length} were read. Add --start-anew to take the "
+            "weights alone and begin the data anew."
+        )
+
+
+def length_notes(folder: Path, config: Config) -> list[str]:
+    """What another length of sequences changes besides the model, for people; else nothing.
+
+    folder: the checkpoint that is adapted to `config`.
+    """
+    old = _old_config(StoredCheckpoint.open(folder))
+    if old.model.seq_length == config.model.seq_length:
+        return []
+    old_tokens = tokens_per_step(old)
+    tokens = tokens_per_step(config)
+    lines = [
+        f"model.seq_length {old.model.seq_length} -> {config.model.seq_length}: a step has "
+        f"{tokens:,} tokens where the checkpoint's had {old_tokens:,}"
+    ]
+    if tokens == old_tokens:
+        return lines
+    batch = table_of(config).batch
+    old_batch = table_of(old).batch
+    keeping = old_tokens / config.model.seq_length
+    lines.append(
+        f"m_B {old_batch.batch_ratio:g} -> {batch.batch_ratio:g}, and S, which multiplies every "
+        f"learning rate, {old_batch.scale:.5g} -> {batch.scale:.5g}"
+    )
+    if config.completep.base_batch_tokens is None:
+        lines.append(
+            "without completep.base_batch_tokens learning rates do not follow the tokens a step"
+        )
+    if keeping.is_integer():
+        lines.append(f"training.global_batch_size = {int(keeping)} would keep the tokens of a step")
+    return lines
 
 
 def check_branches(model: GPT) -> None:

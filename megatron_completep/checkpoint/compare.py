@@ -44,6 +44,9 @@ COMPUTED = ("model", "completep", "optimizer", "data", "training", "parallel")
 # What tools/checkpoint.py adapt can change, as the weights can take over its effect on the forward
 # pass.
 ADAPTABLE = ("model.num_layers", "model.*_multiplier", "model.attention_scale", "model.dropout")
+# What it can change besides, for a stage of training with longer sequences. Rotary angles are no
+# part of the weights: with other ones the function is another, as is meant.
+LONGER = ("model.seq_length", "model.rope_base", "model.rope_scaling*")
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,8 @@ def describe_table(table: Table) -> dict[str, Any]:
 
 def describe_layout(config: Config, context: ParallelContext) -> dict[str, int]:
     """Ranks along each axis, for people; nothing that reads a checkpoint needs them."""
-    axes = {axis.name: axis.size for axis in (context.tensor, context.pipeline, context.data)}
+    described = (context.tensor, context.pipeline, context.data, context.context)
+    axes = {axis.name: axis.size for axis in described}
     return {**axes, "world": context.world_size, "virtual": config.parallel.virtual_pipeline_size}
 
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 
 from megatron_completep.config import derived
+from megatron_completep.config.context_rules import context_problems
 from megatron_completep.config.data_rules import source_problems, tokenizer_problems
 from megatron_completep.config.graph_rules import graph_problems
 from megatron_completep.config.optimizer_rules import decay_problems, muon_problems
@@ -333,6 +334,20 @@ def _training(config: Config) -> Iterator[Problem]:
         )
 
 
+def _validation(config: Config) -> Iterator[Problem]:
+    """The parts of the sequence whose losses a validation records."""
+    count = config.training.validation_positions
+    length = config.model.seq_length
+    if count and length % count:
+        yield Choice(
+            f"training.validation_positions = {count} does not divide "
+            f"model.seq_length = {length}. Use {VALUES}, or 0.",
+            "training.validation_positions",
+            all_divisors(length),
+            near=count,
+        )
+
+
 def _batch_ramp(config: Config) -> Iterator[Problem]:
     """The batch sizes on the way to the final one."""
     training = config.training
@@ -470,6 +485,7 @@ RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _attention_backend,
     _completep,
     _tensor_parallel,
+    context_problems,
     _pipeline,
     _schedule,
     muon_problems,
@@ -477,6 +493,7 @@ RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     source_problems,
     tokenizer_problems,
     _training,
+    _validation,
     _batch_ramp,
     graph_problems,
     _step_numbers,

@@ -144,6 +144,16 @@ def model_parallel_size(parallel: ParallelConfig) -> int:
     )
 
 
+def model_parallel_sizes(parallel: ParallelConfig) -> str:
+    """The product that `model_parallel_size` is, for messages; context only where it is divided."""
+    names = "parallel.tensor_parallel_size x pipeline_parallel_size"
+    sizes = f"{parallel.tensor_parallel_size} x {parallel.pipeline_parallel_size}"
+    if parallel.context_parallel_size > 1:
+        names += " x context_parallel_size"
+        sizes += f" x {parallel.context_parallel_size}"
+    return f"{names} = {sizes} = {model_parallel_size(parallel)}"
+
+
 def data_parallel_size(config: Config, world_size: int) -> int:
     """Ranks that read different sequences; `check.check_world` holds that the division is exact."""
     return world_size // model_parallel_size(config.parallel)

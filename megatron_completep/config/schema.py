@@ -168,9 +168,7 @@ class ParallelConfig(Section):
     virtual_pipeline_size: PositiveInt = Field(
         1, description="Model chunks a pipeline rank (interleaved schedules)."
     )
-    context_parallel_size: Literal[1] = Field(
-        1, description="Ranks that share a sequence; 1 for now."
-    )
+    context_parallel_size: PositiveInt = Field(1, description="Ranks that share a sequence.")
     schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "zero_bubble"] = Field(
         "1f1b", description="Pipeline schedule."
     )
@@ -379,6 +377,9 @@ class TrainingConfig(Section):
         None, description="Steps between validations; null: only at the end."
     )
     validation_samples: PositiveInt = Field(64, description="Sequences a validation.")
+    validation_positions: NonNegativeInt = Field(
+        0, description="Equal parts of the sequence whose losses a validation records; 0: none."
+    )
     validation_at_start: bool = Field(
         False, description="Validate before the first step, too; metrics have it as step 0."
     )

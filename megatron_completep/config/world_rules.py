@@ -20,15 +20,12 @@ from megatron_completep.config.schema import Config
 def world_problems(config: Config, world_size: int) -> Iterator[Problem]:
     """What does not fit the number of processes of the whole run."""
     parallel = config.parallel
-    tensor_ranks = parallel.tensor_parallel_size
-    pipeline_ranks = parallel.pipeline_parallel_size
-    model_ranks = tensor_ranks * pipeline_ranks
+    model_ranks = derived.model_parallel_size(parallel)
     # Without whole replicas there is no data-parallel size, which the other rules are about.
     if world_size % model_ranks:
         products = closest(all_divisors(world_size), model_ranks)
         yield (
-            "parallel.tensor_parallel_size x pipeline_parallel_size = "
-            f"{tensor_ranks} x {pipeline_ranks} = {model_ranks} "
+            f"{derived.model_parallel_sizes(parallel)} "
             f"does not divide the world size {world_size}. Start a multiple of {model_ranks} "
             f"processes, or use sizes whose product is {products}."
         )
@@ -36,12 +33,16 @@ def world_problems(config: Config, world_size: int) -> Iterator[Problem]:
 
     replicas = derived.data_parallel_size(config, world_size)
     shard_size = parallel.optimizer_shard_size
-    if shard_size is not None and replicas % shard_size:
+    sharing = derived.gradient_parallel_size(config, world_size)
+    if shard_size is not None and sharing % shard_size:
+        name = f"the data-parallel size {replicas} (world size {world_size} / {model_ranks})"
+        if sharing != replicas:
+            name = f"data x context ranks = {replicas} x {sharing // replicas} = {sharing}"
         yield Choice(
-            f"parallel.optimizer_shard_size = {shard_size} does not divide the data-parallel size "
-            f"{replicas} (world size {world_size} / {model_ranks}). Use {VALUES}, or null.",
+            f"parallel.optimizer_shard_size = {shard_size} does not divide {name}. "
+            f"Use {VALUES}, or null.",
             "parallel.optimizer_shard_size",
-            all_divisors(replicas),
+            all_divisors(sharing),
             near=shard_size,
         )
     yield from _batch_problems(config, replicas)

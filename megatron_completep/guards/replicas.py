@@ -68,6 +68,9 @@ def replica_hashes(
     replicated = [s for s in shards.segments if shards.specs[s.name].replicated]
     if replicated:
         name = f"norms and biases of stage {context.pipeline.rank}, data {context.data.rank}"
+        # Ranks that share a sequence own different slices.
+        if context.context.size > 1:
+            name += f", context {context.context.rank}"
         hashes[name] = _master_hash(shards, replicated)
     # What both ends of the pipeline hold. It lies in a bucket of its own, so both cut it alike.
     tied = [s for s in shards.segments if shards.specs[s.name].tied_to is not None]

@@ -81,7 +81,9 @@ def run_probe(trial: Trial, batches: Sequence[Batch]) -> Probe:
             logits = [last_chunk.unembedding(normed) for normed in taps.normed]
         else:
             model = trial.chunks[0]
-            logits = [model(batch.tokens.to(trial.context.device)) for batch in batches]
+            part = trial.context.context_part
+            device = trial.context.device
+            logits = [model(part.cut(batch.tokens).to(device)) for batch in batches]
     return Probe(taps.streams, logits)
 
 

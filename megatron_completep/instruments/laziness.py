@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_completep.config.derived import model_parallel_size
 from megatron_completep.config.schema import Config
 from megatron_completep.errors import ConfigError
 from megatron_completep.instruments.coordinate_verdict import Verdict
@@ -145,10 +146,10 @@ def collect(
     ConfigError for a layout that splits the model.
     """
     parallel = config.parallel
-    if parallel.tensor_parallel_size * parallel.pipeline_parallel_size > 1:
+    if model_parallel_size(parallel) > 1:
         raise ConfigError(
-            "laziness is measured in one process: set parallel.tensor_parallel_size "
-            "and pipeline_parallel_size to 1."
+            "laziness is measured in one process: set parallel.tensor_parallel_size, "
+            "pipeline_parallel_size and context_parallel_size to 1."
         )
     context = ParallelContext.create(parallel, config.training.device)
     # With decay the step would not be Adam's alone, and with a larger eps it would depend on the

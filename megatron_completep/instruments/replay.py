@@ -334,9 +334,9 @@ def _load_initial_weights(chunks: Sequence[GPT], trace: Trace, dtype: torch.dtyp
 
 
 def _rank_sequences(batch: np.ndarray, context: ParallelContext) -> Tensor:
-    """The sequences [b, S] of a batch [B, S] that this data rank trains on, on its device."""
+    """The tokens [b, S] of a batch [B, W] that this rank trains on, on its device."""
     own = torch.from_numpy(batch).chunk(context.data.size)[context.data.rank]
-    return own.to(context.device)
+    return context.context_part.cut(own).to(context.device)
 
 
 def _final_weights(

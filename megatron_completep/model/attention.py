@@ -5,6 +5,7 @@ S sequence, B micro-batch, H hidden, N local query heads, G local query groups, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
+from torch.nn.attention.bias import CausalBias, causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
 from megatron_completep import kernels
@@ -19,10 +21,11 @@ from megatron_completep.completep import Table
 from megatron_completep.config.derived import has_qkv_bias, head_dim, num_query_groups
 from megatron_completep.config.schema import ModelConfig
 from megatron_completep.model.attention_kernels import AttentionCall, choose_kernels
-from megatron_completep.model.flash import flash_attention
+from megatron_completep.model.flash import DocumentPart, flash_attention, flash_attention_by_part
 from megatron_completep.model.norm import Norm
 from megatron_completep.model.stream import Branch
 from megatron_completep.model.wide_attention import float32_attention, pays_in_float32
+from megatron_completep.parallel.context_part import ContextPart
 from megatron_completep.parallel.layer_context import LayerContext
 from megatron_completep.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_completep.parallel.micro_batch import MicroBatchSizes
@@ -53,7 +56,9 @@ class AttentionInputs:
 
     cos, sin: of the rotary angles, [S, 1 or B, D/2]; None without rotary positions.
     bias: added to the attention logits, [1 or B, 1 or N, S, S_keys]; None: plain causal attention.
+        Context ranks: of their own queries, and of the keys of the whole sequence in its order.
     document_starts: [documents + 1] int32 over the B * S tokens, for flash-attn.
+    document_parts: the same for context ranks, whose queries see keys of other ranks.
     caches: one per layer, in generation.
     """
 
@@ -61,6 +66,7 @@ class AttentionInputs:
     sin: Tensor | None = None
     bias: Tensor | None = None
     document_starts: Tensor | None = None
+    document_parts: list[DocumentPart] | None = None
     caches: list[KeyValueCache] | None = None
 
 
@@ -87,6 +93,7 @@ class Attention(nn.Module):
         self.layer = layer
         self.recompute_selectively = recompute_selectively
         self.compiled = context.compiled
+        self.context_part = context.ranks.context_part
         self.head_dim = size
         self.scale = table.attention_scale
         self.backend = model.attention_backend
@@ -119,9 +126,10 @@ class Attention(nn.Module):
         q, k, v = self._heads(self.qkv(x), inputs)
         if inputs.caches is not None:
             k, v = inputs.caches[self.layer].extend(k, v)
-        arguments = (q, k, v, inputs, self.scale, self.backend)
+        arguments = (q, k, v, inputs, self.scale, self.backend, self.context_part)
         if self.recompute_selectively and torch.is_grad_enabled():
-            # Attention proper draws no random numbers, so their state need not be kept.
+            # Attention proper draws no random numbers, so their state need not be kept. Keys and
+            # values of other ranks are gathered again.
             mixed = checkpoint(attend, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
             mixed = attend(*arguments)
@@ -153,6 +161,12 @@ class Attention(nn.Module):
                 total += norm.statistics_bytes(rows, sizes)
         if not self.recompute_selectively:
             total += sizes.tokens * self.num_heads * 4  # a logsumexp, float32 in every precision
+            if self.context_part.split:
+                # Keys and values of the whole sequence, and the output of each chunk before they
+                # are put side by side.
+                gathered_rows = sizes.whole_tokens * 2 * self.num_groups
+                output_rows = sizes.tokens * self.num_heads
+                total += (gathered_rows + output_rows) * self.head_dim * sizes.element_bytes
         return total
 
     def _heads(self, qkv: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -201,26 +215,106 @@ def qk_norm(
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs, scale: float, backend: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    inputs: AttentionInputs,
+    scale: float,
+    backend: str,
+    part: ContextPart | None = None,
 ) -> Tensor:
     """Attention proper: q [B, N, S, D], k and v [B, G, S_keys, D] -> [B, N, S, D].
 
     Causal; if `inputs` has a bias, that holds the mask and whatever else is added to the logits.
+
+    part: of a sequence that context ranks share. Keys and values of the other ranks are gathered,
+        which communicates over the context axis.
     """
-    if backend == "flash_attention" and inputs.caches is None:
+    flash = backend == "flash_attention" and inputs.caches is None
+    if part is not None and part.split:
+        k, v = gathered(k, v, part)
+        chunks = part.chunks(k.shape[2])
+        if flash:
+            return flash_attention_by_part(q, k, v, scale, chunks, inputs.document_parts)
+        if inputs.bias is None:
+            return attend_to_prefixes(q, k, v, scale, backend, chunks)
+    elif flash:
         return flash_attention(q, k, v, scale, inputs.document_starts)
     # One query (the next token of a generation) sees all keys.
     causal = inputs.bias is None and q.shape[2] > 1
     if causal and pays_in_float32(q, k):
         return float32_attention(q, k, v, scale)
+    return scaled_dot_product(
+        q, k, v, inputs.bias, scale, backend, causal, inputs.caches is not None
+    )
+
+
+def gathered(k: Tensor, v: Tensor, part: ContextPart) -> tuple[Tensor, Tensor]:
+    """k and v [B, G, S, D] of this rank -> [B, G, W, D] of the whole sequence, in its order.
+
+    Communicates over the context axis, once for both.
+    """
+    both = torch.cat([heads.permute(2, 0, 1, 3) for heads in (k, v)], dim=2)  # [S, B, 2G, D]
+    keys, values = part.gather(both).permute(1, 2, 0, 3).chunk(2, dim=1)
+    return keys, values
+
+
+def attend_to_prefixes(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str, chunks: Sequence[range]
+) -> Tensor:
+    """Causal attention of some chunks of a sequence: q [B, N, S, D] -> [B, N, S, D].
+
+    One call a chunk, which attends to the sequence up to its own end, so that no kernel needs a
+    mask in memory.
+
+    k, v: [B, G, W, D], in the order of the sequence. chunks: places in it of the S queries.
+    """
+    mixed = []
+    first = 0
+    for chunk in chunks:
+        queries = q[:, :, first : first + len(chunk)]
+        mask = prefix_mask(len(chunk), chunk.stop, q.device)
+        keys = k[:, :, : chunk.stop]
+        values = v[:, :, : chunk.stop]
+        mixed.append(scaled_dot_product(queries, keys, values, mask, scale, backend))
+        first += len(chunk)
+    return torch.cat(mixed, dim=2)
+
+
+def prefix_mask(queries: int, keys: int, device: torch.device) -> Tensor:
+    """The causal mask [queries, keys] under which the last query sees every key.
+
+    On a GPU kernels know torch's own value of it without a mask in memory.
+    """
+    if device.type == "cuda":
+        return causal_lower_right(queries, keys)
+    every_key = torch.ones(queries, keys, dtype=torch.bool, device=device)
+    return every_key.tril(keys - queries)
+
+
+def scaled_dot_product(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    backend: str,
+    causal: bool = False,
+    cached: bool = False,
+) -> Tensor:
+    """torch's attention, by the kernels that `choose_kernels` lets it take.
+
+    mask: a bias, or torch's `CausalBias`, which kernels know without reading it.
+    """
+    is_bias = mask is not None and not isinstance(mask, CausalBias)
     call = AttentionCall(
         device_type=q.device.type,
         queries=q.shape[2],
         keys=k.shape[2],
-        masked=inputs.bias is not None,
+        masked=is_bias,
         grouped=q.shape[1] != k.shape[1],
         trains=torch.is_grad_enabled(),
-        cached=inputs.caches is not None,
+        cached=cached,
     )
     choice = choose_kernels(backend, call)
     if choice.expand:
@@ -229,7 +323,7 @@ def attend(
         v = v.repeat_interleave(copies, dim=1)
     grouped = q.shape[1] != k.shape[1]
     options: dict[str, Any] = {
-        "attn_mask": inputs.bias,
+        "attn_mask": mask,
         "is_causal": causal,
         "scale": scale,
         "enable_gqa": grouped,
@@ -277,20 +371,24 @@ class _SplitHeads(torch.autograd.Function):
 def causal_bias(
     query_positions: Tensor,
     key_positions: Tensor,
-    documents: Tensor | None,
+    query_documents: Tensor | None,
+    key_documents: Tensor | None,
     slopes: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
     """Additive attention bias [1 or B, 1 or N, Sq, Sk].
 
     It is -inf for keys of the future or of another document, else ALiBi's penalty on the distance
-    (0 without slopes). documents [B, S]: the document of each token. slopes [N]: of local heads.
+    (0 without slopes).
+
+    query_documents, key_documents: [B, Sq] and [B, Sk], the document of each token; None: one
+        document. slopes [N]: of local heads.
     """
     distance = query_positions[:, None] - key_positions[None, :]
     # [1, 1, Sq, Sk]; documents make the first dimension B, slopes the second N.
     allowed = (distance >= 0)[None, None]
-    if documents is not None:
-        same_document = documents[:, None, :, None] == documents[:, None, None, :]
+    if query_documents is not None and key_documents is not None:
+        same_document = query_documents[:, None, :, None] == key_documents[:, None, None, :]
         allowed = allowed & same_document
     if slopes is None:
         bias = torch.zeros((), dtype=dtype, device=distance.device)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,3 +75,92 @@ def flash_attention(
         causal=True,
     )
     return mixed.view(batch, length, *mixed.shape[1:]).transpose(1, 2)
+
+
+class DocumentPart(NamedTuple):
+    """The documents that one chunk of one row belongs to, of a sequence that context ranks share.
+
+    Attention from the chunk's queries begins at the first key of the first of these documents, and
+    ends at the chunk's own end.
+    """
+
+    row: int
+    queries: range  # the numbers of the chunk's tokens among the rank's own
+    keys: range  # places in the whole sequence
+    query_starts: Tensor  # int32 [documents + 1], within `queries`
+    key_starts: Tensor  # int32 [documents + 1], within `keys`
+
+
+def document_parts(document_ids: Tensor, chunks: Sequence[range]) -> list[DocumentPart]:
+    """The documents of a rank's chunks, row by row. Waits for the device once.
+
+    document_ids: [B, W], of the whole sequence.
+    """
+    parts = []
+    for row, ids in enumerate(document_ids.tolist()):
+        starts = [place for place in range(len(ids)) if place == 0 or ids[place] != ids[place - 1]]
+        first_query = 0
+        for chunk in chunks:
+            # Documents that begin before the chunk's end and do not end before it begins.
+            first_document = bisect_right(starts, chunk.start) - 1
+            own_starts = starts[first_document : bisect_left(starts, chunk.stop)]
+            first_key = own_starts[0]
+            key_starts = [start - first_key for start in own_starts]
+            query_starts = [max(start - chunk.start, 0) for start in own_starts]
+            keys = range(first_key, chunk.stop)
+            cumulative = torch.tensor(
+                [[*query_starts, len(chunk)], [*key_starts, len(keys)]],
+                dtype=torch.int32,
+                device=document_ids.device,
+            )
+            queries = range(first_query, first_query + len(chunk))
+            parts.append(DocumentPart(row, queries, keys, cumulative[0], cumulative[1]))
+            first_query += len(chunk)
+    return parts
+
+
+def flash_attention_by_part(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    chunks: Sequence[range],
+    documents: Sequence[DocumentPart] | None,
+) -> Tensor:
+    """Causal attention of some chunks of a sequence: q [B, N, S, D] -> [B, N, S, D].
+
+    A call a chunk; with documents a call a chunk and row. flash-attn puts the last query beside the
+    last key where it is given more keys than queries.
+
+    k, v: [B, G, W, D], in the order of the sequence. chunks: places in it of the S queries.
+    documents: of `document_parts`; None: each row is one document.
+    """
+    from flash_attn import flash_attn_func, flash_attn_varlen_func
+
+    # flash-attn has the sequence before the heads.
+    q = q.transpose(1, 2)
+    k = k.transpose(1, 2)
+    v = v.transpose(1, 2)
+    mixed: list[Tensor] = []
+    if documents is None:
+        for chunk, queries in zip(chunks, q.split([len(c) for c in chunks], dim=1), strict=True):
+            keys = k[:, : chunk.stop]
+            values = v[:, : chunk.stop]
+            mixed.append(flash_attn_func(queries, keys, values, softmax_scale=scale, causal=True))
+        return torch.cat(mixed, dim=1).transpose(1, 2)
+    for part in documents:
+        mixed.append(
+            flash_attn_varlen_func(
+                q[part.row, part.queries.start : part.queries.stop],
+                k[part.row, part.keys.start : part.keys.stop],
+                v[part.row, part.keys.start : part.keys.stop],
+                cu_seqlens_q=part.query_starts,
+                cu_seqlens_k=part.key_starts,
+                max_seqlen_q=len(part.queries),
+                max_seqlen_k=len(part.keys),
+                softmax_scale=scale,
+                causal=True,
+            )
+        )
+    # The parts lie row by row.
+    return torch.cat(mixed).view(q.shape).transpose(1, 2)

@@ -1,7 +1,7 @@
 """The decoder, or the part of it that one pipeline stage holds.
 
-Dimensions: S sequence length; s this rank's part of S under sequence parallelism, else S; B
-micro-batch size; H hidden size; V vocabulary size.
+Dimensions: W length of the whole sequence; S this rank's tokens of it, W / context ranks; s its
+part of S under sequence parallelism, else S; B micro-batch size; H hidden size; V vocabulary size.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from megatron_completep.config.derived import head_dim
 from megatron_completep.config.schema import ModelConfig
 from megatron_completep.model.attention import AttentionInputs, KeyValueCache, causal_bias
 from megatron_completep.model.block import BRANCHES, Block, BranchMaker
+from megatron_completep.model.flash import document_parts
 from megatron_completep.model.norm import StreamNorm, join_of
 from megatron_completep.model.rotary import alibi_slopes, rotary_angles
 from megatron_completep.model.stream import Branch, Stream
@@ -141,8 +142,9 @@ class GPT(nn.Module):
         x: token ids [B, S] on the first stage, else the residual stream [s, B, H] of the stage
             before.
         positions [S] or [B, S]: of the tokens in their documents, below model.seq_length; default:
-            0..S-1, offset by the number of cached tokens.
-        document_ids [B, S]: attention stays inside a document.
+            their places in the sequence, offset by the number of cached tokens.
+        document_ids [B, W]: attention stays inside a document. Of the whole sequence: queries of a
+            context rank see keys of the others.
         labels [B, S]; -100 is ignored. With labels, the last stage returns the **sum** of the token
             losses: the training objective, or under no_grad only the cross-entropy. Without, it
             returns logits [B, S, V].
@@ -236,7 +238,8 @@ class GPT(nn.Module):
         total = sum(block.activation_bytes(sizes) for _, block in self.blocks())
         if self.config.position == "rope":
             # cos and sin [S, D/2], shared by all layers.
-            total += self.config.seq_length * head_dim(self.config) * sizes.wide_bytes
+            own_length = self.context.context_part.length(self.config.seq_length)
+            total += own_length * head_dim(self.config) * sizes.wide_bytes
         return total
 
     def _embed(
@@ -246,9 +249,8 @@ class GPT(nn.Module):
         hidden: Tensor = self.embedding(tokens)
         if self.config.position == "learned":
             if positions is None:
-                start = caches[0].length if caches else 0
-                stop = start + tokens.shape[1]
-                positions = torch.arange(start, stop, device=tokens.device)
+                past = caches[0].length if caches else 0
+                positions = self._places(tokens.shape[1], tokens.device) + past
             hidden = hidden + self.positions(positions.expand_as(tokens))
         if self.config.input_multiplier != 1.0:
             hidden = hidden * self.config.input_multiplier
@@ -265,7 +267,7 @@ class GPT(nn.Module):
         """Rotary cos and sin, attention bias and document boundaries, once for all layers.
 
         residual: the stream before the first layer, for its device and dtype.
-        seq_length: of the whole sequence, S.
+        seq_length: this rank's tokens of the sequence, S.
         """
         model = self.config
         past = caches[0].length if caches else 0
@@ -278,17 +280,29 @@ class GPT(nn.Module):
         # and more than one new token after a cache. flash-attn takes document boundaries instead.
         bias = None
         cu_seqlens = None
+        parts = None
         flash = model.attention_backend == "flash_attention" and caches is None
         alibi = model.position == "alibi"
+        context = self.context.context_part
         if document_ids is not None and flash:
             assert not alibi  # refused by config/check.py
-            cu_seqlens = document_starts(document_ids)
+            if context.split:
+                parts = document_parts(document_ids, context.chunks(document_ids.shape[1]))
+            else:
+                cu_seqlens = document_starts(document_ids)
         elif document_ids is not None or alibi or (past and seq_length > 1):
             slopes = self._local_slopes(residual.device) if alibi else None
-            keys = torch.arange(past + seq_length, device=residual.device)
+            queries = past + self._places(seq_length, residual.device)
+            keys = torch.arange(past + context.whole_length(seq_length), device=residual.device)
+            query_documents = None if document_ids is None else context.cut(document_ids)
             dtype = next(iter(self.parameters())).dtype
-            bias = causal_bias(keys[past:], keys, document_ids, slopes, dtype)
-        return AttentionInputs(cos, sin, bias, cu_seqlens, caches)
+            bias = causal_bias(queries, keys, query_documents, document_ids, slopes, dtype)
+        return AttentionInputs(cos, sin, bias, cu_seqlens, parts, caches)
+
+    def _places(self, seq_length: int, device: torch.device) -> Tensor:
+        """int64 [S]: where this rank's tokens lie in the sequence."""
+        context = self.context.context_part
+        return context.places(context.whole_length(seq_length), device)
 
     def _local_slopes(self, device: torch.device) -> Tensor:
         """[N] ALiBi slopes of this tensor rank's heads."""
@@ -299,8 +313,11 @@ class GPT(nn.Module):
     def _rotary_inputs(
         self, residual: Tensor, positions: Tensor | None, past: int, seq_length: int
     ) -> tuple[Tensor, Tensor]:
-        """Rotary cos and sin [S, 1 or B, D/2] at `positions`; None: at past .. past + S - 1."""
-        cos, sin = self._rotary_table(residual, past + seq_length)
+        """Rotary cos and sin [S, 1 or B, D/2] at `positions`; None: at the tokens' places."""
+        context = self.context.context_part
+        cos, sin = self._rotary_table(residual, past + context.whole_length(seq_length))
+        if positions is None and context.split:
+            positions = self._places(seq_length, residual.device)
         if positions is not None:
             by_place = positions.t() if positions.dim() == 2 else positions[:, None]
             return cos[by_place], sin[by_place]

@@ -11,11 +11,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from megatron_completep.config.derived import model_parallel_size
+from megatron_completep.config.derived import model_parallel_size, model_parallel_sizes
 from megatron_completep.config.schema import ParallelConfig
 from megatron_completep.errors import ConfigError
 from megatron_completep.launch import Launch, set_defaults
 from megatron_completep.parallel.axis import Axis, Reduction
+from megatron_completep.parallel.context_part import ContextPart
 from megatron_completep.parallel.rendezvous import rendezvous_store
 from megatron_completep.parallel.sequence import SequencePart
 
@@ -109,8 +110,8 @@ class ParallelContext:
         shard_size = parallel.optimizer_shard_size or gradient_size
         if gradient_size % shard_size:
             raise ConfigError(
-                f"parallel.optimizer_shard_size = {shard_size} does not divide the data-parallel "
-                f"size {gradient_size}. Use a divisor of it, or null."
+                f"parallel.optimizer_shard_size = {shard_size} does not divide the ranks of data x "
+                f"context, {gradient_size}. Use a divisor of it, or null."
             )
         pipeline_size = parallel.pipeline_parallel_size
         tensor_size = parallel.tensor_parallel_size
@@ -157,9 +158,14 @@ class ParallelContext:
         """The axes over which gradients are summed, by the name in `Spec.summed_over`."""
         return {self.gradient.name: Reduction(self.shard, self.replica)}
 
+    @cached_property
+    def context_part(self) -> ContextPart:
+        """Which tokens of a sequence this rank holds."""
+        return ContextPart(self.context)
+
     @cached_property  # every layer asks for it several times a step
     def sequence(self) -> SequencePart:
-        """Which part of the sequence this rank holds of the residual stream."""
+        """Which part of this rank's tokens it holds of the residual stream."""
         return SequencePart(self.tensor, self.sequence_parallel)
 
     @cached_property
@@ -253,9 +259,7 @@ def data_parallel_size_for(parallel: ParallelConfig, world_size: int) -> int:
     if world_size % model_size:
         fitting_size = max(1, world_size // model_size) * model_size
         raise ConfigError(
-            f"world size {world_size} is not a multiple of parallel.tensor_parallel_size = "
-            f"{parallel.tensor_parallel_size} x pipeline_parallel_size = "
-            f"{parallel.pipeline_parallel_size} = {model_size}. "
+            f"world size {world_size} is not a multiple of {model_parallel_sizes(parallel)}. "
             f"Launch {fitting_size} processes, or change the layout."
         )
     return world_size // model_size

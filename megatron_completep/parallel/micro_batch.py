@@ -14,10 +14,12 @@ class MicroBatchSizes:
 
     tokens: S * B, those that attention, the MLP's activation and the loss see.
     local_tokens: s * B, those of this rank's part of the residual stream.
+    whole_tokens: W * B, those of whole sequences, whose keys and values context ranks gather.
     """
 
     tokens: int
     local_tokens: int
+    whole_tokens: int
     element_bytes: int  # of parameters and activations
     stream_bytes: int  # of the residual stream
     wide_bytes: int  # of statistics, rotary angles and gradients

@@ -1,7 +1,7 @@
 """Which part of the sequence a rank holds of the residual stream, and how parts are combined.
 
-S sequence, s this rank's part of it: S itself, or S / ranks under sequence parallelism, where the
-ranks that share the matrices divide the sequence, too.
+S sequence (a context rank's tokens of it), s this rank's part of that: S itself, or S / ranks under
+sequence parallelism, where the ranks that share the matrices divide the sequence, too.
 """
 
 from __future__ import annotations

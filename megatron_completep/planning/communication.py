@@ -16,6 +16,7 @@ from torch import nn
 from megatron_completep.completep import table_of
 from megatron_completep.config.derived import gradient_parallel_size, micro_batches_per_step
 from megatron_completep.config.schema import Config
+from megatron_completep.model.attention import Attention
 from megatron_completep.model.gpt import GPT
 from megatron_completep.model.stages import whole_model
 from megatron_completep.optim.layout import Layout
@@ -71,6 +72,7 @@ class SentBytes(NamedTuple):
     tensor: float
     pipeline: float
     data: float
+    context: float
 
 
 def collectives_per_step(
@@ -97,6 +99,7 @@ def collectives_per_step(
     collectives: list[Collective] = []
     for model in models:
         collectives += _tensor(config, model, micro_batches)
+        collectives += _context(config, model, micro_batches)
     collectives += _partial_gradients(config, specs, layout, shard_rank)
     collectives += _pipeline(config, models, micro_batches)
     collectives += _tied_gradients(config, specs, layout)
@@ -118,6 +121,7 @@ def sent_bytes(config: Config, world_size: int) -> SentBytes:
     shards = shard_count(config, gradient_size)
     ranks = {
         "tensor": parallel.tensor_parallel_size,
+        "context": parallel.context_parallel_size,
         "pipeline": 2,  # sends are point to point
         "shard": shards,
         "replica": gradient_size // shards,
@@ -125,14 +129,14 @@ def sent_bytes(config: Config, world_size: int) -> SentBytes:
         "world": world_size,
     }
     # The busiest rank of one axis need not be that of another.
-    most = {"tensor": 0.0, "pipeline": 0.0, "data": 0.0}
+    most = {"tensor": 0.0, "pipeline": 0.0, "data": 0.0, "context": 0.0}
     for pipeline_rank in range(parallel.pipeline_parallel_size):
         sent = dict.fromkeys(ranks, 0.0)
         for collective in collectives_per_step(config, world_size, pipeline_rank):
             sent[collective.axis] += collective.sent(ranks[collective.axis])
         sent["data"] = sent["shard"] + sent["replica"] + sent["stage"]
         most = {axis: max(size, sent[axis]) for axis, size in most.items()}
-    return SentBytes(most["tensor"], most["pipeline"], most["data"])
+    return SentBytes(**most)
 
 
 def _tensor(config: Config, model: GPT, micro_batches: int) -> Iterator[Collective]:
@@ -182,6 +186,26 @@ def _tensor(config: Config, model: GPT, micro_batches: int) -> Iterator[Collecti
     yield call(reduce, column_calls, "gradients of the inputs of attention and MLP, backward")
     if split:
         yield call(ALL_GATHER, embedding_calls, "gradient of the embeddings, backward")
+
+
+def _context(config: Config, model: GPT, micro_batches: int) -> Iterator[Collective]:
+    """Keys and values of a chunk's layers, gathered over the ranks that share a sequence."""
+    if config.parallel.context_parallel_size == 1:
+        return
+    recompute = config.training.recompute
+    for module in model.modules():
+        if not isinstance(module, Attention):
+            continue
+        heads = 2 * module.num_groups * module.head_dim
+        payload = micro_batch_sizes(config).whole_tokens * heads * element_bytes(config)
+
+        def call(operation: str, purpose: str, payload: int = payload) -> Collective:
+            return Collective("context", operation, payload, micro_batches, purpose)
+
+        yield call(ALL_GATHER, "keys and values, forward")
+        if recompute != "none":
+            yield call(ALL_GATHER, "keys and values, recomputed")
+        yield call(REDUCE_SCATTER, "gradients of keys and values, backward")
 
 
 def _count(model: GPT, kind: type[nn.Module]) -> int:

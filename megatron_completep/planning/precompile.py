@@ -87,7 +87,8 @@ def _step_without_data(config: Config) -> None:
         ]
     optimizers = [_optimizer(config, chunk, table, context) for chunk in chunks]
 
-    batch = config.training.micro_batch_size, config.model.seq_length
+    own_length = config.model.seq_length // config.parallel.context_parallel_size
+    batch = config.training.micro_batch_size, own_length
     tokens = torch.zeros(batch, dtype=torch.int64, device=device)
     seeds = None
     if config.model.dropout:

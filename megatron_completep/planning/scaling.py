@@ -103,7 +103,8 @@ class ScalingPlan:
     compute_seconds: matrix products and attention.
     memory_seconds: kernels between them, which their traffic bounds.
     optimizer_seconds: the gradient's norm and the update, once a step.
-    communication_seconds: exposed, tensor collectives of the forward pass and of half of backward.
+    communication_seconds: exposed, tensor collectives of the forward pass and of half of backward,
+        and those of the context axis.
     """
 
     world_size: int
@@ -113,6 +114,7 @@ class ScalingPlan:
     tensor_bytes: float  # sent per step by the busiest rank along each axis
     pipeline_bytes: float
     data_bytes: float
+    context_bytes: float
     bubble: float  # share of the step in which a pipeline rank waits
     flops_per_token: float
     compute_seconds: float
@@ -160,7 +162,7 @@ def scaling_plan(config: Config, world_size: int, gpu: Gpu = GPUS["h100"]) -> Sc
         rank_memory(config, rank, gradient_size, micro_batches)
         for rank in range(parallel.pipeline_parallel_size)
     )
-    tensor_bytes, pipeline_bytes, data_bytes = sent_bytes(config, world_size)
+    sent = sent_bytes(config, world_size)
 
     # Compute: recomputation takes time, but is no part of the model's FLOPs.
     tokens = tokens_per_step(config)
@@ -172,7 +174,11 @@ def scaling_plan(config: Config, world_size: int, gpu: Gpu = GPUS["h100"]) -> Sc
     # Communication that nothing hides: the tensor collectives of forward and of half of backward.
     in_node = parallel.tensor_parallel_size <= gpu.per_node
     link = gpu.node_bandwidth if in_node else gpu.network_bandwidth
-    exposed = 0.75 * tensor_bytes / (link * NETWORK_EFFICIENCY)
+    exposed = 0.75 * sent.tensor / (link * NETWORK_EFFICIENCY)
+    # Attention waits for the keys of other ranks, and the projections for their gradients.
+    sharing = parallel.tensor_parallel_size * parallel.context_parallel_size
+    link = gpu.node_bandwidth if sharing <= gpu.per_node else gpu.network_bandwidth
+    exposed += sent.context / (link * NETWORK_EFFICIENCY)
     # Between matrix products stand kernels that compute little; the update comes once a step.
     bandwidth = gpu.memory_bandwidth * MEMORY_EFFICIENCY
     between = micro_batches * micro_batch_bytes(config) / bandwidth
@@ -188,9 +194,10 @@ def scaling_plan(config: Config, world_size: int, gpu: Gpu = GPUS["h100"]) -> Sc
         data_parallel_size=data_parallel_size(config, world_size),
         micro_batches=micro_batches,
         memory=memory,
-        tensor_bytes=tensor_bytes,
-        pipeline_bytes=pipeline_bytes,
-        data_bytes=data_bytes,
+        tensor_bytes=sent.tensor,
+        pipeline_bytes=sent.pipeline,
+        data_bytes=sent.data,
+        context_bytes=sent.context,
         bubble=bubble,
         flops_per_token=flops,
         compute_seconds=compute,
@@ -202,7 +209,7 @@ def scaling_plan(config: Config, world_size: int, gpu: Gpu = GPUS["h100"]) -> Sc
         model_flops_utilisation=flops * tokens / step_seconds / world_size / gpu.peak_flops,
         checkpoint_bytes=wide_bytes(config) * stored_elements(config),
         orthogonal=orthogonal,
-        warnings=_warnings(config, gpu, memory, bubble, data_bytes, compute),
+        warnings=_warnings(config, gpu, memory, bubble, sent.data, compute),
     )
 
 
@@ -318,7 +325,8 @@ def _warnings(
         warnings.append(
             f"does not fit: pipeline rank {fullest} needs {memory[fullest].total / 1e9:.1f} GB of "
             f"{gpu.memory / 1e9:.3g} GB. Raise the tensor- or pipeline-parallel size, recompute "
-            "more, or take a smaller micro-batch."
+            "more, or take a smaller micro-batch or, with long sequences, a larger "
+            "context_parallel_size."
         )
     if bubble > 0.15:
         warnings.append(

@@ -44,9 +44,12 @@ def describe_scaling(config: Config, plan: ScalingPlan, gpu: Gpu) -> str:
     """The plan as text: layout, memory, traffic, time, warnings."""
     parallel = config.parallel
     training = config.training
+    shares_sequences = parallel.context_parallel_size > 1
+    context = f" x context {parallel.context_parallel_size}" if shares_sequences else ""
     lines = [
         f"{plan.world_size} {gpu.name}: tensor {parallel.tensor_parallel_size} x "
-        f"pipeline {parallel.pipeline_parallel_size} x data {plan.data_parallel_size}; "
+        f"pipeline {parallel.pipeline_parallel_size} x data {plan.data_parallel_size}"
+        f"{context}; "
         f"{plan.micro_batches} micro-batches of {training.micro_batch_size} a rank and step; "
         f"recompute {training.recompute}",
         "",
@@ -75,7 +78,7 @@ def assumptions(gpu: Gpu) -> list[str]:
         f"inside a node of {gpu.per_node} and of {gpu.network_bandwidth / 1e9:g} GB/s between "
         "nodes",
         "tensor collectives are hidden in half of the backward pass, data and pipeline traffic "
-        "altogether",
+        "altogether, keys and values of context ranks not at all",
         "memory leaves out the CUDA context, the allocator's rounding and temporaries of single "
         "operations",
     ]
@@ -119,6 +122,8 @@ def _traffic(config: Config, plan: ScalingPlan) -> list[str]:
         ["pipeline", gigabytes(plan.pipeline_bytes)],
         ["data", gigabytes(plan.data_bytes)],
     ]
+    if config.parallel.context_parallel_size > 1:
+        totals.append(["context", gigabytes(plan.context_bytes)])
     rows = []
     for calls in merged(collectives_per_step(config, plan.world_size)):
         count = f"{calls.count:,}"
@@ -132,11 +137,12 @@ def _traffic(config: Config, plan: ScalingPlan) -> list[str]:
 def _time(config: Config, plan: ScalingPlan) -> list[str]:
     days = plan.step_seconds * config.training.train_steps / 86400
     duration = f"{days:,.1f} days" if days >= 1 else f"{24 * days:,.1f} hours"
+    axes = "tensor and context" if config.parallel.context_parallel_size > 1 else "tensor"
     return [
         f"{plan.flops_per_token / 1e9:,.2f} GFLOP a token; {plan.step_seconds:,.3f} s a step: "
         f"{plan.compute_seconds:,.3f} s of products and attention, {plan.memory_seconds:,.3f} s of "
         "kernels between them,",
-        f"{plan.communication_seconds:,.3f} s of tensor communication that nothing hides, "
+        f"{plan.communication_seconds:,.3f} s of {axes} communication that nothing hides, "
         f"{plan.optimizer_seconds:,.3f} s of the optimizer,",
         f"and a pipeline bubble of {plan.bubble:.1%}",
         f"{plan.tokens_per_second:,.0f} tokens/s, {plan.model_flops_utilisation:.1%} of the peak; "

@@ -32,12 +32,14 @@ def micro_batch_sizes(config: Config) -> MicroBatchSizes:
     """What modules are told when they are asked how many bytes they keep for backward."""
     model = config.model
     parallel = config.parallel
-    tokens = model.seq_length * config.training.micro_batch_size
+    whole_tokens = model.seq_length * config.training.micro_batch_size
+    tokens = whole_tokens // parallel.context_parallel_size
     # Tensor ranks share the residual stream's tokens under sequence parallelism alone.
     sequence_parts = parallel.tensor_parallel_size if parallel.sequence_parallel else 1
     return MicroBatchSizes(
         tokens=tokens,
         local_tokens=tokens // sequence_parts,
+        whole_tokens=whole_tokens,
         element_bytes=element_bytes(config),
         stream_bytes=4 if model.fp32_residual else element_bytes(config),
         wide_bytes=wide_bytes(config),
@@ -50,6 +52,7 @@ def imagined_context(parallel: ParallelConfig) -> ParallelContext:
         device=torch.device("meta"),
         tensor=Axis("tensor", 0, parallel.tensor_parallel_size),
         pipeline=Axis("pipeline", 0, parallel.pipeline_parallel_size),
+        context=Axis("context", 0, parallel.context_parallel_size),
         sequence_parallel=parallel.sequence_parallel and parallel.tensor_parallel_size > 1,
     )
 

@@ -14,6 +14,7 @@ from megatron_completep.config.schema import ModelConfig
 from megatron_completep.document import Report, new_figure
 from megatron_completep.model.flops import training_flops_per_token
 from megatron_completep.roles import Role
+from megatron_completep.run.hook import AT_POSITIONS
 
 Row = dict[str, Any]
 PARAMETERIZATION_HEADERS = ["role", "initial std", "peak learning rate", "weight decay", "eps"]
@@ -37,6 +38,9 @@ def run_report(config: Config, rows: Sequence[Row], title: str) -> Report:
         table_rows = [_validation_row(row, uniform) for row in validation]
         headers = ["step", "tokens", "validation loss", "nats below a uniform guess"]
         section.table(headers, table_rows)
+        by_position = _positions(validation[-1])
+        if by_position:
+            section.table(["positions", "validation loss, last"], by_position)
     add_parameterization(report, config)
     return report
 
@@ -86,6 +90,15 @@ def _facts(config: Config, rows: Sequence[Row]) -> list[list[str]]:
 def _validation_row(row: Row, uniform: float) -> list[Any]:
     loss = row["validation_loss"]
     return [row["step"], row["tokens"], f"{loss:.4f}", f"{uniform - loss:.3f}"]
+
+
+def _positions(row: Row) -> list[list[Any]]:
+    """The positions of a validation and the loss of each part, as far as they were recorded."""
+    positions = []
+    for name, loss in row.items():
+        if name.startswith(AT_POSITIONS):
+            positions.append([name.removeprefix(AT_POSITIONS), f"{loss:.4f}"])
+    return positions
 
 
 def add_parameterization(report: Report, config: Config) -> None:

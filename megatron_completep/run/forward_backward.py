@@ -6,7 +6,7 @@ Gradients of the weights go to the queues of the chunks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -15,19 +15,38 @@ from megatron_completep.config.schema import ModelConfig, ParallelConfig
 from megatron_completep.model.gpt import GPT
 from megatron_completep.model.stages import stage_indices, whole_model
 from megatron_completep.parallel.context import ParallelContext
+from megatron_completep.parallel.context_part import ContextPart
 from megatron_completep.parallel.cross_entropy import LossConfig
 from megatron_completep.parallel.pipeline import Pipeline
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What the model reads, on its device. Labels of -100 do not count."""
+    """What the model reads, on its device. Labels of -100 do not count.
+
+    S tokens of each sequence, W of the whole sequence: context ranks divide it.
+    """
 
     tokens: Tensor  # [B, S]
     labels: Tensor  # [B, S]
-    positions: Tensor | None = None  # [B, S]; None: 0 .. S-1
-    document_ids: Tensor | None = None  # [B, S]; None: one document a sample
+    positions: Tensor | None = None  # [B, S]; None: the places of the tokens in the sequence
+    document_ids: Tensor | None = None  # [B, W]; None: one document a sample
     dropout_seeds: Tensor | None = None  # [1, branches + 1, 7]
+
+    def part(self, part: ContextPart) -> MicroBatch:
+        """What a context rank reads of a micro-batch of whole sequences [B, W].
+
+        Labels were shifted before, so that the label of a chunk's last token is the first token of
+        the next chunk.
+        """
+        if not part.split:
+            return self
+        return replace(
+            self,
+            tokens=part.cut(self.tokens),
+            labels=part.cut(self.labels),
+            positions=None if self.positions is None else part.cut(self.positions),
+        )
 
     def keywords(self) -> dict[str, Tensor]:
         """What a chunk takes besides the tokens, without what is None."""
@@ -68,7 +87,7 @@ class ForwardBackward:
             self.pipeline = _pipeline(chunks, model, parallel, context, micro_batch_size)
 
     def __call__(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        """Run forward and backward; return the sum [] of the token losses of this data rank.
+        """Run forward and backward; return the sum [] of the losses of this rank's tokens.
 
         It is 0 on pipeline ranks that do not hold the last stage.
         """
@@ -115,18 +134,18 @@ class ForwardBackward:
         losses = [self.chunks[0](batch.tokens, **batch.keywords()) for batch in micro_batches]
         return torch.stack(losses).sum()
 
-    def evaluate_rows(self, micro_batches: Sequence[MicroBatch]) -> tuple[Tensor, Tensor | None]:
-        """(what `evaluate` returns, the sums [n * B] of the single sequences in float64).
+    def evaluate_tokens(self, micro_batches: Sequence[MicroBatch]) -> tuple[Tensor, Tensor | None]:
+        """(what `evaluate` returns, the losses [n, S, B] of the single tokens in float64).
 
-        None on pipeline ranks that do not hold the last stage.
+        A context rank has those of its own tokens. None on pipeline ranks that do not hold the last
+        stage.
         """
         if not self.chunks[-1].chunk_range.has_unembedding:
             return self.evaluate(micro_batches), None
         with self.chunks[-1].unembedding.recording_token_losses() as token_losses:
             total = self.evaluate(micro_batches)
         batch_size, seq_length = micro_batches[0].labels.shape
-        by_token = torch.cat(token_losses).double().view(-1, seq_length, batch_size)
-        return total, by_token.sum(1).flatten()
+        return total, torch.cat(token_losses).double().view(-1, seq_length, batch_size)
 
 
 def stack(micro_batches: Sequence[MicroBatch]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -152,7 +171,8 @@ def _pipeline(
 ) -> Pipeline:
     """What runs this rank's stages; meta tensors tell it the shapes that stages exchange."""
     weight = next(chunks[0].parameters())
-    length = context.sequence.length(model.seq_length)
+    own_length = context.context_part.length(model.seq_length)
+    length = context.sequence.length(own_length)
     boundary_dtype = torch.float32 if model.fp32_residual else weight.dtype
     return Pipeline(
         chunks,
@@ -160,7 +180,7 @@ def _pipeline(
         parallel.pipeline_parallel_size * parallel.virtual_pipeline_size,
         parallel.schedule,
         context,
-        tokens=torch.empty(micro_batch_size, model.seq_length, dtype=torch.int64, device="meta"),
+        tokens=torch.empty(micro_batch_size, own_length, dtype=torch.int64, device="meta"),
         boundary=torch.empty(
             length, micro_batch_size, model.hidden_size, dtype=boundary_dtype, device="meta"
         ),

@@ -27,6 +27,9 @@ class Stage(IntEnum):
     SAVE = 3  # saves the state, after its figures were reported
 
 
+AT_POSITIONS = "validation_loss_at/"  # metrics of a validation by position: FIRST-LAST behind it
+
+
 @dataclass
 class StepRecord:
     """One finished step, and the figures that hooks have added."""
@@ -41,7 +44,7 @@ class StepRecord:
     slowest_rank_ratio: float | None = None  # time of the slowest rank over the median rank's
     startup_seconds: Figures = field(default_factory=dict)  # by phase, in the first step's record
     validation_loss: float | None = None
-    validation_by_source: Figures = field(default_factory=dict)  # loss by the source's name
+    validation_parts: Figures = field(default_factory=dict)  # losses of parts, by metrics name
     parameterization: Figures = field(default_factory=dict)  # sizes of activations and updates
     checkpoint: Figures = field(default_factory=dict)  # cost of saving since the last step
 
@@ -58,14 +61,16 @@ class StepRecord:
         if self.startup_seconds:
             row["startup_seconds"] = sum(self.startup_seconds.values())
         if self.validation_loss is not None:
-            row.update(validation_figures(self.validation_loss, self.validation_by_source))
+            row.update(validation_figures(self.validation_loss, self.validation_parts))
         return {**row, **self.parameterization, **self.checkpoint}
 
 
-def validation_figures(loss: float, by_source: Figures) -> Figures:
-    """The losses of a validation under the names of the metrics."""
-    named = {f"validation_loss/{name}": source_loss for name, source_loss in by_source.items()}
-    return {"validation_loss": loss, **named}
+def validation_figures(loss: float, parts: Figures) -> Figures:
+    """The losses of a validation under the names of the metrics.
+
+    parts: of sources and positions, under theirs.
+    """
+    return {"validation_loss": loss, **parts}
 
 
 @dataclass

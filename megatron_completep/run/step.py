@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -149,6 +150,14 @@ class PendingFigures:
         )
 
 
+class Evaluation(NamedTuple):
+    """Mean cross-entropies over the counted tokens; nan where no token counts."""
+
+    loss: float
+    by_source: list[float]
+    by_position: list[float]  # of equal parts of the sequence, in their order
+
+
 class TrainingStep:
     """Forward and backward over the micro-batches of a step, then the update."""
 
@@ -281,34 +290,50 @@ class TrainingStep:
         return self._means(sums)[0]
 
     @torch.no_grad()
-    def evaluate_by_source(
-        self, batches: Iterable[Batch], source_of: Callable[[int], int], num_sources: int
-    ) -> tuple[float, list[float]]:
-        """(what `evaluate` returns, to the bit; the mean over each source's tokens).
+    def evaluate_in_parts(
+        self,
+        batches: Iterable[Batch],
+        source_of: Callable[[int], int],
+        num_sources: int,
+        num_positions: int = 0,
+    ) -> Evaluation:
+        """What `evaluate` returns, to the bit, with the means over parts of the tokens.
 
         source_of: the number of the source of a sample, by the sample's number.
+        num_positions: equal parts of the sequence.
         """
         self.optimizer.wait_for_parameters()
-        sums = torch.zeros(2, dtype=torch.float64, device=self.context.device)
-        # Losses, then counted tokens, of each source.
-        sums_by_source = torch.zeros(
-            2 * num_sources, dtype=torch.float64, device=self.context.device
-        )
+        device = self.context.device
+        sums = torch.zeros(2, dtype=torch.float64, device=device)
+        # Losses, then counted tokens, of each source and of each part of the sequence.
+        by_source = torch.zeros(2 * num_sources, dtype=torch.float64, device=device)
+        by_position = torch.zeros(2 * num_positions, dtype=torch.float64, device=device)
         for step_batches, micro_batches in self._steps_to_evaluate(batches):
-            loss_sum, row_losses = self.forward_backward.evaluate_rows(micro_batches)
+            loss_sum, token_losses = self.forward_backward.evaluate_tokens(micro_batches)
             sums[0] += loss_sum.double()
             sums[1] += self._counted_tokens(step_batches)
-            if row_losses is None:
+            if token_losses is None:
                 continue
             sample_ids = torch.cat([batch.sample_ids for batch in step_batches]).tolist()
             sources = self._place(torch.tensor([source_of(sample) for sample in sample_ids]))
             # A pipeline's filler comes last.
-            sums_by_source.index_add_(0, sources, row_losses[: len(sources)])
-            mask = torch.cat([batch.loss_mask for batch in step_batches])
-            counted = self._place((mask != 0).sum(1).double())
-            sums_by_source.index_add_(0, sources + num_sources, counted)
-        # Two reductions: elements of another tensor may be added in another order of ranks.
-        return self._means(sums)[0], self._means(sums_by_source)
+            row_losses = token_losses.sum(1).flatten()[: len(sources)]
+            by_source.index_add_(0, sources, row_losses)
+            mask = torch.cat([self._own_mask(batch) for batch in step_batches]) != 0
+            by_source.index_add_(0, sources + num_sources, self._place(mask.sum(1).double()))
+            if num_positions:
+                places = self.context.context_part.places(self.config.model.seq_length, device)
+                part = places * num_positions // self.config.model.seq_length
+                # Labels of the filler are ignored: their losses are 0.
+                by_position.index_add_(0, part, token_losses.sum((0, 2)))
+                counted = self._place(mask.sum(0).double())
+                by_position.index_add_(0, part + num_positions, counted)
+        # Several reductions: elements of another tensor may be added in another order of ranks.
+        return Evaluation(
+            self._means(sums)[0],
+            self._means(by_source),
+            self._means(by_position) if num_positions else [],
+        )
 
     def _steps_to_evaluate(
         self, batches: Iterable[Batch]
@@ -338,7 +363,7 @@ class TrainingStep:
         return [total / count if count else math.nan for total, count in pairs]
 
     def _micro_batch(self, batch: Batch, dropout_seeds: Tensor | None) -> MicroBatch:
-        """The tensors of a batch that the model reads, on the device."""
+        """The tensors of a batch that the model reads, on the device: of this rank's tokens."""
         labels = self._place(batch.labels)
         # Check on the host, where the mask still is; checking on the device would synchronize.
         if not bool((batch.loss_mask != 0).all()):
@@ -350,7 +375,7 @@ class TrainingStep:
                 positions=self._place(batch.positions),
                 document_ids=self._place(batch.document_ids),
             )
-        return micro_batch
+        return micro_batch.part(self.context.context_part)
 
     def _place(self, tensor: Tensor) -> Tensor:
         """The tensor on the device.
@@ -363,7 +388,11 @@ class TrainingStep:
         """Number of tokens whose loss this rank computes; 0 unless it holds the last stage."""
         if self.pipeline is not None and not self.pipeline.holds_last:
             return 0
-        return sum(int((batch.loss_mask != 0).sum()) for batch in batches)
+        return sum(int((self._own_mask(batch) != 0).sum()) for batch in batches)
+
+    def _own_mask(self, batch: Batch) -> Tensor:
+        """The loss mask [B, S] of this rank's tokens."""
+        return self.context.context_part.cut(batch.loss_mask)
 
     def seeds_of(self, step: int, batch: Batch) -> Tensor | None:
         """The seeds of one micro-batch's dropout [1, branches + 1, 7]; None without dropout.
@@ -375,13 +404,19 @@ class TrainingStep:
         if model.dropout == 0.0:
             return None
         sequence = self.context.sequence
+        context_part = self.context.context_part
+        # Sequence parallelism divides what a context rank holds.
+        first = sequence.index * sequence.length(context_part.length(model.seq_length))
+        rows = context_part.rows(first, model.seq_length)
         seed = kernels.dropout_seed(
             # Drop one of 64 bits to fit a non-negative int64.
             mix(self.config.training.seed ^ mix(step)) >> 1,
             batch=len(batch.tokens),
             first_sample=int(batch.sample_ids[0]),
             seq_length=model.seq_length,
-            start=sequence.index * sequence.length(model.seq_length),
+            start=rows.start,
+            turn=rows.turn,
+            second_start=rows.second_start,
         )
         seeds = dropout_seeds(seed, model.num_layers * len(BRANCHES))
         return self._place(seeds[None])

@@ -161,10 +161,13 @@ class LogitTaps:
         )
         # The branch's own projections, with norm and rotation, as it would use them.
         q, k, _ = attention._heads(attention.qkv(x[:, :1].contiguous()), first_sequence)
+        part = attention.context_part
+        k = part.gather(k.permute(2, 0, 1, 3)).permute(1, 2, 0, 3)
         heads_per_group = attention.num_heads // attention.num_groups
-        length = q.shape[2]
-        future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
-        # One head at a time, so that one [S, S] matrix is held.
+        length = k.shape[2]
+        places = torch.arange(length, device=q.device)
+        future = places > part.places(length, q.device)[:, None]
+        # One head at a time, so that one [S, W] matrix is held.
         for head in range(attention.num_heads):
             scores = q[0, head] @ k[0, head // heads_per_group].t()
             logits = (scores.float() * attention.scale).masked_fill(future, -math.inf)

@@ -15,6 +15,7 @@ from megatron_completep.config.schema import Config
 from megatron_completep.data.beginning import beginning_lines
 from megatron_completep.data.corpus import has_validation
 from megatron_completep.data.loader import (
+    Batch,
     Loader,
     ValidationBatches,
     build_loader,
@@ -34,6 +35,7 @@ from megatron_completep.telemetry.metrics import METRICS, open_sinks
 from megatron_completep.telemetry.profiling import Profiler
 from megatron_completep.telemetry.telemetry import Telemetry, read_reference
 from megatron_completep.telemetry.trackers import Sink
+from megatron_completep.training.balance import balance_warning
 from megatron_completep.training.hooks import CheckpointFigures, Checkpoints, Metrics, Validation
 
 Say = Callable[[str], None]
@@ -193,14 +195,34 @@ def build_telemetry(
     config: Config, context: ParallelContext, step: TrainingStep, interval: int, say: Say
 ) -> Telemetry:
     """The hook that measures the parameterization, always on the run's first micro-batch."""
-    # Only one batch is needed, and a background worker would read more.
+    probe = first_step(config, context)[:1]
+    reference = read_reference(config.logging.parameterization_reference)
+    return Telemetry(step, probe, interval, config.training.train_steps, reference, say)
+
+
+def first_step(config: Config, context: ParallelContext) -> list[Batch]:
+    """The micro-batches of this data rank in the run's first step."""
+    # Only one step is needed, and a background worker would read more.
     data_without_prefetch = config.data.model_copy(update={"prefetch": 0})
     config_of_probe = config.model_copy(update={"data": data_without_prefetch})
     # A new loader begins with the run's first sample, so that figures of all starts compare.
     with build_training_loader(config_of_probe, context) as loader:
-        probe = loader.next_step()[:1]
-    reference = read_reference(config.logging.parameterization_reference)
-    return Telemetry(step, probe, interval, config.training.train_steps, reference, say)
+        return loader.next_step()
+
+
+def warn_of_imbalance(config: Config, context: ParallelContext, say: Say) -> None:
+    """Say where documents leave context ranks with unequal work; the first rank looks at its own.
+
+    Only flash-attn leaves out what a query does not see of other documents.
+    """
+    skips_keys = config.model.attention_backend == "flash_attention"
+    if not (context.is_first and config.data.reset_at_document_ends and skips_keys):
+        return
+    if context.context.size == 1:
+        return
+    warning = balance_warning(first_step(config, context), context.context.size)
+    if warning is not None:
+        say(f"warning: {warning}")
 
 
 def device_name(device: torch.device) -> str:
@@ -235,6 +257,7 @@ def describe_run(
         place += f", {threads} threads"
     processes = "process" if context.world_size == 1 else "processes"
     dtype = str(precision).removeprefix("torch.")
+    sharing = f" x context {context.context.size}" if context.context.size > 1 else ""
 
     ramp = ""
     if training.batch_ramp:
@@ -254,7 +277,7 @@ def describe_run(
         f"{flops:,.1f} MFLOP a token\n"
         f"{context.world_size} {processes} on {place}, {dtype}, products by {products}; "
         f"tensor {context.tensor.size} x pipeline {context.pipeline.size} "
-        f"x data {context.data.size}\n"
+        f"x data {context.data.size}{sharing}\n"
         f"{training.train_steps} steps of {training.global_batch_size}{ramp} "
         f"x {model.seq_length} tokens -> {training.output_dir}{without_effect}"
     )

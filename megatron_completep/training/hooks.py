@@ -14,6 +14,7 @@ from megatron_completep.model.flops import peak_flops, training_flops_per_token
 from megatron_completep.optim.schedule import learning_rate
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.run.hook import (
+    AT_POSITIONS,
     BeginRecord,
     Hook,
     Row,
@@ -30,7 +31,8 @@ from megatron_completep.telemetry.trackers import Sink
 class Validation(Hook):
     """Adds `validation_loss`, the cross-entropy alone, at an interval and after the last step.
 
-    Of several sources the loss of each is added, too.
+    Of several sources the loss of each is added, too, and those by position where the configuration
+    asks for them.
     """
 
     def __init__(
@@ -56,29 +58,45 @@ class Validation(Hook):
 
     def after_step(self, record: StepRecord) -> None:
         if self.due(record.state.step):
-            loss, by_source = self._validate(record.state.step)
+            loss, parts = self._validate(record.state.step)
             record.validation_loss = loss
-            record.validation_by_source = by_source
+            record.validation_parts = parts
 
     def _validate(self, step: int) -> tuple[float, dict[str, float]]:
-        """(loss, loss by the source's name where there are several); says both on the console."""
+        """(loss, losses of parts of the tokens by their metrics names); says them on the console.
+
+        The parts are the sources where there are several, and the positions that are asked for.
+        """
         started = time.perf_counter()
         batches = self._batches
         names = batches.source_names
-        by_source = {}
-        if len(names) == 1:
+        positions = self._training.validation_positions
+        by_source: dict[str, float] = {}
+        by_position: list[float] = []
+        if len(names) == 1 and not positions:
             # The loss of the only source is the mean itself, and needs no sums by sample.
             loss = self._step.evaluate(batches)
         else:
-            loss, losses = self._step.evaluate_by_source(batches, batches.source_of, len(names))
-            by_source = dict(zip(names, losses, strict=True))
+            loss, losses, by_position = self._step.evaluate_in_parts(
+                batches, batches.source_of, len(names), positions
+            )
+            if len(names) > 1:
+                by_source = dict(zip(names, losses, strict=True))
         seconds = time.perf_counter() - started
         self._say(
             f"validation at step {step}: loss {loss:.4f} "
             f"over {batches.num_samples} sequences ({seconds:.1f} s){_by_source(by_source)}"
         )
-        # A source that gave no sequence has no loss.
-        counted = {name: loss for name, loss in by_source.items() if not math.isnan(loss)}
+        parts = {f"validation_loss/{name}": part_loss for name, part_loss in by_source.items()}
+        length = self._step.config.model.seq_length
+        for number, part_loss in enumerate(by_position):
+            part_length = length // positions
+            first = number * part_length
+            parts[f"{AT_POSITIONS}{first}-{first + part_length - 1}"] = part_loss
+        # A part that has no token that counts has no loss.
+        counted = {
+            name: part_loss for name, part_loss in parts.items() if not math.isnan(part_loss)
+        }
         return loss, counted
 
 

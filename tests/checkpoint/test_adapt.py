@@ -12,7 +12,7 @@ import yaml
 from torch import nn
 
 from megatron_completep.checkpoint import StoredCheckpoint
-from megatron_completep.checkpoint.adapt import adapt_checkpoint, check_branches
+from megatron_completep.checkpoint.adapt import adapt_checkpoint, check_branches, length_notes
 from megatron_completep.config.schema import ModelConfig
 from megatron_completep.errors import CheckpointError
 from megatron_completep.kernels.control import STEP
@@ -154,6 +154,52 @@ def test_starting_anew_takes_the_weights_alone(tmp_path):
     assert again.optimizer.control[STEP] == 0
     assert not again.optimizer.states["exp_avg"].any()
     assert torch.equal(again.optimizer.shards.master, run.optimizer.shards.master)
+
+
+LONGER = {"model": {"seq_length": 32, "rope_base": 40000.0}}
+
+
+def test_a_stage_with_longer_sequences_takes_the_weights_and_begins_the_data_anew(tmp_path):
+    run = trained(tmp_path / "old", {})
+    again = adapted(run, tmp_path / "new", {}, LONGER, start_anew=True)
+    assert again.state.step == 0
+    assert torch.equal(again.optimizer.shards.master, run.optimizer.shards.master)
+    # As long as before and with the same angles, it is the same function.
+    same_angles = {"model": {"seq_length": 32}}
+    still = adapted(run, tmp_path / "still", {}, same_angles, start_anew=True)
+    with torch.no_grad():
+        expected = run.model(TOKENS[:, :-1])
+        torch.testing.assert_close(still.model(TOKENS[:, :-1]), expected, rtol=0, atol=1e-12)
+        assert (again.model(TOKENS[:, :-1]) - expected).abs().max() > 1e-8
+
+
+def test_what_longer_sequences_change_in_a_step_is_said(tmp_path):
+    completep = {"base_batch_tokens": 32, "base_total_tokens": 320}
+    run = trained(tmp_path / "old", {})
+    (source,) = (tmp_path / "old").glob("checkpoints/step_*")
+    config = checkpointed_config(
+        tmp_path / "new", training=F64, model={"seq_length": 32}, completep=completep
+    )
+    notes = "\n".join(length_notes(source, config))
+    assert "a step has 128 tokens where the checkpoint's had 32" in notes
+    assert "m_B 1 -> 4, and S, which multiplies every learning rate, 1 -> 1" in notes
+    assert "training.global_batch_size = 1 would keep the tokens of a step" in notes
+    assert length_notes(source, run.config) == []
+
+
+@pytest.mark.parametrize(
+    ("model", "start_anew", "said"),
+    [
+        ({}, False, "model.seq_length = 8 tokens.*how many of 32 were read. Add --start-anew"),
+        ({"position": "learned"}, True, "learned positions for model.seq_length = 8, and none"),
+    ],
+)
+def test_a_length_that_positions_or_data_do_not_go_with_is_refused(
+    tmp_path, model, start_anew, said
+):
+    run = trained(tmp_path / "old", model)
+    with pytest.raises(CheckpointError, match=said):
+        adapted(run, tmp_path / "new", model, {"model": {"seq_length": 32}}, start_anew=start_anew)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ def test_a_checkpoint_of_tp2_pp2_dp2_is_read_by_every_layout_and_back(pool, tmp_
             for wrong in rank
         ], name
     for name in (
-        LAYOUTS if model == "llama" else ("one", "pp4_uneven")
+        LAYOUTS if model == "llama" else ("one", "tp2_cp2", "pp4_uneven")
     ):  # all of them in the slow suite
         assert not [
             wrong for rank in run(pool, load, tmp_path / name, model, TP2_PP2_DP2) for wrong in rank
@@ -31,7 +31,7 @@ def test_a_checkpoint_of_tp2_pp2_dp2_is_read_by_every_layout_and_back(pool, tmp_
 
 def test_every_layout_stores_the_same_tensors_each_element_once(pool, tmp_path):
     stored = {}
-    for name in ("one", "tp2_dp2", "pp4_uneven"):
+    for name in ("one", "tp2_dp2", "tp2_cp2", "pp4_uneven"):
         run(pool, save, tmp_path / name, "tied_gpt", LAYOUTS[name])
         checkpoint = StoredCheckpoint.open(tmp_path / name / "checkpoints" / "step_00000006")
         stored[name] = {

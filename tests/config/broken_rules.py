@@ -206,6 +206,42 @@ RULES = [
         ),
     ),
     (
+        ["training.validation_positions=10"],
+        "training.validation_positions = 10 does not divide model.seq_length = 256. Use 1, 2, 4, 8",
+    ),
+    (
+        ["parallel.context_parallel_size=3"],
+        "cuts a sequence into 2 x 3 = 6 chunks, which model.seq_length = 256 is not a multiple of. "
+        "Use 1, 2, 4, ",
+    ),
+    (
+        [
+            "parallel.context_parallel_size=2",
+            "parallel.tensor_parallel_size=8",
+            "parallel.sequence_parallel=true",
+            "model.seq_length=24",
+        ],
+        "leaves 24 / 2 = 12 tokens of a sequence to a rank, which parallel.tensor_parallel_size = "
+        "8 does not divide (parallel.sequence_parallel is on). Use 1 or 3.",
+    ),
+    (
+        ["parallel.context_parallel_size=2", "model.attention_backend=cudnn"],
+        "model.attention_backend = cudnn takes as a mask in memory only",
+    ),
+    (
+        [
+            "parallel.context_parallel_size=2",
+            "data.reset_at_document_ends=true",
+            "model.seq_length=65536",
+        ],
+        "need a bias on the attention logits of 16.0 GiB on each rank, above 4 GiB. Use "
+        "model.attention_backend = flash_attention, a larger context_parallel_size",
+    ),
+    (
+        ["parallel.context_parallel_size=4", "model.position=alibi", "model.seq_length=32768"],
+        "need a bias on the attention logits of 8.0 GiB on each rank, above 4 GiB. Use a larger",
+    ),
+    (
         [
             "model.num_attention_heads=12",
             "model.num_query_groups=6",

@@ -34,6 +34,25 @@ FITTING = [
         "high_freq_factor: 4, original_max_position_embeddings: 64}"
     ],
     ["model.bias=true", "model.qkv_bias=true"],
+    ["training.validation_positions=8"],
+    [
+        "parallel.context_parallel_size=2",
+        "parallel.tensor_parallel_size=4",
+        "parallel.sequence_parallel=true",
+        "model.seq_length=24",
+    ],
+    [
+        "parallel.context_parallel_size=8",
+        "data.reset_at_document_ends=true",
+        "model.seq_length=65536",
+    ],
+    [
+        "parallel.context_parallel_size=2",
+        "data.reset_at_document_ends=true",
+        "model.seq_length=65536",
+        "model.attention_backend=flash_attention",
+        "training.precision=bf16",
+    ],
     ["model.qkv_bias=false"],
     ["model.num_query_groups=4", "parallel.tensor_parallel_size=4"],
     ["model.num_query_groups=8", "parallel.tensor_parallel_size=4"],

@@ -291,7 +291,7 @@ FIELD_MISTAKES = [
     ("model.bias=1", "model.bias = 1: must be true or false."),
     ("model.norm=rms", "model.norm = 'rms': must be layernorm or rmsnorm."),
     ("training.precision=float16", "must be float32, bf16, float64 or auto."),
-    ("parallel.context_parallel_size=2", "parallel.context_parallel_size = 2: must be 1."),
+    ("parallel.context_parallel_size=0", "context_parallel_size = 0: must be greater than 0."),
     ("training.output_dir=2026", "training.output_dir = 2026: must be text. Put it in quotes."),
     (
         "logging=5",

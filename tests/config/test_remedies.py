@@ -41,6 +41,17 @@ IN_WORDS = {
         ["data.split='98,2,0'"],
         ["training.validation_at_start=false"],
     ],
+    "parallel.context_parallel_size=2 model.attention_backend=cudnn": [
+        ["model.attention_backend=auto"]
+    ],
+    "parallel.context_parallel_size=2 data.reset_at_document_ends=true model.seq_length=65536": [
+        ["model.attention_backend=flash_attention"],
+        ["parallel.context_parallel_size=8"],
+        ["training.micro_batch_size=1"],
+    ],
+    "parallel.context_parallel_size=4 model.position=alibi model.seq_length=32768": [
+        ["parallel.context_parallel_size=8"]
+    ],
     "model.attention_backend=efficient training.precision=float64": [
         ["model.attention_backend=auto"],
         ["training.precision=bf16"],

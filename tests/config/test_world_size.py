@@ -35,6 +35,17 @@ WORLDS = [
         ),
     ),
     (8, ["parallel.optimizer_shard_size=4"], None),
+    (8, ["parallel.context_parallel_size=4", "parallel.optimizer_shard_size=8"], None),
+    (
+        8,
+        ["parallel.context_parallel_size=4", "parallel.optimizer_shard_size=3"],
+        "does not divide data x context ranks = 2 x 4 = 8. Use 1, 2, 4 or 8, or null.",
+    ),
+    (
+        6,
+        ["parallel.context_parallel_size=4"],
+        "pipeline_parallel_size x context_parallel_size = 1 x 1 x 4 = 4 does not divide the world",
+    ),
     (
         4,
         ["parallel.pipeline_parallel_size=4", "training.global_batch_size=8"],

@@ -43,7 +43,7 @@ OPERATIONS = {
     "alltoall_base_": (ALL_TO_ALL, 1),
 }
 RECEIVES = {"recv_"}  # the other end of a send
-AXES = ("tensor", "shard", "replica", "pipeline", "world")
+AXES = ("tensor", "context", "shard", "replica", "pipeline", "world")
 
 
 class CountCollectives(TorchDispatchMode):

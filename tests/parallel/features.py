@@ -44,6 +44,7 @@ TENSOR = {"tensor_parallel_size": 2}
 SEQUENCE = {**TENSOR, "sequence_parallel": True}
 PIPELINE = {"pipeline_parallel_size": 2}
 VIRTUAL = {**PIPELINE, "virtual_pipeline_size": 2}
+CONTEXT = {"context_parallel_size": 2}
 BUCKETS = {"bucket_megabytes": 0.03}  # several of them
 
 # name -> (ranks, settings under `parallel`)
@@ -73,6 +74,15 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pipeline 2, zero-bubble, data 2, optimizer over 1": (
         4,
         {**PIPELINE, **BUCKETS, "schedule": "zero_bubble", "optimizer_shard_size": 1},
+    ),
+    "context 2": (2, {**CONTEXT, **BUCKETS}),
+    "context 4": (4, {**BUCKETS, "context_parallel_size": 4}),
+    "context 2, data 2, optimizer over 2": (4, {**CONTEXT, **BUCKETS, "optimizer_shard_size": 2}),
+    "context 2, tensor 2, sequence": (4, {**CONTEXT, **SEQUENCE}),
+    "context 2, pipeline 2, zero-bubble": (4, {**CONTEXT, **PIPELINE, "schedule": "zero_bubble"}),
+    "context 2, pipeline 2 x 2, interleaved": (
+        4,
+        {**CONTEXT, **VIRTUAL, "schedule": "interleaved_1f1b"},
     ),
     "tensor 2, sequence, pipeline 2, 1f1b, data 2": (8, {**SEQUENCE, **PIPELINE, **BUCKETS}),
     "tensor 2, pipeline 2 x 2, interleaved, data 2": (
@@ -204,6 +214,7 @@ def data_size(layout: str) -> int:
         ranks
         // parallel.get("tensor_parallel_size", 1)
         // parallel.get("pipeline_parallel_size", 1)
+        // parallel.get("context_parallel_size", 1)
     )
 
 
@@ -225,7 +236,8 @@ def forbidden(a: tuple[str, str], b: tuple[str, str]) -> bool:
 
 def is_rounded(row: Row) -> bool:
     """Whether gradients really travel in bf16, so that a comparison to the last digits is none."""
-    return row["gradient type"] == "bf16" and data_size(row["layout"]) > 1
+    context = parallel_of(row["layout"]).get("context_parallel_size", 1)
+    return row["gradient type"] == "bf16" and data_size(row["layout"]) * context > 1
 
 
 def config_of(row: Row, one_process: bool = False) -> Config:

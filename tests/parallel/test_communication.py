@@ -11,6 +11,7 @@ from tests.support.configs import TIED_GPT2
 
 TIED = {**TIED_GPT2, "qk_norm": True}
 GROUPED = {"num_query_groups": 2, "bias": True, "norm": "layernorm"}
+CONTEXT = {"context_parallel_size": 2}
 SEQUENCE = {"tensor_parallel_size": 2, "sequence_parallel": True}
 
 MUON = {"type": "muon", "muon": {"base_lr": 0.02, "precision": "master"}}
@@ -73,6 +74,18 @@ RUNS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
         4,
         {"parallel": SEQUENCE, "optimizer": MUON, "model": {"num_query_groups": 2}},
     ),
+    "context 2": (2, {"parallel": CONTEXT, "model": {"num_query_groups": 2}}),
+    "context 2, tensor 2 with sequence, selectively recomputed": (
+        4,
+        {"parallel": {**SEQUENCE, **CONTEXT}, "training": {"recompute": "selective"}},
+    ),
+    "context 2, pipeline 2, recomputed": (
+        4,
+        {
+            "parallel": {**CONTEXT, "pipeline_parallel_size": 2},
+            "training": {"recompute": "full"},
+        },
+    ),
     "tensor 2, pipeline 2, data 2": (
         8,
         {"parallel": {**SEQUENCE, "pipeline_parallel_size": 2}, "model": TIED},
@@ -95,6 +108,7 @@ def test_collectives_of_a_step_are_what_the_plan_says(pool, name):
             "inputs of attention and MLP for the weight gradients, backward",
         ),
         ("tensor 2 with sequence", "gradients of norms and biases in the shard"),
+        ("context 2", "gradients of keys and values, backward"),
         ("pipeline 2, 1f1b", "its gradient to the stage before, backward"),
         ("tensor 2, data 2, Muon", "orthogonal factors from the owners"),
         ("data 2", "whether a rank was asked to stop"),

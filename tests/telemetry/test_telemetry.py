@@ -212,9 +212,10 @@ def layout_figures(rank: int, parallel: dict[str, Any]) -> dict[str, float]:
     [
         (2, {"tensor_parallel_size": 2, "sequence_parallel": True}),
         (2, {"pipeline_parallel_size": 2}),
+        (2, {"context_parallel_size": 2}),
         (2, {}),
     ],
-    ids=["tensor", "pipeline", "data"],
+    ids=["tensor", "pipeline", "context", "data"],
 )
 def test_the_figures_are_those_of_one_process_in_every_layout(
     pool, world_size: int, parallel: dict[str, Any]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from megatron_completep.reports.run_report import run_report
 from megatron_completep.run.assemble import assemble
 from megatron_completep.telemetry.metrics import read_metrics
 from megatron_completep.training.build import build_validation
+from megatron_completep.training.hooks import Validation
 from tests.support.corpora import write_ramps
 from tests.support.ranks import launched_as
 from tests.support.runs import rows_of, tiny_config
@@ -181,6 +183,10 @@ def loss_of_each_source(config: Config) -> dict[str, float]:
         (("parallel.pipeline_parallel_size=2", "parallel.schedule=zero_bubble"), "true"),
         (("parallel.tensor_parallel_size=2", "parallel.sequence_parallel=true"), "false"),
         (("training.micro_batch_size=2",), "true"),
+        (
+            ("parallel.context_parallel_size=2", "logging.parameterization_interval=2"),
+            "true",
+        ),
     ],
 )
 def test_the_validation_loss_of_each_source_is_that_of_its_sequences(
@@ -205,10 +211,35 @@ def test_a_source_of_its_own_changes_no_bit_of_the_whole_loss(folder: Path) -> N
     assembly = assemble(config, ParallelContext.single("cpu"), table_of(config))
     batches = build_validation(config, ParallelContext.single("cpu"))
     assert batches is not None and batches.source_names == ["validation", "other"]
-    loss, _ = assembly.step.evaluate_by_source(batches, batches.source_of, 2)
+    loss = assembly.step.evaluate_in_parts(batches, batches.source_of, 2).loss
     assert loss == assembly.step.evaluate(batches)
-    by_wrong_source = assembly.step.evaluate_by_source(batches, lambda sample: sample % 2, 2)
-    assert by_wrong_source != assembly.step.evaluate_by_source(batches, batches.source_of, 2)
+    by_wrong_source = assembly.step.evaluate_in_parts(batches, lambda sample: sample % 2, 2)
+    assert by_wrong_source != assembly.step.evaluate_in_parts(batches, batches.source_of, 2)
+
+
+def test_the_loss_at_some_positions_is_that_of_a_validation_of_them_alone(folder: Path) -> None:
+    words = [*SHORT, "training.validation_positions=4"]
+    config = tiny_config(folder, *words, output="positions", data=two_blends(folder))
+    assembly = assemble(config, ParallelContext.single("cpu"), table_of(config))
+    batches = build_validation(config, ParallelContext.single("cpu"))
+    assert batches is not None
+    step = assembly.step
+    loss, figures = Validation(step, batches, config.training, lambda line: None)._validate(1)
+    assert loss == step.evaluate(batches)
+    width = config.model.seq_length // 4
+    losses = []
+    for first in range(0, 4 * width, width):
+        masked = []
+        for batch in batches:
+            mask = torch.zeros_like(batch.loss_mask)
+            mask[:, first : first + width] = batch.loss_mask[:, first : first + width]
+            masked.append(replace(batch, loss_mask=mask))
+        losses.append(figures[f"validation_loss_at/{first}-{first + width - 1}"])
+        assert losses[-1] == pytest.approx(step.evaluate(masked), rel=1e-5)
+    assert len({round(loss, 3) for loss in losses}) > 1  # the parts can be told apart
+    row = {"step": 1, "tokens": 1, "tokens_per_second": 1.0, "mfu": None, "loss": loss}
+    report = run_report(config, [{**row, "validation_loss": loss, **figures}], "positions")
+    assert f"| 0-{width - 1} | {losses[0]:.4f} |" in report.as_markdown()
 
 
 def test_a_validation_before_the_first_step_is_row_0_and_changes_nothing_else(

@@ -61,7 +61,7 @@ class HuggingFaceTokenizer(Tokenizer):
         names = [] if named_end is None else [named_end]
         ids = (self._id_of(name) for name in (*names, *END_OF_DOCUMENT_NAMES))
         self.eod_id = next((index for index in ids if index is not None), None)
-        self.own_beginning = self._template()
+        self.own_beginning, self.own_ending = self._template()
         name = token_named(beside, "bos_token") or token_named(special, "bos_token")
         if name is not None:
             self.bos_id = self._id_of(name)
@@ -71,22 +71,20 @@ class HuggingFaceTokenizer(Tokenizer):
     def _id_of(self, name: str) -> int | None:
         return self._vocabulary.get(name)
 
-    def _template(self) -> tuple[int, ...]:
-        """The ids that the file's template puts in front of a text.
-
-        What it puts behind one is left to --append-eod.
-        """
+    def _template(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The ids that the file's template puts in front of a text, and those behind it."""
         probe = "a"
         try:
             plain = self._tokenizer.encode(probe, add_special_tokens=False).ids
-            whole = self._tokenizer.encode(probe, add_special_tokens=True).ids
+            framed = self._tokenizer.encode(probe, add_special_tokens=True).ids
         except Exception:  # the library's bare one: a vocabulary that cannot express the probe
-            return ()
-        added = len(whole) - len(plain)
-        fronts = (whole[:length] for length in range(added + 1))
-        # The template may add on both sides; the text's own ids stand in the middle.
-        matching = [front for front in fronts if whole[len(front) :][: len(plain)] == plain]
-        return tuple(matching[0]) if matching else ()
+            return (), ()
+        # The text's own ids stand in the middle of what the template makes.
+        for length in range(len(framed) - len(plain) + 1):
+            end = length + len(plain)
+            if framed[length:end] == plain:
+                return tuple(framed[:length]), tuple(framed[end:])
+        return (), ()
 
     def _encode_batch(self, texts: Sequence[str]) -> list[IdArray]:
         # encode_batch_fast leaves out character offsets, which nobody here reads.

@@ -51,8 +51,9 @@ class Tokenizer:
 
     type: the family's name. vocab_size: ids are in [0, vocab_size). eod_id: end-of-document id or
     None. bos_id: id of the beginning-of-text token or None. own_beginning: the ids that the
-    tokenizer puts in front of a text by itself. beginning: those that it is to put there, which
-    `adopt` settles. hash: xxh3 (64 bits, hex) of the model's bytes. former_hashes: by which earlier
+    tokenizer puts in front of a text by itself. own_ending: those that it would put behind one,
+    which is left to --append-eod. beginning: those that it is to put in front, which `adopt`
+    settles. hash: xxh3 (64 bits, hex) of the model's bytes. former_hashes: by which earlier
     versions knew the same tokenizer.
     """
 
@@ -61,6 +62,7 @@ class Tokenizer:
     hash: str
     bos_id: int | None = None
     own_beginning: tuple[int, ...] = ()
+    own_ending: tuple[int, ...] = ()
     beginning: tuple[int, ...] = ()
     former_hashes: frozenset[str] = frozenset()
     model_name: str | None = None
@@ -78,6 +80,14 @@ class Tokenizer:
                     f"end-of-document token {settings.eod_token!r} (--eod-token, "
                     f"data.tokenizer.eod_token): {self.type} tokenizer {self.model_name} has no "
                     "such token. Name one of its special tokens."
+                )
+            # A text that spells the token would seem to end there.
+            if self.encode(settings.eod_token) == [self.eod_id]:
+                raise DataError(
+                    f"end-of-document token {settings.eod_token!r} (--eod-token, "
+                    f"data.tokenizer.eod_token): {self.type} tokenizer {self.model_name} gives its "
+                    f"id, {self.eod_id}, to texts that hold {settings.eod_token!r} as well. Name "
+                    "one of its special tokens."
                 )
         if settings.prepend_bos is None:
             self.beginning = self.own_beginning

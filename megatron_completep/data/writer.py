@@ -16,6 +16,7 @@ import numpy.typing as npt
 import xxhash
 
 from megatron_completep.data.beginning import FIELD, common_beginning
+from megatron_completep.data.files import printable
 from megatron_completep.data.indexed import (
     BLOCK_BYTES,
     CHUNK,
@@ -31,6 +32,8 @@ from megatron_completep.data.indexed import (
 from megatron_completep.errors import DataError
 
 INT32_MAX = np.iinfo(np.int32).max
+# What is said of two recorded tokenizers that differ, beside their types and models.
+_IDENTIFYING = ("vocab_size", "hash", "eod_id")
 
 
 class IndexedWriter:
@@ -384,10 +387,18 @@ def _common_tokenizer(datasets: Sequence[IndexedDataset]) -> dict[str, Any] | No
         # The same tokenizer may lie at several paths.
         if {**tokenizer, "model": None} != {**first_tokenizer, "model": None}:
             raise DataError(
-                f"{prefix}.json: tokenizer: {tokenizer} differs from {first_tokenizer} "
-                f"of {first_prefix}. Token ids of two tokenizers cannot be mixed."
+                f"{prefix}.json: tokenizer: {_described(tokenizer)}, but {first_prefix} was made "
+                f"with {_described(first_tokenizer)}. Token ids of two tokenizers cannot be mixed."
             )
     return first_tokenizer if len(recorded) == len(datasets) else None
+
+
+def _described(tokenizer: dict[str, Any]) -> str:
+    """A recorded tokenizer in words; a record of another program may lack any of the fields."""
+    model = tokenizer.get("model")
+    of_model = "" if model is None else f" {printable(str(model))}"
+    fields = [f"{name} {tokenizer[name]}" for name in _IDENTIFYING if name in tokenizer]
+    return f"{tokenizer.get('type', 'unknown type')}{of_model} ({', '.join(fields)})"
 
 
 def _common_extra(datasets: Sequence[IndexedDataset]) -> dict[str, Any]:

@@ -105,8 +105,7 @@ def _entries(read: Reader, key: str, kind: str, entry: dict[str, Any]) -> dict[s
             # As transformers has it: the ratio of the longest sequence now to the longest before.
             longest = read.number("max_position_embeddings")
             setting[name] = longest / setting["original_max_position_embeddings"]
-        # A yarn without the optional ones, or with the 0 that stands for none.
-        elif kind == "yarn" and name != "factor" and not entry.get(name):
+        elif kind == "yarn" and name != "factor" and _is_left_out(name, entry):
             continue
         else:
             setting[name] = inner.number(name, kind=float)
@@ -115,6 +114,12 @@ def _entries(read: Reader, key: str, kind: str, entry: dict[str, Any]) -> dict[s
         setting["truncate"] = inner.flag("truncate", False)
     read.problems += [f"{key}.{problem}" for problem in problems]
     return setting
+
+
+def _is_left_out(name: str, entry: dict[str, Any]) -> bool:
+    """Whether an optional entry of yarn is missing, or the 0 that stands for none."""
+    # A factor of 0 would take the rotated heads away: it is read, and refused.
+    return entry.get(name) is None if name == "attention_factor" else not entry.get(name)
 
 
 def _original_length(read: Reader, key: str, entry: dict[str, Any]) -> int:

@@ -89,7 +89,7 @@ class ImportReport:
     dtype: str  # of the original tensors
     parameters: int
     tokenizer: str | None
-    notes: list[str]  # what became of the tokenizer, a sentence each
+    notes: list[str]  # what became of the types and of the tokenizer, a sentence each
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain values."""
@@ -122,7 +122,8 @@ def import_model(
     # Everything that can be refused is refused before the first byte is written.
     model_config = _model_config(model, folder / "config.json")
     tensors = _match(source, architecture, model_config)
-    dtype = source.describe(tensors[0].name)[1]
+    dtypes = sorted({source.describe(piece.name)[1] for piece in tensors})
+    precision = PRECISIONS[source.describe(tensors[0].name)[1]]
     copies = _tokenizer_copies(files, output)
     tokenizer = _tokenizer_setting(copies)
     read_tokenizer = _read_tokenizer(files)
@@ -130,7 +131,7 @@ def import_model(
         # Said outright, since the copies alone need not tell it.
         tokenizer["prepend_bos"] = bool(read_tokenizer.beginning)
     export = _export_section(files, architecture, config_json, model["seq_length"])
-    config = _configuration(model, output, tokenizer, export, PRECISIONS[dtype], overrides)
+    config = _configuration(model, output, tokenizer, export, precision, overrides)
     table = table_of(config)
     parameters = _parameters(config.model, table)
     elements = _number_of_elements(parameters)
@@ -154,10 +155,14 @@ def import_model(
         config=str(output / "config.yaml"),
         checkpoint=str(checkpoint),
         architecture=architecture,
-        dtype=dtype,
+        dtype=" and ".join(dtypes),
         parameters=elements,
         tokenizer=None if tokenizer is None else tokenizer["type"],
-        notes=_tokenizer_notes(files, copies, read_tokenizer, config.model.vocab_size),
+        notes=[
+            *_dtype_notes(dtypes, config.training.precision),
+            *_token_id_notes(config),
+            *_tokenizer_notes(files, copies, read_tokenizer, config.model.vocab_size),
+        ],
     )
 
 
@@ -290,6 +295,31 @@ def _tokenizer_copies(files: ModelFolder, output: Path) -> dict[Path, Path]:
     return {}
 
 
+def _dtype_notes(dtypes: list[str], precision: str) -> list[str]:
+    """What becomes of types that an export would not give back by itself, a sentence each."""
+    if dtypes in (["F32"], ["BF16"]):
+        return []
+    return [
+        f"its tensors are {' and '.join(dtypes)}: the checkpoint holds each exactly, in float32; "
+        f"training.precision is {precision}, and export_hf.py writes that unless --dtype says "
+        "otherwise"
+    ]
+
+
+def _token_id_notes(config: Config) -> list[str]:
+    """Special tokens that the model cannot give, a sentence each; GPT-2's default is one."""
+    vocab_size = config.model.vocab_size
+    notes = []
+    for name, ids in (config.export.token_ids or {}).items():
+        listed = ids if isinstance(ids, list) else [ids]
+        if any(index is not None and index >= vocab_size for index in listed):
+            notes.append(
+                f"its {name} is {ids}, and its vocabulary ends at {vocab_size - 1}: kept for an "
+                "export, no use here"
+            )
+    return notes
+
+
 def _tokenizer_notes(
     files: ModelFolder, copies: dict[Path, Path], tokenizer: Tokenizer | None, vocab_size: int
 ) -> list[str]:
@@ -305,6 +335,12 @@ def _tokenizer_notes(
     if tokenizer is None:
         return [*notes, "it could not be opened here: its package is not installed"]
     notes.append(f"texts begin {shown_beginning(tokenizer.beginning)}")
+    if tokenizer.own_ending:
+        ending = ", ".join(map(str, tokenizer.own_ending))
+        notes.append(
+            f"its template also ends texts, with {ending}: here --append-eod ends documents, and "
+            "an export's template ends none"
+        )
     if tokenizer.eod_id is None:
         notes.append("it names no end of document: set data.tokenizer.eod_token")
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -109,6 +110,9 @@ def test_the_tokenizer_must_begin_texts_as_the_corpora_do(tmp_path: Path) -> Non
                 build_tokenizer(TokenizerConfig.model_validate(wrong))
     with pytest.raises(DataError, match="has no such token"):
         build_tokenizer(TokenizerConfig.model_validate({**settings, "eod_token": "<none>"}))
+    # Every text that holds the letter would seem to end at it.
+    with pytest.raises(DataError, match="to texts that hold 'a' as well"):
+        build_tokenizer(TokenizerConfig.model_validate({**settings, "eod_token": "a"}))
 
 
 def test_merged_and_split_files_keep_what_documents_begin_with(tmp_path: Path) -> None:
@@ -119,6 +123,12 @@ def test_merged_and_split_files_keep_what_documents_begin_with(tmp_path: Path) -
     assert half["beginning"] == [BEGIN]
     with pytest.raises(DataError, match="--no-prepend-bos"):
         merge([begun, plain], tmp_path / "mixed")
+    for name, digest in (("begun", "0123"), ("plain", "4567")):
+        recorded = json.loads((tmp_path / f"{name}.json").read_text())
+        recorded["tokenizer"] = {"type": "bytes", "model": None, "hash": digest}
+        (tmp_path / f"{name}.json").write_text(json.dumps(recorded))
+    with pytest.raises(DataError, match=r"bytes \(hash 0123\), but .*plain was made with bytes"):
+        merge([plain, begun], tmp_path / "mixed")
     silent = corpus(tmp_path, "silent", None)
     assert "beginning" not in merge([begun, silent], tmp_path / "unknown")
     assert IndexedDataset(str(tmp_path / "unknown")).num_documents == 80

@@ -195,6 +195,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         old_style({**LLAMA3, "low_freq_factor": 8.0}),
         "is not below high_freq_factor",
     ),
+    "a factor that takes the heads away": (
+        "Llama",
+        old_style({**YARN, "attention_factor": 0}),
+        "attention_factor",
+    ),
     "an unknown entry": ("Llama", old_style({**LINEAR, "mrope_section": [1, 2]}), "mrope_section"),
     "partial rotation": ("Llama", {"partial_rotary_factor": 0.5}, "ours turns whole heads"),
     "frequencies by kind of layer": (

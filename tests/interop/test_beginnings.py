@@ -188,6 +188,32 @@ def test_documents_begin_as_the_library_begins_them_unless_the_user_says_otherwi
         preprocess(unended)
 
 
+def test_what_an_import_cannot_give_back_by_itself_is_told(
+    original: Path, imported: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "half"
+    model = transformers.AutoModelForCausalLM.from_pretrained(original)
+    model.config.eos_token_id = 270
+    model.half().save_pretrained(folder)
+    write_tokenizer_files(folder, template="<s> $A </s>")
+    report = import_model(folder, tmp_path / "run", ["training.device=cpu"])
+    assert report.dtype == "F16"
+    told = " ".join(report.notes)
+    assert "its tensors are F16" in told
+    assert f"its template also ends texts, with {END}" in told
+    assert "its eos_token_id is 270, and its vocabulary ends at 269" in told
+    export_model(tmp_path / "run", tmp_path / "out", ExportSettings(dtype="float16"))
+    library = tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    assert library.encode("x").ids == [BEGIN, *library.encode("x", add_special_tokens=False).ids]
+    # The type of the original, asked for, gives its tensors back.
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    # The control: of an original in float32 whose template ends nothing, nothing of it is told.
+    untold = import_model(original, tmp_path / "control", ["training.device=cpu"])
+    assert not any("its te" in note for note in untold.notes)
+
+
 def test_unfinished_preprocessing_of_before_is_finished_as_it_was_begun(
     original: Path, tmp_path: Path
 ) -> None:

@@ -30,6 +30,7 @@ from megatron_completep.errors import ConfigError, exit_on_user_error, when_inte
 from megatron_completep.instruments import coordinate_check
 from megatron_completep.instruments.check_report import describe_check, finite, write_check
 from megatron_completep.instruments.coordinate_verdict import judge
+from megatron_completep.instruments.muon_mistakes import MISTAKES, check_mistakes
 from megatron_completep.instruments.trial import (
     PARAMETERIZATIONS,
     Design,
@@ -102,10 +103,11 @@ def _add_measurement(parser: Parser) -> None:
     """What is measured, beside the model or in its place, and by how many processes."""
     parser.add_argument(
         "--beside",
-        type=list_of(one_of(PARAMETERIZATIONS)),
+        type=list_of(one_of([*PARAMETERIZATIONS, *MISTAKES])),
         default=[],
         metavar="RULE,...",
-        help="also measure and draw these, of completep,alpha_0.5,mup,sp",
+        help="also measure and draw these, of completep,alpha_0.5,mup,sp, and for Muon of "
+        "muon_adam_width (AdamW's 1/m_N on top), muon_adam_rms (0.2 sqrt(max(d_out, d_in)))",
     )
     parser.add_argument(
         "--workers",
@@ -154,6 +156,7 @@ def make_plan(arguments: argparse.Namespace, config: Config) -> coordinate_check
             "nothing to compare: give --depths or --widths with at least two values, "
             "such as --depths 2,4,8,16,32."
         )
+    check_mistakes(arguments.beside, config)
     return coordinate_check.Plan(
         sorted(depths),
         sorted(widths),

@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_completep.completep import table_of
 from megatron_completep.config.schema import Config
 from megatron_completep.data.loader import Batch
+from megatron_completep.instruments.muon_mistakes import MISTAKES, table_with
 from megatron_completep.instruments.trial import (
     Design,
     Trial,
@@ -217,8 +218,8 @@ class Sample:
 class Plan:
     """What to train: the depth axis at the smallest width, the width axis at the smallest depth.
 
-    beside: further parameterizations, by their names in PARAMETERIZATIONS, that are measured and
-    shown but not judged.
+    beside: further rules that are measured and shown but not judged, by their names in
+    PARAMETERIZATIONS, or in MISTAKES for a model that Muon trains.
     """
 
     depths: Sequence[int]
@@ -304,7 +305,11 @@ def jobs_of(config: Config, plan: Plan, design: Design, axis: str) -> list[Job]:
     control = under(config, CONTROLS[axis])
     jobs.append(Job("control", control, right, plan.steps, plan.precision))
     for rule in plan.beside:
-        jobs.append(Job(rule, under(config, rule), right, plan.steps, plan.precision))
+        if rule in MISTAKES:
+            mistaken = replace(design, make_table=table_with(rule))
+            jobs.append(Job(rule, config, mistaken, plan.steps, plan.precision))
+        else:
+            jobs.append(Job(rule, under(config, rule), right, plan.steps, plan.precision))
     return jobs
 
 

@@ -10,10 +10,12 @@ import pytest
 from megatron_completep.completep import table_of
 from megatron_completep.completep.tau import timescales
 from megatron_completep.config import Config
+from megatron_completep.errors import ConfigError
 from megatron_completep.instruments import laziness
-from megatron_completep.instruments.coordinate_check import Job, train
+from megatron_completep.instruments.coordinate_check import Job, Plan, jobs_of, train
 from megatron_completep.instruments.coordinate_verdict import BANDS, bands_of
 from megatron_completep.instruments.lr_transfer_plan import transferred
+from megatron_completep.instruments.muon_mistakes import check_mistakes
 from megatron_completep.instruments.sweep import Grid
 from megatron_completep.instruments.trial import (
     Design,
@@ -74,10 +76,36 @@ def test_the_bands_of_muon_differ_where_its_updates_do() -> None:
     }
 
 
-def measured(config: Config, folder: Path) -> dict[str, float]:
+def measured(config: Config, folder: Path, design: Design | None = None) -> dict[str, float]:
     write_markov_chain(folder / "text")
-    job = Job("model", config, Design(), 2, "float32", {"base_weight_decay": 0.0})
+    job = Job("model", config, design or Design(), 2, "float32", {"base_weight_decay": 0.0})
     return train(job, ParallelContext.single()).moved
+
+
+@pytest.mark.parametrize(
+    ("mistake", "power"), [("muon_adam_width", -1.0), ("muon_adam_rms", 0.5), (None, 0.0)]
+)
+def test_a_mistake_beside_the_model_changes_muons_rate_alone(
+    tmp_path: Path, mistake: str | None, power: float
+) -> None:
+    """By the power of the width that it puts on the update, for square and for other matrices."""
+    config = config_of(tmp_path)
+    growth = {}
+    for width in (32, 128):
+        shaped = reshape(config, width, 2)
+        right = measured(shaped, tmp_path)
+        plan = Plan([2], [width], steps=2, beside=[] if mistake is None else [mistake])
+        job = jobs_of(shaped, plan, Design(), "width")[-1 if mistake else 0]
+        moved = measured(shaped, tmp_path, job.design)
+        growth[width] = moved[Role.HIDDEN_WEIGHT] / right[Role.HIDDEN_WEIGHT]
+        assert moved[Role.EMBEDDING] == pytest.approx(right[Role.EMBEDDING], rel=0.2)
+    assert growth[128] / growth[32] == pytest.approx(4.0**power, rel=0.1)
+
+
+def test_mistakes_with_muon_are_refused_without_it(tmp_path: Path) -> None:
+    check_mistakes(["sp", "muon_adam_rms"], config_of(tmp_path))
+    with pytest.raises(ConfigError, match=r"--beside muon_adam_rms: .*optimizer\.type = adamw"):
+        check_mistakes(["sp", "muon_adam_rms"], proxy_config(tmp_path))
 
 
 def test_updates_over_width_shrink_as_the_rms_of_an_orthogonal_matrix(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megatron_completep.config.derived import num_query_groups
 from megatron_completep.config.remedies import VALUES, Choice, Problem, all_divisors
 from megatron_completep.config.schema import Config
 
@@ -13,6 +14,7 @@ LARGEST_BIAS = 4 << 30  # bytes of a bias on the attention logits that a context
 def context_problems(config: Config) -> Iterator[Problem]:
     """Settings that do not go with parallel.context_parallel_size."""
     size = config.parallel.context_parallel_size
+    yield from _heads_at_once(config)
     if size == 1:
         return
     length = config.model.seq_length
@@ -66,6 +68,34 @@ def _sequence_parallel(config: Config, fitting: list[int]) -> Iterator[Problem]:
             "parallel.context_parallel_size",
             fitting,
             near=size,
+        )
+
+
+def _heads_at_once(config: Config) -> Iterator[Problem]:
+    """Keys and values are gathered in equal lots."""
+    parallel = config.parallel
+    at_once = parallel.context_heads_at_once
+    if at_once is None:
+        return
+    where = f"parallel.context_heads_at_once = {at_once}"
+    if parallel.context_parallel_size == 1:
+        yield (
+            f"{where} has no meaning under parallel.context_parallel_size = 1: nothing is "
+            "gathered. Use null, or more context ranks."
+        )
+        return
+    all_groups = num_query_groups(config.model)
+    tensor_ranks = parallel.tensor_parallel_size
+    groups = all_groups // tensor_ranks
+    # Groups that do not divide over tensor ranks are a problem of their own (`check.py`).
+    if all_groups % tensor_ranks == 0 and groups % at_once:
+        yield Choice(
+            f"{where} does not divide the {groups} groups of keys and values of a rank "
+            f"({all_groups} over parallel.tensor_parallel_size = {tensor_ranks}). Use {VALUES}, "
+            "or null.",
+            "parallel.context_heads_at_once",
+            all_divisors(groups),
+            near=at_once,
         )
 
 

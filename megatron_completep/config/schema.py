@@ -169,6 +169,11 @@ class ParallelConfig(Section):
         1, description="Model chunks a pipeline rank (interleaved schedules)."
     )
     context_parallel_size: PositiveInt = Field(1, description="Ranks that share a sequence.")
+    context_heads_at_once: PositiveInt | None = Field(
+        None,
+        description="Groups of keys and values that a context rank gathers at once; the next are "
+        "gathered while these are attended to. null: all in one call.",
+    )
     schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "zero_bubble"] = Field(
         "1f1b", description="Pipeline schedule."
     )

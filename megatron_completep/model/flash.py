@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -89,6 +90,7 @@ class DocumentPart(NamedTuple):
     keys: range  # places in the whole sequence
     query_starts: Tensor  # int32 [documents + 1], within `queries`
     key_starts: Tensor  # int32 [documents + 1], within `keys`
+    longest: tuple[int, int]  # most queries and most keys of one of these documents
 
 
 def document_parts(document_ids: Tensor, chunks: Sequence[range]) -> list[DocumentPart]:
@@ -108,15 +110,18 @@ def document_parts(document_ids: Tensor, chunks: Sequence[range]) -> list[Docume
             key_starts = [start - first_key for start in own_starts]
             query_starts = [max(start - chunk.start, 0) for start in own_starts]
             keys = range(first_key, chunk.stop)
-            cumulative = torch.tensor(
-                [[*query_starts, len(chunk)], [*key_starts, len(keys)]],
-                dtype=torch.int32,
-                device=document_ids.device,
-            )
+            bounds = [[*query_starts, len(chunk)], [*key_starts, len(keys)]]
+            starts_of = torch.tensor(bounds, dtype=torch.int32, device=document_ids.device)
+            longest = longest_run(bounds[0]), longest_run(bounds[1])
             queries = range(first_query, first_query + len(chunk))
-            parts.append(DocumentPart(row, queries, keys, cumulative[0], cumulative[1]))
+            parts.append(DocumentPart(row, queries, keys, starts_of[0], starts_of[1], longest))
             first_query += len(chunk)
     return parts
+
+
+def longest_run(bounds: Sequence[int]) -> int:
+    """The largest difference between neighbouring bounds."""
+    return max(stop - start for start, stop in pairwise(bounds))
 
 
 def flash_attention_by_part(
@@ -156,8 +161,8 @@ def flash_attention_by_part(
                 v[part.row, part.keys.start : part.keys.stop],
                 cu_seqlens_q=part.query_starts,
                 cu_seqlens_k=part.key_starts,
-                max_seqlen_q=len(part.queries),
-                max_seqlen_k=len(part.keys),
+                max_seqlen_q=part.longest[0],
+                max_seqlen_k=part.longest[1],
                 softmax_scale=scale,
                 causal=True,
             )

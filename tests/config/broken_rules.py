@@ -225,6 +225,21 @@ RULES = [
         "8 does not divide (parallel.sequence_parallel is on). Use 1 or 3.",
     ),
     (
+        ["parallel.context_heads_at_once=1"],
+        "has no meaning under parallel.context_parallel_size = 1: nothing is gathered",
+    ),
+    (
+        [
+            "parallel.context_parallel_size=2",
+            "parallel.context_heads_at_once=3",
+            "model.num_attention_heads=8",
+            "model.num_query_groups=8",
+            "parallel.tensor_parallel_size=2",
+        ],
+        "does not divide the 4 groups of keys and values of a rank (8 over "
+        "parallel.tensor_parallel_size = 2). Use 1, 2 or 4, or null.",
+    ),
+    (
         ["parallel.context_parallel_size=2", "model.attention_backend=cudnn"],
         "model.attention_backend = cudnn takes as a mask in memory only",
     ),

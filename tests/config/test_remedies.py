@@ -210,6 +210,10 @@ IN_WORDS = {
         ["completep.base_total_tokens=1000000"],
         ["completep.duration_exponent=null"],
     ],
+    "parallel.context_heads_at_once=1": [
+        ["parallel.context_heads_at_once=null"],
+        ["parallel.context_parallel_size=2"],
+    ],
     "guards.hang_timeout_minutes=30": [["parallel.timeout_minutes=30"]],
     "guards.rollback_threshold=2 data.order=megatron": [
         ["data.order=permutation"],

@@ -37,11 +37,22 @@ MODELS: dict[str, dict[str, dict[str, Any]]] = {
     "rope, scaled": {"model": {"rope_scaling": SCALED, "tied_embeddings": True}},
     "alibi, documents": {"model": {"position": "alibi", "bias": True}, **APART},
     "learned, documents": {"model": {"position": "learned", "norm": "layernorm"}, **APART},
+    "grouped heads, recomputed": {
+        "model": {"num_query_groups": 2},
+        "training": {"recompute": "selective"},
+    },
     "dropout, recomputed": {
         "model": {"dropout": 0.3, "num_query_groups": 1},
         "training": {"recompute": "selective"},
         **APART,
     },
+}
+
+# Groups of keys and values that are gathered at once, if not all of a rank: 2, 4 and 2 groups.
+AT_ONCE = {
+    "rope, documents, grouped heads": 1,
+    "alibi, documents": 2,
+    "grouped heads, recomputed": 1,
 }
 
 # What the tests must catch.
@@ -72,7 +83,10 @@ def config_of(name: str, context_ranks: int) -> Config:
             "global_batch_size": SAMPLES,
             "micro_batch_size": 2,
         },
-        "parallel": {"context_parallel_size": context_ranks},
+        "parallel": {
+            "context_parallel_size": context_ranks,
+            "context_heads_at_once": AT_ONCE.get(name) if context_ranks > 1 else None,
+        },
     }
     return small_config(**merged(settings, MODELS[name]))
 
@@ -163,6 +177,7 @@ def error(ranks: list[Sums], truth: Sums) -> float:
         ("rope, documents, grouped heads", 4),
         ("rope, scaled", 2),
         ("alibi, documents", 2),
+        ("grouped heads, recomputed", 2),
         ("learned, documents", 2),
         ("dropout, recomputed", 2),
     ],

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_completep.completep import table_of
 from megatron_completep.config import Config
 from megatron_completep.data.loader import Batch, DocumentEnds, make_batch
+from megatron_completep.model.attention import Attention, AttentionInputs
 from megatron_completep.model.gpt import GPT
-from megatron_completep.parallel.collectives import all_reduce
+from megatron_completep.parallel.collectives import Pending, all_reduce
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.gradients import main_grad_of
+from megatron_completep.parallel.layer_context import LayerContext
 from megatron_completep.planning.scaling import stage_activations
 from megatron_completep.planning.sizes import rank_stages
 from megatron_completep.run.assemble import assemble
@@ -210,6 +213,64 @@ def test_a_mistake_is_caught(pool: Any, mutation: str, at_least: float) -> None:
     name = "rope, documents, grouped heads"
     ranks = pool.run(2, sums_of, name, 2, mutation)
     assert error(ranks, sums_of(0, name, 1)) >= at_least
+
+
+class Order(TorchDispatchMode):
+    """The order in which a rank starts collectives and attends, and awaits the former."""
+
+    STARTS: ClassVar = {"_allgather_base_": "gather", "_reduce_scatter_base_": "sum"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[str] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        name = function._schema.name.split("::")[1]
+        if name.startswith("_scaled_dot_product"):
+            name = "attend-backward" if name.endswith("backward") else "attend"
+            self.events.append(name)
+        if name in self.STARTS:
+            self.events.append(self.STARTS[name])
+        return function(*args, **(kwargs or {}))
+
+
+def order_of_heads(rank: int, recompute: bool) -> list[str]:
+    """What a rank does, one after the other, for attention of two lots of heads."""
+    config = config_of("grouped heads, recomputed", 2)
+    context = context_on(rank, config.parallel)
+    attention = Attention(config.model, table_of(config), LayerContext(context), 0, recompute)
+    for parameter in attention.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.ones(SEQ_LENGTH // 2, 1, config.model.hidden_size, requires_grad=True)
+    wait = Pending.wait
+
+    with Order() as order:
+
+        def awaited(pending: Pending) -> Tensor:
+            if pending.work is not None:
+                order.events.append("wait")
+            return wait(pending)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Pending, "wait", awaited)
+            out = attention(x, AttentionInputs()).out
+            order.events.append("|")
+            out.sum().backward()
+    return order.events
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_heads_are_gathered_and_summed_while_others_attend(pool: Any, recompute: bool) -> None:
+    """Each lot attends in two calls, one a chunk of the sequence."""
+    forward = "gather gather wait attend attend wait attend attend"
+    again = "gather wait attend attend " if recompute else ""
+    late = f"{again}attend-backward attend-backward sum"
+    # The sums of the second lot are awaited when the first has attended.
+    backward = f"{late} {late} wait wait"
+    for events in pool.run(2, order_of_heads, recompute):
+        assert " ".join(events) == f"{forward} | {backward}"
 
 
 def kept_bytes(rank: int, config: Config) -> tuple[int, int]:

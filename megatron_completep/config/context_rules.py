@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_completep.config.derived import num_query_groups
+from megatron_completep.config.derived import PACKED_BACKENDS, num_query_groups
 from megatron_completep.config.remedies import VALUES, Choice, Problem, all_divisors
 from megatron_completep.config.schema import Config
 
@@ -40,8 +40,8 @@ def context_problems(config: Config) -> Iterator[Problem]:
     bias = _bias_bytes(config)
     if bias > LARGEST_BIAS:
         needs_bias = "data.reset_at_document_ends = true"
-        remedy = "model.attention_backend = flash_attention, a larger context_parallel_size or a "
-        remedy += "smaller micro_batch_size"
+        remedy = "model.attention_backend = varlen or flash_attention, a larger "
+        remedy += "context_parallel_size or a smaller micro_batch_size"
         if config.model.position == "alibi":
             needs_bias = "model.position = alibi"
             remedy = "a larger context_parallel_size, or another position"
@@ -103,7 +103,8 @@ def _bias_bytes(config: Config) -> int:
     """Bytes of the bias of documents or ALiBi that a rank holds; 0 where there is none."""
     model = config.model
     parallel = config.parallel
-    documents = config.data.reset_at_document_ends and model.attention_backend != "flash_attention"
+    packed = model.attention_backend in PACKED_BACKENDS
+    documents = config.data.reset_at_document_ends and not packed
     alibi = model.position == "alibi"
     if not documents and not alibi:
         return 0

@@ -97,12 +97,20 @@ class ModelConfig(Section):
         False, description="Keep the residual stream in float32 under bf16."
     )
     attention_backend: Literal[
-        "auto", "sdpa", "cudnn", "flash", "efficient", "flash_attention", "flash_attention_3"
+        "auto",
+        "sdpa",
+        "cudnn",
+        "flash",
+        "efficient",
+        "flash_attention",
+        "flash_attention_3",
+        "varlen",
     ] = Field(
         "auto",
         description="auto: torch's choice without what is known to fail; sdpa: torch's own choice; "
         "cudnn, flash, efficient: that kernel of torch; flash_attention, flash_attention_3: these "
-        "packages. On a CPU the first five are the same.",
+        "packages; varlen: torch's flash, told where documents begin. On a CPU the first five are "
+        "the same.",
     )
 
 

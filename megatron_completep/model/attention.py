@@ -21,7 +21,12 @@ from megatron_completep.completep import Table
 from megatron_completep.config.derived import has_qkv_bias, head_dim, num_query_groups
 from megatron_completep.config.schema import ModelConfig
 from megatron_completep.model.attention_kernels import AttentionCall, choose_kernels
-from megatron_completep.model.flash import DocumentPart, flash_attention, flash_attention_by_part
+from megatron_completep.model.flash import (
+    DocumentPart,
+    attention_by_document,
+    attention_by_part,
+    flash_attention,
+)
 from megatron_completep.model.norm import Norm
 from megatron_completep.model.stream import Branch
 from megatron_completep.model.wide_attention import float32_attention, pays_in_float32
@@ -57,7 +62,7 @@ class AttentionInputs:
     cos, sin: of the rotary angles, [S, 1 or B, D/2]; None without rotary positions.
     bias: added to the attention logits, [1 or B, 1 or N, S, S_keys]; None: plain causal attention.
         Context ranks: of their own queries, and of the keys of the whole sequence in its order.
-    document_starts: [documents + 1] int32 over the B * S tokens, for flash-attn.
+    document_starts: [documents + 1] int32 over the B * S tokens, for backends that take these.
     document_parts: the same for context ranks, whose queries see keys of other ranks.
     caches: one per layer, in generation.
     """
@@ -255,8 +260,10 @@ def attend(
 
     Causal; if `inputs` has a bias, that holds the mask and whatever else is added to the logits.
     """
+    if inputs.document_starts is not None:
+        return attention_by_document(q, k, v, scale, backend, inputs.document_starts)
     if backend == "flash_attention" and inputs.caches is None:
-        return flash_attention(q, k, v, scale, inputs.document_starts)
+        return flash_attention(q, k, v, scale)
     # One query (the next token of a generation) sees all keys.
     causal = inputs.bias is None and q.shape[2] > 1
     if causal and pays_in_float32(q, k):
@@ -282,8 +289,8 @@ def attend_to_gathered(
     # [W, B, 2G, D]
     k, v = gathering.finish(sent).permute(1, 2, 0, 3).chunk(2, dim=1)
     chunks = part.chunks(k.shape[2])
-    if backend == "flash_attention":
-        return flash_attention_by_part(q, k, v, scale, chunks, inputs.document_parts)
+    if inputs.document_parts is not None:
+        return attention_by_part(q, k, v, scale, backend, inputs.document_parts)
     if inputs.bias is None:
         return attend_to_prefixes(q, k, v, scale, backend, chunks)
     return scaled_dot_product(q, k, v, inputs.bias, scale, backend)
@@ -319,10 +326,13 @@ def attend_to_prefixes(
     first = 0
     for chunk in chunks:
         queries = q[:, :, first : first + len(chunk)]
-        mask = prefix_mask(len(chunk), chunk.stop, q.device)
         keys = k[:, :, : chunk.stop]
         values = v[:, :, : chunk.stop]
-        mixed.append(scaled_dot_product(queries, keys, values, mask, scale, backend))
+        if backend == "flash_attention":
+            mixed.append(flash_attention(queries, keys, values, scale))
+        else:
+            mask = prefix_mask(len(chunk), chunk.stop, q.device)
+            mixed.append(scaled_dot_product(queries, keys, values, mask, scale, backend))
         first += len(chunk)
     return torch.cat(mixed, dim=2)
 

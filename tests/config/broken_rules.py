@@ -99,6 +99,10 @@ RULES = [
         "which model.position = alibi needs. Use model.attention_backend = auto.",
     ),
     (
+        ["model.attention_backend=varlen", "model.position=alibi"],
+        "which model.position = alibi needs. Use model.attention_backend = auto.",
+    ),
+    (
         ["model.attention_backend=flash", "data.reset_at_document_ends=true"],
         "which data.reset_at_document_ends = true needs.",
     ),
@@ -250,7 +254,7 @@ RULES = [
             "model.seq_length=65536",
         ],
         "need a bias on the attention logits of 16.0 GiB on each rank, above 4 GiB. Use "
-        "model.attention_backend = flash_attention, a larger context_parallel_size",
+        "model.attention_backend = varlen or flash_attention, a larger context_parallel_size",
     ),
     (
         ["parallel.context_parallel_size=4", "model.position=alibi", "model.seq_length=32768"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from types import ModuleType
 
@@ -11,13 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.varlen import varlen_attn
 
 from megatron_completep import kernels
+from megatron_completep.config.derived import PACKED_BACKENDS
 from megatron_completep.data.loader import DocumentEnds, make_batch
 from megatron_completep.data.samples import Sample
 from megatron_completep.kernels.reference import dropout_rows
+from megatron_completep.model import flash
 from megatron_completep.model.attention import attend_to_prefixes, prefix_mask
-from megatron_completep.model.flash import document_parts, flash_attention_by_part
+from megatron_completep.model.flash import attention_by_part, document_parts
 from megatron_completep.parallel.axis import Axis
 from megatron_completep.parallel.context_part import ContextPart
 from megatron_completep.training.balance import balance_warning, pairs_by_rank
@@ -155,32 +159,71 @@ def lower_right_by_document(
     return torch.cat(mixed)
 
 
-@pytest.mark.parametrize("with_documents", [False, True])
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_flash_attention_gets_each_chunk_with_the_keys_of_its_documents(
-    monkeypatch: pytest.MonkeyPatch, ranks: int, with_documents: bool
-) -> None:
+def varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+) -> Tensor:
+    """The same by the name and the arguments of torch's own."""
+    assert window_size == (-1, 0)  # causal
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    bounds = (cu_seq_q, cu_seq_k, max_q, max_k)
+    return lower_right_by_document(query, key, value, *bounds, scale, causal=True)
+
+
+@pytest.fixture
+def _stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of what needs a GPU."""
     module = ModuleType("flash_attn")
     monkeypatch.setattr(module, "flash_attn_func", lower_right, raising=False)
     monkeypatch.setattr(module, "flash_attn_varlen_func", lower_right_by_document, raising=False)
     monkeypatch.setitem(sys.modules, "flash_attn", module)
+    monkeypatch.setattr(flash, "varlen_attn", varlen)
+
+
+@pytest.mark.usefixtures("_stand_ins")
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_flash_attention_gets_each_chunk_with_the_keys_before_it(ranks: int) -> None:
     q, k, v = heads(2)
-    documents = None
-    if with_documents:
-        # Ends in the middle of chunks and at their borders, one of a single token.
-        lengths = [[3, 5, 1, 7], [8, 8]]
-        rows = [torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in lengths]
-        documents = torch.stack(rows).int()
+    whole = whole_attention(q, k, v, None)
+    for part in parts(ranks):
+        places = part.places(16, CPU)
+        queries = q[:, :, places]
+        mixed = attend_to_prefixes(queries, k, v, SCALE, "flash_attention", part.chunks(16))
+        assert_alike(mixed, whole[:, :, places], (q, k, v))
+
+
+@pytest.mark.usefixtures("_stand_ins")
+@pytest.mark.parametrize("backend", PACKED_BACKENDS)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_attention_gets_each_chunk_with_the_keys_of_its_documents(ranks: int, backend: str) -> None:
+    q, k, v = heads(2)
+    # Ends in the middle of chunks and at their borders, one of a single token.
+    lengths = [[3, 5, 1, 7], [8, 8]]
+    rows = [torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in lengths]
+    documents = torch.stack(rows).int()
     whole = whole_attention(q, k, v, documents)
     for part in parts(ranks):
-        chunks = part.chunks(16)
         places = part.places(16, CPU)
-        cut = None if documents is None else document_parts(documents, chunks)
-        mixed = flash_attention_by_part(q[:, :, places], k, v, SCALE, chunks, cut)
+        cut = document_parts(documents, part.chunks(16))
+        mixed = attention_by_part(q[:, :, places], k, v, SCALE, backend, cut)
         assert_alike(mixed, whole[:, :, places], (q, k, v))
-        if cut is not None:
-            # Keys of documents that ended before the chunk are not handed over.
-            assert all(len(one.keys) <= 8 or one.row == 0 for one in cut)
+        # Keys of documents that ended before the chunk are not handed over.
+        assert all(len(one.keys) <= 8 or one.row == 0 for one in cut)
+
+
+def test_the_stand_in_takes_the_arguments_of_torch_s_own() -> None:
+    true_parameters = inspect.signature(varlen_attn).parameters
+    for name, parameter in inspect.signature(varlen).parameters.items():
+        assert parameter.kind == true_parameters[name].kind
 
 
 def test_documents_that_leave_a_rank_with_most_of_the_work_are_warned_of() -> None:

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_completep.completep import table_of
 from megatron_completep.config import Config
 from megatron_completep.data.loader import Batch, DocumentEnds, make_batch
+from megatron_completep.model import flash
 from megatron_completep.model.attention import Attention, AttentionInputs
 from megatron_completep.model.gpt import GPT
 from megatron_completep.parallel.collectives import Pending, all_reduce
@@ -22,10 +23,12 @@ from megatron_completep.parallel.gradients import main_grad_of
 from megatron_completep.parallel.layer_context import LayerContext
 from megatron_completep.planning.scaling import stage_activations
 from megatron_completep.planning.sizes import rank_stages
+from megatron_completep.run import assemble as assembling
 from megatron_completep.run.assemble import assemble
 from megatron_completep.run.forward_backward import MicroBatch
 from megatron_completep.run.step import Evaluation, TrainingStep
 from tests.parallel.features import SEQ_LENGTH, Documents
+from tests.parallel.packed import varlen
 from tests.support.configs import merged, small_config
 from tests.support.ranks import context_on
 
@@ -122,9 +125,13 @@ def mutated(batch: MicroBatch, context: ParallelContext, mutation: str) -> Micro
     return batch
 
 
-def sums_of(rank: int, name: str, context_ranks: int, mutation: str = "") -> Sums:
+def sums_of(
+    rank: int, name: str, context_ranks: int, mutation: str = "", backend: str = "auto"
+) -> Sums:
     """Loss and gradients of a batch, in the process group at hand or alone."""
     config = config_of(name, context_ranks)
+    model = config.model.model_copy(update={"attention_backend": backend})
+    config = config.model_copy(update={"model": model})
     context = context_on(rank, config.parallel)
     assembly = assemble(config, context, table_of(config))
     step = assembly.step
@@ -190,6 +197,20 @@ def test_loss_and_gradients_are_those_of_one_process(
 ) -> None:
     ranks = pool.run(context_ranks, sums_of, name, context_ranks)
     assert error(ranks, sums_of(0, name, 1)) <= 1e-12
+
+
+def sums_by_boundaries(rank: int, name: str, context_ranks: int) -> Sums:
+    """The same under a backend that is told where documents begin, with a stand-in for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flash, "varlen_attn", varlen)
+        # The real one needs a GPU, and bf16.
+        patch.setattr(assembling, "prepare_backend", lambda backend, device: None)
+        return sums_of(rank, name, context_ranks, backend="varlen")
+
+
+def test_attention_that_is_told_where_documents_begin_is_that_of_one_process(pool: Any) -> None:
+    name = "rope, documents, grouped heads"
+    assert error(pool.run(2, sums_by_boundaries, name, 2), sums_of(0, name, 1)) <= 1e-12
 
 
 def test_a_rank_without_a_token_that_counts_adds_nothing(pool: Any) -> None:

@@ -76,16 +76,17 @@ class Sums:
     loss: float
     tokens: int
     own_tokens: int  # of this rank
+    master_elements: int  # that this rank keeps
     gradients: dict[str, Tensor]
     evaluation: Evaluation
 
 
-def config_of(name: str, context_ranks: int) -> Config:
+def config_of(name: str, context_ranks: int, precision: str = "float64") -> Config:
     settings = {
         "model": {"seq_length": SEQ_LENGTH, "num_layers": 2},
         "optimizer": {"base_init_std": 0.3},
         "training": {
-            "precision": "float64",
+            "precision": precision,
             "global_batch_size": SAMPLES,
             "micro_batch_size": 2,
         },
@@ -126,10 +127,15 @@ def mutated(batch: MicroBatch, context: ParallelContext, mutation: str) -> Micro
 
 
 def sums_of(
-    rank: int, name: str, context_ranks: int, mutation: str = "", backend: str = "auto"
+    rank: int,
+    name: str,
+    context_ranks: int,
+    mutation: str = "",
+    backend: str = "auto",
+    precision: str = "float64",
 ) -> Sums:
     """Loss and gradients of a batch, in the process group at hand or alone."""
-    config = config_of(name, context_ranks)
+    config = config_of(name, context_ranks, precision)
     model = config.model.model_copy(update={"attention_backend": backend})
     config = config.model_copy(update={"model": model})
     context = context_on(rank, config.parallel)
@@ -155,6 +161,7 @@ def sums_of(
         float(all_reduce(loss.double(), context.gradient)),
         tokens,
         own_tokens,
+        assembly.optimizer.shards.master.numel(),
         gradients,
         step.evaluate_in_parts(batches, lambda sample: sample % 2, 2, 4),
     )
@@ -196,7 +203,17 @@ def test_loss_and_gradients_are_those_of_one_process(
     pool: Any, name: str, context_ranks: int
 ) -> None:
     ranks = pool.run(context_ranks, sums_of, name, context_ranks)
-    assert error(ranks, sums_of(0, name, 1)) <= 1e-12
+    truth = sums_of(0, name, 1)
+    assert error(ranks, truth) <= 1e-12
+    # The optimizer is shared by context ranks as by data ranks; shards are padded.
+    for sums in ranks:
+        assert sums.master_elements <= 1.1 * truth.master_elements / context_ranks
+
+
+def test_in_float32_they_are_those_of_float32(pool: Any) -> None:
+    arguments = "rope, documents, grouped heads", 2, "", "auto", "float32"
+    truth = sums_of(0, "rope, documents, grouped heads", 1, precision="float32")
+    assert error(pool.run(2, sums_of, *arguments), truth) <= 1e-5
 
 
 def sums_by_boundaries(rank: int, name: str, context_ranks: int) -> Sums:

@@ -169,6 +169,10 @@ class Attention(nn.Module):
                 gathered_rows = sizes.whole_tokens * 2 * self.num_groups
                 output_rows = sizes.tokens * self.num_heads
                 total += (gathered_rows + output_rows) * self.head_dim * sizes.element_bytes
+        elif self.context_part.split:
+            # This rank's keys and values side by side, which are gathered again.
+            own_rows = sizes.tokens * 2 * self.num_groups
+            total += own_rows * self.head_dim * sizes.element_bytes
         return total
 
     def _attend_over_ranks(

@@ -167,6 +167,7 @@ class _Start(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_x: Tensor) -> tuple[Tensor, None]:
         summed = ctx.gathering.summed
+        # What arrives is the sum under way: nothing was added to it before it is complete.
         assert summed is not None and summed.result.data_ptr() == d_x.data_ptr()
         return summed.wait(), None
 

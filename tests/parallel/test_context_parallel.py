@@ -341,7 +341,7 @@ def kept_bytes(rank: int, config: Config) -> tuple[int, int]:
     return kept, stage_activations(config, stage)
 
 
-@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_a_plan_knows_what_a_rank_keeps_for_backward(pool: Any, recompute: str) -> None:
     settings = {
         "model": {"seq_length": 32, "num_query_groups": 2},

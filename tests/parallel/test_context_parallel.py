@@ -341,12 +341,16 @@ def kept_bytes(rank: int, config: Config) -> tuple[int, int]:
     return kept, stage_activations(config, stage)
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_a_plan_knows_what_a_rank_keeps_for_backward(pool: Any, recompute: str) -> None:
+@pytest.mark.parametrize(
+    ("recompute", "at_once"), [("none", None), ("none", 1), ("selective", 1), ("full", None)]
+)
+def test_a_plan_knows_what_a_rank_keeps_for_backward(
+    pool: Any, recompute: str, at_once: int | None
+) -> None:
     settings = {
         "model": {"seq_length": 32, "num_query_groups": 2},
         "training": {"recompute": recompute},
-        "parallel": {"context_parallel_size": 2},
+        "parallel": {"context_parallel_size": 2, "context_heads_at_once": at_once},
     }
     for kept, planned in pool.run(2, kept_bytes, small_config(**settings)):
         assert kept == planned

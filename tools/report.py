@@ -5,9 +5,9 @@ Example:
     python tools/report.py runs/proxy runs/quickstart --out runs/comparison.html
 
 RUN is a run's folder (training.output_dir) or its metrics.jsonl. The report shows loss by step,
-tokens, FLOPs and hours, gradient norm, learning rate, throughput, MFU, parameterization telemetry,
-and the settings that differ. Lines that a kill left torn, steps that came again and figures that a
-run does not have are noted in it. Exit code 2: a run cannot be read.
+tokens, FLOPs and hours, the last losses by position, gradient norm, learning rate, throughput, MFU,
+parameterization telemetry, and the settings that differ. Lines that a kill left torn, steps that
+came again and figures that a run does not have are noted in it. Exit code 2: a run cannot be read.
 """
 
 from __future__ import annotations

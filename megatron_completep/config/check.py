@@ -116,14 +116,14 @@ def _attention_backend(config: Config) -> Iterator[Problem]:
         return
     where = f"model.attention_backend = {backend}"
     remedy = "Use model.attention_backend = auto"
-    takes_no_bias = backend in ("flash", "flash_attention", "flash_attention_3")
+    takes_no_bias = backend in ("flash", "flash_attention", "flash_attention_3", "varlen")
     if takes_no_bias and model.position == "alibi":
         yield f"{where} takes no bias on the logits, which model.position = alibi needs. {remedy}."
-    # flash-attn takes the boundaries of documents instead of a bias.
+    # PACKED_BACKENDS take the boundaries of documents instead of a bias.
     if backend in ("flash", "flash_attention_3") and config.data.reset_at_document_ends:
         yield (
             f"{where} takes no bias on the logits, which data.reset_at_document_ends = true "
-            f"needs. {remedy}, or flash_attention."
+            f"needs. {remedy}, varlen or flash_attention."
         )
     too_wide = ("float64",) if backend == "efficient" else ("float32", "float64")
     if precision in too_wide:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megatron_completep.config.derived import PACKED_BACKENDS, num_query_groups
 from megatron_completep.config.remedies import VALUES, Choice, Problem, all_divisors
 from megatron_completep.config.schema import Config
 
@@ -13,6 +14,7 @@ LARGEST_BIAS = 4 << 30  # bytes of a bias on the attention logits that a context
 def context_problems(config: Config) -> Iterator[Problem]:
     """Settings that do not go with parallel.context_parallel_size."""
     size = config.parallel.context_parallel_size
+    yield from _heads_at_once(config)
     if size == 1:
         return
     length = config.model.seq_length
@@ -38,8 +40,8 @@ def context_problems(config: Config) -> Iterator[Problem]:
     bias = _bias_bytes(config)
     if bias > LARGEST_BIAS:
         needs_bias = "data.reset_at_document_ends = true"
-        remedy = "model.attention_backend = flash_attention, a larger context_parallel_size or a "
-        remedy += "smaller micro_batch_size"
+        remedy = "model.attention_backend = varlen or flash_attention, a larger "
+        remedy += "context_parallel_size or a smaller micro_batch_size"
         if config.model.position == "alibi":
             needs_bias = "model.position = alibi"
             remedy = "a larger context_parallel_size, or another position"
@@ -69,11 +71,40 @@ def _sequence_parallel(config: Config, fitting: list[int]) -> Iterator[Problem]:
         )
 
 
+def _heads_at_once(config: Config) -> Iterator[Problem]:
+    """Keys and values are gathered in equal lots."""
+    parallel = config.parallel
+    at_once = parallel.context_heads_at_once
+    if at_once is None:
+        return
+    where = f"parallel.context_heads_at_once = {at_once}"
+    if parallel.context_parallel_size == 1:
+        yield (
+            f"{where} has no meaning under parallel.context_parallel_size = 1: nothing is "
+            "gathered. Use null, or more context ranks."
+        )
+        return
+    all_groups = num_query_groups(config.model)
+    tensor_ranks = parallel.tensor_parallel_size
+    groups = all_groups // tensor_ranks
+    # Groups that do not divide over tensor ranks are a problem of their own (`check.py`).
+    if all_groups % tensor_ranks == 0 and groups % at_once:
+        yield Choice(
+            f"{where} does not divide the {groups} groups of keys and values of a rank "
+            f"({all_groups} over parallel.tensor_parallel_size = {tensor_ranks}). Use {VALUES}, "
+            "or null.",
+            "parallel.context_heads_at_once",
+            all_divisors(groups),
+            near=at_once,
+        )
+
+
 def _bias_bytes(config: Config) -> int:
     """Bytes of the bias of documents or ALiBi that a rank holds; 0 where there is none."""
     model = config.model
     parallel = config.parallel
-    documents = config.data.reset_at_document_ends and model.attention_backend != "flash_attention"
+    packed = model.attention_backend in PACKED_BACKENDS
+    documents = config.data.reset_at_document_ends and not packed
     alibi = model.position == "alibi"
     if not documents and not alibi:
         return 0

@@ -18,6 +18,9 @@ from megatron_completep.config.schema import (
     TrainingConfig,
 )
 
+# Settings of model.attention_backend that are told where documents begin, and need no bias for it.
+PACKED_BACKENDS = ("flash_attention", "varlen")
+
 
 def head_dim(model: ModelConfig) -> int:
     """Size of a head, D."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megatron_completep.config.derived import PACKED_BACKENDS
 from megatron_completep.config.remedies import Problem
 from megatron_completep.config.schema import Config
 
@@ -44,8 +45,9 @@ def graph_problems(config: Config) -> Iterator[Problem]:
             f"or {REMEDY}."
         )
     backend = config.model.attention_backend
-    # The packages take the boundaries of documents, which SDPA takes as a bias of one shape.
-    if backend.startswith("flash_attention") and config.data.reset_at_document_ends:
+    # They take the boundaries of documents, which SDPA takes as a bias of one shape.
+    takes_boundaries = backend.startswith("flash_attention") or backend in PACKED_BACKENDS
+    if takes_boundaries and config.data.reset_at_document_ends:
         yield (
             f"{WHERE} does not go with model.attention_backend = {backend} and "
             "data.reset_at_document_ends = true: the number of documents, a shape, changes with "

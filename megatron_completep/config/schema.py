@@ -97,12 +97,20 @@ class ModelConfig(Section):
         False, description="Keep the residual stream in float32 under bf16."
     )
     attention_backend: Literal[
-        "auto", "sdpa", "cudnn", "flash", "efficient", "flash_attention", "flash_attention_3"
+        "auto",
+        "sdpa",
+        "cudnn",
+        "flash",
+        "efficient",
+        "flash_attention",
+        "flash_attention_3",
+        "varlen",
     ] = Field(
         "auto",
         description="auto: torch's choice without what is known to fail; sdpa: torch's own choice; "
         "cudnn, flash, efficient: that kernel of torch; flash_attention, flash_attention_3: these "
-        "packages. On a CPU the first five are the same.",
+        "packages; varlen: torch's flash, told where documents begin. On a CPU the first five are "
+        "the same.",
     )
 
 
@@ -169,6 +177,11 @@ class ParallelConfig(Section):
         1, description="Model chunks a pipeline rank (interleaved schedules)."
     )
     context_parallel_size: PositiveInt = Field(1, description="Ranks that share a sequence.")
+    context_heads_at_once: PositiveInt | None = Field(
+        None,
+        description="Groups of keys and values that a context rank gathers at once; the next are "
+        "gathered while these are attended to. null: all in one call.",
+    )
     schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "zero_bubble"] = Field(
         "1f1b", description="Pipeline schedule."
     )

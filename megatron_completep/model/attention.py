@@ -5,8 +5,8 @@ S sequence, B micro-batch, H hidden, N local query heads, G local query groups, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,11 +21,16 @@ from megatron_completep.completep import Table
 from megatron_completep.config.derived import has_qkv_bias, head_dim, num_query_groups
 from megatron_completep.config.schema import ModelConfig
 from megatron_completep.model.attention_kernels import AttentionCall, choose_kernels
-from megatron_completep.model.flash import DocumentPart, flash_attention, flash_attention_by_part
+from megatron_completep.model.flash import (
+    DocumentPart,
+    attention_by_document,
+    attention_by_part,
+    flash_attention,
+)
 from megatron_completep.model.norm import Norm
 from megatron_completep.model.stream import Branch
 from megatron_completep.model.wide_attention import float32_attention, pays_in_float32
-from megatron_completep.parallel.context_part import ContextPart
+from megatron_completep.parallel.context_part import ContextPart, Gathering
 from megatron_completep.parallel.layer_context import LayerContext
 from megatron_completep.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_completep.parallel.micro_batch import MicroBatchSizes
@@ -57,7 +62,7 @@ class AttentionInputs:
     cos, sin: of the rotary angles, [S, 1 or B, D/2]; None without rotary positions.
     bias: added to the attention logits, [1 or B, 1 or N, S, S_keys]; None: plain causal attention.
         Context ranks: of their own queries, and of the keys of the whole sequence in its order.
-    document_starts: [documents + 1] int32 over the B * S tokens, for flash-attn.
+    document_starts: [documents + 1] int32 over the B * S tokens, for backends that take these.
     document_parts: the same for context ranks, whose queries see keys of other ranks.
     caches: one per layer, in generation.
     """
@@ -126,13 +131,10 @@ class Attention(nn.Module):
         q, k, v = self._heads(self.qkv(x), inputs)
         if inputs.caches is not None:
             k, v = inputs.caches[self.layer].extend(k, v)
-        arguments = (q, k, v, inputs, self.scale, self.backend, self.context_part)
-        if self.recompute_selectively and torch.is_grad_enabled():
-            # Attention proper draws no random numbers, so their state need not be kept. Keys and
-            # values of other ranks are gathered again.
-            mixed = checkpoint(attend, *arguments, use_reentrant=False, preserve_rng_state=False)
+        if self.context_part.split:
+            mixed = self._attend_over_ranks(q, k, v, inputs)
         else:
-            mixed = attend(*arguments)
+            mixed = self._recomputed(attend, q, k, v, inputs, self.scale, self.backend)
         # [B, N, S, D] -> [S, B, N D], the layout of the stream.
         out = self.output(mixed.permute(2, 0, 1, 3).flatten(2))
         return Branch(out, self.output.bias)
@@ -167,7 +169,48 @@ class Attention(nn.Module):
                 gathered_rows = sizes.whole_tokens * 2 * self.num_groups
                 output_rows = sizes.tokens * self.num_heads
                 total += (gathered_rows + output_rows) * self.head_dim * sizes.element_bytes
+        elif self.context_part.split:
+            # This rank's keys and values side by side, which are gathered again.
+            own_rows = sizes.tokens * 2 * self.num_groups
+            total += own_rows * self.head_dim * sizes.element_bytes
         return total
+
+    def _attend_over_ranks(
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs
+    ) -> Tensor:
+        """`attend` to the whole sequence, of which this rank has a part: some heads at a time.
+
+        While one lot of heads attends, keys and values of the next are gathered, and in backward
+        the gradients of the one before are summed.
+        """
+        part = self.context_part
+        lots = head_lots(self.num_groups, part.heads_at_once)
+        copies = self.num_heads // self.num_groups
+        mixed = []
+        coming = start_gather(k, v, lots[0], part)
+        for number, lot in enumerate(lots):
+            gathering = coming
+            if number + 1 < len(lots):
+                coming = start_gather(k, v, lots[number + 1], part)
+            heads = slice(lot.start * copies, lot.stop * copies)
+            lot_inputs = inputs
+            if inputs.bias is not None and inputs.bias.shape[1] > 1:
+                lot_inputs = replace(inputs, bias=inputs.bias[:, heads])
+            arguments = (q[:, heads], gathering.sent, gathering, lot_inputs)
+            mixed.append(
+                self._recomputed(attend_to_gathered, *arguments, self.scale, self.backend, part)
+            )
+        return mixed[0] if len(mixed) == 1 else torch.cat(mixed, dim=1)
+
+    def _recomputed(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        """The function's result; under selective recomputation backward computes it again."""
+        if not (self.recompute_selectively and torch.is_grad_enabled()):
+            return function(*arguments)
+        # Attention proper draws no random numbers, so their state need not be kept.
+        result: Tensor = checkpoint(
+            function, *arguments, use_reentrant=False, preserve_rng_state=False
+        )
+        return result
 
     def _heads(self, qkv: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
         """[S, B, (N + 2G) D] -> q [B, N, S, D], k and v [B, G, S, D], normed and rotated."""
@@ -215,31 +258,16 @@ def qk_norm(
 
 
 def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    inputs: AttentionInputs,
-    scale: float,
-    backend: str,
-    part: ContextPart | None = None,
+    q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs, scale: float, backend: str
 ) -> Tensor:
     """Attention proper: q [B, N, S, D], k and v [B, G, S_keys, D] -> [B, N, S, D].
 
     Causal; if `inputs` has a bias, that holds the mask and whatever else is added to the logits.
-
-    part: of a sequence that context ranks share. Keys and values of the other ranks are gathered,
-        which communicates over the context axis.
     """
-    flash = backend == "flash_attention" and inputs.caches is None
-    if part is not None and part.split:
-        k, v = gathered(k, v, part)
-        chunks = part.chunks(k.shape[2])
-        if flash:
-            return flash_attention_by_part(q, k, v, scale, chunks, inputs.document_parts)
-        if inputs.bias is None:
-            return attend_to_prefixes(q, k, v, scale, backend, chunks)
-    elif flash:
-        return flash_attention(q, k, v, scale, inputs.document_starts)
+    if inputs.document_starts is not None:
+        return attention_by_document(q, k, v, scale, backend, inputs.document_starts)
+    if backend == "flash_attention" and inputs.caches is None:
+        return flash_attention(q, k, v, scale)
     # One query (the next token of a generation) sees all keys.
     causal = inputs.bias is None and q.shape[2] > 1
     if causal and pays_in_float32(q, k):
@@ -249,14 +277,43 @@ def attend(
     )
 
 
-def gathered(k: Tensor, v: Tensor, part: ContextPart) -> tuple[Tensor, Tensor]:
-    """k and v [B, G, S, D] of this rank -> [B, G, W, D] of the whole sequence, in its order.
+def attend_to_gathered(
+    q: Tensor,
+    sent: Tensor,
+    gathering: Gathering,
+    inputs: AttentionInputs,
+    scale: float,
+    backend: str,
+    part: ContextPart,
+) -> Tensor:
+    """The same for a part of a sequence that context ranks share: q [B, N, S, D] -> [B, N, S, D].
 
-    Communicates over the context axis, once for both.
+    sent: [S, B, 2G, D], this rank's keys and values, which `gathering` brings to all ranks.
     """
-    both = torch.cat([heads.permute(2, 0, 1, 3) for heads in (k, v)], dim=2)  # [S, B, 2G, D]
-    keys, values = part.gather(both).permute(1, 2, 0, 3).chunk(2, dim=1)
-    return keys, values
+    # [W, B, 2G, D]
+    k, v = gathering.finish(sent).permute(1, 2, 0, 3).chunk(2, dim=1)
+    chunks = part.chunks(k.shape[2])
+    if inputs.document_parts is not None:
+        return attention_by_part(q, k, v, scale, backend, inputs.document_parts)
+    if inputs.bias is None:
+        return attend_to_prefixes(q, k, v, scale, backend, chunks)
+    return scaled_dot_product(q, k, v, inputs.bias, scale, backend)
+
+
+def head_lots(groups: int, at_once: int | None) -> list[range]:
+    """The groups of keys and values of a rank in lots of `at_once`; None: in one."""
+    size = at_once or groups
+    return [range(first, first + size) for first in range(0, groups, size)]
+
+
+def start_gather(k: Tensor, v: Tensor, lot: range, part: ContextPart) -> Gathering:
+    """Begin to gather a lot of the groups of k and v [B, G, S, D], both at once.
+
+    Communicates over the context axis.
+    """
+    heads = slice(lot.start, lot.stop)
+    own = [x[:, heads].permute(2, 0, 1, 3) for x in (k, v)]  # [S, B, G of the lot, D]
+    return part.start_gather(torch.cat(own, dim=2))
 
 
 def attend_to_prefixes(
@@ -273,10 +330,13 @@ def attend_to_prefixes(
     first = 0
     for chunk in chunks:
         queries = q[:, :, first : first + len(chunk)]
-        mask = prefix_mask(len(chunk), chunk.stop, q.device)
         keys = k[:, :, : chunk.stop]
         values = v[:, :, : chunk.stop]
-        mixed.append(scaled_dot_product(queries, keys, values, mask, scale, backend))
+        if backend == "flash_attention":
+            mixed.append(flash_attention(queries, keys, values, scale))
+        else:
+            mask = prefix_mask(len(chunk), chunk.stop, q.device)
+            mixed.append(scaled_dot_product(queries, keys, values, mask, scale, backend))
         first += len(chunk)
     return torch.cat(mixed, dim=2)
 

@@ -29,6 +29,7 @@ NAMED = {
     "flash": FLASH,
     "flash_attention_3": FLASH,  # which the package replaces, see flash.py
     "efficient": EFFICIENT,
+    "varlen": FLASH,  # without documents; with them see flash.py
 }
 
 

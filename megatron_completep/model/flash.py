@@ -1,15 +1,18 @@
-"""FlashAttention's packages as attention backends: used where installed and asked for."""
+"""FlashAttention's packages, and torch's attention of documents one after the other."""
 
 from __future__ import annotations
 
 import importlib.util
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from inspect import signature
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.attention import activate_flash_attention_impl
+from torch.nn.attention.varlen import varlen_attn
 
 from megatron_completep.errors import ConfigError
 
@@ -19,62 +22,129 @@ PACKAGES = {
     "flash_attention_3": ("flash-attn-3", "flash_attn_interface"),
 }
 
+ON_GPUS = ("flash_attention_3", "varlen")  # found out here, where the device is known
+
 
 def prepare_backend(backend: str, device: torch.device) -> None:
     """Make ready what a setting of model.attention_backend needs, before the model is built.
 
     FlashAttention 3 takes the place of torch's own FlashAttention in this process.
 
-    Raises ConfigError where the package is missing, or no GPU is there for FlashAttention 3.
+    Raises ConfigError where the package is missing, torch is too old, or no GPU is there.
     """
-    if backend not in PACKAGES:
-        return
+    if backend == "varlen" and "enable_gqa" not in signature(varlen_attn).parameters:
+        raise ConfigError(
+            f"model.attention_backend = varlen needs torch 2.12 or later, and this is "
+            f"{torch.__version__}. Use auto."
+        )
+    if backend in PACKAGES:
+        _check_package(backend)
+    if backend in ON_GPUS and device.type != "cuda":
+        raise ConfigError(
+            f"model.attention_backend = {backend} runs on GPUs only, but this run is on "
+            f"{device.type}. Use auto."
+        )
+    if backend == "flash_attention_3":
+        activate_flash_attention_impl("FA3")
+
+
+def _check_package(backend: str) -> None:
+    """Raise ConfigError where the package of a backend is missing."""
     package, module = PACKAGES[backend]
     if importlib.util.find_spec(module) is None:
         raise ConfigError(
             f"model.attention_backend = {backend}, but the package {package} is not "
             "installed. Install it, or use auto."
         )
-    if backend == "flash_attention_3":
-        if device.type != "cuda":
-            raise ConfigError(
-                f"model.attention_backend = {backend} runs on GPUs only, but this run is on "
-                f"{device.type}. Use auto."
-            )
-        activate_flash_attention_impl("FA3")
 
 
-def flash_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, document_starts: Tensor | None
-) -> Tensor:
-    """Causal attention: q [B, N, S, D], k and v [B, G, S, D] -> [B, N, S, D].
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Causal attention by flash-attn: q [B, N, S, D], k and v [B, G, S_keys, D] -> [B, N, S, D].
 
-    document_starts [documents + 1] int32, over the B * S tokens: each document is a sequence of its
-    own.
+    The last query sees every key, where there are more keys than queries.
     """
-    from flash_attn import flash_attn_func, flash_attn_varlen_func
+    from flash_attn import flash_attn_func
 
     # flash-attn has the sequence before the heads.
     q = q.transpose(1, 2)
     k = k.transpose(1, 2)
     v = v.transpose(1, 2)
-    if document_starts is None:
-        mixed: Tensor = flash_attn_func(q, k, v, softmax_scale=scale, causal=True)
-        return mixed.transpose(1, 2)
+    mixed: Tensor = flash_attn_func(q, k, v, softmax_scale=scale, causal=True)
+    return mixed.transpose(1, 2)
 
-    batch, length = q.shape[:2]
-    mixed = flash_attn_varlen_func(
-        q.flatten(0, 1),
-        k.flatten(0, 1),
-        v.flatten(0, 1),
-        cu_seqlens_q=document_starts,
-        cu_seqlens_k=document_starts,
-        max_seqlen_q=length,
-        max_seqlen_k=length,
+
+class Bounds(NamedTuple):
+    """Where documents begin among tokens that lie one after the other."""
+
+    starts: Tensor  # int32 [documents + 1], from 0 to the number of tokens
+    longest: int  # no document has more tokens
+
+
+def bounds_of(starts: Sequence[int], device: torch.device) -> Bounds:
+    """The bounds of documents from 0 to the number of tokens."""
+    longest = max(stop - start for start, stop in pairwise(starts))
+    return Bounds(torch.tensor(starts, dtype=torch.int32, device=device), longest)
+
+
+def attention_by_document(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str, document_starts: Tensor
+) -> Tensor:
+    """Causal attention inside documents: q [B, N, S, D], k and v [B, G, S, D] -> [B, N, S, D].
+
+    document_starts [documents + 1] int32, over the B * S tokens: each document is a sequence of its
+    own.
+    """
+    q = q.transpose(1, 2)
+    bounds = Bounds(document_starts, q.shape[1])
+    keys = k.transpose(1, 2).flatten(0, 1)
+    values = v.transpose(1, 2).flatten(0, 1)
+    mixed = _packed(q.flatten(0, 1), keys, values, bounds, bounds, scale, backend)
+    return mixed.view(q.shape).transpose(1, 2)
+
+
+def _packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    queries: Bounds,
+    keys: Bounds,
+    scale: float,
+    backend: str,
+) -> Tensor:
+    """Causal attention of documents one after the other: q [T, N, D], k and v [T_keys, G, D].
+
+    The last query of a document sees every key of it. backend: one of `PACKED_BACKENDS`.
+    """
+    if backend == "varlen":
+        # The window says causal: any key before, none behind.
+        packed = varlen_attn(
+            q,
+            k,
+            v,
+            queries.starts,
+            keys.starts,
+            queries.longest,
+            keys.longest,
+            scale=scale,
+            window_size=(-1, 0),
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        assert isinstance(packed, Tensor)  # alone, as nothing beside it was asked for
+        return packed
+    from flash_attn import flash_attn_varlen_func
+
+    mixed: Tensor = flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens_q=queries.starts,
+        cu_seqlens_k=keys.starts,
+        max_seqlen_q=queries.longest,
+        max_seqlen_k=keys.longest,
         softmax_scale=scale,
         causal=True,
     )
-    return mixed.view(batch, length, *mixed.shape[1:]).transpose(1, 2)
+    return mixed
 
 
 class DocumentPart(NamedTuple):
@@ -87,8 +157,8 @@ class DocumentPart(NamedTuple):
     row: int
     queries: range  # the numbers of the chunk's tokens among the rank's own
     keys: range  # places in the whole sequence
-    query_starts: Tensor  # int32 [documents + 1], within `queries`
-    key_starts: Tensor  # int32 [documents + 1], within `keys`
+    query_bounds: Bounds  # within `queries`
+    key_bounds: Bounds  # within `keys`
 
 
 def document_parts(document_ids: Tensor, chunks: Sequence[range]) -> list[DocumentPart]:
@@ -108,59 +178,30 @@ def document_parts(document_ids: Tensor, chunks: Sequence[range]) -> list[Docume
             key_starts = [start - first_key for start in own_starts]
             query_starts = [max(start - chunk.start, 0) for start in own_starts]
             keys = range(first_key, chunk.stop)
-            cumulative = torch.tensor(
-                [[*query_starts, len(chunk)], [*key_starts, len(keys)]],
-                dtype=torch.int32,
-                device=document_ids.device,
-            )
             queries = range(first_query, first_query + len(chunk))
-            parts.append(DocumentPart(row, queries, keys, cumulative[0], cumulative[1]))
+            query_bounds = bounds_of([*query_starts, len(chunk)], document_ids.device)
+            key_bounds = bounds_of([*key_starts, len(keys)], document_ids.device)
+            parts.append(DocumentPart(row, queries, keys, query_bounds, key_bounds))
             first_query += len(chunk)
     return parts
 
 
-def flash_attention_by_part(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    chunks: Sequence[range],
-    documents: Sequence[DocumentPart] | None,
+def attention_by_part(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str, documents: Sequence[DocumentPart]
 ) -> Tensor:
-    """Causal attention of some chunks of a sequence: q [B, N, S, D] -> [B, N, S, D].
+    """Causal attention of a rank's part of a sequence: q [B, N, S, D] -> [B, N, S, D].
 
-    A call a chunk; with documents a call a chunk and row. flash-attn puts the last query beside the
-    last key where it is given more keys than queries.
-
-    k, v: [B, G, W, D], in the order of the sequence. chunks: places in it of the S queries.
-    documents: of `document_parts`; None: each row is one document.
+    A call a chunk and row. k, v: [B, G, W, D], in the order of the sequence.
     """
-    from flash_attn import flash_attn_func, flash_attn_varlen_func
-
-    # flash-attn has the sequence before the heads.
     q = q.transpose(1, 2)
     k = k.transpose(1, 2)
     v = v.transpose(1, 2)
-    mixed: list[Tensor] = []
-    if documents is None:
-        for chunk, queries in zip(chunks, q.split([len(c) for c in chunks], dim=1), strict=True):
-            keys = k[:, : chunk.stop]
-            values = v[:, : chunk.stop]
-            mixed.append(flash_attn_func(queries, keys, values, softmax_scale=scale, causal=True))
-        return torch.cat(mixed, dim=1).transpose(1, 2)
+    mixed = []
     for part in documents:
-        mixed.append(
-            flash_attn_varlen_func(
-                q[part.row, part.queries.start : part.queries.stop],
-                k[part.row, part.keys.start : part.keys.stop],
-                v[part.row, part.keys.start : part.keys.stop],
-                cu_seqlens_q=part.query_starts,
-                cu_seqlens_k=part.key_starts,
-                max_seqlen_q=len(part.queries),
-                max_seqlen_k=len(part.keys),
-                softmax_scale=scale,
-                causal=True,
-            )
-        )
+        queries = q[part.row, part.queries.start : part.queries.stop]
+        keys = k[part.row, part.keys.start : part.keys.stop]
+        values = v[part.row, part.keys.start : part.keys.stop]
+        bounds = (part.query_bounds, part.key_bounds)
+        mixed.append(_packed(queries, keys, values, *bounds, scale, backend))
     # The parts lie row by row.
     return torch.cat(mixed).view(q.shape).transpose(1, 2)

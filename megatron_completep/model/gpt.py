@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_completep import kernels
 from megatron_completep.completep import Table
-from megatron_completep.config.derived import head_dim
+from megatron_completep.config.derived import PACKED_BACKENDS, head_dim
 from megatron_completep.config.schema import ModelConfig
 from megatron_completep.model.attention import AttentionInputs, KeyValueCache, causal_bias
 from megatron_completep.model.block import BRANCHES, Block, BranchMaker
@@ -277,14 +277,14 @@ class GPT(nn.Module):
             cos, sin = self._rotary_inputs(residual, positions, past, seq_length)
 
         # SDPA needs an explicit bias for whatever is_causal cannot express: document masks, ALiBi,
-        # and more than one new token after a cache. flash-attn takes document boundaries instead.
+        # and more than one new token after a cache. Some backends take document boundaries instead.
         bias = None
         cu_seqlens = None
         parts = None
-        flash = model.attention_backend == "flash_attention" and caches is None
+        packed = model.attention_backend in PACKED_BACKENDS and caches is None
         alibi = model.position == "alibi"
         context = self.context.context_part
-        if document_ids is not None and flash:
+        if document_ids is not None and packed:
             assert not alibi  # refused by config/check.py
             if context.split:
                 parts = document_parts(document_ids, context.chunks(document_ids.shape[1]))

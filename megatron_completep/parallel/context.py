@@ -43,6 +43,7 @@ class ParallelContext:
     replica: Axis = field(default_factory=lambda: Axis("replica"))  # ranks with the same state
     world: Axis = field(default_factory=lambda: Axis("world"))
     sequence_parallel: bool = False
+    heads_at_once: int | None = None  # see `ContextPart`
     launched: bool = False  # under a launcher, even with one process
     mesh: DeviceMesh | None = None  # that has the axes shard and tensor, where both have ranks
 
@@ -139,6 +140,7 @@ class ParallelContext:
             replica=replica,
             world=Axis("world", rank, world_size, dist.group.WORLD if world_size > 1 else None),
             sequence_parallel=parallel.sequence_parallel and tensor_size > 1,
+            heads_at_once=parallel.context_heads_at_once,
             launched=True,
         )
 
@@ -161,7 +163,7 @@ class ParallelContext:
     @cached_property
     def context_part(self) -> ContextPart:
         """Which tokens of a sequence this rank holds."""
-        return ContextPart(self.context)
+        return ContextPart(self.context, self.heads_at_once)
 
     @cached_property  # every layer asks for it several times a step
     def sequence(self) -> SequencePart:

@@ -16,7 +16,11 @@ import torch
 from torch import Tensor
 
 from megatron_completep.parallel.axis import Axis
-from megatron_completep.parallel.collectives import all_gather, reduce_scatter
+from megatron_completep.parallel.collectives import (
+    Pending,
+    start_all_gather,
+    start_reduce_scatter,
+)
 
 NO_TURN = 2**62  # more rows than any tensor has
 
@@ -37,9 +41,11 @@ class ContextPart:
     """A rank's part of the tokens of every sequence.
 
     axis: the ranks that share the sequence.
+    heads_at_once: groups of keys and values that are gathered together; None: all of a rank.
     """
 
     axis: Axis
+    heads_at_once: int | None = None
 
     @property
     def split(self) -> bool:
@@ -86,16 +92,23 @@ class ContextPart:
         parts = [x[:, chunk.start : chunk.stop] for chunk in self.chunks(x.shape[1])]
         return torch.cat(parts, dim=1)
 
-    def gather(self, x: Tensor) -> Tensor:
-        """[S, ...] of each rank -> [W, ...] in the order of the sequence, differentiably.
+    def start_gather(self, x: Tensor) -> Gathering:
+        """Begin to gather [S, ...] of each rank; `Gathering.finish` gives [W, ...].
 
         Communicates over the axis: an all-gather, and in backward a reduce-scatter, which sums the
         gradients that the ranks have of the same token.
         """
+        gathering = Gathering(self)
+        sent: Tensor = _Start.apply(x, gathering)  # type: ignore[no-untyped-call]
+        gathering.sent = sent
+        return gathering
+
+    def gather(self, x: Tensor) -> Tensor:
+        """[S, ...] of each rank -> [W, ...]: the same at once; x itself where nothing is split."""
         if not self.split:
             return x
-        whole: Tensor = _Gather.apply(x, self)  # type: ignore[no-untyped-call]
-        return whole
+        gathering = self.start_gather(x)
+        return gathering.finish(gathering.sent)
 
     def in_order(self, gathered: Tensor) -> Tensor:
         """[W, ...] as ranks lie side by side -> in the order of the sequence."""
@@ -117,13 +130,61 @@ class ContextPart:
         return [number for rank in range(self.axis.size) for number in self._held(rank)]
 
 
-class _Gather(torch.autograd.Function):
+class Gathering:
+    """Rows of all ranks on their way, in both directions.
+
+    In forward the all-gather runs from `start_gather` to `finish`. Backward visits the two in the
+    opposite order, with what was computed between them in between: the reduce-scatter runs from
+    the backward of `finish` to that of `start_gather`.
+
+    Attributes:
+        sent: this rank's rows [S, ...], which `finish` is handed.
+    """
+
+    sent: Tensor
+
+    def __init__(self, part: ContextPart):
+        self.part = part
+        self.gathered: Pending | None = None
+        self.summed: Pending | None = None
+
+    def finish(self, sent: Tensor) -> Tensor:
+        """`sent` -> [W, ...] in the order of the sequence, differentiably.
+
+        Under recomputation backward calls it again, which gathers again.
+        """
+        whole: Tensor = _Finish.apply(sent, self)  # type: ignore[no-untyped-call]
+        return whole
+
+
+class _Start(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, part: ContextPart) -> Tensor:
-        ctx.part = part
-        return part.in_order(all_gather(x, part.axis))
+    def forward(ctx: Any, x: Tensor, gathering: Gathering) -> Tensor:
+        ctx.gathering = gathering
+        gathering.gathered = start_all_gather(x, gathering.part.axis)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, d_x: Tensor) -> tuple[Tensor, None]:
+        summed = ctx.gathering.summed
+        # What arrives is the sum under way: nothing was added to it before it is complete.
+        assert summed is not None and summed.result.data_ptr() == d_x.data_ptr()
+        return summed.wait(), None
+
+
+class _Finish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, sent: Tensor, gathering: Gathering) -> Tensor:
+        ctx.gathering = gathering
+        part = gathering.part
+        pending = gathering.gathered or start_all_gather(sent, part.axis)
+        gathering.gathered = None
+        return part.in_order(pending.wait())
 
     @staticmethod
     def backward(ctx: Any, d_whole: Tensor) -> tuple[Tensor, None]:
-        part: ContextPart = ctx.part
-        return reduce_scatter(part.by_rank(d_whole), part.axis), None
+        gathering: Gathering = ctx.gathering
+        part = gathering.part
+        gathering.summed = start_reduce_scatter(part.by_rank(d_whole), part.axis)
+        # Not complete: only the backward of `_Start` reads it, which waits.
+        return gathering.summed.result, None

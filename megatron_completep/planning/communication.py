@@ -16,7 +16,7 @@ from torch import nn
 from megatron_completep.completep import table_of
 from megatron_completep.config.derived import gradient_parallel_size, micro_batches_per_step
 from megatron_completep.config.schema import Config
-from megatron_completep.model.attention import Attention
+from megatron_completep.model.attention import Attention, head_lots
 from megatron_completep.model.gpt import GPT
 from megatron_completep.model.stages import whole_model
 from megatron_completep.optim.layout import Layout
@@ -196,11 +196,15 @@ def _context(config: Config, model: GPT, micro_batches: int) -> Iterator[Collect
     for module in model.modules():
         if not isinstance(module, Attention):
             continue
-        heads = 2 * module.num_groups * module.head_dim
+        lots = head_lots(module.num_groups, config.parallel.context_heads_at_once)
+        heads = 2 * len(lots[0]) * module.head_dim
         payload = micro_batch_sizes(config).whole_tokens * heads * element_bytes(config)
+        calls = micro_batches * len(lots)
 
-        def call(operation: str, purpose: str, payload: int = payload) -> Collective:
-            return Collective("context", operation, payload, micro_batches, purpose)
+        def call(
+            operation: str, purpose: str, payload: int = payload, calls: int = calls
+        ) -> Collective:
+            return Collective("context", operation, payload, calls, purpose)
 
         yield call(ALL_GATHER, "keys and values, forward")
         if recompute != "none":

@@ -54,6 +54,7 @@ def imagined_context(parallel: ParallelConfig) -> ParallelContext:
         pipeline=Axis("pipeline", 0, parallel.pipeline_parallel_size),
         context=Axis("context", 0, parallel.context_parallel_size),
         sequence_parallel=parallel.sequence_parallel and parallel.tensor_parallel_size > 1,
+        heads_at_once=parallel.context_heads_at_once,
     )
 
 

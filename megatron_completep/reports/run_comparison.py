@@ -15,6 +15,7 @@ import numpy as np
 from megatron_completep.document import PALETTE, Picture, Report, Section, new_figure, png_of
 from megatron_completep.model.flops import training_flops_per_token
 from megatron_completep.reports.run_files import Run, differences, is_figure
+from megatron_completep.run.hook import AT_POSITIONS
 
 BINS = 400  # a longer curve is drawn as the means of this many bins, over the range in each
 START = 0.05  # of the longest curve: its fall may run out of the picture of the losses
@@ -44,6 +45,7 @@ def compare(runs: Sequence[Run], title: str = "") -> Report:
     _summary(report.section("Summary"), runs)
     _losses(report.section("Loss"), runs)
     _gallery(report, "Validation by source", runs, _panels(runs, SOURCES, log=False))
+    _positions(report, runs)
     _gallery(report, "Optimizer", runs, OPTIMIZER_PANELS)
     _gallery(report, "Speed", runs, SPEED_PANELS)
     explanation = (
@@ -243,6 +245,39 @@ def _gallery(
     # Section.pictures takes at most 8.
     for start in range(0, len(pictures), 8):
         section.pictures(pictures[start : start + 8])
+
+
+def _positions(report: Report, runs: Sequence[Run]) -> None:
+    """Add the losses by position, where any run recorded them: a column a run."""
+    losses = [_last_by_position(run) for run in runs]
+    parts = set().union(*losses)
+    if not parts:
+        return
+    rows = []
+    for part in sorted(parts, key=_first_position):
+        cells = [_formatted(by_position.get(part), ".4f") for by_position in losses]
+        rows.append([part, *cells])
+    caption = "Of the labels of these tokens of each sequence, at a run's last validation."
+    headers = ["positions", *(run.name for run in runs)]
+    report.section("Validation by position").table(headers, rows, caption)
+
+
+def _last_by_position(run: Run) -> dict[str, float]:
+    """The losses of the last validation that recorded them, by FIRST-LAST; none: empty."""
+    for row in reversed(run.rows):
+        losses = {}
+        for key, loss in row.items():
+            if key.startswith(AT_POSITIONS) and is_figure(loss):
+                losses[key.removeprefix(AT_POSITIONS)] = loss
+        if losses:
+            return losses
+    return {}
+
+
+def _first_position(part: str) -> tuple[int, str]:
+    """What FIRST-LAST is sorted by; a name that is none of ours comes first."""
+    first = part.split("-")[0]
+    return (int(first) if first.isdecimal() else -1), part
 
 
 def _settings(report: Report, runs: Sequence[Run]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from megatron_completep.config import save_config
-from megatron_completep.config.derived import total_samples
+from megatron_completep.config.derived import PACKED_BACKENDS, total_samples
 from megatron_completep.config.schema import Config
 from megatron_completep.data.beginning import beginning_lines
 from megatron_completep.data.corpus import has_validation
@@ -213,9 +213,9 @@ def first_step(config: Config, context: ParallelContext) -> list[Batch]:
 def warn_of_imbalance(config: Config, context: ParallelContext, say: Say) -> None:
     """Say where documents leave context ranks with unequal work; the first rank looks at its own.
 
-    Only flash-attn leaves out what a query does not see of other documents.
+    Only backends that are told where documents begin leave out those that a query does not see.
     """
-    skips_keys = config.model.attention_backend == "flash_attention"
+    skips_keys = config.model.attention_backend in PACKED_BACKENDS
     if not (context.is_first and config.data.reset_at_document_ends and skips_keys):
         return
     if context.context.size == 1:

@@ -40,7 +40,7 @@ def test_every_part_runs_on_a_cpu(part: str, tmp_path: Path, capsys: Any) -> Non
         assert {"figure", "measured", "expected", "unit"} <= row.keys()
     names = " ".join(row["figure"] for row in rows)
     for words in {
-        "facts": ["machine", "copy", "float32 added", "attention default"],
+        "facts": ["machine", "copy", "float32 added", "attention default", "in two calls, rate"],
         "kernels": ["kernel tests that failed"],
         "step": ["plain over ours", "ours again", "twice the tokens", "pure bf16", "peak memory"],
         "layouts": ["float32 beside float64", "trace completep", "tensor 2, sequence"],

@@ -170,7 +170,8 @@ def test_a_stage_with_longer_sequences_takes_the_weights_and_begins_the_data_ane
     with torch.no_grad():
         expected = run.model(TOKENS[:, :-1])
         torch.testing.assert_close(still.model(TOKENS[:, :-1]), expected, rtol=0, atol=1e-12)
-        assert (again.model(TOKENS[:, :-1]) - expected).abs().max() > 1e-8
+        # Eight tokens turn little by a larger base: 3.7e-7, five orders above the tolerance.
+        assert (again.model(TOKENS[:, :-1]) - expected).abs().max() > 1e-7
 
 
 def test_what_longer_sequences_change_in_a_step_is_said(tmp_path):

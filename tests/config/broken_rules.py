@@ -99,6 +99,10 @@ RULES = [
         "which model.position = alibi needs. Use model.attention_backend = auto.",
     ),
     (
+        ["model.attention_backend=varlen", "model.position=alibi"],
+        "which model.position = alibi needs. Use model.attention_backend = auto.",
+    ),
+    (
         ["model.attention_backend=flash", "data.reset_at_document_ends=true"],
         "which data.reset_at_document_ends = true needs.",
     ),
@@ -225,6 +229,21 @@ RULES = [
         "8 does not divide (parallel.sequence_parallel is on). Use 1 or 3.",
     ),
     (
+        ["parallel.context_heads_at_once=1"],
+        "has no meaning under parallel.context_parallel_size = 1: nothing is gathered",
+    ),
+    (
+        [
+            "parallel.context_parallel_size=2",
+            "parallel.context_heads_at_once=3",
+            "model.num_attention_heads=8",
+            "model.num_query_groups=8",
+            "parallel.tensor_parallel_size=2",
+        ],
+        "does not divide the 4 groups of keys and values of a rank (8 over "
+        "parallel.tensor_parallel_size = 2). Use 1, 2 or 4, or null.",
+    ),
+    (
         ["parallel.context_parallel_size=2", "model.attention_backend=cudnn"],
         "model.attention_backend = cudnn takes as a mask in memory only",
     ),
@@ -235,7 +254,7 @@ RULES = [
             "model.seq_length=65536",
         ],
         "need a bias on the attention logits of 16.0 GiB on each rank, above 4 GiB. Use "
-        "model.attention_backend = flash_attention, a larger context_parallel_size",
+        "model.attention_backend = varlen or flash_attention, a larger context_parallel_size",
     ),
     (
         ["parallel.context_parallel_size=4", "model.position=alibi", "model.seq_length=32768"],

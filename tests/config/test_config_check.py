@@ -87,6 +87,7 @@ FITTING = [
     ["model.fp32_residual=true"],
     ["model.attention_backend=flash_attention"],
     ["model.attention_backend=flash_attention", "data.reset_at_document_ends=true"],
+    ["model.attention_backend=varlen", "data.reset_at_document_ends=true"],
     ["model.attention_backend=efficient", "training.precision=float32"],
     ["model.attention_backend=cudnn", "model.position=alibi"],
     ["model.attention_backend=flash", "training.deterministic=true"],

@@ -22,6 +22,7 @@ IN_WORDS = {
     "model.attention_backend=flash_attention model.position=alibi": [
         ["model.attention_backend=auto"]
     ],
+    "model.attention_backend=varlen model.position=alibi": [["model.attention_backend=auto"]],
     "model.attention_backend=flash_attention training.precision=float32": [
         ["model.attention_backend=auto"],
         ["training.precision=bf16"],
@@ -34,6 +35,7 @@ IN_WORDS = {
     ],
     "model.attention_backend=flash data.reset_at_document_ends=true": [
         ["model.attention_backend=auto"],
+        ["model.attention_backend=varlen"],
         ["model.attention_backend=flash_attention"],
     ],
     "training.validation_at_start=true data.split='100,0,0'": [
@@ -45,6 +47,7 @@ IN_WORDS = {
         ["model.attention_backend=auto"]
     ],
     "parallel.context_parallel_size=2 data.reset_at_document_ends=true model.seq_length=65536": [
+        ["model.attention_backend=varlen"],
         ["model.attention_backend=flash_attention"],
         ["parallel.context_parallel_size=8"],
         ["training.micro_batch_size=1"],
@@ -209,6 +212,10 @@ IN_WORDS = {
     "completep.duration_exponent=0.32": [
         ["completep.base_total_tokens=1000000"],
         ["completep.duration_exponent=null"],
+    ],
+    "parallel.context_heads_at_once=1": [
+        ["parallel.context_heads_at_once=null"],
+        ["parallel.context_parallel_size=2"],
     ],
     "guards.hang_timeout_minutes=30": [["parallel.timeout_minutes=30"]],
     "guards.rollback_threshold=2 data.order=megatron": [

@@ -45,6 +45,7 @@ SEQUENCE = {**TENSOR, "sequence_parallel": True}
 PIPELINE = {"pipeline_parallel_size": 2}
 VIRTUAL = {**PIPELINE, "virtual_pipeline_size": 2}
 CONTEXT = {"context_parallel_size": 2}
+BY_HEADS = {"context_heads_at_once": 1}
 BUCKETS = {"bucket_megabytes": 0.03}  # several of them
 
 # name -> (ranks, settings under `parallel`)
@@ -78,8 +79,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "context 2": (2, {**CONTEXT, **BUCKETS}),
     "context 4": (4, {**BUCKETS, "context_parallel_size": 4}),
     "context 2, data 2, optimizer over 2": (4, {**CONTEXT, **BUCKETS, "optimizer_shard_size": 2}),
-    "context 2, tensor 2, sequence": (4, {**CONTEXT, **SEQUENCE}),
-    "context 2, pipeline 2, zero-bubble": (4, {**CONTEXT, **PIPELINE, "schedule": "zero_bubble"}),
+    "context 2 by heads, tensor 2, sequence": (4, {**CONTEXT, **BY_HEADS, **SEQUENCE}),
+    "context 2 by heads, pipeline 2, zero-bubble": (
+        4,
+        {**CONTEXT, **BY_HEADS, **PIPELINE, "schedule": "zero_bubble"},
+    ),
     "context 2, pipeline 2 x 2, interleaved": (
         4,
         {**CONTEXT, **VIRTUAL, "schedule": "interleaved_1f1b"},

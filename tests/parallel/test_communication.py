@@ -75,9 +75,12 @@ RUNS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
         {"parallel": SEQUENCE, "optimizer": MUON, "model": {"num_query_groups": 2}},
     ),
     "context 2": (2, {"parallel": CONTEXT, "model": {"num_query_groups": 2}}),
-    "context 2, tensor 2 with sequence, selectively recomputed": (
+    "context 2, tensor 2 with sequence, a group at a time, selectively recomputed": (
         4,
-        {"parallel": {**SEQUENCE, **CONTEXT}, "training": {"recompute": "selective"}},
+        {
+            "parallel": {**SEQUENCE, **CONTEXT, "context_heads_at_once": 1},
+            "training": {"recompute": "selective"},
+        },
     ),
     "context 2, pipeline 2, recomputed": (
         4,

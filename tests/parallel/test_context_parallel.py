@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_completep.completep import table_of
 from megatron_completep.config import Config
 from megatron_completep.data.loader import Batch, DocumentEnds, make_batch
+from megatron_completep.model import flash
+from megatron_completep.model.attention import Attention, AttentionInputs
 from megatron_completep.model.gpt import GPT
-from megatron_completep.parallel.collectives import all_reduce
+from megatron_completep.parallel.collectives import Pending, all_reduce
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.gradients import main_grad_of
+from megatron_completep.parallel.layer_context import LayerContext
 from megatron_completep.planning.scaling import stage_activations
 from megatron_completep.planning.sizes import rank_stages
+from megatron_completep.run import assemble as assembling
 from megatron_completep.run.assemble import assemble
 from megatron_completep.run.forward_backward import MicroBatch
 from megatron_completep.run.step import Evaluation, TrainingStep
 from tests.parallel.features import SEQ_LENGTH, Documents
+from tests.parallel.packed import varlen
 from tests.support.configs import merged, small_config
 from tests.support.ranks import context_on
 
@@ -37,11 +43,22 @@ MODELS: dict[str, dict[str, dict[str, Any]]] = {
     "rope, scaled": {"model": {"rope_scaling": SCALED, "tied_embeddings": True}},
     "alibi, documents": {"model": {"position": "alibi", "bias": True}, **APART},
     "learned, documents": {"model": {"position": "learned", "norm": "layernorm"}, **APART},
+    "grouped heads, recomputed": {
+        "model": {"num_query_groups": 2},
+        "training": {"recompute": "selective"},
+    },
     "dropout, recomputed": {
         "model": {"dropout": 0.3, "num_query_groups": 1},
         "training": {"recompute": "selective"},
         **APART,
     },
+}
+
+# Groups of keys and values that are gathered at once, if not all of a rank: 2, 4 and 2 groups.
+AT_ONCE = {
+    "rope, documents, grouped heads": 1,
+    "alibi, documents": 2,
+    "grouped heads, recomputed": 1,
 }
 
 # What the tests must catch.
@@ -59,20 +76,24 @@ class Sums:
     loss: float
     tokens: int
     own_tokens: int  # of this rank
+    master_elements: int  # that this rank keeps
     gradients: dict[str, Tensor]
     evaluation: Evaluation
 
 
-def config_of(name: str, context_ranks: int) -> Config:
+def config_of(name: str, context_ranks: int, precision: str = "float64") -> Config:
     settings = {
         "model": {"seq_length": SEQ_LENGTH, "num_layers": 2},
         "optimizer": {"base_init_std": 0.3},
         "training": {
-            "precision": "float64",
+            "precision": precision,
             "global_batch_size": SAMPLES,
             "micro_batch_size": 2,
         },
-        "parallel": {"context_parallel_size": context_ranks},
+        "parallel": {
+            "context_parallel_size": context_ranks,
+            "context_heads_at_once": AT_ONCE.get(name) if context_ranks > 1 else None,
+        },
     }
     return small_config(**merged(settings, MODELS[name]))
 
@@ -105,9 +126,18 @@ def mutated(batch: MicroBatch, context: ParallelContext, mutation: str) -> Micro
     return batch
 
 
-def sums_of(rank: int, name: str, context_ranks: int, mutation: str = "") -> Sums:
+def sums_of(
+    rank: int,
+    name: str,
+    context_ranks: int,
+    mutation: str = "",
+    backend: str = "auto",
+    precision: str = "float64",
+) -> Sums:
     """Loss and gradients of a batch, in the process group at hand or alone."""
-    config = config_of(name, context_ranks)
+    config = config_of(name, context_ranks, precision)
+    model = config.model.model_copy(update={"attention_backend": backend})
+    config = config.model_copy(update={"model": model})
     context = context_on(rank, config.parallel)
     assembly = assemble(config, context, table_of(config))
     step = assembly.step
@@ -131,6 +161,7 @@ def sums_of(rank: int, name: str, context_ranks: int, mutation: str = "") -> Sum
         float(all_reduce(loss.double(), context.gradient)),
         tokens,
         own_tokens,
+        assembly.optimizer.shards.master.numel(),
         gradients,
         step.evaluate_in_parts(batches, lambda sample: sample % 2, 2, 4),
     )
@@ -163,6 +194,7 @@ def error(ranks: list[Sums], truth: Sums) -> float:
         ("rope, documents, grouped heads", 4),
         ("rope, scaled", 2),
         ("alibi, documents", 2),
+        ("grouped heads, recomputed", 2),
         ("learned, documents", 2),
         ("dropout, recomputed", 2),
     ],
@@ -171,7 +203,31 @@ def test_loss_and_gradients_are_those_of_one_process(
     pool: Any, name: str, context_ranks: int
 ) -> None:
     ranks = pool.run(context_ranks, sums_of, name, context_ranks)
-    assert error(ranks, sums_of(0, name, 1)) <= 1e-12
+    truth = sums_of(0, name, 1)
+    assert error(ranks, truth) <= 1e-12
+    # The optimizer is shared by context ranks as by data ranks; shards are padded.
+    for sums in ranks:
+        assert sums.master_elements <= 1.1 * truth.master_elements / context_ranks
+
+
+def test_in_float32_they_are_those_of_float32(pool: Any) -> None:
+    arguments = "rope, documents, grouped heads", 2, "", "auto", "float32"
+    truth = sums_of(0, "rope, documents, grouped heads", 1, precision="float32")
+    assert error(pool.run(2, sums_of, *arguments), truth) <= 1e-5
+
+
+def sums_by_boundaries(rank: int, name: str, context_ranks: int) -> Sums:
+    """The same under a backend that is told where documents begin, with a stand-in for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flash, "varlen_attn", varlen)
+        # The real one needs a GPU, and bf16.
+        patch.setattr(assembling, "prepare_backend", lambda backend, device: None)
+        return sums_of(rank, name, context_ranks, backend="varlen")
+
+
+def test_attention_that_is_told_where_documents_begin_is_that_of_one_process(pool: Any) -> None:
+    name = "rope, documents, grouped heads"
+    assert error(pool.run(2, sums_by_boundaries, name, 2), sums_of(0, name, 1)) <= 1e-12
 
 
 def test_a_rank_without_a_token_that_counts_adds_nothing(pool: Any) -> None:
@@ -195,6 +251,64 @@ def test_a_mistake_is_caught(pool: Any, mutation: str, at_least: float) -> None:
     name = "rope, documents, grouped heads"
     ranks = pool.run(2, sums_of, name, 2, mutation)
     assert error(ranks, sums_of(0, name, 1)) >= at_least
+
+
+class Order(TorchDispatchMode):
+    """The order in which a rank starts collectives and attends, and awaits the former."""
+
+    STARTS: ClassVar = {"_allgather_base_": "gather", "_reduce_scatter_base_": "sum"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[str] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        name = function._schema.name.split("::")[1]
+        if name.startswith("_scaled_dot_product"):
+            name = "attend-backward" if name.endswith("backward") else "attend"
+            self.events.append(name)
+        if name in self.STARTS:
+            self.events.append(self.STARTS[name])
+        return function(*args, **(kwargs or {}))
+
+
+def order_of_heads(rank: int, recompute: bool) -> list[str]:
+    """What a rank does, one after the other, for attention of two lots of heads."""
+    config = config_of("grouped heads, recomputed", 2)
+    context = context_on(rank, config.parallel)
+    attention = Attention(config.model, table_of(config), LayerContext(context), 0, recompute)
+    for parameter in attention.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.ones(SEQ_LENGTH // 2, 1, config.model.hidden_size, requires_grad=True)
+    wait = Pending.wait
+
+    with Order() as order:
+
+        def awaited(pending: Pending) -> Tensor:
+            if pending.work is not None:
+                order.events.append("wait")
+            return wait(pending)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Pending, "wait", awaited)
+            out = attention(x, AttentionInputs()).out
+            order.events.append("|")
+            out.sum().backward()
+    return order.events
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_heads_are_gathered_and_summed_while_others_attend(pool: Any, recompute: bool) -> None:
+    """Each lot attends in two calls, one a chunk of the sequence."""
+    forward = "gather gather wait attend attend wait attend attend"
+    again = "gather wait attend attend " if recompute else ""
+    late = f"{again}attend-backward attend-backward sum"
+    # The sums of the second lot are awaited when the first has attended.
+    backward = f"{late} {late} wait wait"
+    for events in pool.run(2, order_of_heads, recompute):
+        assert " ".join(events) == f"{forward} | {backward}"
 
 
 def kept_bytes(rank: int, config: Config) -> tuple[int, int]:
@@ -227,12 +341,16 @@ def kept_bytes(rank: int, config: Config) -> tuple[int, int]:
     return kept, stage_activations(config, stage)
 
 
-@pytest.mark.parametrize("recompute", ["none", "full"])
-def test_a_plan_knows_what_a_rank_keeps_for_backward(pool: Any, recompute: str) -> None:
+@pytest.mark.parametrize(
+    ("recompute", "at_once"), [("none", None), ("none", 1), ("selective", 1), ("full", None)]
+)
+def test_a_plan_knows_what_a_rank_keeps_for_backward(
+    pool: Any, recompute: str, at_once: int | None
+) -> None:
     settings = {
         "model": {"seq_length": 32, "num_query_groups": 2},
         "training": {"recompute": recompute},
-        "parallel": {"context_parallel_size": 2},
+        "parallel": {"context_parallel_size": 2, "context_heads_at_once": at_once},
     }
     for kept, planned in pool.run(2, kept_bytes, small_config(**settings)):
         assert kept == planned

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from types import ModuleType
 
@@ -11,16 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.varlen import varlen_attn
 
 from megatron_completep import kernels
+from megatron_completep.config.derived import PACKED_BACKENDS
 from megatron_completep.data.loader import DocumentEnds, make_batch
 from megatron_completep.data.samples import Sample
 from megatron_completep.kernels.reference import dropout_rows
+from megatron_completep.model import flash
 from megatron_completep.model.attention import attend_to_prefixes, prefix_mask
-from megatron_completep.model.flash import document_parts, flash_attention_by_part
+from megatron_completep.model.flash import attention_by_part, document_parts
 from megatron_completep.parallel.axis import Axis
 from megatron_completep.parallel.context_part import ContextPart
 from megatron_completep.training.balance import balance_warning, pairs_by_rank
+from tests.parallel.packed import lower_right, lower_right_by_document, varlen
 
 CPU = torch.device("cpu")
 SCALE = 0.3
@@ -121,65 +126,51 @@ def test_the_mask_that_kernels_know_begins_at_the_last_key() -> None:
     assert (first_key - masked).abs().max() > 0.1
 
 
-def lower_right(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool) -> Tensor:
-    """flash-attn's own shapes and rule, by SDPA: [B, S, N, D]; the last query sees every key."""
-    assert causal
-    mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(k.shape[1] - q.shape[1])
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    mixed = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, scale=softmax_scale, enable_gqa=True
-    )
-    return mixed.transpose(1, 2)
-
-
-def lower_right_by_document(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    softmax_scale: float,
-    causal: bool,
-) -> Tensor:
-    """The same for sequences one after the other: [T, N, D]."""
-    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
-    assert int(cu_seqlens_q[-1]) == len(q) and int(cu_seqlens_k[-1]) == len(k) == len(v)
-    sizes_q = cu_seqlens_q.diff().tolist()
-    sizes_k = cu_seqlens_k.diff().tolist()
-    assert 0 < max(sizes_q) <= max_seqlen_q and 0 < max(sizes_k) <= max_seqlen_k
-    rows = zip(q.split(sizes_q), k.split(sizes_k), v.split(sizes_k), strict=True)
-    mixed = [lower_right(a[None], b[None], c[None], softmax_scale, causal)[0] for a, b, c in rows]
-    return torch.cat(mixed)
-
-
-@pytest.mark.parametrize("with_documents", [False, True])
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_flash_attention_gets_each_chunk_with_the_keys_of_its_documents(
-    monkeypatch: pytest.MonkeyPatch, ranks: int, with_documents: bool
-) -> None:
+@pytest.fixture
+def _stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of what needs a GPU."""
     module = ModuleType("flash_attn")
     monkeypatch.setattr(module, "flash_attn_func", lower_right, raising=False)
     monkeypatch.setattr(module, "flash_attn_varlen_func", lower_right_by_document, raising=False)
     monkeypatch.setitem(sys.modules, "flash_attn", module)
+    monkeypatch.setattr(flash, "varlen_attn", varlen)
+
+
+@pytest.mark.usefixtures("_stand_ins")
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_flash_attention_gets_each_chunk_with_the_keys_before_it(ranks: int) -> None:
     q, k, v = heads(2)
-    documents = None
-    if with_documents:
-        # Ends in the middle of chunks and at their borders, one of a single token.
-        lengths = [[3, 5, 1, 7], [8, 8]]
-        rows = [torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in lengths]
-        documents = torch.stack(rows).int()
+    whole = whole_attention(q, k, v, None)
+    for part in parts(ranks):
+        places = part.places(16, CPU)
+        queries = q[:, :, places]
+        mixed = attend_to_prefixes(queries, k, v, SCALE, "flash_attention", part.chunks(16))
+        assert_alike(mixed, whole[:, :, places], (q, k, v))
+
+
+@pytest.mark.usefixtures("_stand_ins")
+@pytest.mark.parametrize("backend", PACKED_BACKENDS)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_attention_gets_each_chunk_with_the_keys_of_its_documents(ranks: int, backend: str) -> None:
+    q, k, v = heads(2)
+    # Ends in the middle of chunks and at their borders, one of a single token.
+    lengths = [[3, 5, 1, 7], [8, 8]]
+    rows = [torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in lengths]
+    documents = torch.stack(rows).int()
     whole = whole_attention(q, k, v, documents)
     for part in parts(ranks):
-        chunks = part.chunks(16)
         places = part.places(16, CPU)
-        cut = None if documents is None else document_parts(documents, chunks)
-        mixed = flash_attention_by_part(q[:, :, places], k, v, SCALE, chunks, cut)
+        cut = document_parts(documents, part.chunks(16))
+        mixed = attention_by_part(q[:, :, places], k, v, SCALE, backend, cut)
         assert_alike(mixed, whole[:, :, places], (q, k, v))
-        if cut is not None:
-            # Keys of documents that ended before the chunk are not handed over.
-            assert all(len(one.keys) <= 8 or one.row == 0 for one in cut)
+        # Keys of documents that ended before the chunk are not handed over.
+        assert all(len(one.keys) <= 8 or one.row == 0 for one in cut)
+
+
+def test_the_stand_in_takes_the_arguments_of_torch_s_own() -> None:
+    true_parameters = inspect.signature(varlen_attn).parameters
+    for name, parameter in inspect.signature(varlen).parameters.items():
+        assert parameter.kind == true_parameters[name].kind
 
 
 def test_documents_that_leave_a_rank_with_most_of_the_work_are_warned_of() -> None:

@@ -13,7 +13,8 @@ import torch
 
 from megatron_completep.errors import ConfigError
 from megatron_completep.model import flash
-from megatron_completep.model.flash import flash_attention, prepare_backend
+from megatron_completep.model.attention import AttentionInputs, attend
+from megatron_completep.model.flash import prepare_backend
 from megatron_completep.parallel.onednn import Processor
 from megatron_completep.parallel.products import ApexProducts, Products, choose_products
 
@@ -97,8 +98,13 @@ def test_flash_attention_3_takes_the_place_of_torch_s_own_where_it_is_installed(
     assert activated == []
     prepare_backend("flash_attention_3", GPU)
     assert activated == ["FA3"]
-    with pytest.raises(ConfigError, match="runs on GPUs only, but this run is on cpu"):
-        prepare_backend("flash_attention_3", torch.device("cpu"))
+    for backend in ("flash_attention_3", "varlen"):
+        with pytest.raises(ConfigError, match="runs on GPUs only, but this run is on cpu"):
+            prepare_backend(backend, torch.device("cpu"))
+    prepare_backend("varlen", GPU)
+    monkeypatch.setattr(flash, "varlen_attn", lambda query, key, value: None)
+    with pytest.raises(ConfigError, match=r"varlen needs torch 2.12 or later, and this is 2"):
+        prepare_backend("varlen", GPU)
 
 
 @pytest.mark.parametrize("documents", [False, True])
@@ -141,4 +147,13 @@ def test_flash_attention_gets_its_own_layout_the_scale_and_the_document_boundari
     if documents:
         allowed = allowed & (ids[:, None, :, None] == ids[:, None, None, :])
     expected = sdpa(q, k, v, attn_mask=allowed.expand(2, 1, 6, 6), scale=0.3, enable_gqa=True)
-    torch.testing.assert_close(flash_attention(q, k, v, 0.3, starts), expected)
+    inputs = AttentionInputs(document_starts=starts)
+    torch.testing.assert_close(attend(q, k, v, inputs, 0.3, "flash_attention"), expected)
+    # torch's own gets the same.
+    if documents:
+        monkeypatch.setattr(
+            flash,
+            "varlen_attn",
+            lambda *arguments, scale, window_size, enable_gqa: by_document(*arguments, scale, True),
+        )
+        torch.testing.assert_close(attend(q, k, v, inputs, 0.3, "varlen"), expected)

@@ -184,6 +184,19 @@ def test_only_settings_that_differ_are_shown_and_never_the_folders(tmp_path: Pat
     assert differences([one, one]) == {} == differences([one, Run("bare", [row(1)])])
 
 
+def test_the_loss_by_position_is_that_of_each_runs_last_validation_of_it() -> None:
+    early = {"validation_loss_at/0-1": 3.5, "validation_loss_at/2-3": 3.25}
+    late = {"validation_loss_at/0-1": 3.4, "validation_loss_at/10-11": 2.5}
+    one = Run("one", [row(1, **early), row(2, **late), row(3)])
+    two = Run("two", [row(1, **early)])
+    page = compare([one, two]).as_markdown()
+    _, table = page.split("## Validation by position")
+    # A part that a run's last validation did not have is empty.
+    expected = "| 0-1 | 3.4000 | 3.5000 |\n| 2-3 |  | 3.2500 |\n| 10-11 | 2.5000 |  |\n"
+    assert expected in table
+    assert "Validation by position" not in compare([Run("none", [row(1)])]).as_markdown()
+
+
 def test_names_are_as_short_as_they_can_be() -> None:
     assert short_names([Path("/a/x/run"), Path("/a/y/run/metrics.jsonl")]) == ["x/run", "y/run"]
     assert short_names([Path("/a/x"), Path("/a/y")]) == ["x", "y"]

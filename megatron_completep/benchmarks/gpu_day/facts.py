@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 
 from megatron_completep import kernels
 from megatron_completep.benchmarks.gpu_day import figures
@@ -67,6 +68,10 @@ ATTENTIONS = (
     AttentionShape(16, 4, 2048, 4, 128),
     AttentionShape(16, 16, 8192, 1, 128),
 )
+# One rank of four that share a sequence, in its two calls.
+SHARED = AttentionShape(8, 1, 32_768, 1, 128)
+CONTEXT_RANKS = 4
+TWO_CALLS_AT_LEAST = 0.9  # of the rate of one call over the whole sequence
 BACKENDS = {
     "default": None,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -90,6 +95,9 @@ def measure(setting: Setting) -> None:
         for backend in ("default",) if setting.trial else BACKENDS:
             with setting.attempt(f"attention {backend} {shape.heads}/{shape.groups}"):
                 _attention(setting, shape, backend, rates)
+    shared = AttentionShape(2, 1, 32, 1, 8) if setting.trial else SHARED
+    with setting.attempt("attention of a context rank"):
+        _two_calls(setting, shared)
 
 
 def _machine(setting: Setting) -> None:
@@ -199,6 +207,61 @@ def _attention(setting: Setting, shape: AttentionShape, backend: str, rates: Rat
     reached = {"forward": flops / forward / 1e9, "backward": 2.5 * flops / backward / 1e9}
     for direction, rate in reached.items():
         setting.say(Figure(f"{name}, {direction}", rate, "TFLOP/s", expected[direction]))
+
+
+def _two_calls(setting: Setting, shape: AttentionShape) -> None:
+    """Attention of a context rank beside that of the whole sequence, forward and backward.
+
+    The rank holds an early and a late chunk of the sequence and has its share of the pairs of
+    queries and keys. Each chunk attends to the keys up to its end (`model/attention.py`).
+    """
+    heads = (shape.heads, shape.groups, shape.groups)
+    q, k, v = (_random(setting, 1, n, shape.sequence, shape.head_dim) for n in heads)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    size = shape.sequence // (2 * CONTEXT_RANKS)
+    starts = (size, (2 * CONTEXT_RANKS - 2) * size)  # of the second rank
+
+    def whole() -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    def in_two_calls() -> Tensor:
+        mixed = []
+        for start in starts:
+            stop = start + size
+            mask = causal_lower_right(size, stop)
+            keys = k[:, :, :stop]
+            values = v[:, :, :stop]
+            queries = q[:, :, start:stop]
+            mixed.append(
+                F.scaled_dot_product_attention(queries, keys, values, mask, enable_gqa=True)
+            )
+        return torch.cat(mixed, dim=2)
+
+    def both_ways(attend: Callable[[], Tensor]) -> object:
+        return torch.autograd.grad(attend().sum(), inputs)
+
+    of_whole = whole()
+    true_rows = torch.cat([of_whole[:, :, start : start + size] for start in starts], dim=2)
+    difference = float((in_two_calls() - true_rows).detach().abs().max())
+    name = "attention of a context rank in two calls"
+    # bf16 has eight bits, and the two take the same keys in blocks of their own.
+    setting.say(Figure(f"{name}, largest difference", difference, at_most=0.02))
+    # Of a mask that begins at the last key, torch knows FlashAttention's kernel only; one call may
+    # take cuDNN's.
+    by_default = figures.milliseconds(setting, lambda: both_ways(whole))
+    with _only("flash" if setting.on_gpu else "default"):
+        whole_time = figures.milliseconds(setting, lambda: both_ways(whole))
+    time = figures.milliseconds(setting, lambda: both_ways(in_two_calls))
+    share = whole_time / CONTEXT_RANKS / time
+    goal = TWO_CALLS_AT_LEAST if setting.on_gpu else None
+    details = {
+        "milliseconds": time,
+        "whole": whole_time,
+        "whole by default": by_default,
+        "sequence": shape.sequence,
+    }
+    unit = "of one call's, both by FlashAttention"
+    setting.say(Figure(f"{name}, rate", share, unit, 1, at_least=goal, details=details))
 
 
 def _node(name: str, out: Tensor, backend: str, rates: Rates | None) -> Figure:

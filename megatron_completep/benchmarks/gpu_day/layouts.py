@@ -68,6 +68,7 @@ LAYOUTS = {
     "pipeline 2, zero bubble": Layout(2, {"pipeline_parallel_size": 2, "schedule": "zero_bubble"}),
     "data 4, shard 2": Layout(4, {"optimizer_shard_size": 2, "bucket_megabytes": 0.03}),
     "tensor 2": Layout(2, {"tensor_parallel_size": 2}),
+    "context 2": Layout(2, {"context_parallel_size": 2, "context_heads_at_once": 2}),
 }
 TRIED_LAYOUT = "tensor 2, sequence"
 

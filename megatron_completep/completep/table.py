@@ -87,6 +87,7 @@ def adamw_rows(
     """
     d = m_L ** (alpha - 1)
     branch = m_L**-alpha / experts.number  # what scales the gradients of experts
+    up_eps = branch / experts.width
     # fmt: off
     return {
         #                       variance  lr                       weight_decay  eps
@@ -98,7 +99,7 @@ def adamw_rows(
         Role.UNEMBEDDING:   Row(1.0,      1.0,                     1.0,          1 / m_N),
         Role.QK_NORM:       Row(0.0,      m_L ** (alpha - 1),      0.0,          m_L**-alpha),
         Role.ROUTER:        Row(r**-2,    d / r,                   r,            branch),
-        Role.EXPERT_UP:     Row(1 / r,    d / r,                   r,            branch / experts.width),
+        Role.EXPERT_UP:     Row(1 / r,    d / r,                   r,            up_eps),
         Role.EXPERT_DOWN:   Row(m_N / r**2, d / r,                 r,            branch / m_N),
         Role.BALANCE_BIAS:  Row(0.0,      1.0,                     0.0,          1.0),  # see above
     }

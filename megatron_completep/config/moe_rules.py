@@ -76,14 +76,14 @@ def _proxy(config: Config, moe: MoeConfig) -> Iterator[Problem]:
         return
     base_experts = completep.base_num_experts or moe.num_experts
     base_k = completep.base_top_k or moe.top_k
-    if moe.top_k * base_experts != base_k * moe.num_experts:
-        if not completep.allow_sparsity_change:
-            yield (
-                f"model.moe: top_k / num_experts = {moe.top_k} / {moe.num_experts}, but the "
-                f"proxy's is {base_k} / {base_experts}, and learning rates are not known to "
-                f"transfer to another share of active experts. {_same_sparsity(moe, base_k, base_experts)}"
-                "or completep.allow_sparsity_change = true."
-            )
+    same_share = moe.top_k * base_experts == base_k * moe.num_experts
+    if not same_share and not completep.allow_sparsity_change:
+        yield (
+            f"model.moe: top_k / num_experts = {moe.top_k} / {moe.num_experts}, but the proxy's is "
+            f"{base_k} / {base_experts}, and learning rates are not known to transfer to another "
+            f"share of active experts. {_same_sparsity(moe, base_k, base_experts)}"
+            "or completep.allow_sparsity_change = true."
+        )
     ffn = derived.expert_ffn_hidden_size(config.model)
     base_ffn = derived.base_expert_ffn_hidden_size(config.model, completep)
     same_shape = ffn * completep.base_hidden_size == base_ffn * config.model.hidden_size
@@ -116,7 +116,7 @@ def _layout(config: Config, moe: MoeConfig) -> Iterator[Problem]:
             near=ranks,
         )
     tensor = parallel.tensor_parallel_size
-    # Without it tensor ranks hold the same tokens, and experts would see each of them several times.
+    # Without it tensor ranks hold the same tokens, which experts would see several times.
     if tensor > 1 and not parallel.sequence_parallel:
         yield (
             f"model.moe with parallel.tensor_parallel_size = {tensor} needs each tensor rank to "

@@ -27,7 +27,8 @@ class MoeConfig(Section):
     )
     shared_ffn_hidden_size: PositiveInt | None = Field(
         None,
-        description="Inner width of an MLP for all tokens, beside the experts; null: there is none.",
+        description="Inner width of an MLP for all tokens, beside the experts; null: there is "
+        "none.",
     )
     gate: Literal["sigmoid", "softmax"] = Field(
         "sigmoid",

@@ -45,7 +45,8 @@ class Routing(NamedTuple):
     def entropy(self) -> Tensor:
         """[T]: entropy of each token's scores, scaled to a sum of 1, in nats; at most log E."""
         shares = self.scores / self.scores.sum(-1, keepdim=True)
-        return torch.special.entr(shares).sum(-1)
+        entropy: Tensor = torch.special.entr(shares).sum(-1)
+        return entropy
 
 
 def load_of(experts: Tensor, num_experts: int, counted: Tensor | None = None) -> Tensor:

@@ -1,7 +1,7 @@
 """Tokens to the ranks of their experts, and back. No token is dropped.
 
-T tokens of this rank, k experts each, so that it has T k slots; R rows, the slots of all ranks whose
-expert is held here. Ranks along the axis hold equal, consecutive runs of the experts.
+T tokens of this rank, k experts each, so that it has T k slots; R rows, the slots of all ranks
+whose expert is held here. Ranks along the axis hold equal, consecutive runs of the experts.
 
 Every sum runs over the k slots of a token in their order and nothing is added atomically, so that a
 step is deterministic to the bit. What a rank does around a collective never depends on its tokens.
@@ -96,8 +96,8 @@ class Dispatch:
         mean = max(1, tokens.shape[0] * self._top_k)
         return ExpertsDoNotFit(
             f"layer {self._layer}: the experts of this rank have {rows:,} rows, "
-            f"{rows / mean:.2f} times the mean, and {rows * tokens.shape[1]:,} elements more do not "
-            "fit into memory. Lower training.micro_batch_size, use training.recompute = full or "
+            f"{rows / mean:.2f} times the mean, and {rows * tokens.shape[1]:,} elements more do "
+            "not fit into memory. Lower training.micro_batch_size, use training.recompute = full or "
             "more expert_parallel_size, or balance the experts (model.moe.balance)."
         )
 

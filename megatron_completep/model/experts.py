@@ -164,12 +164,16 @@ class MixtureOfExperts(nn.Module):
         # outputs, which are this rank's slots again.
         kept = 0 if self.experts.recompute_selectively else ffn
         elements = rows * (hidden + up_features + kept) + slots * hidden
-        # Of the router: its input, and scores and weights in a wide type with the places of slots.
-        elements += sizes.local_tokens * hidden
-        wide = sizes.local_tokens * (self.num_experts + 3 * self.top_k) * sizes.wide_bytes
+        tokens = sizes.local_tokens
+        # Of the router: the weights in a wide type and the numbers of the chosen; sigmoid also
+        # keeps all scores. Then the places of this rank's slots, and of the rows that came.
+        scores = self.num_experts if self.router.gate == "sigmoid" else 0
+        routing = tokens * (scores + self.top_k) * sizes.wide_bytes + slots * 8
         places = 2 * 8 * (slots + (rows if self.context.ranks.expert.size > 1 else 0))
-        total = elements * sizes.element_bytes + wide + places
-        return total if self.shared is None else total + self.shared.activation_bytes(sizes)
+        total = elements * sizes.element_bytes + routing + places
+        if self.shared is not None:
+            return total + self.shared.activation_bytes(sizes)  # its input is the router's
+        return total + tokens * hidden * sizes.element_bytes
 
 
 def mlp_or_experts(

@@ -97,8 +97,8 @@ class Dispatch:
         return ExpertsDoNotFit(
             f"layer {self._layer}: the experts of this rank have {rows:,} rows, "
             f"{rows / mean:.2f} times the mean, and {rows * tokens.shape[1]:,} elements more do "
-            "not fit into memory. Lower training.micro_batch_size, use training.recompute = full or "
-            "more expert_parallel_size, or balance the experts (model.moe.balance)."
+            "not fit into memory. Lower training.micro_batch_size, use training.recompute = full, "
+            "raise parallel.expert_parallel_size, or balance the experts (model.moe.balance)."
         )
 
 

@@ -101,7 +101,7 @@ def _proxy(config: Config, moe: MoeConfig) -> Iterator[Problem]:
 def _same_sparsity(moe: MoeConfig, base_k: int, base_experts: int) -> str:
     """The top_k that keeps the proxy's share, where there is a whole one."""
     k, remainder = divmod(moe.num_experts * base_k, base_experts)
-    return f"Use top_k = {k}, " if k and not remainder else "Use the proxy's share, "
+    return f"Use model.moe.top_k = {k}, " if k and not remainder else "Use the proxy's share, "
 
 
 def _layout(config: Config, moe: MoeConfig) -> Iterator[Problem]:

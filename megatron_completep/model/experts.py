@@ -165,10 +165,9 @@ class MixtureOfExperts(nn.Module):
         kept = 0 if self.experts.recompute_selectively else ffn
         elements = rows * (hidden + up_features + kept) + slots * hidden
         tokens = sizes.local_tokens
-        # Of the router: the weights in a wide type and the numbers of the chosen; sigmoid also
-        # keeps all scores. Then the places of this rank's slots, and of the rows that came.
-        scores = self.num_experts if self.router.gate == "sigmoid" else 0
-        routing = tokens * (scores + self.top_k) * sizes.wide_bytes + slots * 8
+        # Of the router: scores or logits and the weights in a wide type, and the numbers of the
+        # chosen. Then the places of this rank's slots, and of the rows that came.
+        routing = tokens * (self.num_experts + self.top_k) * sizes.wide_bytes + slots * 8
         places = 2 * 8 * (slots + (rows if self.context.ranks.expert.size > 1 else 0))
         total = elements * sizes.element_bytes + routing + places
         if self.shared is not None:

@@ -27,6 +27,7 @@ class Routing(NamedTuple):
     """The routing of this rank's tokens in one layer and micro-batch.
 
     scores: [T, E], sigmoid or softmax of the logits, as the gate is; without the balance bias.
+        Differentiable for sigmoid.
     experts: int64 [T, k], the chosen, in ascending order.
     weights: [T, k], of the chosen; differentiable. float32, or float64.
     """
@@ -114,9 +115,11 @@ class Router(nn.Module):
         logits: Tensor = _RouterProduct.apply(  # type: ignore[no-untyped-call]
             tokens, self.weight, self.context
         )
-        scores = logits.sigmoid() if self.gate == "sigmoid" else logits.softmax(-1)
+        # Of softmax only the chosen are weights, so that no gradient needs the scores.
+        sigmoid = self.gate == "sigmoid"
+        scores = logits.sigmoid() if sigmoid else logits.detach().softmax(-1)
         experts = self._choose(logits, scores, kept)
-        if self.gate == "sigmoid":
+        if sigmoid:
             weights = scores.gather(1, experts) / self.top_k
         else:
             # The same as the softmax over all, scaled to a sum of 1 over the chosen.

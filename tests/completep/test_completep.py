@@ -361,7 +361,8 @@ def test_a_parameter_without_a_declaration_is_an_error_that_names_it(attribute: 
 def test_the_role_strings_and_their_order_are_those_of_the_paper() -> None:
     assert (
         " ".join(Role)
-        == "embedding pre_norm hidden_weight hidden_bias final_norm unembedding qk_norm"
+        == "embedding pre_norm hidden_weight hidden_bias final_norm unembedding qk_norm "
+        "router expert_up expert_down balance_bias"
     )
 
 

@@ -457,7 +457,7 @@ RULES = [
     (
         [EXPERTS, *PROXY, "completep.base_num_experts=4"],
         "model.moe: top_k / num_experts = 2 / 8, but the proxy's is 2 / 4, and learning rates are "
-        "not known to transfer to another share of active experts. Use top_k = 4, or completep.allow",
+        "not known to transfer to another share of active experts. Use model.moe.top_k = 4, or",
     ),
     (
         [EXPERTS, *PROXY, "completep.base_expert_ffn_hidden_size=128"],

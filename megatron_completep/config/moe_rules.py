@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from megatron_completep.config import derived
 from megatron_completep.config.remedies import VALUES, Choice, Problem, all_divisors
-from megatron_completep.config.schema import Config, MoeConfig
+from megatron_completep.config.schema import CompletePConfig, Config, MoeConfig
 
 BASE_KEYS = ("base_num_experts", "base_top_k", "base_expert_ffn_hidden_size")
 
@@ -81,7 +81,7 @@ def _proxy(config: Config, moe: MoeConfig) -> Iterator[Problem]:
         yield (
             f"model.moe: top_k / num_experts = {moe.top_k} / {moe.num_experts}, but the proxy's is "
             f"{base_k} / {base_experts}, and learning rates are not known to transfer to another "
-            f"share of active experts. {_same_sparsity(moe, base_k, base_experts)}"
+            f"share of active experts. {_same_sparsity(completep, moe, base_k, base_experts)}"
             "or completep.allow_sparsity_change = true."
         )
     ffn = derived.expert_ffn_hidden_size(config.model)
@@ -98,8 +98,12 @@ def _proxy(config: Config, moe: MoeConfig) -> Iterator[Problem]:
         )
 
 
-def _same_sparsity(moe: MoeConfig, base_k: int, base_experts: int) -> str:
+def _same_sparsity(
+    completep: CompletePConfig, moe: MoeConfig, base_k: int, base_experts: int
+) -> str:
     """The top_k that keeps the proxy's share, where there is a whole one."""
+    if completep.base_top_k is None:
+        return "Give completep.base_top_k, which is null, "
     k, remainder = divmod(moe.num_experts * base_k, base_experts)
     return f"Use model.moe.top_k = {k}, " if k and not remainder else "Use the proxy's share, "
 

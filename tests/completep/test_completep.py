@@ -277,8 +277,8 @@ def test_betas_below_zero_are_refused() -> None:
         table_at(base, 4000, 4000).batch.betas((0.9, 0.95))
 
 
-# Experts: 4 times the width, 8 times the depth, twice the experts and the chosen, and an inner width
-# that grows with the width, then 2.5 times as much.
+# Experts: 4 times the width, 8 times the depth, twice the experts and the chosen, and an inner
+# width that grows with the width, then 2.5 times as much.
 
 EXPERT_ROWS = {
     #                   init std          lr         weight decay  eps

@@ -455,7 +455,7 @@ RULES = [
         "parallel.tensor_parallel_size = 2 does not divide model.moe.shared_ffn_hidden_size = 129",
     ),
     (
-        [EXPERTS, *PROXY, "completep.base_num_experts=4"],
+        [EXPERTS, *PROXY, "completep.base_num_experts=4", "completep.base_top_k=2"],
         "model.moe: top_k / num_experts = 2 / 8, but the proxy's is 2 / 4, and learning rates are "
         "not known to transfer to another share of active experts. Use model.moe.top_k = 4, or",
     ),

@@ -31,7 +31,7 @@ IN_WORDS = {
         ["parallel.sequence_parallel=true"],
         ["parallel.tensor_parallel_size=1"],
     ],
-    f"{EXPERTS} {' '.join(PROXY)} completep.base_num_experts=4": [
+    f"{EXPERTS} {' '.join(PROXY)} completep.base_num_experts=4 completep.base_top_k=2": [
         ["completep.allow_sparsity_change=true"],
     ],
     f"{EXPERTS} completep.base_top_k=2": [PROXY],

@@ -115,7 +115,7 @@ def kept_bytes(config: Config, recompute: str = "none") -> int:
 @pytest.mark.parametrize("recompute", ["none", "selective"])
 def test_what_experts_keep_for_backward_is_planned(moe: dict[str, Any], recompute: str) -> None:
     dense = config_of(training={"recompute": recompute})
-    config = dense.model_copy(update={"model": ModelConfig(**MODEL, moe=moe)})
+    config = dense.model_copy(update={"model": ModelConfig.model_validate({**MODEL, "moe": moe})})
     (stage,) = rank_stages(config, 0)
     planned = stage_activations(config, stage) - stage_activations(dense, stage)
     assert planned == kept_bytes(config, recompute) - kept_bytes(dense, recompute)
@@ -129,7 +129,7 @@ def test_what_experts_keep_for_backward_is_planned(moe: dict[str, Any], recomput
 def test_of_experts_the_chosen_count_as_flops() -> None:
     moe = {"num_experts": 8, "top_k": 2, "ffn_hidden_size": 20, "shared_ffn_hidden_size": 12}
     dense = forward_flops_per_token(ModelConfig(**MODEL))
-    experts = forward_flops_per_token(ModelConfig(**MODEL, moe=moe))
+    experts = forward_flops_per_token(ModelConfig.model_validate({**MODEL, "moe": moe}))
     router = 8 * 32
     assert experts - dense == 4 * 2 * (router + 3 * 32 * (2 * 20 + 12 - 48))
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from tests.parallel.expert_ranks import one_step
 from tests.parallel.test_feature_pairs import problems, row_of
 
 TWO = "experts, 2 ranks"
@@ -25,3 +27,49 @@ ALL = "softmax, shared, all ranks"
 def test_every_layout_of_experts_equals_one_process(pool, layout, mlp, others):
     row = row_of(layout=layout, mlp=mlp) | others
     assert problems(pool, row) == []
+
+
+SEQUENCE = {"tensor_parallel_size": 2, "sequence_parallel": True}
+
+
+@pytest.mark.parametrize("forced", [[0, 1], [1, 3]], ids=["a rank without a row", "two alone"])
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_uneven_loads_train_as_in_one_process(pool, forced, recompute):
+    """All tokens to two experts, the others without any; then one rank has no row at all."""
+    parallel = {"expert_parallel_size": 2}
+    ranks = pool.run(2, one_step, parallel, recompute, "float64", forced)
+    alone = one_step(0, {}, recompute, "float64", forced)
+    passes = 2 if recompute == "full" else 1
+    assert [trained.rows for trained in ranks] == (
+        [96 * passes, 0] if forced == [0, 1] else [48 * passes, 48 * passes]
+    )
+    for trained in ranks:
+        assert trained.loss == pytest.approx(alone.loss, rel=1e-12)
+        assert trained.grad_norm == pytest.approx(alone.grad_norm, rel=1e-12)
+        for name, bias in trained.biases.items():
+            assert torch.equal(bias, alone.biases[name])
+
+
+def test_the_norm_counts_every_element_once_over_expert_and_tensor_ranks(pool):
+    """Megatron-LM's #5916, where experts beside tensor ranks were counted on one of them only; and
+    #6080, where a sum over ranks was left out with experts on one rank.
+    """
+    alone = one_step(0, {}, "none", "float64", None)
+    for ranks in (1, 2):
+        parallel = {**SEQUENCE, "expert_parallel_size": ranks}
+        for trained in pool.run(2, one_step, parallel, "none", "float64", None):
+            assert trained.grad_norm == pytest.approx(alone.grad_norm, rel=1e-12)
+            for name, bias in trained.biases.items():
+                assert torch.equal(bias, alone.biases[name])
+
+
+def test_tokens_choose_the_same_experts_on_ranks_in_float32(pool):
+    alone = one_step(0, {}, "none", "float32", None)
+    parallel = {**SEQUENCE, "expert_parallel_size": 2}
+    ranks = pool.run(2, one_step, parallel, "none", "float32", None)
+    for layer, load in alone.loads.items():
+        # Loads of the last micro-batch: near ties may fall otherwise under another sum order.
+        summed = [sum(numbers) for numbers in zip(*(r.loads[layer] for r in ranks), strict=True)]
+        assert sum(map(abs, (a - b for a, b in zip(summed, load, strict=True)))) <= 2
+    for trained in ranks:
+        assert trained.loss == pytest.approx(alone.loss, rel=1e-5)

@@ -30,5 +30,7 @@ CONSTANT_ROLES = (
     Role.QK_NORM,
     Role.BALANCE_BIAS,
 )
+# What only a mixture of experts has.
+EXPERT_ROLES = (Role.ROUTER, Role.EXPERT_UP, Role.EXPERT_DOWN, Role.BALANCE_BIAS)
 # What has a fan-in and a decay inside of a layer.
 LAYER_MATRICES = (Role.HIDDEN_WEIGHT, Role.ROUTER, Role.EXPERT_UP, Role.EXPERT_DOWN)

@@ -21,7 +21,7 @@ from megatron_completep.parallel.products import Products
 # torch 2.11 has the private name only.
 _grouped_mm: Any = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 # Multiply-adds of one group's product up to which one call for all groups was faster on a CPU
-# (docs/results/experts). Larger ones are left to the run's library.
+# (docs/experts.md). Larger ones are left to the run's library.
 LARGEST_GROUPED = 1 << 24
 
 

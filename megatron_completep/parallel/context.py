@@ -277,11 +277,14 @@ def _expert_groups(context: ParallelContext, data: Axis, expert: Axis) -> tuple[
     # Every tensor rank of a shard has experts of its own.
     if expert.size == context.tensor.size:
         return context.shard.group, context.tensor.group
-    assert context.mesh is not None
     # The ranks of a stage and replica lie side by side: shards, and in each of them tensor ranks.
-    rank_table = context.mesh.mesh.reshape(-1, data.size, expert.size)
-    sharing = rank_table.flatten(0, 1).tolist()
-    alike = rank_table.transpose(1, 2).flatten(0, 1).tolist()
+    sharing: list[list[int]] = []
+    alike: list[list[int]] = []
+    stage_size = data.size * expert.size
+    for first in range(0, context.world_size, stage_size):
+        behind = first + stage_size
+        sharing += (list(range(i, i + expert.size)) for i in range(first, behind, expert.size))
+        alike += (list(range(first + i, behind, expert.size)) for i in range(expert.size))
     expert_group, _ = dist.new_subgroups_by_enumeration(sharing)
     data_group, _ = dist.new_subgroups_by_enumeration(alike)
     return data_group, expert_group

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_completep.completep import table_of
+from megatron_completep.guards.replicas import replica_hashes
 from megatron_completep.model.routing import fixing, observing
 from megatron_completep.parallel.cross_entropy import IGNORED
 from megatron_completep.run.assemble import assemble
@@ -83,3 +84,17 @@ def one_step(
     optimizer.wait_for_parameters()
     biases = {n: p.detach().clone() for n, p in gpt.named_parameters() if "router.bias" in n}
     return Outcome(float(result.loss), float(result.grad_norm), biases, loads, rows)
+
+
+def hashes_with_a_wrong_expert(rank: int, wrong_rank: int) -> dict[str, list[int]]:
+    """What the replica check compares, on four data ranks of which two share the experts.
+
+    One rank's copy of an expert is off by a bit.
+    """
+    config = small_config(model=MODEL, parallel={"expert_parallel_size": 2})
+    context = context_on(rank, config.parallel)
+    assembly = assemble(config, context, table_of(config))
+    if rank == wrong_rank:
+        down = assembly.chunks[0].get_parameter("layers.1.mlp.experts.down")
+        down.data.view(torch.int32)[1, 2, 3] ^= 1
+    return replica_hashes(assembly.optimizer, context)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.parallel.expert_ranks import one_step
+from megatron_completep.guards.replicas import who_differs
+from tests.parallel.expert_ranks import hashes_with_a_wrong_expert, one_step
 from tests.parallel.test_feature_pairs import problems, row_of
 
 TWO = "experts, 2 ranks"
@@ -73,3 +74,10 @@ def test_tokens_choose_the_same_experts_on_ranks_in_float32(pool):
         assert sum(map(abs, (a - b for a, b in zip(summed, load, strict=True)))) <= 2
     for trained in ranks:
         assert trained.loss == pytest.approx(alone.loss, rel=1e-5)
+
+
+def test_the_replica_check_names_the_rank_with_a_wrong_expert(pool):
+    """Ranks 1 and 3 hold the same two of four experts."""
+    assert who_differs(pool.run(4, hashes_with_a_wrong_expert, -1)) == []
+    (line,) = who_differs(pool.run(4, hashes_with_a_wrong_expert, 3))
+    assert line.startswith("rank 3 in weights of stage 0, experts of rank 1, slice")

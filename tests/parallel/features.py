@@ -112,7 +112,7 @@ SOFTMAX_EXPERTS = {
     "gate": "softmax",
     "balance": "none",
     "shared_ffn_hidden_size": 32,
-    "first_dense_layers": 1,
+    "first_dense_layers": 2,
 }
 
 # factor -> level -> settings that differ from the base. The first level of each goes with

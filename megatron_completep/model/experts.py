@@ -137,9 +137,10 @@ class MixtureOfExperts(nn.Module):
         dispatch = Dispatch(routing.experts, self.num_experts, ranks.expert, self.layer)
         # Computed while the counts are on their way.
         shared = None if self.shared is None else self.shared(x).out
-        rows = dispatch.to_experts(tokens)
-        rows = self.experts(rows, dispatch.sizes)
-        out = dispatch.combine(rows, routing.weights).view_as(x)
+        with dispatch.naming_load():
+            rows = dispatch.to_experts(tokens)
+            rows = self.experts(rows, dispatch.sizes)
+            out = dispatch.combine(rows, routing.weights).view_as(x)
         return Branch(out if shared is None else out + shared)
 
     def flops(self, seq_length: int) -> float:

@@ -9,6 +9,8 @@ step is deterministic to the bit. What a rank does around a collective never dep
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -42,7 +44,7 @@ class Dispatch:
         self.counts = torch.zeros(num_experts, dtype=torch.int64, device=flat.device)
         self.counts.scatter_add_(0, flat, torch.ones_like(flat))
         equal = [self._local_experts] * axis.size
-        # In place of the ranks' tokens, numbers of rows: [source, local expert].
+        # What arrives: rows by source and local expert.
         self._counting = start_all_to_all(self.counts, axis, equal, equal)
         self._sizes: list[int] = []
 
@@ -54,29 +56,24 @@ class Dispatch:
     def to_experts(self, tokens: Tensor) -> Tensor:
         """tokens [T, H] -> [R, H], sorted by local expert, then by source and token.
 
-        Communicates over the axis, in backward too. Raises ExpertsDoNotFit.
+        Communicates over the axis, in backward too.
         """
         received_counts = self._counting.wait().view(self._axis.size, -1)
         sent_counts = self.counts.view(self._axis.size, -1)
         # The only values of a layer that the host waits for.
         sent, received = torch.stack([sent_counts, received_counts]).tolist()
         self._sizes = [sum(column) for column in zip(*received, strict=True)]
-        try:
-            rows: Tensor = _Spread.apply(  # type: ignore[no-untyped-call]
-                tokens, self._order, self._place, self._top_k
-            )
-            if self._axis.size == 1:
-                return rows
-            self._sent = [sum(counts) for counts in sent]
-            self._received = [sum(counts) for counts in received]
-            self._arrival_order = _by_expert(received_counts, sum(self._received))
-            self._arrival_place = _inverse(self._arrival_order)
-            arrived = _exchange(rows, self._axis, self._sent, self._received)
-            return _reorder(arrived, self._arrival_order, self._arrival_place)
-        except RuntimeError as error:
-            if not _is_memory(error):
-                raise
-            raise self._does_not_fit(tokens) from None
+        rows: Tensor = _Spread.apply(  # type: ignore[no-untyped-call]
+            tokens, self._order, self._place, self._top_k
+        )
+        if self._axis.size == 1:
+            return rows
+        self._sent = [sum(counts) for counts in sent]
+        self._received = [sum(counts) for counts in received]
+        self._arrival_order = _by_expert(received_counts, sum(self._received))
+        self._arrival_place = _inverse(self._arrival_order)
+        arrived = _exchange(rows, self._axis, self._sent, self._received)
+        return _reorder(arrived, self._arrival_order, self._arrival_place)
 
     def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
         """rows [R, H] of the experts, weights [T, k] -> [T, H]: the weighted sum over the slots.
@@ -91,15 +88,22 @@ class Dispatch:
         )
         return out
 
-    def _does_not_fit(self, tokens: Tensor) -> ExpertsDoNotFit:
-        rows = sum(self._sizes)
-        mean = max(1, tokens.shape[0] * self._top_k)
-        return ExpertsDoNotFit(
-            f"layer {self._layer}: the experts of this rank have {rows:,} rows, "
-            f"{rows / mean:.2f} times the mean, and {rows * tokens.shape[1]:,} elements more do "
-            "not fit into memory. Lower training.micro_batch_size, use training.recompute = full, "
-            "raise parallel.expert_parallel_size, or balance the experts (model.moe.balance)."
-        )
+    @contextmanager
+    def naming_load(self) -> Iterator[None]:
+        """Name layer and load where an allocation for the rows fails: raise ExpertsDoNotFit."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not _is_memory(error):
+                raise
+            rows = sum(self._sizes)
+            mean = max(1, len(self._order))  # slots of a rank
+            raise ExpertsDoNotFit(
+                f"layer {self._layer}: the experts of this rank have {rows:,} rows, "
+                f"{rows / mean:.2f} times the mean, which do not fit into memory. "
+                "Lower training.micro_batch_size, use training.recompute = full, raise "
+                "parallel.expert_parallel_size, or balance the experts (model.moe.balance)."
+            ) from None
 
 
 def _is_memory(error: RuntimeError) -> bool:

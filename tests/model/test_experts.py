@@ -285,19 +285,19 @@ def fullest_over_mean(rate: float) -> float:
     table = table_for(model)
     gpt = build_model(model, table, random_vectors=False)
     optimizer = build_optimizer(gpt, table)
-    batch = batch_of(model, batch=12, ignored=0.0)
+    batch = batch_of(model, batch=8, ignored=0.0)
     router = routers(gpt)[0]
     assert router.bias is not None
     spread = float(routings_of(gpt, batch[0])[0].scores.std())
     router.bias.data[3] += 2 * spread
-    for _ in range(60):
+    for _ in range(30):
         train_step(gpt, optimizer, 0.0, batch)
     load = routings_of(gpt, batch[0])[0].load().double()
     return float(load.max() / load.mean())
 
 
 def test_a_router_that_prefers_an_expert_is_balanced_and_without_a_rate_it_is_not() -> None:
-    assert fullest_over_mean(3e-3) <= 1.5
+    assert fullest_over_mean(6e-3) <= 1.5
     assert fullest_over_mean(1e-9) > 2
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_completep.optim.layout import Segment
 from megatron_completep.optim.shards import Shards
+from megatron_completep.parallel.collectives import all_reduce
 from megatron_completep.parallel.parameter import Balance
 
 
@@ -40,6 +41,27 @@ def take_loads(shards: Shards) -> list[Loads]:
             loads.append(Loads(segment, balance, arrived.clone()))
             arrived.zero_()
     return loads
+
+
+def gather_loads(shards: Shards, loads: list[Loads]) -> dict[str, Tensor]:
+    """Tokens of each expert [E] in the step, over all ranks, by the name of the layer's bias.
+
+    Of the layers of this pipeline stage, the same on all of its ranks. Communicates over the shard
+    axis; where a stage has no bias, on none of its ranks.
+    """
+    by_name = {
+        name: shards.grad.new_zeros(spec.shape)
+        for name, spec in shards.specs.items()
+        if spec.balance is not None
+    }
+    if not by_name:
+        return {}
+    for segment, _, tokens in loads:
+        start = segment.parameter_start
+        by_name[segment.name][start : start + segment.size] = tokens
+    summed = all_reduce(torch.cat(list(by_name.values())), shards.reductions["gradient"].shard)
+    sizes = [len(load) for load in by_name.values()]
+    return dict(zip(by_name, summed.split(sizes), strict=True))
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_completep.completep import table_of
 from megatron_completep.guards.replicas import replica_hashes
 from megatron_completep.model.routing import fixing, observing
+from megatron_completep.optim.balance import gather_loads
 from megatron_completep.parallel.cross_entropy import IGNORED
 from megatron_completep.run.assemble import assemble
 from tests.support.configs import small_config
@@ -24,10 +25,12 @@ MODEL = {"num_layers": 2, "moe": {"num_experts": 4, "top_k": 2, "ffn_hidden_size
 class Outcome:
     """What one rank saw of a step."""
 
+    counted: int  # tokens of the step
     loss: float
     grad_norm: float
     biases: dict[str, Tensor]
     loads: dict[int, list[int]]  # of this rank's tokens, by layer
+    global_loads: dict[str, Tensor]  # of the step, by the name of the bias
     rows: int  # that came to this rank's experts in the first layer
 
 
@@ -83,7 +86,9 @@ def one_step(
     result = optimizer.step(1e-2, loss_sum, torch.tensor(counted))
     optimizer.wait_for_parameters()
     biases = {n: p.detach().clone() for n, p in gpt.named_parameters() if "router.bias" in n}
-    return Outcome(float(result.loss), float(result.grad_norm), biases, loads, rows)
+    summed = gather_loads(optimizer.shards, optimizer.loads)
+    figures = int(result.tokens), float(result.loss), float(result.grad_norm)
+    return Outcome(*figures, biases, loads, summed, rows)
 
 
 def hashes_with_a_wrong_expert(rank: int, wrong_rank: int) -> dict[str, list[int]]:

@@ -62,6 +62,9 @@ def test_the_norm_counts_every_element_once_over_expert_and_tensor_ranks(pool):
             assert trained.grad_norm == pytest.approx(alone.grad_norm, rel=1e-12)
             for name, bias in trained.biases.items():
                 assert torch.equal(bias, alone.biases[name])
+                assert torch.equal(trained.global_loads[name], alone.global_loads[name])
+    # Each counted token has two experts.
+    assert {int(load.sum()) for load in alone.global_loads.values()} == {2 * alone.counted}
 
 
 def test_tokens_choose_the_same_experts_on_ranks_in_float32(pool):

@@ -55,6 +55,10 @@ class CheckpointError(UserError):
     """A checkpoint cannot be written or read; the message names file, expected and found value."""
 
 
+class ExpertsDoNotFit(UserError):
+    """The tokens that came to a rank's experts do not fit; the message names step, layer, load."""
+
+
 def size_text(number: int) -> str:
     """A number of bytes for people: 7.5 MB."""
     for unit, size in _SIZES:

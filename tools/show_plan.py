@@ -8,8 +8,8 @@ prints the forward multipliers and, for parameters that share them, role, initia
 deviation, peak learning rate, weight decay and epsilon; then the Hugging Face architectures that
 the model can be exported as, and for the others why not. --json prints {"multipliers": {"residual",
 "logits", "attention"}, "parameters": [{"name", "shape", "role", "init_std", "lr", "weight_decay",
-"eps"}], "export": {"architectures", "reasons_against"}} with this run's values, one entry a
-parameter.
+"eps"}], "active_elements", "export": {"architectures", "reasons_against"}} with this run's values,
+one entry a parameter; active elements are those of the parameters that one token meets.
 
     python tools/show_plan.py configs/completep_1b.yaml --world-size 4096 --gpu h100 \\
         training.global_batch_size=8192
@@ -30,7 +30,7 @@ from megatron_completep.command_line import Parser, file_to_read, real, whole
 from megatron_completep.config import load_config
 from megatron_completep.errors import UserError, exit_on_user_error
 from megatron_completep.interop.architectures import export_lines, exportable_as
-from megatron_completep.planning.plan import describe, make_plan
+from megatron_completep.planning.plan import active_elements, describe, make_plan
 from megatron_completep.planning.scaling import GPUS, gpu_of, scaling_plan
 from megatron_completep.planning.scaling_report import describe_scaling, scaling_to_json
 
@@ -90,7 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         scaling = scaling_plan(config, arguments.world_size, gpu)
 
     if arguments.json:
-        content = make_plan(config).to_json()
+        plan = make_plan(config)
+        content = plan.to_json()
+        content["active_elements"] = active_elements(config, plan)
         fitting, reasons_against = exportable_as(config.model)
         content["export"] = {"architectures": fitting, "reasons_against": reasons_against}
         if scaling is not None:

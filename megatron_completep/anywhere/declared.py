@@ -20,7 +20,7 @@ from megatron_completep.completep import Table
 from megatron_completep.errors import ConfigError
 from megatron_completep.parallel.parameter import Spec, attach
 from megatron_completep.parallel.parameter import declare as declare_parameter
-from megatron_completep.roles import Role
+from megatron_completep.roles import EXPERT_ROLES, Role
 
 Roles = Mapping[str, Role | str]
 
@@ -154,10 +154,12 @@ def spec_or_none(parameter: Any) -> Spec | None:
 def _said(roles: Roles, names: list[str], problems: list[str]) -> dict[str, Role]:
     """By name of a parameter: the role that the user gives it."""
     said: dict[str, Role] = {}
+    # Experts of another trainer: their layout is not known here.
+    known = [role for role in Role if role not in EXPERT_ROLES]
     for pattern, word in roles.items():
-        if word not in list(Role):
-            near = did_you_mean(str(word), list(Role))
-            problems.append(f"{pattern}: {word} is no role.{near} Use one of: {', '.join(Role)}.")
+        if word not in known:
+            near = did_you_mean(str(word), known)
+            problems.append(f"{pattern}: {word} is no role.{near} Use one of: {', '.join(known)}.")
             continue
         matching = [name for name in names if fnmatchcase(name, pattern)]
         if not matching:

@@ -17,7 +17,7 @@ from megatron_completep.completep.table import Matrix
 from megatron_completep.errors import ConfigError
 from megatron_completep.model.initialize import draw
 from megatron_completep.parallel.parameter import Spec
-from megatron_completep.roles import CONSTANT_ROLES, Role
+from megatron_completep.roles import CONSTANT_ROLES, LAYER_MATRICES, Role
 
 Group = dict[str, Any]
 Declared = tuple[str, nn.Parameter, Spec]
@@ -118,7 +118,7 @@ def factors_of(spec: Spec, table: Table, matrix: Matrix | None = None) -> Factor
     matrix: (d_out, d_in) of what Muon updates; None: AdamW does, or the rule does not matter.
     """
     ratio = 1.0
-    if spec.role is Role.HIDDEN_WEIGHT:
+    if spec.role in LAYER_MATRICES:
         ratio = spec.width_ratio if spec.base_fan_in else table.width_multiplier
     return table.factors(spec.role, ratio, matrix)
 

@@ -88,6 +88,9 @@ def describe_table(table: Table) -> dict[str, Any]:
         "logit_multiplier": table.logit_multiplier,
         "own_factors": role_factors,
     }
+    if table.base_expert_ffn_hidden_size:
+        described["experts"] = table.experts._asdict()
+        described["base_expert_ffn_hidden_size"] = table.base_expert_ffn_hidden_size
     # Earlier versions did not know it: where it is batch_exponent, it is not a difference.
     if not table.batch.has_one_exponent:
         described["duration_exponent"] = table.batch.duration_exponent
@@ -98,6 +101,8 @@ def describe_layout(config: Config, context: ParallelContext) -> dict[str, int]:
     """Ranks along each axis, for people; nothing that reads a checkpoint needs them."""
     described = (context.tensor, context.pipeline, context.data, context.context)
     axes = {axis.name: axis.size for axis in described}
+    if context.expert_size > 1:
+        axes["expert"] = context.expert_size
     return {**axes, "world": context.world_size, "virtual": config.parallel.virtual_pipeline_size}
 
 

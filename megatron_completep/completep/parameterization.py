@@ -17,10 +17,14 @@ from typing import Any
 
 from megatron_completep.completep import table as table_1
 from megatron_completep.completep.batch import BatchScaling, batch_scaling_of
-from megatron_completep.config.derived import head_dim
+from megatron_completep.config.derived import (
+    base_expert_ffn_hidden_size,
+    expert_ffn_hidden_size,
+    head_dim,
+)
 from megatron_completep.config.schema import Config, ModelConfig, OptimizerConfig, RoleFactors
 from megatron_completep.errors import ConfigError
-from megatron_completep.roles import Role
+from megatron_completep.roles import LAYER_MATRICES, Role
 
 
 @dataclass(frozen=True)
@@ -37,8 +41,8 @@ class Factors:
 class DecayRule:
     """How `optimizer.weight_decay_rule` changes the table's weight decay.
 
-    table: not at all. inverse_width: that of hidden weights falls as 1 / m_N (arXiv 2512.05620, for
-    runs of compute-optimal length). tau: all that decays has the same
+    table: not at all. inverse_width: that of hidden weights, experts and routers falls as 1 / m_N
+    (arXiv 2512.05620, for runs of compute-optimal length). tau: all that decays has the same
     tau = 1 / (peak learning rate x weight decay x steps), counted without the user's own factors.
 
     base_products: base_lr x base_weight_decay of each section (`table.Row.section`), for tau.
@@ -54,7 +58,7 @@ class DecayRule:
 
         scale: S of the batch scaling, which is on learning rate and weight decay as well.
         """
-        if self.name == "inverse_width" and role is Role.HIDDEN_WEIGHT:
+        if self.name == "inverse_width" and role in LAYER_MATRICES:
             return row.weight_decay / m_N
         if self.name == "tau" and row.weight_decay:
             assert self.target_tau is not None
@@ -68,10 +72,12 @@ class DecayRule:
 class Table:
     """Forward multipliers, and factors by role. Made once, from the global shape, by `table_of`."""
 
-    # Of the proxy: the project's own modules take their base fan-ins from these two sizes. Models
+    # Of the proxy: the project's own modules take their base fan-ins from these sizes. Models
     # that declare their base fan-ins themselves, or have none, do without.
     base_hidden_size: int = 0
     base_ffn_hidden_size: int = 0
+    base_expert_ffn_hidden_size: int = 0
+    experts: table_1.ExpertRatios = table_1.NO_EXPERTS  # 1 and 1 under SP
     width_multiplier: float = 1.0  # m_N; 1 under SP
     depth_multiplier: float = 1.0  # m_L; 1 under muP and SP
     alpha: float = 1.0
@@ -215,8 +221,8 @@ class Table:
         rows_of = table_1.RULES[self.rule]
         if not self.scale_width:
             rows_of = table_1.UNSCALED_RULES.get(self.rule, rows_of)
-        rows = rows_of(self.width_multiplier, self.depth_multiplier, self.alpha, ratio, matrix)
-        return rows[role]
+        multipliers = self.width_multiplier, self.depth_multiplier, self.alpha, ratio
+        return rows_of(*multipliers, matrix, self.experts)[role]
 
     @property
     def _forward(self) -> table_1.Forward:
@@ -240,6 +246,7 @@ def table_of(config: Config) -> Table:
     base_hidden_size = completep.base_hidden_size or model.hidden_size
     base_num_layers = completep.base_num_layers or model.num_layers
     same_ratio = _ffn_of_same_ratio(model, base_hidden_size)
+    base_expert_ffn = base_expert_ffn_hidden_size(model, completep)
     return Table(
         width_multiplier=model.hidden_size / base_hidden_size if scale_width else 1.0,
         depth_multiplier=model.num_layers / base_num_layers if scale_depth else 1.0,
@@ -249,6 +256,8 @@ def table_of(config: Config) -> Table:
         base_logit_multiplier=model.logit_multiplier,
         base_hidden_size=base_hidden_size,
         base_ffn_hidden_size=completep.base_ffn_hidden_size or same_ratio,
+        base_expert_ffn_hidden_size=base_expert_ffn,
+        experts=_expert_ratios(config, base_expert_ffn) if scale_width else table_1.NO_EXPERTS,
         rule=config.optimizer.type,
         scale_width=scale_width,
         batch=batch_scaling_of(config),
@@ -268,6 +277,17 @@ def decay_rule_of(config: Config) -> DecayRule:
         optimizer.target_tau,
         config.training.train_steps,
         MappingProxyType(products),
+    )
+
+
+def _expert_ratios(config: Config, base_ffn: int) -> table_1.ExpertRatios:
+    """The experts over the proxy's; 1 and 1 without any."""
+    moe = config.model.moe
+    if moe is None:
+        return table_1.NO_EXPERTS
+    base_number = config.completep.base_num_experts or moe.num_experts
+    return table_1.ExpertRatios(
+        moe.num_experts / base_number, expert_ffn_hidden_size(config.model) / base_ffn
     )
 
 

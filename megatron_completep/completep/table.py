@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from megatron_completep.roles import Role
 
@@ -43,8 +44,19 @@ class Row:
     section: str = ""
 
 
+class ExpertRatios(NamedTuple):
+    """A mixture of experts over that of the proxy.
+
+    number: e, of experts. width: of an expert's inner width; it is m_N if experts keep their shape.
+    """
+
+    number: float = 1.0
+    width: float = 1.0
+
+
 Matrix = tuple[int, int]  # d_out, d_in of a logical matrix
-Rows = Callable[[float, float, float, float, Matrix | None], Mapping[Role, Row]]
+Rows = Callable[[float, float, float, float, Matrix | None, ExpertRatios], Mapping[Role, Row]]
+NO_EXPERTS = ExpertRatios()
 
 
 def forward_factors(m_N: float, m_L: float, alpha: float, base: Forward) -> Forward:
@@ -56,14 +68,26 @@ def forward_factors(m_N: float, m_L: float, alpha: float, base: Forward) -> Forw
 
 
 def adamw_rows(
-    m_N: float, m_L: float, alpha: float, r: float, _: Matrix | None = None
+    m_N: float,
+    m_L: float,
+    alpha: float,
+    r: float,
+    _: Matrix | None = None,
+    experts: ExpertRatios = NO_EXPERTS,
 ) -> Mapping[Role, Row]:
     """The rows of the table that belong to AdamW. Gains and biases have no weight decay.
 
     QK_NORM is not in Table 1; it comes from Complete(d)P (arXiv 2512.22382). All heads share the
     gain, so its gradient is a sum over heads. The number of heads grows as m_N, which cancels the
     1 / m_N of each head's gradient: its epsilon has no 1 / m_N.
+
+    Experts (arXiv 2601.20205, 2605.14200): matrices like any other, of which a token sees the share
+    k / E with the weight 1 / k, so that gradients fall as 1 / E. The router's has no power of m_N.
+    A balance bias takes steps of a constant size (optim/balance.py), which nothing here scales.
     """
+    d = m_L ** (alpha - 1)
+    branch = m_L**-alpha / experts.number  # what scales the gradients of experts
+    up_eps = branch / experts.width
     # fmt: off
     return {
         #                       variance  lr                       weight_decay  eps
@@ -74,12 +98,21 @@ def adamw_rows(
         Role.FINAL_NORM:    Row(0.0,      1.0,                     0.0,          1 / m_N),
         Role.UNEMBEDDING:   Row(1.0,      1.0,                     1.0,          1 / m_N),
         Role.QK_NORM:       Row(0.0,      m_L ** (alpha - 1),      0.0,          m_L**-alpha),
+        Role.ROUTER:        Row(r**-2,    d / r,                   r,            branch),
+        Role.EXPERT_UP:     Row(1 / r,    d / r,                   r,            up_eps),
+        Role.EXPERT_DOWN:   Row(m_N / r**2, d / r,                 r,            branch / m_N),
+        Role.BALANCE_BIAS:  Row(0.0,      1.0,                     0.0,          1.0),  # see above
     }
     # fmt: on
 
 
 def muon_rows(
-    m_N: float, m_L: float, alpha: float, r: float, matrix: Matrix | None
+    m_N: float,
+    m_L: float,
+    alpha: float,
+    r: float,
+    matrix: Matrix | None,
+    experts: ExpertRatios = NO_EXPERTS,
 ) -> Mapping[Role, Row]:
     """Muon's rows, after arXiv 2512.05620: its own for matrices of hidden weights, else AdamW's.
 
@@ -91,7 +124,7 @@ def muon_rows(
 
     matrix: of the logical part at hand; None: not a matrix, which is AdamW's.
     """
-    rows = adamw_rows(m_N, m_L, alpha, r)
+    rows = adamw_rows(m_N, m_L, alpha, r, experts=experts)
     if matrix is None:
         return rows
     d_out, d_in = matrix
@@ -107,14 +140,19 @@ def muon_rows(
 
 
 def moonlight_rows(
-    m_N: float, m_L: float, alpha: float, r: float, matrix: Matrix | None
+    m_N: float,
+    m_L: float,
+    alpha: float,
+    r: float,
+    matrix: Matrix | None,
+    experts: ExpertRatios = NO_EXPERTS,
 ) -> Mapping[Role, Row]:
     """Muon without a width rule, for comparison: the factor of Moonlight (arXiv 2502.16982).
 
     .2 sqrt(max(d_out, d_in)) gives updates the RMS that AdamW's have. Their effect grows with the
     width, as AdamW's does under SP.
     """
-    rows = muon_rows(m_N, m_L, alpha, r, matrix)
+    rows = muon_rows(m_N, m_L, alpha, r, matrix, experts)
     if matrix is None:
         return rows
     factor = 0.2 * math.sqrt(max(matrix))

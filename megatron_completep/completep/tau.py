@@ -41,7 +41,8 @@ class Timescale(NamedTuple):
 def timescales(config: Config, table: Table) -> Iterator[Timescale]:
     """The tau of every role that decays, without factors of single parameters."""
     steps = config.training.train_steps
-    for role in (Role.EMBEDDING, Role.HIDDEN_WEIGHT, Role.UNEMBEDDING):
+    experts = (Role.ROUTER, Role.EXPERT_UP, Role.EXPERT_DOWN) if config.model.moe else ()
+    for role in (Role.EMBEDDING, Role.HIDDEN_WEIGHT, *experts, Role.UNEMBEDDING):
         if role is Role.UNEMBEDDING and config.model.tied_embeddings:
             continue
         matrix = SQUARE if role is Role.HIDDEN_WEIGHT else None

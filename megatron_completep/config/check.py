@@ -12,6 +12,7 @@ from megatron_completep.config import derived
 from megatron_completep.config.context_rules import context_problems
 from megatron_completep.config.data_rules import source_problems, tokenizer_problems
 from megatron_completep.config.graph_rules import graph_problems
+from megatron_completep.config.moe_rules import moe_problems
 from megatron_completep.config.optimizer_rules import decay_problems, muon_problems
 from megatron_completep.config.remedies import (
     VALUES,
@@ -486,6 +487,7 @@ RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _completep,
     _tensor_parallel,
     context_problems,
+    moe_problems,
     _pipeline,
     _schedule,
     muon_problems,

@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from math import prod
 
 from megatron_completep.config.schema import (
+    CompletePConfig,
     Config,
     ModelConfig,
     OptimizerConfig,
@@ -35,6 +36,38 @@ def num_query_groups(model: ModelConfig) -> int:
 def has_qkv_bias(model: ModelConfig) -> bool:
     """Whether queries, keys and values have biases."""
     return model.bias if model.qkv_bias is None else model.qkv_bias
+
+
+def expert_ffn_hidden_size(model: ModelConfig) -> int:
+    """Inner width of an expert; that of the MLP where `model.moe` does not give one."""
+    assert model.moe is not None
+    return model.moe.ffn_hidden_size or model.ffn_hidden_size
+
+
+def base_expert_ffn_hidden_size(model: ModelConfig, completep: CompletePConfig) -> int:
+    """Inner width of the proxy's experts, 0 without experts.
+
+    Where it is not given, the same multiple of the proxy's hidden size.
+    """
+    if model.moe is None:
+        return 0
+    if completep.base_expert_ffn_hidden_size is not None:
+        return completep.base_expert_ffn_hidden_size
+    base_hidden_size = completep.base_hidden_size or model.hidden_size
+    return max(1, round(expert_ffn_hidden_size(model) * base_hidden_size / model.hidden_size))
+
+
+def has_experts(model: ModelConfig, layer: int) -> bool:
+    """Whether a layer, counted from 0, has experts in place of an MLP."""
+    moe = model.moe
+    if moe is None or layer < moe.first_dense_layers:
+        return False
+    return (layer - moe.first_dense_layers) % moe.every == 0
+
+
+def expert_layers(model: ModelConfig) -> list[int]:
+    """The numbers of the layers that have experts, from 0."""
+    return [layer for layer in range(model.num_layers) if has_experts(model, layer)]
 
 
 def padded_vocab_size(model: ModelConfig, tensor_parallel_size: int) -> int:

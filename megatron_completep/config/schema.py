@@ -15,6 +15,7 @@ from megatron_completep.config.data_section import SourceConfig as SourceConfig
 from megatron_completep.config.data_section import TokenizerConfig as TokenizerConfig
 from megatron_completep.config.export_section import ExportConfig as ExportConfig
 from megatron_completep.config.guards_section import GuardsConfig as GuardsConfig
+from megatron_completep.config.moe_section import MoeConfig as MoeConfig
 from megatron_completep.config.muon_section import MuonConfig as MuonConfig
 from megatron_completep.config.rope_section import RopeScalingConfig as RopeScalingConfig
 from megatron_completep.config.section import Fraction, NonNegativeFloat, PositiveFloat, Probability
@@ -40,6 +41,9 @@ class ModelConfig(Section):
     )
     ffn_hidden_size: PositiveInt = Field(
         description="Inner width of the MLP (of one of gate and up for swiglu)."
+    )
+    moe: MoeConfig | None = Field(
+        None, description="Mixtures of experts in place of the MLP; null: none."
     )
     vocab_size: PositiveInt = Field(description="Token ids run from 0 to vocab_size - 1.")
     vocab_multiple: PositiveInt = Field(
@@ -149,6 +153,25 @@ class CompletePConfig(Section):
     base_head_dim: PositiveInt | None = Field(
         None, description="head_dim of the proxy; null: this model's own."
     )
+    base_num_experts: PositiveInt | None = Field(
+        None, description="moe.num_experts of the proxy; null: this model's own."
+    )
+    base_top_k: PositiveInt | None = Field(
+        None, description="moe.top_k of the proxy; null: this model's own."
+    )
+    base_expert_ffn_hidden_size: PositiveInt | None = Field(
+        None, description="moe.ffn_hidden_size of the proxy; null: this model's ratio to the width."
+    )
+    allow_sparsity_change: bool = Field(
+        False,
+        description="Allow another top_k / num_experts than the proxy's: learning rates are not "
+        "known to transfer.",
+    )
+    allow_granularity_change: bool = Field(
+        False,
+        description="Allow another ratio of an expert's inner width to the width than the proxy's: "
+        "learning rates are not known to transfer.",
+    )
     base_batch_tokens: PositiveInt | None = Field(
         None, description="Tokens a step of the proxy run; null: no batch scaling."
     )
@@ -181,6 +204,10 @@ class ParallelConfig(Section):
         None,
         description="Groups of keys and values that a context rank gathers at once; the next are "
         "gathered while these are attended to. null: all in one call.",
+    )
+    expert_parallel_size: PositiveInt = Field(
+        1,
+        description="Ranks that share the experts of a layer; divides optimizer shards x tensor.",
     )
     schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "zero_bubble"] = Field(
         "1f1b", description="Pipeline schedule."

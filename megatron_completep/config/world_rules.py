@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from megatron_completep.config import derived
 from megatron_completep.config.graph_rules import graph_world_problems
+from megatron_completep.config.moe_rules import expert_world_problems
 from megatron_completep.config.remedies import (
     VALUES,
     Choice,
@@ -45,6 +46,7 @@ def world_problems(config: Config, world_size: int) -> Iterator[Problem]:
             all_divisors(sharing),
             near=shard_size,
         )
+    yield from expert_world_problems(config, world_size)
     yield from _batch_problems(config, replicas)
     yield from graph_world_problems(config, world_size)
     largest_rank = max(config.profiling.ranks)

@@ -47,22 +47,9 @@ def replica_hashes(
     optimizer.wait_for_parameters()
     shards = optimizer.shards
     shard = context.shard
-    chunk_name = f"stage {context.pipeline.rank}, tensor {context.tensor.rank}"
     hashes: dict[str, list[int]] = {}
-
-    # The weights, slice by slice: all data ranks hold all slices, and each slice has one owner.
-    for owner in range(shard.size):
-        slices = [
-            shards.flat[start:stop]
-            for start, stop in shards.layout.slices({context.gradient.name: owner})
-        ]
-        name = f"weights of {chunk_name}, slice {owner}"
-        hashes[name] = bit_sum(torch.cat(slices)) if slices else [0, 0]
-    if shards.master.data_ptr() != shards.flat.data_ptr():
-        rounded = shards.master.to(shards.flat.dtype)
-        hashes[f"owner: weights of {chunk_name}, slice {shard.rank}"] = bit_sum(rounded)
-    # The masters, which every replica of a shard holds.
-    hashes[f"masters of {chunk_name}, slice {shard.rank}"] = bit_sum(shards.master)
+    for axis in shards.reductions:
+        hashes |= _axis_hashes(shards, axis, _holder(context, axis))
 
     # What every tensor rank holds.
     replicated = [s for s in shards.segments if shards.specs[s.name].replicated]
@@ -77,6 +64,37 @@ def replica_hashes(
     if tied:
         name = f"tied embedding of tensor {context.tensor.rank}, slice {shard.rank}"
         hashes[name] = _master_hash(shards, tied)
+    return hashes
+
+
+def _holder(context: ParallelContext, axis: str) -> str:
+    """What the ranks of an axis hold alike, for messages."""
+    if axis == context.gradient.name:
+        return f"stage {context.pipeline.rank}, tensor {context.tensor.rank}"
+    return f"stage {context.pipeline.rank}, experts of rank {context.expert.rank}"
+
+
+def _axis_hashes(shards: Shards, axis: str, holder: str) -> dict[str, list[int]]:
+    """The hashes of the parameters whose gradients are summed over one axis."""
+    buckets = [bucket for bucket in shards.layout.buckets if bucket.axis == axis]
+    shard = shards.reductions[axis].shard
+    hashes: dict[str, list[int]] = {}
+    # The weights, slice by slice: all data ranks hold all slices, and each slice has one owner.
+    for owner in range(shard.size):
+        runs = [bucket.slice_of(owner) for bucket in buckets]
+        slices = [shards.flat[start:stop] for start, stop in runs]
+        name = f"weights of {holder}, slice {owner}"
+        hashes[name] = bit_sum(torch.cat(slices)) if slices else [0, 0]
+    masters = shards.master
+    if len(buckets) < len(shards.layout.buckets):
+        runs = [bucket.in_shard for bucket in buckets]
+        views = [shards.master[start:stop] for start, stop in runs]
+        masters = torch.cat(views) if views else shards.master[:0]
+    if shards.master.data_ptr() != shards.flat.data_ptr():
+        rounded = masters.to(shards.flat.dtype)
+        hashes[f"owner: weights of {holder}, slice {shard.rank}"] = bit_sum(rounded)
+    # The masters, which every replica of a shard holds.
+    hashes[f"masters of {holder}, slice {shard.rank}"] = bit_sum(masters)
     return hashes
 
 

@@ -21,7 +21,8 @@ BETAS = ("beta1", "beta2")
 # Of the section of Muon; without them its values follow the optimizer's in their ratio.
 MUON = ("muon.base_lr", "muon.base_weight_decay")
 COLUMNS = ("lr", "init_std", "weight_decay", "eps")  # of a role's own factors
-FACTORS = tuple(f"{role}.{column}" for role in Role for column in COLUMNS)
+SEARCHED = tuple(role for role in Role if role is not Role.BALANCE_BIAS)  # that one has no factors
+FACTORS = tuple(f"{role}.{column}" for role in SEARCHED for column in COLUMNS)
 KNOWN = (*RATIOS, "warmup_fraction", *BETAS, *MUON, *FACTORS)
 
 

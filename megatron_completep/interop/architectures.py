@@ -97,6 +97,8 @@ def blockers(
     if further_branches:
         reasons.append(f"a block has the branch {', '.join(further_branches)}, which it lacks")
     reasons += _bias_blockers(architecture, model)
+    if model.moe is not None:
+        reasons.append("model.moe is set, but it has no experts")
     # GPT-2 has no setting for the size of a head: it is hidden size / heads.
     width = model.num_attention_heads * head_dim(model)
     if is_gpt2 and width != model.hidden_size:

@@ -65,6 +65,9 @@ class AttentionInputs:
     document_starts: [documents + 1] int32 over the B * S tokens, for backends that take these.
     document_parts: the same for context ranks, whose queries see keys of other ranks.
     caches: one per layer, in generation.
+    counted: bool [s, B], of the tokens of this rank's part of the stream whose loss counts; None:
+        all do. Experts count their loads by it.
+    kept_routing: what experts were chosen, by layer, where the forward pass is recomputed.
     """
 
     cos: Tensor | None = None
@@ -73,6 +76,8 @@ class AttentionInputs:
     document_starts: Tensor | None = None
     document_parts: list[DocumentPart] | None = None
     caches: list[KeyValueCache] | None = None
+    counted: Tensor | None = None
+    kept_routing: dict[int, Tensor] | None = None
 
 
 class Attention(nn.Module):

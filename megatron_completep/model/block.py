@@ -15,6 +15,7 @@ from megatron_completep.completep import Table
 from megatron_completep.config.schema import ModelConfig
 from megatron_completep.errors import ConfigError
 from megatron_completep.model.attention import Attention, AttentionInputs
+from megatron_completep.model.experts import mlp_or_experts
 from megatron_completep.model.mlp import MLP
 from megatron_completep.model.norm import StreamNorm
 from megatron_completep.model.stream import Branch, Stream
@@ -72,7 +73,7 @@ class BranchMaker(Protocol):
 
 # The branches of a layer, in order. The keys are part of parameter names, and a parameter's initial
 # weights are seeded by its name, so renaming a key changes them.
-BRANCHES: Mapping[str, BranchMaker] = {"attention": Attention, "mlp": MLP}
+BRANCHES: Mapping[str, BranchMaker] = {"attention": Attention, "mlp": mlp_or_experts}
 
 
 class Block(nn.Module):

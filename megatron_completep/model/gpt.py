@@ -7,7 +7,7 @@ part of S under sequence parallelism, else S; B micro-batch size; H hidden size;
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -25,7 +25,7 @@ from megatron_completep.model.norm import StreamNorm, join_of
 from megatron_completep.model.rotary import alibi_slopes, rotary_angles
 from megatron_completep.model.stream import Branch, Stream
 from megatron_completep.parallel.context import ParallelContext
-from megatron_completep.parallel.cross_entropy import LossConfig, Unembedding
+from megatron_completep.parallel.cross_entropy import IGNORED, LossConfig, Unembedding
 from megatron_completep.parallel.embedding import PositionEmbedding, VocabParallelEmbedding
 from megatron_completep.parallel.gradients import GradientQueue
 from megatron_completep.parallel.layer_context import LayerContext
@@ -79,6 +79,8 @@ class GPT(nn.Module):
         self.first_branch = chunk_range.start * len(branches)
         self._rotary: tuple[Tensor, Tensor] | None = None
 
+        if model.moe is not None:
+            context.make_expert_groups()
         products = products or Products()
         layer_context = LayerContext(context, self.queue, products, self.own_losses, compiled)
         if chunk_range.has_embedding:
@@ -158,6 +160,9 @@ class GPT(nn.Module):
             residual = x
             seq_length = self.context.sequence.whole_length(x.shape[0])
         inputs = self._attention_inputs(residual, seq_length, positions, document_ids, caches)
+        if self.config.moe is not None and labels is not None:
+            counted = self.context.sequence.cut((labels != IGNORED).t())
+            inputs = replace(inputs, counted=counted)
         seeds = None if dropout_seeds is None else dropout_seeds[0]
         stream = Stream(residual, self.first_branch, seeds)
         for _, block in self.blocks():
@@ -212,6 +217,9 @@ class GPT(nn.Module):
     @staticmethod
     def _recomputed(block: Block, stream: Stream, inputs: AttentionInputs) -> Stream:
         """Run the block under activation checkpointing: only its inputs are kept for backward."""
+
+        # The routing is kept: choices of experts that are nearly equal could fall otherwise.
+        inputs = replace(inputs, kept_routing={})
 
         # Pass the tensors as separate arguments: saved_tensors_hooks (offloading, byte counting)
         # see only tensor arguments, not tensors inside a Stream.

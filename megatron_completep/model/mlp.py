@@ -53,6 +53,8 @@ class MLP(nn.Module):
 
     recompute_selectively: the down projection keeps no input for backward, which applies the
         activation again.
+    shared_width: inner width of an MLP beside experts; the proxy's is the same multiple of its
+        hidden size.
     """
 
     def __init__(
@@ -62,13 +64,16 @@ class MLP(nn.Module):
         context: LayerContext,
         layer: int,
         recompute_selectively: bool = False,
+        shared_width: int | None = None,
     ):
         super().__init__()
-        ffn = model.ffn_hidden_size
+        ffn = shared_width or model.ffn_hidden_size
         hidden = model.hidden_size
         matrices = {"gate": ffn, "up": ffn} if model.activation in GATED else {"up": ffn}
         base_hidden = table.base_hidden_size
         base_ffn = table.base_ffn_hidden_size
+        if shared_width is not None:
+            base_ffn = max(1, round(shared_width * base_hidden / hidden))
         self.activation = activation_of(model.activation, context.compiled)
         self.recompute_selectively = recompute_selectively
         self.up = ColumnParallelLinear(hidden, matrices, base_hidden, model.bias, context)

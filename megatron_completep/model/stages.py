@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
 from megatron_completep import kernels
 from megatron_completep.completep import Table
-from megatron_completep.config.derived import head_dim, num_query_groups
+from megatron_completep.config.derived import (
+    expert_ffn_hidden_size,
+    has_experts,
+    head_dim,
+    num_query_groups,
+)
 from megatron_completep.config.schema import ModelConfig, ParallelConfig
 from megatron_completep.model.block import BRANCHES, BranchMaker
 from megatron_completep.model.gpt import GPT, ChunkRange
@@ -17,15 +22,21 @@ from megatron_completep.parallel.cross_entropy import LossConfig
 from megatron_completep.parallel.products import Products
 
 
-def layer_weights(model: ModelConfig) -> int:
-    """Matrix elements of one layer: what its time is proportional to.
+def layer_weights(model: ModelConfig, layer: int) -> int:
+    """Matrix elements of one layer that a token meets: what its time is proportional to.
 
     A formula, because layers are split before there is a model to ask.
     """
     heads_of_projections = 2 * model.num_attention_heads + 2 * num_query_groups(model)
     attention = model.hidden_size * head_dim(model) * heads_of_projections
     matrices = 3 if model.activation in GATED else 2
-    return attention + model.hidden_size * model.ffn_hidden_size * matrices
+    inner_width = model.ffn_hidden_size
+    router = 0
+    if model.moe is not None and has_experts(model, layer):
+        inner_width = model.moe.top_k * expert_ffn_hidden_size(model)
+        inner_width += model.moe.shared_ffn_hidden_size or 0
+        router = model.hidden_size * model.moe.num_experts
+    return attention + model.hidden_size * inner_width * matrices + router
 
 
 def split_layers(model: ModelConfig, num_stages: int) -> list[int]:
@@ -34,7 +45,11 @@ def split_layers(model: ModelConfig, num_stages: int) -> list[int]:
     On the last stage the unembedding counts as the matrix it is. The embedding is a lookup, so that
     among equal splits the first stage takes the layer more.
     """
-    unembedding_layers = model.vocab_size * model.hidden_size / layer_weights(model)
+    weights = [layer_weights(model, layer) for layer in range(model.num_layers)]
+    unembedding = model.vocab_size * model.hidden_size
+    if len(set(weights)) > 1:
+        return _split_unequal(weights, unembedding, num_stages)
+    unembedding_layers = unembedding / weights[0]
     # Each further layer goes to the stage that has the least to do: layers are equal, so that no
     # other split has a lighter heaviest stage.
     counts = [1] * num_stages
@@ -44,6 +59,28 @@ def split_layers(model: ModelConfig, num_stages: int) -> list[int]:
         lightest = loads.index(min(loads))  # the first of equals
         counts[lightest] += 1
     return counts
+
+
+def _split_unequal(weights: Sequence[int], unembedding: int, num_stages: int) -> list[int]:
+    """Layers of each stage where some have experts and others do not."""
+    ends = [0, *accumulate(weights)]
+    num_layers = len(weights)
+    # heaviest[stop]: of the best split of the layers before `stop` into the stages so far; and the
+    # layers in each of them.
+    heaviest = {stop: (ends[stop], [stop]) for stop in range(1, num_layers + 1)}
+    for stage in range(1, num_stages):
+        extra = unembedding if stage == num_stages - 1 else 0
+        longer = {}
+        for stop in range(stage + 1, num_layers + 1):
+            candidates = []
+            for start in range(stage, stop):
+                before, counts = heaviest[start]
+                load = max(before, ends[stop] - ends[start] + extra)
+                candidates.append((load, [*counts, stop - start]))
+            # Among equals the first stages take more.
+            longer[stop] = min(candidates, key=lambda found: (found[0], [-n for n in found[1]]))
+        heaviest = longer
+    return heaviest[num_layers][1]
 
 
 def split_stages(model: ModelConfig, parallel: ParallelConfig) -> list[ChunkRange]:

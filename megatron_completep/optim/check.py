@@ -110,6 +110,8 @@ def _without_effect(config: Config, declared: Mapping[str, Spec]) -> Iterator[st
     for role, factors in config.completep.factors.items():
         if role in CONSTANT_ROLES:
             yield from _idle(f"completep.factors.{role}", factors)
+        if role is Role.BALANCE_BIAS:
+            yield from _idle_balance(f"completep.factors.{role}", factors)
     for index, override in enumerate(config.optimizer.overrides):
         roles = set()
         for name, spec in declared.items():
@@ -117,6 +119,19 @@ def _without_effect(config: Config, declared: Mapping[str, Spec]) -> Iterator[st
                 roles.add(spec.role)
         if roles and roles <= set(CONSTANT_ROLES):
             yield from _idle(f"optimizer.overrides.{index} ({override.pattern!r})", override)
+        if roles == {Role.BALANCE_BIAS}:
+            where = f"optimizer.overrides.{index} ({override.pattern!r})"
+            yield from _idle_balance(where, override)
+
+
+def _idle_balance(where: str, factors: RoleFactors | OverrideConfig) -> Iterator[str]:
+    """Factors on the rates of balance biases, which no gradient moves."""
+    for name in ("lr", "eps"):
+        if getattr(factors, name) != 1:
+            yield (
+                f"{where}: {name} = {getattr(factors, name):g} can never act: balance biases move "
+                "by model.moe.bias_rate. Set that, and remove this."
+            )
 
 
 def _idle(where: str, factors: RoleFactors | OverrideConfig) -> Iterator[str]:

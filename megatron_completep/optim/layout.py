@@ -17,6 +17,7 @@ from typing import NamedTuple
 from megatron_completep.parallel.parameter import Spec, part_name
 
 ALIGNMENT = 64  # elements: 128-bit loads in any storage type
+LOADS = "loads"  # the kind of parameters whose gradients are counts (`Spec.balance`)
 GROWING_FROM = 40  # ranks: with buckets of 40 MB each has 1 MB
 
 Run = tuple[int, int]  # [start, stop)
@@ -201,23 +202,24 @@ def lay_out(entries: Sequence[Entry], shards: Mapping[str, int], bucket_elements
 def _divide(entries: Sequence[Entry], bucket_elements: int) -> Iterator[list[Entry]]:
     """The entries of each bucket in turn: of one axis and kind, about `bucket_elements` together.
 
-    Kinds alternate in the model, and each fills a bucket of its own meanwhile. A bucket comes when
-    it is full, as its last gradient completes then.
+    Axes and kinds alternate in the model, and each fills a bucket of its own meanwhile. A bucket
+    comes when it is full, as its last gradient completes then.
     """
-    filling: dict[str, list[Entry]] = {}
-    elements: dict[str, int] = {}
+    filling: dict[tuple[str, str], list[Entry]] = {}
+    elements: dict[tuple[str, str], int] = {}
     for entry in entries:
-        members = filling.setdefault(entry.kind, [])
-        if members and (entry.alone or entry.axis != members[0].axis):
+        key = entry.axis, entry.kind
+        members = filling.setdefault(key, [])
+        if members and entry.alone:
             yield members
             members = []
-            filling[entry.kind] = members
-            elements[entry.kind] = 0
+            filling[key] = members
+            elements[key] = 0
         members.append(entry)
-        elements[entry.kind] = elements.get(entry.kind, 0) + _align(entry.size, ALIGNMENT)
-        if entry.alone or elements[entry.kind] >= bucket_elements:
+        elements[key] = elements.get(key, 0) + _align(entry.size, ALIGNMENT)
+        if entry.alone or elements[key] >= bucket_elements:
             yield members
-            del filling[entry.kind], elements[entry.kind]
+            del filling[key], elements[key]
     # In the order in which the last gradients of what is left complete.
     places = {entry: place for place, entry in enumerate(entries)}
     yield from sorted(filter(None, filling.values()), key=lambda members: places[members[-1]])
@@ -226,10 +228,15 @@ def _divide(entries: Sequence[Entry], bucket_elements: int) -> Iterator[list[Ent
 def entry_of(name: str, spec: Spec, kind: str = "") -> Entry:
     """What the layout has to know of a parameter.
 
+    Loads in the place of gradients are counts, which must arrive exactly: they have a kind of their
+    own.
+
     A parameter tied across the pipeline lies in a bucket of its own, so that both ends cut it
     alike.
     """
     alone = spec.tied_to is not None
+    if spec.balance is not None:
+        kind = LOADS
     return Entry(name, prod(spec.local_shape), spec.summed_over, alone, kind)
 
 

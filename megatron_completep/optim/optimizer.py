@@ -13,6 +13,7 @@ from megatron_completep.completep import Table
 from megatron_completep.config.schema import OptimizerConfig, ParallelConfig
 from megatron_completep.errors import ConfigError
 from megatron_completep.kernels.control import CLIP, GRAD_NORM, LEARNING_RATE, SKIP
+from megatron_completep.optim.balance import Loads, move_biases, take_loads
 from megatron_completep.optim.groups import Group, build_groups
 from megatron_completep.optim.rule import MASTER, Rule
 from megatron_completep.optim.rules import RULES
@@ -51,6 +52,7 @@ class DistributedOptimizer:
         rule: the update rule with its states.
         groups: name of a parameter, or of a logical part -> its group, in the order of the shards.
         control: the step's record on the device (kernels/control.py).
+        loads: of the last step, this rank's part of the experts' loads (`balance.gather_loads`).
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class DistributedOptimizer:
                 f"{table.rule} cannot. Use overlap_update = false."
             )
         self.control = kernels.new_control(context.device)
+        self.loads: list[Loads] = []
 
     @property
     def states(self) -> dict[str, Tensor]:
@@ -119,6 +122,7 @@ class DistributedOptimizer:
         # to the buffer that it is sent from.
         shards.wait_for_parameters()
         shards.finish_gradients()
+        self.loads = take_loads(shards)
 
         sums = self._sum_over_mesh(loss_sum, tokens, term_sums)
         sum_of_squares, loss_total, token_total, *term_totals = sums.unbind()
@@ -130,6 +134,7 @@ class DistributedOptimizer:
         beta1, beta2 = self.rule.decay_rates
         kernels.begin_step_(control, mean_square, self.config.grad_clip, beta1, beta2)
         control[CLIP] /= token_total
+        move_biases(shards, self.loads, token_total, control[SKIP])
 
         if shards.updates is None:
             self.rule.update(shards, control, self.rule.segment_tables)

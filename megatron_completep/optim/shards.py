@@ -41,6 +41,7 @@ from torch.nn import Parameter
 from megatron_completep import kernels
 from megatron_completep.config.schema import ParallelConfig
 from megatron_completep.optim.layout import (
+    LOADS,
     Bucket,
     Layout,
     Piece,
@@ -118,7 +119,8 @@ class Shards:
         for name, parameter in self.parameters.items():
             self.specs[name] = spec_of(parameter, name)
 
-        self.reductions = context.reductions
+        summed_over = sorted({"gradient", *(spec.summed_over for spec in self.specs.values())})
+        self.reductions = {axis: context.reduction(axis) for axis in summed_over}
         self.layout = self._lay_out(parallel.bucket_megabytes)
         self._shard_ranks = {axis: r.shard.rank for axis, r in self.reductions.items()}
         self.segments: tuple[Segment, ...] = self.layout.segments(self._shard_ranks)
@@ -342,7 +344,7 @@ class Shards:
         shard, replica = self.reductions[bucket.axis]
         gradients = self.grad[bucket.start : bucket.stop]
         target = _slice(self.grad_shard, bucket)
-        if self._communication_dtype is None:
+        if self._communication_dtype is None or bucket.kind == LOADS:
             pending = start_reduce_scatter(gradients, shard, target)
         else:
             # The sum arrives in the communicated dtype and is copied to `target` later.

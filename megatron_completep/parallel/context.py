@@ -42,6 +42,7 @@ class ParallelContext:
     shard: Axis = field(default_factory=lambda: Axis("shard"))  # ranks that share optimizer state
     replica: Axis = field(default_factory=lambda: Axis("replica"))  # ranks with the same state
     world: Axis = field(default_factory=lambda: Axis("world"))
+    expert_size: int = 1  # ranks of `stage` that share the experts of a layer
     sequence_parallel: bool = False
     heads_at_once: int | None = None  # see `ContextPart`
     launched: bool = False  # under a launcher, even with one process
@@ -139,6 +140,7 @@ class ParallelContext:
             shard=shard,
             replica=replica,
             world=Axis("world", rank, world_size, dist.group.WORLD if world_size > 1 else None),
+            expert_size=parallel.expert_parallel_size,
             sequence_parallel=parallel.sequence_parallel and tensor_size > 1,
             heads_at_once=parallel.context_heads_at_once,
             launched=True,
@@ -150,15 +152,18 @@ class ParallelContext:
         assert isinstance(axis, Axis), name
         return axis
 
-    @property
-    def model_axes(self) -> tuple[Axis, ...]:
-        """The axes whose ranks share the parameters of a stage."""
-        return (self.tensor,)
+    def sharing(self, summed_over: str) -> tuple[Axis, ...]:
+        """The axes whose ranks share the parameters whose gradients are summed over an axis.
 
-    @property
-    def reductions(self) -> dict[str, Reduction]:
-        """The axes over which gradients are summed, by the name in `Spec.summed_over`."""
-        return {self.gradient.name: Reduction(self.shard, self.replica)}
+        Together with the shards of that axis they are all ranks of `stage`.
+        """
+        return (self.expert,) if summed_over == self.expert_data.name else (self.tensor,)
+
+    def reduction(self, summed_over: str) -> Reduction:
+        """How gradients are summed over an axis that a `Spec.summed_over` names."""
+        if summed_over == self.gradient.name:
+            return Reduction(self.shard, self.replica)
+        return Reduction(self.expert_data, self.replica)
 
     @cached_property
     def context_part(self) -> ContextPart:
@@ -183,6 +188,39 @@ class ParallelContext:
             return replace(self.tensor, name="stage")
         assert self.mesh is not None
         return _flattened(self.mesh, self.shard, self.replica, self.gradient)
+
+    @property
+    def expert(self) -> Axis:
+        """Ranks that share the experts of a layer: neighbours in `stage`.
+
+        Their process groups are made by `make_expert_groups`.
+        """
+        return self._expert_axes[1]
+
+    @property
+    def expert_data(self) -> Axis:
+        """Ranks of `stage` that hold the same experts, over which their gradients are summed."""
+        return self._expert_axes[0]
+
+    @cached_property
+    def _expert_axes(self) -> tuple[Axis, Axis]:
+        stage_size = self.shard.size * self.tensor.size
+        place = self.shard.rank * self.tensor.size + self.tensor.rank
+        data = Axis("expert_data", place // self.expert_size, stage_size // self.expert_size)
+        return data, Axis("expert", place % self.expert_size, self.expert_size)
+
+    def make_expert_groups(self) -> None:
+        """Give the axes of experts their process groups, once. Collective over the whole mesh.
+
+        Every rank calls it before a model with experts is built, also for a stage without any.
+        """
+        data, expert = self._expert_axes
+        if self.mesh is None or data.group is not None or expert.group is not None:
+            return
+        groups = _expert_groups(self, data, expert)
+        axes = replace(data, group=groups[0]), replace(expert, group=groups[1])
+        # What the property keeps; the context itself is frozen.
+        self.__dict__["_expert_axes"] = axes
 
     @property
     def is_first(self) -> bool:
@@ -227,6 +265,31 @@ def _flattened(mesh: DeviceMesh, shard: Axis, replica: Axis, gradient: Axis) -> 
         inner = shard.name
     flat = mesh[inner, "tensor"]._flatten("stage")
     return Axis("stage", flat.get_local_rank(), flat.size(), flat.get_group())
+
+
+Group = dist.ProcessGroup | None
+
+
+def _expert_groups(context: ParallelContext, data: Axis, expert: Axis) -> tuple[Group, Group]:
+    """The groups of `expert_data` and `expert`. Groups that exist already are used again."""
+    if data.size == 1:
+        return None, context.stage.group
+    if expert.size == 1:
+        return context.stage.group, None
+    # Every tensor rank of a shard has experts of its own.
+    if expert.size == context.tensor.size:
+        return context.shard.group, context.tensor.group
+    # The ranks of a stage and replica lie side by side: shards, and in each of them tensor ranks.
+    sharing: list[list[int]] = []
+    alike: list[list[int]] = []
+    stage_size = data.size * expert.size
+    for first in range(0, context.world_size, stage_size):
+        behind = first + stage_size
+        sharing += (list(range(i, i + expert.size)) for i in range(first, behind, expert.size))
+        alike += (list(range(first + i, behind, expert.size)) for i in range(expert.size))
+    expert_group, _ = dist.new_subgroups_by_enumeration(sharing)
+    data_group, _ = dist.new_subgroups_by_enumeration(alike)
+    return data_group, expert_group
 
 
 def backend_options(device: torch.device) -> dict[str, Any]:

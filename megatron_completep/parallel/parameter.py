@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,13 @@ class ForwardMultiplier(StrEnum):
     TIED_LOGITS = "tied logits"
 
 
+class Balance(NamedTuple):
+    """How the bias of a router moves: by `rate` towards a load of `share` of all tokens each."""
+
+    rate: float
+    share: float  # k / E
+
+
 @dataclass(frozen=True)
 class Spec:
     """Metadata of one parameter.
@@ -60,6 +67,8 @@ class Spec:
     uses: number of gradient contributions per micro-batch.
     tied_to: common name of a parameter that the first and the last pipeline stage both hold.
     constant: the initial value of every element; None: drawn at random.
+    balance: for the bias of a router: what arrives in the place of its gradient are the experts'
+        loads, tokens each, and optim/balance.py moves it.
     forward_multiplier: the one applied directly after this parameter, if any; if `multiplied_part`
         is set, only to that part.
     """
@@ -78,6 +87,7 @@ class Spec:
     uses: int = 1
     tied_to: str | None = None
     constant: float | None = None
+    balance: Balance | None = None
     forward_multiplier: ForwardMultiplier | None = None
     multiplied_part: str | None = None
 
@@ -217,7 +227,8 @@ class Spec:
         rank.
         """
         split_over = {share.axis for share in self.split.values()}
-        repeated = (axis for axis in context.model_axes if axis.name not in split_over)
+        sharing = context.sharing(self.summed_over)
+        repeated = (axis for axis in sharing if axis.name not in split_over)
         is_first = all(axis.rank == 0 for axis in repeated) and context.replica.rank == 0
         return is_first and not self.is_copy(name)
 
@@ -252,7 +263,7 @@ def declare(
     only recorded; layers that a checkpoint lacks start from it (checkpoint/adapt.py).
     """
     constant: float | None = None
-    if role is Role.HIDDEN_BIAS:
+    if role in (Role.HIDDEN_BIAS, Role.BALANCE_BIAS):
         constant = 0.0
     elif role in CONSTANT_ROLES:
         constant = 1.0

@@ -17,9 +17,10 @@ from megatron_completep.completep import table_of
 from megatron_completep.config.derived import gradient_parallel_size, micro_batches_per_step
 from megatron_completep.config.schema import Config
 from megatron_completep.model.attention import Attention, head_lots
+from megatron_completep.model.experts import MixtureOfExperts
 from megatron_completep.model.gpt import GPT
 from megatron_completep.model.stages import whole_model
-from megatron_completep.optim.layout import Layout
+from megatron_completep.optim.layout import LOADS, Layout
 from megatron_completep.parallel.cross_entropy import LossConfig, Unembedding
 from megatron_completep.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_completep.parallel.parameter import Spec
@@ -36,6 +37,8 @@ from megatron_completep.planning.sizes import (
     rank_layout,
     rank_models,
     shard_count,
+    shard_places,
+    shards_of_axes,
     wide_bytes,
 )
 
@@ -73,6 +76,7 @@ class SentBytes(NamedTuple):
     pipeline: float
     data: float
     context: float
+    expert: float = 0.0
 
 
 def collectives_per_step(
@@ -100,7 +104,9 @@ def collectives_per_step(
     for model in models:
         collectives += _tensor(config, model, micro_batches)
         collectives += _context(config, model, micro_batches)
-    collectives += _partial_gradients(config, specs, layout, shard_rank)
+        collectives += _experts(config, model, micro_batches)
+    places = shard_places(config, shard_rank, tensor_rank)
+    collectives += _partial_gradients(config, specs, layout, places)
     collectives += _pipeline(config, models, micro_batches)
     collectives += _tied_gradients(config, specs, layout)
     collectives += _data(config, layout, gradient_size)
@@ -113,7 +119,8 @@ def collectives_per_step(
 def sent_bytes(config: Config, world_size: int) -> SentBytes:
     """Bytes per step that the busiest rank sends along each axis.
 
-    The data axis includes shards and replicas, and Muon's exchange over shards x tensor. The
+    The data axis includes shards and replicas, those of experts, and Muon's exchange over shards x
+    tensor. The expert axis has the tokens on their way to the experts and back. The
     all-reduces of a few scalars over all ranks (`_world`) are left out.
     """
     parallel = config.parallel
@@ -126,15 +133,17 @@ def sent_bytes(config: Config, world_size: int) -> SentBytes:
         "shard": shards,
         "replica": gradient_size // shards,
         "stage": shards * parallel.tensor_parallel_size,
+        "expert": parallel.expert_parallel_size,
+        "expert_data": shards_of_axes(config, gradient_size)["expert_data"],
         "world": world_size,
     }
     # The busiest rank of one axis need not be that of another.
-    most = {"tensor": 0.0, "pipeline": 0.0, "data": 0.0, "context": 0.0}
+    most = dict.fromkeys(SentBytes._fields, 0.0)
     for pipeline_rank in range(parallel.pipeline_parallel_size):
         sent = dict.fromkeys(ranks, 0.0)
         for collective in collectives_per_step(config, world_size, pipeline_rank):
             sent[collective.axis] += collective.sent(ranks[collective.axis])
-        sent["data"] = sent["shard"] + sent["replica"] + sent["stage"]
+        sent["data"] = sent["shard"] + sent["replica"] + sent["stage"] + sent["expert_data"]
         most = {axis: max(size, sent[axis]) for axis, size in most.items()}
     return SentBytes(**most)
 
@@ -175,7 +184,9 @@ def _tensor(config: Config, model: GPT, micro_batches: int) -> Iterator[Collecti
         # not repeated, because backward does not need its result.
         if split:
             yield call(ALL_GATHER, column_calls, "inputs of attention and MLP, recomputed")
-        recomputed_calls = row_calls - micro_batches * len(model.layers)
+        # Behind a mixture of experts stands the sum over its slots, which keeps its input.
+        stopped_early = len(model.layers) - _count(model, MixtureOfExperts)
+        recomputed_calls = row_calls - micro_batches * stopped_early
         purpose = "outputs of every branch of a layer except its last branch, recomputed"
         yield call(reduce, recomputed_calls, purpose)
     if split:
@@ -212,6 +223,32 @@ def _context(config: Config, model: GPT, micro_batches: int) -> Iterator[Collect
         yield call(REDUCE_SCATTER, "gradients of keys and values, backward")
 
 
+def _experts(config: Config, model: GPT, micro_batches: int) -> Iterator[Collective]:
+    """Tokens to the ranks of their experts and back, if every expert gets its share of them.
+
+    What a rank sends to the experts, and the gradient that it sends, are exact in any case.
+    """
+    if config.parallel.expert_parallel_size == 1:
+        return
+    for module in model.modules():
+        if not isinstance(module, MixtureOfExperts):
+            continue
+        slots = micro_batch_sizes(config).local_tokens * module.top_k
+        rows = slots * config.model.hidden_size * element_bytes(config)
+
+        def call(payload: int, purpose: str) -> Collective:
+            return Collective("expert", ALL_TO_ALL, payload, micro_batches, purpose)
+
+        counts = 8 * module.num_experts  # int64
+        passes = ("forward", "recomputed") if config.training.recompute == "full" else ("forward",)
+        for name in passes:
+            yield call(counts, f"numbers of tokens of each expert, {name}")
+            yield call(rows, f"tokens to their experts, {name}")
+            yield call(rows, f"outputs of the experts, {name}")
+        yield call(rows, "gradients of the experts' outputs, backward")
+        yield call(rows, "gradients of the tokens, backward")
+
+
 def _count(model: GPT, kind: type[nn.Module]) -> int:
     return sum(isinstance(module, kind) for module in model.modules())
 
@@ -235,10 +272,10 @@ def _losses(config: Config, unembedding: Unembedding, micro_batches: int) -> Ite
 
 
 def _partial_gradients(
-    config: Config, specs: Mapping[str, Spec], layout: Layout, shard_rank: int
+    config: Config, specs: Mapping[str, Spec], layout: Layout, places: Mapping[str, int]
 ) -> Iterator[Collective]:
     """Partial gradients of replicated parameters, summed over tensor ranks."""
-    segments = layout.segments({"gradient": shard_rank})
+    segments = layout.segments(places)
     elements = sum(s.size for s in segments if specs[s.name].partial_gradient)
     if elements:
         payload = elements * wide_bytes(config)
@@ -277,23 +314,24 @@ def _tied_gradients(
 
 
 def _data(config: Config, layout: Layout, gradient_size: int) -> Iterator[Collective]:
-    """Gradients and parameters of every bucket between data ranks."""
-    if gradient_size == 1:
-        return
-    shards = shard_count(config, gradient_size)
-    gradient_bytes = 2 if config.parallel.gradient_dtype == "bf16" else wide_bytes(config)
+    """Gradients and parameters of every bucket between the ranks that hold its parameters."""
+    replicas = gradient_size // shard_count(config, gradient_size)
+    narrow = config.parallel.gradient_dtype == "bf16"
     for bucket in layout.buckets:
+        axis = "shard" if bucket.axis == "gradient" else bucket.axis
+        # Loads of experts are counts, which no rounding may change.
+        gradient_bytes = 2 if narrow and bucket.kind != LOADS else wide_bytes(config)
         # Each rank receives the summed gradients of its shard and updates it; then the new
         # parameters are all-gathered.
         gradients = bucket.size * gradient_bytes
         parameters = bucket.size * element_bytes(config)
-        if shards > 1:
+        if bucket.shards > 1:
             purpose = "gradients of a bucket, during backward"
-            yield Collective("shard", REDUCE_SCATTER, gradients, 1, purpose)
+            yield Collective(axis, REDUCE_SCATTER, gradients, 1, purpose)
             purpose = "parameters of a bucket, during the next forward"
-            yield Collective("shard", ALL_GATHER, parameters, 1, purpose)
-        if shards < gradient_size:
-            shard = bucket.size // shards * gradient_bytes
+            yield Collective(axis, ALL_GATHER, parameters, 1, purpose)
+        if replicas > 1:
+            shard = bucket.size // bucket.shards * gradient_bytes
             purpose = "gradients of the shard, across replicas"
             yield Collective("replica", ALL_REDUCE, shard, 1, purpose)
 

@@ -10,7 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
-from megatron_completep.config.derived import head_dim, num_query_groups
+from megatron_completep.config.derived import (
+    expert_ffn_hidden_size,
+    expert_layers,
+    head_dim,
+    num_query_groups,
+)
 from megatron_completep.config.schema import Config
 from megatron_completep.model.mlp import GATED
 from megatron_completep.planning.sizes import (
@@ -70,6 +75,28 @@ def activation_bytes(config: Config) -> Passes:
     return Passes(inputs + inner, 2 * inputs + inner)
 
 
+def expert_bytes(config: Config) -> Passes:
+    """The activation of one layer's experts, and their rows sorted, put back and summed.
+
+    Of equal loads. What tokens cost on their way is counted as communication.
+    """
+    model = config.model
+    moe = model.moe
+    assert moe is not None
+    sizes = micro_batch_sizes(config)
+    slots = sizes.local_tokens * moe.top_k * sizes.element_bytes
+    inner: float = slots * expert_ffn_hidden_size(model)
+    if moe.shared_ffn_hidden_size is not None:
+        shared = moe.shared_ffn_hidden_size / config.parallel.tensor_parallel_size
+        inner += sizes.tokens * shared * sizes.element_bytes
+    inputs = (2 if model.activation in GATED else 1) * inner
+    # Each of the two orders reads and writes every row; with several ranks there are two more.
+    orders = 4 if config.parallel.expert_parallel_size > 1 else 2
+    sorting = orders * 2 * slots * model.hidden_size
+    # Backward also reads the experts' outputs, for the gradients of the weights.
+    return Passes(inputs + inner + sorting, 2 * inputs + inner + 1.5 * sorting)
+
+
 def loss_bytes(config: Config) -> float:
     """The cross-entropy of a micro-batch: logits are read, and read and written over."""
     model = config.model
@@ -82,13 +109,21 @@ def loss_bytes(config: Config) -> float:
 def micro_batch_bytes(config: Config) -> float:
     """Forward and backward of a micro-batch on one rank, were stages equally long."""
     norm = residual_norm_bytes(config)
-    parts = [norm, norm, head_bytes(config), activation_bytes(config)]
     runs = {"none": 1, "selective": 1, "full": 2}[config.training.recompute]
-    layer = sum(runs * part.forward + part.backward for part in parts)
-    if config.training.recompute == "selective":
-        layer += activation_bytes(config).forward
+    mlp = activation_bytes(config)
+    experts = len(expert_layers(config.model))
+    second_branches = [(mlp, config.model.num_layers - experts)]
+    if experts:
+        second_branches.append((expert_bytes(config), experts))
+    layers = 0.0
+    for branch, count in second_branches:
+        parts = [norm, norm, head_bytes(config), branch]
+        layer = sum(runs * part.forward + part.backward for part in parts)
+        if config.training.recompute == "selective":
+            layer += branch.forward
+        layers += count * layer
     final_norm = norm.forward + norm.backward
-    total = config.model.num_layers * layer + final_norm + loss_bytes(config)
+    total = layers + final_norm + loss_bytes(config)
     return total / config.parallel.pipeline_parallel_size
 
 

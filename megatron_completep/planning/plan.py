@@ -157,14 +157,27 @@ def _heading(config: Config, plan: Plan) -> list[str]:
     """Sizes, multipliers of width, depth, batch and duration, and warnings."""
     table = plan.table
     elements = sum(prod(parameter.shape) for parameter in plan.parameters)
+    active = active_elements(config, plan)
+    experts = "" if active == elements else f" ({active:,} of them active for a token)"
     return [
-        f"{len(plan.parameters)} parameters, {elements:,} elements; "
+        f"{len(plan.parameters)} parameters, {elements:,} elements{experts}; "
         f"m_N = {table.width_multiplier:g}, m_L = {table.depth_multiplier:g}, "
         f"alpha = {table.alpha:g}",
         *_scaled_batch(config, table),
         *_timescales(config, table),
         *(f"warning: {warning}" for warning in plan.warnings),
     ]
+
+
+def active_elements(config: Config, plan: Plan) -> int:
+    """Elements of the parameters that one token meets: of experts those of the chosen ones."""
+    moe = config.model.moe
+    share = 1.0 if moe is None else moe.top_k / moe.num_experts
+    total = 0.0
+    for parameter in plan.parameters:
+        is_expert = parameter.role in (Role.EXPERT_UP, Role.EXPERT_DOWN)
+        total += prod(parameter.shape) * (share if is_expert else 1.0)
+    return round(total)
 
 
 def _members(plan: Plan, members: Sequence[int]) -> list[str]:

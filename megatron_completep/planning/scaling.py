@@ -18,6 +18,7 @@ from megatron_completep.config.derived import (
 )
 from megatron_completep.config.schema import Config, ParallelConfig
 from megatron_completep.errors import ConfigError
+from megatron_completep.model.experts import MixtureOfExperts
 from megatron_completep.model.flops import forward_flops_per_token, training_flops_per_token
 from megatron_completep.model.gpt import ChunkRange
 from megatron_completep.optim.layout import Layout
@@ -35,7 +36,6 @@ from megatron_completep.planning.sizes import (
     rank_layout,
     rank_models,
     rank_specs,
-    shard_count,
     stage_model,
     state_elements,
     stored_elements,
@@ -70,6 +70,7 @@ GPUS = {
         Gpu("mi300x", 192e9, 5.3e12, 1307.4e12, 448e9, 50e9),
     )
 }
+IMBALANCE = 4.0  # largest load of a rank's experts over the mean, for which memory is stated
 MATRIX_EFFICIENCY = 0.65  # assumed share of the peak that products and attention reach
 MEMORY_EFFICIENCY = 0.8  # assumed share of the memory's bandwidth that a kernel reaches
 NETWORK_EFFICIENCY = 0.8  # assumed share of the link bandwidth that a collective reaches
@@ -115,6 +116,7 @@ class ScalingPlan:
     pipeline_bytes: float
     data_bytes: float
     context_bytes: float
+    expert_bytes: float
     bubble: float  # share of the step in which a pipeline rank waits
     flops_per_token: float
     compute_seconds: float
@@ -126,6 +128,9 @@ class ScalingPlan:
     model_flops_utilisation: float
     checkpoint_bytes: int
     orthogonal: tuple[OrthogonalPlan, ...]  # by pipeline rank, under Muon
+    # Activations, by pipeline rank, where a rank's experts get IMBALANCE times their share of the
+    # tokens; nothing without experts.
+    imbalanced_activations: tuple[int, ...]
     warnings: tuple[str, ...]
 
 
@@ -179,6 +184,10 @@ def scaling_plan(config: Config, world_size: int, gpu: Gpu = GPUS["h100"]) -> Sc
     sharing = parallel.tensor_parallel_size * parallel.context_parallel_size
     link = gpu.node_bandwidth if sharing <= gpu.per_node else gpu.network_bandwidth
     exposed += sent.context / (link * NETWORK_EFFICIENCY)
+    # Experts wait for their tokens.
+    sharing = parallel.tensor_parallel_size * parallel.expert_parallel_size
+    link = gpu.node_bandwidth if sharing <= gpu.per_node else gpu.network_bandwidth
+    exposed += sent.expert / (link * NETWORK_EFFICIENCY)
     # Between matrix products stand kernels that compute little; the update comes once a step.
     bandwidth = gpu.memory_bandwidth * MEMORY_EFFICIENCY
     between = micro_batches * micro_batch_bytes(config) / bandwidth
@@ -198,6 +207,7 @@ def scaling_plan(config: Config, world_size: int, gpu: Gpu = GPUS["h100"]) -> Sc
         pipeline_bytes=sent.pipeline,
         data_bytes=sent.data,
         context_bytes=sent.context,
+        expert_bytes=sent.expert,
         bubble=bubble,
         flops_per_token=flops,
         compute_seconds=compute,
@@ -209,6 +219,7 @@ def scaling_plan(config: Config, world_size: int, gpu: Gpu = GPUS["h100"]) -> Sc
         model_flops_utilisation=flops * tokens / step_seconds / world_size / gpu.peak_flops,
         checkpoint_bytes=wide_bytes(config) * stored_elements(config),
         orthogonal=orthogonal,
+        imbalanced_activations=imbalanced_activations(config, micro_batches),
         warnings=_warnings(config, gpu, memory, bubble, sent.data, compute),
     )
 
@@ -258,9 +269,9 @@ def rank_memory(
     narrow_size = 2 if mixed else 0
     models = rank_models(config, pipeline_rank)
     layout = rank_layout(config, backward_specs(models), gradient_size)
-    shards = shard_count(config, gradient_size)
-    shares_master = shards == 1 and not mixed  # the master is the parameter itself
-    sharded = layout.shard_size * (wide_size + narrow_size) if shards > 1 else 0
+    is_sharded = any(bucket.shards > 1 for bucket in layout.buckets)
+    shares_master = not is_sharded and not mixed  # the master is the parameter itself
+    sharded = layout.shard_size * (wide_size + narrow_size) if is_sharded else 0
 
     # `in_flight` counts chunks; where they differ in size, their mean stands for each.
     chunks = in_flight(config.parallel, pipeline_rank, micro_batches)
@@ -273,6 +284,28 @@ def rank_memory(
         activations=int(in_all_chunks / len(models)),
         communication=sharded + sent_copies(config, layout, gradient_size),
     )
+
+
+def imbalanced_activations(config: Config, micro_batches: int) -> tuple[int, ...]:
+    """Bytes of activations by pipeline rank at a load of IMBALANCE in every layer with experts."""
+    if config.model.moe is None:
+        return ()
+    sizes = micro_batch_sizes(config)
+    by_rank = []
+    for rank in range(config.parallel.pipeline_parallel_size):
+        models = rank_models(config, rank)
+        total = 0
+        for model in models:
+            total += model.activation_bytes(sizes)
+            if config.training.recompute == "full":
+                continue  # only the inputs of layers are kept
+            for module in model.modules():
+                if isinstance(module, MixtureOfExperts):
+                    at_imbalance = module.activation_bytes_at(sizes, IMBALANCE)
+                    total += at_imbalance - module.activation_bytes(sizes)
+        chunks = in_flight(config.parallel, rank, micro_batches)
+        by_rank.append(int(chunks * total / len(models)))
+    return tuple(by_rank)
 
 
 def sent_copies(config: Config, layout: Layout, gradient_size: int) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 from megatron_completep.config.schema import Config
 from megatron_completep.planning.communication import Collective, collectives_per_step
 from megatron_completep.planning.scaling import (
+    IMBALANCE,
     MATRIX_EFFICIENCY,
     MEMORY_EFFICIENCY,
     NETWORK_EFFICIENCY,
@@ -54,6 +55,7 @@ def describe_scaling(config: Config, plan: ScalingPlan, gpu: Gpu) -> str:
         f"recompute {training.recompute}",
         "",
         *_memory(plan),
+        *_imbalance(plan),
         "",
         *_traffic(config, plan),
         "",
@@ -78,7 +80,7 @@ def assumptions(gpu: Gpu) -> list[str]:
         f"inside a node of {gpu.per_node} and of {gpu.network_bandwidth / 1e9:g} GB/s between "
         "nodes",
         "tensor collectives are hidden in half of the backward pass, data and pipeline traffic "
-        "altogether, keys and values of context ranks not at all",
+        "altogether, keys and values of context ranks and tokens of expert ranks not at all",
         "memory leaves out the CUDA context, the allocator's rounding and temporaries of single "
         "operations",
     ]
@@ -116,6 +118,17 @@ def _memory(plan: ScalingPlan) -> list[str]:
     return table(["GB a GPU, on pipeline rank", *kinds], rows)
 
 
+def _imbalance(plan: ScalingPlan) -> list[str]:
+    """Activations where loads are uneven, in a line; nothing without experts."""
+    if not plan.imbalanced_activations:
+        return []
+    sizes = ", ".join(gigabytes(size) for size in plan.imbalanced_activations)
+    return [
+        f"activations if a rank's experts get {IMBALANCE:g} times their share of the tokens in "
+        f"every layer: {sizes} GB, by pipeline rank; above, loads are equal"
+    ]
+
+
 def _traffic(config: Config, plan: ScalingPlan) -> list[str]:
     totals = [
         ["tensor", gigabytes(plan.tensor_bytes)],
@@ -124,6 +137,8 @@ def _traffic(config: Config, plan: ScalingPlan) -> list[str]:
     ]
     if config.parallel.context_parallel_size > 1:
         totals.append(["context", gigabytes(plan.context_bytes)])
+    if config.parallel.expert_parallel_size > 1:
+        totals.append(["expert", gigabytes(plan.expert_bytes)])
     rows = []
     for calls in merged(collectives_per_step(config, plan.world_size)):
         count = f"{calls.count:,}"
@@ -137,7 +152,11 @@ def _traffic(config: Config, plan: ScalingPlan) -> list[str]:
 def _time(config: Config, plan: ScalingPlan) -> list[str]:
     days = plan.step_seconds * config.training.train_steps / 86400
     duration = f"{days:,.1f} days" if days >= 1 else f"{24 * days:,.1f} hours"
-    axes = "tensor and context" if config.parallel.context_parallel_size > 1 else "tensor"
+    sizes = {
+        "context": config.parallel.context_parallel_size,
+        "expert": config.parallel.expert_parallel_size,
+    }
+    axes = " and ".join(["tensor", *(name for name, size in sizes.items() if size > 1)])
     return [
         f"{plan.flops_per_token / 1e9:,.2f} GFLOP a token; {plan.step_seconds:,.3f} s a step: "
         f"{plan.compute_seconds:,.3f} s of products and attention, {plan.memory_seconds:,.3f} s of "

@@ -53,6 +53,9 @@ def imagined_context(parallel: ParallelConfig) -> ParallelContext:
         tensor=Axis("tensor", 0, parallel.tensor_parallel_size),
         pipeline=Axis("pipeline", 0, parallel.pipeline_parallel_size),
         context=Axis("context", 0, parallel.context_parallel_size),
+        # As many as the experts need; no parameter of a model depends on the others.
+        shard=Axis("shard", 0, parallel.expert_parallel_size),
+        expert_size=parallel.expert_parallel_size,
         sequence_parallel=parallel.sequence_parallel and parallel.tensor_parallel_size > 1,
         heads_at_once=parallel.context_heads_at_once,
     )
@@ -95,12 +98,27 @@ def shard_count(config: Config, gradient_size: int) -> int:
     return config.parallel.optimizer_shard_size or gradient_size
 
 
+def shards_of_axes(config: Config, gradient_size: int) -> dict[str, int]:
+    """For each axis over which gradients are summed, the ranks that share one copy of the state."""
+    shards = shard_count(config, gradient_size)
+    parallel = config.parallel
+    of_stage = shards * parallel.tensor_parallel_size
+    return {"gradient": shards, "expert_data": of_stage // parallel.expert_parallel_size}
+
+
+def shard_places(config: Config, shard_rank: int, tensor_rank: int) -> dict[str, int]:
+    """For each of these axes, which shard a rank holds."""
+    parallel = config.parallel
+    of_stage = shard_rank * parallel.tensor_parallel_size + tensor_rank
+    return {"gradient": shard_rank, "expert_data": of_stage // parallel.expert_parallel_size}
+
+
 def rank_layout(config: Config, specs: dict[str, Spec], gradient_size: int) -> Layout:
     """The optimizer's layout of one pipeline rank's parameters (`rank_specs`)."""
     kind_of = RULES[table_of(config).rule].kind_of
     entries = [entry_of(name, spec, kind_of(spec)) for name, spec in specs.items()]
     elements = elements_of_bucket(config.parallel.bucket_megabytes, gradient_size)
-    return lay_out(entries, {"gradient": shard_count(config, gradient_size)}, elements)
+    return lay_out(entries, shards_of_axes(config, gradient_size), elements)
 
 
 def state_elements(config: Config, layout: Layout) -> int:

@@ -13,7 +13,7 @@ from megatron_completep.config.derived import has_qkv_bias, tokens_per_step
 from megatron_completep.config.schema import ModelConfig
 from megatron_completep.document import Report, new_figure
 from megatron_completep.model.flops import training_flops_per_token
-from megatron_completep.roles import Role
+from megatron_completep.roles import LAYER_MATRICES, Role
 from megatron_completep.run.hook import AT_POSITIONS
 
 Row = dict[str, Any]
@@ -139,7 +139,7 @@ def parameterization_rows(config: Config) -> list[list[Any]]:
     for role in roles_of(config.model):
         # Of the roles only hidden weights scale with their own fan-in; the model's width stands
         # for all of them.
-        width_ratio = table.width_multiplier if role == Role.HIDDEN_WEIGHT else 1.0
+        width_ratio = table.width_multiplier if role in LAYER_MATRICES else 1.0
         # Muon's rates depend on the shape of the matrix: a square one stands for all.
         side = config.model.hidden_size
         matrix = (side, side) if role == Role.HIDDEN_WEIGHT else None
@@ -155,6 +155,9 @@ def roles_of(model: ModelConfig) -> list[Role]:
         Role.UNEMBEDDING: model.tied_embeddings,
         Role.QK_NORM: not model.qk_norm,
     }
+    experts = (Role.ROUTER, Role.EXPERT_UP, Role.EXPERT_DOWN)
+    absent |= dict.fromkeys(experts, model.moe is None)
+    absent[Role.BALANCE_BIAS] = True  # it has no rates of the table
     return [role for role in Role if not absent.get(role, False)]
 
 

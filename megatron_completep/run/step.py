@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from megatron_completep import kernels
 from megatron_completep.config.derived import micro_batches_per_step
 from megatron_completep.config.schema import Config
 from megatron_completep.data.loader import Batch
+from megatron_completep.errors import ExpertsDoNotFit
 from megatron_completep.model.block import BRANCHES
 from megatron_completep.model.gpt import GPT
 from megatron_completep.model.stream import dropout_seeds
@@ -205,7 +207,8 @@ class TrainingStep:
         own_time = Stopwatch(self.context.device)
         inputs = self._inputs(batches, step, stop)
         if self._static is None:
-            figures = self._compute(inputs, own_time)
+            with naming_step(step):
+                figures = self._compute(inputs, own_time)
         else:
             figures = self._static.run(inputs)
             # training.cuda_graph is for a single process, which waits for no other rank: the whole
@@ -420,6 +423,23 @@ class TrainingStep:
         )
         seeds = dropout_seeds(seed, model.num_layers * len(BRANCHES))
         return self._place(seeds[None])
+
+
+@contextmanager
+def naming_step(step: int) -> Iterator[None]:
+    """Add the step to what a layer says of experts that do not fit.
+
+    A pipeline schedule wraps what a stage raises.
+    """
+    try:
+        yield
+    except (ExpertsDoNotFit, RuntimeError) as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, ExpertsDoNotFit):
+            cause = cause.__cause__
+        if cause is None:
+            raise
+        raise ExpertsDoNotFit(f"step {step}, {cause}") from None
 
 
 def mix(value: int) -> int:

@@ -248,7 +248,7 @@ def describe_run(
     training = config.training
     parameters = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
     # The count is that of this rank, which has the whole model only if nothing is split.
-    model_is_split = context.tensor.size * context.pipeline.size > 1
+    model_is_split = context.tensor.size * context.pipeline.size * context.expert_size > 1
     where = "parameters on this rank" if model_is_split else "parameters"
     flops = training_flops_per_token(model) / 1e6
 
@@ -258,6 +258,8 @@ def describe_run(
     processes = "process" if context.world_size == 1 else "processes"
     dtype = str(precision).removeprefix("torch.")
     sharing = f" x context {context.context.size}" if context.context.size > 1 else ""
+    if context.expert_size > 1:
+        sharing += f", experts over {context.expert_size}"
 
     ramp = ""
     if training.batch_ramp:

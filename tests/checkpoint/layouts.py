@@ -23,6 +23,28 @@ from tests.support.ranks import WorkerPool, context_on
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"num_layers": 4},
     "tied_gpt": {"num_layers": 4, **TIED_GPT2, "qk_norm": True},
+    "experts": {
+        "num_layers": 3,
+        "moe": {"num_experts": 8, "top_k": 2, "ffn_hidden_size": 24, "first_dense_layers": 1},
+    },
+}
+EXPERT_LAYOUTS: dict[str, dict[str, Any]] = {
+    "ep4": {"world": 4, "expert_parallel_size": 4},
+    "ep2_of_shards": {"world": 4, "expert_parallel_size": 2, "optimizer_shard_size": 2},
+    "ep2_tp2": {
+        "world": 4,
+        "expert_parallel_size": 2,
+        "tensor_parallel_size": 2,
+        "sequence_parallel": True,
+        "bucket_megabytes": 0.002,
+    },
+    "ep2_pp2_uneven": {
+        "world": 4,
+        "expert_parallel_size": 2,
+        "pipeline_parallel_size": 2,
+        "pipeline_split": [1, 2],
+    },
+    "one": {"world": 1},
 }
 TP2_PP2_DP2 = {
     "world": 8,

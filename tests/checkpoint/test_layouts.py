@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_completep.checkpoint import StoredCheckpoint
-from tests.checkpoint.layouts import LAYOUTS, TP2_PP2_DP2, load, run, save
+from tests.checkpoint.layouts import EXPERT_LAYOUTS, LAYOUTS, TP2_PP2_DP2, load, run, save
 
 
 @pytest.mark.parametrize("model", [pytest.param("llama", marks=pytest.mark.slow), "tied_gpt"])
@@ -27,6 +27,16 @@ def test_a_checkpoint_of_tp2_pp2_dp2_is_read_by_every_layout_and_back(pool, tmp_
         assert not [
             wrong for rank in run(pool, load, tmp_path / name, model, TP2_PP2_DP2) for wrong in rank
         ], name
+
+
+def test_experts_are_read_by_any_number_of_ranks_that_share_them(pool, tmp_path):
+    """Over 4 ranks, over 2 in sub-groups, beside tensor ranks, on one stage of two, in one."""
+    save_to = tmp_path / "first"
+    run(pool, save, save_to, "experts", EXPERT_LAYOUTS["ep4"])
+    for name, layout in EXPERT_LAYOUTS.items():
+        outcomes = run(pool, load, save_to, "experts", layout, str(tmp_path / name))
+        assert not [wrong for rank in outcomes for wrong in rank], name
+        save_to = tmp_path / name  # each reads what the one before has saved
 
 
 def test_every_layout_stores_the_same_tensors_each_element_once(pool, tmp_path):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -42,6 +43,11 @@ EXPONENTS = {
     "final_norm":    [None,           (0, 0, 0, 0),   None,           (-1, 0, 0, 0)],
     "unembedding":   [(0, 0, 0, 0), (0, 0, 0, 0),   (0, 0, 0, 0), (-1, 0, 0, 0)],
     "qk_norm":       [None,           (0, 0, -1, 1),  None,           (0, 0, 0, -1)],
+    # Of as many experts as the proxy has, of its inner width.
+    "router":        [(0, -1, 0, 0), (0, -1, -1, 1), (0, 1, 0, 0),  (0, 0, 0, -1)],
+    "expert_up":     [(0, -0.5, 0, 0), (0, -1, -1, 1), (0, 1, 0, 0),  (0, 0, 0, -1)],
+    "expert_down":   [(0.5, -1, 0, 0), (0, -1, -1, 1), (0, 1, 0, 0),  (-1, 0, 0, -1)],
+    "balance_bias":  [None,           (0, 0, 0, 0),   None,           (0, 0, 0, 0)],
 }  # fmt: skip
 GRID = list(itertools.product((1.0, 2.0, 4.0), (1.0, 2.0, 8.0), (0.5, 0.75, 1.0), (1.0, 3.0)))
 
@@ -98,7 +104,7 @@ def test_a_wrong_entry_in_any_cell_is_found(
     assert any(f"{role} {cell}" in difference for difference in differences())
 
 
-def model(**changes: int) -> ModelConfig:
+def model(**changes: Any) -> ModelConfig:
     sizes = {
         "hidden_size": 512,
         "num_layers": 16,
@@ -271,6 +277,46 @@ def test_betas_below_zero_are_refused() -> None:
         table_at(base, 4000, 4000).batch.betas((0.9, 0.95))
 
 
+# Experts: 4 times the width, 8 times the depth, twice the experts and the chosen, and an inner
+# width that grows with the width, then 2.5 times as much.
+
+EXPERT_ROWS = {
+    #                   init std          lr         weight decay  eps
+    "router":          (1 / 4,            1 / 4,     4.0,          1 / 8 / 2),
+    "expert_up":       (4**-0.5,          1 / 4,     4.0,          1 / 8 / 2 / 4),
+    "expert_down":     (4**-0.5,          1 / 4,     4.0,          1 / 8 / 2 / 4),
+    "hidden_weight":   (4**-0.5,          1 / 4,     4.0,          1 / 8 / 4),
+}  # fmt: skip
+OTHER_GRANULARITY = {
+    "expert_up":       (4**-0.5,          1 / 4,     4.0,          1 / 8 / 2 / 10),
+    "expert_down":     (4**0.5 / 10,      1 / 10,    10.0,         1 / 8 / 2 / 4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("width, rows", [(4.0, EXPERT_ROWS), (10.0, OTHER_GRANULARITY)])
+def test_the_rows_of_experts_are_those_of_the_design(
+    width: float, rows: dict[str, tuple[float, ...]]
+) -> None:
+    table = plain_table(
+        width_multiplier=4.0, depth_multiplier=8.0, experts=page.ExpertRatios(2.0, width)
+    )
+    for role, wanted in rows.items():
+        ratio = width if role == "expert_down" else 4.0
+        found = dataclasses.astuple(table.factors(Role(role), ratio))
+        assert found == pytest.approx(wanted, rel=1e-12), role
+
+
+def test_the_table_counts_experts_and_their_width_against_the_proxy_and_not_under_sp() -> None:
+    moe = {"num_experts": 32, "top_k": 8, "ffn_hidden_size": 512}
+    base = {"base_num_experts": 8, "base_top_k": 2, "base_expert_ffn_hidden_size": 128, **BASE}
+    table = table_for(model(moe=moe), CompletePConfig(**base))
+    assert table.experts == (4.0, 4.0) and table.base_expert_ffn_hidden_size == 128
+    # Without these three the proxy has as many experts, of the same ratio to the width.
+    assert table_for(model(moe=moe), CompletePConfig(**BASE)).experts == (1.0, 4.0)
+    sp = table_for(model(moe=moe), CompletePConfig(parameterization="sp", **base))
+    assert {sp.factors(role, 4.0).eps for role in Role} == {1.0}
+
+
 # Own factors, declarations.
 
 
@@ -315,7 +361,8 @@ def test_a_parameter_without_a_declaration_is_an_error_that_names_it(attribute: 
 def test_the_role_strings_and_their_order_are_those_of_the_paper() -> None:
     assert (
         " ".join(Role)
-        == "embedding pre_norm hidden_weight hidden_bias final_norm unembedding qk_norm"
+        == "embedding pre_norm hidden_weight hidden_bias final_norm unembedding qk_norm "
+        "router expert_up expert_down balance_bias"
     )
 
 

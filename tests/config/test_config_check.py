@@ -7,7 +7,7 @@ import pytest
 
 from megatron_completep.config import check_config
 from megatron_completep.errors import ConfigError
-from tests.config.broken_rules import RULES, config_with
+from tests.config.broken_rules import EXPERTS, PROXY, RULES, config_with
 
 
 @pytest.mark.parametrize(
@@ -35,6 +35,16 @@ FITTING = [
     ],
     ["model.bias=true", "model.qkv_bias=true"],
     ["training.validation_positions=8"],
+    ["model.moe={num_experts: 8, top_k: 8, gate: softmax, balance: none, first_dense_layers: 7}"],
+    [EXPERTS, "model.qkv_bias=true", "parallel.expert_parallel_size=8"],
+    [EXPERTS, *PROXY, "completep.base_num_experts=4", "completep.base_top_k=1"],
+    [EXPERTS, *PROXY, "completep.base_num_experts=4", "completep.allow_sparsity_change=true"],
+    [
+        EXPERTS,
+        *PROXY,
+        "completep.base_expert_ffn_hidden_size=128",
+        "completep.allow_granularity_change=true",
+    ],
     [
         "parallel.context_parallel_size=2",
         "parallel.tensor_parallel_size=4",

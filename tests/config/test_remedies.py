@@ -5,10 +5,38 @@ import random
 import pytest
 
 from megatron_completep.errors import ConfigError
-from tests.config.broken_rules import RULES, config_with, offered
+from tests.config.broken_rules import EXPERTS, PROXY, RULES, config_with, offered
 
 # What the words of a remedy say, as overrides; remedies that are numbers are read from the message.
 IN_WORDS = {
+    "model.moe={num_experts: 4, top_k: 5}": [["model.moe={num_experts: 4, top_k: 4}"]],
+    "model.moe={num_experts: 4, top_k: 1, first_dense_layers: 8}": [
+        ["model.moe={num_experts: 4, top_k: 1, first_dense_layers: 7}"],
+        ["model.moe=null"],
+    ],
+    "model.moe={num_experts: 4, top_k: 1, gate: softmax}": [
+        ["model.moe={num_experts: 4, top_k: 1, gate: sigmoid}"],
+        ["model.moe={num_experts: 4, top_k: 1, gate: softmax, balance: none}"],
+    ],
+    f"{EXPERTS} model.bias=true": [
+        ["model.bias=false"],
+        ["model.bias=false", "model.qkv_bias=true"],
+    ],
+    f"{EXPERTS} training.cuda_graph=true": [["training.cuda_graph=false"]],
+    f"{EXPERTS} optimizer.type=muon optimizer.muon={{base_lr: 0.02}}": [
+        ["optimizer.type=adamw", "optimizer.muon=null"],
+        ["model.moe=null"],
+    ],
+    f"{EXPERTS} parallel.tensor_parallel_size=2": [
+        ["parallel.sequence_parallel=true"],
+        ["parallel.tensor_parallel_size=1"],
+    ],
+    f"{EXPERTS} {' '.join(PROXY)} completep.base_num_experts=4 completep.base_top_k=2": [
+        ["completep.allow_sparsity_change=true"],
+    ],
+    f"{EXPERTS} completep.base_top_k=2": [PROXY],
+    "completep.base_top_k=2": [["completep.base_top_k=null"]],
+    "parallel.expert_parallel_size=2": [["parallel.expert_parallel_size=1"]],
     "model.num_attention_heads=3": [["model.head_dim=64"]],
     "model.head_dim=15": [["model.head_dim=16"]],
     "model.tied_embeddings=true completep.factors.unembedding.lr=2": [

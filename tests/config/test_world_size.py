@@ -4,7 +4,7 @@ import pytest
 
 from megatron_completep.config import check_world
 from megatron_completep.errors import ConfigError
-from tests.config.broken_rules import config_with, offered
+from tests.config.broken_rules import EXPERTS, config_with, offered
 
 WORLDS = [
     (8, ["parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2"], None),
@@ -120,6 +120,24 @@ WORLDS = [
     (2, ["profiling.first_step=5", "profiling.ranks=[0, 1]"], None),
     (2, ["training.cuda_graph=true"], "captures the step of one process, but there are 2."),
     (1, ["training.cuda_graph=true"], None),
+    (
+        4,
+        [EXPERTS, "parallel.expert_parallel_size=4", "parallel.optimizer_shard_size=2"],
+        (
+            "parallel.expert_parallel_size = 4 does not divide the ranks that share a stage's "
+            "state: optimizer shards x tensor ranks = 2 x 1 = 2. Use 1 or 2."
+        ),
+    ),
+    (
+        4,
+        [
+            EXPERTS,
+            "parallel.expert_parallel_size=4",
+            "parallel.tensor_parallel_size=2",
+            "parallel.sequence_parallel=true",
+        ],
+        None,
+    ),
 ]
 
 

@@ -79,9 +79,10 @@ def register(monkeypatch: pytest.MonkeyPatch, name: str, branch: type[nn.Module]
     monkeypatch.setitem(cast(dict[str, Any], BRANCHES), name, branch)
 
 
-def kept_bytes(config: Config) -> int:
+def kept_bytes(config: Config, recompute: str = "none") -> int:
     """Bytes that a forward pass of the configured model keeps for backward, parameters apart."""
-    model = GPT(config.model, table_of(config), ParallelContext.single())
+    context = ParallelContext.single()
+    model = GPT(config.model, table_of(config), context, recompute=recompute)
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
     storages: dict[int, torch.UntypedStorage] = {}
 
@@ -96,6 +97,41 @@ def kept_bytes(config: Config) -> int:
         loss = model(tokens, labels=tokens.clone())
     assert loss.requires_grad
     return sum(storage.nbytes() for storage in storages.values())
+
+
+@pytest.mark.parametrize(
+    "moe",
+    [
+        {"num_experts": 8, "top_k": 2, "ffn_hidden_size": 20, "every": 2},
+        {
+            "num_experts": 8,
+            "top_k": 3,
+            "gate": "softmax",
+            "balance": "none",
+            "shared_ffn_hidden_size": 20,
+        },
+    ],
+)
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+def test_what_experts_keep_for_backward_is_planned(moe: dict[str, Any], recompute: str) -> None:
+    dense = config_of(training={"recompute": recompute})
+    config = dense.model_copy(update={"model": ModelConfig.model_validate({**MODEL, "moe": moe})})
+    (stage,) = rank_stages(config, 0)
+    planned = stage_activations(config, stage) - stage_activations(dense, stage)
+    assert planned == kept_bytes(config, recompute) - kept_bytes(dense, recompute)
+    # The control: a choice more is not planned alike.
+    more = config.model.model_copy(
+        update={"moe": config.model.moe.model_copy(update={"top_k": 4})}  # type: ignore[union-attr]
+    )
+    assert stage_activations(config.model_copy(update={"model": more}), stage) > planned
+
+
+def test_of_experts_the_chosen_count_as_flops() -> None:
+    moe = {"num_experts": 8, "top_k": 2, "ffn_hidden_size": 20, "shared_ffn_hidden_size": 12}
+    dense = forward_flops_per_token(ModelConfig(**MODEL))
+    experts = forward_flops_per_token(ModelConfig.model_validate({**MODEL, "moe": moe}))
+    router = 8 * 32
+    assert experts - dense == 4 * 2 * (router + 3 * 32 * (2 * 20 + 12 - 48))
 
 
 def test_a_registered_branch_is_in_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ CASES: list[dict[str, Any]] = [
     {"position": "alibi", "activation": "squared_relu", "bias": True, "norm": "layernorm"},
     {"position": "rope", "num_query_groups": 2, "qk_norm": True},
     {"position": "alibi", "num_query_groups": 1},
+    {"moe": {"num_experts": 4, "top_k": 2, "shared_ffn_hidden_size": 24}},
 ]
 
 

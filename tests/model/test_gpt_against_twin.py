@@ -340,4 +340,6 @@ def test_a_wrong_model_is_told_from_the_plain_twin(build: Build) -> None:
 def test_every_role_is_tried_by_the_comparison() -> None:
     model, completep = configs({"bias": True, "norm": "layernorm", "qk_norm": True})
     gpt = build_model(model, table_for(model, completep))
-    assert {p.spec.role for p in gpt.parameters()} == set(Role)
+    experts = model_config(moe={"num_experts": 4, "top_k": 2})  # compared in test_experts.py
+    parameters = [*gpt.parameters(), *build_model(experts).parameters()]
+    assert {p.spec.role for p in parameters} == set(Role)

@@ -42,6 +42,7 @@ MODELS: list[dict[str, Any]] = [
     {**GPT2, "qk_norm": True},
     {"num_query_groups": 2, "activation": "swiglu", "tied_embeddings": True},
     PAPER,
+    {"moe": {"num_experts": 4, "top_k": 2, "shared_ffn_hidden_size": 32}},
 ]
 
 
@@ -53,6 +54,10 @@ def role_of(name: str) -> str:
         return "unembedding"
     if name.startswith("final_norm."):
         return "final_norm"
+    if ".router." in name:
+        return "balance_bias" if name.endswith("bias") else "router"
+    if ".experts." in name:
+        return "expert_down" if "down" in name else "expert_up"
     if ".q_norm." in name or ".k_norm." in name:
         return "qk_norm"
     if "_norm." in name:
@@ -75,6 +80,10 @@ def expected(
             return 0.0, ETA * depth, 0.0, EPS / m_N / m_L**alpha
         case "qk_norm":
             return 0.0, ETA * depth, 0.0, EPS / m_L**alpha
+        case "router":
+            return SIGMA / m_N, ETA / m_N * depth, LAMBDA * m_N, EPS / m_L**alpha
+        case "balance_bias":
+            return 0.0, ETA, 0.0, EPS
     return SIGMA / own**0.5, ETA / own * depth, LAMBDA * own, EPS / m_N / m_L**alpha
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from megatron_completep.config.derived import micro_batches_per_step
 from megatron_completep.config.schema import Config
 from megatron_completep.data.loader import Batch
 from megatron_completep.kernels import CompiledDefinitions
+from megatron_completep.model.routing import fixing
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.products import Products
 from megatron_completep.planning.communication import (
@@ -25,6 +28,7 @@ from megatron_completep.planning.communication import (
     SEND,
     collectives_per_step,
 )
+from megatron_completep.planning.sizes import micro_batch_sizes
 from megatron_completep.run.assemble import assemble, build_model
 from megatron_completep.run.step import TrainingStep
 from tests.parallel.layouts import SPREAD_MODEL
@@ -113,12 +117,15 @@ def planned_and_counted(
     """
     config = run_config(sections)
     step, batches, context = build_step(rank, config)
-    step.run(batches, 1)
-    step.optimizer.wait_for_parameters()
-    with CountCollectives() as counted:
-        step.run(batches, 2)
+    with equal_loads(step):
+        step.run(batches, 1)
+        step.optimizer.wait_for_parameters()
+        with CountCollectives() as counted:
+            step.run(batches, 2)
     step.optimizer.wait_for_parameters()
     axes = {name: getattr(context, name) for name in AXES}
+    if config.model.moe is not None:
+        axes |= {"expert": context.expert, "expert_data": context.expert_data}
     if config.optimizer.type == "muon":
         axes["stage"] = context.stage
     planned: Calls = Counter()
@@ -134,6 +141,20 @@ def planned_and_counted(
             assert group is not None, c
             planned[group.group_name, c.operation, c.payload] += c.count
     return named(planned, axes), named(counted.calls, axes)
+
+
+@contextmanager
+def equal_loads(step: TrainingStep) -> Iterator[None]:
+    """Deal the tokens out to the experts in turn, as the plan takes them to be."""
+    model = step.config.model
+    with ExitStack() as fixed:
+        if model.moe is not None:
+            (chunk,) = step.chunks
+            tokens = micro_batch_sizes(step.config).local_tokens
+            slots = torch.arange(tokens * model.moe.top_k) % model.moe.num_experts
+            experts = slots.view(tokens, -1).sort().values
+            fixed.enter_context(fixing(chunk, dict.fromkeys(range(model.num_layers), experts)))
+        yield
 
 
 def named(calls: Calls, axes: dict[str, Any]) -> dict[Any, int]:

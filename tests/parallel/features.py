@@ -109,6 +109,16 @@ MULTIPLIERS = {
     "logit_multiplier": 2.0,
 }
 
+# Every other layer has experts, so that dense layers stand beside them.
+EXPERTS = {"num_experts": 8, "top_k": 2, "ffn_hidden_size": 24, "every": 2, "bias_rate": 0.01}
+SOFTMAX_EXPERTS = {
+    **EXPERTS,
+    "gate": "softmax",
+    "balance": "none",
+    "shared_ffn_hidden_size": 32,
+    "first_dense_layers": 2,
+}
+
 # factor -> level -> settings that differ from the base. The first level of each goes with
 # everything.
 FEATURES: dict[str, dict[str, Settings]] = {
@@ -119,6 +129,12 @@ FEATURES: dict[str, dict[str, Settings]] = {
         for name in ("swiglu", "gelu", "gelu_tanh", "squared_relu")
     },
     "position": {name: {"model": {"position": name}} for name in ("rope", "learned", "alibi")},
+    "mlp": {
+        "dense": {},
+        "experts": {"model": {"moe": EXPERTS}},
+        "experts, 2 ranks": {"model": {"moe": EXPERTS}},
+        "softmax, shared, all ranks": {"model": {"moe": SOFTMAX_EXPERTS}},
+    },
     "biases": {"none": {}, "all": {"model": {"bias": True}}},
     "qk-norm": {"off": {}, "on": {"model": {"qk_norm": True}}},
     "embeddings": {"untied": {}, "tied": {"model": {"tied_embeddings": True}}},
@@ -212,6 +228,17 @@ def parallel_of(layout: str) -> dict[str, Any]:
     return LAYOUTS[layout][1]
 
 
+def expert_size(layout: str, mlp: str) -> int:
+    """Ranks that share the experts of a layer: as many as the level asks for and there are."""
+    ranks, parallel = LAYOUTS[layout]
+    stage = ranks // parallel.get("pipeline_parallel_size", 1)
+    shards = parallel.get("optimizer_shard_size")
+    if shards is not None:
+        stage = shards * parallel.get("tensor_parallel_size", 1)
+    most = {"experts, 2 ranks": 2, "softmax, shared, all ranks": 8}.get(mlp, 1)
+    return math.gcd(stage, most)
+
+
 def data_size(layout: str) -> int:
     ranks, parallel = LAYOUTS[layout]
     return (
@@ -225,6 +252,12 @@ def data_size(layout: str) -> int:
 def forbidden(a: tuple[str, str], b: tuple[str, str]) -> bool:
     """What the configuration refuses."""
     levels = dict((a, b))
+    if levels.get("mlp", "dense") != "dense":
+        no_biases = levels.get("biases", "none") == "none"
+        adamw = levels.get("update rule", "adamw") == "adamw"
+        parallel = parallel_of(levels.get("layout", "data 2"))
+        splits_alone = "tensor_parallel_size" in parallel and "sequence_parallel" not in parallel
+        return splits_alone or not (no_biases and adamw)
     if "layout" not in levels:
         return False
     parallel = parallel_of(levels["layout"])
@@ -264,7 +297,8 @@ def config_of(row: Row, one_process: bool = False) -> Config:
         },
     }
     levels = [FEATURES[factor][level] for factor, level in row.items()]
-    settings = merged(base, *levels, {"parallel": parallel_of(row["layout"])})
+    experts = {"expert_parallel_size": expert_size(row["layout"], row["mlp"])}
+    settings = merged(base, *levels, {"parallel": parallel_of(row["layout"]) | experts})
     if one_process:
         settings["parallel"] = {}
     return small_config(**settings)

@@ -219,7 +219,10 @@ def joined(outcomes: list[Outcome], field_name: str, name: str) -> Tensor:
     by_tensor_rank: dict[int, list[Outcome]] = {}
     for outcome in outcomes:
         if name in getattr(outcome, field_name):
-            by_tensor_rank.setdefault(outcome.position[0], []).append(outcome)
+            # Of what is split: the rank along the axis that splits it, be it tensor or expert.
+            shares = list(outcome.specs[name].split.values())
+            holder = shares[0].rank if shares else outcome.position[0]
+            by_tensor_rank.setdefault(holder, []).append(outcome)
     is_summed = field_name == "gradients"
     local: dict[int, Tensor] = {}
     for tensor_rank, holders in by_tensor_rank.items():

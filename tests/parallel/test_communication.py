@@ -17,6 +17,8 @@ SEQUENCE = {"tensor_parallel_size": 2, "sequence_parallel": True}
 MUON = {"type": "muon", "muon": {"base_lr": 0.02, "precision": "master"}}
 SMALL_BATCHES = {**MUON, "muon": {**MUON["muon"], "exchange_megabytes": 0.02}}
 
+EXPERTS = {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 32}
+
 # name -> (processes, settings that differ)
 RUNS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     "data 2": (2, {}),
@@ -73,6 +75,21 @@ RUNS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     "tensor 2, data 2, Muon": (
         4,
         {"parallel": SEQUENCE, "optimizer": MUON, "model": {"num_query_groups": 2}},
+    ),
+    "data 2, experts on both, recomputed": (
+        2,
+        {
+            "parallel": {"expert_parallel_size": 2},
+            "model": {"moe": EXPERTS},
+            "training": {"recompute": "full"},
+        },
+    ),
+    "tensor 2 with sequence, data 2, experts on 2, shared": (
+        4,
+        {
+            "parallel": {**SEQUENCE, "expert_parallel_size": 2},
+            "model": {"moe": {**EXPERTS, "shared_ffn_hidden_size": 32}},
+        },
     ),
     "context 2": (2, {"parallel": CONTEXT, "model": {"num_query_groups": 2}}),
     "context 2, tensor 2 with sequence, a group at a time, selectively recomputed": (

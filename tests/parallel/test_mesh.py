@@ -31,7 +31,7 @@ def stand(rank: int, world: int, sizes: dict[str, int]) -> dict[str, tuple[int, 
     )
     context = ParallelContext.over_world(parallel, torch.device("cpu"), rank, world, data_size)
     along = {name: context.axis(name) for name in AXES}
-    assert context.reductions["gradient"].size == context.gradient.size
+    assert context.reduction("gradient").size == context.gradient.size
     return {name: (axis.rank, members(rank, axis)) for name, axis in along.items()}
 
 

@@ -217,7 +217,7 @@ def test_the_description_puts_like_parameters_together() -> None:
 def test_the_tool_prints_one_json_object(programs: Programs) -> None:
     words = ("--json", TARGET, "model.num_layers=4", "completep.alpha=0.5")
     plan = json.loads(programs.output(main, *words))
-    assert list(plan) == ["multipliers", "parameters", "export"]
+    assert list(plan) == ["multipliers", "parameters", "active_elements", "export"]
     assert plan["export"]["architectures"][:2] == ["granite", "llama"]
     assert "learned" in str(plan["export"]["reasons_against"]["gpt2"])
     assert list(plan["multipliers"]) == ["residual", "logits", "attention"]

@@ -17,7 +17,7 @@ from megatron_completep.completep import table_of
 from megatron_completep.config.derived import micro_batches_per_step
 from megatron_completep.config.schema import Config
 from megatron_completep.errors import ConfigError
-from megatron_completep.model.stages import build_chunks
+from megatron_completep.model.stages import build_chunks, layer_weights, split_layers
 from megatron_completep.optim.optimizer import DistributedOptimizer
 from megatron_completep.parallel.context import data_parallel_size_for
 from megatron_completep.planning.scaling import (
@@ -66,6 +66,14 @@ VARIANTS = {
             "optimizer_shard_size": 4,
             "sequence_parallel": False,
         }
+    },
+}
+
+# Over tensor ranks, and over more than these.
+EXPERTS: dict[str, dict[str, Any]] = {
+    "experts over 4 ranks": {
+        "model": {"moe": {"num_experts": 8, "top_k": 2, "ffn_hidden_size": 512, "every": 2}},
+        "parallel": {"pipeline_parallel_size": 1, "expert_parallel_size": 4},
     },
 }
 
@@ -134,11 +142,11 @@ def saved_bytes(chunk: Any, config: Config, optimizer: DistributedOptimizer) -> 
 
 
 @pytest.mark.parametrize("world_size", [8, 64, 4096])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [*VARIANTS, *EXPERTS])
 def test_parameters_gradients_and_optimizer_match_the_real_construction(
     fake_world, variant, world_size
 ):
-    config = config_of(VARIANTS[variant])
+    config = config_of({**VARIANTS, **EXPERTS}[variant])
     parallel = config.parallel
     rank = world_size - 1  # on the last pipeline rank
     fake_world(rank, world_size)
@@ -227,6 +235,28 @@ def test_warnings_name_what_does_not_fit_and_what_is_slow():
     )
     assert any("crosses nodes" in warning for warning in scaling_plan(across, 64).warnings)
     assert scaling_plan(config_of({}), 64).warnings == ()
+
+
+def test_the_plan_of_experts_says_exchanges_and_memory_at_uneven_loads() -> None:
+    config = config_of(EXPERTS["experts over 4 ranks"])
+    plan = scaling_plan(config, 64)
+    # Of the dense model of as many active weights nothing is exchanged.
+    assert plan.expert_bytes > 0 and scaling_plan(config_of({}), 64).expert_bytes == 0
+    (uneven,) = plan.imbalanced_activations
+    assert plan.memory[0].activations < uneven < 4 * plan.memory[0].activations
+    text = describe_scaling(config, plan, GPUS["h100"])
+    assert "experts get 4 times their share" in text and "tokens to their experts, forward" in text
+
+
+def test_layers_with_experts_are_split_by_what_a_token_meets() -> None:
+    moe = {"num_experts": 64, "top_k": 2, "ffn_hidden_size": 2816, "first_dense_layers": 4}
+    model = config_of({"model": {"moe": moe, "vocab_size": 64}}).model
+    counts = split_layers(model, 2)
+    weights = [layer_weights(model, layer) for layer in range(8)]
+    heaviest = max(sum(weights[: counts[0]]), sum(weights[counts[0] :]))
+    for first in range(1, 8):
+        assert heaviest <= max(sum(weights[:first]), sum(weights[first:])) + 64 * 1024
+    assert counts[0] > counts[1]  # the dense layers are lighter
 
 
 def test_a_gpu_of_ones_own_figures_changes_what_rests_on_them_and_nothing_else():

@@ -96,9 +96,40 @@ class PlainTwin:
         return F.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
 
     def mlp(self, x: Tensor, prefix: str, positions: Tensor, document_ids: Tensor) -> Tensor:
-        up = self.linear(x, f"{prefix}.up")
+        if f"{prefix}.router.weight" in self.weights:
+            return self.experts(x, prefix)
+        return self.linear(self.activated(self.linear(x, f"{prefix}.up")), f"{prefix}.down")
+
+    def experts(self, x: Tensor, prefix: str) -> Tensor:
+        """Token by token, as the formula has it."""
+        moe = self.model.moe
+        assert moe is not None
+        w = self.weights
+        rows = []
+        for token in x.flatten(0, -2):
+            logits = w[f"{prefix}.router.weight"] @ token
+            scores = torch.sigmoid(logits) if moe.gate == "sigmoid" else logits
+            biased = scores.detach() + w.get(f"{prefix}.router.bias", torch.zeros(()))
+            chosen = torch.topk(biased, moe.top_k).indices
+            total = torch.zeros_like(token)
+            for expert in chosen.tolist():
+                if moe.gate == "sigmoid":
+                    weight = scores[expert] / moe.top_k
+                else:
+                    weight = torch.exp(logits[expert]) / torch.exp(logits[chosen]).sum()
+                inner = self.activated(w[f"{prefix}.experts.up"][expert] @ token)
+                total = total + weight * (w[f"{prefix}.experts.down"][expert] @ inner)
+            rows.append(total)
+        out = torch.stack(rows).view_as(x)
+        if moe.shared_ffn_hidden_size is not None:
+            inner = self.activated(self.linear(x, f"{prefix}.shared.up"))
+            out = out + self.linear(inner, f"{prefix}.shared.down")
+        return out
+
+    def activated(self, up: Tensor) -> Tensor:
+        """The non-linearity of an MLP or an expert."""
         if self.model.activation == "swiglu":
-            gate, up = torch.split(up, self.model.ffn_hidden_size, dim=-1)
+            gate, up = up.chunk(2, dim=-1)
             inner = gate / (1 + torch.exp(-gate)) * up
         elif self.model.activation == "gelu":
             inner = 0.5 * up * (1 + torch.erf(up / math.sqrt(2)))
@@ -107,7 +138,7 @@ class PlainTwin:
         else:
             assert self.model.activation == "squared_relu", self.model.activation
             inner = torch.where(up > 0, up * up, 0.0)
-        return self.linear(inner, f"{prefix}.down")
+        return inner
 
     def attention(self, x: Tensor, prefix: str, positions: Tensor, document_ids: Tensor) -> Tensor:
         d = self.head_dim

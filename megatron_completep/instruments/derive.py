@@ -47,8 +47,9 @@ class Duration:
 def duration_of(proxy: Config, tokens: int, scaling: Scaling, gpus: int | None = None) -> Duration:
     """Batch and steps of a run of `tokens` tokens.
 
-    The batch is rounded to a number that many data ranks divide, by less than a sixteenth, unless
-    it is the proxy's own; gpus: the ranks that must be able to share it.
+    Unless it is the proxy's own, the batch is rounded to a number that many data ranks divide, by
+    less than a sixteenth, or to whole micro-batches of the proxy's size. gpus: the ranks that must
+    be able to share it, whose micro-batches are searched.
     """
     training = proxy.training
     proxy_tokens = total_tokens(proxy)
@@ -56,6 +57,9 @@ def duration_of(proxy: Config, tokens: int, scaling: Scaling, gpus: int | None =
     batch = max(1, round(wanted))
     if batch != training.global_batch_size:
         granule = _granule(batch, gpus)
+        # Where no layout is searched, the proxy's micro-batches stay whole.
+        if gpus is None:
+            granule = -(-granule // training.micro_batch_size) * training.micro_batch_size
         batch = max(granule, round(wanted / granule) * granule)
     steps = max(1, round(tokens / (batch * proxy.model.seq_length)))
     return Duration(batch, steps)

@@ -14,7 +14,7 @@ from megatron_completep.config.derived import tokens_per_step, total_tokens
 from megatron_completep.config.schema import Config
 from megatron_completep.errors import ConfigError
 from megatron_completep.instruments.run_shape import Shape
-from megatron_completep.instruments.trial import change, reshape, with_base
+from megatron_completep.instruments.trial import change, on_one_process, reshape, with_base
 
 # Exponent of the batch in tokens: that of Power Lines (arXiv 2505.13738), as nanochat uses it.
 BATCH_POWER = 0.383
@@ -79,9 +79,10 @@ def _granule(batch: int, gpus: int | None) -> int:
 def derived(proxy: Config, shape: Shape, scaling: Scaling, gpus: int | None = None) -> Config:
     """The proxy's configuration at another shape and length, with the proxy's values as its base.
 
-    Raises ConfigError where the shape does not divide, or a rule of decay has nothing to keep.
+    It is divided over no ranks. Raises ConfigError where the shape does not divide, or a rule of
+    decay has nothing to keep.
     """
-    base = with_base(proxy)
+    base = with_base(on_one_process(proxy))
     duration = duration_of(proxy, shape.tokens(scaling.tokens_per_parameter), scaling, gpus)
     shaped = reshape(base, shape.hidden_size, shape.num_layers)
     completep: dict[str, Any] = {

@@ -29,6 +29,7 @@ from megatron_completep.model.flops import training_flops_per_token
 FORMAT = 1
 LEAST_RUNGS = 4  # fewer give no fit: it has three unknowns
 LOOSE = 0.25  # of a rung's compute: that it is met exactly matters less than its ratio N : L
+STUDY_MISS = 0.1  # the largest miss of a rung's compute among the shapes compared at it
 LR_CHECK = (-1.0, 1.0)  # octaves from the proxy's learning rate, at both ends of the ladder
 
 
@@ -123,9 +124,7 @@ def plan(proxy: Config, wish: Wish) -> Ladder:
     study: dict[str, tuple[Shape, ...]] = {}
     for rung in rungs:
         flops = rung.shape.run_flops(per_parameter)
-        wanted = [Asked(ratio, per_parameter, flops=flops) for ratio in wish.ratios]
-        others = dict.fromkeys(family.choose(each).shape for each in wanted)
-        study[rung.name] = tuple(shape for shape in others if shape != rung.shape)
+        study[rung.name] = _study(family, wish, rung.shape, flops)
     return Ladder(
         proxy,
         wish.scaling,
@@ -135,6 +134,17 @@ def plan(proxy: Config, wish: Wish) -> Ladder:
         study,
         _target(family, wish, rungs),
     )
+
+
+def _study(family: Family, wish: Wish, own: Shape, flops: float) -> tuple[Shape, ...]:
+    """The shapes of other ratios at a rung's compute; those that are not near it are left out."""
+    shapes: list[Shape] = []
+    for ratio in wish.ratios:
+        asked = Asked(ratio, wish.scaling.tokens_per_parameter, flops=flops, close=STUDY_MISS)
+        choice = family.nearest(asked)
+        if abs(choice.miss) <= STUDY_MISS and choice.shape not in (own, *shapes):
+            shapes.append(choice.shape)
+    return tuple(shapes)
 
 
 def _seeds(wish: Wish) -> list[int]:

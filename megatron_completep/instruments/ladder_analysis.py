@@ -181,11 +181,14 @@ def _finished(ladder: Ladder, planned: Sequence[Run], results: Results) -> list[
 def _mean_curve(results: Sequence[dict[str, Any]]) -> Array | None:
     """The mean over seeds of the grouped training losses; None for runs that are too short."""
     curves = [np.asarray(result.get("curve", ())) for result in results]
-    whole = [c for c in curves if len(c) == sweep.CURVE_PARTS and np.isfinite(c).all()]
+    whole = [curve for curve in curves if len(curve) >= CURVE_GROUPS and np.isfinite(curve).all()]
+    # Runs that ended early are shorter than the others.
+    longest = max((len(curve) for curve in whole), default=0)
+    whole = [curve for curve in whole if len(curve) == longest]
     if not whole:
         return None
     mean: Array = np.mean(whole, axis=0)
-    return np.asarray(mean.reshape(CURVE_GROUPS, -1).mean(axis=1))
+    return np.array([part.mean() for part in np.array_split(mean, CURVE_GROUPS)])
 
 
 def _law(rungs: Sequence[Finished]) -> tuple[Fit | None, str]:

@@ -149,14 +149,15 @@ def fit(
     refitted, squares_drawn = solver.solve(centres + sigmas[:, np.newaxis] * drawn)
     # In units of a noise that is measured anew each time, as the rungs' own was.
     measured = sigmas**2 * generator.chisquare(noise.degrees, replicates) / noise.degrees
-    misfit = _share_above(squares_drawn / measured, squares[0], noise)
+    drawn_ratios = squares_drawn / np.maximum(measured, np.finfo(float).tiny)
+    misfit = _share_above(drawn_ratios, squares[0], noise)
     return Fit(x, means, counts, noise, law, misfit, refitted, sigmas)
 
 
 def _share_above(drawn: Array, squares: float, noise: Noise) -> float:
+    # Equal seeds have no noise to compare with: the grid's rounding is no misfit.
     if noise.sigma == 0:
-        # Rungs without noise lie on the law or they do not; rounding is no misfit.
-        return 1.0 if squares < 1e-12 else 0.0
+        return 1.0
     return float(np.mean(drawn >= squares / noise.sigma**2))
 
 

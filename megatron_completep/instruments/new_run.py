@@ -24,7 +24,7 @@ from megatron_completep.errors import ConfigError
 from megatron_completep.files import write_whole
 from megatron_completep.instruments.derive import Scaling, derived, duration_of
 from megatron_completep.instruments.run_shape import CLOSE, Asked, Choice, Family, Shape
-from megatron_completep.instruments.trial import change, reshape
+from megatron_completep.instruments.trial import change, on_one_process, reshape
 from megatron_completep.planning.layout_search import Layout, search
 from megatron_completep.planning.scaling import Gpu
 
@@ -176,7 +176,7 @@ def _tau_lines(run: NewRun) -> list[str]:
 
 def _layout_lines(run: NewRun) -> list[str]:
     if run.gpus is None:
-        return ["no layout was searched: name --gpus and --gpu"]
+        return ["no layout was searched (parallel is that of one process): name --gpus and --gpu"]
     best = run.layouts[0].plan
     steps = run.config.training.train_steps
     days = best.step_seconds * steps / 86400
@@ -270,6 +270,7 @@ def proxy_of(target: Config, scaling: Scaling, depth: int | None = None) -> Conf
     follow from the target's by the same rules. Raises ConfigError where the proxy would be no
     smaller.
     """
+    target = on_one_process(target)
     model = target.model
     completep = target.completep
     width = completep.base_hidden_size or _proxy_width(target)
@@ -302,17 +303,6 @@ def _proxy_width(target: Config) -> int:
 
 def _alone(target: Config, shape: Shape, batch: int, steps: int) -> Config:
     """The proxy's configuration on one process, with its own shape as the base."""
-    plain: dict[str, Any] = {
-        "tensor_parallel_size": 1,
-        "pipeline_parallel_size": 1,
-        "virtual_pipeline_size": 1,
-        "context_parallel_size": 1,
-        "schedule": "1f1b",
-        "pipeline_split": None,
-        "sequence_parallel": False,
-        "optimizer_shard_size": None,
-    }
-    target = change(target, parallel=plain)
     small = reshape(target, shape.hidden_size, shape.num_layers)
     own_base: dict[str, Any] = {
         "base_hidden_size": shape.hidden_size,

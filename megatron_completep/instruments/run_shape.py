@@ -15,7 +15,7 @@ from megatron_completep.config.bare import bare_config
 from megatron_completep.config.derived import head_dim, num_query_groups
 from megatron_completep.config.schema import Config, ModelConfig
 from megatron_completep.errors import ConfigError
-from megatron_completep.instruments.trial import reshape
+from megatron_completep.instruments.trial import on_one_process, reshape
 from megatron_completep.model.flops import training_flops_per_token
 from megatron_completep.model.stages import whole_model
 from megatron_completep.parallel.parameter import specs_of
@@ -102,7 +102,7 @@ class Family:
     """All shapes of a proxy. Parameters and FLOPs are linear in depth: two models tell them."""
 
     def __init__(self, proxy: Config) -> None:
-        self.proxy = proxy
+        self.proxy = on_one_process(proxy)
         self._by_width: dict[int, tuple[Shape, Shape]] = {}
 
     def shape(self, width: int, depth: int) -> Shape:
@@ -144,10 +144,21 @@ class Family:
                 yield heads * size
 
     def choose(self, asked: Asked) -> Choice:
-        """The shape that is nearest to what was asked in size, and then in its ratio N : L.
+        """The shape of `nearest`.
 
         Raises ConfigError where even the smallest shape is more than twice as large as asked.
         """
+        choice = self.nearest(asked)
+        if choice.miss > 1:
+            raise ConfigError(
+                f"asked for {asked.wanted:.4g}, but the smallest shape of this proxy has "
+                f"{asked.size(choice.shape):.4g} ({choice.shape}). Ask for more, or take another "
+                "proxy."
+            )
+        return choice
+
+    def nearest(self, asked: Asked) -> Choice:
+        """The shape that is nearest to what was asked in size, and then in its ratio N : L."""
         candidates = self._candidates(asked)
         near = [shape for shape in candidates if abs(asked.miss(shape)) <= asked.close]
         # Where none is near, size alone decides.
@@ -155,19 +166,18 @@ class Family:
             chosen = min(near, key=lambda shape: _distance(shape, asked))
         else:
             chosen = min(candidates, key=lambda shape: abs(math.log1p(asked.miss(shape))))
-        miss = asked.miss(chosen)
-        if miss > 1:
-            raise ConfigError(
-                f"asked for {asked.wanted:.4g}, but the smallest shape of this proxy has "
-                f"{asked.size(chosen):.4g} ({chosen}). Ask for more, or take another proxy."
-            )
-        smaller = [shape for shape in candidates if shape.parameters < chosen.parameters]
-        larger = [shape for shape in candidates if shape.parameters > chosen.parameters]
+        # A layer more and a layer less are always there to choose from.
+        layers = chosen.num_layers
+        deeper = self.shape(chosen.hidden_size, layers + 1)
+        shallower = self.shape(chosen.hidden_size, max(1, layers - 1))
+        others = [*candidates, shallower, deeper]
+        smaller = [shape for shape in others if shape.parameters < chosen.parameters]
+        larger = [shape for shape in others if shape.parameters > chosen.parameters]
         return Choice(
             chosen,
             max(smaller, key=_parameters, default=None),
             min(larger, key=_parameters, default=None),
-            miss,
+            asked.miss(chosen),
         )
 
     def _candidates(self, asked: Asked) -> list[Shape]:

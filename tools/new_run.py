@@ -3,7 +3,7 @@
 Example, a run of 1.5 billion parameters on 64 GPUs:
 
     python tools/new_run.py configs/completep_1b_proxy.yaml --parameters 1.5e9 --gpus 64 \
---gpu h100 --to configs/run.yaml
+--gpu h100 --to runs/run.yaml
 
 The size is asked by --parameters, --flops or --depth. Shape, tokens, batch, steps, decay and the
 parallel layout follow; the console shows the neighbouring shapes, the learning rate by published

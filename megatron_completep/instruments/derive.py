@@ -91,14 +91,21 @@ def derived(proxy: Config, shape: Shape, scaling: Scaling, gpus: int | None = No
     }
     if scaling.duration_exponent is not None:
         completep["duration_exponent"] = scaling.duration_exponent
-    training = {
+    training: dict[str, Any] = {
         "global_batch_size": duration.batch,
         "train_steps": duration.steps,
         "micro_batch_size": _micro_batch(proxy.training.micro_batch_size, duration.batch),
-        # Both count steps or sequences of the proxy.
+        # These count steps or sequences of the proxy.
         "batch_ramp": None,
         "stop_at_step": None,
+        "skip_steps": [],
     }
+    # A run must not resume from the proxy's checkpoints.
+    model = proxy.model
+    own = (model.hidden_size, model.num_layers, proxy.training.train_steps)
+    if own != (shape.hidden_size, shape.num_layers, duration.steps):
+        name = f"{shape.num_layers}x{shape.hidden_size}_{duration.steps}_steps"
+        training["output_dir"] = f"{proxy.training.output_dir}_{name}"
     return change(
         shaped,
         # `reshape` is for instruments, which compare on any device.

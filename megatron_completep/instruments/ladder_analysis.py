@@ -20,7 +20,7 @@ from megatron_completep.instruments.ladder_fit import (
     Fit,
     Noise,
     fit,
-    pooled_noise,
+    means_and_noise,
 )
 from megatron_completep.instruments.run_shape import Shape
 
@@ -134,8 +134,8 @@ def analyse(ladder: Ladder, folder: Path) -> list[RuleAnalysis]:
 
 def _of_rule(ladder: Ladder, rule: str, planned: Sequence[Run], results: Results) -> RuleAnalysis:
     rungs = tuple(_finished(ladder, planned, results))
-    losses = [rung.losses for rung in rungs]
-    noise = pooled_noise([rung for rung in losses if np.isfinite(rung).all()])
+    finite = [rung.losses for rung in rungs if np.isfinite(rung.losses).all()]
+    noise = means_and_noise(finite)[1] if finite else Noise(math.nan, 0)
     law, reason = _law(rungs)
     target, target_verdict = None, "no target was planned"
     if ladder.target is not None:
@@ -206,7 +206,7 @@ def holdout(rungs: Sequence[Finished]) -> Holdout | None:
     if law is None:
         return None
     top = rungs[-1]
-    forecast = law.forecast(top.flops, seeds=len(top.losses))
+    forecast = law.forecast_of(top.flops, len(top.losses))
     return Holdout(top.name, forecast, top.loss, law.verdict(forecast))
 
 

@@ -39,10 +39,17 @@ class Law:
 
 @dataclass(frozen=True)
 class Noise:
-    """Standard deviation of one run's loss over seeds, pooled over rungs; degrees of freedom."""
+    """Of one run's loss, as the seeds show it.
+
+    What a seed does to all rungs alike (its order of the data and its weights) is told apart from
+    the rest. sigma: standard deviation of the rest, on so many degrees of freedom. shared: that of
+    the seeds' effects, which are 0 in the mean.
+    """
 
     sigma: float
     degrees: int
+    shared: float = 0.0
+    effects: tuple[float, ...] = ()  # by seed
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,7 @@ class Fit:
     """
 
     flops: Array  # [rungs]
-    means: Array  # [rungs], over seeds
+    means: Array  # [rungs], at the average seed
     counts: Array  # [rungs], seeds
     noise: Noise
     law: Law
@@ -73,19 +80,37 @@ class Fit:
         """Whether the rungs lie off every such law by more than the noise of seeds explains."""
         return self.misfit < MISFIT
 
-    def forecast(self, flops: float, seeds: int = 0, seed: int = 0) -> Estimate:
+    def forecast(self, flops: float, seeds: int = 0) -> Estimate:
         """The loss at `flops`, with its 95 % interval.
 
-        seeds: the interval is of the mean of so many runs, with their own noise; 0: of the law.
+        seeds: the interval is of the mean of so many runs with seeds of their own; 0: of the law.
         """
-        value = self.law.loss(flops)
+        noise = self.noise
+        # The rungs' seeds are a sample of all seeds, and so are those of the run.
+        shared = noise.shared**2 / max(1, len(noise.effects))
+        if not seeds:
+            return self._interval(flops, 0.0, 0.0, shared)
+        return self._interval(flops, 0.0, 1 / seeds, shared + noise.shared**2 / seeds)
+
+    def forecast_of(self, flops: float, seeds: int) -> Estimate:
+        """The mean loss at `flops` of the seeds 0 to `seeds` - 1, whose effects the rungs show."""
+        effects = self.noise.effects[:seeds]
+        unseen = seeds - len(effects)
+        shared = unseen * (self.noise.shared / seeds) ** 2
+        return self._interval(flops, sum(effects) / seeds, 1 / seeds, shared)
+
+    def _interval(self, flops: float, shift: float, runs: float, shared: float) -> Estimate:
+        """The law's loss plus `shift`.
+
+        runs, shared: variances beside the law's own, in units of the noise's and in nats squared.
+        """
+        value = self.law.loss(flops) + shift
         if self.noise.degrees < 1:
             return Estimate(value, -math.inf, math.inf)
         floors, scales, exponents = self.replicates
-        drawn = floors + scales * (flops / self.law.unit) ** -exponents
-        if seeds:
-            generator = np.random.default_rng(seed)
-            drawn = drawn + self.sigmas / math.sqrt(seeds) * generator.standard_normal(len(drawn))
+        drawn = floors + scales * (flops / self.law.unit) ** -exponents + shift
+        deviations = np.random.default_rng(0).standard_normal(len(drawn))
+        drawn = drawn + np.sqrt(runs * self.sigmas**2 + shared) * deviations
         low, high = np.quantile(drawn, (0.025, 0.975))
         # Where E is near 0, which it cannot pass, replicates fall to one side of the law although
         # the law may be off to both.
@@ -99,14 +124,39 @@ class Fit:
         return "unresolved" if forecast.wider_than(WIDEST) else "forecast"
 
 
-def pooled_noise(losses: Sequence[Sequence[float]]) -> Noise:
-    """The noise of one run, from the losses of every rung's seeds."""
-    squares = 0.0
-    degrees = 0
-    for rung in losses:
-        squares += float(np.var(rung)) * len(rung)
-        degrees += len(rung) - 1
-    return Noise(math.sqrt(squares / degrees) if degrees else math.nan, degrees)
+def means_and_noise(losses: Sequence[Sequence[float]]) -> tuple[Array, Noise]:
+    """The rungs' losses at the average seed [rungs], and the noise, by least squares.
+
+    losses: by rung, of the seeds 0, 1, ...; rungs may have fewer seeds than others.
+    """
+    seeds = max(len(rung) for rung in losses)
+    rows = []
+    values = []
+    for number, rung in enumerate(losses):
+        for seed, loss in enumerate(rung):
+            row = np.zeros(len(losses) + seeds)
+            row[number] = 1.0
+            row[len(losses) + seed] = 1.0
+            rows.append(row)
+            values.append(loss)
+    # One row more holds the effects' sum at 0: rungs and seeds could trade a constant without it.
+    rows.append(np.concatenate([np.zeros(len(losses)), np.ones(seeds)]))
+    design = np.stack(rows)
+    measured = np.array([*values, 0.0])
+    solution, _, rank, _ = np.linalg.lstsq(design, measured)
+    degrees = len(measured) - int(rank)
+    means = solution[: len(losses)]
+    effects = solution[len(losses) :]
+    if degrees < 1:
+        return np.array([float(np.mean(rung)) for rung in losses]), Noise(math.nan, 0)
+    residual = design @ solution - measured
+    variance = float(residual @ residual) / degrees
+    shared = 0.0
+    if seeds > 1:
+        # The effects are means over rungs, whose own noise is in their spread.
+        shared = max(0.0, float(np.var(effects, ddof=1)) - variance / len(losses))
+    found = tuple(float(effect) for effect in effects)
+    return means, Noise(math.sqrt(variance), degrees, math.sqrt(shared), found)
 
 
 def fit(
@@ -117,8 +167,8 @@ def fit(
 ) -> Fit:
     """The law through the rungs' mean losses, weighted by their numbers of seeds.
 
-    flops: of one run a rung. losses: of its seeds. Raises DataError for fewer rungs than the law
-    needs, and for a loss that is no number.
+    flops: of one run a rung. losses: of its seeds 0, 1, ... Raises DataError for fewer rungs than
+    the law needs, and for a loss that is no number.
     """
     if len(flops) < LEAST_RUNGS:
         raise DataError(
@@ -130,9 +180,8 @@ def fit(
             "Tune the proxy's learning rate lower, and plan again."
         )
     x = np.asarray(flops, dtype=np.float64)
-    means = np.array([float(np.mean(rung)) for rung in losses])
+    means, noise = means_and_noise(losses)
     counts = np.array([len(rung) for rung in losses], dtype=np.float64)
-    noise = pooled_noise(losses)
     unit = float(np.exp(np.log(x).mean()))
     solver = _Solver(x / unit, counts)
     values, squares = solver.solve(means[np.newaxis])

@@ -31,7 +31,7 @@ from megatron_completep.planning.scaling import Gpu
 # Exponents of the best learning rate in tokens, and where they were fitted. The sign is contested,
 # see docs/parameterization.md.
 PUBLISHED = {
-    0.30: "Marin's Delphi runs",
+    0.30: "Marin's Delphi runs, second-hand",
     0.32: "arXiv 2409.19913",
     0.351: "arXiv 2601.05049",
     0.5: "Complete(d)P, arXiv 2512.22382, at a fixed batch",
@@ -320,6 +320,7 @@ def _alone(target: Config, shape: Shape, batch: int, steps: int) -> Config:
         "train_steps": steps,
         "batch_ramp": None,
         "stop_at_step": None,
+        "skip_steps": [],
         "recompute": "none",
         "output_dir": f"{target.training.output_dir}_proxy",
     }

@@ -190,10 +190,11 @@ class Family:
         for width in self.widths():
             depths = [asked.depth or max(1, self._layers_below(width, asked))]
             if asked.depth is None:
-                depths.append(depths[0] + 1)
-            shapes += [self.shape(width, depth) for depth in depths]
+                # The last one is that of the ratio, for where size matters little.
+                depths += [depths[0] + 1, max(1, round(width / asked.ratio))]
+            shapes += [self.shape(width, depth) for depth in dict.fromkeys(depths)]
             # Ratios grow with the width: once they are above the range, they stay there.
-            if shapes[-1].ratio > highest:
+            if width / max(depths[:2]) > highest:
                 break
         lowest = asked.ratio / RATIO_RANGE
         in_range = [shape for shape in shapes if lowest <= shape.ratio <= highest]

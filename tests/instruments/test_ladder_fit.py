@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_completep.errors import DataError
-from megatron_completep.instruments.ladder_fit import fit
+from megatron_completep.instruments.ladder_fit import fit, means_and_noise
 
 FLOPS = 1e10 * np.geomspace(1, 100, 5)
 TARGET = 4e12  # four times the top rung's
@@ -45,6 +45,30 @@ def test_the_forecast_lies_in_its_interval_in_nineteen_of_twenty_draws():
         outside_of_half += abs(truth - forecast.value) > (forecast.high - forecast.low) / 8
     assert 0.90 <= covered / 400 <= 0.99
     assert outside_of_half / 400 > 0.3
+
+
+def test_what_a_seed_does_to_all_rungs_is_no_noise_between_them():
+    random = np.random.default_rng(3)
+    effects = (0.05, -0.01, -0.04)
+    losses = []
+    # The top rung lacks the last seed, so that its plain mean is too high.
+    for flops, seeds in zip(FLOPS, (3, 3, 3, 3, 2), strict=True):
+        own = [loss_of(flops) + effect + 0.003 * random.standard_normal() for effect in effects]
+        losses.append(own[:seeds])
+    means, noise = means_and_noise(losses)
+    assert noise.sigma == pytest.approx(0.003, rel=0.6)
+    assert noise.effects == pytest.approx(effects, abs=0.005)
+    assert noise.shared == pytest.approx(np.std(effects, ddof=1), rel=0.1)
+    assert means[-1] == pytest.approx(loss_of(FLOPS[-1]), abs=0.006)
+    # The control: plain means and deviations.
+    assert np.mean(losses[-1]) > loss_of(FLOPS[-1]) + 0.015
+    assert np.std(losses[0], ddof=1) > 0.03
+    # Runs of these seeds are known better than runs of others.
+    result = fit(FLOPS, losses)
+    same = result.forecast_of(TARGET, 2)
+    others = result.forecast(TARGET, seeds=2)
+    assert same.value == pytest.approx(others.value + 0.02, abs=0.005)
+    assert others.high - others.low > 2 * (same.high - same.low)
 
 
 def test_rungs_that_follow_no_power_law_are_flagged_and_others_are_not():

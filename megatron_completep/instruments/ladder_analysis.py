@@ -127,8 +127,8 @@ def analyse(ladder: Ladder, folder: Path) -> list[RuleAnalysis]:
         )
     analyses = []
     for rule in ladder.rules:
-        mine = [run for run in planned if run.point.parameterization == rule]
-        analyses.append(_of_rule(ladder, rule, mine, results))
+        rule_runs = [run for run in planned if run.point.parameterization == rule]
+        analyses.append(_of_rule(ladder, rule, rule_runs, results))
     return analyses
 
 
@@ -137,7 +137,8 @@ def _of_rule(ladder: Ladder, rule: str, planned: Sequence[Run], results: Results
     finite = [rung.losses for rung in rungs if np.isfinite(rung.losses).all()]
     noise = means_and_noise(finite)[1] if finite else Noise(math.nan, 0)
     law, reason = _law(rungs)
-    target, target_verdict = None, "no target was planned"
+    target: Estimate | None = None
+    target_verdict = "no target was planned"
     if ladder.target is not None:
         target_verdict = reason
         if law is not None:
@@ -164,11 +165,11 @@ def _finished(ladder: Ladder, planned: Sequence[Run], results: Results) -> list[
     """The rungs that have a finished run, in order."""
     rungs = []
     for rung in ladder.rungs:
-        own = [run for run in planned if run.rung == rung.name and run.kind == "rung"]
-        done = [results[run.point.key] for run in own if run.point.key in results]
+        rung_runs = [run for run in planned if run.rung == rung.name and run.kind == "rung"]
+        done = [results[run.point.key] for run in rung_runs if run.point.key in results]
         if not done:
             continue
-        config = own[0].point.config
+        config = rung_runs[0].point.config
         scales = list(timescales(config, table_of(config)))
         losses = tuple(sweep.loss_of(result) for result in done)
         # A run that diverged ended early.
@@ -181,13 +182,12 @@ def _finished(ladder: Ladder, planned: Sequence[Run], results: Results) -> list[
 def _mean_curve(results: Sequence[dict[str, Any]]) -> Array | None:
     """The mean over seeds of the grouped training losses; None for runs that are too short."""
     curves = [np.asarray(result.get("curve", ())) for result in results]
-    whole = [curve for curve in curves if len(curve) >= CURVE_GROUPS and np.isfinite(curve).all()]
-    # Runs that ended early are shorter than the others.
-    longest = max((len(curve) for curve in whole), default=0)
-    whole = [curve for curve in whole if len(curve) == longest]
-    if not whole:
+    usable = [curve for curve in curves if len(curve) >= CURVE_GROUPS and np.isfinite(curve).all()]
+    if not usable:
         return None
-    mean: Array = np.mean(whole, axis=0)
+    # Runs that ended early are shorter than the others.
+    longest = max(len(curve) for curve in usable)
+    mean: Array = np.mean([curve for curve in usable if len(curve) == longest], axis=0)
     return np.array([part.mean() for part in np.array_split(mean, CURVE_GROUPS)])
 
 

@@ -155,8 +155,8 @@ def means_and_noise(losses: Sequence[Sequence[float]]) -> tuple[Array, Noise]:
     if seeds > 1:
         # The effects are means over rungs, whose own noise is in their spread.
         shared = max(0.0, float(np.var(effects, ddof=1)) - variance / len(losses))
-    found = tuple(float(effect) for effect in effects)
-    return means, Noise(math.sqrt(variance), degrees, math.sqrt(shared), found)
+    seed_effects = tuple(float(effect) for effect in effects)
+    return means, Noise(math.sqrt(variance), degrees, math.sqrt(shared), seed_effects)
 
 
 def fit(

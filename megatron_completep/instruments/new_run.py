@@ -286,7 +286,8 @@ def proxy_of(target: Config, scaling: Scaling, depth: int | None = None) -> Conf
     per_parameter = total_tokens(target) / own.parameters
     tokens = completep.base_total_tokens or shape.tokens(per_parameter)
     duration = duration_of(target, tokens, scaling)
-    batch, steps = duration.batch, duration.steps
+    batch = duration.batch
+    steps = duration.steps
     if completep.base_batch_tokens is not None:
         batch = max(1, completep.base_batch_tokens // model.seq_length)
         steps = max(1, round(tokens / (batch * model.seq_length)))

@@ -108,19 +108,19 @@ class Family:
     def shape(self, width: int, depth: int) -> Shape:
         """The shape of a width and a depth."""
         if width not in self._by_width:
-            one_layer = measured(reshape(self.proxy, width, 1).model)
-            two_layers = measured(reshape(self.proxy, width, 2).model)
-            self._by_width[width] = (one_layer, two_layers)
-        one, two = self._by_width[width]
+            shallow = measured(reshape(self.proxy, width, 1).model)
+            deeper = measured(reshape(self.proxy, width, 2).model)
+            self._by_width[width] = (shallow, deeper)
+        shallow, deeper = self._by_width[width]
         further = depth - 1
-        inner_of_layer = two.inner_parameters - one.inner_parameters
-        flops_of_layer = two.flops_per_token - one.flops_per_token
+        layer_parameters = deeper.inner_parameters - shallow.inner_parameters
+        layer_flops = deeper.flops_per_token - shallow.flops_per_token
         return Shape(
             width,
             depth,
-            one.parameters + further * inner_of_layer,
-            one.inner_parameters + further * inner_of_layer,
-            one.flops_per_token + further * flops_of_layer,
+            shallow.parameters + further * layer_parameters,
+            shallow.inner_parameters + further * layer_parameters,
+            shallow.flops_per_token + further * layer_flops,
         )
 
     def widths(self) -> Iterator[int]:

@@ -191,7 +191,7 @@ def _planned(candidate: Config, gpus: int, gpu: Gpu) -> Layout | None:
 
 
 class Layer(NamedTuple):
-    """What one more layer adds on a rank: parameters, and bytes of activations a micro-batch."""
+    """Parameters on a rank, and bytes of activations per micro-batch."""
 
     parameters: int
     activations: int
@@ -263,10 +263,10 @@ class Bounds:
         stages = split_stages(config.model, parallel)
         most = 0.0
         for rank in range(parallel.pipeline_parallel_size):
-            own = stages[rank :: parallel.pipeline_parallel_size]
-            layers = sum(stage.stop - stage.start for stage in own)
+            rank_stages = stages[rank :: parallel.pipeline_parallel_size]
+            layers = sum(stage.stop - stage.start for stage in rank_stages)
             chunks = in_flight(parallel, rank, micro_batches)
-            activations = chunks * layers * layer.activations / len(own)
+            activations = chunks * layers * layer.activations / len(rank_stages)
             most = max(most, layers * layer.parameters * of_parameter + activations)
         return SAFE * most
 
@@ -281,13 +281,16 @@ class Bounds:
             training.recompute,
         )
         if key not in self._layers:
-            one, two = (_whole_rank(config, layers) for layers in (1, 2))
-            self._layers[key] = Layer(*(b - a for a, b in zip(one, two, strict=True)))
+            shallow = _single_rank(config, 1)
+            deeper = _single_rank(config, 2)
+            self._layers[key] = Layer(
+                deeper.parameters - shallow.parameters, deeper.activations - shallow.activations
+            )
         return self._layers[key]
 
 
-def _whole_rank(config: Config, layers: int) -> tuple[int, int]:
-    """(parameters, bytes of activations) of a rank that holds a model of so many layers."""
+def _single_rank(config: Config, layers: int) -> Layer:
+    """What a rank holds that has a model of so many layers to itself, but for tensor ranks."""
     alone = {"pipeline_parallel_size": 1, "virtual_pipeline_size": 1, "schedule": "1f1b"}
     short = config.model_copy(
         update={
@@ -297,7 +300,7 @@ def _whole_rank(config: Config, layers: int) -> tuple[int, int]:
     )
     models = rank_models(short, 0)
     layout = rank_layout(short, backward_specs(models), 1)
-    return layout.size, models[0].activation_bytes(micro_batch_sizes(short))
+    return Layer(layout.size, models[0].activation_bytes(micro_batch_sizes(short)))
 
 
 def _enough(config: Config, gpus: int, gpu: Gpu, axes: Axes) -> str:

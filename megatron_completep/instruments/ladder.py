@@ -28,7 +28,8 @@ from megatron_completep.model.flops import training_flops_per_token
 
 FORMAT = 1
 LEAST_RUNGS = 4  # fewer give no fit: it has three unknowns
-LOOSE = 0.75  # of a rung's compute: that it is met matters less than that all have one N : L
+# Misses of a rung's compute, tried in this order: that all rungs have one N : L matters more.
+CLOSENESS = (0.75, 0.25, 0.03)
 STUDY_MISS = 0.1  # the largest miss of a rung's compute among the shapes compared at it
 LR_CHECK = (-1.0, 1.0)  # octaves from the proxy's learning rate, at both ends of the ladder
 
@@ -114,10 +115,10 @@ def plan(proxy: Config, wish: Wish) -> Ladder:
     rungs: list[Rung] = []
     for number in range(wish.rungs):
         flops = lowest * (wish.largest_flops / lowest) ** (number / (wish.rungs - 1))
-        asked = Asked(wish.ratio, per_parameter, flops=flops, close=LOOSE)
-        shape = family.choose(asked).shape
         if number == 0 and wish.smallest_flops is None:
             shape = own_shape
+        else:
+            shape = _rung_shape(family, wish, flops, rungs[-1].shape if rungs else None)
         rungs.append(Rung(f"{number + 1:02d}", shape, seeds[number]))
     _check_growth(rungs)
 
@@ -134,6 +135,19 @@ def plan(proxy: Config, wish: Wish) -> Ladder:
         study,
         _target(family, wish, rungs),
     )
+
+
+def _rung_shape(family: Family, wish: Wish, flops: float, below: Shape | None) -> Shape:
+    """The shape of a rung: of the ladder's ratio, or nearer to its compute where that is `below`'s.
+
+    The last one that was tried if none is larger, which `_check_growth` refuses.
+    """
+    for close in CLOSENESS:
+        asked = Asked(wish.ratio, wish.scaling.tokens_per_parameter, flops=flops, close=close)
+        shape = family.choose(asked).shape
+        if below is None or shape.flops_per_token > below.flops_per_token:
+            break
+    return shape
 
 
 def _study(family: Family, wish: Wish, own: Shape, flops: float) -> tuple[Shape, ...]:

@@ -213,6 +213,9 @@ def draw_law(ladder: Ladder, analyses: Sequence[RuleAnalysis]) -> Any:
         errors = 2 * law.noise.sigma / np.sqrt(law.counts) if law.noise.degrees > 0 else None
         panels[1].errorbar(law.flops, law.residuals, errors, fmt="o", capsize=3, color=color)
     panels[0].set(xscale="log", yscale="log", ylabel="loss, nats per token")
+    # Losses span less than a decade, whose ticks would be powers of ten times a number.
+    panels[0].yaxis.set_major_formatter("{x:.3g}")
+    panels[0].yaxis.set_minor_formatter("{x:.3g}")
     panels[1].axhline(0, color="#999999", linewidth=1)
     panels[1].set(xlabel="FLOPs of a run", ylabel="residual")
     panels[0].legend(fontsize=8)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ from megatron_completep.training.build import build_validation
 FORMAT = 1  # of a point's file; part of its key, so that a change of meaning runs everything anew
 WORKERS_PER_GPU = 6  # small runs leave a GPU idle most of the time; several processes share it
 LAST_PART = 0.1  # of the steps: their mean training loss is the figure where nothing is held out
+CURVE_PARTS = 100  # of a run: the means that a result keeps of its training losses
 Say = Callable[[str], None]
 
 
@@ -165,7 +166,8 @@ def run_point(
     `watch` gets the number and the loss of every step; what it raises ends the run.
 
     Returns validation_loss (None without held-out data), train_loss (mean over the last steps),
-    diverged, steps, tokens, flops and seconds.
+    diverged, steps, tokens, flops, seconds, and curve: the mean training losses of up to
+    CURVE_PARTS equal parts of the run.
     """
     started = time.perf_counter()
     context = ParallelContext.single(device)
@@ -199,7 +201,18 @@ def run_point(
         "tokens": tokens,
         "flops": tokens * training_flops_per_token(config.model),
         "seconds": time.perf_counter() - started,
+        "curve": curve_of(losses),
     }
+
+
+def curve_of(losses: Sequence[float]) -> list[float]:
+    """The means of up to CURVE_PARTS equal parts of a run, in order."""
+    parts = min(CURVE_PARTS, len(losses))
+    bounds = [part * len(losses) // parts for part in range(parts + 1)]
+    means = []
+    for start, stop in pairwise(bounds):
+        means.append(sum(losses[start:stop]) / (stop - start))
+    return means
 
 
 def run_and_keep(
@@ -287,6 +300,7 @@ def run_slurm(
     options: dict[str, Any],
     device: str,
     cluster: str = "slurm",
+    name: str = "lr_transfer",
 ) -> list[Any]:
     """Submit the missing points to Slurm as one array job; returns submitit's jobs.
 
@@ -294,7 +308,7 @@ def run_slurm(
     """
     rows = [(*_job_arguments(point, folder), device) for point in missing(points, folder)]
     (folder / "points").mkdir(parents=True, exist_ok=True)
-    executor = slurm_executor(folder, "lr_transfer", options, cluster)
+    executor = slurm_executor(folder, name, options, cluster)
     if not rows:
         return []
     # map_array takes one sequence an argument of the function, as map does.

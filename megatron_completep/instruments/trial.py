@@ -64,6 +64,21 @@ def change(config: Config, **sections: dict[str, Any]) -> Config:
     return changed
 
 
+def on_one_process(config: Config) -> Config:
+    """The configuration without a division over ranks, since that of one shape may fit no other."""
+    plain: dict[str, Any] = {
+        "tensor_parallel_size": 1,
+        "pipeline_parallel_size": 1,
+        "virtual_pipeline_size": 1,
+        "context_parallel_size": 1,
+        "schedule": "1f1b",
+        "pipeline_split": None,
+        "sequence_parallel": False,
+        "optimizer_shard_size": None,
+    }
+    return change(config, parallel=plain)
+
+
 def with_base(config: Config) -> Config:
     """The configuration with its base shape written out: its own shape where it names none."""
     model = config.model

@@ -22,6 +22,7 @@ from megatron_completep.config.remedies import (
 )
 from megatron_completep.config.rope_section import rope_problems
 from megatron_completep.config.schema import Config
+from megatron_completep.config.sharding_rules import sharding_problems
 from megatron_completep.config.world_rules import world_problems
 
 
@@ -496,6 +497,7 @@ RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _validation,
     _batch_ramp,
     graph_problems,
+    sharding_problems,
     _step_numbers,
     _checkpoint,
     _guards,

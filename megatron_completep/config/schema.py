@@ -178,6 +178,11 @@ class ParallelConfig(Section):
     sequence_parallel: bool = Field(
         False, description="Shard the residual stream along the sequence over tensor ranks."
     )
+    sharding: Literal["optimizer", "gradients"] = Field(
+        "optimizer",
+        description="What data ranks share: optimizer state (ZeRO-1), or full gradients too, which "
+        "are then reduced in every micro-batch (ZeRO-2).",
+    )
     optimizer_shard_size: PositiveInt | None = Field(
         None, description="Data ranks that share the optimizer; null: all of them."
     )

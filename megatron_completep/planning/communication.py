@@ -103,7 +103,7 @@ def collectives_per_step(
     collectives += _partial_gradients(config, specs, layout, shard_rank)
     collectives += _pipeline(config, models, micro_batches)
     collectives += _tied_gradients(config, specs, layout)
-    collectives += _data(config, layout, gradient_size)
+    collectives += _data(config, layout, gradient_size, micro_batches)
     stage_rank = shard_rank * config.parallel.tensor_parallel_size + tensor_rank
     collectives += _matrices(config, specs, layout, gradient_size, stage_rank)
     collectives += _world(config, world_size)
@@ -272,12 +272,16 @@ def _tied_gradients(
             yield Collective("pipeline", SEND, payload, 1, purpose)
 
 
-def _data(config: Config, layout: Layout, gradient_size: int) -> Iterator[Collective]:
+def _data(
+    config: Config, layout: Layout, gradient_size: int, micro_batches: int
+) -> Iterator[Collective]:
     """Gradients and parameters of every bucket between data ranks."""
     if gradient_size == 1:
         return
     shards = shard_count(config, gradient_size)
     gradient_bytes = 2 if config.parallel.gradient_dtype == "bf16" else wide_bytes(config)
+    # Full gradients that are not kept over the step are reduced in every micro-batch.
+    reductions = micro_batches if config.parallel.sharding == "gradients" else 1
     for bucket in layout.buckets:
         # Each rank receives the summed gradients of its shard and updates it; then the new
         # parameters are all-gathered.
@@ -285,7 +289,7 @@ def _data(config: Config, layout: Layout, gradient_size: int) -> Iterator[Collec
         parameters = bucket.size * element_bytes(config)
         if shards > 1:
             purpose = "gradients of a bucket, during backward"
-            yield Collective("shard", REDUCE_SCATTER, gradients, 1, purpose)
+            yield Collective("shard", REDUCE_SCATTER, gradients, reductions, purpose)
             purpose = "parameters of a bucket, during the next forward"
             yield Collective("shard", ALL_GATHER, parameters, 1, purpose)
         if shards < gradient_size:

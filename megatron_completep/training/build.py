@@ -272,6 +272,10 @@ def describe_run(
         without_effect += (
             "\nwarning: training.overlap_update = true changes nothing: a CPU has no second stream"
         )
+    if config.parallel.sharding == "gradients" and context.shard.size == 1:
+        without_effect += (
+            "\nwarning: parallel.sharding = gradients changes nothing: one rank shares with nobody"
+        )
     return (
         f"{model.num_layers} layers x {model.hidden_size}, {parameters:,} {where}, "
         f"{flops:,.1f} MFLOP a token\n"

@@ -345,6 +345,18 @@ RULES = [
         "parallel.tensor_parallel_size x pipeline_parallel_size = 1 x 2. Use 1 and 1, or",
     ),
     (
+        ["parallel.sharding=gradients", "parallel.pipeline_parallel_size=2"],
+        "(parallel.pipeline_parallel_size = 2) has several under way.",
+    ),
+    (
+        ["parallel.sharding=gradients", "parallel.optimizer_shard_size=1"],
+        "but parallel.optimizer_shard_size = 1. Use parallel.sharding = optimizer, or",
+    ),
+    (
+        ["parallel.sharding=gradients", "training.cuda_graph=true"],
+        "training.cuda_graph = true replays gradients in fixed memory, but parallel.sharding =",
+    ),
+    (
         ["training.cuda_graph=true", "training.batch_ramp={start: 32, increment: 8, steps: 10}"],
         "training.batch_ramp changes the number of micro-batches.",
     ),

@@ -140,6 +140,18 @@ IN_WORDS = {
         ["parallel.pipeline_parallel_size=1"],
         ["training.cuda_graph=false"],
     ],
+    "parallel.sharding=gradients parallel.pipeline_parallel_size=2": [
+        ["parallel.sharding=optimizer"],
+        ["parallel.pipeline_parallel_size=1"],
+    ],
+    "parallel.sharding=gradients parallel.optimizer_shard_size=1": [
+        ["parallel.sharding=optimizer"],
+        ["parallel.optimizer_shard_size=null"],
+    ],
+    "parallel.sharding=gradients training.cuda_graph=true": [
+        ["parallel.sharding=optimizer"],
+        ["training.cuda_graph=false"],
+    ],
     "training.cuda_graph=true training.batch_ramp={start: 32, increment: 8, steps: 10}": [
         ["training.batch_ramp=null"],
         ["training.cuda_graph=false"],

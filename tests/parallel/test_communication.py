@@ -25,6 +25,10 @@ RUNS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
         {"parallel": {"gradient_dtype": "bf16"}, "training": {"precision": "bf16"}},
     ),
     "data 4, optimizer over 2": (4, {"parallel": {"optimizer_shard_size": 2}, "model": TIED}),
+    "data 4, gradients over 2": (
+        4,
+        {"parallel": {"optimizer_shard_size": 2, "sharding": "gradients"}, "model": TIED},
+    ),
     "tensor 2": (2, {"parallel": {"tensor_parallel_size": 2}, "model": TIED}),
     "tensor 2, recomputed": (
         2,

@@ -94,7 +94,7 @@ def test_what_the_array_leaves_out_is_what_the_configuration_refuses():
     for (one, ones), (other, others) in itertools.combinations(FACTORS.items(), 2):
         for a, b in itertools.product(ones, others):
             if forbidden((one, a), (other, b)):
-                with pytest.raises(ConfigError, match="tensor_parallel_size"):
+                with pytest.raises(ConfigError, match=r"tensor_parallel_size|parallel\.sharding"):
                     config_of(first | {one: a, other: b})
 
 

@@ -369,6 +369,18 @@ class TrainingConfig(Section):
         "auto",
         description="Float32 products on a CPU; auto: onednn on AMD with AVX-512, else torch.",
     )
+    float8: Literal["none", "tensorwise"] = Field(
+        "none",
+        description="Products of hidden matrices in float8, with one scale an operand; faster on "
+        "GPUs from Hopper on, emulated elsewhere.",
+    )
+    float8_weight_gradient: Literal["high", "float8"] = Field(
+        "high", description="Operands of the weight gradient under float8: as they are, or rounded."
+    )
+    float8_least_size: PositiveInt = Field(
+        2048,
+        description="Matrices with a smaller dimension on a rank are left out of float8.",
+    )
     compile: bool = Field(
         False,
         description="Operations between products as torch.compile's: on a CPU in float32 and bf16.",

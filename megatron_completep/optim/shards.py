@@ -100,6 +100,7 @@ class Shards:
         flat_shard: buffer into which the update rule writes the rounded parameters before the
             all-gather; None if masters are gathered directly.
         started: the buckets whose reductions have started in this step, in order.
+        on_new_parameters: called when all of this rank's shard has new values.
     """
 
     def __init__(
@@ -127,9 +128,7 @@ class Shards:
         self.layout = self._lay_out(parallel)
         self._shard_ranks = {axis: r.shard.rank for axis, r in self.reductions.items()}
         self.segments: tuple[Segment, ...] = self.layout.segments(self._shard_ranks)
-
-        # Ignore axes over which no parameter is reduced.
-        axes = {bucket.axis for bucket in self.layout.buckets}
+        axes = {bucket.axis for bucket in self.layout.buckets}  # over which anything is reduced
         self._sharded = any(self.reductions[axis].shard.size > 1 for axis in axes)
         self._reduces = any(self.reductions[axis].size > 1 for axis in axes)
         self._make_buffers(precision)
@@ -139,6 +138,7 @@ class Shards:
         if not self._sharded and isinstance(self.gradients, WholeGradients):
             self.grad_shard = self.gradients.grad
 
+        self.on_new_parameters: list[Callable[[], None]] = []
         self.started: list[int] = []
         self._start_order: list[int] = []
         self._missing: Counter[int] = Counter()  # bucket -> parameters without their last gradient
@@ -293,9 +293,8 @@ class Shards:
                 self._wait_in_forward(chunk)
 
     def _wait_in_forward(self, chunk: nn.Module) -> None:
-        """Make each module wait, before it runs, for the buckets of the parameters it reads.
-
-        These are its own, and those of its `modules_read`, if it has that attribute.
+        """Make each module wait, before it runs, for the buckets of its own parameters, and of its
+        `modules_read`, if it has that attribute.
         """
         for module in chunk.modules():
             parameters = list(module.parameters(recurse=False))
@@ -303,8 +302,7 @@ class Shards:
             for read in getattr(module, "modules_read", ()):
                 parameters += read.parameters(recurse=False)
             buckets = sorted({self._bucket_of[p] for p in parameters})
-            # The reference to self may be strong: a module keeps its hooks in a dict, so the
-            # garbage collector sees the cycle.
+            # self may be strong: hooks of a module lie in a dict, which the collector sees.
             if buckets:
                 hook = partial(self._await_before_forward, tuple(buckets))
                 module.register_forward_pre_hook(hook)
@@ -455,6 +453,8 @@ class Shards:
         kinds: of the buckets that are gathered; None: of all whose gathers have not started yet,
             which ends the step.
         """
+        for call in self.on_new_parameters if kinds is None else ():
+            call()
         if not self._sharded:
             return
         for number in self._forward_order():

@@ -15,6 +15,7 @@ from torch.nn import Parameter
 from megatron_completep.optim import gradient_buckets
 from megatron_completep.optim.optimizer import DistributedOptimizer
 from megatron_completep.parallel.gradients import main_grad_of
+from megatron_completep.planning.scaling import rank_memory
 from tests.parallel.layouts import Case, assembled, copies, counted_tokens, micro_batches_of
 
 
@@ -22,10 +23,11 @@ from tests.parallel.layouts import Case, assembled, copies, counted_tokens, micr
 class Trained:
     """What one rank has after some steps."""
 
-    tensors: dict[str, Tensor]  # parameters, then this rank's states
+    parameters: dict[str, Tensor]
     grad_norms: list[float]
     live_bytes: int  # the most that full gradients took at once
     bucket_bytes: list[int]
+    planned_bytes: int  # of full gradients
     reused_bytes: int  # of the buckets whose parameters a micro-batch uses twice
 
 
@@ -82,16 +84,17 @@ def train(rank: int, case: Case, live: int = gradient_buckets.LIVE) -> Trained:
             loss_sum = run(batches, optimizer.next_micro_batch)
             tokens = counted_tokens(batches, context)
             norms.append(optimizer.step(1e-2, loss_sum, tokens).grad_norm.item())
-    states = {name: state.clone() for name, state in optimizer.states.items()}
+    optimizer.wait_for_parameters()
     shards = optimizer.shards
     size = shards.master.element_size()
     reused = {p.bucket for p in shards.layout.pieces if shards.specs[p.name].uses > 1}
     bucket_bytes = [bucket.size * size for bucket in shards.layout.buckets]
     return Trained(
-        {**copies(optimizer), **states},
+        copies(optimizer),
         norms,
         storages.most,
         [n for number, n in enumerate(bucket_bytes) if number not in reused],
+        rank_memory(config, 0, context.gradient.size, len(batches)).gradients,
         sum(bucket_bytes[number] for number in reused),
     )
 

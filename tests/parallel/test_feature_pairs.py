@@ -137,6 +137,7 @@ def test_overrides_that_the_first_stage_alone_sees_are_caught(pool, embeddings):
     row = row_with(overrides="ends", embeddings=embeddings) | {
         "layout": "pipeline 2, 1f1b, split 3 and 1",
         "dropout": "none",
+        "sharding": "optimizer",
     }
     found = problems(pool, row, OVERRIDES_ON_FIRST_STAGE)
     assert any("final_norm.weight" in line and "is not Group" in line for line in found), found
@@ -148,6 +149,7 @@ def test_ends_of_a_tied_embedding_that_go_their_own_ways_are_caught(pool):
     row = row_with(embeddings="tied") | {
         "layout": "pipeline 2, 1f1b, data 2",
         "dropout": "none",
+        "sharding": "optimizer",
         "heads": "4",
     }
     assert any("in tied embedding of tensor 0" in line for line in problems(pool, row, ENDS_ALONE))

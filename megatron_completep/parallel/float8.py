@@ -132,12 +132,14 @@ class Float8Matrix(Products):
     """The products of one weight [out, in], which is rounded once for all uses of a step.
 
     name: of the layer, where an instrument gave it one.
+    scaling: of inputs and gradients.
     """
 
     library: ClassVar[str] = "float8"
 
     def __init__(self, weight: Parameter, owner: Float8Products) -> None:
         self.name = ""
+        self.scaling = owner.scaling
         self._parameter = weight
         self._owner = owner
         self._rounded: Operand | None = None
@@ -208,7 +210,7 @@ class Float8Matrix(Products):
     def _round(
         self, x: Tensor, kind: str, axis: Axis | None = None, transpose: bool = False
     ) -> Operand:
-        amax = self._owner.scaling.largest(self, kind, x, axis)
+        amax = self.scaling.largest(self, kind, x, axis)
         return Operand(*kernels.float8_cast(x, amax, kind == GRADIENT, transpose))
 
 

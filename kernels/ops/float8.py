@@ -41,13 +41,15 @@ def float8_largest_of_segments_kernel(
 ) -> None:
     """Each program looks at one segment."""
     row = segments + tl.program_id(0).to(tl.int64) * 3
-    start = tl.load(row)
+    start = tl.multiple_of(tl.load(row), 64)
     length = tl.load(row + 1).to(tl.int32)
     group = tl.load(row + 2)
+    # The padding of a segment is zero, and is loaded too, or vectors of 128 bits would be split.
+    padded = tl.multiple_of((length + 63) // 64 * 64, 64)
     most = tl.zeros([BLOCK], dtype=tl.int32)
     for offset in range(0, length, BLOCK):
         i = offset + tl.arange(0, BLOCK)
-        x = tl.load(values + start + i, mask=i < length, other=0.0)
+        x = tl.load(values + start + i, mask=i < padded, other=0.0)
         most = tl.maximum(most, _magnitude_bits(x))
     tl.atomic_max(largest + group, tl.max(most, 0), sem="relaxed")
 
@@ -112,7 +114,9 @@ def launch_largest_of_segments(values: Tensor, segments: Tensor, groups: int) ->
     """float32 [groups]; `segments` as `device_segments` returns them."""
     largest = torch.zeros(groups, dtype=torch.int32, device=values.device)
     if segments.shape[0] > 0:
-        block, num_warps, _ = block_shape("float8_largest", values.dtype, values.device)
+        # The table was cut to the blocks of AdamW, whose threads load elements of 4 bytes.
+        block, num_warps, _ = block_shape("adamw", torch.float32, values.device)
+        num_warps = max(1, num_warps * values.element_size() // 4)
         grid = (segments.shape[0],)
         float8_largest_of_segments_kernel[grid](
             values, segments, largest, BLOCK=block, **options(num_warps)
@@ -186,7 +190,8 @@ def largest_magnitude(x: Tensor) -> Tensor:
 def largest_of_segments(values: Tensor, segments: Tensor, groups: int) -> Tensor:
     """float32 [groups]: the same for each group of segments of the flat `values`.
 
-    segments: int64 [k, 3]: start, length, group (`device_segments`). A group without any has 0.
+    segments: int64 [k, 3]: start, length, group (`device_segments`), padded with zeros to a
+        multiple of 64. A group without any has 0.
     """
     return _largest_of_segments(values, segments, groups)
 

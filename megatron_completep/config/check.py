@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from megatron_completep.config import derived
 from megatron_completep.config.context_rules import context_problems
 from megatron_completep.config.data_rules import source_problems, tokenizer_problems
+from megatron_completep.config.float8_rules import float8_problems
 from megatron_completep.config.graph_rules import graph_problems
 from megatron_completep.config.optimizer_rules import decay_problems, muon_problems
 from megatron_completep.config.remedies import (
@@ -498,6 +499,7 @@ RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _batch_ramp,
     graph_problems,
     sharding_problems,
+    float8_problems,
     _step_numbers,
     _checkpoint,
     _guards,

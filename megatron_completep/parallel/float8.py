@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron_completep import kernels
+from megatron_completep.config.float8_rules import MULTIPLE
 from megatron_completep.config.schema import TrainingConfig
 from megatron_completep.errors import ConfigError
 from megatron_completep.parallel.axis import Axis
@@ -37,7 +38,6 @@ from megatron_completep.roles import Role
 
 INPUT = "input"
 GRADIENT = "gradient"
-MULTIPLE = 16  # every dimension of a product must be one
 
 
 class Operand(NamedTuple):
@@ -234,13 +234,8 @@ def multiply(a: Operand, b: Operand, dtype: torch.dtype, fast: bool) -> Tensor:
     return F.linear(left, right).to(dtype)
 
 
-def require_float8(device: torch.device, precision: torch.dtype) -> None:
+def require_float8(device: torch.device) -> None:
     """Raises ConfigError where float8 products cannot run."""
-    if precision == torch.float64:
-        raise ConfigError(
-            "training.float8 = tensorwise rounds to 8 bits what training.precision = float64 "
-            "computes in 64. Use float8 = none, or precision bf16."
-        )
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         raise ConfigError(
             f"training.float8 = tensorwise needs a GPU with float8 units (Ada, Hopper or later), "

@@ -22,7 +22,7 @@ from megatron_completep.model.stages import whole_model
 from megatron_completep.optim.layout import Layout
 from megatron_completep.parallel.cross_entropy import LossConfig, Unembedding
 from megatron_completep.parallel.linear import ColumnParallelLinear, RowParallelLinear
-from megatron_completep.parallel.parameter import Spec
+from megatron_completep.parallel.parameter import Spec, spec_of
 from megatron_completep.planning.orthogonal import (
     division_of,
     exchanged_elements,
@@ -32,6 +32,7 @@ from megatron_completep.planning.orthogonal import (
 from megatron_completep.planning.sizes import (
     backward_specs,
     element_bytes,
+    float8_weights,
     micro_batch_sizes,
     rank_layout,
     rank_models,
@@ -106,6 +107,7 @@ def collectives_per_step(
     collectives += _data(config, layout, gradient_size, micro_batches)
     stage_rank = shard_rank * config.parallel.tensor_parallel_size + tensor_rank
     collectives += _matrices(config, specs, layout, gradient_size, stage_rank)
+    collectives += _weight_scales(config, specs, gradient_size)
     collectives += _world(config, world_size)
     return [collective for collective in collectives if collective.count]
 
@@ -153,6 +155,7 @@ def _tensor(config: Config, model: GPT, micro_batches: int) -> Iterator[Collecti
     embedding_calls = micro_batches if model.chunk_range.has_embedding else 0
     unembedding_calls = micro_batches if model.chunk_range.has_unembedding else 0
     column_calls = micro_batches * _count(model, ColumnParallelLinear)
+    rounded_calls = micro_batches * _count_rounded(config, model)
     row_calls = micro_batches * _count(model, RowParallelLinear)
     activation_elements = micro_batch_sizes(config).tokens * config.model.hidden_size
     payload = activation_elements * element_bytes(config)
@@ -160,9 +163,18 @@ def _tensor(config: Config, model: GPT, micro_batches: int) -> Iterator[Collecti
     def call(operation: str, count: int, purpose: str) -> Collective:
         return Collective("tensor", operation, payload, count, purpose)
 
+    def gathered_inputs(when: str) -> Iterator[Collective]:
+        """Inputs of column-parallel layers; in float8 a byte an element, behind their scale."""
+        purpose = f"inputs of attention and MLP, {when}"
+        yield call(ALL_GATHER, column_calls - rounded_calls, purpose)
+        narrow = f"{purpose}, in float8"
+        yield Collective("tensor", ALL_GATHER, activation_elements, rounded_calls, narrow)
+        scale = f"largest magnitude of the {purpose}"
+        yield Collective("tensor", ALL_REDUCE, 4, rounded_calls, scale)
+
     yield call(reduce, embedding_calls, "embeddings, forward")
     if split:
-        yield call(ALL_GATHER, column_calls, "inputs of attention and MLP, forward")
+        yield from gathered_inputs("forward")
     yield call(reduce, row_calls, "outputs of attention and MLP, forward")
     if model.chunk_range.has_unembedding:
         if split:
@@ -174,7 +186,7 @@ def _tensor(config: Config, model: GPT, micro_batches: int) -> Iterator[Collecti
         # Recomputation stops early (non-reentrant checkpoint): the last reduction of each layer is
         # not repeated, because backward does not need its result.
         if split:
-            yield call(ALL_GATHER, column_calls, "inputs of attention and MLP, recomputed")
+            yield from gathered_inputs("recomputed")
         recomputed_calls = row_calls - micro_batches * len(model.layers)
         purpose = "outputs of every branch of a layer except its last branch, recomputed"
         yield call(reduce, recomputed_calls, purpose)
@@ -210,6 +222,15 @@ def _context(config: Config, model: GPT, micro_batches: int) -> Iterator[Collect
 
 def _count(model: GPT, kind: type[nn.Module]) -> int:
     return sum(isinstance(module, kind) for module in model.modules())
+
+
+def _count_rounded(config: Config, model: GPT) -> int:
+    """Column-parallel layers with float8 products."""
+    specs = {}
+    for name, module in model.named_modules():
+        if isinstance(module, ColumnParallelLinear):
+            specs[name] = spec_of(module.weight)
+    return len(float8_weights(config, specs))
 
 
 def _losses(config: Config, unembedding: Unembedding, micro_batches: int) -> Iterator[Collective]:
@@ -316,6 +337,16 @@ def _matrices(
         yield Collective("stage", ALL_TO_ALL, packed * item_bytes, 1, purpose)
         purpose = "orthogonal factors from the owners"
         yield Collective("stage", ALL_TO_ALL, scattered * item_bytes, 1, purpose)
+
+
+def _weight_scales(
+    config: Config, specs: Mapping[str, Spec], gradient_size: int
+) -> Iterator[Collective]:
+    """The largest magnitudes of float8 weights, over all ranks that share them."""
+    matrices = len(float8_weights(config, specs))
+    ranks = shard_count(config, gradient_size) * config.parallel.tensor_parallel_size
+    if matrices and ranks > 1:
+        yield Collective("stage", ALL_REDUCE, 4 * matrices, 1, "scales of float8 weights")
 
 
 def _world(config: Config, world_size: int) -> Iterator[Collective]:

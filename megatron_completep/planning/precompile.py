@@ -23,10 +23,13 @@ from megatron_completep.kernels.library import LAUNCHERS
 from megatron_completep.model.block import BRANCHES
 from megatron_completep.model.gpt import GPT, ChunkRange
 from megatron_completep.model.stream import dropout_seeds
+from megatron_completep.optim.float8_weights import WeightScales
 from megatron_completep.optim.optimizer import DistributedOptimizer
 from megatron_completep.parallel.axis import Axis
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.cross_entropy import LossConfig
+from megatron_completep.parallel.float8 import Float8Products, float8_settings
+from megatron_completep.parallel.products import Products
 from megatron_completep.run.precision import DTYPES
 
 
@@ -81,11 +84,18 @@ def _step_without_data(config: Config) -> None:
     context = ParallelContext(device, tensor=tensor)
     table = table_of(config)
     loss = LossConfig.of(config.training)
+    products: Products = Products()
+    if config.training.float8 != "none":
+        products = Float8Products(products, float8_settings(config.training))
     with device:
         chunks = [
-            GPT(config.model, table, context, stage, loss) for stage in _shallow_stages(config)
+            GPT(config.model, table, context, stage, loss, products=products)
+            for stage in _shallow_stages(config)
         ]
     optimizers = [_optimizer(config, chunk, table, context) for chunk in chunks]
+    for optimizer in optimizers:
+        if isinstance(products, Float8Products):
+            WeightScales(products, optimizer.shards)
 
     own_length = config.model.seq_length // config.parallel.context_parallel_size
     batch = config.training.micro_batch_size, own_length

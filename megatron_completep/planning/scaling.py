@@ -34,6 +34,7 @@ from megatron_completep.planning.orthogonal import (
 )
 from megatron_completep.planning.sizes import (
     backward_specs,
+    float8_elements,
     micro_batch_sizes,
     rank_layout,
     rank_models,
@@ -271,7 +272,8 @@ def rank_memory(
     sizes = micro_batch_sizes(config)
     in_all_chunks = sum(chunks * model.activation_bytes(sizes) for model in models)
     return RankMemory(
-        parameters=layout.size * (narrow_size or wide_size),
+        # Rounded weights lie there twice, as they are and transposed, a byte an element.
+        parameters=layout.size * (narrow_size or wide_size) + 2 * float8_elements(config, specs),
         gradients=gradient_elements(config, specs, layout, shards) * wide_size,
         optimizer=wide_size * (state_elements(config, layout) - shares_master * layout.shard_size),
         activations=int(in_all_chunks / len(models)),

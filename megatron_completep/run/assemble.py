@@ -107,7 +107,7 @@ def _products_of(config: Config, context: ParallelContext, precision: torch.dtyp
     )
     if training.float8 == "none":
         return products
-    require_float8(context.device, precision)
+    require_float8(context.device)
     return Float8Products(products, float8_settings(training))
 
 

@@ -119,7 +119,7 @@ def planned_and_counted(
         step.run(batches, 2)
     step.optimizer.wait_for_parameters()
     axes = {name: getattr(context, name) for name in AXES}
-    if config.optimizer.type == "muon":
+    if config.optimizer.type == "muon" or config.training.float8 != "none":
         axes["stage"] = context.stage
     planned: Calls = Counter()
     for c in collectives_per_step(

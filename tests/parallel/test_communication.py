@@ -14,6 +14,7 @@ GROUPED = {"num_query_groups": 2, "bias": True, "norm": "layernorm"}
 CONTEXT = {"context_parallel_size": 2}
 SEQUENCE = {"tensor_parallel_size": 2, "sequence_parallel": True}
 
+FLOAT8 = {"float8": "tensorwise", "float8_least_size": 16, "precision": "bf16"}
 MUON = {"type": "muon", "muon": {"base_lr": 0.02, "precision": "master"}}
 SMALL_BATCHES = {**MUON, "muon": {**MUON["muon"], "exchange_megabytes": 0.02}}
 
@@ -77,6 +78,10 @@ RUNS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     "tensor 2, data 2, Muon": (
         4,
         {"parallel": SEQUENCE, "optimizer": MUON, "model": {"num_query_groups": 2}},
+    ),
+    "tensor 2 with sequence, data 2, float8, recomputed": (
+        4,
+        {"parallel": SEQUENCE, "training": {**FLOAT8, "recompute": "full"}},
     ),
     "context 2": (2, {"parallel": CONTEXT, "model": {"num_query_groups": 2}}),
     "context 2, tensor 2 with sequence, selectively recomputed": (

@@ -12,10 +12,13 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Parameter
 
+from megatron_completep.guards.hooks import SkippedSteps
 from megatron_completep.optim import gradient_buckets
 from megatron_completep.optim.optimizer import DistributedOptimizer
+from megatron_completep.parallel.exchange import Exchange
 from megatron_completep.parallel.gradients import main_grad_of
 from megatron_completep.planning.scaling import rank_memory
+from megatron_completep.training.build import describe_run
 from tests.parallel.layouts import Case, assembled, copies, counted_tokens, micro_batches_of
 
 
@@ -127,3 +130,26 @@ def reads_of_freed_gradients(rank: int, case: Case) -> list[str]:
         except (AssertionError, RuntimeError) as error:
             messages.append(str(error))
     return messages
+
+
+def origin_of_a_gradient_that_is_not_finite(rank: int, case: Case) -> tuple[str, str]:
+    """(the name of a parameter of one rank's shard, what every rank says of a NaN in its sum)."""
+    config, context, assembly = assembled(rank, case)
+    optimizer = assembly.optimizer
+    batches = micro_batches_of(0, config, context)
+    optimizer.begin_step(len(batches))
+    loss_sum = assembly.step.forward_backward(batches, optimizer.next_micro_batch)
+    optimizer.step(1e-2, loss_sum, counted_tokens(batches, context))
+    segment = optimizer.shards.segments[0]
+    if rank == 1:
+        optimizer.shards.grad_shard[segment.in_shard][0] = torch.nan
+    hook = SkippedSteps(
+        optimizer, context, config.training, Exchange(context, 1.0), 3, lambda text: None
+    )
+    return segment.name, hook._origin_of_sums("0-7")
+
+
+def warnings_of_a_start(rank: int, case: Case) -> str:
+    """What a start says of the run."""
+    config, context, assembly = assembled(rank, case)
+    return describe_run(config, context, assembly.precision, 1, assembly.chunks, assembly.products)

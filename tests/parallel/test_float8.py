@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from megatron_completep import kernels
 from megatron_completep.errors import ConfigError
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.float8 import Float8Products, Float8Settings, Operand, multiply
-from megatron_completep.parallel.parameter import Spec, make_parameter
+from megatron_completep.parallel.parameter import Spec, declare, make_parameter
 from megatron_completep.parallel.products import Products
 from megatron_completep.roles import Role
 from megatron_completep.run.assemble import assemble
@@ -159,3 +160,23 @@ def test_a_run_goes_on_from_its_masters_alone():
 def test_without_float8_no_layer_has_other_products():
     config = config_of({"training": {"float8": "none"}})
     assert not matrices_of(assemble(config, ParallelContext.single()))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("weight_gradient", ["high", "float8"])
+def test_a_gpu_computes_what_the_emulation_does(weight_gradient):
+    products, weight = products_of(256, 128, weight_gradient)
+    x, d_out = gaussian(64, 128), gaussian(64, 256, seed=1, scale=1e-3)
+    on_gpu = Parameter(weight.detach().cuda())
+    declare(on_gpu, Role.HIDDEN_WEIGHT, 128, 128)
+    settings = Float8Settings(weight_gradient, 16)
+    there = Float8Products(Products(), settings).of(on_gpu)
+    # Fast accumulation has some 14 bits.
+    out = there.forward(x.cuda(), on_gpu).cpu()
+    torch.testing.assert_close(out, products.forward(x, weight), rtol=1e-2, atol=1e-2)
+    d_x = there.input_gradient(d_out.cuda(), on_gpu).cpu()
+    torch.testing.assert_close(d_x, products.input_gradient(d_out, weight), rtol=1e-3, atol=1e-5)
+    total, total_there = torch.zeros(256, 128), torch.zeros(256, 128, device="cuda")
+    products.add_weight_gradient(total, d_out, x, True)
+    there.add_weight_gradient(total_there, d_out.cuda(), x.cuda(), True)
+    torch.testing.assert_close(total_there.cpu(), total, rtol=1e-3, atol=1e-5)

@@ -9,7 +9,12 @@ import pytest
 import torch
 
 from tests.parallel.layouts import Case
-from tests.parallel.sharded_gradients import reads_of_freed_gradients, train
+from tests.parallel.sharded_gradients import (
+    origin_of_a_gradient_that_is_not_finite,
+    reads_of_freed_gradients,
+    train,
+    warnings_of_a_start,
+)
 from tests.support.configs import TIED_GPT2
 
 BUCKETS = {"bucket_megabytes": 0.01}
@@ -78,3 +83,18 @@ def test_a_freed_gradient_raises_before_a_kernel_sees_it(pool):
     for messages in pool.run(2, reads_of_freed_gradients, sharded):
         assert len(messages) == 3
         assert all("was reduced and freed" in message for message in messages), messages
+
+
+def test_a_gradient_that_is_not_finite_is_named_by_its_sum(pool):
+    _, sharded = pair(2)
+    (_, said), (name, also_said) = pool.run(2, origin_of_a_gradient_that_is_not_finite, sharded)
+    assert said == also_said
+    assert f"Not finite in the sum over ranks: {name};" in said
+
+
+def test_a_start_says_where_there_is_nothing_to_share(pool):
+    whole, sharded = pair(1)
+    assert "parallel.sharding = gradients changes nothing" in warnings_of_a_start(0, sharded)
+    assert "changes nothing" not in warnings_of_a_start(0, whole)
+    for said in pool.run(2, warnings_of_a_start, pair(2)[1]):
+        assert "changes nothing" not in said

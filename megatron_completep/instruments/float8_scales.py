@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_completep.completep import table_of
+from megatron_completep.config.float8_rules import MULTIPLE
 from megatron_completep.config.schema import Config
 from megatron_completep.instruments.coordinate_check import Plan
 from megatron_completep.instruments.fits import log_log_slope
@@ -37,7 +38,7 @@ from megatron_completep.instruments.trial import (
 from megatron_completep.instruments.workers import processes
 from megatron_completep.parallel.axis import Axis
 from megatron_completep.parallel.context import ParallelContext
-from megatron_completep.parallel.float8 import GRADIENT, MULTIPLE, Dynamic, Float8Matrix, Scaling
+from megatron_completep.parallel.float8 import GRADIENT, Dynamic, Float8Matrix, Scaling
 
 Say = Callable[[str], None]
 TIMES = (0.0, 0.1, 0.5, 1.0)  # of a run, when magnitudes are taken

@@ -54,6 +54,11 @@ def launches_of_run(config: Config, architecture: str) -> list[Launch]:
             f"training.precision = {precision}: only bf16 and float32 runs launch Triton kernels. "
             "Choose one."
         )
+    if config.training.float8 != "none" and architecture in ("sm_80", "sm_86"):
+        raise ConfigError(
+            f"training.float8 = {config.training.float8} needs float8 units, which {architecture} "
+            "has not. Use float8 = none, or sm_89 and later."
+        )
     launches = record(lambda: _step_without_data(config), architecture)
     # Layers launch the same kernels again and again; Triton compiles each variant once.
     distinct = {_variant(launch): launch for launch in launches}

@@ -13,6 +13,7 @@ from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.float8 import Float8Products, Float8Settings, Operand, multiply
 from megatron_completep.parallel.parameter import Spec, declare, make_parameter
 from megatron_completep.parallel.products import Products
+from megatron_completep.planning.scaling import rank_memory
 from megatron_completep.roles import Role
 from megatron_completep.run.assemble import assemble
 from tests.parallel.float8_runs import (
@@ -147,6 +148,17 @@ def test_layouts_train_alike_up_to_the_scales_of_their_parts(pool, ranks, sectio
         assert outcome.losses == pytest.approx(expected, rel=1e-3)
     without = train(0, {"training": {"float8": "none"}}, steps=1).losses  # control
     assert without[0] != pytest.approx(expected[0], rel=1e-3)
+
+
+def test_the_plan_counts_the_rounded_weights_and_their_transposes():
+    planned = []
+    for float8 in ("tensorwise", "none"):
+        config = config_of({"training": {"float8": float8, "precision": "bf16"}})
+        planned.append(rank_memory(config, 0, 1, 1).parameters)
+    config = config_of({"training": {"precision": "bf16"}})
+    matrices = matrices_of(assemble(config, ParallelContext.single())).values()
+    held = sum(m.rounded().data.nbytes + m.rounded().transposed.nbytes for m in matrices)
+    assert planned[0] - planned[1] == held > 0
 
 
 def test_a_run_goes_on_from_its_masters_alone():

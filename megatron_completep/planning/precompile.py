@@ -149,7 +149,7 @@ def _variant(launch: Launch) -> tuple[Any, ...]:
         if isinstance(argument, torch.Tensor):
             # Storage begins aligned; a view may not.
             offset = argument.storage_offset() * argument.element_size()
-            return str(argument.dtype), offset % 16
+            return str(argument.dtype), offset % 16 == 0
         if isinstance(argument, bool) or not isinstance(argument, int):
             return type(argument)
         return argument == 1, argument % 16 == 0, abs(argument) >= 2**31

@@ -205,13 +205,13 @@ def gradient_factor(config: Config) -> float:
 def bounds_of(runs: Sequence[Run], factor: float) -> dict[str, float]:
     """Static magnitudes for a shape, from the proxy's runs under the same rule.
 
-    factor: `gradient_factor` of the shape; that of the proxy is 1.
+    factor: `gradient_factor` of the shape; the proxy has its own where it is not the base.
     """
     bounds: dict[str, float] = {}
     for run in runs:
         for site, magnitudes in run.amax.items():
-            scaled = max(magnitudes) * HEADROOM * (factor if site.endswith(GRADIENT) else 1.0)
-            bounds[site] = max(bounds.get(site, 0.0), scaled)
+            grown = factor / run.factor if site.endswith(GRADIENT) else 1.0
+            bounds[site] = max(bounds.get(site, 0.0), max(magnitudes) * HEADROOM * grown)
     return bounds
 
 

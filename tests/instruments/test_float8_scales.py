@@ -86,6 +86,8 @@ def test_exponents_are_those_behind_the_table_s_factor() -> None:
 def test_static_bounds_have_the_headroom_of_the_largest_moment_of_all_seeds() -> None:
     proxies = [run for run in made_up()[0] if run.rule == "model" and run.shape == BASE]
     assert bounds_of(proxies, 0.125) == {"mlp.up input": 12.0, "mlp.up gradient": 1.5}
+    others = [replace(run, factor=0.5) for run in proxies]  # the smallest shape is not the base
+    assert bounds_of(others, 0.125) == {"mlp.up input": 12.0, "mlp.up gradient": 3.0}
 
 
 def test_gradients_follow_what_the_table_multiplies(tmp_path: Path) -> None:

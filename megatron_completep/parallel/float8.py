@@ -190,7 +190,8 @@ class Float8Matrix(Products):
         assert transposed is not None
         # d_out W: the second operand of `multiply` is [in, out].
         d_x = multiply(rounded, Operand(transposed, scale), d_out.dtype, fast=False)
-        return d_x.view(*d_out.shape[:-1], d_x.shape[-1])
+        d_x = d_x.view(*d_out.shape[:-1], d_x.shape[-1])
+        return d_x if out is None else out.copy_(d_x)
 
     def add_weight_gradient(self, total: Tensor, d_out: Tensor, x: Tensor, first: bool) -> None:
         if self._owner.settings.weight_gradient == "high":

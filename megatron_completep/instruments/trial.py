@@ -244,6 +244,8 @@ def for_short_runs(
     training = {"train_steps": steps, "precision": precision, "recompute": "none"}
     # Instruments read masters and gradients between two steps.
     training["overlap_update"] = False
+    # Which of small matrices are converted says nothing about a large model.
+    training["float8"] = "none"
     settings = {**schedule, **following(config.optimizer, optimizer)}
     return change(config, optimizer=settings, training=training)
 

@@ -317,14 +317,22 @@ def run_slurm(
 
 
 def slurm_executor(folder: Path, name: str, options: dict[str, Any], cluster: str = "slurm") -> Any:
-    """submitit's executor, whose files go to `folder`/slurm. Raises UserError without submitit."""
+    """submitit's executor, whose files go to `folder`/slurm.
+
+    Raises UserError without submitit or Slurm, and for options that submitit does not know.
+    """
     # The package is optional, so it is imported only here.
     try:
         import submitit
     except ImportError as error:
         raise UserError("Slurm jobs need the package submitit: pip install submitit.") from error
-    executor = submitit.AutoExecutor(folder=str(folder / "slurm"), cluster=cluster)
-    executor.update_parameters(name=name, **options)
+    try:
+        executor = submitit.AutoExecutor(folder=str(folder / "slurm"), cluster=cluster)
+        executor.update_parameters(name=name, **options)
+    except (AssertionError, NameError, RuntimeError, TypeError, ValueError) as error:
+        # Its own words: "Could not detect srun", or the names of all options there are.
+        given = ", ".join(f"{key}={value}" for key, value in options.items())
+        raise UserError(f"--slurm {given}: submitit refuses it: {error}") from error
     return executor
 
 

@@ -151,8 +151,12 @@ def export_lines(model: ModelConfig, architecture: str = "auto") -> list[str]:
     lines = [f"export: as {', '.join(fitting)}" if fitting else NOT_EXPORTABLE]
     if architecture in reasons_against:
         lines.insert(0, f"export.architecture = {architecture} cannot express this model")
+    # Those against which the same is to be said share a line.
+    names_of: dict[str, list[str]] = {}
     for name, reasons in reasons_against.items():
-        lines.append(f"  not as {name}: {'; '.join(reasons)}")
+        names_of.setdefault("; ".join(reasons), []).append(name)
+    for joined_reasons, names in names_of.items():
+        lines.append(f"  not as {', '.join(names)}: {joined_reasons}")
     return lines
 
 

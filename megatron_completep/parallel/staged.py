@@ -134,7 +134,7 @@ class StagedGroup(dist.ProcessGroup):
         work = self._gloo.allreduce([host], reduce)
         return StagedWork(work, _copies([out], [host.chunk(self._ranks)[self._rank]]))
 
-    def all_to_all_single(  # type: ignore[override]
+    def all_to_all_single(
         self,
         out: Tensor,
         own: Tensor,

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Where names belong: the model, our names beside those of others, and examples for the user.
 ALLOWED = (
     "megatron_completep/model/",
-    "megatron_completep/interop/architectures.py",
+    "megatron_completep/interop/pieces.py",
     "megatron_completep/interop/reference_names.py",
     "megatron_completep/config/schema.py",
 )

@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         print(f"wrote {report.folder}: {report.architecture}, {size}, {len(report.files)} files")
         if comparison is not None:
             print(
-                "largest difference of a logit to transformers': "
+                "difference of logits to transformers': "
                 f"{comparison.relative_difference:.2e} of the largest logit"
             )
             if "texts" in result["check"]:

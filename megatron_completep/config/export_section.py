@@ -14,9 +14,18 @@ TokenIdName = Literal["bos_token_id", "eos_token_id", "pad_token_id"]
 class ExportConfig(Section):
     """What a Hugging Face folder says beside the weights; an import keeps the original's here."""
 
-    architecture: Literal["auto", "granite", "llama", "qwen3", "qwen2", "mistral", "gpt2"] = Field(
-        "auto", description="Stock architecture; auto: what keeps or needs no multipliers."
-    )
+    architecture: Literal[
+        "auto",
+        "granite",
+        "llama",
+        "qwen3",
+        "qwen2",
+        "mistral",
+        "granitemoe",
+        "granitemoeshared",
+        "mixtral",
+        "gpt2",
+    ] = Field("auto", description="Stock architecture; auto: what keeps or needs no multipliers.")
     max_position_embeddings: PositiveInt | None = Field(
         None, description="Longest sequence that config.json names; null: model.seq_length."
     )

@@ -24,7 +24,7 @@ TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 class Comparison:
     """Logits of the folder in transformers against ours, in float32 on the same random tokens."""
 
-    relative_difference: float  # largest difference / largest logit
+    relative_difference: float  # largest difference (see `check_export`) / largest logit
     tolerance: float  # for the folder's type
     tokens: int
 
@@ -97,6 +97,10 @@ def check_export(
 ) -> Comparison:
     """Compare logits of both models on random tokens [batch, length].
 
+    Where weights of experts are rounded to 16 bits, some tokens that stood between two experts go
+    to the other one, and have other logits by right. There the difference is the median over the
+    tokens of the largest of each; a multiplier that is left out changes every token.
+
     Raises ConfigError where the logits have another shape or transformers is not installed.
     """
     config, our_model = load_model(checkpoint, torch.device("cpu"), torch.float32)
@@ -114,6 +118,8 @@ def check_export(
             f"{folder}: logits of shape {list(logits.shape)}, the checkpoint's model gives "
             f"{list(expected.shape)}."
         )
-    largest_difference = (logits - expected).abs().max()
-    relative_difference = (largest_difference / expected.abs().max()).item()
+    token_differences = (logits - expected).abs().amax(-1)
+    some_go_elsewhere = config.model.moe is not None and dtype != "float32"
+    difference = token_differences.median() if some_go_elsewhere else token_differences.max()
+    relative_difference = (difference / expected.abs().max()).item()
     return Comparison(relative_difference, TOLERANCES[dtype], tokens.numel())

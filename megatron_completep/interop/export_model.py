@@ -24,16 +24,11 @@ from megatron_completep.config.schema import TokenizerConfig
 from megatron_completep.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_completep.errors import ConfigError, DataError, pairs_text
 from megatron_completep.inference.generation import find_checkpoint, tokenizer_of_run
-from megatron_completep.interop.architectures import (
-    Folding,
-    Piece,
-    choose_architecture,
-    fold,
-    pieces,
-)
+from megatron_completep.interop.architectures import choose_architecture, fold
 from megatron_completep.interop.hf_config import to_hf
 from megatron_completep.interop.hf_tokenizer import write_tokenizer
 from megatron_completep.interop.model_card import model_card
+from megatron_completep.interop.pieces import Folding, Piece, pieces
 from megatron_completep.interop.tensor_files import write_tensors
 
 ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -253,9 +248,10 @@ class Values:
 
 def cut(piece: Piece, parameter: Tensor) -> Tensor:
     """The Hugging Face tensor of a piece, from our whole parameter."""
+    whole = parameter if piece.expert is None else parameter[piece.expert]
     ranges = []
     for start, stop, factor in piece.rows:
-        rows = parameter[start:stop]
+        rows = whole[start:stop]
         ranges.append(rows if factor == 1.0 else _scaled(rows, factor))
     # One range is not copied.
     stacked = ranges[0] if len(ranges) == 1 else torch.cat(ranges)

@@ -6,12 +6,17 @@ import math
 from typing import Any
 
 from megatron_completep.completep import Table
-from megatron_completep.config.derived import head_dim, num_query_groups
+from megatron_completep.config.derived import (
+    expert_ffn_hidden_size,
+    head_dim,
+    num_query_groups,
+)
 from megatron_completep.config.schema import ModelConfig
 from megatron_completep.errors import ConfigError
-from megatron_completep.interop.architectures import ARCHITECTURES, CLASSES
+from megatron_completep.interop.architectures import ARCHITECTURES, CLASSES, KEEPS_MULTIPLIERS
 from megatron_completep.interop.hf_reader import MOST, Reader, shown
 from megatron_completep.interop.hf_rope import rope_base, rope_scaling
+from megatron_completep.interop.pieces import WITH_EXPERTS
 
 MOST_PARTS = 10_000  # layers and heads; more are a mistake
 _GELU_NAMES = {"gelu": "gelu", "gelu_tanh": "gelu_new"}
@@ -57,13 +62,15 @@ def to_hf(
     # transformers knows these keys for some of the architectures only.
     if architecture in ("llama", "granite"):
         config_json["mlp_bias"] = model.bias
-    if architecture in ("llama", "granite", "qwen3"):
+    if architecture in ("llama", "qwen3", *KEEPS_MULTIPLIERS):
         config_json["attention_bias"] = model.bias
     if architecture in ("qwen2", "qwen3"):
         config_json |= {"use_sliding_window": False, "sliding_window": None}
-    if architecture == "mistral":
-        config_json["sliding_window"] = None  # a missing one would be of 4096 tokens
-    if architecture == "granite":
+    if architecture in ("mistral", "mixtral"):
+        config_json["sliding_window"] = None  # Mistral's missing one would be of 4096 tokens
+    if architecture in WITH_EXPERTS:
+        config_json |= _to_experts(architecture, model)
+    if architecture in KEEPS_MULTIPLIERS:
         config_json |= {
             "embedding_multiplier": model.input_multiplier,
             "residual_multiplier": table.residual_multiplier,
@@ -92,6 +99,20 @@ def _to_llama(model: ModelConfig) -> dict[str, Any]:
         "rope_parameters": {**rope, "rope_theta": model.rope_base},
         "attention_dropout": 0.0,
     }
+
+
+def _to_experts(architecture: str, model: ModelConfig) -> dict[str, Any]:
+    """What the architectures with experts add or say otherwise."""
+    assert model.moe is not None
+    experts: dict[str, Any] = {
+        "intermediate_size": expert_ffn_hidden_size(model),
+        "num_local_experts": model.moe.num_experts,
+        "num_experts_per_tok": model.moe.top_k,
+        "output_router_logits": False,
+    }
+    if architecture == "granitemoeshared":
+        experts["shared_intermediate_size"] = model.moe.shared_ffn_hidden_size or 0
+    return experts
 
 
 def _to_gpt2(model: ModelConfig) -> dict[str, Any]:
@@ -165,9 +186,19 @@ _MISTRAL = {
     "max_position_embeddings": 131072,
     "sliding_window": 4096,
 }
+_MIXTRAL = _LLAMA | {
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "num_experts_per_tok": 2,
+    "rope_theta": 1e6,
+}
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": _LLAMA,
     "granite": _LLAMA,
+    "granitemoe": _LLAMA | {"num_experts_per_tok": 2},
+    "granitemoeshared": _LLAMA | {"num_experts_per_tok": 2},
+    "mixtral": _MIXTRAL,
     "qwen2": _QWEN2,
     "qwen3": _QWEN2 | {"head_dim": 128},
     "mistral": _LLAMA | _MISTRAL,
@@ -202,18 +233,42 @@ def _from_llama(read: Reader, architecture: str) -> dict[str, Any]:
         "qk_norm": architecture == "qwen3",
         "tied_embeddings": read.flag("tie_word_embeddings", False),
     }
-    if architecture == "granite":
+    if architecture in KEEPS_MULTIPLIERS:
         model |= _granite_multipliers(read, head_size)
+    if architecture in WITH_EXPERTS:
+        model["moe"] = _experts(read, architecture)
+    if architecture in ("granitemoe", "granitemoeshared") and heads * head_size != hidden:
+        read.problems.append(
+            f"head_dim = {head_size}: its heads are hidden_size / num_attention_heads = {hidden} / "
+            f"{heads} wide, as versions of transformers and other programs read it"
+        )
     return model
 
 
+def _experts(read: Reader, architecture: str) -> dict[str, Any]:
+    """`model.moe` of an architecture whose layers all have experts."""
+    shared = None
+    # 0 stands for none.
+    if architecture == "granitemoeshared" and read.entries.get("shared_intermediate_size"):
+        shared = read.number("shared_intermediate_size")
+    return {
+        "num_experts": read.number("num_local_experts", largest=MOST_PARTS),
+        "top_k": read.number("num_experts_per_tok", largest=MOST_PARTS),
+        "ffn_hidden_size": read.number("intermediate_size"),
+        "shared_ffn_hidden_size": shared,
+        "gate": "softmax",
+        "balance": "none",
+    }
+
+
 def _has_biases(read: Reader, architecture: str) -> bool:
-    """Whether all linear layers have biases; Qwen2's and Mistral's choice is not in config.json."""
-    if architecture in ("qwen2", "mistral"):
+    """Whether all linear layers have biases; some architectures' choice is not in config.json."""
+    if architecture in ("qwen2", "mistral", "mixtral"):
         return False
-    # Qwen3 has no mlp_bias, so a bias of its attention alone is caught here as well.
+    # These have no mlp_bias, so a bias of their attention alone is caught here as well.
+    without = ("qwen3", "granitemoe", "granitemoeshared")
     attention_bias = read.flag("attention_bias", False)
-    mlp_bias = architecture != "qwen3" and read.flag("mlp_bias", False)
+    mlp_bias = architecture not in without and read.flag("mlp_bias", False)
     if attention_bias != mlp_bias:
         read.problems.append(
             f"attention_bias = {shown(attention_bias)}, mlp_bias = {shown(mlp_bias)}: our linear "
@@ -226,7 +281,7 @@ def _refuse_windows(read: Reader, architecture: str) -> None:
     """Note layers that see a part of the sequence only."""
     reason = "our attention sees the whole sequence"
     window = read.entry("sliding_window")
-    if architecture == "mistral" and window is not None:
+    if architecture in ("mistral", "mixtral") and window is not None:
         missing = "" if "sliding_window" in read.entries else " (where it is missing)"
         read.problems.append(f"sliding_window = {shown(window)}{missing}: {reason}")
     if architecture not in ("qwen2", "qwen3"):

@@ -13,7 +13,7 @@ from megatron_completep.config.schema import RopeScalingConfig
 from megatron_completep.interop.hf_reader import Reader, shown
 
 _KEYS = ("rope_scaling", "rope_parameters")
-_DEFAULT_BASE = 10000.0  # of all architectures
+_DEFAULT_BASE = 10000.0  # of an architecture that names no other
 _NUMBERS = {
     "factor",
     "low_freq_factor",
@@ -39,7 +39,7 @@ def rope_base(read: Reader) -> float:
         if isinstance(entry, dict) and entry.get("rope_theta") is not None:
             values[f"{key}.rope_theta"] = entry["rope_theta"]
     _refuse_contradiction(read, values)
-    base = next(iter(values.values()), _DEFAULT_BASE)
+    base = next(iter(values.values()), read.defaults.get("rope_theta", _DEFAULT_BASE))
     # The base may come from an inner object, so a reader of that one entry checks it.
     return float(Reader({"rope_theta": base}, read.problems).number("rope_theta", kind=float))
 

@@ -45,11 +45,11 @@ from megatron_completep.data.beginning import shown as shown_beginning
 from megatron_completep.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_completep.errors import ConfigError, DataError
 from megatron_completep.files import new_folder, write_whole
-from megatron_completep.interop.architectures import Folding, Piece, pieces
 from megatron_completep.interop.hf_config import from_hf, longest_sequence
 from megatron_completep.interop.hf_reader import shown
 from megatron_completep.interop.hf_tokenizer import COMPANIONS
 from megatron_completep.interop.model_folder import ModelFolder
+from megatron_completep.interop.pieces import Folding, Piece, pieces
 from megatron_completep.interop.tensor_files import SINGLE, TensorFolder
 from megatron_completep.interop.tensor_values import (
     HEAD,
@@ -131,7 +131,7 @@ def import_model(
         # Said outright, since the copies alone need not tell it.
         tokenizer["prepend_bos"] = bool(read_tokenizer.beginning)
     export = _export_section(files, architecture, config_json, model["seq_length"])
-    config = _configuration(model, output, tokenizer, export, precision, overrides)
+    config = _configuration(model_config, output, tokenizer, export, precision, overrides)
     table = table_of(config)
     parameters = _parameters(config.model, table)
     elements = _number_of_elements(parameters)
@@ -364,7 +364,7 @@ def _tokenizer_setting(copies: dict[Path, Path]) -> dict[str, Any] | None:
 
 
 def _configuration(
-    model: dict[str, Any],
+    model: ModelConfig,
     output: Path,
     tokenizer: dict[str, Any] | None,
     export: dict[str, Any],
@@ -376,7 +376,7 @@ def _configuration(
     Raises ConfigError where an override would make the model another function.
     """
     mapping = {
-        "model": model,
+        "model": model.model_dump(exclude_none=True),
         "completep": {"parameterization": "sp"},
         "optimizer": {
             "base_lr": 2e-5,
@@ -400,9 +400,8 @@ def _configuration(
     config = config_from_mapping(mapping, overrides, name="configuration of the import")
     # The imported tensors fit the imported settings alone.
     changed = []
-    plain_model = config.model.model_dump(exclude_none=True)
-    for name, setting in model.items():
-        if plain_model.get(name) != setting:
+    for name in sorted(model.model_fields_set):
+        if getattr(config.model, name) != getattr(model, name):
             changed.append(f"model.{name}")
     if changed:
         raise ConfigError(
@@ -567,8 +566,9 @@ def _assemble(
 def _put(piece: Piece, tensor: Tensor, parameter: Tensor) -> None:
     """Copy a Hugging Face tensor into the rows of our parameter that it holds."""
     rows = tensor.t() if piece.transposed else tensor
+    whole = parameter if piece.expert is None else parameter[piece.expert]
     position = 0
     for start, stop, _ in piece.rows:
         count = stop - start
-        parameter[start:stop].copy_(rows[position : position + count])
+        whole[start:stop].copy_(rows[position : position + count])
         position += count

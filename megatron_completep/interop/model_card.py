@@ -12,7 +12,7 @@ from megatron_completep.planning.plan import describe
 _MEANING = {
     "embedding": "token (and position) embeddings",
     "query": "the q projection, or the gain of the norm on queries",
-    "branch": "the output projections of attention and MLP, with their biases",
+    "branch": "the output projections of attention, MLP and experts, with their biases",
     "final_norm": "the final norm",
     "unembedding": "the unembedding (`lm_head`)",
 }

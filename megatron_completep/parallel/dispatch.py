@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_completep.errors import ExpertsDoNotFit
 from megatron_completep.parallel.axis import Axis
-from megatron_completep.parallel.collectives import start_all_to_all
+from megatron_completep.parallel.collectives import read_on_host, start_all_to_all
 
 
 class Dispatch:
@@ -61,7 +61,7 @@ class Dispatch:
         received_counts = self._counting.wait().view(self._axis.size, -1)
         sent_counts = self.counts.view(self._axis.size, -1)
         # The only values of a layer that the host waits for.
-        sent, received = torch.stack([sent_counts, received_counts]).tolist()
+        sent, received = read_on_host(torch.stack([sent_counts, received_counts]))
         self._sizes = [sum(column) for column in zip(*received, strict=True)]
         rows: Tensor = _Spread.apply(  # type: ignore[no-untyped-call]
             tokens, self._order, self._place, self._top_k

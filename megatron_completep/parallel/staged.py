@@ -134,9 +134,26 @@ class StagedGroup(dist.ProcessGroup):
         work = self._gloo.allreduce([host], reduce)
         return StagedWork(work, _copies([out], [host.chunk(self._ranks)[self._rank]]))
 
-    # The names of the two before torch 2.13.
+    def all_to_all_single(
+        self,
+        out: Tensor,
+        own: Tensor,
+        output_split_sizes: list[int],
+        input_split_sizes: list[int],
+        opts: Any = None,
+    ) -> StagedWork:
+        """Consecutive runs of own, one for each rank, in the sizes given; empty: all are equal."""
+        host = torch.empty_like(out, device="cpu")
+        opts = dist.AllToAllOptions() if opts is None else opts
+        work = self._gloo.alltoall_base(
+            host, _on_host(own), output_split_sizes, input_split_sizes, opts
+        )
+        return StagedWork(work, _copies([out], [host]))
+
+    # The names of the three before torch 2.13.
     _allgather_base = all_gather_single  # type: ignore[assignment]
     _reduce_scatter_base = reduce_scatter_single  # type: ignore[assignment]
+    alltoall_base = all_to_all_single  # type: ignore[assignment]
 
     def send(self, tensors: Sequence[Tensor], dstRank: int, tag: int = 0) -> StagedWork:
         hosts = [_on_host(tensor) for tensor in tensors]

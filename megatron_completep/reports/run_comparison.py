@@ -22,6 +22,11 @@ START = 0.05  # of the longest curve: its fall may run out of the picture of the
 LAST = 20  # steps whose mean is called the last training loss
 SOURCES = ("validation_loss/",)  # of one validation source
 TELEMETRY = ("activation_rms/final", "attention_logit_max", "update_ratio/")
+EXPERTS = ("expert_", "dead_experts", "dropped_tokens")
+ROUTING = (
+    "How tokens go to experts, in the first, the middle and the last layer that has them. "
+    "docs/experts.md says what each figure is."
+)
 Across = Callable[[Run], "np.ndarray[Any, Any] | None"]
 Panel = tuple[str, str, bool]  # (key of a row, what it is, whether its axis is logarithmic)
 OPTIMIZER_PANELS: list[Panel] = [
@@ -53,6 +58,7 @@ def compare(runs: Sequence[Run], title: str = "") -> Report:
         "it is divided out."
     )
     _gallery(report, "Parameterization", runs, _panels(runs, TELEMETRY, log=True), explanation)
+    _gallery(report, "Experts", runs, _expert_panels(runs), ROUTING)
     _settings(report, runs)
     return report
 
@@ -64,6 +70,26 @@ def _panels(runs: Sequence[Run], prefixes: tuple[str, ...], log: bool) -> list[P
         for row in run.rows:
             keys.update(key for key in row if key.startswith(prefixes))
     return [(key, key.replace("/", " of ").replace("_", " "), log) for key in sorted(keys)]
+
+
+def _expert_panels(runs: Sequence[Run]) -> list[Panel]:
+    """The figures of experts; of those by layer (KIND/layers.N) three layers, as there are many."""
+    panels_of: dict[str, list[Panel]] = {}
+    for panel in _panels(runs, EXPERTS, log=False):
+        kind, _, _ = panel[0].partition("/")
+        panels_of.setdefault(kind, []).append(panel)
+    chosen: list[Panel] = []
+    for panels in panels_of.values():
+        panels.sort(key=lambda panel: _layer_number(panel[0]))
+        places = sorted({0, len(panels) // 2, len(panels) - 1})
+        chosen += [panels[place] for place in places]
+    return chosen
+
+
+def _layer_number(key: str) -> int:
+    """N of KIND/layers.N; 0 of a figure of the whole model."""
+    _, _, number = key.partition("/layers.")
+    return int(number) if number.isdigit() else 0
 
 
 def summarize(run: Run) -> dict[str, Any]:

@@ -4,6 +4,7 @@ and instead of the end of the process an event.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from datetime import timedelta
@@ -12,11 +13,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from megatron_completep.guards import watchdog as module
 from megatron_completep.guards.watchdog import Watchdog
 from megatron_completep.launch import Launch
+from megatron_completep.parallel.axis import Axis
+from megatron_completep.parallel.dispatch import Dispatch
 
 NEVER = threading.Event()
 
@@ -191,3 +197,28 @@ def test_asking_is_bounded_for_each_rank() -> None:
             raise RuntimeError("timeout")
 
     assert module.ask(Store(), 3, 0.5) is None and asked == [timedelta(seconds=0.5)]
+
+
+class HostReads(TorchFunctionMode):
+    """Notes of every read by the host whether the watchdog takes it for waiting."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting: list[bool] = []
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function is Tensor.tolist:
+            self.waiting.append(module.where(sys._getframe())[1])
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_host_that_reads_the_numbers_of_experts_tokens_waits_for_the_others() -> None:
+    """On a GPU it stands there in a hang; the control is a read of this rank's own numbers."""
+    dispatch = Dispatch(torch.tensor([[0, 1], [1, 2]]), 4, Axis("expert", 0, 1), layer=0)
+    with HostReads() as reads:
+        dispatch.to_experts(torch.ones(2, 3))
+        dispatch.counts.tolist()
+    assert reads.waiting == [True, False]
+    assert dispatch.sizes == [1, 2, 1, 0]

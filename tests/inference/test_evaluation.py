@@ -54,9 +54,13 @@ def plain_score(scorer: Scorer, context: list[int], target: list[int]) -> float:
     )
 
 
-@pytest.mark.parametrize("position", ["rope", "alibi"])
-def test_batched_likelihoods_are_those_of_each_sequence_alone(position: str) -> None:
-    scorer = small_scorer(position=position)
+@pytest.mark.parametrize(
+    "changes",
+    [{"position": "rope"}, {"position": "alibi"}, {"moe": {"num_experts": 4, "top_k": 2}}],
+    ids=["rope", "alibi", "experts"],
+)
+def test_batched_likelihoods_are_those_of_each_sequence_alone(changes: dict[str, Any]) -> None:
+    scorer = small_scorer(**changes)
     generator = np.random.default_rng(0)
     # (50, 4): the context is cut to fit
     sizes = [(1, 1), (5, 3), (20, 2), (1, 32), (50, 4), (3, 0), (2, 9)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -146,12 +147,14 @@ def test_equal_seeds_give_equal_texts_and_others_do_not() -> None:
 PROMPTS = [[5, 9, 200], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9], [40, 41, 42, 43, 44, 45]]
 
 
-@pytest.mark.parametrize("position", ["rope", "learned", "alibi"])
+@pytest.mark.parametrize("kind", ["rope", "learned", "alibi", "experts"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_batch_of_prompts_of_any_lengths_gives_what_each_gives_alone(
-    position: str, temperature: float
+    kind: str, temperature: float
 ) -> None:
-    gpt, sampling = small_model(position=position), Sampling(temperature, 1.0, 12)
+    experts: dict[str, Any] = {"moe": {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 24}}
+    gpt = small_model(**(experts if kind == "experts" else {"position": kind}))
+    sampling = Sampling(temperature, 1.0, 12)
 
     def seeded() -> list[torch.Generator]:
         return [torch.Generator().manual_seed(100 + number) for number in range(len(PROMPTS))]

@@ -1,4 +1,4 @@
-"""Sixty configurations of models that people import: right, or refused with the true reason.
+"""Configurations of models that people import: right, or refused with the true reason.
 
 `RIGHT`: name -> (family of transformers, settings of its configuration, entries of config.json that
 are written over what save_pretrained wrote; None takes an entry out). `REFUSED`: name -> (the same,
@@ -37,6 +37,14 @@ GRANITE: dict[str, Any] = {
     "residual_multiplier": 0.22,
     "attention_multiplier": 0.0078125,
     "logits_scaling": 8.0,
+}
+
+
+EXPERTS: dict[str, Any] = {
+    **SHAPE,
+    "intermediate_size": 24,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
 }
 
 
@@ -146,6 +154,29 @@ RIGHT: Right = {
         {**SHAPE, **GRANITE, "attention_bias": True, "mlp_bias": True},
         {},
     ),
+    "GraniteMoe": ("GraniteMoe", {**EXPERTS, **GRANITE}, {}),
+    "GraniteMoeShared, tied, 3 of 4 experts": (
+        "GraniteMoeShared",
+        {
+            **EXPERTS,
+            **GRANITE,
+            "num_experts_per_tok": 3,
+            "shared_intermediate_size": 20,
+            "tie_word_embeddings": True,
+        },
+        {},
+    ),
+    "GraniteMoeShared without a shared MLP": (
+        "GraniteMoeShared",
+        {**EXPERTS, "shared_intermediate_size": 0},
+        {},
+    ),
+    "Mixtral": ("Mixtral", EXPERTS, {}),
+    "Mixtral, wide heads, its own base": (
+        "Mixtral",
+        {**EXPERTS, "head_dim": 12, "num_experts_per_tok": 1},
+        {"rope_parameters": ...},
+    ),
     "GPT-2": ("GPT2", {**GPT2, "n_positions": 96}, {}),
     "GPT-2, untied, erf": (
         "GPT2",
@@ -230,6 +261,14 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         _WINDOW,
     ),
     "Qwen3's biases": ("Qwen3", {"attention_bias": True}, "attention_bias = true"),
+    "Mixtral's window": ("Mixtral", {"sliding_window": 4096}, _WINDOW),
+    "Mixtral, more experts for a token than there are": (
+        "Mixtral",
+        {"num_experts_per_tok": 5},
+        "model.moe.top_k = 5 is more than",
+    ),
+    "GraniteMoe's biases": ("GraniteMoe", {"attention_bias": True}, "attention_bias = true"),
+    "GraniteMoe's heads": ("GraniteMoe", {"head_dim": 12}, "hidden_size / num_attention_heads"),
     "GPT-2, scaled by layer": (
         "GPT2",
         {"scale_attn_by_inverse_layer_idx": True},

@@ -24,9 +24,11 @@ from megatron_completep.interop.export_model import ExportSettings, export_model
 from megatron_completep.parallel.context import ParallelContext
 from tests.support.configs import GPT2, TIED_GPT2
 from tests.support.exports import (
+    EXPERTS,
     FACTORS,
     LLAMA,
     QWEN3,
+    SHARED_EXPERTS,
     TIED_LLAMA,
     checkpoint,
     export_config,
@@ -45,6 +47,13 @@ CASES: dict[str, tuple[str, float, dict[str, Any]]] = {
     "llama_tied": ("llama", 1.0, TIED_LLAMA),
     "qwen3": ("qwen3", 1.0, QWEN3),
     "qwen3_tied": ("qwen3", 0.5, TIED_QWEN3),
+    "granitemoe": ("granitemoe", 1.0, {**LLAMA, "moe": EXPERTS}),
+    "granitemoeshared_tied": (
+        "granitemoeshared",
+        0.5,
+        {"tied_embeddings": True, "moe": SHARED_EXPERTS},
+    ),
+    "mixtral": ("mixtral", 0.5, {**LLAMA, "head_dim": 12, "moe": EXPERTS}),
     "gpt2": ("gpt2", 0.5, GPT2),
     "gpt2_tied": ("gpt2", 1.0, TIED_GPT2),
     "gpt2_grouped_without_biases": (
@@ -74,12 +83,13 @@ def test_logits_of_the_exported_model_equal_ours(name: str, run_of, tmp_path: Pa
     report = export_model(run_of(name), tmp_path / "out", ExportSettings(CASES[name][0]))
     comparison = check_export(run_of(name), tmp_path / "out", report.dtype)
     assert comparison.relative_difference <= 1e-5 < comparison.tolerance
-    assert (set(report.kept) if name.startswith("granite") else set(report.folded)) >= {
-        "granite": {"residual_multiplier"}
-    }.get(name.split("_")[0], {"branch", "query", "embedding"})
+    if name.startswith("granite"):
+        assert "residual_multiplier" in report.kept and not report.folded
+    else:
+        assert set(report.folded) >= {"branch", "query", "embedding"}
 
 
-@pytest.mark.parametrize("name", ["granite", "llama_tied", "qwen3", "gpt2_tied"])
+@pytest.mark.parametrize("name", ["granite", "llama_tied", "qwen3", "mixtral", "gpt2_tied"])
 def test_greedy_generation_of_64_tokens_is_equal(name: str, run_of, tmp_path: Path) -> None:
     export_model(run_of(name), tmp_path / "out", ExportSettings(CASES[name][0]))
     _, ours = load_model(run_of(name), torch.device("cpu"), torch.float32)
@@ -100,6 +110,7 @@ def test_greedy_generation_of_64_tokens_is_equal(name: str, run_of, tmp_path: Pa
         *(("llama", factor) for factor in ("embedding", "query", "branch", "unembedding")),
         *(("gpt2_tied", factor) for factor in ("embedding", "query", "branch", "final_norm")),
         ("qwen3", "query"),
+        ("mixtral", "branch"),
     ],
 )
 def test_an_export_that_leaves_one_folded_multiplier_out_is_caught(
@@ -141,6 +152,19 @@ def test_sixteen_bit_exports_hold_the_rounded_weights(dtype: str, run_of, tmp_pa
     assert torch.equal(
         tensors["model.norm.weight"], stored.tensor("final_norm.weight").to(getattr(torch, dtype))
     )
+
+
+def test_sixteen_bit_experts_are_judged_by_the_median_token(
+    run_of, tmp_path: Path, monkeypatch
+) -> None:
+    """Rounding sends some tokens to other experts; the control is a multiplier left out."""
+    export_model(run_of("mixtral"), tmp_path / "out", ExportSettings("mixtral", "bfloat16"))
+    comparison = check_export(run_of("mixtral"), tmp_path / "out", "bfloat16")
+    assert comparison.equal and comparison.relative_difference > 1e-5
+    right = exporting.fold
+    monkeypatch.setattr(exporting, "fold", lambda *a: dataclasses.replace(right(*a), query=1.0))
+    export_model(run_of("mixtral"), tmp_path / "wrong", ExportSettings("mixtral", "bfloat16"))
+    assert not check_export(run_of("mixtral"), tmp_path / "wrong", "bfloat16").equal
 
 
 def save_in_parallel(rank: int, folder: str, parallel: dict[str, Any]) -> None:
@@ -216,7 +240,7 @@ def test_a_model_that_no_architecture_expresses_is_refused_with_every_reason(
         choose_architecture(model, table_for(model, export_config(tmp_path).completep))
     lines = str(error.value).splitlines()[1:]
     assert [line.strip().split(":")[0] for line in lines] == [*ARCHITECTURES]
-    llama = lines[1]
+    llama = next(line for line in lines if line.strip().startswith("llama:"))
     assert all(
         word in llama
         for word in (
@@ -234,7 +258,15 @@ def test_a_model_that_no_architecture_expresses_is_refused_with_every_reason(
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
-    [(LLAMA, "granite"), ({**LLAMA, "plain": True}, "llama"), (QWEN3, "qwen3"), (GPT2, "gpt2")],
+    [
+        (LLAMA, "granite"),
+        ({**LLAMA, "plain": True}, "llama"),
+        (QWEN3, "qwen3"),
+        ({"moe": EXPERTS}, "granitemoe"),
+        ({"moe": SHARED_EXPERTS}, "granitemoeshared"),
+        ({"moe": EXPERTS, "plain": True}, "mixtral"),
+        (GPT2, "gpt2"),
+    ],
 )
 def test_auto_keeps_multipliers_where_it_can_and_is_plain_where_there_are_none(
     changes: dict, expected: str, tmp_path: Path
@@ -256,6 +288,28 @@ def test_heads_that_stock_configurations_refuse_are_refused_here(tmp_path: Path)
     assert "does not divide" in blockers("llama", model)[0] and not blockers("granite", model)
     wide = export_config(tmp_path, **{**GPT2, "head_dim": 16}).model
     assert "model.hidden_size = 32" in blockers("gpt2", wide)[0]
+
+
+def test_experts_that_an_architecture_lacks_are_refused_by_setting(tmp_path: Path) -> None:
+    def reasons(name: str, moe: dict[str, Any] | None, **changes: Any) -> str:
+        return "; ".join(blockers(name, export_config(tmp_path, moe=moe, **changes).model))
+
+    sigmoid = {"num_experts": 4, "top_k": 2}
+    assert "gate = sigmoid" in reasons("granitemoe", sigmoid)
+    assert "balance = bias" in reasons("granitemoe", sigmoid)
+    assert "gate = sigmoid" in reasons("mixtral", {**sigmoid, "balance": "none"})
+    for name in ("granitemoe", "mixtral"):
+        assert "shared_ffn_hidden_size = 16" in reasons(name, SHARED_EXPERTS)
+        assert "model.moe is null" in reasons(name, None)
+        assert not reasons(name, EXPERTS)
+    first_dense = reasons("granitemoeshared", {**SHARED_EXPERTS, "first_dense_layers": 1})
+    assert "first_dense_layers = 1 and every = 1 leave 1 of 3 layers" in first_dense
+    assert "every = 2 leave 1 of 3" in reasons("mixtral", {**EXPERTS, "every": 2})
+    assert "model.hidden_size = 32" in reasons("granitemoe", EXPERTS, head_dim=12)
+    assert "qkv_bias = true" in reasons("granitemoe", EXPERTS, qkv_bias=True)
+    assert "qkv_bias = true" in reasons("mixtral", EXPERTS, qkv_bias=True)
+    for name in ("granite", "llama", "qwen3", "qwen2", "mistral", "gpt2"):
+        assert "it has no experts" in reasons(name, EXPERTS)
 
 
 def test_an_existing_folder_is_left_alone_and_a_failed_export_leaves_nothing(

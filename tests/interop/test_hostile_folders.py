@@ -19,9 +19,9 @@ import torch
 from megatron_completep.config.schema import ModelConfig, TokenizerConfig
 from megatron_completep.data.tokenizer import build_tokenizer
 from megatron_completep.errors import DataError, UserError
-from megatron_completep.interop.architectures import Folding, pieces
 from megatron_completep.interop.hf_config import from_hf
 from megatron_completep.interop.import_model import import_model
+from megatron_completep.interop.pieces import Folding, pieces
 from megatron_completep.interop.tensor_files import TensorFolder
 
 CONFIG = {

@@ -1,4 +1,4 @@
-"""The table of sixty imports, judged by transformers, and contradictions between tensors."""
+"""The table of imports, judged by transformers, and contradictions between tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,17 @@ from megatron_completep.interop.hf_config import from_hf
 from megatron_completep.interop.import_model import import_model
 from megatron_completep.model.rotary import rotary_frequencies
 from tests.config.broken_rules import BASE
-from tests.interop.import_table import GPT2, LINEAR, LLAMA3, REFUSED, RIGHT, SHAPE, YARN, old_style
+from tests.interop.import_table import (
+    EXPERTS,
+    GPT2,
+    LINEAR,
+    LLAMA3,
+    REFUSED,
+    RIGHT,
+    SHAPE,
+    YARN,
+    old_style,
+)
 from tests.support.models import build_model, model_config
 
 transformers = pytest.importorskip("transformers")
@@ -86,18 +96,22 @@ def test_an_import_computes_what_transformers_does_and_goes_back_bit_equal(
     assert torch.equal(theirs(tmp_path / "out"), expected)
 
 
-def test_the_table_has_sixty_two_rows() -> None:
-    assert len(RIGHT) + len(REFUSED) == 62
+def test_the_table_has_seventy_one_rows() -> None:
+    assert len(RIGHT) + len(REFUSED) == 71
 
 
 @pytest.fixture(scope="module")
 def plain_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """config.json of each family, as it would be imported."""
     contents = {}
-    for family in ("Llama", "Qwen2", "Qwen3", "Mistral", "GPT2"):
-        settings = {**GPT2, "n_positions": 96} if family == "GPT2" else dict(SHAPE)
-        if family == "Mistral":
-            settings["sliding_window"] = None
+    settings_of: dict[str, dict[str, Any]] = {
+        "GPT2": {**GPT2, "n_positions": 96},
+        "Mistral": {**SHAPE, "sliding_window": None},
+        "Mixtral": EXPERTS,
+        "GraniteMoe": EXPERTS,
+    }
+    for family in ("Llama", "Qwen2", "Qwen3", *settings_of):
+        settings = settings_of.get(family, SHAPE)
         config = getattr(transformers, f"{family}Config")(**settings)
         contents[family] = json.loads(config.to_json_string())
         from_hf(contents[family], "config.json")  # the control: without the entry it is taken
@@ -217,12 +231,18 @@ def test_a_single_file_beside_an_index_must_hold_the_same(tmp_path: Path) -> Non
 
 def test_a_missing_entry_has_the_default_of_its_own_architecture() -> None:
     """Llama's 2048 positions are not Qwen2's 32768, nor its groups Mistral's 8."""
-    for family in ("Llama", "Qwen2", "Qwen3", "Mistral", "Granite"):
+    with_experts = ("GraniteMoe", "GraniteMoeShared", "Mixtral")
+    for family in ("Llama", "Qwen2", "Qwen3", "Mistral", "Granite", *with_experts):
         shape = {**SHAPE, "num_attention_heads": 32, "hidden_size": 256}
+        if family in with_experts:
+            shape["num_local_experts"] = 4
         if family == "Mistral":
             shape["sliding_window"] = None
         written = json.loads(getattr(transformers, f"{family}Config")(**shape).to_json_string())
-        names = ("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps")
+        names = (
+            *("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps"),
+            *("num_experts_per_tok", "shared_intermediate_size"),
+        )
         trimmed = {key: value for key, value in written.items() if key not in names}
         expected = getattr(transformers, f"{family}Config").from_dict(trimmed)
         _, model = from_hf(trimmed, "config.json")
@@ -230,12 +250,15 @@ def test_a_missing_entry_has_the_default_of_its_own_architecture() -> None:
         assert model["num_query_groups"] == expected.num_key_value_heads
         head_dim = getattr(expected, "head_dim", None) or 256 // 32
         assert (model["head_dim"], model["norm_eps"]) == (head_dim, expected.rms_norm_eps)
+        if family in with_experts:
+            assert model["moe"]["top_k"] == expected.num_experts_per_tok
+            assert model["moe"]["shared_ffn_hidden_size"] is None
 
 
 def test_a_plan_says_what_a_model_can_be_exported_as_and_why_not() -> None:
     lines = export_lines(model_config(qkv_bias=True))
     assert lines[0] == "export: as qwen2"
-    assert any("not as llama: model.qkv_bias = true" in line for line in lines)
+    assert any("not as granite, llama: model.qkv_bias = true" in line for line in lines)
     assert export_warning(model_config(qkv_bias=True)) == []
     assert export_warning(model_config(), "llama") == []
     # A branch that somebody registered has no place in any of them.
@@ -245,7 +268,7 @@ def test_a_plan_says_what_a_model_can_be_exported_as_and_why_not() -> None:
     (warning,) = export_warning(model_config(), "gpt2")
     assert warning.startswith("export.architecture = gpt2 cannot express this model\nexport: as ")
     (warning,) = export_warning(model_config(position="alibi"))
-    assert "no Hugging Face architecture" in warning and len(warning.splitlines()) == 7
+    assert "no Hugging Face architecture" in warning and len(warning.splitlines()) == 6
 
 
 def test_an_import_keeps_the_scaling_in_its_configuration(tmp_path: Path) -> None:

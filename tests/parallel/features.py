@@ -277,8 +277,13 @@ def forbidden(a: tuple[str, str], b: tuple[str, str]) -> bool:
 
 def is_rounded(row: Row) -> bool:
     """Whether gradients really travel in bf16, so that a comparison to the last digits is none."""
-    context = parallel_of(row["layout"]).get("context_parallel_size", 1)
-    return row["gradient type"] == "bf16" and data_size(row["layout"]) * context > 1
+    ranks, parallel = LAYOUTS[row["layout"]]
+    travel = data_size(row["layout"]) * parallel.get("context_parallel_size", 1) > 1
+    if row["mlp"] != "dense":
+        # Those of experts are summed over tensor ranks as well, which have tokens of their own.
+        stage = ranks // parallel.get("pipeline_parallel_size", 1)
+        travel |= stage > expert_size(row["layout"], row["mlp"])
+    return row["gradient type"] == "bf16" and travel
 
 
 def config_of(row: Row, one_process: bool = False) -> Config:

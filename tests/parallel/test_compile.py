@@ -44,6 +44,14 @@ RUNS = {
         2,
         {"parallel": {"pipeline_parallel_size": 2, "pipeline_split": [4, 0]}},
     ),
+    "experts on 2 ranks, selective recomputation": (
+        2,
+        {
+            "parallel": {"expert_parallel_size": 2},
+            "model": {"moe": {"num_experts": 4, "top_k": 2, "shared_ffn_hidden_size": 16}},
+            "training": {"recompute": "selective"},
+        },
+    ),
     "data 2": (2, {"model": {"activation": "squared_relu"}}),
 }
 

@@ -18,7 +18,9 @@ LAYOUTS = {
     "tensor and sequence": {"tensor_parallel_size": 2, "sequence_parallel": True},
     "pipeline": {"pipeline_parallel_size": 2, "schedule": "1f1b"},
     "data": {"bucket_megabytes": 0.03},
+    "experts": {"expert_parallel_size": 2},
 }
+EXPERTS = {"bias": False, "moe": {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 24}}
 
 
 def join(rank: int, store: Path) -> None:
@@ -49,7 +51,8 @@ def sums_before_and_after_waiting(rank: int, store: Path) -> list[list[float]]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_ranks_train_to_the_same_bits_through_the_host(pool, tmp_path, layout):
-    case = Case({"world_size": 2, **LAYOUTS[layout]}, micro_batches=2, steps=2)
+    model = EXPERTS if layout == "experts" else {}
+    case = Case({"world_size": 2, **LAYOUTS[layout]}, model, micro_batches=2, steps=2)
     staged = pool.run(2, train_staged, tmp_path / "store", case)
     for found, expected in zip(staged, pool.run(2, train, case), strict=True):
         assert found.losses == expected.losses

@@ -16,6 +16,7 @@ from megatron_completep.config.schema import ModelConfig
 from megatron_completep.errors import DataError
 from megatron_completep.reports.run_comparison import (
     _draw,
+    _expert_panels,
     compare,
     flops_at,
     hours_at,
@@ -156,6 +157,18 @@ def test_a_run_with_hardly_any_field_is_still_compared(tmp_path: Path) -> None:
     assert "Not known of bare." in page
     assert "<h2>Parameterization</h2>" not in compare([bare]).as_html()
     assert "No run recorded a loss." in compare([Run("none", [{"step": 1}])]).as_html()
+
+
+def test_routing_is_drawn_of_three_layers_and_only_where_there_are_experts() -> None:
+    loads = {f"expert_load/layers.{layer}": 1.5 for layer in (1, 3, 5, 9, 11)}
+    sparse = Run("sparse", [row(n, dead_experts=0, **loads) for n in range(1, 9)])
+    dense = Run("dense", [row(n) for n in range(1, 9)])
+    assert [key for key, _, _ in _expert_panels([dense, sparse])] == [
+        "dead_experts",
+        *(f"expert_load/layers.{layer}" for layer in (1, 5, 11)),
+    ]
+    assert "<h2>Experts</h2>" in compare([dense, sparse]).as_html()
+    assert "<h2>Experts</h2>" not in compare([dense]).as_html()
 
 
 def test_a_long_curve_is_drawn_as_means_over_the_band_of_its_values() -> None:

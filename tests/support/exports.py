@@ -20,6 +20,8 @@ TIED_LLAMA: dict[str, Any] = {
     "num_attention_heads": 8,
 }
 QWEN3: dict[str, Any] = {"qk_norm": True, "num_query_groups": 2, "head_dim": 12}
+EXPERTS: dict[str, Any] = {"num_experts": 4, "top_k": 2, "gate": "softmax", "balance": "none"}
+SHARED_EXPERTS: dict[str, Any] = {**EXPERTS, "ffn_hidden_size": 24, "shared_ffn_hidden_size": 16}
 # Tunable factors far from 1, so that none hides behind the table's.
 FACTORS = {
     "input_multiplier": 3.0,

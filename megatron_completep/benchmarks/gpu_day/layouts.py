@@ -35,6 +35,7 @@ from megatron_completep.config.schema import (
     CompletePConfig,
     Config,
     ModelConfig,
+    MoeConfig,
     OptimizerConfig,
     ParallelConfig,
 )
@@ -55,10 +56,11 @@ SECONDS_A_LAYOUT = 60.0  # until a rank that does not answer is given up
 
 @dataclass(frozen=True)
 class Layout:
-    """So many ranks, and how they divide the model."""
+    """So many ranks, how they divide the model, and the experts of its layers."""
 
     ranks: int
     parallel: Mapping[str, Any]
+    moe: MoeConfig | None = None
 
 
 LAYOUTS = {
@@ -69,6 +71,9 @@ LAYOUTS = {
     "data 4, shard 2": Layout(4, {"optimizer_shard_size": 2, "bucket_megabytes": 0.03}),
     "tensor 2": Layout(2, {"tensor_parallel_size": 2}),
     "context 2": Layout(2, {"context_parallel_size": 2, "context_heads_at_once": 2}),
+    "data 2, experts 2": Layout(
+        2, {"expert_parallel_size": 2}, MoeConfig(num_experts=4, top_k=2, ffn_hidden_size=32)
+    ),
 }
 TRIED_LAYOUT = "tensor 2, sequence"
 
@@ -126,6 +131,9 @@ def _trace(setting: Setting, name: str, precision: str) -> None:
 def _layout(setting: Setting, name: str, truth: Outcome) -> None:
     """Several ranks on one device beside one process."""
     layout = LAYOUTS[name]
+    if layout.moe is not None:
+        alone = _config({}, "float32", setting.trial, moe=layout.moe)
+        truth = _train(alone, ParallelContext.single(setting.device))
     start = multiprocessing.get_context("spawn")  # a fork would share the parent's CUDA
     timeout = min(SECONDS_A_LAYOUT, max(1.0, setting.seconds_left))
     with tempfile.TemporaryDirectory() as folder, ExitStack() as processes:
@@ -172,7 +180,7 @@ def _serve(
             torch.cuda.set_device(device)
             torch.cuda.init()  # else the mesh would choose a device by the rank
         join_staged(store, rank, layout.ranks, timedelta(seconds=SECONDS_A_LAYOUT))
-        config = _config(layout.parallel, "float32", trial, layout.ranks)
+        config = _config(layout.parallel, "float32", trial, layout.ranks, layout.moe)
         data_size = data_parallel_size_for(config.parallel, layout.ranks)
         context = ParallelContext.over_world(config.parallel, device, rank, layout.ranks, data_size)
         far_end.send(_train(config, context))
@@ -182,7 +190,13 @@ def _serve(
         raise
 
 
-def _config(parallel: Mapping[str, Any], precision: str, trial: bool, ranks: int = 1) -> Config:
+def _config(
+    parallel: Mapping[str, Any],
+    precision: str,
+    trial: bool,
+    ranks: int = 1,
+    moe: MoeConfig | None = None,
+) -> Config:
     """A small model that every layout can divide, with micro-batches for every schedule."""
     wide = 1 if trial else 8
     model = ModelConfig(
@@ -193,7 +207,8 @@ def _config(parallel: Mapping[str, Any], precision: str, trial: bool, ranks: int
         vocab_size=61,
         vocab_multiple=4,
         seq_length=8 * wide,
-        bias=True,
+        bias=moe is None,
+        moe=moe,
     )
     sizes = ParallelConfig(**parallel)
     replicas = data_parallel_size_for(sizes, ranks)

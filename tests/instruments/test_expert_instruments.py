@@ -12,9 +12,9 @@ import torch
 from megatron_completep.config import Config
 from megatron_completep.errors import ConfigError
 from megatron_completep.instruments import laziness
-from megatron_completep.instruments.coordinate_check import Plan, collect, in_turn
+from megatron_completep.instruments.coordinate_check import Plan, collect, in_turn, run_probe
 from megatron_completep.instruments.coordinate_verdict import BANDS, Band, exponent
-from megatron_completep.instruments.expert_taps import LoadTaps
+from megatron_completep.instruments.expert_taps import LoadTaps, expert_figures
 from megatron_completep.instruments.lr_transfer import analyse
 from megatron_completep.instruments.lr_transfer_plan import transferred
 from megatron_completep.instruments.mistakes import check_mistakes, table_with
@@ -107,6 +107,30 @@ def test_the_check_over_the_number_of_experts_tells_a_sum_and_a_wrong_eps_apart(
     for band in BANDS:
         if band.axis == "experts":
             assert exponent(samples, band, "model") is not None, band.quantity
+
+
+def test_a_branch_starts_smaller_by_the_root_of_the_inner_width_of_its_experts(
+    tmp_path: Path,
+) -> None:
+    """arXiv 2601.20205's row of the last matrix; of one that starts at 1 / sqrt(fan-in) it would
+    stay.
+    """
+    write_markov_chain(tmp_path / "text")
+    starts = []
+    for inner in (32, 512):
+        completep = {
+            "base_num_experts": 4,
+            "base_top_k": 1,
+            "base_expert_ffn_hidden_size": 32,
+            "allow_granularity_change": True,
+        }
+        moe = {**MOE, "ffn_hidden_size": inner}
+        config = proxy_config(tmp_path, model={"moe": moe}, completep=completep)
+        trial = Trial.build(config, SINGLE)
+        (batches,) = read_batches(config, SINGLE, 1)
+        probe = run_probe(trial, batches).experts
+        starts.append(expert_figures(probe, probe, probe, SINGLE)["experts at init"])
+    assert starts[1] / starts[0] == pytest.approx(16**-0.5, rel=0.15)
 
 
 def test_a_dense_model_has_no_rows_of_experts(tmp_path: Path) -> None:

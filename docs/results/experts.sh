@@ -16,7 +16,7 @@ check depth --depths 2,4,8,16
 check width_5_seeds --widths 128,256,512 --seeds 5
 check depth_small_start --depths 2,4,8,16 --no-eps optimizer.base_init_std=0.005
 
-python tools/laziness.py docs/results/experts.yaml --depths 2,4,8,16,32 --out runs/results/experts_laziness optimizer.base_lr=0.00390625 || echo "exit code $?"
+python tools/laziness.py docs/results/experts.yaml --depths 2,4,8,16,32,64 --out runs/results/experts_laziness optimizer.base_lr=0.00390625 || echo "exit code $?"
 
 # Learning rates, half octaves; each sweep goes on where it was stopped. The base has 2 of 8 experts.
 sweep() {
@@ -29,7 +29,7 @@ sweep experts --lr=-8.5:-5.5:2 --experts 32
 sweep experts --lr=-8.5:-5.5:2 --depths 8
 sweep experts --lr=-8.5:-5.5:2 --widths 256
 # Controls: SP over width, and 2 of 32, another share, which a configuration refuses without completep.allow_sparsity_change.
-sweep experts --lr=-10:-8:2 --widths 256 --parameterizations sp
+sweep experts --lr=-10:-7:2 --widths 256 --parameterizations sp
 python tools/lr_transfer.py report runs/results/experts
 sweep experts_sparser --lr=-8:-6:2 model.moe.num_experts=32 model.moe.top_k=2 completep.allow_sparsity_change=true
 # Balance over 300 steps.

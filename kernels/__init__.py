@@ -19,6 +19,7 @@ if __name__ != "kernels":
         cross_entropy_loss,
         unembedding_cross_entropy,
     )
+    from .ops.float8 import float8_cast, largest_magnitude, largest_of_segments
     from .ops.grad_norm import begin_step_, sum_of_squares
     from .ops.head_norm import normed_heads
     from .ops.join_heads import join_heads
@@ -45,7 +46,10 @@ __all__ = [
     "cross_entropy_loss",
     "device_segments",
     "dropout_seed",
+    "float8_cast",
     "join_heads",
+    "largest_magnitude",
+    "largest_of_segments",
     "new_control",
     "norm",
     "normed_heads",

@@ -295,3 +295,15 @@ def _block_shape(operation: str, itemsize: int, architecture: str) -> BlockShape
     block, threads, stages = _BLOCKS.get(operation, _ELEMENTWISE)
     default = (block, warps(threads, architecture), stages)
     return BlockShape(*tuned_or(default, architecture, operation, 0, itemsize))
+
+
+def float8_tile(dtype: torch.dtype, device: torch.device) -> TileShape:
+    """The launch of the cast to float8: square tiles, as both dimensions are written along."""
+    return _float8_tile(dtype.itemsize, architecture(device))
+
+
+@_cached
+def _float8_tile(itemsize: int, architecture: str) -> TileShape:
+    default = (64, 64, warps(128, architecture))
+    rows, columns, num_warps = tuned_or(default, architecture, "float8_cast", 0, itemsize)
+    return TileShape(rows, columns, options(num_warps))

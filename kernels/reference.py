@@ -499,3 +499,28 @@ def unembedding_cross_entropy(
     loss = loss + z_loss * (squared_lse * counted).sum()
     # The mean over no tokens is 0, not NaN.
     return loss / counted.sum().clamp(min=1) if reduction == "mean" else loss
+
+
+def float8_dtype(gradient: bool) -> torch.dtype:
+    """e5m2 for gradients, which need range; e4m3 for inputs and weights, which need precision."""
+    return torch.float8_e5m2 if gradient else torch.float8_e4m3fn
+
+
+def float8_cast(x: Tensor, amax: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
+    """(x / scale rounded to float8, scale float32 []), for x [m, n] with magnitudes up to `amax`.
+
+    The scale is the smallest power of two that is greater than amax / (the type's largest number),
+    so that `amax` comes into the upper octave. Rounding is to nearest even, and what is larger than
+    `amax` allows becomes the largest number. Where `amax` is 0 the scale is 1, where it is not
+    finite it is NaN: a failing run stays one.
+    """
+    dtype = float8_dtype(gradient)
+    largest = torch.finfo(dtype).max
+    # Scale and inverse are to be normal numbers.
+    quotient = (amax.float() * (1.0 / largest)).clamp(min=torch.finfo(torch.float32).tiny)
+    _, exponent = torch.frexp(quotient)  # quotient < 2^exponent
+    scale = torch.ldexp(torch.ones_like(quotient), exponent.clamp(max=126))
+    scale = torch.where(amax == 0, 1.0, scale)
+    scale = torch.where(amax.isfinite(), scale, torch.nan)
+    scaled = (x.float() / scale).clamp(-largest, largest)
+    return scaled.to(dtype), scale

@@ -11,6 +11,9 @@ their number) runs beside the model. A model of your own: --model package:functi
 function(config, table, context) returns an initialized module that declares the roles of its
 parameters (docs/instruments.md). Runs under torchrun too, in any layout.
 
+--float8 asks something else: whether float8 scales that were measured on the smallest model hold
+at the others (exit code 0), or do not (1); SP is its control.
+
 Exit code 0: right, and the control is not. 1: wrong. 2: bad input. 3: cannot tell: the intervals
 over seeds leave it open (few depths, seeds or steps do), or the control shows nothing.
 """
@@ -27,8 +30,15 @@ from pathlib import Path
 from megatron_completep.command_line import Parser, file_to_read, list_of, one_of, whole
 from megatron_completep.config import Config, check_world, load_config
 from megatron_completep.errors import ConfigError, exit_on_user_error, when_interrupted
-from megatron_completep.instruments import coordinate_check
-from megatron_completep.instruments.check_report import describe_check, finite, write_check
+from megatron_completep.files import write_whole
+from megatron_completep.instruments import coordinate_check, float8_scales
+from megatron_completep.instruments.check_report import (
+    describe_check,
+    dump,
+    finite,
+    make_folder,
+    write_check,
+)
 from megatron_completep.instruments.coordinate_verdict import judge
 from megatron_completep.instruments.mistakes import MISTAKES, check_mistakes
 from megatron_completep.instruments.trial import (
@@ -130,6 +140,11 @@ def _add_measurement(parser: Parser) -> None:
         help="leave out the runs with a large eps, which alone show a wrong eps",
     )
     parser.add_argument(
+        "--float8",
+        action="store_true",
+        help="measure instead whether float8 scales of the smallest model hold at the others",
+    )
+    parser.add_argument(
         "--model", metavar="PACKAGE:FUNCTION", help="check this model instead of the project's"
     )
 
@@ -187,6 +202,35 @@ def name_of_model(arguments: argparse.Namespace, config: Config) -> str:
     return name if alpha == 1 else f"{name}, alpha {alpha:g}"
 
 
+def check_float8(
+    arguments: argparse.Namespace, config: Config, plan: coordinate_check.Plan, launch: Launch
+) -> int:
+    """Train with dynamic float8 scales and with the proxy's; write and print what came out."""
+    if arguments.model or launch.world_size > 1:
+        raise ConfigError(
+            "--float8 trains the project's own model in single processes. "
+            "Leave out --model and torchrun; --workers trains several at once."
+        )
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr if arguments.json else sys.stdout, flush=True)
+
+    use_threads(config.training.cpu_threads, 1)
+    with when_interrupted("a check is all or nothing, so nothing was written; start it again."):
+        device = str(ParallelContext.create(config.parallel, config.training.device).device)
+        result = float8_scales.collect(config, plan, arguments.workers, device, say)
+    say(float8_scales.describe(result))
+    if arguments.out is not None:
+        settings = {"config": config.model_dump(mode="json"), "plan": vars(plan)}
+        make_folder(arguments.out)
+        path = arguments.out / "float8_scales.json"
+        write_whole(path, dump({**result.to_json(), "settings": settings}))
+        say(f"written: {path}")
+    if arguments.json:
+        print(json.dumps(finite(result.to_json())))
+    return result.exit_code
+
+
 def main(argv: Sequence[str] | None = None) -> int | None:
     arguments = parse_arguments(argv)
     config = with_base(load_config(arguments.config, arguments.overrides))
@@ -204,6 +248,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         )
     if arguments.out is not None:
         check_outputs([Output("--out", arguments.out, folder=True)])
+
+    if arguments.float8:
+        return check_float8(arguments, config, plan, launch)
 
     context = ParallelContext.create(config.parallel, config.training.device)
     use_threads(config.training.cpu_threads, launch.local_world_size)

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from megatron_completep.anywhere.declared import spec_or_none
 from megatron_completep.anywhere.groups import declared_parameters, param_groups
+from megatron_completep.command_line import did_you_mean
 from megatron_completep.completep import Table
 from megatron_completep.errors import ConfigError
 from megatron_completep.instruments.check_report import write_check
@@ -110,14 +111,21 @@ def check_coordinates(
         out: a folder for coordinate_check.json, .html and pictures.
         say: gets one line for each shape and seed.
 
-    Raises ConfigError for sizes that leave nothing to compare, for models that declare no final
-    norm, and for a model whose parameters declare no role.
+    Raises ConfigError for sizes that leave nothing to compare, marks that name no module, batches
+    that `forward` and `loss` were not given for, models that declare no final norm, a model whose
+    parameters declare no role, and one whose first logits are no numbers.
     """
+    batches = list(batches)
     _check_sizes(widths, depths, batches, seeds)
+    if forward is None or loss is None:
+        _check_batches(batches)
     forward = forward or _logits_of
     loss = loss or _mean_loss
     how = _How(build, batches, forward, loss, make_optimizer or _adamw(lr, betas), lr, marks)
-    base = (base_width or min(widths), base_depth or min(depths))
+    base = (
+        min(widths) if base_width is None else base_width,
+        min(depths) if base_depth is None else base_depth,
+    )
     samples: list[Sample] = []
     for axis, width, depth in _shapes(widths, depths):
         tables = _tables(axis, (width, depth), base, head_dim, alpha)
@@ -139,7 +147,7 @@ def _check_sizes(
 ) -> None:
     problems = []
     for name, sizes in (("widths", widths), ("depths", depths)):
-        if not sizes or min(sizes) < 1:
+        if not sizes or not all(isinstance(size, int) and size >= 1 for size in sizes):
             problems.append(f"{name} = {list(sizes)}: give whole numbers of at least 1.")
     if len(set(widths)) < 2 and len(set(depths)) < 2:
         problems.append("nothing to compare: give two widths or two depths, better three.")
@@ -149,6 +157,18 @@ def _check_sizes(
         problems.append(f"seeds = {seeds}: give at least 1; a verdict needs 2.")
     if problems:
         raise ConfigError("\n".join(["the check cannot begin", *(f"  {p}" for p in problems)]))
+
+
+def _check_batches(batches: Sequence[Any]) -> None:
+    """Raises ConfigError for batches that the forward pass and loss of this module cannot take."""
+    for batch in batches:
+        is_pair = isinstance(batch, tuple | list) and len(batch) == 2
+        if not (is_pair and all(isinstance(one, Tensor) for one in batch)):
+            raise ConfigError(
+                f"a batch of the type {type(batch).__name__}: without forward and loss, give pairs "
+                "(tokens [B, S], labels [B, S]). For others, give forward(model, batch) -> logits "
+                "and loss(logits, batch)."
+            )
 
 
 def _shapes(widths: Sequence[int], depths: Sequence[int]) -> Iterator[tuple[str, int, int]]:
@@ -219,6 +239,9 @@ def measure(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = how.build(*shape, table)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"build returned {type(model).__name__}: return the model, declared.")
+    _check_marks(model, how.marks)
     declared = declared_parameters(model, table)
     optimizer = how.make_optimizer(model, table, 1e-30 if eps is None else eps)
     rates = _rates(optimizer)
@@ -229,6 +252,13 @@ def measure(
 
     series = _Series()
     first = _probe(how, model, batches[-1])
+    if not first["logits"].isfinite().all():
+        # Without a head_dim the table's attention scale is NaN, which no verdict may be made of.
+        raise ConfigError(
+            f"the logits of the untrained model of width {shape[0]} and depth {shape[1]} are not "
+            f"finite. The table's attention scale is {table.attention_scale:g}: give head_dim if "
+            "the model takes it. Otherwise look at what build returns."
+        )
     gradients: dict[str, float] = {}
     by_own_rate: list[dict[str, float]] = []
     moved: list[dict[str, float]] = []
@@ -257,6 +287,17 @@ def measure(
         losses,
         {role: rms / how.lr for role, rms in _means(moved).items()},
     )
+
+
+def _check_marks(model: nn.Module, marks: Sequence[str]) -> None:
+    """Raises ConfigError for marks that match no module: nothing would be measured for them."""
+    if isinstance(marks, str):
+        raise ConfigError(f"marks = {marks!r}: give a list of patterns, [{marks!r}].")
+    names = [name for name, _ in model.named_modules()]
+    for mark in marks:
+        if not any(fnmatchcase(name, mark) for name in names):
+            near = did_you_mean(mark, names)
+            raise ConfigError(f"marks: {mark} matches no module.{near}")
 
 
 def _rates(optimizer: torch.optim.Optimizer) -> dict[int, float]:

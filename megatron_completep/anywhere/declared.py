@@ -20,9 +20,12 @@ from megatron_completep.completep import Table
 from megatron_completep.errors import ConfigError
 from megatron_completep.parallel.parameter import Spec, attach
 from megatron_completep.parallel.parameter import declare as declare_parameter
-from megatron_completep.roles import EXPERT_ROLES, Role
+from megatron_completep.roles import CONSTANT_ROLES, EXPERT_ROLES, Role
 
 Roles = Mapping[str, Role | str]
+# Experts of another trainer: their layout is not known here.
+KNOWN_ROLES = [role for role in Role if role not in EXPERT_ROLES]
+DRAWN_OUTSIDE = (Role.EMBEDDING, Role.UNEMBEDDING)  # matrices outside the blocks
 
 
 @overload
@@ -57,8 +60,14 @@ def declare(what: Any, *arguments: Any, **settings: Any) -> Any:
     Raises ConfigError with all parameters that could not be decided, patterns that match nothing,
     and parameters that the base does not have.
     """
+    # A caller may hand the proxy's table in the place of the proxy.
+    base = settings.get("base")
+    if base is not None and not isinstance(base, nn.Module):
+        raise ConfigError(f"base = {type(base).__name__}: give the proxy's model.")
     if isinstance(what, nn.Module):
         return _declare_model(what, *arguments, **settings)
+    if not isinstance(what, nn.Parameter):
+        raise ConfigError(f"{type(what).__name__}: declare a model or an nn.Parameter.")
     return declare_parameter(what, *arguments, **settings)
 
 
@@ -110,12 +119,23 @@ def _depth(model: nn.Module, name: str) -> int:
             f"{name} must have one stack of blocks, which would tell its depth; found: {places}. "
             "Use Table.for_shape(depth=..., base_depth=..., ...)."
         )
-    return len(stacks[0].entries)
+    (stack,) = stacks
+    container = model.get_submodule(stack.name)
+    # The same block in several places is one module; named_children() tells it once.
+    if len(set(map(id, container._modules.values()))) < len(container._modules):
+        raise ConfigError(
+            f"{name} has the same block in several places of {stack.name}: the table has no rows "
+            "for weights that several layers share. Use Table.for_shape(depth=..., base_depth=...) "
+            "with the number of layers that a token passes; nothing was derived for it."
+        )
+    return len(stack.entries)
 
 
 def _declare_model(
     model: nn.Module, roles: Roles | None = None, *, base: nn.Module | None = None
 ) -> dict[str, Role]:
+    if roles is not None and not isinstance(roles, Mapping):
+        raise ConfigError(f"roles = {roles!r}: give a mapping, {{name or pattern: role}}.")
     proposal = propose_roles(model)
     parameters = dict(model.named_parameters())
     trained = [*proposal.roles, *proposal.undecided]
@@ -154,12 +174,11 @@ def spec_or_none(parameter: Any) -> Spec | None:
 def _said(roles: Roles, names: list[str], problems: list[str]) -> dict[str, Role]:
     """By name of a parameter: the role that the user gives it."""
     said: dict[str, Role] = {}
-    # Experts of another trainer: their layout is not known here.
-    known = [role for role in Role if role not in EXPERT_ROLES]
     for pattern, word in roles.items():
-        if word not in known:
-            near = did_you_mean(str(word), known)
-            problems.append(f"{pattern}: {word} is no role.{near} Use one of: {', '.join(known)}.")
+        if word not in KNOWN_ROLES:
+            near = did_you_mean(str(word), KNOWN_ROLES)
+            remedy = f"Use one of: {', '.join(KNOWN_ROLES)}."
+            problems.append(f"{pattern}: {word} is no role of a dense model.{near} {remedy}")
             continue
         matching = [name for name in names if fnmatchcase(name, pattern)]
         if not matching:
@@ -183,10 +202,22 @@ def _spec(
             f"{name} {list(shape)}: a hidden weight of a module whose kind does not tell its "
             "fan-in. Say it: declare(parameter, Role.HIDDEN_WEIGHT, fan_in, base_fan_in)."
         )
+    problem = _misfit(name, role, shape, proposal.roles.get(name))
+    if problem:
+        problems.append(f"{name} {list(shape)}: {problem}")
     is_zero = role is Role.HIDDEN_BIAS or name.endswith("bias")
     is_constant = role not in (Role.EMBEDDING, Role.HIDDEN_WEIGHT, Role.UNEMBEDDING)
     constant = (0.0 if is_zero else 1.0) if is_constant else None
     return Spec(role, shape, fan_in, constant=constant)
+
+
+def _misfit(name: str, role: Role, shape: tuple[int, ...], proposed: Role | None) -> str | None:
+    """Why what the user says cannot be true of a parameter whose module is known; else None."""
+    if role in CONSTANT_ROLES and proposed in (Role.HIDDEN_WEIGHT, *DRAWN_OUTSIDE):
+        return f"a matrix, which has no row of gains and biases ({role}). Leave it {proposed}."
+    if role in DRAWN_OUTSIDE and proposed in CONSTANT_ROLES:
+        return f"a vector that is not drawn at random as {role} is. Leave it {proposed}."
+    return None
 
 
 def _add_base_fan_ins(
@@ -231,6 +262,6 @@ def _refusal(problems: list[str]) -> str:
     headline = f"{len(problems)} problems in what the parameters are"
     remedy = (
         'Say what they are: declare(model, {"name or pattern": Role.X, ...}) with one of: '
-        f"{', '.join(Role)}."
+        f"{', '.join(KNOWN_ROLES)}."
     )
     return "\n".join([headline, *(f"  {problem}" for problem in problems), remedy])

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
+from megatron_completep.anywhere.checks import check_table, check_tau, check_values
 from megatron_completep.anywhere.declared import spec_or_none
 from megatron_completep.anywhere.proposal import propose_roles
 from megatron_completep.completep import Factors, Table
@@ -21,6 +25,8 @@ from megatron_completep.roles import CONSTANT_ROLES, LAYER_MATRICES, Role
 
 Group = dict[str, Any]
 Declared = tuple[str, nn.Parameter, Spec]
+# What torch.compile and activation checkpointing put into names.
+WRAPPERS = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module)\.")
 
 
 def param_groups(
@@ -52,6 +58,7 @@ def param_groups(
             "Take both kinds from muon_param_groups(model, table, ...)."
         )
     check_values(lr=lr, weight_decay=weight_decay, eps=eps, betas=betas)
+    check_tau(table, {"": lr * weight_decay})
 
     base = AdamWValues(lr, weight_decay, eps, betas)
     return merged(declared_parameters(model, table), lambda spec: base.group(spec, table))
@@ -83,31 +90,76 @@ def initialize_(model: nn.Module, table: Table, std: float = 0.02, seed: int | N
     """Draw the initial weights of a declared model in place.
 
     Matrices and embeddings get N(0, std^2) times the table's variance. Biases of hidden matrices
-    become 0; norms stay as their modules made them, and so does the row of an embedding's
-    `padding_idx`, which is 0. Every parameter is drawn from its name, so that neither the order of
-    modules nor the device matters.
+    become 0, and so does the row of an embedding's `padding_idx`; norms stay as their modules made
+    them. Every parameter is drawn from its name, so that neither the order of modules nor the
+    device matters, nor whether the model is compiled, replicated or sharded (DTensor). Nothing is
+    communicated: each rank draws the whole of a parameter and keeps its part.
 
     Args:
         std: tuned on the proxy.
-        seed: None: drawn from torch's own generator, which `torch.manual_seed` sets.
+        seed: None: drawn from torch's own generator, which `torch.manual_seed` sets. Several
+            processes must be given one.
 
     Raises ConfigError as `param_groups` does.
     """
     check_table(table)
     check_values(std=std)
     if seed is None:
+        if _several_processes():
+            raise ConfigError(
+                "seed = None: each process would draw weights of its own. Give all the same seed."
+            )
         seed = int(torch.randint(2**62, ()))
+    padding = _padding_rows(model)
     for name, parameter, spec in declared_parameters(model, table):
         if spec.role is Role.HIDDEN_BIAS:
             parameter.zero_()
         elif spec.role not in CONSTANT_ROLES:
             factor = factors_of(spec, table).init_std
             # The trainer's own numbers: float32, from the name and the seed.
-            numbers = torch.from_numpy(draw(Spec(spec.role, tuple(parameter.shape)), seed, name))
-            parameter.copy_(numbers.to(torch.float64) * (std * factor))
+            shape = tuple(parameter.shape)
+            numbers = torch.from_numpy(draw(Spec(spec.role, shape), seed, _inner_name(model, name)))
+            numbers = numbers.to(torch.float64) * (std * factor)
+            if id(parameter) in padding:
+                numbers[padding[id(parameter)]] = 0.0
+            _fill(parameter, numbers)
+
+
+def _several_processes() -> bool:
+    is_parallel = distributed.is_available() and distributed.is_initialized()
+    return is_parallel and distributed.get_world_size() > 1
+
+
+def _padding_rows(model: nn.Module) -> dict[int, int]:
+    """The row of padding of each embedding that has one, by the identity of its weight."""
+    rows = {}
     for module in model.modules():
         if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            module.weight[module.padding_idx] = 0.0
+            rows[id(module.weight)] = module.padding_idx
+    return rows
+
+
+def _inner_name(model: nn.Module, name: str) -> str:
+    """The name that a parameter has without what torch wraps around modules.
+
+    A compiled or replicated model gets the weights that it has when nothing is wrapped.
+    """
+    if isinstance(model, DistributedDataParallel):
+        name = name.removeprefix("module.")
+    return WRAPPERS.sub("", name)
+
+
+def _fill(parameter: nn.Parameter, numbers: torch.Tensor) -> None:
+    """Give a parameter its weights; of a sharded one, each rank keeps its part of them."""
+    if isinstance(parameter, DTensor):
+        # Every rank has drawn the same numbers, so that nothing travels.
+        numbers = distribute_tensor(
+            numbers.to(parameter.device),
+            parameter.device_mesh,
+            parameter.placements,
+            src_data_rank=None,
+        )
+    parameter.copy_(numbers)
 
 
 def factors_of(spec: Spec, table: Table, matrix: Matrix | None = None) -> Factors:
@@ -185,43 +237,3 @@ def merged(declared: list[Declared], values: Callable[[Spec], Group]) -> list[Gr
         group["params"].append(parameter)
         group["param_names"].append(name)
     return list(groups.values())
-
-
-def check_table(table: Table) -> None:
-    """Raises ConfigError for multipliers that are no sizes' ratios, all of them at once."""
-    problems = []
-    for name in ("width_multiplier", "depth_multiplier"):
-        multiplier = getattr(table, name)
-        if not 0 < multiplier < math.inf:
-            problems.append(f"table.{name} = {multiplier}: the ratio of two sizes is above 0.")
-    if not 0.5 <= table.alpha <= 1:
-        problems.append(f"table.alpha = {table.alpha}: use 1 (CompleteP), or from 0.5 to 1.")
-    raise_all(problems)
-
-
-def check_values(**values: Any) -> None:
-    """Raises ConfigError for base values that no optimizer takes, all of them at once."""
-    raise_all(list(_wrong_values(values)))
-
-
-def _wrong_values(values: dict[str, Any]) -> Iterator[str]:
-    for name, value in values.items():
-        if name == "betas":
-            if not all(0 <= beta < 1 for beta in value):
-                yield f"betas = {tuple(value)}: each is from 0 to below 1."
-        elif name.endswith("momentum"):
-            if not 0 <= value < 1:
-                yield f"{name} = {value}: from 0 to below 1."
-        elif name.endswith("weight_decay") and not 0 <= value < math.inf:
-            yield f"{name} = {value}: give a finite number of at least 0."
-        elif not name.endswith("weight_decay") and not 0 < value < math.inf:
-            yield f"{name} = {value}: give a finite number above 0."
-
-
-def raise_all(problems: list[str]) -> None:
-    """Raises ConfigError with every problem, if there is one."""
-    if len(problems) == 1:
-        raise ConfigError(problems[0])
-    if problems:
-        lines = [f"{len(problems)} problems", *(f"  {problem}" for problem in problems)]
-        raise ConfigError("\n".join(lines))

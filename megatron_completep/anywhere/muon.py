@@ -7,16 +7,14 @@ from typing import NamedTuple
 
 from torch import nn
 
+from megatron_completep.anywhere.checks import check_table, check_tau, check_values, raise_all
 from megatron_completep.anywhere.groups import (
     AdamWValues,
     Declared,
     Group,
-    check_table,
-    check_values,
     declared_parameters,
     factors_of,
     merged,
-    raise_all,
 )
 from megatron_completep.completep import Table
 from megatron_completep.errors import ConfigError
@@ -71,6 +69,7 @@ def muon_param_groups(
         eps=eps,
         betas=betas,
     )
+    check_tau(table, {"": lr * weight_decay, "muon": muon_lr * muon_weight_decay})
     declared = declared_parameters(model, table)
     matrices: list[Declared] = []
     others: list[Declared] = []

@@ -16,6 +16,7 @@ from megatron_completep.benchmarks.kernel_cases import (
     Prepare,
     Setting,
     cross_entropy_cases,
+    float8_cases,
     norm_and_add_cases,
     optimizer_cases,
     pointwise_cases,
@@ -339,6 +340,7 @@ def cases(plan: Plan, setting: Setting) -> Iterator[Case]:
             for hidden in plan.hidden:
                 compared = replace(setting, with_compile=plan.compiles(hidden))
                 yield from pointwise_cases(rows, 4 * hidden, compared)
+                yield from float8_cases(rows, hidden, compared)
                 for rms in (True, False):
                     yield from norm_and_add_cases(rows, hidden, rms, compared)
 

@@ -23,6 +23,7 @@ from torch.nn import Parameter
 
 from megatron_completep import kernels
 from megatron_completep.benchmarks import library_baselines
+from megatron_completep.kernels import reference
 from megatron_completep.kernels.control import LEARNING_RATE
 
 SCALE = 0.3
@@ -276,6 +277,29 @@ def pointwise_cases(rows: int, ffn: int, setting: Setting) -> Iterator[Case]:
     yield from _activation_cases("swiglu", swiglus, (rows, 2 * ffn), ffn, setting)
     squared_relus: dict[str, Program] = {"ours": kernels.squared_relu, "eager": _squared_relu}
     yield from _activation_cases("squared relu", squared_relus, (rows, ffn), ffn, setting)
+
+
+def float8_cases(rows: int, hidden: int, setting: Setting) -> Iterator[Case]:
+    """The two passes over an operand [rows, hidden]: its magnitude, and the cast to two copies."""
+    x = setting.random(rows, hidden)
+    amax = x.abs().amax().float()
+
+    def eager_cast() -> tuple[Tensor, Tensor]:
+        data, _ = reference.float8_cast(x, amax, False)
+        return data, data.t().contiguous()
+
+    largest: dict[str, Program] = {
+        "ours": lambda: kernels.largest_magnitude(x),
+        "eager": lambda: x.abs().amax().float(),
+    }
+    casts: dict[str, Program] = {
+        "ours": lambda: kernels.float8_cast(x, amax, False, True),
+        "eager": eager_cast,
+    }
+    size = x.numel() * x.element_size()
+    yield Case("float8 magnitude", rows, hidden, size, all_of(forward_of, largest))
+    # Two copies of one byte an element are written.
+    yield Case("float8 cast", rows, hidden, size + 2 * x.numel(), all_of(forward_of, casts))
 
 
 def _activation_cases(

@@ -94,6 +94,7 @@ def tunables(sweep: Sweep, device: torch.device, architecture: str) -> Iterator[
     for columns in sorted({launch.column_bucket(4 * hidden) for hidden in sweep.hidden}):
         yield from _swiglu(columns, target)
     yield from _squared_relu(target)
+    yield from _float8(target)
     for head_dim in sweep.head_dims:
         yield _rotary(head_dim, target)
         yield _head_norm_backward(head_dim, target)
@@ -257,6 +258,27 @@ def _squared_relu(target: _Target) -> Iterator[Tunable]:
     for operation, tensors in (("squared_relu_forward", 1), ("squared_relu_backward", 2)):
         sizes = tuple(partial(prepare, operation, tensors, rows) for rows in target.sweep.rows)
         yield Tunable((operation, 0, target.itemsize), candidates, sizes)
+
+
+def _float8(target: _Target) -> Iterator[Tunable]:
+    """The passes over an operand of float8: its largest magnitude, and the cast to two copies."""
+    width = 4 * target.sweep.hidden[0]
+
+    def largest(rows: int) -> Work:
+        return partial(LAUNCHERS["float8_largest"], target.random(rows, width))
+
+    def cast(rows: int) -> Work:
+        amax = torch.ones((), device=target.device)
+        return partial(LAUNCHERS["float8_cast"], target.random(rows, width), amax, False, True)
+
+    blocks = tuple((*tile, 1) for tile in _activation_tiles(target))
+    sizes = tuple(partial(largest, rows) for rows in target.sweep.rows)
+    yield Tunable(("float8_largest", 0, target.itemsize), blocks, sizes)
+    tiles = []
+    for rows, columns, threads in itertools.product((32, 64, 128), (64, 128), (128, 256)):
+        tiles.append((rows, columns, target.warps(threads)))
+    sizes = tuple(partial(cast, rows) for rows in target.sweep.rows)
+    yield Tunable(("float8_cast", 0, target.itemsize), tuple(tiles), sizes)
 
 
 def _rotary(head_dim: int, target: _Target) -> Tunable:

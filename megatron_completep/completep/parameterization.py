@@ -121,9 +121,18 @@ class Table:
                 f"parameterization = {parameterization}: not known. Use completep, mup or sp."
             )
         sizes = {"width": width, "base_width": base_width, "depth": depth, "base_depth": base_depth}
-        too_small = [f"{name} = {size}" for name, size in sizes.items() if size < 1]
-        if too_small:
-            raise ConfigError(f"{', '.join(too_small)}: a size is a whole number of at least 1.")
+        heads = {"head_dim": head_dim, "base_head_dim": base_head_dim}
+        sizes |= {name: size for name, size in heads.items() if size is not None}
+        # Written so that NaN is no size either.
+        no_sizes = [
+            f"{name} = {size!r}"
+            for name, size in sizes.items()
+            if not (isinstance(size, int | float) and 1 <= size < math.inf)
+        ]
+        if no_sizes:
+            raise ConfigError(f"{', '.join(no_sizes)}: a size is a whole number of at least 1.")
+        if not 0.5 <= alpha <= 1:
+            raise ConfigError(f"alpha = {alpha}: use 1 (CompleteP), or from 0.5 to 1.")
         scale_width = parameterization != "sp"
         scale_depth = parameterization == "completep"
         # Nothing may be computed with a scale that nobody gave: NaN is seen in the first loss.

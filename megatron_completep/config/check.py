@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from megatron_completep.config import derived
 from megatron_completep.config.context_rules import context_problems
 from megatron_completep.config.data_rules import source_problems, tokenizer_problems
+from megatron_completep.config.float8_rules import float8_problems
 from megatron_completep.config.graph_rules import graph_problems
 from megatron_completep.config.moe_rules import moe_problems
 from megatron_completep.config.optimizer_rules import decay_problems, muon_problems
@@ -23,6 +24,7 @@ from megatron_completep.config.remedies import (
 )
 from megatron_completep.config.rope_section import rope_problems
 from megatron_completep.config.schema import Config
+from megatron_completep.config.sharding_rules import sharding_problems
 from megatron_completep.config.world_rules import world_problems
 
 
@@ -498,6 +500,8 @@ RULES: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     _validation,
     _batch_ramp,
     graph_problems,
+    sharding_problems,
+    float8_problems,
     _step_numbers,
     _checkpoint,
     _guards,

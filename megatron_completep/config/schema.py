@@ -218,6 +218,11 @@ class ParallelConfig(Section):
     sequence_parallel: bool = Field(
         False, description="Shard the residual stream along the sequence over tensor ranks."
     )
+    sharding: Literal["optimizer", "gradients"] = Field(
+        "optimizer",
+        description="What data ranks share: optimizer state (ZeRO-1), or full gradients too, which "
+        "are then reduced in every micro-batch (ZeRO-2).",
+    )
     optimizer_shard_size: PositiveInt | None = Field(
         None, description="Data ranks that share the optimizer; null: all of them."
     )
@@ -403,6 +408,18 @@ class TrainingConfig(Section):
     matrix_products: Literal["auto", "torch", "onednn"] = Field(
         "auto",
         description="Float32 products on a CPU; auto: onednn on AMD with AVX-512, else torch.",
+    )
+    float8: Literal["none", "tensorwise"] = Field(
+        "none",
+        description="Products of hidden matrices in float8, with one scale an operand; faster on "
+        "GPUs from Hopper on, emulated elsewhere.",
+    )
+    float8_weight_gradient: Literal["high", "float8"] = Field(
+        "high", description="Operands of the weight gradient under float8: as they are, or rounded."
+    )
+    float8_least_size: PositiveInt = Field(
+        2048,
+        description="Matrices with a smaller dimension on a rank are left out of float8.",
     )
     compile: bool = Field(
         False,

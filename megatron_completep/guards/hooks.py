@@ -146,6 +146,8 @@ class SkippedSteps(Hook):
     def _origin(self, record: StepRecord) -> str:
         """The ranks, parameters and samples whose gradient is not finite. Collective."""
         own_samples = self._own_samples(record)
+        if not self._optimizer.shards.gradients.kept:
+            return self._origin_of_sums(own_samples)
         reports = self._exchange.all_gather((nonfinite_gradients(self._optimizer), own_samples))
         origins = []
         for rank, (names, samples) in enumerate(reports):
@@ -155,10 +157,25 @@ class SkippedSteps(Hook):
         # the first rank to the others.
         if origins:
             return "; ".join(origins[:4])
+        return unknown_origin(self._may_be_replaced(), own_samples)
+
+    def _origin_of_sums(self, own_samples: str) -> str:
+        """The parameters whose summed gradient is not finite, of which ranks have the shards."""
+        reports = self._exchange.all_gather(nonfinite_sums(self._optimizer))
+        not_finite = {name for names in reports for name in names}
+        names = [name for name in reversed(self._optimizer.shards.parameters) if name in not_finite]
+        if not names:
+            return unknown_origin(self._may_be_replaced(), own_samples)
+        return (
+            f"Not finite in the sum over ranks: {summary(names)}; which rank was the first is not "
+            f"known, as parallel.sharding = gradients keeps none's own; samples {own_samples} on "
+            "rank 0"
+        )
+
+    def _may_be_replaced(self) -> bool:
         # On a GPU the host comes here when the next step has been launched, except where `due`
         # made it wait.
-        replaced = self._context.device.type == "cuda" and self._in_a_row == 1
-        return unknown_origin(replaced, own_samples)
+        return self._context.device.type == "cuda" and self._in_a_row == 1
 
     def _own_samples(self, record: StepRecord) -> str:
         """Which samples this data rank read in the step, by their run-wide numbers."""
@@ -186,6 +203,19 @@ def nonfinite_gradients(optimizer: DistributedOptimizer) -> list[str]:
         total = main_grad_of(parameters[name]).double().sum().item()
         if not math.isfinite(total):
             names.append(name)
+    return names
+
+
+def nonfinite_sums(optimizer: DistributedOptimizer) -> list[str]:
+    """Names of parameters with a summed gradient in this rank's shard that is not finite.
+
+    Empty where the sums are freed already. Waits for the device.
+    """
+    shards = optimizer.shards
+    names: list[str] = []
+    for segment in shards.segments if shards.grad_shard.numel() else ():
+        if not math.isfinite(shards.grad_shard[segment.in_shard].double().sum().item()):
+            names.append(segment.name)
     return names
 
 

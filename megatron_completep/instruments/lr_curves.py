@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megatron_completep.instruments import fits, sweep
-from megatron_completep.instruments.fits import Array, mean_curve, parabola_optimum
+from megatron_completep.instruments.fits import Array, Estimate, mean_curve, parabola_optimum
 
 
 class Setting(NamedTuple):
@@ -85,6 +85,25 @@ class Curve:
             and np.array_equal(self.log2_lr, other.log2_lr)
             and np.array_equal(self.losses, other.losses)
         )
+
+
+def weighted_sum_of_optima(
+    curves: Sequence[Curve], means: Sequence[Array], weights: Sequence[float]
+) -> Estimate:
+    """The weighted sum of the optima of mean curves, with the range that their grids allow."""
+    terms = []
+    for curve, mean, weight in zip(curves, means, weights, strict=True):
+        # Skip: 0 * inf, from an optimum at the edge of its grid, would be NaN.
+        if weight == 0:
+            continue
+        optimum = curve.optimum(mean).log2_lr_estimate
+        # A negative weight swaps the ends of the range.
+        ends = (weight * optimum.low, weight * optimum.high)
+        terms.append(Estimate(weight * optimum.value, min(ends), max(ends)))
+    total = sum(term.value for term in terms)
+    low = sum(term.low for term in terms)
+    high = sum(term.high for term in terms)
+    return Estimate(total, low, high)
 
 
 def setting_of(record: Curve | sweep.Point) -> Setting:

@@ -30,7 +30,9 @@ from megatron_completep.instruments.lr_curves import (
     curves_of,
     order_of_shapes,
     setting_of,
+    weighted_sum_of_optima,
 )
+from megatron_completep.instruments.lr_horizon import Horizon, Quality, horizons, qualities
 
 # A mean loss this far above the best of its curve, or not finite, counts as diverged.
 DIVERGENCE_NATS = 0.3
@@ -206,7 +208,7 @@ def _against_base(curve: Curve, base: Curve) -> tuple[Estimate, Estimate]:
     losses = [curve.losses, base.losses]
 
     def drift(means: list[Array]) -> Estimate:
-        return _weighted_sum_of_optima([curve, base], means, [1.0, -1.0])
+        return weighted_sum_of_optima([curve, base], means, [1.0, -1.0])
 
     def lost_nats(means: list[Array]) -> float:
         return regret(curve, base, means[0], means[1])
@@ -223,25 +225,6 @@ def grid_step(log2_lr: Array, index: int) -> float | None:
     return float(steps.min()) if len(steps) else None
 
 
-def _weighted_sum_of_optima(
-    curves: Sequence[Curve], means: Sequence[Array], weights: Sequence[float]
-) -> Estimate:
-    """The weighted sum of the optima of mean curves, with the range that their grids allow."""
-    terms = []
-    for curve, mean, weight in zip(curves, means, weights, strict=True):
-        # Skip: 0 * inf, from an optimum at the edge of its grid, would be NaN.
-        if weight == 0:
-            continue
-        optimum = curve.optimum(mean).log2_lr_estimate
-        # A negative weight swaps the ends of the range.
-        ends = (weight * optimum.low, weight * optimum.high)
-        terms.append(Estimate(weight * optimum.value, min(ends), max(ends)))
-    total = sum(term.value for term in terms)
-    low = sum(term.low for term in terms)
-    high = sum(term.high for term in terms)
-    return Estimate(total, low, high)
-
-
 def drift_over_depth(curves: Sequence[Curve]) -> Drift:
     """The slope of the optimum's log2(lr) over log2(depth), in octaves per doubling.
 
@@ -252,7 +235,7 @@ def drift_over_depth(curves: Sequence[Curve]) -> Drift:
     weights = [slope(depths, unit) for unit in np.eye(len(curves)).tolist()]
 
     def per_doubling(means: list[Array]) -> Estimate:
-        return _weighted_sum_of_optima(curves, means, weights)
+        return weighted_sum_of_optima(curves, means, weights)
 
     estimate = bootstrap_with_range(per_doubling, [curve.losses for curve in curves], REPLICATES)
     at_edge = any(curve.optimum().at_edge for curve in curves)
@@ -422,6 +405,8 @@ class Analysis:
     optima: list[CurveSummary]
     drifts: list[Drift]
     savings: list[Saving]
+    horizons: list[Horizon]
+    qualities: list[Quality]
     points_done: int
     points_missing: int
 
@@ -455,7 +440,16 @@ def analyse(folder: Path, baseline: str = "mup") -> Analysis:
 def analysis_of(curves: list[Curve], baseline: str, done: int, missing: int) -> Analysis:
     """All figures that follow from curves; done, missing: the points of their sweep."""
     optima = [summarize(curve, base_curve(curve, curves)) for curve in curves]
-    return Analysis(curves, optima, drifts(curves), savings(curves, baseline), done, missing)
+    return Analysis(
+        curves,
+        optima,
+        drifts(curves),
+        savings(curves, baseline),
+        horizons(curves),
+        qualities(curves),
+        done,
+        missing,
+    )
 
 
 def _report_order(curve: Curve) -> tuple[float, str, int, int, int, int]:

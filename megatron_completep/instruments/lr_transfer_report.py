@@ -15,6 +15,7 @@ from megatron_completep.instruments import lr_transfer, sweep
 from megatron_completep.instruments.check_report import dump, finite
 from megatron_completep.instruments.fits import Estimate
 from megatron_completep.instruments.lr_curves import Curve, order_of_shapes, shape_text
+from megatron_completep.instruments.lr_horizon import Horizon, Quality
 from megatron_completep.instruments.lr_transfer import (
     DIVERGENCE_NATS,
     DRIFT_BAND,
@@ -105,6 +106,7 @@ def verdict_lines(analysis: Analysis) -> list[str]:
         if optimum.regret is not None:
             lines.append(_regret_line(optimum, optimum.regret))
     lines += [_saving_line(saving) for saving in analysis.savings]
+    lines += [_horizon_line(horizon) for horizon in analysis.horizons]
     return lines
 
 
@@ -125,6 +127,12 @@ def _saving_line(saving: Saving) -> str:
     return f"{rule} {shape} against {against} {against_shape}: {percent} % FLOPs: {verdict}"
 
 
+def _horizon_line(horizon: Horizon) -> str:
+    shape = f"{horizon.num_layers} x {horizon.hidden_size}"
+    name = f"{horizon.parameterization:<11} wd {horizon.base_weight_decay:g}, {shape}"
+    return f"{name}: best lr ~ tokens^-d, d = {horizon.exponent}: {horizon.verdict}"
+
+
 def build(analysis: Analysis) -> Report:
     """The document: drift, the optima of all shapes, compute saved, and the curves."""
     # The best learning rates stand in a table of their own.
@@ -136,6 +144,10 @@ def build(analysis: Analysis) -> Report:
     _add_optima(document, analysis.optima)
     if analysis.savings:
         _add_savings(document, analysis)
+    if analysis.horizons:
+        _add_horizons(document, analysis.horizons)
+    if analysis.qualities:
+        _add_qualities(document, analysis.qualities)
     _add_curves(document, analysis.curves, analysis.optima)
     return document
 
@@ -187,6 +199,39 @@ def _add_savings(document: Report, analysis: Analysis) -> None:
     figure = draw_lengths(analysis.curves)
     caption = "Loss at the optimum over FLOPs; the same seeds everywhere."
     section.picture("savings", figure, caption)
+
+
+def _add_horizons(document: Report, horizons: Sequence[Horizon]) -> None:
+    section = document.section(
+        "Length of the run",
+        "The exponent d of best learning rate ~ tokens^-d at a fixed batch, with its 95 % "
+        "interval: what completep.duration_exponent takes.",
+    )
+    rows: list[list[Any]] = []
+    for entry in horizons:
+        shape = f"{entry.num_layers} x {entry.hidden_size}"
+        lengths = ", ".join(map(str, entry.lengths))
+        exponent = [str(entry.exponent), entry.error, entry.verdict]
+        rows.append([entry.parameterization, shape, entry.base_weight_decay, lengths, *exponent])
+    heads = ["parameterization", "shape", "wd", "steps", "exponent", "standard error", "verdict"]
+    section.table(heads, rows)
+
+
+def _add_qualities(document: Report, qualities: Sequence[Quality]) -> None:
+    section = document.section(
+        "Quality of transfer",
+        "After arXiv 2605.21486. Fit error: octaves of the optima from their line over the size. "
+        "Robustness: exponent of the curve's curvature over the size; lower is more forgiving. "
+        "Penalty: nats lost at the largest shape at the smallest one's learning rate. Behind: nats "
+        "of its best loss over the best rule's.",
+    )
+    rows: list[list[Any]] = []
+    for entry in qualities:
+        numbers = [entry.fit_error, entry.robustness, entry.penalty, entry.behind]
+        setting = [entry.parameterization, entry.train_steps, entry.base_weight_decay]
+        rows.append([*setting, entry.shapes, *numbers])
+    heads = ["parameterization", "steps", "wd", "shapes"]
+    section.table([*heads, "fit error", "robustness", "penalty", "behind"], rows)
 
 
 def _add_curves(document: Report, curves: Sequence[Curve], optima: Sequence[CurveSummary]) -> None:

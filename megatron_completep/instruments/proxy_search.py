@@ -136,12 +136,23 @@ def short_run(config: Config) -> Config:
 
 
 def open_study(folder: Path, steps: int, seed: int = 0) -> Any:
-    """The study of a folder, made where there is none. steps: of a run, for giving up."""
+    """The study of a folder, made where there is none. steps: of a run, for giving up.
+
+    Raises DataError if the journal cannot be read.
+    """
     optuna = optuna_package()
-    backend = optuna.storages.journal.JournalFileBackend(str(folder / "journal.log"))
+    path = folder / "journal.log"
+    backend = optuna.storages.journal.JournalFileBackend(str(path))
+    try:
+        storage = optuna.storages.JournalStorage(backend)
+    except ValueError as error:
+        raise DataError(
+            f"{path}: a line is no record ({error}). Delete what was not written by the search, or "
+            "choose another folder."
+        ) from None
     return optuna.create_study(
         study_name=STUDY,
-        storage=optuna.storages.JournalStorage(backend),
+        storage=storage,
         sampler=optuna.samplers.TPESampler(
             n_startup_trials=RANDOM_TRIALS, multivariate=True, constant_liar=True, seed=seed
         ),
@@ -224,12 +235,31 @@ def prepare(search: Search, folder: Path) -> Any:
     """
     optuna_package()
     search.save(folder)
+    _drop_cut_record(folder / "journal.log")
     study = open_study(folder, search.config.training.train_steps, search.seed)
     own = settings_of(search.config, search.space)
     if not study.trials and contains(search.space, own):
         study.enqueue_trial({name: to_coordinate(name, value) for name, value in own.items()})
     _queue_abandoned(study)
     return study
+
+
+def _drop_cut_record(path: Path) -> None:
+    """Remove a last record that was not written to its end, as a full disk leaves it.
+
+    The next record would be written behind it on the same line, and neither could be read.
+    """
+    if not path.exists():
+        return
+    lock = optuna_package().storages.journal.JournalFileSymlinkLock(str(path))
+    lock.acquire()
+    try:
+        content = path.read_bytes()
+        # No other process is writing: it would hold the lock.
+        if not content.endswith(b"\n"):
+            os.truncate(path, content.rfind(b"\n") + 1)
+    finally:
+        lock.release()
 
 
 def _queue_abandoned(study: Any) -> None:

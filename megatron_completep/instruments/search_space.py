@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_completep.command_line import did_you_mean
+from megatron_completep.completep import table_of
 from megatron_completep.config.derived import warmup_steps
 from megatron_completep.config.schema import Config, RoleFactors
 from megatron_completep.errors import ConfigError
 from megatron_completep.instruments.trial import change, following
+from megatron_completep.optim.check import check_parameters
 from megatron_completep.roles import CONSTANT_ROLES, Role
 
 # Settings of the optimizer's section that are ratios, searched in octaves.
@@ -93,7 +95,9 @@ def _check_limits(name: str, low: float, high: float) -> None:
 def check_space(space: Sequence[Dimension], config: Config) -> None:
     """Raises ConfigError for a space that the proxy cannot be searched in, before anything runs.
 
-    Its corners are made, so that what the rules between settings refuse is found here.
+    The ends of every range are made, and the two corners where all settings have their lowest or
+    highest values, so that what the rules between settings refuse is found here, and values that no
+    type holds: those are products, which grow with each of their settings.
     """
     problems: list[str] = []
     names = [one.name for one in space]
@@ -105,13 +109,27 @@ def check_space(space: Sequence[Dimension], config: Config) -> None:
             problems.append(f"{name}: {problem}")
     for one in space:
         for value in (one.low, one.high):
-            try:
-                with_settings(config, {one.name: value})
-            except ConfigError as error:
-                problems.append(f"{one.name} = {value:g}: {error}")
+            problem = _refusal(config, {one.name: value})
+            if problem:
+                problems.append(f"{one.name} = {value:g}: {problem}")
+    if not problems:
+        for place, end in (("lowest", "low"), ("highest", "high")):
+            problem = _refusal(config, {one.name: getattr(one, end) for one in space})
+            if problem:
+                problems.append(f"all settings at their {place}: {problem}")
     if problems:
         lines = [f"{len(problems)} problems in the search space", *(f"  {p}" for p in problems)]
         raise ConfigError("\n".join(lines))
+
+
+def _refusal(config: Config, settings: Mapping[str, float]) -> str | None:
+    """Why a run with these settings would be refused; None if it would not."""
+    try:
+        changed = with_settings(config, settings)
+        check_parameters(changed, table_of(changed))
+    except ConfigError as error:
+        return str(error)
+    return None
 
 
 def _without_effect(name: str, config: Config) -> str | None:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ FORMAT = 1  # of a point's file; part of its key, so that a change of meaning ru
 WORKERS_PER_GPU = 6  # small runs leave a GPU idle most of the time; several processes share it
 SETTLED_PART = 1 / 3  # of the steps, at the end: balancing takes its time
 LAST_PART = 0.1  # of the steps: their mean training loss is the figure where nothing is held out
+CURVE_PARTS = 100  # of a run: the means that a result keeps of its training losses
 Say = Callable[[str], None]
 
 
@@ -174,7 +175,8 @@ def run_point(
     Returns validation_loss (None without held-out data), train_loss (mean over the last steps),
     expert_load (the largest load of an expert over the mean, of a step's tokens: mean over the last
     third of the steps, of the layer where it is largest; None without experts), diverged, steps,
-    tokens, flops and seconds.
+    tokens, flops, seconds, and curve: the mean training losses of up to CURVE_PARTS equal parts of
+    the run.
     """
     started = time.perf_counter()
     context = ParallelContext.single(device)
@@ -211,7 +213,18 @@ def run_point(
         "tokens": tokens,
         "flops": tokens * training_flops_per_token(config.model),
         "seconds": time.perf_counter() - started,
+        "curve": curve_of(losses),
     }
+
+
+def curve_of(losses: Sequence[float]) -> list[float]:
+    """The means of up to CURVE_PARTS equal parts of a run, in order."""
+    parts = min(CURVE_PARTS, len(losses))
+    bounds = [part * len(losses) // parts for part in range(parts + 1)]
+    means = []
+    for start, stop in pairwise(bounds):
+        means.append(sum(losses[start:stop]) / (stop - start))
+    return means
 
 
 def run_and_keep(
@@ -299,6 +312,7 @@ def run_slurm(
     options: dict[str, Any],
     device: str,
     cluster: str = "slurm",
+    name: str = "lr_transfer",
 ) -> list[Any]:
     """Submit the missing points to Slurm as one array job; returns submitit's jobs.
 
@@ -306,7 +320,7 @@ def run_slurm(
     """
     rows = [(*_job_arguments(point, folder), device) for point in missing(points, folder)]
     (folder / "points").mkdir(parents=True, exist_ok=True)
-    executor = slurm_executor(folder, "lr_transfer", options, cluster)
+    executor = slurm_executor(folder, name, options, cluster)
     if not rows:
         return []
     # map_array takes one sequence an argument of the function, as map does.
@@ -315,14 +329,22 @@ def run_slurm(
 
 
 def slurm_executor(folder: Path, name: str, options: dict[str, Any], cluster: str = "slurm") -> Any:
-    """submitit's executor, whose files go to `folder`/slurm. Raises UserError without submitit."""
+    """submitit's executor, whose files go to `folder`/slurm.
+
+    Raises UserError without submitit or Slurm, and for options that submitit does not know.
+    """
     # The package is optional, so it is imported only here.
     try:
         import submitit
     except ImportError as error:
         raise UserError("Slurm jobs need the package submitit: pip install submitit.") from error
-    executor = submitit.AutoExecutor(folder=str(folder / "slurm"), cluster=cluster)
-    executor.update_parameters(name=name, **options)
+    try:
+        executor = submitit.AutoExecutor(folder=str(folder / "slurm"), cluster=cluster)
+        executor.update_parameters(name=name, **options)
+    except (AssertionError, NameError, RuntimeError, TypeError, ValueError) as error:
+        # Its own words: "Could not detect srun", or the names of all options there are.
+        given = ", ".join(f"{key}={value}" for key, value in options.items())
+        raise UserError(f"--slurm {given}: submitit refuses it: {error}") from error
     return executor
 
 

@@ -76,6 +76,21 @@ def change(config: Config, **sections: dict[str, Any]) -> Config:
     return changed
 
 
+def on_one_process(config: Config) -> Config:
+    """The configuration without a division over ranks, since that of one shape may fit no other."""
+    plain: dict[str, Any] = {
+        "tensor_parallel_size": 1,
+        "pipeline_parallel_size": 1,
+        "virtual_pipeline_size": 1,
+        "context_parallel_size": 1,
+        "schedule": "1f1b",
+        "pipeline_split": None,
+        "sequence_parallel": False,
+        "optimizer_shard_size": None,
+    }
+    return change(config, parallel=plain)
+
+
 def with_base(config: Config) -> Config:
     """The configuration with its base shape written out: its own shape where it names none."""
     model = config.model
@@ -290,6 +305,8 @@ def for_short_runs(
     training = {"train_steps": steps, "precision": precision, "recompute": "none"}
     # Instruments read masters and gradients between two steps.
     training["overlap_update"] = False
+    # Which of small matrices are converted says nothing about a large model.
+    training["float8"] = "none"
     settings = {**schedule, **following(config.optimizer, optimizer)}
     return change(config, optimizer=settings, training=training)
 

@@ -66,6 +66,7 @@ def check_parameters(
     problems = [
         *_unmatched(config.optimizer, declared),
         *_without_effect(config, declared),
+        *_without_epsilon(config, table, declared),
         *_unaligned(config, declared),
         *_parameter_problems(config, table, declared),
         *_single_problems(config, table),
@@ -97,12 +98,13 @@ def _unmatched(optimizer: OptimizerConfig, declared: Mapping[str, Spec]) -> Iter
         parts = []
         for name, spec in declared.items():
             parts += [part_name(name, part) for part in spec.logical_parts if part]
+        hint = ""
+        if parts:
+            hint = f"\n    Parts of fused matrices have names as well, such as {parts[0]}."
         yield (
             f"optimizer.overrides: {', '.join(unused)} matches no parameter. "
-            f"Names look like:\n    {examples}"
+            f"Names look like:\n    {examples}{hint}"
         )
-        if parts:
-            yield f"Parts of fused matrices have names as well, such as {parts[0]}."
 
 
 def _without_effect(config: Config, declared: Mapping[str, Spec]) -> Iterator[str]:
@@ -122,6 +124,30 @@ def _without_effect(config: Config, declared: Mapping[str, Spec]) -> Iterator[st
         if roles == {Role.BALANCE_BIAS}:
             where = f"optimizer.overrides.{index} ({override.pattern!r})"
             yield from _idle_balance(where, override)
+
+
+def _without_epsilon(config: Config, table: Table, declared: Mapping[str, Spec]) -> Iterator[str]:
+    """Factors on the epsilon of matrices whose update has none, which are Muon's."""
+    places: list[tuple[str, float, dict[str, Spec]]] = []
+    for role, factors in config.completep.factors.items():
+        named = {name: spec for name, spec in declared.items() if spec.role is role}
+        places.append((f"completep.factors.{role}", factors.eps, named))
+    for index, override in enumerate(config.optimizer.overrides):
+        named = {}
+        for name, spec in declared.items():
+            if matches_any(override, _names(name, spec)):
+                named[name] = spec
+        where = f"optimizer.overrides.{index} ({override.pattern!r})"
+        places.append((where, override.eps, named))
+
+    for where, eps, named in places:
+        specs = named.values()
+        sections = {table.section(spec.role, spec.matrix_of("")) for spec in specs}
+        if eps != 1 and sections == {"muon"}:
+            yield (
+                f"{where}: eps = {eps:g} can never act: an orthogonal update has no epsilon. "
+                "Remove it."
+            )
 
 
 def _idle_balance(where: str, factors: RoleFactors | OverrideConfig) -> Iterator[str]:

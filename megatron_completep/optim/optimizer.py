@@ -97,6 +97,10 @@ class DistributedOptimizer:
         """Call before the first forward of a step of `micro_batches` forward-backward passes."""
         self.shards.begin_step(micro_batches)
 
+    def next_micro_batch(self) -> None:
+        """Call between two forward-backward passes of a step (`Shards.next_micro_batch`)."""
+        self.shards.next_micro_batch()
+
     def step(
         self,
         learning_rate: float | Tensor,

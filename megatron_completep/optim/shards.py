@@ -1,4 +1,4 @@
-"""Flat buffers of parameters, gradients and masters, sharded over data-parallel ranks (ZeRO-1).
+"""Flat buffers of parameters, gradients and masters, sharded over data-parallel ranks (ZeRO-1, 2).
 
 The buffers are divided into buckets (layout.py); one collective reduces, or gathers, one bucket. A
 step goes through the following stages. None of them depends on the update rule.
@@ -7,15 +7,18 @@ step goes through the following stages. None of them depends on the update rule.
    all ranks that reduce together.
 2. During backward, `_on_complete` is called when the last gradient of a parameter has arrived. The
    reduce-scatter of a bucket starts when all of its gradients have arrived and the reductions of
-   all buckets before it in the order have started. Backward does not wait for reductions, with
-   one exception: if gradients are communicated in bf16, it waits for older buckets, so that their
-   bf16 copies can be freed.
+   all buckets before it in the order have started. Backward does not wait for reductions, unless
+   gradients are communicated in bf16: then it waits for older buckets, to free their bf16 copies.
 3. After backward, `finish_gradients` completes the parameters that got no gradient, which starts
    the remaining reductions. It waits for every reduction, in the order in which they started, and
    adds the contributions of other tensor and pipeline ranks to parameters they share.
 4. The update rule changes this rank's shard of the masters.
 5. `start_gathering` starts the all-gathers of the new parameters, in the order in which forward
    needs them. Before a module runs it waits only for the buckets that hold its own parameters.
+
+With `parallel.sharding: gradients` stages 1 and 2 belong to one micro-batch, `next_micro_batch`
+begins the next one, and gradients have no buffer of their own but those of single buckets
+(gradient_buckets.py).
 
 With an `UpdateStream` stages 4 and 5 are one, `start_updates`: each bucket is updated and gathered
 on its own, in that same order, while the next forward pass begins.
@@ -40,8 +43,8 @@ from torch.nn import Parameter
 
 from megatron_completep import kernels
 from megatron_completep.config.schema import ParallelConfig
+from megatron_completep.optim.gradient_buckets import BucketGradients
 from megatron_completep.optim.layout import (
-    LOADS,
     Bucket,
     Layout,
     Piece,
@@ -51,17 +54,16 @@ from megatron_completep.optim.layout import (
     entry_of,
     lay_out,
 )
-from megatron_completep.optim.reduction import OVERLAPPED, RunningReduction
+from megatron_completep.optim.reduction import WholeGradients
 from megatron_completep.optim.update_stream import Arrival, UpdateStream
 from megatron_completep.parallel.collectives import (
     Pending,
     all_reduce,
     exchange,
     start_all_gather,
-    start_reduce_scatter,
 )
 from megatron_completep.parallel.context import ParallelContext
-from megatron_completep.parallel.gradients import GradientQueue, accumulate_tensor
+from megatron_completep.parallel.gradients import GradientQueue, push_autograd_grad
 from megatron_completep.parallel.parameter import Spec, spec_of
 
 Hook = Callable[[Parameter], None]
@@ -80,7 +82,8 @@ class Shards:
         chunks: this rank's model chunks, float32 or float64, initialized. Gradients go to the
             chunk's own `queue` if it has one, else to a new GradientQueue.
         context: the mesh of ranks.
-        parallel: the size of a bucket and the dtype in which gradients are communicated.
+        parallel: the size of a bucket, the dtype in which gradients are communicated, and whether
+            whole gradients exist (`sharding`).
         precision: dtype of the stored parameters and of the computation. Under bf16 the shard keeps
             masters in float32.
         kind_of: the kind of a parameter, see `layout.Entry`.
@@ -88,7 +91,8 @@ class Shards:
 
     Attributes:
         flat: the parameters of this rank, in `precision`.
-        grad: the gradients of this rank, float32 or float64, laid out as `flat`.
+        gradients: what holds this rank's gradients until they are reduced. `WholeGradients` has
+            them all in `grad`, float32 or float64, laid out as `flat`.
         master: this rank's shard of the parameters, float32 or float64. It aliases `flat` if there
             is one shard and `precision` is the master dtype.
         grad_shard: this rank's shard of the summed gradients; empty until the first reduction of a
@@ -96,6 +100,7 @@ class Shards:
         flat_shard: buffer into which the update rule writes the rounded parameters before the
             all-gather; None if masters are gathered directly.
         started: the buckets whose reductions have started in this step, in order.
+        on_new_parameters: called when all of this rank's shard has new values.
     """
 
     def __init__(
@@ -121,48 +126,49 @@ class Shards:
 
         summed_over = sorted({"gradient", *(spec.summed_over for spec in self.specs.values())})
         self.reductions = {axis: context.reduction(axis) for axis in summed_over}
-        self.layout = self._lay_out(parallel.bucket_megabytes)
+        self.layout = self._lay_out(parallel)
         self._shard_ranks = {axis: r.shard.rank for axis, r in self.reductions.items()}
-        self.segments: tuple[Segment, ...] = self.layout.segments(self._shard_ranks)
-
-        # Ignore axes over which no parameter is reduced.
-        axes = {bucket.axis for bucket in self.layout.buckets}
+        self.segments = self.layout.segments(self._shard_ranks)
+        axes = {bucket.axis for bucket in self.layout.buckets}  # over which anything is reduced
         self._sharded = any(self.reductions[axis].shard.size > 1 for axis in axes)
         self._reduces = any(self.reductions[axis].size > 1 for axis in axes)
-        self._communication_dtype = torch.bfloat16 if parallel.gradient_dtype == "bf16" else None
         self._make_buffers(precision)
+        self.gradients = self._hold_gradients(parallel)
+        self.grad_shard = self.master.new_empty(0)
+        # If nothing is sharded, the gradients serve as their own shard.
+        if not self._sharded and isinstance(self.gradients, WholeGradients):
+            self.grad_shard = self.gradients.grad
 
+        self.on_new_parameters: list[Callable[[], None]] = []
         self.started: list[int] = []
         self._start_order: list[int] = []
         self._missing: Counter[int] = Counter()  # bucket -> parameters without their last gradient
-        self._running: list[RunningReduction] = []
         self._arriving: dict[int, Arrival] = {}  # bucket -> its new parameters, under way
         self._sent: set[int] = set()  # buckets of this step whose gathers have started
         self._attach()
 
     # --- construction --------------------------------------------------------------------------
 
-    def _lay_out(self, bucket_megabytes: float) -> Layout:
-        entries = [entry_of(n, spec, self.kind_of(spec)) for n, spec in self.specs.items()]
+    def _lay_out(self, parallel: ParallelConfig) -> Layout:
+        entries = []
+        for name, spec in self.specs.items():
+            entries.append(entry_of(name, spec, self.kind_of(spec), parallel.sharding))
         shards = {axis: reduction.shard.size for axis, reduction in self.reductions.items()}
         most_ranks = max(reduction.size for reduction in self.reductions.values())
-        return lay_out(entries, shards, elements_of_bucket(bucket_megabytes, most_ranks))
+        return lay_out(entries, shards, elements_of_bucket(parallel.bucket_megabytes, most_ranks))
 
     def _make_buffers(self, precision: torch.dtype) -> None:
         """Move the parameters into one buffer, and keep this rank's shard of the masters."""
-        device = self.context.device
         master_dtype = torch.float64 if precision == torch.float64 else torch.float32
-        masters = torch.zeros(self.layout.size, dtype=master_dtype, device=device)
+        masters = torch.zeros(self.layout.size, dtype=master_dtype, device=self.context.device)
         for piece in self.layout.pieces:
             parameter = self.parameters[piece.name]
             _view(masters, piece, parameter.shape).copy_(parameter.detach())
 
-        self.grad = torch.zeros(self.layout.size, dtype=master_dtype, device=device)
         rounded = precision != master_dtype
         self.flat = masters.to(precision) if rounded else masters
         # If nothing is sharded, the buffers serve as their own shards.
         self.master = self.own_shard(masters) if self._sharded else masters
-        self.grad_shard = self.grad.new_empty(0) if self._sharded else self.grad
         self.flat_shard: Tensor | None = None
         if rounded:
             self.flat_shard = self.own_shard(self.flat) if self._sharded else self.flat
@@ -170,8 +176,19 @@ class Shards:
         for piece in self.layout.pieces:
             parameter = self.parameters[piece.name]
             parameter.data = _view(self.flat, piece, parameter.shape)
-            main_grad = _view(self.grad, piece, parameter.shape)
-            parameter.main_grad = main_grad  # type: ignore[attr-defined]
+
+    def _hold_gradients(self, parallel: ParallelConfig) -> WholeGradients | BucketGradients:
+        # With one shard there is nothing to share: the reduced gradients are the gradients.
+        by_bucket = parallel.sharding == "gradients" and self._sharded
+        make_gradients = BucketGradients if by_bucket else WholeGradients
+        sent_as = torch.bfloat16 if parallel.gradient_dtype == "bf16" else None
+        return make_gradients(self.parameters, self.layout, self.reductions, self.master, sent_as)
+
+    @property
+    def grad(self) -> Tensor:
+        """The whole gradients of this rank; only if they are not sharded."""
+        assert isinstance(self.gradients, WholeGradients)
+        return self.gradients.grad
 
     def own_shard(self, flat: Tensor) -> Tensor:
         """A copy of this rank's shard of a buffer that is laid out as `flat`."""
@@ -265,6 +282,8 @@ class Shards:
             self.chunks, self._parameters_of_chunks, self.queues, strict=True
         ):
             queue.on_complete = self._on_complete
+            if isinstance(self.gradients, BucketGradients):
+                queue.allocate = self.gradients.allocate
             for parameter in parameters:
                 # A weak reference, as the garbage collector cannot see a cycle that runs through
                 # the hooks of a tensor, and would never free the optimizer.
@@ -274,9 +293,8 @@ class Shards:
                 self._wait_in_forward(chunk)
 
     def _wait_in_forward(self, chunk: nn.Module) -> None:
-        """Make each module wait, before it runs, for the buckets of the parameters it reads.
-
-        These are its own, and those of its `modules_read`, if it has that attribute.
+        """Make each module wait, before it runs, for the buckets of its own parameters, and of its
+        `modules_read`, if it has that attribute.
         """
         for module in chunk.modules():
             parameters = list(module.parameters(recurse=False))
@@ -284,8 +302,7 @@ class Shards:
             for read in getattr(module, "modules_read", ()):
                 parameters += read.parameters(recurse=False)
             buckets = sorted({self._bucket_of[p] for p in parameters})
-            # The reference to self may be strong: a module keeps its hooks in a dict, so the
-            # garbage collector sees the cycle.
+            # self may be strong: hooks of a module lie in a dict, which the collector sees.
             if buckets:
                 hook = partial(self._await_before_forward, tuple(buckets))
                 module.register_forward_pre_hook(hook)
@@ -293,16 +310,37 @@ class Shards:
     # --- gradients -----------------------------------------------------------------------------
 
     def begin_step(self, micro_batches: int) -> None:
-        """Expect the gradients of `micro_batches` forward-backward passes."""
-        self._missing = Counter(self._bucket_sizes)
+        """Expect the gradients of `micro_batches` forward-backward passes.
+
+        If gradients are sharded, `next_micro_batch` must be called between two of them.
+        """
         self._start_order = self._starting_order()
-        self.started = []
         # Activations may use this memory until the first reduction starts. Updates that are under
         # way still read it: then it is freed behind the last of them.
         if not self._arriving or self.updates is None:
             self._free_grad_shard()
+        if isinstance(self.gradients, BucketGradients):
+            self.gradients.begin_step()
+            micro_batches = 1
+        self._expect(micro_batches)
+
+    def _expect(self, micro_batches: int) -> None:
+        """Expect the gradients that the next reductions are to hold."""
+        self._missing = Counter(self._bucket_sizes)
+        self.started = []
         for parameters, queue in zip(self._parameters_of_chunks, self.queues, strict=True):
             queue.begin_step(parameters, micro_batches)
+
+    def next_micro_batch(self) -> None:
+        """Begin the next micro-batch of a step whose gradients are sharded; else nothing.
+
+        What got no gradient in the micro-batch before is reduced as zeros, so that every rank makes
+        the same calls.
+        """
+        if isinstance(self.gradients, BucketGradients):
+            for queue in self.queues:
+                queue.finish_step()
+            self._expect(1)
 
     def _starting_order(self) -> list[int]:
         """The numbers of all buckets, in the order in which their reductions start.
@@ -340,33 +378,12 @@ class Shards:
         if not self._reduces:
             return
         self.allocate_grad_shard()
-        bucket = self.layout.buckets[number]
-        shard, replica = self.reductions[bucket.axis]
-        gradients = self.grad[bucket.start : bucket.stop]
-        target = _slice(self.grad_shard, bucket)
-        if self._communication_dtype is None or bucket.kind == LOADS:
-            pending = start_reduce_scatter(gradients, shard, target)
-        else:
-            # The sum arrives in the communicated dtype and is copied to `target` later.
-            self._free_older_copies()
-            pending = start_reduce_scatter(gradients.to(self._communication_dtype), shard)
-        self._running.append(RunningReduction(pending, replica, target))
-
-    def _free_older_copies(self) -> None:
-        """Wait for older buckets, whose copies in the communicated dtype live until then.
-
-        A rank thus holds at most four copies at a time, instead of one copy per bucket at the end
-        of backward. All ranks that reduce together do this at the same buckets, as they start them
-        in one order.
-        """
-        if len(self._running) >= OVERLAPPED:
-            self._running[-OVERLAPPED].sum_over_replicas()
-        if len(self._running) >= 2 * OVERLAPPED:
-            self._running.pop(0).finish()
+        target = _slice(self.grad_shard, self.layout.buckets[number])
+        self.gradients.reduce(number, target)
 
     def _free_grad_shard(self) -> None:
         if self._sharded:
-            self.grad_shard = self.grad.new_empty(0)
+            self.grad_shard = self.master.new_empty(0)
 
     def allocate_grad_shard(self) -> None:
         """Allocate the buffer of reduced gradients if this step has none yet."""
@@ -387,12 +404,8 @@ class Shards:
         for queue in self.queues:
             queue.finish_step()
 
-        # Start all replica all-reduces before waiting for any.
-        for reduction in self._running:
-            reduction.sum_over_replicas()
-        for reduction in self._running:
-            reduction.finish()
-        self._running.clear()
+        if self._reduces:
+            self.gradients.finish([_slice(self.grad_shard, b) for b in self.layout.buckets])
 
         for bucket in self.tied_buckets:
             self._add_other_end(bucket)
@@ -440,6 +453,8 @@ class Shards:
         kinds: of the buckets that are gathered; None: of all whose gathers have not started yet,
             which ends the step.
         """
+        for call in self.on_new_parameters if kinds is None else ():
+            call()
         if not self._sharded:
             return
         for number in self._forward_order():
@@ -533,16 +548,3 @@ def _in_backward_order(chunks: Sequence[nn.Module]) -> dict[str, Parameter]:
         for name, parameter in reversed(list(chunk.named_parameters())):
             parameters[name] = parameter
     return parameters
-
-
-def push_autograd_grad(owner: weakref.ref[GradientQueue], parameter: Parameter) -> None:
-    """Move a gradient that autograd accumulated into `.grad` to the queue.
-
-    Called for the parameters of modules that do not use the queue. `owner` is weak, see
-    `Shards._attach`.
-    """
-    gradient = parameter.grad
-    parameter.grad = None
-    queue = owner()
-    if gradient is not None and queue is not None:
-        queue.push(parameter, accumulate_tensor(gradient))

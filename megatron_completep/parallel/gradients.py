@@ -9,6 +9,7 @@ It counts the contributions and reports a parameter when the last one of the ste
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -41,12 +42,15 @@ class GradientQueue:
     Attributes:
         deferred: whether contributions wait until `take()` hands them to the pipeline schedule.
         on_complete: called with a parameter when its last contribution of the step has arrived.
+        allocate: called with a parameter before its first contribution, where `main_grad` does not
+            exist all the time; None: it does.
         runs: contributions that were accumulated since the queue was made.
     """
 
     def __init__(self) -> None:
         self.deferred = False
         self.on_complete: Callable[[Parameter], None] | None = None
+        self.allocate: Callable[[Parameter], None] | None = None
         self.runs = 0
         self._pending: list[Callable[[], None]] = []
         # An entry exists until its parameter's last contribution has arrived. Hashing a Parameter
@@ -98,7 +102,7 @@ class GradientQueue:
             return None
         stale = expected.stale
         expected.stale = False
-        return main_grad_of(parameter), stale
+        return self._main_grad(parameter, stale), stale
 
     def take(self) -> Callable[[], None]:
         """Hand over the pending contributions as one function: `dw_builder` of a pipeline stage."""
@@ -118,7 +122,7 @@ class GradientQueue:
         """
         for parameter, expected in list(self._expected.items()):
             if expected.stale:
-                main_grad_of(parameter).zero_()
+                self._main_grad(parameter, first=True).zero_()
             self._complete(parameter)
 
     def _run(self, parameter: Parameter, accumulate: Accumulate) -> None:
@@ -132,7 +136,7 @@ class GradientQueue:
         first = expected is not None and expected.stale
         if expected is not None:
             expected.stale = False
-        accumulate(main_grad_of(parameter), first)
+        accumulate(self._main_grad(parameter, first), first)
         self._count(parameter, expected)
 
     def _run_together(self, parameters: Sequence[Parameter], accumulate: AccumulateAll) -> None:
@@ -149,8 +153,8 @@ class GradientQueue:
                 first.append(False)
                 continue
             expected = self._expected.get(parameter)
-            main_grads.append(main_grad_of(parameter))
             first.append(expected is not None and expected.stale)
+            main_grads.append(self._main_grad(parameter, first[-1]))
             if expected is not None:
                 expected.stale = False
             contributions.append((parameter, expected))
@@ -158,6 +162,12 @@ class GradientQueue:
             accumulate(main_grads, first)
         for parameter, expected in contributions:
             self._count(parameter, expected)
+
+    def _main_grad(self, parameter: Parameter, first: bool) -> Tensor:
+        # Only the first contribution may make a buffer: one too many would add to stale memory.
+        if first and self.allocate is not None:
+            self.allocate(parameter)
+        return main_grad_of(parameter)
 
     def _count(self, parameter: Parameter, expected: _Expected | None) -> None:
         self.runs += 1
@@ -173,12 +183,23 @@ class GradientQueue:
             self.on_complete(parameter)
 
 
+class _Reduced:
+    """Stands in the place of a gradient whose buffer exists only while its bucket is filled."""
+
+
+REDUCED = _Reduced()
+
+
 def main_grad_of(parameter: Parameter) -> Tensor:
     """The gradient buffer of a parameter, float32 (float64 for float64 parameters).
 
     The optimizer provides it; without one it is made here.
     """
     main_grad: Tensor | None = getattr(parameter, "main_grad", None)
+    assert not isinstance(main_grad, _Reduced), (
+        "the gradient of this micro-batch was reduced and freed (parallel.sharding = gradients): "
+        "call next_micro_batch() between forward-backward passes, and read `grad_shard` after them"
+    )
     if main_grad is None:
         main_grad = new_gradient(parameter).zero_()
         parameter.main_grad = main_grad  # type: ignore[attr-defined]
@@ -214,3 +235,16 @@ def accumulate_sum(d_out: Tensor) -> Accumulate:
         main_grad.copy_(column_sums) if first else main_grad.add_(column_sums)
 
     return accumulate
+
+
+def push_autograd_grad(owner: weakref.ref[GradientQueue], parameter: Parameter) -> None:
+    """Move a gradient that autograd accumulated into `.grad` to the queue.
+
+    Called for the parameters of modules that do not use the queue. `owner` is weak, as the garbage
+    collector cannot see a cycle that runs through the hooks of a tensor.
+    """
+    gradient = parameter.grad
+    parameter.grad = None
+    queue = owner()
+    if gradient is not None and queue is not None:
+        queue.push(parameter, accumulate_tensor(gradient))

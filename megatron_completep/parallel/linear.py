@@ -75,10 +75,11 @@ class ColumnParallelLinear(nn.Module):
                 multiplied_part=query_part,
             )
             self.bias = make_parameter(vector, ranks)
+        self.products = context.products.of(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = _ColumnParallel.apply(  # type: ignore[no-untyped-call]
-            x, self.weight, self.bias, self.context
+            x, self.weight, self.bias, self.context, self.products
         )
         return out
 
@@ -130,10 +131,11 @@ class RowParallelLinear(nn.Module):
                 forward_multiplier=ForwardMultiplier.STREAM,
             )
             self.bias = make_parameter(vector, ranks)
+        self.products = context.products.of(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         partial_sum: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
-            x, self.weight, self.context
+            x, self.weight, self.context, self.products
         )
         return self.context.ranks.sequence.sum_with_gradient(partial_sum)
 
@@ -150,21 +152,24 @@ class _Linear(torch.autograd.Function):
     """x W^T of this rank's input features; the weight gradient goes to the queue."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, context: LayerContext) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, context: LayerContext, products: Products
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
         # The queue wants the parameter itself: what is saved may come back as another object.
         ctx.weight = weight
         ctx.context = context
-        return context.products.forward(x, weight)
+        ctx.products = products
+        return products.forward(x, weight)
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, None, None, None]:
         x, weight = ctx.saved_tensors
-        products: Products = ctx.context.products
+        products: Products = ctx.products
         d_x = products.input_gradient(d_out, weight) if ctx.needs_input_grad[0] else None
         contribution = accumulate_matrix(products, d_out.flatten(0, -2), x.flatten(0, -2))
         ctx.context.queue.push(ctx.weight, contribution)
-        return d_x, None, None
+        return d_x, None, None, None
 
 
 class _ColumnParallel(torch.autograd.Function):
@@ -175,31 +180,38 @@ class _ColumnParallel(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, context: LayerContext
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        context: LayerContext,
+        products: Products,
     ) -> Tensor:
         # Only this rank's part of the input is saved; backward gathers it again.
         ctx.save_for_backward(x, weight)
         ctx.weight = weight
         ctx.bias = bias
         ctx.context = context
-        return context.products.forward(context.ranks.sequence.gather(x), weight, bias)
+        ctx.products = products
+        return products.forward_of_part(x, weight, bias, context.ranks.sequence)
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None, None, None, None]:
         x, weight = ctx.saved_tensors
         context: LayerContext = ctx.context
+        products: Products = ctx.products
         sequence = context.ranks.sequence
         # The gather of the input runs under the product for d_x, which does not read it.
         gathering = sequence.start_gather(x)
-        d_x = context.products.input_gradient(d_out, weight)
+        d_x = products.input_gradient(d_out, weight)
         reducing = sequence.start_sum(d_x)
         # The weight gradient is computed while d_x is being summed.
         rows = d_out.flatten(0, -2)
         inputs = gathering.wait().flatten(0, -2)
-        context.queue.push(ctx.weight, accumulate_matrix(context.products, rows, inputs))
+        context.queue.push(ctx.weight, accumulate_matrix(products, rows, inputs))
         if ctx.bias is not None:
             context.queue.push(ctx.bias, accumulate_sum(rows))
-        return reducing.wait(), None, None, None
+        return reducing.wait(), None, None, None, None
 
 
 def accumulate_matrix(products: Products, d_out: Tensor, x: Tensor) -> Accumulate:

@@ -257,11 +257,19 @@ def declare(
 ) -> Any:
     """Declare the role of a parameter of a plain torch module; returns the parameter.
 
+    Raises ConfigError for a word that is no role and for a fan-in that is no size.
+
     fan_in, base_fan_in: of a matrix of hidden weights, in this model and in the proxy.
 
     `initialize` leaves a gain or a bias at the value that its module gave it. Here `constant` is
     only recorded; layers that a checkpoint lacks start from it (checkpoint/adapt.py).
     """
+    if role not in list(Role):
+        raise ConfigError(f"{role} is no role. Use one of: {', '.join(Role)}.")
+    role = Role(role)  # a plain word would not be known by identity later
+    for name, size in (("fan_in", fan_in), ("base_fan_in", base_fan_in)):
+        if size is not None and not (isinstance(size, int) and size >= 1):
+            raise ConfigError(f"{name} = {size!r}: a size is a whole number of at least 1.")
     constant: float | None = None
     if role in (Role.HIDDEN_BIAS, Role.BALANCE_BIAS):
         constant = 0.0

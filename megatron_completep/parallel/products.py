@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Parameter
 
 from megatron_completep import kernels
 from megatron_completep.errors import ConfigError
@@ -25,6 +26,7 @@ from megatron_completep.parallel.onednn import (
     find_linear,
     least_work,
 )
+from megatron_completep.parallel.sequence import SequencePart
 
 APEX_EXTENSION = "fused_weight_gradient_mlp_cuda"
 
@@ -36,6 +38,19 @@ class Products:
     """
 
     library: ClassVar[str] = "torch"
+
+    def of(self, weight: Parameter) -> Products:
+        """The products of one weight; other libraries may treat weights differently."""
+        return self
+
+    def forward_of_part(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, sequence: SequencePart
+    ) -> Tensor:
+        """`forward` of the whole sequence [S, ...], of which x [s, ...] is this rank's part.
+
+        Communicates over the sequence's axis, if that is split.
+        """
+        return self.forward(sequence.gather(x), weight, bias)
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., in] W^T + b -> [..., out]."""

@@ -23,7 +23,7 @@ from megatron_completep.model.stages import whole_model
 from megatron_completep.optim.layout import LOADS, Layout
 from megatron_completep.parallel.cross_entropy import LossConfig, Unembedding
 from megatron_completep.parallel.linear import ColumnParallelLinear, RowParallelLinear
-from megatron_completep.parallel.parameter import Spec
+from megatron_completep.parallel.parameter import Spec, spec_of
 from megatron_completep.planning.orthogonal import (
     division_of,
     exchanged_elements,
@@ -33,6 +33,7 @@ from megatron_completep.planning.orthogonal import (
 from megatron_completep.planning.sizes import (
     backward_specs,
     element_bytes,
+    float8_weights,
     micro_batch_sizes,
     rank_layout,
     rank_models,
@@ -109,9 +110,10 @@ def collectives_per_step(
     collectives += _partial_gradients(config, specs, layout, places)
     collectives += _pipeline(config, models, micro_batches)
     collectives += _tied_gradients(config, specs, layout)
-    collectives += _data(config, layout, gradient_size)
+    collectives += _data(config, layout, gradient_size, micro_batches)
     stage_rank = shard_rank * config.parallel.tensor_parallel_size + tensor_rank
     collectives += _matrices(config, specs, layout, gradient_size, stage_rank)
+    collectives += _weight_scales(config, specs, gradient_size)
     collectives += _world(config, world_size)
     return [collective for collective in collectives if collective.count]
 
@@ -162,6 +164,7 @@ def _tensor(config: Config, model: GPT, micro_batches: int) -> Iterator[Collecti
     embedding_calls = micro_batches if model.chunk_range.has_embedding else 0
     unembedding_calls = micro_batches if model.chunk_range.has_unembedding else 0
     column_calls = micro_batches * _count(model, ColumnParallelLinear)
+    rounded_calls = micro_batches * _count_rounded(config, model)
     row_calls = micro_batches * _count(model, RowParallelLinear)
     activation_elements = micro_batch_sizes(config).tokens * config.model.hidden_size
     payload = activation_elements * element_bytes(config)
@@ -169,9 +172,18 @@ def _tensor(config: Config, model: GPT, micro_batches: int) -> Iterator[Collecti
     def call(operation: str, count: int, purpose: str) -> Collective:
         return Collective("tensor", operation, payload, count, purpose)
 
+    def gathered_inputs(when: str) -> Iterator[Collective]:
+        """Inputs of column-parallel layers; in float8 a byte an element, behind their scale."""
+        purpose = f"inputs of attention and MLP, {when}"
+        yield call(ALL_GATHER, column_calls - rounded_calls, purpose)
+        narrow = f"{purpose}, in float8"
+        yield Collective("tensor", ALL_GATHER, activation_elements, rounded_calls, narrow)
+        scale = f"largest magnitude of the {purpose}"
+        yield Collective("tensor", ALL_REDUCE, 4, rounded_calls, scale)
+
     yield call(reduce, embedding_calls, "embeddings, forward")
     if split:
-        yield call(ALL_GATHER, column_calls, "inputs of attention and MLP, forward")
+        yield from gathered_inputs("forward")
     yield call(reduce, row_calls, "outputs of attention and MLP, forward")
     if model.chunk_range.has_unembedding:
         if split:
@@ -183,7 +195,7 @@ def _tensor(config: Config, model: GPT, micro_batches: int) -> Iterator[Collecti
         # Recomputation stops early (non-reentrant checkpoint): the last reduction of each layer is
         # not repeated, because backward does not need its result.
         if split:
-            yield call(ALL_GATHER, column_calls, "inputs of attention and MLP, recomputed")
+            yield from gathered_inputs("recomputed")
         # Behind a mixture of experts stands the sum over its slots, which keeps its input.
         stopped_early = len(model.layers) - _count(model, MixtureOfExperts)
         recomputed_calls = row_calls - micro_batches * stopped_early
@@ -253,6 +265,15 @@ def _count(model: GPT, kind: type[nn.Module]) -> int:
     return sum(isinstance(module, kind) for module in model.modules())
 
 
+def _count_rounded(config: Config, model: GPT) -> int:
+    """Column-parallel layers with float8 products."""
+    specs = {}
+    for name, module in model.named_modules():
+        if isinstance(module, ColumnParallelLinear):
+            specs[name] = spec_of(module.weight)
+    return len(float8_weights(config, specs))
+
+
 def _losses(config: Config, unembedding: Unembedding, micro_batches: int) -> Iterator[Collective]:
     """The two reductions of the vocabulary-parallel cross-entropy, for every chunk of tokens."""
     # Per token: the sum of exponentials and the target's logit; with label smoothing also the sum
@@ -313,10 +334,14 @@ def _tied_gradients(
             yield Collective("pipeline", SEND, payload, 1, purpose)
 
 
-def _data(config: Config, layout: Layout, gradient_size: int) -> Iterator[Collective]:
+def _data(
+    config: Config, layout: Layout, gradient_size: int, micro_batches: int
+) -> Iterator[Collective]:
     """Gradients and parameters of every bucket between the ranks that hold its parameters."""
     replicas = gradient_size // shard_count(config, gradient_size)
     narrow = config.parallel.gradient_dtype == "bf16"
+    # Full gradients that are not kept over the step are reduced in every micro-batch.
+    reductions = micro_batches if config.parallel.sharding == "gradients" else 1
     for bucket in layout.buckets:
         axis = "shard" if bucket.axis == "gradient" else bucket.axis
         # Loads of experts are counts, which no rounding may change.
@@ -327,7 +352,7 @@ def _data(config: Config, layout: Layout, gradient_size: int) -> Iterator[Collec
         parameters = bucket.size * element_bytes(config)
         if bucket.shards > 1:
             purpose = "gradients of a bucket, during backward"
-            yield Collective(axis, REDUCE_SCATTER, gradients, 1, purpose)
+            yield Collective(axis, REDUCE_SCATTER, gradients, reductions, purpose)
             purpose = "parameters of a bucket, during the next forward"
             yield Collective(axis, ALL_GATHER, parameters, 1, purpose)
         if replicas > 1:
@@ -354,6 +379,16 @@ def _matrices(
         yield Collective("stage", ALL_TO_ALL, packed * item_bytes, 1, purpose)
         purpose = "orthogonal factors from the owners"
         yield Collective("stage", ALL_TO_ALL, scattered * item_bytes, 1, purpose)
+
+
+def _weight_scales(
+    config: Config, specs: Mapping[str, Spec], gradient_size: int
+) -> Iterator[Collective]:
+    """The largest magnitudes of float8 weights, over all ranks that share them."""
+    matrices = len(float8_weights(config, specs))
+    ranks = shard_count(config, gradient_size) * config.parallel.tensor_parallel_size
+    if matrices and ranks > 1:
+        yield Collective("stage", ALL_REDUCE, 4 * matrices, 1, "scales of float8 weights")
 
 
 def _world(config: Config, world_size: int) -> Iterator[Collective]:

@@ -23,10 +23,13 @@ from megatron_completep.kernels.library import LAUNCHERS
 from megatron_completep.model.block import BRANCHES
 from megatron_completep.model.gpt import GPT, ChunkRange
 from megatron_completep.model.stream import dropout_seeds
+from megatron_completep.optim.float8_weights import WeightScales
 from megatron_completep.optim.optimizer import DistributedOptimizer
 from megatron_completep.parallel.axis import Axis
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.cross_entropy import LossConfig
+from megatron_completep.parallel.float8 import Float8Products, float8_settings
+from megatron_completep.parallel.products import Products
 from megatron_completep.run.precision import DTYPES
 
 
@@ -50,6 +53,11 @@ def launches_of_run(config: Config, architecture: str) -> list[Launch]:
         raise ConfigError(
             f"training.precision = {precision}: only bf16 and float32 runs launch Triton kernels. "
             "Choose one."
+        )
+    if config.training.float8 != "none" and architecture in ("sm_80", "sm_86"):
+        raise ConfigError(
+            f"training.float8 = {config.training.float8} needs float8 units, which {architecture} "
+            "has not. Use float8 = none, or sm_89 and later."
         )
     launches = record(lambda: _step_without_data(config), architecture)
     # Layers launch the same kernels again and again; Triton compiles each variant once.
@@ -81,11 +89,18 @@ def _step_without_data(config: Config) -> None:
     context = ParallelContext(device, tensor=tensor)
     table = table_of(config)
     loss = LossConfig.of(config.training)
+    products: Products = Products()
+    if config.training.float8 != "none":
+        products = Float8Products(products, float8_settings(config.training))
     with device:
         chunks = [
-            GPT(config.model, table, context, stage, loss) for stage in _shallow_stages(config)
+            GPT(config.model, table, context, stage, loss, products=products)
+            for stage in _shallow_stages(config)
         ]
     optimizers = [_optimizer(config, chunk, table, context) for chunk in chunks]
+    for optimizer in optimizers:
+        if isinstance(products, Float8Products):
+            WeightScales(products, optimizer.shards)
 
     own_length = config.model.seq_length // config.parallel.context_parallel_size
     batch = config.training.micro_batch_size, own_length
@@ -134,7 +149,7 @@ def _variant(launch: Launch) -> tuple[Any, ...]:
         if isinstance(argument, torch.Tensor):
             # Storage begins aligned; a view may not.
             offset = argument.storage_offset() * argument.element_size()
-            return str(argument.dtype), offset % 16
+            return str(argument.dtype), offset % 16 == 0
         if isinstance(argument, bool) or not isinstance(argument, int):
             return type(argument)
         return argument == 1, argument % 16 == 0, abs(argument) >= 2**31

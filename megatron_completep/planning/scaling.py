@@ -7,6 +7,7 @@ from the modules of the model. Tests hold them against the real construction cod
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from megatron_completep.config.check import check_world
@@ -21,8 +22,10 @@ from megatron_completep.errors import ConfigError
 from megatron_completep.model.experts import MixtureOfExperts
 from megatron_completep.model.flops import forward_flops_per_token, training_flops_per_token
 from megatron_completep.model.gpt import ChunkRange
+from megatron_completep.optim.gradient_buckets import live_elements
 from megatron_completep.optim.layout import Layout
 from megatron_completep.optim.reduction import OVERLAPPED
+from megatron_completep.parallel.parameter import Spec
 from megatron_completep.planning.communication import collectives_per_step, sent_bytes
 from megatron_completep.planning.memory_bound import micro_batch_bytes, optimizer_bytes
 from megatron_completep.planning.orthogonal import (
@@ -32,10 +35,12 @@ from megatron_completep.planning.orthogonal import (
 )
 from megatron_completep.planning.sizes import (
     backward_specs,
+    float8_elements,
     micro_batch_sizes,
     rank_layout,
     rank_models,
     rank_specs,
+    shard_count,
     stage_model,
     state_elements,
     stored_elements,
@@ -268,7 +273,8 @@ def rank_memory(
     wide_size = wide_bytes(config)
     narrow_size = 2 if mixed else 0
     models = rank_models(config, pipeline_rank)
-    layout = rank_layout(config, backward_specs(models), gradient_size)
+    specs = backward_specs(models)
+    layout = rank_layout(config, specs, gradient_size)
     is_sharded = any(bucket.shards > 1 for bucket in layout.buckets)
     shares_master = not is_sharded and not mixed  # the master is the parameter itself
     sharded = layout.shard_size * (wide_size + narrow_size) if is_sharded else 0
@@ -278,8 +284,9 @@ def rank_memory(
     sizes = micro_batch_sizes(config)
     in_all_chunks = sum(chunks * model.activation_bytes(sizes) for model in models)
     return RankMemory(
-        parameters=layout.size * (narrow_size or wide_size),
-        gradients=layout.size * wide_size,
+        # Rounded weights lie there twice, as they are and transposed, a byte an element.
+        parameters=layout.size * (narrow_size or wide_size) + 2 * float8_elements(config, specs),
+        gradients=gradient_elements(config, specs, layout, gradient_size) * wide_size,
         optimizer=wide_size * (state_elements(config, layout) - shares_master * layout.shard_size),
         activations=int(in_all_chunks / len(models)),
         communication=sharded + sent_copies(config, layout, gradient_size),
@@ -308,9 +315,26 @@ def imbalanced_activations(config: Config, micro_batches: int) -> tuple[int, ...
     return tuple(by_rank)
 
 
+def gradient_elements(
+    config: Config, specs: Mapping[str, Spec], layout: Layout, gradient_size: int
+) -> int:
+    """Elements of full gradients that are live at most, with what has been summed of them."""
+    shards = shard_count(config, gradient_size)
+    if config.parallel.sharding == "optimizer" or shards == 1:
+        return layout.size
+    reused = {piece.bucket for piece in layout.pieces if specs[piece.name].uses > 1}
+    filled_long = [layout.buckets[number] for number in reused]
+    live = live_elements(layout.buckets, filled_long)
+    # The sum of a later micro-batch arrives beside the shard to which it is added.
+    return live + live // shards
+
+
 def sent_copies(config: Config, layout: Layout, gradient_size: int) -> int:
     """Bytes of the buckets' copies in the type in which gradients are sent, at the worst moment."""
     if gradient_size == 1 or config.parallel.gradient_dtype != "bf16":
+        return 0
+    # What is sent takes the place of the full gradients, which are freed.
+    if config.parallel.sharding == "gradients":
         return 0
     largest_first = sorted((bucket.size for bucket in layout.buckets), reverse=True)
     return 2 * sum(largest_first[: 2 * OVERLAPPED])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from math import prod
 
 import torch
 
@@ -14,6 +15,7 @@ from megatron_completep.optim.layout import Layout, elements_of_bucket, entry_of
 from megatron_completep.optim.rules import RULES
 from megatron_completep.parallel.axis import Axis
 from megatron_completep.parallel.context import ParallelContext
+from megatron_completep.parallel.float8 import float8_settings
 from megatron_completep.parallel.micro_batch import MicroBatchSizes
 from megatron_completep.parallel.parameter import Spec, specs_of
 
@@ -93,6 +95,19 @@ def rank_specs(config: Config, pipeline_rank: int) -> dict[str, Spec]:
     return backward_specs(rank_models(config, pipeline_rank))
 
 
+def float8_weights(config: Config, specs: Mapping[str, Spec]) -> list[str]:
+    """The names of the parameters that float8 products serve."""
+    if config.training.float8 == "none":
+        return []
+    settings = float8_settings(config.training)
+    return [name for name, s in specs.items() if settings.takes(s.role, s.local_shape)]
+
+
+def float8_elements(config: Config, specs: Mapping[str, Spec]) -> int:
+    """The elements of those parameters on a rank."""
+    return sum(prod(specs[name].local_shape) for name in float8_weights(config, specs))
+
+
 def shard_count(config: Config, gradient_size: int) -> int:
     """Ranks that share one copy of the optimizer state."""
     return config.parallel.optimizer_shard_size or gradient_size
@@ -116,7 +131,8 @@ def shard_places(config: Config, shard_rank: int, tensor_rank: int) -> dict[str,
 def rank_layout(config: Config, specs: dict[str, Spec], gradient_size: int) -> Layout:
     """The optimizer's layout of one pipeline rank's parameters (`rank_specs`)."""
     kind_of = RULES[table_of(config).rule].kind_of
-    entries = [entry_of(name, spec, kind_of(spec)) for name, spec in specs.items()]
+    sharding = config.parallel.sharding
+    entries = [entry_of(name, spec, kind_of(spec), sharding) for name, spec in specs.items()]
     elements = elements_of_bucket(config.parallel.bucket_megabytes, gradient_size)
     return lay_out(entries, shards_of_axes(config, gradient_size), elements)
 

@@ -12,16 +12,24 @@ import torch
 
 from megatron_completep.completep import Table, table_of
 from megatron_completep.config.schema import Config
+from megatron_completep.errors import ConfigError
 from megatron_completep.kernels import CompiledDefinitions
 from megatron_completep.model.compile import compiled_definitions
 from megatron_completep.model.flash import prepare_backend
 from megatron_completep.model.gpt import GPT
 from megatron_completep.model.initialize import initialize
 from megatron_completep.model.stages import build_chunks
+from megatron_completep.optim.float8_weights import WeightScales
 from megatron_completep.optim.optimizer import DistributedOptimizer
 from megatron_completep.optim.update_stream import CudaUpdateStream, UpdateStream
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.cross_entropy import LossConfig
+from megatron_completep.parallel.float8 import (
+    Float8Products,
+    float8_settings,
+    require_float8,
+    require_float8_weights,
+)
 from megatron_completep.parallel.onednn import read_processor
 from megatron_completep.parallel.products import Products, choose_products
 from megatron_completep.run.determinism import use_deterministic_algorithms
@@ -63,14 +71,15 @@ def assemble(
         table = table_of(config)
     products = Products()  # what chunks have that were made elsewhere
     if chunks is None:
-        products = choose_products(
-            training.weight_gradient,
-            training.matrix_products,
-            context.device,
-            precision,
-            read_processor(),
-        )
+        products = _products_of(config, context, precision)
         chunks = build_model(config, table, context, precision, products)
+        if isinstance(products, Float8Products):
+            require_float8_weights(products, any(len(chunk.layers) for chunk in chunks))
+    elif training.float8 != "none":
+        raise ConfigError(
+            f"training.float8 = {training.float8} does not reach a model that was made elsewhere. "
+            "Use float8 = none."
+        )
     optimizer = DistributedOptimizer(
         chunks,
         table,
@@ -80,8 +89,26 @@ def assemble(
         precision,
         updates=_update_stream(training.overlap_update, context.device),
     )
+    if isinstance(products, Float8Products):
+        WeightScales(products, optimizer.shards)
     step = TrainingStep(config, context, chunks, optimizer)
     return Assembly(table, chunks, optimizer, step, precision, products.library)
+
+
+def _products_of(config: Config, context: ParallelContext, precision: torch.dtype) -> Products:
+    """The library that the configuration asks for, with float8 before it."""
+    training = config.training
+    products = choose_products(
+        training.weight_gradient,
+        training.matrix_products,
+        context.device,
+        precision,
+        read_processor(),
+    )
+    if training.float8 == "none":
+        return products
+    require_float8(context.device)
+    return Float8Products(products, float8_settings(training))
 
 
 def _update_stream(overlap: bool, device: torch.device) -> UpdateStream | None:

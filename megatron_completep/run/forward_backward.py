@@ -5,7 +5,7 @@ Gradients of the weights go to the queues of the chunks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -86,16 +86,25 @@ class ForwardBackward:
         if context.pipeline.size > 1:
             self.pipeline = _pipeline(chunks, model, parallel, context, micro_batch_size)
 
-    def __call__(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
+    def __call__(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        next_micro_batch: Callable[[], None] = lambda: None,
+    ) -> Tensor:
         """Run forward and backward; return the sum [] of the losses of this rank's tokens.
 
         It is 0 on pipeline ranks that do not hold the last stage.
+
+        next_micro_batch: called between two micro-batches; not by a pipeline, which has several
+            under way.
         """
         if self.pipeline is not None:
             tokens, keywords = stack(micro_batches)
             return self.pipeline.forward_backward(len(micro_batches), tokens, **keywords)
         total = torch.zeros((), device=self.context.device)
-        for batch in micro_batches:
+        for number, batch in enumerate(micro_batches):
+            if number > 0:
+                next_micro_batch()
             loss = self.chunks[0](batch.tokens, **batch.keywords())
             loss.backward()
             total = total + loss.detach()

@@ -240,7 +240,7 @@ class TrainingStep:
         own_time: stopped when this rank's own part is done.
         """
         self.optimizer.begin_step(len(inputs.micro_batches))
-        loss_sum = self.forward_backward(inputs.micro_batches)
+        loss_sum = self.forward_backward(inputs.micro_batches, self.optimizer.next_micro_batch)
         # The update below waits for other ranks; stop the clock here so that their time is not
         # counted.
         if own_time is not None:

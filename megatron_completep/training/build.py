@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -265,15 +265,6 @@ def describe_run(
     if training.batch_ramp:
         ramp = f" (from {training.batch_ramp.start} in the first {training.batch_ramp.steps})"
 
-    # A setting that changes nothing must not pass in silence.
-    without_effect = ""
-    reason = idle_reason(context.device, precision)
-    if training.compile and reason is not None:
-        without_effect = f"\nwarning: training.compile = true changes nothing: {reason}"
-    if training.overlap_update and context.device.type == "cpu":
-        without_effect += (
-            "\nwarning: training.overlap_update = true changes nothing: a CPU has no second stream"
-        )
     return (
         f"{model.num_layers} layers x {model.hidden_size}, {parameters:,} {where}, "
         f"{flops:,.1f} MFLOP a token\n"
@@ -281,5 +272,27 @@ def describe_run(
         f"tensor {context.tensor.size} x pipeline {context.pipeline.size} "
         f"x data {context.data.size}{sharing}\n"
         f"{training.train_steps} steps of {training.global_batch_size}{ramp} "
-        f"x {model.seq_length} tokens -> {training.output_dir}{without_effect}"
+        f"x {model.seq_length} tokens -> {training.output_dir}"
+        + "".join(_warnings(config, context, precision))
     )
+
+
+def _warnings(config: Config, context: ParallelContext, precision: torch.dtype) -> Iterator[str]:
+    """A line for each setting that changes nothing here, or not what it is for."""
+    training = config.training
+    on_cpu = context.device.type == "cpu"
+    reason = idle_reason(context.device, precision)
+    if training.compile and reason is not None:
+        yield f"\nwarning: training.compile = true changes nothing: {reason}"
+    if training.overlap_update and on_cpu:
+        yield (
+            "\nwarning: training.overlap_update = true changes nothing: a CPU has no second stream"
+        )
+    if config.parallel.sharding == "gradients" and context.shard.size == 1:
+        yield (
+            "\nwarning: parallel.sharding = gradients changes nothing: one rank shares with nobody"
+        )
+    if training.float8 != "none" and on_cpu:
+        yield (
+            f"\nwarning: training.float8 = {training.float8} is emulated on a CPU, which is slower"
+        )

@@ -111,10 +111,9 @@ def check(
         widths,
         depths,
         batches_of(steps + 1),
-        head_dim=16,
         lr=LR,
         make_optimizer=optimizer,
-        **{"seeds": 2, **settings},
+        **{"seeds": 2, "head_dim": 16, **settings},
     )
 
 
@@ -161,11 +160,25 @@ def test_a_llama_of_transformers_is_judged_as_the_plain_model_is(mistake: Mistak
         ({"widths": (), "depths": (2, 4)}, "at least 1"),
         ({"steps": 0}, "one for the probe"),
         ({"seeds": 0}, "seeds = 0"),
+        ({"widths": (16.0, 32.0)}, "whole numbers"),
+        ({"base_width": 0}, "base_width = 0"),
+        ({"marks": ["layrs.0"]}, "Did you mean layers.0"),
+        ({"marks": "layers.0"}, "list of patterns"),
+        # The model takes an attention scale that nobody gave: no number is no verdict.
+        ({"head_dim": None}, "give head_dim"),
     ],
 )
 def test_a_check_that_cannot_tell_anything_does_not_begin(settings: Any, words: str):
     with pytest.raises(ConfigError, match=words):
         check(plain, **settings)
+
+
+def test_batches_of_another_kind_need_functions_of_their_own():
+    tokens = [batch[0] for batch in batches_of(3, 2, 4)]
+    with pytest.raises(ConfigError, match="type Tensor"):
+        check_coordinates(plain, [16, 32], [1], tokens, head_dim=16)
+    with pytest.raises(ConfigError, match="build returned NoneType"):
+        check_coordinates(lambda *sizes: None, [16, 32], [1], batches_of(3, 2, 4))
 
 
 class NoFinalNorm(nn.Module):

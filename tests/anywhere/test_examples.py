@@ -71,6 +71,16 @@ def test_the_llama_computes_what_a_granite_with_the_multipliers_computes():
     assert (ours(tokens).logits - plain(tokens).logits).abs().max() > 0.01
 
 
+def test_a_llama_with_a_tied_unembedding_stays_tied():
+    pytest.importorskip("transformers")
+    make = all_names()["llama"]
+    tied = make(32, 2, Table(), tie_word_embeddings=True)
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    assert "lm_head.weight" not in declare(tied)
+    # The control: the class's default is not tied.
+    assert "lm_head.weight" in declare(make(32, 2, Table()))
+
+
 @pytest.mark.parametrize("kind", ["rmsnorm", "layernorm"])
 def test_the_residual_norm_is_its_definition_with_all_gradients(kind: str):
     torch.manual_seed(0)

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import megatron_completep
 from megatron_completep import (
@@ -20,10 +27,13 @@ from megatron_completep import (
     Table,
     declare,
     initialize_,
+    muon_param_groups,
     param_groups,
     propose_roles,
     table_between,
 )
+from megatron_completep.completep.parameterization import DecayRule
+from megatron_completep.config.schema import RoleFactors
 from megatron_completep.errors import ConfigError
 from tests.anywhere.examples import plain_names
 from tests.support.models import (
@@ -318,11 +328,118 @@ def test_all_mistakes_of_a_declaration_are_said_at_once():
         (lambda: declare(plain_model(), base=Odd()), "the base has no parameter"),
         (lambda: table_between(nn.Linear(2, 2), nn.Linear(1, 1)), "no nn.Embedding"),
         (lambda: table_between(nn.Embedding(2, 2), nn.Embedding(2, 1)), "one stack"),
+        (lambda: table_between(shared_blocks(), plain_model()), "same block in several places"),
+        (lambda: param_groups(declared(), TABLE, lr="1e-3"), "give a number"),
+        (lambda: param_groups(declared(), TABLE, lr=1.0, betas=(0.9,)), "two numbers"),
+        (lambda: param_groups(declared(), replace(TABLE, rule="moun"), lr=1.0), "adamw, muon"),
+        (lambda: initialize_(declared(), Table(base_logit_multiplier=math.nan)), "base_logit"),
+        (lambda: initialize_(declared(), Table(decay=DecayRule("taw"))), "Did you mean tau"),
+        (lambda: with_factors({"embeding": RoleFactors(lr=2.0)}), "Did you mean embedding"),
+        (lambda: with_factors({"embedding": 2.0}), "RoleFactors"),
+        (lambda: Table.for_shape(**SIZES, head_dim=0), "head_dim = 0"),
+        (lambda: Table.for_shape(**SIZES, alpha=2.0), "alpha = 2.0"),
+        (lambda: declare(nn.Parameter(torch.ones(2)), "hiden_weight"), "no role"),
+        (lambda: declare(nn.Parameter(torch.ones(2)), Role.HIDDEN_WEIGHT, 2, 0), "base_fan_in"),
+        (lambda: declare(plain_model(), base=TABLE), "the proxy's model"),
+        (lambda: declare(plain_model(), {"*.up.weight": "pre_norm"}), "a matrix"),
+        (lambda: declare(plain_model(), {"*.up.bias": "embedding"}), "a vector"),
     ],
 )
 def test_what_cannot_be_computed_is_refused(call: Any, words: str):
     with pytest.raises(ConfigError, match=words):
         call()
+
+
+SIZES: dict[str, Any] = {"width": 64, "base_width": 16, "depth": 4, "base_depth": 2}
+
+
+def shared_blocks() -> nn.Module:
+    """A model that passes every token through one block four times."""
+    model = plain_model()
+    model.layers = nn.ModuleList([model.layers[0]] * 4)
+    return model
+
+
+def with_factors(own_factors: Any) -> Any:
+    return param_groups(declared(), replace(TABLE, own_factors=own_factors), lr=1.0)
+
+
+def test_a_role_that_is_said_as_a_word_is_the_role():
+    model = declared()
+    declare(model.layers[0].mlp.up.bias, "hidden_bias")
+    declare(model.layers[0].mlp.up.weight, "hidden_weight", 64, 16)
+    initialize_(model, TABLE, seed=0)
+    assert not model.layers[0].mlp.up.bias.any()
+    table = replace(TABLE, rule="muon")
+    groups = muon_param_groups(model, table, lr=1.0, muon_lr=1.0)
+    names = [name for group in groups.muon for name in group["param_names"]]
+    assert "layers.0.mlp.up.weight" in names
+
+
+def test_decay_that_is_solved_from_tau_knows_the_values_of_its_groups():
+    rule = DecayRule("tau", target_tau=2.0, steps=100, base_products={"": 1e-3})
+    groups = param_groups(declared(), replace(TABLE, decay=rule), lr=1e-2, weight_decay=0.1)
+    decayed = [group for group in groups if group["weight_decay"]]
+    assert len(decayed) == 2
+    for group in decayed:
+        assert 1 / (group["lr"] * group["weight_decay"] * 100) == pytest.approx(2.0)
+    with pytest.raises(ConfigError, match="of these groups is 0"):
+        param_groups(declared(), replace(TABLE, decay=rule), lr=1e-2, weight_decay=0.2)
+
+
+class Wrapper(nn.Module):
+    """A module in another one; under its own name, as torch.compile puts it."""
+
+    def __init__(self, module: nn.Module, name: str = "_orig_mod"):
+        super().__init__()
+        self.add_module(name, module)
+
+
+@pytest.fixture
+def two_ranks() -> Iterator[DeviceMesh]:
+    """A mesh with this process as the second of two, which send nothing."""
+    dist.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
+    yield init_device_mesh("cpu", (2,))
+    dist.destroy_process_group()
+
+
+def test_wrapped_and_sharded_models_get_the_weights_of_the_plain_one(two_ranks: DeviceMesh):
+    plain = declared()
+    initialize_(plain, TABLE, seed=1)
+
+    sharded = plain_model()
+    for block in sharded.layers:
+        fully_shard(block, mesh=two_ranks)
+    fully_shard(sharded, mesh=two_ranks)
+    declare(sharded, base=plain_model(16, 2))
+    initialize_(sharded, TABLE, seed=1)
+    for name, weight in sharded.named_parameters():
+        mine = plain.get_parameter(name).chunk(2)[1]
+        assert torch.equal(weight.to_local(), mine), name
+    groups = param_groups(sharded, TABLE, **VALUES)
+    assert [len(group["params"]) for group in groups] == [
+        len(group["params"]) for group in param_groups(plain, TABLE, **VALUES)
+    ]
+
+    wrapped = Wrapper(plain_model())
+    declare(wrapped)
+    initialize_(wrapped, TABLE, seed=1)
+    assert torch.equal(wrapped._orig_mod.embedding.weight, plain.embedding.weight)
+    # The control: a name that no wrapper makes draws other numbers.
+    other = Wrapper(plain_model(), "inner")
+    declare(other)
+    initialize_(other, TABLE, seed=1)
+    assert not torch.equal(other.inner.embedding.weight, plain.embedding.weight)
+    with pytest.raises(ConfigError, match="the same seed"):
+        initialize_(plain, TABLE)
+
+
+def test_what_does_not_train_keeps_its_row_of_padding():
+    model = nn.Sequential(nn.Embedding(4, 2, padding_idx=1))
+    model[0].weight.requires_grad_(False).fill_(1.0)
+    declare(model)
+    initialize_(model, Table(), seed=0)
+    assert model[0].weight.eq(1.0).all()
 
 
 def test_the_public_names_are_there_and_the_package_alone_loads_no_torch():

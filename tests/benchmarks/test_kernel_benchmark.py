@@ -48,7 +48,7 @@ def test_a_trial_measures_every_kernel_and_ours_is_right(tmp_path):
     found, left_out = run(dataclasses.replace(SMOKE, dtype=torch.float32), CPU, lambda line: None)
     assert not left_out
     ours = [m for m in found if m.implementation == "ours"]
-    assert len({m.kernel for m in ours}) == 24
+    assert len({m.kernel for m in ours}) == 26
     assert all(m.floor_bytes > 0 and m.percent_of_copy > 0 for m in ours)
     assert all(len([m for m in found if m.kernel == one.kernel]) >= 2 for one in ours), (
         "a kernel has no baseline"

@@ -58,6 +58,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp4_uneven": {"world": 4, "pipeline_parallel_size": 4, "pipeline_split": [0, 2, 1, 1]},
     "dp4": {"world": 4, "bucket_megabytes": 0.002, "micro_batch_size": 1},
     "dp4_shard2": {"world": 4, "optimizer_shard_size": 2},
+    "dp4_gradients": {"world": 4, "bucket_megabytes": 0.002, "sharding": "gradients"},
     "tp2_dp2": {"world": 4, "tensor_parallel_size": 2},
     "tp2_cp2": {"world": 4, "tensor_parallel_size": 2, "context_parallel_size": 2},
     "virtual": {

@@ -367,6 +367,43 @@ RULES = [
         "parallel.tensor_parallel_size x pipeline_parallel_size = 1 x 2. Use 1 and 1, or",
     ),
     (
+        ["training.float8_weight_gradient=float8"],
+        "training.float8_weight_gradient = float8 has no effect under training.float8 = none.",
+    ),
+    (
+        ["training.float8=tensorwise", "training.precision=float64"],
+        "training.float8 = tensorwise rounds to 8 bits what training.precision = float64",
+    ),
+    (
+        ["training.float8=tensorwise", "training.cuda_graph=true"],
+        "but training.cuda_graph = true replays what it captured.",
+    ),
+    (
+        ["training.float8=tensorwise", "training.overlap_update=true"],
+        "under which training.overlap_update = true lets it run.",
+    ),
+    (
+        [
+            "training.float8=tensorwise",
+            "training.float8_weight_gradient=float8",
+            "training.micro_batch_size=1",
+            "model.seq_length=250",
+        ],
+        "sums over the 250 tokens of a micro-batch on a rank, which are no multiple of 16.",
+    ),
+    (
+        ["parallel.sharding=gradients", "parallel.pipeline_parallel_size=2"],
+        "(parallel.pipeline_parallel_size = 2) has several under way.",
+    ),
+    (
+        ["parallel.sharding=gradients", "parallel.optimizer_shard_size=1"],
+        "but parallel.optimizer_shard_size = 1. Use parallel.sharding = optimizer, or",
+    ),
+    (
+        ["parallel.sharding=gradients", "training.cuda_graph=true"],
+        "training.cuda_graph = true replays gradients in fixed memory, but parallel.sharding =",
+    ),
+    (
         ["training.cuda_graph=true", "training.batch_ramp={start: 32, increment: 8, steps: 10}"],
         "training.batch_ramp changes the number of micro-batches.",
     ),

@@ -112,6 +112,8 @@ FITTING = [
     ["training.cuda_graph=true", "data.reset_at_document_ends=true"],
     ["training.cuda_graph=true", "model.attention_backend=flash_attention"],
     ["training.cuda_graph=true", "training.compile=true", "training.recompute=full"],
+    ["training.overlap_update=true", "parallel.sharding=gradients"],
+    ["training.float8=tensorwise", "training.float8_weight_gradient=float8"],
     ["training.overlap_update=true", "parallel.pipeline_parallel_size=2"],
     ["data.split='969,30,1'"],
     ["data.split='969,30,1'", "training.validation_at_start=true"],

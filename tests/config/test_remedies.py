@@ -171,6 +171,39 @@ IN_WORDS = {
         ["parallel.pipeline_parallel_size=1"],
         ["training.cuda_graph=false"],
     ],
+    "training.float8_weight_gradient=float8": [
+        ["training.float8_weight_gradient=high"],
+        ["training.float8=tensorwise"],
+    ],
+    "training.float8=tensorwise training.precision=float64": [
+        ["training.precision=bf16"],
+        ["training.float8=none"],
+    ],
+    "training.float8=tensorwise training.cuda_graph=true": [
+        ["training.cuda_graph=false"],
+        ["training.float8=none"],
+    ],
+    "training.float8=tensorwise training.overlap_update=true": [
+        ["training.overlap_update=false"],
+        ["training.float8=none"],
+    ],
+    "training.float8=tensorwise training.float8_weight_gradient=float8 "
+    "training.micro_batch_size=1 model.seq_length=250": [
+        ["training.float8_weight_gradient=high"],
+        ["training.micro_batch_size=8"],
+    ],
+    "parallel.sharding=gradients parallel.pipeline_parallel_size=2": [
+        ["parallel.sharding=optimizer"],
+        ["parallel.pipeline_parallel_size=1"],
+    ],
+    "parallel.sharding=gradients parallel.optimizer_shard_size=1": [
+        ["parallel.sharding=optimizer"],
+        ["parallel.optimizer_shard_size=null"],
+    ],
+    "parallel.sharding=gradients training.cuda_graph=true": [
+        ["parallel.sharding=optimizer"],
+        ["training.cuda_graph=false"],
+    ],
     "training.cuda_graph=true training.batch_ramp={start: 32, increment: 8, steps: 10}": [
         ["training.batch_ramp=null"],
         ["training.cuda_graph=false"],

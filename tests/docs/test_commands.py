@@ -72,6 +72,10 @@ NOT_RUN = [
             "tests/reports/test_quickstart.py the quickstart"
         ),
     ),
+    (
+        r"runs/(ladder|horizon)|tools/new_run.py",
+        "an hour; tests/instruments has test_ladder.py, test_lr_horizon.py and test_new_run.py",
+    ),
     (r"docs/results/", "hours; the same programs are run from docs/instruments.md"),
     (
         r"tools/benchmark_(training|parallel|checkpoint|kernels|telemetry)",

@@ -153,11 +153,10 @@ def test_fault_2_a_partial_folder_of_the_same_step_is_in_nobodys_way(config, ora
     assert (losses(config), final_state(config)) == oracle
 
 
-@pytest.mark.parametrize(
-    "seed", [pytest.param(s, marks=pytest.mark.slow if s >= 1 else ()) for s in range(4)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
 def test_fault_3_killed_at_random_times_resumes_every_time(config, oracle, seed):
-    """Two kills, one with a save in the background and one without; 18 in the slow suite."""
+    """In turn with a save in the background and without one."""
     random_times = random.Random(seed)
     for kill in range(2 if seed == 0 else 6):
         ranks = start(

@@ -389,8 +389,8 @@ def test_a_browser_shows_the_report_whole_without_a_complaint(tmp_path: Path):
         assert browser.problems == []
         assert browser.broken_pictures() == []
         assert browser.evaluate("document.images.length") == 1
-        # Drift, and optima.
-        assert browser.evaluate("document.querySelectorAll('table').length") == 2
+        # Drift, optima, and the quality of transfer.
+        assert browser.evaluate("document.querySelectorAll('table').length") == 3
         # Whole octaves.
         assert "octaves per doubling: unresolved" in browser.evaluate("document.body.innerText")
         # Wide tables scroll on their own.

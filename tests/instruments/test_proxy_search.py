@@ -15,7 +15,7 @@ import pytest
 
 from megatron_completep.config import load_config, save_config
 from megatron_completep.config.schema import Config
-from megatron_completep.errors import ConfigError
+from megatron_completep.errors import ConfigError, DataError
 from megatron_completep.instruments import proxy_report, proxy_search, sweep
 from megatron_completep.instruments.search_space import (
     check_space,
@@ -105,6 +105,16 @@ def test_a_stopped_search_goes_on_and_tries_the_same_settings_again(tmp_path: Pa
     failed = [trial.params for trial in trials if trial.state.name == "FAIL"]
     finished = [trial.params for trial in trials if trial.state.name in ("COMPLETE", "PRUNED")]
     assert all(params in finished for params in failed)
+    # A record that was cut off, by a full disk, is dropped; one in the middle is not the search's.
+    journal = tmp_path / "journal.log"
+    records = journal.read_bytes()
+    journal.write_bytes(records + records[:30])
+    assert len(proxy_search.prepare(search, tmp_path).trials) == len(trials)
+    proxy_search.run_local(tmp_path, 7, [Surface()])
+    assert proxy_search.count(proxy_search.open_study(tmp_path, 10)) == 7
+    journal.write_bytes(records[:30] + b"\n" + records)
+    with pytest.raises(DataError, match="no record"):
+        proxy_search.prepare(search, tmp_path)
     # Another search does not go into the same folder.
     with pytest.raises(ConfigError, match="another search"):
         proxy_search.prepare(proxy_search.Search(SPACE[:1], small_config()), tmp_path)
@@ -189,6 +199,8 @@ def test_muons_values_follow_in_their_ratio_or_are_searched_themselves():
         ("base_lr=0:1", "above 0"),
         ("beta1=0.5:1", "below 1"),
         ("base_lr=1e-3", "NAME=LOW:HIGH"),
+        ("base_lr=1e-3:1e38", "float32"),
+        ("base_lr=1e-3:1e30,embedding.lr=1:1e10", "all settings at their highest"),
         ("pre_norm.init_std=0.5:2", "never acts"),
         ("embedding.rate=1:2", "cannot be searched"),
     ],

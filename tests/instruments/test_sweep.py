@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -197,3 +198,25 @@ def test_an_unknown_rule_and_a_broken_result_are_named(tmp_path: Path):
     path.write_text("{")
     with pytest.raises(DataError, match="not a result"):
         list(sweep.read_results(points, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("options", "cluster", "words"),
+    [
+        ({"timeout_mins": 5}, "local", "timeout_mins=5: submitit refuses it"),
+        ({"timeout_min": "abc"}, "local", "expected type"),
+        pytest.param(
+            {"timeout_min": 5},
+            "slurm",
+            "srun",
+            marks=pytest.mark.skipif(shutil.which("srun") is not None, reason="has Slurm"),
+        ),
+    ],
+)
+def test_options_that_submitit_does_not_take_are_refused_in_its_words(
+    options: dict[str, int | str], cluster: str, words: str, tmp_path: Path
+):
+    pytest.importorskip("submitit", reason="pip install 'megatron-completep[slurm]'")
+    with pytest.raises(UserError, match=words):
+        sweep.slurm_executor(tmp_path, "sweep", options, cluster)
+    assert sweep.slurm_executor(tmp_path, "sweep", {"timeout_min": 5}, "local")

@@ -17,6 +17,7 @@ import torch
 from megatron_completep.kernels import Join, Norm, launch
 from megatron_completep.kernels.ahead_of_time import Launch, compile_launch, record, resources
 from megatron_completep.kernels.ops import (
+    float8,
     head_norm,
     join_heads,
     partial_sums,
@@ -33,7 +34,7 @@ norms = launchers(residual_norm, scaled_add, partial_sums)
 
 
 def meta(*shape, dtype=torch.float32):
-    return torch.empty(*shape, dtype=dtype, device="meta")
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def calls(hidden, dtype, rms, dropout, norms=norms):
@@ -75,6 +76,12 @@ def calls(hidden, dtype, rms, dropout, norms=norms):
     )
     yield "join heads", lambda: join_heads.launch_join_heads(*parts, half, half)
     yield "rotary in place", lambda: rotary.launch_rotary_(heads, angle, angle, True)
+    amax, table = meta(), meta(128, 3, dtype=torch.int64)
+    yield "float8 largest", lambda: float8.launch_largest(x)
+    flat = meta(ROWS * hidden, dtype=dtype)
+    yield "float8 of segments", lambda: float8.launch_largest_of_segments(flat, table, 4)
+    yield "float8 cast", lambda: float8.launch_cast(x, amax, True, False)
+    yield "float8 cast, turned", lambda: float8.launch_cast(x, amax, False, True)
 
 
 def report(recorded, architecture):

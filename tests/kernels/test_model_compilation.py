@@ -126,6 +126,10 @@ def check_case(case, kernels):
             assert narrow <= (2 + 4) * used["copies"] and used["loads_128_bit"] > 0, where
             assert used["programs_per_processor"] <= resident(architecture, used), where
             assert used["prefetches"] > 0 or not architecture.startswith("sm_"), where
+        if name.startswith("float8"):
+            # Narrow: the scale's magnitude, or the row of the table of segments.
+            narrow_at_most = {"float8 largest": 0, "float8 of segments": 3}.get(name, 1)
+            assert narrow <= narrow_at_most and used["loads_128_bit"] > 0, where
         if name == "reduce":
             # The main gradients may be narrow: a tile has fewer columns than a program threads.
             assert narrow <= 3 and used["loads_128_bit"] > 0, where

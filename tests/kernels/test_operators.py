@@ -80,6 +80,12 @@ def samples():
     queries, keys = random(2, 3, 4, 8), random(2, 3, 2, 8)
     rstds = (random(24), random(12))
     yield "head_norm_backward", (queries, keys, keys, heads, *rstds, gain, gain, cos, sin)
+    matrix = random(6, 10)
+    yield "float8_largest", (matrix,)
+    yield "float8_cast", (matrix, matrix.abs().max(), False, False)
+    yield "float8_cast", (matrix, matrix.abs().max(), True, True)
+    segments = torch.tensor([[0, 70, 1], [128, 64, 0]])
+    yield "float8_largest_of_segments", (random(192), segments, 2)
 
 
 SAMPLES = list(samples())

@@ -1,15 +1,19 @@
-"""Makes bf16 right in Triton's CPU interpreter (checked on triton 3.6.0 and 3.9.0;
-casts are bit-exact against torch).
+"""Makes bf16 right in Triton's CPU interpreter, and casts to float8 (checked on triton 3.6.0 and
+3.9.0; casts are bit-exact against torch).
 
 Call `install()` before any interpreted kernel runs. It does not fix `tl.sum` on bf16: cast to fp32
 first.
 """
 
 import numpy as np
+import torch
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
 
 Handle = interpreter.TensorHandle
+
+
+FLOAT8 = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
 
 
 def float32_to_bf16(values):
@@ -52,6 +56,10 @@ def install():
         return old_cast(self, source, target)
 
     def fp_to_fp(self, source, target, rounding):
+        if target.scalar in FLOAT8 and source.dtype.scalar == tl.float32:
+            # The interpreter's own casts round ties away and lose NaN.
+            rounded = torch.from_numpy(np.ascontiguousarray(source.data)).to(FLOAT8[target.scalar])
+            return Handle(rounded.view(torch.uint8).numpy(), target.scalar)
         if target.scalar == tl.bfloat16 and rounding == interpreter._ir.ROUNDING_MODE.RTNE:
             return cast(self, source, target)
         return old_fp_to_fp(self, source, target, rounding)

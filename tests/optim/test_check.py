@@ -85,6 +85,7 @@ def test_an_override_that_matches_nothing_is_refused_with_the_names_there_are(
     message = refusal(override(pattern, lr=2.0), *more, *layout)
     assert f"optimizer.overrides: {pattern!r} matches no parameter" in message
     assert "embedding.weight" in message
+    assert message.startswith("1 setting cannot"), "the hint at names of parts is none of its own"
     assert message == refusal(override(pattern, lr=2.0), *more)  # the layout has no say
 
 
@@ -119,6 +120,18 @@ NEVER_ACT = [
 @pytest.mark.parametrize(("word", "message"), NEVER_ACT)
 def test_a_factor_that_can_never_act_is_refused(word, message):
     assert message in refusal(word)
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["completep.factors.hidden_weight.eps=2.0", override("*.qkv.weight.k", eps=2.0)],
+)
+def test_a_factor_on_the_epsilon_of_a_matrix_acts_under_adamw_and_is_refused_under_muon(word):
+    muon = ["optimizer.type=muon", "optimizer.muon={base_lr: 0.02}"]
+    assert "eps = 2 can never act: an orthogonal update" in refusal(word, *muon)
+    assert check(word) == []
+    # Beside what AdamW updates it acts somewhere.
+    assert check(override("layers.0.*", eps=2.0), *muon) == []
 
 
 @pytest.mark.parametrize(

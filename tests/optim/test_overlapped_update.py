@@ -147,7 +147,9 @@ def train_both_ways(
 
 
 @pytest.mark.parametrize(
-    "sharing", [{}, {"optimizer_shard_size": 1}], ids=["two shards", "two replicas"]
+    "sharing",
+    [{}, {"optimizer_shard_size": 1}, {"sharding": "gradients"}],
+    ids=["two shards", "two replicas", "gradients, too"],
 )
 def test_ranks_that_share_the_state_gather_the_same_bits(pool: Any, sharing: Any) -> None:
     for at_once, later in pool.run(2, train_both_ways, {**PARALLEL, **sharing}):

@@ -11,7 +11,6 @@ from unittest import mock
 from torch import nn
 
 from megatron_completep.optim import reduction as reduction_module
-from megatron_completep.optim import shards as shards_module
 from megatron_completep.optim.shards import Shards
 from megatron_completep.parallel.collectives import (
     Pending,
@@ -102,9 +101,9 @@ def most_under_way(rank: int, shards: int, overlapped: int) -> tuple[int, int]:
         return call
 
     with (
-        mock.patch.object(shards_module, "start_reduce_scatter", watched(start_reduce_scatter)),
+        mock.patch.object(reduction_module, "start_reduce_scatter", watched(start_reduce_scatter)),
         mock.patch.object(reduction_module, "start_all_reduce", watched(start_all_reduce)),
-        mock.patch.object(shards_module, "OVERLAPPED", overlapped),
+        mock.patch.object(reduction_module, "OVERLAPPED", overlapped),
     ):
         batches = micro_batches_of(0, config, context)
         assembly.optimizer.begin_step(MICRO_BATCHES)

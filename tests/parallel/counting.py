@@ -126,7 +126,7 @@ def planned_and_counted(
     axes = {name: getattr(context, name) for name in AXES}
     if config.model.moe is not None:
         axes |= {"expert": context.expert, "expert_data": context.expert_data}
-    if config.optimizer.type == "muon":
+    if config.optimizer.type == "muon" or config.training.float8 != "none":
         axes["stage"] = context.stage
     planned: Calls = Counter()
     for c in collectives_per_step(

@@ -215,6 +215,7 @@ FEATURES: dict[str, dict[str, Settings]] = {
             }
         },
     },
+    "sharding": {"optimizer": {}, "gradients": {"parallel": {"sharding": "gradients"}}},
     "clipping": {"on": {}, "off": {"optimizer": {"grad_clip": 0.0}}},
 }
 FACTORS = {factor: list(levels) for factor, levels in FEATURES.items()}
@@ -262,6 +263,9 @@ def forbidden(a: tuple[str, str], b: tuple[str, str]) -> bool:
         return False
     parallel = parallel_of(levels["layout"])
     tensor = parallel.get("tensor_parallel_size", 1)
+    if levels.get("sharding") == "gradients":
+        several_stages = parallel.get("pipeline_parallel_size", 1) > 1
+        return several_stages or parallel.get("optimizer_shard_size") == 1
     if "heads" in levels:
         shape = FEATURES["heads"][levels["heads"]].get("model", {})
         return (

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_completep.optim.shards import OVERLAPPED
+from megatron_completep.optim.reduction import OVERLAPPED
 from tests.parallel.bucket_order import Seen, most_under_way, reductions
 
 TWO_STAGES = {"world_size": 4, "pipeline_parallel_size": 2, "bucket_megabytes": 0.005}

@@ -14,6 +14,7 @@ GROUPED = {"num_query_groups": 2, "bias": True, "norm": "layernorm"}
 CONTEXT = {"context_parallel_size": 2}
 SEQUENCE = {"tensor_parallel_size": 2, "sequence_parallel": True}
 
+FLOAT8 = {"float8": "tensorwise", "float8_least_size": 16, "precision": "bf16"}
 MUON = {"type": "muon", "muon": {"base_lr": 0.02, "precision": "master"}}
 SMALL_BATCHES = {**MUON, "muon": {**MUON["muon"], "exchange_megabytes": 0.02}}
 
@@ -27,6 +28,10 @@ RUNS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
         {"parallel": {"gradient_dtype": "bf16"}, "training": {"precision": "bf16"}},
     ),
     "data 4, optimizer over 2": (4, {"parallel": {"optimizer_shard_size": 2}, "model": TIED}),
+    "data 4, gradients over 2": (
+        4,
+        {"parallel": {"optimizer_shard_size": 2, "sharding": "gradients"}, "model": TIED},
+    ),
     "tensor 2": (2, {"parallel": {"tensor_parallel_size": 2}, "model": TIED}),
     "tensor 2, recomputed": (
         2,
@@ -75,6 +80,10 @@ RUNS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     "tensor 2, data 2, Muon": (
         4,
         {"parallel": SEQUENCE, "optimizer": MUON, "model": {"num_query_groups": 2}},
+    ),
+    "tensor 2 with sequence, data 2, float8, recomputed": (
+        4,
+        {"parallel": SEQUENCE, "training": {**FLOAT8, "recompute": "full"}},
     ),
     "data 2, experts on both, recomputed": (
         2,

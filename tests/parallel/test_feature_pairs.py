@@ -94,7 +94,8 @@ def test_what_the_array_leaves_out_is_what_the_configuration_refuses():
     for (one, ones), (other, others) in itertools.combinations(FACTORS.items(), 2):
         for a, b in itertools.product(ones, others):
             if forbidden((one, a), (other, b)):
-                with pytest.raises(ConfigError, match=r"tensor_parallel_size|model\.moe"):
+                known = r"tensor_parallel_size|model\.moe|parallel\.sharding"
+                with pytest.raises(ConfigError, match=known):
                     config_of(first | {one: a, other: b})
 
 
@@ -137,6 +138,7 @@ def test_overrides_that_the_first_stage_alone_sees_are_caught(pool, embeddings):
     row = row_with(overrides="ends", embeddings=embeddings) | {
         "layout": "pipeline 2, 1f1b, split 3 and 1",
         "dropout": "none",
+        "sharding": "optimizer",
     }
     found = problems(pool, row, OVERRIDES_ON_FIRST_STAGE)
     assert any("final_norm.weight" in line and "is not Group" in line for line in found), found
@@ -148,6 +150,7 @@ def test_ends_of_a_tied_embedding_that_go_their_own_ways_are_caught(pool):
     row = row_with(embeddings="tied") | {
         "layout": "pipeline 2, 1f1b, data 2",
         "dropout": "none",
+        "sharding": "optimizer",
         "heads": "4",
     }
     assert any("in tied embedding of tensor 0" in line for line in problems(pool, row, ENDS_ALONE))

@@ -48,7 +48,9 @@ def measure_waste(rank: int) -> tuple[int, int]:
     return peak_memory(our_program, small, "bf16"), peak_memory(wasteful, small, "bf16")
 
 
-@pytest.mark.parametrize("precision", ["bf16", pytest.param("float32", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "precision", [pytest.param(p, marks=pytest.mark.slow) for p in ("bf16", "float32")]
+)
 def test_a_rank_needs_no_more_memory_than_under_ddp_with_zero_or_under_fsdp2(pool, precision):
     for peaks in pool.run(2, measure, precision):
         others = {name: peak for name, peak in peaks.items() if name != OURS}

@@ -13,6 +13,8 @@ CONFIG = [
     str(ROOT / "configs" / "quickstart.yaml"),
     "training.precision=bf16",
     "model.num_layers=2",
+    "training.float8=tensorwise",
+    "training.float8_least_size=16",
 ]
 OPTIMIZER_AND_LOSS = {
     "adamw_kernel",
@@ -40,7 +42,7 @@ def test_every_kernel_of_a_run_is_compiled_into_the_cache(tmp_path):
     names = {kernel.partition(".")[2] for kernel in kernels}
     modules = {kernel.partition(".")[0] for kernel in kernels}
     assert names >= OPTIMIZER_AND_LOSS
-    assert modules >= {"residual_norm", "rotary", "swiglu"}
+    assert modules >= {"residual_norm", "rotary", "swiglu", "float8"}
     assert len(list(tmp_path.rglob("*.cubin"))) == summary["kernels"]
 
 
@@ -51,6 +53,7 @@ def test_every_kernel_of_a_run_is_compiled_into_the_cache(tmp_path):
             [CONFIG[0], "training.precision=float64", "--arch", "sm_90"],
             "training.precision = float64",
         ),
+        ([*CONFIG, "--arch", "sm_80"], "needs float8 units, which sm_80 has not"),
         (["no_such_file.yaml", "--arch", "sm_90"], "no_such_file.yaml"),
     ],
 )

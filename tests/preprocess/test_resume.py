@@ -13,7 +13,6 @@ import pytest
 from megatron_completep.data.indexed import IndexedDataset
 
 ROOT = Path(__file__).parents[2]
-KILLS = 20
 
 # The tool's own run with small, slow blocks, so that each kill meets the work at another place.
 # Its arguments: the number of workers, the inputs' folder, the output.
@@ -86,12 +85,15 @@ def output_bytes(folder: Path, name: str) -> list[bytes]:
     ]
 
 
-def test_killed_twenty_times_the_bytes_are_those_of_a_run_never_killed(folder: Path) -> None:
+@pytest.mark.parametrize("most_kills", [6, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_many_times_the_bytes_are_those_of_a_run_never_killed(
+    folder: Path, most_kills: int
+) -> None:
     assert start(folder, 1, "whole").communicate()[0] == "complete\n"
     generator = random.Random(2)
     kills = 0
     resumed_blocks = set()
-    while kills < KILLS:
+    while kills < most_kills:
         process = start(folder, 2 if kills % 4 == 0 else 1, "killed")
         work = folder / "killed.preprocess"
         target = finished_blocks(work) + generator.randrange(60)
@@ -111,7 +113,9 @@ def test_killed_twenty_times_the_bytes_are_those_of_a_run_never_killed(folder: P
     assert output_bytes(folder, "killed") == output_bytes(folder, "whole")
     assert not IndexedDataset(folder / "killed_text_document").problems()
     assert not (folder / "killed.preprocess").exists()
-    assert len(resumed_blocks) > 8, "the kills must have met the work at different places"
+    assert len(resumed_blocks) > 0.4 * most_kills, (
+        "the kills must have met the work at different places"
+    )
 
 
 def test_a_killed_worker_ends_the_run_with_a_message_and_its_work_is_kept(folder: Path) -> None:

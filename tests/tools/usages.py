@@ -75,6 +75,10 @@ USAGES = [
     Usage("tools.generate", "{folder} --device cpu", "run_config"),
     Usage("tools.gpu_report", "--cpu --out {out}", "run_parts", "folder"),
     Usage("tools.import_hf", "{folder} {out}", "import_model", "folder"),
+    Usage("tools.ladder", "plan {config} --out {out} --to-flops 1e15", "ladders.plan", "folder"),
+    Usage("tools.ladder", "run {folder}", "ladders.load"),
+    Usage("tools.ladder", "fit {folder}", "ladder_report.report"),
+    Usage("tools.ladder", "predict {folder} --depth 4", "ladder_report.predict"),
     Usage("tools.laziness", "{config} --out {out}", "laziness.collect", "folder"),
     Usage(
         "tools.lr_transfer",
@@ -84,6 +88,7 @@ USAGES = [
     ),
     Usage("tools.lr_transfer", "report {folder}", "make_report"),
     Usage("tools.lr_transfer", "plan {folder} {config} --to {out}", "make_plan", "file"),
+    Usage("tools.new_run", "{config} --depth 4 --to {out}", "new_run.new_run", "file"),
     Usage(
         "tools.preprocess_data",
         "--input {text} --output-prefix {out} --tokenizer-type bytes",

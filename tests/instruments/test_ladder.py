@@ -1,0 +1,201 @@
+"""A ladder from its plan to its forecast, on short runs and on losses that are known."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from megatron_completep.config import Config, load_config, save_config
+from megatron_completep.config.derived import total_tokens
+from megatron_completep.errors import ConfigError, DataError
+from megatron_completep.instruments import ladder as ladders
+from megatron_completep.instruments import sweep
+from megatron_completep.instruments.derive import Scaling
+from megatron_completep.instruments.ladder import Ladder, Wish, plan, runs
+from megatron_completep.instruments.ladder_analysis import analyse, curve_spread, end_of
+from megatron_completep.instruments.ladder_fit import Noise
+from megatron_completep.instruments.run_shape import Asked
+from megatron_completep.tools.ladder import main
+from tests.support.corpora import write_markov_chain
+from tests.support.runs import proxy_config
+
+SHAPE = {
+    "hidden_size": 8,
+    "num_layers": 1,
+    "num_attention_heads": 2,
+    "ffn_hidden_size": 16,
+    "seq_length": 16,
+}
+OWN_BASE = {"base_hidden_size": None, "base_num_layers": None}
+
+
+def proxy(folder: Path) -> Config:
+    training = {"train_steps": 12, "validation_samples": 8}
+    return proxy_config(folder, model=SHAPE, completep=OWN_BASE, training=training)
+
+
+def wish(**changes: object) -> Wish:
+    settings = {
+        "rungs": 5,
+        "largest_flops": 2e9,
+        "ratio": 8.0,
+        "scaling": Scaling(1.0),
+        "seeds": (2,),
+        **changes,
+    }
+    return Wish(**settings)
+
+
+def write_results(ladder: Ladder, folder: Path, moved: float = 0.0, wrong: float = 0.0) -> None:
+    """Results of a known law; moved: nats that twice the rate is better at the top rung.
+
+    wrong: nats that the top rung lies above the law.
+    """
+    random = np.random.default_rng(0)
+    for run in runs(ladder):
+        point = run.point
+        rung = next(rung for rung in ladder.rungs if rung.name == run.rung)
+        flops = rung.shape.run_flops(ladder.scaling.tokens_per_parameter)
+        is_top = rung is ladder.rungs[-1]
+        loss = 1.0 + 2.0 * (flops / 1e8) ** -0.15 + 0.002 * random.standard_normal()
+        loss += wrong * is_top + 0.1 * abs(run.octaves)
+        if run.octaves == 1 and is_top and moved:
+            loss -= 0.1 + moved
+        parts = np.linspace(0.01, 1, sweep.CURVE_PARTS)
+        curve = (1.0 + (loss - 1.0) * parts**-0.1).tolist()
+        result = {"validation_loss": loss, "diverged": False, "flops": flops, "curve": curve}
+        path = sweep.result_path(folder, point)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result))
+
+
+def test_rungs_grow_by_equal_factors_and_keep_the_family(tmp_path: Path):
+    config = proxy(tmp_path)
+    ladder = plan(config, wish())
+    flops = [rung.shape.run_flops(1.0) for rung in ladder.rungs]
+    assert ladder.rungs[0].shape.hidden_size == 8
+    assert flops[-1] == pytest.approx(2e9, rel=0.25)
+    growth = np.diff(np.log(flops))
+    assert growth.min() > 0.5 * growth.mean()
+    for run in runs(ladder):
+        model = run.point.config.model
+        assert model.ffn_hidden_size == 2 * model.hidden_size
+        assert run.point.config.completep.base_hidden_size == 8
+        tokens = total_tokens(run.point.config)
+        assert run.point.config.completep.base_total_tokens == total_tokens(config)
+        assert tokens > 0
+    ends = {run.rung for run in runs(ladder) if run.kind == "lr"}
+    assert ends == {"01", "05"}
+
+
+def test_rungs_that_do_not_grow_and_targets_below_them_are_refused(tmp_path: Path):
+    config = proxy(tmp_path)
+    with pytest.raises(ConfigError, match="do not grow"):
+        plan(config, wish(rungs=30))
+    with pytest.raises(ConfigError, match="not above the lowest"):
+        plan(config, wish(largest_flops=1e3))
+    with pytest.raises(ConfigError, match="not above the top rung"):
+        plan(config, wish(target=Asked(8.0, 1.0, flops=1e9)))
+    with pytest.raises(ConfigError, match="2 numbers for 5 rungs"):
+        plan(config, wish(seeds=(1, 2)))
+
+
+def test_a_known_ladder_is_forecast_and_a_wrong_top_rung_is_seen(tmp_path: Path):
+    ladder = plan(proxy(tmp_path), wish(seeds=(3,), target=Asked(8.0, 1.0, flops=6e9)))
+    write_results(ladder, tmp_path / "right")
+    (right,) = analyse(ladder, tmp_path / "right")
+    assert right.holdout is not None and right.target is not None
+    assert right.holdout.is_inside
+    assert abs(right.holdout.miss) < 0.02
+    truth = 1.0 + 2.0 * (ladder.target.flops / 1e8) ** -0.15
+    assert right.target.value == pytest.approx(truth, abs=0.01)
+    assert [end.verdict for end in right.ends] == ["holds", "holds"]
+    assert right.collapse == "collapses"
+    # The control: a top rung that is worse than its law, and whose best rate is another.
+    write_results(ladder, tmp_path / "wrong", moved=0.1, wrong=0.2)
+    (wrong,) = analyse(ladder, tmp_path / "wrong")
+    assert wrong.holdout is not None
+    assert not wrong.holdout.is_inside
+    assert wrong.holdout.miss == pytest.approx(0.2, abs=0.02)
+    assert [end.verdict for end in wrong.ends] == ["holds", "moved"]
+
+
+def test_a_learning_rate_moved_only_by_more_than_the_noise():
+    losses = {-1.0: 2.1, 0.0: 2.0, 1.0: 1.98}
+    assert end_of("05", losses, Noise(0.02, 8)).verdict == "holds"
+    assert end_of("05", losses, Noise(0.002, 8)).verdict == "moved"
+    assert end_of("05", losses, Noise(float("nan"), 0)).verdict.startswith("unresolved")
+
+
+def test_curves_of_another_decay_do_not_collapse(tmp_path: Path):
+    ladder = plan(proxy(tmp_path), wish())
+    write_results(ladder, tmp_path / "runs")
+    (analysis,) = analyse(ladder, tmp_path / "runs")
+    rungs = list(analysis.rungs)
+    assert curve_spread(rungs, 1.0) < 0.02
+    # A run that falls late, as a long timescale of the decay makes it.
+    late = 1.0 + (rungs[-1].curve - 1.0) ** 1.5
+    rungs[-1] = type(rungs[-1])(**{**vars(rungs[-1]), "curve": late})
+    assert curve_spread(rungs, 1.0) > 0.03
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers are threads: what a worker process does, without its start."""
+    monkeypatch.setattr(sweep, "processes", lambda workers: ThreadPoolExecutor(1))
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_the_tool_plans_runs_once_fits_and_predicts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    write_markov_chain(tmp_path / "text", 8_000)
+    save_config(proxy(tmp_path), tmp_path / "proxy.yaml")
+    folder = str(tmp_path / "ladder")
+    words = ["plan", str(tmp_path / "proxy.yaml"), "--out", folder, "--to-flops", "3e8"]
+    words += ["--tokens-per-parameter", "0.5", "--seeds", "2,1,1,1", "--rungs", "4", "--study", "4"]
+    assert main([*words, "--parameterizations", "completep,mup"]) == 0
+    assert load_config(tmp_path / "ladder/rungs/04.yaml").completep.base_num_layers == 1
+    assert main(["run", folder, "--only", "0", "--workers", "1"]) == 0
+    assert main(["run", folder, "--workers", "1"]) == 0
+    ladder = ladders.load(tmp_path / "ladder")
+    assert len(list((tmp_path / "ladder/points").iterdir())) == len(ladders.points(ladder))
+    # Nothing is run twice, and another ladder is not planned over this one.
+    capsys.readouterr()
+    assert main(["run", folder]) == 0
+    assert ", 0 to run" in capsys.readouterr().out
+    with pytest.raises(DataError, match="another ladder"):
+        main([*words, "--no-lr-check"])
+    # So short runs may say anything, but they say it: 0 or 3.
+    assert main(["fit", folder]) in (0, 3)
+    report = json.loads((tmp_path / "ladder/report.json").read_text())
+    assert [rule["rule"] for rule in report["rules"]] == ["completep", "mup"]
+    assert len(report["rules"][0]["rungs"]) == 4
+    assert {"report.html", "law.png", "shapes.png", "cost.png"} <= {
+        path.name for path in (tmp_path / "ladder").iterdir()
+    }
+    assert main(["predict", folder, "--flops", "1e9", "--json"]) in (0, 3)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["flops"] > 0
+
+
+def test_the_job_files_name_every_run(tmp_path: Path):
+    ladder = plan(proxy(tmp_path), wish())
+    folder = tmp_path / "a ladder"
+    ladders.save(ladder, folder)
+    assert main(["run", str(folder), "--write-jobs"]) == 0
+    count = len(ladders.points(ladder))
+    script = folder / "jobs/ladder.sbatch"
+    assert f"#SBATCH --array=0-{count - 1}\n" in script.read_text()
+    assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
+    job = yaml.safe_load((folder / "jobs/ladder.yaml").read_text())
+    assert job["spec"]["completions"] == count
+    (command,) = job["spec"]["template"]["spec"]["containers"][0]["args"]
+    assert f"run '{folder}' --workers 1 --only" in command
+    with pytest.raises(ConfigError, match=f"has {count} runs"):
+        main(["run", str(folder), "--only", str(count)])

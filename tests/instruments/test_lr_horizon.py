@@ -1,0 +1,87 @@
+"""The exponent of the learning rate in tokens, and the three numbers of transfer, where known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from megatron_completep.instruments import lr_horizon
+from megatron_completep.instruments.lr_curves import Curve
+from megatron_completep.instruments.lr_horizon import horizon, horizons, qualities, quality
+
+GRID = np.arange(-9.0, -6.5, 0.5)  # five learning rates
+LENGTHS = (128, 256, 512)
+
+
+@pytest.fixture(autouse=True)
+def few_replicates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lr_horizon, "REPLICATES", 200)
+
+
+def curve(
+    vertex: float,
+    steps: int = 128,
+    depth: int = 2,
+    rule: str = "completep",
+    curvature: float = 0.1,
+    grid: np.ndarray = GRID,
+    best: float = 2.5,
+    noise: float = 0.003,
+    seeds: int = 2,
+) -> Curve:
+    random = np.random.default_rng(steps + depth)
+    parabola = best + curvature * (grid - vertex) ** 2
+    losses = parabola[:, None] + random.normal(0, noise, (len(grid), seeds))
+    return Curve(rule, 64, depth, steps, 0.0, 0.02, grid, losses, flops=float(steps * depth))
+
+
+def falling(exponent: float, middle: float = -8.0) -> list[Curve]:
+    return [curve(middle - exponent * math.log2(steps / 256), steps) for steps in LENGTHS]
+
+
+def test_a_known_exponent_is_recovered_from_three_lengths():
+    found = horizon(falling(0.32))
+    assert found.exponent.value == pytest.approx(0.32, abs=0.03)
+    assert found.exponent.low <= 0.32 <= found.exponent.high
+    assert found.error < 0.03
+    assert found.verdict == "fitted"
+    # A rate that rises with the length has the other sign.
+    assert horizon(falling(-0.3)).exponent.value == pytest.approx(-0.3, abs=0.03)
+
+
+def test_an_optimum_at_the_edge_of_the_grid_leaves_the_exponent_unresolved():
+    assert horizon(falling(0.32, middle=-9.0)).verdict.startswith("unresolved: an optimum lies")
+    (alone,) = horizons([curve(-7.5, steps, seeds=1) for steps in LENGTHS])
+    assert alone.verdict == "unresolved: one seed gives no interval"
+    assert horizons(falling(0.32)[:2]) == []
+
+
+def family(shift: float, curvatures: Sequence[float] = (0.1, 0.1, 0.1)) -> list[Curve]:
+    """Three depths, the largest's optimum `shift` octaves from the smallest's."""
+    depths = (2, 4, 8)
+    return [
+        curve(-7.75 + shift * index / 2, depth=depth, curvature=curvatures[index], noise=0.0)
+        for index, depth in enumerate(depths)
+    ]
+
+
+def test_the_penalty_of_a_shifted_optimum_is_its_closed_form():
+    curves = family(0.5)
+    (found,) = qualities(curves)
+    assert found.penalty == pytest.approx(0.1 * 0.5**2, rel=0.1)
+    assert found.fit_error == pytest.approx(0.0, abs=1e-6)
+    assert quality(family(0.0), curves).penalty == pytest.approx(0.0, abs=1e-6)
+
+
+def test_robustness_is_the_exponent_of_the_curvature_and_behind_is_against_the_best_rule():
+    # The depth doubles and the curvature halves: exponent -1.
+    curves = family(0.0, (0.2, 0.1, 0.05))
+    (found,) = qualities(curves)
+    assert found.robustness == pytest.approx(-1.0, abs=0.05)
+    others = [curve(-7.75, depth=depth, rule="mup", best=2.6, noise=0.0) for depth in (2, 4, 8)]
+    by_rule = {entry.parameterization: entry for entry in qualities([*curves, *others])}
+    assert by_rule["mup"].behind == pytest.approx(0.1, abs=1e-6)
+    assert by_rule["completep"].behind == pytest.approx(0.0, abs=1e-6)

@@ -5,11 +5,11 @@ Example:
     python tools/coordinate_check.py configs/quickstart_proxy.yaml --depths 2,4,8,16,32 \\
         --out runs/check
 
-Each model is trained for a few steps. The depth axis is run at the smallest width, the width axis
-at the smallest depth; a control that is known to be wrong (muP over depth, SP over width) runs
-beside the model. A model of your own: --model package:function, where function(config, table,
-context) returns an initialized module that declares the roles of its parameters
-(docs/instruments.md). Runs under torchrun too, in any layout.
+Each model is trained for a few steps, each axis at the smallest size of the others. A control that
+is known to be wrong (muP over depth, SP over width, a sum of experts in place of their mean over
+their number) runs beside the model. A model of your own: --model package:function, where
+function(config, table, context) returns an initialized module that declares the roles of its
+parameters (docs/instruments.md). Runs under torchrun too, in any layout.
 
 --float8 asks something else: whether float8 scales that were measured on the smallest model hold
 at the others (exit code 0), or do not (1); SP is its control.
@@ -40,7 +40,7 @@ from megatron_completep.instruments.check_report import (
     write_check,
 )
 from megatron_completep.instruments.coordinate_verdict import judge
-from megatron_completep.instruments.muon_mistakes import MISTAKES, check_mistakes
+from megatron_completep.instruments.mistakes import MISTAKES, check_mistakes
 from megatron_completep.instruments.trial import (
     PARAMETERIZATIONS,
     Design,
@@ -90,6 +90,13 @@ def _add_models(parser: Parser) -> None:
         help="hidden sizes (default: the configuration's own)",
     )
     parser.add_argument(
+        "--experts",
+        type=list_of(whole(1, 10**6)),
+        default=[],
+        metavar="E,E,...",
+        help="numbers of experts, of which a token goes to the configuration's share",
+    )
+    parser.add_argument(
         "--steps",
         type=whole(1, 10**6),
         default=10,
@@ -117,7 +124,8 @@ def _add_measurement(parser: Parser) -> None:
         default=[],
         metavar="RULE,...",
         help="also measure and draw these, of completep,alpha_0.5,mup,sp, and for Muon of "
-        "muon_adam_width (AdamW's 1/m_N on top), muon_adam_rms (0.2 sqrt(max(d_out, d_in)))",
+        "muon_adam_width (AdamW's 1/m_N on top), muon_adam_rms (0.2 sqrt(max(d_out, d_in))), for "
+        "experts of experts_summed (no 1/k), experts_eps (no 1/e), router_lr (no 1/m_N)",
     )
     parser.add_argument(
         "--workers",
@@ -162,13 +170,14 @@ def load_function(name: str) -> ModelMaker:
 
 
 def make_plan(arguments: argparse.Namespace, config: Config) -> coordinate_check.Plan:
-    """The models to train. Raises ConfigError where neither depth nor width varies."""
+    """The models to train. Raises ConfigError where no size varies."""
     # A value that is given twice would be trained twice.
     depths = set(arguments.depths or [config.model.num_layers])
     widths = set(arguments.widths or [config.model.hidden_size])
-    if len(depths) < 2 and len(widths) < 2:
+    experts = set(arguments.experts)
+    if max(len(depths), len(widths), len(experts)) < 2:
         raise ConfigError(
-            "nothing to compare: give --depths or --widths with at least two values, "
+            "nothing to compare: give --depths, --widths or --experts with at least two values, "
             "such as --depths 2,4,8,16,32."
         )
     check_mistakes(arguments.beside, config)
@@ -180,6 +189,7 @@ def make_plan(arguments: argparse.Namespace, config: Config) -> coordinate_check
         precision=arguments.precision,
         check_eps=not arguments.no_eps,
         beside=arguments.beside,
+        experts=sorted(experts),
     )
 
 

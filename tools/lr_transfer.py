@@ -122,6 +122,13 @@ def _add_axes(command: Parser) -> None:
         help="hidden sizes (default: the configuration's)",
     )
     command.add_argument(
+        "--experts",
+        type=list_of(whole(1, 10**6)),
+        default=[],
+        help="numbers of experts, such as 8,32, of which a token goes to the configuration's share "
+        "(default: the configuration's)",
+    )
+    command.add_argument(
         "--parameterizations",
         type=list_of(one_of(PARAMETERIZATIONS)),
         default=["completep"],
@@ -219,6 +226,7 @@ def run_sweep(arguments: argparse.Namespace, say: Callable[[str], None]) -> dict
         arguments.init_stds,
         arguments.train_steps,
         arguments.seeds,
+        arguments.experts,
     )
     points = grid.points(config)
     # Before the first point is trained: `report` finds by it even those of a sweep that was ended.

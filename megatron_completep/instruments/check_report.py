@@ -14,7 +14,7 @@ from megatron_completep.document import Report, new_figure, png_of
 from megatron_completep.errors import ConfigError
 from megatron_completep.files import write_whole
 from megatron_completep.instruments.coordinate_check import CONTROLS, Sample
-from megatron_completep.instruments.coordinate_verdict import DECISIVE, Finding, Result
+from megatron_completep.instruments.coordinate_verdict import STREAM_CHANGE, Finding, Result
 from megatron_completep.instruments.fits import Estimate
 from megatron_completep.instruments.laziness import (
     CONTROL_BELOW,
@@ -32,7 +32,7 @@ def describe_check(result: Result) -> str:
     """The exponents as text, one line a finding under a header, and the verdict's reason."""
     rules = rules_beside(result)
     rule_headers = "".join(f"{rule:<26} " for rule in rules)
-    columns = f"{'axis':<6} {'quantity':<32} {'band':>16}  {'model':<26}"
+    columns = f"{'axis':<7} {'quantity':<35} {'band':>16}  {'model':<26}"
     lines = [f"{columns} {rule_headers}{'control':<26}".rstrip()]
     lines += [_finding_line(finding, rules) for finding in result.findings]
     return "\n".join([*lines, result.reason])
@@ -44,7 +44,7 @@ def _finding_line(finding: Finding, rules: Sequence[str]) -> str:
     limits = band_text(band.low, band.high) or "reported only"
     control = "" if finding.control is None else str(finding.control)
     beside = "".join(f"{finding.beside.get(rule, '')!s:<26} " for rule in rules)
-    quantity = f"{band.axis:<6} {band.quantity:<32} {limits:>16}"
+    quantity = f"{band.axis:<7} {band.quantity:<35} {limits:>16}"
     line = f"{quantity}  {finding.model!s:<26} {beside}{control:<26} {finding.mark}"
     return line.rstrip()
 
@@ -65,7 +65,7 @@ def draw_check(result: Result, axis: str, names: dict[str, str]) -> Any:
     left out.
     """
     samples = [sample for sample in result.samples if sample.axis == axis]
-    exponents = _decisive_exponents(result, axis)
+    exponents = _exponents_of_change(result, axis)
     measured_rules = {sample.rule for sample in samples}
     rules = [rule for rule in names if rule in measured_rules]
     sizes = sorted({sample.size for sample in samples})
@@ -78,7 +78,7 @@ def draw_check(result: Result, axis: str, names: dict[str, str]) -> Any:
         _draw_steps(stream_panel, change_panel, rule_samples, sizes)
         stream_panel.set_title(names[rule])
         change_panel.set_title(f"last step: exponent {exponents[rule]}", fontsize=9)
-        change_panel.set_xlabel("layers" if axis == "depth" else "width")
+        change_panel.set_xlabel("layers" if axis == "depth" else axis)
         # On logarithmic axes a power law is a straight line whose slope is the exponent.
         _use_octaves(stream_panel, sizes)
         _use_octaves(change_panel, sizes)
@@ -90,14 +90,14 @@ def draw_check(result: Result, axis: str, names: dict[str, str]) -> Any:
     return figure
 
 
-def _decisive_exponents(result: Result, axis: str) -> dict[str, Estimate | None]:
-    """By rule: the exponent over the axis on which the verdict mainly rests."""
-    (decisive,) = [
+def _exponents_of_change(result: Result, axis: str) -> dict[str, Estimate | None]:
+    """By rule: the exponent over the axis of what the picture shows."""
+    (change,) = [
         finding
         for finding in result.findings
-        if finding.band.axis == axis and finding.band.quantity == DECISIVE
+        if finding.band.axis == axis and finding.band.quantity == STREAM_CHANGE
     ]
-    return {"model": decisive.model, "control": decisive.control, **decisive.beside}
+    return {"model": change.model, "control": change.control, **change.beside}
 
 
 def _draw_steps(

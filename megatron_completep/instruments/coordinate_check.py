@@ -1,8 +1,8 @@
 """The coordinate check: train models of growing depth or width and see what keeps its size.
 
 Under a right parameterization the change of the residual stream on a fixed probe batch depends
-neither on depth nor on width. Here models are trained for a few steps and measured;
-coordinate_verdict.py fits exponents and judges them.
+neither on depth nor on width, nor on the number of experts at a fixed share k / E. Here models are
+trained for a few steps and measured; coordinate_verdict.py fits exponents and judges them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch import Tensor
 from megatron_completep.completep import table_of
 from megatron_completep.config.schema import Config
 from megatron_completep.data.loader import Batch
-from megatron_completep.instruments.muon_mistakes import MISTAKES, table_with
+from megatron_completep.instruments.expert_taps import ExpertProbe, expert_figures
+from megatron_completep.instruments.mistakes import MISTAKES, table_with
 from megatron_completep.instruments.trial import (
     Design,
     Trial,
@@ -60,6 +61,8 @@ class Measurement:
     losses: list[float]  # of the training batches, before each step
     # The same updates over the base learning rate.
     moved: dict[str, float] = field(default_factory=dict)
+    # Of mixtures of experts, by quantity (expert_taps.py); empty without any.
+    experts: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -68,12 +71,14 @@ class Probe:
 
     streams: dict[str, list[Tensor]]
     logits: list[Tensor]  # empty on all pipeline stages but the last one
+    experts: ExpertProbe
 
 
 def run_probe(trial: Trial, batches: Sequence[Batch]) -> Probe:
     """One forward pass without gradients. Communicates as the model's forward pass does."""
     trial.optimizer.wait_for_parameters()
-    with trial.taps.recording() as taps, torch.no_grad():
+    recording = trial.expert_taps.recording()
+    with trial.taps.recording() as taps, recording as experts, torch.no_grad():
         if trial.step.pipeline is not None:
             # The schedule returns the loss alone, so logits are made of what the final norm gave.
             # Only the last stage has that norm, and an unembedding.
@@ -85,7 +90,7 @@ def run_probe(trial: Trial, batches: Sequence[Batch]) -> Probe:
             part = trial.context.context_part
             device = trial.context.device
             logits = [model(part.cut(batch.tokens).to(device)) for batch in batches]
-    return Probe(taps.streams, logits)
+    return Probe(taps.streams, logits, experts)
 
 
 def _sum_of_squares(tensors: list[Tensor], start: list[Tensor] | None) -> SumOfSquares:
@@ -153,8 +158,10 @@ def measure(
     moved: list[dict[Role, float]] = []
     losses: list[float] = []
 
+    before_step = start
     for step, micro_batches in enumerate(training, start=1):
-        series.append(trial, run_probe(trial, probe), start)
+        before_step = run_probe(trial, probe)
+        series.append(trial, before_step, start)
         master_before = optimizer.shards.master.clone()
         figures = trial.step.run(micro_batches, step).read()
         losses.append(figures.loss)
@@ -164,7 +171,8 @@ def measure(
         change = optimizer.shards.master - master_before
         updates.append(role_rms(optimizer, change, by_learning_rate=True))
         moved.append(role_rms(optimizer, change))
-    series.append(trial, run_probe(trial, probe), start)
+    last = run_probe(trial, probe)
+    series.append(trial, last, start)
 
     base_lr = trial.config.optimizer.base_lr
     return Measurement(
@@ -177,6 +185,7 @@ def measure(
         _mean_by_role(updates, base_lr),
         losses,
         _mean_by_role(moved, base_lr),
+        expert_figures(start.experts, before_step.experts, last.experts, trial.context),
     )
 
 
@@ -200,24 +209,28 @@ def _mean_by_role(steps: Sequence[dict[Role, float]], unit: float) -> dict[str, 
 class Sample:
     """One trained model of the check."""
 
-    axis: str  # depth | width
+    axis: str  # depth | width | experts
     rule: str  # model | control, or the name of a parameterization that is shown beside them
     hidden_size: int
     num_layers: int
     seed: int
     measured: Measurement
-    with_large_eps: Measurement | None = None  # only of the model under check
+    with_large_eps: Measurement | None = None  # of the model under check and of a wrong eps
+    num_experts: int = 0  # 0: without any
 
     @property
     def size(self) -> int:
-        """The number of layers, or the hidden size: what varies along the axis."""
-        return self.num_layers if self.axis == "depth" else self.hidden_size
+        """The number of layers, the hidden size or the number of experts: what the axis varies."""
+        sizes = {"depth": self.num_layers, "width": self.hidden_size, "experts": self.num_experts}
+        return sizes[self.axis]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to train: the depth axis at the smallest width, the width axis at the smallest depth.
+    """What to train: each axis at the smallest size of the others.
 
+    experts: numbers of experts, of which a token goes to the configuration's share; empty: its own
+        number, and no such axis.
     beside: further rules that are measured and shown but not judged, by their names in
     PARAMETERIZATIONS, or in MISTAKES for a model that Muon trains.
     """
@@ -229,18 +242,25 @@ class Plan:
     precision: str = "float32"
     check_eps: bool = True
     beside: Sequence[str] = ()
+    experts: Sequence[int] = ()
 
-    def shapes(self) -> Iterable[tuple[str, int, int]]:
-        """(axis, hidden_size, num_layers) of every model."""
+    def shapes(self) -> Iterable[tuple[str, int, int, int]]:
+        """(axis, hidden_size, num_layers, num_experts or 0) of every model."""
+        fewest = min(self.experts, default=0)
         if len(self.depths) > 1:
             for depth in self.depths:
-                yield "depth", min(self.widths), depth
+                yield "depth", min(self.widths), depth, fewest
         if len(self.widths) > 1:
             for width in self.widths:
-                yield "width", width, min(self.depths)
+                yield "width", width, min(self.depths), fewest
+        if len(self.experts) > 1:
+            for number in self.experts:
+                yield "experts", min(self.widths), min(self.depths), number
 
 
-CONTROLS = {"depth": "mup", "width": "sp"}
+CONTROLS = {"depth": "mup", "width": "sp", "experts": "experts_summed"}
+# The rules that are also trained with a large eps: what is under check, and a wrong eps.
+WITH_LARGE_EPS = ("model", "experts_eps")
 # A wrong eps shows only where eps counts; without clipping and decay the updates are Adam's alone.
 EPS_SETTINGS = {"base_eps": LARGE_EPS, "base_weight_decay": 0.0, "grad_clip": 0.0}
 
@@ -249,12 +269,13 @@ EPS_SETTINGS = {"base_eps": LARGE_EPS, "base_weight_decay": 0.0, "grad_clip": 0.
 class Job:
     """One model to train for `steps` steps; one more batch is the probe. Is sent to processes."""
 
-    rule: str  # as in Sample, and "large eps": the model under check once more
+    rule: str  # as in Sample
     config: Config
     design: Design
     steps: int
     precision: str
     optimizer: dict[str, Any] = field(default_factory=dict)
+    large_eps: bool = False  # once more, with another eps
 
 
 Run = Callable[[Sequence[Job]], Iterator[Measurement]]  # in the order of the jobs
@@ -296,21 +317,27 @@ def train(job: Job, context: ParallelContext) -> Measurement:
 def jobs_of(config: Config, plan: Plan, design: Design, axis: str) -> list[Job]:
     """One shape and seed in all the rules that the plan names.
 
-    `design` is the model under check; the control and the rules beside it take the right table.
+    `design` is the model under check; the control and the rules beside it take the right table, or
+    that with a mistake.
     """
-    right = replace(design, make_table=table_of)
-    jobs = [Job("model", config, design, plan.steps, plan.precision)]
-    if plan.check_eps:
-        jobs.append(Job("large eps", config, design, EPS_STEPS, plan.precision, EPS_SETTINGS))
-    control = under(config, CONTROLS[axis])
-    jobs.append(Job("control", control, right, plan.steps, plan.precision))
-    for rule in plan.beside:
-        if rule in MISTAKES:
-            mistaken = replace(design, make_table=table_with(rule))
-            jobs.append(Job(rule, config, mistaken, plan.steps, plan.precision))
-        else:
-            jobs.append(Job(rule, under(config, rule), right, plan.steps, plan.precision))
+    rules = {"model": "own", "control": CONTROLS[axis], **{rule: rule for rule in plan.beside}}
+    jobs = []
+    for name, rule in rules.items():
+        ruled, maker = _ruled(config, design, rule)
+        jobs.append(Job(name, ruled, maker, plan.steps, plan.precision))
+        if plan.check_eps and name in WITH_LARGE_EPS:
+            large = (EPS_STEPS, plan.precision, EPS_SETTINGS)
+            jobs.append(Job(name, ruled, maker, *large, large_eps=True))
     return jobs
+
+
+def _ruled(config: Config, design: Design, rule: str) -> tuple[Config, Design]:
+    """The configuration and the design under a rule: `own`, a parameterization or a mistake."""
+    if rule == "own":
+        return config, design
+    if rule in MISTAKES:
+        return config, replace(design, make_table=table_with(rule))
+    return under(config, rule), replace(design, make_table=table_of)
 
 
 @dataclass(frozen=True)
@@ -320,17 +347,20 @@ class _Case:
     axis: str
     width: int
     depth: int
+    num_experts: int
     seed: int
     jobs: list[Job]
 
 
 def _cases_of(config: Config, plan: Plan, design: Design) -> list[_Case]:
     cases = []
-    for axis, width, depth in plan.shapes():
-        shaped = reshape(config, width, depth)
+    for axis, width, depth, number in plan.shapes():
+        shaped = reshape(config, width, depth, number)
+        moe = shaped.model.moe
+        num_experts = 0 if moe is None else moe.num_experts
         for seed in range(plan.seeds):
             jobs = jobs_of(with_seed(shaped, seed), plan, design, axis)
-            cases.append(_Case(axis, width, depth, seed, jobs))
+            cases.append(_Case(axis, width, depth, num_experts, seed, jobs))
     return cases
 
 
@@ -348,19 +378,30 @@ def collect(
 
     samples = []
     for case in cases:
-        measured = {job.rule: next(measurements) for job in case.jobs}
-        # The runs with a large eps are no rule of their own but further figures of the model.
-        large_eps = measured.pop("large eps", None)
-        shape = (case.width, case.depth)
+        measured: dict[str, Measurement] = {}
+        # The runs with a large eps are no rules of their own but further figures of theirs.
+        with_large_eps: dict[str, Measurement] = {}
+        for job in case.jobs:
+            by_rule = with_large_eps if job.large_eps else measured
+            by_rule[job.rule] = next(measurements)
         for rule, measurement in measured.items():
-            with_large_eps = large_eps if rule == "model" else None
-            sample = Sample(case.axis, rule, *shape, case.seed, measurement, with_large_eps)
+            sample = Sample(
+                case.axis,
+                rule,
+                case.width,
+                case.depth,
+                case.seed,
+                measurement,
+                with_large_eps.get(rule),
+                case.num_experts,
+            )
             samples.append(sample)
         say(_progress_line(case, measured["model"], measured["control"]))
     return samples
 
 
 def _progress_line(case: _Case, model: Measurement, control: Measurement) -> str:
-    shape = f"{case.axis}: {case.depth} layers x {case.width}, seed {case.seed}"
+    experts = f", {case.num_experts} experts" if case.num_experts else ""
+    shape = f"{case.axis}: {case.depth} layers x {case.width}{experts}, seed {case.seed}"
     changes = f"change {model.stream_change[-1]:.4g}, control {control.stream_change[-1]:.4g}"
     return f"{shape}: stream {model.stream[0]:.4g}, {changes}"

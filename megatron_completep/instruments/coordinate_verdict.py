@@ -63,6 +63,38 @@ BANDS = (
     Band("width", "update, outside", -0.25, 0.25),
     Band("width", "gradient, hidden matrices"),  # about -1.15, the reason for eps / m_N
     Band("width", "gradient, outside"),  # about -1.1
+    # Of mixtures of experts. Where gradients are judged they are of few tokens and unaligned ones.
+    Band("depth", "experts' change", -0.25, 0.25),
+    Band("depth", "router logits change", -0.25, 0.25),
+    Band("depth", "update with large eps, experts up", -0.35, 0.35),
+    Band("depth", "update with large eps, experts down", -0.35, 0.35),
+    Band("depth", "update with large eps, routers", -0.35, 0.35),
+    Band("depth", "load, largest over mean"),
+    Band("depth", "choices changed by a step"),
+    Band("width", "experts at init", -0.25, 0.25),
+    Band("width", "experts' change", -0.35, 0.25),
+    Band("width", "score spread at init", -0.75, -0.25),
+    Band("width", "router logits change", -0.35, 0.25),
+    Band("width", "update with large eps, experts up", -0.35, 0.35),
+    Band("width", "update with large eps, experts down", -0.35, 0.35),
+    Band("width", "update with large eps, routers"),  # about -.6 at the start: see the table
+    Band("width", "update, experts", -1.25, -0.75),
+    Band("width", "load, largest over mean"),
+    Band("width", "choices changed by a step"),
+    # Over their number at a fixed share k / E, the mean of k experts.
+    Band("experts", "stream at init"),
+    Band("experts", "stream change", -0.25, 0.25),
+    Band("experts", "logits change", -0.25, 0.25),
+    Band("experts", "experts at init", -0.75, -0.25),
+    Band("experts", "experts' change", -0.25, 0.25),
+    Band("experts", "router logits change", -0.25, 0.25),
+    Band("experts", "update with large eps, experts up", -0.35, 0.35),
+    Band("experts", "update with large eps, experts down", -0.35, 0.35),
+    Band("experts", "update with large eps, routers", -0.35, 0.35),
+    Band("experts", "update, experts", -0.25, 0.25),
+    Band("experts", "gradient, experts"),  # about -1, the reason for eps / e
+    Band("experts", "load, largest over mean"),
+    Band("experts", "choices changed by a step"),
 )
 # The RMS of an orthogonal matrix [n, n] is n^-1/2, and Muon has no epsilon: its quantities differ.
 MUON_BANDS = {
@@ -70,7 +102,20 @@ MUON_BANDS = {
     ("depth", "update with large eps, in blocks"): None,
     ("width", "update with large eps, in blocks"): None,
 }
-DECISIVE = "stream change"  # what the control must get wrong
+# The role that a quantity is of, by its end. The one with the most elements represents its kind:
+# hidden matrices, and the unembedding, which is the embedding where the two are tied.
+ROLES: dict[str, tuple[Role, ...]] = {
+    "hidden matrices": (Role.HIDDEN_WEIGHT,),
+    "in blocks": (Role.HIDDEN_WEIGHT,),
+    "outside": (Role.UNEMBEDDING, Role.EMBEDDING),
+    "experts": (Role.EXPERT_UP,),
+    "experts up": (Role.EXPERT_UP,),
+    "experts down": (Role.EXPERT_DOWN,),
+    "routers": (Role.ROUTER,),
+}
+# What the control of an axis must get wrong. Experts are a small part of the stream.
+STREAM_CHANGE = "stream change"
+DECISIVE = {"depth": STREAM_CHANGE, "width": STREAM_CHANGE, "experts": "experts' change"}
 CONTROL_AT_LEAST = 0.5  # the exponent that a wrong model must show at least
 CONTROL_GAP = 0.4  # and its distance from the model's
 # Where no stream at the start was measured over depth: nothing is excused by it.
@@ -88,7 +133,7 @@ def quantity(name: str, sample: Sample) -> float | None:
         "logits at init": measured.logits[0],
         "logits change": measured.logits_change[-1],
     }
-    return figures[name]
+    return figures[name] if name in figures else measured.experts.get(name)
 
 
 def _quantity_of_role(name: str, sample: Sample) -> float | None:
@@ -99,12 +144,8 @@ def _quantity_of_role(name: str, sample: Sample) -> float | None:
     elif sample.with_large_eps is not None:
         rms_by_role = sample.with_large_eps.updates
 
-    # The role with the most elements represents its kind: hidden matrices, and the unembedding,
-    # which is the embedding where the two are tied.
-    roles: tuple[Role, ...] = (Role.HIDDEN_WEIGHT,)
-    if name.endswith("outside"):
-        roles = (Role.UNEMBEDDING, Role.EMBEDDING)
-    for role in roles:
+    _, _, kind = name.rpartition(", ")
+    for role in ROLES[kind]:
         if role in rms_by_role:
             return rms_by_role[role]
     return None
@@ -294,21 +335,26 @@ def _doubt_about_model(
             "Use more tokens a step, larger depths or widths, a smaller learning rate "
             "or smaller initial weights."
         )
-    if not any(finding.band.quantity == DECISIVE for finding in findings):
-        return "give at least two depths or two widths"
+    if not _decisive(findings):
+        return "give at least two depths, widths or numbers of experts"
     return None
+
+
+def _decisive(findings: Sequence[Finding]) -> list[Finding]:
+    """Of each axis the finding that its control must get wrong."""
+    return [finding for finding in findings if finding.band.quantity == DECISIVE[finding.band.axis]]
 
 
 def _doubt_about_control(findings: Sequence[Finding]) -> str | None:
     """Why the control leaves the verdict open: it does not show that it is wrong."""
-    decisive = [finding for finding in findings if finding.band.quantity == DECISIVE]
+    decisive = _decisive(findings)
     if all(finding.control is None for finding in decisive):
         return "no control was measured, so that nothing shows what a wrong model would look like."
     for finding in decisive:
         control = finding.control
         if control is None:
             continue
-        name = f"the control's {DECISIVE} over {finding.band.axis}"
+        name = f"the control's {finding.band.quantity} over {finding.band.axis}"
         gap = control.value - finding.model.value
         # Written so that an exponent that is no number shows nothing.
         if not (control.value >= CONTROL_AT_LEAST and gap >= CONTROL_GAP):
@@ -337,7 +383,7 @@ def _follows(finding: Finding, start: float) -> bool:
     """
     band = finding.band
     model = finding.model.value
-    if (band.axis, band.quantity) == ("depth", DECISIVE):
+    if (band.axis, band.quantity) == ("depth", STREAM_CHANGE):
         return start - MARGIN <= model < band.low
     if (band.axis, band.quantity) == ("depth", "update with large eps, in blocks"):
         return band.high < model <= MARGIN - start

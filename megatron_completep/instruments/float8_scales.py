@@ -289,8 +289,8 @@ def collect(config: Config, plan: Plan, workers: int, device: str, say: Say) -> 
 
 def _dynamic_jobs(config: Config, plan: Plan) -> list[ScaleJob]:
     jobs = []
-    for axis, width, depth in plan.shapes():
-        shaped = reshape(config, width, depth)
+    for axis, width, depth, num_experts in plan.shapes():
+        shaped = reshape(config, width, depth, num_experts)
         for rule, rule_config in (("model", shaped), ("control", under(shaped, CONTROL))):
             for seed in range(plan.seeds):
                 seeded = with_seed(rule_config, seed)

@@ -7,9 +7,11 @@ d = theta_1 - theta_0 gives
     r_k = |F(theta_1) - F(theta_0) - J d| / |J d|
     J d ~ (F(theta_0 + h d) - F(theta_0 - h d)) / 2h
 
-with F the whole block, residual included. Theory: r does not depend on depth at alpha = 1 and falls
-as L^-0.5 at alpha = 0.5. Computed in float64, for the numerator is a difference of nearly equal
-numbers. (arXiv 2505.01618, section on complete feature learning.)
+with F the whole block, residual included. In a layer with experts tokens stay with those that they
+have at theta_0: F would jump where a choice changes, and have no linearization. Theory: r does not
+depend on depth at alpha = 1 and falls as L^-0.5 at alpha = 0.5. Computed in float64, for the
+numerator is a difference of nearly equal numbers. (arXiv 2505.01618, section on complete feature
+learning.)
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ from megatron_completep.instruments.trial import (
 from megatron_completep.model.attention import AttentionInputs
 from megatron_completep.model.block import Block
 from megatron_completep.model.gpt import GPT
+from megatron_completep.model.routing import Routing, fixing, observing
 from megatron_completep.model.stream import Stream
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.telemetry.measure import layer_entries
@@ -71,8 +74,14 @@ def block_laziness(trial: Trial) -> list[float]:
     (batches,) = read_batches(trial.config, trial.context, 1)
     tokens = batches[0].tokens
 
-    # Every block's input at the initial weights, which stays fixed in all that follows.
-    with trial.taps.recording() as taps, torch.no_grad():
+    # Every block's input at the initial weights stays fixed in all that follows, and so do the
+    # experts of every token.
+    choices: dict[int, Tensor] = {}
+
+    def keep(layer: int, routing: Routing) -> None:
+        choices[layer] = routing.experts
+
+    with trial.taps.recording() as taps, observing(model, keep), torch.no_grad():
         model(tokens)
         streams = [taps.streams[name][0] for name in layer_entries(model)]
     inputs = model._attention_inputs(streams[0], tokens.shape[1], None, None, None)
@@ -90,10 +99,11 @@ def block_laziness(trial: Trial) -> list[float]:
             block_outputs.append(block_output(model, block, stream, inputs))
         return block_outputs
 
-    start = outputs(0.0)
-    end = outputs(1.0)
-    ahead = outputs(STEP)
-    behind = outputs(-STEP)
+    with fixing(model, choices):
+        start = outputs(0.0)
+        end = outputs(1.0)
+        ahead = outputs(STEP)
+        behind = outputs(-STEP)
     laziness = []
     for f0, f1, f_ahead, f_behind in zip(start, end, ahead, behind, strict=True):
         linear = (f_ahead - f_behind) / (2 * STEP)

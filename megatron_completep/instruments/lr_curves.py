@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ class Setting(NamedTuple):
     train_steps: int
     base_weight_decay: float
     base_init_std: float
+    num_experts: int = 0  # 0: without any
 
 
 class Family(NamedTuple):
@@ -48,6 +49,9 @@ class Curve:
     log2_lr: Array  # [n] ascending
     losses: Array  # [n, seeds], infinite for a run that diverged
     flops: float  # of one run
+    num_experts: int = 0
+    # By learning rate, mean over seeds: `expert_load` of sweep.run_point. None without experts.
+    expert_loads: Sequence[float] | None = None
 
     @property
     def family(self) -> Family:
@@ -111,7 +115,19 @@ def setting_of(record: Curve | sweep.Point) -> Setting:
         record.train_steps,
         record.base_weight_decay,
         record.base_init_std,
+        record.num_experts,
     )
+
+
+def shape_text(num_layers: int, hidden_size: int, num_experts: int) -> str:
+    """A shape as reports name it: layers x width, and the number of experts where there are any."""
+    shape = f"{num_layers} x {hidden_size}"
+    return f"{shape}, {num_experts} experts" if num_experts else shape
+
+
+def order_of_shapes(curve: Curve) -> tuple[int, int, int]:
+    """A key that sorts shapes: by depth, then by width, then by the number of experts."""
+    return curve.num_layers, curve.hidden_size, curve.num_experts
 
 
 def curves_of(results: Iterable[tuple[sweep.Point, dict[str, Any]]]) -> list[Curve]:
@@ -136,9 +152,30 @@ def curves_of(results: Iterable[tuple[sweep.Point, dict[str, Any]]]) -> list[Cur
             losses[row] = [sweep.loss_of(runs[rate, seed]) for seed in seeds]
         # A run that diverged ended early and has fewer FLOPs than the others.
         flops = max(result["flops"] for result in runs.values())
-        curve = Curve(**setting._asdict(), log2_lr=np.log2(rates), losses=losses, flops=flops)
+        curve = Curve(
+            **setting._asdict(),
+            log2_lr=np.log2(rates),
+            losses=losses,
+            flops=flops,
+            expert_loads=_mean_loads(runs, rates, seeds),
+        )
         curves.append(curve)
     return curves
+
+
+def _mean_loads(
+    runs: Mapping[tuple[float, int], Mapping[str, Any]],
+    rates: Sequence[float],
+    seeds: Sequence[int],
+) -> list[float] | None:
+    """The load of experts by learning rate; None where it was not measured."""
+    means = []
+    for rate in rates:
+        loads: list[Any] = [runs[rate, seed].get("expert_load") for seed in seeds]
+        if None in loads:
+            return None
+        means.append(float(np.mean(loads)))
+    return means
 
 
 def _seeds_of(runs: Iterable[tuple[float, int]]) -> list[int]:

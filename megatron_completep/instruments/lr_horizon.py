@@ -20,7 +20,12 @@ from megatron_completep.instruments.fits import (
     loss_at,
     slope,
 )
-from megatron_completep.instruments.lr_curves import Curve, Family, weighted_sum_of_optima
+from megatron_completep.instruments.lr_curves import (
+    Curve,
+    Family,
+    order_of_shapes,
+    weighted_sum_of_optima,
+)
 
 LEAST_LENGTHS = 3  # two always lie on a line
 WIDEST = 0.2  # an exponent with a wider interval chooses between no published ones
@@ -69,13 +74,12 @@ class Quality:
 
 def horizons(curves: Sequence[Curve]) -> list[Horizon]:
     """One exponent for every shape and rule that was swept at three lengths or more."""
-    by_shape: dict[tuple[str, int, int, float, float], list[Curve]] = {}
+    by_shape: dict[tuple[str, int, int, int, float, float], list[Curve]] = {}
     for curve in curves:
         if curve.swept:
             key = (
                 curve.parameterization,
-                curve.hidden_size,
-                curve.num_layers,
+                *order_of_shapes(curve),
                 curve.base_weight_decay,
                 curve.base_init_std,
             )
@@ -154,7 +158,7 @@ def quality(family: Sequence[Curve], curves: Sequence[Curve]) -> Quality:
     same_size = [
         curve.optimum().loss
         for curve in curves
-        if (curve.hidden_size, curve.num_layers) == (largest.hidden_size, largest.num_layers)
+        if order_of_shapes(curve) == order_of_shapes(largest)
         and curve.train_steps == largest.train_steps
     ]
     return Quality(
@@ -168,5 +172,5 @@ def quality(family: Sequence[Curve], curves: Sequence[Curve]) -> Quality:
 
 
 def _size(curve: Curve) -> float:
-    """Proportional to the parameters of the blocks."""
-    return float(curve.num_layers * curve.hidden_size**2)
+    """Proportional to the parameters of the blocks, of which experts are nearly all."""
+    return float(curve.num_layers * curve.hidden_size**2 * max(1, curve.num_experts))

@@ -28,6 +28,7 @@ from megatron_completep.instruments.fits import (
 from megatron_completep.instruments.lr_curves import (
     Curve,
     curves_of,
+    order_of_shapes,
     setting_of,
     weighted_sum_of_optima,
 )
@@ -68,6 +69,8 @@ class CurveSummary:
     flops: float
     # AdamW's timescale as a fraction of the run: 1 / (lr * wd * steps) at the optimum.
     tau: float | None
+    num_experts: int = 0
+    expert_load: float | None = None  # at the grid's best point: the largest over the mean
 
 
 @dataclass(frozen=True)
@@ -99,12 +102,14 @@ class Saving:
     against_hidden_size: int
     percent: Estimate
     verdict: str  # saves | costs | unresolved
+    num_experts: int = 0
+    against_num_experts: int = 0
 
 
 def base_curve(curve: Curve, curves: Sequence[Curve]) -> Curve:
-    """The smallest shape of the same family: the least depth, then the least width."""
+    """The smallest shape of the same family: the least depth, then width, then experts."""
     members = [member for member in curves if member.family == curve.family]
-    return min(members, key=lambda member: (member.num_layers, member.hidden_size))
+    return min(members, key=order_of_shapes)
 
 
 def regret(curve: Curve, base: Curve, mean: Array, base_mean: Array) -> float:
@@ -194,6 +199,7 @@ def summarize(curve: Curve, base: Curve) -> CurveSummary:
         divergence_log2_lr=divergence(curve),
         flops=curve.flops,
         tau=1 / decay_over_run if decay_over_run else None,
+        expert_load=curve.expert_loads[optimum.grid_index] if curve.expert_loads else None,
     )
 
 
@@ -258,10 +264,11 @@ def drift_verdict(estimate: Estimate, at_edge: bool) -> str:
 
 
 def drifts(curves: Sequence[Curve]) -> list[Drift]:
-    """One drift for every family and width that was swept at two depths or more."""
+    """One drift for every family, width and number of experts swept at two depths or more."""
     swept_curves: dict[tuple[Any, ...], list[Curve]] = {}
     for curve in curves:
-        same_width = swept_curves.setdefault((*curve.family, curve.hidden_size), [])
+        key = (*curve.family, curve.hidden_size, curve.num_experts)
+        same_width = swept_curves.setdefault(key, [])
         if curve.swept:
             same_width.append(curve)
     results = []
@@ -298,6 +305,7 @@ class RunKey(NamedTuple):
     parameterization: str
     num_layers: int
     hidden_size: int
+    num_experts: int
 
 
 def savings(curves: Sequence[Curve], baseline: str) -> list[Saving]:
@@ -326,10 +334,10 @@ def _runs_by_key(
 ) -> dict[RunKey, list[Curve]]:
     """The curves of one base weight decay and initial std by key, each list by ascending length."""
     runs: dict[RunKey, list[Curve]] = {}
-    for curve in sorted(curves, key=lambda c: (c.num_layers, c.hidden_size, c.train_steps)):
+    for curve in sorted(curves, key=lambda c: (*order_of_shapes(c), c.train_steps)):
         same_decay = curve.base_weight_decay == base_weight_decay
         if same_decay and curve.base_init_std == base_init_std:
-            key = RunKey(curve.parameterization, curve.num_layers, curve.hidden_size)
+            key = RunKey(curve.parameterization, *order_of_shapes(curve))
             runs.setdefault(key, []).append(curve)
     return runs
 
@@ -342,7 +350,7 @@ def _compared_with(key: RunKey, runs: Iterable[RunKey], baseline: str) -> list[R
     if at_baseline != key and at_baseline in keys:
         compared.append(at_baseline)
     same_one = [run for run in keys if run.parameterization == key.parameterization]
-    shallowest = min(same_one, key=lambda run: (run.num_layers, run.hidden_size))
+    shallowest = min(same_one, key=lambda run: run[1:])
     if shallowest != key:
         compared.append(shallowest)
     return compared
@@ -377,6 +385,8 @@ def _saving(own_curves: Sequence[Curve], reference: Curve) -> Saving:
         reference.hidden_size,
         estimate,
         AT_EDGE if at_edge else _saving_verdict(estimate),
+        shortest.num_experts,
+        reference.num_experts,
     )
 
 
@@ -442,11 +452,12 @@ def analysis_of(curves: list[Curve], baseline: str, done: int, missing: int) -> 
     )
 
 
-def _report_order(curve: Curve) -> tuple[float, str, int, int, int]:
+def _report_order(curve: Curve) -> tuple[float, str, int, int, int, int]:
     return (
         curve.base_weight_decay,
         curve.parameterization,
         curve.hidden_size,
         curve.num_layers,
+        curve.num_experts,
         curve.train_steps,
     )

@@ -11,7 +11,12 @@ import numpy as np
 from megatron_completep.command_line import call_of
 from megatron_completep.config import save_config
 from megatron_completep.instruments import sweep
-from megatron_completep.instruments.lr_curves import Curve, setting_of
+from megatron_completep.instruments.lr_curves import (
+    Curve,
+    order_of_shapes,
+    setting_of,
+    shape_text,
+)
 from megatron_completep.instruments.lr_transfer import CurveSummary, base_curve
 from megatron_completep.instruments.trial import PARAMETERIZATIONS
 
@@ -30,7 +35,7 @@ def best_rates(curves: Sequence[Curve], optima: Sequence[CurveSummary]) -> list[
 
 def _best_rate(curve: Curve, optimum: CurveSummary) -> list[str]:
     seeds = curve.losses.shape[1]
-    shape = f"{curve.parameterization} {curve.num_layers} x {curve.hidden_size}"
+    shape = f"{curve.parameterization} {shape_text(*order_of_shapes(curve))}"
     name = (
         f"{shape}, wd {curve.base_weight_decay:g}, "
         f"{curve.train_steps} steps, {seeds} {'seed' if seeds == 1 else 'seeds'}"
@@ -73,7 +78,7 @@ def proxy_of(curves: Sequence[Curve]) -> Curve:
     """The curve that `plan` would use: the smallest shape, under CompleteP where there is one."""
     completep_curves = [curve for curve in curves if curve.parameterization == "completep"]
     candidates = completep_curves or curves
-    return min(candidates, key=lambda c: (c.num_layers, c.hidden_size, min(c.mean)))
+    return min(candidates, key=lambda c: (*order_of_shapes(c), min(c.mean)))
 
 
 def write_proxy(points: Sequence[sweep.Point], curve: Curve, folder: Path) -> Path:
@@ -155,6 +160,8 @@ def _sweep(
         "--init-stds": repr(curve.base_init_std),
         "--seeds": str(seed_count),
     }
+    if curve.num_experts:
+        options["--experts"] = str(curve.num_experts)
     words = [*call_of("lr_transfer"), "sweep", str(folder / PROXY), "--out", str(folder)]
     # With an equals sign, for a word that begins with a minus would be taken for an option.
     words.append(f"--lr={_rates(low, high, step)}")

@@ -9,13 +9,20 @@ from typing import Any
 import numpy as np
 
 from megatron_completep.config.derived import head_dim, tokens_per_step
-from megatron_completep.config.schema import Config
+from megatron_completep.config.moe_rules import BASE_KEYS
+from megatron_completep.config.schema import Config, MoeConfig
 from megatron_completep.config.yaml_text import dump_yaml
 from megatron_completep.errors import ConfigError
 from megatron_completep.files import write_whole
 from megatron_completep.instruments import sweep
 from megatron_completep.instruments.fits import parabola_optimum
-from megatron_completep.instruments.lr_curves import Curve, curves_of, setting_of
+from megatron_completep.instruments.lr_curves import (
+    Curve,
+    curves_of,
+    order_of_shapes,
+    setting_of,
+    shape_text,
+)
 from megatron_completep.instruments.trial import (
     PARAMETERIZATIONS,
     change,
@@ -40,6 +47,8 @@ ALIKE = (
     "vocab_size",
     "seq_length",
 )
+# Sizes of experts are scaled or refused by the table's own rules.
+ALIKE_MOE = ("gate", "every", "balance", "bias_rate")
 
 
 def plan(
@@ -78,7 +87,7 @@ def plan(
     yaml_text = dump_yaml(config.model_dump(mode="json"))
     _write(path, "\n".join([*header, yaml_text]))
 
-    shape = f"{curve.num_layers} x {curve.hidden_size} ({curve.losses.shape[1]} seeds)"
+    shape = f"{shape_text(*order_of_shapes(curve))} ({curve.losses.shape[1]} seeds)"
     say(f"{path}: base_lr {config.optimizer.base_lr:.4g}, from {shape}")
     return {
         "config": str(path),
@@ -102,17 +111,25 @@ def _proxy_curve(points: Sequence[sweep.Point], folder: Path, rule: str) -> Curv
             f"the sweep has {', '.join(rules)}."
         )
     # Curves of one shape differ in length, weight decay and initial std, which the loss decides.
-    return min(curves, key=lambda c: (c.num_layers, c.hidden_size, float(np.min(c.mean))))
+    return min(curves, key=lambda c: (*order_of_shapes(c), float(np.min(c.mean))))
 
 
 def _warn_of_differences(proxy: Config, target: Config, say: Say) -> None:
     """Name the settings of the model that differ although nothing transfers over them."""
     names = [name for name in ALIKE if getattr(proxy.model, name) != getattr(target.model, name)]
+    names += _unlike_experts(proxy.model.moe, target.model.moe)
     if names:
         say(
             f"warning: proxy and target differ in model.{', model.'.join(names)}; "
-            "hyperparameters transfer over width and depth alone"
+            "hyperparameters transfer over width, depth and numbers of experts alone"
         )
+
+
+def _unlike_experts(proxy: MoeConfig | None, target: MoeConfig | None) -> list[str]:
+    """The settings of experts that differ although nothing transfers over them."""
+    if proxy is None or target is None:
+        return [] if proxy is target else ["moe"]
+    return [f"moe.{name}" for name in ALIKE_MOE if getattr(proxy, name) != getattr(target, name)]
 
 
 def _write(path: Path, content: str) -> None:
@@ -155,6 +172,9 @@ def transferred(
         "base_head_dim": completep.base_head_dim or head_dim(proxy.model),
         "factors": completep.factors,
     }
+    # Without experts in the target the sizes of the proxy's have no meaning, as a warning says.
+    if target.model.moe is not None:
+        base |= {name: getattr(completep, name) for name in BASE_KEYS}
     # The table scales with the target's tokens over these, a step and in all.
     if scale_batch:
         tokens = tokens_per_step(proxy)

@@ -14,7 +14,7 @@ from megatron_completep.files import write_whole
 from megatron_completep.instruments import lr_transfer, sweep
 from megatron_completep.instruments.check_report import dump, finite
 from megatron_completep.instruments.fits import Estimate
-from megatron_completep.instruments.lr_curves import Curve
+from megatron_completep.instruments.lr_curves import Curve, order_of_shapes, shape_text
 from megatron_completep.instruments.lr_horizon import Horizon, Quality
 from megatron_completep.instruments.lr_transfer import (
     DIVERGENCE_NATS,
@@ -39,6 +39,7 @@ _OPTIMUM_HEADERS = [
     "parameterization",
     "layers",
     "width",
+    "experts",
     "steps",
     "wd",
     "init std",
@@ -51,6 +52,7 @@ _OPTIMUM_HEADERS = [
     "says",
     "edge",
     "tau",
+    "load",
 ]
 _DRIFT_HEADERS = [
     "parameterization",
@@ -115,7 +117,7 @@ def _drift_line(drift: Drift) -> str:
 
 
 def _regret_line(optimum: CurveSummary, regret: Estimate) -> str:
-    shape = f"{optimum.num_layers} x {optimum.hidden_size}"
+    shape = shape_text(optimum.num_layers, optimum.hidden_size, optimum.num_experts)
     name = f"{optimum.parameterization:<11} wd {optimum.base_weight_decay:g}, {shape}"
     return f"{name}: regret {regret_text(regret)} nats: {optimum.regret_verdict}"
 
@@ -172,6 +174,11 @@ def _add_optima(document: Report, optima: Sequence[CurveSummary]) -> None:
         f"Regret: nats lost at the smallest shape's optimum; up to {REGRET_BAND} is small.",
     )
     caption = f"Edge: the mean loss is more than {DIVERGENCE_NATS} nats over the best."
+    if any(optimum.num_experts for optimum in optima):
+        caption += (
+            " Load: of an expert, the largest over the mean in the last third of the steps, of the "
+            "layer where it is largest."
+        )
     headers, rows, common = without_common_columns(
         _OPTIMUM_HEADERS, [optimum_row(optimum) for optimum in optima]
     )
@@ -278,6 +285,7 @@ def optimum_row(optimum: CurveSummary) -> list[Any]:
         optimum.parameterization,
         optimum.num_layers,
         optimum.hidden_size,
+        optimum.num_experts or None,
         optimum.train_steps,
         optimum.base_weight_decay,
         optimum.base_init_std,
@@ -290,6 +298,7 @@ def optimum_row(optimum: CurveSummary) -> list[Any]:
         optimum.regret_verdict,
         edge,
         optimum.tau,
+        None if optimum.expert_load is None else f"{optimum.expert_load:.2f}",
     ]
 
 
@@ -297,9 +306,11 @@ def saving_row(saving: Saving) -> list[str]:
     """The cells under _SAVING_HEADERS."""
     return [
         saving.parameterization,
-        f"{saving.num_layers} x {saving.hidden_size}",
+        shape_text(saving.num_layers, saving.hidden_size, saving.num_experts),
         saving.against,
-        f"{saving.against_num_layers} x {saving.against_hidden_size}",
+        shape_text(
+            saving.against_num_layers, saving.against_hidden_size, saving.against_num_experts
+        ),
         str(saving.percent),
         saving.verdict,
     ]
@@ -325,11 +336,11 @@ def draw_curves(curves: Sequence[Curve], optima: Sequence[CurveSummary]) -> Any:
     rules = _product_first(curves)
     figure = new_figure(4.2 * len(rules), 4.0)
     panels = figure.subplots(1, len(rules), sharex=True, sharey=True, squeeze=False)[0]
-    sizes = sorted({(c.num_layers, c.hidden_size, c.train_steps) for c in curves})
+    sizes = sorted({(*order_of_shapes(curve), curve.train_steps) for curve in curves})
     for panel, rule in zip(panels, rules, strict=True):
         for curve, optimum in zip(curves, optima, strict=True):
             if curve.parameterization == rule:
-                size = (curve.num_layers, curve.hidden_size, curve.train_steps)
+                size = (*order_of_shapes(curve), curve.train_steps)
                 # Larger shapes are redder, in all panels alike.
                 rank = sizes.index(size) / max(1, len(sizes) - 1)
                 _draw_curve(panel, curve, optimum, (0.15 + 0.75 * rank, 0.25, 0.85 - 0.7 * rank))
@@ -354,7 +365,7 @@ def _product_first(curves: Sequence[Curve]) -> list[str]:
 def _draw_curve(
     panel: Any, curve: Curve, optimum: CurveSummary, color: tuple[float, float, float]
 ) -> None:
-    label = f"{curve.num_layers} x {curve.hidden_size}, {curve.train_steps} steps"
+    label = f"{shape_text(*order_of_shapes(curve))}, {curve.train_steps} steps"
     panel.plot(curve.log2_lr, curve.mean, marker="o", markersize=4, color=color, label=label)
     # The range over seeds shows what of a curve's shape is noise.
     lowest = curve.losses.min(axis=1)
@@ -397,20 +408,15 @@ def draw_lengths(curves: Sequence[Curve]) -> Any:
     One panel a parameterization, one line a shape; bars are 95 % intervals.
     """
     rules = _product_first(curves)
-    shapes = sorted({(curve.num_layers, curve.hidden_size) for curve in curves})
+    shapes = sorted({order_of_shapes(curve) for curve in curves})
     figure = new_figure(4.2 * len(rules), 4.0)
     panels = figure.subplots(1, len(rules), sharey=True, squeeze=False)[0]
     for panel, rule in zip(panels, rules, strict=True):
         rule_curves = [curve for curve in curves if curve.parameterization == rule]
-        for number, (num_layers, hidden_size) in enumerate(shapes):
-            runs = [
-                curve
-                for curve in rule_curves
-                if (curve.num_layers, curve.hidden_size) == (num_layers, hidden_size)
-            ]
+        for number, shape in enumerate(shapes):
+            runs = [curve for curve in rule_curves if order_of_shapes(curve) == shape]
             # A colour is a shape's in all panels, and a shape without runs keeps its label.
-            label = f"{num_layers} x {hidden_size}"
-            _draw_length(panel, runs, PALETTE[number % 8], label)
+            _draw_length(panel, runs, PALETTE[number % 8], shape_text(*shape))
         panel.set_title(rule)
         panel.set_xlabel("FLOPs of a run")
         panel.grid(alpha=0.3)

@@ -132,6 +132,7 @@ def _point(config: Config, name: str, seed: int) -> sweep.Point:
         optimizer.base_lr,
         seed,
         with_seed(config, seed),
+        0 if model.moe is None else model.moe.num_experts,
     )
 
 

@@ -26,6 +26,7 @@ from megatron_completep.config.json_text import read_json_object
 from megatron_completep.config.schema import Config
 from megatron_completep.errors import ConfigError, DataError, UserError
 from megatron_completep.files import write_whole
+from megatron_completep.instruments.expert_taps import LoadTaps
 from megatron_completep.instruments.trial import (
     PARAMETERIZATIONS,
     Trial,
@@ -44,6 +45,7 @@ from megatron_completep.training.build import build_validation
 
 FORMAT = 1  # of a point's file; part of its key, so that a change of meaning runs everything anew
 WORKERS_PER_GPU = 6  # small runs leave a GPU idle most of the time; several processes share it
+SETTLED_PART = 1 / 3  # of the steps, at the end: balancing takes its time
 LAST_PART = 0.1  # of the steps: their mean training loss is the figure where nothing is held out
 CURVE_PARTS = 100  # of a run: the means that a result keeps of its training losses
 Say = Callable[[str], None]
@@ -62,6 +64,7 @@ class Point:
     base_lr: float
     seed: int
     config: Config
+    num_experts: int = 0  # 0: without any
 
     @property
     def key(self) -> str:
@@ -100,6 +103,7 @@ class Grid:
     init_stds: Sequence[float] = ()
     train_steps: Sequence[int] = ()
     seeds: int = 3
+    num_experts: Sequence[int] = ()  # a token goes to the same share of them
 
     def points(self, config: Config) -> list[Point]:
         """All runs, one seed after the other, so that a sweep that is under way can be reported.
@@ -113,11 +117,13 @@ class Grid:
                 f"Use some of: {', '.join(PARAMETERIZATIONS)}."
             )
         config = with_base(config)
+        moe = config.model.moe
         # The last axis varies fastest: the learning rates of a shape are run in sequence.
         axes = (
             range(self.seeds),
             self.depths or (config.model.num_layers,),
             self.widths or (config.model.hidden_size,),
+            self.num_experts or (0 if moe is None else moe.num_experts,),
             self.train_steps or (config.training.train_steps,),
             self.weight_decays or (config.optimizer.base_weight_decay,),
             self.init_stds or (config.optimizer.base_init_std,),
@@ -132,6 +138,7 @@ def _point(
     seed: int,
     depth: int,
     width: int,
+    num_experts: int,
     steps: int,
     decay: float,
     std: float,
@@ -139,7 +146,7 @@ def _point(
     rate: float,
 ) -> Point:
     """One point; the arguments after `config` are in the order of the grid's axes."""
-    shaped = under(with_seed(reshape(config, width, depth), seed), rule)
+    shaped = under(with_seed(reshape(config, width, depth, num_experts), seed), rule)
     # At the base depth the depth rules coincide: with one configuration they share one run.
     if depth == shaped.completep.base_num_layers and rule != "sp":
         shaped = under(shaped, "completep")
@@ -149,7 +156,7 @@ def _point(
         optimizer=following(shaped.optimizer, base_values),
         training={"train_steps": steps, "validation_interval": None, "stop_at_step": None},
     )
-    return Point(rule, width, depth, steps, decay, std, rate, seed, point_config)
+    return Point(rule, width, depth, steps, decay, std, rate, seed, point_config, num_experts)
 
 
 def octaves(low: float, high: float, per_octave: int = 2) -> list[float]:
@@ -166,16 +173,20 @@ def run_point(
     `watch` gets the number and the loss of every step; what it raises ends the run.
 
     Returns validation_loss (None without held-out data), train_loss (mean over the last steps),
-    diverged, steps, tokens, flops, seconds, and curve: the mean training losses of up to
-    CURVE_PARTS equal parts of the run.
+    expert_load (the largest load of an expert over the mean, of a step's tokens: mean over the last
+    third of the steps, of the layer where it is largest; None without experts), diverged, steps,
+    tokens, flops, seconds, and curve: the mean training losses of up to CURVE_PARTS equal parts of
+    the run.
     """
     started = time.perf_counter()
     context = ParallelContext.single(device)
     trial = Trial.build(config, context)
     train_steps = config.training.train_steps
     losses: list[float] = []
+    loads = LoadTaps(trial.chunks)
     for step, micro_batches in enumerate(read_batches(config, context, train_steps), start=1):
-        losses.append(trial.step.run(micro_batches, step).read().loss)
+        with loads.recording():
+            losses.append(trial.step.run(micro_batches, step).read().loss)
         # Nothing that follows a loss without a number could be compared.
         if not math.isfinite(losses[-1]):
             break
@@ -196,6 +207,7 @@ def run_point(
     return {
         "validation_loss": validation_loss,
         "train_loss": train_loss,
+        "expert_load": loads.largest(SETTLED_PART),
         "diverged": diverged,
         "steps": len(losses),
         "tokens": tokens,
@@ -339,6 +351,8 @@ def slurm_executor(folder: Path, name: str, options: dict[str, Any], cluster: st
 def describe(point: Point) -> str:
     """One line on a point, with the time scale of its weight decay."""
     shape = f"{point.parameterization} {point.num_layers} x {point.hidden_size}"
+    if point.num_experts:
+        shape += f", {point.num_experts} experts"
     rate = f"lr 2^{math.log2(point.base_lr):.3g}"
     decay = ""
     if point.base_weight_decay:

@@ -5,6 +5,7 @@ All instruments train such models for some steps.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,10 +15,21 @@ from torch import nn
 
 from megatron_completep.completep import Table, table_of
 from megatron_completep.config import check_config
-from megatron_completep.config.derived import head_dim, num_query_groups
-from megatron_completep.config.schema import Config, OptimizerConfig, OverrideConfig
+from megatron_completep.config.derived import (
+    base_expert_ffn_hidden_size,
+    head_dim,
+    num_query_groups,
+)
+from megatron_completep.config.schema import (
+    Config,
+    ModelConfig,
+    MoeConfig,
+    OptimizerConfig,
+    OverrideConfig,
+)
 from megatron_completep.data.loader import Batch
 from megatron_completep.errors import ConfigError
+from megatron_completep.instruments.expert_taps import ExpertTaps
 from megatron_completep.optim.check import check_parameters
 from megatron_completep.optim.optimizer import DistributedOptimizer
 from megatron_completep.parallel.context import ParallelContext
@@ -94,6 +106,12 @@ def with_base(config: Config) -> Config:
         "base_ffn_hidden_size": base_ffn,
         "base_head_dim": completep.base_head_dim or head_dim(model),
     }
+    if model.moe is not None:
+        base |= {
+            "base_num_experts": completep.base_num_experts or model.moe.num_experts,
+            "base_top_k": completep.base_top_k or model.moe.top_k,
+            "base_expert_ffn_hidden_size": base_expert_ffn_hidden_size(model, completep),
+        }
     return change(config, completep=base)
 
 
@@ -124,13 +142,17 @@ def stretch(
 
 
 def reshape(
-    config: Config, hidden_size: int | None = None, num_layers: int | None = None
+    config: Config,
+    hidden_size: int | None = None,
+    num_layers: int | None = None,
+    num_experts: int | None = None,
 ) -> Config:
-    """The same model at another width or depth.
+    """The same model at another width, depth or number of experts.
 
-    Heads keep their size, ffn_hidden_size its ratio, and the base its shape; optimizer.overrides of
-    single layers are stretched over the depth. Raises ConfigError for a width that does not divide
-    into whole heads.
+    Heads keep their size, inner widths of MLPs and experts their ratio, experts the share of them
+    that a token goes to, and the base its shape; optimizer.overrides of single layers are stretched
+    over the depth. Raises ConfigError for a width that does not divide into whole heads, and for a
+    number of experts of which the share is no whole number.
     """
     config = with_base(config)
     model = config.model
@@ -157,6 +179,7 @@ def reshape(
         "num_query_groups": groups,
         "head_dim": head_size,
         "ffn_hidden_size": ffn_hidden_size,
+        "moe": _reshaped_experts(model, width, num_experts),
         # A backend that runs on every device and in float64.
         "attention_backend": "auto",
     }
@@ -164,6 +187,35 @@ def reshape(
     # A split of the layers over stages that the user wrote out fits no other depth.
     parallel = {"pipeline_split": None}
     return change(config, model=shape, parallel=parallel, optimizer={"overrides": overrides})
+
+
+def _reshaped_experts(model: ModelConfig, width: int, num_experts: int | None) -> MoeConfig | None:
+    """The section of the experts at another width of the model, and with another number of them.
+
+    Raises ConfigError where the model has none, or where top_k would be no whole number.
+    """
+    moe = model.moe
+    if moe is None:
+        if num_experts:
+            raise ConfigError(
+                f"{num_experts} experts, but model.moe is null. Give model.moe, or no number."
+            )
+        return None
+    changes: dict[str, int] = {}
+    for name in ("ffn_hidden_size", "shared_ffn_hidden_size"):
+        inner = getattr(moe, name)
+        if inner is not None:
+            changes[name] = max(1, round(inner * width / model.hidden_size))
+    if num_experts:
+        top_k, remainder = divmod(num_experts * moe.top_k, moe.num_experts)
+        if remainder or not top_k:
+            raise ConfigError(
+                f"{num_experts} experts: a token goes to {moe.top_k} of {moe.num_experts}, which "
+                "is no whole number of these. Use a multiple of "
+                f"{moe.num_experts // math.gcd(moe.num_experts, moe.top_k)}."
+            )
+        changes |= {"num_experts": num_experts, "top_k": top_k}
+    return moe.model_copy(update=changes)
 
 
 def under(config: Config, parameterization: str) -> Config:
@@ -198,6 +250,7 @@ class Trial:
     optimizer: DistributedOptimizer
     step: TrainingStep
     taps: StreamTaps
+    expert_taps: ExpertTaps
 
     @classmethod
     def build(cls, config: Config, context: ParallelContext, design: Design | None = None) -> Trial:
@@ -215,8 +268,16 @@ class Trial:
             chunks = [design.make_model(config, table, context)]
             check_parameters(config, table, chunks[0].named_parameters())
         assembly = assemble(config, context, table, chunks)
-        taps = StreamTaps(assembly.chunks)
-        return cls(config, context, table, assembly.chunks, assembly.optimizer, assembly.step, taps)
+        return cls(
+            config,
+            context,
+            table,
+            assembly.chunks,
+            assembly.optimizer,
+            assembly.step,
+            StreamTaps(assembly.chunks),
+            ExpertTaps(assembly.chunks),
+        )
 
 
 def read_batches(config: Config, context: ParallelContext, steps: int) -> list[list[Batch]]:

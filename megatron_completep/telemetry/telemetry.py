@@ -10,6 +10,8 @@ these figures join the row of the step:
     attention_logit_max  largest attention logit of the micro-batch's first sequence, over all
                          layers and heads
 
+With experts those of experts.py join them.
+
 The table predicts by how much each differs between proxy and target, and that is divided out: all
 should be the same at both. Beside the rows of a proxy's run (`logging.parameterization_reference`),
 an alarm line says which one left its band.
@@ -37,6 +39,7 @@ from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.roles import Role
 from megatron_completep.run.hook import Hook, StepRecord
 from megatron_completep.run.step import TrainingStep
+from megatron_completep.telemetry.experts import RoutingTaps, expert_figures
 from megatron_completep.telemetry.measure import (
     StreamTaps,
     SumOfSquares,
@@ -83,6 +86,7 @@ class Telemetry(Hook):
         chunks = step.forward_backward.chunks
         self._streams = StreamTaps(chunks)
         self._logits = LogitTaps(chunks)
+        self._routing = RoutingTaps(chunks)
         # The stream is reported where layers begin, and at its end.
         self._reported_sites: set[str | None] = {self._streams.final_site}
         for chunk in chunks:
@@ -109,7 +113,9 @@ class Telemetry(Hook):
         Communicates over every axis.
         """
         context = self._step.context
-        with self._streams.recording() as taps, self._logits.recording() as logits:
+        routing = self._routing
+        streams = self._streams.recording()
+        with streams as taps, self._logits.recording() as logits, routing.recording():
             self._step.evaluate(self._probe)
         sums = {
             name: SumOfSquares.of(tensors)
@@ -123,6 +129,7 @@ class Telemetry(Hook):
             FINAL: final,
             LOGITS: largest(logits.maxima, context),
             **update_ratios(self._step.optimizer),
+            **expert_figures(routing.sums, self._step.optimizer),
         }
 
 

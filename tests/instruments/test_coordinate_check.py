@@ -303,11 +303,9 @@ def samples_of(
     plan = Plan(DEPTHS, [32], seeds=1) if axis == "depth" else Plan([2], WIDTHS, seeds=1)
     eps = mutation is None or mutation.quantity.startswith("update")
     samples = []
-    for _, width, depth in plan.shapes():
+    for _, width, depth, _ in plan.shapes():
         shaped = reshape(config, width, depth)
-        own, large = (
-            job for job in jobs_of(shaped, plan, design, axis) if job.rule in ("model", "large eps")
-        )
+        own, large = (job for job in jobs_of(shaped, plan, design, axis) if job.rule == "model")
         samples.append(
             Sample(
                 axis,

@@ -15,7 +15,7 @@ from megatron_completep.instruments import laziness
 from megatron_completep.instruments.coordinate_check import Job, Plan, jobs_of, train
 from megatron_completep.instruments.coordinate_verdict import BANDS, bands_of
 from megatron_completep.instruments.lr_transfer_plan import transferred
-from megatron_completep.instruments.muon_mistakes import check_mistakes
+from megatron_completep.instruments.mistakes import check_mistakes
 from megatron_completep.instruments.sweep import Grid
 from megatron_completep.instruments.trial import (
     Design,

@@ -39,6 +39,7 @@ USAGES = [
     Usage("tools.benchmark_checkpoint", "--folder {out}", "benchmark_checkpoints", "folder"),
     Usage("tools.benchmark_data", "reading --folder {out}", "benchmark_reading", "folder"),
     Usage("tools.benchmark_data", "preprocessing", "benchmark_preprocessing"),
+    Usage("tools.benchmark_experts", "{config}", "measure"),
     Usage("tools.benchmark_kernels", "--device cpu --out {out}", "run", "folder"),
     Usage("tools.benchmark_muon", "{config}", "measure"),
     Usage("tools.benchmark_parallel", "", "compare_parallel"),

@@ -250,6 +250,7 @@ def _run(
         rate,
         seed,
         config,
+        0 if config.model.moe is None else config.model.moe.num_experts,
     )
     return Run(rung.name, kind, octaves, point)
 

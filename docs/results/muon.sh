@@ -1,31 +1,45 @@
 #!/bin/sh
-# Muon under the table: the coordinate check, and its learning rates beside AdamW's. Exit codes 1 and 3 (wrong, cannot tell) are results too.
+# Muon under the table: the coordinate check, laziness, and its learning rates beside AdamW's. Exit codes 1 and 3 (wrong, cannot tell) are results too.
 set -u
-python tools/coordinate_check.py docs/results/muon.yaml --depths 2,4,8,16 --widths 64,128,256 --seeds 3 --no-eps --out runs/results/muon_check \
-    optimizer.base_lr=0.001953125 optimizer.muon.base_lr=0.0078125 || echo "exit code $?"
-
-# AdamW's base rate in octaves; Muon's is 4 times that. sp: Moonlight's factor, the control. Stopped, a sweep goes on where it was.
-sweep() {
-    rule=$1
+rates="optimizer.base_lr=0.001953125 optimizer.muon.base_lr=0.0078125"
+check() {
+    out=$1
     shift
-    python tools/lr_transfer.py sweep docs/results/muon.yaml --out "runs/results/muon_$rule" --workers 1 --seeds 2 --train-steps 64 "$@"
+    python tools/coordinate_check.py docs/results/muon.yaml --seeds 3 --no-eps --out "runs/results/muon_check_$out" $rates "$@" ||
+        echo "exit code $?"
+}
+mistakes="--beside muon_adam_width,muon_adam_rms"
+check width --widths 64,128,256,512 $mistakes training.micro_batch_size=32 training.global_batch_size=32
+# More iterations: five lift small singular values in part.
+check width_12 --widths 64,128,256,512 $mistakes optimizer.muon.iterations=12
+check depth --depths 2,4,8,16
+# Once more over depth, with a smaller start: with that of the transfer the blocks' random outputs outweigh the embedding.
+check small_start --depths 2,4,8,16,32 optimizer.base_init_std=0.02
+python tools/laziness.py docs/results/muon.yaml --seeds 3 --out runs/results/muon_laziness training.precision=float64 \
+    optimizer.base_lr=0.00390625 optimizer.muon.base_lr=0.015625
+
+# AdamW's base rate in octaves; Muon's is 4 times that. Stopped, a sweep goes on where it was.
+sweep() {
+    out=$1
+    shift
+    python tools/lr_transfer.py sweep docs/results/muon.yaml --out "runs/results/$out" --workers 1 --seeds 4 "$@"
 }
 adamw="optimizer.type=adamw optimizer.muon=null"
-sweep muon --widths 64 --lr=-9:-6:1
-sweep adamw --widths 64 --lr=-8:-5:1 $adamw
-sweep muon --widths 128 --lr=-9:-6:1
-sweep muon --widths 128 --lr=-10:-7:1 --parameterizations sp
-sweep adamw --widths 128 --lr=-8:-5:1 $adamw
-sweep muon --depths 8 --widths 64 --lr=-9:-7:1
-sweep adamw --depths 8 --widths 64 --lr=-8:-6:1 $adamw
-# At equal tau, 0.5 at these rates, and AdamW at the time that Muon takes.
-sweep muon --widths 64 --lr=-8:-7:1 --weight-decays 6.0
-sweep adamw --widths 64 --lr=-7:-6:1 --weight-decays 3.0 $adamw
-# Once more over depth, with a smaller start: with that of the transfer the blocks' random outputs outweigh the embedding.
-python tools/coordinate_check.py docs/results/muon.yaml --depths 2,4,8,16,32 --seeds 3 --no-eps --out runs/results/muon_check_small_start \
-    optimizer.base_lr=0.001953125 optimizer.muon.base_lr=0.0078125 optimizer.base_init_std=0.02 || echo "exit code $?"
-# Muon's best rates lay at the edge of the grids above.
-sweep muon --widths 64 --lr=-5:-3:1
-sweep muon --widths 128 --lr=-5:-3:1
-sweep muon --widths 128 --lr=-6:-4:1 --parameterizations sp
-sweep muon --depths 8 --widths 64 --lr=-6:-4:1
+sweep muon --train-steps 128 --widths 64 --lr=-7.5:-5:2
+sweep muon --train-steps 128 --widths 128 --lr=-7.5:-5.5:2
+sweep muon --train-steps 128 --depths 8 --widths 64 --lr=-7.5:-5:2
+sweep muon --train-steps 128 --widths 128 --lr=-8.5:-6.5:2 --parameterizations sp
+sweep adamw --train-steps 128 --widths 64,128 --lr=-8:-6:2 $adamw
+sweep adamw --train-steps 128 --depths 8 --widths 64 --lr=-8:-6:2 $adamw
+# AdamW at the time that Muon takes.
+sweep adamw_longer --train-steps 156 --widths 64 --lr=-7.5:-6.5:2 $adamw
+sweep adamw_longer --train-steps 189 --widths 128 --lr=-7.5:-6.5:2 $adamw
+# At equal tau.
+sweep muon_tau --train-steps 128 --widths 64 --lr=-6.5:-5.5:2 --weight-decays 1.0
+sweep adamw_tau --train-steps 128 --widths 64 --lr=-7.5:-6.5:2 --weight-decays 2.0 $adamw
+# Other ratios of the two rates.
+sweep muon_ratio_2 --train-steps 128 --widths 64 --lr=-7:-5.5:2 optimizer.muon.base_lr=0.015625
+sweep muon_ratio_8 --train-steps 128 --widths 64 --lr=-7:-5.5:2 optimizer.muon.base_lr=0.0625
+for out in muon adamw adamw_longer muon_tau adamw_tau muon_ratio_2 muon_ratio_8; do
+    python tools/lr_transfer.py report "runs/results/$out"
+done

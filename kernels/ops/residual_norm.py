@@ -173,6 +173,7 @@ def residual_norm_backward_kernel(
     for tile in tl.range(first_tile, tiles, tl.num_programs(0), num_stages=STAGES):
         row = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)[:, None]
         in_rows = row < rows
+        number = dropout_rows(seed, row)
         row_rstd = tl.load(rstd + row, mask=in_rows, other=0.0)
         row_mean = 0.0 if RMS else tl.load(mean + row, mask=in_rows, other=0.0)
         d_out_tiles = ()
@@ -195,7 +196,6 @@ def residual_norm_backward_kernel(
                 d_bias = add_tiles(d_bias, d_out_tiles)
 
         # d_branch_bias is summed from the float32 gradients, before they are rounded for storage.
-        number = dropout_rows(seed, row)
         d_branch_tiles = ()
         for k in tl.static_range(len(WIDTHS)):
             d_residual_tile = (g[k] - g_mean - x_hat[k] * along) * row_rstd

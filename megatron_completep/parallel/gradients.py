@@ -136,7 +136,10 @@ class GradientQueue:
         first = expected is not None and expected.stale
         if expected is not None:
             expected.stale = False
-        accumulate(self._main_grad(parameter, first), first)
+        # Not by `_main_grad`: a call for each gradient costs the host more than what it does.
+        if first and self.allocate is not None:
+            self.allocate(parameter)
+        accumulate(main_grad_of(parameter), first)
         self._count(parameter, expected)
 
     def _run_together(self, parameters: Sequence[Parameter], accumulate: AccumulateAll) -> None:
@@ -154,7 +157,9 @@ class GradientQueue:
                 continue
             expected = self._expected.get(parameter)
             first.append(expected is not None and expected.stale)
-            main_grads.append(self._main_grad(parameter, first[-1]))
+            if first[-1] and self.allocate is not None:
+                self.allocate(parameter)
+            main_grads.append(main_grad_of(parameter))
             if expected is not None:
                 expected.stale = False
             contributions.append((parameter, expected))

@@ -87,8 +87,7 @@ def ceiling(architecture, hidden, kernel, dropout):
     if kernel != "backward":
         return 128
     if architecture.startswith("gfx"):
-        # Of 512. With dropout, LayerNorm's rows of 768 take 273: their numbers are 64 bits wide.
-        return 280 if dropout and hidden == 768 else 256
+        return 320 if dropout else 256  # of 512
     return 256 if hidden == 768 else 128
 
 

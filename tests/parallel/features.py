@@ -4,6 +4,7 @@ and a short run of any combination in any layout.
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -310,7 +311,19 @@ def config_of(row: Row, one_process: bool = False) -> Config:
     settings = merged(base, *levels, {"parallel": parallel_of(row["layout"]) | experts})
     if one_process:
         settings["parallel"] = {}
-    return small_config(**settings)
+    return small_config(**without_idle_epsilons(settings))
+
+
+def without_idle_epsilons(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings without factors on an epsilon that Muon's matrices do not have: are refused."""
+    if settings.get("optimizer", {}).get("type") != "muon":
+        return settings
+    settings = copy.deepcopy(settings)
+    settings.get("completep", {}).get("factors", {}).get("hidden_weight", {}).pop("eps", None)
+    overrides = settings["optimizer"].get("overrides", [])
+    acting = [override for override in overrides if override["pattern"] != "*.3.mlp.up.*"]
+    settings["optimizer"]["overrides"] = acting
+    return settings
 
 
 class Documents:

@@ -76,7 +76,7 @@ def of_a_sweep() -> Report:
         for depth in (2, 8)
     ]
     optima = [summarize(curve, curves[0]) for curve in curves]
-    return lr_transfer_report.build(Analysis(curves, optima, drifts(curves), [], 20, 0))
+    return lr_transfer_report.build(Analysis(curves, optima, drifts(curves), [], [], [], 20, 0))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -22,12 +23,26 @@ from megatron_completep.instruments.trial import (
 )
 from megatron_completep.parallel import float8
 from megatron_completep.parallel.context import ParallelContext
-from tests.support.corpora import write_markov_chain
+from tests.support.corpora import write_documents
 from tests.support.runs import proxy_config
 
 STEPS = 150
 SEEDS = 3
 FLOAT8 = {"float8": "tensorwise", "float8_least_size": 16}
+
+
+def write_repetitions(prefix: Path, vocabulary: int) -> None:
+    """Documents whose tokens mostly repeat the last but one: only attention can know which."""
+    random = np.random.default_rng(0)
+    documents = []
+    for _ in range(400):
+        document = random.integers(0, vocabulary, 200)
+        repeats = random.random(200) < 0.9
+        for place in range(2, 200):
+            if repeats[place]:
+                document[place] = document[place - 2]
+        documents.append([document.tolist()])
+    write_documents(prefix, documents)
 
 
 def final_loss(config: Config) -> float:
@@ -54,8 +69,8 @@ def unscaled(tokens: int):
 
 @pytest.mark.slow
 def test_float8_trains_as_float32_does_and_unscaled_gradients_do_not(tmp_path: Path) -> None:
-    write_markov_chain(tmp_path / "text")
     config = for_short_runs(reshape(proxy_config(tmp_path), 128, 4), STEPS)
+    write_repetitions(tmp_path / "text", config.model.vocab_size)
     seeds = [with_seed(config, seed) for seed in range(SEEDS)]
     exact = [final_loss(seed) for seed in seeds]
     for weight_gradient in ("high", "float8"):

@@ -41,14 +41,18 @@ def _serve(connection: Connection, path: list[str]) -> None:
                 world_size=world_size,
                 timeout=GLOO_TIMEOUT,
             )
-            connection.send((True, function(rank, *arguments)))
+            answer = (True, function(rank, *arguments))
         except BaseException:
+            answer = (False, traceback.format_exc())
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        # Modules, hooks and meshes form cycles, and what holds a group keeps its threads.
+        gc.collect()
+        # Last: whoever gets the answer removes the store's file, which threads of a group may read.
+        try:
+            connection.send(answer)
+        except Exception:  # what cannot be pickled
             connection.send((False, traceback.format_exc()))
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
-            # Modules, hooks and meshes form cycles, and what holds a group keeps its threads.
-            gc.collect()
 
 
 class WorkerPool:

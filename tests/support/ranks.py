@@ -53,6 +53,7 @@ def _serve(connection: Connection, path: list[str]) -> None:
             connection.send(answer)
         except Exception:  # what cannot be pickled
             connection.send((False, traceback.format_exc()))
+        del answer
 
 
 class WorkerPool:

@@ -40,7 +40,6 @@ from megatron_completep.telemetry.node import node_lines
 from megatron_completep.telemetry.startup import StartupClock, StartupReport
 from megatron_completep.training import build
 from megatron_completep.training.loop import train
-from megatron_completep.training.routing_check import check_routing
 
 
 def pretrain(
@@ -152,11 +151,7 @@ def train_one_model(
     rollbacks = guard.rollbacks(checkpointer)
     chunks = assembly.chunks
     say(build.describe_run(config, context, precision, threads, chunks, assembly.products))
-    build.warn_of_imbalance(config, context, say)
-    if config.model.moe is not None and not state.step:
-        check_routing(config, context, step, build.first_step(config, context), say)
-    if state.step:
-        say(f"resumed after step {state.step}")
+    build.check_first_step(config, context, step, state, say)
     # A run that is already complete still enters the loop: it does zero steps and closes every
     # hook.
     complete_message = build.message_if_complete(config, state)

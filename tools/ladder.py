@@ -244,10 +244,10 @@ def run_plan(arguments: argparse.Namespace, say: Callable[[str], None]) -> dict[
 
 def _target(arguments: argparse.Namespace, proxy: Config) -> Asked | None:
     sizes = (arguments.target_parameters, arguments.target_flops, arguments.target_depth)
-    given = [size for size in sizes if size is not None]
-    if not given:
+    sizes_given = [size for size in sizes if size is not None]
+    if not sizes_given:
         return None
-    if len(given) > 1:
+    if len(sizes_given) > 1:
         raise UserError(
             "--target-parameters, --target-flops and --target-depth name one run three ways. "
             "Give one of them."
@@ -267,18 +267,18 @@ def run_runs(arguments: argparse.Namespace, say: Callable[[str], None]) -> dict[
         return {"runs": len(points), "missing": len(sweep.missing(points, folder))}
 
     device = ladder.proxy.training.device
-    chosen = points
+    points_to_run = points
     if arguments.only is not None:
-        chosen = [ladder_jobs.run_number(points, arguments.only)]
+        points_to_run = [ladder_jobs.run_number(points, arguments.only)]
     if arguments.slurm is not None:
         options = slurm_options(arguments.slurm)
-        jobs = sweep.run_slurm(chosen, folder, options, device, name="ladder")
+        jobs = sweep.run_slurm(points_to_run, folder, options, device, name="ladder")
         say(f"{len(jobs)} jobs submitted; fit when they are done")
     else:
         one_device = choose_device(device, 0).type
         workers = arguments.workers or sweep.default_workers(one_device)
         with when_interrupted("finished runs are kept; the same command goes on with the others."):
-            sweep.run_local(chosen, folder, workers, one_device, say)
+            sweep.run_local(points_to_run, folder, workers, one_device, say)
         say(f"next: {shlex.join([*call_of('ladder'), 'fit', str(folder)])}")
     return {"runs": len(points), "missing": len(sweep.missing(points, folder))}
 

@@ -113,11 +113,11 @@ def run_proxy(
         "--shape": arguments.shape,
         "--gpus": arguments.gpus,
     }
-    given = [option for option, value in others.items() if value is not None]
-    if given:
+    refused_options = [option for option, value in others.items() if value is not None]
+    if refused_options:
         raise UserError(
-            f"{', '.join(given)}: --proxy takes the shape from completep.base_* or --depth. "
-            "Leave the others out."
+            f"{', '.join(refused_options)}: --proxy takes the shape from completep.base_* or "
+            "--depth. Leave the others out."
         )
     proxy = new_run.proxy_of(target, scaling_of(arguments), arguments.depth)
     reason = f"the proxy of {arguments.config}: sweep it with tools/lr_transfer.py"

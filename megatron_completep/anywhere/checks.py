@@ -65,13 +65,13 @@ def check_tau(table: Table, products: Mapping[str, float]) -> None:
     if not _is_positive(decay.target_tau):
         problems.append(f"table.decay.target_tau = {decay.target_tau}: give a number above 0.")
     for section, product in products.items():
-        given = decay.base_products.get(section)
+        stated_product = decay.base_products.get(section)
         if product == 0:
             problems.append("weight_decay = 0: tau is solved by a factor on it. Give any above 0.")
-        elif given is None or not math.isclose(given, product, rel_tol=1e-6):
+        elif stated_product is None or not math.isclose(stated_product, product, rel_tol=1e-6):
             problems.append(
-                f"table.decay.base_products[{section!r}] = {given}: lr x weight_decay of these "
-                f"groups is {product:g}. Give the table that."
+                f"table.decay.base_products[{section!r}] = {stated_product}: lr x weight_decay of "
+                f"these groups is {product:g}. Give the table that."
             )
     raise_all(problems)
 

@@ -112,20 +112,13 @@ def check_coordinates(
         say: gets one line for each shape and seed.
 
     Raises ConfigError for sizes that leave nothing to compare, marks that name no module, batches
-    that `forward` and `loss` were not given for, models that declare no final norm, a model whose
-    parameters declare no role, and one whose first logits are no numbers.
+    that need `forward` and `loss`, and models without a final norm, roles, or finite logits.
     """
     batches = list(batches)
     _check_sizes(widths, depths, batches, seeds)
-    if forward is None or loss is None:
-        _check_batches(batches)
-    forward = forward or _logits_of
-    loss = loss or _mean_loss
-    how = _How(build, batches, forward, loss, make_optimizer or _adamw(lr, betas), lr, marks)
-    base = (
-        min(widths) if base_width is None else base_width,
-        min(depths) if base_depth is None else base_depth,
-    )
+    functions = _functions(batches, forward, loss)
+    how = _How(build, batches, *functions, make_optimizer or _adamw(lr, betas), lr, marks)
+    base = _base(widths, base_width), _base(depths, base_depth)
     samples: list[Sample] = []
     for axis, width, depth in _shapes(widths, depths):
         tables = _tables(axis, (width, depth), base, head_dim, alpha)
@@ -136,10 +129,24 @@ def check_coordinates(
 
     checked = CheckedCoordinates(**vars(judge(samples, alpha)), marked=_marked_exponents(samples))
     if out is not None:
-        sizes = {"widths": list(widths), "depths": list(depths), "base": base, "seeds": seeds}
-        settings = {**sizes, "lr": lr, "steps": len(batches) - 1, "alpha": alpha}
+        settings = {"widths": list(widths), "depths": list(depths), "base": base, "seeds": seeds}
+        settings |= {"lr": lr, "steps": len(batches) - 1, "alpha": alpha}
         write_check(checked, Path(out), getattr(build, "__name__", "model"), settings)
     return checked
+
+
+def _functions(
+    batches: Sequence[Any], forward: Forward | None, loss: Loss | None
+) -> tuple[Forward, Loss]:
+    """What makes logits of a batch, and a loss of these: the given ones, else those of pairs."""
+    if forward is None or loss is None:
+        _check_batches(batches)
+    return forward or _logits_of, loss or _mean_loss
+
+
+def _base(sizes: Sequence[int], base_size: int | None) -> int:
+    """The proxy's size: the smallest unless given. A 0 is given, and is refused by the table."""
+    return min(sizes) if base_size is None else base_size
 
 
 def _check_sizes(

@@ -98,13 +98,13 @@ def measure(config: Config, device: torch.device, rounds: int = 20, warmup: int 
             clock, processor = time_once(program, device)
             if number >= warmup:
                 seconds[name].append(processor if device.type == "cpu" else clock)
-    ours = statistics.median(seconds["experts"])
+    expert_seconds = statistics.median(seconds["experts"])
     plain = statistics.median(seconds["dense"])
     low, high = bootstrap_ratio(seconds["experts"], seconds["dense"])
     return ExpertCost(
-        step_seconds=ours,
+        step_seconds=expert_seconds,
         dense_seconds=plain,
-        ratio=ours / plain,
+        ratio=expert_seconds / plain,
         ratio_low=low,
         ratio_high=high,
         flops_ratio=training_flops_per_token(config.model) / training_flops_per_token(dense.model),

@@ -87,8 +87,8 @@ def _proxy(config: Config, moe: MoeConfig) -> Iterator[Problem]:
     ffn = derived.expert_ffn_hidden_size(config.model)
     base_ffn = derived.base_expert_ffn_hidden_size(config.model, completep)
     same_shape = ffn * completep.base_hidden_size == base_ffn * config.model.hidden_size
-    given = completep.base_expert_ffn_hidden_size is not None
-    if given and not same_shape and not completep.allow_granularity_change:
+    has_base_width = completep.base_expert_ffn_hidden_size is not None
+    if has_base_width and not same_shape and not completep.allow_granularity_change:
         yield (
             f"an expert's inner width over the width is {ffn} / {config.model.hidden_size}, but "
             f"the proxy's is {base_ffn} / {completep.base_hidden_size}, and learning rates are not "

@@ -171,8 +171,8 @@ def measure(
         change = optimizer.shards.master - master_before
         updates.append(role_rms(optimizer, change, by_learning_rate=True))
         moved.append(role_rms(optimizer, change))
-    last = run_probe(trial, probe)
-    series.append(trial, last, start)
+    end = run_probe(trial, probe)
+    series.append(trial, end, start)
 
     base_lr = trial.config.optimizer.base_lr
     return Measurement(
@@ -185,7 +185,7 @@ def measure(
         _mean_by_role(updates, base_lr),
         losses,
         _mean_by_role(moved, base_lr),
-        expert_figures(start.experts, before_step.experts, last.experts, trial.context),
+        expert_figures(start.experts, before_step.experts, end.experts, trial.context),
     )
 
 

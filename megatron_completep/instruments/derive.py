@@ -53,14 +53,14 @@ def duration_of(proxy: Config, tokens: int, scaling: Scaling, gpus: int | None =
     """
     training = proxy.training
     proxy_tokens = total_tokens(proxy)
-    wanted = training.global_batch_size * (tokens / proxy_tokens) ** scaling.batch_power
-    batch = max(1, round(wanted))
+    exact_batch = training.global_batch_size * (tokens / proxy_tokens) ** scaling.batch_power
+    batch = max(1, round(exact_batch))
     if batch != training.global_batch_size:
         granule = _granule(batch, gpus)
         # Where no layout is searched, the proxy's micro-batches stay whole.
         if gpus is None:
             granule = -(-granule // training.micro_batch_size) * training.micro_batch_size
-        batch = max(granule, round(wanted / granule) * granule)
+        batch = max(granule, round(exact_batch / granule) * granule)
     steps = max(1, round(tokens / (batch * proxy.model.seq_length)))
     return Duration(batch, steps)
 
@@ -102,8 +102,8 @@ def derived(proxy: Config, shape: Shape, scaling: Scaling, gpus: int | None = No
     }
     # A run must not resume from the proxy's checkpoints.
     model = proxy.model
-    own = (model.hidden_size, model.num_layers, proxy.training.train_steps)
-    if own != (shape.hidden_size, shape.num_layers, duration.steps):
+    proxy_sizes = (model.hidden_size, model.num_layers, proxy.training.train_steps)
+    if proxy_sizes != (shape.hidden_size, shape.num_layers, duration.steps):
         name = f"{shape.num_layers}x{shape.hidden_size}_{duration.steps}_steps"
         training["output_dir"] = f"{proxy.training.output_dir}_{name}"
     return change(

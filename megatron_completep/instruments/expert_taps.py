@@ -100,9 +100,9 @@ class ExpertTaps:
             return
         assert isinstance(router, Router)
         tokens = inputs[0].detach()
-        wide = torch.promote_types(tokens.dtype, torch.float32)
+        dtype = torch.promote_types(tokens.dtype, torch.float32)
         # The scores of a softmax, or of a sigmoid far from 0, do not give the logits back.
-        logits = F.linear(tokens.to(wide), router.weight.detach().to(wide))
+        logits = F.linear(tokens.to(dtype), router.weight.detach().to(dtype))
         self._probe.logits.setdefault(router.layer, []).append(logits)
         self._probe.scores.setdefault(router.layer, []).append(routing.scores.detach())
         self._probe.choices.setdefault(router.layer, []).append(routing.experts)
@@ -125,7 +125,7 @@ def expert_figures(
         tensors[f"score spread at init/{layer}"] = [
             scores - scores.mean(-1, keepdim=True) for scores in start.scores[layer]
         ]
-    sums = {name: SumOfSquares.of(parts) for name, parts in tensors.items()}
+    sums = {name: SumOfSquares.of(outputs) for name, outputs in tensors.items()}
     squares: dict[str, list[float]] = {}
     for name, rms in reduce_stream_sums(sums, context).items():
         squares.setdefault(name.partition("/")[0], []).append(rms**2)

@@ -320,13 +320,13 @@ def judge(dynamic: Sequence[Run], static: Sequence[Run], base: tuple[int, int]) 
         shapes.append(_shape_finding(key, dynamic, static))
     slopes = _slope_findings(dynamic, base)
     tested = [finding for finding in shapes if finding.shape != base]
-    held = all(finding.holds for finding in tested if finding.rule == "model")
+    all_hold = all(finding.holds for finding in tested if finding.rule == "model")
     control_held = all(finding.holds for finding in tested if finding.rule == "control")
     runs = [*dynamic, *static]
     if len({run.seed for run in dynamic}) < 2:
         reason = "cannot tell: one seed has no standard deviation. Use --seeds 3."
         return ScaleResult(shapes, slopes, runs, CANNOT_TELL, reason)
-    if not held:
+    if not all_hold:
         failed = [finding for finding in tested if finding.rule == "model" and not finding.holds]
         names = ", ".join(f"{depth} x {width}" for width, depth in (f.shape for f in failed))
         reason = f"do not hold: the proxy's scales fail at {names} (layers x width)."

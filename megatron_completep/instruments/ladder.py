@@ -383,12 +383,12 @@ def warnings(ladder: Ladder) -> list[str]:
     if min(rung.seeds for rung in ladder.rungs) < 2:
         sentences.append("rungs with one seed take the noise of the others for theirs")
     per_parameter = ladder.scaling.tokens_per_parameter
-    own = total_tokens(ladder.proxy) / ladder.rungs[0].shape.tokens(per_parameter)
-    if not 0.5 <= own <= 2:
+    proxy_length = total_tokens(ladder.proxy) / ladder.rungs[0].shape.tokens(per_parameter)
+    if not 0.5 <= proxy_length <= 2:
         sentences.append(
-            f"the proxy's own run is {own:.3g} times as long as the lowest rung's: its learning "
-            "rate was found at another length. Tune it at --tokens-per-parameter "
-            f"{own * per_parameter:.3g}, or plan the ladder with that"
+            f"the proxy's own run is {proxy_length:.3g} times as long as the lowest rung's: its "
+            "learning rate was found at another length. Tune it at --tokens-per-parameter "
+            f"{proxy_length * per_parameter:.3g}, or plan the ladder with that"
         )
     return sentences
 

@@ -184,11 +184,11 @@ def fit(
     counts = np.array([len(rung) for rung in losses], dtype=np.float64)
     unit = float(np.exp(np.log(x).mean()))
     solver = _Solver(x / unit, counts)
-    values, squares = solver.solve(means[np.newaxis])
-    law = Law(float(values[0][0]), float(values[1][0]), float(values[2][0]), unit)
+    parameters, squares = solver.solve(means[np.newaxis])
+    law = Law(float(parameters[0][0]), float(parameters[1][0]), float(parameters[2][0]), unit)
 
     if noise.degrees < 1:
-        return Fit(x, means, counts, noise, law, 1.0, values, np.full(1, math.nan))
+        return Fit(x, means, counts, noise, law, 1.0, parameters, np.full(1, math.nan))
     generator = np.random.default_rng(seed)
     # What the noise may be, given what it was measured to be on few degrees of freedom.
     spread = generator.chisquare(noise.degrees, replicates) / noise.degrees

@@ -40,8 +40,8 @@ def report(folder: Path, say: Say = lambda text: None) -> dict[str, Any]:
     document = build(ladder, analyses)
     document.write_html(folder / "report.html")
     document.write_markdown(folder / "report.md")
-    first = analyses[0]
-    verdict = overall(first)
+    main_analysis = analyses[0]
+    verdict = overall(main_analysis)
     rules = [rule_to_json(analysis) for analysis in analyses]
     plain: dict[str, Any] = finite({"verdict": verdict, "rules": rules})
     write_whole(folder / "report.json", dump(plain))
@@ -56,18 +56,18 @@ def predict(folder: Path, sizes: Sizes, say: Say = lambda text: None) -> dict[st
     Raises DataError where there is no law, and ConfigError for a size that the family has not.
     """
     ladder = ladders.load(folder)
-    first = analyse(ladder, folder)[0]
-    if first.law is None:
-        raise DataError(f"{folder}: {first.reason}")
+    analysis = analyse(ladder, folder)[0]
+    if analysis.law is None:
+        raise DataError(f"{folder}: {analysis.reason}")
     per_parameter = ladder.scaling.tokens_per_parameter
     asked = Asked(ladders.ratio_of(ladder.proxy), per_parameter, *sizes)
     shape = Family(ladder.proxy).choose(asked).shape
     flops = shape.run_flops(per_parameter)
-    estimate = first.law.forecast(flops, seeds=1)
-    verdict = first.law.verdict(estimate)
+    estimate = analysis.law.forecast(flops, seeds=1)
+    verdict = analysis.law.verdict(estimate)
     say(f"{shape}, {shape.parameters:,} parameters, {flops:.3g} FLOPs")
     say(f"loss {loss_text(estimate)} nats per token: {verdict}")
-    beyond = flops / first.rungs[-1].flops
+    beyond = flops / analysis.rungs[-1].flops
     say(f"{beyond:.3g} times the compute of the top rung")
     figures = {"loss": estimate.value, "low": estimate.low, "high": estimate.high}
     return dict(finite({**asdict(shape), "flops": flops, **figures, "verdict": verdict}))
@@ -350,11 +350,11 @@ def draw_study(analyses: Sequence[RuleAnalysis]) -> Any:
 
 def _add_cost(document: Report, ladder: Ladder, analyses: Sequence[RuleAnalysis]) -> None:
     total = ladders.total_flops(ladder)
-    text = f"All planned runs take {total:.3g} FLOPs"
+    sentence = f"All planned runs take {total:.3g} FLOPs"
     if ladder.target is not None:
         share = total / ladder.target.flops
-        text += f", {share:.2g} times the target's {ladder.target.flops:.3g}"
-    section = document.section("Cost", f"{text}.")
+        sentence += f", {share:.2g} times the target's {ladder.target.flops:.3g}"
+    section = document.section("Cost", f"{sentence}.")
     section.picture("cost", draw_cost(ladder, analyses[0]), "FLOPs by size, all seeds.")
 
 

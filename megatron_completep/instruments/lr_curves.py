@@ -9,7 +9,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megatron_completep.instruments import fits, sweep
-from megatron_completep.instruments.fits import Array, Estimate, mean_curve, parabola_optimum
+from megatron_completep.instruments.fits import (
+    Array,
+    Estimate,
+    bootstrap_with_range,
+    mean_curve,
+    parabola_optimum,
+    slope,
+)
+
+REPLICATES = 1000  # of a bootstrap over seeds
 
 
 class Setting(NamedTuple):
@@ -104,6 +113,20 @@ def weighted_sum_of_optima(
     low = sum(term.low for term in terms)
     high = sum(term.high for term in terms)
     return Estimate(total, low, high)
+
+
+def slope_of_optima(curves: Sequence[Curve], sizes: Sequence[float]) -> Estimate:
+    """The least-squares slope of the optima's log2(lr) over some size of the curves.
+
+    The interval is over seeds, with the range that the grids allow.
+    """
+    # The slope is linear in y, so the weight of y_i is the slope for y = e_i.
+    weights = [slope(sizes, unit) for unit in np.eye(len(curves)).tolist()]
+
+    def weighted(means: list[Array]) -> Estimate:
+        return weighted_sum_of_optima(curves, means, weights)
+
+    return bootstrap_with_range(weighted, [curve.losses for curve in curves], REPLICATES)
 
 
 def setting_of(record: Curve | sweep.Point) -> Setting:

@@ -13,23 +13,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_completep.instruments.fits import (
-    Array,
-    Estimate,
-    bootstrap_with_range,
-    loss_at,
-    slope,
-)
+from megatron_completep.instruments.fits import Estimate, loss_at, slope
 from megatron_completep.instruments.lr_curves import (
     Curve,
     Family,
     order_of_shapes,
-    weighted_sum_of_optima,
+    slope_of_optima,
 )
 
 LEAST_LENGTHS = 3  # two always lie on a line
 WIDEST = 0.2  # an exponent with a wider interval chooses between no published ones
-REPLICATES = 1000
 AT_EDGE = "unresolved: an optimum lies at the edge of the grid"
 
 
@@ -94,13 +87,8 @@ def horizons(curves: Sequence[Curve]) -> list[Horizon]:
 def horizon(curves: Sequence[Curve]) -> Horizon:
     """The exponent of curves of one shape by ascending length."""
     lengths = [math.log2(curve.train_steps) for curve in curves]
-    # The least-squares slope is linear in the optima, and d is its negative.
-    weights = [-slope(lengths, unit) for unit in np.eye(len(curves)).tolist()]
-
-    def exponent(means: list[Array]) -> Estimate:
-        return weighted_sum_of_optima(curves, means, weights)
-
-    estimate = bootstrap_with_range(exponent, [curve.losses for curve in curves], REPLICATES)
+    # d is the negative of the slope.
+    estimate = slope_of_optima(curves, [-length for length in lengths])
     at_edge = any(curve.optimum().at_edge for curve in curves)
     shortest = curves[0]
     return Horizon(

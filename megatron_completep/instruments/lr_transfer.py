@@ -23,13 +23,14 @@ from megatron_completep.instruments.fits import (
     bootstrap,
     bootstrap_with_range,
     loss_at,
-    slope,
 )
 from megatron_completep.instruments.lr_curves import (
+    REPLICATES,
     Curve,
     curves_of,
     order_of_shapes,
     setting_of,
+    slope_of_optima,
     weighted_sum_of_optima,
 )
 from megatron_completep.instruments.lr_horizon import Horizon, Quality, horizons, qualities
@@ -38,7 +39,6 @@ from megatron_completep.instruments.lr_horizon import Horizon, Quality, horizons
 DIVERGENCE_NATS = 0.3
 DRIFT_BAND = 0.15  # a drift of fewer octaves per doubling of depth counts as none
 REGRET_BAND = 0.02  # a regret of up to this many nats is small
-REPLICATES = 1000
 AT_EDGE = "unresolved: an optimum lies at the edge of the grid"
 Say = Callable[[str], None]
 
@@ -231,13 +231,7 @@ def drift_over_depth(curves: Sequence[Curve]) -> Drift:
     curves: of one family and one width, over several depths.
     """
     depths = [math.log2(curve.num_layers) for curve in curves]
-    # The least-squares slope is linear in y, so the weight of y_i is the slope for y = e_i.
-    weights = [slope(depths, unit) for unit in np.eye(len(curves)).tolist()]
-
-    def per_doubling(means: list[Array]) -> Estimate:
-        return weighted_sum_of_optima(curves, means, weights)
-
-    estimate = bootstrap_with_range(per_doubling, [curve.losses for curve in curves], REPLICATES)
+    estimate = slope_of_optima(curves, depths)
     at_edge = any(curve.optimum().at_edge for curve in curves)
     shallowest = curves[0]
     return Drift(

@@ -246,8 +246,8 @@ def annotated(config: Config, texts: dict[tuple[str, str], str]) -> str:
     for line in dump_yaml(config.model_dump(mode="json")).splitlines():
         if not line.startswith(" "):
             section = line.partition(":")[0]
-        text = texts.get((section, line.strip().partition(":")[0]))
-        lines.append(f"{line}  # {text}" if text and line.startswith("  ") else line)
+        reason = texts.get((section, line.strip().partition(":")[0]))
+        lines.append(f"{line}  # {reason}" if reason and line.startswith("  ") else line)
     return "\n".join([*lines, ""])
 
 
@@ -282,8 +282,8 @@ def proxy_of(target: Config, scaling: Scaling, depth: int | None = None) -> Conf
         )
     family = Family(target)
     shape = family.shape(width, layers)
-    own = family.shape(model.hidden_size, model.num_layers)
-    per_parameter = total_tokens(target) / own.parameters
+    target_shape = family.shape(model.hidden_size, model.num_layers)
+    per_parameter = total_tokens(target) / target_shape.parameters
     tokens = completep.base_total_tokens or shape.tokens(per_parameter)
     duration = duration_of(target, tokens, scaling)
     batch = duration.batch

@@ -163,21 +163,21 @@ class Family:
         near = [shape for shape in candidates if abs(asked.miss(shape)) <= asked.close]
         # Where none is near, size alone decides.
         if near:
-            chosen = min(near, key=lambda shape: _distance(shape, asked))
+            closest = min(near, key=lambda shape: _distance(shape, asked))
         else:
-            chosen = min(candidates, key=lambda shape: abs(math.log1p(asked.miss(shape))))
+            closest = min(candidates, key=lambda shape: abs(math.log1p(asked.miss(shape))))
         # A layer more and a layer less are always there to choose from.
-        layers = chosen.num_layers
-        deeper = self.shape(chosen.hidden_size, layers + 1)
-        shallower = self.shape(chosen.hidden_size, max(1, layers - 1))
+        layers = closest.num_layers
+        deeper = self.shape(closest.hidden_size, layers + 1)
+        shallower = self.shape(closest.hidden_size, max(1, layers - 1))
         others = [*candidates, shallower, deeper]
-        smaller = [shape for shape in others if shape.parameters < chosen.parameters]
-        larger = [shape for shape in others if shape.parameters > chosen.parameters]
+        smaller = [shape for shape in others if shape.parameters < closest.parameters]
+        larger = [shape for shape in others if shape.parameters > closest.parameters]
         return Choice(
-            chosen,
+            closest,
             max(smaller, key=_parameters, default=None),
             min(larger, key=_parameters, default=None),
-            asked.miss(chosen),
+            asked.miss(closest),
         )
 
     def _candidates(self, asked: Asked) -> list[Shape]:

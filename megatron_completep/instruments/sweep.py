@@ -343,8 +343,8 @@ def slurm_executor(folder: Path, name: str, options: dict[str, Any], cluster: st
         executor.update_parameters(name=name, **options)
     except (AssertionError, NameError, RuntimeError, TypeError, ValueError) as error:
         # Its own words: "Could not detect srun", or the names of all options there are.
-        given = ", ".join(f"{key}={value}" for key, value in options.items())
-        raise UserError(f"--slurm {given}: submitit refuses it: {error}") from error
+        settings_text = ", ".join(f"{key}={value}" for key, value in options.items())
+        raise UserError(f"--slurm {settings_text}: submitit refuses it: {error}") from error
     return executor
 
 

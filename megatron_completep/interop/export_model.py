@@ -248,10 +248,10 @@ class Values:
 
 def cut(piece: Piece, parameter: Tensor) -> Tensor:
     """The Hugging Face tensor of a piece, from our whole parameter."""
-    whole = parameter if piece.expert is None else parameter[piece.expert]
+    matrix = parameter if piece.expert is None else parameter[piece.expert]
     ranges = []
     for start, stop, factor in piece.rows:
-        rows = whole[start:stop]
+        rows = matrix[start:stop]
         ranges.append(rows if factor == 1.0 else _scaled(rows, factor))
     # One range is not copied.
     stacked = ranges[0] if len(ranges) == 1 else torch.cat(ranges)

@@ -41,13 +41,17 @@ from megatron_completep.checkpoint.shard import describe
 from megatron_completep.completep import Table, table_of
 from megatron_completep.config import Config, config_from_mapping, save_config
 from megatron_completep.config.schema import ModelConfig, TokenizerConfig
-from megatron_completep.data.beginning import shown as shown_beginning
 from megatron_completep.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_completep.errors import ConfigError, DataError
 from megatron_completep.files import new_folder, write_whole
 from megatron_completep.interop.hf_config import from_hf, longest_sequence
 from megatron_completep.interop.hf_reader import shown
 from megatron_completep.interop.hf_tokenizer import COMPANIONS
+from megatron_completep.interop.import_notes import (
+    dtype_notes,
+    token_id_notes,
+    tokenizer_notes,
+)
 from megatron_completep.interop.model_folder import ModelFolder
 from megatron_completep.interop.pieces import Folding, Piece, pieces
 from megatron_completep.interop.tensor_files import SINGLE, TensorFolder
@@ -71,8 +75,6 @@ PRECISIONS = {"F32": "float32", "BF16": "bf16", "F16": "bf16"}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", *COMPANIONS)
 # Buffers that older versions of transformers saved beside the weights.
 _IGNORED = re.compile(r".*(rotary_emb\.inv_freq|attn\.(bias|masked_bias))")
-# Of other kinds of tokenizers, from which nothing is read.
-_UNREAD_TOKENIZERS = ("vocab.json", "vocab.txt", "tekken.json", "spiece.model")
 _MOST_PROBLEMS = 20  # that one message lists
 
 # (key, shape, array) of a state's box, as `write_tensor_file` takes it.
@@ -159,9 +161,9 @@ def import_model(
         parameters=elements,
         tokenizer=None if tokenizer is None else tokenizer["type"],
         notes=[
-            *_dtype_notes(dtypes, config.training.precision),
-            *_token_id_notes(config),
-            *_tokenizer_notes(files, copies, read_tokenizer, config.model.vocab_size),
+            *dtype_notes(dtypes, config.training.precision),
+            *token_id_notes(config),
+            *tokenizer_notes(files, copies, read_tokenizer, config.model.vocab_size),
         ],
     )
 
@@ -293,64 +295,6 @@ def _tokenizer_copies(files: ModelFolder, output: Path) -> dict[Path, Path]:
     if files.has("tokenizer.model"):
         return {files.path("tokenizer.model"): output / "tokenizer.model"}
     return {}
-
-
-def _dtype_notes(dtypes: list[str], precision: str) -> list[str]:
-    """What becomes of types that an export would not give back by itself, a sentence each."""
-    if dtypes in (["F32"], ["BF16"]):
-        return []
-    return [
-        f"its tensors are {' and '.join(dtypes)}: the checkpoint holds each exactly, in float32; "
-        f"training.precision is {precision}, and export_hf.py writes that unless --dtype says "
-        "otherwise"
-    ]
-
-
-def _token_id_notes(config: Config) -> list[str]:
-    """Special tokens that the model cannot give, a sentence each; GPT-2's default is one."""
-    vocab_size = config.model.vocab_size
-    notes = []
-    for name, ids in (config.export.token_ids or {}).items():
-        listed = ids if isinstance(ids, list) else [ids]
-        if any(index is not None and index >= vocab_size for index in listed):
-            notes.append(
-                f"its {name} is {ids}, and its vocabulary ends at {vocab_size - 1}: kept for an "
-                "export, no use here"
-            )
-    return notes
-
-
-def _tokenizer_notes(
-    files: ModelFolder, copies: dict[Path, Path], tokenizer: Tokenizer | None, vocab_size: int
-) -> list[str]:
-    """What became of the tokenizer, a sentence each."""
-    if not copies:
-        others = [name for name in _UNREAD_TOKENIZERS if files.has(name)]
-        there = f"; {', '.join(others)} alone cannot be" if others else ""
-        return [f"no tokenizer.json or tokenizer.model is read{there}: data.tokenizer is null"]
-    kept = ", ".join(str(copy) for copy in copies.values())
-    notes = [f"its tokenizer was copied: {kept}"]
-    if files.has("tokenizer.json") and files.has("tokenizer.model"):
-        notes.append("tokenizer.json is used, tokenizer.model beside it is not")
-    if tokenizer is None:
-        return [*notes, "it could not be opened here: its package is not installed"]
-    notes.append(f"texts begin {shown_beginning(tokenizer.beginning)}")
-    if tokenizer.own_ending:
-        ending = ", ".join(map(str, tokenizer.own_ending))
-        notes.append(
-            f"its template also ends texts, with {ending}: here --append-eod ends documents, and "
-            "an export's template ends none"
-        )
-    if tokenizer.eod_id is None:
-        notes.append("it names no end of document: set data.tokenizer.eod_token")
-    else:
-        notes.append(f"documents end with the token {tokenizer.eod_id}")
-    if tokenizer.vocab_size > vocab_size:
-        notes.append(
-            f"it has {tokenizer.vocab_size} ids, more than the model's {vocab_size}: texts with "
-            "the ids beyond will be refused"
-        )
-    return notes
 
 
 def _tokenizer_setting(copies: dict[Path, Path]) -> dict[str, Any] | None:
@@ -566,9 +510,9 @@ def _assemble(
 def _put(piece: Piece, tensor: Tensor, parameter: Tensor) -> None:
     """Copy a Hugging Face tensor into the rows of our parameter that it holds."""
     rows = tensor.t() if piece.transposed else tensor
-    whole = parameter if piece.expert is None else parameter[piece.expert]
+    matrix = parameter if piece.expert is None else parameter[piece.expert]
     position = 0
     for start, stop, _ in piece.rows:
         count = stop - start
-        whole[start:stop].copy_(rows[position : position + count])
+        matrix[start:stop].copy_(rows[position : position + count])
         position += count

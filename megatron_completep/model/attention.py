@@ -104,6 +104,7 @@ class Attention(nn.Module):
         self.recompute_selectively = recompute_selectively
         self.compiled = context.compiled
         self.context_part = context.ranks.context_part
+        self.divides_sequence = self.context_part.split  # read in every forward pass
         self.head_dim = size
         self.scale = table.attention_scale
         self.backend = model.attention_backend
@@ -136,7 +137,7 @@ class Attention(nn.Module):
         q, k, v = self._heads(self.qkv(x), inputs)
         if inputs.caches is not None:
             k, v = inputs.caches[self.layer].extend(k, v)
-        if self.context_part.split:
+        if self.divides_sequence:
             mixed = self._attend_over_ranks(q, k, v, inputs)
         else:
             mixed = self._recomputed(attend, q, k, v, inputs, self.scale, self.backend)
@@ -317,8 +318,8 @@ def start_gather(k: Tensor, v: Tensor, lot: range, part: ContextPart) -> Gatheri
     Communicates over the context axis.
     """
     heads = slice(lot.start, lot.stop)
-    own = [x[:, heads].permute(2, 0, 1, 3) for x in (k, v)]  # [S, B, G of the lot, D]
-    return part.start_gather(torch.cat(own, dim=2))
+    local_heads = [x[:, heads].permute(2, 0, 1, 3) for x in (k, v)]  # [S, B, G of the lot, D]
+    return part.start_gather(torch.cat(local_heads, dim=2))
 
 
 def attend_to_prefixes(

@@ -16,7 +16,7 @@ from megatron_completep.completep import Table
 from megatron_completep.config.derived import expert_ffn_hidden_size, has_experts
 from megatron_completep.config.schema import ModelConfig
 from megatron_completep.model.attention import AttentionInputs
-from megatron_completep.model.mlp import ACTIVATIONS, GATED, MLP
+from megatron_completep.model.mlp import ACTIVATIONS, GATED, MLP, without_keeping
 from megatron_completep.model.routing import Router
 from megatron_completep.model.stream import Branch
 from megatron_completep.parallel.dispatch import Dispatch
@@ -81,25 +81,13 @@ class Experts(nn.Module):
         products = self.context.products
         queue = self.context.queue
         up = grouped_linear(rows, self.up, sizes, products, queue)
-        activated = self.activation(up)
-        if not (self.recompute_selectively and torch.is_grad_enabled()):
+
+        def down(activated: Tensor) -> Tensor:
             return grouped_linear(activated, self.down, sizes, products, queue)
 
-        # The activation keeps `up` anyway: the input of `down` can be made of it again.
-        shape = activated.shape
-        activation_input = up.detach()
-
-        def pack(saved: Tensor) -> Tensor | None:
-            return None if saved.shape == shape else saved
-
-        def unpack(packed: Tensor | None) -> Tensor:
-            if packed is not None:
-                return packed
-            with torch.no_grad():
-                return self.activation(activation_input)
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            return grouped_linear(activated, self.down, sizes, products, queue)
+        if self.recompute_selectively and torch.is_grad_enabled():
+            return without_keeping(self.activation, up, down)
+        return down(self.activation(up))
 
 
 class MixtureOfExperts(nn.Module):
@@ -163,8 +151,8 @@ class MixtureOfExperts(nn.Module):
         ffn = self.experts.down.shape[2]
         # Of the experts: the inputs of both products and of the activation; of the sum their
         # outputs, which are this rank's slots again.
-        kept = 0 if self.experts.recompute_selectively else ffn
-        elements = rows * (hidden + up_features + kept) + slots * hidden
+        down_features = 0 if self.experts.recompute_selectively else ffn
+        elements = rows * (hidden + up_features + down_features) + slots * hidden
         tokens = sizes.local_tokens
         # Of the router: scores or logits and the weights in a wide type, and the numbers of the
         # chosen. Then the places of this rank's slots, and of the rows that came.

@@ -48,6 +48,31 @@ def activation_of(
     return partial(OURS[name], compiled=compiled)
 
 
+def without_keeping(
+    activation: Callable[[Tensor], Tensor], up: Tensor, down: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """down(activation(up)), which keeps `up` alone.
+
+    The activation keeps `up` anyway, so that the input of `down` can be made of it again.
+    """
+    activated = activation(up)
+    shape = activated.shape
+    activation_input = up.detach()
+
+    def pack(saved: Tensor) -> Tensor | None:
+        # `down` saves its input and its weights, which have other shapes, and stay.
+        return None if saved.shape == shape else saved
+
+    def unpack(packed: Tensor | None) -> Tensor:
+        if packed is not None:
+            return packed
+        with torch.no_grad():
+            return activation(activation_input)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return down(activated)
+
+
 class MLP(nn.Module):
     """The MLP branch: x [s, B, H] -> [s, B, H].
 
@@ -83,7 +108,7 @@ class MLP(nn.Module):
         """x [s, B, H] -> the branch's output [s, B, H] and its bias. inputs: not used."""
         up = self.up(x)
         if self.recompute_selectively and torch.is_grad_enabled():
-            out = self._down_without_keeping(up)
+            out = without_keeping(self.activation, up, self.down)
         else:
             out = self.down(self.activation(up))
         return Branch(out, self.down.bias)
@@ -97,26 +122,3 @@ class MLP(nn.Module):
         activation_input = sizes.tokens * self.up.weight.shape[0] * sizes.element_bytes
         down_input = 0 if self.recompute_selectively else self.down.activation_bytes(sizes)
         return self.up.activation_bytes(sizes) + activation_input + down_input
-
-    def _down_without_keeping(self, up: Tensor) -> Tensor:
-        """down(activation(up)), which keeps `up` alone.
-
-        The activation keeps `up` anyway, so that the input of `down` can be made of it again.
-        """
-        activated = self.activation(up)
-        shape = activated.shape
-        activation_input = up.detach()
-
-        def pack(saved: Tensor) -> Tensor | None:
-            # `down` saves its input [S, B, F] and its weight; the weight is a matrix, and stays.
-            return None if saved.shape == shape else saved
-
-        def unpack(packed: Tensor | None) -> Tensor:
-            if packed is not None:
-                return packed
-            with torch.no_grad():
-                return self.activation(activation_input)
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            out: Tensor = self.down(activated)
-            return out

@@ -161,8 +161,8 @@ class _RouterProduct(torch.autograd.Function):
         ctx.save_for_backward(tokens, weight)
         ctx.weight = weight
         ctx.context = context
-        wide = torch.promote_types(tokens.dtype, torch.float32)
-        return F.linear(tokens.to(wide), weight.to(wide))
+        dtype = torch.promote_types(tokens.dtype, torch.float32)
+        return F.linear(tokens.to(dtype), weight.to(dtype))
 
     @staticmethod
     def backward(ctx: Any, d_logits: Tensor) -> tuple[Tensor, None, None]:
@@ -207,18 +207,18 @@ def observing(model: nn.Module, observe: Callable[[int, Routing], None]) -> Iter
 
     A recomputed forward pass is seen twice. The routing is of this rank's tokens.
     """
-    found = routers(model)
+    observed_routers = routers(model)
 
     def observer(layer: int) -> Callable[[Routing], None]:
         return lambda routing: observe(layer, routing)
 
-    observers = [observer(router.layer) for router in found]
-    for router, added in zip(found, observers, strict=True):
+    observers = [observer(router.layer) for router in observed_routers]
+    for router, added in zip(observed_routers, observers, strict=True):
         router.observers.append(added)
     try:
         yield
     finally:
-        for router, added in zip(found, observers, strict=True):
+        for router, added in zip(observed_routers, observers, strict=True):
             router.observers.remove(added)
 
 
@@ -228,11 +228,11 @@ def fixing(model: nn.Module, choices: Mapping[int, Tensor]) -> Iterator[None]:
 
     choices: layer -> int64 [T, k], as `Routing.experts` of the same micro-batch has them.
     """
-    found = [router for router in routers(model) if router.layer in choices]
-    for router in found:
+    fixed_routers = [router for router in routers(model) if router.layer in choices]
+    for router in fixed_routers:
         router.fixed = choices[router.layer]
     try:
         yield
     finally:
-        for router in found:
+        for router in fixed_routers:
             router.fixed = None

@@ -153,8 +153,8 @@ class Gathering:
 
         Under recomputation backward calls it again, which gathers again.
         """
-        whole: Tensor = _Finish.apply(sent, self)  # type: ignore[no-untyped-call]
-        return whole
+        sequence: Tensor = _Finish.apply(sent, self)  # type: ignore[no-untyped-call]
+        return sequence
 
 
 class _Start(torch.autograd.Function):

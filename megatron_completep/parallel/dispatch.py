@@ -125,8 +125,8 @@ class _Spread(torch.autograd.Function):
         by_slot = d_rows.index_select(0, ctx.place)
         by_token = by_slot.view(-1, ctx.top_k, d_rows.shape[1])
         # Summed in a wide type, as a product over all of k would be.
-        wide = torch.promote_types(d_rows.dtype, torch.float32)
-        return by_token.sum(1, dtype=wide).to(d_rows.dtype), None, None, None
+        sum_dtype = torch.promote_types(d_rows.dtype, torch.float32)
+        return by_token.sum(1, dtype=sum_dtype).to(d_rows.dtype), None, None, None
 
 
 class _Combine(torch.autograd.Function):

@@ -175,9 +175,9 @@ class Float8Matrix(Products):
         rounded = self._round(x.flatten(0, -2), INPUT, sequence.axis)
         # gloo has no float8.
         parts = start_all_gather(rounded.data.view(torch.uint8), sequence.axis).wait()
-        whole = rounded._replace(data=parts.view(rounded.data.dtype))
+        gathered = rounded._replace(data=parts.view(rounded.data.dtype))
         shape = x.new_empty(sequence.whole_length(x.shape[0]), *x.shape[1:], device="meta")
-        return self._forward(whole, shape, bias).to(x.dtype)
+        return self._forward(gathered, shape, bias).to(x.dtype)
 
     def _forward(self, rounded: Operand, x: Tensor, bias: Tensor | None) -> Tensor:
         out = multiply(rounded, self.rounded(), x.dtype, fast=True)
@@ -230,9 +230,9 @@ def multiply(a: Operand, b: Operand, dtype: torch.dtype, fast: bool) -> Tensor:
             out_dtype=dtype,
             use_fast_accum=fast,
         )
-    left = a.data.float() * a.scale
+    unrounded = a.data.float() * a.scale
     right = b.data.float() * b.scale
-    return F.linear(left, right).to(dtype)
+    return F.linear(unrounded, right).to(dtype)
 
 
 def require_float8(device: torch.device) -> None:

@@ -11,6 +11,7 @@ S sequence, B micro-batch; s is S, or S / tensor ranks under sequence parallelis
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,7 +45,6 @@ class ColumnParallelLinear(nn.Module):
         heads: Mapping[str, int] | None = None,
     ):
         super().__init__()
-        self.context = context
         ranks = context.ranks
         out_features = sum(parts.values())
         # The scale multiplies q with its bias, so what rescales the weight rescales the bias.
@@ -75,11 +75,11 @@ class ColumnParallelLinear(nn.Module):
                 multiplied_part=query_part,
             )
             self.bias = make_parameter(vector, ranks)
-        self.products = context.products.of(self.weight)
+        self.context = replace(context, products=context.products.of(self.weight))
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = _ColumnParallel.apply(  # type: ignore[no-untyped-call]
-            x, self.weight, self.bias, self.context, self.products
+            x, self.weight, self.bias, self.context
         )
         return out
 
@@ -107,7 +107,6 @@ class RowParallelLinear(nn.Module):
         context: LayerContext,
     ):
         super().__init__()
-        self.context = context
         ranks = context.ranks
         # Input features are split; fan_in is still that of the logical matrix, on which learning
         # rate and initialization depend.
@@ -131,11 +130,11 @@ class RowParallelLinear(nn.Module):
                 forward_multiplier=ForwardMultiplier.STREAM,
             )
             self.bias = make_parameter(vector, ranks)
-        self.products = context.products.of(self.weight)
+        self.context = replace(context, products=context.products.of(self.weight))
 
     def forward(self, x: Tensor) -> Tensor:
         partial_sum: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
-            x, self.weight, self.context, self.products
+            x, self.weight, self.context
         )
         return self.context.ranks.sequence.sum_with_gradient(partial_sum)
 
@@ -152,24 +151,21 @@ class _Linear(torch.autograd.Function):
     """x W^T of this rank's input features; the weight gradient goes to the queue."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, context: LayerContext, products: Products
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, context: LayerContext) -> Tensor:
         ctx.save_for_backward(x, weight)
         # The queue wants the parameter itself: what is saved may come back as another object.
         ctx.weight = weight
         ctx.context = context
-        ctx.products = products
-        return products.forward(x, weight)
+        return context.products.forward(x, weight)
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
-        products: Products = ctx.products
+        products: Products = ctx.context.products
         d_x = products.input_gradient(d_out, weight) if ctx.needs_input_grad[0] else None
         contribution = accumulate_matrix(products, d_out.flatten(0, -2), x.flatten(0, -2))
         ctx.context.queue.push(ctx.weight, contribution)
-        return d_x, None, None, None
+        return d_x, None, None
 
 
 class _ColumnParallel(torch.autograd.Function):
@@ -180,26 +176,20 @@ class _ColumnParallel(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        context: LayerContext,
-        products: Products,
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, context: LayerContext
     ) -> Tensor:
         # Only this rank's part of the input is saved; backward gathers it again.
         ctx.save_for_backward(x, weight)
         ctx.weight = weight
         ctx.bias = bias
         ctx.context = context
-        ctx.products = products
-        return products.forward_of_part(x, weight, bias, context.ranks.sequence)
+        return context.products.forward_of_part(x, weight, bias, context.ranks.sequence)
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None, None, None]:
         x, weight = ctx.saved_tensors
         context: LayerContext = ctx.context
-        products: Products = ctx.products
+        products = context.products
         sequence = context.ranks.sequence
         # The gather of the input runs under the product for d_x, which does not read it.
         gathering = sequence.start_gather(x)
@@ -211,7 +201,7 @@ class _ColumnParallel(torch.autograd.Function):
         context.queue.push(ctx.weight, accumulate_matrix(products, rows, inputs))
         if ctx.bias is not None:
             context.queue.push(ctx.bias, accumulate_sum(rows))
-        return reducing.wait(), None, None, None, None
+        return reducing.wait(), None, None, None
 
 
 def accumulate_matrix(products: Products, d_out: Tensor, x: Tensor) -> Accumulate:

@@ -84,7 +84,7 @@ class Layout:
 
     def __str__(self) -> str:
         parallel = self.config.parallel
-        parts = [
+        axes = [
             f"tensor {parallel.tensor_parallel_size}",
             f"pipeline {parallel.pipeline_parallel_size}",
             f"data {self.plan.data_parallel_size}",
@@ -92,13 +92,13 @@ class Layout:
             f"recompute {self.config.training.recompute}",
         ]
         if parallel.virtual_pipeline_size > 1:
-            parts.insert(2, f"virtual {parallel.virtual_pipeline_size}")
+            axes.insert(2, f"virtual {parallel.virtual_pipeline_size}")
         if parallel.context_parallel_size > 1:
-            parts.insert(2, f"context {parallel.context_parallel_size}")
+            axes.insert(2, f"context {parallel.context_parallel_size}")
         if parallel.optimizer_shard_size is not None:
-            parts.append(f"shards {parallel.optimizer_shard_size}")
+            axes.append(f"shards {parallel.optimizer_shard_size}")
         return (
-            f"{', '.join(parts)}: {self.plan.step_seconds:.3f} s a step, "
+            f"{', '.join(axes)}: {self.plan.step_seconds:.3f} s a step, "
             f"{self.memory / 1e9:.1f} GB, {self.plan.model_flops_utilisation:.1%} of the peak"
         )
 
@@ -254,11 +254,11 @@ class Bounds:
         layer = self._layer(config)
         shards = shard_count(config, gradient_parallel_size(config, self.gpus))
         narrow = 2 if config.training.precision in ("bf16", "auto") else 0
-        wide = wide_bytes(config)
-        of_parameter = narrow + wide + LEAST_STATES * wide / shards
+        wide_size = wide_bytes(config)
+        of_parameter = narrow + wide_size + LEAST_STATES * wide_size / shards
         # Without a narrow type a master may be the parameter itself.
         if not narrow:
-            of_parameter = wide + wide / shards
+            of_parameter = wide_size + wide_size / shards
         micro_batches = micro_batches_per_step(config, self.gpus)
         stages = split_stages(config.model, parallel)
         most = 0.0

@@ -78,12 +78,12 @@ def _expert_panels(runs: Sequence[Run]) -> list[Panel]:
     for panel in _panels(runs, EXPERTS, log=False):
         kind, _, _ = panel[0].partition("/")
         panels_of.setdefault(kind, []).append(panel)
-    chosen: list[Panel] = []
+    shown_panels: list[Panel] = []
     for panels in panels_of.values():
         panels.sort(key=lambda panel: _layer_number(panel[0]))
         places = sorted({0, len(panels) // 2, len(panels) - 1})
-        chosen += [panels[place] for place in places]
-    return chosen
+        shown_panels += [panels[place] for place in places]
+    return shown_panels
 
 
 def _layer_number(key: str) -> int:

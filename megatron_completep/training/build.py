@@ -37,6 +37,7 @@ from megatron_completep.telemetry.telemetry import Telemetry, read_reference
 from megatron_completep.telemetry.trackers import Sink
 from megatron_completep.training.balance import balance_warning
 from megatron_completep.training.hooks import CheckpointFigures, Checkpoints, Metrics, Validation
+from megatron_completep.training.routing_check import check_routing
 
 Say = Callable[[str], None]
 CONFIG = "config.yaml"
@@ -208,6 +209,21 @@ def first_step(config: Config, context: ParallelContext) -> list[Batch]:
     # A new loader begins with the run's first sample, so that figures of all starts compare.
     with build_training_loader(config_of_probe, context) as loader:
         return loader.next_step()
+
+
+def check_first_step(
+    config: Config, context: ParallelContext, step: TrainingStep, state: RunState, say: Say
+) -> None:
+    """Say what is known of the run's first step before it is done.
+
+    Raises ConfigError as `check_routing` does, which communicates over the whole mesh.
+    """
+    warn_of_imbalance(config, context, say)
+    if state.step:
+        say(f"resumed after step {state.step}")
+    # Only fresh routers can be tied; each rank has read the same state.
+    elif config.model.moe is not None:
+        check_routing(config, context, step, first_step(config, context), say)
 
 
 def warn_of_imbalance(config: Config, context: ParallelContext, say: Say) -> None:

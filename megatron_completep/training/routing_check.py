@@ -66,13 +66,13 @@ def check_routing(
     """
     if config.model.moe is None:
         return
-    first = FirstRoutings(config, context)
+    routings = FirstRoutings(config, context)
     with ExitStack() as observed:
         for chunk in step.chunks:
-            observed.enter_context(observing(chunk, first.add))
+            observed.enter_context(observing(chunk, routings.add))
         step.evaluate(batches)
-    loads, spreads = first.gather()
-    tied = [layer for layer, spread in zip(first.layers, spreads, strict=True) if spread == 0]
+    loads, spreads = routings.gather()
+    tied = [layer for layer, spread in zip(routings.layers, spreads, strict=True) if spread == 0]
     if tied and config.model.moe.num_experts > 1:
         raise ConfigError(
             f"model.moe: the router of layer {', '.join(map(str, tied))} gives all experts the "
@@ -80,7 +80,7 @@ def check_routing(
             "would never train. Start from router weights that are not zero."
         )
     empty_experts = []
-    for layer, load in zip(first.layers, loads.tolist(), strict=True):
+    for layer, load in zip(routings.layers, loads.tolist(), strict=True):
         empty = [str(expert) for expert, tokens in enumerate(load) if tokens == 0]
         if empty:
             empty_experts.append(f"layer {layer}: {', '.join(empty)}")

@@ -173,8 +173,10 @@ def cancellation(case, given, y, d_residual):
     """The relative error of four float32 roundings of the terms whose sum is `d_residual`.
 
     Rows of three elements leave LayerNorm's gradient one dimension: what cancels may be larger than
-    what stays. From some ten columns on this is far below `TOLERANCE`.
+    what stays. All other widths are held to `TOLERANCE` alone.
     """
+    if case.hidden != 3:
+        return 0.0
     stored = wide(y)
     centred = stored if case.rms else stored - stored.mean(-1, keepdim=True)
     rstd = (centred.square().mean(-1, keepdim=True) + EPS).rsqrt()
@@ -182,7 +184,7 @@ def cancellation(case, given, y, d_residual):
     g = wide(given["d_out"]) * wide(given["weight"])
     mean = 0.0 if case.rms else g.mean(-1, keepdim=True).abs()
     terms = rstd * (g.abs() + mean + (x_hat * (g * x_hat).mean(-1, keepdim=True)).abs())
-    return 2**-22 * float(terms.norm() / d_residual.norm().clamp_min(1e-30))
+    return 2**-22 * float(terms.norm() / d_residual.norm())
 
 
 def check_backward(implementation, case, allocations=contextlib.nullcontext()):  # noqa: B008
@@ -203,12 +205,14 @@ def check_backward(implementation, case, allocations=contextlib.nullcontext()): 
     for name, found, expected in zip(
         ("d_weight", "d_bias", "d_branch_bias"), vectors, expected_vectors, strict=False
     ):
-        assert_close(
-            found,
-            expected,
-            TOLERANCE[case.dtype] if rounded else 2 * vector_tolerance(case.dtype, case.rows),
-            name,
+        tolerance = (
+            TOLERANCE[case.dtype] if rounded else 2 * vector_tolerance(case.dtype, case.rows)
         )
+        if name == "d_branch_bias" and case.hidden <= 7:
+            # The sums of so few columns may all but vanish: four roundings of what they add up.
+            added = expected_branch.abs().sum(0).norm()
+            tolerance = max(tolerance, 2**-22 * float(added / expected.norm()))
+        assert_close(found, expected, tolerance, name)
 
 
 GUARD = 256  # elements on either side of every buffer, so that 128-bit alignment stays

@@ -84,11 +84,15 @@ def test_cpu_path_matches_float64(case, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "hidden", [1, 3, 64, 100, 500, 640, 768, 1000, 1024, 1100, 3072, 5120, 8192, 12288, 16384]
+    "hidden", [1, 3, 7, 64, 100, 500, 640, 768, 1000, 1024, 1100, 3072, 5120, 8192, 12288, 16384]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 @pytest.mark.parametrize("rms", [False, True])
-def test_kernels_match_float64_on_the_wide_sweep(hidden, dtype, rms):
+def test_kernels_match_float64_on_the_wide_sweep(hidden, dtype, rms, monkeypatch):
+    if hidden <= 7:
+        # Of a handful of elements one rounding may be twice its RMS over many.
+        doubled = {dtype: 2 * bound for dtype, bound in norm_cases.TOLERANCE.items()}
+        monkeypatch.setattr(norm_cases, "TOLERANCE", doubled)
     programs = launch.backward_shape("norm_backward", hidden, dtype, torch.device(DEVICE)).programs
     for rows in (1, 2, 3, 17, programs - 1, programs, programs + 1):
         for optional in (False, True):

@@ -41,7 +41,9 @@ class Join:
 
         Without a seed (validation, generation) nothing is dropped.
         """
-        return Join(self.scale) if seed is None else Join(self.scale, self.dropout_p, seed)
+        if seed is None:
+            return self if self.dropout_p == 0.0 else Join(self.scale)
+        return Join(self.scale, self.dropout_p, seed)
 
     @property
     def dropout_seed(self) -> Tensor | None:

@@ -39,6 +39,7 @@ from megatron_completep.instruments.workers import processes
 from megatron_completep.parallel.axis import Axis
 from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.float8 import GRADIENT, Dynamic, Float8Matrix, Scaling
+from megatron_completep.parallel.linear import ColumnParallelLinear, RowParallelLinear
 
 Say = Callable[[str], None]
 TIMES = (0.0, 0.1, 0.5, 1.0)  # of a run, when magnitudes are taken
@@ -187,7 +188,9 @@ def use_scaling(chunks: Sequence[nn.Module], scaling: Scaling) -> None:
     """Hand the matrices of a model other scales, and the names of their layers."""
     for chunk in chunks:
         for name, module in chunk.named_modules():
-            products = getattr(module, "products", None)
+            if not isinstance(module, ColumnParallelLinear | RowParallelLinear):
+                continue
+            products = module.context.products
             if isinstance(products, Float8Matrix):
                 parts = [part for part in name.split(".") if not part.isdigit()]
                 products.name = ".".join(parts[1:])

@@ -108,7 +108,7 @@ def horizon_verdict(estimate: Estimate, at_edge: bool) -> str:
     if at_edge:
         return AT_EDGE
     if not estimate.repeated:
-        return "unresolved: one seed gives no interval"
+        return "unresolved: no interval, of one seed or of optima near an edge of the grid"
     if estimate.wider_than(WIDEST):
         return f"unresolved: the interval is wider than {WIDEST}"
     return "fitted"

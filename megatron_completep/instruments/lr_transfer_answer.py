@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,8 +54,12 @@ def _best_rate(curve: Curve, optimum: CurveSummary) -> list[str]:
         place = f"at the {end} edge of the grid: it may lie {direction}"
     estimate = optimum.log2_lr
     interval = ", one seed gives no interval"
+    if seeds > 1:
+        interval = ", over the seeds it may lie anywhere"  # in most replicates at either edge
     if estimate.repeated:
-        interval = f" [2^{estimate.low:.2f}, 2^{estimate.high:.2f}]"
+        low = f"2^{estimate.low:.2f}" if estimate.low > -math.inf else "anywhere below"
+        high = f"2^{estimate.high:.2f}" if estimate.high < math.inf else "anywhere above"
+        interval = f" [{low}, {high}]"
     rate = f"2^{estimate.value:.2f} = {2**estimate.value:.4g}{interval}"
 
     # The neighbours show whether the curve has a minimum here or is flat.

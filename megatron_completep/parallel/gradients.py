@@ -29,9 +29,11 @@ Accumulate = Callable[[Tensor, bool], None]
 class _Expected:
     """What the step under way still expects of a parameter.
 
+    parameter: held, so that nothing else takes its id.
     stale: nothing has arrived yet, so that its gradient buffer holds that of the step before.
     """
 
+    parameter: Parameter
     contributions: int
     stale: bool = True
 
@@ -53,9 +55,9 @@ class GradientQueue:
         self.allocate: Callable[[Parameter], None] | None = None
         self.runs = 0
         self._pending: list[Callable[[], None]] = []
-        # An entry exists until its parameter's last contribution has arrived. Hashing a Parameter
-        # is slow (a Python call), so each contribution does a single look-up.
-        self._expected: dict[Parameter, _Expected] = {}
+        # By the id of the parameter, because hashing a Parameter is a Python call. An entry exists
+        # until its parameter's last contribution has arrived.
+        self._expected: dict[int, _Expected] = {}
 
     def begin_step(self, parameters: Iterable[Parameter], micro_batches: int) -> None:
         """Expect `micro_batches` contributions of every parameter, times its uses.
@@ -63,7 +65,7 @@ class GradientQueue:
         The first contribution overwrites the gradient of the step before.
         """
         self._expected = {
-            parameter: _Expected(micro_batches * spec_of(parameter).uses)
+            id(parameter): _Expected(parameter, micro_batches * spec_of(parameter).uses)
             for parameter in parameters
         }
 
@@ -97,7 +99,7 @@ class GradientQueue:
         others. Returns None if no contribution to the parameter is expected: outside of a training
         step a forward pass must change nothing.
         """
-        expected = self._expected.get(parameter)
+        expected = self._expected.get(id(parameter))
         if not parameter.requires_grad or expected is None:
             return None
         stale = expected.stale
@@ -120,10 +122,10 @@ class GradientQueue:
 
         A parameter without any contribution gets a zero gradient.
         """
-        for parameter, expected in list(self._expected.items()):
+        for expected in list(self._expected.values()):
             if expected.stale:
-                self._main_grad(parameter, first=True).zero_()
-            self._complete(parameter)
+                self._main_grad(expected.parameter, first=True).zero_()
+            self._complete(expected.parameter)
 
     def _run(self, parameter: Parameter, accumulate: Accumulate) -> None:
         # Autograd runs backward with grad mode off, so entering no_grad would only cost host time
@@ -132,7 +134,7 @@ class GradientQueue:
             with torch.no_grad():
                 self._run(parameter, accumulate)
             return
-        expected = self._expected.get(parameter)
+        expected = self._expected.get(id(parameter))
         first = expected is not None and expected.stale
         if expected is not None:
             expected.stale = False
@@ -155,7 +157,7 @@ class GradientQueue:
                 main_grads.append(None)
                 first.append(False)
                 continue
-            expected = self._expected.get(parameter)
+            expected = self._expected.get(id(parameter))
             first.append(expected is not None and expected.stale)
             if first[-1] and self.allocate is not None:
                 self.allocate(parameter)
@@ -183,7 +185,7 @@ class GradientQueue:
                 self._complete(parameter)
 
     def _complete(self, parameter: Parameter) -> None:
-        self._expected.pop(parameter)
+        self._expected.pop(id(parameter))
         if self.on_complete is not None:
             self.on_complete(parameter)
 

@@ -17,7 +17,8 @@ import pytest
 
 from megatron_completep.config import load_config, save_config
 from megatron_completep.errors import ConfigError, DataError
-from megatron_completep.instruments import lr_transfer, sweep
+from megatron_completep.instruments import lr_curves, lr_transfer, sweep
+from megatron_completep.instruments.fits import Estimate
 from megatron_completep.instruments.lr_curves import Curve, curves_of
 from megatron_completep.instruments.lr_transfer import (
     base_curve,
@@ -45,6 +46,7 @@ GRID = np.arange(-10.0, -3.5, 0.5)
 def few_replicates(monkeypatch: pytest.MonkeyPatch) -> None:
     """The noise of these curves is far below what is asked of the intervals."""
     monkeypatch.setattr(lr_transfer, "REPLICATES", 200)
+    monkeypatch.setattr(lr_curves, "REPLICATES", 200)
 
 
 def curve(
@@ -86,6 +88,22 @@ def test_noise_that_hides_the_drift_is_called_unresolved():
         drift_over_depth([curve(depth, -7.0, seeds=1) for depth in (2, 8, 32)]).verdict
         == "unresolved"
     )
+
+
+def test_seeds_that_leave_the_optimum_open_are_not_taken_for_one():
+    repeated = curve(2, -7.0)
+    summary = summarize(repeated, repeated)
+    for interval, text in {
+        (-math.inf, math.inf): "over the seeds it may lie anywhere",
+        (-math.inf, -5.0): "[anywhere below, 2^-5.00]",
+        (-9.0, math.inf): "[2^-9.00, anywhere above]",
+    }.items():
+        open_ended = replace(summary, log2_lr=Estimate(-7.0, *interval))
+        (line, _) = best_rates([repeated], [open_ended])
+        assert "3 seeds" in line and text in line
+    alone = curve(2, -7.0, seeds=1)
+    (line, _) = best_rates([alone], [summarize(alone, alone)])
+    assert "1 seed: " in line and "one seed gives no interval" in line
 
 
 def test_an_optimum_beyond_the_grid_is_never_a_verdict():

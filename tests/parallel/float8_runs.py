@@ -14,6 +14,7 @@ from megatron_completep.config import Config
 from megatron_completep.parallel import float8
 from megatron_completep.parallel.axis import Axis
 from megatron_completep.parallel.float8 import Dynamic, Float8Matrix
+from megatron_completep.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_completep.run.assemble import Assembly, assemble
 from tests.parallel.layouts import SPREAD_MODEL, counted_tokens, micro_batches_of
 from tests.support.configs import merged, small_config
@@ -33,14 +34,16 @@ def config_of(sections: dict[str, dict[str, Any]]) -> Config:
 
 def matrices_of(assembly: Assembly) -> dict[str, Float8Matrix]:
     """By the name of the weight."""
-    found = {}
+    matrices = {}
     for chunk in assembly.chunks:
         for name, module in chunk.named_modules():
-            products = getattr(module, "products", None)
+            if not isinstance(module, ColumnParallelLinear | RowParallelLinear):
+                continue
+            products = module.context.products
             if isinstance(products, Float8Matrix):
                 products.name = name
-                found[f"{name}.weight"] = products
-    return found
+                matrices[f"{name}.weight"] = products
+    return matrices
 
 
 class Magnitudes(Dynamic):

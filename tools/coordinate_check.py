@@ -211,6 +211,17 @@ def check_float8(
             "--float8 trains the project's own model in single processes. "
             "Leave out --model and torchrun; --workers trains several at once."
         )
+    asked = {
+        "--experts": arguments.experts,
+        "--beside": arguments.beside,
+        "--no-eps": arguments.no_eps,
+    }
+    unread = [option for option, setting in asked.items() if setting]
+    if unread:
+        raise ConfigError(
+            f"--float8 does not read {', '.join(unread)}: it measures the products of dense "
+            "matrices over width and depth, with SP as its control. Leave that out."
+        )
 
     def say(line: str) -> None:
         print(line, file=sys.stderr if arguments.json else sys.stdout, flush=True)

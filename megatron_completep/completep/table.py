@@ -64,8 +64,8 @@ def forward_factors(m_N: float, m_L: float, alpha: float, base: Forward) -> Forw
     """The forward-pass rows of the table, times `base`, the multipliers set for the proxy.
 
     The gradient that reaches a router from the tokens' loss has passed its branch's m_L^-alpha;
-    that of a router's own loss has not, and takes it from its coefficient. The tokens' gradient has
-    further powers of k and E, but no factor of them makes the two grow alike: see docs/experts.md.
+    that of a router's own loss has not, and takes it from its coefficient. Width, k and E have no
+    factor there (docs/experts.md).
     """
     return Forward(
         branch=base.branch * m_L**-alpha,

@@ -116,8 +116,9 @@ class MixtureOfExperts(nn.Module):
             self.shared = MLP(model, table, context, layer, recompute_selectively, width)
 
     def forward(self, x: Tensor, inputs: AttentionInputs | None = None) -> Branch:
-        """Communicates over the expert axis, the shared MLP over the tensor axis, and a balance loss
-        over the axes that divide a sequence.
+        """Communicates over the expert axis, and the shared MLP over the tensor axis.
+
+        A balance loss communicates over the axes that divide a sequence.
         """
         inputs = inputs or AttentionInputs()
         tokens = x.flatten(0, 1)

@@ -1,4 +1,7 @@
-"""How many tokens each expert of a layer gets. T tokens of this rank, E experts, k of them a token."""
+"""How many tokens each expert of a layer gets.
+
+T tokens of this rank, E experts of the layer, k of them a token.
+"""
 
 from __future__ import annotations
 

@@ -41,6 +41,8 @@ def _serve(connection: Connection, path: list[str]) -> None:
                 world_size=world_size,
                 timeout=GLOO_TIMEOUT,
             )
+            # A rank that ends at once would close its connections while others still make theirs.
+            dist.barrier()
             answer = (True, function(rank, *arguments))
         except BaseException:
             answer = (False, traceback.format_exc())
@@ -78,6 +80,8 @@ class WorkerPool:
             answers = [connection.recv() for connection in connections]
         failures = [f"rank {rank}:\n{text}" for rank, (ok, text) in enumerate(answers) if not ok]
         if failures:
+            # torch counts the groups of a process, and ranks that counted apart would not meet.
+            self.close()
             raise AssertionError("\n".join(failures))
         return [result for _, result in answers]
 

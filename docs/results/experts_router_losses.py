@@ -23,11 +23,12 @@ from megatron_completep.parallel.context import ParallelContext
 from megatron_completep.parallel.gradients import main_grad_of
 
 STEPS = 30
+INPUT_MULTIPLIER = 50.0  # the embedding carries the stream
 SIZES = {"layers": (2, 4, 8, 16), "width": (128, 256, 512), "experts": (8, 16, 32, 64)}
 LOSSES = {"balance_loss": ("loss", 1.0, 0.0), "router_z_loss": ("none", 0.0, 1.0)}
 
 
-def overrides_of(axis: str, size: int, gate: str, input_multiplier: float) -> list[str]:
+def overrides_of(axis: str, size: int, gate: str) -> list[str]:
     """A model of one size, of which the proxy is 2 x 128 with 2 of 8 experts."""
     layers = size if axis == "layers" else 2
     width = size if axis == "width" else 128
@@ -36,7 +37,7 @@ def overrides_of(axis: str, size: int, gate: str, input_multiplier: float) -> li
         "model.num_layers": layers,
         "model.hidden_size": width,
         "model.ffn_hidden_size": 2 * width,
-        "model.input_multiplier": input_multiplier,
+        "model.input_multiplier": INPUT_MULTIPLIER,
         "model.moe.num_experts": experts,
         "model.moe.top_k": experts // 4,
         "model.moe.ffn_hidden_size": width,
@@ -111,21 +112,19 @@ def exponent(sizes: tuple[int, ...], figures: list[float]) -> float:
 
 def main(path: str, out: str) -> None:
     results = []
-    cases = [(axis, 50.0) for axis in SIZES] + [("layers", 1.0)]
-    for axis, input_multiplier in cases:
+    for axis, sizes in SIZES.items():
         for gate in ("sigmoid", "softmax"):
             for steps in (0, STEPS):
-                sizes = SIZES[axis]
                 rows = []
                 for size in sizes:
-                    overrides = overrides_of(axis, size, gate, input_multiplier)
+                    overrides = overrides_of(axis, size, gate)
                     rows.append(ratios(path, overrides, steps))
                 exponents = {}
                 for name in LOSSES:
                     slope = exponent(sizes, [row[name] for row in rows])
                     assert math.isfinite(slope)
                     exponents[name] = round(slope, 3)
-                case = {"axis": axis, "input_multiplier": input_multiplier, "gate": gate}
+                case = {"axis": axis, "input_multiplier": INPUT_MULTIPLIER, "gate": gate}
                 results.append({**case, "steps": steps, **exponents})
                 print(results[-1], flush=True)
     Path(out).write_text(json.dumps(results, indent=1) + "\n")

@@ -5,9 +5,7 @@ set -e
 out=runs/ladder/results
 
 python tools/preprocess_data.py --input stdlib.jsonl --output-prefix runs/ladder/corpus --append-eod --tokenizer-type bytes --overwrite
-python tools/lr_transfer.py sweep docs/results/ladder.yaml --out runs/ladder/sweep --lr=-8:-3:1 --seeds 3
-python tools/lr_transfer.py report runs/ladder/sweep
-python tools/ladder.py plan docs/results/ladder.yaml --out "$out" --rungs 5 --to-flops 2e12 --tokens-per-parameter 8 \
-    --seeds 4,3,3,2,1 --target-flops 8e12 --parameterizations completep,mup
+python tools/ladder.py plan docs/results/ladder_3x24.yaml --out "$out" --rungs 5 --to-flops 7e12 --tokens-per-parameter 12 \
+    --seeds 4,4,3,2,1 --target-flops 2.5e13 --parameterizations completep,mup
 python tools/ladder.py run "$out"
 python tools/ladder.py fit "$out"

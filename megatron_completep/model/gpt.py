@@ -91,14 +91,7 @@ class GPT(nn.Module):
         self.layers = nn.ModuleDict()
         for layer in range(chunk_range.start, chunk_range.stop):
             self.layers[str(layer)] = Block(model, table, layer_context, layer, recompute, branches)
-        self.layer_graphs: LayerGraphs | None = None
-        own_branches = branches is not BRANCHES
-        if (
-            compiled is not None
-            and idle_reason(model, layer_context, recompute, own_branches) is None
-        ):
-            blocks = [block for _, block in self.blocks()]
-            self.layer_graphs = LayerGraphs(model, blocks, layer_context)
+        self._add_layer_graphs(layer_context)
         if chunk_range.has_unembedding:
             self._add_unembedding(layer_context, loss or LossConfig())
 
@@ -110,6 +103,18 @@ class GPT(nn.Module):
         self.embedding = VocabParallelEmbedding(*vocabulary, context, uses, self._tied_to)
         if model.position == "learned":
             self.positions = PositionEmbedding(model.seq_length, model.hidden_size, context)
+
+    def _add_layer_graphs(self, context: LayerContext) -> None:
+        """Have layers run as graphs where that is asked for and serves the model."""
+        own_branches = self.branch_makers is not BRANCHES
+        # Why they do not; None where they do.
+        self.graphs_idle: str | None = "nothing is compiled"
+        if context.compiled is not None:
+            self.graphs_idle = idle_reason(self.config, context, self.recompute, own_branches)
+        self.layer_graphs: LayerGraphs | None = None
+        if self.graphs_idle is None:
+            blocks = [block for _, block in self.blocks()]
+            self.layer_graphs = LayerGraphs(self.config, blocks, context)
 
     def _add_unembedding(self, context: LayerContext, loss: LossConfig) -> None:
         model = self.config

@@ -124,7 +124,8 @@ def test_inductor_gives_the_losses_and_parameters_of_the_blocks(name: str, runs:
 def test_a_parameter_that_is_not_trained_stays_as_it_is(runs: list[int]) -> None:
     step = step_of("eager")
     block = step.chunks[0].blocks()[1][1]
-    frozen = block.mlp.up.weight.requires_grad_(False)
+    frozen = block.mlp.up.weight
+    frozen.requires_grad_(False)
     train(step, 1)
     assert runs
     assert not main_grad_of(frozen).any()

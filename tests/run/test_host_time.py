@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
 from megatron_completep.benchmarks.training_benchmark import (
     KINDS,
@@ -78,7 +78,7 @@ def uncounted(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., Any]
         finally:
             sys.setprofile(profile)
 
-    return make_boxed_func(run)  # type: ignore[no-any-return, no-untyped-call]
+    return make_boxed_func(run)
 
 
 def operators(step: Step) -> int:
